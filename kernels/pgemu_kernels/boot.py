@@ -1,0 +1,190 @@
+"""A machine's first moments: the kernel's page table, the vmemmap of the HugeTLB zone, the pool."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U2, U8, U9, U12, U64, U512
+from pgemu_kernels.compile import entry, kernel, outlined
+from pgemu_kernels.events import (
+    CONTENT_FRAMES,
+    FRAMES_USED,
+    HOST_TABLES,
+    KERNEL_TABLES,
+    POOL_FREE,
+    STAGE2_TABLES,
+    VMEMMAP_PAGES,
+    change,
+)
+from pgemu_kernels.folio import (
+    COUNTS,
+    FLAGS,
+    HUGETLB_FREED,
+    HUGETLB_VMEMMAP_OPTIMIZED,
+    PG_HEAD,
+    PGTY_HUGETLB,
+    PRIVATE,
+    struct_page,
+    vmemmap_address,
+)
+from pgemu_kernels.formats import VMEMMAP_LARGE, VMEMMAP_PAGE, VMEMMAP_READ_ONLY
+from pgemu_kernels.handle import open_machine
+from pgemu_kernels.hugetlb import write_order
+from pgemu_kernels.layout import (
+    F_EMPTY,
+    R_BOOT_FRAMES,
+    R_FRAMES,
+    R_HVO,
+    R_KERNEL_ROOT,
+    R_MASK_TAILS,
+    R_ORDER,
+    R_PAGE_FLAGS,
+    R_POOL_BASE,
+    R_POOL_FREE,
+    R_POOL_PAGES,
+    R_TAIL_PAGE,
+    S_ROOT,
+    V_ROOT,
+)
+from pgemu_kernels.memory import fill_frame, take_frame
+from pgemu_kernels.paging import stage2_format
+from pgemu_kernels.vmemmap import compound_info, fill_tail_page, vmemmap_pages, vmemmap_slot, write_tail
+
+U = np.uint64
+_LARGE = U(VMEMMAP_LARGE)
+_PAGE = U(VMEMMAP_PAGE)
+_READ_ONLY = U(VMEMMAP_READ_ONLY)
+ENOMEM = np.int64(-12)
+
+
+@kernel
+def write_head(m, head, first, order, optimized):
+    """The head of a free HugeTLB folio: mm/hugetlb.c:init_new_hugetlb_folio(), words as captured."""
+    ram = m.ram
+    for word in range(first, first + U8):
+        ram[word] = U0
+    ram[first + FLAGS] = m.state[R_PAGE_FLAGS] | PG_HEAD
+    ram[first + PRIVATE] = HUGETLB_FREED | HUGETLB_VMEMMAP_OPTIMIZED if optimized else HUGETLB_FREED
+    ram[first + COUNTS] = PGTY_HUGETLB
+    write_order(ram, m.state, head, first, order)
+
+
+@outlined
+def map_optimized(m, head, order):
+    """The vmemmap of one optimised folio: its own first page, all others read-only to a shared one. 0 or -ENOMEM."""
+    ram = m.ram
+    state = m.state
+    start = vmemmap_address(state, head)
+    flags = state[R_PAGE_FLAGS]
+    compound = compound_info(state, head, order)
+    own = take_frame(m)
+    if own == NONE:
+        return ENOMEM
+    for i in range(U64):
+        write_tail(ram, (own << U9) + i * U8, flags, compound)
+    write_head(m, head, own << U9, order, True)
+    tail = own if state[R_MASK_TAILS] == U0 else state[R_TAIL_PAGE]
+    for i in range(vmemmap_pages(order)):
+        slot = vmemmap_slot(m, start + (i << U12), U1)
+        if slot == NONE:
+            return ENOMEM
+        ram[slot] = own << U12 | _PAGE if i == U0 else tail << U12 | _READ_ONLY
+    change(m.stats, VMEMMAP_PAGES, 1)
+    return np.int64(0)
+
+
+@outlined
+def map_whole(m, order):
+    """The vmemmap of the whole pool without optimisation: 2M leaves onto the frames behind the others."""
+    ram = m.ram
+    state = m.state
+    frames = state[R_BOOT_FRAMES]
+    base = state[R_FRAMES]
+    for i in range(U0, frames, U512):
+        slot = vmemmap_slot(m, vmemmap_address(state, state[R_POOL_BASE]) + (i << U12), U2)
+        if slot == NONE:
+            return ENOMEM
+        ram[slot] = (base + i) << U12 | _LARGE
+    change(m.stats, FRAMES_USED, np.int64(frames))
+    change(m.stats, VMEMMAP_PAGES, np.int64(frames))
+    flags = state[R_PAGE_FLAGS]
+    for folio in range(state[R_POOL_PAGES]):
+        head = state[R_POOL_BASE] + (folio << order)
+        compound = compound_info(state, head, order)
+        first = struct_page(m, head)
+        for i in range(U1 << order):
+            write_tail(ram, first + i * U8, flags, compound)
+        write_head(m, head, first, order, False)
+    return np.int64(0)
+
+
+@entry
+def boot(descriptor):
+    """Build the kernel's table, the vmemmap and the pool: 0, or -ENOMEM when the frames do not suffice.
+
+    The registers are set by then. The lowest huge page is handed out first.
+    """
+    m = open_machine(descriptor)
+    state = m.state
+    order = state[R_ORDER]
+    root = take_frame(m)
+    if root == NONE:
+        return ENOMEM
+    fill_frame(m.ram, root, U0)
+    change(m.stats, KERNEL_TABLES, 1)
+    state[R_KERNEL_ROOT] = root << U12
+    pages = state[R_POOL_PAGES]
+    if state[R_HVO] == U0:
+        if map_whole(m, order) != 0:
+            return ENOMEM
+    else:
+        if state[R_MASK_TAILS] != U0:
+            tail = take_frame(m)
+            if tail == NONE:
+                return ENOMEM
+            state[R_TAIL_PAGE] = tail
+            fill_tail_page(m, tail, order)
+            change(m.stats, VMEMMAP_PAGES, 1)
+        for i in range(pages):
+            if map_optimized(m, state[R_POOL_BASE] + (i << order), order) != 0:
+                return ENOMEM
+    for i in range(pages):
+        m.pool[i] = state[R_POOL_BASE] + ((pages - U1 - i) << order)
+    state[R_POOL_FREE] = pages
+    change(m.stats, POOL_FREE, np.int64(pages))
+    return np.int64(0)
+
+
+@entry
+def new_root(descriptor, row, stage2):
+    """Give a process (`row` of S_*) or a VM (row of V_*) its empty top table: 0 or -ENOMEM."""
+    m = open_machine(descriptor)
+    frame = take_frame(m)
+    if frame == NONE:
+        return ENOMEM
+    if stage2:
+        fill_frame(m.ram, frame, m.state[stage2_format(m) + F_EMPTY])
+        m.state[row + V_ROOT] = frame << U12
+        change(m.stats, STAGE2_TABLES, 1)
+    else:
+        fill_frame(m.ram, frame, U0)
+        m.state[row + S_ROOT] = frame << U12
+        change(m.stats, HOST_TABLES, 1)
+    m.leaves[frame] = np.uint32(0)
+    return np.int64(0)
+
+
+@entry
+def content_frame(descriptor, pfn):
+    """The frame with the contents of a guest frame, given one of zeroes if it has none: its number, or -ENOMEM."""
+    m = open_machine(descriptor)
+    at = pfn - m.state[R_POOL_BASE]
+    frame = U(m.contents[at])
+    if frame == U0:
+        frame = take_frame(m)
+        if frame == NONE:
+            return ENOMEM
+        fill_frame(m.ram, frame, U0)
+        m.contents[at] = np.uint32(frame)
+        change(m.stats, CONTENT_FRAMES, 1)
+    return np.int64(frame)

@@ -1,0 +1,114 @@
+"""The one decorator behind every kernel, and the cache that knows when any kernel source changed.
+
+numba stamps a cached function with the file it stands in only, so an edited callee elsewhere goes
+unseen, and NUMBA_BOUNDSCHECK is no part of its key. Here the stamp is a digest of every kernel
+source, of the options and of BOUNDSCHECK. numba's global configuration is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from numba import njit
+from numba.core import config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SOURCES = Path(__file__).parent
+
+# No reference counting: kernels allocate nothing, and counting costs up to 16x inside loops.
+OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+
+kernels: list[Any] = []  # every dispatcher made here, for the tests of the ground rules
+entries: list[Any] = []  # those that Python calls
+
+
+def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) -> str:
+    """Digest of all `*.py` under `folder`, of numba's version, the options and BOUNDSCHECK (hex)."""
+    digest = hashlib.sha256()
+    digest.update(repr((numba.__version__, sorted((options or OPTIONS).items()), config.BOUNDSCHECK)).encode())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+try:  # private interface of numba, hence the pinned minor version
+    from numba.core import caching
+
+    def _stamped(locator: type[Any]) -> type[Any]:
+        class Stamped(locator):
+            def get_source_stamp(self) -> str:
+                return source_stamp()
+
+        Stamped.__name__ = Stamped.__qualname__ = locator.__name__
+        return Stamped
+
+    class _CacheImpl(caching.CompileResultCacheImpl):
+        _locator_classes = [
+            _stamped(caching.UserProvidedCacheLocator),
+            _stamped(caching.InTreeCacheLocator),
+            _stamped(caching.UserWideCacheLocator),
+        ]
+
+    class _KernelCache(caching.FunctionCache):
+        _impl_class = _CacheImpl
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            found = super().load_overload(sig, target_context)
+            if found is None:
+                _announce_compilation()
+            return found
+
+except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
+    _KernelCache = None  # type: ignore[assignment,misc]
+    warnings.warn("this numba has no known cache interface: kernels are compiled in every process", stacklevel=2)
+
+
+_announced = False
+
+
+def _announce_compilation() -> None:
+    """Say once, on stderr, why the first call takes seconds."""
+    global _announced
+    if not _announced:
+        _announced = True
+        print("pgemu: compiling kernels, once (their machine code is cached)", file=sys.stderr, flush=True)
+
+
+def kernel(function: F) -> F:
+    """An inner function: takes the machine's NamedTuple, always inlined into its callers."""
+    dispatcher = njit(forceinline=True, **OPTIONS)(function)
+    kernels.append(dispatcher)
+    return cast(F, dispatcher)
+
+
+def outlined(function: F) -> F:
+    """An inner function of a rare, long path: compiled once and called, to keep its callers small."""
+    dispatcher = njit(**OPTIONS)(function)
+    kernels.append(dispatcher)
+    return cast(F, dispatcher)
+
+
+def entry(function: F) -> F:
+    """An entry point: takes the int64 descriptor of a machine, cached on disk."""
+    dispatcher = njit(**OPTIONS)(function)
+    if _KernelCache is not None:
+        dispatcher._cache = _KernelCache(function)
+    kernels.append(dispatcher)
+    entries.append(dispatcher)
+    return cast(F, dispatcher)
+
+
+def warm_up(call: Callable[[], object]) -> float:
+    """Run `call` once and return its seconds: the compilation, when the cache was cold."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,185 @@
+"""Counting and pricing: `charge`, and the frame around every operation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels import layout
+from pgemu_kernels.bits import U1, U2, U3, U4, U63, leading_zeros, trailing_zeros
+from pgemu_kernels.compile import kernel
+from pgemu_kernels.layout import (
+    CLOCK_HIGH,
+    CLOCK_LOW,
+    HISTOGRAM_BUCKETS,
+    O_CLOCK_HIGH,
+    O_CLOCK_LOW,
+    O_DETAIL,
+    O_LOCKED,
+    O_OP,
+    O_PHASE,
+    O_PAUSED_HIGH,
+    O_PAUSED_LOW,
+    O_REFERENCED,
+    O_ROUND_END,
+    O_STATUS,
+    R_COUNTER_ROW,
+    STATS_COST,
+    STATS_COUNTERS,
+    STATS_GAUGES,
+    STATS_HISTOGRAM,
+    STATS_PRICES,
+    STATS_TALLY,
+    Event,
+    Gauge,
+)
+
+U = np.uint64
+
+HOST_FAULT = U(Event.HOST_FAULT)
+GUEST_FAULT = U(Event.GUEST_FAULT)
+CONVERT_IOCTL = U(Event.CONVERT_IOCTL)
+SYSCALL = U(Event.SYSCALL)
+TABLE_PAGE_ALLOCATED = U(Event.TABLE_PAGE_ALLOCATED)
+TABLE_PAGE_FREED = U(Event.TABLE_PAGE_FREED)
+LEAF_WRITTEN = U(Event.LEAF_WRITTEN)
+LEAF_CLEARED = U(Event.LEAF_CLEARED)
+SPTE_WRITTEN = U(Event.SPTE_WRITTEN)
+SPTE_CLEARED = U(Event.SPTE_CLEARED)
+RMAP_CHANGED = U(Event.RMAP_CHANGED)
+TLB_FLUSH_MM = U(Event.TLB_FLUSH_MM)
+TLB_FLUSH_VM = U(Event.TLB_FLUSH_VM)
+TLB_FLUSH_KERNEL = U(Event.TLB_FLUSH_KERNEL)
+HUGE_FOLIO_ALLOCATED = U(Event.HUGE_FOLIO_ALLOCATED)
+HUGE_FOLIO_FREED = U(Event.HUGE_FOLIO_FREED)
+PAGE_ZEROED = U(Event.PAGE_ZEROED)
+FOLIO_ZEROED_PAGES = U(Event.FOLIO_ZEROED_PAGES)
+VMEMMAP_PAGE_RESTORED = U(Event.VMEMMAP_PAGE_RESTORED)
+VMEMMAP_PAGE_FREED = U(Event.VMEMMAP_PAGE_FREED)
+STRUCT_PAGE_WRITTEN = U(Event.STRUCT_PAGE_WRITTEN)
+STRUCT_PAGE_BYTES = U(Event.STRUCT_PAGE_BYTES)
+FOLIO_GATE_CHECKED = U(Event.FOLIO_GATE_CHECKED)
+PAGE_CACHE_STORED = U(Event.PAGE_CACHE_STORED)
+ATTRIBUTES_STORED = U(Event.ATTRIBUTES_STORED)
+FOLIO_SPLIT = U(Event.FOLIO_SPLIT)
+FOLIO_MERGED = U(Event.FOLIO_MERGED)
+FREEZE_SPIN = U(Event.FREEZE_SPIN)
+NOTIFIER_CALL = U(Event.NOTIFIER_CALL)
+DEFERRED_MERGE = U(Event.DEFERRED_MERGE)
+
+FRAMES_USED = U(Gauge.FRAMES_USED)
+HOST_TABLES = U(Gauge.HOST_TABLES)
+STAGE2_TABLES = U(Gauge.STAGE2_TABLES)
+KERNEL_TABLES = U(Gauge.KERNEL_TABLES)
+VMEMMAP_PAGES = U(Gauge.VMEMMAP_PAGES)
+CONTENT_FRAMES = U(Gauge.CONTENT_FRAMES)
+HOST_LEAVES = U(Gauge.HOST_LEAVES_4K)  # + level - 1
+STAGE2_LEAVES = U(Gauge.STAGE2_LEAVES_4K)  # + level - 1
+POOL_FREE = U(Gauge.POOL_FREE)
+BLOCKS_HUGE = U(Gauge.BLOCKS_HUGE)
+BLOCKS_SPLIT = U(Gauge.BLOCKS_SPLIT)
+BLOCKS_ZOMBIE = U(Gauge.BLOCKS_ZOMBIE)
+
+_EVENTS = U(layout.EVENTS)
+_TALLY_SLOTS = U(layout.TALLY_SLOTS)
+_BUCKETS = U(HISTOGRAM_BUCKETS)
+_LAST_BUCKET = U(HISTOGRAM_BUCKETS - 1)
+_FAULT_BIT = U(layout.TALLY_FAULT_BIT)
+_SIXTEEN = U(16)
+
+
+@kernel
+def charge(m, event, n):
+    """Count `n` (int64) of `event` (uint64) for the operation under way and advance both clocks."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += n
+    price = STATS_PRICES + event * U4
+    stats[CLOCK_LOW] += stats[price] + stats[price + U1] * n
+    stats[CLOCK_HIGH] += stats[price + U2] + stats[price + U3] * n
+
+
+@kernel
+def change(stats, gauge, n):
+    """Add `n` (int64) to a gauge and keep its peak."""
+    at = STATS_GAUGES + gauge * U2
+    value = stats[at] + n
+    stats[at] = value
+    if value > stats[at + U1]:
+        stats[at + U1] = value
+
+
+@kernel
+def change_value(stats, gauge, n):
+    """The same for gauges whose peak nobody asks for (hot paths)."""
+    stats[STATS_GAUGES + gauge * U2] += n
+
+
+@kernel
+def begin_operation(m, op):
+    """Make the record at `op` the one that events are charged to."""
+    state = m.state
+    state[R_COUNTER_ROW] = STATS_COUNTERS + state[op + O_OP] * _EVENTS
+    state[op + O_CLOCK_LOW] = U(m.stats[CLOCK_LOW])
+    state[op + O_CLOCK_HIGH] = U(m.stats[CLOCK_HIGH])
+    state[op + O_PHASE] = U(0)
+    state[op + O_STATUS] = U(0)
+    state[op + O_DETAIL] = U(0)
+    state[op + O_LOCKED] = U(0)
+    state[op + O_REFERENCED] = U(0)
+    state[op + O_ROUND_END] = U(0)
+
+
+@kernel
+def pause(m, op):
+    """Stop an operation's clock between two of its steps."""
+    m.state[op + O_PAUSED_LOW] = U(m.stats[CLOCK_LOW])
+    m.state[op + O_PAUSED_HIGH] = U(m.stats[CLOCK_HIGH])
+
+
+@kernel
+def resume(m, op):
+    """Let an operation's clock go on: what others cost meanwhile is not its own."""
+    state = m.state
+    state[op + O_CLOCK_LOW] += U(m.stats[CLOCK_LOW]) - state[op + O_PAUSED_LOW]
+    state[op + O_CLOCK_HIGH] += U(m.stats[CLOCK_HIGH]) - state[op + O_PAUSED_HIGH]
+
+
+@kernel
+def bucket(picoseconds):
+    """Index of the log-linear bucket: eight per power of two of nanoseconds."""
+    value = U(picoseconds) // U(125) + U(8)  # eighths of a nanosecond, so that the first octave is linear
+    top = U63 - leading_zeros(value)
+    index = (top - U3) * U(8) + ((value >> (top - U3)) & U(7))
+    return min(index, _LAST_BUCKET)
+
+
+@kernel
+def tally_slot(status):
+    """Index of a result's counter: small codes, VM_FAULT bits from 16 on, errno from 32 on."""
+    if status < 0:
+        return min(U(-status) + U(layout.TALLY_ERRNO), _TALLY_SLOTS - U1)
+    if U(status) < _SIXTEEN:
+        return U(status)
+    return _FAULT_BIT + trailing_zeros(U(status))
+
+
+@kernel
+def finish_operation(m, op):
+    """Book the result and the cost of the operation whose record is at `op`."""
+    state = m.state
+    stats = m.stats
+    kind = state[op + O_OP]
+    stats[STATS_TALLY + kind * _TALLY_SLOTS + tally_slot(np.int64(state[op + O_STATUS]))] += 1
+    low = stats[CLOCK_LOW] - np.int64(state[op + O_CLOCK_LOW])
+    high = stats[CLOCK_HIGH] - np.int64(state[op + O_CLOCK_HIGH])
+    stats[STATS_COST + kind * U2] += low
+    stats[STATS_COST + kind * U2 + U1] += high
+    row = STATS_HISTOGRAM + kind * U2 * _BUCKETS
+    stats[row + bucket(low)] += 1
+    stats[row + _BUCKETS + bucket(high)] += 1
+
+
+@kernel
+def result(state, op, status):
+    """Store a result (int64) in the record and return it."""
+    state[op + O_STATUS] = U(status)
+    return status

@@ -1,0 +1,85 @@
+"""struct page and struct folio: 64 bytes each, at their place in the vmemmap.
+
+Words of a struct page (include/linux/mm_types.h): 0 flags, 1 compound_info or lru.next, 2 lru.prev,
+3 mapping, 4 index, 5 private, 6 _mapcount or page_type (low half) and _refcount (high half),
+7 memcg_data. A folio's further fields lie in the struct pages after the head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import LOW32, U1, U3, U6, U12, U21, U30, U32, U39, U511, U4095
+from pgemu_kernels.compile import kernel
+from pgemu_kernels.formats import ADDRESS, LARGE
+from pgemu_kernels.layout import R_KERNEL_ROOT, R_VMEMMAP
+
+U = np.uint64
+_ADDRESS = U(ADDRESS)
+_LARGE = U(LARGE)
+
+FLAGS = U(0)
+COMPOUND = U(1)
+LRU_PREV = U(2)
+MAPPING = U(3)
+INDEX = U(4)
+PRIVATE = U(5)
+COUNTS = U(6)
+MEMCG = U(7)
+
+PG_UPTODATE = U(1 << 3)
+PG_DIRTY = U(1 << 4)
+PG_HEAD = U(1 << 6)
+PG_UNEVICTABLE = U(1 << 18)
+HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
+HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
+PGTY_HUGETLB = U(0xF4000000)
+TAIL_MAPPING = U(0xDEAD000000000400)
+NO_MAPCOUNT = LOW32  # _mapcount -1
+ONE_REFERENCE = U(1 << 32)
+ONE_CACHED = U(1 << 32 | 0xFFFFFFFF)  # refcount 1, mapcount -1: an idle 4K folio of the page cache
+
+
+@kernel
+def vmemmap_address(state, pfn):
+    """Virtual address of a struct page."""
+    return state[R_VMEMMAP] + (pfn << U6)
+
+
+@kernel
+def struct_page(m, pfn):
+    """Index in `ram` of a struct page, through the kernel's own page table: three or four loads."""
+    ram = m.ram
+    address = vmemmap_address(m.state, pfn)
+    entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511)]
+    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U30 & U511)]
+    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U21 & U511)]
+    if entry & _LARGE:
+        return ((entry & _ADDRESS) + (address & U((1 << 21) - 1))) >> U3
+    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U12 & U511)]
+    return ((entry & _ADDRESS) | (address & U4095)) >> U3
+
+
+@kernel
+def reference_count(ram, page):
+    return ram[page + COUNTS] >> U32
+
+
+@kernel
+def add_references(ram, page, n):
+    """Add `n` (uint64, two's complement to take away) to a folio's refcount."""
+    ram[page + COUNTS] += n << U32
+
+
+@kernel
+def add_mapping(ram, page):
+    """A 4K folio gets one more page-table entry: _mapcount + 1. mm/rmap.c:__folio_add_rmap()."""
+    word = ram[page + COUNTS]
+    ram[page + COUNTS] = (word & ~LOW32) | (word + U1 & LOW32)
+
+
+@kernel
+def remove_mapping(ram, page):
+    """One page-table entry less: _mapcount - 1 and the reference that the entry held."""
+    word = ram[page + COUNTS]
+    ram[page + COUNTS] = (word - ONE_REFERENCE & ~LOW32) | (word - U1 & LOW32)

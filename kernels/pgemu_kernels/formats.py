@@ -1,0 +1,125 @@
+"""Entry formats as data, and the one table of what differs between kernel versions.
+
+Values are those of real kernels; each has its source beside it. Plain Python: no numba here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgemu_kernels import layout as L
+
+# x86-64, user half: arch/x86/include/asm/pgtable_types.h
+PRESENT = 1 << 0
+WRITE = 1 << 1
+USER = 1 << 2
+PCD = 1 << 4
+ACCESSED = 1 << 5
+DIRTY = 1 << 6
+LARGE = 1 << 7
+GLOBAL = 1 << 8
+SPECIAL = 1 << 9
+SOFT_DIRTY = 1 << 11
+SAVED_DIRTY = 1 << 58
+NO_EXECUTE = 1 << 63
+ADDRESS = 0x000F_FFFF_FFFF_F000
+
+TABLE = PRESENT | WRITE | USER | ACCESSED | DIRTY  # pmd_populate(): 0x67
+_SHARED = PRESENT | WRITE | USER | ACCESSED | NO_EXECUTE  # PAGE_SHARED: 8..27
+_READ_ONLY = PRESENT | USER | ACCESSED | NO_EXECUTE  # PAGE_READONLY: 8..25
+FILE_LEAF = _SHARED | DIRTY | SOFT_DIRTY | WRITE  # 8..867, as captured for guest_memfd
+FILE_LEAF_READ_ONLY = _READ_ONLY  # 8..25, set_pte_range() without write access
+PFN_LEAF = _SHARED | SPECIAL  # vmf_insert_pfn(): 8..227
+PFN_LEAF_READ_ONLY = _READ_ONLY | SPECIAL  # 8..225
+
+# Kernel mappings of the vmemmap
+VMEMMAP_LARGE = PRESENT | WRITE | ACCESSED | DIRTY | LARGE | GLOBAL | NO_EXECUTE  # 8..1e3
+VMEMMAP_PAGE = PRESENT | WRITE | ACCESSED | DIRTY | GLOBAL | NO_EXECUTE  # 8..163
+VMEMMAP_READ_ONLY = PRESENT | ACCESSED | GLOBAL | NO_EXECUTE  # 8..121
+
+# KVM's stage 2: arch/x86/kvm/mmu/spte.h
+EMPTY_SPTE = 1 << 63  # SHADOW_NONPRESENT_VALUE
+FROZEN_SPTE = EMPTY_SPTE | 0x5A0
+MMU_PRESENT = 1 << 11
+NPT_TABLE = PRESENT | WRITE | USER | ACCESSED | MMU_PRESENT  # 827
+NPT_LEAF = PRESENT | WRITE | USER | ACCESSED | DIRTY | 1 << 9 | 1 << 10 | MMU_PRESENT  # e67
+EPT_RWX = 0b111
+EPT_WB_IPAT = 6 << 3 | 1 << 6
+EPT_ACCESSED = 1 << 8
+EPT_DIRTY = 1 << 9
+EPT_USER_EXECUTE = 1 << 10
+SUPPRESS_VE = 1 << 63
+
+HOST_X86_64 = 0
+STAGE2_NPT = 1
+STAGE2_EPT = 2
+
+
+@dataclass(frozen=True)
+class KernelParameters:
+    """What one Linux version writes differently.
+
+    `release` is what --kernel takes. `ept_writable` are the host-writable and MMU-writable bits of an
+    EPT leaf and `ept_extra` what its leaves and tables carry besides (captured for 7.3, spte.h before).
+    `mask_tails` is the compound_info mask with one shared tail page per zone (7.1 and later) instead
+    of the pointer form whose tails share the folio's own head page. `reset_struct_pages` is
+    NR_RESET_STRUCT_PAGE of a vmemmap restore. `dontneed_frees_tables` is CONFIG_PT_RECLAIM (6.14).
+    `page_flags` are node and zone of ZONE_NORMAL in page->flags of the captured configuration, and
+    `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
+    """
+
+    release: str
+    ept_writable: int
+    ept_extra: int
+    mask_tails: bool
+    reset_struct_pages: int
+    dontneed_frees_tables: bool
+    page_flags: int
+    folio_6_12: bool
+
+
+KERNELS: dict[str, KernelParameters] = {
+    "6.12": KernelParameters("6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True),
+    "6.18": KernelParameters("6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False),
+    "7.3": KernelParameters("7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, 0x4000_0000_0000_0000, False),
+}
+
+
+def format_table(kernel: str, nx_huge_pages: bool = False) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """The `formats` array: rows HOST_X86_64, STAGE2_NPT, STAGE2_EPT as `kernel` writes them.
+
+    uint64[3 * F_WORDS]. `nx_huge_pages` is KVM's iTLB-multihit mitigation: EPT leaves above 4K without
+    the execute bits. KeyError for a kernel that is not in KERNELS.
+    """
+    parameters = KERNELS[kernel]
+    rows = np.zeros((3, L.F_WORDS), dtype=np.uint64)
+    for row in rows:
+        row[L.F_LARGE] = LARGE
+        row[L.F_ADDRESS] = ADDRESS
+        row[L.F_WRITE] = WRITE
+        row[L.F_TOP_SHIFT] = 39
+        row[L.F_LEVELS] = 4
+    host, npt, ept = rows
+    host[L.F_PRESENT] = PRESENT
+    host[L.F_TABLE] = TABLE
+    host[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = FILE_LEAF, FILE_LEAF | LARGE, FILE_LEAF | LARGE
+    host[L.F_LEAF_4K_RO] = FILE_LEAF_READ_ONLY
+    host[[L.F_SPECIAL_4K, L.F_SPECIAL_4K_RO]] = PFN_LEAF, PFN_LEAF_READ_ONLY
+    npt[L.F_PRESENT] = PRESENT
+    npt[L.F_TABLE] = NPT_TABLE
+    npt[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = NPT_LEAF, NPT_LEAF | LARGE, NPT_LEAF | LARGE
+    npt[L.F_EMPTY] = EMPTY_SPTE
+    leaf = (
+        EPT_RWX | EPT_WB_IPAT | EPT_ACCESSED | EPT_DIRTY | MMU_PRESENT | SUPPRESS_VE
+        | parameters.ept_writable | parameters.ept_extra
+    )  # fmt: skip
+    large = leaf | LARGE
+    if nx_huge_pages:
+        large &= ~(0b100 | EPT_USER_EXECUTE)
+    ept[L.F_PRESENT] = EPT_RWX
+    ept[L.F_TABLE] = EPT_RWX | EPT_ACCESSED | MMU_PRESENT | SUPPRESS_VE | parameters.ept_extra
+    ept[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = leaf, large, large
+    ept[L.F_EMPTY] = EMPTY_SPTE
+    return rows.reshape(-1)

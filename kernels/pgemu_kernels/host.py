@@ -1,0 +1,124 @@
+"""The process side: clearing page-table entries of a mapping, and what that sets off."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U12, U511, U512
+from pgemu_kernels.compile import kernel, outlined
+from pgemu_kernels.events import LEAF_CLEARED, RMAP_CHANGED, TLB_FLUSH_MM, charge
+from pgemu_kernels.folio import remove_mapping, struct_page
+from pgemu_kernels.formats import ADDRESS, PRESENT, SPECIAL
+from pgemu_kernels.gmem import find_vma, notify_unmap, vma_overlap, vma_row
+from pgemu_kernels.layout import (
+    A_END,
+    A_INODE,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    R_VMAS,
+    S_ROOT,
+    S_WORDS,
+    STATE_SPACES,
+)
+from pgemu_kernels.paging import count_host_leaf, free_host_tables, host_format, next_host_table
+
+U = np.uint64
+_S_WORDS = U(S_WORDS)
+_PRESENT = U(PRESENT)
+_SPECIAL = U(SPECIAL)
+_ADDRESS = U(ADDRESS)
+
+
+@kernel
+def space_root(state, space):
+    """Physical address of a process's top table."""
+    return state[STATE_SPACES + space * _S_WORDS + S_ROOT]
+
+
+@kernel
+def clear_leaves(m, root, page, end):
+    """Clear the entries of virtual pages [page, end): how many there were.
+
+    An ordinary entry gives back its folio's mapcount and reference; a special one has neither:
+    mm/memory.c:zap_present_ptes(), vm_normal_page().
+    """
+    f = host_format(m)
+    ram = m.ram
+    cleared = np.int64(0)
+    ordinary = np.int64(0)
+    while page < end:
+        table, skip = next_host_table(m, f, root, page)
+        if table == NONE:
+            page = (page & ~(skip - U1)) + skip
+            continue
+        stop = min(end, (page | U511) + U1)
+        for slot in range(table + (page & U511), table + (stop - U1 & U511) + U1):
+            entry = ram[slot]
+            if entry & _PRESENT != U0:
+                ram[slot] = U0
+                cleared += 1
+                if entry & _SPECIAL == U0:
+                    remove_mapping(ram, struct_page(m, (entry & _ADDRESS) >> U12))
+                    ordinary += 1
+        page = stop
+    if cleared != 0:
+        count_host_leaf(m, -cleared)
+        charge(m, LEAF_CLEARED, cleared)
+        charge(m, TLB_FLUSH_MM, 1)
+        if ordinary != 0:
+            charge(m, RMAP_CHANGED, ordinary)
+    return cleared
+
+
+@kernel
+def unmap_vma_range(m, row, first, last):
+    """zap_vma_range() of virtual addresses [first, last) of the VMA at `row`, between its MMU notifier calls."""
+    state = m.state
+    space = state[row + A_SPACE]
+    start = state[row + A_PGOFF] + ((first - state[row + A_START]) >> U12)
+    notify_unmap(m, space, state[row + A_INODE], start, start + ((last - first) >> U12))
+    return clear_leaves(m, space_root(state, space), first >> U12, last >> U12)
+
+
+@kernel
+def unmap_everywhere(m, inode, start, end):
+    """unmap_mapping_pages(): clear pages [start, end) of an inode in every process that maps it."""
+    state = m.state
+    cleared = np.int64(0)
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        first, last = vma_overlap(state, row, inode, start, end)
+        if first < last:
+            cleared += unmap_vma_range(m, row, first, last)
+    return cleared
+
+
+@outlined
+def reclaim_tables(m, root, first, last):
+    """Free the last-level tables that one MADV_DONTNEED of pages [first, last) covers whole: CONFIG_PT_RECLAIM.
+
+    mm/pt_reclaim.c:try_to_free_pte(). Two halves, one after the other, free nothing, as captured.
+    """
+    page = (first + U511) & ~U511
+    while page + U512 <= last:
+        free_host_tables(m, root, page, page + U1, page, page + U512)
+        page += U512
+
+
+@kernel
+def next_vma(state, space, address, end):
+    """The first VMA of a process that ends after `address` and begins before `end`: its row, or NONE."""
+    row = find_vma(state, space, address)
+    if row != NONE:
+        return row
+    best = NONE
+    begin = end
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_SPACE] == space and address < state[row + A_END] and state[row + A_START] < begin:
+            best = row
+            begin = state[row + A_START]
+    return best
+
+

@@ -1,0 +1,375 @@
+"""The HugeTLB pool, and what becomes of a folio's struct pages: taken, split to 4K, merged, given back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import ALL, LOW32, NONE, U0, U1, U3, U6, U8, U32, U64
+from pgemu_kernels.compile import kernel, outlined
+from pgemu_kernels.events import (
+    BLOCKS_HUGE,
+    BLOCKS_SPLIT,
+    BLOCKS_ZOMBIE,
+    DEFERRED_MERGE,
+    FOLIO_MERGED,
+    FOLIO_SPLIT,
+    HUGE_FOLIO_ALLOCATED,
+    HUGE_FOLIO_FREED,
+    PAGE_CACHE_STORED,
+    PAGE_ZEROED,
+    POOL_FREE,
+    STRUCT_PAGE_BYTES,
+    STRUCT_PAGE_WRITTEN,
+    change,
+    charge,
+)
+from pgemu_kernels.folio import (
+    COMPOUND,
+    COUNTS,
+    FLAGS,
+    HUGETLB_FREED,
+    HUGETLB_VMEMMAP_OPTIMIZED,
+    INDEX,
+    MAPPING,
+    MEMCG,
+    NO_MAPCOUNT,
+    ONE_CACHED,
+    ONE_REFERENCE,
+    PG_DIRTY,
+    PG_HEAD,
+    PG_UPTODATE,
+    PGTY_HUGETLB,
+    PRIVATE,
+    TAIL_MAPPING,
+    struct_page,
+    vmemmap_address,
+)
+from pgemu_kernels.layout import (
+    B_OUTSTANDING,
+    B_PFN,
+    B_STATE,
+    BLOCK_ABSENT,
+    BLOCK_HUGE,
+    BLOCK_SPLIT,
+    BLOCK_ZOMBIE,
+    EBUSY,
+    R_FOLIO_6_12,
+    R_HVO,
+    R_ORDER,
+    R_PAGE_FLAGS,
+    R_POOL_FREE,
+    R_ZERO_PAGE,
+)
+from pgemu_kernels.memory import zero_contents
+from pgemu_kernels.vmemmap import compound_info, optimize, restore
+
+U = np.uint64
+
+# Where the kernel would have its `struct address_space`s: one 4K object per inode in the direct map.
+# A model address: no source gives one, and nothing is stored there.
+MAPPING_ADDRESS = U(0xFFFF888000001000)
+
+# Bytes stored in each tail. Split: flags, mapping, index, compound_info, memcg_data and refcount
+# (mm/huge_memory.c:__split_folio_to_order()). Merge: mapping, compound_info, private
+# (prep_compound_tail()), the refcount that freezing takes, and the flags (inference: a tail that kept
+# PG_uptodate would be copied into every page of the next restore).
+SPLIT_BYTES = 44
+MERGE_BYTES = 36
+
+
+@kernel
+def mapping_address(inode):
+    """Value of folio->mapping for an inode."""
+    return MAPPING_ADDRESS + (inode << U(12))
+
+
+@kernel
+def write_order(ram, state, head, first, order):
+    """The fields of a folio that lie in its second to fourth struct page, as in a free HugeTLB page.
+
+    mm/internal.h:prep_compound_head(), mm/hugetlb.c:init_new_hugetlb_folio(); words as captured.
+    """
+    flags = state[R_PAGE_FLAGS]
+    compound = compound_info(state, head, order)
+    second = first + U8
+    ram[second + FLAGS] = flags | order
+    ram[second + COMPOUND] = compound
+    ram[second + U(5)] = U0
+    ram[second + COUNTS] = NO_MAPCOUNT
+    if state[R_FOLIO_6_12] != U0:
+        ram[second + U(2)] = ALL  # _large_mapcount -1, _entire_mapcount -1
+        ram[second + U(3)] = U0  # _nr_pages_mapped, _pincount
+        ram[second + U(4)] = U1 << order  # _folio_nr_pages
+        ram[second + U(7)] = U0
+    else:
+        ram[second + U(2)] = LOW32  # _large_mapcount -1, _nr_pages_mapped 0
+        ram[second + U(3)] = LOW32  # _entire_mapcount -1, _pincount 0
+        ram[second + U(4)] = ALL  # _mm_id_mapcount, _mm_ids
+        ram[second + U(7)] = U1 << order  # _nr_pages
+    third = first + U(16)
+    ram[third + FLAGS] = flags
+    ram[third + COMPOUND] = compound
+    link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
+    ram[third + U(2)] = link
+    ram[third + U(3)] = link
+    fourth = first + U(24)
+    ram[fourth + FLAGS] = flags
+    ram[fourth + COMPOUND] = compound
+    ram[fourth + U(2)] = U0  # _hugetlb_subpool
+
+
+@kernel
+def take_folio(m, inode, block, index):
+    """Take a huge page from the pool for block row `block` of an inode and put it in the page cache.
+
+    Returns the head's PFN, or NONE when the pool is empty. The folio ends with one reference per base
+    page, which are the page cache's. mm/hugetlb.c:dequeue_hugetlb_folio_node_exact(),
+    mm/filemap.c:__filemap_add_folio().
+    """
+    state = m.state
+    top = state[R_POOL_FREE]
+    if top == U0:
+        return NONE
+    state[R_POOL_FREE] = top - U1
+    head = m.pool[top - U1]
+    ram = m.ram
+    page = struct_page(m, head)
+    ram[page + MAPPING] = mapping_address(inode)
+    ram[page + INDEX] = index
+    ram[page + PRIVATE] &= ~HUGETLB_FREED
+    ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
+    m.blocks[block + B_PFN] = head
+    m.blocks[block + B_STATE] = BLOCK_HUGE
+    change(m.stats, POOL_FREE, -1)
+    change(m.stats, BLOCKS_HUGE, 1)
+    charge(m, HUGE_FOLIO_ALLOCATED, 1)
+    charge(m, PAGE_CACHE_STORED, 1)
+    charge(m, STRUCT_PAGE_BYTES, 28)
+    return head
+
+
+@kernel
+def return_to_pool(m, head):
+    """The last reference of a huge folio is gone: mm/hugetlb.c:free_huge_folio()."""
+    ram = m.ram
+    page = struct_page(m, head)
+    ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
+    ram[page + MAPPING] = U0
+    ram[page + INDEX] = U0
+    ram[page + PRIVATE] |= HUGETLB_FREED
+    ram[page + COUNTS] = PGTY_HUGETLB
+    top = m.state[R_POOL_FREE]
+    m.pool[top] = head
+    m.state[R_POOL_FREE] = top + U1
+    change(m.stats, POOL_FREE, 1)
+    charge(m, HUGE_FOLIO_FREED, 1)
+    charge(m, STRUCT_PAGE_BYTES, 36)
+
+
+@kernel
+def forget_block(m, block):
+    """Block row `block` holds no folio any more."""
+    m.blocks[block + B_PFN] = U0
+    m.blocks[block + B_STATE] = BLOCK_ABSENT
+    m.blocks[block + B_OUTSTANDING] = U0
+
+
+@kernel
+def free_block(m, block):
+    """Truncate an unsplit folio: out of the page cache and back to the pool."""
+    return_to_pool(m, m.blocks[block + B_PFN])
+    change(m.stats, BLOCKS_HUGE, -1)
+    charge(m, PAGE_CACHE_STORED, 1)
+    forget_block(m, block)
+
+
+@outlined
+def release_block(m, block):
+    """Take an unsplit folio out of the page cache; it goes to the pool now or with its last reference."""
+    ram = m.ram
+    head = m.blocks[block + B_PFN]
+    page = struct_page(m, head)
+    extra = (ram[page + COUNTS] >> U32) - (U1 << m.state[R_ORDER])
+    if extra == U0:
+        free_block(m, block)
+        return
+    ram[page + COUNTS] = PGTY_HUGETLB | extra << U32
+    ram[page + MAPPING] = U0
+    change(m.stats, BLOCKS_HUGE, -1)
+    change(m.stats, BLOCKS_ZOMBIE, 1)
+    charge(m, PAGE_CACHE_STORED, 1)
+    forget_block(m, block)
+
+
+@outlined
+def make_zombie(m, block):
+    """Take a split block's pieces out of the page cache though some are held: all their references but those go."""
+    ram = m.ram
+    head = m.blocks[block + B_PFN]
+    held = U0
+    for i in range(U1 << m.state[R_ORDER]):
+        page = struct_page(m, head + i)
+        ram[page + MAPPING] = U0
+        ram[page + COUNTS] -= ONE_REFERENCE
+        if ram[page + COUNTS] >> U32 != U0:
+            held += U1
+    m.blocks[block + B_STATE] = BLOCK_ZOMBIE
+    m.blocks[block + B_OUTSTANDING] = held
+    change(m.stats, BLOCKS_SPLIT, -1)
+    change(m.stats, BLOCKS_ZOMBIE, 1)
+
+
+@outlined
+def split_block(m, block, index, zeroed_word):
+    """Split the huge folio of a block into order-0 folios: 0, or -ENOMEM with nothing changed.
+
+    `index` is the block's first page, `zeroed_word` where its bits in `zeroed` begin (they tell which
+    pages are up to date where zeroing goes by page). The vmemmap is restored first, then every tail
+    becomes a folio of its own with the page cache's reference: mm/hugetlb_restructuring.c of the posted
+    branch, mm/huge_memory.c:__split_folio_to_order().
+    """
+    ram = m.ram
+    state = m.state
+    head = m.blocks[block + B_PFN]
+    order = state[R_ORDER]
+    first = struct_page(m, head)
+    if ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0:
+        status = restore(m, head, order)
+        if status != 0:
+            return status
+    flags = ram[first + FLAGS] & ~PG_HEAD
+    whole = flags & PG_UPTODATE != U0
+    mapping = ram[first + MAPPING]
+    memcg = ram[first + MEMCG]
+    pages = U1 << order
+    for base in range(U0, pages, U64):
+        page = struct_page(m, head + base)
+        bits = U0 if whole else m.zeroed[zeroed_word + (base >> U6)]
+        for i in range(U64):
+            ram[page + FLAGS] = flags | ((bits >> i & U1) << U3)
+            ram[page + COMPOUND] = U0
+            ram[page + MAPPING] = mapping
+            ram[page + INDEX] = index + base + i
+            ram[page + COUNTS] = ONE_CACHED
+            ram[page + MEMCG] = memcg
+            page += U8
+    ram[first + COMPOUND] = U0
+    ram[first + PRIVATE] = U0
+    m.blocks[block + B_STATE] = BLOCK_SPLIT
+    change(m.stats, BLOCKS_HUGE, -1)
+    change(m.stats, BLOCKS_SPLIT, 1)
+    charge(m, FOLIO_SPLIT, 1)
+    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
+    charge(m, STRUCT_PAGE_BYTES, SPLIT_BYTES * (np.int64(pages) - 1))
+    charge(m, PAGE_CACHE_STORED, np.int64(pages))
+    return np.int64(0)
+
+
+@kernel
+def survey(m, head, pages):
+    """Look over a block's 4K folios: (first one that somebody besides the page cache holds or NONE, how many are up to date)."""
+    ram = m.ram
+    uptodate = U0
+    for base in range(U0, pages, U64):
+        page = struct_page(m, head + base)
+        for i in range(U64):
+            if ram[page + COUNTS] != ONE_CACHED:
+                return base + i, uptodate
+            uptodate += ram[page + FLAGS] >> U3 & U1
+            page += U8
+    return NONE, uptodate
+
+
+@kernel
+def zero_the_rest(m, head, pages):
+    """Zero the 4K folios of a block that are not up to date."""
+    for i in range(pages):
+        if m.ram[struct_page(m, head + i) + FLAGS] & PG_UPTODATE == U0:
+            zero_contents(m, head + i, U1)
+
+
+@kernel
+def finish_merge(m, head, first, head_flags, uptodate):
+    """The head of a merged folio, referenced once per base page."""
+    ram = m.ram
+    state = m.state
+    order = state[R_ORDER]
+    head_flags = (head_flags & ~PG_UPTODATE) | PG_HEAD
+    ram[first + FLAGS] = head_flags | PG_UPTODATE if uptodate else head_flags
+    ram[first + COMPOUND] = U0
+    ram[first + COUNTS] = PGTY_HUGETLB | U1 << (order + U32)
+    write_order(ram, state, head, first, order)
+
+
+@outlined
+def merge_block(m, block, index, zeroed_word):
+    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY.
+
+    -EBUSY: a folio has a reference besides the page cache's; the posted code spins in its freeze loop
+    until that is gone, a caller here has to come again. No memory is needed: without a frame for the
+    new head page the folio merely stays unoptimised.
+
+    Inference: where the folio's flag must speak for all pages and only some were zeroed, the others are
+    zeroed here; where zeroing goes by page, their bits go to `zeroed` from `zeroed_word` on (NONE: the
+    folio is about to be freed). No posted version says.
+    """
+    ram = m.ram
+    state = m.state
+    head = m.blocks[block + B_PFN]
+    order = state[R_ORDER]
+    pages = U1 << order
+    busy, uptodate = survey(m, head, pages)
+    if busy != NONE:
+        return np.int64(-EBUSY)
+    by_page = state[R_ZERO_PAGE] != U0
+    if zeroed_word == NONE:
+        uptodate = U0  # the folio is on its way to the pool
+    elif not by_page and U0 < uptodate < pages:
+        zero_the_rest(m, head, pages)
+        charge(m, PAGE_ZEROED, np.int64(pages - uptodate))
+        uptodate = pages
+    flags = state[R_PAGE_FLAGS]
+    compound = compound_info(state, head, order)
+    first = struct_page(m, head)
+    head_flags = ram[first + FLAGS]
+    mapping = ram[first + MAPPING]
+    for base in range(U0, pages, U64):
+        page = struct_page(m, head + base)
+        bits = U0
+        for i in range(U64):
+            bits |= (ram[page + FLAGS] >> U3 & U1) << i
+            ram[page + FLAGS] = flags
+            ram[page + COMPOUND] = compound
+            ram[page + MAPPING] = TAIL_MAPPING
+            ram[page + PRIVATE] = U0
+            ram[page + COUNTS] = NO_MAPCOUNT
+            page += U8
+        if by_page and zeroed_word != NONE:
+            m.zeroed[zeroed_word + (base >> U6)] = bits
+    finish_merge(m, head, first, head_flags, uptodate == pages)
+    ram[first + MAPPING] = mapping
+    ram[first + INDEX] = index
+    m.blocks[block + B_STATE] = BLOCK_HUGE
+    change(m.stats, BLOCKS_SPLIT, -1)
+    change(m.stats, BLOCKS_HUGE, 1)
+    charge(m, FOLIO_MERGED, 1)
+    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
+    charge(m, STRUCT_PAGE_BYTES, MERGE_BYTES * (np.int64(pages) - 1))
+    charge(m, PAGE_CACHE_STORED, 1)
+    if state[R_HVO] != U0:
+        optimize(m, head, order)
+    return np.int64(0)
+
+
+@outlined
+def revive(m, block):
+    """The last piece of a zombie block was put: the worker merges it and gives it back to the pool."""
+    head = m.blocks[block + B_PFN]
+    for i in range(U1 << m.state[R_ORDER]):
+        m.ram[struct_page(m, head + i) + COUNTS] = ONE_CACHED  # as merge_block() expects them
+    m.blocks[block + B_STATE] = BLOCK_SPLIT
+    change(m.stats, BLOCKS_ZOMBIE, -1)
+    change(m.stats, BLOCKS_SPLIT, 1)
+    charge(m, DEFERRED_MERGE, 1)
+    merge_block(m, block, U0, NONE)
+    free_block(m, block)

@@ -1,0 +1,422 @@
+"""The numbers that kernels and Python share: operations, results, events, and who owns which word.
+
+No numba here, so that trace inspection and `--help` need no compiler. A row field `X_NAME` is the index
+of a 64-bit word inside row X; rows of one kind lie one after the other. Fields are uint64 because a
+kernel that adds an int to a uint64 gets an int64.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+import numpy as np
+
+U = np.uint64
+
+# --------------------------------------------------------------------------- pages and levels
+
+PAGE_4K = 4096
+PAGE_2M = PAGE_4K * 512
+PAGE_1G = PAGE_2M * 512
+ORDER_2M = 9
+ORDER_1G = 18
+
+# --------------------------------------------------------------------------- operations
+
+
+class Operation(IntEnum):
+    """What one trace record asks for (column `op`). Codes are part of the trace format."""
+
+    HOST_FAULT = 1
+    GUEST_FAULT = 2
+    CONVERT = 3
+    PUNCH_HOLE = 4
+    ALLOCATE = 5
+    MMAP = 6
+    MUNMAP = 7
+    ZAP = 8
+    BIND = 9
+    UNBIND = 10
+    PIN = 11
+    UNPIN = 12
+    GET = 13
+    PUT = 14
+    DMA_MAP = 15
+    DMA_UNMAP = 16
+    DMA_ACCESS = 17
+    NESTED_MAP = 18
+    NESTED_UNMAP = 19
+    MEMORY_FAILURE = 20
+    CLOSE = 21
+    VM_EXIT = 22
+    GUEST_ACCESS = 23
+
+
+OPERATIONS = 24  # one more than the highest code
+
+
+class Flag(IntFlag):
+    """Bits of the trace column `flags`; which operation reads which is told in pgemu.trace.schema."""
+
+    WRITE = 1
+    EXEC = 2
+    PRIVATE = 4
+    SHARED = 8
+    READ_ONLY = 16
+    MADVISE = 32
+
+
+# --------------------------------------------------------------------------- results
+
+# Guest faults: arch/x86/kvm/mmu/mmu_internal.h, enum of RET_PF_*.
+RET_PF_CONTINUE = 0
+RET_PF_RETRY = 1
+RET_PF_EMULATE = 2
+RET_PF_WRITE_PROTECTED = 3
+RET_PF_INVALID = 4
+RET_PF_FIXED = 5
+RET_PF_SPURIOUS = 6
+
+# Host faults: include/linux/mm_types.h, enum vm_fault_reason. 0 = the entry was there already.
+VM_FAULT_OOM = 0x1
+VM_FAULT_SIGBUS = 0x2
+VM_FAULT_SIGSEGV = 0x40
+VM_FAULT_NOPAGE = 0x100
+VM_FAULT_LOCKED = 0x200
+VM_FAULT_RETRY = 0x400
+
+ENOENT = 2
+EBADF = 9
+EAGAIN = 11
+ENOMEM = 12
+EFAULT = 14
+EBUSY = 16
+EEXIST = 17
+EINVAL = 22
+ENOSPC = 28
+EOPNOTSUPP = 95
+
+# A tally row holds one counter per result: 0..15 as they are, VM_FAULT bits by their number,
+# errors by their errno.
+TALLY_FAULT_BIT = 16
+TALLY_ERRNO = 32
+TALLY_SLOTS = 160
+
+# --------------------------------------------------------------------------- designs and their steps
+
+RESTRUCTURE = 0
+PFNMAP = 1
+
+
+GO = 0  # what a step returns: the next one follows,
+STOP = 1  # ... the operation has ended, its result is in the record,
+BLOCKED = 2  # ... or a lock is held by another actor and nothing was done
+
+
+class Step(IntEnum):
+    """Steps that operations are made of; `step()` runs one. See restructure.py and pfnmap.py for the orders."""
+
+    FINISHED = 0
+    FAULT_LOCK = 1
+    FAULT_FOLIO = 2
+    FAULT_MAP = 3
+    GUEST_BEGIN = 4
+    GUEST_FOLIO = 5
+    GUEST_MAP = 6
+    CONVERT_PREPARE = 7
+    UNMAP_HOST = 8
+    GATE = 9
+    SPLIT = 10
+    INVALIDATE_BEGIN = 11
+    ZAP_STAGE2 = 12
+    STORE_ATTRIBUTES = 13
+    INVALIDATE_END = 14
+    MERGE = 15
+    CONVERT_FINISH = 16
+    WHOLE = 17
+
+
+# --------------------------------------------------------------------------- events
+
+
+class Event(IntEnum):
+    """What `charge` counts. Prices are in pgemu.cost, one per event, each with its source."""
+
+    HOST_FAULT = 0
+    GUEST_FAULT = 1
+    CONVERT_IOCTL = 2
+    SYSCALL = 3
+    TABLE_PAGE_ALLOCATED = 4
+    TABLE_PAGE_FREED = 5
+    LEAF_WRITTEN = 6
+    LEAF_CLEARED = 7
+    SPTE_WRITTEN = 8
+    SPTE_CLEARED = 9
+    RMAP_CHANGED = 10
+    TLB_FLUSH_MM = 11
+    TLB_FLUSH_VM = 12
+    TLB_FLUSH_KERNEL = 13
+    HUGE_FOLIO_ALLOCATED = 14
+    HUGE_FOLIO_FREED = 15
+    PAGE_ZEROED = 16
+    FOLIO_ZEROED_PAGES = 17
+    VMEMMAP_PAGE_RESTORED = 18
+    VMEMMAP_PAGE_FREED = 19
+    STRUCT_PAGE_WRITTEN = 20
+    STRUCT_PAGE_BYTES = 21
+    FOLIO_GATE_CHECKED = 22
+    PAGE_CACHE_STORED = 23
+    ATTRIBUTES_STORED = 24
+    FOLIO_SPLIT = 25
+    FOLIO_MERGED = 26
+    FREEZE_SPIN = 27
+    NOTIFIER_CALL = 28
+    GUP_REFUSED = 29
+    DEFERRED_MERGE = 30
+
+
+EVENTS = 32
+
+# One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
+# folded into fixed when the machine is made. Every price is a band, low and high.
+PRICE_FIXED_LOW = U(0)
+PRICE_EACH_LOW = U(1)
+PRICE_FIXED_HIGH = U(2)
+PRICE_EACH_HIGH = U(3)
+PRICE_WORDS = 4
+
+# Log-linear histogram: eight buckets per power of two of nanoseconds.
+HISTOGRAM_BUCKETS = 384
+
+# --------------------------------------------------------------------------- gauges (value, peak)
+
+
+class Gauge(IntEnum):
+    """Quantities that rise and fall; `gauges[2 * g]` is the value, `gauges[2 * g + 1]` the peak (where kept)."""
+
+    FRAMES_USED = 0
+    HOST_TABLES = 1
+    STAGE2_TABLES = 2
+    KERNEL_TABLES = 3
+    VMEMMAP_PAGES = 4
+    CONTENT_FRAMES = 5
+    HOST_LEAVES_4K = 6
+    HOST_LEAVES_2M = 7
+    HOST_LEAVES_1G = 8
+    STAGE2_LEAVES_4K = 9
+    STAGE2_LEAVES_2M = 10
+    STAGE2_LEAVES_1G = 11
+    POOL_FREE = 12
+    BLOCKS_HUGE = 13
+    BLOCKS_SPLIT = 14
+    BLOCKS_ZOMBIE = 15
+
+
+GAUGES = 16
+
+# --------------------------------------------------------------------------- rows
+
+# regs: named scalars of the machine, uint64
+R_DESIGN = U(0)
+R_FRAMES = U(1)  # metadata zone: frames that exist
+R_FRAMES_LIMIT = U(2)  # ... and how many of them may be in use at once
+R_FRESH = U(3)  # frames handed out that were never handed out before
+R_FREE = U(4)  # frames on the stack of freed ones
+R_SEED_MULTIPLIER = U(5)  # order of fresh frames: (i * multiplier + offset) mod R_FRAMES
+R_SEED_OFFSET = U(6)
+R_POOL_BASE = U(7)  # first PFN of the HugeTLB zone
+R_POOL_PAGES = U(8)  # huge pages in the pool
+R_POOL_FREE = U(9)  # huge pages on the pool's stack
+R_ORDER = U(10)  # 9 or 18: the order of a huge page of the pool
+R_HVO = U(11)
+R_KERNEL_ROOT = U(12)  # physical address of the kernel's top table
+R_VMEMMAP = U(13)  # virtual address of struct page 0
+R_TAIL_PAGE = U(14)  # PFN of the shared vmemmap tail page, kernels from 7.1 on; 0 before
+R_HOST_FORMAT = U(15)  # row of `formats` for process page tables
+R_STAGE2_FORMAT = U(16)
+R_INODES = U(17)
+R_VMAS = U(18)
+R_MEMSLOTS = U(19)
+R_SPACES = U(20)
+R_VMS = U(21)
+R_LAST_VMA = U(22)
+R_LAST_MEMSLOT = U(23)
+R_BLOCKS = U(24)  # block rows handed out
+R_WORDS = U(25)  # shareability words handed out
+R_TALLY_ROW = U(26)
+R_COUNTER_ROW = U(27)
+R_PAGE_FLAGS = U(28)  # node and zone bits of every struct page
+R_MASK_TAILS = U(29)  # 1: compound_info is a mask (7.1 and later), 0: a pointer
+R_RESET_STRUCT_PAGES = U(30)  # struct pages rewritten in each restored vmemmap page, before 7.1
+R_DONTNEED_FREES_TABLES = U(31)  # CONFIG_PT_RECLAIM, 6.14 and later
+R_ZERO_PAGE = U(32)  # 1: zero 4K at a time, 0: the whole folio
+R_ZAP_BOTH_KINDS = U(33)  # a rounded zap drops the leaves of both kinds where they share a root
+R_NOTIFIER = U(34)  # unmapping host entries runs KVM's MMU notifier
+R_DONTNEED_PFNMAP = U(35)  # 1: MADV_DONTNEED works on VM_PFNMAP (no kernel does)
+R_MERGE_WANTED = U(36)  # all private blocks whose merge was put off
+R_BROKEN = U(38)  # invariants found broken by the incremental check
+R_BROKEN_FIRST = U(39)  # the first one: kind << 48 | page index
+R_CHECK = U(40)  # 1: check the invariants an operation touches after it
+R_EXTRA_REFERENCES = U(41)  # references taken by GET and by operations under way
+R_VMEMMAP_TABLE = U(42)  # physical address of the level-3 table that maps the vmemmap
+R_FRAMES_MASK = U(43)
+R_BOOT_FRAMES = U(45)  # frames behind the others that hold an unoptimised vmemmap from boot on
+R_FOLIO_6_12 = U(44)  # 1: mapcounts and page count of a folio where 6.12 has them
+R_WORD_COUNT = 64
+
+# formats: uint64 rows
+F_PRESENT = U(0)  # an entry is present if any of these bits is set
+F_LARGE = U(1)  # above level 1, an entry with this bit is a leaf
+F_ADDRESS = U(2)
+F_TABLE = U(3)  # bits of an entry that points to a table
+F_LEAF_4K = U(4)  # bits of a writable leaf, by level
+F_LEAF_2M = U(5)
+F_LEAF_1G = U(6)
+F_EMPTY = U(7)  # value of an entry that maps nothing
+F_WRITE = U(8)
+F_SPECIAL_4K = U(9)  # host only: vmf_insert_pfn() into a writable VMA
+F_SPECIAL_4K_RO = U(10)
+F_LEAF_4K_RO = U(11)
+F_TOP_SHIFT = U(12)  # address bit where the top level's index begins
+F_LEVELS = U(13)
+F_WORDS = 16
+
+# inodes: uint64 rows
+I_PAGES = U(0)
+I_BLOCK = U(1)  # first row in `blocks`
+I_BLOCKS = U(2)
+I_WORD = U(3)  # first word in `shareability` and `zeroed`
+I_PMD = U(4)  # first element in `shared_2m`
+I_PUD = U(5)  # first element in `shared_1g`
+I_OPEN = U(6)
+I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
+I_INDEX = U(8)
+I_WORDS = 12
+LOCK_WRITER = U(1 << 32)
+
+# blocks: uint64 rows, one per huge page of an inode
+B_PFN = U(0)
+B_STATE = U(1)
+B_OUTSTANDING = U(2)  # zombie: pages that somebody still references
+B_WORDS = 4
+BLOCK_ABSENT = U(0)
+BLOCK_HUGE = U(1)
+BLOCK_SPLIT = U(2)
+BLOCK_ZOMBIE = U(3)  # removed from the page cache, some of its pages still referenced
+
+# spaces: a process's page tables
+S_ROOT = U(0)
+S_WORDS = 2
+
+# vmas
+A_START = U(0)
+A_END = U(1)
+A_SPACE = U(2)
+A_INODE = U(3)
+A_PGOFF = U(4)  # in pages
+A_READ_ONLY = U(5)
+A_LIVE = U(6)
+A_WORDS = 8
+
+# vms
+V_ROOT = U(0)
+V_SPACE = U(1)  # process whose mm the VM belongs to
+V_SEQUENCE = U(2)  # mmu_invalidate_seq
+V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
+V_RANGE_START = U(4)  # gfn
+V_RANGE_END = U(5)
+V_UNFLUSHED = U(6)  # leaves dropped since the last flush of the VM
+V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
+V_WORDS = 8
+
+# memslots
+M_BASE_GFN = U(0)
+M_PAGES = U(1)
+M_VM = U(2)
+M_INODE = U(3)
+M_PGOFF = U(4)  # in pages
+M_LIVE = U(5)
+M_WORDS = 8
+
+# ops: one record per actor, uint64; status is two's complement
+O_OP = U(0)
+O_FLAGS = U(1)
+O_ACTOR = U(2)
+O_VM = U(3)
+O_SPACE = U(4)
+O_OBJECT = U(5)
+O_ADDRESS = U(6)
+O_OFFSET = U(7)
+O_LENGTH = U(8)
+O_PHASE = U(9)  # steps done
+O_STATUS = U(10)
+O_DETAIL = U(11)  # leaf level, or the failing offset
+O_START = U(12)  # range in pages of the inode
+O_END = U(13)
+O_ROUND_START = U(14)  # the same rounded out to huge pages
+O_ROUND_END = U(15)
+O_INODE = U(16)  # rows resolved by the first step
+O_ROW = U(17)  # VMA or memslot
+O_INDEX = U(18)  # page index in the inode
+O_PFN = U(19)
+O_SEQUENCE = U(20)  # mmu_invalidate_seq sampled before the pfn lookup
+O_LOCKED = U(21)  # 0, 1 reader, 2 writer of the inode's invalidate_lock
+O_TO_PRIVATE = U(22)
+O_ZAPPED = U(23)  # something was dropped from stage 2
+O_CLOCK_LOW = U(24)  # clock at the start
+O_CLOCK_HIGH = U(25)
+O_MAX_ORDER = U(26)  # order that guest_memfd reported with the PFN
+O_REFERENCED = U(27)  # PFN + 1 of a folio whose reference the operation holds
+O_PAUSED_LOW = U(28)  # clock at the end of the last step
+O_PAUSED_HIGH = U(29)
+O_WORDS = 32
+
+# --------------------------------------------------------------------------- invariants
+
+
+class Broken(IntEnum):
+    """What `check` found; the numbers are those of the report's list."""
+
+    NONE = 0
+    FRAMES = 1  # a frame is lost, owned twice, or counted wrongly
+    HOST_PRIVATE = 2  # a host leaf to a private page
+    MIXED_LEAF = 3  # a stage-2 leaf over mixed shareability
+    LEAF_OVER_FOLIO = 4  # restructure: a leaf larger than its folio
+    BLOCK_STATE = 5  # restructure: huge and shared, or split and all private
+    WRONG_PFN = 6  # a leaf names another page than the inode does
+    COUNTS = 7  # a kept count differs from the recount
+    VMEMMAP = 8  # vmemmap pages do not match the folios' state
+    IN_PROGRESS = 9  # an invalidation was begun and never ended
+    REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
+
+# --------------------------------------------------------------------------- where the rows lie
+
+# Rows of fixed number stand in one array each of uint64 (`state`) and int64 (`stats`): a kernel that
+# is handed eleven arrays compiles in half the time of one that is handed twenty-five.
+FORMATS = 8
+ACTORS = 1024
+INODES = 64
+SPACES = 64
+VMS = 64
+VMAS = 1024
+MEMSLOTS = 1024
+
+STATE_REGS = U(0)
+STATE_FORMATS = U(R_WORD_COUNT)
+STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
+STATE_INODES = U(STATE_OPS + ACTORS * O_WORDS)
+STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
+STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
+STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)
+STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
+STATE_SIZE = int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS
+
+CLOCK_LOW = U(0)  # int64 picoseconds, low and high end of the estimate
+CLOCK_HIGH = U(1)
+STATS_GAUGES = U(8)
+STATS_PRICES = U(STATS_GAUGES + 2 * GAUGES)
+STATS_COUNTERS = U(STATS_PRICES + EVENTS * PRICE_WORDS)  # [operation][event]
+STATS_TALLY = U(STATS_COUNTERS + OPERATIONS * EVENTS)  # [operation][result]
+STATS_COST = U(STATS_TALLY + OPERATIONS * TALLY_SLOTS)  # [operation][low, high]
+STATS_HISTOGRAM = U(STATS_COST + OPERATIONS * 2)  # [operation][low, high][bucket]
+STATS_SIZE = int(STATS_HISTOGRAM) + OPERATIONS * 2 * HISTOGRAM_BUCKETS

@@ -1,0 +1,330 @@
+"""The operation loop: batch calls, replay and benchmarks all enter here.
+
+Operations come as columns; a column of one element stands for all of them. Stretches of the same
+operation run through a loop of their own, which spares the switch inside and leaves room to prefetch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgemu_kernels import lifecycle, pfnmap, restructure
+from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U12, U16, U18, U32, U48, U511, prefetch
+from pgemu_kernels.compile import entry, kernel, outlined
+from pgemu_kernels.events import (
+    CONVERT_IOCTL,
+    GUEST_FAULT,
+    HOST_FAULT,
+    SYSCALL,
+    begin_operation,
+    charge,
+    finish_operation,
+    result,
+)
+from pgemu_kernels.gmem import find_memslot, find_vma, inode_row, vm_row
+from pgemu_kernels.handle import open_machine
+from pgemu_kernels.host import space_root
+from pgemu_kernels.invariants import check_operation
+from pgemu_kernels.layout import (
+    A_INODE,
+    A_PGOFF,
+    A_START,
+    ACTORS,
+    EOPNOTSUPP,
+    I_WORD,
+    M_BASE_GFN,
+    M_INODE,
+    M_PGOFF,
+    O_ACTOR,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_OP,
+    O_SPACE,
+    O_STATUS,
+    O_VM,
+    O_WORDS,
+    PFNMAP,
+    R_CHECK,
+    R_DESIGN,
+    STATE_OPS,
+    V_ROOT,
+    Operation,
+)
+from pgemu_kernels.paging import host_format, is_large, is_present, stage2_format, table_of
+
+U = np.uint64
+_O_WORDS = U(O_WORDS)
+_ACTOR_MASK = U(ACTORS - 1)
+_BYTE = U(0xFF)
+_HALF = U(0xFFFF)
+_PFNMAP = U(PFNMAP)
+BATCH = U(64)
+
+OP_HOST_FAULT = U(Operation.HOST_FAULT)
+OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
+OP_CONVERT = U(Operation.CONVERT)
+OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
+OP_MMAP = U(Operation.MMAP)
+OP_MUNMAP = U(Operation.MUNMAP)
+OP_ZAP = U(Operation.ZAP)
+OP_BIND = U(Operation.BIND)
+OP_UNBIND = U(Operation.UNBIND)
+OP_GET = U(Operation.GET)
+OP_PUT = U(Operation.PUT)
+OP_CLOSE = U(Operation.CLOSE)
+
+
+class Columns(NamedTuple):
+    """Operations as columns, each of n elements or of one; results always n."""
+
+    header: np.ndarray[Any, Any]  # uint64: op | flags << 8 | actor << 16 | vm << 32 | space << 48
+    object: np.ndarray[Any, Any]  # uint64
+    address: np.ndarray[Any, Any]
+    offset: np.ndarray[Any, Any]
+    length: np.ndarray[Any, Any]
+    status: np.ndarray[Any, Any]  # int64: what the kernel returns
+    detail: np.ndarray[Any, Any]  # uint64: leaf level, failing offset, or frame number
+
+
+@kernel
+def element(column, i):
+    """Element `i`, or the one that stands for all."""
+    return column[i] if U(column.size) > U1 else column[U0]
+
+
+@kernel
+def operation_record(actor):
+    """Where an actor's record begins in `state`."""
+    return STATE_OPS + (actor & _ACTOR_MASK) * _O_WORDS
+
+
+@kernel
+def base_event(m, op):
+    """The event of having entered the kernel at all."""
+    kind = m.state[op + O_OP]
+    if kind == OP_HOST_FAULT:
+        charge(m, HOST_FAULT, 1)
+    elif kind == OP_GUEST_FAULT:
+        charge(m, GUEST_FAULT, 1)
+    elif kind == OP_CONVERT:
+        charge(m, CONVERT_IOCTL, 1)
+    else:
+        charge(m, SYSCALL, 1)
+
+
+@kernel
+def load(m, columns, i):
+    """Write operation `i` to its actor's record and begin it: where the record begins."""
+    state = m.state
+    header = element(columns.header, i)
+    actor = header >> U16 & _HALF
+    op = operation_record(actor)
+    state[op + O_OP] = header & _BYTE
+    state[op + O_FLAGS] = header >> U(8) & _BYTE
+    state[op + O_ACTOR] = actor
+    state[op + O_VM] = header >> U32 & _HALF
+    state[op + O_SPACE] = header >> U48
+    state[op + O_OBJECT] = element(columns.object, i)
+    state[op + O_ADDRESS] = element(columns.address, i)
+    state[op + O_OFFSET] = element(columns.offset, i)
+    state[op + O_LENGTH] = element(columns.length, i)
+    begin_operation(m, op)
+    return op
+
+
+@kernel
+def save(m, op, columns, i):
+    """Finish the operation and hand out its result."""
+    finish_operation(m, op)
+    if m.state[R_CHECK] != U0:
+        check_operation(m, op)
+    columns.status[i] = np.int64(m.state[op + O_STATUS])
+    columns.detail[i] = m.state[op + O_DETAIL]
+
+
+# --------------------------------------------------------------------------- prefetching
+
+
+@kernel
+def prefetch_leaf(m, f, root, page):
+    """Ask for the line of the 4K entry of a page, as far as the tables above it exist."""
+    ram = m.ram
+    state = m.state
+    entry = ram[(root >> U(3)) + (page >> U(27) & U511)]
+    if not is_present(state, f, entry):
+        return
+    entry = ram[table_of(state, f, entry) + (page >> U18 & U511)]
+    if not is_present(state, f, entry) or is_large(state, f, entry):
+        return
+    entry = ram[table_of(state, f, entry) + (page >> U9 & U511)]
+    if is_present(state, f, entry) and not is_large(state, f, entry):
+        prefetch(ram, table_of(state, f, entry) + (page & U511))
+
+
+@kernel
+def prefetch_host(m, columns, i):
+    """What a host fault will touch: its entry and its page's bit."""
+    state = m.state
+    address = element(columns.address, i)
+    space = element(columns.header, i) >> U48
+    row = find_vma(state, space, address)
+    if row == NONE:
+        return
+    index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+    prefetch(m.shareability, state[inode_row(state[row + A_INODE]) + I_WORD] + (index >> U6))
+    prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
+
+
+@kernel
+def prefetch_guest(m, columns, i):
+    """What a guest fault will touch."""
+    state = m.state
+    gfn = element(columns.address, i) >> U12
+    vm = element(columns.header, i) >> U32 & _HALF
+    slot = find_memslot(state, vm, gfn)
+    if slot == NONE:
+        return
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    prefetch(m.shareability, state[inode_row(state[slot + M_INODE]) + I_WORD] + (index >> U6))
+    prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
+
+
+# --------------------------------------------------------------------------- one loop per operation
+
+
+@outlined
+def host_faults_restructure(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, HOST_FAULT, 1)
+        restructure.host_fault(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def host_faults_pfnmap(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, HOST_FAULT, 1)
+        pfnmap.host_fault(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def guest_faults_restructure(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, GUEST_FAULT, 1)
+        restructure.guest_fault(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def guest_faults_pfnmap(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, GUEST_FAULT, 1)
+        pfnmap.guest_fault(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def converts_restructure(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, CONVERT_IOCTL, 1)
+        restructure.convert(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def converts_pfnmap(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, CONVERT_IOCTL, 1)
+        pfnmap.convert(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
+def run_whole(m, op):
+    """Run an operation that is one step in both designs."""
+    state = m.state
+    kind = state[op + O_OP]
+    if kind == OP_ZAP:
+        lifecycle.zap(m, op)
+    elif kind == OP_PUNCH_HOLE:
+        lifecycle.punch(m, op)
+    elif kind == OP_MMAP:
+        lifecycle.mmap(m, op)
+    elif kind == OP_MUNMAP:
+        lifecycle.munmap(m, op)
+    elif kind == OP_BIND:
+        lifecycle.bind(m, op)
+    elif kind == OP_UNBIND:
+        lifecycle.unbind(m, op)
+    elif kind == OP_GET:
+        lifecycle.get(m, op)
+    elif kind == OP_PUT:
+        lifecycle.put(m, op)
+    elif kind == OP_CLOSE:
+        lifecycle.close(m, op)
+    else:
+        result(state, op, np.int64(-EOPNOTSUPP))
+
+
+@outlined
+def others(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, SYSCALL, 1)
+        run_whole(m, op)
+        save(m, op, columns, i)
+
+
+@entry
+def run(descriptor, header, object_, address, offset, length, status, detail):
+    """Run operations in order on the machine behind `descriptor`; see Columns for the arrays."""
+    m = open_machine(descriptor)
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    is_pfnmap = m.state[R_DESIGN] == _PFNMAP
+    count = U(status.size)
+    first = U0
+    while first < count:
+        kind = element(header, first) & _BYTE
+        last = first + U1
+        if U(header.size) <= U1:
+            last = count
+        while last < count and header[last] & _BYTE == kind:
+            last += U1
+        if kind == OP_HOST_FAULT:
+            if is_pfnmap:
+                host_faults_pfnmap(descriptor, columns, first, last)
+            else:
+                host_faults_restructure(descriptor, columns, first, last)
+        elif kind == OP_GUEST_FAULT:
+            if is_pfnmap:
+                guest_faults_pfnmap(descriptor, columns, first, last)
+            else:
+                guest_faults_restructure(descriptor, columns, first, last)
+        elif kind == OP_CONVERT:
+            if is_pfnmap:
+                converts_pfnmap(descriptor, columns, first, last)
+            else:
+                converts_restructure(descriptor, columns, first, last)
+        else:
+            others(descriptor, columns, first, last)
+        first = last

@@ -1,0 +1,154 @@
+"""step(): an actor's next step, so that several actors can be interleaved.
+
+The step functions are the ones that the straight-line orders call. Which step follows which is told here
+once more, as a switch on the number of steps done; the tests run every order both ways.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels.bits import U0, U1
+from pgemu_kernels.compile import entry, kernel, outlined
+from pgemu_kernels.events import begin_operation, finish_operation, pause, resume
+from pgemu_kernels.handle import open_machine
+from pgemu_kernels.layout import (
+    BLOCKED,
+    EVENTS,
+    GO,
+    O_OP,
+    O_PHASE,
+    O_TO_PRIVATE,
+    PFNMAP,
+    R_COUNTER_ROW,
+    R_DESIGN,
+    STATS_COUNTERS,
+    STOP,
+)
+from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, base_event, operation_record, run_whole
+from pgemu_kernels.steps import (
+    convert_finish,
+    convert_invalidate_begin,
+    convert_invalidate_end,
+    convert_prepare,
+    convert_zap,
+    fault_begin,
+    guest_begin,
+    store_attributes,
+    unmap_host,
+)
+
+U = np.uint64
+_PFNMAP = U(PFNMAP)
+
+
+@kernel
+def invalidate_steps(m, op, number):
+    """The four steps that every order has in this sequence."""
+    if number == U0:
+        return convert_invalidate_begin(m, op)
+    if number == U1:
+        return convert_zap(m, op)
+    if number == U(2):
+        return store_attributes(m, op)
+    return convert_invalidate_end(m, op)
+
+
+@outlined
+def step_restructure(m, op, phase):
+    """Step number `phase` of the record's operation, order jan2026."""
+    kind = m.state[op + O_OP]
+    to_private = m.state[op + O_TO_PRIVATE] != U0
+    if kind == OP_HOST_FAULT:
+        if phase == U0:
+            return fault_begin(m, op)
+        if phase == U1:
+            return restructure.fault_folio(m, op)
+        return restructure.fault_map(m, op)
+    if kind == OP_GUEST_FAULT:
+        if phase == U0:
+            return guest_begin(m, op)
+        if phase == U1:
+            return restructure.guest_folio(m, op)
+        return restructure.guest_map(m, op)
+    if phase == U0:
+        return convert_prepare(m, op, restructure.ROUNDED)
+    if to_private:
+        if phase == U1:
+            return unmap_host(m, op)
+        if phase == U(2):
+            return restructure.gate(m, op)
+        if phase < U(7):
+            return invalidate_steps(m, op, phase - U(3))
+        if phase == U(7):
+            return restructure.merge(m, op)
+        return convert_finish(m, op)
+    if phase == U1:
+        return restructure.split(m, op)
+    if phase < U(6):
+        return invalidate_steps(m, op, phase - U(2))
+    return convert_finish(m, op)
+
+
+@outlined
+def step_pfnmap(m, op, phase):
+    """Step number `phase` of the record's operation, the slides' order."""
+    kind = m.state[op + O_OP]
+    if kind == OP_HOST_FAULT:
+        if phase == U0:
+            return fault_begin(m, op)
+        if phase == U1:
+            return pfnmap.fault_folio(m, op)
+        return pfnmap.fault_map(m, op)
+    if kind == OP_GUEST_FAULT:
+        if phase == U0:
+            return guest_begin(m, op)
+        if phase == U1:
+            return pfnmap.guest_folio(m, op)
+        return pfnmap.guest_map(m, op)
+    if phase == U0:
+        return convert_prepare(m, op, pfnmap.ROUNDED)
+    if m.state[op + O_TO_PRIVATE] != U0:
+        if phase == U1:
+            return unmap_host(m, op)
+        phase -= U1
+    if phase < U(5):
+        return invalidate_steps(m, op, phase - U1)
+    return convert_finish(m, op)
+
+
+@entry
+def begin(descriptor, actor):
+    """Begin the operation in an actor's record (its request words are set): nothing of it is done yet."""
+    m = open_machine(descriptor)
+    op = operation_record(actor)
+    begin_operation(m, op)
+    base_event(m, op)
+    pause(m, op)
+
+
+@entry
+def step(descriptor, actor):
+    """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED."""
+    m = open_machine(descriptor)
+    state = m.state
+    op = operation_record(actor)
+    kind = state[op + O_OP]
+    state[R_COUNTER_ROW] = STATS_COUNTERS + kind * U(EVENTS)
+    phase = state[op + O_PHASE]
+    resume(m, op)
+    outcome = np.int64(STOP)
+    if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
+        run_whole(m, op)
+    elif state[R_DESIGN] == _PFNMAP:
+        outcome = np.int64(step_pfnmap(m, op, phase))
+    else:
+        outcome = np.int64(step_restructure(m, op, phase))
+    pause(m, op)
+    if outcome == BLOCKED:
+        return outcome
+    state[op + O_PHASE] = phase + U1
+    if outcome != GO:
+        finish_operation(m, op)
+    return outcome

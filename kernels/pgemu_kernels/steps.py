@@ -1,0 +1,339 @@
+"""Steps that both designs take: each does one thing, hands over through the record, and says what follows.
+
+A step gets the machine and where the actor's record begins. It returns GO, STOP (the result is in the
+record) or BLOCKED (another actor holds a lock; nothing was done, the record says retry).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.compile import kernel
+from pgemu_kernels.events import ATTRIBUTES_STORED, SPTE_WRITTEN, TLB_FLUSH_VM, charge, result
+from pgemu_kernels.gmem import (
+    begin_range,
+    end_range,
+    find_memslot,
+    find_vma,
+    flush_vms,
+    inode_row,
+    is_shared,
+    lock_exclusive,
+    lock_shared,
+    retry_fault,
+    shared_in_range,
+    store_shareability,
+    unlock,
+    vm_row,
+    zap_range,
+)
+from pgemu_kernels.host import space_root, unmap_everywhere
+from pgemu_kernels.layout import (
+    A_INODE,
+    A_PGOFF,
+    A_READ_ONLY,
+    A_START,
+    BLOCKED,
+    EBADF,
+    EBUSY,
+    EFAULT,
+    EINVAL,
+    ENOMEM,
+    GO,
+    I_OPEN,
+    I_PAGES,
+    M_BASE_GFN,
+    M_INODE,
+    M_PGOFF,
+    O_ADDRESS,
+    O_DETAIL,
+    O_END,
+    O_FLAGS,
+    O_INDEX,
+    O_INODE,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_PFN,
+    O_ROUND_END,
+    O_ROUND_START,
+    O_ROW,
+    O_SEQUENCE,
+    O_SPACE,
+    O_START,
+    O_TO_PRIVATE,
+    O_VM,
+    R_BROKEN,
+    R_BROKEN_FIRST,
+    R_INODES,
+    R_ORDER,
+    R_ZAP_BOTH_KINDS,
+    RET_PF_EMULATE,
+    RET_PF_FIXED,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+    STOP,
+    V_ROOT,
+    V_SEQUENCE,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
+    Broken,
+    Flag,
+)
+from pgemu_kernels.paging import (
+    MAP_FIXED,
+    MAP_NO_MEMORY,
+    MAP_SPURIOUS,
+    find_leaf,
+    host_format,
+    map_stage2,
+    stage2_format,
+)
+
+U = np.uint64
+WRITE = U(Flag.WRITE)
+PRIVATE = U(Flag.PRIVATE)
+SHARED = U(Flag.SHARED)
+_WRONG_PFN = U(Broken.WRONG_PFN)
+
+
+@kernel
+def stop(state, op, status):
+    """End the operation with `status` (int64)."""
+    result(state, op, np.int64(status))
+    return STOP
+
+
+@kernel
+def fault_begin(m, op):
+    """Host fault: find the VMA, see whether the entry is there by now, take the invalidate_lock for reading.
+
+    mm/memory.c:handle_pte_fault() up to ->fault. An entry that is present ends the fault with 0.
+    """
+    state = m.state
+    address = state[op + O_ADDRESS]
+    row = find_vma(state, state[op + O_SPACE], address)
+    if row == NONE:
+        return stop(state, op, VM_FAULT_SIGSEGV)
+    if state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0:
+        return stop(state, op, VM_FAULT_SIGSEGV)
+    slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
+    if slot != NONE:
+        state[op + O_DETAIL] = level
+        return stop(state, op, 0)
+    inode = state[row + A_INODE]
+    node = inode_row(inode)
+    index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+    if index >= state[node + I_PAGES]:
+        return stop(state, op, VM_FAULT_SIGBUS)
+    if not lock_shared(state, op, node):
+        result(state, op, np.int64(VM_FAULT_RETRY))
+        return BLOCKED
+    state[op + O_ROW] = row
+    state[op + O_INODE] = inode
+    state[op + O_INDEX] = index
+    return GO
+
+
+@kernel
+def guest_begin(m, op):
+    """Stage-2 fault: slot, private or shared, invalidate sequence; then the invalidate_lock for reading.
+
+    arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). A leaf that is present ends it as spurious
+    (fast_page_fault()), no slot as emulation of a device, an access of the wrong kind as a memory
+    fault exit (-EFAULT).
+    """
+    state = m.state
+    vm = state[op + O_VM]
+    gfn = state[op + O_ADDRESS] >> U12
+    slot = find_memslot(state, vm, gfn)
+    if slot == NONE:
+        return stop(state, op, RET_PF_EMULATE)
+    row = vm_row(vm)
+    leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
+    if leaf != NONE:
+        state[op + O_DETAIL] = level
+        return stop(state, op, RET_PF_SPURIOUS)
+    inode = state[slot + M_INODE]
+    node = inode_row(inode)
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    shared = is_shared(m, node, index)
+    flags = state[op + O_FLAGS]
+    if (shared != U0 and flags & PRIVATE != U0) or (shared == U0 and flags & SHARED != U0):
+        return stop(state, op, -EFAULT)
+    sequence = state[row + V_SEQUENCE]
+    if retry_fault(state, vm, gfn, sequence):
+        return stop(state, op, RET_PF_RETRY)
+    if not lock_shared(state, op, node):
+        result(state, op, np.int64(RET_PF_RETRY))
+        return BLOCKED
+    state[op + O_SEQUENCE] = sequence
+    state[op + O_ROW] = slot
+    state[op + O_INODE] = inode
+    state[op + O_INDEX] = index
+    return GO
+
+
+@kernel
+def install_stage2(m, op, level):
+    """Map the fault's frame at `level`, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
+    state = m.state
+    vm = state[op + O_VM]
+    gfn = state[op + O_ADDRESS] >> U12
+    if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
+        return stop(state, op, RET_PF_RETRY)
+    inside = (U1 << (U(9) * (level - U1))) - U1
+    outcome, dropped = map_stage2(m, state[vm_row(vm) + V_ROOT], gfn & ~inside, level, state[op + O_PFN] & ~inside)
+    if outcome == MAP_NO_MEMORY:
+        return stop(state, op, -ENOMEM)
+    state[op + O_DETAIL] = level
+    if outcome == MAP_FIXED:
+        charge(m, SPTE_WRITTEN, 1)
+        if dropped != 0:
+            charge(m, TLB_FLUSH_VM, 1)
+        return stop(state, op, RET_PF_FIXED)
+    if outcome == MAP_SPURIOUS:
+        return stop(state, op, RET_PF_SPURIOUS)
+    # KVM would BUG() here: a leaf of another frame was left behind by somebody.
+    broken(state, _WRONG_PFN, state[op + O_INDEX])
+    return stop(state, op, -EFAULT)
+
+
+@kernel
+def broken(state, kind, index):
+    """Record that an invariant does not hold."""
+    if state[R_BROKEN] == U0:
+        state[R_BROKEN_FIRST] = kind << U(48) | index
+    state[R_BROKEN] += U1
+
+
+# --------------------------------------------------------------------------- conversion
+
+
+@kernel
+def range_arguments(state, op):
+    """Check offset and length of an operation on an inode's range: 0, -EBADF or -EINVAL."""
+    inode = state[op + O_OBJECT]
+    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
+        return np.int64(-EBADF)
+    offset = state[op + O_OFFSET]
+    length = state[op + O_LENGTH]
+    if (offset | length) & U4095 != U0 or length == U0 or offset + length < offset:
+        return np.int64(-EINVAL)
+    return np.int64(0)
+
+
+@kernel
+def convert_prepare(m, op, rounded):
+    """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done.
+
+    virt/kvm/guest_memfd.c, the attribute ioctl of the in-place series. `rounded` rounds the range that
+    is invalidated and zapped out to huge pages. All memory for the new attributes is taken here.
+    """
+    state = m.state
+    status = range_arguments(state, op)
+    if status != 0:
+        return stop(state, op, status)
+    inode = state[op + O_OBJECT]
+    node = inode_row(inode)
+    start = state[op + O_OFFSET] >> U12
+    end = start + (state[op + O_LENGTH] >> U12)
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    if end > state[node + I_PAGES] or kind == U0 or kind == PRIVATE | SHARED:
+        return stop(state, op, -EINVAL)
+    if not lock_exclusive(state, op, node):
+        result(state, op, np.int64(-EBUSY))
+        return BLOCKED
+    shared = shared_in_range(m, node, start, end)
+    to_private = kind == PRIVATE
+    if (to_private and shared == U0) or (not to_private and shared == end - start):
+        unlock(state, op, node)
+        return stop(state, op, 0)
+    result(state, op, np.int64(0))
+    state[op + O_INODE] = inode
+    state[op + O_TO_PRIVATE] = U1 if to_private else U0
+    state[op + O_START] = start
+    state[op + O_END] = end
+    inside = (U1 << state[R_ORDER]) - U1 if rounded else U0
+    state[op + O_ROUND_START] = start & ~inside
+    state[op + O_ROUND_END] = min((end + inside) & ~inside, state[node + I_PAGES])
+    return GO
+
+
+@kernel
+def unmap_host(m, op):
+    """Unmap the range from every process: mm/memory.c:unmap_mapping_pages()."""
+    state = m.state
+    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    return GO
+
+
+@kernel
+def convert_invalidate_begin(m, op):
+    state = m.state
+    begin_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    return GO
+
+
+@kernel
+def convert_zap(m, op):
+    """Drop the range's leaves from stage 2; the point of no return.
+
+    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
+    tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
+    not only begin and end, is inference; R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
+    """
+    state = m.state
+    inode = state[op + O_INODE]
+    start = state[op + O_ROUND_START]
+    end = state[op + O_ROUND_END]
+    if state[R_ZAP_BOTH_KINDS] != U0:
+        zap_range(m, inode, start, end, NONE)
+    else:
+        node = inode_row(inode)
+        leaving = state[op + O_TO_PRIVATE]
+        first = start
+        while first < end:
+            last = first
+            while last < end and is_shared(m, node, last) == leaving:
+                last += U1
+            if first < last:
+                zap_range(m, inode, first, last, NONE)
+            first = last + U1
+    flush_vms(m)
+    return GO
+
+
+@kernel
+def store_attributes(m, op):
+    """Record the new shareability; cannot fail, its memory was taken at the start."""
+    state = m.state
+    shared = U1 - state[op + O_TO_PRIVATE]
+    store_shareability(m, inode_row(state[op + O_INODE]), state[op + O_START], state[op + O_END], shared)
+    charge(m, ATTRIBUTES_STORED, 1)
+    return GO
+
+
+@kernel
+def convert_invalidate_end(m, op):
+    state = m.state
+    end_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    return GO
+
+
+@kernel
+def convert_finish(m, op):
+    """Unlock and return what the record says."""
+    unlock(m.state, op, inode_row(m.state[op + O_INODE]))
+    return STOP
+
+
+@kernel
+def fail_at(state, op, status, index):
+    """End a conversion with an error at a page: its offset is max(start, page), as the ioctl writes it back."""
+    state[op + O_DETAIL] = max(index, state[op + O_START]) << U12
+    result(state, op, np.int64(status))
+    unlock(state, op, inode_row(state[op + O_INODE]))
+    return STOP

@@ -1,0 +1,430 @@
+"""The machine: arrays, their boot, and the ways to run operations on them."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from pgemu_kernels import formats, layout as L
+from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
+
+from pgemu import cost
+from pgemu.statistics import Statistics
+
+if TYPE_CHECKING:
+    from pgemu.trace.schema import Records
+
+Array = np.ndarray[Any, Any]
+Design = Literal["restructure", "pfnmap"]
+DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a machine is made of; every field but the first two has the value that most hosts have.
+
+    design: "restructure" or "pfnmap".
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB).
+    kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
+    hvo: whether the pool's vmemmap is optimised.
+    vcpus, host_cpus: for the price of flushes. zero: "folio" or "page", how much a first use zeroes.
+    seed: order of never used frames; 0 is ascending.
+    frames: how many metadata frames may be in use at once (None: enough for every page table and every
+    struct page at once); a small number makes -ENOMEM happen.
+    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
+    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
+    notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
+    dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
+    nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
+    profile: name of a cost profile (pgemu.cost).
+    """
+
+    design: Design
+    pool: int
+    page_size: int = L.PAGE_1G
+    kernel: str = "7.3"
+    stage2: Literal["npt", "ept"] = "npt"
+    hvo: bool = True
+    vcpus: int = 1
+    host_cpus: int = 1
+    zero: Literal["folio", "page"] = "folio"
+    seed: int = 0
+    frames: int | None = None
+    rounded_zap_drops_both_kinds: bool = True
+    notifier: bool = True
+    dontneed_on_pfnmap: bool = False
+    nx_huge_pages: bool = False
+    profile: str = "published"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
+            (self.page_size in (L.PAGE_2M, L.PAGE_1G), f"page size {self.page_size}: expected 2M or 1G"),
+            (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
+            (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
+            (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
+            (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise ValueError(complaint)
+        if self.pool <= 0 or self.pool % self.page_size:
+            raise ValueError(f"pool of {self.pool} bytes: expected a positive multiple of {self.page_size}")
+
+    @property
+    def order(self) -> int:
+        """Order of the pool's huge pages: 9 or 18."""
+        return L.ORDER_2M if self.page_size == L.PAGE_2M else L.ORDER_1G
+
+    @property
+    def pool_pages(self) -> int:
+        """Huge pages in the pool."""
+        return self.pool // self.page_size
+
+
+class Results(NamedTuple):
+    """What operations returned.
+
+    status: int64[n], 0, a VM_FAULT_* or RET_PF_* code, or -errno, as the kernel's function returns it.
+    detail: uint64[n], the leaf level of a fault (1 = 4K, 2 = 2M, 3 = 1G), the failing offset of a refused
+    conversion or hole, the frame number of a reference.
+    """
+
+    status: Array
+    detail: Array
+
+
+class Result(NamedTuple):
+    """The same of one operation."""
+
+    status: int
+    detail: int
+
+
+def _map_memory(words: int) -> Array:
+    """uint64[words] of zeroes, not reserved, on huge pages where the host has them."""
+    size = max(words * 8, mmap.PAGESIZE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, size, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint64, count=words)
+
+
+@dataclass
+class Machine:
+    """A machine of one design: physical memory, page tables, folios, guest_memfd inodes, processes, VMs.
+
+    >>> machine = Machine(Config("pfnmap", pool=4 << 30))
+    >>> gmem = machine.create_guest_memfd(4 << 30, shared=False)
+    >>> vm = machine.create_vm(protected=True)
+    >>> vm.bind(gmem, gpa=0).status
+    0
+    >>> vm.touch(0x1234000).detail  # level 3: a 1G leaf
+    3
+
+    Not thread-safe; two machines may run on two threads, kernels release the GIL.
+    Errors that a kernel returns are results. OSError (ENOMEM, EINVAL, ENOSPC) comes only from creating
+    something, ValueError from misuse.
+    """
+
+    config: Config
+    arrays: Arrays = field(init=False, repr=False)
+    descriptor: Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.arrays = self._allocate()
+        self.descriptor = describe(self.arrays)
+        self._set_registers()
+        from pgemu_kernels.boot import boot
+
+        if boot(self.descriptor) != 0:
+            raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} huge pages needs more frames")
+
+    # ------------------------------------------------------------------ making
+
+    def _allocate(self) -> Arrays:
+        config = self.config
+        frames = self._frames()
+        guest_pages = config.pool >> 12
+        blocks = 4 * config.pool_pages + L.INODES
+        pages = blocks << config.order
+        sizes = {
+            "ram": (frames + self._boot_frames()) * 512,
+            "state": L.STATE_SIZE,
+            "stats": L.STATS_SIZE,
+            "free": frames,
+            "pool": config.pool_pages,
+            "blocks": blocks * L.B_WORDS,
+            "shareability": pages >> 6,
+            "zeroed": pages >> 6,
+            "shared": (pages >> 9) + L.INODES + (pages >> 18) + L.INODES,
+            "leaves": frames + self._boot_frames(),
+            "contents": guest_pages,
+        }
+        arrays = {
+            name: _map_memory(size) if name == "ram" else np.zeros(size, DTYPES[name]) for name, size in sizes.items()
+        }
+        return Arrays(**arrays)
+
+    def _frames(self) -> int:
+        """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
+        gigabytes = self.config.pool / L.PAGE_1G
+        tables = 2 * (513 + 2) + 16
+        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + 16384
+        return 1 << max(needed, self.config.frames or 0).bit_length()
+
+    def _boot_frames(self) -> int:
+        """Frames of a vmemmap that is not optimised, whole 2M leaves."""
+        if self.config.hvo:
+            return 0
+        return -(-(self.config.pool >> 12) // 32768) * 512
+
+    def _set_registers(self) -> None:
+        config = self.config
+        kernel = formats.KERNELS[config.kernel]
+        frames = self._frames()
+        boot_frames = self._boot_frames()
+        random = np.random.default_rng(config.seed)
+        total = frames + boot_frames
+        base = max(1 << 20, -(-total // (1 << 18)) << 18)
+        limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
+        registers = {
+            L.R_DESIGN: DESIGNS.index(config.design),
+            L.R_FRAMES: frames,
+            L.R_FRAMES_MASK: frames - 1,
+            L.R_FRAMES_LIMIT: limit + boot_frames,
+            L.R_BOOT_FRAMES: boot_frames,
+            L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
+            L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
+            L.R_POOL_BASE: base,
+            L.R_POOL_PAGES: config.pool_pages,
+            L.R_ORDER: config.order,
+            L.R_HVO: config.hvo,
+            L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
+            L.R_HOST_FORMAT: formats.HOST_X86_64,
+            L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
+            L.R_LAST_VMA: L.STATE_VMAS,
+            L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
+            L.R_PAGE_FLAGS: kernel.page_flags,
+            L.R_MASK_TAILS: kernel.mask_tails,
+            L.R_FOLIO_6_12: kernel.folio_6_12,
+            L.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
+            L.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
+            L.R_ZERO_PAGE: config.zero == "page",
+            L.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
+            L.R_NOTIFIER: config.notifier,
+            L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
+        }
+        state = self.arrays.state
+        for register, value in registers.items():
+            state[register] = value
+        table = formats.format_table(config.kernel, config.nx_huge_pages)
+        state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
+        prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
+        self.arrays.stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
+
+    def register(self, index: Any) -> int:
+        """A named scalar of the machine (layout.R_*)."""
+        return int(self.arrays.state[index])
+
+    # ------------------------------------------------------------------ objects
+
+    def create_guest_memfd(self, size: int, *, shared: bool = False) -> GuestMemfd:
+        """Create a guest_memfd inode over HugeTLB memory, all private or (`shared`) all shared.
+
+        OSError: EINVAL for a size that is no positive multiple of the huge page, ENOMEM when the pool
+        cannot reserve it, ENOSPC past layout.INODES inodes.
+        """
+        from pgemu.memory import GuestMemfd
+
+        return GuestMemfd.create(self, size, shared)
+
+    def create_process(self) -> AddressSpace:
+        """Create a process: an empty page table. OSError ENOMEM or ENOSPC."""
+        from pgemu.memory import AddressSpace
+
+        return AddressSpace.create(self)
+
+    def create_vm(self, process: AddressSpace | None = None, *, protected: bool = False) -> Vm:
+        """Create a VM of a process; `protected` is KVM_X86_SW_PROTECTED_VM. OSError ENOMEM or ENOSPC."""
+        from pgemu.memory import Vm
+
+        return Vm.create(self, process, protected)
+
+    # ------------------------------------------------------------------ running
+
+    def run(self, records: Records) -> Results:
+        """Run trace records in order. ValueError for actors beyond layout.ACTORS."""
+        if len(records) and int(records.actor.max()) >= L.ACTORS:
+            raise ValueError(f"actor {int(records.actor.max())}: expected less than {L.ACTORS}")
+        columns = (records.object, records.address, records.offset, records.length)
+        return self.run_columns(records.header(), *columns, count=len(records))
+
+    def run_columns(
+        self, header: Array, object_: Any = 0, address: Any = 0, offset: Any = 0, length: Any = 0, *, count: int
+    ) -> Results:
+        """Run `count` operations given as columns: uint64 arrays of `count` elements, or of one for all.
+
+        header: op | flags << 8 | actor << 16 | vm << 32 | space << 48.
+        """
+        from pgemu_kernels.replay import run
+
+        columns = [_column(c, count) for c in (header, object_, address, offset, length)]
+        status = np.empty(count, np.int64)
+        detail = np.empty(count, np.uint64)
+        run(self.descriptor, *columns, status, detail)
+        return Results(status, detail)
+
+    def operate(
+        self,
+        op: L.Operation,
+        *,
+        flags: int = 0,
+        actor: int = 0,
+        vm: int = 0,
+        space: int = 0,
+        object_: int = 0,
+        address: int = 0,
+        offset: int = 0,
+        length: int = 0,
+    ) -> Result:
+        """Run one operation; the arguments are the columns of the trace schema."""
+        header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
+        one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
+        head, *columns = one
+        status, detail = self.run_columns(head, *columns, count=1)
+        return Result(int(status[0]), int(detail[0]))
+
+    # ------------------------------------------------------------------ step by step
+
+    def begin(
+        self,
+        actor: int,
+        op: L.Operation,
+        *,
+        flags: int = 0,
+        vm: int = 0,
+        space: int = 0,
+        object_: int = 0,
+        address: int = 0,
+        offset: int = 0,
+        length: int = 0,
+    ) -> None:
+        """Begin an operation of an actor, to be advanced by `step`. ValueError for an actor out of range."""
+        from pgemu_kernels.stepping import begin
+
+        if not 0 <= actor < L.ACTORS:
+            raise ValueError(f"actor {actor}: expected 0 to {L.ACTORS - 1}")
+        words = {
+            L.O_OP: op, L.O_FLAGS: flags, L.O_ACTOR: actor, L.O_VM: vm, L.O_SPACE: space, L.O_OBJECT: object_,
+            L.O_ADDRESS: address, L.O_OFFSET: offset, L.O_LENGTH: length,
+        }  # fmt: skip
+        row = int(L.STATE_OPS) + actor * L.O_WORDS
+        for word, value in words.items():
+            self.arrays.state[row + int(word)] = value
+        begin(self.descriptor, np.uint64(actor))
+
+    def step(self, actor: int) -> int:
+        """Do the next step of an actor's operation: layout.GO, STOP (it ended, see `result`) or BLOCKED."""
+        from pgemu_kernels.stepping import step
+
+        return int(step(self.descriptor, np.uint64(actor)))
+
+    def result(self, actor: int) -> Result:
+        """What the operation in an actor's record returned."""
+        row = int(L.STATE_OPS) + actor * L.O_WORDS
+        state = self.arrays.state
+        return Result(int(state[row + int(L.O_STATUS)].astype(np.int64)), int(state[row + int(L.O_DETAIL)]))
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counters, gauges, results and costs as they stand (a copy)."""
+        return Statistics(self.arrays.stats.copy())
+
+    def check(self) -> int:
+        """Recount everything and compare: how many rules of pgemu_kernels.invariants are broken, ever."""
+        from pgemu_kernels.invariants import check
+
+        owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
+        return int(check(self.descriptor, owner, np.zeros(3, np.int64)))
+
+    def check_each(self, on: bool = True) -> None:
+        """Check after every operation what it touched; `broken` tells what was found."""
+        self.arrays.state[L.R_CHECK] = on
+
+    @property
+    def broken(self) -> tuple[int, L.Broken, int]:
+        """(findings, kind of the first one, the page or count it is about)."""
+        first = self.register(L.R_BROKEN_FIRST)
+        return self.register(L.R_BROKEN), L.Broken(first >> 48), first & (1 << 48) - 1
+
+    def walk(self, root: int, page: int) -> list[tuple[int, int, int]]:
+        """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].
+
+        Ends at the leaf or at the entry that is not present; reads `ram` and nothing else.
+        """
+        ram = self.arrays.ram
+        table = root
+        steps = []
+        for level in (4, 3, 2, 1):
+            address = table + (page >> 9 * (level - 1) & 511) * 8
+            entry = int(ram[address // 8])
+            steps.append((level, address, entry))
+            if entry & 0b111 == 0 or (1 < level < 4 and entry & formats.LARGE):
+                break
+            table = entry & formats.ADDRESS
+        return steps
+
+    def struct_page(self, pfn: int) -> Array:
+        """uint64[8]: a struct page, read through the kernel's page table (a copy)."""
+        address = self.register(L.R_VMEMMAP) + pfn * 64
+        level, _, entry = self.walk(self.register(L.R_KERNEL_ROOT), (address & (1 << 48) - 1) >> 12)[-1]
+        inside = (1 << 12 + 9 * (level - 1)) - 1
+        word = ((entry & formats.ADDRESS & ~inside) + (address & inside)) // 8
+        return self.arrays.ram[word : word + 8].copy()
+
+    # ------------------------------------------------------------------ contents of guest frames
+
+    def read_frame(self, pfn: int) -> bytes:
+        """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool."""
+        frame = int(self.arrays.contents[self._guest_frame(pfn)])
+        return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(L.PAGE_4K)
+
+    def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
+        """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
+        from pgemu_kernels.boot import content_frame
+
+        if offset < 0 or offset + len(data) > L.PAGE_4K:
+            raise ValueError(f"{len(data)} bytes at {offset}: expected to lie within {L.PAGE_4K}")
+        self._guest_frame(pfn)
+        frame = int(content_frame(self.descriptor, np.uint64(pfn)))
+        if frame < 0:
+            raise _os_error(-frame, "no frame for the contents")
+        memory = self.arrays.ram[frame * 512 : (frame + 1) * 512].view(np.uint8)
+        memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def _guest_frame(self, pfn: int) -> int:
+        index = pfn - self.register(L.R_POOL_BASE)
+        if not 0 <= index < self.arrays.contents.size:
+            raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
+        return index
+
+
+def _column(values: Any, count: int) -> Array:
+    column = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+    if column.size not in (1, count):
+        raise ValueError(f"column of {column.size} elements: expected {count} or 1")
+    return column if column.flags.writeable else column.copy()
+
+
+def _os_error(number: int, text: str) -> OSError:
+    return OSError(number, text)
+
+
+if TYPE_CHECKING:
+    from pgemu.memory import AddressSpace, GuestMemfd, Vm

@@ -1,0 +1,269 @@
+"""Objects over a machine's rows: guest_memfd inodes, processes, virtual machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Flag, Operation
+
+if TYPE_CHECKING:
+    from pgemu.machine import Machine, Result, Results
+
+Array = np.ndarray[Any, Any]
+
+
+def _row(machine: Machine, counter: np.uint64, limit: int, what: str) -> int:
+    """The next unused row number of a kind."""
+    number = machine.register(counter)
+    if number >= limit:
+        raise OSError(L.ENOSPC, f"more than {limit} {what}")
+    return number
+
+
+@dataclass(frozen=True)
+class GuestMemfd:
+    """A guest_memfd inode over the machine's HugeTLB pool. virt/kvm/guest_memfd.c"""
+
+    machine: Machine
+    inode: int
+    size: int
+
+    @classmethod
+    def create(cls, machine: Machine, size: int, shared: bool) -> GuestMemfd:
+        """See Machine.create_guest_memfd."""
+        config = machine.config
+        if size <= 0 or size % config.page_size:
+            raise OSError(L.EINVAL, f"size {size}: expected a positive multiple of the huge page, {config.page_size}")
+        inode = _row(machine, L.R_INODES, L.INODES, "inodes")
+        state = machine.arrays.state
+        blocks = size // config.page_size
+        if blocks > cls._unreserved(machine) or machine.register(L.R_BLOCKS) + blocks > machine.arrays.blocks.size // 4:
+            raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+        pages = size >> 12
+        previous = int(L.STATE_INODES) + (inode - 1) * L.I_WORDS
+        pud = machine.arrays.shared.size - 1
+        pmd = 0
+        if inode:
+            pmd = int(state[previous + int(L.I_PMD)]) + -(-int(state[previous + int(L.I_PAGES)]) // 512)
+            pud = int(state[previous + int(L.I_PUD)]) - 1
+        puds = (pages + (1 << 18) - 1) >> 18
+        row = int(L.STATE_INODES) + inode * L.I_WORDS
+        fields = {
+            L.I_PAGES: pages,
+            L.I_BLOCK: machine.register(L.R_BLOCKS),
+            L.I_BLOCKS: blocks,
+            L.I_WORD: machine.register(L.R_WORDS),
+            L.I_PMD: pmd,
+            L.I_PUD: pud - puds + 1,
+            L.I_OPEN: 1,
+            L.I_INDEX: inode,
+        }
+        for name, value in fields.items():
+            state[row + int(name)] = value
+        state[L.R_BLOCKS] += np.uint64(blocks)
+        state[L.R_WORDS] += np.uint64(-(-pages // 64))
+        state[L.R_INODES] += np.uint64(1)
+        if shared:
+            cls._share_all(machine, fields)
+        return cls(machine, inode, size)
+
+    @staticmethod
+    def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
+        pages = fields[L.I_PAGES]
+        word = fields[L.I_WORD]
+        machine.arrays.shareability[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        pmd = fields[L.I_PMD]
+        machine.arrays.shared[pmd : pmd + pages // 512] = 512
+        for i, first in enumerate(range(0, pages, 1 << 18)):
+            machine.arrays.shared[fields[L.I_PUD] + i] = min(1 << 18, pages - first)
+
+    @staticmethod
+    def _unreserved(machine: Machine) -> int:
+        """Huge pages of the pool that no open inode has reserved and no zombie holds back."""
+        state = machine.arrays.state
+        rows = [int(L.STATE_INODES) + i * L.I_WORDS for i in range(machine.register(L.R_INODES))]
+        reserved = sum(int(state[r + int(L.I_BLOCKS)]) for r in rows if state[r + int(L.I_OPEN)])
+        return machine.config.pool_pages - reserved - machine.statistics.gauge(L.Gauge.BLOCKS_ZOMBIE)
+
+    def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0) -> Result:
+        """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL."""
+        flags = Flag.SHARED if shared else Flag.PRIVATE
+        return self.machine.operate(
+            Operation.CONVERT, flags=flags, actor=actor, object_=self.inode, offset=offset, length=length
+        )
+
+    def convert_many(self, offsets: Array, length: int = L.PAGE_4K, *, shared: bool) -> Results:
+        """Convert `length` bytes at each of `offsets` (uint64[n]), in order."""
+        header = np.uint64(Operation.CONVERT | (Flag.SHARED if shared else Flag.PRIVATE) << 8)
+        return self.machine.run_columns(header, self.inode, 0, offsets, length, count=len(offsets))
+
+    def punch_hole(self, offset: int, length: int) -> Result:
+        """fallocate(FALLOC_FL_PUNCH_HOLE): 0, -EINVAL, or -EAGAIN with the failing offset."""
+        return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
+
+    def get_reference(self, offset: int) -> Result:
+        """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""
+        return self.machine.operate(Operation.GET, object_=self.inode, offset=offset)
+
+    def put_reference(self, pfn: int) -> Result:
+        """Drop a reference by frame number: 0 or -ENOENT."""
+        return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
+
+    def close(self) -> Result:
+        """The VMM goes: mappings and slots of the inode, then the inode. 0 or -EBADF."""
+        return self.machine.operate(Operation.CLOSE, object_=self.inode)
+
+    def pfn(self, offset: int) -> int | None:
+        """Frame number of the page at `offset`, or None while nothing is allocated there."""
+        state = self.machine.arrays.state
+        row = int(L.STATE_INODES) + self.inode * L.I_WORDS
+        index = offset >> 12
+        order = self.machine.config.order
+        block = (int(state[row + int(L.I_BLOCK)]) + (index >> order)) * L.B_WORDS
+        head = int(self.machine.arrays.blocks[block + int(L.B_PFN)])
+        return head + (index & (1 << order) - 1) if head else None
+
+    def is_split(self, offset: int) -> bool:
+        """Whether the huge page at `offset` is split to 4K folios."""
+        state = self.machine.arrays.state
+        row = int(L.STATE_INODES) + self.inode * L.I_WORDS
+        block = (int(state[row + int(L.I_BLOCK)]) + (offset >> 12 + self.machine.config.order)) * L.B_WORDS
+        return int(self.machine.arrays.blocks[block + int(L.B_STATE)]) == int(L.BLOCK_SPLIT)
+
+    def is_shared(self, offset: int) -> bool:
+        """Shareability of the page at `offset`."""
+        word = int(self.machine.arrays.state[int(L.STATE_INODES) + self.inode * L.I_WORDS + int(L.I_WORD)])
+        index = offset >> 12
+        return bool(int(self.machine.arrays.shareability[word + (index >> 6)]) >> (index & 63) & 1)
+
+
+@dataclass(frozen=True)
+class AddressSpace:
+    """A process: its page tables and its mappings of guest_memfd inodes."""
+
+    machine: Machine
+    space: int
+
+    @classmethod
+    def create(cls, machine: Machine) -> AddressSpace:
+        """See Machine.create_process."""
+        from pgemu_kernels.boot import new_root
+
+        space = _row(machine, L.R_SPACES, L.SPACES, "processes")
+        row = int(L.STATE_SPACES) + space * L.S_WORDS
+        if new_root(machine.descriptor, np.uint64(row), False) != 0:
+            raise OSError(L.ENOMEM, "no frame for a top table")
+        machine.arrays.state[L.R_SPACES] += np.uint64(1)
+        return cls(machine, space)
+
+    @property
+    def root(self) -> int:
+        """Physical address of the top table."""
+        return int(self.machine.arrays.state[int(L.STATE_SPACES) + self.space * L.S_WORDS + int(L.S_ROOT)])
+
+    def mmap(
+        self, gmem: GuestMemfd, address: int, *, offset: int = 0, length: int | None = None, read_only: bool = False
+    ) -> Result:
+        """mmap(MAP_SHARED) of the inode at a fixed address: 0, -EEXIST, -EINVAL, -EBADF."""
+        return self.machine.operate(
+            Operation.MMAP,
+            flags=Flag.READ_ONLY if read_only else 0,
+            space=self.space,
+            object_=gmem.inode,
+            address=address,
+            offset=offset,
+            length=gmem.size - offset if length is None else length,
+        )
+
+    def munmap(self, address: int, length: int) -> Result:
+        """munmap(): 0, -EINVAL, -ENOMEM."""
+        return self.machine.operate(Operation.MUNMAP, space=self.space, address=address, length=length)
+
+    def zap(self, address: int, length: int, *, madvise: bool = False) -> Result:
+        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
+        flags = Flag.MADVISE if madvise else 0
+        return self.machine.operate(Operation.ZAP, flags=flags, space=self.space, address=address, length=length)
+
+    def zap_many(self, addresses: Array, length: int = L.PAGE_4K) -> Results:
+        """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
+        header = np.uint64(Operation.ZAP | self.space << 48)
+        return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
+
+    def touch(self, address: int, *, write: bool = False) -> Result:
+        """Fault in the page at `address`: VM_FAULT_LOCKED or VM_FAULT_NOPAGE, 0 if present, SIGBUS, SIGSEGV, OOM."""
+        flags = Flag.WRITE if write else 0
+        return self.machine.operate(Operation.HOST_FAULT, flags=flags, space=self.space, address=address)
+
+    def touch_many(self, addresses: Array, *, write: bool = False) -> Results:
+        """Fault in the pages at `addresses` (uint64[n]), in order."""
+        flags = Flag.WRITE if write else 0
+        header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.space << 48)
+        return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+
+    def walk(self, address: int) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] of a virtual address."""
+        return self.machine.walk(self.root, address >> 12)
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine: its stage-2 tables and its memory slots."""
+
+    machine: Machine
+    vm: int
+    process: int
+
+    @classmethod
+    def create(cls, machine: Machine, process: AddressSpace | None, protected: bool) -> Vm:
+        """See Machine.create_vm."""
+        from pgemu_kernels.boot import new_root
+
+        vm = _row(machine, L.R_VMS, L.VMS, "VMs")
+        row = int(L.STATE_VMS) + vm * L.V_WORDS
+        if new_root(machine.descriptor, np.uint64(row), True) != 0:
+            raise OSError(L.ENOMEM, "no frame for a stage-2 root")
+        space = process.space if process else 0
+        machine.arrays.state[row + int(L.V_SPACE)] = space
+        machine.arrays.state[row + int(L.V_PROTECTED)] = protected
+        machine.arrays.state[L.R_VMS] += np.uint64(1)
+        return cls(machine, vm, space)
+
+    @property
+    def root(self) -> int:
+        """Physical address of the stage-2 root."""
+        return int(self.machine.arrays.state[int(L.STATE_VMS) + self.vm * L.V_WORDS + int(L.V_ROOT)])
+
+    def bind(self, gmem: GuestMemfd, gpa: int, *, offset: int = 0, length: int | None = None) -> Result:
+        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC."""
+        return self.machine.operate(
+            Operation.BIND,
+            vm=self.vm,
+            space=self.process,
+            object_=gmem.inode,
+            address=gpa,
+            offset=offset,
+            length=gmem.size - offset if length is None else length,
+        )
+
+    def unbind(self, gpa: int) -> Result:
+        """Delete the slot that begins at `gpa`: 0 or -ENOENT."""
+        return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
+
+    def touch(self, gpa: int, *, write: bool = False, actor: int = 0) -> Result:
+        """Guest access to `gpa`: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM."""
+        flags = Flag.WRITE if write else 0
+        return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
+
+    def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:
+        """Guest accesses to `gpas` (uint64[n]), in order."""
+        addresses = np.asarray(gpas, dtype=np.uint64)
+        header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
+        return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+
+    def walk(self, gpa: int) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] of a guest physical address."""
+        return self.machine.walk(self.root, gpa >> 12)
