@@ -40,36 +40,15 @@ def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) 
     return digest.hexdigest()
 
 
-try:  # private interface of numba, hence the pinned minor version
-    from numba.core import caching
+try:  # private interfaces of numba, hence the pinned minor version
+    from pgemu_kernels.numba_internals import inner_function, stamped_cache
 
-    def _stamped(locator: type[Any]) -> type[Any]:
-        class Stamped(locator):
-            def get_source_stamp(self) -> str:
-                return source_stamp()
-
-        Stamped.__name__ = Stamped.__qualname__ = locator.__name__
-        return Stamped
-
-    class _CacheImpl(caching.CompileResultCacheImpl):
-        _locator_classes = [
-            _stamped(caching.UserProvidedCacheLocator),
-            _stamped(caching.InTreeCacheLocator),
-            _stamped(caching.UserWideCacheLocator),
-        ]
-
-    class _KernelCache(caching.FunctionCache):
-        _impl_class = _CacheImpl
-
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            found = super().load_overload(sig, target_context)
-            if found is None:
-                _announce_compilation()
-            return found
-
+    _KernelCache = stamped_cache(source_stamp, lambda: _announce_compilation())
+    _inner: Callable[..., Any] = inner_function
 except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
-    _KernelCache = None  # type: ignore[assignment,misc]
-    warnings.warn("this numba has no known cache interface: kernels are compiled in every process", stacklevel=2)
+    _KernelCache = None
+    _inner = njit
+    warnings.warn("this numba has unknown internals: kernels compile slowly and in every process", stacklevel=2)
 
 
 _announced = False
@@ -85,14 +64,14 @@ def _announce_compilation() -> None:
 
 def kernel(function: F) -> F:
     """An inner function: takes the machine's NamedTuple, always inlined into its callers."""
-    dispatcher = njit(forceinline=True, **OPTIONS)(function)
+    dispatcher = _inner(forceinline=True, **OPTIONS)(function)
     kernels.append(dispatcher)
     return cast(F, dispatcher)
 
 
 def outlined(function: F) -> F:
-    """An inner function of a rare, long path: compiled once and called, to keep its callers small."""
-    dispatcher = njit(**OPTIONS)(function)
+    """An inner function of a rare, long path: called, not inlined by force, to keep its callers small."""
+    dispatcher = _inner(**OPTIONS)(function)
     kernels.append(dispatcher)
     return cast(F, dispatcher)
 

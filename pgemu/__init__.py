@@ -1,0 +1,80 @@
+"""pgemu: two designs of guest_memfd with HugeTLB, run on the same trace and on the data structures Linux keeps.
+
+>>> import pgemu
+>>> comparison = pgemu.compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
+>>> comparison.runs[0].count
+10136
+
+Names are imported at first use, so that `import pgemu` loads no compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pgemu.compare import Comparison, compare
+    from pgemu.errors import InputError
+    from pgemu.machine import Config, Machine, Result, Results
+    from pgemu.memory import AddressSpace, GuestMemfd, Vm
+    from pgemu.statistics import Statistics
+    from pgemu.trace import Lowered, LoweringOptions, Records, load
+
+    __version__: str
+
+__all__ = (
+    "AddressSpace",
+    "Comparison",
+    "Config",
+    "GuestMemfd",
+    "InputError",
+    "Lowered",
+    "LoweringOptions",
+    "Machine",
+    "Records",
+    "Result",
+    "Results",
+    "Statistics",
+    "Vm",
+    "__version__",
+    "compare",
+    "load",
+)
+
+_HOMES = {
+    "AddressSpace": "memory",
+    "Comparison": "compare",
+    "Config": "machine",
+    "GuestMemfd": "memory",
+    "InputError": "errors",
+    "Lowered": "trace",
+    "LoweringOptions": "trace",
+    "Machine": "machine",
+    "Records": "trace",
+    "Result": "machine",
+    "Results": "machine",
+    "Statistics": "statistics",
+    "Vm": "memory",
+    "compare": "compare",
+    "load": "trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("pgemu")
+        except PackageNotFoundError:  # run from the sources, not installed
+            return "unknown"
+    if name in _HOMES:
+        value = getattr(import_module(f"pgemu.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pgemu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,235 @@
+"""Which events of a Linux log are inputs, which are outcomes, which do not matter, and how inputs are printed.
+
+Sources: include/trace/events/kvm.h, arch/x86/kvm/mmu/mmutrace.h, arch/x86/include/asm/trace/exceptions.h,
+include/trace/events/hugetlbfs.h, kernel/trace/trace_syscalls.c; the shapes are those of Linux 6.1 to 7.3.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from enum import IntEnum
+
+__all__ = ("ADVICE", "CALLS", "IGNORED", "LINE", "LINE_ENDS", "LOST", "OUTCOMES", "PATTERNS", "Input", "event_name")
+
+
+class Input(IntEnum):
+    """Kinds of input rows; what the words A to E of a row hold."""
+
+    HOST_FAULT = 1  # HVA, error code
+    GUEST_FAULT = 2  # GPA, error code, vCPU
+    ATTRIBUTES = 3  # first gfn, end gfn, attributes
+    UNMAP = 4  # first HVA, end HVA
+    MEMSLOT = 5  # slot, flags, GPA, size, HVA
+    MADVISE = 6  # HVA, length, advice
+    MUNMAP = 7  # HVA, length
+    MMAP = 8  # address asked for, length, fd, offset, flags
+    FALLOCATE = 9  # fd, mode, offset, length, HVA of the unmap inside it (0: none)
+    HUGETLBFS_FALLOCATE = 10  # inode, mode, offset, length
+
+
+LINE = re.compile(
+    r"(?P<prefix>\s*(?P<comm>\S.*?)[- ]\s*(?P<pid>\d+)(?:/(?P<tid>\d+))?\s+(?:\(\s*(?:\d+|-+)\)\s+)?\[\d+\]\s+"
+    r"(?:[^\s\d]\S{3,7}\s+)?)(?P<stamp>\d+\.(?:\d{9}|\d{6})):\s+(?P<event>\S.*)"
+)
+"""A line of ftrace, `trace-cmd report` (no flags) or `perf script` (system prefix, pid/tid)."""
+
+LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(\d+) EVENTS DROPPED)\]\s*")
+
+_HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
+_SIGNED = r"(-?\d+)"
+
+PATTERNS: dict[str, tuple[re.Pattern[str], str]] = {
+    name: (re.compile(r"[^ (]+(?:\(| +)" + pattern + r"\s*"), expected)
+    for name, pattern, expected in (
+        ("page_fault_user", rf"address={_HEX} ip=\S+ error_code={_HEX}", "address=, ip=, error_code="),
+        (
+            "kvm_page_fault",
+            rf"(?:vcpu (\d+) )?(?:rip \S+ )?address {_HEX} error_code {_HEX}",
+            "vcpu, rip, address, error_code",
+        ),
+        ("kvm_vm_set_mem_attributes", rf"{_HEX} -- {_HEX} \[{_HEX}\]", "START -- END [ATTRIBUTES]"),
+        ("kvm_unmap_hva_range", rf"mmu notifier unmap range: {_HEX} -- {_HEX}", "START -- END"),
+        (
+            "kvm_memslot",
+            rf"(?:\(.*\) )?slot=(?:(0x[0-9a-f]+)|(\d+)) flags={_HEX} gpa={_HEX} size={_HEX} hva={_HEX}",
+            "slot=, flags=, gpa=, size=, hva=",
+        ),
+        ("sys_madvise", rf"start: {_HEX}, len(?:_in)?: {_HEX}, behavior: {_HEX}\)?", "start:, len_in:, behavior:"),
+        ("sys_munmap", rf"addr: {_HEX}, len: {_HEX}\)?", "addr:, len:"),
+        (
+            "sys_mmap",
+            rf"addr: {_HEX}, len: {_HEX}, prot: \w+, flags: {_HEX}, fd: {_HEX}, (?:off|pgoff): {_HEX}\)?",
+            "addr:, len:, prot:, flags:, fd:, off:",
+        ),
+        (
+            "sys_fallocate",
+            rf"fd: {_HEX}, mode: {_HEX}, offset: {_HEX}, len: {_HEX}\)?",
+            "fd:, mode:, offset:, len:",
+        ),
+        (
+            "hugetlbfs_fallocate",
+            rf"dev \d+,\d+ ino (\d+) mode 0([0-7]*) offset {_SIGNED} len {_SIGNED} size {_SIGNED} ret {_SIGNED}",
+            "dev, ino, mode, offset, len, size, ret",
+        ),
+    )
+}
+"""How the fields of an input are printed, and what a message names as expected."""
+
+ADVICE = {
+    0: "NORMAL",
+    1: "RANDOM",
+    2: "SEQUENTIAL",
+    3: "WILLNEED",
+    4: "DONTNEED",
+    8: "FREE",
+    9: "REMOVE",
+    10: "DONTFORK",
+    11: "DOFORK",
+    12: "MERGEABLE",
+    13: "UNMERGEABLE",
+    14: "HUGEPAGE",
+    15: "NOHUGEPAGE",
+    16: "DONTDUMP",
+    17: "DODUMP",
+    18: "WIPEONFORK",
+    19: "KEEPONFORK",
+    20: "COLD",
+    21: "PAGEOUT",
+    22: "POPULATE_READ",
+    23: "POPULATE_WRITE",
+    24: "DONTNEED_LOCKED",
+    25: "COLLAPSE",
+}
+"""include/uapi/asm-generic/mman-common.h"""
+
+CALLS = frozenset({"sys_madvise", "sys_munmap", "sys_mmap", "sys_mprotect", "sys_mremap", "sys_fallocate"})
+"""System calls inside which kvm_unmap_hva_range is their outcome, not an input of its own."""
+
+OUTCOMES = frozenset(
+    {
+        "fast_page_fault",
+        "hugetlbfs_alloc_inode",
+        "hugetlbfs_evict_inode",
+        "hugetlbfs_free_inode",
+        "hugetlbfs_setattr",
+        "kvm_mmu_get_page",
+        "kvm_mmu_prepare_zap_page",
+        "kvm_mmu_set_spte",
+        "kvm_mmu_split_huge_page",
+        "kvm_mmu_spte_requested",
+        "kvm_mmu_sync_page",
+        "kvm_mmu_unsync_page",
+        "kvm_mmu_zap_all_fast",
+        "kvm_tdp_mmu_spte_changed",
+        "mark_mmio_spte",
+    }
+)
+
+IGNORED = frozenset(
+    {
+        "bprint",
+        "bputs",
+        "check_mmio_spte",
+        "handle_mmio_page_fault",
+        "kvm_ack_irq",
+        "kvm_age_hva",
+        "kvm_apic",
+        "kvm_apic_accept_irq",
+        "kvm_apic_ipi",
+        "kvm_apicv_accept_irq",
+        "kvm_apicv_inhibit_changed",
+        "kvm_async_pf_completed",
+        "kvm_async_pf_not_present",
+        "kvm_async_pf_ready",
+        "kvm_async_pf_repeated_fault",
+        "kvm_cpuid",
+        "kvm_cr",
+        "kvm_dirty_ring_push",
+        "kvm_dirty_ring_reset",
+        "kvm_emulate_insn",
+        "kvm_entry",
+        "kvm_eoi",
+        "kvm_exit",
+        "kvm_fast_mmio",
+        "kvm_fpu",
+        "kvm_halt_poll_ns",
+        "kvm_hypercall",
+        "kvm_inj_exception",
+        "kvm_inj_virq",
+        "kvm_ioapic_set_irq",
+        "kvm_mmio",
+        "kvm_mmu_pagetable_walk",
+        "kvm_mmu_paging_element",
+        "kvm_mmu_set_accessed_bit",
+        "kvm_mmu_set_dirty_bit",
+        "kvm_mmu_walker_error",
+        "kvm_msi_set_irq",
+        "kvm_msr",
+        "kvm_nested_vmenter",
+        "kvm_nested_vmexit",
+        "kvm_pic_set_irq",
+        "kvm_pio",
+        "kvm_pv_eoi",
+        "kvm_pv_tlb_flush",
+        "kvm_rmp_fault",
+        "kvm_set_irq",
+        "kvm_test_age_hva",
+        "kvm_track_tsc",
+        "kvm_update_master_clock",
+        "kvm_userspace_exit",
+        "kvm_vcpu_wakeup",
+        "kvm_vmgexit_enter",
+        "kvm_vmgexit_exit",
+        "kvm_vmgexit_msr_protocol_enter",
+        "kvm_vmgexit_msr_protocol_exit",
+        "kvm_wait_lapic_expire",
+        "kvm_write_tsc_offset",
+        "page_fault_kernel",
+        "print",
+        "sys_brk",
+        "sys_ioctl",
+        "sys_mprotect",
+        "sys_mremap",
+        "tlb_flush",
+        "tracing_mark_write",
+    }
+)
+
+LINE_ENDS: dict[str, re.Pattern[str]] = {
+    name: re.compile(r".*" + pattern + r"\s*")
+    for name, pattern in (
+        ("fast_page_fault", r" spurious \d fixed \d"),
+        ("hugetlbfs_alloc_inode", r" dir \d+ mode 0\d+"),
+        ("hugetlbfs_evict_inode", r" seals \d+ blocks \d+"),
+        ("hugetlbfs_free_inode", r" seals \d+ blocks \d+"),
+        ("hugetlbfs_setattr", r" old_size \d+ size \d+"),
+        ("kvm_exit", r" error_code 0x[0-9a-f]+(?: requests 0x[0-9a-f]+)?"),
+        ("kvm_hypercall", r" a3 0x[0-9a-f]+"),
+        ("kvm_mmu_set_spte", r" level \d at [0-9a-f]+"),
+        ("kvm_mmu_split_huge_page", r" level \d errno -?\d+"),
+        ("kvm_mmu_spte_requested", r" pfn [0-9a-f]+ level \d"),
+        ("kvm_tdp_mmu_spte_changed", r" new_spte [0-9a-f]+"),
+        ("mark_mmio_spte", r" access \d+ gen [0-9a-f]+"),
+        ("sys_brk", r"\(brk: \w+\)"),
+        ("sys_mprotect", r" prot: \w+\)"),
+    )
+}
+"""How a whole line of an event that is not parsed ends: tells a last line that was cut off."""
+
+
+@functools.cache
+def event_name(token: str) -> str:
+    """Return the event's name from the first word after the time stamp, without system, colon and arguments.
+
+    System calls are named alike whether ftrace (`sys_x(`, `sys_x ->`) or a tracepoint
+    (`syscalls:sys_enter_x:`, `sys_exit_x:`) printed them; "sys_x return" is the return.
+    """
+    bare = token.partition("(")[0].removesuffix(":").rpartition(":")[2]
+    if bare.startswith("sys_enter_"):
+        return "sys_" + bare.removeprefix("sys_enter_")
+    if bare.startswith("sys_exit_"):
+        return "sys_" + bare.removeprefix("sys_exit_") + " return"
+    if bare.startswith("sys_") and "(" not in token:
+        return bare + " return"
+    return bare

@@ -1,0 +1,332 @@
+"""Text of ftrace, `trace-cmd report` and `perf script`: from lines to input rows and counts.
+
+Most lines of a log are outcomes, so a line costs two splits and two dictionary look-ups until its event's name
+says that it is an input; only inputs meet a regular expression.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pgemu.errors import InputError
+from pgemu.trace.events import (
+    ADVICE,
+    CALLS,
+    IGNORED,
+    LINE,
+    LINE_ENDS,
+    LOST,
+    OUTCOMES,
+    PATTERNS,
+    Input,
+    event_name,
+)
+from pgemu.trace.source import Source, open_source
+
+__all__ = ("NO_VCPU", "Log", "read")
+
+NO_VCPU = (1 << 64) - 1
+"""vCPU of a guest fault whose line names none (before Linux 6.0)."""
+
+_WORDS = 10
+_STATE = 9
+_FAILED = 1
+_PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
+_FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
+
+_DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
+_HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty|=> .*)?")
+
+_Handler = Callable[[str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a log asks for, and how its lines were classified.
+
+    Attributes:
+        source: name of the file
+        rows: uint64[n, 10], one row per input in the order of the file: kind (`Input`), time (ns), task (dense
+            index), line, five words as `Input` says, and 1 where the system call failed; an mmap that returned has
+            the address it returned
+        events: lines that hold an event
+        inputs, outcomes, ignored, unknown: events by name
+        lost: events that the ring buffer dropped
+    """
+
+    source: str
+    rows: npt.NDArray[np.uint64]
+    events: int
+    inputs: Counter[str]
+    outcomes: Counter[str]
+    ignored: Counter[str]
+    unknown: Counter[str]
+    lost: int
+
+
+def read(path: str | os.PathLike[str] | Source) -> Log:
+    """Read a log.
+
+    :param path: plain or compressed text, or an opened source
+    :raises InputError: unreadable, no event in it, or a line that is malformed (with its number)
+    """
+    source = path if isinstance(path, Source) else open_source(path)
+    parser = _Parser(source.name)
+    for block in source.blocks():
+        parser.feed(block)
+    return parser.finish()
+
+
+class _Malformed(ValueError):
+    """A line whose shape or fields do not parse; the reader adds where it is."""
+
+
+class _Handlers(dict[str, _Handler | None]):
+    """First word of an event -> who parses it; None for events that are only counted."""
+
+    def __init__(self, parser: _Parser) -> None:
+        super().__init__()
+        self._by_name: dict[str, _Handler] = {
+            "page_fault_user": parser.page_fault_user,
+            "kvm_page_fault": parser.kvm_page_fault,
+            "kvm_vm_set_mem_attributes": parser.kvm_vm_set_mem_attributes,
+            "kvm_unmap_hva_range": parser.kvm_unmap_hva_range,
+            "kvm_memslot": parser.kvm_memslot,
+            "sys_madvise": parser.sys_madvise,
+            "sys_munmap": parser.sys_munmap,
+            "sys_mmap": parser.sys_mmap,
+            "sys_mprotect": parser.other_call,
+            "sys_mremap": parser.other_call,
+            "sys_fallocate": parser.sys_fallocate,
+            "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
+        }
+        self._call_return = parser.call_return
+
+    def __missing__(self, token: str) -> _Handler | None:
+        name = event_name(token)
+        is_return = name.removesuffix(" return") in CALLS and name.endswith(" return")
+        handler = self._by_name.get(name, self._call_return if is_return else None)
+        self[token] = handler
+        return handler
+
+
+def _fields(name: str, event: str) -> tuple[str, ...]:
+    pattern, expected = PATTERNS[name]
+    match = pattern.fullmatch(event)
+    if match is None:
+        raise _Malformed(f"malformed {name}, expected {expected}: {event!r}")
+    return match.groups()
+
+
+def _nanoseconds(stamp: str) -> int:
+    """Time of a stamp in seconds with 6 or 9 decimals."""
+    digits = int(stamp.replace(".", "", 1))
+    return digits * 1000 if stamp[-7] == "." else digits
+
+
+class _Parser:
+    """State while a log is read: tasks seen, calls that have not returned, rows and counts so far."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._rows = array("Q")
+        self._line = 0
+        self._events = 0
+        self._lost = 0
+        self._pids: dict[int, int] = {}
+        self._tasks: dict[str, int] = {}  # text before the time stamp -> task
+        self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
+        self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
+        self._inputs: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        self._handlers = _Handlers(self)
+
+    def feed(self, block: str) -> None:
+        """Read lines; a block ends with a newline unless the file's last line lacks it."""
+        lines = block.split("\n")
+        last = lines.pop()
+        handlers, tasks, tokens = self._handlers, self._tasks, self._tokens
+        number = self._line
+        events = 0
+        try:
+            for line in lines:
+                number += 1
+                head, _, event = line.partition(": ")
+                prefix, _, stamp = head.rpartition(" ")
+                task = tasks.get(prefix, -1)
+                whole = stamp[-7:-6] == "." or stamp[-10:-9] == "."
+                if task < 0 or not whole or not stamp.replace(".", "", 1).isdigit():
+                    task, stamp, event = self._unusual(line)
+                    if task < 0:
+                        continue
+                token = event.partition(" ")[0]
+                handler = handlers[token]
+                if handler is None:
+                    tokens[token] += 1
+                else:
+                    handler(event, task, _nanoseconds(stamp), number)
+                events += 1
+            if last:
+                number += 1
+                events += self._cut_line(last, number)
+        except (ValueError, OverflowError) as error:
+            raise InputError(str(error), self._source, number) from None
+        self._line = number
+        self._events += events
+
+    def finish(self) -> Log:
+        """Classify the events that were only counted."""
+        if self._events == 0:
+            raise InputError("no event in it, expected text of ftrace or trace-cmd", self._source)
+        unknown: Counter[str] = Counter()
+        for token, count in self._tokens.items():
+            name = event_name(token)
+            if name in OUTCOMES or name.endswith(" return"):
+                self._outcomes[name] += count
+            elif name in IGNORED:
+                self._ignored[name] += count
+            else:
+                unknown[name] += count
+        rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS)
+        return Log(self._source, rows, self._events, self._inputs, self._outcomes, self._ignored, unknown, self._lost)
+
+    def _unusual(self, line: str) -> tuple[int, str, str]:
+        """Task, time stamp and event of a line of a task not seen before; task -1 if it holds no event."""
+        match = LINE.fullmatch(line)
+        if match is None:
+            lost = LOST.fullmatch(line)
+            if lost is not None:
+                self._lost += int(lost[1] or lost[2] or 1)
+            elif _HEADER.fullmatch(line) is None:
+                if any("\udc80" <= character <= "\udcff" for character in line):
+                    raise _Malformed("binary data, expected text of ftrace or trace-cmd")
+                raise _Malformed(f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}")
+            return -1, "", ""
+        task = self._pids.setdefault(int(match["tid"] or match["pid"]), len(self._pids))
+        prefix = match["prefix"]
+        if prefix.endswith(" "):
+            self._tasks[prefix[:-1]] = task
+        return task, match["stamp"], match["event"]
+
+    def _cut_line(self, line: str, number: int) -> int:
+        """The last line lacks its newline: accept it only if it is whole."""
+        task, stamp, event = self._unusual(line)
+        if task < 0:
+            return 0
+        token = event.partition(" ")[0]
+        ends = LINE_ENDS.get(event_name(token))
+        if ends is not None and ends.fullmatch(event) is None:
+            raise _Malformed(f"the last line is cut off: {line[-80:]!r}")
+        handler = self._handlers[token]
+        if handler is not None:
+            handler(event, task, _nanoseconds(stamp), number)
+        elif ends is None:
+            raise _Malformed(f"the last line is cut off (no newline): {line[-80:]!r}")
+        else:
+            self._tokens[token] += 1
+        return 1
+
+    def _add(self, name: str, kind: Input, time: int, task: int, line: int, *words: int) -> int:
+        """Append an input row; return its position."""
+        position = len(self._rows)
+        self._rows.extend((kind, time, task, line, *words, *_PADDING[len(words)]))
+        self._inputs[name] += 1
+        return position
+
+    def page_fault_user(self, event: str, task: int, time: int, line: int) -> None:
+        address, code = _fields("page_fault_user", event)
+        self._calls.pop(task, None)  # the task is in user mode, so its call is over
+        self._add("page_fault_user", Input.HOST_FAULT, time, task, line, int(address, 16), int(code, 16))
+
+    def kvm_page_fault(self, event: str, task: int, time: int, line: int) -> None:
+        vcpu, address, code = _fields("kvm_page_fault", event)
+        self._calls.pop(task, None)
+        number = NO_VCPU if vcpu is None else int(vcpu)
+        self._add("kvm_page_fault", Input.GUEST_FAULT, time, task, line, int(address, 16), int(code, 16), number)
+
+    def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
+        words = [int(field, 16) for field in _fields("kvm_vm_set_mem_attributes", event)]
+        self._calls.pop(task, None)
+        self._add("kvm_vm_set_mem_attributes", Input.ATTRIBUTES, time, task, line, *words)
+
+    def kvm_unmap_hva_range(self, event: str, task: int, time: int, line: int) -> None:
+        start, end = (int(field, 16) for field in _fields("kvm_unmap_hva_range", event))
+        call = self._calls.get(task)
+        if call is None:
+            self._add("kvm_unmap_hva_range", Input.UNMAP, time, task, line, start, end)
+            return
+        self._outcomes["kvm_unmap_hva_range"] += 1
+        name, position = call
+        if name == "sys_fallocate" and self._rows[position + 8] == 0:
+            self._rows[position + 8] = start
+
+    def kvm_memslot(self, event: str, task: int, time: int, line: int) -> None:
+        hexadecimal, decimal, *rest = _fields("kvm_memslot", event)
+        slot = int(hexadecimal, 16) if hexadecimal else int(decimal)
+        self._calls.pop(task, None)
+        self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, *(int(field, 16) for field in rest))
+
+    def sys_madvise(self, event: str, task: int, time: int, line: int) -> None:
+        start, length, behavior = _fields("sys_madvise", event)
+        advice = int(behavior, 16)
+        position = -1
+        if advice in _DISCARDING:
+            words = int(start, 16), int(length, 16), advice
+            position = self._add("sys_madvise", Input.MADVISE, time, task, line, *words)
+        else:
+            self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += 1
+        self._calls[task] = "sys_madvise", position
+
+    def sys_munmap(self, event: str, task: int, time: int, line: int) -> None:
+        start, length = (int(field, 16) for field in _fields("sys_munmap", event))
+        self._calls[task] = "sys_munmap", self._add("sys_munmap", Input.MUNMAP, time, task, line, start, length)
+
+    def sys_mmap(self, event: str, task: int, time: int, line: int) -> None:
+        address, length, flags, fd, offset = (int(field, 16) for field in _fields("sys_mmap", event))
+        position = self._add("sys_mmap", Input.MMAP, time, task, line, address, length, fd, offset, flags)
+        self._calls[task] = "sys_mmap", position
+
+    def other_call(self, event: str, task: int, time: int, line: int) -> None:
+        """sys_mprotect, sys_mremap: not inputs, but what they unmap is their outcome."""
+        name = event_name(event.partition(" ")[0])
+        self._ignored[name] += 1
+        self._calls[task] = name, -1
+
+    def sys_fallocate(self, event: str, task: int, time: int, line: int) -> None:
+        words = [int(field, 16) for field in _fields("sys_fallocate", event)]
+        self._calls[task] = "sys_fallocate", self._add("sys_fallocate", Input.FALLOCATE, time, task, line, *words)
+
+    def hugetlbfs_fallocate(self, event: str, task: int, time: int, line: int) -> None:
+        inode, mode, offset, length, _, result = _fields("hugetlbfs_fallocate", event)
+        if self._calls.get(task, ("", -1))[0] == "sys_fallocate":
+            self._outcomes["hugetlbfs_fallocate"] += 1
+            return
+        words = int(inode), int(mode or "0", 8), int(offset), int(length)
+        position = self._add("hugetlbfs_fallocate", Input.HUGETLBFS_FALLOCATE, time, task, line, *words)
+        if int(result) < 0:
+            self._rows[position + _STATE] = _FAILED
+
+    def call_return(self, event: str, task: int, time: int, line: int) -> None:
+        text = event.rpartition(" ")[2]
+        try:
+            value = int(text, 16)
+        except ValueError:
+            raise _Malformed(f"malformed return of a system call, expected a number: {event!r}") from None
+        name = event_name(event.partition(" ")[0])
+        self._outcomes[name] += 1
+        call, position = self._calls.pop(task, ("", -1))
+        if position < 0 or not name.startswith(call):
+            return
+        if value < 0 or value >= _FIRST_ERROR:
+            self._rows[position + _STATE] = _FAILED
+        elif call == "sys_mmap":
+            self._rows[position + 4] = value

@@ -1,0 +1,102 @@
+"""What a trace is once it can be replayed: records, where guest memory lies, and an account of every input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pgemu_kernels.layout import PAGE_1G
+
+from pgemu.trace.memory_layout import GivenSlot, Layout
+from pgemu.trace.schema import Records
+
+__all__ = ("Accounting", "Init", "Lowered", "LoweringOptions")
+
+Init = Literal["private", "shared"]
+
+
+@dataclass(frozen=True)
+class LoweringOptions:
+    """How a log is laid over guest_memfd.
+
+    Attributes:
+        page_size: bytes of a huge page, 2 MiB or 1 GiB
+        init: shareability at the start; "auto" is private if the trace converts, else shared
+        dontneed: what gives memory back: "punch" a hole or "zap" the page tables; None punches for madvise and
+            zaps for an unmap that no system call asked for
+        memslots: memory slots that replace those of the log
+        guest_memory: bytes of the guest_memfd; None: as much as the slots need
+    """
+
+    page_size: int = PAGE_1G
+    init: Literal["private", "shared", "auto"] = "auto"
+    dontneed: Literal["punch", "zap"] | None = None
+    memslots: tuple[GivenSlot, ...] = ()
+    guest_memory: int | None = None
+
+
+@dataclass
+class Accounting:
+    """Where every event of a log went, and every operation came from.
+
+    `inputs == operations - setup - extra_pieces + without_operation` and
+    `events == inputs + outcomes + ignored + unknown`, counted over all names.
+
+    Attributes:
+        events: lines that hold an event
+        inputs, outcomes, ignored, unknown: events by name
+        lost: events that the ring buffer dropped
+        operations: records
+        setup: records in front that no input asked for (host mappings, and slots the log does not show)
+        extra_pieces: records beyond the first of inputs that touch several slots or mappings
+        without_operation: inputs that ask nothing of guest_memfd, by reason
+    """
+
+    events: int = 0
+    inputs: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    operations: int = 0
+    setup: int = 0
+    extra_pieces: int = 0
+    without_operation: Counter[str] = field(default_factory=Counter)
+
+    def balanced(self) -> bool:
+        """Return whether both sums come out."""
+        inputs = self.inputs.total()
+        others = self.outcomes.total() + self.ignored.total() + self.unknown.total()
+        made = self.operations - self.setup - self.extra_pieces + self.without_operation.total()
+        return inputs == made and self.events == inputs + others
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts and ints, names sorted."""
+        counts = {
+            name: dict(sorted(getattr(self, name).items()))
+            for name in ("inputs", "outcomes", "ignored", "unknown", "without_operation")
+        }
+        totals = {name: getattr(self, name) for name in ("events", "lost", "operations", "setup", "extra_pieces")}
+        return {**totals, **counts}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A trace ready for replay.
+
+    Attributes:
+        records: the operations, in order; the first ones (see `accounting.setup`) map and bind guest memory
+        layout: where guest memory lies
+        init: shareability of every page before the first record
+        converts: whether any record is a conversion
+        accounting: where the log's events went
+        source: name of the file or workload
+    """
+
+    records: Records
+    layout: Layout
+    init: Init
+    converts: bool
+    accounting: Accounting
+    source: str

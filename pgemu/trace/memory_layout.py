@@ -1,0 +1,251 @@
+"""Where guest memory lies: memory slots, the host ranges behind them, and their place in one guest_memfd.
+
+A log's VMM had other memory (anonymous, hugetlbfs); here all of it is one guest_memfd inode, laid out so that an
+offset is congruent to the GPA modulo the huge page wherever that is possible: only then are huge leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K
+
+from pgemu.errors import InputError
+
+__all__ = (
+    "SYNTHETIC_HVA",
+    "GivenSlot",
+    "Layout",
+    "RefusedSlot",
+    "Region",
+    "Slot",
+    "bind_slots",
+    "given_layout",
+    "grow",
+    "inferred_slots",
+    "place_regions",
+    "ram_ranges",
+)
+
+SYNTHETIC_HVA = 0x7F00_0000_0000
+"""First host address of memory for which the log names none; a multiple of 1 GiB."""
+
+_LARGEST_RANGE = 1 << 40
+
+
+class GivenSlot(NamedTuple):
+    """A memory slot that the user states, bytes; `offset` into the guest_memfd, None: wherever it fits."""
+
+    gpa: int
+    size: int
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A memory slot bound to the guest_memfd; `gpa`, `size`, `hva` and `offset` (into the inode) in bytes."""
+
+    slot: int
+    gpa: int
+    size: int
+    hva: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class RefusedSlot:
+    """A memory slot of the log that guest_memfd cannot back, with the reason; it stays on other memory."""
+
+    slot: int
+    gpa: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A host mapping of the guest_memfd: `address` (HVA), `offset` and `size` in bytes."""
+
+    address: int
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Guest memory of a trace.
+
+    Attributes:
+        inode_size: bytes of the guest_memfd, a multiple of page_size
+        page_size: bytes of a huge page
+        regions: host mappings, by address
+        slots: memory slots as they stand at the end of the trace, by GPA
+        refused: memory slots left on other memory, as they stand at the end
+        origin: "trace" (slot lines), "inferred" (from the accesses), "given" (by the user) or "workload"
+    """
+
+    inode_size: int
+    page_size: int
+    regions: tuple[Region, ...]
+    slots: tuple[Slot, ...]
+    refused: tuple[RefusedSlot, ...] = field(default=())
+    origin: str = "trace"
+
+    @property
+    def inferred(self) -> bool:
+        return self.origin == "inferred"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists, dicts, ints and strings."""
+        return {**asdict(self), "inferred": self.inferred}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Layout:
+        """Return what `to_json` was given; KeyError or TypeError if it is something else."""
+        return cls(
+            int(data["inode_size"]),
+            int(data["page_size"]),
+            tuple(Region(**region) for region in data["regions"]),
+            tuple(Slot(**slot) for slot in data["slots"]),
+            tuple(RefusedSlot(**slot) for slot in data["refused"]),
+            str(data["origin"]),
+        )
+
+
+def align_up(value: int, step: int) -> int:
+    """Return the lowest multiple of `step` that is not below `value`."""
+    return -(-value // step) * step
+
+
+def ram_ranges(slots: Iterable[Slot]) -> list[tuple[int, int]]:
+    """Merge the host ranges of slots that overlap or touch; return (first, end) by address."""
+    ranges: list[tuple[int, int]] = []
+    for start, end in sorted((slot.hva, slot.hva + slot.size) for slot in slots):
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = ranges[-1][0], max(end, ranges[-1][1])
+        else:
+            ranges.append((start, end))
+    return ranges
+
+
+def place_regions(ranges: Sequence[tuple[int, int]], slots: Sequence[Slot], page_size: int) -> list[Region]:
+    """Give each host range its place in the inode, big ones first; return them by address.
+
+    A range of 2 MiB or more begins where the offset of its largest slot is congruent to that slot's GPA modulo
+    the huge page; smaller ones, which no huge leaf fits, follow one another.
+    """
+    regions = []
+    end = 0
+    for start, stop in sorted(ranges, key=lambda item: (item[0] - item[1], item[0])):
+        offset = end
+        if stop - start >= PAGE_2M:
+            inside = [slot for slot in slots if start <= slot.hva < stop]
+            largest = max(inside, key=lambda slot: (slot.size, -slot.gpa))
+            wanted = (largest.gpa - (largest.hva - start)) % page_size
+            offset = align_up(end - wanted, page_size) + wanted
+        regions.append(Region(start, offset, stop - start))
+        end = offset + stop - start
+    return sorted(regions, key=lambda region: region.address)
+
+
+def grow(layout: Layout, page_size: int, guest_memory: int | None) -> Layout:
+    """Round the inode up to huge pages, or make it as large as asked.
+
+    :raises InputError: `guest_memory` is not a multiple of the page size or smaller than what the slots need
+    """
+    needed = max((region.offset + region.size for region in layout.regions), default=0)
+    size = max(align_up(needed, page_size), page_size)
+    if guest_memory is not None:
+        if guest_memory <= 0 or guest_memory % page_size:
+            raise InputError(f"guest memory of {guest_memory} bytes is not a multiple of the page size {page_size}")
+        if guest_memory < needed:
+            raise InputError(f"guest memory of {guest_memory} bytes is too small, the memory slots need {size}")
+        size = guest_memory
+    return replace(layout, inode_size=size, page_size=page_size)
+
+
+def inferred_slots(start: npt.NDArray[np.uint64], end: npt.NDArray[np.uint64]) -> list[Slot]:
+    """Guess slots from what is touched or converted: whole 2 MiB blocks, joined across gaps of less than 1 GiB.
+
+    :param start: first guest addresses of the ranges seen, uint64[n], bytes
+    :param end: the addresses behind them; a range of more than 1 TiB is the VMM's whole address space, no memory
+    """
+    kept = end - start <= np.uint64(_LARGEST_RANGE)
+    first, last = start[kept] >> np.uint64(21), (end[kept] - np.uint64(1)) >> np.uint64(21)
+    order = np.argsort(first, kind="stable")
+    first, last = first[order], np.maximum.accumulate(last[order])
+    gap = first[1:].astype(np.int64) - last[:-1].astype(np.int64) - 1
+    breaks = np.flatnonzero(gap >= PAGE_1G // PAGE_2M)
+    starts = np.concatenate([first[:1], first[breaks + 1]]).tolist()
+    ends = np.concatenate([last[breaks], last[-1:]]).tolist()
+    return _synthetic(
+        [GivenSlot(low * PAGE_2M, (high + 1 - low) * PAGE_2M) for low, high in zip(starts, ends, strict=True)]
+    )
+
+
+def _synthetic(given: Sequence[GivenSlot]) -> list[Slot]:
+    """Invent host addresses: congruent to the GPA modulo 1 GiB, never adjacent."""
+    slots = []
+    base = SYNTHETIC_HVA
+    for number, (gpa, size, offset) in enumerate(given):
+        slots.append(Slot(number, gpa, size, base + gpa % PAGE_1G, offset or 0))
+        base = align_up(base + gpa % PAGE_1G + size, PAGE_1G) + PAGE_1G
+    return slots
+
+
+def given_layout(
+    given: Sequence[GivenSlot], seen: Sequence[Slot], refused: Sequence[RefusedSlot], page_size: int
+) -> Layout:
+    """Lay out the slots that the user states, each a host mapping of its own.
+
+    :param seen: slots of the log; they lend their host addresses where they cover a given one
+    :raises InputError: not in whole pages, or two of them overlap in GPA, host address or offset
+    """
+    slots = []
+    for slot in _synthetic(given):
+        if slot.size <= 0 or (slot.gpa | slot.size | slot.offset) % PAGE_4K:
+            raise InputError(f"memory slot {slot.gpa:#x}:{slot.size:#x} is not made of whole 4 KiB pages")
+        match = next((s for s in seen if s.gpa <= slot.gpa and slot.gpa + slot.size <= s.gpa + s.size), None)
+        slots.append(slot if match is None else replace(slot, hva=match.hva + slot.gpa - match.gpa))
+    _refuse_overlap("guest addresses", [(slot.gpa, slot.size) for slot in slots])
+    _refuse_overlap("host addresses", [(slot.hva, slot.size) for slot in slots])
+    free = [slot for slot, (_, _, offset) in zip(slots, given, strict=True) if offset is None]
+    fixed = [
+        Region(slot.hva, slot.offset, slot.size)
+        for slot, (_, _, offset) in zip(slots, given, strict=True)
+        if offset is not None
+    ]
+    behind = align_up(max((region.offset + region.size for region in fixed), default=0), page_size)
+    placed = place_regions([(slot.hva, slot.hva + slot.size) for slot in free], free, page_size)
+    regions = sorted(
+        [*fixed, *(replace(region, offset=region.offset + behind) for region in placed)],
+        key=lambda region: region.address,
+    )
+    _refuse_overlap("offsets", [(region.offset, region.size) for region in regions])
+    bound = bind_slots(slots, regions)
+    return Layout(0, page_size, tuple(regions), tuple(sorted(bound, key=lambda s: s.gpa)), tuple(refused), "given")
+
+
+def bind_slots(slots: Iterable[Slot], regions: Sequence[Region]) -> list[Slot]:
+    """Return the slots with the offsets that their host addresses have in the regions."""
+    bound = []
+    for slot in slots:
+        region = next(r for r in regions if r.address <= slot.hva < r.end)
+        bound.append(replace(slot, offset=region.offset + slot.hva - region.address))
+    return bound
+
+
+def _refuse_overlap(what: str, ranges: list[tuple[int, int]]) -> None:
+    ranges.sort()
+    for (start, size), (following, _) in pairwise(ranges):
+        if start + size > following:
+            raise InputError(f"memory slots overlap in their {what} at {following:#x}")

@@ -1,0 +1,140 @@
+"""Traces as Parquet: zstd, row groups of about a million records, and the memory layout in the file's metadata.
+
+pyarrow is imported inside the functions, so that only those who store or load a trace pay for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pgemu.errors import InputError
+from pgemu.trace.lowered import Accounting, Lowered
+from pgemu.trace.memory_layout import Layout
+from pgemu.trace.schema import DTYPES, Operation, Records
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+__all__ = ("ROW_GROUP", "iterate", "read", "write")
+
+ROW_GROUP = 1 << 20
+_KEY = b"pgemu"
+_VERSION = 1
+
+
+def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Records] | None = None) -> None:
+    """Store a trace; the file appears whole or not at all.
+
+    :param batches: records to store instead of `lowered.records`, taken one at a time
+    :raises InputError: the file cannot be written
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = os.fspath(path)
+    about = {
+        "version": _VERSION,
+        "layout": lowered.layout.to_json(),
+        "init": lowered.init,
+        "setup": lowered.accounting.setup,
+        "source": lowered.source,
+    }
+    schema = pa.schema(
+        [pa.field(column, pa.from_numpy_dtype(dtype), nullable=False) for column, dtype in DTYPES.items()],
+        metadata={_KEY: json.dumps(about).encode()},
+    )
+    part = ""
+    try:
+        handle, part = tempfile.mkstemp(prefix=".pgemu-", dir=os.path.dirname(name) or ".")
+        os.close(handle)
+        with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+            for records in (lowered.records,) if batches is None else batches:
+                for first in range(0, len(records), ROW_GROUP):
+                    piece = records[first : first + ROW_GROUP]
+                    arrays = [pa.array(getattr(piece, column)) for column in DTYPES]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
+        os.replace(part, name)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror or error}", name) from None
+    finally:
+        if part and os.path.exists(part):
+            os.unlink(part)
+
+
+def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
+    """Yield a stored trace in batches of at most `batch` records, checked.
+
+    :raises InputError: not Parquet, a column is missing or has another type, or a record is invalid (with its row)
+    """
+    import pyarrow as pa
+
+    name = os.fspath(path)
+    first = 0
+    with _open(name) as file:
+        try:
+            for piece in file.iter_batches(batch_size=batch, columns=list(DTYPES)):
+                records = Records(*(piece.column(column).to_numpy(zero_copy_only=False) for column in DTYPES))
+                records.check(name, first)
+                first += len(records)
+                yield records
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"damaged Parquet file ({error})", name) from None
+
+
+def read(path: str | os.PathLike[str]) -> Lowered:
+    """Load a trace that `write` stored.
+
+    :raises InputError: as `iterate`, or the file does not say where guest memory lies
+    """
+    name = os.fspath(path)
+    with _open(name) as file:
+        about = _about(file, name)
+    records = Records.concatenate(iterate(name))
+    setup = about["setup"]
+    if not 0 <= setup <= len(records):
+        raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
+    inputs = Counter({"record": len(records) - setup} if len(records) > setup else {})
+    accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
+    converts = bool((records.op == Operation.CONVERT).any())
+    return Lowered(records, about["layout"], about["init"], converts, accounting, name)
+
+
+def _open(name: str) -> pq.ParquetFile:
+    """Open and check the columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(name)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"not a whole Parquet file ({str(error).splitlines()[0]})", name) from None
+    schema: pa.Schema = file.schema_arrow
+    for column, dtype in DTYPES.items():
+        if column not in schema.names:
+            file.close()
+            raise InputError(f"column {column!r} is missing, expected {', '.join(DTYPES)}", name)
+        field = schema.field(column)
+        if field.type != pa.from_numpy_dtype(dtype):
+            file.close()
+            raise InputError(f"column {column!r} holds {field.type}, expected {dtype}", name)
+    return file
+
+
+def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
+    metadata = file.schema_arrow.metadata or {}
+    if _KEY not in metadata:
+        raise InputError("no memory layout in the file's metadata, expected a trace stored by pgemu", name)
+    try:
+        about = json.loads(metadata[_KEY])
+        layout, init, setup = Layout.from_json(about["layout"]), about["init"], int(about["setup"])
+        if about["version"] != _VERSION or init not in ("private", "shared"):
+            raise ValueError(f"version {about['version']}, init {init}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"metadata 'pgemu' cannot be used ({error})", name) from None
+    return {"layout": layout, "init": init, "setup": setup}

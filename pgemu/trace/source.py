@@ -1,0 +1,161 @@
+"""Open a trace, compressed or not, and hand out its text in whole lines.
+
+The compression is told by the first bytes, not by the name. Memory stays bounded: text leaves in blocks of
+some hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from pgemu.errors import InputError
+
+__all__ = ("Source", "open_source")
+
+PARQUET_MAGIC = b"PAR1"
+_CHUNK = 1 << 16
+
+
+class _Decompressor(Protocol):
+    """What lzma, zlib and zstandard have in common: decodes one stream, remembers what follows it."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _zstd() -> _Decompressor:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+def _gzip() -> _Decompressor:
+    return zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+
+_FORMATS: tuple[tuple[bytes, str, Callable[[], _Decompressor]], ...] = (
+    (b"\xfd7zXZ\x00", "xz", lzma.LZMADecompressor),
+    (b"\x1f\x8b", "gzip", _gzip),
+    (b"\x28\xb5\x2f\xfd", "zstd", _zstd),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened trace.
+
+    Attributes:
+        name: as messages show it, "<stdin>" for standard input
+        parquet: True if the file starts like Parquet; such a source is read by path, not as text
+    """
+
+    name: str
+    parquet: bool
+    _stream: BinaryIO
+    _head: bytes
+
+    def blocks(self) -> Iterator[str]:
+        """Yield the text in blocks that end with a newline; only the last one may lack it.
+
+        :raises InputError: the compressed stream is damaged or ends early, or the data is no text
+        """
+        rest = b""
+        with self._stream:
+            for data in self._decoded():
+                if b"\0" in data:
+                    raise InputError("binary data, expected text of ftrace or trace-cmd", self.name)
+                cut = data.rfind(b"\n") + 1
+                if cut:
+                    yield _text(rest + data[:cut])
+                    rest = data[cut:]
+                else:
+                    rest += data
+        if rest:
+            yield _text(rest)
+
+    def _decoded(self) -> Iterator[bytes]:
+        for magic, name, make in _FORMATS:
+            if self._head.startswith(magic):
+                yield from self._decompressed(name, make)
+                return
+        yield self._head
+        while data := self._read():
+            yield data
+
+    def _decompressed(self, name: str, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
+        decoder: _Decompressor | None = make()
+        data = self._head
+        while data:
+            while data:
+                decoder = decoder or make()
+                yield self._decompress(decoder, data, name)
+                data = b""
+                if decoder.eof:
+                    # Streams may follow one another; xz pads between them with zeros.
+                    data = decoder.unused_data.lstrip(b"\0")
+                    decoder = None
+            data = self._read()
+        if decoder is not None:
+            raise InputError(f"truncated: the {name} stream ends early", self.name)
+
+    def _decompress(self, decoder: _Decompressor, data: bytes, name: str) -> bytes:
+        try:
+            return decoder.decompress(data)
+        except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+            raise InputError(f"damaged {name} stream ({error})", self.name) from None
+        except Exception as error:
+            # zstandard is imported only where it is needed, so its error class cannot be named above.
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise InputError(f"damaged {name} stream ({error})", self.name) from None
+
+    def _read(self) -> bytes:
+        try:
+            return self._stream.read(_CHUNK)
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror or error}", self.name) from None
+
+
+def _text(data: bytes) -> str:
+    """Decode; thread names may hold any byte (the kernel cuts them at 15), so none is an error here."""
+    text = data.decode("utf-8", errors="surrogateescape")
+    return text.replace("\r\n", "\n") if "\r" in text else text
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a trace; "-" is standard input.
+
+    :raises InputError: missing, a directory, unreadable, or empty
+    """
+    name = os.fspath(path)
+    try:
+        if name == "-":
+            name, stream = "<stdin>", sys.stdin.buffer
+        else:
+            stream = open(name, "rb")  # noqa: SIM115 (closed by blocks() or by the caller of Parquet)
+        head = stream.read(_CHUNK)
+    except IsADirectoryError:
+        raise InputError("is a directory, expected a trace", name) from None
+    except FileNotFoundError:
+        raise InputError("no such file", name) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", name) from None
+    if not head:
+        stream.close()
+        raise InputError("empty file, expected a trace", name)
+    parquet = head.startswith(PARQUET_MAGIC)
+    if parquet:
+        stream.close()
+    return Source(name, parquet, stream, head)

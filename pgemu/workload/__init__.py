@@ -1,0 +1,25 @@
+"""Built-in workloads: synthetic traces whose numbers are published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pgemu.errors import InputError
+from pgemu.trace.lowered import Lowered
+from pgemu.workload import tdx_boot
+
+__all__ = ("WORKLOADS", "open")
+
+WORKLOADS: dict[str, Callable[[int], Lowered]] = {"tdx-boot": tdx_boot.build}
+"""Name (without `workload:`) -> what makes it from a seed."""
+
+
+def open(name: str, seed: int = 0) -> Lowered:
+    """Make a workload; equal seeds make equal traces.
+
+    :raises InputError: no such workload; the message lists those there are
+    """
+    if name not in WORKLOADS:
+        known = ", ".join(f"workload:{known}" for known in sorted(WORKLOADS))
+        raise InputError(f"no such workload, there is {known}", f"workload:{name}")
+    return WORKLOADS[name](seed)

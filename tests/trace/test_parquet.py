@@ -1,0 +1,112 @@
+"""Stored traces: what goes in comes out, whole files only, foreign files refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from pgemu import workload
+from pgemu.errors import InputError
+from pgemu.trace import GivenSlot, LoweringOptions, Operation, Records, load, parquet
+from pgemu.trace.schema import ACTOR_LIMIT, DTYPES
+
+BOOT = workload.open("tdx-boot")
+
+CODES = st.sampled_from([int(operation) for operation in Operation])
+
+
+@st.composite
+def some_records(draw: st.DrawFn) -> Records:
+    count = draw(st.integers(0, 40))
+    columns = {name: draw(arrays.arrays(dtype, count)) for name, dtype in DTYPES.items()}
+    columns["op"] = draw(arrays.arrays(np.uint8, count, elements=CODES))
+    columns["flags"] &= np.uint8(63)
+    columns["actor"] %= np.uint16(ACTOR_LIMIT)
+    columns["offset"] &= ~np.uint64(4095)
+    columns["length"] &= ~np.uint64(4095)
+    return Records(**columns)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(records=some_records(), batch=st.integers(1, 50))
+def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
+    path = tmp_path / "a.parquet"
+    accounting = dataclasses.replace(BOOT.accounting, setup=0)
+    parquet.write(dataclasses.replace(BOOT, records=records, accounting=accounting), path)
+    back = parquet.read(path)
+    pieces = list(parquet.iterate(path, batch))
+    assert all(len(piece) <= batch for piece in pieces)
+    for name in DTYPES:
+        assert np.array_equal(getattr(back.records, name), getattr(records, name))
+        assert np.array_equal(getattr(Records.concatenate(pieces), name), getattr(records, name))
+    assert (back.layout, back.init) == (BOOT.layout, BOOT.init)
+    assert back.accounting.balanced()
+
+
+def test_load_recognises_parquet_and_follows_the_options_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    parquet.write(BOOT, path)
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    lowered = load(path, LoweringOptions(init="shared", guest_memory=8 << 30))
+    assert (lowered.init, lowered.layout.inode_size, lowered.converts) == ("shared", 8 << 30, True)
+    assert lowered.accounting.setup == BOOT.accounting.setup
+    with pytest.raises(InputError, match="fixed in this trace"):
+        load(path, LoweringOptions(memslots=(GivenSlot(0, 4096),)))
+    with pytest.raises(InputError, match="fixed in this trace"):
+        load(path, LoweringOptions(dontneed="zap"))
+
+
+def test_batches_are_stored_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    parquet.write(BOOT, path, batches=(BOOT.records[first : first + 5000] for first in range(0, 15000, 5000)))
+    assert np.array_equal(parquet.read(path).records.address, BOOT.records.address)
+    assert pq.ParquetFile(path).metadata.num_row_groups == 3
+
+
+def test_nothing_half_written_remains(tmp_path: Path) -> None:
+    def failing() -> object:
+        yield BOOT.records
+        raise RuntimeError("stop")
+
+    path = tmp_path / "trace"
+    path.write_text("before")
+    with pytest.raises(RuntimeError, match="stop"):
+        parquet.write(BOOT, path, batches=failing())  # type: ignore[arg-type]
+    assert [file.name for file in tmp_path.iterdir()] == ["trace"]
+    assert path.read_text() == "before"
+    with pytest.raises(InputError, match="cannot be written"):
+        parquet.write(BOOT, tmp_path / "no" / "trace")
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    columns = {name: np.zeros(1, dtype) for name, dtype in DTYPES.items()}
+    pq.write_table(pa.table({**columns, "op": np.ones(1, np.uint8)}), path)
+    with pytest.raises(InputError, match="trace: no memory layout"):
+        load(path)
+    pq.write_table(pa.table({name: column for name, column in columns.items() if name != "vm"}), path)
+    with pytest.raises(InputError, match="trace: column 'vm' is missing"):
+        load(path)
+    pq.write_table(pa.table({**columns, "object": np.zeros(1, np.int64)}), path)
+    with pytest.raises(InputError, match="trace: column 'object' holds int64, expected uint32"):
+        load(path)
+
+
+def test_bad_records_and_cut_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    records = BOOT.records[:7]
+    bad = dataclasses.replace(records, op=np.array([*records.op[:6], 200], np.uint8))
+    parquet.write(dataclasses.replace(BOOT, records=bad), path)
+    with pytest.raises(InputError, match="trace: row 6: unknown operation code 200"):
+        load(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match="trace: not a whole Parquet file"):
+        load(path)

@@ -1,0 +1,104 @@
+"""Opening traces: compression by content, whole lines, and one line of text for whatever is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from pgemu.errors import InputError
+from pgemu.trace.source import open_source
+
+TEXT = b"".join(b"line %06d of a log\n" % number for number in range(20_000))
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "xz": lzma.compress,
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
+def test_compression_is_told_by_content(tmp_path: Path, compressor: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(compressor(TEXT))
+    blocks = list(open_source(path).blocks())
+    assert "".join(blocks).encode() == TEXT
+    assert all(block.endswith("\n") for block in blocks)
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_streams_may_follow_one_another(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "log"
+    padding = bytes(4) if name == "xz" else b""
+    path.write_bytes(COMPRESSORS[name](TEXT) + padding + COMPRESSORS[name](b"tail\n"))
+    assert "".join(open_source(path).blocks()).encode() == TEXT + b"tail\n"
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_truncated_stream_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(COMPRESSORS[name](TEXT)[:-9])
+    with pytest.raises(InputError, match=f"log: truncated: the {name} stream ends early"):
+        list(open_source(path).blocks())
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_damaged_stream_is_named(tmp_path: Path, name: str) -> None:
+    data = bytearray(COMPRESSORS[name](TEXT))
+    data[8 : len(data) - 8] = bytes(len(data) - 16)
+    path = tmp_path / "log"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"log: (damaged {name} stream|truncated)"):
+        list(open_source(path).blocks())
+
+
+def test_last_line_without_newline_comes_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntwo\nthr")
+    assert list(open_source(path).blocks()) == ["one\ntwo\n", "thr"]
+
+
+def test_thread_names_of_any_bytes_pass(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"caf\xc3-1\r\n")
+    assert list(open_source(path).blocks()) == ["caf\udcc3-1\n"]
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lzma.compress(b"a\nb\n"))))
+    source = open_source("-")
+    assert source.name == "<stdin>"
+    assert list(source.blocks()) == ["a\nb\n"]
+
+
+def test_missing_directory_empty_and_binary_are_refused(tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_bytes(b"")
+    binary.write_bytes(b"\x7fELF\0\0\0\n")
+    with pytest.raises(InputError, match="gone: no such file"):
+        open_source(tmp_path / "gone")
+    with pytest.raises(InputError, match="is a directory"):
+        open_source(tmp_path)
+    with pytest.raises(InputError, match="empty: empty file"):
+        open_source(empty)
+    with pytest.raises(InputError, match="binary: binary data"):
+        list(open_source(binary).blocks())
+
+
+def test_messages_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "a\nb")
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"PAR1....")
+    assert open_source(path).parquet
