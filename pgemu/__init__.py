@@ -1,7 +1,8 @@
 """pgemu: two designs of guest_memfd with HugeTLB, run on the same trace and on the data structures Linux keeps.
 
 >>> import pgemu
->>> comparison = pgemu.compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
+>>> from pgemu.compare import compare
+>>> comparison = compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
 >>> comparison.runs[0].count
 10136
 
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgemu.compare import Comparison, compare
+    from pgemu.compare import Comparison
     from pgemu.errors import InputError
     from pgemu.machine import Config, Machine, Result, Results
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
@@ -38,7 +39,6 @@ __all__ = (
     "Statistics",
     "Vm",
     "__version__",
-    "compare",
     "load",
 )
 
@@ -56,7 +56,6 @@ _HOMES = {
     "Results": "machine",
     "Statistics": "statistics",
     "Vm": "memory",
-    "compare": "compare",
     "load": "trace",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pgemu_kernels.layout import Event, Gauge, Operation
+from pgemu_kernels.layout import PAGE_4K, Event, Gauge, Operation
 
 from pgemu.errors import InputError
 from pgemu.metrics import METRICS
@@ -16,11 +16,12 @@ from pgemu.statistics import Statistics
 from pgemu.trace.lowered import Lowered
 
 if TYPE_CHECKING:
-    from pgemu.machine import Config, Design, Machine
+    from pgemu.machine import Config, Machine
     from pgemu.memory import GuestMemfd
 
 __all__ = ("DESIGNS", "Comparison", "DesignRun", "EndOfLife", "Finding", "OperationRun", "compare")
 
+Design = Literal["restructure", "pfnmap"]
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
 
 Band = tuple[float, float]
@@ -41,7 +42,7 @@ class OperationRun:
         count: how many there were
         outcomes: how many returned what, by name, most frequent first
         total, mean, p50, p99, worst: estimated kernel time, (low, high) nanoseconds. Percentiles come from the mix
-            of operations and are upper edges of histogram buckets, at most an eighth too high.
+            of operations; but for a single operation they are upper edges of buckets, at most an eighth too high.
     """
 
     operation: Operation
@@ -58,14 +59,14 @@ class OperationRun:
         """Collect one kind of operation; None if there was none."""
         results = statistics.results(op)
         count = sum(results.values())
-        percentiles = [statistics.percentile(op, fraction) for fraction in (0.5, 0.99, 1.0)]
-        if not count or None in percentiles:
+        if not count:
             return None
         outcomes: dict[str, int] = {}
         for status, n in sorted(results.items(), key=lambda item: (-item[1], item[0])):
             outcomes[result_name(op, status)] = n
         low, high = total = statistics.cost(op)
-        p50, p99, worst = (band for band in percentiles if band is not None)
+        edges = (statistics.percentile(op, fraction) or total for fraction in (0.5, 0.99, 1.0))
+        p50, p99, worst = ((min(edge[0], low), min(edge[1], high)) for edge in edges)
         return cls(op, count, outcomes, total, (low / count, high / count), p50, p99, worst)
 
 
@@ -95,7 +96,7 @@ class EndOfLife:
         cost: estimated kernel time, (low, high) nanoseconds
         pool_free, pool: huge pages back in the pool, and all of them
         zombies: huge pages that references keep from the pool
-        frames, frames_at_boot: metadata frames in use afterwards, and before the first record
+        vmemmap, vmemmap_at_boot: bytes of vmemmap afterwards, and before the first record
     """
 
     outcome: str
@@ -103,8 +104,8 @@ class EndOfLife:
     pool_free: int
     pool: int
     zombies: int
-    frames: int
-    frames_at_boot: int
+    vmemmap: int
+    vmemmap_at_boot: int
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,6 @@ def _close(machine: Machine, gmem: GuestMemfd, booted: Statistics) -> EndOfLife:
         statistics.gauge(Gauge.POOL_FREE),
         machine.config.pool_pages,
         statistics.gauge(Gauge.BLOCKS_ZOMBIE),
-        statistics.gauge(Gauge.FRAMES_USED),
-        booted.gauge(Gauge.FRAMES_USED),
+        statistics.gauge(Gauge.VMEMMAP_PAGES) * PAGE_4K,
+        booted.gauge(Gauge.VMEMMAP_PAGES) * PAGE_4K,
     )

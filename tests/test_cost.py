@@ -86,7 +86,8 @@ def test_the_table_is_in_whole_picoseconds() -> None:
     table = cost.price_table("published", 1, 1)
     assert table.shape == (L.EVENTS, L.PRICE_WORDS)
     assert str(table.dtype) == "int64"
-    assert table[Event.LEAF_WRITTEN].tolist() == [0, 20_000, 0, 40_000]
+    words = (L.PRICE_FIXED_LOW, L.PRICE_FIXED_HIGH, L.PRICE_EACH_LOW, L.PRICE_EACH_HIGH)
+    assert [int(table[Event.LEAF_WRITTEN, word]) for word in words] == [0, 0, 20_000, 40_000]
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:

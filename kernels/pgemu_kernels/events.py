@@ -16,12 +16,16 @@ from pgemu_kernels.layout import (
     O_DETAIL,
     O_LOCKED,
     O_OP,
-    O_PHASE,
     O_PAUSED_HIGH,
     O_PAUSED_LOW,
+    O_PHASE,
     O_REFERENCED,
     O_ROUND_END,
     O_STATUS,
+    PRICE_EACH_HIGH,
+    PRICE_EACH_LOW,
+    PRICE_FIXED_HIGH,
+    PRICE_FIXED_LOW,
     R_COUNTER_ROW,
     STATS_COST,
     STATS_COUNTERS,
@@ -93,8 +97,8 @@ def charge(m, event, n):
     stats = m.stats
     stats[m.state[R_COUNTER_ROW] + event] += n
     price = STATS_PRICES + event * U4
-    stats[CLOCK_LOW] += stats[price] + stats[price + U1] * n
-    stats[CLOCK_HIGH] += stats[price + U2] + stats[price + U3] * n
+    stats[CLOCK_LOW] += stats[price + PRICE_FIXED_LOW] + stats[price + PRICE_EACH_LOW] * n
+    stats[CLOCK_HIGH] += stats[price + PRICE_FIXED_HIGH] + stats[price + PRICE_EACH_HIGH] * n
 
 
 @kernel

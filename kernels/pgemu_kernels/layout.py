@@ -180,8 +180,8 @@ EVENTS = 32
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.
 PRICE_FIXED_LOW = U(0)
-PRICE_EACH_LOW = U(1)
-PRICE_FIXED_HIGH = U(2)
+PRICE_FIXED_HIGH = U(1)
+PRICE_EACH_LOW = U(2)
 PRICE_EACH_HIGH = U(3)
 PRICE_WORDS = 4
 

@@ -220,7 +220,7 @@ def munmap(m, op):
     return done(state, op, 0)
 
 
-@outlined
+@kernel
 def zap(m, op):
     """Clear a process's entries of a range; the mapping stays. 0, -EINVAL, or -ENOMEM over a hole.
 

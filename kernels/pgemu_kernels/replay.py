@@ -259,6 +259,16 @@ def converts_pfnmap(descriptor, columns, first, last):
 
 
 @outlined
+def zaps(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge(m, SYSCALL, 1)
+        lifecycle.zap(m, op)
+        save(m, op, columns, i)
+
+
+@outlined
 def run_whole(m, op):
     """Run an operation that is one step in both designs."""
     state = m.state
@@ -325,6 +335,8 @@ def run(descriptor, header, object_, address, offset, length, status, detail):
                 converts_pfnmap(descriptor, columns, first, last)
             else:
                 converts_restructure(descriptor, columns, first, last)
+        elif kind == OP_ZAP:
+            zaps(descriptor, columns, first, last)
         else:
             others(descriptor, columns, first, last)
         first = last

@@ -1,0 +1,68 @@
+"""The command line: one file per command. Importing it loads neither numba nor pyarrow."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import rich_click as click
+
+from pgemu.cli.compare import compare
+from pgemu.errors import InputError
+
+__all__ = ("main",)
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141  # as shells report a command that SIGPIPE ended
+
+
+class _Group(click.RichGroup):
+    """A group whose errors are one line on stderr."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(args, prog_name, **extra)
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            _fail(error.format_message())
+        except InputError as error:
+            _fail(str(error))
+        except (click.Abort, KeyboardInterrupt):
+            print("pgemu: interrupted", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more at its end; let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_BROKEN_PIPE)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"pgemu: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from pgemu import __version__
+
+        click.echo(f"pgemu {__version__}")
+        context.exit()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Print the version."
+)
+def main() -> None:
+    """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace."""
+
+
+main.add_command(compare)

@@ -1,0 +1,236 @@
+"""`pgemu compare`: one trace on both designs, side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from pgemu.compare import Comparison
+
+__all__ = ("compare",)
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_LARGEST = 1 << 52  # physical addresses of x86-64
+_PROGRESS_AFTER = 1.0  # seconds
+
+
+def parse_size(text: str) -> int:
+    """Return bytes: "16G", "512MiB", "4096", "0x100000". ValueError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    value = int(match[1], 0 if match[1].lower().startswith("0x") else 10) * _UNITS[match[2].lower()] if match else -1
+    if not 0 <= value <= _LARGEST:
+        raise ValueError(f"{text!r}: expected a size or an address like 16G, 512M or 0x80000000")
+    return value
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See parse_size."""
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Memslot(click.ParamType):
+    name = "gpa:size[:offset]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int | None]:
+        """GPA, size and offset (None: wherever it fits), all multiples of 4096."""
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(":")
+        try:
+            numbers = [parse_size(part) for part in parts]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
+            self.fail(f"{value!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K", param, ctx)
+        return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+
+
+class _Check(click.ParamType):
+    name = "end|N|every"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """`end`, `every`, or a positive number."""
+        if value in ("end", "every"):
+            return str(value)
+        if not str(value).isascii() or not str(value).isdigit() or int(value) == 0:
+            self.fail(f"{value!r}: expected end, every, or a number of operations", param, ctx)
+        return int(value)
+
+
+class _Bar:
+    """A progress bar on stderr: only on a terminal, and only once a second has gone by."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._shown = sys.stderr.isatty()
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, design: str, done: int, total: int) -> None:
+        if not self._shown or time.monotonic() - self._began < _PROGRESS_AFTER:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        if design not in self._tasks:
+            self._tasks[design] = self._bar.add_task(design, total=total)
+        self._bar.update(self._tasks[design], completed=done)
+
+
+@click.command(short_help="Run one trace on both designs and show what each did.")
+@click.argument("trace", required=False)
+@click.option("--page-size", type=click.Choice(["2M", "1G"]), default="1G", show_default=True, help="Huge page size.")
+@click.option("--guest-memory", type=_Size(), help="Size of the guest_memfd.  [default: what the trace needs]")
+@click.option(
+    "--design",
+    "designs",
+    type=click.Choice(["restructure", "pfnmap"]),
+    multiple=True,
+    help="Design to run; may be repeated.  [default: both]",
+)
+@click.option("--no-hvo", is_flag=True, help="Do not optimise the vmemmap of HugeTLB pages.")
+@click.option(
+    "--kernel",
+    type=click.Choice(["6.12", "6.18", "7.3"]),
+    default="7.3",
+    show_default=True,
+    help="Linux whose entries and struct pages are written.",
+)
+@click.option("--stage2", type=click.Choice(["ept", "npt"]), default="npt", show_default=True, help="Stage-2 format.")
+@click.option("--vcpus", type=click.IntRange(1, 4096), default=1, show_default=True, help="For the price of flushes.")
+@click.option(
+    "--host-cpus", type=click.IntRange(1, 8192), default=1, show_default=True, help="For the price of flushes."
+)
+@click.option(
+    "--zero",
+    type=click.Choice(["folio", "page"]),
+    default="folio",
+    show_default=True,
+    help="What the first use of an unsplit folio zeroes.",
+)
+@click.option(
+    "--init",
+    type=click.Choice(["private", "shared", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Memory at first; auto: private if the trace converts, else shared.",
+)
+@click.option(
+    "--dontneed",
+    type=click.Choice(["punch", "zap"]),
+    help="What gives memory back.  [default: punch for madvise, zap for unmaps without a call]",
+)
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, help="Of a workload, and of frame order.")
+@click.option(
+    "--check", type=_Check(), default="end", show_default=True, help="When to check invariants: at the end, every N "
+    "operations, or after every one what it touched."
+)  # fmt: skip
+@click.option(
+    "--memslot", "memslots", type=_Memslot(), multiple=True, help="Memory slot instead of the trace's; may be repeated."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+@click.option("--sources", is_flag=True, help="Also print which kernel function each row models, and the prices.")
+def compare(trace: str | None, **options: Any) -> int:
+    """Run one trace on both designs and show side by side what each did.
+
+    TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
+    workload:tdx-boot. Without it: the life of a software-protected VM, which comes with pgemu.
+
+    Exit status: 0; 1 if an invariant was broken; 2 for bad input.
+    """
+    comparison = _run(trace, options)
+    if options["as_json"]:
+        text = _json(comparison, options["sources"])
+    else:
+        text = _tables(comparison, options["sources"])
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if not comparison.broken:
+        return 0
+    from pgemu.report import findings
+
+    for line in findings(comparison):
+        print(f"pgemu: broken invariant: {line}", file=sys.stderr)
+    return 1
+
+
+def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
+    from pgemu.compare import DESIGNS
+    from pgemu.compare import compare as run
+    from pgemu.trace import GivenSlot, LoweringOptions, load, shipped
+
+    lowering = LoweringOptions(
+        page_size=parse_size(options["page_size"]),
+        init=options["init"],
+        dontneed=options["dontneed"],
+        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
+        guest_memory=options["guest_memory"],
+    )
+    lowered = load(shipped() if trace is None else trace, lowering, options["seed"])
+    with _Bar() as progress:
+        return run(
+            lowered,
+            designs=tuple(dict.fromkeys(options["designs"])) or DESIGNS,
+            check=options["check"],
+            progress=progress,
+            kernel=options["kernel"],
+            stage2=options["stage2"],
+            hvo=not options["no_hvo"],
+            vcpus=options["vcpus"],
+            host_cpus=options["host_cpus"],
+            zero=options["zero"],
+            seed=options["seed"],
+        )
+
+
+def _json(comparison: Comparison, sources: bool) -> str:
+    document = comparison.to_json()
+    if sources:
+        from pgemu.report.document import sources as sources_of
+
+        document["sources"] = sources_of(comparison)
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _tables(comparison: Comparison, sources: bool) -> str:
+    from rich.console import Console
+
+    from pgemu import report
+
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        report.write(comparison, console)
+        if sources:
+            report.write_sources(comparison, console)
+    lines = captured.get().splitlines()
+    return "\n".join(line.rstrip() for line in lines).rstrip("\n") + "\n"

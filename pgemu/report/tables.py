@@ -1,0 +1,258 @@
+"""The tables of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from pgemu_kernels.layout import Event, Operation
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from pgemu.metrics import METRICS
+from pgemu.report import units
+from pgemu.report.limits import LIMITS
+from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
+from pgemu.results import operation_name
+
+if TYPE_CHECKING:
+    from pgemu.compare import Comparison, DesignRun
+    from pgemu.trace.lowered import Lowered
+
+__all__ = (
+    "limits",
+    "machine",
+    "memory_slots",
+    "operation_sources",
+    "outcomes",
+    "prices",
+    "state",
+    "state_sources",
+    "tags",
+    "times",
+    "trace",
+)
+
+
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(title, style="bold"), table)
+
+
+def _table(*columns: str, right: Iterable[str] = (), fold: Iterable[str] = ()) -> Table:
+    """An empty table; columns keep their width, but for those that `fold`."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        overflow = "fold" if column in fold else "ellipsis"
+        table.add_column(
+            column, justify="right" if column in right else "left", overflow=overflow, no_wrap=column not in fold
+        )
+    return table
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{units.count(n)} {name}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def trace(lowered: Lowered) -> Table:
+    """What was read, and how it was laid over guest_memfd."""
+    accounting, layout = lowered.accounting, lowered.layout
+    totals = {
+        name: getattr(accounting, name).total() for name in ("inputs", "outcomes", "ignored", "unknown")
+    }
+    rows = [
+        ("trace", lowered.source),
+        ("events", f"{units.count(accounting.events)}: {', '.join(f'{units.count(n)} {k}' for k, n in totals.items())}"),
+    ]
+    if accounting.unknown:
+        rows.append(("unknown", _listing(accounting.unknown)))
+    if accounting.lost:
+        rows.append(("lost", f"{units.count(accounting.lost)} events, dropped by the ring buffer"))
+    rows.append(("operations", f"{units.count(len(lowered.records))}, of them {accounting.setup} to set memory up"))
+    if accounting.without_operation:
+        rows.append(("not guest_memfd's", _listing(accounting.without_operation)))
+    why = "the trace converts" if lowered.converts else "the trace converts nothing"
+    as_auto = lowered.init == ("private" if lowered.converts else "shared")
+    rows += [
+        ("guest_memfd", f"{units.size(layout.inode_size)} in huge pages of {units.size(layout.page_size)}"),
+        ("at first", f"all {lowered.init}, {'because ' + why if as_auto else 'as asked for'}"),
+    ]
+    return _facts(rows)
+
+
+_ORIGINS = {
+    "trace": "as the trace's slot lines leave them at the end",
+    "inferred": "the trace has no slot lines: inferred from the guest addresses seen",
+    "given": "as given with --memslot",
+    "workload": "of the workload",
+}
+
+
+def memory_slots(lowered: Lowered) -> Group:
+    """Memory slots, where each lies in the guest_memfd, and those that it cannot back."""
+    layout = lowered.layout
+    origin = _ORIGINS.get(layout.origin, layout.origin)
+    numbers = ("GPA", "size", "offset", "host address")
+    table = _table(*numbers, "", right=numbers, fold=("",))
+    for slot in layout.slots:
+        table.add_row(f"{slot.gpa:#x}", units.size(slot.size), f"{slot.offset:#x}", f"{slot.hva:#x}", "")
+    for refused in layout.refused:
+        table.add_row(f"{refused.gpa:#x}", units.size(refused.size), "-", "-", f"left out: {refused.reason}")
+    return _titled(f"Memory slots, {origin}", table)
+
+
+def machine(comparison: Comparison) -> Table:
+    """What the machines are made of, and how they were checked."""
+    config = comparison.runs[0].config
+    cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}, {config.host_cpus} host CPU{'s' * (config.host_cpus > 1)}"
+    text = (
+        f"Linux {config.kernel}, {config.stage2.upper()}, HVO {'on' if config.hvo else 'off'}, "
+        f"zeroing by {config.zero}, {cpus}"
+    )
+    checked = {"end": "at the end", "every": "after every operation and at the end"}
+    when = checked.get(str(comparison.check), f"every {comparison.check} operations and at the end")
+    result = "broken, see below" if comparison.broken else "none broken"
+    return _facts([("machine", text), ("invariants", f"checked {when}: {result}")])
+
+
+def outcomes(comparison: Comparison) -> Group:
+    """How often each kind of operation returned what, designs side by side."""
+    designs = [run.design for run in comparison.runs]
+    table = _table("operation", "result", *designs, right=designs)
+    for op in Operation:
+        runs = [run.operation(op) for run in comparison.runs]
+        names = list(dict.fromkeys(name for run in runs if run for name in run.outcomes))
+        for row, name in enumerate(names):
+            counts = [units.count(run.outcomes.get(name, 0)) if run else "0" for run in runs]
+            table.add_row(operation_name(op) if row == 0 else "", name, *counts, end_section=row == len(names) - 1)
+    total = [units.count(run.count) for run in comparison.runs]
+    table.add_row("all", "", *total)
+    return _titled("What every operation returned", table)
+
+
+def times(comparison: Comparison) -> Group:
+    """Estimated kernel time of each kind of operation."""
+    columns = ("mean", "p99", "worst", "in all")
+    table = _table("operation", "design", *columns, right=columns)
+    for op in Operation:
+        runs = [(run.design, run.operation(op)) for run in comparison.runs]
+        name = operation_name(op)
+        for design, run in runs:
+            if run is None:
+                continue
+            bands = (units.band(*band) for band in (run.mean, run.p99, run.worst, run.total))
+            table.add_row(name, design, *bands, end_section=design == runs[-1][0])
+            name = ""
+    name = "all"
+    for design_run in comparison.runs:
+        totals = [run.total for run in design_run.operations]
+        whole = units.band(sum(low for low, _ in totals), sum(high for _, high in totals))
+        table.add_row(name, design_run.design, "", "", "", whole)
+        name = ""
+    return _titled("Kernel time per operation: an estimate, from the prices of --sources", table)
+
+
+def state(comparison: Comparison) -> Group:
+    """Levels, memory, writes and flushes, designs side by side; then what remains when the VMM is gone."""
+    runs = comparison.runs
+    designs = [run.design for run in runs]
+    table = _table("", *designs, right=designs)
+    for group, metrics in groupby(METRICS, key=lambda metric: metric.group):
+        table.add_row(Text(group, style="bold"))
+        for metric in metrics:
+            write = units.size if metric.unit == "bytes" else units.count
+            table.add_row(f"  {metric.label}", *(write(metric.value(run.statistics)) for run in runs))
+    table.add_section()
+    table.add_row(Text("After the VMM is gone", style="bold"))
+    rows = {
+        "closing returned": [run.end_of_life.outcome for run in runs],
+        "and took (estimate)": [units.band(*run.end_of_life.cost) for run in runs],
+        "huge pages back in the pool": [_back(run) for run in runs],
+        "vmemmap": [units.size(run.end_of_life.vmemmap) for run in runs],
+    }
+    for label, cells in rows.items():
+        table.add_row(f"  {label}", *cells)
+    return _titled("As the trace leaves the machine", table)
+
+
+def _back(run: DesignRun) -> str:
+    return f"{units.count(run.end_of_life.pool_free)} of {units.count(run.end_of_life.pool)}"
+
+
+def limits(comparison: Comparison) -> Group:
+    """What the compared designs cannot do, whatever the trace."""
+    table = _table("design", "limit", fold=("limit",))
+    for run in comparison.runs:
+        for row, limit in enumerate(LIMITS[run.design]):
+            last = row == len(LIMITS[run.design]) - 1
+            table.add_row(run.design if row == 0 else "", Text(limit.text), end_section=last)
+    return _titled("What each design cannot do", table)
+
+
+# --------------------------------------------------------------------------- sources
+
+
+def _source_rows(table: Table, name: str, design: str, sources: Iterable[Source]) -> None:
+    for source in sources:
+        table.add_row(name, design, source.tag, Text(source.function))
+        name = design = ""
+
+
+def _source_table(row: str) -> Table:
+    return _table(row, "design", "", "models", fold=(row, "models"))
+
+
+def operation_sources(comparison: Comparison) -> Group:
+    """The kernel function behind each operation of each design."""
+    table = _source_table("operation")
+    for op, by_design in OPERATION_SOURCES.items():
+        for row, run in enumerate(comparison.runs):
+            _source_rows(table, "" if row else operation_name(op), run.design, by_design[run.design])
+    return _titled("Sources: operations", table)
+
+
+def state_sources(comparison: Comparison) -> Group:
+    """The kernel function behind each row of the state, and behind each limit."""
+    table = _source_table("row")
+    for metric in METRICS:
+        by_design = METRIC_SOURCES[metric.key]
+        if len({by_design[run.design] for run in comparison.runs}) == 1:
+            _source_rows(table, metric.key, "", by_design[comparison.runs[0].design])
+            continue
+        for row, run in enumerate(comparison.runs):
+            _source_rows(table, "" if row else metric.key, run.design, by_design[run.design])
+    for run in comparison.runs:
+        for limit in LIMITS[run.design]:
+            _source_rows(table, limit.text, run.design, (limit.source,))
+    return _titled("Sources: state and limits", table)
+
+
+def prices(comparison: Comparison) -> Group:
+    """What each event is priced at, and why."""
+    from pgemu import cost
+
+    config = comparison.runs[0].config
+    table = _table("event", "fixed", "each", "source", fold=("source",))
+    for event in Event:
+        price = cost.profile(config.profile)[event]
+        cpus = cost.flushed_cpus(event, config.vcpus, config.host_cpus)
+        each = units.band(*price.each) if price.each[1] else "-"
+        fixed = units.band(*price.total(0, cpus)) if price.total(0, cpus)[1] else "-"
+        table.add_row(event.name.lower(), fixed, each, Text(price.source))
+    return _titled(f"Prices: profile {config.profile}, with {config.vcpus} vCPUs and {config.host_cpus} host CPUs", table)
+
+
+def tags() -> Table:
+    """What the words of the sources mean."""
+    return _facts(TAGS.items())

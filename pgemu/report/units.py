@@ -1,0 +1,52 @@
+"""Numbers as people read them: exact counts, sizes, and bands of time with two digits."""
+
+from __future__ import annotations
+
+from math import floor, log10
+
+__all__ = ("band", "count", "size")
+
+_TIMES = (("s", 1e9), ("ms", 1e6), ("us", 1e3), ("ns", 1.0))
+_SIZES = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+def count(n: int) -> str:
+    """Return "16,825"."""
+    return f"{n:,}"
+
+
+def size(n: int) -> str:
+    """Return bytes with three digits, without a fraction where there is none: "512 MiB", "15.9 MiB", "28 B", "0"."""
+    for unit, factor in _SIZES:
+        if n >= factor:
+            digits = max(0, 2 - floor(log10(n / factor)))
+            return f"{n // factor:,} {unit}" if n % factor == 0 else f"{n / factor:,.{digits}f} {unit}"
+    return f"{n} B" if n else "0"
+
+
+def band(low: float, high: float) -> str:
+    """Return a band of nanoseconds with two digits at each end: "5.1-29 ms", "900 ns-1.2 us", "0 ns".
+
+    Both ends share a unit where that keeps them short; equal ends are one number.
+    """
+    unit, factor = _time_unit(high)
+    ends = [_two_digits(end / factor) for end in (low, high)]
+    if ends[0] == ends[1]:
+        return f"{ends[1]} {unit}"
+    if low and low < 0.1 * factor:
+        low_unit, low_factor = _time_unit(low)
+        return f"{_two_digits(low / low_factor)} {low_unit}-{ends[1]} {unit}"
+    return f"{ends[0]}-{ends[1]} {unit}"
+
+
+def _time_unit(nanoseconds: float) -> tuple[str, float]:
+    return next((unit for unit in _TIMES if nanoseconds >= 0.9995 * unit[1]), _TIMES[-1])
+
+
+def _two_digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    decimals = 1 - floor(log10(value))
+    rounded = round(value, decimals)
+    decimals = max(0, 1 - floor(log10(rounded)))
+    return f"{rounded:,.{decimals}f}"

@@ -1,0 +1,53 @@
+"""guest_memfd inodes and the windows through which processes and VMs see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.memory import Folio
+from model.tables import common
+
+
+@dataclass
+class Inode:
+    """Pages, which of them are shared, and the huge pages that are allocated."""
+
+    pages: int
+    shared: set[int]
+    open: bool = True
+    blocks: dict[int, Folio] = field(default_factory=dict)
+
+
+@dataclass
+class Window:
+    """A VMA or a memory slot: virtual or guest pages [first, first + n) show pages of an inode from `pgoff` on."""
+
+    owner: int
+    pages: range
+    inode: int
+    pgoff: int
+    read_only: bool = False
+
+    @property
+    def file(self) -> range:
+        return range(self.pgoff, self.pgoff + len(self.pages))
+
+    def file_page(self, page: int) -> int:
+        """Page of the inode that a page of the window shows."""
+        return page - self.pages.start + self.pgoff
+
+    def file_range(self, pages: range) -> range:
+        """Pages of the inode that a part of the window shows."""
+        return range(self.file_page(pages.start), self.file_page(pages.stop))
+
+    def showing(self, inode: int, pages: range) -> range:
+        """Pages of the window that show pages of an inode; empty if none."""
+        if inode != self.inode:
+            return range(0)
+        part = common(self.file, pages)
+        shift = self.pages.start - self.pgoff
+        return range(part.start + shift, part.stop + shift)
+
+    def cut(self, pages: range) -> Window:
+        """The part of the window over `pages`."""
+        return Window(self.owner, pages, self.inode, self.file_page(pages.start), self.read_only)

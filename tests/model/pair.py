@@ -1,0 +1,206 @@
+"""A machine and its model side by side: every operation goes to both, and what they return must be equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pgemu_kernels import layout as L
+
+from model.model import PAGE, Model, Outcome
+from pgemu.machine import Config, Machine, Result
+from pgemu.memory import AddressSpace, GuestMemfd, Vm
+
+
+class Pair:
+    """Objects are addressed by number, in order of creation; offsets, addresses and lengths are in bytes."""
+
+    def __init__(self, config: Config) -> None:
+        self.machine = Machine(config)
+        self.machine.check_each()
+        self.model = Model(
+            config.design,
+            order=config.order,
+            pool_pages=config.pool_pages,
+            kernel=config.kernel,
+            frames=config.frames,
+            hvo=config.hvo,
+            zero_by_page=config.zero == "page",
+            zap_both_kinds=config.rounded_zap_drops_both_kinds,
+            notifier=config.notifier,
+        )
+        self.inodes: list[GuestMemfd] = []
+        self.spaces: list[AddressSpace] = []
+        self.vms: list[Vm] = []
+        self.written: dict[tuple[int, int], bytes] = {}
+
+    # ------------------------------------------------------------------ making
+
+    def create_guest_memfd(self, size: int, shared: bool) -> None:
+        self.create(self.inodes, self.model.create_guest_memfd(size, shared), self.machine.create_guest_memfd, size, shared=shared)
+
+    def create_process(self) -> None:
+        self.create(self.spaces, self.model.create_process(), self.machine.create_process)
+
+    def create_vm(self, space: int, protected: bool) -> None:
+        expected = self.model.create_vm(space, protected)
+        self.create(self.vms, expected, self.machine.create_vm, self.spaces[space], protected=protected)
+
+    @staticmethod
+    def create(objects: list[Any], expected: int | None, make: Any, *args: Any, **kwargs: Any) -> None:
+        """Make an object, or fail for want of memory, as the model did."""
+        try:
+            objects.append(make(*args, **kwargs))
+        except OSError as error:
+            assert expected is None, "the machine had no memory where the model has"
+            assert error.errno == L.ENOMEM
+        else:
+            assert expected == len(objects) - 1
+
+    # ------------------------------------------------------------------ operations
+
+    def same(self, got: Result, expected: Outcome) -> Outcome:
+        assert tuple(got) == tuple(expected)
+        return expected
+
+    def host_fault(self, space: int, address: int, write: bool = False) -> Outcome:
+        outcome = self.same(
+            self.spaces[space].touch(address, write=write), self.model.host_fault(space, address, write)
+        )
+        self.compare_host(space, address)
+        return outcome
+
+    def guest_fault(self, vm: int, gpa: int, private: bool | None = None) -> Outcome:
+        flags = 0 if private is None else L.Flag.PRIVATE if private else L.Flag.SHARED
+        got = self.machine.operate(L.Operation.GUEST_FAULT, flags=flags, vm=vm, address=gpa)
+        outcome = self.same(got, self.model.guest_fault(vm, gpa, private))
+        self.compare_guest(vm, gpa)
+        return outcome
+
+    def convert(self, inode: int, offset: int, length: int, shared: bool) -> Outcome:
+        expected = self.model.convert(inode, offset, length, shared)
+        return self.same(self.inodes[inode].convert(offset, length, shared=shared), expected)
+
+    def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
+        before = {n for n in self.model.inodes[inode].blocks}
+        outcome = self.same(
+            self.inodes[inode].punch_hole(offset, length), self.model.punch_hole(inode, offset, length)
+        )
+        gone = before - self.model.inodes[inode].blocks.keys()
+        order = self.model.order
+        stop = offset + length if outcome.status == 0 else outcome.detail
+        self.forget(inode, lambda index: index >> order in gone or (outcome.status in (0, -L.EAGAIN) and offset <= index * PAGE < stop))
+        return outcome
+
+    def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool = False) -> Outcome:
+        got = self.spaces[space].mmap(self.inodes[inode], address, offset=offset, length=length, read_only=read_only)
+        return self.same(got, self.model.mmap(space, address, inode, offset, length, read_only))
+
+    def munmap(self, space: int, address: int, length: int) -> Outcome:
+        return self.same(self.spaces[space].munmap(address, length), self.model.munmap(space, address, length))
+
+    def zap(self, space: int, address: int, length: int, madvise: bool) -> Outcome:
+        got = self.spaces[space].zap(address, length, madvise=madvise)
+        return self.same(got, self.model.zap(space, address, length, madvise))
+
+    def bind(self, vm: int, gpa: int, inode: int, offset: int, length: int) -> Outcome:
+        got = self.vms[vm].bind(self.inodes[inode], gpa, offset=offset, length=length)
+        return self.same(got, self.model.bind(vm, gpa, inode, offset, length))
+
+    def unbind(self, vm: int, gpa: int) -> Outcome:
+        return self.same(self.vms[vm].unbind(gpa), self.model.unbind(vm, gpa))
+
+    def get(self, inode: int, offset: int) -> Outcome:
+        return self.same(self.inodes[inode].get_reference(offset), self.model.get(inode, offset))
+
+    def put(self, pfn: int) -> Outcome:
+        got = self.machine.operate(L.Operation.PUT, address=pfn * PAGE)
+        return self.same(got, self.model.put(pfn))
+
+    def close(self, inode: int) -> Outcome:
+        self.forget(inode, lambda _: True)
+        return self.same(self.inodes[inode].close(), self.model.close(inode))
+
+    # ------------------------------------------------------------------ contents
+
+    def forget(self, inode: int, pages: Any) -> None:
+        """Pages for which `pages(index)` holds read as zero from now on."""
+        for key in [k for k in self.written if k[0] == inode and pages(k[1])]:
+            del self.written[key]
+
+    def write(self, inode: int, index: int, data: bytes) -> None:
+        """Store a page that a fault has made visible."""
+        pfn = self.model.pfn(inode, index)
+        assert pfn is not None
+        fits = self.model.memory.write(pfn, data)
+        try:
+            self.machine.write_frame(pfn, data)
+        except OSError as error:
+            assert not fits, "the machine had no memory where the model has"
+            assert error.errno == L.ENOMEM
+        else:
+            assert fits
+            self.written[inode, index] = data
+
+    def compare_contents(self, inode: int, index: int) -> None:
+        """A page that a fault has made visible shows what was written last, or zeroes."""
+        pfn = self.inodes[inode].pfn(index * PAGE)
+        assert pfn is not None
+        assert self.machine.read_frame(pfn) == self.written.get((inode, index), bytes(PAGE)), f"page {index}"
+
+    # ------------------------------------------------------------------ comparing
+
+    def compare_host(self, space: int, address: int) -> None:
+        """A process's entry, and its folio's counts."""
+        entry = self.model.spaces[space].entries.get(address // PAGE)
+        level, _, value = self.spaces[space].walk(address)[-1]
+        assert value & 1 == (entry is not None)
+        if entry is None:
+            return
+        assert (level, value >> 12 & (1 << 40) - 1) == (1, entry.pfn)
+        assert (bool(value & 1 << 9), bool(value & 2)) == (entry.special, entry.writable)
+        self.compare_folio(entry.pfn)
+
+    def compare_guest(self, vm: int, gpa: int) -> None:
+        """Level and frame of a guest address."""
+        found = self.model.vms[vm].find(gpa // PAGE)
+        level, _, value = self.vms[vm].walk(gpa)[-1]
+        assert value & 1 == (found is not None)
+        if found is not None:
+            assert (level, value >> 12 & (1 << 40) - 1) == found
+
+    def compare_folio(self, pfn: int) -> None:
+        """Refcount and, of a 4K folio, mapcount of a frame in use."""
+        folio = self.model.memory.folio_of(pfn)
+        assert folio is not None
+        word = int(self.machine.struct_page(pfn if folio.split else folio.head)[6])
+        assert word >> 32 == folio.references(pfn)
+        if folio.split:
+            assert (word + 1 & 0xFFFF_FFFF) == folio.mapped[pfn - folio.head]
+
+    def compare_gauges(self) -> None:
+        stats = self.machine.arrays.stats
+        for gauge, expected in self.model.gauges.items():
+            assert stats[int(L.STATS_GAUGES) + 2 * gauge] == expected, gauge.name
+
+    def compare_everything(self) -> None:
+        """Every leaf, every folio, every page's shareability, and the machine's own recount."""
+        self.compare_gauges()
+        for space, tables in enumerate(self.model.spaces):
+            for page in tables.entries:
+                self.compare_host(space, page * PAGE)
+        for vm, stage2 in enumerate(self.model.vms):
+            for level, number in stage2.leaves:
+                self.compare_guest(vm, number << 12 + 9 * (level - 1))
+        for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
+            self.compare_shareability(memfd, inode.pages, inode.shared)
+        for folio in self.model.memory.in_use.values():
+            for pfn in {folio.head, *(folio.head + page for page in folio.held)}:
+                self.compare_folio(pfn)
+        assert self.machine.check() == 0, self.machine.broken
+
+    def compare_shareability(self, memfd: GuestMemfd, pages: int, shared: set[int]) -> None:
+        state = self.machine.arrays.state
+        word = int(state[int(L.STATE_INODES) + memfd.inode * L.I_WORDS + int(L.I_WORD)])
+        bits = self.machine.arrays.shareability[word : word + pages // 64].view(np.uint8)
+        assert set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()) == shared
