@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pgemu_kernels.layout import PAGE_4K, Event, Gauge, Operation
-
 from pgemu.errors import InputError
 from pgemu.metrics import METRICS
 from pgemu.results import operation_name, result_name
 from pgemu.statistics import Statistics
 from pgemu.trace.lowered import Lowered
+from pgemu_kernels.layout import PAGE_4K, Event, Gauge, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine import Config, Machine

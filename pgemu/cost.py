@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Event, Gauge, Operation
-
 from pgemu.statistics import Statistics
+from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Event, Gauge, Operation
 
 __all__ = ("METRICS", "Metric")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from pgemu import cost
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event

@@ -28,7 +28,6 @@ from pgemu_kernels.layout import (
     LOCK_WRITER,
     M_BASE_GFN,
     M_INODE,
-    M_LIVE,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -260,8 +259,11 @@ def unlock(state, op, node):
 
 @kernel
 def overlap(state, slot, inode, start, end):
-    """Guest frames of a live memory slot that stand for pages [start, end) of an inode: (first, last), or (0, 0)."""
-    if state[slot + M_LIVE] == U0 or state[slot + M_INODE] != inode:
+    """Guest frames of a memory slot that stand for pages [start, end) of an inode: (first, last), or (0, 0).
+
+    A deleted slot has no pages.
+    """
+    if state[slot + M_INODE] != inode:
         return U0, U0
     pgoff = state[slot + M_PGOFF]
     low = max(start, pgoff)
@@ -397,8 +399,11 @@ def mapping_limits(state, space, start, end):
 
 @kernel
 def vma_overlap(state, row, inode, start, end):
-    """Virtual addresses at which a live VMA shows pages [start, end) of an inode: (first, last), or (0, 0)."""
-    if state[row + A_LIVE] == U0 or state[row + A_INODE] != inode:
+    """Virtual addresses at which a VMA shows pages [start, end) of an inode: (first, last), or (0, 0).
+
+    A removed VMA is empty.
+    """
+    if state[row + A_INODE] != inode:
         return U0, U0
     pgoff = state[row + A_PGOFF]
     low = max(start, pgoff)

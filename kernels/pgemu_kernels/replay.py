@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgemu_kernels import lifecycle, pfnmap, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U12, U16, U18, U32, U48, U511, prefetch
+from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U16, U18, U27, U32, U48, U511, prefetch
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     CONVERT_IOCTL,
@@ -23,7 +23,8 @@ from pgemu_kernels.events import (
     finish_operation,
     result,
 )
-from pgemu_kernels.gmem import find_memslot, find_vma, inode_row, vm_row
+from pgemu_kernels.folio import struct_page
+from pgemu_kernels.gmem import block_row, find_memslot, find_vma, inode_row, vm_row
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
 from pgemu_kernels.invariants import check_operation
@@ -32,6 +33,9 @@ from pgemu_kernels.layout import (
     A_PGOFF,
     A_START,
     ACTORS,
+    B_PFN,
+    B_STATE,
+    BLOCK_SPLIT,
     EOPNOTSUPP,
     I_WORD,
     M_BASE_GFN,
@@ -52,6 +56,7 @@ from pgemu_kernels.layout import (
     PFNMAP,
     R_CHECK,
     R_DESIGN,
+    R_ORDER,
     STATE_OPS,
     V_ROOT,
     Operation,
@@ -65,6 +70,7 @@ _BYTE = U(0xFF)
 _HALF = U(0xFFFF)
 _PFNMAP = U(PFNMAP)
 BATCH = U(64)
+_NEAR = U(64 * 8 * 4096)  # 64 lines of entries
 
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
@@ -152,120 +158,155 @@ def save(m, op, columns, i):
 
 
 @kernel
-def prefetch_leaf(m, f, root, page):
-    """Ask for the line of the 4K entry of a page, as far as the tables above it exist."""
+def directory_slot(m, f, root, page):
+    """Slot of the level-2 entry of a page, or NONE where the tables above end before or in a leaf."""
     ram = m.ram
     state = m.state
-    entry = ram[(root >> U(3)) + (page >> U(27) & U511)]
+    entry = ram[(root >> U3) + (page >> U27 & U511)]
     if not is_present(state, f, entry):
-        return
+        return NONE
     entry = ram[table_of(state, f, entry) + (page >> U18 & U511)]
     if not is_present(state, f, entry) or is_large(state, f, entry):
-        return
-    entry = ram[table_of(state, f, entry) + (page >> U9 & U511)]
-    if is_present(state, f, entry) and not is_large(state, f, entry):
-        prefetch(ram, table_of(state, f, entry) + (page & U511))
+        return NONE
+    return table_of(state, f, entry) + (page >> U9 & U511)
+
+
+@kernel
+def prefetch_leaf(m, f, root, page):
+    """Ask for the line of the 4K entry of a page, if there is a table for it."""
+    slot = directory_slot(m, f, root, page)
+    if slot != NONE:
+        entry = m.ram[slot]
+        if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
+            prefetch(m.ram, table_of(m.state, f, entry) + (page & U511))
+
+
+@kernel
+def prefetch_page(m, node, index):
+    """Ask for a page's shareability bit and, with restructure, for its struct page."""
+    state = m.state
+    prefetch(m.shareability, state[node + I_WORD] + (index >> U6))
+    if state[R_DESIGN] != _PFNMAP:
+        block = block_row(m, node, index)
+        if m.blocks[block + B_STATE] == BLOCK_SPLIT:
+            prefetch(m.ram, struct_page(m, m.blocks[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 
 @kernel
 def prefetch_host(m, columns, i):
-    """What a host fault will touch: its entry and its page's bit."""
+    """Ask for what a host fault or a zap of one page will touch."""
     state = m.state
     address = element(columns.address, i)
     space = element(columns.header, i) >> U48
     row = find_vma(state, space, address)
-    if row == NONE:
-        return
-    index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
-    prefetch(m.shareability, state[inode_row(state[row + A_INODE]) + I_WORD] + (index >> U6))
-    prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
+    if row != NONE:
+        node = inode_row(state[row + A_INODE])
+        index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+        prefetch_page(m, node, index)
+        prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
 
 
 @kernel
 def prefetch_guest(m, columns, i):
-    """What a guest fault will touch."""
+    """Ask for what a guest fault will touch."""
     state = m.state
     gfn = element(columns.address, i) >> U12
     vm = element(columns.header, i) >> U32 & _HALF
     slot = find_memslot(state, vm, gfn)
-    if slot == NONE:
-        return
-    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-    prefetch(m.shareability, state[inode_row(state[slot + M_INODE]) + I_WORD] + (index >> U6))
-    prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
+    if slot != NONE:
+        node = inode_row(state[slot + M_INODE])
+        prefetch_page(m, node, gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF])
+        prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
+
+
+@kernel
+def is_scattered(column, first, last):
+    """Whether a batch's addresses lie far apart: neighbours are in the cache by themselves."""
+    if last - first < BATCH or U(column.size) <= U1:
+        return False
+    low = min(column[first], column[last - U1])
+    high = max(column[first], column[last - U1])
+    return high - low > _NEAR or column[(first + last) >> U1] - low > _NEAR
 
 
 # --------------------------------------------------------------------------- one loop per operation
 
 
-@outlined
-def host_faults_restructure(descriptor, columns, first, last):
-    m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, HOST_FAULT, 1)
-        restructure.host_fault(m, op)
-        save(m, op, columns, i)
-
-
-@outlined
-def host_faults_pfnmap(descriptor, columns, first, last):
-    m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, HOST_FAULT, 1)
+@kernel
+def host_fault(m, op):
+    if m.state[R_DESIGN] == _PFNMAP:
         pfnmap.host_fault(m, op)
-        save(m, op, columns, i)
+    else:
+        restructure.host_fault(m, op)
 
 
 @outlined
-def guest_faults_restructure(descriptor, columns, first, last):
+def host_faults(descriptor, columns, first, last):
     m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, GUEST_FAULT, 1)
-        restructure.guest_fault(m, op)
-        save(m, op, columns, i)
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_host(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge(m, HOST_FAULT, 1)
+            host_fault(m, op)
+            save(m, op, columns, i)
+        first = stop
 
 
-@outlined
-def guest_faults_pfnmap(descriptor, columns, first, last):
-    m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, GUEST_FAULT, 1)
+@kernel
+def guest_fault(m, op):
+    if m.state[R_DESIGN] == _PFNMAP:
         pfnmap.guest_fault(m, op)
-        save(m, op, columns, i)
+    else:
+        restructure.guest_fault(m, op)
 
 
 @outlined
-def converts_restructure(descriptor, columns, first, last):
+def guest_faults(descriptor, columns, first, last):
+    m = open_machine(descriptor)
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_guest(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge(m, GUEST_FAULT, 1)
+            guest_fault(m, op)
+            save(m, op, columns, i)
+        first = stop
+
+
+@outlined
+def converts(descriptor, columns, first, last):
     m = open_machine(descriptor)
     for i in range(first, last):
         op = load(m, columns, i)
         charge(m, CONVERT_IOCTL, 1)
-        restructure.convert(m, op)
-        save(m, op, columns, i)
-
-
-@outlined
-def converts_pfnmap(descriptor, columns, first, last):
-    m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, CONVERT_IOCTL, 1)
-        pfnmap.convert(m, op)
+        if m.state[R_DESIGN] == _PFNMAP:
+            pfnmap.convert(m, op)
+        else:
+            restructure.convert(m, op)
         save(m, op, columns, i)
 
 
 @outlined
 def zaps(descriptor, columns, first, last):
     m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, SYSCALL, 1)
-        lifecycle.zap(m, op)
-        save(m, op, columns, i)
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_host(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge(m, SYSCALL, 1)
+            lifecycle.zap(m, op)
+            save(m, op, columns, i)
+        first = stop
 
 
 @outlined
@@ -308,9 +349,7 @@ def others(descriptor, columns, first, last):
 @entry
 def run(descriptor, header, object_, address, offset, length, status, detail):
     """Run operations in order on the machine behind `descriptor`; see Columns for the arrays."""
-    m = open_machine(descriptor)
     columns = Columns(header, object_, address, offset, length, status, detail)
-    is_pfnmap = m.state[R_DESIGN] == _PFNMAP
     count = U(status.size)
     first = U0
     while first < count:
@@ -321,20 +360,11 @@ def run(descriptor, header, object_, address, offset, length, status, detail):
         while last < count and header[last] & _BYTE == kind:
             last += U1
         if kind == OP_HOST_FAULT:
-            if is_pfnmap:
-                host_faults_pfnmap(descriptor, columns, first, last)
-            else:
-                host_faults_restructure(descriptor, columns, first, last)
+            host_faults(descriptor, columns, first, last)
         elif kind == OP_GUEST_FAULT:
-            if is_pfnmap:
-                guest_faults_pfnmap(descriptor, columns, first, last)
-            else:
-                guest_faults_restructure(descriptor, columns, first, last)
+            guest_faults(descriptor, columns, first, last)
         elif kind == OP_CONVERT:
-            if is_pfnmap:
-                converts_pfnmap(descriptor, columns, first, last)
-            else:
-                converts_restructure(descriptor, columns, first, last)
+            converts(descriptor, columns, first, last)
         elif kind == OP_ZAP:
             zaps(descriptor, columns, first, last)
         else:

@@ -289,8 +289,9 @@ def convert_zap(m, op):
     inode = state[op + O_INODE]
     start = state[op + O_ROUND_START]
     end = state[op + O_ROUND_END]
+    dropped = np.int64(0)
     if state[R_ZAP_BOTH_KINDS] != U0:
-        zap_range(m, inode, start, end, NONE)
+        dropped = zap_range(m, inode, start, end, NONE)
     else:
         node = inode_row(inode)
         leaving = state[op + O_TO_PRIVATE]
@@ -300,9 +301,10 @@ def convert_zap(m, op):
             while last < end and is_shared(m, node, last) == leaving:
                 last += U1
             if first < last:
-                zap_range(m, inode, first, last, NONE)
+                dropped += zap_range(m, inode, first, last, NONE)
             first = last + U1
-    flush_vms(m)
+    if dropped != 0:
+        flush_vms(m)
     return GO
 
 

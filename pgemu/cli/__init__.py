@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rich_click as click
@@ -21,15 +20,12 @@ _BROKEN_PIPE = 141  # as shells report a command that SIGPIPE ended
 class _Group(click.RichGroup):
     """A group whose errors are one line on stderr."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
         extra["standalone_mode"] = False
         try:
-            status = super().main(args, prog_name, **extra)
+            status = super().main(*args, **extra)
             sys.stdout.flush()
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(2)
         except click.ClickException as error:
             _fail(error.format_message())
         except InputError as error:
@@ -57,12 +53,15 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
         context.exit()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Print the version."
 )
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 main.add_command(compare)

@@ -6,8 +6,9 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
@@ -24,55 +25,35 @@ _LARGEST = 1 << 52  # physical addresses of x86-64
 _PROGRESS_AFTER = 1.0  # seconds
 
 
-def parse_size(text: str) -> int:
-    """Return bytes: "16G", "512MiB", "4096", "0x100000". ValueError for anything else."""
+def size(text: str) -> int:
+    """Return bytes: "16G", "512MiB", "4096", "0x100000". click.BadParameter for anything else."""
     match = _SIZE.fullmatch(text.strip())
     value = int(match[1], 0 if match[1].lower().startswith("0x") else 10) * _UNITS[match[2].lower()] if match else -1
     if not 0 <= value <= _LARGEST:
-        raise ValueError(f"{text!r}: expected a size or an address like 16G, 512M or 0x80000000")
+        raise click.BadParameter(f"{text!r}: expected a size or an address like 16G, 512M or 0x80000000")
     return value
 
 
-class _Size(click.ParamType):
-    name = "size"
+def memslot(text: str) -> tuple[int, int, int | None]:
+    """Return GPA, size and offset (None: wherever it fits) of "0x0:512M" or "4G:1G:1G".
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See parse_size."""
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Memslot(click.ParamType):
-    name = "gpa:size[:offset]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int, int | None]:
-        """GPA, size and offset (None: wherever it fits), all multiples of 4096."""
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(":")
-        try:
-            numbers = [parse_size(part) for part in parts]
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
-            self.fail(f"{value!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K", param, ctx)
-        return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+    :raises click.BadParameter: anything else, or what is no multiple of 4096
+    """
+    numbers = [size(part) for part in text.split(":")]
+    if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
+        raise click.BadParameter(f"{text!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K")
+    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
 
 
-class _Check(click.ParamType):
-    name = "end|N|every"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """`end`, `every`, or a positive number."""
-        if value in ("end", "every"):
-            return str(value)
-        if not str(value).isascii() or not str(value).isdigit() or int(value) == 0:
-            self.fail(f"{value!r}: expected end, every, or a number of operations", param, ctx)
-        return int(value)
+def check(text: str) -> Literal["end", "every"] | int:
+    """Return "end", "every" or a positive number. click.BadParameter for anything else."""
+    if text == "end":
+        return "end"
+    if text == "every":
+        return "every"
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise click.BadParameter(f"{text!r}: expected end, every, or a number of operations")
+    return int(text)
 
 
 class _Bar:
@@ -110,7 +91,9 @@ class _Bar:
 @click.command(short_help="Run one trace on both designs and show what each did.")
 @click.argument("trace", required=False)
 @click.option("--page-size", type=click.Choice(["2M", "1G"]), default="1G", show_default=True, help="Huge page size.")
-@click.option("--guest-memory", type=_Size(), help="Size of the guest_memfd.  [default: what the trace needs]")
+@click.option(
+    "--guest-memory", type=size, metavar="SIZE", help="Size of the guest_memfd.  [default: what the trace needs]"
+)
 @click.option(
     "--design",
     "designs",
@@ -127,9 +110,21 @@ class _Bar:
     help="Linux whose entries and struct pages are written.",
 )
 @click.option("--stage2", type=click.Choice(["ept", "npt"]), default="npt", show_default=True, help="Stage-2 format.")
-@click.option("--vcpus", type=click.IntRange(1, 4096), default=1, show_default=True, help="For the price of flushes.")
 @click.option(
-    "--host-cpus", type=click.IntRange(1, 8192), default=1, show_default=True, help="For the price of flushes."
+    "--vcpus",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="CPUs of the VM, for the price of flushes.",
+)
+@click.option(
+    "--host-cpus",
+    type=click.IntRange(1, 8192),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="CPUs of the host, for the price of flushes.",
 )
 @click.option(
     "--zero",
@@ -150,13 +145,29 @@ class _Bar:
     type=click.Choice(["punch", "zap"]),
     help="What gives memory back.  [default: punch for madvise, zap for unmaps without a call]",
 )
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, help="Of a workload, and of frame order.")
 @click.option(
-    "--check", type=_Check(), default="end", show_default=True, help="When to check invariants: at the end, every N "
-    "operations, or after every one what it touched."
-)  # fmt: skip
+    "--seed",
+    type=click.IntRange(0, (1 << 63) - 1),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of a workload, and of the order in which frames are handed out; 0: ascending.",
+)
 @click.option(
-    "--memslot", "memslots", type=_Memslot(), multiple=True, help="Memory slot instead of the trace's; may be repeated."
+    "--check",
+    type=check,
+    metavar="end|N|every",
+    default="end",
+    show_default=True,
+    help="When to check invariants: at the end, every N operations, or after every one what it touched.",
+)
+@click.option(
+    "--memslot",
+    "memslots",
+    type=memslot,
+    metavar="GPA:SIZE[:OFFSET]",
+    multiple=True,
+    help="Memory slots instead of the trace's; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--sources", is_flag=True, help="Also print which kernel function each row models, and the prices.")
@@ -169,11 +180,8 @@ def compare(trace: str | None, **options: Any) -> int:
     Exit status: 0; 1 if an invariant was broken; 2 for bad input.
     """
     comparison = _run(trace, options)
-    if options["as_json"]:
-        text = _json(comparison, options["sources"])
-    else:
-        text = _tables(comparison, options["sources"])
-    sys.stdout.write(text)
+    write = _json if options["as_json"] else _tables
+    sys.stdout.write(write(comparison, options["sources"]))
     sys.stdout.flush()
     if not comparison.broken:
         return 0
@@ -185,18 +193,19 @@ def compare(trace: str | None, **options: Any) -> int:
 
 
 def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
-    from pgemu.compare import DESIGNS
-    from pgemu.compare import compare as run
+    from pgemu.compare import DESIGNS, compare as run
     from pgemu.trace import GivenSlot, LoweringOptions, load, shipped
 
     lowering = LoweringOptions(
-        page_size=parse_size(options["page_size"]),
+        page_size=size(options["page_size"]),
         init=options["init"],
         dontneed=options["dontneed"],
         memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
         guest_memory=options["guest_memory"],
     )
     lowered = load(shipped() if trace is None else trace, lowering, options["seed"])
+    if trace is None:
+        lowered = replace(lowered, source=f"{shipped().name} (comes with pgemu)")
     with _Bar() as progress:
         return run(
             lowered,

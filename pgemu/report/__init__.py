@@ -34,9 +34,7 @@ def write(comparison: Comparison, console: Console) -> None:
         console.print()
     _paragraphs(console, "Notes", notes(comparison))
     if len(comparison.runs) > 1:
-        _paragraphs(
-            console, "Differences", differences(comparison) or ["Nothing differs by a factor of two or more."]
-        )
+        _paragraphs(console, "Differences", differences(comparison) or ["Nothing differs by a factor of two or more."])
     _paragraphs(console, "Broken invariants", findings(comparison))
 
 
@@ -45,6 +43,7 @@ def write_sources(comparison: Comparison, console: Console) -> None:
     for block in (
         tables.operation_sources(comparison),
         tables.state_sources(comparison),
+        tables.limit_sources(comparison),
         tables.tags(),
         tables.prices(comparison),
     ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from pgemu.report.sources import Source, Tag
+from pgemu.report.sources import Tag
 
 if TYPE_CHECKING:
     from pgemu.compare import Design
@@ -22,10 +22,6 @@ class Limit:
     text: str
     function: str
     tag: Tag
-
-    @property
-    def source(self) -> Source:
-        return Source(self.function, self.tag)
 
 
 LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge, Operation
-
 from pgemu.metrics import METRICS
 from pgemu.report import units
 from pgemu.results import operation_name
+from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge, Operation
 
 if TYPE_CHECKING:
     from pgemu.compare import Band, Comparison, DesignRun
@@ -80,7 +79,8 @@ def _times(first: DesignRun, second: DesignRun) -> Iterator[str]:
             (f"The longest {name}", run.worst, other.worst),
         ):
             if _apart(a, b) and not (run.count == 1 and words.startswith("The longest")):
-                yield f"{words} takes {units.band(*a)} on {first.design}, {units.band(*b)} on {second.design} (estimate)."
+                both = f"{units.band(*a)} on {first.design}, {units.band(*b)} on {second.design}"
+                yield f"{words} takes {both} (estimate)."
 
 
 def _mapped(first: DesignRun, second: DesignRun) -> Iterator[str]:
@@ -140,5 +140,7 @@ def notes(comparison: Comparison) -> list[str]:
     if "-EOPNOTSUPP" in outcomes:
         found.append("-EOPNOTSUPP: this version does not simulate the operation.")
     if any(run.end_of_life.zombies for run in runs):
-        found.append("Huge pages are missing from the pool at the end: references that the trace never drops keep them.")
+        found.append(
+            "Huge pages are missing from the pool at the end: references that the trace never drops keep them."
+        )
     return found

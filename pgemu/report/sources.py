@@ -54,7 +54,6 @@ _HOST_FAULT = Source("virt/kvm/guest_memfd.c:kvm_gmem_fault_user_mapping", "next
 _GUEST_FAULT = _main("arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn")
 _PUNCH = _main("virt/kvm/guest_memfd.c:kvm_gmem_punch_hole")
 _RELEASE = _main("virt/kvm/guest_memfd.c:kvm_gmem_release")
-_REFERENCE = _main("include/linux/mm.h:folio_get"), _main("mm/swap.c:__folio_put")
 
 
 def _both(*sources: Source) -> dict[Design, _Sources]:
@@ -110,9 +109,7 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
             "restructure": (_main("virt/kvm/guest_memfd.c:kvm_gmem_mmap"),),
             "pfnmap": (Source("virt/kvm/guest_memfd.c:kvm_gmem_mmap, with VM_PFNMAP", "slides"),),
         },
-        Operation.MUNMAP: _both(
-            _main("mm/memory.c:unmap_vmas"), _main("mm/memory.c:free_pgtables"), _NOTIFIER
-        ),
+        Operation.MUNMAP: _both(_main("mm/memory.c:unmap_vmas"), _main("mm/memory.c:free_pgtables"), _NOTIFIER),
         Operation.ZAP: {
             "restructure": (_main("mm/memory.c:zap_present_ptes"), _NOTIFIER, _main("mm/pt_reclaim.c:try_to_free_pte")),
             "pfnmap": (
@@ -123,8 +120,8 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         },
         Operation.BIND: _both(_main("virt/kvm/guest_memfd.c:kvm_gmem_bind")),
         Operation.UNBIND: _both(_MEMSLOT_DELETED),
-        Operation.GET: _both(*_REFERENCE),
-        Operation.PUT: _both(*_REFERENCE),
+        Operation.GET: _both(_main("include/linux/mm.h:folio_get")),
+        Operation.PUT: _both(_main("mm/swap.c:__folio_put")),
         Operation.CLOSE: {
             "restructure": (
                 _RELEASE,

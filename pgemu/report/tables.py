@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pgemu_kernels.layout import Event, Operation
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pgemu.metrics import METRICS
+from pgemu.metrics import METRICS, Metric
 from pgemu.report import units
 from pgemu.report.limits import LIMITS
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
 from pgemu.results import operation_name
+from pgemu_kernels.layout import Event, Operation
 
 if TYPE_CHECKING:
     from pgemu.compare import Comparison, DesignRun
     from pgemu.trace.lowered import Lowered
 
 __all__ = (
+    "limit_sources",
     "limits",
     "machine",
     "memory_slots",
@@ -45,9 +46,8 @@ def _table(*columns: str, right: Iterable[str] = (), fold: Iterable[str] = ()) -
     """An empty table; columns keep their width, but for those that `fold`."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        overflow = "fold" if column in fold else "ellipsis"
         table.add_column(
-            column, justify="right" if column in right else "left", overflow=overflow, no_wrap=column not in fold
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column not in fold
         )
     return table
 
@@ -68,12 +68,13 @@ def _listing(counts: dict[str, int]) -> str:
 def trace(lowered: Lowered) -> Table:
     """What was read, and how it was laid over guest_memfd."""
     accounting, layout = lowered.accounting, lowered.layout
-    totals = {
-        name: getattr(accounting, name).total() for name in ("inputs", "outcomes", "ignored", "unknown")
-    }
+    totals = {name: getattr(accounting, name).total() for name in ("inputs", "outcomes", "ignored", "unknown")}
     rows = [
         ("trace", lowered.source),
-        ("events", f"{units.count(accounting.events)}: {', '.join(f'{units.count(n)} {k}' for k, n in totals.items())}"),
+        (
+            "events",
+            f"{units.count(accounting.events)}: {', '.join(f'{units.count(n)} {k}' for k, n in totals.items())}",
+        ),
     ]
     if accounting.unknown:
         rows.append(("unknown", _listing(accounting.unknown)))
@@ -203,9 +204,14 @@ def limits(comparison: Comparison) -> Group:
 # --------------------------------------------------------------------------- sources
 
 
+def _breakable(function: str) -> Text:
+    """file:symbol with a place to break the line."""
+    return Text(function.replace(".c:", ".c: ").replace(".h:", ".h: "))
+
+
 def _source_rows(table: Table, name: str, design: str, sources: Iterable[Source]) -> None:
     for source in sources:
-        table.add_row(name, design, source.tag, Text(source.function))
+        table.add_row(name, design, source.tag, _breakable(source.function))
         name = design = ""
 
 
@@ -223,19 +229,30 @@ def operation_sources(comparison: Comparison) -> Group:
 
 
 def state_sources(comparison: Comparison) -> Group:
-    """The kernel function behind each row of the state, and behind each limit."""
+    """The kernel function behind each row of the state; neighbours with the same sources share a row."""
     table = _source_table("row")
-    for metric in METRICS:
-        by_design = METRIC_SOURCES[metric.key]
-        if len({by_design[run.design] for run in comparison.runs}) == 1:
-            _source_rows(table, metric.key, "", by_design[comparison.runs[0].design])
+    designs = [run.design for run in comparison.runs]
+
+    def key(metric: Metric) -> tuple[Any, ...]:
+        return metric.group, *(METRIC_SOURCES[metric.key][design] for design in designs)
+
+    for (group, *sources), metrics in groupby(METRICS, key=key):
+        name = f"{group}: {', '.join(metric.label for metric in metrics)}"
+        if len(set(sources)) == 1:
+            _source_rows(table, name, "all", sources[0])
             continue
-        for row, run in enumerate(comparison.runs):
-            _source_rows(table, "" if row else metric.key, run.design, by_design[run.design])
+        for row, design in enumerate(designs):
+            _source_rows(table, "" if row else name, design, sources[row])
+    return _titled("Sources: state", table)
+
+
+def limit_sources(comparison: Comparison) -> Group:
+    """The kernel function behind each limit."""
+    table = _table("design", "limit", "", "because of", fold=("limit", "because of"))
     for run in comparison.runs:
-        for limit in LIMITS[run.design]:
-            _source_rows(table, limit.text, run.design, (limit.source,))
-    return _titled("Sources: state and limits", table)
+        for row, limit in enumerate(LIMITS[run.design]):
+            table.add_row("" if row else run.design, Text(limit.text), limit.tag, _breakable(limit.function))
+    return _titled("Sources: limits", table)
 
 
 def prices(comparison: Comparison) -> Group:
@@ -250,9 +267,11 @@ def prices(comparison: Comparison) -> Group:
         each = units.band(*price.each) if price.each[1] else "-"
         fixed = units.band(*price.total(0, cpus)) if price.total(0, cpus)[1] else "-"
         table.add_row(event.name.lower(), fixed, each, Text(price.source))
-    return _titled(f"Prices: profile {config.profile}, with {config.vcpus} vCPUs and {config.host_cpus} host CPUs", table)
+    return _titled(
+        f"Prices: profile {config.profile}, with {config.vcpus} vCPUs and {config.host_cpus} host CPUs", table
+    )
 
 
 def tags() -> Table:
     """What the words of the sources mean."""
-    return _facts(TAGS.items())
+    return _facts((tag, meaning) for tag, meaning in TAGS.items())

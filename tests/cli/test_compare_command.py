@@ -1,0 +1,198 @@
+"""`pgemu compare`: options, output, errors, exit statuses."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import rich_click as click
+from click.testing import CliRunner, Result
+
+from pgemu.cli import main
+from pgemu.machine import Machine
+from pgemu_kernels import layout as L
+
+# `pgemu.cli.compare` as an attribute is the command.
+command = import_module("pgemu.cli.compare")
+
+# Shared from gfn 0x10 on for one page; touched before and after, by the host too.
+LOG = """\
+# tracer: nop
+ vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=4 gpa=0x0 size=0x400000 hva=0x7f0000000000
+ CPU 0/KVM-10 [000] ..... 1.000002: kvm_page_fault: vcpu 0 rip 0x0 address 0x0000000000010000 error_code 0x2
+ vmm-9 [000] ..... 1.000003: kvm_vm_set_mem_attributes: 0x0000000000000010 -- 0x0000000000000011 [0x0]
+ vmm-9 [000] ..... 1.000004: page_fault_user: address=0x7f0000010000 ip=0x1 error_code=0x6
+ CPU 0/KVM-10 [000] ..... 1.000005: kvm_page_fault: vcpu 0 rip 0x0 address 0x0000000000010000 error_code 0x2
+ CPU 0/KVM-10 [000] ..... 1.000006: kvm_exit: reason 1
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> str:
+    path = tmp_path / "small.txt"
+    path.write_text(LOG)
+    return str(path)
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(main, ["compare", *args])
+
+
+def document(*args: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    result = invoke(*args, "--json", "--page-size", "2M")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    found: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(result.stdout)
+    return found
+
+
+def test_tables_go_to_stdout_and_nothing_else(log: str) -> None:
+    result = invoke(log, "--page-size", "2M")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "What every operation returned" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
+
+
+def test_both_designs_and_all_records_are_in_the_document(log: str) -> None:
+    found = document(log)
+    assert set(found["designs"]) == {"restructure", "pfnmap"}
+    # Setup maps the memory; then a slot, two guest faults, a conversion and a host fault.
+    assert found["trace"]["records"] == 6
+    for design in found["designs"].values():
+        assert design["count"] == 6
+        assert sum(op["count"] for op in design["operations"].values()) == 6  # type: ignore[attr-defined]
+
+
+def test_the_document_is_the_same_each_time(log: str) -> None:
+    assert invoke(log, "--json").stdout == invoke(log, "--json").stdout
+
+
+def test_options_reach_the_machine(log: str) -> None:
+    options = "--no-hvo --kernel 6.12 --stage2 ept --vcpus 4 --host-cpus 64 --zero page --seed 3 --check 2"
+    found = document(log, *options.split(), "--design", "pfnmap", "--guest-memory", "8M")
+    assert list(found["designs"]) == ["pfnmap"]
+    machine = {"pool": 8 << 20, "page_size": 2 << 20, "kernel": "6.12", "stage2": "ept", "hvo": False}
+    machine |= {"vcpus": 4, "host_cpus": 64, "zero": "page", "seed": 3, "profile": "published"}
+    assert machine.items() <= found["machine"].items()
+    assert found["check"] == 2
+
+
+def test_a_repeated_design_runs_once(log: str) -> None:
+    assert list(document(log, "--design", "pfnmap", "--design", "pfnmap")["designs"]) == ["pfnmap"]
+
+
+def test_init_changes_what_the_guest_finds(log: str) -> None:
+    assert document(log)["trace"]["init"] == "private"
+    assert document(log, "--init", "shared")["trace"]["init"] == "shared"
+
+
+def test_given_slots_replace_the_traces(log: str) -> None:
+    memory = document(log, "--memslot", "0:2M:2M")["trace"]["memory"]
+    assert [(slot["gpa"], slot["size"], slot["offset"]) for slot in memory["slots"]] == [  # type: ignore[index]
+        (0, 2 << 20, 2 << 20)
+    ]
+
+
+def test_sources_are_in_the_document_when_asked_for(log: str) -> None:
+    assert "sources" not in document(log)
+    assert "prices_ns" in document(log, "--sources")["sources"]
+
+
+def test_without_a_trace_the_shipped_one_runs() -> None:
+    result = invoke("--json", "--design", "pfnmap")
+    found = json.loads(result.stdout)
+    assert found["trace"]["source"] == "vm-convert-swprot.ftrace.txt.xz (comes with pgemu)"
+    assert found["designs"]["pfnmap"]["operations"]["guest fault"]["count"] == 16825
+    assert found["designs"]["pfnmap"]["operations"]["convert"]["count"] == 445
+
+
+def test_a_workload_runs_by_its_name() -> None:
+    found = json.loads(invoke("workload:tdx-boot", "--json", "--design", "pfnmap").stdout)
+    assert found["designs"]["pfnmap"]["count"] == found["trace"]["records"] == 10136
+    assert found["designs"]["pfnmap"]["operations"]["convert"]["count"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["no-such-file"], "no-such-file: no such file"),
+        (["workload:none"], "workload:none: no such workload"),
+        (["--page-size", "3M"], "'3M' is not one of '2M', '1G'"),
+        (["--guest-memory", "much"], "'much': expected a size or an address like 16G"),
+        (["--guest-memory", "4P"], "'4P': expected a size"),
+        (["--guest-memory", "3M"], "3145728 bytes is not a multiple of the page size"),
+        (["--guest-memory", "4000T"], "more than this computer can model"),
+        (["--memslot", "0"], "'0': expected GPA:SIZE or GPA:SIZE:OFFSET"),
+        (["--memslot", "0:0"], "'0:0': expected GPA:SIZE"),
+        (["--memslot", "1:4K"], "'1:4K': expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K"),
+        (["--memslot", "0:1M"], "lies outside the given memory slots"),
+        (["--check", "0"], "'0': expected end, every, or a number"),
+        (["--check", "-1"], "'-1': expected end, every, or a number"),
+        (["--vcpus", "0"], "0 is not in the range"),
+        (["--design", "folio"], "'folio' is not one of"),
+        (["--kernel", "5.4"], "'5.4' is not one of"),
+        (["--nonsense"], "No such option"),
+        (["a", "b"], "unexpected extra argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args: list[str], complaint: str) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("pgemu: ")
+    assert result.stderr.count("\n") == 1
+    assert complaint in result.stderr
+
+
+def test_a_malformed_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.txt"
+    path.write_text(LOG[: LOG.index("error_code")])
+    result = invoke(str(path))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"pgemu: {path}:3: ")
+
+
+def test_broken_invariants_are_told_and_exit_with_1(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Machine.run
+
+    def corrupt(self: Machine, records: object) -> object:
+        self.arrays.stats[int(L.STATS_GAUGES) + 2 * L.Gauge.STAGE2_LEAVES_4K] += 1
+        return run(self, records)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Machine, "run", corrupt)
+    result = invoke(log, "--page-size", "2M")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [
+        ["pgemu", "broken invariant", design] for design in ("restructure", "pfnmap")
+    ]
+    assert "Broken invariants" in result.stdout
+
+
+def test_an_interrupt_is_quiet(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Machine, records: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Machine, "run", interrupt)
+    result = invoke(log)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr.strip() == "pgemu: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16G", 16 << 30), ("2m", 2 << 20), ("512MiB", 512 << 20), ("0x1000", 4096), ("4096", 4096), ("0x10k", 16384)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert command.size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "0x", "1P", "9999999999T"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="expected a size"):
+        command.size(text)

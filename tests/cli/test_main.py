@@ -1,0 +1,133 @@
+"""The command as a process: help, version, imports, pipes, terminals."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+HELP = """\
+import sys
+from pgemu.cli import main
+try:
+    main({args}, prog_name="pgemu")
+except SystemExit as end:
+    heavy = {{"numba", "llvmlite", "pyarrow"}} & set(sys.modules)
+    print("loaded:", *sorted(heavy), file=sys.stderr)
+    raise
+"""
+
+
+def python(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["compare", "--help"], ["--version"], []])
+def test_help_and_version_load_no_compiler_and_no_arrow(args: list[str]) -> None:
+    result = python("-c", HELP.format(args=args))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "loaded:\n"
+    assert "pgemu" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["pgemu", "pgemu.cli", "pgemu.trace", "pgemu.report", "pgemu.compare", "pgemu.cost"])
+def test_importing_loads_no_compiler_and_no_arrow(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'numba', 'pyarrow'}} & set(sys.modules)))"
+    assert python("-c", code).stdout == "\n"
+
+
+def test_help_names_every_option() -> None:
+    shown = python("-m", "pgemu", "compare", "--help", env={**os.environ, "COLUMNS": "120"}).stdout
+    options = set(re.findall(r"--[a-z][a-z0-9-]+", shown))
+    assert options >= {
+        *("--page-size", "--guest-memory", "--design", "--no-hvo", "--kernel", "--stage2", "--vcpus", "--host-cpus"),
+        *("--zero", "--init", "--dontneed", "--seed", "--check", "--memslot", "--json", "--sources", "--help"),
+    }
+
+
+def test_names_of_the_package_resolve() -> None:
+    code = "import pgemu; print(all(hasattr(pgemu, name) for name in pgemu.__all__), hasattr(pgemu, 'nothing'))"
+    assert python("-c", code).stdout == "True False\n"
+
+
+def test_an_unknown_command_is_one_line() -> None:
+    result = python("-m", "pgemu", "nothing")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "pgemu: No such command 'nothing'.\n"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = [sys.executable, "-m", "pgemu", "compare", "--design", "pfnmap", "--json", "--sources"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        complaints = process.stderr.read()
+    assert complaints == b""
+    assert process.returncode == 141
+
+
+def on_a_terminal(code: str) -> tuple[str, str]:
+    """Run Python with stderr on a terminal: what it wrote to stdout and there."""
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=follower, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(leader, 4096)
+            except OSError:  # the other end is gone
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.stdout
+        printed = process.stdout.read().decode()
+    os.close(leader)
+    return printed, shown.decode()
+
+
+BAR = """
+import time
+from importlib import import_module
+command = import_module("pgemu.cli.compare")
+command._PROGRESS_AFTER = {after}
+with command._Bar() as bar:
+    for done in (1, 2, 3):
+        bar("restructure", done, 4)
+        time.sleep(0.15)
+print("done")
+"""
+
+
+def test_progress_shows_on_a_terminal_after_a_while() -> None:
+    printed, shown = on_a_terminal(BAR.format(after=0.1))
+    assert printed == "done\n"
+    assert "restructure" in shown
+
+
+def test_progress_stays_away_from_short_runs() -> None:
+    assert on_a_terminal(BAR.format(after=60)) == ("done\n", "")
+
+
+def test_progress_stays_away_from_pipes() -> None:
+    result = python("-c", BAR.format(after=0))
+    assert (result.stdout, result.stderr) == ("done\n", "")
+
+
+def test_a_second_run_takes_less_than_two_seconds_of_computing() -> None:
+    command = [sys.executable, "-m", "pgemu", "compare"]
+    subprocess.run(command, capture_output=True, check=True)
+    before = os.times()
+    began = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    after = os.times()
+    computing = after.children_user - before.children_user + after.children_system - before.children_system
+    assert computing < 2, f"{computing:.2f} s of computing in {time.perf_counter() - began:.2f} s"

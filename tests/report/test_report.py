@@ -1,0 +1,163 @@
+"""The report as text: complete, and readable at any width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from comparisons import INODE, converts_nothing, lowered, mixed, mixed_records, setup
+from pgemu import report
+from pgemu.compare import Comparison, Finding, compare
+from pgemu.metrics import METRICS
+from pgemu.report import units
+from pgemu.report.limits import LIMITS
+from pgemu.results import operation_name
+from pgemu.trace import Layout, RefusedSlot
+
+
+def text(comparison: Comparison, width: int = 80, sources: bool = False, encoding: str = "utf-8") -> str:
+    out = StringIO()
+    console = Console(file=out, width=width, highlight=False)
+    if encoding != "utf-8":
+        console = Console(file=_Encoded(encoding), width=width, highlight=False)  # type: ignore[arg-type]
+        out = console.file  # type: ignore[assignment]
+    report.write(comparison, console)
+    if sources:
+        report.write_sources(comparison, console)
+    return out.getvalue()
+
+
+class _Encoded(StringIO):
+    """A stream that claims an encoding, as a pipe in the C locale does."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+
+def words(printed: str) -> str:
+    return " ".join(printed.split())
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_every_count_and_every_size_is_printed(width: int) -> None:
+    printed = text(mixed(), width)
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+    lines = [words(line) for line in printed.splitlines()]
+    for name in {name for run in mixed().runs for op in run.operations for name in op.outcomes}:
+        counts = []
+        assert any(name in line.split() for line in lines), (name, counts)
+    for metric in METRICS:
+        write = units.size if metric.unit == "bytes" else units.count
+        values = " ".join(write(metric.value(run.statistics)) for run in mixed().runs)
+        assert f"{metric.label} {values}" in lines
+    assert "all 18 18" in lines
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_no_cell_is_cut(width: int) -> None:
+    printed = text(mixed(), width, sources=True)
+    assert "…" not in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+
+
+def test_times_are_bands_labelled_as_an_estimate() -> None:
+    printed = text(mixed())
+    assert "Kernel time per operation: an estimate" in printed
+    for run in mixed().runs:
+        for op in run.operations:
+            name = operation_name(op.operation)
+            row = [units.band(*band) for band in (op.mean, op.p99, op.worst, op.total)]
+            line = f"{run.design} {' '.join(row)}"
+            assert line in words(printed), name
+
+
+def test_what_each_design_cannot_do_is_always_said() -> None:
+    printed = words(text(mixed(), 200))
+    for limits in LIMITS.values():
+        for limit in limits:
+            assert words(limit.text) in printed
+
+
+def test_one_design_has_one_column_and_no_differences() -> None:
+    printed = text(compare(lowered(mixed_records()), ["pfnmap"]))
+    assert "restructure" not in printed.split("What each design cannot do")[0]
+    assert "Differences" not in printed
+    assert "all 18" in words(printed)
+
+
+def test_equal_designs_are_said_to_be_equal() -> None:
+    assert "Nothing differs by a factor of two or more." in text(compare(lowered(setup())))
+
+
+def test_memory_is_told_with_its_reason() -> None:
+    assert "all private, because the trace converts" in words(text(mixed()))
+    assert "all shared, because the trace converts nothing" in words(text(converts_nothing()))
+    asked = compare(lowered(mixed_records(), "shared"))
+    assert "all shared, as asked for" in words(text(asked))
+    assert f"{units.size(INODE)} in huge pages of 2 MiB" in words(text(mixed()))
+
+
+def test_slots_left_out_name_the_reason() -> None:
+    trace = lowered(setup())
+    layout = Layout(
+        INODE,
+        trace.layout.page_size,
+        trace.layout.regions,
+        trace.layout.slots,
+        (RefusedSlot(3, 0xFFFC_0000, 0x40000, "read-only memory slot"),),
+        "inferred",
+    )
+    printed = words(text(compare(replace(trace, layout=layout))))
+    assert "0xfffc0000 256 KiB - - left out: read-only memory slot" in printed
+    assert "Memory slots, the trace has no slot lines: inferred from the guest addresses seen" in printed
+
+
+def test_unknown_and_lost_events_are_named() -> None:
+    trace = lowered(setup())
+    trace.accounting.unknown["kvm_new_event"] = 1234
+    trace.accounting.lost = 7
+    printed = words(text(compare(trace)))
+    assert "1,234 kvm_new_event" in printed
+    assert "7 events, dropped by the ring buffer" in printed
+
+
+def test_broken_invariants_are_one_line_each() -> None:
+    runs = [replace(run, finding=Finding(2, "HOST_PRIVATE", 0x200, 5)) for run in mixed().runs]
+    closed = replace(runs[1], finding=Finding(1, "FRAMES", 3, 19))
+    broken = replace(mixed(), runs=(runs[0], closed))
+    assert report.findings(broken) == [
+        "restructure: 2 findings, the first: host private, at 0x200, noticed after 5 of 18 operations",
+        "pfnmap: 1 findings, the first: frames, at 0x3, noticed after closing",
+    ]
+    assert "Broken invariants" in text(broken)
+    assert "Broken invariants" not in text(mixed())
+
+
+@pytest.mark.parametrize(
+    ("check", "told"),
+    [("end", "checked at the end: none broken"), (5, "checked every 5 operations and at the end: none broken")],
+)
+def test_the_way_of_checking_is_told(check: int | str, told: str) -> None:
+    assert told in words(text(compare(lowered(setup()), check=check)))  # type: ignore[arg-type]
+
+
+def test_sources_follow_when_asked_for() -> None:
+    printed = words(text(mixed(), sources=True))
+    assert "Sources: operations" in printed
+    assert "mm/memory.c: vmf_insert_pfn" in printed
+    assert "Prices: profile published" in printed
+    assert "Sources: operations" not in text(mixed())
+
+
+def test_a_pipe_without_utf8_gets_ascii() -> None:
+    printed = text(mixed(), encoding="ascii", sources=True)
+    assert printed.isascii()
+    assert "What every operation returned" in printed

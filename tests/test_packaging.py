@@ -1,0 +1,110 @@
+"""What a user gets: the wheel, the commands and the example of the README."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHIPPED_TRACE = "pgemu/data/vm-convert-swprot.ftrace.txt.xz"
+
+LOOK = f"""
+import importlib.metadata, importlib.resources
+import pgemu, pgemu.cli, pgemu.trace
+import pgemu_kernels, pgemu_kernels.layout
+for package in (pgemu, pgemu_kernels):
+    print(package.__file__)
+    print(importlib.resources.files(package).joinpath("py.typed").is_file())
+print(pgemu.__version__ == importlib.metadata.version("pgemu"))
+print(*importlib.metadata.distribution("pgemu").entry_points.names)
+trace = importlib.resources.files("pgemu").joinpath("{SHIPPED_TRACE.removeprefix("pgemu/")}")
+print(trace)
+print(len(pgemu.trace.load(pgemu.trace.shipped()).records))
+"""
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT)
+    (built,) = folder.glob("pgemu-*-py3-none-any.whl")
+    return built
+
+
+def sources(package: Path) -> set[str]:
+    """Names in the wheel of a package's files."""
+    files = [path for path in package.rglob("*") if path.is_file()]
+    kept = [path for path in files if path.suffix in (".py", ".typed", ".xz")]
+    return {path.relative_to(package.parent).as_posix() for path in kept}
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+    assert names == sources(ROOT / "pgemu") | sources(ROOT / "kernels" / "pgemu_kernels")
+    assert SHIPPED_TRACE in names
+    assert len(licences) == 1
+
+
+def test_the_installed_wheel_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip("install", "--no-deps", "--target", target, wheel)
+    # The dependencies come from this environment; an editable installation of pgemu in it comes after the target.
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOOK], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    package, typed, kernels, kernels_typed, version, scripts, trace, records = done.stdout.splitlines()
+    assert Path(package).parent == target / "pgemu"
+    assert Path(kernels).parent == target / "pgemu_kernels"
+    assert [typed, kernels_typed, version, scripts] == ["True", "True", "True", "pgemu"]
+    assert Path(trace).read_bytes() == (ROOT / SHIPPED_TRACE).read_bytes()
+    assert int(records) > 16_825  # each guest fault is a record
+
+
+def commands() -> list[str]:
+    """The README's commands that make an environment."""
+    return re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+
+
+def test_two_commands_on_one_line_each_are_complete() -> None:
+    compare, tests = commands()
+    assert compare.endswith("&& .venv/bin/pgemu compare")
+    assert tests.endswith("&& .venv/bin/pytest")
+
+
+def test_ci_runs_the_second_command() -> None:
+    script = ROOT / ".ci" / "run"
+    lines = [line.strip() for line in script.read_text().splitlines()]
+    assert [line for line in lines if "-m venv" in line or "pip install" in line] == commands()[1:]
+    assert os.access(script, os.X_OK)
+
+
+def test_the_example_prints_what_the_readme_says() -> None:
+    example, output = re.findall(r"^```(?:python|text)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[:2]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert sum(map(bool, example.splitlines())) == 10
+    assert printed.getvalue() == output
+
+
+def test_the_readme_takes_two_screens() -> None:
+    assert len(README.splitlines()) <= 160
