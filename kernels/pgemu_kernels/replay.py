@@ -15,8 +15,6 @@ from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U16, U18, U27, U32
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     CONVERT_IOCTL,
-    GUEST_FAULT,
-    HOST_FAULT,
     SYSCALL,
     begin_operation,
     charge,
@@ -108,20 +106,6 @@ def element(column, i):
 def operation_record(actor):
     """Where an actor's record begins in `state`."""
     return STATE_OPS + (actor & _ACTOR_MASK) * _O_WORDS
-
-
-@kernel
-def base_event(m, op):
-    """The event of having entered the kernel at all."""
-    kind = m.state[op + O_OP]
-    if kind == OP_HOST_FAULT:
-        charge(m, HOST_FAULT, 1)
-    elif kind == OP_GUEST_FAULT:
-        charge(m, GUEST_FAULT, 1)
-    elif kind == OP_CONVERT:
-        charge(m, CONVERT_IOCTL, 1)
-    else:
-        charge(m, SYSCALL, 1)
 
 
 @kernel
@@ -250,7 +234,6 @@ def host_faults(descriptor, columns, first, last):
                 prefetch_host(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge(m, HOST_FAULT, 1)
             host_fault(m, op)
             save(m, op, columns, i)
         first = stop
@@ -274,7 +257,6 @@ def guest_faults(descriptor, columns, first, last):
                 prefetch_guest(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge(m, GUEST_FAULT, 1)
             guest_fault(m, op)
             save(m, op, columns, i)
         first = stop
@@ -313,6 +295,7 @@ def zaps(descriptor, columns, first, last):
 def run_whole(m, op):
     """Run an operation that is one step in both designs."""
     state = m.state
+    charge(m, SYSCALL, 1)
     kind = state[op + O_OP]
     if kind == OP_ZAP:
         lifecycle.zap(m, op)
@@ -341,7 +324,6 @@ def others(descriptor, columns, first, last):
     m = open_machine(descriptor)
     for i in range(first, last):
         op = load(m, columns, i)
-        charge(m, SYSCALL, 1)
         run_whole(m, op)
         save(m, op, columns, i)
 

@@ -11,7 +11,7 @@ import numpy as np
 from pgemu_kernels import pfnmap, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import begin_operation, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -26,7 +26,7 @@ from pgemu_kernels.layout import (
     STATS_COUNTERS,
     STOP,
 )
-from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, base_event, operation_record, run_whole
+from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, operation_record, run_whole
 from pgemu_kernels.steps import (
     convert_finish,
     convert_invalidate_begin,
@@ -124,7 +124,8 @@ def begin(descriptor, actor):
     m = open_machine(descriptor)
     op = operation_record(actor)
     begin_operation(m, op)
-    base_event(m, op)
+    if m.state[op + O_OP] == OP_CONVERT:
+        charge(m, CONVERT_IOCTL, 1)
     pause(m, op)
 
 

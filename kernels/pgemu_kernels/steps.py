@@ -10,7 +10,7 @@ import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.compile import kernel
-from pgemu_kernels.events import ATTRIBUTES_STORED, SPTE_WRITTEN, TLB_FLUSH_VM, charge, result
+from pgemu_kernels.events import ATTRIBUTES_STORED, GUEST_FAULT, HOST_FAULT, SPTE_WRITTEN, TLB_FLUSH_VM, charge, result
 from pgemu_kernels.gmem import (
     begin_range,
     end_range,
@@ -108,16 +108,16 @@ def stop(state, op, status):
 
 @kernel
 def fault_begin(m, op):
-    """Host fault: find the VMA, see whether the entry is there by now, take the invalidate_lock for reading.
+    """Host access: find the VMA and the entry; if there is none it is a fault, with the invalidate_lock for reading.
 
-    mm/memory.c:handle_pte_fault() up to ->fault. An entry that is present ends the fault with 0.
+    mm/memory.c:handle_pte_fault() up to ->fault. An access whose entry is present returns 0 and costs
+    nothing: no fault happens.
     """
     state = m.state
     address = state[op + O_ADDRESS]
     row = find_vma(state, state[op + O_SPACE], address)
-    if row == NONE:
-        return stop(state, op, VM_FAULT_SIGSEGV)
-    if state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0:
+    if row == NONE or (state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0):
+        charge(m, HOST_FAULT, 1)
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
     if slot != NONE:
@@ -127,10 +127,12 @@ def fault_begin(m, op):
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     if index >= state[node + I_PAGES]:
+        charge(m, HOST_FAULT, 1)
         return stop(state, op, VM_FAULT_SIGBUS)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(VM_FAULT_RETRY))
         return BLOCKED
+    charge(m, HOST_FAULT, 1)
     state[op + O_ROW] = row
     state[op + O_INODE] = inode
     state[op + O_INDEX] = index
@@ -139,17 +141,18 @@ def fault_begin(m, op):
 
 @kernel
 def guest_begin(m, op):
-    """Stage-2 fault: slot, private or shared, invalidate sequence; then the invalidate_lock for reading.
+    """Guest access: slot, leaf, private or shared, invalidate sequence; then the invalidate_lock for reading.
 
-    arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). A leaf that is present ends it as spurious
-    (fast_page_fault()), no slot as emulation of a device, an access of the wrong kind as a memory
-    fault exit (-EFAULT).
+    arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). An access whose leaf is present is spurious at most and
+    costs nothing: the guest would not exit. Without a slot a device is emulated; an access of the wrong
+    kind is a memory fault exit (-EFAULT).
     """
     state = m.state
     vm = state[op + O_VM]
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
+        charge(m, GUEST_FAULT, 1)
         return stop(state, op, RET_PF_EMULATE)
     row = vm_row(vm)
     leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
@@ -162,13 +165,16 @@ def guest_begin(m, op):
     shared = is_shared(m, node, index)
     flags = state[op + O_FLAGS]
     if (shared != U0 and flags & PRIVATE != U0) or (shared == U0 and flags & SHARED != U0):
+        charge(m, GUEST_FAULT, 1)
         return stop(state, op, -EFAULT)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
+        charge(m, GUEST_FAULT, 1)
         return stop(state, op, RET_PF_RETRY)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
+    charge(m, GUEST_FAULT, 1)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode

@@ -25,7 +25,6 @@ class _Group(click.RichGroup):
         extra["standalone_mode"] = False
         try:
             status = super().main(*args, **extra)
-            sys.stdout.flush()
         except click.ClickException as error:
             _fail(error.format_message())
         except InputError as error:
@@ -33,11 +32,16 @@ class _Group(click.RichGroup):
         except (click.Abort, KeyboardInterrupt):
             print("pgemu: interrupted", file=sys.stderr)
             sys.exit(_INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; whoever reads its output may stop reading, quietly."""
+        try:
+            return super().invoke(ctx)
         except BrokenPipeError:
             # The interpreter flushes stdout once more at its end; let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(_BROKEN_PIPE)
-        sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str) -> NoReturn:

@@ -13,12 +13,12 @@ from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge, Operation
 if TYPE_CHECKING:
     from pgemu.compare import Band, Comparison, DesignRun
 
-__all__ = ("differences", "notes")
+__all__ = ("VERBS", "differences", "notes")
 
 _FACTOR = 2
 
 # Verb and object around a quantity, {s} for more than one: "restructure wrote 22 MiB of struct pages, pfnmap 28 B."
-_VERBS = {
+VERBS = {
     "host_tables_peak": ("needed up to", "of page tables for the host's mappings"),
     "stage2_tables_peak": ("needed up to", "of stage-2 page tables"),
     "vmemmap_peak": ("needed up to", "of vmemmap"),
@@ -72,7 +72,7 @@ def _times(first: DesignRun, second: DesignRun) -> Iterator[str]:
         other = second.operation(run.operation)
         if other is None:
             continue
-        name = operation_name(run.operation)
+        name = "conversion" if run.operation is Operation.CONVERT else operation_name(run.operation)
         article = "an" if name[0] in "aeiou" else "a"
         for words, a, b in (
             (f"On average {article} {name}", run.mean, other.mean),
@@ -113,11 +113,11 @@ def _levels(first: DesignRun, second: DesignRun) -> Iterator[str]:
 
 def _quantities(first: DesignRun, second: DesignRun) -> Iterator[str]:
     for metric in METRICS:
-        if metric.key not in _VERBS:
+        if metric.key not in VERBS:
             continue
         a, b = metric.value(first.statistics), metric.value(second.statistics)
         if _large(a, b):
-            verb, what = _VERBS[metric.key]
+            verb, what = VERBS[metric.key]
             write = units.size if metric.unit == "bytes" else units.count
             yield f"{first.design} {verb} {write(a)} {what.format(s='s' * (a != 1))}, {second.design} {write(b)}."
 

@@ -128,13 +128,11 @@ class Memory:
         self.optimized.add(folio.head)
         self.frames.put(self.vmemmap_per_folio - 1)
 
-    def first_use(self, folio: Folio, pfn: int) -> None:
-        """Zero what a fault makes visible and was not up to date: the 4K page, or a whole unsplit folio."""
-        page = pfn - folio.head
-        if page in folio.uptodate:
-            return
-        whole = not folio.split and not self.zero_by_page
-        self.zero_pages(folio, set(range(self.pages)) if whole else {page})
+    def first_use(self, folio: Folio, pfn: int, leaf: int = 1) -> None:
+        """Zero what a leaf of `leaf` pages makes visible and was not up to date; folios go whole unless by page."""
+        size = leaf if folio.split or self.zero_by_page else self.pages
+        start = (pfn - folio.head) // size * size
+        self.zero_pages(folio, set(range(start, start + size)) - folio.uptodate)
 
     def zero_pages(self, folio: Folio, pages: set[int]) -> None:
         folio.uptodate |= pages

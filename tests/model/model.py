@@ -156,8 +156,8 @@ class Model:
         if folio is None:
             return Outcome(-L.ENOMEM)
         pfn = folio.head + index % self.block_pages
-        self.memory.first_use(folio, pfn)
         level = self.stage2_level(slot, gfn, folio)
+        self.memory.first_use(folio, pfn, 1 << 9 * (level - 1))
         if not self.vms[vm].map(gfn, level, pfn):
             return Outcome(-L.ENOMEM)
         return Outcome(L.RET_PF_FIXED, level)

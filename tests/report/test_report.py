@@ -52,8 +52,7 @@ def test_every_count_and_every_size_is_printed(width: int) -> None:
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
     lines = [words(line) for line in printed.splitlines()]
     for name in {name for run in mixed().runs for op in run.operations for name in op.outcomes}:
-        counts = []
-        assert any(name in line.split() for line in lines), (name, counts)
+        assert any(name in line.split() for line in lines), name
     for metric in METRICS:
         write = units.size if metric.unit == "bytes" else units.count
         values = " ".join(write(metric.value(run.statistics)) for run in mixed().runs)

@@ -11,11 +11,11 @@ from pgemu.compare import DESIGNS, compare
 from pgemu.metrics import METRICS
 from pgemu.report.document import sources
 from pgemu.report.limits import LIMITS
-from pgemu.report.sentences import _VERBS
+from pgemu.report.sentences import VERBS
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
 from pgemu.trace import Operation, Records
 
-FUNCTION = re.compile(r"[a-z0-9_/]+\.[ch]:[a-z0-9_]+")
+FUNCTION = re.compile(r"[a-z0-9_/-]+\.[ch]:[a-z0-9_]+")
 
 
 def simulated() -> set[Operation]:
@@ -63,7 +63,7 @@ def test_every_limit_names_a_function(design: str) -> None:
 
 
 def test_sentences_speak_of_metrics_that_exist() -> None:
-    assert set(_VERBS) <= {metric.key for metric in METRICS}
+    assert set(VERBS) <= {metric.key for metric in METRICS}
 
 
 def test_the_document_carries_all_of_them() -> None:
