@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from control import walk_and_store
 from pgemu_kernels.layout import PAGE_1G, PAGE_2M
 from scene import HVA, Measure, Scene, build

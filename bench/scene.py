@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pgemu_kernels.layout import PAGE_1G, PAGE_4K
 
 from pgemu.machine import Config, Machine
 from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu_kernels.layout import PAGE_1G, PAGE_4K
 
 HVA = 0x7F00_0000_0000
 Measure = Callable[[str, Callable[[], object], Callable[[], object]], None]

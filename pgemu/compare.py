@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pgemu.designs import DESIGNS, Design
 from pgemu.errors import InputError
 from pgemu.metrics import METRICS
 from pgemu.results import operation_name, result_name
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from pgemu.memory import GuestMemfd
 
 __all__ = ("DESIGNS", "Comparison", "DesignRun", "EndOfLife", "Finding", "OperationRun", "compare")
-
-Design = Literal["restructure", "pfnmap"]
-DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
 
 Band = tuple[float, float]
 Check = Literal["end", "every"] | int

@@ -164,7 +164,6 @@ _PUBLISHED = (
     Price(Event.FOLIO_MERGED, _CARRIED + "vmemmap, struct pages and page cache are events of their own"),
     Price(Event.FREEZE_SPIN, _CARRIED + "the wait lasts as long as somebody else holds the folio"),
     Price(Event.NOTIFIER_CALL, "assumption: SRCU, an interval tree lookup, mmu_lock", each=(100, 1000)),
-    Price(Event.GUP_REFUSED, _CARRIED + "check_vma_flags() refuses before any work, SYSCALL is the entry"),
     Price(Event.DEFERRED_MERGE, "assumption: a work item queued; the merge is events of its own", each=(500, 5000)),
 )
 

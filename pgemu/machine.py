@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pgemu_kernels import formats, layout as L
-from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
 
 from pgemu import cost
+from pgemu.designs import DESIGNS, Design
 from pgemu.statistics import Statistics
+from pgemu_kernels import formats, layout as L
+from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
 
 if TYPE_CHECKING:
     from pgemu.trace.schema import Records
 
 Array = np.ndarray[Any, Any]
-Design = Literal["restructure", "pfnmap"]
-DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ class Machine:
         return self.run_columns(records.header(), *columns, count=len(records))
 
     def run_columns(
-        self, header: Array, object_: Any = 0, address: Any = 0, offset: Any = 0, length: Any = 0, *, count: int
+        self, header: Any, object_: Any = 0, address: Any = 0, offset: Any = 0, length: Any = 0, *, count: int
     ) -> Results:
         """Run `count` operations given as columns: uint64 arrays of `count` elements, or of one for all.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Flag, Operation
 
@@ -254,7 +255,7 @@ class Vm:
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
 
     def touch(self, gpa: int, *, write: bool = False, actor: int = 0) -> Result:
-        """Guest access to `gpa`: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM."""
+        """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM."""
         flags = Flag.WRITE if write else 0
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
 

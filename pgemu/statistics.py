@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Gauge, Operation
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Event, Flag, Operation
 
 from pgemu.machine import DESIGNS, Config, Machine
 from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Event, Flag, Operation
 
 M2 = L.PAGE_2M
 PAGE = L.PAGE_4K

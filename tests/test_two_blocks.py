@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Event, Gauge
 
 from pgemu.machine import Config, Machine
 from pgemu.memory import GuestMemfd, Vm
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Event, Gauge
 
 GIB = 1 << 30
 PAGES_1G = 262_144  # 1 GiB / 4096

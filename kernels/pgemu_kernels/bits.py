@@ -39,7 +39,7 @@ ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = ALL  # "no such index"
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     """prefetch(array, index): ask for the cache line of array[index], for reading and soon."""
     signature = types.void(array, index)

@@ -13,13 +13,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 from numba import njit
 from numba.core import config
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 SOURCES = Path(__file__).parent
 
@@ -43,7 +41,7 @@ def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) 
 try:  # private interfaces of numba, hence the pinned minor version
     from pgemu_kernels.numba_internals import inner_function, stamped_cache
 
-    _KernelCache = stamped_cache(source_stamp, lambda: _announce_compilation())
+    _KernelCache: Any = stamped_cache(source_stamp, lambda: _announce_compilation())
     _inner: Callable[..., Any] = inner_function
 except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
     _KernelCache = None
@@ -62,28 +60,28 @@ def _announce_compilation() -> None:
         print("pgemu: compiling kernels, once (their machine code is cached)", file=sys.stderr, flush=True)
 
 
-def kernel(function: F) -> F:
+def kernel(function: Callable[..., Any]) -> Any:
     """An inner function: takes the machine's NamedTuple, always inlined into its callers."""
     dispatcher = _inner(forceinline=True, **OPTIONS)(function)
     kernels.append(dispatcher)
-    return cast(F, dispatcher)
+    return dispatcher
 
 
-def outlined(function: F) -> F:
+def outlined(function: Callable[..., Any]) -> Any:
     """An inner function of a rare, long path: called, not inlined by force, to keep its callers small."""
     dispatcher = _inner(**OPTIONS)(function)
     kernels.append(dispatcher)
-    return cast(F, dispatcher)
+    return dispatcher
 
 
-def entry(function: F) -> F:
+def entry(function: Callable[..., Any]) -> Any:
     """An entry point: takes the int64 descriptor of a machine, cached on disk."""
     dispatcher = njit(**OPTIONS)(function)
     if _KernelCache is not None:
         dispatcher._cache = _KernelCache(function)
     kernels.append(dispatcher)
     entries.append(dispatcher)
-    return cast(F, dispatcher)
+    return dispatcher
 
 
 def warm_up(call: Callable[[], object]) -> float:

@@ -412,4 +412,3 @@ def vma_overlap(state, row, inode, start, end):
         return U0, U0
     base = state[row + A_START]
     return base + ((low - pgoff) << U12), base + ((high - pgoff) << U12)
-

@@ -49,7 +49,7 @@ def describe(machine: Machine) -> Words:
     return np.array(words, dtype=np.int64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def open_machine(typingctx: Any, descriptor: Any) -> Any:
     """open_machine(descriptor) -> Machine, inside a kernel; no reference counts are involved."""
     signature = types.NamedTuple(_ARRAY_TYPES, Machine)(descriptor)

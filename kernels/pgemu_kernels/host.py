@@ -120,5 +120,3 @@ def next_vma(state, space, address, end):
             best = row
             begin = state[row + A_START]
     return best
-
-

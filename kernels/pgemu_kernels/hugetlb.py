@@ -11,6 +11,7 @@ from pgemu_kernels.events import (
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     DEFERRED_MERGE,
+    FOLIO_GATE_CHECKED,
     FOLIO_MERGED,
     FOLIO_SPLIT,
     HUGE_FOLIO_ALLOCATED,
@@ -267,7 +268,7 @@ def split_block(m, block, index, zeroed_word):
 
 @kernel
 def survey(m, head, pages):
-    """Look over a block's 4K folios: (first one that somebody besides the page cache holds or NONE, how many are up to date)."""
+    """Look over a block's 4K folios: (first one held by more than the page cache, or NONE; how many are up to date)."""
     ram = m.ram
     uptodate = U0
     for base in range(U0, pages, U64):
@@ -353,6 +354,7 @@ def merge_block(m, block, index, zeroed_word):
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
     charge(m, FOLIO_MERGED, 1)
+    charge(m, FOLIO_GATE_CHECKED, np.int64(pages))  # each is frozen
     charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
     charge(m, STRUCT_PAGE_BYTES, MERGE_BYTES * (np.int64(pages) - 1))
     charge(m, PAGE_CACHE_STORED, 1)

@@ -131,7 +131,7 @@ def inode_frame(m, node, index):
 
 @kernel
 def check_host_leaf(m, row, address, entry):
-    """A process's entry: to a shared page of the inode, to the frame that it has, and with restructure to a 4K folio."""
+    """A process's entry: to a shared page of the inode, to its frame, and with restructure to a 4K folio."""
     state = m.state
     node = inode_row(state[row + A_INODE])
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
@@ -185,7 +185,7 @@ def check_range(m, inode, start, end):
         first, last = vma_overlap(state, row, inode, start, end)
         root = space_root(state, state[row + A_SPACE])
         for address in range(first, last, U(4096)):
-            slot, level = find_leaf(m, host_format(m), root, address >> U12)
+            slot, _ = find_leaf(m, host_format(m), root, address >> U12)
             if slot != NONE:
                 check_host_leaf(m, row, address, m.ram[slot])
     for i in range(state[R_MEMSLOTS]):
@@ -450,7 +450,7 @@ def extra_references(m, head, pages):
     extra = U0
     for base in range(U0, pages, U64):
         page = struct_page(m, head + base)
-        for i in range(U64):
+        for _ in range(U64):
             word = m.ram[page + COUNTS]
             mapped = (word & NO_MAPCOUNT) + U1 & NO_MAPCOUNT
             extra += (word >> U32) - U1 - mapped
@@ -506,5 +506,3 @@ def check(descriptor, owner, leaves):
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
     expect(m, U(blocks) + state[R_POOL_FREE] == state[R_POOL_PAGES], FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])
-
-

@@ -171,11 +171,10 @@ class Event(IntEnum):
     FOLIO_MERGED = 26
     FREEZE_SPIN = 27
     NOTIFIER_CALL = 28
-    GUP_REFUSED = 29
-    DEFERRED_MERGE = 30
+    DEFERRED_MERGE = 29
 
 
-EVENTS = 32
+EVENTS = 32  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.
@@ -388,6 +387,7 @@ class Broken(IntEnum):
     VMEMMAP = 8  # vmemmap pages do not match the folios' state
     IN_PROGRESS = 9  # an invalidation was begun and never ended
     REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
+
 
 # --------------------------------------------------------------------------- where the rows lie
 

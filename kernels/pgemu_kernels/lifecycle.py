@@ -193,9 +193,7 @@ def unmap_vma(m, row):
     remove_vma(state, row)
     floor, ceiling = mapping_limits(state, space, start, end)
     # A table goes only where its whole span is free of neighbours: floor rounds up, ceiling down.
-    free_host_tables(
-        m, space_root(state, space), start >> U12, end >> U12, floor >> U12, ceiling >> U12
-    )
+    free_host_tables(m, space_root(state, space), start >> U12, end >> U12, floor >> U12, ceiling >> U12)
 
 
 @outlined
@@ -517,5 +515,3 @@ def close(m, op):
     unlock(state, op, node)
     state[node + I_OPEN] = U0
     return done(state, op, 0)
-
-

@@ -6,7 +6,7 @@ Everything here leans on private interfaces of the pinned minor version of numba
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from numba import njit
 from numba.core import caching
@@ -33,7 +33,7 @@ def stamped_cache(stamp: Callable[[], str], missed: Callable[[], None]) -> type[
     locators = (caching.UserProvidedCacheLocator, caching.InTreeCacheLocator, caching.UserWideCacheLocator)
 
     class StampedCacheImpl(caching.CompileResultCacheImpl):
-        _locator_classes = [stamped(locator) for locator in locators]
+        _locator_classes: ClassVar[list[type[Any]]] = [stamped(locator) for locator in locators]
 
     class StampedCache(caching.FunctionCache):
         _impl_class = StampedCacheImpl

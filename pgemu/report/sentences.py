@@ -135,7 +135,7 @@ def notes(comparison: Comparison) -> list[str]:
     if "RET_PF_SPURIOUS" in outcomes:
         found.append(
             "RET_PF_SPURIOUS: a leaf maps the page already, mostly a larger one than in the recorded VM, where the "
-            "fault happened. The time of such faults is counted."
+            "fault happened. Such accesses cost nothing here."
         )
     if "-EOPNOTSUPP" in outcomes:
         found.append("-EOPNOTSUPP: this version does not simulate the operation.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pgemu_kernels.layout import Operation
 
 if TYPE_CHECKING:
-    from pgemu.compare import Design
+    from pgemu.designs import Design
 
 __all__ = ("METRIC_SOURCES", "OPERATION_SOURCES", "TAGS", "Source", "Tag")
 

@@ -85,7 +85,7 @@ def read(path: str | os.PathLike[str] | Source) -> Log:
     return parser.finish()
 
 
-class _Malformed(ValueError):
+class _MalformedLineError(ValueError):
     """A line whose shape or fields do not parse; the reader adds where it is."""
 
 
@@ -122,7 +122,7 @@ def _fields(name: str, event: str) -> tuple[str, ...]:
     pattern, expected = PATTERNS[name]
     match = pattern.fullmatch(event)
     if match is None:
-        raise _Malformed(f"malformed {name}, expected {expected}: {event!r}")
+        raise _MalformedLineError(f"malformed {name}, expected {expected}: {event!r}")
     return match.groups()
 
 
@@ -208,8 +208,10 @@ class _Parser:
                 self._lost += int(lost[1] or lost[2] or 1)
             elif _HEADER.fullmatch(line) is None:
                 if any("\udc80" <= character <= "\udcff" for character in line):
-                    raise _Malformed("binary data, expected text of ftrace or trace-cmd")
-                raise _Malformed(f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}")
+                    raise _MalformedLineError("binary data, expected text of ftrace or trace-cmd")
+                raise _MalformedLineError(
+                    f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}"
+                )
             return -1, "", ""
         task = self._pids.setdefault(int(match["tid"] or match["pid"]), len(self._pids))
         prefix = match["prefix"]
@@ -225,12 +227,12 @@ class _Parser:
         token = event.partition(" ")[0]
         ends = LINE_ENDS.get(event_name(token))
         if ends is not None and ends.fullmatch(event) is None:
-            raise _Malformed(f"the last line is cut off: {line[-80:]!r}")
+            raise _MalformedLineError(f"the last line is cut off: {line[-80:]!r}")
         handler = self._handlers[token]
         if handler is not None:
             handler(event, task, _nanoseconds(stamp), number)
         elif ends is None:
-            raise _Malformed(f"the last line is cut off (no newline): {line[-80:]!r}")
+            raise _MalformedLineError(f"the last line is cut off (no newline): {line[-80:]!r}")
         else:
             self._tokens[token] += 1
         return 1
@@ -320,7 +322,7 @@ class _Parser:
         try:
             value = int(text, 16)
         except ValueError:
-            raise _Malformed(f"malformed return of a system call, expected a number: {event!r}") from None
+            raise _MalformedLineError(f"malformed return of a system call, expected a number: {event!r}") from None
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
         call, position = self._calls.pop(task, ("", -1))

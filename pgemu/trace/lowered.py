@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pgemu_kernels.layout import PAGE_1G
-
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
+from pgemu_kernels.layout import PAGE_1G
 
 __all__ = ("Accounting", "Init", "Lowered", "LoweringOptions")
 

@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from pgemu_kernels.layout import PAGE_4K, Flag, Operation
 
 from pgemu.errors import InputError
 from pgemu.trace.events import Input
@@ -33,6 +32,7 @@ from pgemu.trace.memory_layout import (
 )
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine
+from pgemu_kernels.layout import PAGE_4K, Flag, Operation
 
 __all__ = ("adapt", "lower")
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K
 
 from pgemu.errors import InputError
+from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K
 
 __all__ = (
     "SYNTHETIC_HVA",

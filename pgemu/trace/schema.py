@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pgemu_kernels.layout import PAGE_4K, Flag, Operation
 
 from pgemu.errors import InputError
+from pgemu_kernels.layout import PAGE_4K, Flag, Operation
 
 __all__ = (
     "ACTOR_LIMIT",
@@ -63,8 +63,6 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.ZAP,
         Operation.BIND,
         Operation.UNBIND,
-        Operation.PIN,
-        Operation.UNPIN,
         Operation.GET,
         Operation.PUT,
         Operation.CLOSE,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pgemu_kernels.layout import PAGE_4K, Operation
-
 from pgemu.trace.memory_layout import RefusedSlot, Region, Slot, bind_slots
+from pgemu_kernels.layout import PAGE_4K, Operation
 
 __all__ = ("Epoch", "SlotHistory", "SlotLine")
 

@@ -30,11 +30,11 @@ from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
+from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 
 __all__ = ("CONVERSIONS", "GUEST_FAULTS", "HOST_FAULTS", "LAYOUT", "build")
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pgemu_kernels import layout as L
-
 from model.inode import Inode, Window
 from model.memory import Folio, Memory
 from model.tables import Entry, HostTables, Stage2, common, overlap
+from pgemu_kernels import layout as L
 
 RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from pgemu_kernels import layout as L
 
 from model.model import PAGE, Model, Outcome
 from pgemu.machine import Config, Machine, Result
 from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu_kernels import layout as L
 
 
 class Pair:

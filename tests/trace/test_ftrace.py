@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from pgemu.errors import InputError
 from pgemu.trace.events import IGNORED, OUTCOMES, Input
