@@ -102,12 +102,12 @@ class Result(NamedTuple):
     detail: int
 
 
-def _map_memory(words: int) -> Array:
-    """uint64[words] of zeroes, not reserved, on huge pages where the host has them."""
+def _map_memory(words: int, huge: bool) -> Array:
+    """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
     size = max(words * 8, mmap.PAGESIZE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     memory = mmap.mmap(-1, size, flags=flags)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint64, count=words)
 
@@ -164,7 +164,9 @@ class Machine:
             "contents": guest_pages,
         }
         arrays = {
-            name: _map_memory(size) if name == "ram" else np.zeros(size, DTYPES[name]) for name, size in sizes.items()
+            # Frames in a seed's order are scattered: each would cost the host a huge page.
+            name: _map_memory(size, huge=config.seed == 0) if name == "ram" else np.zeros(size, DTYPES[name])
+            for name, size in sizes.items()
         }
         return Arrays(**arrays)
 
