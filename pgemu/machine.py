@@ -102,6 +102,14 @@ class Result(NamedTuple):
     detail: int
 
 
+def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
+    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
+    for register, size in sizes.items():
+        begins[register] = begin
+        begin += size
+    return begin
+
+
 def _map_memory(words: int, huge: bool) -> Array:
     """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
     size = max(words * 8, mmap.PAGESIZE)
@@ -147,28 +155,29 @@ class Machine:
     def _allocate(self) -> Arrays:
         config = self.config
         frames = self._frames()
-        guest_pages = config.pool >> 12
         blocks = 4 * config.pool_pages + L.INODES
         pages = blocks << config.order
-        sizes = {
-            "ram": (frames + self._boot_frames()) * 512,
-            "state": L.STATE_SIZE,
-            "stats": L.STATS_SIZE,
-            "free": frames,
-            "pool": config.pool_pages,
-            "blocks": blocks * L.B_WORDS,
-            "shareability": pages >> 6,
-            "zeroed": pages >> 6,
-            "shared": (pages >> 9) + L.INODES + (pages >> 18) + L.INODES,
-            "leaves": frames + self._boot_frames(),
-            "contents": guest_pages,
+        tails = {
+            L.R_FREE_STACK: frames,
+            L.R_POOL_STACK: config.pool_pages,
+            L.R_BLOCK_ROWS: blocks * L.B_WORDS,
+            L.R_WORD_ROWS: pages >> 6,
+            L.R_ZEROED_ROWS: pages >> 6,
         }
-        arrays = {
+        counts = {L.R_CONTENTS: config.pool >> 12, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
+        begins: dict[np.uint64, int] = {}
+        state_size = _lay_out(tails, L.STATE_SIZE, begins)
+        counts_size = _lay_out(counts, frames + self._boot_frames(), begins)
+        arrays = Arrays(
             # Frames in a seed's order are scattered: each would cost the host a huge page.
-            name: _map_memory(size, huge=config.seed == 0) if name == "ram" else np.zeros(size, DTYPES[name])
-            for name, size in sizes.items()
-        }
-        return Arrays(**arrays)
+            ram=_map_memory((frames + self._boot_frames()) * 512, huge=config.seed == 0),
+            state=np.zeros(state_size, DTYPES["state"]),
+            stats=np.zeros(L.STATS_SIZE, DTYPES["stats"]),
+            counts=np.zeros(counts_size, DTYPES["counts"]),
+        )
+        for register, begin in begins.items():
+            arrays.state[register] = begin
+        return arrays
 
     def _frames(self) -> int:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
@@ -393,7 +402,7 @@ class Machine:
 
     def read_frame(self, pfn: int) -> bytes:
         """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool."""
-        frame = int(self.arrays.contents[self._guest_frame(pfn)])
+        frame = int(self.arrays.counts[self.register(L.R_CONTENTS) + self._guest_frame(pfn)])
         return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(L.PAGE_4K)
 
     def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
@@ -411,7 +420,7 @@ class Machine:
 
     def _guest_frame(self, pfn: int) -> int:
         index = pfn - self.register(L.R_POOL_BASE)
-        if not 0 <= index < self.arrays.contents.size:
+        if not 0 <= index < self.config.pool >> 12:
             raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
         return index
 

@@ -42,31 +42,29 @@ class GuestMemfd:
         inode = _row(machine, L.R_INODES, L.INODES, "inodes")
         state = machine.arrays.state
         blocks = size // config.page_size
-        if blocks > cls._unreserved(machine) or machine.register(L.R_BLOCKS) + blocks > machine.arrays.blocks.size // 4:
+        used = machine.register(L.R_BLOCKS)
+        if blocks > cls._unreserved(machine) or used + blocks > 4 * config.pool_pages:
             raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
         pages = size >> 12
-        previous = int(L.STATE_INODES) + (inode - 1) * L.I_WORDS
-        pud = machine.arrays.shared.size - 1
-        pmd = 0
-        if inode:
-            pmd = int(state[previous + int(L.I_PMD)]) + -(-int(state[previous + int(L.I_PAGES)]) // 512)
-            pud = int(state[previous + int(L.I_PUD)]) - 1
+        words = machine.register(L.R_WORDS)
+        counts = machine.register(L.R_SHARED) + machine.register(L.R_SHARED_USED)
         puds = (pages + (1 << 18) - 1) >> 18
         row = int(L.STATE_INODES) + inode * L.I_WORDS
         fields = {
             L.I_PAGES: pages,
-            L.I_BLOCK: machine.register(L.R_BLOCKS),
+            L.I_BLOCK: machine.register(L.R_BLOCK_ROWS) + used * L.B_WORDS,
             L.I_BLOCKS: blocks,
-            L.I_WORD: machine.register(L.R_WORDS),
-            L.I_PMD: pmd,
-            L.I_PUD: pud - puds + 1,
+            L.I_WORD: machine.register(L.R_WORD_ROWS) + words,
+            L.I_ZEROED: machine.register(L.R_ZEROED_ROWS) + words,
+            L.I_PMD: counts,
+            L.I_PUD: counts + pages // 512,
             L.I_OPEN: 1,
-            L.I_INDEX: inode,
         }
         for name, value in fields.items():
             state[row + int(name)] = value
         state[L.R_BLOCKS] += np.uint64(blocks)
-        state[L.R_WORDS] += np.uint64(-(-pages // 64))
+        state[L.R_WORDS] += np.uint64(pages // 64)
+        state[L.R_SHARED_USED] += np.uint64(pages // 512 + puds)
         state[L.R_INODES] += np.uint64(1)
         if shared:
             cls._share_all(machine, fields)
@@ -76,11 +74,11 @@ class GuestMemfd:
     def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
         pages = fields[L.I_PAGES]
         word = fields[L.I_WORD]
-        machine.arrays.shareability[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        machine.arrays.state[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
         pmd = fields[L.I_PMD]
-        machine.arrays.shared[pmd : pmd + pages // 512] = 512
+        machine.arrays.counts[pmd : pmd + pages // 512] = 512
         for i, first in enumerate(range(0, pages, 1 << 18)):
-            machine.arrays.shared[fields[L.I_PUD] + i] = min(1 << 18, pages - first)
+            machine.arrays.counts[fields[L.I_PUD] + i] = min(1 << 18, pages - first)
 
     @staticmethod
     def _unreserved(machine: Machine) -> int:
@@ -118,28 +116,28 @@ class GuestMemfd:
         """The VMM goes: mappings and slots of the inode, then the inode. 0 or -EBADF."""
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 
+    def _field(self, name: np.uint64) -> int:
+        """A word of the inode's row."""
+        return int(self.machine.arrays.state[int(L.STATE_INODES) + self.inode * L.I_WORDS + int(name)])
+
+    def _block(self, offset: int, name: np.uint64) -> int:
+        """A word of the row of the huge page at `offset`."""
+        block = self._field(L.I_BLOCK) + (offset // self.machine.config.page_size) * L.B_WORDS
+        return int(self.machine.arrays.state[block + int(name)])
+
     def pfn(self, offset: int) -> int | None:
         """Frame number of the page at `offset`, or None while nothing is allocated there."""
-        state = self.machine.arrays.state
-        row = int(L.STATE_INODES) + self.inode * L.I_WORDS
-        index = offset >> 12
-        order = self.machine.config.order
-        block = (int(state[row + int(L.I_BLOCK)]) + (index >> order)) * L.B_WORDS
-        head = int(self.machine.arrays.blocks[block + int(L.B_PFN)])
-        return head + (index & (1 << order) - 1) if head else None
+        head = self._block(offset, L.B_PFN)
+        return head + (offset % self.machine.config.page_size >> 12) if head else None
 
     def is_split(self, offset: int) -> bool:
         """Whether the huge page at `offset` is split to 4K folios."""
-        state = self.machine.arrays.state
-        row = int(L.STATE_INODES) + self.inode * L.I_WORDS
-        block = (int(state[row + int(L.I_BLOCK)]) + (offset >> 12 + self.machine.config.order)) * L.B_WORDS
-        return int(self.machine.arrays.blocks[block + int(L.B_STATE)]) == int(L.BLOCK_SPLIT)
+        return self._block(offset, L.B_STATE) == int(L.BLOCK_SPLIT)
 
     def is_shared(self, offset: int) -> bool:
         """Shareability of the page at `offset`."""
-        word = int(self.machine.arrays.state[int(L.STATE_INODES) + self.inode * L.I_WORDS + int(L.I_WORD)])
         index = offset >> 12
-        return bool(int(self.machine.arrays.shareability[word + (index >> 6)]) >> (index & 63) & 1)
+        return bool(int(self.machine.arrays.state[self._field(L.I_WORD) + (index >> 6)]) >> (index & 63) & 1)
 
 
 @dataclass(frozen=True)

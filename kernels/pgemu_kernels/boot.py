@@ -33,6 +33,7 @@ from pgemu_kernels.hugetlb import write_order
 from pgemu_kernels.layout import (
     F_EMPTY,
     R_BOOT_FRAMES,
+    R_CONTENTS,
     R_FRAMES,
     R_HVO,
     R_KERNEL_ROOT,
@@ -42,6 +43,7 @@ from pgemu_kernels.layout import (
     R_POOL_BASE,
     R_POOL_FREE,
     R_POOL_PAGES,
+    R_POOL_STACK,
     R_TAIL_PAGE,
     S_ROOT,
     V_ROOT,
@@ -149,7 +151,7 @@ def boot(descriptor):
             if map_optimized(m, state[R_POOL_BASE] + (i << order), order) != 0:
                 return ENOMEM
     for i in range(pages):
-        m.pool[i] = state[R_POOL_BASE] + ((pages - U1 - i) << order)
+        state[state[R_POOL_STACK] + i] = state[R_POOL_BASE] + ((pages - U1 - i) << order)
     state[R_POOL_FREE] = pages
     change(m.stats, POOL_FREE, np.int64(pages))
     return np.int64(0)
@@ -170,7 +172,7 @@ def new_root(descriptor, row, stage2):
         fill_frame(m.ram, frame, U0)
         m.state[row + S_ROOT] = frame << U12
         change(m.stats, HOST_TABLES, 1)
-    m.leaves[frame] = np.uint32(0)
+    m.counts[frame] = np.uint32(0)
     return np.int64(0)
 
 
@@ -178,13 +180,13 @@ def new_root(descriptor, row, stage2):
 def content_frame(descriptor, pfn):
     """The frame with the contents of a guest frame, given one of zeroes if it has none: its number, or -ENOMEM."""
     m = open_machine(descriptor)
-    at = pfn - m.state[R_POOL_BASE]
-    frame = U(m.contents[at])
+    at = m.state[R_CONTENTS] + pfn - m.state[R_POOL_BASE]
+    frame = U(m.counts[at])
     if frame == U0:
         frame = take_frame(m)
         if frame == NONE:
             return ENOMEM
         fill_frame(m.ram, frame, U0)
-        m.contents[at] = np.uint32(frame)
+        m.counts[at] = np.uint32(frame)
         change(m.stats, CONTENT_FRAMES, 1)
     return np.int64(frame)

@@ -85,8 +85,8 @@ def memslot_row(i):
 
 @kernel
 def block_row(m, node, index):
-    """Where the row of the block that holds page `index` begins in `blocks`."""
-    return (m.state[node + I_BLOCK] + (index >> m.state[R_ORDER])) * _B_WORDS
+    """Where the row of the block that holds page `index` begins in `state`."""
+    return m.state[node + I_BLOCK] + (index >> m.state[R_ORDER]) * _B_WORDS
 
 
 # --------------------------------------------------------------------------- lookups
@@ -126,17 +126,17 @@ def find_memslot(state, vm, gfn):
 @kernel
 def is_shared(m, node, index):
     """1 if a page of the inode is shared, 0 if private."""
-    return m.shareability[m.state[node + I_WORD] + (index >> U6)] >> (index & U63) & U1
+    return m.state[m.state[node + I_WORD] + (index >> U6)] >> (index & U63) & U1
 
 
 @kernel
 def shared_in_2m(m, node, index):
-    return U(m.shared[m.state[node + I_PMD] + (index >> U9)])
+    return U(m.counts[m.state[node + I_PMD] + (index >> U9)])
 
 
 @kernel
 def shared_in_1g(m, node, index):
-    return U(m.shared[m.state[node + I_PUD] + (index >> U18)])
+    return U(m.counts[m.state[node + I_PUD] + (index >> U18)])
 
 
 @kernel
@@ -177,7 +177,7 @@ def shared_in_range(m, node, start, end):
             index += U(512)
         else:
             last = min(U64, (index & U63) + end - index)
-            total += population(m.shareability[word + (index >> U6)] & bits_between(index & U63, last))
+            total += population(m.state[word + (index >> U6)] & bits_between(index & U63, last))
             index += last - (index & U63)
     return total
 
@@ -193,12 +193,12 @@ def store_shareability(m, node, start, end, shared):
         last = min(U64, (index & U63) + end - index)
         mask = bits_between(index & U63, last)
         at = word + (index >> U6)
-        old = m.shareability[at]
+        old = m.state[at]
         new = old | mask if shared != U0 else old & ~mask
-        m.shareability[at] = new
+        m.state[at] = new
         gained = population(new) - population(old)
-        m.shared[pmd + (index >> U9)] = np.uint32(U(m.shared[pmd + (index >> U9)]) + gained)
-        m.shared[pud + (index >> U18)] = np.uint32(U(m.shared[pud + (index >> U18)]) + gained)
+        m.counts[pmd + (index >> U9)] = np.uint32(U(m.counts[pmd + (index >> U9)]) + gained)
+        m.counts[pud + (index >> U18)] = np.uint32(U(m.counts[pud + (index >> U18)]) + gained)
         index += last - (index & U63)
 
 

@@ -20,24 +20,12 @@ class Machine(NamedTuple):
     """Arrays of one machine; all one-dimensional, C order. Their words are told in layout.py."""
 
     ram: Words  # uint64, physical memory of the metadata zone, index = address / 8
-    state: Words  # uint64, named scalars (R_*), formats and the rows of every object, STATE_*
-    stats: Words  # int64, clock, gauges, prices, counters and histograms, STATS_*
-    free: Words  # uint64, stack of freed frames
-    pool: Words  # uint64, stack of free huge pages (their first PFNs)
-    blocks: Words  # uint64, rows B_*, one per huge page of an inode
-    shareability: Words  # uint64, one bit per page of an inode, 1 = shared
-    zeroed: Words  # uint64, one bit per page, where zeroing is tracked by page
-    shared: Words  # uint32, shared pages in each 2M (from I_PMD) and in each 1G (from I_PUD) of an inode
-    leaves: Words  # uint32, leaves below each table page, by frame
-    contents: Words  # uint32, frame with the contents of each guest frame, 0 = the zero page
+    state: Words  # uint64, registers (R_*), formats, rows of every object, stacks, a bit per page for each inode
+    stats: Words  # int64, clock, gauges, prices, counters and histograms (STATS_*)
+    counts: Words  # uint32, leaves below each table page by frame, contents of guest frames, shared pages per 2M and 1G
 
 
-DTYPES: dict[str, type[np.generic]] = dict.fromkeys(Machine._fields, np.uint64) | {
-    "stats": np.int64,
-    "shared": np.uint32,
-    "leaves": np.uint32,
-    "contents": np.uint32,
-}
+DTYPES: dict[str, type[np.generic]] = {"ram": np.uint64, "state": np.uint64, "stats": np.int64, "counts": np.uint32}
 
 _ARRAY_TYPES = [types.Array(types.Integer.from_bitwidth(np.dtype(d).itemsize * 8, np.dtype(d).kind == "i"), 1, "C")
                 for d in DTYPES.values()]  # fmt: skip

@@ -59,6 +59,7 @@ from pgemu_kernels.layout import (
     R_ORDER,
     R_PAGE_FLAGS,
     R_POOL_FREE,
+    R_POOL_STACK,
     R_ZERO_PAGE,
 )
 from pgemu_kernels.memory import zero_contents
@@ -132,15 +133,15 @@ def take_folio(m, inode, block, index):
     if top == U0:
         return NONE
     state[R_POOL_FREE] = top - U1
-    head = m.pool[top - U1]
+    head = state[state[R_POOL_STACK] + top - U1]
     ram = m.ram
     page = struct_page(m, head)
     ram[page + MAPPING] = mapping_address(inode)
     ram[page + INDEX] = index
     ram[page + PRIVATE] &= ~HUGETLB_FREED
     ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
-    m.blocks[block + B_PFN] = head
-    m.blocks[block + B_STATE] = BLOCK_HUGE
+    m.state[block + B_PFN] = head
+    m.state[block + B_STATE] = BLOCK_HUGE
     change(m.stats, POOL_FREE, -1)
     change(m.stats, BLOCKS_HUGE, 1)
     charge(m, HUGE_FOLIO_ALLOCATED, 1)
@@ -159,9 +160,10 @@ def return_to_pool(m, head):
     ram[page + INDEX] = U0
     ram[page + PRIVATE] |= HUGETLB_FREED
     ram[page + COUNTS] = PGTY_HUGETLB
-    top = m.state[R_POOL_FREE]
-    m.pool[top] = head
-    m.state[R_POOL_FREE] = top + U1
+    state = m.state
+    top = state[R_POOL_FREE]
+    state[state[R_POOL_STACK] + top] = head
+    state[R_POOL_FREE] = top + U1
     change(m.stats, POOL_FREE, 1)
     charge(m, HUGE_FOLIO_FREED, 1)
     charge(m, STRUCT_PAGE_BYTES, 36)
@@ -170,15 +172,15 @@ def return_to_pool(m, head):
 @kernel
 def forget_block(m, block):
     """Block row `block` holds no folio any more."""
-    m.blocks[block + B_PFN] = U0
-    m.blocks[block + B_STATE] = BLOCK_ABSENT
-    m.blocks[block + B_OUTSTANDING] = U0
+    m.state[block + B_PFN] = U0
+    m.state[block + B_STATE] = BLOCK_ABSENT
+    m.state[block + B_OUTSTANDING] = U0
 
 
 @kernel
 def free_block(m, block):
     """Truncate an unsplit folio: out of the page cache and back to the pool."""
-    return_to_pool(m, m.blocks[block + B_PFN])
+    return_to_pool(m, m.state[block + B_PFN])
     change(m.stats, BLOCKS_HUGE, -1)
     charge(m, PAGE_CACHE_STORED, 1)
     forget_block(m, block)
@@ -188,7 +190,7 @@ def free_block(m, block):
 def release_block(m, block):
     """Take an unsplit folio out of the page cache; it goes to the pool now or with its last reference."""
     ram = m.ram
-    head = m.blocks[block + B_PFN]
+    head = m.state[block + B_PFN]
     page = struct_page(m, head)
     extra = (ram[page + COUNTS] >> U32) - (U1 << m.state[R_ORDER])
     if extra == U0:
@@ -206,7 +208,7 @@ def release_block(m, block):
 def make_zombie(m, block):
     """Take a split block's pieces out of the page cache though some are held: all their references but those go."""
     ram = m.ram
-    head = m.blocks[block + B_PFN]
+    head = m.state[block + B_PFN]
     held = U0
     for i in range(U1 << m.state[R_ORDER]):
         page = struct_page(m, head + i)
@@ -214,8 +216,8 @@ def make_zombie(m, block):
         ram[page + COUNTS] -= ONE_REFERENCE
         if ram[page + COUNTS] >> U32 != U0:
             held += U1
-    m.blocks[block + B_STATE] = BLOCK_ZOMBIE
-    m.blocks[block + B_OUTSTANDING] = held
+    m.state[block + B_STATE] = BLOCK_ZOMBIE
+    m.state[block + B_OUTSTANDING] = held
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_ZOMBIE, 1)
 
@@ -231,7 +233,7 @@ def split_block(m, block, index, zeroed_word):
     """
     ram = m.ram
     state = m.state
-    head = m.blocks[block + B_PFN]
+    head = m.state[block + B_PFN]
     order = state[R_ORDER]
     first = struct_page(m, head)
     if ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0:
@@ -245,7 +247,7 @@ def split_block(m, block, index, zeroed_word):
     pages = U1 << order
     for base in range(U0, pages, U64):
         page = struct_page(m, head + base)
-        bits = U0 if whole else m.zeroed[zeroed_word + (base >> U6)]
+        bits = U0 if whole else m.state[zeroed_word + (base >> U6)]
         for i in range(U64):
             ram[page + FLAGS] = flags | ((bits >> i & U1) << U3)
             ram[page + COMPOUND] = U0
@@ -256,7 +258,7 @@ def split_block(m, block, index, zeroed_word):
             page += U8
     ram[first + COMPOUND] = U0
     ram[first + PRIVATE] = U0
-    m.blocks[block + B_STATE] = BLOCK_SPLIT
+    m.state[block + B_STATE] = BLOCK_SPLIT
     change(m.stats, BLOCKS_HUGE, -1)
     change(m.stats, BLOCKS_SPLIT, 1)
     charge(m, FOLIO_SPLIT, 1)
@@ -316,7 +318,7 @@ def merge_block(m, block, index, zeroed_word):
     """
     ram = m.ram
     state = m.state
-    head = m.blocks[block + B_PFN]
+    head = m.state[block + B_PFN]
     order = state[R_ORDER]
     pages = U1 << order
     busy, uptodate = survey(m, head, pages)
@@ -346,11 +348,11 @@ def merge_block(m, block, index, zeroed_word):
             ram[page + COUNTS] = NO_MAPCOUNT
             page += U8
         if by_page and zeroed_word != NONE:
-            m.zeroed[zeroed_word + (base >> U6)] = bits
+            m.state[zeroed_word + (base >> U6)] = bits
     finish_merge(m, head, first, head_flags, uptodate == pages)
     ram[first + MAPPING] = mapping
     ram[first + INDEX] = index
-    m.blocks[block + B_STATE] = BLOCK_HUGE
+    m.state[block + B_STATE] = BLOCK_HUGE
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
     charge(m, FOLIO_MERGED, 1)
@@ -366,10 +368,10 @@ def merge_block(m, block, index, zeroed_word):
 @outlined
 def revive(m, block):
     """The last piece of a zombie block was put: the worker merges it and gives it back to the pool."""
-    head = m.blocks[block + B_PFN]
+    head = m.state[block + B_PFN]
     for i in range(U1 << m.state[R_ORDER]):
         m.ram[struct_page(m, head + i) + COUNTS] = ONE_CACHED  # as merge_block() expects them
-    m.blocks[block + B_STATE] = BLOCK_SPLIT
+    m.state[block + B_STATE] = BLOCK_SPLIT
     change(m.stats, BLOCKS_ZOMBIE, -1)
     change(m.stats, BLOCKS_SPLIT, 1)
     charge(m, DEFERRED_MERGE, 1)

@@ -70,9 +70,11 @@ from pgemu_kernels.layout import (
     O_VM,
     PFNMAP,
     R_BROKEN,
+    R_CONTENTS,
     R_DESIGN,
     R_EXTRA_REFERENCES,
     R_FREE,
+    R_FREE_STACK,
     R_INODES,
     R_KERNEL_ROOT,
     R_MEMSLOTS,
@@ -123,10 +125,10 @@ def expect(m, holds, kind, index):
 def inode_frame(m, node, index):
     """Frame that the inode has at a page, or NONE."""
     block = block_row(m, node, index)
-    kind = m.blocks[block + B_STATE]
+    kind = m.state[block + B_STATE]
     if kind != BLOCK_HUGE and kind != BLOCK_SPLIT:
         return NONE
-    return m.blocks[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+    return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
 
 
 @kernel
@@ -138,7 +140,7 @@ def check_host_leaf(m, row, address, entry):
     expect(m, is_shared(m, node, index) != U0, HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP:
-        expect(m, m.blocks[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
+        expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -154,7 +156,7 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP and level != U1:
-        expect(m, m.blocks[block_row(m, node, index) + B_STATE] == BLOCK_HUGE, LEAF_OVER_FOLIO, index)
+        expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_HUGE, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -162,7 +164,7 @@ def check_block(m, node, index):
     """Restructure: an allocated block is huge if and only if none of its pages is shared."""
     if m.state[R_DESIGN] == _PFNMAP:
         return
-    kind = m.blocks[block_row(m, node, index) + B_STATE]
+    kind = m.state[block_row(m, node, index) + B_STATE]
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:
         expect(m, shared == U0, BLOCK_STATE, index)
@@ -364,10 +366,10 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
             if is_present(state, f, ram[table + i1]):
                 below += U1
                 check_stage2_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        expect(m, U(m.leaves[table >> U9]) == below, COUNTS_DIFFER, gfn | i2 << U9)
+        expect(m, U(m.counts[table >> U9]) == below, COUNTS_DIFFER, gfn | i2 << U9)
         leaves[0] += np.int64(below)
         below2 += below
-    expect(m, U(m.leaves[table2 >> U9]) == below2, COUNTS_DIFFER, gfn)
+    expect(m, U(m.counts[table2 >> U9]) == below2, COUNTS_DIFFER, gfn)
     return tables
 
 
@@ -424,19 +426,19 @@ def check_inode(m, inode):
         shared = U0
         for index in range(first, min(first + U512, pages)):
             shared += is_shared(m, node, index)
-        expect(m, U(m.shared[state[node + I_PMD] + (first >> U9)]) == shared, COUNTS_DIFFER, first)
+        expect(m, U(m.counts[state[node + I_PMD] + (first >> U9)]) == shared, COUNTS_DIFFER, first)
     for first in range(U0, pages, U1 << U18):
         shared = U0
         for pmd in range(first >> U9, min((first >> U9) + U512, (pages + U511) >> U9)):
-            shared += U(m.shared[state[node + I_PMD] + pmd])
-        expect(m, U(m.shared[state[node + I_PUD] + (first >> U18)]) == shared, COUNTS_DIFFER, first)
+            shared += U(m.counts[state[node + I_PMD] + pmd])
+        expect(m, U(m.counts[state[node + I_PUD] + (first >> U18)]) == shared, COUNTS_DIFFER, first)
     references = U0
     order = state[R_ORDER]
     for block in range(state[node + I_BLOCKS]):
         row = block_row(m, node, block << order)
-        kind = m.blocks[row + B_STATE]
+        kind = m.state[row + B_STATE]
         check_block(m, node, block << order)
-        head = m.blocks[row + B_PFN]
+        head = m.state[row + B_PFN]
         if kind == BLOCK_HUGE:
             references += (m.ram[struct_page(m, head) + COUNTS] >> U32) - (U1 << order)
         elif kind == BLOCK_SPLIT:
@@ -492,12 +494,12 @@ def check(descriptor, owner, leaves):
     expect(m, gauges[VMEMMAP_PAGES * U2] == pages, VMEMMAP, U(pages))
     if gauges[BLOCKS_ZOMBIE * U2] == 0:
         expect(m, references == state[R_EXTRA_REFERENCES], REFERENCES, references)
-    guest_frames = U(m.contents.size) if gauges[CONTENT_FRAMES * U2] != 0 else U0
-    for i in range(guest_frames):
-        if m.contents[i] != np.uint32(0):
-            own(m, owner, U(m.contents[i]), 5)
+    if gauges[CONTENT_FRAMES * U2] != 0:
+        for i in range(state[R_CONTENTS], state[R_CONTENTS] + (state[R_POOL_PAGES] << state[R_ORDER])):
+            if m.counts[i] != np.uint32(0):
+                own(m, owner, U(m.counts[i]), 5)
     for i in range(state[R_FREE]):
-        own(m, owner, m.free[i], 6)
+        own(m, owner, m.state[state[R_FREE_STACK] + i], 6)
     used = np.int64(0)
     for frame in range(U(owner.size)):
         if owner[frame] != np.uint8(0) and owner[frame] != np.uint8(6):

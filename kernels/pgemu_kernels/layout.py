@@ -259,6 +259,14 @@ R_CHECK = U(40)  # 1: check the invariants an operation touches after it
 R_EXTRA_REFERENCES = U(41)  # references taken by GET and by operations under way
 R_VMEMMAP_TABLE = U(42)  # physical address of the level-3 table that maps the vmemmap
 R_FRAMES_MASK = U(43)
+R_FREE_STACK = U(46)  # where the freed frames lie in `state`
+R_POOL_STACK = U(47)
+R_BLOCK_ROWS = U(48)
+R_WORD_ROWS = U(49)
+R_ZEROED_ROWS = U(50)
+R_CONTENTS = U(51)  # where the guest frames' contents lie in `counts`
+R_SHARED = U(52)  # ... and the shared pages per 2M and 1G
+R_SHARED_USED = U(53)
 R_BOOT_FRAMES = U(45)  # frames behind the others that hold an unoptimised vmemmap from boot on
 R_FOLIO_6_12 = U(44)  # 1: mapcounts and page count of a folio where 6.12 has them
 R_WORD_COUNT = 64
@@ -282,14 +290,14 @@ F_WORDS = 16
 
 # inodes: uint64 rows
 I_PAGES = U(0)
-I_BLOCK = U(1)  # first row in `blocks`
+I_BLOCK = U(1)  # where its first block row begins in `state`
 I_BLOCKS = U(2)
-I_WORD = U(3)  # first word in `shareability` and `zeroed`
-I_PMD = U(4)  # first element in `shared_2m`
-I_PUD = U(5)  # first element in `shared_1g`
+I_WORD = U(3)  # where its shareability bits begin in `state`
+I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
+I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_INDEX = U(8)
+I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`, where zeroing goes by page
 I_WORDS = 12
 LOCK_WRITER = U(1 << 32)
 
@@ -391,8 +399,9 @@ class Broken(IntEnum):
 
 # --------------------------------------------------------------------------- where the rows lie
 
-# Rows of fixed number stand in one array each of uint64 (`state`) and int64 (`stats`): a kernel that
-# is handed eleven arrays compiles in half the time of one that is handed twenty-five.
+# Everything but `ram` stands in one array each of uint64 (`state`), int64 (`stats`) and uint32 (`counts`):
+# numba passes an array as seven words, and a kernel that is handed four of them compiles in half the
+# time of one that is handed eleven. What has no fixed number of rows follows STATE_SIZE; registers tell where.
 FORMATS = 8
 ACTORS = 1024
 INODES = 64

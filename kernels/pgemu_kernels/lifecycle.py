@@ -80,6 +80,7 @@ from pgemu_kernels.layout import (
     O_SPACE,
     O_VM,
     PFNMAP,
+    R_BLOCK_ROWS,
     R_BLOCKS,
     R_DESIGN,
     R_DONTNEED_FREES_TABLES,
@@ -332,9 +333,9 @@ def unbind(m, op):
 def zero_part(m, node, index, pages):
     """Zero the part of a huge page that a hole covers: guest_memfd frees only whole huge pages."""
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] != BLOCK_ABSENT:
+    if m.state[block + B_STATE] != BLOCK_ABSENT:
         inside = (U1 << m.state[R_ORDER]) - U1
-        zero_contents(m, m.blocks[block + B_PFN] + (index & inside), pages)
+        zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, PAGE_ZEROED, np.int64(pages))
 
 
@@ -413,10 +414,10 @@ def get(m, op):
         return done(state, op, -EBADF)
     index = state[op + O_OFFSET] >> U12
     block = block_row(m, inode_row(inode), index)
-    kind = m.blocks[block + B_STATE]
+    kind = m.state[block + B_STATE]
     if kind == BLOCK_ABSENT or kind == BLOCK_ZOMBIE:
         return done(state, op, -ENOENT)
-    pfn = m.blocks[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
+    pfn = m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
     add_references(m.ram, struct_page(m, folio_head(m, pfn)), U1)
     state[R_EXTRA_REFERENCES] += U1
     state[op + O_DETAIL] = pfn
@@ -427,8 +428,8 @@ def get(m, op):
 def zombie_of(m, head):
     """Row of the zombie block with this first frame, or NONE."""
     for i in range(m.state[R_BLOCKS]):
-        row = i * U(B_WORDS)
-        if m.blocks[row + B_STATE] == BLOCK_ZOMBIE and m.blocks[row + B_PFN] == head:
+        row = m.state[R_BLOCK_ROWS] + i * U(B_WORDS)
+        if m.state[row + B_STATE] == BLOCK_ZOMBIE and m.state[row + B_PFN] == head:
             return row
     return NONE
 
@@ -451,7 +452,7 @@ def put(m, op):
         index = state[op + O_OFFSET] >> U12
         if inode >= state[R_INODES] or index >= state[inode_row(inode) + I_PAGES]:
             return done(state, op, -EBADF)
-        pfn = m.blocks[block_row(m, inode_row(inode), index) + B_PFN]
+        pfn = m.state[block_row(m, inode_row(inode), index) + B_PFN]
         if pfn == U0:
             return done(state, op, -ENOENT)
         pfn += index & ((U1 << order) - U1)
@@ -477,8 +478,8 @@ def last_reference(m, head, page):
         return_to_pool(m, head)
         return
     block = zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER])
-    m.blocks[block + B_OUTSTANDING] -= U1
-    if m.blocks[block + B_OUTSTANDING] == U0:
+    m.state[block + B_OUTSTANDING] -= U1
+    if m.state[block + B_OUTSTANDING] == U0:
         revive(m, block)
 
 

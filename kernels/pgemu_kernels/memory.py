@@ -8,9 +8,11 @@ from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import CONTENT_FRAMES, FRAMES_USED, change
 from pgemu_kernels.layout import (
+    R_CONTENTS,
     R_FRAMES_LIMIT,
     R_FRAMES_MASK,
     R_FREE,
+    R_FREE_STACK,
     R_FRESH,
     R_POOL_BASE,
     R_SEED_MULTIPLIER,
@@ -42,7 +44,7 @@ def take_frame(m):
     top = state[R_FREE]
     if top != U0:
         state[R_FREE] = top - U1
-        return m.free[top - U1]
+        return state[state[R_FREE_STACK] + top - U1]
     fresh = state[R_FRESH]
     frame = (fresh * state[R_SEED_MULTIPLIER] + state[R_SEED_OFFSET]) & state[R_FRAMES_MASK]
     if frame == U0:
@@ -55,9 +57,10 @@ def take_frame(m):
 @kernel
 def put_frame(m, frame):
     """Give a frame back."""
-    top = m.state[R_FREE]
-    m.free[top] = frame
-    m.state[R_FREE] = top + U1
+    state = m.state
+    top = state[R_FREE]
+    state[state[R_FREE_STACK] + top] = frame
+    state[R_FREE] = top + U1
     change(m.stats, FRAMES_USED, -1)
 
 
@@ -81,11 +84,11 @@ def copy_frame(ram, target, source):
 @outlined
 def drop_contents(m, pfn, pages):
     """Forget what guest frames [pfn, pfn + pages) hold: they read as zero afterwards."""
-    base = m.state[R_POOL_BASE]
-    for i in range(pfn - base, pfn - base + pages):
-        frame = U(m.contents[i])
+    first = m.state[R_CONTENTS] + pfn - m.state[R_POOL_BASE]
+    for i in range(first, first + pages):
+        frame = U(m.counts[i])
         if frame != U0:
-            m.contents[i] = np.uint32(0)
+            m.counts[i] = np.uint32(0)
             put_frame(m, frame)
             change(m.stats, CONTENT_FRAMES, -1)
 

@@ -112,7 +112,7 @@ def new_table(m, f, slot, gauge):
     if frame == NONE:
         return NONE
     fill_frame(m.ram, frame, m.state[f + F_EMPTY])
-    m.leaves[frame] = np.uint32(0)
+    m.counts[frame] = np.uint32(0)
     m.ram[slot] = frame << U12 | m.state[f + F_TABLE]
     change(m.stats, gauge, 1)
     charge(m, TABLE_PAGE_ALLOCATED, 1)
@@ -164,7 +164,7 @@ def free_stage2_below(m, f, entry, level):
     arch/x86/kvm/mmu/tdp_mmu.c:handle_removed_pt(). The leaves dropped are returned.
     """
     table = table_of(m.state, f, entry)
-    dropped = np.int64(m.leaves[table >> U9])
+    dropped = np.int64(m.counts[table >> U9])
     small = dropped
     if level == U3:
         small = np.int64(0)
@@ -172,7 +172,7 @@ def free_stage2_below(m, f, entry, level):
             below = m.ram[i]
             if is_present(m.state, f, below) and not is_large(m.state, f, below):
                 frame = table_of(m.state, f, below) >> U9
-                small += np.int64(m.leaves[frame])
+                small += np.int64(m.counts[frame])
                 free_table(m, frame, STAGE2_TABLES)
     change_value(m.stats, STAGE2_LEAVES, -small)
     change_value(m.stats, STAGE2_LEAVES + U1, small - dropped)
@@ -222,11 +222,11 @@ def split_stage2_leaf(m, f, slot, level):
     child = m.state[f + F_LEAF_4K + level - U2]
     for i in range(U512):
         m.ram[table + i] = (address + i * size) | child
-    m.leaves[table >> U9] = np.uint32(512)
+    m.counts[table >> U9] = np.uint32(512)
     if level == U2:
         # The 2M leaf was one below its level-2 table, which is not at hand: the table's page is.
         above = slot >> U9
-        m.leaves[above] = np.uint32(U(m.leaves[above]) + U511)
+        m.counts[above] = np.uint32(U(m.counts[above]) + U511)
     change_value(m.stats, STAGE2_LEAVES + level - U1, -1)
     change_value(m.stats, STAGE2_LEAVES + level - U2, 512)
     return table
@@ -294,15 +294,15 @@ def map_stage2(m, root, gfn, level, pfn):
     if level == U2:
         outcome, dropped = set_stage2_leaf(m, f, slot, U2, pfn)
         if outcome == MAP_FIXED:
-            count_below(m.leaves, table2, 1 - dropped)
+            count_below(m.counts, table2, 1 - dropped)
         return outcome, dropped
     table1 = stage2_table(m, f, slot, U2)
     if table1 == NONE:
         return MAP_NO_MEMORY, np.int64(0)
     outcome, dropped = set_stage2_leaf(m, f, table1 + (gfn & U511), U1, pfn)
     if outcome == MAP_FIXED:
-        count_below(m.leaves, table1, 1)
-        count_below(m.leaves, table2, 1)
+        count_below(m.counts, table1, 1)
+        count_below(m.counts, table2, 1)
     return outcome, dropped
 
 
@@ -318,7 +318,7 @@ def zap_4k_leaves(m, f, table, first, last):
             ram[slot] = empty
             cleared += 1
     if cleared != 0:
-        count_below(m.leaves, table, -cleared)
+        count_below(m.counts, table, -cleared)
         change_value(m.stats, STAGE2_LEAVES, -cleared)
     return cleared
 
@@ -334,7 +334,7 @@ def zap_2m_region(m, f, slot, gfn, end):
         change_value(m.stats, STAGE2_LEAVES + U1, -1)
         return np.int64(1)
     table = table_of(m.state, f, entry)
-    if m.leaves[table >> U9] == np.uint32(0):
+    if m.counts[table >> U9] == np.uint32(0):
         return np.int64(0)
     return zap_4k_leaves(m, f, table, gfn & U511, (end - U1 & U511) + U1)
 
@@ -351,14 +351,14 @@ def zap_1g_region(m, f, slot, gfn, end):
         return np.int64(1)
     table = table_of(m.state, f, entry)
     # The count below the table spares a rounded zap the walk over 512 empty tables.
-    if m.leaves[table >> U9] == np.uint32(0):
+    if m.counts[table >> U9] == np.uint32(0):
         return np.int64(0)
     cleared = np.int64(0)
     while gfn < end:
         stop = min(end, (gfn | U511) + U1)
         cleared += zap_2m_region(m, f, table + (gfn >> U9 & U511), gfn, stop)
         gfn = stop
-    count_below(m.leaves, table, -cleared)
+    count_below(m.counts, table, -cleared)
     return cleared
 
 

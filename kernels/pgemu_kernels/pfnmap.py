@@ -75,9 +75,9 @@ def allocate(m, inode, index):
 def get_folio(m, inode, node, index):
     """The frame of page `index`, allocated if need be, or NONE without memory."""
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] == BLOCK_ABSENT and allocate(m, inode, index) != 0:
+    if m.state[block + B_STATE] == BLOCK_ABSENT and allocate(m, inode, index) != 0:
         return NONE
-    return m.blocks[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+    return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
 
 
 # --------------------------------------------------------------------------- host fault
@@ -192,7 +192,7 @@ def truncate_block(m, inode, index):
     """
     node = inode_row(inode)
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] == BLOCK_HUGE:
+    if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
     return np.int64(0)

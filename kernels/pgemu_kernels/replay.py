@@ -169,11 +169,11 @@ def prefetch_leaf(m, f, root, page):
 def prefetch_page(m, node, index):
     """Ask for a page's shareability bit and, with restructure, for its struct page."""
     state = m.state
-    prefetch(m.shareability, state[node + I_WORD] + (index >> U6))
+    prefetch(m.state, state[node + I_WORD] + (index >> U6))
     if state[R_DESIGN] != _PFNMAP:
         block = block_row(m, node, index)
-        if m.blocks[block + B_STATE] == BLOCK_SPLIT:
-            prefetch(m.ram, struct_page(m, m.blocks[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
+        if m.state[block + B_STATE] == BLOCK_SPLIT:
+            prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 
 @kernel

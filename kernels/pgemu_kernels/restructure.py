@@ -45,7 +45,7 @@ from pgemu_kernels.layout import (
     F_LEAF_4K,
     F_LEAF_4K_RO,
     GO,
-    I_WORD,
+    I_ZEROED,
     O_ADDRESS,
     O_DETAIL,
     O_END,
@@ -102,7 +102,7 @@ def allocate(m, inode, index):
     if take_folio(m, inode, block, first) == NONE:
         return np.int64(-ENOMEM)
     if shared_in_block(m, node, index) != U0:
-        status = split_block(m, block, first, m.state[node + I_WORD] + (first >> U6))
+        status = split_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6))
         if status != 0:
             free_block(m, block)
             return status
@@ -113,9 +113,9 @@ def allocate(m, inode, index):
 def get_folio(m, inode, node, index):
     """The frame of page `index`, allocated if need be, or NONE without memory."""
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] == BLOCK_ABSENT and allocate(m, inode, index) != 0:
+    if m.state[block + B_STATE] == BLOCK_ABSENT and allocate(m, inode, index) != 0:
         return NONE
-    return m.blocks[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+    return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
 
 
 @kernel
@@ -204,7 +204,7 @@ def guest_folio(m, op):
     if pfn == NONE:
         unlock(state, op, node)
         return stop(state, op, -ENOMEM)
-    if m.blocks[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT:
+    if m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT:
         zero_page(m, pfn)
         state[op + O_MAX_ORDER] = U0
     else:
@@ -255,8 +255,8 @@ def gate(m, op):
         block = block_row(m, node, index)
         head_index = index >> order << order
         stop_at = min(end, head_index + (U1 << order))
-        kind = m.blocks[block + B_STATE]
-        head = m.blocks[block + B_PFN]
+        kind = m.state[block + B_STATE]
+        head = m.state[block + B_PFN]
         if kind == BLOCK_SPLIT:
             while index < stop_at:
                 checked += 1
@@ -287,11 +287,11 @@ def split(m, op):
     first = state[op + O_START] >> order << order
     while first < state[op + O_END]:
         block = block_row(m, node, first)
-        if m.blocks[block + B_STATE] == BLOCK_HUGE:
-            if reference_count(m.ram, struct_page(m, m.blocks[block + B_PFN])) != U1 << order:
+        if m.state[block + B_STATE] == BLOCK_HUGE:
+            if reference_count(m.ram, struct_page(m, m.state[block + B_PFN])) != U1 << order:
                 charge(m, FREEZE_SPIN, 1)
                 return fail_at(state, op, -EBUSY, first)
-            status = split_block(m, block, first, state[node + I_WORD] + (first >> U6))
+            status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
             if status != 0:
                 return fail_at(state, op, status, first)
         first += U1 << order
@@ -311,8 +311,8 @@ def merge(m, op):
     first = state[op + O_START] >> order << order
     while first < state[op + O_END]:
         block = block_row(m, node, first)
-        if m.blocks[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
-            if merge_block(m, block, first, state[node + I_WORD] + (first >> U6)) != 0:
+        if m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
+            if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) != 0:
                 charge(m, FREEZE_SPIN, 1)
                 state[R_MERGE_WANTED] += U1
         first += U1 << order
@@ -351,12 +351,12 @@ def truncate_block(m, inode, index):
     state = m.state
     node = inode_row(inode)
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] == BLOCK_SPLIT:
+    if m.state[block + B_STATE] == BLOCK_SPLIT:
         unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
         if merge_block(m, block, index, NONE) != 0:
             return np.int64(-EAGAIN)
-    if m.blocks[block + B_STATE] == BLOCK_HUGE:
-        if reference_count(m.ram, struct_page(m, m.blocks[block + B_PFN])) != U1 << state[R_ORDER]:
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        if reference_count(m.ram, struct_page(m, m.state[block + B_PFN])) != U1 << state[R_ORDER]:
             return np.int64(-EAGAIN)
         free_block(m, block)
         clear_zeroed(m, node, index)
@@ -372,11 +372,11 @@ def evict_block(m, inode, index):
     """
     node = inode_row(inode)
     block = block_row(m, node, index)
-    if m.blocks[block + B_STATE] == BLOCK_SPLIT:
+    if m.state[block + B_STATE] == BLOCK_SPLIT:
         charge(m, DEFERRED_MERGE, 1)
         if merge_block(m, block, index, NONE) != 0:
             make_zombie(m, block)
             return
-    if m.blocks[block + B_STATE] == BLOCK_HUGE:
+    if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)

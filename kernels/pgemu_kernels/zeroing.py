@@ -8,7 +8,7 @@ from pgemu_kernels.bits import U0, U1, U6, U63
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge
 from pgemu_kernels.folio import FLAGS, PG_UPTODATE, struct_page
-from pgemu_kernels.layout import I_WORD, R_ORDER, R_ZERO_PAGE
+from pgemu_kernels.layout import I_ZEROED, R_ORDER, R_ZERO_PAGE
 from pgemu_kernels.memory import zero_contents
 
 U = np.uint64
@@ -32,10 +32,10 @@ def zero_huge(m, node, index, pfn):
         charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
         zero_contents(m, pfn & ~inside, inside + U1)
         return
-    word = state[node + I_WORD] + (index >> U6)
+    word = state[node + I_ZEROED] + (index >> U6)
     bit = U1 << (index & U63)
-    if m.zeroed[word] & bit == U0:
-        m.zeroed[word] |= bit
+    if m.state[word] & bit == U0:
+        m.state[word] |= bit
         charge(m, PAGE_ZEROED, 1)
         zero_contents(m, pfn, U1)
 
@@ -43,6 +43,6 @@ def zero_huge(m, node, index, pfn):
 @outlined
 def clear_zeroed(m, node, index):
     """A huge page left the inode: none of its pages counts as zeroed."""
-    word = m.state[node + I_WORD] + (index >> U6)
+    word = m.state[node + I_ZEROED] + (index >> U6)
     for i in range(word, word + (U1 << (m.state[R_ORDER] - U6))):
-        m.zeroed[i] = U0
+        m.state[i] = U0
