@@ -22,23 +22,26 @@ from pgemu_kernels.events import (
     result,
 )
 from pgemu_kernels.folio import struct_page
-from pgemu_kernels.gmem import block_row, find_memslot, find_vma, inode_row, vm_row
+from pgemu_kernels.gmem import block_row, find_memslot, find_vma, inode_row, overlap, vm_row, vma_overlap
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
 from pgemu_kernels.invariants import check_operation
 from pgemu_kernels.layout import (
     A_INODE,
     A_PGOFF,
+    A_SPACE,
     A_START,
     ACTORS,
     B_PFN,
     B_STATE,
     BLOCK_SPLIT,
     EOPNOTSUPP,
+    I_PAGES,
     I_WORD,
     M_BASE_GFN,
     M_INODE,
     M_PGOFF,
+    M_VM,
     O_ACTOR,
     O_ADDRESS,
     O_DETAIL,
@@ -54,6 +57,9 @@ from pgemu_kernels.layout import (
     PFNMAP,
     R_CHECK,
     R_DESIGN,
+    R_INODES,
+    R_LAST_MEMSLOT,
+    R_LAST_VMA,
     R_ORDER,
     STATE_OPS,
     V_ROOT,
@@ -68,7 +74,7 @@ _BYTE = U(0xFF)
 _HALF = U(0xFFFF)
 _PFNMAP = U(PFNMAP)
 BATCH = U(64)
-_NEAR = U(64 * 8 * 4096)  # 64 lines of entries
+_NEAR = U(32 << 20)  # what lies closer is in the cache: 64 KiB of entries, 512 KiB of struct pages
 
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
@@ -204,6 +210,28 @@ def prefetch_guest(m, columns, i):
 
 
 @kernel
+def prefetch_convert(m, columns, i):
+    """Ask for what the conversion of one page will touch, where the VMA and the slot last used show it."""
+    state = m.state
+    inode = element(columns.object, i)
+    if inode >= state[R_INODES]:
+        return
+    node = inode_row(inode)
+    index = element(columns.offset, i) >> U12
+    if index >= state[node + I_PAGES]:
+        return
+    prefetch_page(m, node, index)
+    vma = state[R_LAST_VMA]
+    first, last = vma_overlap(state, vma, inode, index, index + U1)
+    if first < last:
+        prefetch_leaf(m, host_format(m), space_root(state, state[vma + A_SPACE]), first >> U12)
+    slot = state[R_LAST_MEMSLOT]
+    first, last = overlap(state, slot, inode, index, index + U1)
+    if first < last:
+        prefetch_leaf(m, stage2_format(m), state[vm_row(state[slot + M_VM]) + V_ROOT], first)
+
+
+@kernel
 def is_scattered(column, first, last):
     """Whether a batch's addresses lie far apart: neighbours are in the cache by themselves."""
     if last - first < BATCH or U(column.size) <= U1:
@@ -265,14 +293,20 @@ def guest_faults(descriptor, columns, first, last):
 @outlined
 def converts(descriptor, columns, first, last):
     m = open_machine(descriptor)
-    for i in range(first, last):
-        op = load(m, columns, i)
-        charge(m, CONVERT_IOCTL, 1)
-        if m.state[R_DESIGN] == _PFNMAP:
-            pfnmap.convert(m, op)
-        else:
-            restructure.convert(m, op)
-        save(m, op, columns, i)
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.offset, first, stop):
+            for i in range(first, stop):
+                prefetch_convert(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge(m, CONVERT_IOCTL, 1)
+            if m.state[R_DESIGN] == _PFNMAP:
+                pfnmap.convert(m, op)
+            else:
+                restructure.convert(m, op)
+            save(m, op, columns, i)
+        first = stop
 
 
 @outlined

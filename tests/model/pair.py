@@ -37,7 +37,8 @@ class Pair:
     # ------------------------------------------------------------------ making
 
     def create_guest_memfd(self, size: int, shared: bool) -> None:
-        self.create(self.inodes, self.model.create_guest_memfd(size, shared), self.machine.create_guest_memfd, size, shared=shared)
+        expected = self.model.create_guest_memfd(size, shared)
+        self.create(self.inodes, expected, self.machine.create_guest_memfd, size, shared=shared)
 
     def create_process(self) -> None:
         self.create(self.spaces, self.model.create_process(), self.machine.create_process)
@@ -82,14 +83,15 @@ class Pair:
         return self.same(self.inodes[inode].convert(offset, length, shared=shared), expected)
 
     def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
-        before = {n for n in self.model.inodes[inode].blocks}
+        before = set(self.model.inodes[inode].blocks)
         outcome = self.same(
             self.inodes[inode].punch_hole(offset, length), self.model.punch_hole(inode, offset, length)
         )
         gone = before - self.model.inodes[inode].blocks.keys()
         order = self.model.order
-        stop = offset + length if outcome.status == 0 else outcome.detail
-        self.forget(inode, lambda index: index >> order in gone or (outcome.status in (0, -L.EAGAIN) and offset <= index * PAGE < stop))
+        # A hole refused at a page has zeroed what lies before it.
+        stop = {0: offset + length, -L.EAGAIN: outcome.detail}.get(outcome.status, 0)
+        self.forget(inode, lambda index: index >> order in gone or offset <= index * PAGE < stop)
         return outcome
 
     def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool = False) -> Outcome:
