@@ -1,6 +1,6 @@
 """Both designs against the dict-based model, by random sequences of operations.
 
-PGEMU_EXAMPLES sets how many sequences of 2M pools are tried (default 60) and makes them random; without
+PGEMU_EXAMPLES sets how many sequences of 2M pools are tried (default 400) and makes them random; without
 it they are the same at every run.
 """
 
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from model.inode import Window
 from model.model import PAGE
 from model.pair import Pair
-from pgemu.machine import DESIGNS, Config
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config
 from pgemu_kernels import layout as L
 
 M2 = L.PAGE_2M
@@ -140,9 +142,7 @@ class TwoMegabytes(RuleBasedStateMachine):
         number=numbers, space=st.integers(0, 1), address=st.sampled_from(ADDRESSES), spot=spots,
         length=lengths, read_only=st.booleans(),
     )  # fmt: skip
-    def maps(
-        self, number: int, space: int, address: int, spot: tuple[int, int], length: int, read_only: bool
-    ) -> None:
+    def maps(self, number: int, space: int, address: int, spot: tuple[int, int], length: int, read_only: bool) -> None:
         inode = self.open_inode(number)
         self.pair.mmap(space, address, inode, self.index(inode, spot) * PAGE, length * PAGE, read_only)
 
@@ -230,6 +230,50 @@ COMMON = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestTwoMegabytes = TwoMegabytes.TestCase
-TestTwoMegabytes.settings = settings(COMMON, max_examples=int(EXAMPLES or 60), stateful_step_count=50)
+TestTwoMegabytes.settings = settings(COMMON, max_examples=int(EXAMPLES or 400), stateful_step_count=50)
 TestOneGigabyte = OneGigabyte.TestCase
-TestOneGigabyte.settings = settings(COMMON, max_examples=max(3, int(EXAMPLES or 60) // 20), stateful_step_count=15)
+TestOneGigabyte.settings = settings(COMMON, max_examples=max(3, int(EXAMPLES or 400) // 20), stateful_step_count=20)
+
+
+# --------------------------------------------------------------------------- sequences worth keeping
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_close_takes_what_is_left_of_a_mapping_past_the_end(design: str) -> None:
+    """munmap() leaves only pages past the end of the file mapped; they hold no table once the inode goes."""
+    pair = booted(design)
+    pair.mmap(0, ADDRESSES[0], 0, M2, 2 * M2)
+    pair.host_fault(0, ADDRESSES[0] + 511 * PAGE)
+    pair.munmap(0, ADDRESSES[0], M2)
+    pair.close(0)
+    pair.compare_everything()
+    assert pair.mmap(0, ADDRESSES[0], 0, 0, M2).status == -L.EBADF
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_bind_looks_at_guest_frames_before_the_file(design: str) -> None:
+    pair = booted(design)
+    assert pair.bind(0, M2, 0, M2, M2).status == 0
+    assert pair.bind(0, M2 + PAGE, 0, M2, M2).status == -L.EEXIST  # both are taken
+    assert pair.bind(0, M2 + PAGE, 0, 8 * M2, PAGE).status == -L.EEXIST  # past the end of the file
+    assert pair.bind(0, 8 * M2, 0, M2, PAGE).status == -L.EINVAL
+    assert pair.bind(0, 8 * M2, 0, 8 * M2, PAGE).status == -L.EINVAL
+    assert pair.bind(1, M2 + PAGE, 0, M2, PAGE).status == 0  # another VM may
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_an_access_of_the_wrong_kind_exits_though_a_leaf_is_there(design: str) -> None:
+    pair = booted(design)
+    pair.bind(0, 0, 0, 0, 2 * M2)
+    for private, status in ((None, L.RET_PF_FIXED), (True, -L.EFAULT), (False, L.RET_PF_SPURIOUS)):
+        assert pair.guest_fault(0, 5 * PAGE, private).status == status
+
+
+def booted(design: str) -> Pair:
+    """Two shared 2M pages, a process with two VMs."""
+    pair = Pair(Config(design, pool=2 * M2, page_size=M2))  # type: ignore[arg-type]
+    pair.create_process()
+    pair.create_guest_memfd(2 * M2, True)
+    for _ in range(2):
+        pair.create_vm(0, True)
+    return pair

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgemu.machine import DESIGNS, Config, Machine
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
 from pgemu.memory import AddressSpace, GuestMemfd, Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Flag, Operation
@@ -44,7 +45,8 @@ class Setup:
             outcome = self.machine.step(actor)
             assert outcome != L.BLOCKED
             if outcome == L.STOP:
-                return tuple(self.machine.result(actor))
+                result = self.machine.result(actor)
+                return result.status, result.detail
         raise AssertionError("an operation of more than 20 steps")
 
     def steps(self, actor: int, n: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, U1, U3, U6, U12, U21, U30, U32, U39, U511, U4095
+from pgemu_kernels.bits import LOW32, U0, U1, U3, U6, U12, U21, U30, U32, U39, U511, U4095
 from pgemu_kernels.compile import kernel
 from pgemu_kernels.formats import ADDRESS, LARGE
 from pgemu_kernels.layout import R_KERNEL_ROOT, R_VMEMMAP
@@ -63,6 +63,13 @@ def struct_page(m, pfn):
 @kernel
 def reference_count(ram, page):
     return ram[page + COUNTS] >> U32
+
+
+@kernel
+def mappings(ram, page):
+    """Page-table entries that map a 4K folio; 0 for a typed one, whose word holds the type."""
+    word = ram[page + COUNTS] & LOW32
+    return U0 if word >> U(24) == PGTY_HUGETLB >> U(24) else word + U1 & LOW32
 
 
 @kernel

@@ -8,17 +8,27 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import pfnmap, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U12, U32, U4095
+from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
     PAGE_ZEROED,
+    SPTE_CLEARED,
     TLB_FLUSH_VM,
     change,
     charge,
     result,
 )
-from pgemu_kernels.folio import COMPOUND, FLAGS, PG_HEAD, add_references, reference_count, struct_page
+from pgemu_kernels.folio import (
+    COMPOUND,
+    FLAGS,
+    MAPPING,
+    PG_HEAD,
+    add_references,
+    mappings,
+    reference_count,
+    struct_page,
+)
 from pgemu_kernels.gmem import (
     begin_range,
     block_row,
@@ -100,7 +110,7 @@ from pgemu_kernels.layout import (
     Flag,
 )
 from pgemu_kernels.memory import zero_contents
-from pgemu_kernels.paging import drop_stage2_tree, free_host_tables
+from pgemu_kernels.paging import drop_stage2_tree, free_host_tables, zap_stage2
 from pgemu_kernels.steps import range_arguments
 
 U = np.uint64
@@ -307,9 +317,11 @@ def delete_slot(m, slot):
         if drop_stage2_tree(m, state[row + V_ROOT]) != 0:
             charge(m, TLB_FLUSH_VM, 1)
     else:
-        pgoff = state[slot + M_PGOFF]
-        zap_range(m, state[slot + M_INODE], pgoff, pgoff + state[slot + M_PAGES], NONE)
-        flush_vms(m)
+        base = state[slot + M_BASE_GFN]
+        dropped = zap_stage2(m, state[row + V_ROOT], base, base + state[slot + M_PAGES])
+        charge(m, SPTE_CLEARED, dropped)
+        if dropped != 0:
+            charge(m, TLB_FLUSH_VM, 1)
     state[slot + M_LIVE] = U0
     state[slot + M_PAGES] = U0
 
@@ -459,13 +471,13 @@ def put(m, op):
     head = folio_head(m, pfn)
     page = struct_page(m, head)
     cached = U0
-    if m.ram[page + U(3)] != U0:
+    if m.ram[page + MAPPING] != U0:
         cached = U1 << order if m.ram[page + FLAGS] & PG_HEAD != U0 else U1
-    if reference_count(m.ram, page) <= cached:
+    if reference_count(m.ram, page) <= cached + mappings(m.ram, page):
         return done(state, op, -ENOENT)
     add_references(m.ram, page, ~U0)
     state[R_EXTRA_REFERENCES] -= U1
-    if cached == U0 and m.ram[page + U(6)] >> U32 == U0:
+    if cached == U0 and reference_count(m.ram, page) == U0:
         last_reference(m, head, page)
     return done(state, op, 0)
 

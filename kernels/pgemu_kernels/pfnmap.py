@@ -30,6 +30,7 @@ from pgemu_kernels.layout import (
     O_DETAIL,
     O_INDEX,
     O_INODE,
+    O_LEVEL,
     O_PFN,
     O_ROW,
     O_SPACE,
@@ -97,7 +98,7 @@ def fault_folio(m, op):
     if pfn == NONE:
         unlock(state, op, node)
         return stop(state, op, VM_FAULT_OOM)
-    zero_huge(m, node, index, pfn)
+    zero_huge(m, node, index, pfn, U1)
     state[op + O_PFN] = pfn
     return GO
 
@@ -129,24 +130,7 @@ def host_fault(m, op):
 
 
 @kernel
-def guest_folio(m, op):
-    """Frame of the page, its folio zeroed if need be; then unlock. The order is the level's business."""
-    state = m.state
-    inode = state[op + O_INODE]
-    node = inode_row(inode)
-    index = state[op + O_INDEX]
-    pfn = get_folio(m, inode, node, index)
-    if pfn == NONE:
-        unlock(state, op, node)
-        return stop(state, op, -ENOMEM)
-    zero_huge(m, node, index, pfn)
-    state[op + O_PFN] = pfn
-    unlock(state, op, node)
-    return GO
-
-
-@kernel
-def guest_map(m, op):
+def shareability_level(m, op):
     """The largest level, up to the huge page's, whose block the slot permits and is all of one kind."""
     state = m.state
     node = inode_row(state[op + O_INODE])
@@ -155,7 +139,34 @@ def guest_map(m, op):
     level = U3 if state[R_ORDER] > U9 else U2
     while level > U1 and not (is_uniform(m, node, index, level) and slot_allows(state, state[op + O_ROW], gfn, level)):
         level -= U1
-    return install_stage2(m, op, level)
+    return level
+
+
+@kernel
+def guest_folio(m, op):
+    """Frame of the page, the level that shareability allows, and zeroing if need be; then unlock.
+
+    The level is found under the invalidate_lock; `guest_map` retries if anything was converted since.
+    """
+    state = m.state
+    inode = state[op + O_INODE]
+    node = inode_row(inode)
+    index = state[op + O_INDEX]
+    pfn = get_folio(m, inode, node, index)
+    if pfn == NONE:
+        unlock(state, op, node)
+        return stop(state, op, -ENOMEM)
+    level = shareability_level(m, op)
+    zero_huge(m, node, index, pfn, level)
+    state[op + O_LEVEL] = level
+    state[op + O_PFN] = pfn
+    unlock(state, op, node)
+    return GO
+
+
+@kernel
+def guest_map(m, op):
+    return install_stage2(m, op, m.state[op + O_LEVEL])
 
 
 @kernel

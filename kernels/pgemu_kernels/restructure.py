@@ -51,7 +51,7 @@ from pgemu_kernels.layout import (
     O_END,
     O_INDEX,
     O_INODE,
-    O_MAX_ORDER,
+    O_LEVEL,
     O_PFN,
     O_REFERENCED,
     O_ROW,
@@ -194,8 +194,22 @@ def host_fault(m, op):
 
 
 @kernel
+def folio_level(state, op):
+    """The level of an unsplit folio, as far as the slot permits: kvm_gmem_max_mapping_level()."""
+    level = U3 if state[R_ORDER] > U9 else U2
+    gfn = state[op + O_ADDRESS] >> U12
+    while level > U1 and not slot_allows(state, state[op + O_ROW], gfn, level):
+        level -= U1
+    return level
+
+
+@kernel
 def guest_folio(m, op):
-    """kvm_gmem_get_pfn(): frame and order; the folio zeroed if it is not up to date; then unlock."""
+    """kvm_gmem_get_pfn(): the frame, its folio zeroed if it is not up to date, and the level; then unlock.
+
+    KVM finds the level later, under its mmu_lock; the invalidate sequence that `guest_map` checks makes
+    that the same.
+    """
     state = m.state
     inode = state[op + O_INODE]
     node = inode_row(inode)
@@ -204,12 +218,13 @@ def guest_folio(m, op):
     if pfn == NONE:
         unlock(state, op, node)
         return stop(state, op, -ENOMEM)
-    if m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT:
+    level = U1
+    if state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT:
         zero_page(m, pfn)
-        state[op + O_MAX_ORDER] = U0
     else:
-        zero_huge(m, node, index, pfn)
-        state[op + O_MAX_ORDER] = state[R_ORDER]
+        level = folio_level(state, op)
+        zero_huge(m, node, index, pfn, level)
+    state[op + O_LEVEL] = level
     state[op + O_PFN] = pfn
     unlock(state, op, node)
     return GO
@@ -217,15 +232,7 @@ def guest_folio(m, op):
 
 @kernel
 def guest_map(m, op):
-    """The level is the folio's, as far as the slot permits: kvm_gmem_max_mapping_level()."""
-    state = m.state
-    level = U1
-    if state[op + O_MAX_ORDER] != U0:
-        level = U3 if state[op + O_MAX_ORDER] > U9 else U2
-        gfn = state[op + O_ADDRESS] >> U12
-        while level > U1 and not slot_allows(state, state[op + O_ROW], gfn, level):
-            level -= U1
-    return install_stage2(m, op, level)
+    return install_stage2(m, op, m.state[op + O_LEVEL])
 
 
 @kernel
@@ -285,15 +292,19 @@ def split(m, op):
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
     first = state[op + O_START] >> order << order
+    done = U0
     while first < state[op + O_END]:
         block = block_row(m, node, first)
-        if m.state[block + B_STATE] == BLOCK_HUGE:
-            if reference_count(m.ram, struct_page(m, m.state[block + B_PFN])) != U1 << order:
+        if state[block + B_STATE] == BLOCK_HUGE:
+            status = np.int64(-EBUSY)
+            if reference_count(m.ram, struct_page(m, state[block + B_PFN])) == U1 << order:
+                status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+            else:
                 charge(m, FREEZE_SPIN, 1)
-                return fail_at(state, op, -EBUSY, first)
-            status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
             if status != 0:
+                state[R_MERGE_WANTED] += done
                 return fail_at(state, op, status, first)
+            done += U1
         first += U1 << order
     return GO
 
@@ -346,7 +357,8 @@ def convert(m, op):
 def truncate_block(m, inode, index):
     """Free the whole huge page that begins at page `index`: 0, or -EAGAIN with nothing freed.
 
-    Split, its pages are unmapped from the host and must be idle, so that it can be merged first.
+    Split, its pages are unmapped from the host and must be idle, so that it can be merged first. Whole,
+    it is truncated at once, and goes to the pool with its last reference.
     """
     state = m.state
     node = inode_row(inode)
@@ -356,9 +368,7 @@ def truncate_block(m, inode, index):
         if merge_block(m, block, index, NONE) != 0:
             return np.int64(-EAGAIN)
     if m.state[block + B_STATE] == BLOCK_HUGE:
-        if reference_count(m.ram, struct_page(m, m.state[block + B_PFN])) != U1 << state[R_ORDER]:
-            return np.int64(-EAGAIN)
-        free_block(m, block)
+        release_block(m, block)
         clear_zeroed(m, node, index)
     return np.int64(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import U0, U1, U6, U63
+from pgemu_kernels.bits import U0, U1, U6, U9, U63
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge
 from pgemu_kernels.folio import FLAGS, PG_UPTODATE, struct_page
@@ -14,12 +14,29 @@ from pgemu_kernels.memory import zero_contents
 U = np.uint64
 
 
+@outlined
+def zero_pages(m, word, first, last, pfn):
+    """Zero those of pages [first, last) of an inode that never were; `word`: its bits, `pfn`: frame of `first`."""
+    state = m.state
+    zeroed = np.int64(0)
+    for index in range(first, last):
+        at = word + (index >> U6)
+        bit = U1 << (index & U63)
+        if state[at] & bit == U0:
+            state[at] |= bit
+            zeroed += 1
+            zero_contents(m, pfn + index - first, U1)
+    if zeroed != 0:
+        charge(m, PAGE_ZEROED, zeroed)
+
+
 @kernel
-def zero_huge(m, node, index, pfn):
-    """Make page `index` (frame `pfn`) of an unsplit folio readable as zeroes if it never was used.
+def zero_huge(m, node, index, pfn, level):
+    """Zero what an access to page `index` (frame `pfn`) of an unsplit folio will show through a leaf of `level`.
 
     By folio, PG_uptodate of the head speaks for all pages and the first use zeroes all of them. By
-    page, a bit per page is kept beside (inference: no posted code has it).
+    page, a bit per page is kept beside (inference: no posted code has it), and a huge leaf needs every
+    page below it zeroed.
     """
     state = m.state
     inside = (U1 << state[R_ORDER]) - U1
@@ -32,12 +49,9 @@ def zero_huge(m, node, index, pfn):
         charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
         zero_contents(m, pfn & ~inside, inside + U1)
         return
-    word = state[node + I_ZEROED] + (index >> U6)
-    bit = U1 << (index & U63)
-    if m.state[word] & bit == U0:
-        m.state[word] |= bit
-        charge(m, PAGE_ZEROED, 1)
-        zero_contents(m, pfn, U1)
+    pages = U1 << (U9 * (level - U1))
+    first = index & ~(pages - U1)
+    zero_pages(m, state[node + I_ZEROED], first, first + pages, pfn & ~(pages - U1))
 
 
 @outlined

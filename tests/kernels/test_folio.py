@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pgemu_kernels import layout as L
 
-from pgemu.machine import DESIGNS, Config, Machine
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
 from pgemu.memory import AddressSpace, GuestMemfd
+from pgemu_kernels import layout as L
 
 M2 = L.PAGE_2M
 G1 = L.PAGE_1G

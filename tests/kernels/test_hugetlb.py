@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
+from pgemu.memory import GuestMemfd, Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Gauge
-
-from pgemu.machine import DESIGNS, Config, Machine
-from pgemu.memory import GuestMemfd, Vm
 
 M2 = L.PAGE_2M
 G1 = L.PAGE_1G
@@ -47,7 +48,9 @@ def vmemmap_ptes(machine: Machine, head: int, order: int) -> list[int]:
 
 
 def struct_pages(machine: Machine, head: int, pages: int) -> list[list[int]]:
-    return [machine.struct_page(head + i).tolist() for i in range(pages)]
+    """Their words; from page 2 on without `index`, which prep_compound_tail() leaves as the page cache had it."""
+    words = [machine.struct_page(head + i).tolist() for i in range(pages)]
+    return words[:2] + [word[:4] + word[5:] for word in words[2:]]
 
 
 # --------------------------------------------------------------------------- vmemmap entries

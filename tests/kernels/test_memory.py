@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Gauge
-
-from pgemu.machine import DESIGNS, Config, Machine
 
 M2 = L.PAGE_2M
 PAGE = L.PAGE_4K
@@ -110,7 +111,9 @@ def test_contents_read_back_and_cost_a_frame_each() -> None:
     assert machine.check() == 0
 
 
-@pytest.mark.parametrize(("frame", "data", "offset"), [(0, bytes(2), 4095), (0, b"a", -1), (-1, b"a", 0), (512, b"a", 0)])
+@pytest.mark.parametrize(
+    ("frame", "data", "offset"), [(0, bytes(2), 4095), (0, b"a", -1), (-1, b"a", 0), (512, b"a", 0)]
+)
 def test_contents_outside_a_frame_or_the_pool_are_misuse(frame: int, data: bytes, offset: int) -> None:
     machine = Machine(Config("pfnmap", pool=M2, page_size=M2))
     with pytest.raises(ValueError, match="expected"):

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
+from pgemu.memory import AddressSpace, GuestMemfd, Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Gauge
-
-from pgemu.machine import DESIGNS, Config, Machine
-from pgemu.memory import AddressSpace, GuestMemfd, Vm
 
 M2 = L.PAGE_2M
 G1 = L.PAGE_1G

@@ -232,7 +232,8 @@ class Model:
         pages = range(address // PAGE, (address + length) // PAGE)
         if (address | length) % PAGE or not pages:
             return Outcome(-L.EINVAL)
-        self.remove_vmas([(v, common(v.pages, pages)) for v in self.vmas if v.owner == space and overlap(v.pages, pages)])
+        parts = [(v, common(v.pages, pages)) for v in self.vmas if v.owner == space]
+        self.remove_vmas([(vma, part) for vma, part in parts if part])
         return OK
 
     def zap(self, space: int, address: int, length: int, madvise: bool) -> Outcome:

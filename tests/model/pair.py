@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from model.model import PAGE, Model, Outcome
 from pgemu.machine import Config, Machine, Result
@@ -50,12 +51,12 @@ class Pair:
     @staticmethod
     def create(objects: list[Any], expected: int | None, make: Any, *args: Any, **kwargs: Any) -> None:
         """Make an object, or fail for want of memory, as the model did."""
-        try:
-            objects.append(make(*args, **kwargs))
-        except OSError as error:
-            assert expected is None, "the machine had no memory where the model has"
-            assert error.errno == L.ENOMEM
+        if expected is None:
+            with pytest.raises(OSError) as error:
+                make(*args, **kwargs)
+            assert error.value.errno == L.ENOMEM
         else:
+            objects.append(make(*args, **kwargs))
             assert expected == len(objects) - 1
 
     # ------------------------------------------------------------------ operations
@@ -84,9 +85,7 @@ class Pair:
 
     def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
         before = set(self.model.inodes[inode].blocks)
-        outcome = self.same(
-            self.inodes[inode].punch_hole(offset, length), self.model.punch_hole(inode, offset, length)
-        )
+        outcome = self.same(self.inodes[inode].punch_hole(offset, length), self.model.punch_hole(inode, offset, length))
         gone = before - self.model.inodes[inode].blocks.keys()
         order = self.model.order
         # A hole refused at a page has zeroed what lies before it.
@@ -134,15 +133,13 @@ class Pair:
         """Store a page that a fault has made visible."""
         pfn = self.model.pfn(inode, index)
         assert pfn is not None
-        fits = self.model.memory.write(pfn, data)
-        try:
+        if self.model.memory.write(pfn, data):
             self.machine.write_frame(pfn, data)
-        except OSError as error:
-            assert not fits, "the machine had no memory where the model has"
-            assert error.errno == L.ENOMEM
-        else:
-            assert fits
             self.written[inode, index] = data
+        else:
+            with pytest.raises(OSError) as error:
+                self.machine.write_frame(pfn, data)
+            assert error.value.errno == L.ENOMEM
 
     def compare_contents(self, inode: int, index: int) -> None:
         """A page that a fault has made visible shows what was written last, or zeroes."""
