@@ -145,7 +145,11 @@ def check_host_leaf(m, row, address, entry):
 
 @kernel
 def check_stage2_leaf(m, vm, gfn, level, entry):
-    """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio."""
+    """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
+
+    The last rule is suspended while a merge is wanted: order jan2026 splits before it zaps, so a
+    conversion that fails in between leaves a huge leaf over 4K folios.
+    """
     state = m.state
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
@@ -156,7 +160,8 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP and level != U1:
-        expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_HUGE, LEAF_OVER_FOLIO, index)
+        huge = m.state[block_row(m, node, index) + B_STATE] == BLOCK_HUGE
+        expect(m, huge or state[R_MERGE_WANTED] != U0, LEAF_OVER_FOLIO, index)
 
 
 @kernel

@@ -144,8 +144,8 @@ def guest_begin(m, op):
     """Guest access: slot, leaf, private or shared, invalidate sequence; then the invalidate_lock for reading.
 
     arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). An access whose leaf is present is spurious at most and
-    costs nothing: the guest would not exit. Without a slot a device is emulated; an access of the wrong
-    kind is a memory fault exit (-EFAULT).
+    costs nothing: the guest would not exit. Without a slot a device is emulated. An access of the wrong
+    kind is a memory fault exit (-EFAULT), leaf or not (page_fault_can_be_fast()).
     """
     state = m.state
     vm = state[op + O_VM]
@@ -155,18 +155,17 @@ def guest_begin(m, op):
         charge(m, GUEST_FAULT, 1)
         return stop(state, op, RET_PF_EMULATE)
     row = vm_row(vm)
+    inode = state[slot + M_INODE]
+    node = inode_row(inode)
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    if kind != U0 and kind != (SHARED if is_shared(m, node, index) != U0 else PRIVATE):
+        charge(m, GUEST_FAULT, 1)
+        return stop(state, op, -EFAULT)
     leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
     if leaf != NONE:
         state[op + O_DETAIL] = level
         return stop(state, op, RET_PF_SPURIOUS)
-    inode = state[slot + M_INODE]
-    node = inode_row(inode)
-    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-    shared = is_shared(m, node, index)
-    flags = state[op + O_FLAGS]
-    if (shared != U0 and flags & PRIVATE != U0) or (shared == U0 and flags & SHARED != U0):
-        charge(m, GUEST_FAULT, 1)
-        return stop(state, op, -EFAULT)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
         charge(m, GUEST_FAULT, 1)
