@@ -43,8 +43,10 @@ class GuestMemfd:
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(L.R_BLOCKS)
-        if blocks > cls._unreserved(machine) or used + blocks > 4 * config.pool_pages:
+        if blocks > cls._unreserved(machine):
             raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+        if used + blocks > 4 * config.pool_pages:
+            raise OSError(L.ENOSPC, "inodes, closed ones included, of more than four times the pool")
         pages = size >> 12
         words = machine.register(L.R_WORDS)
         counts = machine.register(L.R_SHARED) + machine.register(L.R_SHARED_USED)

@@ -193,7 +193,7 @@ class TwoMegabytes(RuleBasedStateMachine):
     @precondition(lambda self: self.operations > 12)
     @rule(number=numbers, shared=st.booleans(), pages=st.integers(1, 2))
     def closes_and_opens(self, number: int, shared: bool, pages: int) -> None:
-        if len(self.pair.inodes) < 6:
+        if len(self.pair.inodes) < 4:
             self.pair.close(self.open_inode(number))
             self.pair.create_guest_memfd(pages * self.page_size, shared)
 

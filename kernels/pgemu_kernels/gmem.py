@@ -89,6 +89,23 @@ def block_row(m, node, index):
     return m.state[node + I_BLOCK] + (index >> m.state[R_ORDER]) * _B_WORDS
 
 
+# --------------------------------------------------------------------------- rows
+
+
+@kernel
+def free_row(state, count_register, limit, words, live, first):
+    """A dead row among those in use, or one more; NONE when the table is full."""
+    for i in range(state[count_register]):
+        row = first + i * words
+        if state[row + live] == U0:
+            return row
+    i = state[count_register]
+    if i >= limit:
+        return NONE
+    state[count_register] = i + U1
+    return first + i * words
+
+
 # --------------------------------------------------------------------------- lookups
 
 

@@ -111,13 +111,17 @@ def write_order(ram, state, head, first, order):
     third = first + U(16)
     ram[third + FLAGS] = flags
     ram[third + COMPOUND] = compound
-    link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
-    ram[third + U(2)] = link
-    ram[third + U(3)] = link
     fourth = first + U(24)
     ram[fourth + FLAGS] = flags
     ram[fourth + COMPOUND] = compound
-    ram[fourth + U(2)] = U0  # _hugetlb_subpool
+    if state[R_FOLIO_6_12] != U0:
+        ram[third + U(2)] = U0  # _hugetlb_subpool
+        ram[third + U(3)] = U0  # _hugetlb_cgroup
+    else:
+        link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
+        ram[third + U(2)] = link
+        ram[third + U(3)] = link
+        ram[fourth + U(2)] = U0  # _hugetlb_subpool
 
 
 @kernel

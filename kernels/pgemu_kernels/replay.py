@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels import lifecycle, pfnmap, restructure
+from pgemu_kernels import mappings, memslots, pfnmap, references, restructure, truncation
 from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U16, U18, U27, U32, U48, U511, prefetch
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
@@ -320,7 +320,7 @@ def zaps(descriptor, columns, first, last):
         for i in range(first, stop):
             op = load(m, columns, i)
             charge(m, SYSCALL, 1)
-            lifecycle.zap(m, op)
+            mappings.zap(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -332,23 +332,23 @@ def run_whole(m, op):
     charge(m, SYSCALL, 1)
     kind = state[op + O_OP]
     if kind == OP_ZAP:
-        lifecycle.zap(m, op)
+        mappings.zap(m, op)
     elif kind == OP_PUNCH_HOLE:
-        lifecycle.punch(m, op)
+        truncation.punch(m, op)
     elif kind == OP_MMAP:
-        lifecycle.mmap(m, op)
+        mappings.mmap(m, op)
     elif kind == OP_MUNMAP:
-        lifecycle.munmap(m, op)
+        mappings.munmap(m, op)
     elif kind == OP_BIND:
-        lifecycle.bind(m, op)
+        memslots.bind(m, op)
     elif kind == OP_UNBIND:
-        lifecycle.unbind(m, op)
+        memslots.unbind(m, op)
     elif kind == OP_GET:
-        lifecycle.get(m, op)
+        references.get(m, op)
     elif kind == OP_PUT:
-        lifecycle.put(m, op)
+        references.put(m, op)
     elif kind == OP_CLOSE:
-        lifecycle.close(m, op)
+        truncation.close(m, op)
     else:
         result(state, op, np.int64(-EOPNOTSUPP))
 

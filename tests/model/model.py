@@ -384,6 +384,8 @@ class Model:
         return OK
 
     def get(self, inode: int, offset: int) -> Outcome:
+        if not self.inodes[inode].open:
+            return Outcome(-L.EBADF)
         pfn = self.pfn(inode, offset // PAGE)
         if pfn is None:
             return Outcome(-L.ENOENT)

@@ -1,0 +1,124 @@
+"""Memory slots: bindings of an inode's range to guest frames of a VM."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.compile import outlined
+from pgemu_kernels.events import (
+    SPTE_CLEARED,
+    TLB_FLUSH_VM,
+    charge,
+)
+from pgemu_kernels.gmem import (
+    find_memslot,
+    free_row,
+    inode_row,
+    memslot_row,
+    overlap,
+    vm_row,
+)
+from pgemu_kernels.layout import (
+    EEXIST,
+    EINVAL,
+    ENOENT,
+    ENOSPC,
+    I_PAGES,
+    M_BASE_GFN,
+    M_INODE,
+    M_LIVE,
+    M_PAGES,
+    M_PGOFF,
+    M_VM,
+    M_WORDS,
+    MEMSLOTS,
+    O_ADDRESS,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_VM,
+    R_MEMSLOTS,
+    R_VMS,
+    V_PROTECTED,
+    V_ROOT,
+)
+from pgemu_kernels.paging import drop_stage2_tree, zap_stage2
+from pgemu_kernels.steps import range_arguments, stop
+
+U = np.uint64
+
+
+@outlined
+def bind(m, op):
+    """Bind an inode's range to guest frames of a VM: a memory slot with guest_memfd.
+
+    0; -EBADF; -EINVAL for bad alignment, a range past the end, or pages that the VM has bound already;
+    -EEXIST for guest frames that a slot holds; -ENOSPC. virt/kvm/guest_memfd.c:kvm_gmem_bind().
+    """
+    state = m.state
+    status = range_arguments(state, op)
+    inode = state[op + O_OBJECT]
+    vm = state[op + O_VM]
+    pages = state[op + O_LENGTH] >> U12
+    pgoff = state[op + O_OFFSET] >> U12
+    gfn = state[op + O_ADDRESS] >> U12
+    if vm >= state[R_VMS] or state[op + O_ADDRESS] & U4095 != U0:
+        return stop(state, op, -EINVAL)
+    if status == -EINVAL:
+        return stop(state, op, status)
+    # kvm_set_memory_region() looks at guest frames before kvm_gmem_bind() looks at the file.
+    bound = False
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm:
+            if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < gfn + pages:
+                return stop(state, op, -EEXIST)
+            low, high = overlap(state, slot, inode, pgoff, pgoff + pages)
+            bound |= low < high
+    if status != 0:
+        return stop(state, op, status)
+    if bound or pgoff + pages > state[inode_row(inode) + I_PAGES]:
+        return stop(state, op, -EINVAL)
+    slot = free_row(state, R_MEMSLOTS, U(MEMSLOTS), U(M_WORDS), M_LIVE, memslot_row(U0))
+    if slot == NONE:
+        return stop(state, op, -ENOSPC)
+    state[slot + M_BASE_GFN] = gfn
+    state[slot + M_PAGES] = pages
+    state[slot + M_VM] = vm
+    state[slot + M_INODE] = inode
+    state[slot + M_PGOFF] = pgoff
+    state[slot + M_LIVE] = U1
+    return stop(state, op, 0)
+
+
+@outlined
+def delete_slot(m, slot):
+    """Delete a memory slot. An ordinary VM loses its whole tree (kvm_mmu_zap_all_fast()), a protected one
+    only the slot's leaves, as captured."""
+    state = m.state
+    row = vm_row(state[slot + M_VM])
+    if state[row + V_PROTECTED] == U0:
+        # The vCPUs reload their root, which flushes.
+        if drop_stage2_tree(m, state[row + V_ROOT]) != 0:
+            charge(m, TLB_FLUSH_VM, 1)
+    else:
+        base = state[slot + M_BASE_GFN]
+        dropped = zap_stage2(m, state[row + V_ROOT], base, base + state[slot + M_PAGES])
+        charge(m, SPTE_CLEARED, dropped)
+        if dropped != 0:
+            charge(m, TLB_FLUSH_VM, 1)
+    state[slot + M_LIVE] = U0
+    state[slot + M_PAGES] = U0
+
+
+@outlined
+def unbind(m, op):
+    """Delete the memory slot that begins at a guest address: 0 or -ENOENT."""
+    state = m.state
+    gfn = state[op + O_ADDRESS] >> U12
+    slot = find_memslot(state, state[op + O_VM], gfn)
+    if slot == NONE or state[slot + M_BASE_GFN] != gfn:
+        return stop(state, op, -ENOENT)
+    delete_slot(m, slot)
+    return stop(state, op, 0)
