@@ -69,14 +69,14 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def outlined(function: Callable[..., Any]) -> Any:
     """An inner function of a rare, long path: called, not inlined by force, to keep its callers small."""
-    dispatcher = _inner(**OPTIONS)(function)
+    dispatcher = _inner(forceinline=False, **OPTIONS)(function)
     kernels.append(dispatcher)
     return dispatcher
 
 
 def entry(function: Callable[..., Any]) -> Any:
     """An entry point: takes the int64 descriptor of a machine, cached on disk."""
-    dispatcher = njit(**OPTIONS)(function)
+    dispatcher = njit(forceinline=False, **OPTIONS)(function)
     if _KernelCache is not None:
         dispatcher._cache = _KernelCache(function)
     kernels.append(dispatcher)

@@ -335,22 +335,26 @@ def end_range(m, inode, start, end):
 
 
 @kernel
-def zap_range(m, inode, start, end, only_vms_of):
-    """Drop the stage-2 leaves over pages [start, end), in the VMs of one process or (NONE) of all: how many."""
+def zap_slot(m, slot, gfn, end):
+    """Drop the stage-2 leaves over guest frames [gfn, end) of a memory slot, to be flushed: how many."""
+    row = vm_row(m.state[slot + M_VM])
+    dropped = zap_stage2(m, m.state[row + V_ROOT], gfn, end)
+    if dropped != 0:
+        m.state[row + V_UNFLUSHED] += U(dropped)
+        charge(m, SPTE_CLEARED, dropped)
+    return dropped
+
+
+@kernel
+def zap_range(m, inode, start, end):
+    """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
     state = m.state
     total = np.int64(0)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         gfn, last = overlap(state, slot, inode, start, end)
-        if gfn >= last:
-            continue
-        row = vm_row(state[slot + M_VM])
-        if only_vms_of == NONE or state[row + V_SPACE] == only_vms_of:
-            dropped = zap_stage2(m, state[row + V_ROOT], gfn, last)
-            if dropped != 0:
-                state[row + V_UNFLUSHED] += U(dropped)
-                charge(m, SPTE_CLEARED, dropped)
-                total += dropped
+        if gfn < last:
+            total += zap_slot(m, slot, gfn, last)
     return total
 
 
@@ -375,13 +379,20 @@ def notify_unmap(m, space, inode, start, end):
     virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start(). As captured for a guest_memfd mapped
     by its VMM: MADV_DONTNEED drops the stage-2 leaves too.
     """
-    if m.state[R_NOTIFIER] == U0:
+    state = m.state
+    if state[R_NOTIFIER] == U0:
         return
     charge(m, NOTIFIER_CALL, 1)
-    begin_range(m, inode, start, end)
-    if zap_range(m, inode, start, end, space) != 0:
+    dropped = np.int64(0)
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        gfn, last = overlap(state, slot, inode, start, end)
+        if gfn < last and state[vm_row(state[slot + M_VM]) + V_SPACE] == space:
+            # The invalidation begins and ends here: nothing runs in between.
+            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+            dropped += zap_slot(m, slot, gfn, last)
+    if dropped != 0:
         flush_vms(m)
-    end_range(m, inode, start, end)
 
 
 @kernel

@@ -74,6 +74,9 @@ class InnerLowering(NativeLowering):
         super().run_pass(state)
         lowered = state["cr"]
         name = state.func_id.func_qualname
+        if not state.flags.forceinline:
+            # LLVM would copy it into each of its callers.
+            state.library.get_function(lowered.fndesc.mangled_name).add_function_attribute("noinline")
 
         def inner(*args: object) -> NoReturn:
             raise TypeError(f"{name} is an inner kernel: call it from an entry point")

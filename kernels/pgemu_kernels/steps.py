@@ -296,7 +296,7 @@ def convert_zap(m, op):
     end = state[op + O_ROUND_END]
     dropped = np.int64(0)
     if state[R_ZAP_BOTH_KINDS] != U0:
-        dropped = zap_range(m, inode, start, end, NONE)
+        dropped = zap_range(m, inode, start, end)
     else:
         node = inode_row(inode)
         leaving = state[op + O_TO_PRIVATE]
@@ -306,7 +306,7 @@ def convert_zap(m, op):
             while last < end and is_shared(m, node, last) == leaving:
                 last += U1
             if first < last:
-                dropped += zap_range(m, inode, first, last, NONE)
+                dropped += zap_range(m, inode, first, last)
             first = last + U1
     if dropped != 0:
         flush_vms(m)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import pfnmap, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U12
+from pgemu_kernels.bits import U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     PAGE_ZEROED,
@@ -112,7 +112,7 @@ def punch(m, op):
     if state[R_DESIGN] == U(PFNMAP):
         unmap_everywhere(m, inode, start, end)
     begin_range(m, inode, start, end)
-    zap_range(m, inode, start, end, NONE)
+    zap_range(m, inode, start, end)
     flush_vms(m)
     status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
