@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -102,6 +103,10 @@ class Result(NamedTuple):
     detail: int
 
 
+# Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
 def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
     """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
     for register, size in sizes.items():
@@ -113,7 +118,7 @@ def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, in
 def _map_memory(words: int, huge: bool) -> Array:
     """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
     size = max(words * 8, mmap.PAGESIZE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, size, flags=flags)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -33,7 +33,6 @@ U64 = np.uint64(64)
 U511 = np.uint64(511)
 U512 = np.uint64(512)
 U4095 = np.uint64(4095)
-U4096 = np.uint64(4096)
 LOW32 = np.uint64(0xFFFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = ALL  # "no such index"

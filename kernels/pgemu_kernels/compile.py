@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,10 +81,3 @@ def entry(function: Callable[..., Any]) -> Any:
     kernels.append(dispatcher)
     entries.append(dispatcher)
     return dispatcher
-
-
-def warm_up(call: Callable[[], object]) -> float:
-    """Run `call` once and return its seconds: the compilation, when the cache was cold."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -254,7 +254,7 @@ def check_operation(m, op):
             slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
             if slot != NONE:
                 check_host_leaf(m, row, address, m.ram[slot])
-    elif kind == OP_GUEST_FAULT:
+    elif kind == OP_GUEST_FAULT and state[op + O_VM] < state[R_VMS]:
         vm = state[op + O_VM]
         gfn = state[op + O_ADDRESS] >> U12
         slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)

@@ -113,29 +113,6 @@ STOP = 1  # ... the operation has ended, its result is in the record,
 BLOCKED = 2  # ... or a lock is held by another actor and nothing was done
 
 
-class Step(IntEnum):
-    """Steps that operations are made of; `step()` runs one. See restructure.py and pfnmap.py for the orders."""
-
-    FINISHED = 0
-    FAULT_LOCK = 1
-    FAULT_FOLIO = 2
-    FAULT_MAP = 3
-    GUEST_BEGIN = 4
-    GUEST_FOLIO = 5
-    GUEST_MAP = 6
-    CONVERT_PREPARE = 7
-    UNMAP_HOST = 8
-    GATE = 9
-    SPLIT = 10
-    INVALIDATE_BEGIN = 11
-    ZAP_STAGE2 = 12
-    STORE_ATTRIBUTES = 13
-    INVALIDATE_END = 14
-    MERGE = 15
-    CONVERT_FINISH = 16
-    WHOLE = 17
-
-
 # --------------------------------------------------------------------------- events
 
 
@@ -242,7 +219,6 @@ R_LAST_VMA = U(22)
 R_LAST_MEMSLOT = U(23)
 R_BLOCKS = U(24)  # block rows handed out
 R_WORDS = U(25)  # shareability words handed out
-R_TALLY_ROW = U(26)
 R_COUNTER_ROW = U(27)
 R_PAGE_FLAGS = U(28)  # node and zone bits of every struct page
 R_MASK_TAILS = U(29)  # 1: compound_info is a mask (7.1 and later), 0: a pointer
@@ -257,7 +233,6 @@ R_BROKEN = U(38)  # invariants found broken by the incremental check
 R_BROKEN_FIRST = U(39)  # the first one: kind << 48 | page index
 R_CHECK = U(40)  # 1: check the invariants an operation touches after it
 R_EXTRA_REFERENCES = U(41)  # references taken by GET and by operations under way
-R_VMEMMAP_TABLE = U(42)  # physical address of the level-3 table that maps the vmemmap
 R_FRAMES_MASK = U(43)
 R_FREE_STACK = U(46)  # where the freed frames lie in `state`
 R_POOL_STACK = U(47)
@@ -369,7 +344,6 @@ O_PFN = U(19)
 O_SEQUENCE = U(20)  # mmu_invalidate_seq sampled before the pfn lookup
 O_LOCKED = U(21)  # 0, 1 reader, 2 writer of the inode's invalidate_lock
 O_TO_PRIVATE = U(22)
-O_ZAPPED = U(23)  # something was dropped from stage 2
 O_CLOCK_LOW = U(24)  # clock at the start
 O_CLOCK_HIGH = U(25)
 O_LEVEL = U(26)  # level that the guest's fault will be mapped at
@@ -410,7 +384,6 @@ VMS = 64
 VMAS = 1024
 MEMSLOTS = 1024
 
-STATE_REGS = U(0)
 STATE_FORMATS = U(R_WORD_COUNT)
 STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
 STATE_INODES = U(STATE_OPS + ACTORS * O_WORDS)

@@ -58,7 +58,7 @@ def mmap(m, op):
     end = start + state[op + O_LENGTH]
     if status != 0:
         return stop(state, op, status)
-    if space >= state[R_SPACES] or start & U4095 != U0 or end > _TASK_SIZE:
+    if space >= state[R_SPACES] or start & U4095 != U0 or end <= start or end > _TASK_SIZE:
         return stop(state, op, -EINVAL)
     for i in range(state[R_VMAS]):
         row = vma_row(i)

@@ -47,13 +47,15 @@ from pgemu_kernels.paging import drop_stage2_tree, zap_stage2
 from pgemu_kernels.steps import range_arguments, stop
 
 U = np.uint64
+_GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 
 
 @outlined
 def bind(m, op):
     """Bind an inode's range to guest frames of a VM: a memory slot with guest_memfd.
 
-    0; -EBADF; -EINVAL for bad alignment, a range past the end, or pages that the VM has bound already;
+    0; -EBADF; -EINVAL for bad alignment, a range past the file's end or past 48 bits of guest address,
+    or pages that the VM has bound already;
     -EEXIST for guest frames that a slot holds; -ENOSPC. virt/kvm/guest_memfd.c:kvm_gmem_bind().
     """
     state = m.state
@@ -64,6 +66,8 @@ def bind(m, op):
     pgoff = state[op + O_OFFSET] >> U12
     gfn = state[op + O_ADDRESS] >> U12
     if vm >= state[R_VMS] or state[op + O_ADDRESS] & U4095 != U0:
+        return stop(state, op, -EINVAL)
+    if gfn >= _GUEST_FRAMES or pages > _GUEST_FRAMES - gfn:
         return stop(state, op, -EINVAL)
     if status == -EINVAL:
         return stop(state, op, status)

@@ -54,6 +54,7 @@ from pgemu_kernels.layout import (
     O_STATUS,
     O_VM,
     O_WORDS,
+    OPERATIONS,
     PFNMAP,
     R_CHECK,
     R_DESIGN,
@@ -71,6 +72,7 @@ U = np.uint64
 _O_WORDS = U(O_WORDS)
 _ACTOR_MASK = U(ACTORS - 1)
 _BYTE = U(0xFF)
+_OPERATIONS = U(OPERATIONS)
 _HALF = U(0xFFFF)
 _PFNMAP = U(PFNMAP)
 BATCH = U(64)
@@ -121,7 +123,9 @@ def load(m, columns, i):
     header = element(columns.header, i)
     actor = header >> U16 & _HALF
     op = operation_record(actor)
-    state[op + O_OP] = header & _BYTE
+    kind = header & _BYTE
+    # Row 0 of every table belongs to operations that do not exist.
+    state[op + O_OP] = kind if kind < _OPERATIONS else U0
     state[op + O_FLAGS] = header >> U(8) & _BYTE
     state[op + O_ACTOR] = actor
     state[op + O_VM] = header >> U32 & _HALF

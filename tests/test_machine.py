@@ -1,0 +1,123 @@
+"""The machine as a library: what it refuses, and that no record whatever can harm it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from pgemu.machine import Config, Machine
+from pgemu.trace.schema import Records
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import PAGE_2M, PAGE_4K, Operation
+
+HVA = 0x7F00_0000_0000
+WORDS = st.one_of(
+    st.sampled_from(
+        [
+            0, 1, 4095, 4096, PAGE_2M - 4096, PAGE_2M, 2 * PAGE_2M, 4 * PAGE_2M, HVA, HVA + 4096, HVA + 4 * PAGE_2M,
+            1 << 47, (1 << 47) - 4096, 1 << 48, (1 << 48) - 4096, 1 << 52, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1,
+        ]
+    ),
+    st.integers(0, 3 * PAGE_2M // PAGE_4K).map(lambda page: page * PAGE_4K),
+    st.integers(0, 3 * PAGE_2M // PAGE_4K).map(lambda page: HVA + page * PAGE_4K),
+    st.integers(0, (1 << 64) - 1),
+)  # fmt: skip
+SMALL = st.one_of(st.integers(0, 2), st.sampled_from([63, 64, 65535]))
+CODES = st.one_of(st.sampled_from(sorted(Operation)), st.integers(0, 255))
+
+
+@st.composite
+def any_records(draw: st.DrawFn) -> list[tuple[int, ...]]:
+    """Headers and columns, sensible and not: (op, flags, vm, space, object, address, offset, length)."""
+    row = st.tuples(CODES, st.integers(0, 63), SMALL, SMALL, SMALL, WORDS, WORDS, WORDS)
+    return draw(st.lists(row, min_size=1, max_size=40))
+
+
+def machine_in_use(design: str) -> Machine:
+    machine = Machine(Config(design, pool=4 * PAGE_2M, page_size=PAGE_2M))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(3 * PAGE_2M, shared=True)
+    process = machine.create_process()
+    vm = machine.create_vm(process, protected=True)
+    assert process.mmap(gmem, HVA).status == 0
+    assert vm.bind(gmem, 0).status == 0
+    assert process.touch(HVA).status != 0
+    return machine
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+@given(records=any_records())
+@settings(max_examples=150)
+def test_no_record_harms_the_machine(design: str, records: list[tuple[int, ...]]) -> None:
+    """Whatever it asks for, a record returns a result and the recount holds; the bounds-checked run has its say too."""
+    machine = machine_in_use(design)
+    columns = np.array(records, dtype=np.uint64).T
+    op, flags, vm, space, object_, address, offset, length = columns
+    header = op | flags << np.uint64(8) | vm << np.uint64(32) | space << np.uint64(48)
+    machine.check_each()
+    results = machine.run_columns(header, object_, address, offset, length, count=len(records))
+    unknown = ~np.isin(op, [int(operation) for operation in Operation])
+    assert (results.status[unknown] == -L.EOPNOTSUPP).all()
+    assert machine.check() == 0, machine.broken
+
+
+def test_operations_of_later_versions_are_refused_and_counted() -> None:
+    machine = machine_in_use("pfnmap")
+    assert machine.operate(Operation.DMA_MAP).status == -L.EOPNOTSUPP
+    assert machine.statistics.results(Operation.DMA_MAP) == {-L.EOPNOTSUPP: 1}
+
+
+def test_an_actor_beyond_the_records_is_misuse() -> None:
+    machine = machine_in_use("pfnmap")
+    with pytest.raises(ValueError, match="actor 1024: expected less than 1024"):
+        machine.run(Records.build(1, op=Operation.GUEST_FAULT, actor=L.ACTORS))
+    with pytest.raises(ValueError, match="actor -1"):
+        machine.begin(-1, Operation.GUEST_FAULT)
+
+
+def test_columns_are_as_long_as_the_batch_or_one() -> None:
+    machine = machine_in_use("pfnmap")
+    with pytest.raises(ValueError, match="column of 2 elements: expected 3 or 1"):
+        machine.run_columns(np.uint64(1), 0, np.zeros(2, np.uint64), count=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"design": "split"}, "design"),
+        ({"page_size": 4096}, "page size"),
+        ({"kernel": "5.15"}, "kernel"),
+        ({"stage2": "s2"}, "stage 2"),
+        ({"zero": "never"}, "zero"),
+        ({"vcpus": 0}, "vcpus"),
+        ({"pool": PAGE_2M + 4096}, "multiple"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change: dict[str, object], text: str) -> None:
+    good: dict[str, object] = {"design": "pfnmap", "pool": PAGE_2M, "page_size": PAGE_2M}
+    with pytest.raises(ValueError, match=text):
+        Config(**(good | change))  # type: ignore[arg-type]
+
+
+def test_creating_too_much_fails_like_a_system_call() -> None:
+    machine = Machine(Config("restructure", pool=2 * PAGE_2M, page_size=PAGE_2M))
+    with pytest.raises(OSError, match="multiple of the huge page") as unaligned:
+        machine.create_guest_memfd(4096)
+    assert unaligned.value.errno == L.EINVAL
+    machine.create_guest_memfd(PAGE_2M)
+    with pytest.raises(OSError, match="cannot reserve") as too_large:
+        machine.create_guest_memfd(2 * PAGE_2M)
+    assert too_large.value.errno == L.ENOMEM
+    with pytest.raises(OSError, match="needs more frames"):
+        Machine(Config("restructure", pool=2 * PAGE_2M, page_size=PAGE_2M, frames=3))
+
+
+def test_one_terabyte_of_optimised_pages_boots() -> None:
+    """1024 huge pages: each its own vmemmap page and 8 pages of entries, as on a real machine."""
+    machine = Machine(Config("pfnmap", pool=1 << 40))
+    gauge = machine.statistics.gauge
+    assert gauge(L.Gauge.VMEMMAP_PAGES) == 1024 + 1
+    # 8 level-1 tables each; the pool's 16 GiB of vmemmap begin 512 MiB into a GiB (the frames before it
+    # are 2^23), so 17 level-2 tables; one level-3 table and the root.
+    assert machine.register(L.R_POOL_BASE) == 1 << 23
+    assert gauge(L.Gauge.KERNEL_TABLES) == 8 * 1024 + 17 + 1 + 1
