@@ -363,7 +363,7 @@ class Machine:
 
     def check(self) -> int:
         """Recount everything and compare: how many rules of pgemu_kernels.invariants are broken, ever."""
-        from pgemu_kernels.invariants import check
+        from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
         return int(check(self.descriptor, owner, np.zeros(3, np.int64)))

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
-from pgemu_kernels.compile import entry, kernel, outlined
+from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U12
+from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     CONTENT_FRAMES,
     FRAMES_USED,
-    HOST_LEAVES,
     HOST_TABLES,
     KERNEL_TABLES,
     POOL_FREE,
-    STAGE2_LEAVES,
     STAGE2_TABLES,
     VMEMMAP_PAGES,
 )
-from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
-from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
+from pgemu_kernels.formats import ADDRESS
 from pgemu_kernels.gmem import (
     block_row,
     find_memslot,
@@ -38,7 +35,6 @@ from pgemu_kernels.gmem import (
     vma_overlap,
     vma_row,
 )
-from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
 from pgemu_kernels.layout import (
     A_INODE,
@@ -49,11 +45,6 @@ from pgemu_kernels.layout import (
     B_STATE,
     BLOCK_HUGE,
     BLOCK_SPLIT,
-    I_BLOCKS,
-    I_OPEN,
-    I_PAGES,
-    I_PMD,
-    I_PUD,
     M_BASE_GFN,
     M_INODE,
     M_LIVE,
@@ -69,21 +60,11 @@ from pgemu_kernels.layout import (
     O_STATUS,
     O_VM,
     PFNMAP,
-    R_BROKEN,
-    R_CONTENTS,
     R_DESIGN,
-    R_EXTRA_REFERENCES,
-    R_FREE,
-    R_FREE_STACK,
-    R_INODES,
-    R_KERNEL_ROOT,
     R_MEMSLOTS,
     R_MERGE_WANTED,
     R_ORDER,
-    R_POOL_FREE,
     R_POOL_PAGES,
-    R_SPACES,
-    R_TAIL_PAGE,
     R_VMAS,
     R_VMS,
     STATS_GAUGES,
@@ -92,7 +73,7 @@ from pgemu_kernels.layout import (
     Broken,
     Operation,
 )
-from pgemu_kernels.paging import find_leaf, host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.paging import find_leaf, host_format, stage2_format
 from pgemu_kernels.steps import broken
 
 U = np.uint64
@@ -102,13 +83,8 @@ MIXED_LEAF = U(Broken.MIXED_LEAF)
 LEAF_OVER_FOLIO = U(Broken.LEAF_OVER_FOLIO)
 BLOCK_STATE = U(Broken.BLOCK_STATE)
 WRONG_PFN = U(Broken.WRONG_PFN)
-COUNTS_DIFFER = U(Broken.COUNTS)
-VMEMMAP = U(Broken.VMEMMAP)
 IN_PROGRESS = U(Broken.IN_PROGRESS)
-REFERENCES = U(Broken.REFERENCES)
 _ADDRESS = U(ADDRESS)
-_LARGE = U(LARGE)
-_WRITE = U(WRITE)
 _PFNMAP = U(PFNMAP)
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
@@ -264,253 +240,3 @@ def check_operation(m, op):
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
     for vm in range(state[R_VMS]):
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
-
-
-# --------------------------------------------------------------------------- the whole machine
-
-
-@kernel
-def own(m, owner, frame, kind):
-    """Mark a frame as owned; owned twice is broken."""
-    expect(m, owner[frame] == np.uint8(0), FRAMES, frame)
-    owner[frame] = np.uint8(kind)
-
-
-@outlined
-def check_space(m, space, owner):
-    """Walk a process's tables: how many tables and leaves."""
-    state = m.state
-    ram = m.ram
-    f = host_format(m)
-    root = space_root(state, space)
-    own(m, owner, root >> U12, 1)
-    tables = np.int64(1)
-    leaves = np.int64(0)
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if not is_present(state, f, e4):
-            continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 1)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[table_of(state, f, e4) + i3]
-            if not is_present(state, f, e3):
-                continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 1)
-            tables += 1
-            for i2 in range(U512):
-                e2 = ram[table_of(state, f, e3) + i2]
-                if not is_present(state, f, e2):
-                    continue
-                own(m, owner, (e2 & _ADDRESS) >> U12, 1)
-                tables += 1
-                base = i4 << U39 | i3 << U30 | i2 << U(21)
-                table = table_of(state, f, e2)
-                for i1 in range(U512):
-                    if is_present(state, f, ram[table + i1]):
-                        leaves += 1
-                        row = find_vma(state, space, base | i1 << U12)
-                        if row == NONE:
-                            broken(state, WRONG_PFN, base >> U12 | i1)
-                        else:
-                            check_host_leaf(m, row, base | i1 << U12, ram[table + i1])
-    return tables, leaves
-
-
-@outlined
-def check_vm(m, vm, owner, leaves):
-    """Walk a VM's stage-2 tables: how many tables; leaves by level are added to `leaves` (int64[3])."""
-    state = m.state
-    ram = m.ram
-    f = stage2_format(m)
-    root = state[vm_row(vm) + V_ROOT]
-    own(m, owner, root >> U12, 2)
-    tables = np.int64(1)
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if not is_present(state, f, e4):
-            continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 2)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[table_of(state, f, e4) + i3]
-            gfn = i4 << U27 | i3 << U18
-            if not is_present(state, f, e3):
-                continue
-            if is_large(state, f, e3):
-                leaves[2] += 1
-                check_stage2_leaf(m, vm, gfn, U3, e3)
-                continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 2)
-            tables += 1
-            tables += check_level2(m, vm, gfn, table_of(state, f, e3), owner, leaves)
-    return tables
-
-
-@kernel
-def check_level2(m, vm, gfn, table2, owner, leaves):
-    """The tables and leaves of one 1G region."""
-    state = m.state
-    ram = m.ram
-    f = stage2_format(m)
-    tables = np.int64(0)
-    below2 = U0
-    for i2 in range(U512):
-        e2 = ram[table2 + i2]
-        if not is_present(state, f, e2):
-            continue
-        if is_large(state, f, e2):
-            leaves[1] += 1
-            below2 += U1
-            check_stage2_leaf(m, vm, gfn | i2 << U9, U2, e2)
-            continue
-        own(m, owner, (e2 & _ADDRESS) >> U12, 2)
-        tables += 1
-        table = table_of(state, f, e2)
-        below = U0
-        for i1 in range(U512):
-            if is_present(state, f, ram[table + i1]):
-                below += U1
-                check_stage2_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        expect(m, U(m.counts[table >> U9]) == below, COUNTS_DIFFER, gfn | i2 << U9)
-        leaves[0] += np.int64(below)
-        below2 += below
-    expect(m, U(m.counts[table2 >> U9]) == below2, COUNTS_DIFFER, gfn)
-    return tables
-
-
-@outlined
-def check_vmemmap(m, owner):
-    """Walk the kernel's table: (tables, vmemmap pages); a read-write page has one owner, shared ones are read-only."""
-    state = m.state
-    ram = m.ram
-    root = state[R_KERNEL_ROOT]
-    own(m, owner, root >> U12, 3)
-    tables = np.int64(1)
-    pages = np.int64(0)
-    if state[R_TAIL_PAGE] != U0:
-        own(m, owner, state[R_TAIL_PAGE], 4)
-        pages += 1
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if e4 & U1 == U0:
-            continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 3)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[((e4 & _ADDRESS) >> U3) + i3]
-            if e3 & U1 == U0:
-                continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 3)
-            tables += 1
-            for i2 in range(U512):
-                e2 = ram[((e3 & _ADDRESS) >> U3) + i2]
-                if e2 & U1 == U0:
-                    continue
-                if e2 & _LARGE != U0:
-                    pages += 512
-                    for k in range(U512):
-                        own(m, owner, ((e2 & _ADDRESS) >> U12) + k, 4)
-                    continue
-                own(m, owner, (e2 & _ADDRESS) >> U12, 3)
-                tables += 1
-                for i1 in range(U512):
-                    e1 = ram[((e2 & _ADDRESS) >> U3) + i1]
-                    if e1 & U1 != U0 and e1 & _WRITE != U0:
-                        own(m, owner, (e1 & _ADDRESS) >> U12, 4)
-                        pages += 1
-    return tables, pages
-
-
-@outlined
-def check_inode(m, inode):
-    """Block states and the kept counts of an inode against its bits: the references its folios should have."""
-    state = m.state
-    node = inode_row(inode)
-    pages = state[node + I_PAGES]
-    for first in range(U0, pages, U512):
-        shared = U0
-        for index in range(first, min(first + U512, pages)):
-            shared += is_shared(m, node, index)
-        expect(m, U(m.counts[state[node + I_PMD] + (first >> U9)]) == shared, COUNTS_DIFFER, first)
-    for first in range(U0, pages, U1 << U18):
-        shared = U0
-        for pmd in range(first >> U9, min((first >> U9) + U512, (pages + U511) >> U9)):
-            shared += U(m.counts[state[node + I_PMD] + pmd])
-        expect(m, U(m.counts[state[node + I_PUD] + (first >> U18)]) == shared, COUNTS_DIFFER, first)
-    references = U0
-    order = state[R_ORDER]
-    for block in range(state[node + I_BLOCKS]):
-        row = block_row(m, node, block << order)
-        kind = m.state[row + B_STATE]
-        check_block(m, node, block << order)
-        head = m.state[row + B_PFN]
-        if kind == BLOCK_HUGE:
-            references += (m.ram[struct_page(m, head) + COUNTS] >> U32) - (U1 << order)
-        elif kind == BLOCK_SPLIT:
-            references += extra_references(m, head, U1 << order)
-    return references
-
-
-@kernel
-def extra_references(m, head, pages):
-    """References of 4K folios beyond the page cache's and the mappings'."""
-    extra = U0
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        for _ in range(U64):
-            word = m.ram[page + COUNTS]
-            mapped = (word & NO_MAPCOUNT) + U1 & NO_MAPCOUNT
-            extra += (word >> U32) - U1 - mapped
-            page += U8
-    return extra
-
-
-@entry
-def check(descriptor, owner, leaves):
-    """Recount the whole machine and compare with what it keeps: how many rules are broken.
-
-    `owner` uint8, one per frame of `ram`, and `leaves` int64[3] are scratch, zeroed by the caller.
-    The first finding is in the register R_BROKEN_FIRST.
-    """
-    m = open_machine(descriptor)
-    state = m.state
-    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(32)]
-    host_tables = np.int64(0)
-    host_leaves = np.int64(0)
-    for space in range(state[R_SPACES]):
-        tables, found = check_space(m, space, owner)
-        host_tables += tables
-        host_leaves += found
-    stage2_tables = np.int64(0)
-    for vm in range(state[R_VMS]):
-        stage2_tables += check_vm(m, vm, owner, leaves)
-        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
-    kernel_tables, pages = check_vmemmap(m, owner)
-    references = U0
-    for inode in range(state[R_INODES]):
-        if state[inode_row(inode) + I_OPEN] != U0:
-            references += check_inode(m, inode)
-    expect(m, gauges[HOST_TABLES * U2] == host_tables, COUNTS_DIFFER, HOST_TABLES)
-    expect(m, gauges[HOST_LEAVES * U2] == host_leaves, COUNTS_DIFFER, HOST_LEAVES)
-    expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
-    for level in range(U3):
-        expect(m, gauges[(STAGE2_LEAVES + level) * U2] == leaves[level], COUNTS_DIFFER, STAGE2_LEAVES + level)
-    expect(m, gauges[KERNEL_TABLES * U2] == kernel_tables, COUNTS_DIFFER, KERNEL_TABLES)
-    expect(m, gauges[VMEMMAP_PAGES * U2] == pages, VMEMMAP, U(pages))
-    if gauges[BLOCKS_ZOMBIE * U2] == 0:
-        expect(m, references == state[R_EXTRA_REFERENCES], REFERENCES, references)
-    if gauges[CONTENT_FRAMES * U2] != 0:
-        for i in range(state[R_CONTENTS], state[R_CONTENTS] + (state[R_POOL_PAGES] << state[R_ORDER])):
-            if m.counts[i] != np.uint32(0):
-                own(m, owner, U(m.counts[i]), 5)
-    for i in range(state[R_FREE]):
-        own(m, owner, m.state[state[R_FREE_STACK] + i], 6)
-    used = np.int64(0)
-    for frame in range(U(owner.size)):
-        if owner[frame] != np.uint8(0) and owner[frame] != np.uint8(6):
-            used += 1
-    expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
-    blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
-    expect(m, U(blocks) + state[R_POOL_FREE] == state[R_POOL_PAGES], FRAMES, U(blocks))
-    return np.int64(state[R_BROKEN])

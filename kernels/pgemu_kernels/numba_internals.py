@@ -76,13 +76,13 @@ class InnerLowering(NativeLowering):
         name = state.func_id.func_qualname
         if not state.flags.forceinline:
             # LLVM would copy it into each of its callers.
-            state.library.get_function(lowered.fndesc.mangled_name).add_function_attribute("noinline")
+            state["library"].get_function(lowered.fndesc.mangled_name).add_function_attribute("noinline")
 
         def inner(*args: object) -> NoReturn:
             raise TypeError(f"{name} is an inner kernel: call it from an entry point")
 
         # Callers find the function by this key.
-        state.targetctx.insert_user_function(inner, lowered.fndesc, [state.library])
+        state.targetctx.insert_user_function(inner, lowered.fndesc, [state["library"]])
         state["cr"] = lowered._replace(cfunc=inner)
         return True
 
