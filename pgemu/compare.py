@@ -242,7 +242,7 @@ def _boot(lowered: Lowered, design: Design, options: dict[str, Any]) -> tuple[Ma
         raise InputError(str(error)) from None
     try:
         machine = Machine(config)
-    except (MemoryError, OSError, OverflowError, ValueError):
+    except (MemoryError, OSError):
         raise InputError(f"{layout.inode_size} bytes of guest memory: more than this computer can model") from None
     process = machine.create_process()
     machine.create_vm(process, protected=lowered.init == "private")

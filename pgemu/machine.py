@@ -23,16 +23,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """What a machine is made of; every field but the first two has the value that most hosts have.
+    """What a machine is made of.
 
     design: "restructure" or "pfnmap".
     pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB).
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
-    vcpus, host_cpus: for the price of flushes. zero: "folio" or "page", how much a first use zeroes.
+    vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
+    can be. zero: "folio" or "page", how much a first use zeroes.
     seed: order of never used frames; 0 is ascending.
-    frames: how many metadata frames may be in use at once (None: enough for every page table and every
-    struct page at once); a small number makes -ENOMEM happen.
+    frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
+    enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
     rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
     pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
     notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
@@ -66,6 +67,12 @@ class Config:
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+            (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
+            (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
+            (
+                self.profile in cost.PROFILES,
+                f"cost profile {self.profile!r}: expected one of {', '.join(cost.PROFILES)}",
+            ),
         )
         for holds, complaint in checks:
             if not holds:
@@ -306,7 +313,8 @@ class Machine:
         offset: int = 0,
         length: int = 0,
     ) -> Result:
-        """Run one operation; the arguments are the columns of the trace schema."""
+        """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
+        _check_fields(op, flags, actor, vm, space, object_)
         header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
         one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
         head, *columns = one
@@ -328,11 +336,15 @@ class Machine:
         offset: int = 0,
         length: int = 0,
     ) -> None:
-        """Begin an operation of an actor, to be advanced by `step`. ValueError for an actor out of range."""
+        """Begin an operation of an actor, to be advanced by `step`.
+
+        ValueError where an argument does not fit its column, or while an operation of the actor is under way.
+        """
         from pgemu_kernels.stepping import begin
 
-        if not 0 <= actor < L.ACTORS:
-            raise ValueError(f"actor {actor}: expected 0 to {L.ACTORS - 1}")
+        _check_fields(op, flags, actor, vm, space, object_)
+        if self._record(actor, L.O_ACTIVE):
+            raise ValueError(f"actor {actor} is in the middle of an operation")
         words = {
             L.O_OP: op, L.O_FLAGS: flags, L.O_ACTOR: actor, L.O_VM: vm, L.O_SPACE: space, L.O_OBJECT: object_,
             L.O_ADDRESS: address, L.O_OFFSET: offset, L.O_LENGTH: length,
@@ -343,16 +355,25 @@ class Machine:
         begin(self.descriptor, np.uint64(actor))
 
     def step(self, actor: int) -> int:
-        """Do the next step of an actor's operation: layout.GO, STOP (it ended, see `result`) or BLOCKED."""
+        """Do the next step of an actor's operation: layout.GO, STOP (it ended, see `result`) or BLOCKED.
+
+        ValueError if the actor has no operation under way.
+        """
         from pgemu_kernels.stepping import step
 
+        if not self._record(actor, L.O_ACTIVE):
+            raise ValueError(f"actor {actor} has no operation under way")
         return int(step(self.descriptor, np.uint64(actor)))
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
-        row = int(L.STATE_OPS) + actor * L.O_WORDS
-        state = self.arrays.state
-        return Result(int(state[row + int(L.O_STATUS)].astype(np.int64)), int(state[row + int(L.O_DETAIL)]))
+        status = np.uint64(self._record(actor, L.O_STATUS)).astype(np.int64)
+        return Result(int(status), self._record(actor, L.O_DETAIL))
+
+    def _record(self, actor: int, word: np.uint64) -> int:
+        if not 0 <= actor < L.ACTORS:
+            raise ValueError(f"actor {actor}: expected 0 to {L.ACTORS - 1}")
+        return int(self.arrays.state[int(L.STATE_OPS) + actor * L.O_WORDS + int(word)])
 
     # ------------------------------------------------------------------ looking
 
@@ -396,7 +417,11 @@ class Machine:
         return steps
 
     def struct_page(self, pfn: int) -> Array:
-        """uint64[8]: a struct page, read through the kernel's page table (a copy)."""
+        """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).
+
+        ValueError outside the zone.
+        """
+        self._guest_frame(pfn)
         address = self.register(L.R_VMEMMAP) + pfn * 64
         level, _, entry = self.walk(self.register(L.R_KERNEL_ROOT), (address & (1 << 48) - 1) >> 12)[-1]
         inside = (1 << 12 + 9 * (level - 1)) - 1
@@ -430,8 +455,20 @@ class Machine:
         return index
 
 
+def _check_fields(op: int, flags: int, actor: int, vm: int, space: int, object_: int) -> None:
+    """ValueError where a value does not fit its column of the trace schema."""
+    limits = {"operation": (op, 256), "flags": (flags, 256), "actor": (actor, L.ACTORS), "vm": (vm, 1 << 16),
+              "space": (space, 1 << 16), "object": (object_, 1 << 32)}  # fmt: skip
+    for name, (value, limit) in limits.items():
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} {value}: expected 0 to {limit - 1}")
+
+
 def _column(values: Any, count: int) -> Array:
-    column = np.ascontiguousarray(values, dtype=np.uint64).reshape(-1)
+    given = np.asarray(values)
+    if given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.size and given.min() < 0):
+        raise ValueError(f"column of {given.dtype}: expected integers that are not negative")
+    column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
     if column.size not in (1, count):
         raise ValueError(f"column of {column.size} elements: expected {count} or 1")
     return column if column.flags.writeable else column.copy()

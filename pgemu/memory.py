@@ -122,8 +122,13 @@ class GuestMemfd:
         """A word of the inode's row."""
         return int(self.machine.arrays.state[int(L.STATE_INODES) + self.inode * L.I_WORDS + int(name)])
 
+    def _check(self, offset: int) -> None:
+        if not 0 <= offset < self.size:
+            raise ValueError(f"offset {offset:#x}: expected to lie within {self.size:#x}")
+
     def _block(self, offset: int, name: np.uint64) -> int:
-        """A word of the row of the huge page at `offset`."""
+        """A word of the row of the huge page at `offset`. ValueError outside the inode."""
+        self._check(offset)
         block = self._field(L.I_BLOCK) + (offset // self.machine.config.page_size) * L.B_WORDS
         return int(self.machine.arrays.state[block + int(name)])
 
@@ -137,7 +142,8 @@ class GuestMemfd:
         return self._block(offset, L.B_STATE) == int(L.BLOCK_SPLIT)
 
     def is_shared(self, offset: int) -> bool:
-        """Shareability of the page at `offset`."""
+        """Shareability of the page at `offset`. ValueError outside the inode."""
+        self._check(offset)
         index = offset >> 12
         return bool(int(self.machine.arrays.state[self._field(L.I_WORD) + (index >> 6)]) >> (index & 63) & 1)
 
@@ -227,11 +233,11 @@ class Vm:
         row = int(L.STATE_VMS) + vm * L.V_WORDS
         if new_root(machine.descriptor, np.uint64(row), True) != 0:
             raise OSError(L.ENOMEM, "no frame for a stage-2 root")
-        space = process.space if process else 0
-        machine.arrays.state[row + int(L.V_SPACE)] = space
+        # Without a process no mapping of the inode is the VM's own: none of them notifies it.
+        machine.arrays.state[row + int(L.V_SPACE)] = process.space if process else (1 << 64) - 1
         machine.arrays.state[row + int(L.V_PROTECTED)] = protected
         machine.arrays.state[L.R_VMS] += np.uint64(1)
-        return cls(machine, vm, space)
+        return cls(machine, vm, process.space if process else 0)
 
     @property
     def root(self) -> int:

@@ -61,6 +61,26 @@ def test_no_record_harms_the_machine(design: str, records: list[tuple[int, ...]]
     assert machine.check() == 0, machine.broken
 
 
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+@given(op=st.sampled_from([Operation.HOST_FAULT, Operation.GUEST_FAULT, Operation.CONVERT, Operation.ZAP]), word=WORDS,
+       stride=st.integers(1, 1 << 48), flags=st.integers(0, 63))  # fmt: skip
+@settings(max_examples=60)
+def test_no_scattered_batch_harms_the_machine(design: str, op: Operation, word: int, stride: int, flags: int) -> None:
+    """Batches of 64 and more look ahead at what they will touch; a mapping that reaches past the file is among it."""
+    machine = machine_in_use(design)
+    assert (
+        machine.operate(Operation.MMAP, address=HVA + (1 << 32), offset=(1 << 64) - (1 << 31), length=1 << 30).status
+        == 0
+    )
+    steps = np.arange(200, dtype=np.uint64) * np.uint64(stride)
+    spread = np.array([word], np.uint64) + steps
+    past = np.uint64(HVA + (1 << 32)) + steps % np.uint64(1 << 30)
+    header = np.uint64(op | flags << 8)
+    for column in (spread, past, spread & np.uint64(0xFFFF_F000)):
+        machine.run_columns(header, 0, column, column, PAGE_4K, count=200)
+    assert machine.check() == 0, machine.broken
+
+
 def test_operations_of_later_versions_are_refused_and_counted() -> None:
     machine = machine_in_use("pfnmap")
     assert machine.operate(Operation.DMA_MAP).status == -L.EOPNOTSUPP
@@ -73,12 +93,65 @@ def test_an_actor_beyond_the_records_is_misuse() -> None:
         machine.run(Records.build(1, op=Operation.GUEST_FAULT, actor=L.ACTORS))
     with pytest.raises(ValueError, match="actor -1"):
         machine.begin(-1, Operation.GUEST_FAULT)
+    with pytest.raises(ValueError, match="flags 256: expected 0 to 255"):
+        machine.operate(Operation.GUEST_FAULT, flags=256)
+    with pytest.raises(ValueError, match="actor 5000"):
+        machine.result(5000)
+
+
+def test_an_actor_has_one_operation_at_a_time() -> None:
+    machine = machine_in_use("restructure")
+    with pytest.raises(ValueError, match="no operation under way"):
+        machine.step(0)
+    machine.begin(0, Operation.HOST_FAULT, address=HVA + PAGE_4K)
+    assert machine.step(0) == L.GO
+    with pytest.raises(ValueError, match="in the middle"):
+        machine.begin(0, Operation.HOST_FAULT, address=HVA + PAGE_4K)
+    assert machine.operate(Operation.HOST_FAULT, address=HVA + 2 * PAGE_4K).status == L.VM_FAULT_LOCKED
+    assert [machine.step(0), machine.step(0)] == [L.GO, L.STOP]
+    assert machine.result(0) == (L.VM_FAULT_LOCKED, 1)
+    assert machine.check() == 0
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_what_goes_away_under_a_fault_is_not_mapped(design: str) -> None:
+    """munmap, unbind and close between two steps of a fault: it retries, and maps nothing."""
+    machine = machine_in_use(design)
+    machine.begin(0, Operation.HOST_FAULT, address=HVA + PAGE_4K)
+    machine.begin(1, Operation.GUEST_FAULT, address=2 * PAGE_4K)
+    for actor in (1, 1, 0):
+        assert machine.step(actor) == L.GO
+    if design == "restructure":
+        assert machine.step(0) == L.GO  # the folio is looked up and the lock dropped
+    held = machine.operate(Operation.UNBIND, address=0).status
+    assert held == (0 if design == "restructure" else -L.EBUSY)  # pfnmap holds the lock until the entry is in
+    assert machine.operate(Operation.MUNMAP, address=HVA, length=3 * PAGE_2M).status == 0
+    while machine.step(0) == L.GO:
+        pass
+    assert machine.result(0).status == L.VM_FAULT_RETRY
+    assert machine.operate(Operation.UNBIND, address=0).status == (-L.ENOENT if design == "restructure" else 0)
+    assert machine.step(1) == L.STOP
+    assert machine.result(1).status == L.RET_PF_RETRY
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_reference_of_a_fault_under_way_is_not_the_callers_to_drop() -> None:
+    machine = machine_in_use("restructure")
+    machine.begin(0, Operation.HOST_FAULT, address=HVA + PAGE_4K)
+    machine.step(0)
+    machine.step(0)
+    assert machine.operate(Operation.PUT, object_=0, offset=PAGE_4K).status == -L.ENOENT
+    assert machine.step(0) == L.STOP
+    assert machine.check() == 0
 
 
 def test_columns_are_as_long_as_the_batch_or_one() -> None:
     machine = machine_in_use("pfnmap")
     with pytest.raises(ValueError, match="column of 2 elements: expected 3 or 1"):
         machine.run_columns(np.uint64(1), 0, np.zeros(2, np.uint64), count=3)
+    for wrong in (np.array([-4096]), np.array([1.5])):
+        with pytest.raises(ValueError, match="integers that are not negative"):
+            machine.run_columns(np.uint64(1), 0, wrong, count=1)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +163,9 @@ def test_columns_are_as_long_as_the_batch_or_one() -> None:
         ({"stage2": "s2"}, "stage 2"),
         ({"zero": "never"}, "zero"),
         ({"vcpus": 0}, "vcpus"),
+        ({"frames": 0}, "frames"),
+        ({"seed": -1}, "seed"),
+        ({"profile": "guess"}, "cost profile"),
         ({"pool": PAGE_2M + 4096}, "multiple"),
     ],
 )

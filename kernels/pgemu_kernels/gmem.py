@@ -382,7 +382,9 @@ def notify_unmap(m, space, inode, start, end):
     state = m.state
     if state[R_NOTIFIER] == U0:
         return
-    charge(m, NOTIFIER_CALL, 1)
+    for vm in range(state[R_VMS]):
+        if state[vm_row(vm) + V_SPACE] == space:
+            charge(m, NOTIFIER_CALL, 1)
     dropped = np.int64(0)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)

@@ -18,6 +18,7 @@ from pgemu_kernels.layout import (
     A_START,
     R_VMAS,
     S_ROOT,
+    S_UNFLUSHED,
     S_WORDS,
     STATE_SPACES,
 )
@@ -65,20 +66,36 @@ def clear_leaves(m, root, page, end):
     if cleared != 0:
         count_host_leaf(m, -cleared)
         charge(m, LEAF_CLEARED, cleared)
-        charge(m, TLB_FLUSH_MM, 1)
         if ordinary != 0:
             charge(m, RMAP_CHANGED, ordinary)
     return cleared
 
 
 @kernel
+def owe_flush(state, space, n):
+    """Note that `n` (int64) entries or tables of a process went and no flush has followed yet."""
+    state[STATE_SPACES + space * _S_WORDS + S_UNFLUSHED] += U(n)
+
+
+@kernel
+def flush_mm(m, space):
+    """tlb_finish_mmu(): flush the process if entries were cleared or tables freed since the last time."""
+    row = STATE_SPACES + space * _S_WORDS
+    if m.state[row + S_UNFLUSHED] != U0:
+        m.state[row + S_UNFLUSHED] = U0
+        charge(m, TLB_FLUSH_MM, 1)
+
+
+@kernel
 def unmap_vma_range(m, row, first, last):
-    """zap_vma_range() of virtual addresses [first, last) of the VMA at `row`, between its MMU notifier calls."""
+    """Unmap virtual addresses [first, last) of a VMA, to be flushed, after the MMU notifier: how many entries."""
     state = m.state
     space = state[row + A_SPACE]
     start = state[row + A_PGOFF] + ((first - state[row + A_START]) >> U12)
     notify_unmap(m, space, state[row + A_INODE], start, start + ((last - first) >> U12))
-    return clear_leaves(m, space_root(state, space), first >> U12, last >> U12)
+    cleared = clear_leaves(m, space_root(state, space), first >> U12, last >> U12)
+    owe_flush(state, space, cleared)
+    return cleared
 
 
 @kernel
@@ -91,6 +108,7 @@ def unmap_everywhere(m, inode, start, end):
         first, last = vma_overlap(state, row, inode, start, end)
         if first < last:
             cleared += unmap_vma_range(m, row, first, last)
+            flush_mm(m, state[row + A_SPACE])  # each VMA is zapped by itself
     return cleared
 
 
@@ -101,9 +119,11 @@ def reclaim_tables(m, root, first, last):
     mm/pt_reclaim.c:try_to_free_pte(). Two halves, one after the other, free nothing, as captured.
     """
     page = (first + U511) & ~U511
+    freed = np.int64(0)
     while page + U512 <= last:
-        free_host_tables(m, root, page, page + U1, page, page + U512)
+        freed += free_host_tables(m, root, page, page + U1, page, page + U512)
         page += U512
+    return freed
 
 
 @kernel

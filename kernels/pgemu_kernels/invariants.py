@@ -1,6 +1,8 @@
 """Safety rules and conservation: after each operation where it touched something, or all at once.
 
-The rules are I1 to I6 of the two designs, and that every frame has one owner.
+No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
+inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
+frames and huge pages are conserved; every invalidation that began has ended.
 """
 
 from __future__ import annotations
@@ -230,7 +232,7 @@ def check_operation(m, op):
             slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
             if slot != NONE:
                 check_host_leaf(m, row, address, m.ram[slot])
-    elif kind == OP_GUEST_FAULT and state[op + O_VM] < state[R_VMS]:
+    elif kind == OP_GUEST_FAULT and find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12) != NONE:
         vm = state[op + O_VM]
         gfn = state[op + O_ADDRESS] >> U12
         slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)

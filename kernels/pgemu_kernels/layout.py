@@ -229,10 +229,11 @@ R_ZAP_BOTH_KINDS = U(33)  # a rounded zap drops the leaves of both kinds where t
 R_NOTIFIER = U(34)  # unmapping host entries runs KVM's MMU notifier
 R_DONTNEED_PFNMAP = U(35)  # 1: MADV_DONTNEED works on VM_PFNMAP (no kernel does)
 R_MERGE_WANTED = U(36)  # blocks that a failure left split though all private, ever
-R_BROKEN = U(38)  # invariants found broken by the incremental check
+R_BROKEN = U(38)  # rules found broken
 R_BROKEN_FIRST = U(39)  # the first one: kind << 48 | page index
 R_CHECK = U(40)  # 1: check the invariants an operation touches after it
-R_EXTRA_REFERENCES = U(41)  # references taken by GET and by operations under way
+R_FAULT_REFERENCES = U(26)  # references held by faults under way
+R_EXTRA_REFERENCES = U(41)  # references taken by GET
 R_FRAMES_MASK = U(43)
 R_FREE_STACK = U(46)  # where the freed frames lie in `state`
 R_POOL_STACK = U(47)
@@ -288,6 +289,7 @@ BLOCK_ZOMBIE = U(3)  # removed from the page cache, some of its pages still refe
 
 # spaces: a process's page tables
 S_ROOT = U(0)
+S_UNFLUSHED = U(1)  # entries cleared and tables freed since the last flush of the process
 S_WORDS = 2
 
 # vmas
@@ -302,7 +304,7 @@ A_WORDS = 8
 
 # vms
 V_ROOT = U(0)
-V_SPACE = U(1)  # process whose mm the VM belongs to
+V_SPACE = U(1)  # process whose mm the VM belongs to, or all ones
 V_SEQUENCE = U(2)  # mmu_invalidate_seq
 V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
@@ -320,7 +322,7 @@ M_PGOFF = U(4)  # in pages
 M_LIVE = U(5)
 M_WORDS = 8
 
-# ops: one record per actor, uint64; status is two's complement
+# ops: one record per actor and one for batches, uint64; status is two's complement
 O_OP = U(0)
 O_FLAGS = U(1)
 O_ACTOR = U(2)
@@ -350,13 +352,14 @@ O_LEVEL = U(26)  # level that the guest's fault will be mapped at
 O_REFERENCED = U(27)  # PFN + 1 of a folio whose reference the operation holds
 O_PAUSED_LOW = U(28)  # clock at the end of the last step
 O_PAUSED_HIGH = U(29)
+O_ACTIVE = U(30)  # 1: begun and not ended, so that `step` has something to do
 O_WORDS = 32
 
 # --------------------------------------------------------------------------- invariants
 
 
 class Broken(IntEnum):
-    """What `check` found; the numbers are those of the report's list."""
+    """Which rule was found broken."""
 
     NONE = 0
     FRAMES = 1  # a frame is lost, owned twice, or counted wrongly
@@ -386,7 +389,7 @@ MEMSLOTS = 1024
 
 STATE_FORMATS = U(R_WORD_COUNT)
 STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
-STATE_INODES = U(STATE_OPS + ACTORS * O_WORDS)
+STATE_INODES = U(STATE_OPS + (ACTORS + 1) * O_WORDS)  # the last record is that of batches
 STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
 STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)

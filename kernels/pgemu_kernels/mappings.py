@@ -11,7 +11,7 @@ from pgemu_kernels.gmem import (
     mapping_limits,
     vma_row,
 )
-from pgemu_kernels.host import next_vma, reclaim_tables, space_root, unmap_vma_range
+from pgemu_kernels.host import flush_mm, next_vma, owe_flush, reclaim_tables, space_root, unmap_vma_range
 from pgemu_kernels.layout import (
     A_END,
     A_INODE,
@@ -102,16 +102,22 @@ def split_vma(m, row, address):
 
 @kernel
 def unmap_vma(m, row):
-    """Drop a whole VMA: its entries, its row, and the tables that no neighbour needs."""
+    """Drop a whole VMA, to be flushed: its entries, its row, and the tables that no neighbour needs.
+
+    VM_PFNMAP is flushed here, before its VMA goes: include/asm-generic/tlb.h:tlb_free_vmas().
+    """
     state = m.state
     space = state[row + A_SPACE]
     start = state[row + A_START]
     end = state[row + A_END]
     unmap_vma_range(m, row, start, end)
+    if state[R_DESIGN] == U(PFNMAP):
+        flush_mm(m, space)
     remove_vma(state, row)
     floor, ceiling = mapping_limits(state, space, start, end)
     # A table goes only where its whole span is free of neighbours: floor rounds up, ceiling down.
-    free_host_tables(m, space_root(state, space), start >> U12, end >> U12, floor >> U12, ceiling >> U12)
+    freed = free_host_tables(m, space_root(state, space), start >> U12, end >> U12, floor >> U12, ceiling >> U12)
+    owe_flush(state, space, freed)
 
 
 @outlined
@@ -124,16 +130,19 @@ def munmap(m, op):
     if (start | state[op + O_LENGTH]) & U4095 != U0 or end <= start or end > _TASK_SIZE:
         return stop(state, op, -EINVAL)
     row = next_vma(state, space, start, end)
-    while row != NONE:
+    if row == NONE:
+        return stop(state, op, 0)
+    status = np.int64(0)
+    while row != NONE and status == 0:
         if state[row + A_START] < start:
             row = split_vma(m, row, start)
-            if row == NONE:
-                return stop(state, op, -ENOMEM)
-        if state[row + A_END] > end and split_vma(m, row, end) == NONE:
-            return stop(state, op, -ENOMEM)
-        unmap_vma(m, row)
-        row = next_vma(state, space, start, end)
-    return stop(state, op, 0)
+        if row == NONE or (state[row + A_END] > end and split_vma(m, row, end) == NONE):
+            status = np.int64(-ENOMEM)
+        else:
+            unmap_vma(m, row)
+            row = next_vma(state, space, start, end)
+    flush_mm(m, space)  # one mmu_gather for the whole call
+    return stop(state, op, status)
 
 
 @kernel
@@ -165,6 +174,7 @@ def zap(m, op):
         last = min(end, state[row + A_END])
         unmap_vma_range(m, row, address, last)
         if madvise and state[R_DONTNEED_FREES_TABLES] != U0 and last - address >= U(2 << 20):
-            reclaim_tables(m, space_root(state, space), address >> U12, last >> U12)
+            owe_flush(state, space, reclaim_tables(m, space_root(state, space), address >> U12, last >> U12))
+        flush_mm(m, space)
         address = last
     return stop(state, op, -ENOMEM if hole else 0)

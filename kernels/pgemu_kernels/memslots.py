@@ -15,11 +15,14 @@ from pgemu_kernels.gmem import (
     find_memslot,
     free_row,
     inode_row,
+    lock_exclusive,
     memslot_row,
     overlap,
+    unlock,
     vm_row,
 )
 from pgemu_kernels.layout import (
+    EBUSY,
     EEXIST,
     EINVAL,
     ENOENT,
@@ -42,6 +45,7 @@ from pgemu_kernels.layout import (
     R_VMS,
     V_PROTECTED,
     V_ROOT,
+    V_SEQUENCE,
 )
 from pgemu_kernels.paging import drop_stage2_tree, zap_stage2
 from pgemu_kernels.steps import range_arguments, stop
@@ -56,7 +60,8 @@ def bind(m, op):
 
     0; -EBADF; -EINVAL for bad alignment, a range past the file's end or past 48 bits of guest address,
     or pages that the VM has bound already;
-    -EEXIST for guest frames that a slot holds; -ENOSPC. virt/kvm/guest_memfd.c:kvm_gmem_bind().
+    -EEXIST for guest frames that a slot holds; -ENOSPC; -EBUSY where Linux would wait for the lock.
+    virt/kvm/guest_memfd.c:kvm_gmem_bind().
     """
     state = m.state
     status = range_arguments(state, op)
@@ -84,6 +89,9 @@ def bind(m, op):
         return stop(state, op, status)
     if bound or pgoff + pages > state[inode_row(inode) + I_PAGES]:
         return stop(state, op, -EINVAL)
+    if not lock_exclusive(state, op, inode_row(inode)):
+        return stop(state, op, -EBUSY)
+    unlock(state, op, inode_row(inode))  # held while the binding is stored: nothing runs in between
     slot = free_row(state, R_MEMSLOTS, U(MEMSLOTS), U(M_WORDS), M_LIVE, memslot_row(U0))
     if slot == NONE:
         return stop(state, op, -ENOSPC)
@@ -102,6 +110,8 @@ def delete_slot(m, slot):
     only the slot's leaves, as captured."""
     state = m.state
     row = vm_row(state[slot + M_VM])
+    # A fault under way must not install what it looked up: is_page_fault_stale().
+    state[row + V_SEQUENCE] += U1
     if state[row + V_PROTECTED] == U0:
         # The vCPUs reload their root, which flushes.
         if drop_stage2_tree(m, state[row + V_ROOT]) != 0:
@@ -118,11 +128,15 @@ def delete_slot(m, slot):
 
 @outlined
 def unbind(m, op):
-    """Delete the memory slot that begins at a guest address: 0 or -ENOENT."""
+    """Delete the memory slot that begins at a guest address: 0, -ENOENT, or -EBUSY where Linux would wait."""
     state = m.state
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, state[op + O_VM], gfn)
     if slot == NONE or state[slot + M_BASE_GFN] != gfn:
         return stop(state, op, -ENOENT)
+    node = inode_row(state[slot + M_INODE])
+    if not lock_exclusive(state, op, node):
+        return stop(state, op, -EBUSY)
     delete_slot(m, slot)
+    unlock(state, op, node)
     return stop(state, op, 0)

@@ -14,6 +14,7 @@ from pgemu_kernels.events import (
     HOST_LEAVES,
     HOST_TABLES,
     SPTE_CLEARED,
+    SPTE_WRITTEN,
     STAGE2_LEAVES,
     STAGE2_TABLES,
     TABLE_PAGE_ALLOCATED,
@@ -161,7 +162,8 @@ def free_table(m, frame, gauge):
 def free_stage2_below(m, f, entry, level):
     """Free the table that `entry` of `level` (2 or 3) points to, and all below it, with their leaves.
 
-    arch/x86/kvm/mmu/tdp_mmu.c:handle_removed_pt(). The leaves dropped are returned.
+    arch/x86/kvm/mmu/tdp_mmu.c:handle_removed_pt(). Linux also freezes every absent entry; that is in the
+    price of a table freed. The leaves dropped are returned.
     """
     table = table_of(m.state, f, entry)
     dropped = np.int64(m.counts[table >> U9])
@@ -177,6 +179,7 @@ def free_stage2_below(m, f, entry, level):
     change_value(m.stats, STAGE2_LEAVES, -small)
     change_value(m.stats, STAGE2_LEAVES + U1, small - dropped)
     free_table(m, table >> U9, STAGE2_TABLES)
+    charge(m, SPTE_CLEARED, dropped)
     return dropped
 
 
@@ -199,11 +202,11 @@ def drop_stage2_tree(m, root):
             if is_large(m.state, f, below):
                 dropped += 1
                 change_value(m.stats, STAGE2_LEAVES + U2, -1)
+                charge(m, SPTE_CLEARED, 1)
             else:
                 dropped += free_stage2_below(m, f, below, U3)
         free_table(m, table >> U9, STAGE2_TABLES)
         ram[top] = empty
-    charge(m, SPTE_CLEARED, dropped)
     return dropped
 
 
@@ -229,6 +232,7 @@ def split_stage2_leaf(m, f, slot, level):
         m.counts[above] = np.uint32(U(m.counts[above]) + U511)
     change_value(m.stats, STAGE2_LEAVES + level - U1, -1)
     change_value(m.stats, STAGE2_LEAVES + level - U2, 512)
+    charge(m, SPTE_WRITTEN, 512)
     return table
 
 
@@ -251,19 +255,21 @@ MAP_OTHER_PFN = 3
 
 @kernel
 def set_stage2_leaf(m, f, slot, level, pfn):
-    """Install a leaf at `slot`: (MAP_*, leaves of smaller size dropped for it)."""
+    """Install a leaf at `slot`: (MAP_*, whether a table stood there, leaves dropped with that)."""
     old = m.ram[slot]
     value = pfn << U12 | m.state[f + F_LEAF_4K + level - U1]
     dropped = np.int64(0)
+    was_table = False
     if is_present(m.state, f, old):
         if level == U1 or is_large(m.state, f, old):
             if old == value:
-                return MAP_SPURIOUS, dropped
-            return MAP_OTHER_PFN, dropped
+                return MAP_SPURIOUS, was_table, dropped
+            return MAP_OTHER_PFN, was_table, dropped
         dropped = free_stage2_below(m, f, old, level)
+        was_table = True
     m.ram[slot] = value
     change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
-    return MAP_FIXED, dropped
+    return MAP_FIXED, was_table, dropped
 
 
 @kernel
@@ -275,7 +281,7 @@ def count_below(leaves, table, n):
 
 @kernel
 def map_stage2(m, root, gfn, level, pfn):
-    """Map `gfn` (aligned to `level`) to `pfn` by one leaf of `level` 1..3: (MAP_*, smaller leaves dropped).
+    """Map `gfn` (aligned to `level`) to `pfn` by one leaf of `level` 1..3: (MAP_*, whether a table was replaced).
 
     arch/x86/kvm/mmu/tdp_mmu.c:kvm_tdp_mmu_map(): tables are linked on the way down, a leaf above the
     level is split, a table at the level is torn down.
@@ -283,27 +289,28 @@ def map_stage2(m, root, gfn, level, pfn):
     f = stage2_format(m)
     table = stage2_table(m, f, (root >> U3) + (gfn >> U27 & U511), U(4))
     if table == NONE:
-        return MAP_NO_MEMORY, np.int64(0)
+        return MAP_NO_MEMORY, False
     slot = table + (gfn >> U18 & U511)
     if level == U3:
-        return set_stage2_leaf(m, f, slot, U3, pfn)
+        outcome, was_table, dropped = set_stage2_leaf(m, f, slot, U3, pfn)
+        return outcome, was_table
     table2 = stage2_table(m, f, slot, U3)
     if table2 == NONE:
-        return MAP_NO_MEMORY, np.int64(0)
+        return MAP_NO_MEMORY, False
     slot = table2 + (gfn >> U9 & U511)
     if level == U2:
-        outcome, dropped = set_stage2_leaf(m, f, slot, U2, pfn)
+        outcome, was_table, dropped = set_stage2_leaf(m, f, slot, U2, pfn)
         if outcome == MAP_FIXED:
             count_below(m.counts, table2, 1 - dropped)
-        return outcome, dropped
+        return outcome, was_table
     table1 = stage2_table(m, f, slot, U2)
     if table1 == NONE:
-        return MAP_NO_MEMORY, np.int64(0)
-    outcome, dropped = set_stage2_leaf(m, f, table1 + (gfn & U511), U1, pfn)
+        return MAP_NO_MEMORY, False
+    outcome, was_table, dropped = set_stage2_leaf(m, f, table1 + (gfn & U511), U1, pfn)
     if outcome == MAP_FIXED:
         count_below(m.counts, table1, 1)
         count_below(m.counts, table2, 1)
-    return outcome, dropped
+    return outcome, was_table
 
 
 @kernel
@@ -387,7 +394,7 @@ def zap_stage2(m, root, gfn, end):
 
 @outlined
 def free_host_tables(m, root, start, end, floor, ceiling):
-    """Free the tables below `root` that [start, end) used and that no mapping outside [floor, ceiling) needs.
+    """Free the tables below `root` that [start, end) used and that no mapping outside [floor, ceiling) needs: how many.
 
     Page numbers; a table goes only if all that it covers lies within [floor, ceiling). The entries are
     cleared already. mm/memory.c:free_pgd_range() and what it calls.
@@ -396,6 +403,7 @@ def free_host_tables(m, root, start, end, floor, ceiling):
     ram = m.ram
     state = m.state
     level = U1
+    freed = np.int64(0)
     while level < U(4):
         span = U1 << (U9 * level)  # pages that one table of this level covers
         page = start & ~(span - U1)
@@ -411,8 +419,10 @@ def free_host_tables(m, root, start, end, floor, ceiling):
                 if is_present(state, f, entry):
                     free_table(m, table_of(state, f, entry) >> U9, HOST_TABLES)
                     ram[slot] = U0
+                    freed += 1
             page += span
         level += U1
+    return freed
 
 
 @kernel

@@ -38,6 +38,7 @@ from pgemu_kernels.layout import (
     R_ORDER,
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
+    VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
 )
 from pgemu_kernels.paging import count_host_leaf, host_format, host_slot
@@ -50,6 +51,7 @@ from pgemu_kernels.steps import (
     fault_begin,
     guest_begin,
     install_stage2,
+    still_mapped,
     stop,
     store_attributes,
     unmap_host,
@@ -107,6 +109,9 @@ def fault_folio(m, op):
 def fault_map(m, op):
     """mm/memory.c:vmf_insert_pfn(): a special entry, no reference, no mapcount; then unlock."""
     state = m.state
+    if not still_mapped(state, op):
+        unlock(state, op, inode_row(state[op + O_INODE]))
+        return stop(state, op, VM_FAULT_RETRY)
     slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
     unlock(state, op, inode_row(state[op + O_INODE]))
     if slot == NONE:

@@ -44,6 +44,7 @@ from pgemu_kernels.layout import (
     R_BROKEN,
     R_CONTENTS,
     R_EXTRA_REFERENCES,
+    R_FAULT_REFERENCES,
     R_FREE,
     R_FREE_STACK,
     R_INODES,
@@ -266,6 +267,7 @@ def extra_references(m, head, pages):
         for _ in range(U64):
             word = m.ram[page + COUNTS]
             mapped = (word & NO_MAPCOUNT) + U1 & NO_MAPCOUNT
+            expect(m, word >> U32 >= U1 + mapped, REFERENCES, head + base)
             extra += (word >> U32) - U1 - mapped
             page += U8
     return extra
@@ -304,7 +306,7 @@ def check(descriptor, owner, leaves):
     expect(m, gauges[KERNEL_TABLES * U2] == kernel_tables, COUNTS_DIFFER, KERNEL_TABLES)
     expect(m, gauges[VMEMMAP_PAGES * U2] == pages, VMEMMAP, U(pages))
     if gauges[BLOCKS_ZOMBIE * U2] == 0:
-        expect(m, references == state[R_EXTRA_REFERENCES], REFERENCES, references)
+        expect(m, references == state[R_EXTRA_REFERENCES] + state[R_FAULT_REFERENCES], REFERENCES, references)
     if gauges[CONTENT_FRAMES * U2] != 0:
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + (state[R_POOL_PAGES] << state[R_ORDER])):
             if m.counts[i] != np.uint32(0):

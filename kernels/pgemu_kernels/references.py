@@ -26,6 +26,7 @@ from pgemu_kernels.gmem import (
 )
 from pgemu_kernels.hugetlb import return_to_pool, revive
 from pgemu_kernels.layout import (
+    ACTORS,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -40,13 +41,17 @@ from pgemu_kernels.layout import (
     O_DETAIL,
     O_OBJECT,
     O_OFFSET,
+    O_REFERENCED,
+    O_WORDS,
     R_BLOCK_ROWS,
     R_BLOCKS,
     R_EXTRA_REFERENCES,
+    R_FAULT_REFERENCES,
     R_INODES,
     R_ORDER,
     R_POOL_BASE,
     R_POOL_PAGES,
+    STATE_OPS,
 )
 from pgemu_kernels.steps import stop
 
@@ -93,6 +98,17 @@ def zombie_of(m, head):
     return NONE
 
 
+@kernel
+def held_by_faults(state, pfn):
+    """References that faults under way hold on a folio: nobody else's to drop."""
+    held = U0
+    if state[R_FAULT_REFERENCES] != U0:
+        for actor in range(U(ACTORS)):
+            if state[STATE_OPS + actor * U(O_WORDS) + O_REFERENCED] == pfn + U1:
+                held += U1
+    return held
+
+
 @outlined
 def put(m, op):
     """Drop a transient reference: 0, or -ENOENT. The page is named by inode and offset, or by address << 12.
@@ -120,7 +136,7 @@ def put(m, op):
     cached = U0
     if m.ram[page + MAPPING] != U0:
         cached = U1 << order if m.ram[page + FLAGS] & PG_HEAD != U0 else U1
-    if reference_count(m.ram, page) <= cached + mappings(m.ram, page):
+    if reference_count(m.ram, page) <= cached + mappings(m.ram, page) + held_by_faults(state, head):
         return stop(state, op, -ENOENT)
     add_references(m.ram, page, ~U0)
     state[R_EXTRA_REFERENCES] -= U1

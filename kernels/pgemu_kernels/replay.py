@@ -70,7 +70,6 @@ from pgemu_kernels.paging import host_format, is_large, is_present, stage2_forma
 
 U = np.uint64
 _O_WORDS = U(O_WORDS)
-_ACTOR_MASK = U(ACTORS - 1)
 _BYTE = U(0xFF)
 _OPERATIONS = U(OPERATIONS)
 _HALF = U(0xFFFF)
@@ -112,17 +111,17 @@ def element(column, i):
 
 @kernel
 def operation_record(actor):
-    """Where an actor's record begins in `state`."""
-    return STATE_OPS + (actor & _ACTOR_MASK) * _O_WORDS
+    """Where an actor's record begins in `state`; batches have one of their own, so that they disturb no actor."""
+    return STATE_OPS + min(actor, U(ACTORS)) * _O_WORDS
 
 
 @kernel
 def load(m, columns, i):
-    """Write operation `i` to its actor's record and begin it: where the record begins."""
+    """Write operation `i` to the record of batches and begin it: where the record begins."""
     state = m.state
     header = element(columns.header, i)
     actor = header >> U16 & _HALF
-    op = operation_record(actor)
+    op = operation_record(U(ACTORS))
     kind = header & _BYTE
     # Row 0 of every table belongs to operations that do not exist.
     state[op + O_OP] = kind if kind < _OPERATIONS else U0
@@ -196,7 +195,8 @@ def prefetch_host(m, columns, i):
     if row != NONE:
         node = inode_row(state[row + A_INODE])
         index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
-        prefetch_page(m, node, index)
+        if index < state[node + I_PAGES]:  # a mapping may reach past the end of the file
+            prefetch_page(m, node, index)
         prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
 
 

@@ -58,11 +58,12 @@ from pgemu_kernels.layout import (
     O_SPACE,
     O_START,
     O_TO_PRIVATE,
-    R_EXTRA_REFERENCES,
+    R_FAULT_REFERENCES,
     R_MERGE_WANTED,
     R_ORDER,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
+    VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
 )
 from pgemu_kernels.memory import zero_contents
@@ -77,6 +78,7 @@ from pgemu_kernels.steps import (
     fault_begin,
     guest_begin,
     install_stage2,
+    still_mapped,
     stop,
     store_attributes,
     unmap_host,
@@ -149,7 +151,7 @@ def fault_folio(m, op):
         return stop(state, op, VM_FAULT_OOM)
     page = zero_page(m, pfn)
     add_references(m.ram, page, U1)
-    state[R_EXTRA_REFERENCES] += U1
+    state[R_FAULT_REFERENCES] += U1
     state[op + O_REFERENCED] = pfn + U1
     state[op + O_PFN] = pfn
     unlock(state, op, node)
@@ -164,10 +166,13 @@ def fault_map(m, op):
     """
     state = m.state
     pfn = state[op + O_PFN]
-    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
-    state[R_EXTRA_REFERENCES] -= U1
+    state[R_FAULT_REFERENCES] -= U1
     state[op + O_REFERENCED] = U0
     page = struct_page(m, pfn)
+    if not still_mapped(state, op):
+        add_references(m.ram, page, ~U0)
+        return stop(state, op, VM_FAULT_RETRY)
+    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
     if slot == NONE:
         add_references(m.ram, page, ~U0)
         return stop(state, op, VM_FAULT_OOM)
@@ -248,8 +253,8 @@ def guest_fault(m, op):
 def gate(m, op):
     """To private: every folio in the range must be idle, else -EAGAIN with the failing offset.
 
-    Expected are the page cache's references only, one per base page. virt/kvm/guest_memfd.c,
-    "ensure pages not in use" of the in-place series.
+    Expected are the page cache's references only, one per base page:
+    virt/kvm/guest_memfd.c:__kvm_gmem_set_attributes() of the in-place series.
     """
     state = m.state
     node = inode_row(state[op + O_INODE])
@@ -313,8 +318,8 @@ def split(m, op):
 def merge(m, op):
     """To private, at the very end: merge every touched block that holds no shared page any more.
 
-    A folio that somebody holds makes the posted code spin; here the block stays split and the next
-    conversion to private that touches it tries again (inference).
+    A folio that somebody holds makes the posted code spin; here the block stays split until the next
+    conversion that changes it and leaves it all private (inference).
     """
     state = m.state
     node = inode_row(state[op + O_INODE])

@@ -15,11 +15,15 @@ from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge, finish_
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
+    EBUSY,
     EVENTS,
     GO,
+    O_ACTIVE,
     O_OP,
     O_PHASE,
+    O_STATUS,
     O_TO_PRIVATE,
+    OPERATIONS,
     PFNMAP,
     R_COUNTER_ROW,
     R_DESIGN,
@@ -123,6 +127,9 @@ def begin(descriptor, actor):
     """Begin the operation in an actor's record (its request words are set): nothing of it is done yet."""
     m = open_machine(descriptor)
     op = operation_record(actor)
+    if m.state[op + O_OP] >= U(OPERATIONS):
+        m.state[op + O_OP] = U0
+    m.state[op + O_ACTIVE] = U1
     begin_operation(m, op)
     if m.state[op + O_OP] == OP_CONVERT:
         charge(m, CONVERT_IOCTL, 1)
@@ -135,6 +142,8 @@ def step(descriptor, actor):
     m = open_machine(descriptor)
     state = m.state
     op = operation_record(actor)
+    if state[op + O_ACTIVE] == U0:
+        return np.int64(STOP)
     kind = state[op + O_OP]
     state[R_COUNTER_ROW] = STATS_COUNTERS + kind * U(EVENTS)
     phase = state[op + O_PHASE]
@@ -142,6 +151,8 @@ def step(descriptor, actor):
     outcome = np.int64(STOP)
     if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
         run_whole(m, op)
+        if np.int64(state[op + O_STATUS]) == -EBUSY:
+            outcome = np.int64(BLOCKED)
     elif state[R_DESIGN] == _PFNMAP:
         outcome = np.int64(step_pfnmap(m, op, phase))
     else:
@@ -151,5 +162,6 @@ def step(descriptor, actor):
         return outcome
     state[op + O_PHASE] = phase + U1
     if outcome != GO:
+        state[op + O_ACTIVE] = U0
         finish_operation(m, op)
     return outcome

@@ -1,14 +1,15 @@
 """Steps that both designs take: each does one thing, hands over through the record, and says what follows.
 
 A step gets the machine and where the actor's record begins. It returns GO, STOP (the result is in the
-record) or BLOCKED (another actor holds a lock; nothing was done, the record says retry).
+record) or BLOCKED (another actor holds a lock; nothing was done). What is not stepped cannot wait: it ends
+with the result in the record, a retry for faults and -EBUSY, where Linux would sleep, for conversions.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.bits import NONE, U0, U1, U12, U48, U4095
 from pgemu_kernels.compile import kernel
 from pgemu_kernels.events import ATTRIBUTES_STORED, GUEST_FAULT, HOST_FAULT, SPTE_WRITTEN, TLB_FLUSH_VM, charge, result
 from pgemu_kernels.gmem import (
@@ -30,9 +31,11 @@ from pgemu_kernels.gmem import (
 )
 from pgemu_kernels.host import space_root, unmap_everywhere
 from pgemu_kernels.layout import (
+    A_END,
     A_INODE,
     A_PGOFF,
     A_READ_ONLY,
+    A_SPACE,
     A_START,
     BLOCKED,
     EBADF,
@@ -97,6 +100,7 @@ WRITE = U(Flag.WRITE)
 PRIVATE = U(Flag.PRIVATE)
 SHARED = U(Flag.SHARED)
 _WRONG_PFN = U(Broken.WRONG_PFN)
+_LOW_48 = U((1 << 48) - 1)
 
 
 @kernel
@@ -190,13 +194,15 @@ def install_stage2(m, op, level):
     if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
         return stop(state, op, RET_PF_RETRY)
     inside = (U1 << (U(9) * (level - U1))) - U1
-    outcome, dropped = map_stage2(m, state[vm_row(vm) + V_ROOT], gfn & ~inside, level, state[op + O_PFN] & ~inside)
+    outcome, table_replaced = map_stage2(
+        m, state[vm_row(vm) + V_ROOT], gfn & ~inside, level, state[op + O_PFN] & ~inside
+    )
     if outcome == MAP_NO_MEMORY:
         return stop(state, op, -ENOMEM)
     state[op + O_DETAIL] = level
     if outcome == MAP_FIXED:
         charge(m, SPTE_WRITTEN, 1)
-        if dropped != 0:
+        if table_replaced:
             charge(m, TLB_FLUSH_VM, 1)
         return stop(state, op, RET_PF_FIXED)
     if outcome == MAP_SPURIOUS:
@@ -207,10 +213,19 @@ def install_stage2(m, op, level):
 
 
 @kernel
+def still_mapped(state, op):
+    """Whether the VMA that a host fault found is still there: mmap_lock would have kept it."""
+    row = state[op + O_ROW]
+    address = state[op + O_ADDRESS]
+    here = state[row + A_START] <= address < state[row + A_END]
+    return here and state[row + A_SPACE] == state[op + O_SPACE] and state[row + A_INODE] == state[op + O_INODE]
+
+
+@kernel
 def broken(state, kind, index):
     """Record that an invariant does not hold."""
     if state[R_BROKEN] == U0:
-        state[R_BROKEN_FIRST] = kind << U(48) | index
+        state[R_BROKEN_FIRST] = kind << U48 | index & _LOW_48
     state[R_BROKEN] += U1
 
 
@@ -235,7 +250,8 @@ def convert_prepare(m, op, rounded):
     """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done.
 
     virt/kvm/guest_memfd.c, the attribute ioctl of the in-place series. `rounded` rounds the range that
-    is invalidated and zapped out to huge pages. All memory for the new attributes is taken here.
+    is invalidated and zapped out to huge pages. Linux preallocates the nodes of its attribute tree here,
+    the only thing that could fail; a bit per page needs none.
     """
     state = m.state
     status = range_arguments(state, op)
@@ -315,7 +331,7 @@ def convert_zap(m, op):
 
 @kernel
 def store_attributes(m, op):
-    """Record the new shareability; cannot fail, its memory was taken at the start."""
+    """Record the new shareability; cannot fail."""
     state = m.state
     shared = U1 - state[op + O_TO_PRIVATE]
     store_shareability(m, inode_row(state[op + O_INODE]), state[op + O_START], state[op + O_END], shared)

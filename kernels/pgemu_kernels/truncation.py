@@ -23,10 +23,11 @@ from pgemu_kernels.gmem import (
     vma_row,
     zap_range,
 )
-from pgemu_kernels.host import unmap_everywhere
+from pgemu_kernels.host import flush_mm, unmap_everywhere
 from pgemu_kernels.layout import (
     A_INODE,
     A_LIVE,
+    A_SPACE,
     B_PFN,
     B_STATE,
     BLOCK_ABSENT,
@@ -91,7 +92,8 @@ def punch_blocks(m, op, inode, start, end):
 
 @outlined
 def punch(m, op):
-    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN (restructure) when a merge is impossible.
+    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN (restructure) when a merge is impossible;
+    -EBUSY where Linux would wait for the lock.
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. Truncation unmaps
@@ -122,7 +124,8 @@ def punch(m, op):
 
 @outlined
 def close(m, op):
-    """The VMM goes: mappings of the inode, its memory slots, then the inode itself. 0 or -EBADF.
+    """The VMM goes: mappings of the inode, its memory slots, then the inode itself. 0, -EBADF, or -EBUSY
+    where Linux would wait for the lock.
 
     exit_mmap(), then virt/kvm/guest_memfd.c:kvm_gmem_release() and the inode's eviction.
     """
@@ -137,6 +140,7 @@ def close(m, op):
         row = vma_row(i)
         if state[row + A_LIVE] != U0 and state[row + A_INODE] == inode:
             unmap_vma(m, row)
+            flush_mm(m, state[row + A_SPACE])
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:

@@ -79,6 +79,9 @@ def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Re
     with _open(name) as file:
         try:
             for piece in file.iter_batches(batch_size=batch, columns=list(DTYPES)):
+                for column in DTYPES:
+                    if piece.column(column).null_count:
+                        raise InputError(f"column {column!r} has a null value, expected none", name)
                 records = Records(*(piece.column(column).to_numpy(zero_copy_only=False) for column in DTYPES))
                 records.check(name, first)
                 first += len(records)
