@@ -1,4 +1,4 @@
-"""The control of every group: walk four levels, load or store the leaf, and nothing else."""
+"""The control of every group: walk four levels, store the leaf, and nothing else."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from pgemu_kernels.formats import VMEMMAP_LARGE, VMEMMAP_PAGE, VMEMMAP_READ_ONLY
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.hugetlb import write_order
 from pgemu_kernels.layout import (
+    ENOMEM,
     F_EMPTY,
     R_BOOT_FRAMES,
     R_CONTENTS,
@@ -56,7 +57,7 @@ U = np.uint64
 _LARGE = U(VMEMMAP_LARGE)
 _PAGE = U(VMEMMAP_PAGE)
 _READ_ONLY = U(VMEMMAP_READ_ONLY)
-ENOMEM = np.int64(-12)
+NO_MEMORY = np.int64(-ENOMEM)
 
 
 @kernel
@@ -81,7 +82,7 @@ def map_optimized(m, head, order):
     compound = compound_info(state, head, order)
     own = take_frame(m)
     if own == NONE:
-        return ENOMEM
+        return NO_MEMORY
     for i in range(U64):
         write_tail(ram, (own << U9) + i * U8, flags, compound)
     write_head(m, head, own << U9, order, True)
@@ -89,7 +90,7 @@ def map_optimized(m, head, order):
     for i in range(vmemmap_pages(order)):
         slot = vmemmap_slot(m, start + (i << U12), U1)
         if slot == NONE:
-            return ENOMEM
+            return NO_MEMORY
         ram[slot] = own << U12 | _PAGE if i == U0 else tail << U12 | _READ_ONLY
     change(m.stats, VMEMMAP_PAGES, 1)
     return np.int64(0)
@@ -105,7 +106,7 @@ def map_whole(m, order):
     for i in range(U0, frames, U512):
         slot = vmemmap_slot(m, vmemmap_address(state, state[R_POOL_BASE]) + (i << U12), U2)
         if slot == NONE:
-            return ENOMEM
+            return NO_MEMORY
         ram[slot] = (base + i) << U12 | _LARGE
     change(m.stats, FRAMES_USED, np.int64(frames))
     change(m.stats, VMEMMAP_PAGES, np.int64(frames))
@@ -131,25 +132,25 @@ def boot(descriptor):
     order = state[R_ORDER]
     root = take_frame(m)
     if root == NONE:
-        return ENOMEM
+        return NO_MEMORY
     fill_frame(m.ram, root, U0)
     change(m.stats, KERNEL_TABLES, 1)
     state[R_KERNEL_ROOT] = root << U12
     pages = state[R_POOL_PAGES]
     if state[R_HVO] == U0:
         if map_whole(m, order) != 0:
-            return ENOMEM
+            return NO_MEMORY
     else:
         if state[R_MASK_TAILS] != U0:
             tail = take_frame(m)
             if tail == NONE:
-                return ENOMEM
+                return NO_MEMORY
             state[R_TAIL_PAGE] = tail
             fill_tail_page(m, tail, order)
             change(m.stats, VMEMMAP_PAGES, 1)
         for i in range(pages):
             if map_optimized(m, state[R_POOL_BASE] + (i << order), order) != 0:
-                return ENOMEM
+                return NO_MEMORY
     for i in range(pages):
         state[state[R_POOL_STACK] + i] = state[R_POOL_BASE] + ((pages - U1 - i) << order)
     state[R_POOL_FREE] = pages
@@ -163,7 +164,7 @@ def new_root(descriptor, row, stage2):
     m = open_machine(descriptor)
     frame = take_frame(m)
     if frame == NONE:
-        return ENOMEM
+        return NO_MEMORY
     if stage2:
         fill_frame(m.ram, frame, m.state[stage2_format(m) + F_EMPTY])
         m.state[row + V_ROOT] = frame << U12
@@ -185,7 +186,7 @@ def content_frame(descriptor, pfn):
     if frame == U0:
         frame = take_frame(m)
         if frame == NONE:
-            return ENOMEM
+            return NO_MEMORY
         fill_frame(m.ram, frame, U0)
         m.counts[at] = np.uint32(frame)
         change(m.stats, CONTENT_FRAMES, 1)

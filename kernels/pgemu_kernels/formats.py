@@ -95,9 +95,6 @@ def format_table(kernel: str, nx_huge_pages: bool = False) -> np.ndarray[tuple[i
     for row in rows:
         row[L.F_LARGE] = LARGE
         row[L.F_ADDRESS] = ADDRESS
-        row[L.F_WRITE] = WRITE
-        row[L.F_TOP_SHIFT] = 39
-        row[L.F_LEVELS] = 4
     host, npt, ept = rows
     host[L.F_PRESENT] = PRESENT
     host[L.F_TABLE] = TABLE

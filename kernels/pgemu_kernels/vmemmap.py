@@ -34,6 +34,7 @@ from pgemu_kernels.folio import (
 )
 from pgemu_kernels.formats import ADDRESS, TABLE, VMEMMAP_PAGE, VMEMMAP_READ_ONLY
 from pgemu_kernels.layout import (
+    ENOMEM,
     R_KERNEL_ROOT,
     R_MASK_TAILS,
     R_PAGE_FLAGS,
@@ -47,7 +48,6 @@ _ADDRESS = U(ADDRESS)
 _TABLE = U(TABLE)
 _PAGE = U(VMEMMAP_PAGE)
 _READ_ONLY = U(VMEMMAP_READ_ONLY)
-_EIGHT_WORDS = U(8)
 
 
 @kernel
@@ -134,12 +134,12 @@ def restore(m, head, order):
     state = m.state
     missing = vmemmap_pages(order) - U1
     if frames_left(m) < missing:
-        return np.int64(-12)
+        return np.int64(-ENOMEM)
     start = vmemmap_address(state, head)
     first = struct_page(m, head)
     masks = state[R_MASK_TAILS] != U0
-    reset = state[R_RESET_STRUCT_PAGES] * _EIGHT_WORDS
-    sample = first + U63 * _EIGHT_WORDS
+    reset = state[R_RESET_STRUCT_PAGES] * U8
+    sample = first + U63 * U8
     for i in range(U1, missing + U1):
         slot = vmemmap_pte(m, start + (i << U12))
         frame = take_frame(m)
@@ -148,7 +148,7 @@ def restore(m, head, order):
             # Eight values kept in registers, 64 times: the copies of the folio's struct page 63.
             w0, w1, w2, w3 = ram[sample], ram[sample + U1], ram[sample + U(2)], ram[sample + U3]
             w4, w5, w6, w7 = ram[sample + U(4)], ram[sample + U(5)], ram[sample + U6], ram[sample + U(7)]
-            for at in range(page, page + U512, _EIGHT_WORDS):
+            for at in range(page, page + U512, U8):
                 ram[at] = w0
                 ram[at + U1] = w1
                 ram[at + U(2)] = w2
@@ -184,7 +184,7 @@ def optimize(m, head, order):
     old = first >> U9
     frame = take_frame(m)
     if frame == NONE and state[R_MASK_TAILS] != U0:
-        return np.int64(-12)
+        return np.int64(-ENOMEM)
     if frame == NONE:
         frame = old
     ram[first + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu_kernels.layout import PAGE_4K, Flag, Operation
+from pgemu_kernels.layout import ACTORS, PAGE_4K, Flag, Operation
 
 __all__ = (
     "ACTOR_LIMIT",
@@ -47,7 +47,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 """Columns of a trace in their stored order, little endian."""
 
-ACTOR_LIMIT = 1024
+ACTOR_LIMIT = ACTORS
 """Actors are below this: vCPUs by their number, host threads and devices from FIRST_HOST_ACTOR on."""
 
 FIRST_HOST_ACTOR = 256
