@@ -246,7 +246,11 @@ class Machine:
         table = formats.format_table(config.kernel, config.nx_huge_pages)
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
-        self.arrays.stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
+        stats = self.arrays.stats
+        stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
+        one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
+        one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
+        stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""

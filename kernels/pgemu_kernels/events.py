@@ -31,7 +31,9 @@ from pgemu_kernels.layout import (
     STATS_COUNTERS,
     STATS_GAUGES,
     STATS_HISTOGRAM,
+    STATS_LAST,
     STATS_PRICES,
+    STATS_PRICES_ONE,
     STATS_TALLY,
     Event,
     Gauge,
@@ -99,6 +101,16 @@ def charge(m, event, n):
     price = STATS_PRICES + event * U4
     stats[CLOCK_LOW] += stats[price + PRICE_FIXED_LOW] + stats[price + PRICE_EACH_LOW] * n
     stats[CLOCK_HIGH] += stats[price + PRICE_FIXED_HIGH] + stats[price + PRICE_EACH_HIGH] * n
+
+
+@kernel
+def charge_one(m, event):
+    """charge(m, event, 1), without the multiplications."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += 1
+    price = STATS_PRICES_ONE + event * U2
+    stats[CLOCK_LOW] += stats[price]
+    stats[CLOCK_HIGH] += stats[price + U1]
 
 
 @kernel
@@ -177,9 +189,15 @@ def finish_operation(m, op):
     high = stats[CLOCK_HIGH] - np.int64(state[op + O_CLOCK_HIGH])
     stats[STATS_COST + kind * U2] += low
     stats[STATS_COST + kind * U2 + U1] += high
+    # Operations of a batch mostly cost the same: then the buckets are known, and nothing waits for the clock.
+    if low != stats[STATS_LAST] or high != stats[STATS_LAST + U1]:
+        stats[STATS_LAST] = low
+        stats[STATS_LAST + U1] = high
+        stats[STATS_LAST + U2] = np.int64(bucket(low))
+        stats[STATS_LAST + U3] = np.int64(bucket(high))
     row = STATS_HISTOGRAM + kind * U2 * _BUCKETS
-    stats[row + bucket(low)] += 1
-    stats[row + _BUCKETS + bucket(high)] += 1
+    stats[row + U(stats[STATS_LAST + U2])] += 1
+    stats[row + _BUCKETS + U(stats[STATS_LAST + U3])] += 1
 
 
 @kernel

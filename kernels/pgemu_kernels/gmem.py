@@ -9,7 +9,7 @@ import numpy as np
 
 from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U6, U9, U12, U18, U63, U64, U511, population
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge
+from pgemu_kernels.events import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge, charge_one
 from pgemu_kernels.layout import (
     A_END,
     A_INODE,
@@ -369,7 +369,7 @@ def flush_vms(m):
         row = vm_row(vm)
         if state[row + V_UNFLUSHED] != U0:
             state[row + V_UNFLUSHED] = U0
-            charge(m, TLB_FLUSH_VM, 1)
+            charge_one(m, TLB_FLUSH_VM)
 
 
 @kernel
@@ -384,7 +384,7 @@ def notify_unmap(m, space, inode, start, end):
         return
     for vm in range(state[R_VMS]):
         if state[vm_row(vm) + V_SPACE] == space:
-            charge(m, NOTIFIER_CALL, 1)
+            charge_one(m, NOTIFIER_CALL)
     dropped = np.int64(0)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)

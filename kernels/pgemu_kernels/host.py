@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U12, U511, U512
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import LEAF_CLEARED, RMAP_CHANGED, TLB_FLUSH_MM, charge
+from pgemu_kernels.events import LEAF_CLEARED, RMAP_CHANGED, TLB_FLUSH_MM, charge, charge_one
 from pgemu_kernels.folio import remove_mapping, struct_page
 from pgemu_kernels.formats import ADDRESS, PRESENT, SPECIAL
 from pgemu_kernels.gmem import find_vma, notify_unmap, vma_overlap, vma_row
@@ -83,7 +83,7 @@ def flush_mm(m, space):
     row = STATE_SPACES + space * _S_WORDS
     if m.state[row + S_UNFLUSHED] != U0:
         m.state[row + S_UNFLUSHED] = U0
-        charge(m, TLB_FLUSH_MM, 1)
+        charge_one(m, TLB_FLUSH_MM)
 
 
 @kernel

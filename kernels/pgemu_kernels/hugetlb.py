@@ -23,6 +23,7 @@ from pgemu_kernels.events import (
     STRUCT_PAGE_WRITTEN,
     change,
     charge,
+    charge_one,
 )
 from pgemu_kernels.folio import (
     COMPOUND,
@@ -148,8 +149,8 @@ def take_folio(m, inode, block, index):
     m.state[block + B_STATE] = BLOCK_HUGE
     change(m.stats, POOL_FREE, -1)
     change(m.stats, BLOCKS_HUGE, 1)
-    charge(m, HUGE_FOLIO_ALLOCATED, 1)
-    charge(m, PAGE_CACHE_STORED, 1)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    charge_one(m, PAGE_CACHE_STORED)
     charge(m, STRUCT_PAGE_BYTES, 28)
     return head
 
@@ -169,7 +170,7 @@ def return_to_pool(m, head):
     state[state[R_POOL_STACK] + top] = head
     state[R_POOL_FREE] = top + U1
     change(m.stats, POOL_FREE, 1)
-    charge(m, HUGE_FOLIO_FREED, 1)
+    charge_one(m, HUGE_FOLIO_FREED)
     charge(m, STRUCT_PAGE_BYTES, 36)
 
 
@@ -186,7 +187,7 @@ def free_block(m, block):
     """Truncate an unsplit folio: out of the page cache and back to the pool."""
     return_to_pool(m, m.state[block + B_PFN])
     change(m.stats, BLOCKS_HUGE, -1)
-    charge(m, PAGE_CACHE_STORED, 1)
+    charge_one(m, PAGE_CACHE_STORED)
     forget_block(m, block)
 
 
@@ -204,7 +205,7 @@ def release_block(m, block):
     ram[page + MAPPING] = U0
     change(m.stats, BLOCKS_HUGE, -1)
     change(m.stats, BLOCKS_ZOMBIE, 1)
-    charge(m, PAGE_CACHE_STORED, 1)
+    charge_one(m, PAGE_CACHE_STORED)
     forget_block(m, block)
 
 
@@ -265,7 +266,7 @@ def split_block(m, block, index, zeroed_word):
     m.state[block + B_STATE] = BLOCK_SPLIT
     change(m.stats, BLOCKS_HUGE, -1)
     change(m.stats, BLOCKS_SPLIT, 1)
-    charge(m, FOLIO_SPLIT, 1)
+    charge_one(m, FOLIO_SPLIT)
     charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
     charge(m, STRUCT_PAGE_BYTES, SPLIT_BYTES * (np.int64(pages) - 1))
     charge(m, PAGE_CACHE_STORED, np.int64(pages))
@@ -359,11 +360,11 @@ def merge_block(m, block, index, zeroed_word):
     m.state[block + B_STATE] = BLOCK_HUGE
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
-    charge(m, FOLIO_MERGED, 1)
+    charge_one(m, FOLIO_MERGED)
     charge(m, FOLIO_GATE_CHECKED, np.int64(pages))  # each is frozen
     charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
     charge(m, STRUCT_PAGE_BYTES, MERGE_BYTES * (np.int64(pages) - 1))
-    charge(m, PAGE_CACHE_STORED, 1)
+    charge_one(m, PAGE_CACHE_STORED)
     if state[R_HVO] != U0:
         optimize(m, head, order)
     return np.int64(0)
@@ -378,6 +379,6 @@ def revive(m, block):
     m.state[block + B_STATE] = BLOCK_SPLIT
     change(m.stats, BLOCKS_ZOMBIE, -1)
     change(m.stats, BLOCKS_SPLIT, 1)
-    charge(m, DEFERRED_MERGE, 1)
+    charge_one(m, DEFERRED_MERGE)
     merge_block(m, block, U0, NONE)
     free_block(m, block)

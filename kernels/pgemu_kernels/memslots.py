@@ -10,6 +10,7 @@ from pgemu_kernels.events import (
     SPTE_CLEARED,
     TLB_FLUSH_VM,
     charge,
+    charge_one,
 )
 from pgemu_kernels.gmem import (
     find_memslot,
@@ -115,13 +116,13 @@ def delete_slot(m, slot):
     if state[row + V_PROTECTED] == U0:
         # The vCPUs reload their root, which flushes.
         if drop_stage2_tree(m, state[row + V_ROOT]) != 0:
-            charge(m, TLB_FLUSH_VM, 1)
+            charge_one(m, TLB_FLUSH_VM)
     else:
         base = state[slot + M_BASE_GFN]
         dropped = zap_stage2(m, state[row + V_ROOT], base, base + state[slot + M_PAGES])
         charge(m, SPTE_CLEARED, dropped)
         if dropped != 0:
-            charge(m, TLB_FLUSH_VM, 1)
+            charge_one(m, TLB_FLUSH_VM)
     state[slot + M_LIVE] = U0
     state[slot + M_PAGES] = U0
 

@@ -22,6 +22,7 @@ from pgemu_kernels.events import (
     change,
     change_value,
     charge,
+    charge_one,
 )
 from pgemu_kernels.layout import (
     F_ADDRESS,
@@ -116,7 +117,7 @@ def new_table(m, f, slot, gauge):
     m.counts[frame] = np.uint32(0)
     m.ram[slot] = frame << U12 | m.state[f + F_TABLE]
     change(m.stats, gauge, 1)
-    charge(m, TABLE_PAGE_ALLOCATED, 1)
+    charge_one(m, TABLE_PAGE_ALLOCATED)
     return frame << U9
 
 
@@ -152,7 +153,7 @@ def host_slot(m, root, page):
 def free_table(m, frame, gauge):
     put_frame(m, frame)
     change(m.stats, gauge, -1)
-    charge(m, TABLE_PAGE_FREED, 1)
+    charge_one(m, TABLE_PAGE_FREED)
 
 
 # --------------------------------------------------------------------------- stage 2
@@ -202,7 +203,7 @@ def drop_stage2_tree(m, root):
             if is_large(m.state, f, below):
                 dropped += 1
                 change_value(m.stats, STAGE2_LEAVES + U2, -1)
-                charge(m, SPTE_CLEARED, 1)
+                charge_one(m, SPTE_CLEARED)
             else:
                 dropped += free_stage2_below(m, f, below, U3)
         free_table(m, table >> U9, STAGE2_TABLES)

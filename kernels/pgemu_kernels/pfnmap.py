@@ -12,7 +12,7 @@ import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U9, U12
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import LEAF_WRITTEN, charge
+from pgemu_kernels.events import LEAF_WRITTEN, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, is_shared, is_uniform, slot_allows, unlock
 from pgemu_kernels.host import space_root
 from pgemu_kernels.hugetlb import release_block, take_folio
@@ -121,7 +121,7 @@ def fault_map(m, op):
         leaf = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
         m.ram[slot] = state[op + O_PFN] << U12 | state[host_format(m) + leaf]
         count_host_leaf(m, 1)
-        charge(m, LEAF_WRITTEN, 1)
+        charge_one(m, LEAF_WRITTEN)
     return stop(state, op, VM_FAULT_NOPAGE)
 
 

@@ -17,7 +17,7 @@ from pgemu_kernels.events import (
     CONVERT_IOCTL,
     SYSCALL,
     begin_operation,
-    charge,
+    charge_one,
     finish_operation,
     result,
 )
@@ -304,7 +304,7 @@ def converts(descriptor, columns, first, last):
                 prefetch_convert(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge(m, CONVERT_IOCTL, 1)
+            charge_one(m, CONVERT_IOCTL)
             if m.state[R_DESIGN] == _PFNMAP:
                 pfnmap.convert(m, op)
             else:
@@ -323,7 +323,7 @@ def zaps(descriptor, columns, first, last):
                 prefetch_host(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge(m, SYSCALL, 1)
+            charge_one(m, SYSCALL)
             mappings.zap(m, op)
             save(m, op, columns, i)
         first = stop
@@ -333,7 +333,7 @@ def zaps(descriptor, columns, first, last):
 def run_whole(m, op):
     """Run an operation that is one step in both designs."""
     state = m.state
-    charge(m, SYSCALL, 1)
+    charge_one(m, SYSCALL)
     kind = state[op + O_OP]
     if kind == OP_ZAP:
         mappings.zap(m, op)

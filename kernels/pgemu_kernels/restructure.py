@@ -18,6 +18,7 @@ from pgemu_kernels.events import (
     PAGE_ZEROED,
     RMAP_CHANGED,
     charge,
+    charge_one,
 )
 from pgemu_kernels.folio import (
     COUNTS,
@@ -127,7 +128,7 @@ def zero_page(m, pfn):
     flags = m.ram[page + FLAGS]
     if flags & PG_UPTODATE == U0:
         m.ram[page + FLAGS] = flags | PG_UPTODATE
-        charge(m, PAGE_ZEROED, 1)
+        charge_one(m, PAGE_ZEROED)
         zero_contents(m, pfn, U1)
     return page
 
@@ -184,8 +185,8 @@ def fault_map(m, op):
     m.ram[slot] = pfn << U12 | state[host_format(m) + leaf]
     add_mapping(m.ram, page)
     count_host_leaf(m, 1)
-    charge(m, LEAF_WRITTEN, 1)
-    charge(m, RMAP_CHANGED, 1)
+    charge_one(m, LEAF_WRITTEN)
+    charge_one(m, RMAP_CHANGED)
     return stop(state, op, VM_FAULT_LOCKED)
 
 
@@ -305,7 +306,7 @@ def split(m, op):
             if reference_count(m.ram, struct_page(m, state[block + B_PFN])) == U1 << order:
                 status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
             else:
-                charge(m, FREEZE_SPIN, 1)
+                charge_one(m, FREEZE_SPIN)
             if status != 0:
                 state[R_MERGE_WANTED] += done
                 return fail_at(state, op, status, first)
@@ -329,7 +330,7 @@ def merge(m, op):
         block = block_row(m, node, first)
         if m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
             if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) != 0:
-                charge(m, FREEZE_SPIN, 1)
+                charge_one(m, FREEZE_SPIN)
                 state[R_MERGE_WANTED] += U1
         first += U1 << order
     return GO
@@ -388,7 +389,7 @@ def evict_block(m, inode, index):
     node = inode_row(inode)
     block = block_row(m, node, index)
     if m.state[block + B_STATE] == BLOCK_SPLIT:
-        charge(m, DEFERRED_MERGE, 1)
+        charge_one(m, DEFERRED_MERGE)
         if merge_block(m, block, index, NONE) != 0:
             make_zombie(m, block)
             return

@@ -11,7 +11,7 @@ import numpy as np
 from pgemu_kernels import pfnmap, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -132,7 +132,7 @@ def begin(descriptor, actor):
     m.state[op + O_ACTIVE] = U1
     begin_operation(m, op)
     if m.state[op + O_OP] == OP_CONVERT:
-        charge(m, CONVERT_IOCTL, 1)
+        charge_one(m, CONVERT_IOCTL)
     pause(m, op)
 
 

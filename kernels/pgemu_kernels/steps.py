@@ -11,7 +11,15 @@ import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U12, U48, U4095
 from pgemu_kernels.compile import kernel
-from pgemu_kernels.events import ATTRIBUTES_STORED, GUEST_FAULT, HOST_FAULT, SPTE_WRITTEN, TLB_FLUSH_VM, charge, result
+from pgemu_kernels.events import (
+    ATTRIBUTES_STORED,
+    GUEST_FAULT,
+    HOST_FAULT,
+    SPTE_WRITTEN,
+    TLB_FLUSH_VM,
+    charge_one,
+    result,
+)
 from pgemu_kernels.gmem import (
     begin_range,
     end_range,
@@ -121,7 +129,7 @@ def fault_begin(m, op):
     address = state[op + O_ADDRESS]
     row = find_vma(state, state[op + O_SPACE], address)
     if row == NONE or (state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0):
-        charge(m, HOST_FAULT, 1)
+        charge_one(m, HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
     if slot != NONE:
@@ -131,12 +139,12 @@ def fault_begin(m, op):
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     if index >= state[node + I_PAGES]:
-        charge(m, HOST_FAULT, 1)
+        charge_one(m, HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGBUS)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(VM_FAULT_RETRY))
         return BLOCKED
-    charge(m, HOST_FAULT, 1)
+    charge_one(m, HOST_FAULT)
     state[op + O_ROW] = row
     state[op + O_INODE] = inode
     state[op + O_INDEX] = index
@@ -156,7 +164,7 @@ def guest_begin(m, op):
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
-        charge(m, GUEST_FAULT, 1)
+        charge_one(m, GUEST_FAULT)
         return stop(state, op, RET_PF_EMULATE)
     row = vm_row(vm)
     inode = state[slot + M_INODE]
@@ -164,7 +172,7 @@ def guest_begin(m, op):
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
     if kind != U0 and kind != (SHARED if is_shared(m, node, index) != U0 else PRIVATE):
-        charge(m, GUEST_FAULT, 1)
+        charge_one(m, GUEST_FAULT)
         return stop(state, op, -EFAULT)
     leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
     if leaf != NONE:
@@ -172,12 +180,12 @@ def guest_begin(m, op):
         return stop(state, op, RET_PF_SPURIOUS)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
-        charge(m, GUEST_FAULT, 1)
+        charge_one(m, GUEST_FAULT)
         return stop(state, op, RET_PF_RETRY)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
-    charge(m, GUEST_FAULT, 1)
+    charge_one(m, GUEST_FAULT)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode
@@ -201,9 +209,9 @@ def install_stage2(m, op, level):
         return stop(state, op, -ENOMEM)
     state[op + O_DETAIL] = level
     if outcome == MAP_FIXED:
-        charge(m, SPTE_WRITTEN, 1)
+        charge_one(m, SPTE_WRITTEN)
         if table_replaced:
-            charge(m, TLB_FLUSH_VM, 1)
+            charge_one(m, TLB_FLUSH_VM)
         return stop(state, op, RET_PF_FIXED)
     if outcome == MAP_SPURIOUS:
         return stop(state, op, RET_PF_SPURIOUS)
@@ -335,7 +343,7 @@ def store_attributes(m, op):
     state = m.state
     shared = U1 - state[op + O_TO_PRIVATE]
     store_shareability(m, inode_row(state[op + O_INODE]), state[op + O_START], state[op + O_END], shared)
-    charge(m, ATTRIBUTES_STORED, 1)
+    charge_one(m, ATTRIBUTES_STORED)
     return GO
 
 

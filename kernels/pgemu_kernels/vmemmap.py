@@ -19,6 +19,7 @@ from pgemu_kernels.events import (
     VMEMMAP_PAGES,
     change,
     charge,
+    charge_one,
 )
 from pgemu_kernels.folio import (
     COMPOUND,
@@ -165,7 +166,7 @@ def restore(m, head, order):
     ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
     change(m.stats, VMEMMAP_PAGES, np.int64(missing))
     charge(m, VMEMMAP_PAGE_RESTORED, np.int64(missing))
-    charge(m, TLB_FLUSH_KERNEL, 1)
+    charge_one(m, TLB_FLUSH_KERNEL)
     return np.int64(0)
 
 
@@ -199,7 +200,7 @@ def optimize(m, head, order):
         ram[slot] = tail << U12 | _READ_ONLY
     change(m.stats, VMEMMAP_PAGES, 1 - np.int64(pages))
     charge(m, VMEMMAP_PAGE_FREED, np.int64(pages) - 1)
-    charge(m, TLB_FLUSH_KERNEL, 1)
+    charge_one(m, TLB_FLUSH_KERNEL)
     return np.int64(0)
 
 
