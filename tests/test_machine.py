@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import pgemu.machine
 from pgemu.machine import Config, Machine
 from pgemu.trace.schema import Records
 from pgemu_kernels import layout as L
@@ -79,6 +82,11 @@ def test_no_scattered_batch_harms_the_machine(design: str, op: Operation, word: 
     for column in (spread, past, spread & np.uint64(0xFFFF_F000)):
         machine.run_columns(header, 0, column, column, PAGE_4K, count=200)
     assert machine.check() == 0, machine.broken
+
+
+def test_the_example_in_the_documentation_runs() -> None:
+    failed, attempted = doctest.testmod(pgemu.machine)
+    assert (failed, attempted > 0) == (0, True)
 
 
 def test_operations_of_later_versions_are_refused_and_counted() -> None:
