@@ -50,6 +50,7 @@ from pgemu_kernels.layout import (
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
+    B_WAITS,
     BLOCK_ABSENT,
     BLOCK_HUGE,
     BLOCK_SPLIT,
@@ -180,6 +181,7 @@ def forget_block(m, block):
     m.state[block + B_PFN] = U0
     m.state[block + B_STATE] = BLOCK_ABSENT
     m.state[block + B_OUTSTANDING] = U0
+    m.state[block + B_WAITS] = U0
 
 
 @kernel
@@ -358,6 +360,7 @@ def merge_block(m, block, index, zeroed_word):
     ram[first + MAPPING] = mapping
     ram[first + INDEX] = index
     m.state[block + B_STATE] = BLOCK_HUGE
+    m.state[block + B_WAITS] = U0
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
     charge_one(m, FOLIO_MERGED)

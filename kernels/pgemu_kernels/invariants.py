@@ -45,6 +45,7 @@ from pgemu_kernels.layout import (
     A_START,
     B_PFN,
     B_STATE,
+    B_WAITS,
     BLOCK_HUGE,
     BLOCK_SPLIT,
     M_BASE_GFN,
@@ -64,7 +65,6 @@ from pgemu_kernels.layout import (
     PFNMAP,
     R_DESIGN,
     R_MEMSLOTS,
-    R_MERGE_WANTED,
     R_ORDER,
     R_POOL_PAGES,
     R_VMAS,
@@ -138,9 +138,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP and level != U1:
-        huge = m.state[block_row(m, node, index) + B_STATE] == BLOCK_HUGE
-        waits = state[R_MERGE_WANTED] != U0 and shared_in_block(m, node, index) == U0
-        expect(m, huge or waits, LEAF_OVER_FOLIO, index)
+        block = block_row(m, node, index)
+        waits = state[block + B_WAITS] != U0 and shared_in_block(m, node, index) == U0
+        expect(m, state[block + B_STATE] == BLOCK_HUGE or waits, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -153,7 +153,8 @@ def check_block(m, node, index):
     if kind == BLOCK_HUGE:
         expect(m, shared == U0, BLOCK_STATE, index)
     elif kind == BLOCK_SPLIT:
-        expect(m, shared != U0 or m.state[R_MERGE_WANTED] != U0, BLOCK_STATE, index)
+        waits = m.state[block_row(m, node, index) + B_WAITS] != U0
+        expect(m, shared != U0 or waits, BLOCK_STATE, index)
 
 
 @kernel

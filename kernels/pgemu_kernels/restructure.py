@@ -37,6 +37,7 @@ from pgemu_kernels.layout import (
     A_READ_ONLY,
     B_PFN,
     B_STATE,
+    B_WAITS,
     BLOCK_ABSENT,
     BLOCK_HUGE,
     BLOCK_SPLIT,
@@ -60,7 +61,6 @@ from pgemu_kernels.layout import (
     O_START,
     O_TO_PRIVATE,
     R_FAULT_REFERENCES,
-    R_MERGE_WANTED,
     R_ORDER,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
@@ -287,6 +287,16 @@ def gate(m, op):
     return GO
 
 
+@outlined
+def leave_split(m, node, first, end):
+    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
+    while first < end:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
+            m.state[block + B_WAITS] = U1
+        first += U1 << m.state[R_ORDER]
+
+
 @kernel
 def split(m, op):
     """To shared: split every huge folio that the range touches, else -ENOMEM with the failing offset.
@@ -298,7 +308,6 @@ def split(m, op):
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
     first = state[op + O_START] >> order << order
-    done = U0
     while first < state[op + O_END]:
         block = block_row(m, node, first)
         if state[block + B_STATE] == BLOCK_HUGE:
@@ -308,9 +317,8 @@ def split(m, op):
             else:
                 charge_one(m, FREEZE_SPIN)
             if status != 0:
-                state[R_MERGE_WANTED] += done
+                leave_split(m, node, state[op + O_START] >> order << order, first)
                 return fail_at(state, op, status, first)
-            done += U1
         first += U1 << order
     return GO
 
@@ -331,7 +339,7 @@ def merge(m, op):
         if m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
             if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) != 0:
                 charge_one(m, FREEZE_SPIN)
-                state[R_MERGE_WANTED] += U1
+                state[block + B_WAITS] = U1
         first += U1 << order
     return GO
 
