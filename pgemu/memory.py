@@ -222,7 +222,6 @@ class Vm:
 
     machine: Machine
     vm: int
-    process: int
 
     @classmethod
     def create(cls, machine: Machine, process: AddressSpace | None, protected: bool) -> Vm:
@@ -237,7 +236,7 @@ class Vm:
         machine.arrays.state[row + int(L.V_SPACE)] = process.space if process else (1 << 64) - 1
         machine.arrays.state[row + int(L.V_PROTECTED)] = protected
         machine.arrays.state[L.R_VMS] += np.uint64(1)
-        return cls(machine, vm, process.space if process else 0)
+        return cls(machine, vm)
 
     @property
     def root(self) -> int:
@@ -249,7 +248,6 @@ class Vm:
         return self.machine.operate(
             Operation.BIND,
             vm=self.vm,
-            space=self.process,
             object_=gmem.inode,
             address=gpa,
             offset=offset,

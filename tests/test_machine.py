@@ -84,6 +84,19 @@ def test_no_scattered_batch_harms_the_machine(design: str, op: Operation, word: 
     assert machine.check() == 0, machine.broken
 
 
+def test_an_entry_that_goes_astray_is_found_after_the_hole_beside_it() -> None:
+    """A hole over part of a split huge page zeroes and leaves the entries, so a wrong one stays to be found."""
+    machine = machine_in_use("restructure")
+    machine.check_each()
+    assert machine.operate(Operation.PUNCH_HOLE, length=PAGE_4K).status == 0
+    assert machine.broken[0] == 0
+    level, address, _ = machine.walk(int(machine.arrays.state[L.STATE_SPACES + L.S_ROOT]), HVA >> 12)[-1]
+    assert level == 1
+    machine.arrays.ram[address // 8] += np.uint64(PAGE_4K)
+    assert machine.operate(Operation.PUNCH_HOLE, length=PAGE_4K).status == 0
+    assert machine.broken[1] == L.Broken.WRONG_PFN
+
+
 def test_the_example_in_the_documentation_runs() -> None:
     failed, attempted = doctest.testmod(pgemu.machine)
     assert (failed, attempted > 0) == (0, True)

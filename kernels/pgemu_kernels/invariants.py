@@ -48,6 +48,7 @@ from pgemu_kernels.layout import (
     B_WAITS,
     BLOCK_HUGE,
     BLOCK_SPLIT,
+    I_PAGES,
     M_BASE_GFN,
     M_INODE,
     M_LIVE,
@@ -56,6 +57,9 @@ from pgemu_kernels.layout import (
     M_VM,
     O_ADDRESS,
     O_INODE,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
     O_OP,
     O_ROUND_END,
     O_ROUND_START,
@@ -64,6 +68,7 @@ from pgemu_kernels.layout import (
     O_VM,
     PFNMAP,
     R_DESIGN,
+    R_INODES,
     R_MEMSLOTS,
     R_ORDER,
     R_POOL_PAGES,
@@ -91,6 +96,7 @@ _PFNMAP = U(PFNMAP)
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
 OP_CONVERT = U(Operation.CONVERT)
+OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
 
 
 @kernel
@@ -159,7 +165,7 @@ def check_block(m, node, index):
 
 @kernel
 def check_range(m, inode, start, end):
-    """After a conversion: its blocks, the host entries and the stage-2 leaves over pages [start, end)."""
+    """After a conversion or a hole: its blocks, the host entries and the stage-2 leaves over pages [start, end)."""
     state = m.state
     node = inode_row(inode)
     pages = U1 << state[R_ORDER]
@@ -241,5 +247,11 @@ def check_operation(m, op):
             check_stage2_leaf(m, vm, gfn & ~((U1 << (U9 * (level - U1))) - U1), level, m.ram[slot])
     elif kind == OP_CONVERT and np.int64(state[op + O_STATUS]) == 0 and state[op + O_ROUND_END] > U0:
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:
+        pages = state[inode_row(state[op + O_OBJECT]) + I_PAGES]
+        start = state[op + O_OFFSET] >> U12
+        length = state[op + O_LENGTH] >> U12
+        if start < pages:
+            check_range(m, state[op + O_OBJECT], start, min(start + length, pages))
     for vm in range(state[R_VMS]):
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)

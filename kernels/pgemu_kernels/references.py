@@ -111,7 +111,8 @@ def held_by_faults(state, pfn):
 
 @outlined
 def put(m, op):
-    """Drop a transient reference: 0, or -ENOENT. The page is named by inode and offset, or by address << 12.
+    """Drop a transient reference: 0, or -ENOENT. The page is named by inode and offset, or by its
+    physical address.
 
     The last reference of a folio outside the page cache sends it (a zombie block: with all its pieces)
     back to the pool.

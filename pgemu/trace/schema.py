@@ -91,7 +91,6 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.ZAP: {"flags": "MADVISE: asked for by madvise(MADV_DONTNEED)", **_HOST_RANGE},
         Operation.BIND: {
             "vm": "VM",
-            "space": "process whose mm the VM belongs to",
             "address": "GPA, bytes",
             **_FILE_RANGE,
         },
@@ -99,7 +98,7 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.PIN: {"object": "pin", **_HOST_RANGE},
         Operation.UNPIN: {"object": "pin"},
         Operation.GET: dict(_FILE_PAGE),
-        Operation.PUT: dict(_FILE_PAGE),
+        Operation.PUT: {**_FILE_PAGE, "address": "physical address of the page, in place of object and offset; or 0"},
         Operation.DMA_MAP: {**_DMA_RANGE, **_FILE_PAGE},
         Operation.DMA_UNMAP: dict(_DMA_RANGE),
         Operation.DMA_ACCESS: {"flags": "WRITE", **_DMA_RANGE, "object": "device"},
