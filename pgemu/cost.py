@@ -117,6 +117,21 @@ _PUBLISHED = (
         per_cpu=_BROADCAST,
     ),
     Price(
+        Event.TLB_FLUSH_PAGE,
+        "assumption: one INVLPG each on the CPUs that the flush reaches anyway; the broadcast is TLB_FLUSH_MM",
+        each=(50, 250),
+    ),
+    Price(
+        Event.TLB_FLUSH_RANGE,
+        "assumption: TLBI by range and DSB, broadcast by hardware; per CPU at most a quarter of an IPI",
+        each=(100, 1000),
+    ),
+    Price(
+        Event.PAGE_COPIED,
+        "4 KiB read and written: twice PAGE_ZEROED at most",
+        each=(_ZERO_PAGE[0], 2 * _ZERO_PAGE[1]),
+    ),
+    Price(
         Event.HUGE_FOLIO_ALLOCATED,
         f"{_KRAVETZ}: pool grown without HVO, 2.46 s / 524,288 pages = 4.7 us to 4.12 s / 500,000 = 8.2 us",
         each=(2.463e9 / 524288, 4.119e9 / 500000),

@@ -301,7 +301,13 @@ class Machine:
         columns = [_column(c, count) for c in (header, object_, address, offset, length)]
         status = np.empty(count, np.int64)
         detail = np.empty(count, np.uint64)
-        run(self.descriptor, *columns, status, detail)
+        done = run(self.descriptor, *columns, status, detail, np.uint64(0))
+        while done < count:
+            from pgemu_kernels.ordinary import run_ordinary
+
+            done = run_ordinary(self.descriptor, *columns, status, detail, np.uint64(done))
+            if done < count:
+                done = run(self.descriptor, *columns, status, detail, np.uint64(done))
         return Results(status, detail)
 
     def operate(

@@ -40,6 +40,7 @@ VMEMMAP_READ_ONLY = PRESENT | ACCESSED | GLOBAL | NO_EXECUTE  # 8..121
 # KVM's stage 2: arch/x86/kvm/mmu/spte.h
 EMPTY_SPTE = 1 << 63  # SHADOW_NONPRESENT_VALUE
 MMU_PRESENT = 1 << 11
+FROZEN_SPTE = EMPTY_SPTE | 0x5A0
 NPT_TABLE = PRESENT | WRITE | USER | ACCESSED | MMU_PRESENT  # 827
 NPT_LEAF = PRESENT | WRITE | USER | ACCESSED | DIRTY | 1 << 9 | 1 << 10 | MMU_PRESENT  # e67
 EPT_RWX = 0b111
@@ -100,6 +101,7 @@ def format_table(kernel: str, nx_huge_pages: bool = False) -> np.ndarray[tuple[i
     host[L.F_TABLE] = TABLE
     host[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = FILE_LEAF, FILE_LEAF | LARGE, FILE_LEAF | LARGE
     host[L.F_LEAF_4K_RO] = FILE_LEAF_READ_ONLY
+    host[L.F_TABLE_TOP] = TABLE
     host[[L.F_SPECIAL_4K, L.F_SPECIAL_4K_RO]] = PFN_LEAF, PFN_LEAF_READ_ONLY
     npt[L.F_PRESENT] = PRESENT
     npt[L.F_TABLE] = NPT_TABLE

@@ -50,9 +50,16 @@ class Operation(IntEnum):
     CLOSE = 21
     VM_EXIT = 22
     GUEST_ACCESS = 23
+    PROTECT = 24
+    FORK = 25
+    EXIT = 26
+    MEMSLOT = 27
+    DIRTY_LOG = 28
+    ATTRIBUTES = 29
+    PREFAULT = 30
 
 
-OPERATIONS = 24  # one more than the highest code
+OPERATIONS = 40  # room in the tables that have a row per operation
 
 
 class Flag(IntFlag):
@@ -64,6 +71,8 @@ class Flag(IntFlag):
     SHARED = 8
     READ_ONLY = 16
     MADVISE = 32
+    POPULATE = 64
+    READ = 128
 
 
 # --------------------------------------------------------------------------- results
@@ -149,9 +158,12 @@ class Event(IntEnum):
     FREEZE_SPIN = 27
     NOTIFIER_CALL = 28
     DEFERRED_MERGE = 29
+    TLB_FLUSH_PAGE = 30
+    TLB_FLUSH_RANGE = 31
+    PAGE_COPIED = 32
 
 
-EVENTS = 32  # room in a counter row
+EVENTS = 48  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.
@@ -186,9 +198,12 @@ class Gauge(IntEnum):
     BLOCKS_HUGE = 13
     BLOCKS_SPLIT = 14
     BLOCKS_ZOMBIE = 15
+    ANONYMOUS_PAGES = 16
+    CACHE_NODES = 17
+    OTHER_POOL_FREE = 18
 
 
-GAUGES = 16
+GAUGES = 24
 
 # --------------------------------------------------------------------------- rows
 
@@ -244,12 +259,25 @@ R_SHARED = U(47)  # ... and the shared pages per 2M and 1G
 R_SHARED_USED = U(48)
 R_BOOT_FRAMES = U(49)  # frames behind the others that hold an unoptimised vmemmap from boot on
 R_FOLIO_6_12 = U(50)  # 1: mapcounts and page count of a folio where 6.12 has them
-R_WORD_COUNT = 64
+R_ORDINARY = U(
+    51
+)  # VMAs, memslots and inodes of ordinary kinds were ever made: operations are sorted between two entries
+R_FORMATS = U(52)  # rows of formats in use
+R_OTHER_BASE = U(53)  # the second HugeTLB pool, of the other huge page size: as R_POOL_*
+R_OTHER_PAGES = U(54)
+R_OTHER_FREE = U(55)
+R_OTHER_ORDER = U(56)
+R_OTHER_STACK = U(57)
+R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
+R_PTI = U(59)  # 1: page-table isolation
+R_MMIO_GENERATION = U(60)
+R_WORD_COUNT = 96
 
-# formats: uint64 rows
+# formats: uint64 rows. Words below 16 are what the operations of processes and VMs write; the others are
+# what a walker needs to know, filled from pgemu_kernels.formats.PageFormat. Levels: 1 = 4K .. 5.
 F_PRESENT = U(0)  # an entry is present if any of these bits is set
-F_LARGE = U(1)  # above level 1, an entry with this bit is a leaf
-F_ADDRESS = U(2)
+F_LARGE = U(1)  # above level 1, an entry with this bit is a leaf (x86 families; others: F_LEAF_MASK)
+F_ADDRESS = U(2)  # bits of an entry that hold a physical address
 F_TABLE = U(3)  # bits of an entry that points to a table
 F_LEAF_4K = U(4)  # bits of a writable leaf, by level
 F_LEAF_2M = U(5)
@@ -258,7 +286,45 @@ F_EMPTY = U(7)  # value of an entry that maps nothing
 F_SPECIAL_4K = U(8)  # host only: vmf_insert_pfn() into a writable VMA
 F_SPECIAL_4K_RO = U(9)
 F_LEAF_4K_RO = U(10)
-F_WORDS = 16
+F_TABLE_TOP = U(11)  # bits of a table entry in the top table (page-table isolation adds no-execute)
+F_LEVELS = U(16)  # level of the top table: 3, 4 or 5
+F_ROOT_BITS = U(17)  # index bits of the top table: 9, more where root tables are concatenated
+F_INPUT_BITS = U(18)  # bits of an input address
+F_SIGN_EXTENDED = U(19)  # 1: the bits above F_INPUT_BITS repeat the highest one (canonical addresses)
+F_LEAF_MASK = U(20)  # at levels 2 .. F_LARGEST_LEAF a present entry is a leaf if entry & mask == value
+F_LEAF_VALUE = U(21)
+F_PAGE_MASK = U(22)  # at level 1 a present entry is a leaf if entry & mask == value, else reserved
+F_PAGE_VALUE = U(23)
+F_LARGEST_LEAF = U(24)
+F_RESERVED_LEAF = U(24)  # + level (1 .. 5): bits that a leaf of this level must not have
+F_RESERVED_TABLE = U(29)  # + level (2 .. 5): the same of a table entry
+F_INVERT = U(35)  # rights = (entry ^ invert), ANDed over the levels
+F_FOLD = U(36)  # before that, in a leaf: entry ^= entry >> 1 & fold (Arm's two-bit XN)
+F_TABLE_RIGHTS = U(37)  # rights that table entries never take away (all, where only leaves have permissions)
+F_BAD_LOW = U(38)  # bit n: low three bits n of a present entry are a misconfiguration
+F_BAD_MEMORY_TYPE = U(39)  # bit n: bits 5:3 = n of a leaf are a misconfiguration
+F_FAMILY = U(40)  # formats.Family: how faults are told
+F_ACCESSED = U(41)
+F_DIRTY = U(42)
+F_FROZEN = U(43)  # what an entry holds while its subtree is torn down or replaced
+F_BREAK_BEFORE_MAKE = U(44)  # 1: a valid entry may not be replaced by another valid one without a flush between
+F_FLUSH = U(45)  # formats.FlushRule
+F_KEY_SHIFT = U(46)  # where a leaf's protection key begins; 0: no keys
+F_WORDS = 64
+
+# access rows: what one kind of access asks of a walk; made by pgemu.translation.Access
+X_NEED = U(0)  # rights that must be there
+X_FORBID = U(1)  # rights that must not be there (SMEP, SMAP)
+X_KEYS_USER = U(2)  # bit k: protection key k denies the access to a user page
+X_KEYS_SUPERVISOR = U(3)
+X_USER = U(4)  # the right that makes a page a user page
+X_ERROR = U(5)  # bits of the fault code that do not depend on the outcome
+X_SET_TABLE = U(6)  # bits that the hardware sets in every table entry of a walk that succeeds
+X_SET_LEAF = U(7)  # ... and in the leaf
+X_FLAG = U(8)  # bits that the leaf must have, else access flag fault (Arm without hardware update)
+X_DIRTY_IF = U(9)  # a leaf with this bit (Arm DBM) ...
+X_DIRTY_GIVES = U(10)  # ... has this right, and gets the bit set
+X_WORDS = 16
 
 # inodes: uint64 rows
 I_PAGES = U(0)
@@ -270,7 +336,16 @@ I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
 I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`, where zeroing goes by page
-I_WORDS = 12
+I_KIND = U(9)  # INODE_*
+I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
+I_BASE = U(11)  # device: first PFN of the region
+I_ORDER = U(12)  # HugeTLB: 9 or 18
+I_FLAGS = U(13)
+I_WORDS = 16
+INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
+INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
+INODE_GUEST_MEMFD_4K = U(2)  # guest_memfd as merged: order-0 folios
+INODE_DEVICE = U(3)  # a region of PFNs without struct pages
 LOCK_WRITER = U(1 << 32)
 
 # blocks: uint64 rows, one per huge page of an inode
@@ -287,7 +362,10 @@ BLOCK_ZOMBIE = U(3)  # removed from the page cache, some of its pages still refe
 # spaces: a process's page tables
 S_ROOT = U(0)
 S_UNFLUSHED = U(1)  # entries cleared and tables freed since the last flush of the process
-S_WORDS = 2
+S_ORDINARY = U(2)  # 1: it has or had VMAs of ordinary kinds
+S_LIVE = U(3)
+S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
+S_WORDS = 8
 
 # vmas
 A_START = U(0)
@@ -297,7 +375,21 @@ A_INODE = U(3)
 A_PGOFF = U(4)  # in pages
 A_READ_ONLY = U(5)
 A_LIVE = U(6)
-A_WORDS = 8
+A_KIND = U(7)  # VMA_*
+A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 (ordinary kinds)
+A_FLAGS = U(9)  # VM_*
+A_CACHE_BITS = U(10)  # PFN mappings: memory type bits of their entries
+A_WORDS = 16
+VMA_GUEST_MEMFD = U(0)
+VMA_ANONYMOUS = U(1)
+VMA_HUGETLB = U(2)
+VMA_PFN_REMAP = U(3)  # remap_pfn_range(): all entries at mmap
+VMA_PFN_FAULT = U(4)  # vmf_insert_pfn(), _pmd(), _pud(): entries at the fault
+VMA_GUEST_MEMFD_4K = U(5)
+VM_SHARED = U(1)
+VM_LOCKED = U(2)
+VM_PFNMAP = U(4)
+VM_NORESERVE = U(8)
 
 # vms
 V_ROOT = U(0)
@@ -308,7 +400,10 @@ V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_UNFLUSHED = U(6)  # leaves dropped since the last flush of the VM
 V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
-V_WORDS = 8
+V_ORDINARY = U(8)  # 1: it has or had slots of a process's memory
+V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
+V_LIVE = U(10)
+V_WORDS = 16
 
 # memslots
 M_BASE_GFN = U(0)
@@ -317,7 +412,16 @@ M_VM = U(2)
 M_INODE = U(3)
 M_PGOFF = U(4)  # in pages
 M_LIVE = U(5)
-M_WORDS = 8
+M_KIND = U(6)  # SLOT_*
+M_HVA = U(7)  # SLOT_USER: userspace address of the first page
+M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
+M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
+M_WORDS = 16
+SLOT_GUEST_MEMFD = U(0)  # over an inode of the two designs
+SLOT_USER = U(1)  # a process's memory; with SLOT_HAS_GUEST_MEMFD private pages come from M_INODE
+SLOT_LOG_DIRTY_PAGES = U(1)
+SLOT_READ_ONLY = U(2)
+SLOT_HAS_GUEST_MEMFD = U(4)
 
 # ops: one record per actor and one for batches, uint64; status is two's complement
 O_OP = U(0)
@@ -376,7 +480,7 @@ class Broken(IntEnum):
 # Everything but `ram` stands in one array each of uint64 (`state`), int64 (`stats`) and uint32 (`counts`):
 # numba passes an array as seven words, and a kernel that is handed four of them compiles in half the
 # time of one that is handed eleven. What has no fixed number of rows follows STATE_SIZE; registers tell where.
-FORMATS = 8
+FORMATS = 32
 ACTORS = 1024
 INODES = 64
 SPACES = 64

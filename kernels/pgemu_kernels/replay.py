@@ -6,17 +6,14 @@ operation run through a loop of their own, which spares the switch inside and le
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 
 from pgemu_kernels import mappings, memslots, pfnmap, references, restructure, truncation
-from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U16, U18, U27, U32, U48, U511, prefetch
+from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U18, U27, U32, U48, U511, prefetch
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     CONVERT_IOCTL,
     SYSCALL,
-    begin_operation,
     charge_one,
     finish_operation,
     result,
@@ -31,7 +28,6 @@ from pgemu_kernels.layout import (
     A_PGOFF,
     A_SPACE,
     A_START,
-    ACTORS,
     B_PFN,
     B_STATE,
     BLOCK_SPLIT,
@@ -42,19 +38,7 @@ from pgemu_kernels.layout import (
     M_INODE,
     M_PGOFF,
     M_VM,
-    O_ACTOR,
-    O_ADDRESS,
-    O_DETAIL,
-    O_FLAGS,
-    O_LENGTH,
-    O_OBJECT,
-    O_OFFSET,
     O_OP,
-    O_SPACE,
-    O_STATUS,
-    O_VM,
-    O_WORDS,
-    OPERATIONS,
     PFNMAP,
     R_CHECK,
     R_DESIGN,
@@ -62,16 +46,16 @@ from pgemu_kernels.layout import (
     R_LAST_MEMSLOT,
     R_LAST_VMA,
     R_ORDER,
-    STATE_OPS,
+    R_ORDINARY,
     V_ROOT,
     Operation,
 )
 from pgemu_kernels.paging import host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.records import Columns, element, load, save_result
+from pgemu_kernels.routing import is_ordinary
 
 U = np.uint64
-_O_WORDS = U(O_WORDS)
 _BYTE = U(0xFF)
-_OPERATIONS = U(OPERATIONS)
 _HALF = U(0xFFFF)
 _PFNMAP = U(PFNMAP)
 BATCH = U(64)
@@ -89,62 +73,17 @@ OP_UNBIND = U(Operation.UNBIND)
 OP_GET = U(Operation.GET)
 OP_PUT = U(Operation.PUT)
 OP_CLOSE = U(Operation.CLOSE)
-
-
-class Columns(NamedTuple):
-    """Operations as columns, each of n elements or of one; results always n."""
-
-    header: np.ndarray[Any, Any]  # uint64: op | flags << 8 | actor << 16 | vm << 32 | space << 48
-    object: np.ndarray[Any, Any]  # uint64
-    address: np.ndarray[Any, Any]
-    offset: np.ndarray[Any, Any]
-    length: np.ndarray[Any, Any]
-    status: np.ndarray[Any, Any]  # int64: what the kernel returns
-    detail: np.ndarray[Any, Any]  # uint64: leaf level, failing offset, or frame number
-
-
-@kernel
-def element(column, i):
-    """Element `i`, or the one that stands for all."""
-    return column[i] if U(column.size) > U1 else column[U0]
-
-
-@kernel
-def operation_record(actor):
-    """Where an actor's record begins in `state`; batches have one of their own, so that they disturb no actor."""
-    return STATE_OPS + min(actor, U(ACTORS)) * _O_WORDS
-
-
-@kernel
-def load(m, columns, i):
-    """Write operation `i` to the record of batches and begin it: where the record begins."""
-    state = m.state
-    header = element(columns.header, i)
-    actor = header >> U16 & _HALF
-    op = operation_record(U(ACTORS))
-    kind = header & _BYTE
-    # Row 0 of every table belongs to operations that do not exist.
-    state[op + O_OP] = kind if kind < _OPERATIONS else U0
-    state[op + O_FLAGS] = header >> U(8) & _BYTE
-    state[op + O_ACTOR] = actor
-    state[op + O_VM] = header >> U32 & _HALF
-    state[op + O_SPACE] = header >> U48
-    state[op + O_OBJECT] = element(columns.object, i)
-    state[op + O_ADDRESS] = element(columns.address, i)
-    state[op + O_OFFSET] = element(columns.offset, i)
-    state[op + O_LENGTH] = element(columns.length, i)
-    begin_operation(m, op)
-    return op
+_PROTECT = U(Operation.PROTECT)
+_PREFAULT = U(Operation.PREFAULT)
 
 
 @kernel
 def save(m, op, columns, i):
-    """Finish the operation and hand out its result."""
+    """Finish the operation, check it if asked to, and hand out its result."""
     finish_operation(m, op)
     if m.state[R_CHECK] != U0:
         check_operation(m, op)
-    columns.status[i] = np.int64(m.state[op + O_STATUS])
-    columns.detail[i] = m.state[op + O_DETAIL]
+    save_result(m.state, op, columns, i)
 
 
 # --------------------------------------------------------------------------- prefetching
@@ -366,19 +305,36 @@ def others(descriptor, columns, first, last):
         save(m, op, columns, i)
 
 
+@kernel
+def last_of_kind(header, kind, first, count):
+    """The end of a stretch of operations of one kind."""
+    last = first + U1
+    while last < count and header[last] & _BYTE == kind:
+        last += U1
+    return last
+
+
 @entry
-def run(descriptor, header, object_, address, offset, length, status, detail):
-    """Run operations in order on the machine behind `descriptor`; see Columns for the arrays."""
+def run(descriptor, header, object_, address, offset, length, status, detail, first):
+    """Run operations from `first` on, in order, on the machine behind `descriptor`; see Columns for the arrays.
+
+    Ends at the first operation that is for `ordinary.run_ordinary`: its index, or how many there are.
+    """
     columns = Columns(header, object_, address, offset, length, status, detail)
+    state = open_machine(descriptor).state
     count = U(status.size)
-    first = U0
     while first < count:
         kind = element(header, first) & _BYTE
-        last = first + U1
-        if U(header.size) <= U1:
-            last = count
-        while last < count and header[last] & _BYTE == kind:
-            last += U1
+        last = first
+        if state[R_ORDINARY] == U0 and (kind < _PROTECT or kind > _PREFAULT):
+            last = count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
+        else:
+            while last < count and element(header, last) & _BYTE == kind:
+                if is_ordinary(state, element(header, last), element(object_, last), element(address, last)):
+                    break
+                last += U1
+            if last == first:
+                break
         if kind == OP_HOST_FAULT:
             host_faults(descriptor, columns, first, last)
         elif kind == OP_GUEST_FAULT:
@@ -390,3 +346,4 @@ def run(descriptor, header, object_, address, offset, length, status, detail):
         else:
             others(descriptor, columns, first, last)
         first = last
+    return first

@@ -30,7 +30,8 @@ from pgemu_kernels.layout import (
     STATS_COUNTERS,
     STOP,
 )
-from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, operation_record, run_whole
+from pgemu_kernels.records import operation_record
+from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_whole
 from pgemu_kernels.steps import (
     convert_finish,
     convert_invalidate_begin,

@@ -69,6 +69,7 @@ def exercise(machine: Machine) -> None:
     assert gmem.punch_hole(0, L.PAGE_2M).status == 0
     process.munmap(base, gmem.size)
     vm.unbind(0)
+    machine.operate(L.Operation.PROTECT, space=process.space, address=base, length=L.PAGE_4K)
     assert gmem.close().status == 0
     assert machine.check() == 0
 

@@ -1,0 +1,89 @@
+"""Which entry runs an operation: `replay.run` those of the two designs, `ordinary.run_ordinary` all others.
+
+Ordinary is what mainline Linux does without either design: anonymous, HugeTLB and PFN mappings of a process,
+guest_memfd of 4K folios, memory slots over a process's memory. A machine that has none of it (R_ORDINARY = 0)
+never asks. Two entries, because whoever only compares the designs should not wait for the other's compilation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U8, U12, U32, U48
+from pgemu_kernels.compile import kernel
+from pgemu_kernels.gmem import find_memslot, find_vma, inode_row, vm_row
+from pgemu_kernels.layout import (
+    A_KIND,
+    I_KIND,
+    INODE_GUEST_MEMFD,
+    M_KIND,
+    R_INODES,
+    R_SPACES,
+    R_VMS,
+    S_ORDINARY,
+    S_WORDS,
+    SLOT_GUEST_MEMFD,
+    STATE_SPACES,
+    V_ORDINARY,
+    VMA_GUEST_MEMFD,
+    Flag,
+    Operation,
+)
+
+U = np.uint64
+_BYTE = U(0xFF)
+_HALF = U(0xFFFF)
+_S_WORDS = U(S_WORDS)
+_HOST_FAULT = U(Operation.HOST_FAULT)
+_GUEST_FAULT = U(Operation.GUEST_FAULT)
+_MMAP = U(Operation.MMAP)
+_MUNMAP = U(Operation.MUNMAP)
+_ZAP = U(Operation.ZAP)
+_BIND = U(Operation.BIND)
+_UNBIND = U(Operation.UNBIND)
+_ALLOCATE = U(Operation.ALLOCATE)
+_PROTECT = U(Operation.PROTECT)
+_PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
+
+
+@kernel
+def ordinary_space(state, space):
+    """Whether a process has or had VMAs of ordinary kinds."""
+    return space < state[R_SPACES] and state[STATE_SPACES + space * _S_WORDS + S_ORDINARY] != U0
+
+
+@kernel
+def ordinary_vm(state, vm):
+    """Whether a VM has or had slots of a process's memory."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_ORDINARY] != U0
+
+
+@kernel
+def ordinary_inode(state, inode):
+    return inode < state[R_INODES] and state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD
+
+
+@kernel
+def is_ordinary(state, header, object_, address):
+    """Whether an operation is one for `run_ordinary`; arguments are its columns."""
+    kind = header & _BYTE
+    space = header >> U48
+    vm = header >> U32 & _HALF
+    if kind == _HOST_FAULT:
+        row = find_vma(state, space, address)
+        return row != NONE and state[row + A_KIND] != VMA_GUEST_MEMFD
+    if kind == _GUEST_FAULT:
+        slot = find_memslot(state, vm, address >> U12)
+        if slot == NONE:
+            return ordinary_vm(state, vm)
+        return state[slot + M_KIND] != SLOT_GUEST_MEMFD
+    if kind == _MMAP:
+        # A mapping of the designs' inodes names neither PRIVATE nor SHARED: it is always shared.
+        return header >> U8 & _PRIVATE_OR_SHARED != U0 or ordinary_inode(state, object_)
+    if kind == _MUNMAP or kind == _ZAP:
+        return ordinary_space(state, space)
+    if kind == _BIND or kind == _UNBIND:
+        return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
+    if kind >= _PROTECT:
+        return kind <= U(Operation.PREFAULT)
+    return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)
