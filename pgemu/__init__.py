@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgemu.compare import Comparison
     from pgemu.errors import InputError
+    from pgemu.image import Image, open_image
     from pgemu.machine import Config, Machine, Result, Results
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
     from pgemu.statistics import Statistics
@@ -29,6 +30,7 @@ __all__ = (
     "Comparison",
     "Config",
     "GuestMemfd",
+    "Image",
     "InputError",
     "Lowered",
     "LoweringOptions",
@@ -40,6 +42,7 @@ __all__ = (
     "Vm",
     "__version__",
     "load",
+    "open_image",
 )
 
 _HOMES = {
@@ -47,6 +50,7 @@ _HOMES = {
     "Comparison": "compare",
     "Config": "machine",
     "GuestMemfd": "memory",
+    "Image": "image",
     "InputError": "errors",
     "Lowered": "trace",
     "LoweringOptions": "trace",
@@ -57,6 +61,7 @@ _HOMES = {
     "Statistics": "statistics",
     "Vm": "memory",
     "load": "trace",
+    "open_image": "image",
 }
 
 

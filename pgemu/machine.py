@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,10 +14,13 @@ import numpy as np
 from pgemu import cost
 from pgemu.designs import DESIGNS, Design
 from pgemu.statistics import Statistics
-from pgemu_kernels import formats, layout as L
+from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
+from pgemu_kernels.page_format import PageFormat
 
 if TYPE_CHECKING:
+    from pgemu.image import Root
+    from pgemu.physical import PhysicalMemory
     from pgemu.trace.schema import Records
 
 Array = np.ndarray[Any, Any]
@@ -412,19 +417,31 @@ class Machine:
     def walk(self, root: int, page: int) -> list[tuple[int, int, int]]:
         """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].
 
-        Ends at the leaf or at the entry that is not present; reads `ram` and nothing else.
+        Ends at the leaf or at the entry that is neither leaf nor table; reads `ram` and nothing else. A VM's root is
+        walked in the stage-2 format, any other in the host's.
         """
-        ram = self.arrays.ram
-        table = root
-        steps = []
-        for level in (4, 3, 2, 1):
-            address = table + (page >> 9 * (level - 1) & 511) * 8
-            entry = int(ram[address // 8])
-            steps.append((level, address, entry))
-            if entry & 0b111 == 0 or (1 < level < 4 and entry & formats.LARGE):
-                break
-            table = entry & formats.ADDRESS
-        return steps
+        from pgemu.walk import walk
+
+        rows = int(L.STATE_VMS) + np.arange(self.register(L.R_VMS)) * L.V_WORDS + int(L.V_ROOT)
+        stage2 = root in self.arrays.state[rows]
+        fmt = self.stage2_format if stage2 else self.host_format
+        address = page << 12
+        if fmt.sign_extended:
+            address = (address & (1 << fmt.input_bits) - 1 ^ 1 << fmt.input_bits - 1) - (1 << fmt.input_bits - 1)
+            address &= (1 << 64) - 1
+        return [step[:3] for step in walk(self, fmt, root, address)]
+
+    @cached_property
+    def host_format(self) -> PageFormat:
+        """The format of process and kernel page tables."""
+        return page_format.x86_64()
+
+    @cached_property
+    def stage2_format(self) -> PageFormat:
+        """The format of VMs' page tables."""
+        if self.config.stage2 == "npt":
+            return page_format.npt()
+        return page_format.ept(kernel=self.config.kernel, nx_huge_pages=self.config.nx_huge_pages)
 
     def struct_page(self, pfn: int) -> Array:
         """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).
@@ -437,6 +454,57 @@ class Machine:
         inside = (1 << 12 + 9 * (level - 1)) - 1
         word = ((entry & formats.ADDRESS & ~inside) + (address & inside)) // 8
         return self.arrays.ram[word : word + 8].copy()
+
+    # ------------------------------------------------------------------ physical memory
+
+    @cached_property
+    def memory(self) -> PhysicalMemory:
+        """What lies at physical addresses, and which frames are in use."""
+        from pgemu.physical import PhysicalMemory
+
+        return PhysicalMemory(self)
+
+    def words(self, address: int, count: int) -> Array:
+        """uint64[count] at a physical address, read-only: of the metadata zone a view, of HugeTLB frames a copy.
+
+        ValueError for an unaligned address or where there is no memory.
+        """
+        return self.memory.words(address, count)
+
+    def load(self, addresses: Array) -> Array:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or where no memory is."""
+        return self.memory.load(addresses)
+
+    def holds(self, addresses: Array) -> Array:
+        """bool[n]: whether there is memory at each physical address (uint64[n], multiples of 8)."""
+        return self.memory.holds(addresses)
+
+    def roots(self) -> list[Root]:
+        """The top tables: the kernel's, each process's ("process:0"), each VM's ("vm:0")."""
+        from pgemu.image import Root
+
+        state = self.arrays.state
+        found = [Root("kernel", self.host_format.name, self.register(L.R_KERNEL_ROOT))]
+        for name, fmt, rows, count, words, word in (
+            ("process", self.host_format, L.STATE_SPACES, L.R_SPACES, L.S_WORDS, L.S_ROOT),
+            ("vm", self.stage2_format, L.STATE_VMS, L.R_VMS, L.V_WORDS, L.V_ROOT),
+        ):
+            for i in range(self.register(count)):
+                root = int(state[int(rows) + i * words + int(word)])
+                if root:
+                    found.append(Root(f"{name}:{i}", fmt.name, root))
+        return found
+
+    def write_image(self, path: str | os.PathLike[str], format: Literal["elf", "raw"] = "elf") -> None:
+        """Write physical memory to a sparse file: every metadata frame ever used, and HugeTLB frames with contents.
+
+        "elf" is an ELF64 core with a PT_LOAD per range (p_paddr; p_vaddr in Linux's direct map) and a note that names
+        the roots; where use is scattered, ranges also cover frames never used. In "raw" the offset in the file is the
+        physical address. The file appears whole or not at all. OSError where it cannot be written.
+        """
+        from pgemu.image import write_image
+
+        write_image(self, path, format)
 
     # ------------------------------------------------------------------ contents of guest frames
 

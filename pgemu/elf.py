@@ -1,0 +1,166 @@
+"""ELF64 cores of physical memory, as QEMU's dump-guest-memory, kdump and pgemu write them: headers, segments, notes.
+
+Little-endian only. Sources: System V ABI, chapter 5 (program header, note section); elf(5) for PN_XNUM;
+QEMU's target/i386/arch_dump.c:QEMUCPUState; Linux's kernel/vmcore_info.c and
+arch/x86/kernel/vmcore_info_64.c:arch_crash_save_vmcoreinfo().
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pgemu.errors import InputError
+
+__all__ = ("MAGIC", "Note", "Root", "Segment", "parse", "prologue")
+
+MAGIC = b"\x7fELF"
+_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+_PROGRAM = struct.Struct("<IIQQQQQQ")
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_NOTE = struct.Struct("<III")
+_CLASS_64, _LITTLE_ENDIAN, _CORE, _X86_64 = 2, 1, 4, 62
+_LOAD, _NOTES = 1, 4
+_MANY_PROGRAM_HEADERS = 0xFFFF  # PN_XNUM: their number is in sh_info of section 0
+_DIRECT_MAP = 0xFFFF_8880_0000_0000  # where Linux sees physical address 0 without KASLR
+_KERNEL_TEXT = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
+_QEMU_CR3 = struct.calcsize("<II18Q") + 10 * struct.calcsize("<IIIIQ") + 3 * 8  # offset in QEMUCPUState
+_PGEMU_ROOTS = 0x706765  # type of the note; none of those that readelf knows
+PAGE = 4096
+
+
+class Segment(NamedTuple):
+    """A PT_LOAD: physical address, bytes in memory, offset and bytes in the file."""
+
+    address: int
+    size: int
+    offset: int
+    file_size: int
+
+
+class Note(NamedTuple):
+    """An entry of a PT_NOTE."""
+
+    name: str
+    kind: int
+    data: bytes
+
+
+class Root(NamedTuple):
+    """A top table that an image names: what it belongs to, its format (page_format.FORMATS), its physical address."""
+
+    name: str
+    format: str
+    address: int
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def parse(data: memoryview, file: str) -> tuple[list[Segment], list[Root]]:
+    """Segments of a core in the order of the file, and the top tables that its notes name.
+
+    data: the file's bytes. InputError, naming `file`, for what is no whole little-endian ELF64 core.
+    """
+    if len(data) < _HEADER.size:
+        raise InputError(f"{len(data)} bytes: expected an ELF header of {_HEADER.size}", file)
+    header = _HEADER.unpack_from(data)
+    ident, kind, headers_at, sections_at = header[0], header[1], header[5], header[6]
+    header_size, count = header[9:11]
+    if ident[4] != _CLASS_64:
+        raise InputError(f"ELF class {ident[4]}: expected 64-bit ({_CLASS_64})", file)
+    if ident[5] != _LITTLE_ENDIAN:
+        raise InputError(f"ELF byte order {ident[5]}: expected little-endian ({_LITTLE_ENDIAN})", file)
+    if kind != _CORE:
+        raise InputError(f"ELF type {kind}: expected a core ({_CORE})", file)
+    if count == _MANY_PROGRAM_HEADERS:
+        if sections_at == 0 or sections_at + _SECTION.size > len(data):
+            raise InputError("no section header for the number of program headers: expected one, file truncated?", file)
+        count = _SECTION.unpack_from(data, sections_at)[7]
+    if count and header_size != _PROGRAM.size:
+        raise InputError(f"program headers of {header_size} bytes: expected {_PROGRAM.size}", file)
+    end = headers_at + count * _PROGRAM.size
+    if end > len(data):
+        raise InputError(f"program headers end at {end:#x}, the file at {len(data):#x}: file truncated?", file)
+    segments, notes = [], []
+    for kind, _, offset, _, address, file_size, size, _ in _PROGRAM.iter_unpack(data[headers_at:end]):
+        if kind == _NOTES:
+            notes += list(_notes(data[offset : offset + file_size]))
+        elif kind == _LOAD and file_size:
+            if offset + file_size > len(data):
+                where = f"PT_LOAD of physical address {address:#x} ends at {offset + file_size:#x}"
+                raise InputError(f"{where}, the file at {len(data):#x}: file truncated?", file)
+            segments.append(Segment(address, max(size, file_size), offset, file_size))
+    return segments, list(_roots(notes))
+
+
+def _notes(data: memoryview) -> Iterator[Note]:
+    """Entries of a note segment, up to the first that is not whole."""
+    at = 0
+    while at + _NOTE.size <= len(data):
+        name_size, size, kind = _NOTE.unpack_from(data, at)
+        begin = at + _NOTE.size + (name_size + 3 & ~3)
+        at = begin + (size + 3 & ~3)
+        if begin + size > len(data):
+            return
+        name = bytes(data[begin - (name_size + 3 & ~3) :][:name_size]).rstrip(b"\0").decode("latin-1")
+        yield Note(name, kind, bytes(data[begin : begin + size]))
+
+
+def _roots(notes: list[Note]) -> Iterator[Root]:
+    """Top tables named by pgemu's own note, by QEMU's processors (CR3) and by a kernel's VMCOREINFO."""
+    processors = 0
+    for note in notes:
+        if note.name == "pgemu":
+            for line in note.data.decode("latin-1").split("\n"):
+                words = line.split()
+                if len(words) == 3 and words[2].startswith("0x"):
+                    yield Root(words[0], words[1], int(words[2], 16))
+        elif note.name == "QEMU" and len(note.data) >= _QEMU_CR3 + 16:
+            cr3, cr4 = struct.unpack_from("<QQ", note.data, _QEMU_CR3)
+            yield Root(f"cpu:{processors}", "x86-64-5" if cr4 >> 12 & 1 else "x86-64", cr3)
+            processors += 1
+        elif note.name == "VMCOREINFO":
+            yield from _kernel_root(note.data.decode("latin-1"))
+
+
+def _kernel_root(text: str) -> Iterator[Root]:
+    """The kernel's own top table from VMCOREINFO, whose symbols are virtual addresses of the kernel's image."""
+    values = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
+    symbol = values.get("SYMBOL(init_top_pgt)", values.get("SYMBOL(swapper_pg_dir)"))
+    base = values.get("NUMBER(phys_base)")
+    if symbol and base:
+        try:
+            address = int(symbol, 16) - _KERNEL_TEXT + int(base)
+        except ValueError:
+            return
+        if address >= 0:
+            yield Root("kernel", "x86-64-5" if values.get("NUMBER(pgtable_l5_enabled)") == "1" else "x86-64", address)
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def prologue(ranges: list[tuple[int, int]], roots: list[Root]) -> tuple[bytes, list[int]]:
+    """What stands before the memory in a core with one PT_LOAD for each range, and the file offset of each range.
+
+    ranges: (start, end) of physical memory, multiples of 4096, fewer than PN_XNUM of them. roots go into a note.
+    """
+    text = "".join(f"{root.name} {root.format} {root.address:#x}\n" for root in roots).encode()
+    note = _NOTE.pack(6, len(text), _PGEMU_ROOTS) + b"pgemu\0\0\0" + text + bytes(-len(text) % 4)
+    count = len(ranges) + 1
+    note_at = _HEADER.size + count * _PROGRAM.size
+    at = note_at + len(note) + (-(note_at + len(note)) % PAGE)
+    ident = MAGIC + bytes((_CLASS_64, _LITTLE_ENDIAN, 1)) + bytes(9)
+    parts = [
+        _HEADER.pack(ident, _CORE, _X86_64, 1, 0, _HEADER.size, 0, 0, _HEADER.size, _PROGRAM.size, count, 0, 0, 0),
+        _PROGRAM.pack(_NOTES, 0, note_at, 0, 0, len(note), len(note), 4),
+    ]
+    offsets = []
+    for start, end in ranges:
+        size = end - start
+        parts.append(_PROGRAM.pack(_LOAD, 0b110, at, _DIRECT_MAP + start, start, size, size, PAGE))
+        offsets.append(at)
+        at += size
+    return b"".join(parts) + note, offsets
