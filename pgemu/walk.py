@@ -108,8 +108,9 @@ class Translation(NamedTuple):
 
 
 class MappedRange(NamedTuple):
-    """Leaves of one level, one after another in virtual and physical memory, equal in flags and rights.
+    """Leaves of one level, one after another, equal in flags and rights, that map successive pages or all the same one.
 
+    step: from one leaf's physical address to the next one's: the page size, or 0 for the same page again and again.
     flags: bits of each leaf outside the address. rights: the bits that permit an access, each 1 where every
     level grants it (x86: write 1, user 2, execute 63; EPT: 0 to 2 and 10; Arm: read 6, write 7, execute 53 and 54).
     """
@@ -120,6 +121,7 @@ class MappedRange(NamedTuple):
     level: int
     flags: int
     rights: int
+    step: int
 
 
 class Problem(NamedTuple):
@@ -315,43 +317,79 @@ def mapped_ranges(
     ranges that differ only in them are one. What leads into a loop, out of the memory, or again and again through
     the same table is noted in the summary and not followed: the work is bounded by the number of distinct tables.
     """
-    last: MappedRange | None = None
+    run: MappedRange | None = None
     for leaves in _Survey(memory, fmt, ignore, Summary() if summary is None else summary).run(root):
-        for found in _merge(leaves):
-            if last is None:
-                last = found
-            elif _continues(last, found):
-                last = last._replace(length=last.length + found.length)
-            else:
-                yield last
-                last = found
-    if last is not None:
-        yield last
-
-
-def _continues(last: MappedRange, found: MappedRange) -> bool:
-    return (
-        last[3:] == found[3:]
-        and last.address + last.length == found.address
-        and last.physical + last.length == found.physical
-    )
+        # A run that may go on is merged once more, as its first leaf and what is left of it.
+        for found in _merge(leaves, run):
+            if run is not None and found.address != run.address:
+                yield run
+            run = found
+    if run is not None:
+        yield run
 
 
 # Leaves travel as uint64[5, n]: address, physical, level, flags, rights.
 _ADDRESS, _PHYSICAL, _LEVEL = 0, 1, 2
+_APART, _NEXT_FRAME, _SAME_FRAME = 0, 1, 2
 
 
-def _merge(leaves: Array) -> Iterator[MappedRange]:
-    """Ranges of ascending leaves."""
-    size = np.uint64(1) << leaves[_LEVEL] * np.uint64(9) + np.uint64(3)
-    follows = (leaves[_LEVEL:, 1:] == leaves[_LEVEL:, :-1]).all(axis=0)
-    for row in (_ADDRESS, _PHYSICAL):
-        follows &= leaves[row, :-1] + size[:-1] == leaves[row, 1:]
-    begins = np.flatnonzero(np.concatenate([[True], ~follows]))
-    counts = np.diff(begins, append=leaves.shape[1])
-    lengths = (size[begins] * counts.astype(np.uint64)).tolist()
-    for (address, *rest), length in zip(leaves[:, begins].T.tolist(), lengths, strict=True):
-        yield MappedRange(address, length, *rest)
+def _page_size(level: int) -> int:
+    return 1 << 9 * level + 3
+
+
+def _merge(leaves: Array, run: MappedRange | None) -> Iterator[MappedRange]:
+    """Ranges of ascending leaves that come after `run`, which comes out again, longer if they continue it."""
+    if run is not None:
+        size = _page_size(run.level)
+        pages = run.length // size
+        physical = run.physical + run.step * (pages - 1)
+        tail = (run.address + run.length - size, physical, run.level, run.flags, run.rights)
+        leaves = np.concatenate([np.array(tail, np.uint64)[:, None], leaves], axis=1)
+    joins = _joins(leaves)
+    if run is not None and pages > 1:
+        joins[0] = _NEXT_FRAME if run.step else _SAME_FRAME
+    begins = np.flatnonzero(_breaks(joins))
+    if run is not None and pages > 1:
+        begins = np.concatenate([[0], begins])
+    counts = np.diff(begins, append=leaves.shape[1]).tolist()
+    same = joins[np.minimum(begins + 1, leaves.shape[1] - 1)] == _SAME_FRAME
+    rows = zip(leaves[:, begins].T.tolist(), counts, same.tolist(), strict=True)
+    for i, ((address, physical, level, flags, rights), count, again) in enumerate(rows):
+        size = _page_size(level)
+        step = 0 if again and count > 1 else size
+        if i == 0 and run is not None:
+            length = run.length + (count - 1) * size
+            yield run._replace(length=length, step=run.step if pages > 1 else step)
+        else:
+            yield MappedRange(address, count * size, physical, level, flags, rights, step)
+
+
+def _joins(leaves: Array) -> Array:
+    """int8[n]: how each leaf goes on from the one before."""
+    joins = np.full(leaves.shape[1], _APART, np.int8)
+    size = np.uint64(1) << leaves[_LEVEL, :-1] * np.uint64(9) + np.uint64(3)
+    like = (leaves[_LEVEL:, 1:] == leaves[_LEVEL:, :-1]).all(axis=0)
+    like &= leaves[_ADDRESS, :-1] + size == leaves[_ADDRESS, 1:]
+    moved = leaves[_PHYSICAL, 1:] - leaves[_PHYSICAL, :-1]
+    joins[1:][like & (moved == size)] = _NEXT_FRAME
+    joins[1:][like & (moved == 0)] = _SAME_FRAME
+    return joins
+
+
+def _breaks(joins: Array) -> Array:
+    """bool[n]: whether a range begins at each leaf, so that each range is as long as can be from where it begins.
+
+    A leaf that joins the one before in another way than that one joined its own begins a range, unless the one before began
+    one and so has no way yet. Where that way changes at leaf after leaf, therefore, every other leaf begins a range.
+    """
+    before = np.concatenate([joins[:1], joins[:-1]])
+    breaks = joins == _APART
+    changes = np.flatnonzero((joins != before) & ~breaks)
+    if changes.size:
+        alone = np.concatenate([[True], np.diff(changes) != 1])
+        first = changes[alone][np.cumsum(alone) - 1]
+        breaks[changes] = (changes - first) % 2 == breaks[first - 1]
+    return breaks
 
 
 class _Survey:
