@@ -319,11 +319,9 @@ def mapped_ranges(
     """
     run: MappedRange | None = None
     for leaves in _Survey(memory, fmt, ignore, Summary() if summary is None else summary).run(root):
-        # A run that may go on is merged once more, as its first leaf and what is left of it.
-        for found in _merge(leaves, run):
-            if run is not None and found.address != run.address:
-                yield run
-            run = found
+        # The last run of some leaves may go on in the next ones.
+        *runs, run = _merge(leaves, run)
+        yield from runs
     if run is not None:
         yield run
 
@@ -337,36 +335,36 @@ def _page_size(level: int) -> int:
     return 1 << 9 * level + 3
 
 
-def _merge(leaves: Array, run: MappedRange | None) -> Iterator[MappedRange]:
-    """Ranges of ascending leaves that come after `run`, which comes out again, longer if they continue it."""
+def _merge(leaves: Array, run: MappedRange | None) -> list[MappedRange]:
+    """Ranges of ascending leaves that come after `run`, which is the first of them, longer if they continue it."""
+    way, pages = _APART, 1
     if run is not None:
         size = _page_size(run.level)
         pages = run.length // size
         physical = run.physical + run.step * (pages - 1)
         tail = (run.address + run.length - size, physical, run.level, run.flags, run.rights)
         leaves = np.concatenate([np.array(tail, np.uint64)[:, None], leaves], axis=1)
-    joins = _joins(leaves)
-    if run is not None and pages > 1:
-        joins[0] = _NEXT_FRAME if run.step else _SAME_FRAME
-    begins = np.flatnonzero(_breaks(joins))
-    if run is not None and pages > 1:
-        begins = np.concatenate([[0], begins])
-    counts = np.diff(begins, append=leaves.shape[1]).tolist()
-    same = joins[np.minimum(begins + 1, leaves.shape[1] - 1)] == _SAME_FRAME
-    rows = zip(leaves[:, begins].T.tolist(), counts, same.tolist(), strict=True)
-    for i, ((address, physical, level, flags, rights), count, again) in enumerate(rows):
-        size = _page_size(level)
-        step = 0 if again and count > 1 else size
-        if i == 0 and run is not None:
-            length = run.length + (count - 1) * size
-            yield run._replace(length=length, step=run.step if pages > 1 else step)
-        else:
-            yield MappedRange(address, count * size, physical, level, flags, rights, step)
+        if pages > 1:
+            way = _NEXT_FRAME if run.step else _SAME_FRAME
+    joins = _joins(leaves, way)
+    begins = np.flatnonzero(np.concatenate([[True], _breaks(joins)[1:]]))
+    counts = np.diff(begins, append=leaves.shape[1])
+    found = leaves[:, begins]
+    size = np.uint64(1) << found[_LEVEL] * np.uint64(9) + np.uint64(3)
+    same = (counts > 1) & (joins[np.minimum(begins + 1, joins.size - 1)] == _SAME_FRAME)
+    columns = (found[0], size * counts.astype(np.uint64), *found[1:], np.where(same, np.uint64(0), size))
+    ranges = list(map(MappedRange._make, zip(*(column.tolist() for column in columns), strict=True)))
+    if run is not None:
+        first = ranges[0]
+        step = run.step if pages > 1 else first.step
+        ranges[0] = run._replace(length=run.length + first.length - _page_size(run.level), step=step)
+    return ranges
 
 
-def _joins(leaves: Array) -> Array:
-    """int8[n]: how each leaf goes on from the one before."""
+def _joins(leaves: Array, way: int) -> Array:
+    """int8[n]: how each leaf goes on from the one before; `way` is that of the first one."""
     joins = np.full(leaves.shape[1], _APART, np.int8)
+    joins[0] = way
     size = np.uint64(1) << leaves[_LEVEL, :-1] * np.uint64(9) + np.uint64(3)
     like = (leaves[_LEVEL:, 1:] == leaves[_LEVEL:, :-1]).all(axis=0)
     like &= leaves[_ADDRESS, :-1] + size == leaves[_ADDRESS, 1:]
@@ -379,11 +377,11 @@ def _joins(leaves: Array) -> Array:
 def _breaks(joins: Array) -> Array:
     """bool[n]: whether a range begins at each leaf, so that each range is as long as can be from where it begins.
 
-    A leaf that joins the one before in another way than that one joined its own begins a range, unless the one before began
-    one and so has no way yet. Where that way changes at leaf after leaf, therefore, every other leaf begins a range.
+    A leaf that joins the one before in another way than that one joined its own begins a range, unless the one before
+    began one and so has no way yet. Where the way changes at leaf after leaf, therefore, every other leaf begins one.
     """
     before = np.concatenate([joins[:1], joins[:-1]])
-    breaks = joins == _APART
+    breaks: Array = joins == _APART
     changes = np.flatnonzero((joins != before) & ~breaks)
     if changes.size:
         alone = np.concatenate([[True], np.diff(changes) != 1])
