@@ -12,11 +12,12 @@ import numpy as np
 from pgemu import cost
 from pgemu.designs import DESIGNS, Design
 from pgemu.statistics import Statistics
-from pgemu_kernels import formats, layout as L
+from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
 
 if TYPE_CHECKING:
     from pgemu.trace.schema import Records
+    from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
 
@@ -25,8 +26,9 @@ Array = np.ndarray[Any, Any]
 class Config:
     """What a machine is made of.
 
-    design: "restructure" or "pfnmap".
-    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB).
+    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone.
+    memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
     vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
@@ -42,8 +44,8 @@ class Config:
     profile: name of a cost profile (pgemu.cost).
     """
 
-    design: Design
-    pool: int
+    design: Design = "restructure"
+    pool: int = 0
     page_size: int = L.PAGE_1G
     kernel: str = "7.3"
     stage2: Literal["npt", "ept"] = "npt"
@@ -58,6 +60,7 @@ class Config:
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
     profile: str = "published"
+    memory: int = 64 << 20
 
     def __post_init__(self) -> None:
         checks = (
@@ -77,8 +80,10 @@ class Config:
         for holds, complaint in checks:
             if not holds:
                 raise ValueError(complaint)
-        if self.pool <= 0 or self.pool % self.page_size:
-            raise ValueError(f"pool of {self.pool} bytes: expected a positive multiple of {self.page_size}")
+        if self.pool < 0 or self.pool % self.page_size:
+            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
+        if self.memory < 0 or self.memory % L.PAGE_4K:
+            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
 
     @property
     def order(self) -> int:
@@ -195,7 +200,7 @@ class Machine:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
         gigabytes = self.config.pool / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
-        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + 16384
+        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + (self.config.memory >> 12)
         return 1 << max(needed, self.config.frames or 0).bit_length()
 
     def _boot_frames(self) -> int:
@@ -245,12 +250,41 @@ class Machine:
             state[register] = value
         table = formats.format_table(config.kernel, config.nx_huge_pages)
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
+        self._complete_fixed_formats()
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
         stats = self.arrays.stats
         stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
         one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
         one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
         stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
+
+    def _complete_fixed_formats(self) -> None:
+        """What walkers and edits read of the three formats that every machine has: the words from F_LEVELS on."""
+        config = self.config
+        ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
+        for index, fmt in enumerate((page_format.x86_64(), page_format.npt(), ept)):
+            self._format_row(index)[int(L.F_LEVELS) :] = fmt.row()[int(L.F_LEVELS) :]
+        self.arrays.state[L.R_FORMATS] = 3
+
+    def _format_row(self, index: int) -> Array:
+        first = int(L.STATE_FORMATS) + index * L.F_WORDS
+        return self.arrays.state[first : first + L.F_WORDS]
+
+    def add_format(self, fmt: PageFormat) -> int:
+        """Give an entry format a row of the machine's table: its number, the same for the same format.
+
+        Rows 0 to 2 are what the machine's own processes and VMs use. ValueError past layout.FORMATS rows.
+        """
+        row = fmt.row()
+        used = self.register(L.R_FORMATS)
+        for index in range(used):
+            if np.array_equal(self._format_row(index), row):
+                return index
+        if used == L.FORMATS:
+            raise ValueError(f"format {fmt.name}: a machine has room for {L.FORMATS} formats")
+        self._format_row(used)[:] = row
+        self.arrays.state[L.R_FORMATS] = used + 1
+        return used
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
