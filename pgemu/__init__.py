@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pgemu.errors import InputError
     from pgemu.machine import Config, Machine, Result, Results
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
+    from pgemu.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.statistics import Statistics
     from pgemu.trace import Lowered, LoweringOptions, Records, load
 
@@ -28,11 +29,15 @@ __all__ = (
     "AddressSpace",
     "Comparison",
     "Config",
+    "EditResult",
+    "EditResults",
+    "Flush",
     "GuestMemfd",
     "InputError",
     "Lowered",
     "LoweringOptions",
     "Machine",
+    "PageTable",
     "Records",
     "Result",
     "Results",
@@ -46,11 +51,15 @@ _HOMES = {
     "AddressSpace": "memory",
     "Comparison": "compare",
     "Config": "machine",
+    "EditResult": "page_table",
+    "EditResults": "page_table",
+    "Flush": "page_table",
     "GuestMemfd": "memory",
     "InputError": "errors",
     "Lowered": "trace",
     "LoweringOptions": "trace",
     "Machine": "machine",
+    "PageTable": "page_table",
     "Records": "trace",
     "Result": "machine",
     "Results": "machine",

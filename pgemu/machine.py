@@ -157,6 +157,7 @@ class Machine:
     config: Config
     arrays: Arrays = field(init=False, repr=False)
     descriptor: Array = field(init=False, repr=False)
+    page_tables: list[PageTable] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.arrays = self._allocate()
@@ -180,14 +181,15 @@ class Machine:
             L.R_BLOCK_ROWS: blocks * L.B_WORDS,
             L.R_WORD_ROWS: pages >> 6,
             L.R_ZEROED_ROWS: pages >> 6,
+            L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
         }
         counts = {L.R_CONTENTS: config.pool >> 12, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
         begins: dict[np.uint64, int] = {}
         state_size = _lay_out(tails, L.STATE_SIZE, begins)
-        counts_size = _lay_out(counts, frames + self._boot_frames(), begins)
+        counts_size = _lay_out(counts, self._all_frames(), begins)
         arrays = Arrays(
             # Frames in a seed's order are scattered: each would cost the host a huge page.
-            ram=_map_memory((frames + self._boot_frames()) * 512, huge=config.seed == 0),
+            ram=_map_memory(self._all_frames() * 512, huge=config.seed == 0),
             state=np.zeros(state_size, DTYPES["state"]),
             stats=np.zeros(L.STATS_SIZE, DTYPES["stats"]),
             counts=np.zeros(counts_size, DTYPES["counts"]),
@@ -209,14 +211,21 @@ class Machine:
             return 0
         return -(-(self.config.pool >> 12) // 32768) * 512
 
+    def _all_frames(self) -> int:
+        """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
+        return self._contiguous() + L.CONTIGUOUS_FRAMES
+
+    def _contiguous(self) -> int:
+        """The first frame of those for runs, aligned to the longest run."""
+        return -(-(self._frames() + self._boot_frames()) // 64) * 64
+
     def _set_registers(self) -> None:
         config = self.config
         kernel = formats.KERNELS[config.kernel]
         frames = self._frames()
         boot_frames = self._boot_frames()
         random = np.random.default_rng(config.seed)
-        total = frames + boot_frames
-        base = max(1 << 20, -(-total // (1 << 18)) << 18)
+        base = max(1 << 20, -(-self._all_frames() // (1 << 18)) << 18)
         limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
         registers = {
             L.R_DESIGN: DESIGNS.index(config.design),
@@ -224,6 +233,7 @@ class Machine:
             L.R_FRAMES_MASK: frames - 1,
             L.R_FRAMES_LIMIT: limit + boot_frames,
             L.R_BOOT_FRAMES: boot_frames,
+            L.R_CONTIGUOUS: self._contiguous(),
             L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
             L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
             L.R_POOL_BASE: base,
@@ -313,6 +323,15 @@ class Machine:
         from pgemu.memory import Vm
 
         return Vm.create(self, process, protected)
+
+    def create_page_table(self, fmt: PageFormat | str) -> PageTable:
+        """Create an empty page table of a format, or of the format of a name (page_format.FORMATS).
+
+        OSError ENOMEM. ValueError for another name, or past layout.FORMATS formats.
+        """
+        from pgemu.page_table import PageTable
+
+        return PageTable.create(self, fmt)
 
     # ------------------------------------------------------------------ running
 
@@ -431,6 +450,9 @@ class Machine:
         from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
+        for table in self.page_tables:
+            for pages in table.table_pages().values():
+                owner[pages >> np.uint64(12)] = 7  # a second owner is found by the recount
         return int(check(self.descriptor, owner, np.zeros(3, np.int64)))
 
     def check_each(self, on: bool = True) -> None:
@@ -524,3 +546,4 @@ def _os_error(number: int, text: str) -> OSError:
 
 if TYPE_CHECKING:
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
+    from pgemu.page_table import PageTable

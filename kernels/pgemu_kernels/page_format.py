@@ -52,7 +52,10 @@ class PageFormat:
     invert, fold, table_rights: see layout.F_INVERT. bad_low, bad_memory_type: misconfigurations (EPT).
     accessed, dirty: the hardware's bits, 0 without hardware updates. table: bits of a table entry as Linux
     writes it; leaf: by level (1 to 3), of a leaf with every permission. empty, frozen: KVM's non-present values.
-    key_shift: where a protection key begins, 0 for none.
+    key_shift: where a protection key begins, 0 for none. pat_page, pat_large: the memory-type bit of a 4K leaf that
+    larger ones have elsewhere. break_bits: bits of a valid leaf that change only by break-before-make. software: bits
+    that the hardware ignores and Linux uses, whose change needs no flush. range_invalidation: the TLB is invalidated
+    by range where more than one entry changes; defers_unmap: an unmap, too, invalidates once, by range.
     """
 
     name: str
@@ -84,6 +87,12 @@ class PageFormat:
     frozen: int = 0
     break_before_make: bool = False
     key_shift: int = 0
+    pat_page: int = 0
+    pat_large: int = 0
+    break_bits: int = 0
+    software: int = 0
+    range_invalidation: bool = False
+    defers_unmap: bool = False
 
     @property
     def root_bits(self) -> int:
@@ -123,6 +132,11 @@ class PageFormat:
             L.F_BREAK_BEFORE_MAKE: self.break_before_make,
             L.F_FLUSH: self.flush,
             L.F_KEY_SHIFT: self.key_shift,
+            L.F_PAT_PAGE: self.pat_page,
+            L.F_PAT_LARGE: self.pat_large,
+            L.F_BREAK_BITS: self.break_bits,
+            L.F_SOFTWARE: self.software,
+            L.F_RANGE_FLUSH: self.range_invalidation | self.defers_unmap << 1,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():
@@ -179,6 +193,10 @@ def x86_64(
         leaf=(bits.FILE_LEAF & ~NO_EXECUTE, bits.FILE_LEAF & ~NO_EXECUTE | bits.LARGE,
               bits.FILE_LEAF & ~NO_EXECUTE | bits.LARGE),
         key_shift=59,
+        pat_page=PAT_PAGE,
+        pat_large=PAT_LARGE,
+        # arch/x86/include/asm/tlbflush.h:pte_flags_need_flush(); bit 58 holds the dirty bit of read-only leaves.
+        software=0b111 << 9 | 0b11 << 57,
     )  # fmt: skip
 
 
@@ -203,6 +221,9 @@ def npt(levels: int = 4, *, maxphyaddr: int = 51, nx: bool = True, pages_1g: boo
         dirty=bits.DIRTY,
         table=bits.NPT_TABLE,
         leaf=(bits.NPT_LEAF, bits.NPT_LEAF | bits.LARGE, bits.NPT_LEAF | bits.LARGE),
+        pat_page=PAT_PAGE,
+        pat_large=PAT_LARGE,
+        software=0b111 << 9 | span(52, 58),
         empty=bits.EMPTY_SPTE,
         frozen=bits.FROZEN_SPTE,
     )
@@ -254,11 +275,14 @@ def ept(
         table=bits.EPT_RWX | bits.MMU_PRESENT | bits.SUPPRESS_VE | parameters.ept_extra
         | (bits.EPT_ACCESSED if accessed_dirty else 0),
         leaf=(base, large, large),
+        software=bits.MMU_PRESENT | span(52, 56) | parameters.ept_writable,
         empty=bits.EMPTY_SPTE,
         frozen=bits.FROZEN_SPTE,
     )  # fmt: skip
 
 
+PAT_PAGE = 1 << 7  # arch/x86/include/asm/pgtable_types.h:_PAGE_PAT
+PAT_LARGE = 1 << 12  # _PAGE_PAT_LARGE
 ARM_VALID = 1 << 0
 ARM_TABLE = 1 << 1  # a table at levels 2 and above, a page at level 1
 ARM_READ = 1 << 6
@@ -271,13 +295,18 @@ ARM_NO_EXECUTE = 0b10 << 53  # XN[1:0] = 10: nobody executes
 
 
 def arm64_stage2(
-    ipa_bits: int = 40, *, fwb: bool = True, hardware_access_flag: bool = True, kernel: str = "7.3"
+    ipa_bits: int = 40,
+    *,
+    fwb: bool = True,
+    hardware_access_flag: bool = True,
+    range_invalidation: bool = True,
+    kernel: str = "7.3",
 ) -> PageFormat:
     """Arm64 stage 2, 4K granule; 48-bit output addresses.
 
     ipa_bits: 32 to 48; up to 43 three levels, then four, with up to 16 concatenated root tables
     (arch/arm64/include/asm/stage2_pgtable.h:stage2_pgtable_levels()). fwb: FEAT_S2FWB memory attributes.
-    hardware_access_flag: VTCR_EL2.HA. ValueError for another size.
+    hardware_access_flag: VTCR_EL2.HA. range_invalidation: FEAT_TLBIRANGE. ValueError for another size.
     """
     if not 32 <= ipa_bits <= 48:
         raise ValueError(f"{ipa_bits} bits of intermediate physical address: expected 32 to 48")
@@ -309,6 +338,12 @@ def arm64_stage2(
         leaf=(base | ARM_TABLE, base, base),
         frozen=locked,
         break_before_make=True,
+        # Output address, block or page, memory attributes, shareability, contiguous: Arm DDI 0487, "Break-before-make".
+        break_bits=span(12, 47) | ARM_TABLE | span(2, 5) | span(8, 9) | 1 << 52,
+        software=span(55, 58),
+        range_invalidation=range_invalidation,
+        # arch/arm64/kvm/hyp/pgtable.c:stage2_unmap_defer_tlb_flush()
+        defers_unmap=range_invalidation and fwb,
     )
 
 
