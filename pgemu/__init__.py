@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pgemu.image import Image, open_image
     from pgemu.machine import Config, Machine, Result, Results
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
+    from pgemu.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.statistics import Statistics
     from pgemu.trace import Lowered, LoweringOptions, Records, load
 
@@ -29,12 +30,16 @@ __all__ = (
     "AddressSpace",
     "Comparison",
     "Config",
+    "EditResult",
+    "EditResults",
+    "Flush",
     "GuestMemfd",
     "Image",
     "InputError",
     "Lowered",
     "LoweringOptions",
     "Machine",
+    "PageTable",
     "Records",
     "Result",
     "Results",
@@ -49,12 +54,16 @@ _HOMES = {
     "AddressSpace": "memory",
     "Comparison": "compare",
     "Config": "machine",
+    "EditResult": "page_table",
+    "EditResults": "page_table",
+    "Flush": "page_table",
     "GuestMemfd": "memory",
     "Image": "image",
     "InputError": "errors",
     "Lowered": "trace",
     "LoweringOptions": "trace",
     "Machine": "machine",
+    "PageTable": "page_table",
     "Records": "trace",
     "Result": "machine",
     "Results": "machine",

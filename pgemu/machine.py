@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pgemu.image import Root
     from pgemu.physical import PhysicalMemory
     from pgemu.trace.schema import Records
+    from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
 
@@ -30,8 +31,9 @@ Array = np.ndarray[Any, Any]
 class Config:
     """What a machine is made of.
 
-    design: "restructure" or "pfnmap".
-    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB).
+    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone.
+    memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
     vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
@@ -47,8 +49,8 @@ class Config:
     profile: name of a cost profile (pgemu.cost).
     """
 
-    design: Design
-    pool: int
+    design: Design = "restructure"
+    pool: int = 0
     page_size: int = L.PAGE_1G
     kernel: str = "7.3"
     stage2: Literal["npt", "ept"] = "npt"
@@ -63,6 +65,7 @@ class Config:
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
     profile: str = "published"
+    memory: int = 64 << 20
 
     def __post_init__(self) -> None:
         checks = (
@@ -82,8 +85,10 @@ class Config:
         for holds, complaint in checks:
             if not holds:
                 raise ValueError(complaint)
-        if self.pool <= 0 or self.pool % self.page_size:
-            raise ValueError(f"pool of {self.pool} bytes: expected a positive multiple of {self.page_size}")
+        if self.pool < 0 or self.pool % self.page_size:
+            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
+        if self.memory < 0 or self.memory % L.PAGE_4K:
+            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
 
     @property
     def order(self) -> int:
@@ -157,6 +162,7 @@ class Machine:
     config: Config
     arrays: Arrays = field(init=False, repr=False)
     descriptor: Array = field(init=False, repr=False)
+    page_tables: list[PageTable] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.arrays = self._allocate()
@@ -180,14 +186,15 @@ class Machine:
             L.R_BLOCK_ROWS: blocks * L.B_WORDS,
             L.R_WORD_ROWS: pages >> 6,
             L.R_ZEROED_ROWS: pages >> 6,
+            L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
         }
         counts = {L.R_CONTENTS: config.pool >> 12, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
         begins: dict[np.uint64, int] = {}
         state_size = _lay_out(tails, L.STATE_SIZE, begins)
-        counts_size = _lay_out(counts, frames + self._boot_frames(), begins)
+        counts_size = _lay_out(counts, self._all_frames(), begins)
         arrays = Arrays(
             # Frames in a seed's order are scattered: each would cost the host a huge page.
-            ram=_map_memory((frames + self._boot_frames()) * 512, huge=config.seed == 0),
+            ram=_map_memory(self._all_frames() * 512, huge=config.seed == 0),
             state=np.zeros(state_size, DTYPES["state"]),
             stats=np.zeros(L.STATS_SIZE, DTYPES["stats"]),
             counts=np.zeros(counts_size, DTYPES["counts"]),
@@ -200,7 +207,7 @@ class Machine:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
         gigabytes = self.config.pool / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
-        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + 16384
+        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + (self.config.memory >> 12)
         return 1 << max(needed, self.config.frames or 0).bit_length()
 
     def _boot_frames(self) -> int:
@@ -209,14 +216,21 @@ class Machine:
             return 0
         return -(-(self.config.pool >> 12) // 32768) * 512
 
+    def _all_frames(self) -> int:
+        """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
+        return self._contiguous() + L.CONTIGUOUS_FRAMES
+
+    def _contiguous(self) -> int:
+        """The first frame of those for runs, aligned to the longest run."""
+        return -(-(self._frames() + self._boot_frames()) // 64) * 64
+
     def _set_registers(self) -> None:
         config = self.config
         kernel = formats.KERNELS[config.kernel]
         frames = self._frames()
         boot_frames = self._boot_frames()
         random = np.random.default_rng(config.seed)
-        total = frames + boot_frames
-        base = max(1 << 20, -(-total // (1 << 18)) << 18)
+        base = max(1 << 20, -(-self._all_frames() // (1 << 18)) << 18)
         limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
         registers = {
             L.R_DESIGN: DESIGNS.index(config.design),
@@ -224,6 +238,7 @@ class Machine:
             L.R_FRAMES_MASK: frames - 1,
             L.R_FRAMES_LIMIT: limit + boot_frames,
             L.R_BOOT_FRAMES: boot_frames,
+            L.R_CONTIGUOUS: self._contiguous(),
             L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
             L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
             L.R_POOL_BASE: base,
@@ -250,12 +265,41 @@ class Machine:
             state[register] = value
         table = formats.format_table(config.kernel, config.nx_huge_pages)
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
+        self._complete_fixed_formats()
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
         stats = self.arrays.stats
         stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
         one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
         one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
         stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
+
+    def _complete_fixed_formats(self) -> None:
+        """What walkers and edits read of the three formats that every machine has: the words from F_LEVELS on."""
+        config = self.config
+        ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
+        for index, fmt in enumerate((page_format.x86_64(), page_format.npt(), ept)):
+            self._format_row(index)[int(L.F_LEVELS) :] = fmt.row()[int(L.F_LEVELS) :]
+        self.arrays.state[L.R_FORMATS] = 3
+
+    def _format_row(self, index: int) -> Array:
+        first = int(L.STATE_FORMATS) + index * L.F_WORDS
+        return self.arrays.state[first : first + L.F_WORDS]
+
+    def add_format(self, fmt: PageFormat) -> int:
+        """Give an entry format a row of the machine's table: its number, the same for the same format.
+
+        Rows 0 to 2 are what the machine's own processes and VMs use. ValueError past layout.FORMATS rows.
+        """
+        row = fmt.row()
+        used = self.register(L.R_FORMATS)
+        for index in range(used):
+            if np.array_equal(self._format_row(index), row):
+                return index
+        if used == L.FORMATS:
+            raise ValueError(f"format {fmt.name}: a machine has room for {L.FORMATS} formats")
+        self._format_row(used)[:] = row
+        self.arrays.state[L.R_FORMATS] = used + 1
+        return used
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
@@ -284,6 +328,15 @@ class Machine:
         from pgemu.memory import Vm
 
         return Vm.create(self, process, protected)
+
+    def create_page_table(self, fmt: PageFormat | str) -> PageTable:
+        """Create an empty page table of a format, or of the format of a name (page_format.FORMATS).
+
+        OSError ENOMEM. ValueError for another name, or past layout.FORMATS formats.
+        """
+        from pgemu.page_table import PageTable
+
+        return PageTable.create(self, fmt)
 
     # ------------------------------------------------------------------ running
 
@@ -402,6 +455,9 @@ class Machine:
         from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
+        for table in self.page_tables:
+            for pages in table.table_pages().values():
+                owner[pages >> np.uint64(12)] = 7  # a second owner is found by the recount
         return int(check(self.descriptor, owner, np.zeros(3, np.int64)))
 
     def check_each(self, on: bool = True) -> None:
@@ -558,3 +614,4 @@ def _os_error(number: int, text: str) -> OSError:
 
 if TYPE_CHECKING:
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
+    from pgemu.page_table import PageTable

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 import pgemu.machine
 from pgemu.machine import Config, Machine
 from pgemu.trace.schema import Records
-from pgemu_kernels import layout as L
+from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.layout import PAGE_2M, PAGE_4K, Operation
 
 HVA = 0x7F00_0000_0000
@@ -218,3 +218,42 @@ def test_one_terabyte_of_optimised_pages_boots() -> None:
     # are 2^23), so 17 level-2 tables; one level-3 table and the root.
     assert machine.register(L.R_POOL_BASE) == 1 << 23
     assert gauge(L.Gauge.KERNEL_TABLES) == 8 * 1024 + 17 + 1 + 1
+
+
+def test_a_machine_without_a_pool_has_ordinary_memory() -> None:
+    machine = Machine(Config())
+    assert machine.register(L.R_FRAMES) >= (64 << 20) // PAGE_4K
+    assert machine.create_process().root
+    assert machine.check() == 0
+    with pytest.raises(OSError, match="cannot reserve"):
+        machine.create_guest_memfd(L.PAGE_1G)
+
+
+def test_ordinary_memory_adds_frames() -> None:
+    assert Machine(Config(memory=1 << 30)).register(L.R_FRAMES) >= (1 << 30) // PAGE_4K
+    with pytest.raises(ValueError, match="memory of 100 bytes"):
+        Config(memory=100)
+
+
+def test_a_format_has_one_row() -> None:
+    machine = Machine(Config())
+    first = machine.add_format(page_format.x86_64())
+    assert first == 3
+    assert machine.add_format(page_format.ept()) == 4
+    assert machine.add_format(page_format.x86_64()) == first
+    for bits in range(20, 20 + L.FORMATS - 5):
+        machine.add_format(page_format.x86_64(maxphyaddr=bits))
+    with pytest.raises(ValueError, match="room for 32 formats"):
+        machine.add_format(page_format.npt())
+
+
+def test_the_fixed_formats_know_what_walkers_need() -> None:
+    machine = Machine(Config(kernel="6.12", nx_huge_pages=True))
+    first = int(L.STATE_FORMATS)
+    rows = machine.arrays.state[first : first + 3 * L.F_WORDS].reshape(3, L.F_WORDS)
+    ept = page_format.ept(kernel="6.12", nx_huge_pages=True)
+    for row, fmt in zip(rows, (page_format.x86_64(), page_format.npt(), ept), strict=True):
+        assert (row[16:] == fmt.row()[16:]).all()
+    # ... beside what Linux writes there, which stays as it was.
+    written = formats.format_table("6.12", nx_huge_pages=True).reshape(3, L.F_WORDS)
+    assert (rows[:, :16] == written[:, :16]).all()

@@ -103,6 +103,7 @@ EBUSY = 16
 EEXIST = 17
 EINVAL = 22
 ENOSPC = 28
+ERANGE = 34
 EOPNOTSUPP = 95
 
 # A tally row holds one counter per result: 0..15 as they are, VM_FAULT bits by their number,
@@ -271,7 +272,10 @@ R_OTHER_STACK = U(57)
 R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
 R_PTI = U(59)  # 1: page-table isolation
 R_MMIO_GENERATION = U(60)
+R_CONTIGUOUS = U(88)  # first of CONTIGUOUS_FRAMES frames from which runs are taken: roots of several tables
+R_CONTIGUOUS_MAP = U(89)  # where the bits of those in use lie in `state`
 R_WORD_COUNT = 96
+CONTIGUOUS_FRAMES = 1024
 
 # formats: uint64 rows. Words below 16 are what the operations of processes and VMs write; the others are
 # what a walker needs to know, filled from pgemu_kernels.formats.PageFormat. Levels: 1 = 4K .. 5.
@@ -310,7 +314,76 @@ F_FROZEN = U(43)  # what an entry holds while its subtree is torn down or replac
 F_BREAK_BEFORE_MAKE = U(44)  # 1: a valid entry may not be replaced by another valid one without a flush between
 F_FLUSH = U(45)  # formats.FlushRule
 F_KEY_SHIFT = U(46)  # where a leaf's protection key begins; 0: no keys
-F_WORDS = 64
+F_PAT_PAGE = U(64)  # the memory-type bit of a 4K leaf that larger leaves have elsewhere; 0: none
+F_PAT_LARGE = U(65)  # ... and where they have it
+F_BREAK_BITS = U(66)  # bits of a valid leaf whose change needs break-before-make
+F_SOFTWARE = U(67)  # bits that the hardware ignores and Linux uses: their change needs no flush
+F_RANGE_FLUSH = U(68)  # bit 0: there is an invalidation by range; bit 1: an unmap defers to one of them
+F_WORDS = 80
+
+# edits: the one row that `edits.edit` takes, uint64. Words below 16 are the request, the others the answer and scratch.
+E_OP = U(0)  # Edit
+E_FORMAT = U(1)  # row of formats
+E_ROOT = U(2)  # physical address of the root
+E_LENGTH = U(3)  # bytes, at each address
+E_LEVEL = U(4)  # highest level of a leaf (map), level to split to, of the leaf (collapse), of the entry (store)
+E_SET = U(5)  # bits of a 4K leaf: all of them (map), those to set (protect); the entry (store)
+E_CLEAR = U(6)  # bits of a 4K leaf to clear
+E_FLAGS = U(7)  # EDIT_*
+E_FLUSH_START = U(16)  # what must be flushed, all told; no sign extension
+E_FLUSH_END = U(17)  # 0: nothing
+E_FLUSH_LEVEL = U(18)  # smallest level among it
+E_FREED = U(19)  # 1: tables were freed
+E_PENDING_START = U(20)  # what is not flushed yet
+E_PENDING_END = U(21)
+E_PENDING_LEVEL = U(22)
+E_RECORDS = U(23)  # records that the log asked for
+E_FREED_LIST = U(24)  # frames of tables freed, to be given back after the flush: chained through `counts`
+E_WRITTEN = U(25)  # leaves written and cleared, not charged yet
+E_CLEARED = U(26)
+E_FOUND = U(27)  # leaves that the edit came upon, and those that it changed
+E_CHANGED = U(28)
+E_OFFSET = U(29)  # address up to which an edit came
+E_CURSOR = U(32)  # + level: next slot of a table being torn down
+E_CURSOR_END = U(40)
+E_WORDS = 48
+
+
+class Edit(IntEnum):
+    """What an edit of a page table does."""
+
+    CREATE = 1
+    DESTROY = 2
+    MAP = 3
+    UNMAP = 4
+    PROTECT = 5
+    CLEAR_ACCESSED = 6
+    CLEAR_DIRTY = 7
+    SPLIT = 8
+    COLLAPSE = 9
+    FREE_TABLES = 10
+    STORE = 11
+
+
+EDIT_EXACT = U(1)  # map: one leaf of E_LEVEL at each address
+EDIT_REPLACE = U(2)  # map: what is mapped already goes
+EDIT_SPLIT = U(4)  # a leaf that the range covers in part is split; otherwise it is edited whole
+EDIT_FREE = U(8)  # unmap: tables that are empty are freed
+EDIT_FREE_COVERED = U(16)  # ... or only last-level tables that the range covers whole
+
+
+class LogKind(IntEnum):
+    """Kind of a record of an edit's log, in bits 7:0 of its first word; bits 15:8 are the level of the entry."""
+
+    READ = 0  # address of the entry, its value
+    WRITE = 1
+    FLUSH = 2  # by address or range: first input address, bytes; level: stride
+    FLUSH_ALL = 3  # everything of the process or VM, because of this range
+    FILL = 4  # address of a new table, the value in its 512 entries
+    FREE = 5  # address of a table given back
+
+
+LOG_WORDS = 3  # words of a record: kind and level, address, value
 
 # access rows: what one kind of access asks of a walk; made by pgemu.translation.Access
 X_NEED = U(0)  # rights that must be there

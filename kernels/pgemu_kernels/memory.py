@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U512
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U6, U9, U63, U64, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import CONTENT_FRAMES, FRAMES_USED, change
 from pgemu_kernels.layout import (
+    CONTIGUOUS_FRAMES,
     R_CONTENTS,
+    R_CONTIGUOUS,
+    R_CONTIGUOUS_MAP,
     R_FRAMES_LIMIT,
     R_FRAMES_MASK,
     R_FREE,
@@ -62,6 +65,33 @@ def put_frame(m, frame):
     state[state[R_FREE_STACK] + top] = frame
     state[R_FREE] = top + U1
     change(m.stats, FRAMES_USED, -1)
+
+
+@outlined
+def take_run(m, n):
+    """`n` frames in a row, 2 to 64 and a power of two, aligned to n frames: the first one, or NONE.
+
+    They come from frames set apart, since those of a machine with a seed are handed out in no order.
+    """
+    state = m.state
+    if frames_left(m) < n:
+        return NONE
+    bits = ALL >> (U64 - n)
+    for i in range(U0, U(CONTIGUOUS_FRAMES), n):
+        word = state[R_CONTIGUOUS_MAP] + (i >> U6)
+        if state[word] >> (i & U63) & bits == U0:
+            state[word] |= bits << (i & U63)
+            change(m.stats, FRAMES_USED, np.int64(n))
+            return state[R_CONTIGUOUS] + i
+    return NONE
+
+
+@outlined
+def put_run(m, frame, n):
+    """Give back what take_run() gave."""
+    i = frame - m.state[R_CONTIGUOUS]
+    m.state[m.state[R_CONTIGUOUS_MAP] + (i >> U6)] &= ~((ALL >> (U64 - n)) << (i & U63))
+    change(m.stats, FRAMES_USED, -np.int64(n))
 
 
 @kernel

@@ -96,6 +96,11 @@ class PageFormat:
     rights; mmio_moved: bits of the guest frame that are set, and kept five bits higher (L1TF).
     protection_none: in an entry that is not present, what makes it one of a process's PROT_NONE pages.
     nx_huge_pages: KVM's iTLB-multihit mitigation. c_bit: the memory encryption bit (SME), 0 without.
+
+    For edits: pat_page, pat_large: the memory-type bit of a 4K leaf that larger ones have elsewhere. break_bits: bits
+    of a valid leaf that change only by break-before-make. software: bits that the hardware ignores and Linux uses,
+    whose change needs no flush. range_invalidation: the TLB is invalidated by range where more than one entry
+    changes; defers_unmap: an unmap, too, invalidates once, by range.
     """
 
     name: str
@@ -150,6 +155,12 @@ class PageFormat:
     protection_none: int = 0
     nx_huge_pages: bool = False
     c_bit: int = 0
+    pat_page: int = 0
+    pat_large: int = 0
+    break_bits: int = 0
+    software: int = 0
+    range_invalidation: bool = False
+    defers_unmap: bool = False
 
     @property
     def root_bits(self) -> int:
@@ -295,6 +306,11 @@ class PageFormat:
             L.F_BREAK_BEFORE_MAKE: self.break_before_make,
             L.F_FLUSH: self.flush,
             L.F_KEY_SHIFT: self.key_shift,
+            L.F_PAT_PAGE: self.pat_page,
+            L.F_PAT_LARGE: self.pat_large,
+            L.F_BREAK_BITS: self.break_bits,
+            L.F_SOFTWARE: self.software,
+            L.F_RANGE_FLUSH: self.range_invalidation | self.defers_unmap << 1,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():
@@ -416,7 +432,11 @@ def x86_64(
         memory_types=_X86_MEMORY_TYPES,
         protection_none=bits.PROTECTION_NONE,
         c_bit=encrypted,
-    )
+        pat_page=bits.PAT_4K,
+        pat_large=bits.PAT_LARGE,
+        # arch/x86/include/asm/tlbflush.h:pte_flags_need_flush(); bit 58 holds the dirty bit of read-only leaves.
+        software=0b111 << 9 | 0b11 << 57,
+    )  # fmt: skip
 
 
 def _npt_mmio(maxphyaddr: int, c_bit: int | None, reduced: int) -> int:
@@ -491,6 +511,9 @@ def npt(
         mmio_value=mmio,
         mmio_rights=bits.WRITE | bits.USER,
         c_bit=encrypted,
+        pat_page=bits.PAT_4K,
+        pat_large=bits.PAT_LARGE,
+        software=0b111 << 9 | span(52, 58),
     )
 
 
@@ -588,6 +611,7 @@ def ept(
         mmio_value=EPT_MISCONFIGURED,
         mmio_moved=0 if l1tf_cache_bits is None else span(l1tf_cache_bits - 5, l1tf_cache_bits - 1),
         nx_huge_pages=nx_huge_pages,
+        software=bits.MMU_PRESENT | span(52, 56) | parameters.ept_writable,
     )  # fmt: skip
 
 
@@ -613,6 +637,7 @@ def arm64_stage2(
     hardware_access_flag: bool = True,
     kernel: str = "7.3",
     maxphyaddr: int = 48,
+    range_invalidation: bool = True,
 ) -> PageFormat:
     """Arm64 stage 2, 4K granule, as KVM of `kernel` writes it.
 
@@ -622,6 +647,7 @@ def arm64_stage2(
     an entry with a higher one is an address size fault. Kernels up to 6.18 write XN as one bit, 54, and bit 53 is
     reserved; later ones write both bits of FEAT_XNX.
     Reserved bits are those that are RES0 without FEAT_LPA2; hardware may ignore them, KVM leaves them clear.
+    range_invalidation: FEAT_TLBIRANGE.
     ValueError for another size; KeyError for a kernel that is not in formats.RELEASES.
     """
     if not 35 <= ipa_bits <= 48:
@@ -674,6 +700,12 @@ def arm64_stage2(
         ),
         memory_type_mask=(0b1111 << 2,) * 3,
         memory_types=tuple((name, (code << 2,) * 3) for name, code in types),
+        # Output address, block or page, memory attributes, shareability, contiguous: Arm DDI 0487, "Break-before-make".
+        break_bits=span(12, 47) | ARM_TABLE | span(2, 5) | span(8, 9) | 1 << 52,
+        software=span(55, 58),
+        range_invalidation=range_invalidation,
+        # arch/arm64/kvm/hyp/pgtable.c:stage2_unmap_defer_tlb_flush()
+        defers_unmap=range_invalidation and fwb,
     )
 
 
