@@ -12,13 +12,15 @@ import numpy as np
 from pgemu import cost
 from pgemu.designs import DESIGNS, Design
 from pgemu.statistics import Statistics
-from pgemu_kernels import formats, layout as L
+from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
 
 if TYPE_CHECKING:
     from pgemu.trace.schema import Records
+    from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
+_WALKER_WORDS = int(L.F_LEVELS)  # words of a format's row from here on are what a walker needs
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ class Machine:
             L.R_HVO: config.hvo,
             L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
             L.R_HOST_FORMAT: formats.HOST_X86_64,
+            L.R_FORMATS: 3,
             L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
             L.R_LAST_VMA: L.STATE_VMAS,
             L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
@@ -245,6 +248,10 @@ class Machine:
             state[register] = value
         table = formats.format_table(config.kernel, config.nx_huge_pages)
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
+        fixed = (page_format.x86_64(), page_format.npt(),
+                 page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages))  # fmt: skip
+        for index, fmt in enumerate(fixed):
+            self.format_row(index)[_WALKER_WORDS:] = fmt.row()[_WALKER_WORDS:]
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
         stats = self.arrays.stats
         stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
@@ -255,6 +262,31 @@ class Machine:
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
         return int(self.arrays.state[index])
+
+    # ------------------------------------------------------------------ formats
+
+    def format_row(self, index: int) -> Array:
+        """uint64[F_WORDS]: row `index` of the machine's formats (a view). ValueError for a row that is not in use.
+
+        Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
+        """
+        if not 0 <= index < self.register(L.R_FORMATS):
+            raise ValueError(f"format row {index}: expected 0 to {self.register(L.R_FORMATS) - 1}")
+        begin = int(L.STATE_FORMATS) + index * L.F_WORDS
+        return self.arrays.state[begin : begin + L.F_WORDS]
+
+    def add_format(self, fmt: PageFormat) -> int:
+        """The row of an entry format, added if the machine has none that is equal. ValueError past layout.FORMATS."""
+        row = fmt.row()
+        used = self.register(L.R_FORMATS)
+        for index in range(used):
+            if np.array_equal(self.format_row(index), row):
+                return index
+        if used == L.FORMATS:
+            raise ValueError(f"format {fmt.name}: the machine has {L.FORMATS} formats already")
+        self.arrays.state[L.R_FORMATS] = used + 1
+        self.format_row(used)[:] = row
+        return used
 
     # ------------------------------------------------------------------ objects
 
