@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
+_WALKER_WORDS = int(L.F_LEVELS)  # words of a format's row from here on are what a walker needs
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ class Machine:
             L.R_HVO: config.hvo,
             L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
             L.R_HOST_FORMAT: formats.HOST_X86_64,
+            L.R_FORMATS: 3,
             L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
             L.R_LAST_VMA: L.STATE_VMAS,
             L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
@@ -277,33 +279,38 @@ class Machine:
         """What walkers and edits read of the three formats that every machine has: the words from F_LEVELS on."""
         config = self.config
         ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
-        for index, fmt in enumerate((page_format.x86_64(), page_format.npt(), ept)):
-            self._format_row(index)[int(L.F_LEVELS) :] = fmt.row()[int(L.F_LEVELS) :]
-        self.arrays.state[L.R_FORMATS] = 3
-
-    def _format_row(self, index: int) -> Array:
-        first = int(L.STATE_FORMATS) + index * L.F_WORDS
-        return self.arrays.state[first : first + L.F_WORDS]
-
-    def add_format(self, fmt: PageFormat) -> int:
-        """Give an entry format a row of the machine's table: its number, the same for the same format.
-
-        Rows 0 to 2 are what the machine's own processes and VMs use. ValueError past layout.FORMATS rows.
-        """
-        row = fmt.row()
-        used = self.register(L.R_FORMATS)
-        for index in range(used):
-            if np.array_equal(self._format_row(index), row):
-                return index
-        if used == L.FORMATS:
-            raise ValueError(f"format {fmt.name}: a machine has room for {L.FORMATS} formats")
-        self._format_row(used)[:] = row
-        self.arrays.state[L.R_FORMATS] = used + 1
-        return used
+        npt = page_format.npt(kernel=config.kernel)
+        for index, fmt in enumerate((page_format.x86_64(kernel=config.kernel), npt, ept)):
+            self.format_row(index)[_WALKER_WORDS:] = fmt.row()[_WALKER_WORDS:]
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
         return int(self.arrays.state[index])
+
+    # ------------------------------------------------------------------ formats
+
+    def format_row(self, index: int) -> Array:
+        """uint64[F_WORDS]: row `index` of the machine's formats (a view). ValueError for a row that is not in use.
+
+        Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
+        """
+        if not 0 <= index < self.register(L.R_FORMATS):
+            raise ValueError(f"format row {index}: expected 0 to {self.register(L.R_FORMATS) - 1}")
+        begin = int(L.STATE_FORMATS) + index * L.F_WORDS
+        return self.arrays.state[begin : begin + L.F_WORDS]
+
+    def add_format(self, fmt: PageFormat) -> int:
+        """The row of an entry format, added if the machine has none that is equal. ValueError past layout.FORMATS."""
+        row = fmt.row()
+        used = self.register(L.R_FORMATS)
+        for index in range(used):
+            if np.array_equal(self.format_row(index), row):
+                return index
+        if used == L.FORMATS:
+            raise ValueError(f"format {fmt.name}: the machine has {L.FORMATS} formats already")
+        self.arrays.state[L.R_FORMATS] = used + 1
+        self.format_row(used)[:] = row
+        return used
 
     # ------------------------------------------------------------------ objects
 

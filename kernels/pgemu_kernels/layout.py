@@ -397,7 +397,58 @@ X_SET_LEAF = U(7)  # ... and in the leaf
 X_FLAG = U(8)  # bits that the leaf must have, else access flag fault (Arm without hardware update)
 X_DIRTY_IF = U(9)  # a leaf with this bit (Arm DBM) ...
 X_DIRTY_GIVES = U(10)  # ... has this right, and gets the bit set
-X_WORDS = 16
+X_RESERVED = U(11)  # reserved bits that fault (none where hardware ignores them)
+# An entry with entry & mask == value is one that this access passes without a fault, an update or a second look.
+X_TABLE_MASK = U(10)  # + level (2 .. 5)
+X_TABLE_VALUE = U(14)  # + level (2 .. 5)
+X_LEAF_MASK = U(19)  # + level (1 .. 3)
+X_LEAF_VALUE = U(22)  # + level (1 .. 3)
+X_WORDS = 32
+ACCESS_ROWS = 8  # rows of one stage: six kinds of access, and the reading and writing of guest tables
+X_ROW_TABLE_READ = U(6)
+X_ROW_TABLE_WRITE = U(7)
+
+
+class WalkStatus(IntEnum):
+    """How a walk ended."""
+
+    OK = 0
+    NOT_PRESENT = 1
+    RESERVED = 2  # a reserved bit, or a reserved kind of entry, in an entry that is present
+    PERMISSION = 3
+    PROTECTION_KEY = 4  # nothing but a protection key denies the access
+    MISCONFIGURED = 5  # EPT misconfiguration
+    ACCESS_FLAG = 6  # Arm without hardware update of the access flag
+    NOT_CANONICAL = 7  # general protection, no page fault
+    ADDRESS_SIZE = 8  # beyond the input addresses of the format
+    OUTSIDE_MEMORY = 9  # a table lies where the machine has no memory (inference: hardware says nothing)
+
+
+class WalkStage(IntEnum):
+    """Where a nested walk failed."""
+
+    NONE = 0
+    GUEST = 1  # in the guest's own tables
+    TABLE = 2  # in stage 2, at the address of a guest table's entry
+    FINAL = 3  # in stage 2, at the address that the guest's tables gave
+
+
+# walk records: what one exact walk leaves in a scratch array
+W_STATUS = U(0)
+W_LEVEL = U(1)
+W_ERROR = U(2)
+W_PHYSICAL = U(3)
+W_RIGHTS = U(4)
+W_COUNT = U(5)  # entries read
+W_SLOT = U(6)  # + n: index in `ram` of the n-th
+W_ENTRY = U(11)  # + n: its physical address
+W_WORDS = 16
+WALK_READS = 5  # room per address in the lists of references
+NESTED_READS = 35
+NESTED_WRITES = 60
+WALK_BLOCK = 64  # walks that go step by step together
+WALK_SCRATCH = W_WORDS + 2 * WALK_BLOCK
+NESTED_SCRATCH = 2 * W_WORDS + 8 + 3 * WALK_BLOCK
 
 # inodes: uint64 rows
 I_PAGES = U(0)

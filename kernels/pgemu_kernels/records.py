@@ -32,6 +32,8 @@ _O_WORDS = U(O_WORDS)
 _BYTE = U(0xFF)
 _OPERATIONS = U(OPERATIONS)
 _HALF = U(0xFFFF)
+BATCH = U(64)  # operations or walks whose cache misses overlap
+_NEAR = U(32 << 20)  # what lies closer is in the cache: 64 KiB of entries, 512 KiB of struct pages
 
 
 class Columns(NamedTuple):
@@ -50,6 +52,16 @@ class Columns(NamedTuple):
 def element(column, i):
     """Element `i`, or the one that stands for all."""
     return column[i] if U(column.size) > U1 else column[U0]
+
+
+@kernel
+def is_scattered(column, first, last):
+    """Whether a batch's addresses lie far apart: neighbours are in the cache by themselves."""
+    if last - first < BATCH or U(column.size) <= U1:
+        return False
+    low = min(column[first], column[last - U1])
+    high = max(column[first], column[last - U1])
+    return high - low > _NEAR or column[(first + last) >> U1] - low > _NEAR
 
 
 @kernel

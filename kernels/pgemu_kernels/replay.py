@@ -51,15 +51,13 @@ from pgemu_kernels.layout import (
     Operation,
 )
 from pgemu_kernels.paging import host_format, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.records import Columns, element, load, save_result
+from pgemu_kernels.records import BATCH, Columns, element, is_scattered, load, save_result
 from pgemu_kernels.routing import is_ordinary
 
 U = np.uint64
 _BYTE = U(0xFF)
 _HALF = U(0xFFFF)
 _PFNMAP = U(PFNMAP)
-BATCH = U(64)
-_NEAR = U(32 << 20)  # what lies closer is in the cache: 64 KiB of entries, 512 KiB of struct pages
 
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
@@ -172,16 +170,6 @@ def prefetch_convert(m, columns, i):
     first, last = overlap(state, slot, inode, index, index + U1)
     if first < last:
         prefetch_leaf(m, stage2_format(m), state[vm_row(state[slot + M_VM]) + V_ROOT], first)
-
-
-@kernel
-def is_scattered(column, first, last):
-    """Whether a batch's addresses lie far apart: neighbours are in the cache by themselves."""
-    if last - first < BATCH or U(column.size) <= U1:
-        return False
-    low = min(column[first], column[last - U1])
-    high = max(column[first], column[last - U1])
-    return high - low > _NEAR or column[(first + last) >> U1] - low > _NEAR
 
 
 # --------------------------------------------------------------------------- one loop per operation
