@@ -52,7 +52,8 @@ class PageFormat:
     invert, fold, table_rights: see layout.F_INVERT. bad_low, bad_memory_type: misconfigurations (EPT).
     accessed, dirty: the hardware's bits, 0 without hardware updates. table: bits of a table entry as Linux
     writes it; leaf: by level (1 to 3), of a leaf with every permission. empty, frozen: KVM's non-present values.
-    key_shift: where a protection key begins, 0 for none.
+    key_shift: where a protection key begins, 0 for none. mmu_present: what makes an entry present to Linux, where
+    that is not `present` (0).
     """
 
     name: str
@@ -84,6 +85,7 @@ class PageFormat:
     frozen: int = 0
     break_before_make: bool = False
     key_shift: int = 0
+    mmu_present: int = 0
 
     @property
     def root_bits(self) -> int:
@@ -123,6 +125,7 @@ class PageFormat:
             L.F_BREAK_BEFORE_MAKE: self.break_before_make,
             L.F_FLUSH: self.flush,
             L.F_KEY_SHIFT: self.key_shift,
+            L.F_MMU_PRESENT: self.mmu_present or self.present,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():
@@ -205,6 +208,7 @@ def npt(levels: int = 4, *, maxphyaddr: int = 51, nx: bool = True, pages_1g: boo
         leaf=(bits.NPT_LEAF, bits.NPT_LEAF | bits.LARGE, bits.NPT_LEAF | bits.LARGE),
         empty=bits.EMPTY_SPTE,
         frozen=bits.FROZEN_SPTE,
+        mmu_present=bits.MMU_PRESENT,
     )
 
 
@@ -256,6 +260,7 @@ def ept(
         leaf=(base, large, large),
         empty=bits.EMPTY_SPTE,
         frozen=bits.FROZEN_SPTE,
+        mmu_present=bits.MMU_PRESENT,
     )  # fmt: skip
 
 
