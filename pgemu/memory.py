@@ -237,6 +237,7 @@ class Vm:
         machine.arrays.state[row + int(L.V_SPACE)] = process.space if process else (1 << 64) - 1
         machine.arrays.state[row + int(L.V_PROTECTED)] = protected
         machine.arrays.state[row + int(L.V_LIVE)] = 1
+        machine.arrays.state[row + int(L.V_UNLOADED)] = 1
         machine.arrays.state[L.R_VMS] += np.uint64(1)
         return cls(machine, vm)
 
@@ -387,10 +388,13 @@ class Vm:
     # ------------------------------------------------------------------ looking
 
     def stage2(self) -> Stage2:
-        """The stage-2 tree as it stands, read from the tables."""
+        """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""
         from pgemu.stage2 import read_stage2
 
-        return read_stage2(self.machine, 0 if self._field(L.V_UNLOADED) else self.root)
+        tree = read_stage2(self.machine, self.root)
+        if self._field(L.V_UNLOADED) and not len(tree.tables):
+            return read_stage2(self.machine, 0)
+        return tree
 
     def leaves(self) -> tuple[int, int, int]:
         """Leaves of 4K, 2M and 1G: KVM's pages_4k, pages_2m, pages_1g."""
