@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgemu_kernels import layout
-from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U3, U8, U9, U12, U32, U511, U512, U4095
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U3, U8, U9, U12, U511, U512, U4095
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     LEAF_CLEARED,
@@ -36,8 +36,6 @@ from pgemu_kernels.layout import (
     E_CURSOR,
     E_CURSOR_END,
     E_FLAGS,
-    E_FLUSH_END,
-    E_FLUSH_LEVEL,
     E_FLUSH_START,
     E_FORMAT,
     E_FOUND,
