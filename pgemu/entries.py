@@ -83,9 +83,10 @@ class Entry:
     address: physical address of the page or table; of MMIO the guest physical one; None where there is none.
     read, write, user, execute, execute_user: rights of this entry alone (execute: supervisor or EL1, execute_user:
     user or EL0); all False unless it is a table, a leaf or ACCESS_TRACKED. accessed, dirty: the hardware's bits of
-    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None unless it is a leaf. key: protection key. software: the set bits
-    that hardware ignores and Linux has named. generation: memslots generation of MMIO. swap_type, swap_offset: of
-    SWAP, MARKER and GUARD. fields: every named bit that is set, and every field of several bits, highest first.
+    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None
+    unless it is a leaf. key: protection key. software: the set bits that hardware ignores and Linux has named.
+    generation: memslots generation of MMIO. swap_type, swap_offset: of SWAP, MARKER and GUARD. fields: every named
+    bit that is set, and every field of several bits, highest first.
     reserved: reserved bits that are set; problem: what is wrong with a RESERVED or MISCONFIGURED one.
     unknown: set bits without a name.
     """

@@ -174,6 +174,24 @@ def test_a_transparent_huge_page_inverts_fewer_bits_than_hugetlb() -> None:
         assert decode(x86_64(), 2, hidden).address == address
 
 
+@pytest.mark.parametrize(("kernel", "read_only"), [
+    ("6.1", NX | 0x8E5),
+    ("6.12", NX | 0x8A5),  # the dirty bit is lost
+    ("6.18", NX | 0x8A5),
+    ("7.3", NX | SAVED | 0x8A5),
+])  # fmt: skip
+def test_mprotect_of_a_transparent_huge_page(kernel: str, read_only: int) -> None:
+    leaves = K.ProcessLeaves(kernel)
+    assert leaves.modify(leaves.anonymous(level=2), RO, thp=True) == read_only
+
+
+def test_a_split_huge_page_keeps_its_flags() -> None:
+    huge = P73.anonymous(0x200, level=2)
+    assert P73.split_thp(huge) == P73.anonymous(0x200)
+    assert P61.split_thp(huge) == P61.anonymous(0x200) & ~bits.DIRTY
+    assert P73.split_thp(huge | bits.PAT_LARGE) == P73.anonymous(0x200) | bits.PAT_4K
+
+
 def test_rows_say_what_the_fixed_formats_of_a_machine_say() -> None:
     for kernel in bits.KERNELS:
         for nx in (False, True):

@@ -98,15 +98,26 @@ class ProcessLeaves:
     def modify(self, entry: int, prot: int, *, thp: bool = False) -> int:
         """mprotect: pte_modify(), which HugeTLB uses for every size, too. `prot` is a protection() or PAGE_NONE.
 
-        thp: pmd_modify(), of a transparent huge page or of PFNs. It inverts frame bits from 21 up only, where
-        pte_modify() inverts all, so that a HugeTLB page that is protection-none has bits 12 to 20 set (captured).
+        thp: pmd_modify(), of a transparent huge page. It inverts frame bits from 21 up only, where pte_modify()
+        inverts all, so that a HugeTLB page that is protection-none has bits 12 to 20 set (captured).
         """
         frame = bits.ADDRESS & -(1 << 21) if thp else bits.ADDRESS
         kept = frame | _KEPT | (bits.PAT_LARGE if thp else 0)
-        changed = entry & kept | prot & ~kept
+        lost = bits.DIRTY if thp and bits.RELEASES[self.kernel].thp_modify_drops_dirty else 0
+        changed = entry & kept & ~lost | prot & ~kept
         if inverted(entry) != inverted(changed):
             changed ^= frame
         return self.mksaveddirty(changed) if entry & bits.WRITE else self.clear_saveddirty(changed)
+
+    def split_thp(self, entry: int) -> int:
+        """The first of the 512 entries that a transparent huge page is split into: __split_huge_pmd_locked()."""
+        pat = bits.PAT_4K if entry & bits.PAT_LARGE else 0
+        lost = bits.DIRTY if bits.RELEASES[self.kernel].thp_split_drops_dirty else 0
+        return entry & ~(bits.LARGE | bits.PAT_LARGE | lost) | pat
+
+    def moved(self, entry: int) -> int:
+        """A page that mremap moved: mm/mremap.c:move_soft_dirty_pte()."""
+        return entry | (bits.SOFT_DIRTY if self.soft_dirty else 0)
 
     def make_accessible(self, entry: int, *, execute: bool = False) -> int:
         """mprotect to read-write of a private page of its own: no fault is needed (can_change_pte_writable())."""
