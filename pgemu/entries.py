@@ -22,8 +22,9 @@ __all__ = ("Entry", "EntryKind", "Field", "classify", "decode")
 class EntryKind(Enum):
     """What an entry is.
 
-    Hardware faults on every kind but TABLE and LEAF: RESERVED with a reserved-bit fault (Arm: translation or address
-    size fault), MISCONFIGURED and, on EPT, MMIO with an EPT misconfiguration, the others because they are not present.
+    Hardware faults on every kind but TABLE and LEAF: MISCONFIGURED and, on EPT, MMIO with an EPT misconfiguration,
+    RESERVED and AMD's MMIO with a reserved-bit fault, the others because they are not present. On Arm RESERVED is an
+    address size fault, a translation fault (a block where there are none), or a RES0 bit, which hardware may ignore.
     """
 
     ABSENT = "absent"

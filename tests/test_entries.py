@@ -215,7 +215,7 @@ def variants() -> list[PageFormat]:
     made += [x86_64(c_bit=47), npt(c_bit=51), npt(c_bit=47, reduced=43), npt(5, maxphyaddr=52)]
     made += [ept(mode_based_execute=True), ept(mode_based_execute=True, kernel="6.12"), ept(accessed_dirty=False)]
     made += [ept(accessed_dirty=False, kernel="6.12"), ept(execute_only=False), ept(pages_1g=False), HASWELL]
-    made += [arm64_stage2(size) for size in (35, 39, 41, 43, 44)]
+    made += [arm64_stage2(size) for size in (32, 35, 39, 43, 44)]
     made += [arm64_stage2(fwb=False, kernel="6.12"), arm64_stage2(hardware_access_flag=False, maxphyaddr=40)]
     return made
 
@@ -446,6 +446,8 @@ def test_kinds_are_those_of_the_manuals(checked: tuple[PageFormat, Manual], data
     (ept(kernel="6.12", accessed_dirty=False), 1, 1 << 54 | 1 << 52 | 1 << 11, EntryKind.ACCESS_TRACKED),
     (arm64_stage2(), 1, 0x7D9, EntryKind.RESERVED),  # a block at the last level
     (arm64_stage2(48), 4, 0x7D9, EntryKind.RESERVED),  # no 512G blocks
+    (arm64_stage2(34), 2, 0x7D9, EntryKind.LEAF),
+    (arm64_stage2(maxphyaddr=40), 1, 1 << 40 | 0x7DB, EntryKind.RESERVED),
     (arm64_stage2(), 2, 1 << 60, EntryKind.FROZEN),
     (arm64_stage2(kernel="6.12"), 2, 1 << 10, EntryKind.FROZEN),
     (arm64_stage2(kernel="6.12"), 2, 3 << 2, EntryKind.ANNOTATED),
@@ -522,8 +524,8 @@ def test_who_executes_on_arm() -> None:
     (x86_64, {"levels": 3}, "3 levels: expected 4 or 5"),
     (x86_64, {"maxphyaddr": 53}, "53 bits of physical address: expected 13 to 52"),
     (x86_64, {"c_bit": 52}, "encryption bit 52: expected 32 to 51"),
-    (arm64_stage2, {"ipa_bits": 34}, "expected 35 to 48"),
-    (arm64_stage2, {"ipa_bits": 49}, "expected 35 to 48"),
+    (arm64_stage2, {"ipa_bits": 31}, "expected 32 to 48"),
+    (arm64_stage2, {"ipa_bits": 49}, "expected 32 to 48"),
     (arm64_stage2, {"maxphyaddr": 52}, "expected 13 to 48"),
 ])  # fmt: skip
 def test_formats_that_cannot_be(maker: Any, arguments: dict[str, int], complaint: str) -> None:
@@ -580,5 +582,7 @@ def test_other_misuse() -> None:
 
 
 def test_arm_roots() -> None:
-    shapes = {size: (arm64_stage2(size).levels, arm64_stage2(size).root_tables) for size in (35, 39, 40, 43, 44, 48)}
-    assert shapes == {35: (3, 1), 39: (3, 1), 40: (3, 2), 43: (3, 16), 44: (4, 1), 48: (4, 1)}
+    shapes = {
+        size: (arm64_stage2(size).levels, arm64_stage2(size).root_tables) for size in (32, 34, 35, 39, 40, 43, 44, 48)
+    }
+    assert shapes == {32: (2, 4), 34: (2, 16), 35: (3, 1), 39: (3, 1), 40: (3, 2), 43: (3, 16), 44: (4, 1), 48: (4, 1)}

@@ -618,16 +618,16 @@ def arm64_stage2(
 ) -> PageFormat:
     """Arm64 stage 2, 4K granule, as KVM of `kernel` writes it.
 
-    ipa_bits: 35 to 48; up to 43 three levels, then four, with up to 16 concatenated root tables
-    (arch/arm64/include/asm/stage2_pgtable.h:stage2_pgtable_levels(); below 35 KVM uses two levels, which no walker
-    here has). fwb: FEAT_S2FWB memory attributes. hardware_access_flag: VTCR_EL2.HA. maxphyaddr: output address bits;
-    an entry with a higher one is an address size fault. Kernels up to 6.18 write XN as one bit, 54, and bit 53 is
-    reserved; later ones write both bits of FEAT_XNX.
-    Reserved bits are those that are RES0 without FEAT_LPA2; hardware may ignore them, KVM leaves them clear.
+    ipa_bits: 32 to 48; up to 34 two levels, up to 43 three, then four, with up to 16 concatenated root tables
+    (arch/arm64/include/asm/stage2_pgtable.h:stage2_pgtable_levels()). fwb: FEAT_S2FWB memory attributes.
+    hardware_access_flag: VTCR_EL2.HA. maxphyaddr: output address bits; an entry with a higher one is an address size
+    fault. Kernels up to 6.18 write XN as one bit, 54, and bit 53 is reserved; later ones write both bits of FEAT_XNX.
+    Reserved bits are those beyond the output address and those that are RES0 without FEAT_LPA2 (in a block also the
+    address bits below its size): hardware may ignore the latter, KVM leaves them clear.
     ValueError for another size; KeyError for a kernel that is not in formats.RELEASES.
     """
-    if not 35 <= ipa_bits <= 48:
-        raise ValueError(f"{ipa_bits} bits of intermediate physical address: expected 35 to 48")
+    if not 32 <= ipa_bits <= 48:
+        raise ValueError(f"{ipa_bits} bits of intermediate physical address: expected 32 to 48")
     _check_width(maxphyaddr, 48)
     parameters = bits.RELEASES[kernel]
     levels = -(-(ipa_bits - 4 - 12) // 9)
@@ -649,6 +649,7 @@ def arm64_stage2(
         leaf_value=0,
         page_mask=ARM_TABLE,
         page_value=ARM_TABLE,
+        largest_leaf=min(3, levels),
         reserved_leaf=(leaf, leaf | span(12, 20), leaf | span(12, 29), 0, 0),
         reserved_table=(0, high, high, high, high),
         # Bit 53 becomes "EL1 executes", bit 54 "EL0 executes": XN is 00 both, 01 not EL1, 10 none, 11 not EL0.
