@@ -459,6 +459,36 @@ def test_kind(fmt: PageFormat, level: int, entry: int, kind: EntryKind) -> None:
     assert decode(fmt, level, entry).kind is kind
 
 
+HIGH = 0x000F_FF00_0000_0000  # bits 40 to 51
+
+
+@pytest.mark.parametrize(("fmt", "leaf", "table"), [
+    # Reserved bits of leaves of level 1 to 3 and of table entries of level 2 to 5, with 40 address bits.
+    (x86_64(5, maxphyaddr=40), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x80, 0x80)),
+    (x86_64(5, maxphyaddr=40, amd=True), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x180, 0x180)),
+    (x86_64(5, maxphyaddr=40, nx=False), (NX, NX | 0x1F_E000, NX | 0x3FFF_E000), (NX, NX, NX | 0x80, NX | 0x80)),
+    (x86_64(5, maxphyaddr=40, pages_1g=False), (0, 0x1F_E000, 0x80), (0, 0x80, 0x80, 0x80)),
+    (npt(5, maxphyaddr=40), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x180, 0x180)),
+    (ept(5, maxphyaddr=40), (0, 0x1F_F000, 0x3FFF_F000), (0x78, 0x78, 0xF8, 0xF8)),
+    (ept(5, maxphyaddr=40, pages_1g=False), (0, 0x1F_F000, 0x3FFF_F080), (0x78, 0xF8, 0xF8, 0xF8)),
+])  # fmt: skip
+def test_reserved_bits_of_kvms_checker(fmt: PageFormat, leaf: tuple[int, ...], table: tuple[int, ...]) -> None:
+    row = [int(word) for word in fmt.row()]
+    first = int(L.F_RESERVED_LEAF)
+    assert [f"{word:#x}" for word in row[first + 1 : first + 4]] == [f"{HIGH | word:#x}" for word in leaf]
+    first = int(L.F_RESERVED_TABLE)
+    assert [f"{word:#x}" for word in row[first + 2 : first + 6]] == [f"{HIGH | word:#x}" for word in table]
+
+
+def test_reserved_bits_of_arm() -> None:
+    row = [int(word) for word in arm64_stage2(48, maxphyaddr=40, kernel="6.12").row()]
+    beyond = 0x0007_FF00_0000_0000  # 40 to 50
+    first = int(L.F_RESERVED_LEAF)
+    assert row[first + 1 : first + 4] == [beyond | 1 << 53 | low for low in (0, 0x1F_F000, 0x3FFF_F000)]
+    first = int(L.F_RESERVED_TABLE)
+    assert row[first + 2 : first + 6] == [beyond] * 4
+
+
 # --------------------------------------------------------------------------- names
 
 
