@@ -185,6 +185,17 @@ def test_mprotect_of_a_transparent_huge_page(kernel: str, read_only: int) -> Non
     assert leaves.modify(leaves.anonymous(level=2), RO, thp=True) == read_only
 
 
+@pytest.mark.parametrize(("cache", "small", "large"), [
+    # PAT, PCD, PWT are bits 7, 4, 3 of a 4K leaf and 12, 4, 3 of a larger one; indices of Linux's PAT.
+    ("WB", 0, 0), ("WC", 0x08, 0x08), ("UC-", 0x10, 0x10), ("UC", 0x18, 0x18), ("WP", 0x88, 0x1008), ("WT", 0x98, 0x1018),
+])  # fmt: skip
+def test_memory_types_of_special_leaves(cache: str, small: int, large: int) -> None:
+    for level, expected in ((1, 0x227 | small), (2, 0x2A7 | large), (3, 0x2A7 | large)):
+        entry = P73.special_pfn(level, cache=cache)
+        assert entry == NX | expected
+        assert decode(x86_64(), level, entry).memory_type == cache
+
+
 def test_a_split_huge_page_keeps_its_flags() -> None:
     huge = P73.anonymous(0x200, level=2)
     assert P73.split_thp(huge) == P73.anonymous(0x200)
@@ -607,6 +618,8 @@ def test_other_misuse() -> None:
         K.mmio(npt(maxphyaddr=52), 0, 0)
     with pytest.raises(ValueError, match="has no guard pages"):
         P612.guard()
+    with pytest.raises(ValueError, match="memory type 'WBX': expected one of WB, WC, UC-, UC, WP, WT"):
+        P73.special_pfn(cache="WBX")
     with pytest.raises(ValueError, match="swap type 32"):
         K.swap_entry(32, 0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pgemu_kernels import formats as bits
-from pgemu_kernels.page_format import PageFormat, span
+from pgemu_kernels.page_format import X86_MEMORY_TYPES, PageFormat, span
 
 PAGE_NONE = bits.PROTECTION_NONE | bits.ACCESSED
 SWAP_PTE_MARKER = 31  # the last swap type: include/linux/swap.h:SWP_PTE_MARKER
@@ -175,10 +175,11 @@ class ProcessLeaves:
     ) -> int:
         """vmf_insert_pfn(), _pmd() and _pud() into a shared VMA, and remap_pfn_range().
 
-        write: of the VMA. make_write: the `write` argument of _pmd() and _pud(). cache: "WB", or "UC-" for a PCI BAR
-        and /dev/mem outside RAM.
+        write: of the VMA. make_write: the `write` argument of _pmd() and _pud(). cache: memory type, "WB" for RAM,
+        "UC-" for a PCI BAR and /dev/mem outside RAM, "WC", "UC", "WP" or "WT" if the driver asked for it
+        (arch/x86/mm/pat/memtype.c:pfnmap_setup_cachemode()). ValueError for another name.
         """
-        cached = {"WB": 0, "UC-": bits.CACHE_DISABLE}[cache]
+        cached = memory_type(cache, level)
         entry = self._frame(pfn) | self.protection(write=write, shared=True) | _large(level) | bits.SPECIAL | cached
         return self.mkwrite(self.mkdirty(entry)) if make_write else entry
 
@@ -222,6 +223,15 @@ class ProcessLeaves:
         if address & ~bits.ADDRESS:
             raise ValueError(f"frame {pfn:#x}: expected at most 40 bits")
         return address
+
+
+def memory_type(name: str, level: int) -> int:
+    """PWT, PCD and PAT of a memory type in a leaf of `level`. ValueError for a name that Linux's PAT does not have."""
+    for known, by_level in X86_MEMORY_TYPES:
+        if known == name:
+            return by_level[level - 1]
+    known_names = ", ".join(dict.fromkeys(known for known, _ in X86_MEMORY_TYPES))
+    raise ValueError(f"memory type {name!r}: expected one of {known_names}")
 
 
 def _large(level: int) -> int:

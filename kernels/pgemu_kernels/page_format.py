@@ -239,7 +239,7 @@ class PageFormat:
         for known, values in self.memory_types:
             if known == name:
                 return values[level - 1]
-        known_names = ", ".join(known for known, _ in self.memory_types)
+        known_names = ", ".join(dict.fromkeys(known for known, _ in self.memory_types))
         raise ValueError(f"{self.name}: memory type {name!r}: expected one of {known_names}")
 
     def _optional(self, name: str, mask: int, wanted: bool) -> int:
@@ -341,7 +341,7 @@ def _pat(index: int) -> tuple[int, int, int]:
 # Linux's PAT MSR: arch/x86/mm/pat/memtype.c:pat_bp_init(). The first index with a name is the one that is written.
 _PAT_TYPES = ("WB", "WC", "UC-", "UC", "WB", "WP", "UC-", "WT")
 _PAT_MASK = _pat(7)
-_X86_MEMORY_TYPES = tuple((name, _pat(index)) for index, name in enumerate(_PAT_TYPES))
+X86_MEMORY_TYPES = tuple((name, _pat(index)) for index, name in enumerate(_PAT_TYPES))
 
 
 def _x86_reserved(
@@ -413,7 +413,7 @@ def x86_64(
         execute=_x86_execute(nx),
         global_=bits.GLOBAL,
         memory_type_mask=_PAT_MASK,
-        memory_types=_X86_MEMORY_TYPES,
+        memory_types=X86_MEMORY_TYPES,
         protection_none=bits.PROTECTION_NONE,
         c_bit=encrypted,
     )
@@ -483,7 +483,7 @@ def npt(
         execute=_x86_execute(nx),
         global_=bits.GLOBAL,
         memory_type_mask=_PAT_MASK,
-        memory_types=_X86_MEMORY_TYPES,
+        memory_types=X86_MEMORY_TYPES,
         kvm_leaf=bits.MMU_PRESENT,
         host_writable=bits.HOST_WRITABLE,
         mmu_writable=bits.MMU_WRITABLE,
