@@ -187,7 +187,8 @@ def test_mprotect_of_a_transparent_huge_page(kernel: str, read_only: int) -> Non
 
 @pytest.mark.parametrize(("cache", "small", "large"), [
     # PAT, PCD, PWT are bits 7, 4, 3 of a 4K leaf and 12, 4, 3 of a larger one; indices of Linux's PAT.
-    ("WB", 0, 0), ("WC", 0x08, 0x08), ("UC-", 0x10, 0x10), ("UC", 0x18, 0x18), ("WP", 0x88, 0x1008), ("WT", 0x98, 0x1018),
+    ("WB", 0, 0), ("WC", 0x08, 0x08), ("UC-", 0x10, 0x10), ("UC", 0x18, 0x18),
+    ("WP", 0x88, 0x1008), ("WT", 0x98, 0x1018),
 ])  # fmt: skip
 def test_memory_types_of_special_leaves(cache: str, small: int, large: int) -> None:
     for level, expected in ((1, 0x227 | small), (2, 0x2A7 | large), (3, 0x2A7 | large)):
