@@ -10,6 +10,14 @@ from hypothesis import given, settings, strategies as st
 
 from pgemu.entries import EntryKind, classify, decode
 from pgemu_kernels import formats as bits, layout as L, leaves as K
+from pgemu_kernels.iommu_format import (
+    AMD_FORCE_COHERENT,
+    IOMMU_FORMATS,
+    amd_iommu_v1,
+    amd_size,
+    amd_sized_leaf,
+    vtd_second_stage,
+)
 from pgemu_kernels.page_format import FORMATS, Family, PageFormat, arm64_stage2, ept, npt, x86_64
 
 NX = 1 << 63
@@ -21,6 +29,7 @@ EPT_71_NX = ept(kernel="6.18", nx_huge_pages=True)
 EPT_73 = ept()
 HASWELL = ept(maxphyaddr=40, nx_huge_pages=True, l1tf_cache_bits=44)
 NPT = npt(maxphyaddr=40)
+VTD, AMD = vtd_second_stage(), amd_iommu_v1()
 RO, RW = P73.protection(write=False), P73.protection(write=True)
 ANON = P73.anonymous()
 NOT_PRESENT_FRAME = bits.ADDRESS  # frame 0, inverted
@@ -88,6 +97,18 @@ REFERENCE = [
     ("Arm block, FWB, XN", 1 << 54 | 0x7D9, K.stage2_leaf(arm64_stage2(), 2, execute=False)),
     ("Arm page, XN, one bit", 1 << 54 | 0x7DB, K.stage2_leaf(arm64_stage2(kernel="6.12"), 1, execute=False)),
     ("Arm table", 0x3, arm64_stage2().table_entry(0)),
+    ("VT-d 4K", 0x3, VTD.encode(1, 0)),
+    ("VT-d 2M", 0x83, VTD.encode(2, 0)),
+    ("VT-d 1G", 0x83, VTD.encode(3, 0)),
+    ("VT-d 2M, coherence forced", 0x883, vtd_second_stage(force_snoop=True).encode(2, 0)),
+    ("VT-d table", 0x3, VTD.table_entry(0)),
+    ("AMD IOMMU leaf", 0x6000_0000_0000_0001, AMD.encode(2, 0)),
+    ("AMD IOMMU leaf, FC", 0x7000_0000_0000_0001, AMD.encode(2, 0, extra=AMD_FORCE_COHERENT)),
+    ("AMD IOMMU 64K", 0x6000_0000_0000_7E01, amd_sized_leaf(0, 64 << 10)),
+    ("AMD IOMMU 32M", 0x6000_0000_00FF_FE01, amd_sized_leaf(0, 32 << 20)),
+    ("AMD IOMMU table, 2M", 0x6000_0000_0000_0201, AMD.table_entry(0, level=2)),
+    ("AMD IOMMU table, 1G", 0x6000_0000_0000_0401, AMD.table_entry(0, level=3)),
+    ("AMD IOMMU table, 512G", 0x6000_0000_0000_0601, AMD.table_entry(0, level=4)),
 ]
 
 FACTS = [
@@ -228,6 +249,8 @@ def variants() -> list[PageFormat]:
     made += [ept(mode_based_execute=True), ept(mode_based_execute=True, kernel="6.12"), ept(accessed_dirty=False)]
     made += [ept(accessed_dirty=False, kernel="6.12"), ept(execute_only=False), ept(pages_1g=False), HASWELL]
     made += [arm64_stage2(size) for size in (32, 35, 39, 43, 44)]
+    made += [maker(**options) for maker in IOMMU_FORMATS.values() for options in ({}, {"accessed_dirty": True})]
+    made += [vtd_second_stage(5, superpages=0, maxphyaddr=46), vtd_second_stage(3, superpages=1, force_snoop=True)]
     made += [arm64_stage2(fwb=False, kernel="6.12"), arm64_stage2(hardware_access_flag=False, maxphyaddr=40)]
     return made
 
@@ -250,6 +273,8 @@ def leaves_of(draw: st.DrawFn) -> tuple[PageFormat, int, int, dict[str, Any]]:
     arguments["key"] = draw(st.integers(0, 15)) if fmt.key_shift else 0
     choices = [(s, u) for s in (False, True) for u in (False, True) if fmt.execute.encode(s, u) is not None]
     arguments["execute"], arguments["execute_user"] = draw(st.sampled_from(choices))
+    if fmt.family is Family.VTD:
+        arguments["read"] |= not arguments["write"]  # nothing at all is not present
     if fmt.family is Family.EPT and not arguments["read"]:
         # Write without read is a misconfiguration, and nothing at all is not present.
         arguments |= {"read": True} if fmt.bad_low & 1 << 4 or not draw(st.booleans()) else {"write": False}
@@ -264,7 +289,9 @@ def test_what_was_encoded_decodes(case: tuple[PageFormat, int, int, dict[str, An
     entry = decode(fmt, level, fmt.encode(level, address, **arguments))
     assert entry.kind is EntryKind.LEAF
     assert (entry.address, entry.unknown, entry.reserved) == (address, 0, 0)
-    rights = ("read", "write", "user", "execute", "execute_user", "global_", "memory_type", "key")
+    rights = ["read", "write", "user", "global_", "key"]
+    if fmt.family not in (Family.VTD, Family.AMD_IOMMU):  # they know one memory type, and nothing executes
+        rights += ["execute", "execute_user", "memory_type"]
     assert {name: getattr(entry, name) for name in rights} == {name: arguments[name] for name in rights}
     assert entry.accessed == (bool(fmt.accessed) and arguments["accessed"])
     # Arm's dirty state is the write permission itself.
@@ -465,10 +492,28 @@ def test_kinds_are_those_of_the_manuals(checked: tuple[PageFormat, Manual], data
     (arm64_stage2(kernel="6.12"), 2, 3 << 2, EntryKind.ANNOTATED),
     (arm64_stage2(kernel="6.12"), 1, 1 << 53 | 0x7DB, EntryKind.RESERVED),  # XN is one bit there
     (arm64_stage2(), 1, 1 << 53 | 0x7DB, EntryKind.LEAF),
+    (VTD, 1, 0x80, EntryKind.ABSENT),
+    (VTD, 2, 0x80_0083, EntryKind.LEAF),
+    (VTD, 2, 0x8_0083, EntryKind.RESERVED),
+    (vtd_second_stage(superpages=1), 3, 0x83, EntryKind.RESERVED),
+    (AMD, 3, 0x6000_0000_0000_0401, EntryKind.TABLE),
+    (AMD, 3, 0x6000_0000_0000_0201, EntryKind.RESERVED),  # tables skip no level
+    (AMD, 4, 0x6000_0000_0000_0001, EntryKind.RESERVED),  # no 512G leaves
+    (AMD, 1, 0x6000_0000_0000_0201, EntryKind.RESERVED),
 ])  # fmt: skip
 def test_kind(fmt: PageFormat, level: int, entry: int, kind: EntryKind) -> None:
     assert classify(fmt, level, entry) is kind
     assert decode(fmt, level, entry).kind is kind
+
+
+@given(st.integers(13, 38), st.data())
+def test_amd_leaves_whose_size_is_in_their_address(order: int, data: st.DataObject) -> None:
+    address = data.draw(st.integers(0, (1 << 52 - order) - 1)) << order
+    entry = amd_sized_leaf(address, 1 << order, write=False)
+    level = 1 + (order - 12) // 9
+    decoded = decode(AMD, level, entry)
+    assert (decoded.kind, decoded.address, amd_size(entry)) == (EntryKind.LEAF, address, 1 << order)
+    assert (decoded.read, decoded.write, decoded.unknown) == (True, False, 0)
 
 
 HIGH = 0x000F_FF00_0000_0000  # bits 40 to 51
@@ -569,6 +614,8 @@ def test_who_executes_on_arm() -> None:
     (arm64_stage2, {"ipa_bits": 31}, "expected 32 to 48"),
     (arm64_stage2, {"ipa_bits": 49}, "expected 32 to 48"),
     (arm64_stage2, {"maxphyaddr": 52}, "expected 13 to 48"),
+    (vtd_second_stage, {"superpages": 3}, "superpages 3: expected 0, 1 or 2"),
+    (amd_iommu_v1, {"levels": 6}, "6 levels: expected 3 to 5"),
 ])  # fmt: skip
 def test_formats_that_cannot_be(maker: Any, arguments: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -621,6 +668,8 @@ def test_other_misuse() -> None:
         P612.guard()
     with pytest.raises(ValueError, match="memory type 'WBX': expected one of WB, WC, UC-, UC, WP, WT"):
         P73.special_pfn(cache="WBX")
+    with pytest.raises(ValueError, match="aligned power of two from 8K to 256G"):
+        amd_sized_leaf(0x1000, 0x2000)
     with pytest.raises(ValueError, match="swap type 32"):
         K.swap_entry(32, 0)
 
