@@ -123,6 +123,9 @@ def to_json(entry: Entry) -> dict[str, Any]:
     metavar="BITS",
     help="Address bits of the L1 cache of a CPU with L1TF, 44 on Haswell (ept): where MMIO entries keep the frame.",
 )
+@click.option(
+    "--fwb/--no-fwb", default=None, help="FEAT_S2FWB memory attributes (arm64-s2).  [default: fwb]", show_default=False
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def decode(values: tuple[int, ...], name: str, level: int, as_json: bool, **parameters: Any) -> None:
     """Name each bit of page-table entries: kind, rights, memory type, software bits, reserved bits.

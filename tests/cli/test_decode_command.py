@@ -62,6 +62,9 @@ def test_parameters_reach_the_format() -> None:
     assert "SAVED_DIRTY" in run("0x8400000000000825").output
     assert "SOFTW5" in run("--kernel", "6.1", "0x8400000000000825").output
     assert "ENC" in run("--format", "npt", "--c-bit", "47", "0x800000000e67").output
+    assert (
+        "user, execute, execute user, accessed, dirty, WB\n" in run("--format", "arm64-s2", "--no-fwb", "0x7ff").output
+    )
     assert "NEXT_LEVEL       0x2\n" in run("--format", "amd-v1", "--level", "3", "0x6000000000000401").output
     assert "  55  (no name)\n" in run("0x80000000000025").output
 
