@@ -82,8 +82,8 @@ class Entry:
 
     address: physical address of the page or table; of MMIO the guest physical one; None where there is none.
     read, write, user, execute, execute_user: rights of this entry alone (execute: supervisor or EL1, execute_user:
-    user or EL0); all False unless it is a table or leaf. accessed, dirty: the hardware's bits, False where there
-    are none. memory_type: "WB", "UC-", ...; None unless it is a leaf. key: protection key. software: the set bits
+    user or EL0); all False unless it is a table, a leaf or ACCESS_TRACKED. accessed, dirty: the hardware's bits of
+    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None unless it is a leaf. key: protection key. software: the set bits
     that hardware ignores and Linux has named. generation: memslots generation of MMIO. swap_type, swap_offset: of
     SWAP, MARKER and GUARD. fields: every named bit that is set, and every field of several bits, highest first.
     reserved: reserved bits that are set; problem: what is wrong with a RESERVED or MISCONFIGURED one.
@@ -366,7 +366,7 @@ def decode(fmt: PageFormat, level: int, entry: int) -> Entry:
         value=entry,
         address=_address(fmt, level, kind, entry),
         **_rights(fmt, kind, entry),
-        accessed=(shaped or kind in _KEPT) and bool(entry & fmt.accessed),
+        accessed=kind in (EntryKind.TABLE, EntryKind.LEAF, *_KEPT) and bool(entry & fmt.accessed),
         dirty=(kind is EntryKind.LEAF or kind in _KEPT) and bool(entry & fmt.dirty),
         global_=kind is EntryKind.LEAF and bool(entry & fmt.global_),
         memory_type=_memory_type(fmt, level, entry) if kind is EntryKind.LEAF else None,

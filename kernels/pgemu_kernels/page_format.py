@@ -527,6 +527,8 @@ def ept(
     """
     _check_levels(levels)
     _check_width(maxphyaddr)
+    if l1tf_cache_bits is not None and not 32 <= l1tf_cache_bits < WIDEST_ADDRESS - 5:
+        raise ValueError(f"{l1tf_cache_bits} bits of L1 cache address: expected 32 to {WIDEST_ADDRESS - 6}")
     parameters = bits.RELEASES[kernel]
     high = span(maxphyaddr, 51)
     suppress = bits.SUPPRESS_VE if parameters.empty_spte else 0

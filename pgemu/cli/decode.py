@@ -9,21 +9,21 @@ from typing import Any
 
 import rich_click as click
 
-from pgemu.entries import Entry, EntryKind, decode as decode_entry
+from pgemu.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu.errors import InputError
 from pgemu_kernels.formats import RELEASES
 from pgemu_kernels.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 
-_NUMBER = re.compile(r"0x[0-9a-f_]+|[0-9_]+", re.IGNORECASE)
+_NUMBER = re.compile(r"0x[0-9a-f]+(?:_[0-9a-f]+)*|[0-9]+(?:_[0-9]+)*", re.IGNORECASE)
 _SIZES = ("4K", "2M", "1G", "512G", "256T")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 
 
 def entry_value(text: str) -> int:
     """Return an entry's value: "0x8000000000000867" or decimal. click.BadParameter for anything else."""
-    value = int(text.replace("_", ""), 0 if text.lower().startswith("0x") else 10) if _NUMBER.fullmatch(text) else -1
+    value = int(text, 16 if text[:2].lower() == "0x" else 10) if _NUMBER.fullmatch(text) else -1
     if not 0 <= value < 1 << 64:
         raise click.BadParameter(f"{text!r}: expected an entry of 64 bits, in decimal or with 0x in front")
     return value
@@ -50,14 +50,15 @@ def _address(entry: Entry) -> str:
 
 def _summary(entry: Entry) -> str:
     """Rights and states in words, "" for what has none."""
-    words = [right.replace("_", " ") for right in _RIGHTS if getattr(entry, right)]
+    words = [entry.problem] if entry.problem else []
+    words += [right.replace("_", " ") for right in _RIGHTS if getattr(entry, right)]
     words += [state for state in ("accessed", "dirty") if getattr(entry, state)]
     words += ["global"] if entry.global_ else []
     words += [entry.memory_type] if entry.memory_type else []
     words += [f"key {entry.key}"] if entry.key else []
     words += [f"generation {entry.generation}"] if entry.generation is not None else []
     words += [f"swap type {entry.swap_type}, offset {entry.swap_offset:#x}"] if entry.swap_type is not None else []
-    return ", ".join([*words, *([entry.problem] if entry.problem else [])])
+    return ", ".join(words)
 
 
 def _show(fmt: PageFormat, entry: Entry) -> None:
@@ -66,13 +67,15 @@ def _show(fmt: PageFormat, entry: Entry) -> None:
     click.echo(f"{entry.value:#018x}  {fmt.name} level {entry.level} ({size}): {kind}{_address(entry)}")
     if summary := _summary(entry):
         click.echo(f"  {summary}")
-    for field in entry.fields:
-        value = "" if field.high == field.low else f"{field.value:#x}"
-        click.echo(f"  {field.bits:>5}  {field.name:<16} {value}".rstrip())
+    lines = [(field.high, f"{field.bits:>5}  {field.name:<16}{_value(field)}") for field in entry.fields]
     for what, mask in (("reserved", entry.reserved), ("no name", entry.unknown)):
-        for bit in range(64):
-            if mask >> bit & 1:
-                click.echo(f"  {bit:>5}  ({what})")
+        lines += [(bit, f"{bit:>5}  ({what})") for bit in range(64) if mask >> bit & 1]
+    for _, line in sorted(lines, reverse=True):
+        click.echo(f"  {line.rstrip()}")
+
+
+def _value(field: Field) -> str:
+    return "" if field.high == field.low else f" {field.value:#x}"
 
 
 def to_json(entry: Entry) -> dict[str, Any]:
