@@ -83,7 +83,9 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(list(FORMATS)),
             help="Entry format.  [default: that of the named root, else x86-64]",
         ),
-        click.option("--kernel", type=click.Choice(list(RELEASES)), help="Linux that wrote the entries: names differ."),
+        click.option(
+            "--kernel", type=click.Choice(list(RELEASES)), help="Linux that wrote the entries: software bits differ."
+        ),
         click.option("--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU."),
         click.option("--c-bit", type=int, metavar="BIT", help="Memory encryption bit (x86-64, npt)."),
         click.option("--ipa-bits", type=int, metavar="BITS", help="Input address bits (arm64-s2).  [default: 40]"),
@@ -191,7 +193,7 @@ def _document(fmt: PageFormat, steps: list[Step], virtual: int) -> dict[str, Any
 @table_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def walk(image: str, addresses: tuple[int, ...], root: str | None, as_json: bool, **parameters: Any) -> int:
-    """Walk addresses through the page tables in a memory image: every level's entry, decoded, then the physical address.
+    """Walk addresses through the page tables in a memory image: the entry at every level, then the physical address.
 
     IMAGE is an ELF core of physical memory (QEMU's dump-guest-memory, an uncompressed vmcore, Machine.write_image) or
     raw memory. Each line has the entry's name, its physical address, its value, its kind, what it points to and its
