@@ -59,7 +59,7 @@ def flag_names(entry: Entry) -> str:
 
 
 def rights_letters(fmt: PageFormat, rights: Rights) -> str:
-    """Return "rwxu": execute is s or e where only the supervisor (EL1) or only the user (EL0) may; u where users may."""
+    """Return "rwxu": execute is s or e where only the supervisor (EL1) or only the user (EL0) may."""
     execute = {(True, True): "x", (True, False): "s", (False, True): "e"}.get(rights[3:], "-")
     user = ("u" if rights.user else "-") if fmt.user else ""
     return f"{'r' if rights.read else '-'}{'w' if rights.write else '-'}{execute}{user}"
