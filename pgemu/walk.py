@@ -438,7 +438,7 @@ class _Survey:
         self._fmt = fmt
         self._kept = np.uint64(_U64 & ~ignore)
         self._summary = summary
-        self._visits: Counter[tuple[int, int]] = Counter()
+        self._visits: dict[tuple[int, int], int] = {}  # by level of the entry, and table
         self._permissions = np.uint64(permissions(fmt))
 
     def run(self, root: int) -> Iterator[Array]:
@@ -528,20 +528,17 @@ class _Survey:
         for i in np.flatnonzero(~follow).tolist():
             what = "loop" if loops[i] else "unreadable"
             self._summary.note(Problem(what, int(address[i]), level, int(entries[i])))
-        for i in np.flatnonzero(follow).tolist():
-            follow[i] = self._visit(level, Problem("repeated", int(address[i]), level, int(entries[i])), int(where[i]))
+        for i, one in zip(np.flatnonzero(follow).tolist(), where[follow].tolist(), strict=True):
+            visits = self._visits[level, one] = self._visits.get((level, one), 0) + 1
+            if visits > _REPEATS:
+                follow[i] = False
+            if visits == _REPEATS + 1:
+                self._summary.note(Problem("repeated", int(address[i]), level, int(entries[i])))
+            elif visits == 1:
+                self._summary.tables[level - 1] += 1
         rights = tables.rights[table] & (entries ^ np.uint64(fmt.invert) | np.uint64(fmt.table_rights))
         above = np.concatenate([above, where[:, None]], axis=1)
         return _Tables(where[follow], address[follow], rights[follow], above[follow])
-
-    def _visit(self, level: int, repeated: Problem, where: int) -> bool:
-        """Whether to go through a table, once more or for the first time; notes once if not."""
-        visits = self._visits[level, where] = self._visits[level, where] + 1
-        if visits == 1:
-            self._summary.tables[level - 1] += 1
-        elif visits == _REPEATS + 1:
-            self._summary.note(repeated)
-        return visits <= _REPEATS
 
     def _readable(self, where: Array) -> Array:
         """bool[n]: whether the memory holds the first and the last word of each table."""
