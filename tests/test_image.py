@@ -71,9 +71,11 @@ def model(segments: list[tuple[int, bytes, int]]) -> dict[int, int]:
 
 
 @given(segments=segment_lists(), first=st.integers(400, 420))
-def test_reads_what_the_segments_say(segments: list[tuple[int, bytes, int]], first: int) -> None:
+def test_reads_what_the_segments_say(
+    tmp_path_factory: pytest.TempPathFactory, segments: list[tuple[int, bytes, int]], first: int
+) -> None:
     expected = model(segments)
-    path = write(Path(os.environ.get("TMPDIR", "/tmp")) / f"pgemu-test-{os.getpid()}", core(segments, first=first))
+    path = write(tmp_path_factory.getbasetemp() / "image", core(segments, first=first))
     try:
         with open_image(path) as image:
             covered = [address for start, end in image.ranges for address in range(start, end)]
@@ -198,9 +200,9 @@ def test_a_given_format_is_not_guessed(tmp_path: Path) -> None:
 
 @given(data=st.binary(max_size=300))
 @settings(max_examples=60)
-def test_damage_is_refused_in_one_line(data: bytes) -> None:
+def test_damage_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Any bytes in place of a core's end or beginning: an image or an InputError, nothing else."""
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"pgemu-damage-{os.getpid()}"
+    path = tmp_path_factory.getbasetemp() / "image"
     for damaged in (GOOD[:64] + data, GOOD[: 176 - len(data) % 120] + data, GOOD[:16] + data + GOOD[16 + len(data) :]):
         write(path, damaged)
         complaint = ""
@@ -252,7 +254,7 @@ small = st.integers(0, 1023)
 )
 @settings(max_examples=20)
 def test_an_image_holds_what_the_machine_holds(
-    design: Any, kernel: str, stage2: Any, hvo: bool, seed: int, shared: list[int], host: list[int], guest: list[int],
+    tmp_path_factory: pytest.TempPathFactory, design: Any, kernel: str, stage2: Any, hvo: bool, seed: int, shared: list[int], host: list[int], guest: list[int],
     contents: dict[int, bytes], form: Any,
 ) -> None:  # fmt: skip
     machine = Machine(Config(design, pool=2 * M2, page_size=M2, kernel=kernel, stage2=stage2, hvo=hvo, seed=seed))
@@ -269,7 +271,7 @@ def test_an_image_holds_what_the_machine_holds(
         vm.touch(page * PAGE)
     for page, data in contents.items():
         machine.write_frame(machine.register(L.R_POOL_BASE) + page, data)
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"pgemu-image-{os.getpid()}"
+    path = tmp_path_factory.getbasetemp() / "image"
     machine.write_image(path, form)
     try:
         with open_image(path) as image:

@@ -119,7 +119,8 @@ def find_root(image: Image, text: str | None, name: str | None, **parameters: An
     try:
         image.words(table, 512 * fmt.root_tables)
     except ValueError:
-        covered = f"{image.ranges[0].start:#x} to {image.ranges[-1].end:#x} in {len(image.ranges)} ranges"
+        count = len(image.ranges)
+        covered = f"{image.ranges[0].start:#x} to {image.ranges[-1].end:#x} in {count} range{'s' * (count > 1)}"
         raise InputError(f"root table {table:#x}: not in the image, which covers {covered}", image.path) from None
     return root, fmt
 
