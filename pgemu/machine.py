@@ -501,13 +501,13 @@ class Machine:
     @cached_property
     def host_format(self) -> PageFormat:
         """The format of process and kernel page tables."""
-        return page_format.x86_64()
+        return page_format.x86_64(kernel=self.config.kernel)
 
     @cached_property
     def stage2_format(self) -> PageFormat:
         """The format of VMs' page tables."""
         if self.config.stage2 == "npt":
-            return page_format.npt()
+            return page_format.npt(kernel=self.config.kernel)
         return page_format.ept(kernel=self.config.kernel, nx_huge_pages=self.config.nx_huge_pages)
 
     def struct_page(self, pfn: int) -> Array:

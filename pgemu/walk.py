@@ -22,14 +22,19 @@ __all__ = (
     "MappedRange",
     "Memory",
     "Problem",
+    "Rights",
     "Status",
     "Step",
     "Summary",
     "Translation",
+    "granted",
     "in_range",
     "kind_of",
     "kinds_of",
+    "leaf_address",
     "mapped_ranges",
+    "permissions",
+    "rights_of",
     "root_table",
     "translate",
     "walk",
@@ -111,8 +116,7 @@ class MappedRange(NamedTuple):
     """Leaves of one level, one after another, equal in flags and rights, that map successive pages or all the same one.
 
     step: from one leaf's physical address to the next one's: the page size, or 0 for the same page again and again.
-    flags: bits of each leaf outside the address. rights: the bits that permit an access, each 1 where every
-    level grants it (x86: write 1, user 2, execute 63; EPT: 0 to 2 and 10; Arm: read 6, write 7, execute 53 and 54).
+    flags: bits of each leaf outside the address. rights: what every level grants, for `rights_of`.
     """
 
     address: int
@@ -200,6 +204,44 @@ def kinds_of(fmt: PageFormat, level: int, entries: Array) -> Array:
     return kinds
 
 
+class Rights(NamedTuple):
+    """What a translation permits; execute is the supervisor's or EL1's, execute_user the user's or EL0's."""
+
+    read: bool
+    write: bool
+    user: bool
+    execute: bool
+    execute_user: bool
+
+
+def permissions(fmt: PageFormat) -> int:
+    """The bits of a leaf that say what it permits."""
+    return fmt.read | fmt.write | fmt.user | fmt.execute.mask
+
+
+def rights_of(fmt: PageFormat, rights: int) -> Rights:
+    """What the `rights` of a MappedRange permit: layout.F_INVERT and F_FOLD undone."""
+    entry = rights ^ fmt.invert & permissions(fmt)
+    entry ^= entry >> 1 & fmt.fold
+    return Rights(
+        not fmt.read or bool(entry & fmt.read),
+        bool(entry & fmt.write),
+        not fmt.user or bool(entry & fmt.user),
+        *fmt.execute.decode(entry),
+    )
+
+
+def granted(fmt: PageFormat, steps: list[Step]) -> int:
+    """`rights` of a walk that ends at a leaf, as MappedRange has them."""
+    rights = permissions(fmt)
+    for step in steps:
+        if step.kind == Kind.TABLE:
+            rights &= step.entry ^ fmt.invert | fmt.table_rights
+        else:
+            rights &= step.entry ^ step.entry >> 1 & fmt.fold ^ fmt.invert
+    return rights
+
+
 def root_table(fmt: PageFormat, root: int) -> int:
     """Physical address of the top table in a CR3, an EPTP, an nCR3, a VTTBR, or as it is."""
     return root & fmt.address
@@ -247,8 +289,7 @@ def walk(memory: Memory, fmt: PageFormat, root: int, address: int) -> list[Step]
 
 def leaf_address(fmt: PageFormat, level: int, entry: int, address: int) -> int:
     """Where an input address lies in the page of a leaf: its physical address."""
-    inside = (1 << 9 * level + 3) - 1
-    return entry & fmt.address & ~inside | address & inside
+    return entry & fmt.frame(level) | address & (1 << 9 * level + 3) - 1
 
 
 # --------------------------------------------------------------------------- many addresses
@@ -277,9 +318,8 @@ def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> T
         for kind, outcome in _STATUS.items():
             status[rest[kinds == kind]] = outcome
         leaf = kinds == Kind.LEAF
-        inside = (np.uint64(1) << shift) - np.uint64(1)
-        frames = entries[leaf] & np.uint64(fmt.address) & ~inside
-        physical[rest[leaf]] = frames | addresses[rest[leaf]] & inside
+        inside = addresses[rest[leaf]] & (np.uint64(1) << shift) - np.uint64(1)
+        physical[rest[leaf]] = entries[leaf] & np.uint64(fmt.frame(level)) | inside
         table = kinds == Kind.TABLE
         rest = rest[table]
         tables = entries[table] & np.uint64(fmt.address)
@@ -398,14 +438,8 @@ class _Survey:
         self._fmt = fmt
         self._kept = np.uint64(_U64 & ~ignore)
         self._summary = summary
-        self._visits: Counter[tuple[int, int]] = Counter()
-        self._permissions = np.uint64(_PERMISSIONS[fmt.family])
-        self._levels = {level: self._level_parameters(level) for level in range(1, fmt.levels + 1)}
-
-    def _level_parameters(self, level: int) -> tuple[np.uint64, np.uint64]:
-        """(shift of the index, address bits of a leaf)."""
-        inside = (1 << 9 * level + 3) - 1
-        return np.uint64(9 * level + 3), np.uint64(self._fmt.address & ~inside & _U64)
+        self._visits: dict[tuple[int, int], int] = {}  # by level of the entry, and table
+        self._permissions = np.uint64(permissions(fmt))
 
     def run(self, root: int) -> Iterator[Array]:
         """Leaves, ascending, some at a time."""
@@ -466,7 +500,7 @@ class _Survey:
         """(index of the table, input address) of entries by their index in all the tables."""
         fmt = self._fmt
         table, index = at >> 9, (at & 511).astype(np.uint64)
-        address = tables.base[table] + (index << self._levels[level][0])
+        address = tables.base[table] + (index << np.uint64(9 * level + 3))
         if level == fmt.levels and fmt.sign_extended:
             negative = address >> np.uint64(fmt.input_bits - 1) != 0
             address[negative] |= np.uint64(_U64 << fmt.input_bits & _U64)
@@ -476,7 +510,7 @@ class _Survey:
         """uint64[5, n]: leaves as they travel."""
         fmt = self._fmt
         table, address = self._place(level, tables, at)
-        frame = self._levels[level][1]
+        frame = np.uint64(fmt.frame(level))
         folded = entries ^ (entries >> np.uint64(1) & np.uint64(fmt.fold))
         rights = tables.rights[table] & (folded ^ np.uint64(fmt.invert)) & self._permissions
         flags = entries & ~frame & self._kept
@@ -494,33 +528,22 @@ class _Survey:
         for i in np.flatnonzero(~follow).tolist():
             what = "loop" if loops[i] else "unreadable"
             self._summary.note(Problem(what, int(address[i]), level, int(entries[i])))
-        for i in np.flatnonzero(follow).tolist():
-            follow[i] = self._visit(level, Problem("repeated", int(address[i]), level, int(entries[i])), int(where[i]))
+        for i, one in zip(np.flatnonzero(follow).tolist(), where[follow].tolist(), strict=True):
+            visits = self._visits[level, one] = self._visits.get((level, one), 0) + 1
+            if visits > _REPEATS:
+                follow[i] = False
+            if visits == _REPEATS + 1:
+                self._summary.note(Problem("repeated", int(address[i]), level, int(entries[i])))
+            elif visits == 1:
+                self._summary.tables[level - 1] += 1
         rights = tables.rights[table] & (entries ^ np.uint64(fmt.invert) | np.uint64(fmt.table_rights))
         above = np.concatenate([above, where[:, None]], axis=1)
         return _Tables(where[follow], address[follow], rights[follow], above[follow])
-
-    def _visit(self, level: int, repeated: Problem, where: int) -> bool:
-        """Whether to go through a table, once more or for the first time; notes once if not."""
-        visits = self._visits[level, where] = self._visits[level, where] + 1
-        if visits == 1:
-            self._summary.tables[level - 1] += 1
-        elif visits == _REPEATS + 1:
-            self._summary.note(repeated)
-        return visits <= _REPEATS
 
     def _readable(self, where: Array) -> Array:
         """bool[n]: whether the memory holds the first and the last word of each table."""
         readable: Array = self._memory.holds(where) & self._memory.holds(where + np.uint64(4088))
         return readable
-
-
-_PERMISSIONS = {
-    Family.X86: 1 << 1 | 1 << 2 | 1 << 63,
-    Family.NPT: 1 << 1 | 1 << 2 | 1 << 63,
-    Family.EPT: 0b111 | 1 << 10,
-    Family.ARM64: 0b11 << 6 | 0b11 << 53,
-}
 
 
 def _interleave(leaves: Array, batches: Iterator[Array]) -> Iterator[Array]:

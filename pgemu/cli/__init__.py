@@ -10,6 +10,8 @@ import rich_click as click
 
 from pgemu.cli.compare import compare
 from pgemu.cli.decode import decode
+from pgemu.cli.dump import dump
+from pgemu.cli.walk import walk
 from pgemu.errors import InputError
 
 __all__ = ("main",)
@@ -71,3 +73,5 @@ def main(context: click.Context) -> None:
 
 main.add_command(compare)
 main.add_command(decode)
+main.add_command(dump)
+main.add_command(walk)
