@@ -8,6 +8,7 @@ Plain Python: no numba here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -347,7 +348,7 @@ def arm64_stage2(
     )
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[], PageFormat]] = {
     "x86-64": x86_64,
     "x86-64-5": lambda: x86_64(5),
     "ept": ept,
