@@ -26,7 +26,8 @@ Array = np.ndarray[Any, Any]
 Partial = Literal["split", "whole"]
 Tables = Literal["munmap", "madvise", "zap"]
 
-_TABLE_FLAGS = {"munmap": L.EDIT_FREE, "madvise": L.EDIT_FREE_COVERED, "zap": np.uint64(0)}
+_TABLE_FLAGS = {"munmap": int(L.EDIT_FREE), "madvise": int(L.EDIT_FREE_COVERED), "zap": 0}
+_REPLACE, _EXACT = int(L.EDIT_REPLACE), int(L.EDIT_EXACT)
 _NO_LOG = np.zeros(0, np.uint64)
 _NO_ADDRESS = np.zeros(1, np.uint64)
 
@@ -120,7 +121,7 @@ class PageTable:
         dropped, the rest to be faulted in again); otherwise -EEXIST. -EINVAL: alignment, reserved bits, level.
         -ERANGE: beyond the input addresses. -ENOMEM: tables linked by then stay. -EAGAIN: the entry is frozen.
         """
-        flags = L.EDIT_EXACT | (L.EDIT_REPLACE if replace else np.uint64(0))
+        flags = _EXACT | (_REPLACE if replace else 0)
         return self._one(Edit.MAP, address, physical, _size(level), level, self._bits(attributes), flags=flags, log=log)
 
     def map_many(
@@ -128,7 +129,7 @@ class PageTable:
         replace: bool = False, log: Array | None = None,
     ) -> EditResults:  # fmt: skip
         """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n])."""
-        flags = L.EDIT_EXACT | (L.EDIT_REPLACE if replace else np.uint64(0))
+        flags = _EXACT | (_REPLACE if replace else 0)
         return self._run(
             Edit.MAP, addresses, physical, _size(level), level, self._bits(attributes), flags=flags, log=log
         )
@@ -141,7 +142,7 @@ class PageTable:
 
         The first leaf that cannot be mapped ends it; those before it stay. Errors as for `map`.
         """
-        flags = L.EDIT_REPLACE if replace else np.uint64(0)
+        flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
         return self._one(Edit.MAP, address, physical, length, level, self._bits(attributes), flags=flags, log=log)
 
@@ -150,7 +151,7 @@ class PageTable:
         attributes: int | None = None, replace: bool = False, log: Array | None = None,
     ) -> EditResults:  # fmt: skip
         """map_range() of `length` bytes at each of `addresses` (uint64[n])."""
-        flags = L.EDIT_REPLACE if replace else np.uint64(0)
+        flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
         return self._run(Edit.MAP, addresses, physical, length, level, self._bits(attributes), flags=flags, log=log)
 
@@ -297,31 +298,31 @@ class PageTable:
     def _bits(self, attributes: int | None) -> int:
         return self.format.leaf[0] if attributes is None else attributes
 
-    def _partial(self, partial: Partial | None) -> np.uint64:
+    def _partial(self, partial: Partial | None) -> int:
         if partial is None:
             partial = "split" if self.format.flush == FlushRule.PROCESS else "whole"
-        return L.EDIT_SPLIT if partial == "split" else np.uint64(0)
+        return int(L.EDIT_SPLIT) if partial == "split" else 0
 
-    def _tables(self, tables: Tables | None) -> np.uint64:
+    def _tables(self, tables: Tables | None) -> int:
         if tables is None:
             tables = "zap" if self.format.flush == FlushRule.WHOLE_VM else "munmap"
         return _TABLE_FLAGS[tables]
 
     def _one(
         self, op: Edit, address: int, physical: int = 0, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: np.uint64 = np.uint64(0), log: Array | None = None,
+        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
     ) -> EditResult:  # fmt: skip
         """One edit at one address."""
         for name, value in (("address", address), ("physical address", physical)):
             if not 0 <= value < 1 << 64:
                 raise ValueError(f"{name} {value:#x}: expected 64 bits")
-        both = (np.array([value], np.uint64) for value in (address, physical))
-        status, detail, flush, records = self._run(op, *both, length, level, set_bits, clear_bits, flags, log)
+        at, to = np.array([address], np.uint64), np.array([physical], np.uint64)
+        status, detail, flush, records = self._run(op, at, to, length, level, set_bits, clear_bits, flags, log)
         return EditResult(int(status[0]), int(detail[0]), flush, records)
 
     def _run(
         self, op: Edit, addresses: Array, physical: Array, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: np.uint64 = np.uint64(0), log: Array | None = None,
+        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
     ) -> EditResults:  # fmt: skip
         """One edit at each address."""
         from pgemu_kernels.edits import edit
@@ -336,9 +337,8 @@ class PageTable:
                 raise ValueError(f"{name} {value}: expected 64 bits")
         request = self._request
         request[:] = 0
-        words = (op, self._row, self.root, length, max(level, 0) if level < 64 else 63, set_bits, clear_bits, flags)
-        for word, number in enumerate(words):
-            request[word] = number
+        words = (op, self._row, self.root, length, level if 0 <= level < 8 else 0, set_bits, clear_bits, flags)
+        request[: len(words)] = np.array(words, np.uint64)
         status = np.empty(addresses.size, np.int64)
         detail = np.zeros(addresses.size, np.uint64)
         edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))

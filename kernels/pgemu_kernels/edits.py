@@ -922,7 +922,7 @@ def free_tables(e, f, start, end, covered):
 
 @kernel
 def free_above(e, f, address, following, end, level, start):
-    """Free the tables that the range reaches no further than `following` in, from entries of `level` up, while empty."""
+    """Free the empty tables above `address` that the range has no more of behind `following`; `level`: of the entry."""
     while level <= e.state[f + F_LEVELS] and (following >= end or following & (size_of(level) - U1) == U0):
         slot, at, value = find(e, f, address, level)
         if at != level or not unlink_if_empty(e, f, slot, level, value, address, start):
@@ -1102,7 +1102,7 @@ def edit_one(e, f, op, given, physical):
         if op == UNMAP:
             unmap_tail(e, f, address, request[E_OFFSET] if status != DONE else end)
         if status == DONE and request[E_FOUND] == U0:
-            status = NO_ENTRY
+            return NO_ENTRY, U0
     if status != DONE:
         return status, request[E_OFFSET] - address
     return status, request[E_CHANGED]
@@ -1124,7 +1124,7 @@ def finish(e, f):
 
 @entry
 def edit(descriptor, request, addresses, physical, status, detail, log):
-    """Do the edit that `request` (uint64[layout.E_WORDS]) tells at each of `addresses`, in order, with one flush at the end.
+    """Do the edit that `request` (uint64[layout.E_WORDS]) tells at each of `addresses`, in order; one flush at the end.
 
     addresses uint64[n], bytes; physical uint64[n] or [1]; status int64[n]: 0 or -errno. detail uint64[n]: how many
     leaves or tables changed, the old entry (store), or, after a failure, the offset of the first byte not done.
