@@ -201,7 +201,7 @@ def fault_code(state, f, access, x, status, level, rights, denied):
 
 @kernel
 def judge(state, f, access, x, entry, level, rights):
-    """An entry of a walk that has `rights` so far: (status, whether it is a leaf, rights left, whether a key denies)."""
+    """An entry of a walk that has `rights` so far: (status, is it a leaf, rights left, does a key deny)."""
     status = judge_entry(state, f, entry, level, access[x + X_RESERVED])
     leaf = is_leaf(state, f, entry, level)
     if leaf and entry & access[x + X_DIRTY_IF] != U0:

@@ -25,6 +25,7 @@ from numba.core.dispatcher import Dispatcher
 
 import pgemu_kernels
 from pgemu.machine import DESIGNS, Config, Machine
+from pgemu.translation import Kind, translate, translate_nested
 from pgemu_kernels import compile as kernel_compile, layout as L
 
 ENTRY_LIMIT = 10  # each one more costs every user seconds of compilation
@@ -58,6 +59,9 @@ def exercise(machine: Machine) -> None:
     assert vm.touch(0).detail == 2
     assert gmem.convert(0, L.PAGE_4K, shared=True).status == 0
     process.touch(base, write=True)
+    assert translate(machine, 0, process.root, [base], Kind.USER_WRITE).status.tolist() == [0]
+    # Nothing backs the guest's top table: its first entry reads as zero.
+    assert translate_nested(machine, 0, L.PAGE_2M, 1, vm.root, [0]).status.tolist() == [L.WalkStatus.NOT_PRESENT]
     reference = gmem.get_reference(0)
     gmem.put_reference(reference.detail)
     machine.write_frame(gmem.pfn(0) or 0, b"contents")
