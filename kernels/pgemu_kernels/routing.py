@@ -85,5 +85,5 @@ def is_ordinary(state, header, object_, address):
     if kind == _BIND or kind == _UNBIND:
         return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
     if kind >= _PROTECT:
-        return kind <= U(Operation.PREFAULT)
+        return kind <= U(Operation.RESTORE)
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)
