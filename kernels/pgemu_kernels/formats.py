@@ -15,12 +15,19 @@ from pgemu_kernels import layout as L
 PRESENT = 1 << 0
 WRITE = 1 << 1
 USER = 1 << 2
+WRITE_THROUGH = 1 << 3  # PWT, PCD, PAT: the index into the PAT MSR
+CACHE_DISABLE = 1 << 4
 ACCESSED = 1 << 5
 DIRTY = 1 << 6
 LARGE = 1 << 7
+PAT_4K = 1 << 7  # of a 4K entry; of a larger leaf it is bit 12
+PAT_LARGE = 1 << 12
 GLOBAL = 1 << 8
+PROTECTION_NONE = 1 << 8  # _PAGE_PROTNONE, of an entry that is not present
 SPECIAL = 1 << 9
+UFFD_WP = 1 << 10
 SOFT_DIRTY = 1 << 11
+SAVED_DIRTY = 1 << 58
 NO_EXECUTE = 1 << 63
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
@@ -40,7 +47,10 @@ VMEMMAP_READ_ONLY = PRESENT | ACCESSED | GLOBAL | NO_EXECUTE  # 8..121
 # KVM's stage 2: arch/x86/kvm/mmu/spte.h
 EMPTY_SPTE = 1 << 63  # SHADOW_NONPRESENT_VALUE
 MMU_PRESENT = 1 << 11
-FROZEN_SPTE = EMPTY_SPTE | 0x5A0
+FROZEN_LOW = 0x5A0
+FROZEN_SPTE = EMPTY_SPTE | FROZEN_LOW
+HOST_WRITABLE = 1 << 9  # of NPT; EPT has them in KernelParameters.ept_writable
+MMU_WRITABLE = 1 << 10
 NPT_TABLE = PRESENT | WRITE | USER | ACCESSED | MMU_PRESENT  # 827
 NPT_LEAF = PRESENT | WRITE | USER | ACCESSED | DIRTY | 1 << 9 | 1 << 10 | MMU_PRESENT  # e67
 EPT_RWX = 0b111
@@ -48,6 +58,7 @@ EPT_WB_IPAT = 6 << 3 | 1 << 6
 EPT_ACCESSED = 1 << 8
 EPT_DIRTY = 1 << 9
 EPT_USER_EXECUTE = 1 << 10
+EPT_AD_DISABLED = 1 << 52  # SPTE_TDP_AD_DISABLED; where 7.3 has it was not captured
 SUPPRESS_VE = 1 << 63
 MMIO_NPT = PRESENT | WRITE | USER | 1 << 51  # kvm_mmu_reset_all_pte_masks(): a reserved bit makes the walk fault
 MMIO_EPT = 0b110  # VMX_EPT_MISCONFIG_WX_VALUE
@@ -71,6 +82,15 @@ class KernelParameters:
     the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
     `page_flags` are node and zone of ZONE_NORMAL in page->flags of the captured configuration, and
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
+
+    `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
+    `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
+    `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
+    `shared_tail_saved_dirty`: vmemmap tail entries set up by the boot allocator carry bit 58 (captured).
+    `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
+    `arm_two_bit_xn`: KVM writes XN[1:0] of FEAT_XNX (arm64/kvm/hyp/pgtable.c:stage2_set_xn_attr()), else bit 54.
+    `arm_locked`: an Arm entry between break and make (KVM_INVALID_PTE_LOCKED; a type in bits 63:60 from 7.1 on).
+    `arm_two_bit_xn` of 6.18 and `arm_locked` of 6.18 are inference: only 6.12 and 7.1 were read.
     """
 
     release: str
@@ -83,24 +103,42 @@ class KernelParameters:
     folio_6_12: bool
     recovers_huge_pages: bool = True
     guest_memfd_mmap: bool = True
+    saved_dirty: bool = True
+    special_huge_zero: bool = True
+    guards: bool = True
+    huge_pfn: bool = True
+    shared_tail_saved_dirty: bool = True
+    empty_spte: int = EMPTY_SPTE
+    arm_two_bit_xn: bool = False
+    arm_locked: int = 1 << 10
 
 
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
-        "6.12",
-        1 << 57 | 1 << 58,
-        0,
-        False,
-        3,
-        False,
-        0x0017_FFFF_C000_0000,
-        True,
-        recovers_huge_pages=False,
-        guest_memfd_mmap=False,
+        "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True,
+        recovers_huge_pages=False, guest_memfd_mmap=False,
+        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False,
     ),
     "6.18": KernelParameters("6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False),
-    "7.3": KernelParameters("7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, 0x4000_0000_0000_0000, False),
-}
+    "7.3": KernelParameters(
+        "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, 0x4000_0000_0000_0000, False,
+        arm_two_bit_xn=True, arm_locked=1 << 60,
+    ),
+}  # fmt: skip
+"""The kernels that pgemu runs."""
+
+RELEASES: dict[str, KernelParameters] = {
+    "6.1": KernelParameters(
+        "6.1", 1 << 57 | 1 << 58, 0, False, 1, False, 0x0017_FFFF_C000_0000, True,
+        saved_dirty=False, special_huge_zero=False, guards=False, huge_pfn=False, shared_tail_saved_dirty=False,
+        empty_spte=0,
+    ),
+    **KERNELS,
+}  # fmt: skip
+"""The kernels whose entries pgemu writes and reads, by release: KERNELS and 6.1, whose operations it does not run.
+
+Words of 6.1 outside page-table entries (mask_tails to folio_6_12) are not used by anything.
+"""
 
 Row = np.ndarray[tuple[int], np.dtype[np.uint64]]
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import rich_click as click
 
 from pgemu.cli.compare import compare
+from pgemu.cli.decode import decode
 from pgemu.errors import InputError
 
 __all__ = ("main",)
@@ -69,3 +70,4 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(compare)
+main.add_command(decode)

@@ -258,8 +258,9 @@ class Capture:
 
     stage2: the format of stage-2 tables, "npt" or "ept". pti: page-table isolation. nx_huge_pages: KVM maps huge
     pages without execute permission (the iTLB-multihit mitigation, which the kernel turns on for the Haswell that the
-    EPT machine is). stage2_maxphyaddr and maxphyaddr: physical address bits of the CPU model. replayed: whether this
-    kernel is one that pgemu runs; the others are only decoded.
+    EPT machine is). maxphyaddr: physical address bits, 40 as QEMU and Bochs have them by default (the captures only
+    show that there are fewer than 52: KVM marks MMIO entries with bit 51). replayed: whether this kernel is one that
+    pgemu runs; the others are only decoded.
     """
 
     path: Path
@@ -306,7 +307,7 @@ def load(path: Path) -> Capture:
             stage2="ept" if intel else "npt",
             pti=bool(machine["pti"]),
             nx_huge_pages=intel,
-            maxphyaddr=40 if intel else 52,
+            maxphyaddr=40,
             checkpoints=tuple(map(Checkpoint, raw["checkpoints"])),
         )
     except (KeyError, TypeError, EOFError, lzma.LZMAError, json.JSONDecodeError) as error:

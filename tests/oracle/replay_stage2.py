@@ -33,7 +33,6 @@ BOOT_SLOT = 32763
 MMU_PRESENT = 1 << 11
 ENOSYS, ENOTTY = 38, 25
 SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-PROT = {"r": 1, "w": 2, "x": 4}
 
 
 class MismatchError(AssertionError):
@@ -137,7 +136,6 @@ class Replay:
                 pti=capture.pti,
                 nx_huge_pages=capture.nx_huge_pages,
                 l1tf=capture.nx_huge_pages,
-                memory=256 << 20,
             )
         )
         self.process = self.machine.create_process()
@@ -312,16 +310,15 @@ class Replay:
 
     def op_map(self, operation: Operation, address: str, length: str, rights: str, kind: str) -> int:
         at, size = number(address), number(length)
-        prot = sum(PROT[letter] for letter in rights)
         name, *rest = kind.split(":")
         if name == "anon":
-            result = self.process.mmap_anonymous(at, size, prot=prot)
+            result = self.process.mmap_anonymous(at, size, rights)
         elif name in ("shuge2m", "shuge1g"):
             page_size = L.PAGE_2M if name == "shuge2m" else L.PAGE_1G
-            result = self.process.mmap_hugetlb(at, size, page_size=page_size, shared=True, prot=prot)
+            result = self.process.mmap_hugetlb(at, size, rights, page_size=page_size)
             self.hugetlb.append((at, size))
         elif name == "vfio":
-            result = self.process.mmap_device(self.bar, at, size, offset=number(rest[1]), prot=prot)
+            result = self.process.mmap_device(self.bar, at, size, rights, offset=number(rest[1]))
         elif name == "gmem":
             if int(rest[0]) not in self.gmems:
                 return -L.EBADF
@@ -335,8 +332,7 @@ class Replay:
         return self.process.munmap(number(address), number(length)).status
 
     def op_prot(self, operation: Operation, address: str, length: str, rights: str) -> int:
-        prot = 0 if rights == "none" else sum(PROT[letter] for letter in rights)
-        return self.process.protect(number(address), number(length), prot).status
+        return self.process.protect(number(address), number(length), rights).status
 
     def op_adv(self, operation: Operation, address: str, length: str, advice: str) -> int | None:
         if advice != "dontneed":

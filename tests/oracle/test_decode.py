@@ -1,0 +1,205 @@
+"""Every entry of every captured table decodes: right kind, no unknown bit; tables and leaves recounted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import pytest
+
+from oracle.capture import FRAME, Capture, Checkpoint, Run, Table, Tree, captures, load, shipped
+from pgemu.entries import Entry, EntryKind, classify, decode
+from pgemu_kernels import leaves as K
+from pgemu_kernels.page_format import PageFormat, ept, npt, x86_64
+
+CHECKPOINTS = {
+    "linux-6.1.192-debian": 324,
+    "linux-6.12.107-debian": 324,
+    "linux-6.18.15-debian": 324,
+    "linux-7.3.4-debian-pti": 324,
+    "linux-7.3.4-small": 324,
+    "linux-7.3.4-small-ept": 109,
+}
+"""Checkpoints of each shipped file: 1,729 together."""
+
+HOST_LEAVES = {EntryKind.LEAF, EntryKind.PROTECTION_NONE, EntryKind.GUARD}
+LEVELS = {4: "pud", 3: "pmd", 2: "pte"}  # an entry of this level points to a table counted there
+
+
+def formats(capture: Capture) -> tuple[PageFormat, PageFormat, PageFormat]:
+    """Formats of a capture's processes, of their user copies of the top table, and of stage 2."""
+    amd = capture.stage2 == "npt"
+    common = {"kernel": capture.kernel, "maxphyaddr": capture.maxphyaddr}
+    host = x86_64(amd=amd, pti=capture.pti, **common)
+    user = x86_64(amd=amd, **common)
+    if amd:
+        return host, user, npt(**common)
+    # Haswell has L1TF, and its L1 cache is taken to have 44 address bits (arch/x86/kernel/cpu/bugs.c).
+    return host, user, ept(nx_huge_pages=capture.nx_huge_pages, l1tf_cache_bits=44, **common)
+
+
+class Decoder:
+    """Decodes each distinct (level, bits outside the frame) once: a frame changes neither kind nor names.
+
+    seen, decoded: entries, and those of them that are of the right kind and have a name for every bit.
+    """
+
+    def __init__(self, fmt: PageFormat) -> None:
+        self.fmt = fmt
+        self.seen = 0
+        self.decoded = 0
+        self.kinds: Counter[EntryKind] = Counter()
+        self.bad: list[str] = []
+        self._decoded: dict[tuple[int, int], Entry] = {}
+
+    def entry(self, level: int, value: int) -> Entry:
+        frame = value & FRAME
+        if value & self.fmt.present and not frame >> self.fmt.maxphyaddr:
+            value ^= frame & self.fmt.frame(level)
+        if (level, value) not in self._decoded:
+            self._decoded[level, value] = decode(self.fmt, level, value)
+        return self._decoded[level, value]
+
+    def see(self, level: int, value: int, kinds: Collection[EntryKind], count: int = 1) -> EntryKind:
+        """Decode `count` entries like `value`, which should be one of `kinds`: the kind found."""
+        found = self.entry(level, value)
+        self.seen += count
+        if found.kind in kinds and not found.unknown and not found.reserved:
+            self.decoded += count
+        else:
+            self.bad.append(f"level {level} {value:#x}: {found.kind}, unknown {found.unknown:#x} {found.problem}")
+        self.kinds[found.kind] += count
+        return found.kind
+
+    def tables(self, rows: Iterable[Table]) -> None:
+        for row in rows:
+            self.see(row.level, row.entry, {EntryKind.TABLE})
+
+    def leaves(self, runs: Iterable[Run], kinds: Collection[EntryKind]) -> None:
+        """Entries of runs. Within a run only the frame differs, so its first entry stands for all."""
+        for run in runs:
+            last = run.entry + (run.count - 1) * run.step
+            assert not (last ^ run.entry) & ~FRAME, run
+            assert run.step in (0, 4096 << 9 * (run.level - 1)), run
+            self.see(run.level, run.entry, kinds, run.count)
+
+
+def check_host(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Tables and leaves of the process; table pages counted against the kernel's VmPTE."""
+    decoder.tables(checkpoint.tables)
+    decoder.leaves(checkpoint.leaves, HOST_LEAVES)
+    counted = Counter(LEVELS[table.level] for table in checkpoint.tables)
+    assert counted == Counter(checkpoint.table_pages), checkpoint.name
+    check = checkpoint.check
+    assert 4 * counted.total() == check["table_pages_walked_kb"]
+    assert 4 * (counted.total() + check["anon_thp_pmds"]) == check["VmPTE_kb"]
+
+
+def check_vmemmap(checkpoint: Checkpoint, decoder: Decoder, leaves: K.ProcessLeaves) -> None:
+    """Tables and leaves of the vmemmap, and that leaves are those that `leaves` writes."""
+    decoder.tables(checkpoint.vmemmap_tables)
+    decoder.leaves(checkpoint.vmemmap_leaves, {EntryKind.LEAF})
+    written = {leaves.vmemmap(level=2), leaves.vmemmap()}
+    written |= {leaves.vmemmap(write=False), leaves.vmemmap(write=False, boot=True)}
+    assert {run.entry & ~FRAME for run in checkpoint.vmemmap_leaves} <= written
+
+
+def check_pti(checkpoint: Checkpoint, kernel: Decoder, user: Decoder) -> None:
+    """Both top tables: all of their entries point to tables, the same ones below the user half."""
+    roots = checkpoint.pti_roots
+    for half, decoder in (("kernel", kernel), ("user", user)):
+        decoder.tables(Table(index << 39, 4, entry) for index, entry in roots.get(half, {}).items())
+    if roots:
+        below = {half: {i: e & FRAME for i, e in roots[half].items() if i < 256} for half in ("kernel", "user")}
+        assert below["kernel"] == below["user"]
+        top = {table.va >> 39: table.entry for table in checkpoint.tables if table.level == 4}
+        assert top == {i: e for i, e in roots["kernel"].items() if i < 256}
+
+
+def check_stage2(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Trees of every VM: leaves and table pages counted against KVM's statistics."""
+    fmt = decoder.fmt
+    found: Counter[int] = Counter()
+    pages = 0
+    trees = [tree for machine in checkpoint.stage2 for tree in machine.trees]
+    for tree in trees:
+        check_tree(tree, decoder)
+        pages += 1 + len(tree.tables)
+        for run in tree.leaves:
+            if classify(fmt, run.level, run.entry) is EntryKind.LEAF:
+                found[run.level] += run.count
+    if trees:
+        check = checkpoint.check
+        assert [found[level] for level in (1, 2, 3)] == check["stage2_leaves_walked"]
+        assert check["stage2_leaves_walked"] == check["stage2_leaves_counted_by_kvm"]
+        assert pages == check["stage2_table_pages_walked"]
+
+
+def check_tree(tree: Tree, decoder: Decoder) -> None:
+    """One tree. A cached MMIO access is a `leaf` on AMD, where it has bit 0, and `other_nonpresent` on Intel."""
+    fmt = decoder.fmt
+    decoder.tables(tree.tables)
+    decoder.leaves(tree.leaves, {EntryKind.LEAF, EntryKind.MMIO})
+    for row in tree.other_nonpresent:
+        decoder.see(row.level, row.entry, {EntryKind.MMIO})
+    mapped = [(run.va, run.entry) for run in tree.leaves] + [(row.va, row.entry) for row in tree.other_nonpresent]
+    for va, entry in mapped:
+        if classify(fmt, 1, entry) is EntryKind.MMIO:
+            assert decode(fmt, 1, entry).address == va, hex(entry)
+    for value in tree.nonpresent_values:
+        assert classify(fmt, 1, value) is (EntryKind.ABSENT if value == fmt.empty else EntryKind.MMIO)
+    # Every word of every table page is one of these.
+    words = sum(tree.nonpresent_values.values()) + sum(run.count for run in tree.leaves) + len(tree.tables)
+    assert words == 512 * (1 + len(tree.tables))
+
+
+def entries_of(checkpoint: Checkpoint) -> int:
+    """Table entries and leaves of a checkpoint, counted from the document itself."""
+    raw = checkpoint.raw
+    trees = [tree for machine in raw.get("stage2", []) for tree in machine["trees"]]
+    lists = [raw, *trees, *([raw["vmemmap"]] if "vmemmap" in raw else [])]
+    count = sum(len(words) for words in raw.get("pti_pgd", {}).values())
+    count += sum(len(tree["other_nonpresent"]) for tree in trees)
+    return count + sum(len(part["tables"]) + sum(run[3] for run in part["leaves"]) for part in lists)
+
+
+@pytest.mark.parametrize("path", captures(), ids=lambda path: path.name.removesuffix(".json.xz"))
+def test_every_entry_decodes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capture = load(path)
+    host_format, user_format, stage2_format = formats(capture)
+    decoders = host, user, stage2, vmemmap = [
+        Decoder(fmt) for fmt in (host_format, user_format, stage2_format, host_format)
+    ]
+    leaves = K.ProcessLeaves(capture.kernel, pti=capture.pti)
+    checkpoints = 0
+    for scenario, moments in capture.scenarios().items():
+        before = [sum(decoder.decoded for decoder in decoders), checkpoints]
+        for checkpoint in moments:
+            bad = sum(len(decoder.bad) for decoder in decoders)
+            check_host(checkpoint, host)
+            check_pti(checkpoint, host, user)
+            check_vmemmap(checkpoint, vmemmap, leaves)
+            check_stage2(checkpoint, stage2)
+            checkpoints += bad == sum(len(decoder.bad) for decoder in decoders)
+        decoded = sum(decoder.decoded for decoder in decoders) - before[0]
+        total = sum(map(entries_of, moments))
+        print(f"{scenario}: {checkpoints - before[1]}/{len(moments)} checkpoints, {decoded}/{total} entries decoded")
+        assert decoded == total, "\n".join(line for decoder in decoders for line in decoder.bad[:5])
+    with capsys.disabled():
+        decoded = sum(decoder.decoded for decoder in decoders)
+        total = len(capture.checkpoints)
+        print(f"\n{capture.name}: {checkpoints}/{total} checkpoints, {decoded} entries decoded")
+    assert checkpoints == total
+    assert host.kinds[EntryKind.LEAF]
+    assert stage2.kinds[EntryKind.LEAF]
+    if shipped():
+        assert total == CHECKPOINTS[capture.name]
+        assert stage2.kinds[EntryKind.MMIO] > 0
+
+
+def test_all_shipped_captures_are_here() -> None:
+    if not shipped():
+        pytest.skip("PGEMU_ORACLE names another folder: its captures are what is there")
+    assert {path.name.removesuffix(".json.xz") for path in captures()} == set(CHECKPOINTS)
+    assert sum(CHECKPOINTS.values()) == 1729
