@@ -80,6 +80,7 @@ class KernelParameters:
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
+    `guest_memfd_mmap`: guest_memfd can be mapped (6.18).
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
     `shared_tail_saved_dirty`: vmemmap tail entries set up by the boot allocator carry bit 58 (captured).
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
@@ -99,6 +100,7 @@ class KernelParameters:
     saved_dirty: bool = True
     special_huge_zero: bool = True
     guards: bool = True
+    guest_memfd_mmap: bool = True
     huge_pfn: bool = True
     shared_tail_saved_dirty: bool = True
     empty_spte: int = EMPTY_SPTE
@@ -109,7 +111,7 @@ class KernelParameters:
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True,
-        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False,
+        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False, guest_memfd_mmap=False,
     ),
     "6.18": KernelParameters("6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False),
     "7.3": KernelParameters(

@@ -323,12 +323,15 @@ def reserve(m, row):
 
 @outlined
 def drop_page(m, inode, index, word):
-    """Take one page out of a file's page cache and free it unless something maps it; `word` is its value there."""
+    """Take one page out of a file's page cache and free it unless something maps it; `word` is its value there.
+
+    Of a hugetlbfs file that is physical address and RESERVED, of a guest_memfd the frame number.
+    """
     state = m.state
     node = inode_row(inode)
     cache_store(m, node + I_CACHE, index, U0)
-    frame = (word & E_ADDRESS) >> U12
     if state[node + I_KIND] == INODE_HUGETLB:
+        frame = (word & E_ADDRESS) >> U12
         if frame == U0:
             state[reserved_register(state, state[node + I_ORDER])] -= U1
         else:
@@ -337,10 +340,10 @@ def drop_page(m, inode, index, word):
         return
     charge_one(m, PAGE_CACHE_STORED)
     change(m.stats, PAGE_CACHE_PAGES, -1)
-    held = U(m.counts[frame]) & ~PAGE_CACHED
-    m.counts[frame] = np.uint32(held)
+    held = U(m.counts[word]) & ~PAGE_CACHED
+    m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
-        put_frame(m, frame)
+        put_frame(m, word)
 
 
 @outlined
