@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pgemu_kernels import layout as L
+from pgemu_kernels import formats, layout as L
 from pgemu_kernels.layout import Operation
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class GuestMemfd4K(File):
     @classmethod
     def create(cls, machine: Machine, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
         """See Machine.create_guest_memfd_4k."""
+        if (mmap or init_shared) and not formats.KERNELS[machine.config.kernel].guest_memfd_mmap:
+            raise OSError(L.EINVAL, f"guest_memfd of {machine.config.kernel} has no flags")
         flags = (int(L.INODE_MMAP) if mmap else 0) | (int(L.INODE_INIT_SHARED) if init_shared else 0)
         fields = {L.I_KIND: int(L.INODE_GUEST_MEMFD_4K), L.I_FLAGS: flags}
         return cls(machine, _new_inode(machine, size, L.PAGE_4K, fields), size)

@@ -331,7 +331,8 @@ class Machine:
         """Create a guest_memfd as merged in Linux 6.8, of 4K folios; the flags are those of 6.18.
 
         mmap: GUEST_MEMFD_FLAG_MMAP. init_shared: GUEST_MEMFD_FLAG_INIT_SHARED, without which host faults end in
-        SIGBUS. OSError: EINVAL for a size that is no positive multiple of 4096, ENOSPC.
+        SIGBUS; before 6.18 there are none. OSError: EINVAL for a size that is no positive multiple of 4096 or for a
+        flag that the kernel lacks, ENOSPC.
         """
         from pgemu.files import GuestMemfd4K
 

@@ -164,26 +164,23 @@ class TablePages(NamedTuple):
         return 4 * sum(self)
 
 
-_PROTECTIONS = {"r": Flag.READ, "w": Flag.WRITE, "x": Flag.EXEC}
+PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
+_READ_WRITE = PROT_READ | PROT_WRITE
+_PROTECTIONS = {PROT_READ: Flag.READ, PROT_WRITE: Flag.WRITE, PROT_EXEC: Flag.EXEC}
 
 
-def _protection(prot: str) -> int:
-    """Flags of a record for "rw", "r", "rwx", ..., "none"."""
-    if prot == "none":
-        return 0
-    if not prot or set(prot) - set(_PROTECTIONS):
-        raise ValueError(f"protection {prot!r}: expected letters of 'rwx', or 'none'")
-    flags = 0
-    for letter in prot:
-        flags |= _PROTECTIONS[letter]
-    return flags
+def _protection(prot: int) -> int:
+    """Flags of a record for PROT_* bits."""
+    if not 0 <= prot <= PROT_READ | PROT_WRITE | PROT_EXEC:
+        raise ValueError(f"protection {prot}: expected PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 or a sum of them")
+    return sum(flag for bit, flag in _PROTECTIONS.items() if prot & bit)
 
 
 @dataclass(frozen=True)
 class AddressSpace:
     """A process: its page tables and its mappings.
 
-    Addresses and lengths are bytes; `prot` is made of the letters r, w and x, or "none". Mappings go where they are
+    Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
     asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
     """
 
@@ -255,7 +252,7 @@ class AddressSpace:
     # ------------------------------------------------------------------ mappings
 
     def _mmap(
-        self, inode: int, address: int, offset: int, length: int, prot: str, *,
+        self, inode: int, address: int, offset: int, length: int, prot: int, *,
         shared: bool, populate: bool, locked: bool, noreserve: bool,
     ) -> Result:  # fmt: skip
         flags = _protection(prot) | (Flag.SHARED if shared else Flag.PRIVATE)
@@ -267,7 +264,7 @@ class AddressSpace:
         )
 
     def mmap_anonymous(
-        self, address: int, length: int, prot: str = "rw", *,
+        self, address: int, length: int, prot: int = _READ_WRITE, *,
         populate: bool = False, locked: bool = False, noreserve: bool = False,
     ) -> Result:  # fmt: skip
         """mmap(MAP_PRIVATE | MAP_ANONYMOUS), without transparent huge pages. mm/mmap.c:do_mmap().
@@ -282,7 +279,7 @@ class AddressSpace:
         )
 
     def mmap_hugetlb(
-        self, address: int, length: int | None = None, prot: str = "rw", *, file: HugetlbFile | None = None,
+        self, address: int, length: int | None = None, prot: int = _READ_WRITE, *, file: HugetlbFile | None = None,
         page_size: int = L.PAGE_2M, offset: int = 0, shared: bool = True,
         populate: bool = False, locked: bool = False, noreserve: bool = False,
     ) -> Result:  # fmt: skip
@@ -318,7 +315,13 @@ class AddressSpace:
         return result
 
     def mmap_device(
-        self, device: Device, address: int, length: int | None = None, prot: str = "rw", *, offset: int = 0
+        self,
+        device: Device,
+        address: int,
+        length: int | None = None,
+        prot: int = _READ_WRITE,
+        *,
+        offset: int = 0,
     ) -> Result:
         """Map device memory shared, as VM_PFNMAP; everything at once or page by page is the device's choice.
 
@@ -357,7 +360,7 @@ class AddressSpace:
                 offset=offset,
                 length=size,
             )
-        prot = "r" if read_only else "rw"
+        prot = PROT_READ if read_only else PROT_READ | PROT_WRITE
         return self._mmap(
             gmem.inode, address, offset, size, prot, shared=True, populate=populate, locked=False, noreserve=False
         )
@@ -369,7 +372,7 @@ class AddressSpace:
         """
         return self._operate(Operation.MUNMAP, address, length)
 
-    def protect(self, address: int, length: int, prot: str) -> Result:
+    def protect(self, address: int, length: int, prot: int) -> Result:
         """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c"""
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 

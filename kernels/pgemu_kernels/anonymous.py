@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U12
+from pgemu_kernels.bits import NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     ANONYMOUS_PAGES,
     LEAF_WRITTEN,
-    PAGE_CACHE_PAGES,
-    PAGE_CACHE_STORED,
     PAGE_COPIED,
     PAGE_ZEROED,
     RMAP_CHANGED,
@@ -19,34 +17,24 @@ from pgemu_kernels.events import (
     change,
     charge_one,
 )
-from pgemu_kernels.gmem import inode_row
 from pgemu_kernels.kvm_notifier import notify_range
 from pgemu_kernels.layout import (
-    A_INODE,
     A_PROT,
     A_SPACE,
-    I_CACHE,
-    I_FLAGS,
-    I_PAGES,
-    INODE_INIT_SHARED,
     PAGE_CACHED,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
     PROT_WRITE,
     R_ZERO_FRAME,
     S_RSS,
-    VM_FAULT_LOCKED,
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
-    VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
 )
 from pgemu_kernels.memory import copy_frame, fill_frame, put_frame, take_frame
-from pgemu_kernels.page_cache import cache_find, cache_store
 from pgemu_kernels.paging import count_host_leaf
 from pgemu_kernels.process_entries import (
     E_ACCESSED,
-    E_ADDRESS,
     E_SPECIAL,
     E_WRITE,
     frame_of,
@@ -56,7 +44,7 @@ from pgemu_kernels.process_entries import (
     protection,
 )
 from pgemu_kernels.process_tables import need_slot, space_row
-from pgemu_kernels.vma import page_offset, prepare_anon_vma
+from pgemu_kernels.vma import prepare_anon_vma
 
 U = np.uint64
 
@@ -195,54 +183,3 @@ def anonymous_fault(m, row, address, write):
     if write == U1 and entry & E_WRITE == U0:
         return _write_protected(m, row, address, slot)
     return np.int64(VM_FAULT_NOPAGE)
-
-
-# --------------------------------------------------------------------------- guest_memfd of 4K folios
-
-
-@outlined
-def guest_memfd_page(m, inode, index):
-    """kvm_gmem_get_folio(): the frame of a page of a 4K guest_memfd, zeroed when it is new; NONE without memory."""
-    node = inode_row(inode)
-    word = cache_find(m, m.state[node + I_CACHE], index)
-    if word != U0:
-        return (word & E_ADDRESS) >> U12
-    frame = take_frame(m)
-    if frame == NONE:
-        return NONE
-    if cache_store(m, node + I_CACHE, index, frame << U12) != 0:
-        put_frame(m, frame)
-        return NONE
-    fill_frame(m.ram, frame, U0)
-    m.counts[frame] = np.uint32(PAGE_CACHED)
-    change(m.stats, PAGE_CACHE_PAGES, 1)
-    charge_one(m, PAGE_CACHE_STORED)
-    charge_one(m, PAGE_ZEROED)
-    return frame
-
-
-@outlined
-def guest_memfd_fault(m, row, address):
-    """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM."""
-    state = m.state
-    space = state[row + A_SPACE]
-    node = inode_row(state[row + A_INODE])
-    index = page_offset(state, row, address)
-    slot = need_slot(m, space, address, U2)
-    if slot == NONE:
-        return np.int64(VM_FAULT_OOM)
-    if index >= state[node + I_PAGES] or state[node + I_FLAGS] & INODE_INIT_SHARED == U0:
-        return np.int64(VM_FAULT_SIGBUS)
-    frame = guest_memfd_page(m, state[row + A_INODE], index)
-    if frame == NONE:
-        return np.int64(VM_FAULT_OOM)
-    slot = need_slot(m, space, address, U1)
-    if slot == NONE:
-        return np.int64(VM_FAULT_OOM)
-    entry = frame << U12 | protection(state, row)
-    # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
-    set_leaf(m, slot, mark_dirty(entry) if entry & E_WRITE != U0 else entry)
-    m.counts[frame] = np.uint32(U(m.counts[frame]) + U1)
-    state[space_row(space) + S_RSS] += U1
-    charge_one(m, RMAP_CHANGED)
-    return np.int64(VM_FAULT_LOCKED)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.anonymous import guest_memfd_page
 from pgemu_kernels.bits import NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import GUEST_FAULT, charge_one
-from pgemu_kernels.gmem import find_memslot, retry_fault, vm_row
+from pgemu_kernels.gmem import find_memslot, inode_row, retry_fault, vm_row
+from pgemu_kernels.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.kvm_attributes import PRIVATE, SHARED, is_mixed, is_private
 from pgemu_kernels.layout import (
     EFAULT,
     EINVAL,
     ENOENT,
-    ENOMEM,
     EOPNOTSUPP,
     F_EMPTY,
     F_MMU_WRITABLE,
@@ -145,8 +144,8 @@ def find_pfn(m, row, slot, gfn, write, private):
     if from_guest_memfd(state, slot, private):
         if state[slot + M_FLAGS] & SLOT_HAS_GUEST_MEMFD == U0 or state[slot + M_INODE] == NONE:
             return np.int64(-EFAULT), U0, U1, False
-        pfn = guest_memfd_page(m, state[slot + M_INODE], state[slot + M_PGOFF] + page)
-        return np.int64(-ENOMEM if pfn == NONE else 0), pfn, U1, True
+        status, pfn = find_or_add_folio(m, inode_row(state[slot + M_INODE]), state[slot + M_PGOFF] + page)
+        return status, pfn, U1, True
     if write and read_only:
         return np.int64(RET_PF_EMULATE), U0, U1, False
     address = state[slot + M_HVA] + (page << U12)

@@ -101,7 +101,7 @@ def notify_inode(m, inode, start, end):
 
 
 @outlined
-def release_inode(m, inode):
+def unbind_inode(m, inode):
     """The last reference to a guest_memfd's file goes: its slots lose their pages and their binding, and stay.
 
     virt/kvm/guest_memfd.c:kvm_gmem_release(). A private access to such a slot is a memory fault exit.

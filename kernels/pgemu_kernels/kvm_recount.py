@@ -76,7 +76,7 @@ def check_user_leaf(m, vm, slot, gfn, level, entry):
     if from_guest_memfd(state, slot, is_private(m, row, gfn)):
         expect(m, level == U1, _WIDER, gfn)
         node = inode_row(state[slot + M_INODE])
-        expect(m, cache_find(m, state[node + I_CACHE], state[slot + M_PGOFF] + page) >> U12 == pfn, _WRONG_PFN, gfn)
+        expect(m, cache_find(m, state[node + I_CACHE], state[slot + M_PGOFF] + page) == pfn, _WRONG_PFN, gfn)
         return
     if state[R_NOTIFIER] == U0:
         return  # nobody tells KVM what the process does

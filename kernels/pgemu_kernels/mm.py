@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.anonymous import guest_memfd_page
 from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U12, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import SYSCALL, charge_one
 from pgemu_kernels.forking import end_process, fork
 from pgemu_kernels.gmem import inode_row, mapping_limits, vma_row
+from pgemu_kernels.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.host import next_vma, space_root
 from pgemu_kernels.huge_pages import add_to_file, discard_huge, take_huge
 from pgemu_kernels.kvm_notifier import notify_inode
@@ -295,7 +295,7 @@ def _remove_vmas(m, space, start, end):
     first = NONE
     last = U0
     address = start
-    while True:
+    while address < end:
         row = next_vma(state, space, address, end)
         if row == NONE:
             break
@@ -549,7 +549,7 @@ def _punch_hole(m, op):
     order = state[node + I_ORDER]
     for index in range(first >> order, last >> order):
         word = cache_find(m, state[node + I_CACHE], index)
-        if word & E_ADDRESS != U0:
+        if word & ~RESERVED != U0:
             drop_page(m, inode, index, word)
     return stop(state, op, 0)
 
@@ -568,8 +568,9 @@ def _allocate(m, op):
         if (state[op + O_OFFSET] | state[op + O_LENGTH]) & U4095 != U0 or last > state[node + I_PAGES]:
             return stop(state, op, -EINVAL)
         for index in range(first, last):
-            if guest_memfd_page(m, inode, index) == NONE:
-                return stop(state, op, -ENOMEM)
+            status, _ = find_or_add_folio(m, node, index)
+            if status != 0:
+                return stop(state, op, status)
         return stop(state, op, 0)
     order = state[node + I_ORDER]
     if last > state[node + I_PAGES]:

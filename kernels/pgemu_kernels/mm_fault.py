@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.anonymous import anonymous_fault, guest_memfd_fault
+from pgemu_kernels.anonymous import anonymous_fault
 from pgemu_kernels.bits import NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import HOST_FAULT, charge_one
 from pgemu_kernels.gmem import find_vma
+from pgemu_kernels.guest_memfd_4k import guest_memfd_fault
 from pgemu_kernels.host import next_vma, space_root
 from pgemu_kernels.hugetlb_mapping import hugetlb_fault
 from pgemu_kernels.layout import (

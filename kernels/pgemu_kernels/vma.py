@@ -10,7 +10,7 @@ from pgemu_kernels.events import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, ch
 from pgemu_kernels.gmem import free_row, inode_row, vma_row
 from pgemu_kernels.host import space_root
 from pgemu_kernels.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_register
-from pgemu_kernels.kvm_notifier import notify_inode, notify_split
+from pgemu_kernels.kvm_notifier import notify_split, unbind_inode
 from pgemu_kernels.layout import (
     A_ANON_VMA,
     A_CLONED,
@@ -31,7 +31,6 @@ from pgemu_kernels.layout import (
     I_KIND,
     I_OPEN,
     I_ORDER,
-    I_PAGES,
     I_REFERENCES,
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
@@ -324,12 +323,15 @@ def reserve(m, row):
 
 @outlined
 def drop_page(m, inode, index, word):
-    """Take one page out of a file's page cache and free it unless something maps it; `word` is its value there."""
+    """Take one page out of a file's page cache and free it unless something maps it; `word` is its value there.
+
+    Of a hugetlbfs file that is physical address and RESERVED, of a guest_memfd the frame number.
+    """
     state = m.state
     node = inode_row(inode)
     cache_store(m, node + I_CACHE, index, U0)
-    frame = (word & E_ADDRESS) >> U12
     if state[node + I_KIND] == INODE_HUGETLB:
+        frame = (word & E_ADDRESS) >> U12
         if frame == U0:
             state[reserved_register(state, state[node + I_ORDER])] -= U1
         else:
@@ -338,10 +340,10 @@ def drop_page(m, inode, index, word):
         return
     charge_one(m, PAGE_CACHE_STORED)
     change(m.stats, PAGE_CACHE_PAGES, -1)
-    held = U(m.counts[frame]) & ~PAGE_CACHED
-    m.counts[frame] = np.uint32(held)
+    held = U(m.counts[word]) & ~PAGE_CACHED
+    m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
-        put_frame(m, frame)
+        put_frame(m, word)
 
 
 @outlined
@@ -353,7 +355,7 @@ def release_inode(m, inode):
     if state[node + I_REFERENCES] != U0:
         return
     if state[node + I_KIND] == INODE_GUEST_MEMFD_4K:
-        notify_inode(m, inode, U0, state[node + I_PAGES])
+        unbind_inode(m, inode)
     index = U0
     while state[node + I_CACHE] != U0:
         index = cache_next(m, state[node + I_CACHE], index)
