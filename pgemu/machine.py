@@ -49,6 +49,8 @@ class Config:
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
     l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
     profile: name of a cost profile (pgemu.cost).
+    other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
+    pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
     """
 
     design: Design = "restructure"
@@ -69,6 +71,8 @@ class Config:
     l1tf: bool = False
     profile: str = "published"
     memory: int = 64 << 20
+    other_pool: int = 0
+    pti: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -92,6 +96,8 @@ class Config:
             raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
         if self.memory < 0 or self.memory % L.PAGE_4K:
             raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
+        if self.other_pool < 0 or self.other_pool % self.other_page_size:
+            raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
 
     @property
     def order(self) -> int:
@@ -102,6 +108,26 @@ class Config:
     def pool_pages(self) -> int:
         """Huge pages in the pool."""
         return self.pool // self.page_size
+
+    @property
+    def other_page_size(self) -> int:
+        """Size of the huge pages of the second pool: 1 GiB where the first has 2 MiB, and the other way round."""
+        return L.PAGE_1G if self.page_size == L.PAGE_2M else L.PAGE_2M
+
+    @property
+    def other_pool_pages(self) -> int:
+        """Huge pages in the second pool."""
+        return self.other_pool // self.other_page_size
+
+    @property
+    def other_pool_offset(self) -> int:
+        """Bytes from the start of the first pool to that of the second, which begins at a multiple of 1 GiB."""
+        return -(-self.pool // L.PAGE_1G) * L.PAGE_1G
+
+    @property
+    def guest_pages(self) -> int:
+        """4K pages from the start of the first pool to the end of the second."""
+        return (self.other_pool_offset + self.other_pool if self.other_pool else self.pool) >> 12
 
 
 class Results(NamedTuple):
@@ -186,12 +212,13 @@ class Machine:
         tails = {
             L.R_FREE_STACK: frames,
             L.R_POOL_STACK: config.pool_pages,
+            L.R_OTHER_STACK: config.other_pool_pages,
             L.R_BLOCK_ROWS: blocks * L.B_WORDS,
             L.R_WORD_ROWS: pages >> 6,
             L.R_ZEROED_ROWS: pages >> 6,
             L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
         }
-        counts = {L.R_CONTENTS: config.pool >> 12, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
+        counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
         begins: dict[np.uint64, int] = {}
         state_size = _lay_out(tails, L.STATE_SIZE, begins)
         counts_size = _lay_out(counts, self._all_frames(), begins)
@@ -208,16 +235,17 @@ class Machine:
 
     def _frames(self) -> int:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
-        gigabytes = self.config.pool / L.PAGE_1G
+        gigabytes = (self.config.pool + self.config.other_pool) / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
-        needed = int(gigabytes * (4096 + tables)) + 2 * self.config.pool_pages + (self.config.memory >> 12)
+        huge_pages = self.config.pool_pages + self.config.other_pool_pages
+        needed = int(gigabytes * (4096 + tables)) + 2 * huge_pages + (self.config.memory >> 12)
         return 1 << max(needed, self.config.frames or 0).bit_length()
 
     def _boot_frames(self) -> int:
         """Frames of a vmemmap that is not optimised, whole 2M leaves."""
         if self.config.hvo:
             return 0
-        return -(-(self.config.pool >> 12) // 32768) * 512
+        return -(-self.config.guest_pages // 32768) * 512
 
     def _all_frames(self) -> int:
         """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
@@ -247,7 +275,11 @@ class Machine:
             L.R_POOL_BASE: base,
             L.R_POOL_PAGES: config.pool_pages,
             L.R_ORDER: config.order,
+            L.R_OTHER_BASE: base + (config.other_pool_offset >> 12),
+            L.R_OTHER_PAGES: config.other_pool_pages,
+            L.R_OTHER_ORDER: L.ORDER_1G if config.order == L.ORDER_2M else L.ORDER_2M,
             L.R_HVO: config.hvo,
+            L.R_PTI: config.pti,
             L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
             L.R_HOST_FORMAT: formats.HOST_X86_64,
             L.R_FORMATS: 3,
@@ -270,6 +302,8 @@ class Machine:
         for register, value in registers.items():
             state[register] = value
         table = formats.format_table(config.kernel, config.nx_huge_pages, config.l1tf)
+        if config.pti:
+            table[L.F_TABLE_TOP] |= np.uint64(formats.NO_EXECUTE)  # of the first row, HOST_X86_64
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
         self._complete_fixed_formats()
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
@@ -327,6 +361,39 @@ class Machine:
         from pgemu.memory import GuestMemfd
 
         return GuestMemfd.create(self, size, shared)
+
+    def create_hugetlb_file(self, size: int, page_size: int = L.PAGE_2M) -> HugetlbFile:
+        """Create a file of hugetlbfs with pages of 2 MiB or 1 GiB, all absent.
+
+        ValueError for another page size; OSError: EINVAL for a size that is no positive multiple of it, ENOSPC.
+        """
+        from pgemu.files import HugetlbFile
+
+        return HugetlbFile.create(self, size, page_size)
+
+    def create_device(
+        self, pfn: int, pages: int, *, remap: bool = False, memory_type: str = "uncached-minus"
+    ) -> Device:
+        """Create a device's region of `pages` 4K frames from `pfn` on, without struct pages.
+
+        remap: its mmap enters everything at once (remap_pfn_range()), else pages come at their fault.
+        memory_type: "write-back", "write-combining", "uncached-minus" or "uncached".
+        ValueError for another memory type or a region beyond 2^52; OSError ENOSPC.
+        """
+        from pgemu.files import Device
+
+        return Device.create(self, pfn, pages, remap, memory_type)
+
+    def create_guest_memfd_4k(self, size: int, *, mmap: bool = True, init_shared: bool = True) -> GuestMemfd4K:
+        """Create a guest_memfd as merged in Linux 6.8, of 4K folios; the flags are those of 6.18.
+
+        mmap: GUEST_MEMFD_FLAG_MMAP. init_shared: GUEST_MEMFD_FLAG_INIT_SHARED, without which host faults end in
+        SIGBUS; before 6.18 there are none. OSError: EINVAL for a size that is no positive multiple of 4096 or for a
+        flag that the kernel lacks, ENOSPC.
+        """
+        from pgemu.files import GuestMemfd4K
+
+        return GuestMemfd4K.create(self, size, mmap, init_shared)
 
     def create_process(self) -> AddressSpace:
         """Create a process: an empty page table. OSError ENOMEM or ENOSPC."""
@@ -624,5 +691,6 @@ def _os_error(number: int, text: str) -> OSError:
 
 
 if TYPE_CHECKING:
+    from pgemu.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
     from pgemu.page_table import PageTable

@@ -11,6 +11,7 @@ from pgemu_kernels.events import (
     FRAMES_USED,
     HOST_TABLES,
     KERNEL_TABLES,
+    OTHER_POOL_FREE,
     POOL_FREE,
     STAGE2_TABLES,
     VMEMMAP_PAGES,
@@ -40,16 +41,24 @@ from pgemu_kernels.layout import (
     R_KERNEL_ROOT,
     R_MASK_TAILS,
     R_ORDER,
+    R_OTHER_BASE,
+    R_OTHER_FREE,
+    R_OTHER_ORDER,
+    R_OTHER_PAGES,
+    R_OTHER_STACK,
+    R_OTHER_TAIL_PAGE,
     R_PAGE_FLAGS,
     R_POOL_BASE,
     R_POOL_FREE,
     R_POOL_PAGES,
     R_POOL_STACK,
+    R_PTI,
     R_TAIL_PAGE,
     S_ROOT,
+    S_USER_ROOT,
     V_ROOT,
 )
-from pgemu_kernels.memory import fill_frame, take_frame
+from pgemu_kernels.memory import fill_frame, put_frame, take_frame
 from pgemu_kernels.paging import stage2_format
 from pgemu_kernels.vmemmap import compound_info, fill_tail_page, vmemmap_pages, vmemmap_slot, write_tail
 
@@ -73,8 +82,11 @@ def write_head(m, head, first, order, optimized):
 
 
 @outlined
-def map_optimized(m, head, order):
-    """The vmemmap of one optimised folio: its own first page, all others read-only to a shared one. 0 or -ENOMEM."""
+def map_optimized(m, head, order, tail_page):
+    """The vmemmap of one optimised folio: its own first page, all others read-only to a shared one. 0 or -ENOMEM.
+
+    `tail_page`: the shared one of its size, from 7.1 on.
+    """
     ram = m.ram
     state = m.state
     start = vmemmap_address(state, head)
@@ -86,7 +98,7 @@ def map_optimized(m, head, order):
     for i in range(U64):
         write_tail(ram, (own << U9) + i * U8, flags, compound)
     write_head(m, head, own << U9, order, True)
-    tail = own if state[R_MASK_TAILS] == U0 else state[R_TAIL_PAGE]
+    tail = own if state[R_MASK_TAILS] == U0 else tail_page
     for i in range(vmemmap_pages(order)):
         slot = vmemmap_slot(m, start + (i << U12), U1)
         if slot == NONE:
@@ -96,9 +108,22 @@ def map_optimized(m, head, order):
     return np.int64(0)
 
 
+@kernel
+def write_folios(m, base, pages, order):
+    """Head and tails of every folio of a pool whose struct pages are all there."""
+    flags = m.state[R_PAGE_FLAGS]
+    for folio in range(pages):
+        head = base + (folio << order)
+        compound = compound_info(m.state, head, order)
+        first = struct_page(m, head)
+        for i in range(U1 << order):
+            write_tail(m.ram, first + i * U8, flags, compound)
+        write_head(m, head, first, order, False)
+
+
 @outlined
-def map_whole(m, order):
-    """The vmemmap of the whole pool without optimisation: 2M leaves onto the frames behind the others."""
+def map_whole(m):
+    """The vmemmap of both pools without optimisation: 2M leaves onto the frames behind the others."""
     ram = m.ram
     state = m.state
     frames = state[R_BOOT_FRAMES]
@@ -110,14 +135,31 @@ def map_whole(m, order):
         ram[slot] = (base + i) << U12 | _LARGE
     change(m.stats, FRAMES_USED, np.int64(frames))
     change(m.stats, VMEMMAP_PAGES, np.int64(frames))
-    flags = state[R_PAGE_FLAGS]
-    for folio in range(state[R_POOL_PAGES]):
-        head = state[R_POOL_BASE] + (folio << order)
-        compound = compound_info(state, head, order)
-        first = struct_page(m, head)
-        for i in range(U1 << order):
-            write_tail(ram, first + i * U8, flags, compound)
-        write_head(m, head, first, order, False)
+    return np.int64(0)
+
+
+@outlined
+def boot_pool(m, base, pages, order, tail_register, stack, free_register):
+    """The vmemmap and the free pages of one pool: 0 or -ENOMEM. The lowest huge page is handed out first."""
+    state = m.state
+    if pages == U0:
+        return np.int64(0)
+    if state[R_HVO] == U0:
+        write_folios(m, base, pages, order)
+    else:
+        if state[R_MASK_TAILS] != U0:
+            tail = take_frame(m)
+            if tail == NONE:
+                return NO_MEMORY
+            state[tail_register] = tail
+            fill_tail_page(m, tail, order)
+            change(m.stats, VMEMMAP_PAGES, 1)
+        for i in range(pages):
+            if map_optimized(m, base + (i << order), order, state[tail_register]) != 0:
+                return NO_MEMORY
+    for i in range(pages):
+        state[stack + i] = base + ((pages - U1 - i) << order)
+    state[free_register] = pages
     return np.int64(0)
 
 
@@ -125,7 +167,7 @@ def map_whole(m, order):
 def boot(descriptor):
     """Build the kernel's table, the vmemmap and the pool: 0, or -ENOMEM when the frames do not suffice.
 
-    The registers are set by then. The lowest huge page is handed out first.
+    The registers are set by then.
     """
     m = open_machine(descriptor)
     state = m.state
@@ -136,25 +178,17 @@ def boot(descriptor):
     fill_frame(m.ram, root, U0)
     change(m.stats, KERNEL_TABLES, 1)
     state[R_KERNEL_ROOT] = root << U12
+    if state[R_HVO] == U0 and map_whole(m) != 0:
+        return NO_MEMORY
     pages = state[R_POOL_PAGES]
-    if state[R_HVO] == U0:
-        if map_whole(m, order) != 0:
-            return NO_MEMORY
-    else:
-        if state[R_MASK_TAILS] != U0:
-            tail = take_frame(m)
-            if tail == NONE:
-                return NO_MEMORY
-            state[R_TAIL_PAGE] = tail
-            fill_tail_page(m, tail, order)
-            change(m.stats, VMEMMAP_PAGES, 1)
-        for i in range(pages):
-            if map_optimized(m, state[R_POOL_BASE] + (i << order), order) != 0:
-                return NO_MEMORY
-    for i in range(pages):
-        state[state[R_POOL_STACK] + i] = state[R_POOL_BASE] + ((pages - U1 - i) << order)
-    state[R_POOL_FREE] = pages
+    if boot_pool(m, state[R_POOL_BASE], pages, order, R_TAIL_PAGE, state[R_POOL_STACK], R_POOL_FREE) != 0:
+        return NO_MEMORY
     change(m.stats, POOL_FREE, np.int64(pages))
+    pages = state[R_OTHER_PAGES]
+    order = state[R_OTHER_ORDER]
+    if boot_pool(m, state[R_OTHER_BASE], pages, order, R_OTHER_TAIL_PAGE, state[R_OTHER_STACK], R_OTHER_FREE) != 0:
+        return NO_MEMORY
+    change(m.stats, OTHER_POOL_FREE, np.int64(pages))
     return np.int64(0)
 
 
@@ -173,6 +207,16 @@ def new_root(descriptor, row, stage2):
         fill_frame(m.ram, frame, U0)
         m.state[row + S_ROOT] = frame << U12
         change(m.stats, HOST_TABLES, 1)
+        if m.state[R_PTI] != U0:
+            user = take_frame(m)
+            if user == NONE:
+                put_frame(m, frame)
+                change(m.stats, HOST_TABLES, -1)
+                return NO_MEMORY
+            fill_frame(m.ram, user, U0)
+            m.counts[user] = np.uint32(0)
+            m.state[row + S_USER_ROOT] = user << U12
+            change(m.stats, HOST_TABLES, 1)
     m.counts[frame] = np.uint32(0)
     return np.int64(0)
 

@@ -20,12 +20,12 @@ from pgemu_kernels.layout import (
     EINVAL,
     ENOENT,
     ENOSPC,
-    GUEST_MEMFD_FLAG_MMAP,
     I_FLAGS,
     I_KIND,
     I_OPEN,
     I_PAGES,
     INODE_GUEST_MEMFD_4K,
+    INODE_MMAP,
     M_BASE_GFN,
     M_DIRTY,
     M_FLAGS,
@@ -264,7 +264,7 @@ def bind_guest_memfd(state, row, slot):
     if status == 0:
         state[slot + M_INODE] = inode
         state[slot + M_PGOFF] = offset >> U12
-        if state[inode_row(inode) + I_FLAGS] & GUEST_MEMFD_FLAG_MMAP != U0:
+        if state[inode_row(inode) + I_FLAGS] & INODE_MMAP != U0:
             state[slot + M_FLAGS] |= SLOT_GMEM_ONLY
     return status
 

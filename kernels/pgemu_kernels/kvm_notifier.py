@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.bits import NONE, U0, U1, U3, U12, U30, U39, U511, U4095
 from pgemu_kernels.compile import outlined
 from pgemu_kernels.events import NOTIFIER_CALL, charge_one
 from pgemu_kernels.gmem import flush_vms, memslot_row, overlap, vm_row, zap_slot
+from pgemu_kernels.host import space_root
 from pgemu_kernels.layout import (
     M_BASE_GFN,
     M_HVA,
@@ -23,8 +24,10 @@ from pgemu_kernels.layout import (
     V_SEQUENCE,
     V_SPACE,
 )
+from pgemu_kernels.paging import host_format, is_large, is_present, table_of
 
 U = np.uint64
+_2M = U(1 << 21)
 
 
 @outlined
@@ -59,6 +62,26 @@ def notify_range(m, space, start, end):
 
 
 @outlined
+def notify_split(m, space, start, end, address):
+    """A mapping [start, end) is about to be cut at an address: if that lies inside a 2M block which the mapping holds
+    whole, VMs lose what lies over the block, although it holds no huge page.
+
+    mm/huge_memory.c:split_huge_pmd_if_needed(), __split_huge_pmd(): the notifier runs before anybody looks whether
+    the entry is a huge one; only a table of 2M entries must be there (captured: mprotect of two pages).
+    """
+    first = address & ~(_2M - U1)
+    if first == address or first < start or first + _2M > end:
+        return
+    f = host_format(m)
+    entry = m.ram[(space_root(m.state, space) >> U3) + (address >> U39 & U511)]
+    if not is_present(m.state, f, entry):
+        return
+    entry = m.ram[table_of(m.state, f, entry) + (address >> U30 & U511)]
+    if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
+        notify_range(m, space, first, first + _2M)
+
+
+@outlined
 def notify_inode(m, inode, start, end):
     """A guest_memfd gives up pages [start, end): every slot bound to them drops the guest frames, shared ones too.
 
@@ -78,7 +101,7 @@ def notify_inode(m, inode, start, end):
 
 
 @outlined
-def release_inode(m, inode):
+def unbind_inode(m, inode):
     """The last reference to a guest_memfd's file goes: its slots lose their pages and their binding, and stay.
 
     virt/kvm/guest_memfd.c:kvm_gmem_release(). A private access to such a slot is a memory fault exit.

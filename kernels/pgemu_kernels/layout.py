@@ -57,6 +57,11 @@ class Operation(IntEnum):
     DIRTY_LOG = 28
     ATTRIBUTES = 29
     PREFAULT = 30
+    POPULATE = 31
+    REMAP = 32
+    READ_SMAPS = 33
+    REVOKE = 34
+    RESTORE = 35
 
 
 OPERATIONS = 40  # room in the tables that have a row per operation
@@ -74,6 +79,8 @@ class Flag(IntFlag):
     POPULATE = 64
     READ = 128
     LOG_DIRTY_PAGES = 64  # of a memory slot
+    NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
+    LOCKED = 32  # of MMAP
 
 
 # --------------------------------------------------------------------------- results
@@ -99,9 +106,11 @@ ENOENT = 2
 EBADF = 9
 EAGAIN = 11
 ENOMEM = 12
+EACCES = 13
 EFAULT = 14
 EBUSY = 16
 EEXIST = 17
+ENODEV = 19
 EINVAL = 22
 ENOSPC = 28
 ERANGE = 34
@@ -203,6 +212,8 @@ class Gauge(IntEnum):
     ANONYMOUS_PAGES = 16
     CACHE_NODES = 17
     OTHER_POOL_FREE = 18
+    HUGETLB_PAGES = 19  # pages of the first pool that hugetlbfs files and private mappings hold
+    PAGE_CACHE_PAGES = 20  # 4K pages of guest_memfd inodes of 4K folios
 
 
 GAUGES = 24
@@ -277,6 +288,14 @@ R_CONTIGUOUS = U(88)  # first of CONTIGUOUS_FRAMES frames from which runs are ta
 R_CONTIGUOUS_MAP = U(89)  # where the bits of those in use lie in `state`
 R_RECOVER_HUGE = U(80)  # 1: dirty logging off puts huge leaves back in place, 0: it drops the small ones
 R_GMEM_MMAP = U(81)  # 1: guest_memfd can be mapped, and serves VMs without private memory (6.18)
+R_OTHER_TAIL_PAGE = U(61)  # as R_TAIL_PAGE, of the second pool
+R_RESERVED = U(62)  # huge pages of the first pool that mappings have reserved and not yet allocated
+R_OTHER_RESERVED = U(63)
+R_ANON_VMAS = U(64)  # anon_vmas made so far: the next one's number less one
+R_GATHER_START = U(65)  # struct mmu_gather of the operation under way: lowest address cleared,
+R_GATHER_END = U(66)  # ... end of the highest,
+R_GATHER_SHIFT = U(67)  # ... smallest page size cleared (12, 21 or 30),
+R_GATHER_TABLES = U(68)  # ... and tables freed
 R_WORD_COUNT = 96
 CONTIGUOUS_FRAMES = 1024
 
@@ -477,11 +496,17 @@ I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 =
 I_BASE = U(11)  # device: first PFN of the region
 I_ORDER = U(12)  # HugeTLB: 9 or 18
 I_FLAGS = U(13)
+I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
+I_CACHE_BITS = U(15)  # device: memory type bits of its entries
 I_WORDS = 16
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
 INODE_GUEST_MEMFD_4K = U(2)  # guest_memfd as merged: order-0 folios
 INODE_DEVICE = U(3)  # a region of PFNs without struct pages
+INODE_REVOKED = U(1)  # I_FLAGS: the device's memory is off, faults end in SIGBUS
+INODE_REMAP = U(2)  # its driver maps everything at mmap, by remap_pfn_range()
+INODE_MMAP = U(4)  # guest_memfd: GUEST_MEMFD_FLAG_MMAP
+INODE_INIT_SHARED = U(8)  # guest_memfd: GUEST_MEMFD_FLAG_INIT_SHARED
 LOCK_WRITER = U(1 << 32)
 
 # blocks: uint64 rows, one per huge page of an inode
@@ -501,6 +526,8 @@ S_UNFLUSHED = U(1)  # entries cleared and tables freed since the last flush of t
 S_ORDINARY = U(2)  # 1: it has or had VMAs of ordinary kinds
 S_LIVE = U(3)
 S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
+S_MINOR_FAULTS = U(5)
+S_RSS = U(6)  # 4K pages of memory that are mapped, HugeTLB and special ones not counted
 S_WORDS = 8
 
 # vmas
@@ -515,6 +542,9 @@ A_KIND = U(7)  # VMA_*
 A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 (ordinary kinds)
 A_FLAGS = U(9)  # VM_*
 A_CACHE_BITS = U(10)  # PFN mappings: memory type bits of their entries
+A_ANON_VMA = U(11)  # number of its anon_vma, 0 = none yet
+A_CLONED = U(12)  # 1: fork made it, its anon_vma has a parent
+A_RESERVED = U(13)  # private HugeTLB: huge pages reserved and not yet allocated
 A_WORDS = 16
 VMA_GUEST_MEMFD = U(0)
 VMA_ANONYMOUS = U(1)
@@ -526,6 +556,17 @@ VM_SHARED = U(1)
 VM_LOCKED = U(2)
 VM_PFNMAP = U(4)
 VM_NORESERVE = U(8)
+VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
+PROT_READ = U(1)
+PROT_WRITE = U(2)
+PROT_EXEC = U(4)
+TASK_SIZE = U((1 << 47) - 4096)
+NO_INODE = U(0xFFFFFFFF)  # object of an anonymous mapping
+
+# counts[frame] of a 4K page of memory: mappings, and
+PAGE_EXCLUSIVE = U(1 << 31)  # PageAnonExclusive: of this mapping alone, it may be written without asking
+PAGE_CACHED = U(1 << 30)  # a page cache holds it
+PAGE_MAPPINGS = U((1 << 30) - 1)
 
 # vms
 V_ROOT = U(0)
@@ -565,7 +606,6 @@ SLOT_READ_ONLY = U(2)
 SLOT_HAS_GUEST_MEMFD = U(4)
 SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
 SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
-GUEST_MEMFD_FLAG_MMAP = U(1)
 
 # ops: one record per actor and one for batches, uint64; status is two's complement
 O_OP = U(0)

@@ -121,7 +121,7 @@ def _grow(m, at, index):
 
 @outlined
 def cache_store(m, at, index, value):
-    """Store a value (0: none) at an index of the tree whose root word is state[at]: 0, or -ENOMEM with nothing stored."""
+    """Store a value (0: none) at an index of the tree rooted at state[at]: 0, or -ENOMEM with nothing stored."""
     if value == U0:
         return _erase(m, at, index)
     if index >> U63 != U0:

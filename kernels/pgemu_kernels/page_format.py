@@ -104,8 +104,7 @@ class PageFormat:
     For edits: pat_page, pat_large: the memory-type bit of a 4K leaf that larger ones have elsewhere. break_bits: bits
     of a valid leaf that change only by break-before-make. software: bits that the hardware ignores and Linux uses,
     whose change needs no flush. range_invalidation: the TLB is invalidated by range where more than one entry
-    changes; defers_unmap: an unmap, too, invalidates once, by range. mmu_present: what makes an entry present to
-    Linux, where that is not `present` (0).
+    changes; defers_unmap: an unmap, too, invalidates once, by range.
     """
 
     name: str
@@ -168,7 +167,6 @@ class PageFormat:
     software: int = 0
     range_invalidation: bool = False
     defers_unmap: bool = False
-    mmu_present: int = 0
 
     @property
     def root_bits(self) -> int:
@@ -320,7 +318,7 @@ class PageFormat:
             L.F_BREAK_BITS: self.break_bits,
             L.F_SOFTWARE: self.software,
             L.F_RANGE_FLUSH: self.range_invalidation | self.defers_unmap << 1,
-            L.F_MMU_PRESENT: self.mmu_present or self.present,
+            L.F_MMU_PRESENT: self.kvm_leaf & bits.MMU_PRESENT or self.present,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():
@@ -525,7 +523,6 @@ def npt(
         pat_page=bits.PAT_4K,
         pat_large=bits.PAT_LARGE,
         software=0b111 << 9 | span(52, 58),
-        mmu_present=bits.MMU_PRESENT,
     )
 
 
@@ -626,7 +623,6 @@ def ept(
         mmio_moved=0 if l1tf_cache_bits is None else span(l1tf_cache_bits - 5, l1tf_cache_bits - 1),
         nx_huge_pages=nx_huge_pages,
         software=bits.MMU_PRESENT | span(52, 56) | parameters.ept_writable,
-        mmu_present=bits.MMU_PRESENT,
     )  # fmt: skip
 
 

@@ -87,5 +87,5 @@ def is_ordinary(state, header, object_, address):
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
     if kind >= _PROTECT:
-        return kind <= U(Operation.PREFAULT)
+        return kind <= U(Operation.RESTORE)
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)
