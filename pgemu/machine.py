@@ -649,12 +649,12 @@ class Machine:
 
     def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
         """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
-        from pgemu_kernels.boot import content_frame
+        from pgemu_kernels.boot import CONTENTS, provide
 
         if offset < 0 or offset + len(data) > L.PAGE_4K:
             raise ValueError(f"{len(data)} bytes at {offset}: expected to lie within {L.PAGE_4K}")
         self._guest_frame(pfn)
-        frame = int(content_frame(self.descriptor, np.uint64(pfn)))
+        frame = int(provide(self.descriptor, CONTENTS, np.uint64(pfn)))
         if frame < 0:
             raise _os_error(-frame, "no frame for the contents")
         memory = self.arrays.ram[frame * 512 : (frame + 1) * 512].view(np.uint8)

@@ -190,11 +190,11 @@ class AddressSpace:
     @classmethod
     def create(cls, machine: Machine) -> AddressSpace:
         """See Machine.create_process."""
-        from pgemu_kernels.boot import new_root
+        from pgemu_kernels.boot import PROCESS_ROOT, provide
 
         space = cls._free_row(machine)
         row = int(L.STATE_SPACES) + space * L.S_WORDS
-        if new_root(machine.descriptor, np.uint64(row), False) != 0:
+        if provide(machine.descriptor, PROCESS_ROOT, np.uint64(row)) != 0:
             raise OSError(L.ENOMEM, "no frame for a top table")
         machine.arrays.state[row + int(L.S_LIVE)] = 1
         if space == machine.register(L.R_SPACES):
@@ -447,11 +447,11 @@ class Vm:
     @classmethod
     def create(cls, machine: Machine, process: AddressSpace | None, protected: bool) -> Vm:
         """See Machine.create_vm."""
-        from pgemu_kernels.boot import new_root
+        from pgemu_kernels.boot import STAGE2_ROOT, provide
 
         vm = _row(machine, L.R_VMS, L.VMS, "VMs")
         row = int(L.STATE_VMS) + vm * L.V_WORDS
-        if new_root(machine.descriptor, np.uint64(row), True) != 0:
+        if provide(machine.descriptor, STAGE2_ROOT, np.uint64(row)) != 0:
             raise OSError(L.ENOMEM, "no frame for a stage-2 root")
         # Without a process no mapping of the inode is the VM's own: none of them notifies it.
         machine.arrays.state[row + int(L.V_SPACE)] = process.space if process else (1 << 64) - 1

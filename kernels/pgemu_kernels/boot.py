@@ -192,46 +192,71 @@ def boot(descriptor):
     return np.int64(0)
 
 
-@entry
-def new_root(descriptor, row, stage2):
-    """Give a process (`row` of S_*) or a VM (row of V_*) its empty top table: 0 or -ENOMEM."""
-    m = open_machine(descriptor)
+@outlined
+def empty_frame(m, value, gauge):
+    """A frame full of `value`, counted: its number, or NONE."""
     frame = take_frame(m)
+    if frame != NONE:
+        fill_frame(m.ram, frame, value)
+        m.counts[frame] = np.uint32(0)
+        change(m.stats, gauge, 1)
+    return frame
+
+
+@kernel
+def process_root(m, row):
+    """Give a process (row of S_*) its empty top table, and with page-table isolation the user's copy of it."""
+    frame = empty_frame(m, U0, HOST_TABLES)
     if frame == NONE:
         return NO_MEMORY
-    if stage2:
-        fill_frame(m.ram, frame, m.state[stage2_format(m) + F_EMPTY])
-        m.state[row + V_ROOT] = frame << U12
-        change(m.stats, STAGE2_TABLES, 1)
-    else:
-        fill_frame(m.ram, frame, U0)
-        m.state[row + S_ROOT] = frame << U12
-        change(m.stats, HOST_TABLES, 1)
-        if m.state[R_PTI] != U0:
-            user = take_frame(m)
-            if user == NONE:
-                put_frame(m, frame)
-                change(m.stats, HOST_TABLES, -1)
-                return NO_MEMORY
-            fill_frame(m.ram, user, U0)
-            m.counts[user] = np.uint32(0)
-            m.state[row + S_USER_ROOT] = user << U12
-            change(m.stats, HOST_TABLES, 1)
-    m.counts[frame] = np.uint32(0)
+    if m.state[R_PTI] != U0:
+        user = empty_frame(m, U0, HOST_TABLES)
+        if user == NONE:
+            put_frame(m, frame)
+            change(m.stats, HOST_TABLES, -1)
+            return NO_MEMORY
+        m.state[row + S_USER_ROOT] = user << U12
+    m.state[row + S_ROOT] = frame << U12
     return np.int64(0)
 
 
-@entry
-def content_frame(descriptor, pfn):
-    """The frame with the contents of a guest frame, given one of zeroes if it has none: its number, or -ENOMEM."""
-    m = open_machine(descriptor)
+@kernel
+def stage2_root(m, row):
+    """Give a VM (row of V_*) its empty top table."""
+    frame = empty_frame(m, m.state[stage2_format(m) + F_EMPTY], STAGE2_TABLES)
+    if frame == NONE:
+        return NO_MEMORY
+    m.state[row + V_ROOT] = frame << U12
+    return np.int64(0)
+
+
+@kernel
+def content_frame(m, pfn):
+    """The frame with the contents of a guest frame, given one of zeroes if it has none."""
     at = m.state[R_CONTENTS] + pfn - m.state[R_POOL_BASE]
     frame = U(m.counts[at])
     if frame == U0:
-        frame = take_frame(m)
+        frame = empty_frame(m, U0, CONTENT_FRAMES)
         if frame == NONE:
             return NO_MEMORY
-        fill_frame(m.ram, frame, U0)
         m.counts[at] = np.uint32(frame)
-        change(m.stats, CONTENT_FRAMES, 1)
     return np.int64(frame)
+
+
+PROCESS_ROOT = 0
+STAGE2_ROOT = 1
+CONTENTS = 2
+
+
+@entry
+def provide(descriptor, what, where):
+    """Provide what Python asks for: PROCESS_ROOT for a row of S_*, STAGE2_ROOT for a row of V_*, CONTENTS of a PFN.
+
+    0, of contents the number of the frame that holds them, or -ENOMEM.
+    """
+    m = open_machine(descriptor)
+    if what == PROCESS_ROOT:
+        return process_root(m, where)
+    if what == STAGE2_ROOT:
+        return stage2_root(m, where)
+    return content_frame(m, where)

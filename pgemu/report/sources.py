@@ -129,6 +129,20 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
             ),
             "pfnmap": (_RELEASE, Source("mm/hugetlb.c:free_huge_folio, folios stay whole", "slides")),
         },
+        # Ordinary memory is the same beside either design.
+        Operation.PROTECT: _both(_main("mm/mprotect.c:mprotect_fixup")),
+        Operation.FORK: _both(_main("mm/memory.c:copy_page_range")),
+        Operation.EXIT: _both(_main("mm/mmap.c:exit_mmap")),
+        Operation.POPULATE: _both(_main("mm/gup.c:populate_vma_page_range")),
+        Operation.READ_SMAPS: _both(_main("fs/proc/task_mmu.c:smap_gather_stats")),
+        Operation.REVOKE: _both(_main("mm/memory.c:unmap_mapping_range")),
+        Operation.RESTORE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_mmap_huge_fault")),
+        Operation.ALLOCATE: _both(_main("virt/kvm/guest_memfd.c:kvm_gmem_allocate")),
+        Operation.MEMSLOT: _both(_main("virt/kvm/kvm_main.c:kvm_set_memory_region"), _MEMSLOT_DELETED),
+        Operation.DIRTY_LOG: _both(_main("virt/kvm/kvm_main.c:kvm_get_dirty_log_protect")),
+        Operation.ATTRIBUTES: _both(_main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes")),
+        Operation.PREFAULT: _both(_main("virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory")),
+        Operation.VM_EXIT: _both(_main("virt/kvm/kvm_main.c:kvm_destroy_vm")),
     }
 )
 """For every operation that the machine carries out and each design."""
