@@ -956,12 +956,12 @@ def store_raw(e, f, address, level, new):
         return NO_ENTRY, old
     was = is_present(state, f, old)
     present = is_present(state, f, new)
-    table = was and not is_leaf(state, f, level, old)
+    linked = was and not is_leaf(state, f, level, old)
     if present and not is_leaf(state, f, level, new):
         return INVALID, old
-    if breaks(state, f) and was and present and (table or (old ^ new) & state[f + F_BREAK_BITS] != U0):
+    if breaks(state, f) and was and present and (linked or (old ^ new) & state[f + F_BREAK_BITS] != U0):
         return INVALID, old
-    if table:
+    if linked:
         return BUSY, old
     store(e, slot, level, new)
     if present and not was:
