@@ -222,6 +222,10 @@ class Tree:
             child = Leaf(leaf.level - 1, self.format.child(leaf.level, leaf.entry, i))
             self.put(base + i * size_of(leaf.level - 1), child)
 
+    def quiet(self, old: int, new: int) -> bool:
+        """Whether a TLB may go on holding `old`: only software bits changed, or the hardware's were set."""
+        return not (new ^ old) & ~self.format.software & ~(new & self.format.sticky)
+
     def clear_way(self, address: int, level: int) -> None:
         """Make the place of one leaf free, as a fault does."""
         span = range(address, address + size_of(level))
@@ -258,7 +262,9 @@ class Tree:
             there = self.find(at)
             if not replace and self.over(range(at, at + size_of(level))):
                 return self.done(EEXIST, offset)
-            if there is None or there[1] != Leaf(level, entry):
+            if there and there[1].level == level and self.quiet(there[1].entry, entry):
+                self.put(at, Leaf(level, entry))
+            else:
                 self.clear_way(at, level)
                 self.link(at, level)
                 self.put(at, Leaf(level, entry))
@@ -301,7 +307,7 @@ class Tree:
             new = entry & ~self.format.mask(level, clear_bits) | self.format.mask(level, set_bits)
             changed += new != entry
             self.put(base, Leaf(level, new))
-            if (new ^ entry) & ~self.format.software & ~(new & self.format.sticky):
+            if not self.quiet(entry, new):
                 self.changed.append(range(base, base + size_of(level)))
         return self.done(0 if found else ENOENT, changed)
 
