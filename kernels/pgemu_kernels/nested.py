@@ -41,12 +41,11 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.translate import (
     LARGE,
-    LARGE_1G,
-    LARGE_2M,
     LOOK,
     can_pass,
     directory,
     find_below,
+    leaf_level,
     load_masks,
     open_tree,
     passes_leaf,
@@ -252,16 +251,8 @@ def host_of(m, access, x, tree, found, gpa):
         return value & tree.address_bits | gpa & U4095 if passes_leaf(access, x, U1, value) else NONE
     if found == LOOK:
         return NONE
-    inside = (U1 << (U12 + U9 * (found_level(found) - U1))) - U1
+    inside = (U1 << (U12 + U9 * (leaf_level(found) - U1))) - U1
     return m.ram[found & ~LARGE] & tree.address_bits & ~inside | gpa & inside
-
-
-@kernel
-def found_level(found):
-    """Level of a leaf that passed."""
-    if found & LARGE == LARGE_1G:
-        return U3
-    return U2 if found & LARGE == LARGE_2M else U1
 
 
 @kernel
@@ -307,7 +298,7 @@ def ask_entries(m, job, w, count):
             w[_GPA + k] = LOOK
             continue
         w[_FOUND + k] = slot
-        w[_COUNT + k] += U2 + job.stage2.levels - found_level(found)
+        w[_COUNT + k] += U2 + job.stage2.levels - leaf_level(found)
         prefetch(m.ram, slot)
 
 
@@ -364,8 +355,8 @@ def walk_block(m, job, addresses, first, count, out, w):
         if host == NONE:
             walk_nested(m, job, i, addresses[i], out, w)
         else:
-            finish_walk(out, i, _NO_STAGE, OK, host, U0, U0, gpa >> U(61), found_level(found))
-            count_references(out, i, w[_COUNT + k] + U1 + job.stage2.levels - found_level(found), U0)
+            finish_walk(out, i, _NO_STAGE, OK, host, U0, U0, gpa >> U(61), leaf_level(found))
+            count_references(out, i, w[_COUNT + k] + U1 + job.stage2.levels - leaf_level(found), U0)
 
 
 @entry

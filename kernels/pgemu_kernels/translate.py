@@ -184,9 +184,17 @@ def walk_one(m, access, x, tree, address, i, outputs, w):
 
 
 @kernel
+def leaf_level(found):
+    """Level of the leaf that `find_below` found."""
+    if found & LARGE == LARGE_1G:
+        return U3
+    return U2 if found & LARGE == LARGE_2M else U1
+
+
+@kernel
 def finish_large(m, tree, found, address, i, outputs):
     """The result of a large leaf."""
-    level = U2 if found & LARGE == LARGE_2M else U3
+    level = leaf_level(found)
     inside = (U1 << (U12 + U9 * (level - U1))) - U1
     outputs.physical[i] = m.ram[found & ~LARGE] & tree.address_bits & ~inside | address & inside
     outputs.levels[i] = np.uint8(level)
@@ -267,10 +275,42 @@ def translate_scattered(m, tree, addresses, kinds, access, outputs, w, first, st
         finish(m, access, row_of(kinds, i), tree, w[_FOUND + i - first], addresses[i], i, outputs, w)
 
 
+@kernel
+def translate_alike(m, tree, addresses, x, access, outputs, w, first, stop):
+    """A block within one level-1 table or one large leaf, looked up once: whether it is one, and all of it passes."""
+    address = addresses[first]
+    top = directory(m.ram, access, x, tree, address)
+    found = find_below(m.ram, access, x, load_masks(access, x), tree.address_bits, top, address)
+    if found == LOOK:
+        return False
+    apart = U0
+    if found & LARGE == U0:
+        table = found & ~U511
+        for i in range(first, stop):
+            apart |= addresses[i] ^ address
+            w[_ENTRIES + i - first] = m.ram[table + (addresses[i] >> U12 & U511)]
+        return apart >> U21 == U0 and finish_block(addresses, access, x, tree, outputs, w, first, stop)
+    level = leaf_level(found)
+    shift = U12 + U9 * (level - U1)
+    inside = (U1 << shift) - U1
+    base = m.ram[found & ~LARGE] & tree.address_bits & ~inside
+    for i in range(first, stop):
+        apart |= addresses[i] ^ address
+        outputs.physical[i] = base | addresses[i] & inside
+    if apart >> shift != U0:
+        return False
+    for i in range(first, stop):
+        outputs.levels[i] = np.uint8(level)
+    return True
+
+
 @outlined
 def translate_near(m, tree, addresses, kinds, access, outputs, w, first, stop):
     """A block in order: while addresses stay within one level-1 table, it is not looked up again."""
     ram = m.ram
+    if U(kinds.size) == U1:
+        if translate_alike(m, tree, addresses, row_of(kinds, first), access, outputs, w, first, stop):
+            return
     last = NONE
     table = U0
     for i in range(first, stop):

@@ -75,8 +75,12 @@ def test_translate_agrees_with_the_model(memory: Memory, name: str, seed: int, p
     machine = memory.machine
     tree, addresses = grow(rng, fmt, memory, rng.choice((5, 20, 60)))
     addresses = rng.choices(addresses, k=rng.choice((7, 70, 150)))
-    if rng.random() < 0.3:
+    order = rng.random()
+    if order < 0.2:
         addresses.sort()
+    elif order < 0.5:  # a run, most of it within one table or one large leaf
+        step = rng.choice((64, 4096))
+        addresses = [addresses[0] + step * n & (1 << 64) - 1 for n in range(len(addresses))]
     kinds = rng.choices(range(6), k=len(addresses)) if rng.random() < 0.5 else [rng.randrange(6)] * len(addresses)
     access = None if plain else random_access(rng)
     outcomes, writes, words = expect(memory, fmt, tree.root, addresses, kinds, access)
