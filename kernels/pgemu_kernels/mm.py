@@ -295,7 +295,7 @@ def _remove_vmas(m, space, start, end):
     first = NONE
     last = U0
     address = start
-    while True:
+    while address < end:
         row = next_vma(state, space, address, end)
         if row == NONE:
             break
