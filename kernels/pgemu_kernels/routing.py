@@ -43,6 +43,7 @@ _BIND = U(Operation.BIND)
 _UNBIND = U(Operation.UNBIND)
 _ALLOCATE = U(Operation.ALLOCATE)
 _PROTECT = U(Operation.PROTECT)
+_LAST_OPERATION = U(max(Operation))
 _PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
 
 
@@ -85,5 +86,5 @@ def is_ordinary(state, header, object_, address):
     if kind == _BIND or kind == _UNBIND:
         return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
     if kind >= _PROTECT:
-        return kind <= U(Operation.RESTORE)
+        return kind <= _LAST_OPERATION
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)
