@@ -39,6 +39,7 @@ class Config:
     notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
+    l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
     profile: name of a cost profile (pgemu.cost).
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
@@ -59,6 +60,7 @@ class Config:
     notifier: bool = True
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
+    l1tf: bool = False
     profile: str = "published"
     other_pool: int = 0
     pti: bool = False
@@ -270,11 +272,13 @@ class Machine:
             L.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
             L.R_NOTIFIER: config.notifier,
             L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
+            L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
+            L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         }
         state = self.arrays.state
         for register, value in registers.items():
             state[register] = value
-        table = formats.format_table(config.kernel, config.nx_huge_pages)
+        table = formats.format_table(config.kernel, config.nx_huge_pages, config.l1tf)
         if config.pti:
             table[L.F_TABLE_TOP] |= np.uint64(formats.NO_EXECUTE)  # of the first row, HOST_X86_64
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table

@@ -60,6 +60,9 @@ EPT_DIRTY = 1 << 9
 EPT_USER_EXECUTE = 1 << 10
 EPT_AD_DISABLED = 1 << 52  # SPTE_TDP_AD_DISABLED; where 7.3 has it was not captured
 SUPPRESS_VE = 1 << 63
+MMIO_NPT = PRESENT | WRITE | USER | 1 << 51  # kvm_mmu_reset_all_pte_masks(): a reserved bit makes the walk fault
+MMIO_EPT = 0b110  # VMX_EPT_MISCONFIG_WX_VALUE
+L1TF_GUARD = 0x1F << 39  # shadow_nonpresent_or_rsvd_mask where the cache holds 44 address bits, as in the EPT capture
 
 HOST_X86_64 = 0
 STAGE2_NPT = 1
@@ -75,12 +78,13 @@ class KernelParameters:
     `mask_tails` is the compound_info mask with one shared tail page per zone (7.1 and later) instead
     of the pointer form whose tails share the folio's own head page. `reset_struct_pages` is
     NR_RESET_STRUCT_PAGE of a vmemmap restore. `dontneed_frees_tables` is CONFIG_PT_RECLAIM (6.14).
+    `recovers_huge_pages`: dirty logging off puts huge leaves back in place (captured for 6.18 and 7.3), else it drops
+    the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
     `page_flags` are node and zone of ZONE_NORMAL in page->flags of the captured configuration, and
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
-    `guest_memfd_mmap`: guest_memfd can be mapped (6.18).
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
     `shared_tail_saved_dirty`: vmemmap tail entries set up by the boot allocator carry bit 58 (captured).
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
@@ -97,10 +101,11 @@ class KernelParameters:
     dontneed_frees_tables: bool
     page_flags: int
     folio_6_12: bool
+    recovers_huge_pages: bool = True
+    guest_memfd_mmap: bool = True
     saved_dirty: bool = True
     special_huge_zero: bool = True
     guards: bool = True
-    guest_memfd_mmap: bool = True
     huge_pfn: bool = True
     shared_tail_saved_dirty: bool = True
     empty_spte: int = EMPTY_SPTE
@@ -111,7 +116,8 @@ class KernelParameters:
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True,
-        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False, guest_memfd_mmap=False,
+        recovers_huge_pages=False, guest_memfd_mmap=False,
+        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False,
     ),
     "6.18": KernelParameters("6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False),
     "7.3": KernelParameters(
@@ -134,12 +140,15 @@ RELEASES: dict[str, KernelParameters] = {
 Words of 6.1 outside page-table entries (mask_tails to folio_6_12) are not used by anything.
 """
 
+Row = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
-def format_table(kernel: str, nx_huge_pages: bool = False) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+
+def format_table(kernel: str, nx_huge_pages: bool = False, l1tf: bool = False) -> Row:
     """The `formats` array: rows HOST_X86_64, STAGE2_NPT, STAGE2_EPT as `kernel` writes them.
 
     uint64[3 * F_WORDS]. `nx_huge_pages` is KVM's iTLB-multihit mitigation: EPT leaves above 4K without
-    the execute bits. KeyError for a kernel that is not in KERNELS.
+    the execute bits; `l1tf` is the mask in EPT's MMIO entries on processors with that bug. KeyError for a
+    kernel that is not in KERNELS.
     """
     parameters = KERNELS[kernel]
     rows = np.zeros((3, L.F_WORDS), dtype=np.uint64)
@@ -168,4 +177,24 @@ def format_table(kernel: str, nx_huge_pages: bool = False) -> np.ndarray[tuple[i
     ept[L.F_TABLE] = EPT_RWX | EPT_ACCESSED | MMU_PRESENT | SUPPRESS_VE | parameters.ept_extra
     ept[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = leaf, large, large
     ept[L.F_EMPTY] = EMPTY_SPTE
+    host[L.F_MMU_PRESENT] = PRESENT
+    _add_kvm_words(npt, ept, parameters, l1tf)
     return rows.reshape(-1)
+
+
+def _add_kvm_words(npt: Row, ept: Row, parameters: KernelParameters, l1tf: bool) -> None:
+    """What KVM's leaves differ in: arch/x86/kvm/mmu/spte.c:make_spte(), make_mmio_spte(), kvm_mmu_set_ept_masks()."""
+    for row in (npt, ept):
+        row[L.F_MMU_PRESENT] = MMU_PRESENT
+        row[L.F_WRITE] = WRITE
+        row[L.F_FROZEN] = FROZEN_SPTE
+    npt[[L.F_WRITABLE_MARKS, L.F_MMU_WRITABLE]] = 1 << 9 | 1 << 10, 1 << 10
+    npt[[L.F_ACCESSED, L.F_DIRTY]] = ACCESSED, DIRTY
+    npt[L.F_MMIO_VALUE] = MMIO_NPT
+    mmu_writable = 1 << parameters.ept_writable.bit_length() - 1
+    ept[[L.F_WRITABLE_MARKS, L.F_MMU_WRITABLE]] = parameters.ept_writable, mmu_writable
+    ept[[L.F_ACCESSED, L.F_DIRTY]] = EPT_ACCESSED, EPT_DIRTY
+    ept[L.F_EXECUTE] = 0b100 | parameters.ept_extra & EPT_USER_EXECUTE
+    ept[L.F_MEMORY_TYPE] = EPT_WB_IPAT
+    ept[L.F_MMIO_VALUE] = MMIO_EPT
+    ept[L.F_MMIO_GUARD] = L1TF_GUARD if l1tf else 0

@@ -77,6 +77,7 @@ class Flag(IntFlag):
     MADVISE = 32
     POPULATE = 64
     READ = 128
+    LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
 
@@ -281,6 +282,8 @@ R_OTHER_STACK = U(57)
 R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
 R_PTI = U(59)  # 1: page-table isolation
 R_MMIO_GENERATION = U(60)
+R_RECOVER_HUGE = U(80)  # 1: dirty logging off puts huge leaves back in place, 0: it drops the small ones
+R_GMEM_MMAP = U(81)  # 1: guest_memfd can be mapped, and serves VMs without private memory (6.18)
 R_OTHER_TAIL_PAGE = U(61)  # as R_TAIL_PAGE, of the second pool
 R_RESERVED = U(62)  # huge pages of the first pool that mappings have reserved and not yet allocated
 R_OTHER_RESERVED = U(63)
@@ -328,6 +331,15 @@ F_FROZEN = U(43)  # what an entry holds while its subtree is torn down or replac
 F_BREAK_BEFORE_MAKE = U(44)  # 1: a valid entry may not be replaced by another valid one without a flush between
 F_FLUSH = U(45)  # formats.FlushRule
 F_KEY_SHIFT = U(46)  # where a leaf's protection key begins; 0: no keys
+# Present as Linux sees it: KVM's own mark (bit 11) in stage 2, so that a cached MMIO entry is none; else F_PRESENT.
+F_MMU_PRESENT = U(55)
+F_WRITE = U(56)  # stage 2: the bit without which the hardware refuses a write
+F_WRITABLE_MARKS = U(57)  # ... KVM's host-writable and MMU-writable bits
+F_MMU_WRITABLE = U(58)  # ... the second of them
+F_EXECUTE = U(59)  # ... the bits without which a fetch is refused; 0 where leaves are executable without
+F_MEMORY_TYPE = U(60)  # ... the bits that are clear in a leaf over a device
+F_MMIO_VALUE = U(61)  # ... what a cached MMIO access holds beside the guest frame and the generation
+F_MMIO_GUARD = U(62)  # ... address bits set in it against L1TF, the guest's moved up by five
 F_WORDS = 64
 
 # access rows: what one kind of access asks of a walk; made by pgemu.translation.Access
@@ -443,6 +455,10 @@ V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves 
 V_ORDINARY = U(8)  # 1: it has or had slots of a process's memory
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
+V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
+V_UNLOADED = U(12)  # 1: the vCPU has to load a new root before it runs: the tree went with a slot
+V_BIND_INODE = U(13)  # guest_memfd and offset that the next slot takes its private pages from
+V_BIND_OFFSET = U(14)
 V_WORDS = 16
 
 # memslots
@@ -456,12 +472,15 @@ M_KIND = U(6)  # SLOT_*
 M_HVA = U(7)  # SLOT_USER: userspace address of the first page
 M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
 M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
+M_ID = U(10)  # SLOT_USER: userspace's number of the slot
 M_WORDS = 16
 SLOT_GUEST_MEMFD = U(0)  # over an inode of the two designs
 SLOT_USER = U(1)  # a process's memory; with SLOT_HAS_GUEST_MEMFD private pages come from M_INODE
 SLOT_LOG_DIRTY_PAGES = U(1)
 SLOT_READ_ONLY = U(2)
 SLOT_HAS_GUEST_MEMFD = U(4)
+SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
+SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
 
 # ops: one record per actor and one for batches, uint64; status is two's complement
 O_OP = U(0)

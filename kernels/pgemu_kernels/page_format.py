@@ -295,6 +295,7 @@ class PageFormat:
             L.F_BREAK_BEFORE_MAKE: self.break_before_make,
             L.F_FLUSH: self.flush,
             L.F_KEY_SHIFT: self.key_shift,
+            L.F_MMU_PRESENT: self.kvm_leaf & bits.MMU_PRESENT or self.present,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():

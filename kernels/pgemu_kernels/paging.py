@@ -29,7 +29,7 @@ from pgemu_kernels.layout import (
     F_EMPTY,
     F_LARGE,
     F_LEAF_4K,
-    F_PRESENT,
+    F_MMU_PRESENT,
     F_TABLE,
     F_WORDS,
     R_HOST_FORMAT,
@@ -66,7 +66,8 @@ def table_of(state, f, entry):
 
 @kernel
 def is_present(state, f, entry):
-    return entry & state[f + F_PRESENT] != U0
+    """Whether an entry is present to Linux; to the hardware a cached MMIO entry of KVM is, too."""
+    return entry & state[f + F_MMU_PRESENT] != U0
 
 
 @kernel
@@ -158,6 +159,9 @@ def free_table(m, frame, gauge):
 
 # --------------------------------------------------------------------------- stage 2
 
+# Bit 31 of a table page's count of leaves: a table made for a fetch, below which no leaf grows (tdp_mmu.py).
+COUNT_BELOW = U(0x7FFF_FFFF)
+
 
 @kernel
 def free_stage2_below(m, f, entry, level):
@@ -167,7 +171,7 @@ def free_stage2_below(m, f, entry, level):
     price of a table freed. The leaves dropped are returned.
     """
     table = table_of(m.state, f, entry)
-    dropped = np.int64(m.counts[table >> U9])
+    dropped = np.int64(U(m.counts[table >> U9]) & COUNT_BELOW)
     small = dropped
     if level == U3:
         small = np.int64(0)
@@ -175,7 +179,7 @@ def free_stage2_below(m, f, entry, level):
             below = m.ram[i]
             if is_present(m.state, f, below) and not is_large(m.state, f, below):
                 frame = table_of(m.state, f, below) >> U9
-                small += np.int64(m.counts[frame])
+                small += np.int64(U(m.counts[frame]) & COUNT_BELOW)
                 free_table(m, frame, STAGE2_TABLES)
     change_value(m.stats, STAGE2_LEAVES, -small)
     change_value(m.stats, STAGE2_LEAVES + U1, small - dropped)
@@ -319,7 +323,7 @@ def zap_4k_leaves(m, f, table, first, last):
     """Clear present entries [first, last) of a level-1 table; how many there were."""
     ram = m.ram
     empty = m.state[f + F_EMPTY]
-    present = m.state[f + F_PRESENT]
+    present = m.state[f + F_MMU_PRESENT]
     cleared = np.int64(0)
     for slot in range(table + first, table + last):
         if ram[slot] & present != U0:

@@ -29,7 +29,8 @@ from pgemu_kernels.gmem import (
     vm_row,
 )
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.invariants import check_block, check_stage2_leaf, expect
+from pgemu_kernels.invariants import check_block, expect
+from pgemu_kernels.kvm_recount import check_leaf, own_kvm_nodes
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
@@ -66,7 +67,7 @@ from pgemu_kernels.layout import (
     V_ROOT,
     Broken,
 )
-from pgemu_kernels.paging import is_large, is_present, stage2_format, table_of
+from pgemu_kernels.paging import COUNT_BELOW, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.process_recount import F_TABLES, check_process, check_processes
 
 U = np.uint64
@@ -104,6 +105,8 @@ def check_vm(m, vm, owner, leaves):
     ram = m.ram
     f = stage2_format(m)
     root = state[vm_row(vm) + V_ROOT]
+    if root == U0:
+        return np.int64(0)  # closed
     own(m, owner, root >> U12, 2)
     tables = np.int64(1)
     for i4 in range(U512):
@@ -119,7 +122,7 @@ def check_vm(m, vm, owner, leaves):
                 continue
             if is_large(state, f, e3):
                 leaves[2] += 1
-                check_stage2_leaf(m, vm, gfn, U3, e3)
+                check_leaf(m, vm, gfn, U3, e3)
                 continue
             own(m, owner, (e3 & _ADDRESS) >> U12, 2)
             tables += 1
@@ -142,7 +145,7 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
         if is_large(state, f, e2):
             leaves[1] += 1
             below2 += U1
-            check_stage2_leaf(m, vm, gfn | i2 << U9, U2, e2)
+            check_leaf(m, vm, gfn | i2 << U9, U2, e2)
             continue
         own(m, owner, (e2 & _ADDRESS) >> U12, 2)
         tables += 1
@@ -151,11 +154,11 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
         for i1 in range(U512):
             if is_present(state, f, ram[table + i1]):
                 below += U1
-                check_stage2_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        expect(m, U(m.counts[table >> U9]) == below, COUNTS_DIFFER, gfn | i2 << U9)
+                check_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
+        expect(m, U(m.counts[table >> U9]) & COUNT_BELOW == below, COUNTS_DIFFER, gfn | i2 << U9)
         leaves[0] += np.int64(below)
         below2 += below
-    expect(m, U(m.counts[table2 >> U9]) == below2, COUNTS_DIFFER, gfn)
+    expect(m, U(m.counts[table2 >> U9]) & COUNT_BELOW == below2, COUNTS_DIFFER, gfn)
     return tables
 
 
@@ -266,6 +269,7 @@ def check(descriptor, owner, leaves, found):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
     check_processes(m, owner, found)
+    own_kvm_nodes(m, owner)
     kernel_tables, pages = check_vmemmap(m, owner)
     references = U0
     for inode in range(state[R_INODES]):

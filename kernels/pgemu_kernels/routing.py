@@ -85,6 +85,8 @@ def is_ordinary(state, header, object_, address):
         return ordinary_space(state, space)
     if kind == _BIND or kind == _UNBIND:
         return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
+    if kind == U(Operation.VM_EXIT):
+        return vm < state[R_VMS]
     if kind >= _PROTECT:
         return kind <= _LAST_OPERATION
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)

@@ -10,7 +10,7 @@ from pgemu_kernels.events import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, ch
 from pgemu_kernels.gmem import free_row, inode_row, vma_row
 from pgemu_kernels.host import space_root
 from pgemu_kernels.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_register
-from pgemu_kernels.kvm_notifier import notify_inode
+from pgemu_kernels.kvm_notifier import notify_split, unbind_inode
 from pgemu_kernels.layout import (
     A_ANON_VMA,
     A_CLONED,
@@ -31,7 +31,6 @@ from pgemu_kernels.layout import (
     I_KIND,
     I_OPEN,
     I_ORDER,
-    I_PAGES,
     I_REFERENCES,
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
@@ -240,6 +239,7 @@ def cut(m, row, address):
     upper = new_row(state)
     if upper == NONE:
         return np.int64(-ENOMEM), NONE
+    notify_split(m, state[row + A_SPACE], state[row + A_START], state[row + A_END], address)
     region = address >> U30 << U30
     if order == U(9) and region != address and region >= state[row + A_START]:
         if region + size_of(U(3)) <= state[row + A_END]:
@@ -355,7 +355,7 @@ def release_inode(m, inode):
     if state[node + I_REFERENCES] != U0:
         return
     if state[node + I_KIND] == INODE_GUEST_MEMFD_4K:
-        notify_inode(m, inode, U0, state[node + I_PAGES])
+        unbind_inode(m, inode)
     index = U0
     while state[node + I_CACHE] != U0:
         index = cache_next(m, state[node + I_CACHE], index)
