@@ -156,7 +156,6 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.ATTRIBUTES: {"flags": "PRIVATE or SHARED", "vm": "VM", "address": "GPA, bytes", "length": "bytes"},
         Operation.PREFAULT: {"vm": "VM", "address": "GPA, bytes", "length": "bytes"},
         Operation.POPULATE: {"flags": "WRITE: MADV_POPULATE_WRITE, else _READ", **_HOST_RANGE},
-        Operation.REMAP: {**_HOST_RANGE, "offset": "new HVA, bytes"},
         Operation.READ_SMAPS: {"space": "process"},
         Operation.REVOKE: {"object": "inode of a device"},
         Operation.RESTORE: {"object": "inode of a device"},

@@ -35,7 +35,6 @@ def test_operations_without_a_machine_are_not_called_simulated() -> None:
         "PIN",
         "UNPIN",
         "GUEST_ACCESS",
-        "REMAP",
     }
 
 
