@@ -262,8 +262,9 @@ class PageTable:
         ValueError for an address beyond the input addresses.
         """
         fmt = self.format
-        high = address >> fmt.input_bits
-        if high and not (fmt.sign_extended and address >> fmt.input_bits - 1 == (1 << 65 - fmt.input_bits) - 1):
+        sign = 1 if fmt.sign_extended else 0
+        high = address >> fmt.input_bits - sign
+        if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
             raise ValueError(f"address {address:#x}: expected {fmt.input_bits} bits")
         address &= (1 << fmt.input_bits) - 1
         ram = self.machine.arrays.ram
@@ -291,6 +292,22 @@ class PageTable:
                 below &= entries & np.uint64(fmt.leaf_mask) != np.uint64(fmt.leaf_value)
             pages = entries[below] & np.uint64(fmt.address)
             found[level - 1] = pages
+        return found
+
+    def recount(self, owner: Array) -> list[tuple[L.Broken, int]]:
+        """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
+
+        A frame that has an owner already, and a table whose kept count is not that of its present entries.
+        """
+        tables = self.machine.arrays.ram.reshape(-1, 512)
+        found = []
+        for pages in self.table_pages().values():
+            frames = (pages >> np.uint64(12)).astype(np.int64)
+            present = np.count_nonzero(tables[frames] & np.uint64(self.format.present), axis=1)
+            wrong = frames[present != self.machine.arrays.counts[frames]]
+            found += [(L.Broken.COUNTS, int(frame)) for frame in wrong]
+            np.add.at(owner, frames, 1)
+            found += [(L.Broken.FRAMES, int(frame)) for frame in np.unique(frames[owner[frames] > 1])]
         return found
 
     # ------------------------------------------------------------------ calling the kernel
@@ -350,9 +367,11 @@ class PageTable:
         if end == 0:
             return None
         bits = self.format.input_bits
-        # The upper half of sign-extended addresses; what crosses into it covers everything.
-        offset = (1 << 64) - (1 << bits) if self.format.sign_extended and start >> bits - 1 else 0
-        return Flush(start + offset, end + offset, int(request[L.E_FLUSH_LEVEL]), bool(request[L.E_FREED]))
+        offset = (1 << 64) - (1 << bits) if self.format.sign_extended else 0
+        # Addresses of the upper half are sign-extended; a batch in both halves covers the hole between them, too.
+        first = start + offset if start >> bits - 1 else start
+        last = end + offset if end - 1 >> bits - 1 else end
+        return Flush(first, last, int(request[L.E_FLUSH_LEVEL]), bool(request[L.E_FREED]))
 
 
 def _size(level: int) -> int:
