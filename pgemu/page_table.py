@@ -1,9 +1,14 @@
 """Page tables of any format, edited as Linux edits them: what simulators of TLBs and caches stand on.
 
-    machine = Machine(Config())
-    table = machine.create_page_table("x86-64")
-    table.map_range(0x4000_0000, physical=0x8000_0000, length=3 << 20)
-    table.unmap(0x4000_0000, 4096).flush
+>>> from pgemu import Config, Machine
+>>> table = Machine(Config()).create_page_table("x86-64")
+>>> table.map_range(0x4000_0000, physical=0x8000_0000, length=3 << 20).detail  # one 2M leaf, 256 of 4K
+257
+>>> result = table.unmap(0x4000_1000)  # splits the large one
+>>> result.flush
+Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
+>>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
+[(2, '0x7067'), (1, '0x80002867')]
 
 Every edit returns what must be flushed from TLBs, and on request the list of entries it read and wrote, in order.
 Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
@@ -225,7 +230,8 @@ class PageTable:
     def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None) -> EditResult:
         """Split the leaves over a range until none is larger than `level`: how many splits.
 
-        x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. -ENOENT without a leaf, -ENOMEM.
+        x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
+        as stage2_split_walker() does, where 513 frames are left. -ENOENT without a leaf, -ENOMEM.
         """
         return self._one(Edit.SPLIT, address, 0, length, level, log=log)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import pgemu.page_table
 from model.page_tables import FORMATS, Format, Table, Tree, all_tables, size_of, walk
 from pgemu.machine import Config, Machine
 from pgemu.page_table import EditResult, Flush, PageTable
@@ -433,3 +435,8 @@ def test_the_recount_finds_a_table_that_two_entries_point_to() -> None:
     _, at, entry = table.walk(VA)[1]
     machine.arrays.ram[at // 8 + 1] = entry  # a second gigabyte through the same table
     assert machine.check() > 0
+
+
+def test_the_example_of_the_documentation() -> None:
+    failed, attempted = doctest.testmod(pgemu.page_table)
+    assert (failed, attempted > 0) == (0, True)
