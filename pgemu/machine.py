@@ -534,9 +534,10 @@ class Machine:
         from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
-        for table in self.page_tables:
-            for pages in table.table_pages().values():
-                owner[pages >> np.uint64(12)] = 7  # a second owner is found by the recount
+        for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
+            if self.register(L.R_BROKEN) == 0:
+                self.arrays.state[L.R_BROKEN_FIRST] = kind << 48 | frame
+            self.arrays.state[L.R_BROKEN] += np.uint64(1)
         return int(check(self.descriptor, owner, np.zeros(3, np.int64), np.zeros(FOUND_WORDS, np.int64)))
 
     def check_each(self, on: bool = True) -> None:

@@ -1,9 +1,14 @@
 """Page tables of any format, edited as Linux edits them: what simulators of TLBs and caches stand on.
 
-    machine = Machine(Config())
-    table = machine.create_page_table("x86-64")
-    table.map_range(0x4000_0000, physical=0x8000_0000, length=3 << 20)
-    table.unmap(0x4000_0000, 4096).flush
+>>> from pgemu import Config, Machine
+>>> table = Machine(Config()).create_page_table("x86-64")
+>>> table.map_range(0x4000_0000, physical=0x8000_0000, length=3 << 20).detail  # one 2M leaf, 256 of 4K
+257
+>>> result = table.unmap(0x4000_1000)  # splits the large one
+>>> result.flush
+Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
+>>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
+[(2, '0x7067'), (1, '0x80002867')]
 
 Every edit returns what must be flushed from TLBs, and on request the list of entries it read and wrote, in order.
 Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
@@ -225,7 +230,8 @@ class PageTable:
     def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None) -> EditResult:
         """Split the leaves over a range until none is larger than `level`: how many splits.
 
-        x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. -ENOENT without a leaf, -ENOMEM.
+        x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
+        as stage2_split_walker() does, where 513 frames are left. -ENOENT without a leaf, -ENOMEM.
         """
         return self._one(Edit.SPLIT, address, 0, length, level, log=log)
 
@@ -262,8 +268,9 @@ class PageTable:
         ValueError for an address beyond the input addresses.
         """
         fmt = self.format
-        high = address >> fmt.input_bits
-        if high and not (fmt.sign_extended and address >> fmt.input_bits - 1 == (1 << 65 - fmt.input_bits) - 1):
+        sign = 1 if fmt.sign_extended else 0
+        high = address >> fmt.input_bits - sign
+        if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
             raise ValueError(f"address {address:#x}: expected {fmt.input_bits} bits")
         address &= (1 << fmt.input_bits) - 1
         ram = self.machine.arrays.ram
@@ -291,6 +298,22 @@ class PageTable:
                 below &= entries & np.uint64(fmt.leaf_mask) != np.uint64(fmt.leaf_value)
             pages = entries[below] & np.uint64(fmt.address)
             found[level - 1] = pages
+        return found
+
+    def recount(self, owner: Array) -> list[tuple[L.Broken, int]]:
+        """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
+
+        A frame that has an owner already, and a table whose kept count is not that of its present entries.
+        """
+        tables = self.machine.arrays.ram.reshape(-1, 512)
+        found = []
+        for pages in self.table_pages().values():
+            frames = (pages >> np.uint64(12)).astype(np.int64)
+            present = np.count_nonzero(tables[frames] & np.uint64(self.format.present), axis=1)
+            wrong = frames[present != self.machine.arrays.counts[frames]]
+            found += [(L.Broken.COUNTS, int(frame)) for frame in wrong]
+            np.add.at(owner, frames, 1)
+            found += [(L.Broken.FRAMES, int(frame)) for frame in np.unique(frames[owner[frames] > 1])]
         return found
 
     # ------------------------------------------------------------------ calling the kernel
@@ -350,9 +373,11 @@ class PageTable:
         if end == 0:
             return None
         bits = self.format.input_bits
-        # The upper half of sign-extended addresses; what crosses into it covers everything.
-        offset = (1 << 64) - (1 << bits) if self.format.sign_extended and start >> bits - 1 else 0
-        return Flush(start + offset, end + offset, int(request[L.E_FLUSH_LEVEL]), bool(request[L.E_FREED]))
+        offset = (1 << 64) - (1 << bits) if self.format.sign_extended else 0
+        # Addresses of the upper half are sign-extended; a batch in both halves covers the hole between them, too.
+        first = start + offset if start >> bits - 1 else start
+        last = end + offset if end - 1 >> bits - 1 else end
+        return Flush(first, last, int(request[L.E_FLUSH_LEVEL]), bool(request[L.E_FREED]))
 
 
 def _size(level: int) -> int:

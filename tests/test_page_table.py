@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import doctest
+from typing import Any
+
+import numpy as np
+import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import pgemu.page_table
 from model.page_tables import FORMATS, Format, Table, Tree, all_tables, size_of, walk
 from pgemu.machine import Config, Machine
-from pgemu.page_table import EditResult, Flush
-from pgemu_kernels import page_format
+from pgemu.page_table import EditResult, Flush, PageTable
+from pgemu_kernels import layout as L, page_format
 from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge
 
 MAKERS = {
@@ -38,13 +44,18 @@ def anchors(fmt: Format) -> list[int]:
 class Edits(RuleBasedStateMachine):
     """Any sequence of edits; after each the tree is the model's, and what changed is within what is flushed."""
 
-    @initialize(fmt=st.sampled_from(FORMATS), anchor=st.integers(0, 3), seed=st.sampled_from([0, 3]))
-    def start(self, fmt: Format, anchor: int, seed: int) -> None:
+    @initialize(
+        fmt=st.sampled_from(FORMATS), anchor=st.integers(0, 3), seed=st.sampled_from([0, 3]), logged=st.booleans()
+    )
+    def start(self, fmt: Format, anchor: int, seed: int, logged: bool) -> None:
         self.fmt = fmt
         self.machine = Machine(Config(seed=seed))
         self.used = self.machine.statistics.gauge(Gauge.FRAMES_USED)
         self.table = self.machine.create_page_table(MAKERS[fmt.name]() if fmt.name in MAKERS else fmt.name)
         self.tree = Tree(fmt)
+        self.log = np.zeros((40_000, L.LOG_WORDS), np.uint64) if logged else None
+        pages = self.table.root + np.arange(fmt.roots) * PAGE_4K
+        self.written = {int(page): np.full(512, self.table.format.empty, np.uint64) for page in pages}
         self.anchor = anchors(fmt)[anchor]
 
     # ------------------------------------------------------------------ helpers
@@ -64,6 +75,21 @@ class Edits(RuleBasedStateMachine):
         half = 1 << self.fmt.input_bits - (1 if self.table.format.sign_extended else 0)
         return min(length, half - address % half)
 
+    def edit(self, method: str, *arguments: Any, **options: Any) -> EditResult:
+        """Call a method of the table, and write what its log says into tables of our own."""
+        result: EditResult = getattr(self.table, method)(*arguments, log=self.log, **options)
+        if self.log is not None:
+            assert result.records <= len(self.log)
+            for kind, address, value in self.log[: result.records].tolist():
+                if kind & 0xFF == L.LogKind.FILL:
+                    self.written[address] = np.full(512, value, np.uint64)
+                elif kind & 0xFF == L.LogKind.WRITE:
+                    page = self.written.setdefault(address & -PAGE_4K, np.zeros(512, np.uint64))
+                    page[address % PAGE_4K // 8] = value
+        else:
+            assert result.records == 0
+        return result
+
     def compare(self, result: EditResult, status: int, detail: int) -> None:
         assert (result.status, result.detail) == (status, detail)
         for changed in self.tree.changed:
@@ -80,7 +106,7 @@ class Edits(RuleBasedStateMachine):
         attributes = self.attributes(bits)
         physical &= -size_of(level)
         expected = self.tree.map(address, physical, size_of(level), level, attributes, replace)
-        result = self.table.map(self.given(address), physical, level=level, attributes=attributes, replace=replace)
+        result = self.edit("map", self.given(address), physical, level=level, attributes=attributes, replace=replace)
         self.compare(result, expected.status, expected.detail)
 
     @rule(offset=st.sampled_from(OFFSETS), aligned=st.booleans(), physical=st.sampled_from(PHYSICAL),
@@ -97,8 +123,14 @@ class Edits(RuleBasedStateMachine):
             length = min(length, PAGE_2M + PAGE_4K)
         attributes = self.attributes(bits)
         expected = self.tree.map(address, physical, length, max_level, attributes, replace)
-        result = self.table.map_range(
-            self.given(address), physical, length, max_level=max_level, attributes=attributes, replace=replace
+        result = self.edit(
+            "map_range",
+            self.given(address),
+            physical,
+            length,
+            max_level=max_level,
+            attributes=attributes,
+            replace=replace,
         )
         self.compare(result, expected.status, expected.detail)
 
@@ -113,7 +145,7 @@ class Edits(RuleBasedStateMachine):
         address = self.place(offset)
         length = self.fit(address, length)
         expected = self.tree.unmap(range(address, address + length), partial, tables)
-        result = self.table.unmap(self.given(address), length, partial=partial, tables=tables)  # type: ignore[arg-type]
+        result = self.edit("unmap", self.given(address), length, partial=partial, tables=tables)
         self.compare(result, expected.status, expected.detail)
 
     @rule(
@@ -123,7 +155,7 @@ class Edits(RuleBasedStateMachine):
         address = self.place(offset)
         length = self.fit(address, length)
         freed = self.tree.free_tables(range(address, address + length), tables)
-        result = self.table.free_tables(self.given(address), length, tables=tables)  # type: ignore[arg-type]
+        result = self.edit("free_tables", self.given(address), length, tables=tables)
         assert (result.status, result.detail) == (0, freed)
         assert (result.flush is not None and result.flush.freed_tables) == (freed > 0)
 
@@ -136,9 +168,9 @@ class Edits(RuleBasedStateMachine):
         bits = sum(part for i, part in enumerate(parts) if what >> i & 1)
         set_bits, clear_bits = (bits, 0) if what & 1 else (0, bits)
         expected = self.tree.protect(range(address, address + length), set_bits, clear_bits, partial)
-        result = self.table.protect(
-            self.given(address), length, set_bits=set_bits, clear_bits=clear_bits, partial=partial
-        )  # type: ignore[arg-type]
+        result = self.edit(
+            "protect", self.given(address), length, set_bits=set_bits, clear_bits=clear_bits, partial=partial
+        )
         self.compare(result, expected.status, expected.detail)
 
     @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS), dirty=st.booleans())
@@ -146,8 +178,8 @@ class Edits(RuleBasedStateMachine):
         address = self.place(offset)
         length = self.fit(address, length)
         expected = self.tree.clear(range(address, address + length), self.fmt.dirty if dirty else self.fmt.accessed)
-        method = self.table.clear_dirty if dirty else self.table.clear_accessed
-        self.compare(method(self.given(address), length), expected.status, expected.detail)
+        result = self.edit("clear_dirty" if dirty else "clear_accessed", self.given(address), length)
+        self.compare(result, expected.status, expected.detail)
 
     @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS[:3]), level=st.integers(1, 2))
     def split(self, offset: int, length: int, level: int) -> None:
@@ -158,7 +190,7 @@ class Edits(RuleBasedStateMachine):
         if level == 1 and any(leaf.level == 3 for _, leaf in self.tree.over(where)):
             level = 2
         expected = self.tree.split(where, level)
-        result = self.table.split(self.given(address), length, level=level)
+        result = self.edit("split", self.given(address), length, level=level)
         self.compare(result, expected.status, expected.detail)
         if self.table.format.flush == page_format.FlushRule.WHOLE_VM:
             assert result.flush is None
@@ -167,7 +199,7 @@ class Edits(RuleBasedStateMachine):
     def collapse(self, offset: int, level: int) -> None:
         address = self.place(offset, level)
         expected = self.tree.collapse(address, level)
-        result = self.table.collapse(self.given(address), level=level)
+        result = self.edit("collapse", self.given(address), level=level)
         assert result.status == expected.status
         if expected.status == 0:
             assert result.flush is not None
@@ -188,7 +220,7 @@ class Edits(RuleBasedStateMachine):
             level = level % 3 + 1
             entry = self.fmt.encode(level, 0, self.fmt.leaf)
         status = self.tree.store(base, level, entry)
-        self.compare(result := self.table.store(self.given(base), entry, level=level), status, result.detail)
+        self.compare(result := self.edit("store", self.given(base), entry, level=level), status, result.detail)
 
     # ------------------------------------------------------------------ invariants
 
@@ -225,6 +257,8 @@ class Edits(RuleBasedStateMachine):
         for table, at, entries in all_tables(self.machine.arrays.ram, self.table.root, self.fmt):
             assert entries == self.machine.arrays.counts[at >> 12]
             found |= {table} if table else set()
+            if self.log is not None:
+                assert (self.machine.arrays.ram[at // 8 : at // 8 + 512] == self.written[at]).all()
         assert found == self.tree.tables
         assert self.machine.check() == 0
         self.table.destroy()
@@ -233,4 +267,176 @@ class Edits(RuleBasedStateMachine):
 
 
 TestEdits = Edits.TestCase
-TestEdits.settings = settings(max_examples=8, stateful_step_count=20)
+TestEdits.settings = settings(max_examples=60, stateful_step_count=20)
+
+
+# ------------------------------------------------------------------ batches
+
+
+VA = 5 * PAGE_1G
+
+
+def tree(fmt: str = "x86-64") -> PageTable:
+    return Machine(Config()).create_page_table(fmt)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_batch_keeps_order_and_tells_each_address_its_own(logged: bool) -> None:
+    log = np.zeros((2000, 3), np.uint64) if logged else None
+    table = tree()
+    addresses = np.array([VA, VA + PAGE_4K, VA, VA + 1, 1 << 47, VA + PAGE_1G], np.uint64)
+    physical = np.array([PAGE_4K, 2 * PAGE_4K, 3 * PAGE_4K, 0, 0, 1 << 52], np.uint64)
+    result = table.map_many(addresses, physical, log=log)
+    assert result.status.tolist() == [0, 0, -L.EEXIST, -L.EINVAL, -L.ERANGE, -L.EINVAL]
+    assert result.detail[:2].tolist() == [1, 1]
+    assert table.clear_dirty_many(addresses[:3], log=log).detail.tolist() == [1, 1, 0]
+    assert table.clear_accessed_many(addresses[:2], log=log)[2:] == (None, 10 if logged else 0)
+    assert table.protect_many(addresses[:2], clear_bits=2, log=log).detail.tolist() == [1, 1]
+    result = table.unmap_many(addresses[:3], log=log)
+    assert result.status.tolist() == [0, 0, -L.ENOENT]
+    assert result.flush == Flush(VA, VA + 2 * PAGE_4K, 1, True)
+    assert [len(pages) for pages in table.table_pages().values()] == [1, 0, 0, 0]
+    assert table.machine.check() == 0
+
+
+def test_a_flush_of_both_halves_covers_what_lies_between() -> None:
+    table = tree()
+    kernel = (1 << 64) - PAGE_2M
+    addresses = np.array([VA, kernel], np.uint64)
+    assert table.map_many(addresses, addresses & np.uint64((1 << 40) - 1)).status.tolist() == [0, 0]
+    assert table.unmap(kernel, tables="zap").flush == Flush(kernel, kernel + PAGE_4K, 1, False)
+    table.map(kernel, 0)
+    assert table.unmap_many(addresses, tables="zap").flush == Flush(VA, kernel + PAGE_4K, 1, False)
+    assert table.destroy().flush == Flush(0, 1 << 64, 1, True)
+
+
+def test_batches_of_ranges_splits_and_collapses() -> None:
+    table = tree("ept")
+    addresses = VA + np.arange(4, dtype=np.uint64) * np.uint64(PAGE_2M)
+    assert table.map_range_many(addresses, addresses, PAGE_2M).detail.tolist() == [1] * 4
+    assert table.split_many(addresses).detail.tolist() == [1] * 4
+    assert table.collapse_many(addresses).status.tolist() == [0] * 4
+    assert table.unmap_many(addresses, PAGE_2M).flush == Flush(VA, VA + 4 * PAGE_2M, 2, False)
+
+
+def test_a_batch_equals_single_edits() -> None:
+    """Random addresses, physical addresses and levels, each mapped alone in one tree and together in the other."""
+    random = np.random.default_rng(3)
+    addresses = VA + random.integers(0, 2048, 500).astype(np.uint64) * np.uint64(PAGE_4K)
+    physical = random.integers(0, 1 << 30, 500).astype(np.uint64) * np.uint64(PAGE_4K)
+    one, many = tree("npt"), tree("npt")
+    single = [one.map(int(a), int(p)).status for a, p in zip(addresses, physical, strict=True)]
+    assert many.map_many(addresses, physical).status.tolist() == single
+    single = [one.unmap(int(a)).status for a in addresses[::2]]
+    assert many.unmap_many(addresses[::2]).status.tolist() == single
+    ram = [table.machine.arrays.ram[: 64 * 512] for table in (one, many)]
+    assert (ram[0] == ram[1]).all()
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ({"level": 0}, -L.EINVAL),
+        ({"level": 4}, -L.EINVAL),
+        ({"level": 99}, -L.EINVAL),
+        ({"level": 2, "physical": PAGE_4K}, -L.EINVAL),
+        ({"level": 2, "address": VA + PAGE_4K}, -L.EINVAL),
+        ({"attributes": 0}, -L.EINVAL),  # not present
+        ({"attributes": 0x1867}, -L.EINVAL),  # an address bit
+        ({"physical": 1 << 40}, -L.EINVAL),  # beyond MAXPHYADDR
+        ({"address": (1 << 47)}, -L.ERANGE),
+        ({"address": (1 << 64) - (1 << 47) - PAGE_4K}, -L.ERANGE),
+        ({"address": (1 << 64) - PAGE_4K}, 0),
+        ({"physical": (1 << 40) - PAGE_4K}, 0),
+    ],
+)
+def test_map_refuses_what_hardware_would(arguments: dict[str, int], status: int) -> None:
+    table = Machine(Config()).create_page_table(page_format.x86_64(maxphyaddr=40))
+    assert table.map(**{"address": VA, "physical": 0, **arguments}).status == status
+
+
+def test_sizes_without_1g_pages_have_none() -> None:
+    table = Machine(Config()).create_page_table(page_format.x86_64(pages_1g=False))
+    assert table.map(VA, 0, level=3).status == -L.EINVAL
+    assert table.map_range(VA, 0, PAGE_1G).detail == 512
+
+
+@pytest.mark.parametrize(
+    ("bits", "status"), [({"clear_bits": 1}, -L.EINVAL), ({"set_bits": 1 << 20}, -L.EINVAL), ({"set_bits": 1 << 63}, 0)]
+)
+def test_protect_keeps_address_and_presence(bits: dict[str, int], status: int) -> None:
+    table = tree()
+    table.map(VA, 0)
+    assert table.protect(VA, **bits).status == status
+
+
+def test_ept_leaves_are_never_made_a_misconfiguration() -> None:
+    table = tree("ept")
+    table.map(VA, 0, attributes=1 << 11 | 0b001 | 6 << 3)
+    assert table.protect(VA, set_bits=0b010, clear_bits=0b001).status == -L.EINVAL  # writable, not readable
+    assert table.protect(VA, clear_bits=0b001).status == -L.EINVAL  # absent
+    assert table.map(VA + PAGE_4K, 0, attributes=0b111 | 7 << 3).status == -L.EINVAL  # memory type 7
+
+
+def test_formats_without_hardware_bits_have_none_to_clear() -> None:
+    table = Machine(Config()).create_page_table(page_format.ept(accessed_dirty=False))
+    table.map(VA, 0)
+    assert table.clear_accessed(VA).status == table.clear_dirty(VA).status == -L.EOPNOTSUPP
+
+
+@pytest.mark.parametrize("fmt", ["x86-64", "ept", "arm64-s2"])
+def test_ranges_end_where_the_input_addresses_do(fmt: str) -> None:
+    table = tree(fmt)
+    bits = table.format.input_bits - (1 if table.format.sign_extended else 0)
+    assert table.map_range((1 << bits) - PAGE_4K, 0, 2 * PAGE_4K).status == -L.ERANGE
+    assert table.map_range((1 << 64) - PAGE_4K, 0, 2 * PAGE_4K).status == -L.ERANGE
+    assert table.unmap(VA, 0).status == table.unmap(VA, 100).status == -L.EINVAL
+    assert table.map((1 << bits) - PAGE_4K, 0).status == 0
+
+
+def test_misuse_is_a_value_error() -> None:
+    machine = Machine(Config())
+    with pytest.raises(ValueError, match="expected one of x86-64"):
+        machine.create_page_table("sparc")
+    table = machine.create_page_table("x86-64")
+    for log in (np.zeros((4, 2), np.uint64), np.zeros((4, 3), np.int64), np.zeros((0, 3), np.uint64)):
+        with pytest.raises(ValueError, match="log"):
+            table.map(VA, 0, log=log)
+    with pytest.raises(ValueError, match="2 physical addresses"):
+        table.map_many(np.zeros(3, np.uint64), np.zeros(2, np.uint64))
+    with pytest.raises(ValueError, match="not negative"):
+        table.unmap_many(np.array([-1]))
+    with pytest.raises(ValueError, match="64 bits"):
+        table.map(-1, 0)
+    with pytest.raises(ValueError, match="48 bits"):
+        table.walk(1 << 47)
+    table.destroy()
+    with pytest.raises(ValueError, match="destroyed"):
+        table.map(VA, 0)
+
+
+def test_two_trees_of_one_machine_do_not_touch_each_other() -> None:
+    machine = Machine(Config())
+    one, other = machine.create_page_table("x86-64"), machine.create_page_table("arm64-s2")
+    one.map(VA, PAGE_4K)
+    other.map(VA, 2 * PAGE_4K)
+    one.destroy()
+    assert other.walk(VA)[-1][2] == 2 * PAGE_4K | 0x7DB
+    assert machine.check() == 0
+
+
+def test_the_recount_finds_a_table_that_two_entries_point_to() -> None:
+    machine = Machine(Config())
+    table = machine.create_page_table("x86-64")
+    table.map(VA, 0)
+    _, at, entry = table.walk(VA)[1]
+    machine.arrays.ram[at // 8 + 1] = entry  # a second gigabyte through the same table
+    assert machine.check() > 0
+
+
+def test_the_example_of_the_documentation() -> None:
+    failed, attempted = doctest.testmod(pgemu.page_table)
+    assert (failed, attempted > 0) == (0, True)

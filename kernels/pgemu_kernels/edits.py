@@ -105,7 +105,6 @@ from pgemu_kernels.memory import fill_frame, frames_left, put_frame, put_run, ta
 from pgemu_kernels.paging import format_row, is_present, table_of
 
 U = np.uint64
-U4 = U(4)
 U7 = U(7)
 
 CREATE = U(layout.Edit.CREATE)
@@ -119,7 +118,6 @@ SPLIT = U(layout.Edit.SPLIT)
 COLLAPSE = U(layout.Edit.COLLAPSE)
 FREE_TABLES = U(layout.Edit.FREE_TABLES)
 STORE = U(layout.Edit.STORE)
-
 
 DONE = np.int64(0)
 NO_ENTRY = np.int64(-layout.ENOENT)
