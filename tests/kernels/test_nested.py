@@ -285,7 +285,7 @@ def agree(found: NestedTranslation, outcomes: list[NestedOutcome]) -> None:
     assert found.write_count.tolist() == [len(outcome.updates) for outcome in outcomes]
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["x86-64", "x86-64-5", "x86-64 small"]),
     st.sampled_from(["npt", "npt-5", "ept", "ept-5", "ept old", "ept mode-based", "arm64 3 levels", "arm64 4 levels",
