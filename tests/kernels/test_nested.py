@@ -194,6 +194,20 @@ def test_data_that_stage_2_does_not_map(memory: Memory, stage2: str, kind: Kind,
     assert outcome(found) == (S.NOT_PRESENT, L.WalkStage.FINAL, error, DATA + (VIRTUAL & 4095))
 
 
+@pytest.mark.parametrize(("stage2", "bit", "error"), [("ept", 1 << 2, 0x19C), ("npt", 1 << 63, 1 << 32 | 0x15)])
+def test_rights_are_those_of_every_level_of_stage_2(memory: Memory, stage2: str, bit: int, error: int) -> None:
+    """The top entry alone forbids execution; guest tables below it are read, data too."""
+    scene = small(memory, stage2)
+    scene.map_host(0, 2)
+    scene.map_host(DATA, 1)
+    scene.words[scene.stage2.root] ^= bit
+    kinds = [Kind.USER_READ, Kind.USER_FETCH, Kind.USER_WRITE]
+    expected = [S.OK, S.PERMISSION, S.OK]
+    assert [scene.translate([VIRTUAL], kind).status[0] for kind in kinds] == expected
+    assert scene.translate([VIRTUAL] * 3, kinds).status.tolist() == expected
+    assert outcome(scene.translate([VIRTUAL], Kind.USER_FETCH))[1:3] == (L.WalkStage.FINAL, error)
+
+
 def test_a_fault_of_the_guest(memory: Memory) -> None:
     scene = small(memory, "ept", 0x25)
     scene.map_host(0, 2)
