@@ -290,9 +290,10 @@ def _set_mask(row: Array, mask: int, value: int, ones: int, zeroes: int) -> None
 class References(NamedTuple):
     """Entries read and written by each walk, in order: what a cache or TLB simulator feeds on.
 
-    reads: uint64[n, k], physical addresses of entries; of row i the first `read_counts[i]` count (uint8[n]).
-    writes: the same of the 8-byte writes of accessed and dirty bits. The stages (uint8, shaped alike) are 1
-    for the tables below the first root and 2 for stage 2.
+    reads: uint64[n, k], physical addresses of entries, k the most that any walk read; of row i the first
+    `read_counts[i]` count (uint8[n]). writes, write_counts: the same of the 8-byte writes of accessed and dirty
+    bits. The stages (uint8, shaped like the addresses) are those of a nested walk: 1 an entry of the guest's,
+    2 one of stage 2; 0 in a walk of one stage.
     """
 
     reads: Array
@@ -350,17 +351,20 @@ def _outputs(count: int, reads: int, writes: int, wanted: bool) -> tuple[Array, 
     return np.zeros(room * reads, np.uint64), np.zeros(room * writes, np.uint64), np.zeros(room * 2, np.uint64)
 
 
+def _unpack(lists: Array, counts: Array) -> tuple[Array, Array]:
+    """Addresses and stages of lists as kernels fill them (the stage in the low bits), as wide as the longest."""
+    used = lists[:, : int(counts.max(initial=0))]
+    stages = np.bitwise_and(used, np.uint64(7), out=np.empty(used.shape, np.uint8), casting="unsafe")
+    return used & ~np.uint64(7), stages
+
+
 def _references(reads: Array, writes: Array, counts: Array, count: int) -> References:
-    """Lists as kernels fill them (the stage in the low bits of an address) as `References`."""
-    low = np.uint64(7)
-    reads, writes, counts = (array.reshape(count, -1) for array in (reads, writes, counts))
+    """Lists as kernels fill them as `References`."""
+    read_counts, write_counts = counts[0::2], counts[1::2]
+    read, read_stages = _unpack(reads.reshape(count, reads.size // max(count, 1)), read_counts)
+    written, write_stages = _unpack(writes.reshape(count, writes.size // max(count, 1)), write_counts)
     return References(
-        reads & ~low,
-        counts[:, 0].astype(np.uint8),
-        writes & ~low,
-        counts[:, 1].astype(np.uint8),
-        (reads & low).astype(np.uint8),
-        (writes & low).astype(np.uint8),
+        read, read_counts.astype(np.uint8), written, write_counts.astype(np.uint8), read_stages, write_stages
     )
 
 

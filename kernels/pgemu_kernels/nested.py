@@ -2,7 +2,7 @@
 
 As in `translate`, what passes at one look is walked in blocks: each step is done for all walks of a block, and the
 lines of the next step are asked for meanwhile, so that their misses overlap. What does not pass is walked exactly,
-in its turn; so is everything where lists of references are wanted.
+in its turn.
 
 Stage 2 sets its accessed and dirty bits whenever one of its own translations succeeds; the guest's are set if the
 whole walk does (which of them a failed walk leaves set is up to the processor).
@@ -46,6 +46,7 @@ from pgemu_kernels.translate import (
     directory,
     find_below,
     leaf_level,
+    list_passed,
     load_masks,
     open_tree,
     passes_leaf,
@@ -79,7 +80,7 @@ _FINAL = U(WalkStage.FINAL)
 _NO_STAGE = U(WalkStage.NONE)
 _READS = U(NESTED_READS)
 _WRITES = U(NESTED_WRITES)
-_LEAF_4K = U(1 << 61)  # mark of a guest physical address that the guest's tables gave, beside LARGE_2M and LARGE_1G
+_MARK = U(61)  # from this bit on, an address that the guest's tables gave carries the level of their leaf
 
 # The scratch array: records of the guest's walk and of stage 2, guest physical addresses of the guest's entries,
 # and for each walk of a block where it stands.
@@ -316,7 +317,7 @@ def read_entries(m, job, w, addresses, first, count, level):
             w[_GPA + k] = at + ((address >> (U9 * level - U9 - U9 + U12) & U511) << U3)
         elif level <= U3 and passes_leaf(job.access, x, level, value):
             inside = (U1 << (U12 + U9 * (level - U1))) - U1
-            w[_GPA + k] = at & ~inside | address & inside | level << U(61)
+            w[_GPA + k] = at & ~inside | address & inside | level << _MARK
         else:
             w[_GPA + k] = LOOK
 
@@ -330,6 +331,32 @@ def begin_block(job, w, addresses, first, count):
         gpa = guest.root + ((address >> guest.shift & U511) << U3)
         w[_GPA + k] = gpa if (address + guest.half) >> guest.bits == U0 else LOOK
         w[_COUNT + k] = U0
+
+
+@outlined
+def list_nested(m, job, i, address, guest_level, host_level, out):
+    """The list of references of a walk that passed."""
+    guest = job.guest
+    first = i * _READS
+    count = U0
+    level = guest.levels
+    gpa = guest.root + ((address >> guest.shift & U511) << U3)
+    masks = load_masks(job.access, _TABLE_READ)
+    bits = job.stage2.address_bits
+    while True:
+        table = directory(m.ram, job.access, _TABLE_READ, job.stage2, gpa)
+        found = find_below(m.ram, job.access, _TABLE_READ, masks, bits, table, gpa)
+        count = list_passed(m.ram, job.stage2, gpa, leaf_level(found), out.reads, first, count, U2)
+        host = host_of(m, job.access, _TABLE_READ, job.stage2, found, gpa)
+        out.reads[first + count] = host | U1
+        count += U1
+        value = m.ram[slot_of(m, host)]
+        if level == guest_level:
+            break
+        level -= U1
+        gpa = (value & guest.address_bits) + ((address >> (U12 + U9 * (level - U1)) & U511) << U3)
+    gpa = leaf_address(m.state, guest.f, value, level, address)
+    list_passed(m.ram, job.stage2, gpa, host_level, out.reads, first, count, U2)
 
 
 @outlined
@@ -355,8 +382,11 @@ def walk_block(m, job, addresses, first, count, out, w):
         if host == NONE:
             walk_nested(m, job, i, addresses[i], out, w)
         else:
-            finish_walk(out, i, _NO_STAGE, OK, host, U0, U0, gpa >> U(61), leaf_level(found))
-            count_references(out, i, w[_COUNT + k] + U1 + job.stage2.levels - leaf_level(found), U0)
+            level = leaf_level(found)
+            finish_walk(out, i, _NO_STAGE, OK, host, U0, U0, gpa >> _MARK, level)
+            count_references(out, i, w[_COUNT + k] + U1 + job.stage2.levels - level, U0)
+            if U(out.reads.size) != U0:
+                list_nested(m, job, i, addresses[i], gpa >> _MARK, level, out)
 
 
 @entry
@@ -374,7 +404,7 @@ def translate_nested(
     job = Job(open_tree(m, guest_format, guest_root), open_tree(m, stage2_format, stage2_root), kinds, access)
     out = NestedOutputs(physical, status, stage, levels, error, fault, reads, writes, counts)
     count = U(addresses.size)
-    if U(reads.size) != U0 or block == U0 or not can_pass(m, job.stage2) or job.guest.levels < U3:
+    if block == U0 or not can_pass(m, job.stage2) or job.guest.levels < U3:
         for i in range(count):
             walk_nested(m, job, i, addresses[i], out, w)
         return

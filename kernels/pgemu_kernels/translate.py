@@ -342,6 +342,34 @@ def expect_pages(outputs, first, stop):
             outputs.error[i] = U0
 
 
+@kernel
+def list_passed(ram, tree, address, level, reads, first, count, mark):
+    """Append the entries of a walk that passed, down to its leaf of `level`: how many are listed then."""
+    at = tree.root
+    shift = tree.shift
+    mask = tree.mask
+    above = tree.levels
+    while True:
+        at += (address >> shift & mask) << U3
+        reads[first + count] = at | mark
+        count += U1
+        if above == level:
+            return count
+        at = ram[at >> U3] & tree.address_bits
+        above -= U1
+        shift -= U9
+        mask = U511
+
+
+@outlined
+def list_block(m, tree, addresses, outputs, first, stop):
+    """Lists of references of the walks of a block that passed; the others made theirs themselves."""
+    for i in range(first, stop):
+        if outputs.status[i] == np.uint8(0) and outputs.counts[i + i] == U0:
+            level = U(outputs.levels[i])
+            outputs.counts[i + i] = list_passed(m.ram, tree, addresses[i], level, outputs.reads, i * _READS, U0, U0)
+
+
 @entry
 def translate(
     descriptor, format_index, root, addresses, kinds, access, physical, status, levels, error, reads, writes, counts, w
@@ -349,13 +377,13 @@ def translate(
     """Translate `addresses` (uint64[n]), in order, through the tables below physical address `root`.
 
     kinds: uint8[n], or uint8[1] for all: rows of `access` (uint64[rows * X_WORDS]). The next seven arrays are
-    Outputs. w: uint64[WALK_SCRATCH]. With lists of references every walk is made exactly.
+    Outputs. w: uint64[WALK_SCRATCH].
     """
     m = open_machine(descriptor)
     tree = open_tree(m, format_index, root)
     outputs = Outputs(physical, status, levels, error, reads, writes, counts)
     count = U(addresses.size)
-    if U(reads.size) != U0 or not can_pass(m, tree):
+    if not can_pass(m, tree):
         for i in range(count):
             walk_one(m, access, row_of(kinds, i), tree, addresses[i], i, outputs, w)
         return
@@ -367,4 +395,6 @@ def translate(
             translate_scattered(m, tree, addresses, kinds, access, outputs, w, first, stop)
         else:
             translate_near(m, tree, addresses, kinds, access, outputs, w, first, stop)
+        if U(reads.size) != U0:
+            list_block(m, tree, addresses, outputs, first, stop)
         first = stop

@@ -67,7 +67,7 @@ def agree(found: Translation, outcomes: list[Outcome], plain: bool) -> None:
         assert [hex(word) for word in found.error.tolist()] == [hex(outcome.error) for outcome in outcomes]
 
 
-@settings(max_examples=120)
+@settings(max_examples=90)
 @given(st.sampled_from(sorted(FORMATS)), st.integers(0, 1 << 32), st.booleans())
 def test_translate_agrees_with_the_model(memory: Memory, name: str, seed: int, plain: bool) -> None:
     rng = random.Random(seed)
@@ -103,6 +103,26 @@ def test_translate_agrees_with_the_model(memory: Memory, name: str, seed: int, p
     assert {address: memory.read(address) for address in words} == words
     assert {a: v for a, v in tree.memory.items() if a not in words and memory.read(a) != v} == {}
     agree(translate(machine, row, tree.root, given_addresses, codes, access, out=fast), outcomes, plain)
+
+
+@pytest.mark.parametrize(("level", "step"), [(1, 4096), (2, 1 << 16), (3, 1 << 18), (3, 1 << 25)])
+def test_a_run_goes_on_in_the_next_table_or_leaf(memory: Memory, level: int, step: int) -> None:
+    """Blocks that begin in one level-1 table or large leaf and end in the next, or in a hole behind it."""
+    size = 1 << (12 + 9 * (level - 1))
+    tree = tree_of(memory, "x86-64")
+    begin = 7 * (size << 9) - 40 * step - (40 * step) % size
+    leaves = range(begin - begin % size, begin + 100 * step, size)
+    for n, address in enumerate(leaves):
+        assert tree.map(address, level, (5 * n + 3) * size | (0x67 if level == 1 else 0xE7))
+    memory.store(tree.memory)
+    addresses = np.array([begin + step * n + 9 for n in range(128)], np.uint64)
+    found = translate(memory.machine, 0, tree.root, addresses)
+    mapped = addresses < np.uint64(leaves[-1] + size)
+    assert mapped.sum() > 64
+    assert (found.status == 0).tolist() == mapped.tolist()
+    frames = [(5 * ((int(a) - leaves[0]) // size) + 3) * size + int(a) % size for a in addresses[mapped]]
+    assert found.physical[mapped].tolist() == frames
+    assert set(found.level[mapped].tolist()) == {level}
 
 
 # ------------------------------------------------------------------ exact codes, by hand
