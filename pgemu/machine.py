@@ -464,10 +464,11 @@ class Machine:
 
     def check(self) -> int:
         """Recount everything and compare: how many rules of pgemu_kernels.invariants are broken, ever."""
+        from pgemu_kernels.process_recount import FOUND_WORDS
         from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
-        return int(check(self.descriptor, owner, np.zeros(3, np.int64)))
+        return int(check(self.descriptor, owner, np.zeros(3, np.int64), np.zeros(FOUND_WORDS, np.int64)))
 
     def check_each(self, on: bool = True) -> None:
         """Check after every operation what it touched; `broken` tells what was found."""

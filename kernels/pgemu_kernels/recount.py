@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
+from pgemu_kernels.bits import U0, U1, U2, U3, U8, U9, U12, U18, U27, U32, U64, U511, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -14,6 +14,7 @@ from pgemu_kernels.events import (
     FRAMES_USED,
     HOST_LEAVES,
     HOST_TABLES,
+    HUGETLB_PAGES,
     KERNEL_TABLES,
     STAGE2_LEAVES,
     STAGE2_TABLES,
@@ -23,14 +24,12 @@ from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
-    find_vma,
     inode_row,
     is_shared,
     vm_row,
 )
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.host import space_root
-from pgemu_kernels.invariants import check_block, check_host_leaf, expect
+from pgemu_kernels.invariants import check_block, expect
 from pgemu_kernels.kvm_recount import check_leaf, own_kvm_nodes
 from pgemu_kernels.layout import (
     B_PFN,
@@ -38,10 +37,12 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     I_BLOCKS,
+    I_KIND,
     I_OPEN,
     I_PAGES,
     I_PMD,
     I_PUD,
+    INODE_GUEST_MEMFD,
     R_BROKEN,
     R_CONTENTS,
     R_EXTRA_REFERENCES,
@@ -51,6 +52,11 @@ from pgemu_kernels.layout import (
     R_INODES,
     R_KERNEL_ROOT,
     R_ORDER,
+    R_OTHER_BASE,
+    R_OTHER_ORDER,
+    R_OTHER_PAGES,
+    R_OTHER_TAIL_PAGE,
+    R_POOL_BASE,
     R_POOL_FREE,
     R_POOL_PAGES,
     R_SPACES,
@@ -61,8 +67,8 @@ from pgemu_kernels.layout import (
     V_ROOT,
     Broken,
 )
-from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.steps import broken
+from pgemu_kernels.paging import COUNT_BELOW, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.process_recount import F_TABLES, check_process, check_processes
 
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
@@ -77,51 +83,19 @@ _WRITE = U(WRITE)
 
 
 @kernel
+def guest_pages(state):
+    """4K pages from the start of the first pool to the end of the second."""
+    other = state[R_OTHER_PAGES] << state[R_OTHER_ORDER]
+    if other == U0:
+        return state[R_POOL_PAGES] << state[R_ORDER]
+    return state[R_OTHER_BASE] + other - state[R_POOL_BASE]
+
+
+@kernel
 def own(m, owner, frame, kind):
     """Mark a frame as owned; owned twice is broken."""
     expect(m, owner[frame] == np.uint8(0), FRAMES, frame)
     owner[frame] = np.uint8(kind)
-
-
-@outlined
-def check_space(m, space, owner):
-    """Walk a process's tables: how many tables and leaves."""
-    state = m.state
-    ram = m.ram
-    f = host_format(m)
-    root = space_root(state, space)
-    own(m, owner, root >> U12, 1)
-    tables = np.int64(1)
-    leaves = np.int64(0)
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if not is_present(state, f, e4):
-            continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 1)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[table_of(state, f, e4) + i3]
-            if not is_present(state, f, e3):
-                continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 1)
-            tables += 1
-            for i2 in range(U512):
-                e2 = ram[table_of(state, f, e3) + i2]
-                if not is_present(state, f, e2):
-                    continue
-                own(m, owner, (e2 & _ADDRESS) >> U12, 1)
-                tables += 1
-                base = i4 << U39 | i3 << U30 | i2 << U(21)
-                table = table_of(state, f, e2)
-                for i1 in range(U512):
-                    if is_present(state, f, ram[table + i1]):
-                        leaves += 1
-                        row = find_vma(state, space, base | i1 << U12)
-                        if row == NONE:
-                            broken(state, WRONG_PFN, base >> U12 | i1)
-                        else:
-                            check_host_leaf(m, row, base | i1 << U12, ram[table + i1])
-    return tables, leaves
 
 
 @outlined
@@ -197,9 +171,10 @@ def check_vmemmap(m, owner):
     own(m, owner, root >> U12, 3)
     tables = np.int64(1)
     pages = np.int64(0)
-    if state[R_TAIL_PAGE] != U0:
-        own(m, owner, state[R_TAIL_PAGE], 4)
-        pages += 1
+    for tail in (state[R_TAIL_PAGE], state[R_OTHER_TAIL_PAGE]):
+        if tail != U0:
+            own(m, owner, tail, 4)
+            pages += 1
     for i4 in range(U512):
         e4 = ram[(root >> U3) + i4]
         if e4 & U1 == U0:
@@ -277,33 +252,31 @@ def extra_references(m, head, pages):
 
 
 @entry
-def check(descriptor, owner, leaves):
+def check(descriptor, owner, leaves, found):
     """Recount the whole machine and compare with what it keeps: how many rules are broken.
 
-    `owner` uint8, one per frame of `ram`, and `leaves` int64[3] are scratch, zeroed by the caller.
+    `owner` uint8, one per frame of `ram`, `leaves` int64[3] and `found` int64[FOUND_WORDS] are scratch, zeroed by the
+    caller.
     The first finding is in the register R_BROKEN_FIRST.
     """
     m = open_machine(descriptor)
     state = m.state
     gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(32)]
-    host_tables = np.int64(0)
-    host_leaves = np.int64(0)
     for space in range(state[R_SPACES]):
-        tables, found = check_space(m, space, owner)
-        host_tables += tables
-        host_leaves += found
+        check_process(m, space, owner, found)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
     own_kvm_nodes(m, owner)
+    check_processes(m, owner, found)
     kernel_tables, pages = check_vmemmap(m, owner)
     references = U0
     for inode in range(state[R_INODES]):
-        if state[inode_row(inode) + I_OPEN] != U0:
+        if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
             references += check_inode(m, inode)
-    expect(m, gauges[HOST_TABLES * U2] == host_tables, COUNTS_DIFFER, HOST_TABLES)
-    expect(m, gauges[HOST_LEAVES * U2] == host_leaves, COUNTS_DIFFER, HOST_LEAVES)
+    expect(m, gauges[HOST_TABLES * U2] == found[F_TABLES], COUNTS_DIFFER, HOST_TABLES)
+    expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
     expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
     for level in range(U3):
         expect(m, gauges[(STAGE2_LEAVES + level) * U2] == leaves[level], COUNTS_DIFFER, STAGE2_LEAVES + level)
@@ -312,7 +285,7 @@ def check(descriptor, owner, leaves):
     if gauges[BLOCKS_ZOMBIE * U2] == 0:
         expect(m, references == state[R_EXTRA_REFERENCES] + state[R_FAULT_REFERENCES], REFERENCES, references)
     if gauges[CONTENT_FRAMES * U2] != 0:
-        for i in range(state[R_CONTENTS], state[R_CONTENTS] + (state[R_POOL_PAGES] << state[R_ORDER])):
+        for i in range(state[R_CONTENTS], state[R_CONTENTS] + guest_pages(state)):
             if m.counts[i] != np.uint32(0):
                 own(m, owner, U(m.counts[i]), 5)
     for i in range(state[R_FREE]):
@@ -323,5 +296,6 @@ def check(descriptor, owner, leaves):
             used += 1
     expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
+    blocks += gauges[HUGETLB_PAGES * U2]
     expect(m, U(blocks) + state[R_POOL_FREE] == state[R_POOL_PAGES], FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])
