@@ -58,10 +58,9 @@ class Operation(IntEnum):
     ATTRIBUTES = 29
     PREFAULT = 30
     POPULATE = 31
-    REMAP = 32
-    READ_SMAPS = 33
-    REVOKE = 34
-    RESTORE = 35
+    READ_SMAPS = 32
+    REVOKE = 33
+    RESTORE = 34
 
 
 OPERATIONS = 40  # room in the tables that have a row per operation

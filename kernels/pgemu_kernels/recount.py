@@ -268,7 +268,7 @@ def check(descriptor, owner, leaves, found):
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
-    own_kvm_nodes(m, owner)
+    own_kvm_nodes(m, owner, found)
     check_processes(m, owner, found)
     kernel_tables, pages = check_vmemmap(m, owner)
     references = U0

@@ -43,6 +43,7 @@ _BIND = U(Operation.BIND)
 _UNBIND = U(Operation.UNBIND)
 _ALLOCATE = U(Operation.ALLOCATE)
 _PROTECT = U(Operation.PROTECT)
+_LAST_OPERATION = U(max(Operation))
 _PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
 
 
@@ -87,5 +88,5 @@ def is_ordinary(state, header, object_, address):
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
     if kind >= _PROTECT:
-        return kind <= U(Operation.RESTORE)
+        return kind <= _LAST_OPERATION
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)

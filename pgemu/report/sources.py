@@ -118,6 +118,15 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
                 _NOTIFIER,
             ),
         },
+        Operation.PROTECT: _both(
+            _main("mm/mprotect.c:change_pte_range"), _main("mm/mprotect.c:can_change_pte_writable")
+        ),
+        Operation.FORK: _both(_main("kernel/fork.c:dup_mmap"), _main("mm/memory.c:copy_page_range")),
+        Operation.EXIT: _both(_main("mm/mmap.c:exit_mmap"), _main("mm/memory.c:free_pgtables")),
+        Operation.POPULATE: _both(_main("mm/madvise.c:madvise_populate"), _main("mm/gup.c:faultin_page_range")),
+        Operation.READ_SMAPS: _both(_main("mm/pagewalk.c:walk_pud_range")),
+        Operation.REVOKE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock")),
+        Operation.RESTORE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_memory_unlock_and_restore")),
         Operation.BIND: _both(_main("virt/kvm/guest_memfd.c:kvm_gmem_bind")),
         Operation.UNBIND: _both(_MEMSLOT_DELETED),
         Operation.GET: _both(_main("include/linux/mm.h:folio_get")),
