@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pgemu_kernels import formats as bits, leaves
+from pgemu_kernels.iommu_format import amd_size
 from pgemu_kernels.page_format import ALL, Family, PageFormat, span
 
 __all__ = ("Entry", "EntryKind", "Field", "classify", "decode")
@@ -22,8 +23,9 @@ __all__ = ("Entry", "EntryKind", "Field", "classify", "decode")
 class EntryKind(Enum):
     """What an entry is.
 
-    Hardware faults on every kind but TABLE and LEAF: RESERVED with a reserved-bit fault (Arm: translation or address
-    size fault), MISCONFIGURED and, on EPT, MMIO with an EPT misconfiguration, the others because they are not present.
+    Hardware faults on every kind but TABLE and LEAF: MISCONFIGURED and, on EPT, MMIO with an EPT misconfiguration,
+    RESERVED and AMD's MMIO with a reserved-bit fault, the others because they are not present. On Arm RESERVED is an
+    address size fault, a translation fault (a block where there are none), or a RES0 bit, which hardware may ignore.
     """
 
     ABSENT = "absent"
@@ -83,9 +85,10 @@ class Entry:
     address: physical address of the page or table; of MMIO the guest physical one; None where there is none.
     read, write, user, execute, execute_user: rights of this entry alone (execute: supervisor or EL1, execute_user:
     user or EL0); all False unless it is a table, a leaf or ACCESS_TRACKED. accessed, dirty: the hardware's bits of
-    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None unless it is a leaf. key: protection key. software: the set bits
-    that hardware ignores and Linux has named. generation: memslots generation of MMIO. swap_type, swap_offset: of
-    SWAP, MARKER and GUARD. fields: every named bit that is set, and every field of several bits, highest first.
+    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None
+    unless it is a leaf. key: protection key. software: the set bits that hardware ignores and Linux has named.
+    generation: memslots generation of MMIO. swap_type, swap_offset: of SWAP, MARKER and GUARD. fields: every named
+    bit that is set, and every field of several bits, highest first.
     reserved: reserved bits that are set; problem: what is wrong with a RESERVED or MISCONFIGURED one.
     unknown: set bits without a name.
     """
@@ -129,6 +132,8 @@ class Entry:
 
 def is_leaf(fmt: PageFormat, level: int, entry: int) -> bool:
     """Whether a present entry of `level` has the shape of a leaf."""
+    if fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf:
+        return level <= fmt.largest_leaf
     if level == 1:
         return entry & fmt.page_mask == fmt.page_value
     return level <= fmt.largest_leaf and entry & fmt.leaf_mask == fmt.leaf_value
@@ -137,7 +142,9 @@ def is_leaf(fmt: PageFormat, level: int, entry: int) -> bool:
 def reserved_bits(fmt: PageFormat, level: int, entry: int) -> int:
     """Reserved bits that a present entry has set."""
     masks = fmt.reserved_leaf if level == 1 or is_leaf(fmt, level, entry) else fmt.reserved_table
-    return entry & masks[level - 1]
+    # Address bits below a leaf's own size are not there to be zero where they say its size.
+    sized = fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf
+    return entry & (masks[0] if sized else masks[level - 1])
 
 
 def classify(fmt: PageFormat, level: int, entry: int) -> EntryKind:
@@ -171,6 +178,8 @@ def _problem(fmt: PageFormat, level: int, entry: int) -> str:
     # Arm: a page above level 1 or a block where there are none; others have a reserved bit for that.
     if not leaf and (level == 1 or entry & fmt.leaf_mask == fmt.leaf_value):
         return f"no leaf of this type at level {level}"
+    if fmt.table_level_shift and not leaf and entry >> fmt.table_level_shift & 7 != level - 1:
+        return f"next level {entry >> fmt.table_level_shift & 7} at level {level}"
     return ""
 
 
@@ -274,17 +283,32 @@ def _arm_names(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
     return named + (_bits(("PAGE", 1)) if level == 1 else [])
 
 
+def _vtd_names(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
+    named = _bits(("R", 0), ("W", 1), ("X", 2), ("ACCESSED", 8))
+    if not leaf:
+        return named
+    named += [_Name("EMT", 5, 3), *_bits(("IPAT", 6), ("DIRTY", 9), ("SNP", 11), ("TM", 62))]
+    return named + (_bits(("PS", 7)) if level > 1 else [])
+
+
+def _amd_iommu_names(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
+    named = [*_bits(("PR", 0), ("ACCESSED", 5), ("IR", 61), ("IW", 62)), _Name("NEXT_LEVEL", 11, 9)]
+    return named + (_bits(("DIRTY", 6), ("U", 59), ("FC", 60)) if leaf else [])
+
+
 _PRESENT_NAMES: dict[Family, Callable[[PageFormat, int, bool], list[_Name]]] = {
     Family.X86: _process_names,
     Family.NPT: _npt_names,
     Family.EPT: _ept_names,
     Family.ARM64: _arm_names,
+    Family.VTD: _vtd_names,
+    Family.AMD_IOMMU: _amd_iommu_names,
 }
 
 
 def _present(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
     # A leaf above level 3 does not exist; an entry that claims to be one is named like a table.
-    frame = _frame(fmt, level if leaf else 1)
+    frame = _frame(fmt, level if leaf and not fmt.sized_leaf else 1)
     named = [*_PRESENT_NAMES[fmt.family](fmt, level, leaf), frame]
     return named + (_bits(("ENC", fmt.c_bit.bit_length() - 1)) if fmt.c_bit else [])
 
@@ -404,6 +428,8 @@ def _address(fmt: PageFormat, level: int, kind: EntryKind, entry: int) -> int | 
         return leaves.mmio_gfn(fmt, entry) << 12
     if kind in (EntryKind.PROTECTION_NONE, EntryKind.SPLITTING):
         return ~entry & fmt.frame(level)
+    if kind is EntryKind.LEAF and fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf:
+        return entry & fmt.address & -amd_size(entry)
     if kind is EntryKind.LEAF or kind is EntryKind.ACCESS_TRACKED:
         return entry & fmt.frame(level)
     return entry & fmt.address if kind is EntryKind.TABLE else None
@@ -430,4 +456,8 @@ def _rights(fmt: PageFormat, kind: EntryKind, entry: int) -> dict[str, bool]:
 
 def _memory_type(fmt: PageFormat, level: int, entry: int) -> str | None:
     value = entry & fmt.memory_type_mask[level - 1]
-    return next((name for name, values in fmt.memory_types if values[level - 1] == value), None)
+    return (
+        None
+        if len(fmt.memory_types) == 1
+        else next((name for name, values in fmt.memory_types if values[level - 1] == value), None)
+    )

@@ -10,6 +10,14 @@ from hypothesis import given, settings, strategies as st
 
 from pgemu.entries import EntryKind, classify, decode
 from pgemu_kernels import formats as bits, layout as L, leaves as K
+from pgemu_kernels.iommu_format import (
+    AMD_FORCE_COHERENT,
+    IOMMU_FORMATS,
+    amd_iommu_v1,
+    amd_size,
+    amd_sized_leaf,
+    vtd_second_stage,
+)
 from pgemu_kernels.page_format import FORMATS, Family, PageFormat, arm64_stage2, ept, npt, x86_64
 
 NX = 1 << 63
@@ -21,6 +29,7 @@ EPT_71_NX = ept(kernel="6.18", nx_huge_pages=True)
 EPT_73 = ept()
 HASWELL = ept(maxphyaddr=40, nx_huge_pages=True, l1tf_cache_bits=44)
 NPT = npt(maxphyaddr=40)
+VTD, AMD = vtd_second_stage(), amd_iommu_v1()
 RO, RW = P73.protection(write=False), P73.protection(write=True)
 ANON = P73.anonymous()
 NOT_PRESENT_FRAME = bits.ADDRESS  # frame 0, inverted
@@ -88,6 +97,18 @@ REFERENCE = [
     ("Arm block, FWB, XN", 1 << 54 | 0x7D9, K.stage2_leaf(arm64_stage2(), 2, execute=False)),
     ("Arm page, XN, one bit", 1 << 54 | 0x7DB, K.stage2_leaf(arm64_stage2(kernel="6.12"), 1, execute=False)),
     ("Arm table", 0x3, arm64_stage2().table_entry(0)),
+    ("VT-d 4K", 0x3, VTD.encode(1, 0)),
+    ("VT-d 2M", 0x83, VTD.encode(2, 0)),
+    ("VT-d 1G", 0x83, VTD.encode(3, 0)),
+    ("VT-d 2M, coherence forced", 0x883, vtd_second_stage(force_snoop=True).encode(2, 0)),
+    ("VT-d table", 0x3, VTD.table_entry(0)),
+    ("AMD IOMMU leaf", 0x6000_0000_0000_0001, AMD.encode(2, 0)),
+    ("AMD IOMMU leaf, FC", 0x7000_0000_0000_0001, AMD.encode(2, 0, extra=AMD_FORCE_COHERENT)),
+    ("AMD IOMMU 64K", 0x6000_0000_0000_7E01, amd_sized_leaf(0, 64 << 10)),
+    ("AMD IOMMU 32M", 0x6000_0000_00FF_FE01, amd_sized_leaf(0, 32 << 20)),
+    ("AMD IOMMU table, 2M", 0x6000_0000_0000_0201, AMD.table_entry(0, level=2)),
+    ("AMD IOMMU table, 1G", 0x6000_0000_0000_0401, AMD.table_entry(0, level=3)),
+    ("AMD IOMMU table, 512G", 0x6000_0000_0000_0601, AMD.table_entry(0, level=4)),
 ]
 
 FACTS = [
@@ -174,6 +195,36 @@ def test_a_transparent_huge_page_inverts_fewer_bits_than_hugetlb() -> None:
         assert decode(x86_64(), 2, hidden).address == address
 
 
+@pytest.mark.parametrize(("kernel", "read_only"), [
+    ("6.1", NX | 0x8E5),
+    ("6.12", NX | 0x8A5),  # the dirty bit is lost
+    ("6.18", NX | 0x8A5),
+    ("7.3", NX | SAVED | 0x8A5),
+])  # fmt: skip
+def test_mprotect_of_a_transparent_huge_page(kernel: str, read_only: int) -> None:
+    leaves = K.ProcessLeaves(kernel)
+    assert leaves.modify(leaves.anonymous(level=2), RO, thp=True) == read_only
+
+
+@pytest.mark.parametrize(("cache", "small", "large"), [
+    # PAT, PCD, PWT are bits 7, 4, 3 of a 4K leaf and 12, 4, 3 of a larger one; indices of Linux's PAT.
+    ("WB", 0, 0), ("WC", 0x08, 0x08), ("UC-", 0x10, 0x10), ("UC", 0x18, 0x18),
+    ("WP", 0x88, 0x1008), ("WT", 0x98, 0x1018),
+])  # fmt: skip
+def test_memory_types_of_special_leaves(cache: str, small: int, large: int) -> None:
+    for level, expected in ((1, 0x227 | small), (2, 0x2A7 | large), (3, 0x2A7 | large)):
+        entry = P73.special_pfn(level, cache=cache)
+        assert entry == NX | expected
+        assert decode(x86_64(), level, entry).memory_type == cache
+
+
+def test_a_split_huge_page_keeps_its_flags() -> None:
+    huge = P73.anonymous(0x200, level=2)
+    assert P73.split_thp(huge) == P73.anonymous(0x200)
+    assert P61.split_thp(huge) == P61.anonymous(0x200) & ~bits.DIRTY
+    assert P73.split_thp(huge | bits.PAT_LARGE) == P73.anonymous(0x200) | bits.PAT_4K
+
+
 def test_rows_say_what_the_fixed_formats_of_a_machine_say() -> None:
     for kernel in bits.KERNELS:
         for nx in (False, True):
@@ -197,7 +248,9 @@ def variants() -> list[PageFormat]:
     made += [x86_64(c_bit=47), npt(c_bit=51), npt(c_bit=47, reduced=43), npt(5, maxphyaddr=52)]
     made += [ept(mode_based_execute=True), ept(mode_based_execute=True, kernel="6.12"), ept(accessed_dirty=False)]
     made += [ept(accessed_dirty=False, kernel="6.12"), ept(execute_only=False), ept(pages_1g=False), HASWELL]
-    made += [arm64_stage2(size) for size in (35, 39, 41, 43, 44)]
+    made += [arm64_stage2(size) for size in (32, 35, 39, 43, 44)]
+    made += [maker(**options) for maker in IOMMU_FORMATS.values() for options in ({}, {"accessed_dirty": True})]
+    made += [vtd_second_stage(5, superpages=0, maxphyaddr=46), vtd_second_stage(3, superpages=1, force_snoop=True)]
     made += [arm64_stage2(fwb=False, kernel="6.12"), arm64_stage2(hardware_access_flag=False, maxphyaddr=40)]
     return made
 
@@ -220,6 +273,8 @@ def leaves_of(draw: st.DrawFn) -> tuple[PageFormat, int, int, dict[str, Any]]:
     arguments["key"] = draw(st.integers(0, 15)) if fmt.key_shift else 0
     choices = [(s, u) for s in (False, True) for u in (False, True) if fmt.execute.encode(s, u) is not None]
     arguments["execute"], arguments["execute_user"] = draw(st.sampled_from(choices))
+    if fmt.family is Family.VTD:
+        arguments["read"] |= not arguments["write"]  # nothing at all is not present
     if fmt.family is Family.EPT and not arguments["read"]:
         # Write without read is a misconfiguration, and nothing at all is not present.
         arguments |= {"read": True} if fmt.bad_low & 1 << 4 or not draw(st.booleans()) else {"write": False}
@@ -234,7 +289,9 @@ def test_what_was_encoded_decodes(case: tuple[PageFormat, int, int, dict[str, An
     entry = decode(fmt, level, fmt.encode(level, address, **arguments))
     assert entry.kind is EntryKind.LEAF
     assert (entry.address, entry.unknown, entry.reserved) == (address, 0, 0)
-    rights = ("read", "write", "user", "execute", "execute_user", "global_", "memory_type", "key")
+    rights = ["read", "write", "user", "global_", "key"]
+    if fmt.family not in (Family.VTD, Family.AMD_IOMMU):  # they know one memory type, and nothing executes
+        rights += ["execute", "execute_user", "memory_type"]
     assert {name: getattr(entry, name) for name in rights} == {name: arguments[name] for name in rights}
     assert entry.accessed == (bool(fmt.accessed) and arguments["accessed"])
     # Arm's dirty state is the write permission itself.
@@ -428,15 +485,65 @@ def test_kinds_are_those_of_the_manuals(checked: tuple[PageFormat, Manual], data
     (ept(kernel="6.12", accessed_dirty=False), 1, 1 << 54 | 1 << 52 | 1 << 11, EntryKind.ACCESS_TRACKED),
     (arm64_stage2(), 1, 0x7D9, EntryKind.RESERVED),  # a block at the last level
     (arm64_stage2(48), 4, 0x7D9, EntryKind.RESERVED),  # no 512G blocks
+    (arm64_stage2(34), 2, 0x7D9, EntryKind.LEAF),
+    (arm64_stage2(maxphyaddr=40), 1, 1 << 40 | 0x7DB, EntryKind.RESERVED),
     (arm64_stage2(), 2, 1 << 60, EntryKind.FROZEN),
     (arm64_stage2(kernel="6.12"), 2, 1 << 10, EntryKind.FROZEN),
     (arm64_stage2(kernel="6.12"), 2, 3 << 2, EntryKind.ANNOTATED),
     (arm64_stage2(kernel="6.12"), 1, 1 << 53 | 0x7DB, EntryKind.RESERVED),  # XN is one bit there
     (arm64_stage2(), 1, 1 << 53 | 0x7DB, EntryKind.LEAF),
+    (VTD, 1, 0x80, EntryKind.ABSENT),
+    (VTD, 2, 0x80_0083, EntryKind.LEAF),
+    (VTD, 2, 0x8_0083, EntryKind.RESERVED),
+    (vtd_second_stage(superpages=1), 3, 0x83, EntryKind.RESERVED),
+    (AMD, 3, 0x6000_0000_0000_0401, EntryKind.TABLE),
+    (AMD, 3, 0x6000_0000_0000_0201, EntryKind.RESERVED),  # tables skip no level
+    (AMD, 4, 0x6000_0000_0000_0001, EntryKind.RESERVED),  # no 512G leaves
+    (AMD, 1, 0x6000_0000_0000_0201, EntryKind.RESERVED),
 ])  # fmt: skip
 def test_kind(fmt: PageFormat, level: int, entry: int, kind: EntryKind) -> None:
     assert classify(fmt, level, entry) is kind
     assert decode(fmt, level, entry).kind is kind
+
+
+@given(st.integers(13, 38), st.data())
+def test_amd_leaves_whose_size_is_in_their_address(order: int, data: st.DataObject) -> None:
+    address = data.draw(st.integers(0, (1 << 52 - order) - 1)) << order
+    entry = amd_sized_leaf(address, 1 << order, write=False)
+    level = 1 + (order - 12) // 9
+    decoded = decode(AMD, level, entry)
+    assert (decoded.kind, decoded.address, amd_size(entry)) == (EntryKind.LEAF, address, 1 << order)
+    assert (decoded.read, decoded.write, decoded.unknown) == (True, False, 0)
+
+
+HIGH = 0x000F_FF00_0000_0000  # bits 40 to 51
+
+
+@pytest.mark.parametrize(("fmt", "leaf", "table"), [
+    # Reserved bits of leaves of level 1 to 3 and of table entries of level 2 to 5, with 40 address bits.
+    (x86_64(5, maxphyaddr=40), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x80, 0x80)),
+    (x86_64(5, maxphyaddr=40, amd=True), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x180, 0x180)),
+    (x86_64(5, maxphyaddr=40, nx=False), (NX, NX | 0x1F_E000, NX | 0x3FFF_E000), (NX, NX, NX | 0x80, NX | 0x80)),
+    (x86_64(5, maxphyaddr=40, pages_1g=False), (0, 0x1F_E000, 0x80), (0, 0x80, 0x80, 0x80)),
+    (npt(5, maxphyaddr=40), (0, 0x1F_E000, 0x3FFF_E000), (0, 0, 0x180, 0x180)),
+    (ept(5, maxphyaddr=40), (0, 0x1F_F000, 0x3FFF_F000), (0x78, 0x78, 0xF8, 0xF8)),
+    (ept(5, maxphyaddr=40, pages_1g=False), (0, 0x1F_F000, 0x3FFF_F080), (0x78, 0xF8, 0xF8, 0xF8)),
+])  # fmt: skip
+def test_reserved_bits_of_kvms_checker(fmt: PageFormat, leaf: tuple[int, ...], table: tuple[int, ...]) -> None:
+    row = [int(word) for word in fmt.row()]
+    first = int(L.F_RESERVED_LEAF)
+    assert [f"{word:#x}" for word in row[first + 1 : first + 4]] == [f"{HIGH | word:#x}" for word in leaf]
+    first = int(L.F_RESERVED_TABLE)
+    assert [f"{word:#x}" for word in row[first + 2 : first + 6]] == [f"{HIGH | word:#x}" for word in table]
+
+
+def test_reserved_bits_of_arm() -> None:
+    row = [int(word) for word in arm64_stage2(48, maxphyaddr=40, kernel="6.12").row()]
+    beyond = 0x0007_FF00_0000_0000  # 40 to 50
+    first = int(L.F_RESERVED_LEAF)
+    assert row[first + 1 : first + 4] == [beyond | 1 << 53 | low for low in (0, 0x1F_F000, 0x3FFF_F000)]
+    first = int(L.F_RESERVED_TABLE)
+    assert row[first + 2 : first + 6] == [beyond] * 4
 
 
 # --------------------------------------------------------------------------- names
@@ -504,9 +611,11 @@ def test_who_executes_on_arm() -> None:
     (x86_64, {"levels": 3}, "3 levels: expected 4 or 5"),
     (x86_64, {"maxphyaddr": 53}, "53 bits of physical address: expected 13 to 52"),
     (x86_64, {"c_bit": 52}, "encryption bit 52: expected 32 to 51"),
-    (arm64_stage2, {"ipa_bits": 34}, "expected 35 to 48"),
-    (arm64_stage2, {"ipa_bits": 49}, "expected 35 to 48"),
+    (arm64_stage2, {"ipa_bits": 31}, "expected 32 to 48"),
+    (arm64_stage2, {"ipa_bits": 49}, "expected 32 to 48"),
     (arm64_stage2, {"maxphyaddr": 52}, "expected 13 to 48"),
+    (vtd_second_stage, {"superpages": 3}, "superpages 3: expected 0, 1 or 2"),
+    (amd_iommu_v1, {"levels": 6}, "6 levels: expected 3 to 5"),
 ])  # fmt: skip
 def test_formats_that_cannot_be(maker: Any, arguments: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -557,10 +666,16 @@ def test_other_misuse() -> None:
         K.mmio(npt(maxphyaddr=52), 0, 0)
     with pytest.raises(ValueError, match="has no guard pages"):
         P612.guard()
+    with pytest.raises(ValueError, match="memory type 'WBX': expected one of WB, WC, UC-, UC, WP, WT"):
+        P73.special_pfn(cache="WBX")
+    with pytest.raises(ValueError, match="aligned power of two from 8K to 256G"):
+        amd_sized_leaf(0x1000, 0x2000)
     with pytest.raises(ValueError, match="swap type 32"):
         K.swap_entry(32, 0)
 
 
 def test_arm_roots() -> None:
-    shapes = {size: (arm64_stage2(size).levels, arm64_stage2(size).root_tables) for size in (35, 39, 40, 43, 44, 48)}
-    assert shapes == {35: (3, 1), 39: (3, 1), 40: (3, 2), 43: (3, 16), 44: (4, 1), 48: (4, 1)}
+    shapes = {
+        size: (arm64_stage2(size).levels, arm64_stage2(size).root_tables) for size in (32, 34, 35, 39, 40, 43, 44, 48)
+    }
+    assert shapes == {32: (2, 4), 34: (2, 16), 35: (3, 1), 39: (3, 1), 40: (3, 2), 43: (3, 16), 44: (4, 1), 48: (4, 1)}

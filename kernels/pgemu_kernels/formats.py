@@ -82,6 +82,8 @@ class KernelParameters:
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
     `shared_tail_saved_dirty`: vmemmap tail entries set up by the boot allocator carry bit 58 (captured).
+    `thp_modify_drops_dirty`: mprotect of a transparent huge page loses its dirty bit (captured for 6.12 and 6.18:
+    pmd_modify() masked it out before it could be saved). `thp_split_drops_dirty`: the pages of a split one are clean.
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
     `arm_two_bit_xn`: KVM writes XN[1:0] of FEAT_XNX (arm64/kvm/hyp/pgtable.c:stage2_set_xn_attr()), else bit 54.
     `arm_locked`: an Arm entry between break and make (KVM_INVALID_PTE_LOCKED; a type in bits 63:60 from 7.1 on).
@@ -101,6 +103,8 @@ class KernelParameters:
     guards: bool = True
     huge_pfn: bool = True
     shared_tail_saved_dirty: bool = True
+    thp_modify_drops_dirty: bool = False
+    thp_split_drops_dirty: bool = False
     empty_spte: int = EMPTY_SPTE
     arm_two_bit_xn: bool = False
     arm_locked: int = 1 << 10
@@ -109,9 +113,11 @@ class KernelParameters:
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True,
-        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False,
+        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False, thp_modify_drops_dirty=True,
     ),
-    "6.18": KernelParameters("6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False),
+    "6.18": KernelParameters(
+        "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False, thp_modify_drops_dirty=True
+    ),
     "7.3": KernelParameters(
         "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, 0x4000_0000_0000_0000, False,
         arm_two_bit_xn=True, arm_locked=1 << 60,
@@ -123,7 +129,7 @@ RELEASES: dict[str, KernelParameters] = {
     "6.1": KernelParameters(
         "6.1", 1 << 57 | 1 << 58, 0, False, 1, False, 0x0017_FFFF_C000_0000, True,
         saved_dirty=False, special_huge_zero=False, guards=False, huge_pfn=False, shared_tail_saved_dirty=False,
-        empty_spte=0,
+        thp_split_drops_dirty=True, empty_spte=0,
     ),
     **KERNELS,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pgemu_kernels import formats as bits
-from pgemu_kernels.page_format import PageFormat, span
+from pgemu_kernels.page_format import X86_MEMORY_TYPES, PageFormat, span
 
 PAGE_NONE = bits.PROTECTION_NONE | bits.ACCESSED
 SWAP_PTE_MARKER = 31  # the last swap type: include/linux/swap.h:SWP_PTE_MARKER
@@ -98,15 +98,26 @@ class ProcessLeaves:
     def modify(self, entry: int, prot: int, *, thp: bool = False) -> int:
         """mprotect: pte_modify(), which HugeTLB uses for every size, too. `prot` is a protection() or PAGE_NONE.
 
-        thp: pmd_modify(), of a transparent huge page or of PFNs. It inverts frame bits from 21 up only, where
-        pte_modify() inverts all, so that a HugeTLB page that is protection-none has bits 12 to 20 set (captured).
+        thp: pmd_modify(), of a transparent huge page. It inverts frame bits from 21 up only, where pte_modify()
+        inverts all, so that a HugeTLB page that is protection-none has bits 12 to 20 set (captured).
         """
         frame = bits.ADDRESS & -(1 << 21) if thp else bits.ADDRESS
         kept = frame | _KEPT | (bits.PAT_LARGE if thp else 0)
-        changed = entry & kept | prot & ~kept
+        lost = bits.DIRTY if thp and bits.RELEASES[self.kernel].thp_modify_drops_dirty else 0
+        changed = entry & kept & ~lost | prot & ~kept
         if inverted(entry) != inverted(changed):
             changed ^= frame
         return self.mksaveddirty(changed) if entry & bits.WRITE else self.clear_saveddirty(changed)
+
+    def split_thp(self, entry: int) -> int:
+        """The first of the 512 entries that a transparent huge page is split into: __split_huge_pmd_locked()."""
+        pat = bits.PAT_4K if entry & bits.PAT_LARGE else 0
+        lost = bits.DIRTY if bits.RELEASES[self.kernel].thp_split_drops_dirty else 0
+        return entry & ~(bits.LARGE | bits.PAT_LARGE | lost) | pat
+
+    def moved(self, entry: int) -> int:
+        """A page that mremap moved: mm/mremap.c:move_soft_dirty_pte()."""
+        return entry | (bits.SOFT_DIRTY if self.soft_dirty else 0)
 
     def make_accessible(self, entry: int, *, execute: bool = False) -> int:
         """mprotect to read-write of a private page of its own: no fault is needed (can_change_pte_writable())."""
@@ -164,10 +175,11 @@ class ProcessLeaves:
     ) -> int:
         """vmf_insert_pfn(), _pmd() and _pud() into a shared VMA, and remap_pfn_range().
 
-        write: of the VMA. make_write: the `write` argument of _pmd() and _pud(). cache: "WB", or "UC-" for a PCI BAR
-        and /dev/mem outside RAM.
+        write: of the VMA. make_write: the `write` argument of _pmd() and _pud(). cache: memory type, "WB" for RAM,
+        "UC-" for a PCI BAR and /dev/mem outside RAM, "WC", "UC", "WP" or "WT" if the driver asked for it
+        (arch/x86/mm/pat/memtype.c:pfnmap_setup_cachemode()). ValueError for another name.
         """
-        cached = {"WB": 0, "UC-": bits.CACHE_DISABLE}[cache]
+        cached = memory_type(cache, level)
         entry = self._frame(pfn) | self.protection(write=write, shared=True) | _large(level) | bits.SPECIAL | cached
         return self.mkwrite(self.mkdirty(entry)) if make_write else entry
 
@@ -211,6 +223,15 @@ class ProcessLeaves:
         if address & ~bits.ADDRESS:
             raise ValueError(f"frame {pfn:#x}: expected at most 40 bits")
         return address
+
+
+def memory_type(name: str, level: int) -> int:
+    """PWT, PCD and PAT of a memory type in a leaf of `level`. ValueError for a name that Linux's PAT does not have."""
+    for known, by_level in X86_MEMORY_TYPES:
+        if known == name:
+            return by_level[level - 1]
+    known_names = ", ".join(dict.fromkeys(known for known, _ in X86_MEMORY_TYPES))
+    raise ValueError(f"memory type {name!r}: expected one of {known_names}")
 
 
 def _large(level: int) -> int:

@@ -34,6 +34,8 @@ class Family(IntEnum):
     NPT = 1  # EXITINFO1 of a nested page fault
     EPT = 2  # exit qualification, or EPT misconfiguration
     ARM64 = 3  # fault status code
+    VTD = 4  # fault recording registers: not modelled
+    AMD_IOMMU = 5  # event log: not modelled
 
 
 class FlushRule(IntEnum):
@@ -95,6 +97,8 @@ class PageFormat:
     mmio_mask, mmio_value: what makes an entry a cached MMIO access, 0 for none; mmio_rights: bits of it that keep
     rights; mmio_moved: bits of the guest frame that are set, and kept five bits higher (L1TF).
     protection_none: in an entry that is not present, what makes it one of a process's PROT_NONE pages.
+    sized_leaf: a second value of these bits that makes a leaf, whose size is in its address; table_level_shift:
+    where a table entry holds the level of the table it points to (AMD IOMMU), 0 for none.
     nx_huge_pages: KVM's iTLB-multihit mitigation. c_bit: the memory encryption bit (SME), 0 without.
     """
 
@@ -148,6 +152,8 @@ class PageFormat:
     mmio_rights: int = 0
     mmio_moved: int = 0
     protection_none: int = 0
+    sized_leaf: int = 0
+    table_level_shift: int = 0
     nx_huge_pages: bool = False
     c_bit: int = 0
 
@@ -211,7 +217,8 @@ class PageFormat:
             raise ValueError(f"{self.name}: no tables below level {level}: expected 2 to {self.levels}")
         if address & ~self.address or address >> self.maxphyaddr:
             raise ValueError(f"{self.name}: {address:#x} is not a table's address of {self.maxphyaddr} bits")
-        return address | (self.table_top if level == self.levels and self.table_top else self.table)
+        below = level - 1 << self.table_level_shift if self.table_level_shift else 0
+        return address | below | (self.table_top if level == self.levels and self.table_top else self.table)
 
     def _frame_of(self, level: int, address: int) -> int:
         if address & ~self.frame(level) or address >> self.maxphyaddr:
@@ -239,7 +246,7 @@ class PageFormat:
         for known, values in self.memory_types:
             if known == name:
                 return values[level - 1]
-        known_names = ", ".join(known for known, _ in self.memory_types)
+        known_names = ", ".join(dict.fromkeys(known for known, _ in self.memory_types))
         raise ValueError(f"{self.name}: memory type {name!r}: expected one of {known_names}")
 
     def _optional(self, name: str, mask: int, wanted: bool) -> int:
@@ -306,7 +313,8 @@ class PageFormat:
         return row
 
 
-def _check_width(maxphyaddr: int, widest: int = WIDEST_ADDRESS) -> None:
+def check_width(maxphyaddr: int, widest: int = WIDEST_ADDRESS) -> None:
+    """ValueError unless a physical address can have that many bits."""
     if not 12 < maxphyaddr <= widest:
         raise ValueError(f"{maxphyaddr} bits of physical address: expected 13 to {widest}")
 
@@ -341,7 +349,7 @@ def _pat(index: int) -> tuple[int, int, int]:
 # Linux's PAT MSR: arch/x86/mm/pat/memtype.c:pat_bp_init(). The first index with a name is the one that is written.
 _PAT_TYPES = ("WB", "WC", "UC-", "UC", "WB", "WP", "UC-", "WT")
 _PAT_MASK = _pat(7)
-_X86_MEMORY_TYPES = tuple((name, _pat(index)) for index, name in enumerate(_PAT_TYPES))
+X86_MEMORY_TYPES = tuple((name, _pat(index)) for index, name in enumerate(_PAT_TYPES))
 
 
 def _x86_reserved(
@@ -380,7 +388,7 @@ def x86_64(
     c_bit: position of the SME encryption bit. KeyError for a kernel that is not in formats.RELEASES.
     """
     _check_levels(levels)
-    _check_width(maxphyaddr)
+    check_width(maxphyaddr)
     encrypted = _c_bit(c_bit)
     leaf, table = _x86_reserved(maxphyaddr, nx, pages_1g, amd, encrypted)
     executable = bits.FILE_LEAF & ~NO_EXECUTE | encrypted
@@ -413,7 +421,7 @@ def x86_64(
         execute=_x86_execute(nx),
         global_=bits.GLOBAL,
         memory_type_mask=_PAT_MASK,
-        memory_types=_X86_MEMORY_TYPES,
+        memory_types=X86_MEMORY_TYPES,
         protection_none=bits.PROTECTION_NONE,
         c_bit=encrypted,
     )
@@ -447,7 +455,7 @@ def npt(
     A CPU with 52 bits has no reserved bit: KVM caches no MMIO accesses then. KeyError for an unknown kernel.
     """
     _check_levels(levels)
-    _check_width(maxphyaddr)
+    check_width(maxphyaddr)
     encrypted = _c_bit(c_bit)
     if c_bit is not None:
         maxphyaddr = c_bit if reduced is None else reduced
@@ -483,7 +491,7 @@ def npt(
         execute=_x86_execute(nx),
         global_=bits.GLOBAL,
         memory_type_mask=_PAT_MASK,
-        memory_types=_X86_MEMORY_TYPES,
+        memory_types=X86_MEMORY_TYPES,
         kvm_leaf=bits.MMU_PRESENT,
         host_writable=bits.HOST_WRITABLE,
         mmu_writable=bits.MMU_WRITABLE,
@@ -526,7 +534,7 @@ def ept(
     KeyError for a kernel that is not in formats.RELEASES.
     """
     _check_levels(levels)
-    _check_width(maxphyaddr)
+    check_width(maxphyaddr)
     if l1tf_cache_bits is not None and not 32 <= l1tf_cache_bits < WIDEST_ADDRESS - 5:
         raise ValueError(f"{l1tf_cache_bits} bits of L1 cache address: expected 32 to {WIDEST_ADDRESS - 6}")
     parameters = bits.RELEASES[kernel]
@@ -618,17 +626,17 @@ def arm64_stage2(
 ) -> PageFormat:
     """Arm64 stage 2, 4K granule, as KVM of `kernel` writes it.
 
-    ipa_bits: 35 to 48; up to 43 three levels, then four, with up to 16 concatenated root tables
-    (arch/arm64/include/asm/stage2_pgtable.h:stage2_pgtable_levels(); below 35 KVM uses two levels, which no walker
-    here has). fwb: FEAT_S2FWB memory attributes. hardware_access_flag: VTCR_EL2.HA. maxphyaddr: output address bits;
-    an entry with a higher one is an address size fault. Kernels up to 6.18 write XN as one bit, 54, and bit 53 is
-    reserved; later ones write both bits of FEAT_XNX.
-    Reserved bits are those that are RES0 without FEAT_LPA2; hardware may ignore them, KVM leaves them clear.
+    ipa_bits: 32 to 48; up to 34 two levels, up to 43 three, then four, with up to 16 concatenated root tables
+    (arch/arm64/include/asm/stage2_pgtable.h:stage2_pgtable_levels()). fwb: FEAT_S2FWB memory attributes.
+    hardware_access_flag: VTCR_EL2.HA. maxphyaddr: output address bits; an entry with a higher one is an address size
+    fault. Kernels up to 6.18 write XN as one bit, 54, and bit 53 is reserved; later ones write both bits of FEAT_XNX.
+    Reserved bits are those beyond the output address and those that are RES0 without FEAT_LPA2 (in a block also the
+    address bits below its size): hardware may ignore the latter, KVM leaves them clear.
     ValueError for another size; KeyError for a kernel that is not in formats.RELEASES.
     """
-    if not 35 <= ipa_bits <= 48:
-        raise ValueError(f"{ipa_bits} bits of intermediate physical address: expected 35 to 48")
-    _check_width(maxphyaddr, 48)
+    if not 32 <= ipa_bits <= 48:
+        raise ValueError(f"{ipa_bits} bits of intermediate physical address: expected 32 to 48")
+    check_width(maxphyaddr, 48)
     parameters = bits.RELEASES[kernel]
     levels = -(-(ipa_bits - 4 - 12) // 9)
     types = _ARM_MEMORY_TYPES_FWB if fwb else _ARM_MEMORY_TYPES
@@ -649,6 +657,7 @@ def arm64_stage2(
         leaf_value=0,
         page_mask=ARM_TABLE,
         page_value=ARM_TABLE,
+        largest_leaf=min(3, levels),
         reserved_leaf=(leaf, leaf | span(12, 20), leaf | span(12, 29), 0, 0),
         reserved_table=(0, high, high, high, high),
         # Bit 53 becomes "EL1 executes", bit 54 "EL0 executes": XN is 00 both, 01 not EL1, 10 none, 11 not EL0.

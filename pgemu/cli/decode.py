@@ -12,11 +12,13 @@ import rich_click as click
 from pgemu.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu.errors import InputError
 from pgemu_kernels.formats import RELEASES
+from pgemu_kernels.iommu_format import IOMMU_FORMATS
 from pgemu_kernels.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 
 _NUMBER = re.compile(r"0x[0-9a-f]+(?:_[0-9a-f]+)*|[0-9]+(?:_[0-9]+)*", re.IGNORECASE)
+_MAKERS = {**FORMATS, **IOMMU_FORMATS}
 _SIZES = ("4K", "2M", "1G", "512G", "256T")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 
@@ -35,10 +37,11 @@ def make_format(name: str, **parameters: Any) -> PageFormat:
     :raises InputError: a parameter that the format does not have, or a value that it cannot have
     """
     given = {parameter: value for parameter, value in parameters.items() if value is not None}
-    for parameter in given.keys() - inspect.signature(FORMATS[name]).parameters.keys():
+    maker = _MAKERS[name]
+    for parameter in given.keys() - inspect.signature(maker).parameters.keys():
         raise InputError(f"--{parameter.replace('_', '-')}: {name} has no such parameter")
     try:
-        return FORMATS[name](**given)
+        return maker(**given)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -96,7 +99,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
 @click.command(short_help="Name each bit of page-table entries.")
 @click.argument("values", nargs=-1, required=True, metavar="VALUE...", type=entry_value)
 @click.option(
-    "--format", "name", type=click.Choice(list(FORMATS)), default="x86-64", show_default=True, help="Entry format."
+    "--format", "name", type=click.Choice(list(_MAKERS)), default="x86-64", show_default=True, help="Entry format."
 )
 @click.option(
     "--level",
@@ -108,9 +111,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
 @click.option(
     "--kernel",
     type=click.Choice(list(RELEASES)),
-    default="7.3",
-    show_default=True,
-    help="Linux that wrote the entry: software bits differ.",
+    help="Linux that wrote the entry: software bits differ.  [default: 7.3]",
 )
 @click.option(
     "--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU.  [default: the format's]"
@@ -121,6 +122,9 @@ def to_json(entry: Entry) -> dict[str, Any]:
     type=int,
     metavar="BITS",
     help="Address bits of the L1 cache of a CPU with L1TF, 44 on Haswell (ept): where MMIO entries keep the frame.",
+)
+@click.option(
+    "--fwb/--no-fwb", default=None, help="FEAT_S2FWB memory attributes (arm64-s2).  [default: fwb]", show_default=False
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def decode(values: tuple[int, ...], name: str, level: int, as_json: bool, **parameters: Any) -> None:

@@ -62,6 +62,10 @@ def test_parameters_reach_the_format() -> None:
     assert "SAVED_DIRTY" in run("0x8400000000000825").output
     assert "SOFTW5" in run("--kernel", "6.1", "0x8400000000000825").output
     assert "ENC" in run("--format", "npt", "--c-bit", "47", "0x800000000e67").output
+    assert (
+        "user, execute, execute user, accessed, dirty, WB\n" in run("--format", "arm64-s2", "--no-fwb", "0x7ff").output
+    )
+    assert "NEXT_LEVEL       0x2\n" in run("--format", "amd-v1", "--level", "3", "0x6000000000000401").output
     assert "  55  (no name)\n" in run("0x80000000000025").output
 
 
@@ -92,6 +96,7 @@ def test_json_has_every_field() -> None:
     (["--kernel", "5.10", "1"], "'5.10' is not one of '6.1'"),
     (["--maxphyaddr", "60", "1"], "60 bits of physical address: expected 13 to 52"),
     (["--format", "ept", "--c-bit", "47", "1"], "--c-bit: ept has no such parameter"),
+    (["--format", "vtd-s2", "--kernel", "6.12", "1"], "--kernel: vtd-s2 has no such parameter"),
     (["--format", "ept", "--l1tf-cache-bits", "3", "1"], "3 bits of L1 cache address"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(args: list[str], complaint: str) -> None:

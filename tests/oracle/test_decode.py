@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
 
 import pytest
 
 from oracle.capture import FRAME, Capture, Checkpoint, Run, Table, Tree, captures, load, shipped
 from pgemu.entries import Entry, EntryKind, classify, decode
-from pgemu_kernels import leaves as K
+from pgemu_kernels import formats as bits, leaves as K
 from pgemu_kernels.page_format import PageFormat, ept, npt, x86_64
 
 CHECKPOINTS = {
@@ -24,7 +23,14 @@ CHECKPOINTS = {
 """Checkpoints of each shipped file: 1,729 together."""
 
 HOST_LEAVES = {EntryKind.LEAF, EntryKind.PROTECTION_NONE, EntryKind.GUARD}
+GUARD = 0xFFFF_FFFF_FFFF_F600
 LEVELS = {4: "pud", 3: "pmd", 2: "pte"}  # an entry of this level points to a table counted there
+
+
+@pytest.fixture(scope="module", params=captures(), ids=lambda path: path.name.removesuffix(".json.xz"))
+def capture(request: pytest.FixtureRequest) -> Capture:
+    """Each file in turn: all tests of one run before the next is read."""
+    return load(request.param)
 
 
 def formats(capture: Capture) -> tuple[PageFormat, PageFormat, PageFormat]:
@@ -164,9 +170,7 @@ def entries_of(checkpoint: Checkpoint) -> int:
     return count + sum(len(part["tables"]) + sum(run[3] for run in part["leaves"]) for part in lists)
 
 
-@pytest.mark.parametrize("path", captures(), ids=lambda path: path.name.removesuffix(".json.xz"))
-def test_every_entry_decodes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capture = load(path)
+def test_every_entry_decodes(capture: Capture, capsys: pytest.CaptureFixture[str]) -> None:
     host_format, user_format, stage2_format = formats(capture)
     decoders = host, user, stage2, vmemmap = [
         Decoder(fmt) for fmt in (host_format, user_format, stage2_format, host_format)
@@ -196,6 +200,86 @@ def test_every_entry_decodes(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     if shipped():
         assert total == CHECKPOINTS[capture.name]
         assert stage2.kinds[EntryKind.MMIO] > 0
+
+
+# --------------------------------------------------------------------------- values that Linux writes
+
+
+def first_faults(leaves: K.ProcessLeaves, level: int) -> set[int]:
+    """Leaves of `level` as faults and mmap write them, without a frame."""
+    yes_no = (False, True)
+    found = {leaves.hugetlb(level, shared=s, write=w, write_fault=w and f) for s in yes_no for w in yes_no
+             for f in yes_no if level > 1}  # fmt: skip
+    if level == 1 or bits.RELEASES[leaves.kernel].huge_pfn:
+        found |= {leaves.special_pfn(level, write=w, cache=c) for w in yes_no for c in ("WB", "UC-")}
+    if level > 1:
+        return found
+    for execute in yes_no:
+        found |= {leaves.zero_page(execute=execute), leaves.anonymous(execute=execute)}
+        found |= {
+            leaves.file_page(write_fault=w and f, folio_dirty=d, write=w, shared=s, execute=execute)
+            for w in yes_no for f in yes_no for d in yes_no for s in yes_no
+        }  # fmt: skip
+    return found
+
+
+def later(leaves: K.ProcessLeaves, entry: int, *, thp: bool = False) -> Iterable[int]:
+    """What becomes of a leaf: the hardware's updates, ageing, fork, mprotect, mremap."""
+    if entry & bits.PRESENT:
+        yield from (leaves.mkold(entry), entry | bits.ACCESSED, leaves.wrprotect(entry))
+        yield from (leaves.fork_child(entry), leaves.moved(entry))
+        if entry & bits.WRITE:
+            yield entry | bits.DIRTY
+    for write, execute, shared in ((False, False, False), (False, True, False), (True, False, True)):
+        yield leaves.modify(entry, leaves.protection(write=write, execute=execute, shared=shared), thp=thp)
+    yield leaves.protection_none(entry, thp=thp)
+
+
+def written_by_linux(leaves: K.ProcessLeaves) -> dict[int, set[int]]:
+    """All flags that leaves of each level can have."""
+    thp = grow({leaves.anonymous(level=2), leaves.huge_zero_page()}, lambda entry: later(leaves, entry, thp=True))
+    found = {level: grow(first_faults(leaves, level), lambda entry: later(leaves, entry)) for level in (1, 2, 3)}
+    split = {leaves.split_thp(entry) for entry in thp if entry & bits.PRESENT}
+    return {1: found[1] | grow(split, lambda entry: later(leaves, entry)), 2: found[2] | thp, 3: found[3]}
+
+
+def grow(start: set[int], later: Callable[[int], Iterable[int]]) -> set[int]:
+    found: set[int] = set()
+    rest = set(start)
+    while rest:
+        found |= rest
+        rest = {new for entry in rest for new in later(entry)} - found
+    return found
+
+
+def test_every_captured_leaf_is_one_that_linux_is_said_to_write(capture: Capture) -> None:
+    leaves = K.ProcessLeaves(capture.kernel)
+    known = written_by_linux(leaves)
+    assert max(map(len, known.values())) < 200  # of the 2^24 that flags could be
+    for checkpoint in capture.checkpoints:
+        for run in checkpoint.leaves:
+            # Frame 0, or its inverse: of a transparent huge page only bits from 21 up are inverted.
+            flags = run.entry & ~FRAME if run.entry & bits.PRESENT else run.entry | FRAME
+            if run.entry == GUARD:
+                assert leaves.guard() == GUARD
+            else:
+                assert flags in known[run.level], f"{checkpoint.scenario} {checkpoint.name} {run.entry:#x}"
+
+
+def test_every_captured_stage2_entry_is_one_that_kvm_is_said_to_write(capture: Capture) -> None:
+    fmt = formats(capture)[2]
+    for checkpoint in capture.checkpoints:
+        for tree in (tree for machine in checkpoint.stage2 for tree in machine.trees):
+            assert {table.entry & ~FRAME for table in tree.tables} <= {fmt.table_entry(0)}
+            for run in tree.leaves:
+                level, writable = run.level, K.stage2_leaf(fmt, run.level)
+                known = {writable, K.write_protected(fmt, writable), K.read_only(fmt, level)}
+                known |= {K.stage2_leaf(fmt, level, prefetched=True)}
+                if classify(fmt, level, run.entry) is EntryKind.MMIO:
+                    known = {K.mmio(fmt, run.va >> 12, K.mmio_generation(run.entry)) & ~FRAME}
+                assert run.entry & ~FRAME in known, f"{checkpoint.scenario} {checkpoint.name} {run.entry:#x}"
+            for row in tree.other_nonpresent:
+                assert row.entry == K.mmio(fmt, row.va >> 12, K.mmio_generation(row.entry))
 
 
 def test_all_shipped_captures_are_here() -> None:
