@@ -558,13 +558,12 @@ class Machine:
         """
         from pgemu.walk import walk
 
-        rows = int(L.STATE_VMS) + np.arange(self.register(L.R_VMS)) * L.V_WORDS + int(L.V_ROOT)
-        stage2 = root in self.arrays.state[rows]
+        first = int(L.STATE_VMS) + int(L.V_ROOT)
+        stage2 = root in self.arrays.state[first : first + self.register(L.R_VMS) * L.V_WORDS : L.V_WORDS].tolist()
         fmt = self.stage2_format if stage2 else self.host_format
         address = page << 12
-        if fmt.sign_extended:
-            address = (address & (1 << fmt.input_bits) - 1 ^ 1 << fmt.input_bits - 1) - (1 << fmt.input_bits - 1)
-            address &= (1 << 64) - 1
+        if fmt.sign_extended and address >> fmt.input_bits - 1 & 1:
+            address |= (1 << 64) - (1 << fmt.input_bits)
         return [step[:3] for step in walk(self, fmt, root, address)]
 
     @cached_property

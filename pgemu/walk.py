@@ -255,10 +255,6 @@ def in_range(fmt: PageFormat, address: int) -> bool:
     return high in (0, (1 << 65 - fmt.input_bits) - 1)
 
 
-def _index_mask(fmt: PageFormat, level: int) -> int:
-    return (1 << (fmt.root_bits if level == fmt.levels else 9)) - 1
-
-
 # --------------------------------------------------------------------------- one address
 
 
@@ -272,8 +268,10 @@ def walk(memory: Memory, fmt: PageFormat, root: int, address: int) -> list[Step]
     if not in_range(fmt, address):
         return steps
     table = root_table(fmt, root)
+    mask = (1 << fmt.root_bits) - 1
     for level in range(fmt.levels, 0, -1):
-        where = table + (address >> 9 * level + 3 & _index_mask(fmt, level)) * 8
+        where = table + (address >> 9 * level + 3 & mask) * 8
+        mask = 511
         try:
             entry = int(memory.words(where, 1)[0])
         except ValueError:
@@ -281,7 +279,7 @@ def walk(memory: Memory, fmt: PageFormat, root: int, address: int) -> list[Step]
             break
         kind = kind_of(fmt, level, entry)
         steps.append(Step(level, where, entry, kind))
-        if kind != Kind.TABLE:
+        if kind is not Kind.TABLE:
             break
         table = entry & fmt.address
     return steps
@@ -303,11 +301,13 @@ def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> T
     status = np.full(addresses.size, Status.OUT_OF_RANGE, np.uint8)
     rest = np.flatnonzero(_all_in_range(fmt, addresses))
     tables = np.full(rest.size, root_table(fmt, root), np.uint64)
+    mask = np.uint64((1 << fmt.root_bits) - 1)
     for level in range(fmt.levels, 0, -1):
         if not rest.size:
             break
         shift = np.uint64(9 * level + 3)
-        index = addresses[rest] >> shift & np.uint64(_index_mask(fmt, level))
+        index = addresses[rest] >> shift & mask
+        mask = np.uint64(511)
         where = tables + (index << np.uint64(3))
         level_of[rest] = level
         held = memory.holds(where)

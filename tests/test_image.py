@@ -71,6 +71,7 @@ def model(segments: list[tuple[int, bytes, int]]) -> dict[int, int]:
 
 
 @given(segments=segment_lists(), first=st.integers(400, 420))
+@settings(max_examples=50)
 def test_reads_what_the_segments_say(
     tmp_path_factory: pytest.TempPathFactory, segments: list[tuple[int, bytes, int]], first: int
 ) -> None:
@@ -252,10 +253,10 @@ small = st.integers(0, 1023)
     contents=st.dictionaries(small, st.binary(min_size=1, max_size=8), max_size=3),
     form=st.sampled_from(["elf", "raw"]),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_an_image_holds_what_the_machine_holds(
-    tmp_path_factory: pytest.TempPathFactory, design: Any, kernel: str, stage2: Any, hvo: bool, seed: int, shared: list[int], host: list[int], guest: list[int],
-    contents: dict[int, bytes], form: Any,
+    tmp_path_factory: pytest.TempPathFactory, design: Any, kernel: str, stage2: Any, hvo: bool, seed: int,
+    shared: list[int], host: list[int], guest: list[int], contents: dict[int, bytes], form: Any,
 ) -> None:  # fmt: skip
     machine = Machine(Config(design, pool=2 * M2, page_size=M2, kernel=kernel, stage2=stage2, hvo=hvo, seed=seed))
     gmem = machine.create_guest_memfd(2 * M2)

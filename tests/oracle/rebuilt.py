@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,18 +20,30 @@ def shift(level: int) -> Any:
     return U(9 * level + 3)
 
 
-def expand(runs: Iterable[Run]) -> tuple[Array, Array, Array]:
-    """Level (int64), address and entry (uint64) of each leaf."""
-    rows = list(runs)
-    level = np.array([r.level for r in rows], np.int64)
-    count = np.array([r.count for r in rows], np.int64)
-    first = np.repeat(np.concatenate([[0], np.cumsum(count)[:-1]]), count) if rows else np.zeros(0, np.int64)
-    nth = (np.arange(first.size) - first).astype(U)
-    address, entry, step = (
-        np.repeat(np.array([getattr(r, name) for r in rows], U), count) for name in ("va", "entry", "step")
-    )
-    level = np.repeat(level, count)
-    return level, address + (nth << (level * 9 + 3).astype(U)), entry + nth * step
+class Leaves(NamedTuple):
+    """Leaves one by one: level, address and entry of each; uint64 arrays."""
+
+    level: Array
+    address: Array
+    entry: Array
+
+    def where(self, these: Array) -> Leaves:
+        return Leaves(*(column[these] for column in self))
+
+
+def expand(runs: Iterable[Run]) -> Leaves:
+    """Runs, leaf by leaf."""
+    columns = np.array([(r.va, r.level, r.entry, r.count, r.step) for r in runs], U).reshape(-1, 5).T
+    count = columns[3].astype(np.int64)
+    nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    address, level, entry, _, step = np.repeat(columns, count, axis=1)
+    return Leaves(level, address + (nth.astype(U) << shift_of(level)), entry + nth.astype(U) * step)
+
+
+def shift_of(level: Array) -> Array:
+    """Where the index of a level's table begins in an address, for many levels."""
+    shifts: Array = level * U(9) + U(3)
+    return shifts
 
 
 class Rebuilt:
@@ -41,16 +53,14 @@ class Rebuilt:
     nothing.
     """
 
-    def __init__(self, root: int, top: int, tables: Iterable[Table], leaves: Iterable[Run], empty: int = 0) -> None:
-        rows = list(tables)
-        level, va, entry = (
-            np.array([row[field] for row in rows], dtype) for field, dtype in ((1, np.int64), (0, U), (2, U))
-        )
-        leaf_level, leaf_va, leaf_entry = expand(leaves)
+    def __init__(self, root: int, top: int, tables: Iterable[Table], leaves: Leaves, empty: int = 0) -> None:
+        va, level, entry = np.array(list(tables), U).reshape(-1, 3).T
         self.pages = np.unique(np.concatenate([np.array([root], U), entry & U(FRAME)]))
         self.contents = np.full((self.pages.size, 512), empty, U)
-        level, va, entry = (np.concatenate(pair) for pair in ((level, leaf_level), (va, leaf_va), (entry, leaf_entry)))
-        is_table = np.arange(level.size) < len(rows)
+        is_table = np.arange(level.size + leaves.level.size) < level.size
+        level = np.concatenate([level, leaves.level])
+        va = np.concatenate([va, leaves.address])
+        entry = np.concatenate([entry, leaves.entry])
         for at in range(top, 0, -1):
             here = level == at
             if at == top:

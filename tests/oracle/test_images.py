@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oracle.capture import FRAME, Capture, Checkpoint, Run, Tree, captures, load, shipped
-from oracle.rebuilt import Rebuilt, expand
+from oracle.capture import FRAME, Capture, Checkpoint, Tree, captures, load, shipped
+from oracle.rebuilt import Leaves, Rebuilt, expand, shift_of
 from pgemu.image import open_image
-from pgemu.walk import Kind, Status, Summary, mapped_ranges, translate, walk
+from pgemu.walk import Kind, MappedRange, Status, Summary, mapped_ranges, translate, walk
 from pgemu_kernels import formats as bits, page_format
 from pgemu_kernels.page_format import PageFormat
 
@@ -96,9 +96,8 @@ NOTHING = Pages(*np.zeros((3, 0), U))
 
 def walked(memory: Any, fmt: PageFormat, root: int, summary: Summary) -> Pages:
     """What the walker finds mapped."""
-    rows = list(mapped_ranges(memory, fmt, root, summary))
-    columns = np.array([(r.address, r.length, r.physical, r.level, r.step) for r in rows], U).reshape(-1, 5)
-    address, length, physical, level, step = columns.T
+    rows = np.array(list(mapped_ranges(memory, fmt, root, summary)), U).reshape(-1, len(MappedRange._fields))
+    address, length, physical, level, _, _, step = rows.T
     # The same frame again and again: one run per page.
     size = np.where(step == 0, U(1) << level * U(9) + U(3), length)
     times = (length // np.maximum(size, U(1))).astype(np.int64)
@@ -109,18 +108,19 @@ def walked(memory: Any, fmt: PageFormat, root: int, summary: Summary) -> Pages:
 
 
 def pagemap(checkpoint: Checkpoint) -> Pages:
-    """What the kernel says is present."""
-    rows = [(r.va, r.pages, r.pagemap & PFN) for r in checkpoint.pagemap if r.pagemap & PRESENT]
-    return Pages(*np.array(rows, U).reshape(-1, 3).T)
+    """What the kernel says is present. The rows are read here: most of a capture is pagemap."""
+    rows = ((va, pages, int(word, 16)) for va, pages, word, _, _ in checkpoint.raw["pagemap"] if len(word) == 18)
+    found = [(int(va, 16), pages, word & PFN) for va, pages, word in rows if word & PRESENT]
+    return Pages(*np.array(found, U).reshape(-1, 3).T)
 
 
-def captured(runs: Iterable[Run]) -> Pages:
+def captured(leaves: Leaves) -> Pages:
     """Leaves of a process as captured: present, or protection-none, which has its frame inverted."""
-    level, address, entry = expand(runs)
+    entry = leaves.entry
     entry = np.where(entry & U(PROTECTION_NONE | 1) == U(PROTECTION_NONE), ~entry | U(1), entry)
-    level, address, entry = (column[entry & U(1) != 0] for column in (level, address, entry))
-    size = U(1) << (level * 9 + 3).astype(U)
-    return Pages(address, size >> U(12), (entry & U(FRAME) & ~(size - U(1))) >> U(12))
+    mapped = entry & U(1) != 0
+    size = U(1) << shift_of(leaves.level[mapped])
+    return Pages(leaves.address[mapped], size >> U(12), (entry[mapped] & U(FRAME) & ~(size - U(1))) >> U(12))
 
 
 def protection_none(memory: Any, checkpoint: Checkpoint) -> Pages:
@@ -136,7 +136,7 @@ def protection_none(memory: Any, checkpoint: Checkpoint) -> Pages:
     return Pages(*np.array(found, U).reshape(-1, 3).T)
 
 
-def compare_host(memory: Any, capture: Capture, checkpoint: Checkpoint) -> tuple[int, int]:
+def compare_host(memory: Any, capture: Capture, checkpoint: Checkpoint, leaves: Leaves) -> tuple[int, int]:
     """Compare one process; returns pages present by pagemap, and pages of VM_PFNMAP mappings."""
     summary = Summary()
     pages = walked(memory, HOST, checkpoint.root, summary) + protection_none(memory, checkpoint)
@@ -145,7 +145,7 @@ def compare_host(memory: Any, capture: Capture, checkpoint: Checkpoint) -> tuple
     shown = pages.clip((a.start, a.end) for a in checkpoint.areas if a.name not in names)
     assert pages.total == hidden.total + shown.total, "a page outside every mapping"
     assert shown == pagemap(checkpoint)
-    assert pages == captured(checkpoint.leaves)
+    assert pages == captured(leaves)
     assert hidden.total == checkpoint.check["pages_in_pfnmap_vmas"]
     tables = checkpoint.table_pages
     assert [summary.tables[level] for level in (4, 3, 2, 1)] == [1, tables["pud"], tables["pmd"], tables["pte"]]
@@ -166,17 +166,12 @@ def compare_translations(memory: Any, root: int, expected: Pages) -> None:
     assert np.array_equal(found.physical[mapped], (expected.frame[index] * U(PAGE) + inside)[mapped])
 
 
-def present(checkpoint: Checkpoint) -> Pages:
-    """What the hardware finds mapped, from the captured leaves."""
-    return captured(run for run in checkpoint.leaves if run.entry & 1)
-
-
-def through_a_file(memory: Rebuilt, capture: Capture, checkpoint: Checkpoint, path: Path) -> None:
+def through_a_file(memory: Rebuilt, capture: Capture, checkpoint: Checkpoint, leaves: Leaves, path: Path) -> None:
     """The same from a file, with segments at odd offsets; and with page-table isolation from the user's top table."""
     memory.write_elf(path, offset_in_page=0x9C3)
     with open_image(path) as image:
-        compare_host(image, capture, checkpoint)
-        compare_translations(image, checkpoint.root, present(checkpoint))
+        compare_host(image, capture, checkpoint, leaves)
+        compare_translations(image, checkpoint.root, captured(leaves.where(leaves.entry & U(1) != 0)))
     for address, entry in checkpoint.pti_roots.get("user", {}).items():
         if address < 256:
             assert entry & FRAME == int(memory.words(checkpoint.root + 8 * address, 1)[0]) & FRAME
@@ -191,12 +186,13 @@ def capture(request: pytest.FixtureRequest) -> Capture:
 def test_processes(capture: Capture, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = hidden = 0
     for checkpoint in capture.checkpoints:
-        memory = Rebuilt(checkpoint.root, 4, checkpoint.tables, checkpoint.leaves)
-        pages = compare_host(memory, capture, checkpoint)
+        leaves = expand(checkpoint.leaves)
+        memory = Rebuilt(checkpoint.root, 4, checkpoint.tables, leaves)
+        pages = compare_host(memory, capture, checkpoint, leaves)
         shown += pages[0]
         hidden += pages[1]
         if checkpoint in (capture.checkpoints[0], capture.checkpoints[-1]):
-            through_a_file(memory, capture, checkpoint, tmp_path / "core")
+            through_a_file(memory, capture, checkpoint, leaves, tmp_path / "core")
     with capsys.disabled():
         print(f"\n{capture.name}: {len(capture.checkpoints)} checkpoints, {shown} pages as in pagemap, {hidden} hidden")
     if shipped():
@@ -236,17 +232,17 @@ def user_slots(checkpoints: Iterable[Checkpoint]) -> dict[tuple[int, int], tuple
     return slots
 
 
-def compare_tree(memory: Any, fmt: PageFormat, tree: Tree) -> Pages:
-    """Walk a stage-2 tree and compare it with its leaves; returns what it maps."""
+def compare_tree(fmt: PageFormat, tree: Tree) -> Pages:
+    """Rebuild and walk a stage-2 tree and compare it with its leaves; returns what it maps."""
+    leaves = expand(tree.leaves)
     summary = Summary()
-    pages = walked(memory, fmt, tree.root, summary)
-    memory_leaves = [run for run in tree.leaves if run.entry & bits.MMU_PRESENT]  # the others are cached MMIO accesses
-    level, address, entry = expand(memory_leaves)
-    inside = (U(1) << (level * 9 + 3).astype(U)) - U(1)
-    assert pages == Pages(address, (inside + U(1)) >> U(12), (entry & U(FRAME) & ~inside) >> U(12))
+    pages = walked(Rebuilt(tree.root, 4, tree.tables, leaves, fmt.empty), fmt, tree.root, summary)
+    mapped = leaves.where(leaves.entry & U(bits.MMU_PRESENT) != 0)  # the others are cached MMIO accesses
+    size = U(1) << shift_of(mapped.level)
+    assert pages == Pages(mapped.address, size >> U(12), (mapped.entry & U(FRAME) & ~(size - U(1))) >> U(12))
     assert sum(summary.tables.values()) == len(tree.tables) + 1
-    assert sum(summary.leaves.values()) == level.size
-    assert sum(summary.reserved.values()) == sum(run.count for run in tree.leaves) - level.size
+    assert sum(summary.leaves.values()) == mapped.level.size
+    assert sum(summary.reserved.values()) == leaves.level.size - mapped.level.size
     assert not summary.problem_counts
     return pages
 
@@ -273,15 +269,13 @@ def test_stage2(capture: Capture, capsys: pytest.CaptureFixture[str]) -> None:
         for nth, checkpoint in enumerate(checkpoints):
             if not any(vm.trees for vm in checkpoint.stage2):
                 continue
-            memory = Rebuilt(checkpoint.root, 4, checkpoint.tables, checkpoint.leaves)
-            host = walked(memory, HOST, checkpoint.root, Summary())
+            host = captured(expand(checkpoint.leaves))  # as walked: test_processes
             slots = user_slots(checkpoints[: nth + 1])
             for vm in checkpoint.stage2:
                 own = [where for (number_, _), where in slots.items() if number_ == vm.number]
                 own.append((0, 0x4000, vm.boot_hva))
                 for tree in vm.trees:
-                    memory = Rebuilt(tree.root, 4, tree.tables, tree.leaves, fmt.empty)
-                    pages = compare_tree(memory, fmt, tree)
+                    pages = compare_tree(fmt, tree)
                     compared = behind_slots(pages, host, own)
                     totals = [old + new for old, new in zip(totals, (1, pages.total, compared), strict=True)]
     with capsys.disabled():
