@@ -387,9 +387,9 @@ def collapse(m, f, slot, level):
 
 @kernel
 def set_accessed_dirty(m, f, slot, entry, access):
-    """What the processor sets in the leaf of an access that succeeds."""
+    """Store a leaf with what the processor sets in it when an access succeeds."""
     value = entry | m.state[f + F_ACCESSED]
     if access & WRITE != U0:
         value |= m.state[f + F_DIRTY]
-    if value != entry:
+    if value != m.ram[slot]:
         m.ram[slot] = value
