@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
-_WALKER_WORDS = int(L.F_LEVELS)  # words of a format's row from here on are what a walker needs
 
 
 @dataclass(frozen=True)
@@ -314,12 +313,13 @@ class Machine:
         stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
 
     def _complete_fixed_formats(self) -> None:
-        """What walkers and edits read of the three formats that every machine has: the words from F_LEVELS on."""
+        """What walkers and edits read of the three formats that every machine has: words that format_table() leaves 0."""
         config = self.config
         ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
         npt = page_format.npt(kernel=config.kernel)
         for index, fmt in enumerate((page_format.x86_64(kernel=config.kernel), npt, ept)):
-            self.format_row(index)[_WALKER_WORDS:] = fmt.row()[_WALKER_WORDS:]
+            row = self.format_row(index)
+            row[:] = np.where(row != 0, row, fmt.row())
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
