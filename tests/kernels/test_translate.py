@@ -197,6 +197,17 @@ def test_addresses_that_no_table_is_asked_for(memory: Memory) -> None:
     assert ask(memory, "arm64 3 levels", tree, 1 << 40, Kind.READ, REGISTERS) == (S.ADDRESS_SIZE, 3, 0x4)
 
 
+def test_entries_beyond_the_input_bits_are_not_used(memory: Memory) -> None:
+    """36 bits use 64 entries of the top table; what the others hold maps nothing."""
+    tree = tree_of(memory, "arm64 36 bits")
+    for address in (0, 1 << 36):
+        assert tree.map(address, 3, 0x7FD)
+    memory.store(tree.memory)
+    row = memory.machine.add_format(FORMATS["arm64 36 bits"][1])
+    found = translate(memory.machine, row, tree.root, [0x5000, 1 << 36 | 0x5000] * 64)
+    assert found.status.tolist() == [S.OK, S.ADDRESS_SIZE] * 64
+
+
 def test_a_table_outside_memory(memory: Memory) -> None:
     tree = tree_of(memory, "x86-64")
     tree.memory[tree.root] = 1 << 44 | 0x67
