@@ -2,6 +2,10 @@
 
 The control of random order gathers the same level-1 entries by indices computed beforehand; that of sequential
 order is the same walk in C (walk.c), which takes the same row of format words.
+
+What stands between a random walk and the gather, by leaving parts out (AMD Zen 4, an idle machine, medians): the
+gather alone takes 6.7 ns an address; walking down to the last table, whose 64 KiB of level-2 entries do not fit the
+first-level cache, 2.9 ns; keeping the slot and computing and storing the results, about 2 ns.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ def test_a_run_goes_on_in_the_next_table_or_leaf(memory: Memory, level: int, ste
     size = 1 << (12 + 9 * (level - 1))
     tree = tree_of(memory, "x86-64")
     begin = 7 * (size << 9) - 40 * step - (40 * step) % size
-    leaves = range(begin - begin % size, begin + 100 * step, size)
+    # The first table is full, so that entries at the same places in the wrong table would pass.
+    first = begin - begin % size - (512 * size if level == 1 else 0)
+    leaves = range(first, begin + 100 * step, size)
     for n, address in enumerate(leaves):
         assert tree.map(address, level, (5 * n + 3) * size | (0x67 if level == 1 else 0xE7))
     memory.store(tree.memory)
@@ -193,6 +195,17 @@ def test_addresses_that_no_table_is_asked_for(memory: Memory) -> None:
     assert ask(memory, "npt", tree, 1 << 48, Kind.WRITE, REGISTERS) == (S.ADDRESS_SIZE, 4, 1 << 32 | 0x6)
     tree = tree_of(memory, "arm64 3 levels")
     assert ask(memory, "arm64 3 levels", tree, 1 << 40, Kind.READ, REGISTERS) == (S.ADDRESS_SIZE, 3, 0x4)
+
+
+def test_entries_beyond_the_input_bits_are_not_used(memory: Memory) -> None:
+    """36 bits use 64 entries of the top table; what the others hold maps nothing."""
+    tree = tree_of(memory, "arm64 36 bits")
+    for address in (0, 1 << 36):
+        assert tree.map(address, 3, 0x7FD)
+    memory.store(tree.memory)
+    row = memory.machine.add_format(FORMATS["arm64 36 bits"][1])
+    found = translate(memory.machine, row, tree.root, [0x5000, 1 << 36 | 0x5000] * 64)
+    assert found.status.tolist() == [S.OK, S.ADDRESS_SIZE] * 64
 
 
 def test_a_table_outside_memory(memory: Memory) -> None:
