@@ -354,6 +354,23 @@ def test_a_batch_equals_single_edits() -> None:
     assert (ram[0] == ram[1]).all()
 
 
+@pytest.mark.parametrize("fmt", ["x86-64", "ept-5", "arm64-s2"])
+def test_no_address_harms_a_batch(fmt: str) -> None:
+    """Any 64-bit words, among them some that lie within the tables: each as refused alone."""
+    random = np.random.default_rng(7)
+    addresses = random.integers(0, 1 << 64, 400, dtype=np.uint64) >> random.integers(0, 52, 400).astype(np.uint64)
+    addresses[::2] &= ~np.uint64(PAGE_4K - 1)
+    physical = addresses[::-1] & np.uint64((1 << 40) - PAGE_4K)
+    one, many = tree(fmt), tree(fmt)
+    single = [one.map(int(a), int(p)).status for a, p in zip(addresses, physical, strict=True)]
+    assert many.map_many(addresses, physical).status.tolist() == single
+    assert {0, -L.EINVAL, -L.ERANGE} <= set(single)
+    for method in ("unmap", "protect", "clear_accessed", "split", "collapse"):
+        single = [getattr(one, method)(int(a)).status for a in addresses]
+        assert getattr(many, method + "_many")(addresses).status.tolist() == single
+    assert one.machine.check() == many.machine.check() == 0
+
+
 # ------------------------------------------------------------------ what is refused
 
 
