@@ -106,9 +106,9 @@ class PageTable:
         machine.page_tables.append(table)
         return table
 
-    def destroy(self) -> EditResult:
+    def destroy(self, *, log: Array | None = None) -> EditResult:
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
-        result = self._one(Edit.DESTROY, 0)
+        result = self._one(Edit.DESTROY, 0, log=log)
         self.machine.page_tables.remove(self)
         self.root = 0
         return result
@@ -245,6 +245,8 @@ class PageTable:
         """Put one leaf of `level` in the place of 512 that follow one another and are alike.
 
         Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
+        KVM does this when dirty logging ends (recover_huge_pages_range()); 6.12 dropped the table and left the entry
+        empty, which is unmap() of the range and free_tables().
         """
         return self._one(Edit.COLLAPSE, address, 0, _size(level), level, log=log)
 

@@ -32,6 +32,13 @@ OFFSETS = sorted(
         for pages in (0, 1, 511)
     }
 )
+
+
+class Near(int):
+    """Not an offset but a leaf: the first or the last one of some table, whichever there are then."""
+
+
+PLACES = st.one_of(st.integers(0, 15).map(Near), st.sampled_from(OFFSETS))
 PHYSICAL = [0, 1 << 32, (1 << 32) + PAGE_2M, (1 << 32) + PAGE_4K, (1 << 36) - PAGE_1G]
 
 
@@ -57,13 +64,19 @@ class Edits(RuleBasedStateMachine):
         pages = self.table.root + np.arange(fmt.roots) * PAGE_4K
         self.written = {int(page): np.full(512, self.table.format.empty, np.uint64) for page in pages}
         self.anchor = anchors(fmt)[anchor]
+        length = 2 * PAGE_2M + 3 * PAGE_4K
+        self.map_range(-2 * PAGE_2M - PAGE_4K, True, 1 << 32, length, 3, 0, False)
+        self.map(PAGE_1G, 0, 3, 0, False)
 
     # ------------------------------------------------------------------ helpers
 
     def place(self, offset: int, level: int = 1) -> int:
         """An address of the region: in the tree, and as the interface takes it."""
-        address = min(max(self.anchor + offset, 0), (1 << self.fmt.input_bits) - size_of(level))
-        return address & -size_of(level)
+        address = self.anchor + offset
+        if isinstance(offset, Near) and self.tree.leaves:
+            leaves = self.tree.leaves[sorted(self.tree.leaves)[offset // 2 % len(self.tree.leaves)]]
+            address = max(leaves) if offset % 2 else min(leaves)
+        return min(max(address, 0), (1 << self.fmt.input_bits) - size_of(level)) & -size_of(level)
 
     def given(self, address: int) -> int:
         bits = self.fmt.input_bits
@@ -99,7 +112,7 @@ class Edits(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ edits
 
-    @rule(offset=st.sampled_from(OFFSETS), physical=st.sampled_from(PHYSICAL), level=st.integers(1, 3),
+    @rule(offset=PLACES, physical=st.sampled_from(PHYSICAL), level=st.integers(1, 3),
           bits=st.integers(0, 7), replace=st.booleans())  # fmt: skip
     def map(self, offset: int, physical: int, level: int, bits: int, replace: bool) -> None:
         address = self.place(offset, level)
@@ -109,7 +122,7 @@ class Edits(RuleBasedStateMachine):
         result = self.edit("map", self.given(address), physical, level=level, attributes=attributes, replace=replace)
         self.compare(result, expected.status, expected.detail)
 
-    @rule(offset=st.sampled_from(OFFSETS), aligned=st.booleans(), physical=st.sampled_from(PHYSICAL),
+    @rule(offset=PLACES, aligned=st.booleans(), physical=st.sampled_from(PHYSICAL),
           length=st.sampled_from(LENGTHS), max_level=st.integers(2, 3), bits=st.integers(0, 7),
           replace=st.booleans())  # fmt: skip
     def map_range(
@@ -139,7 +152,7 @@ class Edits(RuleBasedStateMachine):
         drop = (self.fmt.accessed | self.fmt.dirty if bits & 1 else 0) | (self.fmt.write if bits & 2 else 0)
         return self.fmt.leaf & ~drop ^ (self.fmt.memory_type if bits & 4 else 0)
 
-    @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS), partial=st.sampled_from(["split", "whole"]),
+    @rule(offset=PLACES, length=st.sampled_from(LENGTHS), partial=st.sampled_from(["split", "whole"]),
           tables=st.sampled_from(["munmap", "zap", "madvise"]))  # fmt: skip
     def unmap(self, offset: int, length: int, partial: str, tables: str) -> None:
         address = self.place(offset)
@@ -148,9 +161,7 @@ class Edits(RuleBasedStateMachine):
         result = self.edit("unmap", self.given(address), length, partial=partial, tables=tables)
         self.compare(result, expected.status, expected.detail)
 
-    @rule(
-        offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS), tables=st.sampled_from(["munmap", "madvise"])
-    )
+    @rule(offset=PLACES, length=st.sampled_from(LENGTHS), tables=st.sampled_from(["munmap", "madvise"]))
     def free_tables(self, offset: int, length: int, tables: str) -> None:
         address = self.place(offset)
         length = self.fit(address, length)
@@ -159,7 +170,7 @@ class Edits(RuleBasedStateMachine):
         assert (result.status, result.detail) == (0, freed)
         assert (result.flush is not None and result.flush.freed_tables) == (freed > 0)
 
-    @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS), what=st.integers(0, 15),
+    @rule(offset=PLACES, length=st.sampled_from(LENGTHS), what=st.integers(0, 15),
           partial=st.sampled_from(["split", "whole"]))  # fmt: skip
     def protect(self, offset: int, length: int, what: int, partial: str) -> None:
         address = self.place(offset)
@@ -173,7 +184,7 @@ class Edits(RuleBasedStateMachine):
         )
         self.compare(result, expected.status, expected.detail)
 
-    @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS), dirty=st.booleans())
+    @rule(offset=PLACES, length=st.sampled_from(LENGTHS), dirty=st.booleans())
     def clear(self, offset: int, length: int, dirty: bool) -> None:
         address = self.place(offset)
         length = self.fit(address, length)
@@ -181,7 +192,7 @@ class Edits(RuleBasedStateMachine):
         result = self.edit("clear_dirty" if dirty else "clear_accessed", self.given(address), length)
         self.compare(result, expected.status, expected.detail)
 
-    @rule(offset=st.sampled_from(OFFSETS), length=st.sampled_from(LENGTHS[:3]), level=st.integers(1, 2))
+    @rule(offset=PLACES, length=st.sampled_from(LENGTHS[:3]), level=st.integers(1, 2))
     def split(self, offset: int, length: int, level: int) -> None:
         address = self.place(offset)
         length = self.fit(address, length)
@@ -195,9 +206,19 @@ class Edits(RuleBasedStateMachine):
         if self.table.format.flush == page_format.FlushRule.WHOLE_VM:
             assert result.flush is None
 
-    @rule(offset=st.sampled_from(OFFSETS), level=st.integers(2, 3))
+    @rule(offset=PLACES, level=st.integers(2, 3))
     def collapse(self, offset: int, level: int) -> None:
-        address = self.place(offset, level)
+        self.collapse_at(self.place(offset, level), level)
+
+    @precondition(lambda self: any(len(leaves) == 512 for leaves in self.tree.leaves.values()))
+    @rule(which=st.integers(0, 7))
+    def collapse_full_table(self, which: int) -> None:
+        full = sorted(table for table, leaves in self.tree.leaves.items() if len(leaves) == 512 and table.level < 3)
+        if full:
+            table = full[which % len(full)]
+            self.collapse_at(table.span.start, table.level + 1)
+
+    def collapse_at(self, address: int, level: int) -> None:
         expected = self.tree.collapse(address, level)
         result = self.edit("collapse", self.given(address), level=level)
         assert result.status == expected.status
@@ -331,6 +352,23 @@ def test_a_batch_equals_single_edits() -> None:
     assert many.unmap_many(addresses[::2]).status.tolist() == single
     ram = [table.machine.arrays.ram[: 64 * 512] for table in (one, many)]
     assert (ram[0] == ram[1]).all()
+
+
+@pytest.mark.parametrize("fmt", ["x86-64", "ept-5", "arm64-s2"])
+def test_no_address_harms_a_batch(fmt: str) -> None:
+    """Any 64-bit words, among them some that lie within the tables: each as refused alone."""
+    random = np.random.default_rng(7)
+    addresses = random.integers(0, 1 << 64, 400, dtype=np.uint64) >> random.integers(0, 52, 400).astype(np.uint64)
+    addresses[::2] &= ~np.uint64(PAGE_4K - 1)
+    physical = addresses[::-1] & np.uint64((1 << 40) - PAGE_4K)
+    one, many = tree(fmt), tree(fmt)
+    single = [one.map(int(a), int(p)).status for a, p in zip(addresses, physical, strict=True)]
+    assert many.map_many(addresses, physical).status.tolist() == single
+    assert {0, -L.EINVAL, -L.ERANGE} <= set(single)
+    for method in ("unmap", "protect", "clear_accessed", "split", "collapse"):
+        single = [getattr(one, method)(int(a)).status for a in addresses]
+        assert getattr(many, method + "_many")(addresses).status.tolist() == single
+    assert one.machine.check() == many.machine.check() == 0
 
 
 # ------------------------------------------------------------------ what is refused

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import layout
-from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U3, U9, U12, U511, U512, U4095
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U3, U9, U12, U511, U512, U4095, prefetch
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.edit_tree import (
     FILL,
@@ -106,6 +106,7 @@ from pgemu_kernels.paging import format_row, is_present, table_of
 
 U = np.uint64
 U7 = U(7)
+AHEAD = U(8)  # how many addresses of a batch the memory is given to fetch an entry
 
 CREATE = U(layout.Edit.CREATE)
 DESTROY = U(layout.Edit.DESTROY)
@@ -622,6 +623,15 @@ def quick_unmap(e, f, address):
     return True
 
 
+@kernel
+def look_ahead(e, f, given):
+    """Ask for the cache line of the last-level entry over an address that comes later in a batch."""
+    address = given & ((U1 << e.state[f + F_INPUT_BITS]) - U1)
+    _, level, value = descend(e, f, address, U2, False)
+    if level == U2 and is_present(e.state, f, value) and not is_leaf(e.state, f, level, value):
+        prefetch(e.ram, table_of(e.state, f, value) + (address >> U12 & U511))
+
+
 # --------------------------------------------------------------------------- roots
 
 
@@ -790,7 +800,13 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     if failure == DONE:
         prepare(state, f, request)
     several = physical.size > 1
-    for i in range(U(addresses.size)):
+    count = U(addresses.size)
+    looks_ahead = not logged(e) and (op == UNMAP or request[E_QUICK] != U0)
+    for i in range(count):
+        later = i + AHEAD
+        # Neighbours are in the same line, or the processor has seen to them.
+        if looks_ahead and later < count and addresses[later] - addresses[later - U1] != size_of(U1):
+            look_ahead(e, f, addresses[later])
         if failure != DONE:
             status[i] = failure
             detail[i] = U0

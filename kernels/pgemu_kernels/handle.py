@@ -22,7 +22,9 @@ class Machine(NamedTuple):
     ram: Words  # uint64, physical memory of the metadata zone, index = address / 8
     state: Words  # uint64, registers (R_*), formats, rows of every object, stacks, a bit per page for each inode
     stats: Words  # int64, clock, gauges, prices, counters and histograms (STATS_*)
-    counts: Words  # uint32, leaves below each table page by frame, contents of guest frames, shared pages per 2M and 1G
+    # uint32: leaves below each table page by frame (edits.py: present entries in it), contents of guest frames, shared
+    # pages per 2M and 1G
+    counts: Words
 
 
 DTYPES: dict[str, type[np.generic]] = {"ram": np.uint64, "state": np.uint64, "stats": np.int64, "counts": np.uint32}

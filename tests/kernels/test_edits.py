@@ -182,6 +182,19 @@ def test_kvm_freezes_every_entry_of_a_table_that_a_leaf_replaces() -> None:
     assert result.flush == Flush(VA, VA + PAGE_2M, 1, True)
 
 
+def test_the_end_of_a_vm_freezes_what_is_present() -> None:
+    table, log = tree("ept"), Log()
+    table.map(VA, PA)
+    table.map(VA + PAGE_2M, PA, level=2)
+    at = entries(table, VA) | {0: entries(table, VA + PAGE_2M)[2]}
+    result = table.destroy(log=log.words)
+    assert log.records(result.records, WRITE, FLUSH, FLUSH_ALL) == [
+        (WRITE, level, at[key][0], FROZEN) for level, key in ((4, 4), (3, 3), (2, 2), (1, 1), (2, 0))
+    ]
+    assert len(log.records(result.records, FREE)) == 4
+    assert result.flush is None
+
+
 def test_kvm_zaps_to_the_value_of_an_empty_entry_and_keeps_the_tables() -> None:
     table, log = tree("ept"), Log()
     table.map(VA, PA, level=2)

@@ -262,6 +262,9 @@ class Tree:
             there = self.find(at)
             if not replace and self.over(range(at, at + size_of(level))):
                 return self.done(EEXIST, offset)
+            while there and there[1].level > level and not self.format.arm:
+                self.split_one(*there)  # exact: the child may be what is asked for
+                there = self.find(at)
             if there and there[1].level == level and self.quiet(there[1].entry, entry):
                 self.put(at, Leaf(level, entry))
             else:
