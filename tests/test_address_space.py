@@ -1,4 +1,4 @@
-"""Address spaces of processes: random sequences on every kind of memory against nested dictionaries; then single rules."""
+"""Address spaces of processes: random sequences on every kind of memory against nested dictionaries, and some rules."""
 
 from __future__ import annotations
 
