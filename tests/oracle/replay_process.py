@@ -238,18 +238,35 @@ class Replay:
         self.bar: Device | None = None
         self.devices: list[tuple[int, int]] = []
         self.frames = Frames()
+        self.left_out = self._left_out()
         self.ranges = list(self._ranges())
         self.guests = Guests(self)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
-        """The address ranges that the scenario maps, over its whole life."""
+        """The address ranges that the scenario maps, over its whole life, except what is not modelled."""
         for checkpoint in self.checkpoints:
             for operation in checkpoint.ops:
-                words = operation.words
-                if operation.name == "map":
-                    yield number(words[1]), number(words[1]) + number(words[2])
-                elif operation.name == "remap" and len(words) == 5:
-                    yield number(words[4]), number(words[4]) + number(words[3])
+                if operation.name == "map" and operation.words[1] not in self.left_out:
+                    yield number(operation.words[1]), number(operation.words[1]) + number(operation.words[2])
+
+    def _left_out(self) -> set[str]:
+        """Addresses of mappings that pgemu does not model: shared anonymous memory, huge pages, DONTFORK."""
+        every = [operation for checkpoint in self.checkpoints for operation in checkpoint.ops]
+        shared = {
+            operation.words[1] for operation in every if operation.name == "map" and operation.words[4] == "shanon"
+        }
+        advised = {
+            operation.words[1] for operation in every
+            if operation.name == "adv" and operation.words[3] in ("hugepage", "dontfork")
+        }  # fmt: skip
+        return shared | advised
+
+    def is_left_out(self, operation: Operation) -> bool:
+        """Whether an operation is on such a mapping."""
+        if not self.left_out or len(operation.words) < 2 or not operation.words[1].startswith("0x"):
+            return False
+        # In these scenarios each of them lies in a 1G of its own.
+        return number(operation.words[1]) >> 30 in {number(address) >> 30 for address in self.left_out}
 
     def run(self) -> int:
         """Replay to the end: how many checkpoints were equal. MismatchError at the first that is not."""
@@ -267,6 +284,8 @@ class Replay:
 
     def operate(self, checkpoint: Checkpoint, operation: Operation) -> None:
         name = operation.name
+        if self.is_left_out(operation):
+            return
         method = getattr(self, f"op_{name}", None) or getattr(self.guests, name)
         got = method(operation, *operation.words[1:])
         if got is not None and got != returned(operation):
