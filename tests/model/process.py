@@ -1,4 +1,4 @@
-"""Process memory as nested dictionaries: a table is a dict from index to a table or a leaf. Shares no code with kernels.
+"""Process memory as nested dictionaries: a table is a dict from index to a table or a leaf; no code of the kernels.
 
 Only what can be asked about: which page an address shows at which level, whether it may be written, which tables
 exist, what calls return. Bits of entries are for the captures.
@@ -200,10 +200,10 @@ class Process:
             return
         for other in sorted(self.areas, key=lambda a: -a.start):
             touching = other.start == area.end or other.end == area.start
+            touching &= other.offset - other.start == area.offset - area.start and not other.cloned
             if area.kind == "anon" and other.kind == "anon" and touching and other.anon_vma is not None:
-                if not other.cloned and other.offset - other.start == area.offset - area.start:
-                    area.anon_vma = other.anon_vma
-                    return
+                area.anon_vma = other.anon_vma
+                return
         area.anon_vma = object()
 
     # ------------------------------------------------------------------ calls
@@ -294,7 +294,7 @@ class Process:
                 self.zap(area, first, last)
                 if self.reclaims and area.kind != "huge":
                     for base in range(-(-first // M2) * M2, last - M2 + 1, M2):
-                        table, index, level = self.find(base)
+                        table, _, level = self.find(base)
                         if level == 1 and not table:
                             del self.path(base, 2)[base // M2 % 512]
         return -ENOMEM if hole or address < end else 0
