@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from pgemu.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.statistics import Statistics
     from pgemu.trace import Lowered, LoweringOptions, Records, load
+    from pgemu.translation import Access, Kind, Translation, translate, translate_nested
 
     __version__: str
 
 __all__ = (
+    "Access",
     "AddressSpace",
     "Comparison",
     "Config",
@@ -36,6 +38,7 @@ __all__ = (
     "GuestMemfd",
     "Image",
     "InputError",
+    "Kind",
     "Lowered",
     "LoweringOptions",
     "Machine",
@@ -44,13 +47,17 @@ __all__ = (
     "Result",
     "Results",
     "Statistics",
+    "Translation",
     "Vm",
     "__version__",
     "load",
     "open_image",
+    "translate",
+    "translate_nested",
 )
 
 _HOMES = {
+    "Access": "translation",
     "AddressSpace": "memory",
     "Comparison": "compare",
     "Config": "machine",
@@ -60,6 +67,7 @@ _HOMES = {
     "GuestMemfd": "memory",
     "Image": "image",
     "InputError": "errors",
+    "Kind": "translation",
     "Lowered": "trace",
     "LoweringOptions": "trace",
     "Machine": "machine",
@@ -68,9 +76,12 @@ _HOMES = {
     "Result": "machine",
     "Results": "machine",
     "Statistics": "statistics",
+    "Translation": "translation",
     "Vm": "memory",
     "load": "trace",
     "open_image": "image",
+    "translate": "translation",
+    "translate_nested": "translation",
 }
 
 

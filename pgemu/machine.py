@@ -313,7 +313,7 @@ class Machine:
         stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
 
     def _complete_fixed_formats(self) -> None:
-        """What walkers and edits read of the three formats that every machine has: words that format_table() leaves 0."""
+        """What walkers and edits read of the formats that every machine has: words that format_table() leaves 0."""
         config = self.config
         ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
         npt = page_format.npt(kernel=config.kernel)

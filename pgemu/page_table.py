@@ -9,6 +9,8 @@
 Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
 >>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
 [(2, '0x7067'), (1, '0x80002867')]
+>>> table.translate([0x4000_1234, 0x4000_2234]).status.tolist()  # pgemu.translation.WalkStatus
+[1, 0]
 
 Every edit returns what must be flushed from TLBs, and on request the list of entries it read and wrote, in order.
 Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
@@ -25,7 +27,10 @@ from pgemu_kernels.layout import PAGE_4K, Edit
 from pgemu_kernels.page_format import FORMATS, FlushRule, PageFormat
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pgemu.machine import Machine
+    from pgemu.translation import Access, Kind, Translation
 
 Array = np.ndarray[Any, Any]
 Partial = Literal["split", "whole"]
@@ -286,6 +291,19 @@ class PageTable:
                 break
             at = (entry & fmt.address) + (address >> 3 + 9 * (level - 1) & 511) * 8
         return steps
+
+    def translate(
+        self,
+        addresses: Sequence[int] | Array,
+        kinds: Kind | Sequence[int] | Array | None = None,
+        access: Access | None = None,
+        *,
+        references: bool = False,
+    ) -> Translation:
+        """Translate addresses (uint64[n]) in order; see pgemu.translation.translate."""
+        from pgemu.translation import translate
+
+        return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
 
     def table_pages(self) -> dict[int, Array]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""

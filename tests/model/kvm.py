@@ -305,9 +305,8 @@ class Kvm:
             return 0
         if new.gmem is not None:
             for other in self.slots.values():
-                if other.gmem is not None and new.gmem < other.gmem + other.pages:
-                    if other.gmem < new.gmem + new.pages:
-                        return EINVAL
+                if other.gmem is not None and -other.pages < other.gmem - new.gmem < new.pages:
+                    return EINVAL
         self.slots[number] = new
         self.next_generation(1)
         return 0
