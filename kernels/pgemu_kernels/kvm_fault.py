@@ -211,7 +211,7 @@ def fast_page_fault(m, f, vm, gfn, spte, level, access):
     status = mark_dirty(m, slot, gfn)
     if status != 0:
         return status
-    m.ram[spte] = entry | state[f + F_WRITE]
+    set_accessed_dirty(m, f, spte, entry | state[f + F_WRITE], access)
     return np.int64(RET_PF_FIXED)
 
 
@@ -234,7 +234,12 @@ def access_once(m, vm, gfn, access, private):
         charge_one(m, GUEST_FAULT)
         if entry != state[f + F_EMPTY] and entry == make_mmio_spte(state, f, gfn, state[row + V_GENERATION]):
             return np.int64(RET_PF_EMULATE), U1  # mmu.c:handle_mmio_page_fault()
-    return page_fault(m, vm, gfn, access, False, private)
+    status, level = page_fault(m, vm, gfn, access, False, private)
+    if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
+        # The access runs again, and the processor marks the leaf.
+        spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
+        set_accessed_dirty(m, f, spte, entry, access)
+    return status, level
 
 
 @outlined
@@ -261,11 +266,6 @@ def guest_access(m, op):
         status, level = access_once(m, vm, gfn, access, private)
         if status != RET_PF_RETRY:
             break
-    if status == RET_PF_FIXED:
-        # The access runs again, and the processor marks the leaf.
-        f = stage2_format(m)
-        spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
-        set_accessed_dirty(m, f, spte, entry, access)
     state[op + O_DETAIL] = level if status > 0 else U0
     return status
 

@@ -340,9 +340,7 @@ def apply_flags(m, slot, flags):
         write_protect_range(m, root, gfn, end)
         charge_one(m, TLB_FLUSH_VM)  # whether anything changed or not
     else:
-        replaced = recover_huge_pages(m, slot)
-        if replaced != 0:
-            charge_one(m, TLB_FLUSH_VM)
+        recover_huge_pages(m, slot)
 
 
 @outlined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U511
+from pgemu_kernels.bits import NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.formats import ADDRESS, WRITE
 from pgemu_kernels.gmem import find_memslot, inode_row, memslot_row, vm_row
@@ -35,17 +35,15 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.page_cache import cache_find
 from pgemu_kernels.paging import find_leaf, host_format, stage2_format
+from pgemu_kernels.process_recount import own_nodes
 from pgemu_kernels.tdp_mmu import pages_of
 
 U = np.uint64
-_FRAMES = U(Broken.FRAMES)
 _MIXED_LEAF = U(Broken.MIXED_LEAF)
 _WRONG_PFN = U(Broken.WRONG_PFN)
 _WIDER = U(Broken.LEAF_OVER_FOLIO)
 _ADDRESS = U(ADDRESS)
 _WRITE = U(WRITE)
-_HEIGHT = U(7)
-_NODE = 7
 
 
 @kernel
@@ -89,35 +87,11 @@ def check_user_leaf(m, vm, slot, gfn, level, entry):
         expect(m, not writable or m.ram[host] & _WRITE != U0, _WRONG_PFN, gfn)
 
 
-@kernel
-def _own(m, owner, frame):
-    expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
-    owner[frame] = np.uint8(_NODE)
-
-
 @outlined
-def own_nodes(m, owner, root):
-    """Mark the nodes of a radix tree (page_cache) as owned, by its root word."""
-    height = root & _HEIGHT
-    index = U0
-    while height != U0 and index >> (U9 * height) == U0:
-        node = root & _ADDRESS
-        level = height
-        if index == U0:
-            _own(m, owner, node >> U12)
-        while level > U1 and node != U0:
-            node = m.ram[(node >> U3) + (index >> (U9 * (level - U1)) & U511)]
-            level -= U1
-            if node != U0 and index & ((U1 << (U9 * level)) - U1) == U0:
-                _own(m, owner, node >> U12)
-        index = ((index >> (U9 * level)) + U1) << (U9 * level)
-
-
-@outlined
-def own_kvm_nodes(m, owner):
+def own_kvm_nodes(m, owner, found):
     """The nodes of every VM's attributes and of every slot's dirty bitmap."""
     state = m.state
     for vm in range(state[R_VMS]):
-        own_nodes(m, owner, state[vm_row(vm) + V_ATTRIBUTES])
+        own_nodes(m, state[vm_row(vm) + V_ATTRIBUTES], owner, found)
     for i in range(state[R_MEMSLOTS]):
-        own_nodes(m, owner, state[memslot_row(i) + M_DIRTY])
+        own_nodes(m, state[memslot_row(i) + M_DIRTY], owner, found)

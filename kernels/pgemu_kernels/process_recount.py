@@ -226,7 +226,7 @@ def check_process(m, space, owner, found):
 
 
 @outlined
-def _own_nodes(m, root, owner, found):
+def own_nodes(m, root, owner, found):
     """Mark the nodes of a radix tree by its root word; each is entered where its first index is."""
     height = root & _HEIGHT
     index = U0
@@ -318,7 +318,7 @@ def check_processes(m, owner, found):
         kind = state[node + I_KIND]
         if kind == INODE_GUEST_MEMFD or state[node + I_REFERENCES] == U0:
             continue
-        _own_nodes(m, state[node + I_CACHE], owner, found)
+        own_nodes(m, state[node + I_CACHE], owner, found)
         if kind == INODE_GUEST_MEMFD_4K:
             _check_cached_pages(m, node, owner, found)
         elif kind == INODE_HUGETLB and state[node + I_ORDER] == state[R_ORDER]:
@@ -345,4 +345,4 @@ def check_processes(m, owner, found):
     expect(m, _gauge(m, PAGE_CACHE_PAGES) == found[F_CACHED], _COUNTS, U(found[F_CACHED]))
     for level in range(U2):
         expect(m, _gauge(m, HOST_LEAVES + U1 + level) == found[U1 + level], _COUNTS, U1 + level)
-    expect(m, _gauge(m, CACHE_NODES) >= found[F_NODES], _COUNTS, U(found[F_NODES]))
+    expect(m, _gauge(m, CACHE_NODES) == found[F_NODES], _COUNTS, U(found[F_NODES]))

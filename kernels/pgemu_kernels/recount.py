@@ -268,8 +268,8 @@ def check(descriptor, owner, leaves, found):
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
+    own_kvm_nodes(m, owner, found)
     check_processes(m, owner, found)
-    own_kvm_nodes(m, owner)
     kernel_tables, pages = check_vmemmap(m, owner)
     references = U0
     for inode in range(state[R_INODES]):

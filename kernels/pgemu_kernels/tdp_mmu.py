@@ -356,8 +356,9 @@ def make_huge_spte(state, f, entry, level):
 def collapse(m, f, slot, level):
     """Replace the table below `slot` by one leaf, or (R_RECOVER_HUGE = 0) drop it all: 1 if it went, else 0.
 
-    Up to 6.12: tdp_mmu.c:zap_collapsible_spte_range(), the next access maps the large leaf, each zap flushes. Later:
-    recover_huge_pages_range(), the flags are those of the first leaf below; a table without any stays.
+    Up to 6.12: tdp_mmu.c:zap_collapsible_spte_range(), the next access maps the large leaf. Later:
+    recover_huge_pages_range(), the flags are those of the first leaf below; a table without any stays. One flush for
+    each table that goes, in either (KVM's counter in the captures).
     """
     state = m.state
     entry = m.ram[slot]
@@ -375,8 +376,7 @@ def collapse(m, f, slot, level):
         gained += 1
         change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
         charge_one(m, SPTE_WRITTEN)
-    else:
-        charge_one(m, TLB_FLUSH_VM)
+    charge_one(m, TLB_FLUSH_VM)
     if level == U2:
         count_below(m.counts, slot & ~U511, gained - dropped)
     return np.int64(1)
@@ -387,9 +387,9 @@ def collapse(m, f, slot, level):
 
 @kernel
 def set_accessed_dirty(m, f, slot, entry, access):
-    """What the processor sets in the leaf of an access that succeeds."""
+    """Store a leaf with what the processor sets in it when an access succeeds."""
     value = entry | m.state[f + F_ACCESSED]
     if access & WRITE != U0:
         value |= m.state[f + F_DIRTY]
-    if value != entry:
+    if value != m.ram[slot]:
         m.ram[slot] = value

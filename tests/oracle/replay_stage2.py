@@ -29,7 +29,6 @@ PAGE = 4096
 FRAMES = 1 << 23  # frames of either side are below
 LEAF_GAUGES = (L.Gauge.STAGE2_LEAVES_4K, L.Gauge.STAGE2_LEAVES_2M, L.Gauge.STAGE2_LEAVES_1G)
 BOOT_PAGES = 4
-CHECK = False
 BOOT_SLOT = 32763
 MMU_PRESENT = 1 << 11
 ENOSYS, ENOTTY = 38, 25
@@ -145,6 +144,7 @@ class Replay:
         self.gmems: dict[int, object] = {}
         self.hugetlb: list[tuple[int, int]] = []
         self.frames = Frames()
+        self.dropped_trees = 0
 
     def run(self) -> int:
         """Replay to the end: how many checkpoints were equal. MismatchError at the first that is not."""
@@ -154,7 +154,9 @@ class Replay:
                 self.operate(checkpoint, operation)
             for vm in checkpoint.stage2:
                 self.compare(checkpoint, self.guests[vm.number], vm.trees)
-            if CHECK and (broken := self.machine.check()):
+            if self.guests:
+                self.compare_counters(checkpoint)
+            if broken := self.machine.check():
                 raise MismatchError(f"{checkpoint.name}: {broken} rules broken: {self.machine.broken}")
             done += 1
         return done
@@ -198,6 +200,7 @@ class Replay:
         if int(name) not in self.guests:
             return -ENOSYS
         guest = self.guests[int(name)]
+        leaves = sum(guest.vm.leaves())
         status = guest.vm.set_memory_region(
             int(slot),
             number(gpa),
@@ -208,6 +211,8 @@ class Replay:
         ).status
         if status == 0:
             guest.slots.pop(int(slot), None)
+            if not number(size) and leaves and not guest.vm.stage2().root:
+                self.dropped_trees += 1
             if number(size):
                 guest.slots[int(slot)] = Slot(number(gpa), number(size), number(hva))
         return status
@@ -364,8 +369,7 @@ class Replay:
     def compare(self, checkpoint: Checkpoint, guest: Guest, trees: tuple[Tree, ...]) -> None:
         """Compare a VM's tree. Before its first run, and after all of it was dropped, there is none."""
         here = guest.vm.stage2()
-        counters = checkpoint.raw["kvm_counters"]
-        counted = tuple(counters[name] for name in ("pages_4k", "pages_2m", "pages_1g"))
+        counted = kvm_counters(checkpoint, "pages_4k", "pages_2m", "pages_1g")
         if here.leaf_counts() != counted:
             raise MismatchError(f"{checkpoint.name}: {here.leaf_counts()} leaves, KVM counted {counted}")
         if not trees:
@@ -387,6 +391,27 @@ class Replay:
             raise MismatchError(f"{where}: {here.empty} empty entries, captured {tree.nonpresent_values}")
         self.compare_frames(where, guest, here.leaves, leaves)
         self.compare_counts(where, guest, here)
+
+    def compare_counters(self, checkpoint: Checkpoint) -> None:
+        """KVM's own counters since the VM was made: faults taken and fixed, MMIO exits, flushes of the whole VM.
+
+        An access to a cached MMIO entry is an exit here and no fault there. Where a whole tree goes with a slot the
+        vCPU flushes as it loads a new root, which KVM does not count.
+        """
+        taken, fixed, emulated, mmio, flushes = kvm_counters(
+            checkpoint, "pf_taken", "pf_fixed", "pf_emulate", "mmio_exits", "remote_tlb_flush_requests"
+        )
+        statistics = self.machine.statistics
+        results = statistics.results(L.Operation.GUEST_FAULT)
+        here = {
+            "faults": statistics.event(L.Event.GUEST_FAULT) - (mmio - emulated),
+            "faults fixed": results.get(L.RET_PF_FIXED, 0),
+            "MMIO exits": results.get(L.RET_PF_EMULATE, 0),
+            "flushes": statistics.event(L.Event.TLB_FLUSH_VM) - self.dropped_trees,
+        }
+        captured = {"faults": taken, "faults fixed": fixed, "MMIO exits": mmio, "flushes": flushes}
+        if here != captured:
+            raise MismatchError(f"{checkpoint.name}: counted {here}, KVM {captured}")
 
     def empty_value(self) -> int:
         row = int(L.STATE_FORMATS) + self.machine.register(L.R_STAGE2_FORMAT) * L.F_WORDS
@@ -412,6 +437,11 @@ class Replay:
         kept = tuple(gauges.gauge(gauge) for gauge in LEAF_GAUGES)
         if len(self.guests) == 1 and (kept != counted or gauges.gauge(L.Gauge.STAGE2_TABLES) != len(here.tables) + 1):
             raise MismatchError(f"{where}: gauges {kept}, in the tree {counted}")
+
+
+def kvm_counters(checkpoint: Checkpoint, *names: str) -> tuple[int, ...]:
+    """KVM's statistics, summed over VMs."""
+    return tuple(checkpoint.raw["kvm_counters"][name] for name in names)
 
 
 def run_entries(run: Run) -> Array:
