@@ -66,6 +66,19 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.GET,
         Operation.PUT,
         Operation.CLOSE,
+        Operation.ALLOCATE,
+        Operation.VM_EXIT,
+        Operation.PROTECT,
+        Operation.FORK,
+        Operation.EXIT,
+        Operation.MEMSLOT,
+        Operation.DIRTY_LOG,
+        Operation.ATTRIBUTES,
+        Operation.PREFAULT,
+        Operation.POPULATE,
+        Operation.READ_SMAPS,
+        Operation.REVOKE,
+        Operation.RESTORE,
     }
 )
 """Operations that the machine carries out; the others have a code so that traces can hold them already."""
@@ -86,7 +99,12 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.CONVERT: {"flags": "target: PRIVATE or SHARED", "vm": "VM that asks", **_FILE_RANGE},
         Operation.PUNCH_HOLE: dict(_FILE_RANGE),
         Operation.ALLOCATE: dict(_FILE_RANGE),
-        Operation.MMAP: {"flags": "READ_ONLY", **_HOST_RANGE, **_FILE_RANGE},
+        Operation.MMAP: {
+            **_HOST_RANGE,
+            **_FILE_RANGE,
+            "flags": "READ_ONLY; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, NORESERVE",
+            "object": "inode; anonymous memory: 0xffffffff",
+        },
         Operation.MUNMAP: dict(_HOST_RANGE),
         Operation.ZAP: {"flags": "MADVISE: asked for by madvise(MADV_DONTNEED)", **_HOST_RANGE},
         Operation.BIND: {
@@ -119,6 +137,24 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
             "space": "guest process",
             "address": "guest virtual, bytes",
         },
+        Operation.PROTECT: {"flags": "READ, WRITE, EXEC", **_HOST_RANGE},
+        Operation.FORK: {"space": "parent"},
+        Operation.EXIT: {"space": "process"},
+        Operation.MEMSLOT: {
+            "flags": "READ_ONLY, LOG_DIRTY_PAGES; PRIVATE: with the guest_memfd that the last BIND named",
+            "vm": "VM",
+            "object": "slot number",
+            "address": "GPA, bytes",
+            "offset": "HVA, bytes",
+            "length": "bytes, 0 deletes",
+        },
+        Operation.DIRTY_LOG: {"vm": "VM", "object": "slot number"},
+        Operation.ATTRIBUTES: {"flags": "PRIVATE or SHARED", "vm": "VM", "address": "GPA, bytes", "length": "bytes"},
+        Operation.PREFAULT: {"vm": "VM", "address": "GPA, bytes", "length": "bytes"},
+        Operation.POPULATE: {"flags": "WRITE: MADV_POPULATE_WRITE, else _READ", **_HOST_RANGE},
+        Operation.READ_SMAPS: {"space": "process"},
+        Operation.REVOKE: {"object": "inode of a device"},
+        Operation.RESTORE: {"object": "inode of a device"},
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.
