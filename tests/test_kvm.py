@@ -497,3 +497,39 @@ def test_guest_memfd_serves_ordinary_vms_from_6_18_on(kernel: str, status: int) 
     machine, _, vm = guest(kernel=kernel)
     flags = L.Flag.PRIVATE
     assert machine.operate(L.Operation.MEMSLOT, flags=flags, vm=vm.vm, offset=ANON, length=PAGE).status == status
+
+
+@pytest.mark.parametrize("frames", range(60, 150, 6))
+def test_memory_that_runs_out_anywhere_leaves_everything_in_order(frames: int) -> None:
+    """The same calls on machines of less and less memory: each fails or not, and every recount is right."""
+    try:
+        machine, process, vm = guest(frames=frames, protected=True, hvo=True, stage2="ept", nx_huge_pages=True)
+        gmem = machine.create_guest_memfd_4k(64 * PAGE, mmap=False, init_shared=False)
+    except OSError:
+        return
+    process.mmap_hugetlb(HUGE, 2 * L.PAGE_2M)
+    vm.set_memory_region(0, 0, 64 * PAGE, ANON, gmem=gmem)
+    vm.set_memory_region(1, 1 << 30, 2 * L.PAGE_2M, HUGE)
+    calls = [
+        *(lambda i=i: vm.touch(i * PAGE, write=i % 2 == 0) for i in range(0, 64, 7)),
+        lambda: vm.set_attributes(0, 32 * PAGE, private=True),
+        *(lambda i=i: vm.touch(i * PAGE, write=True) for i in range(0, 64, 5)),
+        lambda: vm.touch((1 << 30) + PAGE, write=True),
+        lambda: vm.touch((1 << 30) + L.PAGE_2M, execute=True),
+        lambda: vm.set_memory_region(1, 1 << 30, 2 * L.PAGE_2M, HUGE, log_dirty_pages=True),
+        *(lambda i=i: vm.touch((1 << 30) + i * 9 * PAGE, write=True) for i in range(16)),
+        lambda: vm.touch(1 << 40),
+        lambda: vm.prefault(0, 64 * PAGE),
+        lambda: process.madvise_dontneed(ANON, 40 * PAGE),
+        lambda: vm.set_memory_region(1, 1 << 30, 2 * L.PAGE_2M, HUGE),
+        lambda: gmem.punch_hole(0, 8 * PAGE),
+        lambda: vm.set_attributes(0, 16 * PAGE, private=False),
+        lambda: vm.prefault(1 << 30, L.PAGE_2M),
+        lambda: vm.set_memory_region(0, 0, 0),
+        vm.close,
+    ]  # fmt: skip
+    allowed = {0, -L.ENOMEM, -L.EFAULT, L.RET_PF_FIXED, L.RET_PF_SPURIOUS, L.RET_PF_EMULATE}
+    for call in calls:
+        assert call().status in allowed  # type: ignore[no-untyped-call]
+        assert machine.check() == 0, machine.broken
+    assert machine.statistics.gauge(L.Gauge.STAGE2_TABLES) == 0
