@@ -486,7 +486,7 @@ class Machine:
 
         ValueError where an argument does not fit its column, or while an operation of the actor is under way.
         """
-        from pgemu_kernels.stepping import begin
+        from pgemu_kernels.stepping import step
 
         _check_fields(op, flags, actor, vm, space, object_)
         if self._record(actor, L.O_ACTIVE):
@@ -498,7 +498,7 @@ class Machine:
         row = int(L.STATE_OPS) + actor * L.O_WORDS
         for word, value in words.items():
             self.arrays.state[row + int(word)] = value
-        begin(self.descriptor, np.uint64(actor))
+        step(self.descriptor, np.uint64(actor), True)
 
     def step(self, actor: int) -> int:
         """Do the next step of an actor's operation: layout.GO, STOP (it ended, see `result`) or BLOCKED.
@@ -509,7 +509,7 @@ class Machine:
 
         if not self._record(actor, L.O_ACTIVE):
             raise ValueError(f"actor {actor} has no operation under way")
-        return int(step(self.descriptor, np.uint64(actor)))
+        return int(step(self.descriptor, np.uint64(actor), False))
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
@@ -530,7 +530,7 @@ class Machine:
 
     def check(self) -> int:
         """Recount everything and compare: how many rules of pgemu_kernels.invariants are broken, ever."""
-        from pgemu_kernels.process_recount import FOUND_WORDS
+
         from pgemu_kernels.recount import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
@@ -538,7 +538,12 @@ class Machine:
             if self.register(L.R_BROKEN) == 0:
                 self.arrays.state[L.R_BROKEN_FIRST] = kind << 48 | frame
             self.arrays.state[L.R_BROKEN] += np.uint64(1)
-        return int(check(self.descriptor, owner, np.zeros(3, np.int64), np.zeros(FOUND_WORDS, np.int64)))
+        found = np.zeros(L.FOUND_WORDS, np.int64)
+        if self.register(L.R_ORDINARY):
+            from pgemu_kernels.ordinary_recount import check_ordinary
+
+            check_ordinary(self.descriptor, owner, found)
+        return int(check(self.descriptor, owner, np.zeros(3, np.int64), found))
 
     def check_each(self, on: bool = True) -> None:
         """Check after every operation what it touched; `broken` tells what was found."""

@@ -282,7 +282,6 @@ R_OTHER_ORDER = U(56)
 R_OTHER_STACK = U(57)
 R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
 R_PTI = U(59)  # 1: page-table isolation
-R_MMIO_GENERATION = U(60)
 R_CONTIGUOUS = U(88)  # first of CONTIGUOUS_FRAMES frames from which runs are taken: roots of several tables
 R_CONTIGUOUS_MAP = U(89)  # where the bits of those in use lie in `state`
 R_RECOVER_HUGE = U(80)  # 1: dirty logging off puts huge leaves back in place, 0: it drops the small ones
@@ -416,6 +415,17 @@ class LogKind(IntEnum):
 
 
 LOG_WORDS = 3  # words of a record: kind and level, address, value
+
+# recount: words of the scratch array `found` (int64): leaves by level, tables, then
+FOUND_TABLES = U(3)
+FOUND_MAPPED = U(4)  # entries that map 4K pages of memory
+FOUND_MAPCOUNTS = U(5)  # ... and what the pages' own counts add up to
+FOUND_HUGE_MAPPED = U(6)  # entries that map HugeTLB pages, in tables counted once
+FOUND_ANONYMOUS = U(7)
+FOUND_CACHED = U(8)
+FOUND_NODES = U(9)
+FOUND_RSS = U(10)
+FOUND_WORDS = 16
 
 # access rows: what one kind of access asks of a walk; made by pgemu.translation.Access
 X_NEED = U(0)  # rights that must be there

@@ -9,7 +9,7 @@ from pgemu_kernels.bits import U1
 from pgemu_kernels.compile import entry
 from pgemu_kernels.events import finish_operation
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.layout import O_OP, Operation
+from pgemu_kernels.layout import O_OP, R_ORDINARY, Operation
 from pgemu_kernels.records import Columns, element, load, save_result
 from pgemu_kernels.routing import is_ordinary
 
@@ -34,6 +34,7 @@ def run_ordinary(descriptor, header, object_, address, offset, length, status, d
     while i < count:
         if not is_ordinary(m.state, element(header, i), element(object_, i), element(address, i)):
             break
+        m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
         kind = m.state[op + O_OP]
         if (

@@ -26,6 +26,14 @@ from pgemu_kernels.layout import (
     A_KIND,
     A_LIVE,
     A_RESERVED,
+    FOUND_ANONYMOUS,
+    FOUND_CACHED,
+    FOUND_HUGE_MAPPED,
+    FOUND_MAPCOUNTS,
+    FOUND_MAPPED,
+    FOUND_NODES,
+    FOUND_RSS,
+    FOUND_TABLES,
     I_BASE,
     I_CACHE,
     I_KIND,
@@ -76,17 +84,6 @@ _TABLE = np.uint8(1)
 _PAGE = np.uint8(7)
 _NODE = np.uint8(8)
 
-# Words of the scratch array `found` (int64): leaves by level, tables, then
-F_TABLES = U(3)
-F_MAPPED = U(4)  # entries that map 4K pages of memory
-F_MAPCOUNTS = U(5)  # ... and what the pages' own counts add up to
-F_HUGE_MAPPED = U(6)  # entries that map HugeTLB pages, in tables counted once
-F_ANONYMOUS = U(7)
-F_CACHED = U(8)
-F_NODES = U(9)
-F_RSS = U(10)
-FOUND_WORDS = 16
-
 
 @kernel
 def _gauge(m, gauge):
@@ -106,12 +103,12 @@ def _check_page(m, row, address, entry, owner, found):
         expect(m, entry & E_WRITE == U0, _WRONG_PFN, address >> U12)
         return
     word = U(m.counts[frame])
-    found[F_MAPPED] += 1
-    found[F_RSS] += 1
+    found[FOUND_MAPPED] += 1
+    found[FOUND_RSS] += 1
     if owner[frame] == np.uint8(0):
         owner[frame] = _PAGE
-        found[F_MAPCOUNTS] += np.int64(word & PAGE_MAPPINGS)
-        found[F_ANONYMOUS] += np.int64(word & PAGE_CACHED == U0)
+        found[FOUND_MAPCOUNTS] += np.int64(word & PAGE_MAPPINGS)
+        found[FOUND_ANONYMOUS] += np.int64(word & PAGE_CACHED == U0)
     expect(m, owner[frame] == _PAGE, _FRAMES, frame)
     expect(m, word & PAGE_EXCLUSIVE == U0 or word & PAGE_MAPPINGS == U1, _COUNTS, frame)
     expect(m, (word & PAGE_CACHED != U0) == (kind == VMA_GUEST_MEMFD_4K), _COUNTS, frame)
@@ -130,7 +127,7 @@ def _check_huge(m, row, address, level, entry, found):
     state = m.state
     order = huge_order(state, row)
     head = frame_of(entry)
-    found[F_HUGE_MAPPED] += 1
+    found[FOUND_HUGE_MAPPED] += 1
     expect(m, level == level_of_order(order) and head & ((U1 << order) - U1) == U0, _WRONG_PFN, address >> U12)
     if state[row + A_FLAGS] & VM_SHARED != U0:
         node = inode_row(state[row + A_INODE])
@@ -172,7 +169,7 @@ def _own_table(m, owner, slot, found):
         return False
     expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
     owner[frame] = _TABLE
-    found[F_TABLES] += 1
+    found[FOUND_TABLES] += 1
     return True
 
 
@@ -205,8 +202,8 @@ def check_process(m, space, owner, found):
         if frame != U0:
             expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
             owner[frame] = _TABLE
-            found[F_TABLES] += 1
-    found[F_RSS] = 0
+            found[FOUND_TABLES] += 1
+    found[FOUND_RSS] = 0
     for i4 in range(U512):
         slot4 = (root >> U3) + i4
         if not is_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
@@ -219,7 +216,7 @@ def check_process(m, space, owner, found):
                     _check_table(m, space, (m.ram[slot3] & E_ADDRESS) >> U3, U2, address, owner, found)
             elif m.ram[slot3] != U0:
                 _check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
-    expect(m, state[space_row(space) + S_RSS] == U(found[F_RSS]), _COUNTS, space)
+    expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), _COUNTS, space)
 
 
 # --------------------------------------------------------------------------- page caches
@@ -237,7 +234,7 @@ def own_nodes(m, root, owner, found):
             if node != U0 and index & ((U1 << (U9 * level)) - U1) == U0:
                 expect(m, owner[node >> U12] == np.uint8(0), _FRAMES, node >> U12)
                 owner[node >> U12] = _NODE
-                found[F_NODES] += 1
+                found[FOUND_NODES] += 1
             if node == U0 or level == U1:
                 break
             node = m.ram[(node >> U3) + (index >> (U9 * (level - U1)) & U511)]
@@ -251,7 +248,7 @@ def _check_cached_pages(m, node, owner, found):
     index = cache_next(m, m.state[node + I_CACHE], U0)
     while index != NONE:
         frame = cache_find(m, m.state[node + I_CACHE], index)
-        found[F_CACHED] += 1
+        found[FOUND_CACHED] += 1
         if owner[frame] == np.uint8(0):
             owner[frame] = _PAGE
             expect(m, U(m.counts[frame]) == PAGE_CACHED, _COUNTS, frame)
@@ -300,7 +297,7 @@ def _count_pool(m, base, pages, order, found):
         else:
             expect(m, word >> U32 == huge_mapcount(m, head), _REFERENCES, head)
         used += U1
-        found[F_HUGE_MAPPED] -= np.int64(huge_mapcount(m, head))
+        found[FOUND_HUGE_MAPPED] -= np.int64(huge_mapcount(m, head))
     return used
 
 
@@ -339,10 +336,10 @@ def check_processes(m, owner, found):
     used = _count_pool(m, state[R_OTHER_BASE], state[R_OTHER_PAGES], state[R_OTHER_ORDER], found)
     expect(m, used + state[R_OTHER_FREE] == state[R_OTHER_PAGES], _COUNTS, used)
     expect(m, _gauge(m, OTHER_POOL_FREE) == np.int64(state[R_OTHER_FREE]), _COUNTS, state[R_OTHER_FREE])
-    expect(m, found[F_HUGE_MAPPED] == 0, _REFERENCES, U(found[F_HUGE_MAPPED]))
-    expect(m, found[F_MAPPED] == found[F_MAPCOUNTS], _COUNTS, U(found[F_MAPPED]))
-    expect(m, _gauge(m, ANONYMOUS_PAGES) == found[F_ANONYMOUS], _COUNTS, U(found[F_ANONYMOUS]))
-    expect(m, _gauge(m, PAGE_CACHE_PAGES) == found[F_CACHED], _COUNTS, U(found[F_CACHED]))
+    expect(m, found[FOUND_HUGE_MAPPED] == 0, _REFERENCES, U(found[FOUND_HUGE_MAPPED]))
+    expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], _COUNTS, U(found[FOUND_MAPPED]))
+    expect(m, _gauge(m, ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], _COUNTS, U(found[FOUND_ANONYMOUS]))
+    expect(m, _gauge(m, PAGE_CACHE_PAGES) == found[FOUND_CACHED], _COUNTS, U(found[FOUND_CACHED]))
     for level in range(U2):
         expect(m, _gauge(m, HOST_LEAVES + U1 + level) == found[U1 + level], _COUNTS, U1 + level)
-    expect(m, _gauge(m, CACHE_NODES) == found[F_NODES], _COUNTS, U(found[F_NODES]))
+    expect(m, _gauge(m, CACHE_NODES) == found[FOUND_NODES], _COUNTS, U(found[FOUND_NODES]))

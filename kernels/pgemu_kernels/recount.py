@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import U0, U1, U2, U3, U8, U9, U12, U18, U27, U32, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -24,18 +24,21 @@ from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
+    find_vma,
     inode_row,
     is_shared,
     vm_row,
 )
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.invariants import check_block, expect
-from pgemu_kernels.kvm_recount import check_leaf, own_kvm_nodes
+from pgemu_kernels.host import space_root
+from pgemu_kernels.invariants import check_block, check_host_leaf, expect
+from pgemu_kernels.kvm_recount import check_leaf
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
     BLOCK_HUGE,
     BLOCK_SPLIT,
+    FOUND_TABLES,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
@@ -52,6 +55,7 @@ from pgemu_kernels.layout import (
     R_INODES,
     R_KERNEL_ROOT,
     R_ORDER,
+    R_ORDINARY,
     R_OTHER_BASE,
     R_OTHER_ORDER,
     R_OTHER_PAGES,
@@ -59,16 +63,20 @@ from pgemu_kernels.layout import (
     R_POOL_BASE,
     R_POOL_FREE,
     R_POOL_PAGES,
+    R_PTI,
     R_SPACES,
     R_TAIL_PAGE,
     R_VMS,
+    S_USER_ROOT,
+    S_WORDS,
+    STATE_SPACES,
     STATS_GAUGES,
     V_IN_PROGRESS,
     V_ROOT,
     Broken,
 )
-from pgemu_kernels.paging import COUNT_BELOW, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.process_recount import F_TABLES, check_process, check_processes
+from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.steps import broken
 
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
@@ -96,6 +104,50 @@ def own(m, owner, frame, kind):
     """Mark a frame as owned; owned twice is broken."""
     expect(m, owner[frame] == np.uint8(0), FRAMES, frame)
     owner[frame] = np.uint8(kind)
+
+
+@outlined
+def check_space(m, space, owner):
+    """Walk the tables of a process that maps inodes of the designs only, by 4K leaves: how many tables and leaves."""
+    state = m.state
+    ram = m.ram
+    f = host_format(m)
+    root = space_root(state, space)
+    own(m, owner, root >> U12, 1)
+    tables = np.int64(1)
+    if state[R_PTI] != U0:
+        own(m, owner, state[STATE_SPACES + space * U(S_WORDS) + S_USER_ROOT] >> U12, 1)
+        tables += 1
+    leaves = np.int64(0)
+    for i4 in range(U512):
+        e4 = ram[(root >> U3) + i4]
+        if not is_present(state, f, e4):
+            continue
+        own(m, owner, (e4 & _ADDRESS) >> U12, 1)
+        tables += 1
+        for i3 in range(U512):
+            e3 = ram[table_of(state, f, e4) + i3]
+            if not is_present(state, f, e3):
+                continue
+            own(m, owner, (e3 & _ADDRESS) >> U12, 1)
+            tables += 1
+            for i2 in range(U512):
+                e2 = ram[table_of(state, f, e3) + i2]
+                if not is_present(state, f, e2):
+                    continue
+                own(m, owner, (e2 & _ADDRESS) >> U12, 1)
+                tables += 1
+                base = i4 << U39 | i3 << U30 | i2 << U(21)
+                table = table_of(state, f, e2)
+                for i1 in range(U512):
+                    if is_present(state, f, ram[table + i1]):
+                        leaves += 1
+                        row = find_vma(state, space, base | i1 << U12)
+                        if row == NONE:
+                            broken(state, WRONG_PFN, base >> U12 | i1)
+                        else:
+                            check_host_leaf(m, row, base | i1 << U12, ram[table + i1])
+    return tables, leaves
 
 
 @outlined
@@ -256,26 +308,27 @@ def check(descriptor, owner, leaves, found):
     """Recount the whole machine and compare with what it keeps: how many rules are broken.
 
     `owner` uint8, one per frame of `ram`, `leaves` int64[3] and `found` int64[FOUND_WORDS] are scratch, zeroed by the
-    caller.
+    caller; where there is ordinary memory ordinary_recount.check_ordinary() has been there before.
     The first finding is in the register R_BROKEN_FIRST.
     """
     m = open_machine(descriptor)
     state = m.state
     gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(32)]
-    for space in range(state[R_SPACES]):
-        check_process(m, space, owner, found)
+    if state[R_ORDINARY] == U0:
+        for space in range(state[R_SPACES]):
+            tables, leaves_4k = check_space(m, space, owner)
+            found[FOUND_TABLES] += tables
+            found[U0] += leaves_4k
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
-    own_kvm_nodes(m, owner, found)
-    check_processes(m, owner, found)
     kernel_tables, pages = check_vmemmap(m, owner)
     references = U0
     for inode in range(state[R_INODES]):
         if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
             references += check_inode(m, inode)
-    expect(m, gauges[HOST_TABLES * U2] == found[F_TABLES], COUNTS_DIFFER, HOST_TABLES)
+    expect(m, gauges[HOST_TABLES * U2] == found[FOUND_TABLES], COUNTS_DIFFER, HOST_TABLES)
     expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
     expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
     for level in range(U3):

@@ -123,11 +123,9 @@ def step_pfnmap(m, op, phase):
     return convert_finish(m, op)
 
 
-@entry
-def begin(descriptor, actor):
+@kernel
+def begin(m, op):
     """Begin the operation in an actor's record (its request words are set): nothing of it is done yet."""
-    m = open_machine(descriptor)
-    op = operation_record(actor)
     if m.state[op + O_OP] >= U(OPERATIONS):
         m.state[op + O_OP] = U0
     m.state[op + O_ACTIVE] = U1
@@ -138,11 +136,17 @@ def begin(descriptor, actor):
 
 
 @entry
-def step(descriptor, actor):
-    """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED."""
+def step(descriptor, actor, beginning):
+    """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED.
+
+    `beginning` (bool): begin it, which is no step yet: GO.
+    """
     m = open_machine(descriptor)
     state = m.state
     op = operation_record(actor)
+    if beginning:
+        begin(m, op)
+        return np.int64(GO)
     if state[op + O_ACTIVE] == U0:
         return np.int64(STOP)
     kind = state[op + O_OP]
