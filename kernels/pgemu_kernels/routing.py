@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U8, U12, U32, U48
-from pgemu_kernels.compile import kernel
+from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.gmem import find_memslot, find_vma, inode_row, vm_row
 from pgemu_kernels.layout import (
     A_KIND,
@@ -64,7 +64,7 @@ def ordinary_inode(state, inode):
     return inode < state[R_INODES] and state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD
 
 
-@kernel
+@outlined
 def is_ordinary(state, header, object_, address):
     """Whether an operation is one for `run_ordinary`; arguments are its columns."""
     kind = header & _BYTE
