@@ -61,6 +61,8 @@ class Operation(IntEnum):
     READ_SMAPS = 32
     REVOKE = 33
     RESTORE = 34
+    GUARD_INSTALL = 35
+    GUARD_REMOVE = 36
 
 
 OPERATIONS = 40  # room in the tables that have a row per operation
@@ -271,9 +273,7 @@ R_SHARED = U(47)  # ... and the shared pages per 2M and 1G
 R_SHARED_USED = U(48)
 R_BOOT_FRAMES = U(49)  # frames behind the others that hold an unoptimised vmemmap from boot on
 R_FOLIO_6_12 = U(50)  # 1: mapcounts and page count of a folio where 6.12 has them
-R_ORDINARY = U(
-    51
-)  # VMAs, memslots and inodes of ordinary kinds were ever made: operations are sorted between two entries
+R_ORDINARY = U(51)  # 1: there are VMAs, memslots or inodes of ordinary kinds (routing.py)
 R_FORMATS = U(52)  # rows of formats in use
 R_OTHER_BASE = U(53)  # the second HugeTLB pool, of the other huge page size: as R_POOL_*
 R_OTHER_PAGES = U(54)
@@ -294,6 +294,7 @@ R_GATHER_START = U(65)  # struct mmu_gather of the operation under way: lowest a
 R_GATHER_END = U(66)  # ... end of the highest,
 R_GATHER_SHIFT = U(67)  # ... smallest page size cleared (12, 21 or 30),
 R_GATHER_TABLES = U(68)  # ... and tables freed
+R_GUARDS = U(69)  # 1: MADV_GUARD_INSTALL exists (6.13)
 R_WORD_COUNT = 96
 CONTIGUOUS_FRAMES = 1024
 
