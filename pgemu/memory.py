@@ -387,6 +387,23 @@ class AddressSpace:
         """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c"""
         return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
 
+    def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
+        """mremap() of anonymous memory: in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
+
+        0, -EINVAL, -EFAULT, -ENOMEM; -EOPNOTSUPP for other memory, which is not modelled. Tables move whole where old
+        and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
+        """
+        if not 0 <= new_length < 1 << 44:
+            raise ValueError(f"length {new_length}: expected less than 16 TiB")
+        return self.machine.operate(
+            Operation.REMAP,
+            space=self.space,
+            address=address,
+            length=length,
+            object_=-(-new_length // L.PAGE_4K),
+            offset=new_address,
+        )
+
     def guard_install(self, address: int, length: int) -> Result:
         """madvise(MADV_GUARD_INSTALL), 6.13 and later: pages go, every access ends in SIGSEGV; no mapping is cut.
 

@@ -465,6 +465,8 @@ def everything(machine: Machine, process: AddressSpace) -> None:
     process.mmap_device(machine.create_device(1 << 20, 512, remap=True), BASE + 4 * G1)
     process.mmap_device(machine.create_device((1 << 20) + 1, 512), BASE + 512 * G1)
     process.touch(BASE + 512 * G1)
+    process.remap(BASE + M2 // 2, M2, M2, BASE + 600 * G1 + PAGE)
+    process.remap(BASE, M2 // 2, M2 // 2, BASE + 1200 * G1)
     try:
         child = process.fork()
     except OSError:
@@ -478,7 +480,7 @@ def everything(machine: Machine, process: AddressSpace) -> None:
 def test_memory_may_run_out_anywhere() -> None:
     """At every number of frames: no rule broken, and nothing lost once all is over."""
     needed = make()[0].statistics.gauge(L.Gauge.FRAMES_USED)
-    for limit in range(needed + 1, needed + 60):
+    for limit in range(needed + 1, needed + 70):
         machine, process = make(frames=limit)
         everything(machine, process)
         assert machine.check() == 0, (limit, machine.broken)
@@ -487,6 +489,32 @@ def test_memory_may_run_out_anywhere() -> None:
         gauge = machine.statistics.gauge
         assert gauge(L.Gauge.HOST_TABLES) == gauge(L.Gauge.ANONYMOUS_PAGES) == 0
         assert machine.check() == 0, (limit, machine.broken)
+
+
+def test_mremap_moves_pages_and_tables() -> None:
+    machine, process = make()
+    process.mmap_anonymous(BASE, 2 * M2)
+    process.touch(BASE + PAGE, write=True)
+    process.touch(BASE + M2, write=True)
+    entries_before = leaf(process, BASE + PAGE), leaf(process, BASE + M2)
+    tables = process.table_pages
+    assert process.remap(BASE, 2 * M2, 2 * M2, BASE + 4 * M2).status == 0
+    assert (leaf(process, BASE + 4 * M2 + PAGE), leaf(process, BASE + 5 * M2)) == entries_before
+    assert process.table_pages == tables
+    assert process.touch(BASE).status == L.VM_FAULT_SIGSEGV
+    assert process.remap(BASE + 4 * M2, M2, M2, BASE + PAGE).status == 0
+    assert leaf(process, BASE + 2 * PAGE) == entries_before[0]
+    assert process.remap(BASE + 5 * M2, M2, PAGE).status == 0
+    assert process.remap(BASE + 5 * M2, PAGE, 2 * M2).status == 0
+    assert process.touch(BASE + 7 * M2 - PAGE, write=True).status == L.VM_FAULT_NOPAGE
+    assert process.remap(BASE + 5 * M2, M2, M2, BASE + 5 * M2 + PAGE).status == -L.EINVAL
+    assert process.remap(BASE + 50 * M2, M2, M2).status == -L.EFAULT
+    process.mmap_hugetlb(BASE + G1, M2)
+    assert process.remap(BASE + G1, M2, 2 * M2).status == -L.EOPNOTSUPP
+    assert machine.check() == 0
+    process.munmap(BASE, 2 * G1)
+    assert process.table_pages == (0, 0, 0)
+    assert machine.check() == 0
 
 
 def test_guards_stay_until_they_are_removed_or_unmapped() -> None:

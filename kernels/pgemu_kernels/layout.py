@@ -63,6 +63,7 @@ class Operation(IntEnum):
     RESTORE = 34
     GUARD_INSTALL = 35
     GUARD_REMOVE = 36
+    REMAP = 37
 
 
 OPERATIONS = 40  # room in the tables that have a row per operation

@@ -12,7 +12,7 @@ from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U12, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import SYSCALL, charge_one
 from pgemu_kernels.forking import end_process, fork
-from pgemu_kernels.gmem import inode_row, mapping_limits, vma_row
+from pgemu_kernels.gmem import find_vma, inode_row, mapping_limits, vma_row
 from pgemu_kernels.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.host import next_vma, space_root
 from pgemu_kernels.huge_pages import add_to_file, discard_huge, take_huge
@@ -32,8 +32,10 @@ from pgemu_kernels.layout import (
     A_RESERVED,
     A_SPACE,
     A_START,
+    A_WORDS,
     EBADF,
     EEXIST,
+    EFAULT,
     EINVAL,
     ENODEV,
     ENOMEM,
@@ -99,6 +101,7 @@ from pgemu_kernels.process_tables import (
     size_of,
     space_row,
 )
+from pgemu_kernels.remapping import move_page_tables
 from pgemu_kernels.steps import stop
 from pgemu_kernels.vma import (
     RESERVED,
@@ -138,6 +141,7 @@ _REVOKE = U(Operation.REVOKE)
 _RESTORE = U(Operation.RESTORE)
 _GUARD_INSTALL = U(Operation.GUARD_INSTALL)
 _GUARD_REMOVE = U(Operation.GUARD_REMOVE)
+_REMAP = U(Operation.REMAP)
 
 
 @kernel
@@ -369,6 +373,107 @@ def _munmap(m, op):
         _remove_vmas(m, space, start, start + length)
     else:
         gather_flush(m)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- mremap
+
+
+@outlined
+def _unmap_range(m, space, start, end):
+    """do_munmap() of an aligned range: 0, -EINVAL, -ENOMEM."""
+    gather_begin(m)
+    status = _cut_ends(m, space, start, end)
+    if status == 0:
+        _remove_vmas(m, space, start, end)
+    return status
+
+
+@outlined
+def _resize(m, row, start, length, wanted):
+    """mremap() in place: the tail goes, or the mapping grows into a hole behind it. 0, -ENOMEM."""
+    state = m.state
+    space = state[row + A_SPACE]
+    if wanted <= length:
+        return _unmap_range(m, space, start + wanted, start + length) if wanted < length else np.int64(0)
+    end = start + wanted
+    if state[row + A_END] != start + length or end > TASK_SIZE:
+        return np.int64(-ENOMEM)
+    if next_vma(state, space, start + length, end) != NONE:
+        return np.int64(-ENOMEM)
+    state[row + A_END] = end
+    merge(state, row)
+    return np.int64(0)
+
+
+@outlined
+def _move_vma(m, row, start, length, to):
+    """move_vma(): a copy of the VMA at its new place, the tables moved there, the old range unmapped. 0, -ENOMEM.
+
+    Without memory on the way Linux moves back what it has moved; so does this, which needs no memory for it but for
+    tables that are there.
+    """
+    state = m.state
+    space = state[row + A_SPACE]
+    copy = new_row(state)
+    if copy == NONE:
+        return np.int64(-ENOMEM)
+    for word in range(U(A_WORDS)):
+        state[copy + word] = state[row + word]
+    state[copy + A_START] = to
+    state[copy + A_END] = to + length
+    state[copy + A_PGOFF] = state[row + A_PGOFF] + ((start - state[row + A_START]) >> U12)
+    if state[row + A_ANON_VMA] == U0:
+        state[copy + A_PGOFF] = to >> U12  # copy_vma(): nothing was ever written, the place is not yet fixed
+    merge(state, copy)
+    gather_begin(m)
+    status = move_page_tables(m, space, start, to, length)
+    if status != 0:
+        move_page_tables(m, space, to, start, length)
+    gather_flush(m)
+    if status != 0:
+        _unmap_range(m, space, to, to + length)
+        return status
+    return _unmap_range(m, space, start, start + length)
+
+
+@outlined
+def _mremap(m, op):
+    """mremap(): length and object, in pages, are the old and the new size; offset is the new address, 0 to stay.
+
+    0, -EINVAL for bad arguments or ranges that overlap, -EFAULT without a mapping over the whole old range, -ENOMEM.
+    Of other than anonymous memory -EOPNOTSUPP: not modelled. What is mapped at the new address goes first.
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    start = state[op + O_ADDRESS]
+    to = state[op + O_OFFSET]
+    length = _rounded(state, op, U(4096))
+    wanted = state[op + O_OBJECT] << U12
+    if (start | to) & U4095 != U0 or wanted == U0 or length == U0:
+        return stop(state, op, -EINVAL)
+    if to != U0 and (wanted > TASK_SIZE or to > TASK_SIZE - wanted or (start < to + wanted and to < start + length)):
+        return stop(state, op, -EINVAL)
+    if to != U0:
+        status = _unmap_range(m, space, to, to + wanted)
+        if status != 0:
+            return stop(state, op, status)
+    row = find_vma(state, space, start)
+    if row == NONE or length > state[row + A_END] - start:
+        return stop(state, op, -EFAULT)
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        return stop(state, op, -EOPNOTSUPP)
+    if to == U0:
+        return stop(state, op, _resize(m, row, start, length, wanted))
+    if wanted < length:
+        status = _unmap_range(m, space, start + wanted, start + length)
+        if status != 0:
+            return stop(state, op, status)
+        length = wanted
+        row = find_vma(state, space, start)
+    status = _move_vma(m, row, start, length, to)
+    if status == 0 and wanted > length:
+        status = _resize(m, find_vma(state, space, to), to, length, wanted)
     return stop(state, op, status)
 
 
@@ -733,6 +838,8 @@ def operate(m, op):
         return _read_smaps(m, op)
     if kind == _GUARD_INSTALL or kind == _GUARD_REMOVE:
         return _guard(m, op, kind == _GUARD_INSTALL)
+    if kind == _REMAP:
+        return _mremap(m, op)
     if kind == _FORK:
         return fork(m, op)
     if kind == _EXIT:

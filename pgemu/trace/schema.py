@@ -81,6 +81,7 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.RESTORE,
         Operation.GUARD_INSTALL,
         Operation.GUARD_REMOVE,
+        Operation.REMAP,
     }
 )
 """Operations that the machine carries out; the others have a code so that traces can hold them already.
@@ -162,6 +163,7 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.RESTORE: {"object": "inode of a device"},
         Operation.GUARD_INSTALL: dict(_HOST_RANGE),
         Operation.GUARD_REMOVE: dict(_HOST_RANGE),
+        Operation.REMAP: {**_HOST_RANGE, "object": "new length, pages", "offset": "new HVA, bytes; 0: in place"},
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.

@@ -246,8 +246,11 @@ class Replay:
         """The address ranges that the scenario maps, over its whole life, except what is not modelled."""
         for checkpoint in self.checkpoints:
             for operation in checkpoint.ops:
-                if operation.name == "map" and operation.words[1] not in self.left_out:
-                    yield number(operation.words[1]), number(operation.words[1]) + number(operation.words[2])
+                words = operation.words
+                if operation.name == "map" and words[1] not in self.left_out:
+                    yield number(words[1]), number(words[1]) + number(words[2])
+                elif operation.name == "remap" and len(words) == 5:
+                    yield number(words[4]), number(words[4]) + number(words[3])
 
     def _left_out(self) -> set[str]:
         """Addresses of mappings that pgemu does not model: shared anonymous memory, huge pages, DONTFORK."""
@@ -338,6 +341,10 @@ class Replay:
                     raise MismatchError(f"{operation.text}: {note}, captured {operation.notes}")
                 return -L.EFAULT
         return int(count)
+
+    def op_remap(self, operation: Operation, old: str, length: str, new_length: str, new: str = "0") -> int:
+        status = self.process.remap(number(old), number(length), number(new_length), number(new)).status
+        return status or number(new) or number(old)
 
     def op_unmap(self, operation: Operation, address: str, length: str) -> int:
         return self.process.munmap(number(address), number(length)).status

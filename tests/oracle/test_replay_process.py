@@ -19,6 +19,7 @@ CHECKPOINTS = {
     "08-pfnmap-vfio": 11,
     "11-guard": 4,
     "12-pt-reclaim": 8,
+    "13-mremap": 7,
     "14-populate": 9,
     "15-hugetlb-share": 6,
     "23-kvm-private": 15,
