@@ -258,6 +258,7 @@ class Machine:
             L.R_OTHER_ORDER: L.ORDER_1G if config.order == L.ORDER_2M else L.ORDER_2M,
             L.R_HVO: config.hvo,
             L.R_PTI: config.pti,
+            L.R_GUARDS: kernel.guards,
             L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
             L.R_HOST_FORMAT: formats.HOST_X86_64,
             L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,

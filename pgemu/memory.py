@@ -387,6 +387,17 @@ class AddressSpace:
         """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c"""
         return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
 
+    def guard_install(self, address: int, length: int) -> Result:
+        """madvise(MADV_GUARD_INSTALL), 6.13 and later: pages go, every access ends in SIGSEGV; no mapping is cut.
+
+        0, -EINVAL for anything but anonymous memory that is not locked, -ENOMEM over a hole. mm/madvise.c
+        """
+        return self._operate(Operation.GUARD_INSTALL, address, length)
+
+    def guard_remove(self, address: int, length: int) -> Result:
+        """madvise(MADV_GUARD_REMOVE): guards go, the pages are empty. 0, -EINVAL, -ENOMEM. mm/madvise.c"""
+        return self._operate(Operation.GUARD_REMOVE, address, length)
+
     def read_smaps(self) -> Result:
         """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c"""
         return self._operate(Operation.READ_SMAPS)

@@ -487,3 +487,25 @@ def test_memory_may_run_out_anywhere() -> None:
         gauge = machine.statistics.gauge
         assert gauge(L.Gauge.HOST_TABLES) == gauge(L.Gauge.ANONYMOUS_PAGES) == 0
         assert machine.check() == 0, (limit, machine.broken)
+
+
+def test_guards_stay_until_they_are_removed_or_unmapped() -> None:
+    machine, process = make()
+    process.mmap_anonymous(BASE, 4 * PAGE)
+    process.touch(BASE, write=True)
+    assert process.guard_install(BASE, 2 * PAGE).status == 0
+    assert process.rss == 0
+    assert process.touch(BASE).status == L.VM_FAULT_SIGSEGV
+    process.madvise_dontneed(BASE, 4 * PAGE)
+    assert process.touch(BASE + PAGE, write=True).status == L.VM_FAULT_SIGSEGV
+    assert process.fork().touch(BASE).status == L.VM_FAULT_SIGSEGV
+    assert process.populate(BASE, PAGE).status == -L.EFAULT
+    assert process.guard_remove(BASE, PAGE).status == 0
+    assert process.touch(BASE).status == L.VM_FAULT_NOPAGE
+    assert process.guard_install(BASE, 5 * PAGE).status == -L.ENOMEM
+    process.munmap(BASE, 4 * PAGE)
+    assert process.table_pages == (0, 0, 0)
+    assert machine.check() == 0
+    _, older = make(kernel="6.12")
+    older.mmap_anonymous(BASE, PAGE)
+    assert older.guard_install(BASE, PAGE).status == -L.EINVAL

@@ -61,6 +61,8 @@ class Operation(IntEnum):
     READ_SMAPS = 32
     REVOKE = 33
     RESTORE = 34
+    GUARD_INSTALL = 35
+    GUARD_REMOVE = 36
 
 
 OPERATIONS = 40  # room in the tables that have a row per operation
@@ -291,6 +293,7 @@ R_GATHER_START = U(65)  # struct mmu_gather of the operation under way: lowest a
 R_GATHER_END = U(66)  # ... end of the highest,
 R_GATHER_SHIFT = U(67)  # ... smallest page size cleared (12, 21 or 30),
 R_GATHER_TABLES = U(68)  # ... and tables freed
+R_GUARDS = U(69)  # 1: MADV_GUARD_INSTALL exists (6.13)
 R_WORD_COUNT = 96
 
 # formats: uint64 rows. Words below 16 are what the operations of processes and VMs write; the others are

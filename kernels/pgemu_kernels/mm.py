@@ -66,6 +66,7 @@ from pgemu_kernels.layout import (
     PROT_READ,
     PROT_WRITE,
     R_DONTNEED_FREES_TABLES,
+    R_GUARDS,
     R_INODES,
     R_SPACES,
     R_VMAS,
@@ -87,18 +88,29 @@ from pgemu_kernels.layout import (
 from pgemu_kernels.mm_fault import access, madvise_populate, mm_populate
 from pgemu_kernels.page_cache import cache_find, cache_store
 from pgemu_kernels.pfn_mapping import remap_pfn_range
-from pgemu_kernels.process_entries import E_ADDRESS
+from pgemu_kernels.process_entries import E_ADDRESS, GUARD
 from pgemu_kernels.process_tables import (
     free_tables,
     gather_begin,
     gather_flush,
     lookup,
+    need_slot,
     reclaim_level1_tables,
     size_of,
     space_row,
 )
 from pgemu_kernels.steps import stop
-from pgemu_kernels.vma import RESERVED, close_vma, cut, drop_page, merge, new_row, release_inode, reserve
+from pgemu_kernels.vma import (
+    RESERVED,
+    close_vma,
+    cut,
+    drop_page,
+    merge,
+    new_row,
+    prepare_anon_vma,
+    release_inode,
+    reserve,
+)
 from pgemu_kernels.zapping import change_protection, drop_large_pfn, unmap_file_range, zap_range
 
 U = np.uint64
@@ -124,6 +136,8 @@ _ALLOCATE = U(Operation.ALLOCATE)
 _CLOSE = U(Operation.CLOSE)
 _REVOKE = U(Operation.REVOKE)
 _RESTORE = U(Operation.RESTORE)
+_GUARD_INSTALL = U(Operation.GUARD_INSTALL)
+_GUARD_REMOVE = U(Operation.GUARD_REMOVE)
 
 
 @kernel
@@ -487,6 +501,62 @@ def _populate(m, op):
 
 
 @outlined
+def _guard_vma(m, row, start, end, install):
+    """MADV_GUARD_INSTALL or _REMOVE of [start, end) of one VMA: 0, -ENOMEM, or -EINVAL for all but anonymous memory.
+
+    Install: pages go, markers stand in their place, with tables for them. Files may have guards since 6.15; that is
+    not modelled. mm/madvise.c:madvise_guard_install(), madvise_guard_remove().
+    """
+    state = m.state
+    space = state[row + A_SPACE]
+    if state[R_GUARDS] == U0 or state[row + A_KIND] != VMA_ANONYMOUS:
+        return np.int64(-EINVAL)
+    if install and state[row + A_FLAGS] & VM_LOCKED != U0:
+        return np.int64(-EINVAL)
+    if install:
+        prepare_anon_vma(state, row)
+        gather_begin(m)
+        zap_range(m, row, start, end, False)
+        gather_flush(m)
+    address = start
+    while address < end:
+        slot, level = lookup(m, space_root(state, space), address)
+        if install:
+            slot = need_slot(m, space, address, U1)
+            if slot == NONE:
+                return np.int64(-ENOMEM)
+            m.ram[slot] = GUARD
+        elif level == U1 and m.ram[slot] == GUARD:
+            m.ram[slot] = U0
+        address += U(4096)
+    return np.int64(0)
+
+
+@outlined
+def _guard(m, op, install):
+    """madvise(MADV_GUARD_INSTALL) or _REMOVE: 0, -EINVAL, -ENOMEM over a hole, after all else was done."""
+    state = m.state
+    address = state[op + O_ADDRESS]
+    end = address + _rounded(state, op, U(4096))
+    if address & U4095 != U0 or end < address:
+        return stop(state, op, -EINVAL)
+    status = np.int64(0)
+    while address < end:
+        row = next_vma(state, state[op + O_SPACE], address, end)
+        if row == NONE:
+            return stop(state, op, -ENOMEM)
+        if state[row + A_START] > address:
+            status = np.int64(-ENOMEM)
+            address = state[row + A_START]
+        last = min(end, state[row + A_END])
+        refused = _guard_vma(m, row, address, last, install)
+        if refused != 0:
+            return stop(state, op, refused)
+        address = last
+    return stop(state, op, status)
+
+
+@outlined
 def _read_smaps(m, op):
     """Reading /proc/PID/smaps walks PMDs, which "splits" 1G entries of PFN mappings: they are dropped. As captured."""
     state = m.state
@@ -661,6 +731,8 @@ def operate(m, op):
         return _populate(m, op)
     if kind == _READ_SMAPS:
         return _read_smaps(m, op)
+    if kind == _GUARD_INSTALL or kind == _GUARD_REMOVE:
+        return _guard(m, op, kind == _GUARD_INSTALL)
     if kind == _FORK:
         return fork(m, op)
     if kind == _EXIT:

@@ -124,6 +124,8 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         Operation.FORK: _both(_main("kernel/fork.c:dup_mmap"), _main("mm/memory.c:copy_page_range")),
         Operation.EXIT: _both(_main("mm/mmap.c:exit_mmap"), _main("mm/memory.c:free_pgtables")),
         Operation.POPULATE: _both(_main("mm/madvise.c:madvise_populate"), _main("mm/gup.c:faultin_page_range")),
+        Operation.GUARD_INSTALL: _both(_main("mm/madvise.c:madvise_guard_install")),
+        Operation.GUARD_REMOVE: _both(_main("mm/madvise.c:madvise_guard_remove")),
         Operation.READ_SMAPS: _both(_main("mm/pagewalk.c:walk_pud_range")),
         Operation.REVOKE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock")),
         Operation.RESTORE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_memory_unlock_and_restore")),

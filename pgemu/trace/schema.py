@@ -79,6 +79,8 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.READ_SMAPS,
         Operation.REVOKE,
         Operation.RESTORE,
+        Operation.GUARD_INSTALL,
+        Operation.GUARD_REMOVE,
     }
 )
 """Operations that the machine carries out; the others have a code so that traces can hold them already."""
@@ -155,6 +157,8 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.READ_SMAPS: {"space": "process"},
         Operation.REVOKE: {"object": "inode of a device"},
         Operation.RESTORE: {"object": "inode of a device"},
+        Operation.GUARD_INSTALL: dict(_HOST_RANGE),
+        Operation.GUARD_REMOVE: dict(_HOST_RANGE),
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.

@@ -351,6 +351,9 @@ class Replay:
             return self.process.madvise_dontneed(at, size).status
         if advice in ("populate_read", "populate_write"):
             return self.process.populate(at, size, write=advice == "populate_write").status
+        if advice in ("guard_install", "guard_remove"):
+            act = self.process.guard_install if advice == "guard_install" else self.process.guard_remove
+            return act(at, size).status
         if advice == "nohugepage":
             return None  # there are no transparent huge pages here
         raise NotImplementedError(advice)

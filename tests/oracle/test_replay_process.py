@@ -17,6 +17,7 @@ CHECKPOINTS = {
     "06-fork-cow": 7,
     "07-pfnmap-devmem": 4,
     "08-pfnmap-vfio": 11,
+    "11-guard": 4,
     "12-pt-reclaim": 8,
     "14-populate": 9,
     "15-hugetlb-share": 6,
