@@ -39,6 +39,7 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     FOUND_TABLES,
+    GAUGES,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
@@ -313,7 +314,7 @@ def check(descriptor, owner, leaves, found):
     """
     m = open_machine(descriptor)
     state = m.state
-    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(32)]
+    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
     if state[R_ORDINARY] == U0:
         for space in range(state[R_SPACES]):
             tables, leaves_4k = check_space(m, space, owner)
