@@ -301,26 +301,16 @@ class Machine:
         state = self.arrays.state
         for register, value in registers.items():
             state[register] = value
-        table = formats.format_table(config.kernel, config.nx_huge_pages, config.l1tf)
-        if config.pti:
-            table[L.F_TABLE_TOP] |= np.uint64(formats.NO_EXECUTE)  # of the first row, HOST_X86_64
-        state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table
-        self._complete_fixed_formats()
+        table = page_format.format_table(
+            config.kernel, nx_huge_pages=config.nx_huge_pages, l1tf=config.l1tf, pti=config.pti
+        )
+        state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
         stats = self.arrays.stats
         stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
         one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
         one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
         stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
-
-    def _complete_fixed_formats(self) -> None:
-        """What walkers and edits read of the formats that every machine has: words that format_table() leaves 0."""
-        config = self.config
-        ept = page_format.ept(kernel=config.kernel, nx_huge_pages=config.nx_huge_pages)
-        npt = page_format.npt(kernel=config.kernel)
-        for index, fmt in enumerate((page_format.x86_64(kernel=config.kernel), npt, ept)):
-            row = self.format_row(index)
-            row[:] = np.where(row != 0, row, fmt.row())
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""

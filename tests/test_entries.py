@@ -225,22 +225,6 @@ def test_a_split_huge_page_keeps_its_flags() -> None:
     assert P73.split_thp(huge | bits.PAT_LARGE) == P73.anonymous(0x200) | bits.PAT_4K
 
 
-def test_rows_say_what_the_fixed_formats_of_a_machine_say() -> None:
-    for kernel in bits.KERNELS:
-        for nx in (False, True):
-            fixed = bits.format_table(kernel, nx).reshape(3, L.F_WORDS)
-            rows = x86_64(kernel=kernel).row(), npt(kernel=kernel).row(), ept(kernel=kernel, nx_huge_pages=nx).row()
-            leaves = [L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]
-            for mine, theirs in zip(rows, fixed, strict=True):
-                words = [L.F_PRESENT, L.F_LARGE, L.F_ADDRESS, L.F_TABLE, L.F_EMPTY]
-                assert mine[words].tolist() == theirs[words].tolist()
-            for mine, theirs in zip(rows[1:], fixed[1:], strict=True):
-                assert mine[leaves].tolist() == theirs[leaves].tolist()
-
-
-# --------------------------------------------------------------------------- encode, decode
-
-
 def variants() -> list[PageFormat]:
     """Every format with every kernel, and each of its other parameters once."""
     made = [maker(kernel=kernel) for maker in FORMATS.values() for kernel in bits.RELEASES]

@@ -38,11 +38,8 @@ def test_the_example_of_the_module() -> None:
 
 
 def test_the_fixed_rows_know_what_a_walker_needs(machine: Machine) -> None:
-    table = formats.format_table("7.3").reshape(3, -1)
     for index, fmt in enumerate((page_format.x86_64(), page_format.npt(), page_format.ept())):
-        row = machine.format_row(index)
-        assert row[16:].tolist() == fmt.row()[16:].tolist()
-        assert row[:16].tolist() == table[index][:16].tolist()
+        assert machine.format_row(index)[16:].tolist() == fmt.row()[16:].tolist()
     with pytest.raises(ValueError, match="format row"):
         Machine(Config("pfnmap", pool=L.PAGE_2M, page_size=L.PAGE_2M)).format_row(3)
 

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from pgemu_kernels import layout as L
-
 # x86-64, user half: arch/x86/include/asm/pgtable_types.h
 PRESENT = 1 << 0
 WRITE = 1 << 1
@@ -60,9 +56,6 @@ EPT_DIRTY = 1 << 9
 EPT_USER_EXECUTE = 1 << 10
 EPT_AD_DISABLED = 1 << 52  # SPTE_TDP_AD_DISABLED; where 7.3 has it was not captured
 SUPPRESS_VE = 1 << 63
-MMIO_NPT = PRESENT | WRITE | USER | 1 << 51  # kvm_mmu_reset_all_pte_masks(): a reserved bit makes the walk fault
-MMIO_EPT = 0b110  # VMX_EPT_MISCONFIG_WX_VALUE
-L1TF_GUARD = 0x1F << 39  # shadow_nonpresent_or_rsvd_mask where the cache holds 44 address bits, as in the EPT capture
 
 HOST_X86_64 = 0
 STAGE2_NPT = 1
@@ -145,62 +138,3 @@ RELEASES: dict[str, KernelParameters] = {
 
 Words of 6.1 outside page-table entries (mask_tails to folio_6_12) are not used by anything.
 """
-
-Row = np.ndarray[tuple[int], np.dtype[np.uint64]]
-
-
-def format_table(kernel: str, nx_huge_pages: bool = False, l1tf: bool = False) -> Row:
-    """The `formats` array: rows HOST_X86_64, STAGE2_NPT, STAGE2_EPT as `kernel` writes them.
-
-    uint64[3 * F_WORDS]. `nx_huge_pages` is KVM's iTLB-multihit mitigation: EPT leaves above 4K without
-    the execute bits; `l1tf` is the mask in EPT's MMIO entries on processors with that bug. KeyError for a
-    kernel that is not in KERNELS.
-    """
-    parameters = KERNELS[kernel]
-    rows = np.zeros((3, L.F_WORDS), dtype=np.uint64)
-    for row in rows:
-        row[L.F_LARGE] = LARGE
-        row[L.F_ADDRESS] = ADDRESS
-    host, npt, ept = rows
-    host[L.F_PRESENT] = PRESENT
-    host[L.F_TABLE] = TABLE
-    host[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = FILE_LEAF, FILE_LEAF | LARGE, FILE_LEAF | LARGE
-    host[L.F_LEAF_4K_RO] = FILE_LEAF_READ_ONLY
-    host[L.F_TABLE_TOP] = TABLE
-    host[[L.F_SPECIAL_4K, L.F_SPECIAL_4K_RO]] = PFN_LEAF, PFN_LEAF_READ_ONLY
-    npt[L.F_PRESENT] = PRESENT
-    npt[L.F_TABLE] = NPT_TABLE
-    npt[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = NPT_LEAF, NPT_LEAF | LARGE, NPT_LEAF | LARGE
-    npt[L.F_EMPTY] = EMPTY_SPTE
-    leaf = (
-        EPT_RWX | EPT_WB_IPAT | EPT_ACCESSED | EPT_DIRTY | MMU_PRESENT | SUPPRESS_VE
-        | parameters.ept_writable | parameters.ept_extra
-    )  # fmt: skip
-    large = leaf | LARGE
-    if nx_huge_pages:
-        large &= ~(0b100 | EPT_USER_EXECUTE)
-    ept[L.F_PRESENT] = EPT_RWX
-    ept[L.F_TABLE] = EPT_RWX | EPT_ACCESSED | MMU_PRESENT | SUPPRESS_VE | parameters.ept_extra
-    ept[[L.F_LEAF_4K, L.F_LEAF_2M, L.F_LEAF_1G]] = leaf, large, large
-    ept[L.F_EMPTY] = EMPTY_SPTE
-    host[L.F_MMU_PRESENT] = PRESENT
-    _add_kvm_words(npt, ept, parameters, l1tf)
-    return rows.reshape(-1)
-
-
-def _add_kvm_words(npt: Row, ept: Row, parameters: KernelParameters, l1tf: bool) -> None:
-    """What KVM's leaves differ in: arch/x86/kvm/mmu/spte.c:make_spte(), make_mmio_spte(), kvm_mmu_set_ept_masks()."""
-    for row in (npt, ept):
-        row[L.F_MMU_PRESENT] = MMU_PRESENT
-        row[L.F_WRITE] = WRITE
-        row[L.F_FROZEN] = FROZEN_SPTE
-    npt[[L.F_WRITABLE_MARKS, L.F_MMU_WRITABLE]] = 1 << 9 | 1 << 10, 1 << 10
-    npt[[L.F_ACCESSED, L.F_DIRTY]] = ACCESSED, DIRTY
-    npt[L.F_MMIO_VALUE] = MMIO_NPT
-    mmu_writable = 1 << parameters.ept_writable.bit_length() - 1
-    ept[[L.F_WRITABLE_MARKS, L.F_MMU_WRITABLE]] = parameters.ept_writable, mmu_writable
-    ept[[L.F_ACCESSED, L.F_DIRTY]] = EPT_ACCESSED, EPT_DIRTY
-    ept[L.F_EXECUTE] = 0b100 | parameters.ept_extra & EPT_USER_EXECUTE
-    ept[L.F_MEMORY_TYPE] = EPT_WB_IPAT
-    ept[L.F_MMIO_VALUE] = MMIO_EPT
-    ept[L.F_MMIO_GUARD] = L1TF_GUARD if l1tf else 0

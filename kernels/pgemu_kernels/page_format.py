@@ -94,6 +94,7 @@ class PageFormat:
     kvm_leaf: bits that KVM adds to what encode() writes, and kvm_execute to what may be executed. host_writable,
     mmu_writable: KVM's marks. saved_rights: how far up R and X are kept while an entry without an accessed bit is
     watched for accesses (spte.h:SHADOW_ACC_TRACK_SAVED_BITS_SHIFT).
+    ignore_pat: the bit that has the guest's PAT ignored, where leaves carry it.
     mmio_mask, mmio_value: what makes an entry a cached MMIO access, 0 for none; mmio_rights: bits of it that keep
     rights; mmio_moved: bits of the guest frame that are set, and kept five bits higher (L1TF).
     protection_none: in an entry that is not present, what makes it one of a process's PROT_NONE pages.
@@ -150,6 +151,7 @@ class PageFormat:
     kvm_leaf: int = 0
     kvm_execute: int = 0
     saved_rights: int = 0
+    ignore_pat: int = 0
     host_writable: int = 0
     mmu_writable: int = 0
     mmio_mask: int = 0
@@ -319,6 +321,13 @@ class PageFormat:
             L.F_SOFTWARE: self.software,
             L.F_RANGE_FLUSH: self.range_invalidation | self.defers_unmap << 1,
             L.F_MMU_PRESENT: self.kvm_leaf & bits.MMU_PRESENT or self.present,
+            L.F_WRITE: self.write,
+            L.F_WRITABLE_MARKS: self.host_writable | self.mmu_writable,
+            L.F_MMU_WRITABLE: self.mmu_writable,
+            L.F_EXECUTE: self.execute.supervisor_and_user | self.kvm_execute,
+            L.F_MEMORY_TYPE: self.leaf[0] & (self.memory_type_mask[0] | self.ignore_pat),
+            L.F_MMIO_VALUE: self.mmio_value | self.mmio_rights,
+            L.F_MMIO_GUARD: self.mmio_moved,
         }
         row = np.zeros(L.F_WORDS, np.uint64)
         for word, value in words.items():
@@ -614,6 +623,7 @@ def ept(
         memory_type_mask=(7 << 3, 7 << 3, 7 << 3),
         memory_types=tuple((name, (code << 3, code << 3, code << 3)) for code, name in EPT_MEMORY_TYPES),
         kvm_leaf=kvm | (EPT_IGNORE_PAT if ignore_pat else 0),
+        ignore_pat=EPT_IGNORE_PAT if ignore_pat else 0,
         kvm_execute=parameters.ept_extra & ~user_execute,
         saved_rights=0 if accessed_dirty else 54,
         host_writable=host_writable,
@@ -719,6 +729,30 @@ def arm64_stage2(
         # arch/arm64/kvm/hyp/pgtable.c:stage2_unmap_defer_tlb_flush()
         defers_unmap=range_invalidation and fwb,
     )
+
+
+def format_table(
+    kernel: str, *, nx_huge_pages: bool = False, l1tf: bool = False, pti: bool = False
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+    """The formats that every machine has, as `kernel` writes them: uint64[3, F_WORDS].
+
+    Rows formats.HOST_X86_64, with the leaves of the designs' mappings, STAGE2_NPT and STAGE2_EPT. `l1tf`: a
+    processor with that bug and 44 bits of cache address, as captured. KeyError for an unknown kernel.
+    """
+    host = x86_64(kernel=kernel, pti=pti)
+    stage2 = npt(kernel=kernel), ept(kernel=kernel, nx_huge_pages=nx_huge_pages, l1tf_cache_bits=44 if l1tf else None)
+    table = np.array([fmt.row() for fmt in (host, *stage2)], np.uint64)
+    leaves = {
+        L.F_LEAF_4K: bits.FILE_LEAF,
+        L.F_LEAF_2M: bits.FILE_LEAF | bits.LARGE,
+        L.F_LEAF_1G: bits.FILE_LEAF | bits.LARGE,
+        L.F_LEAF_4K_RO: bits.FILE_LEAF_READ_ONLY,
+        L.F_SPECIAL_4K: bits.PFN_LEAF,
+        L.F_SPECIAL_4K_RO: bits.PFN_LEAF_READ_ONLY,
+    }
+    for word, value in leaves.items():
+        table[bits.HOST_X86_64, int(word)] = value
+    return table
 
 
 FORMATS: dict[str, Callable[..., PageFormat]] = {
