@@ -8,7 +8,7 @@
 >>> result.flush
 Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
 >>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
-[(2, '0x7067'), (1, '0x80002867')]
+[(2, '0x6067'), (1, '0x80002867')]
 >>> table.translate([0x4000_1234, 0x4000_2234]).status.tolist()  # pgemu.translation.WalkStatus
 [1, 0]
 

@@ -58,6 +58,7 @@ from pgemu_kernels.layout import (
     F_PAT_LARGE,
     F_PAT_PAGE,
     F_RANGE_FLUSH,
+    F_PRESENT,
     F_RESERVED_LEAF,
     F_SIGN_EXTENDED,
     F_SOFTWARE,
@@ -66,7 +67,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.memory import fill_frame, put_frame, take_frame
 from pgemu_kernels.page_format import FlushRule
-from pgemu_kernels.paging import is_present, table_of
+from pgemu_kernels.paging import table_of
 
 U = np.uint64
 U4 = U(4)
@@ -138,6 +139,12 @@ def store(e, slot, level, value):
 def size_of(level):
     """Bytes that an entry of a level maps."""
     return U1 << (U12 + U9 * (level - U1))
+
+
+@kernel
+def is_present(state, f, value):
+    """Whether an entry is present to the hardware: what a table of any format is edited by."""
+    return value & state[f + F_PRESENT] != U0
 
 
 @kernel

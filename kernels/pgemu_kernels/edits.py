@@ -48,6 +48,7 @@ from pgemu_kernels.edit_tree import (
     table_entry,
     tear_down,
     well_formed,
+    is_present,
 )
 from pgemu_kernels.events import (
     LEAF_CLEARED,
@@ -102,7 +103,7 @@ from pgemu_kernels.layout import (
     STATS_COUNTERS,
 )
 from pgemu_kernels.memory import fill_frame, frames_left, put_frame, put_run, take_frame, take_run
-from pgemu_kernels.paging import format_row, is_present, table_of
+from pgemu_kernels.paging import format_row, table_of
 
 U = np.uint64
 U7 = U(7)

@@ -142,7 +142,6 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
             ),
             "pfnmap": (_RELEASE, Source("mm/hugetlb.c:free_huge_folio, folios stay whole", "slides")),
         },
-        Operation.ALLOCATE: _both(_main("virt/kvm/guest_memfd.c:kvm_gmem_allocate")),
         Operation.MEMSLOT: _both(_main("virt/kvm/kvm_main.c:kvm_set_memory_region"), _MEMSLOT_DELETED),
         Operation.DIRTY_LOG: _both(_main("virt/kvm/kvm_main.c:kvm_get_dirty_log_protect")),
         Operation.ATTRIBUTES: _both(_main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes"), _ZAP),
