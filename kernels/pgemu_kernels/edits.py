@@ -30,6 +30,7 @@ from pgemu_kernels.edit_tree import (
     holds_leaf,
     is_frozen,
     is_leaf,
+    is_present,
     is_process,
     leaf_address,
     leaf_attributes,
@@ -48,7 +49,6 @@ from pgemu_kernels.edit_tree import (
     table_entry,
     tear_down,
     well_formed,
-    is_present,
 )
 from pgemu_kernels.events import (
     LEAF_CLEARED,
