@@ -6,14 +6,18 @@ PGEMU_EXAMPLES sets how many sequences are tried and makes them random; without 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from model import kvm as model
 from model.kvm import Kvm, Leaf, Slot
-from pgemu.machine import Config, Machine
+from pgemu.machine import Config, Machine, Result
+from pgemu.memory import AddressSpace, Vm
 from pgemu_kernels import layout as L
 
 PAGE = L.PAGE_4K
@@ -87,10 +91,9 @@ class KvmSequences(RuleBasedStateMachine):
         self.vm = self.machine.create_vm(self.process, protected=protected)
         self.gmem = self.machine.create_guest_memfd_4k(GMEM_PAGES * PAGE, mmap=False, init_shared=False)
         self.model = Kvm(protected, nx, recovers=kernel != "6.12")
-        self.pfns: dict[Any, int] = {}
         self.steps = 0
         for number, hva in enumerate((model.ANON, model.HUGE)):
-            self.region(number, 512 * number * 2, 1024, hva, False, False, None)
+            self.region(number, 512 * number * 2, 1024, hva, False, data.draw(st.booleans()), None)
 
     def region(self, number: int, gfn: int, pages: int, hva: int, read_only: bool, log: bool, gmem: int | None) -> None:
         result = self.vm.set_memory_region(
@@ -223,6 +226,9 @@ class KvmSequences(RuleBasedStateMachine):
         mmio = {gfn: self.bits.mmio | gfn << 12 | (generation & 255) << 3 | generation >> 8 << 52
                 for gfn, generation in self.model.mmio.items()}  # fmt: skip
         assert {gfn: entry for (_, gfn), entry in by_key(tree.others).items()} == mmio
+        for number, slot in self.model.slots.items():
+            dirty = [page >> 12 for page in self.vm._dirty_pages(number).tolist()]
+            assert dirty == sorted(slot.gfn + page for page in slot.dirty)
         self.frames_are_equal({key: (entry & FRAME) >> 12 for key, entry in leaves.items()})
         self.steps += 1
         if self.steps % 8 == 0:
@@ -251,3 +257,289 @@ KvmSequences.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestKvmSequences = KvmSequences.TestCase
+
+
+# --------------------------------------------------------------------------- case by case
+
+ANON = model.ANON * PAGE
+HUGE = model.HUGE * PAGE
+
+
+def guest(size: int = 64 << 20, protected: bool = False, **config: Any) -> tuple[Machine, AddressSpace, Vm]:
+    """A machine, a process with anonymous memory, and a VM of it."""
+    machine = Machine(Config("pfnmap", **{"pool": 8 * L.PAGE_2M, "page_size": L.PAGE_2M, **config}))
+    process = machine.create_process()
+    assert process.mmap_anonymous(ANON, size).status == 0
+    return machine, process, machine.create_vm(process, protected=protected)
+
+
+def entry(vm: Vm, gpa: int) -> int:
+    return vm.walk(gpa)[-1][2]
+
+
+BAD_REGIONS = {
+    "guest address": {"gpa": 0x800, "size": PAGE, "userspace_addr": ANON},
+    "size": {"gpa": 0, "size": 0x800, "userspace_addr": ANON},
+    "userspace address": {"gpa": 0, "size": PAGE, "userspace_addr": ANON + 1},
+    "beyond the process": {"gpa": 0, "size": 2 * PAGE, "userspace_addr": (1 << 47) - 2 * PAGE},
+    "beyond 48 bits": {"gpa": (1 << 48) - PAGE, "size": 2 * PAGE, "userspace_addr": ANON},
+    "wraps": {"gpa": (1 << 64) - PAGE, "size": 2 * PAGE, "userspace_addr": ANON},
+    "nothing to delete": {"gpa": 0, "size": 0, "userspace_addr": 0},
+    "too many pages": {"gpa": 0, "size": 1 << 43, "userspace_addr": 0},
+    "number": {"gpa": 0, "size": PAGE, "userspace_addr": ANON, "slot": 32764},
+}
+
+
+@pytest.mark.parametrize("region", BAD_REGIONS.values(), ids=BAD_REGIONS)
+def test_regions_that_kvm_refuses(region: dict[str, int]) -> None:
+    _, _, vm = guest()
+    assert vm.set_memory_region(**{"slot": 0, **region}).status == -L.EINVAL
+    assert vm.set_memory_region(0, 0, PAGE, ANON).status == 0
+
+
+def test_changes_of_a_region() -> None:
+    machine, _, vm = guest()
+    assert vm.set_memory_region(0, 0, 2 * PAGE, ANON).status == 0
+    assert vm.set_memory_region(0, 0, 2 * PAGE, ANON).status == 0  # nothing changes
+    assert vm.set_memory_region(0, 0, 3 * PAGE, ANON).status == -L.EINVAL
+    assert vm.set_memory_region(0, 0, 2 * PAGE, ANON + PAGE).status == -L.EINVAL
+    assert vm.set_memory_region(0, 0, 2 * PAGE, ANON, read_only=True).status == -L.EINVAL
+    assert vm.set_memory_region(1, PAGE, PAGE, ANON).status == -L.EEXIST
+    assert vm.set_memory_region(1, 2 * PAGE, PAGE, ANON).status == 0
+    assert vm.set_memory_region(1, PAGE, PAGE, ANON).status == -L.EEXIST  # a move
+    assert vm.touch(0, write=True).status == L.RET_PF_FIXED
+    assert vm.set_memory_region(1, 8 * PAGE, PAGE, ANON).status == 0
+    assert vm.stage2().root == 0  # a move drops the tree, too
+    assert vm.touch(8 * PAGE).status == L.RET_PF_FIXED
+    assert vm.touch(0).status == L.RET_PF_FIXED
+    assert entry(vm, 0) & FRAME == entry(vm, 8 * PAGE) & FRAME
+    assert machine.check() == 0
+
+
+def test_a_vm_without_a_process_has_no_userspace_addresses() -> None:
+    machine, _, _ = guest()
+    assert machine.create_vm().set_memory_region(0, 0, PAGE, ANON).status == -L.EINVAL
+
+
+def test_cached_mmio_is_refreshed_when_the_slots_change() -> None:
+    """The entry carries the generation of the slots: two steps for each change, as two address spaces share it."""
+    _, _, vm = guest()
+    vm.set_memory_region(0, 0, PAGE, ANON)
+    gpa = 5 * PAGE
+    assert vm.touch(gpa, write=True).status == L.RET_PF_EMULATE
+    assert entry(vm, gpa) == 0x8_0000_0000_0007 | gpa | 2 << 3
+    vm.set_memory_region(1, 16 * PAGE, PAGE, ANON)
+    assert entry(vm, gpa) == 0x8_0000_0000_0007 | gpa | 2 << 3
+    assert vm.touch(gpa).status == L.RET_PF_EMULATE
+    assert entry(vm, gpa) == 0x8_0000_0000_0007 | gpa | 4 << 3
+    assert vm.set_memory_region(2, gpa, PAGE, ANON).status == 0
+    assert vm.touch(gpa, write=True).status == L.RET_PF_FIXED
+    assert entry(vm, gpa) & ~FRAME == 0xE67
+    assert vm.leaves() == (1, 0, 0)
+
+
+def test_mmio_beyond_what_tables_reach_is_not_cached() -> None:
+    _, _, vm = guest()
+    vm.set_memory_region(0, 0, PAGE, ANON)
+    assert vm.touch(1 << 48).status == L.RET_PF_EMULATE
+    assert len(vm.stage2().others) == 0
+
+
+def test_guest_memfd_of_a_slot() -> None:
+    machine, _, vm = guest(protected=True)
+    gmem = machine.create_guest_memfd_4k(16 * PAGE, mmap=False, init_shared=False)
+    region = {"gpa": 0, "size": 8 * PAGE, "userspace_addr": ANON, "gmem": gmem}
+    assert vm.set_memory_region(0, **region, read_only=True).status == -L.EINVAL
+    assert vm.set_memory_region(0, **region, log_dirty_pages=True).status == -L.EINVAL
+    assert vm.set_memory_region(0, **region, gmem_offset=9 * PAGE).status == -L.EINVAL
+    assert vm.set_memory_region(0, **region, gmem_offset=0x800).status == -L.EINVAL
+    assert vm.set_memory_region(0, **region, gmem_offset=8 * PAGE).status == 0
+    assert vm.set_memory_region(0, **region, gmem_offset=8 * PAGE).status == -L.EINVAL  # cannot be changed
+    assert vm.set_memory_region(1, **{**region, "gpa": 1 << 30}, gmem_offset=PAGE).status == -L.EINVAL  # bound already
+    assert vm.set_attributes(0, 4 * PAGE, private=True).status == 0
+    assert vm.touch(0, write=True).status == L.RET_PF_FIXED
+    assert vm.touch(4 * PAGE, write=True).status == L.RET_PF_FIXED
+    assert machine.operate(
+        L.Operation.GUEST_FAULT, flags=L.Flag.SHARED, vm=vm.vm, address=0
+    ).status == -L.EFAULT  # fmt: skip
+    assert machine.check() == 0
+    # The file goes: private pages cannot come back, shared ones can.
+    assert gmem.close().status == 0
+    assert vm.leaves() == (0, 0, 0)
+    assert vm.touch(0).status == -L.EFAULT
+    assert vm.touch(4 * PAGE).status == L.RET_PF_FIXED
+    assert vm.set_memory_region(1, **{**region, "gpa": 1 << 30}).status == -L.EBADF
+    assert machine.check() == 0
+
+
+def test_private_memory_without_a_guest_memfd_is_a_memory_fault() -> None:
+    _, _, vm = guest(protected=True)
+    vm.set_memory_region(0, 0, 8 * PAGE, ANON)
+    assert vm.set_attributes(0, PAGE, private=True).status == 0
+    assert vm.touch(0).status == -L.EFAULT
+    assert vm.touch(PAGE).status == L.RET_PF_FIXED
+    assert vm.prefault(0, 2 * PAGE) == (-L.EFAULT, 0)
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(1, PAGE), (0, 100), (0, 0), ((1 << 64) - PAGE, 2 * PAGE)])
+def test_attributes_and_prefault_refuse_bad_ranges(gpa: int, size: int) -> None:
+    _, _, vm = guest(protected=True)
+    vm.set_memory_region(0, 0, 8 * PAGE, ANON)
+    assert vm.set_attributes(gpa, size, private=True).status == -L.EINVAL
+    assert vm.prefault(gpa, size).status == -L.EINVAL
+
+
+def test_private_memory_needs_a_protected_vm() -> None:
+    _, _, vm = guest()
+    vm.set_memory_region(0, 0, 8 * PAGE, ANON)
+    assert vm.set_attributes(0, PAGE, private=True).status == -L.EINVAL
+    assert vm.set_attributes(0, PAGE, private=False).status == 0
+
+
+def test_prefault_stops_at_the_end_of_the_slot() -> None:
+    _, _, vm = guest()
+    vm.set_memory_region(0, 0, 8 * PAGE, ANON)
+    assert vm.prefault(6 * PAGE, 4 * PAGE) == (0, 2 * PAGE)
+    assert vm.prefault(8 * PAGE, PAGE) == (-L.ENOENT, 0)
+    assert entry(vm, 6 * PAGE) & ~FRAME == 0x805  # the zero page, not accessed
+    vm.touch(6 * PAGE)
+    assert entry(vm, 6 * PAGE) & ~FRAME == 0x825
+
+
+@pytest.mark.parametrize("stage2", ["npt", "ept"])
+def test_a_device_is_uncached_in_ept(stage2: str) -> None:
+    machine, process, vm = guest(stage2=stage2)
+    device = machine.create_device(1 << 24, 1 << 18)
+    assert process.mmap_device(device, 0x7200_0000_0000).status == 0
+    vm.set_memory_region(0, 1 << 32, 1 << 30, 0x7200_0000_0000)
+    assert vm.touch((1 << 32) + 5 * PAGE, write=True) == (L.RET_PF_FIXED, 3)
+    assert entry(vm, 1 << 32) & FRAME == 1 << 36
+    expected = 0xEE7 if stage2 == "npt" else 1 << 63 | 1 << 53 | 1 << 55 | 0xF87
+    assert entry(vm, 1 << 32) & ~FRAME == expected
+
+
+def test_collapse_leaves_a_table_without_leaves_alone() -> None:
+    _, process, vm = guest()
+    process.mmap_hugetlb(HUGE, L.PAGE_2M)
+    vm.set_memory_region(0, 0, L.PAGE_2M, HUGE, log_dirty_pages=True)
+    vm.touch(0, write=True)
+    process.madvise_dontneed(HUGE, L.PAGE_2M)
+    process.touch(HUGE)
+    tables = vm.table_pages
+    assert vm.set_memory_region(0, 0, L.PAGE_2M, HUGE).status == 0
+    assert (vm.table_pages, vm.leaves()) == (tables, (0, 0, 0))
+    assert vm.touch(0).detail == 2  # the large leaf takes the table's place
+    assert vm.table_pages == tables - 1
+
+
+def test_splitting_without_memory_leaves_a_large_leaf_write_protected() -> None:
+    machine, process, vm = guest(frames=180)
+    process.mmap_hugetlb(HUGE, L.PAGE_2M)
+    vm.set_memory_region(0, 0, L.PAGE_2M, HUGE)
+    assert vm.touch(0, write=True).detail == 2
+    at = ANON
+    while not process.touch(at, write=True).status & L.VM_FAULT_OOM:
+        at += PAGE
+    assert vm.set_memory_region(0, 0, L.PAGE_2M, HUGE, log_dirty_pages=True).status == 0
+    assert entry(vm, 0) & ~FRAME == 0xEE5
+    # The fast path does not fix a large leaf while writes are logged, and for a small one there is no memory.
+    assert vm.touch(0, write=True).status == -L.ENOMEM
+    process.madvise_dontneed(ANON, 8 * PAGE)
+    assert vm.touch(0, write=True) == (L.RET_PF_FIXED, 1)
+    assert machine.check() == 0
+
+
+def test_the_attributes_of_a_large_range_are_all_or_nothing() -> None:
+    machine, process, vm = guest(protected=True, frames=200)
+    vm.set_memory_region(0, 0, 1 << 30, ANON)
+    at = ANON
+    while not process.touch(at, write=True).status & L.VM_FAULT_OOM:
+        at += PAGE
+    assert vm.set_attributes(0, 1 << 30, private=True).status == -L.ENOMEM
+    assert vm.touch(0).status != -L.EFAULT
+    assert machine.check() == 0
+
+
+def test_a_closed_vm_refuses_everything() -> None:
+    machine, process, vm = guest()
+    vm.set_memory_region(0, 0, PAGE, ANON, log_dirty_pages=True)
+    vm.touch(0, write=True)
+    used = machine.statistics.gauge(L.Gauge.FRAMES_USED)
+    assert vm.close().status == 0
+    # Five tables and three nodes of the dirty bitmap at most: the process keeps its page.
+    assert machine.statistics.gauge(L.Gauge.FRAMES_USED) < used
+    assert vm.touch(0).status == -L.EBADF
+    assert vm.set_memory_region(0, 0, PAGE, ANON).status == -L.EBADF
+    assert vm.close().status == -L.EBADF
+    process.madvise_dontneed(ANON, PAGE)
+    assert machine.check() == 0
+
+
+def test_slots_of_both_worlds_in_one_vm() -> None:
+    """A guest_memfd over HugeTLB beside the process's memory, and a device where one of them comes to lie later."""
+    machine, _, vm = guest()
+    gmem = machine.create_guest_memfd(2 * L.PAGE_2M, shared=False)
+    assert vm.set_memory_region(0, 0, 8 * PAGE, ANON).status == 0
+    assert vm.touch(1 << 32).status == L.RET_PF_EMULATE
+    assert vm.bind(gmem, gpa=1 << 32).status == 0
+    assert vm.touch(1 << 32) == (L.RET_PF_FIXED, 2)
+    assert vm.touch(0, write=True) == (L.RET_PF_FIXED, 1)
+    assert vm.unbind(0).status == 0
+    assert vm.stage2().root == 0
+    assert vm.touch(1 << 32) == (L.RET_PF_FIXED, 2)
+    assert vm.unbind(1 << 32).status == 0
+    assert vm.unbind(1 << 32).status == -L.ENOENT
+    assert gmem.close().status == 0
+    assert machine.check() == 0
+
+
+@pytest.mark.parametrize(("kernel", "status"), [("6.12", -L.EINVAL), ("6.18", -L.EBADF), ("7.3", -L.EBADF)])
+def test_guest_memfd_serves_ordinary_vms_from_6_18_on(kernel: str, status: int) -> None:
+    """A slot with guest_memfd, and no file named: refused by its flag, or for want of the file."""
+    machine, _, vm = guest(kernel=kernel)
+    flags = L.Flag.PRIVATE
+    assert machine.operate(L.Operation.MEMSLOT, flags=flags, vm=vm.vm, offset=ANON, length=PAGE).status == status
+
+
+def run_short(frames: int | None) -> tuple[Machine, set[int]]:
+    """A fixed list of calls on a machine of so many frames, recounted after each: it, and what the calls returned."""
+    machine, process, vm = guest(frames=frames, protected=True, stage2="ept", nx_huge_pages=True)
+    gmem = machine.create_guest_memfd_4k(64 * PAGE, mmap=False, init_shared=False)
+    process.mmap_hugetlb(HUGE, 2 * L.PAGE_2M)
+    vm.set_memory_region(0, 0, 64 * PAGE, ANON, gmem=gmem)
+    vm.set_memory_region(1, 1 << 30, 2 * L.PAGE_2M, HUGE)
+    calls: list[Callable[[], Result]] = [
+        *(partial(vm.touch, i * PAGE, write=i % 2 == 0) for i in range(0, 64, 7)),
+        partial(vm.set_attributes, 0, 32 * PAGE, private=True),
+        *(partial(vm.touch, i * PAGE, write=True) for i in range(0, 64, 5)),
+        partial(vm.touch, (1 << 30) + PAGE, write=True),
+        partial(vm.touch, (1 << 30) + L.PAGE_2M, execute=True),
+        partial(vm.set_memory_region, 1, 1 << 30, 2 * L.PAGE_2M, HUGE, log_dirty_pages=True),
+        *(partial(vm.touch, (1 << 30) + i * 9 * PAGE, write=True) for i in range(16)),
+        partial(vm.touch, 1 << 40),
+        partial(vm.prefault, 0, 64 * PAGE),
+        partial(process.madvise_dontneed, ANON, 40 * PAGE),
+        partial(vm.set_memory_region, 1, 1 << 30, 2 * L.PAGE_2M, HUGE),
+        partial(gmem.punch_hole, 0, 8 * PAGE),
+        partial(vm.set_attributes, 0, 16 * PAGE, private=False),
+        partial(vm.prefault, 1 << 30, L.PAGE_2M),
+        partial(vm.set_memory_region, 0, 0, 0),
+        vm.close,
+    ]
+    returned = set()
+    for call in calls:
+        returned.add(call().status)
+        assert machine.check() == 0, machine.broken
+    assert machine.statistics.gauge(L.Gauge.STAGE2_TABLES) == 0
+    return machine, returned
+
+
+def test_memory_that_runs_out_anywhere_leaves_everything_in_order() -> None:
+    machine, returned = run_short(None)
+    done = {0, L.RET_PF_FIXED, L.RET_PF_SPURIOUS, L.RET_PF_EMULATE}
+    assert returned <= done
+    needed = machine.statistics.peak(L.Gauge.FRAMES_USED)
+    for frames in range(20, needed):
+        _, returned = run_short(frames)
+        assert returned <= done | {-L.ENOMEM, -L.ENOENT}
+        assert -L.ENOMEM in returned or frames > needed - 40  # populating ahead may stop unseen

@@ -284,7 +284,6 @@ R_OTHER_ORDER = U(56)
 R_OTHER_STACK = U(57)
 R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
 R_PTI = U(59)  # 1: page-table isolation
-R_MMIO_GENERATION = U(60)
 R_RECOVER_HUGE = U(80)  # 1: dirty logging off puts huge leaves back in place, 0: it drops the small ones
 R_GMEM_MMAP = U(81)  # 1: guest_memfd can be mapped, and serves VMs without private memory (6.18)
 R_OTHER_TAIL_PAGE = U(61)  # as R_TAIL_PAGE, of the second pool

@@ -36,6 +36,7 @@ from pgemu_kernels.layout import (
     B_STATE,
     BLOCK_HUGE,
     BLOCK_SPLIT,
+    GAUGES,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
@@ -261,7 +262,7 @@ def check(descriptor, owner, leaves, found):
     """
     m = open_machine(descriptor)
     state = m.state
-    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(32)]
+    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
     for space in range(state[R_SPACES]):
         check_process(m, space, owner, found)
     stage2_tables = np.int64(0)

@@ -74,6 +74,7 @@ OP_GET = U(Operation.GET)
 OP_PUT = U(Operation.PUT)
 OP_CLOSE = U(Operation.CLOSE)
 _PROTECT = U(Operation.PROTECT)
+_VM_EXIT = U(Operation.VM_EXIT)
 _LAST_OPERATION = U(max(Operation))
 
 
@@ -326,7 +327,7 @@ def run(descriptor, header, object_, address, offset, length, status, detail, fi
     while first < count:
         kind = element(header, first) & _BYTE
         last = first
-        if state[R_ORDINARY] == U0 and (kind < _PROTECT or kind > _LAST_OPERATION):
+        if state[R_ORDINARY] == U0 and (kind < _PROTECT or kind > _LAST_OPERATION) and kind != _VM_EXIT:
             last = count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
         else:
             while last < count and element(header, last) & _BYTE == kind:

@@ -132,10 +132,13 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         Operation.RESTORE: _both(_main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_memory_unlock_and_restore")),
         Operation.BIND: _both(_main("virt/kvm/guest_memfd.c:kvm_gmem_bind")),
         Operation.UNBIND: _both(_MEMSLOT_DELETED),
-        Operation.MEMSLOT: _both(_main("virt/kvm/kvm_main.c:kvm_set_memory_region"), _MEMSLOT_DELETED),
+        Operation.MEMSLOT: _both(
+            _main("virt/kvm/kvm_main.c:kvm_set_memory_region"), _main("arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags")
+        ),
         Operation.DIRTY_LOG: _both(_main("virt/kvm/kvm_main.c:kvm_get_dirty_log_protect")),
-        Operation.ATTRIBUTES: _both(_main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes")),
-        Operation.PREFAULT: _both(_main("virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory")),
+        Operation.ATTRIBUTES: _both(_main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes"), _ZAP),
+        Operation.PREFAULT: _both(_main("virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory"), _TDP_MAP),
+        Operation.VM_EXIT: _both(_main("virt/kvm/kvm_main.c:kvm_destroy_vm")),
         Operation.GET: _both(_main("include/linux/mm.h:folio_get")),
         Operation.PUT: _both(_main("mm/swap.c:__folio_put")),
         Operation.CLOSE: {

@@ -304,10 +304,9 @@ class Kvm:
                 old.dirty.clear()
             return 0
         if new.gmem is not None:
-            for other in self.slots.values():
-                if other.gmem is not None and new.gmem < other.gmem + other.pages:
-                    if other.gmem < new.gmem + new.pages:
-                        return EINVAL
+            bound = [range(s.gmem, s.gmem + s.pages) for s in self.slots.values() if s.gmem is not None]
+            if any(new.gmem < other.stop and other.start < new.gmem + new.pages for other in bound):
+                return EINVAL
         self.slots[number] = new
         self.next_generation(1)
         return 0

@@ -145,6 +145,7 @@ class Replay:
         self.hugetlb: list[tuple[int, int]] = []
         self.frames = Frames()
         self.dropped_trees = 0
+        self.trees = 0  # compared so far
 
     def run(self) -> int:
         """Replay to the end: how many checkpoints were equal. MismatchError at the first that is not."""
@@ -378,6 +379,7 @@ class Replay:
                 raise MismatchError(f"{checkpoint.name}: a tree, captured none")
             return
         (tree,) = trees
+        self.trees += 1
         where = f"{checkpoint.name}, VM {guest.number}"
         captured = entries([run_entries(run) for run in tree.leaves])
         mmio = captured["entry"] & np.uint64(MMU_PRESENT) == 0  # NPT's have bit 0
