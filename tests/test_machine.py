@@ -239,12 +239,15 @@ def test_a_format_has_one_row() -> None:
     machine = Machine(Config())
     first = machine.add_format(page_format.x86_64())
     assert first == 3
-    assert machine.add_format(page_format.ept()) == 4
+    assert machine.add_format(page_format.ept()) == formats.STAGE2_EPT  # what every machine has anyway
     assert machine.add_format(page_format.x86_64()) == first
-    for bits in range(20, 20 + L.FORMATS - 5):
+    for bits in range(36, 48):
         machine.add_format(page_format.x86_64(maxphyaddr=bits))
+        machine.add_format(page_format.ept(maxphyaddr=bits))
+    for bits in range(36, 40):
+        machine.add_format(page_format.npt(maxphyaddr=bits))
     with pytest.raises(ValueError, match="has 32 formats already"):
-        machine.add_format(page_format.npt())
+        machine.add_format(page_format.npt(maxphyaddr=40))
 
 
 def test_the_fixed_formats_know_what_walkers_need() -> None:
