@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 import pgemu.machine
 from pgemu.machine import Config, Machine
 from pgemu.trace.schema import Records
-from pgemu_kernels import layout as L, page_format
+from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.layout import PAGE_2M, PAGE_4K, Operation
 
 HVA = 0x7F00_0000_0000
