@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu_kernels import layout as L
-from pgemu_kernels.formats import ADDRESS, LARGE, PRESENT
+from pgemu_kernels.formats import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.layout import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.machine import Machine, Result, Results
     from pgemu.stage2 import Stage2
+    from pgemu.translation import Access, Kind, NestedTranslation, Translation
 
 Array = np.ndarray[Any, Any]
 
@@ -464,6 +465,14 @@ class AddressSpace:
         """[(level, entry address, entry)] of a virtual address."""
         return self.machine.walk(self.root, address >> 12)
 
+    def translate(
+        self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None
+    ) -> Translation:
+        """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translation.translate."""
+        from pgemu.translation import translate
+
+        return translate(self.machine, HOST_X86_64, self.root, addresses, kinds, access)
+
 
 @dataclass(frozen=True)
 class Vm:
@@ -632,6 +641,24 @@ class Vm:
     def walk(self, gpa: int) -> list[tuple[int, int, int]]:
         """[(level, entry address, entry)] of a guest physical address."""
         return self.machine.walk(self.root, gpa >> 12)
+
+    def translate(self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None) -> Translation:
+        """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.translation.translate."""
+        from pgemu.translation import translate
+
+        return translate(self.machine, self.machine.register(L.R_STAGE2_FORMAT), self.root, gpas, kinds, access)
+
+    def translate_virtual(
+        self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
+    ) -> NestedTranslation:
+        """Translate a guest's virtual addresses (uint64[n]) through its x86-64 tables and stage 2.
+
+        `guest_root`: guest physical address of its top table; see pgemu.translation.translate_nested.
+        """
+        from pgemu.translation import translate_nested
+
+        stage2 = self.machine.register(L.R_STAGE2_FORMAT)
+        return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
 
     # ------------------------------------------------------------------ looking
 

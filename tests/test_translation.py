@@ -11,7 +11,7 @@ import pytest
 import pgemu.translation
 from pgemu.machine import Config, Machine
 from pgemu.memory import AddressSpace
-from pgemu.translation import Access, Kind, translate, translate_nested
+from pgemu.translation import Access, Kind, WalkStatus, translate, translate_nested
 from pgemu_kernels import formats, layout as L, page_format
 
 BASE = 0x7F00_0000_0000
@@ -147,3 +147,23 @@ def test_entries_that_pass_at_one_look_are_what_linux_writes(machine: Machine) -
                 mask, value = x[int(L.X_LEAF_MASK) + level], x[int(L.X_LEAF_VALUE) + level]
                 assert int(mask) & fmt.leaf[level - 1] == int(value), (fmt.name, kind, level)
                 assert int(mask) & (fmt.leaf[level - 1] ^ fmt.present) != int(value)
+
+
+def test_processes_and_vms_translate_as_their_tables_do() -> None:
+    machine = Machine(Config("pfnmap", pool=4 * L.PAGE_2M, page_size=L.PAGE_2M))
+    gmem = machine.create_guest_memfd(2 * L.PAGE_2M, shared=True)
+    process = machine.create_process()
+    vm = machine.create_vm(process)
+    base = 0x7F00_0000_0000
+    assert process.mmap(gmem, base).status == vm.bind(gmem, 0).status == 0
+    process.touch(base)
+    vm.touch(0)
+    frame = (gmem.pfn(0) or 0) << 12
+    found = process.translate(np.array([base + 0x123, base + 0x1000], np.uint64), Kind.USER_READ)
+    assert found.status.tolist() == [WalkStatus.OK, WalkStatus.NOT_PRESENT]
+    assert int(found.physical[0]) == frame + 0x123
+    assert int(vm.translate(np.array([0x456], np.uint64), Kind.READ).physical[0]) == frame + 0x456
+    # The guest's top table is its page 0, and its first entry points to itself, four levels deep.
+    machine.write_frame(frame >> 12, (0x67).to_bytes(8, "little"))
+    nested = vm.translate_virtual(0, np.array([0x789], np.uint64), Kind.USER_READ)
+    assert (int(nested.physical[0]), int(nested.guest_level[0])) == (frame + 0x789, 1)
