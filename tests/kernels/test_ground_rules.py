@@ -118,6 +118,8 @@ def overloads_of(dispatcher: Any) -> Iterator[Overload]:
 
 @pytest.fixture(scope="module")
 def compiled_entries() -> dict[str, Any]:
+    if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
+        pytest.skip("types and calls are those of the code without bounds checks")
     for design in DESIGNS:
         exercise(Machine(Config(design, pool=4 * L.PAGE_2M, page_size=L.PAGE_2M)))
     never_run = [entry.py_func.__qualname__ for entry in kernel_compile.entries if not entry.signatures]
