@@ -374,7 +374,10 @@ class AddressSpace:
         return self._operate(Operation.MUNMAP, address, length)
 
     def protect(self, address: int, length: int, prot: int) -> Result:
-        """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c"""
+        """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c
+
+        -EOPNOTSUPP at a mapping of a guest_memfd of the two designs, where it is not modelled.
+        """
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 
     def madvise_dontneed(self, address: int, length: int) -> Result:
@@ -385,7 +388,10 @@ class AddressSpace:
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE)
 
     def populate(self, address: int, length: int, *, write: bool = False) -> Result:
-        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c"""
+        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c
+
+        A mapping of a guest_memfd of the two designs is not populated: -EINVAL.
+        """
         return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
 
     def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:

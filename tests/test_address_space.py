@@ -537,3 +537,29 @@ def test_guards_stay_until_they_are_removed_or_unmapped() -> None:
     _, older = make(kernel="6.12")
     older.mmap_anonymous(BASE, PAGE)
     assert older.guard_install(BASE, PAGE).status == -L.EINVAL
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_mappings_of_the_designs_beside_ordinary_ones(design: Any) -> None:
+    machine = Machine(Config(design, pool=4 * M2, page_size=M2))
+    process, gmem = machine.create_process(), machine.create_guest_memfd(2 * M2, shared=True)
+    # The row of the mapping that went is used again.
+    process.mmap_anonymous(BASE, PAGE)
+    process.munmap(BASE, PAGE)
+    assert process.mmap(gmem, BASE).status == 0
+    process.touch(BASE, write=True)
+    first = gmem.pfn(0)
+    assert first is not None
+    assert leaf(process, BASE) & formats.ADDRESS == first << 12
+    assert process.rss == 0
+    before = leaf(process, BASE)
+    assert process.protect(BASE, PAGE, 1).status == -L.EOPNOTSUPP
+    assert leaf(process, BASE) == before
+    expected = -L.EINVAL if design == "pfnmap" else 0  # VM_PFNMAP refuses it, whatever else the process maps
+    assert process.madvise_dontneed(BASE, 2 * M2).status == expected
+    assert (leaf(process, BASE) == before) == (design == "pfnmap")
+    assert process.touch(BASE + PAGE).status != 0
+    assert machine.check() == 0
+    assert process.munmap(BASE, 2 * M2).status == 0
+    assert process.table_pages == (0, 0, 0)
+    assert machine.check() == 0

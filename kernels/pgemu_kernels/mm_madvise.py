@@ -20,19 +20,24 @@ from pgemu_kernels.layout import (
     A_START,
     EINVAL,
     ENOMEM,
+    EOPNOTSUPP,
     I_ORDER,
     O_ADDRESS,
     O_FLAGS,
     O_LENGTH,
     O_SPACE,
+    PFNMAP,
     PROT_WRITE,
+    R_DESIGN,
     R_DONTNEED_FREES_TABLES,
+    R_DONTNEED_PFNMAP,
     R_GUARDS,
     R_VMAS,
     VM_LOCKED,
     VM_PFNMAP,
     VM_SHARED,
     VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
     VMA_HUGETLB,
     Flag,
 )
@@ -64,6 +69,8 @@ _MADVISE = U(Flag.MADVISE)
 def _protect_vma(m, row, start, end, prot):
     """mprotect_fixup(): cut the VMA to [start, end), change rights and entries, merge. 0, -EINVAL, -ENOMEM."""
     state = m.state
+    if state[row + A_KIND] == VMA_GUEST_MEMFD:
+        return np.int64(-EOPNOTSUPP)
     old = state[row + A_PROT]
     if old == prot:
         return np.int64(0)
@@ -88,7 +95,10 @@ def _protect_vma(m, row, start, end, prot):
 
 @outlined
 def mprotect(m, op):
-    """mprotect(): flags READ, WRITE, EXEC. 0, -EINVAL, or -ENOMEM at the first hole, what lies before it changed."""
+    """mprotect(): flags READ, WRITE, EXEC. 0, -EINVAL, or -ENOMEM at the first hole, what lies before it changed.
+
+    -EOPNOTSUPP at a mapping of the designs, whose entries say what is shared, not what mprotect() allowed.
+    """
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]
@@ -127,7 +137,9 @@ def _dontneed_vma(m, row, start, end, reclaim):
         if start & (size - U1) != U0:
             return np.int64(-EINVAL)
         end &= ~(size - U1)
-    elif state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0:
+    elif state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0 or (
+        kind == VMA_GUEST_MEMFD and state[R_DESIGN] == U(PFNMAP) and state[R_DONTNEED_PFNMAP] == U0
+    ):
         return np.int64(-EINVAL)
     if start < end:
         gather_begin(m)

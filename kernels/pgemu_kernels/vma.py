@@ -62,9 +62,9 @@ def new_row(state):
 
 @kernel
 def remove_row(state, row):
-    state[row + A_LIVE] = U0
-    state[row + A_START] = U0
-    state[row + A_END] = U0
+    """Clear a VMA's row: mappings.mmap() sets only the words that the designs' VMAs have."""
+    for word in range(U(A_WORDS)):
+        state[row + word] = U0
 
 
 @kernel
