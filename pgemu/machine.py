@@ -451,7 +451,7 @@ class Machine:
         length: int = 0,
     ) -> Result:
         """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
-        _check_fields(op, flags, actor, vm, space, object_)
+        _check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
         one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
         head, *columns = one
@@ -479,7 +479,7 @@ class Machine:
         """
         from pgemu_kernels.stepping import step
 
-        _check_fields(op, flags, actor, vm, space, object_)
+        _check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         if self._record(actor, L.O_ACTIVE):
             raise ValueError(f"actor {actor} is in the middle of an operation")
         words = {
@@ -611,7 +611,11 @@ class Machine:
         return self.memory.holds(addresses)
 
     def roots(self) -> list[Root]:
-        """The top tables: the kernel's, each process's ("process:0"), each VM's ("vm:0")."""
+        """The top tables: the kernel's, of processes ("process:0"), of VMs ("vm:0"), of other page tables ("table:0").
+
+        With page-table isolation that of a process is the kernel's copy. The name of a format leaves its parameters
+        out: input bits of Arm64 stage 2 other than 40, or kernels other than 7.3, are for the reader to give.
+        """
         from pgemu.image import Root
 
         state = self.arrays.state
@@ -624,7 +628,7 @@ class Machine:
                 root = int(state[int(rows) + i * words + int(word)])
                 if root:
                     found.append(Root(f"{name}:{i}", fmt.name, root))
-        return found
+        return found + [Root(f"table:{i}", table.format.name, table.root) for i, table in enumerate(self.page_tables)]
 
     def write_image(self, path: str | os.PathLike[str], format: Literal["elf", "raw"] = "elf") -> None:
         """Write physical memory to a sparse file: every metadata frame ever used, and HugeTLB frames with contents.
@@ -664,18 +668,31 @@ class Machine:
         return index
 
 
-def _check_fields(op: int, flags: int, actor: int, vm: int, space: int, object_: int) -> None:
+def _check_fields(
+    op: int, flags: int, actor: int, vm: int, space: int, object_: int, address: int, offset: int, length: int
+) -> None:
     """ValueError where a value does not fit its column of the trace schema."""
     limits = {"operation": (op, 256), "flags": (flags, 256), "actor": (actor, L.ACTORS), "vm": (vm, 1 << 16),
-              "space": (space, 1 << 16), "object": (object_, 1 << 32)}  # fmt: skip
+              "space": (space, 1 << 16), "object": (object_, 1 << 32), "address": (address, 1 << 64),
+              "offset": (offset, 1 << 64), "length": (length, 1 << 64)}  # fmt: skip
     for name, (value, limit) in limits.items():
         if not 0 <= value < limit:
             raise ValueError(f"{name} {value}: expected 0 to {limit - 1}")
 
 
-def _column(values: Any, count: int) -> Array:
+def integers(values: Any) -> Array:
+    """`values` as an array. NumPy makes float64 of a list with numbers below and above 2^63: it becomes uint64 here."""
     given = np.asarray(values)
-    if given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.size and given.min() < 0):
+    if given.dtype.kind == "f" and not isinstance(values, np.ndarray):
+        exact = np.asarray(values, dtype=np.object_)
+        if all(isinstance(value, int) and 0 <= value < 1 << 64 for value in exact.flat):
+            return exact.astype(np.uint64)
+    return given
+
+
+def _column(values: Any, count: int) -> Array:
+    given = integers(values)
+    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
         raise ValueError(f"column of {given.dtype}: expected integers that are not negative")
     column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
     if column.size not in (1, count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -294,12 +294,16 @@ class AddressSpace:
         if file is None:
             if length is None:
                 raise ValueError("mmap_hugetlb: expected a length or a file")
+            if length == 0:
+                return self._mmap(
+                    int(L.NO_INODE), address, 0, 0, prot, shared=shared, populate=False, locked=False, noreserve=False
+                )
             rounded = -(-length // page_size) * page_size
             own = self.machine.create_hugetlb_file(rounded, page_size)
             offset = 0
         else:
             own = file
-            rounded = file.size - offset if length is None else length
+            rounded = max(file.size - offset, 0) if length is None else length
         result = self._mmap(
             own.inode,
             address,
@@ -329,7 +333,7 @@ class AddressSpace:
         0, -EINVAL beyond its end, -EEXIST, -ENOMEM. mm/memory.c:remap_pfn_range(), vmf_insert_pfn();
         mm/huge_memory.c:vmf_insert_pfn_pmd(), vmf_insert_pfn_pud(). Private device mappings are not modelled.
         """
-        size = device.size - offset if length is None else length
+        size = max(device.size - offset, 0) if length is None else length
         return self._mmap(
             device.inode, address, offset, size, prot, shared=True, populate=False, locked=False, noreserve=False
         )
@@ -640,7 +644,7 @@ class Vm:
 
     def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:
         """Guest accesses to `gpas` (uint64[n]), in order."""
-        addresses = np.asarray(gpas, dtype=np.uint64)
+        addresses = gpas if isinstance(gpas, np.ndarray | Sequence) else list(gpas)
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine import integers
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import PAGE_4K, Edit
 from pgemu_kernels.page_format import FORMATS, FlushRule, PageFormat
@@ -247,7 +248,7 @@ class PageTable:
         return self._run(Edit.SPLIT, addresses, _NO_ADDRESS, length, level, log=log)
 
     def collapse(self, address: int, *, level: int = 2, log: Array | None = None) -> EditResult:
-        """Put one leaf of `level` in the place of 512 that follow one another and are alike.
+        """Put one leaf of `level` in the place of 512 that follow one another and are alike; `detail` is 1 then.
 
         Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
         KVM does this when dirty logging ends (recover_huge_pages_range()); 6.12 dropped the table and left the entry
@@ -407,8 +408,8 @@ def _size(level: int) -> int:
 
 def _addresses(values: Any) -> Array:
     """uint64[n], C order. ValueError for what are no addresses."""
-    given = np.asarray(values)
-    if given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.size and given.min() < 0):
+    given = integers(values)
+    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
         raise ValueError(f"addresses of {given.dtype}: expected integers that are not negative")
     column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
     return column if column.flags.writeable else column.copy()

@@ -95,13 +95,16 @@ class PhysicalMemory:
         return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def _metadata_frames(self) -> Array:
-        """int64, ascending: frames of the metadata zone that memory.take_frame() ever gave, and those of boot."""
+        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
         state = self._arrays.state
         order = np.arange(int(state[L.R_FRESH]), dtype=np.uint64)
         frames = order * state[L.R_SEED_MULTIPLIER] + state[L.R_SEED_OFFSET] & state[L.R_FRAMES_MASK]
         frames = np.sort(frames[frames != 0]).astype(np.int64)
         first = int(state[L.R_FRAMES])
-        return np.concatenate([frames, np.arange(first, first + int(state[L.R_BOOT_FRAMES]), dtype=np.int64)])
+        boot = np.arange(first, first + int(state[L.R_BOOT_FRAMES]), dtype=np.int64)
+        in_use = state[int(state[L.R_CONTIGUOUS_MAP]) :][: L.CONTIGUOUS_FRAMES // 64].astype("<u8").view(np.uint8)
+        runs = np.flatnonzero(np.unpackbits(in_use, bitorder="little")) + int(state[L.R_CONTIGUOUS])
+        return np.concatenate([frames, boot, runs])
 
     def _guest_frames(self) -> Iterator[Array]:
         """int64, ascending: frames of the HugeTLB zone that have contents."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine import integers
 from pgemu_kernels import formats as bits, layout as L
 from pgemu_kernels.layout import WalkStage, WalkStatus
 from pgemu_kernels.page_format import ALL, ARM_DIRTY_MODIFIER, ARM_WRITE, Family
@@ -332,7 +333,7 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
 
 def _addresses(addresses: Any) -> Array:
     """Addresses as a contiguous, writeable uint64[n]. ValueError for negative ones or other kinds."""
-    given = np.asarray(addresses)
+    given = integers(addresses)
     if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
         raise ValueError(f"addresses of {given.dtype}: expected integers that are not negative")
     column = np.ascontiguousarray(given, np.uint64).reshape(-1)

@@ -563,3 +563,22 @@ def test_mappings_of_the_designs_beside_ordinary_ones(design: Any) -> None:
     assert process.munmap(BASE, 2 * M2).status == 0
     assert process.table_pages == (0, 0, 0)
     assert machine.check() == 0
+
+
+def test_arguments_that_no_system_call_takes() -> None:
+    machine, process = make()
+    assert process.mmap_hugetlb(BASE, 0).status == -L.EINVAL
+    device = machine.create_device(8 << 18, 2)
+    assert process.mmap_device(device, BASE, offset=3 * PAGE).status == -L.EINVAL
+    file = machine.create_hugetlb_file(M2)
+    assert process.mmap_hugetlb(BASE, file=file, offset=2 * M2).status == -L.EINVAL
+    for address in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="address"):
+            process.touch(address)
+    assert process.touch_many([]).status.tolist() == []
+    assert process.touch_many([PAGE, 0xFFFF_8000_0000_0000]).status.tolist() == [L.VM_FAULT_SIGSEGV] * 2
+    vm = machine.create_vm(process)
+    for gpas in ([1.5], [-1]):
+        with pytest.raises(ValueError, match="expected integers"):
+            vm.touch_many(gpas)
+    assert vm.touch_many(gpa for gpa in (0, PAGE)).status.tolist() == [L.RET_PF_EMULATE] * 2

@@ -18,9 +18,9 @@ from hypothesis import given, settings, strategies as st
 import pgemu
 from pgemu import image as image_module
 from pgemu.errors import InputError
-from pgemu.image import open_image
+from pgemu.image import Root, open_image
 from pgemu.machine import Config, Machine
-from pgemu.walk import MappedRange, Summary, mapped_ranges
+from pgemu.walk import Kind, MappedRange, Summary, mapped_ranges, walk
 from pgemu_kernels import layout as L
 from trees import core, write
 
@@ -390,3 +390,19 @@ def test_reading_an_image_loads_no_compiler(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "core"], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_page_tables_and_their_roots_are_in_the_image(tmp_path: Path) -> None:
+    machine = Machine(Config(seed=3))
+    # A root of two tables in a row, and one of a single table.
+    tables = [machine.create_page_table(name) for name in ("arm64-s2", "ept")]
+    for table in tables:
+        assert table.map_range(0x80_4000_0000, 0x1000, 1 << 22).status == 0
+    machine.write_image(tmp_path / "image")
+    with open_image(tmp_path / "image") as image:
+        named = {root.name: root for root in image.roots}
+        for i, table in enumerate(tables):
+            assert named[f"table:{i}"] == Root(f"table:{i}", table.format.name, table.root)
+            steps = walk(image, table.format, table.root, 0x80_4000_5000)
+            assert [tuple(step[:3]) for step in steps] == table.walk(0x80_4000_5000)
+            assert steps[-1].kind == Kind.LEAF

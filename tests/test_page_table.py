@@ -226,6 +226,7 @@ class Edits(RuleBasedStateMachine):
             assert result.flush is not None
             start = self.given(address)
             assert result.flush == Flush(start, start + size_of(level), 1, True)
+            assert result.detail == 1
 
     @precondition(lambda self: self.tree.leaves)
     @rule(data=st.data(), what=st.sampled_from(["absent", "same", "moved", "other level"]))

@@ -82,6 +82,18 @@ def test_arrays_are_filled_again(machine: Machine, process: AddressSpace) -> Non
     assert translate(machine, 0, process.root, np.empty(0, np.uint64)).status.size == 0
 
 
+def test_addresses_of_both_halves_in_one_list(machine: Machine, process: AddressSpace) -> None:
+    found = translate(machine, 0, process.root, [BASE, 0xFFFF_8000_0000_0000])  # NumPy alone makes them float64
+    assert found.level.tolist() == [1, 4]
+    table = machine.create_page_table("x86-64")
+    addresses: Any = [0x1000, 0xFFFF_8000_0000_0000]
+    assert table.map_many(addresses, [0x5000, 0x6000]).status.tolist() == [0, 0]  # type: ignore[arg-type]
+    assert table.translate(addresses).physical.tolist() == [0x5000, 0x6000]
+    with pytest.raises(ValueError, match="float64"):
+        table.translate([1.5, 2.0**63])
+    table.destroy()
+
+
 def test_scattered_addresses_keep_their_order(machine: Machine, process: AddressSpace) -> None:
     steps = process.walk(BASE)
     ram = machine.arrays.ram

@@ -156,6 +156,7 @@ def collapse(e, f, address, level):
     if not well_formed(state, f, level, new):
         return INVALID
     replace_table(e, f, slot, level, old, new, address)
+    e.request[E_CHANGED] += U1
     return DONE
 
 

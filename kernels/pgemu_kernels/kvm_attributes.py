@@ -32,6 +32,7 @@ from pgemu_kernels.page_cache import cache_find, cache_store
 from pgemu_kernels.tdp_mmu import pages_of
 
 U = np.uint64
+_GUEST_ADDRESSES = U(1 << 48)  # what four levels of stage 2 reach
 PRIVATE = U(Flag.PRIVATE)
 SHARED = U(Flag.SHARED)
 _MOST_NODES = U(8)  # nodes that one store may need beside the lowest one
@@ -130,6 +131,8 @@ def set_attributes(m, op):
         return np.int64(-EINVAL)
     if length == U0 or address + length < address or (address | length) & U4095 != U0:
         return np.int64(-EINVAL)
+    if address + length > _GUEST_ADDRESSES:
+        return np.int64(-EINVAL)  # inference: Linux stores attributes of frames that no slot can have, too
     gfn = address >> U12
     end = (address + length) >> U12
     if all_have(m, row, gfn, end, private):

@@ -137,10 +137,12 @@ def _dontneed_vma(m, row, start, end, reclaim):
         if start & (size - U1) != U0:
             return np.int64(-EINVAL)
         end &= ~(size - U1)
-    elif state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0 or (
-        kind == VMA_GUEST_MEMFD and state[R_DESIGN] == U(PFNMAP) and state[R_DONTNEED_PFNMAP] == U0
-    ):
-        return np.int64(-EINVAL)
+    else:
+        refused = state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0
+        if kind == VMA_GUEST_MEMFD:  # of the designs: VM_PFNMAP without the flag
+            refused = state[R_DESIGN] == U(PFNMAP) and state[R_DONTNEED_PFNMAP] == U0
+        if refused:
+            return np.int64(-EINVAL)
     if start < end:
         gather_begin(m)
         zap_range(m, row, start, end, False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ("walk",)
 
-_NUMBER = re.compile(r"0x[0-9a-f_]+|[0-9][0-9_]*", re.IGNORECASE)
+_NUMBER = re.compile(r"0x_?[0-9a-f]+(?:_[0-9a-f]+)*|[0-9]+(?:_[0-9]+)*", re.IGNORECASE)
 _NAMES = {
     Family.X86: ("PTE", "PMD", "PUD", "PGD", "PGD"),
     Family.EPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
@@ -89,6 +89,12 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU."),
         click.option("--c-bit", type=int, metavar="BIT", help="Memory encryption bit (x86-64, npt)."),
         click.option("--ipa-bits", type=int, metavar="BITS", help="Input address bits (arm64-s2).  [default: 40]"),
+        click.option(
+            "--fwb/--no-fwb",
+            default=None,
+            help="FEAT_S2FWB memory attributes (arm64-s2).  [default: fwb]",
+            show_default=False,
+        ),
     )
     for option in reversed(options):
         command = option(command)

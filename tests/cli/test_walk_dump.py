@@ -170,6 +170,7 @@ def test_parameters_of_formats(run: Run, tmp_path: Path) -> None:
     arguments = ("walk", path, "--root", tree.root, hex(7 << 39), "--format", "arm64-s2")
     assert run(*arguments, "--ipa-bits", 42)[0] == 0
     assert run(*arguments)[0] == 1  # wider than 40 bits
+    assert run(*arguments, "--ipa-bits", 42, "--no-fwb")[1] != run(*arguments, "--ipa-bits", 42, "--fwb")[1]
     tree = Tree(X86)
     tree.map(0, 1 << 40, 1)
     path = image(tree, tmp_path / "core")
@@ -189,6 +190,10 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
      "Invalid value for 'VA...': '7f00': expected an address of 64 bits, in decimal or with 0x in front"),
     (("walk", "{}", "--root", "0x1000000", hex(1 << 64)), f"Invalid value for 'VA...': '{hex(1 << 64)}': "
      "expected an address of 64 bits, in decimal or with 0x in front"),
+    (("walk", "{}", "--root", "0x_", "0"), "--root '0x_': expected an address, or a name that the image gives; "
+     "the image names process:0 0x1000000 (x86-64)"),
+    (("walk", "{}", "--root", "0x1000000", "0x_"),
+     "Invalid value for 'VA...': '0x_': expected an address of 64 bits, in decimal or with 0x in front"),
     (("walk", "{}", "--root", "0x1000000"), "Missing argument 'VA...'."),
     (("dump", "{}x", "--root", "0"), "{}x: cannot be opened: No such file or directory"),
     (("dump", "{}", "--root", "process:0", "--format", "ept", "--ipa-bits", "40"),
