@@ -401,7 +401,8 @@ class Machine:
     def create_page_table(self, fmt: PageFormat | str) -> PageTable:
         """Create an empty page table of a format, or of the format of a name (page_format.FORMATS).
 
-        OSError ENOMEM. ValueError for another name, or past layout.FORMATS formats.
+        OSError ENOMEM. ValueError for another name, past layout.FORMATS formats, or for AMD's IOMMU format, whose
+        tables this does not edit.
         """
         from pgemu.page_table import PageTable
 

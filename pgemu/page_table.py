@@ -108,6 +108,8 @@ class PageTable:
             if fmt not in FORMATS:
                 raise ValueError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
             fmt = FORMATS[fmt]()
+        if fmt.table_level_shift:
+            raise ValueError(f"format {fmt.name}: expected one whose tables do not say their level: not edited here")
         table = cls(machine, fmt)
         machine.page_tables.append(table)
         return table
@@ -188,7 +190,7 @@ class PageTable:
         self, address: int, length: int, *, tables: Tables = "munmap", log: Array | None = None
     ) -> EditResult:
         """Free the empty tables of a range (free_pgtables()): how many."""
-        return self._one(Edit.FREE_TABLES, address, 0, length, flags=_TABLE_FLAGS[tables], log=log)
+        return self._one(Edit.FREE_TABLES, address, 0, length, flags=self._tables(tables), log=log)
 
     def protect(
         self, address: int, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
@@ -276,6 +278,7 @@ class PageTable:
         ValueError for an address beyond the input addresses.
         """
         fmt = self.format
+        self._check_root()
         sign = 1 if fmt.sign_extended else 0
         high = address >> fmt.input_bits - sign
         if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
@@ -304,11 +307,13 @@ class PageTable:
         """Translate addresses (uint64[n]) in order; see pgemu.translation.translate."""
         from pgemu.translation import translate
 
+        self._check_root()
         return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
 
     def table_pages(self) -> dict[int, Array]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
         fmt = self.format
+        self._check_root()
         tables = self.machine.arrays.ram.reshape(-1, 512)
         pages = np.uint64(self.root) + np.arange(fmt.root_tables, dtype=np.uint64) * np.uint64(PAGE_4K)
         found = {fmt.levels: pages}
@@ -339,17 +344,25 @@ class PageTable:
 
     # ------------------------------------------------------------------ calling the kernel
 
+    def _check_root(self) -> None:
+        if self.root == 0:
+            raise ValueError("the page table was destroyed")
+
     def _bits(self, attributes: int | None) -> int:
         return self.format.leaf[0] if attributes is None else attributes
 
     def _partial(self, partial: Partial | None) -> int:
         if partial is None:
             partial = "split" if self.format.flush == FlushRule.PROCESS else "whole"
+        if partial not in ("split", "whole"):
+            raise ValueError(f"partial {partial!r}: expected split or whole")
         return int(L.EDIT_SPLIT) if partial == "split" else 0
 
     def _tables(self, tables: Tables | None) -> int:
         if tables is None:
             tables = "zap" if self.format.flush == FlushRule.WHOLE_VM else "munmap"
+        if tables not in _TABLE_FLAGS:
+            raise ValueError(f"tables {tables!r}: expected one of {', '.join(_TABLE_FLAGS)}")
         return _TABLE_FLAGS[tables]
 
     def _one(
@@ -371,8 +384,8 @@ class PageTable:
         """One edit at each address."""
         from pgemu_kernels.edits import edit
 
-        if self.root == 0 and op != Edit.CREATE:
-            raise ValueError("the page table was destroyed")
+        if op != Edit.CREATE:
+            self._check_root()
         addresses, physical = _addresses(addresses), _addresses(physical)
         if physical.size not in (1, addresses.size):
             raise ValueError(f"{physical.size} physical addresses: expected {addresses.size}")

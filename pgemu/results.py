@@ -12,7 +12,21 @@ _VM_FAULT = {value: name for name, value in vars(L).items() if name.startswith("
 # The standard library's errno would be that of the system pgemu runs on; these are Linux's.
 _ERRNO = {
     getattr(L, name): name
-    for name in ("ENOENT", "EBADF", "EAGAIN", "ENOMEM", "EFAULT", "EBUSY", "EEXIST", "EINVAL", "ENOSPC", "EOPNOTSUPP")
+    for name in (
+        "ENOENT",
+        "EBADF",
+        "EAGAIN",
+        "ENOMEM",
+        "EACCES",
+        "EFAULT",
+        "EBUSY",
+        "EEXIST",
+        "ENODEV",
+        "EINVAL",
+        "ENOSPC",
+        "ERANGE",
+        "EOPNOTSUPP",
+    )
 }
 
 

@@ -129,6 +129,8 @@ class Access:
         """
         fmt = _Format(format_row)
         asks = {Family.X86: self._x86, Family.NPT: self._npt, Family.EPT: self._ept, Family.ARM64: self._arm64}
+        if fmt.family not in asks:
+            raise ValueError(f"accesses through {fmt.family.name} tables: not modelled, expected no kinds of access")
         rows = np.zeros((L.ACCESS_ROWS, L.X_WORDS), np.uint64)
         for row, ask in zip(rows, asks[fmt.family](fmt), strict=False):
             self._fill(row, fmt, ask)
@@ -326,6 +328,8 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
     given = np.atleast_1d(np.asarray(kinds))
     if given.size not in (1, count):
         raise ValueError(f"{given.size} kinds of access: expected {count} or 1")
+    if given.size and given.dtype.kind not in "ui":
+        raise ValueError(f"kinds of access of {given.dtype}: expected integers")
     if given.size and not (given.min() >= Kind.READ and given.max() <= Kind.USER_FETCH):
         raise ValueError(f"kind of access {given.max()}: expected {int(Kind.READ)} to {int(Kind.USER_FETCH)}")
     return np.ascontiguousarray(given, np.uint8)

@@ -15,6 +15,7 @@ from model.page_tables import FORMATS, Format, Table, Tree, all_tables, size_of,
 from pgemu.machine import Config, Machine
 from pgemu.page_table import EditResult, Flush, PageTable
 from pgemu_kernels import layout as L, page_format
+from pgemu_kernels.iommu_format import IOMMU_FORMATS
 from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge
 
 MAKERS = {
@@ -479,3 +480,24 @@ def test_the_recount_finds_a_table_that_two_entries_point_to() -> None:
 def test_the_example_of_the_documentation() -> None:
     failed, attempted = doctest.testmod(pgemu.page_table)
     assert (failed, attempted > 0) == (0, True)
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    machine = Machine(Config())
+    with pytest.raises(ValueError, match="amd-v1"):
+        machine.create_page_table(IOMMU_FORMATS["amd-v1"]())
+    table = machine.create_page_table(IOMMU_FORMATS["vtd-s2"]())
+    assert table.map(0, PAGE_4K).status == 0
+    assert table.translate([5]).physical.tolist() == [PAGE_4K + 5]
+    with pytest.raises(ValueError, match="VTD tables: not modelled"):
+        table.translate([5], 0)
+    wrong: Any = "some"
+    with pytest.raises(ValueError, match="partial 'some'"):
+        table.unmap(0, partial=wrong)
+    with pytest.raises(ValueError, match="tables 'some'"):
+        table.free_tables(0, PAGE_4K, tables=wrong)
+    assert machine.check() == 0
+    table.destroy()
+    for look in (lambda: table.walk(0), lambda: table.translate([0]), table.table_pages):
+        with pytest.raises(ValueError, match="destroyed"):
+            look()

@@ -123,6 +123,7 @@ def test_scattered_addresses_keep_their_order(machine: Machine, process: Address
         ((0, 0x1000, [-1]), "negative"),
         ((0, 0x1000, [1.5]), "integers"),
         ((0, 0x1000, [0], 6), "kind of access"),
+        ((0, 0x1000, [0], [1.5]), "kinds of access of float64"),
         ((0, 0x1000, [0, 1, 2], [0, 1]), "kinds of access"),
     ],
 )

@@ -66,7 +66,10 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 )
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace."""
+    """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace.
+
+    Beside that, name the bits of page-table entries, and walk or list the page tables in images of physical memory.
+    """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
