@@ -79,6 +79,7 @@ from pgemu_kernels.vma import (
 
 U = np.uint64
 _WRITE = U(Flag.WRITE)
+_PRIVATE = U(Flag.PRIVATE)
 _SHARED = U(Flag.SHARED)
 _POPULATE = U(Flag.POPULATE)
 _NORESERVE = U(Flag.NORESERVE)
@@ -127,6 +128,8 @@ def _check_mmap(state, op, kind, length):
     space = state[op + O_SPACE]
     start = state[op + O_ADDRESS]
     if state[op + O_LENGTH] == U0 or (start | state[op + O_OFFSET]) & U4095 != U0:
+        return np.int64(-EINVAL)
+    if state[op + O_FLAGS] & _SHARED != U0 and state[op + O_FLAGS] & _PRIVATE != U0:
         return np.int64(-EINVAL)
     if length == U0 or length > TASK_SIZE or start > TASK_SIZE - length:
         return np.int64(-ENOMEM)
