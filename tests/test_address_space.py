@@ -582,3 +582,17 @@ def test_arguments_that_no_system_call_takes() -> None:
         with pytest.raises(ValueError, match="expected integers"):
             vm.touch_many(gpas)
     assert vm.touch_many(gpa for gpa in (0, PAGE)).status.tolist() == [L.RET_PF_EMULATE] * 2
+
+
+def test_a_record_of_a_write_and_a_fetch_is_a_write() -> None:
+    machine = Machine(Config())
+    process = machine.create_process()
+    assert process.mmap_anonymous(0x1000_0000, L.PAGE_4K).status == 0
+    both = int(L.Flag.WRITE | L.Flag.EXEC)
+    faults = [
+        machine.operate(L.Operation.HOST_FAULT, flags=both, space=process.space, address=0x1000_0000).status
+        for _ in range(2)
+    ]
+    assert faults == [L.VM_FAULT_NOPAGE, 0]  # the entry that the first one made serves the second
+    assert process.rss == 1
+    assert machine.check() == 0

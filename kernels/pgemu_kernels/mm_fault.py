@@ -104,7 +104,8 @@ def access(m, op):
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]
     write = U1 if state[op + O_FLAGS] & _WRITE != U0 else U0
-    execute = U1 if state[op + O_FLAGS] & _EXEC != U0 else U0
+    # An access is one thing: a record that says both is a write.
+    execute = U1 if state[op + O_FLAGS] & (_WRITE | _EXEC) == _EXEC else U0
     root = space_root(state, space)
     status = np.int64(0)
     slot, level = lookup(m, root, address)
