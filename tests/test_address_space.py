@@ -596,3 +596,14 @@ def test_a_record_of_a_write_and_a_fetch_is_a_write() -> None:
     assert faults == [L.VM_FAULT_NOPAGE, 0]  # the entry that the first one made serves the second
     assert process.rss == 1
     assert machine.check() == 0
+
+
+def test_an_ended_process_maps_nothing() -> None:
+    machine = Machine(Config("pfnmap", pool=2 * M2, page_size=M2))
+    gmem = machine.create_guest_memfd(M2, shared=True)
+    process = machine.create_process()
+    assert process.exit().status == 0
+    assert process.mmap(gmem, 0x4000_0000).status == -L.EINVAL
+    child = machine.create_process()  # takes the row of the one that ended
+    assert child.mmap(gmem, 0x4000_0000).status == 0
+    assert machine.check() == 0

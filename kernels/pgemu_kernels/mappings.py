@@ -60,6 +60,8 @@ def mmap(m, op):
         return stop(state, op, status)
     if space >= state[R_SPACES] or start & U4095 != U0 or end <= start or end > _TASK_SIZE:
         return stop(state, op, -EINVAL)
+    if space_root(state, space) == U0:
+        return stop(state, op, -EINVAL)  # the process has ended
     for i in range(state[R_VMAS]):
         row = vma_row(i)
         if state[row + A_LIVE] != U0 and state[row + A_SPACE] == space:
