@@ -607,3 +607,13 @@ def test_an_ended_process_maps_nothing() -> None:
     child = machine.create_process()  # takes the row of the one that ended
     assert child.mmap(gmem, 0x4000_0000).status == 0
     assert machine.check() == 0
+
+
+def test_a_closed_vm_binds_nothing() -> None:
+    machine = Machine(Config("pfnmap", pool=2 * M2, page_size=M2))
+    gmem = machine.create_guest_memfd(M2)
+    vm = machine.create_vm(machine.create_process())
+    assert vm.close().status == 0
+    assert vm.bind(gmem, 0).status == -L.EBADF
+    assert vm.touch(0).detail == 0
+    assert machine.check() == 0

@@ -23,6 +23,7 @@ from pgemu_kernels.gmem import (
     vm_row,
 )
 from pgemu_kernels.layout import (
+    EBADF,
     EBUSY,
     EEXIST,
     EINVAL,
@@ -73,6 +74,8 @@ def bind(m, op):
     gfn = state[op + O_ADDRESS] >> U12
     if vm >= state[R_VMS] or state[op + O_ADDRESS] & U4095 != U0:
         return stop(state, op, -EINVAL)
+    if state[vm_row(vm) + V_ROOT] == U0:
+        return stop(state, op, -EBADF)  # the VM was closed
     if gfn >= _GUEST_FRAMES or pages > _GUEST_FRAMES - gfn:
         return stop(state, op, -EINVAL)
     if status == -EINVAL:
