@@ -617,3 +617,13 @@ def test_a_closed_vm_binds_nothing() -> None:
     assert vm.bind(gmem, 0).status == -L.EBADF
     assert vm.touch(0).detail == 0
     assert machine.check() == 0
+
+
+def test_a_mapping_is_private_or_shared_not_both() -> None:
+    machine = Machine(Config())
+    process = machine.create_process()
+    both = int(L.Flag.PRIVATE | L.Flag.SHARED | L.Flag.READ)
+    refused = machine.operate(
+        L.Operation.MMAP, flags=both, space=process.space, object_=int(L.NO_INODE), address=0x1000_0000, length=PAGE
+    )
+    assert refused.status == -L.EINVAL
