@@ -622,9 +622,20 @@ def test_a_closed_vm_binds_nothing() -> None:
 def test_a_mapping_is_private_or_shared_not_both() -> None:
     machine = Machine(Config())
     process = machine.create_process()
-    assert process.mmap_anonymous(0x2000_0000, PAGE).status == 0
     both = int(L.Flag.PRIVATE | L.Flag.SHARED | L.Flag.READ)
     refused = machine.operate(
         L.Operation.MMAP, flags=both, space=process.space, object_=int(L.NO_INODE), address=0x1000_0000, length=PAGE
     )
     assert refused.status == -L.EINVAL
+
+
+def test_a_record_maps_anonymous_memory_on_a_machine_that_had_none() -> None:
+    machine = Machine(Config())
+    process = machine.create_process()
+    flags = int(L.Flag.PRIVATE | L.Flag.READ | L.Flag.WRITE)
+    mapped = machine.operate(
+        L.Operation.MMAP, flags=flags, space=process.space, object_=int(L.NO_INODE), address=0x1000_0000, length=PAGE
+    )
+    assert mapped.status == 0
+    assert process.touch(0x1000_0000, write=True).status == L.VM_FAULT_NOPAGE
+    assert machine.check() == 0

@@ -315,7 +315,9 @@ def run(descriptor, header, object_, address, offset, length, status, detail, fi
     while first < count:
         kind = element(header, first) & _BYTE
         last = first
-        if state[R_ORDINARY] == U0 and (kind < _PROTECT or kind > _LAST_OPERATION) and kind != _VM_EXIT:
+        # These bring ordinary memory into being, whatever a machine has had so far.
+        founding = kind == OP_MMAP or kind == _VM_EXIT or _PROTECT <= kind <= _LAST_OPERATION
+        if state[R_ORDINARY] == U0 and not founding:
             last = count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
         else:
             while last < count and element(header, last) & _BYTE == kind:
