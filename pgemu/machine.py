@@ -301,9 +301,7 @@ class Machine:
         state = self.arrays.state
         for register, value in registers.items():
             state[register] = value
-        table = page_format.format_table(
-            config.kernel, nx_huge_pages=config.nx_huge_pages, l1tf=config.l1tf, pti=config.pti
-        )
+        table = page_format.format_table(config.kernel, **self._format_parameters())
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
         stats = self.arrays.stats
@@ -566,14 +564,21 @@ class Machine:
     @cached_property
     def host_format(self) -> PageFormat:
         """The format of process and kernel page tables."""
-        return page_format.x86_64(kernel=self.config.kernel)
+        return self._formats[formats.HOST_X86_64]
 
     @cached_property
     def stage2_format(self) -> PageFormat:
         """The format of VMs' page tables."""
-        if self.config.stage2 == "npt":
-            return page_format.npt(kernel=self.config.kernel)
-        return page_format.ept(kernel=self.config.kernel, nx_huge_pages=self.config.nx_huge_pages)
+        return self._formats[self.register(L.R_STAGE2_FORMAT)]
+
+    @property
+    def _formats(self) -> tuple[PageFormat, PageFormat, PageFormat]:
+        return page_format.machine_formats(self.config.kernel, **self._format_parameters())
+
+    def _format_parameters(self) -> dict[str, bool]:
+        """What of the configuration changes the entries that a kernel writes."""
+        config = self.config
+        return {"nx_huge_pages": config.nx_huge_pages, "l1tf": config.l1tf, "pti": config.pti}
 
     def struct_page(self, pfn: int) -> Array:
         """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).

@@ -731,17 +731,30 @@ def arm64_stage2(
     )
 
 
+def machine_formats(
+    kernel: str, *, nx_huge_pages: bool = False, l1tf: bool = False, pti: bool = False
+) -> tuple[PageFormat, PageFormat, PageFormat]:
+    """The formats that every machine has, as `kernel` writes them: of processes, NPT, EPT.
+
+    `l1tf`: a processor with that bug and 44 bits of cache address, as captured. KeyError for an unknown kernel.
+    """
+    cache_bits = 44 if l1tf else None
+    return (
+        x86_64(kernel=kernel, pti=pti),
+        npt(kernel=kernel),
+        ept(kernel=kernel, nx_huge_pages=nx_huge_pages, l1tf_cache_bits=cache_bits),
+    )
+
+
 def format_table(
     kernel: str, *, nx_huge_pages: bool = False, l1tf: bool = False, pti: bool = False
 ) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-    """The formats that every machine has, as `kernel` writes them: uint64[3, F_WORDS].
+    """`machine_formats` as kernels read them: uint64[3, F_WORDS].
 
-    Rows formats.HOST_X86_64, with the leaves of the designs' mappings, STAGE2_NPT and STAGE2_EPT. `l1tf`: a
-    processor with that bug and 44 bits of cache address, as captured. KeyError for an unknown kernel.
+    Rows formats.HOST_X86_64, with the leaves of the designs' mappings, STAGE2_NPT and STAGE2_EPT.
     """
-    host = x86_64(kernel=kernel, pti=pti)
-    stage2 = npt(kernel=kernel), ept(kernel=kernel, nx_huge_pages=nx_huge_pages, l1tf_cache_bits=44 if l1tf else None)
-    table = np.array([fmt.row() for fmt in (host, *stage2)], np.uint64)
+    every = machine_formats(kernel, nx_huge_pages=nx_huge_pages, l1tf=l1tf, pti=pti)
+    table = np.array([fmt.row() for fmt in every], np.uint64)
     leaves = {
         L.F_LEAF_4K: bits.FILE_LEAF,
         L.F_LEAF_2M: bits.FILE_LEAF | bits.LARGE,

@@ -285,17 +285,6 @@ def new_value(access, x, entry, leaf):
     return entry | access[x + X_SET_LEAF]
 
 
-@kernel
-def needs_update(m, access, x, w, at):
-    """Whether a walk that succeeded has accessed or dirty bits to set."""
-    count = w[at + W_COUNT]
-    for n in range(count):
-        entry = m.ram[w[at + W_SLOT + n]]
-        if new_value(access, x, entry, n == count - U1) != entry:
-            return True
-    return False
-
-
 @outlined
 def update(m, access, x, w, at, writes, first, written, mark):
     """Set accessed and dirty bits in the entries of a walk that succeeded, one 8-byte write for each that changes.
