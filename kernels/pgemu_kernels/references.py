@@ -24,7 +24,7 @@ from pgemu_kernels.gmem import (
     block_row,
     inode_row,
 )
-from pgemu_kernels.hugetlb import return_to_pool, revive
+from pgemu_kernels.hugetlb import return_to_pool
 from pgemu_kernels.layout import (
     ACTORS,
     B_OUTSTANDING,
@@ -53,6 +53,7 @@ from pgemu_kernels.layout import (
     R_POOL_PAGES,
     STATE_OPS,
 )
+from pgemu_kernels.splitting import revive
 from pgemu_kernels.steps import stop
 
 U = np.uint64

@@ -32,7 +32,7 @@ from pgemu_kernels.folio import (
 )
 from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, slot_allows, unlock
 from pgemu_kernels.host import space_root, unmap_everywhere
-from pgemu_kernels.hugetlb import free_block, make_zombie, merge_block, release_block, split_block, take_folio
+from pgemu_kernels.hugetlb import free_block, make_zombie, release_block, take_folio
 from pgemu_kernels.layout import (
     A_READ_ONLY,
     B_PFN,
@@ -69,6 +69,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.memory import zero_contents
 from pgemu_kernels.paging import count_host_leaf, host_format, host_slot
+from pgemu_kernels.splitting import merge_block, split_block
 from pgemu_kernels.steps import (
     convert_finish,
     convert_invalidate_begin,
