@@ -64,9 +64,22 @@ class Operation(IntEnum):
     GUARD_INSTALL = 35
     GUARD_REMOVE = 36
     REMAP = 37
+    POOL_RESIZE = 38
+    POOL_DEMOTE = 39
+    FOLIO_ALLOCATE = 40
+    FOLIO_FREE = 41
+    VMEMMAP_OPTIMIZE = 42
+    VMEMMAP_RESTORE = 43
+    FOLIO_SPLIT = 44
+    FOLIO_MERGE = 45
+    FOLIO_REFERENCE = 46
+    FOLIO_FREEZE = 47
+    DISSOLVE = 48
+    POISON = 49
+    VMEMMAP_STORE = 50
 
 
-OPERATIONS = 40  # room in the tables that have a row per operation
+OPERATIONS = 64  # room in the tables that have a row per operation
 
 
 class Flag(IntFlag):
@@ -174,6 +187,13 @@ class Event(IntEnum):
     TLB_FLUSH_PAGE = 30
     TLB_FLUSH_RANGE = 31
     PAGE_COPIED = 32
+    XARRAY_NODE_ALLOCATED = 33
+    XARRAY_NODE_FREED = 34
+    METADATA_STASHED = 35
+    VMEMMAP_HEAD_COPIED = 36
+    RCU_SYNCHRONIZED = 37
+    VMEMMAP_FAULT = 38
+    REFERENCE_CHANGED = 39
 
 
 EVENTS = 48  # room in a counter row
@@ -216,9 +236,13 @@ class Gauge(IntEnum):
     OTHER_POOL_FREE = 18
     HUGETLB_PAGES = 19  # pages of the first pool that hugetlbfs files and private mappings hold
     PAGE_CACHE_PAGES = 20  # 4K pages of guest_memfd inodes of 4K folios
+    XARRAY_NODES = 21  # nodes that the page cache of split folios takes, 576 bytes each
+    MEMMAP_PAGES = 22  # vmemmap pages that came from the page allocator (nr_memmap_pages)
+    MEMMAP_BOOT_PAGES = 23  # ... and from the boot allocator (nr_memmap_boot_pages)
+    BUDDY_BLOCKS = 24  # 2M blocks of the HugeTLB zone that are in no pool
 
 
-GAUGES = 24
+GAUGES = 32
 
 # --------------------------------------------------------------------------- rows
 
@@ -296,6 +320,19 @@ R_GATHER_END = U(66)  # ... end of the highest,
 R_GATHER_SHIFT = U(67)  # ... smallest page size cleared (12, 21 or 30),
 R_GATHER_TABLES = U(68)  # ... and tables freed
 R_GUARDS = U(69)  # 1: MADV_GUARD_INSTALL exists (6.13)
+R_HSTATE = U(70)  # row of the hstate that the designs' inodes take their huge pages from
+R_NODES = U(71)  # NUMA nodes
+R_GUEST_PAGES = U(72)  # 4K pages of the HugeTLB zone, all nodes, from R_POOL_BASE on
+R_OPTIMIZE_VMEMMAP = U(73)  # vm.hugetlb_optimize_vmemmap: huge pages that join a pool are optimised
+R_HUGETLB_CGROUP = U(74)  # 1: CONFIG_CGROUP_HUGETLB, folios in use name their cgroup
+R_NODE_SHIFT = U(75)  # where the node begins in page->flags; 0: no such field
+R_TAIL_FLAGS = U(76)  # flags of the struct pages of a shared tail page made at run time
+R_BOOT_MARKS = U(77)  # formats.BootMarks: how the boot allocator left the vmemmap of 1G pages
+R_POISONED = U(78)  # rows of poisoned pages in use
+R_SERIES = U(79)  # SERIES_*: whose split and merge of folios
+R_SUBPOOLS = U(82)  # subpool rows handed out
+R_STASHED = U(83)  # bytes of metadata stashed (series rfc2)
+R_NODE_SLOTS = U(84)  # free slots in frames of xarray nodes
 R_WORD_COUNT = 96
 CONTIGUOUS_FRAMES = 1024
 
@@ -522,6 +559,53 @@ INODE_MMAP = U(4)  # guest_memfd: GUEST_MEMFD_FLAG_MMAP
 INODE_INIT_SHARED = U(8)  # guest_memfd: GUEST_MEMFD_FLAG_INIT_SHARED
 LOCK_WRITER = U(1 << 32)
 
+# hstates: one row per size of huge page: 2M, 1G. include/linux/hugetlb.h:struct hstate
+H_ORDER = U(0)
+H_PAGES = U(1)  # nr_huge_pages
+H_FREE = U(2)  # free_huge_pages
+H_RESERVED = U(3)  # resv_huge_pages
+H_SURPLUS = U(4)  # surplus_huge_pages
+H_OVERCOMMIT = U(5)  # nr_overcommit_huge_pages
+H_NEXT_ALLOCATE = U(6)  # node that the next page is allocated on, round robin
+H_NEXT_FREE = U(7)  # ... and freed from
+H_ACTIVE = U(8)  # hugepage_activelist: next, prev
+H_LIST = U(10)  # a list on the way from one place to another: next, prev
+H_NODE = U(12)  # + node * H_NODE_WORDS
+H_NODE_FREE_LIST = U(0)  # hugepage_freelists[node]: next, prev
+H_NODE_PAGES = U(2)  # nr_huge_pages_node[node]
+H_NODE_FREE = U(3)
+H_NODE_SURPLUS = U(4)
+H_NODE_TAIL_PAGE = U(5)  # PFN of the shared vmemmap tail page, kernels from 7.1 on; 0: none yet
+H_NODE_WORDS = 6
+H_WORDS = 24
+HSTATES = 2
+HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of these rows lie in the kernel's image
+
+# nodes: one row per NUMA node
+N_BASE = U(0)  # first PFN of its part of the HugeTLB zone, a multiple of 1 GiB
+N_PAGES = U(1)  # 4K pages
+N_BLOCKS = U(2)  # where a bit per 2M block begins in `state`: 1 = free, with the page allocator
+N_HINT = U(3)  # no block below this one is free
+N_WORDS = 4
+NODES = 2
+
+# subpools: mm/hugetlb.c:struct hugepage_subpool
+P_LIVE = U(0)
+P_HSTATE = U(1)
+P_MAX = U(2)  # all ones: no limit
+P_USED = U(3)
+P_MIN = U(4)  # all ones: no minimum
+P_RESERVED = U(5)
+P_COUNT = U(6)  # references: the file system or inode, and folios that came from it
+P_WORDS = 8
+SUBPOOLS = 64
+
+# poisoned pages: raw_hwp_page of mm/hugetlb.c
+POISONED = 64
+
+SERIES_RFC2 = U(0)
+SERIES_LATER = U(1)
+
 # blocks: uint64 rows, one per huge page of an inode
 B_PFN = U(0)
 B_STATE = U(1)
@@ -692,7 +776,11 @@ STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
 STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)
 STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
-STATE_SIZE = int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS
+STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
+STATE_NODES = U(STATE_HSTATES + HSTATES * H_WORDS)
+STATE_SUBPOOLS = U(STATE_NODES + NODES * N_WORDS)
+STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
+STATE_SIZE = int(STATE_POISONED) + POISONED
 
 CLOCK_LOW = U(0)  # int64 picoseconds, low and high end of the estimate
 CLOCK_HIGH = U(1)
