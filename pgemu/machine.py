@@ -16,6 +16,7 @@ from pgemu.designs import DESIGNS, Design
 from pgemu.statistics import Statistics
 from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
+from pgemu_kernels.layout import Operation
 from pgemu_kernels.page_format import PageFormat
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class Config:
     l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
     profile: name of a cost profile (pgemu.cost).
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
+    nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
+    buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
+    reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
+    configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
     """
 
@@ -72,6 +77,10 @@ class Config:
     memory: int = 64 << 20
     other_pool: int = 0
     pti: bool = False
+    nodes: int = 1
+    buddy: int = 0
+    reserved: int = 0
+    configuration: Literal["debian", "small"] = "debian"
 
     def __post_init__(self) -> None:
         checks = (
@@ -81,6 +90,15 @@ class Config:
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+            (self.nodes in (1, L.NODES), f"nodes {self.nodes}: expected 1 or {L.NODES}"),
+            (
+                self.configuration in formats.CONFIGURATIONS,
+                f"configuration {self.configuration!r}: expected one of {', '.join(formats.CONFIGURATIONS)}",
+            ),
+            (
+                self.nodes == 1 or self.configuration != "small",
+                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
+            ),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
             (
@@ -97,6 +115,9 @@ class Config:
             raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
         if self.other_pool < 0 or self.other_pool % self.other_page_size:
             raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
+        for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
+            if size < 0 or size % L.PAGE_2M:
+                raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {L.PAGE_2M}, or 0")
 
     @property
     def order(self) -> int:
@@ -118,15 +139,54 @@ class Config:
         """Huge pages in the second pool."""
         return self.other_pool // self.other_page_size
 
-    @property
-    def other_pool_offset(self) -> int:
-        """Bytes from the start of the first pool to that of the second, which begins at a multiple of 1 GiB."""
-        return -(-self.pool // L.PAGE_1G) * L.PAGE_1G
+    def node(self, number: int) -> Node:
+        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
+        sizes = {self.order: self.pool_pages, L.ORDER_1G + L.ORDER_2M - self.order: self.other_pool_pages}
+
+        def share(count: int) -> int:
+            return (count + self.nodes - 1 - number) // self.nodes
+
+        return Node(
+            share(sizes[L.ORDER_1G]), self.reserved >> 12, share(sizes[L.ORDER_2M]), share(self.buddy // L.PAGE_2M)
+        )
 
     @property
     def guest_pages(self) -> int:
-        """4K pages from the start of the first pool to the end of the second."""
-        return (self.other_pool_offset + self.other_pool if self.other_pool else self.pool) >> 12
+        """4K pages from the start of the HugeTLB zone to its end."""
+        *others, last = (self.node(number) for number in range(self.nodes))
+        return sum(node.span for node in others) + last.pages
+
+
+class Node(NamedTuple):
+    """A NUMA node's part of the HugeTLB zone, in the order in which it lies there.
+
+    gigantic: 1G pages of boot. reserved: 4K pages that the kernel uses. huge: 2M pages of boot. free: 2M blocks that
+    the page allocator has.
+    """
+
+    gigantic: int
+    reserved: int
+    huge: int
+    free: int
+
+    @property
+    def pages(self) -> int:
+        """4K pages in all."""
+        return (self.gigantic << 18) + self.reserved + (self.huge + self.free << 9)
+
+    @property
+    def span(self) -> int:
+        """4K pages up to the next node."""
+        return -(-self.pages >> 18) << 18
+
+    def boot_frames(self, hvo: bool) -> int:
+        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is."""
+        if not hvo:
+            return -(-self.pages >> 15) * 512
+        start = self.gigantic << 18
+        optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
+        sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
+        return sections * 512 + self.gigantic + 1
 
 
 class Results(NamedTuple):
@@ -196,9 +256,9 @@ class Machine:
         self.arrays = self._allocate()
         self.descriptor = describe(self.arrays)
         self._set_registers()
-        from pgemu_kernels.boot import boot
+        from pgemu_kernels.boot import MACHINE, provide
 
-        if boot(self.descriptor) != 0:
+        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0:
             raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} huge pages needs more frames")
 
     # ------------------------------------------------------------------ making
@@ -209,9 +269,7 @@ class Machine:
         blocks = 4 * config.pool_pages + L.INODES
         pages = blocks << config.order
         tails = {
-            L.R_FREE_STACK: frames,
-            L.R_POOL_STACK: config.pool_pages,
-            L.R_OTHER_STACK: config.other_pool_pages,
+            L.R_FREE_STACK: frames + self._boot_frames(),
             L.R_BLOCK_ROWS: blocks * L.B_WORDS,
             L.R_WORD_ROWS: pages >> 6,
             L.R_ZEROED_ROWS: pages >> 6,
@@ -219,6 +277,8 @@ class Machine:
         }
         counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
         begins: dict[np.uint64, int] = {}
+        for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
+            tails[self._node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
         state_size = _lay_out(tails, L.STATE_SIZE, begins)
         counts_size = _lay_out(counts, self._all_frames(), begins)
         arrays = Arrays(
@@ -234,17 +294,21 @@ class Machine:
 
     def _frames(self) -> int:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
-        gigabytes = (self.config.pool + self.config.other_pool) / L.PAGE_1G
+        gigabytes = (self.config.pool + self.config.other_pool + self.config.buddy) / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
-        huge_pages = self.config.pool_pages + self.config.other_pool_pages
+        huge_pages = self.config.pool_pages + self.config.other_pool_pages + self.config.buddy // L.PAGE_2M
         needed = int(gigabytes * (4096 + tables)) + 2 * huge_pages + (self.config.memory >> 12)
-        return 1 << max(needed, self.config.frames or 0).bit_length()
+        return 1 << max(needed, self.config.frames or 0, 511).bit_length()
 
     def _boot_frames(self) -> int:
-        """Frames of a vmemmap that is not optimised, whole 2M leaves."""
-        if self.config.hvo:
-            return 0
-        return -(-self.config.guest_pages // 32768) * 512
+        """Frames behind the others, with the vmemmap that the boot allocator gives."""
+        config = self.config
+        return sum(config.node(number).boot_frames(config.hvo) for number in range(config.nodes))
+
+    @staticmethod
+    def _node_word(number: int, word: np.uint64) -> np.uint64:
+        """Index in `state` of a word of a node's row."""
+        return np.uint64(int(L.STATE_NODES) + number * L.N_WORDS + int(word))
 
     def _all_frames(self) -> int:
         """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
@@ -257,27 +321,28 @@ class Machine:
     def _set_registers(self) -> None:
         config = self.config
         kernel = formats.KERNELS[config.kernel]
+        configuration = formats.CONFIGURATIONS[config.configuration]
         frames = self._frames()
-        boot_frames = self._boot_frames()
         random = np.random.default_rng(config.seed)
         base = max(1 << 20, -(-self._all_frames() // (1 << 18)) << 18)
         limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
+        shown = ~formats.GLOBAL if config.pti else -1
         registers = {
             L.R_DESIGN: DESIGNS.index(config.design),
             L.R_FRAMES: frames,
             L.R_FRAMES_MASK: frames - 1,
-            L.R_FRAMES_LIMIT: limit + boot_frames,
-            L.R_BOOT_FRAMES: boot_frames,
+            L.R_FRAMES_LIMIT: limit,
+            L.R_BOOT_FRAMES: self._boot_frames(),
             L.R_CONTIGUOUS: self._contiguous(),
             L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
             L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
             L.R_POOL_BASE: base,
-            L.R_POOL_PAGES: config.pool_pages,
+            L.R_GUEST_PAGES: config.guest_pages,
             L.R_ORDER: config.order,
-            L.R_OTHER_BASE: base + (config.other_pool_offset >> 12),
-            L.R_OTHER_PAGES: config.other_pool_pages,
-            L.R_OTHER_ORDER: L.ORDER_1G if config.order == L.ORDER_2M else L.ORDER_2M,
+            L.R_HSTATE: int(L.STATE_HSTATES) + (L.H_WORDS if config.order == L.ORDER_1G else 0),
+            L.R_NODES: config.nodes,
             L.R_HVO: config.hvo,
+            L.R_OPTIMIZE_VMEMMAP: config.hvo,
             L.R_PTI: config.pti,
             L.R_GUARDS: kernel.guards,
             L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
@@ -286,7 +351,17 @@ class Machine:
             L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
             L.R_LAST_VMA: L.STATE_VMAS,
             L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
-            L.R_PAGE_FLAGS: kernel.page_flags,
+            L.R_PAGE_FLAGS: configuration.page_flags,
+            L.R_TAIL_FLAGS: configuration.tail_flags,
+            L.R_NODE_SHIFT: configuration.node_shift,
+            L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
+            L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
+            L.R_BOOT_MARKS: kernel.boot_marks,
+            L.R_VIRTUAL_INDEX: kernel.virtual_index,
+            L.R_BOOT_ASCENDING: kernel.boot_list_ascending,
+            L.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
+            L.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
+            L.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,
             L.R_MASK_TAILS: kernel.mask_tails,
             L.R_FOLIO_6_12: kernel.folio_6_12,
             L.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
@@ -301,6 +376,13 @@ class Machine:
         state = self.arrays.state
         for register, value in registers.items():
             state[register] = value
+        for number in range(config.nodes):
+            node = config.node(number)
+            words = {L.N_BASE: base, L.N_PAGES: node.pages, L.N_GIGANTIC: node.gigantic, L.N_RESERVED: node.reserved,
+                     L.N_HUGE: node.huge}  # fmt: skip
+            for word, value in words.items():
+                state[self._node_word(number, word)] = value
+            base += node.span
         table = page_format.format_table(config.kernel, **self._format_parameters())
         state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)
         prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
@@ -406,6 +488,61 @@ class Machine:
 
         return PageTable.create(self, fmt)
 
+    # ------------------------------------------------------------------ huge pages
+
+    def hugetlb(self, page_size: int = L.PAGE_2M) -> HugetlbPool:
+        """The pool of huge pages of 2 MiB or 1 GiB. ValueError for another size."""
+        from pgemu.hugetlb import HugetlbPool
+
+        if page_size not in (L.PAGE_2M, L.PAGE_1G):
+            raise ValueError(f"page size {page_size}: expected {L.PAGE_2M} or {L.PAGE_1G}")
+        return HugetlbPool(self, L.ORDER_2M if page_size == L.PAGE_2M else L.ORDER_1G)
+
+    @property
+    def optimize_vmemmap(self) -> bool:
+        """vm.hugetlb_optimize_vmemmap: whether pages that join a pool are optimised; can be set."""
+        return bool(self.register(L.R_OPTIMIZE_VMEMMAP))
+
+    @optimize_vmemmap.setter
+    def optimize_vmemmap(self, on: bool) -> None:
+        self.arrays.state[L.R_OPTIMIZE_VMEMMAP] = on
+
+    def free_folio(self, pfn: int) -> Result:
+        """Drop a reference of a page that HugetlbPool.allocate() gave; the last one frees it. 0 or -EINVAL."""
+        return self.operate(Operation.FOLIO_FREE, address=pfn << 12)
+
+    def dissolve(self, pfn: int) -> Result:
+        """Give a free huge page back to the page allocator: 0, -EBUSY in use or reserved, -ENOMEM, -EINVAL.
+
+        mm/hugetlb.c:dissolve_free_hugetlb_folio()
+        """
+        return self.operate(Operation.DISSOLVE, address=pfn << 12)
+
+    def poison(self, pfn: int) -> Result:
+        """Mark a 4K page of a huge page as poisoned: 0, -EBUSY if it is, -EINVAL. folio_set_hugetlb_hwpoison()
+
+        A poisoned free page is not handed out; when it leaves its pool, the 2M block of the bad page stays out.
+        """
+        return self.operate(Operation.POISON, address=pfn << 12)
+
+    def store_vmemmap(self, address: int, value: int) -> Result:
+        """Store a word at a virtual address of the vmemmap: 0, or -EFAULT through a read-only entry; and the entry's
+        physical address. In Linux an oops.
+        """
+        return self.operate(Operation.VMEMMAP_STORE, address=address, offset=value)
+
+    def meminfo(self) -> dict[str, int]:
+        """/proc/meminfo, as far as it is modelled: see pgemu.hugetlb.meminfo()."""
+        from pgemu.hugetlb import meminfo
+
+        return meminfo(self)
+
+    def vmstat(self) -> dict[str, int]:
+        """/proc/vmstat, as far as it is modelled: see pgemu.hugetlb.vmstat()."""
+        from pgemu.hugetlb import vmstat
+
+        return vmstat(self)
+
     # ------------------------------------------------------------------ running
 
     def run(self, records: Records) -> Results:
@@ -429,9 +566,11 @@ class Machine:
         detail = np.empty(count, np.uint64)
         done = run(self.descriptor, *columns, status, detail, np.uint64(0))
         while done < count:
-            from pgemu_kernels.ordinary import run_ordinary
-
-            done = run_ordinary(self.descriptor, *columns, status, detail, np.uint64(done))
+            if int(columns[0][done if columns[0].size > 1 else 0]) & 0xFF >= L.Operation.POOL_RESIZE:
+                from pgemu_kernels.pooling import run_pooling as elsewhere
+            else:
+                from pgemu_kernels.ordinary import run_ordinary as elsewhere
+            done = elsewhere(self.descriptor, *columns, status, detail, np.uint64(done))
             if done < count:
                 done = run(self.descriptor, *columns, status, detail, np.uint64(done))
         return Results(status, detail)
@@ -669,7 +808,7 @@ class Machine:
 
     def _guest_frame(self, pfn: int) -> int:
         index = pfn - self.register(L.R_POOL_BASE)
-        if not 0 <= index < self.config.pool >> 12:
+        if not 0 <= index < self.register(L.R_GUEST_PAGES):
             raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
         return index
 
@@ -712,5 +851,6 @@ def _os_error(number: int, text: str) -> OSError:
 
 if TYPE_CHECKING:
     from pgemu.files import Device, GuestMemfd4K, HugetlbFile
+    from pgemu.hugetlb import HugetlbPool
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
     from pgemu.page_table import PageTable

@@ -47,7 +47,10 @@ class GuestMemfd:
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(L.R_BLOCKS)
-        if blocks > cls._unreserved(machine):
+        subpool = _row(machine, L.R_SUBPOOLS, L.SUBPOOLS, "subpools")
+        hstate = machine.register(L.R_HSTATE)
+        reserved = int(state[hstate + int(L.H_RESERVED)]) + blocks
+        if reserved > int(state[hstate + int(L.H_FREE)]):
             raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
         if used + blocks > 4 * config.pool_pages:
             raise OSError(L.ENOSPC, "inodes, closed ones included, of more than four times the pool")
@@ -65,9 +68,17 @@ class GuestMemfd:
             L.I_PMD: counts,
             L.I_PUD: counts + pages // 512,
             L.I_OPEN: 1,
+            L.I_SUBPOOL: subpool + 1,
         }
         for name, value in fields.items():
             state[row + int(name)] = value
+        # mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once.
+        row = int(L.STATE_SUBPOOLS) + subpool * L.P_WORDS
+        reservation = {L.P_LIVE: 1, L.P_HSTATE: hstate, L.P_MAX: blocks, L.P_MIN: blocks, L.P_RESERVED: blocks}
+        for name, value in reservation.items():
+            state[row + int(name)] = value
+        state[hstate + int(L.H_RESERVED)] = reserved
+        state[L.R_SUBPOOLS] += np.uint64(1)
         state[L.R_BLOCKS] += np.uint64(blocks)
         state[L.R_WORDS] += np.uint64(pages // 64)
         state[L.R_SHARED_USED] += np.uint64(pages // 512 + puds)
@@ -85,14 +96,6 @@ class GuestMemfd:
         machine.arrays.counts[pmd : pmd + pages // 512] = 512
         for i, first in enumerate(range(0, pages, 1 << 18)):
             machine.arrays.counts[fields[L.I_PUD] + i] = min(1 << 18, pages - first)
-
-    @staticmethod
-    def _unreserved(machine: Machine) -> int:
-        """Huge pages of the pool that no open inode has reserved and no zombie holds back."""
-        state = machine.arrays.state
-        rows = [int(L.STATE_INODES) + i * L.I_WORDS for i in range(machine.register(L.R_INODES))]
-        reserved = sum(int(state[r + int(L.I_BLOCKS)]) for r in rows if state[r + int(L.I_OPEN)])
-        return machine.config.pool_pages - reserved - machine.statistics.gauge(L.Gauge.BLOCKS_ZOMBIE)
 
     def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0) -> Result:
         """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL."""

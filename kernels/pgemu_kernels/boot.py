@@ -1,194 +1,372 @@
-"""A machine's first moments: the kernel's page table, the vmemmap of the HugeTLB zone, the pool."""
+"""A machine's first moments: the kernel's page table, the vmemmap of the HugeTLB zone, the pools."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U8, U9, U12, U64, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U6, U8, U9, U12, U18, U64, U511, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     CONTENT_FRAMES,
-    FRAMES_USED,
     HOST_TABLES,
     KERNEL_TABLES,
-    OTHER_POOL_FREE,
-    POOL_FREE,
+    MEMMAP_BOOT_PAGES,
+    MEMMAP_PAGES,
     STAGE2_TABLES,
     VMEMMAP_PAGES,
     change,
 )
 from pgemu_kernels.folio import (
+    COMPOUND,
     COUNTS,
     FLAGS,
-    HUGETLB_FREED,
     HUGETLB_VMEMMAP_OPTIMIZED,
+    MAPPING,
+    NO_MAPCOUNT,
+    ONE_CACHED,
     PG_HEAD,
     PGTY_HUGETLB,
     PRIVATE,
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.formats import VMEMMAP_LARGE, VMEMMAP_PAGE, VMEMMAP_READ_ONLY
+from pgemu_kernels.formats import SAVED_DIRTY, BootMarks
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.hugetlb import write_order
+from pgemu_kernels.hstate import (
+    LRU,
+    ORDER_1G,
+    hstate_node,
+    hstate_of_order,
+    init_list,
+    list_add,
+    node_row,
+)
+from pgemu_kernels.hugetlb import count_enqueued, free_list, prep_compound, write_order
 from pgemu_kernels.layout import (
     ENOMEM,
     F_EMPTY,
-    R_BOOT_FRAMES,
+    H_ACTIVE,
+    H_LIST,
+    H_NODE_PAGES,
+    H_NODE_TAIL_PAGE,
+    H_ORDER,
+    H_PAGES,
+    H_WORDS,
+    HSTATES,
+    N_BASE,
+    N_GIGANTIC,
+    N_HUGE,
+    N_PAGES,
+    N_RESERVED,
+    R_BOOT_ASCENDING,
+    R_BOOT_MARKS,
+    R_BOOT_NEXT,
     R_CONTENTS,
+    R_DEFERRED_STRUCT_PAGES,
     R_FRAMES,
     R_HVO,
     R_KERNEL_ROOT,
     R_MASK_TAILS,
-    R_ORDER,
-    R_OTHER_BASE,
-    R_OTHER_FREE,
-    R_OTHER_ORDER,
-    R_OTHER_PAGES,
-    R_OTHER_STACK,
-    R_OTHER_TAIL_PAGE,
+    R_NODE_SHIFT,
+    R_NODES,
     R_PAGE_FLAGS,
     R_POOL_BASE,
-    R_POOL_FREE,
-    R_POOL_PAGES,
-    R_POOL_STACK,
     R_PTI,
-    R_TAIL_PAGE,
+    R_VMEMMAP_PAGE,
+    R_VMEMMAP_READ_ONLY,
     S_ROOT,
     S_USER_ROOT,
+    STATE_HSTATES,
     V_ROOT,
 )
 from pgemu_kernels.memory import fill_frame, put_frame, take_frame
+from pgemu_kernels.page_allocator import mark_free
 from pgemu_kernels.paging import stage2_format
-from pgemu_kernels.vmemmap import compound_info, fill_tail_page, vmemmap_pages, vmemmap_slot, write_tail
+from pgemu_kernels.vmemmap import (
+    compound_info,
+    count_boot_pages,
+    map_large,
+    tail_page,
+    vmemmap_pages,
+    vmemmap_slot,
+    write_tail,
+)
 
 U = np.uint64
-_LARGE = U(VMEMMAP_LARGE)
-_PAGE = U(VMEMMAP_PAGE)
-_READ_ONLY = U(VMEMMAP_READ_ONLY)
 NO_MEMORY = np.int64(-ENOMEM)
+_NO_MARKS = U(BootMarks.NONE)
+_FIRST_64 = U(BootMarks.FIRST_64)
+_SAVED_DIRTY = U(SAVED_DIRTY)
+SECTION = U(32768)  # struct pages in 2M of vmemmap: 128 MiB of memory, a section
 
 
 @kernel
-def write_head(m, head, first, order, optimized):
-    """The head of a free HugeTLB folio: mm/hugetlb.c:init_new_hugetlb_folio(), words as captured."""
+def page_flags(state, node):
+    """Flags of a struct page as mm/mm_init.c:__init_single_page() leaves them."""
+    return state[R_PAGE_FLAGS] | node << state[R_NODE_SHIFT]
+
+
+# --------------------------------------------------------------------------- pages that are optimised from boot on
+
+
+@kernel
+def write_free_folio(m, page, head, order, node):
+    """The first 64 struct pages of an optimised huge page that nobody ever used, at an index of `ram`. As captured."""
     ram = m.ram
-    for word in range(first, first + U8):
-        ram[word] = U0
-    ram[first + FLAGS] = m.state[R_PAGE_FLAGS] | PG_HEAD
-    ram[first + PRIVATE] = HUGETLB_FREED | HUGETLB_VMEMMAP_OPTIMIZED if optimized else HUGETLB_FREED
-    ram[first + COUNTS] = PGTY_HUGETLB
-    write_order(ram, m.state, head, first, order)
+    flags = page_flags(m.state, node)
+    compound = compound_info(m.state, head, order)
+    link = vmemmap_address(m.state, head) + LRU
+    for i in range(U64):
+        write_tail(ram, page + i * U8, flags, link + (i << U6), compound)
+    ram[page + FLAGS] = flags | PG_HEAD
+    ram[page + COMPOUND] = link
+    ram[page + MAPPING] = U0
+    ram[page + PRIVATE] = HUGETLB_VMEMMAP_OPTIMIZED
+    ram[page + COUNTS] = PGTY_HUGETLB
+    write_order(ram, m.state, head, page, order)
 
 
 @outlined
-def map_optimized(m, head, order, tail_page):
-    """The vmemmap of one optimised folio: its own first page, all others read-only to a shared one. 0 or -ENOMEM.
+def map_optimized(m, head, order, own, tail, marks):
+    """The vmemmap of one optimised folio: its own page, all others read-only to a shared one. 0 or -ENOMEM.
 
-    `tail_page`: the shared one of its size, from 7.1 on.
+    `marks`: how the boot allocator leaves a 1G page (formats.BootMarks).
     """
-    ram = m.ram
     state = m.state
     start = vmemmap_address(state, head)
-    flags = state[R_PAGE_FLAGS]
-    compound = compound_info(state, head, order)
+    pages = vmemmap_pages(order)
+    read_only = tail << U12 | state[R_VMEMMAP_READ_ONLY] | (_SAVED_DIRTY if marks != _NO_MARKS else U0)
+    writable = own << U12 | state[R_VMEMMAP_PAGE]
+    for base in range(U0, pages, U512):
+        slot = vmemmap_slot(m, start + (base << U12), U1)
+        if slot == NONE:
+            return NO_MEMORY
+        for i in range(min(pages - base, U512)):
+            page = base + i
+            is_writable = page == U0 or (marks == _FIRST_64 and page >= U64)
+            m.ram[slot + i] = writable if is_writable else read_only
+    return np.int64(0)
+
+
+@kernel
+def boot_frame(m):
+    """One frame of the boot allocator, behind all others."""
+    frame = m.state[R_FRAMES] + m.state[R_BOOT_NEXT]
+    m.state[R_BOOT_NEXT] += U1
+    count_boot_pages(m, frame, U1)
+    return frame
+
+
+@outlined
+def fill_boot_tail_page(m, frame, node):
+    """The shared tail page of the boot allocator's 1G pages: it shows what was written to it last, before that.
+
+    Those are the struct pages of the last 256 KiB of the node's last 1G page (with deferred initialisation: of the
+    zone's first 128 MiB), each with one reference and its own list links. As captured for 7.3.4; why it is so is
+    inference.
+    """
+    state = m.state
+    row = node_row(node)
+    last = state[row + N_BASE] + (state[row + N_GIGANTIC] << U18)
+    if state[R_DEFERRED_STRUCT_PAGES] != U0:
+        last = state[row + N_BASE] + SECTION
+    compound = compound_info(state, U0, ORDER_1G)
+    for i in range(U64):
+        page = (frame << U9) + i * U8
+        link = vmemmap_address(state, last - U64 + i) + LRU
+        write_tail(m.ram, page, page_flags(state, node), link, compound)
+        m.ram[page + COUNTS] = ONE_CACHED
+
+
+@outlined
+def boot_gigantic(m, node):
+    """The 1G pages of a node: 0 or -ENOMEM."""
+    state = m.state
+    row = node_row(node)
+    marks = state[R_BOOT_MARKS]
+    shared = U0
+    if state[row + N_GIGANTIC] != U0 and state[R_MASK_TAILS] != U0:
+        shared = boot_frame(m)
+        change(m.stats, MEMMAP_BOOT_PAGES, -1)  # shared tail pages are not counted
+        state[hstate_node(hstate_of_order(ORDER_1G), node) + H_NODE_TAIL_PAGE] = shared
+        fill_boot_tail_page(m, shared, node)
+    for i in range(state[row + N_GIGANTIC]):
+        head = state[row + N_BASE] + (i << U18)
+        if marks == _NO_MARKS:
+            own = take_frame(m)
+            if own == NONE:
+                return NO_MEMORY
+            change(m.stats, VMEMMAP_PAGES, 1)
+            change(m.stats, MEMMAP_PAGES, 1)
+        else:
+            own = boot_frame(m)
+        write_free_folio(m, own << U9, head, ORDER_1G, node)
+        if map_optimized(m, head, ORDER_1G, own, shared if shared != U0 else own, marks) != 0:
+            return NO_MEMORY
+    return np.int64(0)
+
+
+@outlined
+def boot_huge(m, head, node):
+    """One 2M page of a pool, optimised by the running system: 0 or -ENOMEM."""
+    tail = U0
+    if m.state[R_MASK_TAILS] != U0:
+        tail = tail_page(m, head, U9)
+        if tail == NONE:
+            return NO_MEMORY
     own = take_frame(m)
     if own == NONE:
         return NO_MEMORY
-    for i in range(U64):
-        write_tail(ram, (own << U9) + i * U8, flags, compound)
-    write_head(m, head, own << U9, order, True)
-    tail = own if state[R_MASK_TAILS] == U0 else tail_page
-    for i in range(vmemmap_pages(order)):
-        slot = vmemmap_slot(m, start + (i << U12), U1)
-        if slot == NONE:
-            return NO_MEMORY
-        ram[slot] = own << U12 | _PAGE if i == U0 else tail << U12 | _READ_ONLY
     change(m.stats, VMEMMAP_PAGES, 1)
+    change(m.stats, MEMMAP_PAGES, 1)
+    write_free_folio(m, own << U9, head, U9, node)
+    return map_optimized(m, head, U9, own, tail if tail != U0 else own, _NO_MARKS)
+
+
+# --------------------------------------------------------------------------- memory whose struct pages are all there
+
+
+@outlined
+def map_section(m, first, end, optimized, optimized_end):
+    """The vmemmap of frames [first, end) of one section, but for the optimised ones: 0 or -ENOMEM.
+
+    One 2M leaf if none of the section's is optimised, else 4K entries, which is what a split leaf left.
+    """
+    state = m.state
+    frame = state[R_FRAMES] + state[R_BOOT_NEXT]
+    start = first & ~(SECTION - U1)
+    state[R_BOOT_NEXT] += U512
+    if optimized >= optimized_end:
+        if map_large(m, vmemmap_address(state, start), frame) != 0:
+            return NO_MEMORY
+        count_boot_pages(m, frame, U512)
+        return np.int64(0)
+    for i in range(U512):
+        pfn = start + (i << U6)
+        if first <= pfn < end and not optimized <= pfn < optimized_end:
+            slot = vmemmap_slot(m, vmemmap_address(state, pfn), U1)
+            if slot == NONE:
+                return NO_MEMORY
+            m.ram[slot] = (frame + i) << U12 | state[R_VMEMMAP_PAGE]
+            count_boot_pages(m, frame + i, U1)
     return np.int64(0)
+
+
+@outlined
+def map_unoptimized(m, first, end, optimized, optimized_end):
+    """The vmemmap of frames [first, end) of a node, but for the optimised ones: 0 or -ENOMEM."""
+    while first < end:
+        last = min((first | (SECTION - U1)) + U1, end)
+        low = min(max(first, optimized), optimized_end)
+        high = max(min(last, optimized_end), low)
+        covers = low == first and high == last
+        if not covers and map_section(m, first, last, low, high) != 0:
+            return NO_MEMORY
+        first = last
+    return np.int64(0)
+
+
+@outlined
+def write_struct_pages(m, first, end, counts, node):
+    """Struct pages of frames [first, end) as __init_single_page() leaves them; `counts`: the word with the refcount."""
+    flags = page_flags(m.state, node)
+    for base in range(first, end, U64):
+        page = struct_page(m, base)
+        link = vmemmap_address(m.state, base) + LRU
+        for _ in range(U64):
+            m.ram[page + FLAGS] = flags
+            m.ram[page + COMPOUND] = link
+            m.ram[page + U2] = link
+            m.ram[page + COUNTS] = counts
+            link += U64
+            page += U8
+
+
+@outlined
+def prepare_pages(m, first, order, pages, node):
+    """Huge pages whose struct pages are all there: heads and tails."""
+    write_struct_pages(m, first, first + (pages << order), NO_MAPCOUNT, node)
+    for head in range(first, first + (pages << order), U1 << order):
+        prep_compound(m, head, order)
+
+
+@outlined
+def boot_node(m, node):
+    """Memory of one node: its vmemmap and what lies in it. 0 or -ENOMEM."""
+    state = m.state
+    row = node_row(node)
+    base = state[row + N_BASE]
+    end = base + state[row + N_PAGES]
+    rest = base + (state[row + N_GIGANTIC] << U18)
+    huge = rest + state[row + N_RESERVED]
+    buddy = huge + (state[row + N_HUGE] << U9)
+    hvo = state[R_HVO] != U0
+    status = np.int64(0)
+    if hvo:
+        status = boot_gigantic(m, node)
+        for head in range(huge, buddy, U512):
+            if status == 0:
+                status = boot_huge(m, head, node)
+    if status == 0:
+        status = map_unoptimized(m, rest if hvo else base, end, huge if hvo else end, buddy if hvo else end)
+    if status != 0:
+        return status
+    if not hvo:
+        prepare_pages(m, base, ORDER_1G, state[row + N_GIGANTIC], node)
+        prepare_pages(m, huge, U9, state[row + N_HUGE], node)
+    write_struct_pages(m, rest, huge, ONE_CACHED, node)
+    write_struct_pages(m, buddy, end, NO_MAPCOUNT, node)
+    for block in range(buddy, end & ~U511, U512):
+        mark_free(m, block)
+    fill_lists(m, node, base, huge)
+    return status
+
+
+@outlined
+def fill_lists(m, node, base, huge):
+    """The free lists of a node: 2M pages ascending, 1G pages as captured."""
+    state = m.state
+    row = node_row(node)
+    h = hstate_of_order(U9)
+    pages = state[row + N_HUGE]
+    for i in range(pages):
+        add_free(m, h, node, huge + ((pages - U1 - i) << U9))
+    h = hstate_of_order(ORDER_1G)
+    pages = state[row + N_GIGANTIC]
+    for i in range(pages):
+        at = pages - U1 - i if state[R_BOOT_ASCENDING] != U0 else i
+        add_free(m, h, node, base + (at << U18))
 
 
 @kernel
-def write_folios(m, base, pages, order):
-    """Head and tails of every folio of a pool whose struct pages are all there."""
-    flags = m.state[R_PAGE_FLAGS]
-    for folio in range(pages):
-        head = base + (folio << order)
-        compound = compound_info(m.state, head, order)
-        first = struct_page(m, head)
-        for i in range(U1 << order):
-            write_tail(m.ram, first + i * U8, flags, compound)
-        write_head(m, head, first, order, False)
+def add_free(m, h, node, head):
+    """A new page of a pool, free."""
+    list_add(m, free_list(h, node), head)
+    count_enqueued(m, h, node, head)
+    m.state[h + H_PAGES] += U1
+    m.state[hstate_node(h, node) + H_NODE_PAGES] += U1
 
 
 @outlined
-def map_whole(m):
-    """The vmemmap of both pools without optimisation: 2M leaves onto the frames behind the others."""
-    ram = m.ram
+def boot_machine(m):
+    """Build the kernel's table, the vmemmap and the pools: 0, or -ENOMEM when the frames do not suffice."""
     state = m.state
-    frames = state[R_BOOT_FRAMES]
-    base = state[R_FRAMES]
-    for i in range(U0, frames, U512):
-        slot = vmemmap_slot(m, vmemmap_address(state, state[R_POOL_BASE]) + (i << U12), U2)
-        if slot == NONE:
-            return NO_MEMORY
-        ram[slot] = (base + i) << U12 | _LARGE
-    change(m.stats, FRAMES_USED, np.int64(frames))
-    change(m.stats, VMEMMAP_PAGES, np.int64(frames))
-    return np.int64(0)
-
-
-@outlined
-def boot_pool(m, base, pages, order, tail_register, stack, free_register):
-    """The vmemmap and the free pages of one pool: 0 or -ENOMEM. The lowest huge page is handed out first."""
-    state = m.state
-    if pages == U0:
-        return np.int64(0)
-    if state[R_HVO] == U0:
-        write_folios(m, base, pages, order)
-    else:
-        if state[R_MASK_TAILS] != U0:
-            tail = take_frame(m)
-            if tail == NONE:
-                return NO_MEMORY
-            state[tail_register] = tail
-            fill_tail_page(m, tail, order)
-            change(m.stats, VMEMMAP_PAGES, 1)
-        for i in range(pages):
-            if map_optimized(m, base + (i << order), order, state[tail_register]) != 0:
-                return NO_MEMORY
-    for i in range(pages):
-        state[stack + i] = base + ((pages - U1 - i) << order)
-    state[free_register] = pages
-    return np.int64(0)
-
-
-@entry
-def boot(descriptor):
-    """Build the kernel's table, the vmemmap and the pool: 0, or -ENOMEM when the frames do not suffice.
-
-    The registers are set by then.
-    """
-    m = open_machine(descriptor)
-    state = m.state
-    order = state[R_ORDER]
     root = take_frame(m)
     if root == NONE:
         return NO_MEMORY
     fill_frame(m.ram, root, U0)
     change(m.stats, KERNEL_TABLES, 1)
     state[R_KERNEL_ROOT] = root << U12
-    if state[R_HVO] == U0 and map_whole(m) != 0:
-        return NO_MEMORY
-    pages = state[R_POOL_PAGES]
-    if boot_pool(m, state[R_POOL_BASE], pages, order, R_TAIL_PAGE, state[R_POOL_STACK], R_POOL_FREE) != 0:
-        return NO_MEMORY
-    change(m.stats, POOL_FREE, np.int64(pages))
-    pages = state[R_OTHER_PAGES]
-    order = state[R_OTHER_ORDER]
-    if boot_pool(m, state[R_OTHER_BASE], pages, order, R_OTHER_TAIL_PAGE, state[R_OTHER_STACK], R_OTHER_FREE) != 0:
-        return NO_MEMORY
-    change(m.stats, OTHER_POOL_FREE, np.int64(pages))
+    for i in range(U(HSTATES)):
+        h = STATE_HSTATES + i * U(H_WORDS)
+        state[h + H_ORDER] = ORDER_1G if i == U1 else U9
+        init_list(state, h + H_ACTIVE)
+        init_list(state, h + H_LIST)
+        init_list(state, free_list(h, U0))
+        init_list(state, free_list(h, U1))
+    for node in range(state[R_NODES]):
+        if boot_node(m, node) != 0:
+            return NO_MEMORY
     return np.int64(0)
 
 
@@ -246,15 +424,19 @@ def content_frame(m, pfn):
 PROCESS_ROOT = 0
 STAGE2_ROOT = 1
 CONTENTS = 2
+MACHINE = 3
 
 
 @entry
 def provide(descriptor, what, where):
     """Provide what Python asks for: PROCESS_ROOT for a row of S_*, STAGE2_ROOT for a row of V_*, CONTENTS of a PFN.
 
-    0, of contents the number of the frame that holds them, or -ENOMEM.
+    MACHINE comes first, once the registers are set: the kernel's table, the vmemmap and the pools. 0, of contents the
+    number of the frame that holds them, or -ENOMEM.
     """
     m = open_machine(descriptor)
+    if what == MACHINE:
+        return boot_machine(m)
     if what == PROCESS_ROOT:
         return process_root(m, where)
     if what == STAGE2_ROOT:

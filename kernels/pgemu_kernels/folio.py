@@ -25,10 +25,26 @@ INDEX = U(4)
 PRIVATE = U(5)
 COUNTS = U(6)
 MEMCG = U(7)
+# Words of the second to fourth struct page of a folio, from its second on.
+NR_PAGES = U(7)
+NR_PAGES_6_12 = U(4)
+SUBPOOL_6_12 = U(8 + 2)  # 6.12 has these in the third page, later ones in the fourth
+CGROUP_6_12 = U(8 + 3)
+HWPOISON_6_12 = U(8 + 5)
+SUBPOOL = U(16 + 2)
+CGROUP = U(16 + 3)
+CGROUP_RESERVED = U(16 + 4)
+HWPOISON = U(16 + 5)
 
 PG_UPTODATE = U(1 << 3)
 PG_DIRTY = U(1 << 4)
 PG_HEAD = U(1 << 6)
+PG_HWPOISON = U(1 << 21)
+FLAGS_KEPT = U(0xFFFFFFFFC0000000) | PG_HWPOISON  # of page->flags when a page is freed: node, zone, last_cpupid, poison
+LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
+HUGETLB_MIGRATABLE = U(1 << 1)
+HUGETLB_RAW_UNRELIABLE = U(1 << 5)
+U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
 PGTY_HUGETLB = U(0xF4000000)
@@ -59,6 +75,21 @@ def struct_page(m, pfn):
 
 
 @kernel
+def folio_order(m, head):
+    """Order of a large folio: the low byte of its second struct page's flags."""
+    return m.ram[struct_page(m, head + U1) + FLAGS] & LOW_BYTE
+
+
+@kernel
+def is_huge_page(m, pfn):
+    """Whether a frame is the head of a HugeTLB page: PageHead and the page type, in a struct page that is no tail."""
+    page = struct_page(m, pfn)
+    ram = m.ram
+    typed = (ram[page + COUNTS] & LOW32) >> U24 == PGTY_HUGETLB >> U24
+    return ram[page + FLAGS] & PG_HEAD != U0 and ram[page + COMPOUND] & U1 == U0 and typed
+
+
+@kernel
 def reference_count(ram, page):
     return ram[page + COUNTS] >> U32
 
@@ -67,7 +98,7 @@ def reference_count(ram, page):
 def mappings(ram, page):
     """Page-table entries that map a 4K folio; 0 for a typed one, whose word holds the type."""
     word = ram[page + COUNTS] & LOW32
-    return U0 if word >> U(24) == PGTY_HUGETLB >> U(24) else word + U1 & LOW32
+    return U0 if word >> U24 == PGTY_HUGETLB >> U24 else word + U1 & LOW32
 
 
 @kernel

@@ -6,6 +6,7 @@ Values are those of real kernels; each has its source beside it. Plain Python: n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 # x86-64, user half: arch/x86/include/asm/pgtable_types.h
 PRESENT = 1 << 0
@@ -62,6 +63,43 @@ STAGE2_NPT = 1
 STAGE2_EPT = 2
 
 
+class BootMarks(IntEnum):
+    """How the vmemmap entries of a 1G page of the boot allocator look (captured; hugetlb_vmemmap_init_early()).
+
+    NONE: it is optimised like any other, once the page allocator runs (6.12). FIRST_64: 63 read-only entries with bit
+    58 and 4032 read-write ones, all to the head's page (6.18). ALL: 4095 read-only ones with bit 58 (7.3).
+    """
+
+    NONE = 0
+    FIRST_64 = 1
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the kernel configuration decides, as captured.
+
+    `page_flags`: zone (ZONE_NORMAL) and last_cpupid in the flags of a struct page of node 0, as
+    mm/mm_init.c:__init_single_page() leaves them; `tail_flags`: the same of a struct page that is made later, for a
+    shared tail page (last_cpupid 0). `node_shift`: where the node begins, 0 without CONFIG_NUMA. `hugetlb_cgroup`:
+    CONFIG_CGROUP_HUGETLB. `deferred_struct_pages`: CONFIG_DEFERRED_STRUCT_PAGE_INIT, with which the boot allocator's
+    1G pages keep what the first 128 MiB of the zone left in their shared tail page, else what its last 1G page left.
+    """
+
+    page_flags: int
+    tail_flags: int
+    node_shift: int
+    hugetlb_cgroup: bool
+    deferred_struct_pages: bool
+
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True),
+    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False),
+}
+"""Debian's, and that of the captured 7.3.4 without NUMA and cgroups."""
+
+
 @dataclass(frozen=True)
 class KernelParameters:
     """What one Linux version writes differently.
@@ -73,13 +111,15 @@ class KernelParameters:
     NR_RESET_STRUCT_PAGE of a vmemmap restore. `dontneed_frees_tables` is CONFIG_PT_RECLAIM (6.14).
     `recovers_huge_pages`: dirty logging off puts huge leaves back in place (captured for 6.18 and 7.3), else it drops
     the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
-    `page_flags` are node and zone of ZONE_NORMAL in page->flags of the captured configuration, and
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
+    `boot_marks`: how the vmemmap of 1G pages of the boot allocator is left (captured). `boot_list_ascending`: in which
+    order these pages stand in their free list (captured). `marks_accessed`: KVM calls folio_mark_accessed() on what a
+    guest fault maps, so that MGLRU's reference bits of a HugeTLB page rise (captured for 6.12 and 6.18).
+    `virtual_index`: folio->index of a private HugeTLB page is its address' page number (captured for 7.3).
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
-    `shared_tail_saved_dirty`: vmemmap tail entries set up by the boot allocator carry bit 58 (captured).
     `thp_modify_drops_dirty`: mprotect of a transparent huge page loses its dirty bit (captured for 6.12 and 6.18:
     pmd_modify() masked it out before it could be saved). `thp_split_drops_dirty`: the pages of a split one are clean.
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
@@ -94,13 +134,14 @@ class KernelParameters:
     mask_tails: bool
     reset_struct_pages: int
     dontneed_frees_tables: bool
-    page_flags: int
     folio_6_12: bool
+    boot_marks: BootMarks
+    boot_list_ascending: bool
+    virtual_index: bool = False
     saved_dirty: bool = True
     special_huge_zero: bool = True
     guards: bool = True
     huge_pfn: bool = True
-    shared_tail_saved_dirty: bool = True
     thp_modify_drops_dirty: bool = False
     thp_split_drops_dirty: bool = False
     empty_spte: int = EMPTY_SPTE
@@ -112,24 +153,24 @@ class KernelParameters:
 
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
-        "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, 0x0017_FFFF_C000_0000, True,
-        special_huge_zero=False, guards=False, shared_tail_saved_dirty=False, recovers_huge_pages=False,
+        "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
+        special_huge_zero=False, guards=False, recovers_huge_pages=False,
         guest_memfd_mmap=False, thp_modify_drops_dirty=True,
     ),
     "6.18": KernelParameters(
-        "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, 0x0017_FFFF_C000_0000, False, thp_modify_drops_dirty=True
+        "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True
     ),
     "7.3": KernelParameters(
-        "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, 0x4000_0000_0000_0000, False,
-        arm_two_bit_xn=True, arm_locked=1 << 60,
+        "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, False, BootMarks.ALL, False,
+        arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True,
     ),
 }  # fmt: skip
 """The kernels that pgemu runs."""
 
 RELEASES: dict[str, KernelParameters] = {
     "6.1": KernelParameters(
-        "6.1", 1 << 57 | 1 << 58, 0, False, 1, False, 0x0017_FFFF_C000_0000, True,
-        saved_dirty=False, special_huge_zero=False, guards=False, huge_pfn=False, shared_tail_saved_dirty=False,
+        "6.1", 1 << 57 | 1 << 58, 0, False, 1, False, True, BootMarks.NONE, True,
+        saved_dirty=False, special_huge_zero=False, guards=False, huge_pfn=False,
         thp_split_drops_dirty=True, empty_spte=0,
     ),
     **KERNELS,

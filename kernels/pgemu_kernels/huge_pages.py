@@ -12,9 +12,7 @@ from pgemu_kernels.events import (
     HUGE_FOLIO_ALLOCATED,
     HUGE_FOLIO_FREED,
     HUGETLB_PAGES,
-    OTHER_POOL_FREE,
     PAGE_COPIED,
-    POOL_FREE,
     RMAP_CHANGED,
     STRUCT_PAGE_BYTES,
     change,
@@ -24,7 +22,7 @@ from pgemu_kernels.events import (
 from pgemu_kernels.folio import (
     COUNTS,
     FLAGS,
-    HUGETLB_FREED,
+    HUGETLB_MIGRATABLE,
     INDEX,
     MAPPING,
     PG_DIRTY,
@@ -32,27 +30,27 @@ from pgemu_kernels.folio import (
     PGTY_HUGETLB,
     PRIVATE,
     add_references,
+    folio_order,
     reference_count,
     struct_page,
 )
-from pgemu_kernels.hugetlb import mapping_address
+from pgemu_kernels.hstate import hstate_of_order
+from pgemu_kernels.hugetlb import dequeue_any, mapping_address, set_cgroup
 from pgemu_kernels.layout import (
+    CGROUP_ADDRESS,
+    H_FREE,
+    H_OVERCOMMIT,
+    H_RESERVED,
+    H_SURPLUS,
     R_CONTENTS,
     R_FOLIO_6_12,
-    R_ORDER,
-    R_OTHER_BASE,
-    R_OTHER_FREE,
-    R_OTHER_ORDER,
-    R_OTHER_PAGES,
-    R_OTHER_RESERVED,
-    R_OTHER_STACK,
+    R_HSTATE,
     R_POOL_BASE,
-    R_POOL_FREE,
-    R_POOL_STACK,
-    R_RESERVED,
     STATS_GAUGES,
 )
 from pgemu_kernels.memory import copy_frame, take_frame, zero_contents
+from pgemu_kernels.pools import allocate_surplus, free_or_enqueue
+from pgemu_kernels.process_entries import E_DIRTY
 
 U = np.uint64
 
@@ -64,61 +62,42 @@ def level_of_order(order):
 
 
 @kernel
-def _is_other(state, order):
-    return order != state[R_ORDER]
-
-
-@kernel
-def free_register(state, order):
-    """The register that counts a pool's free pages."""
-    return R_OTHER_FREE if _is_other(state, order) else R_POOL_FREE
-
-
-@kernel
-def reserved_register(state, order):
-    """The register that counts those of them that mappings have reserved."""
-    return R_OTHER_RESERVED if _is_other(state, order) else R_RESERVED
-
-
-@kernel
-def order_of(state, head):
-    """Order of the pool that a head page belongs to."""
-    base = state[R_OTHER_BASE]
-    inside = head >= base and head < base + (state[R_OTHER_PAGES] << state[R_OTHER_ORDER])
-    return state[R_OTHER_ORDER] if inside else state[R_ORDER]
+def reserved_word(order):
+    """Where a pool's count of reserved pages lies in `state`: resv_huge_pages."""
+    return hstate_of_order(order) + H_RESERVED
 
 
 @kernel
 def may_reserve(state, order, pages):
-    """Whether the pool has `pages` that nobody has reserved. No size without a pool has any."""
-    if order != state[R_ORDER] and order != state[R_OTHER_ORDER]:
-        return pages == U0
-    return state[reserved_register(state, order)] + pages <= state[free_register(state, order)]
+    """Whether the pool has `pages` that nobody has reserved."""
+    h = hstate_of_order(order)
+    return state[h + H_RESERVED] + pages <= state[h + H_FREE]
 
 
 @outlined
 def take_huge(m, order, reserved):
     """A zeroed huge page with no reference, its head; NONE when the pool has none left.
 
-    `reserved` (0 or 1): the caller has a reservation, which is used up. mm/hugetlb.c:alloc_hugetlb_folio().
+    `reserved` (0 or 1): the caller has a reservation, which is used up. Without, and without a free page that nobody
+    has reserved, one is allocated beyond the pool as far as nr_overcommit_hugepages allows.
+    mm/hugetlb.c:alloc_hugetlb_folio().
     """
     state = m.state
-    if reserved == U0 and not may_reserve(state, order, U1):
+    h = hstate_of_order(order)
+    head = NONE
+    if reserved != U0 or may_reserve(state, order, U1):
+        head = dequeue_any(m, h, U0)
+    elif state[h + H_SURPLUS] < state[h + H_OVERCOMMIT]:
+        head = allocate_surplus(m, h)
+    if head == NONE:
         return NONE
-    register = free_register(state, order)
-    top = state[register]
-    if top == U0:
-        return NONE
-    other = _is_other(state, order)
-    state[register] = top - U1
-    state[reserved_register(state, order)] -= reserved
-    head = state[state[R_OTHER_STACK if other else R_POOL_STACK] + top - U1]
+    state[h + H_RESERVED] -= reserved
     page = struct_page(m, head)
-    m.ram[page + PRIVATE] &= ~HUGETLB_FREED
     m.ram[page + COUNTS] = PGTY_HUGETLB
     m.ram[page + FLAGS] |= PG_UPTODATE
-    change(m.stats, OTHER_POOL_FREE if other else POOL_FREE, -1)
-    change(m.stats, HUGETLB_PAGES, 0 if other else 1)
+    m.ram[page + PRIVATE] |= HUGETLB_MIGRATABLE
+    set_cgroup(m.ram, state, page, U(CGROUP_ADDRESS))
+    change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
     zero_contents(m, head, U1 << order)
     charge_one(m, HUGE_FOLIO_ALLOCATED)
     charge(m, FOLIO_ZEROED_PAGES, np.int64(U1 << order))
@@ -130,25 +109,19 @@ def take_huge(m, order, reserved):
 def give_back_huge(m, head):
     """The last reference is gone: back to the pool, where the last page freed is the first one taken.
 
-    mm/hugetlb.c:free_huge_folio(), enqueue_hugetlb_folio().
+    mm/hugetlb.c:free_huge_folio(). A page of a pool with surplus pages on its node goes to the page allocator.
     """
     state = m.state
-    order = order_of(state, head)
-    other = _is_other(state, order)
+    h = hstate_of_order(folio_order(m, head))
     page = struct_page(m, head)
-    m.ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
     m.ram[page + MAPPING] = U0
-    m.ram[page + INDEX] = U0
-    m.ram[page + PRIVATE] |= HUGETLB_FREED
+    m.ram[page + PRIVATE] &= ~HUGETLB_MIGRATABLE
     m.ram[page + COUNTS] = PGTY_HUGETLB
-    register = free_register(state, order)
-    top = state[register]
-    state[state[R_OTHER_STACK if other else R_POOL_STACK] + top] = head
-    state[register] = top + U1
-    change(m.stats, OTHER_POOL_FREE if other else POOL_FREE, 1)
-    change(m.stats, HUGETLB_PAGES, 0 if other else -1)
+    set_cgroup(m.ram, state, page, U0)
+    change(m.stats, HUGETLB_PAGES, -1 if h == state[R_HSTATE] else 0)
     charge_one(m, HUGE_FOLIO_FREED)
     charge(m, STRUCT_PAGE_BYTES, 36)
+    free_or_enqueue(m, h, head)
 
 
 @kernel
@@ -189,9 +162,14 @@ def map_huge(m, head):
 
 
 @outlined
-def unmap_huge(m, head):
-    """One entry less; without any reference left the page goes to its pool. Returns 1 if it did."""
+def unmap_huge(m, head, entry):
+    """One entry less; without any reference left the page goes to its pool. Returns 1 if it did.
+
+    `entry`: what it was; the page is dirty if it was.
+    """
     page = struct_page(m, head)
+    if entry & E_DIRTY != U0:
+        m.ram[page + FLAGS] |= PG_DIRTY
     _change_mapcounts(m, head, NONE)
     add_references(m.ram, page, NONE)
     if reference_count(m.ram, page) == U0:
@@ -202,7 +180,10 @@ def unmap_huge(m, head):
 
 @kernel
 def set_anonymous(m, head, anon_vma, index):
-    """hugetlb_add_new_anon_rmap(): folio->mapping names the anon_vma (a model address), bit 0 set."""
+    """hugetlb_add_new_anon_rmap(): folio->mapping names the anon_vma (a model address), bit 0 set.
+
+    `index`: vma_index() of the address.
+    """
     page = struct_page(m, head)
     m.ram[page + MAPPING] = U(0xFFFF888100000000) | anon_vma << U12 | U1
     m.ram[page + INDEX] = index
@@ -210,8 +191,9 @@ def set_anonymous(m, head, anon_vma, index):
 
 @kernel
 def add_to_file(m, head, inode, index, order):
-    """hugetlb_add_to_page_cache(): one reference per base page, which are the page cache's."""
+    """hugetlb_add_to_page_cache(): one reference per base page, which are the page cache's; the page is dirty."""
     page = struct_page(m, head)
+    m.ram[page + FLAGS] |= PG_DIRTY
     m.ram[page + MAPPING] = mapping_address(inode)
     m.ram[page + INDEX] = index
     add_references(m.ram, page, U1 << order)
@@ -221,8 +203,9 @@ def add_to_file(m, head, inode, index, order):
 def remove_from_file(m, head):
     """The page cache lets go of a huge page; it goes to its pool unless something else holds it."""
     page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
     m.ram[page + MAPPING] = U0
-    add_references(m.ram, page, U0 - (U1 << order_of(m.state, head)))
+    add_references(m.ram, page, U0 - (U1 << folio_order(m, head)))
     if reference_count(m.ram, page) == U0:
         give_back_huge(m, head)
 

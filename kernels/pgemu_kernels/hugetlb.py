@@ -1,10 +1,10 @@
-"""The HugeTLB pool: folios taken from it, put in a page cache, given back."""
+"""HugeTLB: pools by size and node, folios taken from them, put in a page cache, given back. mm/hugetlb.c."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import ALL, LOW32, NONE, U0, U1, U8, U32
+from pgemu_kernels.bits import ALL, LOW32, NONE, U0, U1, U2, U6, U8, U12, U32
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -12,6 +12,7 @@ from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
     HUGE_FOLIO_ALLOCATED,
     HUGE_FOLIO_FREED,
+    OTHER_POOL_FREE,
     PAGE_CACHE_STORED,
     POOL_FREE,
     STRUCT_PAGE_BYTES,
@@ -20,22 +21,37 @@ from pgemu_kernels.events import (
     charge_one,
 )
 from pgemu_kernels.folio import (
+    CGROUP,
+    CGROUP_6_12,
     COMPOUND,
     COUNTS,
     FLAGS,
     HUGETLB_FREED,
     INDEX,
     MAPPING,
-    NO_MAPCOUNT,
     ONE_REFERENCE,
     PG_DIRTY,
+    PG_HEAD,
+    PG_HWPOISON,
     PG_UPTODATE,
     PGTY_HUGETLB,
     PRIVATE,
+    SUBPOOL,
+    SUBPOOL_6_12,
+    TAIL_MAPPING,
     struct_page,
     vmemmap_address,
 )
+from pgemu_kernels.gmem import inode_row
+from pgemu_kernels.hstate import (
+    first_page,
+    hstate_node,
+    list_move,
+    node_of,
+    page_after,
+)
 from pgemu_kernels.layout import (
+    B_METADATA,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -43,11 +59,24 @@ from pgemu_kernels.layout import (
     BLOCK_ABSENT,
     BLOCK_HUGE,
     BLOCK_ZOMBIE,
+    CGROUP_ADDRESS,
+    H_ACTIVE,
+    H_FREE,
+    H_NODE_FREE,
+    H_NODE_FREE_LIST,
+    H_RESERVED,
+    I_SUBPOOL,
+    P_LIVE,
+    P_RESERVED,
+    P_USED,
+    P_WORDS,
     R_FOLIO_6_12,
+    R_HSTATE,
+    R_HUGETLB_CGROUP,
+    R_NODES,
     R_ORDER,
-    R_PAGE_FLAGS,
-    R_POOL_FREE,
-    R_POOL_STACK,
+    STATE_SUBPOOLS,
+    SUBPOOLS_ADDRESS,
 )
 from pgemu_kernels.vmemmap import compound_info
 
@@ -56,76 +85,211 @@ U = np.uint64
 # Where the kernel would have its `struct address_space`s: one 4K object per inode in the direct map.
 # A model address: no source gives one, and nothing is stored there.
 MAPPING_ADDRESS = U(0xFFFF888000001000)
+_CGROUP = U(CGROUP_ADDRESS)
+_SUBPOOLS = U(SUBPOOLS_ADDRESS)
 
 
 @kernel
 def mapping_address(inode):
     """Value of folio->mapping for an inode."""
-    return MAPPING_ADDRESS + (inode << U(12))
+    return MAPPING_ADDRESS + (inode << U12)
+
+
+# --------------------------------------------------------------------------- words of a folio
 
 
 @kernel
 def write_order(ram, state, head, first, order):
-    """The fields of a folio that lie in its second to fourth struct page, as in a free HugeTLB page.
+    """prep_compound_page() of the head: the fields that lie in its second to fourth struct page.
 
-    mm/internal.h:prep_compound_head(), mm/hugetlb.c:init_new_hugetlb_folio(); words as captured.
+    mm/internal.h:prep_compound_head(), mm/hugetlb.c:init_new_hugetlb_folio(). `first` is the head's index in `ram`.
+    _mapcount and _refcount of these pages are not touched, nor are flags but for the order.
     """
-    flags = state[R_PAGE_FLAGS]
-    compound = compound_info(state, head, order)
     second = first + U8
-    ram[second + FLAGS] = flags | order
-    ram[second + COMPOUND] = compound
-    ram[second + U(5)] = U0
-    ram[second + COUNTS] = NO_MAPCOUNT
+    ram[second + FLAGS] = (ram[second + FLAGS] & ~U(0xFF)) | order
     if state[R_FOLIO_6_12] != U0:
-        ram[second + U(2)] = ALL  # _large_mapcount -1, _entire_mapcount -1
+        ram[second + U2] = ALL  # _large_mapcount -1, _entire_mapcount -1
         ram[second + U(3)] = U0  # _nr_pages_mapped, _pincount
         ram[second + U(4)] = U1 << order  # _folio_nr_pages
-        ram[second + U(7)] = U0
     else:
-        ram[second + U(2)] = LOW32  # _large_mapcount -1, _nr_pages_mapped 0
+        ram[second + U2] = LOW32  # _large_mapcount -1, _nr_pages_mapped 0
         ram[second + U(3)] = LOW32  # _entire_mapcount -1, _pincount 0
         ram[second + U(4)] = ALL  # _mm_id_mapcount, _mm_ids
         ram[second + U(7)] = U1 << order  # _nr_pages
-    third = first + U(16)
-    ram[third + FLAGS] = flags
-    ram[third + COMPOUND] = compound
-    fourth = first + U(24)
-    ram[fourth + FLAGS] = flags
-    ram[fourth + COMPOUND] = compound
-    if state[R_FOLIO_6_12] != U0:
-        ram[third + U(2)] = U0  # _hugetlb_subpool
-        ram[third + U(3)] = U0  # _hugetlb_cgroup
-    else:
         link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
-        ram[third + U(2)] = link
-        ram[third + U(3)] = link
-        ram[fourth + U(2)] = U0  # _hugetlb_subpool
+        ram[first + U(18)] = link
+        ram[first + U(19)] = link
+    set_subpool(ram, state, first, U0)
+    set_cgroup(ram, state, first, U0)
 
 
 @kernel
+def set_subpool(ram, state, first, subpool):
+    """hugetlb_set_folio_subpool(): a row + 1, or 0 for none."""
+    word = U8 + (SUBPOOL_6_12 if state[R_FOLIO_6_12] != U0 else SUBPOOL)
+    ram[first + word] = U0 if subpool == U0 else _SUBPOOLS + (subpool - U1 << U6)
+
+
+@kernel
+def set_cgroup(ram, state, first, cgroup):
+    """set_hugetlb_cgroup(): its address, or 0. Only where the kernel has HugeTLB cgroups."""
+    if state[R_HUGETLB_CGROUP] != U0:
+        ram[first + U8 + (CGROUP_6_12 if state[R_FOLIO_6_12] != U0 else CGROUP)] = cgroup
+
+
+@outlined
+def prep_compound(m, head, order):
+    """prep_compound_page() and init_new_hugetlb_folio() over struct pages that are all there: a frozen HugeTLB folio.
+
+    24 bytes in each tail: mapping, compound_info, private.
+    """
+    ram = m.ram
+    compound = compound_info(m.state, head, order)
+    pages = U1 << order
+    for base in range(U0, pages, U(64)):
+        page = struct_page(m, head + base)
+        for _ in range(U(64)):
+            ram[page + COMPOUND] = compound
+            ram[page + MAPPING] = TAIL_MAPPING
+            ram[page + PRIVATE] = U0
+            page += U8
+    first = struct_page(m, head)
+    ram[first + FLAGS] |= PG_HEAD
+    ram[first + COMPOUND] = U0
+    ram[first + MAPPING] = U0
+    ram[first + COUNTS] = (ram[first + COUNTS] & ~LOW32) | PGTY_HUGETLB
+    write_order(ram, m.state, head, first, order)
+
+
+# --------------------------------------------------------------------------- free lists
+
+
+@kernel
+def count_free(m, h, n):
+    """A pool's gauge follows the count of its free pages."""
+    change(m.stats, POOL_FREE if h == m.state[R_HSTATE] else OTHER_POOL_FREE, n)
+
+
+@kernel
+def free_list(h, node):
+    """Word of the list head of a node's free pages."""
+    return hstate_node(h, node) + H_NODE_FREE_LIST
+
+
+@kernel
+def count_enqueued(m, h, node, head):
+    """A page of the free list is counted and marked."""
+    state = m.state
+    state[h + H_FREE] += U1
+    state[hstate_node(h, node) + H_NODE_FREE] += U1
+    m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_FREED
+    count_free(m, h, 1)
+
+
+@outlined
+def enqueue(m, h, head):
+    """enqueue_hugetlb_folio(): to the front of its node's free list, from whatever list it is in."""
+    node = node_of(m.state, head)
+    list_move(m, free_list(h, node), head)
+    count_enqueued(m, h, node, head)
+
+
+@outlined
+def dequeue(m, h, node):
+    """dequeue_hugetlb_folio_node_exact(): the first page of a node's free list that is not poisoned, or NONE.
+
+    It goes to the active list, with one reference.
+    """
+    state = m.state
+    head = first_page(state, free_list(h, node))
+    while head != U0:
+        page = struct_page(m, head)
+        if m.ram[page + FLAGS] & PG_HWPOISON == U0:
+            list_move(m, h + H_ACTIVE, head)
+            m.ram[page + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
+            m.ram[page + PRIVATE] &= ~HUGETLB_FREED
+            state[h + H_FREE] -= U1
+            state[hstate_node(h, node) + H_NODE_FREE] -= U1
+            count_free(m, h, -1)
+            return head
+        head = page_after(m, head)
+    return NONE
+
+
+@outlined
+def dequeue_any(m, h, preferred):
+    """A free page of the preferred node, else of the other: dequeue_hugetlb_folio_nodemask()."""
+    head = dequeue(m, h, preferred)
+    if head == NONE and m.state[R_NODES] > U1:
+        head = dequeue(m, h, U1 - preferred)
+    return head
+
+
+# --------------------------------------------------------------------------- subpools
+
+
+@kernel
+def subpool_row(subpool):
+    return STATE_SUBPOOLS + subpool * U(P_WORDS)
+
+
+@outlined
+def subpool_take(m, h, subpool):
+    """hugepage_subpool_get_pages(1) of an inode's subpool, whose pages are all reserved: the reservation is used."""
+    row = subpool_row(subpool)
+    m.state[row + P_USED] += U1
+    m.state[row + P_RESERVED] -= U1
+    m.state[h + H_RESERVED] -= U1
+
+
+@outlined
+def subpool_give(m, h, subpool):
+    """hugepage_subpool_put_pages(1): the reservation is the subpool's again, until nobody has the subpool any more."""
+    row = subpool_row(subpool)
+    m.state[row + P_USED] -= U1
+    m.state[row + P_RESERVED] += U1
+    m.state[h + H_RESERVED] += U1
+    subpool_release(m, h, subpool)
+
+
+@kernel
+def subpool_release(m, h, subpool):
+    """unlock_or_release_subpool(): without pages and without an inode it returns its reservation."""
+    row = subpool_row(subpool)
+    if m.state[row + P_LIVE] == U0 and m.state[row + P_USED] == U0:
+        m.state[h + H_RESERVED] -= m.state[row + P_RESERVED]
+        m.state[row + P_RESERVED] = U0
+
+
+# --------------------------------------------------------------------------- the designs' blocks
+
+
+@outlined
 def take_folio(m, inode, block, index):
     """Take a huge page from the pool for block row `block` of an inode and put it in the page cache.
 
     Returns the head's PFN, or NONE when the pool is empty. The folio ends with one reference per base
     page, which are the page cache's. mm/hugetlb.c:dequeue_hugetlb_folio_node_exact(),
-    mm/filemap.c:__filemap_add_folio().
+    mm/filemap.c:__filemap_add_folio(), and the posted guestmem_hugetlb_alloc_folio().
     """
     state = m.state
-    top = state[R_POOL_FREE]
-    if top == U0:
+    h = state[R_HSTATE]
+    head = dequeue_any(m, h, U0)
+    if head == NONE:
         return NONE
-    state[R_POOL_FREE] = top - U1
-    head = state[state[R_POOL_STACK] + top - U1]
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    if subpool != U0:
+        subpool_take(m, h, subpool - U1)
     ram = m.ram
     page = struct_page(m, head)
     ram[page + MAPPING] = mapping_address(inode)
     ram[page + INDEX] = index
-    ram[page + PRIVATE] &= ~HUGETLB_FREED
     ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
+    set_subpool(ram, state, page, subpool)
+    set_cgroup(ram, state, page, _CGROUP)
     m.state[block + B_PFN] = head
     m.state[block + B_STATE] = BLOCK_HUGE
-    change(m.stats, POOL_FREE, -1)
+    m.state[block + B_METADATA] = subpool
     change(m.stats, BLOCKS_HUGE, 1)
     charge_one(m, HUGE_FOLIO_ALLOCATED)
     charge_one(m, PAGE_CACHE_STORED)
@@ -134,22 +298,37 @@ def take_folio(m, inode, block, index):
 
 
 @kernel
+def subpool_of(m, page):
+    """Row + 1 of the subpool that a huge folio names, 0 for none."""
+    word = U8 + (SUBPOOL_6_12 if m.state[R_FOLIO_6_12] != U0 else SUBPOOL)
+    address = m.ram[page + word]
+    return U0 if address == U0 else (address - _SUBPOOLS >> U6) + U1
+
+
+@outlined
 def return_to_pool(m, head):
-    """The last reference of a huge folio is gone: mm/hugetlb.c:free_huge_folio()."""
+    """The last reference of a huge folio of the designs is gone: mm/hugetlb.c:free_huge_folio()."""
     ram = m.ram
+    h = m.state[R_HSTATE]
     page = struct_page(m, head)
     ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
     ram[page + MAPPING] = U0
-    ram[page + INDEX] = U0
-    ram[page + PRIVATE] |= HUGETLB_FREED
     ram[page + COUNTS] = PGTY_HUGETLB
-    state = m.state
-    top = state[R_POOL_FREE]
-    state[state[R_POOL_STACK] + top] = head
-    state[R_POOL_FREE] = top + U1
-    change(m.stats, POOL_FREE, 1)
+    subpool = subpool_of(m, page)
+    if subpool != U0:
+        subpool_give(m, h, subpool - U1)
+    set_subpool(ram, m.state, page, U0)
+    set_cgroup(ram, m.state, page, U0)
+    enqueue(m, h, head)
     charge_one(m, HUGE_FOLIO_FREED)
     charge(m, STRUCT_PAGE_BYTES, 36)
+
+
+@kernel
+def own_merged(m, block, first):
+    """A merged folio names the subpool and the cgroup of its allocation again."""
+    set_subpool(m.ram, m.state, first, m.state[block + B_METADATA])
+    set_cgroup(m.ram, m.state, first, _CGROUP)
 
 
 @kernel
@@ -159,6 +338,7 @@ def forget_block(m, block):
     m.state[block + B_STATE] = BLOCK_ABSENT
     m.state[block + B_OUTSTANDING] = U0
     m.state[block + B_WAITS] = U0
+    m.state[block + B_METADATA] = U0
 
 
 @kernel

@@ -45,6 +45,7 @@ from pgemu_kernels.layout import (
     I_CACHE,
     I_PAGES,
     PROT_WRITE,
+    R_VIRTUAL_INDEX,
     R_VMAS,
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
@@ -161,6 +162,12 @@ def _take_for(m, row, order, word):
     return head
 
 
+@kernel
+def vma_index(state, row, address):
+    """linear_page_index() of a private mapping, 4K pages: of the file, in 7.3 of the address space (captured)."""
+    return address >> U12 if state[R_VIRTUAL_INDEX] != U0 else page_offset(state, row, address)
+
+
 @outlined
 def _first_access(m, row, address, slot):
     """hugetlb_no_page(): the file's page if it has one, else a new one, the file's or this mapping's own."""
@@ -184,10 +191,10 @@ def _first_access(m, row, address, slot):
             if cache_store(m, node + I_CACHE, index, head << U12 | RESERVED) != 0:
                 discard_huge(m, head)
                 return np.int64(VM_FAULT_OOM)
-            add_to_file(m, head, inode, index, order)
+            add_to_file(m, head, inode, index << order, order)
             charge_one(m, PAGE_CACHE_STORED)
         else:
-            set_anonymous(m, head, state[row + A_ANON_VMA], index)
+            set_anonymous(m, head, state[row + A_ANON_VMA], vma_index(state, row, address))
     map_huge(m, head)
     writable = is_shared_mapping(state, row) and state[row + A_PROT] & PROT_WRITE != U0
     _set_huge(m, row, slot, _new_entry(state, row, head, writable))
@@ -218,10 +225,10 @@ def _write_protected(m, row, address, slot):
         return np.int64(VM_FAULT_OOM)
     size = size_of(level_of_order(order))
     notify_range(m, state[row + A_SPACE], address, address + size)
-    set_anonymous(m, head, state[row + A_ANON_VMA], page_offset(state, row, address) >> order)
+    set_anonymous(m, head, state[row + A_ANON_VMA], vma_index(state, row, address))
     map_huge(m, head)
     m.ram[slot] = _new_entry(state, row, head, True)
-    unmap_huge(m, old)
+    unmap_huge(m, old, U0)
     charge_one(m, LEAF_WRITTEN)
     charge_one(m, TLB_FLUSH_MM)
     charge_one(m, TLB_FLUSH_PAGE)

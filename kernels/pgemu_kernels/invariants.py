@@ -18,6 +18,7 @@ from pgemu_kernels.events import (
     CONTENT_FRAMES,
     FRAMES_USED,
     HOST_TABLES,
+    HUGETLB_PAGES,
     KERNEL_TABLES,
     POOL_FREE,
     STAGE2_TABLES,
@@ -48,6 +49,7 @@ from pgemu_kernels.layout import (
     B_WAITS,
     BLOCK_HUGE,
     BLOCK_SPLIT,
+    H_PAGES,
     I_PAGES,
     M_BASE_GFN,
     M_INODE,
@@ -68,10 +70,10 @@ from pgemu_kernels.layout import (
     O_VM,
     PFNMAP,
     R_DESIGN,
+    R_HSTATE,
     R_INODES,
     R_MEMSLOTS,
     R_ORDER,
-    R_POOL_PAGES,
     R_VMAS,
     R_VMS,
     STATS_GAUGES,
@@ -230,8 +232,9 @@ def check_operation(m, op):
         + m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2]
         + m.stats[STATS_GAUGES + BLOCKS_ZOMBIE * U2]
         + m.stats[STATS_GAUGES + POOL_FREE * U2]
+        + m.stats[STATS_GAUGES + HUGETLB_PAGES * U2]
     )
-    expect(m, U(blocks) == state[R_POOL_PAGES], FRAMES, kind)
+    expect(m, U(blocks) == state[state[R_HSTATE] + H_PAGES], FRAMES, kind)
     if kind == OP_HOST_FAULT:
         address = state[op + O_ADDRESS]
         row = find_vma(state, state[op + O_SPACE], address)

@@ -36,12 +36,8 @@ from pgemu_kernels.layout import (
     O_VM,
     R_BOOT_FRAMES,
     R_FRAMES,
-    R_ORDER,
-    R_OTHER_BASE,
-    R_OTHER_ORDER,
-    R_OTHER_PAGES,
+    R_GUEST_PAGES,
     R_POOL_BASE,
-    R_POOL_PAGES,
     RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_RETRY,
@@ -98,12 +94,10 @@ def mark_dirty(m, slot, gfn):
 
 @kernel
 def is_device(state, pfn):
-    """kvm_is_mmio_pfn(): whether a frame is no RAM: neither of the metadata zone nor of a HugeTLB pool."""
+    """kvm_is_mmio_pfn(): whether a frame is no RAM: neither of the metadata zone nor of the HugeTLB zone."""
     if pfn < state[R_FRAMES] + state[R_BOOT_FRAMES]:
         return False
-    if pfn - state[R_POOL_BASE] < state[R_POOL_PAGES] << state[R_ORDER]:
-        return False
-    return pfn - state[R_OTHER_BASE] >= state[R_OTHER_PAGES] << state[R_OTHER_ORDER]
+    return pfn - state[R_POOL_BASE] >= state[R_GUEST_PAGES]
 
 
 @kernel

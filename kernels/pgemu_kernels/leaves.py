@@ -216,7 +216,7 @@ class ProcessLeaves:
             return entry
         # PAGE_KERNEL_RO lost its dirty bit together with the saved one's introduction.
         entry &= ~bits.WRITE & ~(bits.DIRTY if parameters.saved_dirty else 0)
-        return entry | (bits.SAVED_DIRTY if boot and parameters.shared_tail_saved_dirty else 0)
+        return entry | (bits.SAVED_DIRTY if boot and parameters.boot_marks else 0)
 
     def _frame(self, pfn: int) -> int:
         address = pfn << 12

@@ -113,7 +113,7 @@ def allocate(m, op):
         if cache_store(m, node + I_CACHE, index, head << U12 | RESERVED) != 0:
             discard_huge(m, head)
             return stop(state, op, -ENOMEM)
-        add_to_file(m, head, inode, index, order)
+        add_to_file(m, head, inode, index << order, order)
     return stop(state, op, 0)
 
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, NONE, U0, U1, U2, U3, U9, U12, U32, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U9, U12, U32, U511, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     ANONYMOUS_PAGES,
     CACHE_NODES,
     HOST_LEAVES,
-    HUGETLB_PAGES,
-    OTHER_POOL_FREE,
     PAGE_CACHE_PAGES,
 )
-from pgemu_kernels.folio import COUNTS, FLAGS, MAPPING, PG_HEAD, PGTY_HUGETLB, struct_page
+from pgemu_kernels.folio import COUNTS, MAPPING, struct_page
 from pgemu_kernels.gmem import find_vma, inode_row, vma_row
 from pgemu_kernels.host import space_root
+from pgemu_kernels.hstate import hstate_of_order, other_hstate
 from pgemu_kernels.huge_pages import huge_mapcount, level_of_order
-from pgemu_kernels.hugetlb import mapping_address
+from pgemu_kernels.hugetlb import mapping_address, subpool_row
 from pgemu_kernels.invariants import check_host_leaf, expect
 from pgemu_kernels.layout import (
     A_FLAGS,
@@ -34,6 +33,7 @@ from pgemu_kernels.layout import (
     FOUND_NODES,
     FOUND_RSS,
     FOUND_TABLES,
+    H_RESERVED,
     I_BASE,
     I_CACHE,
     I_KIND,
@@ -42,19 +42,13 @@ from pgemu_kernels.layout import (
     INODE_GUEST_MEMFD,
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
+    P_HSTATE,
+    P_RESERVED,
     PAGE_CACHED,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
     R_INODES,
-    R_ORDER,
-    R_OTHER_BASE,
-    R_OTHER_FREE,
-    R_OTHER_ORDER,
-    R_OTHER_PAGES,
-    R_OTHER_RESERVED,
-    R_POOL_BASE,
-    R_POOL_PAGES,
-    R_RESERVED,
+    R_SUBPOOLS,
     R_VMAS,
     R_ZERO_FRAME,
     S_RSS,
@@ -69,6 +63,7 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.page_cache import cache_find, cache_next
+from pgemu_kernels.pool_recount import check_pools
 from pgemu_kernels.process_entries import E_ADDRESS, E_PRESENT, E_SPECIAL, E_WRITE, frame_of, holds_page, is_table
 from pgemu_kernels.process_tables import size_of, space_row
 from pgemu_kernels.steps import broken
@@ -280,36 +275,16 @@ def _check_huge_file(m, inode):
 
 
 @outlined
-def _count_pool(m, base, pages, order, found):
-    """Walk a pool's pages: how many processes and their files hold; their mapcounts are taken off what was found."""
-    used = U0
-    for i in range(pages):
-        head = base + (i << order)
-        page = struct_page(m, head)
-        word = m.ram[page + COUNTS]
-        mapping = m.ram[page + MAPPING]
-        if m.ram[page + FLAGS] & PG_HEAD == U0 or word & LOW32 != PGTY_HUGETLB or mapping == U0:
-            continue
-        if mapping & U1 == U0:
-            inode = (mapping - mapping_address(U0)) >> U12
-            if m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
-                continue
-        else:
-            expect(m, word >> U32 == huge_mapcount(m, head), _REFERENCES, head)
-        used += U1
-        found[FOUND_HUGE_MAPPED] -= np.int64(huge_mapcount(m, head))
-    return used
-
-
-@outlined
 def check_processes(m, owner, found):
     """What was found of all processes, and the page caches, against what the machine keeps."""
     state = m.state
     if state[R_ZERO_FRAME] != U0:
         expect(m, owner[state[R_ZERO_FRAME]] == np.uint8(0), _FRAMES, state[R_ZERO_FRAME])
         owner[state[R_ZERO_FRAME]] = _PAGE
+    # Reservations by size of huge page: 2M, 1G.
+    huge = hstate_of_order(U9)
     reserved = U0
-    other_reserved = U0
+    reserved_1g = U0
     for inode in range(state[R_INODES]):
         node = inode_row(inode)
         kind = state[node + I_KIND]
@@ -318,24 +293,26 @@ def check_processes(m, owner, found):
         own_nodes(m, state[node + I_CACHE], owner, found)
         if kind == INODE_GUEST_MEMFD_4K:
             _check_cached_pages(m, node, owner, found)
-        elif kind == INODE_HUGETLB and state[node + I_ORDER] == state[R_ORDER]:
+        elif kind == INODE_HUGETLB and state[node + I_ORDER] == U9:
             reserved += _check_huge_file(m, inode)
         elif kind == INODE_HUGETLB:
-            other_reserved += _check_huge_file(m, inode)
+            reserved_1g += _check_huge_file(m, inode)
     for i in range(state[R_VMAS]):
         row = vma_row(i)
         if state[row + A_LIVE] != U0 and state[row + A_KIND] == VMA_HUGETLB:
-            if huge_order(state, row) == state[R_ORDER]:
+            if huge_order(state, row) == U9:
                 reserved += state[row + A_RESERVED]
             else:
-                other_reserved += state[row + A_RESERVED]
-    expect(m, reserved == state[R_RESERVED], _COUNTS, reserved)
-    expect(m, other_reserved == state[R_OTHER_RESERVED], _COUNTS, other_reserved)
-    used = _count_pool(m, state[R_POOL_BASE], state[R_POOL_PAGES], state[R_ORDER], found)
-    expect(m, _gauge(m, HUGETLB_PAGES) == np.int64(used), _COUNTS, used)
-    used = _count_pool(m, state[R_OTHER_BASE], state[R_OTHER_PAGES], state[R_OTHER_ORDER], found)
-    expect(m, used + state[R_OTHER_FREE] == state[R_OTHER_PAGES], _COUNTS, used)
-    expect(m, _gauge(m, OTHER_POOL_FREE) == np.int64(state[R_OTHER_FREE]), _COUNTS, state[R_OTHER_FREE])
+                reserved_1g += state[row + A_RESERVED]
+    for i in range(state[R_SUBPOOLS]):
+        row = subpool_row(i)
+        if state[row + P_HSTATE] == huge:
+            reserved += state[row + P_RESERVED]
+        else:
+            reserved_1g += state[row + P_RESERVED]
+    expect(m, reserved == state[huge + H_RESERVED], _COUNTS, reserved)
+    expect(m, reserved_1g == state[other_hstate(huge) + H_RESERVED], _COUNTS, reserved_1g)
+    check_pools(m, found)
     expect(m, found[FOUND_HUGE_MAPPED] == 0, _REFERENCES, U(found[FOUND_HUGE_MAPPED]))
     expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], _COUNTS, U(found[FOUND_MAPPED]))
     expect(m, _gauge(m, ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], _COUNTS, U(found[FOUND_ANONYMOUS]))

@@ -47,10 +47,10 @@ from pgemu_kernels.layout import (
     R_BLOCKS,
     R_EXTRA_REFERENCES,
     R_FAULT_REFERENCES,
+    R_GUEST_PAGES,
     R_INODES,
     R_ORDER,
     R_POOL_BASE,
-    R_POOL_PAGES,
     STATE_OPS,
 )
 from pgemu_kernels.splitting import revive
@@ -122,7 +122,7 @@ def put(m, op):
     order = state[R_ORDER]
     if state[op + O_ADDRESS] != U0:
         pfn = state[op + O_ADDRESS] >> U12
-        if pfn - state[R_POOL_BASE] >= state[R_POOL_PAGES] << order:
+        if pfn - state[R_POOL_BASE] >= state[R_GUEST_PAGES]:
             return stop(state, op, -ENOENT)
     else:
         inode = state[op + O_OBJECT]

@@ -2,7 +2,8 @@
 
 Ordinary is what mainline Linux does without either design: anonymous, HugeTLB and PFN mappings of a process,
 guest_memfd of 4K folios, memory slots over a process's memory. A machine that has none of it (R_ORDINARY = 0)
-never asks. Two entries, because whoever only compares the designs should not wait for the other's compilation.
+never asks. What one does to huge pages themselves is `pooling.run_pooling`. Three entries, because whoever only
+compares the designs should not wait for the others' compilation.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _BIND = U(Operation.BIND)
 _UNBIND = U(Operation.UNBIND)
 _ALLOCATE = U(Operation.ALLOCATE)
 _PROTECT = U(Operation.PROTECT)
-_LAST_OPERATION = U(max(Operation))
+_POOL_RESIZE = U(Operation.POOL_RESIZE)
 _PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
 
 
@@ -62,6 +63,12 @@ def ordinary_vm(state, vm):
 @kernel
 def ordinary_inode(state, inode):
     return inode < state[R_INODES] and state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD
+
+
+@kernel
+def is_pooling(kind):
+    """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`."""
+    return kind >= _POOL_RESIZE
 
 
 @outlined
@@ -88,5 +95,5 @@ def is_ordinary(state, header, object_, address):
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
     if kind >= _PROTECT:
-        return kind <= _LAST_OPERATION
+        return kind < _POOL_RESIZE
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)

@@ -26,6 +26,7 @@ from pgemu_kernels.folio import (
     COMPOUND,
     COUNTS,
     FLAGS,
+    FLAGS_KEPT,
     HUGETLB_VMEMMAP_OPTIMIZED,
     INDEX,
     MAPPING,
@@ -39,7 +40,8 @@ from pgemu_kernels.folio import (
     TAIL_MAPPING,
     struct_page,
 )
-from pgemu_kernels.hugetlb import free_block, write_order
+from pgemu_kernels.hstate import list_add, list_del
+from pgemu_kernels.hugetlb import free_block, own_merged, write_order
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
@@ -47,9 +49,10 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     EBUSY,
+    H_ACTIVE,
+    R_HSTATE,
     R_HVO,
     R_ORDER,
-    R_PAGE_FLAGS,
     R_ZERO_PAGE,
 )
 from pgemu_kernels.memory import zero_contents
@@ -83,6 +86,7 @@ def split_block(m, block, index, zeroed_word):
         status = restore(m, head, order)
         if status != 0:
             return status
+    list_del(m, head)
     flags = ram[first + FLAGS] & ~PG_HEAD
     whole = flags & PG_UPTODATE != U0
     mapping = ram[first + MAPPING]
@@ -174,9 +178,9 @@ def merge_block(m, block, index, zeroed_word):
         zero_the_rest(m, head, pages)
         charge(m, PAGE_ZEROED, np.int64(pages - uptodate))
         uptodate = pages
-    flags = state[R_PAGE_FLAGS]
     compound = compound_info(state, head, order)
     first = struct_page(m, head)
+    flags = ram[first + FLAGS]
     head_flags = ram[first + FLAGS]
     mapping = ram[first + MAPPING]
     for base in range(U0, pages, U64):
@@ -184,7 +188,7 @@ def merge_block(m, block, index, zeroed_word):
         bits = U0
         for i in range(U64):
             bits |= (ram[page + FLAGS] >> U3 & U1) << i
-            ram[page + FLAGS] = flags
+            ram[page + FLAGS] = flags & FLAGS_KEPT
             ram[page + COMPOUND] = compound
             ram[page + MAPPING] = TAIL_MAPPING
             ram[page + PRIVATE] = U0
@@ -193,6 +197,8 @@ def merge_block(m, block, index, zeroed_word):
         if by_page and zeroed_word != NONE:
             m.state[zeroed_word + (base >> U6)] = bits
     finish_merge(m, head, first, head_flags, uptodate == pages)
+    own_merged(m, block, first)
+    list_add(m, state[R_HSTATE] + H_ACTIVE, head)
     ram[first + MAPPING] = mapping
     ram[first + INDEX] = index
     m.state[block + B_STATE] = BLOCK_HUGE

@@ -24,6 +24,7 @@ from pgemu_kernels.gmem import (
     zap_range,
 )
 from pgemu_kernels.host import flush_mm, unmap_everywhere
+from pgemu_kernels.hugetlb import subpool_release, subpool_row
 from pgemu_kernels.layout import (
     A_INODE,
     A_LIVE,
@@ -36,14 +37,17 @@ from pgemu_kernels.layout import (
     I_BLOCKS,
     I_OPEN,
     I_PAGES,
+    I_SUBPOOL,
     M_INODE,
     M_LIVE,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
+    P_LIVE,
     PFNMAP,
     R_DESIGN,
+    R_HSTATE,
     R_INODES,
     R_MEMSLOTS,
     R_ORDER,
@@ -152,4 +156,6 @@ def close(m, op):
             restructure.evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)
     state[node + I_OPEN] = U0
+    state[subpool_row(state[node + I_SUBPOOL] - U1) + P_LIVE] = U0
+    subpool_release(m, state[R_HSTATE], state[node + I_SUBPOOL] - U1)
     return stop(state, op, 0)

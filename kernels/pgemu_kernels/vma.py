@@ -9,7 +9,7 @@ from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, charge_one
 from pgemu_kernels.gmem import free_row, inode_row, vma_row
 from pgemu_kernels.host import space_root
-from pgemu_kernels.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_register
+from pgemu_kernels.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
 from pgemu_kernels.kvm_notifier import notify_split, unbind_inode
 from pgemu_kernels.layout import (
     A_ANON_VMA,
@@ -296,7 +296,7 @@ def reserve(m, row):
     node = inode_row(state[row + A_INODE])
     order = state[node + I_ORDER]
     pages = (state[row + A_END] - state[row + A_START]) >> (U12 + order)
-    register = reserved_register(state, order)
+    register = reserved_word(order)
     if not is_shared_mapping(state, row):
         if not may_reserve(state, order, pages):
             return np.int64(-ENOMEM)
@@ -333,7 +333,7 @@ def drop_page(m, inode, index, word):
     if state[node + I_KIND] == INODE_HUGETLB:
         frame = (word & E_ADDRESS) >> U12
         if frame == U0:
-            state[reserved_register(state, state[node + I_ORDER])] -= U1
+            state[reserved_word(state[node + I_ORDER])] -= U1
         else:
             charge_one(m, PAGE_CACHE_STORED)
             remove_from_file(m, frame)
@@ -373,7 +373,7 @@ def close_vma(m, row):
     inode = state[row + A_INODE]
     if kind == VMA_HUGETLB:
         order = huge_order(state, row)
-        state[reserved_register(state, order)] -= state[row + A_RESERVED]
+        state[reserved_word(order)] -= state[row + A_RESERVED]
         state[row + A_RESERVED] = U0
     remove_row(state, row)
     if kind != VMA_ANONYMOUS and kind != VMA_GUEST_MEMFD:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U21, U30, U39, U63, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U21, U30, U39, U64, U511, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
+    FRAMES_USED,
     KERNEL_TABLES,
+    MEMMAP_BOOT_PAGES,
+    MEMMAP_PAGES,
+    RCU_SYNCHRONIZED,
     TLB_FLUSH_KERNEL,
+    TLB_FLUSH_PAGE,
+    VMEMMAP_HEAD_COPIED,
     VMEMMAP_PAGE_FREED,
     VMEMMAP_PAGE_RESTORED,
     VMEMMAP_PAGES,
@@ -30,25 +36,40 @@ from pgemu_kernels.folio import (
     NO_MAPCOUNT,
     PRIVATE,
     TAIL_MAPPING,
+    folio_order,
+    is_huge_page,
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.formats import ADDRESS, TABLE, VMEMMAP_PAGE, VMEMMAP_READ_ONLY
+from pgemu_kernels.formats import ADDRESS, LARGE, TABLE, WRITE
+from pgemu_kernels.hstate import hstate_node, hstate_of_order, node_of, page_after
 from pgemu_kernels.layout import (
+    EFAULT,
     ENOMEM,
+    H_NODE_TAIL_PAGE,
+    R_FRAMES,
+    R_FRAMES_LIMIT,
+    R_FREED_CHAIN,
     R_KERNEL_ROOT,
     R_MASK_TAILS,
-    R_PAGE_FLAGS,
+    R_NODE_SHIFT,
+    R_OPTIMIZE_VMEMMAP,
     R_RESET_STRUCT_PAGES,
-    R_TAIL_PAGE,
+    R_TAIL_FLAGS,
+    R_VMEMMAP_LARGE,
+    R_VMEMMAP_PAGE,
+    R_VMEMMAP_READ_ONLY,
+    VMEMMAP_BOOT,
 )
 from pgemu_kernels.memory import copy_frame, fill_frame, frames_left, put_frame, take_frame
 
 U = np.uint64
 _ADDRESS = U(ADDRESS)
 _TABLE = U(TABLE)
-_PAGE = U(VMEMMAP_PAGE)
-_READ_ONLY = U(VMEMMAP_READ_ONLY)
+_LARGE = U(LARGE)
+_WRITE = U(WRITE)
+_BOOT = np.uint32(VMEMMAP_BOOT)
+RANGE_CEILING = U(33)  # arch/x86/mm/tlb.c:tlb_single_page_flush_ceiling
 
 
 @kernel
@@ -63,16 +84,19 @@ def compound_info(state, head, order):
 
 
 @kernel
-def write_tail(ram, page, flags, compound):
-    """A clean tail struct page: mm/page_alloc.c:prep_compound_tail() on a page that was initialised."""
+def write_tail(ram, page, flags, link, compound):
+    """A tail struct page as boot leaves it; `link`: lru.prev, the one word that nobody wrote after the first."""
     ram[page + FLAGS] = flags
     ram[page + COMPOUND] = compound
-    ram[page + U(2)] = U0
+    ram[page + U2] = link
     ram[page + MAPPING] = TAIL_MAPPING
     ram[page + U(4)] = U0
     ram[page + PRIVATE] = U0
     ram[page + COUNTS] = NO_MAPCOUNT
     ram[page + U(7)] = U0
+
+
+# --------------------------------------------------------------------------- the kernel's table
 
 
 @kernel
@@ -90,7 +114,7 @@ def kernel_table(m, slot):
     return frame << U9
 
 
-@kernel
+@outlined
 def vmemmap_slot(m, address, level):
     """Slot of level 1 or 2 that maps a vmemmap address, tables allocated on the way; NONE without memory."""
     table = kernel_table(m, (m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511))
@@ -100,7 +124,7 @@ def vmemmap_slot(m, address, level):
     if table == NONE:
         return NONE
     slot = table + (address >> U21 & U511)
-    if level == U(2):
+    if level == U2:
         return slot
     table = kernel_table(m, slot)
     if table == NONE:
@@ -109,12 +133,18 @@ def vmemmap_slot(m, address, level):
 
 
 @kernel
-def vmemmap_pte(m, address):
-    """Slot of the 4K entry of a vmemmap address whose tables exist."""
+def vmemmap_directory(m, address):
+    """Slot of the level-2 entry of a vmemmap address whose tables exist."""
     ram = m.ram
     entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511)]
     entry = ram[((entry & _ADDRESS) >> U3) + (address >> U30 & U511)]
-    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U21 & U511)]
+    return ((entry & _ADDRESS) >> U3) + (address >> U21 & U511)
+
+
+@kernel
+def vmemmap_pte(m, address):
+    """Slot of the 4K entry of a vmemmap address whose tables exist."""
+    entry = m.ram[vmemmap_directory(m, address)]
     return ((entry & _ADDRESS) >> U3) + (address >> U12 & U511)
 
 
@@ -125,89 +155,359 @@ def vmemmap_pages(order):
 
 
 @outlined
-def restore(m, head, order):
-    """hugetlb_vmemmap_restore_folio(): 0, or -ENOMEM with nothing changed.
+def store(m, address, value):
+    """A store to the vmemmap: 0, or -EFAULT through a read-only entry or where nothing is mapped; and the entry's slot.
 
-    Takes 7 or 4095 frames, all or none, fills each with what the shared page showed and maps it
-    read-write. vmemmap_restore_pte(), alloc_vmemmap_page_list().
+    In Linux an oops. Tails of an optimised folio are read-only: page-tables.md 8.4.
+    """
+    directory = vmemmap_directory(m, address)
+    entry = m.ram[directory]
+    slot = directory
+    inside = U((1 << 21) - 1)
+    if entry & _LARGE == U0 and entry & U1 != U0:
+        slot = vmemmap_pte(m, address)
+        entry = m.ram[slot]
+        inside = U(4095)
+    if entry & U1 == U0 or entry & _WRITE == U0:
+        return np.int64(-EFAULT), slot
+    m.ram[((entry & _ADDRESS & ~inside) + (address & inside)) >> U3] = value
+    return np.int64(0), slot
+
+
+# --------------------------------------------------------------------------- pages and flushes
+
+
+@kernel
+def flush_kernel_range(m, pages):
+    """flush_tlb_kernel_range(): every CPU is interrupted; up to 33 pages are invalidated one by one, else all."""
+    charge_one(m, TLB_FLUSH_KERNEL)
+    if pages <= RANGE_CEILING:
+        charge(m, TLB_FLUSH_PAGE, np.int64(pages))
+
+
+@kernel
+def forget_vmemmap_page(m, frame):
+    """A vmemmap page is given up: counted by where it came from. hugetlb_vmemmap.c:free_vmemmap_page()."""
+    if frame >= m.state[R_FRAMES] and m.counts[frame] == _BOOT:
+        m.counts[frame] = np.uint32(0)
+        change(m.stats, MEMMAP_BOOT_PAGES, -1)
+        change(m.stats, MEMMAP_PAGES, 1)  # taken off with the others by the caller
+
+
+@kernel
+def give_up(m, frame, later):
+    """Free a vmemmap page, or put it in the chain of those to be freed after the flush of a batch."""
+    forget_vmemmap_page(m, frame)
+    if later:
+        m.ram[frame << U9] = m.state[R_FREED_CHAIN]
+        m.state[R_FREED_CHAIN] = frame
+    else:
+        put_frame(m, frame)
+
+
+@outlined
+def free_chain(m):
+    """Free the pages of the chain."""
+    frame = m.state[R_FREED_CHAIN]
+    while frame != U0:
+        following = m.ram[frame << U9]
+        put_frame(m, frame)
+        frame = following
+    m.state[R_FREED_CHAIN] = U0
+
+
+# --------------------------------------------------------------------------- restore
+
+
+@kernel
+def _fill_restored(ram, frame, shared, masks, reset):
+    """vmemmap_restore_pte(): what the shared page shows; before 7.1 its first struct pages are a head's and reset.
+
+    As captured for 7.3.4: the page is copied, stale words included; that differs from 64 copies of one struct page
+    where the boot allocator left 64 different ones.
+    """
+    copy_frame(ram, frame, shared)
+    if not masks:
+        page = frame << U9
+        for word in range(reset):
+            ram[page + word] = ram[page + reset + word]
+
+
+@kernel
+def remap_restored(m, head, order):
+    """Give a folio its vmemmap pages again, without a flush: 0, or -ENOMEM with nothing changed.
+
+    alloc_vmemmap_page_list(): all pages or none.
     """
     ram = m.ram
     state = m.state
-    missing = vmemmap_pages(order) - U1
-    if frames_left(m) < missing:
+    pages = vmemmap_pages(order)
+    if frames_left(m) < pages - U1:
         return np.int64(-ENOMEM)
     start = vmemmap_address(state, head)
-    first = struct_page(m, head)
     masks = state[R_MASK_TAILS] != U0
     reset = state[R_RESET_STRUCT_PAGES] * U8
-    sample = first + U63 * U8
-    for i in range(U1, missing + U1):
-        slot = vmemmap_pte(m, start + (i << U12))
-        frame = take_frame(m)
-        page = frame << U9
-        if masks:
-            # Eight values kept in registers, 64 times: the copies of the folio's struct page 63.
-            w0, w1, w2, w3 = ram[sample], ram[sample + U1], ram[sample + U(2)], ram[sample + U3]
-            w4, w5, w6, w7 = ram[sample + U(4)], ram[sample + U(5)], ram[sample + U6], ram[sample + U(7)]
-            for at in range(page, page + U512, U8):
-                ram[at] = w0
-                ram[at + U1] = w1
-                ram[at + U(2)] = w2
-                ram[at + U3] = w3
-                ram[at + U(4)] = w4
-                ram[at + U(5)] = w5
-                ram[at + U6] = w6
-                ram[at + U(7)] = w7
-        else:
-            copy_frame(ram, frame, first >> U9)
-            for word in range(reset):
-                ram[page + word] = ram[first + reset + word]
-        ram[slot] = frame << U12 | _PAGE
+    bits = state[R_VMEMMAP_PAGE]
+    # The shared page is read until the last entry is changed: all entries show the same one.
+    shared = (ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS) >> U12
+    for base in range(U0, pages, U512):
+        slot = vmemmap_pte(m, start + (base << U12))
+        for i in range(U1 if base == U0 else U0, min(pages - base, U512)):
+            frame = take_frame(m)
+            _fill_restored(ram, frame, shared, masks, reset)
+            ram[slot + i] = frame << U12 | bits
+    first = struct_page(m, head)
     ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
-    change(m.stats, VMEMMAP_PAGES, np.int64(missing))
-    charge(m, VMEMMAP_PAGE_RESTORED, np.int64(missing))
-    charge_one(m, TLB_FLUSH_KERNEL)
+    change(m.stats, VMEMMAP_PAGES, np.int64(pages) - 1)
+    change(m.stats, MEMMAP_PAGES, np.int64(pages) - 1)
+    charge(m, VMEMMAP_PAGE_RESTORED, np.int64(pages) - 1)
+    return np.int64(0)
+
+
+@kernel
+def is_optimized(m, head):
+    """Whether a huge page's vmemmap is optimised: HPG_vmemmap_optimized."""
+    return m.ram[struct_page(m, head) + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0
+
+
+@outlined
+def restore(m, head, order):
+    """hugetlb_vmemmap_restore_folio(): 0, or -ENOMEM with nothing changed.
+
+    The flush covers all 8 or 4096 pages before 7.1, afterwards not the first one.
+    """
+    if not is_optimized(m, head):
+        return np.int64(0)
+    if m.state[R_MASK_TAILS] == U0:
+        charge_one(m, RCU_SYNCHRONIZED)
+    status = remap_restored(m, head, order)
+    if status == 0:
+        flush_kernel_range(m, vmemmap_pages(order) - (U1 if m.state[R_MASK_TAILS] != U0 else U0))
+    return status
+
+
+@kernel
+def next_huge_page(m, pfn, end):
+    """Head of the first HugeTLB page from `pfn` on and before `end`, 0 if there is none."""
+    while pfn < end:
+        if is_huge_page(m, pfn):
+            return pfn
+        pfn = (pfn | U511) + U1
+    return U0
+
+
+@kernel
+def next_of_batch(m, head, end):
+    """The head that follows in a batch: in its list (`end` 0) or in memory; 0 after the last."""
+    if end == U0:
+        return page_after(m, head)
+    return next_huge_page(m, head + (U1 << folio_order(m, head)), end)
+
+
+@outlined
+def restore_batch(m, first, end):
+    """hugetlb_vmemmap_restore_folios(): a list of pages, or all before `end`, with one flush: (status, pages done).
+
+    Stops at the first that gets no memory.
+    """
+    done = U0
+    status = np.int64(0)
+    restored = False
+    head = first
+    if first != U0 and m.state[R_MASK_TAILS] == U0:
+        charge_one(m, RCU_SYNCHRONIZED)
+    while head != U0 and status == 0:
+        following = next_of_batch(m, head, end)
+        if is_optimized(m, head):
+            status = remap_restored(m, head, folio_order(m, head))
+            restored = restored or status == 0
+        if status == 0:
+            done += U1
+        head = following
+    if restored:
+        charge_one(m, TLB_FLUSH_KERNEL)
+    return status, done
+
+
+# --------------------------------------------------------------------------- optimise
+
+
+@outlined
+def split_directory(m, address, flush):
+    """Replace a 2M leaf of the vmemmap by a table of 512 entries: 0 or -ENOMEM. vmemmap_split_pmd()."""
+    slot = vmemmap_directory(m, address)
+    entry = m.ram[slot]
+    if entry & _LARGE == U0:
+        return np.int64(0)
+    table = take_frame(m)
+    if table == NONE:
+        return np.int64(-ENOMEM)
+    frame = (entry & _ADDRESS) >> U12
+    bits = m.state[R_VMEMMAP_PAGE]
+    for i in range(U512):
+        m.ram[(table << U9) + i] = (frame + i) << U12 | bits
+    m.ram[slot] = table << U12 | _TABLE
+    change(m.stats, KERNEL_TABLES, 1)
+    if flush:
+        flush_kernel_range(m, U512)
     return np.int64(0)
 
 
 @outlined
-def optimize(m, head, order):
-    """hugetlb_vmemmap_optimize_folio(): 0, or -ENOMEM with the folio left as it was.
+def split_directories(m, head, order, flush):
+    """The 2M leaves that map a folio's vmemmap, 1 or 8, become tables: 0 or -ENOMEM."""
+    start = vmemmap_address(m.state, head)
+    end = start + (vmemmap_pages(order) << U12)
+    address = start
+    while address < end:
+        status = split_directory(m, address, flush)
+        if status != 0:
+            return status
+        address = (address | U((1 << 21) - 1)) + U1
+    return np.int64(0)
 
-    The head's page is copied to a new frame (7.1 and later need one; before, the old page is kept when
-    there is none), all other entries become read-only ones to the shared page, and the old pages go.
+
+@outlined
+def fill_tail_page(m, frame, order, node):
+    """A shared tail page made at run time: 64 clean tails. vmemmap_get_tail(), init_compound_tail()."""
+    flags = m.state[R_TAIL_FLAGS] | node << m.state[R_NODE_SHIFT]
+    compound = compound_info(m.state, U0, order)
+    for i in range(U64):
+        write_tail(m.ram, (frame << U9) + i * U8, flags, U0, compound)
+
+
+@outlined
+def tail_page(m, head, order):
+    """The shared tail page of a folio's node and order, made when it is first asked for; NONE without memory."""
+    node = node_of(m.state, head)
+    word = hstate_node(hstate_of_order(order), node) + H_NODE_TAIL_PAGE
+    frame = m.state[word]
+    if frame == U0:
+        frame = take_frame(m)
+        if frame != NONE:
+            fill_tail_page(m, frame, order, node)
+            m.state[word] = frame
+            change(m.stats, VMEMMAP_PAGES, 1)
+    return frame
+
+
+@outlined
+def remap_optimized(m, head, order, later):
+    """Remap a folio's vmemmap to one page of its own and a shared one, without a flush: 0 or -ENOMEM, nothing changed.
+
+    The head's page is copied to a new frame: 7.1 and later need one; before, the old page is kept when there is none.
+    `later`: the pages given up are in the chain afterwards. vmemmap_remap_free(), vmemmap_remap_pte().
     """
     ram = m.ram
     state = m.state
     pages = vmemmap_pages(order)
     start = vmemmap_address(state, head)
-    first = struct_page(m, head)
-    old = first >> U9
-    frame = take_frame(m)
-    if frame == NONE and state[R_MASK_TAILS] != U0:
+    masks = state[R_MASK_TAILS] != U0
+    tail = tail_page(m, head, order) if masks else U0
+    if tail == NONE:
         return np.int64(-ENOMEM)
+    frame = take_frame(m)
+    if frame == NONE and masks:
+        return np.int64(-ENOMEM)
+    first = struct_page(m, head)
+    ram[first + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED
+    old = first >> U9
     if frame == NONE:
         frame = old
-    ram[first + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED
-    if frame != old:
+    else:
         copy_frame(ram, frame, old)
-        ram[vmemmap_pte(m, start)] = frame << U12 | _PAGE
-        put_frame(m, old)
-    tail = frame if state[R_MASK_TAILS] == U0 else state[R_TAIL_PAGE]
-    for i in range(U1, pages):
-        slot = vmemmap_pte(m, start + (i << U12))
-        put_frame(m, (ram[slot] & _ADDRESS) >> U12)
-        ram[slot] = tail << U12 | _READ_ONLY
-    change(m.stats, VMEMMAP_PAGES, 1 - np.int64(pages))
-    charge(m, VMEMMAP_PAGE_FREED, np.int64(pages) - 1)
-    charge_one(m, TLB_FLUSH_KERNEL)
+        charge_one(m, VMEMMAP_HEAD_COPIED)
+        ram[vmemmap_pte(m, start)] = frame << U12 | state[R_VMEMMAP_PAGE]
+        give_up(m, old, later)
+    entry = (tail if masks else frame) << U12 | state[R_VMEMMAP_READ_ONLY]
+    for base in range(U0, pages, U512):
+        slot = vmemmap_pte(m, start + (base << U12))
+        for i in range(U1 if base == U0 else U0, min(pages - base, U512)):
+            give_up(m, (ram[slot + i] & _ADDRESS) >> U12, later)
+            ram[slot + i] = entry
+    net = np.int64(1) - np.int64(pages)  # with a new page for the head or without
+    change(m.stats, VMEMMAP_PAGES, net)
+    change(m.stats, MEMMAP_PAGES, net)
+    charge(m, VMEMMAP_PAGE_FREED, -net)
     return np.int64(0)
 
 
+@kernel
+def should_optimize(m, head):
+    """Whether a huge page that joins a pool is optimised: vmemmap_should_optimize_folio()."""
+    return m.state[R_OPTIMIZE_VMEMMAP] != U0 and not is_optimized(m, head)
+
+
 @outlined
-def fill_tail_page(m, frame, order):
-    """The shared tail page of a zone and order: 64 clean tails. vmemmap_get_tail()."""
-    flags = m.state[R_PAGE_FLAGS]
-    compound = compound_info(m.state, U0, order)
-    for i in range(U64):
-        write_tail(m.ram, (frame << U9) + i * U8, flags, compound)
+def optimize(m, head, order):
+    """hugetlb_vmemmap_optimize_folio(): 0, or -ENOMEM with the folio left as it was."""
+    if not should_optimize(m, head):
+        return np.int64(0)
+    if m.state[R_MASK_TAILS] == U0:
+        charge_one(m, RCU_SYNCHRONIZED)
+    status = split_directories(m, head, order, True)
+    if status == 0:
+        status = remap_optimized(m, head, order, False)
+    if status == 0:
+        flush_kernel_range(m, vmemmap_pages(order))
+    return status
+
+
+@outlined
+def optimize_batch(m, first, end):
+    """hugetlb_vmemmap_optimize_folios(): a list of pages, or all before `end`, with two flushes: how many it did.
+
+    One flush comes after all 2M leaves are split, one before the pages given up are freed. A page that gets no memory
+    makes the others' pages free at once, and is tried once more.
+    """
+    done = U0
+    if first == U0 or m.state[R_OPTIMIZE_VMEMMAP] == U0:
+        return done
+    head = first
+    while head != U0 and split_directories(m, head, folio_order(m, head), False) == 0:
+        head = next_of_batch(m, head, end)
+    charge_one(m, TLB_FLUSH_KERNEL)
+    if m.state[R_MASK_TAILS] == U0:
+        charge_one(m, RCU_SYNCHRONIZED)
+    head = first
+    while head != U0:
+        following = next_of_batch(m, head, end)
+        order = folio_order(m, head)
+        if not should_optimize(m, head) or split_directories(m, head, order, False) != 0:
+            head = following
+            continue
+        status = remap_optimized(m, head, order, True)
+        if status != 0 and m.state[R_FREED_CHAIN] != U0:
+            charge_one(m, TLB_FLUSH_KERNEL)
+            free_chain(m)
+            status = remap_optimized(m, head, order, True)
+        if status == 0:
+            done += U1
+        head = following
+    charge_one(m, TLB_FLUSH_KERNEL)
+    free_chain(m)
+    return done
+
+
+# --------------------------------------------------------------------------- boot
+
+
+@kernel
+def map_large(m, address, frame):
+    """A 2M leaf of the vmemmap onto 512 frames: 0 or -ENOMEM."""
+    slot = vmemmap_slot(m, address, U2)
+    if slot == NONE:
+        return np.int64(-ENOMEM)
+    m.ram[slot] = frame << U12 | m.state[R_VMEMMAP_LARGE]
+    return np.int64(0)
+
+
+@kernel
+def count_boot_pages(m, frame, pages):
+    """Vmemmap pages that the boot allocator gave: marked, in use, and beyond the limit of frames."""
+    m.state[R_FRAMES_LIMIT] += pages
+    for i in range(frame, frame + pages):
+        m.counts[i] = _BOOT
+    change(m.stats, FRAMES_USED, np.int64(pages))
+    change(m.stats, VMEMMAP_PAGES, np.int64(pages))
+    change(m.stats, MEMMAP_BOOT_PAGES, np.int64(pages))

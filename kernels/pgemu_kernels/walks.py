@@ -36,9 +36,8 @@ from pgemu_kernels.layout import (
     F_SIGN_EXTENDED,
     F_TABLE_RIGHTS,
     R_CONTENTS,
-    R_ORDER,
+    R_GUEST_PAGES,
     R_POOL_BASE,
-    R_POOL_PAGES,
     W_COUNT,
     W_ENTRY,
     W_ERROR,
@@ -100,7 +99,7 @@ def slot_of(m, physical):
     if slot < U(m.ram.size):
         return slot
     index = (physical >> U12) - state[R_POOL_BASE]
-    if index >= state[R_POOL_PAGES] << state[R_ORDER]:
+    if index >= state[R_GUEST_PAGES]:
         return NONE
     return U(m.counts[state[R_CONTENTS] + index]) << U9 | slot & U511
 

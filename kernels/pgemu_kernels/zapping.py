@@ -10,7 +10,7 @@ from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import HOST_LEAVES, LEAF_CLEARED, LEAF_WRITTEN, change_value, charge, charge_one
 from pgemu_kernels.gmem import vma_overlap, vma_row
 from pgemu_kernels.host import flush_mm, space_root, unmap_vma_range
-from pgemu_kernels.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_register, unmap_huge
+from pgemu_kernels.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
 from pgemu_kernels.kvm_notifier import notify_range
 from pgemu_kernels.layout import (
     A_FLAGS,
@@ -95,7 +95,7 @@ def _restore_reservation(m, row, order):
     """A private page went back to the pool: its owner has one reserved again. __unmap_hugepage_range()."""
     state = m.state
     if state[row + A_FLAGS] & VM_RESERVATION_OWNER != U0 and may_reserve(state, order, U1):
-        state[reserved_register(state, order)] += U1
+        state[reserved_word(order)] += U1
         state[row + A_RESERVED] += U1
 
 
@@ -120,7 +120,7 @@ def _zap_huge(m, row, start, end):
             if entry != U0:
                 m.ram[slot] = U0
                 private = is_anonymous(m, frame_of(entry))
-                if unmap_huge(m, frame_of(entry)) != U0 and private:
+                if unmap_huge(m, frame_of(entry), entry) != U0 and private:
                     _restore_reservation(m, row, order)
                 change_value(m.stats, HOST_LEAVES + level - U1, -1)
                 charge_one(m, LEAF_CLEARED)

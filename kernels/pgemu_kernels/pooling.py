@@ -1,0 +1,273 @@
+"""The entry for what one does to huge pages themselves: pools, their vmemmap, split and merge, references, poison."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12
+from pgemu_kernels.compile import entry, kernel, outlined
+from pgemu_kernels.events import HUGETLB_PAGES, VMEMMAP_FAULT, change, charge_one, finish_operation
+from pgemu_kernels.folio import (
+    COUNTS,
+    ONE_REFERENCE,
+    folio_order,
+    is_huge_page,
+    reference_count,
+    struct_page,
+)
+from pgemu_kernels.handle import open_machine
+from pgemu_kernels.hstate import ORDER_1G, hstate_of_order
+from pgemu_kernels.huge_pages import give_back_huge, may_reserve
+from pgemu_kernels.hugetlb import dequeue_any, set_cgroup
+from pgemu_kernels.layout import (
+    CGROUP_ADDRESS,
+    EBUSY,
+    EINVAL,
+    ENOMEM,
+    H_OVERCOMMIT,
+    H_SURPLUS,
+    O_ADDRESS,
+    O_DETAIL,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_OP,
+    O_SPACE,
+    R_GUEST_PAGES,
+    R_HSTATE,
+    R_NODES,
+    R_ORDINARY,
+    R_POOL_BASE,
+    R_VMEMMAP,
+    Operation,
+)
+from pgemu_kernels.pools import allocate_surplus, demote, dissolve, poison, resize
+from pgemu_kernels.records import Columns, element, load, save_result
+from pgemu_kernels.routing import is_pooling
+from pgemu_kernels.steps import stop
+from pgemu_kernels.vmemmap import (
+    is_optimized,
+    next_huge_page,
+    next_of_batch,
+    optimize,
+    optimize_batch,
+    restore,
+    restore_batch,
+    store,
+)
+
+U = np.uint64
+_BYTE = U(0xFF)
+_POOL_RESIZE = U(Operation.POOL_RESIZE)
+_POOL_DEMOTE = U(Operation.POOL_DEMOTE)
+_FOLIO_ALLOCATE = U(Operation.FOLIO_ALLOCATE)
+_FOLIO_FREE = U(Operation.FOLIO_FREE)
+_VMEMMAP_OPTIMIZE = U(Operation.VMEMMAP_OPTIMIZE)
+_VMEMMAP_RESTORE = U(Operation.VMEMMAP_RESTORE)
+_DISSOLVE = U(Operation.DISSOLVE)
+_POISON = U(Operation.POISON)
+_VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
+
+
+@kernel
+def in_zone(state, pfn):
+    return pfn - state[R_POOL_BASE] < state[R_GUEST_PAGES]
+
+
+@kernel
+def head_of(m, pfn):
+    """Head of the HugeTLB page that holds a frame, or NONE: frames inside a page of either size count."""
+    if in_zone(m.state, pfn):
+        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U(511)):
+            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
+                return head
+    return NONE
+
+
+@kernel
+def pool_of(m, op):
+    """Row of the hstate that an operation names by its order, 0 for another number."""
+    order = m.state[op + O_OBJECT]
+    return hstate_of_order(order) if order == U9 or order == ORDER_1G else U0
+
+
+@kernel
+def node_of_operation(m, op):
+    """The node that an operation names, NONE for all."""
+    node = m.state[op + O_SPACE]
+    return NONE if node == U0 else node - U1
+
+
+# --------------------------------------------------------------------------- pools
+
+
+@outlined
+def change_pool(m, op):
+    """POOL_RESIZE: 0 with the pages afterwards. POOL_DEMOTE: 0 with the pages demoted, -EBUSY or -ENOMEM. -EINVAL."""
+    state = m.state
+    h = pool_of(m, op)
+    node = node_of_operation(m, op)
+    if h == U0 or (node != NONE and node >= state[R_NODES]):
+        return stop(state, op, -EINVAL)
+    if state[op + O_OP] == _POOL_RESIZE:
+        state[op + O_DETAIL] = resize(m, h, state[op + O_LENGTH], node)
+        return stop(state, op, 0)
+    status, done = demote(m, h, state[op + O_LENGTH], node)
+    state[op + O_DETAIL] = done
+    return stop(state, op, status)
+
+
+@outlined
+def allocate(m, op):
+    """alloc_hugetlb_folio() without a reservation: 0 with the head's frame, one reference, contents as they are.
+
+    -ENOMEM without a free page that nobody reserved and without one to be had as surplus; -EINVAL.
+    """
+    state = m.state
+    h = pool_of(m, op)
+    node = node_of_operation(m, op)
+    if h == U0 or (node != NONE and node >= state[R_NODES]):
+        return stop(state, op, -EINVAL)
+    head = NONE
+    if may_reserve(state, state[op + O_OBJECT], U1):
+        head = dequeue_any(m, h, U0 if node == NONE else node)
+    elif state[h + H_SURPLUS] < state[h + H_OVERCOMMIT]:
+        head = allocate_surplus(m, h)
+    if head == NONE:
+        return stop(state, op, -ENOMEM)
+    set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
+    change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
+    state[op + O_DETAIL] = head
+    return stop(state, op, 0)
+
+
+@outlined
+def free(m, op):
+    """folio_put() of a page that FOLIO_ALLOCATE gave: 0, the last one frees it. -EINVAL if it is no page in use."""
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    if head_of(m, head) != head or not is_allocated(m, head):
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    if reference_count(m.ram, page) > U1:
+        m.ram[page + COUNTS] -= ONE_REFERENCE
+    else:
+        give_back_huge(m, head)
+    return stop(state, op, 0)
+
+
+@kernel
+def is_allocated(m, head):
+    """Whether a HugeTLB page is in use and in no page cache or mapping."""
+    page = struct_page(m, head)
+    return reference_count(m.ram, page) != U0 and m.ram[page + U3] == U0
+
+
+# --------------------------------------------------------------------------- vmemmap
+
+
+@kernel
+def all_frozen(m, first, end):
+    """Whether no HugeTLB page of a range is in use: one that is must keep its vmemmap."""
+    head = first
+    while head != U0:
+        if reference_count(m.ram, struct_page(m, head)) != U0:
+            return False
+        head = next_of_batch(m, head, end)
+    return True
+
+
+@outlined
+def change_vmemmap(m, op):
+    """VMEMMAP_OPTIMIZE, VMEMMAP_RESTORE: all HugeTLB pages whose heads lie in a range, several in one batch.
+
+    0, or -ENOMEM, with the pages done; -EBUSY with a page in use among them, -EINVAL without any page.
+    """
+    state = m.state
+    start = state[op + O_ADDRESS] >> U12
+    end = start + (state[op + O_LENGTH] >> U12)
+    if not in_zone(state, start) or end - state[R_POOL_BASE] > state[R_GUEST_PAGES]:
+        return stop(state, op, -EINVAL)
+    first = next_huge_page(m, start, end)
+    if first == U0:
+        return stop(state, op, -EINVAL)
+    if not all_frozen(m, first, end):
+        return stop(state, op, -EBUSY)
+    single = next_of_batch(m, first, end) == U0
+    optimizing = state[op + O_OP] == _VMEMMAP_OPTIMIZE
+    if single and optimizing:
+        status = optimize(m, first, folio_order(m, first))
+        state[op + O_DETAIL] = U1 if is_optimized(m, first) else U0
+    elif single:
+        status = restore(m, first, folio_order(m, first))
+        state[op + O_DETAIL] = U1 if status == 0 else U0
+    elif optimizing:
+        state[op + O_DETAIL] = optimize_batch(m, first, end)
+        status = np.int64(0)
+    else:
+        status, state[op + O_DETAIL] = restore_batch(m, first, end)
+    return stop(state, op, status)
+
+
+@outlined
+def store_word(m, op):
+    """VMEMMAP_STORE: 0, or -EFAULT through a read-only entry, with the entry's physical address; -EINVAL outside."""
+    state = m.state
+    address = state[op + O_ADDRESS]
+    if address & U(7) != U0 or (address - state[R_VMEMMAP]) >> U(6) < state[R_POOL_BASE]:
+        return stop(state, op, -EINVAL)
+    if not in_zone(state, (address - state[R_VMEMMAP]) >> U(6)):
+        return stop(state, op, -EINVAL)
+    status, slot = store(m, address, state[op + O_OFFSET])
+    state[op + O_DETAIL] = slot << U3
+    if status != 0:
+        charge_one(m, VMEMMAP_FAULT)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+@outlined
+def operate(m, op):
+    """Run one operation whose record is at `op`."""
+    state = m.state
+    kind = state[op + O_OP]
+    pfn = state[op + O_ADDRESS] >> U12
+    if kind == _POOL_RESIZE or kind == _POOL_DEMOTE:
+        change_pool(m, op)
+    elif kind == _FOLIO_ALLOCATE:
+        allocate(m, op)
+    elif kind == _FOLIO_FREE:
+        free(m, op)
+    elif kind == _VMEMMAP_OPTIMIZE or kind == _VMEMMAP_RESTORE:
+        change_vmemmap(m, op)
+    elif kind == _VMEMMAP_STORE:
+        store_word(m, op)
+    elif kind == _DISSOLVE or kind == _POISON:
+        head = head_of(m, pfn)
+        if head == NONE:
+            stop(state, op, -EINVAL)
+        elif kind == _POISON:
+            stop(state, op, poison(m, head, pfn))
+        else:
+            stop(state, op, dissolve(m, hstate_of_order(folio_order(m, head)), head))
+    else:
+        stop(state, op, -EINVAL)
+
+
+@entry
+def run_pooling(descriptor, header, object_, address, offset, length, status, detail, first):
+    """Run operations on huge pages from `first` on, up to one of another kind: its index, or how many there are."""
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    m = open_machine(descriptor)
+    count = U(status.size)
+    i = first
+    while i < count and is_pooling(element(header, i) & _BYTE):
+        m.state[R_ORDINARY] = U1
+        op = load(m, columns, i)
+        operate(m, op)
+        finish_operation(m, op)
+        save_result(m.state, op, columns, i)
+        i += U1
+    return i
