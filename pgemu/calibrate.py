@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pgemu.cost import PROFILES, Band, Price, Profile
 from pgemu.cost.toml import LARGEST
@@ -82,8 +82,10 @@ RULES = (
         "a page freed in a batch (low); by RCU, as published (high)",
     ),
     Rule(Event.LEAF_CLEARED, "each", ("zap_memfd",), lambda zap: _less(zap, _RMAP), "less RMAP_CHANGED"),
-    Rule(Event.TLB_FLUSH_MM, "per_cpu", ("shootdown",), _same, "mprotect of a page that another CPU may have cached"),
-    Rule(Event.TLB_FLUSH_KERNEL, "per_cpu", ("shootdown",), _same, "assumption: as TLB_FLUSH_MM"),
+    Rule(Event.TLB_FLUSH_MM, "fixed", ("shootdown",), _same, "mprotect of a page that another CPU may have cached"),
+    Rule(Event.TLB_FLUSH_MM, "per_cpu", ("shootdown_more",), _same, "mprotect, all CPUs less one"),
+    Rule(Event.TLB_FLUSH_KERNEL, "fixed", ("shootdown",), _same, "assumption: as TLB_FLUSH_MM"),
+    Rule(Event.TLB_FLUSH_KERNEL, "per_cpu", ("shootdown_more",), _same, "assumption: as TLB_FLUSH_MM"),
     Rule(Event.PAGE_ZEROED, "each", ("zero_hot", "zero_cold"), _from_to, "cached, to not"),
     Rule(Event.FOLIO_ZEROED_PAGES, "each", ("zero_cold",), _same, "a folio is larger than the cache"),
     Rule(
@@ -131,8 +133,8 @@ class Calibration:
     def priced(self, key: str) -> list[Event]:
         """The events whose prices a measurement is part of."""
         used = _with_stand_in(self.measured)
-        keys = [rule_key for rule_key, measurement in used.items() if measurement.key == key]
-        return [rule.event for rule in RULES if {*keys} & {*rule.needs} and rule.event in self.profile.own]
+        keys = {rule_key for rule_key, measurement in used.items() if measurement.key == key}
+        return list(dict.fromkeys(rule.event for rule in RULES if keys & {*rule.needs} and _band(rule, used)))
 
     @property
     def published(self) -> list[Event]:
@@ -141,22 +143,46 @@ class Calibration:
 
 
 def prices(measured: Mapping[str, Measurement]) -> list[Price]:
-    """The prices that measurements make. An event keeps its published price if one of its measurements has a problem.
+    """The prices that measurements make.
 
-    So it does where nothing is left: a shootdown that took no longer than none.
+    An event, or a part of its price, stays as published if one of its measurements has a problem, and where nothing
+    is left: a shootdown that took no longer than none.
     """
     used = _with_stand_in(measured)
-    found = []
+    found: dict[Event, Price] = {}
     for rule in RULES:
-        parts = [used[key] for key in rule.needs if key in used]
-        if len(parts) < len(rule.needs) or any(part.median <= 0 for part in parts):
+        band = _band(rule, used)
+        if band is None:
             continue
-        ends = rule.band(*((part.low, part.high) for part in parts))
-        low, high = sorted(round(min(max(end, 0.0), LARGEST), 1) for end in ends)
-        if high > 0:
-            source = f"pgemu calibrate: {'; '.join(map(str, parts))}: {rule.why}"
-            found.append(Price(rule.event, source, **{rule.part: (low, high)}))
-    return found
+        source = f"{'; '.join(str(used[key]) for key in rule.needs)}: {rule.why}"
+        price = found.get(rule.event)
+        if price is None:  # parts that no rule prices stay as published
+            price = replace(_PUBLISHED[rule.event], source=f"pgemu calibrate: {source}")
+        else:
+            price = replace(price, source=f"{price.source}; {source}")
+        found[rule.event] = _with_part(price, rule.part, band)
+    return [_say_what_is_published(price, used) for price in found.values()]
+
+
+def _band(rule: Rule, used: Mapping[str, Measurement]) -> Band | None:
+    """What a rule makes of measurements, within what a profile can hold; None for nothing."""
+    parts = [used[key] for key in rule.needs if key in used]
+    if len(parts) < len(rule.needs) or any(part.median <= 0 for part in parts):
+        return None
+    ends = rule.band(*((part.low, part.high) for part in parts))
+    low, high = sorted(round(min(max(end, 0.0), LARGEST), 1) for end in ends)
+    return (low, high) if high > 0 else None
+
+
+def _with_part(price: Price, part: str, band: Band) -> Price:
+    parts: dict[str, Any] = {part: band}
+    return replace(price, **parts)
+
+
+def _say_what_is_published(price: Price, used: Mapping[str, Measurement]) -> Price:
+    made = {rule.part for rule in RULES if rule.event is price.event and _band(rule, used)}
+    left = [part for part in ("fixed", "each", "per_cpu") if part not in made and getattr(price, part)[1] > 0]
+    return replace(price, source=f"{price.source}; {', '.join(left)} as published") if left else price
 
 
 def _with_stand_in(measured: Mapping[str, Measurement]) -> dict[str, Measurement]:

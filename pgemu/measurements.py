@@ -45,13 +45,16 @@ WHAT: Mapping[str, str] = MappingProxyType(
         "zap_anonymous": "anonymous page zapped and freed",
         "refault": "memfd page faulted in, in the page cache",
         "zap_memfd": "memfd page zapped",
-        "shootdown": "TLB shootdown of one more CPU",
+        "shootdown": "TLB shootdown of another CPU",
+        "shootdown_more": "TLB shootdown, each further CPU",
         "grace_period": "RCU grace period (membarrier)",
     }
 )
 """What is measured, by key, in the order of measuring."""
 
 _FEWEST, _MOST = 5, 1000  # repetitions
+_MOST_THREADS = 16  # CPUs in a shootdown
+_NEVER = (1 << 64) - 1  # more than anybody counts
 _PATIENCE = 3.0  # seconds beyond the planned ones
 _PAGE, _LINE = 4096, 64
 _MAPPED = 16 << 20  # bytes of the mappings that are faulted and zapped
@@ -167,7 +170,7 @@ class _Loops(NamedTuple):
     get_parent: Any  # (times)
     advise: Any  # (address, times)
     protect: Any  # (memory, address, times)
-    spin: Any  # (flags): counts in flags[8] until flags[0] is set
+    spin: Any  # (flags, counter): counts in flags[counter] until flags[0] is set
 
 
 def _compile() -> _Loops:
@@ -239,9 +242,9 @@ def _compile() -> _Loops:
             mprotect(address, page, write)
             memory[0] = np.uint64(i)
 
-    def spin(flags: Any) -> None:
+    def spin(flags: Any, counter: Any) -> None:
         while atomic_add(flags, 0, zero) == zero:
-            atomic_add(flags, 8, one)
+            atomic_add(flags, counter, one)
 
     plain = (zero_pages, copy_pages, store_lines, store_lines_at, chase, add, get_parent, advise, protect, spin)
     return _Loops(*(njit(nogil=True, _nrt=False)(function) for function in plain))
@@ -402,54 +405,74 @@ class _Bench:
     @contextmanager
     def shootdown(self) -> Iterator[Sampler]:
         """What mprotect takes longer while a thread of this process runs on another CPU; negative where it does not."""
+        with self._mprotect(2) as (run, others):
+
+            def sample() -> float:
+                return run(others[:1]) - run([])
+
+            yield sample
+
+    @contextmanager
+    def shootdown_more(self) -> Iterator[Sampler]:
+        """The same with threads on as many CPUs as there are, less with one, by CPU."""
+        with self._mprotect(3) as (run, others):
+
+            def sample() -> float:
+                return (run(others) - run(others[:1])) / (len(others) - 1)
+
+            yield sample
+
+    @contextmanager
+    def _mprotect(self, cpus: int) -> Iterator[tuple[Callable[[list[int]], float], list[int]]]:
+        """A function that times mprotect while threads run on the CPUs it is given, and CPUs to give it."""
         before = os.sched_getaffinity(0)
-        if len(before) < 2:
-            raise NotMeasuredError("this process may run on one CPU only")
-        here, there = sorted(before)[:2]
-        flags = np.zeros(16, np.uint64)
-
-        def spin() -> None:
-            os.sched_setaffinity(0, {there})  # of this thread
-            self.loops.spin(flags)
-
+        if len(before) < cpus:
+            raise NotMeasuredError(f"needs {cpus} CPUs, this process may use {len(before)}")
+        here, *others = sorted(before)[:_MOST_THREADS]
         with _mapping(-1, 2 * _PAGE) as (_, view):
             words, address = view[:_PAGE].view(np.uint64), view.ctypes.data
             fastest = 0.0
 
-            def runs() -> list[tuple[float, float]]:
-                """Of short runs nanoseconds per mprotect, and how fast the other thread counted meanwhile."""
-                found = []
-                for _ in range(25):
-                    before = int(flags[8])
-                    took = _timed(lambda: self.loops.protect(words, address, 32), 32)
-                    found.append((took, (int(flags[8]) - before) / took))
-                return found
-
-            def sample() -> float:
+            def run(others: list[int]) -> float:
+                """Nanoseconds per mprotect, the median of short runs; nan if other programs had those CPUs."""
                 nonlocal fastest
-                alone = sorted(took for took, _ in runs())[12]
-                flags[:] = 0
-                thread = threading.Thread(target=spin, daemon=True)
-                thread.start()
-                try:
-                    while flags[8] == 0:
-                        time.sleep(0)
-                    together = runs()
-                finally:
-                    flags[0] = 1
-                    thread.join()
-                fastest = max(fastest, *(rate for _, rate in together))
-                # Another program may have had that CPU: then there was nothing to shoot down.
-                kept = sorted(took for took, rate in together if rate > 0.75 * fastest)
-                return kept[len(kept) // 2] - alone if kept else nan
+                found = []
+                with self._counting(others) as counted:
+                    for _ in range(25):
+                        start = counted.copy()
+                        took = _timed(lambda: self.loops.protect(words, address, 32), 32)
+                        found.append((took, float((counted - start).min(initial=_NEVER)) / took))
+                fastest = max(fastest, *(rate for _, rate in found)) if others else fastest
+                kept = sorted(took for took, rate in found if rate > 0.75 * fastest or not others)
+                return kept[len(kept) // 2] if kept else nan
 
-            flags[0] = 1
-            self.loops.spin(flags)  # compiles it
             os.sched_setaffinity(0, {here})
             try:
-                yield sample
+                yield run, others
             finally:
                 os.sched_setaffinity(0, before)
+
+    @contextmanager
+    def _counting(self, cpus: list[int]) -> Iterator[Array]:
+        """A thread on each CPU, counting; uint64[len(cpus)]: how far each is."""
+        flags = np.zeros(8 * (len(cpus) + 1), np.uint64)  # a line for each, the first to stop them
+        counted = flags[8::8]
+
+        def spin(number: int) -> None:
+            os.sched_setaffinity(0, {cpus[number]})  # of this thread
+            self.loops.spin(flags, 8 * (number + 1))
+
+        threads = [threading.Thread(target=spin, args=(number,), daemon=True) for number in range(len(cpus))]
+        try:
+            for thread in threads:
+                thread.start()
+            while not counted.all():
+                time.sleep(0)
+            yield counted
+        finally:
+            flags[0] = 1
+            for thread in threads:
+                thread.join()
 
     @contextmanager
     def grace_period(self) -> Iterator[Sampler]:

@@ -15,6 +15,7 @@ Band = tuple[float, float]
 """Low and high end, nanoseconds."""
 
 _NOTHING: Band = (0.0, 0.0)
+_BROADCASTS = (Event.TLB_FLUSH_MM, Event.TLB_FLUSH_KERNEL)  # the CPU that flushes is one of those that answer
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Price:
     Attributes:
         event: the event
         source: where the figures come from; "assumption: ..." where nobody published any
-        fixed: per charge, nanoseconds
+        fixed: per charge, nanoseconds; of TLB_FLUSH_MM and TLB_FLUSH_KERNEL only where another CPU must answer
         each: per unit charged, nanoseconds
         per_cpu: per charge and CPU that must answer, nanoseconds
     """
@@ -37,7 +38,8 @@ class Price:
 
     def total(self, n: int, cpus: int = 1) -> Band:
         """Return the band of one charge of `n` units, nanoseconds."""
-        low, high = (self.fixed[end] + self.per_cpu[end] * cpus + self.each[end] * n for end in (0, 1))
+        fixed = _NOTHING if cpus < 2 and self.event in _BROADCASTS else self.fixed
+        low, high = (fixed[end] + self.per_cpu[end] * cpus + self.each[end] * n for end in (0, 1))
         return low, high
 
 

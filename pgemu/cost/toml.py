@@ -10,7 +10,8 @@
     source = "mprotect, 384 threads"
 
 All four keys and every `source` must be there; a price has at least one band; bands lie between 0 and 10^9
-nanoseconds, low first. Events that are not named are priced as in "published".
+nanoseconds, low first. Of a broadcast flush `fixed` is the wait for the first other CPU, charged where there is one.
+Events that are not named are priced as in "published".
 """
 
 from __future__ import annotations
