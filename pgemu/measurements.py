@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan, nan
@@ -459,14 +459,17 @@ class _Bench:
         counted = flags[8::8]
 
         def spin(number: int) -> None:
-            os.sched_setaffinity(0, {cpus[number]})  # of this thread
-            self.loops.spin(flags, 8 * (number + 1))
+            with suppress(OSError):  # the CPU went away: the thread ends
+                os.sched_setaffinity(0, {cpus[number]})  # of this thread
+                self.loops.spin(flags, 8 * (number + 1))
 
         threads = [threading.Thread(target=spin, args=(number,), daemon=True) for number in range(len(cpus))]
         try:
             for thread in threads:
                 thread.start()
             while not counted.all():
+                if not all(thread.is_alive() for thread in threads):
+                    raise NotMeasuredError("no thread can be put on another CPU")
                 time.sleep(0)
             yield counted
         finally:

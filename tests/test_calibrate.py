@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -198,6 +201,18 @@ def test_one_cpu_has_no_shootdown(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = object.__new__(measurements._Bench)
     with pytest.raises(NotMeasuredError, match="needs 2 CPUs, this process may use 1"), bench.shootdown():
         pass
+
+
+def test_a_cpu_that_went_away_is_not_waited_for() -> None:
+    bench = object.__new__(measurements._Bench)
+    bench.loops = SimpleNamespace(spin=lambda *_: pytest.fail("ran"))  # type: ignore[assignment]
+    with pytest.raises(NotMeasuredError, match="no thread can be put"), bench._counting([1 << 15]):
+        pass
+
+
+def test_importing_loads_no_compiler() -> None:
+    code = "import sys, pgemu.calibrate, pgemu.measurements; print(*sorted({'numba', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
 
 
 @pytest.mark.parametrize("name", ["published", "e7-8895", "", " ", "two\nlines"])

@@ -388,7 +388,8 @@ def bands(largest: float = LARGEST) -> st.SearchStrategy[tuple[float, float]]:
     return st.tuples(ends, ends).map(lambda ends: (min(ends), max(ends)))
 
 
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda s: s.isprintable() and s.strip())
+PRINTABLE = st.characters(categories=("L", "M", "N", "P", "S"), include_characters=" ")
+TEXT = st.text(PRINTABLE, min_size=1, max_size=12).filter(str.strip)
 
 
 @st.composite
