@@ -48,7 +48,8 @@ class Config:
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
     l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
-    profile: name of a cost profile (pgemu.cost).
+    profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
+    by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
     nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
     buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
@@ -73,7 +74,7 @@ class Config:
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
     l1tf: bool = False
-    profile: str = "published"
+    profile: str | os.PathLike[str] = "published"
     memory: int = 64 << 20
     other_pool: int = 0
     pti: bool = False
@@ -101,10 +102,6 @@ class Config:
             ),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
-            (
-                self.profile in cost.PROFILES,
-                f"cost profile {self.profile!r}: expected one of {', '.join(cost.PROFILES)}",
-            ),
         )
         for holds, complaint in checks:
             if not holds:
@@ -118,6 +115,9 @@ class Config:
         for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
             if size < 0 or size % L.PAGE_2M:
                 raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {L.PAGE_2M}, or 0")
+        cost.profile(self.profile)  # ValueError or InputError for what is none
+        if not isinstance(self.profile, str):  # a path remains one, "./published" too
+            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
 
     @property
     def order(self) -> int:
