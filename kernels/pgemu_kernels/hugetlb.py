@@ -67,6 +67,7 @@ from pgemu_kernels.layout import (
     H_RESERVED,
     I_SUBPOOL,
     P_LIVE,
+    P_MAX,
     P_RESERVED,
     P_USED,
     P_WORDS,
@@ -233,6 +234,12 @@ def subpool_row(subpool):
     return STATE_SUBPOOLS + subpool * U(P_WORDS)
 
 
+@kernel
+def subpool_allows(state, subpool):
+    """Whether a subpool (row + 1, 0 for none) is below its limit; pages that left the inode count until they return."""
+    return subpool == U0 or state[subpool_row(subpool - U1) + P_USED] < state[subpool_row(subpool - U1) + P_MAX]
+
+
 @outlined
 def subpool_take(m, h, subpool):
     """hugepage_subpool_get_pages(1) of an inode's subpool, whose pages are all reserved: the reservation is used."""
@@ -274,10 +281,12 @@ def take_folio(m, inode, block, index):
     """
     state = m.state
     h = state[R_HSTATE]
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    if not subpool_allows(state, subpool):
+        return NONE
     head = dequeue_any(m, h, U0)
     if head == NONE:
         return NONE
-    subpool = state[inode_row(inode) + I_SUBPOOL]
     if subpool != U0:
         subpool_take(m, h, subpool - U1)
     ram = m.ram

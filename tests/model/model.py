@@ -106,9 +106,11 @@ class Model:
         """The folio at a page, allocated if need be: restructure splits it at once where any page is shared."""
         number = index >> self.order
         if number not in inode.blocks:
-            folio = self.memory.take()
+            full = self.taken(inode) == inode.pages // self.block_pages  # its subpool's limit
+            folio = None if full else self.memory.take()
             if folio is None:
                 return None
+            folio.owner = inode
             if self.restructure and not inode.shared.isdisjoint(self.block_of(index)) and not self.memory.split(folio):
                 self.memory.uncache(folio)
                 return None
