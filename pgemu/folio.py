@@ -63,6 +63,9 @@ class VmemmapPage(NamedTuple):
     shared: bool
 
 
+_Mapped = tuple[int, int, int, int, int | None, bool]  # a VmemmapPage without `shared`
+
+
 class Hugetlb(NamedTuple):
     """What a HugeTLB folio has of its own: names of its flags, and pointers (0: none).
 
@@ -152,11 +155,17 @@ class Folio:
         except ValueError:
             raise ValueError(f"PFN {pfn:#x}: its struct page at physical {physical:#x} is not in memory") from None
 
+    def shown(self, index: int) -> int:
+        """Which of the folio's struct pages its struct page `index` shows: optimised, before 7.1, one of the first 64."""
+        offset = self.physical(index) - self.physical()
+        return offset // STRUCT_PAGE if 0 <= offset < PAGE_4K else index
+
     def page(self, index: int = 0) -> Page:
-        """Struct page `index` of the folio, decoded."""
+        """Struct page `index` of the folio, decoded: as the one that it shows, where that is one of the first 64."""
         return decode_page(
-            self.words(index), self.pfn + index, self.layout, vmemmap=self.vmemmap_base, folio_type=self.type
-        )
+            self.words(index), self.pfn + index, self.layout, vmemmap=self.vmemmap_base, folio_type=self.type,
+            index=self.shown(index),
+        )  # fmt: skip
 
     def _find_head(self, pfn: int) -> tuple[int, bool]:
         """PFN of the head, and whether the page shows a head that is not its own: page-flags.h:_compound_head()."""
@@ -356,32 +365,32 @@ class Folio:
         address = self.vmemmap_base + STRUCT_PAGE * self.pfn
         end = address + (STRUCT_PAGE << self.order)
         address &= -PAGE_4K
-        found: list[VmemmapPage] = []
+        found: list[_Mapped] = []
         while address < end:
             stop = min(end, (address >> 21) + 1 << 21)
-            found += self._vmemmap_of_table(address, stop)
+            found += self._mapped(address, stop)
             address = stop
-        times = Counter(page.frame for page in found)
-        return [page._replace(shared=page.frame is not None and times[page.frame] > 1) for page in found]
+        times = Counter(mapped[4] for mapped in found)
+        return [VmemmapPage(*mapped, mapped[4] is not None and times[mapped[4]] > 1) for mapped in found]
 
-    def _vmemmap_of_table(self, address: int, end: int) -> list[VmemmapPage]:
+    def _mapped(self, address: int, end: int) -> list[_Mapped]:
         """Vmemmap pages of addresses that share a last-level table, or the entry that stands in its place."""
         steps = self._walk(address)
         if not steps:
             raise ValueError(f"{address:#x}: not an address of the vmemmap")
-        last, pages = steps[-1], range(address, end, PAGE_4K)
+        fmt, last, pages = self.format, steps[-1], range(address, end, PAGE_4K)
         if last.level > 1 or last.kind is Kind.UNREADABLE:
-            leaf = last.kind is Kind.LEAF
-            return [self._vmemmap_page(page, last.level, last.address, last.entry, leaf) for page in pages]
-        entries = self.memory.words(last.address, len(pages)).tolist()
+            slots = [(last.address, last.entry, last.kind is Kind.LEAF)] * len(pages)
+        else:
+            entries = self.memory.words(last.address, len(pages)).tolist()
+            slots = [(last.address + 8 * i, entry, entry & fmt.present != 0) for i, entry in enumerate(entries)]
         return [
-            self._vmemmap_page(page, 1, last.address + 8 * i, entry, entry & self.format.present != 0)
-            for i, (page, entry) in enumerate(zip(pages, entries, strict=True))
-        ]
-
-    def _vmemmap_page(self, address: int, level: int, where: int, entry: int, leaf: bool) -> VmemmapPage:
-        frame = leaf_address(self.format, level, entry, address) >> 12 if leaf else None
-        return VmemmapPage(address, level, where, entry, frame, leaf and entry & self.format.write != 0, False)
+            (
+                page, last.level, where, entry, leaf_address(fmt, last.level, entry, page) >> 12 if leaf else None,
+                leaf and entry & fmt.write != 0,
+            )
+            for page, (where, entry, leaf) in zip(pages, slots, strict=True)
+        ]  # fmt: skip
 
     # ------------------------------------------------------------------ operations of a machine's folio
 

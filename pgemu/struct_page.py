@@ -126,13 +126,15 @@ def signed(value: int, bits: int = 32) -> int:
 
 
 def decode_page(
-    words: Iterable[int], pfn: int, layout: PageLayout, *, vmemmap: int = VMEMMAP, folio_type: str | None = "hugetlb"
-) -> Page:
+    words: Iterable[int], pfn: int, layout: PageLayout, *, vmemmap: int = VMEMMAP, folio_type: str | None = "hugetlb",
+    index: int | None = None,
+) -> Page:  # fmt: skip
     """Decode the eight words of the struct page of a PFN.
 
     vmemmap: address of the struct page of PFN 0. folio_type: type of the folio that a tail belongs to, which says
-    whether its words are HugeTLB's. A struct page that only looks like a head (before 7.1, at every 64th page of an
-    optimised folio) is decoded as the head that it shows: its words are all that is known here; see Folio.
+    whether its words are HugeTLB's. index: which struct page of its folio a tail shows, if not that of its own PFN:
+    before 7.1 an optimised folio shows its first 64 again and again. What looks like a head there is decoded as that
+    head: its words are all that is known here; see Folio.
     ValueError unless there are eight words.
     """
     words = tuple(int(word) for word in words)
@@ -141,7 +143,7 @@ def decode_page(
     tail = words[1] & 1 == 1
     head = head_of(words[1], pfn, vmemmap) if tail else pfn
     is_head = not tail and words[0] & layout.head != 0
-    position = pfn - head if head is not None else layout.folio_pages
+    position = index if index is not None else pfn - head if head is not None else layout.folio_pages
     second = tail and position == 1
     type_ = None if tail else type_of(layout, words[6] & 0xFFFF_FFFF, words[0])
     values = _values(words, layout, _fields(layout, tail, position, type_, folio_type), pfn, vmemmap, type_)

@@ -87,12 +87,11 @@ def _notes(folio: Folio, page: Page) -> list[str]:
 
 def _title(folio: Folio, page: Page) -> str:
     where = folio.vmemmap_base + STRUCT_PAGE * page.pfn
-    what = page.kind
-    if page.kind == "tail" and page.head is not None:
-        what = f"tail of {page.head:#x}"
-    elif folio.fake:
-        what = f"tail of {folio.pfn:#x}, shows its head's vmemmap page"
-    return f"PFN {page.pfn:#x}: {what}, struct page {where:#x} at physical {folio.physical(page.pfn - folio.pfn):#x}"
+    index = page.pfn - folio.pfn
+    what = f"tail of {folio.pfn:#x}" if index else page.kind
+    if (shown := folio.shown(index)) != index:
+        what += f" (shows {folio.pfn + shown:#x})"
+    return f"PFN {page.pfn:#x}: {what}, struct page {where:#x} at physical {folio.physical(index):#x}"
 
 
 def _references(folio: Folio) -> str:
