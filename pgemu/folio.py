@@ -156,7 +156,7 @@ class Folio:
             raise ValueError(f"PFN {pfn:#x}: its struct page at physical {physical:#x} is not in memory") from None
 
     def shown(self, index: int) -> int:
-        """Which of the folio's struct pages its struct page `index` shows: optimised, before 7.1, one of the first 64."""
+        """Which of its struct pages the folio shows at `index`: optimised before 7.1, one of the first 64."""
         offset = self.physical(index) - self.physical()
         return offset // STRUCT_PAGE if 0 <= offset < PAGE_4K else index
 

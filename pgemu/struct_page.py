@@ -270,10 +270,19 @@ def _fields(
 
 
 def _over(fields: tuple[Field, ...], others: tuple[Field, ...]) -> tuple[Field, ...]:
-    """`others`, and those of `fields` that they leave room for, by offset."""
+    """`others`, those of `fields` that they leave room for, and the bytes between them, by offset."""
     taken = {byte for field in others for byte in range(field.offset, field.offset + field.size)}
     rest = [field for field in fields if not taken & set(range(field.offset, field.offset + field.size))]
-    return tuple(sorted((*rest, *others), key=lambda field: field.offset))
+    found: list[Field] = []
+    end = 0
+    for field in sorted((*rest, *others), key=lambda field: field.offset):
+        if field.offset > end:
+            found.append(Field("(unused)", end, field.offset - end, FieldKind.NUMBER))
+        found.append(field)
+        end = field.offset + field.size
+    if end < STRUCT_PAGE:
+        found.append(Field("(unused)", end, STRUCT_PAGE - end, FieldKind.NUMBER))
+    return tuple(found)
 
 
 def _values(
