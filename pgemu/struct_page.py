@@ -291,7 +291,8 @@ def _values(
     found = []
     for field in fields:
         value = field.value(words)
-        name = "page_type" if field.kind is FieldKind.PAGE_TYPE and type_ and type_ != "slab" else field.name
+        typed = type_ is not None and not (type_ == "slab" and layout.types_cleared)  # a flag in 6.1
+        name = "page_type" if field.kind is FieldKind.PAGE_TYPE and typed else field.name
         meaning = _meaning(field, value, words, layout, pfn, vmemmap, type_)
         found.append(Value(name, field.offset, field.size, value, meaning))
     return tuple(found)
