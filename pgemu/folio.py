@@ -121,9 +121,7 @@ class Folio:
         """See Machine.folio."""
         from pgemu_kernels import layout as L
 
-        # Where the zone lies in page->flags tells: bit 52 is part of Debian's ZONE_NORMAL.
-        small = machine.register(L.R_PAGE_FLAGS) >> 52 & 1 == 0
-        layout = page_layout(machine.config.kernel, "small" if small else "debian")
+        layout = page_layout(machine.config.kernel, machine.config.configuration)
         root, vmemmap = machine.register(L.R_KERNEL_ROOT), machine.register(L.R_VMEMMAP)
         return cls(machine, pfn, layout, root, fmt=machine.host_format, vmemmap=vmemmap, machine=machine)
 
@@ -343,9 +341,14 @@ class Folio:
 
     @property
     def poisoned_pages(self) -> list[int] | None:
-        """PFNs on its list of poisoned pages (mm/memory-failure.c: raw_hwp_page), None where that cannot be read."""
+        """PFNs on its list of poisoned pages (mm/memory-failure.c: raw_hwp_page), None where that cannot be read.
+
+        In the order of the list; a machine's objects lie at model addresses: ascending.
+        """
         hugetlb = self.hugetlb
         node = hugetlb.hwpoison if hugetlb is not None else 0
+        if node and self.machine is not None:
+            return self._poisoned_rows(self.machine)
         found: list[int] = []
         while node and len(found) < _LONGEST_LIST:
             steps = self._walk(node)
@@ -358,6 +361,12 @@ class Folio:
                 return None
             found.append((page - self.vmemmap_base) // STRUCT_PAGE)
         return found
+
+    def _poisoned_rows(self, machine: Machine) -> list[int]:
+        from pgemu_kernels.layout import POISONED, STATE_POISONED
+
+        rows = machine.arrays.state[int(STATE_POISONED) :][:POISONED].tolist()
+        return sorted(pfn for pfn in rows if pfn and self.pfn <= pfn < self.pfn + self.nr_pages)
 
     @property
     def vmemmap(self) -> list[VmemmapPage]:
