@@ -99,7 +99,7 @@ def test_what_is_inference_says_so() -> None:
 
 
 OFFSETS = {
-    "6.1": {"_folio_order": 81, "_total_mapcount": 84, "_pincount": 88, "_folio_nr_pages": 92, "_hugetlb_subpool": 104,
+    "6.1": {"_folio_order": 81, "_total_mapcount": 84, "_pincount": 88, "_folio_nr_pages": 92, "_hugetlb_subpool": 96,
             "_hugetlb_cgroup": 168, "_hugetlb_cgroup_rsvd": 232, "_hugetlb_hwpoison": 296},
     "6.12": {"_large_mapcount": 80, "_entire_mapcount": 84, "_nr_pages_mapped": 88, "_pincount": 92,
              "_folio_nr_pages": 96, "_hugetlb_subpool": 144, "_hugetlb_cgroup": 152, "_hugetlb_cgroup_rsvd": 160,

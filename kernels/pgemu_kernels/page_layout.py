@@ -3,7 +3,8 @@
 Plain Python data, no numba. Offsets are in bytes from the head's struct page; a struct page has 64 bytes.
 
 Sources. 6.1, 6.12 and 7.3 in Debian's configuration: include/linux/page-flags.h, page-flags-layout.h, mm_types.h,
-hugetlb.h, generated/bounds.h and .config of the headers of 6.1.176, 6.12.107 and 7.3.4. 6.18: the words captured of
+hugetlb.h, generated/bounds.h and .config of the headers of 6.1.176, 6.12.107 and 7.3.4, which a program compiled with
+them confirmed (offsetof() of every field of the folio, shifts of the fields of page->flags). 6.18: the words captured of
 6.18.15; a bit that no captured word shows lies where 7.3 has it, and is not `confirmed`. "small" is the captured 7.3.4
 without NUMA, memory cgroups and MEMORY_FAILURE (its vmstat and meminfo say so); that it has neither PG_young and
 PG_idle nor multi-gen LRU is inference (both are off by default). "small" of another release was never seen.
@@ -248,7 +249,7 @@ def _hugetlb(at: int) -> tuple[Field, ...]:
 
 _DEFERRED = (Field("_deferred_list.next", 144, 8, _F.POINTER), Field("_deferred_list.prev", 152, 8, _F.POINTER))
 
-# 6.1 keeps the HugeTLB words in `private` of pages 1 to 4 (hugetlb.h: SUBPAGE_INDEX_SUBPOOL and on).
+# 6.1 keeps the HugeTLB words in _private_1 and in `private` of pages 2 to 4 (hugetlb.h: SUBPAGE_INDEX_CGROUP and on).
 _FOLIO_6_1 = (
     *_start(1),
     Field("_folio_dtor", 80, 1, _F.NUMBER),
@@ -256,7 +257,7 @@ _FOLIO_6_1 = (
     Field("_total_mapcount", 84, 4, _F.COUNT_LESS_ONE),
     Field("_pincount", 88, 4, _F.COUNT),
     Field("_folio_nr_pages", 92, 4, _F.NUMBER),
-    Field("_hugetlb_subpool", 104, 8, _F.POINTER),
+    Field("_hugetlb_subpool", 96, 8, _F.POINTER),
     *_PAGE_1_COUNTS,
     *_start(2),
     *_DEFERRED,
