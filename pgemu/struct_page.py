@@ -53,14 +53,16 @@ _POISON = {
     0xDEAD_0000_0000_0122: "LIST_POISON2",
     TAIL_MAPPING: "TAIL_MAPPING",
 }
-# Documentation/arch/x86/x86_64/mm.rst, four levels, without KASLR; the vmemmap is a parameter.
+# Documentation/arch/x86/x86_64/mm.rst, four levels: the first two where KASLR has not moved them; the image has 512 MiB
+# or, with CONFIG_RANDOMIZE_BASE, 1 GiB before the modules.
+_DIRECT_MAP = (0xFFFF_8880_0000_0000, 0xFFFF_C880_0000_0000)
+_VMALLOC = (0xFFFF_C900_0000_0000, 0xFFFF_E900_0000_0000)
 _REGIONS = (
-    (0xFFFF_8880_0000_0000, 0xFFFF_C880_0000_0000, "direct map"),
-    (0xFFFF_C900_0000_0000, 0xFFFF_E900_0000_0000, "vmalloc"),
     (0xFFFF_FFFF_8000_0000, 0xFFFF_FFFF_A000_0000, "kernel image"),
-    (0xFFFF_FFFF_A000_0000, 0xFFFF_FFFF_FF00_0000, "module"),
+    (0xFFFF_FFFF_A000_0000, 0xFFFF_FFFF_C000_0000, "kernel image or module"),
+    (0xFFFF_FFFF_C000_0000, 0xFFFF_FFFF_FF00_0000, "module"),
+    (0xFFFF_8000_0000_0000, 0xFFFF_FFFF_8000_0000, "kernel address"),
 )
-_DIRECT_MAP = _REGIONS[0][0]
 VMEMMAP_SIZE = 1 << 40
 
 
@@ -361,13 +363,18 @@ def flag_text(layout: PageLayout, word: int, second: bool = False) -> str:
 
 
 def pointer_name(value: int, vmemmap: int = VMEMMAP) -> str:
-    """What a kernel pointer is by its address, "" for 0 and for what is none."""
+    """What a kernel pointer is by its address, "" for 0 and for what is none.
+
+    Where the vmemmap is not at its own place, KASLR has moved the direct map, too, and nothing says where to.
+    """
     if value in _POISON:
         return _POISON[value]
     offset = value - vmemmap
     if 0 <= offset < VMEMMAP_SIZE:
         rest = f" + {offset % STRUCT_PAGE:#x}" if offset % STRUCT_PAGE else ""
         return f"struct page of PFN {offset // STRUCT_PAGE:#x}{rest}"
-    if 0 <= value - _DIRECT_MAP < _REGIONS[0][1] - _DIRECT_MAP:
-        return f"direct map, physical {value - _DIRECT_MAP:#x}"
+    if vmemmap == VMEMMAP and _DIRECT_MAP[0] <= value < _DIRECT_MAP[1]:
+        return f"direct map, physical {value - _DIRECT_MAP[0]:#x}"
+    if vmemmap == VMEMMAP and _VMALLOC[0] <= value < _VMALLOC[1]:
+        return "vmalloc"
     return next((name for start, end, name in _REGIONS if start <= value < end), "")

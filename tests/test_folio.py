@@ -260,13 +260,23 @@ def test_a_tail_that_leads_nowhere(info: int) -> None:
         (0xFFFF_8880_0000_1000, "direct map, physical 0x1000"),
         (0xFFFF_C900_0000_0000, "vmalloc"),
         (0xFFFF_FFFF_8215_3B00, "kernel image"),
+        (0xFFFF_FFFF_A000_0000, "kernel image or module"),
         (0xFFFF_FFFF_C000_0000, "module"),
+        (0xFFFF_8000_0000_0000, "kernel address"),
+        (0xFFFF_FE00_0000_0000, "kernel address"),
         (0x7F00_0000_0000, ""),
         (ALL, ""),
     ],
 )
 def test_pointers_are_told_by_their_address(value: int, name: str) -> None:
     assert pointer_name(value) == name
+
+
+def test_kaslr_moves_the_direct_map_with_the_vmemmap() -> None:
+    moved = 0xFFFF_E180_0000_0000
+    assert pointer_name(moved + 128, moved) == "struct page of PFN 0x2"
+    assert pointer_name(0xFFFF_8880_0000_1000, moved) == pointer_name(0xFFFF_C900_0000_0000, moved) == "kernel address"
+    assert pointer_name(0xFFFF_FFFF_8215_3B00, moved) == "kernel image"
 
 
 def test_a_struct_page_has_eight_words() -> None:
@@ -409,7 +419,7 @@ KERNELS = ["6.12", "6.18", "7.3"]
 def test_the_package_names_folio() -> None:
     machine = Machine(Config(pool=M2, page_size=M2))
     assert isinstance(machine.folio(machine.register(L.R_POOL_BASE)), Folio)
-    assert pgemu.Machine.folio.__doc__
+    assert pgemu.Folio is Folio
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

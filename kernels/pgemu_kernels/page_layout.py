@@ -3,11 +3,11 @@
 Plain Python data, no numba. Offsets are in bytes from the head's struct page; a struct page has 64 bytes.
 
 Sources. 6.1, 6.12 and 7.3 in Debian's configuration: include/linux/page-flags.h, page-flags-layout.h, mm_types.h,
-hugetlb.h, generated/bounds.h and .config of the headers of 6.1.176, 6.12.107 and 7.3.4, which a program compiled with
-them confirmed (offsetof() of every field of the folio, shifts of the fields of page->flags). 6.18: the words captured of
-6.18.15; a bit that no captured word shows lies where 7.3 has it, and is not `confirmed`. "small" is the captured 7.3.4
-without NUMA, memory cgroups and MEMORY_FAILURE (its vmstat and meminfo say so); that it has neither PG_young and
-PG_idle nor multi-gen LRU is inference (both are off by default). "small" of another release was never seen.
+hugetlb.h, generated/bounds.h and .config of the headers of 6.1.176, 6.12.107 and 7.3.4; a program compiled with them
+gave the same offsets and shifts. 6.18: the words captured of 6.18.15; a bit that no captured word shows lies where 7.3
+has it, and is not `confirmed`. "small" is the captured 7.3.4 without NUMA, memory cgroups and MEMORY_FAILURE (its
+vmstat and meminfo say so); that it has neither PG_young and PG_idle nor multi-gen LRU is inference (both are off by
+default). "small" of another release was never seen.
 """
 
 from __future__ import annotations
@@ -239,9 +239,6 @@ def _start(number: int) -> tuple[Field, Field]:
     return Field(f"_flags_{number}", at, 8, kind), Field(f"_head_{number}", at + 8, 8, _F.COMPOUND)
 
 
-_PAGE_1_COUNTS = (Field("_mapcount_1", 112, 4, _F.COUNT_LESS_ONE), Field("_refcount_1", 116, 4, _F.COUNT))
-
-
 def _hugetlb(at: int) -> tuple[Field, ...]:
     names = ("_hugetlb_subpool", "_hugetlb_cgroup", "_hugetlb_cgroup_rsvd", "_hugetlb_hwpoison")
     return tuple(Field(name, at + 8 * i, 8, _F.POINTER) for i, name in enumerate(names))
@@ -258,7 +255,6 @@ _FOLIO_6_1 = (
     Field("_pincount", 88, 4, _F.COUNT),
     Field("_folio_nr_pages", 92, 4, _F.NUMBER),
     Field("_hugetlb_subpool", 96, 8, _F.POINTER),
-    *_PAGE_1_COUNTS,
     *_start(2),
     *_DEFERRED,
     Field("_hugetlb_cgroup", 168, 8, _F.POINTER),
@@ -275,7 +271,6 @@ _FOLIO_6_12 = (
     Field("_nr_pages_mapped", 88, 4, _F.COUNT),
     Field("_pincount", 92, 4, _F.COUNT),
     Field("_folio_nr_pages", 96, 4, _F.NUMBER),
-    *_PAGE_1_COUNTS,
     *_start(2),
     *_DEFERRED,
     *_hugetlb(144),
@@ -290,7 +285,8 @@ _FOLIO_6_18 = (
     Field("_mm_id_mapcount[1]", 100, 4, _F.COUNT_LESS_ONE),
     Field("_mm_id[0]", 104, 4, _F.NUMBER),
     Field("_mm_id[1]", 108, 4, _F.NUMBER),
-    *_PAGE_1_COUNTS,
+    Field("_mapcount_1", 112, 4, _F.COUNT_LESS_ONE),
+    Field("_refcount_1", 116, 4, _F.COUNT),
     Field("_nr_pages", 120, 4, _F.NUMBER),
     *_start(2),
     *_DEFERRED,
