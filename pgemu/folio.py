@@ -292,7 +292,7 @@ class Folio:
 
     @property
     def index(self) -> int:
-        """Offset in its mapping: in pages, of HugeTLB's private mappings in huge pages."""
+        """Offset in its mapping, as stored: in pages, of HugeTLB's private mappings before 7.3 in huge pages."""
         return self.words()[4]
 
     # ------------------------------------------------------------------ references

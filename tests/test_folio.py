@@ -493,6 +493,28 @@ def test_a_folio_follows_what_happens(kernel: str) -> None:
     assert (folio.refcount, folio.mapping, folio.hugetlb.flags[0]) == (0, None, "freed")
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_mapped_huge_pages(kernel: str) -> None:
+    """Private ones belong to an anon_vma and have a reference per mapping, those of a file one per page besides."""
+    machine = Machine(Config(pool=4 * M2, page_size=M2, kernel=kernel))
+    process = machine.create_process()
+    file = machine.create_hugetlb_file(M2)
+    process.mmap_hugetlb(VA, file=file)
+    process.mmap_hugetlb(VA + G1, M2, shared=False)
+    found = []
+    for address in (VA, VA + G1):
+        process.touch(address, write=True)
+        found.append(machine.folio((process.walk(address)[-1][2] & formats.ADDRESS) >> 12))
+    shared, private = found
+    assert (shared.refcount, shared.expected_references, shared.mapcount, shared.inode) == (513, 513, 1, file.inode)
+    assert (private.refcount, private.expected_references, private.mapcount, private.inode) == (1, 1, 1, None)
+    assert [folio.mapping.kind for folio in found if folio.mapping] == ["address_space", "anon_vma"]
+    process.fork()  # entries of shared mappings are left to faults: mm/memory.c:vma_needs_copy()
+    for folio, count in ((shared, 1), (private, 2)):
+        assert (folio.entire_mapcount, folio.large_mapcount) == (count, count)
+        assert folio.refcount == folio.expected_references
+
+
 @pytest.mark.parametrize("kernel", ["6.18", "7.3"])
 def test_poisoned_pages_of_a_machine(kernel: str) -> None:
     machine = Machine(Config(pool=2 * M2, page_size=M2, kernel=kernel))
