@@ -20,6 +20,7 @@ from pgemu_kernels.layout import Operation
 from pgemu_kernels.page_format import PageFormat
 
 if TYPE_CHECKING:
+    from pgemu.folio import Folio
     from pgemu.image import Root
     from pgemu.physical import PhysicalMemory
     from pgemu.trace.schema import Records
@@ -730,6 +731,13 @@ class Machine:
         inside = (1 << 12 + 9 * (level - 1)) - 1
         word = ((entry & formats.ADDRESS & ~inside) + (address & inside)) // 8
         return self.arrays.ram[word : word + 8].copy()
+
+    def folio(self, pfn: int) -> Folio:
+        """The folio that holds a PFN of the HugeTLB zone, a tail's as well as a head's. ValueError outside the zone."""
+        from pgemu.folio import Folio
+
+        self._guest_frame(pfn)
+        return Folio.of_machine(self, pfn)
 
     # ------------------------------------------------------------------ physical memory
 
