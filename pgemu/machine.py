@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
+NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
 
 
 @dataclass(frozen=True)
@@ -259,10 +260,20 @@ class Machine:
         self._set_registers()
         from pgemu_kernels.boot import MACHINE, provide
 
-        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0:
+        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
             raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} huge pages needs more frames")
 
     # ------------------------------------------------------------------ making
+
+    def _prepare_memory(self) -> bool:
+        """The second part of boot, of memory whose struct pages are all there, if any: whether the frames sufficed."""
+        if self.config.hvo and not (self.config.buddy or self.config.reserved):
+            return True
+        from pgemu_kernels.pooling import run_pooling
+
+        nothing = np.zeros(1, np.uint64)
+        columns = (nothing,) * 5
+        return int(run_pooling(self.descriptor, *columns, nothing.view(np.int64), nothing, NONE)) == 0
 
     def _allocate(self) -> Arrays:
         config = self.config
@@ -358,6 +369,7 @@ class Machine:
             L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
             L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
             L.R_BOOT_MARKS: kernel.boot_marks,
+            L.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
             L.R_VIRTUAL_INDEX: kernel.virtual_index,
             L.R_BOOT_ASCENDING: kernel.boot_list_ascending,
             L.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,

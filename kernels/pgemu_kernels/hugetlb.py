@@ -32,7 +32,6 @@ from pgemu_kernels.folio import (
     ONE_REFERENCE,
     PG_DIRTY,
     PG_HEAD,
-    PG_HWPOISON,
     PG_UPTODATE,
     PGTY_HUGETLB,
     PRIVATE,
@@ -74,6 +73,7 @@ from pgemu_kernels.layout import (
     R_FOLIO_6_12,
     R_HSTATE,
     R_HUGETLB_CGROUP,
+    R_HWPOISON,
     R_NODES,
     R_ORDER,
     STATE_SUBPOOLS,
@@ -99,7 +99,7 @@ def mapping_address(inode):
 # --------------------------------------------------------------------------- words of a folio
 
 
-@kernel
+@outlined
 def write_order(ram, state, head, first, order):
     """prep_compound_page() of the head: the fields that lie in its second to fourth struct page.
 
@@ -205,7 +205,7 @@ def dequeue(m, h, node):
     head = first_page(state, free_list(h, node))
     while head != U0:
         page = struct_page(m, head)
-        if m.ram[page + FLAGS] & PG_HWPOISON == U0:
+        if m.ram[page + FLAGS] & state[R_HWPOISON] == U0:
             list_move(m, h + H_ACTIVE, head)
             m.ram[page + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
             m.ram[page + PRIVATE] &= ~HUGETLB_FREED
