@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
+SERIES = {"rfc2": L.SERIES_RFC2, "jan2026": L.SERIES_LATER}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Config:
     profile: name of a cost profile (pgemu.cost).
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
+    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; pgemu_kernels.splitting).
     """
 
     design: Design = "restructure"
@@ -72,6 +74,7 @@ class Config:
     memory: int = 64 << 20
     other_pool: int = 0
     pti: bool = False
+    series: Literal["rfc2", "jan2026"] = "jan2026"
 
     def __post_init__(self) -> None:
         checks = (
@@ -81,6 +84,7 @@ class Config:
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
             (
@@ -296,6 +300,7 @@ class Machine:
             L.R_NOTIFIER: config.notifier,
             L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
             L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
+            L.R_SERIES: SERIES[config.series],
             L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         }
         state = self.arrays.state

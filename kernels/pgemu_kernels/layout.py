@@ -333,6 +333,7 @@ R_SERIES = U(79)  # SERIES_*: whose split and merge of folios
 R_SUBPOOLS = U(82)  # subpool rows handed out
 R_STASHED = U(83)  # bytes of metadata stashed (series rfc2)
 R_NODE_SLOTS = U(84)  # free slots in frames of xarray nodes
+R_NODE_FRAMES = U(85)  # the first of these frames and those of stashes, chained through their first words; 0: none
 R_WORD_COUNT = 96
 CONTIGUOUS_FRAMES = 1024
 

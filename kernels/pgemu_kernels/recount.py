@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512, U4095
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -55,6 +55,8 @@ from pgemu_kernels.layout import (
     R_FREE_STACK,
     R_INODES,
     R_KERNEL_ROOT,
+    R_NODE_FRAMES,
+    R_NODE_SLOTS,
     R_ORDER,
     R_ORDINARY,
     R_OTHER_BASE,
@@ -66,6 +68,7 @@ from pgemu_kernels.layout import (
     R_POOL_PAGES,
     R_PTI,
     R_SPACES,
+    R_STASHED,
     R_TAIL_PAGE,
     R_VMS,
     S_USER_ROOT,
@@ -78,6 +81,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.steps import broken
+from pgemu_kernels.xarray import NODES, XARRAY_NODES, nodes_of
 
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
@@ -304,6 +308,23 @@ def extra_references(m, head, pages):
     return extra
 
 
+@outlined
+def check_objects(m, owner):
+    """Frames of xarray nodes and stashes: as many as their counts ask for, and nodes for every split block."""
+    state = m.state
+    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
+    frames = U0
+    frame = state[R_NODE_FRAMES]
+    while frame != U0 and owner[frame] == np.uint8(0):
+        own(m, owner, frame, 7)
+        frames += U1
+        frame = m.ram[frame << U9]
+    expect(m, frame == U0, FRAMES, frame)
+    nodes = U(gauges[XARRAY_NODES * U2])
+    expect(m, (nodes + state[R_NODE_SLOTS]) // NODES + ((state[R_STASHED] + U4095) >> U12) == frames, FRAMES, frames)
+    expect(m, nodes == U(gauges[BLOCKS_SPLIT * U2]) * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+
+
 @entry
 def check(descriptor, owner, leaves, found):
     """Recount the whole machine and compare with what it keeps: how many rules are broken.
@@ -342,6 +363,7 @@ def check(descriptor, owner, leaves, found):
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + guest_pages(state)):
             if m.counts[i] != np.uint32(0):
                 own(m, owner, U(m.counts[i]), 5)
+    check_objects(m, owner)
     for i in range(state[R_FREE]):
         own(m, owner, m.state[state[R_FREE_STACK] + i], 6)
     used = np.int64(0)

@@ -1,10 +1,18 @@
-"""Split of a huge folio to 4K folios, and merge of these: design restructure."""
+"""Split of a huge folio to 4K folios, and merge of these: design restructure.
+
+Two posted forms, chosen by the register R_SERIES. `rfc2` (May 2025; mm/guestmem_hugetlb.c, virt/kvm/guest_memfd.c)
+takes the folio out of the page cache and puts its pages in one by one. The later form (from late 2025 on;
+mm/hugetlb_restructuring.c) splits and merges the entry in place, with mm/huge_memory.c:__split_folio_to_order().
+
+A restored vmemmap page is written once, in its final form: that leaves the bytes that vmemmap.restore() and a rewrite
+of each struct page would leave.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U8, U32, U64
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U32, U63, U64, U511
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -14,10 +22,14 @@ from pgemu_kernels.events import (
     FOLIO_GATE_CHECKED,
     FOLIO_MERGED,
     FOLIO_SPLIT,
+    FREEZE_SPIN,
     PAGE_CACHE_STORED,
     PAGE_ZEROED,
     STRUCT_PAGE_BYTES,
     STRUCT_PAGE_WRITTEN,
+    TLB_FLUSH_KERNEL,
+    VMEMMAP_PAGE_RESTORED,
+    VMEMMAP_PAGES,
     change,
     charge,
     charge_one,
@@ -37,8 +49,11 @@ from pgemu_kernels.folio import (
     PGTY_HUGETLB,
     PRIVATE,
     TAIL_MAPPING,
+    reference_count,
     struct_page,
+    vmemmap_address,
 )
+from pgemu_kernels.formats import VMEMMAP_PAGE
 from pgemu_kernels.hugetlb import free_block, write_order
 from pgemu_kernels.layout import (
     B_PFN,
@@ -47,73 +62,255 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     EBUSY,
+    ENOMEM,
+    R_FOLIO_6_12,
     R_HVO,
+    R_MASK_TAILS,
     R_ORDER,
-    R_PAGE_FLAGS,
+    R_RESET_STRUCT_PAGES,
+    R_SERIES,
     R_ZERO_PAGE,
+    SERIES_RFC2,
 )
-from pgemu_kernels.memory import zero_contents
-from pgemu_kernels.vmemmap import compound_info, optimize, restore
+from pgemu_kernels.memory import frames_left, take_frame, zero_contents
+from pgemu_kernels.vmemmap import compound_info, optimize, vmemmap_pages, vmemmap_pte
+from pgemu_kernels.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
 
 U = np.uint64
+_PAGE = U(VMEMMAP_PAGE)
+LRU_PREV = U2
+SUBPOOL = U(3 * 8 + 2)  # _hugetlb_subpool of the head: lru.prev of a 4K folio, which leaves it alone
+SUBPOOL_6_12 = U(2 * 8 + 2)
+NO_MEMORY = np.int64(-ENOMEM)
+BUSY = np.int64(-EBUSY)
 
-# Bytes stored in each tail. Split: flags, mapping, index, compound_info, memcg_data and refcount
-# (mm/huge_memory.c:__split_folio_to_order()). Merge: mapping, compound_info, private
-# (prep_compound_tail()), the refcount that freezing takes, and the flags (inference: a tail that kept
-# PG_uptodate would be copied into every page of the next restore).
+# Bytes stored in each tail. rfc2: flags, mapping, compound_info; then its insertion in the page cache stores refcount,
+# mapping and index, which PAGE_CACHE_STORED counts. Later: flags, mapping, index, compound_info, memcg_data, refcount.
+# Merge: mapping, compound_info, private (prep_compound_tail()); the freeze before it is FOLIO_GATE_CHECKED.
+RFC2_SPLIT_BYTES = 24
 SPLIT_BYTES = 44
-MERGE_BYTES = 36
+MERGE_BYTES = 24
+
+# The flags below PG_dropbehind (PG_mlocked before 6.14), of which a page has its own; above are hwpoison, node, zone.
+PAGE_FLAGS = U((1 << 19) - 1)
+# ... and those of them that __split_folio_to_order() takes from the head: locked, referenced, uptodate, dirty, active,
+# workingset, swapcache, swapbacked, unevictable.
+INHERITED = U(1 << 0 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 17 | 1 << 18)
+
+
+# --------------------------------------------------------------------------- split
+
+
+@kernel
+def missing_pages(m, head, first, order):
+    """How many vmemmap pages a folio lacks."""
+    if m.ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
+        return U0
+    return vmemmap_pages(order) - U1
+
+
+@kernel
+def end_restore(m, first, missing):
+    """What restore() does when all pages are there."""
+    m.ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
+    change(m.stats, VMEMMAP_PAGES, np.int64(missing))
+    charge(m, VMEMMAP_PAGE_RESTORED, np.int64(missing))
+    charge_one(m, TLB_FLUSH_KERNEL)
+
+
+@outlined
+def write_pages(m, head, order, restored, index, indexed, zeroed_word):
+    """Make every page of a folio a folio of its own, referenced once.
+
+    `restored`: its vmemmap pages but the first are mapped here, to new frames. Page i gets `index` + i if i <
+    `indexed`. `zeroed_word`: where the folio is not up to date as a whole, its pages' bits (NONE: they are not).
+    The first vmemmap page comes last: the others are made from it.
+    """
+    ram = m.ram
+    state = m.state
+    first = struct_page(m, head)
+    head_flags = ram[first + FLAGS] & ~PG_HEAD
+    link = ram[first + COMPOUND]
+    rfc2 = state[R_SERIES] == SERIES_RFC2
+    added = head_flags if rfc2 else head_flags & INHERITED
+    kept = U0 if rfc2 else ~PAGE_FLAGS
+    by_page = added & PG_UPTODATE == U0 and zeroed_word != NONE
+    mapping = ram[first + MAPPING]
+    memcg = ram[first + MEMCG]
+    ram[first + U8 + (INDEX if state[R_FOLIO_6_12] != U0 else MEMCG)] = U0  # rfc2: folio->_nr_pages
+    masks = state[R_MASK_TAILS] != U0
+    reset = U0 if masks else state[R_RESET_STRUCT_PAGES]
+    start = vmemmap_address(state, head)
+    count = vmemmap_pages(order)
+    slot = U0
+    for n in range(U1, count + U1):
+        base = n << U6 if n < count else U0
+        source = first
+        stride = U8
+        early = U0
+        if base == U0 or not restored:
+            page = struct_page(m, head + base)
+            source = page
+        else:
+            slot = vmemmap_pte(m, start + (n << U12)) if n == U1 or n & U511 == U0 else slot + U1
+            frame = take_frame(m)
+            page = frame << U9
+            ram[slot] = frame << U12 | _PAGE
+            early = reset
+            if masks:
+                source = first + U63 * U8
+                stride = U0
+        bits = state[zeroed_word + (base >> U6)] if by_page else U0
+        for i in range(U64):
+            at = source + i * stride
+            if i < early:
+                at += reset * U8
+            flags = ram[at + FLAGS] & kept | added | (bits >> i & U1) << U3
+            number = index + base + i if base + i < indexed else ram[at + INDEX]
+            owner = ram[at + MEMCG] if rfc2 else memcg
+            lru = ram[at + LRU_PREV]
+            private = ram[at + PRIVATE]
+            ram[page + FLAGS] = flags
+            ram[page + COMPOUND] = U0
+            ram[page + LRU_PREV] = lru
+            ram[page + MAPPING] = mapping
+            ram[page + INDEX] = number
+            ram[page + PRIVATE] = private
+            ram[page + COUNTS] = ONE_CACHED
+            ram[page + MEMCG] = owner
+            page += U8
+    # The head keeps the flags that no tail inherits, and the words of its list.
+    ram[first + COMPOUND] = link
+    ram[first + FLAGS] = head_flags | (ram[first + FLAGS] & PG_UPTODATE)
+
+
+@kernel
+def charge_pages(m, order, size):
+    """`size` bytes were stored in each tail."""
+    tails = np.int64(U1 << order) - 1
+    charge(m, STRUCT_PAGE_WRITTEN, tails)
+    charge(m, STRUCT_PAGE_BYTES, size * tails)
+
+
+@outlined
+def split_in_place(m, head, order, index, cached, zeroed_word):
+    """hugetlb_restructuring_split_folio(), from its entries on: 0, or -ENOMEM with nothing changed."""
+    nodes = nodes_of(m.state, order) if cached else U0
+    taken = take_nodes(m, nodes)
+    first = struct_page(m, head)
+    missing = missing_pages(m, head, first, order)
+    if taken < nodes or frames_left(m) < missing:
+        put_nodes(m, taken)
+        return NO_MEMORY
+    write_pages(m, head, order, missing != U0, index, U1 << order, zeroed_word)
+    if missing != U0:
+        end_restore(m, first, missing)
+    charge_pages(m, order, SPLIT_BYTES)
+    if cached:
+        charge(m, PAGE_CACHE_STORED, np.int64(U1 << order))
+    return np.int64(0)
+
+
+@outlined
+def split_by_page(m, head, order, index, references, cached, zeroed_word):
+    """guestmem_hugetlb_split_folio() and kvm_gmem_split_folio_in_filemap(): 0 or -ENOMEM.
+
+    Without memory for the stash or the vmemmap nothing has changed. Without memory for a node, the pages before the
+    one that needs it have been inserted; they are removed and the folio is merged again.
+    """
+    pages = U1 << order
+    first = struct_page(m, head)
+    uptodate = m.ram[first + FLAGS] >> U3 & U1
+    missing = missing_pages(m, head, first, order)
+    if cached:
+        charge_one(m, PAGE_CACHE_STORED)
+    stashed = stash(m)
+    if not stashed or frames_left(m) < missing:
+        if stashed:
+            unstash(m)
+        if cached:
+            charge_one(m, PAGE_CACHE_STORED)
+        return NO_MEMORY
+    nodes = nodes_of(m.state, order) if cached else U0
+    obtained = min(nodes, obtainable(m, missing))  # after the vmemmap's frames
+    inserted = U0
+    if cached:
+        inserted = pages if obtained == nodes else page_without_node(order, obtained)
+    write_pages(m, head, order, missing != U0, index, inserted, zeroed_word)
+    if missing != U0:
+        end_restore(m, first, missing)
+    charge_pages(m, order, RFC2_SPLIT_BYTES)
+    take_nodes(m, obtained)
+    if inserted != U0:
+        charge(m, PAGE_CACHE_STORED, np.int64(inserted))
+    if obtained == nodes:
+        return np.int64(0)
+    put_nodes(m, obtained)
+    if inserted != U0:  # frozen and removed
+        charge(m, FOLIO_GATE_CHECKED, np.int64(inserted))
+        charge(m, PAGE_CACHE_STORED, np.int64(inserted))
+    join_pages(m, head, order, references, uptodate, NONE)
+    unstash(m)
+    charge_one(m, PAGE_CACHE_STORED)
+    return NO_MEMORY
+
+
+@outlined
+def split_folio_from(m, head, order, index, references, zeroed_word):
+    """split_folio(), whose pages may be up to date one by one (see write_pages())."""
+    first = struct_page(m, head)
+    if reference_count(m.ram, first) != references:
+        charge_one(m, FREEZE_SPIN)
+        return BUSY
+    cached = m.ram[first + MAPPING] != U0
+    if m.state[R_SERIES] == SERIES_RFC2:
+        status = split_by_page(m, head, order, index, references, cached, zeroed_word)
+    else:
+        status = split_in_place(m, head, order, index, cached, zeroed_word)
+    if status == 0:
+        charge_one(m, FOLIO_SPLIT)
+    return status
+
+
+@kernel
+def split_folio(m, head, order, index, references):
+    """Split a huge folio that has `references` and no other: each page becomes a folio with one reference.
+
+    Returns 0; -EBUSY with nothing changed where somebody else holds it (the posted code spins until nobody does);
+    -ENOMEM with the folio huge as before. Page i gets `index` + i. A folio with a mapping is in the page cache: its
+    pages take nodes there. The caller takes the head off the list of active huge pages (rfc2; the later form leaves it
+    there), its words 1 and 2 are not touched here. Kept aside by no form: the head's cgroup words.
+
+    Series rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
+    split hit a BUG(); here the flag is what the follow-up patch makes it. No posted page is HWPoison (a TODO there).
+    """
+    return split_folio_from(m, head, order, index, references, NONE)
 
 
 @outlined
 def split_block(m, block, index, zeroed_word):
-    """Split the huge folio of a block into order-0 folios: 0, or -ENOMEM with nothing changed.
+    """Split the huge folio of a block into order-0 folios: 0, -EBUSY, or -ENOMEM, as split_folio().
 
     `index` is the block's first page, `zeroed_word` where its bits in `zeroed` begin (they tell which
-    pages are up to date where zeroing goes by page). The vmemmap is restored first, then every tail
-    becomes a folio of its own with the page cache's reference: mm/hugetlb_restructuring.c of the posted
-    branch, mm/huge_memory.c:__split_folio_to_order().
+    pages are up to date where zeroing goes by page).
     """
-    ram = m.ram
     state = m.state
-    head = m.state[block + B_PFN]
     order = state[R_ORDER]
-    first = struct_page(m, head)
-    if ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0:
-        status = restore(m, head, order)
-        if status != 0:
-            return status
-    flags = ram[first + FLAGS] & ~PG_HEAD
-    whole = flags & PG_UPTODATE != U0
-    mapping = ram[first + MAPPING]
-    memcg = ram[first + MEMCG]
-    pages = U1 << order
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        bits = U0 if whole else m.state[zeroed_word + (base >> U6)]
-        for i in range(U64):
-            ram[page + FLAGS] = flags | ((bits >> i & U1) << U3)
-            ram[page + COMPOUND] = U0
-            ram[page + MAPPING] = mapping
-            ram[page + INDEX] = index + base + i
-            ram[page + COUNTS] = ONE_CACHED
-            ram[page + MEMCG] = memcg
-            page += U8
-    ram[first + COMPOUND] = U0
-    ram[first + PRIVATE] = U0
-    m.state[block + B_STATE] = BLOCK_SPLIT
+    status = split_folio_from(m, state[block + B_PFN], order, index, U1 << order, zeroed_word)
+    if status != 0:
+        return status
+    state[block + B_STATE] = BLOCK_SPLIT
     change(m.stats, BLOCKS_HUGE, -1)
     change(m.stats, BLOCKS_SPLIT, 1)
-    charge_one(m, FOLIO_SPLIT)
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
-    charge(m, STRUCT_PAGE_BYTES, SPLIT_BYTES * (np.int64(pages) - 1))
-    charge(m, PAGE_CACHE_STORED, np.int64(pages))
-    return np.int64(0)
+    return status
+
+
+# --------------------------------------------------------------------------- merge
 
 
 @kernel
 def survey(m, head, pages):
-    """Look over a block's 4K folios: (first one held by more than the page cache, or NONE; how many are up to date)."""
+    """Look over 4K folios: (first one that has another reference count than 1, or NONE; how many are up to date)."""
     ram = m.ram
     uptodate = U0
     for base in range(U0, pages, U64):
@@ -134,39 +331,103 @@ def zero_the_rest(m, head, pages):
             zero_contents(m, head + i, U1)
 
 
-@kernel
-def finish_merge(m, head, first, head_flags, uptodate):
-    """The head of a merged folio, referenced once per base page."""
+@outlined
+def join_pages(m, head, order, references, uptodate, zeroed_word):
+    """Make one folio of pages that nobody references, optimise its vmemmap, give it `references`.
+
+    prep_compound_page(), whose failing optimisation nobody minds. `uptodate` (0 or 1): whether all of it is.
+    `zeroed_word`: where the bits of its pages that are go, or NONE.
+
+    Inference: tails lose their flags. No posted version says where; a tail that kept PG_uptodate would be copied into
+    every page of the next restore.
+    """
     ram = m.ram
     state = m.state
-    order = state[R_ORDER]
-    head_flags = (head_flags & ~PG_UPTODATE) | PG_HEAD
-    ram[first + FLAGS] = head_flags | PG_UPTODATE if uptodate else head_flags
-    ram[first + COMPOUND] = U0
-    ram[first + COUNTS] = PGTY_HUGETLB | U1 << (order + U32)
+    compound = compound_info(state, head, order)
+    first = struct_page(m, head)
+    flags = ram[first + FLAGS]
+    link = ram[first + COMPOUND]
+    mapping = ram[first + MAPPING]
+    private = ram[first + PRIVATE]
+    for base in range(U0, U1 << order, U64):
+        page = struct_page(m, head + base)
+        bits = U0
+        for i in range(U64):
+            word = ram[page + FLAGS]
+            bits |= (word >> U3 & U1) << i
+            ram[page + FLAGS] = word & ~PAGE_FLAGS
+            ram[page + COMPOUND] = compound
+            ram[page + MAPPING] = TAIL_MAPPING
+            ram[page + PRIVATE] = U0
+            ram[page + COUNTS] = NO_MAPCOUNT
+            page += U8
+        if zeroed_word != NONE:
+            state[zeroed_word + (base >> U6)] = bits
+    ram[first + FLAGS] = (flags & ~PG_UPTODATE) | PG_HEAD | uptodate << U3
+    ram[first + COMPOUND] = link
+    ram[first + MAPPING] = mapping
+    ram[first + PRIVATE] = private
+    ram[first + COUNTS] = PGTY_HUGETLB | references << U32
+    subpool = first + (SUBPOOL_6_12 if state[R_FOLIO_6_12] != U0 else SUBPOOL)
+    kept = ram[subpool]
     write_order(ram, state, head, first, order)
+    ram[subpool] = kept
+    charge_pages(m, order, MERGE_BYTES)
+    if state[R_HVO] != U0:
+        optimize(m, head, order)
+
+
+@outlined
+def merge_pages(m, head, order, index, references, uptodate, zeroed_word):
+    """merge_folio(), when every page has been found idle."""
+    first = struct_page(m, head)
+    pages = np.int64(U1 << order)
+    cached = m.ram[first + MAPPING] != U0
+    rfc2 = m.state[R_SERIES] == SERIES_RFC2
+    charge(m, FOLIO_GATE_CHECKED, pages)  # each is frozen
+    if cached:
+        charge(m, PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
+        put_nodes(m, nodes_of(m.state, order))
+        m.ram[first + INDEX] = index
+    join_pages(m, head, order, references, uptodate, zeroed_word)
+    if rfc2:
+        unstash(m)
+    charge_one(m, FOLIO_MERGED)
+    return np.int64(0)
+
+
+@outlined
+def merge_folio(m, head, order, index, references):
+    """Merge the 4K folios of a huge page, one reference each, into one with `references`: 0, or -EBUSY.
+
+    -EBUSY: a page is referenced by somebody else; the posted code spins in its freeze loop until that is gone, a
+    caller here has to come again. No memory is needed: without a frame for the new head page the folio merely stays
+    unoptimised. rfc2 inserts the folio in the page cache again, for which it may want nodes that the removal of the
+    pages freed (inference: it gets them).
+    """
+    busy, uptodate = survey(m, head, U1 << order)
+    if busy != NONE:
+        charge_one(m, FREEZE_SPIN)
+        return BUSY
+    whole = U1 if uptodate == U1 << order else U0
+    return merge_pages(m, head, order, index, references, whole, NONE)
 
 
 @outlined
 def merge_block(m, block, index, zeroed_word):
-    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY.
-
-    -EBUSY: a folio has a reference besides the page cache's; the posted code spins in its freeze loop
-    until that is gone, a caller here has to come again. No memory is needed: without a frame for the
-    new head page the folio merely stays unoptimised.
+    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY as merge_folio().
 
     Inference: where the folio's flag must speak for all pages and only some were zeroed, the others are
     zeroed here; where zeroing goes by page, their bits go to `zeroed` from `zeroed_word` on (NONE: the
     folio is about to be freed). No posted version says.
     """
-    ram = m.ram
     state = m.state
-    head = m.state[block + B_PFN]
+    head = state[block + B_PFN]
     order = state[R_ORDER]
     pages = U1 << order
     busy, uptodate = survey(m, head, pages)
     if busy != NONE:
-        return np.int64(-EBUSY)
+        return BUSY
     by_page = state[R_ZERO_PAGE] != U0
     if zeroed_word == NONE:
         uptodate = U0  # the folio is on its way to the pool
@@ -174,39 +435,19 @@ def merge_block(m, block, index, zeroed_word):
         zero_the_rest(m, head, pages)
         charge(m, PAGE_ZEROED, np.int64(pages - uptodate))
         uptodate = pages
-    flags = state[R_PAGE_FLAGS]
-    compound = compound_info(state, head, order)
-    first = struct_page(m, head)
-    head_flags = ram[first + FLAGS]
-    mapping = ram[first + MAPPING]
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        bits = U0
-        for i in range(U64):
-            bits |= (ram[page + FLAGS] >> U3 & U1) << i
-            ram[page + FLAGS] = flags
-            ram[page + COMPOUND] = compound
-            ram[page + MAPPING] = TAIL_MAPPING
-            ram[page + PRIVATE] = U0
-            ram[page + COUNTS] = NO_MAPCOUNT
-            page += U8
-        if by_page and zeroed_word != NONE:
-            m.state[zeroed_word + (base >> U6)] = bits
-    finish_merge(m, head, first, head_flags, uptodate == pages)
-    ram[first + MAPPING] = mapping
-    ram[first + INDEX] = index
-    m.state[block + B_STATE] = BLOCK_HUGE
-    m.state[block + B_WAITS] = U0
+    whole = U1 if uptodate == pages else U0
+    merge_pages(m, head, order, index, pages, whole, zeroed_word if by_page else NONE)
+    state[block + B_STATE] = BLOCK_HUGE
+    state[block + B_WAITS] = U0
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
-    charge_one(m, FOLIO_MERGED)
-    charge(m, FOLIO_GATE_CHECKED, np.int64(pages))  # each is frozen
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
-    charge(m, STRUCT_PAGE_BYTES, MERGE_BYTES * (np.int64(pages) - 1))
-    charge_one(m, PAGE_CACHE_STORED)
-    if state[R_HVO] != U0:
-        optimize(m, head, order)
     return np.int64(0)
+
+
+@kernel
+def leave_cache(m, order):
+    """The pages of a split folio have left the page cache: their nodes are free."""
+    put_nodes(m, nodes_of(m.state, order))
 
 
 @outlined
