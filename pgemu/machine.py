@@ -240,8 +240,9 @@ class Machine:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
         gigabytes = (self.config.pool + self.config.other_pool) / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
+        nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
         huge_pages = self.config.pool_pages + self.config.other_pool_pages
-        needed = int(gigabytes * (4096 + tables)) + 2 * huge_pages + (self.config.memory >> 12)
+        needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (self.config.memory >> 12)
         return 1 << max(needed, self.config.frames or 0).bit_length()
 
     def _boot_frames(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512, U4095
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -56,7 +56,6 @@ from pgemu_kernels.layout import (
     R_INODES,
     R_KERNEL_ROOT,
     R_NODE_FRAMES,
-    R_NODE_SLOTS,
     R_ORDER,
     R_ORDINARY,
     R_OTHER_BASE,
@@ -68,7 +67,6 @@ from pgemu_kernels.layout import (
     R_POOL_PAGES,
     R_PTI,
     R_SPACES,
-    R_STASHED,
     R_TAIL_PAGE,
     R_VMS,
     S_USER_ROOT,
@@ -81,7 +79,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.steps import broken
-from pgemu_kernels.xarray import NODES, XARRAY_NODES, nodes_of
+from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
@@ -312,7 +310,6 @@ def extra_references(m, head, pages):
 def check_objects(m, owner):
     """Frames of xarray nodes and stashes: as many as their counts ask for, and nodes for every split block."""
     state = m.state
-    gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
     frames = U0
     frame = state[R_NODE_FRAMES]
     while frame != U0 and owner[frame] == np.uint8(0):
@@ -320,9 +317,10 @@ def check_objects(m, owner):
         frames += U1
         frame = m.ram[frame << U9]
     expect(m, frame == U0, FRAMES, frame)
-    nodes = U(gauges[XARRAY_NODES * U2])
-    expect(m, (nodes + state[R_NODE_SLOTS]) // NODES + ((state[R_STASHED] + U4095) >> U12) == frames, FRAMES, frames)
-    expect(m, nodes == U(gauges[BLOCKS_SPLIT * U2]) * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+    nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
+    blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
+    expect(m, object_frames(m) == frames, FRAMES, frames)
+    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
 
 
 @entry

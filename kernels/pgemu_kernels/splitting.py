@@ -250,7 +250,6 @@ def split_by_page(m, head, order, index, references, cached, zeroed_word):
         charge(m, FOLIO_GATE_CHECKED, np.int64(inserted))
         charge(m, PAGE_CACHE_STORED, np.int64(inserted))
     join_pages(m, head, order, references, uptodate, NONE)
-    unstash(m)
     charge_one(m, PAGE_CACHE_STORED)
     return NO_MEMORY
 
@@ -373,6 +372,8 @@ def join_pages(m, head, order, references, uptodate, zeroed_word):
     write_order(ram, state, head, first, order)
     ram[subpool] = kept
     charge_pages(m, order, MERGE_BYTES)
+    if state[R_SERIES] == SERIES_RFC2:
+        unstash(m)
     if state[R_HVO] != U0:
         optimize(m, head, order)
 
@@ -390,8 +391,6 @@ def merge_pages(m, head, order, index, references, uptodate, zeroed_word):
         put_nodes(m, nodes_of(m.state, order))
         m.ram[first + INDEX] = index
     join_pages(m, head, order, references, uptodate, zeroed_word)
-    if rfc2:
-        unstash(m)
     charge_one(m, FOLIO_MERGED)
     return np.int64(0)
 

@@ -10,10 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U12, U64, U4095
+from pgemu_kernels.bits import NONE, U0, U1, U2, U6, U9, U12, U64, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import change, charge, charge_one
-from pgemu_kernels.layout import R_NODE_FRAMES, R_NODE_SLOTS, R_SERIES, R_STASHED, SERIES_RFC2, Event, Gauge
+from pgemu_kernels.layout import (
+    R_NODE_FRAMES,
+    R_NODE_SLOTS,
+    R_SERIES,
+    R_STASHED,
+    SERIES_RFC2,
+    STATS_GAUGES,
+    Event,
+    Gauge,
+)
 from pgemu_kernels.memory import frames_left, put_frame, take_frame
 
 U = np.uint64
@@ -73,6 +82,13 @@ def pop_frame(m):
     frame = m.state[R_NODE_FRAMES]
     m.state[R_NODE_FRAMES] = m.ram[frame << U9]
     put_frame(m, frame)
+
+
+@kernel
+def object_frames(m):
+    """How many frames nodes and stashes take."""
+    nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2]) + m.state[R_NODE_SLOTS]
+    return nodes // NODES + ((m.state[R_STASHED] + U4095) >> U12)
 
 
 @kernel
