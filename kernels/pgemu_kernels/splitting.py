@@ -330,6 +330,20 @@ def zero_the_rest(m, head, pages):
             zero_contents(m, head + i, U1)
 
 
+@kernel
+def prepare_head(m, head, first, order):
+    """prep_compound_head(): what write_order() stores, but for the subpool and (6.12) memcg_data of the second page."""
+    ram = m.ram
+    old = m.state[R_FOLIO_6_12] != U0
+    at = first + (SUBPOOL_6_12 if old else SUBPOOL)
+    subpool = ram[at]
+    memcg = ram[first + U8 + MEMCG]
+    write_order(ram, m.state, head, first, order)
+    ram[at] = subpool
+    if old:
+        ram[first + U8 + MEMCG] = memcg
+
+
 @outlined
 def join_pages(m, head, order, references, uptodate, zeroed_word):
     """Make one folio of pages that nobody references, optimise its vmemmap, give it `references`.
@@ -367,10 +381,7 @@ def join_pages(m, head, order, references, uptodate, zeroed_word):
     ram[first + MAPPING] = mapping
     ram[first + PRIVATE] = private
     ram[first + COUNTS] = PGTY_HUGETLB | references << U32
-    subpool = first + (SUBPOOL_6_12 if state[R_FOLIO_6_12] != U0 else SUBPOOL)
-    kept = ram[subpool]
-    write_order(ram, state, head, first, order)
-    ram[subpool] = kept
+    prepare_head(m, head, first, order)
     charge_pages(m, order, MERGE_BYTES)
     if state[R_SERIES] == SERIES_RFC2:
         unstash(m)
