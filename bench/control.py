@@ -35,38 +35,6 @@ def gather(array, indices, out):
         out[i] = array[indices[i]]
 
 
-@njit(nogil=True, _nrt=False)
-def copy_and_store(ram, source, target, pages, folios, times, memcg):
-    """What a split and a merge of folios of `pages` cost at least, on struct pages that lie in a row.
-
-    `source`, `target`: words where the page to copy and the struct pages begin. For each folio, all vmemmap pages but
-    the first are copied, then flags, compound_head, mapping, index, refcount (and memcg_data) of each struct page are
-    stored, then flags, compound_head, mapping, private and refcount.
-    """
-    one, three, four, five = np.uint64(1), np.uint64(3), np.uint64(4), np.uint64(5)
-    six, seven, eight, nine = np.uint64(6), np.uint64(7), np.uint64(8), np.uint64(9)
-    for _ in range(times):
-        for folio in range(folios):
-            first = target + folio * pages * eight
-            for word in range(first + np.uint64(512), first + pages * eight, np.uint64(512)):
-                for i in range(np.uint64(512)):
-                    ram[word + i] = ram[source + i]
-            for at in range(first, first + pages * eight, eight):
-                ram[at] = nine
-                ram[at + one] = np.uint64(0)
-                ram[at + three] = folio
-                ram[at + four] = at
-                ram[at + six] = six
-                if memcg:
-                    ram[at + seven] = folio
-            for at in range(first, first + pages * eight, eight):
-                ram[at] = one
-                ram[at + one] = three
-                ram[at + three] = four
-                ram[at + five] = np.uint64(0)
-                ram[at + six] = nine
-
-
 _U0, _U1, _U2, _TWELVE = (np.uint64(n) for n in (0, 1, 2, 12))
 _STAGE2 = np.uint64(L.ACCESS_ROWS * L.X_WORDS)
 _TABLE_READ = _STAGE2 + L.X_ROW_TABLE_READ * np.uint64(L.X_WORDS)

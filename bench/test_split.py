@@ -1,21 +1,24 @@
 """Split and merge of huge pages to 4K folios and back, in both posted forms; the operations counted are 4K pages.
 
-Vmemmap restore, rewriting and optimising of folios that are in no page cache: the gate, nodes and page-cache entries are
-in `conversion` only, which is two ioctls on a guest_memfd. The control copies the restored vmemmap pages and makes two
-passes over all struct pages that store what split and merge store, in one run of memory with huge pages under it.
+Vmemmap restore, rewriting and optimising of folios that are in no page cache: the gate, nodes and page-cache entries
+are in `conversion` only, which is two ioctls on a guest_memfd. The control (split.c) copies the restored vmemmap pages
+and makes two passes over all struct pages that store what split and merge store, in memory like the machine's.
 Cases: one folio of 1G; one folio of 2M again and again; and 512 folios of 2M, as after a demotion of 1G.
 """
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
 
-from control import copy_and_store
 from pgemu.machine import Config, Machine
 from pgemu_kernels import layout as L
 from pgemu_kernels.handle import open_machine
@@ -112,17 +115,33 @@ def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
     measure(benchmark, f"1G, {series}, {kernel}", L.PAGE_1G >> 12, convert)
 
 
+@pytest.fixture(scope="module")
+def copy_and_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """split.c's function. Skips where there is no C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build the control with")
+    library = tmp_path_factory.mktemp("control") / "split.so"
+    source = Path(__file__).with_name("split.c")
+    subprocess.run([compiler, "-O2", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).copy_and_store
+    pointer, number = ctypes.c_void_p, ctypes.c_uint64
+    function.argtypes = [pointer, pointer, number, number, number, ctypes.c_int]
+    function.restype = None
+    return function
+
+
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("series", SERIES)
 @pytest.mark.parametrize("case", CASES)
-def test_control(benchmark: Any, case: str, series: str, kernel: str) -> None:
+def test_control(benchmark: Any, copy_and_store: Any, case: str, series: str, kernel: str) -> None:
     size, count, times = CASES[case]
     pages = size >> 12
     ram = Machine(Config(memory=32 << 20)).arrays.ram
-    source, target = np.uint64(512), np.uint64(1 << 18)
-    memcg = series == "jan2026"
+    source, target = ram.ctypes.data + 4096, ram.ctypes.data + (2 << 20)
+    memcg = int(series == "jan2026")
 
     def control() -> None:
-        copy_and_store(ram, source, target, np.uint64(pages), np.uint64(count), np.uint64(times), memcg)
+        copy_and_store(target, source, pages, count, times, memcg)
 
     measure(benchmark, f"{case}, {series}, {kernel}", pages * count * times, control)

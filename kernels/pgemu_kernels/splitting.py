@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U32, U63, U64, U511
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U32, U63, U64, U511, U512, prefetch
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -119,12 +119,40 @@ def end_restore(m, first, missing):
 
 
 @outlined
+def write_run(ram, page, source, stride, count, words, ahead):
+    """Write `count` struct pages from `page` on, made from those at `source`, source + stride, ...
+
+    `words`: kept and added bits of flags, mapping, index of the first and which bits of the source's index stay,
+    kept and added bits of memcg_data.
+    """
+    kept, added, mapping, number, number_kept, memcg_kept, memcg = words
+    for _ in range(count):
+        prefetch(ram, page + ahead)
+        flags = ram[source + FLAGS] & kept | added
+        lru = ram[source + LRU_PREV]
+        index = ram[source + INDEX] & number_kept | number & ~number_kept
+        private = ram[source + PRIVATE]
+        owner = ram[source + MEMCG] & memcg_kept | memcg
+        ram[page + FLAGS] = flags
+        ram[page + COMPOUND] = U0
+        ram[page + LRU_PREV] = lru
+        ram[page + MAPPING] = mapping
+        ram[page + INDEX] = index
+        ram[page + PRIVATE] = private
+        ram[page + COUNTS] = ONE_CACHED
+        ram[page + MEMCG] = owner
+        number += U1
+        page += U8
+        source += stride
+
+
+@outlined
 def write_pages(m, head, order, restored, index, indexed, zeroed_word):
     """Make every page of a folio a folio of its own, referenced once.
 
     `restored`: its vmemmap pages but the first are mapped here, to new frames. Page i gets `index` + i if i <
-    `indexed`. `zeroed_word`: where the folio is not up to date as a whole, its pages' bits (NONE: they are not).
-    The first vmemmap page comes last: the others are made from it.
+    `indexed`, a multiple of 64. `zeroed_word`: where the folio is not up to date as a whole, its pages' bits (NONE:
+    they are not). The first vmemmap page comes last: the others are made from it.
     """
     ram = m.ram
     state = m.state
@@ -136,49 +164,40 @@ def write_pages(m, head, order, restored, index, indexed, zeroed_word):
     kept = U0 if rfc2 else ~PAGE_FLAGS
     by_page = added & PG_UPTODATE == U0 and zeroed_word != NONE
     mapping = ram[first + MAPPING]
-    memcg = ram[first + MEMCG]
+    memcg_kept = NONE if rfc2 else U0
+    memcg = U0 if rfc2 else ram[first + MEMCG]
     ram[first + U8 + (INDEX if state[R_FOLIO_6_12] != U0 else MEMCG)] = U0  # rfc2: folio->_nr_pages
     masks = state[R_MASK_TAILS] != U0
     reset = U0 if masks else state[R_RESET_STRUCT_PAGES]
+    source = first + U63 * U8 if masks else first
+    stride = U0 if masks else U8
     start = vmemmap_address(state, head)
     count = vmemmap_pages(order)
     slot = U0
+    following = first >> U9
+    if restored:
+        following = take_frame(m)
     for n in range(U1, count + U1):
         base = n << U6 if n < count else U0
-        source = first
-        stride = U8
-        early = U0
+        words = (kept, added, mapping, index + base, U0 if base < indexed else NONE, memcg_kept, memcg)
         if base == U0 or not restored:
             page = struct_page(m, head + base)
-            source = page
+            write_run(ram, page, page, U8, U64, words, U512)
         else:
             slot = vmemmap_pte(m, start + (n << U12)) if n == U1 or n & U511 == U0 else slot + U1
-            frame = take_frame(m)
+            frame = following
+            if n < count - U1:
+                following = take_frame(m)
+            ahead = (following - frame) << U9
             page = frame << U9
             ram[slot] = frame << U12 | _PAGE
-            early = reset
-            if masks:
-                source = first + U63 * U8
-                stride = U0
-        bits = state[zeroed_word + (base >> U6)] if by_page else U0
-        for i in range(U64):
-            at = source + i * stride
-            if i < early:
-                at += reset * U8
-            flags = ram[at + FLAGS] & kept | added | (bits >> i & U1) << U3
-            number = index + base + i if base + i < indexed else ram[at + INDEX]
-            owner = ram[at + MEMCG] if rfc2 else memcg
-            lru = ram[at + LRU_PREV]
-            private = ram[at + PRIVATE]
-            ram[page + FLAGS] = flags
-            ram[page + COMPOUND] = U0
-            ram[page + LRU_PREV] = lru
-            ram[page + MAPPING] = mapping
-            ram[page + INDEX] = number
-            ram[page + PRIVATE] = private
-            ram[page + COUNTS] = ONE_CACHED
-            ram[page + MEMCG] = owner
-            page += U8
+            write_run(ram, page, source, stride, U64, words, ahead)
+            if reset != U0:
+                write_run(ram, page, source + reset * U8, stride, reset, words, ahead)
+        if by_page:
+            bits = state[zeroed_word + (base >> U6)]
+            for i in range(U64):
+                ram[page + i * U8 + FLAGS] |= (bits >> i & U1) << U3
     # The head keeps the flags that no tail inherits, and the words of its list.
     ram[first + COMPOUND] = link
     ram[first + FLAGS] = head_flags | (ram[first + FLAGS] & PG_UPTODATE)
@@ -309,17 +328,23 @@ def split_block(m, block, index, zeroed_word):
 
 @kernel
 def survey(m, head, pages):
-    """Look over 4K folios: (first one that has another reference count than 1, or NONE; how many are up to date)."""
+    """Look over 4K folios: (whether one has another reference count than 1 or is mapped; how many are up to date)."""
     ram = m.ram
     uptodate = U0
+    following = struct_page(m, head)
     for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        for i in range(U64):
-            if ram[page + COUNTS] != ONE_CACHED:
-                return base + i, uptodate
+        page = following
+        following = struct_page(m, head + min(base + U64, pages - U1))
+        ahead = following - page
+        different = U0
+        for _ in range(U64):
+            prefetch(ram, page + ahead)
+            different |= ram[page + COUNTS] ^ ONE_CACHED
             uptodate += ram[page + FLAGS] >> U3 & U1
             page += U8
-    return NONE, uptodate
+        if different != U0:
+            return True, uptodate
+    return False, uptodate
 
 
 @kernel
@@ -362,10 +387,15 @@ def join_pages(m, head, order, references, uptodate, zeroed_word):
     link = ram[first + COMPOUND]
     mapping = ram[first + MAPPING]
     private = ram[first + PRIVATE]
+    last = head + (U1 << order) - U1
+    following = first
     for base in range(U0, U1 << order, U64):
-        page = struct_page(m, head + base)
+        page = following
+        following = struct_page(m, min(head + base + U64, last))
+        ahead = following - page
         bits = U0
         for i in range(U64):
+            prefetch(ram, page + ahead)
             word = ram[page + FLAGS]
             bits |= (word >> U3 & U1) << i
             ram[page + FLAGS] = word & ~PAGE_FLAGS
@@ -416,7 +446,7 @@ def merge_folio(m, head, order, index, references):
     pages freed (inference: it gets them).
     """
     busy, uptodate = survey(m, head, U1 << order)
-    if busy != NONE:
+    if busy:
         charge_one(m, FREEZE_SPIN)
         return BUSY
     whole = U1 if uptodate == U1 << order else U0
@@ -436,7 +466,7 @@ def merge_block(m, block, index, zeroed_word):
     order = state[R_ORDER]
     pages = U1 << order
     busy, uptodate = survey(m, head, pages)
-    if busy != NONE:
+    if busy:
         return BUSY
     by_page = state[R_ZERO_PAGE] != U0
     if zeroed_word == NONE:
