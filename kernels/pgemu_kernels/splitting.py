@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U32, U63, U64, U511, U512, prefetch
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U32, U63, U64, U511, U512, merge_words, prefetch
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -119,29 +119,20 @@ def end_restore(m, first, missing):
 
 
 @outlined
-def write_run(ram, page, source, stride, count, words, ahead):
-    """Write `count` struct pages from `page` on, made from those at `source`, source + stride, ...
+def rewrite(ram, page, source, stride, count, ahead, index, kept, put):
+    """Write `count` struct pages from `page` on: what those at `source`, source + stride, ... have, changed.
 
-    `words`: kept and added bits of flags, mapping, index of the first and which bits of the source's index stay,
-    kept and added bits of memcg_data.
+    `kept`, `put`: of words 0 to 3 and of words 4 to 7, which bits stay and which are set. `index` is or-ed into the
+    index of the first page, index + 1 into that of the next, unless it is NONE. `ahead`: words to what is prefetched.
     """
-    kept, added, mapping, number, number_kept, memcg_kept, memcg = words
+    step = U1
+    if index == NONE:
+        index = step = U0
     for _ in range(count):
         prefetch(ram, page + ahead)
-        flags = ram[source + FLAGS] & kept | added
-        lru = ram[source + LRU_PREV]
-        index = ram[source + INDEX] & number_kept | number & ~number_kept
-        private = ram[source + PRIVATE]
-        owner = ram[source + MEMCG] & memcg_kept | memcg
-        ram[page + FLAGS] = flags
-        ram[page + COMPOUND] = U0
-        ram[page + LRU_PREV] = lru
-        ram[page + MAPPING] = mapping
-        ram[page + INDEX] = index
-        ram[page + PRIVATE] = private
-        ram[page + COUNTS] = ONE_CACHED
-        ram[page + MEMCG] = owner
-        number += U1
+        merge_words(ram, page, source, kept[0], put[0], U0)
+        merge_words(ram, page + INDEX, source + INDEX, kept[1], put[1], index)
+        index += step
         page += U8
         source += stride
 
@@ -164,8 +155,9 @@ def write_pages(m, head, order, restored, index, indexed, zeroed_word):
     kept = U0 if rfc2 else ~PAGE_FLAGS
     by_page = added & PG_UPTODATE == U0 and zeroed_word != NONE
     mapping = ram[first + MAPPING]
-    memcg_kept = NONE if rfc2 else U0
     memcg = U0 if rfc2 else ram[first + MEMCG]
+    memcg_kept = NONE if rfc2 else U0
+    put = (added, U0, U0, mapping), (U0, U0, ONE_CACHED, memcg)
     ram[first + U8 + (INDEX if state[R_FOLIO_6_12] != U0 else MEMCG)] = U0  # rfc2: folio->_nr_pages
     masks = state[R_MASK_TAILS] != U0
     reset = U0 if masks else state[R_RESET_STRUCT_PAGES]
@@ -174,15 +166,14 @@ def write_pages(m, head, order, restored, index, indexed, zeroed_word):
     start = vmemmap_address(state, head)
     count = vmemmap_pages(order)
     slot = U0
-    following = first >> U9
-    if restored:
-        following = take_frame(m)
+    following = take_frame(m) if restored else U0
     for n in range(U1, count + U1):
         base = n << U6 if n < count else U0
-        words = (kept, added, mapping, index + base, U0 if base < indexed else NONE, memcg_kept, memcg)
+        number = index + base if base < indexed else NONE
+        keep = (kept, U0, NONE, U0), (U0 if base < indexed else NONE, NONE, U0, memcg_kept)
         if base == U0 or not restored:
             page = struct_page(m, head + base)
-            write_run(ram, page, page, U8, U64, words, U512)
+            rewrite(ram, page, page, U8, U64, U512, number, keep, put)
         else:
             slot = vmemmap_pte(m, start + (n << U12)) if n == U1 or n & U511 == U0 else slot + U1
             frame = following
@@ -191,9 +182,9 @@ def write_pages(m, head, order, restored, index, indexed, zeroed_word):
             ahead = (following - frame) << U9
             page = frame << U9
             ram[slot] = frame << U12 | _PAGE
-            write_run(ram, page, source, stride, U64, words, ahead)
+            rewrite(ram, page, source, stride, U64, ahead, number, keep, put)
             if reset != U0:
-                write_run(ram, page, source + reset * U8, stride, reset, words, ahead)
+                rewrite(ram, page, source + reset * U8, stride, reset, ahead, number, keep, put)
         if by_page:
             bits = state[zeroed_word + (base >> U6)]
             for i in range(U64):
@@ -387,25 +378,19 @@ def join_pages(m, head, order, references, uptodate, zeroed_word):
     link = ram[first + COMPOUND]
     mapping = ram[first + MAPPING]
     private = ram[first + PRIVATE]
+    keep = (~PAGE_FLAGS, U0, NONE, U0), (NONE, U0, U0, NONE)
+    put = (U0, compound, U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
     last = head + (U1 << order) - U1
     following = first
     for base in range(U0, U1 << order, U64):
         page = following
         following = struct_page(m, min(head + base + U64, last))
-        ahead = following - page
-        bits = U0
-        for i in range(U64):
-            prefetch(ram, page + ahead)
-            word = ram[page + FLAGS]
-            bits |= (word >> U3 & U1) << i
-            ram[page + FLAGS] = word & ~PAGE_FLAGS
-            ram[page + COMPOUND] = compound
-            ram[page + MAPPING] = TAIL_MAPPING
-            ram[page + PRIVATE] = U0
-            ram[page + COUNTS] = NO_MAPCOUNT
-            page += U8
         if zeroed_word != NONE:
+            bits = U0
+            for i in range(U64):
+                bits |= (ram[page + i * U8 + FLAGS] >> U3 & U1) << i
             state[zeroed_word + (base >> U6)] = bits
+        rewrite(ram, page, page, U8, U64, following - page, NONE, keep, put)
     ram[first + FLAGS] = (flags & ~PG_UPTODATE) | PG_HEAD | uptodate << U3
     ram[first + COMPOUND] = link
     ram[first + MAPPING] = mapping
