@@ -102,7 +102,7 @@ INHERITED = U(1 << 0 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 10 | 1 
 
 
 @kernel
-def missing_pages(m, head, first, order):
+def missing_pages(m, first, order):
     """How many vmemmap pages a folio lacks."""
     if m.ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
         return U0
@@ -137,8 +137,30 @@ def rewrite(ram, page, source, stride, count, ahead, index, kept, put):
         source += stride
 
 
+@kernel
+def final_words(m, first):
+    """What a page gets from the head of its folio: rewrite()'s `kept` and `put`, index aside.
+
+    rfc2 copies the flags and leaves memcg_data alone; the later form mixes the flags and copies memcg_data.
+    """
+    ram = m.ram
+    flags = ram[first + FLAGS] & ~PG_HEAD
+    mapping = ram[first + MAPPING]
+    if m.state[R_SERIES] == SERIES_RFC2:
+        return ((U0, U0, NONE, U0), (U0, NONE, U0, NONE)), ((flags, U0, U0, mapping), (U0, U0, ONE_CACHED, U0))
+    put = (flags & INHERITED, U0, U0, mapping), (U0, U0, ONE_CACHED, ram[first + MEMCG])
+    return ((~PAGE_FLAGS, U0, NONE, U0), (U0, NONE, U0, U0)), put
+
+
+@kernel
+def mark_uptodate(ram, page, bits):
+    """Set PG_uptodate of those of 64 struct pages whose bit is set."""
+    for i in range(U64):
+        ram[page + i * U8 + FLAGS] |= (bits >> i & U1) << U3
+
+
 @outlined
-def write_pages(m, head, order, restored, index, indexed, zeroed_word):
+def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
     """Make every page of a folio a folio of its own, referenced once.
 
     `restored`: its vmemmap pages but the first are mapped here, to new frames. Page i gets `index` + i if i <
@@ -147,51 +169,43 @@ def write_pages(m, head, order, restored, index, indexed, zeroed_word):
     """
     ram = m.ram
     state = m.state
-    first = struct_page(m, head)
-    head_flags = ram[first + FLAGS] & ~PG_HEAD
+    flags = ram[first + FLAGS] & ~PG_HEAD
     link = ram[first + COMPOUND]
-    rfc2 = state[R_SERIES] == SERIES_RFC2
-    added = head_flags if rfc2 else head_flags & INHERITED
-    kept = U0 if rfc2 else ~PAGE_FLAGS
-    by_page = added & PG_UPTODATE == U0 and zeroed_word != NONE
-    mapping = ram[first + MAPPING]
-    memcg = U0 if rfc2 else ram[first + MEMCG]
-    memcg_kept = NONE if rfc2 else U0
-    put = (added, U0, U0, mapping), (U0, U0, ONE_CACHED, memcg)
+    kept, put = final_words(m, first)
+    index_too = (NONE, kept[1][1], kept[1][2], kept[1][3])
+    by_page = flags & PG_UPTODATE == U0 and zeroed_word != NONE
     ram[first + U8 + (INDEX if state[R_FOLIO_6_12] != U0 else MEMCG)] = U0  # rfc2: folio->_nr_pages
     masks = state[R_MASK_TAILS] != U0
     reset = U0 if masks else state[R_RESET_STRUCT_PAGES]
-    source = first + U63 * U8 if masks else first
-    stride = U0 if masks else U8
+    source, stride = (first + U63 * U8, U0) if masks else (first, U8)
     start = vmemmap_address(state, head)
     count = vmemmap_pages(order)
     slot = U0
-    following = take_frame(m) if restored else U0
-    for n in range(U1, count + U1):
+    following = first >> U9
+    for n in range(count + U1):
+        frame = following
+        if restored and n < count - U1:
+            following = take_frame(m)
+        if n == U0:
+            continue
         base = n << U6 if n < count else U0
         number = index + base if base < indexed else NONE
-        keep = (kept, U0, NONE, U0), (U0 if base < indexed else NONE, NONE, U0, memcg_kept)
+        keep = (kept[0], kept[1] if base < indexed else index_too)
         if base == U0 or not restored:
             page = struct_page(m, head + base)
             rewrite(ram, page, page, U8, U64, U512, number, keep, put)
         else:
             slot = vmemmap_pte(m, start + (n << U12)) if n == U1 or n & U511 == U0 else slot + U1
-            frame = following
-            if n < count - U1:
-                following = take_frame(m)
             ahead = (following - frame) << U9
             page = frame << U9
             ram[slot] = frame << U12 | _PAGE
             rewrite(ram, page, source, stride, U64, ahead, number, keep, put)
-            if reset != U0:
-                rewrite(ram, page, source + reset * U8, stride, reset, ahead, number, keep, put)
+            rewrite(ram, page, source + reset * U8, stride, reset, ahead, number, keep, put)
         if by_page:
-            bits = state[zeroed_word + (base >> U6)]
-            for i in range(U64):
-                ram[page + i * U8 + FLAGS] |= (bits >> i & U1) << U3
+            mark_uptodate(ram, page, state[zeroed_word + (base >> U6)])
     # The head keeps the flags that no tail inherits, and the words of its list.
     ram[first + COMPOUND] = link
-    ram[first + FLAGS] = head_flags | (ram[first + FLAGS] & PG_UPTODATE)
+    ram[first + FLAGS] = flags | (ram[first + FLAGS] & PG_UPTODATE)
 
 
 @kernel
@@ -203,16 +217,17 @@ def charge_pages(m, order, size):
 
 
 @outlined
-def split_in_place(m, head, order, index, cached, zeroed_word):
+def split_in_place(m, head, first, order, index, cached, zeroed_word):
     """hugetlb_restructuring_split_folio(), from its entries on: 0, or -ENOMEM with nothing changed."""
     nodes = nodes_of(m.state, order) if cached else U0
     taken = take_nodes(m, nodes)
-    first = struct_page(m, head)
-    missing = missing_pages(m, head, first, order)
+    missing = missing_pages(m, first, order)
     if taken < nodes or frames_left(m) < missing:
         put_nodes(m, taken)
+        if cached:
+            charge_one(m, PAGE_CACHE_STORED)  # merge_entries() stores the folio again
         return NO_MEMORY
-    write_pages(m, head, order, missing != U0, index, U1 << order, zeroed_word)
+    write_pages(m, head, first, order, missing != U0, index, U1 << order, zeroed_word)
     if missing != U0:
         end_restore(m, first, missing)
     charge_pages(m, order, SPLIT_BYTES)
@@ -222,16 +237,15 @@ def split_in_place(m, head, order, index, cached, zeroed_word):
 
 
 @outlined
-def split_by_page(m, head, order, index, references, cached, zeroed_word):
+def split_by_page(m, head, first, order, index, references, cached, zeroed_word):
     """guestmem_hugetlb_split_folio() and kvm_gmem_split_folio_in_filemap(): 0 or -ENOMEM.
 
     Without memory for the stash or the vmemmap nothing has changed. Without memory for a node, the pages before the
     one that needs it have been inserted; they are removed and the folio is merged again.
     """
     pages = U1 << order
-    first = struct_page(m, head)
     uptodate = m.ram[first + FLAGS] >> U3 & U1
-    missing = missing_pages(m, head, first, order)
+    missing = missing_pages(m, first, order)
     if cached:
         charge_one(m, PAGE_CACHE_STORED)
     stashed = stash(m)
@@ -246,7 +260,7 @@ def split_by_page(m, head, order, index, references, cached, zeroed_word):
     inserted = U0
     if cached:
         inserted = pages if obtained == nodes else page_without_node(order, obtained)
-    write_pages(m, head, order, missing != U0, index, inserted, zeroed_word)
+    write_pages(m, head, first, order, missing != U0, index, inserted, zeroed_word)
     if missing != U0:
         end_restore(m, first, missing)
     charge_pages(m, order, RFC2_SPLIT_BYTES)
@@ -259,7 +273,7 @@ def split_by_page(m, head, order, index, references, cached, zeroed_word):
     if inserted != U0:  # frozen and removed
         charge(m, FOLIO_GATE_CHECKED, np.int64(inserted))
         charge(m, PAGE_CACHE_STORED, np.int64(inserted))
-    join_pages(m, head, order, references, uptodate, NONE)
+    join_pages(m, head, first, order, references, uptodate, NONE)
     charge_one(m, PAGE_CACHE_STORED)
     return NO_MEMORY
 
@@ -273,9 +287,9 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
         return BUSY
     cached = m.ram[first + MAPPING] != U0
     if m.state[R_SERIES] == SERIES_RFC2:
-        status = split_by_page(m, head, order, index, references, cached, zeroed_word)
+        status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
-        status = split_in_place(m, head, order, index, cached, zeroed_word)
+        status = split_in_place(m, head, first, order, index, cached, zeroed_word)
     if status == 0:
         charge_one(m, FOLIO_SPLIT)
     return status
@@ -317,15 +331,17 @@ def split_block(m, block, index, zeroed_word):
 # --------------------------------------------------------------------------- merge
 
 
-@kernel
+@outlined
 def survey(m, head, pages):
     """Look over 4K folios: (whether one has another reference count than 1 or is mapped; how many are up to date)."""
     ram = m.ram
     uptodate = U0
-    following = struct_page(m, head)
-    for base in range(U0, pages, U64):
+    following = U0
+    for base in range(U0, pages + U64, U64):
         page = following
-        following = struct_page(m, head + min(base + U64, pages - U1))
+        following = struct_page(m, head + min(base, pages - U1))
+        if base == U0:
+            continue
         ahead = following - page
         different = U0
         for _ in range(U64):
@@ -361,10 +377,11 @@ def prepare_head(m, head, first, order):
 
 
 @outlined
-def join_pages(m, head, order, references, uptodate, zeroed_word):
+def join_pages(m, head, first, order, references, uptodate, zeroed_word):
     """Make one folio of pages that nobody references, optimise its vmemmap, give it `references`.
 
-    prep_compound_page(), whose failing optimisation nobody minds. `uptodate` (0 or 1): whether all of it is.
+    prep_compound_page(), hugetlb_vmemmap_optimize_folio(), whose failure nobody minds. `uptodate` (0 or 1): whether it
+    is up to date as a whole.
     `zeroed_word`: where the bits of its pages that are go, or NONE.
 
     Inference: tails lose their flags. No posted version says where; a tail that kept PG_uptodate would be copied into
@@ -373,7 +390,6 @@ def join_pages(m, head, order, references, uptodate, zeroed_word):
     ram = m.ram
     state = m.state
     compound = compound_info(state, head, order)
-    first = struct_page(m, head)
     flags = ram[first + FLAGS]
     link = ram[first + COMPOUND]
     mapping = ram[first + MAPPING]
@@ -416,7 +432,7 @@ def merge_pages(m, head, order, index, references, uptodate, zeroed_word):
         charge(m, PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
         m.ram[first + INDEX] = index
-    join_pages(m, head, order, references, uptodate, zeroed_word)
+    join_pages(m, head, first, order, references, uptodate, zeroed_word)
     charge_one(m, FOLIO_MERGED)
     return np.int64(0)
 
@@ -430,12 +446,12 @@ def merge_folio(m, head, order, index, references):
     unoptimised. rfc2 inserts the folio in the page cache again, for which it may want nodes that the removal of the
     pages freed (inference: it gets them).
     """
-    busy, uptodate = survey(m, head, U1 << order)
+    busy, _ = survey(m, head, U1 << order)
     if busy:
         charge_one(m, FREEZE_SPIN)
         return BUSY
-    whole = U1 if uptodate == U1 << order else U0
-    return merge_pages(m, head, order, index, references, whole, NONE)
+    uptodate = m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
+    return merge_pages(m, head, order, index, references, uptodate, NONE)
 
 
 @outlined

@@ -2,7 +2,8 @@
 
 Nodes are 576 bytes (lib/radix-tree.c: radix_tree_node_cachep), stashes 64. What they hold is not kept, only where
 they lie: seven nodes or 64 stashes to a frame, filled without gaps, and a frame goes back as soon as it is not needed.
-Inference: the slabs of a running kernel are of order 2 with 28 nodes, and have gaps.
+Inference: the slabs of a running kernel are of order 2 with 28 nodes, have gaps, and get a freed node after an RCU
+grace period only.
 The frames form a chain through their first words, so that a recount finds their owner.
 """
 

@@ -356,7 +356,7 @@ def test_later_form_fails_with_nothing_changed(kernel: str, frames: int) -> None
     head = gmem.pfn(0)
     assert head is not None
     before = state_of(machine, head)
-    nodes = counted(machine, Event.XARRAY_NODE_ALLOCATED)[0]
+    nodes, stored = counted(machine, Event.XARRAY_NODE_ALLOCATED, Event.PAGE_CACHE_STORED)
     result = gmem.convert(0, PAGE, shared=True)
     assert machine.check() == 0
     if frames == 9:
@@ -364,6 +364,7 @@ def test_later_form_fails_with_nothing_changed(kernel: str, frames: int) -> None
         return
     assert result == (-L.ENOMEM, 0)
     assert state_of(machine, head) == before
+    assert counted(machine, Event.PAGE_CACHE_STORED)[0] == stored + 1  # merge_entries() stores the folio once more
     allocated = nodes + min(8, 7 * frames)  # all or nothing, but those that there were are seen to come and go
     assert counted(machine, Event.XARRAY_NODE_ALLOCATED, Event.XARRAY_NODE_FREED) == [allocated, allocated]
     assert counted(machine, Event.STRUCT_PAGE_WRITTEN, Event.FOLIO_SPLIT) == [0, 0]
