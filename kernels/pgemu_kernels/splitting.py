@@ -273,7 +273,8 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     if inserted != U0:  # frozen and removed
         charge(m, FOLIO_GATE_CHECKED, np.int64(inserted))
         charge(m, PAGE_CACHE_STORED, np.int64(inserted))
-    join_pages(m, head, first, order, references, uptodate, NONE)
+    join_pages(m, head, first, order)
+    prepare(m, head, first, order, references, uptodate)
     charge_one(m, PAGE_CACHE_STORED)
     return NO_MEMORY
 
@@ -332,26 +333,65 @@ def split_block(m, block, index, zeroed_word):
 
 
 @outlined
-def survey(m, head, pages):
-    """Look over 4K folios: (whether one has another reference count than 1 or is mapped; how many are up to date)."""
+def join_pages(m, head, first, order):
+    """Freeze the 4K folios of a huge page and make them tails: (whether one is busy, how many are up to date).
+
+    Busy is one that has another reference count than 1 or is mapped: then nothing has changed. Flags and private stay
+    as they are until clean_tails(). The posted code freezes all before it prepares the first; here a vmemmap page is
+    looked over and rewritten at once, and undone when a later one is busy.
+    """
     ram = m.ram
-    uptodate = U0
-    following = U0
-    for base in range(U0, pages + U64, U64):
+    link = ram[first + COMPOUND]
+    mapping = ram[first + MAPPING]
+    kept = (NONE, U0, NONE, U0), (NONE, NONE, U0, NONE)
+    tail = (U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
+    folio = (U0, U0, U0, mapping), (U0, U0, ONE_CACHED, U0)
+    pages = U1 << order
+    base = different = uptodate = U0
+    following = first
+    while base < pages and different == U0:
         page = following
-        following = struct_page(m, head + min(base, pages - U1))
-        if base == U0:
-            continue
+        following = struct_page(m, head + min(base + U64, pages - U1))
         ahead = following - page
-        different = U0
-        for _ in range(U64):
-            prefetch(ram, page + ahead)
-            different |= ram[page + COUNTS] ^ ONE_CACHED
-            uptodate += ram[page + FLAGS] >> U3 & U1
-            page += U8
-        if different != U0:
-            return True, uptodate
-    return False, uptodate
+        for at in range(page, page + U512, U8):
+            prefetch(ram, at + ahead)
+            different |= ram[at + COUNTS] ^ ONE_CACHED
+            uptodate += ram[at + FLAGS] >> U3 & U1
+        if different == U0:
+            rewrite(ram, page, page, U8, U64, U512, NONE, kept, tail)
+            base += U64
+    if different != U0:
+        for back in range(U0, base, U64):
+            page = struct_page(m, head + back)
+            rewrite(ram, page, page, U8, U64, U512, NONE, kept, folio)
+    ram[first + COMPOUND] = link
+    ram[first + MAPPING] = mapping
+    return different != U0, uptodate
+
+
+@outlined
+def clean_tails(m, head, start, end):
+    """Take flags and private from pages [start, end) of a folio.
+
+    Inference as for flags: no posted version says where they go; a tail that kept PG_uptodate would be copied into
+    every page of the next restore.
+    """
+    kept = (~PAGE_FLAGS, NONE, NONE, NONE), (NONE, U0, NONE, NONE)
+    nothing = (U0, U0, U0, U0), (U0, U0, U0, U0)
+    for base in range(start, end, U64):
+        page = struct_page(m, head + base)
+        rewrite(m.ram, page, page, U8, U64, U512, NONE, kept, nothing)
+
+
+@outlined
+def note_uptodate(m, head, order, zeroed_word):
+    """Store which pages are up to date, a bit each."""
+    for base in range(U0, U1 << order, U64):
+        page = struct_page(m, head + base)
+        bits = U0
+        for i in range(U64):
+            bits |= (m.ram[page + i * U8 + FLAGS] >> U3 & U1) << i
+        m.state[zeroed_word + (base >> U6)] = bits
 
 
 @kernel
@@ -377,39 +417,18 @@ def prepare_head(m, head, first, order):
 
 
 @outlined
-def join_pages(m, head, first, order, references, uptodate, zeroed_word):
-    """Make one folio of pages that nobody references, optimise its vmemmap, give it `references`.
+def prepare(m, head, first, order, references, uptodate):
+    """The head of joined pages, with `references`; then hugetlb_vmemmap_optimize_folio(), whose failure nobody minds.
 
-    prep_compound_page(), hugetlb_vmemmap_optimize_folio(), whose failure nobody minds. `uptodate` (0 or 1): whether it
-    is up to date as a whole.
-    `zeroed_word`: where the bits of its pages that are go, or NONE.
-
-    Inference: tails lose their flags. No posted version says where; a tail that kept PG_uptodate would be copied into
-    every page of the next restore.
+    prep_compound_page(). `uptodate` (0 or 1): whether the folio is up to date as a whole. Vmemmap pages that are freed
+    are not cleaned before.
     """
     ram = m.ram
     state = m.state
-    compound = compound_info(state, head, order)
     flags = ram[first + FLAGS]
-    link = ram[first + COMPOUND]
-    mapping = ram[first + MAPPING]
     private = ram[first + PRIVATE]
-    keep = (~PAGE_FLAGS, U0, NONE, U0), (NONE, U0, U0, NONE)
-    put = (U0, compound, U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
-    last = head + (U1 << order) - U1
-    following = first
-    for base in range(U0, U1 << order, U64):
-        page = following
-        following = struct_page(m, min(head + base + U64, last))
-        if zeroed_word != NONE:
-            bits = U0
-            for i in range(U64):
-                bits |= (ram[page + i * U8 + FLAGS] >> U3 & U1) << i
-            state[zeroed_word + (base >> U6)] = bits
-        rewrite(ram, page, page, U8, U64, following - page, NONE, keep, put)
+    clean_tails(m, head, U0, U64)
     ram[first + FLAGS] = (flags & ~PG_UPTODATE) | PG_HEAD | uptodate << U3
-    ram[first + COMPOUND] = link
-    ram[first + MAPPING] = mapping
     ram[first + PRIVATE] = private
     ram[first + COUNTS] = PGTY_HUGETLB | references << U32
     prepare_head(m, head, first, order)
@@ -418,12 +437,13 @@ def join_pages(m, head, first, order, references, uptodate, zeroed_word):
         unstash(m)
     if state[R_HVO] != U0:
         optimize(m, head, order)
+    if ram[struct_page(m, head) + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
+        clean_tails(m, head, U64, U1 << order)
 
 
 @outlined
-def merge_pages(m, head, order, index, references, uptodate, zeroed_word):
-    """merge_folio(), when every page has been found idle."""
-    first = struct_page(m, head)
+def merge_pages(m, head, first, order, index, references, uptodate):
+    """merge_folio(), when the pages have been joined."""
     pages = np.int64(U1 << order)
     cached = m.ram[first + MAPPING] != U0
     rfc2 = m.state[R_SERIES] == SERIES_RFC2
@@ -432,7 +452,7 @@ def merge_pages(m, head, order, index, references, uptodate, zeroed_word):
         charge(m, PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
         m.ram[first + INDEX] = index
-    join_pages(m, head, first, order, references, uptodate, zeroed_word)
+    prepare(m, head, first, order, references, uptodate)
     charge_one(m, FOLIO_MERGED)
     return np.int64(0)
 
@@ -446,12 +466,13 @@ def merge_folio(m, head, order, index, references):
     unoptimised. rfc2 inserts the folio in the page cache again, for which it may want nodes that the removal of the
     pages freed (inference: it gets them).
     """
-    busy, _ = survey(m, head, U1 << order)
+    first = struct_page(m, head)
+    busy, _ = join_pages(m, head, first, order)
     if busy:
         charge_one(m, FREEZE_SPIN)
         return BUSY
-    uptodate = m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
-    return merge_pages(m, head, order, index, references, uptodate, NONE)
+    uptodate = m.ram[first + FLAGS] >> U3 & U1
+    return merge_pages(m, head, first, order, index, references, uptodate)
 
 
 @outlined
@@ -466,7 +487,8 @@ def merge_block(m, block, index, zeroed_word):
     head = state[block + B_PFN]
     order = state[R_ORDER]
     pages = U1 << order
-    busy, uptodate = survey(m, head, pages)
+    first = struct_page(m, head)
+    busy, uptodate = join_pages(m, head, first, order)
     if busy:
         return BUSY
     by_page = state[R_ZERO_PAGE] != U0
@@ -476,8 +498,9 @@ def merge_block(m, block, index, zeroed_word):
         zero_the_rest(m, head, pages)
         charge(m, PAGE_ZEROED, np.int64(pages - uptodate))
         uptodate = pages
-    whole = U1 if uptodate == pages else U0
-    merge_pages(m, head, order, index, pages, whole, zeroed_word if by_page else NONE)
+    if by_page and zeroed_word != NONE:
+        note_uptodate(m, head, order, zeroed_word)
+    merge_pages(m, head, first, order, index, pages, U1 if uptodate == pages else U0)
     state[block + B_STATE] = BLOCK_HUGE
     state[block + B_WAITS] = U0
     change(m.stats, BLOCKS_SPLIT, -1)
