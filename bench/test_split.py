@@ -27,7 +27,7 @@ from pgemu_kernels.splitting import merge_folio, split_folio
 
 SERIES = ["rfc2", "jan2026"]
 CASES = {"1G": (L.PAGE_1G, 1, 1), "2M": (L.PAGE_2M, 1, 500), "512 x 2M": (L.PAGE_2M, 512, 1)}  # size, folios, times
-ROUNDS = 50
+ROUNDS = 200
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)  # other processes' time is not ours
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 SPLIT, MERGE, BOTH = 1, 2, 3
