@@ -143,7 +143,7 @@ def last_spte(m, f, root, gfn):
 
 @kernel
 def mark_dropped(m, f, entry):
-    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes, or is split, counts as accessed."""
+    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes or is split counts as accessed."""
     state = m.state
     if state[R_MARKS_ZAPPED] != U0 and entry & state[f + F_ACCESSED] != U0:
         mark_accessed(m, (entry & state[f + F_ADDRESS]) >> U12)

@@ -57,6 +57,11 @@ def frames_of(checkpoint: Checkpoint, page_size: int = L.PAGE_2M) -> list[int]:
     return sorted(page.pfn for page in checkpoint.huge_pages if page.pages << 12 == page_size)
 
 
+def huge_frames(checkpoint: Checkpoint) -> list[int]:
+    """First frames of the 2M pages that the process maps, by address."""
+    return [(entry & FRAME) >> 12 for run in checkpoint.leaves if run.level == 2 for _, entry in run.entries()]
+
+
 def boot(capture: Capture) -> Machine:
     """The captured machine when it has just booted."""
     first = next(checkpoint for checkpoint in capture.checkpoints if checkpoint.full)
@@ -105,7 +110,7 @@ def grow(machine: Machine, pfns: list[int]) -> None:
 
 
 def order_free_list(machine: Machine, pfns: list[int]) -> None:
-    """Put pages that are at the front of the free list into the order `pfns`: take them all, free the last one first."""
+    """Put the pages at the front of the free list into the order `pfns`: take them all, free the last one first."""
     pool = machine.hugetlb(L.PAGE_2M)
     taken = {pool.allocate().detail for _ in pfns}
     expect("pages at the front of the free list", taken, set(pfns))
@@ -125,7 +130,8 @@ def expect(what: str, here: object, captured: object) -> None:
 def uses_huge_pages(checkpoints: list[Checkpoint]) -> bool:
     """Whether a scenario maps HugeTLB memory."""
     return any(
-        operation.name == "map" and operation.words[4].lstrip("s").split(":")[0] in ("huge2m", "huge1g", "hfile", "phfile")
+        operation.name == "map"
+        and operation.words[4].lstrip("s").split(":")[0] in ("huge2m", "huge1g", "hfile", "phfile")
         for checkpoint in checkpoints
         for operation in checkpoint.ops
     )
@@ -198,9 +204,7 @@ class Scenario(Replay):
         """Entries of HugeTLB pages, frame numbers included."""
         there, _ = captured_entries(checkpoint, self.ranges)
         here, _ = entries_here(self.process, self.ranges)
-        large = {
-            key: entry for key, entry in there.items() if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END
-        }
+        large = {key: entry for key, entry in there.items() if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END}
         ours = {key: entry for key, entry in here.items() if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END}
         expect(f"{self.where(checkpoint)}: HugeTLB entries", shown(ours), shown(large))
         self.history.totals["HugeTLB entries of processes"] += len(large)
@@ -411,13 +415,20 @@ class History:
         order: list[int] = []
         for before, after in zip(self.full[i:], self.full[i + 1 :], strict=False):
             gone = set(frames_of(before)) - set(frames_of(after))
-            mapped = [(run.entry & FRAME) >> 12 for run in after.leaves if run.level == 2]
+            mapped = huge_frames(after)
             order += [pfn for pfn in [*sorted(gone), *mapped] if pfn in new and pfn not in order]
         return order + sorted(new - set(order))
 
     # ------------------------------------------------------------------ comparing
 
     def compare(self, checkpoint: Checkpoint) -> None:
+        """Everything, once the machine has come to a `full` checkpoint: MismatchError at the first difference."""
+        there, here = self.compare_memory(checkpoint)
+        self.compare_counters(f"{self.capture.name} {checkpoint.scenario} {checkpoint.name}", checkpoint, there, here)
+        self.totals["checkpoints"] += 1
+
+    def compare_memory(self, checkpoint: Checkpoint) -> tuple[Vmemmap, Vmemmap]:
+        """All but what is compared as a change since the checkpoint before: the vmemmap there and here."""
         where = f"{self.capture.name} {checkpoint.scenario} {checkpoint.name}"
         there, here = captured_vmemmap(checkpoint), vmemmap_here(self.machine)
         self.compare_vmemmap(where, there, here)
@@ -426,8 +437,7 @@ class History:
         for pages in checkpoint.struct_pages:
             self.compare_struct_pages(where, pages, here)
         self.compare_pools(where, checkpoint)
-        self.compare_counters(where, checkpoint, there, here)
-        self.totals["checkpoints"] += 1
+        return there, here
 
     def compare_vmemmap(self, where: str, there: Vmemmap, here: Vmemmap) -> None:
         wrong = np.flatnonzero((there.level != here.level) | (there.flags != here.flags))
@@ -444,7 +454,9 @@ class History:
             {f"{va:#x} {level}": f"{entry & ~FRAME:#x}" for (va, level), entry in sorted(there.tables.items())},
         )
         frames = [
-            np.concatenate([side.frame, np.array([(side.tables[key] & FRAME) >> 12 for key in sorted(side.tables)], np.uint64)])
+            np.concatenate(
+                [side.frame, np.array([(side.tables[key] & FRAME) >> 12 for key in sorted(side.tables)], np.uint64)]
+            )
             for side in (there, here)
         ]
         same_partners(where, *frames)
@@ -499,9 +511,7 @@ class History:
             self.totals["words of struct pages"] += len(theirs)
 
     def compare_pools(self, where: str, checkpoint: Checkpoint) -> None:
-        here = {
-            size: {name: getattr(self.machine.hugetlb(size), name) for name in FILES} for size in checkpoint.pools
-        }
+        here = {size: {name: getattr(self.machine.hugetlb(size), name) for name in FILES} for size in checkpoint.pools}
         expect(f"{where}: /sys/kernel/mm/hugepages", here, checkpoint.pools)
 
     def compare_counters(self, where: str, checkpoint: Checkpoint, there: Vmemmap, here: Vmemmap) -> None:
@@ -543,7 +553,7 @@ def first_order(checkpoint: Checkpoint) -> list[int]:
     was last are taken first, and the pages taken so far show in which order.
     """
     vmemmap = captured_vmemmap(checkpoint)
-    taken = [(entry & FRAME) >> 12 for run in checkpoint.leaves if run.level == 2 for _, entry in run.entries()]
+    taken = huge_frames(checkpoint)
 
     def thread(pfn: int) -> int:
         return int(vmemmap.frame[pfn - ZONE >> 6]) >> 15  # pages that lie within 128 MiB
