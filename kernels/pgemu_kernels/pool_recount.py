@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, U0, U1, U2, U9, U12, U32, U64, U512
+from pgemu_kernels.bits import LOW32, U0, U1, U2, U9, U12, U32, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import BUDDY_BLOCKS
 from pgemu_kernels.folio import (
@@ -18,6 +18,7 @@ from pgemu_kernels.folio import (
     struct_page,
     vmemmap_address,
 )
+from pgemu_kernels.formats import ADDRESS, LARGE
 from pgemu_kernels.gmem import inode_row
 from pgemu_kernels.hstate import (
     first_page,
@@ -56,12 +57,15 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.page_allocator import PGTY_BUDDY, is_block_free
+from pgemu_kernels.vmemmap import vmemmap_directory, vmemmap_pte
 
 U = np.uint64
 _COUNTS = U(Broken.COUNTS)
 _FRAMES = U(Broken.FRAMES)
 _REFERENCES = U(Broken.REFERENCES)
 _VMEMMAP = U(Broken.VMEMMAP)
+_ADDRESS = U(ADDRESS)
+_LARGE = U(LARGE)
 
 
 @kernel
@@ -92,7 +96,10 @@ def _check_huge_page(m, head, found):
     """
     page = struct_page(m, head)
     ram = m.ram
-    shared = struct_page(m, head + U64) >> U9 == struct_page(m, head + U64 + U64) >> U9
+    start = vmemmap_address(m.state, head)
+    shared = False
+    if ram[vmemmap_directory(m, start)] & _LARGE == U0:
+        shared = ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS == ram[vmemmap_pte(m, start + U(8192))] & _ADDRESS
     expect(m, shared == (ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0), _VMEMMAP, head)
     mapping = ram[page + MAPPING]
     if mapping != U0 and mapping & U1 == U0:
