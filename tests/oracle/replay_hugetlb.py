@@ -10,7 +10,8 @@ At every checkpoint marked `full` is compared:
   is there, its level, every bit outside the frame number, the tables above; which entries have the same frame (one of
   the kernel's frames is one of ours and the other way round); and from one such checkpoint to the next, which entries
   kept their frame;
-- HugeTLB pages: first frame, size, how often each is mapped;
+- HugeTLB pages: first frame, size, how often each is mapped; how many heads /proc/kpageflags shows, 6.18's false ones
+  included;
 - struct pages: the 512 words of a page of the vmemmap, of the head and of the first other tails;
 - counts of the pools; /proc/meminfo and /proc/vmstat, as changes since the `full` checkpoint before.
 
@@ -492,6 +493,13 @@ class History:
                 found.append((int(pfns[i]), 1 << order, int(second[i, 2]) + 1 & 0xFFFF_FFFF))
         expect(f"{where}: HugeTLB pages", found, [tuple(page) for page in checkpoint.huge_pages])
         self.totals["HugeTLB pages"] += len(found)
+        if "heads_in_kpageflags" in checkpoint.raw:
+            every = self.words(here, np.arange(ZONE, END))
+            marked = (every[:, 0] & np.uint64(1 << 6) != 0) & (every[:, 6] & np.uint64(0xFF00_0000) == 0xF400_0000)
+            # 6.18's kpageflags takes a page of tails that is mapped to the head's for one more head.
+            count = int(marked.sum()) if self.capture.kernel == "6.18" else len(found)
+            expect(f"{where}: heads in kpageflags", count, checkpoint.raw["heads_in_kpageflags"])
+            self.totals["heads in kpageflags"] += count
 
     def compare_struct_pages(self, where: str, pages: StructPages, here: Vmemmap) -> None:
         pfns = np.arange(pages.pfn, pages.pfn + 128)
