@@ -175,10 +175,13 @@ class Node(NamedTuple):
         return -(-self.pages >> 18) << 18
 
     def boot_frames(self, hvo: bool) -> int:
-        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is."""
+        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
+
+        Each 512 begin at a multiple of 512.
+        """
         if not hvo:
             return -(-self.pages >> 15) * 512
         start = self.gigantic << 18
         optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
         sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
-        return sections * 512 + self.gigantic + 1
+        return sections * 512 + -(-(self.gigantic + 1) // 512) * 512
