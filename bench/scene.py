@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from pgemu.address_space import AddressSpace
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu.vm import Vm
 from pgemu_kernels.layout import PAGE_1G, PAGE_4K
 
 HVA = 0x7F00_0000_0000

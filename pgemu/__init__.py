@@ -15,16 +15,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pgemu.address_space import AddressSpace
     from pgemu.compare import Comparison
     from pgemu.errors import InputError
     from pgemu.folio import Folio
+    from pgemu.guest_memfd import GuestMemfd
     from pgemu.image import Image, open_image
     from pgemu.machine import Config, Machine, Result, Results
-    from pgemu.memory import AddressSpace, GuestMemfd, Vm
     from pgemu.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.statistics import Statistics
     from pgemu.trace import Lowered, LoweringOptions, Records, load
     from pgemu.translation import Access, Kind, Translation, translate, translate_nested
+    from pgemu.vm import Vm
 
     __version__: str
 

@@ -16,8 +16,8 @@ from pgemu.trace.lowered import Lowered
 from pgemu_kernels.layout import PAGE_4K, Event, Gauge, Operation
 
 if TYPE_CHECKING:
+    from pgemu.guest_memfd import GuestMemfd
     from pgemu.machine import Config, Machine
-    from pgemu.memory import GuestMemfd
 
 __all__ = ("DESIGNS", "Comparison", "DesignRun", "EndOfLife", "Finding", "OperationRun", "compare")
 

@@ -126,7 +126,7 @@ class Machine:
         OSError: EINVAL for a size that is no positive multiple of the huge page, ENOMEM when the pool
         cannot reserve it, ENOSPC past layout.INODES inodes.
         """
-        from pgemu.memory import GuestMemfd
+        from pgemu.guest_memfd import GuestMemfd
 
         return GuestMemfd.create(self, size, shared)
 
@@ -165,13 +165,13 @@ class Machine:
 
     def create_process(self) -> AddressSpace:
         """Create a process: an empty page table. OSError ENOMEM or ENOSPC."""
-        from pgemu.memory import AddressSpace
+        from pgemu.address_space import AddressSpace
 
         return AddressSpace.create(self)
 
     def create_vm(self, process: AddressSpace | None = None, *, protected: bool = False) -> Vm:
         """Create a VM of a process; `protected` is KVM_X86_SW_PROTECTED_VM. OSError ENOMEM or ENOSPC."""
-        from pgemu.memory import Vm
+        from pgemu.vm import Vm
 
         return Vm.create(self, process, protected)
 
@@ -549,7 +549,9 @@ def _os_error(number: int, text: str) -> OSError:
 
 
 if TYPE_CHECKING:
+    from pgemu.address_space import AddressSpace
     from pgemu.files import Device, GuestMemfd4K, HugetlbFile
+    from pgemu.guest_memfd import GuestMemfd
     from pgemu.hugetlb import HugetlbPool
-    from pgemu.memory import AddressSpace, GuestMemfd, Vm
     from pgemu.page_table import PageTable
+    from pgemu.vm import Vm

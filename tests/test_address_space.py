@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from model import process as model
 from model.process import G1, M2, PAGE
+from pgemu.address_space import AddressSpace
 from pgemu.files import Device, GuestMemfd4K, HugetlbFile
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace
 from pgemu_kernels import formats, layout as L
 
 BASE = 0x7000_0000_0000

@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from model import kvm as model
 from model.kvm import Kvm, Leaf, Slot
+from pgemu.address_space import AddressSpace
 from pgemu.machine import Config, Machine, Result
-from pgemu.memory import AddressSpace, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 
 PAGE = L.PAGE_4K

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from pgemu.address_space import AddressSpace
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace
 from pgemu_kernels import layout as L
 
 PAGE, MEGABYTE, GIGABYTE = 4096, 1 << 20, 1 << 30

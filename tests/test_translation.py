@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import pgemu.translation
+from pgemu.address_space import AddressSpace
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace
 from pgemu.translation import Access, Kind, WalkStatus, translate, translate_nested
 from pgemu_kernels import formats, layout as L, page_format
 

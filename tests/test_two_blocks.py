@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import GuestMemfd, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Gauge
 

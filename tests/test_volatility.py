@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pgemu.address_space import AddressSpace
 from pgemu.image import open_image
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, Vm
+from pgemu.vm import Vm
 from pgemu.walk import Status, translate
 from pgemu_kernels import layout as L
 from pgemu_kernels.page_format import PageFormat

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from pgemu.address_space import AddressSpace
 from pgemu.designs import DESIGNS
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, GuestMemfd
 from pgemu_kernels import layout as L
 
 M2 = L.PAGE_2M

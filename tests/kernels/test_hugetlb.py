@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pgemu.designs import DESIGNS
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import GuestMemfd, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Gauge
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pgemu.address_space import AddressSpace
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 
 REFERENCED, WORKINGSET, COUNT = 1 << 2, 1 << 9, 1 << 25

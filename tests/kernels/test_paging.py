@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pgemu.address_space import AddressSpace
 from pgemu.designs import DESIGNS
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Gauge
 

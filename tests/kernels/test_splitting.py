@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numba import njit
 
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
-from pgemu.memory import GuestMemfd
 from pgemu_kernels import layout as L
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import Event, Gauge

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from model.model import PAGE, Model, Outcome
+from pgemu.address_space import AddressSpace
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine, Result
-from pgemu.memory import AddressSpace, GuestMemfd, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 
 

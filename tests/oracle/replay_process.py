@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation
+from pgemu.address_space import AddressSpace
 from pgemu.files import Device, GuestMemfd4K, HugetlbFile
 from pgemu.machine import Config, Machine
-from pgemu.memory import AddressSpace, Vm
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 
 PAGE = 4096

@@ -18,8 +18,8 @@ import numpy as np
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation, Run, Table, Tree
 from pgemu.machine import Config, Machine
-from pgemu.memory import Vm
 from pgemu.stage2 import ENTRY, Stage2
+from pgemu.vm import Vm
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Flag
 
