@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.guest_memfd import GuestMemfd
 from pgemu.rows import next_row
 from pgemu_kernels import layout as L
 from pgemu_kernels.formats import ADDRESS, HOST_X86_64, LARGE, PRESENT
@@ -14,7 +15,6 @@ from pgemu_kernels.layout import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.files import Device, GuestMemfd4K, HugetlbFile
-    from pgemu.guest_memfd import GuestMemfd
     from pgemu.machine import Machine, Result, Results
     from pgemu.translation import Access, Kind, Translation
 
