@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -177,7 +176,10 @@ class Pair:
         vmstat = self.machine.vmstat()
         in_use = len(small.active) * 512 + (len(large.active) << 18)
         assert vmstat["nr_hugetlb"] == in_use
-        assert (vmstat["nr_memmap_pages"], vmstat["nr_memmap_boot_pages"]) == (self.model.memmap, self.model.memmap_boot)
+        assert (vmstat["nr_memmap_pages"], vmstat["nr_memmap_boot_pages"]) == (
+            self.model.memmap,
+            self.model.memmap_boot,
+        )
         meminfo = self.machine.meminfo()
         assert meminfo["HugePages_Total"] == sum(small.pages)
         assert meminfo["HugePages_Free"] == small.count_free
@@ -189,3 +191,150 @@ class Pair:
         self.compare_counts()
         self.compare_vmemmap()
         assert self.machine.check() == 0, self.machine.broken
+
+
+# --------------------------------------------------------------------------- sequences
+
+numbers = st.integers(0, 7)
+pages = st.integers(0, 511) | st.sampled_from([0, 1, 3, 63, 64, 511])
+kernels = st.sampled_from(["6.12", "6.18", "7.3"])
+# Frames left after boot: around what heads, tables, shared pages and one or two restores of 7 need.
+spares = st.none() | st.integers(0, 24)
+
+
+class Pools(RuleBasedStateMachine):
+    """A pool of 2M pages and memory to grow it from, on one or two nodes."""
+
+    pair: Pair
+
+    @initialize(data=st.data())
+    def boot(self, data: st.DataObject) -> None:
+        nodes = data.draw(st.integers(1, 2), "nodes")
+        self.pair = Pair(
+            data.draw(kernels, "kernel"),
+            huge=data.draw(st.integers(0, 6), "huge"),
+            buddy=data.draw(st.integers(1, 8), "buddy"),
+            nodes=nodes,
+            hvo=data.draw(st.booleans(), "hvo"),
+            configuration="debian" if nodes == 2 else data.draw(st.sampled_from(["debian", "small"]), "configuration"),
+            spare=data.draw(spares, "spare"),
+        )
+
+    @property
+    def model(self) -> Model:
+        return self.pair.model
+
+    def block(self, number: int) -> int:
+        """First frame of a 2M block."""
+        blocks = [block for node in self.model.nodes for block in range(node.base, node.end, 512)]
+        return blocks[number % len(blocks)]
+
+    def node(self, number: int) -> int | None:
+        """A node or (more often) all."""
+        return number if number < len(self.model.nodes) else None
+
+    @rule(count=numbers, node=st.integers(0, 3))
+    def resize(self, count: int, node: int) -> None:
+        self.pair.resize(9, count, self.node(node))
+
+    @rule(node=st.integers(0, 2))
+    def allocate(self, node: int) -> None:
+        self.pair.allocate(9, self.node(node))
+
+    @precondition(lambda self: self.model.references)
+    @rule(number=numbers)
+    def free(self, number: int) -> None:
+        self.pair.free(list(self.model.references)[number % len(self.model.references)])
+
+    @rule(number=st.integers(0, 15), page=pages)
+    def free_any(self, number: int, page: int) -> None:
+        self.pair.free(self.block(number) + page)
+
+    @rule(count=st.integers(0, 3))
+    def overcommit(self, count: int) -> None:
+        self.pair.overcommit(count)
+
+    @rule(number=st.integers(0, 15), page=pages)
+    def dissolve(self, number: int, page: int) -> None:
+        self.pair.dissolve(self.block(number) + page)
+
+    @rule(number=st.integers(0, 15), page=pages)
+    def poison(self, number: int, page: int) -> None:
+        self.pair.poison(self.block(number) + page)
+
+    @rule(number=st.integers(0, 15), count=st.integers(1, 6), optimize=st.booleans())
+    def change_vmemmap(self, number: int, count: int, optimize: bool) -> None:
+        start = self.block(number)
+        end = min(start + 512 * count, self.model.nodes[self.model.node_of(start)].end)
+        self.pair.change_vmemmap(start, end, optimize)
+
+    @rule(on=st.booleans())
+    def optimizing(self, on: bool) -> None:
+        self.pair.optimizing(on)
+
+    @rule(number=st.integers(0, 15), page=st.integers(4, 511), value=st.integers(0, (1 << 64) - 1))
+    def store(self, number: int, page: int, value: int) -> None:
+        """To memcg_data, which nothing of this reads."""
+        self.pair.store(self.block(number) + page, 7, value)
+
+    @invariant()
+    def equal(self) -> None:
+        if hasattr(self, "pair"):
+            self.pair.compare()
+
+
+class GiganticPools(Pools):
+    """The same with one or two 1G pages, which can be demoted, and perhaps memory for one more."""
+
+    @initialize(data=st.data())
+    def boot(self, data: st.DataObject) -> None:
+        nodes = data.draw(st.integers(1, 2), "nodes")
+        gigantic = data.draw(st.integers(0, 2), "gigantic")
+        self.pair = Pair(
+            data.draw(kernels, "kernel"),
+            gigantic=gigantic,
+            buddy=512 if gigantic == 0 else data.draw(st.sampled_from([0, 4, 512]), "buddy"),
+            nodes=1 if gigantic < 2 else nodes,
+            hvo=data.draw(st.booleans(), "hvo"),
+            spare=data.draw(st.none() | st.sampled_from([0, 8, 9, 512, 4094, 4095, 5000]), "spare"),
+        )
+
+    def block(self, number: int) -> int:
+        """1G pages first, then blocks inside them."""
+        node = self.model.nodes[number % len(self.model.nodes)]
+        return min(node.base + (number // 4 << 18) + number % 4 * 512, node.end - 512)
+
+    @rule(count=st.integers(0, 2), node=st.integers(0, 3))
+    def resize_gigantic(self, count: int, node: int) -> None:
+        self.pair.resize(18, count, self.node(node))
+
+    @rule(count=st.integers(0, 3), node=st.integers(0, 3))
+    def demote(self, count: int, node: int) -> None:
+        self.pair.demote(count, self.node(node))
+
+    @rule(node=st.integers(0, 2))
+    def allocate_gigantic(self, node: int) -> None:
+        self.pair.allocate(18, self.node(node))
+
+    @rule(number=st.integers(0, 7), optimize=st.booleans())
+    def change_gigantic(self, number: int, optimize: bool) -> None:
+        start = self.block(number)
+        self.pair.change_vmemmap(start, min(start + (1 << 18), self.model.nodes[-1].end), optimize)
+
+
+def configured(examples: int, steps: int) -> settings:
+    """Few and always the same, or as many as PGEMU_EXAMPLES says."""
+    asked = os.environ.get("PGEMU_EXAMPLES")
+    return settings(
+        max_examples=int(asked) if asked else examples,
+        stateful_step_count=steps,
+        derandomize=asked is None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+TestPools = Pools.TestCase
+TestPools.settings = configured(100, 20)
+TestGiganticPools = GiganticPools.TestCase
+TestGiganticPools.settings = configured(12, 8)
