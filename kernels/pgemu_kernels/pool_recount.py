@@ -18,7 +18,7 @@ from pgemu_kernels.folio import (
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.formats import ADDRESS
+from pgemu_kernels.formats import ADDRESS, LARGE
 from pgemu_kernels.gmem import inode_row
 from pgemu_kernels.hstate import (
     first_page,
@@ -57,7 +57,7 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.page_allocator import PGTY_BUDDY, is_block_free
-from pgemu_kernels.vmemmap import vmemmap_pte
+from pgemu_kernels.vmemmap import vmemmap_directory, vmemmap_pte
 
 U = np.uint64
 _COUNTS = U(Broken.COUNTS)
@@ -65,6 +65,7 @@ _FRAMES = U(Broken.FRAMES)
 _REFERENCES = U(Broken.REFERENCES)
 _VMEMMAP = U(Broken.VMEMMAP)
 _ADDRESS = U(ADDRESS)
+_LARGE = U(LARGE)
 
 
 @kernel
@@ -96,7 +97,9 @@ def _check_huge_page(m, head, found):
     page = struct_page(m, head)
     ram = m.ram
     start = vmemmap_address(m.state, head)
-    shared = ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS == ram[vmemmap_pte(m, start + U(8192))] & _ADDRESS
+    shared = False
+    if ram[vmemmap_directory(m, start)] & _LARGE == U0:
+        shared = ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS == ram[vmemmap_pte(m, start + U(8192))] & _ADDRESS
     expect(m, shared == (ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0), _VMEMMAP, head)
     mapping = ram[page + MAPPING]
     if mapping != U0 and mapping & U1 == U0:
