@@ -213,6 +213,7 @@ class Model:
             base += -(-(end - base) >> 18) << 18
         for n in range(nodes):
             self._boot(n)
+        self.relink()
 
     # ------------------------------------------------------------------ frames
 
@@ -355,7 +356,6 @@ class Model:
         pool.pages[n] = len(heads)
         for head in heads:
             self.set_flag(head, PRIVATE, FREED)
-        self.relink(pool)
 
     def boot_tail(self, order: int, n: int) -> VmemmapPage:
         """A shared tail page, taken when it is first needed; the machine has memory at boot."""
@@ -425,19 +425,19 @@ class Model:
 
     # ------------------------------------------------------------------ lists
 
-    def relink(self, pool: Pool) -> None:
-        """The links of everything in a pool's lists, as list_add() leaves them."""
-        for address, heads in pool.lists():
-            links = [address, *(VMEMMAP + 64 * head + 8 for head in heads), address]
-            for i, head in enumerate(heads):
-                self.put(head, NEXT, links[i + 2])
-                self.put(head, PREV, links[i])
+    def relink(self) -> None:
+        """The links of everything in the pools' lists, once an operation has ended."""
+        for pool in self.pools.values():
+            for address, heads in pool.lists():
+                links = [address, *(VMEMMAP + 64 * head + 8 for head in heads), address]
+                for i, head in enumerate(heads):
+                    self.put(head, NEXT, links[i + 2])
+                    self.put(head, PREV, links[i])
 
     def enqueue(self, pool: Pool, head: int) -> None:
         """enqueue_hugetlb_folio()."""
         pool.free[self.node_of(head)].insert(0, head)
         self.set_flag(head, PRIVATE, FREED)
-        self.relink(pool)
 
     def remove(self, pool: Pool, head: int, surplus: bool) -> None:
         """remove_hugetlb_folio()."""
@@ -448,7 +448,6 @@ class Model:
         self.set_flag(head, PRIVATE, FREED, False)
         self.put(head, NEXT, POISON1)
         self.put(head, PREV, POISON2)
-        self.relink(pool)
 
     def readmit(self, pool: Pool, head: int, surplus: bool) -> None:
         """add_hugetlb_folio()."""
@@ -859,7 +858,6 @@ class Model:
 
     def _hand_out(self, pool: Pool, head: int) -> Outcome:
         pool.active.insert(0, head)
-        self.relink(pool)
         self.references[head] = 1
         self.put(head, COUNTS, HUGETLB | 1 << 32)
         self.set_cgroup(head, CGROUP)
@@ -883,7 +881,6 @@ class Model:
             self.update_and_free(pool, head)
         else:
             pool.active.remove(head)
-            self.relink(pool)
             self.enqueue(pool, head)
         return Outcome(0, 0)
 
