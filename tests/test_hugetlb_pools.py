@@ -374,7 +374,7 @@ def split_leaves(pair: Pair, first: int, sections: int) -> list[int]:
 
 @pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
 def test_totals_of_a_2m_page(kernel: str) -> None:
-    """Grown from untouched memory: one table, 8 vmemmap pages given for 1: net 7. Restored: 7 taken, the table stays."""
+    """Grown from untouched memory: one table, 8 vmemmap pages for 1: net 7. Restored: 7 taken, the table stays."""
     pair = Pair(kernel, buddy=8)
     base = pair.model.nodes[0].base
     counted = Counted(pair)
