@@ -180,13 +180,16 @@ class Node(NamedTuple):
         return -(-self.pages >> 18) << 18
 
     def boot_frames(self, hvo: bool) -> int:
-        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is."""
+        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
+
+        Those of the 1G pages and their shared page are rounded up: 512 frames of 128 MiB are aligned.
+        """
         if not hvo:
             return -(-self.pages >> 15) * 512
         start = self.gigantic << 18
         optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
         sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
-        return sections * 512 + self.gigantic + 1
+        return sections * 512 + -(-(self.gigantic + 1) // 512) * 512
 
 
 class Results(NamedTuple):
@@ -808,9 +811,11 @@ class Machine:
 
     def _guest_frame(self, pfn: int) -> int:
         index = pfn - self.register(L.R_POOL_BASE)
-        if not 0 <= index < self.register(L.R_GUEST_PAGES):
-            raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
-        return index
+        for number in range(self.config.nodes):
+            base = int(self.arrays.state[self._node_word(number, L.N_BASE)])
+            if base <= pfn < base + int(self.arrays.state[self._node_word(number, L.N_PAGES)]):
+                return index
+        raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
 
 
 def _check_fields(

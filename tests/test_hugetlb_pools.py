@@ -130,6 +130,7 @@ class Pair:
                 found |= {n: table[n & 511] for n in numbers}
             else:
                 assert level == 2
+                assert entry & FRAME & M2 - 1 == 0
                 found |= {n: entry + ((n & 511) << 12) for n in numbers}
         return found
 
@@ -626,6 +627,19 @@ def test_every_64th_tail_before_7_1_is_no_head() -> None:
         base = pair.model.nodes[0].base
         assert pair.change_vmemmap(base + 512, base + (1 << 18), optimize=False) == (-L.EINVAL, 0)
         assert pair.machine.free_folio(base + 1024).status == -L.EINVAL
+
+
+def test_between_two_nodes_there_may_be_a_hole() -> None:
+    """Nodes begin at multiples of 1 GiB; frames that are no memory are nobody's."""
+    pair = Pair("7.3", huge=2, nodes=2)
+    first, second = pair.pool(9).free_list(0), pair.pool(9).free_list(1)
+    assert second[0] - first[0] == 1 << 18
+    with pytest.raises(ValueError, match="HugeTLB zone"):
+        pair.machine.struct_page(first[0] + 512)
+    for pfn in (first[0] + 512, second[0] - 512, second[0] + 512):
+        assert pair.machine.dissolve(pfn).status == -L.EINVAL
+    assert pair.change_vmemmap(first[0], second[0] + 512, optimize=False) == (0, 2)
+    pair.compare()
 
 
 @pytest.mark.parametrize(("kernel", "refused"), [("6.12", True), ("6.18", False), ("7.3", True)])
