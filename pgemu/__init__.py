@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgemu.compare import Comparison
     from pgemu.errors import InputError
+    from pgemu.folio import Folio
     from pgemu.image import Image, open_image
     from pgemu.machine import Config, Machine, Result, Results
     from pgemu.memory import AddressSpace, GuestMemfd, Vm
@@ -35,6 +36,7 @@ __all__ = (
     "EditResult",
     "EditResults",
     "Flush",
+    "Folio",
     "GuestMemfd",
     "Image",
     "InputError",
@@ -64,6 +66,7 @@ _HOMES = {
     "EditResult": "page_table",
     "EditResults": "page_table",
     "Flush": "page_table",
+    "Folio": "folio",
     "GuestMemfd": "memory",
     "Image": "image",
     "InputError": "errors",

@@ -89,7 +89,7 @@ class HugetlbPool:
         return NodePool(*(int(self.machine.arrays.state[row + int(word)]) for word in words))
 
     def free_list(self, node: int = 0) -> list[int]:
-        """Frames of the free pages of a node, in the order in which they are taken, off the links."""
+        """Frames of a node's free pages in the order in which they are taken, off the links in their struct pages."""
         row = self._row + int(L.H_NODE) + self._node(node) * L.H_NODE_WORDS + int(L.H_NODE_FREE_LIST)
         vmemmap = self.machine.register(L.R_VMEMMAP)
         link = int(self.machine.arrays.state[row])

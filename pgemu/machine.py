@@ -20,12 +20,14 @@ from pgemu_kernels.layout import Operation
 from pgemu_kernels.page_format import PageFormat
 
 if TYPE_CHECKING:
+    from pgemu.folio import Folio
     from pgemu.image import Root
     from pgemu.physical import PhysicalMemory
     from pgemu.trace.schema import Records
     from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
+NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Config:
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
     l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
-    profile: name of a cost profile (pgemu.cost).
+    profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
+    by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
     nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
     buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
@@ -73,7 +76,7 @@ class Config:
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
     l1tf: bool = False
-    profile: str = "published"
+    profile: str | os.PathLike[str] = "published"
     memory: int = 64 << 20
     other_pool: int = 0
     pti: bool = False
@@ -101,10 +104,6 @@ class Config:
             ),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
-            (
-                self.profile in cost.PROFILES,
-                f"cost profile {self.profile!r}: expected one of {', '.join(cost.PROFILES)}",
-            ),
         )
         for holds, complaint in checks:
             if not holds:
@@ -118,6 +117,9 @@ class Config:
         for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
             if size < 0 or size % L.PAGE_2M:
                 raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {L.PAGE_2M}, or 0")
+        cost.profile(self.profile)  # ValueError or InputError for what is none
+        if not isinstance(self.profile, str):  # a path remains one, "./published" too
+            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
 
     @property
     def order(self) -> int:
@@ -261,10 +263,20 @@ class Machine:
         self._set_registers()
         from pgemu_kernels.boot import MACHINE, provide
 
-        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0:
+        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
             raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} huge pages needs more frames")
 
     # ------------------------------------------------------------------ making
+
+    def _prepare_memory(self) -> bool:
+        """The second part of boot, of memory whose struct pages are all there, if any: whether the frames sufficed."""
+        if self.config.hvo and not (self.config.buddy or self.config.reserved):
+            return True
+        from pgemu_kernels.pooling import run_pooling
+
+        nothing = np.zeros(1, np.uint64)
+        columns = (nothing,) * 5
+        return int(run_pooling(self.descriptor, *columns, nothing.view(np.int64), nothing, NONE)) == 0
 
     def _allocate(self) -> Arrays:
         config = self.config
@@ -360,6 +372,7 @@ class Machine:
             L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
             L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
             L.R_BOOT_MARKS: kernel.boot_marks,
+            L.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
             L.R_VIRTUAL_INDEX: kernel.virtual_index,
             L.R_BOOT_ASCENDING: kernel.boot_list_ascending,
             L.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
@@ -733,6 +746,13 @@ class Machine:
         inside = (1 << 12 + 9 * (level - 1)) - 1
         word = ((entry & formats.ADDRESS & ~inside) + (address & inside)) // 8
         return self.arrays.ram[word : word + 8].copy()
+
+    def folio(self, pfn: int) -> Folio:
+        """The folio that holds a PFN of the HugeTLB zone, a tail's as well as a head's. ValueError outside the zone."""
+        from pgemu.folio import Folio
+
+        self._guest_frame(pfn)
+        return Folio.of_machine(self, pfn)
 
     # ------------------------------------------------------------------ physical memory
 

@@ -374,7 +374,7 @@ def test_reservations_are_kept() -> None:
     assert machine.check() == 0
     process.munmap(BASE, 4 * M2)
     assert process.touch(BASE + G1 + 2 * M2).status == L.VM_FAULT_NOPAGE
-    assert machine.register(L.R_RESERVED) == 0
+    assert machine.hugetlb(M2).resv_hugepages == 0
     assert machine.check() == 0
 
 
@@ -383,15 +383,15 @@ def test_a_file_reserves_each_page_once() -> None:
     file = machine.create_hugetlb_file(6 * M2)
     assert process.mmap_hugetlb(BASE, file=file).status == 0
     assert process.mmap_hugetlb(BASE + G1, file=file).status == 0
-    assert machine.register(L.R_RESERVED) == 6
+    assert machine.hugetlb(M2).resv_hugepages == 6
     assert process.touch(BASE, write=True).status == L.VM_FAULT_NOPAGE
-    assert machine.register(L.R_RESERVED) == 5
+    assert machine.hugetlb(M2).resv_hugepages == 5
     assert machine.create_process().mmap_hugetlb(BASE, M2).status == -L.ENOMEM
     file.punch_hole(0, M2)
     assert machine.check() == 0
     process.exit()
     file.close()
-    assert machine.register(L.R_RESERVED) == 0
+    assert machine.hugetlb(M2).resv_hugepages == 0
     assert machine.statistics.gauge(L.Gauge.POOL_FREE) == 6
     assert machine.check() == 0
 

@@ -33,6 +33,7 @@ EVENTS = (
     Event.HUGE_FOLIO_ALLOCATED,
     Event.HUGE_FOLIO_FREED,
     Event.VMEMMAP_FAULT,
+    Event.REFERENCE_CHANGED,
 )
 
 
@@ -94,6 +95,14 @@ class Pair:
 
     def poison(self, pfn: int) -> Outcome:
         return self.same(self.machine.poison(pfn), self.model.poison(pfn))
+
+    def refer(self, head: int, count: int) -> Outcome:
+        """Get or (count negative) put references."""
+        flags = L.Flag.SHARED if count > 0 else L.Flag.READ
+        op = L.Operation.FOLIO_REFERENCE
+        got = self.machine.operate(op, flags=flags, address=head << 12, length=abs(count))
+        change = self.model.get_references if count > 0 else self.model.put_references
+        return self.same(got, change(head, abs(count)))
 
     def change_vmemmap(self, start: int, end: int, optimize: bool) -> Outcome:
         op = L.Operation.VMEMMAP_OPTIMIZE if optimize else L.Operation.VMEMMAP_RESTORE
@@ -258,6 +267,12 @@ class Pools(RuleBasedStateMachine):
     @rule(number=numbers)
     def free(self, number: int) -> None:
         self.pair.free(list(self.model.references)[number % len(self.model.references)])
+
+    @precondition(lambda self: self.model.orders)
+    @rule(number=numbers, count=st.sampled_from([1, 2, -1, -2]))
+    def refer(self, number: int, count: int) -> None:
+        heads = sorted(self.model.references) or sorted(self.model.orders)
+        self.pair.refer(heads[number % len(heads)], count)
 
     @rule(number=numbers, page=pages)
     def free_any(self, number: int, page: int) -> None:

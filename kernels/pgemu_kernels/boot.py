@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U6, U8, U9, U12, U18, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U6, U8, U9, U12, U18, U64, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     CONTENT_FRAMES,
@@ -22,12 +22,10 @@ from pgemu_kernels.folio import (
     FLAGS,
     HUGETLB_VMEMMAP_OPTIMIZED,
     MAPPING,
-    NO_MAPCOUNT,
     ONE_CACHED,
     PG_HEAD,
     PGTY_HUGETLB,
     PRIVATE,
-    struct_page,
     vmemmap_address,
 )
 from pgemu_kernels.formats import SAVED_DIRTY, BootMarks
@@ -41,7 +39,7 @@ from pgemu_kernels.hstate import (
     list_add,
     node_row,
 )
-from pgemu_kernels.hugetlb import count_enqueued, free_list, prep_compound, write_order
+from pgemu_kernels.hugetlb import count_enqueued, free_list, write_order
 from pgemu_kernels.layout import (
     ENOMEM,
     F_EMPTY,
@@ -56,7 +54,6 @@ from pgemu_kernels.layout import (
     N_BASE,
     N_GIGANTIC,
     N_HUGE,
-    N_PAGES,
     N_RESERVED,
     R_BOOT_ASCENDING,
     R_BOOT_MARKS,
@@ -80,12 +77,10 @@ from pgemu_kernels.layout import (
     V_ROOT,
 )
 from pgemu_kernels.memory import fill_frame, put_frame, take_frame
-from pgemu_kernels.page_allocator import mark_free
 from pgemu_kernels.paging import stage2_format
 from pgemu_kernels.vmemmap import (
     compound_info,
     count_boot_pages,
-    map_large,
     tail_page,
     vmemmap_pages,
     vmemmap_slot,
@@ -109,7 +104,7 @@ def page_flags(state, node):
 # --------------------------------------------------------------------------- pages that are optimised from boot on
 
 
-@kernel
+@outlined
 def write_free_folio(m, page, head, order, node):
     """The first 64 struct pages of an optimised huge page that nobody ever used, at an index of `ram`. As captured."""
     ram = m.ram
@@ -148,7 +143,7 @@ def map_optimized(m, head, order, own, tail, marks):
     return np.int64(0)
 
 
-@kernel
+@outlined
 def boot_frame(m):
     """One frame of the boot allocator, behind all others."""
     frame = m.state[R_FRAMES] + m.state[R_BOOT_NEXT]
@@ -223,103 +218,24 @@ def boot_huge(m, head, node):
     return map_optimized(m, head, U9, own, tail if tail != U0 else own, _NO_MARKS)
 
 
-# --------------------------------------------------------------------------- memory whose struct pages are all there
-
-
-@outlined
-def map_section(m, first, end, optimized, optimized_end):
-    """The vmemmap of frames [first, end) of one section, but for the optimised ones: 0 or -ENOMEM.
-
-    One 2M leaf if none of the section's is optimised, else 4K entries, which is what a split leaf left.
-    """
-    state = m.state
-    state[R_BOOT_NEXT] = state[R_BOOT_NEXT] + U511 & ~U511  # R_FRAMES is a multiple of 512, and a 2M leaf's frame
-    frame = state[R_FRAMES] + state[R_BOOT_NEXT]
-    start = first & ~(SECTION - U1)
-    state[R_BOOT_NEXT] += U512
-    if optimized >= optimized_end:
-        if map_large(m, vmemmap_address(state, start), frame) != 0:
-            return NO_MEMORY
-        count_boot_pages(m, frame, U512)
-        return np.int64(0)
-    for i in range(U512):
-        pfn = start + (i << U6)
-        if first <= pfn < end and not optimized <= pfn < optimized_end:
-            slot = vmemmap_slot(m, vmemmap_address(state, pfn), U1)
-            if slot == NONE:
-                return NO_MEMORY
-            m.ram[slot] = (frame + i) << U12 | state[R_VMEMMAP_PAGE]
-            count_boot_pages(m, frame + i, U1)
-    return np.int64(0)
-
-
-@outlined
-def map_unoptimized(m, first, end, optimized, optimized_end):
-    """The vmemmap of frames [first, end) of a node, but for the optimised ones: 0 or -ENOMEM."""
-    while first < end:
-        last = min((first | (SECTION - U1)) + U1, end)
-        low = min(max(first, optimized), optimized_end)
-        high = max(min(last, optimized_end), low)
-        covers = low == first and high == last
-        if not covers and map_section(m, first, last, low, high) != 0:
-            return NO_MEMORY
-        first = last
-    return np.int64(0)
-
-
-@outlined
-def write_struct_pages(m, first, end, counts, node):
-    """Struct pages of frames [first, end) as __init_single_page() leaves them; `counts`: the word with the refcount."""
-    flags = page_flags(m.state, node)
-    for base in range(first, end, U64):
-        page = struct_page(m, base)
-        link = vmemmap_address(m.state, base) + LRU
-        for _ in range(U64):
-            m.ram[page + FLAGS] = flags
-            m.ram[page + COMPOUND] = link
-            m.ram[page + U2] = link
-            m.ram[page + COUNTS] = counts
-            link += U64
-            page += U8
-
-
-@outlined
-def prepare_pages(m, first, order, pages, node):
-    """Huge pages whose struct pages are all there: heads and tails."""
-    write_struct_pages(m, first, first + (pages << order), NO_MAPCOUNT, node)
-    for head in range(first, first + (pages << order), U1 << order):
-        prep_compound(m, head, order)
+# --------------------------------------------------------------------------- nodes
 
 
 @outlined
 def boot_node(m, node):
-    """Memory of one node: its vmemmap and what lies in it. 0 or -ENOMEM."""
+    """The huge pages of one node that are optimised, and its free lists: 0 or -ENOMEM.
+
+    Memory whose struct pages are all there follows: boot_memory.prepare_memory().
+    """
     state = m.state
     row = node_row(node)
-    base = state[row + N_BASE]
-    end = base + state[row + N_PAGES]
-    rest = base + (state[row + N_GIGANTIC] << U18)
-    huge = rest + state[row + N_RESERVED]
-    buddy = huge + (state[row + N_HUGE] << U9)
-    hvo = state[R_HVO] != U0
-    status = np.int64(0)
-    if hvo:
-        status = boot_gigantic(m, node)
-        for head in range(huge, buddy, U512):
-            if status == 0:
-                status = boot_huge(m, head, node)
+    huge = state[row + N_BASE] + (state[row + N_GIGANTIC] << U18) + state[row + N_RESERVED]
+    status = boot_gigantic(m, node)
+    for head in range(huge, huge + (state[row + N_HUGE] << U9), U512):
+        if status == 0:
+            status = boot_huge(m, head, node)
     if status == 0:
-        status = map_unoptimized(m, rest if hvo else base, end, huge if hvo else end, buddy if hvo else end)
-    if status != 0:
-        return status
-    if not hvo:
-        prepare_pages(m, base, ORDER_1G, state[row + N_GIGANTIC], node)
-        prepare_pages(m, huge, U9, state[row + N_HUGE], node)
-    write_struct_pages(m, rest, huge, ONE_CACHED, node)
-    write_struct_pages(m, buddy, end, NO_MAPCOUNT, node)
-    for block in range(buddy, end & ~U511, U512):
-        mark_free(m, block)
-    fill_lists(m, node, base, huge)
+        fill_lists(m, node, state[row + N_BASE], huge)
     return status
 
 
@@ -339,7 +255,7 @@ def fill_lists(m, node, base, huge):
         add_free(m, h, node, base + (at << U18))
 
 
-@kernel
+@outlined
 def add_free(m, h, node, head):
     """A new page of a pool, free."""
     list_add(m, free_list(h, node), head)
@@ -366,7 +282,7 @@ def boot_machine(m):
         init_list(state, free_list(h, U0))
         init_list(state, free_list(h, U1))
     for node in range(state[R_NODES]):
-        if boot_node(m, node) != 0:
+        if state[R_HVO] != U0 and boot_node(m, node) != 0:
             return NO_MEMORY
     return np.int64(0)
 

@@ -84,6 +84,7 @@ class Configuration:
     shared tail page (last_cpupid 0). `node_shift`: where the node begins, 0 without CONFIG_NUMA. `hugetlb_cgroup`:
     CONFIG_CGROUP_HUGETLB. `deferred_struct_pages`: CONFIG_DEFERRED_STRUCT_PAGE_INIT, with which the boot allocator's
     1G pages keep what the first 128 MiB of the zone left in their shared tail page, else what its last 1G page left.
+    `memory_failure`: CONFIG_MEMORY_FAILURE, without which there is no PG_hwpoison.
     """
 
     page_flags: int
@@ -91,11 +92,12 @@ class Configuration:
     node_shift: int
     hugetlb_cgroup: bool
     deferred_struct_pages: bool
+    memory_failure: bool
 
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True),
-    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False),
+    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True),
+    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False),
 }
 """Debian's, and that of the captured 7.3.4 without NUMA and cgroups."""
 
@@ -116,6 +118,7 @@ class KernelParameters:
     order these pages stand in their free list (captured). `marks_accessed`: KVM calls folio_mark_accessed() on what a
     guest fault maps, so that MGLRU's reference bits of a HugeTLB page rise (captured for 6.12 and 6.18).
     `virtual_index`: folio->index of a private HugeTLB page is its address' page number (captured for 7.3).
+    `hwpoison`: PG_hwpoison (page-flags.h).
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
@@ -138,6 +141,7 @@ class KernelParameters:
     boot_marks: BootMarks
     boot_list_ascending: bool
     virtual_index: bool = False
+    hwpoison: int = 1 << 21
     saved_dirty: bool = True
     special_huge_zero: bool = True
     guards: bool = True
@@ -155,7 +159,7 @@ KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
         special_huge_zero=False, guards=False, recovers_huge_pages=False,
-        guest_memfd_mmap=False, thp_modify_drops_dirty=True,
+        guest_memfd_mmap=False, thp_modify_drops_dirty=True, hwpoison=1 << 20,
     ),
     "6.18": KernelParameters(
         "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True

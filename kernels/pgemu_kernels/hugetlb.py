@@ -32,7 +32,6 @@ from pgemu_kernels.folio import (
     ONE_REFERENCE,
     PG_DIRTY,
     PG_HEAD,
-    PG_HWPOISON,
     PG_UPTODATE,
     PGTY_HUGETLB,
     PRIVATE,
@@ -67,12 +66,14 @@ from pgemu_kernels.layout import (
     H_RESERVED,
     I_SUBPOOL,
     P_LIVE,
+    P_MAX,
     P_RESERVED,
     P_USED,
     P_WORDS,
     R_FOLIO_6_12,
     R_HSTATE,
     R_HUGETLB_CGROUP,
+    R_HWPOISON,
     R_NODES,
     R_ORDER,
     STATE_SUBPOOLS,
@@ -98,7 +99,7 @@ def mapping_address(inode):
 # --------------------------------------------------------------------------- words of a folio
 
 
-@kernel
+@outlined
 def write_order(ram, state, head, first, order):
     """prep_compound_page() of the head: the fields that lie in its second to fourth struct page.
 
@@ -204,7 +205,7 @@ def dequeue(m, h, node):
     head = first_page(state, free_list(h, node))
     while head != U0:
         page = struct_page(m, head)
-        if m.ram[page + FLAGS] & PG_HWPOISON == U0:
+        if m.ram[page + FLAGS] & state[R_HWPOISON] == U0:
             list_move(m, h + H_ACTIVE, head)
             m.ram[page + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
             m.ram[page + PRIVATE] &= ~HUGETLB_FREED
@@ -231,6 +232,12 @@ def dequeue_any(m, h, preferred):
 @kernel
 def subpool_row(subpool):
     return STATE_SUBPOOLS + subpool * U(P_WORDS)
+
+
+@kernel
+def subpool_allows(state, subpool):
+    """Whether a subpool (row + 1, 0 for none) is below its limit; pages that left the inode count until they return."""
+    return subpool == U0 or state[subpool_row(subpool - U1) + P_USED] < state[subpool_row(subpool - U1) + P_MAX]
 
 
 @outlined
@@ -274,10 +281,12 @@ def take_folio(m, inode, block, index):
     """
     state = m.state
     h = state[R_HSTATE]
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    if not subpool_allows(state, subpool):
+        return NONE
     head = dequeue_any(m, h, U0)
     if head == NONE:
         return NONE
-    subpool = state[inode_row(inode) + I_SUBPOOL]
     if subpool != U0:
         subpool_take(m, h, subpool - U1)
     ram = m.ram

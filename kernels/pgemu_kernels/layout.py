@@ -321,6 +321,7 @@ R_SERIES = U(79)  # SERIES_*: whose split and merge of folios
 R_SUBPOOLS = U(82)  # subpool rows handed out
 R_STASHED = U(83)  # bytes of metadata stashed (series rfc2)
 R_NODE_SLOTS = U(84)  # free slots in frames of xarray nodes
+R_HWPOISON = U(60)  # PG_hwpoison; 0 without CONFIG_MEMORY_FAILURE
 R_NODE_FRAMES = U(85)  # the first of these frames, chained through their first words
 R_VMEMMAP_PAGE = U(90)  # bits of a 4K entry of the vmemmap, read-write and read-only, and of a 2M leaf
 R_VMEMMAP_READ_ONLY = U(91)

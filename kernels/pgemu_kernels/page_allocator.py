@@ -20,12 +20,11 @@ from pgemu_kernels.folio import (
     MAPPING,
     NR_PAGES,
     NR_PAGES_6_12,
-    PG_HWPOISON,
     PRIVATE,
     struct_page,
 )
 from pgemu_kernels.hstate import ORDER_1G, node_of, node_row
-from pgemu_kernels.layout import N_BASE, N_BLOCKS, N_HINT, N_PAGES, R_FOLIO_6_12
+from pgemu_kernels.layout import N_BASE, N_BLOCKS, N_HINT, N_PAGES, R_FOLIO_6_12, R_HWPOISON
 
 U = np.uint64
 PGTY_BUDDY = U(0xF0000000)
@@ -93,7 +92,7 @@ def is_block_free(state, pfn):
     return is_free(state, node, (pfn - state[node_row(node) + N_BASE]) >> U9)
 
 
-@kernel
+@outlined
 def mark_free(m, pfn):
     """The 2M block at `pfn` is a free buddy: PageBuddy and its order in its first struct page, and its bit."""
     state = m.state
@@ -116,7 +115,7 @@ def has_poison(m, block):
     for base in range(block, block + U512, U64):
         page = struct_page(m, base)
         for _ in range(U64):
-            found = found or m.ram[page + FLAGS] & PG_HWPOISON != U0
+            found = found or m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0
             page += U8
     return found
 
@@ -131,10 +130,11 @@ def free_pages(m, head, order, poisoned):
     """
     ram = m.ram
     pages = U1 << order
+    kept_flags = FLAGS_KEPT | m.state[R_HWPOISON]
     for base in range(U0, pages, U64):
         page = struct_page(m, head + base)
         for _ in range(U64):
-            ram[page + FLAGS] &= FLAGS_KEPT
+            ram[page + FLAGS] &= kept_flags
             ram[page + COMPOUND] = U0
             ram[page + MAPPING] = U0
             page += U8

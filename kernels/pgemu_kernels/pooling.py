@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12
+from pgemu_kernels.boot_memory import prepare_memory
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     HUGE_FOLIO_ALLOCATED,
@@ -20,10 +21,10 @@ from pgemu_kernels.folio import (
     COUNTS,
     ONE_REFERENCE,
     folio_order,
-    is_huge_page,
     reference_count,
     struct_page,
 )
+from pgemu_kernels.folio_operations import change_frozen, change_references, head_of
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
@@ -71,19 +72,11 @@ _FOLIO_ALLOCATE = U(Operation.FOLIO_ALLOCATE)
 _FOLIO_FREE = U(Operation.FOLIO_FREE)
 _VMEMMAP_OPTIMIZE = U(Operation.VMEMMAP_OPTIMIZE)
 _VMEMMAP_RESTORE = U(Operation.VMEMMAP_RESTORE)
+_FOLIO_REFERENCE = U(Operation.FOLIO_REFERENCE)
+_FOLIO_FREEZE = U(Operation.FOLIO_FREEZE)
 _DISSOLVE = U(Operation.DISSOLVE)
 _POISON = U(Operation.POISON)
 _VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
-
-
-@kernel
-def head_of(m, pfn):
-    """Head of the HugeTLB page that holds a frame, or NONE: frames inside a page of either size count."""
-    if in_zone(m.state, pfn):
-        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U(511)):
-            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
-                return head
-    return NONE
 
 
 @kernel
@@ -247,6 +240,10 @@ def operate(m, op):
         free(m, op)
     elif kind == _VMEMMAP_OPTIMIZE or kind == _VMEMMAP_RESTORE:
         change_vmemmap(m, op)
+    elif kind == _FOLIO_REFERENCE:
+        change_references(m, op)
+    elif kind == _FOLIO_FREEZE:
+        change_frozen(m, op)
     elif kind == _VMEMMAP_STORE:
         store_word(m, op)
     elif kind == _DISSOLVE or kind == _POISON:
@@ -263,9 +260,15 @@ def operate(m, op):
 
 @entry
 def run_pooling(descriptor, header, object_, address, offset, length, status, detail, first):
-    """Run operations on huge pages from `first` on, up to one of another kind: its index, or how many there are."""
+    """Run operations on huge pages from `first` on, up to one of another kind: its index, or how many there are.
+
+    `first` NONE: nothing but boot_memory.prepare_memory(), 0 or -ENOMEM. It stands here because machines without such
+    memory should not wait for its compilation.
+    """
     columns = Columns(header, object_, address, offset, length, status, detail)
     m = open_machine(descriptor)
+    if first == NONE:
+        return U(prepare_memory(m))
     count = U(status.size)
     i = first
     while i < count and is_pooling(element(header, i) & _BYTE):

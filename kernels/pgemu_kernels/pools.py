@@ -27,7 +27,6 @@ from pgemu_kernels.folio import (
     LOW_BYTE,
     ONE_REFERENCE,
     PG_HEAD,
-    PG_HWPOISON,
     PG_UPTODATE,
     PGTY_HUGETLB,
     PRIVATE,
@@ -50,6 +49,7 @@ from pgemu_kernels.layout import (
     EBUSY,
     EINVAL,
     ENOMEM,
+    EOPNOTSUPP,
     H_ACTIVE,
     H_FREE,
     H_LIST,
@@ -65,6 +65,7 @@ from pgemu_kernels.layout import (
     POISONED,
     POISONED_ADDRESS,
     R_FOLIO_6_12,
+    R_HWPOISON,
     R_NODES,
     R_POISONED,
     STATE_POISONED,
@@ -168,7 +169,7 @@ def free_to_allocator(m, h, head):
     m.ram[page + FLAGS] &= ~(PG_HEAD | PG_UPTODATE)
     second = struct_page(m, head + U1)
     m.ram[second + FLAGS] &= ~LOW_BYTE
-    poisoned = m.ram[page + FLAGS] & PG_HWPOISON != U0
+    poisoned = m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0
     if poisoned:
         move_poison(m, head, order)
     free_pages(m, head, order, poisoned)
@@ -388,7 +389,7 @@ def demote_page(m, h, target, head):
 @kernel
 def skip_poisoned(m, head):
     """The first page of a list, from this one on, that is not poisoned; 0 for none."""
-    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & PG_HWPOISON != U0:
+    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
         head = page_after(m, head)
     return head
 
@@ -496,8 +497,13 @@ def dissolve(m, h, head):
 
 @outlined
 def poison(m, head, pfn):
-    """folio_set_hugetlb_hwpoison(): the folio is poisoned, the base page noted: 0, -EBUSY if it was, -ENOMEM."""
+    """folio_set_hugetlb_hwpoison(): the folio is poisoned, the base page noted: 0, -EBUSY if it was, -ENOMEM.
+
+    -EOPNOTSUPP without CONFIG_MEMORY_FAILURE.
+    """
     state = m.state
+    if state[R_HWPOISON] == U0:
+        return np.int64(-EOPNOTSUPP)
     for i in range(state[R_POISONED]):
         if state[STATE_POISONED + i] == pfn:
             return np.int64(-EBUSY)
@@ -509,7 +515,7 @@ def poison(m, head, pfn):
     state[R_POISONED] = max(state[R_POISONED], row + U1)
     state[STATE_POISONED + row] = pfn
     page = struct_page(m, head)
-    m.ram[page + FLAGS] |= PG_HWPOISON
+    m.ram[page + FLAGS] |= state[R_HWPOISON]
     word = U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
     m.ram[page + word] = U(POISONED_ADDRESS) + row * U(16)
     return np.int64(0)
@@ -523,10 +529,10 @@ def move_poison(m, head, order):
     """
     state = m.state
     page = struct_page(m, head)
-    m.ram[page + FLAGS] &= ~PG_HWPOISON
+    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
     m.ram[page + U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
     for i in range(state[R_POISONED]):
         pfn = state[STATE_POISONED + i]
         if pfn - head < U1 << order:
-            m.ram[struct_page(m, pfn) + FLAGS] |= PG_HWPOISON
+            m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
             state[STATE_POISONED + i] = U0

@@ -45,6 +45,7 @@ _UNBIND = U(Operation.UNBIND)
 _ALLOCATE = U(Operation.ALLOCATE)
 _PROTECT = U(Operation.PROTECT)
 _POOL_RESIZE = U(Operation.POOL_RESIZE)
+_LAST_OPERATION = U(max(Operation))
 _PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
 
 
@@ -68,7 +69,7 @@ def ordinary_inode(state, inode):
 @kernel
 def is_pooling(kind):
     """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`."""
-    return kind >= _POOL_RESIZE
+    return _POOL_RESIZE <= kind <= _LAST_OPERATION
 
 
 @outlined

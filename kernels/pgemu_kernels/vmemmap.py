@@ -100,7 +100,7 @@ def write_tail(ram, page, flags, link, compound):
 # --------------------------------------------------------------------------- the kernel's table
 
 
-@kernel
+@outlined
 def kernel_table(m, slot):
     """The table below a slot of the kernel's page table, allocated if absent; NONE without memory."""
     entry = m.ram[slot]
@@ -527,7 +527,7 @@ def map_large(m, address, frame):
     return np.int64(0)
 
 
-@kernel
+@outlined
 def count_boot_pages(m, frame, pages):
     """Vmemmap pages that the boot allocator gave: marked, in use, and beyond the limit of frames."""
     m.state[R_FRAMES_LIMIT] += pages

@@ -8,9 +8,11 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
+from pgemu.cli.calibrate import calibrate
 from pgemu.cli.compare import compare
 from pgemu.cli.decode import decode
 from pgemu.cli.dump import dump
+from pgemu.cli.page import page
 from pgemu.cli.walk import walk
 from pgemu.errors import InputError
 
@@ -68,13 +70,16 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 def main(context: click.Context) -> None:
     """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace.
 
-    Beside that, name the bits of page-table entries, and walk or list the page tables in images of physical memory.
+    Beside that, name the bits of page-table entries, walk or list the page tables in images of physical memory, name
+    the words of struct pages in them, and measure this machine to price what is counted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
+main.add_command(calibrate)
 main.add_command(compare)
 main.add_command(decode)
 main.add_command(dump)
+main.add_command(page)
 main.add_command(walk)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from pgemu.errors import InputError
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -122,9 +124,15 @@ class _Bar:
     "--host-cpus",
     type=click.IntRange(1, 8192),
     metavar="N",
-    default=1,
+    help="CPUs of the host, for the price of flushes.  [default: those of the profile's machine; published: 1]",
+)
+@click.option(
+    "--profile",
+    metavar="NAME|FILE",
+    default="published",
     show_default=True,
-    help="CPUs of the host, for the price of flushes.",
+    help="Prices: published, those of one machine (e7-8895, epyc-252vcpu, guest-2vcpu), or a TOML file, such as "
+    "`pgemu calibrate` writes.",
 )
 @click.option(
     "--zero",
@@ -194,8 +202,13 @@ def compare(trace: str | None, **options: Any) -> int:
 
 def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
     from pgemu.compare import DESIGNS, compare as run
+    from pgemu.cost import profile as cost_profile
     from pgemu.trace import GivenSlot, LoweringOptions, load, shipped
 
+    try:
+        host_cpus = options["host_cpus"] or cost_profile(options["profile"]).host_cpus or 1
+    except ValueError as error:
+        raise InputError(f"--profile: {error}") from None
     lowering = LoweringOptions(
         page_size=size(options["page_size"]),
         init=options["init"],
@@ -216,7 +229,8 @@ def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
             stage2=options["stage2"],
             hvo=not options["no_hvo"],
             vcpus=options["vcpus"],
-            host_cpus=options["host_cpus"],
+            host_cpus=host_cpus,
+            profile=options["profile"],
             zero=options["zero"],
             seed=options["seed"],
         )

@@ -60,6 +60,9 @@ def _both(*sources: Source) -> dict[Design, _Sources]:
     return {"restructure": sources, "pfnmap": sources}
 
 
+_RESTORE_FOLIO = _main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_restore_folio")
+_OPTIMIZE_FOLIO = _main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_optimize_folio")
+
 OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyType(
     {
         Operation.HOST_FAULT: {
@@ -147,6 +150,22 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         Operation.ATTRIBUTES: _both(_main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes"), _ZAP),
         Operation.PREFAULT: _both(_main("virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory"), _TDP_MAP),
         Operation.VM_EXIT: _both(_main("virt/kvm/kvm_main.c:kvm_destroy_vm")),
+        # Huge pages themselves, too.
+        Operation.POOL_RESIZE: _both(_main("mm/hugetlb.c:set_max_huge_pages")),
+        Operation.POOL_DEMOTE: _both(_main("mm/hugetlb.c:demote_pool_huge_page")),
+        Operation.FOLIO_ALLOCATE: _both(_main("mm/hugetlb.c:alloc_hugetlb_folio")),
+        Operation.FOLIO_FREE: _both(_main("mm/hugetlb.c:free_huge_folio")),
+        Operation.VMEMMAP_OPTIMIZE: _both(
+            _OPTIMIZE_FOLIO, _main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_optimize_folios")
+        ),
+        Operation.VMEMMAP_RESTORE: _both(_RESTORE_FOLIO, _main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_restore_folios")),
+        Operation.FOLIO_SPLIT: _both(Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_split_folio", "posted")),
+        Operation.FOLIO_MERGE: _both(Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_merge_folio", "posted")),
+        Operation.FOLIO_REFERENCE: _both(_main("mm/gup.c:try_grab_folio"), _main("include/linux/mm.h:folio_put")),
+        Operation.FOLIO_FREEZE: _both(_main("include/linux/page_ref.h:folio_ref_freeze")),
+        Operation.DISSOLVE: _both(_main("mm/hugetlb.c:dissolve_free_hugetlb_folio")),
+        Operation.POISON: _both(_main("mm/hugetlb.c:folio_set_hugetlb_hwpoison")),
+        Operation.VMEMMAP_STORE: _both(_main("mm/hugetlb_vmemmap.c:vmemmap_remap_pte")),
     }
 )
 """For every operation that the machine carries out and each design."""
@@ -160,8 +179,8 @@ _HOST_TABLES = _both(_main("mm/memory.c:__pte_alloc"), _main("mm/memory.c:free_p
 _STAGE2_TABLES = _both(
     _main("arch/x86/kvm/mmu/tdp_mmu.c:tdp_mmu_link_sp"), _main("arch/x86/kvm/mmu/tdp_mmu.c:handle_removed_pt")
 )
-_RESTORE = _both(_main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_restore_folio"))
-_OPTIMIZE = _both(_main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_optimize_folio"))
+_RESTORE = _both(_RESTORE_FOLIO)
+_OPTIMIZE = _both(_OPTIMIZE_FOLIO)
 _VMEMMAP = _both(_RESTORE["pfnmap"][0], _OPTIMIZE["pfnmap"][0])
 _WHOLE = Source("folios are never split", "slides")
 _ZEROED: dict[Design, _Sources] = {

@@ -82,16 +82,32 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.GUARD_INSTALL,
         Operation.GUARD_REMOVE,
         Operation.REMAP,
+        Operation.POOL_RESIZE,
+        Operation.POOL_DEMOTE,
+        Operation.FOLIO_ALLOCATE,
+        Operation.FOLIO_FREE,
+        Operation.VMEMMAP_OPTIMIZE,
+        Operation.VMEMMAP_RESTORE,
+        Operation.FOLIO_SPLIT,
+        Operation.FOLIO_MERGE,
+        Operation.FOLIO_REFERENCE,
+        Operation.FOLIO_FREEZE,
+        Operation.DISSOLVE,
+        Operation.POISON,
+        Operation.VMEMMAP_STORE,
     }
 )
 """Operations that the machine carries out; the others have a code so that traces can hold them already.
 
-ALLOCATE, VM_EXIT and those from PROTECT on are of ordinary memory: what is of neither design.
+ALLOCATE, VM_EXIT and those from PROTECT to REMAP are of ordinary memory: what is of neither design. Those from
+POOL_RESIZE on are done to huge pages themselves.
 """
 
 _HOST_RANGE = {"space": "process", "address": "HVA, bytes", "length": "bytes"}
 _FILE_PAGE = {"object": "inode", "offset": "bytes into the inode"}
 _FILE_RANGE = {**_FILE_PAGE, "length": "bytes"}
+_POOL = {"object": "order: 9 or 18", "space": "node + 1; 0: all nodes"}
+_FOLIO = {"address": "physical address of its first page"}
 _DMA_RANGE = {"space": "IOMMU domain", "address": "IOVA, bytes", "length": "bytes"}
 
 COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
@@ -164,6 +180,23 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.GUARD_INSTALL: dict(_HOST_RANGE),
         Operation.GUARD_REMOVE: dict(_HOST_RANGE),
         Operation.REMAP: {**_HOST_RANGE, "object": "new length, pages", "offset": "new HVA, bytes; 0: in place"},
+        Operation.POOL_RESIZE: {**_POOL, "length": "pages, as written to nr_hugepages"},
+        Operation.POOL_DEMOTE: {**_POOL, "length": "pages"},
+        Operation.FOLIO_ALLOCATE: {**_POOL, "space": "node + 1 that is preferred; 0: none"},
+        Operation.FOLIO_FREE: dict(_FOLIO),
+        Operation.VMEMMAP_OPTIMIZE: {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
+        Operation.VMEMMAP_RESTORE: {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
+        Operation.FOLIO_SPLIT: dict(_FOLIO),
+        Operation.FOLIO_MERGE: {**_FOLIO, "length": "bytes of the huge page"},
+        Operation.FOLIO_REFERENCE: {
+            **_FOLIO,
+            "flags": "SHARED: get, READ: put, WRITE|SHARED: pin, WRITE|READ: unpin",
+            "length": "how many",
+        },
+        Operation.FOLIO_FREEZE: {**_FOLIO, "flags": "READ: unfreeze", "length": "references expected, or given back"},
+        Operation.DISSOLVE: dict(_FOLIO),
+        Operation.POISON: dict(_FOLIO),
+        Operation.VMEMMAP_STORE: {"address": "virtual address in the vmemmap", "offset": "value of the 8 bytes"},
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.

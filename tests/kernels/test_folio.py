@@ -16,7 +16,7 @@ G1 = L.PAGE_1G
 PAGE = L.PAGE_4K
 VA = 0x7F00_0000_0000
 VMEMMAP = 0xFFFF_EA00_0000_0000
-NODE_AND_ZONE = {"6.12": 0x0017_FFFF_C000_0000, "6.18": 0x0017_FFFF_C000_0000, "7.3": 0x4000_0000_0000_0000}
+NODE_AND_ZONE = dict.fromkeys(("6.12", "6.18", "7.3"), 0x0017_FFFF_C000_0000)
 ALL = 0xFFFF_FFFF_FFFF_FFFF
 LOW = 0xFFFF_FFFF
 TAIL_MAPPING = 0xDEAD_0000_0000_0400
@@ -43,29 +43,52 @@ def compound_info(kernel: str, head: int, order: int) -> int:
 @pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
 @pytest.mark.parametrize(("page_size", "order"), [(M2, 9), (G1, 18)])
 def test_free_folio(kernel: str, page_size: int, order: int) -> None:
-    """The words that Linux 7.3.4, 6.18.15 and 6.12.107 showed (stale list pointers apart)."""
+    """The words that Debian's 7.3.4, 6.18.15 and 6.12.107 showed, stale ones included."""
     machine = machine_of("restructure", page_size, kernel=kernel)
     head = machine.register(L.R_POOL_BASE)
     flags = NODE_AND_ZONE[kernel]
     compound = compound_info(kernel, head, order)
     first = words(machine, head)
     assert first[0] == flags | HEAD
+    assert first[1] == first[2] >= L.HSTATES_ADDRESS  # the only one of its free list
     assert first[3:] == [0, 0, FREED | OPTIMIZED, HUGETLB, 0]
     # Large and entire mapcount -1, pincount and pages mapped 0; 6.12 has them the other way round, no MM ids,
     # and the number of pages in word 4.
     counts = [ALL, 0, 1 << order, 0, LOW, 0] if kernel == "6.12" else [LOW, LOW, ALL, 0, LOW, 1 << order]
     assert words(machine, head + 1) == [flags | order, compound, *counts]
-    tail = [flags, compound, 0, TAIL_MAPPING, 0, 0, LOW, 0]
-    # Page 2: an empty list at byte 144; on 6.12 the subpool and the cgroup, none while the folio is free.
-    link = 0 if kernel == "6.12" else VMEMMAP + 64 * head + 144
-    assert words(machine, head + 2) == [flags, compound, link, link, 0, 0, LOW, 0]
-    # Page 3: the subpool in place of the list word, none while the folio is free.
-    assert words(machine, head + 3) == tail
+
+    def tail(page: int) -> list[int]:
+        return [flags, compound, VMEMMAP + 64 * page + 8, TAIL_MAPPING, 0, 0, LOW, 0]
+
+    if kernel == "6.12":  # page 2: the subpool and the cgroup, none while the folio is free
+        assert words(machine, head + 2) == [flags, compound, 0, 0, 0, 0, LOW, 0]
+        assert words(machine, head + 3) == tail(head + 3)
+    else:  # page 2: an empty list at byte 144; page 3: the subpool and the cgroup
+        link = VMEMMAP + 64 * head + 144
+        assert words(machine, head + 2) == [flags, compound, link, link, 0, 0, LOW, 0]
+        assert words(machine, head + 3) == [flags, compound, 0, 0, 0, 0, LOW, 0]
     for page in (4, 63):
-        assert words(machine, head + page) == tail
+        assert words(machine, head + page) == tail(head + page)
     if kernel == "7.3":
         for page in (64, 65, 128, (1 << order) - 1):
-            assert words(machine, head + page) == tail
+            expected = [0x10 << 48, compound, 0, TAIL_MAPPING, 0, 0, LOW, 0]
+            if order == 18:  # what the boot allocator's page showed last: the end of the zone's first 128 MiB
+                expected = [*tail(head + 0x8000 - 64 + page % 64)[:6], 1 << 32 | LOW, 0]
+            assert words(machine, head + page) == expected, page
+
+
+def test_stale_words_without_deferred_initialisation() -> None:
+    """The captured kernel without CONFIG_DEFERRED_STRUCT_PAGE_INIT: those of the last 1G page's end."""
+    machine = machine_of("restructure", G1, 2, configuration="small")
+    head = machine.register(L.R_POOL_BASE)
+    zone = 0x4000_0000_0000_0000
+    compound = compound_info("7.3", head, 18)
+    assert words(machine, head)[:1] + words(machine, head + 3) == [
+        zone | HEAD, zone, compound, 0, TAIL_MAPPING, 0, 0, LOW, 0,
+    ]  # fmt: skip
+    for page in (64, 200, (1 << 19) - 5):
+        stale = VMEMMAP + 64 * (head + (1 << 19) - 64 + page % 64) + 8
+        assert words(machine, head + page) == [zone, compound, stale, TAIL_MAPPING, 0, 0, 1 << 32 | LOW, 0]
 
 
 @pytest.mark.parametrize("kernel", ["6.12", "6.18"])
@@ -81,7 +104,9 @@ def test_without_hvo_every_tail_is_its_own() -> None:
     machine = machine_of("restructure", hvo=False)
     head = machine.register(L.R_POOL_BASE)
     assert words(machine, head)[5] == FREED
-    assert words(machine, head + 64) == [NODE_AND_ZONE["7.3"], 0xFFFF_FFFF_FFFF_8001, 0, TAIL_MAPPING, 0, 0, LOW, 0]
+    stale = VMEMMAP + 64 * (head + 64) + 8
+    flags = NODE_AND_ZONE["7.3"]
+    assert words(machine, head + 64) == [flags, 0xFFFF_FFFF_FFFF_8001, stale, TAIL_MAPPING, 0, 0, LOW, 0]
 
 
 # --------------------------------------------------------------------------- in use
@@ -111,7 +136,7 @@ def test_folio_in_the_page_cache(design: str) -> None:
     assert page[3] != 0
     assert page[4:] == [512, OPTIMIZED, 512 << 32 | HUGETLB, 0]
     gmem.punch_hole(M2, M2)
-    assert words(machine, head)[3:] == [0, 0, FREED | OPTIMIZED, HUGETLB, 0]
+    assert words(machine, head)[3:] == [0, 512, FREED | OPTIMIZED, HUGETLB, 0]  # the index stays, as captured
     assert words(machine, head)[0] == NODE_AND_ZONE["7.3"] | HEAD
 
 

@@ -75,6 +75,7 @@ def exercise(machine: Machine) -> None:
     vm.unbind(0)
     machine.operate(L.Operation.PROTECT, space=process.space, address=base, length=L.PAGE_4K)
     assert gmem.close().status == 0
+    assert machine.hugetlb(L.PAGE_2M).resize(1).detail == 1
     table = machine.create_page_table("ept")
     assert table.map(0, 0, level=2).status == 0
     assert table.unmap(0).status == 0

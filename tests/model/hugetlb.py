@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.layout import EBUSY, EFAULT, EINVAL, ENOMEM, Event
+from pgemu_kernels.layout import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP, Event
 
 STRUCT_PAGES = 64  # of one vmemmap page
 ALL_ONES = (1 << 64) - 1
@@ -24,7 +24,7 @@ RAW_POISON = 0xFFFF_8880_0031_0000
 POISON1, POISON2 = 0xDEAD_0000_0000_0100, 0xDEAD_0000_0000_0122
 TAIL_MAPPING = 0xDEAD_0000_0000_0400
 HUGETLB, BUDDY = 0xF400_0000, 0xF000_0000  # page types
-HEAD, HWPOISON = 1 << 6, 1 << 21
+HEAD = 1 << 6
 FREED, OPTIMIZED = 1 << 3, 1 << 4  # of a huge page's private word
 
 FLAGS, NEXT, PREV, MAPPING, INDEX, PRIVATE, COUNTS, MEMCG = range(8)  # the words of a struct page
@@ -58,6 +58,7 @@ class Kernel:
     raw_poison: Word
     deferred_list: Word | None
     batches_nothing: int
+    hwpoison: int = 1 << 21
     ascending: bool = True
 
 
@@ -75,6 +76,7 @@ KERNELS = {
     "6.12": Kernel(
         masks=False, reset=3, early=False, order={Word(1, 2): ALL_ONES, Word(1, 3): 0}, pages=Word(1, 4),
         subpool=Word(2, 2), cgroup=Word(2, 3), raw_poison=Word(2, 5), deferred_list=None, batches_nothing=2,
+        hwpoison=1 << 20,
     ),
     "6.18": Kernel(masks=False, reset=4, **_LATER),
     "7.3": Kernel(masks=True, reset=0, ascending=False, **_LATER),
@@ -82,18 +84,19 @@ KERNELS = {
 
 
 class Configuration(NamedTuple):
-    """Flags of struct pages at boot and of those made later; where the node begins; whether there are cgroups."""
+    """Flags of struct pages at boot and of those made later; where the node begins; what is configured."""
 
     flags: int
     later: int
     node_shift: int
     cgroups: bool
     deferred: bool
+    memory_failure: bool
 
 
 CONFIGURATIONS = {
-    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True),
-    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False),
+    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True),
+    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False),
 }
 
 
@@ -190,6 +193,7 @@ class Model:
     ) -> None:
         self.kernel = KERNELS[kernel]
         self.configuration = CONFIGURATIONS[configuration]
+        self.hwpoison = self.kernel.hwpoison if self.configuration.memory_failure else 0
         self.optimizing = self.hvo = hvo
         self.pools = {9: Pool(9, 0, nodes), 18: Pool(18, 1, nodes)}
         self.entries: dict[int, Entry] = {}  # by number of the vmemmap page
@@ -492,15 +496,15 @@ class Model:
     def free_pages(self, head: int) -> None:
         """The end of __update_and_free_hugetlb_folio() and __free_pages_prepare(); blocks with poison stay out."""
         order = self.orders.pop(head)
-        self.set_flag(head, FLAGS, HWPOISON, False)
+        self.set_flag(head, FLAGS, self.hwpoison, False)
         bad = self.poisoned.pop(head, [])
         for pfn in bad:
-            self.set_flag(pfn, FLAGS, HWPOISON)
+            self.set_flag(pfn, FLAGS, self.hwpoison)
             self.raw[self.raw.index(pfn)] = None
         if bad:
             self.put(head + self.kernel.raw_poison.page, self.kernel.raw_poison.word, 0)
         for words in self.over(head, order):
-            words[:, FLAGS] &= np.uint64(0xFFFF_FFFF_C000_0000 | HWPOISON)
+            words[:, FLAGS] &= np.uint64(0xFFFF_FFFF_C000_0000 | self.hwpoison)
             words[:, NEXT] = 0
             words[:, MAPPING] = 0
         self.put(head, PRIVATE, 0)
@@ -794,7 +798,7 @@ class Model:
             order = self.turns(source, "next_free", node)
             for i in range(len(order)):
                 n = self.turn(source, "next_free", order, i)
-                heads = [h for h in source.free[n] if not self.get(h, FLAGS) & HWPOISON][: count - done - demoted]
+                heads = [h for h in source.free[n] if not self.get(h, FLAGS) & self.hwpoison][: count - done - demoted]
                 for head in heads:
                     self.remove(source, head, False)
                 whole = self.restore_in_turn(heads)
@@ -841,7 +845,7 @@ class Model:
         nodes = [preferred, *(n for n in range(pool.nodes) if n != preferred)]
         for n in nodes:
             for head in pool.free[n]:
-                if not self.get(head, FLAGS) & HWPOISON:
+                if not self.get(head, FLAGS) & self.hwpoison:
                     pool.free[n].remove(head)
                     self.set_flag(head, PRIVATE, FREED, False)
                     return self._hand_out(pool, head)
@@ -869,6 +873,8 @@ class Model:
         """free_huge_folio() of a page in use."""
         if head not in self.references:
             return Outcome(-EINVAL, 0)
+        if self.references[head] > 1:
+            return self._refer(head, -1)._replace(detail=0)
         del self.references[head]
         pool = self.pools[self.orders[head]]
         self.put(head, MAPPING, 0)
@@ -883,6 +889,26 @@ class Model:
             pool.active.remove(head)
             self.enqueue(pool, head)
         return Outcome(0, 0)
+
+    def _refer(self, head: int, count: int) -> Outcome:
+        self.references[head] += count
+        self.put(head, COUNTS, HUGETLB | self.references[head] << 32)
+        return Outcome(0, self.references[head])
+
+    def get_references(self, head: int, count: int) -> Outcome:
+        """folio_try_get() of a page in use or free: the count afterwards."""
+        self.events[Event.REFERENCE_CHANGED] += 1
+        return self._refer(head, count) if head in self.references else Outcome(-ENOMEM, 0)
+
+    def put_references(self, head: int, count: int) -> Outcome:
+        """folio_put_refs(): the last one frees the page; -EINVAL for references that are not there."""
+        self.events[Event.REFERENCE_CHANGED] += 1
+        if count > self.references.get(head, 0):
+            return Outcome(-EINVAL, 0)
+        if count < self.references[head]:
+            return self._refer(head, -count)
+        self.references[head] = 1
+        return self.free(head)
 
     def head_of(self, pfn: int) -> int | None:
         """The huge page that a frame belongs to."""
@@ -913,6 +939,8 @@ class Model:
         head = self.head_of(pfn)
         if head is None:
             return Outcome(-EINVAL, 0)
+        if not self.hwpoison:
+            return Outcome(-EOPNOTSUPP, 0)
         if pfn in self.poisoned.get(head, []):
             return Outcome(-EBUSY, 0)
         self.poisoned.setdefault(head, []).append(pfn)
@@ -920,7 +948,7 @@ class Model:
             self.raw.append(None)
         place = self.raw.index(None)
         self.raw[place] = pfn
-        self.set_flag(head, FLAGS, HWPOISON)
+        self.set_flag(head, FLAGS, self.hwpoison)
         self.put(head + self.kernel.raw_poison.page, self.kernel.raw_poison.word, RAW_POISON + 16 * place)
         return Outcome(0, 0)
 

@@ -21,6 +21,7 @@ class Folio:
 
     head: int
     pages: int
+    owner: object = None  # the inode whose subpool it came from
     split: bool = False
     cached: bool = True
     uptodate: set[int] = field(default_factory=set)
@@ -54,7 +55,8 @@ class Memory:
         self.one_tail_page = kernel == "7.3"  # 7.1 and later: all folios of an order share it
         self.zero_by_page = zero_by_page
         self.heads = [POOL_BASE + i * self.pages for i in range(pool_pages)]
-        self.free = self.heads[::-1]
+        # The free list's front is its end here: 2M pages ascending, 1G pages of the boot allocator as captured.
+        self.free = self.heads[:] if kernel == "7.3" and order == 18 else self.heads[::-1]
         self.in_use: dict[int, Folio] = {}
         self.optimized = set(self.heads) if hvo else set()
         self.contents: dict[int, bytes] = {}

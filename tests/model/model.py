@@ -63,9 +63,13 @@ class Model:
     # ------------------------------------------------------------------ making
 
     def create_guest_memfd(self, size: int, shared: bool) -> int | None:
-        """Its number, or None when the pool cannot reserve it."""
-        reserved = sum(inode.pages for inode in self.inodes if inode.open) // self.block_pages
-        if size // PAGE // self.block_pages > len(self.memory.heads) - reserved - self.gauges[L.Gauge.BLOCKS_ZOMBIE]:
+        """Its number, or None when the pool cannot reserve it.
+
+        An inode's subpool keeps its reservation until the inode and the last page that came from it are gone.
+        """
+        alive = [inode for inode in self.inodes if inode.open or self.taken(inode)]
+        reserved = sum(inode.pages // self.block_pages - self.taken(inode) for inode in alive)
+        if reserved + size // PAGE // self.block_pages > len(self.memory.free):
             return None
         pages = size // PAGE
         self.inodes.append(Inode(pages, set(range(pages)) if shared else set()))
@@ -89,6 +93,10 @@ class Model:
 
     # ------------------------------------------------------------------ folios
 
+    def taken(self, inode: Inode) -> int:
+        """Huge pages that came from an inode's subpool, those that left the inode included."""
+        return sum(folio.owner is inode for folio in self.memory.in_use.values())
+
     def block_of(self, index: int) -> range:
         """Pages of the huge page around a page."""
         start = index & ~(self.block_pages - 1)
@@ -98,9 +106,11 @@ class Model:
         """The folio at a page, allocated if need be: restructure splits it at once where any page is shared."""
         number = index >> self.order
         if number not in inode.blocks:
-            folio = self.memory.take()
+            full = self.taken(inode) == inode.pages // self.block_pages  # its subpool's limit
+            folio = None if full else self.memory.take()
             if folio is None:
                 return None
+            folio.owner = inode
             if self.restructure and not inode.shared.isdisjoint(self.block_of(index)) and not self.memory.split(folio):
                 self.memory.uncache(folio)
                 return None

@@ -1,0 +1,158 @@
+"""References, pins and freezes of folios of the HugeTLB zone, as operations: whoever asks is an outsider."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.bits import NONE, U0, U1, U12
+from pgemu_kernels.compile import kernel, outlined
+from pgemu_kernels.events import REFERENCE_CHANGED, charge_one
+from pgemu_kernels.folio import (
+    FLAGS,
+    MAPPING,
+    PG_HEAD,
+    folio_order,
+    is_huge_page,
+    reference_count,
+    struct_page,
+)
+from pgemu_kernels.folio_references import (
+    GUP_PIN_COUNTING_BIAS,
+    expected_count,
+    freeze,
+    is_large,
+    pin_count,
+    put,
+    try_grab,
+    try_pin,
+    unfreeze,
+    unpin,
+)
+from pgemu_kernels.gmem import inode_row
+from pgemu_kernels.hstate import in_zone
+from pgemu_kernels.huge_pages import give_back_huge
+from pgemu_kernels.hugetlb import mapping_address, subpool_of
+from pgemu_kernels.layout import (
+    EINVAL,
+    ENOMEM,
+    I_KIND,
+    INODE_GUEST_MEMFD,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_LENGTH,
+    R_EXTRA_REFERENCES,
+    R_ORDER,
+    Flag,
+)
+from pgemu_kernels.references import held_by_faults, last_reference, zombie_of
+from pgemu_kernels.steps import stop
+
+U = np.uint64
+_READ = U(Flag.READ)
+_WRITE = U(Flag.WRITE)
+MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
+
+
+@outlined
+def head_of(m, pfn):
+    """Head of the HugeTLB page that holds a frame, or NONE."""
+    if in_zone(m.state, pfn):
+        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U(511)):
+            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
+                return head
+    return NONE
+
+
+@kernel
+def folio_of(m, pfn):
+    """First frame of the folio of a frame: a HugeTLB page's head, else the 4K page itself; NONE outside the zone."""
+    if not in_zone(m.state, pfn):
+        return NONE
+    head = head_of(m, pfn)
+    return pfn if head == NONE else head
+
+
+@kernel
+def is_designs(m, head, page):
+    """Whether a folio is one of a guest_memfd inode over huge pages, or was when it left the page cache."""
+    mapping = m.ram[page + MAPPING]
+    if mapping != U0:
+        inode = (mapping - mapping_address(U0)) >> U12
+        return mapping & U1 == U0 and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
+    if m.ram[page + FLAGS] & PG_HEAD != U0:
+        return subpool_of(m, page) != U0
+    return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
+
+
+@kernel
+def may_drop(m, head, page, n):
+    """Whether `n` references are more than caches, mappings and faults under way hold."""
+    held = expected_count(m.ram, page) + held_by_faults(m.state, head)
+    return reference_count(m.ram, page) >= held + n
+
+
+@kernel
+def drop(m, head, page, last):
+    """After references went: the last one of a folio outside the page cache frees it."""
+    if last:
+        if is_huge_page(m, head) and subpool_of(m, page) == U0:
+            give_back_huge(m, head)
+        else:
+            last_reference(m, head, page)
+
+
+@outlined
+def change_references(m, op):
+    """FOLIO_REFERENCE: 0 with the refcount afterwards (0: freed).
+
+    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()). put and unpin: -EINVAL for references or
+    pins that are not there to drop, and for the last one of a 4K piece whose huge page must be merged first.
+    """
+    state = m.state
+    ram = m.ram
+    head = folio_of(m, state[op + O_ADDRESS] >> U12)
+    n = state[op + O_LENGTH]
+    if head == NONE or n == U0 or n > MOST:
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    pinning = state[op + O_FLAGS] & _WRITE != U0
+    count = n if is_large(ram, page) or not pinning else n * GUP_PIN_COUNTING_BIAS
+    ours = is_designs(m, head, page)
+    charge_one(m, REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & _READ == U0:
+        taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
+        if taken and ours:
+            state[R_EXTRA_REFERENCES] += count
+        state[op + O_DETAIL] = reference_count(ram, page)
+        return stop(state, op, 0 if taken else -ENOMEM)
+    pinned = not pinning or not is_large(ram, page) or pin_count(ram, page) >= n
+    whole = ours or is_large(ram, page) or reference_count(ram, page) > count
+    if not pinned or not whole or not may_drop(m, head, page, count):
+        return stop(state, op, -EINVAL)
+    last = unpin(ram, page, n) if pinning else put(ram, page, n)
+    state[op + O_DETAIL] = reference_count(ram, page)
+    if ours:
+        state[R_EXTRA_REFERENCES] -= count
+    drop(m, head, page, last)
+    return stop(state, op, 0)
+
+
+@outlined
+def change_frozen(m, op):
+    """FOLIO_FREEZE: 1 if the refcount was what was expected (unfreeze: 0) and is 0 (what was asked for) now, else 0.
+
+    A folio that stays frozen in a page cache breaks the rules that Machine.check() recounts: no operation leaves one.
+    """
+    state = m.state
+    head = folio_of(m, state[op + O_ADDRESS] >> U12)
+    if head == NONE or state[op + O_LENGTH] >> U(32) != U0:
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    charge_one(m, REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & _READ != U0:
+        done = unfreeze(m.ram, page, state[op + O_LENGTH])
+    else:
+        done = freeze(m.ram, page, state[op + O_LENGTH])
+    state[op + O_DETAIL] = reference_count(m.ram, page)
+    return stop(state, op, 1 if done else 0)

@@ -1,0 +1,113 @@
+"""`pgemu calibrate`: prices of this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from pgemu.errors import InputError
+
+if TYPE_CHECKING:
+    from pgemu.calibrate import Calibration
+    from pgemu.measurements import Measurement
+
+__all__ = ("calibrate",)
+
+_WIDTH = 120
+
+
+@click.command(short_help="Measure this machine and write a cost profile.")
+@click.option("-o", "--output", metavar="FILE", help="Write the profile to this TOML file.  [default: only show it]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 3600),
+    metavar="N",
+    default=10.0,
+    show_default=True,
+    help="How long to measure, beside some seconds to set up.",
+)
+def calibrate(output: str | None, seconds: float) -> None:
+    """Measure what user space can see of this machine, and price events by it.
+
+    Shown are the quartiles of each measurement and which events they price; prices are bands between quartiles.
+    All other events keep their published prices. Nothing else should run meanwhile. No privileges are needed.
+
+    The file is for `pgemu compare --profile FILE` and Config(profile=FILE).
+    """
+    from pgemu.calibrate import calibrate as run
+    from pgemu.cost import PROFILES, write_profile
+
+    name = "calibrated"
+    if output is not None:
+        _check(output)
+        stem = os.path.splitext(os.path.basename(output))[0]
+        name = stem if stem.isprintable() and stem.strip() and stem not in PROFILES else name
+    if sys.platform != "linux":
+        raise InputError("calibrate: measures Linux only")
+    try:
+        calibration = run(name, seconds, _progress())
+    except MemoryError as error:
+        raise InputError(f"calibrate: {error}") from None
+    finally:
+        _erase()
+    click.echo("\n".join(_lines(calibration)))
+    if output is not None:
+        write_profile(calibration.profile, output)
+        click.echo(f"\nwritten: {output}")
+
+
+def _check(output: str) -> None:
+    """Refuse before measuring what could not be written afterwards."""
+    folder = os.path.dirname(output) or os.curdir
+    if os.path.isdir(output):
+        raise InputError("cannot be written: Is a directory", output)
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot be written: {folder} is no directory", output)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot be written: no permission in {folder}", output)
+
+
+def _progress() -> Callable[[str], None]:
+    """Show on a terminal what is measured."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+    return lambda what: print(f"\r\x1b[Kmeasuring: {what}", end="", file=sys.stderr, flush=True)
+
+
+def _erase() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _lines(calibration: Calibration) -> Iterator[str]:
+    profile = calibration.profile
+    yield profile.machine
+    yield ""
+    yield f"{'measured':<44}{'25 %':>9}{'median':>9}{'75 %':>9}  prices"
+    for key, measurement in calibration.measured.items():
+        if measurement.problem:
+            yield from _wrapped(f"{measurement.what:<44}", f"not measured: {measurement.problem}")
+            continue
+        events = ", ".join(event.name.lower() for event in calibration.priced(key)) or "-"
+        yield from _wrapped(f"{measurement.what:<44}{_quartiles(measurement)}  ", events)
+    yield ""
+    kept = ", ".join(event.name.lower() for event in calibration.published)
+    yield from _wrapped("as published: ", kept or "none")
+
+
+def _quartiles(measurement: Measurement) -> str:
+    from pgemu.measurements import duration
+
+    ends = (measurement.low, measurement.median, measurement.high)
+    return "".join(f"{duration(end):>9}" for end in ends)
+
+
+def _wrapped(first: str, text: str) -> Iterator[str]:
+    lines = textwrap.wrap(text, max(_WIDTH - len(first), 20), break_long_words=False)
+    for number, line in enumerate(lines):
+        yield (first if number == 0 else " " * len(first)) + line

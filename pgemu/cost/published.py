@@ -1,0 +1,175 @@
+"""The profile "published": all public figures, of all machines in one band, and assumptions where there are none."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from pgemu.cost.prices import Band, Price, Profile
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Event
+
+__all__ = ("CARRIED", "HEAD_COPY", "KRAVETZ", "MEASURED", "PUBLISHED")
+
+_STRUCT_PAGES_1G = 1 << L.ORDER_1G
+
+# One 4K page zeroed: 1 GiB at 10 GB/s is 100 ms (low); a whole 2M fault takes 233 us (high).
+_ZERO_PAGE: Band = (100e6 / _STRUCT_PAGES_1G, 233e3 / 512)
+
+# One CPU's share of a broadcast. Unbatched minus batched vmemmap changes, per 2M page: 44.6 us (optimise) and
+# 46.6 us (restore) on 8 sockets, at most 288 CPUs, if there were two broadcasts (low); 272.8 and 276.4 us on 252
+# vCPUs, if there was one (high).
+_BROADCAST: Band = (44.6e3 / 2 / 288, 276.4e3 / 252)
+
+# The copy of an optimised folio's first vmemmap page: 4 KiB as PAGE_COPIED, and a page from the per-CPU list.
+HEAD_COPY: Band = (_ZERO_PAGE[0] + 50, 2 * _ZERO_PAGE[1] + 500)
+
+KRAVETZ = "Mike Kravetz, batched vmemmap changes v8, 2023-10-19"
+MEASURED = "measured on Linux 6.18, 2-vCPU guest on AMD EPYC"
+_ENTRY = "assumption: a few stores, one of them atomic, under a lock that is held already"
+CARRIED = "no price of its own: "
+
+_PUBLISHED = (
+    Price(
+        Event.HOST_FAULT,
+        f"{MEASURED}: guest_memfd refault 690-730 k/s = 1.37-1.45 us, less LEAF_WRITTEN and RMAP_CHANGED",
+        fixed=(1e9 / 730e3 - 50, 1e9 / 690e3 - 85),
+    ),
+    Price(
+        Event.GUEST_FAULT,
+        "assumption: VM exit and entry plus a lookup like a host fault's; no figure is published",
+        fixed=(1000, 5000),
+    ),
+    Price(
+        Event.CONVERT_IOCTL,
+        "assumption: system call, invalidate_lock, maple tree nodes; no figure is published",
+        fixed=(500, 5000),
+    ),
+    Price(Event.SYSCALL, "assumption: entry, exit, and argument checks of a system call", fixed=(100, 1000)),
+    Price(
+        Event.TABLE_PAGE_ALLOCATED,
+        "zeroing of 4 KiB as PAGE_ZEROED; assumption: 0.1-1 us for the buddy allocator and locks",
+        each=(_ZERO_PAGE[0] + 100, _ZERO_PAGE[1] + 1000),
+    ),
+    Price(Event.TABLE_PAGE_FREED, "assumption: back to the per-CPU list, by RCU", each=(100, 1000)),
+    Price(Event.LEAF_WRITTEN, _ENTRY, each=(20, 40)),
+    Price(
+        Event.LEAF_CLEARED,
+        f"{MEASURED}: zap of memfd 7.1 and of guest_memfd 6.0 M pages/s = 141-167 ns, less RMAP_CHANGED",
+        each=(1e9 / 7.1e6 - 30, 1e9 / 6.0e6 - 45),
+    ),
+    Price(Event.SPTE_WRITTEN, _ENTRY + " (mmu_lock)", each=(20, 100)),
+    Price(Event.SPTE_CLEARED, "assumption: at most what a zapped host page takes, 167 ns", each=(5, 167)),
+    Price(Event.RMAP_CHANGED, "assumption: mapcount, reference and statistics of one folio", each=(30, 45)),
+    Price(
+        Event.TLB_FLUSH_MM,
+        "assumption: per CPU as TLB_FLUSH_KERNEL, on the CPUs that run the process (min of vCPUs, host CPUs)",
+        per_cpu=_BROADCAST,
+    ),
+    Price(
+        Event.TLB_FLUSH_VM,
+        "assumption: per vCPU as TLB_FLUSH_KERNEL, high end doubled because a running vCPU must leave the guest",
+        per_cpu=(_BROADCAST[0], 2 * _BROADCAST[1]),
+    ),
+    Price(
+        Event.TLB_FLUSH_KERNEL,
+        f"{KRAVETZ}: unbatched less batched, per 2M page: 44.6 us / (2 broadcasts x 288 CPUs, the most that 8 "
+        "sockets had) = 77 ns; 276.4 us / 252 vCPUs = 1.1 us",
+        per_cpu=_BROADCAST,
+    ),
+    Price(
+        Event.TLB_FLUSH_PAGE,
+        "assumption: one INVLPG each on the CPUs that the flush reaches anyway; the broadcast is TLB_FLUSH_MM",
+        each=(50, 250),
+    ),
+    Price(
+        Event.TLB_FLUSH_RANGE,
+        "assumption: TLBI by range and DSB, broadcast by hardware; per CPU at most a quarter of an IPI",
+        each=(100, 1000),
+    ),
+    Price(
+        Event.PAGE_COPIED,
+        "4 KiB read and written: twice PAGE_ZEROED at most",
+        each=(_ZERO_PAGE[0], 2 * _ZERO_PAGE[1]),
+    ),
+    Price(
+        Event.HUGE_FOLIO_ALLOCATED,
+        f"{MEASURED}: pool grown without HVO, 4 us; {KRAVETZ}: the same, 4.72 s / 500,000 pages = 9.4 us",
+        each=(4e3, 4.719e9 / 500000),
+    ),
+    Price(
+        Event.HUGE_FOLIO_FREED,
+        f"{MEASURED}: PUNCH_HOLE 0.84 M pages/s less zap = 1.0 us; {KRAVETZ}: pool shrunk without HVO, 4.48 s / "
+        "500,000 pages = 9.0 us",
+        each=(1e9 / 0.84e6 - 1e9 / 6.0e6, 4.477e9 / 500000),
+    ),
+    Price(
+        Event.PAGE_ZEROED,
+        f"10 GB/s = 0.38 us; {MEASURED}: HugeTLB 2M fault with zeroing 233 us / 512 = 0.46 us",
+        each=_ZERO_PAGE,
+    ),
+    Price(Event.FOLIO_ZEROED_PAGES, "per 4K page as PAGE_ZEROED: a 1G folio is 100-120 ms", each=_ZERO_PAGE),
+    Price(
+        Event.VMEMMAP_PAGE_RESTORED,
+        f"{KRAVETZ}: batched less off, per 2M page 4.0 us (VM) and 17.9 us (metal), / 7 vmemmap pages",
+        each=(4.0e3 / 7, 17.9e3 / 7),
+    ),
+    Price(
+        Event.VMEMMAP_PAGE_FREED,
+        f"{KRAVETZ}: batched less off, per 2M page 4.0 us (VM) and 5.1 us (metal); {MEASURED}: at most 7.5 us; less "
+        "VMEMMAP_HEAD_COPIED, / 7 vmemmap pages",
+        each=((4.0e3 - HEAD_COPY[1]) / 7, (7.5e3 - HEAD_COPY[0]) / 7),
+    ),
+    Price(
+        Event.STRUCT_PAGE_WRITTEN,
+        f"{MEASURED}: demotion of 1G without HVO 1.43-2.5 ms / 262,144 struct pages",
+        each=(1.43e6 / _STRUCT_PAGES_1G, 2.5e6 / _STRUCT_PAGES_1G),
+    ),
+    Price(Event.STRUCT_PAGE_BYTES, CARRIED + "STRUCT_PAGE_WRITTEN counts the same stores"),
+    Price(
+        Event.FOLIO_GATE_CHECKED,
+        "assumption: one struct page read, from cached (as STRUCT_PAGE_WRITTEN) to a miss",
+        each=(1.43e6 / _STRUCT_PAGES_1G, 100),
+    ),
+    Price(
+        Event.PAGE_CACHE_STORED,
+        "assumption: a slot of a 64-slot xarray node; the high end fills the plausible 5-30 ms of a 1G split",
+        each=(5, 50),
+    ),
+    Price(Event.ATTRIBUTES_STORED, "assumption: one range stored in a maple tree, nodes at hand", each=(200, 2000)),
+    Price(Event.FOLIO_SPLIT, CARRIED + "vmemmap, struct pages and page cache are events of their own"),
+    Price(Event.FOLIO_MERGED, CARRIED + "vmemmap, struct pages and page cache are events of their own"),
+    Price(Event.FREEZE_SPIN, CARRIED + "the wait lasts as long as somebody else holds the folio"),
+    Price(Event.NOTIFIER_CALL, "assumption: SRCU, an interval tree lookup, mmu_lock", each=(100, 1000)),
+    Price(Event.DEFERRED_MERGE, "assumption: a work item queued; the merge is events of its own", each=(500, 5000)),
+    Price(
+        Event.XARRAY_NODE_ALLOCATED,
+        "assumption: a slab object of 576 bytes from the per-CPU list, nine cache lines cleared",
+        each=(30, 300),
+    ),
+    Price(Event.XARRAY_NODE_FREED, "assumption: back to the slab, by RCU; at least two atomics", each=(15, 300)),
+    Price(
+        Event.METADATA_STASHED,
+        "assumption: a small allocation filled from the folio, and stored where the merge finds it",
+        each=(50, 1000),
+    ),
+    Price(
+        Event.VMEMMAP_HEAD_COPIED,
+        "4 KiB as PAGE_COPIED; assumption: 50-500 ns for a page from the per-CPU list",
+        each=HEAD_COPY,
+    ),
+    Price(
+        Event.RCU_SYNCHRONIZED,
+        "Joel Fernandes, rcu_normal_wake_from_gp: 4 ms with it and 9.5 ms without, 36 CPUs; low end as fitted on a "
+        "2-vCPU guest (profile guest-2vcpu). The caller sleeps",
+        each=(3.0e6, 9.5e6),
+    ),
+    Price(Event.VMEMMAP_FAULT, CARRIED + "a store through a read-only vmemmap entry is an oops"),
+    Price(
+        Event.REFERENCE_CHANGED,
+        "assumption: one atomic, on a line that is cached (low) or another CPU's (high)",
+        each=(5, 100),
+    ),
+)
+
+PUBLISHED = Profile.of("published", "no one machine: all that is published", date(2026, 11, 22), None, _PUBLISHED, None)
+"""What other profiles stand on."""

@@ -1,0 +1,136 @@
+"""References, pins and freezes of folios of a machine: page-tables.md 7.4, each rule with its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pgemu.machine import Config, Machine
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Flag, Operation
+
+M2 = L.PAGE_2M
+PAGE = L.PAGE_4K
+VA = 0x7F00_0000_0000
+KERNELS = ("6.12", "6.18", "7.3")
+
+
+def machine_of(pages: int = 2, **parameters: Any) -> Machine:
+    return Machine(Config(pool=pages * M2, page_size=M2, **parameters))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_huge_page_taken_from_its_pool(kernel: str) -> None:
+    """0 in the pool, 1 when taken; a pin is a reference and a pin; the last reference frees it."""
+    machine = machine_of(kernel=kernel)
+    pool = machine.hugetlb()
+    folio = machine.folio(pool.free_list()[0])
+    assert folio.refcount == 0
+    assert folio.get().status == -L.ENOMEM  # try_grab_folio() refuses a frozen folio
+    assert pool.allocate().detail == folio.pfn
+    assert (folio.refcount, folio.pincount, folio.maybe_dma_pinned) == (1, 0, False)
+    assert folio.get(2).detail == 3
+    assert folio.pin(5).detail == 8
+    assert (folio.pincount, folio.maybe_dma_pinned) == (5, True)
+    assert folio.unpin(6).status == -L.EINVAL  # only 5 are there
+    assert folio.unpin(5).detail == 3
+    assert folio.put(4).status == -L.EINVAL
+    assert folio.put(3).detail == 0
+    assert (pool.free_hugepages, folio.pfn in pool.free_list()) == (2, True)
+    assert machine.check() == 0, machine.broken
+
+
+def test_freeze_needs_the_exact_count() -> None:
+    machine = machine_of()
+    folio = machine.folio(machine.hugetlb().allocate().detail)
+    folio.get(3)
+    assert not folio.freeze(3)
+    assert folio.refcount == 4
+    assert folio.freeze(4)
+    assert folio.refcount == 0
+    assert folio.get().status == -L.ENOMEM
+    assert not folio.unfreeze(0)
+    assert folio.unfreeze(1)
+    assert not folio.unfreeze(1)
+    assert folio.put().detail == 0
+    assert machine.hugetlb().free_hugepages == 2
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_page_cache_holds_one_reference_per_base_page(kernel: str) -> None:
+    machine = machine_of(kernel=kernel)
+    file = machine.create_hugetlb_file(M2)
+    process = machine.create_process()
+    assert process.mmap_hugetlb(VA, file=file).status == 0
+    assert process.touch(VA, write=True).status == L.VM_FAULT_NOPAGE
+    pfn = process.walk(VA)[-1][2] >> 12 & (1 << 40) - 1
+    folio = machine.folio(pfn)
+    assert (folio.refcount, folio.mapcount, folio.expected_references) == (513, 1, 513)
+    assert folio.put().status == -L.EINVAL  # all of them have their owners
+    assert folio.pin().detail == 514
+    assert not folio.freeze(513)
+    assert folio.unpin().detail == 513
+    process.munmap(VA, M2)
+    assert (folio.refcount, folio.mapcount, folio.expected_references) == (512, 0, 512)
+    assert machine.check() == 0, machine.broken
+
+
+def split_machine() -> tuple[Machine, Any, Any]:
+    """An inode whose only block is split, its second page shared."""
+    machine = machine_of(1)
+    gmem = machine.create_guest_memfd(M2)
+    vm = machine.create_vm()
+    vm.bind(gmem, 0)
+    vm.touch(0)
+    assert gmem.convert(PAGE, PAGE, shared=True).status == 0
+    return machine, gmem, machine.folio(gmem.pfn(PAGE) or 0)
+
+
+def test_a_pin_of_a_small_folio_is_1024_references() -> None:
+    machine, gmem, folio = split_machine()
+    assert (folio.refcount, folio.expected_references) == (1, 1)
+    assert folio.pin(2).detail == 2049
+    assert folio.maybe_dma_pinned
+    assert gmem.convert(PAGE, PAGE, shared=False) == (-L.EAGAIN, PAGE)
+    assert folio.unpin(2).detail == 1
+    assert machine.check() == 0, machine.broken
+    assert gmem.convert(PAGE, PAGE, shared=False).status == 0
+    assert machine.check() == 0, machine.broken
+
+
+def test_many_references_make_a_small_folio_look_pinned() -> None:
+    """The false positive of folio_maybe_dma_pinned()."""
+    machine, _, folio = split_machine()
+    folio.get(1022)
+    assert not folio.maybe_dma_pinned
+    folio.get()
+    assert (folio.refcount, folio.maybe_dma_pinned) == (1024, True)
+    folio.put(1023)
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_pinned_piece_outlives_its_inode() -> None:
+    """Its huge page waits for it as a zombie; the unpin sends all of it back to the pool."""
+    machine, gmem, folio = split_machine()
+    folio.pin()
+    assert gmem.close().status == 0
+    assert machine.hugetlb().free_hugepages == 0
+    assert machine.check() == 0, machine.broken
+    assert folio.put(1025).status == -L.EINVAL
+    assert folio.unpin().detail == 0
+    assert machine.hugetlb().free_hugepages == 1
+    assert machine.check() == 0, machine.broken
+
+
+def test_what_is_no_folio_of_the_zone_is_refused() -> None:
+    machine = machine_of(buddy=M2)
+    free = machine.register(L.R_POOL_BASE) + 1024  # with the page allocator: no reference to add to
+    reference = Operation.FOLIO_REFERENCE
+    assert machine.operate(reference, flags=Flag.SHARED, address=free << 12, length=1).status == -L.ENOMEM
+    assert machine.operate(reference, flags=Flag.READ, address=free << 12, length=1).status == -L.EINVAL
+    for address, length in ((0x1000, 1), (free << 12, 0), (free << 12, 1 << 40)):
+        assert machine.operate(reference, flags=Flag.SHARED, address=address, length=length).status == -L.EINVAL
+    assert machine.operate(Operation.FOLIO_FREEZE, address=0x1000, length=1).status == -L.EINVAL
+    assert machine.check() == 0, machine.broken
