@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
+SERIES = {"rfc2": L.SERIES_RFC2, "jan2026": L.SERIES_LATER}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Config:
     reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
     configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
+    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; pgemu_kernels.splitting).
     """
 
     design: Design = "restructure"
@@ -84,6 +86,7 @@ class Config:
     buddy: int = 0
     reserved: int = 0
     configuration: Literal["debian", "small"] = "debian"
+    series: Literal["rfc2", "jan2026"] = "jan2026"
 
     def __post_init__(self) -> None:
         checks = (
@@ -102,6 +105,7 @@ class Config:
                 self.nodes == 1 or self.configuration != "small",
                 f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
             ),
+            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
         )
@@ -311,8 +315,9 @@ class Machine:
         """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
         gigabytes = (self.config.pool + self.config.other_pool + self.config.buddy) / L.PAGE_1G
         tables = 2 * (513 + 2) + 16
+        nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
         huge_pages = self.config.pool_pages + self.config.other_pool_pages + self.config.buddy // L.PAGE_2M
-        needed = int(gigabytes * (4096 + tables)) + 2 * huge_pages + (self.config.memory >> 12)
+        needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (self.config.memory >> 12)
         return 1 << max(needed, self.config.frames or 0, 511).bit_length()
 
     def _boot_frames(self) -> int:
@@ -387,6 +392,7 @@ class Machine:
             L.R_NOTIFIER: config.notifier,
             L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
             L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
+            L.R_SERIES: SERIES[config.series],
             L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         }
         state = self.arrays.state

@@ -55,6 +55,37 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
     return signature, codegen
 
 
+@intrinsic
+def merge_words(typingctx: Any, array: Any, target: Any, source: Any, kept: Any, put: Any, first: Any) -> Any:
+    """Four words at once: array[target + i] = array[source + i] & kept[i] | put[i]; `first` is or-ed into word 0.
+
+    The array is uint64; `kept` and `put` are tuples of four uint64. No bounds are checked.
+    """
+    signature = types.void(array, target, source, kept, put, first)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        words = ir.VectorType(ir.IntType(64), 4)
+        i32 = ir.IntType(32)
+
+        def pointer(index: Any) -> Any:
+            return builder.bitcast(builder.gep(data, [index]), words.as_pointer())
+
+        def vector(values: list[Any]) -> Any:
+            found = ir.Constant(words, [0] * 4)
+            for i, value in enumerate(values):
+                found = builder.insert_element(found, value, i32(i))
+            return found
+
+        masks, values = (vector([builder.extract_value(args[n], i) for i in range(4)]) for n in (3, 4))
+        found = builder.and_(builder.load(pointer(args[2]), align=8), masks)
+        found = builder.or_(builder.or_(found, values), vector([args[5]]))
+        builder.store(found, pointer(args[1]), align=8)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def _unary(name: str) -> Any:
     def declare(typingctx: Any, value: Any) -> Any:
         signature = types.uint64(types.uint64)

@@ -100,11 +100,11 @@ def mapping_address(inode):
 
 
 @outlined
-def write_order(ram, state, head, first, order):
-    """prep_compound_page() of the head: the fields that lie in its second to fourth struct page.
+def prep_compound_head(ram, state, head, first, order):
+    """mm/internal.h:prep_compound_head(): the fields of a folio that lie in its second and third struct page.
 
-    mm/internal.h:prep_compound_head(), mm/hugetlb.c:init_new_hugetlb_folio(). `first` is the head's index in `ram`.
-    _mapcount and _refcount of these pages are not touched, nor are flags but for the order.
+    `first` is the head's index in `ram`. _mapcount and _refcount of these pages are not touched, nor are flags but for
+    the order.
     """
     second = first + U8
     ram[second + FLAGS] = (ram[second + FLAGS] & ~U(0xFF)) | order
@@ -120,6 +120,12 @@ def write_order(ram, state, head, first, order):
         link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
         ram[first + U(18)] = link
         ram[first + U(19)] = link
+
+
+@outlined
+def write_order(ram, state, head, first, order):
+    """prep_compound_head() and the rest of mm/hugetlb.c:init_new_hugetlb_folio(): no subpool, no cgroup."""
+    prep_compound_head(ram, state, head, first, order)
     set_subpool(ram, state, first, U0)
     set_cgroup(ram, state, first, U0)
 

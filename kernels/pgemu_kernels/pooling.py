@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12
+from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U18, U512
 from pgemu_kernels.boot_memory import prepare_memory
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
@@ -18,15 +18,20 @@ from pgemu_kernels.events import (
     finish_operation,
 )
 from pgemu_kernels.folio import (
+    COMPOUND,
     COUNTS,
+    FLAGS,
+    MAPPING,
+    ONE_CACHED,
     ONE_REFERENCE,
+    PG_HEAD,
     folio_order,
     reference_count,
     struct_page,
 )
 from pgemu_kernels.folio_operations import change_frozen, change_references, head_of
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone
+from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone, node_of, node_row
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.hugetlb import dequeue_any, set_cgroup
 from pgemu_kernels.layout import (
@@ -34,6 +39,9 @@ from pgemu_kernels.layout import (
     EBUSY,
     EINVAL,
     ENOMEM,
+    N_BASE,
+    N_GIGANTIC,
+    N_RESERVED,
     O_ADDRESS,
     O_DETAIL,
     O_LENGTH,
@@ -49,9 +57,11 @@ from pgemu_kernels.layout import (
     R_VMEMMAP,
     Operation,
 )
+from pgemu_kernels.page_allocator import is_block_free
 from pgemu_kernels.pools import allocate_surplus, demote, dissolve, poison, resize
 from pgemu_kernels.records import Columns, element, load, save_result
 from pgemu_kernels.routing import is_pooling
+from pgemu_kernels.splitting import join_list, leave_list, merge_folio, split_folio
 from pgemu_kernels.steps import stop
 from pgemu_kernels.vmemmap import (
     is_optimized,
@@ -72,6 +82,8 @@ _FOLIO_ALLOCATE = U(Operation.FOLIO_ALLOCATE)
 _FOLIO_FREE = U(Operation.FOLIO_FREE)
 _VMEMMAP_OPTIMIZE = U(Operation.VMEMMAP_OPTIMIZE)
 _VMEMMAP_RESTORE = U(Operation.VMEMMAP_RESTORE)
+_FOLIO_SPLIT = U(Operation.FOLIO_SPLIT)
+_FOLIO_MERGE = U(Operation.FOLIO_MERGE)
 _FOLIO_REFERENCE = U(Operation.FOLIO_REFERENCE)
 _FOLIO_FREEZE = U(Operation.FOLIO_FREEZE)
 _DISSOLVE = U(Operation.DISSOLVE)
@@ -223,6 +235,59 @@ def store_word(m, op):
     return stop(state, op, status)
 
 
+# --------------------------------------------------------------------------- split and merge
+
+
+@outlined
+def split(m, op):
+    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -EBUSY, -ENOMEM or -EINVAL.
+
+    Each 4K page is a folio with one reference afterwards. Pages of inodes are split by conversion.
+    """
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    if head_of(m, head) != head or not is_allocated(m, head):
+        return stop(state, op, -EINVAL)
+    status = split_folio(m, head, folio_order(m, head), U0, U1)
+    if status == 0:
+        leave_list(m, head)
+    return stop(state, op, status)
+
+
+@kernel
+def is_split(m, head, order):
+    """Whether a range holds 4K folios of a huge page that FOLIO_SPLIT split: in no pool, no inode, not free."""
+    if not in_zone(m.state, head) or not in_zone(m.state, head + (U1 << order) - U1) or is_block_free(m.state, head):
+        return False
+    page = struct_page(m, head)
+    whole = m.ram[page + FLAGS] & PG_HEAD != U0 or m.ram[page + COMPOUND] & U1 != U0
+    return not whole and m.ram[page + MAPPING] == U0 and m.ram[page + COUNTS] == ONE_CACHED and not is_reserved(m, head)
+
+
+@kernel
+def is_reserved(m, pfn):
+    """Whether a frame is one that the kernel itself uses."""
+    row = node_row(node_of(m.state, pfn))
+    start = m.state[row + N_BASE] + (m.state[row + N_GIGANTIC] << U18)
+    return start <= pfn < start + m.state[row + N_RESERVED]
+
+
+@outlined
+def merge(m, op):
+    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -EBUSY if one has another reference, -EINVAL."""
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    pages = state[op + O_LENGTH] >> U12
+    order = U9 if pages == U512 else ORDER_1G
+    if pages != U1 << order or head & (pages - U1) != U0 or not is_split(m, head, order):
+        return stop(state, op, -EINVAL)
+    status = merge_folio(m, head, order, U0, U1)
+    if status == 0:
+        set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
+        join_list(m, head, order)
+    return stop(state, op, status)
+
+
 # --------------------------------------------------------------------------- the loop
 
 
@@ -240,6 +305,10 @@ def operate(m, op):
         free(m, op)
     elif kind == _VMEMMAP_OPTIMIZE or kind == _VMEMMAP_RESTORE:
         change_vmemmap(m, op)
+    elif kind == _FOLIO_SPLIT:
+        split(m, op)
+    elif kind == _FOLIO_MERGE:
+        merge(m, op)
     elif kind == _FOLIO_REFERENCE:
         change_references(m, op)
     elif kind == _FOLIO_FREEZE:

@@ -65,6 +65,7 @@ from pgemu_kernels.layout import (
     R_HSTATE,
     R_INODES,
     R_KERNEL_ROOT,
+    R_NODE_FRAMES,
     R_NODES,
     R_ORDER,
     R_ORDINARY,
@@ -82,6 +83,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.steps import broken
+from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
@@ -307,6 +309,23 @@ def extra_references(m, head, pages):
     return extra
 
 
+@outlined
+def check_objects(m, owner):
+    """Frames of xarray nodes and stashes: as many as their counts ask for, and nodes for every split block."""
+    state = m.state
+    frames = U0
+    frame = state[R_NODE_FRAMES]
+    while frame != U0 and owner[frame] == np.uint8(0):
+        own(m, owner, frame, 7)
+        frames += U1
+        frame = m.ram[frame << U9]
+    expect(m, frame == U0, FRAMES, frame)
+    nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
+    blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
+    expect(m, object_frames(m) == frames, FRAMES, frames)
+    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+
+
 @entry
 def check(descriptor, owner, leaves, found):
     """Recount the whole machine and compare with what it keeps: how many rules are broken.
@@ -345,6 +364,7 @@ def check(descriptor, owner, leaves, found):
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + state[R_GUEST_PAGES]):
             if m.counts[i] != np.uint32(0):
                 own(m, owner, U(m.counts[i]), 5)
+    check_objects(m, owner)
     for i in range(state[R_FREE]):
         own(m, owner, m.state[state[R_FREE_STACK] + i], 6)
     used = np.int64(0)

@@ -42,7 +42,6 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     EAGAIN,
-    EBUSY,
     ENOMEM,
     F_LEAF_4K,
     F_LEAF_4K_RO,
@@ -69,7 +68,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.memory import zero_contents
 from pgemu_kernels.paging import count_host_leaf, host_format, host_slot
-from pgemu_kernels.splitting import merge_block, split_block
+from pgemu_kernels.splitting import leave_cache, merge_block, split_block
 from pgemu_kernels.steps import (
     convert_finish,
     convert_invalidate_begin,
@@ -312,11 +311,7 @@ def split(m, op):
     while first < state[op + O_END]:
         block = block_row(m, node, first)
         if state[block + B_STATE] == BLOCK_HUGE:
-            status = np.int64(-EBUSY)
-            if reference_count(m.ram, struct_page(m, state[block + B_PFN])) == U1 << order:
-                status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
-            else:
-                charge_one(m, FREEZE_SPIN)
+            status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
             if status != 0:
                 leave_split(m, node, state[op + O_START] >> order << order, first)
                 return fail_at(state, op, status, first)
@@ -400,6 +395,7 @@ def evict_block(m, inode, index):
     if m.state[block + B_STATE] == BLOCK_SPLIT:
         charge_one(m, DEFERRED_MERGE)
         if merge_block(m, block, index, NONE) != 0:
+            leave_cache(m, m.state[R_ORDER])
             make_zombie(m, block)
             return
     if m.state[block + B_STATE] == BLOCK_HUGE:

@@ -263,12 +263,33 @@ def remap_restored(m, head, order):
             frame = take_frame(m)
             _fill_restored(ram, frame, shared, masks, reset)
             ram[slot + i] = frame << U12 | bits
-    first = struct_page(m, head)
-    ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
-    change(m.stats, VMEMMAP_PAGES, np.int64(pages) - 1)
-    change(m.stats, MEMMAP_PAGES, np.int64(pages) - 1)
-    charge(m, VMEMMAP_PAGE_RESTORED, np.int64(pages) - 1)
+    count_restored(m, struct_page(m, head), order)
     return np.int64(0)
+
+
+@kernel
+def count_restored(m, first, order):
+    """A folio (its head's index in `ram`) has its vmemmap pages again."""
+    pages = np.int64(vmemmap_pages(order)) - 1
+    m.ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
+    change(m.stats, VMEMMAP_PAGES, pages)
+    change(m.stats, MEMMAP_PAGES, pages)
+    charge(m, VMEMMAP_PAGE_RESTORED, pages)
+
+
+@kernel
+def flush_restored(m, order):
+    """The flush after a restore covers all 8 or 4096 pages before 7.1, afterwards not the first one."""
+    flush_kernel_range(m, vmemmap_pages(order) - (U1 if m.state[R_MASK_TAILS] != U0 else U0))
+
+
+@kernel
+def end_restore(m, first, order):
+    """What a restore does beside writing pages and entries."""
+    if m.state[R_MASK_TAILS] == U0:
+        charge_one(m, RCU_SYNCHRONIZED)
+    count_restored(m, first, order)
+    flush_restored(m, order)
 
 
 @kernel
@@ -279,17 +300,14 @@ def is_optimized(m, head):
 
 @outlined
 def restore(m, head, order):
-    """hugetlb_vmemmap_restore_folio(): 0, or -ENOMEM with nothing changed.
-
-    The flush covers all 8 or 4096 pages before 7.1, afterwards not the first one.
-    """
+    """hugetlb_vmemmap_restore_folio(): 0, or -ENOMEM with nothing changed."""
     if not is_optimized(m, head):
         return np.int64(0)
     if m.state[R_MASK_TAILS] == U0:
         charge_one(m, RCU_SYNCHRONIZED)
     status = remap_restored(m, head, order)
     if status == 0:
-        flush_kernel_range(m, vmemmap_pages(order) - (U1 if m.state[R_MASK_TAILS] != U0 else U0))
+        flush_restored(m, order)
     return status
 
 

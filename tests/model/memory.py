@@ -48,9 +48,19 @@ class Memory:
     """The pool with its vmemmap, and the frames that page tables and contents take."""
 
     def __init__(
-        self, kernel: str, order: int, pool_pages: int, frames: int | None, hvo: bool, zero_by_page: bool
+        self,
+        kernel: str,
+        order: int,
+        pool_pages: int,
+        frames: int | None,
+        hvo: bool,
+        zero_by_page: bool,
+        series: str = "jan2026",
     ) -> None:
         self.pages = 1 << order
+        self.by_page = series == "rfc2"
+        self.nodes = 0  # xarray nodes of split folios in the page cache, 7 to a frame
+        self.stashes = 0  # 64 to a frame
         self.hvo = hvo
         self.one_tail_page = kernel == "7.3"  # 7.1 and later: all folios of an order share it
         self.zero_by_page = zero_by_page
@@ -77,6 +87,24 @@ class Memory:
         return int(self.one_tail_page) + len(self.heads) + restored * (self.vmemmap_per_folio - 1)
 
     @property
+    def nodes_per_folio(self) -> int:
+        """A node for 64 pages, one for 4096, one for 2^18; rfc2 makes the upper one of a 2M page anew."""
+        if self.pages == 512:
+            return 9 if self.by_page else 8
+        return 4096 + 64 + 1
+
+    def change_objects(self, nodes: int, stashes: int) -> bool:
+        """Allocate (or free) nodes and stashes, all or none."""
+        frames = [-(-n // 7) - (-s // 64) for n, s in (
+            (self.nodes, self.stashes), (self.nodes + nodes, self.stashes + stashes)
+        )]  # fmt: skip
+        if not self.frames.take(frames[1] - frames[0]):
+            return False
+        self.nodes += nodes
+        self.stashes += stashes
+        return True
+
+    @property
     def kernel_tables(self) -> int:
         """Root, one table of 512G, one of 1G; below them a last-level table per 2M of optimised vmemmap."""
         return 3 + (-(-len(self.heads) * self.vmemmap_per_folio // 512) if self.hvo else 0)
@@ -95,6 +123,8 @@ class Memory:
 
     def uncache(self, folio: Folio) -> None:
         """Out of the page cache; to the pool if nobody holds any of it, merged if it was split."""
+        if folio.split and folio.cached:
+            assert self.change_objects(-self.nodes_per_folio, 0)
         folio.cached = False
         if not folio.idle:
             return
@@ -104,22 +134,39 @@ class Memory:
         self.free.append(folio.head)
 
     def split(self, folio: Folio) -> bool:
-        """To 4K folios; an optimised vmemmap is restored first, all of it or nothing."""
+        """To 4K folios; an optimised vmemmap is restored first, all of it or nothing.
+
+        Nodes are allocated before that, or (rfc2) after it: then a failure merges the folio again.
+        """
+        nodes = self.nodes_per_folio
+        if not self.change_objects(0 if self.by_page else nodes, int(self.by_page)):
+            return False
         if folio.head in self.optimized:
             if not self.frames.take(self.vmemmap_per_folio - 1):
+                assert self.change_objects(0 if self.by_page else -nodes, -int(self.by_page))
                 return False
             self.optimized.remove(folio.head)
         folio.split = True
+        if self.by_page and not self.change_objects(nodes, 0):
+            self.join(folio)
+            return False
         return True
 
     def merge(self, folio: Folio, keep: bool) -> None:
-        """Back to one folio. Without a frame for the new head page its vmemmap stays whole.
+        """Back to one folio.
 
         One flag then speaks for all pages: if some of them (`keep`: the folio stays in use) are up to
         date, the others are zeroed.
         """
         if keep and folio.uptodate and not self.zero_by_page:
             self.zero_pages(folio, set(range(self.pages)) - folio.uptodate)
+        if folio.cached:
+            assert self.change_objects(-self.nodes_per_folio, 0)
+        self.join(folio)
+
+    def join(self, folio: Folio) -> None:
+        """Pages become one folio. Without a frame for the new head page its vmemmap stays whole."""
+        assert self.change_objects(0, -int(self.by_page))
         folio.split = False
         if not self.hvo:
             return

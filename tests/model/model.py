@@ -44,6 +44,7 @@ class Model:
         zero_by_page: bool = False,
         zap_both_kinds: bool = True,
         notifier: bool = True,
+        series: str = "jan2026",
     ) -> None:
         self.restructure = design == RESTRUCTURE
         self.order = order
@@ -51,7 +52,7 @@ class Model:
         self.reclaims_tables = kernel != "6.12"  # CONFIG_PT_RECLAIM came with 6.14
         self.zap_both_kinds = zap_both_kinds
         self.notifier = notifier
-        self.memory = Memory(kernel, order, pool_pages, frames, hvo, zero_by_page)
+        self.memory = Memory(kernel, order, pool_pages, frames, hvo, zero_by_page, series)
         self.inodes: list[Inode] = []
         self.spaces: list[HostTables] = []
         self.vms: list[Stage2] = []
@@ -436,6 +437,7 @@ class Model:
             L.Gauge.HOST_TABLES: sum(space.table_pages for space in self.spaces),
             L.Gauge.STAGE2_TABLES: sum(vm.table_pages for vm in self.vms),
             L.Gauge.KERNEL_TABLES: self.memory.kernel_tables,
+            L.Gauge.XARRAY_NODES: self.memory.nodes,
             L.Gauge.VMEMMAP_PAGES: self.memory.vmemmap_pages,
             L.Gauge.CONTENT_FRAMES: len(self.memory.contents),
             L.Gauge.HOST_LEAVES_4K: sum(len(space.entries) for space in self.spaces),

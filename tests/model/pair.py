@@ -29,6 +29,7 @@ class Pair:
             zero_by_page=config.zero == "page",
             zap_both_kinds=config.rounded_zap_drops_both_kinds,
             notifier=config.notifier,
+            series=config.series,
         )
         self.inodes: list[GuestMemfd] = []
         self.spaces: list[AddressSpace] = []

@@ -15,8 +15,8 @@ def test_one_sentence_per_large_difference() -> None:
     assert "restructure split 1 huge folio, pfnmap 0." in found
     assert "restructure flushed the kernel's TLB on all CPUs 2 times, pfnmap 0." in found
     assert "restructure restored 28 KiB of vmemmap, pfnmap 0." in found
-    # Split 511 x 44, merge 511 x 36 bytes, and 28 for the folio of each design when it is taken.
-    assert f"restructure wrote {(511 * 80 + 28) / 1024:.1f} KiB of struct pages, pfnmap 28 B." in found
+    # Split 511 x 44, merge 511 x 24 bytes, and 28 for the folio of each design when it is taken.
+    assert f"restructure wrote {(511 * 68 + 28) / 1024:.1f} KiB of struct pages, pfnmap 28 B." in found
     assert "restructure refused 2 conversions, pfnmap 1." in found
     assert "restructure refused 0 calls of MADV_DONTNEED, pfnmap 1." in found
     assert len(found) == len(set(found))

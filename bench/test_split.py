@@ -1,0 +1,149 @@
+"""Split and merge of huge pages to 4K folios and back, in both posted forms; the operations counted are 4K pages.
+
+Vmemmap restore, rewriting and optimising of folios that are in no page cache: the gate, nodes and page-cache entries
+are in `conversion` only, which is two ioctls on a guest_memfd. The control (split.c) copies the restored vmemmap pages
+and makes two passes over all struct pages that store what split and merge store, in memory like the machine's.
+Cases: one folio of 1G; one folio of 2M again and again; and 512 folios of 2M, as after a demotion of 1G.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import njit
+
+from pgemu.machine import Config, Machine
+from pgemu_kernels import layout as L
+from pgemu_kernels.handle import open_machine
+from pgemu_kernels.splitting import merge_folio, split_folio
+
+SERIES = ["rfc2", "jan2026"]
+CASES = {"1G": (L.PAGE_1G, 1, 1), "2M": (L.PAGE_2M, 1, 500), "512 x 2M": (L.PAGE_2M, 512, 1)}  # size, folios, times
+ROUNDS = 200
+pytestmark = pytest.mark.benchmark(timer=time.thread_time)  # other processes' time is not ours
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+SPLIT, MERGE, BOTH = 1, 2, 3
+
+
+@njit(nogil=True, _nrt=False)
+def restructure(descriptor, heads, order, what, times):
+    """Split (1), merge (2) or both (3), folio by folio; the statuses combined."""
+    m = open_machine(descriptor)
+    status = np.int64(0)
+    for _ in range(times):
+        for i in range(heads.size):
+            if what & 1:
+                status |= split_folio(m, heads[i], order, _ZERO, _ONE)
+            if what & 2:
+                status |= merge_folio(m, heads[i], order, _ZERO, _ONE)
+    return status
+
+
+class Folios:
+    """Huge pages of a machine, each held by one reference and in no inode."""
+
+    def __init__(self, case: str, series: str, kernel: str = "7.3") -> None:
+        size, count, self.times = CASES[case]
+        self.machine = Machine(Config(pool=size * count, page_size=size, kernel=kernel, series=series))  # type: ignore[arg-type]
+        state, ram = self.machine.arrays.state, self.machine.arrays.ram
+        state[L.R_COUNTER_ROW] = L.STATS_COUNTERS
+        self.order = np.uint64(self.machine.config.order)
+        base = self.machine.register(L.R_POOL_BASE)
+        self.heads = np.arange(count, dtype=np.uint64) * np.uint64(size >> 12) + np.uint64(base)
+        root, vmemmap = self.machine.register(L.R_KERNEL_ROOT), self.machine.register(L.R_VMEMMAP)
+        for head in self.heads.tolist():
+            address = vmemmap + 64 * head
+            entry = self.machine.walk(root, (address & (1 << 48) - 1) >> 12)[-1][2]
+            ram[((entry & 0x000F_FFFF_FFFF_F000) + address % 4096) // 8 + 6] |= np.uint64(1 << 32)
+        self.pages = count * (size >> 12) * self.times
+
+    def do(self, what: int) -> None:
+        assert restructure(self.machine.descriptor, self.heads, self.order, what, self.times) == 0
+
+
+def measure(
+    benchmark: Any, group: str, pages: int, call: Callable[[], object], prepare: Callable[[], object] | None = None
+) -> None:
+    benchmark.group = f"split and merge, {group}"
+    benchmark.extra_info["operations"] = pages
+    benchmark.pedantic(call, setup=lambda: prepare and prepare() and None, rounds=ROUNDS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "6.18"])
+@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("case", CASES)
+def test_split_and_merge(benchmark: Any, case: str, series: str, kernel: str) -> None:
+    folios = Folios(case, series, kernel)
+    measure(benchmark, f"{case}, {series}, {kernel}", folios.pages, lambda: folios.do(BOTH))
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "6.18"])
+@pytest.mark.parametrize("series", SERIES)
+def test_split(benchmark: Any, series: str, kernel: str) -> None:
+    folios = Folios("1G", series, kernel)
+    folios.do(SPLIT)
+    measure(benchmark, f"1G, {series}, {kernel}", folios.pages, lambda: folios.do(SPLIT), lambda: folios.do(MERGE))
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "6.18"])
+@pytest.mark.parametrize("series", SERIES)
+def test_merge(benchmark: Any, series: str, kernel: str) -> None:
+    folios = Folios("1G", series, kernel)
+    measure(benchmark, f"1G, {series}, {kernel}", folios.pages, lambda: folios.do(MERGE), lambda: folios.do(SPLIT))
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "6.18"])
+@pytest.mark.parametrize("series", SERIES)
+def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
+    """One page of a 1G block to shared and back: everything that the two ioctls do, nodes and entries included."""
+    machine = Machine(Config(pool=L.PAGE_1G, kernel=kernel, series=series))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(L.PAGE_1G)
+    vm = machine.create_vm()
+    assert vm.bind(gmem, 0).status == 0
+    vm.touch(0)
+
+    def convert() -> None:
+        assert gmem.convert(0, L.PAGE_4K, shared=True).status == 0
+        assert gmem.convert(0, L.PAGE_4K, shared=False).status == 0
+
+    measure(benchmark, f"1G, {series}, {kernel}", L.PAGE_1G >> 12, convert)
+
+
+@pytest.fixture(scope="module")
+def copy_and_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """split.c's function. Skips where there is no C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build the control with")
+    library = tmp_path_factory.mktemp("control") / "split.so"
+    source = Path(__file__).with_name("split.c")
+    subprocess.run([compiler, "-O2", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).copy_and_store
+    pointer, number = ctypes.c_void_p, ctypes.c_uint64
+    function.argtypes = [pointer, pointer, number, number, number, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "6.18"])
+@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("case", CASES)
+def test_control(benchmark: Any, copy_and_store: Any, case: str, series: str, kernel: str) -> None:
+    size, count, times = CASES[case]
+    pages = size >> 12
+    ram = Machine(Config(memory=32 << 20)).arrays.ram
+    source, target = ram.ctypes.data + 4096, ram.ctypes.data + (2 << 20)
+    memcg = int(series == "jan2026")
+
+    def control() -> None:
+        copy_and_store(target, source, pages, count, times, memcg)
+
+    measure(benchmark, f"{case}, {series}, {kernel}", pages * count * times, control)
