@@ -34,6 +34,10 @@ EVENTS = (
     Event.HUGE_FOLIO_FREED,
     Event.VMEMMAP_FAULT,
     Event.REFERENCE_CHANGED,
+    Event.FOLIO_SPLIT,
+    Event.FOLIO_MERGED,
+    Event.FOLIO_GATE_CHECKED,
+    Event.FREEZE_SPIN,
 )
 
 
@@ -103,6 +107,13 @@ class Pair:
         got = self.machine.operate(op, flags=flags, address=head << 12, length=abs(count))
         change = self.model.get_references if count > 0 else self.model.put_references
         return self.same(got, change(head, abs(count)))
+
+    def split(self, head: int) -> Outcome:
+        return self.same(self.machine.operate(L.Operation.FOLIO_SPLIT, address=head << 12), self.model.split(head))
+
+    def merge(self, head: int, order: int) -> Outcome:
+        got = self.machine.operate(L.Operation.FOLIO_MERGE, address=head << 12, length=L.PAGE_4K << order)
+        return self.same(got, self.model.merge(head, order))
 
     def change_vmemmap(self, start: int, end: int, optimize: bool) -> Outcome:
         op = L.Operation.VMEMMAP_OPTIMIZE if optimize else L.Operation.VMEMMAP_RESTORE
@@ -273,6 +284,16 @@ class Pools(RuleBasedStateMachine):
     def refer(self, number: int, count: int) -> None:
         heads = sorted(self.model.references) or sorted(self.model.orders)
         self.pair.refer(heads[number % len(heads)], count)
+
+    @precondition(lambda self: self.model.references)
+    @rule(number=numbers)
+    def split(self, number: int) -> None:
+        self.pair.split(list(self.model.references)[number % len(self.model.references)])
+
+    @precondition(lambda self: self.model.pieces)
+    @rule(number=numbers)
+    def merge(self, number: int) -> None:
+        self.pair.merge(*list(self.model.pieces.items())[number % len(self.model.pieces)])
 
     @rule(number=numbers, page=pages)
     def free_any(self, number: int, page: int) -> None:

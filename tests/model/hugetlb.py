@@ -25,6 +25,8 @@ POISON1, POISON2 = 0xDEAD_0000_0000_0100, 0xDEAD_0000_0000_0122
 TAIL_MAPPING = 0xDEAD_0000_0000_0400
 HUGETLB, BUDDY = 0xF400_0000, 0xF000_0000  # page types
 HEAD = 1 << 6
+PAGE_FLAGS = (1 << 19) - 1  # those that a page has for itself
+INHERITED = sum(1 << bit for bit in (0, 2, 3, 4, 8, 9, 10, 17, 18))  # those that the pages of a split folio get
 FREED, OPTIMIZED = 1 << 3, 1 << 4  # of a huge page's private word
 
 FLAGS, NEXT, PREV, MAPPING, INDEX, PRIVATE, COUNTS, MEMCG = range(8)  # the words of a struct page
@@ -204,6 +206,7 @@ class Model:
         self.poisoned: dict[int, list[int]] = {}  # head -> pages
         self.raw: list[int | None] = []  # poisoned pages by the place of their record
         self.references: dict[int, int] = {}
+        self.pieces: dict[int, int] = {}  # head -> order of what is split
         self.blocks: set[int] = set()  # first frames of free 2M blocks
         self.events: Counter[Event] = Counter()
         self.memmap = self.memmap_boot = self.taken = self.boot_pages = 0
@@ -490,8 +493,11 @@ class Model:
         return head
 
     def _written(self, pages: int) -> None:
+        self._stored(pages, 24)
+
+    def _stored(self, pages: int, size: int) -> None:
         self.events[Event.STRUCT_PAGE_WRITTEN] += pages
-        self.events[Event.STRUCT_PAGE_BYTES] += 24 * pages
+        self.events[Event.STRUCT_PAGE_BYTES] += size * pages
 
     def free_pages(self, head: int) -> None:
         """The end of __update_and_free_hugetlb_folio() and __free_pages_prepare(); blocks with poison stay out."""
@@ -950,6 +956,60 @@ class Model:
         self.raw[place] = pfn
         self.set_flag(head, FLAGS, self.hwpoison)
         self.put(head + self.kernel.raw_poison.page, self.kernel.raw_poison.word, RAW_POISON + 16 * place)
+        return Outcome(0, 0)
+
+    # ------------------------------------------------------------------ split and merge, the later posted form
+
+    def split(self, head: int) -> Outcome:
+        """Every page a folio of its own, with the head's inherited flags and one reference; the head stays listed."""
+        if head not in self.references:
+            return Outcome(-EINVAL, 0)
+        if self.references[head] != 1:
+            self.events[Event.FREEZE_SPIN] += 1
+            return Outcome(-EBUSY, 0)
+        order = self.orders[head]
+        if self.is_optimized(head) and self.left < (1 << order - 6) - 1:
+            return Outcome(-ENOMEM, 0)
+        self.restore_one(head)
+        flags = self.get(head, FLAGS) & ~HEAD
+        link, memcg = self.get(head, NEXT), self.get(head, MEMCG)
+        for i, words in enumerate(self.over(head, order)):
+            words[:, FLAGS] = words[:, FLAGS] & np.uint64(ALL_ONES ^ PAGE_FLAGS) | np.uint64(flags & INHERITED)
+            words[:, NEXT] = 0
+            words[:, MAPPING] = 0
+            words[:, INDEX] = np.arange(STRUCT_PAGES * i, STRUCT_PAGES * (i + 1))
+            words[:, COUNTS] = 1 << 32 | LOW32
+            words[:, MEMCG] = memcg
+        self.put(head, NEXT, link)
+        self.put(head, FLAGS, flags)
+        del self.references[head]
+        self.pieces[head] = self.orders.pop(head)
+        self.events[Event.FOLIO_SPLIT] += 1
+        self._stored((1 << order) - 1, 44)
+        return Outcome(0, 0)
+
+    def merge(self, head: int, order: int) -> Outcome:
+        """Back to one folio with one reference, optimised if there is memory for it."""
+        if self.pieces.get(head) != order:
+            return Outcome(-EINVAL, 0)
+        flags, private = self.get(head, FLAGS), self.get(head, PRIVATE)
+        for words in self.over(head, order):
+            words[:, FLAGS] &= np.uint64(ALL_ONES ^ PAGE_FLAGS)
+            words[:, NEXT] = self.compound(head, order)
+            words[:, MAPPING] = TAIL_MAPPING
+            words[:, PRIVATE] = 0
+            words[:, COUNTS] = LOW32
+        self.write_head(head, order)
+        self.put(head, FLAGS, flags | HEAD)
+        self.put(head, PRIVATE, private)
+        self.put(head, COUNTS, HUGETLB | 1 << 32)
+        self.orders[head] = self.pieces.pop(head)
+        self.references[head] = 1
+        self.events[Event.FOLIO_MERGED] += 1
+        self.events[Event.FOLIO_GATE_CHECKED] += 1 << order
+        self._stored((1 << order) - 1, 24)
+        self.optimize_one(head)
+        self.set_cgroup(head, CGROUP)
         return Outcome(0, 0)
 
     # ------------------------------------------------------------------ vmemmap of chosen pages
