@@ -381,7 +381,7 @@ def configured(examples: int, steps: int) -> settings:
 TestPools = Pools.TestCase
 TestPools.settings = configured(150, 25)
 TestGiganticPools = GiganticPools.TestCase
-TestGiganticPools.settings = configured(12, 8)
+TestGiganticPools.settings = configured(20, 8)
 
 
 # --------------------------------------------------------------------------- case by case
