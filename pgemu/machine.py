@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgemu import cost
-from pgemu.designs import DESIGNS, Design
+from pgemu.boot import allocate, node_word, set_registers
+from pgemu.config import Config as Config
 from pgemu.statistics import Statistics
 from pgemu_kernels import formats, layout as L, page_format
-from pgemu_kernels.handle import DTYPES, Machine as Arrays, describe
+from pgemu_kernels.handle import Machine as Arrays, describe
 from pgemu_kernels.layout import Operation
 from pgemu_kernels.page_format import PageFormat
 
@@ -24,178 +22,9 @@ if TYPE_CHECKING:
     from pgemu.image import Root
     from pgemu.physical import PhysicalMemory
     from pgemu.trace.schema import Records
-    from pgemu_kernels.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
 NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
-SERIES = {"rfc2": L.SERIES_RFC2, "jan2026": L.SERIES_LATER}
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a machine is made of.
-
-    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
-    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone.
-    memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
-    kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
-    hvo: whether the pool's vmemmap is optimised.
-    vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
-    can be. zero: "folio" or "page", how much a first use zeroes.
-    seed: order of never used frames; 0 is ascending.
-    frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
-    enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
-    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
-    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
-    notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
-    dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
-    nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
-    l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
-    profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
-    by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
-    other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
-    nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
-    buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
-    reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
-    configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
-    pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
-    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; pgemu_kernels.splitting).
-    """
-
-    design: Design = "restructure"
-    pool: int = 0
-    page_size: int = L.PAGE_1G
-    kernel: str = "7.3"
-    stage2: Literal["npt", "ept"] = "npt"
-    hvo: bool = True
-    vcpus: int = 1
-    host_cpus: int = 1
-    zero: Literal["folio", "page"] = "folio"
-    seed: int = 0
-    frames: int | None = None
-    rounded_zap_drops_both_kinds: bool = True
-    notifier: bool = True
-    dontneed_on_pfnmap: bool = False
-    nx_huge_pages: bool = False
-    l1tf: bool = False
-    profile: str | os.PathLike[str] = "published"
-    memory: int = 64 << 20
-    other_pool: int = 0
-    pti: bool = False
-    nodes: int = 1
-    buddy: int = 0
-    reserved: int = 0
-    configuration: Literal["debian", "small"] = "debian"
-    series: Literal["rfc2", "jan2026"] = "jan2026"
-
-    def __post_init__(self) -> None:
-        checks = (
-            (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
-            (self.page_size in (L.PAGE_2M, L.PAGE_1G), f"page size {self.page_size}: expected 2M or 1G"),
-            (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
-            (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
-            (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
-            (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
-            (self.nodes in (1, L.NODES), f"nodes {self.nodes}: expected 1 or {L.NODES}"),
-            (
-                self.configuration in formats.CONFIGURATIONS,
-                f"configuration {self.configuration!r}: expected one of {', '.join(formats.CONFIGURATIONS)}",
-            ),
-            (
-                self.nodes == 1 or self.configuration != "small",
-                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
-            ),
-            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
-            (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
-            (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
-        )
-        for holds, complaint in checks:
-            if not holds:
-                raise ValueError(complaint)
-        if self.pool < 0 or self.pool % self.page_size:
-            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
-        if self.memory < 0 or self.memory % L.PAGE_4K:
-            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
-        if self.other_pool < 0 or self.other_pool % self.other_page_size:
-            raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
-        for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
-            if size < 0 or size % L.PAGE_2M:
-                raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {L.PAGE_2M}, or 0")
-        cost.profile(self.profile)  # ValueError or InputError for what is none
-        if not isinstance(self.profile, str):  # a path remains one, "./published" too
-            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
-
-    @property
-    def order(self) -> int:
-        """Order of the pool's huge pages: 9 or 18."""
-        return L.ORDER_2M if self.page_size == L.PAGE_2M else L.ORDER_1G
-
-    @property
-    def pool_pages(self) -> int:
-        """Huge pages in the pool."""
-        return self.pool // self.page_size
-
-    @property
-    def other_page_size(self) -> int:
-        """Size of the huge pages of the second pool: 1 GiB where the first has 2 MiB, and the other way round."""
-        return L.PAGE_1G if self.page_size == L.PAGE_2M else L.PAGE_2M
-
-    @property
-    def other_pool_pages(self) -> int:
-        """Huge pages in the second pool."""
-        return self.other_pool // self.other_page_size
-
-    def node(self, number: int) -> Node:
-        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
-        sizes = {self.order: self.pool_pages, L.ORDER_1G + L.ORDER_2M - self.order: self.other_pool_pages}
-
-        def share(count: int) -> int:
-            return (count + self.nodes - 1 - number) // self.nodes
-
-        return Node(
-            share(sizes[L.ORDER_1G]), self.reserved >> 12, share(sizes[L.ORDER_2M]), share(self.buddy // L.PAGE_2M)
-        )
-
-    @property
-    def guest_pages(self) -> int:
-        """4K pages from the start of the HugeTLB zone to its end."""
-        *others, last = (self.node(number) for number in range(self.nodes))
-        return sum(node.span for node in others) + last.pages
-
-
-class Node(NamedTuple):
-    """A NUMA node's part of the HugeTLB zone, in the order in which it lies there.
-
-    gigantic: 1G pages of boot. reserved: 4K pages that the kernel uses. huge: 2M pages of boot. free: 2M blocks that
-    the page allocator has.
-    """
-
-    gigantic: int
-    reserved: int
-    huge: int
-    free: int
-
-    @property
-    def pages(self) -> int:
-        """4K pages in all."""
-        return (self.gigantic << 18) + self.reserved + (self.huge + self.free << 9)
-
-    @property
-    def span(self) -> int:
-        """4K pages up to the next node."""
-        return -(-self.pages >> 18) << 18
-
-    def boot_frames(self, hvo: bool) -> int:
-        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
-
-        Those of the 1G pages and their shared page are rounded up: 512 frames of 128 MiB are aligned.
-        """
-        if not hvo:
-            return -(-self.pages >> 15) * 512
-        start = self.gigantic << 18
-        optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
-        sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
-        return sections * 512 + -(-(self.gigantic + 1) // 512) * 512
 
 
 class Results(NamedTuple):
@@ -215,28 +44,6 @@ class Result(NamedTuple):
 
     status: int
     detail: int
-
-
-# Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
-
-def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
-    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
-    for register, size in sizes.items():
-        begins[register] = begin
-        begin += size
-    return begin
-
-
-def _map_memory(words: int, huge: bool) -> Array:
-    """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
-    size = max(words * 8, mmap.PAGESIZE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = mmap.mmap(-1, size, flags=flags)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint64, count=words)
 
 
 @dataclass
@@ -262,9 +69,9 @@ class Machine:
     page_tables: list[PageTable] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.arrays = self._allocate()
+        self.arrays = allocate(self.config)
         self.descriptor = describe(self.arrays)
-        self._set_registers()
+        set_registers(self.config, self.arrays)
         from pgemu_kernels.boot import MACHINE, provide
 
         if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
@@ -281,138 +88,6 @@ class Machine:
         nothing = np.zeros(1, np.uint64)
         columns = (nothing,) * 5
         return int(run_pooling(self.descriptor, *columns, nothing.view(np.int64), nothing, NONE)) == 0
-
-    def _allocate(self) -> Arrays:
-        config = self.config
-        frames = self._frames()
-        blocks = 4 * config.pool_pages + L.INODES
-        pages = blocks << config.order
-        tails = {
-            L.R_FREE_STACK: frames + self._boot_frames(),
-            L.R_BLOCK_ROWS: blocks * L.B_WORDS,
-            L.R_WORD_ROWS: pages >> 6,
-            L.R_ZEROED_ROWS: pages >> 6,
-            L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
-        }
-        counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
-        begins: dict[np.uint64, int] = {}
-        for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
-            tails[self._node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
-        state_size = _lay_out(tails, L.STATE_SIZE, begins)
-        counts_size = _lay_out(counts, self._all_frames(), begins)
-        arrays = Arrays(
-            # Frames in a seed's order are scattered: each would cost the host a huge page.
-            ram=_map_memory(self._all_frames() * 512, huge=config.seed == 0),
-            state=np.zeros(state_size, DTYPES["state"]),
-            stats=np.zeros(L.STATS_SIZE, DTYPES["stats"]),
-            counts=np.zeros(counts_size, DTYPES["counts"]),
-        )
-        for register, begin in begins.items():
-            arrays.state[register] = begin
-        return arrays
-
-    def _frames(self) -> int:
-        """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
-        gigabytes = (self.config.pool + self.config.other_pool + self.config.buddy) / L.PAGE_1G
-        tables = 2 * (513 + 2) + 16
-        nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
-        huge_pages = self.config.pool_pages + self.config.other_pool_pages + self.config.buddy // L.PAGE_2M
-        needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (self.config.memory >> 12)
-        return 1 << max(needed, self.config.frames or 0, 511).bit_length()
-
-    def _boot_frames(self) -> int:
-        """Frames behind the others, with the vmemmap that the boot allocator gives."""
-        config = self.config
-        return sum(config.node(number).boot_frames(config.hvo) for number in range(config.nodes))
-
-    @staticmethod
-    def _node_word(number: int, word: np.uint64) -> np.uint64:
-        """Index in `state` of a word of a node's row."""
-        return np.uint64(int(L.STATE_NODES) + number * L.N_WORDS + int(word))
-
-    def _all_frames(self) -> int:
-        """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
-        return self._contiguous() + L.CONTIGUOUS_FRAMES
-
-    def _contiguous(self) -> int:
-        """The first frame of those for runs, aligned to the longest run."""
-        return -(-(self._frames() + self._boot_frames()) // 64) * 64
-
-    def _set_registers(self) -> None:
-        config = self.config
-        kernel = formats.KERNELS[config.kernel]
-        configuration = formats.CONFIGURATIONS[config.configuration]
-        frames = self._frames()
-        random = np.random.default_rng(config.seed)
-        base = max(1 << 20, -(-self._all_frames() // (1 << 18)) << 18)
-        limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
-        shown = ~formats.GLOBAL if config.pti else -1
-        registers = {
-            L.R_DESIGN: DESIGNS.index(config.design),
-            L.R_FRAMES: frames,
-            L.R_FRAMES_MASK: frames - 1,
-            L.R_FRAMES_LIMIT: limit,
-            L.R_BOOT_FRAMES: self._boot_frames(),
-            L.R_CONTIGUOUS: self._contiguous(),
-            L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
-            L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
-            L.R_POOL_BASE: base,
-            L.R_GUEST_PAGES: config.guest_pages,
-            L.R_ORDER: config.order,
-            L.R_HSTATE: int(L.STATE_HSTATES) + (L.H_WORDS if config.order == L.ORDER_1G else 0),
-            L.R_NODES: config.nodes,
-            L.R_HVO: config.hvo,
-            L.R_OPTIMIZE_VMEMMAP: config.hvo,
-            L.R_PTI: config.pti,
-            L.R_GUARDS: kernel.guards,
-            L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
-            L.R_HOST_FORMAT: formats.HOST_X86_64,
-            L.R_FORMATS: 3,
-            L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
-            L.R_LAST_VMA: L.STATE_VMAS,
-            L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
-            L.R_PAGE_FLAGS: configuration.page_flags,
-            L.R_TAIL_FLAGS: configuration.tail_flags,
-            L.R_NODE_SHIFT: configuration.node_shift,
-            L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
-            L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
-            L.R_BOOT_MARKS: kernel.boot_marks,
-            L.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
-            L.R_VIRTUAL_INDEX: kernel.virtual_index,
-            L.R_BOOT_ASCENDING: kernel.boot_list_ascending,
-            L.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
-            L.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
-            L.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,
-            L.R_MASK_TAILS: kernel.mask_tails,
-            L.R_FOLIO_6_12: kernel.folio_6_12,
-            L.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
-            L.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
-            L.R_ZERO_PAGE: config.zero == "page",
-            L.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
-            L.R_NOTIFIER: config.notifier,
-            L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
-            L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
-            L.R_SERIES: SERIES[config.series],
-            L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
-        }
-        state = self.arrays.state
-        for register, value in registers.items():
-            state[register] = value
-        for number in range(config.nodes):
-            node = config.node(number)
-            words = {L.N_BASE: base, L.N_PAGES: node.pages, L.N_GIGANTIC: node.gigantic, L.N_RESERVED: node.reserved,
-                     L.N_HUGE: node.huge}  # fmt: skip
-            for word, value in words.items():
-                state[self._node_word(number, word)] = value
-            base += node.span
-        table = page_format.format_table(config.kernel, **self._format_parameters())
-        state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)
-        prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
-        stats = self.arrays.stats
-        stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
-        one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
-        one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
-        stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
 
     def register(self, index: Any) -> int:
         """A named scalar of the machine (layout.R_*)."""
@@ -734,12 +409,7 @@ class Machine:
 
     @property
     def _formats(self) -> tuple[PageFormat, PageFormat, PageFormat]:
-        return page_format.machine_formats(self.config.kernel, **self._format_parameters())
-
-    def _format_parameters(self) -> dict[str, bool]:
-        """What of the configuration changes the entries that a kernel writes."""
-        config = self.config
-        return {"nx_huge_pages": config.nx_huge_pages, "l1tf": config.l1tf, "pti": config.pti}
+        return page_format.machine_formats(self.config.kernel, **self.config.format_parameters)
 
     def struct_page(self, pfn: int) -> Array:
         """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).
@@ -836,11 +506,10 @@ class Machine:
         memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def _guest_frame(self, pfn: int) -> int:
-        index = pfn - self.register(L.R_POOL_BASE)
         for number in range(self.config.nodes):
-            base = int(self.arrays.state[self._node_word(number, L.N_BASE)])
-            if base <= pfn < base + int(self.arrays.state[self._node_word(number, L.N_PAGES)]):
-                return index
+            base = int(self.arrays.state[node_word(number, L.N_BASE)])
+            if base <= pfn < base + int(self.arrays.state[node_word(number, L.N_PAGES)]):
+                return pfn - self.register(L.R_POOL_BASE)
         raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
 
 

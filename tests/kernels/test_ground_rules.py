@@ -24,7 +24,8 @@ from numba.core import ir
 from numba.core.dispatcher import Dispatcher
 
 import pgemu_kernels
-from pgemu.machine import DESIGNS, Config, Machine
+from pgemu.designs import DESIGNS
+from pgemu.machine import Config, Machine
 from pgemu.translation import Kind, translate, translate_nested
 from pgemu_kernels import compile as kernel_compile, layout as L
 

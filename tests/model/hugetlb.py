@@ -43,7 +43,7 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What differs between kernels: page-table.md 7.2, 8.2, 8.3 and the captures.
+    """What differs between kernels, by what their sources and the captures say.
 
     masks: compound_info is a mask and tails share one page per node and order. reset: struct pages rewritten in each
     restored vmemmap page. early: the boot allocator optimises 1G pages. batches_nothing: how often a batch without a
@@ -53,7 +53,7 @@ class Kernel:
     masks: bool
     reset: int
     early: bool
-    order: dict[Word, int]  # what prep_compound_head() writes for any order; None stands for the number of pages
+    order: dict[Word, int]  # what prep_compound_head() writes for any order
     pages: Word
     subpool: Word
     cgroup: Word

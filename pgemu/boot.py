@@ -1,0 +1,180 @@
+"""A new machine's arrays, and the registers that its configuration decides."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgemu import cost
+from pgemu.config import SERIES
+from pgemu.designs import DESIGNS
+from pgemu_kernels import formats, layout as L, page_format
+from pgemu_kernels.handle import DTYPES, Machine as Arrays
+
+if TYPE_CHECKING:
+    from pgemu.config import Config
+
+__all__ = ("allocate", "set_registers")
+
+Array = np.ndarray[Any, Any]
+
+# Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
+    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
+    for register, size in sizes.items():
+        begins[register] = begin
+        begin += size
+    return begin
+
+
+def _map_memory(words: int, huge: bool) -> Array:
+    """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
+    size = max(words * 8, mmap.PAGESIZE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint64, count=words)
+
+
+def allocate(config: Config) -> Arrays:
+    """The arrays of a machine, zeroed, with the registers that say where their tables begin."""
+    frames = _frames(config)
+    blocks = 4 * config.pool_pages + L.INODES
+    pages = blocks << config.order
+    tails = {
+        L.R_FREE_STACK: frames + _boot_frames(config),
+        L.R_BLOCK_ROWS: blocks * L.B_WORDS,
+        L.R_WORD_ROWS: pages >> 6,
+        L.R_ZEROED_ROWS: pages >> 6,
+        L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
+    }
+    counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
+    begins: dict[np.uint64, int] = {}
+    for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
+        tails[node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
+    state_size = _lay_out(tails, L.STATE_SIZE, begins)
+    counts_size = _lay_out(counts, _all_frames(config), begins)
+    arrays = Arrays(
+        # Frames in a seed's order are scattered: each would cost the host a huge page.
+        ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
+        state=np.zeros(state_size, DTYPES["state"]),
+        stats=np.zeros(L.STATS_SIZE, DTYPES["stats"]),
+        counts=np.zeros(counts_size, DTYPES["counts"]),
+    )
+    for register, begin in begins.items():
+        arrays.state[register] = begin
+    return arrays
+
+
+def _frames(config: Config) -> int:
+    """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
+    gigabytes = (config.pool + config.other_pool + config.buddy) / L.PAGE_1G
+    tables = 2 * (513 + 2) + 16
+    nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
+    huge_pages = config.pool_pages + config.other_pool_pages + config.buddy // L.PAGE_2M
+    needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (config.memory >> 12)
+    return 1 << max(needed, config.frames or 0, 511).bit_length()
+
+
+def _boot_frames(config: Config) -> int:
+    """Frames behind the others, with the vmemmap that the boot allocator gives."""
+    return sum(config.node(number).boot_frames(config.hvo) for number in range(config.nodes))
+
+
+def node_word(number: int, word: np.uint64) -> np.uint64:
+    """Index in `state` of a word of a node's row."""
+    return np.uint64(int(L.STATE_NODES) + number * L.N_WORDS + int(word))
+
+
+def _all_frames(config: Config) -> int:
+    """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
+    return _contiguous(config) + L.CONTIGUOUS_FRAMES
+
+
+def _contiguous(config: Config) -> int:
+    """The first frame of those for runs, aligned to the longest run."""
+    return -(-(_frames(config) + _boot_frames(config)) // 64) * 64
+
+
+def set_registers(config: Config, arrays: Arrays) -> None:
+    """Write the registers, the formats and the prices of a new machine."""
+    kernel = formats.KERNELS[config.kernel]
+    configuration = formats.CONFIGURATIONS[config.configuration]
+    frames = _frames(config)
+    random = np.random.default_rng(config.seed)
+    base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
+    limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
+    shown = ~formats.GLOBAL if config.pti else -1
+    registers = {
+        L.R_DESIGN: DESIGNS.index(config.design),
+        L.R_FRAMES: frames,
+        L.R_FRAMES_MASK: frames - 1,
+        L.R_FRAMES_LIMIT: limit,
+        L.R_BOOT_FRAMES: _boot_frames(config),
+        L.R_CONTIGUOUS: _contiguous(config),
+        L.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
+        L.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
+        L.R_POOL_BASE: base,
+        L.R_GUEST_PAGES: config.guest_pages,
+        L.R_ORDER: config.order,
+        L.R_HSTATE: int(L.STATE_HSTATES) + (L.H_WORDS if config.order == L.ORDER_1G else 0),
+        L.R_NODES: config.nodes,
+        L.R_HVO: config.hvo,
+        L.R_OPTIMIZE_VMEMMAP: config.hvo,
+        L.R_PTI: config.pti,
+        L.R_GUARDS: kernel.guards,
+        L.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
+        L.R_HOST_FORMAT: formats.HOST_X86_64,
+        L.R_FORMATS: 3,
+        L.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
+        L.R_LAST_VMA: L.STATE_VMAS,
+        L.R_LAST_MEMSLOT: L.STATE_MEMSLOTS,
+        L.R_PAGE_FLAGS: configuration.page_flags,
+        L.R_TAIL_FLAGS: configuration.tail_flags,
+        L.R_NODE_SHIFT: configuration.node_shift,
+        L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
+        L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
+        L.R_BOOT_MARKS: kernel.boot_marks,
+        L.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
+        L.R_VIRTUAL_INDEX: kernel.virtual_index,
+        L.R_BOOT_ASCENDING: kernel.boot_list_ascending,
+        L.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
+        L.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
+        L.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,
+        L.R_MASK_TAILS: kernel.mask_tails,
+        L.R_FOLIO_6_12: kernel.folio_6_12,
+        L.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
+        L.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
+        L.R_ZERO_PAGE: config.zero == "page",
+        L.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
+        L.R_NOTIFIER: config.notifier,
+        L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
+        L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
+        L.R_SERIES: SERIES[config.series],
+        L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
+    }
+    state = arrays.state
+    for register, value in registers.items():
+        state[register] = value
+    for number in range(config.nodes):
+        node = config.node(number)
+        words = {L.N_BASE: base, L.N_PAGES: node.pages, L.N_GIGANTIC: node.gigantic, L.N_RESERVED: node.reserved,
+                 L.N_HUGE: node.huge}  # fmt: skip
+        for word, value in words.items():
+            state[node_word(number, word)] = value
+        base += node.span
+    table = page_format.format_table(config.kernel, **config.format_parameters)
+    state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)
+    prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
+    stats = arrays.stats
+    stats[int(L.STATS_PRICES) : int(L.STATS_PRICES) + prices.size] = prices.reshape(-1)
+    one = prices[:, [int(L.PRICE_FIXED_LOW), int(L.PRICE_FIXED_HIGH)]]
+    one = one + prices[:, [int(L.PRICE_EACH_LOW), int(L.PRICE_EACH_HIGH)]]
+    stats[int(L.STATS_PRICES_ONE) : int(L.STATS_PRICES_ONE) + one.size] = one.reshape(-1)

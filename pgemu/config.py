@@ -1,0 +1,187 @@
+"""What a machine is made of."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pgemu import cost
+from pgemu.designs import DESIGNS, Design
+from pgemu_kernels import formats, layout as L
+
+__all__ = ("SERIES", "Config", "Node")
+
+SERIES = {"rfc2": L.SERIES_RFC2, "jan2026": L.SERIES_LATER}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a machine is made of.
+
+    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone.
+    memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
+    kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
+    hvo: whether the pool's vmemmap is optimised.
+    vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
+    can be. zero: "folio" or "page", how much a first use zeroes.
+    seed: order of never used frames; 0 is ascending.
+    frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
+    enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
+    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
+    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
+    notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
+    dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
+    nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
+    l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
+    profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
+    by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
+    other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
+    nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
+    buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
+    reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
+    configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
+    pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
+    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; pgemu_kernels.splitting).
+    """
+
+    design: Design = "restructure"
+    pool: int = 0
+    page_size: int = L.PAGE_1G
+    kernel: str = "7.3"
+    stage2: Literal["npt", "ept"] = "npt"
+    hvo: bool = True
+    vcpus: int = 1
+    host_cpus: int = 1
+    zero: Literal["folio", "page"] = "folio"
+    seed: int = 0
+    frames: int | None = None
+    rounded_zap_drops_both_kinds: bool = True
+    notifier: bool = True
+    dontneed_on_pfnmap: bool = False
+    nx_huge_pages: bool = False
+    l1tf: bool = False
+    profile: str | os.PathLike[str] = "published"
+    memory: int = 64 << 20
+    other_pool: int = 0
+    pti: bool = False
+    nodes: int = 1
+    buddy: int = 0
+    reserved: int = 0
+    configuration: Literal["debian", "small"] = "debian"
+    series: Literal["rfc2", "jan2026"] = "jan2026"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
+            (self.page_size in (L.PAGE_2M, L.PAGE_1G), f"page size {self.page_size}: expected 2M or 1G"),
+            (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
+            (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
+            (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
+            (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+            (self.nodes in (1, L.NODES), f"nodes {self.nodes}: expected 1 or {L.NODES}"),
+            (
+                self.configuration in formats.CONFIGURATIONS,
+                f"configuration {self.configuration!r}: expected one of {', '.join(formats.CONFIGURATIONS)}",
+            ),
+            (
+                self.nodes == 1 or self.configuration != "small",
+                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
+            ),
+            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
+            (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
+            (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise ValueError(complaint)
+        if self.pool < 0 or self.pool % self.page_size:
+            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
+        if self.memory < 0 or self.memory % L.PAGE_4K:
+            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
+        if self.other_pool < 0 or self.other_pool % self.other_page_size:
+            raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
+        for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
+            if size < 0 or size % L.PAGE_2M:
+                raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {L.PAGE_2M}, or 0")
+        cost.profile(self.profile)  # ValueError or InputError for what is none
+        if not isinstance(self.profile, str):  # a path remains one, "./published" too
+            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
+
+    @property
+    def order(self) -> int:
+        """Order of the pool's huge pages: 9 or 18."""
+        return L.ORDER_2M if self.page_size == L.PAGE_2M else L.ORDER_1G
+
+    @property
+    def pool_pages(self) -> int:
+        """Huge pages in the pool."""
+        return self.pool // self.page_size
+
+    @property
+    def other_page_size(self) -> int:
+        """Size of the huge pages of the second pool: 1 GiB where the first has 2 MiB, and the other way round."""
+        return L.PAGE_1G if self.page_size == L.PAGE_2M else L.PAGE_2M
+
+    @property
+    def other_pool_pages(self) -> int:
+        """Huge pages in the second pool."""
+        return self.other_pool // self.other_page_size
+
+    def node(self, number: int) -> Node:
+        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
+        sizes = {self.order: self.pool_pages, L.ORDER_1G + L.ORDER_2M - self.order: self.other_pool_pages}
+
+        def share(count: int) -> int:
+            return (count + self.nodes - 1 - number) // self.nodes
+
+        return Node(
+            share(sizes[L.ORDER_1G]), self.reserved >> 12, share(sizes[L.ORDER_2M]), share(self.buddy // L.PAGE_2M)
+        )
+
+    @property
+    def format_parameters(self) -> dict[str, bool]:
+        """What of it changes the entries that a kernel writes: arguments of page_format.format_table()."""
+        return {"nx_huge_pages": self.nx_huge_pages, "l1tf": self.l1tf, "pti": self.pti}
+
+    @property
+    def guest_pages(self) -> int:
+        """4K pages from the start of the HugeTLB zone to its end."""
+        *others, last = (self.node(number) for number in range(self.nodes))
+        return sum(node.span for node in others) + last.pages
+
+
+class Node(NamedTuple):
+    """A NUMA node's part of the HugeTLB zone, in the order in which it lies there.
+
+    gigantic: 1G pages of boot. reserved: 4K pages that the kernel uses. huge: 2M pages of boot. free: 2M blocks that
+    the page allocator has.
+    """
+
+    gigantic: int
+    reserved: int
+    huge: int
+    free: int
+
+    @property
+    def pages(self) -> int:
+        """4K pages in all."""
+        return (self.gigantic << 18) + self.reserved + (self.huge + self.free << 9)
+
+    @property
+    def span(self) -> int:
+        """4K pages up to the next node."""
+        return -(-self.pages >> 18) << 18
+
+    def boot_frames(self, hvo: bool) -> int:
+        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
+
+        Those of the 1G pages and their shared page are rounded up: 512 frames of 128 MiB are aligned.
+        """
+        if not hvo:
+            return -(-self.pages >> 15) * 512
+        start = self.gigantic << 18
+        optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
+        sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
+        return sections * 512 + -(-(self.gigantic + 1) // 512) * 512
