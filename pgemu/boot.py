@@ -141,6 +141,8 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         L.R_NODE_SHIFT: configuration.node_shift,
         L.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
         L.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
+        L.R_LRU_REFS: configuration.lru_references,
+        L.R_MARKS_ZAPPED: kernel.marks_zapped,
         L.R_BOOT_MARKS: kernel.boot_marks,
         L.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
         L.R_VIRTUAL_INDEX: kernel.virtual_index,

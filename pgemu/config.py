@@ -177,7 +177,7 @@ class Node(NamedTuple):
     def boot_frames(self, hvo: bool) -> int:
         """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
 
-        Those of the 1G pages and their shared page are rounded up: 512 frames of 128 MiB are aligned.
+        Each 512 begin at a multiple of 512.
         """
         if not hvo:
             return -(-self.pages >> 15) * 512

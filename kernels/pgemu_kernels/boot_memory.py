@@ -35,7 +35,7 @@ def map_section(m, first, end, optimized, optimized_end):
     One 2M leaf if none of the section's is optimised, else 4K entries, which is what a split leaf left.
     """
     state = m.state
-    state[R_BOOT_NEXT] = state[R_BOOT_NEXT] + U511 & ~U511  # R_FRAMES is a multiple of 512, and a 2M leaf's frame
+    state[R_BOOT_NEXT] = (state[R_BOOT_NEXT] + U511) & ~U511  # a 2M leaf's address is a multiple of 2M
     frame = state[R_FRAMES] + state[R_BOOT_NEXT]
     start = first & ~(SECTION - U1)
     state[R_BOOT_NEXT] += U512

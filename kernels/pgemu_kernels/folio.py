@@ -10,13 +10,24 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.bits import LOW32, U0, U1, U3, U6, U8, U12, U21, U30, U32, U39, U511, U4095
-from pgemu_kernels.compile import kernel
+from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.formats import ADDRESS, LARGE
-from pgemu_kernels.layout import R_KERNEL_ROOT, R_MASK_TAILS, R_VMEMMAP
+from pgemu_kernels.layout import (
+    R_FOLIO_6_12,
+    R_GUEST_PAGES,
+    R_KERNEL_ROOT,
+    R_LRU_REFS,
+    R_MASK_TAILS,
+    R_POOL_BASE,
+    R_VMEMMAP,
+)
 
 U = np.uint64
 _ADDRESS = U(ADDRESS)
 _LARGE = U(LARGE)
+
+ORDER_1G = U(18)
+_INSIDE_1G = U((1 << 18) - 1)
 
 FLAGS = U(0)
 COMPOUND = U(1)
@@ -36,9 +47,11 @@ CGROUP = U(16 + 3)
 CGROUP_RESERVED = U(16 + 4)
 HWPOISON = U(16 + 5)
 
+PG_REFERENCED = U(1 << 2)
 PG_UPTODATE = U(1 << 3)
 PG_DIRTY = U(1 << 4)
 PG_HEAD = U(1 << 6)
+PG_WORKINGSET = U(1 << 9)
 FLAGS_KEPT = U(0xFFFFFFFFC0000000)  # of page->flags when a page is freed: node, zone, last_cpupid
 LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
 HUGETLB_MIGRATABLE = U(1 << 1)
@@ -124,3 +137,34 @@ def remove_mapping(ram, page):
     """One page-table entry less: _mapcount - 1 and the reference that the entry held."""
     word = ram[page + COUNTS]
     ram[page + COUNTS] = (word - ONE_REFERENCE & ~LOW32) | (word - U1 & LOW32)
+
+
+@outlined
+def mark_accessed(m, pfn):
+    """mm/swap.c:folio_mark_accessed() of the HugeTLB folio around a frame; nothing for other frames.
+
+    A HugeTLB folio is in no LRU list. MGLRU counts its references, up to 3: 6.12 (folio_inc_refs()) sets referenced,
+    then workingset, then counts; later ones (lru_gen_inc_refs()) set referenced, count, and set workingset at last.
+    Without MGLRU referenced is set, and the second time cleared, for what would be activated is in no list.
+    """
+    ram = m.ram
+    if pfn - m.state[R_POOL_BASE] >= m.state[R_GUEST_PAGES]:
+        return
+    head = pfn & ~U511  # of a 1G page's tails some read as its head, whose words they show
+    if not is_huge_page(m, head):
+        head = pfn & ~_INSIDE_1G
+        if not is_huge_page(m, head) or folio_order(m, head) != ORDER_1G:
+            return
+    page = struct_page(m, head) + FLAGS
+    shift = m.state[R_LRU_REFS]
+    counts = U3 << shift
+    if ram[page] & PG_REFERENCED == U0:
+        ram[page] |= PG_REFERENCED
+    elif shift == U0:
+        ram[page] &= ~PG_REFERENCED
+    elif m.state[R_FOLIO_6_12] != U0 and ram[page] & PG_WORKINGSET == U0:
+        ram[page] |= PG_WORKINGSET
+    elif ram[page] & counts != counts:
+        ram[page] += U1 << shift
+    else:
+        ram[page] |= PG_WORKINGSET

@@ -85,6 +85,7 @@ class Configuration:
     CONFIG_CGROUP_HUGETLB. `deferred_struct_pages`: CONFIG_DEFERRED_STRUCT_PAGE_INIT, with which the boot allocator's
     1G pages keep what the first 128 MiB of the zone left in their shared tail page, else what its last 1G page left.
     `memory_failure`: CONFIG_MEMORY_FAILURE, without which there is no PG_hwpoison.
+    `lru_references`: the lower of the two flags in which MGLRU counts references (LRU_REFS_PGOFF), 0 without MGLRU.
     """
 
     page_flags: int
@@ -93,11 +94,12 @@ class Configuration:
     hugetlb_cgroup: bool
     deferred_struct_pages: bool
     memory_failure: bool
+    lru_references: int
 
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True),
-    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False),
+    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True, 25),
+    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False, 0),
 }
 """Debian's, and that of the captured 7.3.4 without NUMA and cgroups."""
 
@@ -115,8 +117,8 @@ class KernelParameters:
     the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
     `boot_marks`: how the vmemmap of 1G pages of the boot allocator is left (captured). `boot_list_ascending`: in which
-    order these pages stand in their free list (captured). `marks_accessed`: KVM calls folio_mark_accessed() on what a
-    guest fault maps, so that MGLRU's reference bits of a HugeTLB page rise (captured for 6.12 and 6.18).
+    order these pages stand in their free list (captured). `marks_zapped`: KVM calls folio_mark_accessed() not only on
+    what a guest's fault maps, but also on what it drops or splits an accessed leaf of (6.12's handle_changed_spte()).
     `virtual_index`: folio->index of a private HugeTLB page is its address' page number (captured for 7.3).
     `hwpoison`: PG_hwpoison (page-flags.h).
 
@@ -140,6 +142,7 @@ class KernelParameters:
     folio_6_12: bool
     boot_marks: BootMarks
     boot_list_ascending: bool
+    marks_zapped: bool = False
     virtual_index: bool = False
     hwpoison: int = 1 << 21
     saved_dirty: bool = True
@@ -159,7 +162,7 @@ KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
         special_huge_zero=False, guards=False, recovers_huge_pages=False,
-        guest_memfd_mmap=False, thp_modify_drops_dirty=True, hwpoison=1 << 20,
+        guest_memfd_mmap=False, thp_modify_drops_dirty=True, marks_zapped=True, hwpoison=1 << 20,
     ),
     "6.18": KernelParameters(
         "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True

@@ -10,6 +10,7 @@ import numpy as np
 from pgemu_kernels.bits import NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import GUEST_FAULT, charge_one
+from pgemu_kernels.folio import mark_accessed
 from pgemu_kernels.gmem import find_memslot, inode_row, retry_fault, vm_row
 from pgemu_kernels.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.kvm_attributes import PRIVATE, SHARED, is_mixed, is_private
@@ -161,7 +162,8 @@ def no_slot(m, row, gfn, private):
 def page_fault(m, vm, gfn, access, prefetch, private):
     """mmu.c:kvm_tdp_mmu_page_fault() from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
 
-    RET_PF_RETRY: an invalidation came between, often one that the fault's own copy on write set off.
+    RET_PF_RETRY: an invalidation came between, often one that the fault's own copy on write set off. A HugeTLB page
+    that was mapped counts as accessed: kvm_release_faultin_page(), 6.12: kvm_release_pfn_clean().
     """
     state = m.state
     row = vm_row(vm)
@@ -189,7 +191,10 @@ def page_fault(m, vm, gfn, access, prefetch, private):
         if status != 0:
             return status, U0
     device = is_device(state, pfn)
-    return map_leaf(m, state[row + V_ROOT], gfn, level, pfn, writable, access, prefetch, device)
+    status, level = map_leaf(m, state[row + V_ROOT], gfn, level, pfn, writable, access, prefetch, device)
+    if status > 0 and host_level > U1:
+        mark_accessed(m, pfn)
+    return status, level
 
 
 @kernel

@@ -21,10 +21,12 @@ from pgemu_kernels.layout import (
     R_VMS,
     SLOT_USER,
     V_LIVE,
+    V_ROOT,
     V_SEQUENCE,
     V_SPACE,
 )
 from pgemu_kernels.paging import host_format, is_large, is_present, table_of
+from pgemu_kernels.tdp_mmu import mark_range
 
 U = np.uint64
 _2M = U(1 << 21)
@@ -56,6 +58,7 @@ def notify_range(m, space, start, end):
             gfn = state[slot + M_BASE_GFN] + ((first - base) >> U12)
             stop = state[slot + M_BASE_GFN] + ((last - base + U4095) >> U12)
             state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+            mark_range(m, state[vm_row(state[slot + M_VM]) + V_ROOT], gfn, stop)
             dropped += zap_slot(m, slot, gfn, stop)
     if dropped != 0:
         flush_vms(m)

@@ -19,6 +19,7 @@ from pgemu_kernels.events import (
     charge,
     charge_one,
 )
+from pgemu_kernels.folio import mark_accessed
 from pgemu_kernels.layout import (
     ENOMEM,
     F_ACCESSED,
@@ -34,6 +35,7 @@ from pgemu_kernels.layout import (
     F_MMIO_VALUE,
     F_WRITABLE_MARKS,
     F_WRITE,
+    R_MARKS_ZAPPED,
     R_RECOVER_HUGE,
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -139,6 +141,28 @@ def last_spte(m, f, root, gfn):
     return slot, level, entry
 
 
+@kernel
+def mark_dropped(m, f, entry):
+    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes or is split counts as accessed."""
+    state = m.state
+    if state[R_MARKS_ZAPPED] != U0 and entry & state[f + F_ACCESSED] != U0:
+        mark_accessed(m, (entry & state[f + F_ADDRESS]) >> U12)
+
+
+@outlined
+def mark_range(m, root, gfn, end):
+    """The leaves over guest frames [gfn, end) are about to go because the host's mapping does: mark_dropped() of each.
+
+    Leaves that go with a slot or a whole tree are not marked here, which 6.12 does, too.
+    """
+    f = stage2_format(m)
+    while m.state[R_MARKS_ZAPPED] != U0 and gfn < end:
+        _, level, entry = last_spte(m, f, root, gfn)
+        if is_present(m.state, f, entry):
+            mark_dropped(m, f, entry)
+        gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
+
+
 # --------------------------------------------------------------------------- splitting
 
 
@@ -154,6 +178,7 @@ def split_leaf(m, f, slot, level):
     table = new_table(m, f, slot, STAGE2_TABLES)
     if table == NONE:
         return NONE
+    mark_dropped(m, f, child)
     if level == U2:
         child &= ~state[f + F_LARGE]
         if nx_huge_pages(state, f):

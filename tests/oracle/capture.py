@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -104,6 +105,27 @@ class PagemapRun(NamedTuple):
     kpagecount: int
 
 
+class HugePage(NamedTuple):
+    """A HugeTLB page: first frame, 4K pages, how many page-table entries map it."""
+
+    pfn: int
+    pages: int
+    mapcount: int
+
+
+class StructPages(NamedTuple):
+    """Two pages of the vmemmap of a HugeTLB page, 512 words each: its first, and the one with its first other tails.
+
+    vmemmap_pages: physical addresses of its first eight.
+    """
+
+    pfn: int
+    pages: int
+    vmemmap_pages: tuple[int, ...]
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Tree:
     """A stage-2 tree, by guest physical address.
@@ -141,6 +163,10 @@ def _runs(rows: list[list[Any]]) -> tuple[Run, ...]:
     return tuple(
         Run(int(va, 16), level, int(entry, 16), count, _number(step)) for va, level, entry, count, step in rows
     )
+
+
+def _words(text: str) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(text) // 16}Q", bytes.fromhex(text))
 
 
 def _tree(row: dict[str, Any]) -> Tree:
@@ -245,6 +271,34 @@ class Checkpoint:
     @cached_property
     def vmemmap_leaves(self) -> tuple[Run, ...]:
         return _runs(self.raw["vmemmap"]["leaves"]) if self.full else ()
+
+    @cached_property
+    def huge_pages(self) -> tuple[HugePage, ...]:
+        """Every HugeTLB page, those of the pools included; empty unless `full`."""
+        return tuple(HugePage(row["pfn"], row["pages"], row["mapcount"]) for row in self.raw.get("hugetlb_folios", []))
+
+    @cached_property
+    def struct_pages(self) -> tuple[StructPages, ...]:
+        """Up to two HugeTLB pages of each size; empty unless `full`."""
+        return tuple(
+            StructPages(
+                row["pfn"],
+                row["pages"],
+                tuple(int(address, 16) for _, address in row["vmemmap_pages"]),
+                _words(row["head_page_bytes"]),
+                _words(row["tail_page_bytes"]),
+            )
+            for row in self.raw.get("struct_pages", [])
+        )
+
+    @property
+    def pools(self) -> dict[int, dict[str, int]]:
+        """The files of /sys/kernel/mm/hugepages, by bytes of a page."""
+        found: dict[int, dict[str, int]] = {}
+        for name, value in self.raw["hugepages"].items():
+            size, file = name.split("kB.")
+            found.setdefault(int(size) << 10, {})[file] = value
+        return found
 
     @property
     def check(self) -> dict[str, Any]:

@@ -216,9 +216,9 @@ class Guests:
 
 
 class Replay:
-    """One scenario of a capture on a machine of its own."""
+    """One scenario of a capture, on a machine of its own or on the one given."""
 
-    def __init__(self, capture: Capture, checkpoints: list[Checkpoint]) -> None:
+    def __init__(self, capture: Capture, checkpoints: list[Checkpoint], machine: Machine | None = None) -> None:
         self.capture = capture
         self.checkpoints = checkpoints
         self.has_protected_vms = any(
@@ -226,7 +226,7 @@ class Replay:
             for checkpoint in capture.checkpoints
             for op in checkpoint.ops
         )
-        self.machine = Machine(
+        self.machine = machine or Machine(
             Config("restructure", pool=64 * L.PAGE_2M, page_size=L.PAGE_2M, other_pool=2 * L.PAGE_1G,
                    kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti)  # type: ignore[arg-type]
         )  # fmt: skip

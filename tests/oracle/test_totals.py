@@ -24,14 +24,13 @@ NOT_REPLAYED = {
     "51-random-kvm": MIXED,
     "52-random-kvm": MIXED,
     "60-process-trace": "another program's operations, of which the capture has the system calls only",
-    "90-hvo": "pool sizes and the vmemmap: tables of the kernel, decoded and not replayed",
 }
 SHIPPED = {  # checkpoints: decoded, replayed, not replayed
     "linux-6.1.192-debian": (324, 0, 324),
-    "linux-6.12.107-debian": (324, 154, 170),
-    "linux-6.18.15-debian": (324, 154, 170),
-    "linux-7.3.4-debian-pti": (324, 154, 170),
-    "linux-7.3.4-small": (324, 154, 170),
+    "linux-6.12.107-debian": (324, 164, 160),
+    "linux-6.18.15-debian": (324, 164, 160),
+    "linux-7.3.4-debian-pti": (324, 164, 160),
+    "linux-7.3.4-small": (324, 164, 160),
     "linux-7.3.4-small-ept": (109, 60, 49),
 }
 
@@ -41,7 +40,8 @@ def test_every_scenario_is_replayed_or_has_a_reason(path: Path, capsys: pytest.C
     capture = oracle.load(path)
     replayed, left = 0, {}
     for name, checkpoints in capture.scenarios().items():
-        if capture.replayed and (name in process_checkpoints(capture) or name[:2] in STAGE2_SCENARIOS):
+        hugetlb = name == "90-hvo"  # the others with HugeTLB pages are replayed there once more: test_hugetlb
+        if capture.replayed and (name in process_checkpoints(capture) or name[:2] in STAGE2_SCENARIOS or hugetlb):
             replayed += len(checkpoints)
         elif capture.replayed:
             left[name] = (len(checkpoints), NOT_REPLAYED[name])
