@@ -58,7 +58,7 @@ def allocate(config: Config) -> Arrays:
     counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
     begins: dict[np.uint64, int] = {}
     for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
-        tails[_node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
+        tails[node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
     state_size = _lay_out(tails, L.STATE_SIZE, begins)
     counts_size = _lay_out(counts, _all_frames(config), begins)
     arrays = Arrays(
@@ -88,7 +88,7 @@ def _boot_frames(config: Config) -> int:
     return sum(config.node(number).boot_frames(config.hvo) for number in range(config.nodes))
 
 
-def _node_word(number: int, word: np.uint64) -> np.uint64:
+def node_word(number: int, word: np.uint64) -> np.uint64:
     """Index in `state` of a word of a node's row."""
     return np.uint64(int(L.STATE_NODES) + number * L.N_WORDS + int(word))
 
@@ -170,7 +170,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         words = {L.N_BASE: base, L.N_PAGES: node.pages, L.N_GIGANTIC: node.gigantic, L.N_RESERVED: node.reserved,
                  L.N_HUGE: node.huge}  # fmt: skip
         for word, value in words.items():
-            state[_node_word(number, word)] = value
+            state[node_word(number, word)] = value
         base += node.span
     table = page_format.format_table(config.kernel, **config.format_parameters)
     state[int(L.STATE_FORMATS) : int(L.STATE_FORMATS) + table.size] = table.reshape(-1)

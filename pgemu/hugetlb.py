@@ -25,7 +25,7 @@ class NodePool(NamedTuple):
     surplus_hugepages: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class HugetlbPool:
     """The huge pages of one size; made by Machine.hugetlb(). mm/hugetlb.c:struct hstate
 
@@ -118,9 +118,10 @@ class HugetlbPool:
         return self.machine.operate(Operation.POOL_RESIZE, space=self._space(node), object_=self.order, length=count)
 
     def demote(self, count: int = 1, node: int | None = None) -> Result:
-        """Write `demote` of 1G pages, each becomes 512 of 2M: 0 and the pages demoted; -EBUSY without a free one.
+        """Write `demote` of 1G pages, each becomes 512 of 2M: 0 and the pages demoted, as many as are free.
 
-        -ENOMEM: the vmemmap of one could not be restored. -EINVAL for 2M pages. demote_pool_huge_page()
+        -EBUSY: all free ones are poisoned. -ENOMEM: the vmemmap of one could not be restored. -EINVAL for 2M pages.
+        demote_store()
         """
         return self.machine.operate(Operation.POOL_DEMOTE, space=self._space(node), object_=self.order, length=count)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgemu.boot import allocate, set_registers
+from pgemu.boot import allocate, node_word, set_registers
 from pgemu.config import Config as Config
 from pgemu.statistics import Statistics
 from pgemu_kernels import formats, layout as L, page_format
@@ -506,10 +506,11 @@ class Machine:
         memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def _guest_frame(self, pfn: int) -> int:
-        index = pfn - self.register(L.R_POOL_BASE)
-        if not 0 <= index < self.register(L.R_GUEST_PAGES):
-            raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
-        return index
+        for number in range(self.config.nodes):
+            base = int(self.arrays.state[node_word(number, L.N_BASE)])
+            if base <= pfn < base + int(self.arrays.state[node_word(number, L.N_PAGES)]):
+                return pfn - self.register(L.R_POOL_BASE)
+        raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
 
 
 def _check_fields(

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, U0, U1, U3, U6, U12, U21, U30, U32, U39, U511, U4095
+from pgemu_kernels.bits import LOW32, U0, U1, U3, U6, U8, U12, U21, U30, U32, U39, U511, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.formats import ADDRESS, LARGE
-from pgemu_kernels.layout import R_FOLIO_6_12, R_GUEST_PAGES, R_KERNEL_ROOT, R_LRU_REFS, R_POOL_BASE, R_VMEMMAP
+from pgemu_kernels.layout import (
+    R_FOLIO_6_12,
+    R_GUEST_PAGES,
+    R_KERNEL_ROOT,
+    R_LRU_REFS,
+    R_MASK_TAILS,
+    R_POOL_BASE,
+    R_VMEMMAP,
+)
 
 U = np.uint64
 _ADDRESS = U(ADDRESS)
@@ -86,11 +94,17 @@ def folio_order(m, head):
 
 @kernel
 def is_huge_page(m, pfn):
-    """Whether a frame is the head of a HugeTLB page: PageHead and the page type, in a struct page that is no tail."""
+    """Whether a frame is the head of a HugeTLB page: PageHead and the page type, in a struct page that is no tail.
+
+    Where tails share the head's page, every 64th of them looks like the head; the next struct page tells whose head it
+    is. include/linux/page-flags.h:page_fixed_fake_head()
+    """
     page = struct_page(m, pfn)
     ram = m.ram
     typed = (ram[page + COUNTS] & LOW32) >> U24 == PGTY_HUGETLB >> U24
-    return ram[page + FLAGS] & PG_HEAD != U0 and ram[page + COMPOUND] & U1 == U0 and typed
+    if ram[page + FLAGS] & PG_HEAD == U0 or ram[page + COMPOUND] & U1 != U0 or not typed:
+        return False
+    return m.state[R_MASK_TAILS] != U0 or ram[page + U8 + COMPOUND] == vmemmap_address(m.state, pfn) | U1
 
 
 @kernel

@@ -29,6 +29,7 @@ from pgemu_kernels.folio_references import (
     unpin,
 )
 from pgemu_kernels.gmem import inode_row
+from pgemu_kernels.hstate import in_zone
 from pgemu_kernels.huge_pages import give_back_huge
 from pgemu_kernels.hugetlb import mapping_address, subpool_of
 from pgemu_kernels.layout import (
@@ -41,9 +42,7 @@ from pgemu_kernels.layout import (
     O_FLAGS,
     O_LENGTH,
     R_EXTRA_REFERENCES,
-    R_GUEST_PAGES,
     R_ORDER,
-    R_POOL_BASE,
     Flag,
 )
 from pgemu_kernels.references import held_by_faults, last_reference, zombie_of
@@ -53,12 +52,6 @@ U = np.uint64
 _READ = U(Flag.READ)
 _WRITE = U(Flag.WRITE)
 MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
-
-
-@kernel
-def in_zone(state, pfn):
-    """Whether a frame is one of the HugeTLB zone."""
-    return pfn - state[R_POOL_BASE] < state[R_GUEST_PAGES]
 
 
 @outlined

@@ -18,6 +18,7 @@ from pgemu_kernels.layout import (
     H_WORDS,
     HSTATES_ADDRESS,
     N_BASE,
+    N_PAGES,
     N_WORDS,
     R_NODES,
     R_VMEMMAP,
@@ -60,6 +61,13 @@ def node_row(node):
 def node_of(state, pfn):
     """The NUMA node of a frame of the HugeTLB zone."""
     return U1 if state[R_NODES] > U1 and pfn >= state[node_row(U1) + N_BASE] else U0
+
+
+@kernel
+def in_zone(state, pfn):
+    """Whether a frame is memory of the HugeTLB zone: between two nodes there may be a hole."""
+    row = node_row(node_of(state, pfn))
+    return pfn - state[row + N_BASE] < state[row + N_PAGES]
 
 
 @kernel

@@ -39,9 +39,7 @@ from pgemu_kernels.hugetlb import dequeue_any, mapping_address, set_cgroup
 from pgemu_kernels.layout import (
     CGROUP_ADDRESS,
     H_FREE,
-    H_OVERCOMMIT,
     H_RESERVED,
-    H_SURPLUS,
     R_CONTENTS,
     R_FOLIO_6_12,
     R_HSTATE,
@@ -87,8 +85,8 @@ def take_huge(m, order, reserved):
     head = NONE
     if reserved != U0 or may_reserve(state, order, U1):
         head = dequeue_any(m, h, U0)
-    elif state[h + H_SURPLUS] < state[h + H_OVERCOMMIT]:
-        head = allocate_surplus(m, h)
+    if head == NONE:
+        head = allocate_surplus(m, h, U0)
     if head == NONE:
         return NONE
     state[h + H_RESERVED] -= reserved

@@ -109,8 +109,20 @@ def mark_free(m, pfn):
 
 
 @outlined
-def free_pages(m, head, order, kept):
-    """Free a folio of order 9 or 18 whose struct pages are all there; block `kept` (a frame, NONE: none) stays out.
+def has_poison(m, block):
+    """Whether a page of a 2M block is poisoned."""
+    found = False
+    for base in range(block, block + U512, U64):
+        page = struct_page(m, base)
+        for _ in range(U64):
+            found = found or m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0
+            page += U8
+    return found
+
+
+@outlined
+def free_pages(m, head, order, poisoned):
+    """Free a folio of order 9 or 18 whose struct pages are all there; `poisoned`: 2M blocks with poison stay out.
 
     mm/page_alloc.c:__free_pages_prepare(): mapping, compound_info and flags of every tail, the order of the second
     page, PG_head of the first. Reference counts stay as they are: they are 0, but for those that a boot 1G page of
@@ -133,7 +145,7 @@ def free_pages(m, head, order, kept):
     charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
     charge(m, STRUCT_PAGE_BYTES, FREE_BYTES * (np.int64(pages) - 1))
     for block in range(head, head + pages, U512):
-        if block != kept:
+        if not poisoned or not has_poison(m, block):
             mark_free(m, block)
 
 

@@ -7,7 +7,16 @@ import numpy as np
 from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U18, U512
 from pgemu_kernels.boot_memory import prepare_memory
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import HUGETLB_PAGES, VMEMMAP_FAULT, change, charge_one, finish_operation
+from pgemu_kernels.events import (
+    HUGE_FOLIO_ALLOCATED,
+    HUGETLB_PAGES,
+    STRUCT_PAGE_BYTES,
+    VMEMMAP_FAULT,
+    change,
+    charge,
+    charge_one,
+    finish_operation,
+)
 from pgemu_kernels.folio import (
     COMPOUND,
     COUNTS,
@@ -20,9 +29,9 @@ from pgemu_kernels.folio import (
     reference_count,
     struct_page,
 )
-from pgemu_kernels.folio_operations import change_frozen, change_references, head_of, in_zone
+from pgemu_kernels.folio_operations import change_frozen, change_references, head_of
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, node_of, node_row
+from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone, node_of, node_row
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.hugetlb import dequeue_any, set_cgroup
 from pgemu_kernels.layout import (
@@ -30,8 +39,6 @@ from pgemu_kernels.layout import (
     EBUSY,
     EINVAL,
     ENOMEM,
-    H_OVERCOMMIT,
-    H_SURPLUS,
     N_BASE,
     N_GIGANTIC,
     N_RESERVED,
@@ -121,7 +128,7 @@ def change_pool(m, op):
 def allocate(m, op):
     """alloc_hugetlb_folio() without a reservation: 0 with the head's frame, one reference, contents as they are.
 
-    -ENOMEM without a free page that nobody reserved and without one to be had as surplus; -EINVAL.
+    -ENOMEM without a free page that is neither reserved nor poisoned and without one to be had as surplus; -EINVAL.
     """
     state = m.state
     h = pool_of(m, op)
@@ -129,14 +136,17 @@ def allocate(m, op):
     if h == U0 or (node != NONE and node >= state[R_NODES]):
         return stop(state, op, -EINVAL)
     head = NONE
+    preferred = U0 if node == NONE else node
     if may_reserve(state, state[op + O_OBJECT], U1):
-        head = dequeue_any(m, h, U0 if node == NONE else node)
-    elif state[h + H_SURPLUS] < state[h + H_OVERCOMMIT]:
-        head = allocate_surplus(m, h)
+        head = dequeue_any(m, h, preferred)
+    if head == NONE:
+        head = allocate_surplus(m, h, preferred)
     if head == NONE:
         return stop(state, op, -ENOMEM)
     set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
     change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    charge(m, STRUCT_PAGE_BYTES, 28)
     state[op + O_DETAIL] = head
     return stop(state, op, 0)
 

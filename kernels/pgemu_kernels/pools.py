@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U9, U511
+from pgemu_kernels.bits import NONE, U0, U1, U9
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     HUGE_FOLIO_ALLOCATED,
@@ -39,6 +39,7 @@ from pgemu_kernels.hstate import (
     hstate_of_order,
     list_add,
     list_del,
+    list_move,
     node_of,
     order_of_hstate,
     page_after,
@@ -57,6 +58,7 @@ from pgemu_kernels.layout import (
     H_NODE_FREE,
     H_NODE_PAGES,
     H_NODE_SURPLUS,
+    H_OVERCOMMIT,
     H_PAGES,
     H_RESERVED,
     H_SURPLUS,
@@ -104,19 +106,19 @@ def allocate_fresh(m, h, node):
 
 
 @outlined
-def allocate_surplus(m, h):
+def allocate_surplus(m, h, preferred):
     """alloc_surplus_hugetlb_folio(): a page beyond the pool, in use, with one reference; NONE.
 
-    Gigantic pages cannot be surplus: alloc_surplus_hugetlb_folio() refuses them.
+    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other. Gigantic pages cannot be
+    surplus: alloc_surplus_hugetlb_folio() refuses them.
     """
     state = m.state
     order = order_of_hstate(state, h)
-    if order == ORDER_1G:
+    if order == ORDER_1G or state[h + H_SURPLUS] >= state[h + H_OVERCOMMIT]:
         return NONE
-    head = NONE
-    for node in range(state[R_NODES]):
-        if head == NONE:
-            head = allocate_fresh(m, h, node)
+    head = allocate_fresh(m, h, preferred)
+    if head == NONE and state[R_NODES] > U1:
+        head = allocate_fresh(m, h, U1 - preferred)
     if head != NONE:
         optimize(m, head, order)
         list_add(m, h + H_ACTIVE, head)
@@ -143,12 +145,15 @@ def remove(m, h, head, surplus):
 
 
 @outlined
-def add_surplus(m, h, head):
-    """add_hugetlb_folio(): a page whose vmemmap could not be restored is in the pool again, as surplus."""
+def readmit(m, h, head, surplus):
+    """add_hugetlb_folio(): a page whose vmemmap could not be restored is free in its pool again.
+
+    `surplus` (0 or 1): it counts as surplus.
+    """
     state = m.state
     node = node_of(state, head)
     count_pages(state, h, node, U1)
-    count_surplus(state, h, node, U1)
+    count_surplus(state, h, node, surplus)
     list_add(m, free_list(h, node), head)
     count_enqueued(m, h, node, head)
 
@@ -157,17 +162,17 @@ def add_surplus(m, h, head):
 def free_to_allocator(m, h, head):
     """The end of __update_and_free_hugetlb_folio(): a page whose vmemmap is whole goes back to the page allocator.
 
-    The poison of the folio becomes that of the base page it was found on, whose 2M block stays out.
+    The poison of the folio becomes that of the base pages it was found on, whose 2M blocks stay out.
     """
     order = order_of_hstate(m.state, h)
     page = struct_page(m, head)
     m.ram[page + FLAGS] &= ~(PG_HEAD | PG_UPTODATE)
     second = struct_page(m, head + U1)
     m.ram[second + FLAGS] &= ~LOW_BYTE
-    kept = NONE
-    if m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0:
-        kept = move_poison(m, head, order)
-    free_pages(m, head, order, kept)
+    poisoned = m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0
+    if poisoned:
+        move_poison(m, head, order)
+    free_pages(m, head, order, poisoned)
     charge_one(m, HUGE_FOLIO_FREED)
 
 
@@ -175,7 +180,7 @@ def free_to_allocator(m, h, head):
 def update_and_free(m, h, head):
     """update_and_free_hugetlb_folio() of a page already removed: 0, or -ENOMEM with the page surplus in its pool."""
     if restore(m, head, order_of_hstate(m.state, h)) != 0:
-        add_surplus(m, h, head)
+        readmit(m, h, head, U1)
         return np.int64(-ENOMEM)
     free_to_allocator(m, h, head)
     return np.int64(0)
@@ -218,63 +223,72 @@ def join_pool(m, h):
 def free_list_of_pages(m, h):
     """update_and_free_pages_bulk(): the vmemmap of the list's pages is restored together, then they are freed.
 
-    Without memory those that are whole are freed first, and the others restored one by one with what that gave;
-    what still cannot be is surplus in the pool. bulk_vmemmap_restore_error().
+    Without memory those before the first that got none are freed and the rest is tried again; if there are none before
+    it, pages are restored one by one, up to the first that can be, and those that cannot be are surplus in the pool.
+    bulk_vmemmap_restore_error()
     """
     state = m.state
-    restore_batch(m, first_page(state, h + H_LIST), U0)
-    for single in range(U(2)):
-        head = first_page(state, h + H_LIST)
-        while head != U0:
-            following = page_after(m, head)
-            if single == U1 or not is_optimized(m, head):
+    status, _ = restore_batch(m, first_page(state, h + H_LIST), U0)
+    while status != 0:
+        if not free_whole_pages(m, h):
+            gone = False
+            while not gone and first_page(state, h + H_LIST) != U0:
+                head = first_page(state, h + H_LIST)
                 list_del(m, head)
-                if single == U1:
-                    update_and_free(m, h, head)
-                else:
-                    free_to_allocator(m, h, head)
-            head = following
+                gone = update_and_free(m, h, head) == 0
+        status, _ = restore_batch(m, first_page(state, h + H_LIST), U0)
+    free_whole_pages(m, h)
+
+
+@outlined
+def free_whole_pages(m, h):
+    """The pages of the list up to the first whose vmemmap is optimised go to the page allocator; whether there were."""
+    head = first_page(m.state, h + H_LIST)
+    found = False
+    while head != U0 and not is_optimized(m, head):
+        list_del(m, head)
+        free_to_allocator(m, h, head)
+        found = True
+        head = first_page(m.state, h + H_LIST)
+    return found
 
 
 # --------------------------------------------------------------------------- nr_hugepages
 
 
 @kernel
-def turn(m, word, nodes):
-    """The node whose turn it is, round robin over all nodes: hstate_next_node_to_alloc()."""
-    node = m.state[word]
-    m.state[word] = U0 if node + U1 >= nodes else node + U1
-    return node
+def tries(m, node):
+    """How many nodes a request may use: `node`, or all (NONE)."""
+    return U1 if node < m.state[R_NODES] else m.state[R_NODES]
+
+
+@kernel
+def turn(m, word, node):
+    """The node whose turn it is of those that a request may use, and the next one's turn it is then.
+
+    hstate_next_node_to_alloc(). A request for one node leaves the turn with it.
+    """
+    nodes = m.state[R_NODES]
+    at = node if node < nodes else m.state[word]
+    m.state[word] = node if node < nodes else (U0 if at + U1 >= nodes else at + U1)
+    return at
 
 
 @outlined
 def allocate_next(m, h, node):
     """alloc_pool_huge_folio(): a fresh page of `node`, or of the node whose turn it is, or the next; NONE."""
-    nodes = m.state[R_NODES]
-    if node < nodes:
-        return allocate_fresh(m, h, node)
     head = NONE
-    for _ in range(nodes):
+    for _ in range(tries(m, node)):
         if head == NONE:
-            head = allocate_fresh(m, h, turn(m, h + H_NEXT_ALLOCATE, nodes))
-    return head
-
-
-@outlined
-def first_free(m, h, node):
-    """The first free page of a node that is not poisoned, 0 for none."""
-    head = first_page(m.state, free_list(h, node))
-    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
-        head = page_after(m, head)
+            head = allocate_fresh(m, h, turn(m, h + H_NEXT_ALLOCATE, node))
     return head
 
 
 @outlined
 def remove_next(m, h, node):
     """remove_pool_hugetlb_folio(): a free page of `node`, or of the node whose turn it is, to the list; 0 or NONE."""
-    nodes = m.state[R_NODES]
-    for _ in range(nodes if node >= nodes else U1):
-        at = node if node < nodes else turn(m, h + H_NEXT_FREE, nodes)
+    for _ in range(tries(m, node)):
+        at = turn(m, h + H_NEXT_FREE, node)
         head = first_page(m.state, free_list(h, at))
         if head != U0:
             remove(m, h, head, U0)
@@ -285,11 +299,10 @@ def remove_next(m, h, node):
 
 @outlined
 def adjust_surplus(m, h, node, up):
-    """adjust_pool_surplus(): one page more or less counts as surplus, of a node that has one to give; 0 or NONE."""
+    """adjust_pool_surplus(): one page more or less counts as surplus, of the next node that has one; 0 or NONE."""
     state = m.state
-    for at in range(state[R_NODES]):
-        if node < state[R_NODES] and at != node:
-            continue
+    for _ in range(tries(m, node)):
+        at = turn(m, h + (H_NEXT_FREE if up else H_NEXT_ALLOCATE), node)
         row = hstate_node(h, at)
         if up and state[row + H_NODE_SURPLUS] < state[row + H_NODE_PAGES]:
             count_surplus(state, h, at, U1)
@@ -306,16 +319,30 @@ def persistent(state, h):
     return state[h + H_PAGES] - state[h + H_SURPLUS]
 
 
+@kernel
+def fewest(state, h):
+    """To how many persistent pages a pool can shrink: those in use, and those reserved.
+
+    Free surplus pages are there where a vmemmap could not be restored; they are not persistent ones.
+    """
+    free = state[h + H_FREE]
+    surplus = state[h + H_SURPLUS]
+    if free > persistent(state, h):
+        free = free - surplus if free > surplus else U0
+    return state[h + H_RESERVED] + persistent(state, h) - free
+
+
 @outlined
 def resize(m, h, count, node):
     """set_max_huge_pages(): what a write to nr_hugepages does; `node` NONE: all. The number of pages afterwards.
 
-    A count for one node means the node's own pages: the others' are added. It ends early when memory does; pages in
-    use become surplus.
+    A count for one node means the node's own persistent pages: the others' are added. It ends early when memory does;
+    pages in use become surplus.
     """
     state = m.state
     if node < state[R_NODES]:
-        count += state[h + H_PAGES] - state[hstate_node(h, node) + H_NODE_PAGES]
+        row = hstate_node(h, node)
+        count += persistent(state, h) - (state[row + H_NODE_PAGES] - state[row + H_NODE_SURPLUS])
     while state[h + H_SURPLUS] != U0 and count > persistent(state, h):
         if adjust_surplus(m, h, node, False) == NONE:
             break
@@ -326,9 +353,9 @@ def resize(m, h, count, node):
             break
         collect(m, h, head)
         grown += U1
-    join_pool(m, h)
-    in_use = state[h + H_RESERVED] + state[h + H_PAGES] - state[h + H_FREE]
-    target = max(count, in_use)
+    if count > grown or first_page(state, h + H_LIST) != U0:
+        join_pool(m, h)
+    target = max(count, fewest(state, h))
     while target < persistent(state, h):
         if remove_next(m, h, node) == NONE:
             break
@@ -359,45 +386,94 @@ def demote_page(m, h, target, head):
     charge(m, STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
 
 
-@outlined
-def demote(m, h, count, node):
-    """A write to `demote` of 1G pages: (0, pages demoted); -EINVAL for 2M pages, -EBUSY without a free page.
+@kernel
+def skip_poisoned(m, head):
+    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
+    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
+        head = page_after(m, head)
+    return head
 
-    demote_store(), demote_pool_huge_page(). -ENOMEM: a page's vmemmap could not be restored, and it stays.
+
+@outlined
+def collect_free(m, h, node, limit):
+    """Up to `limit` free pages of a node that are not poisoned leave the pool for the list: how many."""
+    count = U0
+    head = skip_poisoned(m, first_page(m.state, free_list(h, node)))
+    while head != U0 and count < limit:
+        following = skip_poisoned(m, page_after(m, head))
+        remove(m, h, head, U0)
+        collect(m, h, head)
+        count += U1
+        head = following
+    return count
+
+
+@outlined
+def demote_list(m, h, target):
+    """demote_free_hugetlb_folios(): the 1G pages of the list become 2M pages of the target's pool: (status, pages).
+
+    Their vmemmap is restored in one batch, in the order of the list; those that came to be whole are demoted the last
+    first, so that the pages of the one that was free first are free first. The others are free in their pool again.
     """
     state = m.state
-    order = order_of_hstate(state, h)
-    if order != ORDER_1G:
-        return np.int64(-EINVAL), U0
-    target = hstate_of_order(U9)
+    row = h + H_LIST
+    anchor = first_page(state, row)
+    status, whole = restore_batch(m, anchor, U0)
+    for _ in range(U1, max(whole, U1)):
+        list_move(m, row, page_after(m, anchor))
     done = U0
-    for at in range(state[R_NODES]):
-        if node < state[R_NODES] and at != node:
-            continue
-        while done < count:
-            free = state[h + H_FREE] - state[h + H_RESERVED]
-            head = first_free(m, h, at)
-            if head == U0 or free == U0:
-                break
-            remove(m, h, head, U0)
-            if restore(m, head, order) != 0:
-                readmit(m, h, head)
-                return np.int64(-ENOMEM), done
+    head = first_page(state, row)
+    while head != U0:
+        following = page_after(m, head)
+        if not is_optimized(m, head):
+            list_del(m, head)
             demote_page(m, h, target, head)
-            join_pool(m, target)
             done += U1
-    if done < count and done == U0:
-        return np.int64(-EBUSY), done
-    return np.int64(0), done
+        head = following
+    join_pool(m, target)
+    while first_page(state, row) != U0:
+        head = first_page(state, row)
+        list_del(m, head)
+        readmit(m, h, head, U0)
+    return status, done
 
 
 @outlined
-def readmit(m, h, head):
-    """add_hugetlb_folio() without surplus: a page that could not be demoted is free in its pool again."""
-    node = node_of(m.state, head)
-    count_pages(m.state, h, node, U1)
-    list_add(m, free_list(h, node), head)
-    count_enqueued(m, h, node, head)
+def demote_some(m, h, count, node):
+    """demote_pool_huge_page(): up to `count` pages of the nodes in turn: (status, pages); -EBUSY: all are poisoned."""
+    done = U0
+    status = np.int64(0)
+    for _ in range(tries(m, node)):
+        if status == 0 and done < count:
+            collect_free(m, h, turn(m, h + H_NEXT_FREE, node), count - done)
+            status, demoted = demote_list(m, h, hstate_of_order(U9))
+            done += demoted
+    if status == 0 and done == U0:
+        status = np.int64(-EBUSY)
+    return status, done
+
+
+@outlined
+def demote(m, h, count, node):
+    """A write to `demote` of 1G pages: (0, pages demoted), as many as there are; -EINVAL for 2M pages.
+
+    -EBUSY: all free pages are poisoned. -ENOMEM: a page's vmemmap could not be restored, and it stays. Inference: as
+    many pages stay as are reserved; Linux only asks that there be more. mm/hugetlb_sysfs.c:demote_store()
+    """
+    state = m.state
+    if order_of_hstate(state, h) != ORDER_1G:
+        return np.int64(-EINVAL), U0
+    done = U0
+    while done < count:
+        free = state[h + H_FREE] - state[h + H_RESERVED]
+        here = free if node >= state[R_NODES] else state[hstate_node(h, node) + H_NODE_FREE]
+        if min(free, here) == U0:
+            break
+        status, demoted = demote_some(m, h, min(count - done, free), node)
+        done += demoted
+        if status != 0:
+            return status, done
+    return np.int64(0), done
 
 
 @outlined
@@ -407,9 +483,10 @@ def dissolve(m, h, head):
     page = struct_page(m, head)
     if m.ram[page + PRIVATE] & HUGETLB_FREED == U0 or state[h + H_FREE] - state[h + H_RESERVED] == U0:
         return np.int64(-EBUSY)
-    remove(m, h, head, U0)
+    surplus = U1 if state[hstate_node(h, node_of(state, head)) + H_NODE_SURPLUS] != U0 else U0
+    remove(m, h, head, surplus)
     if restore(m, head, order_of_hstate(state, h)) != 0:
-        readmit(m, h, head)
+        readmit(m, h, head, surplus)
         return np.int64(-ENOMEM)
     free_to_allocator(m, h, head)
     return np.int64(0)
@@ -446,16 +523,16 @@ def poison(m, head, pfn):
 
 @outlined
 def move_poison(m, head, order):
-    """folio_clear_hugetlb_hwpoison(): the poison moves to the base pages noted; the first block of a poisoned one.
+    """folio_clear_hugetlb_hwpoison(): the poison moves to the base pages noted, and the notes are freed.
 
-    Inference: the page allocator keeps the 2M block of the first poisoned page out, in place of the 4K page alone.
+    Inference: the page allocator keeps the 2M blocks of poisoned pages out, in place of the 4K pages alone.
     """
     state = m.state
-    kept = NONE
-    m.ram[struct_page(m, head) + FLAGS] &= ~state[R_HWPOISON]
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
+    m.ram[page + U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
     for i in range(state[R_POISONED]):
         pfn = state[STATE_POISONED + i]
         if pfn - head < U1 << order:
             m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
-            kept = pfn & ~U511
-    return kept
+            state[STATE_POISONED + i] = U0

@@ -42,11 +42,12 @@ from pgemu_kernels.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.formats import ADDRESS, LARGE, TABLE, WRITE
-from pgemu_kernels.hstate import hstate_node, hstate_of_order, node_of, page_after
+from pgemu_kernels.hstate import hstate_node, hstate_of_order, in_zone, node_of, page_after
 from pgemu_kernels.layout import (
     EFAULT,
     ENOMEM,
     H_NODE_TAIL_PAGE,
+    R_BOOT_MARKS,
     R_FRAMES,
     R_FRAMES_LIMIT,
     R_FREED_CHAIN,
@@ -196,8 +197,14 @@ def forget_vmemmap_page(m, frame):
 
 @kernel
 def give_up(m, frame, later):
-    """Free a vmemmap page, or put it in the chain of those to be freed after the flush of a batch."""
+    """A vmemmap page is not mapped any more: counted, and freed now or later."""
     forget_vmemmap_page(m, frame)
+    release(m, frame, later)
+
+
+@kernel
+def release(m, frame, later):
+    """Free a vmemmap page, or put it in the chain of those to be freed after the flush of a batch."""
     if later:
         m.ram[frame << U9] = m.state[R_FREED_CHAIN]
         m.state[R_FREED_CHAIN] = frame
@@ -308,7 +315,7 @@ def restore(m, head, order):
 def next_huge_page(m, pfn, end):
     """Head of the first HugeTLB page from `pfn` on and before `end`, 0 if there is none."""
     while pfn < end:
-        if is_huge_page(m, pfn):
+        if in_zone(m.state, pfn) and is_huge_page(m, pfn):
             return pfn
         pfn = (pfn | U511) + U1
     return U0
@@ -331,12 +338,14 @@ def restore_batch(m, first, end):
     done = U0
     status = np.int64(0)
     restored = False
+    waited = m.state[R_MASK_TAILS] != U0
     head = first
-    if first != U0 and m.state[R_MASK_TAILS] == U0:
-        charge_one(m, RCU_SYNCHRONIZED)
     while head != U0 and status == 0:
         following = next_of_batch(m, head, end)
         if is_optimized(m, head):
+            if not waited:
+                charge_one(m, RCU_SYNCHRONIZED)
+            waited = True
             status = remap_restored(m, head, folio_order(m, head))
             restored = restored or status == 0
         if status == 0:
@@ -414,7 +423,11 @@ def remap_optimized(m, head, order, later):
     """Remap a folio's vmemmap to one page of its own and a shared one, without a flush: 0 or -ENOMEM, nothing changed.
 
     The head's page is copied to a new frame: 7.1 and later need one; before, the old page is kept when there is none.
-    `later`: the pages given up are in the chain afterwards. vmemmap_remap_free(), vmemmap_remap_pte().
+    Then the 2M leaves are split, each with a flush; those split before memory ended stay split. `later`: the pages
+    given up are in the chain afterwards. __hugetlb_vmemmap_optimize_folio(), vmemmap_remap_free().
+
+    Simplified: where memory ends at the second to eighth leaf of a 1G page, Linux has remapped what lies before and
+    restores it from the shared page.
     """
     ram = m.ram
     state = m.state
@@ -430,11 +443,17 @@ def remap_optimized(m, head, order, later):
     first = struct_page(m, head)
     ram[first + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED
     old = first >> U9
+    if frame != NONE:
+        copy_frame(ram, frame, old)
+        charge_one(m, VMEMMAP_HEAD_COPIED)
+    if split_directories(m, head, order, True) != 0:
+        ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
+        if frame != NONE:
+            release(m, frame, later)
+        return np.int64(-ENOMEM)
     if frame == NONE:
         frame = old
     else:
-        copy_frame(ram, frame, old)
-        charge_one(m, VMEMMAP_HEAD_COPIED)
         ram[vmemmap_pte(m, start)] = frame << U12 | state[R_VMEMMAP_PAGE]
         give_up(m, old, later)
     entry = (tail if masks else frame) << U12 | state[R_VMEMMAP_READ_ONLY]
@@ -463,35 +482,41 @@ def optimize(m, head, order):
         return np.int64(0)
     if m.state[R_MASK_TAILS] == U0:
         charge_one(m, RCU_SYNCHRONIZED)
-    status = split_directories(m, head, order, True)
-    if status == 0:
-        status = remap_optimized(m, head, order, False)
+    status = remap_optimized(m, head, order, False)
     if status == 0:
         flush_kernel_range(m, vmemmap_pages(order))
     return status
+
+
+@kernel
+def presplit(m, head):
+    """hugetlb_vmemmap_split_folio(): 0 or -ENOMEM, without flushes."""
+    return split_directories(m, head, folio_order(m, head), False) if should_optimize(m, head) else np.int64(0)
 
 
 @outlined
 def optimize_batch(m, first, end):
     """hugetlb_vmemmap_optimize_folios(): a list of pages, or all before `end`, with two flushes: how many it did.
 
-    One flush comes after all 2M leaves are split, one before the pages given up are freed. A page that gets no memory
-    makes the others' pages free at once, and is tried once more.
+    One flush comes after all 2M leaves are split, one before the pages given up are freed; both come whether or not
+    there is anything to do, and where the boot allocator optimises (6.15) the first only for a batch that has pages.
+    A page that gets no memory makes the others' pages free at once, and is tried once more.
     """
     done = U0
-    if first == U0 or m.state[R_OPTIMIZE_VMEMMAP] == U0:
+    if first == U0 and m.state[R_BOOT_MARKS] != U0:
+        charge_one(m, TLB_FLUSH_KERNEL)
         return done
     head = first
-    while head != U0 and split_directories(m, head, folio_order(m, head), False) == 0:
+    while head != U0 and presplit(m, head) == 0:
         head = next_of_batch(m, head, end)
     charge_one(m, TLB_FLUSH_KERNEL)
-    if m.state[R_MASK_TAILS] == U0:
+    if first != U0 and m.state[R_MASK_TAILS] == U0 and should_optimize(m, first):
         charge_one(m, RCU_SYNCHRONIZED)
     head = first
     while head != U0:
         following = next_of_batch(m, head, end)
         order = folio_order(m, head)
-        if not should_optimize(m, head) or split_directories(m, head, order, False) != 0:
+        if not should_optimize(m, head):
             head = following
             continue
         status = remap_optimized(m, head, order, True)

@@ -1,0 +1,50 @@
+"""Boot of a machine with a large pool of optimised 1G pages: time, and resident memory beside that of a small one.
+
+Resident memory is measured in a process of its own, which boots one machine after the kernels are loaded. Figures of
+one run stand in `extra_info`: `resident_mib`, and `more_than_1g_mib` of the large pool.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pgemu.machine import Config, Machine
+from pgemu_kernels.layout import PAGE_1G
+
+POOLS = {"1G": PAGE_1G, "1T": 1024 * PAGE_1G}
+CHILD = """
+import sys
+from pgemu.machine import Config, Machine
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+Machine(Config(pool=1 << 30, kernel=sys.argv[2]))
+before = resident()
+machine = Machine(Config(pool=int(sys.argv[1]), kernel=sys.argv[2]))
+print(resident() - before)
+"""
+
+
+def resident(size: int, kernel: str) -> float:
+    """MiB that one machine adds to a process."""
+    command = [sys.executable, "-c", CHILD, str(size), kernel]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / (1 << 20)
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
+@pytest.mark.parametrize("pool", list(POOLS))
+def test_boot(benchmark: Any, pool: str, kernel: str) -> None:
+    size = POOLS[pool]
+    benchmark.group = f"boot {kernel}, pool of {pool}"
+    own = resident(size, kernel)
+    benchmark.extra_info.update(
+        operations=size // PAGE_1G,
+        resident_mib=round(own, 1),
+        more_than_1g_mib=round(own - resident(PAGE_1G, kernel), 1),
+    )
+    benchmark.pedantic(lambda: Machine(Config(pool=size, kernel=kernel)), rounds=3, warmup_rounds=1)
