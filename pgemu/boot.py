@@ -59,6 +59,8 @@ def allocate(config: Config) -> Arrays:
     begins: dict[np.uint64, int] = {}
     for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
         tails[node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
+        tails[node_word(number, L.N_SPLIT)] = config.node(number).span >> 15
+        tails[node_word(number, L.N_SPLIT_1G)] = (config.node(number).span >> 24) + 1
     state_size = _lay_out(tails, L.STATE_SIZE, begins)
     counts_size = _lay_out(counts, _all_frames(config), begins)
     arrays = Arrays(

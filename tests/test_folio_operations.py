@@ -134,3 +134,45 @@ def test_what_is_no_folio_of_the_zone_is_refused() -> None:
         assert machine.operate(reference, flags=Flag.SHARED, address=address, length=length).status == -L.EINVAL
     assert machine.operate(Operation.FOLIO_FREEZE, address=0x1000, length=1).status == -L.EINVAL
     assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
+def test_a_split_page_is_merged_as_what_it_was(series: str) -> None:
+    """Neither a 2M part of a split 1G page nor 1G of split 2M pages is a page to merge."""
+    machine = Machine(Config(pool=L.PAGE_1G, other_pool=512 * M2, series=series))  # type: ignore[arg-type]
+    gigantic, huge = machine.hugetlb(L.PAGE_1G), machine.hugetlb(M2)
+    merge = Operation.FOLIO_MERGE
+    head = gigantic.allocate().detail
+    assert machine.folio(head).split().status == 0
+    assert machine.operate(merge, address=head << 12, length=M2).status == -L.EINVAL
+    assert machine.operate(merge, address=head << 12, length=L.PAGE_1G).status == 0
+    assert machine.operate(merge, address=head << 12, length=L.PAGE_1G).status == -L.EINVAL
+    pages = [huge.allocate().detail for _ in range(512)]
+    assert pages[0] % (1 << 18) == 0
+    for pfn in pages:
+        assert machine.folio(pfn).split().status == 0
+    assert machine.operate(merge, address=pages[0] << 12, length=L.PAGE_1G).status == -L.EINVAL
+    assert machine.check() == 0, machine.broken
+    for pfn in pages:
+        assert machine.operate(merge, address=pfn << 12, length=M2).status == 0
+        assert machine.free_folio(pfn).status == 0
+    assert machine.free_folio(head).status == 0
+    assert (gigantic.free_hugepages, huge.free_hugepages) == (1, 512)
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_huge_page_that_left_its_inode_is_not_to_be_freed_or_split() -> None:
+    machine = machine_of(1)
+    gmem = machine.create_guest_memfd(M2)
+    vm = machine.create_vm()
+    vm.bind(gmem, 0)
+    vm.touch(0)
+    folio = machine.folio(gmem.pfn(0) or 0)
+    folio.get()
+    assert gmem.close().status == 0
+    assert machine.free_folio(folio.pfn).status == -L.EINVAL
+    assert folio.split().status == -L.EINVAL
+    assert machine.hugetlb().resv_hugepages == 0
+    assert folio.put().detail == 0
+    assert (machine.hugetlb().free_hugepages, machine.hugetlb().resv_hugepages) == (1, 0)
+    assert machine.check() == 0, machine.broken

@@ -590,7 +590,9 @@ N_HINT = U(3)  # no block below this one is free
 N_GIGANTIC = U(4)  # 1G pages that the boot allocator set aside
 N_RESERVED = U(5)  # 4K pages behind them that the kernel itself uses
 N_HUGE = U(6)  # 2M pages behind these, in their pool from boot on
-N_WORDS = 8
+N_SPLIT = U(7)  # where a bit per 2M block begins: a huge page that FOLIO_SPLIT split begins there
+N_SPLIT_1G = U(8)  # ... and a bit per 1G, of 1G pages
+N_WORDS = 16
 NODES = 2
 
 # subpools: mm/hugetlb.c:struct hugepage_subpool
