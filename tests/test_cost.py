@@ -172,6 +172,20 @@ def test_events_times_prices_are_the_published_seconds(machine: str, mode: str, 
     assert seconds * (1 - tolerance) <= low <= seconds <= high <= seconds * (1 + tolerance)
 
 
+@pytest.mark.parametrize("mode", ["off", "bulk"])
+def test_a_pool_charges_what_the_rows_are_compared_with(mode: str) -> None:
+    """The machine's own events of a pool that grows by 64 pages of 2M and shrinks again: those of the test above."""
+    machine = Machine(Config(page_size=L.PAGE_2M, buddy=128 * L.PAGE_2M, hvo=mode == "bulk"))
+    pool = machine.hugetlb()
+    for count, operated in ((64, pool_grown), (0, pool_shrunk)):
+        before = machine.statistics
+        assert pool.resize(count).detail == count
+        after = machine.statistics
+        counted = {event: after.event(event) - before.event(event) for event in Event}
+        low, high = (sum(band((event, n))[end] for event, n in counted.items() if n) / 1e9 for end in (0, 1))
+        assert (low, high) == pytest.approx(operated(64, mode), rel=0.01)  # "off" flushes twice for nothing
+
+
 @pytest.mark.parametrize("machine", KRAVETZ)
 def test_the_published_profile_covers_batches_of_every_machine(machine: str) -> None:
     cpus, pages, rows = KRAVETZ[machine]

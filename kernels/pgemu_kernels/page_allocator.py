@@ -120,6 +120,18 @@ def has_poison(m, block):
     return found
 
 
+@kernel
+def charge_tails(m, order, size):
+    """`size` bytes were stored in each tail of a page that joins or leaves a pool.
+
+    The published prices of a 2M page that does (HUGE_FOLIO_ALLOCATED, HUGE_FOLIO_FREED) hold its tails.
+    """
+    tails = np.int64(U1 << order) - 1
+    if order == ORDER_1G:
+        charge(m, STRUCT_PAGE_WRITTEN, tails)
+    charge(m, STRUCT_PAGE_BYTES, size * tails)
+
+
 @outlined
 def free_pages(m, head, order, poisoned):
     """Free a folio of order 9 or 18 whose struct pages are all there; `poisoned`: 2M blocks with poison stay out.
@@ -142,8 +154,7 @@ def free_pages(m, head, order, poisoned):
     ram[first + PRIVATE] = U0
     ram[first + COUNTS] |= LOW32
     ram[first + U8 + (NR_PAGES_6_12 if m.state[R_FOLIO_6_12] != U0 else NR_PAGES)] = U0
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
-    charge(m, STRUCT_PAGE_BYTES, FREE_BYTES * (np.int64(pages) - 1))
+    charge_tails(m, order, FREE_BYTES)
     for block in range(head, head + pages, U512):
         if not poisoned or not has_poison(m, block):
             mark_free(m, block)

@@ -70,7 +70,7 @@ from pgemu_kernels.layout import (
     R_POISONED,
     STATE_POISONED,
 )
-from pgemu_kernels.page_allocator import free_pages, take_pages
+from pgemu_kernels.page_allocator import charge_tails, free_pages, take_pages
 from pgemu_kernels.vmemmap import is_optimized, optimize, optimize_batch, restore, restore_batch
 
 U = np.uint64
@@ -99,8 +99,7 @@ def allocate_fresh(m, h, node):
     head = take_pages(m, order, node)
     if head != NONE:
         prep_compound(m, head, order)
-        charge(m, STRUCT_PAGE_WRITTEN, np.int64(U1 << order) - 1)
-        charge(m, STRUCT_PAGE_BYTES, 24 * (np.int64(U1 << order) - 1))
+        charge_tails(m, order, 24)
         charge_one(m, HUGE_FOLIO_ALLOCATED)
     return head
 

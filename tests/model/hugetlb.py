@@ -493,7 +493,9 @@ class Model:
         return head
 
     def _written(self, pages: int) -> None:
+        """Tails of a page that joins or leaves a pool: the price of a 2M page that does holds them."""
         self._stored(pages, 24)
+        self.events[Event.STRUCT_PAGE_WRITTEN] -= pages if pages < 512 else 0
 
     def _stored(self, pages: int, size: int) -> None:
         self.events[Event.STRUCT_PAGE_WRITTEN] += pages
