@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgemu.address_space import AddressSpace
     from pgemu.compare import Comparison
+    from pgemu.config import Config
     from pgemu.errors import InputError
     from pgemu.folio import Folio
     from pgemu.guest_memfd import GuestMemfd
     from pgemu.image import Image, open_image
-    from pgemu.machine import Config, Machine, Result, Results
+    from pgemu.machine import Machine, Result, Results
     from pgemu.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.statistics import Statistics
     from pgemu.trace import Lowered, LoweringOptions, Records, load
@@ -62,14 +63,14 @@ __all__ = (
 
 _HOMES = {
     "Access": "translation",
-    "AddressSpace": "memory",
+    "AddressSpace": "address_space",
     "Comparison": "compare",
-    "Config": "machine",
+    "Config": "config",
     "EditResult": "page_table",
     "EditResults": "page_table",
     "Flush": "page_table",
     "Folio": "folio",
-    "GuestMemfd": "memory",
+    "GuestMemfd": "guest_memfd",
     "Image": "image",
     "InputError": "errors",
     "Kind": "translation",
@@ -82,7 +83,7 @@ _HOMES = {
     "Results": "machine",
     "Statistics": "statistics",
     "Translation": "translation",
-    "Vm": "memory",
+    "Vm": "vm",
     "load": "trace",
     "open_image": "image",
     "translate": "translation",
