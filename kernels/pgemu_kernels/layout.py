@@ -585,7 +585,9 @@ HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of t
 # nodes: one row per NUMA node
 N_BASE = U(0)  # first PFN of its part of the HugeTLB zone, a multiple of 1 GiB
 N_PAGES = U(1)  # 4K pages
-N_BLOCKS = U(2)  # where a bit per 2M block begins in `state`: 1 = free, with the page allocator
+# Where three rows of a bit per 2M block begin in `state`: those free, with the page allocator; those of 2M pages that
+# FOLIO_SPLIT split; the first ones of such 1G pages.
+N_BLOCKS = U(2)
 N_HINT = U(3)  # no block below this one is free
 N_GIGANTIC = U(4)  # 1G pages that the boot allocator set aside
 N_RESERVED = U(5)  # 4K pages behind them that the kernel itself uses

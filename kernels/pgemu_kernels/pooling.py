@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U18, U512
+from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U512
 from pgemu_kernels.boot_memory import prepare_memory
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
@@ -18,30 +18,23 @@ from pgemu_kernels.events import (
     finish_operation,
 )
 from pgemu_kernels.folio import (
-    COMPOUND,
     COUNTS,
-    FLAGS,
     MAPPING,
-    ONE_CACHED,
     ONE_REFERENCE,
-    PG_HEAD,
     folio_order,
     reference_count,
     struct_page,
 )
-from pgemu_kernels.folio_operations import change_frozen, change_references, head_of
+from pgemu_kernels.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone, node_of, node_row
+from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
-from pgemu_kernels.hugetlb import dequeue_any, set_cgroup
+from pgemu_kernels.hugetlb import dequeue_any, set_cgroup, subpool_of
 from pgemu_kernels.layout import (
     CGROUP_ADDRESS,
     EBUSY,
     EINVAL,
     ENOMEM,
-    N_BASE,
-    N_GIGANTIC,
-    N_RESERVED,
     O_ADDRESS,
     O_DETAIL,
     O_LENGTH,
@@ -57,7 +50,7 @@ from pgemu_kernels.layout import (
     R_VMEMMAP,
     Operation,
 )
-from pgemu_kernels.page_allocator import is_block_free
+from pgemu_kernels.page_allocator import is_noted_split, note_split
 from pgemu_kernels.pools import allocate_surplus, demote, dissolve, poison, resize
 from pgemu_kernels.records import Columns, element, load, save_result
 from pgemu_kernels.routing import is_pooling
@@ -168,9 +161,10 @@ def free(m, op):
 
 @kernel
 def is_allocated(m, head):
-    """Whether a HugeTLB page is in use and in no page cache or mapping."""
+    """Whether a HugeTLB page is in use and in no page cache or mapping, nor on its way back from an inode's."""
     page = struct_page(m, head)
-    return reference_count(m.ram, page) != U0 and m.ram[page + U3] == U0
+    in_use = reference_count(m.ram, page) != U0 and not is_free(m, head)
+    return in_use and m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
 
 
 # --------------------------------------------------------------------------- vmemmap
@@ -181,7 +175,7 @@ def all_frozen(m, first, end):
     """Whether no HugeTLB page of a range is in use: one that is must keep its vmemmap."""
     head = first
     while head != U0:
-        if reference_count(m.ram, struct_page(m, head)) != U0:
+        if not is_free(m, head):
             return False
         head = next_of_batch(m, head, end)
     return True
@@ -248,28 +242,12 @@ def split(m, op):
     head = state[op + O_ADDRESS] >> U12
     if head_of(m, head) != head or not is_allocated(m, head):
         return stop(state, op, -EINVAL)
-    status = split_folio(m, head, folio_order(m, head), U0, U1)
+    order = folio_order(m, head)
+    status = split_folio(m, head, order, U0, U1)
     if status == 0:
+        note_split(state, head, order, True)
         leave_list(m, head)
     return stop(state, op, status)
-
-
-@kernel
-def is_split(m, head, order):
-    """Whether a range holds 4K folios of a huge page that FOLIO_SPLIT split: in no pool, no inode, not free."""
-    if not in_zone(m.state, head) or not in_zone(m.state, head + (U1 << order) - U1) or is_block_free(m.state, head):
-        return False
-    page = struct_page(m, head)
-    whole = m.ram[page + FLAGS] & PG_HEAD != U0 or m.ram[page + COMPOUND] & U1 != U0
-    return not whole and m.ram[page + MAPPING] == U0 and m.ram[page + COUNTS] == ONE_CACHED and not is_reserved(m, head)
-
-
-@kernel
-def is_reserved(m, pfn):
-    """Whether a frame is one that the kernel itself uses."""
-    row = node_row(node_of(m.state, pfn))
-    start = m.state[row + N_BASE] + (m.state[row + N_GIGANTIC] << U18)
-    return start <= pfn < start + m.state[row + N_RESERVED]
 
 
 @outlined
@@ -279,10 +257,13 @@ def merge(m, op):
     head = state[op + O_ADDRESS] >> U12
     pages = state[op + O_LENGTH] >> U12
     order = U9 if pages == U512 else ORDER_1G
-    if pages != U1 << order or head & (pages - U1) != U0 or not is_split(m, head, order):
+    if pages != U1 << order or head & (pages - U1) != U0 or not in_zone(state, head):
+        return stop(state, op, -EINVAL)
+    if not is_noted_split(state, head, order):
         return stop(state, op, -EINVAL)
     status = merge_folio(m, head, order, U0, U1)
     if status == 0:
+        note_split(state, head, order, False)
         set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
         join_list(m, head, order)
     return stop(state, op, status)

@@ -336,13 +336,14 @@ def fewest(state, h):
 def resize(m, h, count, node):
     """set_max_huge_pages(): what a write to nr_hugepages does; `node` NONE: all. The number of pages afterwards.
 
-    A count for one node means the node's own persistent pages: the others' are added. It ends early when memory does;
-    pages in use become surplus.
+    A count for one node means the node's own persistent pages: the others' are added, up to the largest number.
+    It ends early when memory does; pages in use become surplus.
     """
     state = m.state
     if node < state[R_NODES]:
         row = hstate_node(h, node)
-        count += persistent(state, h) - (state[row + H_NODE_PAGES] - state[row + H_NODE_SURPLUS])
+        others = persistent(state, h) - (state[row + H_NODE_PAGES] - state[row + H_NODE_SURPLUS])
+        count = count + others if count + others >= count else NONE
     while state[h + H_SURPLUS] != U0 and count > persistent(state, h):
         if adjust_surplus(m, h, node, False) == NONE:
             break
