@@ -151,8 +151,9 @@ def test_a_page_on_its_way_back_from_an_inode_is_not_the_pools() -> None:
     """What left the page cache while it was referenced is split and freed by nobody but its last reference."""
     machine = machine_of()
     inode = machine.create_guest_memfd(M2)
-    pfn = machine.operate(Operation.ALLOCATE, object_=inode.inode, length=M2)
-    assert pfn.status == 0
+    vm = machine.create_vm()
+    assert vm.bind(inode, 0).status == 0
+    assert vm.touch(0).detail == 2
     held = machine.operate(Operation.GET, object_=inode.inode).detail
     assert machine.operate(Operation.PUNCH_HOLE, object_=inode.inode, length=M2).status == 0
     for op in (Operation.FOLIO_FREE, Operation.FOLIO_SPLIT):
@@ -196,4 +197,19 @@ def test_pieces_become_the_page_that_they_were(series: str) -> None:
         assert machine.operate(Operation.FOLIO_SPLIT, address=page << 12).status == 0
     assert machine.operate(**merge, length=L.PAGE_1G).status == -L.EINVAL
     assert machine.operate(**merge, length=M2).status == 0
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_page_of_a_file_may_be_held_by_others() -> None:
+    """References and pins of a page of hugetlbfs are beside those of its cache: the recount allows them."""
+    machine = machine_of()
+    file = machine.create_hugetlb_file(2 * M2)
+    process = machine.create_process()
+    assert process.mmap(file, VA).status == 0
+    assert process.touch(VA).detail == 2
+    folio = machine.folio(machine.register(L.R_POOL_BASE))
+    assert folio.refcount == 513
+    assert folio.pin(2).detail == 515
+    assert machine.check() == 0, machine.broken
+    assert folio.unpin(2).detail == 513
     assert machine.check() == 0, machine.broken
