@@ -57,10 +57,8 @@ def allocate(config: Config) -> Arrays:
     }
     counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
     begins: dict[np.uint64, int] = {}
-    for number in range(config.nodes):  # a bit per 2M block, whole 1G at a time
-        tails[node_word(number, L.N_BLOCKS)] = config.node(number).span >> 15
-        tails[node_word(number, L.N_SPLIT)] = config.node(number).span >> 15
-        tails[node_word(number, L.N_SPLIT_1G)] = (config.node(number).span >> 24) + 1
+    for number in range(config.nodes):  # three bits per 2M block, whole 1G at a time
+        tails[node_word(number, L.N_BLOCKS)] = 3 * (config.node(number).span >> 15)
     state_size = _lay_out(tails, L.STATE_SIZE, begins)
     counts_size = _lay_out(counts, _all_frames(config), begins)
     arrays = Arrays(

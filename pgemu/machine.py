@@ -223,8 +223,8 @@ class Machine:
         return self.operate(Operation.POISON, address=pfn << 12)
 
     def store_vmemmap(self, address: int, value: int) -> Result:
-        """Store a word at a virtual address of the vmemmap: 0, or -EFAULT through a read-only entry; and the entry's
-        physical address. In Linux an oops.
+        """Store a word at a virtual address of the vmemmap: 0, or -EFAULT through a read-only entry (in Linux an oops);
+        and the entry's physical address. Words other than memcg_data stay as they are: the machine follows them.
         """
         return self.operate(Operation.VMEMMAP_STORE, address=address, offset=value)
 

@@ -136,43 +136,80 @@ def test_what_is_no_folio_of_the_zone_is_refused() -> None:
     assert machine.check() == 0, machine.broken
 
 
-@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
-def test_a_split_page_is_merged_as_what_it_was(series: str) -> None:
-    """Neither a 2M part of a split 1G page nor 1G of split 2M pages is a page to merge."""
-    machine = Machine(Config(pool=L.PAGE_1G, other_pool=512 * M2, series=series))  # type: ignore[arg-type]
-    gigantic, huge = machine.hugetlb(L.PAGE_1G), machine.hugetlb(M2)
-    merge = Operation.FOLIO_MERGE
-    head = gigantic.allocate().detail
-    assert machine.folio(head).split().status == 0
-    assert machine.operate(merge, address=head << 12, length=M2).status == -L.EINVAL
-    assert machine.operate(merge, address=head << 12, length=L.PAGE_1G).status == 0
-    assert machine.operate(merge, address=head << 12, length=L.PAGE_1G).status == -L.EINVAL
-    pages = [huge.allocate().detail for _ in range(512)]
-    assert pages[0] % (1 << 18) == 0
-    for pfn in pages:
-        assert machine.folio(pfn).split().status == 0
-    assert machine.operate(merge, address=pages[0] << 12, length=L.PAGE_1G).status == -L.EINVAL
-    assert machine.check() == 0, machine.broken
-    for pfn in pages:
-        assert machine.operate(merge, address=pfn << 12, length=M2).status == 0
-        assert machine.free_folio(pfn).status == 0
-    assert machine.free_folio(head).status == 0
-    assert (gigantic.free_hugepages, huge.free_hugepages) == (1, 512)
+def test_put_of_a_page_that_no_inode_had_is_refused() -> None:
+    """PUT by address is for pages of inodes: not one taken from its pool, one the kernel uses, or one in a hole."""
+    machine = machine_of(4, nodes=2, reserved=M2)
+    head = machine.hugetlb().allocate().detail
+    base = machine.register(L.R_POOL_BASE)
+    for pfn in (head, head + 100, base, base + (1 << 17), base + machine.register(L.R_GUEST_PAGES)):
+        assert machine.operate(Operation.PUT, address=pfn << 12).status == -L.ENOENT
+    assert machine.folio(head).refcount == 1
     assert machine.check() == 0, machine.broken
 
 
-def test_a_huge_page_that_left_its_inode_is_not_to_be_freed_or_split() -> None:
-    machine = machine_of(1)
-    gmem = machine.create_guest_memfd(M2)
+def test_a_page_on_its_way_back_from_an_inode_is_not_the_pools() -> None:
+    """What left the page cache while it was referenced is split and freed by nobody but its last reference."""
+    machine = machine_of()
+    inode = machine.create_guest_memfd(M2)
     vm = machine.create_vm()
-    vm.bind(gmem, 0)
-    vm.touch(0)
-    folio = machine.folio(gmem.pfn(0) or 0)
-    folio.get()
-    assert gmem.close().status == 0
+    assert vm.bind(inode, 0).status == 0
+    assert vm.touch(0).detail == 2
+    held = machine.operate(Operation.GET, object_=inode.inode).detail
+    assert machine.operate(Operation.PUNCH_HOLE, object_=inode.inode, length=M2).status == 0
+    for op in (Operation.FOLIO_FREE, Operation.FOLIO_SPLIT):
+        assert machine.operate(op, address=held << 12).status == -L.EINVAL
+    assert machine.operate(Operation.PUT, address=held << 12).status == 0
+    assert machine.hugetlb().free_hugepages == 2
+    assert machine.check() == 0, machine.broken
+
+
+def test_free_pages_whose_count_is_1_are_free() -> None:
+    """2M pages of a demoted 1G page of 7.3 inherit the count of the boot allocator's tail page."""
+    machine = machine_of(0, other_pool=L.PAGE_1G)
+    assert machine.hugetlb(L.PAGE_1G).demote() == (0, 1)
+    pool = machine.hugetlb()
+    folio = machine.folio(pool.free_list()[1])
+    assert folio.refcount == 1
+    assert folio.get().status == -L.ENOMEM
+    assert folio.put().status == -L.EINVAL
     assert machine.free_folio(folio.pfn).status == -L.EINVAL
-    assert folio.split().status == -L.EINVAL
-    assert machine.hugetlb().resv_hugepages == 0
-    assert folio.put().detail == 0
-    assert (machine.hugetlb().free_hugepages, machine.hugetlb().resv_hugepages) == (1, 0)
+    assert machine.operate(Operation.FOLIO_SPLIT, address=folio.pfn << 12).status == -L.EINVAL
+    assert pool.restore([folio.pfn]) == (0, 1)
+    assert pool.optimize([folio.pfn]) == (0, 1)
+    assert pool.free_hugepages == 512
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
+def test_pieces_become_the_page_that_they_were(series: str) -> None:
+    """Pieces of a 1G page are no 2M page, pieces of 512 pages of 2M no 1G page."""
+    machine = machine_of(0, other_pool=L.PAGE_1G, hvo=False, series=series)
+    head = machine.hugetlb(L.PAGE_1G).allocate().detail
+    split = {"op": Operation.FOLIO_SPLIT, "address": head << 12}
+    merge = {"op": Operation.FOLIO_MERGE, "address": head << 12}
+    assert machine.operate(**split).status == 0
+    assert machine.operate(**merge, length=M2).status == -L.EINVAL
+    assert machine.operate(**merge, length=L.PAGE_1G).status == 0
+    assert machine.free_folio(head).status == 0
+    assert machine.hugetlb(L.PAGE_1G).demote() == (0, 1)
+    for page in range(head, head + (1 << 18), 512):
+        assert machine.hugetlb().allocate().status == 0
+        assert machine.operate(Operation.FOLIO_SPLIT, address=page << 12).status == 0
+    assert machine.operate(**merge, length=L.PAGE_1G).status == -L.EINVAL
+    assert machine.operate(**merge, length=M2).status == 0
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_page_of_a_file_may_be_held_by_others() -> None:
+    """References and pins of a page of hugetlbfs are beside those of its cache: the recount allows them."""
+    machine = machine_of()
+    file = machine.create_hugetlb_file(2 * M2)
+    process = machine.create_process()
+    assert process.mmap(file, VA).status == 0
+    assert process.touch(VA).detail == 2
+    folio = machine.folio(machine.register(L.R_POOL_BASE))
+    assert folio.refcount == 513
+    assert folio.pin(2).detail == 515
+    assert machine.check() == 0, machine.broken
+    assert folio.unpin(2).detail == 513
     assert machine.check() == 0, machine.broken

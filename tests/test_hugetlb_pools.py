@@ -687,3 +687,11 @@ def test_stores_to_tails_of_boot(kernel: str, refused: bool) -> None:
     assert pair.store(base + 64 * 64 + 5, 7, 3) == (-L.EFAULT if refused else 0)
     assert int(pair.machine.struct_page(base + 5)[7]) == (1 if refused else 3)
     pair.compare()
+
+
+def test_more_pages_of_a_node_than_a_number_holds() -> None:
+    """set_max_huge_pages() takes the largest count where that of the other node makes it overflow."""
+    pair = Pair("7.3", huge=4, buddy=4, nodes=2)
+    assert pair.machine.hugetlb().resize((1 << 64) - 1, 0) == (0, 6)
+    assert pair.machine.hugetlb().node(0)[0] == 4
+    assert pair.machine.check() == 0, pair.machine.broken

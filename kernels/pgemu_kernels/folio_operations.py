@@ -8,9 +8,8 @@ from pgemu_kernels.bits import NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import REFERENCE_CHANGED, charge_one
 from pgemu_kernels.folio import (
-    FLAGS,
-    MAPPING,
-    PG_HEAD,
+    HUGETLB_FREED,
+    PRIVATE,
     folio_order,
     is_huge_page,
     reference_count,
@@ -28,24 +27,21 @@ from pgemu_kernels.folio_references import (
     unfreeze,
     unpin,
 )
-from pgemu_kernels.gmem import inode_row
 from pgemu_kernels.hstate import in_zone
 from pgemu_kernels.huge_pages import give_back_huge
-from pgemu_kernels.hugetlb import mapping_address, subpool_of
+from pgemu_kernels.hugetlb import subpool_of
 from pgemu_kernels.layout import (
     EINVAL,
     ENOMEM,
-    I_KIND,
-    INODE_GUEST_MEMFD,
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
     R_EXTRA_REFERENCES,
-    R_ORDER,
     Flag,
 )
-from pgemu_kernels.references import held_by_faults, last_reference, zombie_of
+from pgemu_kernels.page_allocator import is_block_free
+from pgemu_kernels.references import held_by_faults, is_designs, last_reference
 from pgemu_kernels.steps import stop
 
 U = np.uint64
@@ -74,15 +70,14 @@ def folio_of(m, pfn):
 
 
 @kernel
-def is_designs(m, head, page):
-    """Whether a folio is one of a guest_memfd inode over huge pages, or was when it left the page cache."""
-    mapping = m.ram[page + MAPPING]
-    if mapping != U0:
-        inode = (mapping - mapping_address(U0)) >> U12
-        return mapping & U1 == U0 and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
-    if m.ram[page + FLAGS] & PG_HEAD != U0:
-        return subpool_of(m, page) != U0
-    return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
+def is_free(m, head):
+    """Whether a folio is free in its pool or with the page allocator, whatever its count says.
+
+    Struct pages made from the tail page that 7.3 leaves at boot have a count of 1 (boot.fill_boot_tail_page()).
+    """
+    if is_block_free(m.state, head):
+        return True
+    return is_huge_page(m, head) and m.ram[struct_page(m, head) + PRIVATE] & HUGETLB_FREED != U0
 
 
 @kernel
@@ -106,8 +101,9 @@ def drop(m, head, page, last):
 def change_references(m, op):
     """FOLIO_REFERENCE: 0 with the refcount afterwards (0: freed).
 
-    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()). put and unpin: -EINVAL for references or
-    pins that are not there to drop, and for the last one of a 4K piece whose huge page must be merged first.
+    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()), or the folio is free. put and unpin:
+    -EINVAL for references or pins that are not there to drop, and for the last one of a 4K piece whose huge page must
+    be merged first.
     """
     state = m.state
     ram = m.ram
@@ -121,14 +117,16 @@ def change_references(m, op):
     ours = is_designs(m, head, page)
     charge_one(m, REFERENCE_CHANGED)
     if state[op + O_FLAGS] & _READ == U0:
-        taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
+        taken = False
+        if not is_free(m, head):
+            taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
         if taken and ours:
             state[R_EXTRA_REFERENCES] += count
         state[op + O_DETAIL] = reference_count(ram, page)
         return stop(state, op, 0 if taken else -ENOMEM)
     pinned = not pinning or not is_large(ram, page) or pin_count(ram, page) >= n
     whole = ours or is_large(ram, page) or reference_count(ram, page) > count
-    if not pinned or not whole or not may_drop(m, head, page, count):
+    if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count):
         return stop(state, op, -EINVAL)
     last = unpin(ram, page, n) if pinning else put(ram, page, n)
     state[op + O_DETAIL] = reference_count(ram, page)
@@ -146,7 +144,7 @@ def change_frozen(m, op):
     """
     state = m.state
     head = folio_of(m, state[op + O_ADDRESS] >> U12)
-    if head == NONE or state[op + O_LENGTH] >> U(32) != U0:
+    if head == NONE or state[op + O_LENGTH] >> U(32) != U0 or is_free(m, head):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
     charge_one(m, REFERENCE_CHANGED)

@@ -322,7 +322,10 @@ def subpool_of(m, page):
 
 @outlined
 def return_to_pool(m, head):
-    """The last reference of a huge folio of the designs is gone: mm/hugetlb.c:free_huge_folio()."""
+    """The last reference of a huge folio of the designs is gone: mm/hugetlb.c:free_huge_folio().
+
+    To the pool even where its node has surplus pages (inference: the inode's subpool has them reserved).
+    """
     ram = m.ram
     h = m.state[R_HSTATE]
     page = struct_page(m, head)

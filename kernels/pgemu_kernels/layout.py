@@ -585,14 +585,14 @@ HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of t
 # nodes: one row per NUMA node
 N_BASE = U(0)  # first PFN of its part of the HugeTLB zone, a multiple of 1 GiB
 N_PAGES = U(1)  # 4K pages
-N_BLOCKS = U(2)  # where a bit per 2M block begins in `state`: 1 = free, with the page allocator
+# Where three rows of a bit per 2M block begin in `state`: those free, with the page allocator; those of 2M pages that
+# FOLIO_SPLIT split; the first ones of such 1G pages.
+N_BLOCKS = U(2)
 N_HINT = U(3)  # no block below this one is free
 N_GIGANTIC = U(4)  # 1G pages that the boot allocator set aside
 N_RESERVED = U(5)  # 4K pages behind them that the kernel itself uses
 N_HUGE = U(6)  # 2M pages behind these, in their pool from boot on
-N_SPLIT = U(7)  # where a bit per 2M block begins: a huge page that FOLIO_SPLIT split begins there
-N_SPLIT_1G = U(8)  # ... and a bit per 1G, of 1G pages
-N_WORDS = 16
+N_WORDS = 8
 NODES = 2
 
 # subpools: mm/hugetlb.c:struct hugepage_subpool

@@ -43,6 +43,31 @@ def is_free(state, node, block):
 
 
 @kernel
+def _split_bits(state, node, block, order):
+    """Word with the bit of a block whose huge page of order 9 or 18 is split: behind the bits of free blocks."""
+    words = ((state[node_row(node) + N_PAGES] + U((1 << 18) - 1)) >> U(18)) << U(3)
+    return _bits(state, node, block) + (words if order == U9 else words << U1)
+
+
+@kernel
+def note_split(state, head, order, split):
+    """FOLIO_SPLIT made 4K folios of a huge page, or FOLIO_MERGE a huge page of them."""
+    node = node_of(state, head)
+    block = (head - state[node_row(node) + N_BASE]) >> U9
+    word = _split_bits(state, node, block, order)
+    bit = U1 << (block & U63)
+    state[word] = state[word] | bit if split else state[word] & ~bit
+
+
+@kernel
+def is_noted_split(state, head, order):
+    """Whether FOLIO_SPLIT split the huge page of this order that began at `head`, and nobody has merged it since."""
+    node = node_of(state, head)
+    block = (head - state[node_row(node) + N_BASE]) >> U9
+    return state[_split_bits(state, node, block, order)] >> (block & U63) & U1 != U0
+
+
+@kernel
 def _blocks(state, node):
     return state[node_row(node) + N_PAGES] >> U9
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U3, U6, U9, U12, U63, U512
+from pgemu_kernels.bits import NONE, U0, U1, U3, U9, U12, U512
 from pgemu_kernels.boot_memory import prepare_memory
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
@@ -19,15 +19,16 @@ from pgemu_kernels.events import (
 )
 from pgemu_kernels.folio import (
     COUNTS,
+    FLAGS,
     MAPPING,
     ONE_REFERENCE,
     folio_order,
     reference_count,
     struct_page,
 )
-from pgemu_kernels.folio_operations import change_frozen, change_references, head_of
+from pgemu_kernels.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.handle import open_machine
-from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone, node_of, node_row
+from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.hugetlb import dequeue_any, set_cgroup, subpool_of
 from pgemu_kernels.layout import (
@@ -35,9 +36,6 @@ from pgemu_kernels.layout import (
     EBUSY,
     EINVAL,
     ENOMEM,
-    N_BASE,
-    N_SPLIT,
-    N_SPLIT_1G,
     O_ADDRESS,
     O_DETAIL,
     O_LENGTH,
@@ -47,12 +45,14 @@ from pgemu_kernels.layout import (
     O_SPACE,
     R_GUEST_PAGES,
     R_HSTATE,
+    R_HWPOISON,
     R_NODES,
     R_ORDINARY,
     R_POOL_BASE,
     R_VMEMMAP,
     Operation,
 )
+from pgemu_kernels.page_allocator import is_noted_split, note_split
 from pgemu_kernels.pools import allocate_surplus, demote, dissolve, poison, resize
 from pgemu_kernels.records import Columns, element, load, save_result
 from pgemu_kernels.routing import is_pooling
@@ -112,7 +112,7 @@ def change_pool(m, op):
     if h == U0 or (node != NONE and node >= state[R_NODES]):
         return stop(state, op, -EINVAL)
     if state[op + O_OP] == _POOL_RESIZE:
-        state[op + O_DETAIL] = resize(m, h, state[op + O_LENGTH], node)
+        state[op + O_DETAIL] = resize(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]), node)
         return stop(state, op, 0)
     status, done = demote(m, h, state[op + O_LENGTH], node)
     state[op + O_DETAIL] = done
@@ -163,9 +163,10 @@ def free(m, op):
 
 @kernel
 def is_allocated(m, head):
-    """Whether a HugeTLB page is in use, in no page cache or mapping, and none that left a guest_memfd inode held."""
+    """Whether a HugeTLB page is in use and in no page cache or mapping, nor on its way back from an inode's."""
     page = struct_page(m, head)
-    return reference_count(m.ram, page) != U0 and m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
+    in_use = reference_count(m.ram, page) != U0 and not is_free(m, head)
+    return in_use and m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
 
 
 # --------------------------------------------------------------------------- vmemmap
@@ -176,7 +177,7 @@ def all_frozen(m, first, end):
     """Whether no HugeTLB page of a range is in use: one that is must keep its vmemmap."""
     head = first
     while head != U0:
-        if reference_count(m.ram, struct_page(m, head)) != U0:
+        if not is_free(m, head):
             return False
         head = next_of_batch(m, head, end)
     return True
@@ -244,21 +245,13 @@ def split(m, op):
     if head_of(m, head) != head or not is_allocated(m, head):
         return stop(state, op, -EINVAL)
     order = folio_order(m, head)
+    if m.ram[struct_page(m, head) + FLAGS] & state[R_HWPOISON] != U0:
+        return stop(state, op, -EBUSY)  # a poisoned page is not split: the posted code says TODO
     status = split_folio(m, head, order, U0, U1)
     if status == 0:
+        note_split(state, head, order, True)
         leave_list(m, head)
-        word, bit = split_mark(state, head, order)
-        state[word] |= bit
     return stop(state, op, status)
-
-
-@kernel
-def split_mark(state, head, order):
-    """Word and bit that say whether the huge page that began at a frame was split by FOLIO_SPLIT."""
-    row = node_row(node_of(state, head))
-    number = (head - state[row + N_BASE]) >> order
-    begin = state[row + (N_SPLIT if order == U9 else N_SPLIT_1G)]
-    return begin + (number >> U6), U1 << (number & U63)
 
 
 @outlined
@@ -270,12 +263,11 @@ def merge(m, op):
     order = U9 if pages == U512 else ORDER_1G
     if pages != U1 << order or head & (pages - U1) != U0 or not in_zone(state, head):
         return stop(state, op, -EINVAL)
-    word, bit = split_mark(state, head, order)
-    if state[word] & bit == U0:
+    if not is_noted_split(state, head, order):
         return stop(state, op, -EINVAL)
     status = merge_folio(m, head, order, U0, U1)
     if status == 0:
-        state[word] &= ~bit
+        note_split(state, head, order, False)
         set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
         join_list(m, head, order)
     return stop(state, op, status)

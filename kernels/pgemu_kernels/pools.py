@@ -336,7 +336,7 @@ def resize(m, h, count, node):
     """set_max_huge_pages(): what a write to nr_hugepages does; `node` NONE: all. The number of pages afterwards.
 
     A count for one node means the node's own persistent pages: the others' are added. It ends early when memory does;
-    pages in use become surplus.
+    pages in use become surplus. `count` is at most the pages of the zone, so that nothing overflows.
     """
     state = m.state
     if node < state[R_NODES]:

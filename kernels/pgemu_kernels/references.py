@@ -24,7 +24,8 @@ from pgemu_kernels.gmem import (
     block_row,
     inode_row,
 )
-from pgemu_kernels.hugetlb import return_to_pool
+from pgemu_kernels.hstate import in_zone
+from pgemu_kernels.hugetlb import mapping_address, return_to_pool, subpool_of
 from pgemu_kernels.layout import (
     ACTORS,
     B_OUTSTANDING,
@@ -35,8 +36,10 @@ from pgemu_kernels.layout import (
     BLOCK_ZOMBIE,
     EBADF,
     ENOENT,
+    I_KIND,
     I_OPEN,
     I_PAGES,
+    INODE_GUEST_MEMFD,
     O_ADDRESS,
     O_DETAIL,
     O_OBJECT,
@@ -47,10 +50,8 @@ from pgemu_kernels.layout import (
     R_BLOCKS,
     R_EXTRA_REFERENCES,
     R_FAULT_REFERENCES,
-    R_GUEST_PAGES,
     R_INODES,
     R_ORDER,
-    R_POOL_BASE,
     STATE_OPS,
 )
 from pgemu_kernels.splitting import revive
@@ -99,6 +100,19 @@ def zombie_of(m, head):
     return NONE
 
 
+@outlined
+def is_designs(m, head, page):
+    """Whether a folio is one of a guest_memfd inode over huge pages, or was when it left the page cache."""
+    mapping = m.ram[page + MAPPING]
+    if mapping != U0:
+        inode = (mapping - mapping_address(U0)) >> U12
+        known = mapping & U1 == U0 and inode < m.state[R_INODES]
+        return known and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
+    if m.ram[page + FLAGS] & PG_HEAD != U0:
+        return subpool_of(m, page) != U0
+    return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
+
+
 @kernel
 def held_by_faults(state, pfn):
     """References that faults under way hold on a folio: nobody else's to drop."""
@@ -113,7 +127,7 @@ def held_by_faults(state, pfn):
 @outlined
 def put(m, op):
     """Drop a transient reference: 0, or -ENOENT. The page is named by inode and offset, or by its
-    physical address.
+    physical address; it is, or was, one of an inode over huge pages.
 
     The last reference of a folio outside the page cache sends it (a zombie block: with all its pieces)
     back to the pool.
@@ -122,7 +136,7 @@ def put(m, op):
     order = state[R_ORDER]
     if state[op + O_ADDRESS] != U0:
         pfn = state[op + O_ADDRESS] >> U12
-        if pfn - state[R_POOL_BASE] >= state[R_GUEST_PAGES]:
+        if not in_zone(state, pfn) or not is_designs(m, folio_head(m, pfn), struct_page(m, folio_head(m, pfn))):
             return stop(state, op, -ENOENT)
     else:
         inode = state[op + O_OBJECT]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U21, U30, U39, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U21, U30, U39, U63, U64, U511, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     FRAMES_USED,
@@ -33,6 +33,7 @@ from pgemu_kernels.folio import (
     FLAGS,
     HUGETLB_VMEMMAP_OPTIMIZED,
     MAPPING,
+    MEMCG,
     NO_MAPCOUNT,
     PRIVATE,
     TAIL_MAPPING,
@@ -159,7 +160,8 @@ def vmemmap_pages(order):
 def store(m, address, value):
     """A store to the vmemmap: 0, or -EFAULT through a read-only entry or where nothing is mapped; and the entry's slot.
 
-    In Linux an oops. Tails of an optimised folio are read-only: page-tables.md 8.4.
+    In Linux a fault is an oops; tails of an optimised folio are read-only. Only memcg_data takes the value: the machine
+    itself follows what the other words hold, so an outsider's store leaves them as they are.
     """
     directory = vmemmap_directory(m, address)
     entry = m.ram[directory]
@@ -171,7 +173,8 @@ def store(m, address, value):
         inside = U(4095)
     if entry & U1 == U0 or entry & _WRITE == U0:
         return np.int64(-EFAULT), slot
-    m.ram[((entry & _ADDRESS & ~inside) + (address & inside)) >> U3] = value
+    if address & U63 == MEMCG << U3:
+        m.ram[((entry & _ADDRESS & ~inside) + (address & inside)) >> U3] = value
     return np.int64(0), slot
 
 

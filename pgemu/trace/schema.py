@@ -196,7 +196,7 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.FOLIO_FREEZE: {**_FOLIO, "flags": "READ: unfreeze", "length": "references expected, or given back"},
         Operation.DISSOLVE: dict(_FOLIO),
         Operation.POISON: dict(_FOLIO),
-        Operation.VMEMMAP_STORE: {"address": "virtual address in the vmemmap", "offset": "value of the 8 bytes"},
+        Operation.VMEMMAP_STORE: {"address": "virtual address in the vmemmap", "offset": "value, of memcg_data"},
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.
