@@ -44,7 +44,6 @@ CGROUP_6_12 = U(8 + 3)
 HWPOISON_6_12 = U(8 + 5)
 SUBPOOL = U(16 + 2)
 CGROUP = U(16 + 3)
-CGROUP_RESERVED = U(16 + 4)
 HWPOISON = U(16 + 5)
 
 PG_REFERENCED = U(1 << 2)
@@ -55,7 +54,6 @@ PG_WORKINGSET = U(1 << 9)
 FLAGS_KEPT = U(0xFFFFFFFFC0000000)  # of page->flags when a page is freed: node, zone, last_cpupid
 LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
 HUGETLB_MIGRATABLE = U(1 << 1)
-HUGETLB_RAW_UNRELIABLE = U(1 << 5)
 U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)

@@ -95,13 +95,6 @@ def links_of(m, pfn):
 
 
 @kernel
-def next_link(m, link):
-    if is_head(link):
-        return m.state[STATE_HSTATES + ((link - _IMAGE) >> U3)]
-    return m.ram[struct_page(m, page_of(m.state, link)) + U1]
-
-
-@kernel
 def set_link(m, link, which, value):
     """Store list_head.next (`which` 0) or .prev (1) at an address."""
     if is_head(link):

@@ -602,7 +602,6 @@ P_MAX = U(2)  # all ones: no limit
 P_USED = U(3)
 P_MIN = U(4)  # all ones: no minimum
 P_RESERVED = U(5)
-P_COUNT = U(6)  # references: the file system or inode, and folios that came from it
 P_WORDS = 8
 SUBPOOLS = 64
 
