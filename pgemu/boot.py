@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.config import SERIES
+from pgemu.config import CONVERT_ORDERS, DEFECTS, SERIES
 from pgemu.designs import DESIGNS
 from pgemu_kernels import formats, layout as L, page_format
 from pgemu_kernels.handle import DTYPES, Machine as Arrays
@@ -161,6 +161,20 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         L.R_RECOVER_HUGE: kernel.recovers_huge_pages,
         L.R_SERIES: SERIES[config.series],
         L.R_GMEM_MMAP: kernel.guest_memfd_mmap,
+        L.R_FULL: config.full,
+        L.R_CONVERT_ORDER: CONVERT_ORDERS[config.convert_order],
+        L.R_CONVERT_BY_BLOCK: config.convert_batch == "block",
+        L.R_SPLIT_TO_2M: config.split_to == "2M",
+        L.R_MERGE_LAZY: config.merge == "lazy",
+        L.R_FLUSH_BATCHED: config.flush == "batched",
+        L.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
+        L.R_LRU_CACHE: config.lru_cache,
+        L.R_LRU_CPUS: min(config.host_cpus, L.LRU_CPUS),
+        L.R_WORK_QUEUED: config.worker == "queued",
+        L.R_PUNCH_REFUSES: config.punch == "refuse",
+        L.R_HOST_HUGE: config.host_huge,
+        L.R_DIRTY_LOG_GMEM: config.dirty_log_guest_memfd,
+        L.R_IN_PLACE: config.in_place_conversion,
     }
     state = arrays.state
     for register, value in registers.items():

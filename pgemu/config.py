@@ -10,9 +10,20 @@ from pgemu import cost
 from pgemu.designs import DESIGNS, Design
 from pgemu_kernels import formats, layout as L
 
-__all__ = ("SERIES", "Config", "Node")
+__all__ = ("CONVERT_ORDERS", "DEFECTS", "SERIES", "Config", "Node")
 
+CONVERT_ORDERS = {
+    "rfc2": L.CONVERT_RFC2, "fixup": L.CONVERT_FIXUP, "jan2026": L.CONVERT_JAN2026, "next4k": L.CONVERT_NEXT4K,
+}  # fmt: skip
+DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in L.Defect if defect.name}
 SERIES = {"rfc2": L.SERIES_RFC2, "jan2026": L.SERIES_LATER}
+
+
+# Parameters that only `designs.run_designs` knows.
+_FULL = (
+    "convert_order", "convert_batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
+    "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,18 @@ class Config:
     configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
     series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; pgemu_kernels.splitting).
+    convert_order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
+    convert_batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
+    split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
+    merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
+    flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion.
+    defects: mistakes of posted code that the machine has (DEFECTS); without them it is as fixed.
+    lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
+    worker: "immediate": work items run at once; "queued": they wait for Machine.work().
+    punch: "zero": partial huge pages of a hole are zeroed (rfc2); "refuse": -EINVAL (late 2025).
+    host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
+    dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
+    in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
     """
 
     design: Design = "restructure"
@@ -71,6 +94,18 @@ class Config:
     reserved: int = 0
     configuration: Literal["debian", "small"] = "debian"
     series: Literal["rfc2", "jan2026"] = "jan2026"
+    convert_order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
+    convert_batch: Literal["range", "block"] = "range"
+    split_to: Literal["4K", "2M"] = "4K"
+    merge: Literal["now", "lazy"] = "now"
+    flush: Literal["each", "batched"] = "each"
+    defects: tuple[str, ...] = ()
+    lru_cache: bool = False
+    worker: Literal["immediate", "queued"] = "immediate"
+    punch: Literal["zero", "refuse"] = "zero"
+    host_huge: bool = False
+    dirty_log_guest_memfd: bool = False
+    in_place_conversion: bool = True
 
     def __post_init__(self) -> None:
         checks = (
@@ -90,6 +125,17 @@ class Config:
                 f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
             ),
             (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
+            (
+                self.convert_order in CONVERT_ORDERS,
+                f"order {self.convert_order!r}: expected {', '.join(CONVERT_ORDERS)}",
+            ),
+            (self.convert_batch in ("range", "block"), f"batch {self.convert_batch!r}: expected range or block"),
+            (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
+            (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
+            (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
+            (self.worker in ("immediate", "queued"), f"worker {self.worker!r}: expected immediate or queued"),
+            (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
+            (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
         )
@@ -108,6 +154,11 @@ class Config:
         cost.profile(self.profile)  # ValueError or InputError for what is none
         if not isinstance(self.profile, str):  # a path remains one, "./published" too
             object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
+
+    @property
+    def full(self) -> bool:
+        """Whether a parameter of the designs differs from what `replay.run` has loops for."""
+        return any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
 
     @property
     def order(self) -> int:

@@ -256,21 +256,48 @@ class Machine:
 
         header: op | flags << 8 | actor << 16 | vm << 32 | space << 48.
         """
-        from pgemu_kernels.replay import run
-
         columns = [_column(c, count) for c in (header, object_, address, offset, length)]
         status = np.empty(count, np.int64)
         detail = np.empty(count, np.uint64)
-        done = run(self.descriptor, *columns, status, detail, np.uint64(0))
+        done = 0
         while done < count:
-            if int(columns[0][done if columns[0].size > 1 else 0]) & 0xFF >= L.Operation.POOL_RESIZE:
-                from pgemu_kernels.pooling import run_pooling as elsewhere
-            else:
-                from pgemu_kernels.ordinary import run_ordinary as elsewhere
-            done = elsewhere(self.descriptor, *columns, status, detail, np.uint64(done))
+            stopped = self._designs_entry()(self.descriptor, *columns, status, detail, np.uint64(done))
+            done = int(stopped)
             if done < count:
-                done = run(self.descriptor, *columns, status, detail, np.uint64(done))
+                done = int(self._entry(columns, done)(self.descriptor, *columns, status, detail, np.uint64(done)))
         return Results(status, detail)
+
+    def _designs_entry(self) -> Any:
+        """The entry that runs the designs' operations: the fast loops, or what knows every parameter."""
+        if self.register(L.R_FULL):
+            return _run_designs
+        from pgemu_kernels.replay import run
+
+        return run
+
+    def _entry(self, columns: list[Array], i: int) -> Any:
+        """The entry for operation `i`, at which that of the designs stopped; as pgemu_kernels.routing has it."""
+        header, object_ = (int(column[i if column.size > 1 else 0]) for column in columns[:2])
+        kind = header & 0xFF
+        if Operation.POOL_RESIZE <= kind <= Operation.VMEMMAP_STORE:
+            from pgemu_kernels.pooling import run_pooling
+
+            return run_pooling
+        ordinary = kind <= Operation.REMAP and kind not in (Operation.PIN, Operation.UNPIN)
+        if kind == Operation.ALLOCATE and object_ < self.register(L.R_INODES):
+            row = int(L.STATE_INODES) + object_ * L.I_WORDS
+            ordinary = int(self.arrays.state[row + int(L.I_KIND)]) != int(L.INODE_GUEST_MEMFD)
+        elif kind == Operation.ALLOCATE:
+            ordinary = False
+        elif kind == Operation.PREFAULT:
+            vm = header >> 32 & 0xFFFF
+            row = int(L.STATE_VMS) + vm * L.V_WORDS
+            ordinary = vm < self.register(L.R_VMS) and bool(self.arrays.state[row + int(L.V_ORDINARY)])
+        if not ordinary:
+            return _run_designs
+        from pgemu_kernels.ordinary import run_ordinary
+
+        return run_ordinary
 
     def operate(
         self,
@@ -312,8 +339,6 @@ class Machine:
 
         ValueError where an argument does not fit its column, or while an operation of the actor is under way.
         """
-        from pgemu_kernels.stepping import step
-
         _check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         if self._record(actor, L.O_ACTIVE):
             raise ValueError(f"actor {actor} is in the middle of an operation")
@@ -324,18 +349,28 @@ class Machine:
         row = int(L.STATE_OPS) + actor * L.O_WORDS
         for word, value in words.items():
             self.arrays.state[row + int(word)] = value
-        step(self.descriptor, np.uint64(actor), True)
+        self._step(actor, beginning=True)
 
     def step(self, actor: int) -> int:
         """Do the next step of an actor's operation: layout.GO, STOP (it ended, see `result`) or BLOCKED.
 
         ValueError if the actor has no operation under way.
         """
-        from pgemu_kernels.stepping import step
-
         if not self._record(actor, L.O_ACTIVE):
             raise ValueError(f"actor {actor} has no operation under way")
-        return int(step(self.descriptor, np.uint64(actor), False))
+        return self._step(actor, beginning=False)
+
+    def _step(self, actor: int, *, beginning: bool) -> int:
+        from pgemu_kernels.designs import BEGIN, STEP, run_designs
+
+        nothing = np.zeros(1, np.uint64)
+        columns = (nothing,) * 5
+        mode = BEGIN if beginning else STEP
+        return int(
+            run_designs(
+                self.descriptor, *columns, nothing.view(np.int64), nothing, np.uint64(0), np.uint64(actor), mode
+            )
+        )
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
@@ -511,6 +546,13 @@ class Machine:
             if base <= pfn < base + int(self.arrays.state[node_word(number, L.N_PAGES)]):
                 return pfn - self.register(L.R_POOL_BASE)
         raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
+
+
+def _run_designs(*arguments: Any) -> int:
+    """designs.run_designs() of columns, called as the other entries are."""
+    from pgemu_kernels.designs import BATCH_MODE, run_designs
+
+    return int(run_designs(*arguments, np.uint64(0), BATCH_MODE))
 
 
 def _check_fields(

@@ -77,6 +77,11 @@ class Operation(IntEnum):
     DISSOLVE = 48
     POISON = 49
     VMEMMAP_STORE = 50
+    RELEASE = 51
+    LRU_DRAIN = 52
+    WORK = 53
+    MEMORY_POLICY = 54
+    DIRTY_LOGGING = 55
 
 
 OPERATIONS = 64  # room in the tables that have a row per operation
@@ -96,6 +101,7 @@ class Flag(IntFlag):
     LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
+    LONGTERM = 64  # of PIN: FOLL_LONGTERM
 
 
 # --------------------------------------------------------------------------- results
@@ -129,7 +135,9 @@ ENODEV = 19
 EINVAL = 22
 ENOSPC = 28
 ERANGE = 34
+ENOTTY = 25
 EOPNOTSUPP = 95
+NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
 
 # A tally row holds one counter per result: 0..15 as they are, VM_FAULT bits by their number,
 # errors by their errno.
@@ -141,6 +149,23 @@ TALLY_SLOTS = 160
 
 RESTRUCTURE = 0
 PFNMAP = 1
+
+# Orders of steps of restructure's conversion: which patches' (R_CONVERT_ORDER).
+CONVERT_RFC2 = U(0)
+CONVERT_FIXUP = U(1)
+CONVERT_JAN2026 = U(2)
+CONVERT_NEXT4K = U(3)
+
+
+class Defect(IntFlag):
+    """Mistakes of posted code that a machine can be given (R_DEFECTS); without its bit the code is as fixed."""
+
+    ROLLBACK_AT_ZERO = 1  # rfc2: the rollback loop counts an unsigned index down and never ends at page 0
+    ALLOCATION_RACE = 2  # two faults in one huge page both take a page of the subpool; the loser gets -ENOMEM
+    MAPPING_ORDER = 4  # Dec 2025: looks at [index, index + nr) for private pages, not at the huge page around it
+    INSERT_UNLOCKED = 8  # pfnmap: the entry is inserted after the invalidate_lock was released
+    PUNCH_KEEPS_ENTRIES = 16  # pfnmap: truncation leaves special entries alone, as it has no folio to find them by
+    HUGE_OVER_PRIVATE = 32  # 2022: a shared fault takes its level from the host alone and maps over private 4K pages
 
 
 GO = 0  # what a step returns: the next one follows,
@@ -194,6 +219,11 @@ class Event(IntEnum):
     RCU_SYNCHRONIZED = 37
     VMEMMAP_FAULT = 38
     REFERENCE_CHANGED = 39
+    PAGE_PINNED = 40
+    LRU_CACHE_ADDED = 41
+    LRU_CACHE_DRAINED = 42
+    WORK_DONE = 43
+    SPTE_SPLIT = 44
 
 
 EVENTS = 48  # room in a counter row
@@ -240,6 +270,10 @@ class Gauge(IntEnum):
     MEMMAP_PAGES = 22  # vmemmap pages that came from the page allocator (nr_memmap_pages)
     MEMMAP_BOOT_PAGES = 23  # ... and from the boot allocator (nr_memmap_boot_pages)
     BUDDY_BLOCKS = 24  # 2M blocks of the HugeTLB zone that are in no pool
+    PAGES_PINNED = 25  # pins, of 4K pages
+    PAGES_LRU_CACHED = 26  # references that per-CPU batches of folios to be added to an LRU list hold
+    WORK_PENDING = 27  # blocks that the worker has something to do for
+    BLOCKS_PARTLY = 28  # 1G blocks split to 2M folios, some of these to 4K
 
 
 GAUGES = 32
@@ -333,7 +367,29 @@ R_VIRTUAL_INDEX = U(87)  # 1: the index of a private huge page is that of its ad
 R_BOOT_ASCENDING = U(95)  # 1: the lowest 1G page of boot is the first in its free list
 R_LRU_REFS = U(62)  # where MGLRU counts references in page->flags; 0: no MGLRU
 R_MARKS_ZAPPED = U(63)  # 1: KVM also marks a page accessed when it drops or splits an accessed leaf (6.12)
-R_WORD_COUNT = 96
+R_FULL = U(96)  # 1: not all of what follows is as at first: operations of the designs go to designs.run_designs
+R_CONVERT_ORDER = U(97)  # CONVERT_*
+R_CONVERT_BY_BLOCK = U(98)  # 1: a conversion is done one huge page at a time, 0: all or nothing
+R_SPLIT_TO_2M = U(99)  # 1: 1G -> 2M -> 4K, only the touched 2M pages to 4K (what-if)
+R_MERGE_LAZY = U(100)  # 1: blocks that became all private are merged by the worker
+R_FLUSH_BATCHED = U(101)  # 1: one flush of each process, VM and of the kernel per conversion
+R_DEFECTS = U(102)  # Defect
+R_LRU_CACHE = U(103)  # 1: folios of order 0 that join the page cache go through per-CPU batches, which hold references
+R_LRU_CPUS = U(104)  # CPUs with a batch: 1 .. LRU_CPUS
+R_WORK_QUEUED = U(105)  # 1: work items wait for the operation WORK, 0: they run at once
+R_PUNCH_REFUSES = U(106)  # 1: a hole that is not aligned to huge pages is -EINVAL, 0: partial ones are zeroed
+R_HOST_HUGE = U(107)  # 1: pfnmap inserts 2M and 1G entries where the block is all shared
+R_DIRTY_LOG_GMEM = U(108)  # 1: slots of guest_memfd may have KVM_MEM_LOG_DIRTY_PAGES, which KVM refuses
+R_IN_PLACE = U(109)  # 0: gmem_in_place_conversion is off: conversions are -ENOTTY
+R_PINS = U(110)  # rows of pins in use
+R_POLICIES = U(111)  # rows of memory policies in use
+R_TASK_POLICY = U(112)  # policy of the task that faults: mode << 8 | node mask (MPOL_*); 0: default
+R_FREE_SMALL = U(113)  # node 0's first free 4K page that is not in a free 2M block (page_size 4096); next: node 1's
+R_FREE_SMALL_1 = U(114)
+R_KERNEL_UNFLUSHED = U(115)  # 1: a flush of the vmemmap is owed (R_FLUSH_BATCHED)
+R_WORK_BLOCKS = U(116)  # block rows that the worker has to look at
+R_INTERLEAVE = U(117)  # node that MPOL_INTERLEAVE takes next
+R_WORD_COUNT = 128
 CONTIGUOUS_FRAMES = 1024
 
 # formats: uint64 rows. Words below 16 are what the operations of processes and VMs write; the others are
@@ -615,6 +671,36 @@ POISONED = 64
 SERIES_RFC2 = U(0)
 SERIES_LATER = U(1)
 
+# pins: what pin_user_pages() holds until UNPIN
+PIN_LIVE = U(0)
+PIN_PAGES = U(1)
+PIN_FLAGS = U(2)
+PIN_FRAMES = U(3)  # root of a radix tree by page of the pin: PFN (page_cache.py)
+PIN_SPACE = U(4)
+PIN_ADDRESS = U(5)
+PIN_WORDS = 8
+PINS = 256
+GUP_PIN_COUNTING_BIAS = U(1024)  # include/linux/mm.h: references that a pin of an order-0 folio is
+
+# per-CPU batches of folios on their way to an LRU list: word 0 how many, then PFNs. include/linux/pagevec.h
+LRU_BATCH = U(31)  # PAGEVEC_SIZE
+LRU_WORDS = 32
+LRU_CPUS = 64
+
+# memory policies of ranges of inodes: struct shared_policy
+MP_LIVE = U(0)
+MP_INODE = U(1)
+MP_START = U(2)  # in pages
+MP_END = U(3)
+MP_MODE = U(4)  # MPOL_*
+MP_NODES = U(5)  # a bit per node
+MP_WORDS = 8
+POLICIES = 64
+MPOL_DEFAULT = 0  # include/uapi/linux/mempolicy.h
+MPOL_PREFERRED = 1
+MPOL_BIND = 2
+MPOL_INTERLEAVE = 3
+
 VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave
 
 # blocks: uint64 rows, one per huge page of an inode
@@ -623,10 +709,13 @@ B_STATE = U(1)
 B_OUTSTANDING = U(2)  # zombie: pages that somebody still references
 B_WAITS = U(3)  # 1: a failure left it split though all private
 B_METADATA = U(4)  # what a split folio cannot hold itself: its subpool's row + 1, 0 = none
-B_WORDS = 8
+B_PENDING = U(5)  # zombie: pieces whose last reference is gone and that wait for the worker
+B_PIECES = U(8)  # + n: a bit per 2M piece that is split to 4K (BLOCK_PARTLY)
+B_WORDS = 16
 BLOCK_ABSENT = U(0)
 BLOCK_HUGE = U(1)
 BLOCK_SPLIT = U(2)
+BLOCK_PARTLY = U(4)  # split to 2M folios, some of these to 4K
 BLOCK_ZOMBIE = U(3)  # removed from the page cache, some of its pages still referenced
 
 # spaces: a process's page tables
@@ -714,6 +803,7 @@ SLOT_LOG_DIRTY_PAGES = U(1)
 SLOT_READ_ONLY = U(2)
 SLOT_HAS_GUEST_MEMFD = U(4)
 SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
+SLOT_RELEASED = U(16)  # its guest_memfd file was released: the slot is there, but has no memory
 SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
 
 # ops: one record per actor and one for batches, uint64; status is two's complement
@@ -792,7 +882,10 @@ STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
 STATE_NODES = U(STATE_HSTATES + HSTATES * H_WORDS)
 STATE_SUBPOOLS = U(STATE_NODES + NODES * N_WORDS)
 STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
-STATE_SIZE = int(STATE_POISONED) + POISONED
+STATE_PINS = U(STATE_POISONED + POISONED)
+STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
+STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
+STATE_SIZE = int(STATE_POLICIES) + POLICIES * MP_WORDS
 
 CLOCK_LOW = U(0)  # int64 picoseconds, low and high end of the estimate
 CLOCK_HIGH = U(1)

@@ -52,7 +52,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.records import BATCH, Columns, element, is_scattered, load, save_result
-from pgemu_kernels.routing import is_ordinary, is_pooling
+from pgemu_kernels.routing import is_full, is_ordinary, is_pooling
 
 U = np.uint64
 _BYTE = U(0xFF)
@@ -306,8 +306,7 @@ def last_of_kind(header, kind, first, count):
 def run(descriptor, header, object_, address, offset, length, status, detail, first):
     """Run operations from `first` on, in order, on the machine behind `descriptor`; see Columns for the arrays.
 
-    Ends at the first operation that is for `ordinary.run_ordinary` or `pooling.run_pooling`: its index, or how many
-    there are.
+    Ends at the first operation that is for another entry (routing.py): its index, or how many there are.
     """
     columns = Columns(header, object_, address, offset, length, status, detail)
     state = open_machine(descriptor).state
@@ -317,7 +316,7 @@ def run(descriptor, header, object_, address, offset, length, status, detail, fi
         last = first
         # These bring ordinary memory into being, whatever a machine has had so far.
         founding = kind == OP_MMAP or kind == _VM_EXIT or kind >= _PROTECT
-        if is_pooling(kind):
+        if is_pooling(kind) or is_full(state, kind):
             break
         if state[R_ORDINARY] == U0 and not founding:
             last = count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)

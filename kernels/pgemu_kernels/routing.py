@@ -1,8 +1,11 @@
 """Which entry runs an operation: `replay.run` those of the two designs, `ordinary.run_ordinary` all others.
 
+What of the designs `run` does not know, and all of it on a machine with parameters of its own (R_FULL), is
+`designs.run_designs`' to run.
+
 Ordinary is what mainline Linux does without either design: anonymous, HugeTLB and PFN mappings of a process,
 guest_memfd of 4K folios, memory slots over a process's memory. A machine that has none of it (R_ORDINARY = 0)
-never asks. What one does to huge pages themselves is `pooling.run_pooling`. Three entries, because whoever only
+never asks. What one does to huge pages themselves is `pooling.run_pooling`. Several entries, because whoever only
 compares the designs should not wait for the others' compilation.
 """
 
@@ -18,6 +21,7 @@ from pgemu_kernels.layout import (
     I_KIND,
     INODE_GUEST_MEMFD,
     M_KIND,
+    R_FULL,
     R_INODES,
     R_SPACES,
     R_VMS,
@@ -43,9 +47,12 @@ _ZAP = U(Operation.ZAP)
 _BIND = U(Operation.BIND)
 _UNBIND = U(Operation.UNBIND)
 _ALLOCATE = U(Operation.ALLOCATE)
+_PIN = U(Operation.PIN)
+_UNPIN = U(Operation.UNPIN)
+_PREFAULT = U(Operation.PREFAULT)
 _PROTECT = U(Operation.PROTECT)
 _POOL_RESIZE = U(Operation.POOL_RESIZE)
-_LAST_OPERATION = U(max(Operation))
+_VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
 _PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
 
 
@@ -69,7 +76,14 @@ def ordinary_inode(state, inode):
 @kernel
 def is_pooling(kind):
     """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`."""
-    return _POOL_RESIZE <= kind <= _LAST_OPERATION
+    return _POOL_RESIZE <= kind <= _VMEMMAP_STORE
+
+
+@kernel
+def is_full(state, kind):
+    """Whether an operation of the designs is one for `designs.run_designs` rather than `replay.run`."""
+    new = kind > _VMEMMAP_STORE or kind == _PIN or kind == _UNPIN or kind == _ALLOCATE or kind == _PREFAULT
+    return state[R_FULL] != U0 or new
 
 
 @outlined
@@ -95,6 +109,10 @@ def is_ordinary(state, header, object_, address):
         return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
+    if kind == _PREFAULT:
+        return ordinary_vm(state, vm)
     if kind >= _PROTECT:
         return kind < _POOL_RESIZE
+    if kind == _PIN or kind == _UNPIN:
+        return False
     return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)

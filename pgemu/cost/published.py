@@ -169,6 +169,24 @@ _PUBLISHED = (
         "assumption: one atomic, on a line that is cached (low) or another CPU's (high)",
         each=(5, 100),
     ),
+    Price(
+        Event.PAGE_PINNED,
+        "assumption: a walk without locks and one atomic (GUP-fast), or a lookup under mmap_lock; or the release of it",
+        each=(20, 300),
+    ),
+    Price(Event.LRU_CACHE_ADDED, "assumption: one atomic and a store in a per-CPU batch", each=(5, 50)),
+    Price(
+        Event.LRU_CACHE_DRAINED,
+        "assumption: lru_add_drain_all(), a work item on every CPU, waited for; each folio then joins its list",
+        fixed=(5000, 100000),
+        each=(20, 200),
+    ),
+    Price(Event.WORK_DONE, "assumption: a work item queued and run, two context switches", each=(1000, 10000)),
+    Price(
+        Event.SPTE_SPLIT,
+        "assumption: a table of 512 entries written, and the entry that points to it",
+        each=(300, 1500),
+    ),
 )
 
 PUBLISHED = Profile.of("published", "no one machine: all that is published", date(2026, 11, 22), None, _PUBLISHED, None)

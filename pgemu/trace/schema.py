@@ -95,12 +95,19 @@ SIMULATED: frozenset[Operation] = frozenset(
         Operation.DISSOLVE,
         Operation.POISON,
         Operation.VMEMMAP_STORE,
+        Operation.PIN,
+        Operation.UNPIN,
+        Operation.RELEASE,
+        Operation.LRU_DRAIN,
+        Operation.WORK,
+        Operation.MEMORY_POLICY,
+        Operation.DIRTY_LOGGING,
     }
 )
 """Operations that the machine carries out; the others have a code so that traces can hold them already.
 
-ALLOCATE, VM_EXIT and those from PROTECT to REMAP are of ordinary memory: what is of neither design. Those from
-POOL_RESIZE on are done to huge pages themselves.
+VM_EXIT and those from PROTECT to REMAP but PREFAULT and FORK are of ordinary memory: what is of neither design. Those
+from POOL_RESIZE to VMEMMAP_STORE are done to huge pages themselves.
 """
 
 _HOST_RANGE = {"space": "process", "address": "HVA, bytes", "length": "bytes"}
@@ -135,7 +142,7 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
             **_FILE_RANGE,
         },
         Operation.UNBIND: {"vm": "VM", "address": "GPA, bytes"},
-        Operation.PIN: {"object": "pin", **_HOST_RANGE},
+        Operation.PIN: {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
         Operation.UNPIN: {"object": "pin"},
         Operation.GET: dict(_FILE_PAGE),
         Operation.PUT: {**_FILE_PAGE, "address": "physical address of the page, in place of object and offset; or 0"},
@@ -197,6 +204,16 @@ COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
         Operation.DISSOLVE: dict(_FOLIO),
         Operation.POISON: dict(_FOLIO),
         Operation.VMEMMAP_STORE: {"address": "virtual address in the vmemmap", "offset": "value, of memcg_data"},
+        Operation.RELEASE: {"vm": "VM whose file of the inode it is", "object": "inode"},
+        Operation.LRU_DRAIN: {},
+        Operation.WORK: {},
+        Operation.MEMORY_POLICY: {
+            "flags": "MPOL_*: 0 default, 1 preferred, 2 bind, 3 interleave",
+            **_FILE_RANGE,
+            "object": "inode; 0xffffffff: the faulting tasks' own",
+            "address": "nodes, a bit each",
+        },
+        Operation.DIRTY_LOGGING: {"flags": "LOG_DIRTY_PAGES or none", "vm": "VM", "address": "GPA of a slot"},
     }
 )
 """What each column means for each operation; a column that is not named is not read and holds 0.

@@ -32,8 +32,6 @@ def test_operations_without_a_machine_are_not_called_simulated() -> None:
         "NESTED_MAP",
         "NESTED_UNMAP",
         "MEMORY_FAILURE",
-        "PIN",
-        "UNPIN",
         "GUEST_ACCESS",
     }
 

@@ -1,7 +1,8 @@
-"""step(): an actor's next step, so that several actors can be interleaved.
+"""The entry for the two designs in full: every parameter, whole operations and step by step.
 
-The step functions are the ones that the straight-line orders call. Which step follows which is told here
-once more, as a switch on the number of steps done; the tests run every order both ways.
+`replay.run` has the loops of machines whose parameters are as at first; what differs from that (R_FULL), and what
+`run` does not know, goes through here. The step functions are the ones that the straight-line orders call. Which
+step follows which is told once more, as a switch on the number of steps done; the tests run every order both ways.
 """
 
 from __future__ import annotations
@@ -30,8 +31,17 @@ from pgemu_kernels.layout import (
     STATS_COUNTERS,
     STOP,
 )
-from pgemu_kernels.records import operation_record
-from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_whole
+from pgemu_kernels.records import Columns, element, load, operation_record
+from pgemu_kernels.replay import (
+    OP_CONVERT,
+    OP_GUEST_FAULT,
+    OP_HOST_FAULT,
+    guest_fault,
+    host_fault,
+    run_whole,
+    save,
+)
+from pgemu_kernels.routing import is_ordinary, is_pooling
 from pgemu_kernels.steps import (
     convert_finish,
     convert_invalidate_begin,
@@ -46,6 +56,11 @@ from pgemu_kernels.steps import (
 
 U = np.uint64
 _PFNMAP = U(PFNMAP)
+_BYTE = U(0xFF)
+
+BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
+BEGIN = 1  # ... the beginning of an actor's operation
+STEP = 2  # ... or its next step
 
 
 @kernel
@@ -135,13 +150,12 @@ def begin(m, op):
     pause(m, op)
 
 
-@entry
-def step(descriptor, actor, beginning):
+@kernel
+def step(m, actor, beginning):
     """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED.
 
-    `beginning` (bool): begin it, which is no step yet: GO.
+    `beginning`: begin it, which is no step yet: GO.
     """
-    m = open_machine(descriptor)
     state = m.state
     op = operation_record(actor)
     if beginning:
@@ -170,3 +184,48 @@ def step(descriptor, actor, beginning):
         state[op + O_ACTIVE] = U0
         finish_operation(m, op)
     return outcome
+
+
+@outlined
+def operate(m, op):
+    """Run a whole operation."""
+    kind = m.state[op + O_OP]
+    if kind == OP_HOST_FAULT:
+        host_fault(m, op)
+    elif kind == OP_GUEST_FAULT:
+        guest_fault(m, op)
+    elif kind == OP_CONVERT:
+        charge_one(m, CONVERT_IOCTL)
+        if m.state[R_DESIGN] == _PFNMAP:
+            pfnmap.convert(m, op)
+        else:
+            restructure.convert(m, op)
+    else:
+        run_whole(m, op)
+
+
+@entry
+def run_designs(descriptor, header, object_, address, offset, length, status, detail, first, actor, mode):
+    """Run operations from `first` on, up to one that is for another entry: its index, or how many there are.
+
+    With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
+    the columns are not looked at.
+    """
+    m = open_machine(descriptor)
+    if mode != BATCH_MODE:
+        return np.int64(step(m, actor, mode == BEGIN))
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    state = m.state
+    count = U(status.size)
+    i = first
+    while i < count:
+        kind = element(header, i) & _BYTE
+        if is_pooling(kind):
+            break
+        if is_ordinary(state, element(header, i), element(object_, i), element(address, i)):
+            break
+        op = load(m, columns, i)
+        operate(m, op)
+        save(m, op, columns, i)
+        i += U1
+    return np.int64(i)
