@@ -54,6 +54,7 @@ def allocate(config: Config) -> Arrays:
         L.R_WORD_ROWS: pages >> 6,
         L.R_ZEROED_ROWS: pages >> 6,
         L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
+        L.R_WORK_LISTS: pages >> 6 if config.convert_order == "rfc2" else 0,
     }
     counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
     begins: dict[np.uint64, int] = {}

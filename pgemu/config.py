@@ -129,6 +129,10 @@ class Config:
                 self.convert_order in CONVERT_ORDERS,
                 f"order {self.convert_order!r}: expected {', '.join(CONVERT_ORDERS)}",
             ),
+            (
+                self.convert_order != "next4k" or self.design != "restructure" or self.page_size == L.PAGE_4K,
+                "order 'next4k': expected page size 4K, which it is for",
+            ),
             (self.convert_batch in ("range", "block"), f"batch {self.convert_batch!r}: expected range or block"),
             (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
             (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),

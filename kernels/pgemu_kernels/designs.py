@@ -2,17 +2,17 @@
 
 `replay.run` has the loops of machines whose parameters are as at first; what differs from that (R_FULL), and what
 `run` does not know, goes through here. The step functions are the ones that the straight-line orders call. Which
-step follows which is told once more, as a switch on the number of steps done; the tests run every order both ways.
+step follows which is told once more, as a switch on the number of the step; the tests run every order both ways.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels import faulting, orders, workers
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -20,42 +20,23 @@ from pgemu_kernels.layout import (
     EVENTS,
     GO,
     O_ACTIVE,
+    O_NEXT,
     O_OP,
     O_PHASE,
+    O_STAGE,
     O_STATUS,
-    O_TO_PRIVATE,
     OPERATIONS,
-    PFNMAP,
     R_COUNTER_ROW,
-    R_DESIGN,
     STATS_COUNTERS,
     STOP,
+    Operation,
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
-from pgemu_kernels.replay import (
-    OP_CONVERT,
-    OP_GUEST_FAULT,
-    OP_HOST_FAULT,
-    guest_fault,
-    host_fault,
-    run_whole,
-    save,
-)
+from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_whole, save
 from pgemu_kernels.routing import is_ordinary, is_pooling
-from pgemu_kernels.steps import (
-    convert_finish,
-    convert_invalidate_begin,
-    convert_invalidate_end,
-    convert_prepare,
-    convert_zap,
-    fault_begin,
-    guest_begin,
-    store_attributes,
-    unmap_host,
-)
 
 U = np.uint64
-_PFNMAP = U(PFNMAP)
+OP_WORK = U(Operation.WORK)
 _BYTE = U(0xFF)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
@@ -64,86 +45,12 @@ STEP = 2  # ... or its next step
 
 
 @kernel
-def invalidate_steps(m, op, number):
-    """The four steps that every order has in this sequence."""
-    if number == U0:
-        return convert_invalidate_begin(m, op)
-    if number == U1:
-        return convert_zap(m, op)
-    if number == U(2):
-        return store_attributes(m, op)
-    return convert_invalidate_end(m, op)
-
-
-@outlined
-def step_restructure(m, op, phase):
-    """Step number `phase` of the record's operation, order jan2026."""
-    kind = m.state[op + O_OP]
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    if kind == OP_HOST_FAULT:
-        if phase == U0:
-            return fault_begin(m, op)
-        if phase == U1:
-            return restructure.fault_folio(m, op)
-        return restructure.fault_map(m, op)
-    if kind == OP_GUEST_FAULT:
-        if phase == U0:
-            return guest_begin(m, op)
-        if phase == U1:
-            return restructure.guest_folio(m, op)
-        return restructure.guest_map(m, op)
-    if phase == U0:
-        return convert_prepare(m, op, restructure.ROUNDED)
-    if to_private:
-        if phase == U1:
-            return unmap_host(m, op)
-        if phase == U(2):
-            return restructure.gate(m, op)
-        if phase < U(7):
-            return invalidate_steps(m, op, phase - U(3))
-        if phase == U(7):
-            return restructure.merge(m, op)
-        return convert_finish(m, op)
-    if phase == U1:
-        return restructure.split(m, op)
-    if phase < U(6):
-        return invalidate_steps(m, op, phase - U(2))
-    return convert_finish(m, op)
-
-
-@outlined
-def step_pfnmap(m, op, phase):
-    """Step number `phase` of the record's operation, the slides' order."""
-    kind = m.state[op + O_OP]
-    if kind == OP_HOST_FAULT:
-        if phase == U0:
-            return fault_begin(m, op)
-        if phase == U1:
-            return pfnmap.fault_folio(m, op)
-        return pfnmap.fault_map(m, op)
-    if kind == OP_GUEST_FAULT:
-        if phase == U0:
-            return guest_begin(m, op)
-        if phase == U1:
-            return pfnmap.guest_folio(m, op)
-        return pfnmap.guest_map(m, op)
-    if phase == U0:
-        return convert_prepare(m, op, pfnmap.ROUNDED)
-    if m.state[op + O_TO_PRIVATE] != U0:
-        if phase == U1:
-            return unmap_host(m, op)
-        phase -= U1
-    if phase < U(5):
-        return invalidate_steps(m, op, phase - U1)
-    return convert_finish(m, op)
-
-
-@kernel
 def begin(m, op):
     """Begin the operation in an actor's record (its request words are set): nothing of it is done yet."""
     if m.state[op + O_OP] >= U(OPERATIONS):
         m.state[op + O_OP] = U0
     m.state[op + O_ACTIVE] = U1
+    m.state[op + O_STAGE] = U0
     begin_operation(m, op)
     if m.state[op + O_OP] == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
@@ -167,19 +74,12 @@ def step(m, actor, beginning):
     state[R_COUNTER_ROW] = STATS_COUNTERS + kind * U(EVENTS)
     phase = state[op + O_PHASE]
     resume(m, op)
-    outcome = np.int64(STOP)
-    if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
-        run_whole(m, op)
-        if np.int64(state[op + O_STATUS]) == -EBUSY:
-            outcome = np.int64(BLOCKED)
-    elif state[R_DESIGN] == _PFNMAP:
-        outcome = np.int64(step_pfnmap(m, op, phase))
-    else:
-        outcome = np.int64(step_restructure(m, op, phase))
+    outcome = next_step(m, op)
     pause(m, op)
     if outcome == BLOCKED:
         return outcome
     state[op + O_PHASE] = phase + U1
+    state[op + O_STAGE] = state[op + O_NEXT]
     if outcome != GO:
         state[op + O_ACTIVE] = U0
         finish_operation(m, op)
@@ -187,21 +87,41 @@ def step(m, actor, beginning):
 
 
 @outlined
+def next_step(m, op):
+    """The next step of a record's operation: GO, STOP or BLOCKED. A step may choose the one behind it (O_NEXT)."""
+    state = m.state
+    kind = state[op + O_OP]
+    stage = state[op + O_STAGE]
+    state[op + O_NEXT] = stage + U1
+    if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
+        return np.int64(faulting.step_fault(m, op, stage))
+    if kind == OP_CONVERT:
+        return np.int64(orders.step_convert(m, op, stage))
+    run_single(m, op)
+    return np.int64(BLOCKED if np.int64(state[op + O_STATUS]) == -EBUSY else STOP)
+
+
+@kernel
+def run_single(m, op):
+    """Run an operation that is one step."""
+    if m.state[op + O_OP] == OP_WORK:
+        charge_one(m, SYSCALL)
+        workers.operate_work(m, op)
+    else:
+        run_whole(m, op)
+
+
+@outlined
 def operate(m, op):
     """Run a whole operation."""
     kind = m.state[op + O_OP]
-    if kind == OP_HOST_FAULT:
-        host_fault(m, op)
-    elif kind == OP_GUEST_FAULT:
-        guest_fault(m, op)
+    if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
+        faulting.fault(m, op)
     elif kind == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
-        if m.state[R_DESIGN] == _PFNMAP:
-            pfnmap.convert(m, op)
-        else:
-            restructure.convert(m, op)
+        orders.convert(m, op)
     else:
-        run_whole(m, op)
+        run_single(m, op)
 
 
 @entry

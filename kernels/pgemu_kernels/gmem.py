@@ -33,6 +33,7 @@ from pgemu_kernels.layout import (
     M_VM,
     M_WORDS,
     O_LOCKED,
+    R_FLUSHES_HELD,
     R_LAST_MEMSLOT,
     R_LAST_VMA,
     R_MEMSLOTS,
@@ -365,6 +366,8 @@ def flush_vms(m):
     On x86 a flush is always of the whole VM: there is no range to pass on.
     """
     state = m.state
+    if state[R_FLUSHES_HELD] != U0:
+        return
     for vm in range(state[R_VMS]):
         row = vm_row(vm)
         if state[row + V_UNFLUSHED] != U0:

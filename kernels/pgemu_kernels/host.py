@@ -16,6 +16,7 @@ from pgemu_kernels.layout import (
     A_PGOFF,
     A_SPACE,
     A_START,
+    R_FLUSHES_HELD,
     R_VMAS,
     S_ROOT,
     S_UNFLUSHED,
@@ -81,7 +82,7 @@ def owe_flush(state, space, n):
 def flush_mm(m, space):
     """tlb_finish_mmu(): flush the process if entries were cleared or tables freed since the last time."""
     row = STATE_SPACES + space * _S_WORDS
-    if m.state[row + S_UNFLUSHED] != U0:
+    if m.state[row + S_UNFLUSHED] != U0 and m.state[R_FLUSHES_HELD] == U0:
         m.state[row + S_UNFLUSHED] = U0
         charge_one(m, TLB_FLUSH_MM)
 

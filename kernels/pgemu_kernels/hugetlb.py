@@ -16,6 +16,7 @@ from pgemu_kernels.events import (
     PAGE_CACHE_STORED,
     POOL_FREE,
     STRUCT_PAGE_BYTES,
+    WORK_PENDING,
     change,
     charge,
     charge_one,
@@ -74,6 +75,7 @@ from pgemu_kernels.layout import (
     R_HSTATE,
     R_HUGETLB_CGROUP,
     R_HWPOISON,
+    R_MERGE_LAZY,
     R_NODES,
     R_ORDER,
     STATE_SUBPOOLS,
@@ -277,13 +279,12 @@ def subpool_release(m, h, subpool):
 # --------------------------------------------------------------------------- the designs' blocks
 
 
-@outlined
-def take_folio(m, inode, block, index):
-    """Take a huge page from the pool for block row `block` of an inode and put it in the page cache.
+@kernel
+def obtain_folio(m, inode, index):
+    """Take a huge page for page `index` of an inode, with one reference: its first PFN, or NONE without one.
 
-    Returns the head's PFN, or NONE when the pool is empty. The folio ends with one reference per base
-    page, which are the page cache's. mm/hugetlb.c:dequeue_hugetlb_folio_node_exact(),
-    mm/filemap.c:__filemap_add_folio(), and the posted guestmem_hugetlb_alloc_folio().
+    A page of the inode's subpool, then one of the pool: the posted guestmem_hugetlb_alloc_folio(),
+    mm/hugetlb.c:dequeue_hugetlb_folio_node_exact().
     """
     state = m.state
     h = state[R_HSTATE]
@@ -295,21 +296,47 @@ def take_folio(m, inode, block, index):
         return NONE
     if subpool != U0:
         subpool_take(m, h, subpool - U1)
+    page = struct_page(m, head)
+    set_subpool(m.ram, state, page, subpool)
+    set_cgroup(m.ram, state, page, _CGROUP)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    return head
+
+
+@kernel
+def insert_folio(m, inode, block, index, head):
+    """Put a huge page that obtain_folio() gave in the page cache, at its first page `index` and in block row `block`.
+
+    It ends with one reference per base page, which are the page cache's. mm/filemap.c:__filemap_add_folio()
+    """
+    state = m.state
     ram = m.ram
     page = struct_page(m, head)
+    subpool = state[inode_row(inode) + I_SUBPOOL]
     ram[page + MAPPING] = mapping_address(inode)
     ram[page + INDEX] = index
     ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
-    set_subpool(ram, state, page, subpool)
-    set_cgroup(ram, state, page, _CGROUP)
     m.state[block + B_PFN] = head
     m.state[block + B_STATE] = BLOCK_HUGE
     m.state[block + B_METADATA] = subpool
     change(m.stats, BLOCKS_HUGE, 1)
-    charge_one(m, HUGE_FOLIO_ALLOCATED)
     charge_one(m, PAGE_CACHE_STORED)
     charge(m, STRUCT_PAGE_BYTES, 28)
+
+
+@outlined
+def take_folio(m, inode, block, index):
+    """Take a huge page and put it in the page cache: its first PFN, or NONE when there is none."""
+    head = obtain_folio(m, inode, index)
+    if head != NONE:
+        insert_folio(m, inode, block, index, head)
     return head
+
+
+@outlined
+def give_back_folio(m, inode, head):
+    """The last reference of a huge page that was never in the page cache: the loser of a race puts it."""
+    return_to_pool(m, head)
 
 
 @kernel
@@ -350,12 +377,21 @@ def own_merged(m, block, first):
 
 
 @kernel
+def stop_waiting(m, block):
+    """A block is no longer one that is split though all private; where the worker merges them, it is off its list."""
+    if m.state[block + B_WAITS] != U0:
+        m.state[block + B_WAITS] = U0
+        if m.state[R_MERGE_LAZY] != U0:
+            change(m.stats, WORK_PENDING, -1)
+
+
+@kernel
 def forget_block(m, block):
     """Block row `block` holds no folio any more."""
     m.state[block + B_PFN] = U0
     m.state[block + B_STATE] = BLOCK_ABSENT
     m.state[block + B_OUTSTANDING] = U0
-    m.state[block + B_WAITS] = U0
+    stop_waiting(m, block)
     m.state[block + B_METADATA] = U0
 
 

@@ -386,9 +386,12 @@ R_POLICIES = U(111)  # rows of memory policies in use
 R_TASK_POLICY = U(112)  # policy of the task that faults: mode << 8 | node mask (MPOL_*); 0: default
 R_FREE_SMALL = U(113)  # node 0's first free 4K page that is not in a free 2M block (page_size 4096); next: node 1's
 R_FREE_SMALL_1 = U(114)
-R_KERNEL_UNFLUSHED = U(115)  # 1: a flush of the vmemmap is owed (R_FLUSH_BATCHED)
+R_KERNEL_UNFLUSHED = U(115)  # pages of the vmemmap that a flush is owed for (R_FLUSH_BATCHED)
 R_WORK_BLOCKS = U(116)  # block rows that the worker has to look at
 R_INTERLEAVE = U(117)  # node that MPOL_INTERLEAVE takes next
+R_FLUSHES_HELD = U(118)  # 1: a conversion with R_FLUSH_BATCHED is at work: its flushes are owed until its end
+R_FOLIOS_IN_HAND = U(119)  # huge pages that faults have taken from the pool and not yet put in a page cache
+R_WORK_LISTS = U(120)  # where a bit per page of the inodes lies in `state`: to be converted (order rfc2)
 R_WORD_COUNT = 128
 CONTIGUOUS_FRAMES = 1024
 
@@ -709,6 +712,7 @@ B_STATE = U(1)
 B_OUTSTANDING = U(2)  # zombie: pages that somebody still references
 B_WAITS = U(3)  # 1: a failure left it split though all private
 B_METADATA = U(4)  # what a split folio cannot hold itself: its subpool's row + 1, 0 = none
+B_MUTEX = U(6)  # actor + 1 of the fault that is allocating it; 0: nobody
 B_PENDING = U(5)  # zombie: pieces whose last reference is gone and that wait for the worker
 B_PIECES = U(8)  # + n: a bit per 2M piece that is split to 4K (BLOCK_PARTLY)
 B_WORDS = 16
@@ -837,7 +841,16 @@ O_REFERENCED = U(26)  # PFN + 1 of a folio whose reference the operation holds
 O_PAUSED_LOW = U(27)  # clock at the end of the last step
 O_PAUSED_HIGH = U(28)
 O_ACTIVE = U(29)  # 1: begun and not ended, so that `step` has something to do
-O_WORDS = 32
+# Step by step, and what one step of a conversion or a fault hands to the next:
+O_STAGE = U(30)  # number of the next step in the list of its kind of operation
+O_NEXT = U(31)  # ... and of the one behind that
+O_RANGE_START = U(32)  # the range of the whole conversion; O_START and O_END are those of its present unit
+O_RANGE_END = U(33)
+O_ITEM_START = U(34)  # the present item of rfc2's work list
+O_ITEM_END = U(35)
+O_FOLIO = U(36)  # first PFN of a huge page taken and not yet in the page cache; 0: none
+O_MUTEX = U(37)  # row of the block whose mutex the fault holds; 0: none
+O_WORDS = 48
 
 # --------------------------------------------------------------------------- invariants
 
@@ -873,7 +886,7 @@ MEMSLOTS = 1024
 
 STATE_FORMATS = U(R_WORD_COUNT)
 STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
-STATE_INODES = U(STATE_OPS + (ACTORS + 1) * O_WORDS)  # the last record is that of batches
+STATE_INODES = U(STATE_OPS + (ACTORS + 2) * O_WORDS)  # behind those of actors: of batches, of faults inside others
 STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
 STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)

@@ -186,7 +186,7 @@ def guest_fault(m, op):
 @kernel
 def convert(m, op):
     """The slides' order: a conversion only unmaps."""
-    if convert_prepare(m, op, ROUNDED) != GO:
+    if convert_prepare(m, op, ROUNDED, True) != GO:
         return
     if m.state[op + O_TO_PRIVATE] != U0:
         unmap_host(m, op)

@@ -59,6 +59,7 @@ from pgemu_kernels.layout import (
     R_CONTENTS,
     R_EXTRA_REFERENCES,
     R_FAULT_REFERENCES,
+    R_FOLIOS_IN_HAND,
     R_FREE,
     R_FREE_STACK,
     R_GUEST_PAGES,
@@ -375,5 +376,6 @@ def check(descriptor, owner, leaves, found):
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
     blocks += gauges[HUGETLB_PAGES * U2]
     h = state[R_HSTATE]
-    expect(m, U(blocks) + state[h + H_FREE] == state[h + H_PAGES], FRAMES, U(blocks))
+    held = state[h + H_FREE] + state[R_FOLIOS_IN_HAND]
+    expect(m, U(blocks) + held == state[h + H_PAGES], FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])

@@ -343,7 +343,7 @@ def merge(m, op):
 @kernel
 def convert(m, op):
     """Order jan2026."""
-    if convert_prepare(m, op, ROUNDED) != GO:
+    if convert_prepare(m, op, ROUNDED, True) != GO:
         return
     if m.state[op + O_TO_PRIVATE] != U0:
         unmap_host(m, op)

@@ -93,6 +93,7 @@ from pgemu_kernels.layout import (
     Broken,
     Flag,
 )
+from pgemu_kernels.memory import frames_left
 from pgemu_kernels.paging import (
     MAP_FIXED,
     MAP_NO_MEMORY,
@@ -254,12 +255,13 @@ def range_arguments(state, op):
 
 
 @kernel
-def convert_prepare(m, op, rounded):
+def convert_prepare(m, op, rounded, preallocates):
     """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done.
 
     virt/kvm/guest_memfd.c, the attribute ioctl of the in-place series. `rounded` rounds the range that
-    is invalidated and zapped out to huge pages. Linux preallocates the nodes of its attribute tree here,
-    the only thing that could fail; a bit per page needs none.
+    is invalidated and zapped out to huge pages. `preallocates`: Linux preallocates the nodes of its attribute
+    tree here, and without a frame that fails, at the range's start (inference: they come from a slab page). A bit
+    per page needs none.
     """
     state = m.state
     status = range_arguments(state, op)
@@ -280,6 +282,10 @@ def convert_prepare(m, op, rounded):
     if (to_private and shared == U0) or (not to_private and shared == end - start):
         unlock(state, op, node)
         return stop(state, op, 0)
+    if preallocates and frames_left(m) == U0:
+        unlock(state, op, node)
+        state[op + O_DETAIL] = start << U12
+        return stop(state, op, -ENOMEM)
     result(state, op, np.int64(0))
     state[op + O_INODE] = inode
     state[op + O_TO_PRIVATE] = U1 if to_private else U0
@@ -308,7 +314,14 @@ def convert_invalidate_begin(m, op):
 
 @kernel
 def convert_zap(m, op):
-    """Drop the range's leaves from stage 2; the point of no return.
+    """Drop the leaves of the range, rounded as the design has it, from stage 2; the point of no return."""
+    zap_kind(m, op, m.state[op + O_ROUND_START], m.state[op + O_ROUND_END])
+    return GO
+
+
+@kernel
+def zap_kind(m, op, start, end):
+    """Drop the leaves over pages [start, end) from stage 2.
 
     Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
     tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
@@ -316,8 +329,6 @@ def convert_zap(m, op):
     """
     state = m.state
     inode = state[op + O_INODE]
-    start = state[op + O_ROUND_START]
-    end = state[op + O_ROUND_END]
     dropped = np.int64(0)
     if state[R_ZAP_BOTH_KINDS] != U0:
         dropped = zap_range(m, inode, start, end)
@@ -334,7 +345,6 @@ def convert_zap(m, op):
             first = last + U1
     if dropped != 0:
         flush_vms(m)
-    return GO
 
 
 @kernel

@@ -49,10 +49,12 @@ from pgemu_kernels.layout import (
     ENOMEM,
     H_NODE_TAIL_PAGE,
     R_BOOT_MARKS,
+    R_FLUSHES_HELD,
     R_FRAMES,
     R_FRAMES_LIMIT,
     R_FREED_CHAIN,
     R_KERNEL_ROOT,
+    R_KERNEL_UNFLUSHED,
     R_MASK_TAILS,
     R_NODE_SHIFT,
     R_OPTIMIZE_VMEMMAP,
@@ -184,6 +186,9 @@ def store(m, address, value):
 @kernel
 def flush_kernel_range(m, pages):
     """flush_tlb_kernel_range(): every CPU is interrupted; up to 33 pages are invalidated one by one, else all."""
+    if m.state[R_FLUSHES_HELD] != U0:
+        m.state[R_KERNEL_UNFLUSHED] += U(pages)
+        return
     charge_one(m, TLB_FLUSH_KERNEL)
     if pages <= RANGE_CEILING:
         charge(m, TLB_FLUSH_PAGE, np.int64(pages))

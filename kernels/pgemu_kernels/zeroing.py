@@ -32,14 +32,20 @@ def zero_pages(m, word, first, last, pfn):
 
 @kernel
 def zero_huge(m, node, index, pfn, level):
-    """Zero what an access to page `index` (frame `pfn`) of an unsplit folio will show through a leaf of `level`.
+    """Zero what an access to page `index` (frame `pfn`) of an unsplit folio will show through a leaf of `level`."""
+    zero_folio(m, node, index, pfn, level, m.state[R_ORDER])
+
+
+@kernel
+def zero_folio(m, node, index, pfn, level, order):
+    """The same of a folio of any order.
 
     By folio, PG_uptodate of the head speaks for all pages and the first use zeroes all of them. By
     page, a bit per page is kept beside (inference: no posted code has it), and a huge leaf needs every
     page below it zeroed.
     """
     state = m.state
-    inside = (U1 << state[R_ORDER]) - U1
+    inside = (U1 << order) - U1
     page = struct_page(m, pfn & ~inside)
     flags = m.ram[page + FLAGS]
     if flags & PG_UPTODATE != U0:

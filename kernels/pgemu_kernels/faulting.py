@@ -1,0 +1,442 @@
+"""Faults on guest_memfd with every parameter, and the allocation of a huge page under one, step by step.
+
+An allocation is: lookup, which misses; take a page of the subpool and of the pool; insert it in the page cache, or
+lose the race and look again; split it where any of its pages is shared. A mutex per inode and huge page is held
+meanwhile (hash mutex of the January 2026 rewrite, taken outside kvm_gmem_get_folio() as Michael Roth needed it);
+Defect.ALLOCATION_RACE goes without.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels import gmem_kvm, huge_host, lru, pfnmap, pieces, restructure
+from pgemu_kernels.bits import NONE, U0, U1, U6, U9
+from pgemu_kernels.compile import kernel, outlined
+from pgemu_kernels.conversion import add_to_lru, by_pieces
+from pgemu_kernels.events import result
+from pgemu_kernels.folio import add_references
+from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, unlock
+from pgemu_kernels.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
+from pgemu_kernels.layout import (
+    ACTORS,
+    B_MUTEX,
+    B_PFN,
+    B_STATE,
+    BLOCK_ABSENT,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_SPLIT,
+    BLOCKED,
+    EBUSY,
+    EEXIST,
+    ENOMEM,
+    GO,
+    I_ZEROED,
+    O_ACTOR,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_FOLIO,
+    O_INDEX,
+    O_INODE,
+    O_LEVEL,
+    O_LOCKED,
+    O_MUTEX,
+    O_NEXT,
+    O_OP,
+    O_PFN,
+    O_REFERENCED,
+    O_SPACE,
+    O_STATUS,
+    O_VM,
+    O_WORDS,
+    PFNMAP,
+    R_DEFECTS,
+    R_DESIGN,
+    R_FAULT_REFERENCES,
+    R_FOLIOS_IN_HAND,
+    R_HOST_HUGE,
+    R_LRU_CPUS,
+    R_ORDER,
+    RET_PF_RETRY,
+    STATE_OPS,
+    STOP,
+    VM_FAULT_OOM,
+    VM_FAULT_RETRY,
+    VM_FAULT_SIGBUS,
+    Defect,
+    Operation,
+)
+from pgemu_kernels.splitting import split_block
+from pgemu_kernels.steps import fault_begin, guest_begin, install_stage2, stop
+from pgemu_kernels.zeroing import zero_folio, zero_huge
+
+U = np.uint64
+_PFNMAP = U(PFNMAP)
+_HOST_FAULT = U(Operation.HOST_FAULT)
+_ALLOCATION_RACE = U(Defect.ALLOCATION_RACE)
+_INSERT_UNLOCKED = U(Defect.INSERT_UNLOCKED)
+INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside another operation
+
+# Steps of a fault.
+FOLIO = U(1)
+MAP = U(2)
+TAKE = U(3)
+INSERT = U(4)
+SPLIT = U(5)
+
+
+# --------------------------------------------------------------------------- allocation
+
+
+@kernel
+def unlock_block(m, op):
+    """Release the mutex of the block, if the fault holds one."""
+    state = m.state
+    if state[op + O_MUTEX] != U0:
+        m.state[state[op + O_MUTEX] + B_MUTEX] = U0
+        state[op + O_MUTEX] = U0
+
+
+@kernel
+def lock_block(m, op, block):
+    """Take the block's mutex; False if another fault holds it."""
+    state = m.state
+    if state[R_DEFECTS] & _ALLOCATION_RACE != U0 or state[op + O_MUTEX] == block:
+        return True
+    if m.state[block + B_MUTEX] != U0:
+        return False
+    m.state[block + B_MUTEX] = state[op + O_ACTOR] + U1
+    state[op + O_MUTEX] = block
+    return True
+
+
+@outlined
+def lookup(m, op):
+    """Whether the page has a folio: STOP where it has one, GO where one is to be allocated (the mutex is held).
+
+    BLOCKED: another fault is allocating it.
+    """
+    state = m.state
+    block = block_row(m, inode_row(state[op + O_INODE]), state[op + O_INDEX])
+    busy = m.state[block + B_MUTEX] != U0 and state[op + O_MUTEX] != block
+    if m.state[block + B_STATE] != BLOCK_ABSENT and not busy:
+        return np.int64(STOP)
+    if not lock_block(m, op, block):
+        result(state, op, np.int64(VM_FAULT_RETRY if state[op + O_OP] == _HOST_FAULT else RET_PF_RETRY))
+        return np.int64(BLOCKED)
+    return np.int64(GO)
+
+
+@outlined
+def take(m, op):
+    """Take a page of the subpool and a huge page for the block: 0 or -ENOMEM."""
+    state = m.state
+    order = state[R_ORDER]
+    head = obtain_folio(m, state[op + O_INODE], state[op + O_INDEX] >> order << order)
+    if head == NONE:
+        return np.int64(-ENOMEM)
+    state[op + O_FOLIO] = head
+    state[R_FOLIOS_IN_HAND] += U1
+    return np.int64(0)
+
+
+@outlined
+def insert(m, op):
+    """Put what was taken in the page cache: 0, or -EEXIST where somebody was faster, who keeps his: ours goes back."""
+    state = m.state
+    inode = state[op + O_INODE]
+    order = state[R_ORDER]
+    block = block_row(m, inode_row(inode), state[op + O_INDEX])
+    head = state[op + O_FOLIO]
+    state[op + O_FOLIO] = U0
+    state[R_FOLIOS_IN_HAND] -= U1
+    if m.state[block + B_STATE] != BLOCK_ABSENT:
+        give_back_folio(m, inode, head)
+        return np.int64(-EEXIST)
+    insert_folio(m, inode, block, state[op + O_INDEX] >> order << order, head)
+    if order == U0:
+        lru.lru_add(m, head, state[op + O_ACTOR] % state[R_LRU_CPUS])
+    return np.int64(0)
+
+
+@outlined
+def split_new(m, op):
+    """Restructure: split a new folio if any of its pages is shared: 0, -EBUSY, or -ENOMEM with the folio removed.
+
+    kvm_gmem_get_folio() of the posted series: shared memory is order-0 before anybody uses it.
+    """
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    index = state[op + O_INDEX]
+    order = state[R_ORDER]
+    block = block_row(m, node, index)
+    if state[R_DESIGN] == _PFNMAP or order == U0 or shared_in_block(m, node, index) == U0:
+        return np.int64(0)
+    if m.state[block + B_STATE] != BLOCK_HUGE:
+        return np.int64(0)  # somebody else did, without the mutex
+    first = index >> order << order
+    if by_pieces(state):
+        status = pieces.split_touched(m, node, block, first, first, first + (U1 << order))
+    else:
+        status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+    if status == 0:
+        add_to_lru(m, op, m.state[block + B_PFN])
+    elif status == -ENOMEM:
+        free_block(m, block)
+    return status
+
+
+@outlined
+def fail_fault(m, op):
+    """End a fault for want of memory."""
+    state = m.state
+    unlock_block(m, op)
+    unlock(state, op, inode_row(state[op + O_INODE]))
+    return stop(state, op, VM_FAULT_OOM if state[op + O_OP] == _HOST_FAULT else -ENOMEM)
+
+
+@outlined
+def allocate(m, op):
+    """Allocate the huge page under the record's page, if there is none: GO, or what the lookup said.
+
+    With nobody in between; -ENOMEM ends the fault (STOP).
+    """
+    state = m.state
+    found = lookup(m, op)
+    if found == STOP:
+        return np.int64(GO)
+    if found == BLOCKED:
+        unlock(state, op, inode_row(state[op + O_INODE]))
+        return found
+    if take(m, op) != 0:
+        return np.int64(fail_fault(m, op))
+    insert(m, op)
+    if split_new(m, op) != 0:
+        return np.int64(fail_fault(m, op))
+    unlock_block(m, op)
+    return np.int64(GO)
+
+
+# --------------------------------------------------------------------------- with the folio there
+
+
+@kernel
+def frame_of(m, node, index):
+    """The frame of an allocated page."""
+    return m.state[block_row(m, node, index) + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+
+
+@kernel
+def folio_order_at(m, node, index):
+    """Order of the folio that holds an allocated page: restructure splits them."""
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if kind == BLOCK_SPLIT:
+        return U0
+    if kind == BLOCK_PARTLY:
+        return (pieces.level_of(m, block, index) - U1) * U9
+    return m.state[R_ORDER]
+
+
+@kernel
+def refuse_private(m, op):
+    """Userspace may only use shared pages; whether this one is none: then the fault has ended in SIGBUS."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    if is_shared(m, node, state[op + O_INDEX]) != U0:
+        return False
+    unlock(state, op, node)
+    stop(state, op, VM_FAULT_SIGBUS)
+    return True
+
+
+@outlined
+def host_folio(m, op):
+    """Restructure: a reference on the 4K folio, zeroed; then unlock. A large folio is a WARN and SIGBUS: it is there
+    only where a fault met a folio that another fault had not split yet (Defect.ALLOCATION_RACE).
+    """
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    index = state[op + O_INDEX]
+    if folio_order_at(m, node, index) != U0:
+        unlock(state, op, node)
+        return stop(state, op, VM_FAULT_SIGBUS)
+    pfn = frame_of(m, node, index)
+    add_references(m.ram, restructure.zero_page(m, pfn), U1)
+    state[R_FAULT_REFERENCES] += U1
+    state[op + O_REFERENCED] = pfn + U1
+    state[op + O_PFN] = pfn
+    unlock(state, op, node)
+    return np.int64(GO)
+
+
+@outlined
+def host_frame(m, op):
+    """Pfnmap: the frame, zeroed as far as the entry will show. The lock stays held (Defect.INSERT_UNLOCKED: not)."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    index = state[op + O_INDEX]
+    pfn = frame_of(m, node, index)
+    state[op + O_PFN] = pfn
+    state[op + O_LEVEL] = huge_host.host_level(m, op) if state[R_HOST_HUGE] != U0 else U1
+    zero_huge(m, node, index, pfn, state[op + O_LEVEL])
+    if state[R_DEFECTS] & _INSERT_UNLOCKED != U0:
+        unlock(state, op, node)
+    return np.int64(GO)
+
+
+@outlined
+def host_map(m, op):
+    """Enter it in the process's tables."""
+    if m.state[R_DESIGN] != _PFNMAP:
+        return np.int64(restructure.fault_map(m, op))
+    if m.state[op + O_LEVEL] != U1:
+        return np.int64(huge_host.insert(m, op, m.state[op + O_LEVEL]))
+    return np.int64(pfnmap.fault_map(m, op))
+
+
+@outlined
+def guest_frame(m, op):
+    """kvm_gmem_get_pfn(): the frame, its folio zeroed if it is not up to date, and the level; then unlock."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    index = state[op + O_INDEX]
+    pfn = frame_of(m, node, index)
+    state[op + O_PFN] = pfn
+    if state[R_DESIGN] == _PFNMAP:
+        level = gmem_kvm.shareability_level_full(m, op)
+    else:
+        level = gmem_kvm.folio_level_full(m, op)
+    order = folio_order_at(m, node, index)
+    if state[R_DESIGN] != _PFNMAP and order == U0:
+        restructure.zero_page(m, pfn)
+    else:
+        zero_folio(m, node, index, pfn, level, order)
+    state[op + O_LEVEL] = level
+    unlock(state, op, node)
+    return np.int64(GO)
+
+
+@outlined
+def guest_map(m, op):
+    """Install the leaf, unless an invalidation came between."""
+    return np.int64(install_stage2(m, op, m.state[op + O_LEVEL]))
+
+
+@outlined
+def begin_fault(m, op):
+    """The first step of either kind of fault."""
+    m.state[op + O_FOLIO] = U0
+    m.state[op + O_MUTEX] = U0
+    if m.state[op + O_OP] == _HOST_FAULT:
+        return np.int64(fault_begin(m, op))
+    return np.int64(guest_begin(m, op))
+
+
+@kernel
+def folio(m, op):
+    """The step that finds the frame, which is there."""
+    if m.state[op + O_OP] != _HOST_FAULT:
+        return guest_frame(m, op)
+    if m.state[R_DESIGN] == _PFNMAP:
+        return host_frame(m, op)
+    return np.int64(host_folio(m, op))
+
+
+# --------------------------------------------------------------------------- whole faults
+
+
+@outlined
+def fault(m, op):
+    """A host or a guest fault: begin, folio, map."""
+    host = m.state[op + O_OP] == _HOST_FAULT
+    if begin_fault(m, op) != GO or (host and refuse_private(m, op)):
+        return
+    if allocate(m, op) != GO or folio(m, op) != GO:
+        return
+    if host:
+        host_map(m, op)
+    else:
+        guest_map(m, op)
+
+
+@outlined
+def host_fault_page(m, op, address, write):
+    """A fault of the process of another operation's record, in a record of its own: its status.
+
+    Events go to the operation around it.
+    """
+    state = m.state
+    for word in (O_ACTOR, O_SPACE):
+        state[INSIDE + word] = state[op + word]
+    state[INSIDE + O_OP] = _HOST_FAULT
+    state[INSIDE + O_FLAGS] = U1 if write else U0
+    state[INSIDE + O_ADDRESS] = address
+    return run_inside(m)
+
+
+@outlined
+def guest_fault_page(m, op, address):
+    """The same of the VM of the record: (status, level)."""
+    state = m.state
+    for word in (O_ACTOR, O_VM):
+        state[INSIDE + word] = state[op + word]
+    state[INSIDE + O_OP] = U(Operation.GUEST_FAULT)
+    state[INSIDE + O_FLAGS] = U0
+    state[INSIDE + O_ADDRESS] = address
+    status = run_inside(m)
+    return status, state[INSIDE + O_DETAIL]
+
+
+@kernel
+def run_inside(m):
+    for word in (O_STATUS, O_DETAIL, O_LOCKED, O_REFERENCED):
+        m.state[INSIDE + word] = U0
+    fault(m, INSIDE)
+    return np.int64(m.state[INSIDE + O_STATUS])
+
+
+# --------------------------------------------------------------------------- step by step
+
+
+@kernel
+def step_allocation(m, op, stage):
+    """Step TAKE, INSERT or SPLIT; then the lookup once more."""
+    state = m.state
+    if stage == TAKE:
+        return np.int64(GO) if take(m, op) == 0 else np.int64(fail_fault(m, op))
+    if stage == INSERT:
+        lost = insert(m, op) != 0
+        if lost or state[R_DESIGN] == _PFNMAP:
+            unlock_block(m, op)
+            state[op + O_NEXT] = FOLIO
+        return np.int64(GO)
+    status = split_new(m, op)
+    if status == -EBUSY:
+        return np.int64(BLOCKED)  # the posted code spins
+    if status != 0:
+        return np.int64(fail_fault(m, op))
+    unlock_block(m, op)
+    state[op + O_NEXT] = FOLIO
+    return np.int64(GO)
+
+
+@outlined
+def step_fault(m, op, stage):
+    """Step `stage` of a host or a guest fault: 0 begins, 1 looks up, 2 maps, 3 to 5 allocate."""
+    host = m.state[op + O_OP] == _HOST_FAULT
+    if stage == U0:
+        return begin_fault(m, op)
+    if stage == FOLIO:
+        if host and refuse_private(m, op):
+            return np.int64(STOP)
+        found = lookup(m, op)
+        if found == STOP:
+            return folio(m, op)
+        m.state[op + O_NEXT] = TAKE
+        return found
+    if stage == MAP:
+        return host_map(m, op) if host else guest_map(m, op)
+    return step_allocation(m, op, stage)
