@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels import lru, pfnmap, pins, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -30,6 +30,7 @@ from pgemu_kernels.layout import (
     R_DESIGN,
     STATS_COUNTERS,
     STOP,
+    Operation,
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.replay import (
@@ -57,10 +58,30 @@ from pgemu_kernels.steps import (
 U = np.uint64
 _PFNMAP = U(PFNMAP)
 _BYTE = U(0xFF)
+_PIN = U(Operation.PIN)
+_UNPIN = U(Operation.UNPIN)
+_LRU_DRAIN = U(Operation.LRU_DRAIN)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
 STEP = 2  # ... or its next step
+
+
+@outlined
+def run_one(m, op):
+    """Run an operation that is one step: those of `replay.run`, and those that it does not know."""
+    kind = m.state[op + O_OP]
+    if kind == _PIN:
+        charge_one(m, SYSCALL)
+        pins.operate_pin(m, op)
+    elif kind == _UNPIN:
+        charge_one(m, SYSCALL)
+        pins.operate_unpin(m, op)
+    elif kind == _LRU_DRAIN:
+        charge_one(m, SYSCALL)
+        lru.operate_drain(m, op)
+    else:
+        run_whole(m, op)
 
 
 @kernel
@@ -169,7 +190,7 @@ def step(m, actor, beginning):
     resume(m, op)
     outcome = np.int64(STOP)
     if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
-        run_whole(m, op)
+        run_one(m, op)
         if np.int64(state[op + O_STATUS]) == -EBUSY:
             outcome = np.int64(BLOCKED)
     elif state[R_DESIGN] == _PFNMAP:
@@ -201,7 +222,7 @@ def operate(m, op):
         else:
             restructure.convert(m, op)
     else:
-        run_whole(m, op)
+        run_one(m, op)
 
 
 @entry
