@@ -10,24 +10,34 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import lru, pfnmap, pins, restructure
-from pgemu_kernels.bits import U0, U1
+from pgemu_kernels.bits import U0, U1, U6
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.gmem import block_row, inode_row
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
+    B_STATE,
+    BLOCK_HUGE,
     BLOCKED,
     EBUSY,
     EVENTS,
     GO,
+    I_ZEROED,
     O_ACTIVE,
+    O_ACTOR,
+    O_END,
+    O_INODE,
     O_OP,
     O_PHASE,
+    O_START,
     O_STATUS,
     O_TO_PRIVATE,
     OPERATIONS,
     PFNMAP,
     R_COUNTER_ROW,
     R_DESIGN,
+    R_LRU_CACHE,
+    R_ORDER,
     STATS_COUNTERS,
     STOP,
     Operation,
@@ -207,6 +217,23 @@ def step(m, actor, beginning):
     return outcome
 
 
+@kernel
+def split_into_batches(m, op):
+    """restructure.split(), the pieces through the LRU batches, before restructure.convert() finds nothing to split."""
+    state = m.state
+    if state[R_LRU_CACHE] == U0 or convert_prepare(m, op, restructure.ROUNDED) != GO:
+        return
+    node = inode_row(state[op + O_INODE])
+    order = state[R_ORDER]
+    first = state[op + O_START] >> order << order
+    while state[op + O_TO_PRIVATE] == U0 and first < state[op + O_END]:
+        block = block_row(m, node, first)
+        if state[block + B_STATE] == BLOCK_HUGE:
+            lru.split_block(m, block, first, state[node + I_ZEROED] + (first >> U6), state[op + O_ACTOR])
+        first += U1 << order
+    convert_finish(m, op)
+
+
 @outlined
 def operate(m, op):
     """Run a whole operation."""
@@ -220,6 +247,7 @@ def operate(m, op):
         if m.state[R_DESIGN] == _PFNMAP:
             pfnmap.convert(m, op)
         else:
+            split_into_batches(m, op)
             restructure.convert(m, op)
     else:
         run_one(m, op)
