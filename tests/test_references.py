@@ -249,9 +249,7 @@ def test_pins_of_many() -> None:
     addresses = VA + np.array([0, 3, 3, 2000, 600], np.uint64) * np.uint64(PAGE)
     pins = np.array([0, 1, 2, 3, 0], np.uint64)
     taken = many.process.pin_many(addresses, 2 * PAGE, pins=pins, write=True)
-    singles = [
-        one.process.pin(int(a), 2 * PAGE, pin=int(p), write=True) for a, p in zip(addresses, pins, strict=True)
-    ]
+    singles = [one.process.pin(int(a), 2 * PAGE, pin=int(p), write=True) for a, p in zip(addresses, pins, strict=True)]
     assert list(zip(taken.status.tolist(), taken.detail.tolist(), strict=True)) == [tuple(r) for r in singles]
     assert taken.status.tolist() == [0, 0, 0, -L.EFAULT, -L.EEXIST]
     assert same_machine(one.machine, many.machine)
