@@ -46,6 +46,11 @@ def _protection(prot: int) -> int:
     return sum(flag for bit, flag in _PROTECTIONS.items() if prot & bit)
 
 
+def _pin_flags(write: bool, longterm: bool) -> int:
+    """Flags of a record for FOLL_WRITE and FOLL_LONGTERM."""
+    return (Flag.WRITE if write else 0) | (Flag.LONGTERM if longterm else 0)
+
+
 @dataclass(frozen=True)
 class AddressSpace:
     """A process: its page tables and its mappings.
@@ -339,6 +344,31 @@ class AddressSpace:
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.space << 48)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+
+    # ------------------------------------------------------------------ pins
+
+    def pin(
+        self, address: int, length: int, *, pin: int, write: bool = False, longterm: bool = False, actor: int = 0
+    ) -> Result:
+        """pin_user_pages() of [address, address + length), held as number `pin` until Machine.unpin(pin).
+
+        0 with the pages pinned in `detail`, fewer than asked for where a later one failed; else the first page's
+        error: -EFAULT without a mapping, for VM_PFNMAP (design pfnmap), for `write` to a read-only mapping and where
+        the page is private; -EINVAL for what is not aligned, empty or a number past layout.PINS; -EEXIST for a number
+        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock; -EOPNOTSUPP for ordinary memory. Absent pages are
+        faulted in. longterm is FOLL_LONGTERM, which guest_memfd grants without moving anything. mm/gup.c
+        """
+        flags = _pin_flags(write, longterm)
+        return self.machine.operate(
+            Operation.PIN, flags=flags, actor=actor, space=self.space, object_=pin, address=address, length=length
+        )
+
+    def pin_many(
+        self, addresses: Array, length: int = L.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
+    ) -> Results:
+        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
+        header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.space << 48)
+        return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
     def walk(self, address: int) -> list[tuple[int, int, int]]:
         """[(level, entry address, entry)] of a virtual address."""

@@ -56,7 +56,11 @@ def allocate(config: Config) -> Arrays:
         L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
         L.R_WORK_LISTS: pages >> 6 if config.convert_order == "rfc2" else 0,
     }
-    counts = {L.R_CONTENTS: config.guest_pages, L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES}
+    counts = {
+        L.R_CONTENTS: config.guest_pages,
+        L.R_TRANSIENT: config.guest_pages,
+        L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES,
+    }
     begins: dict[np.uint64, int] = {}
     for number in range(config.nodes):  # three bits per 2M block, whole 1G at a time
         tails[node_word(number, L.N_BLOCKS)] = 3 * (config.node(number).span >> 15)

@@ -106,8 +106,20 @@ class GuestMemfd:
         return self.machine.operate(Operation.GET, object_=self.inode, offset=offset)
 
     def put_reference(self, pfn: int) -> Result:
-        """Drop a reference by frame number: 0 or -ENOENT."""
+        """Drop a transient reference by frame number: 0, or -ENOENT where there is none.
+
+        References of pins, LRU batches and faults under way are not dropped.
+        """
         return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
+
+    def get_reference_many(self, offsets: Array) -> Results:
+        """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order."""
+        return self.machine.run_columns(np.uint64(Operation.GET), self.inode, 0, offsets, count=len(offsets))
+
+    def put_reference_many(self, pfns: Array) -> Results:
+        """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order."""
+        addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
+        return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
 
     def close(self) -> Result:
         """The VMM goes: mappings and slots of the inode, then the inode. 0 or -EBADF."""

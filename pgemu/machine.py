@@ -240,6 +240,35 @@ class Machine:
 
         return vmstat(self)
 
+    # ------------------------------------------------------------------ references
+
+    def unpin(self, pin: int) -> Result:
+        """unpin_user_pages() of what AddressSpace.pin() holds as number `pin`: 0 with the pages, or -ENOENT.
+
+        Pages that left their inode meanwhile are released, too, and go back to the pool.
+        """
+        return self.operate(Operation.UNPIN, object_=pin)
+
+    def unpin_many(self, pins: Array) -> Results:
+        """Unpin each of the numbers `pins` (uint64[n]), in order."""
+        return self.run_columns(np.uint64(Operation.UNPIN), pins, count=len(pins))
+
+    def pinned_frames(self, pin: int) -> Array:
+        """uint64[n]: frame numbers that a pin holds, by page of the pin; none of a pin that is not live.
+
+        ValueError past layout.PINS.
+        """
+        from pgemu.stage2 import radix_tree
+
+        if not 0 <= pin < L.PINS:
+            raise ValueError(f"pin {pin}: expected 0 to {L.PINS - 1}")
+        word = int(L.STATE_PINS) + pin * L.PIN_WORDS + int(L.PIN_FRAMES)
+        return radix_tree(self.arrays.ram, int(self.arrays.state[word]))[1]
+
+    def drain_lru(self) -> Result:
+        """lru_add_drain_all(): 0 with the folios whose per-CPU batches held a reference (Config.lru_cache)."""
+        return self.operate(Operation.LRU_DRAIN)
+
     # ------------------------------------------------------------------ running
 
     def run(self, records: Records) -> Results:

@@ -15,6 +15,7 @@ _ERRNO = {
     for name in (
         "ENOENT",
         "EBADF",
+        "EBADFD",
         "EAGAIN",
         "ENOMEM",
         "EACCES",
@@ -25,6 +26,7 @@ _ERRNO = {
         "EINVAL",
         "ENOSPC",
         "ERANGE",
+        "ENOTTY",
         "EOPNOTSUPP",
     )
 }

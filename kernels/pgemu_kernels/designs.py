@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import faulting, orders, workers
+from pgemu_kernels import faulting, lru, orders, pins, workers
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
@@ -38,6 +38,9 @@ from pgemu_kernels.routing import is_ordinary, is_pooling
 U = np.uint64
 OP_WORK = U(Operation.WORK)
 _BYTE = U(0xFF)
+OP_PIN = U(Operation.PIN)
+OP_UNPIN = U(Operation.UNPIN)
+OP_LRU_DRAIN = U(Operation.LRU_DRAIN)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
@@ -103,10 +106,20 @@ def next_step(m, op):
 
 @kernel
 def run_single(m, op):
-    """Run an operation that is one step."""
-    if m.state[op + O_OP] == OP_WORK:
+    """Run an operation that is one step: those of `replay.run`, and those that it does not know."""
+    kind = m.state[op + O_OP]
+    if kind == OP_WORK:
         charge_one(m, SYSCALL)
         workers.operate_work(m, op)
+    elif kind == OP_PIN:
+        charge_one(m, SYSCALL)
+        pins.operate_pin(m, op)
+    elif kind == OP_UNPIN:
+        charge_one(m, SYSCALL)
+        pins.operate_unpin(m, op)
+    elif kind == OP_LRU_DRAIN:
+        charge_one(m, SYSCALL)
+        lru.operate_drain(m, op)
     else:
         run_whole(m, op)
 

@@ -37,11 +37,10 @@ from pgemu_kernels.layout import (
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
-    R_EXTRA_REFERENCES,
     Flag,
 )
 from pgemu_kernels.page_allocator import is_block_free
-from pgemu_kernels.references import held_by_faults, is_designs, last_reference
+from pgemu_kernels.references import is_designs, last_reference, note_transient, transient
 from pgemu_kernels.steps import stop
 
 U = np.uint64
@@ -81,10 +80,13 @@ def is_free(m, head):
 
 
 @kernel
-def may_drop(m, head, page, n):
-    """Whether `n` references are more than caches, mappings and faults under way hold."""
-    held = expected_count(m.ram, page) + held_by_faults(m.state, head)
-    return reference_count(m.ram, page) >= held + n
+def may_drop(m, head, page, n, ours):
+    """Whether `n` references are there to drop: of the designs' folios transient ones, of others those that neither
+    caches nor mappings hold.
+    """
+    if ours:
+        return transient(m, head) >= n
+    return reference_count(m.ram, page) >= expected_count(m.ram, page) + n
 
 
 @kernel
@@ -121,17 +123,17 @@ def change_references(m, op):
         if not is_free(m, head):
             taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
         if taken and ours:
-            state[R_EXTRA_REFERENCES] += count
+            note_transient(m, head, count)
         state[op + O_DETAIL] = reference_count(ram, page)
         return stop(state, op, 0 if taken else -ENOMEM)
     pinned = not pinning or not is_large(ram, page) or pin_count(ram, page) >= n
     whole = ours or is_large(ram, page) or reference_count(ram, page) > count
-    if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count):
+    if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count, ours):
         return stop(state, op, -EINVAL)
     last = unpin(ram, page, n) if pinning else put(ram, page, n)
     state[op + O_DETAIL] = reference_count(ram, page)
     if ours:
-        state[R_EXTRA_REFERENCES] -= count
+        note_transient(m, head, U0 - count)
     drop(m, head, page, last)
     return stop(state, op, 0)
 

@@ -15,6 +15,7 @@ from pgemu_kernels.events import (
     BLOCKS_HUGE,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
+    CACHE_NODES,
     CONTENT_FRAMES,
     FRAMES_USED,
     HOST_TABLES,
@@ -232,6 +233,7 @@ def check_operation(m, op):
         + m.stats[STATS_GAUGES + KERNEL_TABLES * U2]
         + m.stats[STATS_GAUGES + VMEMMAP_PAGES * U2]
         + m.stats[STATS_GAUGES + CONTENT_FRAMES * U2]
+        + m.stats[STATS_GAUGES + CACHE_NODES * U2]
     )
     expect(m, frames == owned + np.int64(object_frames(m)), FRAMES, kind)
     blocks = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30, U32, U39, U64, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U30, U39, U511, U512
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
+    CACHE_NODES,
     CONTENT_FRAMES,
     FRAMES_USED,
     HOST_LEAVES,
@@ -22,7 +23,6 @@ from pgemu_kernels.events import (
     STAGE2_TABLES,
     VMEMMAP_PAGES,
 )
-from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
@@ -41,6 +41,7 @@ from pgemu_kernels.layout import (
     B_STATE,
     BLOCK_HUGE,
     BLOCK_SPLIT,
+    FOUND_NODES,
     FOUND_TABLES,
     GAUGES,
     H_FREE,
@@ -57,8 +58,6 @@ from pgemu_kernels.layout import (
     INODE_GUEST_MEMFD,
     R_BROKEN,
     R_CONTENTS,
-    R_EXTRA_REFERENCES,
-    R_FAULT_REFERENCES,
     R_FOLIOS_IN_HAND,
     R_FREE,
     R_FREE_STACK,
@@ -83,6 +82,7 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.reference_recount import check_folio, check_outside, check_pieces, hold_again, own_pins
 from pgemu_kernels.steps import broken
 from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
@@ -92,7 +92,6 @@ WRONG_PFN = U(Broken.WRONG_PFN)
 COUNTS_DIFFER = U(Broken.COUNTS)
 VMEMMAP = U(Broken.VMEMMAP)
 IN_PROGRESS = U(Broken.IN_PROGRESS)
-REFERENCES = U(Broken.REFERENCES)
 _ADDRESS = U(ADDRESS)
 _LARGE = U(LARGE)
 _WRITE = U(WRITE)
@@ -267,7 +266,7 @@ def check_vmemmap(m, owner):
 
 @outlined
 def check_inode(m, inode):
-    """Block states and the kept counts of an inode against its bits: the references its folios should have."""
+    """Block states and the kept counts of an inode against its bits, and its folios' references."""
     state = m.state
     node = inode_row(inode)
     pages = state[node + I_PAGES]
@@ -281,7 +280,6 @@ def check_inode(m, inode):
         for pmd in range(first >> U9, min((first >> U9) + U512, (pages + U511) >> U9)):
             shared += U(m.counts[state[node + I_PMD] + pmd])
         expect(m, U(m.counts[state[node + I_PUD] + (first >> U18)]) == shared, COUNTS_DIFFER, first)
-    references = U0
     order = state[R_ORDER]
     for block in range(state[node + I_BLOCKS]):
         row = block_row(m, node, block << order)
@@ -289,25 +287,9 @@ def check_inode(m, inode):
         check_block(m, node, block << order)
         head = m.state[row + B_PFN]
         if kind == BLOCK_HUGE:
-            references += (m.ram[struct_page(m, head) + COUNTS] >> U32) - (U1 << order)
+            check_folio(m, head, U1 << order)
         elif kind == BLOCK_SPLIT:
-            references += extra_references(m, head, U1 << order)
-    return references
-
-
-@kernel
-def extra_references(m, head, pages):
-    """References of 4K folios beyond the page cache's and the mappings'."""
-    extra = U0
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        for _ in range(U64):
-            word = m.ram[page + COUNTS]
-            mapped = (word & NO_MAPCOUNT) + U1 & NO_MAPCOUNT
-            expect(m, word >> U32 >= U1 + mapped, REFERENCES, head + base)
-            extra += (word >> U32) - U1 - mapped
-            page += U8
-    return extra
+            check_pieces(m, head, U1 << order, U1)
 
 
 @outlined
@@ -343,15 +325,19 @@ def check(descriptor, owner, leaves, found):
             tables, leaves_4k = check_space(m, space, owner)
             found[FOUND_TABLES] += tables
             found[U0] += leaves_4k
+        own_pins(m, owner, found)
+        expect(m, gauges[CACHE_NODES * U2] == found[FOUND_NODES], COUNTS_DIFFER, CACHE_NODES)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
     kernel_tables, pages = check_vmemmap(m, owner)
-    references = U0
+    hold_again(m, False)
     for inode in range(state[R_INODES]):
         if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
-            references += check_inode(m, inode)
+            check_inode(m, inode)
+    check_outside(m)
+    hold_again(m, True)
     expect(m, gauges[HOST_TABLES * U2] == found[FOUND_TABLES], COUNTS_DIFFER, HOST_TABLES)
     expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
     expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
@@ -359,8 +345,6 @@ def check(descriptor, owner, leaves, found):
         expect(m, gauges[(STAGE2_LEAVES + level) * U2] == leaves[level], COUNTS_DIFFER, STAGE2_LEAVES + level)
     expect(m, gauges[KERNEL_TABLES * U2] == kernel_tables, COUNTS_DIFFER, KERNEL_TABLES)
     expect(m, gauges[VMEMMAP_PAGES * U2] == pages, VMEMMAP, U(pages))
-    if gauges[BLOCKS_ZOMBIE * U2] == 0:
-        expect(m, references == state[R_EXTRA_REFERENCES] + state[R_FAULT_REFERENCES], REFERENCES, references)
     if gauges[CONTENT_FRAMES * U2] != 0:
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + state[R_GUEST_PAGES]):
             if m.counts[i] != np.uint32(0):

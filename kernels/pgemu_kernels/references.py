@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U12
+from pgemu_kernels.bits import LOW32, NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
@@ -16,7 +16,6 @@ from pgemu_kernels.folio import (
     MAPPING,
     PG_HEAD,
     add_references,
-    mappings,
     reference_count,
     struct_page,
 )
@@ -27,7 +26,6 @@ from pgemu_kernels.gmem import (
 from pgemu_kernels.hstate import in_zone
 from pgemu_kernels.hugetlb import mapping_address, return_to_pool, subpool_of
 from pgemu_kernels.layout import (
-    ACTORS,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -44,15 +42,13 @@ from pgemu_kernels.layout import (
     O_DETAIL,
     O_OBJECT,
     O_OFFSET,
-    O_REFERENCED,
-    O_WORDS,
     R_BLOCK_ROWS,
     R_BLOCKS,
     R_EXTRA_REFERENCES,
-    R_FAULT_REFERENCES,
     R_INODES,
     R_ORDER,
-    STATE_OPS,
+    R_POOL_BASE,
+    R_TRANSIENT,
 )
 from pgemu_kernels.splitting import revive
 from pgemu_kernels.steps import stop
@@ -84,8 +80,9 @@ def get(m, op):
     if kind == BLOCK_ABSENT or kind == BLOCK_ZOMBIE:
         return stop(state, op, -ENOENT)
     pfn = m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
-    add_references(m.ram, struct_page(m, folio_head(m, pfn)), U1)
-    state[R_EXTRA_REFERENCES] += U1
+    head = folio_head(m, pfn)
+    add_references(m.ram, struct_page(m, head), U1)
+    note_transient(m, head, U1)
     state[op + O_DETAIL] = pfn
     return stop(state, op, 0)
 
@@ -114,14 +111,29 @@ def is_designs(m, head, page):
 
 
 @kernel
-def held_by_faults(state, pfn):
-    """References that faults under way hold on a folio: nobody else's to drop."""
-    held = U0
-    if state[R_FAULT_REFERENCES] != U0:
-        for actor in range(U(ACTORS)):
-            if state[STATE_OPS + actor * U(O_WORDS) + O_REFERENCED] == pfn + U1:
-                held += U1
-    return held
+def transient(m, pfn):
+    """Transient references on the folio whose first frame is `pfn`."""
+    return U(m.counts[m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]])
+
+
+@kernel
+def note_transient(m, pfn, n):
+    """Note `n` (uint64, two's complement to take away) transient references on a folio.
+
+    Linux notes nothing; here it keeps whoever drops one from dropping what a pin, an LRU batch or a fault holds.
+    """
+    at = m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]
+    m.counts[at] = np.uint32(U(m.counts[at]) + n & LOW32)
+    m.state[R_EXTRA_REFERENCES] += n
+
+
+@outlined
+def drop(m, pfn, n):
+    """Drop `n` references of the folio whose first frame is `pfn`; the last one outside the page cache frees it."""
+    page = struct_page(m, pfn)
+    add_references(m.ram, page, U0 - n)
+    if m.ram[page + MAPPING] == U0 and reference_count(m.ram, page) == U0:
+        last_reference(m, pfn, page)
 
 
 @outlined
@@ -129,14 +141,14 @@ def put(m, op):
     """Drop a transient reference: 0, or -ENOENT. The page is named by inode and offset, or by its
     physical address; it is, or was, one of an inode over huge pages.
 
+    Only what `get` took: references of pins, LRU batches and faults under way are not here to drop.
     The last reference of a folio outside the page cache sends it (a zombie block: with all its pieces)
     back to the pool.
     """
     state = m.state
-    order = state[R_ORDER]
     if state[op + O_ADDRESS] != U0:
         pfn = state[op + O_ADDRESS] >> U12
-        if not in_zone(state, pfn) or not is_designs(m, folio_head(m, pfn), struct_page(m, folio_head(m, pfn))):
+        if not in_zone(state, pfn):
             return stop(state, op, -ENOENT)
     else:
         inode = state[op + O_OBJECT]
@@ -146,18 +158,12 @@ def put(m, op):
         pfn = m.state[block_row(m, inode_row(inode), index) + B_PFN]
         if pfn == U0:
             return stop(state, op, -ENOENT)
-        pfn += index & ((U1 << order) - U1)
+        pfn += index & ((U1 << state[R_ORDER]) - U1)
     head = folio_head(m, pfn)
-    page = struct_page(m, head)
-    cached = U0
-    if m.ram[page + MAPPING] != U0:
-        cached = U1 << order if m.ram[page + FLAGS] & PG_HEAD != U0 else U1
-    if reference_count(m.ram, page) <= cached + mappings(m.ram, page) + held_by_faults(state, head):
+    if transient(m, head) == U0:
         return stop(state, op, -ENOENT)
-    add_references(m.ram, page, ~U0)
-    state[R_EXTRA_REFERENCES] -= U1
-    if cached == U0 and reference_count(m.ram, page) == U0:
-        last_reference(m, head, page)
+    note_transient(m, head, ~U0)
+    drop(m, head, U1)
     return stop(state, op, 0)
 
 

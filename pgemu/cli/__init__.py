@@ -10,6 +10,7 @@ import rich_click as click
 
 from pgemu.cli.calibrate import calibrate
 from pgemu.cli.compare import compare
+from pgemu.cli.consumers import consumers
 from pgemu.cli.decode import decode
 from pgemu.cli.dump import dump
 from pgemu.cli.page import page
@@ -70,8 +71,9 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 def main(context: click.Context) -> None:
     """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace.
 
-    Beside that, name the bits of page-table entries, walk or list the page tables in images of physical memory, name
-    the words of struct pages in them, and measure this machine to price what is counted.
+    Beside that, try who uses a process's memory on both designs, name the bits of page-table entries, walk or list the
+    page tables in images of physical memory, name the words of struct pages in them, and measure this machine to price
+    what is counted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -79,6 +81,7 @@ def main(context: click.Context) -> None:
 
 main.add_command(calibrate)
 main.add_command(compare)
+main.add_command(consumers)
 main.add_command(decode)
 main.add_command(dump)
 main.add_command(page)

@@ -1,0 +1,349 @@
+"""Who holds a page: pins, LRU batches, transient references; and what that keeps from happening."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pgemu.address_space import AddressSpace
+from pgemu.guest_memfd import GuestMemfd
+from pgemu.machine import Config, Machine
+from pgemu_kernels import layout as L
+from pgemu_kernels.layout import Event, Flag, Gauge, Operation
+
+M2 = L.PAGE_2M
+GIB = L.PAGE_1G
+PAGE = L.PAGE_4K
+VA = 0x7F00_0000_0000
+OK = (0, 0)
+BIAS = 1024
+BATCH = 31  # PAGEVEC_SIZE
+
+
+class Scene:
+    """Two huge pages of one inode, all shared unless asked otherwise, mapped by a process."""
+
+    def __init__(self, design: str = "restructure", *, shared: bool = True, size: int = M2, **parameters: Any) -> None:
+        self.machine = Machine(Config(design, pool=2 * size, page_size=size, **parameters))  # type: ignore[arg-type]
+        self.gmem: GuestMemfd = self.machine.create_guest_memfd(2 * size, shared=shared)
+        self.process: AddressSpace = self.machine.create_process()
+        assert self.process.mmap(self.gmem, VA).status == 0
+
+    def references(self, offset: int) -> int:
+        pfn = self.gmem.pfn(offset)
+        assert pfn is not None
+        return int(self.machine.struct_page(pfn)[6]) >> 32
+
+    def gauge(self, gauge: Gauge) -> int:
+        return self.machine.statistics.gauge(gauge)
+
+    def sound(self) -> None:
+        assert self.machine.check() == 0, self.machine.broken
+
+
+# --------------------------------------------------------------------------- pins
+
+
+@pytest.mark.parametrize("size", [M2, GIB])
+def test_pin_faults_pages_in_and_holds_1024_references_of_each(size: int) -> None:
+    s = Scene(size=size)
+    assert s.process.touch(VA + PAGE).status == L.VM_FAULT_LOCKED
+    assert s.process.pin(VA, 3 * PAGE, pin=7, write=True) == (0, 3)
+    first = s.gmem.pfn(0)
+    assert first is not None
+    assert s.machine.pinned_frames(7).tolist() == [first, first + 1, first + 2]
+    # The page cache's, the entry's, the pin's.
+    assert [s.references(i * PAGE) for i in range(4)] == [2 + BIAS] * 3 + [1]
+    assert s.machine.folio(first).maybe_dma_pinned
+    assert s.gauge(Gauge.PAGES_PINNED) == 3
+    assert s.machine.statistics.event(Event.PAGE_PINNED) == 3
+    assert s.machine.statistics.event(Event.HOST_FAULT) == 3  # page 1 was there
+    s.sound()
+    assert s.machine.unpin(7) == (0, 3)
+    assert [s.references(i * PAGE) for i in range(4)] == [2, 2, 2, 1]
+    assert s.gauge(Gauge.PAGES_PINNED) == 0
+    assert s.gauge(Gauge.CACHE_NODES) == 0
+    assert s.machine.unpin(7) == (-L.ENOENT, 0)
+    s.sound()
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "pin", "expected"),
+    [
+        (VA + 1, PAGE, 0, -L.EINVAL),
+        (VA, PAGE + 8, 0, -L.EINVAL),
+        (VA, 0, 0, -L.EINVAL),
+        ((1 << 64) - PAGE, 2 * PAGE, 0, -L.EINVAL),
+        (VA, PAGE, L.PINS, -L.EINVAL),
+        (VA, PAGE, 3, -L.EEXIST),
+        (VA - PAGE, PAGE, 0, -L.EFAULT),
+        (VA + 2 * M2, PAGE, 0, -L.EFAULT),
+    ],
+)
+def test_pin_refuses(address: int, length: int, pin: int, expected: int) -> None:
+    s = Scene()
+    assert s.process.pin(VA, PAGE, pin=3).status == 0
+    assert s.process.pin(address, length, pin=pin) == (expected, 0)
+    assert s.gauge(Gauge.PAGES_PINNED) == 1
+    s.sound()
+
+
+def test_pin_for_writing_needs_a_mapping_that_may_be_written() -> None:
+    s = Scene()
+    assert s.process.mmap(s.gmem, VA + GIB, read_only=True).status == 0
+    assert s.process.pin(VA + GIB, PAGE, pin=0, write=True).status == -L.EFAULT
+    assert s.process.pin(VA + GIB, PAGE, pin=0) == (0, 1)
+    s.sound()
+
+
+@pytest.mark.parametrize("longterm", [False, True])
+def test_pin_ends_short_at_the_first_private_page(longterm: bool) -> None:
+    s = Scene()
+    assert s.gmem.convert(2 * PAGE, PAGE, shared=False) == OK
+    assert s.process.pin(VA, 4 * PAGE, pin=0, longterm=longterm) == (0, 2)
+    assert s.machine.pinned_frames(0).size == 2
+    assert s.process.pin(VA + 2 * PAGE, PAGE, pin=1, longterm=longterm) == (-L.EFAULT, 0)  # SIGBUS
+    s.sound()
+
+
+def test_pin_without_memory() -> None:
+    s = Scene()
+    s.machine.arrays.state[L.R_FRAMES_LIMIT] = s.gauge(Gauge.FRAMES_USED)
+    assert s.process.pin(VA, PAGE, pin=0) == (-L.ENOMEM, 0)
+    # Enough for the split, the tables and one node of the pin's list: it holds 512 pages.
+    s.machine.arrays.state[L.R_FRAMES_LIMIT] = 1 << 30
+    assert s.process.pin(VA, PAGE, pin=0) == (0, 1)
+    s.process.touch_many(np.arange(VA, VA + 2 * M2, PAGE, dtype=np.uint64))
+    assert s.machine.unpin(0).status == 0
+    s.machine.arrays.state[L.R_FRAMES_LIMIT] = s.gauge(Gauge.FRAMES_USED) + 1
+    assert s.process.pin(VA, 600 * PAGE, pin=0) == (0, 512)
+    s.sound()
+    assert s.machine.unpin(0) == (0, 512)
+    s.sound()
+
+
+@pytest.mark.parametrize("longterm", [False, True])
+def test_gup_refuses_pfnmap(longterm: bool) -> None:
+    """VM_PFNMAP: -EFAULT whether the page is mapped or not, and no fault is attempted."""
+    s = Scene("pfnmap")
+    assert s.process.pin(VA, PAGE, pin=0, longterm=longterm) == (-L.EFAULT, 0)
+    assert s.gmem.pfn(0) is None
+    assert s.process.touch(VA).status == L.VM_FAULT_NOPAGE
+    assert s.process.pin(VA, PAGE, pin=0, longterm=longterm) == (-L.EFAULT, 0)
+    assert s.gmem.convert(0, 2 * M2, shared=False) == OK
+    s.sound()
+
+
+@pytest.mark.parametrize("order", ["rfc2", "fixup", "jan2026"])
+@pytest.mark.parametrize("longterm", [False, True])
+def test_pinned_page_refuses_the_conversion_at_its_offset(order: str, longterm: bool) -> None:
+    s = Scene(convert_order=order)
+    assert s.process.pin(VA + 700 * PAGE, 2 * PAGE, pin=0, longterm=longterm) == (0, 2)
+    assert s.gmem.convert(M2 // 2, M2, shared=False) == (-L.EAGAIN, 700 * PAGE)
+    assert s.gmem.is_shared(700 * PAGE)
+    # What is not pinned converts, its block stays split beside the shared ones.
+    assert s.gmem.convert(M2, 100 * PAGE, shared=False) == OK
+    assert s.machine.unpin(0).status == 0
+    assert s.gmem.convert(0, 2 * M2, shared=False) == OK
+    assert not s.gmem.is_split(700 * PAGE)
+    s.sound()
+
+
+def test_unpin_of_a_page_that_left_the_inode_returns_its_block() -> None:
+    s = Scene()
+    assert s.process.pin(VA + 5 * PAGE, 2 * PAGE, pin=0) == (0, 2)
+    assert s.process.pin(VA + 6 * PAGE, PAGE, pin=1, write=True) == (0, 1)
+    assert s.gmem.punch_hole(0, M2) == (-L.EAGAIN, 0)  # the block cannot be merged
+    s.sound()
+    assert s.gmem.close() == OK
+    assert (s.gauge(Gauge.BLOCKS_ZOMBIE), s.gauge(Gauge.POOL_FREE)) == (1, 1)
+    s.sound()
+    assert s.machine.unpin(0) == (0, 2)
+    assert (s.gauge(Gauge.BLOCKS_ZOMBIE), s.gauge(Gauge.POOL_FREE)) == (1, 1)  # page 6 is held by pin 1
+    s.sound()
+    assert s.machine.unpin(1) == (0, 1)
+    assert (s.gauge(Gauge.BLOCKS_ZOMBIE), s.gauge(Gauge.POOL_FREE)) == (0, 2)
+    s.sound()
+
+
+def test_pin_that_meets_a_conversion_under_way() -> None:
+    """A page that is still mapped is pinned without a lock; one that must fault meets the invalidate_lock."""
+    s = Scene()
+    s.process.touch(VA)
+    s.machine.begin(1, Operation.CONVERT, flags=Flag.PRIVATE, offset=0, length=M2)
+    assert s.machine.step(1) == L.GO  # the lock is held, nothing is unmapped
+    assert s.process.pin(VA, 2 * PAGE, pin=0) == (0, 1)
+    assert s.process.pin(VA + PAGE, PAGE, pin=1) == (-L.EAGAIN, 0)
+    while s.machine.step(1) != L.STOP:
+        pass
+    assert s.machine.result(1) == (-L.EAGAIN, 0)
+    s.sound()
+
+
+# --------------------------------------------------------------------------- transient references
+
+
+def test_put_drops_only_what_get_took() -> None:
+    s = Scene()
+    assert s.process.pin(VA, PAGE, pin=0).status == 0
+    pfn = s.gmem.pfn(0)
+    assert pfn is not None
+    assert s.gmem.put_reference(pfn).status == -L.ENOENT
+    assert s.gmem.get_reference(0) == (0, pfn)
+    assert s.gmem.get_reference(0) == (0, pfn)
+    s.sound()
+    assert [s.gmem.put_reference(pfn).status for _ in range(3)] == [0, 0, -L.ENOENT]
+    assert s.references(0) == 2 + BIAS
+    s.sound()
+
+
+def test_put_leaves_the_reference_of_a_fault_under_way() -> None:
+    s = Scene()
+    s.machine.begin(1, Operation.HOST_FAULT, address=VA)
+    assert [s.machine.step(1), s.machine.step(1)] == [L.GO, L.GO]
+    pfn = s.gmem.pfn(0)
+    assert pfn is not None
+    s.sound()
+    assert s.gmem.put_reference(pfn).status == -L.ENOENT
+    assert s.references(0) == 2
+    assert s.machine.step(1) == L.STOP
+    s.sound()
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_references_of_many(design: str) -> None:
+    """Batches give what single calls give, in results and in the machine."""
+    offsets = np.array([0, PAGE, 0, 700 * PAGE, 4 * M2], np.uint64)
+    one, many = Scene(design, shared=True), Scene(design, shared=True)
+    for s in (one, many):
+        s.process.touch_many(np.arange(VA, VA + 2 * M2, 64 * PAGE, dtype=np.uint64))
+    taken = many.gmem.get_reference_many(offsets)
+    singles = [one.gmem.get_reference(int(offset)) for offset in offsets]
+    assert list(zip(taken.status.tolist(), taken.detail.tolist(), strict=True)) == [tuple(r) for r in singles]
+    assert taken.status.tolist() == [0, 0, 0, 0, -L.ENOENT]
+    one.sound()
+    assert same_machine(one.machine, many.machine)
+    dropped = many.gmem.put_reference_many(np.repeat(taken.detail[:4], 2))
+    for pfn in np.repeat(taken.detail[:4], 2):
+        one.gmem.put_reference(int(pfn))
+    assert np.count_nonzero(dropped.status == 0) == 4
+    assert same_machine(one.machine, many.machine)
+    many.sound()
+
+
+def same_machine(one: Machine, other: Machine) -> bool:
+    """Whether all words are equal, records of operations aside."""
+    for a, b in zip(one.arrays, other.arrays, strict=True):
+        a, b = a.copy(), b.copy()
+        if a.dtype == np.uint64 and a.size == one.arrays.state.size:
+            a[int(L.STATE_OPS) : int(L.STATE_INODES)] = b[int(L.STATE_OPS) : int(L.STATE_INODES)] = 0
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
+def test_pins_of_many() -> None:
+    one, many = Scene(), Scene()
+    addresses = VA + np.array([0, 3, 3, 2000, 600], np.uint64) * np.uint64(PAGE)
+    pins = np.array([0, 1, 2, 3, 0], np.uint64)
+    taken = many.process.pin_many(addresses, 2 * PAGE, pins=pins, write=True)
+    singles = [one.process.pin(int(a), 2 * PAGE, pin=int(p), write=True) for a, p in zip(addresses, pins, strict=True)]
+    assert list(zip(taken.status.tolist(), taken.detail.tolist(), strict=True)) == [tuple(r) for r in singles]
+    assert taken.status.tolist() == [0, 0, 0, -L.EFAULT, -L.EEXIST]
+    assert same_machine(one.machine, many.machine)
+    many.sound()
+    released = many.machine.unpin_many(np.array([2, 3, 0, 1], np.uint64))
+    for pin in (2, 3, 0, 1):
+        one.machine.unpin(pin)
+    assert released.status.tolist() == [0, -L.ENOENT, 0, 0]
+    assert same_machine(one.machine, many.machine)
+    many.sound()
+
+
+# --------------------------------------------------------------------------- LRU batches
+
+
+def test_pieces_of_a_split_wait_in_a_batch_of_31() -> None:
+    """512 pieces fill 16 batches; the last 16 pieces stay referenced until somebody drains."""
+    s = Scene(shared=False, series="rfc2", lru_cache=True)
+    assert s.process.touch(VA).status == L.VM_FAULT_SIGBUS
+    vm = s.machine.create_vm(s.process, protected=True)
+    assert vm.bind(s.gmem, 0).status == 0
+    assert vm.touch(0).detail == 2
+    assert s.gmem.convert(0, PAGE, shared=True) == OK
+    left = 512 % BATCH
+    assert [s.references(i * PAGE) for i in (0, 511 - left, 512 - left, 511)] == [1, 1, 2, 2]
+    assert s.gauge(Gauge.PAGES_LRU_CACHED) == left
+    assert s.machine.statistics.event(Event.LRU_CACHE_ADDED) == 512
+    s.sound()
+    pfn = s.gmem.pfn(511 * PAGE)
+    assert pfn is not None
+    assert s.gmem.put_reference(pfn).status == -L.ENOENT
+    # Page 0 is idle, so it converts; its block cannot be merged while pieces are in a batch.
+    assert s.gmem.convert(0, PAGE, shared=False) == OK
+    assert s.gmem.is_split(0)
+    assert s.gmem.convert(0, M2, shared=True) == OK
+    assert s.gmem.convert(0, M2, shared=False) == (-L.EAGAIN, (512 - left) * PAGE)
+    s.sound()
+    assert s.machine.drain_lru() == (0, left)
+    assert s.machine.drain_lru() == (0, 0)
+    assert s.gauge(Gauge.PAGES_LRU_CACHED) == 0
+    assert s.gmem.convert(0, M2, shared=False) == OK
+    assert not s.gmem.is_split(0)
+    s.sound()
+
+
+def test_batches_are_per_cpu() -> None:
+    s = Scene(shared=False, series="rfc2", lru_cache=True, host_cpus=2)
+    vm = s.machine.create_vm(s.process, protected=True)
+    assert vm.bind(s.gmem, 0).status == 0
+    vm.touch_many(np.array([0, M2], np.uint64))
+    assert s.gmem.convert(0, PAGE, shared=True, actor=4) == OK
+    assert s.gmem.convert(M2, PAGE, shared=True, actor=5) == OK
+    assert s.gauge(Gauge.PAGES_LRU_CACHED) == 2 * (512 % BATCH)
+    # The next of CPU 1 fills its batch, that of CPU 0 stays.
+    s.sound()
+    assert s.machine.drain_lru() == (0, 2 * (512 % BATCH))
+    s.sound()
+
+
+def test_a_batch_keeps_a_closed_inode_s_block_from_the_pool() -> None:
+    s = Scene(shared=False, series="rfc2", lru_cache=True)
+    vm = s.machine.create_vm(s.process, protected=True)
+    assert vm.bind(s.gmem, 0).status == 0
+    vm.touch(0)
+    assert s.gmem.convert(0, PAGE, shared=True) == OK
+    assert s.gmem.close() == OK
+    assert (s.gauge(Gauge.BLOCKS_ZOMBIE), s.gauge(Gauge.POOL_FREE)) == (1, 1)
+    s.sound()
+    assert s.machine.drain_lru() == (0, 512 % BATCH)
+    assert (s.gauge(Gauge.BLOCKS_ZOMBIE), s.gauge(Gauge.POOL_FREE)) == (0, 2)
+    s.sound()
+
+
+# --------------------------------------------------------------------------- the recount
+
+
+@pytest.mark.parametrize("what", ["reference", "pin", "batch", "transient", "gauge"])
+def test_recount_finds_a_holder_that_is_not(what: str) -> None:
+    s = Scene()
+    assert s.process.pin(VA, 2 * PAGE, pin=0).status == 0
+    assert s.gmem.get_reference(9 * PAGE).status == 0
+    s.sound()
+    state, arrays = s.machine.arrays.state, s.machine.arrays
+    if what == "reference":
+        s.gmem.get_reference(0)
+        arrays.counts[s.machine.register(L.R_TRANSIENT)] = 0
+        state[L.R_EXTRA_REFERENCES] -= np.uint64(1)
+    elif what == "pin":
+        state[int(L.STATE_PINS) + int(L.PIN_PAGES)] = 1
+    elif what == "batch":
+        state[int(L.STATE_LRU) : int(L.STATE_LRU) + 2] = 1, s.gmem.pfn(0)
+    elif what == "transient":
+        arrays.counts[s.machine.register(L.R_TRANSIENT) + 9] = 2
+    else:
+        arrays.stats[int(L.STATS_GAUGES) + 2 * Gauge.PAGES_PINNED] += 1
+    assert s.machine.check() > 0
+    assert s.machine.broken[1] in (L.Broken.REFERENCES, L.Broken.COUNTS)
