@@ -20,6 +20,8 @@ M2 = L.PAGE_2M
 PAGE = L.PAGE_4K
 VA = 0x7F00_0000_0000
 A, B = 1, 2  # actors
+# Steps of a fault until it has its frame: lock, lookup, take, insert, (split,) lookup; without an allocation two.
+ALLOCATING = {"restructure": 6, "pfnmap": 5}
 
 Arguments = dict[str, Any]
 
@@ -148,7 +150,7 @@ def test_restructure_conversion_meets_a_host_fault_in_flight() -> None:
     """The fault's reference makes the gate refuse, at the page's offset; once it is over, unmapping helps."""
     s = Setup("restructure", shared=True)
     s.begin(A, **host(20))
-    s.steps(A, 2)  # lock, folio: the reference is held, the invalidate_lock is not
+    s.steps(A, ALLOCATING["restructure"])  # the reference is held, the invalidate_lock is not
     s.begin(B, **convert(10, 100, shared=False))
     assert s.finish(B) == (-L.EAGAIN, 20 * PAGE)
     assert s.gmem.is_shared(10 * PAGE)
@@ -163,7 +165,7 @@ def test_pfnmap_conversion_waits_for_a_host_fault_in_flight() -> None:
     """No reference protects the fault, so it holds the invalidate_lock until the entry is there."""
     s = Setup("pfnmap", shared=True)
     s.begin(A, **host(20))
-    s.steps(A, 2)
+    s.steps(A, ALLOCATING["pfnmap"])
     s.begin(B, **convert(10, 100, shared=False))
     assert s.machine.step(B) == L.BLOCKED
     assert s.gmem.is_shared(10 * PAGE)
@@ -192,7 +194,7 @@ def test_guest_fault_is_retried_after_a_conversion(design: str, shared: bool) ->
     """Between the frame and the leaf the sequence moved: nothing is installed. The retry has the new level."""
     s = Setup(design, shared=not shared)
     s.begin(A, **guest(20))
-    s.steps(A, 2)
+    s.steps(A, ALLOCATING[design])
     assert s.gmem.convert(20 * PAGE, PAGE, shared=shared).status == 0
     assert s.finish(A) == (L.RET_PF_RETRY, 0)
     assert s.vm.walk(20 * PAGE)[-1][2] & 1 == 0
@@ -206,7 +208,7 @@ def test_guest_fault_is_retried_while_an_invalidation_is_in_progress(design: str
     s = Setup(design, shared=False)
     s.vm.touch(20 * PAGE)
     s.begin(A, **guest(600))
-    s.steps(A, 2)
+    s.steps(A, ALLOCATING[design])
     s.begin(B, **convert(20, 600, shared=True))
     s.steps(B, 3 if design == "restructure" else 2)  # ... and the invalidation has begun
     assert s.finish(A) == (L.RET_PF_RETRY, 0)
@@ -235,9 +237,9 @@ def test_guest_fault_outside_the_range_only_minds_the_sequence(design: str) -> N
 def test_two_host_faults_on_one_page(design: str, first: int, second: int) -> None:
     """Both have the frame before either maps it; the second finds the entry there and gives its reference back."""
     s = Setup(design, shared=True)
-    for actor in (A, B):
+    for actor, steps in ((A, ALLOCATING[design]), (B, 2)):
         s.begin(actor, **host(20))
-        s.steps(actor, 2)
+        s.steps(actor, steps)
     assert s.finish(A) == (first, 1)
     assert s.finish(B) == (second, 1)
     assert s.machine.statistics.gauge(L.Gauge.HOST_LEAVES_4K) == 1
@@ -252,9 +254,9 @@ def test_two_host_faults_on_one_page(design: str, first: int, second: int) -> No
 @pytest.mark.parametrize("design", DESIGNS)
 def test_two_guest_faults_on_one_page(design: str) -> None:
     s = Setup(design, shared=True)
-    for actor in (A, B):
+    for actor, steps in ((A, ALLOCATING[design]), (B, 2)):
         s.begin(actor, **guest(20))
-        s.steps(actor, 2)
+        s.steps(actor, steps)
     level = 1 if design == "restructure" else 2
     assert s.finish(A) == (L.RET_PF_FIXED, level)
     assert s.finish(B) == (L.RET_PF_SPURIOUS, level)

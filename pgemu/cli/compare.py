@@ -25,6 +25,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _LARGEST = 1 << 52  # physical addresses of x86-64
 _PROGRESS_AFTER = 1.0  # seconds
+# The names of pgemu.config.DEFECTS, which would have to import numpy.
+_DEFECTS = (
+    "allocation-race", "huge-over-private", "insert-unlocked", "mapping-order", "punch-keeps-entries",
+    "rollback-at-zero",
+)  # fmt: skip
 
 
 def size(text: str) -> int:
@@ -177,6 +182,57 @@ class _Bar:
     multiple=True,
     help="Memory slots instead of the trace's; may be repeated.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(["rfc2", "fixup", "jan2026", "next4k"]),
+    default="jan2026",
+    show_default=True,
+    help="Order of steps of restructure's conversion; rfc2 also splits and merges folios as RFC v2 did.",
+)
+@click.option(
+    "--batch",
+    type=click.Choice(["range", "block"]),
+    default="range",
+    show_default=True,
+    help="A conversion does all of its range or nothing, or one huge page after the other.",
+)
+@click.option(
+    "--split-to",
+    type=click.Choice(["4K", "2M"]),
+    default="4K",
+    show_default=True,
+    help="What a 1G folio is split to; 2M: only touched 2M folios further, to 4K (what-if).",
+)
+@click.option(
+    "--merge",
+    type=click.Choice(["now", "lazy"]),
+    default="now",
+    show_default=True,
+    help="Merge at the end of a conversion to private, or leave it to the worker.",
+)
+@click.option(
+    "--flush",
+    type=click.Choice(["each", "batched"]),
+    default="each",
+    show_default=True,
+    help="Flush as posted, or once per process, VM and kernel in a conversion.",
+)
+@click.option("--host-huge", is_flag=True, help="pfnmap: also map 2M and 1G pages into processes.")
+@click.option(
+    "--worker",
+    type=click.Choice(["immediate", "queued"]),
+    default="immediate",
+    show_default=True,
+    help="Work items run at once, or wait for a record of the trace.",
+)
+@click.option("--lru-cache", is_flag=True, help="4K folios wait in per-CPU LRU batches, which hold references.")
+@click.option(
+    "--defect",
+    "defects",
+    type=click.Choice(_DEFECTS),
+    multiple=True,
+    help="A mistake of posted code that the machines have; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--sources", is_flag=True, help="Also print which kernel function each row models, and the prices.")
 def compare(trace: str | None, **options: Any) -> int:
@@ -233,7 +289,19 @@ def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
             profile=options["profile"],
             zero=options["zero"],
             seed=options["seed"],
+            **_orders(options),
         )
+
+
+def _orders(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Config that tell how conversions go."""
+    same = {name: options[name] for name in ("split_to", "merge", "flush", "host_huge", "worker", "lru_cache")}
+    return same | {
+        "convert_order": options["order"],
+        "convert_batch": options["batch"],
+        "series": "rfc2" if options["order"] == "rfc2" else "jan2026",
+        "defects": tuple(sorted(set(options["defects"]))),
+    }
 
 
 def _json(comparison: Comparison, sources: bool) -> str:

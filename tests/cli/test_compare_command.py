@@ -11,6 +11,7 @@ import rich_click as click
 from click.testing import CliRunner, Result
 
 from pgemu.cli import main
+from pgemu.config import DEFECTS
 from pgemu.machine import Machine
 from pgemu_kernels import layout as L
 
@@ -79,6 +80,39 @@ def test_options_reach_the_machine(log: str) -> None:
     machine |= {"vcpus": 4, "host_cpus": 64, "zero": "page", "seed": 3, "profile": "published"}
     assert machine.items() <= found["machine"].items()
     assert found["check"] == 2
+
+
+def test_orders_reach_the_machine(log: str) -> None:
+    options = "--order rfc2 --batch block --merge lazy --flush batched --worker queued --split-to 2M --host-huge"
+    defects = "--lru-cache --defect rollback-at-zero --defect allocation-race --defect rollback-at-zero"
+    found = document(log, *options.split(), *defects.split())["machine"]
+    expected = {
+        "convert_order": "rfc2",
+        "series": "rfc2",
+        "convert_batch": "block",
+        "merge": "lazy",
+        "flush": "batched",
+    }
+    expected |= {"worker": "queued", "split_to": "2M"}
+    assert expected.items() <= found.items()
+    assert (found["host_huge"], found["lru_cache"]) == (True, True)
+    assert found["defects"] == ["allocation-race", "rollback-at-zero"]
+    assert tuple(sorted(DEFECTS)) == command._DEFECTS
+
+
+def test_an_order_does_the_same_to_pages_in_another_way(log: str) -> None:
+    """The small log converts one page of a huge page in use: rfc2 splits it after the zap, page by page."""
+    first, second = (
+        document(log, "--order", order)["designs"]["restructure"]["state"] for order in ("rfc2", "jan2026")
+    )
+    assert {name for name, value in first.items() if second[name] != value} == {"struct_page_bytes"}
+    assert second["struct_page_bytes"] - first["struct_page_bytes"] == 511 * (44 - 24)  # type: ignore[operator]
+
+
+def test_next4k_wants_4k_pages(log: str) -> None:
+    result = invoke(log, "--page-size", "2M", "--order", "next4k")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "next4k" in result.stderr
 
 
 def test_a_repeated_design_runs_once(log: str) -> None:

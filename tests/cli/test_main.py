@@ -47,6 +47,17 @@ def test_help_names_every_option() -> None:
     assert options >= {
         *("--page-size", "--guest-memory", "--design", "--no-hvo", "--kernel", "--stage2", "--vcpus", "--host-cpus"),
         *("--zero", "--init", "--dontneed", "--seed", "--check", "--memslot", "--json", "--sources", "--help"),
+        *(
+            "--order",
+            "--batch",
+            "--split-to",
+            "--merge",
+            "--flush",
+            "--host-huge",
+            "--worker",
+            "--lru-cache",
+            "--defect",
+        ),
     }
 
 

@@ -307,6 +307,8 @@ class Model:
         changing = set(pages) - node.shared if shared else node.shared.intersection(pages)
         if not changing:
             return OK
+        if self.memory.frames.used >= self.memory.frames.limit:
+            return Outcome(-L.ENOMEM, offset)  # nodes of the attribute tree
         if not shared:
             self.unmap_file(inode, pages)
         if self.restructure:
