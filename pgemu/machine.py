@@ -258,12 +258,9 @@ class Machine:
 
         ValueError past layout.PINS.
         """
-        from pgemu.stage2 import radix_tree
+        from pgemu.pins import frames
 
-        if not 0 <= pin < L.PINS:
-            raise ValueError(f"pin {pin}: expected 0 to {L.PINS - 1}")
-        word = int(L.STATE_PINS) + pin * L.PIN_WORDS + int(L.PIN_FRAMES)
-        return radix_tree(self.arrays.ram, int(self.arrays.state[word]))[1]
+        return frames(self, pin)
 
     def drain_lru(self) -> Result:
         """lru_add_drain_all(): 0 with the folios whose per-CPU batches held a reference (Config.lru_cache)."""
@@ -390,11 +387,16 @@ class Machine:
         return self._step(actor, beginning=False)
 
     def _step(self, actor: int, *, beginning: bool) -> int:
-        from pgemu_kernels.designs import BEGIN, STEP, run_designs
+        from pgemu_kernels.designs import BEGIN, STEP
+
+        return self._call_designs(actor, BEGIN if beginning else STEP)
+
+    def _call_designs(self, actor: int, mode: int) -> int:
+        """designs.run_designs() without columns."""
+        from pgemu_kernels.designs import run_designs
 
         nothing = np.zeros(1, np.uint64)
         columns = (nothing,) * 5
-        mode = BEGIN if beginning else STEP
         return int(
             run_designs(
                 self.descriptor, *columns, nothing.view(np.int64), nothing, np.uint64(0), np.uint64(actor), mode
@@ -429,11 +431,27 @@ class Machine:
                 self.arrays.state[L.R_BROKEN_FIRST] = kind << 48 | frame
             self.arrays.state[L.R_BROKEN] += np.uint64(1)
         found = np.zeros(L.FOUND_WORDS, np.int64)
+        if self.register(L.R_PINS):
+            from pgemu.pins import own_nodes
+
+            found[L.FOUND_NODES] += len(list(own_nodes(self, owner)))
         if self.register(L.R_ORDINARY):
             from pgemu_kernels.ordinary_recount import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
-        return int(check(self.descriptor, owner, np.zeros(3, np.int64), found))
+        held = any(self.register(word) for word in (L.R_PINS, L.R_LRU_CACHE, L.R_FAULT_REFERENCES))
+        if held:
+            self._hold_again(giving=False)
+        check(self.descriptor, owner, np.zeros(3, np.int64), found)
+        if held:
+            self._hold_again(giving=True)
+        return self.register(L.R_BROKEN)
+
+    def _hold_again(self, *, giving: bool) -> None:
+        """Give back or take away the references that pins, LRU batches and faults under way hold."""
+        from pgemu_kernels.designs import GIVE_BACK, TAKE_AWAY
+
+        self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)
 
     def check_each(self, on: bool = True) -> None:
         """Check after every operation what it touched; `broken` tells what was found."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from pgemu.address_space import AddressSpace
 from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
+from pgemu.trace.schema import Records
 from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Event, Flag, Gauge, Operation
 
@@ -347,3 +350,168 @@ def test_recount_finds_a_holder_that_is_not(what: str) -> None:
         arrays.stats[int(L.STATS_GAUGES) + 2 * Gauge.PAGES_PINNED] += 1
     assert s.machine.check() > 0
     assert s.machine.broken[1] in (L.Broken.REFERENCES, L.Broken.COUNTS)
+
+
+# --------------------------------------------------------------------------- others
+
+
+def test_outsiders_cannot_drop_a_pin() -> None:
+    """FOLIO_REFERENCE takes and drops transient references of the designs' folios only."""
+    s = Scene()
+    assert s.process.pin(VA, PAGE, pin=0).status == 0
+    pfn = s.gmem.pfn(0)
+    assert pfn is not None
+
+    def change(flags: int, n: int) -> int:
+        return s.machine.operate(Operation.FOLIO_REFERENCE, flags=flags, address=pfn << 12, length=n).status
+
+    assert change(Flag.READ, 1) == -L.EINVAL
+    assert change(Flag.WRITE | Flag.READ, 1) == -L.EINVAL
+    assert change(Flag.WRITE | Flag.SHARED, 1) == 0
+    s.sound()
+    assert change(Flag.WRITE | Flag.READ, 1) == 0
+    assert change(Flag.SHARED, 2) == 0
+    assert [s.gmem.put_reference(pfn).status for _ in range(3)] == [0, 0, -L.ENOENT]
+    assert s.references(0) == 2 + BIAS
+    s.sound()
+
+
+def test_pins_of_ordinary_memory() -> None:
+    """A device's mapping is VM_PFNMAP; pins of anonymous memory are not modelled."""
+    s = Scene()
+    assert s.process.mmap_anonymous(VA + GIB, PAGE).status == 0
+    device = s.machine.create_device(0x100000000, 2, remap=True)
+    assert s.process.mmap_device(device, VA + 2 * GIB).status == 0
+    assert s.process.pin(VA + GIB, PAGE, pin=0).status == -L.EOPNOTSUPP
+    assert s.process.pin(VA + 2 * GIB, PAGE, pin=0).status == -L.EFAULT
+    assert s.process.pin(VA + 8 * PAGE, 2 * PAGE, pin=0) == (0, 2)
+    s.sound()  # with the pin's list among the nodes of ordinary memory
+
+
+def test_records_of_a_trace() -> None:
+    """The same through the trace schema."""
+    s = Scene()
+    ops = [Operation.PIN, Operation.GET, Operation.PUT, Operation.PUT, Operation.UNPIN, Operation.LRU_DRAIN]
+    records = Records.build(
+        6,
+        op=ops,
+        flags=[Flag.WRITE | Flag.LONGTERM, 0, 0, 0, 0, 0],
+        object=[9, 0, 0, 0, 9, 0],
+        address=[VA + PAGE, 0, 0, 0, 0, 0],
+        offset=[0, PAGE, PAGE, PAGE, 0, 0],
+        length=[2 * PAGE, 0, 0, 0, 0, 0],
+    )
+    results = s.machine.run(records)
+    assert results.status.tolist() == [0, 0, 0, -L.ENOENT, 0, 0]
+    assert results.detail.tolist() == [2, s.gmem.pfn(PAGE), 0, 0, 2, 0]
+    s.sound()
+
+
+class Holders:
+    """Who holds what, kept beside the machine; states of blocks and pages are the machine's own."""
+
+    def __init__(self, design: str) -> None:
+        self.scene = Scene(design)
+        self.pfnmap = design == "pfnmap"
+        self.transient: Counter[int] = Counter()  # by first frame of the folio
+        self.pins: dict[int, list[int]] = {}
+
+    def folio(self, page: int) -> int | None:
+        """First frame of the folio of a page of the inode, or None."""
+        pfn = self.scene.gmem.pfn(page * PAGE)
+        if pfn is None:
+            return None
+        return pfn if self.scene.gmem.is_split(page * PAGE) else pfn & ~511
+
+    def held(self, page: int) -> bool:
+        folio = self.folio(page)
+        return bool(self.transient[folio or 0]) or any(folio in frames for frames in self.pins.values())
+
+    def run(self, kind: str, page: int, n: int) -> None:
+        getattr(self, kind)(page, n)
+        self.scene.sound()
+
+    def touch(self, page: int, _n: int) -> None:
+        self.scene.process.touch(VA + page * PAGE, write=True)
+
+    def pin(self, page: int, n: int) -> None:
+        number, pages = page % 4, 1 + n % 3
+        shared = [page + i < 1024 and self.scene.gmem.is_shared((page + i) * PAGE) for i in range(pages)]
+        allowed = [*shared, False].index(False)
+        result = self.scene.process.pin(VA + page * PAGE, pages * PAGE, pin=number)
+        if number in self.pins:
+            assert result == (-L.EEXIST, 0)
+        elif self.pfnmap or allowed == 0:
+            assert result == (-L.EFAULT, 0)
+        else:
+            assert result == (0, allowed)
+            self.pins[number] = self.scene.machine.pinned_frames(number).tolist()
+            assert self.pins[number] == [self.folio(page + i) for i in range(allowed)]
+
+    def unpin(self, page: int, _n: int) -> None:
+        frames = self.pins.pop(page % 4, None)
+        expected = (-L.ENOENT, 0) if frames is None else (0, len(frames))
+        assert self.scene.machine.unpin(page % 4) == expected
+
+    def get(self, page: int, _n: int) -> None:
+        result = self.scene.gmem.get_reference(page * PAGE)
+        if self.folio(page) is None:
+            assert result.status == -L.ENOENT
+        else:
+            assert result == (0, self.scene.gmem.pfn(page * PAGE))
+            self.transient[self.folio(page) or 0] += 1
+
+    def put(self, page: int, _n: int) -> None:
+        folio = self.folio(page)
+        pfn = self.scene.gmem.pfn(page * PAGE)
+        if folio is None or pfn is None:
+            return
+        assert self.scene.gmem.put_reference(pfn).status == (0 if self.transient[folio] else -L.ENOENT)
+        self.transient[folio] -= self.transient[folio] > 0
+
+    def private(self, page: int, n: int) -> None:
+        end = min(page + n, 1024)
+        busy = [i for i in range(page, end) if self.folio(i) is not None and self.held(i)]
+        differs = any(self.scene.gmem.is_shared(i * PAGE) for i in range(page, end))
+        result = self.scene.gmem.convert(page * PAGE, (end - page) * PAGE, shared=False)
+        expected = (-L.EAGAIN, busy[0] * PAGE) if busy and differs and not self.pfnmap else (0, 0)
+        assert result == expected
+
+    def shared(self, page: int, n: int) -> None:
+        end = min(page + n, 1024)
+        differs = not all(self.scene.gmem.is_shared(i * PAGE) for i in range(page, end))
+        huge = [i for i in range(page, end) if not self.scene.gmem.is_split(i * PAGE) and self.held(i)]
+        result = self.scene.gmem.convert(page * PAGE, (end - page) * PAGE, shared=True)
+        assert result.status == (-L.EBUSY if huge and differs and not self.pfnmap else 0)
+
+    def let_go(self) -> None:
+        """The inode goes, then everybody who holds something."""
+        assert self.scene.gmem.close() == OK
+        self.scene.sound()
+        for folio, n in self.transient.items():
+            for _ in range(n):
+                assert self.scene.gmem.put_reference(folio).status == 0
+                self.scene.sound()
+        for number in list(self.pins):
+            self.unpin(number, 0)
+            self.scene.sound()
+        assert self.scene.gauge(Gauge.POOL_FREE) == 2
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+@settings(max_examples=40)
+@given(
+    operations=st.lists(
+        st.tuples(
+            st.sampled_from(["touch", "pin", "pin", "unpin", "get", "put", "private", "private", "shared"]),
+            st.sampled_from([0, 1, 2, 509, 510, 511, 512, 513, 1023]),
+            st.sampled_from([1, 2, 3, 512, 1024]),
+        ),
+        max_size=25,
+    )
+)
+def test_whatever_is_held(design: str, operations: list[tuple[str, int, int]]) -> None:
+    holders = Holders(design)
+    for operation in operations:
+        holders.run(*operation)
+    holders.let_go()

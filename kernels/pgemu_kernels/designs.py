@@ -32,6 +32,7 @@ from pgemu_kernels.layout import (
     Operation,
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
+from pgemu_kernels.reference_recount import hold_again
 from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_whole, save
 from pgemu_kernels.routing import is_ordinary, is_pooling
 
@@ -44,7 +45,9 @@ OP_LRU_DRAIN = U(Operation.LRU_DRAIN)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
-STEP = 2  # ... or its next step
+STEP = 2  # ... or its next step,
+TAKE_AWAY = 3  # ... or, around recount.check(), that what pins, LRU batches and faults hold is taken off the references
+GIVE_BACK = 4  # ... and put back
 
 
 @kernel
@@ -142,9 +145,12 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     """Run operations from `first` on, up to one that is for another entry: its index, or how many there are.
 
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
-    the columns are not looked at.
+    the columns are not looked at. Nor are they with TAKE_AWAY and GIVE_BACK: reference_recount.hold_again().
     """
     m = open_machine(descriptor)
+    if mode >= TAKE_AWAY:
+        hold_again(m, mode == GIVE_BACK)
+        return np.int64(0)
     if mode != BATCH_MODE:
         return np.int64(step(m, actor, mode == BEGIN))
     columns = Columns(header, object_, address, offset, length, status, detail)

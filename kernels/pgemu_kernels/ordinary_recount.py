@@ -10,7 +10,6 @@ from pgemu_kernels.handle import open_machine
 from pgemu_kernels.kvm_recount import own_kvm_nodes
 from pgemu_kernels.layout import R_SPACES
 from pgemu_kernels.process_recount import check_process, check_processes
-from pgemu_kernels.reference_recount import own_pins
 
 
 @entry
@@ -23,5 +22,4 @@ def check_ordinary(descriptor, owner, found):
     for space in range(m.state[R_SPACES]):
         check_process(m, space, owner, found)
     own_kvm_nodes(m, owner, found)
-    own_pins(m, owner, found)
     check_processes(m, owner, found)

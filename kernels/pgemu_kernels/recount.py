@@ -82,7 +82,7 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.reference_recount import check_folio, check_outside, check_pieces, hold_again, own_pins
+from pgemu_kernels.reference_recount import check_folio, check_outside, check_pieces
 from pgemu_kernels.steps import broken
 from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
@@ -325,19 +325,16 @@ def check(descriptor, owner, leaves, found):
             tables, leaves_4k = check_space(m, space, owner)
             found[FOUND_TABLES] += tables
             found[U0] += leaves_4k
-        own_pins(m, owner, found)
         expect(m, gauges[CACHE_NODES * U2] == found[FOUND_NODES], COUNTS_DIFFER, CACHE_NODES)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
         expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
     kernel_tables, pages = check_vmemmap(m, owner)
-    hold_again(m, False)
     for inode in range(state[R_INODES]):
         if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
             check_inode(m, inode)
     check_outside(m)
-    hold_again(m, True)
     expect(m, gauges[HOST_TABLES * U2] == found[FOUND_TABLES], COUNTS_DIFFER, HOST_TABLES)
     expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
     expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)

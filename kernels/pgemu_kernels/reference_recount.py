@@ -1,8 +1,8 @@
 """The recount's part of references: every one of a folio of the designs has its holder.
 
 Holders are the page cache, page-table entries, pins, LRU batches, faults under way, and transient ones (GET), which
-are counted by folio. What the third to fifth hold is taken off the counts first and put back in the end; then the
-rest of a folio's count must be what the others hold, no more and no less.
+are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put back after it
+(designs.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.page_cache import cache_find
-from pgemu_kernels.process_recount import own_nodes
 from pgemu_kernels.references import transient
 
 U = np.uint64
@@ -148,10 +147,3 @@ def check_outside(m):
         for at in range(state[R_TRANSIENT], state[R_TRANSIENT] + state[R_GUEST_PAGES]):
             total += U(m.counts[at])
         expect(m, total == state[R_EXTRA_REFERENCES], _REFERENCES, total)
-
-
-@outlined
-def own_pins(m, owner, found):
-    """The nodes of what pins hold."""
-    for pin in range(m.state[R_PINS]):
-        own_nodes(m, m.state[STATE_PINS + pin * U(PIN_WORDS) + PIN_FRAMES], owner, found)

@@ -65,6 +65,9 @@ def exercise(machine: Machine) -> None:
     assert translate_nested(machine, 0, L.PAGE_2M, 1, vm.root, [0]).status.tolist() == [L.WalkStatus.NOT_PRESENT]
     reference = gmem.get_reference(0)
     gmem.put_reference(reference.detail)
+    process.pin(base, L.PAGE_4K, pin=0)
+    machine.unpin(0)
+    machine.drain_lru()
     machine.write_frame(gmem.pfn(0) or 0, b"contents")
     process.zap(base, L.PAGE_4K)
     assert gmem.convert(0, L.PAGE_4K, shared=False).status == 0
