@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import lru, pfnmap, pins, restructure
+from pgemu_kernels import lifetime, lru, pfnmap, pins, restructure, workers
 from pgemu_kernels.bits import U0, U1, U6
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
@@ -44,9 +44,11 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.replay import (
+    OP_CLOSE,
     OP_CONVERT,
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
+    OP_PUNCH_HOLE,
     guest_fault,
     host_fault,
     run_whole,
@@ -71,10 +73,25 @@ _BYTE = U(0xFF)
 _PIN = U(Operation.PIN)
 _UNPIN = U(Operation.UNPIN)
 _LRU_DRAIN = U(Operation.LRU_DRAIN)
+_RELEASE = U(Operation.RELEASE)
+_WORK = U(Operation.WORK)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
 STEP = 2  # ... or its next step
+
+
+@kernel
+def end_of_life(m, op, kind):
+    """Holes, closing, release, and the worker."""
+    if kind == OP_PUNCH_HOLE:
+        lifetime.punch(m, op)
+    elif kind == OP_CLOSE:
+        lifetime.close(m, op)
+    elif kind == _RELEASE:
+        lifetime.release(m, op)
+    else:
+        workers.operate_work(m, op)
 
 
 @outlined
@@ -90,6 +107,9 @@ def run_one(m, op):
     elif kind == _LRU_DRAIN:
         charge_one(m, SYSCALL)
         lru.operate_drain(m, op)
+    elif kind == OP_PUNCH_HOLE or kind == OP_CLOSE or kind == _RELEASE or kind == _WORK:
+        charge_one(m, SYSCALL)
+        end_of_life(m, op, kind)
     else:
         run_whole(m, op)
 
@@ -119,7 +139,7 @@ def step_restructure(m, op, phase):
         return restructure.fault_map(m, op)
     if kind == OP_GUEST_FAULT:
         if phase == U0:
-            return guest_begin(m, op)
+            return STOP if lifetime.refuse_released(m, op) else guest_begin(m, op)
         if phase == U1:
             return restructure.guest_folio(m, op)
         return restructure.guest_map(m, op)
@@ -154,7 +174,7 @@ def step_pfnmap(m, op, phase):
         return pfnmap.fault_map(m, op)
     if kind == OP_GUEST_FAULT:
         if phase == U0:
-            return guest_begin(m, op)
+            return STOP if lifetime.refuse_released(m, op) else guest_begin(m, op)
         if phase == U1:
             return pfnmap.guest_folio(m, op)
         return pfnmap.guest_map(m, op)
@@ -241,7 +261,8 @@ def operate(m, op):
     if kind == OP_HOST_FAULT:
         host_fault(m, op)
     elif kind == OP_GUEST_FAULT:
-        guest_fault(m, op)
+        if not lifetime.refuse_released(m, op):
+            guest_fault(m, op)
     elif kind == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
         if m.state[R_DESIGN] == _PFNMAP:

@@ -52,11 +52,10 @@ from pgemu_kernels.folio import (
 )
 from pgemu_kernels.formats import ADDRESS
 from pgemu_kernels.hstate import hstate_of_order, list_add, list_del
-from pgemu_kernels.hugetlb import free_block, own_merged, prep_compound_head
+from pgemu_kernels.hugetlb import free_block, own_merged, prep_compound_head, stop_waiting
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
-    B_WAITS,
     BLOCK_HUGE,
     BLOCK_SPLIT,
     EBUSY,
@@ -492,7 +491,7 @@ def merge_block(m, block, index, zeroed_word):
     if state[R_SERIES] == SERIES_RFC2:
         own_merged(m, block, struct_page(m, head))  # from the stash
     state[block + B_STATE] = BLOCK_HUGE
-    state[block + B_WAITS] = U0
+    stop_waiting(m, block)
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_HUGE, 1)
     return np.int64(0)
