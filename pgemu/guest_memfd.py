@@ -13,6 +13,8 @@ from pgemu_kernels.layout import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine import Machine, Result, Results
+    from pgemu.stale import StaleEntry
+    from pgemu.vm import Vm
 
 Array = np.ndarray[Any, Any]
 
@@ -98,8 +100,19 @@ class GuestMemfd:
         return self.machine.run_columns(header, self.inode, 0, offsets, length, count=len(offsets))
 
     def punch_hole(self, offset: int, length: int) -> Result:
-        """fallocate(FALLOC_FL_PUNCH_HOLE): 0, -EINVAL, or -EAGAIN with the failing offset."""
+        """fallocate(FALLOC_FL_PUNCH_HOLE) of [offset, offset + length): whole huge pages are freed, parts zeroed.
+
+        0; -EBADF once closed; -EINVAL for what is not aligned to 4K (Config.punch "refuse": to the huge page);
+        -EAGAIN (restructure) with the offset of a split huge page of which somebody holds a piece, those before it
+        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.lifetime.punch()
+        """
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
+
+    def punch_hole_many(self, offsets: Array, length: int) -> Results:
+        """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order."""
+        return self.machine.run_columns(
+            np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
+        )
 
     def get_reference(self, offset: int) -> Result:
         """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""
@@ -121,9 +134,39 @@ class GuestMemfd:
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
 
+    def release(self, vm: Vm) -> Result:
+        """The VM's guest_memfd file of the inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
+
+        Its slots stay where they are, without memory: a guest access there is -EFAULT until Vm.unbind(). The memory is
+        the inode's and stays; Vm.bind() at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
+        kvm_gmem_release(), pgemu_kernels.lifetime.release()
+        """
+        return self.machine.operate(Operation.RELEASE, vm=vm.vm, object_=self.inode)
+
     def close(self) -> Result:
-        """The VMM goes: mappings and slots of the inode, then the inode. 0 or -EBADF."""
+        """The VMM goes: mappings and slots of the inode, then the inode and its pages. 0, -EBADF, or -EBUSY.
+
+        What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
+        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Series rfc2 sends all
+        split ones through the worker. pgemu_kernels.lifetime.close()
+        """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
+
+    def outstanding(self, offset: int) -> int:
+        """4K pages of the zombie block at `offset` that somebody holds since the inode was closed; 0 of other blocks.
+
+        ValueError outside the inode.
+        """
+        return self._block(offset, L.B_OUTSTANDING)
+
+    def stale_entries(self) -> list[StaleEntry]:
+        """Entries of processes to frames that are not, or no longer, the inode's page there: none on a sound machine.
+
+        In order of mappings and addresses. With the defect "punch-keeps-entries" a hole leaves them behind.
+        """
+        from pgemu.stale import stale_entries
+
+        return stale_entries(self)
 
     def _field(self, name: np.uint64) -> int:
         """A word of the inode's row."""

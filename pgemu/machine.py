@@ -266,6 +266,16 @@ class Machine:
         """lru_add_drain_all(): 0 with the folios whose per-CPU batches held a reference (Config.lru_cache)."""
         return self.operate(Operation.LRU_DRAIN)
 
+    # ------------------------------------------------------------------ the worker
+
+    def work(self) -> Result:
+        """Let the worker run: 0 with the blocks merged, or merged and given back to the pool.
+
+        Zombie blocks that nobody holds any more wait for it with Config.worker "queued", blocks that became all
+        private with Config.merge "lazy". One of which somebody holds a piece goes on waiting. workers.operate_work()
+        """
+        return self.operate(Operation.WORK)
+
     # ------------------------------------------------------------------ running
 
     def run(self, records: Records) -> Results:

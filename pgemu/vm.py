@@ -177,7 +177,8 @@ class Vm:
         """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM.
 
         EMULATE is an exit to userspace as MMIO: no slot, or a write to a read-only one. -EFAULT is a memory fault
-        exit: nothing in the process's memory that the access may use, or memory of the other kind.
+        exit: nothing in the process's memory that the access may use, memory of the other kind, or a slot whose
+        guest_memfd file was released (GuestMemfd.release).
         """
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)

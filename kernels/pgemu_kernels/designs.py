@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import faulting, lru, orders, pins, workers
+from pgemu_kernels import faulting, lifetime, lru, orders, pins, workers
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
@@ -33,11 +33,12 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.reference_recount import hold_again
-from pgemu_kernels.replay import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_whole, save
+from pgemu_kernels.replay import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_whole, save
 from pgemu_kernels.routing import is_ordinary, is_pooling
 
 U = np.uint64
 OP_WORK = U(Operation.WORK)
+OP_RELEASE = U(Operation.RELEASE)
 _BYTE = U(0xFF)
 OP_PIN = U(Operation.PIN)
 OP_UNPIN = U(Operation.UNPIN)
@@ -108,12 +109,25 @@ def next_step(m, op):
 
 
 @kernel
+def end_of_life(m, op, kind):
+    """Holes, closing, release, and the worker."""
+    if kind == OP_PUNCH_HOLE:
+        lifetime.punch(m, op)
+    elif kind == OP_CLOSE:
+        lifetime.close(m, op)
+    elif kind == OP_RELEASE:
+        lifetime.release(m, op)
+    else:
+        workers.operate_work(m, op)
+
+
+@kernel
 def run_single(m, op):
     """Run an operation that is one step: those of `replay.run`, and those that it does not know."""
     kind = m.state[op + O_OP]
-    if kind == OP_WORK:
+    if kind == OP_PUNCH_HOLE or kind == OP_CLOSE or kind == OP_RELEASE or kind == OP_WORK:
         charge_one(m, SYSCALL)
-        workers.operate_work(m, op)
+        end_of_life(m, op, kind)
     elif kind == OP_PIN:
         charge_one(m, SYSCALL)
         pins.operate_pin(m, op)

@@ -15,7 +15,7 @@ from pgemu_kernels.bits import NONE, U0, U1, U6, U9
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.conversion import add_to_lru, by_pieces
 from pgemu_kernels.events import result
-from pgemu_kernels.folio import add_references
+from pgemu_kernels.folio import add_references, struct_page
 from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, unlock
 from pgemu_kernels.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.layout import (
@@ -28,6 +28,8 @@ from pgemu_kernels.layout import (
     BLOCK_PARTLY,
     BLOCK_SPLIT,
     BLOCKED,
+    CONVERT_FIXUP,
+    CONVERT_RFC2,
     EBUSY,
     EEXIST,
     ENOMEM,
@@ -52,6 +54,7 @@ from pgemu_kernels.layout import (
     O_VM,
     O_WORDS,
     PFNMAP,
+    R_CONVERT_ORDER,
     R_DEFECTS,
     R_DESIGN,
     R_FAULT_REFERENCES,
@@ -68,6 +71,8 @@ from pgemu_kernels.layout import (
     Defect,
     Operation,
 )
+from pgemu_kernels.lifetime import refuse_released
+from pgemu_kernels.references import drop
 from pgemu_kernels.splitting import split_block
 from pgemu_kernels.steps import fault_begin, guest_begin, install_stage2, stop
 from pgemu_kernels.zeroing import zero_folio, zero_huge
@@ -85,6 +90,7 @@ MAP = U(2)
 TAKE = U(3)
 INSERT = U(4)
 SPLIT = U(5)
+PUT = U(6)
 
 
 # --------------------------------------------------------------------------- allocation
@@ -315,13 +321,43 @@ def guest_frame(m, op):
     else:
         zero_folio(m, node, index, pfn, level, order)
     state[op + O_LEVEL] = level
+    if state[R_DESIGN] != _PFNMAP:
+        head = pfn & ~((U1 << order) - U1)
+        add_references(m.ram, struct_page(m, head), U1)
+        state[R_FAULT_REFERENCES] += U1
+        state[op + O_REFERENCED] = head + U1
+        if not puts_after_mapping(state):
+            state[op + O_NEXT] = PUT
     unlock(state, op, node)
+    return np.int64(GO)
+
+
+@kernel
+def puts_after_mapping(state):
+    """Whether KVM keeps the folio's reference until the leaf is there: kvm_release_faultin_page() of rfc2 and fixup.
+
+    Later orders return no struct page: kvm_gmem_get_pfn() puts the folio, after it released the lock.
+    """
+    return state[R_CONVERT_ORDER] == CONVERT_RFC2 or state[R_CONVERT_ORDER] == CONVERT_FIXUP
+
+
+@outlined
+def guest_put(m, op):
+    """The end of kvm_gmem_get_pfn(), the lock released: until here a conversion meets the fault's reference."""
+    state = m.state
+    referenced = state[op + O_REFERENCED]
+    if referenced != U0:
+        state[R_FAULT_REFERENCES] -= U1
+        state[op + O_REFERENCED] = U0
+        drop(m, referenced - U1, U1)
+    state[op + O_NEXT] = MAP
     return np.int64(GO)
 
 
 @outlined
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between."""
+    guest_put(m, op)
     return np.int64(install_stage2(m, op, m.state[op + O_LEVEL]))
 
 
@@ -332,6 +368,8 @@ def begin_fault(m, op):
     m.state[op + O_MUTEX] = U0
     if m.state[op + O_OP] == _HOST_FAULT:
         return np.int64(fault_begin(m, op))
+    if refuse_released(m, op):
+        return np.int64(STOP)
     return np.int64(guest_begin(m, op))
 
 
@@ -425,7 +463,7 @@ def step_allocation(m, op, stage):
 
 @outlined
 def step_fault(m, op, stage):
-    """Step `stage` of a host or a guest fault: 0 begins, 1 looks up, 2 maps, 3 to 5 allocate."""
+    """Step `stage` of a host or a guest fault: 0 begins, 1 looks up, 2 maps, 3 to 5 allocate, 6 puts the folio."""
     host = m.state[op + O_OP] == _HOST_FAULT
     if stage == U0:
         return begin_fault(m, op)
@@ -437,6 +475,8 @@ def step_fault(m, op, stage):
             return folio(m, op)
         m.state[op + O_NEXT] = TAKE
         return found
+    if stage == PUT:
+        return guest_put(m, op)
     if stage == MAP:
         return host_map(m, op) if host else guest_map(m, op)
     return step_allocation(m, op, stage)

@@ -58,6 +58,11 @@ U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
 PGTY_HUGETLB = U(0xF4000000)
+# Of a piece of a split huge page that left guest_memfd's page cache and that somebody holds: RFC v2's
+# include/linux/page-flags.h.
+PGTY_GUESTMEM_HUGETLB = U(0xF9000000)
+_FIRST_TYPE = U(0x80000000)
+_LAST_TYPE = U(0xFF000000)
 TAIL_MAPPING = U(0xDEAD000000000400)
 NO_MAPCOUNT = LOW32  # _mapcount -1
 ONE_REFERENCE = U(1 << 32)
@@ -112,9 +117,9 @@ def reference_count(ram, page):
 
 @kernel
 def mappings(ram, page):
-    """Page-table entries that map a 4K folio; 0 for a typed one, whose word holds the type."""
+    """Page-table entries that map a 4K folio; 0 for a typed one, whose word holds the type (from 0x80000000 on)."""
     word = ram[page + COUNTS] & LOW32
-    return U0 if word >> U24 == PGTY_HUGETLB >> U24 else word + U1 & LOW32
+    return U0 if _FIRST_TYPE <= word < _LAST_TYPE else word + U1 & LOW32
 
 
 @kernel

@@ -34,6 +34,7 @@ from pgemu_kernels.folio import (
     PG_DIRTY,
     PG_HEAD,
     PG_UPTODATE,
+    PGTY_GUESTMEM_HUGETLB,
     PGTY_HUGETLB,
     PRIVATE,
     SUBPOOL,
@@ -53,6 +54,7 @@ from pgemu_kernels.hstate import (
 from pgemu_kernels.layout import (
     B_METADATA,
     B_OUTSTANDING,
+    B_PENDING,
     B_PFN,
     B_STATE,
     B_WAITS,
@@ -78,6 +80,8 @@ from pgemu_kernels.layout import (
     R_MERGE_LAZY,
     R_NODES,
     R_ORDER,
+    R_SERIES,
+    SERIES_RFC2,
     STATE_SUBPOOLS,
     SUBPOOLS_ADDRESS,
 )
@@ -391,6 +395,7 @@ def forget_block(m, block):
     m.state[block + B_PFN] = U0
     m.state[block + B_STATE] = BLOCK_ABSENT
     m.state[block + B_OUTSTANDING] = U0
+    m.state[block + B_PENDING] = U0
     stop_waiting(m, block)
     m.state[block + B_METADATA] = U0
 
@@ -422,19 +427,37 @@ def release_block(m, block):
     forget_block(m, block)
 
 
+@kernel
+def abandon(ram, page, references, series):
+    """A folio of a split block leaves the page cache, with the cache's references: whether somebody holds it.
+
+    Series rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
+    where the mapcount does: nothing maps the page any more. The last reference clears the type.
+    """
+    ram[page + MAPPING] = U0
+    ram[page + COUNTS] -= references << U32
+    held = ram[page + COUNTS] >> U32 != U0
+    if series == SERIES_RFC2:
+        ram[page + FLAGS] &= ~PG_UPTODATE
+        if held:
+            ram[page + COUNTS] = (ram[page + COUNTS] & ~LOW32) | PGTY_GUESTMEM_HUGETLB
+    return held
+
+
 @outlined
 def make_zombie(m, block):
     """Take a split block's pieces out of the page cache though some are held: all their references but those go."""
-    ram = m.ram
-    head = m.state[block + B_PFN]
+    state = m.state
+    head = state[block + B_PFN]
+    pages = U1 << state[R_ORDER]
     held = U0
-    for i in range(U1 << m.state[R_ORDER]):
-        page = struct_page(m, head + i)
-        ram[page + MAPPING] = U0
-        ram[page + COUNTS] -= ONE_REFERENCE
-        if ram[page + COUNTS] >> U32 != U0:
+    for i in range(pages):
+        if abandon(m.ram, struct_page(m, head + i), U1, state[R_SERIES]):
             held += U1
-    m.state[block + B_STATE] = BLOCK_ZOMBIE
-    m.state[block + B_OUTSTANDING] = held
+    stop_waiting(m, block)
+    state[block + B_STATE] = BLOCK_ZOMBIE
+    state[block + B_OUTSTANDING] = held
+    state[block + B_PENDING] = pages - held
     change(m.stats, BLOCKS_SPLIT, -1)
     change(m.stats, BLOCKS_ZOMBIE, 1)
+    charge(m, PAGE_CACHE_STORED, np.int64(pages))

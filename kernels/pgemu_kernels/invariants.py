@@ -13,6 +13,7 @@ from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
+    BLOCKS_PARTLY,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     CACHE_NODES,
@@ -55,6 +56,7 @@ from pgemu_kernels.layout import (
     H_PAGES,
     I_PAGES,
     M_BASE_GFN,
+    M_FLAGS,
     M_INODE,
     M_LIVE,
     M_PAGES,
@@ -80,6 +82,7 @@ from pgemu_kernels.layout import (
     R_ORDER,
     R_VMAS,
     R_VMS,
+    SLOT_RELEASED,
     STATS_GAUGES,
     V_IN_PROGRESS,
     V_ROOT,
@@ -145,6 +148,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     state = m.state
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
+        broken(state, WRONG_PFN, gfn)
+        return
+    if state[slot + M_FLAGS] & SLOT_RELEASED != U0:
         broken(state, WRONG_PFN, gfn)
         return
     node = inode_row(state[slot + M_INODE])
@@ -239,6 +245,7 @@ def check_operation(m, op):
     blocks = (
         m.stats[STATS_GAUGES + BLOCKS_HUGE * U2]
         + m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2]
+        + m.stats[STATS_GAUGES + BLOCKS_PARTLY * U2]
         + m.stats[STATS_GAUGES + BLOCKS_ZOMBIE * U2]
         + m.stats[STATS_GAUGES + POOL_FREE * U2]
         + m.stats[STATS_GAUGES + HUGETLB_PAGES * U2]

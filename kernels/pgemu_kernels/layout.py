@@ -711,11 +711,11 @@ VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave
 # blocks: uint64 rows, one per huge page of an inode
 B_PFN = U(0)
 B_STATE = U(1)
-B_OUTSTANDING = U(2)  # zombie: pages that somebody still references
+B_OUTSTANDING = U(2)  # zombie: base pages of folios that somebody still references
 B_WAITS = U(3)  # 1: a failure left it split though all private
 B_METADATA = U(4)  # what a split folio cannot hold itself: its subpool's row + 1, 0 = none
+B_PENDING = U(5)  # zombie: base pages of folios whose last reference is gone: the posted nr_pages_waiting_to_be_merged
 B_MUTEX = U(6)  # actor + 1 of the fault that is allocating it; 0: nobody
-B_PENDING = U(5)  # zombie: pieces whose last reference is gone and that wait for the worker
 B_PIECES = U(8)  # + n: a bit per 2M piece that is split to 4K (BLOCK_PARTLY)
 B_WORDS = 16
 BLOCK_ABSENT = U(0)
@@ -810,6 +810,7 @@ SLOT_READ_ONLY = U(2)
 SLOT_HAS_GUEST_MEMFD = U(4)
 SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
 SLOT_RELEASED = U(16)  # its guest_memfd file was released: the slot is there, but has no memory
+RELEASED_PGOFF = U(1 << 60)  # M_PGOFF of such a slot: no page of a file
 SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
 
 # ops: one record per actor and one for batches, uint64; status is two's complement

@@ -31,6 +31,7 @@ from pgemu_kernels.layout import (
     ENOSPC,
     I_PAGES,
     M_BASE_GFN,
+    M_FLAGS,
     M_INODE,
     M_LIVE,
     M_PAGES,
@@ -45,6 +46,7 @@ from pgemu_kernels.layout import (
     O_VM,
     R_MEMSLOTS,
     R_VMS,
+    SLOT_RELEASED,
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
@@ -128,6 +130,7 @@ def delete_slot(m, slot):
             charge_one(m, TLB_FLUSH_VM)
     state[slot + M_LIVE] = U0
     state[slot + M_PAGES] = U0
+    state[slot + M_FLAGS] &= ~SLOT_RELEASED
 
 
 @outlined

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U30, U39, U511, U512
+from pgemu_kernels.block_recount import check_blocks
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
+    BLOCKS_PARTLY,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     CACHE_NODES,
@@ -335,6 +337,7 @@ def check(descriptor, owner, leaves, found):
         if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
             check_inode(m, inode)
     check_outside(m)
+    check_blocks(m)
     expect(m, gauges[HOST_TABLES * U2] == found[FOUND_TABLES], COUNTS_DIFFER, HOST_TABLES)
     expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
     expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
@@ -355,7 +358,7 @@ def check(descriptor, owner, leaves, found):
             used += 1
     expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
-    blocks += gauges[HUGETLB_PAGES * U2]
+    blocks += gauges[BLOCKS_PARTLY * U2] + gauges[HUGETLB_PAGES * U2]
     h = state[R_HSTATE]
     held = state[h + H_FREE] + state[R_FOLIOS_IN_HAND]
     expect(m, U(blocks) + held == state[h + H_PAGES], FRAMES, U(blocks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, NONE, U0, U1, U12
+from pgemu_kernels.bits import LOW32, NONE, U0, U1, U12, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
@@ -12,8 +12,10 @@ from pgemu_kernels.events import (
 )
 from pgemu_kernels.folio import (
     COMPOUND,
+    COUNTS,
     FLAGS,
     MAPPING,
+    NO_MAPCOUNT,
     PG_HEAD,
     add_references,
     reference_count,
@@ -27,6 +29,7 @@ from pgemu_kernels.hstate import in_zone
 from pgemu_kernels.hugetlb import mapping_address, return_to_pool, subpool_of
 from pgemu_kernels.layout import (
     B_OUTSTANDING,
+    B_PENDING,
     B_PFN,
     B_STATE,
     B_WORDS,
@@ -50,8 +53,8 @@ from pgemu_kernels.layout import (
     R_POOL_BASE,
     R_TRANSIENT,
 )
-from pgemu_kernels.splitting import revive
 from pgemu_kernels.steps import stop
+from pgemu_kernels.workers import is_partly, note_return
 
 U = np.uint64
 
@@ -169,12 +172,27 @@ def put(m, op):
 
 @outlined
 def last_reference(m, head, page):
-    """Nobody holds this folio any more, and the page cache let it go before."""
-    if m.ram[page + FLAGS] & PG_HEAD != U0:
+    """Nobody holds this folio any more, and the page cache let it go before.
+
+    A whole huge page goes back to its pool. A piece loses its page type and waits with the others of its zombie block;
+    the last one calls the worker. mm/guestmem_hugetlb.c:guestmem_hugetlb_handle_folio_put() of the posted series
+    """
+    large = m.ram[page + FLAGS] & PG_HEAD != U0
+    if large and not is_partly(m.state):
         change(m.stats, BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return
     block = zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER])
-    m.state[block + B_OUTSTANDING] -= U1
+    if block == NONE:  # 1G, split to 2M nowhere
+        change(m.stats, BLOCKS_ZOMBIE, -1)
+        return_to_pool(m, head)
+        return
+    pages = U1
+    if large:
+        pages = U512
+    else:
+        m.ram[page + COUNTS] = NO_MAPCOUNT
+    m.state[block + B_OUTSTANDING] -= pages
+    m.state[block + B_PENDING] += pages
     if m.state[block + B_OUTSTANDING] == U0:
-        revive(m, block)
+        note_return(m, block)

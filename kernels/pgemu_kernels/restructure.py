@@ -11,7 +11,6 @@ import numpy as np
 from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U9, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
-    DEFERRED_MERGE,
     FOLIO_GATE_CHECKED,
     FREEZE_SPIN,
     LEAF_WRITTEN,
@@ -35,6 +34,7 @@ from pgemu_kernels.host import space_root, unmap_everywhere
 from pgemu_kernels.hugetlb import free_block, make_zombie, release_block, take_folio
 from pgemu_kernels.layout import (
     A_READ_ONLY,
+    B_OUTSTANDING,
     B_PFN,
     B_STATE,
     B_WAITS,
@@ -61,6 +61,8 @@ from pgemu_kernels.layout import (
     O_TO_PRIVATE,
     R_FAULT_REFERENCES,
     R_ORDER,
+    R_SERIES,
+    SERIES_RFC2,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
@@ -84,6 +86,7 @@ from pgemu_kernels.steps import (
     store_attributes,
     unmap_host,
 )
+from pgemu_kernels.workers import note_return
 from pgemu_kernels.zeroing import clear_zeroed, zero_huge
 
 U = np.uint64
@@ -385,18 +388,21 @@ def truncate_block(m, inode, index):
 
 @outlined
 def evict_block(m, inode, index):
-    """Inode eviction: every folio is truncated by itself, pieces are merged by the worker afterwards.
+    """Inode eviction: whole folios are truncated, split blocks merged first where nobody holds a piece.
 
-    A piece that somebody still holds keeps its whole block from the pool until the last `put`: the
+    Series rfc2 merges nothing here: every piece is truncated by itself and the worker merges the block afterwards. A
+    piece that somebody still holds keeps its whole block from the pool until the last `put`: the
     zombie state of the posted series (page type PGTY_guestmem_hugetlb, nr_pages_waiting_to_be_merged).
     """
     node = inode_row(inode)
     block = block_row(m, node, index)
     if m.state[block + B_STATE] == BLOCK_SPLIT:
-        charge_one(m, DEFERRED_MERGE)
-        if merge_block(m, block, index, NONE) != 0:
+        if m.state[R_SERIES] == SERIES_RFC2 or merge_block(m, block, index, NONE) != 0:
             leave_cache(m, m.state[R_ORDER])
             make_zombie(m, block)
+            clear_zeroed(m, node, index)
+            if m.state[block + B_OUTSTANDING] == U0:
+                note_return(m, block)
             return
     if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)

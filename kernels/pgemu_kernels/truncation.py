@@ -126,6 +126,31 @@ def punch(m, op):
     return stop(state, op, status)
 
 
+@kernel
+def unmap_inode(m, inode):
+    """exit_mmap() of the inode's mappings, and its memory slots, released ones too."""
+    state = m.state
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_LIVE] != U0 and state[row + A_INODE] == inode:
+            unmap_vma(m, row)
+            flush_mm(m, state[row + A_SPACE])
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
+            delete_slot(m, slot)
+
+
+@kernel
+def close_inode(m, node):
+    """The inode is gone, and with it its hold on the subpool."""
+    state = m.state
+    state[node + I_OPEN] = U0
+    if state[node + I_SUBPOOL] != U0:
+        state[subpool_row(state[node + I_SUBPOOL] - U1) + P_LIVE] = U0
+        subpool_release(m, state[R_HSTATE], state[node + I_SUBPOOL] - U1)
+
+
 @outlined
 def close(m, op):
     """The VMM goes: mappings of the inode, its memory slots, then the inode itself. 0, -EBADF, or -EBUSY
@@ -140,22 +165,12 @@ def close(m, op):
     node = inode_row(inode)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    for i in range(state[R_VMAS]):
-        row = vma_row(i)
-        if state[row + A_LIVE] != U0 and state[row + A_INODE] == inode:
-            unmap_vma(m, row)
-            flush_mm(m, state[row + A_SPACE])
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
-            delete_slot(m, slot)
+    unmap_inode(m, inode)
     for block in range(state[node + I_BLOCKS]):
         if state[R_DESIGN] == U(PFNMAP):
             pfnmap.evict_block(m, inode, block << state[R_ORDER])
         else:
             restructure.evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)
-    state[node + I_OPEN] = U0
-    state[subpool_row(state[node + I_SUBPOOL] - U1) + P_LIVE] = U0
-    subpool_release(m, state[R_HSTATE], state[node + I_SUBPOOL] - U1)
+    close_inode(m, node)
     return stop(state, op, 0)

@@ -1,17 +1,27 @@
-"""The worker: what waits for it, and the operation that lets it run."""
+"""The worker: blocks to be merged later, and zombie blocks on their way back to the pool.
+
+Two lists in one. A zombie block whose last piece was put is the posted series' work item: the worker merges it and
+gives it back to HugeTLB, at once, or (R_WORK_QUEUED) when the operation WORK lets it run. A block that is split though
+all private is on the list where merging is lazy (R_MERGE_LAZY), which no posted series does; otherwise it merely waits
+for the next conversion. Gauge WORK_PENDING counts both.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import U0, U1, U6
+from pgemu_kernels import pieces
+from pgemu_kernels.bits import U0, U1, U2, U6, U18
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, shared_in_block
 from pgemu_kernels.layout import (
+    B_OUTSTANDING,
     B_STATE,
     B_WAITS,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
+    BLOCK_ZOMBIE,
     I_BLOCKS,
     I_KIND,
     I_LOCK,
@@ -22,11 +32,23 @@ from pgemu_kernels.layout import (
     R_INODES,
     R_MERGE_LAZY,
     R_ORDER,
+    R_SPLIT_TO_2M,
+    R_WORK_QUEUED,
+    STATS_GAUGES,
 )
-from pgemu_kernels.splitting import merge_block
+from pgemu_kernels.splitting import merge_block, revive
 from pgemu_kernels.steps import stop
 
 U = np.uint64
+
+
+@kernel
+def is_partly(state):
+    """Whether a split block is one of 2M folios, of which some are split to 4K."""
+    return state[R_SPLIT_TO_2M] != U0 and state[R_ORDER] == U18
+
+
+# --------------------------------------------------------------------------- the list
 
 
 @kernel
@@ -39,35 +61,76 @@ def note_merge(m, block):
 
 
 @outlined
-def merge_waiting(m, node):
-    """Merge the blocks of an inode that wait, are still all private, and idle: how many."""
+def note_return(m, block):
+    """Nobody holds a piece of a zombie block any more: for the worker, now or when it runs."""
+    if m.state[R_WORK_QUEUED] != U0:
+        change(m.stats, WORK_PENDING, 1)
+    else:
+        return_zombie(m, block)
+
+
+@kernel
+def return_zombie(m, block):
+    """Merge a zombie block that nobody holds and give it back: the posted worker's last step."""
+    if is_partly(m.state):
+        pieces.revive_block(m, block)
+    else:
+        revive(m, block)
+
+
+# --------------------------------------------------------------------------- running it
+
+
+@kernel
+def merge_waiting(m, node, first):
+    """Merge the block that begins at page `first` if it waits, is all private, and idle: whether it was."""
     state = m.state
-    merged = U0
+    block = block_row(m, node, first)
+    kind = state[block + B_STATE]
+    if state[block + B_WAITS] == U0 or shared_in_block(m, node, first) != U0:
+        return False
+    done = False
+    if kind == BLOCK_SPLIT:
+        done = merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
+    elif kind == BLOCK_PARTLY:
+        done = pieces.dissolve_block(m, node, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
+    charge_one(m, WORK_DONE if done else FREEZE_SPIN)
+    return done
+
+
+@kernel
+def work_on_inode(m, node, zombies, waiting):
+    """Do what is to be done for an inode's blocks, of zombies and of blocks that wait: how many blocks."""
+    state = m.state
+    done = U0
     for i in range(state[node + I_BLOCKS]):
         first = i << state[R_ORDER]
         block = block_row(m, node, first)
-        if state[block + B_WAITS] == U0 or state[block + B_STATE] != BLOCK_SPLIT:
-            continue
-        if shared_in_block(m, node, first) != U0:
-            continue
-        if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0:
-            merged += U1
-            charge_one(m, WORK_DONE)
-        else:
-            charge_one(m, FREEZE_SPIN)
-    return merged
+        if state[block + B_STATE] == BLOCK_ZOMBIE:
+            if zombies and state[block + B_OUTSTANDING] == U0:
+                change(m.stats, WORK_PENDING, -1)
+                return_zombie(m, block)
+                done += U1
+        elif waiting and merge_waiting(m, node, first):
+            done += U1
+    return done
 
 
 @outlined
 def operate_work(m, op):
-    """Let the worker run (merge "lazy"): 0 and how many blocks it merged. It passes by inodes whose lock is held."""
+    """WORK: run everything that is queued: 0 with how many blocks were merged or given back.
+
+    Blocks that are not idle stay on the list, those of an inode whose invalidate_lock is held too: the worker of lazy
+    merges needs it (inference). Zombies have no inode to lock.
+    """
     state = m.state
-    merged = U0
-    if state[R_MERGE_LAZY] != U0:
+    done = U0
+    if m.stats[STATS_GAUGES + WORK_PENDING * U2] != 0:
         for inode in range(state[R_INODES]):
             node = inode_row(inode)
-            ours = state[node + I_OPEN] != U0 and state[node + I_KIND] == INODE_GUEST_MEMFD
-            if ours and state[node + I_LOCK] == U0:
-                merged += merge_waiting(m, node)
-    state[op + O_DETAIL] = merged
+            if state[node + I_KIND] == INODE_GUEST_MEMFD:
+                free = state[node + I_OPEN] != U0 and state[node + I_LOCK] == U0
+                waiting = free and state[R_MERGE_LAZY] != U0
+                done += work_on_inode(m, node, state[R_WORK_QUEUED] != U0, waiting)
+    state[op + O_DETAIL] = done
     return stop(state, op, 0)

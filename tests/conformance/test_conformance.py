@@ -11,8 +11,13 @@ from collections import Counter
 
 import pytest
 
-from conformance import fault_race as _race, guest_memfd as _guest_memfd, in_place as _in_place  # they register cases
-from conformance import private_mem as _private_mem, rfc2 as _rfc2
+from conformance import (  # they register cases
+    fault_race as _race,
+    guest_memfd as _guest_memfd,
+    in_place as _in_place,
+    private_mem as _private_mem,
+    rfc2 as _rfc2,
+)
 from conformance.harness import CASES, VARIANTS, Case, Scene, Variant
 
 SOURCES = (_in_place, _rfc2, _race, _guest_memfd, _private_mem)
