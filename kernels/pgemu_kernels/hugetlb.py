@@ -434,6 +434,7 @@ def make_zombie(m, block):
         ram[page + COUNTS] -= ONE_REFERENCE
         if ram[page + COUNTS] >> U32 != U0:
             held += U1
+    stop_waiting(m, block)
     m.state[block + B_STATE] = BLOCK_ZOMBIE
     m.state[block + B_OUTSTANDING] = held
     change(m.stats, BLOCKS_SPLIT, -1)

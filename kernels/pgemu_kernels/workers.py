@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from pgemu_kernels import pieces
 from pgemu_kernels.bits import U0, U1, U6
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, shared_in_block
+from pgemu_kernels.hugetlb import stop_waiting
 from pgemu_kernels.layout import (
     B_STATE,
     B_WAITS,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     I_BLOCKS,
     I_KIND,
@@ -46,11 +50,14 @@ def merge_waiting(m, node):
     for i in range(state[node + I_BLOCKS]):
         first = i << state[R_ORDER]
         block = block_row(m, node, first)
-        if state[block + B_WAITS] == U0 or state[block + B_STATE] != BLOCK_SPLIT:
+        if m.state[block + B_WAITS] == U0 or shared_in_block(m, node, first) != U0:
             continue
-        if shared_in_block(m, node, first) != U0:
-            continue
-        if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0:
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            pieces.merge_pieces(m, node, block, first, first, first + (U1 << state[R_ORDER]))
+        elif m.state[block + B_STATE] == BLOCK_SPLIT:
+            merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+        if m.state[block + B_STATE] == BLOCK_HUGE:
+            stop_waiting(m, block)
             merged += U1
             charge_one(m, WORK_DONE)
         else:
