@@ -675,3 +675,81 @@ def test_insertion_without_the_lock_leaves_an_entry_to_a_private_page() -> None:
         assert scene.finish(A) == (L.VM_FAULT_NOPAGE, 1)
         assert scene.machine.check() > 0
         assert scene.machine.broken[1:] == (Broken.HOST_PRIVATE, 20)
+
+
+# --------------------------------------------------------------------------- many actors
+
+
+class Actors:
+    """Operations of several actors, one step at a time, in an order that a seed decides."""
+
+    def __init__(self, scene: Scene, seed: int, count: int = 4) -> None:
+        self.scene = scene
+        self.random = np.random.default_rng(seed)
+        self.busy: list[int] = []
+        self.count = count
+        self.results: list[tuple[int, int]] = []
+
+    def draw(self) -> Arguments:
+        """Faults and conversions near the borders of blocks, transient references, holes, the worker."""
+        page = int(self.random.choice((0, 3, 511, 512, 600, 1023, 1024, 1535, 1536, 2047)))
+        pages = min(int(self.random.choice((1, 1, 5, 512, 1100))), 2048 - page)
+        side = int(self.random.integers(2))
+        flags = int(self.random.choice((Flag.SHARED, Flag.PRIVATE)))
+        rows = [
+            host(page, space=side),
+            guest(page, vm=side),
+            converting(page, pages, shared=flags == Flag.SHARED),
+            {"op": Operation.GET, "offset": page * PAGE},
+            {"op": Operation.PUT, "offset": page * PAGE},
+            {"op": Operation.PUNCH_HOLE, "offset": page // 512 * M2, "length": M2},
+            {"op": Operation.WORK},
+        ]
+        return rows[int(self.random.choice(len(rows), p=np.array([7, 7, 7, 1, 4, 1, 1]) / 28))] | {"object_": 0}
+
+    def run(self, operations: int) -> None:
+        """Begin that many, step whoever comes up, and finish all."""
+        blocked = 0
+        while operations or self.busy:
+            idle = [actor for actor in range(self.count) if actor not in self.busy]
+            if operations and idle and (not self.busy or self.random.random() < 0.3):
+                self.scene.begin(idle[0], **self.draw())
+                self.busy.append(idle[0])
+                operations -= 1
+            actor = int(self.random.choice(self.busy))
+            outcome = self.scene.machine.step(actor)
+            blocked = blocked + 1 if outcome == L.BLOCKED else 0
+            assert blocked < 500, "a deadlock"
+            if outcome == L.STOP:
+                self.busy.remove(actor)
+                self.results.append(tuple(self.scene.machine.result(actor)))
+
+
+MANY = [name for name, more in VARIANTS.items() if "defects" not in more] + ["slides, flushes batched"]
+
+
+@pytest.mark.parametrize("variant", MANY)
+def test_many_actors_leave_a_sound_machine(variant: str) -> None:
+    """Any interleaving of steps: nothing is lost, no rule is broken once all have ended, nobody waits for good.
+
+    A conversion to shared whose folio a fault uses is -EBUSY, and leaves what its order leaves.
+    """
+    more = {name: value for name, value in VARIANTS[variant].items() if name != "defects"}
+    scene = Scene(**more)
+    actors = Actors(scene, seed=len(variant))
+    for round_ in range(8):
+        scene.leave_frames(30 if round_ % 3 == 2 else None)
+        actors.run(30)
+        scene.sound()
+    assert len(actors.results) == 240
+    assert len({status for status, _ in actors.results}) > 5
+    assert scene.machine.register(L.R_FOLIOS_IN_HAND) == scene.machine.register(L.R_FAULT_REFERENCES) == 0
+
+
+def test_the_same_steps_give_the_same_machine() -> None:
+    machines = []
+    for _ in range(2):
+        scene = Scene(order="rfc2", convert_batch="block", series="rfc2")
+        Actors(scene, seed=7).run(60)
+        machines.append(scene.machine)
+    assert_same(*machines)

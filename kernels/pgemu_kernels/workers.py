@@ -15,10 +15,12 @@ from pgemu_kernels.bits import U0, U1, U2, U6, U18
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, shared_in_block
+from pgemu_kernels.hugetlb import stop_waiting
 from pgemu_kernels.layout import (
     B_OUTSTANDING,
     B_STATE,
     B_WAITS,
+    BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
     BLOCK_ZOMBIE,
@@ -93,7 +95,10 @@ def merge_waiting(m, node, first):
     if kind == BLOCK_SPLIT:
         done = merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
     elif kind == BLOCK_PARTLY:
-        done = pieces.dissolve_block(m, node, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
+        pieces.merge_pieces(m, node, block, first, first, first + (U1 << state[R_ORDER]))
+        done = state[block + B_STATE] == BLOCK_HUGE
+        if done:
+            stop_waiting(m, block)
     charge_one(m, WORK_DONE if done else FREEZE_SPIN)
     return done
 
