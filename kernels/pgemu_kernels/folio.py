@@ -58,8 +58,8 @@ U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
 PGTY_HUGETLB = U(0xF4000000)
-# Of a piece of a split huge page that left guest_memfd's page cache and that somebody holds. The value is inference: the
-# posted series adds the type at the end of enum pagetype, and this is the first that large_kmalloc (0xf8) leaves.
+# Of a piece of a split huge page that left guest_memfd's page cache and that somebody holds. The value is inference:
+# the posted series adds the type at the end of enum pagetype, and this is the first that large_kmalloc (0xf8) leaves.
 PGTY_GUESTMEM_HUGETLB = U(0xF9000000)
 _FIRST_TYPE = U(0x80000000)
 _LAST_TYPE = U(0xFF000000)

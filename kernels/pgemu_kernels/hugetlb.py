@@ -406,8 +406,8 @@ def release_block(m, block):
 def abandon(ram, page, references, series):
     """A folio of a split block leaves the page cache, with the cache's references: whether somebody holds it.
 
-    Series rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies where
-    the mapcount does: nothing maps the page any more. The last reference clears the type.
+    Series rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
+    where the mapcount does: nothing maps the page any more. The last reference clears the type.
     """
     ram[page + MAPPING] = U0
     ram[page + COUNTS] -= references << U32

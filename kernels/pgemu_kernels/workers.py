@@ -1,9 +1,9 @@
 """The worker: blocks to be merged later, and zombie blocks on their way back to the pool.
 
 Two lists in one. A zombie block whose last piece was put is the posted series' work item: the worker merges it and
-gives it back to HugeTLB, at once, or (R_WORK_QUEUED) when the operation WORK lets it run. A block that is split though all
-private is on the list where merging is lazy (R_MERGE_LAZY), which no posted series does; otherwise it merely waits for
-the next conversion. Gauge WORK_PENDING counts both.
+gives it back to HugeTLB, at once, or (R_WORK_QUEUED) when the operation WORK lets it run. A block that is split though
+all private is on the list where merging is lazy (R_MERGE_LAZY), which no posted series does; otherwise it merely waits
+for the next conversion. Gauge WORK_PENDING counts both.
 """
 
 from __future__ import annotations
