@@ -81,7 +81,8 @@ def _blocks(machine: Machine, inode: int) -> Array:
 
 def _cached(blocks: Array) -> Array:
     """bool[n]: which blocks have a folio, or its pieces, in the page cache."""
-    return (blocks[:, L.B_STATE] != L.BLOCK_ABSENT) & (blocks[:, L.B_STATE] != L.BLOCK_ZOMBIE)
+    kind = blocks[:, L.B_STATE]
+    return np.asarray((kind != L.BLOCK_ABSENT) & (kind != L.BLOCK_ZOMBIE))
 
 
 def _frames(machine: Machine, inode: int) -> Array:
