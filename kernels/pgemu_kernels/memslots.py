@@ -31,6 +31,7 @@ from pgemu_kernels.layout import (
     ENOSPC,
     I_PAGES,
     M_BASE_GFN,
+    M_FLAGS,
     M_INODE,
     M_LIVE,
     M_PAGES,
@@ -128,6 +129,7 @@ def delete_slot(m, slot):
             charge_one(m, TLB_FLUSH_VM)
     state[slot + M_LIVE] = U0
     state[slot + M_PAGES] = U0
+    state[slot + M_FLAGS] = U0
 
 
 @outlined
