@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels import faulting, gmem_kvm, gmem_prefault, pfnmap, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -30,14 +30,13 @@ from pgemu_kernels.layout import (
     R_DESIGN,
     STATS_COUNTERS,
     STOP,
+    Operation,
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.replay import (
     OP_CONVERT,
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
-    guest_fault,
-    host_fault,
     run_whole,
     save,
 )
@@ -57,6 +56,8 @@ from pgemu_kernels.steps import (
 U = np.uint64
 _PFNMAP = U(PFNMAP)
 _BYTE = U(0xFF)
+_PREFAULT = U(Operation.PREFAULT)
+_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
@@ -84,14 +85,14 @@ def step_restructure(m, op, phase):
         if phase == U0:
             return fault_begin(m, op)
         if phase == U1:
-            return restructure.fault_folio(m, op)
-        return restructure.fault_map(m, op)
+            return faulting.fault_folio(m, op)
+        return faulting.fault_map(m, op)
     if kind == OP_GUEST_FAULT:
         if phase == U0:
             return guest_begin(m, op)
         if phase == U1:
-            return restructure.guest_folio(m, op)
-        return restructure.guest_map(m, op)
+            return faulting.guest_folio(m, op)
+        return faulting.guest_map(m, op)
     if phase == U0:
         return convert_prepare(m, op, restructure.ROUNDED)
     if to_private:
@@ -119,14 +120,14 @@ def step_pfnmap(m, op, phase):
         if phase == U0:
             return fault_begin(m, op)
         if phase == U1:
-            return pfnmap.fault_folio(m, op)
-        return pfnmap.fault_map(m, op)
+            return faulting.fault_folio(m, op)
+        return faulting.fault_map(m, op)
     if kind == OP_GUEST_FAULT:
         if phase == U0:
             return guest_begin(m, op)
         if phase == U1:
-            return pfnmap.guest_folio(m, op)
-        return pfnmap.guest_map(m, op)
+            return faulting.guest_folio(m, op)
+        return faulting.guest_map(m, op)
     if phase == U0:
         return convert_prepare(m, op, pfnmap.ROUNDED)
     if m.state[op + O_TO_PRIVATE] != U0:
@@ -136,6 +137,20 @@ def step_pfnmap(m, op, phase):
     if phase < U(5):
         return invalidate_steps(m, op, phase - U1)
     return convert_finish(m, op)
+
+
+@outlined
+def run_other(m, op):
+    """Run an operation that is one step."""
+    kind = m.state[op + O_OP]
+    if kind == _PREFAULT:
+        charge_one(m, SYSCALL)
+        gmem_prefault.prefault(m, op)
+    elif kind == _DIRTY_LOGGING:
+        charge_one(m, SYSCALL)
+        gmem_kvm.set_dirty_logging(m, op)
+    else:
+        run_whole(m, op)
 
 
 @kernel
@@ -169,7 +184,7 @@ def step(m, actor, beginning):
     resume(m, op)
     outcome = np.int64(STOP)
     if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
-        run_whole(m, op)
+        run_other(m, op)
         if np.int64(state[op + O_STATUS]) == -EBUSY:
             outcome = np.int64(BLOCKED)
     elif state[R_DESIGN] == _PFNMAP:
@@ -191,9 +206,9 @@ def operate(m, op):
     """Run a whole operation."""
     kind = m.state[op + O_OP]
     if kind == OP_HOST_FAULT:
-        host_fault(m, op)
+        faulting.host_fault(m, op)
     elif kind == OP_GUEST_FAULT:
-        guest_fault(m, op)
+        faulting.guest_fault(m, op)
     elif kind == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
         if m.state[R_DESIGN] == _PFNMAP:
@@ -201,7 +216,7 @@ def operate(m, op):
         else:
             restructure.convert(m, op)
     else:
-        run_whole(m, op)
+        run_other(m, op)
 
 
 @entry
