@@ -41,11 +41,11 @@ def lpage_info(vm: Vm, gpa: int, level: int) -> LargePage | None:
     """The element for guest address `gpa` at `level` 2 (2M) or 3 (1G); None where the VM has no slot.
 
     The count is that of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata(): 1 where the aligned block reaches out of the
-    slot, or where guest frame and userspace address (slots of a guest_memfd of the designs: its offset) disagree modulo
-    the block's size, and it is not added up. Write tracking, which could add to it, is not modelled. The flag is
-    that of mmu.c:kvm_arch_post_set_memory_attributes(), kept only for blocks that the slot holds whole and only in VMs
-    with private memory. Inference: in the designs' slots, whose attributes the inode has, Linux keeps no flag; it is what it
-    would be. ValueError for another level.
+    slot, or where guest frame and userspace address (slots of a guest_memfd of the designs: its offset) disagree
+    modulo the block's size, and it is not added up. Write tracking, which could add to it, is not modelled. The flag
+    is that of mmu.c:kvm_arch_post_set_memory_attributes(), kept only for blocks that the slot holds whole and only in
+    VMs with private memory. Inference: in the designs' slots, whose attributes the inode has, Linux keeps no flag; it
+    is what it would be. ValueError for another level.
     """
     if level not in (2, 3):
         raise ValueError(f"level {level}: expected 2 or 3")
