@@ -119,7 +119,8 @@ class Vm:
         """KVM_PRE_FAULT_MEMORY: map [gpa, gpa + size) without an access; accessed stays clear.
 
         0 with the bytes populated in `detail`, less than `size` where a later page failed; -ENOENT if the first page
-        has no slot, -EFAULT, -ENOMEM, -EINVAL. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
+        has no slot, -EFAULT, -ENOMEM, -EINVAL; in the designs' slots -EBUSY where Linux would wait for a conversion,
+        and the range ends with the slots of that kind. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
         """
         return self.machine.operate(Operation.PREFAULT, vm=self.vm, address=gpa, length=size)
 

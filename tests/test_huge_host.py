@@ -192,6 +192,18 @@ def test_a_large_entry_shows_no_page_that_was_never_zeroed() -> None:
     s.sound()
 
 
+def test_reading_smaps_drops_1g_entries() -> None:
+    """As captured of devices: the walk "splits" them, and the notifier tells the VM."""
+    s = Scene(page_size=G1)
+    assert s.gmem.convert(G1, PAGE, shared=False).status == 0
+    assert (s.touch(VA), s.touch(VA + G1 + M2)) == (3, 2)
+    assert s.vm.touch(5 * PAGE).detail == 3
+    assert s.process.read_smaps().status == 0
+    assert s.leaves == (0, 1, 0)
+    assert s.vm.leaves() == (0, 0, 0)
+    s.sound()
+
+
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_without_memory_for_a_table(missing: int) -> None:
     """A 2M entry takes two tables below the top one; those that were made stay."""
