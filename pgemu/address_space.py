@@ -305,7 +305,8 @@ class AddressSpace:
         return self._operate(Operation.READ_SMAPS)
 
     def fork(self) -> AddressSpace:
-        """fork(): the child. Private pages are shared until written; shared memory is faulted in anew.
+        """fork(): the child. Private pages are shared until written; shared memory is faulted in anew, but entries of
+        VM_PFNMAP are copied: those of pfnmap's guest_memfd too, writable as they are.
 
         OSError: EAGAIN past layout.SPACES processes, ENOMEM. kernel/fork.c:dup_mmap(), mm/memory.c:copy_page_range()
         """

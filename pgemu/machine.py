@@ -326,14 +326,23 @@ class Machine:
         elif kind == Operation.ALLOCATE:
             ordinary = False
         elif kind == Operation.PREFAULT:
-            vm = header >> 32 & 0xFFFF
-            row = int(L.STATE_VMS) + vm * L.V_WORDS
-            ordinary = vm < self.register(L.R_VMS) and bool(self.arrays.state[row + int(L.V_ORDINARY)])
+            address = int(columns[2][i if columns[2].size > 1 else 0])
+            ordinary = self._is_ordinary_frame(header >> 32 & 0xFFFF, address >> 12)
         if not ordinary:
             return _run_designs
         from pgemu_kernels.ordinary import run_ordinary
 
         return run_ordinary
+
+    def _is_ordinary_frame(self, vm: int, gfn: int) -> bool:
+        """Whether a guest frame is of a slot of a process's memory, or of no slot in a VM that has or had such."""
+        rows = self.arrays.state[int(L.STATE_MEMSLOTS) :][: L.MEMSLOTS * L.M_WORDS].reshape(-1, L.M_WORDS)
+        inside = np.uint64(gfn) - rows[:, L.M_BASE_GFN] < rows[:, L.M_PAGES]
+        found = np.flatnonzero(inside & (rows[:, L.M_VM] == vm))
+        if found.size:
+            return int(rows[found[0], L.M_KIND]) != int(L.SLOT_GUEST_MEMFD)
+        row = int(L.STATE_VMS) + vm * L.V_WORDS
+        return vm < self.register(L.R_VMS) and bool(self.arrays.state[row + int(L.V_ORDINARY)])
 
     def operate(
         self,
@@ -445,7 +454,7 @@ class Machine:
             from pgemu.pins import own_nodes
 
             found[L.FOUND_NODES] += len(list(own_nodes(self, owner)))
-        if self.register(L.R_ORDINARY):
+        if self.register(L.R_ORDINARY) or self.register(L.R_HOST_HUGE):
             from pgemu_kernels.ordinary_recount import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)

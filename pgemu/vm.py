@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pgemu.address_space import AddressSpace
     from pgemu.files import GuestMemfd4K
     from pgemu.guest_memfd import GuestMemfd
+    from pgemu.lpage import LargePage
     from pgemu.machine import Machine, Result, Results
     from pgemu.stage2 import Stage2
     from pgemu.translation import Access, Kind, NestedTranslation, Translation
@@ -118,7 +119,8 @@ class Vm:
         """KVM_PRE_FAULT_MEMORY: map [gpa, gpa + size) without an access; accessed stays clear.
 
         0 with the bytes populated in `detail`, less than `size` where a later page failed; -ENOENT if the first page
-        has no slot, -EFAULT, -ENOMEM, -EINVAL. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
+        has no slot, -EFAULT, -ENOMEM, -EINVAL; in the designs' slots -EBUSY where Linux would wait for a conversion,
+        and the range ends with the slots of that kind. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
         """
         return self.machine.operate(Operation.PREFAULT, vm=self.vm, address=gpa, length=size)
 
@@ -169,6 +171,16 @@ class Vm:
             length=gmem.size - offset if length is None else length,
         )
 
+    def dirty_logging(self, gpa: int, on: bool) -> Result:
+        """Switch KVM_MEM_LOG_DIRTY_PAGES of the designs' slot at `gpa`: -EINVAL, as KVM refuses it for guest_memfd.
+
+        With Config.dirty_log_guest_memfd 0, -ENOENT without such a slot, -EBADF of a closed VM: on, large leaves are
+        split to 4K and faults map 4K; off, large leaves come back (6.12: at the next access). There is no bitmap: the
+        guest's writes are not noted. arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags()
+        """
+        flags = Flag.LOG_DIRTY_PAGES if on else 0
+        return self.machine.operate(Operation.DIRTY_LOGGING, flags=flags, vm=self.vm, address=gpa)
+
     def unbind(self, gpa: int) -> Result:
         """Delete the slot that begins at `gpa`: 0 or -ENOENT."""
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
@@ -212,6 +224,12 @@ class Vm:
         return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
 
     # ------------------------------------------------------------------ looking
+
+    def lpage_info(self, gpa: int, level: int) -> LargePage | None:
+        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.lpage.lpage_info."""
+        from pgemu.lpage import lpage_info
+
+        return lpage_info(self, gpa, level)
 
     def stage2(self) -> Stage2:
         """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import faulting, lifetime, lru, orders, pins, workers
+from pgemu_kernels import faulting, gmem_kvm, gmem_prefault, lifetime, lru, orders, pins, workers
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
@@ -39,6 +39,8 @@ from pgemu_kernels.routing import is_ordinary, is_pooling
 U = np.uint64
 OP_WORK = U(Operation.WORK)
 OP_RELEASE = U(Operation.RELEASE)
+OP_PREFAULT = U(Operation.PREFAULT)
+OP_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
 _BYTE = U(0xFF)
 OP_PIN = U(Operation.PIN)
 OP_UNPIN = U(Operation.UNPIN)
@@ -137,6 +139,12 @@ def run_single(m, op):
     elif kind == OP_LRU_DRAIN:
         charge_one(m, SYSCALL)
         lru.operate_drain(m, op)
+    elif kind == OP_PREFAULT:
+        charge_one(m, SYSCALL)
+        gmem_prefault.prefault(m, op)
+    elif kind == OP_DIRTY_LOGGING:
+        charge_one(m, SYSCALL)
+        gmem_kvm.set_dirty_logging(m, op)
     else:
         run_whole(m, op)
 

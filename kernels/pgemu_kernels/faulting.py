@@ -74,7 +74,7 @@ from pgemu_kernels.layout import (
 from pgemu_kernels.lifetime import refuse_released
 from pgemu_kernels.references import drop
 from pgemu_kernels.splitting import split_block
-from pgemu_kernels.steps import fault_begin, guest_begin, install_stage2, stop
+from pgemu_kernels.steps import fault_begin, guest_begin, install_stage2, still_mapped, stop
 from pgemu_kernels.zeroing import zero_folio, zero_huge
 
 U = np.uint64
@@ -286,8 +286,7 @@ def host_frame(m, op):
     index = state[op + O_INDEX]
     pfn = frame_of(m, node, index)
     state[op + O_PFN] = pfn
-    state[op + O_LEVEL] = huge_host.host_level(m, op) if state[R_HOST_HUGE] != U0 else U1
-    zero_huge(m, node, index, pfn, state[op + O_LEVEL])
+    zero_huge(m, node, index, pfn, U1)
     if state[R_DEFECTS] & _INSERT_UNLOCKED != U0:
         unlock(state, op, node)
     return np.int64(GO)
@@ -296,11 +295,16 @@ def host_frame(m, op):
 @outlined
 def host_map(m, op):
     """Enter it in the process's tables."""
-    if m.state[R_DESIGN] != _PFNMAP:
+    state = m.state
+    if state[R_DESIGN] != _PFNMAP:
         return np.int64(restructure.fault_map(m, op))
-    if m.state[op + O_LEVEL] != U1:
-        return np.int64(huge_host.insert(m, op, m.state[op + O_LEVEL]))
-    return np.int64(pfnmap.fault_map(m, op))
+    if state[R_HOST_HUGE] == U0:
+        return np.int64(pfnmap.fault_map(m, op))
+    status = np.int64(VM_FAULT_RETRY)
+    if still_mapped(state, op):
+        status = huge_host.insert(m, op, huge_host.host_level(m, op))
+    unlock(state, op, inode_row(state[op + O_INODE]))
+    return np.int64(stop(state, op, status))
 
 
 @outlined

@@ -150,7 +150,8 @@ def _copied(m, row, slot):
     """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
     state = m.state
     entry = m.ram[slot]
-    if state[row + A_FLAGS] & VM_SHARED == U0:
+    # The designs' mappings are shared ones, without the flag.
+    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_KIND] != VMA_GUEST_MEMFD:
         if entry & E_SPECIAL == U0:
             frame = frame_of(entry)
             m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U12, U511, U512
+from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U12, U511, U512
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import LEAF_CLEARED, RMAP_CHANGED, TLB_FLUSH_MM, charge, charge_one
+from pgemu_kernels.events import HOST_LEAVES, LEAF_CLEARED, RMAP_CHANGED, TLB_FLUSH_MM, change_value, charge, charge_one
 from pgemu_kernels.folio import remove_mapping, struct_page
 from pgemu_kernels.formats import ADDRESS, PRESENT, SPECIAL
 from pgemu_kernels.gmem import find_vma, notify_unmap, vma_overlap, vma_row
@@ -17,13 +17,14 @@ from pgemu_kernels.layout import (
     A_SPACE,
     A_START,
     R_FLUSHES_HELD,
+    R_HOST_HUGE,
     R_VMAS,
     S_ROOT,
     S_UNFLUSHED,
     S_WORDS,
     STATE_SPACES,
 )
-from pgemu_kernels.paging import count_host_leaf, free_host_tables, host_format, next_host_table
+from pgemu_kernels.paging import count_host_leaf, find_leaf, free_host_tables, host_format, next_host_table
 
 U = np.uint64
 _S_WORDS = U(S_WORDS)
@@ -72,6 +73,33 @@ def clear_leaves(m, root, page, end):
     return cleared
 
 
+@outlined
+def clear_large_leaves(m, row, root, first, last):
+    """Drop the entries of 2M and 1G over virtual addresses [first, last) of a VMA: how many, to be flushed.
+
+    One that is only partly covered goes whole, after the notifier was told of all of it: huge_memory.c:
+    __split_huge_pmd(), __split_huge_pud() of an entry that is not anonymous memory's.
+    """
+    f = host_format(m)
+    cleared = np.int64(0)
+    page = first >> U12
+    end = last >> U12
+    while page < end:
+        slot, level = find_leaf(m, f, root, page)
+        size = U1 << (U9 * (max(level, U2) - U1))
+        base = page & ~(size - U1)
+        if slot != NONE and level > U1:
+            if base < first >> U12 or base + size > end:
+                index = m.state[row + A_PGOFF] + base - (m.state[row + A_START] >> U12)
+                notify_unmap(m, m.state[row + A_SPACE], m.state[row + A_INODE], index, index + size)
+            m.ram[slot] = U0
+            change_value(m.stats, HOST_LEAVES + level - U1, -1)
+            charge_one(m, LEAF_CLEARED)
+            cleared += 1
+        page = base + size
+    return cleared
+
+
 @kernel
 def owe_flush(state, space, n):
     """Note that `n` (int64) entries or tables of a process went and no flush has followed yet."""
@@ -94,7 +122,11 @@ def unmap_vma_range(m, row, first, last):
     space = state[row + A_SPACE]
     start = state[row + A_PGOFF] + ((first - state[row + A_START]) >> U12)
     notify_unmap(m, space, state[row + A_INODE], start, start + ((last - first) >> U12))
-    cleared = clear_leaves(m, space_root(state, space), first >> U12, last >> U12)
+    root = space_root(state, space)
+    cleared = np.int64(0)
+    if state[R_HOST_HUGE] != U0:
+        cleared += clear_large_leaves(m, row, root, first, last)
+    cleared += clear_leaves(m, root, first >> U12, last >> U12)
     owe_flush(state, space, cleared)
     return cleared
 

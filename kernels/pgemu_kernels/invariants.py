@@ -126,12 +126,13 @@ def inode_frame(m, node, index):
 
 
 @kernel
-def check_host_leaf(m, row, address, entry):
-    """A process's entry: to a shared page of the inode, to its frame, and with restructure to a 4K folio."""
+def check_host_leaf(m, row, address, level, entry):
+    """A process's entry: to shared pages of the inode, to its frames, and with restructure to a 4K folio."""
     state = m.state
     node = inode_row(state[row + A_INODE])
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
-    expect(m, is_shared(m, node, index) != U0, HOST_PRIVATE, index)
+    index &= ~((U1 << (U9 * (level - U1))) - U1)
+    expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP:
         expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
@@ -194,9 +195,9 @@ def check_range(m, inode, start, end):
         first, last = vma_overlap(state, row, inode, start, end)
         root = space_root(state, state[row + A_SPACE])
         for address in range(first, last, U(4096)):
-            slot, _ = find_leaf(m, host_format(m), root, address >> U12)
+            slot, level = find_leaf(m, host_format(m), root, address >> U12)
             if slot != NONE:
-                check_host_leaf(m, row, address, m.ram[slot])
+                check_host_leaf(m, row, address, level, m.ram[slot])
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         if state[slot + M_LIVE] == U0 or state[slot + M_INODE] != inode:
@@ -257,7 +258,7 @@ def check_operation(m, op):
         if row != NONE:
             slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
             if slot != NONE:
-                check_host_leaf(m, row, address, m.ram[slot])
+                check_host_leaf(m, row, address, level, m.ram[slot])
     elif kind == OP_GUEST_FAULT and find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12) != NONE:
         vm = state[op + O_VM]
         gfn = state[op + O_ADDRESS] >> U12

@@ -46,7 +46,6 @@ from pgemu_kernels.layout import (
     O_VM,
     R_MEMSLOTS,
     R_VMS,
-    SLOT_RELEASED,
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
@@ -130,7 +129,7 @@ def delete_slot(m, slot):
             charge_one(m, TLB_FLUSH_VM)
     state[slot + M_LIVE] = U0
     state[slot + M_PAGES] = U0
-    state[slot + M_FLAGS] &= ~SLOT_RELEASED
+    state[slot + M_FLAGS] = U0
 
 
 @outlined

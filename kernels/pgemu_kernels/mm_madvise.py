@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U12, U4095
-from pgemu_kernels.compile import outlined
+from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.gmem import inode_row, vma_row
-from pgemu_kernels.host import next_vma, space_root
+from pgemu_kernels.host import next_vma, space_root, unmap_vma_range
 from pgemu_kernels.layout import (
     A_END,
     A_FLAGS,
@@ -32,6 +32,7 @@ from pgemu_kernels.layout import (
     R_DONTNEED_FREES_TABLES,
     R_DONTNEED_PFNMAP,
     R_GUARDS,
+    R_HOST_HUGE,
     R_VMAS,
     VM_LOCKED,
     VM_PFNMAP,
@@ -58,7 +59,7 @@ from pgemu_kernels.vma import (
     merge,
     prepare_anon_vma,
 )
-from pgemu_kernels.zapping import change_protection, drop_large_pfn, zap_range
+from pgemu_kernels.zapping import change_protection, drop_large_pfn, gather_owed, zap_range
 
 U = np.uint64
 _WRITE = U(Flag.WRITE)
@@ -255,6 +256,17 @@ def guard(m, op, install):
     return stop(state, op, status)
 
 
+@kernel
+def _drop_1g(m, row, address):
+    """drop_large_pfn() of a mapping of the designs: its VM's notifier goes by the inode's pages."""
+    space = m.state[row + A_SPACE]
+    slot, level = lookup(m, space_root(m.state, space), address)
+    if level == U3 and m.ram[slot] != U0:
+        first = address & ~(size_of(U3) - U1)
+        unmap_vma_range(m, row, first, first + size_of(U3))
+        gather_owed(m, space)
+
+
 @outlined
 def read_smaps(m, op):
     """Reading /proc/PID/smaps walks PMDs, which "splits" 1G entries of PFN mappings: they are dropped. As captured."""
@@ -263,11 +275,16 @@ def read_smaps(m, op):
     gather_begin(m)
     for i in range(state[R_VMAS]):
         row = vma_row(i)
-        if state[row + A_LIVE] == U0 or state[row + A_SPACE] != space or state[row + A_FLAGS] & VM_PFNMAP == U0:
+        designs = state[row + A_KIND] == VMA_GUEST_MEMFD and state[R_HOST_HUGE] != U0
+        special = state[row + A_FLAGS] & VM_PFNMAP != U0 or designs
+        if state[row + A_LIVE] == U0 or state[row + A_SPACE] != space or not special:
             continue
         address = state[row + A_START]
         while address < state[row + A_END]:
-            drop_large_pfn(m, row, address, U3)
+            if designs:
+                _drop_1g(m, row, address)
+            else:
+                drop_large_pfn(m, row, address, U3)
             _slot, level = lookup(m, space_root(state, space), address)
             step = size_of(max(level, U3))
             address = (address & ~(step - U1)) + step

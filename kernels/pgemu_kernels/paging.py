@@ -267,7 +267,7 @@ def set_stage2_leaf(m, f, slot, level, pfn):
     was_table = False
     if is_present(m.state, f, old):
         if level == U1 or is_large(m.state, f, old):
-            if old == value:
+            if (old ^ value) & m.state[f + F_ADDRESS] == U0:
                 return MAP_SPURIOUS, was_table, dropped
             return MAP_OTHER_PFN, was_table, dropped
         dropped = free_stage2_below(m, f, old, level)

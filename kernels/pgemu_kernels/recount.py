@@ -64,6 +64,7 @@ from pgemu_kernels.layout import (
     R_FREE,
     R_FREE_STACK,
     R_GUEST_PAGES,
+    R_HOST_HUGE,
     R_HSTATE,
     R_INODES,
     R_KERNEL_ROOT,
@@ -146,7 +147,7 @@ def check_space(m, space, owner):
                         if row == NONE:
                             broken(state, WRONG_PFN, base >> U12 | i1)
                         else:
-                            check_host_leaf(m, row, base | i1 << U12, ram[table + i1])
+                            check_host_leaf(m, row, base | i1 << U12, U1, ram[table + i1])
     return tables, leaves
 
 
@@ -316,13 +317,13 @@ def check(descriptor, owner, leaves, found):
     """Recount the whole machine and compare with what it keeps: how many rules are broken.
 
     `owner` uint8, one per frame of `ram`, `leaves` int64[3] and `found` int64[FOUND_WORDS] are scratch, zeroed by the
-    caller; where there is ordinary memory ordinary_recount.check_ordinary() has been there before.
-    The first finding is in the register R_BROKEN_FIRST.
+    caller. Where there is ordinary memory, or a process may have large leaves, ordinary_recount.check_ordinary() was
+    there before. The first finding is in the register R_BROKEN_FIRST.
     """
     m = open_machine(descriptor)
     state = m.state
     gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
-    if state[R_ORDINARY] == U0:
+    if state[R_ORDINARY] == U0 and state[R_HOST_HUGE] == U0:
         for space in range(state[R_SPACES]):
             tables, leaves_4k = check_space(m, space, owner)
             found[FOUND_TABLES] += tables

@@ -95,7 +95,7 @@ def is_ordinary(state, header, object_, address):
     if kind == _HOST_FAULT:
         row = find_vma(state, space, address)
         return row != NONE and state[row + A_KIND] != VMA_GUEST_MEMFD
-    if kind == _GUEST_FAULT:
+    if kind == _GUEST_FAULT or kind == _PREFAULT:
         slot = find_memslot(state, vm, address >> U12)
         if slot == NONE:
             return ordinary_vm(state, vm)
@@ -109,8 +109,6 @@ def is_ordinary(state, header, object_, address):
         return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
-    if kind == _PREFAULT:
-        return ordinary_vm(state, vm)
     if kind >= _PROTECT:
         return kind < _POOL_RESIZE
     if kind == _PIN or kind == _UNPIN:

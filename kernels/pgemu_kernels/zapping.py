@@ -19,8 +19,12 @@ from pgemu_kernels.layout import (
     A_RESERVED,
     A_SPACE,
     PAGE_EXCLUSIVE,
+    PFNMAP,
     PROT_WRITE,
+    R_DESIGN,
+    R_GATHER_TABLES,
     R_VMAS,
+    S_UNFLUSHED,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -36,7 +40,7 @@ from pgemu_kernels.process_entries import (
     modify,
     protection,
 )
-from pgemu_kernels.process_tables import gather, gather_begin, gather_flush, lookup, size_of
+from pgemu_kernels.process_tables import gather, gather_begin, gather_flush, lookup, size_of, space_row
 from pgemu_kernels.vma import huge_order, unshare_table
 
 U = np.uint64
@@ -135,13 +139,24 @@ def _slot_above(m, root, address):
     return ((m.ram[slot] & E_ADDRESS) >> U3) + (address >> U30 & U(511))
 
 
+@kernel
+def gather_owed(m, space):
+    """Have the flush that a process is owed done by gather_flush(), with what else the call gathers."""
+    owed = space_row(space) + S_UNFLUSHED
+    m.state[R_GATHER_TABLES] += m.state[owed]
+    m.state[owed] = U0
+
+
 @outlined
 def zap_range(m, row, start, end, guards):
     """Clear the entries of [start, end) of a VMA, after KVM was told; what is to be flushed is gathered."""
     kind = m.state[row + A_KIND]
     if kind == VMA_GUEST_MEMFD:
         unmap_vma_range(m, row, start, end)
-        flush_mm(m, m.state[row + A_SPACE])
+        if m.state[R_DESIGN] == U(PFNMAP):
+            flush_mm(m, m.state[row + A_SPACE])  # before the VMA goes: tlb_free_vmas()
+        else:
+            gather_owed(m, m.state[row + A_SPACE])
         return
     notify_range(m, m.state[row + A_SPACE], start, end)
     if kind == VMA_HUGETLB:
