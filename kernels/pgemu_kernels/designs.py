@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels import fallocate, pfnmap, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -30,7 +30,9 @@ from pgemu_kernels.layout import (
     R_DESIGN,
     STATS_COUNTERS,
     STOP,
+    Operation,
 )
+from pgemu_kernels.policy import operate_policy
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.replay import (
     OP_CONVERT,
@@ -57,6 +59,8 @@ from pgemu_kernels.steps import (
 U = np.uint64
 _PFNMAP = U(PFNMAP)
 _BYTE = U(0xFF)
+_ALLOCATE = U(Operation.ALLOCATE)
+_MEMORY_POLICY = U(Operation.MEMORY_POLICY)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
@@ -138,6 +142,20 @@ def step_pfnmap(m, op, phase):
     return convert_finish(m, op)
 
 
+@outlined
+def run_other(m, op):
+    """Run an operation that is one step: those that `replay.run` does not know, then the others."""
+    kind = m.state[op + O_OP]
+    if kind == _ALLOCATE:
+        charge_one(m, SYSCALL)
+        fallocate.allocate(m, op)
+    elif kind == _MEMORY_POLICY:
+        charge_one(m, SYSCALL)
+        operate_policy(m, op)
+    else:
+        run_whole(m, op)
+
+
 @kernel
 def begin(m, op):
     """Begin the operation in an actor's record (its request words are set): nothing of it is done yet."""
@@ -169,7 +187,7 @@ def step(m, actor, beginning):
     resume(m, op)
     outcome = np.int64(STOP)
     if kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_CONVERT:
-        run_whole(m, op)
+        run_other(m, op)
         if np.int64(state[op + O_STATUS]) == -EBUSY:
             outcome = np.int64(BLOCKED)
     elif state[R_DESIGN] == _PFNMAP:
@@ -201,7 +219,7 @@ def operate(m, op):
         else:
             restructure.convert(m, op)
     else:
-        run_whole(m, op)
+        run_other(m, op)
 
 
 @entry

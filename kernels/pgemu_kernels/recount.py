@@ -10,6 +10,7 @@ from pgemu_kernels.events import (
     BLOCKS_HUGE,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
+    BUDDY_BLOCKS,
     CONTENT_FRAMES,
     FRAMES_USED,
     HOST_LEAVES,
@@ -18,11 +19,12 @@ from pgemu_kernels.events import (
     KERNEL_TABLES,
     MEMMAP_BOOT_PAGES,
     MEMMAP_PAGES,
+    POOL_FREE,
     STAGE2_LEAVES,
     STAGE2_TABLES,
     VMEMMAP_PAGES,
 )
-from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
+from pgemu_kernels.folio import COUNTS, INDEX, MAPPING, NO_MAPCOUNT, struct_page
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
@@ -33,7 +35,8 @@ from pgemu_kernels.gmem import (
 )
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
-from pgemu_kernels.hstate import hstate_node
+from pgemu_kernels.hstate import first_page, hstate_node, links_of, list_head, page_after
+from pgemu_kernels.hugetlb import mapping_address
 from pgemu_kernels.invariants import check_block, check_host_leaf, expect
 from pgemu_kernels.kvm_recount import check_leaf
 from pgemu_kernels.layout import (
@@ -42,6 +45,7 @@ from pgemu_kernels.layout import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     FOUND_TABLES,
+    FREE_ORDERS,
     GAUGES,
     H_FREE,
     H_NODE_TAIL_PAGE,
@@ -82,6 +86,7 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.small_pages import free_area, is_buddy
 from pgemu_kernels.steps import broken
 from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
@@ -287,11 +292,45 @@ def check_inode(m, inode):
         kind = m.state[row + B_STATE]
         check_block(m, node, block << order)
         head = m.state[row + B_PFN]
-        if kind == BLOCK_HUGE:
+        if kind == BLOCK_HUGE and order == U0:
+            references += check_small_page(m, inode, block, head)
+        elif kind == BLOCK_HUGE:
             references += (m.ram[struct_page(m, head) + COUNTS] >> U32) - (U1 << order)
         elif kind == BLOCK_SPLIT:
             references += extra_references(m, head, U1 << order)
     return references
+
+
+@kernel
+def check_small_page(m, inode, index, pfn):
+    """A 4K folio of an inode: its words; the references beyond the page cache's and the mappings'."""
+    page = struct_page(m, pfn)
+    word = m.ram[page + COUNTS]
+    mapped = (word & NO_MAPCOUNT) + U1 & NO_MAPCOUNT
+    named = m.ram[page + MAPPING] == mapping_address(inode) and m.ram[page + INDEX] == index
+    expect(m, named and word >> U32 >= U1 + mapped, REFERENCES, index)
+    return (word >> U32) - U1 - mapped
+
+
+@outlined
+def check_free_areas(m):
+    """The lists of free blocks of orders 0 to 8: links, marks, and as many pages as are free (page_size 4096)."""
+    state = m.state
+    free = U(m.stats[STATS_GAUGES + BUDDY_BLOCKS * U2]) << U9
+    for node in range(state[R_NODES]):
+        for order in range(U(FREE_ORDERS)):
+            row = free_area(node, order)
+            before = list_head(row)
+            pfn = first_page(state, row)
+            while pfn != U0:
+                expect(m, is_buddy(m, pfn, order) and pfn & ((U1 << order) - U1) == U0, FRAMES, pfn)
+                expect(m, not is_buddy(m, pfn ^ (U1 << order), order), FRAMES, pfn)
+                expect(m, m.ram[struct_page(m, pfn) + U2] == before, COUNTS_DIFFER, pfn)
+                before = links_of(m, pfn)
+                free += U1 << order
+                pfn = page_after(m, pfn)
+            expect(m, state[row + U1] == before, COUNTS_DIFFER, order)
+    expect(m, U(m.stats[STATS_GAUGES + POOL_FREE * U2]) == free, FRAMES, free)
 
 
 @kernel
@@ -323,7 +362,8 @@ def check_objects(m, owner):
     nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
     blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
     expect(m, object_frames(m) == frames, FRAMES, frames)
-    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+    each = nodes_of(state, state[R_ORDER]) if state[R_ORDER] != U0 else U0
+    expect(m, nodes == blocks * each, COUNTS_DIFFER, nodes)
 
 
 @entry
@@ -374,6 +414,8 @@ def check(descriptor, owner, leaves, found):
     expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
     blocks += gauges[HUGETLB_PAGES * U2]
+    if state[R_ORDER] == U0:
+        check_free_areas(m)
     h = state[R_HSTATE]
     expect(m, U(blocks) + state[h + H_FREE] == state[h + H_PAGES], FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])

@@ -156,6 +156,7 @@ def close(m, op):
             restructure.evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)
     state[node + I_OPEN] = U0
-    state[subpool_row(state[node + I_SUBPOOL] - U1) + P_LIVE] = U0
-    subpool_release(m, state[R_HSTATE], state[node + I_SUBPOOL] - U1)
+    if state[node + I_SUBPOOL] != U0:
+        state[subpool_row(state[node + I_SUBPOOL] - U1) + P_LIVE] = U0
+        subpool_release(m, state[R_HSTATE], state[node + I_SUBPOOL] - U1)
     return stop(state, op, 0)
