@@ -131,10 +131,8 @@ def check_creation(config: Config, size: int, flags: int, form: Form = "main", p
         raise ValueError(f"form {form!r}: expected one of {', '.join(FORMS)}")
     if flags < 0 or flags >> 64:
         raise ValueError(f"flags {flags}: expected 64 bits")
-    if form == "rfc2":
-        creation = _check_rfc2(config, flags)
-    else:
-        creation = _check_main(config, form, flags, page_order)
+    rfc2 = form == "rfc2"
+    creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
     if size <= 0 or size % config.page_size:
         raise _invalid(f"size {size}: expected a positive multiple of the page, {config.page_size}")
     return creation
@@ -290,8 +288,8 @@ class GuestMemfd:
     def allocate(self, offset: int, length: int) -> Result:
         """Have memory under [offset, offset + length), both rounded down to huge pages; nothing is zeroed or mapped.
 
-        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the huge page there was no memory for, those before
-        it stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
+        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before it
+        stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
         """
         return self.machine.operate(Operation.ALLOCATE, object_=self.inode, offset=offset, length=length)
 
