@@ -288,8 +288,8 @@ class GuestMemfd:
     def allocate(self, offset: int, length: int) -> Result:
         """Have memory under [offset, offset + length), both rounded down to huge pages; nothing is zeroed or mapped.
 
-        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before it
-        stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
+        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before
+        it stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
         """
         return self.machine.operate(Operation.ALLOCATE, object_=self.inode, offset=offset, length=length)
 

@@ -13,6 +13,7 @@ from pgemu.cli.compare import compare
 from pgemu.cli.decode import decode
 from pgemu.cli.dump import dump
 from pgemu.cli.page import page
+from pgemu.cli.scenario import scenario
 from pgemu.cli.walk import walk
 from pgemu.errors import InputError
 
@@ -71,7 +72,7 @@ def main(context: click.Context) -> None:
     """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace.
 
     Beside that, name the bits of page-table entries, walk or list the page tables in images of physical memory, name
-    the words of struct pages in them, and measure this machine to price what is counted.
+    the words of struct pages in them, measure this machine to price what is counted, and run named scenarios.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -82,4 +83,5 @@ main.add_command(compare)
 main.add_command(decode)
 main.add_command(dump)
 main.add_command(page)
+main.add_command(scenario)
 main.add_command(walk)
