@@ -91,9 +91,9 @@ def _check_rfc2(config: Config, flags: int) -> Creation:
     """guestmem_hugetlb_setup() and kvm_gmem_create() of RFC v2."""
     valid = int(Rfc2Flags.SUPPORT_SHARED)
     if flags & Rfc2Flags.SUPPORT_SHARED:
-        valid |= Rfc2Flags.INIT_PRIVATE
+        valid |= int(Rfc2Flags.INIT_PRIVATE)
     if flags & Rfc2Flags.HUGETLB:
-        valid |= Rfc2Flags.HUGETLB | _SIZE_MASK
+        valid |= int(Rfc2Flags.HUGETLB) | _SIZE_MASK
     if flags & ~valid:
         raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
     huge = bool(flags & Rfc2Flags.HUGETLB)
@@ -107,7 +107,7 @@ def _check_main(config: Config, form: Form, flags: int, page_order: int) -> Crea
     """kvm_gmem_create() as merged, and with `page_order` of struct kvm_create_guest_memfd as in December 2025."""
     valid = int(CreateFlags.MMAP | CreateFlags.INIT_SHARED)
     if form == "wip":
-        valid |= CreateFlags.HUGETLB
+        valid |= int(CreateFlags.HUGETLB)
     if flags & ~valid:
         raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
     huge = bool(flags & CreateFlags.HUGETLB)
@@ -134,7 +134,8 @@ def check_creation(config: Config, size: int, flags: int, form: Form = "main", p
     rfc2 = form == "rfc2"
     creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
     if size <= 0 or size % config.page_size:
-        raise _invalid(f"size {size}: expected a positive multiple of the page, {config.page_size}")
+        unit = "huge page" if config.order else "page"
+        raise _invalid(f"size {size}: expected a positive multiple of the {unit}, {config.page_size}")
     return creation
 
 

@@ -119,7 +119,7 @@ class SmallestPfnmap:
         yield f"guest memory: {self.gmem.size >> 20} MiB of 4K folios, all shared, mapped with VM_PFNMAP"
         for phase in self.phases:
             results = ", ".join(f"{name} {count}" for name, count in phase.results.items())
-            yield f"{phase.name}: {operation_name(phase.operation)} of {phase.pages} pages: {results}"
+            yield f"{phase.name}: {phase.pages} {operation_name(phase.operation)}s: {results}"
         yield f"entry of the process: {facts['host_entry']} (special), of the VM: {facts['guest_entry']}"
         yield f"its struct page: {self.references} reference (the page cache's), mapcount {self.mapcount}"
         yield f"leaves: {facts['host_leaves']} of the process, {facts['stage2_leaves']} of the VM, all of 4K"
@@ -207,7 +207,8 @@ def smallest_pfnmap(
     run["kernel image"] = _pages(*written["kernel image"])
     run["decompressed kernel"] = _pages(DECOMPRESSED, 2 * kernel_image)
     run["initrd"] = _pages(*written["initrd"])
-    run["fresh memory"] = _pages(DECOMPRESSED + 2 * kernel_image, memory - DECOMPRESSED - 2 * kernel_image)[::4]
+    behind = _pages(DECOMPRESSED + 2 * kernel_image, memory - DECOMPRESSED - 2 * kernel_image)
+    run["fresh memory"] = np.setdiff1d(behind, run["initrd"])[::4]
     phases += [_phase(name, Operation.GUEST_FAULT, vm.touch_many(pages, write=True)) for name, pages in run.items()]
     second = _leaf(vm.walk(KERNEL_IMAGE))
     sees_host_data = machine.read_frame((second & ADDRESS) >> 12).startswith(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U8, U12, trailing_zeros
+from pgemu_kernels.bits import U0, U1, U2, U8, U12, trailing_zeros
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.gmem import free_row
 from pgemu_kernels.layout import (
@@ -59,6 +59,12 @@ def policy_row(i):
     return STATE_POLICIES + i * _WORDS
 
 
+@kernel
+def new_row(state):
+    """A free row, which there must be."""
+    return free_row(state, R_POLICIES, U(POLICIES), _WORDS, MP_LIVE, policy_row(U0))
+
+
 @outlined
 def policy_of(m, node, index):
     """What a fault on page `index` of the inode whose row is `node` goes by: mode << 8 | nodes, a bit each."""
@@ -101,9 +107,19 @@ def is_strict(m, node, index):
 # --------------------------------------------------------------------------- setting one
 
 
+@kernel
+def rows_left(state):
+    """How many rows of policies are free."""
+    left = U(POLICIES) - state[R_POLICIES]
+    for i in range(state[R_POLICIES]):
+        if state[policy_row(i) + MP_LIVE] == U0:
+            left += U1
+    return left
+
+
 @outlined
 def cut(m, inode, start, end):
-    """No policy covers pages [start, end) of an inode any more: whether there was a row for a second piece.
+    """No policy covers pages [start, end) of an inode any more; a free row is there for what lies behind them.
 
     mm/mempolicy.c:shared_policy_replace()
     """
@@ -115,9 +131,7 @@ def cut(m, inode, start, end):
         if state[row + MP_LIVE] == U0 or state[row + MP_INODE] != inode or low >= end or high <= start:
             continue
         if low < start and high > end:
-            rest = free_row(state, R_POLICIES, U(POLICIES), _WORDS, MP_LIVE, policy_row(U0))
-            if rest == NONE:
-                return False
+            rest = new_row(state)
             for word in range(_WORDS):
                 state[rest + word] = state[row + word]
             state[rest + MP_START] = end
@@ -128,7 +142,6 @@ def cut(m, inode, start, end):
             state[row + MP_START] = end
         else:
             state[row + MP_LIVE] = U0
-    return True
 
 
 @kernel
@@ -161,13 +174,12 @@ def operate_policy(m, op):
         return stop(state, op, status)
     start = state[op + O_OFFSET] >> U12
     end = start + (state[op + O_LENGTH] >> U12)
-    if not cut(m, inode, start, end):
+    if rows_left(state) < U2:  # for what lies behind a hole, and for the new one: taken before anything changes
         return stop(state, op, -ENOMEM)
+    cut(m, inode, start, end)
     if mode == _DEFAULT:
         return stop(state, op, 0)
-    row = free_row(state, R_POLICIES, U(POLICIES), _WORDS, MP_LIVE, policy_row(U0))
-    if row == NONE:
-        return stop(state, op, -ENOMEM)
+    row = new_row(state)
     state[row + MP_LIVE] = U1
     state[row + MP_INODE] = inode
     state[row + MP_START] = start
