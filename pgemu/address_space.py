@@ -221,10 +221,11 @@ class AddressSpace:
         length: int | None = None,
         read_only: bool = False,
         populate: bool = False,
+        private: bool = False,
     ) -> Result:
         """mmap(MAP_SHARED) of a guest_memfd at a fixed address: 0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
 
-        populate: of a guest_memfd of 4K folios only.
+        populate: of a guest_memfd of 4K folios only. private: MAP_PRIVATE, which guest_memfd refuses (-EINVAL).
         """
         size = gmem.size - offset if length is None else length
         if isinstance(gmem, GuestMemfd):
@@ -232,7 +233,7 @@ class AddressSpace:
                 raise ValueError("populate: expected a guest_memfd of 4K folios")
             return self.machine.operate(
                 Operation.MMAP,
-                flags=Flag.READ_ONLY if read_only else 0,
+                flags=(Flag.READ_ONLY if read_only else 0) | (Flag.PRIVATE if private else 0),
                 space=self.space,
                 object_=gmem.inode,
                 address=address,
@@ -241,7 +242,15 @@ class AddressSpace:
             )
         prot = PROT_READ if read_only else PROT_READ | PROT_WRITE
         return self._mmap(
-            gmem.inode, address, offset, size, prot, shared=True, populate=populate, locked=False, noreserve=False
+            gmem.inode,
+            address,
+            offset,
+            size,
+            prot,
+            shared=not private,
+            populate=populate,
+            locked=False,
+            noreserve=False,
         )
 
     def munmap(self, address: int, length: int) -> Result:

@@ -51,15 +51,15 @@ def allocate(config: Config) -> Arrays:
     tails = {
         L.R_FREE_STACK: frames + _boot_frames(config),
         L.R_BLOCK_ROWS: blocks * L.B_WORDS,
-        L.R_WORD_ROWS: pages >> 6,
-        L.R_ZEROED_ROWS: pages >> 6,
+        L.R_WORD_ROWS: (pages >> 6) + L.INODES,
+        L.R_ZEROED_ROWS: (pages >> 6) + L.INODES,
         L.R_CONTIGUOUS_MAP: L.CONTIGUOUS_FRAMES // 64,
-        L.R_WORK_LISTS: pages >> 6 if config.convert_order == "rfc2" else 0,
+        L.R_WORK_LISTS: (pages >> 6) + L.INODES if config.convert_order == "rfc2" else 0,
     }
     counts = {
         L.R_CONTENTS: config.guest_pages,
         L.R_TRANSIENT: config.guest_pages,
-        L.R_SHARED: (pages >> 9) + (pages >> 18) + 2 * L.INODES,
+        L.R_SHARED: (pages >> 9) + (pages >> 18) + 3 * L.INODES,
     }
     begins: dict[np.uint64, int] = {}
     for number in range(config.nodes):  # three bits per 2M block, whole 1G at a time
@@ -83,7 +83,7 @@ def _frames(config: Config) -> int:
     gigabytes = (config.pool + config.other_pool + config.buddy) / L.PAGE_1G
     tables = 2 * (513 + 2) + 16
     nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
-    huge_pages = config.pool_pages + config.other_pool_pages + config.buddy // L.PAGE_2M
+    huge_pages = min(config.pool_pages, config.pool // L.PAGE_2M) + config.other_pool_pages + config.buddy // L.PAGE_2M
     needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (config.memory >> 12)
     return 1 << max(needed, config.frames or 0, 511).bit_length()
 
@@ -129,7 +129,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         L.R_POOL_BASE: base,
         L.R_GUEST_PAGES: config.guest_pages,
         L.R_ORDER: config.order,
-        L.R_HSTATE: int(L.STATE_HSTATES) + (L.H_WORDS if config.order == L.ORDER_1G else 0),
+        L.R_HSTATE: int(L.STATE_HSTATES) + L.H_WORDS * (2 if config.order == 0 else config.order == L.ORDER_1G),
         L.R_NODES: config.nodes,
         L.R_HVO: config.hvo,
         L.R_OPTIMIZE_VMEMMAP: config.hvo,
@@ -159,7 +159,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         L.R_FOLIO_6_12: kernel.folio_6_12,
         L.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
         L.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
-        L.R_ZERO_PAGE: config.zero == "page",
+        L.R_ZERO_PAGE: config.zero == "page" and config.order != 0,  # a 4K folio has its own flag
         L.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
         L.R_NOTIFIER: config.notifier,
         L.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
@@ -184,6 +184,8 @@ def set_registers(config: Config, arrays: Arrays) -> None:
     state = arrays.state
     for register, value in registers.items():
         state[register] = value
+    for row in range(int(L.STATE_FREE_AREAS), int(L.STATE_NODES), 2):  # empty lists
+        state[row : row + 2] = np.uint64(L.HSTATES_ADDRESS + (row - int(L.STATE_HSTATES)) * 8)
     for number in range(config.nodes):
         node = config.node(number)
         words = {L.N_BASE: base, L.N_PAGES: node.pages, L.N_GIGANTIC: node.gigantic, L.N_RESERVED: node.reserved,

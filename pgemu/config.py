@@ -31,7 +31,9 @@ class Config:
     """What a machine is made of.
 
     design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
-    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone.
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone. With a
+    `page_size` of 4 KiB bytes of guest memory with the page allocator, a multiple of 2 MiB: guest_memfd as merged,
+    of 4K folios, in either design; without `other_pool` and `buddy`, and `hvo` concerns huge pages only.
     memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
@@ -110,7 +112,15 @@ class Config:
     def __post_init__(self) -> None:
         checks = (
             (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
-            (self.page_size in (L.PAGE_2M, L.PAGE_1G), f"page size {self.page_size}: expected 2M or 1G"),
+            (self.page_size in (L.PAGE_4K, L.PAGE_2M, L.PAGE_1G), f"page size {self.page_size}: expected 4K, 2M or 1G"),
+            (
+                self.page_size != L.PAGE_4K or not (self.other_pool or self.buddy),
+                "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+            ),
+            (
+                self.page_size != L.PAGE_4K or self.split_to == "4K",
+                "split to 2M: expected huge pages",
+            ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
@@ -146,8 +156,9 @@ class Config:
         for holds, complaint in checks:
             if not holds:
                 raise ValueError(complaint)
-        if self.pool < 0 or self.pool % self.page_size:
-            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {self.page_size}, or 0")
+        unit = max(self.page_size, L.PAGE_2M)
+        if self.pool < 0 or self.pool % unit:
+            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {unit}, or 0")
         if self.memory < 0 or self.memory % L.PAGE_4K:
             raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {L.PAGE_4K}, or 0")
         if self.other_pool < 0 or self.other_pool % self.other_page_size:
@@ -166,17 +177,17 @@ class Config:
 
     @property
     def order(self) -> int:
-        """Order of the pool's huge pages: 9 or 18."""
-        return L.ORDER_2M if self.page_size == L.PAGE_2M else L.ORDER_1G
+        """Order of the inodes' pages: 9 or 18, those of the pool, or 0."""
+        return {L.PAGE_4K: 0, L.PAGE_2M: L.ORDER_2M, L.PAGE_1G: L.ORDER_1G}[self.page_size]
 
     @property
     def pool_pages(self) -> int:
-        """Huge pages in the pool."""
+        """Huge pages in the pool, or 4K pages of guest memory."""
         return self.pool // self.page_size
 
     @property
     def other_page_size(self) -> int:
-        """Size of the huge pages of the second pool: 1 GiB where the first has 2 MiB, and the other way round."""
+        """Size of the huge pages of the second pool: the one of 2 MiB and 1 GiB that the first has not."""
         return L.PAGE_1G if self.page_size == L.PAGE_2M else L.PAGE_2M
 
     @property
@@ -186,13 +197,17 @@ class Config:
 
     def node(self, number: int) -> Node:
         """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
-        sizes = {self.order: self.pool_pages, L.ORDER_1G + L.ORDER_2M - self.order: self.other_pool_pages}
+        small = self.pool if self.order == 0 else 0
+        sizes = {L.ORDER_2M: self.other_pool_pages, L.ORDER_1G: self.other_pool_pages, self.order: self.pool_pages}
 
         def share(count: int) -> int:
             return (count + self.nodes - 1 - number) // self.nodes
 
         return Node(
-            share(sizes[L.ORDER_1G]), self.reserved >> 12, share(sizes[L.ORDER_2M]), share(self.buddy // L.PAGE_2M)
+            share(sizes[L.ORDER_1G]),
+            self.reserved >> 12,
+            share(sizes[L.ORDER_2M]),
+            share((self.buddy + small) // L.PAGE_2M),
         )
 
     @property

@@ -1,9 +1,11 @@
-"""guest_memfd inodes over HugeTLB pages."""
+"""guest_memfd inodes of the two designs: over HugeTLB pages, or over 4K pages of the page allocator."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,78 +14,261 @@ from pgemu_kernels import layout as L
 from pgemu_kernels.layout import Flag, Operation
 
 if TYPE_CHECKING:
+    from pgemu.config import Config
     from pgemu.machine import Machine, Result, Results
     from pgemu.stale import StaleEntry
     from pgemu.vm import Vm
 
+__all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
+
 Array = np.ndarray[Any, Any]
+Form = Literal["main", "next", "rfc2", "wip"]
+FORMS = ("main", "next", "rfc2", "wip")
+POLICIES = {
+    "default": L.MPOL_DEFAULT, "preferred": L.MPOL_PREFERRED, "bind": L.MPOL_BIND, "interleave": L.MPOL_INTERLEAVE,
+}  # fmt: skip
+FALLOC_FL_KEEP_SIZE = 1  # include/uapi/linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 2
+
+
+class CreateFlags(IntFlag):
+    """Flags of KVM_CREATE_GUEST_MEMFD: GUEST_MEMFD_FLAG_* of include/uapi/linux/kvm.h.
+
+    HUGETLB is that of the public branch of December 2025 (form "wip") only; its bit there is inference.
+    """
+
+    MMAP = 1 << 0
+    INIT_SHARED = 1 << 1
+    HUGETLB = 1 << 2
+
+
+class Rfc2Flags(IntFlag):
+    """The same in the 1G series' RFC v2 of May 2025; SIZE_* are GUESTMEM_HUGETLB_FLAG_* of its linux/guestmem.h."""
+
+    SUPPORT_SHARED = 1 << 0
+    INIT_PRIVATE = 1 << 1
+    HUGETLB = 1 << 2
+    SIZE_2M = 21 << 58
+    SIZE_1G = 30 << 58
+
+
+_SIZE_SHIFT = 58
+_SIZE_MASK = 0x3F << _SIZE_SHIFT
+_ORDERS = (L.ORDER_2M, L.ORDER_1G)
+
+
+class Stat(NamedTuple):
+    """What fstat() of the file says: inode number, bytes, preferred block size, 512-byte blocks.
+
+    Blocks are counted by RFC v2 and its successors, huge page by huge page; merged code does not count (inference).
+    """
+
+    st_ino: int
+    st_size: int
+    st_blksize: int
+    st_blocks: int
+
+
+class Creation(NamedTuple):
+    """What creation flags ask for."""
+
+    mappable: bool
+    shared: bool
+    huge: bool
+
+
+def _invalid(text: str) -> OSError:
+    return OSError(L.EINVAL, text)
+
+
+def _checked_order(config: Config, order: int) -> None:
+    """Huge pages of an order: EINVAL where the kernel has none of that size, ValueError where the machine's differ."""
+    if order not in _ORDERS:
+        raise _invalid(f"huge pages of order {order}: expected 9 or 18")
+    if order != config.order:
+        raise ValueError(f"huge pages of order {order}: expected {config.order}, the order of the machine's page_size")
+
+
+def _check_rfc2(config: Config, flags: int) -> Creation:
+    """guestmem_hugetlb_setup() and kvm_gmem_create() of RFC v2."""
+    valid = int(Rfc2Flags.SUPPORT_SHARED)
+    if flags & Rfc2Flags.SUPPORT_SHARED:
+        valid |= int(Rfc2Flags.INIT_PRIVATE)
+    if flags & Rfc2Flags.HUGETLB:
+        valid |= int(Rfc2Flags.HUGETLB) | _SIZE_MASK
+    if flags & ~valid:
+        raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
+    huge = bool(flags & Rfc2Flags.HUGETLB)
+    if huge and flags & _SIZE_MASK:  # else the default size, which is the machine's
+        _checked_order(config, (flags >> _SIZE_SHIFT) - 12)
+    shared = bool(flags & Rfc2Flags.SUPPORT_SHARED)
+    return Creation(shared, shared and not flags & Rfc2Flags.INIT_PRIVATE, huge)
+
+
+def _check_main(config: Config, form: Form, flags: int, page_order: int) -> Creation:
+    """kvm_gmem_create() as merged, and with `page_order` of struct kvm_create_guest_memfd as in December 2025."""
+    valid = int(CreateFlags.MMAP | CreateFlags.INIT_SHARED)
+    if form == "wip":
+        valid |= int(CreateFlags.HUGETLB)
+    if flags & ~valid:
+        raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
+    huge = bool(flags & CreateFlags.HUGETLB)
+    if page_order and not huge:
+        raise _invalid(f"page order {page_order}: expected 0 without HUGETLB")
+    if huge:
+        if flags & CreateFlags.INIT_SHARED:
+            raise _invalid("HUGETLB with INIT_SHARED: disabled in the branch of December 2025")
+        _checked_order(config, page_order)
+    return Creation(bool(flags & CreateFlags.MMAP), bool(flags & CreateFlags.INIT_SHARED), huge)
+
+
+def check_creation(config: Config, size: int, flags: int, form: Form = "main", page_order: int = 0) -> Creation:
+    """Check what KVM_CREATE_GUEST_MEMFD is given, flags first, as the form's kernel does: what the flags ask for.
+
+    OSError EINVAL: an unknown flag; rfc2: INIT_PRIVATE without SUPPORT_SHARED, a size that no hstate has; wip: a
+    page order without HUGETLB, HUGETLB with INIT_SHARED; a size that is no positive multiple of the page. ValueError
+    for another form, or huge pages that are not the machine's. Files have no numbers here, so there is no EMFILE.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r}: expected one of {', '.join(FORMS)}")
+    if flags < 0 or flags >> 64:
+        raise ValueError(f"flags {flags}: expected 64 bits")
+    rfc2 = form == "rfc2"
+    creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
+    if size <= 0 or size % config.page_size:
+        unit = "huge page" if config.order else "page"
+        raise _invalid(f"size {size}: expected a positive multiple of the {unit}, {config.page_size}")
+    return creation
+
+
+def _usual(config: Config, shared: bool, form: Form) -> tuple[int, int]:
+    """Flags and page order of a file that can be mapped, all shared or all private."""
+    if form == "rfc2":
+        flags = Rfc2Flags.SUPPORT_SHARED | (0 if shared else Rfc2Flags.INIT_PRIVATE)
+        return int(flags | (Rfc2Flags.HUGETLB if config.order else 0)), 0
+    flags_main = CreateFlags.MMAP | (CreateFlags.INIT_SHARED if shared else 0)
+    if form == "wip" and config.order:
+        return int(flags_main | CreateFlags.HUGETLB), config.order
+    return int(flags_main), 0
+
+
+def policy_mode(mode: str | int) -> int:
+    """MPOL_* of a name; numbers as they are, for the kernel to refuse. ValueError for another name."""
+    if isinstance(mode, int):
+        if not 0 <= mode < 256:
+            raise ValueError(f"mode {mode}: expected 0 to 255")
+        return mode
+    if mode not in POLICIES:
+        raise ValueError(f"mode {mode!r}: expected one of {', '.join(POLICIES)}")
+    return POLICIES[mode]
+
+
+def node_mask(nodes: Iterable[int]) -> int:
+    """A bit per node. ValueError for a number that has no bit in 64."""
+    mask = 0
+    for node in nodes:
+        if not 0 <= node < 64:
+            raise ValueError(f"node {node}: expected 0 to 63")
+        mask |= 1 << node
+    return mask
 
 
 @dataclass(frozen=True)
 class GuestMemfd:
-    """A guest_memfd inode over the machine's HugeTLB pool. virt/kvm/guest_memfd.c"""
+    """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
     machine: Machine
     inode: int
     size: int
+    form: Form = "main"
 
     @classmethod
-    def create(cls, machine: Machine, size: int, shared: bool) -> GuestMemfd:
+    def create(
+        cls, machine: Machine, size: int, shared: bool, flags: int | None, form: Form, page_order: int
+    ) -> GuestMemfd:
         """See Machine.create_guest_memfd."""
         config = machine.config
-        if size <= 0 or size % config.page_size:
-            raise OSError(L.EINVAL, f"size {size}: expected a positive multiple of the huge page, {config.page_size}")
+        if flags is None:
+            flags, page_order = _usual(config, shared, form)
+        elif shared:
+            raise ValueError("shared: expected to be told by the flags, as they are given")
+        creation = check_creation(config, size, flags, form, page_order)
         inode = next_row(machine, L.R_INODES, L.INODES, "inodes")
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(L.R_BLOCKS)
-        subpool = next_row(machine, L.R_SUBPOOLS, L.SUBPOOLS, "subpools")
-        hstate = machine.register(L.R_HSTATE)
-        reserved = int(state[hstate + int(L.H_RESERVED)]) + blocks
-        if reserved > int(state[hstate + int(L.H_FREE)]):
-            raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+        subpool = cls._reserve(machine, blocks) if config.order else 0
         if used + blocks > 4 * config.pool_pages:
             raise OSError(L.ENOSPC, "inodes, closed ones included, of more than four times the pool")
         pages = size >> 12
-        words = machine.register(L.R_WORDS)
+        words, pmds, puds = ((pages + unit - 1) // unit for unit in (64, 512, 1 << 18))
+        first = machine.register(L.R_WORDS)
         counts = machine.register(L.R_SHARED) + machine.register(L.R_SHARED_USED)
-        puds = (pages + (1 << 18) - 1) >> 18
         row = int(L.STATE_INODES) + inode * L.I_WORDS
         fields = {
             L.I_PAGES: pages,
             L.I_BLOCK: machine.register(L.R_BLOCK_ROWS) + used * L.B_WORDS,
             L.I_BLOCKS: blocks,
-            L.I_WORD: machine.register(L.R_WORD_ROWS) + words,
-            L.I_ZEROED: machine.register(L.R_ZEROED_ROWS) + words,
+            L.I_WORD: machine.register(L.R_WORD_ROWS) + first,
+            L.I_ZEROED: machine.register(L.R_ZEROED_ROWS) + first,
             L.I_PMD: counts,
-            L.I_PUD: counts + pages // 512,
+            L.I_PUD: counts + pmds,
             L.I_OPEN: 1,
-            L.I_SUBPOOL: subpool + 1,
+            L.I_SUBPOOL: subpool,
+            L.I_FLAGS: cls._inode_flags(creation, form),
         }
         for name, value in fields.items():
             state[row + int(name)] = value
-        # mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once.
+        if subpool:
+            cls._count_subpool(machine, subpool - 1, blocks)
+        state[L.R_BLOCKS] += np.uint64(blocks)
+        state[L.R_WORDS] += np.uint64(words)
+        state[L.R_SHARED_USED] += np.uint64(pmds + puds)
+        state[L.R_INODES] += np.uint64(1)
+        if creation.shared:
+            cls._share_all(machine, fields)
+        return cls(machine, inode, size, form)
+
+    @staticmethod
+    def _inode_flags(creation: Creation, form: Form) -> int:
+        flags = int(L.INODE_MMAP) if creation.mappable else 0
+        flags |= int(L.INODE_INIT_SHARED) if creation.shared else 0
+        flags |= int(L.INODE_WHOLE_MAPPINGS) if form == "rfc2" and creation.huge else 0
+        return flags | (int(L.INODE_BIND_COMMITS) if form == "next" else 0)
+
+    @staticmethod
+    def _reserve(machine: Machine, blocks: int) -> int:
+        """Row + 1 of the next subpool. OSError ENOMEM if the pool cannot reserve the blocks, ENOSPC past SUBPOOLS."""
+        subpool = next_row(machine, L.R_SUBPOOLS, L.SUBPOOLS, "subpools")
+        hstate = machine.register(L.R_HSTATE)
+        state = machine.arrays.state
+        if int(state[hstate + int(L.H_RESERVED)]) + blocks > int(state[hstate + int(L.H_FREE)]):
+            raise OSError(L.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+        return subpool + 1
+
+    @staticmethod
+    def _count_subpool(machine: Machine, subpool: int, blocks: int) -> None:
+        """mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once."""
+        state = machine.arrays.state
+        hstate = machine.register(L.R_HSTATE)
         row = int(L.STATE_SUBPOOLS) + subpool * L.P_WORDS
         reservation = {L.P_LIVE: 1, L.P_HSTATE: hstate, L.P_MAX: blocks, L.P_MIN: blocks, L.P_RESERVED: blocks}
         for name, value in reservation.items():
             state[row + int(name)] = value
-        state[hstate + int(L.H_RESERVED)] = reserved
+        state[hstate + int(L.H_RESERVED)] += np.uint64(blocks)
         state[L.R_SUBPOOLS] += np.uint64(1)
-        state[L.R_BLOCKS] += np.uint64(blocks)
-        state[L.R_WORDS] += np.uint64(pages // 64)
-        state[L.R_SHARED_USED] += np.uint64(pages // 512 + puds)
-        state[L.R_INODES] += np.uint64(1)
-        if shared:
-            cls._share_all(machine, fields)
-        return cls(machine, inode, size)
 
     @staticmethod
     def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
         pages = fields[L.I_PAGES]
         word = fields[L.I_WORD]
         machine.arrays.state[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        if pages % 64:
+            machine.arrays.state[word + pages // 64] = np.uint64((1 << pages % 64) - 1)
         pmd = fields[L.I_PMD]
         machine.arrays.counts[pmd : pmd + pages // 512] = 512
+        if pages % 512:
+            machine.arrays.counts[pmd + pages // 512] = pages % 512
         for i, first in enumerate(range(0, pages, 1 << 18)):
             machine.arrays.counts[fields[L.I_PUD] + i] = min(1 << 18, pages - first)
 
@@ -113,6 +298,52 @@ class GuestMemfd:
         return self.machine.run_columns(
             np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
         )
+
+    def allocate(self, offset: int, length: int) -> Result:
+        """Have memory under [offset, offset + length), both rounded down to huge pages; nothing is zeroed or mapped.
+
+        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before
+        it stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
+        """
+        return self.machine.operate(Operation.ALLOCATE, object_=self.inode, offset=offset, length=length)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> Result:
+        """fallocate() with FALLOC_FL_* bits: `allocate` or `punch_hole`; -EOPNOTSUPP for other modes, -EINVAL.
+
+        virt/kvm/guest_memfd.c:kvm_gmem_fallocate(); an empty or negative range is refused before (vfs_fallocate()).
+        """
+        from pgemu.machine import Result
+
+        if offset < 0 or length <= 0:
+            return Result(-L.EINVAL, 0)
+        if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            return Result(-L.EOPNOTSUPP, 0)
+        return self.punch_hole(offset, length) if mode & FALLOC_FL_PUNCH_HOLE else self.allocate(offset, length)
+
+    def mbind(self, offset: int, length: int, mode: str | int, nodes: Iterable[int] = ()) -> Result:
+        """mbind() of a mapping of [offset, offset + length): the NUMA policy of memory allocated there from now on.
+
+        mode: "default" (the faulting task's), "preferred", "bind", "interleave", or a number. 0; -EINVAL for another
+        number, nodes that do not exist, nodes with default or none with bind and interleave, a range that is empty or
+        not aligned; -EBADF; -ENOMEM past layout.POLICIES ranges. mm/mempolicy.c. Series rfc2 does not ask for it.
+        """
+        return self.machine.operate(
+            Operation.MEMORY_POLICY,
+            flags=policy_mode(mode),
+            object_=self.inode,
+            address=node_mask(nodes),
+            offset=offset,
+            length=length,
+        )
+
+    def stat(self) -> Stat:
+        """fstat()."""
+        used = 0
+        if self.form in ("rfc2", "wip"):
+            rows = self._field(L.I_BLOCK) + np.arange(self._field(L.I_BLOCKS)) * L.B_WORDS + int(L.B_STATE)
+            states = self.machine.arrays.state[rows]
+            used = int(np.count_nonzero((states != L.BLOCK_ABSENT) & (states != L.BLOCK_ZOMBIE)))
+        return Stat(self.inode + 1, self.size, L.PAGE_4K, used * self.machine.config.page_size // 512)
 
     def get_reference(self, offset: int) -> Result:
         """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""

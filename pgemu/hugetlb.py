@@ -169,7 +169,7 @@ def meminfo(machine: Machine) -> dict[str, int]:
     HugePages_* are those of the size that the designs use (default_hugepagesz), Hugetlb of both.
     """
     gauge = machine.statistics.gauge
-    default = machine.hugetlb(machine.config.page_size)
+    default = machine.hugetlb(max(machine.config.page_size, L.PAGE_2M))
     pools = [machine.hugetlb(size) for size in (L.PAGE_2M, L.PAGE_1G)]
     return {
         "AnonPages": gauge(L.Gauge.ANONYMOUS_PAGES) * 4,

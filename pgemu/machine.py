@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -75,13 +76,14 @@ class Machine:
         from pgemu_kernels.boot import MACHINE, provide
 
         if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
-            raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} huge pages needs more frames")
+            raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} pages needs more frames")
 
     # ------------------------------------------------------------------ making
 
     def _prepare_memory(self) -> bool:
         """The second part of boot, of memory whose struct pages are all there, if any: whether the frames sufficed."""
-        if self.config.hvo and not (self.config.buddy or self.config.reserved):
+        small = self.config.order == 0 and self.config.pool
+        if self.config.hvo and not (self.config.buddy or self.config.reserved or small):
             return True
         from pgemu_kernels.pooling import run_pooling
 
@@ -120,15 +122,29 @@ class Machine:
 
     # ------------------------------------------------------------------ objects
 
-    def create_guest_memfd(self, size: int, *, shared: bool = False) -> GuestMemfd:
-        """Create a guest_memfd inode over HugeTLB memory, all private or (`shared`) all shared.
+    def create_guest_memfd(
+        self, size: int, *, shared: bool = False, flags: int | None = None, form: Form = "main", page_order: int = 0
+    ) -> GuestMemfd:
+        """Create a guest_memfd inode over the machine's guest memory, all private or (`shared`) all shared.
 
-        OSError: EINVAL for a size that is no positive multiple of the huge page, ENOMEM when the pool
-        cannot reserve it, ENOSPC past layout.INODES inodes.
+        flags: those of KVM_CREATE_GUEST_MEMFD instead, guest_memfd.CreateFlags or (form "rfc2") Rfc2Flags; without
+        them the file can be mapped. form: whose checks of creation, mmap and bind: "main", "next" (linux-next: bind is
+        prepared, then committed), "rfc2" (May 2025), "wip" (December 2025, with `page_order`). In "main" and "next",
+        which know no huge pages, the machine's are used all the same.
+        OSError: EINVAL as guest_memfd.check_creation() tells, ENOMEM when the pool cannot reserve the huge pages,
+        ENOSPC past layout.INODES inodes. ValueError for another form, or huge pages other than the machine's.
         """
         from pgemu.guest_memfd import GuestMemfd
 
-        return GuestMemfd.create(self, size, shared)
+        return GuestMemfd.create(self, size, shared, flags, form, page_order)
+
+    def set_mempolicy(self, mode: str | int, nodes: Iterable[int] = ()) -> Result:
+        """set_mempolicy() of the tasks that fault memory in, where the inode has no policy; see GuestMemfd.mbind."""
+        from pgemu.guest_memfd import node_mask, policy_mode
+
+        return self.operate(
+            Operation.MEMORY_POLICY, flags=policy_mode(mode), object_=int(L.NO_INODE), address=node_mask(nodes)
+        )
 
     def create_hugetlb_file(self, size: int, page_size: int = L.PAGE_2M) -> HugetlbFile:
         """Create a file of hugetlbfs with pages of 2 MiB or 1 GiB, all absent.
@@ -660,7 +676,7 @@ def _os_error(number: int, text: str) -> OSError:
 if TYPE_CHECKING:
     from pgemu.address_space import AddressSpace
     from pgemu.files import Device, GuestMemfd4K, HugetlbFile
-    from pgemu.guest_memfd import GuestMemfd
+    from pgemu.guest_memfd import Form, GuestMemfd
     from pgemu.hugetlb import HugetlbPool
     from pgemu.page_table import PageTable
     from pgemu.vm import Vm

@@ -160,8 +160,24 @@ class Vm:
 
     # ------------------------------------------------------------------ the designs' slots
 
-    def bind(self, gmem: GuestMemfd, gpa: int, *, offset: int = 0, length: int | None = None) -> Result:
-        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC."""
+    def bind(
+        self,
+        gmem: GuestMemfd,
+        gpa: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        userspace_addr: int | None = None,
+    ) -> Result:
+        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC.
+
+        userspace_addr: a file of form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file
+        and offset mapped there; others do not look at it.
+        """
+        from pgemu.machine import Result
+
+        if gmem.form == "rfc2" and userspace_addr is not None and not self._shows(gmem, offset, userspace_addr):
+            return Result(-L.EINVAL, 0)
         return self.machine.operate(
             Operation.BIND,
             vm=self.vm,
@@ -180,6 +196,18 @@ class Vm:
         """
         flags = Flag.LOG_DIRTY_PAGES if on else 0
         return self.machine.operate(Operation.DIRTY_LOGGING, flags=flags, vm=self.vm, address=gpa)
+
+    def _shows(self, gmem: GuestMemfd, offset: int, address: int) -> bool:
+        """Whether the VM's process has `offset` of an inode mapped at an address."""
+        state = self.machine.arrays.state
+        rows = state[int(L.STATE_VMAS) :][: L.VMAS * L.A_WORDS].reshape(-1, L.A_WORDS)
+        for row in rows[: self.machine.register(L.R_VMAS)]:
+            start, end, space, inode, pgoff = (
+                int(row[word]) for word in (L.A_START, L.A_END, L.A_SPACE, L.A_INODE, L.A_PGOFF)
+            )
+            if start <= address < end and space == self._field(L.V_SPACE):
+                return inode == gmem.inode and pgoff * L.PAGE_4K + address - start == offset
+        return False
 
     def unbind(self, gpa: int) -> Result:
         """Delete the slot that begins at `gpa`: 0 or -ENOENT."""

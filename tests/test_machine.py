@@ -179,7 +179,7 @@ def test_columns_are_as_long_as_the_batch_or_one() -> None:
     ("change", "text"),
     [
         ({"design": "split"}, "design"),
-        ({"page_size": 4096}, "page size"),
+        ({"page_size": 8192}, "page size"),
         ({"kernel": "5.15"}, "kernel"),
         ({"stage2": "s2"}, "stage 2"),
         ({"zero": "never"}, "zero"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import faulting, gmem_kvm, gmem_prefault, lifetime, lru, orders, pins, workers
+from pgemu_kernels import fallocate, faulting, gmem_kvm, gmem_prefault, lifetime, lru, orders, pins, workers
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
@@ -31,6 +31,7 @@ from pgemu_kernels.layout import (
     STOP,
     Operation,
 )
+from pgemu_kernels.policy import operate_policy
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.reference_recount import hold_again
 from pgemu_kernels.replay import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_whole, save
@@ -39,6 +40,8 @@ from pgemu_kernels.routing import is_ordinary, is_pooling
 U = np.uint64
 OP_WORK = U(Operation.WORK)
 OP_RELEASE = U(Operation.RELEASE)
+OP_ALLOCATE = U(Operation.ALLOCATE)
+OP_MEMORY_POLICY = U(Operation.MEMORY_POLICY)
 OP_PREFAULT = U(Operation.PREFAULT)
 OP_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
 _BYTE = U(0xFF)
@@ -145,6 +148,12 @@ def run_single(m, op):
     elif kind == OP_DIRTY_LOGGING:
         charge_one(m, SYSCALL)
         gmem_kvm.set_dirty_logging(m, op)
+    elif kind == OP_ALLOCATE:
+        charge_one(m, SYSCALL)
+        fallocate.allocate(m, op)
+    elif kind == OP_MEMORY_POLICY:
+        charge_one(m, SYSCALL)
+        operate_policy(m, op)
     else:
         run_whole(m, op)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U6, U9, U12, U18, U63, U64, U511, population
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U2, U3, U6, U9, U12, U18, U63, U64, U511, population
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge, charge_one
 from pgemu_kernels.layout import (
@@ -159,9 +159,11 @@ def shared_in_1g(m, node, index):
 
 @kernel
 def shared_in_block(m, node, index):
-    """Shared pages in the huge page that holds `index`."""
+    """Shared pages in the huge page that holds `index`, or 1 if a 4K page is shared."""
     if m.state[R_ORDER] == U9:
         return shared_in_2m(m, node, index)
+    if m.state[R_ORDER] == U0:
+        return is_shared(m, node, index)
     return shared_in_1g(m, node, index)
 
 
@@ -221,6 +223,15 @@ def store_shareability(m, node, start, end, shared):
 
 
 # --------------------------------------------------------------------------- levels
+
+
+@kernel
+def largest_level(state):
+    """The level of the inodes' pages: 3, 2 or (4K pages) 1."""
+    order = state[R_ORDER]
+    if order > U9:
+        return U3
+    return U2 if order == U9 else U1
 
 
 @kernel

@@ -30,6 +30,7 @@ from pgemu_kernels.folio import (
     HUGETLB_FREED,
     INDEX,
     MAPPING,
+    NO_MAPCOUNT,
     ONE_REFERENCE,
     PG_DIRTY,
     PG_HEAD,
@@ -85,6 +86,8 @@ from pgemu_kernels.layout import (
     STATE_SUBPOOLS,
     SUBPOOLS_ADDRESS,
 )
+from pgemu_kernels.policy import is_strict, node_of_fault
+from pgemu_kernels.small_pages import free_page, take_page
 from pgemu_kernels.vmemmap import compound_info
 
 U = np.uint64
@@ -283,35 +286,38 @@ def subpool_release(m, h, subpool):
 # --------------------------------------------------------------------------- the designs' blocks
 
 
-@kernel
+@outlined
 def obtain_folio(m, inode, index):
-    """Take a huge page for page `index` of an inode, with one reference: its first PFN, or NONE without one.
+    """A huge page for page `index` of an inode, with one reference and in no page cache: its head's PFN, or NONE.
 
-    A page of the inode's subpool, then one of the pool: the posted guestmem_hugetlb_alloc_folio(),
-    mm/hugetlb.c:dequeue_hugetlb_folio_node_exact().
+    Of the inode's subpool, on the node of the memory policy. mm/hugetlb.c:dequeue_hugetlb_folio_node_exact() and the
+    posted guestmem_hugetlb_alloc_folio(); where guests have 4K pages (R_ORDER 0), mm/filemap.c:filemap_alloc_folio().
     """
     state = m.state
+    row = inode_row(inode)
+    node = U0
+    strict = False
+    if state[R_NODES] > U1:
+        node = node_of_fault(m, row, index)
+        strict = is_strict(m, row, index)
+    if state[R_ORDER] == U0:
+        return take_page(m, node, strict)
     h = state[R_HSTATE]
-    subpool = state[inode_row(inode) + I_SUBPOOL]
+    subpool = state[row + I_SUBPOOL]
     if not subpool_allows(state, subpool):
         return NONE
-    head = dequeue_any(m, h, U0)
-    if head == NONE:
-        return NONE
-    if subpool != U0:
+    head = dequeue(m, h, node) if strict else dequeue_any(m, h, node)
+    if head != NONE and subpool != U0:
         subpool_take(m, h, subpool - U1)
-    page = struct_page(m, head)
-    set_subpool(m.ram, state, page, subpool)
-    set_cgroup(m.ram, state, page, _CGROUP)
-    charge_one(m, HUGE_FOLIO_ALLOCATED)
     return head
 
 
-@kernel
+@outlined
 def insert_folio(m, inode, block, index, head):
-    """Put a huge page that obtain_folio() gave in the page cache, at its first page `index` and in block row `block`.
+    """Put what obtain_folio() gave in the page cache, for block row `block` of an inode that begins at page `index`.
 
-    It ends with one reference per base page, which are the page cache's. mm/filemap.c:__filemap_add_folio()
+    It ends with one reference per base page, which are the page cache's. mm/filemap.c:__filemap_add_folio(). Of a 4K
+    folio the nodes of the page cache and its flags of the (unevictable) LRU are not modelled.
     """
     state = m.state
     ram = m.ram
@@ -319,28 +325,42 @@ def insert_folio(m, inode, block, index, head):
     subpool = state[inode_row(inode) + I_SUBPOOL]
     ram[page + MAPPING] = mapping_address(inode)
     ram[page + INDEX] = index
-    ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
-    m.state[block + B_PFN] = head
-    m.state[block + B_STATE] = BLOCK_HUGE
-    m.state[block + B_METADATA] = subpool
+    if state[R_ORDER] != U0:
+        ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
+        set_subpool(ram, state, page, subpool)
+        set_cgroup(ram, state, page, _CGROUP)
+        charge_one(m, HUGE_FOLIO_ALLOCATED)
+    state[block + B_PFN] = head
+    state[block + B_STATE] = BLOCK_HUGE
+    state[block + B_METADATA] = subpool
     change(m.stats, BLOCKS_HUGE, 1)
     charge_one(m, PAGE_CACHE_STORED)
     charge(m, STRUCT_PAGE_BYTES, 28)
 
 
 @outlined
+def give_back_folio(m, inode, head):
+    """Free what obtain_folio() gave to a fault that came second, when somebody else's is in the page cache by now."""
+    state = m.state
+    if state[R_ORDER] == U0:
+        free_page(m, head)
+        return
+    m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    if subpool != U0:
+        subpool_give(m, state[R_HSTATE], subpool - U1)
+    enqueue(m, state[R_HSTATE], head)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    charge_one(m, HUGE_FOLIO_FREED)
+
+
+@outlined
 def take_folio(m, inode, block, index):
-    """Take a huge page and put it in the page cache: its first PFN, or NONE when there is none."""
+    """Take a huge page for block row `block` of an inode and put it in the page cache: the head's PFN, or NONE."""
     head = obtain_folio(m, inode, index)
     if head != NONE:
         insert_folio(m, inode, block, index, head)
     return head
-
-
-@outlined
-def give_back_folio(m, inode, head):
-    """The last reference of a huge page that was never in the page cache: the loser of a race puts it."""
-    return_to_pool(m, head)
 
 
 @kernel
@@ -353,11 +373,15 @@ def subpool_of(m, page):
 
 @outlined
 def return_to_pool(m, head):
-    """The last reference of a huge folio of the designs is gone: mm/hugetlb.c:free_huge_folio().
+    """The last reference of a huge folio of the designs (or of a 4K one) is gone: mm/hugetlb.c:free_huge_folio().
 
     To the pool even where its node has surplus pages (inference: the inode's subpool has them reserved).
     """
     ram = m.ram
+    if m.state[R_ORDER] == U0:
+        free_page(m, head)
+        charge(m, STRUCT_PAGE_BYTES, 36)
+        return
     h = m.state[R_HSTATE]
     page = struct_page(m, head)
     ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
@@ -419,7 +443,8 @@ def release_block(m, block):
     if extra == U0:
         free_block(m, block)
         return
-    ram[page + COUNTS] = PGTY_HUGETLB | extra << U32
+    kind = NO_MAPCOUNT if m.state[R_ORDER] == U0 else PGTY_HUGETLB
+    ram[page + COUNTS] = kind | extra << U32
     ram[page + MAPPING] = U0
     change(m.stats, BLOCKS_HUGE, -1)
     change(m.stats, BLOCKS_ZOMBIE, 1)

@@ -134,7 +134,7 @@ def check_host_leaf(m, row, address, level, entry):
     index &= ~((U1 << (U9 * (level - U1))) - U1)
     expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
-    if state[R_DESIGN] != _PFNMAP:
+    if state[R_DESIGN] != _PFNMAP and state[R_ORDER] != U0:
         expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
 
 
@@ -168,10 +168,13 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
 
 @kernel
 def check_block(m, node, index):
-    """Restructure: an allocated block is huge if and only if none of its pages is shared."""
+    """Restructure: an allocated block is huge if and only if none of its pages is shared. 4K folios are as they are."""
+    kind = m.state[block_row(m, node, index) + B_STATE]
+    if m.state[R_ORDER] == U0:
+        expect(m, kind != BLOCK_SPLIT, BLOCK_STATE, index)
+        return
     if m.state[R_DESIGN] == _PFNMAP:
         return
-    kind = m.state[block_row(m, node, index) + B_STATE]
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:
         expect(m, shared == U0, BLOCK_STATE, index)

@@ -290,7 +290,7 @@ R_FREE = U(4)  # frames on the stack of freed ones
 R_SEED_MULTIPLIER = U(5)  # order of fresh frames: (i * multiplier + offset) mod R_FRAMES
 R_SEED_OFFSET = U(6)
 R_POOL_BASE = U(7)  # first PFN of the HugeTLB zone
-R_ORDER = U(10)  # 9 or 18: the order of a huge page of the pool
+R_ORDER = U(10)  # 9 or 18: the order of a huge page of the pool; 0: guest memory is 4K pages of the page allocator
 R_HVO = U(11)
 R_KERNEL_ROOT = U(12)  # physical address of the kernel's top table
 R_VMEMMAP = U(13)  # virtual address of struct page 0
@@ -386,8 +386,6 @@ R_IN_PLACE = U(109)  # 0: gmem_in_place_conversion is off: conversions are -ENOT
 R_PINS = U(110)  # rows of pins in use
 R_POLICIES = U(111)  # rows of memory policies in use
 R_TASK_POLICY = U(112)  # policy of the task that faults: mode << 8 | node mask (MPOL_*); 0: default
-R_FREE_SMALL = U(113)  # node 0's first free 4K page that is not in a free 2M block (page_size 4096); next: node 1's
-R_FREE_SMALL_1 = U(114)
 R_KERNEL_UNFLUSHED = U(115)  # pages of the vmemmap that a flush is owed for (R_FLUSH_BATCHED)
 R_WORK_BLOCKS = U(116)  # block rows that the worker has to look at
 R_INTERLEAVE = U(117)  # node that MPOL_INTERLEAVE takes next
@@ -619,6 +617,8 @@ INODE_REVOKED = U(1)  # I_FLAGS: the device's memory is off, faults end in SIGBU
 INODE_REMAP = U(2)  # its driver maps everything at mmap, by remap_pfn_range()
 INODE_MMAP = U(4)  # guest_memfd: GUEST_MEMFD_FLAG_MMAP
 INODE_INIT_SHARED = U(8)  # guest_memfd: GUEST_MEMFD_FLAG_INIT_SHARED
+INODE_WHOLE_MAPPINGS = U(16)  # guest_memfd as in RFC v2 with HugeTLB: its mmap wants whole huge pages
+INODE_BIND_COMMITS = U(32)  # guest_memfd as in linux-next: an overlapping binding is found by the commit
 LOCK_WRITER = U(1 << 32)
 
 # hstates: one row per size of huge page: 2M, 1G. include/linux/hugetlb.h:struct hstate
@@ -640,7 +640,8 @@ H_NODE_SURPLUS = U(4)
 H_NODE_TAIL_PAGE = U(5)  # PFN of the shared vmemmap tail page, kernels from 7.1 on; 0: none yet
 H_NODE_WORDS = 6
 H_WORDS = 24
-HSTATES = 2
+HSTATES = 2  # a third row, with H_PAGES and H_FREE, counts the page allocator's 4K pages where R_ORDER is 0
+FREE_ORDERS = 9  # orders 0 to 8: blocks of order 9 have a bit (N_BLOCKS)
 HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of these rows lie in the kernel's image
 
 # nodes: one row per NUMA node
@@ -895,7 +896,9 @@ STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)
 STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
 STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
-STATE_NODES = U(STATE_HSTATES + HSTATES * H_WORDS)
+STATE_SMALL = U(STATE_HSTATES + HSTATES * H_WORDS)
+STATE_FREE_AREAS = U(STATE_SMALL + H_WORDS)  # [node][order]: next, prev of zone->free_area[order].free_list
+STATE_NODES = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)
 STATE_SUBPOOLS = U(STATE_NODES + NODES * N_WORDS)
 STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
 STATE_PINS = U(STATE_POISONED + POISONED)

@@ -8,6 +8,7 @@ from pgemu_kernels.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.gmem import (
     free_row,
+    inode_row,
     mapping_limits,
     vma_row,
 )
@@ -23,7 +24,11 @@ from pgemu_kernels.layout import (
     A_WORDS,
     EEXIST,
     EINVAL,
+    ENODEV,
     ENOMEM,
+    I_FLAGS,
+    INODE_MMAP,
+    INODE_WHOLE_MAPPINGS,
     O_ADDRESS,
     O_FLAGS,
     O_LENGTH,
@@ -34,6 +39,7 @@ from pgemu_kernels.layout import (
     R_DESIGN,
     R_DONTNEED_FREES_TABLES,
     R_DONTNEED_PFNMAP,
+    R_ORDER,
     R_SPACES,
     R_VMAS,
     VMAS,
@@ -45,12 +51,32 @@ from pgemu_kernels.steps import range_arguments, stop
 U = np.uint64
 MADVISE = U(Flag.MADVISE)
 READ_ONLY = U(Flag.READ_ONLY)
+PRIVATE = U(Flag.PRIVATE)
 _TASK_SIZE = U(1 << 47)
+
+
+@kernel
+def file_allows(state, op):
+    """What the inode says to being mapped: 0, -ENODEV or -EINVAL."""
+    flags = state[inode_row(state[op + O_OBJECT]) + I_FLAGS]
+    if flags & INODE_MMAP == U0:
+        return np.int64(-ENODEV)
+    if state[op + O_FLAGS] & PRIVATE != U0:
+        return np.int64(-EINVAL)
+    inside = (U1 << (state[R_ORDER] + U12)) - U1
+    if flags & INODE_WHOLE_MAPPINGS != U0 and (state[op + O_ADDRESS] | state[op + O_LENGTH]) & inside != U0:
+        return np.int64(-EINVAL)
+    return np.int64(0)
 
 
 @outlined
 def mmap(m, op):
-    """mmap(MAP_SHARED | MAP_FIXED_NOREPLACE) of an inode's range: 0, -EBADF, -EINVAL, -EEXIST, -ENOMEM."""
+    """mmap(MAP_FIXED_NOREPLACE) of an inode's range: 0, -EBADF, -EINVAL, -ENODEV, -EEXIST, -ENOMEM.
+
+    -ENODEV without GUEST_MEMFD_FLAG_MMAP, -EINVAL for MAP_PRIVATE: virt/kvm/guest_memfd.c:kvm_gmem_mmap(). RFC v2 with
+    HugeTLB: -EINVAL for an address or length that is not aligned to huge pages. As do_mmap() has it, before the file
+    is asked: -EEXIST.
+    """
     state = m.state
     status = range_arguments(state, op)
     space = state[op + O_SPACE]
@@ -67,6 +93,9 @@ def mmap(m, op):
         if state[row + A_LIVE] != U0 and state[row + A_SPACE] == space:
             if start < state[row + A_END] and state[row + A_START] < end:
                 return stop(state, op, -EEXIST)
+    status = file_allows(state, op)
+    if status != 0:
+        return stop(state, op, status)
     row = free_row(state, R_VMAS, U(VMAS), U(A_WORDS), A_LIVE, vma_row(U0))
     if row == NONE:
         return stop(state, op, -ENOMEM)

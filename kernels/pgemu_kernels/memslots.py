@@ -29,7 +29,9 @@ from pgemu_kernels.layout import (
     EINVAL,
     ENOENT,
     ENOSPC,
+    I_FLAGS,
     I_PAGES,
+    INODE_BIND_COMMITS,
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
@@ -63,7 +65,8 @@ def bind(m, op):
 
     0; -EBADF; -EINVAL for bad alignment, a range past the file's end or past 48 bits of guest address,
     or pages that the VM has bound already;
-    -EEXIST for guest frames that a slot holds; -ENOSPC; -EBUSY where Linux would wait for the lock.
+    -EEXIST for guest frames that a slot holds, and in linux-next (prepare, then commit) for pages bound already;
+    -ENOSPC; -EBUSY where Linux would wait for the lock.
     virt/kvm/guest_memfd.c:kvm_gmem_bind().
     """
     state = m.state
@@ -92,6 +95,8 @@ def bind(m, op):
             bound |= low < high
     if status != 0:
         return stop(state, op, status)
+    if bound and state[inode_row(inode) + I_FLAGS] & INODE_BIND_COMMITS != U0:
+        return stop(state, op, -EEXIST)
     if bound or pgoff + pages > state[inode_row(inode) + I_PAGES]:
         return stop(state, op, -EINVAL)
     if not lock_exclusive(state, op, inode_row(inode)):

@@ -11,7 +11,7 @@ import numpy as np
 
 from pgemu_kernels.bits import ALL, LOW32, NONE, U0, U1, U6, U8, U9, U63, U64, U511, U512, trailing_zeros
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import BUDDY_BLOCKS, STRUCT_PAGE_BYTES, STRUCT_PAGE_WRITTEN, change, charge
+from pgemu_kernels.events import BUDDY_BLOCKS, POOL_FREE, STRUCT_PAGE_BYTES, STRUCT_PAGE_WRITTEN, change, charge
 from pgemu_kernels.folio import (
     COMPOUND,
     COUNTS,
@@ -24,7 +24,18 @@ from pgemu_kernels.folio import (
     struct_page,
 )
 from pgemu_kernels.hstate import ORDER_1G, node_of, node_row
-from pgemu_kernels.layout import N_BASE, N_BLOCKS, N_HINT, N_PAGES, R_FOLIO_6_12, R_HWPOISON
+from pgemu_kernels.layout import (
+    H_FREE,
+    H_PAGES,
+    N_BASE,
+    N_BLOCKS,
+    N_HINT,
+    N_PAGES,
+    R_FOLIO_6_12,
+    R_HWPOISON,
+    R_ORDER,
+    STATE_SMALL,
+)
 
 U = np.uint64
 PGTY_BUDDY = U(0xF0000000)
@@ -72,6 +83,22 @@ def _blocks(state, node):
     return state[node_row(node) + N_PAGES] >> U9
 
 
+@kernel
+def count_small(m, pages, free):
+    """`pages` more 4K pages are guest memory of the page allocator, `free` more of it are free (int64)."""
+    m.state[STATE_SMALL + H_PAGES] += U(pages)
+    m.state[STATE_SMALL + H_FREE] += U(free)
+    change(m.stats, POOL_FREE, free)
+
+
+@kernel
+def count_blocks(m, n):
+    """`n` (int64) more 2M blocks are free; where guests get 4K pages, these blocks are where they come from."""
+    change(m.stats, BUDDY_BLOCKS, n)
+    if m.state[R_ORDER] == U0:
+        count_small(m, n * 512, n * 512)
+
+
 @outlined
 def take_block(m, node):
     """First frame of the lowest free 2M block of a node, taken; NONE if there is none."""
@@ -85,7 +112,7 @@ def take_block(m, node):
             block = (block & ~U63) + trailing_zeros(word)
             state[_bits(state, node, block)] &= ~(U1 << (block & U63))
             state[row + N_HINT] = block + U1
-            change(m.stats, BUDDY_BLOCKS, -1)
+            count_blocks(m, np.int64(-1))
             return state[row + N_BASE] + (block << U9)
         block = (block | U63) + U1
     state[row + N_HINT] = blocks
@@ -105,7 +132,7 @@ def take_gigantic(m, node):
         if free == ALL:
             for i in range(U8):
                 state[word + i] = U0
-            change(m.stats, BUDDY_BLOCKS, -512)
+            count_blocks(m, np.int64(-512))
             return state[node_row(node) + N_BASE] + (first << U9)
     return NONE
 
@@ -130,7 +157,7 @@ def mark_free(m, pfn):
     state[_bits(state, node, block)] |= U1 << (block & U63)
     if block < state[row + N_HINT]:
         state[row + N_HINT] = block
-    change(m.stats, BUDDY_BLOCKS, 1)
+    count_blocks(m, np.int64(1))
 
 
 @outlined

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U9, U12
+from pgemu_kernels.bits import NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import LEAF_WRITTEN, charge_one
-from pgemu_kernels.gmem import block_row, inode_row, is_shared, is_uniform, slot_allows, unlock
+from pgemu_kernels.gmem import block_row, inode_row, is_shared, is_uniform, largest_level, slot_allows, unlock
 from pgemu_kernels.host import space_root
 from pgemu_kernels.hugetlb import release_block, take_folio
 from pgemu_kernels.layout import (
@@ -141,7 +141,7 @@ def shareability_level(m, op):
     node = inode_row(state[op + O_INODE])
     index = state[op + O_INDEX]
     gfn = state[op + O_ADDRESS] >> U12
-    level = U3 if state[R_ORDER] > U9 else U2
+    level = largest_level(state)
     while level > U1 and not (is_uniform(m, node, index, level) and slot_allows(state, state[op + O_ROW], gfn, level)):
         level -= U1
     return level

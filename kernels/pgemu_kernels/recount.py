@@ -12,6 +12,7 @@ from pgemu_kernels.events import (
     BLOCKS_PARTLY,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
+    BUDDY_BLOCKS,
     CACHE_NODES,
     CONTENT_FRAMES,
     FRAMES_USED,
@@ -21,10 +22,12 @@ from pgemu_kernels.events import (
     KERNEL_TABLES,
     MEMMAP_BOOT_PAGES,
     MEMMAP_PAGES,
+    POOL_FREE,
     STAGE2_LEAVES,
     STAGE2_TABLES,
     VMEMMAP_PAGES,
 )
+from pgemu_kernels.folio import INDEX, MAPPING, struct_page
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
@@ -35,7 +38,8 @@ from pgemu_kernels.gmem import (
 )
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
-from pgemu_kernels.hstate import hstate_node
+from pgemu_kernels.hstate import first_page, hstate_node, links_of, list_head, page_after
+from pgemu_kernels.hugetlb import mapping_address
 from pgemu_kernels.invariants import check_block, check_host_leaf, expect
 from pgemu_kernels.kvm_recount import check_leaf
 from pgemu_kernels.layout import (
@@ -45,6 +49,7 @@ from pgemu_kernels.layout import (
     BLOCK_SPLIT,
     FOUND_NODES,
     FOUND_TABLES,
+    FREE_ORDERS,
     GAUGES,
     H_FREE,
     H_NODE_TAIL_PAGE,
@@ -86,6 +91,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.reference_recount import check_folio, check_outside, check_pieces
+from pgemu_kernels.small_pages import free_area, is_buddy
 from pgemu_kernels.steps import broken
 from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
@@ -293,6 +299,31 @@ def check_inode(m, inode):
             check_folio(m, head, U1 << order)
         elif kind == BLOCK_SPLIT:
             check_pieces(m, head, U1 << order, U1)
+        if kind == BLOCK_HUGE and order == U0:
+            page = struct_page(m, head)
+            named = m.ram[page + MAPPING] == mapping_address(inode) and m.ram[page + INDEX] == block
+            expect(m, named, REFERENCES, block)
+
+
+@outlined
+def check_free_areas(m):
+    """The lists of free blocks of orders 0 to 8: links, marks, and as many pages as are free (page_size 4096)."""
+    state = m.state
+    free = U(m.stats[STATS_GAUGES + BUDDY_BLOCKS * U2]) << U9
+    for node in range(state[R_NODES]):
+        for order in range(U(FREE_ORDERS)):
+            row = free_area(node, order)
+            before = list_head(row)
+            pfn = first_page(state, row)
+            while pfn != U0:
+                expect(m, is_buddy(m, pfn, order) and pfn & ((U1 << order) - U1) == U0, FRAMES, pfn)
+                expect(m, not is_buddy(m, pfn ^ (U1 << order), order), FRAMES, pfn)
+                expect(m, m.ram[struct_page(m, pfn) + U2] == before, COUNTS_DIFFER, pfn)
+                before = links_of(m, pfn)
+                free += U1 << order
+                pfn = page_after(m, pfn)
+            expect(m, state[row + U1] == before, COUNTS_DIFFER, order)
+    expect(m, U(m.stats[STATS_GAUGES + POOL_FREE * U2]) == free, FRAMES, free)
 
 
 @outlined
@@ -309,7 +340,8 @@ def check_objects(m, owner):
     nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
     blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
     expect(m, object_frames(m) == frames, FRAMES, frames)
-    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+    each = nodes_of(state, state[R_ORDER]) if state[R_ORDER] != U0 else U0
+    expect(m, nodes == blocks * each, COUNTS_DIFFER, nodes)
 
 
 @entry
@@ -360,6 +392,8 @@ def check(descriptor, owner, leaves, found):
     expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
     blocks += gauges[BLOCKS_PARTLY * U2] + gauges[HUGETLB_PAGES * U2]
+    if state[R_ORDER] == U0:
+        check_free_areas(m)
     h = state[R_HSTATE]
     held = state[h + H_FREE] + state[R_FOLIOS_IN_HAND]
     expect(m, U(blocks) + held == state[h + H_PAGES], FRAMES, U(blocks))

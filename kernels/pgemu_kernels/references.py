@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, NONE, U0, U1, U12, U512
+from pgemu_kernels.bits import LOW32, NONE, U0, U1, U9, U12, U18, U32, U511, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
@@ -25,7 +25,7 @@ from pgemu_kernels.gmem import (
     block_row,
     inode_row,
 )
-from pgemu_kernels.hstate import in_zone
+from pgemu_kernels.hstate import in_zone, node_of, node_row
 from pgemu_kernels.hugetlb import mapping_address, return_to_pool, subpool_of
 from pgemu_kernels.layout import (
     B_OUTSTANDING,
@@ -41,6 +41,9 @@ from pgemu_kernels.layout import (
     I_OPEN,
     I_PAGES,
     INODE_GUEST_MEMFD,
+    N_BASE,
+    N_GIGANTIC,
+    N_RESERVED,
     O_ADDRESS,
     O_DETAIL,
     O_OBJECT,
@@ -53,6 +56,7 @@ from pgemu_kernels.layout import (
     R_POOL_BASE,
     R_TRANSIENT,
 )
+from pgemu_kernels.page_allocator import is_noted_split
 from pgemu_kernels.steps import stop
 from pgemu_kernels.workers import is_partly, note_return
 
@@ -101,6 +105,20 @@ def zombie_of(m, head):
 
 
 @outlined
+def is_small_page(m, pfn):
+    """Whether a frame is a 4K page that left an inode while somebody held it: nobody else has such pages."""
+    state = m.state
+    row = node_row(node_of(state, pfn))
+    kept = state[row + N_BASE] + (state[row + N_GIGANTIC] << U18)
+    if kept <= pfn < kept + state[row + N_RESERVED]:
+        return False  # the kernel's own
+    if is_noted_split(state, pfn & ~U511, U9) or is_noted_split(state, pfn >> U18 << U18, U18):
+        return False
+    word = m.ram[struct_page(m, pfn) + COUNTS]
+    return word & NO_MAPCOUNT == NO_MAPCOUNT and word >> U32 != U0
+
+
+@outlined
 def is_designs(m, head, page):
     """Whether a folio is one of a guest_memfd inode over huge pages, or was when it left the page cache."""
     mapping = m.ram[page + MAPPING]
@@ -110,6 +128,8 @@ def is_designs(m, head, page):
         return known and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
     if m.ram[page + FLAGS] & PG_HEAD != U0:
         return subpool_of(m, page) != U0
+    if m.state[R_ORDER] == U0:
+        return is_small_page(m, head)
     return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
 
 
@@ -178,7 +198,7 @@ def last_reference(m, head, page):
     the last one calls the worker. mm/guestmem_hugetlb.c:guestmem_hugetlb_handle_folio_put() of the posted series
     """
     large = m.ram[page + FLAGS] & PG_HEAD != U0
-    if large and not is_partly(m.state):
+    if m.state[R_ORDER] == U0 or (large and not is_partly(m.state)):
         change(m.stats, BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return

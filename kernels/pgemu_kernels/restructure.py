@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U6, U9, U12
+from pgemu_kernels.bits import NONE, U0, U1, U6, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     FOLIO_GATE_CHECKED,
@@ -26,10 +26,11 @@ from pgemu_kernels.folio import (
     PG_UPTODATE,
     add_mapping,
     add_references,
+    mappings,
     reference_count,
     struct_page,
 )
-from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, slot_allows, unlock
+from pgemu_kernels.gmem import block_row, inode_row, is_shared, largest_level, shared_in_block, slot_allows, unlock
 from pgemu_kernels.host import space_root, unmap_everywhere
 from pgemu_kernels.hugetlb import free_block, make_zombie, release_block, take_folio
 from pgemu_kernels.layout import (
@@ -107,7 +108,7 @@ def allocate(m, inode, index):
     first = index & ~((U1 << m.state[R_ORDER]) - U1)
     if take_folio(m, inode, block, first) == NONE:
         return np.int64(-ENOMEM)
-    if shared_in_block(m, node, index) != U0:
+    if m.state[R_ORDER] != U0 and shared_in_block(m, node, index) != U0:
         status = split_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6))
         if status != 0:
             free_block(m, block)
@@ -205,7 +206,7 @@ def host_fault(m, op):
 @kernel
 def folio_level(state, op):
     """The level of an unsplit folio, as far as the slot permits: kvm_gmem_max_mapping_level()."""
-    level = U3 if state[R_ORDER] > U9 else U2
+    level = largest_level(state)
     gfn = state[op + O_ADDRESS] >> U12
     while level > U1 and not slot_allows(state, state[op + O_ROW], gfn, level):
         level -= U1
@@ -305,11 +306,13 @@ def split(m, op):
     """To shared: split every huge folio that the range touches, else -ENOMEM with the failing offset.
 
     Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
-    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
+    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY. 4K folios are never split.
     """
     state = m.state
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
+    if order == U0:
+        return GO
     first = state[op + O_START] >> order << order
     while first < state[op + O_END]:
         block = block_row(m, node, first)
@@ -370,6 +373,7 @@ def convert(m, op):
 def truncate_block(m, inode, index):
     """Free the whole huge page that begins at page `index`: 0, or -EAGAIN with nothing freed.
 
+    A 4K folio is unmapped and leaves the inode, whoever holds it, and is free with its last reference.
     Split, its pages are unmapped from the host and must be idle, so that it can be merged first. Whole,
     it is truncated at once, and goes to the pool with its last reference.
     """
@@ -381,6 +385,8 @@ def truncate_block(m, inode, index):
         if merge_block(m, block, index, NONE) != 0:
             return np.int64(-EAGAIN)
     if m.state[block + B_STATE] == BLOCK_HUGE:
+        if state[R_ORDER] == U0 and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0:
+            unmap_everywhere(m, inode, index, index + U1)
         release_block(m, block)
         clear_zeroed(m, node, index)
     return np.int64(0)

@@ -101,8 +101,9 @@ def is_ordinary(state, header, object_, address):
             return ordinary_vm(state, vm)
         return state[slot + M_KIND] != SLOT_GUEST_MEMFD
     if kind == _MMAP:
-        # A mapping of the designs' inodes names neither PRIVATE nor SHARED: it is always shared.
-        return header >> U8 & _PRIVATE_OR_SHARED != U0 or ordinary_inode(state, object_)
+        # What names no inode at all is anonymous if it says PRIVATE or SHARED.
+        named = object_ < state[R_INODES]
+        return ordinary_inode(state, object_) or (not named and header >> U8 & _PRIVATE_OR_SHARED != U0)
     if kind == _MUNMAP or kind == _ZAP:
         return ordinary_space(state, space)
     if kind == _BIND or kind == _UNBIND:

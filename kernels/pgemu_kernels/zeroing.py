@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels.bits import U0, U1, U6, U9, U63
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.events import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge
+from pgemu_kernels.events import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge, charge_one
 from pgemu_kernels.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.layout import I_ZEROED, R_ORDER, R_ZERO_PAGE
 from pgemu_kernels.memory import zero_contents
@@ -52,7 +52,10 @@ def zero_folio(m, node, index, pfn, level, order):
         return
     if state[R_ZERO_PAGE] == U0:
         m.ram[page + FLAGS] = flags | PG_UPTODATE
-        charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
+        if inside == U0:
+            charge_one(m, PAGE_ZEROED)
+        else:
+            charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
         zero_contents(m, pfn & ~inside, inside + U1)
         return
     pages = U1 << (U9 * (level - U1))
@@ -62,7 +65,9 @@ def zero_folio(m, node, index, pfn, level, order):
 
 @outlined
 def clear_zeroed(m, node, index):
-    """A huge page left the inode: none of its pages counts as zeroed."""
+    """A huge page left the inode: none of its pages counts as zeroed. 4K folios have their flag."""
+    if m.state[R_ORDER] == U0:
+        return
     word = m.state[node + I_ZEROED] + (index >> U6)
     for i in range(word, word + (U1 << (m.state[R_ORDER] - U6))):
         m.state[i] = U0

@@ -14,6 +14,7 @@ from pgemu.cli.consumers import consumers
 from pgemu.cli.decode import decode
 from pgemu.cli.dump import dump
 from pgemu.cli.page import page
+from pgemu.cli.scenario import scenario
 from pgemu.cli.walk import walk
 from pgemu.errors import InputError
 
@@ -71,9 +72,9 @@ def _print_version(context: click.Context, _parameter: click.Parameter, value: b
 def main(context: click.Context) -> None:
     """Run two designs of guest_memfd with HugeTLB, restructured folios and VM_PFNMAP, on the same trace.
 
-    Beside that, try who uses a process's memory on both designs, name the bits of page-table entries, walk or list the
-    page tables in images of physical memory, name the words of struct pages in them, and measure this machine to price
-    what is counted.
+    Beside that, try who uses a process's memory on both designs, run named scenarios, name the bits of page-table
+    entries, walk or list the page tables in images of physical memory, name the words of struct pages in them, and
+    measure this machine to price what is counted.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -85,4 +86,5 @@ main.add_command(consumers)
 main.add_command(decode)
 main.add_command(dump)
 main.add_command(page)
+main.add_command(scenario)
 main.add_command(walk)
