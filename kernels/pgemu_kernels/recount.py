@@ -98,6 +98,7 @@ from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 U = np.uint64
 FRAMES = U(Broken.FRAMES)
 WRONG_PFN = U(Broken.WRONG_PFN)
+REFERENCES = U(Broken.REFERENCES)
 COUNTS_DIFFER = U(Broken.COUNTS)
 VMEMMAP = U(Broken.VMEMMAP)
 IN_PROGRESS = U(Broken.IN_PROGRESS)
