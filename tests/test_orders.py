@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from machines import assert_same
 from pgemu.address_space import AddressSpace
 from pgemu.designs import DESIGNS
 from pgemu.guest_memfd import GuestMemfd
@@ -172,20 +173,6 @@ VARIANTS: dict[str, Arguments] = {
     "slides, by block": {"design": "pfnmap", "convert_batch": "block", "kernel": "6.12"},
     "slides, flushes batched": {"design": "pfnmap", "flush": "batched", "defects": ("insert-unlocked",)},
 }
-
-
-def arrays(machine: Machine) -> dict[str, np.ndarray[Any, Any]]:
-    """The machine's arrays, less the operation records: several ways use different ones."""
-    found = dict(machine.arrays._asdict())
-    state = found["state"].copy()
-    state[int(L.STATE_OPS) : int(L.STATE_INODES)] = 0
-    return found | {"state": state}
-
-
-def assert_same(one: Machine, other: Machine) -> None:
-    theirs = arrays(other)
-    for name, array in arrays(one).items():
-        assert np.array_equal(array, theirs[name]), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pgemu_kernels import fallocate, faulting, gmem_kvm, gmem_prefault, lifetime, lru, orders, pins, workers
 from pgemu_kernels.bits import U0, U1
+from pgemu_kernels.block_recount import check_blocks
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
@@ -27,6 +28,7 @@ from pgemu_kernels.layout import (
     O_STATUS,
     OPERATIONS,
     R_COUNTER_ROW,
+    R_HOLDERS_OFF,
     STATS_COUNTERS,
     STOP,
     Operation,
@@ -181,6 +183,9 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     m = open_machine(descriptor)
     if mode >= TAKE_AWAY:
         hold_again(m, mode == GIVE_BACK)
+        m.state[R_HOLDERS_OFF] = U1 if mode == TAKE_AWAY else U0
+        if mode == GIVE_BACK:
+            check_blocks(m)
         return np.int64(0)
     if mode != BATCH_MODE:
         return np.int64(step(m, actor, mode == BEGIN))
