@@ -217,6 +217,7 @@ def test_without_memory_for_a_table(missing: int) -> None:
 def test_two_faults_in_one_block_leave_one_entry() -> None:
     """Both found nothing there; the second one to insert finds the first one's entry and leaves it."""
     s = Scene()
+    assert s.gmem.allocate(0, M2).status == 0
     for actor in (1, 2):
         s.machine.begin(actor, Operation.HOST_FAULT, address=VA + actor * PAGE)
     for actor in (1, 2):
@@ -231,6 +232,7 @@ def test_two_faults_in_one_block_leave_one_entry() -> None:
 
 def test_a_conversion_waits_for_the_entry() -> None:
     s = Scene()
+    assert s.gmem.allocate(0, M2).status == 0
     s.machine.begin(1, Operation.HOST_FAULT, address=VA)
     assert [s.machine.step(1) for _ in range(2)] == [L.GO] * 2
     s.machine.begin(2, Operation.CONVERT, flags=Flag.PRIVATE, object_=0, offset=9 * PAGE, length=PAGE)

@@ -204,6 +204,7 @@ def test_put_drops_only_what_get_took() -> None:
 
 def test_put_leaves_the_reference_of_a_fault_under_way() -> None:
     s = Scene()
+    assert s.gmem.allocate(0, M2).status == 0
     s.machine.begin(1, Operation.HOST_FAULT, address=VA)
     assert [s.machine.step(1), s.machine.step(1)] == [L.GO, L.GO]
     pfn = s.gmem.pfn(0)

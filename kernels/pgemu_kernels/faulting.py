@@ -297,7 +297,9 @@ def host_map(m, op):
     """Enter it in the process's tables."""
     state = m.state
     if state[R_DESIGN] != _PFNMAP:
-        return np.int64(restructure.fault_map(m, op))
+        outcome = np.int64(restructure.fault_map(m, op))
+        drop(m, state[op + O_PFN], U0)  # a fault that failed may have held the last reference
+        return outcome
     if state[R_HOST_HUGE] == U0:
         return np.int64(pfnmap.fault_map(m, op))
     status = np.int64(VM_FAULT_RETRY)
