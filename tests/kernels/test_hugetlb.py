@@ -12,7 +12,7 @@ from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine
 from pgemu.vm import Vm
 from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Event, Gauge
+from pgemu_kernels.layout import Event, Flag, Gauge, Operation
 
 M2 = L.PAGE_2M
 G1 = L.PAGE_1G
@@ -185,10 +185,15 @@ def test_a_merge_without_a_frame_leaves_the_vmemmap_whole() -> None:
     """7.1 and later need a new head page to optimise; the folio is merged all the same."""
     machine, _, _ = make()
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
-    machine, gmem, _ = make(frames=used + 7 + 2)
+    machine, gmem, _ = make(frames=used + 7 + 2 + 1)
     gmem.convert(0, PAGE, shared=True)
+    actor = 1
+    machine.begin(actor, Operation.CONVERT, flags=Flag.PRIVATE, length=PAGE)
+    for _ in range(7):  # prepare (which wants a frame), unmap, gate, begin, zap, store, end
+        assert machine.step(actor) == L.GO
     machine.arrays.state[L.R_FRAMES_LIMIT] = used + 7  # what the nodes leave behind is taken by others
-    assert gmem.convert(0, PAGE, shared=False).status == 0
+    assert [machine.step(actor), machine.step(actor)] == [L.GO, L.STOP]
+    assert machine.result(actor).status == 0
     assert not gmem.is_split(0)
     assert machine.statistics.gauge(Gauge.FRAMES_USED) == used + 7
     machine.arrays.state[L.R_FRAMES_LIMIT] = used + 7 + 2

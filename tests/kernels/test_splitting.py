@@ -366,7 +366,8 @@ def test_later_form_fails_with_nothing_changed(kernel: str, frames: int) -> None
         return
     assert result == (-L.ENOMEM, 0)
     assert state_of(machine, head) == before
-    assert counted(machine, Event.PAGE_CACHE_STORED)[0] == stored + 1  # merge_entries() stores the folio once more
+    # merge_entries() stores the folio once more. Without any frame the attribute's nodes fail before the split.
+    assert counted(machine, Event.PAGE_CACHE_STORED)[0] == stored + (frames > 0)
     allocated = nodes + min(8, 7 * frames)  # all or nothing, but those that there were are seen to come and go
     assert counted(machine, Event.XARRAY_NODE_ALLOCATED, Event.XARRAY_NODE_FREED) == [allocated, allocated]
     assert counted(machine, Event.STRUCT_PAGE_WRITTEN, Event.FOLIO_SPLIT) == [0, 0]
@@ -403,8 +404,8 @@ def test_rfc2_fails_where_memory_ends(kernel: str, frames: int) -> None:
         if page < inserted:
             expected = [*expected[:4], page, *expected[5:]]
         assert found[page] == expected, page
-    # Out and in again; in between pages in and out.
-    assert counted(machine, Event.PAGE_CACHE_STORED) == [stored + 2 + 2 * inserted]
+    # Out and in again; in between pages in and out. Without any frame the attribute's nodes fail before the split.
+    assert counted(machine, Event.PAGE_CACHE_STORED) == [stored + (2 + 2 * inserted if frames else 0)]
     rolled_back = frames >= 8
     assert counted(machine, Event.METADATA_STASHED, Event.VMEMMAP_PAGE_RESTORED, Event.VMEMMAP_PAGE_FREED) == [
         int(frames > 0), 7 * rolled_back, 7 * rolled_back
