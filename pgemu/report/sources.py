@@ -108,6 +108,13 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
                 Source("mm/memory.c:unmap_mapping_pages before truncation", "inference"),
             ),
         },
+        Operation.ALLOCATE: _both(
+            _main("virt/kvm/guest_memfd.c:kvm_gmem_allocate"),
+            Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio, whole huge pages", "posted"),
+        ),
+        Operation.MEMORY_POLICY: _both(
+            _main("virt/kvm/guest_memfd.c:kvm_gmem_get_policy"), _main("mm/mempolicy.c:mpol_set_shared_policy")
+        ),
         Operation.MMAP: {
             "restructure": (_main("virt/kvm/guest_memfd.c:kvm_gmem_mmap"),),
             "pfnmap": (Source("virt/kvm/guest_memfd.c:kvm_gmem_mmap, with VM_PFNMAP", "slides"),),
