@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model import rules
 from model.memory import Boot
 from model.model import PAGE, Model, Outcome
 from model.parameters import Parameters
@@ -214,6 +215,11 @@ class Pair:
         assert self.machine.read_frame(pfn) == self.written.get((inode, index), bytes(PAGE)), f"page {index}"
 
     # ------------------------------------------------------------------ comparing
+
+    def check_rules(self) -> None:
+        """The safety rules, on the machine's own arrays."""
+        assert self.machine.broken[0] == 0, self.machine.broken
+        rules.check(rules.view_of_machine(self.machine, self.model.order), self.model)
 
     def compare_host(self, space: int, address: int) -> None:
         """A process's entry, and its folio's counts."""
