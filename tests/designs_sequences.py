@@ -91,7 +91,9 @@ class Sequences(TwoMegabytes):
         pages = draw(st.integers(1, self.pool_pages - 1))
         self.pair.create_guest_memfd(pages * self.page_size * self.unit, draw(st.booleans()))
         if pages < self.pool_pages - 1:
-            self.pair.create_guest_memfd((self.pool_pages - 1 - pages) * self.page_size * self.unit, draw(st.booleans()))
+            self.pair.create_guest_memfd(
+                (self.pool_pages - 1 - pages) * self.page_size * self.unit, draw(st.booleans())
+            )
         for space in range(2):
             self.pair.create_vm(space, draw(st.booleans()))
         self.pair.bind(0, 0, 0, 0, self.pair.inodes[0].size)

@@ -97,7 +97,13 @@ def view_of_machine(machine: Any, order: int) -> View:
     present = 7 if machine.config.stage2 == "ept" else 1
     inodes = rows(state, L.STATE_INODES, L.I_WORDS, machine.register(L.R_INODES))
     gauges = arrays.stats[int(L.STATS_GAUGES) :: 2]
-    counted = (L.Gauge.POOL_FREE, L.Gauge.BLOCKS_HUGE, L.Gauge.BLOCKS_SPLIT, L.Gauge.BLOCKS_PARTLY, L.Gauge.BLOCKS_ZOMBIE)
+    counted = (
+        L.Gauge.POOL_FREE,
+        L.Gauge.BLOCKS_HUGE,
+        L.Gauge.BLOCKS_SPLIT,
+        L.Gauge.BLOCKS_PARTLY,
+        L.Gauge.BLOCKS_ZOMBIE,
+    )
     return View(
         [leaf for owner, row in enumerate(host) for leaf in leaves(arrays.ram, owner, int(row[L.S_ROOT]), 1)],
         [leaf for owner, row in enumerate(vms) for leaf in leaves(arrays.ram, owner, int(row[L.V_ROOT]), present)],
