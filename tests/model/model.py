@@ -12,7 +12,7 @@ from model.lifetime import Lifetime
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
-from model.tables import Entry, HostTables, Stage2, common, overlap
+from model.tables import HostTables, Stage2, common, overlap
 from pgemu_kernels import layout as L
 
 __all__ = ("OK", "PAGE", "PFNMAP", "RESTRUCTURE", "Model", "Outcome")
