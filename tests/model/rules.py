@@ -109,7 +109,7 @@ def view_of_machine(machine: Any, order: int) -> View:
         [leaf for owner, row in enumerate(vms) for leaf in leaves(arrays.ram, owner, int(row[L.V_ROOT]), present)],
         [shareability(arrays, row) for row in inodes],
         [blocks_of(state, row) for row in inodes],
-        sum(int(gauges[gauge]) for gauge in (L.Gauge.POOL_FREE, *blocks)),
+        sum(int(gauges[gauge]) for gauge in counted),
         [int(row[L.V_IN_PROGRESS]) for row in vms],
     )
 
