@@ -68,6 +68,7 @@ class Machine:
     arrays: Arrays = field(init=False, repr=False)
     descriptor: Array = field(init=False, repr=False)
     page_tables: list[PageTable] = field(init=False, repr=False, default_factory=list)
+    _frames_limit: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         self.arrays = allocate(self.config)
@@ -77,6 +78,7 @@ class Machine:
 
         if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
             raise _os_error(L.ENOMEM, f"the vmemmap of {self.config.pool_pages} pages needs more frames")
+        self._frames_limit = self.register(L.R_FRAMES_LIMIT)
 
     # ------------------------------------------------------------------ making
 
@@ -601,6 +603,19 @@ class Machine:
         from pgemu.image import write_image
 
         write_image(self, path, format)
+
+    def limit_frames(self, free: int | None) -> None:
+        """Let only `free` more metadata frames be taken before -ENOMEM; frames given back meanwhile add to them.
+
+        None: as configured (Config.frames). A number beyond what was configured changes nothing. ValueError for a
+        negative one. Injection of failures, as fail_page_alloc of mm/fail_page_alloc.c does it.
+        """
+        if free is not None and free < 0:
+            raise ValueError(f"{free} free frames: expected no negative number")
+        limit = self._frames_limit
+        if free is not None:
+            limit = min(limit, int(self.arrays.stats[int(L.STATS_GAUGES) + 2 * L.Gauge.FRAMES_USED]) + free)
+        self.arrays.state[L.R_FRAMES_LIMIT] = limit
 
     # ------------------------------------------------------------------ contents of guest frames
 

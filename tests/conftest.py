@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many steps test_designs_machine.py does."""
+    parser.addoption("--designs-steps", type=int, metavar="N", help="random steps of both designs against the model")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    steps = config.getoption("--designs-steps", None)
+    if steps is not None:
+        os.environ["PGEMU_STEPS"] = str(steps)

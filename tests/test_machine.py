@@ -260,3 +260,22 @@ def test_the_fixed_formats_know_what_walkers_need() -> None:
     # ... and what the designs' mappings hold, which is not what PageFormat.encode() starts from.
     assert rows[0, L.F_LEAF_4K] == 0x8000_0000_0000_0867
     assert rows[0, L.F_SPECIAL_4K] == 0x8000_0000_0000_0227
+
+
+def test_frames_can_run_short_at_will() -> None:
+    machine = Machine(Config(frames=100))
+    limit = machine.register(L.R_FRAMES_LIMIT)
+    machine.limit_frames(0)
+    with pytest.raises(OSError, match="no frame for a top table"):
+        machine.create_process()
+    machine.limit_frames(1)
+    machine.create_process()
+    with pytest.raises(OSError, match="no frame for a top table"):
+        machine.create_process()
+    machine.limit_frames(1000)
+    assert machine.register(L.R_FRAMES_LIMIT) == limit
+    machine.limit_frames(3)
+    machine.limit_frames(None)
+    assert machine.register(L.R_FRAMES_LIMIT) == limit
+    with pytest.raises(ValueError, match="-1 free frames"):
+        machine.limit_frames(-1)

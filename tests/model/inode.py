@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.memory import Folio
+from model.folio import Folio
 from model.tables import common
 
 
 @dataclass
 class Inode:
-    """Pages, which of them are shared, and the huge pages that are allocated."""
+    """Pages, which of them are shared, the huge pages that are allocated, and memory policies by block."""
 
     pages: int
     shared: set[int]
     open: bool = True
     blocks: dict[int, Folio] = field(default_factory=dict)
+    policies: dict[int, tuple[int, int]] = field(default_factory=dict)  # mode, nodes
 
 
 @dataclass
 class Window:
-    """A VMA or a memory slot: virtual or guest pages [first, first + n) show pages of an inode from `pgoff` on."""
+    """A VMA or a memory slot: virtual or guest pages [first, first + n) show pages of an inode from `pgoff` on.
+
+    A slot may be `released`: there, but without memory; or log dirty pages.
+    """
 
     owner: int
     pages: range
     inode: int
     pgoff: int
     read_only: bool = False
+    released: bool = False
+    dirty: bool = False
 
     @property
     def file(self) -> range:
@@ -42,7 +48,7 @@ class Window:
 
     def showing(self, inode: int, pages: range) -> range:
         """Pages of the window that show pages of an inode; empty if none."""
-        if inode != self.inode:
+        if inode != self.inode or self.released:
             return range(0)
         part = common(self.file, pages)
         shift = self.pages.start - self.pgoff

@@ -1,79 +1,81 @@
-"""Folios, the HugeTLB pool, the vmemmap and the contents of guest pages, as objects and dicts."""
+"""The pool, the vmemmap and the contents of guest pages, as objects and dicts."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import NamedTuple
 
+from model.folio import PIECE, Folio
+from model.parameters import POOL_BASE, Parameters
 from model.tables import Frames
 
 STRUCT_PAGES = 64  # per vmemmap page
-POOL_BASE = 1 << 20  # first frame of guest memory while there are fewer frames of metadata than that
+LRU_BATCH = 31  # PAGEVEC_SIZE
+PIECE_NODES = 8  # xarray nodes of a split 2M folio, in place; of a 1G one that was split to 2M folios:
+PIECES_NODES = 1 + 64
 
 
-@dataclass
-class Folio:
-    """A huge page of the pool while it is in use: one folio, or (split) one per base page.
+class Boot(NamedTuple):
+    """Frames in use after boot, of them kernel tables and vmemmap; how many may be; the first one of guest memory."""
 
-    Pages are numbered from the head. `held` counts transient references per folio (an unsplit one is
-    page 0), `mapped` ordinary page-table entries per page.
-    """
-
-    head: int
-    pages: int
-    owner: object = None  # the inode whose subpool it came from
-    split: bool = False
-    cached: bool = True
-    uptodate: set[int] = field(default_factory=set)
-    held: Counter[int] = field(default_factory=Counter)
-    mapped: Counter[int] = field(default_factory=Counter)
-
-    def unit(self, pfn: int) -> int:
-        """Number of the folio that a frame belongs to."""
-        return pfn - self.head if self.split else 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody but the page cache refers to any part of it."""
-        return not self.held.total() and not self.mapped.total()
-
-    def references(self, pfn: int) -> int:
-        """Refcount of the folio that a frame belongs to."""
-        unit = self.unit(pfn)
-        cache = (1 if self.split else self.pages) if self.cached else 0
-        return cache + self.held[unit] + self.mapped[unit]
+    used: int
+    kernel_tables: int
+    vmemmap: int
+    limit: int
+    base: int
 
 
 class Memory:
-    """The pool with its vmemmap, and the frames that page tables and contents take."""
+    """The pool with its vmemmap, and the frames that page tables and contents take.
 
-    def __init__(
-        self,
-        kernel: str,
-        order: int,
-        pool_pages: int,
-        frames: int | None,
-        hvo: bool,
-        zero_by_page: bool,
-        series: str = "jan2026",
-    ) -> None:
+    `boot`: a machine's own figures, where several nodes or 4K pages make them depend on more than the pool.
+    """
+
+    def __init__(self, parameters: Parameters, boot: Boot | None = None) -> None:
+        kernel, order = parameters.kernel, parameters.order
+        self.order = order
         self.pages = 1 << order
-        self.by_page = series == "rfc2"
+        self.by_page = parameters.by_page
+        self.queued = parameters.worker == "queued"
+        self.lru_cache = parameters.lru_cache
         self.nodes = 0  # xarray nodes of split folios in the page cache, 7 to a frame
         self.stashes = 0  # 64 to a frame
-        self.hvo = hvo
+        self.hvo = parameters.hvo and order > 0
         self.one_tail_page = kernel == "7.3"  # 7.1 and later: all folios of an order share it
-        self.zero_by_page = zero_by_page
-        self.heads = [POOL_BASE + i * self.pages for i in range(pool_pages)]
+        self.tail_of_pieces = False
+        self.zero_by_page = parameters.zero == "page"
+        self.heads = parameters.heads(boot.base if boot else POOL_BASE)
         # The free list's front is its end here: 2M pages ascending, 1G pages of the boot allocator as captured.
-        self.free = self.heads[:] if kernel == "7.3" and order == 18 else self.heads[::-1]
+        ascending = kernel == "7.3" and order == 18
+        self.free = [heads[:] if ascending else heads[::-1] for heads in self.heads]
+        self.choose: Callable[[int, int], int | None] | None = None  # which page the page allocator gave (order 0)
         self.in_use: dict[int, Folio] = {}
-        self.optimized = set(self.heads) if hvo else set()
+        self.batch: list[tuple[Folio, int]] = []  # folios that wait for an LRU list
+        self.optimized = {head for heads in self.heads for head in heads} if self.hvo else set()
         self.contents: dict[int, bytes] = {}
-        self.boot_vmemmap = 0 if hvo else -(-pool_pages * self.pages // 32768) * 512  # whole 2M leaves
-        limit = 1 << 60 if frames is None else frames + self.boot_vmemmap
-        self.frames = Frames(limit)
-        self.frames.take(self.kernel_tables + self.vmemmap_pages)
+        self.boot_vmemmap = 0 if self.hvo else -(-self.count * self.pages // 32768) * 512  # whole 2M leaves
+        self.more_vmemmap = self.more_tables = 0
+        if boot:
+            self.more_vmemmap = boot.vmemmap - self.vmemmap_pages
+            self.more_tables = boot.kernel_tables - self.kernel_tables
+            self.frames = Frames(boot.limit)
+            self.frames.used = boot.used
+        else:
+            limit = 1 << 60 if parameters.frames is None else parameters.frames + self.boot_vmemmap
+            self.frames = Frames(limit)
+            self.frames.take(self.kernel_tables + self.vmemmap_pages)
+        self.limit = self.frames.limit
+
+    # ------------------------------------------------------------------ what is counted
+
+    @property
+    def count(self) -> int:
+        """Huge pages in the pool."""
+        return sum(map(len, self.heads))
+
+    @property
+    def count_free(self) -> int:
+        return sum(map(len, self.free))
 
     @property
     def vmemmap_per_folio(self) -> int:
@@ -82,9 +84,18 @@ class Memory:
     @property
     def vmemmap_pages(self) -> int:
         if not self.hvo:
-            return self.boot_vmemmap
-        restored = len(self.heads) - len(self.optimized)
-        return int(self.one_tail_page) + len(self.heads) + restored * (self.vmemmap_per_folio - 1)
+            return self.boot_vmemmap + self.more_vmemmap
+        in_pieces = [folio for folio in self.in_use.values() if folio.pieces is not None]
+        whole = self.count - len(in_pieces)
+        restored = whole - len(self.optimized)
+        pieces = sum(self.pages // PIECE + len(folio.pieces or ()) * 7 for folio in in_pieces)
+        tails = int(self.one_tail_page) + int(self.tail_of_pieces)
+        return tails + whole + restored * (self.vmemmap_per_folio - 1) + pieces + self.more_vmemmap
+
+    @property
+    def kernel_tables(self) -> int:
+        """Root, one table of 512G, one of 1G; below them a last-level table per 2M of optimised vmemmap."""
+        return 3 + (-(-self.count * self.vmemmap_per_folio // 512) if self.hvo else 0) + self.more_tables
 
     @property
     def nodes_per_folio(self) -> int:
@@ -92,6 +103,16 @@ class Memory:
         if self.pages == 512:
             return 9 if self.by_page else 8
         return 4096 + 64 + 1
+
+    def nodes_of(self, folio: Folio) -> int:
+        """Nodes that a folio takes in the page cache."""
+        if folio.pieces is not None:
+            return PIECES_NODES + PIECE_NODES * len(folio.pieces)
+        return self.nodes_per_folio if folio.split else 0
+
+    def limit_frames(self, free: int | None) -> None:
+        """Only `free` more frames may be taken; None: as booted."""
+        self.frames.limit = self.limit if free is None else min(self.limit, self.frames.used + free)
 
     def change_objects(self, nodes: int, stashes: int) -> bool:
         """Allocate (or free) nodes and stashes, all or none."""
@@ -104,34 +125,79 @@ class Memory:
         self.stashes += stashes
         return True
 
-    @property
-    def kernel_tables(self) -> int:
-        """Root, one table of 512G, one of 1G; below them a last-level table per 2M of optimised vmemmap."""
-        return 3 + (-(-len(self.heads) * self.vmemmap_per_folio // 512) if self.hvo else 0)
+    # ------------------------------------------------------------------ taking and returning
 
     def folio_of(self, pfn: int) -> Folio | None:
         """The folio in use that a frame belongs to."""
         return self.in_use.get(pfn & ~(self.pages - 1))
 
-    def take(self) -> Folio | None:
-        """A huge page into the page cache; the one given back last comes first."""
-        if not self.free:
+    def take(self, nodes: list[int], place: tuple[int, int]) -> Folio | None:
+        """A huge page of the first of some nodes that has one into the page cache; the last one back comes first.
+
+        Which 4K page the page allocator gives is not modelled: `choose` tells, and it must be a free one.
+        """
+        node = next((node for node in nodes if self.free[node]), None)
+        if node is None:
             return None
-        folio = Folio(self.free.pop(), self.pages)
-        self.in_use[folio.head] = folio
+        head = self.choose(*place) if self.order == 0 and self.choose else self.free[node][-1]
+        assert head is not None
+        assert head in self.free[node], f"page {head:#x} is no free one of node {node}"
+        self.free[node].remove(head)
+        folio = Folio(head, self.pages, place=place)
+        self.in_use[head] = folio
+        if self.order == 0:
+            self.lru_add(folio, 0)
         return folio
 
-    def uncache(self, folio: Folio) -> None:
-        """Out of the page cache; to the pool if nobody holds any of it, merged if it was split."""
-        if folio.split and folio.cached:
-            assert self.change_objects(-self.nodes_per_folio, 0)
-        folio.cached = False
-        if not folio.idle:
+    def uncache(self, folio: Folio, evicted: bool = False) -> None:
+        """Out of the page cache; to the pool if nobody holds any of it, merged if it was split.
+
+        With rfc2, a split folio of an inode that is `evicted` is always the worker's to return.
+        """
+        if folio.cached:
+            assert self.change_objects(-self.nodes_of(folio), 0)
+        folio.cached = folio.waits = False
+        if folio.idle:
+            later = evicted and self.by_page and self.queued and not folio.whole
+            self.give_back(folio, later)
+
+    def dropped(self, folio: Folio) -> None:
+        """A reference is gone: the last one of a folio outside the page cache sends it back."""
+        if not folio.cached and folio.idle:
+            self.give_back(folio, self.queued and not folio.whole)
+
+    def give_back(self, folio: Folio, later: bool = False) -> None:
+        """To the pool, now or when the worker comes."""
+        folio.ready = later
+        if later:
             return
         if folio.split:
             self.merge(folio, keep=False)
+        elif folio.pieces is not None:
+            self.join_pieces(folio)
         del self.in_use[folio.head]
-        self.free.append(folio.head)
+        self.free[next(n for n, heads in enumerate(self.heads) if folio.head in heads)].append(folio.head)
+
+    # ------------------------------------------------------------------ LRU batches
+
+    def lru_add(self, folio: Folio, unit: int) -> None:
+        """folio_add_lru(): the per-CPU batch holds a reference until it is full, or drained."""
+        if not self.lru_cache:
+            return
+        folio.cached_by_cpu.add(unit)
+        self.batch.append((folio, unit))
+        if len(self.batch) == LRU_BATCH:
+            self.lru_drain()
+
+    def lru_drain(self) -> int:
+        """lru_add_drain_all(): how many folios."""
+        batch, self.batch = self.batch, []
+        for folio, unit in batch:
+            folio.cached_by_cpu.remove(unit)
+            self.dropped(folio)
+        return len(batch)
+
+    # ------------------------------------------------------------------ split and merge
 
     def split(self, folio: Folio) -> bool:
         """To 4K folios; an optimised vmemmap is restored first, all of it or nothing.
@@ -150,6 +216,9 @@ class Memory:
         if self.by_page and not self.change_objects(nodes, 0):
             self.join(folio)
             return False
+        if self.by_page:  # each page is inserted anew
+            for unit in range(folio.pages if self.lru_cache else 0):
+                self.lru_add(folio, unit)
         return True
 
     def merge(self, folio: Folio, keep: bool) -> None:
@@ -167,7 +236,7 @@ class Memory:
     def join(self, folio: Folio) -> None:
         """Pages become one folio. Without a frame for the new head page its vmemmap stays whole."""
         assert self.change_objects(0, -int(self.by_page))
-        folio.split = False
+        folio.split = folio.waits = False
         if not self.hvo:
             return
         if self.one_tail_page:
@@ -177,9 +246,46 @@ class Memory:
         self.optimized.add(folio.head)
         self.frames.put(self.vmemmap_per_folio - 1)
 
+    # ------------------------------------------------------------------ 2M folios of a 1G folio; frames are not short
+
+    def change_pieces(self, folio: Folio, pieces: set[int] | None) -> None:
+        """Which 2M folios are split; None: it is one folio of 1G."""
+        before = self.nodes_of(folio), self.vmemmap_pages
+        folio.pieces = pieces
+        if pieces is not None:
+            self.optimized.discard(folio.head)
+            self.tail_of_pieces |= self.hvo and self.one_tail_page
+        elif self.hvo:
+            self.optimized.add(folio.head)
+        assert self.frames.take(self.vmemmap_pages - before[1])
+        if folio.cached:
+            assert self.change_objects(self.nodes_of(folio) - before[0], 0)
+
+    def split_pieces(self, folio: Folio, pieces: set[int]) -> None:
+        """To 2M folios, and some of these to 4K."""
+        self.change_pieces(folio, (folio.pieces or set()) | pieces)
+
+    def merge_piece(self, folio: Folio, piece: int) -> None:
+        """4K folios to a 2M folio, whose flag speaks for all of them."""
+        pages = set(range(piece * PIECE, piece * PIECE + PIECE))
+        if not self.zero_by_page and not folio.uptodate.isdisjoint(pages):
+            self.zero_pages(folio, pages - folio.uptodate)
+        self.change_pieces(folio, (folio.pieces or set()) - {piece})
+
+    def join_pieces(self, folio: Folio, keep: bool = False) -> None:
+        """2M folios to one of 1G."""
+        if keep and folio.uptodate and not self.zero_by_page:
+            self.zero_pages(folio, set(range(self.pages)) - folio.uptodate)
+        self.change_pieces(folio, None)
+        folio.waits = False
+
+    # ------------------------------------------------------------------ contents
+
     def first_use(self, folio: Folio, pfn: int, leaf: int = 1) -> None:
         """Zero what a leaf of `leaf` pages makes visible and was not up to date; folios go whole unless by page."""
-        size = leaf if folio.split or self.zero_by_page else self.pages
+        size = folio.size(folio.unit(pfn))
+        if self.zero_by_page:
+            size = min(leaf, size)
         start = (pfn - folio.head) // size * size
         self.zero_pages(folio, set(range(start, start + size)) - folio.uptodate)
 

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model import rules
+from model.memory import Boot
 from model.model import PAGE, Model, Outcome
+from model.parameters import Parameters
 from pgemu.address_space import AddressSpace
 from pgemu.guest_memfd import GuestMemfd
 from pgemu.machine import Config, Machine, Result
@@ -19,24 +22,34 @@ class Pair:
     """Objects are addressed by number, in order of creation; offsets, addresses and lengths are in bytes."""
 
     def __init__(self, config: Config) -> None:
-        self.machine = Machine(config)
-        self.machine.check_each()
-        self.model = Model(
-            config.design,
-            order=config.order,
-            pool_pages=config.pool_pages,
-            kernel=config.kernel,
-            frames=config.frames,
-            hvo=config.hvo,
-            zero_by_page=config.zero == "page",
-            zap_both_kinds=config.rounded_zap_drops_both_kinds,
-            notifier=config.notifier,
-            series=config.series,
-        )
+        self.machine = self.boot(config)
+        parameters = Parameters.of(config)
+        known = parameters.nodes == 1 and parameters.order > 0
+        self.model = Model(parameters, None if known else self.figures())
+        self.model.memory.choose = self.chosen_page
         self.inodes: list[GuestMemfd] = []
         self.spaces: list[AddressSpace] = []
         self.vms: list[Vm] = []
         self.written: dict[tuple[int, int], bytes] = {}
+
+    @staticmethod
+    def boot(config: Config) -> Machine:
+        machine = Machine(config)
+        machine.check_each()
+        return machine
+
+    def figures(self) -> Boot:
+        """What boot took, where the model does not know."""
+        gauges = (L.Gauge.FRAMES_USED, L.Gauge.KERNEL_TABLES, L.Gauge.VMEMMAP_PAGES)
+        return Boot(
+            *(int(self.machine.arrays.stats[int(L.STATS_GAUGES) + 2 * gauge]) for gauge in gauges),
+            self.machine.register(L.R_FRAMES_LIMIT),
+            self.machine.register(L.R_POOL_BASE),
+        )
+
+    def chosen_page(self, inode: int, index: int) -> int | None:
+        """The 4K page that the machine has put at a page of an inode."""
+        return self.inodes[inode].pfn(index * PAGE)
 
     # ------------------------------------------------------------------ making
 
@@ -59,13 +72,20 @@ class Pair:
                 make(*args, **kwargs)
             assert error.value.errno == L.ENOMEM
         else:
-            objects.append(make(*args, **kwargs))
-            assert expected == len(objects) - 1
+            objects[expected : expected + 1] = [make(*args, **kwargs)]
+
+    def fork(self, space: int) -> None:
+        self.create(self.spaces, self.model.fork(space), self.spaces[space].fork)
+
+    def limit_frames(self, free: int | None) -> None:
+        """Let only so many more frames of metadata be taken."""
+        self.machine.limit_frames(free)
+        self.model.memory.limit_frames(free)
 
     # ------------------------------------------------------------------ operations
 
     def same(self, got: Result, expected: Outcome) -> Outcome:
-        assert tuple(got) == tuple(expected)
+        assert tuple(got) == tuple(expected), "the machine's result, and the model's"
         return expected
 
     def host_fault(self, space: int, address: int, write: bool = False) -> Outcome:
@@ -81,6 +101,27 @@ class Pair:
         outcome = self.same(got, self.model.guest_fault(vm, gpa, private))
         self.compare_guest(vm, gpa)
         return outcome
+
+    def prefault(self, vm: int, gpa: int, length: int) -> Outcome:
+        outcome = self.same(self.vms[vm].prefault(gpa, length), self.model.prefault(vm, gpa, length))
+        self.compare_guest(vm, gpa)
+        return outcome
+
+    def allocate(self, inode: int, offset: int, length: int) -> Outcome:
+        got = self.machine.operate(L.Operation.ALLOCATE, object_=inode, offset=offset, length=length)
+        return self.same(got, self.model.allocate(inode, offset, length))
+
+    def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
+        number = int(L.NO_INODE) if inode is None else inode
+        got = self.machine.operate(
+            L.Operation.MEMORY_POLICY, flags=mode, object_=number, offset=offset, length=length, address=nodes
+        )
+        return self.same(got, self.model.set_policy(inode, offset, length, mode, nodes))
+
+    def log_dirty_pages(self, vm: int, gpa: int, on: bool) -> Outcome:
+        flags = L.Flag.LOG_DIRTY_PAGES if on else 0
+        got = self.machine.operate(L.Operation.DIRTY_LOGGING, flags=flags, vm=vm, address=gpa)
+        return self.same(got, self.model.log_dirty_pages(vm, gpa, on))
 
     def convert(self, inode: int, offset: int, length: int, shared: bool) -> Outcome:
         expected = self.model.convert(inode, offset, length, shared)
@@ -121,6 +162,29 @@ class Pair:
         got = self.machine.operate(L.Operation.PUT, address=pfn * PAGE)
         return self.same(got, self.model.put(pfn))
 
+    def pin(self, space: int, address: int, length: int, pin: int, write: bool, longterm: bool = False) -> Outcome:
+        flags = (L.Flag.WRITE if write else 0) | (L.Flag.LONGTERM if longterm else 0)
+        got = self.machine.operate(
+            L.Operation.PIN, flags=flags, space=space, object_=pin, address=address, length=length
+        )
+        return self.same(got, self.model.pin(space, address, length, pin, write))
+
+    def unpin(self, pin: int) -> Outcome:
+        return self.same(self.machine.operate(L.Operation.UNPIN, object_=pin), self.model.unpin(pin))
+
+    def drain_lru(self) -> Outcome:
+        return self.same(self.machine.operate(L.Operation.LRU_DRAIN), self.model.drain_lru())
+
+    def work(self) -> Outcome:
+        return self.same(self.machine.operate(L.Operation.WORK), self.model.work())
+
+    def release(self, vm: int, inode: int) -> Outcome:
+        got = self.machine.operate(L.Operation.RELEASE, vm=vm, object_=inode)
+        return self.same(got, self.model.release(vm, inode))
+
+    def exit(self, space: int) -> Outcome:
+        return self.same(self.spaces[space].exit(), self.model.exit(space))
+
     def close(self, inode: int) -> Outcome:
         self.forget(inode, lambda _: True)
         return self.same(self.inodes[inode].close(), self.model.close(inode))
@@ -152,14 +216,22 @@ class Pair:
 
     # ------------------------------------------------------------------ comparing
 
+    def check_rules(self) -> None:
+        """The safety rules, on the machine's own arrays."""
+        assert self.machine.broken[0] == 0, self.machine.broken
+        rules.check(rules.view_of_machine(self.machine, self.model.order), self.model)
+
     def compare_host(self, space: int, address: int) -> None:
         """A process's entry, and its folio's counts."""
-        entry = self.model.spaces[space].entries.get(address // PAGE)
+        found = self.model.spaces[space].find(address // PAGE)
         level, _, value = self.spaces[space].walk(address)[-1]
-        assert value & 1 == (entry is not None)
-        if entry is None:
+        assert value & 1 == (found is not None)
+        if found is None:
             return
-        assert (level, value >> 12 & (1 << 40) - 1) == (1, entry.pfn)
+        wanted, entry = found
+        # Bits 9 and 1; of a large entry bit 12 is PAT.
+        frame = value >> 12 & (1 << 40) - 1 & ~((1 << 9 * (level - 1)) - 1)
+        assert (level, frame) == (wanted, entry.pfn)
         assert (bool(value & 1 << 9), bool(value & 2)) == (entry.special, entry.writable)
         self.compare_folio(entry.pfn)
 
@@ -172,24 +244,28 @@ class Pair:
             assert (level, value >> 12 & (1 << 40) - 1) == found
 
     def compare_folio(self, pfn: int) -> None:
-        """Refcount and, of a 4K folio, mapcount of a frame in use."""
+        """Refcount and, of a 4K folio in the page cache, mapcount of a frame in use."""
         folio = self.model.memory.folio_of(pfn)
         assert folio is not None
-        word = int(self.machine.struct_page(pfn if folio.split else folio.head)[6])
+        unit = folio.unit(pfn)
+        word = int(self.machine.struct_page(folio.head + unit)[6])
         assert word >> 32 == folio.references(pfn)
-        if folio.split:
-            assert (word + 1 & 0xFFFF_FFFF) == folio.mapped[pfn - folio.head]
+        if folio.size(unit) == 1 and folio.cached:
+            assert (word + 1 & 0xFFFF_FFFF) == folio.mapped[unit]
 
     def compare_gauges(self) -> None:
         stats = self.machine.arrays.stats
         for gauge, expected in self.model.gauges.items():
-            assert stats[int(L.STATS_GAUGES) + 2 * gauge] == expected, gauge.name
+            got = int(stats[int(L.STATS_GAUGES) + 2 * gauge])
+            assert got == expected, gauge.name
 
     def compare_everything(self) -> None:
         """Every leaf, every folio, every page's shareability, and the machine's own recount."""
         self.compare_gauges()
         for space, tables in enumerate(self.model.spaces):
-            for page in tables.entries:
+            if not tables.live:
+                continue
+            for page in [*tables.entries, *(number << 9 * (level - 1) for level, number in tables.huge)]:
                 self.compare_host(space, page * PAGE)
         for vm, stage2 in enumerate(self.model.vms):
             for level, number in stage2.leaves:
@@ -197,8 +273,8 @@ class Pair:
         for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
             self.compare_shareability(memfd, inode.pages, inode.shared)
         for folio in self.model.memory.in_use.values():
-            for pfn in {folio.head, *(folio.head + page for page in folio.held)}:
-                self.compare_folio(pfn)
+            for page in {0, *folio.held, *folio.pinned, *folio.cached_by_cpu}:
+                self.compare_folio(folio.head + page)
         assert self.machine.check() == 0, self.machine.broken
 
     def compare_shareability(self, memfd: GuestMemfd, pages: int, shared: set[int]) -> None:

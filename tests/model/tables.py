@@ -22,6 +22,11 @@ class Frames:
         self.used += n
         return True
 
+    @property
+    def left(self) -> int:
+        """How many may still be taken."""
+        return max(self.limit - self.used, 0)
+
     def put(self, n: int = 1) -> None:
         self.used -= n
 
@@ -71,7 +76,7 @@ class Tree:
 
 
 class Entry(NamedTuple):
-    """A process's 4K entry: vm_normal_page() knows no page behind a special one."""
+    """A process's entry: vm_normal_page() knows no page behind a special one. `pfn`: the first frame."""
 
     pfn: int
     special: bool
@@ -80,20 +85,47 @@ class Entry(NamedTuple):
 
 @dataclass
 class HostTables(Tree):
-    """A process's tables: 4K entries by virtual page number."""
+    """A process's tables: 4K entries by virtual page number, large ones by (level, number)."""
 
     entries: dict[int, Entry] = field(default_factory=dict)
+    huge: dict[tuple[int, int], Entry] = field(default_factory=dict)
+    live: bool = True
 
-    def map(self, page: int, entry: Entry) -> bool:
-        if not self.link(page, 1):
+    def find(self, page: int) -> tuple[int, Entry] | None:
+        """(level, entry) over a page."""
+        if page in self.entries:
+            return 1, self.entries[page]
+        for level in (2, 3):
+            entry = self.huge.get((level, page >> 9 * (level - 1)))
+            if entry is not None:
+                return level, entry
+        return None
+
+    def takes_leaf(self, page: int, level: int) -> bool:
+        """Whether a large entry can be made there: pmd_none(), pud_none(). A table stays, though it be empty."""
+        return Table.over(level - 1, page) not in self.tables
+
+    def map(self, page: int, entry: Entry, level: int = 1) -> bool:
+        if not self.link(page, level):
             return False
-        self.entries[page] = entry
+        if level == 1:
+            self.entries[page] = entry
+        else:
+            self.huge[level, page >> 9 * (level - 1)] = entry
         return True
 
+    def huge_over(self, pages: range) -> list[tuple[int, int]]:
+        """The large entries that overlap a range."""
+        return [key for key in self.huge if overlap(Table(key[0] - 1, key[1]).span, pages)]
+
     def unmap(self, pages: range) -> list[Entry]:
-        """Clear the entries of a range; tables stay."""
-        present = [page for page in self.entries if page in pages]
-        return [self.entries.pop(page) for page in present]
+        """Clear the entries of a range, large ones whole; tables stay."""
+        gone = [self.huge.pop(key) for key in self.huge_over(pages)]
+        if len(pages) < len(self.entries):
+            present = [page for page in pages if page in self.entries]
+        else:
+            present = [page for page in self.entries if page in pages]
+        return gone + [self.entries.pop(page) for page in present]
 
     def free_tables_outside(self, mapped: list[range]) -> None:
         """free_pgtables(): a table goes when no mapping reaches into what it covers."""
@@ -133,9 +165,39 @@ class Stage2(Tree):
 
     def zap(self, gfns: range) -> None:
         """Drop every leaf that overlaps the range, whole; tables stay."""
-        for level, number in list(self.leaves):
-            if overlap(Table(level - 1, number).span, gfns):
-                del self.leaves[level, number]
+        for level, number in self.over(gfns):
+            del self.leaves[level, number]
+
+    def over(self, gfns: range) -> list[tuple[int, int]]:
+        """The leaves that overlap a range, in order."""
+        found = [key for key in self.leaves if gfns and overlap(Table(key[0] - 1, key[1]).span, gfns)]
+        return sorted(found, key=lambda key: key[1] << 9 * (key[0] - 1))
+
+    def split(self, gfns: range) -> None:
+        """Split every large leaf over a range to 4K; without memory the rest stays large."""
+        while large := [key for key in self.over(gfns) if key[0] > 1]:
+            level, number = large[0]
+            if not self.frames.take():
+                return
+            self.tables.add(Table(level - 1, number))
+            pfn = self.leaves.pop((level, number))
+            size = 1 << 9 * (level - 2)
+            for i in range(512):
+                self.leaves[level - 1, number << 9 | i] = pfn + i * size
+
+    def collapse(self, level: int, number: int, recover: bool) -> bool:
+        """Replace the table below an entry of `level` by a leaf, or drop it: whether it went."""
+        table = Table(level - 1, number)
+        below = [key for key in self.leaves if key[0] < level and key[1] >> 9 * (level - key[0]) == number]
+        if table not in self.tables or (recover and not below):
+            return False
+        pfn = min((self.leaves[key] - ((key[1] << 9 * (key[0] - 1)) - table.span.start) for key in below), default=0)
+        for key in below:
+            del self.leaves[key]
+        self.unlink({t for t in self.tables if t.level < level and t.span.start in table.span})
+        if recover:
+            self.leaves[level, number] = pfn
+        return True
 
     def drop_all(self) -> None:
         """A new, empty root takes the old one's place."""

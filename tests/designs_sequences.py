@@ -1,0 +1,340 @@
+"""Random sequences of operations on both designs with all their parameters, for a machine and for the model alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+
+from model.model import PAGE
+from model.pair import Pair
+from pgemu_kernels import layout as L
+from test_state_machine import ADDRESSES, CHECK_EVERY, GPAS, PAGES_IN_BLOCK, TwoMegabytes, lengths, numbers, spots
+
+SPACES = 5  # processes at most
+INODES = 9
+WINDOWS = 60  # mappings at most, beyond which nobody forks
+PINS = 3
+some = st.sampled_from((False, False, True))
+
+
+class Sequences(TwoMegabytes):
+    """What the fast loops do and, beside that, all that `designs.run_designs` knows.
+
+    `disabled`: parameters that stay as they are by default, and rules that do nothing.
+    """
+
+    disabled: ClassVar[frozenset[str]] = frozenset()
+    shortages: ClassVar = st.sampled_from((0, 0, 1, 2, 3, 5, 7, 8, 9, 10))
+    pool_pages = 5
+
+    def make(self, **parameters: Any) -> Pair:
+        raise NotImplementedError
+
+    def count(self) -> None:
+        """A step was done."""
+
+    # ------------------------------------------------------------------ boot
+
+    def parameters(self, draw: Any) -> dict[str, Any]:
+        """What a machine is made of."""
+        found = {
+            "design": draw(st.sampled_from(("restructure", "restructure", "pfnmap"))),
+            "pool": self.pool_pages * self.page_size,
+            "page_size": self.page_size,
+            "kernel": draw(st.sampled_from(("7.3", "6.18", "6.12"))),
+            "stage2": draw(st.sampled_from(("npt", "ept"))),
+            "hvo": draw(st.sampled_from((True, True, False))),
+            "zero": draw(st.sampled_from(("folio", "page"))),
+            "seed": draw(st.integers(0, 2)),
+            "rounded_zap_drops_both_kinds": draw(st.booleans()),
+            "notifier": draw(st.booleans()),
+            "series": draw(st.sampled_from(("jan2026", "rfc2"))),
+        }
+        orders = ("jan2026", "rfc2", "fixup", "next4k") if self.page_size == PAGE else ("jan2026", "rfc2", "fixup")
+        for name, values in (
+            ("convert_order", orders if found["design"] == "restructure" else ("jan2026",)),
+            ("convert_batch", ("range", "block")),
+            ("merge", ("now", "lazy")),
+            ("flush", ("each", "batched")),
+            ("lru_cache", (False, True)),
+            ("worker", ("immediate", "queued")),
+            ("punch", ("zero", "refuse")),
+            ("host_huge", (False, True)),
+            ("dirty_log_guest_memfd", (False, True)),
+            ("in_place_conversion", (True,) * 30 + (False,)),
+            ("nodes", (1, 1, 2)),
+        ):
+            value = draw(st.sampled_from(values))
+            if name not in self.disabled:
+                found[name] = value
+        self.more_parameters(draw, found)
+        return found
+
+    def more_parameters(self, draw: Any, found: dict[str, Any]) -> None:
+        if self.page_size != PAGE and found.get("nodes", 1) == 1:
+            found["frames"] = draw(self.frames)
+
+    @initialize(data=st.data())
+    def boot(self, data: st.DataObject) -> None:
+        draw = data.draw
+        found = self.parameters(draw)
+        self.pair = self.make(**found)
+        self.operations = self.shortage = 0
+        self.two_nodes = found.get("nodes") == 2
+        self.logs = found.get("dirty_log_guest_memfd", False)
+        # Pieces of a 1G page and split leaves are not modelled where memory runs short.
+        self.short = found.get("split_to", "4K") == "4K" and "shortage" not in self.disabled
+        for _ in range(2):
+            self.pair.create_process()
+        pages = draw(st.integers(1, self.pool_pages - 1))
+        self.pair.create_guest_memfd(pages * self.page_size * self.unit, draw(st.booleans()))
+        if pages < self.pool_pages - 1:
+            self.pair.create_guest_memfd(
+                (self.pool_pages - 1 - pages) * self.page_size * self.unit, draw(st.booleans())
+            )
+        for space in range(2):
+            self.pair.create_vm(space, draw(st.booleans()))
+        self.pair.bind(0, 0, 0, 0, self.pair.inodes[0].size)
+        self.pair.mmap(0, ADDRESSES[0], 0, 0, self.pair.inodes[0].size)
+
+    unit = 1  # huge pages at a time that an inode's size is of
+
+    def enabled(self, name: str) -> bool:
+        return name not in self.disabled
+
+    # ------------------------------------------------------------------ shortage
+
+    @precondition(lambda self: self.short)
+    @rule(free=st.data())
+    def runs_short(self, free: st.DataObject) -> None:
+        """Only so many frames may be taken by the next operation."""
+        self.pair.limit_frames(free.draw(self.shortages))
+        self.shortage = 2
+
+    def enough(self) -> None:
+        """Memory is not short for this operation."""
+        self.shortage = 0
+        self.pair.limit_frames(None)
+
+    # ------------------------------------------------------------------ what is shared, seen and held
+
+    @rule(number=numbers, spot=spots, length=lengths, guest=st.booleans())
+    def shares_and_touches(self, number: int, spot: tuple[int, int], length: int, guest: bool) -> None:
+        """A page that host and guest use, with its neighbours."""
+        found = self.page_of(self.pair.model.vmas, number, spot)
+        if found is None:
+            return
+        vma, page = found
+        index = vma.file_page(page)
+        self.pair.convert(vma.inode, index * PAGE, length * PAGE, True)
+        self.pair.host_fault(vma.owner, page * PAGE, write=not vma.read_only)
+        for slot in self.pair.model.slots if guest else ():
+            for gfn in slot.showing(vma.inode, range(index, index + 1)):
+                self.pair.guest_fault(slot.owner, gfn * PAGE)
+
+    @rule(number=numbers, spot=spots, length=lengths)
+    def takes_back(self, number: int, spot: tuple[int, int], length: int) -> None:
+        """Some pages that are shared, and what follows them, become private."""
+        inode = self.open_inode(number)
+        node = self.pair.model.inodes[inode]
+        index = self.index(inode, spot)
+        if index not in node.shared:
+            index = min(node.shared, default=index)
+        self.pair.convert(inode, index * PAGE, min(length, node.pages - index) * PAGE, False)
+
+    @precondition(lambda self: self.short)
+    @rule(number=numbers, spot=spots, length=lengths, data=st.data(), shared=st.sampled_from((True, True, False)))
+    def converts_when_short(
+        self, number: int, spot: tuple[int, int], length: int, data: st.DataObject, shared: bool
+    ) -> None:
+        """A conversion of pages that the guest has used, with too little memory."""
+        found = self.page_of(self.pair.model.slots, number, spot)
+        if found is None:
+            return
+        slot, gfn = found
+        self.pair.guest_fault(slot.owner, gfn * PAGE)
+        self.pair.limit_frames(data.draw(self.shortages))
+        self.pair.convert(slot.inode, slot.file_page(gfn) * PAGE, length * PAGE, shared)
+        self.pair.limit_frames(None)
+
+    @precondition(lambda self: self.enabled("pins"))
+    @rule(number=numbers, spot=spots, pages=st.sampled_from((1, 1, 2, 3, 512)), pin=st.integers(0, PINS - 1),
+          write=st.booleans(), longterm=st.booleans())  # fmt: skip
+    def pins(self, number: int, spot: tuple[int, int], pages: int, pin: int, write: bool, longterm: bool) -> None:
+        model = self.pair.model
+        # Often a page that can be pinned: one that is shared.
+        vmas = [vma for vma in model.vmas if not model.inodes[vma.inode].shared.isdisjoint(vma.file)]
+        found = self.page_of(vmas, number, spot)
+        if found is not None and pin not in model.pins:
+            vma, page = found
+            shared = model.inodes[vma.inode].shared
+            if vma.file_page(page) not in shared and number % 4:
+                page = next(page for page in vma.pages if vma.file_page(page) in shared)
+            self.pair.pin(vma.owner, page * PAGE, pages * PAGE, pin, write, longterm)
+
+    @precondition(lambda self: self.enabled("pins") and self.operations % 8 == 0)
+    @rule(pin=st.integers(0, PINS), space=st.integers(0, 1))
+    def pins_nothing(self, pin: int, space: int) -> None:
+        """A pin's number out of range or in use, an address without a mapping, no length."""
+        if pin in self.pair.model.pins or pin == PINS:
+            self.pair.pin(space, ADDRESSES[0], PAGE, 256 if pin == PINS else pin, False)
+        else:
+            self.pair.pin(space, 0x1000_0000, PAGE, pin, False)
+            self.pair.pin(space, ADDRESSES[0], pin % 2 * 8, pin, False)
+
+    @precondition(lambda self: self.enabled("pins") and self.pair.model.pins)
+    @rule(number=numbers)
+    def unpins(self, number: int) -> None:
+        pins = sorted(self.pair.model.pins)
+        self.pair.unpin(pins[number] if number < len(pins) else number % (PINS + 1))
+
+    @precondition(lambda self: self.enabled("lru_cache") and self.pair.model.memory.batch)
+    @rule()
+    def drains(self) -> None:
+        self.pair.drain_lru()
+
+    # ------------------------------------------------------------------ lifetime
+
+    def worth_working(self) -> bool:
+        """Whether the worker has something to do; now and then it has not."""
+        pending = any(folio.waits or folio.ready for folio in self.pair.model.memory.in_use.values())
+        return self.enabled("work") and (pending or self.operations % 10 == 0)
+
+    @precondition(worth_working)
+    @rule()
+    def works(self) -> None:
+        self.enough()
+        self.pair.work()
+
+    @precondition(lambda self: self.operations > 8)
+    @rule(number=numbers, shared=st.booleans(), pages=st.integers(1, 2), spot=spots)
+    def closes_what_is_held(self, number: int, shared: bool, pages: int, spot: tuple[int, int]) -> None:
+        """The inode goes, a reference to one of its pages stays; another inode takes what is free."""
+        if len(self.pair.inodes) >= INODES:
+            return
+        inode = self.open_inode(number)
+        self.pair.convert(inode, self.index(inode, spot) * PAGE, PAGE, shared)
+        if self.enabled("allocate"):
+            self.pair.allocate(inode, 0, self.pair.inodes[inode].size)
+        if self.pair.model.inodes[inode].open:
+            self.pair.get(inode, self.index(inode, spot) * PAGE)
+        self.pair.close(inode)
+        self.pair.create_guest_memfd(pages * self.page_size * self.unit, shared)
+
+    @precondition(lambda self: self.enabled("release") and self.operations % 2)
+    @rule(number=numbers, again=some)
+    def releases(self, number: int, again: bool) -> None:
+        slots = [slot for slot in self.pair.model.slots if again or not slot.released]
+        if slots:
+            slot = slots[number % len(slots)]
+            self.pair.release(slot.owner, slot.inode)
+
+    @precondition(lambda self: self.enabled("allocate"))
+    @rule(number=numbers, spot=spots, length=lengths, whole=st.booleans())
+    def allocates(self, number: int, spot: tuple[int, int], length: int, whole: bool) -> None:
+        inode = number % len(self.pair.inodes)
+        offset = self.index(inode, spot) * PAGE
+        if whole:
+            offset -= offset % self.page_size
+        self.pair.allocate(inode, offset, self.page_size if whole else length * PAGE)
+
+    @precondition(lambda self: self.enabled("nodes") and (self.two_nodes or self.operations % 16 == 0))
+    @rule(number=numbers, spot=spots, task=some, mode=st.integers(0, 4), nodes=st.sampled_from((0, 1, 2, 3, 4)))
+    def sets_policy(self, number: int, spot: tuple[int, int], task: bool, mode: int, nodes: int) -> None:
+        inode = number % len(self.pair.inodes)
+        offset = self.index(inode, spot) * PAGE
+        offset -= offset % self.page_size
+        if (mode == L.MPOL_PREFERRED and nodes not in (1, 2, 4)) or (task and mode == L.MPOL_INTERLEAVE):
+            return  # two preferred nodes; a task's interleaving, which counts
+        self.pair.set_policy(None if task else inode, offset, self.page_size, mode, nodes)
+
+    # ------------------------------------------------------------------ processes and VMs
+
+    @precondition(lambda self: self.enabled("fork"))
+    @rule(number=numbers)
+    def forks(self, number: int) -> None:
+        model = self.pair.model
+        parents = [i for i, space in enumerate(model.spaces) if space.live]
+        if len(parents) < SPACES and len(model.vmas) < WINDOWS:
+            self.pair.fork(parents[number % len(parents)])
+
+    @precondition(lambda self: self.enabled("fork"))
+    @rule(number=numbers)
+    def exits(self, number: int) -> None:
+        children = [i for i, space in enumerate(self.pair.model.spaces) if i > 1 and space.live]
+        if children:
+            self.pair.exit(children[number % len(children)])
+
+    @precondition(lambda self: self.enabled("prefault"))
+    @rule(number=numbers, spot=spots, length=lengths)
+    def prefaults(self, number: int, spot: tuple[int, int], length: int) -> None:
+        found = self.page_of(self.pair.model.slots, number, spot)
+        if found is not None:
+            self.pair.prefault(found[0].owner, found[1] * PAGE, length * PAGE)
+
+    @precondition(lambda self: self.enabled("prefault") and self.operations % 8 == 0)
+    @rule(vm=st.integers(0, 1), gpa=st.sampled_from(GPAS))
+    def prefaults_anywhere(self, vm: int, gpa: int) -> None:
+        self.pair.prefault(vm, gpa + 5 * PAGE, 2 * PAGE)
+
+    @precondition(lambda self: self.enabled("dirty_log") and (self.logs or self.operations % 16 == 0))
+    @rule(number=numbers, on=st.booleans())
+    def logs_dirty_pages(self, number: int, on: bool) -> None:
+        slots = [slot for slot in self.pair.model.slots if not slot.released]
+        if slots:
+            self.enough()
+            slot = slots[number % len(slots)]
+            self.pair.log_dirty_pages(slot.owner, slot.pages.start * PAGE, on)
+
+    # ------------------------------------------------------------------ comparing
+
+    @invariant()
+    def equal(self) -> None:
+        if not hasattr(self, "pair"):
+            return
+        self.operations += 1
+        self.count()
+        self.pair.compare_gauges()
+        self.pair.check_rules()
+        self.shortage = max(self.shortage - 1, 0)
+        if not self.shortage:
+            self.pair.limit_frames(None)
+        if self.operations % CHECK_EVERY == 0:
+            self.pair.compare_everything()
+
+
+class Small(Sequences):
+    """Pages of 4K, 2M of them at a time."""
+
+    page_size = PAGE
+    pool_pages = 4
+    unit = 512
+
+    def parameters(self, draw: Any) -> dict[str, Any]:
+        return super().parameters(draw) | {"pool": self.pool_pages * self.unit * PAGE}
+
+    def index(self, inode: int, spot: tuple[int, int]) -> int:
+        block, page = spot
+        return (block * 512 + page) % (self.pair.inodes[inode].size // PAGE)
+
+
+class Gigantic(Sequences):
+    """1G pages, split to 4K or, with memory enough, to 2M."""
+
+    page_size = L.PAGE_1G
+    pool_pages = 3
+    frames = st.sampled_from((None, 4200, 8800))
+    shortages = st.sampled_from((0, 1, 3, 600, 4100))
+
+    def more_parameters(self, draw: Any, found: dict[str, Any]) -> None:
+        found["nodes"] = 1
+        pieces = draw(st.booleans())
+        if pieces and "split_to" not in self.disabled:
+            found |= {"split_to": "2M", "series": "jan2026", "convert_order": "jan2026", "merge": "now", "frames": None}
+        else:
+            found["frames"] = draw(self.frames)
+
+
+__all__ = ("PAGES_IN_BLOCK", "Gigantic", "Sequences", "Small")

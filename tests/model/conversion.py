@@ -1,0 +1,271 @@
+"""Conversion between private and shared: the posted orders of restructure, and pfnmap's.
+
+Each order is written down as its column of the comparison has it. What an order has done when a step fails stays done.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from model.folio import PIECE, PIN, Folio
+from model.inode import Inode
+from model.machine import State
+from model.outcome import OK, Outcome
+from model.parameters import PAGE
+from model.tables import common
+from pgemu_kernels import layout as L
+
+PREALLOCATES = False  # whether the machine looks for memory for attribute nodes before it begins
+
+
+class Unit(NamedTuple):
+    """What is converted in one go. `floor`: no failing offset lies below this page."""
+
+    inode: int
+    node: Inode
+    pages: range
+    shared: bool
+    floor: int
+
+    def part(self, pages: range, floor: int) -> Unit:
+        return self._replace(pages=pages, floor=floor)
+
+
+class Conversions(State):
+    """The ioctl that sets a range's attributes."""
+
+    def convert(self, inode: int, offset: int, length: int, shared: bool | None) -> Outcome:
+        """`shared` None: an ioctl that asks for neither."""
+        node = self.inodes[inode]
+        if not node.open:
+            return Outcome(-L.EBADF)
+        if not self.parameters.in_place_conversion:
+            return Outcome(-L.ENOTTY)
+        pages = range(offset // PAGE, (offset + length) // PAGE)
+        if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
+            return Outcome(-L.EINVAL)
+        order = self.parameters.convert_order if self.restructure else "pfnmap"
+        for part in self.units(pages):
+            unit = Unit(inode, node, part, shared, part.start)
+            if not self.differing(unit):
+                continue
+            if PREALLOCATES and order != "rfc2" and not self.memory.frames.left:
+                return Outcome(-L.ENOMEM, part.start * PAGE)
+            outcome = getattr(self, order)(unit)
+            if outcome.status:
+                return outcome
+        return OK
+
+    def units(self, pages: range) -> list[range]:
+        """All at once, or one huge page at a time."""
+        if self.parameters.convert_batch == "range":
+            return [pages]
+        return [common(pages, self.block_of(number << self.order)) for number in self.blocks_of(pages)]
+
+    @staticmethod
+    def differing(unit: Unit) -> bool:
+        if unit.shared:
+            return not unit.node.shared.issuperset(unit.pages)
+        return not unit.node.shared.isdisjoint(unit.pages)
+
+    # ------------------------------------------------------------------ orders
+
+    def jan2026(self, unit: Unit) -> Outcome:
+        """Whatever can fail comes before the zap."""
+        if unit.shared:
+            refused = self.split_blocks(unit)
+        else:
+            self.unmap_file(unit.inode, unit.pages)
+            refused = self.gate(unit)
+        if refused:
+            return refused
+        self.zap_converted(unit, self.rounded(unit.pages, unit.node, PIECE if self.parameters.in_pieces else None))
+        self.store(unit)
+        if not unit.shared:
+            self.merge_blocks(unit)
+        return OK
+
+    def next4k(self, unit: Unit) -> Outcome:
+        """Folios of 4K: there is nothing to split."""
+        if not unit.shared:
+            self.unmap_file(unit.inode, unit.pages)
+            refused = self.gate_of_small_folios(unit)
+            if refused:
+                return refused
+        self.zap_converted(unit, unit.pages)
+        self.store(unit)
+        return OK
+
+    def fixup(self, unit: Unit) -> Outcome:
+        """Split after the zap, before the store."""
+        if not unit.shared:
+            self.unmap_file(unit.inode, unit.pages)
+            refused = self.gate(unit)
+            if refused:
+                return refused
+        self.zap_converted(unit, unit.pages)
+        if unit.shared:
+            refused = self.split_blocks(unit)
+            if refused:
+                return refused
+        else:
+            self.merge_blocks(unit)
+        self.store(unit)
+        return OK
+
+    def rfc2(self, unit: Unit) -> Outcome:
+        """A list of ranges that change; what fails after the zap is rolled back."""
+        items = [unit.part(pages, 0) for pages in self.changing(unit)]
+        for item in items:
+            if item.shared:
+                self.zap_file(item.inode, item.pages)
+                continue
+            self.unmap_file(item.inode, item.pages)
+            refused = self.gate(item)
+            if refused:
+                return refused
+        for number, item in enumerate(items):
+            failed = self.execute(item)
+            if failed:
+                for done in items[: number + 1]:
+                    self.roll_back(done)
+                return failed
+        return OK
+
+    def changing(self, unit: Unit) -> list[range]:
+        """Maximal runs of pages that change."""
+        runs: list[range] = []
+        for index in unit.pages:
+            if (index in unit.node.shared) == unit.shared:
+                continue
+            if runs and runs[-1].stop == index:
+                runs[-1] = range(runs[-1].start, index + 1)
+            else:
+                runs.append(range(index, index + 1))
+        return runs
+
+    def execute(self, item: Unit) -> Outcome | None:
+        """Store, for which the attribute tree allocates, then split or merge."""
+        if not self.memory.frames.left:
+            return Outcome(-L.ENOMEM, item.pages.start * PAGE)
+        self.store(item)
+        if item.shared:
+            return self.split_blocks(item)
+        self.merge_blocks(item)
+        return None
+
+    def roll_back(self, item: Unit) -> None:
+        """The opposite conversion of an item: its store does not fail here (Linux would only warn)."""
+        opposite = item._replace(shared=not item.shared)
+        self.store(opposite)
+        if opposite.shared:
+            self.split_blocks(opposite)
+        else:
+            self.merge_blocks(opposite)
+
+    def pfnmap(self, unit: Unit) -> Outcome:
+        """No gate, no split, no merge."""
+        if not unit.shared:
+            self.unmap_file(unit.inode, unit.pages)
+        self.zap_converted(unit, unit.pages)
+        self.store(unit)
+        return OK
+
+    # ------------------------------------------------------------------ steps
+
+    def zap_converted(self, unit: Unit, pages: range) -> None:
+        """Whether leaves of both kinds go is a parameter."""
+        if self.parameters.rounded_zap_drops_both_kinds:
+            self.zap_file(unit.inode, pages)
+            return
+        for index in pages:
+            if (index in unit.node.shared) != unit.shared:
+                self.zap_file(unit.inode, range(index, index + 1))
+
+    def store(self, unit: Unit) -> None:
+        if not unit.shared:
+            unit.node.shared.difference_update(unit.pages)
+            return
+        unit.node.shared.update(unit.pages)
+        for number in self.blocks_of(unit.pages):
+            if number in unit.node.blocks:
+                unit.node.blocks[number].waits = False
+
+    def folios(self, unit: Unit) -> list[tuple[Folio, int, int]]:
+        """(huge page, folio in it, index of the folio's first page) of all folios in a range."""
+        found = []
+        for number in self.blocks_of(unit.pages):
+            folio = unit.node.blocks.get(number)
+            if folio is not None:
+                first = number << self.order
+                part = common(self.block_of(first), unit.pages)
+                inside = range(part.start - first, part.stop - first)
+                found += [(folio, inner, first + inner) for inner in folio.units(inside)]
+        return found
+
+    def gate(self, unit: Unit) -> Outcome | None:
+        """To private: -EAGAIN at the first folio that somebody besides the page cache holds."""
+        for folio, inner, index in self.folios(unit):
+            if folio.busy(inner):
+                return Outcome(-L.EAGAIN, max(index, unit.floor) * PAGE)
+        return None
+
+    def gate_of_small_folios(self, unit: Unit) -> Outcome | None:
+        """As merged: a pin and a mapping fail at once; for other references LRU caches are drained before."""
+        for folio, inner, index in self.folios(unit):
+            pinned = folio.references(folio.head) >= PIN
+            if not pinned and not folio.mapped[inner] and folio.busy(inner):
+                self.memory.lru_drain()
+            if folio.busy(inner):
+                return Outcome(-L.EAGAIN, index * PAGE)
+        return None
+
+    def split_blocks(self, unit: Unit) -> Outcome | None:
+        """To shared: split what the range touches; earlier blocks stay split when a later one fails."""
+        for number in self.blocks_of(unit.pages):
+            folio = unit.node.blocks.get(number)
+            if folio is None or folio.split or not self.order:
+                continue
+            first = number << self.order
+            part = common(self.block_of(first), unit.pages)
+            error = self.split_block(folio, range(part.start - first, part.stop - first))
+            if error:
+                return Outcome(error, max(unit.floor, first) * PAGE)
+        return None
+
+    def split_block(self, folio: Folio, pages: range) -> int:
+        """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY or -ENOMEM."""
+        if folio.whole and not folio.idle:
+            return -L.EBUSY  # its refcount cannot be frozen
+        if not self.parameters.in_pieces:
+            return 0 if self.memory.split(folio) else -L.ENOMEM
+        for piece in range(pages.start // PIECE, (pages.stop - 1) // PIECE + 1):
+            if piece not in (folio.pieces or ()) and folio.busy(piece * PIECE):
+                return -L.EBUSY
+            self.memory.split_pieces(folio, {piece})
+        return 0
+
+    def merge_blocks(self, unit: Unit) -> None:
+        """To private: merge what has no shared page outside the range left and is idle, or have the worker do it."""
+        left = unit.node.shared.difference(unit.pages)
+        for number in self.blocks_of(unit.pages):
+            folio = unit.node.blocks.get(number)
+            if folio is None or folio.whole:
+                continue
+            if folio.pieces is not None:
+                self.merge_pieces(folio, number << self.order, unit.pages, left)
+            elif left.isdisjoint(self.block_of(number << self.order)):
+                if self.parameters.merge == "lazy":
+                    folio.waits = True
+                elif folio.idle:
+                    self.memory.merge(folio, keep=True)
+
+    def merge_pieces(self, folio: Folio, first: int, pages: range, shared: set[int]) -> None:
+        """Merge the 2M pages in a range that can be, and all of them to 1G if none is split any more."""
+        for piece in sorted(folio.pieces or ()):
+            inside = range(piece * PIECE, piece * PIECE + PIECE)
+            index = range(first + inside.start, first + inside.stop)
+            if common(index, pages) and shared.isdisjoint(index) and folio.idle_part(inside):
+                self.memory.merge_piece(folio, piece)
+        if not folio.pieces and folio.idle and shared.isdisjoint(self.block_of(first)):
+            self.memory.join_pieces(folio, keep=True)

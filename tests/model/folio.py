@@ -1,0 +1,89 @@
+"""Folios of a huge page that is in use, and who refers to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+PIN = 1024  # GUP_PIN_COUNTING_BIAS
+PIECE = 512  # pages
+
+
+@dataclass(eq=False)
+class Folio:
+    """A huge page of the pool while it is in use: one folio, or (split) one per base page.
+
+    `pieces`, if not None: it is split to 2M folios, and those named here to 4K folios. Pages are numbered from the
+    head; a folio has the number of its first page. By folio, `held` counts transient references and `pinned` pins,
+    `cached_by_cpu` has those that a per-CPU batch holds; `mapped` counts ordinary page-table entries.
+    """
+
+    head: int
+    pages: int
+    owner: object = None  # the inode whose subpool it came from
+    place: tuple[int, int] = (0, 0)  # its inode and block
+    split: bool = False
+    pieces: set[int] | None = None
+    cached: bool = True
+    waits: bool = False  # noted for the worker, which merges it
+    ready: bool = False  # nobody refers to it any more; the worker returns it
+    uptodate: set[int] = field(default_factory=set)
+    held: Counter[int] = field(default_factory=Counter)
+    mapped: Counter[int] = field(default_factory=Counter)
+    pinned: Counter[int] = field(default_factory=Counter)
+    cached_by_cpu: set[int] = field(default_factory=set)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one folio."""
+        return not self.split and self.pieces is None
+
+    def unit(self, pfn: int) -> int:
+        """Number of the folio that a frame belongs to."""
+        page = pfn - self.head
+        if self.split:
+            return page
+        if self.pieces is None:
+            return 0
+        return page if page // PIECE in self.pieces else page // PIECE * PIECE
+
+    def size(self, unit: int) -> int:
+        """Pages of a folio."""
+        if self.split:
+            return 1
+        if self.pieces is None:
+            return self.pages
+        return 1 if unit // PIECE in self.pieces else PIECE
+
+    def units(self, pages: range) -> Iterable[int]:
+        """The folios that pages of it belong to."""
+        if not pages:
+            return
+        unit = self.unit(self.head + pages.start)
+        while unit < pages.stop:
+            yield unit
+            unit += self.size(unit)
+
+    def busy(self, unit: int) -> bool:
+        """Whether anybody but the page cache refers to a folio."""
+        others = self.held[unit] or self.mapped[unit] or self.pinned[unit]
+        return bool(others) or unit in self.cached_by_cpu
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody but the page cache refers to any part of it."""
+        counts = (self.held, self.mapped, self.pinned)
+        return not self.cached_by_cpu and not any(count.total() for count in counts)
+
+    def idle_part(self, pages: range) -> bool:
+        """The same of folios that begin in a part of it."""
+        used = (unit for count in (self.held, self.mapped, self.pinned) for unit, n in count.items() if n)
+        return not any(unit in pages for unit in used) and not any(unit in pages for unit in self.cached_by_cpu)
+
+    def references(self, pfn: int) -> int:
+        """Refcount of the folio that a frame belongs to."""
+        unit = self.unit(pfn)
+        cache = self.size(unit) if self.cached else 0
+        own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit]
+        return cache + own + (unit in self.cached_by_cpu)

@@ -1,0 +1,77 @@
+"""Holes, the release of a VM's file, the end of an inode, and the worker."""
+
+from __future__ import annotations
+
+from model.machine import State
+from model.outcome import OK, Outcome
+from model.parameters import PAGE
+from model.tables import common
+from pgemu_kernels import layout as L
+
+
+class Lifetime(State):
+    """How memory leaves an inode."""
+
+    def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
+        node = self.inodes[inode]
+        if not node.open:
+            return Outcome(-L.EBADF)
+        unit = self.parameters.page_size if self.parameters.punch == "refuse" else PAGE
+        if (offset | length) % unit or not length:
+            return Outcome(-L.EINVAL)
+        pages = range(offset // PAGE, min((offset + length) // PAGE, node.pages))
+        if not pages:
+            return OK
+        if not self.restructure:
+            self.unmap_file(inode, pages)  # truncation would leave special entries alone
+        self.zap_file(inode, pages)
+        for number in self.blocks_of(pages):
+            block = self.block_of(number << self.order)
+            folio = node.blocks.get(number)
+            if folio is None:
+                continue
+            part = common(block, pages)
+            if part != block:
+                self.memory.forget({folio.head + index - block.start for index in part})
+                continue
+            if not folio.whole or not self.order:
+                self.unmap_file(inode, block)
+            if not folio.whole and not folio.idle:
+                return Outcome(-L.EAGAIN, block.start * PAGE)  # cannot be merged
+            self.memory.uncache(node.blocks.pop(number))
+        return OK
+
+    def release(self, vm: int, inode: int) -> Outcome:
+        """kvm_gmem_release(): the VM's file is closed, its slots have no memory any more; the inode's memory stays."""
+        slots = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
+        if not slots:
+            return Outcome(-L.EBADF)
+        for slot in slots:
+            self.vms[vm].zap(slot.pages)
+            slot.released = True
+        return OK
+
+    def close(self, inode: int) -> Outcome:
+        node = self.inodes[inode]
+        if not node.open:
+            return Outcome(-L.EBADF)
+        self.remove_vmas([(v, v.pages) for v in self.vmas if v.inode == inode])
+        for slot in [s for s in self.slots if s.inode == inode]:
+            self.delete_slot(slot)
+        for number in sorted(node.blocks):
+            self.memory.uncache(node.blocks.pop(number), evicted=True)
+        node.open = False
+        return OK
+
+    def work(self) -> Outcome:
+        """The worker: returns what nobody refers to any more, merges what waits, is idle and all private."""
+        done = 0
+        for folio in sorted(self.memory.in_use.values(), key=lambda folio: folio.place):
+            if folio.ready:
+                self.memory.give_back(folio)
+                done += 1
+            elif folio.waits and folio.idle:
+                assert self.inodes[folio.place[0]].shared.isdisjoint(self.block_of(folio.place[1] << self.order))
+                self.memory.merge(folio, keep=True)
+                done += 1
+        return Outcome(0, done)

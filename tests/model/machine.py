@@ -1,0 +1,108 @@
+"""What all parts of the model share: its objects, and how host entries and stage-2 leaves go."""
+
+from __future__ import annotations
+
+from model.folio import Folio
+from model.inode import Inode, Window
+from model.memory import Boot, Memory
+from model.parameters import Parameters
+from model.tables import HostTables, Stage2, Table
+
+
+class State:
+    """Processes, VMs and inodes are numbered in order of creation; a process that ended leaves its number."""
+
+    def __init__(self, parameters: Parameters, boot: Boot | None = None) -> None:
+        self.parameters = parameters
+        self.restructure = parameters.restructure
+        self.order = parameters.order
+        self.block_pages = 1 << self.order
+        self.reclaims_tables = parameters.kernel != "6.12"  # CONFIG_PT_RECLAIM came with 6.14
+        self.memory = Memory(parameters, boot)
+        self.inodes: list[Inode] = []
+        self.spaces: list[HostTables] = []
+        self.vms: list[Stage2] = []
+        self.vm_space: list[int] = []
+        self.protected: list[bool] = []
+        self.vmas: list[Window] = []
+        self.slots: list[Window] = []
+        self.pins: dict[int, list[tuple[Folio, int]]] = {}
+        self.task_policy = (0, 0)  # mode, nodes
+
+    def block_of(self, index: int) -> range:
+        """Pages of the huge page around a page."""
+        start = index & ~(self.block_pages - 1)
+        return range(start, start + self.block_pages)
+
+    def blocks_of(self, pages: range) -> range:
+        """Numbers of the huge pages that a range touches."""
+        return range(pages.start >> self.order, (pages.stop - 1 >> self.order) + 1)
+
+    def rounded(self, pages: range, node: Inode, size: int | None = None) -> range:
+        """A range rounded out to huge pages, or to `size` pages."""
+        size = size or self.block_pages
+        return range(pages.start // size * size, min(-(-pages.stop // size) * size, node.pages))
+
+    def pfn(self, inode: int, index: int) -> int | None:
+        """Frame of a page, or None while nothing is allocated."""
+        folio = self.inodes[inode].blocks.get(index >> self.order)
+        return folio.head + index % self.block_pages if folio else None
+
+    # ------------------------------------------------------------------ unmapping
+
+    def clear_entries(self, vma: Window, pages: range) -> None:
+        """Unmap part of a VMA: KVM's MMU notifier first, then the entries with what they hold.
+
+        A large entry goes whole: __split_huge_pmd() tells the notifier about all of it.
+        """
+        host = self.spaces[vma.owner]
+        spans = [Table(level - 1, number).span for level, number in host.huge_over(pages)]
+        for span in [pages, *spans]:
+            self.notify(vma, span)
+        for entry in host.unmap(pages):
+            if not entry.special:
+                folio = self.memory.folio_of(entry.pfn)
+                assert folio is not None, "an entry outlived its folio"
+                folio.mapped[folio.unit(entry.pfn)] -= 1
+                self.memory.dropped(folio)
+
+    def notify(self, vma: Window, pages: range) -> None:
+        """The VMs of the VMA's process drop what they have of it."""
+        if not self.parameters.notifier:
+            return
+        file = vma.file_range(pages)
+        for slot in self.slots:
+            if self.vm_space[slot.owner] == vma.owner:
+                self.vms[slot.owner].zap(slot.showing(vma.inode, file))
+
+    def unmap_file(self, inode: int, pages: range) -> None:
+        """unmap_mapping_pages()."""
+        for vma in self.vmas:
+            part = vma.showing(inode, pages)
+            if part:
+                self.clear_entries(vma, part)
+
+    def zap_file(self, inode: int, pages: range) -> None:
+        """Drop the stage-2 leaves over pages of an inode, in every VM that has them bound."""
+        for slot in self.slots:
+            part = slot.showing(inode, pages)
+            if part:
+                self.vms[slot.owner].zap(part)
+
+    def remove_vmas(self, gone: list[tuple[Window, range]]) -> None:
+        """Drop parts of VMAs: entries, VMAs, then the tables that no VMA needs."""
+        for vma, part in gone:
+            self.clear_entries(vma, part)
+            self.vmas.remove(vma)
+            rest = (range(vma.pages.start, part.start), range(part.stop, vma.pages.stop))
+            self.vmas += [vma.cut(pages) for pages in rest if pages]
+        for space in {vma.owner for vma, _ in gone}:
+            self.spaces[space].free_tables_outside([v.pages for v in self.vmas if v.owner == space])
+
+    def delete_slot(self, slot: Window) -> None:
+        """A protected VM loses the slot's leaves, another one its whole tree."""
+        if self.protected[slot.owner]:
+            self.vms[slot.owner].zap(slot.pages)
+        else:
+            self.vms[slot.owner].drop_all()
+        self.slots.remove(slot)

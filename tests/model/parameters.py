@@ -1,0 +1,70 @@
+"""What a model is a model of: the parameters of pgemu.machine.Config that matter to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+PAGE = 4096
+ORDERS = {PAGE: 0, PAGE << 9: 9, PAGE << 18: 18}
+POOL_BASE = 1 << 20  # first frame of guest memory while there are fewer frames of metadata than that
+
+
+@dataclass
+class Parameters:
+    """Names, values and defaults are those of Config."""
+
+    design: str = "restructure"
+    pool: int = 0
+    page_size: int = PAGE << 18
+    kernel: str = "7.3"
+    frames: int | None = None
+    hvo: bool = True
+    zero: str = "folio"
+    rounded_zap_drops_both_kinds: bool = True
+    notifier: bool = True
+    series: str = "jan2026"
+    nodes: int = 1
+    convert_order: str = "jan2026"
+    convert_batch: str = "range"
+    split_to: str = "4K"
+    merge: str = "now"
+    lru_cache: bool = False
+    worker: str = "immediate"
+    punch: str = "zero"
+    host_huge: bool = False
+    dirty_log_guest_memfd: bool = False
+    in_place_conversion: bool = True
+
+    @classmethod
+    def of(cls, config: Any) -> Parameters:
+        return cls(**{name.name: getattr(config, name.name) for name in fields(cls)})
+
+    @property
+    def restructure(self) -> bool:
+        return self.design == "restructure"
+
+    @property
+    def order(self) -> int:
+        """Order of a huge page of the pool; 0: pages of the page allocator."""
+        return ORDERS[self.page_size]
+
+    @property
+    def by_page(self) -> bool:
+        """Series rfc2: the page cache changes page by page, and what belongs to a folio is stashed."""
+        return self.series == "rfc2"
+
+    @property
+    def in_pieces(self) -> bool:
+        """A 1G folio is split to 2M folios first."""
+        return self.split_to == "2M" and self.order == 18
+
+    def heads(self, base: int) -> list[list[int]]:
+        """Frames of the huge pages (order 0: of all pages) of each node, dealt out one by one, or 2M by 2M."""
+        unit = max(self.page_size, PAGE << 9) // PAGE
+        found = []
+        for node in range(self.nodes):
+            count = len(range(node, self.pool // PAGE // unit, self.nodes))
+            found.append([base + i for i in range(0, count * unit, 1 << self.order)])
+            base += -(-count * unit >> 18) << 18
+        return found
