@@ -15,18 +15,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from designs_sequences import Gigantic, Sequences, Small
-from model import conversion
 from model.pair import Pair
 from pgemu.machine import Config
 
 # Parameters and operations that the machine does not have yet.
-DISABLED: frozenset[str] = frozenset(
-    {
-        "convert_order", "convert_batch", "split_to", "merge", "lru_cache", "worker", "punch", "host_huge", "nodes",
-        "dirty_log_guest_memfd", "in_place_conversion", "dirty_log", "pins", "work", "release", "allocate", "prefault",
-        "fork", "preallocation", "small",
-    }
-)  # fmt: skip
+DISABLED: frozenset[str] = frozenset({"split_to"})
 STEPS = os.environ.get("PGEMU_STEPS")
 ALL = int(STEPS or 2000)
 LENGTH = 40  # steps of a sequence
@@ -39,7 +32,6 @@ class Compared:
     disabled = DISABLED
 
     def make(self, **parameters: Any) -> Pair:
-        conversion.PREALLOCATES = "preallocation" not in DISABLED
         return Pair(Config(**parameters))
 
     def count(self) -> None:

@@ -15,8 +15,6 @@ from model.parameters import PAGE
 from model.tables import common
 from pgemu_kernels import layout as L
 
-PREALLOCATES = False  # whether the machine looks for memory for attribute nodes before it begins
-
 
 class Unit(NamedTuple):
     """What is converted in one go. `floor`: no failing offset lies below this page."""
@@ -49,7 +47,7 @@ class Conversions(State):
             unit = Unit(inode, node, part, shared, part.start)
             if not self.differing(unit):
                 continue
-            if PREALLOCATES and order != "rfc2" and not self.memory.frames.left:
+            if order != "rfc2" and not self.memory.frames.left:
                 return Outcome(-L.ENOMEM, part.start * PAGE)
             outcome = getattr(self, order)(unit)
             if outcome.status:
