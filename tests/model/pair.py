@@ -85,7 +85,7 @@ class Pair:
     # ------------------------------------------------------------------ operations
 
     def same(self, got: Result, expected: Outcome) -> Outcome:
-        assert tuple(got) == tuple(expected), "the machine's result, and the model's"
+        assert tuple(got) == tuple(expected), f"the machine returned {got}, the model {expected}"
         return expected
 
     def host_fault(self, space: int, address: int, write: bool = False) -> Outcome:
