@@ -246,7 +246,7 @@ class Sequences(TwoMegabytes):
         inode = number % len(self.pair.inodes)
         offset = self.index(inode, spot) * PAGE
         offset -= offset % self.page_size
-        if (mode == L.MPOL_PREFERRED and nodes not in (1, 2, 4)) or (task and mode == L.MPOL_INTERLEAVE):
+        if (mode == L.MPOL_PREFERRED and nodes == 3) or (task and mode == L.MPOL_INTERLEAVE):
             return  # two preferred nodes; a task's interleaving, which counts
         self.pair.set_policy(None if task else inode, offset, self.page_size, mode, nodes)
 

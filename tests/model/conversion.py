@@ -43,15 +43,18 @@ class Conversions(State):
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
             return Outcome(-L.EINVAL)
         order = self.parameters.convert_order if self.restructure else "pfnmap"
+        if not self.differing(Unit(inode, node, pages, shared, pages.start)):
+            return OK
+        if order != "rfc2" and not self.memory.frames.left:
+            return Outcome(-L.ENOMEM, offset)
         for part in self.units(pages):
             unit = Unit(inode, node, part, shared, part.start)
             if not self.differing(unit):
                 continue
-            if order != "rfc2" and not self.memory.frames.left:
-                return Outcome(-L.ENOMEM, part.start * PAGE)
             outcome = getattr(self, order)(unit)
             if outcome.status:
                 return outcome
+            self.need_no_merge(unit)
         return OK
 
     def units(self, pages: range) -> list[range]:
@@ -71,7 +74,7 @@ class Conversions(State):
     def jan2026(self, unit: Unit) -> Outcome:
         """Whatever can fail comes before the zap."""
         if unit.shared:
-            refused = self.split_blocks(unit)
+            refused = self.split_or_leave(unit)
         else:
             self.unmap_file(unit.inode, unit.pages)
             refused = self.gate(unit)
@@ -103,7 +106,7 @@ class Conversions(State):
                 return refused
         self.zap_converted(unit, unit.pages)
         if unit.shared:
-            refused = self.split_blocks(unit)
+            refused = self.split_or_leave(unit)
             if refused:
                 return refused
         else:
@@ -153,13 +156,18 @@ class Conversions(State):
         return None
 
     def roll_back(self, item: Unit) -> None:
-        """The opposite conversion of an item: its store does not fail here (Linux would only warn)."""
+        """The opposite conversion of an item: its store does not fail here (Linux would only warn).
+
+        What waited for a merge before goes on waiting; the rest is merged at once.
+        """
         opposite = item._replace(shared=not item.shared)
         self.store(opposite)
         if opposite.shared:
             self.split_blocks(opposite)
-        else:
-            self.merge_blocks(opposite)
+            return
+        for _, folio in self.private_blocks(opposite):
+            if folio.split and not folio.waits:
+                self.merge_now(folio)
 
     def pfnmap(self, unit: Unit) -> Outcome:
         """No gate, no split, no merge."""
@@ -183,11 +191,23 @@ class Conversions(State):
     def store(self, unit: Unit) -> None:
         if not unit.shared:
             unit.node.shared.difference_update(unit.pages)
-            return
-        unit.node.shared.update(unit.pages)
-        for number in self.blocks_of(unit.pages):
+        else:
+            unit.node.shared.update(unit.pages)
+
+    def need_no_merge(self, unit: Unit) -> None:
+        """Blocks with shared pages are off the worker's list."""
+        for number in self.blocks_of(unit.pages) if unit.shared else ():
             if number in unit.node.blocks:
                 unit.node.blocks[number].waits = False
+
+    def private_blocks(self, unit: Unit) -> list[tuple[int, Folio]]:
+        """(first page, huge page) of those that a range touches and that have no shared page."""
+        numbers = [number for number in self.blocks_of(unit.pages) if number in unit.node.blocks]
+        return [
+            (number << self.order, unit.node.blocks[number])
+            for number in numbers
+            if unit.node.shared.isdisjoint(self.block_of(number << self.order))
+        ]
 
     def folios(self, unit: Unit) -> list[tuple[Folio, int, int]]:
         """(huge page, folio in it, index of the folio's first page) of all folios in a range."""
@@ -231,6 +251,15 @@ class Conversions(State):
                 return Outcome(error, max(unit.floor, first) * PAGE)
         return None
 
+    def split_or_leave(self, unit: Unit) -> Outcome | None:
+        """The same of an order that does not roll back: what was split before a failure waits for a merge."""
+        refused = self.split_blocks(unit)
+        if refused:
+            for first, folio in self.private_blocks(unit):
+                if not folio.whole and first * PAGE < refused.detail:
+                    folio.waits = True
+        return refused
+
     def split_block(self, folio: Folio, pages: range) -> int:
         """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY or -ENOMEM."""
         if folio.whole and not folio.idle:
@@ -255,8 +284,15 @@ class Conversions(State):
             elif left.isdisjoint(self.block_of(number << self.order)):
                 if self.parameters.merge == "lazy":
                     folio.waits = True
-                elif folio.idle:
-                    self.memory.merge(folio, keep=True)
+                else:
+                    self.merge_now(folio)
+
+    def merge_now(self, folio: Folio) -> None:
+        """Merge a split huge page, which waits where somebody holds a piece."""
+        if folio.idle:
+            self.memory.merge(folio, keep=True)
+        else:
+            folio.waits = True
 
     def merge_pieces(self, folio: Folio, first: int, pages: range, shared: set[int]) -> None:
         """Merge the 2M pages in a range that can be, and all of them to 1G if none is split any more."""

@@ -59,7 +59,7 @@ class Faults(State):
         chosen = [node for node in every if mask >> node & 1]
         if mode == L.MPOL_BIND:
             return chosen
-        if mode == L.MPOL_PREFERRED:
+        if mode == L.MPOL_PREFERRED and chosen:
             first = chosen[0]
         elif mode == L.MPOL_INTERLEAVE and not self.parameters.by_page:
             first = chosen[block % len(chosen)]
@@ -69,11 +69,14 @@ class Faults(State):
 
     def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
         """mbind() of an inode's range, whole huge pages here, or set_mempolicy() of whoever faults."""
-        if inode is not None and not self.inodes[inode].open:
-            return Outcome(-L.EBADF)
-        wrong = nodes >> self.parameters.nodes or (nodes != 0) == (mode == L.MPOL_DEFAULT)
+        if nodes:
+            wrong = nodes >> self.parameters.nodes or mode == L.MPOL_DEFAULT
+        else:  # preferred without nodes: the local one
+            wrong = mode not in (L.MPOL_DEFAULT, L.MPOL_PREFERRED)
         if mode > L.MPOL_INTERLEAVE or wrong:
             return Outcome(-L.EINVAL)
+        if inode is not None and not self.inodes[inode].open:
+            return Outcome(-L.EBADF)
         if inode is None:
             self.task_policy = mode, nodes
             return OK
@@ -92,7 +95,7 @@ class Faults(State):
             return Outcome(-L.EINVAL)
         for number in range(offset // PAGE >> self.order, (offset + length) // PAGE >> self.order):
             if self.folio(node, number << self.order) is None:
-                return Outcome(-L.ENOMEM)
+                return Outcome(-L.ENOMEM, (number << self.order) * PAGE)
         return OK
 
     # ------------------------------------------------------------------ host
@@ -206,11 +209,11 @@ class Faults(State):
 
     def log_dirty_pages(self, vm: int, gpa: int, on: bool) -> Outcome:
         """KVM_MEM_LOG_DIRTY_PAGES of a slot with guest_memfd: leaves of 4K only, while it is on."""
+        if not self.parameters.dirty_log_guest_memfd:
+            return Outcome(-L.EINVAL)
         slot = next((s for s in self.slots if s.owner == vm and gpa // PAGE in s.pages), None)
         if slot is None:
             return Outcome(-L.ENOENT)
-        if not self.parameters.dirty_log_guest_memfd:
-            return Outcome(-L.EINVAL)
         if on == slot.dirty:
             return OK
         slot.dirty = on

@@ -26,7 +26,7 @@ class Folio:
     split: bool = False
     pieces: set[int] | None = None
     cached: bool = True
-    waits: bool = False  # noted for the worker, which merges it
+    waits: bool = False  # split though all private: to be merged, by the worker where merging is lazy
     ready: bool = False  # nobody refers to it any more; the worker returns it
     uptodate: set[int] = field(default_factory=set)
     held: Counter[int] = field(default_factory=Counter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from model.folio import Folio
 from model.machine import State
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
@@ -70,8 +71,12 @@ class Lifetime(State):
             if folio.ready:
                 self.memory.give_back(folio)
                 done += 1
-            elif folio.waits and folio.idle:
-                assert self.inodes[folio.place[0]].shared.isdisjoint(self.block_of(folio.place[1] << self.order))
+            elif self.parameters.merge == "lazy" and folio.waits and folio.idle and self.is_private(folio):
                 self.memory.merge(folio, keep=True)
                 done += 1
         return Outcome(0, done)
+
+    def is_private(self, folio: Folio) -> bool:
+        """Whether no page of a huge page in use is shared."""
+        inode, block = folio.place
+        return self.inodes[inode].shared.isdisjoint(self.block_of(block << self.order))

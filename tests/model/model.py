@@ -161,6 +161,7 @@ class Model(Conversions, References, Lifetime):
         large = [key[0] for space in self.spaces for key in space.huge]
         folios = list(self.memory.in_use.values())
         cached = [folio for folio in folios if folio.cached]
+        lazy = self.parameters.merge == "lazy"
         return {
             L.Gauge.FRAMES_USED: self.memory.frames.used,
             L.Gauge.HOST_TABLES: sum(space.table_pages for space in self.spaces if space.live),
@@ -179,8 +180,8 @@ class Model(Conversions, References, Lifetime):
             L.Gauge.BLOCKS_HUGE: sum(folio.whole for folio in cached),
             L.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
             L.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
-            L.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached) if self.order else 0,
+            L.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
             L.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
             L.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
-            L.Gauge.WORK_PENDING: sum(folio.waits or folio.ready for folio in folios),
+            L.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),
         }
