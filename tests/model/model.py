@@ -179,7 +179,7 @@ class Model(Conversions, References, Lifetime):
             L.Gauge.BLOCKS_HUGE: sum(folio.whole for folio in cached),
             L.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
             L.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
-            L.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached) if self.order else 0,
+            L.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
             L.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
             L.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
             L.Gauge.WORK_PENDING: sum(folio.waits or folio.ready for folio in folios),

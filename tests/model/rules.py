@@ -74,8 +74,7 @@ def view_of_model(model: Model) -> View:
         shared.append(bits)
         # What is not idle could not be merged, and the next who could has to come by.
         blocks.append({n: Block(f.head, f.split, f.pieces, True) for n, f in inode.blocks.items()})
-    used = [folio for folio in model.memory.in_use.values() if folio.cached or model.order]
-    states = model.memory.count_free + len(used)
+    states = model.memory.count_free + len(model.memory.in_use)
     return View(host, stage2, shared, blocks, states, [])
 
 
@@ -190,7 +189,7 @@ def check(view: View, model: Model) -> None:
             assert not bits.any(), f"I3: {leaf} is larger than its folio"
     if model.restructure and model.order:
         check_blocks(view, model)
-    assert view.states == model.memory.count + model_pages_left(model), "I5: a huge page is in no state, or in two"
+    assert view.states == model.memory.count, "I5: a huge page is in no state, or in two"
     assert not any(view.in_progress), "I8: an invalidation has not ended"
     for bits, inode in zip(view.shared, model.inodes, strict=True):
         assert np.count_nonzero(bits) == len(inode.shared), "I7: shareability"
@@ -235,10 +234,3 @@ def check_blocks(view: View, model: Model) -> None:
             by_piece = set(np.flatnonzero(bits.reshape(-1, PIECE).any(axis=1)).tolist())
             assert by_piece <= block.pieces, f"I4: {block}"
             assert by_piece == block.pieces or block.waits, f"I4: {block}"
-
-
-def model_pages_left(model: Model) -> int:
-    """Pages of 4K that left their inode while somebody holds them are in no block: they are missing from the sum."""
-    if model.order:
-        return 0
-    return -sum(not folio.cached for folio in model.memory.in_use.values())
