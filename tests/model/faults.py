@@ -69,11 +69,11 @@ class Faults(State):
 
     def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
         """mbind() of an inode's range, whole huge pages here, or set_mempolicy() of whoever faults."""
-        if inode is not None and not self.inodes[inode].open:
-            return Outcome(-L.EBADF)
         wrong = nodes >> self.parameters.nodes or (nodes != 0) == (mode == L.MPOL_DEFAULT)
         if mode > L.MPOL_INTERLEAVE or wrong:
             return Outcome(-L.EINVAL)
+        if inode is not None and not self.inodes[inode].open:
+            return Outcome(-L.EBADF)
         if inode is None:
             self.task_policy = mode, nodes
             return OK
