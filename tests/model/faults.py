@@ -84,7 +84,7 @@ class Faults(State):
         return OK
 
     def allocate(self, inode: int, offset: int, length: int) -> Outcome:
-        """fallocate(): what was allocated before a failure stays."""
+        """fallocate(): what was allocated before a failure stays; detail is where it failed."""
         node = self.inodes[inode]
         if not node.open:
             return Outcome(-L.EBADF)
@@ -92,7 +92,7 @@ class Faults(State):
             return Outcome(-L.EINVAL)
         for number in range(offset // PAGE >> self.order, (offset + length) // PAGE >> self.order):
             if self.folio(node, number << self.order) is None:
-                return Outcome(-L.ENOMEM)
+                return Outcome(-L.ENOMEM, (number << self.order) * PAGE)
         return OK
 
     # ------------------------------------------------------------------ host
