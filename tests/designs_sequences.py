@@ -174,6 +174,39 @@ class Sequences(TwoMegabytes):
                 page = next(page for page in vma.pages if vma.file_page(page) in shared)
             self.pair.pin(vma.owner, page * PAGE, pages * PAGE, pin, write, longterm)
 
+    @precondition(lambda self: self.enabled("pins") and len(self.pair.model.pins) < PINS)
+    @rule(number=numbers, spot=spots, close=some, later=some, all_of_it=st.booleans(), shared=st.booleans())
+    def converts_what_is_pinned(
+        self, number: int, spot: tuple[int, int], close: bool, later: bool, all_of_it: bool, shared: bool
+    ) -> None:
+        """A pinned page refuses to become private; its inode may go before it is unpinned."""
+        model = self.pair.model
+        found = self.page_of(model.vmas, number, spot)
+        if found is None or found[0].file_page(found[1]) >= model.inodes[found[0].inode].pages:
+            return
+        vma, page = found
+        offset = vma.file_page(page) * PAGE
+        pin = next(pin for pin in range(PINS) if pin not in model.pins)
+        self.pair.convert(vma.inode, offset, PAGE, True)
+        self.pair.pin(vma.owner, page * PAGE, PAGE, pin, not vma.read_only)
+        start, length = (0, self.pair.inodes[vma.inode].size) if all_of_it else (offset, PAGE)
+        self.pair.convert(vma.inode, start, length, False)
+        self.pair.punch_hole(vma.inode, offset - offset % self.page_size, self.page_size)
+        if close and len(self.pair.inodes) < INODES:
+            self.pair.close(vma.inode)
+            self.pair.create_guest_memfd(self.page_size * self.unit, shared)
+        if not later:
+            self.pair.unpin(pin)
+            self.pair.convert(vma.inode, start, length, False)
+
+    @precondition(lambda self: self.enabled("lru_cache") and self.pair.model.memory.lru_cache)
+    @rule(number=numbers, spot=spots, length=lengths)
+    def drains_before_it_converts(self, number: int, spot: tuple[int, int], length: int) -> None:
+        self.shares_and_touches(number, spot, length, True)
+        self.takes_back(number, spot, length)
+        self.pair.drain_lru()
+        self.takes_back(number, spot, length)
+
     @precondition(lambda self: self.enabled("pins") and self.operations % 8 == 0)
     @rule(pin=st.integers(0, PINS), space=st.integers(0, 1))
     def pins_nothing(self, pin: int, space: int) -> None:
@@ -209,8 +242,8 @@ class Sequences(TwoMegabytes):
         self.pair.work()
 
     @precondition(lambda self: self.operations > 8)
-    @rule(number=numbers, shared=st.booleans(), pages=st.integers(1, 2), spot=spots)
-    def closes_what_is_held(self, number: int, shared: bool, pages: int, spot: tuple[int, int]) -> None:
+    @rule(number=numbers, shared=st.booleans(), pages=st.integers(1, 2), spot=spots, later=st.booleans())
+    def closes_what_is_held(self, number: int, shared: bool, pages: int, spot: tuple[int, int], later: bool) -> None:
         """The inode goes, a reference to one of its pages stays; another inode takes what is free."""
         if len(self.pair.inodes) >= INODES:
             return
@@ -218,10 +251,17 @@ class Sequences(TwoMegabytes):
         self.pair.convert(inode, self.index(inode, spot) * PAGE, PAGE, shared)
         if self.enabled("allocate"):
             self.pair.allocate(inode, 0, self.pair.inodes[inode].size)
-        if self.pair.model.inodes[inode].open:
-            self.pair.get(inode, self.index(inode, spot) * PAGE)
+        index = self.index(inode, spot)
+        held = None
+        if self.pair.model.inodes[inode].open and not self.pair.get(inode, index * PAGE).status:
+            held = self.pair.model.pfn(inode, index)
         self.pair.close(inode)
         self.pair.create_guest_memfd(pages * self.page_size * self.unit, shared)
+        if held is not None and not later:
+            self.pair.put(held)
+            if self.enabled("work"):
+                self.enough()
+                self.pair.work()
 
     @precondition(lambda self: self.enabled("release") and self.operations % 2)
     @rule(number=numbers, again=some)

@@ -51,13 +51,13 @@ class OneGigabyte(Compared, Gigantic):
 
 
 def case(machine: type[Sequences], steps: int, length: int = LENGTH) -> type:
-    """A test case of so many steps, the one after boot included."""
+    """A test case of so many steps, the one after boot included; Hypothesis cuts some sequences short."""
     found = machine.TestCase
     found.settings = settings(
         derandomize=STEPS is None,
         database=None,
         deadline=None,
-        max_examples=max(2, -(-steps // length)),
+        max_examples=max(2, -(-steps * 5 // (4 * length))),
         stateful_step_count=length - 1,
         suppress_health_check=list(HealthCheck),
         print_blob=True,

@@ -87,7 +87,7 @@ class Faults(State):
         return OK
 
     def allocate(self, inode: int, offset: int, length: int) -> Outcome:
-        """fallocate(): what was allocated before a failure stays."""
+        """fallocate(): what was allocated before a failure stays; detail is where it failed."""
         node = self.inodes[inode]
         if not node.open:
             return Outcome(-L.EBADF)
