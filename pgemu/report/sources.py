@@ -173,6 +173,21 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         Operation.DISSOLVE: _both(_main("mm/hugetlb.c:dissolve_free_hugetlb_folio")),
         Operation.POISON: _both(_main("mm/hugetlb.c:folio_set_hugetlb_hwpoison")),
         Operation.VMEMMAP_STORE: _both(_main("mm/hugetlb_vmemmap.c:vmemmap_remap_pte")),
+        Operation.PIN: _both(_main("mm/gup.c:pin_user_pages"), _main("mm/gup.c:check_vma_flags")),
+        Operation.UNPIN: _both(_main("mm/gup.c:unpin_user_pages")),
+        Operation.LRU_DRAIN: _both(_main("mm/swap.c:lru_add_drain_all")),
+        Operation.RELEASE: _both(_RELEASE),
+        Operation.WORK: {
+            "restructure": (
+                Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_worker", "posted"),
+                Source("a worker that merges what conversions leave split", "inference"),
+            ),
+            "pfnmap": (Source("nothing is merged: no work item exists", "slides"),),
+        },
+        Operation.DIRTY_LOGGING: _both(
+            _main("arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags"),
+            Source("dirty logging of a guest_memfd slot, which KVM refuses", "inference"),
+        ),
     }
 )
 """For every operation that the machine carries out and each design."""
