@@ -179,7 +179,7 @@ OPERATION_SOURCES: Mapping[Operation, Mapping[Design, _Sources]] = MappingProxyT
         Operation.RELEASE: _both(_RELEASE),
         Operation.WORK: {
             "restructure": (
-                Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_worker", "posted"),
+                Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_folio", "posted"),
                 Source("a worker that merges what conversions leave split", "inference"),
             ),
             "pfnmap": (Source("nothing is merged: no work item exists", "slides"),),
