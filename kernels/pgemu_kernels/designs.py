@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import pfnmap, restructure
+from pgemu_kernels import pfnmap, piece_steps, restructure
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import entry, kernel, outlined
-from pgemu_kernels.events import CONVERT_IOCTL, begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.layout import (
     BLOCKED,
@@ -33,9 +33,12 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.replay import (
+    OP_CLOSE,
     OP_CONVERT,
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
+    OP_PUNCH_HOLE,
+    OP_PUT,
     guest_fault,
     host_fault,
     run_whole,
@@ -53,6 +56,7 @@ from pgemu_kernels.steps import (
     store_attributes,
     unmap_host,
 )
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 _PFNMAP = U(PFNMAP)
@@ -187,9 +191,34 @@ def step(m, actor, beginning):
 
 
 @outlined
+def operate_pieces(m, op, kind):
+    """Run a whole operation of a machine that splits 1G pages to 2M pieces: whether it is one that minds."""
+    if kind == OP_HOST_FAULT:
+        piece_steps.host_fault(m, op)
+    elif kind == OP_GUEST_FAULT:
+        piece_steps.guest_fault(m, op)
+    elif kind == OP_CONVERT:
+        charge_one(m, CONVERT_IOCTL)
+        piece_steps.convert(m, op)
+    elif kind == OP_PUNCH_HOLE or kind == OP_CLOSE or kind == OP_PUT:
+        charge_one(m, SYSCALL)
+        if kind == OP_PUNCH_HOLE:
+            piece_steps.punch(m, op)
+        elif kind == OP_CLOSE:
+            piece_steps.close(m, op)
+        else:
+            piece_steps.put(m, op)
+    else:
+        return False
+    return True
+
+
+@outlined
 def operate(m, op):
     """Run a whole operation."""
     kind = m.state[op + O_OP]
+    if has_pieces(m.state) and m.state[R_DESIGN] != _PFNMAP and operate_pieces(m, op, kind):
+        return
     if kind == OP_HOST_FAULT:
         host_fault(m, op)
     elif kind == OP_GUEST_FAULT:

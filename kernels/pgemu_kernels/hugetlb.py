@@ -150,9 +150,14 @@ def prep_compound(m, head, order):
 
     24 bytes in each tail: mapping, compound_info, private.
     """
+    prep_folio(m, head, order, U1 << order)
+
+
+@outlined
+def prep_folio(m, head, order, pages):
+    """prep_compound() of which only the first `pages` struct pages, a multiple of 64, are written."""
     ram = m.ram
     compound = compound_info(m.state, head, order)
-    pages = U1 << order
     for base in range(U0, pages, U(64)):
         page = struct_page(m, head + base)
         for _ in range(U(64)):

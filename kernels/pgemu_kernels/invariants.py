@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U12
+from pgemu_kernels.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
+    BLOCKS_PARTLY,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     CONTENT_FRAMES,
@@ -33,6 +34,7 @@ from pgemu_kernels.gmem import (
     is_shared,
     is_uniform,
     memslot_row,
+    shared_in_2m,
     shared_in_block,
     vm_row,
     vma_overlap,
@@ -45,9 +47,11 @@ from pgemu_kernels.layout import (
     A_SPACE,
     A_START,
     B_PFN,
+    B_PIECES,
     B_STATE,
     B_WAITS,
     BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     H_PAGES,
     I_PAGES,
@@ -113,9 +117,20 @@ def inode_frame(m, node, index):
     """Frame that the inode has at a page, or NONE."""
     block = block_row(m, node, index)
     kind = m.state[block + B_STATE]
-    if kind != BLOCK_HUGE and kind != BLOCK_SPLIT:
+    if kind != BLOCK_HUGE and kind != BLOCK_SPLIT and kind != BLOCK_PARTLY:
         return NONE
     return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+
+
+@kernel
+def order_at(m, node, index):
+    """Order of the folio that an allocated page belongs to."""
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if kind != BLOCK_PARTLY:
+        return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
+    piece = index >> U9 & U(511)
+    return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
 @kernel
@@ -127,7 +142,7 @@ def check_host_leaf(m, row, address, entry):
     expect(m, is_shared(m, node, index) != U0, HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP:
-        expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
+        expect(m, order_at(m, node, index) == U0, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -148,8 +163,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP and level != U1:
         block = block_row(m, node, index)
-        waits = state[block + B_WAITS] != U0 and shared_in_block(m, node, index) == U0
-        expect(m, state[block + B_STATE] == BLOCK_HUGE or waits, LEAF_OVER_FOLIO, index)
+        waits = state[block + B_WAITS] != U0 and is_shared(m, node, index) == U0  # and so all pages below the leaf
+        small = U9 * (level - U1) > order_at(m, node, index)
+        expect(m, not small or waits, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -161,9 +177,20 @@ def check_block(m, node, index):
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:
         expect(m, shared == U0, BLOCK_STATE, index)
-    elif kind == BLOCK_SPLIT:
+    elif kind == BLOCK_SPLIT or kind == BLOCK_PARTLY:
         waits = m.state[block_row(m, node, index) + B_WAITS] != U0
         expect(m, shared != U0 or waits, BLOCK_STATE, index)
+        if kind == BLOCK_PARTLY:
+            check_pieces(m, node, index & ~U((1 << 18) - 1), waits)
+
+
+@outlined
+def check_pieces(m, node, first, waits):
+    """A block split to 2M pieces: a piece is split if and only if one of its pages is shared."""
+    for index in range(first, first + U(1 << 18), U512):
+        split = order_at(m, node, index) == U0
+        shared = shared_in_2m(m, node, index) != U0
+        expect(m, split == shared or (split and waits), BLOCK_STATE, index)
 
 
 @kernel
@@ -231,6 +258,7 @@ def check_operation(m, op):
     blocks = (
         m.stats[STATS_GAUGES + BLOCKS_HUGE * U2]
         + m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2]
+        + m.stats[STATS_GAUGES + BLOCKS_PARTLY * U2]
         + m.stats[STATS_GAUGES + BLOCKS_ZOMBIE * U2]
         + m.stats[STATS_GAUGES + POOL_FREE * U2]
         + m.stats[STATS_GAUGES + HUGETLB_PAGES * U2]

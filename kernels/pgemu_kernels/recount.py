@@ -8,6 +8,7 @@ from pgemu_kernels.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U18, U27, U30,
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
+    BLOCKS_PARTLY,
     BLOCKS_SPLIT,
     BLOCKS_ZOMBIE,
     CONTENT_FRAMES,
@@ -22,7 +23,18 @@ from pgemu_kernels.events import (
     STAGE2_TABLES,
     VMEMMAP_PAGES,
 )
-from pgemu_kernels.folio import COUNTS, NO_MAPCOUNT, struct_page
+from pgemu_kernels.folio import (
+    COUNTS,
+    HUGETLB_VMEMMAP_OPTIMIZED,
+    INDEX,
+    MAPPING,
+    NO_MAPCOUNT,
+    PRIVATE,
+    folio_order,
+    is_huge_page,
+    struct_page,
+    vmemmap_address,
+)
 from pgemu_kernels.formats import ADDRESS, LARGE, WRITE
 from pgemu_kernels.gmem import (
     block_row,
@@ -34,12 +46,13 @@ from pgemu_kernels.gmem import (
 from pgemu_kernels.handle import open_machine
 from pgemu_kernels.host import space_root
 from pgemu_kernels.hstate import hstate_node
-from pgemu_kernels.invariants import check_block, check_host_leaf, expect
+from pgemu_kernels.invariants import BLOCK_STATE, check_block, check_host_leaf, expect, order_at
 from pgemu_kernels.kvm_recount import check_leaf
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
     BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     FOUND_TABLES,
     GAUGES,
@@ -83,6 +96,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.paging import COUNT_BELOW, host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.steps import broken
+from pgemu_kernels.vmemmap import vmemmap_directory, vmemmap_pte
 from pgemu_kernels.xarray import XARRAY_NODES, nodes_of, object_frames
 
 U = np.uint64
@@ -291,7 +305,67 @@ def check_inode(m, inode):
             references += (m.ram[struct_page(m, head) + COUNTS] >> U32) - (U1 << order)
         elif kind == BLOCK_SPLIT:
             references += extra_references(m, head, U1 << order)
+        elif kind == BLOCK_PARTLY:
+            references += check_pieces(m, node, row, block << order)
     return references
+
+
+@outlined
+def check_pieces(m, node, block, first):
+    """The folios of a block split to 2M pieces, and their vmemmap (I6): the references beyond the page cache's.
+
+    A whole piece is a HugeTLB folio of order 9 of the block's mapping, and has one vmemmap page of its own if it is
+    optimised; a split one has all eight.
+    """
+    head = m.state[block + B_PFN]
+    mapping = m.ram[struct_page(m, head) + MAPPING]
+    references = U0
+    for index in range(first, first + U(1 << 18), U512):
+        piece = head + index - first
+        page = struct_page(m, piece)
+        whole = order_at(m, node, index) != U0
+        expect(m, is_huge_page(m, piece) == whole, BLOCK_STATE, index)
+        expect(m, m.ram[page + MAPPING] == mapping and m.ram[page + INDEX] == index, WRONG_PFN, index)
+        optimized = U0
+        if whole:
+            expect(m, folio_order(m, piece) == U9, BLOCK_STATE, index)
+            expect(m, m.ram[page + COUNTS] >> U32 >= U512, REFERENCES, index)
+            references += (m.ram[page + COUNTS] >> U32) - U512
+            optimized = m.ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED
+        else:
+            references += extra_references(m, piece, U512)
+        expect(m, own_vmemmap(m, piece) == (U1 if optimized != U0 else U8), VMEMMAP, index)
+    return references
+
+
+@kernel
+def own_vmemmap(m, head):
+    """How many of the eight vmemmap pages of a 2M folio are mapped read-write: its own ones."""
+    start = vmemmap_address(m.state, head)
+    if m.ram[vmemmap_directory(m, start)] & _LARGE != U0:
+        return U8
+    own = U0
+    for i in range(U8):
+        own += U1 if m.ram[vmemmap_pte(m, start + (i << U12))] & _WRITE != U0 else U0
+    return own
+
+
+@outlined
+def nodes_of_pieces(m):
+    """Nodes that blocks split to 2M pieces take in the page cache; their number is compared with the gauge."""
+    state = m.state
+    nodes = blocks = U0
+    for inode in range(state[R_INODES]):
+        node = inode_row(inode)
+        if state[node + I_OPEN] != U0 and state[node + I_KIND] == INODE_GUEST_MEMFD:
+            for index in range(U0, state[node + I_PAGES], U512):
+                if state[block_row(m, node, index) + B_STATE] == BLOCK_PARTLY:
+                    nodes += nodes_of(state, U9) if order_at(m, node, index) == U0 else U0
+                    if index & U((1 << 18) - 1) == U0:
+                        nodes += U(1 + 64)  # pieces.NODES
+                        blocks += U1
+    expect(m, m.stats[STATS_GAUGES + BLOCKS_PARTLY * U2] == np.int64(blocks), COUNTS_DIFFER, blocks)
+    return nodes
 
 
 @kernel
@@ -323,7 +397,7 @@ def check_objects(m, owner):
     nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
     blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
     expect(m, object_frames(m) == frames, FRAMES, frames)
-    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]), COUNTS_DIFFER, nodes)
+    expect(m, nodes == blocks * nodes_of(state, state[R_ORDER]) + nodes_of_pieces(m), COUNTS_DIFFER, nodes)
 
 
 @entry
@@ -373,7 +447,7 @@ def check(descriptor, owner, leaves, found):
             used += 1
     expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
     blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
-    blocks += gauges[HUGETLB_PAGES * U2]
+    blocks += gauges[HUGETLB_PAGES * U2] + gauges[BLOCKS_PARTLY * U2]
     h = state[R_HSTATE]
     expect(m, U(blocks) + state[h + H_FREE] == state[h + H_PAGES], FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])

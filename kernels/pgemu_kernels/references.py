@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U12
+from pgemu_kernels.bits import NONE, U0, U1, U12, U511
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_ZOMBIE,
@@ -16,6 +16,8 @@ from pgemu_kernels.folio import (
     MAPPING,
     PG_HEAD,
     add_references,
+    folio_order,
+    is_huge_page,
     mappings,
     reference_count,
     struct_page,
@@ -56,6 +58,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.splitting import revive
 from pgemu_kernels.steps import stop
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 
@@ -65,6 +68,8 @@ def folio_head(m, pfn):
     """First frame of the folio that holds `pfn`: the head of an unsplit huge page, else the page itself."""
     page = struct_page(m, pfn)
     if m.ram[page + COMPOUND] & U1 != U0 or m.ram[page + FLAGS] & PG_HEAD != U0:
+        if has_pieces(m.state) and is_huge_page(m, pfn & ~U511):
+            return pfn & ~U511  # a piece, or the huge page itself
         return pfn & ~((U1 << m.state[R_ORDER]) - U1)
     return pfn
 
@@ -108,8 +113,8 @@ def is_designs(m, head, page):
         inode = (mapping - mapping_address(U0)) >> U12
         known = mapping & U1 == U0 and inode < m.state[R_INODES]
         return known and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
-    if m.ram[page + FLAGS] & PG_HEAD != U0:
-        return subpool_of(m, page) != U0
+    if m.ram[page + FLAGS] & PG_HEAD != U0 and subpool_of(m, page) != U0:
+        return True
     return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
 
 
@@ -151,7 +156,7 @@ def put(m, op):
     page = struct_page(m, head)
     cached = U0
     if m.ram[page + MAPPING] != U0:
-        cached = U1 << order if m.ram[page + FLAGS] & PG_HEAD != U0 else U1
+        cached = U1 << folio_order(m, head) if m.ram[page + FLAGS] & PG_HEAD != U0 else U1
     if reference_count(m.ram, page) <= cached + mappings(m.ram, page) + held_by_faults(state, head):
         return stop(state, op, -ENOENT)
     add_references(m.ram, page, ~U0)
@@ -164,11 +169,11 @@ def put(m, op):
 @outlined
 def last_reference(m, head, page):
     """Nobody holds this folio any more, and the page cache let it go before."""
-    if m.ram[page + FLAGS] & PG_HEAD != U0:
+    if m.ram[page + FLAGS] & PG_HEAD != U0 and folio_order(m, head) == m.state[R_ORDER]:
         change(m.stats, BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return
     block = zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER])
     m.state[block + B_OUTSTANDING] -= U1
-    if m.state[block + B_OUTSTANDING] == U0:
+    if m.state[block + B_OUTSTANDING] == U0 and not has_pieces(m.state):  # those: piece_steps.put()
         revive(m, block)

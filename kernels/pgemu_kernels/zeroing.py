@@ -38,8 +38,14 @@ def zero_huge(m, node, index, pfn, level):
     page, a bit per page is kept beside (inference: no posted code has it), and a huge leaf needs every
     page below it zeroed.
     """
+    zero_folio(m, node, index, pfn, level, m.state[R_ORDER])
+
+
+@kernel
+def zero_folio(m, node, index, pfn, level, order):
+    """The same of a folio of `order`."""
     state = m.state
-    inside = (U1 << state[R_ORDER]) - U1
+    inside = (U1 << order) - U1
     page = struct_page(m, pfn & ~inside)
     flags = m.ram[page + FLAGS]
     if flags & PG_UPTODATE != U0:
