@@ -58,6 +58,7 @@ from pgemu_kernels.pieces import (
     ORDER,
     PAGES,
     dissolve_block,
+    first_unsplit,
     gate_block,
     is_piece_split,
     level_of,
@@ -235,7 +236,7 @@ def split(m, op):
                     if state[block_row(m, node, before) + B_STATE] == BLOCK_PARTLY:
                         note_waiting(m, node, block_row(m, node, before), before)
                     before += BLOCK_PAGES
-                return fail_at(state, op, status, first)
+                return fail_at(state, op, status, first_unsplit(m, block, first, start))
         first += BLOCK_PAGES
     return GO
 

@@ -260,6 +260,17 @@ def split_touched(m, node, block, first, start, end):
     return np.int64(0)
 
 
+@kernel
+def first_unsplit(m, block, first, start):
+    """Where split_touched() from page `start` on failed: the first page of the folio that it could not split."""
+    index = max(start, first) & ~(PAGES - U1)
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        return first
+    while is_piece_split(m, block, index) != U0:
+        index += PAGES
+    return index
+
+
 @outlined
 def split_shared(m, node, block, first):
     """Split a newly allocated block down to what its shared pages need: 0 or -ENOMEM."""
