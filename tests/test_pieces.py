@@ -55,13 +55,15 @@ def check_folios(machine: Machine, gmem: GuestMemfd, split: set[int]) -> None:
             for page in range(0, 512, 37):
                 folio = machine.folio(first + page)
                 assert (folio.pfn, folio.order, folio.refcount, folio.mapcount) == (first + page, 0, 1, 0)
-                assert folio.index == 512 * piece + page and folio.type is None
+                assert folio.index == 512 * piece + page
+                assert folio.type is None
                 assert folio.inode == gmem.inode
             continue
         folio = machine.folio(first + 300)  # a tail finds its head
         assert (folio.pfn, folio.order, folio.nr_pages, folio.refcount) == (first, 9, 512, 512)
         assert (folio.type, folio.index, folio.mapcount, folio.inode) == ("hugetlb", 512 * piece, 0, gmem.inode)
-        assert folio.hugetlb is not None and folio.hugetlb.subpool == folio.hugetlb.cgroup == 0
+        assert folio.hugetlb is not None
+        assert folio.hugetlb.subpool == folio.hugetlb.cgroup == 0
         assert folio.optimized
         assert len({page.frame for page in folio.vmemmap}) == (1 if machine.config.kernel != "7.3" else 2)
         assert [page.writable for page in folio.vmemmap] == [True] + [False] * 7
@@ -80,7 +82,8 @@ def test_one_page(kernel: str, series: str) -> None:
     assert gmem.convert(index * PAGE, PAGE, shared=True) == (0, 0)
     assert gauge(machine, Gauge.VMEMMAP_PAGES) - pages == 511 + 8 - 1  # a split of all of it: 4096 - 1
     assert gauge(machine, Gauge.XARRAY_NODES) == 1 + 64 + 8  # ... 4161
-    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1 and gauge(machine, Gauge.BLOCKS_HUGE) == 0
+    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
+    assert gauge(machine, Gauge.BLOCKS_HUGE) == 0
     check_folios(machine, gmem, {TOUCHED})
     assert process.touch(BASE + index * PAGE) == (L.VM_FAULT_LOCKED, 1)
     assert process.touch(BASE + index * PAGE + PAGE).status == L.VM_FAULT_SIGBUS
@@ -89,15 +92,21 @@ def test_one_page(kernel: str, series: str) -> None:
     assert machine.check() == 0
     tables = gauge(machine, Gauge.HOST_TABLES) + gauge(machine, Gauge.STAGE2_TABLES)
     assert gmem.convert(index * PAGE, PAGE, shared=False) == (0, 0)
-    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1 and gauge(machine, Gauge.XARRAY_NODES) == 0
+    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
+    assert gauge(machine, Gauge.XARRAY_NODES) == 0
     assert gauge(machine, Gauge.VMEMMAP_PAGES) == pages
     folio = machine.folio(gmem.pfn(index * PAGE))  # type: ignore[arg-type]
     assert (folio.order, folio.refcount, folio.index, folio.optimized) == (18, 1 << 18, 0, True)
-    assert folio.words()[3:] == words[3:] and folio.flags == ("uptodate", "head")
-    assert folio.hugetlb is not None and folio.hugetlb.subpool != 0
-    assert tables > 0 and gauge(machine, Gauge.FRAMES_USED) >= frames
+    assert folio.words()[3:] == words[3:]
+    assert folio.flags == ("uptodate", "head")
+    assert folio.hugetlb is not None
+    assert folio.hugetlb.subpool != 0
+    assert tables > 0
+    assert gauge(machine, Gauge.FRAMES_USED) >= frames
     assert machine.check() == 0
-    assert gmem.close().status == 0 and gauge(machine, Gauge.POOL_FREE) == 1 and machine.check() == 0
+    assert gmem.close().status == 0
+    assert gauge(machine, Gauge.POOL_FREE) == 1
+    assert machine.check() == 0
 
 
 def test_zap_reaches_two_megabytes() -> None:
@@ -132,21 +141,27 @@ def test_zeroing(zero: str) -> None:
         return sum(events)
 
     assert gmem.convert(0, PAGE, shared=True).status == 0
-    assert vm.touch(M2).detail == 2 and zeroed() == 512
-    assert process.touch(BASE).status == L.VM_FAULT_LOCKED and zeroed() == 513
+    assert vm.touch(M2).detail == 2
+    assert zeroed() == 512
+    assert process.touch(BASE).status == L.VM_FAULT_LOCKED
+    assert zeroed() == 513
     assert gmem.convert(M2, PAGE, shared=True).status == 0
-    assert process.touch(BASE + M2).status == L.VM_FAULT_LOCKED and zeroed() == 513  # it was
-    assert gmem.convert(M2, PAGE, shared=False).status == 0 and zeroed() == 513
+    assert process.touch(BASE + M2).status == L.VM_FAULT_LOCKED
+    assert zeroed() == 513
+    assert gmem.convert(M2, PAGE, shared=False).status == 0
+    assert zeroed() == 513
     assert gmem.convert(0, PAGE, shared=False).status == 0
     assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
     assert zeroed() == (1 << 18 if zero == "folio" else 513)  # the folio's one flag speaks for all of it
-    assert vm.touch(0).detail == 3 and zeroed() == 1 << 18
+    assert vm.touch(0).detail == 3
+    assert zeroed() == 1 << 18
     assert machine.check() == 0
 
 
 def test_gate_names_the_folio() -> None:
     machine, gmem, vm, _ = make()
-    assert gmem.convert(0, PAGE, shared=True).status == 0 and vm.touch(0).status == L.RET_PF_FIXED
+    assert gmem.convert(0, PAGE, shared=True).status == 0
+    assert vm.touch(0).status == L.RET_PF_FIXED
     held = gmem.get_reference(PAGE).detail
     assert gmem.convert(0, M2, shared=False) == (-L.EAGAIN, PAGE)
     assert gmem.put_reference(held).status == 0
@@ -155,10 +170,13 @@ def test_gate_names_the_folio() -> None:
     assert gmem.convert(0, 8 * M2, shared=False) == (-L.EAGAIN, 3 * M2)
     assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=True) == (-L.EBUSY, 3 * M2 + 7 * PAGE)
     assert gmem.convert(0, M2, shared=False) == (0, 0)  # its piece merges, the block cannot
-    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1 and vm.touch(0).detail == 2
-    assert gmem.put_reference(piece).status == 0 and gmem.put_reference(piece).status == -L.ENOENT
+    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
+    assert vm.touch(0).detail == 2
+    assert gmem.put_reference(piece).status == 0
+    assert gmem.put_reference(piece).status == -L.ENOENT
     assert gmem.convert(0, PAGE, shared=True).status == gmem.convert(0, PAGE, shared=False).status == 0
-    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1 and machine.check() == 0
+    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
+    assert machine.check() == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -169,7 +187,8 @@ def test_without_memory(kernel: str, series: str) -> None:
     assert vm.touch(0).detail == 3
     leave_frames(machine, 4095)
     assert gmem.convert(0, PAGE, shared=True) == (-L.ENOMEM, 0)
-    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1 and gauge(machine, Gauge.XARRAY_NODES) == 0
+    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
+    assert gauge(machine, Gauge.XARRAY_NODES) == 0
     leave_frames(machine, 5000)
     assert gmem.convert(0, PAGE, shared=True).status == 0
     check_folios(machine, gmem, {0})
@@ -179,11 +198,13 @@ def test_without_memory(kernel: str, series: str) -> None:
     assert machine.check() == 0
     leave_frames(machine, 0)
     assert gmem.convert(0, M2, shared=False) == (0, 0)  # all private: both pieces merge, the block waits
-    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1 and gauge(machine, Gauge.XARRAY_NODES) == 65
+    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
+    assert gauge(machine, Gauge.XARRAY_NODES) == 65
     assert machine.check() == 0
     free = gauge(machine, Gauge.FRAMES_USED)
     assert gmem.punch_hole(0, G1).status == 0  # the vmemmap is folded: no frame is needed, 511 and more come back
-    assert gauge(machine, Gauge.POOL_FREE) == 1 and free - gauge(machine, Gauge.FRAMES_USED) >= 511
+    assert gauge(machine, Gauge.POOL_FREE) == 1
+    assert free - gauge(machine, Gauge.FRAMES_USED) >= 511
     assert machine.check() == 0
     assert vm.touch(0).detail == 3
     leave_frames(machine, 6000)
@@ -201,14 +222,19 @@ def test_end_of_life(series: str) -> None:
     assert process.touch(BASE + G1).status == L.VM_FAULT_LOCKED
     piece = gmem.get_reference(G1 + M2).detail
     assert gmem.punch_hole(0, 2 * G1) == (-L.EAGAIN, G1)
-    assert gauge(machine, Gauge.POOL_FREE) == 1 and gauge(machine, Gauge.BLOCKS_PARTLY) == 1
+    assert gauge(machine, Gauge.POOL_FREE) == 1
+    assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
     page = gmem.get_reference(G1).detail
     assert machine.check() == 0
     assert gmem.close().status == 0
-    assert gauge(machine, Gauge.BLOCKS_ZOMBIE) == 1 and machine.check() == 0
-    assert gmem.put_reference(page).status == 0 and gauge(machine, Gauge.BLOCKS_ZOMBIE) == 1
-    assert gmem.put_reference(piece).status == 0 and gauge(machine, Gauge.BLOCKS_ZOMBIE) == 0
-    assert gauge(machine, Gauge.POOL_FREE) == 2 and gauge(machine, Gauge.XARRAY_NODES) == 0
+    assert gauge(machine, Gauge.BLOCKS_ZOMBIE) == 1
+    assert machine.check() == 0
+    assert gmem.put_reference(page).status == 0
+    assert gauge(machine, Gauge.BLOCKS_ZOMBIE) == 1
+    assert gmem.put_reference(piece).status == 0
+    assert gauge(machine, Gauge.BLOCKS_ZOMBIE) == 0
+    assert gauge(machine, Gauge.POOL_FREE) == 2
+    assert gauge(machine, Gauge.XARRAY_NODES) == 0
     assert machine.check() == 0
 
 
@@ -244,7 +270,8 @@ def test_random(seed: int) -> None:
             assert machine.check() == 0, machine.broken
     if shared:
         assert gmem.convert(0, G1, shared=False) == (0, 0)
-    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1 and machine.check() == 0
+    assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
+    assert machine.check() == 0
 
 
 def test_determinism() -> None:
