@@ -75,10 +75,11 @@ def merge_waiting(m, node, first):
     state = m.state
     block = block_row(m, node, first)
     kind = state[block + B_STATE]
-    if state[block + B_WAITS] == U0:
+    shared = kind == BLOCK_SPLIT and shared_in_block(m, node, first) != U0
+    if shared or state[block + B_WAITS] == U0:
         return False
     done = False
-    if kind == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
+    if kind == BLOCK_SPLIT:
         done = merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
     elif kind == BLOCK_PARTLY:
         pieces.merge_pieces(m, node, block, first, first, first)
