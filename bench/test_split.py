@@ -117,6 +117,26 @@ def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
     measure(benchmark, f"1G, {series}, {kernel}", L.PAGE_1G >> 12, convert)
 
 
+@pytest.mark.parametrize("split_to", ["2M", "4K"])
+@pytest.mark.parametrize("series", SERIES)
+def test_conversion_of_one_page(benchmark: Any, series: str, split_to: str) -> None:
+    """One page of a 1G block to shared: 512 pieces of 2M and one of these to 4K, against a split of all to 4K."""
+    machine = Machine(Config(pool=L.PAGE_1G, series=series, split_to=split_to))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(L.PAGE_1G)
+    vm = machine.create_vm()
+    assert vm.bind(gmem, 0).status == 0
+    vm.touch(0)
+
+    def convert(shared: bool) -> None:
+        assert gmem.convert(0, L.PAGE_4K, shared=shared).status == 0
+
+    def back() -> None:
+        if gmem.is_shared(0):
+            convert(False)
+
+    measure(benchmark, f"one page of 1G to shared, {series}", L.PAGE_1G >> 12, lambda: convert(True), back)
+
+
 @pytest.fixture(scope="module")
 def copy_and_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """split.c's function. Skips where there is no C compiler."""

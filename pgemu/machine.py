@@ -476,7 +476,7 @@ class Machine:
             from pgemu_kernels.ordinary_recount import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
-        held = any(self.register(word) for word in (L.R_PINS, L.R_LRU_CACHE, L.R_FAULT_REFERENCES))
+        held = any(self.register(word) for word in (L.R_PINS, L.R_LRU_CACHE, L.R_FAULT_REFERENCES, L.R_SPLIT_TO_2M))
         if held:
             self._hold_again(giving=False)
         check(self.descriptor, owner, np.zeros(3, np.int64), found)

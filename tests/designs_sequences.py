@@ -372,7 +372,7 @@ class Gigantic(Sequences):
         found["nodes"] = 1
         pieces = draw(st.booleans())
         if pieces and "split_to" not in self.disabled:
-            found |= {"split_to": "2M", "series": "jan2026", "convert_order": "jan2026", "merge": "now", "frames": None}
+            found |= {"split_to": "2M", "series": "jan2026", "merge": "now", "frames": None}
         else:
             found["frames"] = draw(self.frames)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import lru, pieces, workers
-from pgemu_kernels.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, trailing_zeros
+from pgemu_kernels import lru, pieces
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, U511, U512, trailing_zeros
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, FREEZE_SPIN, charge, charge_one, result
 from pgemu_kernels.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
@@ -27,7 +27,7 @@ from pgemu_kernels.gmem import (
     zap_range,
 )
 from pgemu_kernels.host import flush_mm, unmap_everywhere
-from pgemu_kernels.hugetlb import stop_waiting
+from pgemu_kernels.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.layout import (
     B_PFN,
     B_STATE,
@@ -71,13 +71,10 @@ from pgemu_kernels.layout import (
     R_IN_PLACE,
     R_INODES,
     R_KERNEL_UNFLUSHED,
-    R_LRU_CACHE,
-    R_LRU_CPUS,
     R_MERGE_LAZY,
     R_ORDER,
     R_SERIES,
     R_SPACES,
-    R_SPLIT_TO_2M,
     R_WORD_ROWS,
     R_WORK_LISTS,
     SERIES_RFC2,
@@ -88,6 +85,7 @@ from pgemu_kernels.memory import frames_left
 from pgemu_kernels.splitting import merge_block, split_block
 from pgemu_kernels.steps import convert_prepare, stop, zap_kind
 from pgemu_kernels.vmemmap import flush_kernel_range
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 _PFNMAP = U(PFNMAP)
@@ -104,17 +102,11 @@ def is_rfc2(state):
 
 
 @kernel
-def by_pieces(state):
-    """Whether 1G pages are split to 2M folios first (what-if)."""
-    return state[R_SPLIT_TO_2M] != U0 and state[R_ORDER] > U9 and state[R_DESIGN] != _PFNMAP
-
-
-@kernel
 def rounding(state):
     """Pages that ranges of the invalidate protocol are rounded out to: a huge page's, or 1 where they are exact."""
     if state[R_DESIGN] == _PFNMAP or state[R_CONVERT_ORDER] == CONVERT_NEXT4K:
         return U1
-    return U1 << (U9 if by_pieces(state) else state[R_ORDER])
+    return U1 << (U9 if has_pieces(state) else state[R_ORDER])
 
 
 @kernel
@@ -206,7 +198,11 @@ def finish(m, op):
     if state[R_MERGE_LAZY] != U0 and state[op + O_TO_PRIVATE] == U0:
         first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
         while first < state[op + O_END]:
-            stop_waiting(m, block_row(m, node, first))
+            block = block_row(m, node, first)
+            if m.state[block + B_STATE] == BLOCK_PARTLY:
+                pieces.note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
+            else:
+                stop_waiting(m, block)
             first += U1 << state[R_ORDER]
     if next_unit(m, op):
         return GO
@@ -343,13 +339,26 @@ def store(m, op):
 
 
 @outlined
-def add_to_lru(m, op, head):
+def add_to_lru(m, op, head, pages):
     """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
-    state = m.state
-    if state[R_LRU_CACHE] != U0 and state[R_SERIES] == SERIES_RFC2:
-        cpu = state[op + O_ACTOR] % state[R_LRU_CPUS]
-        for i in range(U1 << state[R_ORDER]):
-            lru.lru_add(m, head + i, cpu)
+    if m.state[R_SERIES] == SERIES_RFC2:
+        lru.lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
+
+
+@outlined
+def split_pieces(m, op, node, block, first, start, end):
+    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
+    index = start
+    while index < end:
+        last = min(end, (index | U511) + U1)
+        before = pieces.is_split_at(m, block, index)
+        status = pieces.split_touched(m, node, block, first, index, last)
+        if status != 0:
+            return status
+        if not before:
+            add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
+        index = last
+    return np.int64(0)
 
 
 @outlined
@@ -361,19 +370,19 @@ def split_one(m, op, node, first, start, end):
     state = m.state
     block = block_row(m, node, first)
     kind = m.state[block + B_STATE]
-    if by_pieces(state) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
-        return pieces.split_touched(m, node, block, first, start, end)
+    if has_pieces(state) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
+        return split_pieces(m, op, node, block, first, start, end)
     if kind != BLOCK_HUGE or state[R_ORDER] == U0:
         return np.int64(0)
     status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
     if status == 0:
-        add_to_lru(m, op, m.state[block + B_PFN])
+        add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
     return status
 
 
 @outlined
 def split_blocks(m, op, start, end):
-    """Split what pages [start, end) touch: (0 or the error, first page of the block it is about)."""
+    """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
@@ -381,7 +390,8 @@ def split_blocks(m, op, start, end):
     while first < end:
         status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
         if status != 0:
-            return status, first
+            block = block_row(m, node, first)
+            return status, pieces.first_unsplit(m, block, first, start) if has_pieces(state) else first
         first += U1 << order
     return np.int64(0), end
 
@@ -397,8 +407,10 @@ def leave_split(m, node, first, end):
     """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
     while first < end:
         block = block_row(m, node, first)
-        if is_split(m, block) and shared_in_block(m, node, first) == U0:
-            workers.note_merge(m, block)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            pieces.note_waiting(m, node, block, first, first, first)
+        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
+            start_waiting(m, block)
         first += U1 << m.state[R_ORDER]
 
 
@@ -425,7 +437,7 @@ def merge_now(m, node, block, first):
     """
     if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
         charge_one(m, FREEZE_SPIN)
-        workers.note_merge(m, block)
+        start_waiting(m, block)
 
 
 @outlined
@@ -439,14 +451,19 @@ def merge_blocks(m, op, start, end, besides):
     first = start & ~(pages - U1)
     while first < end:
         block = block_row(m, node, first)
+        low = max(start, first)
+        high = min(end, first + pages)
         shared = shared_in_block(m, node, first)
         if besides:
-            shared -= shared_in_range(m, node, max(start, first), min(end, first + pages))
-        if m.state[block + B_STATE] == BLOCK_PARTLY and state[R_MERGE_LAZY] == U0:
-            pieces.merge_pieces(m, node, block, first, max(start, first), min(end, first + pages))
+            shared -= shared_in_range(m, node, low, high)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            if state[R_MERGE_LAZY] != U0:
+                pieces.note_waiting(m, node, block, first, low, high)
+            else:
+                pieces.merge_pieces(m, node, block, first, low, high)
         elif is_split(m, block) and shared == U0:
             if state[R_MERGE_LAZY] != U0:
-                workers.note_merge(m, block)
+                start_waiting(m, block)
             else:
                 merge_now(m, node, block, first)
         first += pages
@@ -619,7 +636,7 @@ def merge_back(m, op, start, end):
         block = block_row(m, node, first)
         private = shared_in_block(m, node, first) == U0
         if m.state[block + B_STATE] == BLOCK_PARTLY:
-            pieces.merge_pieces(m, node, block, first, first, first + (U1 << state[R_ORDER]))
+            pieces.merge_pieces(m, node, block, first, first, first)
         elif m.state[block + B_STATE] == BLOCK_SPLIT and private and m.state[block + B_WAITS] == U0:
             merge_now(m, node, block, first)
         first += U1 << state[R_ORDER]

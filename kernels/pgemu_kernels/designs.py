@@ -33,6 +33,7 @@ from pgemu_kernels.layout import (
     STOP,
     Operation,
 )
+from pgemu_kernels.piece_recount import check_in_pieces
 from pgemu_kernels.policy import operate_policy
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.reference_recount import hold_again
@@ -182,6 +183,8 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     """
     m = open_machine(descriptor)
     if mode >= TAKE_AWAY:
+        if mode == GIVE_BACK:
+            check_in_pieces(m)
         hold_again(m, mode == GIVE_BACK)
         m.state[R_HOLDERS_OFF] = U1 if mode == TAKE_AWAY else U0
         if mode == GIVE_BACK:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import gmem_kvm, huge_host, lru, pfnmap, pieces, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U6, U9
+from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U512
 from pgemu_kernels.compile import kernel, outlined
-from pgemu_kernels.conversion import add_to_lru, by_pieces
+from pgemu_kernels.conversion import add_to_lru
 from pgemu_kernels.events import result
 from pgemu_kernels.folio import add_references, struct_page
 from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, unlock
@@ -75,6 +75,7 @@ from pgemu_kernels.lifetime import refuse_released
 from pgemu_kernels.references import drop
 from pgemu_kernels.splitting import split_block
 from pgemu_kernels.steps import fault_begin, guest_begin, install_stage2, still_mapped, stop
+from pgemu_kernels.xarray import has_pieces
 from pgemu_kernels.zeroing import zero_folio, zero_huge
 
 U = np.uint64
@@ -168,6 +169,21 @@ def insert(m, op):
 
 
 @outlined
+def split_to_pieces(m, op, node, block, first):
+    """split_new() of a 1G folio, down to what its shared pages need; without memory for that the folio is removed."""
+    status = pieces.split_shared(m, node, block, first)
+    if status == 0:
+        for index in range(first, first + pieces.BLOCK_PAGES, U512):
+            if pieces.is_split_at(m, block, index):
+                add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
+    elif status == -ENOMEM:
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            pieces.dissolve_block(m, node, block, first)
+        free_block(m, block)
+    return status
+
+
+@outlined
 def split_new(m, op):
     """Restructure: split a new folio if any of its pages is shared: 0, -EBUSY, or -ENOMEM with the folio removed.
 
@@ -183,12 +199,11 @@ def split_new(m, op):
     if m.state[block + B_STATE] != BLOCK_HUGE:
         return np.int64(0)  # somebody else did, without the mutex
     first = index >> order << order
-    if by_pieces(state):
-        status = pieces.split_touched(m, node, block, first, first, first + (U1 << order))
-    else:
-        status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+    if has_pieces(state):
+        return split_to_pieces(m, op, node, block, first)
+    status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
     if status == 0:
-        add_to_lru(m, op, m.state[block + B_PFN])
+        add_to_lru(m, op, m.state[block + B_PFN], U1 << order)
     elif status == -ENOMEM:
         free_block(m, block)
     return status

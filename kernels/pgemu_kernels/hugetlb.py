@@ -159,9 +159,14 @@ def prep_compound(m, head, order):
 
     24 bytes in each tail: mapping, compound_info, private.
     """
+    prep_folio(m, head, order, U1 << order)
+
+
+@outlined
+def prep_folio(m, head, order, pages):
+    """prep_compound() of which only the first `pages` struct pages, a multiple of 64, are written."""
     ram = m.ram
     compound = compound_info(m.state, head, order)
-    pages = U1 << order
     for base in range(U0, pages, U(64)):
         page = struct_page(m, head + base)
         for _ in range(U(64)):
@@ -402,6 +407,15 @@ def own_merged(m, block, first):
     """A merged folio names the subpool and the cgroup of its allocation again."""
     set_subpool(m.ram, m.state, first, m.state[block + B_METADATA])
     set_cgroup(m.ram, m.state, first, _CGROUP)
+
+
+@kernel
+def start_waiting(m, block):
+    """A block that is split though all private waits; where the worker merges them, it is on its list."""
+    if m.state[block + B_WAITS] == U0:
+        m.state[block + B_WAITS] = U1
+        if m.state[R_MERGE_LAZY] != U0:
+            change(m.stats, WORK_PENDING, 1)
 
 
 @kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import NONE, U0, U1, U2, U9, U12
+from pgemu_kernels.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U511
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import (
     BLOCKS_HUGE,
@@ -47,9 +47,11 @@ from pgemu_kernels.layout import (
     A_SPACE,
     A_START,
     B_PFN,
+    B_PIECES,
     B_STATE,
     B_WAITS,
     BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     CONVERT_FIXUP,
     CONVERT_RFC2,
@@ -120,9 +122,20 @@ def inode_frame(m, node, index):
     """Frame that the inode has at a page, or NONE."""
     block = block_row(m, node, index)
     kind = m.state[block + B_STATE]
-    if kind != BLOCK_HUGE and kind != BLOCK_SPLIT:
+    if kind != BLOCK_HUGE and kind != BLOCK_SPLIT and kind != BLOCK_PARTLY:
         return NONE
     return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+
+
+@kernel
+def order_at(m, node, index):
+    """Order of the folio that holds a page, 0 where none is allocated."""
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if kind != BLOCK_PARTLY:
+        return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
+    piece = index >> U9 & U511
+    return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
 @kernel
@@ -134,8 +147,8 @@ def check_host_leaf(m, row, address, level, entry):
     index &= ~((U1 << (U9 * (level - U1))) - U1)
     expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
-    if state[R_DESIGN] != _PFNMAP and state[R_ORDER] != U0:
-        expect(m, m.state[block_row(m, node, index) + B_STATE] == BLOCK_SPLIT, LEAF_OVER_FOLIO, index)
+    if state[R_DESIGN] != _PFNMAP:
+        expect(m, order_at(m, node, index) == U0, LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -160,10 +173,11 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
     if state[R_DESIGN] != _PFNMAP and level != U1:
         block = block_row(m, node, index)
-        waits = state[block + B_WAITS] != U0 and shared_in_block(m, node, index) == U0
+        private = is_shared(m, node, index) == U0  # and so all pages below the leaf
+        alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
         exact = state[R_CONVERT_ORDER] == CONVERT_RFC2 or state[R_CONVERT_ORDER] == CONVERT_FIXUP
-        waits = waits or (exact and is_shared(m, node, index) == U0)
-        expect(m, state[block + B_STATE] == BLOCK_HUGE or waits, LEAF_OVER_FOLIO, index)
+        kept = (alone and state[block + B_WAITS] != U0) or (private and exact)
+        expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -178,7 +192,7 @@ def check_block(m, node, index):
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:
         expect(m, shared == U0, BLOCK_STATE, index)
-    elif kind == BLOCK_SPLIT:
+    elif kind == BLOCK_SPLIT or kind == BLOCK_PARTLY:
         waits = m.state[block_row(m, node, index) + B_WAITS] != U0
         expect(m, shared != U0 or waits, BLOCK_STATE, index)
 

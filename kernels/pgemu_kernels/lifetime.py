@@ -99,7 +99,7 @@ def truncate_block(m, inode, index):
     if state[block + B_STATE] != BLOCK_PARTLY:
         return restructure.truncate_block(m, inode, index)
     unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
-    if pieces.dissolve_block(m, node, block, index, NONE) != 0:
+    if pieces.dissolve_block(m, node, block, index) != 0:
         return np.int64(-EAGAIN)
     release_block(m, block)
     clear_zeroed(m, node, index)
@@ -118,7 +118,7 @@ def evict_block(m, inode, index):
     if state[block + B_STATE] != BLOCK_PARTLY:
         restructure.evict_block(m, inode, index)
         return
-    if state[R_SERIES] == SERIES_RFC2 or pieces.dissolve_block(m, node, block, index, NONE) != 0:
+    if state[R_SERIES] == SERIES_RFC2 or pieces.dissolve_block(m, node, block, index) != 0:
         pieces.make_zombie(m, block)
         if state[block + B_OUTSTANDING] == U0:
             note_return(m, block)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.bits import LOW32, U0, U1, U2, U9, U12, U32, U512
+from pgemu_kernels.bits import LOW32, NONE, U0, U1, U2, U9, U12, U32, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import BUDDY_BLOCKS
 from pgemu_kernels.folio import (
@@ -57,7 +57,9 @@ from pgemu_kernels.layout import (
     Broken,
 )
 from pgemu_kernels.page_allocator import PGTY_BUDDY, is_block_free
+from pgemu_kernels.references import zombie_of
 from pgemu_kernels.vmemmap import vmemmap_directory, vmemmap_pte
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 _COUNTS = U(Broken.COUNTS)
@@ -80,7 +82,9 @@ def _check_list(m, row, h, freed):
         # The later form of a split leaves the first page of a split folio in the active list.
         huge = is_huge_page(m, head)
         expect(m, huge or not freed, _COUNTS, head)
-        expect(m, not huge or folio_order(m, head) == m.state[h + H_ORDER], _COUNTS, head)
+        # ... also the first 2M piece of a 1G page.
+        piece = not freed and has_pieces(m.state) and m.state[h + H_ORDER] > U9
+        expect(m, not huge or piece or folio_order(m, head) == m.state[h + H_ORDER], _COUNTS, head)
         expect(m, not huge or (m.ram[page + PRIVATE] & HUGETLB_FREED != U0) == freed, _COUNTS, head)
         expect(m, not freed or m.ram[page + COUNTS] >> U32 <= U1, _REFERENCES, head)
         before = links_of(m, head)
@@ -114,6 +118,18 @@ def _check_huge_page(m, head, found):
     found[FOUND_HUGE_MAPPED] -= np.int64(huge_mapcount(m, head))
 
 
+@kernel
+def _is_piece(m, head):
+    """Whether a 2M folio is a piece of a 1G page of an inode of the designs, or was before its inode let it go."""
+    if not has_pieces(m.state):
+        return False
+    mapping = m.ram[struct_page(m, head) + MAPPING]
+    if mapping == U0:
+        return zombie_of(m, head & ~U((1 << 18) - 1)) != NONE
+    inode = (mapping - mapping_address(U0)) >> U12
+    return mapping & U1 == U0 and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
+
+
 @outlined
 def _check_node(m, node, found):
     """The blocks of a node: free ones, huge pages, and those that are in pieces: (free, pages of 2M, of 1G)."""
@@ -134,7 +150,7 @@ def _check_node(m, node, found):
             expect(m, m.ram[struct_page(m, pfn) + COUNTS] & LOW32 == PGTY_BUDDY, _FRAMES, pfn)
         elif is_huge_page(m, pfn):
             order = folio_order(m, pfn)
-            huge += U1 if order == U9 else U0
+            huge += U1 if order == U9 and not _is_piece(m, pfn) else U0
             gigantic += U0 if order == U9 else U1
             _check_huge_page(m, pfn, found)
             following = pfn + (U1 << order)

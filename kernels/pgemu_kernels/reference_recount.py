@@ -46,6 +46,7 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.page_cache import cache_find
 from pgemu_kernels.references import transient
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 _COUNTS = U(Broken.COUNTS)
@@ -140,7 +141,7 @@ def check_outside(m):
     state = m.state
     for i in range(state[R_BLOCKS]):
         row = state[R_BLOCK_ROWS] + i * U(B_WORDS)
-        if state[row + B_STATE] == BLOCK_ZOMBIE:
+        if state[row + B_STATE] == BLOCK_ZOMBIE and not has_pieces(state):  # else in piece_recount.py
             check_pieces(m, state[row + B_PFN], U1 << state[R_ORDER], U0)
     if state[R_EXTRA_REFERENCES] != U0:
         total = U0

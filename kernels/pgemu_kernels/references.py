@@ -18,6 +18,7 @@ from pgemu_kernels.folio import (
     NO_MAPCOUNT,
     PG_HEAD,
     add_references,
+    is_huge_page,
     reference_count,
     struct_page,
 )
@@ -58,7 +59,8 @@ from pgemu_kernels.layout import (
 )
 from pgemu_kernels.page_allocator import is_noted_split
 from pgemu_kernels.steps import stop
-from pgemu_kernels.workers import is_partly, note_return
+from pgemu_kernels.workers import note_return
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 
@@ -68,6 +70,8 @@ def folio_head(m, pfn):
     """First frame of the folio that holds `pfn`: the head of an unsplit huge page, else the page itself."""
     page = struct_page(m, pfn)
     if m.ram[page + COMPOUND] & U1 != U0 or m.ram[page + FLAGS] & PG_HEAD != U0:
+        if has_pieces(m.state) and is_huge_page(m, pfn & ~U511):
+            return pfn & ~U511  # a 2M piece, or the 1G page itself
         return pfn & ~((U1 << m.state[R_ORDER]) - U1)
     return pfn
 
@@ -126,7 +130,7 @@ def is_designs(m, head, page):
         inode = (mapping - mapping_address(U0)) >> U12
         known = mapping & U1 == U0 and inode < m.state[R_INODES]
         return known and m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
-    if m.ram[page + FLAGS] & PG_HEAD != U0:
+    if m.ram[page + FLAGS] & PG_HEAD != U0 and (not has_pieces(m.state) or subpool_of(m, page) != U0):
         return subpool_of(m, page) != U0
     if m.state[R_ORDER] == U0:
         return is_small_page(m, head)
@@ -198,7 +202,7 @@ def last_reference(m, head, page):
     the last one calls the worker. mm/guestmem_hugetlb.c:guestmem_hugetlb_handle_folio_put() of the posted series
     """
     large = m.ram[page + FLAGS] & PG_HEAD != U0
-    if m.state[R_ORDER] == U0 or (large and not is_partly(m.state)):
+    if m.state[R_ORDER] == U0 or (large and not has_pieces(m.state)):
         change(m.stats, BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return

@@ -245,7 +245,7 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     obtained = min(nodes, obtainable(m, missing))  # after the vmemmap's frames
     inserted = U0
     if cached:
-        inserted = pages if obtained == nodes else page_without_node(order, obtained)
+        inserted = pages if obtained == nodes else page_without_node(m.state, order, obtained)
     write_pages(m, head, first, order, missing != U0, index, inserted, zeroed_word)
     if missing != U0:
         end_restore(m, first, order)
@@ -472,6 +472,22 @@ def merge_block(m, block, index, zeroed_word):
     state = m.state
     head = state[block + B_PFN]
     order = state[R_ORDER]
+    if merge_zeroed(m, head, order, index, zeroed_word) != 0:
+        return BUSY
+    join_list(m, head, order)
+    if state[R_SERIES] == SERIES_RFC2:
+        own_merged(m, block, struct_page(m, head))  # from the stash
+    state[block + B_STATE] = BLOCK_HUGE
+    stop_waiting(m, block)
+    change(m.stats, BLOCKS_SPLIT, -1)
+    change(m.stats, BLOCKS_HUGE, 1)
+    return np.int64(0)
+
+
+@outlined
+def merge_zeroed(m, head, order, index, zeroed_word):
+    """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
+    state = m.state
     pages = U1 << order
     first = struct_page(m, head)
     busy, uptodate = join_pages(m, head, first, order)
@@ -486,15 +502,7 @@ def merge_block(m, block, index, zeroed_word):
         uptodate = pages
     if by_page and zeroed_word != NONE:
         note_uptodate(m, head, order, zeroed_word)
-    merge_pages(m, head, first, order, index, pages, U1 if uptodate == pages else U0)
-    join_list(m, head, order)
-    if state[R_SERIES] == SERIES_RFC2:
-        own_merged(m, block, struct_page(m, head))  # from the stash
-    state[block + B_STATE] = BLOCK_HUGE
-    stop_waiting(m, block)
-    change(m.stats, BLOCKS_SPLIT, -1)
-    change(m.stats, BLOCKS_HUGE, 1)
-    return np.int64(0)
+    return merge_pages(m, head, first, order, index, pages, U1 if uptodate == pages else U0)
 
 
 @kernel

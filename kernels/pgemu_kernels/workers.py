@@ -11,16 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import pieces
-from pgemu_kernels.bits import U0, U1, U2, U6, U18
+from pgemu_kernels.bits import U0, U1, U2, U6
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, shared_in_block
-from pgemu_kernels.hugetlb import stop_waiting
 from pgemu_kernels.layout import (
     B_OUTSTANDING,
     B_STATE,
     B_WAITS,
-    BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
     BLOCK_ZOMBIE,
@@ -34,32 +32,17 @@ from pgemu_kernels.layout import (
     R_INODES,
     R_MERGE_LAZY,
     R_ORDER,
-    R_SPLIT_TO_2M,
     R_WORK_QUEUED,
     STATS_GAUGES,
 )
 from pgemu_kernels.splitting import merge_block, revive
 from pgemu_kernels.steps import stop
+from pgemu_kernels.xarray import has_pieces
 
 U = np.uint64
 
 
-@kernel
-def is_partly(state):
-    """Whether a split block is one of 2M folios, of which some are split to 4K."""
-    return state[R_SPLIT_TO_2M] != U0 and state[R_ORDER] == U18
-
-
 # --------------------------------------------------------------------------- the list
-
-
-@kernel
-def note_merge(m, block):
-    """A block that is split though all private waits; where the worker merges them, it is on its list."""
-    if m.state[block + B_WAITS] == U0:
-        m.state[block + B_WAITS] = U1
-        if m.state[R_MERGE_LAZY] != U0:
-            change(m.stats, WORK_PENDING, 1)
 
 
 @outlined
@@ -74,7 +57,7 @@ def note_return(m, block):
 @kernel
 def return_zombie(m, block):
     """Merge a zombie block that nobody holds and give it back: the posted worker's last step."""
-    if is_partly(m.state):
+    if has_pieces(m.state):
         pieces.revive_block(m, block)
     else:
         revive(m, block)
@@ -85,20 +68,22 @@ def return_zombie(m, block):
 
 @kernel
 def merge_waiting(m, node, first):
-    """Merge the block that begins at page `first` if it waits, is all private, and idle: whether it was."""
+    """Merge what waits of the block that begins at page `first`, if it is private and idle: whether all of it was.
+
+    A block waits when it is split though all private; one in 2M pieces also when a piece is.
+    """
     state = m.state
     block = block_row(m, node, first)
     kind = state[block + B_STATE]
-    if state[block + B_WAITS] == U0 or shared_in_block(m, node, first) != U0:
+    shared = kind == BLOCK_SPLIT and shared_in_block(m, node, first) != U0
+    if shared or state[block + B_WAITS] == U0:
         return False
     done = False
     if kind == BLOCK_SPLIT:
         done = merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
     elif kind == BLOCK_PARTLY:
-        pieces.merge_pieces(m, node, block, first, first, first + (U1 << state[R_ORDER]))
-        done = state[block + B_STATE] == BLOCK_HUGE
-        if done:
-            stop_waiting(m, block)
+        pieces.merge_pieces(m, node, block, first, first, first)
+        done = state[block + B_WAITS] == U0
     charge_one(m, WORK_DONE if done else FREEZE_SPIN)
     return done
 

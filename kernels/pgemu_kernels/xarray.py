@@ -17,7 +17,9 @@ from pgemu_kernels.events import change, charge, charge_one
 from pgemu_kernels.layout import (
     R_NODE_FRAMES,
     R_NODE_SLOTS,
+    R_ORDER,
     R_SERIES,
+    R_SPLIT_TO_2M,
     R_STASHED,
     SERIES_RFC2,
     STATS_GAUGES,
@@ -38,26 +40,32 @@ STASH_BYTES = U64
 
 
 @kernel
+def has_pieces(state):
+    """Whether 1G folios are split to 2M folios first (pieces.py)."""
+    return state[R_SPLIT_TO_2M] != U0 and state[R_ORDER] > U9
+
+
+@kernel
 def nodes_of(state, order):
     """Nodes that a split folio of an order takes in the page cache: 8 or 9 for a 2M page, 4161 for 1G.
 
     The later form splits the folio's entry where it lies, in one slot of a node of 1G or in eight of a node of 2M:
     xas_split_alloc() makes the nodes below (1 + 64 + 4096, or 8). rfc2 takes the entry out first, and with it the
-    node that held it; page by page they come back, that of a 2M page among them (inference: no neighbour keeps it).
-    The nodes above are not counted.
+    node that held it; page by page they come back, that of a 2M page among them (inference: no neighbour keeps it; of
+    the pieces of a 1G page seven neighbours do). The nodes above are not counted.
     """
     leaves = U1 << (order - U6)
     nodes = leaves + (leaves >> U6) + (leaves >> U12)
-    if state[R_SERIES] == SERIES_RFC2 and leaves < U64:
+    if state[R_SERIES] == SERIES_RFC2 and leaves < U64 and not has_pieces(state):
         nodes += U1
     return nodes
 
 
 @kernel
-def page_without_node(order, nodes):
+def page_without_node(state, order, nodes):
     """First page of a split folio that cannot be inserted when `nodes`, fewer than nodes_of(), can be had."""
     leaves = U1 << (order - U6)
-    needed = U1
+    needed = U0 if leaves < U64 and has_pieces(state) else U1
     for leaf in range(leaves):
         needed += U1
         if leaf & U(63) == U0 and leaves > U64:

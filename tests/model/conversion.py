@@ -246,9 +246,9 @@ class Conversions(State):
                 continue
             first = number << self.order
             part = common(self.block_of(first), unit.pages)
-            error = self.split_block(folio, range(part.start - first, part.stop - first))
+            error, inner = self.split_block(folio, range(part.start - first, part.stop - first))
             if error:
-                return Outcome(error, max(unit.floor, first) * PAGE)
+                return Outcome(error, max(unit.floor, first + inner) * PAGE)
         return None
 
     def split_or_leave(self, unit: Unit) -> Outcome | None:
@@ -260,17 +260,17 @@ class Conversions(State):
                     folio.waits = True
         return refused
 
-    def split_block(self, folio: Folio, pages: range) -> int:
-        """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY or -ENOMEM."""
+    def split_block(self, folio: Folio, pages: range) -> tuple[int, int]:
+        """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY, -ENOMEM; and the folio."""
         if folio.whole and not folio.idle:
-            return -L.EBUSY  # its refcount cannot be frozen
+            return -L.EBUSY, 0  # its refcount cannot be frozen
         if not self.parameters.in_pieces:
-            return 0 if self.memory.split(folio) else -L.ENOMEM
+            return 0 if self.memory.split(folio) else -L.ENOMEM, 0
         for piece in range(pages.start // PIECE, (pages.stop - 1) // PIECE + 1):
             if piece not in (folio.pieces or ()) and folio.busy(piece * PIECE):
-                return -L.EBUSY
+                return -L.EBUSY, piece * PIECE
             self.memory.split_pieces(folio, {piece})
-        return 0
+        return 0, 0
 
     def merge_blocks(self, unit: Unit) -> None:
         """To private: merge what has no shared page outside the range left and is idle, or have the worker do it."""
@@ -280,7 +280,7 @@ class Conversions(State):
             if folio is None or folio.whole:
                 continue
             if folio.pieces is not None:
-                self.merge_pieces(folio, number << self.order, unit.pages, left)
+                self.merge_pieces(folio, number << self.order, left)
             elif left.isdisjoint(self.block_of(number << self.order)):
                 if self.parameters.merge == "lazy":
                     folio.waits = True
@@ -294,12 +294,12 @@ class Conversions(State):
         else:
             folio.waits = True
 
-    def merge_pieces(self, folio: Folio, first: int, pages: range, shared: set[int]) -> None:
-        """Merge the 2M pages in a range that can be, and all of them to 1G if none is split any more."""
+    def merge_pieces(self, folio: Folio, first: int, shared: set[int]) -> None:
+        """Merge the 2M pages that can be, and all of them to 1G if none is split any more."""
         for piece in sorted(folio.pieces or ()):
             inside = range(piece * PIECE, piece * PIECE + PIECE)
             index = range(first + inside.start, first + inside.stop)
-            if common(index, pages) and shared.isdisjoint(index) and folio.idle_part(inside):
+            if shared.isdisjoint(index) and folio.idle_part(inside):
                 self.memory.merge_piece(folio, piece)
         if not folio.pieces and folio.idle and shared.isdisjoint(self.block_of(first)):
             self.memory.join_pieces(folio, keep=True)
