@@ -81,7 +81,7 @@ class References(Faults):
             folio.pinned[unit] -= 1
             self.memory.dropped(folio)
         self.memory.frames.put(self.pin_nodes(len(frames)))
-        return OK
+        return Outcome(0, len(frames))
 
     @staticmethod
     def pin_nodes(frames: int) -> int:
