@@ -19,7 +19,7 @@ from model.pair import Pair
 from pgemu.machine import Config
 
 # Parameters and operations that the machine does not have yet.
-DISABLED: frozenset[str] = frozenset({"split_to"})
+DISABLED: frozenset[str] = frozenset()
 STEPS = os.environ.get("PGEMU_STEPS")
 ALL = int(STEPS or 2000)
 LENGTH = 40  # steps of a sequence
