@@ -280,10 +280,5 @@ class Pair:
     def compare_shareability(self, memfd: GuestMemfd, pages: int, shared: set[int]) -> None:
         state = self.machine.arrays.state
         word = int(state[int(L.STATE_INODES) + memfd.inode * L.I_WORDS + int(L.I_WORD)])
-<<<<<<< HEAD
         bits = self.machine.arrays.state[word : word + -(-pages // 64)].view(np.uint8)
         assert set(np.flatnonzero(np.unpackbits(bits, bitorder="little")[:pages]).tolist()) == shared
-=======
-        bits = state[word : word + -(-pages // 64)].view(np.uint8)
-        assert set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()) == shared
->>>>>>> 966ce32706a2c15c851f6082af7bf8e447cda25c
