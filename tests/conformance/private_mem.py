@@ -28,8 +28,8 @@ def explicit_conversion(t: Scene, base: int, punch: bool) -> None:
         t.guest_rmw(base + page, None, INIT)
         t.host_rmw(base + page, INIT, None)
     for offset, size in RANGES:
-        inside = sample(offset, size)
         outside = [page for page in seen if not offset <= page < offset + size]
+        inside = sorted({*sample(offset, size), *seen} - {*outside})
         for page in inside:
             t.guest_rmw(base + page, None, 0x11)
         assert t.gmem.convert(base + offset, size, shared=False) == (0, 0)
