@@ -274,6 +274,28 @@ class AddressSpace:
         """
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE)
 
+    def madvise_collapse(self, address: int, length: int) -> Result:
+        """madvise(MADV_COLLAPSE): -EINVAL where the first mapping in the range is one of a guest_memfd.
+
+        Its inode is anonymous, which THP of files excludes, and VM_PFNMAP is VM_NO_KHUGEPAGED:
+        mm/huge_memory.c:__thp_vma_allowable_orders(). -EINVAL if not aligned, 0 if empty, -ENOMEM without a mapping;
+        -EOPNOTSUPP for other memory, whose transparent huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
+        """
+        from pgemu.machine import Result
+
+        length = -(-length // L.PAGE_4K) * L.PAGE_4K
+        if address % L.PAGE_4K or address < 0 or length < 0:
+            return Result(-L.EINVAL, 0)
+        if not length:
+            return Result(0, 0)
+        rows = self.machine.arrays.state[int(L.STATE_VMAS) :][: L.VMAS * L.A_WORDS].reshape(-1, L.A_WORDS)
+        mine = rows[(rows[:, L.A_LIVE] != 0) & (rows[:, L.A_SPACE] == self.space)]
+        hit = mine[(mine[:, L.A_START] < address + length) & (mine[:, L.A_END] > address)]
+        if not len(hit):
+            return Result(-L.ENOMEM, 0)
+        kind = hit[np.argmin(hit[:, L.A_START])][L.A_KIND]
+        return Result(-L.EINVAL if kind in (L.VMA_GUEST_MEMFD, L.VMA_GUEST_MEMFD_4K) else -L.EOPNOTSUPP, 0)
+
     def populate(self, address: int, length: int, *, write: bool = False) -> Result:
         """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c
 

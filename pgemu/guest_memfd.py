@@ -16,6 +16,7 @@ from pgemu_kernels.layout import Flag, Operation
 if TYPE_CHECKING:
     from pgemu.config import Config
     from pgemu.machine import Machine, Result, Results
+    from pgemu.numa import MemoryPolicy
     from pgemu.stale import StaleEntry
     from pgemu.vm import Vm
 
@@ -99,8 +100,8 @@ def _check_rfc2(config: Config, flags: int) -> Creation:
     if flags & ~valid:
         raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
     huge = bool(flags & Rfc2Flags.HUGETLB)
-    if huge and flags & _SIZE_MASK:  # else the default size, which is the machine's
-        _checked_order(config, (flags >> _SIZE_SHIFT) - 12)
+    if huge:  # without a size the default one, which is the machine's if it has huge pages
+        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.order or L.ORDER_2M)
     shared = bool(flags & Rfc2Flags.SUPPORT_SHARED)
     return Creation(shared, shared and not flags & Rfc2Flags.INIT_PRIVATE, huge)
 
@@ -335,6 +336,31 @@ class GuestMemfd:
             offset=offset,
             length=length,
         )
+
+    def mempolicy(self, offset: int) -> MemoryPolicy:
+        """get_mempolicy(MPOL_F_ADDR) at a mapping of the page at `offset`: what mbind() gave it, else "default".
+
+        The task's policy is not asked, so that "default" is told apart: virt/kvm/guest_memfd.c:kvm_gmem_get_policy().
+        ValueError outside the inode.
+        """
+        from pgemu.numa import policy_at
+
+        self._check(offset)
+        return policy_at(self, offset)
+
+    def pread(self, length: int, offset: int) -> Result:
+        """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c"""
+        return self._refuse_io()
+
+    def pwrite(self, data: bytes, offset: int) -> Result:
+        """pwrite() of the file, and write(): -EINVAL, as it has no write_iter; -EBADF once closed. fs/read_write.c"""
+        return self._refuse_io()
+
+    def _refuse_io(self) -> Result:
+        """vfs_read() and vfs_write() of a file without FMODE_CAN_READ and FMODE_CAN_WRITE, whatever is asked for."""
+        from pgemu.machine import Result
+
+        return Result(-L.EINVAL if self._field(L.I_OPEN) else -L.EBADF, 0)
 
     def stat(self) -> Stat:
         """fstat()."""

@@ -50,6 +50,8 @@ def test_flags_of_rfc2() -> None:
         assert error.value.errno == L.EINVAL
     with pytest.raises(ValueError, match="order of the machine's"):
         check_creation(LARGE, M2, HUGETLB | Rfc2Flags.SIZE_1G, "rfc2")
+    with pytest.raises(ValueError, match="order of the machine's"):
+        check_creation(SMALL, M2, HUGETLB, "rfc2")  # the machine has no huge pages of the default size
     with pytest.raises(OSError, match="multiple of the huge page"):
         check_creation(LARGE, M2 + PAGE, HUGETLB, "rfc2")
 
@@ -193,3 +195,51 @@ def test_fstat() -> None:
     assert second.stat() == Stat(2, M2, PAGE, 0)  # merged code does not count
     assert first.punch_hole(0, M2).status == 0
     assert first.stat().st_blocks == 0
+
+
+# --------------------------------------------------------------------------- what the file does not do
+
+
+def test_neither_read_nor_written() -> None:
+    gmem = Machine(SMALL).create_guest_memfd(PAGE)
+    assert gmem.pread(1, 0).status == gmem.pwrite(b"A", 0).status == -L.EINVAL
+    assert gmem.close().status == 0
+    assert gmem.pread(1, 0).status == gmem.pwrite(b"A", 0).status == -L.EBADF
+
+
+def test_collapse_is_refused() -> None:
+    machine = Machine(SMALL)
+    process, other = machine.create_process(), machine.create_process()
+    gmem = machine.create_guest_memfd(M2)
+    assert process.mmap(gmem, VA).status == 0
+    assert process.mmap_anonymous(VA + 2 * M2, M2).status == 0
+    assert process.madvise_collapse(VA, M2).status == -L.EINVAL
+    assert process.madvise_collapse(VA - M2, 4 * M2).status == -L.EINVAL  # the first mapping of the range
+    assert process.madvise_collapse(VA + 1, M2).status == -L.EINVAL
+    assert process.madvise_collapse(VA, 0).status == 0
+    assert process.madvise_collapse(VA + M2, 2 * M2).status == -L.EOPNOTSUPP
+    assert process.madvise_collapse(VA + 3 * M2, M2).status == -L.ENOMEM
+    assert other.madvise_collapse(VA, M2).status == -L.ENOMEM
+    small = machine.create_guest_memfd_4k(PAGE)
+    assert process.mmap(small, VA + 4 * M2).status == 0
+    assert process.madvise_collapse(VA + 4 * M2, PAGE).status == -L.EINVAL
+
+
+def test_policy_that_a_range_has() -> None:
+    machine = Machine(Config("pfnmap", pool=4 * M2, page_size=M2, nodes=2))
+    gmem, other = (machine.create_guest_memfd(2 * M2) for _ in range(2))
+    assert machine.set_mempolicy("bind", [1]).status == 0
+    assert gmem.mempolicy(0) == ("default", ())  # not the task's
+    assert gmem.mbind(PAGE, M2, "interleave", [0, 1]).status == 0
+    assert gmem.mbind(2 * PAGE, PAGE, "preferred", [1]).status == 0
+    assert gmem.mbind(3 * PAGE, PAGE, "preferred").status == 0
+    assert gmem.mbind(4 * PAGE, PAGE, "preferred", [0, 1]).status == 0
+    assert [gmem.mempolicy(page * PAGE) for page in range(6)] == [
+        ("default", ()), ("interleave", (0, 1)), ("preferred", (1,)), ("local", ()), ("preferred", (0,)),
+        ("interleave", (0, 1)),
+    ]  # fmt: skip
+    assert gmem.mempolicy(M2).mode == "interleave"
+    assert gmem.mempolicy(M2 + PAGE).mode == "default"
+    assert other.mempolicy(PAGE) == ("default", ())
+    with pytest.raises(ValueError, match="expected to lie within"):
+        gmem.mempolicy(2 * M2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgemu.address_space import AddressSpace
-from pgemu.guest_memfd import GuestMemfd
+from pgemu.guest_memfd import Form, GuestMemfd
 from pgemu.machine import Config, Machine, Result
 from pgemu.vm import Vm
 from pgemu_kernels import layout as L
@@ -49,13 +49,18 @@ class Variant:
     def page_size(self) -> int:
         return SIZES[self.size]
 
+    @property
+    def form(self) -> Form:
+        """Whose checks creation, mmap and bind have. Designs without a posted form have those of merged code."""
+        return {"rfc2": "rfc2", "next4k": "next"}.get(self.order, "main")  # type: ignore[return-value]
+
     def config(self, bytes_: int, **parameters: Any) -> Config:
         """A machine with memory for `bytes_` of guest memory."""
         if self.restructure:
             parameters |= {"convert_order": self.order, "series": "rfc2" if self.order == "rfc2" else "jan2026"}
         smallest = max(self.page_size, L.PAGE_2M)
-        pool = -(-bytes_ // smallest) * smallest
-        return Config(self.design, pool=pool, page_size=self.page_size, **parameters)  # type: ignore[arg-type]
+        parameters.setdefault("pool", -(-bytes_ // smallest) * smallest)
+        return Config(self.design, page_size=self.page_size, **parameters)  # type: ignore[arg-type]
 
 
 VARIANTS = (
@@ -108,16 +113,20 @@ class Scene:
 
     def set_up(self, size: int, *, shared: bool, **parameters: Any) -> Scene:
         """A guest_memfd of at least `size` bytes, all shared or all private."""
-        page_size = self.variant.page_size
-        self.size = -(-size // page_size) * page_size
-        self.machine = Machine(self.variant.config(self.size, **parameters))
-        self.machine.check_each()
-        self.gmem: GuestMemfd = self.machine.create_guest_memfd(self.size, shared=shared)
+        self.boot(size, **parameters)
+        self.gmem: GuestMemfd = self.machine.create_guest_memfd(self.size, shared=shared, form=self.variant.form)
         self.process: AddressSpace = self.machine.create_process()
         self.vm: Vm = self.machine.create_vm(self.process, protected=True)
         assert self.process.mmap(self.gmem, HVA).status == 0
         assert self.vm.bind(self.gmem, GPA).status == 0
         return self
+
+    def boot(self, size: int, **parameters: Any) -> None:
+        """A machine for guest memory of at least `size` bytes, and nothing on it."""
+        page_size = self.variant.page_size
+        self.size = -(-size // page_size) * page_size
+        self.machine = Machine(self.variant.config(self.size, **parameters))
+        self.machine.check_each()
 
     @property
     def test_page_size(self) -> int:
@@ -131,7 +140,8 @@ class Scene:
 
     def clean_up(self) -> None:
         """As cleanup_test(): the VM, the mapping, the file; then the machine is recounted."""
-        self.gmem.close()
+        if hasattr(self, "gmem"):
+            self.gmem.close()
         assert self.machine.check() == 0, self.machine.broken
 
     # ------------------------------------------------------------------ bytes

@@ -6,6 +6,7 @@ from conformance.harness import GPA, HVA, PAGE, Scene, case
 from pgemu_kernels import layout as L
 
 SOURCE = "guest_memfd_conversions_test (RFC v2)"
+SOURCE_REPORTING = "guest_memfd_wrap_test_check_hugetlb_reporting"
 NO_GUP = "GUP refuses VM_PFNMAP (mm/gup.c:check_vma_flags()): there is no pin"
 
 
@@ -222,9 +223,11 @@ def test_convert_subfolios(t: Scene) -> None:
         t.guest_rmw(offset, "C" if offset == middle else "D", "E")
 
 
-@case("guest_memfd_wrap_test_check_hugetlb_reporting", variants=lambda v: v.size != "4K")
+@case(SOURCE_REPORTING, variants=lambda v: v.size != "4K")
 def hugetlb_reporting(t: Scene) -> None:
-    """HugePages_Free and _Rsvd over the life of a guest_memfd, as the code implies."""
+    """HugePages_Free and _Rsvd over the life of a guest_memfd, as the code implies. (Upstream also cgroups', which are
+    not modelled.)
+    """
     one_page(t, shared=False, pages=2)
     pool = t.machine.hugetlb(t.test_page_size)
     assert (pool.free_hugepages, pool.resv_hugepages) == (2, 2)  # create: resv += n
@@ -236,4 +239,22 @@ def hugetlb_reporting(t: Scene) -> None:
     assert (pool.free_hugepages, pool.resv_hugepages) == (2, 2)
     t.guest_rmw(0, 0, "A")
     assert t.gmem.close().status == 0
+    assert (pool.free_hugepages, pool.resv_hugepages) == (2, 0)
+
+
+@case(SOURCE_REPORTING, variants=lambda v: v.size != "4K")
+def hugetlb_reporting_while_pinned(t: Scene) -> None:
+    """Closed while somebody holds a 4K page: all of its huge page, and its reservation, come back with the last pin."""
+    one_page(t, shared=True, pages=2)
+    pool = t.machine.hugetlb(t.test_page_size)
+    pinned = t.process.pin(HVA + PAGE, PAGE, pin=0, write=True, longterm=True).status
+    t.host_rmw(t.test_page_size, None, "A")
+    assert pool.free_hugepages == t.by_design(0, 1, NO_GUP)
+    assert t.gmem.close().status == 0
+    if t.by_design(True, False, NO_GUP):
+        assert pinned == 0
+        assert pool.free_hugepages == 1
+        assert t.machine.unpin(0).status == 0
+    else:
+        assert pinned == -L.EFAULT
     assert (pool.free_hugepages, pool.resv_hugepages) == (2, 0)
