@@ -173,7 +173,7 @@ class Config:
     @property
     def full(self) -> bool:
         """Whether a parameter of the designs differs from what `replay.run` has loops for."""
-        return any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
+        return self.page_size == L.PAGE_4K or any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
 
     @property
     def order(self) -> int:

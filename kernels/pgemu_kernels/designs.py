@@ -14,7 +14,7 @@ from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.block_recount import check_blocks
 from pgemu_kernels.compile import entry, kernel, outlined
 from pgemu_kernels.events import CONVERT_IOCTL, SYSCALL, begin_operation, charge_one, finish_operation, pause, resume
-from pgemu_kernels.handle import open_machine
+from pgemu_kernels.handle import open_full_machine
 from pgemu_kernels.layout import (
     BLOCKED,
     EBUSY,
@@ -181,7 +181,7 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
     the columns are not looked at. Nor are they with TAKE_AWAY and GIVE_BACK: reference_recount.hold_again().
     """
-    m = open_machine(descriptor)
+    m = open_full_machine(descriptor)
     if mode >= TAKE_AWAY:
         if mode == GIVE_BACK:
             check_in_pieces(m)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 Words = np.ndarray[Any, Any]
 
@@ -24,6 +24,18 @@ class Machine(NamedTuple):
     stats: Words  # int64, clock, gauges, prices, counters and histograms (STATS_*)
     # uint32: leaves below each table page by frame (edits.py: present entries in it), contents of guest frames, shared
     # pages per 2M and 1G
+    counts: Words
+
+
+class FullMachine(NamedTuple):
+    """The same, as entries see it that know every parameter: kernels are compiled for each type by itself.
+
+    That keeps what only such machines need out of the fast loops' compilation: see `full_only`.
+    """
+
+    ram: Words
+    state: Words
+    stats: Words
     counts: Words
 
 
@@ -42,7 +54,17 @@ def describe(machine: Machine) -> Words:
 @intrinsic
 def open_machine(typingctx: Any, descriptor: Any) -> Any:
     """open_machine(descriptor) -> Machine, inside a kernel; no reference counts are involved."""
-    signature = types.NamedTuple(_ARRAY_TYPES, Machine)(descriptor)
+    return _open(Machine, descriptor)
+
+
+@intrinsic
+def open_full_machine(typingctx: Any, descriptor: Any) -> Any:
+    """The same for an entry that knows every parameter: -> FullMachine."""
+    return _open(FullMachine, descriptor)
+
+
+def _open(machine: type, descriptor: Any) -> Any:
+    signature = types.NamedTuple(_ARRAY_TYPES, machine)(descriptor)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         words = context.make_array(sig.args[0])(context, builder, args[0]).data
@@ -63,3 +85,45 @@ def open_machine(typingctx: Any, descriptor: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, values)
 
     return signature, codegen
+
+
+def full_only(function: Any, otherwise: Any) -> Any:
+    """What kernels call as `function` where the machine is a FullMachine; elsewhere it is `otherwise`, which is small.
+
+    Chosen when a caller is compiled, by the type of the first argument: an entry that opens a Machine never compiles
+    `function`. Both are kernels that take the same arguments, the machine first.
+    """
+    count = len(function.py_func.__code__.co_varnames[: function.py_func.__code__.co_argcount])
+    options = {"nogil": True, "_nrt": False, "forceinline": True}
+
+    def is_full(machine: Any) -> bool:
+        return bool(machine.instance_class is FullMachine)
+
+    stub: Any
+    if count == 2:
+
+        def stub(m, a): ...  # type: ignore[no-untyped-def]
+
+        @overload(stub, jit_options=options)
+        def choose(m, a):  # type: ignore[no-untyped-def]
+            return (lambda m, a: function(m, a)) if is_full(m) else (lambda m, a: otherwise(m, a))
+
+    elif count == 3:
+
+        def stub(m, a, b): ...  # type: ignore[no-untyped-def]
+
+        @overload(stub, jit_options=options)
+        def choose(m, a, b):  # type: ignore[no-untyped-def]
+            return (lambda m, a, b: function(m, a, b)) if is_full(m) else (lambda m, a, b: otherwise(m, a, b))
+
+    else:
+
+        def stub(m, a, b, c, d): ...  # type: ignore[no-untyped-def]
+
+        @overload(stub, jit_options=options)
+        def choose(m, a, b, c, d):  # type: ignore[no-untyped-def]
+            if is_full(m):
+                return lambda m, a, b, c, d: function(m, a, b, c, d)
+            return lambda m, a, b, c, d: otherwise(m, a, b, c, d)
+
+    return stub

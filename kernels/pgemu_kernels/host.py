@@ -10,6 +10,7 @@ from pgemu_kernels.events import HOST_LEAVES, LEAF_CLEARED, RMAP_CHANGED, TLB_FL
 from pgemu_kernels.folio import remove_mapping, struct_page
 from pgemu_kernels.formats import ADDRESS, PRESENT, SPECIAL
 from pgemu_kernels.gmem import find_vma, notify_unmap, vma_overlap, vma_row
+from pgemu_kernels.handle import full_only
 from pgemu_kernels.layout import (
     A_END,
     A_INODE,
@@ -101,6 +102,15 @@ def clear_large_leaves(m, row, root, first, last):
 
 
 @kernel
+def no_large_leaves(m, row, root, first, last):
+    """The fast loops know no large entries of processes."""
+    return np.int64(0)
+
+
+large_leaves_cleared = full_only(clear_large_leaves, no_large_leaves)
+
+
+@kernel
 def owe_flush(state, space, n):
     """Note that `n` (int64) entries or tables of a process went and no flush has followed yet."""
     state[STATE_SPACES + space * _S_WORDS + S_UNFLUSHED] += U(n)
@@ -125,7 +135,7 @@ def unmap_vma_range(m, row, first, last):
     root = space_root(state, space)
     cleared = np.int64(0)
     if state[R_HOST_HUGE] != U0:
-        cleared += clear_large_leaves(m, row, root, first, last)
+        cleared += large_leaves_cleared(m, row, root, first, last)
     cleared += clear_leaves(m, root, first >> U12, last >> U12)
     owe_flush(state, space, cleared)
     return cleared

@@ -86,8 +86,8 @@ from pgemu_kernels.layout import (
     STATE_SUBPOOLS,
     SUBPOOLS_ADDRESS,
 )
-from pgemu_kernels.policy import is_strict, node_of_fault
-from pgemu_kernels.small_pages import free_page, take_page
+from pgemu_kernels.policy import no_other_node, preferred_node
+from pgemu_kernels.small_pages import freed_page, taken_page
 from pgemu_kernels.vmemmap import compound_info
 
 U = np.uint64
@@ -303,10 +303,10 @@ def obtain_folio(m, inode, index):
     node = U0
     strict = False
     if state[R_NODES] > U1:
-        node = node_of_fault(m, row, index)
-        strict = is_strict(m, row, index)
+        node = preferred_node(m, row, index)
+        strict = no_other_node(m, row, index)
     if state[R_ORDER] == U0:
-        return take_page(m, node, strict)
+        return taken_page(m, node, strict)
     h = state[R_HSTATE]
     subpool = state[row + I_SUBPOOL]
     if not subpool_allows(state, subpool):
@@ -348,7 +348,7 @@ def give_back_folio(m, inode, head):
     """Free what obtain_folio() gave to a fault that came second, when somebody else's is in the page cache by now."""
     state = m.state
     if state[R_ORDER] == U0:
-        free_page(m, head)
+        freed_page(m, head)
         return
     m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB
     subpool = state[inode_row(inode) + I_SUBPOOL]
@@ -384,7 +384,7 @@ def return_to_pool(m, head):
     """
     ram = m.ram
     if m.state[R_ORDER] == U0:
-        free_page(m, head)
+        freed_page(m, head)
         charge(m, STRUCT_PAGE_BYTES, 36)
         return
     h = m.state[R_HSTATE]

@@ -8,7 +8,7 @@ from pgemu_kernels import kvm, mm
 from pgemu_kernels.bits import U1
 from pgemu_kernels.compile import entry
 from pgemu_kernels.events import finish_operation
-from pgemu_kernels.handle import open_machine
+from pgemu_kernels.handle import open_full_machine
 from pgemu_kernels.layout import O_OP, R_ORDINARY, Operation
 from pgemu_kernels.records import Columns, element, load, save_result
 from pgemu_kernels.routing import is_ordinary
@@ -28,7 +28,7 @@ _VM_EXIT = U(Operation.VM_EXIT)
 def run_ordinary(descriptor, header, object_, address, offset, length, status, detail, first):
     """Run operations from `first` on, up to one that is for `replay.run`: its index, or how many there are."""
     columns = Columns(header, object_, address, offset, length, status, detail)
-    m = open_machine(descriptor)
+    m = open_full_machine(descriptor)
     count = U(status.size)
     i = first
     while i < count:

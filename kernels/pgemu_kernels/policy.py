@@ -11,6 +11,7 @@ import numpy as np
 from pgemu_kernels.bits import U0, U1, U2, U8, U12, trailing_zeros
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.gmem import free_row
+from pgemu_kernels.handle import full_only
 from pgemu_kernels.layout import (
     EINVAL,
     ENOMEM,
@@ -33,6 +34,7 @@ from pgemu_kernels.layout import (
     O_OBJECT,
     O_OFFSET,
     POLICIES,
+    R_FULL,
     R_NODES,
     R_ORDER,
     R_POLICIES,
@@ -104,6 +106,21 @@ def is_strict(m, node, index):
     return policy >> U8 == _BIND and nodes & (nodes - U1) == U0
 
 
+@kernel
+def first_node(m, node, index):
+    """Where nobody has set a policy (the fast loops): node 0 first."""
+    return U0
+
+
+@kernel
+def not_strict(m, node, index):
+    return False
+
+
+preferred_node = full_only(node_of_fault, first_node)
+no_other_node = full_only(is_strict, not_strict)
+
+
 # --------------------------------------------------------------------------- setting one
 
 
@@ -167,6 +184,7 @@ def operate_policy(m, op):
     if is_refused(state, mode, nodes):
         return stop(state, op, -EINVAL)
     if inode == NO_INODE:
+        state[R_FULL] = U1  # the fast loops know no policies
         state[R_TASK_POLICY] = mode << U8 | nodes
         return stop(state, op, 0)
     status = range_arguments(state, op)
@@ -176,6 +194,7 @@ def operate_policy(m, op):
     end = start + (state[op + O_LENGTH] >> U12)
     if rows_left(state) < U2:  # for what lies behind a hole, and for the new one: taken before anything changes
         return stop(state, op, -ENOMEM)
+    state[R_FULL] = U1
     cut(m, inode, start, end)
     if mode == _DEFAULT:
         return stop(state, op, 0)

@@ -27,7 +27,7 @@ from pgemu_kernels.folio import (
     struct_page,
 )
 from pgemu_kernels.folio_operations import change_frozen, change_references, head_of, is_free
-from pgemu_kernels.handle import open_machine
+from pgemu_kernels.handle import open_full_machine
 from pgemu_kernels.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.hugetlb import dequeue_any, set_cgroup, subpool_of
@@ -320,7 +320,7 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
     memory should not wait for its compilation.
     """
     columns = Columns(header, object_, address, offset, length, status, detail)
-    m = open_machine(descriptor)
+    m = open_full_machine(descriptor)
     if first == NONE:
         return U(prepare_memory(m))
     count = U(status.size)

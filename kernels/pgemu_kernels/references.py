@@ -26,6 +26,7 @@ from pgemu_kernels.gmem import (
     block_row,
     inode_row,
 )
+from pgemu_kernels.handle import full_only
 from pgemu_kernels.hstate import in_zone, node_of, node_row
 from pgemu_kernels.hugetlb import mapping_address, return_to_pool, subpool_of
 from pgemu_kernels.layout import (
@@ -122,6 +123,15 @@ def is_small_page(m, pfn):
     return word & NO_MAPCOUNT == NO_MAPCOUNT and word >> U32 != U0
 
 
+@kernel
+def no_small_page(m, pfn):
+    """The fast loops know no 4K guest memory."""
+    return False
+
+
+left_over = full_only(is_small_page, no_small_page)
+
+
 @outlined
 def is_designs(m, head, page):
     """Whether a folio is one of a guest_memfd inode over huge pages, or was when it left the page cache."""
@@ -133,7 +143,7 @@ def is_designs(m, head, page):
     if m.ram[page + FLAGS] & PG_HEAD != U0 and (not has_pieces(m.state) or subpool_of(m, page) != U0):
         return subpool_of(m, page) != U0
     if m.state[R_ORDER] == U0:
-        return is_small_page(m, head)
+        return left_over(m, head)
     return zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER]) != NONE
 
 

@@ -380,13 +380,13 @@ def truncate_block(m, inode, index):
     state = m.state
     node = inode_row(inode)
     block = block_row(m, node, index)
-    if m.state[block + B_STATE] == BLOCK_SPLIT:
+    kind = m.state[block + B_STATE]
+    small = kind == BLOCK_HUGE and state[R_ORDER] == U0
+    if kind == BLOCK_SPLIT or (small and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0):
         unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
-        if merge_block(m, block, index, NONE) != 0:
-            return np.int64(-EAGAIN)
+    if kind == BLOCK_SPLIT and merge_block(m, block, index, NONE) != 0:
+        return np.int64(-EAGAIN)
     if m.state[block + B_STATE] == BLOCK_HUGE:
-        if state[R_ORDER] == U0 and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0:
-            unmap_everywhere(m, inode, index, index + U1)
         release_block(m, block)
         clear_zeroed(m, node, index)
     return np.int64(0)

@@ -22,6 +22,7 @@ from pgemu_kernels.folio import (
     PRIVATE,
     struct_page,
 )
+from pgemu_kernels.handle import full_only
 from pgemu_kernels.hstate import LIST_POISON1, LIST_POISON2, first_page, is_head, list_add, list_del, node_of
 from pgemu_kernels.layout import FREE_ORDERS, R_HWPOISON, R_NODES, STATE_FREE_AREAS
 from pgemu_kernels.page_allocator import PGTY_BUDDY, count_small, mark_free, take_block
@@ -117,3 +118,18 @@ def free_page(m, pfn):
         return
     count_small(m, -_BLOCK, -_BLOCK)
     mark_free(m, pfn)
+
+
+@kernel
+def no_page(m, node, strict):
+    """The fast loops know no 4K guest memory."""
+    return NONE
+
+
+@kernel
+def nothing_freed(m, pfn):
+    """The same of giving a page back."""
+
+
+taken_page = full_only(take_page, no_page)
+freed_page = full_only(free_page, nothing_freed)

@@ -15,6 +15,7 @@ from pgemu_kernels.bits import U0, U1, U2, U6
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
 from pgemu_kernels.gmem import block_row, inode_row, shared_in_block
+from pgemu_kernels.handle import full_only
 from pgemu_kernels.layout import (
     B_OUTSTANDING,
     B_STATE,
@@ -54,13 +55,17 @@ def note_return(m, block):
         return_zombie(m, block)
 
 
-@kernel
-def return_zombie(m, block):
-    """Merge a zombie block that nobody holds and give it back: the posted worker's last step."""
+@outlined
+def revive_any(m, block):
+    """splitting.revive(), also of a block in pieces."""
     if has_pieces(m.state):
         pieces.revive_block(m, block)
     else:
         revive(m, block)
+
+
+# Merge a zombie block that nobody holds and give it back: the posted worker's last step.
+return_zombie = full_only(revive_any, revive)
 
 
 # --------------------------------------------------------------------------- running it
