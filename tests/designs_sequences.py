@@ -113,11 +113,6 @@ class Sequences(TwoMegabytes):
         self.pair.limit_frames(free.draw(self.shortages))
         self.shortage = 2
 
-    def enough(self) -> None:
-        """Memory is not short for this operation."""
-        self.shortage = 0
-        self.pair.limit_frames(None)
-
     # ------------------------------------------------------------------ what is shared, seen and held
 
     @rule(number=numbers, spot=spots, length=lengths, guest=st.booleans())
@@ -238,15 +233,15 @@ class Sequences(TwoMegabytes):
     @precondition(worth_working)
     @rule()
     def works(self) -> None:
-        self.enough()
         self.pair.work()
 
     @precondition(lambda self: self.operations > 8)
     @rule(number=numbers, shared=st.booleans(), pages=st.integers(1, 2), spot=spots, later=st.booleans())
     def closes_what_is_held(self, number: int, shared: bool, pages: int, spot: tuple[int, int], later: bool) -> None:
         """The inode goes, a reference to one of its pages stays; another inode takes what is free."""
-        if len(self.pair.inodes) >= INODES:
-            return
+        sizes = sum(-(-memfd.size // (self.page_size * self.unit)) for memfd in self.pair.inodes)
+        if len(self.pair.inodes) >= INODES or sizes + pages > 4 * self.pool_pages:
+            return  # a machine has no room for the rows of more
         inode = self.open_inode(number)
         self.pair.convert(inode, self.index(inode, spot) * PAGE, PAGE, shared)
         if self.enabled("allocate"):
@@ -281,14 +276,14 @@ class Sequences(TwoMegabytes):
         self.pair.allocate(inode, offset, self.page_size if whole else length * PAGE)
 
     @precondition(lambda self: self.enabled("nodes") and (self.two_nodes or self.operations % 16 == 0))
-    @rule(number=numbers, spot=spots, task=some, mode=st.integers(0, 4), nodes=st.sampled_from((0, 1, 2, 3, 4)))
-    def sets_policy(self, number: int, spot: tuple[int, int], task: bool, mode: int, nodes: int) -> None:
+    @rule(number=numbers, spot=spots, length=lengths, task=some, mode=st.integers(0, 4), nodes=st.integers(0, 4))
+    def sets_policy(self, number: int, spot: tuple[int, int], length: int, task: bool, mode: int, nodes: int) -> None:
         inode = number % len(self.pair.inodes)
         offset = self.index(inode, spot) * PAGE
-        offset -= offset % self.page_size
-        if (mode == L.MPOL_PREFERRED and nodes == 3) or (task and mode == L.MPOL_INTERLEAVE):
-            return  # two preferred nodes; a task's interleaving, which counts
-        self.pair.set_policy(None if task else inode, offset, self.page_size, mode, nodes)
+        if number % 2:
+            offset -= offset % self.page_size
+            length = self.page_size // PAGE
+        self.pair.set_policy(None if task else inode, offset, length * PAGE, mode, nodes)
 
     # ------------------------------------------------------------------ processes and VMs
 
@@ -324,7 +319,6 @@ class Sequences(TwoMegabytes):
     def logs_dirty_pages(self, number: int, on: bool) -> None:
         slots = [slot for slot in self.pair.model.slots if not slot.released]
         if slots:
-            self.enough()
             slot = slots[number % len(slots)]
             self.pair.log_dirty_pages(slot.owner, slot.pages.start * PAGE, on)
 

@@ -65,10 +65,11 @@ def case(machine: type[Sequences], steps: int, length: int = LENGTH) -> type:
     return found
 
 
-TestTwoMegabytes = case(TwoMegabytes, ALL * 71 // 100)
+# hypothesis ends some sequences early: more than ALL in sum.
+TestTwoMegabytes = case(TwoMegabytes, ALL * 83 // 100)
 TestOneGigabyte = case(OneGigabyte, ALL * 4 // 100, 20)
 if "small" not in DISABLED:
-    TestFourKilobytes = case(FourKilobytes, ALL * 26 // 100)
+    TestFourKilobytes = case(FourKilobytes, ALL * 28 // 100)
 
 
 @pytest.mark.skipif("small" in DISABLED, reason="not all sizes are compared")

@@ -68,7 +68,7 @@ class Faults(State):
         return [first] + [node for node in every if node != first]
 
     def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
-        """mbind() of an inode's range, whole huge pages here, or set_mempolicy() of whoever faults."""
+        """mbind() of an inode's range, or set_mempolicy() of whoever faults. A huge page goes by its first page's."""
         if nodes:
             wrong = nodes >> self.parameters.nodes or mode == L.MPOL_DEFAULT
         else:  # preferred without nodes: the local one
@@ -81,6 +81,8 @@ class Faults(State):
             self.task_policy = mode, nodes
             return OK
         for block in self.blocks_of(range(offset // PAGE, (offset + length) // PAGE)):
+            if block << self.order < offset // PAGE:
+                continue  # its first page has another policy
             self.inodes[inode].policies.pop(block, None)
             if mode != L.MPOL_DEFAULT:
                 self.inodes[inode].policies[block] = mode, nodes
