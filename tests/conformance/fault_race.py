@@ -28,8 +28,8 @@ def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
     for _ in range(rounds):
         assert t.gmem.convert(0, PAGES * PAGE, shared=True).status == 0
         running = set()
-        for vcpu in range(VCPUS):
-            page = chance.randrange(PAGES)
+        pages = [chance.randrange(PAGES) for _ in range(VCPUS)]
+        for vcpu, page in enumerate(pages):
             if host_faults:
                 machine.begin(vcpu, Operation.HOST_FAULT, flags=Flag.WRITE, address=HVA + page * PAGE)
             else:
@@ -51,6 +51,9 @@ def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
                     status = machine.result(actor).status
                     assert status in (HOST_RESULTS if host_faults else GUEST_RESULTS | {-L.EFAULT}), status
         returned.append(tuple(machine.result(CONVERTER)))
+        if machine.result(CONVERTER).status == 0:  # no fault may have got past it
+            for page in pages:
+                assert not t.process.walk(HVA + page * PAGE)[-1][2] & 1
     return returned
 
 
@@ -58,6 +61,7 @@ def check(t: Scene, host_faults: bool) -> None:
     t.set_up(PAGES * PAGE, shared=True)
     t.machine.check_each(False)  # an invalidation of somebody else may be in progress at any moment
     returned = race(t, host_faults=host_faults, rounds=60)
+    assert t.machine.check() == 0, t.machine.broken
     refused = [offset for status, offset in returned if status == -L.EAGAIN]
     assert {status for status, _ in returned} <= {0, -L.EAGAIN}
     assert all(offset % PAGE == 0 and offset < PAGES * PAGE for offset in refused)

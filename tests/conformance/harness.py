@@ -139,7 +139,8 @@ class Scene:
         return restructure if self.variant.restructure else pfnmap
 
     def clean_up(self) -> None:
-        """As cleanup_test(): the VM, the mapping, the file; then the machine is recounted."""
+        """As cleanup_test(): the VM, the mapping, the file; the machine is recounted before and after."""
+        assert self.machine.check() == 0, self.machine.broken
         if hasattr(self, "gmem"):
             self.gmem.close()
         assert self.machine.check() == 0, self.machine.broken
