@@ -173,7 +173,7 @@ class Faults(State):
             return Outcome(-L.ENOMEM)
         return Outcome(L.RET_PF_FIXED, level)
 
-    def stage2_level(self, slot: Window, gfn: int, folio: Folio) -> int:
+    def stage2_level(self, slot: Window, gfn: int, folio: Folio | None) -> int:
         """The largest level that slot, alignment and folio (restructure) or shareability (pfnmap) permit."""
         if slot.dirty:
             return 1
@@ -188,7 +188,7 @@ class Faults(State):
                 continue
             block = range(index // size * size, index // size * size + size)
             if self.restructure:
-                fits = folio.size(folio.unit(folio.head + index % self.block_pages)) >= size
+                fits = folio is not None and folio.size(folio.unit(folio.head + index % self.block_pages)) >= size
             else:
                 fits = shared.isdisjoint(block) or shared.issuperset(block)
             if fits:
@@ -231,7 +231,7 @@ class Faults(State):
         gfn = slot.pages.start
         while gfn < slot.pages.stop:
             folio = self.inodes[slot.inode].blocks.get(slot.file_page(gfn) >> self.order)
-            level = self.stage2_level(slot, gfn, folio) if folio else 1
+            level = self.stage2_level(slot, gfn, folio)
             step = 1 << 9 * (max(level, 2) - 1)
             if level > 1:
                 stage2.collapse(level, gfn >> 9 * (level - 1), self.parameters.kernel != "6.12")
