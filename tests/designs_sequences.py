@@ -255,7 +255,6 @@ class Sequences(TwoMegabytes):
         if held is not None and not later:
             self.pair.put(held)
             if self.enabled("work"):
-                self.enough()
                 self.pair.work()
 
     @precondition(lambda self: self.enabled("release") and self.operations % 2)
