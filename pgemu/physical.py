@@ -33,7 +33,7 @@ class PhysicalMemory:
         self._ram_end = machine.arrays.ram.size * 8
         self._contents = int(state[L.R_CONTENTS])  # where a uint32 per frame begins in `counts`
         self._pool_start = int(state[L.R_POOL_BASE]) << 12
-        self._pool_end = self._pool_start + (int(state[L.R_SHARED]) - self._contents << 12)
+        self._pool_end = self._pool_start + (int(state[L.R_GUEST_PAGES]) << 12)
 
     def holds(self, addresses: Array) -> Array:
         """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
