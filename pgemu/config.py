@@ -61,7 +61,8 @@ class Config:
     convert_batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
     split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
     merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
-    flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion.
+    flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
+    counts only: a kernel has to flush before the gate and before the invalidation ends).
     defects: mistakes of posted code that the machine has (DEFECTS); without them it is as fixed.
     lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
     worker: "immediate": work items run at once; "queued": they wait for Machine.work().

@@ -316,7 +316,7 @@ class Sequences(TwoMegabytes):
     @precondition(lambda self: self.enabled("dirty_log") and (self.logs or self.operations % 16 == 0))
     @rule(number=numbers, on=st.booleans())
     def logs_dirty_pages(self, number: int, on: bool) -> None:
-        slots = [slot for slot in self.pair.model.slots if not slot.released]
+        slots = self.pair.model.slots
         if slots:
             slot = slots[number % len(slots)]
             self.pair.log_dirty_pages(slot.owner, slot.pages.start * PAGE, on)

@@ -411,3 +411,32 @@ def test_flushes_and_notifier_calls_by_hand(design: str) -> None:
     assert cost(lambda: s.vm.unbind(0)) == (1, 0, 0)
     assert cost(lambda: other.unbind(64 * M2)) == (0, 0, 0)  # the hole took its leaf
     s.sound()
+
+
+def test_dirty_logging_of_a_released_slot_changes_nothing() -> None:
+    """No page stands behind a slot whose file was released: there is nothing to split or to put back."""
+    machine = Machine(Config("pfnmap", pool=2 * L.PAGE_2M, page_size=L.PAGE_2M, dirty_log_guest_memfd=True))
+    gmem = machine.create_guest_memfd(2 * L.PAGE_2M)
+    vm = machine.create_vm(protected=True)
+    assert vm.bind(gmem, 0).status == 0
+    assert vm.dirty_logging(0, True).status == 0
+    assert vm.touch(0).detail == 1
+    assert gmem.release(vm).status == 0
+    assert [vm.dirty_logging(0, on).status for on in (False, True, False)] == [0, 0, 0]
+    assert machine.check() == 0, machine.broken
+
+
+def test_dirty_logging_between_the_steps_of_a_fault() -> None:
+    """The leaf is of 4K though the level was looked up before."""
+    machine = Machine(Config("pfnmap", pool=2 * L.PAGE_2M, page_size=L.PAGE_2M, dirty_log_guest_memfd=True))
+    gmem = machine.create_guest_memfd(2 * L.PAGE_2M)
+    vm = machine.create_vm(protected=True)
+    assert vm.bind(gmem, 0).status == 0
+    assert gmem.allocate(0, L.PAGE_2M).status == 0
+    machine.begin(1, Operation.GUEST_FAULT, vm=vm.vm, address=7 * L.PAGE_4K)
+    for _ in range(2):
+        assert machine.step(1) == L.GO
+    assert vm.dirty_logging(0, True).status == 0
+    assert machine.step(1) == L.STOP
+    assert machine.result(1) == (L.RET_PF_FIXED, 1)
+    assert machine.check() == 0, machine.broken

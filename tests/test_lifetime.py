@@ -477,3 +477,31 @@ def test_the_full_entry_gives_the_machine_that_the_fast_loops_give(design: str) 
     full.sound()
     full.machine.arrays.state[L.R_FULL] = 0
     assert_same(fast.machine, full.machine)
+
+
+def test_a_page_that_leaves_under_a_host_fault_is_not_mapped() -> None:
+    """At 4K a hole is not refused: the fault that holds the page finds it gone, retries, and the page goes."""
+    machine = Machine(Config("restructure", pool=M2, page_size=PAGE))
+    gmem = machine.create_guest_memfd(M2, shared=True)
+    process = machine.create_process()
+    assert process.mmap(gmem, VA).status == 0
+    assert gmem.allocate(0, M2).status == 0
+    free = machine.statistics.gauge(Gauge.POOL_FREE)
+    machine.begin(1, Operation.HOST_FAULT, space=process.space, address=VA + 5 * PAGE)
+    for _ in range(2):
+        assert machine.step(1) == L.GO
+    assert gmem.punch_hole(5 * PAGE, PAGE).status == 0
+    assert machine.step(1) == L.STOP
+    assert machine.result(1).status == L.VM_FAULT_RETRY
+    assert machine.statistics.gauge(Gauge.POOL_FREE) == free + 1
+    assert machine.check() == 0, machine.broken
+
+
+def test_policies_go_with_their_inode() -> None:
+    """mpol_free_shared_policy(): many inodes with policies, one after the other, never run out of room."""
+    machine = Machine(Config("restructure", pool=2 * M2, page_size=M2, nodes=2))
+    for _ in range(6):
+        gmem = machine.create_guest_memfd(M2)
+        for page in range(12):
+            assert gmem.mbind(2 * page * PAGE, PAGE, "bind", [1]).status == 0
+        assert gmem.close().status == 0

@@ -11,14 +11,16 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import gmem_kvm, huge_host, lru, pfnmap, pieces, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U512
+from pgemu_kernels.bits import NONE, U0, U1, U6, U9, U12, U512
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.conversion import add_to_lru
 from pgemu_kernels.events import result
-from pgemu_kernels.folio import add_references, struct_page
+from pgemu_kernels.folio import MAPPING, add_references, struct_page
 from pgemu_kernels.gmem import block_row, inode_row, is_shared, shared_in_block, unlock
 from pgemu_kernels.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.layout import (
+    A_PGOFF,
+    A_START,
     ACTORS,
     B_MUTEX,
     B_PFN,
@@ -35,6 +37,7 @@ from pgemu_kernels.layout import (
     ENOMEM,
     GO,
     I_ZEROED,
+    M_FLAGS,
     O_ACTOR,
     O_ADDRESS,
     O_DETAIL,
@@ -49,9 +52,9 @@ from pgemu_kernels.layout import (
     O_OP,
     O_PFN,
     O_REFERENCED,
+    O_ROW,
     O_SPACE,
     O_STATUS,
-    O_VM,
     O_WORDS,
     PFNMAP,
     R_CONVERT_ORDER,
@@ -63,6 +66,7 @@ from pgemu_kernels.layout import (
     R_LRU_CPUS,
     R_ORDER,
     RET_PF_RETRY,
+    SLOT_LOG_DIRTY_PAGES,
     STATE_OPS,
     STOP,
     VM_FAULT_OOM,
@@ -307,11 +311,26 @@ def host_frame(m, op):
     return np.int64(GO)
 
 
+@kernel
+def is_still_there(m, op):
+    """Whether the fault's folio is the inode's yet, and its VMA still shows that page at the address.
+
+    Linux keeps the folio locked, so that truncation waits and unmaps it, and holds the VMA's lock.
+    """
+    state = m.state
+    row = state[op + O_ROW]
+    shown = state[row + A_PGOFF] + ((state[op + O_ADDRESS] - state[row + A_START]) >> U12)
+    return m.ram[struct_page(m, state[op + O_PFN]) + MAPPING] != U0 and shown == state[op + O_INDEX]
+
+
 @outlined
 def host_map(m, op):
     """Enter it in the process's tables."""
     state = m.state
     if state[R_DESIGN] != _PFNMAP:
+        if not is_still_there(m, op):
+            guest_put(m, op)
+            return np.int64(stop(state, op, VM_FAULT_RETRY))
         outcome = np.int64(restructure.fault_map(m, op))
         drop(m, state[op + O_PFN], U0)  # a fault that failed may have held the last reference
         return outcome
@@ -379,7 +398,11 @@ def guest_put(m, op):
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between."""
     guest_put(m, op)
-    return np.int64(install_stage2(m, op, m.state[op + O_LEVEL]))
+    state = m.state
+    level = state[op + O_LEVEL]
+    if state[state[op + O_ROW] + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0:
+        level = U1  # switched on meanwhile: KVM finds the level under its mmu_lock
+    return np.int64(install_stage2(m, op, level))
 
 
 @outlined
@@ -434,19 +457,6 @@ def host_fault_page(m, op, address, write):
     state[INSIDE + O_FLAGS] = U1 if write else U0
     state[INSIDE + O_ADDRESS] = address
     return run_inside(m)
-
-
-@outlined
-def guest_fault_page(m, op, address):
-    """The same of the VM of the record: (status, level)."""
-    state = m.state
-    for word in (O_ACTOR, O_VM):
-        state[INSIDE + word] = state[op + word]
-    state[INSIDE + O_OP] = U(Operation.GUEST_FAULT)
-    state[INSIDE + O_FLAGS] = U0
-    state[INSIDE + O_ADDRESS] = address
-    status = run_inside(m)
-    return status, state[INSIDE + O_DETAIL]
 
 
 @kernel

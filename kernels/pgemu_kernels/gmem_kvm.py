@@ -52,6 +52,7 @@ from pgemu_kernels.layout import (
     R_VMS,
     SLOT_GUEST_MEMFD,
     SLOT_LOG_DIRTY_PAGES,
+    SLOT_RELEASED,
     V_ROOT,
     Defect,
     Flag,
@@ -59,7 +60,7 @@ from pgemu_kernels.layout import (
 from pgemu_kernels.paging import is_present, stage2_format, table_of
 from pgemu_kernels.steps import stop
 from pgemu_kernels.tdp_mmu import collapse, first_leaf, is_table, last_spte, pages_of, split_leaf
-from pgemu_kernels.zeroing import zero_huge
+from pgemu_kernels.zeroing import zero_folio, zero_huge
 
 U = np.uint64
 _MAPPING_ORDER = U(Defect.MAPPING_ORDER)
@@ -211,9 +212,11 @@ def zero_below(m, slot, gfn, level):
     node = inode_row(state[slot + M_INODE])
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     block = block_row(m, node, index)
+    pfn = state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
     if state[block + B_STATE] == BLOCK_HUGE:
-        pfn = state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
         zero_huge(m, node, index, pfn, level)
+    elif state[block + B_STATE] == BLOCK_PARTLY and piece_level(state, block, index) == U2:
+        zero_folio(m, node, index, pfn, level, U9)
 
 
 @kernel
@@ -281,6 +284,8 @@ def set_dirty_logging(m, op):
     if on == (state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0):
         return stop(state, op, 0)
     state[slot + M_FLAGS] ^= SLOT_LOG_DIRTY_PAGES
+    if state[slot + M_FLAGS] & SLOT_RELEASED != U0:
+        return stop(state, op, 0)  # no leaf is left, and no page stands behind it
     if on:
         split_slot(m, slot)
         charge_one(m, TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not

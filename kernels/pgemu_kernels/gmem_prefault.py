@@ -35,6 +35,7 @@ from pgemu_kernels.layout import (
     O_VM,
     R_VMS,
     RET_PF_FIXED,
+    RET_PF_RETRY,
     RET_PF_SPURIOUS,
     SLOT_GUEST_MEMFD,
     SLOT_RELEASED,
@@ -92,6 +93,8 @@ def prefault_page(m, op):
             leaf, _ = find_leaf(m, f, root, state[op + O_ADDRESS] >> U12)
             m.ram[leaf] &= ~state[f + F_ACCESSED]
     status = np.int64(state[op + O_STATUS])
+    if status == RET_PF_RETRY:  # another fault is allocating the page: Linux would come again
+        return np.int64(-EBUSY), U0
     if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
         return np.int64(0), state[op + O_DETAIL]
     return status, U0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import pfnmap, pieces, restructure
-from pgemu_kernels.bits import NONE, U0, U1, U12
+from pgemu_kernels.bits import ALL, NONE, U0, U1, U12
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import GUEST_FAULT, charge_one
 from pgemu_kernels.gmem import (
@@ -72,6 +72,7 @@ from pgemu_kernels.layout import (
     SLOT_RELEASED,
     Defect,
 )
+from pgemu_kernels.policy import cut
 from pgemu_kernels.steps import range_arguments, stop
 from pgemu_kernels.truncation import close_inode, unmap_inode, zero_part
 from pgemu_kernels.workers import note_return
@@ -267,6 +268,7 @@ def close(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     unmap_inode(m, inode)
+    cut(m, inode, U0, ALL)  # mpol_free_shared_policy()
     for block in range(state[node + I_BLOCKS]):
         evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels import splitting
 from pgemu_kernels.bits import U0, U1
 from pgemu_kernels.compile import kernel, outlined
 from pgemu_kernels.events import LRU_CACHE_ADDED, LRU_CACHE_DRAINED, PAGES_LRU_CACHED, change, charge, charge_one
 from pgemu_kernels.folio import add_references, struct_page
 from pgemu_kernels.layout import (
-    B_PFN,
     LRU_BATCH,
     LRU_WORDS,
     O_DETAIL,
     R_LRU_CACHE,
     R_LRU_CPUS,
-    R_ORDER,
-    R_SERIES,
-    SERIES_RFC2,
     STATE_LRU,
 )
 from pgemu_kernels.references import drop
@@ -83,15 +78,6 @@ def lru_add_pieces(m, head, pages, cpu):
     if m.state[R_LRU_CACHE] != U0:
         for pfn in range(head, head + pages):
             lru_add(m, pfn, cpu)
-
-
-@outlined
-def split_block(m, block, index, zeroed_word, cpu):
-    """splitting.split_block(); the pieces of series rfc2 then go through the batch of `cpu`."""
-    status = splitting.split_block(m, block, index, zeroed_word)
-    if status == 0 and m.state[R_SERIES] == SERIES_RFC2:
-        lru_add_pieces(m, m.state[block + B_PFN], U1 << m.state[R_ORDER], cpu)
-    return status
 
 
 @outlined

@@ -192,7 +192,8 @@ def operate_policy(m, op):
         return stop(state, op, status)
     start = state[op + O_OFFSET] >> U12
     end = start + (state[op + O_LENGTH] >> U12)
-    if rows_left(state) < U2:  # for what lies behind a hole, and for the new one: taken before anything changes
+    # For what lies behind a hole, and for the new one: looked at before anything changes.
+    if rows_left(state) < (U1 if mode == _DEFAULT else U2):
         return stop(state, op, -ENOMEM)
     state[R_FULL] = U1
     cut(m, inode, start, end)

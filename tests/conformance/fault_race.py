@@ -54,6 +54,7 @@ def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
         if machine.result(CONVERTER).status == 0:  # no fault may have got past it
             for page in pages:
                 assert not t.process.walk(HVA + page * PAGE)[-1][2] & 1
+        assert machine.check() == 0, machine.broken  # leaves of guests, too
     return returned
 
 
