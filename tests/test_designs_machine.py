@@ -18,8 +18,6 @@ from designs_sequences import Gigantic, Sequences, Small
 from model.pair import Pair
 from pgemu.machine import Config
 
-# Parameters and operations that the machine does not have yet.
-DISABLED: frozenset[str] = frozenset()
 STEPS = os.environ.get("PGEMU_STEPS")
 ALL = int(STEPS or 2000)
 LENGTH = 40  # steps of a sequence
@@ -28,8 +26,6 @@ done: Counter[str] = Counter()
 
 class Compared:
     """A machine beside the model."""
-
-    disabled = DISABLED
 
     def make(self, **parameters: Any) -> Pair:
         return Pair(Config(**parameters))
@@ -68,11 +64,9 @@ def case(machine: type[Sequences], steps: int, length: int = LENGTH) -> type:
 # hypothesis ends some sequences early: more than ALL in sum.
 TestTwoMegabytes = case(TwoMegabytes, ALL * 83 // 100)
 TestOneGigabyte = case(OneGigabyte, ALL * 4 // 100, 20)
-if "small" not in DISABLED:
-    TestFourKilobytes = case(FourKilobytes, ALL * 28 // 100)
+TestFourKilobytes = case(FourKilobytes, ALL * 28 // 100)
 
 
-@pytest.mark.skipif("small" in DISABLED, reason="not all sizes are compared")
 def test_all_steps_were_done(capsys: pytest.CaptureFixture[str]) -> None:
     """The sequences above, which pytest runs first, were as long as they were meant to be."""
     if len(done) < 3:

@@ -37,7 +37,7 @@ from pgemu_kernels.piece_recount import check_in_pieces
 from pgemu_kernels.policy import operate_policy
 from pgemu_kernels.records import Columns, element, load, operation_record
 from pgemu_kernels.reference_recount import hold_again
-from pgemu_kernels.replay import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_whole, save
+from pgemu_kernels.replay import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_kind, save
 from pgemu_kernels.routing import is_ordinary, is_pooling
 
 U = np.uint64
@@ -67,8 +67,11 @@ def begin(m, op):
     m.state[op + O_ACTIVE] = U1
     m.state[op + O_STAGE] = U0
     begin_operation(m, op)
-    if m.state[op + O_OP] == OP_CONVERT:
+    kind = m.state[op + O_OP]
+    if kind == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
+    elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
+        charge_one(m, SYSCALL)
     pause(m, op)
 
 
@@ -131,34 +134,29 @@ def end_of_life(m, op, kind):
 
 @kernel
 def run_single(m, op):
-    """Run an operation that is one step: those of `replay.run`, and those that it does not know."""
+    """Run an operation that is one step: those of `replay.run`, and those that it does not know.
+
+    Its system call was charged when it began: a blocked actor may come here more than once.
+    """
     kind = m.state[op + O_OP]
     if kind == OP_PUNCH_HOLE or kind == OP_CLOSE or kind == OP_RELEASE or kind == OP_WORK:
-        charge_one(m, SYSCALL)
         end_of_life(m, op, kind)
     elif kind == OP_PIN:
-        charge_one(m, SYSCALL)
         pins.operate_pin(m, op)
     elif kind == OP_UNPIN:
-        charge_one(m, SYSCALL)
         pins.operate_unpin(m, op)
     elif kind == OP_LRU_DRAIN:
-        charge_one(m, SYSCALL)
         lru.operate_drain(m, op)
     elif kind == OP_PREFAULT:
-        charge_one(m, SYSCALL)
         gmem_prefault.prefault(m, op)
     elif kind == OP_DIRTY_LOGGING:
-        charge_one(m, SYSCALL)
         gmem_kvm.set_dirty_logging(m, op)
     elif kind == OP_ALLOCATE:
-        charge_one(m, SYSCALL)
         fallocate.allocate(m, op)
     elif kind == OP_MEMORY_POLICY:
-        charge_one(m, SYSCALL)
         operate_policy(m, op)
     else:
-        run_whole(m, op)
+        run_kind(m, op)
 
 
 @outlined
@@ -171,6 +169,7 @@ def operate(m, op):
         charge_one(m, CONVERT_IOCTL)
         orders.convert(m, op)
     else:
+        charge_one(m, SYSCALL)
         run_single(m, op)
 
 

@@ -257,10 +257,9 @@ def zaps(descriptor, columns, first, last):
 
 
 @outlined
-def run_whole(m, op):
-    """Run an operation that is one step in both designs."""
+def run_kind(m, op):
+    """Run an operation that is one step in both designs; its system call is charged already."""
     state = m.state
-    charge_one(m, SYSCALL)
     kind = state[op + O_OP]
     if kind == OP_ZAP:
         mappings.zap(m, op)
@@ -282,6 +281,13 @@ def run_whole(m, op):
         truncation.close(m, op)
     else:
         result(state, op, np.int64(-EOPNOTSUPP))
+
+
+@kernel
+def run_whole(m, op):
+    """The same with its system call."""
+    charge_one(m, SYSCALL)
+    run_kind(m, op)
 
 
 @outlined
