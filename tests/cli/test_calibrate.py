@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from pgemu import cost
 from pgemu.cli import main
-from pgemu.measurements import WHAT, Measurement
-from pgemu_kernels.layout import Event
+from pgemu.cost.measurements import WHAT, Measurement
+from pgemu_kernels.words.events import Event
 
 
 @pytest.fixture
