@@ -218,7 +218,7 @@ def test_importing_loads_no_compiler() -> None:
 
 @pytest.mark.parametrize("name", ["published", "e7-8895", "", " ", "two\nlines"])
 def test_a_name_that_files_cannot_have_is_refused_before_measuring(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgemu.calibrate.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pgemu.cost.calibrate.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="expected printable text"):
         calibrate(name)
 
