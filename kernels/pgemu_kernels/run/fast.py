@@ -28,9 +28,9 @@ from pgemu_kernels.gmem import pfnmap, references, restructure, truncation
 from pgemu_kernels.kvm import gmem_slots as memslots
 from pgemu_kernels.process import gmem_mappings as mappings
 from pgemu_kernels.rules.invariants import check_operation
-from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
+from pgemu_kernels.run.routing import is_full, is_of, is_ordinary, is_pooling, stopped_at
 from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EOPNOTSUPP, PFNMAP, Operation
+from pgemu_kernels.words.operations import EOPNOTSUPP, OPS_FOUNDING, PFNMAP, Operation
 from pgemu_kernels.words.registers import R_CHECK, R_DESIGN, R_INODES, R_LAST_MEMSLOT, R_LAST_VMA, R_ORDER, R_ORDINARY
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -67,8 +67,6 @@ OP_UNBIND = U(Operation.UNBIND)
 OP_GET = U(Operation.GET)
 OP_PUT = U(Operation.PUT)
 OP_CLOSE = U(Operation.CLOSE)
-_PROTECT = U(Operation.PROTECT)
-_VM_EXIT = U(Operation.VM_EXIT)
 
 
 @kernel
@@ -308,7 +306,7 @@ def last_of_kind(header, kind, first, count):
 def run(descriptor, header, object_, address, offset, length, status, detail, first):
     """Run operations from `first` on, in order, on the machine behind `descriptor`; see Columns for the arrays.
 
-    Ends at the first operation that is for another entry (routing.py): its index, or how many there are.
+    Ends at the first operation that is for another entry: routing.stopped_at().
     """
     columns = Columns(header, object_, address, offset, length, status, detail)
     state = open_machine(descriptor).state
@@ -316,11 +314,9 @@ def run(descriptor, header, object_, address, offset, length, status, detail, fi
     while first < count:
         kind = element(header, first) & _BYTE
         last = first
-        # These bring ordinary memory into being, whatever a machine has had so far.
-        founding = kind == OP_MMAP or kind == _VM_EXIT or kind >= _PROTECT
         if is_pooling(kind) or is_full(state, kind):
             break
-        if state[R_ORDINARY] == U0 and not founding:
+        if state[R_ORDINARY] == U0 and not is_of(OPS_FOUNDING, kind):
             last = count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
         else:
             while last < count and element(header, last) & _BYTE == kind:
@@ -340,4 +336,4 @@ def run(descriptor, header, object_, address, offset, length, status, detail, fi
         else:
             others(descriptor, columns, first, last)
         first = last
-    return first
+    return stopped_at(state, columns, first)

@@ -38,7 +38,7 @@ from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
 from pgemu_kernels.run.fast import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_kind, save
-from pgemu_kernels.run.routing import is_ordinary, is_pooling
+from pgemu_kernels.run.routing import is_ordinary, is_pooling, stopped_at
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP, Operation
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_HOLDERS_OFF
@@ -179,7 +179,7 @@ def operate(m, op):
 
 @entry
 def run_designs(descriptor, header, object_, address, offset, length, status, detail, first, actor, mode):
-    """Run operations from `first` on, up to one that is for another entry: its index, or how many there are.
+    """Run operations from `first` on, up to one that is for another entry: routing.stopped_at().
 
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
     the columns are not looked at. Nor are they with TAKE_AWAY and GIVE_BACK: reference_recount.hold_again().
@@ -209,4 +209,4 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
         operate(m, op)
         save(m, op, columns, i)
         i += U1
-    return np.int64(i)
+    return np.int64(stopped_at(state, columns, i))
