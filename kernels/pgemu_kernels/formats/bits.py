@@ -28,7 +28,7 @@ PROTECTION_NONE = 1 << 8  # _PAGE_PROTNONE, of an entry that is not present
 SPECIAL = 1 << 9
 UFFD_WP = 1 << 10
 SOFT_DIRTY = 1 << 11
-SAVED_DIRTY = 1 << 58
+SAVED_DIRTY = 1 << 58  # _PAGE_SAVED_DIRTY: bit 6 of a page that may not be written (it would be a shadow stack's)
 NO_EXECUTE = 1 << 63
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
