@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from control import walk_and_store
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M
 from scene import HVA, Measure, Scene, build
 
 FOOTPRINTS = {"16M": 16 << 20, "1G": 1 << 30, "16G": 16 << 30}

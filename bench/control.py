@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from pgemu_kernels import layout as L
-from pgemu_kernels.handle import open_machine
-from pgemu_kernels.nested import NestedOutputs, count_references, finish_walk, host_of
-from pgemu_kernels.translate import directory, find_below, leaf_level, load_masks, open_tree, passes_leaf, passes_table
-from pgemu_kernels.walks import slot_of
+from pgemu_kernels import words as W
+from pgemu_kernels.engine.handle import open_machine
+from pgemu_kernels.tables.exact_walk import slot_of
+from pgemu_kernels.tables.nested import NestedOutputs, count_references, finish_walk, host_of
+from pgemu_kernels.tables.translate import (
+    directory,
+    find_below,
+    leaf_level,
+    load_masks,
+    open_tree,
+    passes_leaf,
+    passes_table,
+)
 
 _ADDRESS = np.uint64(0x000F_FFFF_FFFF_F000)
 _SHIFTS = tuple(np.uint64(shift) for shift in (3, 9, 18, 27))
@@ -36,8 +44,8 @@ def gather(array, indices, out):
 
 
 _U0, _U1, _U2, _TWELVE = (np.uint64(n) for n in (0, 1, 2, 12))
-_STAGE2 = np.uint64(L.ACCESS_ROWS * L.X_WORDS)
-_TABLE_READ = _STAGE2 + L.X_ROW_TABLE_READ * np.uint64(L.X_WORDS)
+_STAGE2 = np.uint64(W.ACCESS_ROWS * W.X_WORDS)
+_TABLE_READ = _STAGE2 + W.X_ROW_TABLE_READ * np.uint64(W.X_WORDS)
 _OFFSET = np.uint64(4095)
 
 

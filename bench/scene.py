@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pgemu.address_space import AddressSpace
-from pgemu.guest_memfd import GuestMemfd
-from pgemu.machine import Config, Machine
-from pgemu.vm import Vm
-from pgemu_kernels.layout import PAGE_1G, PAGE_4K
+from pgemu.objects.address_space import AddressSpace
+from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.objects.machine import Config, Machine
+from pgemu.objects.vm import Vm
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_4K
 
 HVA = 0x7F00_0000_0000
 Measure = Callable[[str, Callable[[], object], Callable[[], object]], None]

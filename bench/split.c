@@ -1,7 +1,7 @@
 /* The control of bench/test_split.py: what a split and a merge of folios write at least.
  *
  * The struct pages lie in a row. For each folio all vmemmap pages but the first are copied, then one pass stores what a
- * split stores in each struct page, and one what a merge stores. Fields as in pgemu_kernels/folio.py, in 64-bit words.
+ * split stores in each struct page, and one what a merge stores. Fields as in pgemu_kernels/folios/folio.py, in 64-bit words.
  */
 #include <stdint.h>
 #include <string.h>

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pgemu.machine import Machine
-from pgemu_kernels import layout as L
+from pgemu.objects.machine import Machine
+from pgemu_kernels import words as W
 
 Array = np.ndarray[Any, Any]
 U = np.uint64
@@ -17,9 +17,9 @@ U = np.uint64
 def take_frames(machine: Machine, count: int) -> int:
     """The first of `count` frames never used before, one after the other; the machine's seed must be 0."""
     state = machine.arrays.state
-    first = max(machine.register(L.R_FRESH), 1)
-    state[L.R_FRESH] = first + count
-    machine.arrays.stats[int(L.STATS_GAUGES) + 2 * int(L.Gauge.FRAMES_USED)] += count
+    first = max(machine.register(W.R_FRESH), 1)
+    state[W.R_FRESH] = first + count
+    machine.arrays.stats[int(W.STATS_GAUGES) + 2 * int(W.Gauge.FRAMES_USED)] += count
     return first
 
 

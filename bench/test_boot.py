@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from pgemu.machine import Config, Machine
-from pgemu_kernels.layout import PAGE_1G
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels.words.operations import PAGE_1G
 
 POOLS = {"1G": PAGE_1G, "1T": 1024 * PAGE_1G}
 CHILD = """
 import sys
-from pgemu.machine import Config, Machine
+from pgemu.objects.machine import Config, Machine
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from control import walk_and_store
-from pgemu.machine import Config, Machine
-from pgemu.page_table import PageTable
-from pgemu_kernels.layout import PAGE_1G, PAGE_4K
+from pgemu.objects.machine import Config, Machine
+from pgemu.tables.page_table import PageTable
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_4K
 
 BASE = 1 << 39
 PAGES = PAGE_1G // PAGE_4K

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from control import walk_one_by_one
-from pgemu.machine import Config, Machine
-from pgemu.translation import Access, Kind, translate_nested
-from pgemu_kernels import formats, layout as L
+from pgemu.objects.machine import Config, Machine
+from pgemu.tables.translation import Access, Kind, translate_nested
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
 from tables import build_tree, tables_for, take_frames
 
 PAGES = 1 << 20
@@ -37,7 +38,7 @@ class Scene:
 def guest(request: Any) -> Scene:
     """Guest pages in random order over guest memory; guest tables behind them, with contents on demand."""
     machine = Machine(Config("pfnmap", pool=6 << 30))
-    base = machine.register(L.R_POOL_BASE)
+    base = machine.register(W.R_POOL_BASE)
     stage2 = formats.STAGE2_NPT if request.param == "npt" else formats.STAGE2_EPT
     row = machine.format_row(stage2)
     ram = machine.arrays.ram
@@ -48,13 +49,13 @@ def guest(request: Any) -> Scene:
     tables = tables_for(PAGES)
     host_frames = np.arange(PAGES + tables, dtype=np.uint64) + np.uint64(base)
     first = take_frames(machine, tables_for(PAGES + tables))
-    bits = int(row[L.F_TABLE]), int(row[L.F_LEAF_4K])
+    bits = int(row[W.F_TABLE]), int(row[W.F_LEAF_4K])
     stage2_root, _ = build_tree(first, host_frames, *bits, words)
 
     contents = take_frames(machine, tables)
-    at = machine.register(L.R_CONTENTS) + PAGES
+    at = machine.register(W.R_CONTENTS) + PAGES
     machine.arrays.counts[at : at + tables] = np.arange(contents, contents + tables, dtype=np.uint32)
-    machine.arrays.stats[int(L.STATS_GAUGES) + 2 * int(L.Gauge.CONTENT_FRAMES)] += tables
+    machine.arrays.stats[int(W.STATS_GAUGES) + 2 * int(W.Gauge.CONTENT_FRAMES)] += tables
     frames = np.random.default_rng(2).permutation(PAGES).astype(np.uint64)
     guest_root, _ = build_tree(
         PAGES, frames, formats.TABLE, formats.FILE_LEAF, lambda page, count: words(contents + page - PAGES, count)
@@ -98,7 +99,7 @@ def test_control(guest: Scene, timed: Callable[..., None]) -> None:
         status, stage, levels = (np.empty(PAGES * n, np.uint8) for n in (1, 1, 2))
         lists, counts = np.zeros(0, np.uint64), np.zeros(PAGES * 2, np.uint64)
         outputs = (physical, status, stage, levels, error, fault, lists, lists, counts)
-        kind = np.uint64(Kind.USER_READ * L.X_WORDS)
+        kind = np.uint64(Kind.USER_READ * W.X_WORDS)
         assert walk_one_by_one(machine.descriptor, *words, guest.addresses, kind, access, outputs)
         return physical
 

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from numba import njit
 
-from pgemu.machine import Config, Machine
-from pgemu_kernels import layout as L
-from pgemu_kernels.handle import open_machine
-from pgemu_kernels.splitting import merge_folio, split_folio
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels import words as W
+from pgemu_kernels.engine.handle import open_machine
+from pgemu_kernels.folios.splitting import merge_folio, split_folio
 
 SERIES = ["rfc2", "jan2026"]
-CASES = {"1G": (L.PAGE_1G, 1, 1), "2M": (L.PAGE_2M, 1, 500), "512 x 2M": (L.PAGE_2M, 512, 1)}  # size, folios, times
+CASES = {"1G": (W.PAGE_1G, 1, 1), "2M": (W.PAGE_2M, 1, 500), "512 x 2M": (W.PAGE_2M, 512, 1)}  # size, folios, times
 ROUNDS = 200
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)  # other processes' time is not ours
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
@@ -54,11 +54,11 @@ class Folios:
         size, count, self.times = CASES[case]
         self.machine = Machine(Config(pool=size * count, page_size=size, kernel=kernel, series=series))  # type: ignore[arg-type]
         state, ram = self.machine.arrays.state, self.machine.arrays.ram
-        state[L.R_COUNTER_ROW] = L.STATS_COUNTERS
+        state[W.R_COUNTER_ROW] = W.STATS_COUNTERS
         self.order = np.uint64(self.machine.config.order)
-        base = self.machine.register(L.R_POOL_BASE)
+        base = self.machine.register(W.R_POOL_BASE)
         self.heads = np.arange(count, dtype=np.uint64) * np.uint64(size >> 12) + np.uint64(base)
-        root, vmemmap = self.machine.register(L.R_KERNEL_ROOT), self.machine.register(L.R_VMEMMAP)
+        root, vmemmap = self.machine.register(W.R_KERNEL_ROOT), self.machine.register(W.R_VMEMMAP)
         for head in self.heads.tolist():
             address = vmemmap + 64 * head
             entry = self.machine.walk(root, (address & (1 << 48) - 1) >> 12)[-1][2]
@@ -104,37 +104,37 @@ def test_merge(benchmark: Any, series: str, kernel: str) -> None:
 @pytest.mark.parametrize("series", SERIES)
 def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
     """One page of a 1G block to shared and back: everything that the two ioctls do, nodes and entries included."""
-    machine = Machine(Config(pool=L.PAGE_1G, kernel=kernel, series=series))  # type: ignore[arg-type]
-    gmem = machine.create_guest_memfd(L.PAGE_1G)
+    machine = Machine(Config(pool=W.PAGE_1G, kernel=kernel, series=series))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(W.PAGE_1G)
     vm = machine.create_vm()
     assert vm.bind(gmem, 0).status == 0
     vm.touch(0)
 
     def convert() -> None:
-        assert gmem.convert(0, L.PAGE_4K, shared=True).status == 0
-        assert gmem.convert(0, L.PAGE_4K, shared=False).status == 0
+        assert gmem.convert(0, W.PAGE_4K, shared=True).status == 0
+        assert gmem.convert(0, W.PAGE_4K, shared=False).status == 0
 
-    measure(benchmark, f"1G, {series}, {kernel}", L.PAGE_1G >> 12, convert)
+    measure(benchmark, f"1G, {series}, {kernel}", W.PAGE_1G >> 12, convert)
 
 
 @pytest.mark.parametrize("split_to", ["2M", "4K"])
 @pytest.mark.parametrize("series", SERIES)
 def test_conversion_of_one_page(benchmark: Any, series: str, split_to: str) -> None:
     """One page of a 1G block to shared: 512 pieces of 2M and one of these to 4K, against a split of all to 4K."""
-    machine = Machine(Config(pool=L.PAGE_1G, series=series, split_to=split_to))  # type: ignore[arg-type]
-    gmem = machine.create_guest_memfd(L.PAGE_1G)
+    machine = Machine(Config(pool=W.PAGE_1G, series=series, split_to=split_to))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(W.PAGE_1G)
     vm = machine.create_vm()
     assert vm.bind(gmem, 0).status == 0
     vm.touch(0)
 
     def convert(shared: bool) -> None:
-        assert gmem.convert(0, L.PAGE_4K, shared=shared).status == 0
+        assert gmem.convert(0, W.PAGE_4K, shared=shared).status == 0
 
     def back() -> None:
         if gmem.is_shared(0):
             convert(False)
 
-    measure(benchmark, f"one page of 1G to shared, {series}", L.PAGE_1G >> 12, lambda: convert(True), back)
+    measure(benchmark, f"one page of 1G to shared, {series}", W.PAGE_1G >> 12, lambda: convert(True), back)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 
 from control import gather
-from pgemu.machine import Config, Machine
-from pgemu.translation import Access, Kind, translate
-from pgemu_kernels import formats, layout as L
+from pgemu.objects.machine import Config, Machine
+from pgemu.tables.translation import Access, Kind, translate
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
 from tables import build_tree, tables_for, take_frames
 
 PAGES = 1 << 22
@@ -42,9 +43,9 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def pages() -> Scene:
-    machine = Machine(Config("pfnmap", pool=PAGES * L.PAGE_4K))
+    machine = Machine(Config("pfnmap", pool=PAGES * W.PAGE_4K))
     first = take_frames(machine, tables_for(PAGES))
-    frames = np.arange(PAGES, dtype=np.uint64) + np.uint64(machine.register(L.R_POOL_BASE))
+    frames = np.arange(PAGES, dtype=np.uint64) + np.uint64(machine.register(W.R_POOL_BASE))
 
     def words(page: int, count: int) -> Array:
         return machine.arrays.ram[page * 512 : (page + count) * 512]

@@ -1,4 +1,4 @@
-/* The sequential translation of pgemu_kernels/translate.py in C, for bench/test_translate.py: the control.
+/* The sequential translation of pgemu_kernels/tables/translate.py in C, for bench/test_translate.py: the control.
  *
  * Takes the same row of format words (layout.F_*), writes the same three arrays, remembers the last level-1 table
  * in the same way. Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G.

@@ -1,7 +1,7 @@
 """pgemu: two designs of guest_memfd with HugeTLB, run on the same trace and on the data structures Linux keeps.
 
 >>> import pgemu
->>> from pgemu.compare import compare
+>>> from pgemu.experiments.compare import compare
 >>> comparison = compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
 >>> comparison.runs[0].count
 10136
@@ -15,19 +15,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgemu.address_space import AddressSpace
-    from pgemu.compare import Comparison
-    from pgemu.config import Config
     from pgemu.errors import InputError
-    from pgemu.folio import Folio
-    from pgemu.guest_memfd import GuestMemfd
-    from pgemu.image import Image, open_image
-    from pgemu.machine import Machine, Result, Results
-    from pgemu.page_table import EditResult, EditResults, Flush, PageTable
-    from pgemu.statistics import Statistics
+    from pgemu.experiments.compare import Comparison
+    from pgemu.images.folio import Folio
+    from pgemu.images.image import Image, open_image
+    from pgemu.machine.config import Config
+    from pgemu.machine.statistics import Statistics
+    from pgemu.objects.address_space import AddressSpace
+    from pgemu.objects.guest_memfd import GuestMemfd
+    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.objects.vm import Vm
+    from pgemu.tables.page_table import EditResult, EditResults, Flush, PageTable
+    from pgemu.tables.translation import Access, Kind, Translation, translate, translate_nested
     from pgemu.trace import Lowered, LoweringOptions, Records, load
-    from pgemu.translation import Access, Kind, Translation, translate, translate_nested
-    from pgemu.vm import Vm
 
     __version__: str
 
@@ -62,32 +62,32 @@ __all__ = (
 )
 
 _HOMES = {
-    "Access": "translation",
-    "AddressSpace": "address_space",
-    "Comparison": "compare",
-    "Config": "config",
-    "EditResult": "page_table",
-    "EditResults": "page_table",
-    "Flush": "page_table",
-    "Folio": "folio",
-    "GuestMemfd": "guest_memfd",
-    "Image": "image",
+    "Access": "tables.translation",
+    "AddressSpace": "objects.address_space",
+    "Comparison": "experiments.compare",
+    "Config": "machine.config",
+    "EditResult": "tables.page_table",
+    "EditResults": "tables.page_table",
+    "Flush": "tables.page_table",
+    "Folio": "images.folio",
+    "GuestMemfd": "objects.guest_memfd",
+    "Image": "images.image",
     "InputError": "errors",
-    "Kind": "translation",
+    "Kind": "tables.translation",
     "Lowered": "trace",
     "LoweringOptions": "trace",
-    "Machine": "machine",
-    "PageTable": "page_table",
+    "Machine": "objects.machine",
+    "PageTable": "tables.page_table",
     "Records": "trace",
-    "Result": "machine",
-    "Results": "machine",
-    "Statistics": "statistics",
-    "Translation": "translation",
-    "Vm": "vm",
+    "Result": "objects.machine",
+    "Results": "objects.machine",
+    "Statistics": "machine.statistics",
+    "Translation": "tables.translation",
+    "Vm": "objects.vm",
     "load": "trace",
-    "open_image": "image",
-    "translate": "translation",
-    "translate_nested": "translation",
+    "open_image": "images.image",
+    "translate": "tables.translation",
+    "translate_nested": "tables.translation",
 }
 
 

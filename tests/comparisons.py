@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 
-from pgemu.compare import Comparison, compare
+from pgemu.experiments.compare import Comparison, compare
 from pgemu.trace import Flag, Layout, Lowered, Operation, Records, Region, Slot
 from pgemu.trace.lowered import Accounting, Init
-from pgemu_kernels.layout import PAGE_2M, PAGE_4K
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 
 HVA = 0x7F00_0000_0000
 INODE = 4 * PAGE_2M

@@ -9,7 +9,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from model.model import PAGE
 from model.pair import Pair
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 from test_state_machine import ADDRESSES, CHECK_EVERY, GPAS, PAGES_IN_BLOCK, TwoMegabytes, lengths, numbers, spots
 
 SPACES = 5  # processes at most
@@ -356,7 +356,7 @@ class Small(Sequences):
 class Gigantic(Sequences):
     """1G pages, split to 4K or, with memory enough, to 2M."""
 
-    page_size = L.PAGE_1G
+    page_size = W.PAGE_1G
     pool_pages = 3
     frames = st.sampled_from((None, 4200, 8800))
     shortages = st.sampled_from((0, 1, 3, 600, 4100))

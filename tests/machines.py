@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from pgemu.machine import Machine
-from pgemu_kernels import layout as L
+from pgemu.objects.machine import Machine
+from pgemu_kernels import words as W
 
 
 def arrays(machine: Machine) -> dict[str, np.ndarray[Any, Any]]:
     """The machine's arrays, less the operation records: several ways use different ones."""
     found = dict(machine.arrays._asdict())
     state = found["state"].copy()
-    state[int(L.STATE_OPS) : int(L.STATE_INODES)] = 0
+    state[int(W.STATE_OPS) : int(W.STATE_INODES)] = 0
     return found | {"state": state}
 
 

@@ -20,7 +20,7 @@ SHIPPED_TRACE = "pgemu/data/vm-convert-swprot.ftrace.txt.xz"
 LOOK = f"""
 import importlib.metadata, importlib.resources
 import pgemu, pgemu.cli, pgemu.trace
-import pgemu_kernels, pgemu_kernels.layout
+import pgemu_kernels, pgemu_kernels.words
 for package in (pgemu, pgemu_kernels):
     print(package.__file__)
     print(importlib.resources.files(package).joinpath("py.typed").is_file())

@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from model.inode import Window
 from model.model import PAGE
 from model.pair import Pair
-from pgemu.designs import DESIGNS
-from pgemu.machine import Config
-from pgemu_kernels import layout as L
+from pgemu.machine.designs import DESIGNS
+from pgemu.objects.machine import Config
+from pgemu_kernels import words as W
 
-M2 = L.PAGE_2M
+M2 = W.PAGE_2M
 # Where a process maps: alone in its 512G, at the end of a 1G region, unaligned, and side by side.
 ADDRESSES = (0x7F00_0000_0000, 0x7F00_3FE0_0000, 0x4000_0010_0000, 0x4000_0020_0000, 0x4000_0040_0000)
 GPAS = (0, M2, 0x10_0000, 0x3FC0_0000, 0x4000_0000, 0x80_0000_0000)
@@ -106,7 +106,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             return
         slot, gfn = found
         outcome = self.pair.guest_fault(slot.owner, gfn * PAGE, kind)
-        if outcome.status in (L.RET_PF_FIXED, L.RET_PF_SPURIOUS):
+        if outcome.status in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS):
             self.access(slot.inode, slot.file_page(gfn), store % 2 == 1, store)
 
     def access(self, inode: int, index: int, write: bool, store: int) -> None:
@@ -218,7 +218,7 @@ class TwoMegabytes(RuleBasedStateMachine):
 class OneGigabyte(TwoMegabytes):
     """The same with two 1G pages: levels 3, 4095 vmemmap pages, -ENOMEM of a restore."""
 
-    page_size = L.PAGE_1G
+    page_size = W.PAGE_1G
     pool_pages = 2
     frames = st.sampled_from((None, 4200))
 
@@ -248,17 +248,17 @@ def test_close_takes_what_is_left_of_a_mapping_past_the_end(design: str) -> None
     pair.munmap(0, ADDRESSES[0], M2)
     pair.close(0)
     pair.compare_everything()
-    assert pair.mmap(0, ADDRESSES[0], 0, 0, M2).status == -L.EBADF
+    assert pair.mmap(0, ADDRESSES[0], 0, 0, M2).status == -W.EBADF
 
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_bind_looks_at_guest_frames_before_the_file(design: str) -> None:
     pair = booted(design)
     assert pair.bind(0, M2, 0, M2, M2).status == 0
-    assert pair.bind(0, M2 + PAGE, 0, M2, M2).status == -L.EEXIST  # both are taken
-    assert pair.bind(0, M2 + PAGE, 0, 8 * M2, PAGE).status == -L.EEXIST  # past the end of the file
-    assert pair.bind(0, 8 * M2, 0, M2, PAGE).status == -L.EINVAL
-    assert pair.bind(0, 8 * M2, 0, 8 * M2, PAGE).status == -L.EINVAL
+    assert pair.bind(0, M2 + PAGE, 0, M2, M2).status == -W.EEXIST  # both are taken
+    assert pair.bind(0, M2 + PAGE, 0, 8 * M2, PAGE).status == -W.EEXIST  # past the end of the file
+    assert pair.bind(0, 8 * M2, 0, M2, PAGE).status == -W.EINVAL
+    assert pair.bind(0, 8 * M2, 0, 8 * M2, PAGE).status == -W.EINVAL
     assert pair.bind(1, M2 + PAGE, 0, M2, PAGE).status == 0  # another VM may
 
 
@@ -266,7 +266,7 @@ def test_bind_looks_at_guest_frames_before_the_file(design: str) -> None:
 def test_an_access_of_the_wrong_kind_exits_though_a_leaf_is_there(design: str) -> None:
     pair = booted(design)
     pair.bind(0, 0, 0, 0, 2 * M2)
-    for private, status in ((None, L.RET_PF_FIXED), (True, -L.EFAULT), (False, L.RET_PF_SPURIOUS)):
+    for private, status in ((None, W.RET_PF_FIXED), (True, -W.EFAULT), (False, W.RET_PF_SPURIOUS)):
         assert pair.guest_fault(0, 5 * PAGE, private).status == status
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pgemu_kernels.page_format import PageFormat
+from pgemu_kernels.formats.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
 PAGE = 4096

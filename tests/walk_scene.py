@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from model.walks import Format
-from pgemu.machine import Config, Machine
-from pgemu.translation import Access
-from pgemu_kernels import layout as L, page_format
+from pgemu.objects.machine import Config, Machine
+from pgemu.tables.translation import Access
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import page_format
 
 FRAMES = 160
 
@@ -50,12 +51,12 @@ class Memory:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.pool = machine.register(L.R_POOL_BASE) << 12
+        self.pool = machine.register(W.R_POOL_BASE) << 12
         state = machine.arrays.state
-        self.first = (machine.register(L.R_FRESH) + 1) << 12
-        state[L.R_FRESH] += np.uint64(FRAMES + 1)
-        machine.arrays.stats[int(L.STATS_GAUGES) + 2 * int(L.Gauge.FRAMES_USED)] += FRAMES + 1
-        self.contents = machine.register(L.R_CONTENTS)
+        self.first = (machine.register(W.R_FRESH) + 1) << 12
+        state[W.R_FRESH] += np.uint64(FRAMES + 1)
+        machine.arrays.stats[int(W.STATS_GAUGES) + 2 * int(W.Gauge.FRAMES_USED)] += FRAMES + 1
+        self.contents = machine.register(W.R_CONTENTS)
 
     def frames(self) -> Any:
         return iter(range(self.first, self.first + FRAMES * 4096, 4096))
@@ -91,7 +92,7 @@ class Memory:
 
 
 def small_machine() -> Machine:
-    return Machine(Config("pfnmap", pool=8 * L.PAGE_2M, page_size=L.PAGE_2M))
+    return Machine(Config("pfnmap", pool=8 * W.PAGE_2M, page_size=W.PAGE_2M))
 
 
 def random_access(rng: random.Random) -> Access:

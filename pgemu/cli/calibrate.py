@@ -13,8 +13,8 @@ import rich_click as click
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
-    from pgemu.calibrate import Calibration
-    from pgemu.measurements import Measurement
+    from pgemu.cost.calibrate import Calibration
+    from pgemu.cost.measurements import Measurement
 
 __all__ = ("calibrate",)
 
@@ -39,8 +39,8 @@ def calibrate(output: str | None, seconds: float) -> None:
 
     The file is for `pgemu compare --profile FILE` and Config(profile=FILE).
     """
-    from pgemu.calibrate import calibrate as run
     from pgemu.cost import PROFILES, write_profile
+    from pgemu.cost.calibrate import calibrate as run
 
     name = "calibrated"
     if output is not None:
@@ -101,7 +101,7 @@ def _lines(calibration: Calibration) -> Iterator[str]:
 
 
 def _quartiles(measurement: Measurement) -> str:
-    from pgemu.measurements import duration
+    from pgemu.cost.measurements import duration
 
     ends = (measurement.low, measurement.median, measurement.high)
     return "".join(f"{duration(end):>9}" for end in ends)

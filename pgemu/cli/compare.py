@@ -17,7 +17,7 @@ from pgemu.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from pgemu.compare import Comparison
+    from pgemu.experiments.compare import Comparison
 
 __all__ = ("compare",)
 
@@ -257,8 +257,8 @@ def compare(trace: str | None, **options: Any) -> int:
 
 
 def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
-    from pgemu.compare import DESIGNS, compare as run
     from pgemu.cost import profile as cost_profile
+    from pgemu.experiments.compare import DESIGNS, compare as run
     from pgemu.trace import GivenSlot, LoweringOptions, load, shipped
 
     try:

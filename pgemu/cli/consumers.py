@@ -11,8 +11,8 @@ import rich_click as click
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pgemu.consumers import Consumer, Outcome
-    from pgemu.designs import Design
+    from pgemu.experiments.consumers import Consumer, Outcome
+    from pgemu.machine.designs import Design
 
 __all__ = ("consumers",)
 
@@ -22,7 +22,7 @@ _ORDERS = ("rfc2", "fixup", "jan2026")
 
 def _cells(outcome: Outcome) -> tuple[str, str]:
     """What the access returned, and what the conversion did meanwhile."""
-    from pgemu.consumers import error
+    from pgemu.experiments.consumers import error
 
     where = "" if outcome.offset is None else f" at {outcome.offset:#x}"
     return error(outcome.status), error(outcome.convert) + where
@@ -71,7 +71,7 @@ def consumers(page_size: str, convert_order: str, as_json: bool) -> int:
     offset. GUP on VM_PFNMAP is -EFAULT, so with pfnmap whoever pins or references pages breaks, and nobody keeps a
     conversion from going through. Devices are not modelled here: of VFIO and iommufd only the pin decides.
     """
-    from pgemu.consumers import document, try_all
+    from pgemu.experiments.consumers import document, try_all
 
     size = _SIZES[page_size]
     rows = try_all(page_size=size, convert_order=convert_order)

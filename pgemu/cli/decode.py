@@ -9,11 +9,11 @@ from typing import Any
 
 import rich_click as click
 
-from pgemu.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu.errors import InputError
-from pgemu_kernels.formats import RELEASES
-from pgemu_kernels.iommu_format import IOMMU_FORMATS
-from pgemu_kernels.page_format import FORMATS, PageFormat
+from pgemu.tables.entries import Entry, EntryKind, Field, decode as decode_entry
+from pgemu_kernels.formats.bits import RELEASES
+from pgemu_kernels.formats.iommu import IOMMU_FORMATS
+from pgemu_kernels.formats.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 

@@ -12,9 +12,9 @@ from typing import Any
 import rich_click as click
 
 from pgemu.cli.walk import SIZES, find_root, flag_names, level_name, rights_letters, table_options
-from pgemu.entries import decode as decode_entry
-from pgemu.walk import MappedRange, Summary, mapped_ranges, rights_of, root_table
-from pgemu_kernels.page_format import PageFormat
+from pgemu.tables.entries import decode as decode_entry
+from pgemu.tables.walk import MappedRange, Summary, mapped_ranges, rights_of, root_table
+from pgemu_kernels.formats.page_format import PageFormat
 
 __all__ = ("dump",)
 
@@ -131,7 +131,7 @@ def dump(image: str, root: str | None, ignore_accessed_dirty: bool, as_json: boo
     rights that all levels grant (read, write, execute, user) and the flags of the leaf. Leaves of one size with
     like flags are one range if they map successive pages, or all the same page.
     """
-    from pgemu.image import open_image
+    from pgemu.images.image import open_image
 
     summary = Summary()
     with open_image(image) as opened:

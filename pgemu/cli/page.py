@@ -11,11 +11,11 @@ import rich_click as click
 
 from pgemu.cli.walk import address, find_root
 from pgemu.errors import InputError
-from pgemu.folio import Folio, VmemmapPage
-from pgemu.image import Image
-from pgemu.struct_page import VMEMMAP_SIZE, Page, Value, is_mask, pointer_name
-from pgemu.walk import root_table
-from pgemu_kernels.page_layout import CONFIGURATIONS, RELEASES, STRUCT_PAGE, VMEMMAP, page_layout
+from pgemu.images.folio import Folio, VmemmapPage
+from pgemu.images.image import Image
+from pgemu.images.struct_page import VMEMMAP_SIZE, Page, Value, is_mask, pointer_name
+from pgemu.tables.walk import root_table
+from pgemu_kernels.formats.struct_page import CONFIGURATIONS, RELEASES, STRUCT_PAGE, VMEMMAP, page_layout
 
 __all__ = ("page",)
 
@@ -269,7 +269,7 @@ def page(
 
     Exit status: 0; 1 if a struct page is not mapped; 2 for bad input.
     """
-    from pgemu.image import open_image
+    from pgemu.images.image import open_image
 
     layout = page_layout(kernel, configuration)
     pfns = [_pfn(number, vmemmap) for number in numbers]

@@ -8,8 +8,8 @@ import rich_click as click
 
 from pgemu.cli.compare import size
 from pgemu.errors import InputError
-from pgemu.scenarios import SCENARIOS
-from pgemu_kernels.formats import KERNELS
+from pgemu.experiments.scenarios import SCENARIOS
+from pgemu_kernels.formats.bits import KERNELS
 
 __all__ = ("scenario",)
 

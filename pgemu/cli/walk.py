@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli.decode import make_format, to_json
-from pgemu.entries import Entry, EntryKind, decode as decode_entry
 from pgemu.errors import InputError
-from pgemu.walk import Kind, Rights, Step, granted, in_range, leaf_address, rights_of, root_table, walk as walk_tables
-from pgemu_kernels.formats import RELEASES
-from pgemu_kernels.page_format import FORMATS, Family, PageFormat
+from pgemu.tables.entries import Entry, EntryKind, decode as decode_entry
+from pgemu.tables.walk import (
+    Kind,
+    Rights,
+    Step,
+    granted,
+    in_range,
+    leaf_address,
+    rights_of,
+    root_table,
+    walk as walk_tables,
+)
+from pgemu_kernels.formats.bits import RELEASES
+from pgemu_kernels.formats.page_format import FORMATS, Family, PageFormat
 
 if TYPE_CHECKING:
-    from pgemu.image import Image
+    from pgemu.images.image import Image
 
 __all__ = ("walk",)
 
@@ -209,7 +219,7 @@ def walk(image: str, addresses: tuple[int, ...], root: str | None, as_json: bool
 
     Exit status: 0; 1 if an address is not mapped; 2 for bad input.
     """
-    from pgemu.image import open_image
+    from pgemu.images.image import open_image
 
     with open_image(image) as opened:
         where, fmt = find_root(opened, root, **parameters)

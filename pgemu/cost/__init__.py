@@ -28,8 +28,8 @@ from pgemu.cost.machines import E7_8895, EPYC_252VCPU, GUEST_2VCPU
 from pgemu.cost.prices import Band, Price, Profile
 from pgemu.cost.published import PUBLISHED
 from pgemu.cost.toml import read_profile, to_toml, write_profile
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Event
+from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Event
 
 __all__ = (
     "PROFILES",
@@ -76,14 +76,14 @@ def price_table(name: str | os.PathLike[str], vcpus: int, host_cpus: int) -> npt
     :raises ValueError: no such profile
     :raises InputError: the file cannot be read, or is no profile
     """
-    table = np.zeros((L.EVENTS, L.PRICE_WORDS), np.int64)
+    table = np.zeros((W.EVENTS, W.PRICE_WORDS), np.int64)
     for event, price in profile(name).items():
         fixed = price.total(0, flushed_cpus(event, vcpus, host_cpus))
         words = {
-            L.PRICE_FIXED_LOW: fixed[0],
-            L.PRICE_EACH_LOW: price.each[0],
-            L.PRICE_FIXED_HIGH: fixed[1],
-            L.PRICE_EACH_HIGH: price.each[1],
+            W.PRICE_FIXED_LOW: fixed[0],
+            W.PRICE_EACH_LOW: price.each[0],
+            W.PRICE_FIXED_HIGH: fixed[1],
+            W.PRICE_EACH_HIGH: price.each[1],
         }
         for word, nanoseconds in words.items():
             table[event, word] = round(nanoseconds * 1000)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from pgemu.cost.prices import Band, Price, Profile
 from pgemu.cost.published import HEAD_COPY, KRAVETZ, MEASURED, PUBLISHED
-from pgemu_kernels.layout import Event
+from pgemu_kernels.words.events import Event
 
 __all__ = ("E7_8895", "EPYC_252VCPU", "GUEST_2VCPU", "POOL_ROWS", "PoolRows")
 

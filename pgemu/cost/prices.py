@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from types import MappingProxyType
 
-from pgemu_kernels.layout import Event
+from pgemu_kernels.words.events import Event
 
 __all__ = ("Band", "Price", "Profile")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from datetime import date
 
 from pgemu.cost.prices import Band, Price, Profile
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Event
+from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Event
 
 __all__ = ("CARRIED", "HEAD_COPY", "KRAVETZ", "MEASURED", "PUBLISHED")
 
-_STRUCT_PAGES_1G = 1 << L.ORDER_1G
+_STRUCT_PAGES_1G = 1 << W.ORDER_1G
 
 # One 4K page zeroed: 1 GiB at 10 GB/s is 100 ms (low); a whole 2M fault takes 233 us (high).
 _ZERO_PAGE: Band = (100e6 / _STRUCT_PAGES_1G, 233e3 / 512)

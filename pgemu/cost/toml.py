@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from pgemu.cost.prices import Band, Price, Profile
 from pgemu.errors import InputError
-from pgemu_kernels.layout import Event
+from pgemu_kernels.words.events import Event
 
 __all__ = ("LARGEST", "read_profile", "to_toml", "write_profile")
 

@@ -13,7 +13,7 @@ from pgemu.report.sentences import differences, notes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pgemu.compare import Comparison
+    from pgemu.experiments.compare import Comparison
 
 __all__ = ("findings", "write", "write_sources")
 

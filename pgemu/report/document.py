@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pgemu import cost
+from pgemu.machine.results import operation_name
 from pgemu.report.limits import LIMITS
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
-from pgemu.results import operation_name
 
 if TYPE_CHECKING:
-    from pgemu.compare import Comparison
+    from pgemu.experiments.compare import Comparison
 
 __all__ = ("sources",)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pgemu.report.sources import Tag
 
 if TYPE_CHECKING:
-    from pgemu.designs import Design
+    from pgemu.machine.designs import Design
 
 __all__ = ("LIMITS", "Limit")
 

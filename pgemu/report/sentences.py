@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pgemu.metrics import METRICS
+from pgemu.experiments.metrics import METRICS
+from pgemu.machine.results import operation_name
 from pgemu.report import units
-from pgemu.results import operation_name
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Gauge, Operation
+from pgemu_kernels.words.events import Gauge
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
-    from pgemu.compare import Band, Comparison, DesignRun
+    from pgemu.experiments.compare import Band, Comparison, DesignRun
 
 __all__ = ("VERBS", "differences", "notes")
 

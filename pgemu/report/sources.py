@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from pgemu_kernels.layout import Operation
+from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
-    from pgemu.designs import Design
+    from pgemu.machine.designs import Design
 
 __all__ = ("METRIC_SOURCES", "OPERATION_SOURCES", "TAGS", "Source", "Tag")
 

@@ -11,15 +11,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pgemu.metrics import METRICS, Metric
+from pgemu.experiments.metrics import METRICS, Metric
+from pgemu.machine.results import operation_name
 from pgemu.report import units
 from pgemu.report.limits import LIMITS
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
-from pgemu.results import operation_name
-from pgemu_kernels.layout import Event, Operation
+from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
-    from pgemu.compare import Comparison, DesignRun
+    from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.trace.lowered import Lowered
 
 __all__ = (

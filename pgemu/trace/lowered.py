@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
-from pgemu_kernels.layout import PAGE_1G
+from pgemu_kernels.words.operations import PAGE_1G
 
 __all__ = ("Accounting", "Init", "Lowered", "LoweringOptions")
 

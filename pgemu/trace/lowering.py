@@ -32,7 +32,7 @@ from pgemu.trace.memory_layout import (
 )
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine
-from pgemu_kernels.layout import PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
 
 __all__ = ("adapt", "lower")
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 __all__ = (
     "SYNTHETIC_HVA",

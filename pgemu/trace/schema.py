@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu_kernels.layout import ACTORS, PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
+from pgemu_kernels.words.rows import ACTORS
 
 __all__ = (
     "ACTOR_LIMIT",

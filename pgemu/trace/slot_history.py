@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pgemu.trace.memory_layout import RefusedSlot, Region, Slot, bind_slots
-from pgemu_kernels.layout import PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Operation
 
 __all__ = ("Epoch", "SlotHistory", "SlotLine")
 

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
-from pgemu_kernels.layout import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 
 __all__ = ("CONVERSIONS", "GUEST_FAULTS", "HOST_FAULTS", "LAYOUT", "build")
 

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from pgemu import cost
 from pgemu.cli import main
-from pgemu.measurements import WHAT, Measurement
-from pgemu_kernels.layout import Event
+from pgemu.cost.measurements import WHAT, Measurement
+from pgemu_kernels.words.events import Event
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         found = {key: Measurement(key, 90.0, 100.0, 110.0, 9) for key in WHAT}
         return found | {"grace_period": Measurement("grace_period", problem="membarrier: Operation not permitted")}
 
-    monkeypatch.setattr("pgemu.calibrate.measure", measure)
+    monkeypatch.setattr("pgemu.cost.calibrate.measure", measure)
     return asked
 
 
@@ -124,7 +124,7 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_: object) -> None:
         raise MemoryError("64 MiB to measure in: Cannot allocate memory")
 
-    monkeypatch.setattr("pgemu.calibrate.measure", measure)
+    monkeypatch.setattr("pgemu.cost.calibrate.measure", measure)
     assert refused("calibrate") == "calibrate: 64 MiB to measure in: Cannot allocate memory"
 
 

@@ -11,9 +11,9 @@ import rich_click as click
 from click.testing import CliRunner, Result
 
 from pgemu.cli import main
-from pgemu.config import DEFECTS
-from pgemu.machine import Machine
-from pgemu_kernels import layout as L
+from pgemu.machine.config import DEFECTS
+from pgemu.objects.machine import Machine
+from pgemu_kernels import words as W
 
 # `pgemu.cli.compare` as an attribute is the command.
 command = import_module("pgemu.cli.compare")
@@ -194,7 +194,7 @@ def test_broken_invariants_are_told_and_exit_with_1(log: str, monkeypatch: pytes
     run = Machine.run
 
     def corrupt(self: Machine, records: object) -> object:
-        self.arrays.stats[int(L.STATS_GAUGES) + 2 * L.Gauge.STAGE2_LEAVES_4K] += 1
+        self.arrays.stats[int(W.STATS_GAUGES) + 2 * W.Gauge.STAGE2_LEAVES_4K] += 1
         return run(self, records)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Machine, "run", corrupt)

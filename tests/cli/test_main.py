@@ -35,7 +35,17 @@ def test_help_and_version_load_no_compiler_and_no_arrow(args: list[str]) -> None
     assert "pgemu" in result.stdout
 
 
-@pytest.mark.parametrize("module", ["pgemu", "pgemu.cli", "pgemu.trace", "pgemu.report", "pgemu.compare", "pgemu.cost"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pgemu",
+        "pgemu.cli",
+        "pgemu.trace",
+        "pgemu.report",
+        "pgemu.experiments.compare",
+        "pgemu.cost",
+    ],
+)
 def test_importing_loads_no_compiler_and_no_arrow(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'numba', 'pyarrow'}} & set(sys.modules)))"
     assert python("-c", code).stdout == "\n"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pgemu.cli import main
-from pgemu.machine import Config, Machine
-from pgemu_kernels import layout as L
-from pgemu_kernels.page_format import x86_64
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.page_format import x86_64
 from trees import Tree, core, write
 
 VMEMMAP = 0xFFFF_EA00_0000_0000
@@ -226,9 +226,9 @@ def test_json(run: Run, debian: Path) -> None:
 
 def test_a_machines_own_image(run: Run, tmp_path: Path) -> None:
     """The root has the name "kernel"; a vmemmap of 2M entries is one line."""
-    machine = Machine(Config(pool=L.PAGE_1G, hvo=False, kernel="6.18"))
+    machine = Machine(Config(pool=W.PAGE_1G, hvo=False, kernel="6.18"))
     machine.write_image(tmp_path / "core")
-    base = machine.register(L.R_POOL_BASE)
+    base = machine.register(W.R_POOL_BASE)
     status, shown, _ = run(tmp_path / "core", base + 70_000, "--kernel", "6.18")
     assert status == 0
     assert shown.startswith(f"PFN {base + 70_000:#x}: tail of {base:#x}, struct page ")

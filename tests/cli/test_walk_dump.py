@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pgemu.cli import main
-from pgemu_kernels import page_format as pf
+from pgemu_kernels.formats import page_format as pf
 from trees import Tree, core, write
 
 X86 = pf.x86_64()

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 
 from conformance.harness import GPA, HVA, PAGE, Scene, case
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Flag, Operation
+from pgemu_kernels import words as W
+from pgemu_kernels.words.operations import Flag, Operation
 
 SOURCE = "gmem_convert_fault_race"
 VCPUS = 4
 PAGES = 512
 CONVERTER = 8
-GUEST_RESULTS = {L.RET_PF_FIXED, L.RET_PF_SPURIOUS, L.RET_PF_RETRY}
-HOST_RESULTS = {0, L.VM_FAULT_LOCKED, L.VM_FAULT_NOPAGE, L.VM_FAULT_RETRY, L.VM_FAULT_SIGBUS}
+GUEST_RESULTS = {W.RET_PF_FIXED, W.RET_PF_SPURIOUS, W.RET_PF_RETRY}
+HOST_RESULTS = {0, W.VM_FAULT_LOCKED, W.VM_FAULT_NOPAGE, W.VM_FAULT_RETRY, W.VM_FAULT_SIGBUS}
 
 
 def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
@@ -36,7 +36,7 @@ def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
                 machine.begin(vcpu, Operation.GUEST_FAULT, flags=Flag.WRITE, address=GPA + page * PAGE)
             running.add(vcpu)
             for _ in range(chance.randrange(4)):  # ... and it gets somewhere before the conversion begins
-                if machine.step(vcpu) == L.STOP:
+                if machine.step(vcpu) == W.STOP:
                     running.discard(vcpu)
                     break
         machine.begin(
@@ -45,11 +45,11 @@ def race(t: Scene, *, host_faults: bool, rounds: int) -> list[tuple[int, int]]:
         running.add(CONVERTER)
         while running:
             actor = chance.choice(sorted(running))
-            if machine.step(actor) == L.STOP:
+            if machine.step(actor) == W.STOP:
                 running.discard(actor)
                 if actor != CONVERTER:
                     status = machine.result(actor).status
-                    assert status in (HOST_RESULTS if host_faults else GUEST_RESULTS | {-L.EFAULT}), status
+                    assert status in (HOST_RESULTS if host_faults else GUEST_RESULTS | {-W.EFAULT}), status
         returned.append(tuple(machine.result(CONVERTER)))
         if machine.result(CONVERTER).status == 0:  # no fault may have got past it
             for page in pages:
@@ -63,8 +63,8 @@ def check(t: Scene, host_faults: bool) -> None:
     t.machine.check_each(False)  # an invalidation of somebody else may be in progress at any moment
     returned = race(t, host_faults=host_faults, rounds=60)
     assert t.machine.check() == 0, t.machine.broken
-    refused = [offset for status, offset in returned if status == -L.EAGAIN]
-    assert {status for status, _ in returned} <= {0, -L.EAGAIN}
+    refused = [offset for status, offset in returned if status == -W.EAGAIN]
+    assert {status for status, _ in returned} <= {0, -W.EAGAIN}
     assert all(offset % PAGE == 0 and offset < PAGES * PAGE for offset in refused)
     why = "no reference is taken, the entry is made under the invalidate_lock: no fault is ever seen half done"
     assert bool(refused) == t.by_design(True, False, why)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from conformance.harness import GPA, HVA, PAGE, Scene, case
-from pgemu.boot import node_word
-from pgemu.guest_memfd import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, CreateFlags, GuestMemfd, Rfc2Flags
-from pgemu_kernels import layout as L
+from pgemu.machine.boot import node_word
+from pgemu.objects.guest_memfd import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, CreateFlags, GuestMemfd, Rfc2Flags
+from pgemu_kernels import words as W
 
 SOURCE = "guest_memfd_test"
 KEEP = FALLOC_FL_KEEP_SIZE
@@ -81,8 +81,8 @@ def holds(t: Scene, start: int, end: int, value: int) -> None:
 def test_file_read_write(t: Scene) -> None:
     """The file has neither read nor write."""
     for gmem in all_files(t):
-        assert gmem.pread(64, 0).status == -L.EINVAL
-        assert gmem.pwrite(bytes(64), 0).status == -L.EINVAL
+        assert gmem.pread(64, 0).status == -W.EINVAL
+        assert gmem.pwrite(bytes(64), 0).status == -W.EINVAL
 
 
 @case(SOURCE)
@@ -105,7 +105,7 @@ def test_mmap_not_supported(t: Scene) -> None:
     process = t.machine.create_process()
     with opened(t, flag_sets(t)[0]) as gmem:
         for length in (t.test_page_size, t.size):
-            assert process.mmap(gmem, HVA, length=length).status == -L.ENODEV
+            assert process.mmap(gmem, HVA, length=length).status == -W.ENODEV
 
 
 @case(SOURCE)
@@ -114,7 +114,7 @@ def test_mmap_cow(t: Scene) -> None:
     process = t.machine.create_process()
     for flags in flag_sets(t)[1:]:
         with opened(t, flags) as gmem:
-            assert process.mmap(gmem, HVA, private=True).status == -L.EINVAL
+            assert process.mmap(gmem, HVA, private=True).status == -W.EINVAL
 
 
 def fault_sigbus(t: Scene, gmem: GuestMemfd, accessible: int, mapped: int) -> None:
@@ -154,12 +154,12 @@ def test_fallocate(t: Scene) -> None:
     """Memory for all of the file and nothing past its end; holes may lie anywhere."""
     for gmem in all_files(t):
         assert gmem.fallocate(KEEP, 0, t.size) == (0, 0)
-        assert gmem.fallocate(PUNCH, PAGE - 1, PAGE).status == -L.EINVAL
-        assert gmem.fallocate(KEEP, t.size, PAGE).status == -L.EINVAL
-        assert gmem.fallocate(KEEP, t.size + PAGE, PAGE).status == -L.EINVAL
+        assert gmem.fallocate(PUNCH, PAGE - 1, PAGE).status == -W.EINVAL
+        assert gmem.fallocate(KEEP, t.size, PAGE).status == -W.EINVAL
+        assert gmem.fallocate(KEEP, t.size + PAGE, PAGE).status == -W.EINVAL
         assert gmem.fallocate(PUNCH, t.size, PAGE) == (0, 0)
         assert gmem.fallocate(PUNCH, t.size + PAGE, PAGE) == (0, 0)
-        assert gmem.fallocate(PUNCH, PAGE, PAGE - 1).status == -L.EINVAL
+        assert gmem.fallocate(PUNCH, PAGE, PAGE - 1).status == -W.EINVAL
         assert gmem.fallocate(PUNCH, PAGE, PAGE) == (0, 0)
         assert gmem.fallocate(KEEP, PAGE, PAGE) == (0, 0)
 
@@ -170,7 +170,7 @@ def test_invalid_punch_hole(t: Scene) -> None:
     for gmem in all_files(t):
         for offset, several in lengths.items():
             for length in several:
-                assert gmem.fallocate(PUNCH, offset, length).status == -L.EINVAL
+                assert gmem.fallocate(PUNCH, offset, length).status == -W.EINVAL
 
 
 def refused(t: Scene, size: int, flags: int) -> bool:
@@ -178,7 +178,7 @@ def refused(t: Scene, size: int, flags: int) -> bool:
     try:
         gmem = create(t, size, flags)
     except OSError as error:
-        return error.errno == L.EINVAL
+        return error.errno == W.EINVAL
     assert gmem.close().status == 0
     return False
 
@@ -232,14 +232,14 @@ def test_mbind(t: Scene) -> None:
             assert gmem.mempolicy(2 * unit - PAGE) == ("interleave", NODE_0)
             assert gmem.mbind(0, t.size, "default").status == 0
             assert gmem.mempolicy(0) == ("default", ())
-            assert gmem.mbind(0, unit, 99, NODE_0).status == -L.EINVAL
+            assert gmem.mbind(0, unit, 99, NODE_0).status == -W.EINVAL
 
 
 def node_of(t: Scene, offset: int) -> int:
     """The NUMA node that the page at an offset lies on, as move_pages() would tell."""
     pfn = t.gmem.pfn(offset)
     assert pfn is not None
-    return int(pfn >= int(t.machine.arrays.state[node_word(1, L.N_BASE)]))
+    return int(pfn >= int(t.machine.arrays.state[node_word(1, W.N_BASE)]))
 
 
 @case(SOURCE)
@@ -249,7 +249,7 @@ def test_numa_allocation(t: Scene) -> None:
     RFC v2 asks only the policy of the task that faults: there the task changes its own.
     """
     unit = t.test_page_size
-    t.set_up(4 * unit, shared=True, nodes=2, pool=max(8 * unit, 2 * L.PAGE_2M))
+    t.set_up(4 * unit, shared=True, nodes=2, pool=max(8 * unit, 2 * W.PAGE_2M))
     by_task = t.variant.order == "rfc2"
 
     def touch_all(policies: dict[int, tuple[int]]) -> None:
@@ -277,12 +277,12 @@ def test_numa_allocation(t: Scene) -> None:
 @case(SOURCE)
 def test_collapse(t: Scene) -> None:
     """MADV_COLLAPSE is refused; taken out of the tables, a page comes back as 4K. (MADV_HUGEPAGE changes nothing.)"""
-    t.set_up(L.PAGE_2M, shared=True)
-    for offset in range(0, L.PAGE_2M, PAGE):
+    t.set_up(W.PAGE_2M, shared=True)
+    for offset in range(0, W.PAGE_2M, PAGE):
         t.host_rmw(offset, 0, None)
-    assert t.process.madvise_collapse(HVA, L.PAGE_2M).status == -L.EINVAL
+    assert t.process.madvise_collapse(HVA, W.PAGE_2M).status == -W.EINVAL
     why = "MADV_DONTNEED refuses VM_PFNMAP (mm/madvise.c:madvise_dontneed_free_valid_vma())"
-    assert t.process.madvise_dontneed(HVA, L.PAGE_2M).status == t.by_design(0, -L.EINVAL, why)
+    assert t.process.madvise_dontneed(HVA, W.PAGE_2M).status == t.by_design(0, -W.EINVAL, why)
     t.host_rmw(0, 0, None)
     assert t.process.walk(HVA)[-1][0] == 1
 

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pgemu.address_space import AddressSpace
-from pgemu.guest_memfd import Form, GuestMemfd
-from pgemu.machine import Config, Machine, Result
-from pgemu.vm import Vm
-from pgemu_kernels import layout as L
-from pgemu_kernels.formats import ADDRESS
-from pgemu_kernels.layout import Flag, Operation
+from pgemu.objects.address_space import AddressSpace
+from pgemu.objects.guest_memfd import Form, GuestMemfd
+from pgemu.objects.machine import Config, Machine, Result
+from pgemu.objects.vm import Vm
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.words.operations import Flag, Operation
 
-PAGE = L.PAGE_4K
+PAGE = W.PAGE_4K
 HVA = 0x7F00_0000_0000
 GPA = 1 << 32  # above the APIC page, as the selftests have it
-SIZES = {"4K": PAGE, "2M": L.PAGE_2M, "1G": L.PAGE_1G}
+SIZES = {"4K": PAGE, "2M": W.PAGE_2M, "1G": W.PAGE_1G}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Variant:
         """A machine with memory for `bytes_` of guest memory."""
         if self.restructure:
             parameters |= {"convert_order": self.order, "series": "rfc2" if self.order == "rfc2" else "jan2026"}
-        smallest = max(self.page_size, L.PAGE_2M)
+        smallest = max(self.page_size, W.PAGE_2M)
         parameters.setdefault("pool", -(-bytes_ // smallest) * smallest)
         return Config(self.design, page_size=self.page_size, **parameters)  # type: ignore[arg-type]
 
@@ -165,19 +165,19 @@ class Scene:
         """The host reads `expected` at an offset and writes `value`; None: does not look, does not write."""
         process = process or self.process
         result = process.touch(HVA + offset, write=value is not None)
-        assert result.status in (0, L.VM_FAULT_LOCKED, L.VM_FAULT_NOPAGE), f"host access: {result}"
+        assert result.status in (0, W.VM_FAULT_LOCKED, W.VM_FAULT_NOPAGE), f"host access: {result}"
         self._use(self._frame(process.walk(HVA + offset), HVA + offset), expected, value)
 
     def host_cannot(self, offset: int, process: AddressSpace | None = None) -> None:
         """Reads and writes of the host end in SIGBUS."""
         for write in (False, True):
-            assert (process or self.process).touch(HVA + offset, write=write).status == L.VM_FAULT_SIGBUS
+            assert (process or self.process).touch(HVA + offset, write=write).status == W.VM_FAULT_SIGBUS
 
     def guest_rmw(self, offset: int, expected: str | int | None, value: str | int | None, vm: Vm | None = None) -> None:
         """The guest reads `expected` at an offset and writes `value`."""
         vm = vm or self.vm
         result = vm.touch(GPA + offset, write=value is not None)
-        assert result.status in (L.RET_PF_FIXED, L.RET_PF_SPURIOUS), f"guest access: {result}"
+        assert result.status in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS), f"guest access: {result}"
         self._use(self._frame(vm.walk(GPA + offset), GPA + offset), expected, value)
 
     def guest_fault(self, offset: int, *, private: bool) -> Result:
@@ -211,7 +211,7 @@ class Scene:
 
     def to_private_fails(self, offset: int, size: int, error_offset: int) -> None:
         """test_convert_to_private_fails(): -EAGAIN with the offset of the page that is in use."""
-        assert self.gmem.convert(offset, size, shared=False) == (-L.EAGAIN, error_offset)
+        assert self.gmem.convert(offset, size, shared=False) == (-W.EAGAIN, error_offset)
 
 
 def byte(value: str | int) -> int:

@@ -7,7 +7,7 @@ is for.
 from __future__ import annotations
 
 from conformance.harness import HVA, PAGE, Scene, case
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 SOURCE = "guest_memfd_conversions_test (in place)"
 
@@ -123,7 +123,7 @@ def elevated_refcount(t: Scene) -> None:
         for i in range(4):
             t.private(i * PAGE, "B" if i == t.page else "C", "D")
     else:
-        assert pinned.status == -L.EFAULT
+        assert pinned.status == -W.EFAULT
         assert t.gmem.convert(0, 4 * PAGE, shared=False) == (0, 0)
         for i in range(4):
             t.private(i * PAGE, "B", "D")

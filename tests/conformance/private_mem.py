@@ -7,9 +7,9 @@ of two pages the guest sees. Here both are the same page, as with conversion in 
 from __future__ import annotations
 
 from conformance.harness import GPA, PAGE, Scene, case
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
-M2 = L.PAGE_2M
+M2 = W.PAGE_2M
 RANGES = ((0, PAGE), (0, M2), (PAGE, PAGE), (PAGE, M2), (M2, PAGE))
 DATA = M2 + PAGE  # PER_CPU_DATA_SIZE
 INIT = 0xCC
@@ -95,12 +95,12 @@ def test_implicit_conversion(t: Scene) -> None:
     t.set_up(2 * M2, shared=True)
     for offset, size in RANGES:
         for page in sample(offset, size):
-            assert t.guest_fault(page, private=True).status == -L.EFAULT  # KVM_EXIT_MEMORY_FAULT
+            assert t.guest_fault(page, private=True).status == -W.EFAULT  # KVM_EXIT_MEMORY_FAULT
             assert t.gmem.convert(page, PAGE, shared=False) == (0, 0)
-            assert t.guest_fault(page, private=True).status == L.RET_PF_FIXED
-            assert t.guest_fault(page, private=False).status == -L.EFAULT
+            assert t.guest_fault(page, private=True).status == W.RET_PF_FIXED
+            assert t.guest_fault(page, private=False).status == -W.EFAULT
             assert t.gmem.convert(page, PAGE, shared=True) == (0, 0)
-            assert t.guest_fault(page, private=False).status == L.RET_PF_FIXED
+            assert t.guest_fault(page, private=False).status == W.RET_PF_FIXED
 
 
 @case("private_mem_conversions_test")
@@ -120,17 +120,17 @@ def test_punch_hole_whole_and_parts(t: Scene) -> None:
 def test_private_access_memslot_deleted(t: Scene) -> None:
     """An access while the slot goes away is no memory any more."""
     t.set_up(PAGE, shared=False)
-    assert t.guest_fault(0, private=True).status == L.RET_PF_FIXED
+    assert t.guest_fault(0, private=True).status == W.RET_PF_FIXED
     assert t.vm.unbind(GPA).status == 0
-    assert t.guest_fault(0, private=True).status == L.RET_PF_EMULATE
+    assert t.guest_fault(0, private=True).status == W.RET_PF_EMULATE
 
 
 @case("private_mem_kvm_exits_test")
 def test_private_access_memslot_not_private(t: Scene) -> None:
     """A private access of shared memory exits."""
     t.set_up(PAGE, shared=True)
-    assert t.guest_fault(0, private=True).status == -L.EFAULT
-    assert t.guest_fault(0, private=False).status == L.RET_PF_FIXED
+    assert t.guest_fault(0, private=True).status == -W.EFAULT
+    assert t.guest_fault(0, private=False).status == W.RET_PF_FIXED
 
 
 @case("set_memory_region_test")
@@ -144,9 +144,9 @@ def test_add_overlapping_private_memory_regions(t: Scene) -> None:
     assert t.vm.bind(t.gmem, GPA, offset=0, length=2 * M2).status == 0
     assert t.vm.bind(t.gmem, GPA + 2 * M2, offset=2 * M2, length=2 * M2).status == 0
     assert t.vm.unbind(GPA + 2 * M2).status == 0
-    bound = -L.EEXIST if t.variant.form == "next" else -L.EINVAL
+    bound = -W.EEXIST if t.variant.form == "next" else -W.EINVAL
     assert t.vm.bind(t.gmem, GPA + 4 * M2, offset=M2, length=2 * M2).status == bound
-    assert t.vm.bind(t.gmem, GPA + M2, offset=2 * M2, length=2 * M2).status == -L.EEXIST
+    assert t.vm.bind(t.gmem, GPA + M2, offset=2 * M2, length=2 * M2).status == -W.EEXIST
     assert t.vm.unbind(GPA).status == 0
     assert t.vm.bind(t.gmem, GPA, offset=2 * M2, length=2 * M2).status == 0
 
@@ -157,8 +157,8 @@ def test_add_private_memory_region(t: Scene) -> None:
     t.set_up(2 * M2, shared=False)
     assert t.vm.unbind(GPA).status == 0
     for offset, length in ((1, PAGE), (0, PAGE + 1), (t.size, PAGE), (t.size - PAGE, 2 * PAGE), (0, 0)):
-        assert t.vm.bind(t.gmem, GPA, offset=offset, length=length).status == -L.EINVAL
-    assert t.vm.bind(t.gmem, GPA + 1).status == -L.EINVAL
+        assert t.vm.bind(t.gmem, GPA, offset=offset, length=length).status == -W.EINVAL
+    assert t.vm.bind(t.gmem, GPA + 1).status == -W.EINVAL
     other = t.machine.create_vm(protected=True)
     assert other.bind(t.gmem, GPA).status == 0
     assert t.vm.bind(t.gmem, GPA).status == 0
@@ -172,8 +172,8 @@ def test_pre_fault_memory(t: Scene) -> None:
     assert t.vm.prefault(GPA, M2) == (0, M2)
     assert t.vm.prefault(GPA + M2, PAGE) == (0, PAGE)
     assert t.vm.prefault(GPA + slot - PAGE, 2 * PAGE) == (0, PAGE)
-    assert t.vm.prefault(GPA + slot, PAGE).status == -L.ENOENT
-    assert t.guest_fault(M2, private=True).status == L.RET_PF_SPURIOUS
+    assert t.vm.prefault(GPA + slot, PAGE).status == -W.ENOENT
+    assert t.guest_fault(M2, private=True).status == W.RET_PF_SPURIOUS
 
 
 @case("pre_fault_memory_test")

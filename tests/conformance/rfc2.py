@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conformance.harness import GPA, HVA, PAGE, Scene, case
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 SOURCE = "guest_memfd_conversions_test (RFC v2)"
 SOURCE_REPORTING = "guest_memfd_wrap_test_check_hugetlb_reporting"
@@ -100,7 +100,7 @@ def test_conversions_should_fail_if_memory_has_elevated_refcount(t: Scene) -> No
         t.to_private_fails(t.page * size, size, t.page * size)
         assert t.machine.unpin(0).status == 0
     else:
-        assert pinned.status == -L.EFAULT
+        assert pinned.status == -W.EFAULT
     assert t.gmem.convert(t.page * size, size, shared=False) == (0, 0)
     for i in range(4):
         if i == t.page:
@@ -149,11 +149,11 @@ def test_truncate_shared_while_pinned(t: Scene) -> None:
     pinned = t.process.pin(HVA, t.size, pin=0, write=True, longterm=True)
     if t.by_design(True, False, NO_GUP):
         assert pinned == (0, t.size // PAGE)
-        status = 0 if t.test_page_size == PAGE else -L.EAGAIN
+        status = 0 if t.test_page_size == PAGE else -W.EAGAIN
         assert t.gmem.punch_hole(0, t.size) == (status, 0)
         assert t.machine.unpin(0).status == 0
     else:
-        assert pinned.status == -L.EFAULT
+        assert pinned.status == -W.EFAULT
     assert t.gmem.punch_hole(0, t.size) == (0, 0)
 
 
@@ -167,16 +167,16 @@ def test_truncate_private(t: Scene) -> None:
 def close_while_pinned(t: Scene, *, shared: bool) -> None:
     """Closed while pinned, unpinned afterwards: the worker returns the page to where it came from."""
     one_page(t, shared=shared)
-    free = t.machine.statistics.gauge(L.Gauge.POOL_FREE)
+    free = t.machine.statistics.gauge(W.Gauge.POOL_FREE)
     assert t.gmem.allocate(0, t.size) == (0, 0)
-    assert t.machine.statistics.gauge(L.Gauge.POOL_FREE) == free - 1
+    assert t.machine.statistics.gauge(W.Gauge.POOL_FREE) == free - 1
     pinned = t.process.pin(HVA, t.size, pin=0, write=True, longterm=True) if shared else None
     assert t.gmem.close().status == 0
     if pinned is not None and t.by_design(True, False, NO_GUP):
         assert pinned == (0, t.size // PAGE)
-        assert t.machine.statistics.gauge(L.Gauge.POOL_FREE) == free - 1
+        assert t.machine.statistics.gauge(W.Gauge.POOL_FREE) == free - 1
         assert t.machine.unpin(0).status == 0
-    assert t.machine.statistics.gauge(L.Gauge.POOL_FREE) == free
+    assert t.machine.statistics.gauge(W.Gauge.POOL_FREE) == free
 
 
 @case(SOURCE)
@@ -256,5 +256,5 @@ def hugetlb_reporting_while_pinned(t: Scene) -> None:
         assert pool.free_hugepages == 1
         assert t.machine.unpin(0).status == 0
     else:
-        assert pinned == -L.EFAULT
+        assert pinned == -W.EFAULT
     assert (pool.free_hugepages, pool.resv_hugepages) == (2, 0)

@@ -23,11 +23,12 @@ from numba.core import ir
 from numba.core.dispatcher import Dispatcher
 
 import pgemu_kernels
-from pgemu.designs import DESIGNS
-from pgemu.machine import Config, Machine
-from pgemu.translation import Kind, translate, translate_nested
-from pgemu_kernels import compile as kernel_compile, layout as L
-from pgemu_kernels.numba_internals import EntryCompiler, StepCompiler
+from pgemu.machine.designs import DESIGNS
+from pgemu.objects.machine import Config, Machine
+from pgemu.tables.translation import Kind, translate, translate_nested
+from pgemu_kernels import words as W
+from pgemu_kernels.engine import compile as kernel_compile
+from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler
 
 ENTRY_LIMIT = 10  # each one more costs every user seconds of compilation
 
@@ -52,34 +53,34 @@ class Overload(NamedTuple):
 def exercise(machine: Machine) -> None:
     """Run every operation of a design, so that every entry point is compiled or loaded."""
     process = machine.create_process()
-    gmem = machine.create_guest_memfd(2 * L.PAGE_2M, shared=False)
+    gmem = machine.create_guest_memfd(2 * W.PAGE_2M, shared=False)
     vm = machine.create_vm(process)
     base = 0x7F00_0000_0000
     assert process.mmap(gmem, base).status == 0
     assert vm.bind(gmem, gpa=0).status == 0
     assert vm.touch(0).detail == 2
-    assert gmem.convert(0, L.PAGE_4K, shared=True).status == 0
+    assert gmem.convert(0, W.PAGE_4K, shared=True).status == 0
     process.touch(base, write=True)
     assert translate(machine, 0, process.root, [base], Kind.USER_WRITE).status.tolist() == [0]
     # Nothing backs the guest's top table: its first entry reads as zero.
-    assert translate_nested(machine, 0, L.PAGE_2M, 1, vm.root, [0]).status.tolist() == [L.WalkStatus.NOT_PRESENT]
+    assert translate_nested(machine, 0, W.PAGE_2M, 1, vm.root, [0]).status.tolist() == [W.WalkStatus.NOT_PRESENT]
     reference = gmem.get_reference(0)
     gmem.put_reference(reference.detail)
-    process.pin(base, L.PAGE_4K, pin=0)
+    process.pin(base, W.PAGE_4K, pin=0)
     machine.unpin(0)
     machine.drain_lru()
     machine.write_frame(gmem.pfn(0) or 0, b"contents")
-    process.zap(base, L.PAGE_4K)
-    assert gmem.convert(0, L.PAGE_4K, shared=False).status == 0
-    machine.begin(1, L.Operation.GUEST_FAULT, vm=vm.vm, address=L.PAGE_2M)
-    while machine.step(1) != L.STOP:
+    process.zap(base, W.PAGE_4K)
+    assert gmem.convert(0, W.PAGE_4K, shared=False).status == 0
+    machine.begin(1, W.Operation.GUEST_FAULT, vm=vm.vm, address=W.PAGE_2M)
+    while machine.step(1) != W.STOP:
         pass
-    assert gmem.punch_hole(0, L.PAGE_2M).status == 0
+    assert gmem.punch_hole(0, W.PAGE_2M).status == 0
     process.munmap(base, gmem.size)
     vm.unbind(0)
-    machine.operate(L.Operation.PROTECT, space=process.space, address=base, length=L.PAGE_4K)
+    machine.operate(W.Operation.PROTECT, space=process.space, address=base, length=W.PAGE_4K)
     assert gmem.close().status == 0
-    assert machine.hugetlb(L.PAGE_2M).resize(1).detail == 1
+    assert machine.hugetlb(W.PAGE_2M).resize(1).detail == 1
     table = machine.create_page_table("ept")
     assert table.map(0, 0, level=2).status == 0
     assert table.unmap(0).status == 0
@@ -132,7 +133,7 @@ def compiled_entries() -> dict[str, Any]:
     if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         pytest.skip("types and calls are those of the code without bounds checks")
     for design in DESIGNS:
-        exercise(Machine(Config(design, pool=4 * L.PAGE_2M, page_size=L.PAGE_2M)))
+        exercise(Machine(Config(design, pool=4 * W.PAGE_2M, page_size=W.PAGE_2M)))
     never_run = [entry.py_func.__qualname__ for entry in kernel_compile.entries if not entry.signatures]
     assert never_run == [], "exercise() leaves entry points out"
     return {entry.py_func.__qualname__: freshly_compiled(entry) for entry in kernel_compile.entries}
@@ -150,7 +151,7 @@ def assembly(compiled_entries: dict[str, Any]) -> dict[str, str]:
 
 
 def kernel_modules() -> list[Any]:
-    found = pkgutil.iter_modules(pgemu_kernels.__path__, "pgemu_kernels.")
+    found = pkgutil.walk_packages(pgemu_kernels.__path__, "pgemu_kernels.")
     return [importlib.import_module(module.name) for module in found]
 
 
@@ -231,11 +232,11 @@ def test_no_kernel_computes_with_floats(overloads: list[Overload]) -> None:
 
 @pytest.mark.skipif(os.environ.get("NUMBA_BOUNDSCHECK") != "1", reason="kernels are compiled without bounds checks")
 def test_bounds_checks_are_on() -> None:
-    from pgemu_kernels.handle import describe
+    from pgemu_kernels.engine.handle import describe
 
-    machine = Machine(Config("pfnmap", pool=L.PAGE_2M, page_size=L.PAGE_2M))
+    machine = Machine(Config("pfnmap", pool=W.PAGE_2M, page_size=W.PAGE_2M))
     vm = machine.create_vm()
-    vm.bind(machine.create_guest_memfd(L.PAGE_2M), gpa=0)
+    vm.bind(machine.create_guest_memfd(W.PAGE_2M), gpa=0)
     machine.descriptor = describe(machine.arrays._replace(ram=machine.arrays.ram[:1]))
     with pytest.raises(IndexError):
         vm.touch(0)
@@ -245,7 +246,7 @@ def test_bounds_checks_are_on() -> None:
 
 CALLEE = """
 import numpy as np
-from pgemu_kernels.compile import kernel
+from pgemu_kernels.engine.compile import kernel
 
 @kernel
 def next_value(value):
@@ -256,7 +257,7 @@ CALLER = """
 import json, sys
 import numpy as np
 from pgemu_kernels.callee import next_value
-from pgemu_kernels.compile import entry
+from pgemu_kernels.engine.compile import entry
 
 @entry
 def call(values):
@@ -292,8 +293,8 @@ class SmallPackage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.package = folder / "pgemu_kernels"
-        self.package.mkdir()
-        for name in ("__init__.py", "compile.py", "numba_internals.py"):
+        (self.package / "engine").mkdir(parents=True)
+        for name in ("__init__.py", "engine/__init__.py", "engine/compile.py", "engine/numba_internals.py"):
             (self.package / name).write_bytes((kernel_compile.SOURCES / name).read_bytes())
         (self.package / "caller.py").write_text(CALLER)
         self.edit_callee(step=1)
@@ -368,7 +369,7 @@ def settings():
     return {name: value for name, value in vars(config).items() if name.isupper()}
 before = settings()
 import pgemu_kernels
-for module in pkgutil.iter_modules(pgemu_kernels.__path__, "pgemu_kernels."):
+for module in pkgutil.walk_packages(pgemu_kernels.__path__, "pgemu_kernels."):
     importlib.import_module(module.name)
 after = settings()
 print(len(before), {name for name in before | after if before.get(name) != after.get(name)} or "unchanged")
@@ -378,7 +379,7 @@ print(len(before), {name for name in before | after if before.get(name) != after
     assert changed.strip() == "unchanged"
 
 
-@pytest.mark.parametrize("module", ["pgemu", "pgemu.cli", "pgemu.trace", "pgemu.workload", "pgemu_kernels.layout"])
+@pytest.mark.parametrize("module", ["pgemu", "pgemu.cli", "pgemu.trace", "pgemu.workload", "pgemu_kernels.words"])
 def test_no_compiler_and_no_arrow_until_they_are_used(module: str) -> None:
     file, *loaded = run_python(f"""
 import sys, {module}

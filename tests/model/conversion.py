@@ -13,7 +13,7 @@ from model.machine import State
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.tables import common
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 
 class Unit(NamedTuple):
@@ -36,17 +36,17 @@ class Conversions(State):
         """`shared` None: an ioctl that asks for neither."""
         node = self.inodes[inode]
         if not node.open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         if not self.parameters.in_place_conversion:
-            return Outcome(-L.ENOTTY)
+            return Outcome(-W.ENOTTY)
         pages = range(offset // PAGE, (offset + length) // PAGE)
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         order = self.parameters.convert_order if self.restructure else "pfnmap"
         if not self.differing(Unit(inode, node, pages, shared, pages.start)):
             return OK
         if order != "rfc2" and not self.memory.frames.left:
-            return Outcome(-L.ENOMEM, offset)
+            return Outcome(-W.ENOMEM, offset)
         for part in self.units(pages):
             unit = Unit(inode, node, part, shared, part.start)
             if not self.differing(unit):
@@ -148,7 +148,7 @@ class Conversions(State):
     def execute(self, item: Unit) -> Outcome | None:
         """Store, for which the attribute tree allocates, then split or merge."""
         if not self.memory.frames.left:
-            return Outcome(-L.ENOMEM, item.pages.start * PAGE)
+            return Outcome(-W.ENOMEM, item.pages.start * PAGE)
         self.store(item)
         if item.shared:
             return self.split_blocks(item)
@@ -225,7 +225,7 @@ class Conversions(State):
         """To private: -EAGAIN at the first folio that somebody besides the page cache holds."""
         for folio, inner, index in self.folios(unit):
             if folio.busy(inner):
-                return Outcome(-L.EAGAIN, max(index, unit.floor) * PAGE)
+                return Outcome(-W.EAGAIN, max(index, unit.floor) * PAGE)
         return None
 
     def gate_of_small_folios(self, unit: Unit) -> Outcome | None:
@@ -235,7 +235,7 @@ class Conversions(State):
             if not pinned and not folio.mapped[inner] and folio.busy(inner):
                 self.memory.lru_drain()
             if folio.busy(inner):
-                return Outcome(-L.EAGAIN, index * PAGE)
+                return Outcome(-W.EAGAIN, index * PAGE)
         return None
 
     def split_blocks(self, unit: Unit) -> Outcome | None:
@@ -263,12 +263,12 @@ class Conversions(State):
     def split_block(self, folio: Folio, pages: range) -> tuple[int, int]:
         """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY, -ENOMEM; and the folio."""
         if folio.whole and not folio.idle:
-            return -L.EBUSY, 0  # its refcount cannot be frozen
+            return -W.EBUSY, 0  # its refcount cannot be frozen
         if not self.parameters.in_pieces:
-            return 0 if self.memory.split(folio) else -L.ENOMEM, 0
+            return 0 if self.memory.split(folio) else -W.ENOMEM, 0
         for piece in range(pages.start // PIECE, (pages.stop - 1) // PIECE + 1):
             if piece not in (folio.pieces or ()) and folio.busy(piece * PIECE):
-                return -L.EBUSY, piece * PIECE
+                return -W.EBUSY, piece * PIECE
             self.memory.split_pieces(folio, {piece})
         return 0, 0
 

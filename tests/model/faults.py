@@ -8,7 +8,7 @@ from model.machine import State
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.tables import Entry
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 
 class Faults(State):
@@ -57,11 +57,11 @@ class Faults(State):
         if not self.parameters.by_page and block in inode.policies:
             mode, mask = inode.policies[block]
         chosen = [node for node in every if mask >> node & 1]
-        if mode == L.MPOL_BIND:
+        if mode == W.MPOL_BIND:
             return chosen
-        if mode == L.MPOL_PREFERRED and chosen:
+        if mode == W.MPOL_PREFERRED and chosen:
             first = chosen[0]
-        elif mode == L.MPOL_INTERLEAVE and not self.parameters.by_page:
+        elif mode == W.MPOL_INTERLEAVE and not self.parameters.by_page:
             first = chosen[block % len(chosen)]
         else:
             first = 0
@@ -70,13 +70,13 @@ class Faults(State):
     def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
         """mbind() of an inode's range, or set_mempolicy() of whoever faults. A huge page goes by its first page's."""
         if nodes:
-            wrong = nodes >> self.parameters.nodes or mode == L.MPOL_DEFAULT
+            wrong = nodes >> self.parameters.nodes or mode == W.MPOL_DEFAULT
         else:  # preferred without nodes: the local one
-            wrong = mode not in (L.MPOL_DEFAULT, L.MPOL_PREFERRED)
-        if mode > L.MPOL_INTERLEAVE or wrong:
-            return Outcome(-L.EINVAL)
+            wrong = mode not in (W.MPOL_DEFAULT, W.MPOL_PREFERRED)
+        if mode > W.MPOL_INTERLEAVE or wrong:
+            return Outcome(-W.EINVAL)
         if inode is not None and not self.inodes[inode].open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         if inode is None:
             self.task_policy = mode, nodes
             return OK
@@ -84,7 +84,7 @@ class Faults(State):
             if block << self.order < offset // PAGE:
                 continue  # its first page has another policy
             self.inodes[inode].policies.pop(block, None)
-            if mode != L.MPOL_DEFAULT:
+            if mode != W.MPOL_DEFAULT:
                 self.inodes[inode].policies[block] = mode, nodes
         return OK
 
@@ -92,12 +92,12 @@ class Faults(State):
         """fallocate(): what was allocated before a failure stays; detail is where it failed."""
         node = self.inodes[inode]
         if not node.open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         if (offset | length) % PAGE or not length or (offset + length) // PAGE > node.pages:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         for number in range(offset // PAGE >> self.order, (offset + length) // PAGE >> self.order):
             if self.folio(node, number << self.order) is None:
-                return Outcome(-L.ENOMEM, (number << self.order) * PAGE)
+                return Outcome(-W.ENOMEM, (number << self.order) * PAGE)
         return OK
 
     # ------------------------------------------------------------------ host
@@ -106,7 +106,7 @@ class Faults(State):
         page = address // PAGE
         vma = next((v for v in self.vmas if v.owner == space and page in v.pages), None)
         if vma is None or (write and vma.read_only):
-            return Outcome(L.VM_FAULT_SIGSEGV)
+            return Outcome(W.VM_FAULT_SIGSEGV)
         host = self.spaces[space]
         present = host.find(page)
         if present:
@@ -114,20 +114,20 @@ class Faults(State):
         index = vma.file_page(page)
         inode = self.inodes[vma.inode]
         if index >= inode.pages or index not in inode.shared:
-            return Outcome(L.VM_FAULT_SIGBUS)
+            return Outcome(W.VM_FAULT_SIGBUS)
         folio = self.folio(inode, index)
         if folio is None:
-            return Outcome(L.VM_FAULT_OOM)
+            return Outcome(W.VM_FAULT_OOM)
         level = self.host_level(vma, page)
         size = 1 << 9 * (level - 1)
         pfn = folio.head + index % self.block_pages
         self.memory.first_use(folio, pfn, size)
         if not host.map(page, Entry(pfn - page % size, not self.restructure, not vma.read_only), level):
-            return Outcome(L.VM_FAULT_OOM)
+            return Outcome(W.VM_FAULT_OOM)
         if not self.restructure:
-            return Outcome(L.VM_FAULT_NOPAGE, level)
+            return Outcome(W.VM_FAULT_NOPAGE, level)
         folio.mapped[folio.unit(pfn)] += 1
-        return Outcome(L.VM_FAULT_LOCKED, level)
+        return Outcome(W.VM_FAULT_LOCKED, level)
 
     def host_level(self, vma: Window, page: int) -> int:
         """pfnmap with large entries: the largest level at which all is shared, aligned and inside the VMA."""
@@ -152,26 +152,26 @@ class Faults(State):
         gfn = gpa // PAGE
         slot = next((s for s in self.slots if s.owner == vm and gfn in s.pages), None)
         if slot is None:
-            return Outcome(L.RET_PF_EMULATE)
+            return Outcome(W.RET_PF_EMULATE)
         if slot.released:
-            return Outcome(-L.EFAULT)
+            return Outcome(-W.EFAULT)
         inode = self.inodes[slot.inode]
         index = slot.file_page(gfn)
         # page_fault_can_be_fast() leaves an access of the wrong kind to the slow path, which exits.
         if private is not None and private == (index in inode.shared):
-            return Outcome(-L.EFAULT)
+            return Outcome(-W.EFAULT)
         present = self.vms[vm].find(gfn)
         if present:
-            return Outcome(L.RET_PF_SPURIOUS, present[0])
+            return Outcome(W.RET_PF_SPURIOUS, present[0])
         folio = self.folio(inode, index)
         if folio is None:
-            return Outcome(-L.ENOMEM)
+            return Outcome(-W.ENOMEM)
         pfn = folio.head + index % self.block_pages
         level = self.stage2_level(slot, gfn, folio)
         self.memory.first_use(folio, pfn, 1 << 9 * (level - 1))
         if not self.vms[vm].map(gfn, level, pfn):
-            return Outcome(-L.ENOMEM)
-        return Outcome(L.RET_PF_FIXED, level)
+            return Outcome(-W.ENOMEM)
+        return Outcome(W.RET_PF_FIXED, level)
 
     def stage2_level(self, slot: Window, gfn: int, folio: Folio | None) -> int:
         """The largest level that slot, alignment and folio (restructure) or shareability (pfnmap) permit."""
@@ -198,12 +198,12 @@ class Faults(State):
     def prefault(self, vm: int, gpa: int, length: int) -> Outcome:
         """KVM_PRE_FAULT_MEMORY: guest faults from leaf to leaf, until one fails: the bytes that are mapped."""
         if (gpa | length) % PAGE or not length:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         at = gpa
         while at < gpa + length:
             outcome = self.guest_fault(vm, at)
-            if outcome.status not in (L.RET_PF_FIXED, L.RET_PF_SPURIOUS):
-                error = -L.ENOENT if outcome.status == L.RET_PF_EMULATE else outcome.status
+            if outcome.status not in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS):
+                error = -W.ENOENT if outcome.status == W.RET_PF_EMULATE else outcome.status
                 return Outcome(0, at - gpa) if at > gpa else Outcome(error)
             size = PAGE << 9 * (outcome.detail - 1)
             at = at // size * size + size
@@ -212,10 +212,10 @@ class Faults(State):
     def log_dirty_pages(self, vm: int, gpa: int, on: bool) -> Outcome:
         """KVM_MEM_LOG_DIRTY_PAGES of a slot with guest_memfd: leaves of 4K only, while it is on."""
         if not self.parameters.dirty_log_guest_memfd:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         slot = next((s for s in self.slots if s.owner == vm and gpa // PAGE in s.pages), None)
         if slot is None:
-            return Outcome(-L.ENOENT)
+            return Outcome(-W.ENOENT)
         if on == slot.dirty:
             return OK
         slot.dirty = on

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.layout import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP, Event
+from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 
 STRUCT_PAGES = 64  # of one vmemmap page
 ALL_ONES = (1 << 64) - 1

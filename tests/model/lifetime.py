@@ -7,7 +7,7 @@ from model.machine import State
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.tables import common
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 
 class Lifetime(State):
@@ -16,10 +16,10 @@ class Lifetime(State):
     def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
         node = self.inodes[inode]
         if not node.open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         unit = self.parameters.page_size if self.parameters.punch == "refuse" else PAGE
         if (offset | length) % unit or not length:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         pages = range(offset // PAGE, min((offset + length) // PAGE, node.pages))
         if not pages:
             return OK
@@ -38,7 +38,7 @@ class Lifetime(State):
             if not folio.whole or not self.order:
                 self.unmap_file(inode, block)
             if not folio.whole and not folio.idle:
-                return Outcome(-L.EAGAIN, block.start * PAGE)  # cannot be merged
+                return Outcome(-W.EAGAIN, block.start * PAGE)  # cannot be merged
             self.memory.uncache(node.blocks.pop(number))
         return OK
 
@@ -46,7 +46,7 @@ class Lifetime(State):
         """kvm_gmem_release(): the VM's file is closed, its slots have no memory any more; the inode's memory stays."""
         slots = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
         if not slots:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         for slot in slots:
             self.vms[vm].zap(slot.pages)
             slot.released = True
@@ -55,7 +55,7 @@ class Lifetime(State):
     def close(self, inode: int) -> Outcome:
         node = self.inodes[inode]
         if not node.open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         self.remove_vmas([(v, v.pages) for v in self.vmas if v.inode == inode])
         for slot in [s for s in self.slots if s.inode == inode]:
             self.delete_slot(slot)

@@ -1,7 +1,7 @@
 """Both designs of guest_memfd with HugeTLB as Linux semantics over dicts and sets.
 
 Everything is in pages, nothing is fast, and no code is shared with the kernels but the numbers of
-results. Results are those of pgemu.machine: status and detail.
+results. Results are those of pgemu.Result: status and detail.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
 from model.tables import HostTables, Stage2, common, overlap
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 __all__ = ("OK", "PAGE", "PFNMAP", "RESTRUCTURE", "Model", "Outcome")
 
@@ -95,26 +95,26 @@ class Model(Conversions, References, Lifetime):
 
     def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool) -> Outcome:
         if not self.inodes[inode].open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         pages = range(address // PAGE, (address + length) // PAGE)
         if (address | offset | length) % PAGE or not pages:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         if any(v.owner == space and overlap(v.pages, pages) for v in self.vmas):
-            return Outcome(-L.EEXIST)
+            return Outcome(-W.EEXIST)
         self.vmas.append(Window(space, pages, inode, offset // PAGE, read_only))
         return OK
 
     def munmap(self, space: int, address: int, length: int) -> Outcome:
         pages = range(address // PAGE, (address + length) // PAGE)
         if (address | length) % PAGE or not pages:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         parts = [(v, common(v.pages, pages)) for v in self.vmas if v.owner == space]
         self.remove_vmas([(vma, part) for vma, part in parts if part])
         return OK
 
     def zap(self, space: int, address: int, length: int, madvise: bool) -> Outcome:
         if (address | length) % PAGE:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         pages = range(address // PAGE, (address + length) // PAGE)
         covered = 0
         for vma in sorted((v for v in self.vmas if v.owner == space), key=lambda v: v.pages.start):
@@ -122,40 +122,40 @@ class Model(Conversions, References, Lifetime):
             if not part:
                 continue
             if madvise and not self.restructure:
-                return Outcome(-L.EINVAL)  # VM_PFNMAP
+                return Outcome(-W.EINVAL)  # VM_PFNMAP
             self.clear_entries(vma, part)
             if madvise and self.reclaims_tables:
                 self.spaces[space].free_last_level(part)
             covered += len(part)
-        return OK if covered == len(pages) else Outcome(-L.ENOMEM)
+        return OK if covered == len(pages) else Outcome(-W.ENOMEM)
 
     def bind(self, vm: int, gpa: int, inode: int, offset: int, length: int) -> Outcome:
         """kvm_set_memory_region() looks at the slots' guest frames before kvm_gmem_bind() looks at the file."""
         if (gpa | offset | length) % PAGE or not length:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         slot = Window(vm, range(gpa // PAGE, (gpa + length) // PAGE), inode, offset // PAGE)
         if any(s.owner == vm and overlap(s.pages, slot.pages) for s in self.slots):
-            return Outcome(-L.EEXIST)
+            return Outcome(-W.EEXIST)
         if not self.inodes[inode].open:
-            return Outcome(-L.EBADF)
+            return Outcome(-W.EBADF)
         if slot.file.stop > self.inodes[inode].pages:
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         if any(s.owner == vm and s.showing(inode, slot.file) for s in self.slots):
-            return Outcome(-L.EINVAL)
+            return Outcome(-W.EINVAL)
         self.slots.append(slot)
         return OK
 
     def unbind(self, vm: int, gpa: int) -> Outcome:
         slot = next((s for s in self.slots if s.owner == vm and s.pages.start == gpa // PAGE), None)
         if slot is None:
-            return Outcome(-L.ENOENT)
+            return Outcome(-W.ENOENT)
         self.delete_slot(slot)
         return OK
 
     # ------------------------------------------------------------------ what is counted
 
     @property
-    def gauges(self) -> dict[L.Gauge, int]:
+    def gauges(self) -> dict[W.Gauge, int]:
         """The machine's gauges, recounted."""
         leaves = [key[0] for vm in self.vms for key in vm.leaves]
         large = [key[0] for space in self.spaces for key in space.huge]
@@ -163,25 +163,25 @@ class Model(Conversions, References, Lifetime):
         cached = [folio for folio in folios if folio.cached]
         lazy = self.parameters.merge == "lazy"
         return {
-            L.Gauge.FRAMES_USED: self.memory.frames.used,
-            L.Gauge.HOST_TABLES: sum(space.table_pages for space in self.spaces if space.live),
-            L.Gauge.STAGE2_TABLES: sum(vm.table_pages for vm in self.vms),
-            L.Gauge.KERNEL_TABLES: self.memory.kernel_tables,
-            L.Gauge.XARRAY_NODES: self.memory.nodes,
-            L.Gauge.VMEMMAP_PAGES: self.memory.vmemmap_pages,
-            L.Gauge.CONTENT_FRAMES: len(self.memory.contents),
-            L.Gauge.HOST_LEAVES_4K: sum(len(space.entries) for space in self.spaces),
-            L.Gauge.HOST_LEAVES_2M: large.count(2),
-            L.Gauge.HOST_LEAVES_1G: large.count(3),
-            L.Gauge.STAGE2_LEAVES_4K: leaves.count(1),
-            L.Gauge.STAGE2_LEAVES_2M: leaves.count(2),
-            L.Gauge.STAGE2_LEAVES_1G: leaves.count(3),
-            L.Gauge.POOL_FREE: self.memory.count_free,
-            L.Gauge.BLOCKS_HUGE: sum(folio.whole for folio in cached),
-            L.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
-            L.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
-            L.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
-            L.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
-            L.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
-            L.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),
+            W.Gauge.FRAMES_USED: self.memory.frames.used,
+            W.Gauge.HOST_TABLES: sum(space.table_pages for space in self.spaces if space.live),
+            W.Gauge.STAGE2_TABLES: sum(vm.table_pages for vm in self.vms),
+            W.Gauge.KERNEL_TABLES: self.memory.kernel_tables,
+            W.Gauge.XARRAY_NODES: self.memory.nodes,
+            W.Gauge.VMEMMAP_PAGES: self.memory.vmemmap_pages,
+            W.Gauge.CONTENT_FRAMES: len(self.memory.contents),
+            W.Gauge.HOST_LEAVES_4K: sum(len(space.entries) for space in self.spaces),
+            W.Gauge.HOST_LEAVES_2M: large.count(2),
+            W.Gauge.HOST_LEAVES_1G: large.count(3),
+            W.Gauge.STAGE2_LEAVES_4K: leaves.count(1),
+            W.Gauge.STAGE2_LEAVES_2M: leaves.count(2),
+            W.Gauge.STAGE2_LEAVES_1G: leaves.count(3),
+            W.Gauge.POOL_FREE: self.memory.count_free,
+            W.Gauge.BLOCKS_HUGE: sum(folio.whole for folio in cached),
+            W.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
+            W.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
+            W.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
+            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
+            W.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
+            W.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),
         }

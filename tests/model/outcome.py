@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Outcome(NamedTuple):
-    """As pgemu.machine.Result."""
+    """As pgemu.Result."""
 
     status: int
     detail: int = 0

@@ -11,11 +11,11 @@ from model import rules
 from model.memory import Boot
 from model.model import PAGE, Model, Outcome
 from model.parameters import Parameters
-from pgemu.address_space import AddressSpace
-from pgemu.guest_memfd import GuestMemfd
-from pgemu.machine import Config, Machine, Result
-from pgemu.vm import Vm
-from pgemu_kernels import layout as L
+from pgemu.objects.address_space import AddressSpace
+from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.objects.machine import Config, Machine, Result
+from pgemu.objects.vm import Vm
+from pgemu_kernels import words as W
 
 
 class Pair:
@@ -40,11 +40,11 @@ class Pair:
 
     def figures(self) -> Boot:
         """What boot took, where the model does not know."""
-        gauges = (L.Gauge.FRAMES_USED, L.Gauge.KERNEL_TABLES, L.Gauge.VMEMMAP_PAGES)
+        gauges = (W.Gauge.FRAMES_USED, W.Gauge.KERNEL_TABLES, W.Gauge.VMEMMAP_PAGES)
         return Boot(
-            *(int(self.machine.arrays.stats[int(L.STATS_GAUGES) + 2 * gauge]) for gauge in gauges),
-            self.machine.register(L.R_FRAMES_LIMIT),
-            self.machine.register(L.R_POOL_BASE),
+            *(int(self.machine.arrays.stats[int(W.STATS_GAUGES) + 2 * gauge]) for gauge in gauges),
+            self.machine.register(W.R_FRAMES_LIMIT),
+            self.machine.register(W.R_POOL_BASE),
         )
 
     def chosen_page(self, inode: int, index: int) -> int | None:
@@ -70,7 +70,7 @@ class Pair:
         if expected is None:
             with pytest.raises(OSError) as error:
                 make(*args, **kwargs)
-            assert error.value.errno == L.ENOMEM
+            assert error.value.errno == W.ENOMEM
         else:
             objects[expected : expected + 1] = [make(*args, **kwargs)]
 
@@ -96,8 +96,8 @@ class Pair:
         return outcome
 
     def guest_fault(self, vm: int, gpa: int, private: bool | None = None) -> Outcome:
-        flags = 0 if private is None else L.Flag.PRIVATE if private else L.Flag.SHARED
-        got = self.machine.operate(L.Operation.GUEST_FAULT, flags=flags, vm=vm, address=gpa)
+        flags = 0 if private is None else W.Flag.PRIVATE if private else W.Flag.SHARED
+        got = self.machine.operate(W.Operation.GUEST_FAULT, flags=flags, vm=vm, address=gpa)
         outcome = self.same(got, self.model.guest_fault(vm, gpa, private))
         self.compare_guest(vm, gpa)
         return outcome
@@ -108,19 +108,19 @@ class Pair:
         return outcome
 
     def allocate(self, inode: int, offset: int, length: int) -> Outcome:
-        got = self.machine.operate(L.Operation.ALLOCATE, object_=inode, offset=offset, length=length)
+        got = self.machine.operate(W.Operation.ALLOCATE, object_=inode, offset=offset, length=length)
         return self.same(got, self.model.allocate(inode, offset, length))
 
     def set_policy(self, inode: int | None, offset: int, length: int, mode: int, nodes: int) -> Outcome:
-        number = int(L.NO_INODE) if inode is None else inode
+        number = int(W.NO_INODE) if inode is None else inode
         got = self.machine.operate(
-            L.Operation.MEMORY_POLICY, flags=mode, object_=number, offset=offset, length=length, address=nodes
+            W.Operation.MEMORY_POLICY, flags=mode, object_=number, offset=offset, length=length, address=nodes
         )
         return self.same(got, self.model.set_policy(inode, offset, length, mode, nodes))
 
     def log_dirty_pages(self, vm: int, gpa: int, on: bool) -> Outcome:
-        flags = L.Flag.LOG_DIRTY_PAGES if on else 0
-        got = self.machine.operate(L.Operation.DIRTY_LOGGING, flags=flags, vm=vm, address=gpa)
+        flags = W.Flag.LOG_DIRTY_PAGES if on else 0
+        got = self.machine.operate(W.Operation.DIRTY_LOGGING, flags=flags, vm=vm, address=gpa)
         return self.same(got, self.model.log_dirty_pages(vm, gpa, on))
 
     def convert(self, inode: int, offset: int, length: int, shared: bool) -> Outcome:
@@ -133,7 +133,7 @@ class Pair:
         gone = before - self.model.inodes[inode].blocks.keys()
         order = self.model.order
         # A hole refused at a page has zeroed what lies before it.
-        stop = {0: offset + length, -L.EAGAIN: outcome.detail}.get(outcome.status, 0)
+        stop = {0: offset + length, -W.EAGAIN: outcome.detail}.get(outcome.status, 0)
         self.forget(inode, lambda index: index >> order in gone or offset <= index * PAGE < stop)
         return outcome
 
@@ -159,27 +159,27 @@ class Pair:
         return self.same(self.inodes[inode].get_reference(offset), self.model.get(inode, offset))
 
     def put(self, pfn: int) -> Outcome:
-        got = self.machine.operate(L.Operation.PUT, address=pfn * PAGE)
+        got = self.machine.operate(W.Operation.PUT, address=pfn * PAGE)
         return self.same(got, self.model.put(pfn))
 
     def pin(self, space: int, address: int, length: int, pin: int, write: bool, longterm: bool = False) -> Outcome:
-        flags = (L.Flag.WRITE if write else 0) | (L.Flag.LONGTERM if longterm else 0)
+        flags = (W.Flag.WRITE if write else 0) | (W.Flag.LONGTERM if longterm else 0)
         got = self.machine.operate(
-            L.Operation.PIN, flags=flags, space=space, object_=pin, address=address, length=length
+            W.Operation.PIN, flags=flags, space=space, object_=pin, address=address, length=length
         )
         return self.same(got, self.model.pin(space, address, length, pin, write))
 
     def unpin(self, pin: int) -> Outcome:
-        return self.same(self.machine.operate(L.Operation.UNPIN, object_=pin), self.model.unpin(pin))
+        return self.same(self.machine.operate(W.Operation.UNPIN, object_=pin), self.model.unpin(pin))
 
     def drain_lru(self) -> Outcome:
-        return self.same(self.machine.operate(L.Operation.LRU_DRAIN), self.model.drain_lru())
+        return self.same(self.machine.operate(W.Operation.LRU_DRAIN), self.model.drain_lru())
 
     def work(self) -> Outcome:
-        return self.same(self.machine.operate(L.Operation.WORK), self.model.work())
+        return self.same(self.machine.operate(W.Operation.WORK), self.model.work())
 
     def release(self, vm: int, inode: int) -> Outcome:
-        got = self.machine.operate(L.Operation.RELEASE, vm=vm, object_=inode)
+        got = self.machine.operate(W.Operation.RELEASE, vm=vm, object_=inode)
         return self.same(got, self.model.release(vm, inode))
 
     def exit(self, space: int) -> Outcome:
@@ -206,7 +206,7 @@ class Pair:
         else:
             with pytest.raises(OSError) as error:
                 self.machine.write_frame(pfn, data)
-            assert error.value.errno == L.ENOMEM
+            assert error.value.errno == W.ENOMEM
 
     def compare_contents(self, inode: int, index: int) -> None:
         """A page that a fault has made visible shows what was written last, or zeroes."""
@@ -256,7 +256,7 @@ class Pair:
     def compare_gauges(self) -> None:
         stats = self.machine.arrays.stats
         for gauge, expected in self.model.gauges.items():
-            got = int(stats[int(L.STATS_GAUGES) + 2 * gauge])
+            got = int(stats[int(W.STATS_GAUGES) + 2 * gauge])
             assert got == expected, gauge.name
 
     def compare_everything(self) -> None:
@@ -279,6 +279,6 @@ class Pair:
 
     def compare_shareability(self, memfd: GuestMemfd, pages: int, shared: set[int]) -> None:
         state = self.machine.arrays.state
-        word = int(state[int(L.STATE_INODES) + memfd.inode * L.I_WORDS + int(L.I_WORD)])
+        word = int(state[int(W.STATE_INODES) + memfd.inode * W.I_WORDS + int(W.I_WORD)])
         bits = self.machine.arrays.state[word : word + -(-pages // 64)].view(np.uint8)
         assert set(np.flatnonzero(np.unpackbits(bits, bitorder="little")[:pages]).tolist()) == shared

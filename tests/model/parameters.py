@@ -1,4 +1,4 @@
-"""What a model is a model of: the parameters of pgemu.machine.Config that matter to it."""
+"""What a model is a model of: the parameters of pgemu.Config that matter to it."""
 
 from __future__ import annotations
 

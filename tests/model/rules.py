@@ -13,7 +13,7 @@ import numpy as np
 from model.folio import PIECE
 from model.inode import Window
 from model.model import Model
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 ADDRESS = (1 << 52) - (1 << 12)
 LARGE = 1 << 7
@@ -91,25 +91,25 @@ def view_of_machine(machine: Any, order: int) -> View:
     """`order`: of the huge pages."""
     arrays = machine.arrays
     state = arrays.state
-    host = rows(state, L.STATE_SPACES, L.S_WORDS, machine.register(L.R_SPACES))
-    vms = rows(state, L.STATE_VMS, L.V_WORDS, machine.register(L.R_VMS))
+    host = rows(state, W.STATE_SPACES, W.S_WORDS, machine.register(W.R_SPACES))
+    vms = rows(state, W.STATE_VMS, W.V_WORDS, machine.register(W.R_VMS))
     present = 7 if machine.config.stage2 == "ept" else 1
-    inodes = rows(state, L.STATE_INODES, L.I_WORDS, machine.register(L.R_INODES))
-    gauges = arrays.stats[int(L.STATS_GAUGES) :: 2]
+    inodes = rows(state, W.STATE_INODES, W.I_WORDS, machine.register(W.R_INODES))
+    gauges = arrays.stats[int(W.STATS_GAUGES) :: 2]
     counted = (
-        L.Gauge.POOL_FREE,
-        L.Gauge.BLOCKS_HUGE,
-        L.Gauge.BLOCKS_SPLIT,
-        L.Gauge.BLOCKS_PARTLY,
-        L.Gauge.BLOCKS_ZOMBIE,
+        W.Gauge.POOL_FREE,
+        W.Gauge.BLOCKS_HUGE,
+        W.Gauge.BLOCKS_SPLIT,
+        W.Gauge.BLOCKS_PARTLY,
+        W.Gauge.BLOCKS_ZOMBIE,
     )
     return View(
-        [leaf for owner, row in enumerate(host) for leaf in leaves(arrays.ram, owner, int(row[L.S_ROOT]), 1)],
-        [leaf for owner, row in enumerate(vms) for leaf in leaves(arrays.ram, owner, int(row[L.V_ROOT]), present)],
+        [leaf for owner, row in enumerate(host) for leaf in leaves(arrays.ram, owner, int(row[W.S_ROOT]), 1)],
+        [leaf for owner, row in enumerate(vms) for leaf in leaves(arrays.ram, owner, int(row[W.V_ROOT]), present)],
         [shareability(arrays, row) for row in inodes],
         [blocks_of(state, row) for row in inodes],
         sum(int(gauges[gauge]) for gauge in counted),
-        [int(row[L.V_IN_PROGRESS]) for row in vms],
+        [int(row[W.V_IN_PROGRESS]) for row in vms],
     )
 
 
@@ -138,11 +138,11 @@ def leaves(ram: Array, owner: int, root: int, present: int) -> list[Leaf]:
 
 def shareability(arrays: Any, row: Array) -> Array:
     """An inode's bits; the counts per 2M and per 1G must agree with them."""
-    pages = int(row[L.I_PAGES])
-    word = int(row[L.I_WORD])
+    pages = int(row[W.I_PAGES])
+    word = int(row[W.I_WORD])
     words = arrays.state[word : word + -(-pages // 64)].view(np.uint8)
     bits = np.unpackbits(words, bitorder="little")[:pages].astype(np.bool_)
-    for name, size in ((L.I_PMD, 512), (L.I_PUD, 1 << 18)):
+    for name, size in ((W.I_PMD, 512), (W.I_PUD, 1 << 18)):
         sums = np.add.reduceat(bits, np.arange(0, pages, size), dtype=np.int64)
         first = int(row[name])
         assert arrays.counts[first : first + len(sums)].tolist() == sums.tolist()
@@ -152,16 +152,16 @@ def shareability(arrays: Any, row: Array) -> Array:
 def blocks_of(state: Array, row: Array) -> dict[int, Block]:
     """The allocated blocks of an inode."""
     found = {}
-    table = rows(state, row[L.I_BLOCK], L.B_WORDS, int(row[L.I_BLOCKS]))
-    known = [L.BLOCK_HUGE, L.BLOCK_SPLIT, L.BLOCK_PARTLY]
-    for number in np.flatnonzero(np.isin(table[:, L.B_STATE], known)).tolist():
+    table = rows(state, row[W.I_BLOCK], W.B_WORDS, int(row[W.I_BLOCKS]))
+    known = [W.BLOCK_HUGE, W.BLOCK_SPLIT, W.BLOCK_PARTLY]
+    for number in np.flatnonzero(np.isin(table[:, W.B_STATE], known)).tolist():
         block = table[number]
         pieces = None
-        if block[L.B_STATE] == L.BLOCK_PARTLY:
-            bits = np.unpackbits(block[int(L.B_PIECES) : int(L.B_PIECES) + 8].view(np.uint8), bitorder="little")
+        if block[W.B_STATE] == W.BLOCK_PARTLY:
+            bits = np.unpackbits(block[int(W.B_PIECES) : int(W.B_PIECES) + 8].view(np.uint8), bitorder="little")
             pieces = set(np.flatnonzero(bits).tolist())
-        split = bool(block[L.B_STATE] == L.BLOCK_SPLIT)
-        found[number] = Block(int(block[L.B_PFN]), split, pieces, bool(block[L.B_WAITS]))
+        split = bool(block[W.B_STATE] == W.BLOCK_SPLIT)
+        found[number] = Block(int(block[W.B_PFN]), split, pieces, bool(block[W.B_WAITS]))
     return found
 
 

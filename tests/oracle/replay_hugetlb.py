@@ -30,8 +30,8 @@ import numpy as np
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation, StructPages
 from oracle.replay_process import ENOSYS, MismatchError, Replay, captured_entries, entries_here, number
-from pgemu.machine import Config, Machine
-from pgemu_kernels import layout as L
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels import words as W
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +43,7 @@ STRUCT_WORDS = 8
 LARGE, PRESENT = 1 << 7, 1
 KERNEL_IMAGE = 0xFFFF_FFFF_8000_0000
 NEVER = 1 << 63  # a frame that nothing has
-SIZES = {"2M": L.PAGE_2M, "1G": L.PAGE_1G}
+SIZES = {"2M": W.PAGE_2M, "1G": W.PAGE_1G}
 FILES = ("nr_hugepages", "free_hugepages", "resv_hugepages", "surplus_hugepages", "nr_overcommit_hugepages")
 MEMINFO = ("HugePages_Total", "HugePages_Free", "HugePages_Rsvd", "HugePages_Surp", "Hugetlb", "PageTables",
            "SecPageTables")  # fmt: skip
@@ -53,7 +53,7 @@ VMSTAT = ("nr_memmap_pages", "nr_memmap_boot_pages", "nr_hugetlb", "nr_page_tabl
 # --------------------------------------------------------------------------- the machine
 
 
-def frames_of(checkpoint: Checkpoint, page_size: int = L.PAGE_2M) -> list[int]:
+def frames_of(checkpoint: Checkpoint, page_size: int = W.PAGE_2M) -> list[int]:
     """First frames of the HugeTLB pages of a size, ascending."""
     return sorted(page.pfn for page in checkpoint.huge_pages if page.pages << 12 == page_size)
 
@@ -70,9 +70,9 @@ def boot(capture: Capture) -> Machine:
     reserved = huge[0] - FIRST_HUGE
     machine = Machine(
         Config(
-            pool=len(huge) * L.PAGE_2M,
-            page_size=L.PAGE_2M,
-            other_pool=len(frames_of(first, L.PAGE_1G)) * L.PAGE_1G,
+            pool=len(huge) * W.PAGE_2M,
+            page_size=W.PAGE_2M,
+            other_pool=len(frames_of(first, W.PAGE_1G)) * W.PAGE_1G,
             reserved=reserved << 12,
             buddy=(END - FIRST_HUGE - reserved - len(huge) * 512) << 12,
             kernel=capture.kernel,
@@ -80,7 +80,7 @@ def boot(capture: Capture) -> Machine:
             pti=capture.pti,
         )
     )
-    pool = machine.hugetlb(L.PAGE_2M)
+    pool = machine.hugetlb(W.PAGE_2M)
     strays = sorted(set(huge) - set(pool.free_list()))
     for pfn in sorted(set(pool.free_list()) - set(huge)):
         expect(f"dissolve {pfn:#x}", machine.dissolve(pfn).status, 0)
@@ -96,7 +96,7 @@ def grow(machine: Machine, pfns: list[int]) -> None:
     if not pfns:
         return
     optimize, machine.optimize_vmemmap = machine.optimize_vmemmap, False
-    pool = machine.hugetlb(L.PAGE_2M)
+    pool = machine.hugetlb(W.PAGE_2M)
     before = set(pool.free_list())
     pool.resize(1 << 20)
     new = set(pool.free_list()) - before
@@ -112,7 +112,7 @@ def grow(machine: Machine, pfns: list[int]) -> None:
 
 def order_free_list(machine: Machine, pfns: list[int]) -> None:
     """Put the pages at the front of the free list into the order `pfns`: take them all, free the last one first."""
-    pool = machine.hugetlb(L.PAGE_2M)
+    pool = machine.hugetlb(W.PAGE_2M)
     taken = {pool.allocate().detail for _ in pfns}
     expect("pages at the front of the free list", taken, set(pfns))
     for pfn in reversed(pfns):
@@ -280,7 +280,7 @@ def vmemmap_here(machine: Machine) -> Vmemmap:
         every = (pieces[:, None] + np.arange(size, dtype=np.uint64)).reshape(-1)
         frame[at : at + present.size][present] = every[present]
 
-    top = machine.register(L.R_KERNEL_ROOT) >> 3
+    top = machine.register(W.R_KERNEL_ROOT) >> 3
     entry = int(ram[top + (start >> 39 & 511)])
     tables[VMEMMAP, 4] = entry
     entry = int(ram[(entry & FRAME) // 8 + (start >> 30 & 511)])
@@ -401,7 +401,7 @@ class History:
 
     def feed_first_list(self) -> None:
         """The first free list, where it is not ascending."""
-        pool = self.machine.hugetlb(L.PAGE_2M)
+        pool = self.machine.hugetlb(W.PAGE_2M)
         order = first_order(self.full[0])
         if order != pool.free_list():
             order_free_list(self.machine, order)
@@ -546,7 +546,7 @@ class History:
         """Not on Debian's 7.3.4 once it has freed a 1G page of boot ("Bad page state", README of the captures)."""
         if self.capture.kernel != "7.3" or "debian" not in self.capture.name:
             return True
-        return not (checkpoint.scenario == "90-hvo" and len(frames_of(checkpoint, L.PAGE_1G)) < 2)
+        return not (checkpoint.scenario == "90-hvo" and len(frames_of(checkpoint, W.PAGE_1G)) < 2)
 
 
 def counters(values: dict[str, int], names: Iterable[str]) -> dict[str, int]:

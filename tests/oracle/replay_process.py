@@ -20,19 +20,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation
-from pgemu.address_space import AddressSpace
-from pgemu.files import Device, GuestMemfd4K, HugetlbFile
-from pgemu.machine import Config, Machine
-from pgemu.vm import Vm
-from pgemu_kernels import layout as L
+from pgemu.objects.address_space import AddressSpace
+from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
+from pgemu.objects.machine import Config, Machine
+from pgemu.objects.vm import Vm
+from pgemu_kernels import words as W
 
 PAGE = 4096
 PRESENT, LARGE, PROTNONE, SPECIAL = 1, 1 << 7, 1 << 8, 1 << 9
 ENOSYS, ENOTTY = 38, 25
 SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 RIGHTS = {"r": 1, "w": 2, "x": 4}
-HUGE = {"huge2m": L.PAGE_2M, "huge1g": L.PAGE_1G}
-SIGNALS = L.VM_FAULT_SIGBUS | L.VM_FAULT_SIGSEGV
+HUGE = {"huge2m": W.PAGE_2M, "huge1g": W.PAGE_1G}
+SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
 Entries = dict[tuple[int, int], int]  # (address, level): entry
 
 
@@ -161,7 +161,7 @@ class Guests:
 
     def vm(self, operation: Operation, name: str, kind: str) -> int:
         if kind == "1" and not self.replay.has_protected_vms:
-            return -L.EINVAL  # the configuration lacks KVM_SW_PROTECTED_VM
+            return -W.EINVAL  # the configuration lacks KVM_SW_PROTECTED_VM
         self.vms[name] = self.replay.machine.create_vm(self.replay.process, protected=kind == "1")
         return 0
 
@@ -186,7 +186,7 @@ class Guests:
         if name not in self.vms:
             return -ENOSYS
         if gmem not in self.replay.gmems:
-            return -L.EINVAL  # no such file
+            return -W.EINVAL  # no such file
         file = self.replay.gmems[gmem]
         return (
             self.vms[name]
@@ -206,7 +206,7 @@ class Guests:
         done = 0
         for i in range(int(count)):
             status = self.vms[name].touch(number(gpa) + i * number(stride), write=how == "w", execute=how == "x").status
-            done += status in (L.RET_PF_FIXED, L.RET_PF_SPURIOUS)
+            done += status in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS)
         return done
 
     def prefault(self, operation: Operation, name: str, gpa: str, size: str) -> int:
@@ -228,7 +228,7 @@ class Replay:
             for op in checkpoint.ops
         )
         self.machine = machine or Machine(
-            Config("restructure", pool=64 * L.PAGE_2M, page_size=L.PAGE_2M, other_pool=2 * L.PAGE_1G,
+            Config("restructure", pool=64 * W.PAGE_2M, page_size=W.PAGE_2M, other_pool=2 * W.PAGE_1G,
                    kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti)  # type: ignore[arg-type]
         )  # fmt: skip
         self.process = self.machine.create_process()
@@ -326,7 +326,7 @@ class Replay:
             self.devices.append((at, size))
         elif name == "gmem":
             if rest[0] not in self.gmems:
-                return -L.EBADF
+                return -W.EBADF
             result = self.process.mmap(self.gmems[rest[0]], at, offset=number(rest[1]), length=size)
         else:
             raise NotImplementedError(kind)
@@ -337,10 +337,10 @@ class Replay:
             at = number(address) + i * number(stride)
             status = self.process.touch(at, write=how == "w", execute=how == "x").status
             if status & SIGNALS:
-                note = f"stopped at touch {i} by signal {11 if status & L.VM_FAULT_SIGSEGV else 7}"
+                note = f"stopped at touch {i} by signal {11 if status & W.VM_FAULT_SIGSEGV else 7}"
                 if not any(text.startswith(note) for text in operation.notes):
                     raise MismatchError(f"{operation.text}: {note}, captured {operation.notes}")
-                return -L.EFAULT
+                return -W.EFAULT
         return int(count)
 
     def op_remap(self, operation: Operation, old: str, length: str, new_length: str, new: str = "0") -> int:
@@ -406,16 +406,16 @@ class Replay:
 
     def op_gpunch(self, operation: Operation, name: str, offset: str, length: str) -> int:
         if name not in self.gmems:
-            return -L.EBADF
+            return -W.EBADF
         return self.gmems[name].punch_hole(number(offset), number(length)).status
 
     def op_galloc(self, operation: Operation, name: str, offset: str, length: str) -> int:
         if name not in self.gmems:
-            return -L.EBADF
+            return -W.EBADF
         return self.gmems[name].allocate(number(offset), number(length)).status
 
     def op_gclose(self, operation: Operation, name: str) -> int:
-        return self.gmems.pop(name).close().status if name in self.gmems else -L.EBADF
+        return self.gmems.pop(name).close().status if name in self.gmems else -W.EBADF
 
     def is_device(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self.devices)

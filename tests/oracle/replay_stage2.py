@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation, Run, Table, Tree
-from pgemu.machine import Config, Machine
-from pgemu.stage2 import ENTRY, Stage2
-from pgemu.vm import Vm
-from pgemu_kernels import layout as L
-from pgemu_kernels.layout import Flag
+from pgemu.objects.machine import Config, Machine
+from pgemu.objects.stage2 import ENTRY, Stage2
+from pgemu.objects.vm import Vm
+from pgemu_kernels import words as W
+from pgemu_kernels.words.operations import Flag
 
 Array = np.ndarray[Any, Any]
 
 PAGE = 4096
 FRAMES = 1 << 23  # frames of either side are below
-LEAF_GAUGES = (L.Gauge.STAGE2_LEAVES_4K, L.Gauge.STAGE2_LEAVES_2M, L.Gauge.STAGE2_LEAVES_1G)
+LEAF_GAUGES = (W.Gauge.STAGE2_LEAVES_4K, W.Gauge.STAGE2_LEAVES_2M, W.Gauge.STAGE2_LEAVES_1G)
 BOOT_PAGES = 4
 BOOT_SLOT = 32763
 MMU_PRESENT = 1 << 11
@@ -129,9 +129,9 @@ class Replay:
         self.machine = Machine(
             Config(
                 "restructure",
-                pool=64 * L.PAGE_2M,
-                page_size=L.PAGE_2M,
-                other_pool=2 * L.PAGE_1G,
+                pool=64 * W.PAGE_2M,
+                page_size=W.PAGE_2M,
+                other_pool=2 * W.PAGE_1G,
                 kernel=capture.kernel,
                 stage2=capture.stage2,
                 pti=capture.pti,
@@ -178,7 +178,7 @@ class Replay:
 
     def op_vm(self, operation: Operation, name: str, kind: str) -> int:
         if kind == "1" and not self.protected_vms:
-            return -L.EINVAL  # the configuration lacks KVM_SW_PROTECTED_VM
+            return -W.EINVAL  # the configuration lacks KVM_SW_PROTECTED_VM
         guest = Guest(self.machine.create_vm(self.process, protected=kind == "1"), int(name))
         self.guests[int(name)] = guest
         boot = self.checkpoints[0].stage2 or next(c.stage2 for c in self.checkpoints if c.stage2)
@@ -226,7 +226,7 @@ class Replay:
         guest = self.guests[int(name)]
         if int(gmem) not in self.gmems:  # the file was refused: the call names no file
             return self.machine.operate(
-                L.Operation.MEMSLOT,
+                W.Operation.MEMSLOT,
                 flags=Flag.PRIVATE,
                 vm=guest.vm.vm,
                 object_=int(slot),
@@ -250,11 +250,11 @@ class Replay:
         for i in range(int(count)):
             # Code runs in page 0 (not when the access is a call), page tables lie in pages 1 and 2.
             for page in (1, 2) if how == "x" else (0, 1, 2):
-                if guest.touch(page * PAGE).status not in (L.RET_PF_FIXED, L.RET_PF_SPURIOUS):
+                if guest.touch(page * PAGE).status not in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS):
                     raise MismatchError(f"{operation.text}: the vCPU's own page {page}")
             at = number(gpa) + i * number(stride)
             status = guest.touch(at, write=how == "w", execute=how == "x").status
-            if status == L.RET_PF_EMULATE:
+            if status == W.RET_PF_EMULATE:
                 notes.append(f"gpa {at:#x}: run => 0 exit 6 mmio phys {at:#x} len 8 write {int(how == 'w')}")
             elif status < 0:
                 notes.append(f"gpa {at:#x}: run => {status}")
@@ -274,7 +274,7 @@ class Replay:
         if int(name) not in self.guests:
             return -ENOSYS
         result = self.guests[int(name)].vm.prefault(number(gpa), number(size))
-        return result.status if result.detail in (0, number(size)) else -L.EAGAIN
+        return result.status if result.detail in (0, number(size)) else -W.EAGAIN
 
     def op_dirtylog(self, operation: Operation, name: str, slot: str) -> int:
         status, pages = self.guests[int(name)].vm.dirty_log(int(slot))
@@ -295,18 +295,18 @@ class Replay:
 
     def op_gpunch(self, operation: Operation, name: str, offset: str, length: str) -> int:
         if int(name) not in self.gmems:
-            return -L.EBADF
+            return -W.EBADF
         self.frames.forget(f"gmem {name}", number(offset), number(length))
         return int(self.gmems[int(name)].punch_hole(number(offset), number(length)).status)
 
     def op_galloc(self, operation: Operation, name: str, offset: str, length: str) -> int:
         if int(name) not in self.gmems:
-            return -L.EBADF
+            return -W.EBADF
         return int(self.gmems[int(name)].allocate(number(offset), number(length)).status)
 
     def op_gclose(self, operation: Operation, name: str) -> int:
         if int(name) not in self.gmems:
-            return -L.EBADF
+            return -W.EBADF
         return int(self.gmems.pop(int(name)).close().status)
 
     def op_pcibar(self, operation: Operation, device: str, bar: str) -> None:
@@ -323,14 +323,14 @@ class Replay:
         if name == "anon":
             result = self.process.mmap_anonymous(at, size, prot=prot)
         elif name in ("shuge2m", "shuge1g"):
-            page_size = L.PAGE_2M if name == "shuge2m" else L.PAGE_1G
+            page_size = W.PAGE_2M if name == "shuge2m" else W.PAGE_1G
             result = self.process.mmap_hugetlb(at, size, page_size=page_size, prot=prot)
             self.hugetlb.append((at, size))
         elif name == "vfio":
             result = self.process.mmap_device(self.bar, at, size, offset=number(rest[1]), prot=prot)
         elif name == "gmem":
             if int(rest[0]) not in self.gmems:
-                return -L.EBADF
+                return -W.EBADF
             result = self.process.mmap(self.gmems[int(rest[0])], at, offset=number(rest[1]), length=size)
         else:
             raise NotImplementedError(kind)
@@ -356,8 +356,8 @@ class Replay:
         done = 0
         for i in range(int(count)):
             status = self.process.touch(number(address) + i * number(stride), write=how == "w").status
-            if status & (L.VM_FAULT_SIGBUS | L.VM_FAULT_SIGSEGV):
-                return -L.EFAULT
+            if status & (W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV):
+                return -W.EFAULT
             done += 1
         return done
 
@@ -404,20 +404,20 @@ class Replay:
             checkpoint, "pf_taken", "pf_fixed", "pf_emulate", "mmio_exits", "remote_tlb_flush_requests"
         )
         statistics = self.machine.statistics
-        results = statistics.results(L.Operation.GUEST_FAULT)
+        results = statistics.results(W.Operation.GUEST_FAULT)
         here = {
-            "faults": statistics.event(L.Event.GUEST_FAULT) - (mmio - emulated),
-            "faults fixed": results.get(L.RET_PF_FIXED, 0),
-            "MMIO exits": results.get(L.RET_PF_EMULATE, 0),
-            "flushes": statistics.event(L.Event.TLB_FLUSH_VM) - self.dropped_trees,
+            "faults": statistics.event(W.Event.GUEST_FAULT) - (mmio - emulated),
+            "faults fixed": results.get(W.RET_PF_FIXED, 0),
+            "MMIO exits": results.get(W.RET_PF_EMULATE, 0),
+            "flushes": statistics.event(W.Event.TLB_FLUSH_VM) - self.dropped_trees,
         }
         captured = {"faults": taken, "faults fixed": fixed, "MMIO exits": mmio, "flushes": flushes}
         if here != captured:
             raise MismatchError(f"{checkpoint.name}: counted {here}, KVM {captured}")
 
     def empty_value(self) -> int:
-        row = int(L.STATE_FORMATS) + self.machine.register(L.R_STAGE2_FORMAT) * L.F_WORDS
-        return int(self.machine.arrays.state[row + int(L.F_EMPTY)])
+        row = int(W.STATE_FORMATS) + self.machine.register(W.R_STAGE2_FORMAT) * W.F_WORDS
+        return int(self.machine.arrays.state[row + int(W.F_EMPTY)])
 
     def compare_frames(self, where: str, guest: Guest, here: Array, captured: Array) -> None:
         """The same frames at the same places as ever since the scenario began."""
@@ -437,7 +437,7 @@ class Replay:
             raise MismatchError(f"{where}: {guest.vm.leaves()} leaves, in the tree {counted}")
         gauges = self.machine.statistics
         kept = tuple(gauges.gauge(gauge) for gauge in LEAF_GAUGES)
-        if len(self.guests) == 1 and (kept != counted or gauges.gauge(L.Gauge.STAGE2_TABLES) != len(here.tables) + 1):
+        if len(self.guests) == 1 and (kept != counted or gauges.gauge(W.Gauge.STAGE2_TABLES) != len(here.tables) + 1):
             raise MismatchError(f"{where}: gauges {kept}, in the tree {counted}")
 
 

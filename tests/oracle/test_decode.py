@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable
 import pytest
 
 from oracle.capture import FRAME, Capture, Checkpoint, Run, Table, Tree, captures, load, shipped
-from pgemu.entries import Entry, EntryKind, classify, decode
-from pgemu_kernels import formats as bits, leaves as K
-from pgemu_kernels.page_format import PageFormat, ept, npt, x86_64
+from pgemu.tables.entries import Entry, EntryKind, classify, decode
+from pgemu_kernels.formats import bits, leaves as K
+from pgemu_kernels.formats.page_format import PageFormat, ept, npt, x86_64
 
 CHECKPOINTS = {
     "linux-6.1.192-debian": 324,

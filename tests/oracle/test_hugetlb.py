@@ -23,7 +23,7 @@ import pytest
 from oracle import capture as oracle
 from oracle.replay_hugetlb import END, VMEMMAP, ZONE, History, frames_of, vmemmap_here
 from oracle.replay_process import MismatchError
-from pgemu_kernels import layout as L
+from pgemu_kernels import words as W
 
 
 class Totals(NamedTuple):
@@ -125,8 +125,8 @@ def test_a_changed_word_is_found(history: History) -> None:
 
 def test_a_changed_count_is_found(history: History) -> None:
     state = history.machine.arrays.state
-    for word in (L.H_PAGES, L.H_FREE, L.H_RESERVED, L.H_SURPLUS):
-        at = int(L.STATE_HSTATES) + int(word)
+    for word in (W.H_PAGES, W.H_FREE, W.H_RESERVED, W.H_SURPLUS):
+        at = int(W.STATE_HSTATES) + int(word)
         state[at] += 1
         assert differs(history), int(word)
         state[at] -= 1
@@ -144,7 +144,7 @@ def differs(history: History) -> bool:
 
 def test_pages_are_those_of_the_capture(history: History) -> None:
     """What 90-hvo leaves: the pages of the pool at the end, in the order of the links in their struct pages."""
-    pool = history.machine.hugetlb(L.PAGE_2M)
+    pool = history.machine.hugetlb(W.PAGE_2M)
     assert sorted(pool.free_list()) == frames_of(history.full[-1])
     assert all(ZONE <= pfn < END for pfn in pool.free_list())
-    assert history.machine.hugetlb(L.PAGE_1G).free_list() == frames_of(history.full[-1], L.PAGE_1G)
+    assert history.machine.hugetlb(W.PAGE_1G).free_list() == frames_of(history.full[-1], W.PAGE_1G)

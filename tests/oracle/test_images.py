@@ -15,10 +15,10 @@ import pytest
 
 from oracle.capture import FRAME, Capture, Checkpoint, Tree, captures, load, shipped
 from oracle.rebuilt import Leaves, Rebuilt, expand, shift_of
-from pgemu.image import open_image
-from pgemu.walk import Kind, MappedRange, Status, Summary, mapped_ranges, translate, walk
-from pgemu_kernels import formats as bits, page_format
-from pgemu_kernels.page_format import PageFormat
+from pgemu.images.image import open_image
+from pgemu.tables.walk import Kind, MappedRange, Status, Summary, mapped_ranges, translate, walk
+from pgemu_kernels.formats import bits, page_format
+from pgemu_kernels.formats.page_format import PageFormat
 
 Array = np.ndarray[Any, Any]
 U = np.uint64

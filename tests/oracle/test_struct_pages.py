@@ -11,10 +11,10 @@ import pytest
 
 from oracle.capture import Capture, Checkpoint, captures, load, shipped
 from oracle.rebuilt import Rebuilt, expand
-from pgemu.folio import Folio
-from pgemu.struct_page import Page, decode_page
-from pgemu_kernels.page_format import x86_64
-from pgemu_kernels.page_layout import PageLayout, page_layout
+from pgemu.images.folio import Folio
+from pgemu.images.struct_page import Page, decode_page
+from pgemu_kernels.formats.page_format import x86_64
+from pgemu_kernels.formats.struct_page import PageLayout, page_layout
 
 Array = np.ndarray[Any, Any]
 VMEMMAP = 0xFFFF_EA00_0000_0000

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from comparisons import INODE, converts_nothing, lowered, mixed, mixed_records, setup
 from pgemu import report
-from pgemu.compare import Comparison, Finding, compare
-from pgemu.metrics import METRICS
+from pgemu.experiments.compare import Comparison, Finding, compare
+from pgemu.experiments.metrics import METRICS
+from pgemu.machine.results import operation_name
 from pgemu.report import units
 from pgemu.report.limits import LIMITS
-from pgemu.results import operation_name
 from pgemu.trace import Layout, RefusedSlot
 
 

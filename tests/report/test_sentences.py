@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from comparisons import converts_nothing, lowered, mixed, mixed_records, one, setup
-from pgemu.compare import compare
+from pgemu.experiments.compare import compare
 from pgemu.report import sentences
 from pgemu.trace import Operation
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from comparisons import converts_nothing, lowered, mixed
-from pgemu.compare import DESIGNS, compare
-from pgemu.metrics import METRICS
+from pgemu.experiments.compare import DESIGNS, compare
+from pgemu.experiments.metrics import METRICS
 from pgemu.report.document import sources
 from pgemu.report.limits import LIMITS
 from pgemu.report.sentences import VERBS

@@ -1,0 +1,1 @@
+"""Decorators, arrays, rows and counting: what every kernel stands on."""

@@ -1,0 +1,237 @@
+"""Counting and pricing: `charge`, and the frame around every operation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels import words
+from pgemu_kernels.engine.bits import U1, U2, U3, U4, U63, leading_zeros, trailing_zeros
+from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.words.events import (
+    CLOCK_HIGH,
+    CLOCK_LOW,
+    HISTOGRAM_BUCKETS,
+    PRICE_EACH_HIGH,
+    PRICE_EACH_LOW,
+    PRICE_FIXED_HIGH,
+    PRICE_FIXED_LOW,
+    STATS_COST,
+    STATS_COUNTERS,
+    STATS_GAUGES,
+    STATS_HISTOGRAM,
+    STATS_LAST,
+    STATS_PRICES,
+    STATS_PRICES_ONE,
+    STATS_TALLY,
+    Event,
+    Gauge,
+)
+from pgemu_kernels.words.registers import R_COUNTER_ROW
+from pgemu_kernels.words.rows import (
+    O_CLOCK_HIGH,
+    O_CLOCK_LOW,
+    O_DETAIL,
+    O_LOCKED,
+    O_OP,
+    O_PAUSED_HIGH,
+    O_PAUSED_LOW,
+    O_PHASE,
+    O_REFERENCED,
+    O_ROUND_END,
+    O_STATUS,
+)
+
+U = np.uint64
+
+HOST_FAULT = U(Event.HOST_FAULT)
+GUEST_FAULT = U(Event.GUEST_FAULT)
+CONVERT_IOCTL = U(Event.CONVERT_IOCTL)
+SYSCALL = U(Event.SYSCALL)
+TABLE_PAGE_ALLOCATED = U(Event.TABLE_PAGE_ALLOCATED)
+TABLE_PAGE_FREED = U(Event.TABLE_PAGE_FREED)
+LEAF_WRITTEN = U(Event.LEAF_WRITTEN)
+LEAF_CLEARED = U(Event.LEAF_CLEARED)
+SPTE_WRITTEN = U(Event.SPTE_WRITTEN)
+SPTE_CLEARED = U(Event.SPTE_CLEARED)
+RMAP_CHANGED = U(Event.RMAP_CHANGED)
+TLB_FLUSH_MM = U(Event.TLB_FLUSH_MM)
+TLB_FLUSH_VM = U(Event.TLB_FLUSH_VM)
+TLB_FLUSH_KERNEL = U(Event.TLB_FLUSH_KERNEL)
+HUGE_FOLIO_ALLOCATED = U(Event.HUGE_FOLIO_ALLOCATED)
+HUGE_FOLIO_FREED = U(Event.HUGE_FOLIO_FREED)
+PAGE_ZEROED = U(Event.PAGE_ZEROED)
+FOLIO_ZEROED_PAGES = U(Event.FOLIO_ZEROED_PAGES)
+VMEMMAP_PAGE_RESTORED = U(Event.VMEMMAP_PAGE_RESTORED)
+VMEMMAP_PAGE_FREED = U(Event.VMEMMAP_PAGE_FREED)
+STRUCT_PAGE_WRITTEN = U(Event.STRUCT_PAGE_WRITTEN)
+STRUCT_PAGE_BYTES = U(Event.STRUCT_PAGE_BYTES)
+FOLIO_GATE_CHECKED = U(Event.FOLIO_GATE_CHECKED)
+PAGE_CACHE_STORED = U(Event.PAGE_CACHE_STORED)
+ATTRIBUTES_STORED = U(Event.ATTRIBUTES_STORED)
+FOLIO_SPLIT = U(Event.FOLIO_SPLIT)
+FOLIO_MERGED = U(Event.FOLIO_MERGED)
+FREEZE_SPIN = U(Event.FREEZE_SPIN)
+NOTIFIER_CALL = U(Event.NOTIFIER_CALL)
+DEFERRED_MERGE = U(Event.DEFERRED_MERGE)
+TLB_FLUSH_PAGE = U(Event.TLB_FLUSH_PAGE)
+TLB_FLUSH_RANGE = U(Event.TLB_FLUSH_RANGE)
+PAGE_COPIED = U(Event.PAGE_COPIED)
+XARRAY_NODE_ALLOCATED = U(Event.XARRAY_NODE_ALLOCATED)
+XARRAY_NODE_FREED = U(Event.XARRAY_NODE_FREED)
+METADATA_STASHED = U(Event.METADATA_STASHED)
+VMEMMAP_HEAD_COPIED = U(Event.VMEMMAP_HEAD_COPIED)
+RCU_SYNCHRONIZED = U(Event.RCU_SYNCHRONIZED)
+VMEMMAP_FAULT = U(Event.VMEMMAP_FAULT)
+REFERENCE_CHANGED = U(Event.REFERENCE_CHANGED)
+WORK_DONE = U(Event.WORK_DONE)
+PAGE_PINNED = U(Event.PAGE_PINNED)
+LRU_CACHE_ADDED = U(Event.LRU_CACHE_ADDED)
+LRU_CACHE_DRAINED = U(Event.LRU_CACHE_DRAINED)
+SPTE_SPLIT = U(Event.SPTE_SPLIT)
+
+FRAMES_USED = U(Gauge.FRAMES_USED)
+HOST_TABLES = U(Gauge.HOST_TABLES)
+STAGE2_TABLES = U(Gauge.STAGE2_TABLES)
+KERNEL_TABLES = U(Gauge.KERNEL_TABLES)
+VMEMMAP_PAGES = U(Gauge.VMEMMAP_PAGES)
+CONTENT_FRAMES = U(Gauge.CONTENT_FRAMES)
+ANONYMOUS_PAGES = U(Gauge.ANONYMOUS_PAGES)
+CACHE_NODES = U(Gauge.CACHE_NODES)
+OTHER_POOL_FREE = U(Gauge.OTHER_POOL_FREE)
+HUGETLB_PAGES = U(Gauge.HUGETLB_PAGES)
+PAGE_CACHE_PAGES = U(Gauge.PAGE_CACHE_PAGES)
+XARRAY_NODES = U(Gauge.XARRAY_NODES)
+MEMMAP_PAGES = U(Gauge.MEMMAP_PAGES)
+MEMMAP_BOOT_PAGES = U(Gauge.MEMMAP_BOOT_PAGES)
+BUDDY_BLOCKS = U(Gauge.BUDDY_BLOCKS)
+PAGES_PINNED = U(Gauge.PAGES_PINNED)
+PAGES_LRU_CACHED = U(Gauge.PAGES_LRU_CACHED)
+HOST_LEAVES = U(Gauge.HOST_LEAVES_4K)  # + level - 1
+STAGE2_LEAVES = U(Gauge.STAGE2_LEAVES_4K)  # + level - 1
+POOL_FREE = U(Gauge.POOL_FREE)
+BLOCKS_HUGE = U(Gauge.BLOCKS_HUGE)
+BLOCKS_SPLIT = U(Gauge.BLOCKS_SPLIT)
+BLOCKS_ZOMBIE = U(Gauge.BLOCKS_ZOMBIE)
+BLOCKS_PARTLY = U(Gauge.BLOCKS_PARTLY)
+WORK_PENDING = U(Gauge.WORK_PENDING)
+
+_EVENTS = U(words.EVENTS)
+_TALLY_SLOTS = U(words.TALLY_SLOTS)
+_BUCKETS = U(HISTOGRAM_BUCKETS)
+_LAST_BUCKET = U(HISTOGRAM_BUCKETS - 1)
+_FAULT_BIT = U(words.TALLY_FAULT_BIT)
+_SIXTEEN = U(16)
+
+
+@kernel
+def charge(m, event, n):
+    """Count `n` (int64) of `event` (uint64) for the operation under way and advance both clocks."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += n
+    price = STATS_PRICES + event * U4
+    stats[CLOCK_LOW] += stats[price + PRICE_FIXED_LOW] + stats[price + PRICE_EACH_LOW] * n
+    stats[CLOCK_HIGH] += stats[price + PRICE_FIXED_HIGH] + stats[price + PRICE_EACH_HIGH] * n
+
+
+@kernel
+def charge_one(m, event):
+    """charge(m, event, 1), without the multiplications."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += 1
+    price = STATS_PRICES_ONE + event * U2
+    stats[CLOCK_LOW] += stats[price]
+    stats[CLOCK_HIGH] += stats[price + U1]
+
+
+@kernel
+def change(stats, gauge, n):
+    """Add `n` (int64) to a gauge and keep its peak."""
+    at = STATS_GAUGES + gauge * U2
+    value = stats[at] + n
+    stats[at] = value
+    if value > stats[at + U1]:
+        stats[at + U1] = value
+
+
+@kernel
+def change_value(stats, gauge, n):
+    """The same for gauges whose peak nobody asks for (hot paths)."""
+    stats[STATS_GAUGES + gauge * U2] += n
+
+
+@kernel
+def begin_operation(m, op):
+    """Make the record at `op` the one that events are charged to."""
+    state = m.state
+    state[R_COUNTER_ROW] = STATS_COUNTERS + state[op + O_OP] * _EVENTS
+    state[op + O_CLOCK_LOW] = U(m.stats[CLOCK_LOW])
+    state[op + O_CLOCK_HIGH] = U(m.stats[CLOCK_HIGH])
+    state[op + O_PHASE] = U(0)
+    state[op + O_STATUS] = U(0)
+    state[op + O_DETAIL] = U(0)
+    state[op + O_LOCKED] = U(0)
+    state[op + O_REFERENCED] = U(0)
+    state[op + O_ROUND_END] = U(0)
+
+
+@kernel
+def pause(m, op):
+    """Stop an operation's clock between two of its steps."""
+    m.state[op + O_PAUSED_LOW] = U(m.stats[CLOCK_LOW])
+    m.state[op + O_PAUSED_HIGH] = U(m.stats[CLOCK_HIGH])
+
+
+@kernel
+def resume(m, op):
+    """Let an operation's clock go on: what others cost meanwhile is not its own."""
+    state = m.state
+    state[op + O_CLOCK_LOW] += U(m.stats[CLOCK_LOW]) - state[op + O_PAUSED_LOW]
+    state[op + O_CLOCK_HIGH] += U(m.stats[CLOCK_HIGH]) - state[op + O_PAUSED_HIGH]
+
+
+@kernel
+def bucket(picoseconds):
+    """Index of the log-linear bucket: eight per power of two of nanoseconds."""
+    value = U(picoseconds) // U(125) + U(8)  # eighths of a nanosecond, so that the first octave is linear
+    top = U63 - leading_zeros(value)
+    index = (top - U3) * U(8) + ((value >> (top - U3)) & U(7))
+    return min(index, _LAST_BUCKET)
+
+
+@kernel
+def tally_slot(status):
+    """Index of a result's counter: small codes, VM_FAULT bits from 16 on, errno from 32 on."""
+    if status < 0:
+        return min(U(-status) + U(words.TALLY_ERRNO), _TALLY_SLOTS - U1)
+    if U(status) < _SIXTEEN:
+        return U(status)
+    return _FAULT_BIT + trailing_zeros(U(status))
+
+
+@kernel
+def finish_operation(m, op):
+    """Book the result and the cost of the operation whose record is at `op`."""
+    state = m.state
+    stats = m.stats
+    kind = state[op + O_OP]
+    stats[STATS_TALLY + kind * _TALLY_SLOTS + tally_slot(np.int64(state[op + O_STATUS]))] += 1
+    low = stats[CLOCK_LOW] - np.int64(state[op + O_CLOCK_LOW])
+    high = stats[CLOCK_HIGH] - np.int64(state[op + O_CLOCK_HIGH])
+    stats[STATS_COST + kind * U2] += low
+    stats[STATS_COST + kind * U2 + U1] += high
+    # Operations of a batch mostly cost the same: then the buckets are known, and nothing waits for the clock.
+    if low != stats[STATS_LAST] or high != stats[STATS_LAST + U1]:
+        stats[STATS_LAST] = low
+        stats[STATS_LAST + U1] = high
+        stats[STATS_LAST + U2] = np.int64(bucket(low))
+        stats[STATS_LAST + U3] = np.int64(bucket(high))
+    row = STATS_HISTOGRAM + kind * U2 * _BUCKETS
+    stats[row + U(stats[STATS_LAST + U2])] += 1
+    stats[row + _BUCKETS + U(stats[STATS_LAST + U3])] += 1
+
+
+@kernel
+def result(state, op, status):
+    """Store a result (int64) in the record and return it."""
+    state[op + O_STATUS] = U(status)
+    return status

@@ -1,0 +1,92 @@
+"""The one decorator behind every kernel, and the cache that knows when any kernel source changed.
+
+numba stamps a cached function with the file it stands in only, so an edited callee elsewhere goes
+unseen, and NUMBA_BOUNDSCHECK is no part of its key. Here the stamp is a digest of every kernel
+source, of the options and of BOUNDSCHECK. numba's global configuration is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core import config
+
+SOURCES = Path(__file__).parents[1]
+
+# No reference counting: kernels allocate nothing, and counting costs up to 16x inside loops.
+OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+
+kernels: list[Any] = []  # every dispatcher made here, for the tests of the ground rules
+entries: list[Any] = []  # those that Python calls
+
+
+def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) -> str:
+    """Digest of all `*.py` under `folder`, of numba's version, the options and BOUNDSCHECK (hex)."""
+    digest = hashlib.sha256()
+    digest.update(repr((numba.__version__, sorted((options or OPTIONS).items()), config.BOUNDSCHECK)).encode())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+try:  # private interfaces of numba, hence the pinned minor version
+    from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler, inner_function, stamped_cache
+
+    _KernelCache: Any = stamped_cache(source_stamp, lambda: _announce_compilation())
+    _kernel: Callable[..., Any] = inner_function(forceinline=True, **OPTIONS)
+    _step: Callable[..., Any] = inner_function(StepCompiler, forceinline=False, **OPTIONS)
+    _outlined: Callable[..., Any] = inner_function(forceinline=False, **OPTIONS)
+    _entry: Callable[..., Any] = njit(pipeline_class=EntryCompiler, forceinline=False, **OPTIONS)
+except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
+    _KernelCache = None
+    _kernel = njit(forceinline=True, **OPTIONS)
+    _step = _outlined = _entry = njit(forceinline=False, **OPTIONS)
+    warnings.warn("this numba has unknown internals: kernels compile slowly and in every process", stacklevel=2)
+
+
+_announced = False
+
+
+def _announce_compilation() -> None:
+    """Say once, on stderr, why the first call takes seconds."""
+    global _announced
+    if not _announced:
+        _announced = True
+        print("pgemu: compiling kernels, once (their machine code is cached)", file=sys.stderr, flush=True)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """An inner function: takes the machine (handle.py), always inlined into its callers."""
+    return _listed(_kernel(function))
+
+
+def step(function: Callable[..., Any]) -> Any:
+    """A step of an operation, the machine first: inlined where parameters are constants, called in full machines."""
+    return _listed(_step(function))
+
+
+def outlined(function: Callable[..., Any]) -> Any:
+    """An inner function of a rare, long path: called, not inlined by force, to keep its callers small."""
+    return _listed(_outlined(function))
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """An entry point: takes the int64 descriptor of a machine, cached on disk."""
+    dispatcher = _listed(_entry(function))
+    if _KernelCache is not None:
+        dispatcher._cache = _KernelCache(function)
+    entries.append(dispatcher)
+    return dispatcher
+
+
+def _listed(dispatcher: Any) -> Any:
+    kernels.append(dispatcher)
+    return dispatcher

@@ -1,0 +1,300 @@
+"""Rows of the machine's objects: where they lie, which one holds an address, their locks; how an operation stops."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import (
+    NONE,
+    U0,
+    U1,
+    U2,
+    U3,
+    U9,
+    U12,
+    U48,
+    U4095,
+)
+from pgemu_kernels.engine.charge import (
+    result,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.words.operations import (
+    EBADF,
+    EINVAL,
+    STOP,
+)
+from pgemu_kernels.words.registers import (
+    R_BROKEN,
+    R_BROKEN_FIRST,
+    R_INODES,
+    R_LAST_MEMSLOT,
+    R_LAST_VMA,
+    R_MEMSLOTS,
+    R_ORDER,
+    R_VMAS,
+)
+from pgemu_kernels.words.rows import (
+    A_END,
+    A_INODE,
+    A_LIVE,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    A_WORDS,
+    B_WORDS,
+    I_BLOCK,
+    I_KIND,
+    I_LOCK,
+    I_OPEN,
+    I_WORDS,
+    INODE_GUEST_MEMFD,
+    LOCK_WRITER,
+    M_BASE_GFN,
+    M_INODE,
+    M_PAGES,
+    M_PGOFF,
+    M_VM,
+    M_WORDS,
+    O_LENGTH,
+    O_LOCKED,
+    O_OBJECT,
+    O_OFFSET,
+    S_ROOT,
+    S_WORDS,
+    STATE_INODES,
+    STATE_MEMSLOTS,
+    STATE_SPACES,
+    STATE_VMAS,
+    STATE_VMS,
+    V_WORDS,
+)
+
+U = np.uint64
+_S_WORDS = U(S_WORDS)
+_I_WORDS = U(I_WORDS)
+
+_A_WORDS = U(A_WORDS)
+
+_M_WORDS = U(M_WORDS)
+
+_V_WORDS = U(V_WORDS)
+
+_B_WORDS = U(B_WORDS)
+
+
+@kernel
+def inode_row(inode):
+    return STATE_INODES + inode * _I_WORDS
+
+
+@kernel
+def vm_row(vm):
+    return STATE_VMS + vm * _V_WORDS
+
+
+@kernel
+def vma_row(i):
+    return STATE_VMAS + i * _A_WORDS
+
+
+@kernel
+def memslot_row(i):
+    return STATE_MEMSLOTS + i * _M_WORDS
+
+
+@kernel
+def block_row(m, node, index):
+    """Where the row of the block that holds page `index` begins in `state`."""
+    return m.state[node + I_BLOCK] + (index >> m.state[R_ORDER]) * _B_WORDS
+
+
+@kernel
+def free_row(state, count_register, limit, words, live, first):
+    """A dead row among those in use, or one more; NONE when the table is full."""
+    for i in range(state[count_register]):
+        row = first + i * words
+        if state[row + live] == U0:
+            return row
+    i = state[count_register]
+    if i >= limit:
+        return NONE
+    state[count_register] = i + U1
+    return first + i * words
+
+
+@kernel
+def find_vma(state, space, address):
+    """Row of the VMA of a process that holds a virtual address, or NONE."""
+    row = state[R_LAST_VMA]
+    if state[row + A_START] <= address < state[row + A_END] and state[row + A_SPACE] == space:
+        return row
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_START] <= address < state[row + A_END] and state[row + A_SPACE] == space:
+            state[R_LAST_VMA] = row
+            return row
+    return NONE
+
+
+@kernel
+def find_memslot(state, vm, gfn):
+    """Row of the memory slot of a VM that holds a guest frame, or NONE."""
+    row = state[R_LAST_MEMSLOT]
+    if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES] and state[row + M_VM] == vm:
+        return row
+    for i in range(state[R_MEMSLOTS]):
+        row = memslot_row(i)
+        if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES] and state[row + M_VM] == vm:
+            state[R_LAST_MEMSLOT] = row
+            return row
+    return NONE
+
+
+@kernel
+def largest_level(state):
+    """The level of the inodes' pages: 3, 2 or (4K pages) 1."""
+    order = state[R_ORDER]
+    if order > U9:
+        return U3
+    return U2 if order == U9 else U1
+
+
+@kernel
+def slot_allows(state, slot, gfn, level):
+    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`.
+
+    The aligned block must lie inside the slot, and guest frame and file offset must agree modulo its
+    size: the disallow_lpage counts of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata().
+    """
+    pages = U1 << (U9 * (level - U1))
+    base = state[slot + M_BASE_GFN]
+    first = gfn & ~(pages - U1)
+    if (base - state[slot + M_PGOFF]) & (pages - U1) != U0:
+        return False
+    return first >= base and first + pages <= base + state[slot + M_PAGES]
+
+
+@kernel
+def lock_shared(state, op, node):
+    """Take the inode's invalidate_lock for reading; False if a writer holds it."""
+    if state[node + I_LOCK] >= LOCK_WRITER:
+        return False
+    state[node + I_LOCK] += U1
+    state[op + O_LOCKED] = U1
+    return True
+
+
+@kernel
+def lock_exclusive(state, op, node):
+    """Take it for writing; False if anybody else holds it."""
+    if state[node + I_LOCK] != U0:
+        return False
+    state[node + I_LOCK] = LOCK_WRITER
+    state[op + O_LOCKED] = U2
+    return True
+
+
+@kernel
+def unlock(state, op, node):
+    """Release what the operation holds of the lock, if anything."""
+    held = state[op + O_LOCKED]
+    if held == U1:
+        state[node + I_LOCK] -= U1
+    elif held == U2:
+        state[node + I_LOCK] = U0
+    state[op + O_LOCKED] = U0
+
+
+@kernel
+def overlap(state, slot, inode, start, end):
+    """Guest frames of a memory slot that stand for pages [start, end) of an inode: (first, last), or (0, 0).
+
+    A deleted slot has no pages.
+    """
+    if state[slot + M_INODE] != inode:
+        return U0, U0
+    pgoff = state[slot + M_PGOFF]
+    low = max(start, pgoff)
+    high = min(end, pgoff + state[slot + M_PAGES])
+    if low >= high:
+        return U0, U0
+    shift = state[slot + M_BASE_GFN] - pgoff
+    return low + shift, high + shift
+
+
+@outlined
+def mapping_limits(state, space, start, end):
+    """Where the neighbours of [start, end) end and begin in a process, as virtual addresses.
+
+    They are the floor and ceiling of free_pgtables().
+    """
+    floor = U0
+    ceiling = U1 << U(47)
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_LIVE] != U0 and state[row + A_SPACE] == space:
+            if state[row + A_END] <= start:
+                floor = max(floor, state[row + A_END])
+            elif state[row + A_START] >= end:
+                ceiling = min(ceiling, state[row + A_START])
+    return floor, ceiling
+
+
+@kernel
+def vma_overlap(state, row, inode, start, end):
+    """Virtual addresses at which a VMA shows pages [start, end) of an inode: (first, last), or (0, 0).
+
+    A removed VMA is empty.
+    """
+    if state[row + A_INODE] != inode:
+        return U0, U0
+    pgoff = state[row + A_PGOFF]
+    low = max(start, pgoff)
+    high = min(end, pgoff + ((state[row + A_END] - state[row + A_START]) >> U12))
+    if low >= high:
+        return U0, U0
+    base = state[row + A_START]
+    return base + ((low - pgoff) << U12), base + ((high - pgoff) << U12)
+
+
+_LOW_48 = U((1 << 48) - 1)
+
+
+@kernel
+def stop(state, op, status):
+    """End the operation with `status` (int64)."""
+    result(state, op, np.int64(status))
+    return STOP
+
+
+@kernel
+def broken(state, kind, index):
+    """Record that an invariant does not hold."""
+    if state[R_BROKEN] == U0:
+        state[R_BROKEN_FIRST] = kind << U48 | index & _LOW_48
+    state[R_BROKEN] += U1
+
+
+@kernel
+def range_arguments(state, op):
+    """Check offset and length of an operation on an inode's range: 0, -EBADF or -EINVAL."""
+    inode = state[op + O_OBJECT]
+    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
+        return np.int64(-EBADF)
+    offset = state[op + O_OFFSET]
+    length = state[op + O_LENGTH]
+    if (offset | length) & U4095 != U0 or length == U0 or offset + length < offset:
+        return np.int64(-EINVAL)
+    return np.int64(0)
+
+
+@kernel
+def space_root(state, space):
+    """Physical address of a process's top table."""
+    return state[STATE_SPACES + space * _S_WORDS + S_ROOT]
+
+
+@kernel
+def ordinary_inode(state, inode):
+    return inode < state[R_INODES] and state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD

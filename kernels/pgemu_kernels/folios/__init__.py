@@ -1,0 +1,1 @@
+"""HugeTLB folios, the vmemmap, pools and the page allocator."""

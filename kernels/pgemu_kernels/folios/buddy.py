@@ -1,0 +1,127 @@
+"""4K pages of the page allocator as guest memory (page_size 4096): a buddy allocator below the 2M blocks.
+
+mm/page_alloc.c: rmqueue_buddy(), expand(), __free_one_page(). Free blocks of orders 0 to 8 stand in lists by order,
+whose links are words 1 and 2 of their first struct pages, as the kernel's are; blocks of order 9 are page_allocator's.
+Not modelled (inference: they change which frame comes, not what is done with it): the per-CPU lists in front, migrate
+types, and that a block that will soon merge is put at the end of its list.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U9
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.folios.folio import COUNTS, FLAGS, FLAGS_KEPT, MAPPING, NO_MAPCOUNT, ONE_CACHED, PRIVATE, struct_page
+from pgemu_kernels.folios.hstate import LIST_POISON1, LIST_POISON2, first_page, is_head, list_add, list_del, node_of
+from pgemu_kernels.folios.page_allocator import PGTY_BUDDY, count_small, mark_free, take_block
+from pgemu_kernels.words.registers import R_HWPOISON, R_NODES
+from pgemu_kernels.words.rows import FREE_ORDERS, STATE_FREE_AREAS
+
+U = np.uint64
+_ORDERS = U(FREE_ORDERS)
+_BLOCK = np.int64(512)
+
+
+@kernel
+def free_area(node, order):
+    """Where the list head of a node's free blocks of an order (0 to 8) lies in `state`."""
+    return STATE_FREE_AREAS + ((node * _ORDERS + order) << U1)
+
+
+@kernel
+def is_buddy(m, pfn, order):
+    """Whether a frame is the first of a free block of exactly this order: page_is_buddy()."""
+    page = struct_page(m, pfn)
+    return m.ram[page + COUNTS] & LOW32 == PGTY_BUDDY and m.ram[page + PRIVATE] == order
+
+
+@kernel
+def add_free_block(m, node, pfn, order):
+    """__add_to_free_list() and set_buddy_order()."""
+    page = struct_page(m, pfn)
+    m.ram[page + PRIVATE] = order
+    m.ram[page + COUNTS] = PGTY_BUDDY
+    list_add(m, free_area(node, order), pfn)
+
+
+@kernel
+def remove_free_block(m, pfn):
+    """__del_page_from_free_list()."""
+    page = struct_page(m, pfn)
+    list_del(m, pfn)
+    m.ram[page + PRIVATE] = U0
+    m.ram[page + COUNTS] = NO_MAPCOUNT
+
+
+@outlined
+def take_page_of(m, node):
+    """A 4K page of a node with one reference: the first of the smallest free block, or NONE. expand()"""
+    state = m.state
+    order = U0
+    while order < _ORDERS and is_head(state[free_area(node, order)]):
+        order += U1
+    if order < _ORDERS:
+        pfn = first_page(state, free_area(node, order))
+        remove_free_block(m, pfn)
+    else:
+        pfn = take_block(m, node)
+        if pfn == NONE:
+            return NONE
+        count_small(m, _BLOCK, _BLOCK)  # it left the blocks, not the guests' memory
+        page = struct_page(m, pfn)  # as list_del() leaves it
+        m.ram[page + U1] = LIST_POISON1
+        m.ram[page + U2] = LIST_POISON2
+        m.ram[page + PRIVATE] = U0
+    while order > U0:
+        order -= U1
+        add_free_block(m, node, pfn + (U1 << order), order)
+    m.ram[struct_page(m, pfn) + COUNTS] = ONE_CACHED
+    count_small(m, np.int64(0), np.int64(-1))
+    return pfn
+
+
+@outlined
+def take_page(m, preferred, strict):
+    """A 4K page of the preferred node, else (not `strict`) of the other, with one reference; NONE."""
+    pfn = take_page_of(m, preferred)
+    if pfn == NONE and not strict and m.state[R_NODES] > U1:
+        pfn = take_page_of(m, U1 - preferred)
+    return pfn
+
+
+@outlined
+def free_page(m, pfn):
+    """The last reference of a 4K page is gone: free_pages_prepare(), then free blocks join as far as they go."""
+    page = struct_page(m, pfn)
+    m.ram[page + FLAGS] &= FLAGS_KEPT | m.state[R_HWPOISON]
+    m.ram[page + MAPPING] = U0
+    m.ram[page + COUNTS] = NO_MAPCOUNT
+    node = node_of(m.state, pfn)
+    order = U0
+    while order < U9 and is_buddy(m, pfn ^ (U1 << order), order):
+        remove_free_block(m, pfn ^ (U1 << order))
+        pfn &= ~(U1 << order)
+        order += U1
+    count_small(m, np.int64(0), np.int64(1))
+    if order < U9:
+        add_free_block(m, node, pfn, order)
+        return
+    count_small(m, -_BLOCK, -_BLOCK)
+    mark_free(m, pfn)
+
+
+@kernel
+def no_page(m, node, strict):
+    """The fast loops know no 4K guest memory."""
+    return NONE
+
+
+@kernel
+def nothing_freed(m, pfn):
+    """The same of giving a page back."""
+
+
+taken_page = full_only(take_page, no_page)
+freed_page = full_only(free_page, nothing_freed)

@@ -1,0 +1,498 @@
+"""HugeTLB: pools by size and node, folios taken from them, put in a page cache, given back. mm/hugetlb.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U6, U8, U12, U32
+from pgemu_kernels.engine.charge import (
+    BLOCKS_HUGE,
+    BLOCKS_SPLIT,
+    BLOCKS_ZOMBIE,
+    HUGE_FOLIO_ALLOCATED,
+    HUGE_FOLIO_FREED,
+    OTHER_POOL_FREE,
+    PAGE_CACHE_STORED,
+    POOL_FREE,
+    STRUCT_PAGE_BYTES,
+    WORK_PENDING,
+    change,
+    charge,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import inode_row
+from pgemu_kernels.folios.buddy import freed_page, taken_page
+from pgemu_kernels.folios.folio import (
+    CGROUP,
+    CGROUP_6_12,
+    COMPOUND,
+    COUNTS,
+    FLAGS,
+    HUGETLB_FREED,
+    INDEX,
+    MAPPING,
+    NO_MAPCOUNT,
+    ONE_REFERENCE,
+    PG_DIRTY,
+    PG_HEAD,
+    PG_UPTODATE,
+    PGTY_GUESTMEM_HUGETLB,
+    PGTY_HUGETLB,
+    PRIVATE,
+    SUBPOOL,
+    SUBPOOL_6_12,
+    TAIL_MAPPING,
+    struct_page,
+    vmemmap_address,
+)
+from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, page_after
+from pgemu_kernels.folios.policy import no_other_node, preferred_node
+from pgemu_kernels.folios.vmemmap import compound_info
+from pgemu_kernels.words.registers import (
+    R_FOLIO_6_12,
+    R_HSTATE,
+    R_HUGETLB_CGROUP,
+    R_HWPOISON,
+    R_MERGE_LAZY,
+    R_NODES,
+    R_ORDER,
+    R_SERIES,
+)
+from pgemu_kernels.words.rows import (
+    B_METADATA,
+    B_OUTSTANDING,
+    B_PENDING,
+    B_PFN,
+    B_STATE,
+    B_WAITS,
+    BLOCK_ABSENT,
+    BLOCK_HUGE,
+    BLOCK_ZOMBIE,
+    CGROUP_ADDRESS,
+    H_ACTIVE,
+    H_FREE,
+    H_NODE_FREE,
+    H_NODE_FREE_LIST,
+    H_RESERVED,
+    I_SUBPOOL,
+    P_LIVE,
+    P_MAX,
+    P_RESERVED,
+    P_USED,
+    P_WORDS,
+    SERIES_RFC2,
+    STATE_SUBPOOLS,
+    SUBPOOLS_ADDRESS,
+)
+
+U = np.uint64
+
+# Where the kernel would have its `struct address_space`s: one 4K object per inode in the direct map.
+# A model address: no source gives one, and nothing is stored there.
+MAPPING_ADDRESS = U(0xFFFF888000001000)
+_CGROUP = U(CGROUP_ADDRESS)
+_SUBPOOLS = U(SUBPOOLS_ADDRESS)
+
+
+@kernel
+def mapping_address(inode):
+    """Value of folio->mapping for an inode."""
+    return MAPPING_ADDRESS + (inode << U12)
+
+
+# --------------------------------------------------------------------------- words of a folio
+
+
+@outlined
+def prep_compound_head(ram, state, head, first, order):
+    """mm/internal.h:prep_compound_head(): the fields of a folio that lie in its second and third struct page.
+
+    `first` is the head's index in `ram`. _mapcount and _refcount of these pages are not touched, nor are flags but for
+    the order.
+    """
+    second = first + U8
+    ram[second + FLAGS] = (ram[second + FLAGS] & ~U(0xFF)) | order
+    if state[R_FOLIO_6_12] != U0:
+        ram[second + U2] = ALL  # _large_mapcount -1, _entire_mapcount -1
+        ram[second + U(3)] = U0  # _nr_pages_mapped, _pincount
+        ram[second + U(4)] = U1 << order  # _folio_nr_pages
+    else:
+        ram[second + U2] = LOW32  # _large_mapcount -1, _nr_pages_mapped 0
+        ram[second + U(3)] = LOW32  # _entire_mapcount -1, _pincount 0
+        ram[second + U(4)] = ALL  # _mm_id_mapcount, _mm_ids
+        ram[second + U(7)] = U1 << order  # _nr_pages
+        link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
+        ram[first + U(18)] = link
+        ram[first + U(19)] = link
+
+
+@outlined
+def write_order(ram, state, head, first, order):
+    """prep_compound_head() and the rest of mm/hugetlb.c:init_new_hugetlb_folio(): no subpool, no cgroup."""
+    prep_compound_head(ram, state, head, first, order)
+    set_subpool(ram, state, first, U0)
+    set_cgroup(ram, state, first, U0)
+
+
+@kernel
+def set_subpool(ram, state, first, subpool):
+    """hugetlb_set_folio_subpool(): a row + 1, or 0 for none."""
+    word = U8 + (SUBPOOL_6_12 if state[R_FOLIO_6_12] != U0 else SUBPOOL)
+    ram[first + word] = U0 if subpool == U0 else _SUBPOOLS + (subpool - U1 << U6)
+
+
+@kernel
+def set_cgroup(ram, state, first, cgroup):
+    """set_hugetlb_cgroup(): its address, or 0. Only where the kernel has HugeTLB cgroups."""
+    if state[R_HUGETLB_CGROUP] != U0:
+        ram[first + U8 + (CGROUP_6_12 if state[R_FOLIO_6_12] != U0 else CGROUP)] = cgroup
+
+
+@outlined
+def prep_compound(m, head, order):
+    """prep_compound_page() and init_new_hugetlb_folio() over struct pages that are all there: a frozen HugeTLB folio.
+
+    24 bytes in each tail: mapping, compound_info, private.
+    """
+    prep_folio(m, head, order, U1 << order)
+
+
+@outlined
+def prep_folio(m, head, order, pages):
+    """prep_compound() of which only the first `pages` struct pages, a multiple of 64, are written."""
+    ram = m.ram
+    compound = compound_info(m.state, head, order)
+    for base in range(U0, pages, U(64)):
+        page = struct_page(m, head + base)
+        for _ in range(U(64)):
+            ram[page + COMPOUND] = compound
+            ram[page + MAPPING] = TAIL_MAPPING
+            ram[page + PRIVATE] = U0
+            page += U8
+    first = struct_page(m, head)
+    ram[first + FLAGS] |= PG_HEAD
+    ram[first + COMPOUND] = U0
+    ram[first + MAPPING] = U0
+    ram[first + COUNTS] = (ram[first + COUNTS] & ~LOW32) | PGTY_HUGETLB
+    write_order(ram, m.state, head, first, order)
+
+
+# --------------------------------------------------------------------------- free lists
+
+
+@kernel
+def count_free(m, h, n):
+    """A pool's gauge follows the count of its free pages."""
+    change(m.stats, POOL_FREE if h == m.state[R_HSTATE] else OTHER_POOL_FREE, n)
+
+
+@kernel
+def free_list(h, node):
+    """Word of the list head of a node's free pages."""
+    return hstate_node(h, node) + H_NODE_FREE_LIST
+
+
+@kernel
+def count_enqueued(m, h, node, head):
+    """A page of the free list is counted and marked."""
+    state = m.state
+    state[h + H_FREE] += U1
+    state[hstate_node(h, node) + H_NODE_FREE] += U1
+    m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_FREED
+    count_free(m, h, 1)
+
+
+@outlined
+def enqueue(m, h, head):
+    """enqueue_hugetlb_folio(): to the front of its node's free list, from whatever list it is in."""
+    node = node_of(m.state, head)
+    list_move(m, free_list(h, node), head)
+    count_enqueued(m, h, node, head)
+
+
+@outlined
+def dequeue(m, h, node):
+    """dequeue_hugetlb_folio_node_exact(): the first page of a node's free list that is not poisoned, or NONE.
+
+    It goes to the active list, with one reference.
+    """
+    state = m.state
+    head = first_page(state, free_list(h, node))
+    while head != U0:
+        page = struct_page(m, head)
+        if m.ram[page + FLAGS] & state[R_HWPOISON] == U0:
+            list_move(m, h + H_ACTIVE, head)
+            m.ram[page + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
+            m.ram[page + PRIVATE] &= ~HUGETLB_FREED
+            state[h + H_FREE] -= U1
+            state[hstate_node(h, node) + H_NODE_FREE] -= U1
+            count_free(m, h, -1)
+            return head
+        head = page_after(m, head)
+    return NONE
+
+
+@outlined
+def dequeue_any(m, h, preferred):
+    """A free page of the preferred node, else of the other: dequeue_hugetlb_folio_nodemask()."""
+    head = dequeue(m, h, preferred)
+    if head == NONE and m.state[R_NODES] > U1:
+        head = dequeue(m, h, U1 - preferred)
+    return head
+
+
+# --------------------------------------------------------------------------- subpools
+
+
+@kernel
+def subpool_row(subpool):
+    return STATE_SUBPOOLS + subpool * U(P_WORDS)
+
+
+@kernel
+def subpool_allows(state, subpool):
+    """Whether a subpool (row + 1, 0 for none) is below its limit; pages that left the inode count until they return."""
+    return subpool == U0 or state[subpool_row(subpool - U1) + P_USED] < state[subpool_row(subpool - U1) + P_MAX]
+
+
+@outlined
+def subpool_take(m, h, subpool):
+    """hugepage_subpool_get_pages(1) of an inode's subpool, whose pages are all reserved: the reservation is used."""
+    row = subpool_row(subpool)
+    m.state[row + P_USED] += U1
+    m.state[row + P_RESERVED] -= U1
+    m.state[h + H_RESERVED] -= U1
+
+
+@outlined
+def subpool_give(m, h, subpool):
+    """hugepage_subpool_put_pages(1): the reservation is the subpool's again, until nobody has the subpool any more."""
+    row = subpool_row(subpool)
+    m.state[row + P_USED] -= U1
+    m.state[row + P_RESERVED] += U1
+    m.state[h + H_RESERVED] += U1
+    subpool_release(m, h, subpool)
+
+
+@kernel
+def subpool_release(m, h, subpool):
+    """unlock_or_release_subpool(): without pages and without an inode it returns its reservation."""
+    row = subpool_row(subpool)
+    if m.state[row + P_LIVE] == U0 and m.state[row + P_USED] == U0:
+        m.state[h + H_RESERVED] -= m.state[row + P_RESERVED]
+        m.state[row + P_RESERVED] = U0
+
+
+# --------------------------------------------------------------------------- the designs' blocks
+
+
+@outlined
+def obtain_folio(m, inode, index):
+    """A huge page for page `index` of an inode, with one reference and in no page cache: its head's PFN, or NONE.
+
+    Of the inode's subpool, on the node of the memory policy. mm/hugetlb.c:dequeue_hugetlb_folio_node_exact() and the
+    posted guestmem_hugetlb_alloc_folio(); where guests have 4K pages (R_ORDER 0), mm/filemap.c:filemap_alloc_folio().
+    """
+    state = m.state
+    row = inode_row(inode)
+    node = U0
+    strict = False
+    if state[R_NODES] > U1:
+        node = preferred_node(m, row, index)
+        strict = no_other_node(m, row, index)
+    if state[R_ORDER] == U0:
+        return taken_page(m, node, strict)
+    h = state[R_HSTATE]
+    subpool = state[row + I_SUBPOOL]
+    if not subpool_allows(state, subpool):
+        return NONE
+    head = dequeue(m, h, node) if strict else dequeue_any(m, h, node)
+    if head != NONE and subpool != U0:
+        subpool_take(m, h, subpool - U1)
+    return head
+
+
+@outlined
+def insert_folio(m, inode, block, index, head):
+    """Put what obtain_folio() gave in the page cache, for block row `block` of an inode that begins at page `index`.
+
+    It ends with one reference per base page, which are the page cache's. mm/filemap.c:__filemap_add_folio(). Of a 4K
+    folio the nodes of the page cache and its flags of the (unevictable) LRU are not modelled.
+    """
+    state = m.state
+    ram = m.ram
+    page = struct_page(m, head)
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    ram[page + MAPPING] = mapping_address(inode)
+    ram[page + INDEX] = index
+    if state[R_ORDER] != U0:
+        ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
+        set_subpool(ram, state, page, subpool)
+        set_cgroup(ram, state, page, _CGROUP)
+        charge_one(m, HUGE_FOLIO_ALLOCATED)
+    state[block + B_PFN] = head
+    state[block + B_STATE] = BLOCK_HUGE
+    state[block + B_METADATA] = subpool
+    change(m.stats, BLOCKS_HUGE, 1)
+    charge_one(m, PAGE_CACHE_STORED)
+    charge(m, STRUCT_PAGE_BYTES, 28)
+
+
+@outlined
+def give_back_folio(m, inode, head):
+    """Free what obtain_folio() gave to a fault that came second, when somebody else's is in the page cache by now."""
+    state = m.state
+    if state[R_ORDER] == U0:
+        freed_page(m, head)
+        return
+    m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB
+    subpool = state[inode_row(inode) + I_SUBPOOL]
+    if subpool != U0:
+        subpool_give(m, state[R_HSTATE], subpool - U1)
+    enqueue(m, state[R_HSTATE], head)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    charge_one(m, HUGE_FOLIO_FREED)
+
+
+@outlined
+def take_folio(m, inode, block, index):
+    """Take a huge page for block row `block` of an inode and put it in the page cache: the head's PFN, or NONE."""
+    head = obtain_folio(m, inode, index)
+    if head != NONE:
+        insert_folio(m, inode, block, index, head)
+    return head
+
+
+@kernel
+def subpool_of(m, page):
+    """Row + 1 of the subpool that a huge folio names, 0 for none."""
+    word = U8 + (SUBPOOL_6_12 if m.state[R_FOLIO_6_12] != U0 else SUBPOOL)
+    address = m.ram[page + word]
+    return U0 if address == U0 else (address - _SUBPOOLS >> U6) + U1
+
+
+@outlined
+def return_to_pool(m, head):
+    """The last reference of a huge folio of the designs (or of a 4K one) is gone: mm/hugetlb.c:free_huge_folio().
+
+    To the pool even where its node has surplus pages (inference: the inode's subpool has them reserved).
+    """
+    ram = m.ram
+    if m.state[R_ORDER] == U0:
+        freed_page(m, head)
+        charge(m, STRUCT_PAGE_BYTES, 36)
+        return
+    h = m.state[R_HSTATE]
+    page = struct_page(m, head)
+    ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
+    ram[page + MAPPING] = U0
+    ram[page + COUNTS] = PGTY_HUGETLB
+    subpool = subpool_of(m, page)
+    if subpool != U0:
+        subpool_give(m, h, subpool - U1)
+    set_subpool(ram, m.state, page, U0)
+    set_cgroup(ram, m.state, page, U0)
+    enqueue(m, h, head)
+    charge_one(m, HUGE_FOLIO_FREED)
+    charge(m, STRUCT_PAGE_BYTES, 36)
+
+
+@kernel
+def own_merged(m, block, first):
+    """A merged folio names the subpool and the cgroup of its allocation again."""
+    set_subpool(m.ram, m.state, first, m.state[block + B_METADATA])
+    set_cgroup(m.ram, m.state, first, _CGROUP)
+
+
+@kernel
+def start_waiting(m, block):
+    """A block that is split though all private waits; where the worker merges them, it is on its list."""
+    if m.state[block + B_WAITS] == U0:
+        m.state[block + B_WAITS] = U1
+        if m.state[R_MERGE_LAZY] != U0:
+            change(m.stats, WORK_PENDING, 1)
+
+
+@kernel
+def stop_waiting(m, block):
+    """A block is no longer one that is split though all private; where the worker merges them, it is off its list."""
+    if m.state[block + B_WAITS] != U0:
+        m.state[block + B_WAITS] = U0
+        if m.state[R_MERGE_LAZY] != U0:
+            change(m.stats, WORK_PENDING, -1)
+
+
+@kernel
+def forget_block(m, block):
+    """Block row `block` holds no folio any more."""
+    m.state[block + B_PFN] = U0
+    m.state[block + B_STATE] = BLOCK_ABSENT
+    m.state[block + B_OUTSTANDING] = U0
+    m.state[block + B_PENDING] = U0
+    stop_waiting(m, block)
+    m.state[block + B_METADATA] = U0
+
+
+@kernel
+def free_block(m, block):
+    """Truncate an unsplit folio: out of the page cache and back to the pool."""
+    return_to_pool(m, m.state[block + B_PFN])
+    change(m.stats, BLOCKS_HUGE, -1)
+    charge_one(m, PAGE_CACHE_STORED)
+    forget_block(m, block)
+
+
+@outlined
+def release_block(m, block):
+    """Take an unsplit folio out of the page cache; it goes to the pool now or with its last reference."""
+    ram = m.ram
+    head = m.state[block + B_PFN]
+    page = struct_page(m, head)
+    extra = (ram[page + COUNTS] >> U32) - (U1 << m.state[R_ORDER])
+    if extra == U0:
+        free_block(m, block)
+        return
+    kind = NO_MAPCOUNT if m.state[R_ORDER] == U0 else PGTY_HUGETLB
+    ram[page + COUNTS] = kind | extra << U32
+    ram[page + MAPPING] = U0
+    change(m.stats, BLOCKS_HUGE, -1)
+    change(m.stats, BLOCKS_ZOMBIE, 1)
+    charge_one(m, PAGE_CACHE_STORED)
+    forget_block(m, block)
+
+
+@kernel
+def abandon(ram, page, references, series):
+    """A folio of a split block leaves the page cache, with the cache's references: whether somebody holds it.
+
+    Series rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
+    where the mapcount does: nothing maps the page any more. The last reference clears the type.
+    """
+    ram[page + MAPPING] = U0
+    ram[page + COUNTS] -= references << U32
+    held = ram[page + COUNTS] >> U32 != U0
+    if series == SERIES_RFC2:
+        ram[page + FLAGS] &= ~PG_UPTODATE
+        if held:
+            ram[page + COUNTS] = (ram[page + COUNTS] & ~LOW32) | PGTY_GUESTMEM_HUGETLB
+    return held
+
+
+@outlined
+def make_zombie(m, block):
+    """Take a split block's pieces out of the page cache though some are held: all their references but those go."""
+    state = m.state
+    head = state[block + B_PFN]
+    pages = U1 << state[R_ORDER]
+    held = U0
+    for i in range(pages):
+        if abandon(m.ram, struct_page(m, head + i), U1, state[R_SERIES]):
+            held += U1
+    stop_waiting(m, block)
+    state[block + B_STATE] = BLOCK_ZOMBIE
+    state[block + B_OUTSTANDING] = held
+    state[block + B_PENDING] = pages - held
+    change(m.stats, BLOCKS_SPLIT, -1)
+    change(m.stats, BLOCKS_ZOMBIE, 1)
+    charge(m, PAGE_CACHE_STORED, np.int64(pages))

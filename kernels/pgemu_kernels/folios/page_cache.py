@@ -1,0 +1,226 @@
+"""A radix tree from an index to a 64-bit value, in frames of `ram`: page caches, memory attributes, dirty bitmaps.
+
+Nodes hold 512 words; a node's frame counts its words in use in `counts`, so that an emptied one goes at once.
+The root word holds the top node's physical address and, in its low bits, the height: 1 = one node; 0 is the
+empty tree. Linux has an xarray with nodes of 64 slots there: same answers, other sizes, so the nodes are charged
+nowhere and counted in a gauge of their own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U63, U511
+from pgemu_kernels.engine.charge import CACHE_NODES, change
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.words.operations import ENOMEM
+
+U = np.uint64
+_ADDRESS = U(ADDRESS)
+_HEIGHT = U(7)
+_MOST = U(7)  # 63 bits of index, more than any page number has
+
+
+@kernel
+def _fits(height, index):
+    """Whether a tree of this height reaches an index."""
+    return height >= _MOST or index >> (U9 * height) == U0
+
+
+@kernel
+def _slot(node, index, level):
+    """Index in `ram` of the word of a node of `level` (1 = lowest) on the way to an index."""
+    return (node >> U3) + (index >> (U9 * (level - U1)) & U511)
+
+
+@kernel
+def cache_find(m, root, index):
+    """The value stored at `index` (uint64), or 0 for none; `root` is the root word."""
+    height = root & _HEIGHT
+    if height == U0 or not _fits(height, index):
+        return U0
+    node = root & _ADDRESS
+    while height > U1:
+        node = m.ram[_slot(node, index, height)]
+        if node == U0:
+            return U0
+        height -= U1
+    return m.ram[_slot(node, index, U1)]
+
+
+@outlined
+def cache_next(m, root, index):
+    """The first index from `index` on that has a value, or NONE."""
+    height = root & _HEIGHT
+    while height != U0 and _fits(height, index):
+        node = root & _ADDRESS
+        level = height
+        while level > U1 and node != U0:
+            node = m.ram[_slot(node, index, level)]
+            level -= U1
+        if node != U0:
+            while True:
+                if m.ram[_slot(node, index, U1)] != U0:
+                    return index
+                index += U1
+                if index & U511 == U0:
+                    break
+        else:
+            index = ((index >> (U9 * level)) + U1) << (U9 * level)
+    return NONE
+
+
+@kernel
+def _new_node(m):
+    """An empty node's frame, or NONE."""
+    frame = take_frame(m)
+    if frame != NONE:
+        fill_frame(m.ram, frame, U0)
+        m.counts[frame] = np.uint32(0)
+        change(m.stats, CACHE_NODES, 1)
+    return frame
+
+
+@kernel
+def _count(m, node, n):
+    """Add `n` (int64) to a node's words in use: how many there are now."""
+    frame = node >> U12
+    used = np.int64(m.counts[frame]) + n
+    m.counts[frame] = np.uint32(used)
+    return used
+
+
+@kernel
+def _free_node(m, node):
+    put_frame(m, node >> U12)
+    change(m.stats, CACHE_NODES, -1)
+
+
+@outlined
+def _grow(m, at, index):
+    """Make the tree high enough for an index: 0 or -ENOMEM."""
+    root = m.state[at]
+    height = root & _HEIGHT
+    empty = height == U0
+    while height == U0 or not _fits(height, index):
+        height += U1
+        if empty and not _fits(height, index):
+            continue  # an empty tree gets its top node only
+        frame = _new_node(m)
+        if frame == NONE:
+            return np.int64(-ENOMEM)
+        if not empty:
+            m.ram[frame << U9] = root & _ADDRESS
+            _count(m, frame << U12, 1)
+        root = frame << U12 | height
+        m.state[at] = root
+    return np.int64(0)
+
+
+@outlined
+def cache_store(m, at, index, value):
+    """Store a value (0: none) at an index of the tree rooted at state[at]: 0, or -ENOMEM with nothing stored."""
+    if value == U0:
+        return _erase(m, at, index)
+    if index >> U63 != U0:
+        return np.int64(-ENOMEM)
+    if _grow(m, at, index) != 0:
+        _prune_top(m, at)
+        return np.int64(-ENOMEM)
+    root = m.state[at]
+    node = root & _ADDRESS
+    level = root & _HEIGHT
+    while level > U1:
+        slot = _slot(node, index, level)
+        if m.ram[slot] == U0:
+            frame = _new_node(m)
+            if frame == NONE:
+                _prune_path(m, at, index)
+                return np.int64(-ENOMEM)
+            m.ram[slot] = frame << U12
+            _count(m, node, 1)
+        node = m.ram[slot]
+        level -= U1
+    slot = _slot(node, index, U1)
+    if m.ram[slot] == U0:
+        _count(m, node, 1)
+    m.ram[slot] = value
+    return np.int64(0)
+
+
+@outlined
+def _prune_top(m, at):
+    """Lower a tree whose top nodes hold nothing but the old top (a store that grew it found no memory)."""
+    while True:
+        root = m.state[at]
+        height = root & _HEIGHT
+        if height <= U1:
+            return
+        node = root & _ADDRESS
+        below = m.ram[node >> U3]
+        if m.counts[node >> U12] != np.uint32(1) or below == U0:
+            return
+        _free_node(m, node)
+        m.state[at] = below | (height - U1)
+
+
+@outlined
+def _prune_path(m, at, index):
+    """Free the empty nodes that a store without memory left, from the lowest that exists up."""
+    while True:
+        root = m.state[at]
+        height = root & _HEIGHT
+        if height == U0:
+            return
+        above = NONE
+        node = root & _ADDRESS
+        level = height
+        while level > U1:
+            slot = _slot(node, index, level)
+            if m.ram[slot] == U0:
+                break
+            above = slot
+            node = m.ram[slot]
+            level -= U1
+        if m.counts[node >> U12] != np.uint32(0):
+            return
+        _free_node(m, node)
+        if above == NONE:
+            m.state[at] = U0
+            return
+        m.ram[above] = U0
+        _count(m, (above >> U9) << U12, -1)
+
+
+@kernel
+def _erase(m, at, index):
+    """Take away the value at an index, if there is one: 0."""
+    root = m.state[at]
+    height = root & _HEIGHT
+    if height == U0 or not _fits(height, index):
+        return np.int64(0)
+    node = root & _ADDRESS
+    while height > U1:
+        node = m.ram[_slot(node, index, height)]
+        if node == U0:
+            return np.int64(0)
+        height -= U1
+    slot = _slot(node, index, U1)
+    if m.ram[slot] != U0:
+        m.ram[slot] = U0
+        if _count(m, node, -1) == 0:
+            _prune_path(m, at, index)
+    return np.int64(0)
+
+
+@outlined
+def cache_free(m, at):
+    """Free the whole tree whose root word is state[at]. What its values stand for is the caller's."""
+    index = U0
+    while m.state[at] != U0:
+        index = cache_next(m, m.state[at], index)
+        if index == NONE:
+            return
+        cache_store(m, at, index, U0)

@@ -1,0 +1,531 @@
+"""Pools that grow and shrink, surplus pages, demotion, poison: mm/hugetlb.c.
+
+Huge pages come from the page allocator's 2M blocks and go back to them. Pages on their way from one place to another
+lie in a list of their hstate (H_LIST), where Linux has a local one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U9
+from pgemu_kernels.engine.charge import (
+    HUGE_FOLIO_ALLOCATED,
+    HUGE_FOLIO_FREED,
+    STRUCT_PAGE_BYTES,
+    STRUCT_PAGE_WRITTEN,
+    charge,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.folios.folio import (
+    COUNTS,
+    FLAGS,
+    HUGETLB_FREED,
+    HWPOISON,
+    HWPOISON_6_12,
+    LOW_BYTE,
+    ONE_REFERENCE,
+    PG_HEAD,
+    PG_UPTODATE,
+    PGTY_HUGETLB,
+    PRIVATE,
+    struct_page,
+)
+from pgemu_kernels.folios.hstate import (
+    ORDER_1G,
+    first_page,
+    hstate_node,
+    hstate_of_order,
+    list_add,
+    list_del,
+    list_move,
+    node_of,
+    order_of_hstate,
+    page_after,
+)
+from pgemu_kernels.folios.hugetlb import count_enqueued, count_free, enqueue, free_list, prep_compound
+from pgemu_kernels.folios.page_allocator import charge_tails, free_pages, take_pages
+from pgemu_kernels.folios.vmemmap import is_optimized, optimize, optimize_batch, restore, restore_batch
+from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, EOPNOTSUPP
+from pgemu_kernels.words.registers import R_FOLIO_6_12, R_HWPOISON, R_NODES, R_POISONED
+from pgemu_kernels.words.rows import (
+    H_ACTIVE,
+    H_FREE,
+    H_LIST,
+    H_NEXT_ALLOCATE,
+    H_NEXT_FREE,
+    H_NODE_FREE,
+    H_NODE_PAGES,
+    H_NODE_SURPLUS,
+    H_OVERCOMMIT,
+    H_PAGES,
+    H_RESERVED,
+    H_SURPLUS,
+    POISONED,
+    POISONED_ADDRESS,
+    STATE_POISONED,
+)
+
+U = np.uint64
+
+# --------------------------------------------------------------------------- pages join and leave
+
+
+@kernel
+def count_pages(state, h, node, n):
+    """nr_huge_pages and that of a node, by `n` (uint64, two's complement to take away)."""
+    state[h + H_PAGES] += n
+    state[hstate_node(h, node) + H_NODE_PAGES] += n
+
+
+@kernel
+def count_surplus(state, h, node, n):
+    """surplus_huge_pages and that of a node."""
+    state[h + H_SURPLUS] += n
+    state[hstate_node(h, node) + H_NODE_SURPLUS] += n
+
+
+@outlined
+def allocate_fresh(m, h, node):
+    """alloc_fresh_hugetlb_folio() on one node: a frozen HugeTLB folio in no list, or NONE."""
+    order = order_of_hstate(m.state, h)
+    head = take_pages(m, order, node)
+    if head != NONE:
+        prep_compound(m, head, order)
+        charge_tails(m, order, 24)
+        charge_one(m, HUGE_FOLIO_ALLOCATED)
+    return head
+
+
+@outlined
+def allocate_surplus(m, h, preferred):
+    """alloc_surplus_hugetlb_folio(): a page beyond the pool, in use, with one reference; NONE.
+
+    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other. Gigantic pages cannot be
+    surplus: alloc_surplus_hugetlb_folio() refuses them.
+    """
+    state = m.state
+    order = order_of_hstate(state, h)
+    if order == ORDER_1G or state[h + H_SURPLUS] >= state[h + H_OVERCOMMIT]:
+        return NONE
+    head = allocate_fresh(m, h, preferred)
+    if head == NONE and state[R_NODES] > U1:
+        head = allocate_fresh(m, h, U1 - preferred)
+    if head != NONE:
+        optimize(m, head, order)
+        list_add(m, h + H_ACTIVE, head)
+        m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
+        count_pages(state, h, node_of(state, head), U1)
+        count_surplus(state, h, node_of(state, head), U1)
+    return head
+
+
+@outlined
+def remove(m, h, head, surplus):
+    """remove_hugetlb_folio(): out of its list and its pool's counts; `surplus` (0 or 1): it counted as surplus."""
+    state = m.state
+    node = node_of(state, head)
+    page = struct_page(m, head)
+    list_del(m, head)
+    if m.ram[page + PRIVATE] & HUGETLB_FREED != U0:
+        m.ram[page + PRIVATE] &= ~HUGETLB_FREED
+        state[h + H_FREE] -= U1
+        state[hstate_node(h, node) + H_NODE_FREE] -= U1
+        count_free(m, h, -1)
+    count_surplus(state, h, node, U0 - surplus)
+    count_pages(state, h, node, NONE)
+
+
+@outlined
+def readmit(m, h, head, surplus):
+    """add_hugetlb_folio(): a page whose vmemmap could not be restored is free in its pool again.
+
+    `surplus` (0 or 1): it counts as surplus.
+    """
+    state = m.state
+    node = node_of(state, head)
+    count_pages(state, h, node, U1)
+    count_surplus(state, h, node, surplus)
+    list_add(m, free_list(h, node), head)
+    count_enqueued(m, h, node, head)
+
+
+@outlined
+def free_to_allocator(m, h, head):
+    """The end of __update_and_free_hugetlb_folio(): a page whose vmemmap is whole goes back to the page allocator.
+
+    The poison of the folio becomes that of the base pages it was found on, whose 2M blocks stay out.
+    """
+    order = order_of_hstate(m.state, h)
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~(PG_HEAD | PG_UPTODATE)
+    second = struct_page(m, head + U1)
+    m.ram[second + FLAGS] &= ~LOW_BYTE
+    poisoned = m.ram[page + FLAGS] & m.state[R_HWPOISON] != U0
+    if poisoned:
+        move_poison(m, head, order)
+    free_pages(m, head, order, poisoned)
+    charge_one(m, HUGE_FOLIO_FREED)
+
+
+@outlined
+def update_and_free(m, h, head):
+    """update_and_free_hugetlb_folio() of a page already removed: 0, or -ENOMEM with the page surplus in its pool."""
+    if restore(m, head, order_of_hstate(m.state, h)) != 0:
+        readmit(m, h, head, U1)
+        return np.int64(-ENOMEM)
+    free_to_allocator(m, h, head)
+    return np.int64(0)
+
+
+@outlined
+def free_or_enqueue(m, h, head):
+    """The end of free_huge_folio(): to the page allocator where the node has surplus pages, else to the pool."""
+    node = node_of(m.state, head)
+    if m.state[hstate_node(h, node) + H_NODE_SURPLUS] != U0:
+        remove(m, h, head, U1)
+        update_and_free(m, h, head)
+    else:
+        enqueue(m, h, head)
+
+
+# --------------------------------------------------------------------------- lists of pages
+
+
+@outlined
+def collect(m, h, head):
+    """A page in no list goes to the front of the list of pages on their way."""
+    list_add(m, h + H_LIST, head)
+
+
+@outlined
+def join_pool(m, h):
+    """prep_and_add_allocated_folios(): the pages of the list are optimised together and join the pool, free."""
+    state = m.state
+    optimize_batch(m, first_page(state, h + H_LIST), U0)
+    head = first_page(state, h + H_LIST)
+    while head != U0:
+        following = page_after(m, head)
+        count_pages(state, h, node_of(state, head), U1)
+        enqueue(m, h, head)
+        head = following
+
+
+@outlined
+def free_list_of_pages(m, h):
+    """update_and_free_pages_bulk(): the vmemmap of the list's pages is restored together, then they are freed.
+
+    Without memory those before the first that got none are freed and the rest is tried again; if there are none before
+    it, pages are restored one by one, up to the first that can be, and those that cannot be are surplus in the pool.
+    bulk_vmemmap_restore_error()
+    """
+    state = m.state
+    status, _ = restore_batch(m, first_page(state, h + H_LIST), U0)
+    while status != 0:
+        if not free_whole_pages(m, h):
+            gone = False
+            while not gone and first_page(state, h + H_LIST) != U0:
+                head = first_page(state, h + H_LIST)
+                list_del(m, head)
+                gone = update_and_free(m, h, head) == 0
+        status, _ = restore_batch(m, first_page(state, h + H_LIST), U0)
+    free_whole_pages(m, h)
+
+
+@outlined
+def free_whole_pages(m, h):
+    """The pages of the list up to the first whose vmemmap is optimised go to the page allocator; whether there were."""
+    head = first_page(m.state, h + H_LIST)
+    found = False
+    while head != U0 and not is_optimized(m, head):
+        list_del(m, head)
+        free_to_allocator(m, h, head)
+        found = True
+        head = first_page(m.state, h + H_LIST)
+    return found
+
+
+# --------------------------------------------------------------------------- nr_hugepages
+
+
+@kernel
+def tries(m, node):
+    """How many nodes a request may use: `node`, or all (NONE)."""
+    return U1 if node < m.state[R_NODES] else m.state[R_NODES]
+
+
+@kernel
+def turn(m, word, node):
+    """The node whose turn it is of those that a request may use, and the next one's turn it is then.
+
+    hstate_next_node_to_alloc(). A request for one node leaves the turn with it.
+    """
+    nodes = m.state[R_NODES]
+    at = node if node < nodes else m.state[word]
+    m.state[word] = node if node < nodes else (U0 if at + U1 >= nodes else at + U1)
+    return at
+
+
+@outlined
+def allocate_next(m, h, node):
+    """alloc_pool_huge_folio(): a fresh page of `node`, or of the node whose turn it is, or the next; NONE."""
+    head = NONE
+    for _ in range(tries(m, node)):
+        if head == NONE:
+            head = allocate_fresh(m, h, turn(m, h + H_NEXT_ALLOCATE, node))
+    return head
+
+
+@outlined
+def remove_next(m, h, node):
+    """remove_pool_hugetlb_folio(): a free page of `node`, or of the node whose turn it is, to the list; 0 or NONE."""
+    for _ in range(tries(m, node)):
+        at = turn(m, h + H_NEXT_FREE, node)
+        head = first_page(m.state, free_list(h, at))
+        if head != U0:
+            remove(m, h, head, U0)
+            collect(m, h, head)
+            return U0
+    return NONE
+
+
+@outlined
+def adjust_surplus(m, h, node, up):
+    """adjust_pool_surplus(): one page more or less counts as surplus, of the next node that has one; 0 or NONE."""
+    state = m.state
+    for _ in range(tries(m, node)):
+        at = turn(m, h + (H_NEXT_FREE if up else H_NEXT_ALLOCATE), node)
+        row = hstate_node(h, at)
+        if up and state[row + H_NODE_SURPLUS] < state[row + H_NODE_PAGES]:
+            count_surplus(state, h, at, U1)
+            return U0
+        if not up and state[row + H_NODE_SURPLUS] != U0:
+            count_surplus(state, h, at, NONE)
+            return U0
+    return NONE
+
+
+@kernel
+def persistent(state, h):
+    """persistent_huge_pages()."""
+    return state[h + H_PAGES] - state[h + H_SURPLUS]
+
+
+@kernel
+def fewest(state, h):
+    """To how many persistent pages a pool can shrink: those in use, and those reserved.
+
+    Free surplus pages are there where a vmemmap could not be restored; they are not persistent ones.
+    """
+    free = state[h + H_FREE]
+    surplus = state[h + H_SURPLUS]
+    if free > persistent(state, h):
+        free = free - surplus if free > surplus else U0
+    return state[h + H_RESERVED] + persistent(state, h) - free
+
+
+@outlined
+def resize(m, h, count, node):
+    """set_max_huge_pages(): what a write to nr_hugepages does; `node` NONE: all. The number of pages afterwards.
+
+    A count for one node means the node's own persistent pages: the others' are added. It ends early when memory does;
+    pages in use become surplus. `count` is at most the pages of the zone, so that nothing overflows.
+    """
+    state = m.state
+    if node < state[R_NODES]:
+        row = hstate_node(h, node)
+        count += persistent(state, h) - (state[row + H_NODE_PAGES] - state[row + H_NODE_SURPLUS])
+    while state[h + H_SURPLUS] != U0 and count > persistent(state, h):
+        if adjust_surplus(m, h, node, False) == NONE:
+            break
+    grown = persistent(state, h)
+    while count > grown:
+        head = allocate_next(m, h, node)
+        if head == NONE:
+            break
+        collect(m, h, head)
+        grown += U1
+    if count > grown or first_page(state, h + H_LIST) != U0:
+        join_pool(m, h)
+    target = max(count, fewest(state, h))
+    while target < persistent(state, h):
+        if remove_next(m, h, node) == NONE:
+            break
+    free_list_of_pages(m, h)
+    while count < persistent(state, h):
+        if adjust_surplus(m, h, node, True) == NONE:
+            break
+    return state[h + H_PAGES]
+
+
+# --------------------------------------------------------------------------- demotion, dissolution
+
+
+@outlined
+def demote_page(m, h, target, head):
+    """demote_free_hugetlb_folios(): a 1G page, removed and whole, becomes 512 pages of 2M in the target's list.
+
+    They are collected in ascending order, so that the free list begins with the lowest once they have joined the pool.
+    """
+    small = order_of_hstate(m.state, target)
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~PG_HEAD
+    m.ram[struct_page(m, head + U1) + FLAGS] &= ~LOW_BYTE
+    for new in range(head, head + (U1 << order_of_hstate(m.state, h)), U1 << small):
+        prep_compound(m, new, small)
+        collect(m, target, new)
+    charge(m, STRUCT_PAGE_WRITTEN, np.int64(U1 << order_of_hstate(m.state, h)))
+    charge(m, STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
+
+
+@kernel
+def skip_poisoned(m, head):
+    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
+    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
+        head = page_after(m, head)
+    return head
+
+
+@outlined
+def collect_free(m, h, node, limit):
+    """Up to `limit` free pages of a node that are not poisoned leave the pool for the list: how many."""
+    count = U0
+    head = skip_poisoned(m, first_page(m.state, free_list(h, node)))
+    while head != U0 and count < limit:
+        following = skip_poisoned(m, page_after(m, head))
+        remove(m, h, head, U0)
+        collect(m, h, head)
+        count += U1
+        head = following
+    return count
+
+
+@outlined
+def demote_list(m, h, target):
+    """demote_free_hugetlb_folios(): the 1G pages of the list become 2M pages of the target's pool: (status, pages).
+
+    Their vmemmap is restored in one batch, in the order of the list; those that came to be whole are demoted the last
+    first, so that the pages of the one that was free first are free first. The others are free in their pool again.
+    """
+    state = m.state
+    row = h + H_LIST
+    anchor = first_page(state, row)
+    status, whole = restore_batch(m, anchor, U0)
+    for _ in range(U1, max(whole, U1)):
+        list_move(m, row, page_after(m, anchor))
+    done = U0
+    head = first_page(state, row)
+    while head != U0:
+        following = page_after(m, head)
+        if not is_optimized(m, head):
+            list_del(m, head)
+            demote_page(m, h, target, head)
+            done += U1
+        head = following
+    join_pool(m, target)
+    while first_page(state, row) != U0:
+        head = first_page(state, row)
+        list_del(m, head)
+        readmit(m, h, head, U0)
+    return status, done
+
+
+@outlined
+def demote_some(m, h, count, node):
+    """demote_pool_huge_page(): up to `count` pages of the nodes in turn: (status, pages); -EBUSY: all are poisoned."""
+    done = U0
+    status = np.int64(0)
+    for _ in range(tries(m, node)):
+        if status == 0 and done < count:
+            collect_free(m, h, turn(m, h + H_NEXT_FREE, node), count - done)
+            status, demoted = demote_list(m, h, hstate_of_order(U9))
+            done += demoted
+    if status == 0 and done == U0:
+        status = np.int64(-EBUSY)
+    return status, done
+
+
+@outlined
+def demote(m, h, count, node):
+    """A write to `demote` of 1G pages: (0, pages demoted), as many as there are; -EINVAL for 2M pages.
+
+    -EBUSY: all free pages are poisoned. -ENOMEM: a page's vmemmap could not be restored, and it stays. Inference: as
+    many pages stay as are reserved; Linux only asks that there be more. mm/hugetlb_sysfs.c:demote_store()
+    """
+    state = m.state
+    if order_of_hstate(state, h) != ORDER_1G:
+        return np.int64(-EINVAL), U0
+    done = U0
+    while done < count:
+        free = state[h + H_FREE] - state[h + H_RESERVED]
+        here = free if node >= state[R_NODES] else state[hstate_node(h, node) + H_NODE_FREE]
+        if min(free, here) == U0:
+            break
+        status, demoted = demote_some(m, h, min(count - done, free), node)
+        done += demoted
+        if status != 0:
+            return status, done
+    return np.int64(0), done
+
+
+@outlined
+def dissolve(m, h, head):
+    """dissolve_free_hugetlb_folio(): a free page leaves its pool: 0, -EBUSY if it is in use or reserved, -ENOMEM."""
+    state = m.state
+    page = struct_page(m, head)
+    if m.ram[page + PRIVATE] & HUGETLB_FREED == U0 or state[h + H_FREE] - state[h + H_RESERVED] == U0:
+        return np.int64(-EBUSY)
+    surplus = U1 if state[hstate_node(h, node_of(state, head)) + H_NODE_SURPLUS] != U0 else U0
+    remove(m, h, head, surplus)
+    if restore(m, head, order_of_hstate(state, h)) != 0:
+        readmit(m, h, head, surplus)
+        return np.int64(-ENOMEM)
+    free_to_allocator(m, h, head)
+    return np.int64(0)
+
+
+# --------------------------------------------------------------------------- poison
+
+
+@outlined
+def poison(m, head, pfn):
+    """folio_set_hugetlb_hwpoison(): the folio is poisoned, the base page noted: 0, -EBUSY if it was, -ENOMEM.
+
+    -EOPNOTSUPP without CONFIG_MEMORY_FAILURE.
+    """
+    state = m.state
+    if state[R_HWPOISON] == U0:
+        return np.int64(-EOPNOTSUPP)
+    for i in range(state[R_POISONED]):
+        if state[STATE_POISONED + i] == pfn:
+            return np.int64(-EBUSY)
+    row = U0
+    while row < state[R_POISONED] and state[STATE_POISONED + row] != U0:
+        row += U1
+    if row == U(POISONED):
+        return np.int64(-ENOMEM)
+    state[R_POISONED] = max(state[R_POISONED], row + U1)
+    state[STATE_POISONED + row] = pfn
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] |= state[R_HWPOISON]
+    word = U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
+    m.ram[page + word] = U(POISONED_ADDRESS) + row * U(16)
+    return np.int64(0)
+
+
+@outlined
+def move_poison(m, head, order):
+    """folio_clear_hugetlb_hwpoison(): the poison moves to the base pages noted, and the notes are freed.
+
+    Inference: the page allocator keeps the 2M blocks of poisoned pages out, in place of the 4K pages alone.
+    """
+    state = m.state
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
+    m.ram[page + U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
+    for i in range(state[R_POISONED]):
+        pfn = state[STATE_POISONED + i]
+        if pfn - head < U1 << order:
+            m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
+            state[STATE_POISONED + i] = U0

@@ -1,0 +1,1 @@
+"""Entry formats and struct pages as data."""

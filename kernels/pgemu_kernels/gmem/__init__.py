@@ -1,0 +1,1 @@
+"""guest_memfd over HugeTLB: conversions, faults, holes and the end, for every design."""

@@ -1,0 +1,657 @@
+"""Steps of a conversion with every parameter: what the orders of `orders` are made of.
+
+A conversion has units, done one after the other: its whole range, or what of it lies in each huge page. O_START and
+O_END of the record are those of the present unit. Each step does one thing, hands over through the record, and
+returns GO or STOP; then the result is in the record and everything is unlocked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, U511, U512, trailing_zeros
+from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, FREEZE_SPIN, charge, charge_one, result
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import frames_left
+from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
+from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
+from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
+from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
+from pgemu_kernels.folios.splitting import merge_block, split_block
+from pgemu_kernels.folios.vmemmap import flush_kernel_range
+from pgemu_kernels.folios.xarray import has_pieces
+from pgemu_kernels.gmem import lru, pieces
+from pgemu_kernels.gmem.steps import convert_prepare, zap_kind
+from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.words.operations import (
+    CONVERT_FIXUP,
+    CONVERT_NEXT4K,
+    CONVERT_RFC2,
+    EAGAIN,
+    ENOMEM,
+    ENOTTY,
+    GO,
+    NEVER,
+    PFNMAP,
+    STOP,
+    Defect,
+)
+from pgemu_kernels.words.registers import (
+    R_CONVERT_BY_BLOCK,
+    R_CONVERT_ORDER,
+    R_DEFECTS,
+    R_DESIGN,
+    R_FLUSH_BATCHED,
+    R_FLUSHES_HELD,
+    R_IN_PLACE,
+    R_INODES,
+    R_KERNEL_UNFLUSHED,
+    R_MERGE_LAZY,
+    R_ORDER,
+    R_SERIES,
+    R_SPACES,
+    R_WORD_ROWS,
+    R_WORK_LISTS,
+)
+from pgemu_kernels.words.rows import (
+    B_PFN,
+    B_STATE,
+    B_WAITS,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_SPLIT,
+    GUP_PIN_COUNTING_BIAS,
+    I_OPEN,
+    I_PAGES,
+    I_WORD,
+    I_ZEROED,
+    O_ACTOR,
+    O_DETAIL,
+    O_END,
+    O_INODE,
+    O_ITEM_END,
+    O_ITEM_START,
+    O_OBJECT,
+    O_RANGE_END,
+    O_RANGE_START,
+    O_ROUND_END,
+    O_ROUND_START,
+    O_START,
+    O_TO_PRIVATE,
+    SERIES_RFC2,
+)
+
+U = np.uint64
+_PFNMAP = U(PFNMAP)
+_ROLLBACK_AT_ZERO = U(Defect.ROLLBACK_AT_ZERO)
+
+
+# --------------------------------------------------------------------------- units, beginning and end
+
+
+@kernel
+def is_rfc2(state):
+    """Whether conversions go by rfc2's order. The slides' has no variants."""
+    return state[R_DESIGN] != _PFNMAP and state[R_CONVERT_ORDER] == CONVERT_RFC2
+
+
+@kernel
+def rounding(state):
+    """Pages that ranges of the invalidate protocol are rounded out to: a huge page's, or 1 where they are exact."""
+    if state[R_DESIGN] == _PFNMAP or state[R_CONVERT_ORDER] == CONVERT_NEXT4K:
+        return U1
+    return U1 << (U9 if has_pieces(state) else state[R_ORDER])
+
+
+@kernel
+def set_rounded(m, op, start, end):
+    """Let the record's rounded range be that of pages [start, end)."""
+    state = m.state
+    inside = rounding(state) - U1
+    state[op + O_ROUND_START] = start & ~inside
+    state[op + O_ROUND_END] = min((end + inside) & ~inside, state[inode_row(state[op + O_INODE]) + I_PAGES])
+
+
+@outlined
+def next_unit(m, op):
+    """Let the record's unit be the next one in which something differs: whether there is one."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    inside = (U1 << state[R_ORDER]) - U1
+    first = state[op + O_END]
+    last = state[op + O_RANGE_END]
+    while first < last:
+        end = min(last, (first | inside) + U1) if state[R_CONVERT_BY_BLOCK] != U0 else last
+        shared = shared_in_range(m, node, first, end)
+        if shared != (U0 if state[op + O_TO_PRIVATE] != U0 else end - first):
+            state[op + O_START] = first
+            state[op + O_END] = end
+            set_rounded(m, op, first, end)
+            return True
+        first = end
+    return False
+
+
+@outlined
+def prepare(m, op):
+    """Check the arguments, lock, preallocate, and choose the first unit. BLOCKED (-EBUSY) where the lock is held.
+
+    rfc2 allocates nothing in advance. virt/kvm/guest_memfd.c:kvm_gmem_set_attributes()
+    """
+    state = m.state
+    inode = state[op + O_OBJECT]
+    if inode < state[R_INODES] and state[inode_row(inode) + I_OPEN] != U0 and state[R_IN_PLACE] == U0:
+        return stop(state, op, -ENOTTY)
+    outcome = convert_prepare(m, op, False, not is_rfc2(state))
+    if outcome == GO:
+        state[op + O_RANGE_START] = state[op + O_START]
+        state[op + O_RANGE_END] = state[op + O_END]
+        state[op + O_END] = state[op + O_START]
+        next_unit(m, op)
+    return outcome
+
+
+@outlined
+def flush_owed(m):
+    """The flushes that a conversion put off (R_FLUSH_BATCHED): of processes, VMs, and the kernel's vmemmap."""
+    state = m.state
+    for space in range(state[R_SPACES]):
+        flush_mm(m, space)
+    flush_vms(m)
+    if state[R_KERNEL_UNFLUSHED] != U0:
+        flush_kernel_range(m, state[R_KERNEL_UNFLUSHED])
+        state[R_KERNEL_UNFLUSHED] = U0
+
+
+@outlined
+def leave(m, op):
+    """Unlock, with what the record says as the result; the checked range is all of the conversion's."""
+    state = m.state
+    state[R_FLUSHES_HELD] = U0
+    if state[R_FLUSH_BATCHED] != U0:
+        flush_owed(m)
+    set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
+    unlock(state, op, inode_row(state[op + O_INODE]))
+    return STOP
+
+
+@kernel
+def fail(m, op, status, index):
+    """End a conversion with an error at a page: its offset is max(start of the unit, page); rfc2: the page's."""
+    state = m.state
+    state[op + O_DETAIL] = (index if is_rfc2(state) else max(index, state[op + O_START])) << U12
+    result(state, op, np.int64(status))
+    return leave(m, op)
+
+
+@outlined
+def finish(m, op):
+    """The unit is done: GO with the next one, or unlock and STOP. Blocks that became shared need no merge any more."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    if state[R_MERGE_LAZY] != U0 and state[op + O_TO_PRIVATE] == U0:
+        first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
+        while first < state[op + O_END]:
+            block = block_row(m, node, first)
+            if m.state[block + B_STATE] == BLOCK_PARTLY:
+                pieces.note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
+            else:
+                stop_waiting(m, block)
+            first += U1 << state[R_ORDER]
+    if next_unit(m, op):
+        return GO
+    return leave(m, op)
+
+
+# --------------------------------------------------------------------------- host and references
+
+
+@outlined
+def unmap_host(m, op):
+    """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
+    state = m.state
+    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    return GO
+
+
+@kernel
+def is_idle(m, page, references):
+    """Whether a folio has the page cache's references only."""
+    return reference_count(m.ram, page) == references
+
+
+@outlined
+def is_idle_4k(m, page):
+    """The gate of next4k: not pinned, not mapped, no other reference; the last after LRU caches were drained once.
+
+    virt/kvm/guest_memfd.c of the in-place series: folio_maybe_dma_pinned(), folio_mapped(), lru_add_drain_all()
+    """
+    if reference_count(m.ram, page) >= GUP_PIN_COUNTING_BIAS or mappings(m.ram, page) != U0:
+        return False
+    if is_idle(m, page, U1):
+        return True
+    lru.lru_drain_all(m)
+    return is_idle(m, page, U1)
+
+
+@outlined
+def busy_4k(m, head, start, end):
+    """The first of the 4K folios [start, end) of a split block that is not idle, else `end`."""
+    ram = m.ram
+    for i in range(start, end):
+        if ram[struct_page(m, head + i) + COUNTS] != ONE_CACHED:
+            return i
+    return end
+
+
+@outlined
+def busy_folio(m, node, start, end):
+    """The first page of the first folio of pages [start, end) that somebody uses, or NONE."""
+    state = m.state
+    order = state[R_ORDER]
+    index = start
+    while index < end:
+        block = block_row(m, node, index)
+        first = index >> order << order
+        last = min(end, first + (U1 << order))
+        kind = m.state[block + B_STATE]
+        head = m.state[block + B_PFN]
+        if kind == BLOCK_SPLIT:
+            busy = first + busy_4k(m, head, index - first, last - first)
+            charge(m, FOLIO_GATE_CHECKED, np.int64(min(busy + U1, last) - index))
+            if busy < last:
+                return busy
+        elif kind == BLOCK_PARTLY:
+            busy = pieces.gate_block(m, node, block, first, index, last)
+            if busy != NONE:
+                return busy
+        elif kind == BLOCK_HUGE:
+            charge_one(m, FOLIO_GATE_CHECKED)
+            page = struct_page(m, head)
+            by_4k = order == U0 and state[R_CONVERT_ORDER] == CONVERT_NEXT4K
+            if not (is_idle_4k(m, page) if by_4k else is_idle(m, page, U1 << order)):
+                return first
+        index = last
+    return NONE
+
+
+@outlined
+def gate(m, op):
+    """To private: every folio of the unit must be idle, else -EAGAIN with the failing offset."""
+    busy = busy_folio(m, inode_row(m.state[op + O_INODE]), m.state[op + O_START], m.state[op + O_END])
+    if busy != NONE:
+        return fail(m, op, -EAGAIN, busy)
+    return GO
+
+
+# --------------------------------------------------------------------------- stage 2
+
+
+@outlined
+def invalidate_begin(m, op):
+    """Begin the invalidation of the rounded unit in every VM bound to it."""
+    state = m.state
+    begin_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    return GO
+
+
+@outlined
+def zap(m, op):
+    """Drop stage-2 leaves: of the rounded unit, with fixup of the unit itself. The point of no return."""
+    state = m.state
+    if state[R_DESIGN] != _PFNMAP and state[R_CONVERT_ORDER] == CONVERT_FIXUP:
+        zap_kind(m, op, state[op + O_START], state[op + O_END])
+    else:
+        zap_kind(m, op, state[op + O_ROUND_START], state[op + O_ROUND_END])
+    return GO
+
+
+@outlined
+def invalidate_end(m, op):
+    """End it."""
+    state = m.state
+    end_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    return GO
+
+
+@outlined
+def store_range(m, op, start, end, shared):
+    """Record the shareability of pages [start, end)."""
+    store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
+    charge_one(m, ATTRIBUTES_STORED)
+
+
+@kernel
+def store(m, op):
+    """Record the unit's new shareability; cannot fail, for nodes were preallocated."""
+    state = m.state
+    store_range(m, op, state[op + O_START], state[op + O_END], U1 - state[op + O_TO_PRIVATE])
+    return GO
+
+
+# --------------------------------------------------------------------------- split and merge
+
+
+@outlined
+def add_to_lru(m, op, head, pages):
+    """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
+    if m.state[R_SERIES] == SERIES_RFC2:
+        lru.lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
+
+
+@outlined
+def split_pieces(m, op, node, block, first, start, end):
+    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
+    index = start
+    while index < end:
+        last = min(end, (index | U511) + U1)
+        before = pieces.is_split_at(m, block, index)
+        status = pieces.split_touched(m, node, block, first, index, last)
+        if status != 0:
+            return status
+        if not before:
+            add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
+        index = last
+    return np.int64(0)
+
+
+@outlined
+def split_one(m, op, node, first, start, end):
+    """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
+
+    A folio of order 0 is none that could be split.
+    """
+    state = m.state
+    block = block_row(m, node, first)
+    kind = m.state[block + B_STATE]
+    if has_pieces(state) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
+        return split_pieces(m, op, node, block, first, start, end)
+    if kind != BLOCK_HUGE or state[R_ORDER] == U0:
+        return np.int64(0)
+    status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+    if status == 0:
+        add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
+    return status
+
+
+@outlined
+def split_blocks(m, op, start, end):
+    """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    order = state[R_ORDER]
+    first = start >> order << order
+    while first < end:
+        status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
+        if status != 0:
+            block = block_row(m, node, first)
+            return status, pieces.first_unsplit(m, block, first, start) if has_pieces(state) else first
+        first += U1 << order
+    return np.int64(0), end
+
+
+@kernel
+def is_split(m, block):
+    kind = m.state[block + B_STATE]
+    return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
+
+
+@outlined
+def leave_split(m, node, first, end):
+    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
+    while first < end:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            pieces.note_waiting(m, node, block, first, first, first)
+        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
+            start_waiting(m, block)
+        first += U1 << m.state[R_ORDER]
+
+
+@outlined
+def split(m, op):
+    """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
+
+    Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
+    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
+    """
+    state = m.state
+    status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
+    if status != 0:
+        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START] >> state[R_ORDER] << state[R_ORDER], first)
+        return fail(m, op, status, first)
+    return GO
+
+
+@outlined
+def merge_now(m, node, block, first):
+    """Merge a split block that is all private; one that somebody holds stays split and waits.
+
+    The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
+    """
+    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
+        charge_one(m, FREEZE_SPIN)
+        start_waiting(m, block)
+
+
+@outlined
+def merge_blocks(m, op, start, end, besides):
+    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
+    `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
+    """
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    pages = U1 << state[R_ORDER]
+    first = start & ~(pages - U1)
+    while first < end:
+        block = block_row(m, node, first)
+        low = max(start, first)
+        high = min(end, first + pages)
+        shared = shared_in_block(m, node, first)
+        if besides:
+            shared -= shared_in_range(m, node, low, high)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            if state[R_MERGE_LAZY] != U0:
+                pieces.note_waiting(m, node, block, first, low, high)
+            else:
+                pieces.merge_pieces(m, node, block, first, low, high)
+        elif is_split(m, block) and shared == U0:
+            if state[R_MERGE_LAZY] != U0:
+                start_waiting(m, block)
+            else:
+                merge_now(m, node, block, first)
+        first += pages
+
+
+@kernel
+def merge(m, op):
+    """To private, after the store: merge every touched block that holds no shared page any more."""
+    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
+    return GO
+
+
+@kernel
+def merge_early(m, op):
+    """The same before the store (fixup)."""
+    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
+    return GO
+
+
+# --------------------------------------------------------------------------- rfc2: the work list
+#
+# A bit per page of the inode: it is to be converted. Items are runs of them, as they were before anything is stored.
+
+
+@kernel
+def find_bit(state, bits, index, end, flip):
+    """The first page of [index, end) whose bit, flipped if `flip` is all ones, is set, else `end`."""
+    while index < end:
+        word = (state[bits + (index >> U6)] ^ flip) >> (index & U63)
+        if word != U0:
+            return min(end, index + trailing_zeros(word))
+        index = (index | U63) + U1
+    return end
+
+
+@kernel
+def work_list(state, node):
+    """Where an inode's bits begin."""
+    return state[R_WORK_LISTS] + state[node + I_WORD] - state[R_WORD_ROWS]
+
+
+@outlined
+def find_item(m, op, index):
+    """The next item of the unit from page `index` on: (first, past the last), or the unit's end twice."""
+    state = m.state
+    bits = work_list(state, inode_row(state[op + O_INODE]))
+    first = find_bit(state, bits, index, state[op + O_END], U0)
+    return first, find_bit(state, bits, first, state[op + O_END], ALL)
+
+
+@kernel
+def set_item(m, op, index):
+    """Let the record's item be the next one from page `index` on: whether there is one."""
+    first, last = find_item(m, op, index)
+    m.state[op + O_ITEM_START] = first
+    m.state[op + O_ITEM_END] = last
+    return first < last
+
+
+@kernel
+def next_item(m, op):
+    """Whether there is another item, which becomes the record's; behind the last comes the first."""
+    if set_item(m, op, m.state[op + O_ITEM_END]):
+        return True
+    set_item(m, op, m.state[op + O_START])
+    return False
+
+
+@kernel
+def rounded_item(m, first, last):
+    """An item rounded out to huge pages; the inode ends with one."""
+    inside = rounding(m.state) - U1
+    return first & ~inside, (last + inside) & ~inside
+
+
+@outlined
+def begin_items(m, op):
+    """Note the unit's work list, begin an invalidation for each item, rounded out; the first item is next."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
+    bits = work_list(state, node)
+    for word in range(state[op + O_START] >> U6, (state[op + O_END] + U63) >> U6):
+        state[bits + word] = state[state[node + I_WORD] + word] ^ flip
+    first, last = find_item(m, op, state[op + O_START])
+    while first < last:
+        start, end = rounded_item(m, first, last)
+        begin_range(m, state[op + O_INODE], start, end)
+        first, last = find_item(m, op, last)
+    set_item(m, op, state[op + O_START])
+    return GO
+
+
+@outlined
+def zap_item(m, op):
+    """To shared: drop the private leaves of exactly the item, and flush."""
+    state = m.state
+    if zap_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END]) != 0:
+        flush_vms(m)
+    return GO
+
+
+@outlined
+def unmap_item(m, op):
+    """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
+    state = m.state
+    unmap_everywhere(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
+    return GO
+
+
+@outlined
+def end_items(m, op):
+    """End the invalidations that begin_items() began."""
+    state = m.state
+    first, last = find_item(m, op, state[op + O_START])
+    while first < last:
+        start, end = rounded_item(m, first, last)
+        end_range(m, state[op + O_INODE], start, end)
+        first, last = find_item(m, op, last)
+    return GO
+
+
+@outlined
+def gate_item(m, op):
+    """To private: the item's folios must be idle, else -EAGAIN; nothing has been stored."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    busy = busy_folio(m, node, state[op + O_ITEM_START], state[op + O_ITEM_END])
+    if busy != NONE:
+        end_items(m, op)
+        return fail(m, op, -EAGAIN, busy)
+    return GO
+
+
+@outlined
+def store_item(m, op):
+    """Record the item's new shareability: the tree's nodes are allocated only now, after the zap."""
+    state = m.state
+    if frames_left(m) == U0:
+        return fail_item(m, op, -ENOMEM, state[op + O_ITEM_START])
+    store_range(m, op, state[op + O_ITEM_START], state[op + O_ITEM_END], U1 - state[op + O_TO_PRIVATE])
+    return GO
+
+
+@outlined
+def restructure_item(m, op):
+    """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
+    state = m.state
+    start = state[op + O_ITEM_START]
+    if state[op + O_TO_PRIVATE] != U0:
+        merge_blocks(m, op, start, state[op + O_ITEM_END], False)
+        return GO
+    status, first = split_blocks(m, op, start, state[op + O_ITEM_END])
+    if status == 0:
+        return GO
+    if state[R_DEFECTS] & _ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
+        merge_back(m, op, start, first)
+        state[R_FLUSHES_HELD] = U0
+        return stop(state, op, -NEVER)  # the index wraps around below 0: locks and invalidations stay
+    return fail_item(m, op, status, first)
+
+
+@outlined
+def merge_back(m, op, start, end):
+    """Merge the blocks of pages [start, end) that the conversion split: those that did not wait before."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    first = start >> state[R_ORDER] << state[R_ORDER]
+    while first < end:
+        block = block_row(m, node, first)
+        private = shared_in_block(m, node, first) == U0
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            pieces.merge_pieces(m, node, block, first, first, first)
+        elif m.state[block + B_STATE] == BLOCK_SPLIT and private and m.state[block + B_WAITS] == U0:
+            merge_now(m, node, block, first)
+        first += U1 << state[R_ORDER]
+
+
+@outlined
+def fail_item(m, op, status, index):
+    """Roll back: items up to and with the failing one are converted the other way; then end with the error.
+
+    A split back that fails is a WARN in the posted code, and leaves a huge folio with shared pages.
+    """
+    state = m.state
+    failing = state[op + O_ITEM_END]
+    first, last = find_item(m, op, state[op + O_START])
+    while first < last and last <= failing:
+        store_range(m, op, first, last, state[op + O_TO_PRIVATE])
+        if state[op + O_TO_PRIVATE] == U0:
+            merge_back(m, op, first, last)
+        else:
+            split_blocks(m, op, first, last)
+        first, last = find_item(m, op, last)
+    end_items(m, op)
+    return fail(m, op, status, index)

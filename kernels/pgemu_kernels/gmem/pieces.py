@@ -1,0 +1,662 @@
+"""Pieces: the what-if policy 1G -> 2M -> 4K, which splits only the 2M parts of a 1G page that hold shared pages.
+
+All of this is inference: RFC v1 and v2 list it as future work, and the late 2025 branch warns when it is asked for
+another target than order 0. Each part follows the nearest code that exists:
+
+- 1G -> 2M: mm/hugetlb.c:demote_free_hugetlb_folios(), which restores the vmemmap of the whole page, makes 512 folios of
+  order 9 of it and optimises each again; here of a folio in use and in the page cache, whose references, mapping,
+  index and state of zeroing the pieces inherit. Its entry becomes 512 entries of order 9, eight to a node:
+  lib/xarray.c:xas_split_alloc() makes 1 + 64 nodes.
+- 2M -> 4K: the split of a 2M folio (splitting.py), 7 vmemmap pages and 8 nodes.
+- 4K -> 2M: its merge. 2M -> 1G: demotion backwards: every piece's vmemmap restored, prep_compound_page(), optimised.
+- Truncation must not fail for want of memory: then the pieces' vmemmap is redirected without restoring it.
+
+The pieces belong to the 1G pool (nr_huge_pages of the 2M pool does not change), are in no list (the later series leaves
+the first one in the active list, as it does the first page of a split folio), and name no subpool and no cgroup: the
+block's row remembers the subpool. A block in pieces is BLOCK_PARTLY; a bit per piece tells which are split (B_PIECES).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U21, U32, U63, U64, U512
+from pgemu_kernels.engine.charge import (
+    BLOCKS_HUGE,
+    BLOCKS_PARTLY,
+    BLOCKS_ZOMBIE,
+    DEFERRED_MERGE,
+    FOLIO_GATE_CHECKED,
+    FOLIO_MERGED,
+    FOLIO_SPLIT,
+    FOLIO_ZEROED_PAGES,
+    FREEZE_SPIN,
+    MEMMAP_PAGES,
+    PAGE_CACHE_STORED,
+    STRUCT_PAGE_BYTES,
+    STRUCT_PAGE_WRITTEN,
+    VMEMMAP_PAGE_FREED,
+    VMEMMAP_PAGES,
+    change,
+    charge,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import frames_left, zero_contents
+from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
+from pgemu_kernels.folios.folio import (
+    COMPOUND,
+    COUNTS,
+    FLAGS,
+    HUGETLB_VMEMMAP_OPTIMIZED,
+    INDEX,
+    MAPPING,
+    MEMCG,
+    NO_MAPCOUNT,
+    ONE_CACHED,
+    PG_HEAD,
+    PG_UPTODATE,
+    PGTY_HUGETLB,
+    PRIVATE,
+    reference_count,
+    struct_page,
+    vmemmap_address,
+)
+from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, node_of
+from pgemu_kernels.folios.hugetlb import (
+    abandon,
+    free_block,
+    own_merged,
+    prep_compound,
+    prep_folio,
+    start_waiting,
+    stop_waiting,
+)
+from pgemu_kernels.folios.splitting import (
+    BUSY,
+    INHERITED,
+    NO_MEMORY,
+    PAGE_FLAGS,
+    join_list,
+    leave_list,
+    merge_zeroed,
+    missing_pages,
+    split_folio_from,
+)
+from pgemu_kernels.folios.vmemmap import (
+    fill_tail_page,
+    flush_kernel_range,
+    forget_vmemmap_page,
+    give_up,
+    optimize,
+    optimize_batch,
+    restore,
+    restore_batch,
+    split_directory,
+    vmemmap_directory,
+    vmemmap_pages,
+    vmemmap_pte,
+)
+from pgemu_kernels.folios.xarray import nodes_of, put_nodes, stash, take_nodes, unstash
+from pgemu_kernels.formats.bits import ADDRESS, LARGE, WRITE
+from pgemu_kernels.words.operations import EAGAIN
+from pgemu_kernels.words.registers import R_MASK_TAILS, R_SERIES, R_VMEMMAP_READ_ONLY, R_ZERO_PAGE
+from pgemu_kernels.words.rows import (
+    B_OUTSTANDING,
+    B_PENDING,
+    B_PFN,
+    B_PIECES,
+    B_STATE,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_ZOMBIE,
+    H_NODE_TAIL_PAGE,
+    I_ZEROED,
+    SERIES_RFC2,
+)
+
+U = np.uint64
+_ADDRESS = U(ADDRESS)
+_LARGE = U(LARGE)
+_WRITE = U(WRITE)
+
+ORDER = U9  # of a piece
+WHOLE = U(18)  # order of the block's huge page
+PAGES = U512  # in a piece
+PIECES = U512  # in a block
+BLOCK_PAGES = U(1 << 18)
+CACHED = PGTY_HUGETLB | PAGES << U32  # _refcount and page type of an idle piece
+NODES = U(1 + 64)  # of the page cache, for the entries of 512 pieces
+OWN_WORDS = U(4)  # struct pages of a folio that are more than plain tails
+
+
+@kernel
+def piece_of(index):
+    """Number of the piece that holds a page, in its block."""
+    return index >> U9 & U(511)
+
+
+@kernel
+def is_piece_split(m, block, index):
+    """1 if the piece that holds a page is split to 4K folios, else 0. The block is in pieces."""
+    piece = piece_of(index)
+    return m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1
+
+
+@kernel
+def level_of(m, block, index):
+    """Level of the folio that holds a page of a block in pieces: 1 or 2."""
+    return U1 if is_piece_split(m, block, index) != U0 else U(2)
+
+
+@kernel
+def is_split_at(m, block, index):
+    """Whether the folio that holds a page is of 4K. The block is whole or in pieces."""
+    return m.state[block + B_STATE] == BLOCK_PARTLY and is_piece_split(m, block, index) != U0
+
+
+@kernel
+def mark_piece(m, block, index, split):
+    """Note that a piece is split (1) or whole (0)."""
+    piece = piece_of(index)
+    bit = U1 << (piece & U63)
+    word = block + B_PIECES + (piece >> U6)
+    m.state[word] = m.state[word] | bit if split != U0 else m.state[word] & ~bit
+
+
+@kernel
+def any_piece_split(m, block):
+    """Whether any piece of a block is split to 4K folios."""
+    found = U0
+    for word in range(block + B_PIECES, block + B_PIECES + PIECES // U64):
+        found |= m.state[word]
+    return found != U0
+
+
+@kernel
+def piece_head(m, block, index):
+    """First frame of the piece that holds a page."""
+    return m.state[block + B_PFN] + (piece_of(index) << U9)
+
+
+@kernel
+def zeroed_bits(m, node, index):
+    """Where the bits of zeroed pages begin for the piece or block that begins at a page."""
+    return m.state[node + I_ZEROED] + (index >> U6)
+
+
+# --------------------------------------------------------------------------- 1G -> 2M
+
+
+@outlined
+def make_pieces(m, head, index):
+    """The struct pages of 512 folios of 2M where a 1G folio was, whose vmemmap is whole.
+
+    hugetlb.c:init_new_hugetlb_folio(); and as __split_folio_to_order() does it: mapping, index, references and flags.
+    """
+    ram = m.ram
+    first = struct_page(m, head)
+    flags = ram[first + FLAGS] & INHERITED
+    mapping = ram[first + MAPPING]
+    memcg = ram[first + MEMCG]
+    link = ram[first + COMPOUND]
+    private = ram[first + PRIVATE]
+    for piece in range(head, head + BLOCK_PAGES, PAGES):
+        prep_compound(m, piece, ORDER)
+        page = struct_page(m, piece)
+        ram[page + FLAGS] = (ram[page + FLAGS] & ~PAGE_FLAGS) | flags | PG_HEAD
+        ram[page + MAPPING] = mapping
+        ram[page + INDEX] = index + piece - head
+        ram[page + COUNTS] = CACHED
+        ram[page + MEMCG] = memcg
+    ram[first + COMPOUND] = link
+    ram[first + PRIVATE] = private
+    charge(m, STRUCT_PAGE_WRITTEN, np.int64(BLOCK_PAGES))
+    charge(m, STRUCT_PAGE_BYTES, 24 * np.int64(BLOCK_PAGES))
+    charge(m, PAGE_CACHE_STORED, np.int64(PIECES))
+
+
+@outlined
+def split_whole(m, block, first):
+    """Split the 1G folio of a block to 512 folios of 2M: 0, -EBUSY or -ENOMEM with nothing changed.
+
+    Without memory to optimise a piece again it stays as it is, as after a demotion.
+    """
+    head = m.state[block + B_PFN]
+    if reference_count(m.ram, struct_page(m, head)) != BLOCK_PAGES:
+        charge_one(m, FREEZE_SPIN)
+        return BUSY
+    rfc2 = m.state[R_SERIES] == SERIES_RFC2
+    if rfc2:
+        charge_one(m, PAGE_CACHE_STORED)
+    taken = take_nodes(m, NODES)
+    stashed = rfc2 and taken == NODES and stash(m)
+    if taken < NODES or stashed != rfc2 or restore(m, head, WHOLE) != 0:
+        if stashed:
+            unstash(m)
+        put_nodes(m, taken)
+        charge_one(m, PAGE_CACHE_STORED)
+        return NO_MEMORY
+    leave_list(m, head)
+    make_pieces(m, head, first)
+    optimize_batch(m, head, head + BLOCK_PAGES)
+    m.state[block + B_STATE] = BLOCK_PARTLY
+    change(m.stats, BLOCKS_HUGE, -1)
+    change(m.stats, BLOCKS_PARTLY, 1)
+    charge_one(m, FOLIO_SPLIT)
+    return np.int64(0)
+
+
+@outlined
+def split_touched(m, node, block, first, start, end):
+    """Split a block so that no page of [start, end) shares its folio with one outside its 2M piece: 0, -ENOMEM, -EBUSY.
+
+    `first`: the block's first page. A 1G folio is split to pieces, then the pieces that the range touches to 4K, in
+    ascending order. Those done before a failure stay split, and the block waits for a merge.
+    """
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        status = split_whole(m, block, first)
+        if status != 0:
+            return status
+    index = max(start, first) & ~(PAGES - U1)
+    while index < min(end, first + BLOCK_PAGES):
+        if is_piece_split(m, block, index) == U0:
+            head = piece_head(m, block, index)
+            status = split_folio_from(m, head, ORDER, index, PAGES, zeroed_bits(m, node, index))
+            if status != 0:
+                note_waiting(m, node, block, first, first, first)
+                return status
+            mark_piece(m, block, index, U1)
+        index += PAGES
+    return np.int64(0)
+
+
+@kernel
+def first_unsplit(m, block, first, start):
+    """Where split_touched() from page `start` on failed: the first page of the folio that it could not split."""
+    index = max(start, first) & ~(PAGES - U1)
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        return first
+    while is_piece_split(m, block, index) != U0:
+        index += PAGES
+    return index
+
+
+@outlined
+def split_shared(m, node, block, first):
+    """Split a newly allocated block down to what its shared pages need: 0 or -ENOMEM."""
+    for index in range(first, first + BLOCK_PAGES, PAGES):
+        if shared_in_2m(m, node, index) != U0:
+            status = split_touched(m, node, block, first, index, index + PAGES)
+            if status != 0:
+                return status
+    return np.int64(0)
+
+
+# --------------------------------------------------------------------------- the gate
+
+
+@outlined
+def gate_block(m, node, block, first, start, end):
+    """The first page of the first folio under [start, end) that somebody holds, or NONE: the gate, folio by folio.
+
+    The block is whole or in pieces.
+    """
+    ram = m.ram
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        charge_one(m, FOLIO_GATE_CHECKED)
+        return NONE if reference_count(ram, struct_page(m, m.state[block + B_PFN])) == BLOCK_PAGES else first
+    index = max(start, first)
+    stop = min(end, first + BLOCK_PAGES)
+    checked = np.int64(0)
+    failing = NONE
+    while index < stop and failing == NONE:
+        head = piece_head(m, block, index)
+        inside = index & (PAGES - U1)
+        checked += 1
+        if is_piece_split(m, block, index) == U0:
+            if reference_count(ram, struct_page(m, head)) != PAGES:
+                failing = index - inside
+            index += PAGES - inside
+        else:
+            if ram[struct_page(m, head + inside) + COUNTS] != ONE_CACHED:
+                failing = index
+            index += U1
+    charge(m, FOLIO_GATE_CHECKED, checked)
+    return failing
+
+
+@outlined
+def is_idle(m, block):
+    """Whether nobody but the page cache holds any folio of a block in pieces."""
+    different = U0
+    for index in range(U0, BLOCK_PAGES, PAGES):
+        head = piece_head(m, block, index)
+        if is_piece_split(m, block, index) == U0:
+            different |= reference_count(m.ram, struct_page(m, head)) ^ PAGES
+        else:
+            for base in range(U0, PAGES, U64):
+                page = struct_page(m, head + base)
+                for at in range(page, page + PAGES, U(8)):
+                    different |= m.ram[at + COUNTS] ^ ONE_CACHED
+    return different == U0
+
+
+# --------------------------------------------------------------------------- 4K -> 2M
+
+
+@outlined
+def merge_piece(m, node, block, index, keep):
+    """Merge the 4K folios of the piece that begins at a page: 0, or -EBUSY with nothing changed.
+
+    `keep`: note which of its pages are zeroed; the contents of a block that is being freed do not matter.
+    """
+    bits = zeroed_bits(m, node, index) if keep else NONE
+    status = merge_zeroed(m, piece_head(m, block, index), ORDER, index, bits)
+    if status == 0:
+        mark_piece(m, block, index, U0)
+    return status
+
+
+@kernel
+def shared_besides(m, node, index, pages, start, end):
+    """Shared pages of the piece or block of `pages` that begins at a page, those in [start, end) left out."""
+    shared = shared_in_2m(m, node, index) if pages == PAGES else shared_in_block(m, node, index)
+    low = max(start, index)
+    high = min(end, index + pages)
+    if shared != U0 and low < high:
+        shared -= shared_in_range(m, node, low, high)
+    return shared
+
+
+@outlined
+def merge_pieces(m, node, block, first, start, end):
+    """Merge what can be: the split pieces without a shared page, then the block. Fails quietly.
+
+    Pages [start, end) count as private: a conversion may merge before it stores (order fixup). All pieces of the block
+    are looked at, those too that wait because of an earlier failure. What somebody holds, or has no memory for its
+    vmemmap, stays; then the block waits.
+    """
+    for index in range(first, first + BLOCK_PAGES, PAGES):
+        if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
+            if merge_piece(m, node, block, index, True) != 0:
+                charge_one(m, FREEZE_SPIN)
+    if shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0 and not any_piece_split(m, block):
+        merge_whole(m, node, block, first, True, False)
+    if m.state[block + B_STATE] == BLOCK_PARTLY:
+        note_waiting(m, node, block, first, start, end)
+
+
+@outlined
+def note_waiting(m, node, block, first, start, end):
+    """A block in pieces waits while a piece without a shared page is split, or none of its pages is shared.
+
+    Pages [start, end) count as private, as for merge_pieces().
+    """
+    waits = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    index = first
+    while index < first + BLOCK_PAGES and not waits:
+        split = is_piece_split(m, block, index) != U0
+        waits = split and shared_besides(m, node, index, PAGES, start, end) == U0
+        index += PAGES
+    if waits:
+        start_waiting(m, block)
+    else:
+        stop_waiting(m, block)
+
+
+# --------------------------------------------------------------------------- 2M -> 1G
+
+
+@kernel
+def missing_of_pieces(m, head):
+    """Vmemmap pages that the pieces of a block lack."""
+    missing = U0
+    for piece in range(head, head + BLOCK_PAGES, PAGES):
+        missing += missing_pages(m, struct_page(m, piece), ORDER)
+    return missing
+
+
+@outlined
+def join_zeroed(m, node, head, first):
+    """What the flags of 512 pieces say of the 1G folio: 1 if it is up to date.
+
+    As splitting.merge_block(): where the folio's flag speaks for all pages and some pieces are zeroed, the others are
+    zeroed here. Where zeroing goes by page, the bits tell already: a piece is up to date when all of its bits are set.
+    """
+    uptodate = U0
+    for piece in range(head, head + BLOCK_PAGES, PAGES):
+        uptodate += m.ram[struct_page(m, piece) + FLAGS] >> U3 & U1
+    if m.state[R_ZERO_PAGE] == U0 and U0 < uptodate < PIECES:
+        for piece in range(head, head + BLOCK_PAGES, PAGES):
+            if m.ram[struct_page(m, piece) + FLAGS] & PG_UPTODATE == U0:
+                zero_contents(m, piece, PAGES)
+        charge(m, FOLIO_ZEROED_PAGES, np.int64((PIECES - uptodate) << U9))
+        uptodate = PIECES
+    return U1 if uptodate == PIECES else U0
+
+
+@outlined
+def clean_heads(m, head):
+    """The struct pages that were more than tails while there were pieces become tails: all but the first piece's."""
+    ram = m.ram
+    for piece in range(head + PAGES, head + BLOCK_PAGES, PAGES):
+        page = struct_page(m, piece)
+        for _ in range(OWN_WORDS):
+            ram[page + FLAGS] &= ~PAGE_FLAGS
+            ram[page + U(2)] = U0
+            ram[page + INDEX] = U0
+            ram[page + COUNTS] = NO_MAPCOUNT
+            ram[page + MEMCG] = U0
+            page += U(8)
+
+
+@outlined
+def fold_directory(m, slot, entry, first):
+    """Redirect the entries of a vmemmap table from slot `first` on to the shared page: how many pages were given up."""
+    freed = np.int64(0)
+    for at in range(slot + first, slot + U512):
+        if m.ram[at] & _WRITE != U0:
+            give_up(m, (m.ram[at] & _ADDRESS) >> U12, False)
+            freed += 1
+        m.ram[at] = entry
+    return freed
+
+
+@outlined
+def shared_tails(m, head):
+    """The page that a 1G folio's tails show, without asking for memory.
+
+    From 7.1 on the shared page of the node, made of a piece's first vmemmap page if there is none yet; before, the
+    folio's own first page.
+    """
+    start = vmemmap_address(m.state, head)
+    if m.state[R_MASK_TAILS] == U0:
+        return (m.ram[vmemmap_pte(m, start)] & _ADDRESS) >> U12
+    node = node_of(m.state, head)
+    word = hstate_node(hstate_of_order(WHOLE), node) + H_NODE_TAIL_PAGE
+    frame = m.state[word]
+    if frame == U0:
+        piece = head + PAGES
+        while m.ram[vmemmap_directory(m, vmemmap_address(m.state, piece))] & _LARGE != U0:
+            piece += PAGES
+        slot = vmemmap_pte(m, vmemmap_address(m.state, piece))
+        frame = (m.ram[slot] & _ADDRESS) >> U12
+        m.ram[slot] &= ~_WRITE
+        forget_vmemmap_page(m, frame)
+        change(m.stats, MEMMAP_PAGES, -1)  # counted with the shared pages from now on
+        fill_tail_page(m, frame, WHOLE, node)
+        m.state[word] = frame
+    return frame
+
+
+@outlined
+def fold_vmemmap(m, head):
+    """Optimise the vmemmap of 512 pieces as that of one 1G folio, without restoring it first.
+
+    No kernel does this. It takes no memory: the first piece's own page stays the head's. Tables where the vmemmap is
+    mapped by 2M leaves still (pieces that could not be optimised) come last, when pages have been given up.
+    """
+    state = m.state
+    start = vmemmap_address(state, head)
+    entry = shared_tails(m, head) << U12 | state[R_VMEMMAP_READ_ONLY]
+    freed = np.int64(0)
+    for leaves in range(U(2)):
+        for i in range(BLOCK_PAGES >> U(15)):
+            address = start + (i << U21)
+            large = m.ram[vmemmap_directory(m, address)] & _LARGE != U0
+            if large == (leaves == U1):
+                split_directory(m, address, True)
+                freed += fold_directory(m, vmemmap_pte(m, address), entry, U1 if i == U0 else U0)
+    m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED
+    change(m.stats, VMEMMAP_PAGES, -freed)
+    change(m.stats, MEMMAP_PAGES, -freed)
+    charge(m, VMEMMAP_PAGE_FREED, freed)
+    flush_kernel_range(m, vmemmap_pages(WHOLE))
+
+
+@outlined
+def whole_folio(m, head, folded, index, uptodate):
+    """The struct pages of the 1G folio that 512 pieces become: prep_compound_page(), and what the page cache needs.
+
+    `folded`: only the first vmemmap page is its own.
+    """
+    ram = m.ram
+    first = struct_page(m, head)
+    mapping = ram[first + MAPPING]
+    link = ram[first + COMPOUND]
+    private = ram[first + PRIVATE]
+    if not folded:
+        clean_heads(m, head)
+    pages = U64 if folded else BLOCK_PAGES
+    prep_folio(m, head, WHOLE, pages)
+    ram[first + FLAGS] = (ram[first + FLAGS] & ~PG_UPTODATE) | uptodate << U3
+    ram[first + COMPOUND] = link
+    ram[first + MAPPING] = mapping
+    ram[first + INDEX] = index
+    ram[first + PRIVATE] = private
+    ram[first + COUNTS] = PGTY_HUGETLB | BLOCK_PAGES << U32
+    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
+    charge(m, STRUCT_PAGE_BYTES, 24 * (np.int64(pages) - 1))
+
+
+@outlined
+def merge_whole(m, node, block, first, keep, must):
+    """Merge 512 whole pieces into the 1G folio: 0, -EBUSY or (unless it `must`) -ENOMEM, nothing changed.
+
+    `keep`: as merge_piece(). Pieces in the page cache give their nodes back.
+    """
+    head = m.state[block + B_PFN]
+    if any_piece_split(m, block) or not is_idle(m, block):
+        charge_one(m, FREEZE_SPIN)
+        return BUSY
+    charge(m, FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
+    folded = frames_left(m) < missing_of_pieces(m, head)
+    if folded and not must:
+        return NO_MEMORY
+    uptodate = join_zeroed(m, node, head, first) if keep else U0
+    if folded:
+        fold_vmemmap(m, head)
+    else:
+        restore_batch(m, head, head + BLOCK_PAGES)
+    if m.ram[struct_page(m, head) + MAPPING] != U0:
+        rfc2 = m.state[R_SERIES] == SERIES_RFC2
+        charge(m, PAGE_CACHE_STORED, np.int64(PIECES) + 1 if rfc2 else np.int64(1))
+        put_nodes(m, NODES)
+    whole_folio(m, head, folded, first, uptodate)
+    if m.state[R_SERIES] == SERIES_RFC2:
+        unstash(m)
+    optimize(m, head, WHOLE)
+    join_list(m, head, WHOLE)
+    own_merged(m, block, struct_page(m, head))
+    m.state[block + B_STATE] = BLOCK_HUGE
+    stop_waiting(m, block)
+    change(m.stats, BLOCKS_PARTLY, -1)
+    change(m.stats, BLOCKS_HUGE, 1)
+    charge_one(m, FOLIO_MERGED)
+    return np.int64(0)
+
+
+# --------------------------------------------------------------------------- truncation and eviction
+
+
+@outlined
+def dissolve_block(m, node, block, first):
+    """Make a block in pieces one 1G folio again, shared pages or not, so that it can be freed: 0, or -EAGAIN.
+
+    Its pages are mapped by nobody. -EAGAIN, with nothing changed: somebody holds a folio. It needs no memory.
+    """
+    if not is_idle(m, block):
+        charge_one(m, FREEZE_SPIN)
+        return np.int64(-EAGAIN)
+    for index in range(first, first + BLOCK_PAGES, PAGES):
+        if is_piece_split(m, block, index) != U0:
+            merge_piece(m, node, block, index, False)
+    merge_whole(m, node, block, first, False, True)
+    return np.int64(0)
+
+
+@kernel
+def nodes_of_block(m, block):
+    """Nodes that a block in pieces takes in the page cache: 65, and 8 for each piece that is split."""
+    split = U0
+    for piece in range(PIECES):
+        split += is_piece_split(m, block, piece << U9)
+    return NODES + split * nodes_of(m.state, ORDER)
+
+
+@kernel
+def abandon_piece(m, page):
+    """hugetlb.abandon() of a 2M folio. It stays a HugeTLB page, which has its own way back: no other type."""
+    ram = m.ram
+    ram[page + MAPPING] = U0
+    ram[page + COUNTS] -= PAGES << U32
+    if m.state[R_SERIES] == SERIES_RFC2:
+        ram[page + FLAGS] &= ~PG_UPTODATE
+    return reference_count(ram, page) != U0
+
+
+@outlined
+def make_zombie(m, block):
+    """Take a block in pieces out of the page cache though some folios are held: as hugetlb.make_zombie().
+
+    What is outstanding is counted in pages: a 2M folio that somebody holds is 512.
+    """
+    state = m.state
+    held = U0
+    stored = np.int64(0)
+    put_nodes(m, nodes_of_block(m, block))
+    for index in range(U0, BLOCK_PAGES, PAGES):
+        head = piece_head(m, block, index)
+        stored += 1
+        if is_piece_split(m, block, index) == U0:
+            held += PAGES if abandon_piece(m, struct_page(m, head)) else U0
+            continue
+        stored += 511
+        for pfn in range(head, head + PAGES):
+            held += U1 if abandon(m.ram, struct_page(m, pfn), U1, state[R_SERIES]) else U0
+    stop_waiting(m, block)
+    state[block + B_STATE] = BLOCK_ZOMBIE
+    state[block + B_OUTSTANDING] = held
+    state[block + B_PENDING] = BLOCK_PAGES - held
+    change(m.stats, BLOCKS_PARTLY, -1)
+    change(m.stats, BLOCKS_ZOMBIE, 1)
+    charge(m, PAGE_CACHE_STORED, stored)
+
+
+@outlined
+def revive_block(m, block):
+    """splitting.revive() of a block in pieces: the worker makes one folio of it and gives it to the pool."""
+    for index in range(U0, BLOCK_PAGES, PAGES):
+        head = piece_head(m, block, index)
+        if is_piece_split(m, block, index) == U0:
+            m.ram[struct_page(m, head) + COUNTS] = CACHED
+            continue
+        for pfn in range(head, head + PAGES):
+            m.ram[struct_page(m, pfn) + COUNTS] = ONE_CACHED
+    m.state[block + B_STATE] = BLOCK_PARTLY
+    change(m.stats, BLOCKS_ZOMBIE, -1)
+    change(m.stats, BLOCKS_PARTLY, 1)
+    charge_one(m, DEFERRED_MERGE)
+    dissolve_block(m, U0, block, U0)  # of no inode: what is zeroed is not asked
+    free_block(m, block)

@@ -1,0 +1,1 @@
+"""KVM: memory slots, attributes, guest faults."""

@@ -1,0 +1,145 @@
+"""Memory attributes of a VM: which guest frames are private, a bit each in a radix tree (Linux: an xarray).
+
+arch/x86/kvm/mmu/mmu.c, virt/kvm/kvm_main.c. Only KVM_X86_SW_PROTECTED_VM has private memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095
+from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import frames_left
+from pgemu_kernels.engine.rows import memslot_row, vm_row
+from pgemu_kernels.engine.shareability import bits_between
+from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
+from pgemu_kernels.stage2.tdp_mmu import pages_of
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
+from pgemu_kernels.words.registers import R_MEMSLOTS
+from pgemu_kernels.words.rows import (
+    M_BASE_GFN,
+    M_PAGES,
+    M_VM,
+    O_ADDRESS,
+    O_FLAGS,
+    O_LENGTH,
+    O_VM,
+    V_ATTRIBUTES,
+    V_PROTECTED,
+    V_SEQUENCE,
+)
+
+U = np.uint64
+_GUEST_ADDRESSES = U(1 << 48)  # what four levels of stage 2 reach
+PRIVATE = U(Flag.PRIVATE)
+SHARED = U(Flag.SHARED)
+_MOST_NODES = U(8)  # nodes that one store may need beside the lowest one
+
+
+@kernel
+def is_private(m, row, gfn):
+    """Whether the attributes of a VM (`row` of V_*) make a guest frame private."""
+    root = m.state[row + V_ATTRIBUTES]
+    return root != U0 and cache_find(m, root, gfn >> U6) >> (gfn & U63) & U1 != U0
+
+
+@outlined
+def is_mixed(m, row, gfn, level):
+    """Whether the aligned block of `level` 2 or 3 around a guest frame has private and shared pages.
+
+    mmu.c:hugepage_has_attrs(). Linux keeps the answer in lpage_info; here it is read off the bits.
+    """
+    root = m.state[row + V_ATTRIBUTES]
+    if root == U0:
+        return False
+    index = (gfn & ~(pages_of(level) - U1)) >> U6
+    first = cache_find(m, root, index)
+    if first != U0 and first != ALL:
+        return True
+    last = index + (pages_of(level) >> U6)
+    while index < last and cache_find(m, root, index) == first:
+        index += U1
+    return index < last
+
+
+@kernel
+def mask_at(gfn, end):
+    """The bits of guest frames [gfn, end) in the word that holds `gfn`."""
+    return bits_between(gfn & U63, min(U64, (gfn & U63) + end - gfn))
+
+
+@outlined
+def all_have(m, row, gfn, end, private):
+    """kvm_main.c:kvm_range_has_memory_attributes(): whether nothing is to be done."""
+    root = m.state[row + V_ATTRIBUTES]
+    while gfn < end:
+        mask = mask_at(gfn, end)
+        if cache_find(m, root, gfn >> U6) & mask != (mask if private else U0):
+            return False
+        gfn = (gfn | U63) + U1
+    return True
+
+
+@outlined
+def store_range(m, row, gfn, end, private):
+    """Set or clear the bits of guest frames [gfn, end); memory was seen to suffice."""
+    root = m.state[row + V_ATTRIBUTES]
+    while gfn < end:
+        mask = mask_at(gfn, end)
+        old = cache_find(m, root, gfn >> U6)
+        value = old | mask if private else old & ~mask
+        if value != old:
+            cache_store(m, row + V_ATTRIBUTES, gfn >> U6, value)
+            root = m.state[row + V_ATTRIBUTES]
+        gfn = (gfn | U63) + U1
+
+
+@outlined
+def drop_range(m, vm, gfn, end):
+    """Drop the leaves of every slot over guest frames [gfn, end) of a VM, and flush it if there were any."""
+    state = m.state
+    dropped = np.int64(0)
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_VM] == vm:
+            first = max(gfn, state[slot + M_BASE_GFN])
+            last = min(end, state[slot + M_BASE_GFN] + state[slot + M_PAGES])
+            if first < last:
+                dropped += zap_slot(m, slot, first, last)
+    state[vm_row(vm) + V_SEQUENCE] += U1
+    if dropped != 0:
+        flush_vms(m)
+
+
+@outlined
+def set_attributes(m, op):
+    """KVM_SET_MEMORY_ATTRIBUTES: 0, -EINVAL, or -ENOMEM with nothing changed.
+
+    kvm_main.c:kvm_vm_set_mem_attributes(). Where anything changes, the whole range loses its leaves first, whichever
+    way it goes; the lowest nodes are reserved before, by a count that may ask for a few frames too many.
+    """
+    state = m.state
+    vm = state[op + O_VM]
+    row = vm_row(vm)
+    address = state[op + O_ADDRESS]
+    length = state[op + O_LENGTH]
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    private = kind == PRIVATE
+    if kind == U0 or kind == PRIVATE | SHARED or (private and state[row + V_PROTECTED] == U0):
+        return np.int64(-EINVAL)
+    if length == U0 or address + length < address or (address | length) & U4095 != U0:
+        return np.int64(-EINVAL)
+    if address + length > _GUEST_ADDRESSES:
+        return np.int64(-EINVAL)  # inference: Linux stores attributes of frames that no slot can have, too
+    gfn = address >> U12
+    end = (address + length) >> U12
+    if all_have(m, row, gfn, end, private):
+        return np.int64(0)
+    if private and frames_left(m) < ((end - gfn) >> (U6 + U9)) + _MOST_NODES:
+        return np.int64(-ENOMEM)
+    drop_range(m, vm, gfn, end)
+    store_range(m, row, gfn, end, private)
+    charge_one(m, ATTRIBUTES_STORED)
+    return np.int64(0)

@@ -1,0 +1,311 @@
+"""A guest's access to its physical memory: the leaf that is there, the fast fix, or the fault of the TDP MMU.
+
+arch/x86/kvm/mmu/mmu.c:kvm_mmu_page_fault() and what it calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63
+from pgemu_kernels.engine.charge import GUEST_FAULT, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import find_memslot, inode_row, vm_row
+from pgemu_kernels.folios.folio import mark_accessed
+from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.kvm.attributes import PRIVATE, SHARED, is_mixed, is_private
+from pgemu_kernels.process.fault import host_fault_in
+from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
+from pgemu_kernels.stage2.invalidate import retry_fault
+from pgemu_kernels.stage2.tdp_mmu import (
+    EXEC,
+    WRITE,
+    is_access_allowed,
+    last_spte,
+    make_mmio_spte,
+    map_leaf,
+    map_mmio,
+    nx_huge_pages,
+    pages_of,
+    set_accessed_dirty,
+)
+from pgemu_kernels.tables.walker import is_present, stage2_format
+from pgemu_kernels.words.operations import (
+    EFAULT,
+    EINVAL,
+    ENOENT,
+    EOPNOTSUPP,
+    RET_PF_EMULATE,
+    RET_PF_FIXED,
+    RET_PF_RETRY,
+    RET_PF_SPURIOUS,
+)
+from pgemu_kernels.words.registers import R_BOOT_FRAMES, R_FRAMES, R_GUEST_PAGES, R_POOL_BASE
+from pgemu_kernels.words.rows import (
+    M_BASE_GFN,
+    M_DIRTY,
+    M_FLAGS,
+    M_HVA,
+    M_INODE,
+    M_KIND,
+    M_PAGES,
+    M_PGOFF,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_LENGTH,
+    O_VM,
+    SLOT_GMEM_ONLY,
+    SLOT_HAS_GUEST_MEMFD,
+    SLOT_LOG_DIRTY_PAGES,
+    SLOT_READ_ONLY,
+    SLOT_USER,
+    V_GENERATION,
+    V_ROOT,
+    V_SEQUENCE,
+    V_SPACE,
+    V_UNLOADED,
+)
+from pgemu_kernels.words.table_words import F_EMPTY, F_MMU_WRITABLE, F_WRITE
+
+U = np.uint64
+_ATTEMPTS = 4  # an access ends at the second: the first one breaks a copy on write, which drops the leaf
+_LARGEST = U(3)
+_MAX_GFN = U(1 << 36)  # four levels reach 48 bits
+
+
+@kernel
+def load_root(state, row):
+    """The vCPU runs: after its tree went with a slot it has a new root."""
+    state[row + V_UNLOADED] = U0
+
+
+@outlined
+def mark_dirty(m, slot, gfn):
+    """kvm_main.c:mark_page_dirty_in_slot(): 0, or -ENOMEM (Linux allocates the whole bitmap beforehand)."""
+    state = m.state
+    if state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES == U0:
+        return np.int64(0)
+    page = gfn - state[slot + M_BASE_GFN]
+    old = cache_find(m, state[slot + M_DIRTY], page >> U6)
+    return cache_store(m, slot + M_DIRTY, page >> U6, old | U1 << (page & U63))
+
+
+@kernel
+def is_device(state, pfn):
+    """kvm_is_mmio_pfn(): whether a frame is no RAM: neither of the metadata zone nor of the HugeTLB zone."""
+    if pfn < state[R_FRAMES] + state[R_BOOT_FRAMES]:
+        return False
+    return pfn - state[R_POOL_BASE] >= state[R_GUEST_PAGES]
+
+
+@kernel
+def slot_allows_level(state, slot, gfn, level):
+    """x86.c:kvm_alloc_memslot_metadata(): the block lies in the slot, guest and host address agree modulo its size."""
+    pages = pages_of(level)
+    base = state[slot + M_BASE_GFN]
+    if (base ^ state[slot + M_HVA] >> U12) & (pages - U1) != U0:
+        return False
+    first = gfn & ~(pages - U1)
+    return first >= base and first + pages <= base + state[slot + M_PAGES]
+
+
+@kernel
+def max_level(m, row, slot, gfn, host_level):
+    """mmu.c:kvm_mmu_max_mapping_level(), dirty logging apart."""
+    level = min(host_level, _LARGEST)
+    while level > U1 and not (slot_allows_level(m.state, slot, gfn, level) and not is_mixed(m, row, gfn, level)):
+        level -= U1
+    return level
+
+
+@kernel
+def from_guest_memfd(state, slot, private):
+    """Whether the page of an access comes from the slot's guest_memfd."""
+    return private or state[slot + M_FLAGS] & SLOT_GMEM_ONLY != U0
+
+
+@outlined
+def find_pfn(m, row, slot, gfn, write, private):
+    """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable).
+
+    A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit.
+    """
+    state = m.state
+    read_only = state[slot + M_FLAGS] & SLOT_READ_ONLY != U0
+    page = gfn - state[slot + M_BASE_GFN]
+    if from_guest_memfd(state, slot, private):
+        if state[slot + M_FLAGS] & SLOT_HAS_GUEST_MEMFD == U0 or state[slot + M_INODE] == NONE:
+            return np.int64(-EFAULT), U0, U1, False
+        status, pfn = find_or_add_folio(m, inode_row(state[slot + M_INODE]), state[slot + M_PGOFF] + page)
+        return status, pfn, U1, True
+    if write and read_only:
+        return np.int64(RET_PF_EMULATE), U0, U1, False
+    address = state[slot + M_HVA] + (page << U12)
+    status, pfn, level, writable = host_fault_in(m, state[row + V_SPACE], address, write, False)
+    return status, pfn, level, writable and not read_only
+
+
+@kernel
+def no_slot(m, row, gfn, private):
+    """mmu.c:kvm_handle_noslot_fault(): emulated as a device, which is cached; private memory is an exit."""
+    if private:
+        return np.int64(-EFAULT), U0
+    if gfn >= _MAX_GFN:
+        return np.int64(RET_PF_EMULATE), U0
+    return map_mmio(m, m.state[row + V_ROOT], gfn, m.state[row + V_GENERATION]), U1
+
+
+@outlined
+def page_fault(m, vm, gfn, access, prefetch, private):
+    """mmu.c:kvm_tdp_mmu_page_fault() from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
+
+    RET_PF_RETRY: an invalidation came between, often one that the fault's own copy on write set off. A HugeTLB page
+    that was mapped counts as accessed: kvm_release_faultin_page(), 6.12: kvm_release_pfn_clean().
+    """
+    state = m.state
+    row = vm_row(vm)
+    slot = find_memslot(state, vm, gfn)
+    if slot == NONE:
+        return no_slot(m, row, gfn, private)
+    if state[slot + M_KIND] != SLOT_USER:
+        return np.int64(-EOPNOTSUPP), U0
+    sequence = state[row + V_SEQUENCE]
+    if retry_fault(state, vm, gfn, sequence):
+        return np.int64(RET_PF_RETRY), U0
+    write = access & WRITE != U0
+    status, pfn, host_level, writable = find_pfn(m, row, slot, gfn, write, private)
+    if status != 0:
+        return status, U0
+    if retry_fault(state, vm, gfn, sequence):
+        return np.int64(RET_PF_RETRY), U0
+    logged = state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0
+    fetched = access & EXEC != U0 and nx_huge_pages(state, stage2_format(m))
+    level = U1
+    if host_level > U1 and not logged and not fetched:
+        level = max_level(m, row, slot, gfn, host_level)
+    if logged and writable:
+        status = mark_dirty(m, slot, gfn)
+        if status != 0:
+            return status, U0
+    device = is_device(state, pfn)
+    status, level = map_leaf(m, state[row + V_ROOT], gfn, level, pfn, writable, access, prefetch, device)
+    if status > 0 and host_level > U1:
+        mark_accessed(m, pfn)
+    return status, level
+
+
+@kernel
+def fast_page_fault(m, f, vm, gfn, spte, level, access):
+    """mmu.c:fast_page_fault() of a write to a leaf marked writable: RET_PF_FIXED, or 0 where the slow path follows."""
+    state = m.state
+    entry = m.ram[spte]
+    if access & WRITE == U0 or entry & state[f + F_MMU_WRITABLE] == U0:
+        return np.int64(0)
+    slot = find_memslot(state, vm, gfn)
+    if slot == NONE or (level > U1 and state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0):
+        return np.int64(0)
+    status = mark_dirty(m, slot, gfn)
+    if status != 0:
+        return status
+    set_accessed_dirty(m, f, spte, entry | state[f + F_WRITE], access)
+    return np.int64(RET_PF_FIXED)
+
+
+@outlined
+def access_once(m, vm, gfn, access, private):
+    """One try of a guest's access: (RET_PF_* or -errno, level). Without a fault it is RET_PF_SPURIOUS and free."""
+    state = m.state
+    f = stage2_format(m)
+    row = vm_row(vm)
+    spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
+    if is_present(state, f, entry):
+        if is_access_allowed(state, f, entry, access):
+            set_accessed_dirty(m, f, spte, entry, access)
+            return np.int64(RET_PF_SPURIOUS), level
+        charge_one(m, GUEST_FAULT)
+        status = fast_page_fault(m, f, vm, gfn, spte, level, access)
+        if status != 0:
+            return status, level
+    else:
+        charge_one(m, GUEST_FAULT)
+        if entry != state[f + F_EMPTY] and entry == make_mmio_spte(state, f, gfn, state[row + V_GENERATION]):
+            return np.int64(RET_PF_EMULATE), U1  # mmu.c:handle_mmio_page_fault()
+    status, level = page_fault(m, vm, gfn, access, False, private)
+    if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
+        # The access runs again, and the processor marks the leaf.
+        spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
+        set_accessed_dirty(m, f, spte, entry, access)
+    return status, level
+
+
+@outlined
+def guest_access(m, op):
+    """A vCPU accesses guest physical memory: RET_PF_FIXED, RET_PF_SPURIOUS, RET_PF_EMULATE (MMIO exit), or -errno.
+
+    detail is the leaf's level. An access that names a kind (PRIVATE, SHARED) which the attributes do not agree with
+    is a memory fault exit, -EFAULT, leaf or not. A retried fault is one more exit of the same access.
+    """
+    state = m.state
+    vm = state[op + O_VM]
+    row = vm_row(vm)
+    gfn = state[op + O_ADDRESS] >> U12
+    access = state[op + O_FLAGS] & (WRITE | EXEC)
+    private = is_private(m, row, gfn)
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    load_root(state, row)
+    if kind != U0 and kind != (PRIVATE if private else SHARED):
+        charge_one(m, GUEST_FAULT)
+        return np.int64(-EFAULT)
+    status = np.int64(RET_PF_RETRY)
+    level = U0
+    for _ in range(_ATTEMPTS):
+        status, level = access_once(m, vm, gfn, access, private)
+        if status != RET_PF_RETRY:
+            break
+    state[op + O_DETAIL] = level if status > 0 else U0
+    return status
+
+
+# --------------------------------------------------------------------------- KVM_PRE_FAULT_MEMORY
+
+
+@kernel
+def prefault_page(m, vm, gfn):
+    """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
+    status = np.int64(RET_PF_RETRY)
+    level = U0
+    private = is_private(m, vm_row(vm), gfn)
+    for _ in range(_ATTEMPTS):
+        status, level = page_fault(m, vm, gfn, U0, True, private)
+        if status != RET_PF_RETRY:
+            break
+    if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
+        return np.int64(0), level
+    return np.int64(-ENOENT) if status == RET_PF_EMULATE else status, level
+
+
+@outlined
+def prefault(m, op):
+    """KVM_PRE_FAULT_MEMORY: 0, -EINVAL, or what the first page failed with (-ENOENT without a slot, -EFAULT, ...).
+
+    detail is how many bytes were populated. It stops at the first page that fails; if any page came before, that is
+    success. kvm_main.c:kvm_vcpu_pre_fault_memory().
+    """
+    state = m.state
+    address = state[op + O_ADDRESS]
+    length = state[op + O_LENGTH]
+    if (address | length) & U(4095) != U0 or address + length <= address:
+        return np.int64(-EINVAL)
+    load_root(state, vm_row(state[op + O_VM]))
+    gfn = address >> U12
+    end = gfn + (length >> U12)
+    status = np.int64(0)
+    while gfn < end:
+        status, level = prefault_page(m, state[op + O_VM], gfn)
+        if status != 0:
+            break
+        gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
+    done = (min(gfn, end) << U12) - address
+    state[op + O_DETAIL] = done
+    return np.int64(0) if done != U0 else status

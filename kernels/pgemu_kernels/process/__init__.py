@@ -1,0 +1,1 @@
+"""A process's memory: VMAs, entries, system calls, faults."""

@@ -1,0 +1,175 @@
+"""Private anonymous memory: first access, the zero page, copy on write. mm/memory.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.charge import (
+    ANONYMOUS_PAGES,
+    LEAF_WRITTEN,
+    PAGE_COPIED,
+    PAGE_ZEROED,
+    RMAP_CHANGED,
+    TLB_FLUSH_MM,
+    TLB_FLUSH_PAGE,
+    change,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
+from pgemu_kernels.process.entries import (
+    E_ACCESSED,
+    E_SPECIAL,
+    E_WRITE,
+    frame_of,
+    holds_page,
+    make_writable,
+    mark_dirty,
+    protection,
+)
+from pgemu_kernels.process.tables import need_slot, space_row
+from pgemu_kernels.process.vma import prepare_anon_vma
+from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.tables.walker import count_host_leaf
+from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
+from pgemu_kernels.words.registers import R_ZERO_FRAME
+from pgemu_kernels.words.rows import A_PROT, A_SPACE, PAGE_CACHED, PAGE_EXCLUSIVE, PAGE_MAPPINGS, PROT_WRITE, S_RSS
+
+U = np.uint64
+
+
+@kernel
+def set_leaf(m, slot, entry):
+    """set_pte_at() where nothing was."""
+    m.ram[slot] = entry
+    count_host_leaf(m, 1)
+    charge_one(m, LEAF_WRITTEN)
+
+
+@kernel
+def new_page(m):
+    """A frame for one private page that is mapped once and may be written, whatever it holds; NONE without memory."""
+    frame = take_frame(m)
+    if frame != NONE:
+        m.counts[frame] = np.uint32(PAGE_EXCLUSIVE | U1)
+        change(m.stats, ANONYMOUS_PAGES, 1)
+    return frame
+
+
+@kernel
+def unmap_page(m, space, frame):
+    """folio_remove_rmap_pte() and put_page(): one mapping less; the page goes with its last one if no file holds it."""
+    word = U(m.counts[frame]) - U1
+    m.counts[frame] = np.uint32(word)
+    m.state[space_row(space) + S_RSS] -= U1
+    charge_one(m, RMAP_CHANGED)
+    if word & (PAGE_MAPPINGS | PAGE_CACHED) == U0:
+        put_frame(m, frame)
+        change(m.stats, ANONYMOUS_PAGES, -1)
+
+
+@kernel
+def zero_page(m):
+    """The frame of the kernel's page of zeroes, or NONE. Linux has it from boot; here it comes with its first use."""
+    frame = m.state[R_ZERO_FRAME]
+    if frame == U0:
+        frame = take_frame(m)
+        if frame != NONE:
+            fill_frame(m.ram, frame, U0)
+            m.state[R_ZERO_FRAME] = frame
+    return frame
+
+
+@kernel
+def _map_zero_page(m, row, slot):
+    """do_anonymous_page() for a read."""
+    frame = zero_page(m)
+    if frame == NONE:
+        return np.int64(VM_FAULT_OOM)
+    set_leaf(m, slot, frame << U12 | protection(m.state, row) | E_SPECIAL)
+    return np.int64(VM_FAULT_NOPAGE)
+
+
+@kernel
+def _fill_new_page(m, row, slot):
+    """do_anonymous_page() for a write."""
+    state = m.state
+    prepare_anon_vma(state, row)
+    frame = new_page(m)
+    if frame == NONE:
+        return np.int64(VM_FAULT_OOM)
+    fill_frame(m.ram, frame, U0)
+    charge_one(m, PAGE_ZEROED)
+    charge_one(m, RMAP_CHANGED)
+    entry = frame << U12 | protection(state, row)
+    if state[row + A_PROT] & PROT_WRITE != U0:
+        entry = make_writable(mark_dirty(entry))
+    set_leaf(m, slot, entry)
+    state[space_row(state[row + A_SPACE]) + S_RSS] += U1
+    return np.int64(VM_FAULT_NOPAGE)
+
+
+@kernel
+def _copy_on_write(m, row, address, slot):
+    """wp_page_copy(): a new page with the contents of the old one, or of zeroes for the zero page."""
+    state = m.state
+    space = state[row + A_SPACE]
+    old = m.ram[slot]
+    prepare_anon_vma(state, row)
+    frame = new_page(m)
+    if frame == NONE:
+        return np.int64(VM_FAULT_OOM)
+    if old & E_SPECIAL != U0:
+        fill_frame(m.ram, frame, U0)
+        charge_one(m, PAGE_ZEROED)
+    else:
+        copy_frame(m.ram, frame, frame_of(old))
+        charge_one(m, PAGE_COPIED)
+    notify_range(m, space, address, address + U(4096))
+    if old & E_SPECIAL == U0:
+        unmap_page(m, space, frame_of(old))
+    state[space_row(space) + S_RSS] += U1
+    m.ram[slot] = make_writable(mark_dirty(frame << U12 | protection(state, row)))
+    charge_one(m, LEAF_WRITTEN)
+    charge_one(m, RMAP_CHANGED)
+    charge_one(m, TLB_FLUSH_MM)
+    charge_one(m, TLB_FLUSH_PAGE)
+    return np.int64(VM_FAULT_NOPAGE)
+
+
+@kernel
+def _write_protected(m, row, address, slot):
+    """do_wp_page(): a page of this mapping alone is made writable, any other is copied."""
+    entry = m.ram[slot]
+    if entry & E_SPECIAL == U0:
+        frame = frame_of(entry)
+        word = U(m.counts[frame])
+        if word & PAGE_EXCLUSIVE != U0 or word & (PAGE_MAPPINGS | PAGE_CACHED) == U1:
+            m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
+            m.ram[slot] = make_writable(mark_dirty(entry | E_ACCESSED))
+            charge_one(m, LEAF_WRITTEN)
+            return np.int64(VM_FAULT_NOPAGE)
+    return _copy_on_write(m, row, address, slot)
+
+
+@outlined
+def anonymous_fault(m, row, address, write):
+    """handle_pte_fault() of a private anonymous VMA: VM_FAULT_NOPAGE, OOM, or SIGSEGV at a guard page.
+
+    Linux returns 0 where this returns VM_FAULT_NOPAGE; 0 stands for an access that was no fault. `address` is
+    that of the page, `write` uint64 0 or 1; the VMA allows the access.
+    """
+    slot = need_slot(m, m.state[row + A_SPACE], address, U1)
+    if slot == NONE:
+        return np.int64(VM_FAULT_OOM)
+    entry = m.ram[slot]
+    if entry == U0:
+        if write == U0:
+            return _map_zero_page(m, row, slot)
+        return _fill_new_page(m, row, slot)
+    if not holds_page(entry):
+        return np.int64(VM_FAULT_SIGSEGV)
+    if write == U1 and entry & E_WRITE == U0:
+        return _write_protected(m, row, address, slot)
+    return np.int64(VM_FAULT_NOPAGE)

@@ -1,0 +1,203 @@
+"""Accesses to a process's memory: by its own threads, by get_user_pages(), by KVM for a guest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.charge import HOST_FAULT, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import find_vma, space_root, stop
+from pgemu_kernels.process.anonymous import anonymous_fault
+from pgemu_kernels.process.entries import E_ACCESSED, E_DIRTY, E_WRITE, access_allowed, frame_of, holds_page
+from pgemu_kernels.process.gmem_entries import next_vma
+from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
+from pgemu_kernels.process.hugetlb import hugetlb_fault
+from pgemu_kernels.process.pfn import pfn_fault
+from pgemu_kernels.process.tables import lookup, size_of, space_row
+from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV, Flag
+from pgemu_kernels.words.rows import (
+    A_END,
+    A_FLAGS,
+    A_KIND,
+    A_PROT,
+    A_START,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_SPACE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    S_MINOR_FAULTS,
+    VM_PFNMAP,
+    VM_SHARED,
+    VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
+    VMA_GUEST_MEMFD_4K,
+    VMA_HUGETLB,
+)
+
+U = np.uint64
+_WRITE = U(Flag.WRITE)
+_EXEC = U(Flag.EXEC)
+_ERROR = np.int64(VM_FAULT_OOM | VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV)
+_PAGE = ~U(4095)
+
+
+@outlined
+def handle_mm_fault(m, space, row, address, write):
+    """Fault in the page of a VMA that allows the access: VM_FAULT_NOPAGE or _LOCKED, or an error.
+
+    `write` is uint64 0 or 1. Faults that succeed count as minor ones, also those of get_user_pages():
+    mm/memory.c:mm_account_fault().
+    """
+    kind = m.state[row + A_KIND]
+    page = address & _PAGE
+    charge_one(m, HOST_FAULT)
+    if kind == VMA_ANONYMOUS:
+        status = anonymous_fault(m, row, page, write)
+    elif kind == VMA_HUGETLB:
+        status = hugetlb_fault(m, row, page, write)
+    elif kind == VMA_GUEST_MEMFD_4K:
+        status = guest_memfd_fault(m, row, page)
+    else:
+        status = pfn_fault(m, row, page)
+    if status & _ERROR == 0:
+        m.state[space_row(space) + S_MINOR_FAULTS] += U1
+    return status
+
+
+@kernel
+def access_permitted(state, row, write, execute):
+    """arch/x86/mm/fault.c:access_error(), without protection keys: what the VMA allows a user access."""
+    prot = state[row + A_PROT]
+    if write == U1:
+        return prot & PROT_WRITE != U0
+    if execute == U1:
+        return prot & PROT_EXEC != U0
+    return prot != U0
+
+
+@outlined
+def access(m, op):
+    """A user access of a process, and the fault it takes if its entry is not there or does not allow it.
+
+    0 with the leaf's level if the processor found what it needs; VM_FAULT_NOPAGE or VM_FAULT_LOCKED after a fault;
+    VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_OOM. The processor sets accessed and, on a write, dirty.
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    address = state[op + O_ADDRESS]
+    write = U1 if state[op + O_FLAGS] & _WRITE != U0 else U0
+    # An access is one thing: a record that says both is a write.
+    execute = U1 if state[op + O_FLAGS] & (_WRITE | _EXEC) == _EXEC else U0
+    root = space_root(state, space)
+    status = np.int64(0)
+    slot, level = lookup(m, root, address)
+    if not access_allowed(m.ram[slot], write, execute):
+        row = find_vma(state, space, address)
+        if row == NONE or not access_permitted(state, row, write, execute):
+            charge_one(m, HOST_FAULT)
+            return stop(state, op, VM_FAULT_SIGSEGV)
+        status = handle_mm_fault(m, space, row, address, write)
+        if status & _ERROR != 0:
+            return stop(state, op, status)
+        slot, level = lookup(m, root, address)
+    m.ram[slot] |= E_ACCESSED | E_DIRTY if write == U1 else E_ACCESSED
+    state[op + O_DETAIL] = level
+    return stop(state, op, status)
+
+
+@outlined
+def fault_in_page(m, space, row, address, write):
+    """faultin_page() until the page is there: 0 or a VM_FAULT error. The processor accesses nothing."""
+    slot, _level = lookup(m, space_root(m.state, space), address)
+    entry = m.ram[slot]
+    if holds_page(entry) and (write == U0 or entry & E_WRITE != U0):
+        return np.int64(0)
+    return handle_mm_fault(m, space, row, address, write) & _ERROR
+
+
+@outlined
+def populate_range(m, space, row, start, end, write):
+    """__get_user_pages() over [start, end) of one VMA: 0 or the first VM_FAULT error, which ends it."""
+    address = start
+    while address < end:
+        status = fault_in_page(m, space, row, address, write)
+        if status != 0:
+            return status
+        _slot, level = lookup(m, space_root(m.state, space), address)
+        address = (address & ~(size_of(level) - U1)) + size_of(level)
+    return np.int64(0)
+
+
+@outlined
+def mm_populate(m, space, start, end):
+    """MAP_POPULATE and VM_LOCKED: errors end it unseen, PFN mappings are left out. mm/gup.c:__mm_populate().
+
+    Private writable memory is written to, so that copies are made now; all else is read.
+    """
+    state = m.state
+    address = start
+    while address < end:
+        row = next_vma(state, space, address, end)
+        if row == NONE:
+            return
+        first = max(address, state[row + A_START])
+        address = min(end, state[row + A_END])
+        if state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_PROT] == U0:
+            continue
+        write = state[row + A_PROT] & PROT_WRITE != U0 and state[row + A_FLAGS] & VM_SHARED == U0
+        if populate_range(m, space, row, first, address, U1 if write else U0) != 0:
+            return
+
+
+@outlined
+def madvise_populate(m, op, start, end, write):
+    """MADV_POPULATE_READ or _WRITE: 0, -ENOMEM over a hole or without memory, -EINVAL where not allowed, -EFAULT.
+
+    mm/madvise.c:madvise_populate(), mm/gup.c:faultin_page_range().
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    needed = PROT_WRITE if write == U1 else PROT_READ
+    address = start
+    while address < end:
+        row = find_vma(state, space, address)
+        if row == NONE:
+            return stop(state, op, -ENOMEM)
+        if state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_PROT] & needed == U0:
+            return stop(state, op, -EINVAL)
+        last = min(end, state[row + A_END])
+        status = populate_range(m, space, row, address, last, write)
+        if status == VM_FAULT_OOM:
+            return stop(state, op, -ENOMEM)
+        if status != 0:
+            return stop(state, op, -EFAULT)
+        address = last
+    return stop(state, op, 0)
+
+
+@outlined
+def host_fault_in(m, space, address, write, execute):
+    """What KVM asks of a process's memory: (0, frame, level of the host's leaf, whether it may be written).
+
+    -EFAULT where no mapping allows the access or the fault ends in a signal, -ENOMEM without memory; then the
+    rest is 0. `write`, `execute` are booleans (an execute needs no more than a read: KVM asks for no other).
+    virt/kvm/kvm_main.c:hva_to_pfn(), hva_to_pfn_remapped(); arch/x86/kvm/mmu/mmu.c:host_pfn_mapping_level().
+    """
+    state = m.state
+    row = find_vma(state, space, address)
+    needed = PROT_WRITE if write else PROT_READ
+    if row == NONE or state[row + A_KIND] == VMA_GUEST_MEMFD or state[row + A_PROT] & needed == U0:
+        return np.int64(-EFAULT), U0, U0, False
+    status = fault_in_page(m, space, row, address, U1 if write else U0)
+    if status == VM_FAULT_OOM:
+        return np.int64(-ENOMEM), U0, U0, False
+    slot, level = lookup(m, space_root(state, space), address)
+    entry = m.ram[slot]
+    if status != 0 or not holds_page(entry):
+        return np.int64(-EFAULT), U0, U0, False
+    inside = (address & (size_of(level) - U1)) >> U12
+    return np.int64(0), frame_of(entry) + inside, level, entry & E_WRITE != U0

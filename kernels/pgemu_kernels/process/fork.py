@@ -1,0 +1,321 @@
+"""fork() and the end of a process: kernel/fork.c:dup_mmap(), mm/memory.c:copy_page_range(), mm/mmap.c:exit_mmap()."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
+from pgemu_kernels.engine.charge import (
+    HOST_LEAVES,
+    HOST_TABLES,
+    LEAF_WRITTEN,
+    RMAP_CHANGED,
+    change,
+    change_value,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
+from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
+from pgemu_kernels.process.entries import (
+    E_ACCESSED,
+    E_DIRTY,
+    E_SAVED_DIRTY,
+    E_SPECIAL,
+    E_WRITE,
+    frame_of,
+    holds_page,
+    protect_from_writes,
+)
+from pgemu_kernels.process.gmem_entries import next_vma
+from pgemu_kernels.process.tables import (
+    free_tables,
+    gather,
+    gather_begin,
+    gather_flush,
+    lookup,
+    need_slot,
+    size_of,
+    space_row,
+)
+from pgemu_kernels.process.vma import clone_anon_vma, close_vma, huge_order, is_shared_mapping, new_row
+from pgemu_kernels.process.zapping import zap_range
+from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.words.operations import EAGAIN, ENOMEM, PFNMAP
+from pgemu_kernels.words.registers import R_DESIGN, R_PTI, R_SPACES, R_VMAS
+from pgemu_kernels.words.rows import (
+    A_ANON_VMA,
+    A_END,
+    A_FLAGS,
+    A_INODE,
+    A_KIND,
+    A_LIVE,
+    A_RESERVED,
+    A_SPACE,
+    A_START,
+    A_WORDS,
+    I_REFERENCES,
+    O_DETAIL,
+    O_SPACE,
+    PAGE_EXCLUSIVE,
+    S_LIVE,
+    S_ORDINARY,
+    S_ROOT,
+    S_RSS,
+    S_USER_ROOT,
+    S_WORDS,
+    SPACES,
+    TASK_SIZE,
+    VM_LOCKED,
+    VM_PFNMAP,
+    VM_RESERVATION_OWNER,
+    VM_SHARED,
+    VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
+    VMA_HUGETLB,
+)
+
+U = np.uint64
+
+
+# --------------------------------------------------------------------------- a process's top table
+
+
+@outlined
+def make_space(m):
+    """A process with nothing mapped: its number, or NONE; rows of processes that ended are used again."""
+    state = m.state
+    space = NONE
+    for i in range(state[R_SPACES]):
+        if state[space_row(i) + S_LIVE] == U0 and state[space_row(i) + S_ROOT] == U0:
+            space = i
+            break
+    if space == NONE:
+        if state[R_SPACES] >= U(SPACES):
+            return NONE
+        space = state[R_SPACES]
+    root = _top_table(m)
+    if root == NONE:
+        return NONE
+    row = space_row(space)
+    for word in range(U(S_WORDS)):
+        state[row + word] = U0
+    state[row + S_ROOT] = root << U12
+    if not give_user_root(m, row):
+        put_frame(m, root)
+        change(m.stats, HOST_TABLES, -1)
+        state[row + S_ROOT] = U0
+        return NONE
+    state[row + S_LIVE] = U1
+    if space == state[R_SPACES]:
+        state[R_SPACES] = space + U1
+    return space
+
+
+@kernel
+def _top_table(m):
+    frame = take_frame(m)
+    if frame != NONE:
+        fill_frame(m.ram, frame, U0)
+        m.counts[frame] = np.uint32(0)
+        change(m.stats, HOST_TABLES, 1)
+    return frame
+
+
+@kernel
+def give_user_root(m, row):
+    """With page-table isolation a process has a second top table, for user mode; False without memory.
+
+    Linux has both in 8 KiB, the user's behind the kernel's; here it is any frame, named by S_USER_ROOT.
+    """
+    if m.state[R_PTI] == U0:
+        return True
+    frame = _top_table(m)
+    if frame == NONE:
+        return False
+    m.state[row + S_USER_ROOT] = frame << U12
+    return True
+
+
+# --------------------------------------------------------------------------- copying entries
+
+
+@kernel
+def _copied(m, row, slot):
+    """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
+    state = m.state
+    entry = m.ram[slot]
+    # The designs' mappings are shared ones, without the flag.
+    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_KIND] != VMA_GUEST_MEMFD:
+        if entry & E_SPECIAL == U0:
+            frame = frame_of(entry)
+            m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
+            charge_one(m, RMAP_CHANGED)
+        if entry & U1 != U0 and entry & E_WRITE != U0:
+            entry = protect_from_writes(entry)
+            m.ram[slot] = entry
+            charge_one(m, LEAF_WRITTEN)
+    else:
+        entry &= ~(E_DIRTY | E_SAVED_DIRTY)
+    return entry & ~E_ACCESSED
+
+
+@kernel
+def _copy_level1(m, row, child, address, stop_, slot):
+    """Copy the 4K entries of [address, stop_) of one table, the first at `slot`: 0 or -ENOMEM."""
+    space = m.state[child + A_SPACE]
+    target = need_slot(m, space, address, U1)
+    if target == NONE:
+        return np.int64(-ENOMEM)
+    while address < stop_:
+        entry = m.ram[slot]
+        if entry != U0:
+            if holds_page(entry):
+                m.ram[target] = _copied(m, row, slot)
+                change_value(m.stats, HOST_LEAVES, 1)
+                charge_one(m, LEAF_WRITTEN)
+                gather(m, address, U1)
+                if entry & E_SPECIAL == U0:
+                    m.state[space_row(space) + S_RSS] += U1
+            else:
+                m.ram[target] = entry
+        slot += U1
+        target += U1
+        address += U(4096)
+    return np.int64(0)
+
+
+@outlined
+def _copy_small(m, row, child):
+    """copy_page_range() of a VMA that is not HugeTLB: the child gets each table that the parent has. 0 or -ENOMEM."""
+    state = m.state
+    root = space_root(state, state[row + A_SPACE])
+    address = state[row + A_START]
+    end = state[row + A_END]
+    while address < end:
+        slot, level = lookup(m, root, address)
+        if level == U1:
+            stop_ = min(end, (address & ~(size_of(U2) - U1)) + size_of(U2))
+            if _copy_level1(m, row, child, address, stop_, slot) != 0:
+                return np.int64(-ENOMEM)
+            address = stop_
+            continue
+        target = need_slot(m, state[child + A_SPACE], address, level)
+        if target == NONE:
+            return np.int64(-ENOMEM)
+        if holds_page(m.ram[slot]):
+            m.ram[target] = m.ram[slot] & ~E_ACCESSED  # special: copy_huge_pmd(), copy_huge_pud()
+            change_value(m.stats, HOST_LEAVES + level - U1, 1)
+            charge_one(m, LEAF_WRITTEN)
+        address = (address & ~(size_of(level) - U1)) + size_of(level)
+    return np.int64(0)
+
+
+@outlined
+def _copy_huge(m, row, child):
+    """copy_hugetlb_page_range() of a private mapping: both lose write access. 0 or -ENOMEM."""
+    state = m.state
+    root = space_root(state, state[row + A_SPACE])
+    level = level_of_order(huge_order(state, row))
+    address = state[row + A_START]
+    while address < state[row + A_END]:
+        slot, at = lookup(m, root, address)
+        if at == level:
+            target = need_slot(m, state[child + A_SPACE], address, level)
+            if target == NONE:
+                return np.int64(-ENOMEM)
+            if holds_page(m.ram[slot]):
+                entry = m.ram[slot]
+                if entry & U1 != U0 and entry & E_WRITE != U0:
+                    entry = protect_from_writes(entry)
+                    m.ram[slot] = entry
+                m.ram[target] = entry
+                map_huge(m, frame_of(entry))
+                change_value(m.stats, HOST_LEAVES + level - U1, 1)
+                charge_one(m, LEAF_WRITTEN)
+                gather(m, address, level)
+        address = (address & ~(size_of(at) - U1)) + size_of(at)
+    return np.int64(0)
+
+
+@kernel
+def _needs_copy(state, row):
+    """mm/memory.c:vma_needs_copy(): what the child could not fault in for itself."""
+    kind = state[row + A_KIND]
+    if kind == VMA_GUEST_MEMFD:
+        return state[R_DESIGN] == U(PFNMAP)
+    return state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_ANON_VMA] != U0
+
+
+@outlined
+def _copy_vma(m, row, space):
+    """Give a new process a copy of a VMA and of its entries: 0 or -ENOMEM."""
+    state = m.state
+    child = new_row(state)
+    if child == NONE:
+        return np.int64(-ENOMEM)
+    for word in range(U(A_WORDS)):
+        state[child + word] = state[row + word]
+    state[child + A_SPACE] = space
+    state[child + A_FLAGS] &= ~(VM_LOCKED | VM_RESERVATION_OWNER)
+    state[child + A_RESERVED] = U0
+    kind = state[row + A_KIND]
+    if kind != VMA_ANONYMOUS and kind != VMA_GUEST_MEMFD:
+        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+    clone_anon_vma(state, child)
+    if not _needs_copy(state, row):
+        return np.int64(0)
+    if not is_shared_mapping(state, row) and kind != VMA_GUEST_MEMFD:
+        notify_range(m, state[row + A_SPACE], state[row + A_START], state[row + A_END])
+    if kind == VMA_HUGETLB:
+        return _copy_huge(m, row, child)
+    return _copy_small(m, row, child)
+
+
+@outlined
+def fork(m, op):
+    """fork(): 0 with the number of the new process; -EAGAIN past words.SPACES processes, -ENOMEM."""
+    state = m.state
+    parent = state[op + O_SPACE]
+    space = make_space(m)
+    if space == NONE:
+        return stop(state, op, -EAGAIN if state[R_SPACES] >= U(SPACES) else -ENOMEM)
+    state[space_row(space) + S_ORDINARY] = U1
+    gather_begin(m)
+    address = U0
+    while True:
+        row = next_vma(state, parent, address, TASK_SIZE)
+        if row == NONE:
+            break
+        if _copy_vma(m, row, space) != 0:
+            gather_flush(m)
+            end_process(m, space)
+            return stop(state, op, -ENOMEM)
+        address = state[row + A_END]
+    gather_flush(m)
+    state[op + O_DETAIL] = space
+    return stop(state, op, 0)
+
+
+@outlined
+def end_process(m, space):
+    """exit_mmap(): every mapping, every table, the top ones too. The row is free for another process."""
+    state = m.state
+    row = space_row(space)
+    gather_begin(m)
+    notify_range(m, space, U0, TASK_SIZE)
+    for i in range(state[R_VMAS]):
+        vma = vma_row(i)
+        if state[vma + A_LIVE] != U0 and state[vma + A_SPACE] == space:
+            zap_range(m, vma, state[vma + A_START], state[vma + A_END], True)
+            close_vma(m, vma)
+    free_tables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
+    gather_flush(m)
+    put_frame(m, state[row + S_ROOT] >> U12)
+    change(m.stats, HOST_TABLES, -1)
+    if state[row + S_USER_ROOT] != U0:
+        put_frame(m, state[row + S_USER_ROOT] >> U12)
+        change(m.stats, HOST_TABLES, -1)
+    for word in range(U(S_WORDS)):
+        state[row + word] = U0

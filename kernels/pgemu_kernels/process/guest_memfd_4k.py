@@ -1,0 +1,93 @@
+"""guest_memfd as merged: a page cache of 4K folios, whose frames are ordinary ones, and the faults of its mappings."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
+from pgemu_kernels.engine.charge import (
+    PAGE_CACHE_PAGES,
+    PAGE_CACHE_STORED,
+    PAGE_ZEROED,
+    RMAP_CHANGED,
+    change,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.rows import inode_row
+from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.process.anonymous import set_leaf
+from pgemu_kernels.process.entries import E_WRITE, mark_dirty, protection
+from pgemu_kernels.process.tables import need_slot, space_row
+from pgemu_kernels.process.vma import drop_page, page_offset
+from pgemu_kernels.words.operations import EFAULT, ENOMEM, VM_FAULT_LOCKED, VM_FAULT_OOM, VM_FAULT_SIGBUS
+from pgemu_kernels.words.rows import (
+    A_INODE,
+    A_SPACE,
+    I_CACHE,
+    I_FLAGS,
+    I_PAGES,
+    I_REFERENCES,
+    INODE_INIT_SHARED,
+    PAGE_CACHED,
+    S_RSS,
+)
+
+U = np.uint64
+
+
+@outlined
+def find_or_add_folio(m, node, index):
+    """virt/kvm/guest_memfd.c:kvm_gmem_get_folio(): (0, -EFAULT past the end, -ENOMEM; pfn), zeroed at its first use."""
+    state = m.state
+    if state[node + I_REFERENCES] == U0 or index >= state[node + I_PAGES]:
+        return np.int64(-EFAULT), U0
+    pfn = cache_find(m, state[node + I_CACHE], index)
+    if pfn != U0:
+        return np.int64(0), pfn
+    pfn = take_frame(m)
+    if pfn == NONE:
+        return np.int64(-ENOMEM), U0
+    if cache_store(m, node + I_CACHE, index, pfn) != 0:
+        put_frame(m, pfn)
+        return np.int64(-ENOMEM), U0
+    fill_frame(m.ram, pfn, U0)
+    m.counts[pfn] = np.uint32(PAGE_CACHED)
+    change(m.stats, PAGE_CACHE_PAGES, 1)
+    charge_one(m, PAGE_CACHE_STORED)
+    charge_one(m, PAGE_ZEROED)
+    return np.int64(0), pfn
+
+
+@outlined
+def guest_memfd_fault(m, row, address):
+    """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM.
+
+    A fault that fails leaves no last-level table behind: Linux links the one it has ready at the very end.
+    """
+    state = m.state
+    space = state[row + A_SPACE]
+    inode = state[row + A_INODE]
+    node = inode_row(inode)
+    index = page_offset(state, row, address)
+    if need_slot(m, space, address, U2) == NONE:
+        return np.int64(VM_FAULT_OOM)
+    if index >= state[node + I_PAGES] or state[node + I_FLAGS] & INODE_INIT_SHARED == U0:
+        return np.int64(VM_FAULT_SIGBUS)
+    known = cache_find(m, state[node + I_CACHE], index) != U0
+    status, pfn = find_or_add_folio(m, node, index)
+    if status != 0:
+        return np.int64(VM_FAULT_OOM)
+    slot = need_slot(m, space, address, U1)
+    if slot == NONE:
+        if not known:
+            drop_page(m, inode, index, pfn)  # Linux would not have come to allocate it
+        return np.int64(VM_FAULT_OOM)
+    entry = pfn << U12 | protection(state, row)
+    # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
+    set_leaf(m, slot, mark_dirty(entry) if entry & E_WRITE != U0 else entry)
+    m.counts[pfn] = np.uint32(U(m.counts[pfn]) + U1)
+    state[space_row(space) + S_RSS] += U1
+    charge_one(m, RMAP_CHANGED)
+    return np.int64(VM_FAULT_LOCKED)

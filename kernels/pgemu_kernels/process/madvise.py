@@ -1,0 +1,278 @@
+"""mprotect(), madvise() and what reading smaps does: mm/mprotect.c, mm/madvise.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U4095
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
+from pgemu_kernels.process.entries import GUARD
+from pgemu_kernels.process.fault import madvise_populate, mm_populate
+from pgemu_kernels.process.gmem_entries import next_vma, unmap_vma_range
+from pgemu_kernels.process.record import protection, rounded
+from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup, need_slot, reclaim_level1_tables, size_of
+from pgemu_kernels.process.vma import cut, merge, prepare_anon_vma
+from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, gather_owed, zap_range
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, PFNMAP, Flag
+from pgemu_kernels.words.registers import (
+    R_DESIGN,
+    R_DONTNEED_FREES_TABLES,
+    R_DONTNEED_PFNMAP,
+    R_GUARDS,
+    R_HOST_HUGE,
+    R_VMAS,
+)
+from pgemu_kernels.words.rows import (
+    A_END,
+    A_FLAGS,
+    A_INODE,
+    A_KIND,
+    A_LIVE,
+    A_PROT,
+    A_READ_ONLY,
+    A_SPACE,
+    A_START,
+    I_ORDER,
+    O_ADDRESS,
+    O_FLAGS,
+    O_LENGTH,
+    O_SPACE,
+    PROT_WRITE,
+    VM_LOCKED,
+    VM_PFNMAP,
+    VM_SHARED,
+    VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
+    VMA_HUGETLB,
+)
+
+U = np.uint64
+_WRITE = U(Flag.WRITE)
+_MADVISE = U(Flag.MADVISE)
+
+
+@outlined
+def _protect_vma(m, row, start, end, prot):
+    """mprotect_fixup(): cut the VMA to [start, end), change rights and entries, merge. 0, -EINVAL, -ENOMEM."""
+    state = m.state
+    if state[row + A_KIND] == VMA_GUEST_MEMFD:
+        return np.int64(-EOPNOTSUPP)
+    old = state[row + A_PROT]
+    if old == prot:
+        return np.int64(0)
+    if state[row + A_START] < start:
+        status, upper = cut(m, row, start)
+        if status != 0:
+            return status
+        row = upper
+    if state[row + A_END] > end:
+        status, upper = cut(m, row, end)
+        if status != 0:
+            return status
+    state[row + A_PROT] = prot
+    state[row + A_READ_ONLY] = U1 if prot & PROT_WRITE == U0 else U0
+    row = merge(state, row)
+    change_protection(m, row, start, end)
+    private = state[row + A_FLAGS] & (VM_SHARED | VM_LOCKED) == VM_LOCKED
+    if private and prot & PROT_WRITE != U0 and old & PROT_WRITE == U0:
+        mm_populate(m, state[row + A_SPACE], start, end)
+    return np.int64(0)
+
+
+@outlined
+def mprotect(m, op):
+    """mprotect(): flags READ, WRITE, EXEC. 0, -EINVAL, or -ENOMEM at the first hole, what lies before it changed.
+
+    -EOPNOTSUPP at a mapping of the designs, whose entries say what is shared, not what mprotect() allowed.
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    address = state[op + O_ADDRESS]
+    length = rounded(state, op, U(4096))
+    end = address + length
+    if address & U4095 != U0:
+        return stop(state, op, -EINVAL)
+    if state[op + O_LENGTH] == U0:
+        return stop(state, op, 0)
+    if end <= address:
+        return stop(state, op, -ENOMEM)
+    gather_begin(m)
+    status = np.int64(0)
+    while address < end and status == 0:
+        row = next_vma(state, space, address, end)
+        if row == NONE or state[row + A_START] > address:
+            status = np.int64(-ENOMEM)
+            break
+        last = min(end, state[row + A_END])
+        status = _protect_vma(m, row, address, last, protection(state[op + O_FLAGS]))
+        address = last
+    gather_flush(m)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- madvise
+
+
+@outlined
+def _dontneed_vma(m, row, start, end, reclaim):
+    """MADV_DONTNEED of [start, end) of one VMA: 0 or -EINVAL. mm/madvise.c:madvise_dontneed_single_vma()."""
+    state = m.state
+    kind = state[row + A_KIND]
+    if kind == VMA_HUGETLB:
+        size = U1 << (U12 + state[inode_row(state[row + A_INODE]) + I_ORDER])
+        if start & (size - U1) != U0:
+            return np.int64(-EINVAL)
+        end &= ~(size - U1)
+    else:
+        refused = state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0
+        if kind == VMA_GUEST_MEMFD:  # of the designs: VM_PFNMAP without the flag
+            refused = state[R_DESIGN] == U(PFNMAP) and state[R_DONTNEED_PFNMAP] == U0
+        if refused:
+            return np.int64(-EINVAL)
+    if start < end:
+        gather_begin(m)
+        zap_range(m, row, start, end, False)
+        if reclaim and kind != VMA_HUGETLB and state[R_DONTNEED_FREES_TABLES] != U0 and end - start >= size_of(U2):
+            reclaim_level1_tables(m, space_root(state, state[row + A_SPACE]), start, end)
+        gather_flush(m)
+    return np.int64(0)
+
+
+@outlined
+def zap(m, op):
+    """With flag MADVISE madvise(MADV_DONTNEED), else the kernel's own unmapping, which may do it to anything.
+
+    0, -EINVAL, or -ENOMEM if there was a hole, after all else was done.
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    address = state[op + O_ADDRESS]
+    length = rounded(state, op, U(4096))
+    end = address + length
+    if address & U4095 != U0 or (length == U0 and state[op + O_LENGTH] != U0) or end < address:
+        return stop(state, op, -EINVAL)
+    madvise = state[op + O_FLAGS] & _MADVISE != U0
+    status = np.int64(0)
+    while address < end:
+        row = next_vma(state, space, address, end)
+        if row == NONE:
+            return stop(state, op, -ENOMEM)
+        if state[row + A_START] > address:
+            status = np.int64(-ENOMEM)
+            address = state[row + A_START]
+        last = min(end, state[row + A_END])
+        if madvise:
+            refused = _dontneed_vma(m, row, address, last, True)
+            if refused != 0:
+                return stop(state, op, refused)
+        else:
+            gather_begin(m)
+            zap_range(m, row, address, last, False)
+            gather_flush(m)
+        address = last
+    return stop(state, op, status)
+
+
+@outlined
+def populate(m, op):
+    """MADV_POPULATE_READ, with flag WRITE MADV_POPULATE_WRITE."""
+    state = m.state
+    start = state[op + O_ADDRESS]
+    length = rounded(state, op, U(4096))
+    if start & U4095 != U0 or start + length < start:
+        return stop(state, op, -EINVAL)
+    write = U1 if state[op + O_FLAGS] & _WRITE != U0 else U0
+    return madvise_populate(m, op, start, start + length, write)
+
+
+@outlined
+def _guard_vma(m, row, start, end, install):
+    """MADV_GUARD_INSTALL or _REMOVE of [start, end) of one VMA: 0, -ENOMEM, or -EINVAL for all but anonymous memory.
+
+    Install: pages go, markers stand in their place, with tables for them. Files may have guards since 6.15; that is
+    not modelled. mm/madvise.c:madvise_guard_install(), madvise_guard_remove().
+    """
+    state = m.state
+    space = state[row + A_SPACE]
+    if state[R_GUARDS] == U0 or state[row + A_KIND] != VMA_ANONYMOUS:
+        return np.int64(-EINVAL)
+    if install and state[row + A_FLAGS] & VM_LOCKED != U0:
+        return np.int64(-EINVAL)
+    if install:
+        prepare_anon_vma(state, row)
+        gather_begin(m)
+        zap_range(m, row, start, end, False)
+        gather_flush(m)
+    address = start
+    while address < end:
+        slot, level = lookup(m, space_root(state, space), address)
+        if install:
+            slot = need_slot(m, space, address, U1)
+            if slot == NONE:
+                return np.int64(-ENOMEM)
+            m.ram[slot] = GUARD
+        elif level == U1 and m.ram[slot] == GUARD:
+            m.ram[slot] = U0
+        address += U(4096)
+    return np.int64(0)
+
+
+@outlined
+def guard(m, op, install):
+    """madvise(MADV_GUARD_INSTALL) or _REMOVE: 0, -EINVAL, -ENOMEM over a hole, after all else was done."""
+    state = m.state
+    address = state[op + O_ADDRESS]
+    end = address + rounded(state, op, U(4096))
+    if address & U4095 != U0 or end < address:
+        return stop(state, op, -EINVAL)
+    status = np.int64(0)
+    while address < end:
+        row = next_vma(state, state[op + O_SPACE], address, end)
+        if row == NONE:
+            return stop(state, op, -ENOMEM)
+        if state[row + A_START] > address:
+            status = np.int64(-ENOMEM)
+            address = state[row + A_START]
+        last = min(end, state[row + A_END])
+        refused = _guard_vma(m, row, address, last, install)
+        if refused != 0:
+            return stop(state, op, refused)
+        address = last
+    return stop(state, op, status)
+
+
+@kernel
+def _drop_1g(m, row, address):
+    """drop_large_pfn() of a mapping of the designs: its VM's notifier goes by the inode's pages."""
+    space = m.state[row + A_SPACE]
+    slot, level = lookup(m, space_root(m.state, space), address)
+    if level == U3 and m.ram[slot] != U0:
+        first = address & ~(size_of(U3) - U1)
+        unmap_vma_range(m, row, first, first + size_of(U3))
+        gather_owed(m, space)
+
+
+@outlined
+def read_smaps(m, op):
+    """Reading /proc/PID/smaps walks PMDs, which "splits" 1G entries of PFN mappings: they are dropped. As captured."""
+    state = m.state
+    space = state[op + O_SPACE]
+    gather_begin(m)
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        designs = state[row + A_KIND] == VMA_GUEST_MEMFD and state[R_HOST_HUGE] != U0
+        special = state[row + A_FLAGS] & VM_PFNMAP != U0 or designs
+        if state[row + A_LIVE] == U0 or state[row + A_SPACE] != space or not special:
+            continue
+        address = state[row + A_START]
+        while address < state[row + A_END]:
+            if designs:
+                _drop_1g(m, row, address)
+            else:
+                drop_large_pfn(m, row, address, U3)
+            _slot, level = lookup(m, space_root(state, space), address)
+            step = size_of(max(level, U3))
+            address = (address & ~(step - U1)) + step
+    gather_flush(m)
+    return stop(state, op, 0)

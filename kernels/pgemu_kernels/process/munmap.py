@@ -1,0 +1,206 @@
+"""munmap() and mremap(): mm/vma.c:do_vmi_align_munmap(), mm/mremap.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
+from pgemu_kernels.process.gmem_entries import next_vma
+from pgemu_kernels.process.record import rounded
+from pgemu_kernels.process.remap import move_page_tables
+from pgemu_kernels.process.tables import free_tables, gather_begin, gather_flush, lookup, size_of
+from pgemu_kernels.process.vma import close_vma, cut, merge, new_row
+from pgemu_kernels.process.zapping import drop_large_pfn, zap_range
+from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
+from pgemu_kernels.words.rows import (
+    A_ANON_VMA,
+    A_END,
+    A_FLAGS,
+    A_KIND,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    A_WORDS,
+    O_ADDRESS,
+    O_OBJECT,
+    O_OFFSET,
+    O_SPACE,
+    TASK_SIZE,
+    VM_PFNMAP,
+    VMA_ANONYMOUS,
+)
+
+U = np.uint64
+
+
+@outlined
+def remove_vmas(m, space, start, end):
+    """Unmap every VMA of [start, end), which none crosses: entries, rows, tables that nobody needs; and flush."""
+    state = m.state
+    first = NONE
+    last = U0
+    address = start
+    while address < end:
+        row = next_vma(state, space, address, end)
+        if row == NONE:
+            break
+        first = min(first, state[row + A_START])
+        last = state[row + A_END]
+        address = last
+        zap_range(m, row, state[row + A_START], last, True)
+        close_vma(m, row)
+    if first != NONE:
+        floor, ceiling = mapping_limits(state, space, first, last)
+        free_tables(m, space, first, last, floor, ceiling)
+    gather_flush(m)
+
+
+@outlined
+def _cut_ends(m, space, start, end):
+    """Cut the VMAs that reach into [start, end) from outside: 0, -EINVAL, -ENOMEM. vms_gather_munmap_vmas()."""
+    state = m.state
+    row = next_vma(state, space, start, end)
+    if row != NONE and state[row + A_START] < start:
+        status, _ = cut(m, row, start)
+        if status != 0:
+            return status
+    row = next_vma(state, space, end - U1, end)
+    if row != NONE and state[row + A_END] > end:
+        status, _upper = cut(m, row, end)
+        if status != 0:
+            return status
+    return np.int64(0)
+
+
+@kernel
+def _drop_cut_leaves(m, space, start, end):
+    """Large PFN entries across the ends of a range go whole, also the part outside: __split_huge_pmd_locked()."""
+    state = m.state
+    for address in (start, end):
+        row = next_vma(state, space, address - U1, address + U1)
+        if row != NONE and state[row + A_FLAGS] & VM_PFNMAP != U0 and address < state[row + A_END]:
+            _slot, level = lookup(m, space_root(state, space), address)
+            if level > U1 and address & (size_of(level) - U1) != U0:
+                drop_large_pfn(m, row, address, U2)
+
+
+@outlined
+def munmap(m, op):
+    """munmap(): 0, -EINVAL for bad arguments or a cut through a HugeTLB page, -ENOMEM for one mapping too many."""
+    state = m.state
+    space = state[op + O_SPACE]
+    start = state[op + O_ADDRESS]
+    length = rounded(state, op, U(4096))
+    if start & U4095 != U0 or length == U0 or start > TASK_SIZE or length > TASK_SIZE - start:
+        return stop(state, op, -EINVAL)
+    gather_begin(m)
+    _drop_cut_leaves(m, space, start, start + length)
+    status = _cut_ends(m, space, start, start + length)
+    if status == 0:
+        remove_vmas(m, space, start, start + length)
+    else:
+        gather_flush(m)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- mremap
+
+
+@outlined
+def _unmap_range(m, space, start, end):
+    """do_munmap() of an aligned range: 0, -EINVAL, -ENOMEM."""
+    gather_begin(m)
+    status = _cut_ends(m, space, start, end)
+    if status == 0:
+        remove_vmas(m, space, start, end)
+    return status
+
+
+@outlined
+def _resize(m, row, start, length, wanted):
+    """mremap() in place: the tail goes, or the mapping grows into a hole behind it. 0, -ENOMEM."""
+    state = m.state
+    space = state[row + A_SPACE]
+    if wanted <= length:
+        return _unmap_range(m, space, start + wanted, start + length) if wanted < length else np.int64(0)
+    end = start + wanted
+    if state[row + A_END] != start + length or end > TASK_SIZE:
+        return np.int64(-ENOMEM)
+    if next_vma(state, space, start + length, end) != NONE:
+        return np.int64(-ENOMEM)
+    state[row + A_END] = end
+    merge(state, row)
+    return np.int64(0)
+
+
+@outlined
+def _move_vma(m, row, start, length, to):
+    """move_vma(): a copy of the VMA at its new place, the tables moved there, the old range unmapped. 0, -ENOMEM.
+
+    Without memory on the way Linux moves back what it has moved; so does this, which needs no memory for it but for
+    tables that are there.
+    """
+    state = m.state
+    space = state[row + A_SPACE]
+    copy = new_row(state)
+    if copy == NONE:
+        return np.int64(-ENOMEM)
+    for word in range(U(A_WORDS)):
+        state[copy + word] = state[row + word]
+    state[copy + A_START] = to
+    state[copy + A_END] = to + length
+    state[copy + A_PGOFF] = state[row + A_PGOFF] + ((start - state[row + A_START]) >> U12)
+    if state[row + A_ANON_VMA] == U0:
+        state[copy + A_PGOFF] = to >> U12  # copy_vma(): nothing was ever written, the place is not yet fixed
+    merge(state, copy)
+    gather_begin(m)
+    status = move_page_tables(m, space, start, to, length)
+    if status != 0:
+        move_page_tables(m, space, to, start, length)
+    gather_flush(m)
+    if status != 0:
+        _unmap_range(m, space, to, to + length)
+        return status
+    return _unmap_range(m, space, start, start + length)
+
+
+@outlined
+def mremap(m, op):
+    """mremap(): length and object, in pages, are the old and the new size; offset is the new address, 0 to stay.
+
+    0, -EINVAL for bad arguments or ranges that overlap, -EFAULT without a mapping over the whole old range, -ENOMEM.
+    Of other than anonymous memory -EOPNOTSUPP: not modelled. What is mapped at the new address goes first.
+    """
+    state = m.state
+    space = state[op + O_SPACE]
+    start = state[op + O_ADDRESS]
+    to = state[op + O_OFFSET]
+    length = rounded(state, op, U(4096))
+    wanted = state[op + O_OBJECT] << U12
+    if (start | to) & U4095 != U0 or wanted == U0 or length == U0:
+        return stop(state, op, -EINVAL)
+    if to != U0 and (wanted > TASK_SIZE or to > TASK_SIZE - wanted or (start < to + wanted and to < start + length)):
+        return stop(state, op, -EINVAL)
+    if to != U0:
+        status = _unmap_range(m, space, to, to + wanted)
+        if status != 0:
+            return stop(state, op, status)
+    row = find_vma(state, space, start)
+    if row == NONE or length > state[row + A_END] - start:
+        return stop(state, op, -EFAULT)
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        return stop(state, op, -EOPNOTSUPP)
+    if to == U0:
+        return stop(state, op, _resize(m, row, start, length, wanted))
+    if wanted < length:
+        status = _unmap_range(m, space, start + wanted, start + length)
+        if status != 0:
+            return stop(state, op, status)
+        length = wanted
+        row = find_vma(state, space, start)
+    status = _move_vma(m, row, start, length, to)
+    if status == 0 and wanted > length:
+        status = _resize(m, find_vma(state, space, to), to, length, wanted)
+    return stop(state, op, status)

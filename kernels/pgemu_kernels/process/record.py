@@ -1,0 +1,34 @@
+"""What the operations on a process's memory read of their record alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.words.operations import Flag
+from pgemu_kernels.words.rows import O_LENGTH, PROT_EXEC, PROT_READ, PROT_WRITE
+
+U = np.uint64
+_WRITE = U(Flag.WRITE)
+_EXEC = U(Flag.EXEC)
+_READ = U(Flag.READ)
+
+
+@kernel
+def rounded(state, op, unit):
+    """A length rounded up to `unit` bytes; 0 where that wraps."""
+    return (state[op + O_LENGTH] + unit - U1) & ~(unit - U1)
+
+
+@kernel
+def protection(flags):
+    """PROT_* of a record's flags."""
+    prot = U0
+    if flags & _READ != U0:
+        prot |= PROT_READ
+    if flags & _WRITE != U0:
+        prot |= PROT_WRITE
+    if flags & _EXEC != U0:
+        prot |= PROT_EXEC
+    return prot

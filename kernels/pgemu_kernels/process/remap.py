@@ -1,0 +1,105 @@
+"""mremap() of private anonymous memory: shrunk, grown in place, or moved with its tables. mm/mremap.c"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3
+from pgemu_kernels.engine.charge import LEAF_CLEARED, LEAF_WRITTEN, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import space_root
+from pgemu_kernels.process.entries import E_SOFT_DIRTY, holds_page, is_table
+from pgemu_kernels.process.tables import below, gather, lookup, need_slot, size_of
+from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.words.operations import ENOMEM
+
+U = np.uint64
+
+
+@kernel
+def _extent(at, to, end, level):
+    """get_extent(): bytes until the next boundary of a level at either side, or the end."""
+    size = size_of(level)
+    left = min(size - (at & (size - U1)), end - at)
+    return min(left, size - (to & (size - U1)))
+
+
+@kernel
+def _slot_of(m, root, address, level):
+    """Slot of a level for an address, or NONE where the tables do not reach that far down."""
+    slot = (root >> U3) + (address >> U(39) & U(511))
+    at = U(4)
+    while at > level:
+        if not is_table(m.ram[slot]):
+            return NONE
+        at -= U1
+        slot = below(m, slot) + (address >> (U(12) + U(9) * (at - U1)) & U(511))
+    return slot
+
+
+@kernel
+def _move_table(m, source, target):
+    """move_normal_pmd(), move_normal_pud(): the whole table under its new address, if there is none yet."""
+    if not is_table(m.ram[source]) or m.ram[target] != U0:
+        return False
+    m.ram[target] = m.ram[source]
+    m.ram[source] = U0
+    charge_one(m, LEAF_WRITTEN)
+    return True
+
+
+@kernel
+def _move_entries(m, root, space, at, to, length):
+    """move_ptes(): 4K entries, within one table at either side; soft-dirty is set. 0 or -ENOMEM."""
+    target = need_slot(m, space, to, U1)
+    if target == NONE:
+        return np.int64(-ENOMEM)
+    source, _ = lookup(m, root, at)
+    for i in range(length >> U(12)):
+        entry = m.ram[source + i]
+        if entry != U0:
+            m.ram[source + i] = U0
+            m.ram[target + i] = entry | E_SOFT_DIRTY if holds_page(entry) else entry
+            charge_one(m, LEAF_CLEARED)
+            charge_one(m, LEAF_WRITTEN)
+            gather(m, at + (i << U(12)), U1)
+    return np.int64(0)
+
+
+@outlined
+def move_page_tables(m, space, at, to, length):
+    """Move what [at, at + length) maps to `to`: 0, or -ENOMEM with a part moved.
+
+    Where both sides are aligned alike whole tables go, of 1G or of 2M; the bytes moved are the same.
+    """
+    root = space_root(m.state, space)
+    end = at + length
+    notify_range(m, space, at, end)
+    while at < end:
+        step = _extent(at, to, end, U3)
+        source = _slot_of(m, root, at, U3)
+        if source == NONE or m.ram[source] == U0:
+            at += step
+            to += step
+            continue
+        target = need_slot(m, space, to, U3)
+        if target == NONE:
+            return np.int64(-ENOMEM)
+        if step == size_of(U3) and _move_table(m, source, target):
+            gather(m, at, U3)
+            at += step
+            to += step
+            continue
+        step = _extent(at, to, end, U2)
+        source = _slot_of(m, root, at, U2)
+        if source != NONE and m.ram[source] != U0:
+            target = need_slot(m, space, to, U2)
+            if target == NONE:
+                return np.int64(-ENOMEM)
+            if step == size_of(U2) and _move_table(m, source, target):
+                gather(m, at, U2)
+            elif _move_entries(m, root, space, at, to, step) != 0:
+                return np.int64(-ENOMEM)
+        at += step
+        to += step
+    return np.int64(0)

@@ -1,0 +1,213 @@
+"""Page tables of a process, found and made and freed as mm/memory.c does it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U511
+from pgemu_kernels.engine.charge import HOST_TABLES, TLB_FLUSH_MM, TLB_FLUSH_PAGE, charge, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import space_root
+from pgemu_kernels.process.entries import E_ADDRESS, is_table
+from pgemu_kernels.tables.walker import free_table, host_format, new_table
+from pgemu_kernels.words.registers import R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_GATHER_TABLES, R_PTI
+from pgemu_kernels.words.rows import S_USER_ROOT, S_WORDS, STATE_SPACES
+from pgemu_kernels.words.table_words import F_TABLE, F_TABLE_TOP
+
+U = np.uint64
+_S_WORDS = U(S_WORDS)
+_CEILING = U(33)  # tlb_single_page_flush_ceiling
+
+
+@kernel
+def space_row(space):
+    return STATE_SPACES + space * _S_WORDS
+
+
+@kernel
+def size_of(level):
+    """Bytes that an entry of a level covers."""
+    return U1 << (U12 + U9 * (level - U1))
+
+
+@kernel
+def below(m, slot):
+    """First word of the table that the entry at `slot` points to."""
+    return (m.ram[slot] & E_ADDRESS) >> U3
+
+
+@outlined
+def lookup(m, root, address):
+    """Walk as far as there are tables: slot and level of the first entry that points to none."""
+    slot = (root >> U3) + (address >> U39 & U511)
+    if not is_table(m.ram[slot]):
+        return slot, U4
+    slot = below(m, slot) + (address >> U30 & U511)
+    if not is_table(m.ram[slot]):
+        return slot, U3
+    slot = below(m, slot) + (address >> U21 & U511)
+    if not is_table(m.ram[slot]):
+        return slot, U2
+    return below(m, slot) + (address >> U12 & U511), U1
+
+
+@kernel
+def _set_top(m, space, slot, entry):
+    """Write an entry of the top table; with page-table isolation the user's copy too, without no-execute.
+
+    arch/x86/mm/pti.c:__pti_set_user_pgtbl().
+    """
+    f = host_format(m)
+    m.ram[slot] = entry
+    if m.state[R_PTI] != U0:
+        user = (m.state[space_row(space) + S_USER_ROOT] >> U3) + (slot & U511)
+        m.ram[user] = entry & ~m.state[f + F_TABLE_TOP] | m.state[f + F_TABLE] if entry != U0 else U0
+
+
+@outlined
+def need_slot(m, space, address, level):
+    """Slot of `level` for an address, tables allocated on the way; NONE without memory.
+
+    The tables made before memory ran out stay, as __handle_mm_fault() leaves them. An entry of a higher
+    level that is no table is returned as it stands.
+    """
+    f = host_format(m)
+    slot = (space_root(m.state, space) >> U3) + (address >> U39 & U511)
+    at = U4
+    while at > level:
+        if m.ram[slot] == U0:
+            if new_table(m, f, slot, HOST_TABLES) == NONE:
+                return NONE
+            if at == U4:
+                _set_top(m, space, slot, (m.ram[slot] & E_ADDRESS) | m.state[f + F_TABLE_TOP])
+        elif not is_table(m.ram[slot]):
+            return slot
+        at -= U1
+        slot = below(m, slot) + (address >> (U12 + U9 * (at - U1)) & U511)
+    return slot
+
+
+# --------------------------------------------------------------------------- freeing
+
+
+@kernel
+def _free_below(m, slot):
+    """Free the table that the entry at `slot` points to, and clear the entry."""
+    free_table(m, below(m, slot) >> U9, HOST_TABLES)
+    m.ram[slot] = U0
+
+
+@kernel
+def _free_level1_tables(m, table2, start, end, floor, ceiling):
+    """Free the last-level tables of [start, end), which lies within one level-2 table: how many."""
+    freed = U0
+    page = start >> U21 << U21
+    while page < end:
+        slot = table2 + (page >> U21 & U511)
+        if page >= floor and page + size_of(U2) <= ceiling and is_table(m.ram[slot]):
+            _free_below(m, slot)
+            freed += U1
+        page += size_of(U2)
+    return freed
+
+
+@outlined
+def free_tables(m, space, start, end, floor, ceiling):
+    """Free the tables that addresses [start, end) used and nothing outside [floor, ceiling) needs: how many.
+
+    A table goes only if all that it covers lies within floor and ceiling, the end of the mapping below
+    and the start of the one above. mm/memory.c:free_pgd_range().
+    """
+    ram = m.ram
+    freed = U0
+    base = start
+    while base < end:
+        slot4 = (space_root(m.state, space) >> U3) + (base >> U39 & U511)
+        top = base >> U39 << U39
+        stop = min(end, top + size_of(U4))
+        if is_table(ram[slot4]):
+            while base < stop:
+                slot3 = below(m, slot4) + (base >> U30 & U511)
+                region = base >> U30 << U30
+                last = min(stop, region + size_of(U3))
+                if is_table(ram[slot3]):
+                    freed += _free_level1_tables(m, below(m, slot3), base, last, floor, ceiling)
+                    if region >= floor and region + size_of(U3) <= ceiling:
+                        _free_below(m, slot3)
+                        freed += U1
+                base = last
+            if top >= floor and top + size_of(U4) <= ceiling:
+                free_table(m, below(m, slot4) >> U9, HOST_TABLES)
+                _set_top(m, space, slot4, U0)
+                freed += U1
+        base = stop
+    m.state[R_GATHER_TABLES] += freed
+    return freed
+
+
+@outlined
+def reclaim_level1_tables(m, root, start, end):
+    """Free the last-level tables that [start, end) covers whole and that are empty: CONFIG_PT_RECLAIM.
+
+    mm/pt_reclaim.c:try_to_free_pte(), on the ranges that one MADV_DONTNEED of one VMA has just cleared.
+    """
+    page = (start + size_of(U2) - U1) >> U21 << U21
+    while page + size_of(U2) <= end:
+        slot1, level = lookup(m, root, page)
+        if level == U1:
+            empty = True
+            for i in range(slot1, slot1 + U(512)):
+                empty = empty and m.ram[i] == U0
+            if empty:
+                slot2 = _slot_of_level2(m, root, page)
+                _free_below(m, slot2)
+                m.state[R_GATHER_TABLES] += U1
+        page += size_of(U2)
+
+
+@kernel
+def _slot_of_level2(m, root, address):
+    """Slot of level 2 for an address whose tables exist."""
+    slot = (root >> U3) + (address >> U39 & U511)
+    slot = below(m, slot) + (address >> U30 & U511)
+    return below(m, slot) + (address >> U21 & U511)
+
+
+# --------------------------------------------------------------------------- what is to be flushed
+
+
+@kernel
+def gather_begin(m):
+    """tlb_gather_mmu(): nothing cleared yet."""
+    m.state[R_GATHER_START] = NONE
+    m.state[R_GATHER_END] = U0
+    m.state[R_GATHER_SHIFT] = U(30)
+    m.state[R_GATHER_TABLES] = U0
+
+
+@kernel
+def gather(m, address, level):
+    """tlb_remove_tlb_entry(): the entry of `level` for an address was cleared or lost rights."""
+    state = m.state
+    size = size_of(level)
+    first = address & ~(size - U1)
+    state[R_GATHER_START] = min(state[R_GATHER_START], first)
+    state[R_GATHER_END] = max(state[R_GATHER_END], first + size)
+    state[R_GATHER_SHIFT] = min(state[R_GATHER_SHIFT], U12 + U9 * (level - U1))
+
+
+@outlined
+def gather_flush(m):
+    """tlb_finish_mmu(): page by page up to 33 pages of the smallest size cleared, else everything.
+
+    arch/x86/mm/tlb.c:get_flush_tlb_info(). Freed tables are flushed with the range that held them.
+    """
+    state = m.state
+    if state[R_GATHER_END] == U0 and state[R_GATHER_TABLES] == U0:
+        return
+    charge_one(m, TLB_FLUSH_MM)
+    if state[R_GATHER_END] != U0:
+        pages = (state[R_GATHER_END] - state[R_GATHER_START]) >> state[R_GATHER_SHIFT]
+        if pages <= _CEILING:
+            charge(m, TLB_FLUSH_PAGE, np.int64(pages))
+    gather_begin(m)

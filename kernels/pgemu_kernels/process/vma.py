@@ -1,0 +1,377 @@
+"""Mappings of a process: cut, merged, given an anon_vma, their huge pages reserved. mm/vma.c, mm/hugetlb.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U30
+from pgemu_kernels.engine.charge import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import put_frame
+from pgemu_kernels.engine.rows import free_row, inode_row, space_root, vma_row
+from pgemu_kernels.folios.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
+from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
+from pgemu_kernels.process.entries import E_ADDRESS, holds_page
+from pgemu_kernels.process.tables import below, lookup, size_of
+from pgemu_kernels.stage2.notifier import notify_split, unbind_inode
+from pgemu_kernels.words.operations import EINVAL, ENOMEM
+from pgemu_kernels.words.registers import R_ANON_VMAS, R_VMAS
+from pgemu_kernels.words.rows import (
+    A_ANON_VMA,
+    A_CLONED,
+    A_END,
+    A_FLAGS,
+    A_INODE,
+    A_KIND,
+    A_LIVE,
+    A_PGOFF,
+    A_PROT,
+    A_RESERVED,
+    A_SPACE,
+    A_START,
+    A_WORDS,
+    I_CACHE,
+    I_KIND,
+    I_OPEN,
+    I_ORDER,
+    I_REFERENCES,
+    INODE_GUEST_MEMFD_4K,
+    INODE_HUGETLB,
+    PAGE_CACHED,
+    PAGE_MAPPINGS,
+    VM_RESERVATION_OWNER,
+    VM_SHARED,
+    VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
+    VMA_HUGETLB,
+    VMAS,
+)
+
+U = np.uint64
+RESERVED = U(1)  # in a word of a hugetlbfs file's page cache: this page is reserved, or was and is allocated
+
+
+@kernel
+def new_row(state):
+    """A row for one more VMA, or NONE: vm.max_map_count of this machine is words.VMAS."""
+    return free_row(state, R_VMAS, U(VMAS), U(A_WORDS), A_LIVE, vma_row(U0))
+
+
+@kernel
+def remove_row(state, row):
+    """Clear a VMA's row: mappings.mmap() sets only the words that the designs' VMAs have."""
+    for word in range(U(A_WORDS)):
+        state[row + word] = U0
+
+
+@kernel
+def row_at(state, space, address, word):
+    """The VMA of a process whose start (word A_START) or end (A_END) is an address, or NONE."""
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_LIVE] != U0 and state[row + A_SPACE] == space and state[row + word] == address:
+            return row
+    return NONE
+
+
+@kernel
+def is_shared_mapping(state, row):
+    return state[row + A_FLAGS] & VM_SHARED != U0
+
+
+@kernel
+def huge_order(state, row):
+    """Order of the pages of a HugeTLB mapping; 0 of any other."""
+    return state[inode_row(state[row + A_INODE]) + I_ORDER] if state[row + A_KIND] == VMA_HUGETLB else U0
+
+
+@kernel
+def page_offset(state, row, address):
+    """Page of the file that a VMA shows at an address; of anonymous memory its place in the anon_vma."""
+    return state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+
+
+# --------------------------------------------------------------------------- anon_vma and merging
+
+
+@kernel
+def _continues(state, lower, upper):
+    """Whether two anonymous VMAs touch and differ in nothing but permissions."""
+    pages = (state[lower + A_END] - state[lower + A_START]) >> U12
+    return (
+        state[lower + A_END] == state[upper + A_START]
+        and state[lower + A_KIND] == VMA_ANONYMOUS
+        and state[upper + A_KIND] == VMA_ANONYMOUS
+        and state[lower + A_FLAGS] == state[upper + A_FLAGS]
+        and state[lower + A_PGOFF] + pages == state[upper + A_PGOFF]
+    )
+
+
+@kernel
+def _same_anon_vma(state, one, other):
+    """mm/vma.c:is_mergeable_anon_vma(): the same one, or one has none and the other was not cloned by fork."""
+    a = state[one + A_ANON_VMA]
+    b = state[other + A_ANON_VMA]
+    if a == b:
+        return True
+    if a == U0:
+        return state[other + A_CLONED] == U0
+    return b == U0 and state[one + A_CLONED] == U0
+
+
+@kernel
+def _mergeable(state, lower, upper):
+    if lower == NONE or upper == NONE or not _continues(state, lower, upper):
+        return False
+    return state[lower + A_PROT] == state[upper + A_PROT] and _same_anon_vma(state, lower, upper)
+
+
+@kernel
+def _join(state, lower, upper):
+    """One VMA out of two; the lower one's row stays."""
+    state[lower + A_END] = state[upper + A_END]
+    if state[lower + A_ANON_VMA] == U0:
+        state[lower + A_ANON_VMA] = state[upper + A_ANON_VMA]
+        state[lower + A_CLONED] = state[upper + A_CLONED]
+    remove_row(state, upper)
+
+
+@outlined
+def merge(state, row):
+    """Merge a VMA with its neighbours where Linux does: the row of the result. mm/vma.c:vma_merge_new_range().
+
+    Only anonymous memory is merged: HugeTLB and PFN mappings are VM_SPECIAL. Where both neighbours would
+    do but have different anon_vmas, the lower one wins.
+    """
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        return row
+    space = state[row + A_SPACE]
+    lower = row_at(state, space, state[row + A_START], A_END)
+    upper = row_at(state, space, state[row + A_END], A_START)
+    left = _mergeable(state, lower, row)
+    right = _mergeable(state, row, upper)
+    if left and right and not _same_anon_vma(state, lower, upper):
+        right = False
+    if right:
+        _join(state, row, upper)
+    if left:
+        _join(state, lower, row)
+        return lower
+    return row
+
+
+@kernel
+def _new_anon_vma(state):
+    state[R_ANON_VMAS] += U1
+    return state[R_ANON_VMAS]
+
+
+@outlined
+def prepare_anon_vma(state, row):
+    """__anon_vma_prepare(): take the anon_vma of a neighbour that could be merged but for its rights, or a new one."""
+    if state[row + A_ANON_VMA] != U0:
+        return
+    space = state[row + A_SPACE]
+    upper = row_at(state, space, state[row + A_END], A_START)
+    lower = row_at(state, space, state[row + A_START], A_END)
+    if upper != NONE and state[upper + A_ANON_VMA] != U0 and state[upper + A_CLONED] == U0:
+        if _continues(state, row, upper):
+            state[row + A_ANON_VMA] = state[upper + A_ANON_VMA]
+            return
+    if lower != NONE and state[lower + A_ANON_VMA] != U0 and state[lower + A_CLONED] == U0:
+        if _continues(state, lower, row):
+            state[row + A_ANON_VMA] = state[lower + A_ANON_VMA]
+            return
+    state[row + A_ANON_VMA] = _new_anon_vma(state)
+
+
+@kernel
+def clone_anon_vma(state, row):
+    """anon_vma_fork(): the child's VMA gets an anon_vma of its own that has a parent."""
+    if state[row + A_ANON_VMA] != U0:
+        state[row + A_ANON_VMA] = _new_anon_vma(state)
+        state[row + A_CLONED] = U1
+
+
+# --------------------------------------------------------------------------- cutting
+
+
+@outlined
+def unshare_table(m, slot):
+    """If the level-2 table at a level-3 slot is shared with other mappings, let go of it. huge_pmd_unshare()."""
+    frame = below(m, slot) >> U(9)
+    if m.ram[slot] & U1 == U0 or m.counts[frame] == np.uint32(0):
+        return False
+    m.counts[frame] = np.uint32(U(m.counts[frame]) - U1)
+    m.ram[slot] = U0
+    return True
+
+
+@outlined
+def mapped_huge_pages(m, row, start, end):
+    """Entries of a private HugeTLB mapping that hold a page."""
+    order = huge_order(m.state, row)
+    level = level_of_order(order)
+    found = U0
+    address = start
+    while address < end:
+        slot, at = lookup(m, space_root(m.state, m.state[row + A_SPACE]), address)
+        if at <= level and holds_page(m.ram[slot]):
+            found += U1
+        address += size_of(level)
+    return found
+
+
+@outlined
+def cut(m, row, address):
+    """Cut a VMA in two at an address inside it: 0 and the row of the upper part, or -EINVAL, -ENOMEM and NONE.
+
+    A HugeTLB mapping is cut between its pages only (hugetlb_vm_op_split()), and where that is inside an
+    aligned 1G whose table it shares, it lets go of the table (hugetlb_split()).
+    """
+    state = m.state
+    order = huge_order(state, row)
+    if order != U0 and address & ((U1 << (U12 + order)) - U1) != U0:
+        return np.int64(-EINVAL), NONE
+    upper = new_row(state)
+    if upper == NONE:
+        return np.int64(-ENOMEM), NONE
+    notify_split(m, state[row + A_SPACE], state[row + A_START], state[row + A_END], address)
+    region = address >> U30 << U30
+    if order == U(9) and region != address and region >= state[row + A_START]:
+        if region + size_of(U(3)) <= state[row + A_END]:
+            slot, level = _slot_of_level3(m, row, address)
+            if level == U(3):
+                unshare_table(m, slot)
+    for word in range(U(A_WORDS)):
+        state[upper + word] = state[row + word]
+    state[upper + A_START] = address
+    state[upper + A_PGOFF] = page_offset(state, row, address)
+    state[row + A_END] = address
+    if order != U0:
+        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+        _divide_reservation(m, row, upper, order)
+    elif state[row + A_KIND] != VMA_ANONYMOUS and state[row + A_KIND] != VMA_GUEST_MEMFD:
+        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+    return np.int64(0), upper
+
+
+@kernel
+def _slot_of_level3(m, row, address):
+    """Slot of level 3 for an address of a VMA and 3, or another level where there is no such table."""
+    root = space_root(m.state, m.state[row + A_SPACE])
+    slot = (root >> U(3)) + (address >> U(39) & U(511))
+    if m.ram[slot] & U1 == U0:
+        return slot, U(4)
+    return below(m, slot) + (address >> U30 & U(511)), U(3)
+
+
+@kernel
+def _divide_reservation(m, row, upper, order):
+    """Each part of a private mapping keeps the reservation of its pages that are not allocated."""
+    state = m.state
+    if state[row + A_RESERVED] == U0:
+        return
+    start = state[upper + A_START]
+    end = state[upper + A_END]
+    pages = (end - start) >> (U12 + order)
+    keep = min(pages - mapped_huge_pages(m, upper, start, end), state[row + A_RESERVED])
+    state[upper + A_RESERVED] = keep
+    state[row + A_RESERVED] -= keep
+
+
+# --------------------------------------------------------------------------- reservations and the end of a mapping
+
+
+@outlined
+def reserve(m, row):
+    """hugetlb_reserve_pages(): what a mapping without MAP_NORESERVE may need is set aside. 0 or -ENOMEM.
+
+    A shared mapping reserves pages of its file that nobody reserved yet, a private one its own.
+    """
+    state = m.state
+    node = inode_row(state[row + A_INODE])
+    order = state[node + I_ORDER]
+    pages = (state[row + A_END] - state[row + A_START]) >> (U12 + order)
+    register = reserved_word(order)
+    if not is_shared_mapping(state, row):
+        if not may_reserve(state, order, pages):
+            return np.int64(-ENOMEM)
+        state[register] += pages
+        state[row + A_RESERVED] = pages
+        state[row + A_FLAGS] |= VM_RESERVATION_OWNER
+        return np.int64(0)
+    first = state[row + A_PGOFF] >> order
+    missing = U0
+    for index in range(first, first + pages):
+        if cache_find(m, state[node + I_CACHE], index) & RESERVED == U0:
+            missing += U1
+    if not may_reserve(state, order, missing):
+        return np.int64(-ENOMEM)
+    for index in range(first, first + pages):
+        word = cache_find(m, state[node + I_CACHE], index)
+        if word & RESERVED == U0:
+            if cache_store(m, node + I_CACHE, index, word | RESERVED) != 0:
+                return np.int64(-ENOMEM)
+            if word == U0:
+                state[register] += U1
+    return np.int64(0)
+
+
+@outlined
+def drop_page(m, inode, index, word):
+    """Take one page out of a file's page cache and free it unless something maps it; `word` is its value there.
+
+    Of a hugetlbfs file that is physical address and RESERVED, of a guest_memfd the frame number.
+    """
+    state = m.state
+    node = inode_row(inode)
+    cache_store(m, node + I_CACHE, index, U0)
+    if state[node + I_KIND] == INODE_HUGETLB:
+        frame = (word & E_ADDRESS) >> U12
+        if frame == U0:
+            state[reserved_word(state[node + I_ORDER])] -= U1
+        else:
+            charge_one(m, PAGE_CACHE_STORED)
+            remove_from_file(m, frame)
+        return
+    charge_one(m, PAGE_CACHE_STORED)
+    change(m.stats, PAGE_CACHE_PAGES, -1)
+    held = U(m.counts[word]) & ~PAGE_CACHED
+    m.counts[word] = np.uint32(held)
+    if held & PAGE_MAPPINGS == U0:
+        put_frame(m, word)
+
+
+@outlined
+def release_inode(m, inode):
+    """One descriptor or mapping of a file less; with the last one the file and its pages go: evict_inode()."""
+    state = m.state
+    node = inode_row(inode)
+    state[node + I_REFERENCES] -= U1
+    if state[node + I_REFERENCES] != U0:
+        return
+    if state[node + I_KIND] == INODE_GUEST_MEMFD_4K:
+        unbind_inode(m, inode)
+    index = U0
+    while state[node + I_CACHE] != U0:
+        index = cache_next(m, state[node + I_CACHE], index)
+        if index == NONE:
+            break
+        drop_page(m, inode, index, cache_find(m, state[node + I_CACHE], index))
+    state[node + I_OPEN] = U0
+
+
+@outlined
+def close_vma(m, row):
+    """vm_ops->close(): a VMA whose entries are gone leaves; its reservation and its hold on the file with it."""
+    state = m.state
+    kind = state[row + A_KIND]
+    inode = state[row + A_INODE]
+    if kind == VMA_HUGETLB:
+        order = huge_order(state, row)
+        state[reserved_word(order)] -= state[row + A_RESERVED]
+        state[row + A_RESERVED] = U0
+    remove_row(state, row)
+    if kind != VMA_ANONYMOUS and kind != VMA_GUEST_MEMFD:
+        release_inode(m, inode)

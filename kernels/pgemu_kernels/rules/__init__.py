@@ -1,0 +1,1 @@
+"""What must hold: the rules after each operation, and recounts."""

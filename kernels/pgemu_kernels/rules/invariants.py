@@ -1,0 +1,290 @@
+"""Safety rules and conservation: after each operation where it touched something, or all at once.
+
+No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
+inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
+frames and huge pages are conserved; every invalidation that began has ended.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U511
+from pgemu_kernels.engine.charge import (
+    BLOCKS_HUGE,
+    BLOCKS_PARTLY,
+    BLOCKS_SPLIT,
+    BLOCKS_ZOMBIE,
+    CACHE_NODES,
+    CONTENT_FRAMES,
+    FRAMES_USED,
+    HOST_TABLES,
+    HUGETLB_PAGES,
+    KERNEL_TABLES,
+    POOL_FREE,
+    STAGE2_TABLES,
+    VMEMMAP_PAGES,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import (
+    block_row,
+    broken,
+    find_memslot,
+    find_vma,
+    inode_row,
+    memslot_row,
+    space_root,
+    vm_row,
+    vma_overlap,
+    vma_row,
+)
+from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
+from pgemu_kernels.folios.xarray import object_frames
+from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import CONVERT_FIXUP, CONVERT_RFC2, PFNMAP, Broken, Operation
+from pgemu_kernels.words.registers import (
+    R_CONVERT_ORDER,
+    R_DESIGN,
+    R_FOLIOS_IN_HAND,
+    R_HSTATE,
+    R_INODES,
+    R_MEMSLOTS,
+    R_ORDER,
+    R_VMAS,
+    R_VMS,
+)
+from pgemu_kernels.words.rows import (
+    A_INODE,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    B_PFN,
+    B_PIECES,
+    B_STATE,
+    B_WAITS,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_SPLIT,
+    H_PAGES,
+    I_PAGES,
+    M_BASE_GFN,
+    M_FLAGS,
+    M_INODE,
+    M_LIVE,
+    M_PAGES,
+    M_PGOFF,
+    M_VM,
+    O_ADDRESS,
+    O_INODE,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_OP,
+    O_ROUND_END,
+    O_ROUND_START,
+    O_SPACE,
+    O_VM,
+    SLOT_RELEASED,
+    V_IN_PROGRESS,
+    V_ROOT,
+)
+
+U = np.uint64
+FRAMES = U(Broken.FRAMES)
+HOST_PRIVATE = U(Broken.HOST_PRIVATE)
+MIXED_LEAF = U(Broken.MIXED_LEAF)
+LEAF_OVER_FOLIO = U(Broken.LEAF_OVER_FOLIO)
+BLOCK_STATE = U(Broken.BLOCK_STATE)
+WRONG_PFN = U(Broken.WRONG_PFN)
+IN_PROGRESS = U(Broken.IN_PROGRESS)
+_ADDRESS = U(ADDRESS)
+_PFNMAP = U(PFNMAP)
+OP_HOST_FAULT = U(Operation.HOST_FAULT)
+OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
+OP_CONVERT = U(Operation.CONVERT)
+OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
+
+
+@kernel
+def expect(m, holds, kind, index):
+    if not holds:
+        broken(m.state, kind, index)
+
+
+@kernel
+def inode_frame(m, node, index):
+    """Frame that the inode has at a page, or NONE."""
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if kind != BLOCK_HUGE and kind != BLOCK_SPLIT and kind != BLOCK_PARTLY:
+        return NONE
+    return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
+
+
+@kernel
+def order_at(m, node, index):
+    """Order of the folio that holds a page, 0 where none is allocated."""
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if kind != BLOCK_PARTLY:
+        return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
+    piece = index >> U9 & U511
+    return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
+
+
+@kernel
+def check_host_leaf(m, row, address, level, entry):
+    """A process's entry: to shared pages of the inode, to its frames, and with restructure to a 4K folio."""
+    state = m.state
+    node = inode_row(state[row + A_INODE])
+    index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+    index &= ~((U1 << (U9 * (level - U1))) - U1)
+    expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
+    expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
+    if state[R_DESIGN] != _PFNMAP:
+        expect(m, order_at(m, node, index) == U0, LEAF_OVER_FOLIO, index)
+
+
+@kernel
+def check_stage2_leaf(m, vm, gfn, level, entry):
+    """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
+
+    The last rule is suspended for private blocks that a failure left split: order jan2026 splits before
+    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. Orders rfc2 and fixup zap no
+    more than the range: a leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
+    """
+    state = m.state
+    slot = find_memslot(state, vm, gfn)
+    if slot == NONE:
+        broken(state, WRONG_PFN, gfn)
+        return
+    if state[slot + M_FLAGS] & SLOT_RELEASED != U0:
+        broken(state, WRONG_PFN, gfn)
+        return
+    node = inode_row(state[slot + M_INODE])
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
+    expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
+    if state[R_DESIGN] != _PFNMAP and level != U1:
+        block = block_row(m, node, index)
+        private = is_shared(m, node, index) == U0  # and so all pages below the leaf
+        alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
+        exact = state[R_CONVERT_ORDER] == CONVERT_RFC2 or state[R_CONVERT_ORDER] == CONVERT_FIXUP
+        kept = (alone and state[block + B_WAITS] != U0) or (private and exact)
+        expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), LEAF_OVER_FOLIO, index)
+
+
+@kernel
+def check_block(m, node, index):
+    """Restructure: an allocated block is huge if and only if none of its pages is shared. 4K folios are as they are."""
+    kind = m.state[block_row(m, node, index) + B_STATE]
+    if m.state[R_ORDER] == U0:
+        expect(m, kind != BLOCK_SPLIT, BLOCK_STATE, index)
+        return
+    if m.state[R_DESIGN] == _PFNMAP:
+        return
+    shared = shared_in_block(m, node, index)
+    if kind == BLOCK_HUGE:
+        expect(m, shared == U0, BLOCK_STATE, index)
+    elif kind == BLOCK_SPLIT or kind == BLOCK_PARTLY:
+        waits = m.state[block_row(m, node, index) + B_WAITS] != U0
+        expect(m, shared != U0 or waits, BLOCK_STATE, index)
+
+
+@kernel
+def check_range(m, inode, start, end):
+    """After a conversion or a hole: its blocks, the host entries and the stage-2 leaves over pages [start, end)."""
+    state = m.state
+    node = inode_row(inode)
+    pages = U1 << state[R_ORDER]
+    index = start & ~(pages - U1)
+    while index < end:
+        check_block(m, node, index)
+        index += pages
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        first, last = vma_overlap(state, row, inode, start, end)
+        root = space_root(state, state[row + A_SPACE])
+        for address in range(first, last, U(4096)):
+            slot, level = find_leaf(m, host_format(m), root, address >> U12)
+            if slot != NONE:
+                check_host_leaf(m, row, address, level, m.ram[slot])
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] == U0 or state[slot + M_INODE] != inode:
+            continue
+        check_slot_range(m, slot, start, end)
+
+
+@kernel
+def check_slot_range(m, slot, start, end):
+    """The stage-2 leaves of one slot over pages [start, end)."""
+    state = m.state
+    low = max(start, state[slot + M_PGOFF])
+    high = min(end, state[slot + M_PGOFF] + state[slot + M_PAGES])
+    if low >= high:
+        return
+    vm = state[slot + M_VM]
+    root = state[vm_row(vm) + V_ROOT]
+    gfn = low - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
+    last = high - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
+    f = stage2_format(m)
+    while gfn < last:
+        leaf, level = find_leaf(m, f, root, gfn)
+        size = U1 << (U9 * (level - U1))
+        if leaf != NONE:
+            check_stage2_leaf(m, vm, gfn & ~(size - U1), level, m.ram[leaf])
+        elif level == U1:
+            size = U1
+        gfn = (gfn & ~(size - U1)) + size
+
+
+@outlined
+def check_operation(m, op):
+    """The rules for what one operation touched. Broken ones are counted in the registers."""
+    state = m.state
+    kind = state[op + O_OP]
+    frames = m.stats[STATS_GAUGES + FRAMES_USED * U2]
+    owned = (
+        m.stats[STATS_GAUGES + HOST_TABLES * U2]
+        + m.stats[STATS_GAUGES + STAGE2_TABLES * U2]
+        + m.stats[STATS_GAUGES + KERNEL_TABLES * U2]
+        + m.stats[STATS_GAUGES + VMEMMAP_PAGES * U2]
+        + m.stats[STATS_GAUGES + CONTENT_FRAMES * U2]
+        + m.stats[STATS_GAUGES + CACHE_NODES * U2]
+    )
+    expect(m, frames == owned + np.int64(object_frames(m)), FRAMES, kind)
+    blocks = (
+        m.stats[STATS_GAUGES + BLOCKS_HUGE * U2]
+        + m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2]
+        + m.stats[STATS_GAUGES + BLOCKS_PARTLY * U2]
+        + m.stats[STATS_GAUGES + BLOCKS_ZOMBIE * U2]
+        + m.stats[STATS_GAUGES + POOL_FREE * U2]
+        + m.stats[STATS_GAUGES + HUGETLB_PAGES * U2]
+    )
+    expect(m, U(blocks) + state[R_FOLIOS_IN_HAND] == state[state[R_HSTATE] + H_PAGES], FRAMES, kind)
+    if kind == OP_HOST_FAULT:
+        address = state[op + O_ADDRESS]
+        row = find_vma(state, state[op + O_SPACE], address)
+        if row != NONE:
+            slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
+            if slot != NONE:
+                check_host_leaf(m, row, address, level, m.ram[slot])
+    elif kind == OP_GUEST_FAULT and find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12) != NONE:
+        vm = state[op + O_VM]
+        gfn = state[op + O_ADDRESS] >> U12
+        slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
+        if slot != NONE:
+            check_stage2_leaf(m, vm, gfn & ~((U1 << (U9 * (level - U1))) - U1), level, m.ram[slot])
+    elif kind == OP_CONVERT and state[op + O_ROUND_END] > U0:
+        check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:
+        pages = state[inode_row(state[op + O_OBJECT]) + I_PAGES]
+        start = state[op + O_OFFSET] >> U12
+        length = state[op + O_LENGTH] >> U12
+        if start < pages:
+            check_range(m, state[op + O_OBJECT], start, min(start + length, pages))
+    for vm in range(state[R_VMS]):
+        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)

@@ -1,0 +1,312 @@
+"""The recount's part of processes: their tables, whose page each leaf is, page caches, HugeTLB pages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U32, U511, U512
+from pgemu_kernels.engine.charge import ANONYMOUS_PAGES, CACHE_NODES, HOST_LEAVES, PAGE_CACHE_PAGES
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
+from pgemu_kernels.folios.folio import COUNTS, MAPPING, struct_page
+from pgemu_kernels.folios.hstate import hstate_of_order, other_hstate
+from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
+from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
+from pgemu_kernels.folios.page_cache import cache_find, cache_next
+from pgemu_kernels.process.entries import E_ADDRESS, E_PRESENT, E_SPECIAL, E_WRITE, frame_of, holds_page, is_table
+from pgemu_kernels.process.tables import size_of, space_row
+from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
+from pgemu_kernels.rules.invariants import check_host_leaf, expect
+from pgemu_kernels.rules.pools import check_pools
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import Broken
+from pgemu_kernels.words.registers import R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
+from pgemu_kernels.words.rows import (
+    A_FLAGS,
+    A_INODE,
+    A_KIND,
+    A_LIVE,
+    A_RESERVED,
+    FOUND_ANONYMOUS,
+    FOUND_CACHED,
+    FOUND_HUGE_MAPPED,
+    FOUND_MAPCOUNTS,
+    FOUND_MAPPED,
+    FOUND_NODES,
+    FOUND_RSS,
+    FOUND_TABLES,
+    H_RESERVED,
+    I_BASE,
+    I_CACHE,
+    I_KIND,
+    I_ORDER,
+    I_REFERENCES,
+    INODE_GUEST_MEMFD,
+    INODE_GUEST_MEMFD_4K,
+    INODE_HUGETLB,
+    P_HSTATE,
+    P_RESERVED,
+    PAGE_CACHED,
+    PAGE_EXCLUSIVE,
+    PAGE_MAPPINGS,
+    S_RSS,
+    S_USER_ROOT,
+    VM_PFNMAP,
+    VM_SHARED,
+    VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
+    VMA_GUEST_MEMFD_4K,
+    VMA_HUGETLB,
+)
+
+U = np.uint64
+_FRAMES = U(Broken.FRAMES)
+_WRONG_PFN = U(Broken.WRONG_PFN)
+_COUNTS = U(Broken.COUNTS)
+_REFERENCES = U(Broken.REFERENCES)
+_HEIGHT = U(7)
+_TABLE = np.uint8(1)
+_PAGE = np.uint8(7)
+_NODE = np.uint8(8)
+
+
+@kernel
+def _gauge(m, gauge):
+    return m.stats[STATS_GAUGES + gauge * U2]
+
+
+# --------------------------------------------------------------------------- leaves
+
+
+@kernel
+def _check_page(m, row, address, entry, owner, found):
+    """A 4K entry of anonymous memory or of a guest_memfd of 4K folios."""
+    kind = m.state[row + A_KIND]
+    frame = frame_of(entry)
+    if entry & E_SPECIAL != U0:
+        expect(m, kind == VMA_ANONYMOUS and frame == m.state[R_ZERO_FRAME], _WRONG_PFN, address >> U12)
+        expect(m, entry & E_WRITE == U0, _WRONG_PFN, address >> U12)
+        return
+    word = U(m.counts[frame])
+    found[FOUND_MAPPED] += 1
+    found[FOUND_RSS] += 1
+    if owner[frame] == np.uint8(0):
+        owner[frame] = _PAGE
+        found[FOUND_MAPCOUNTS] += np.int64(word & PAGE_MAPPINGS)
+        found[FOUND_ANONYMOUS] += np.int64(word & PAGE_CACHED == U0)
+    expect(m, owner[frame] == _PAGE, _FRAMES, frame)
+    expect(m, word & PAGE_EXCLUSIVE == U0 or word & PAGE_MAPPINGS == U1, _COUNTS, frame)
+    expect(m, (word & PAGE_CACHED != U0) == (kind == VMA_GUEST_MEMFD_4K), _COUNTS, frame)
+    if kind == VMA_ANONYMOUS:
+        writable = entry & E_PRESENT != U0 and entry & E_WRITE != U0
+        expect(m, not writable or word & PAGE_EXCLUSIVE != U0, _WRONG_PFN, address >> U12)
+    else:
+        node = inode_row(m.state[row + A_INODE])
+        cached = cache_find(m, m.state[node + I_CACHE], page_offset(m.state, row, address))
+        expect(m, cached == frame, _WRONG_PFN, address >> U12)
+
+
+@kernel
+def _check_huge(m, row, address, level, entry, found):
+    """An entry of a HugeTLB mapping: a whole page of its size, its file's if it is shared."""
+    state = m.state
+    order = huge_order(state, row)
+    head = frame_of(entry)
+    found[FOUND_HUGE_MAPPED] += 1
+    expect(m, level == level_of_order(order) and head & ((U1 << order) - U1) == U0, _WRONG_PFN, address >> U12)
+    if state[row + A_FLAGS] & VM_SHARED != U0:
+        node = inode_row(state[row + A_INODE])
+        word = cache_find(m, state[node + I_CACHE], page_offset(state, row, address) >> order)
+        expect(m, (word & E_ADDRESS) >> U12 == head, _WRONG_PFN, address >> U12)
+
+
+@outlined
+def _check_leaf(m, space, address, level, entry, owner, found):
+    """One entry that is neither empty nor a table."""
+    state = m.state
+    if not holds_page(entry):
+        return  # a marker
+    found[level - U1] += 1
+    row = find_vma(state, space, address)
+    if row == NONE:
+        broken(state, _WRONG_PFN, address >> U12)
+        return
+    kind = state[row + A_KIND]
+    if kind == VMA_GUEST_MEMFD:
+        check_host_leaf(m, row, address, level, entry)
+    elif kind == VMA_HUGETLB:
+        _check_huge(m, row, address, level, entry, found)
+    elif state[row + A_FLAGS] & VM_PFNMAP != U0:
+        pfn = state[inode_row(state[row + A_INODE]) + I_BASE] + page_offset(state, row, address)
+        expect(m, frame_of(entry) == pfn and entry & E_SPECIAL != U0, _WRONG_PFN, address >> U12)
+    else:
+        _check_page(m, row, address, entry, owner, found)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@kernel
+def _own_table(m, owner, slot, found):
+    """Mark a table: False if it is one that processes share and it was seen before."""
+    frame = (m.ram[slot] & E_ADDRESS) >> U12
+    if owner[frame] == _TABLE and m.counts[frame] != np.uint32(0):
+        return False
+    expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
+    owner[frame] = _TABLE
+    found[FOUND_TABLES] += 1
+    return True
+
+
+@outlined
+def _check_table(m, space, table, level, base, owner, found):
+    """The leaves of a table of level 1 or 2 and of the tables below it; `table` is its first word."""
+    for i in range(U512):
+        slot = table + i
+        entry = m.ram[slot]
+        if entry == U0:
+            continue
+        address = base + i * size_of(level)
+        if level == U1 or not is_table(entry):
+            _check_leaf(m, space, address, level, entry, owner, found)
+        elif _own_table(m, owner, slot, found):
+            first = (entry & E_ADDRESS) >> U3
+            for k in range(U512):
+                if m.ram[first + k] != U0:
+                    _check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
+
+
+@outlined
+def check_process(m, space, owner, found):
+    """Walk a process's tables; leaves, tables and mapped pages are added to `found` (int64[FOUND_WORDS])."""
+    state = m.state
+    root = space_root(state, space)
+    if root == U0:
+        return
+    for frame in (root >> U12, state[space_row(space) + S_USER_ROOT] >> U12):
+        if frame != U0:
+            expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
+            owner[frame] = _TABLE
+            found[FOUND_TABLES] += 1
+    found[FOUND_RSS] = 0
+    for i4 in range(U512):
+        slot4 = (root >> U3) + i4
+        if not is_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
+            continue
+        for i3 in range(U512):
+            slot3 = ((m.ram[slot4] & E_ADDRESS) >> U3) + i3
+            address = i4 * size_of(U(4)) + i3 * size_of(U3)
+            if is_table(m.ram[slot3]):
+                if _own_table(m, owner, slot3, found):
+                    _check_table(m, space, (m.ram[slot3] & E_ADDRESS) >> U3, U2, address, owner, found)
+            elif m.ram[slot3] != U0:
+                _check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
+    expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), _COUNTS, space)
+
+
+# --------------------------------------------------------------------------- page caches
+
+
+@outlined
+def own_nodes(m, root, owner, found):
+    """Mark the nodes of a radix tree by its root word; each is entered where its first index is."""
+    height = root & _HEIGHT
+    index = U0
+    while height != U0 and index >> (U9 * height) == U0:
+        node = root & E_ADDRESS
+        level = height
+        while True:
+            if node != U0 and index & ((U1 << (U9 * level)) - U1) == U0:
+                expect(m, owner[node >> U12] == np.uint8(0), _FRAMES, node >> U12)
+                owner[node >> U12] = _NODE
+                found[FOUND_NODES] += 1
+            if node == U0 or level == U1:
+                break
+            node = m.ram[(node >> U3) + (index >> (U9 * (level - U1)) & U511)]
+            level -= U1
+        index = ((index >> (U9 * level)) + U1) << (U9 * level)
+
+
+@outlined
+def _check_cached_pages(m, node, owner, found):
+    """Pages of a guest_memfd of 4K folios, mapped or not."""
+    index = cache_next(m, m.state[node + I_CACHE], U0)
+    while index != NONE:
+        frame = cache_find(m, m.state[node + I_CACHE], index)
+        found[FOUND_CACHED] += 1
+        if owner[frame] == np.uint8(0):
+            owner[frame] = _PAGE
+            expect(m, U(m.counts[frame]) == PAGE_CACHED, _COUNTS, frame)
+        expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, _FRAMES, frame)
+        index = cache_next(m, m.state[node + I_CACHE], index + U1)
+
+
+@outlined
+def _check_huge_file(m, inode):
+    """Pages of a hugetlbfs file: held by its cache. How many are reserved and not allocated."""
+    state = m.state
+    node = inode_row(inode)
+    order = state[node + I_ORDER]
+    waiting = U0
+    index = cache_next(m, state[node + I_CACHE], U0)
+    while index != NONE:
+        word = cache_find(m, state[node + I_CACHE], index)
+        head = (word & E_ADDRESS) >> U12
+        if head == U0:
+            expect(m, word == RESERVED, _COUNTS, index)
+            waiting += U1
+        else:
+            page = struct_page(m, head)
+            references = m.ram[page + COUNTS] >> U32
+            expect(m, m.ram[page + MAPPING] == mapping_address(inode), _WRONG_PFN, head)
+            expect(m, references >= (U1 << order) + huge_mapcount(m, head), _REFERENCES, head)
+        index = cache_next(m, state[node + I_CACHE], index + U1)
+    return waiting
+
+
+@outlined
+def check_processes(m, owner, found):
+    """What was found of all processes, and the page caches, against what the machine keeps."""
+    state = m.state
+    if state[R_ZERO_FRAME] != U0:
+        expect(m, owner[state[R_ZERO_FRAME]] == np.uint8(0), _FRAMES, state[R_ZERO_FRAME])
+        owner[state[R_ZERO_FRAME]] = _PAGE
+    # Reservations by size of huge page: 2M, 1G.
+    huge = hstate_of_order(U9)
+    reserved = U0
+    reserved_1g = U0
+    for inode in range(state[R_INODES]):
+        node = inode_row(inode)
+        kind = state[node + I_KIND]
+        if kind == INODE_GUEST_MEMFD or state[node + I_REFERENCES] == U0:
+            continue
+        own_nodes(m, state[node + I_CACHE], owner, found)
+        if kind == INODE_GUEST_MEMFD_4K:
+            _check_cached_pages(m, node, owner, found)
+        elif kind == INODE_HUGETLB and state[node + I_ORDER] == U9:
+            reserved += _check_huge_file(m, inode)
+        elif kind == INODE_HUGETLB:
+            reserved_1g += _check_huge_file(m, inode)
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_LIVE] != U0 and state[row + A_KIND] == VMA_HUGETLB:
+            if huge_order(state, row) == U9:
+                reserved += state[row + A_RESERVED]
+            else:
+                reserved_1g += state[row + A_RESERVED]
+    for i in range(state[R_SUBPOOLS]):
+        row = subpool_row(i)
+        if state[row + P_HSTATE] == huge:
+            reserved += state[row + P_RESERVED]
+        else:
+            reserved_1g += state[row + P_RESERVED]
+    expect(m, reserved == state[huge + H_RESERVED], _COUNTS, reserved)
+    expect(m, reserved_1g == state[other_hstate(huge) + H_RESERVED], _COUNTS, reserved_1g)
+    check_pools(m, found)
+    expect(m, found[FOUND_HUGE_MAPPED] == 0, _REFERENCES, U(found[FOUND_HUGE_MAPPED]))
+    expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], _COUNTS, U(found[FOUND_MAPPED]))
+    expect(m, _gauge(m, ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], _COUNTS, U(found[FOUND_ANONYMOUS]))
+    expect(m, _gauge(m, PAGE_CACHE_PAGES) == found[FOUND_CACHED], _COUNTS, U(found[FOUND_CACHED]))
+    for level in range(U2):
+        expect(m, _gauge(m, HOST_LEAVES + U1 + level) == found[U1 + level], _COUNTS, U1 + level)
+    expect(m, _gauge(m, CACHE_NODES) == found[FOUND_NODES], _COUNTS, U(found[FOUND_NODES]))

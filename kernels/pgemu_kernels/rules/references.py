@@ -1,0 +1,152 @@
+"""The recount's part of references: every one of a folio of the designs has its holder.
+
+Holders are the page cache, page-table entries, pins, LRU batches, faults under way, and transient ones (GET), which
+are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put back after it
+(designs.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import U0, U1, U2, U8, U32, U64
+from pgemu_kernels.engine.charge import PAGES_LRU_CACHED, PAGES_PINNED
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.folios.folio import COUNTS, add_references, mappings, reference_count, struct_page
+from pgemu_kernels.folios.hstate import in_zone
+from pgemu_kernels.folios.page_cache import cache_find
+from pgemu_kernels.folios.xarray import has_pieces
+from pgemu_kernels.gmem.references import transient
+from pgemu_kernels.rules.invariants import expect
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import Broken
+from pgemu_kernels.words.registers import (
+    R_BLOCK_ROWS,
+    R_BLOCKS,
+    R_EXTRA_REFERENCES,
+    R_FAULT_REFERENCES,
+    R_GUEST_PAGES,
+    R_LRU_CPUS,
+    R_ORDER,
+    R_PINS,
+    R_TRANSIENT,
+)
+from pgemu_kernels.words.rows import (
+    ACTORS,
+    B_PFN,
+    B_STATE,
+    B_WORDS,
+    BLOCK_ZOMBIE,
+    GUP_PIN_COUNTING_BIAS,
+    LRU_WORDS,
+    O_REFERENCED,
+    O_WORDS,
+    PIN_FRAMES,
+    PIN_LIVE,
+    PIN_PAGES,
+    PIN_WORDS,
+    STATE_LRU,
+    STATE_OPS,
+    STATE_PINS,
+)
+
+U = np.uint64
+_COUNTS = U(Broken.COUNTS)
+_REFERENCES = U(Broken.REFERENCES)
+
+
+@outlined
+def _hold(m, pfn, n, giving):
+    """Give a folio of order 0 back `n` references, or take them away."""
+    if not in_zone(m.state, pfn):
+        expect(m, False, _REFERENCES, pfn)
+        return
+    page = struct_page(m, pfn)
+    expect(m, giving or reference_count(m.ram, page) >= n, _REFERENCES, pfn)
+    add_references(m.ram, page, n if giving else U0 - n)
+
+
+@kernel
+def _hold_pins(m, giving):
+    """What all pins hold: how many pages, each as often as it is pinned."""
+    state = m.state
+    pinned = U0
+    for pin in range(state[R_PINS]):
+        row = STATE_PINS + pin * U(PIN_WORDS)
+        if state[row + PIN_LIVE] != U0:
+            for index in range(state[row + PIN_PAGES]):
+                _hold(m, cache_find(m, state[row + PIN_FRAMES], index), GUP_PIN_COUNTING_BIAS, giving)
+            pinned += state[row + PIN_PAGES]
+    return pinned
+
+
+@kernel
+def _hold_batches(m, giving):
+    """What the LRU batches hold: how many folios."""
+    state = m.state
+    cached = U0
+    for cpu in range(state[R_LRU_CPUS]):
+        row = STATE_LRU + cpu * U(LRU_WORDS)
+        for at in range(row + U1, row + U1 + state[row]):
+            _hold(m, state[at], U1, giving)
+        cached += state[row]
+    return cached
+
+
+@kernel
+def _hold_faults(m, giving):
+    """What faults under way hold: how many references."""
+    state = m.state
+    faults = U0
+    for actor in range(U(ACTORS)):
+        referenced = state[STATE_OPS + actor * U(O_WORDS) + O_REFERENCED]
+        if referenced != U0:
+            _hold(m, referenced - U1, U1, giving)
+            faults += U1
+    return faults
+
+
+@outlined
+def hold_again(m, giving):
+    """Give the references of pins, LRU batches and faults back, or take them away, and compare with what is kept."""
+    pinned = _hold_pins(m, giving)
+    cached = _hold_batches(m, giving)
+    faults = _hold_faults(m, giving)
+    if not giving:
+        expect(m, m.stats[STATS_GAUGES + PAGES_PINNED * U2] == np.int64(pinned), _COUNTS, pinned)
+        expect(m, m.stats[STATS_GAUGES + PAGES_LRU_CACHED * U2] == np.int64(cached), _COUNTS, cached)
+        expect(m, m.state[R_FAULT_REFERENCES] == faults, _REFERENCES, faults)
+
+
+@outlined
+def check_folio(m, head, cached):
+    """A folio's references, less what was taken off: `cached` of the page cache's, its mappings', transient ones."""
+    page = struct_page(m, head)
+    held = cached + mappings(m.ram, page) + transient(m, head)
+    expect(m, reference_count(m.ram, page) == held, _REFERENCES, head)
+
+
+@outlined
+def check_pieces(m, head, pages, cached):
+    """The same of the 4K folios from `head` on: a multiple of 64."""
+    for base in range(U0, pages, U64):
+        page = struct_page(m, head + base)
+        for pfn in range(head + base, head + base + U64):
+            held = cached + mappings(m.ram, page) + transient(m, pfn)
+            expect(m, m.ram[page + COUNTS] >> U32 == held, _REFERENCES, pfn)
+            page += U8
+
+
+@outlined
+def check_outside(m):
+    """Pieces of zombie blocks, and the sum of transient references: of folios outside of inodes as well."""
+    state = m.state
+    for i in range(state[R_BLOCKS]):
+        row = state[R_BLOCK_ROWS] + i * U(B_WORDS)
+        if state[row + B_STATE] == BLOCK_ZOMBIE and not has_pieces(state):  # else in piece_recount.py
+            check_pieces(m, state[row + B_PFN], U1 << state[R_ORDER], U0)
+    if state[R_EXTRA_REFERENCES] != U0:
+        total = U0
+        for at in range(state[R_TRANSIENT], state[R_TRANSIENT] + state[R_GUEST_PAGES]):
+            total += U(m.counts[at])
+        expect(m, total == state[R_EXTRA_REFERENCES], _REFERENCES, total)

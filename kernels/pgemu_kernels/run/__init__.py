@@ -1,0 +1,1 @@
+"""The loops over operations, and which of them runs what."""

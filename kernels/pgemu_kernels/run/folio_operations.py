@@ -1,0 +1,144 @@
+"""References, pins and freezes of folios of the HugeTLB zone, as operations: whoever asks is an outsider."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.charge import REFERENCE_CHANGED, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import stop
+from pgemu_kernels.folios.counts import (
+    GUP_PIN_COUNTING_BIAS,
+    expected_count,
+    freeze,
+    is_large,
+    pin_count,
+    put,
+    try_grab,
+    try_pin,
+    unfreeze,
+    unpin,
+)
+from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, folio_order, is_huge_page, reference_count, struct_page
+from pgemu_kernels.folios.hstate import in_zone
+from pgemu_kernels.folios.huge_pages import give_back_huge
+from pgemu_kernels.folios.hugetlb import subpool_of
+from pgemu_kernels.folios.page_allocator import is_block_free
+from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
+from pgemu_kernels.words.rows import O_ADDRESS, O_DETAIL, O_FLAGS, O_LENGTH
+
+U = np.uint64
+_READ = U(Flag.READ)
+_WRITE = U(Flag.WRITE)
+MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
+
+
+@outlined
+def head_of(m, pfn):
+    """Head of the HugeTLB page that holds a frame, or NONE."""
+    if in_zone(m.state, pfn):
+        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U(511)):
+            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
+                return head
+    return NONE
+
+
+@kernel
+def folio_of(m, pfn):
+    """First frame of the folio of a frame: a HugeTLB page's head, else the 4K page itself; NONE outside the zone."""
+    if not in_zone(m.state, pfn):
+        return NONE
+    head = head_of(m, pfn)
+    return pfn if head == NONE else head
+
+
+@kernel
+def is_free(m, head):
+    """Whether a folio is free in its pool or with the page allocator, whatever its count says.
+
+    Struct pages made from the tail page that 7.3 leaves at boot have a count of 1 (boot.fill_boot_tail_page()).
+    """
+    if is_block_free(m.state, head):
+        return True
+    return is_huge_page(m, head) and m.ram[struct_page(m, head) + PRIVATE] & HUGETLB_FREED != U0
+
+
+@kernel
+def may_drop(m, head, page, n, ours):
+    """Whether `n` references are there to drop: of the designs' folios transient ones, of others those that neither
+    caches nor mappings hold.
+    """
+    if ours:
+        return transient(m, head) >= n
+    return reference_count(m.ram, page) >= expected_count(m.ram, page) + n
+
+
+@kernel
+def drop(m, head, page, last):
+    """After references went: the last one of a folio outside the page cache frees it."""
+    if last:
+        if is_huge_page(m, head) and subpool_of(m, page) == U0:
+            give_back_huge(m, head)
+        else:
+            last_reference(m, head, page)
+
+
+@outlined
+def change_references(m, op):
+    """FOLIO_REFERENCE: 0 with the refcount afterwards (0: freed).
+
+    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()), or the folio is free. put and unpin:
+    -EINVAL for references or pins that are not there to drop, and for the last one of a 4K piece whose huge page must
+    be merged first.
+    """
+    state = m.state
+    ram = m.ram
+    head = folio_of(m, state[op + O_ADDRESS] >> U12)
+    n = state[op + O_LENGTH]
+    if head == NONE or n == U0 or n > MOST:
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    pinning = state[op + O_FLAGS] & _WRITE != U0
+    count = n if is_large(ram, page) or not pinning else n * GUP_PIN_COUNTING_BIAS
+    ours = is_designs(m, head, page)
+    charge_one(m, REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & _READ == U0:
+        taken = False
+        if not is_free(m, head):
+            taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
+        if taken and ours:
+            note_transient(m, head, count)
+        state[op + O_DETAIL] = reference_count(ram, page)
+        return stop(state, op, 0 if taken else -ENOMEM)
+    pinned = not pinning or not is_large(ram, page) or pin_count(ram, page) >= n
+    whole = ours or is_large(ram, page) or reference_count(ram, page) > count
+    if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count, ours):
+        return stop(state, op, -EINVAL)
+    last = unpin(ram, page, n) if pinning else put(ram, page, n)
+    state[op + O_DETAIL] = reference_count(ram, page)
+    if ours:
+        note_transient(m, head, U0 - count)
+    drop(m, head, page, last)
+    return stop(state, op, 0)
+
+
+@outlined
+def change_frozen(m, op):
+    """FOLIO_FREEZE: 1 if the refcount was what was expected (unfreeze: 0) and is 0 (what was asked for) now, else 0.
+
+    A folio that stays frozen in a page cache breaks the rules that Machine.check() recounts: no operation leaves one.
+    """
+    state = m.state
+    head = folio_of(m, state[op + O_ADDRESS] >> U12)
+    if head == NONE or state[op + O_LENGTH] >> U(32) != U0 or is_free(m, head):
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    charge_one(m, REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & _READ != U0:
+        done = unfreeze(m.ram, page, state[op + O_LENGTH])
+    else:
+        done = freeze(m.ram, page, state[op + O_LENGTH])
+    state[op + O_DETAIL] = reference_count(m.ram, page)
+    return stop(state, op, 1 if done else 0)

@@ -1,0 +1,53 @@
+"""The entry for what is of neither design: process memory and KVM as mainline Linux has them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import U1
+from pgemu_kernels.engine.charge import finish_operation
+from pgemu_kernels.engine.compile import entry
+from pgemu_kernels.engine.handle import open_full_machine
+from pgemu_kernels.engine.records import Columns, element, load, save_result
+from pgemu_kernels.kvm import operations as kvm
+from pgemu_kernels.process import operations as mm
+from pgemu_kernels.run.routing import is_ordinary
+from pgemu_kernels.words.operations import Operation
+from pgemu_kernels.words.registers import R_ORDINARY
+from pgemu_kernels.words.rows import O_OP
+
+U = np.uint64
+_GUEST_FAULT = U(Operation.GUEST_FAULT)
+_BIND = U(Operation.BIND)
+_UNBIND = U(Operation.UNBIND)
+_MEMSLOT = U(Operation.MEMSLOT)
+_DIRTY_LOG = U(Operation.DIRTY_LOG)
+_ATTRIBUTES = U(Operation.ATTRIBUTES)
+_PREFAULT = U(Operation.PREFAULT)
+_VM_EXIT = U(Operation.VM_EXIT)
+
+
+@entry
+def run_ordinary(descriptor, header, object_, address, offset, length, status, detail, first):
+    """Run operations from `first` on, up to one that is for `replay.run`: its index, or how many there are."""
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    m = open_full_machine(descriptor)
+    count = U(status.size)
+    i = first
+    while i < count:
+        if not is_ordinary(m.state, element(header, i), element(object_, i), element(address, i)):
+            break
+        m.state[R_ORDINARY] = U1
+        op = load(m, columns, i)
+        kind = m.state[op + O_OP]
+        if (
+            kind == _GUEST_FAULT or kind == _BIND or kind == _UNBIND or kind == _MEMSLOT or kind == _DIRTY_LOG
+            or kind == _ATTRIBUTES or kind == _PREFAULT or kind == _VM_EXIT
+        ):  # fmt: skip
+            kvm.operate(m, op)
+        else:
+            mm.operate(m, op)
+        finish_operation(m, op)
+        save_result(m.state, op, columns, i)
+        i += U1
+    return i

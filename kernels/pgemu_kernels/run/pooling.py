@@ -1,0 +1,317 @@
+"""The entry for what one does to huge pages themselves: pools, their vmemmap, split and merge, references, poison."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U512
+from pgemu_kernels.engine.charge import (
+    HUGE_FOLIO_ALLOCATED,
+    HUGETLB_PAGES,
+    STRUCT_PAGE_BYTES,
+    VMEMMAP_FAULT,
+    change,
+    charge,
+    charge_one,
+    finish_operation,
+)
+from pgemu_kernels.engine.compile import entry, kernel, outlined
+from pgemu_kernels.engine.handle import open_full_machine
+from pgemu_kernels.engine.records import Columns, element, load, save_result
+from pgemu_kernels.engine.rows import stop
+from pgemu_kernels.folios.boot_memory import prepare_memory
+from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, folio_order, reference_count, struct_page
+from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
+from pgemu_kernels.folios.huge_pages import give_back_huge, may_reserve
+from pgemu_kernels.folios.hugetlb import dequeue_any, set_cgroup, subpool_of
+from pgemu_kernels.folios.page_allocator import is_noted_split, note_split
+from pgemu_kernels.folios.pools import allocate_surplus, demote, dissolve, poison, resize
+from pgemu_kernels.folios.splitting import join_list, leave_list, merge_folio, split_folio
+from pgemu_kernels.folios.vmemmap import (
+    is_optimized,
+    next_huge_page,
+    next_of_batch,
+    optimize,
+    optimize_batch,
+    restore,
+    restore_batch,
+    store,
+)
+from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
+from pgemu_kernels.run.routing import is_pooling
+from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, Operation
+from pgemu_kernels.words.registers import (
+    R_GUEST_PAGES,
+    R_HSTATE,
+    R_HWPOISON,
+    R_NODES,
+    R_ORDINARY,
+    R_POOL_BASE,
+    R_VMEMMAP,
+)
+from pgemu_kernels.words.rows import CGROUP_ADDRESS, O_ADDRESS, O_DETAIL, O_LENGTH, O_OBJECT, O_OFFSET, O_OP, O_SPACE
+
+U = np.uint64
+_BYTE = U(0xFF)
+_POOL_RESIZE = U(Operation.POOL_RESIZE)
+_POOL_DEMOTE = U(Operation.POOL_DEMOTE)
+_FOLIO_ALLOCATE = U(Operation.FOLIO_ALLOCATE)
+_FOLIO_FREE = U(Operation.FOLIO_FREE)
+_VMEMMAP_OPTIMIZE = U(Operation.VMEMMAP_OPTIMIZE)
+_VMEMMAP_RESTORE = U(Operation.VMEMMAP_RESTORE)
+_FOLIO_SPLIT = U(Operation.FOLIO_SPLIT)
+_FOLIO_MERGE = U(Operation.FOLIO_MERGE)
+_FOLIO_REFERENCE = U(Operation.FOLIO_REFERENCE)
+_FOLIO_FREEZE = U(Operation.FOLIO_FREEZE)
+_DISSOLVE = U(Operation.DISSOLVE)
+_POISON = U(Operation.POISON)
+_VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
+
+
+@kernel
+def pool_of(m, op):
+    """Row of the hstate that an operation names by its order, 0 for another number."""
+    order = m.state[op + O_OBJECT]
+    return hstate_of_order(order) if order == U9 or order == ORDER_1G else U0
+
+
+@kernel
+def node_of_operation(m, op):
+    """The node that an operation names, NONE for all."""
+    node = m.state[op + O_SPACE]
+    return NONE if node == U0 else node - U1
+
+
+# --------------------------------------------------------------------------- pools
+
+
+@outlined
+def change_pool(m, op):
+    """POOL_RESIZE: 0 with the pages afterwards. POOL_DEMOTE: 0 with the pages demoted, -EBUSY or -ENOMEM. -EINVAL."""
+    state = m.state
+    h = pool_of(m, op)
+    node = node_of_operation(m, op)
+    if h == U0 or (node != NONE and node >= state[R_NODES]):
+        return stop(state, op, -EINVAL)
+    if state[op + O_OP] == _POOL_RESIZE:
+        state[op + O_DETAIL] = resize(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]), node)
+        return stop(state, op, 0)
+    status, done = demote(m, h, state[op + O_LENGTH], node)
+    state[op + O_DETAIL] = done
+    return stop(state, op, status)
+
+
+@outlined
+def allocate(m, op):
+    """alloc_hugetlb_folio() without a reservation: 0 with the head's frame, one reference, contents as they are.
+
+    -ENOMEM without a free page that is neither reserved nor poisoned and without one to be had as surplus; -EINVAL.
+    """
+    state = m.state
+    h = pool_of(m, op)
+    node = node_of_operation(m, op)
+    if h == U0 or (node != NONE and node >= state[R_NODES]):
+        return stop(state, op, -EINVAL)
+    head = NONE
+    preferred = U0 if node == NONE else node
+    if may_reserve(state, state[op + O_OBJECT], U1):
+        head = dequeue_any(m, h, preferred)
+    if head == NONE:
+        head = allocate_surplus(m, h, preferred)
+    if head == NONE:
+        return stop(state, op, -ENOMEM)
+    set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
+    change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
+    charge_one(m, HUGE_FOLIO_ALLOCATED)
+    charge(m, STRUCT_PAGE_BYTES, 28)
+    state[op + O_DETAIL] = head
+    return stop(state, op, 0)
+
+
+@outlined
+def free(m, op):
+    """folio_put() of a page that FOLIO_ALLOCATE gave: 0, the last one frees it. -EINVAL if it is no page in use."""
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    if head_of(m, head) != head or not is_allocated(m, head):
+        return stop(state, op, -EINVAL)
+    page = struct_page(m, head)
+    if reference_count(m.ram, page) > U1:
+        m.ram[page + COUNTS] -= ONE_REFERENCE
+    else:
+        give_back_huge(m, head)
+    return stop(state, op, 0)
+
+
+@kernel
+def is_allocated(m, head):
+    """Whether a HugeTLB page is in use and in no page cache or mapping, nor on its way back from an inode's."""
+    page = struct_page(m, head)
+    in_use = reference_count(m.ram, page) != U0 and not is_free(m, head)
+    return in_use and m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
+
+
+# --------------------------------------------------------------------------- vmemmap
+
+
+@kernel
+def all_frozen(m, first, end):
+    """Whether no HugeTLB page of a range is in use: one that is must keep its vmemmap."""
+    head = first
+    while head != U0:
+        if not is_free(m, head):
+            return False
+        head = next_of_batch(m, head, end)
+    return True
+
+
+@outlined
+def change_vmemmap(m, op):
+    """VMEMMAP_OPTIMIZE, VMEMMAP_RESTORE: all HugeTLB pages whose heads lie in a range, several in one batch.
+
+    0, or -ENOMEM, with the pages done; -EBUSY with a page in use among them, -EINVAL without any page.
+    """
+    state = m.state
+    start = state[op + O_ADDRESS] >> U12
+    end = start + (state[op + O_LENGTH] >> U12)
+    if not in_zone(state, start) or end - state[R_POOL_BASE] > state[R_GUEST_PAGES]:
+        return stop(state, op, -EINVAL)
+    first = next_huge_page(m, start, end)
+    if first == U0:
+        return stop(state, op, -EINVAL)
+    if not all_frozen(m, first, end):
+        return stop(state, op, -EBUSY)
+    single = next_of_batch(m, first, end) == U0
+    optimizing = state[op + O_OP] == _VMEMMAP_OPTIMIZE
+    if single and optimizing:
+        status = optimize(m, first, folio_order(m, first))
+        state[op + O_DETAIL] = U1 if is_optimized(m, first) else U0
+    elif single:
+        status = restore(m, first, folio_order(m, first))
+        state[op + O_DETAIL] = U1 if status == 0 else U0
+    elif optimizing:
+        state[op + O_DETAIL] = optimize_batch(m, first, end)
+        status = np.int64(0)
+    else:
+        status, state[op + O_DETAIL] = restore_batch(m, first, end)
+    return stop(state, op, status)
+
+
+@outlined
+def store_word(m, op):
+    """VMEMMAP_STORE: 0, or -EFAULT through a read-only entry, with the entry's physical address; -EINVAL outside."""
+    state = m.state
+    address = state[op + O_ADDRESS]
+    if address & U(7) != U0 or (address - state[R_VMEMMAP]) >> U(6) < state[R_POOL_BASE]:
+        return stop(state, op, -EINVAL)
+    if not in_zone(state, (address - state[R_VMEMMAP]) >> U(6)):
+        return stop(state, op, -EINVAL)
+    status, slot = store(m, address, state[op + O_OFFSET])
+    state[op + O_DETAIL] = slot << U3
+    if status != 0:
+        charge_one(m, VMEMMAP_FAULT)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- split and merge
+
+
+@outlined
+def split(m, op):
+    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -EBUSY, -ENOMEM or -EINVAL.
+
+    Each 4K page is a folio with one reference afterwards. Pages of inodes are split by conversion.
+    """
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    if head_of(m, head) != head or not is_allocated(m, head):
+        return stop(state, op, -EINVAL)
+    order = folio_order(m, head)
+    if m.ram[struct_page(m, head) + FLAGS] & state[R_HWPOISON] != U0:
+        return stop(state, op, -EBUSY)  # a poisoned page is not split: the posted code says TODO
+    status = split_folio(m, head, order, U0, U1)
+    if status == 0:
+        note_split(state, head, order, True)
+        leave_list(m, head)
+    return stop(state, op, status)
+
+
+@outlined
+def merge(m, op):
+    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -EBUSY if one has another reference, -EINVAL."""
+    state = m.state
+    head = state[op + O_ADDRESS] >> U12
+    pages = state[op + O_LENGTH] >> U12
+    order = U9 if pages == U512 else ORDER_1G
+    if pages != U1 << order or head & (pages - U1) != U0 or not in_zone(state, head):
+        return stop(state, op, -EINVAL)
+    if not is_noted_split(state, head, order):
+        return stop(state, op, -EINVAL)
+    status = merge_folio(m, head, order, U0, U1)
+    if status == 0:
+        note_split(state, head, order, False)
+        set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
+        join_list(m, head, order)
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+@outlined
+def operate(m, op):
+    """Run one operation whose record is at `op`."""
+    state = m.state
+    kind = state[op + O_OP]
+    pfn = state[op + O_ADDRESS] >> U12
+    if kind == _POOL_RESIZE or kind == _POOL_DEMOTE:
+        change_pool(m, op)
+    elif kind == _FOLIO_ALLOCATE:
+        allocate(m, op)
+    elif kind == _FOLIO_FREE:
+        free(m, op)
+    elif kind == _VMEMMAP_OPTIMIZE or kind == _VMEMMAP_RESTORE:
+        change_vmemmap(m, op)
+    elif kind == _FOLIO_SPLIT:
+        split(m, op)
+    elif kind == _FOLIO_MERGE:
+        merge(m, op)
+    elif kind == _FOLIO_REFERENCE:
+        change_references(m, op)
+    elif kind == _FOLIO_FREEZE:
+        change_frozen(m, op)
+    elif kind == _VMEMMAP_STORE:
+        store_word(m, op)
+    elif kind == _DISSOLVE or kind == _POISON:
+        head = head_of(m, pfn)
+        if head == NONE:
+            stop(state, op, -EINVAL)
+        elif kind == _POISON:
+            stop(state, op, poison(m, head, pfn))
+        else:
+            stop(state, op, dissolve(m, hstate_of_order(folio_order(m, head)), head))
+    else:
+        stop(state, op, -EINVAL)
+
+
+@entry
+def run_pooling(descriptor, header, object_, address, offset, length, status, detail, first):
+    """Run operations on huge pages from `first` on, up to one of another kind: its index, or how many there are.
+
+    `first` NONE: nothing but boot_memory.prepare_memory(), 0 or -ENOMEM. It stands here because machines without such
+    memory should not wait for its compilation.
+    """
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    m = open_full_machine(descriptor)
+    if first == NONE:
+        return U(prepare_memory(m))
+    count = U(status.size)
+    i = first
+    while i < count and is_pooling(element(header, i) & _BYTE):
+        m.state[R_ORDINARY] = U1
+        op = load(m, columns, i)
+        operate(m, op)
+        finish_operation(m, op)
+        save_result(m.state, op, columns, i)
+        i += U1
+    return i

@@ -1,0 +1,115 @@
+"""What drops stage-2 leaves from outside: KVM's MMU notifier, and guest_memfd giving pages up. Tables stay."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U12, U30, U39, U511, U4095
+from pgemu_kernels.engine.charge import NOTIFIER_CALL, charge_one
+from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.rows import memslot_row, overlap, space_root, vm_row
+from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
+from pgemu_kernels.stage2.tdp_mmu import mark_range
+from pgemu_kernels.tables.walker import host_format, is_large, is_present, table_of
+from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
+from pgemu_kernels.words.rows import (
+    M_BASE_GFN,
+    M_HVA,
+    M_INODE,
+    M_KIND,
+    M_PAGES,
+    M_VM,
+    SLOT_USER,
+    V_LIVE,
+    V_ROOT,
+    V_SEQUENCE,
+    V_SPACE,
+)
+
+U = np.uint64
+_2M = U(1 << 21)
+
+
+@outlined
+def notify_range(m, space, start, end):
+    """A process is about to change its mapping of virtual addresses [start, end): its VMs drop what lies over them.
+
+    virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start(). Every slot whose userspace range overlaps is
+    zapped, private pages of it included (captured: MADV_DONTNEED of the shared view drops them). One flush for each
+    VM that lost a leaf. The invalidation begins and ends here: nothing runs in between.
+    """
+    state = m.state
+    if state[R_NOTIFIER] == U0:
+        return
+    for vm in range(state[R_VMS]):
+        if state[vm_row(vm) + V_SPACE] == space and state[vm_row(vm) + V_LIVE] != U0:
+            charge_one(m, NOTIFIER_CALL)
+    dropped = np.int64(0)
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_KIND] != SLOT_USER or state[vm_row(state[slot + M_VM]) + V_SPACE] != space:
+            continue
+        base = state[slot + M_HVA]
+        first = max(start, base)
+        last = min(end, base + (state[slot + M_PAGES] << U12))
+        if first < last:
+            gfn = state[slot + M_BASE_GFN] + ((first - base) >> U12)
+            stop = state[slot + M_BASE_GFN] + ((last - base + U4095) >> U12)
+            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+            mark_range(m, state[vm_row(state[slot + M_VM]) + V_ROOT], gfn, stop)
+            dropped += zap_slot(m, slot, gfn, stop)
+    if dropped != 0:
+        flush_vms(m)
+
+
+@outlined
+def notify_split(m, space, start, end, address):
+    """A mapping [start, end) is about to be cut at an address: if that lies inside a 2M block which the mapping holds
+    whole, VMs lose what lies over the block, although it holds no huge page.
+
+    mm/huge_memory.c:split_huge_pmd_if_needed(), __split_huge_pmd(): the notifier runs before anybody looks whether
+    the entry is a huge one; only a table of 2M entries must be there (captured: mprotect of two pages).
+    """
+    first = address & ~(_2M - U1)
+    if first == address or first < start or first + _2M > end:
+        return
+    f = host_format(m)
+    entry = m.ram[(space_root(m.state, space) >> U3) + (address >> U39 & U511)]
+    if not is_present(m.state, f, entry):
+        return
+    entry = m.ram[table_of(m.state, f, entry) + (address >> U30 & U511)]
+    if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
+        notify_range(m, space, first, first + _2M)
+
+
+@outlined
+def notify_inode(m, inode, start, end):
+    """A guest_memfd gives up pages [start, end): every slot bound to them drops the guest frames, shared ones too.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_invalidate_begin(): the range goes by the slot's offset, and x86 without a root
+    of its own for private memory cannot tell the two kinds apart (captured).
+    """
+    state = m.state
+    dropped = np.int64(0)
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        gfn, last = overlap(state, slot, inode, start, end)
+        if gfn < last:
+            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+            dropped += zap_slot(m, slot, gfn, last)
+    if dropped != 0:
+        flush_vms(m)
+
+
+@outlined
+def unbind_inode(m, inode):
+    """The last reference to a guest_memfd's file goes: its slots lose their pages and their binding, and stay.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_release(). A private access to such a slot is a memory fault exit.
+    """
+    state = m.state
+    notify_inode(m, inode, U0, U(1) << U(52))
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_KIND] == SLOT_USER and state[slot + M_INODE] == inode:
+            state[slot + M_INODE] = NONE

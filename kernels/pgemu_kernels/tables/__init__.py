@@ -1,0 +1,1 @@
+"""Page tables of any format: walks, translations, edits."""

@@ -1,0 +1,202 @@
+"""Page tables: one walker for every format, over 512-entry tables in `ram`.
+
+Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G. A "table" is the index in `ram` of a table's first
+word; the "table of level n" holds entries of level n. Formats are data: nothing here knows a name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512
+from pgemu_kernels.engine.charge import (
+    HOST_LEAVES,
+    HOST_TABLES,
+    TABLE_PAGE_ALLOCATED,
+    TABLE_PAGE_FREED,
+    change,
+    change_value,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.words.registers import R_HOST_FORMAT, R_STAGE2_FORMAT
+from pgemu_kernels.words.rows import STATE_FORMATS
+from pgemu_kernels.words.table_words import F_ADDRESS, F_EMPTY, F_LARGE, F_MMU_PRESENT, F_TABLE, F_WORDS
+
+U = np.uint64
+_F_WORDS = U(F_WORDS)
+
+
+@kernel
+def format_row(state, index):
+    """Where a format's fields begin in `state`."""
+    return STATE_FORMATS + index * _F_WORDS
+
+
+@kernel
+def host_format(m):
+    return format_row(m.state, m.state[R_HOST_FORMAT])
+
+
+@kernel
+def stage2_format(m):
+    return format_row(m.state, m.state[R_STAGE2_FORMAT])
+
+
+@kernel
+def table_of(state, f, entry):
+    """The table a table entry points to."""
+    return (entry & state[f + F_ADDRESS]) >> U3
+
+
+@kernel
+def is_present(state, f, entry):
+    """Whether an entry is present to Linux; to the hardware a cached MMIO entry of KVM is, too."""
+    return entry & state[f + F_MMU_PRESENT] != U0
+
+
+@kernel
+def is_large(state, f, entry):
+    """Whether a present entry above level 1 is a leaf."""
+    return entry & state[f + F_LARGE] != U0
+
+
+@kernel
+def find_leaf(m, f, root, page):
+    """Walk to the leaf that maps `page` (a page number): its slot and level, or (NONE, level of the hole).
+
+    Four, three or two loads for a leaf of 4K, 2M or 1G.
+    """
+    ram = m.ram
+    state = m.state
+    entry = ram[(root >> U3) + (page >> U27 & U511)]
+    if not is_present(state, f, entry):
+        return NONE, U(4)
+    slot = table_of(state, f, entry) + (page >> U18 & U511)
+    entry = ram[slot]
+    if not is_present(state, f, entry):
+        return NONE, U3
+    if is_large(state, f, entry):
+        return slot, U3
+    slot = table_of(state, f, entry) + (page >> U9 & U511)
+    entry = ram[slot]
+    if not is_present(state, f, entry):
+        return NONE, U2
+    if is_large(state, f, entry):
+        return slot, U2
+    slot = table_of(state, f, entry) + (page & U511)
+    if not is_present(state, f, ram[slot]):
+        return NONE, U1
+    return slot, U1
+
+
+@outlined
+def new_table(m, f, slot, gauge):
+    """Allocate an empty table page and link it at `slot`: its table, or NONE without memory.
+
+    mm/memory.c:__pte_alloc() and arch/x86/kvm/mmu/tdp_mmu.c:tdp_mmu_link_sp().
+    """
+    frame = take_frame(m)
+    if frame == NONE:
+        return NONE
+    fill_frame(m.ram, frame, m.state[f + F_EMPTY])
+    m.counts[frame] = np.uint32(0)
+    m.ram[slot] = frame << U12 | m.state[f + F_TABLE]
+    change(m.stats, gauge, 1)
+    charge_one(m, TABLE_PAGE_ALLOCATED)
+    return frame << U9
+
+
+@kernel
+def need_table(m, f, slot, gauge):
+    """The table below `slot`, allocated if there is none; NONE without memory. The slot is no leaf."""
+    entry = m.ram[slot]
+    if is_present(m.state, f, entry):
+        return table_of(m.state, f, entry)
+    return new_table(m, f, slot, gauge)
+
+
+@kernel
+def host_slot(m, root, page):
+    """Slot of the 4K entry of a process's page, tables allocated on the way; NONE without memory.
+
+    include/linux/mm.h:get_locked_pte().
+    """
+    f = host_format(m)
+    table = need_table(m, f, (root >> U3) + (page >> U27 & U511), HOST_TABLES)
+    if table == NONE:
+        return NONE
+    table = need_table(m, f, table + (page >> U18 & U511), HOST_TABLES)
+    if table == NONE:
+        return NONE
+    table = need_table(m, f, table + (page >> U9 & U511), HOST_TABLES)
+    if table == NONE:
+        return NONE
+    return table + (page & U511)
+
+
+@kernel
+def free_table(m, frame, gauge):
+    put_frame(m, frame)
+    change(m.stats, gauge, -1)
+    charge_one(m, TABLE_PAGE_FREED)
+
+
+# --------------------------------------------------------------------------- stage 2
+
+
+# --------------------------------------------------------------------------- process page tables
+
+
+@outlined
+def free_host_tables(m, root, start, end, floor, ceiling):
+    """Free the tables below `root` that [start, end) used and that no mapping outside [floor, ceiling) needs: how many.
+
+    Page numbers; a table goes only if all that it covers lies within [floor, ceiling). The entries are
+    cleared already. mm/memory.c:free_pgd_range() and what it calls.
+    """
+    f = host_format(m)
+    ram = m.ram
+    state = m.state
+    level = U1
+    freed = np.int64(0)
+    while level < U(4):
+        span = U1 << (U9 * level)  # pages that one table of this level covers
+        page = start & ~(span - U1)
+        while page < end:
+            if page >= floor and page + span <= ceiling:
+                slot = (root >> U3) + (page >> U27 & U511)
+                entry = ram[slot]
+                above = U(4)
+                while above > level + U1 and is_present(state, f, entry):
+                    above -= U1
+                    slot = table_of(state, f, entry) + (page >> (U9 * (above - U1)) & U511)
+                    entry = ram[slot]
+                if is_present(state, f, entry):
+                    free_table(m, table_of(state, f, entry) >> U9, HOST_TABLES)
+                    ram[slot] = U0
+                    freed += 1
+            page += span
+        level += U1
+    return freed
+
+
+@kernel
+def next_host_table(m, f, root, page):
+    """Table of level 1 that covers `page` and U0, or NONE and the number of pages to skip."""
+    entry = m.ram[(root >> U3) + (page >> U27 & U511)]
+    if not is_present(m.state, f, entry):
+        return NONE, U1 << U27
+    entry = m.ram[table_of(m.state, f, entry) + (page >> U18 & U511)]
+    if not is_present(m.state, f, entry):
+        return NONE, U1 << U18
+    entry = m.ram[table_of(m.state, f, entry) + (page >> U9 & U511)]
+    if not is_present(m.state, f, entry):
+        return NONE, U512
+    return table_of(m.state, f, entry), U0
+
+
+@kernel
+def count_host_leaf(m, n):
+    change_value(m.stats, HOST_LEAVES, n)

@@ -1,0 +1,1 @@
+"""Experiments on several machines: comparisons, scenarios, consumers."""

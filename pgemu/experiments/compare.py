@@ -1,0 +1,290 @@
+"""One trace on several designs: run it, check the machines, and collect what they did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pgemu.errors import InputError
+from pgemu.experiments.metrics import METRICS
+from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.results import operation_name, result_name
+from pgemu.machine.statistics import Statistics
+from pgemu.trace.lowered import Lowered
+from pgemu_kernels.words.events import Event, Gauge
+from pgemu_kernels.words.operations import PAGE_4K, Operation
+
+if TYPE_CHECKING:
+    from pgemu.objects.guest_memfd import GuestMemfd
+    from pgemu.objects.machine import Config, Machine
+
+__all__ = ("DESIGNS", "Comparison", "DesignRun", "EndOfLife", "Finding", "OperationRun", "compare")
+
+Band = tuple[float, float]
+Check = Literal["end", "every"] | int
+Progress = Callable[[str, int, int], None]
+
+# Records run between two calls of the progress callback: few at first, then what takes this many seconds.
+_FIRST_PIECE = 256
+_PIECE_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class OperationRun:
+    """What one kind of operation did on one design.
+
+    Attributes:
+        operation: the kind
+        count: how many there were
+        outcomes: how many returned what, by name, most frequent first
+        total, mean, p50, p99, worst: estimated kernel time, (low, high) nanoseconds. Percentiles come from the mix
+            of operations; but for a single operation they are upper edges of buckets, at most an eighth too high.
+    """
+
+    operation: Operation
+    count: int
+    outcomes: dict[str, int]
+    total: Band
+    mean: Band
+    p50: Band
+    p99: Band
+    worst: Band
+
+    @classmethod
+    def of(cls, statistics: Statistics, op: Operation) -> OperationRun | None:
+        """Collect one kind of operation; None if there was none."""
+        results = statistics.results(op)
+        count = sum(results.values())
+        if not count:
+            return None
+        outcomes: dict[str, int] = {}
+        for status, n in sorted(results.items(), key=lambda item: (-item[1], item[0])):
+            outcomes[result_name(op, status)] = n
+        low, high = total = statistics.cost(op)
+        edges = (statistics.percentile(op, fraction) or total for fraction in (0.5, 0.99, 1.0))
+        p50, p99, worst = ((min(edge[0], low), min(edge[1], high)) for edge in edges)
+        return cls(op, count, outcomes, total, (low / count, high / count), p50, p99, worst)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Broken invariants of one machine.
+
+    Attributes:
+        count: how often a rule was found broken
+        rule: the first one, a name of layout.Broken
+        index: page of the inode, or the count, that the first one is about
+        after: records that had run when it was noticed; more than the trace has: after the inode was closed
+    """
+
+    count: int
+    rule: str
+    index: int
+    after: int
+
+
+@dataclass(frozen=True)
+class EndOfLife:
+    """What remains when the VMM goes: after the trace, the inode is closed.
+
+    Attributes:
+        outcome: what closing it returned ("-EBADF": the trace had closed it)
+        cost: estimated kernel time, (low, high) nanoseconds
+        pool_free, pool: huge pages back in the pool, and all of them
+        zombies: huge pages that references keep from the pool
+        vmemmap, vmemmap_at_boot: bytes of vmemmap afterwards, and before the first record
+    """
+
+    outcome: str
+    cost: Band
+    pool_free: int
+    pool: int
+    zombies: int
+    vmemmap: int
+    vmemmap_at_boot: int
+
+
+@dataclass(frozen=True)
+class DesignRun:
+    """One design's machine after the trace."""
+
+    design: Design
+    config: Config
+    statistics: Statistics
+    operations: tuple[OperationRun, ...]
+    end_of_life: EndOfLife
+    finding: Finding | None
+
+    def operation(self, op: Operation) -> OperationRun | None:
+        """Return one kind of operation, None if the trace has none."""
+        return next((run for run in self.operations if run.operation is op), None)
+
+    @property
+    def count(self) -> int:
+        """Operations that ended: as many as the trace has records."""
+        return sum(run.count for run in self.operations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers; counts are ints, times are nanoseconds."""
+        statistics = self.statistics
+        return {
+            "count": self.count,
+            "operations": {
+                operation_name(run.operation): {
+                    "count": run.count,
+                    "outcomes": run.outcomes,
+                    "estimate_ns": {
+                        name: list(getattr(run, name)) for name in ("total", "mean", "p50", "p99", "worst")
+                    },
+                }
+                for run in self.operations
+            },
+            "state": {metric.key: metric.value(statistics) for metric in METRICS},
+            "events": {event.name.lower(): statistics.event(event) for event in Event},
+            "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
+            "broken": asdict(self.finding) if self.finding else None,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One trace on one or more designs."""
+
+    lowered: Lowered
+    check: Check
+    runs: tuple[DesignRun, ...]
+
+    @property
+    def broken(self) -> bool:
+        """Whether any machine broke a rule."""
+        return any(run.finding for run in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
+        from pgemu import __version__
+
+        lowered = self.lowered
+        machine = asdict(self.runs[0].config)
+        del machine["design"]
+        return {
+            "pgemu": __version__,
+            "trace": {
+                "source": lowered.source,
+                "records": len(lowered.records),
+                "init": lowered.init,
+                "converts": lowered.converts,
+                "accounting": lowered.accounting.to_json(),
+                "memory": lowered.layout.to_json(),
+            },
+            "machine": machine,
+            "check": self.check,
+            "designs": {run.design: run.to_json() for run in self.runs},
+        }
+
+
+def compare(
+    lowered: Lowered,
+    designs: Sequence[Design] = DESIGNS,
+    check: Check = "end",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Comparison:
+    """Run a trace on a fresh machine of each design.
+
+    The pool is as large as the guest_memfd; a trace that begins private runs in a KVM_X86_SW_PROTECTED_VM.
+
+    :param designs: which, and in which order
+    :param check: "end": recount everything after the trace and after closing; an int: also after every so many
+        records; "every": also check after each record what it touched
+    :param progress: called with the design, the records that have run, and all of them
+    :param options: fields of pgemu.Config other than design, pool and page_size
+    :raises InputError: an option that Config refuses, or guest memory that this computer cannot model
+    """
+    if isinstance(check, int) and check <= 0:
+        raise InputError(f"check {check}: expected a positive number of operations")
+    runs = tuple(_run(lowered, design, check, progress, options) for design in designs)
+    return Comparison(lowered, check, runs)
+
+
+def _run(
+    lowered: Lowered, design: Design, check: Check, progress: Progress | None, options: dict[str, Any]
+) -> DesignRun:
+    machine, gmem = _boot(lowered, design, options)
+    booted = machine.statistics
+    if check == "every":
+        machine.check_each()
+    finding = None
+    for done in _replay(machine, lowered, check):
+        finding = finding or _finding(machine, done)
+        if progress:
+            progress(design, done, len(lowered.records))
+    machine.check()
+    finding = finding or _finding(machine, len(lowered.records))
+    statistics = machine.statistics
+    end_of_life = _close(machine, gmem, booted)
+    machine.check()
+    finding = finding or _finding(machine, len(lowered.records) + 1)
+    if finding:
+        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after)
+    collected = (OperationRun.of(statistics, op) for op in Operation)
+    operations = tuple(run for run in collected if run)
+    return DesignRun(design, machine.config, statistics, operations, end_of_life, finding)
+
+
+def _boot(lowered: Lowered, design: Design, options: dict[str, Any]) -> tuple[Machine, GuestMemfd]:
+    from pgemu.objects.machine import Config, Machine
+
+    layout = lowered.layout
+    try:
+        config = Config(design, pool=layout.inode_size, page_size=layout.page_size, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        machine = Machine(config)
+    except (MemoryError, OSError):
+        raise InputError(f"{layout.inode_size} bytes of guest memory: more than this computer can model") from None
+    process = machine.create_process()
+    machine.create_vm(process, protected=lowered.init == "private")
+    return machine, machine.create_guest_memfd(layout.inode_size, shared=lowered.init == "shared")
+
+
+def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
+    """Run the records piece by piece, each about `_PIECE_SECONDS` long, and yield how many have run."""
+    records = lowered.records
+    done = 0
+    piece = _FIRST_PIECE
+    while done < len(records):
+        last = min(done + piece, len(records))
+        if isinstance(check, int):
+            last = min(last, (done // check + 1) * check)
+        began = time.perf_counter()
+        machine.run(records[done:last])
+        if isinstance(check, int) and last % check == 0:
+            machine.check()
+        seconds = time.perf_counter() - began
+        piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
+        done = last
+        yield done
+
+
+def _finding(machine: Machine, after: int) -> Finding | None:
+    count, rule, index = machine.broken
+    return Finding(count, rule.name, index, after) if count else None
+
+
+def _close(machine: Machine, gmem: GuestMemfd, booted: Statistics) -> EndOfLife:
+    before = machine.statistics.cost(Operation.CLOSE)
+    status = gmem.close().status
+    statistics = machine.statistics
+    after = statistics.cost(Operation.CLOSE)
+    return EndOfLife(
+        result_name(Operation.CLOSE, status),
+        (after[0] - before[0], after[1] - before[1]),
+        statistics.gauge(Gauge.POOL_FREE),
+        machine.config.pool_pages,
+        statistics.gauge(Gauge.BLOCKS_ZOMBIE),
+        statistics.gauge(Gauge.VMEMMAP_PAGES) * PAGE_4K,
+        booted.gauge(Gauge.VMEMMAP_PAGES) * PAGE_4K,
+    )

@@ -1,0 +1,1 @@
+"""Memory images, and struct pages decoded."""

@@ -1,0 +1,316 @@
+"""Images of physical memory: those that others made, mapped read-only, and those of a machine, written.
+
+An image is an ELF64 core (QEMU's dump-guest-memory, an uncompressed vmcore of kdump, Machine.write_image) or raw
+memory, where the offset in the file is the physical address.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import stat
+from bisect import bisect_right
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from pgemu.errors import InputError
+from pgemu.images import elf
+from pgemu.images.elf import Root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from pgemu.objects.machine import Machine
+
+__all__ = ("Format", "Image", "Range", "Root", "open_image", "write_image")
+
+Array = np.ndarray[Any, Any]
+Format = Literal["elf", "raw"]
+
+_ZEROES = -1  # "offset" of memory that the file leaves out because it is zero
+_FOREIGN = {
+    b"KDUMP   ": "a compressed kdump",
+    b"DISKDUMP": "a diskdump",
+    b"EMiL": "a LiME dump",
+    b"PAGEDU": "a Windows crash dump",
+    b"QEVM": "a saved state of QEMU",
+    b"\x1f\x8b": "a gzip file",
+    b"\xfd7zXZ\0": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"BZh": "a bzip2 file",
+}
+
+
+class Range(NamedTuple):
+    """Physical addresses [start, end)."""
+
+    start: int
+    end: int
+
+
+class _Part(NamedTuple):
+    """Physical addresses [start, end) that lie in the file at `offset`, or are zero."""
+
+    start: int
+    end: int
+    offset: int
+
+
+class Image:
+    """A read-only image of physical memory; made by `open_image`.
+
+    path: the file's name. ranges: what it holds, ascending, as long as can be. roots: top tables that its notes
+    name (elf.Root). Not to be used after the file was made shorter: the system then ends the process.
+    """
+
+    def __init__(self, path: str, data: memoryview, parts: list[_Part], roots: list[Root]) -> None:
+        self.path = path
+        self.roots = roots
+        self._data = data
+        self._parts = parts
+        self._starts = [part.start for part in parts]
+        self.ranges = _merged(parts)
+        table = np.array(parts, dtype=np.object_).reshape(-1, 3)
+        self._part_starts = table[:, 0].astype(np.uint64)
+        self._part_sizes = (table[:, 1] - table[:, 0]).astype(np.uint64)
+        self._part_zero = table[:, 2] == _ZEROES
+        self._part_offsets = np.where(self._part_zero, 0, table[:, 2]).astype(np.uint64)
+        self._range_starts = np.array([r.start for r in self.ranges], np.uint64)
+        self._range_sizes = np.array([r.end - r.start for r in self.ranges], np.uint64)
+
+    def __repr__(self) -> str:
+        return f"Image({self.path!r}, {len(self.ranges)} ranges, {sum(e - s for s, e in self.ranges):#x} bytes)"
+
+    # ------------------------------------------------------------------ reading
+
+    def read(self, address: int, count: int) -> bytes:
+        """`count` bytes at a physical address. ValueError if the image does not hold them all."""
+        if address < 0 or count < 0:
+            raise ValueError(f"{count} bytes at {address:#x}: expected no negative number")
+        pieces = []
+        end = address + count
+        while address < end:
+            part = self._part_of(address)
+            if part is None:
+                raise ValueError(f"physical address {address:#x}: not in {self.path}")
+            upto = min(end, part.end)
+            at = address - part.start + part.offset
+            zero = part.offset == _ZEROES
+            pieces.append(bytes(upto - address) if zero else bytes(self._data[at : at + upto - address]))
+            address = upto
+        return b"".join(pieces)
+
+    def words(self, address: int, count: int) -> Array:
+        """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all."""
+        part = self._part_of(address)
+        if part is not None and part.offset != _ZEROES and 0 <= count * 8 <= part.end - address:
+            return np.frombuffer(self._data, "<u8", count, part.offset + address - part.start)
+        return np.frombuffer(self.read(address, count * 8), "<u8")
+
+    def holds(self, addresses: Array) -> Array:
+        """bool[n]: whether the image holds the word at each physical address (uint64[n])."""
+        return self._find(addresses, self._range_starts, self._range_sizes)[1]
+
+    def load(self, addresses: Array) -> Array:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all."""
+        if not self._parts:
+            raise ValueError(f"{self.path}: closed")
+        addresses = np.asarray(addresses, np.uint64)
+        part, inside = self._find(addresses, self._part_starts, self._part_sizes)
+        found = np.zeros(addresses.shape, np.uint64)
+        stored = inside & ~self._part_zero[part]
+        offsets = addresses - self._part_starts[part] + self._part_offsets[part]
+        for unaligned in np.unique(offsets[stored] & np.uint64(7)).tolist():
+            of_these = stored & (offsets & np.uint64(7) == unaligned)
+            words = np.frombuffer(self._data, "<u8", (len(self._data) - unaligned) // 8, unaligned)
+            found[of_these] = words[offsets[of_these] >> np.uint64(3)]
+        for at in np.flatnonzero(~inside).tolist():  # outside, or across the seam of two parts
+            found[at] = int.from_bytes(self.read(int(addresses[at]), 8), "little")
+        return found
+
+    def _part_of(self, address: int) -> _Part | None:
+        index = bisect_right(self._starts, address) - 1
+        return self._parts[index] if index >= 0 and address < self._parts[index].end else None
+
+    @staticmethod
+    def _find(addresses: Array, starts: Array, sizes: Array) -> tuple[Array, Array]:
+        """(intp[n] index of an interval, bool[n] whether it holds the whole word) for ascending intervals."""
+        if not starts.size:
+            return np.zeros(addresses.shape, np.intp), np.zeros(addresses.shape, np.bool_)
+        index = (np.searchsorted(starts, addresses, side="right") - 1).clip(0)
+        within = addresses - starts[index]  # huge below the first interval
+        return index, (within < sizes[index]) & (sizes[index] - within >= np.uint64(8))
+
+    # ------------------------------------------------------------------ closing
+
+    def close(self) -> None:
+        """Forget the file. Arrays that `words` returned stay valid and keep it mapped."""
+        self._data = memoryview(b"")
+        self._parts, self._starts, self.ranges = [], [], []
+        self._part_starts = self._part_sizes = self._range_starts = self._range_sizes = np.zeros(0, np.uint64)
+        self._part_zero, self._part_offsets = np.zeros(0, np.bool_), np.zeros(0, np.uint64)
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# --------------------------------------------------------------------------- opening
+
+
+def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Image:
+    """Map an image of physical memory read-only.
+
+    format: "elf", "raw", or None to look at the file's first bytes. Where PT_LOADs overlap, the one that begins
+    first counts; memory past a segment's bytes in the file is zero, and a segment without bytes in the file is a hole.
+    ValueError for another format.
+
+    :raises InputError: the file cannot be read, is no image, or is not whole
+    """
+    name = os.fspath(path)
+    if format not in (None, "elf", "raw"):
+        raise ValueError(f"format {format!r}: expected elf or raw")
+    data = _map(name)
+    if format is None:
+        for magic, what in _FOREIGN.items():
+            if data[: len(magic)] == magic:
+                raise InputError(f"{what}: expected an uncompressed ELF core or raw memory", name)
+    is_elf = data[:4] == elf.MAGIC
+    if format == "elf" and not is_elf:
+        raise InputError("no ELF header: expected an ELF core", name)
+    if format == "raw" or not is_elf:
+        if len(data) % elf.PAGE:
+            raise InputError(
+                f"neither an ELF core nor raw memory: {len(data)} bytes, expected a multiple of {elf.PAGE}", name
+            )
+        return Image(name, data, [_Part(0, len(data), 0)], [])
+    segments, roots = elf.parse(data, name)
+    return Image(name, data, _disjoint(segments, name), roots)
+
+
+def _map(name: str) -> memoryview:
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is refused, not waited for
+    except OSError as error:
+        raise InputError(f"cannot be opened: {error.strerror}", name) from None
+    try:
+        about = os.fstat(file)
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError("not a regular file: expected an ELF core or raw memory", name)
+        if about.st_size == 0:
+            raise InputError("empty: expected an ELF core or raw memory", name)
+        return memoryview(mmap.mmap(file, about.st_size, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise InputError(f"cannot be mapped: {error.strerror}", name) from None
+    finally:
+        os.close(file)
+
+
+def _disjoint(segments: list[elf.Segment], name: str) -> list[_Part]:
+    """Parts, ascending and without overlap: what the file holds, and zeroes where it does not."""
+    given = [s for s in segments if s.address + s.size <= 1 << 64]  # others have no physical address
+    if not given:
+        raise InputError("no PT_LOAD with memory: expected a core of physical memory", name)
+    if len(given) > 1 and not any(s.address for s in given):
+        raise InputError(
+            "every PT_LOAD is at physical address 0: expected a core of physical memory, not of a process", name
+        )
+    stored = sorted(_Part(s.address, s.address + s.file_size, s.offset) for s in given)
+    zero = sorted(_Part(s.address + s.file_size, s.address + s.size, _ZEROES) for s in given if s.size > s.file_size)
+    parts: list[_Part] = []
+    end = 0
+    for part in stored:
+        start = max(part.start, end)
+        if start < part.end:
+            parts.append(_Part(start, part.end, part.offset + start - part.start))
+            end = part.end
+    return sorted(parts + _between(zero, parts)) if zero else parts
+
+
+def _between(zero: list[_Part], parts: list[_Part]) -> list[_Part]:
+    """What of `zero` lies outside `parts`, without overlap; both ascending."""
+    found = []
+    starts = [part.start for part in parts]
+    end = 0
+    for part in zero:
+        start = max(part.start, end)
+        while start < part.end:
+            index = bisect_right(starts, start)
+            if index and start < parts[index - 1].end:
+                start = parts[index - 1].end
+                continue
+            upto = min(part.end, starts[index] if index < len(starts) else part.end)
+            found.append(_Part(start, upto, _ZEROES))
+            start = upto
+        end = max(end, part.end)
+    return found
+
+
+def _merged(parts: list[_Part]) -> list[Range]:
+    """Ranges of parts, those that touch as one."""
+    ranges: list[Range] = []
+    for part in parts:
+        if ranges and ranges[-1].end == part.start:
+            ranges[-1] = Range(ranges[-1].start, part.end)
+        else:
+            ranges.append(Range(part.start, part.end))
+    return ranges
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def write_image(machine: Machine, path: str | os.PathLike[str], format: Format = "elf") -> None:
+    """Write a machine's physical memory; see Machine.write_image."""
+    if format not in ("elf", "raw"):
+        raise ValueError(f"format {format!r}: expected elf or raw")
+    name = os.fspath(path)
+    ranges = machine.memory.ranges()
+    if format == "elf":
+        head, offsets = elf.prologue(ranges, machine.roots())
+        size = offsets[-1] + ranges[-1][1] - ranges[-1][0]
+    else:
+        head, offsets = b"", [start for start, _ in ranges]
+        size = ranges[-1][1]
+
+    def pieces() -> Iterable[tuple[int, Any]]:
+        yield 0, head
+        for (start, end), offset in zip(ranges, offsets, strict=True):
+            for address, words in machine.memory.pieces(start, end):
+                yield offset + address - start, words
+
+    _write(name, size, pieces)
+
+
+def _write(name: str, size: int, pieces: Callable[[], Iterable[tuple[int, Any]]]) -> None:
+    """Write (offset, bytes) pieces to a sparse file under a temporary name beside it, then rename it."""
+    part = os.path.join(os.path.dirname(name), f".pgemu-{os.getpid()}-{secrets.token_hex(4)}")
+    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            os.ftruncate(file, size)
+            for offset, piece in pieces():
+                _write_all(file, offset, piece)
+        finally:
+            os.close(file)  # some file systems tell only now that the disk is full
+        os.replace(part, name)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _write_all(file: int, offset: int, piece: Any) -> None:
+    data = memoryview(piece).cast("B")
+    while data:
+        done = os.pwrite(file, data, offset)
+        data = data[done:]
+        offset += done

@@ -1,0 +1,1 @@
+"""A machine's arrays, registers and running operations; it knows no object."""

@@ -1,0 +1,204 @@
+"""A new machine's arrays, and the registers that its configuration decides."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgemu import cost
+from pgemu.machine.config import CONVERT_ORDERS, DEFECTS, SERIES
+from pgemu.machine.designs import DESIGNS
+from pgemu_kernels import words as W
+from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
+from pgemu_kernels.formats import bits as formats, page_format
+
+if TYPE_CHECKING:
+    from pgemu.machine.config import Config
+
+__all__ = ("allocate", "set_registers")
+
+Array = np.ndarray[Any, Any]
+
+# Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
+    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
+    for register, size in sizes.items():
+        begins[register] = begin
+        begin += size
+    return begin
+
+
+def _map_memory(words: int, huge: bool) -> Array:
+    """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
+    size = max(words * 8, mmap.PAGESIZE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint64, count=words)
+
+
+def allocate(config: Config) -> Arrays:
+    """The arrays of a machine, zeroed, with the registers that say where their tables begin."""
+    frames = _frames(config)
+    blocks = 4 * config.pool_pages + W.INODES
+    pages = blocks << config.order
+    tails = {
+        W.R_FREE_STACK: frames + _boot_frames(config),
+        W.R_BLOCK_ROWS: blocks * W.B_WORDS,
+        W.R_WORD_ROWS: (pages >> 6) + W.INODES,
+        W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
+        W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
+        W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.convert_order == "rfc2" else 0,
+    }
+    counts = {
+        W.R_CONTENTS: config.guest_pages,
+        W.R_TRANSIENT: config.guest_pages,
+        W.R_SHARED: (pages >> 9) + (pages >> 18) + 3 * W.INODES,
+    }
+    begins: dict[np.uint64, int] = {}
+    for number in range(config.nodes):  # three bits per 2M block, whole 1G at a time
+        tails[node_word(number, W.N_BLOCKS)] = 3 * (config.node(number).span >> 15)
+    state_size = _lay_out(tails, W.STATE_SIZE, begins)
+    counts_size = _lay_out(counts, _all_frames(config), begins)
+    arrays = Arrays(
+        # Frames in a seed's order are scattered: each would cost the host a huge page.
+        ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
+        state=np.zeros(state_size, DTYPES["state"]),
+        stats=np.zeros(W.STATS_SIZE, DTYPES["stats"]),
+        counts=np.zeros(counts_size, DTYPES["counts"]),
+    )
+    for register, begin in begins.items():
+        arrays.state[register] = begin
+    return arrays
+
+
+def _frames(config: Config) -> int:
+    """Frames of the metadata zone: a power of two, enough for everything at once and for contents."""
+    gigabytes = (config.pool + config.other_pool + config.buddy) / W.PAGE_1G
+    tables = 2 * (513 + 2) + 16
+    nodes = 512 * 9 // 7 + 8  # of the page cache, and what is stashed, while every huge page of 2M is split
+    huge_pages = min(config.pool_pages, config.pool // W.PAGE_2M) + config.other_pool_pages + config.buddy // W.PAGE_2M
+    needed = int(gigabytes * (4096 + tables + nodes)) + 2 * huge_pages + (config.memory >> 12)
+    return 1 << max(needed, config.frames or 0, 511).bit_length()
+
+
+def _boot_frames(config: Config) -> int:
+    """Frames behind the others, with the vmemmap that the boot allocator gives."""
+    return sum(config.node(number).boot_frames(config.hvo) for number in range(config.nodes))
+
+
+def node_word(number: int, word: np.uint64) -> np.uint64:
+    """Index in `state` of a word of a node's row."""
+    return np.uint64(int(W.STATE_NODES) + number * W.N_WORDS + int(word))
+
+
+def _all_frames(config: Config) -> int:
+    """Frames that have a place in `ram`: those handed out one by one, those of boot, those for runs."""
+    return _contiguous(config) + W.CONTIGUOUS_FRAMES
+
+
+def _contiguous(config: Config) -> int:
+    """The first frame of those for runs, aligned to the longest run."""
+    return -(-(_frames(config) + _boot_frames(config)) // 64) * 64
+
+
+def set_registers(config: Config, arrays: Arrays) -> None:
+    """Write the registers, the formats and the prices of a new machine."""
+    kernel = formats.KERNELS[config.kernel]
+    configuration = formats.CONFIGURATIONS[config.configuration]
+    frames = _frames(config)
+    random = np.random.default_rng(config.seed)
+    base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
+    limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
+    shown = ~formats.GLOBAL if config.pti else -1
+    registers = {
+        W.R_DESIGN: DESIGNS.index(config.design),
+        W.R_FRAMES: frames,
+        W.R_FRAMES_MASK: frames - 1,
+        W.R_FRAMES_LIMIT: limit,
+        W.R_BOOT_FRAMES: _boot_frames(config),
+        W.R_CONTIGUOUS: _contiguous(config),
+        W.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
+        W.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
+        W.R_POOL_BASE: base,
+        W.R_GUEST_PAGES: config.guest_pages,
+        W.R_ORDER: config.order,
+        W.R_HSTATE: int(W.STATE_HSTATES) + W.H_WORDS * (2 if config.order == 0 else config.order == W.ORDER_1G),
+        W.R_NODES: config.nodes,
+        W.R_HVO: config.hvo,
+        W.R_OPTIMIZE_VMEMMAP: config.hvo,
+        W.R_PTI: config.pti,
+        W.R_GUARDS: kernel.guards,
+        W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
+        W.R_HOST_FORMAT: formats.HOST_X86_64,
+        W.R_FORMATS: 3,
+        W.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
+        W.R_LAST_VMA: W.STATE_VMAS,
+        W.R_LAST_MEMSLOT: W.STATE_MEMSLOTS,
+        W.R_PAGE_FLAGS: configuration.page_flags,
+        W.R_TAIL_FLAGS: configuration.tail_flags,
+        W.R_NODE_SHIFT: configuration.node_shift,
+        W.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
+        W.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
+        W.R_LRU_REFS: configuration.lru_references,
+        W.R_MARKS_ZAPPED: kernel.marks_zapped,
+        W.R_BOOT_MARKS: kernel.boot_marks,
+        W.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
+        W.R_VIRTUAL_INDEX: kernel.virtual_index,
+        W.R_BOOT_ASCENDING: kernel.boot_list_ascending,
+        W.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
+        W.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
+        W.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,
+        W.R_MASK_TAILS: kernel.mask_tails,
+        W.R_FOLIO_6_12: kernel.folio_6_12,
+        W.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
+        W.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
+        W.R_ZERO_PAGE: config.zero == "page" and config.order != 0,  # a 4K folio has its own flag
+        W.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
+        W.R_NOTIFIER: config.notifier,
+        W.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
+        W.R_RECOVER_HUGE: kernel.recovers_huge_pages,
+        W.R_SERIES: SERIES[config.series],
+        W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
+        W.R_FULL: config.full,
+        W.R_CONVERT_ORDER: CONVERT_ORDERS[config.convert_order],
+        W.R_CONVERT_BY_BLOCK: config.convert_batch == "block",
+        W.R_SPLIT_TO_2M: config.split_to == "2M",
+        W.R_MERGE_LAZY: config.merge == "lazy",
+        W.R_FLUSH_BATCHED: config.flush == "batched",
+        W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
+        W.R_LRU_CACHE: config.lru_cache,
+        W.R_LRU_CPUS: min(config.host_cpus, W.LRU_CPUS),
+        W.R_WORK_QUEUED: config.worker == "queued",
+        W.R_PUNCH_REFUSES: config.punch == "refuse",
+        W.R_HOST_HUGE: config.host_huge,
+        W.R_DIRTY_LOG_GMEM: config.dirty_log_guest_memfd,
+        W.R_IN_PLACE: config.in_place_conversion,
+    }
+    state = arrays.state
+    for register, value in registers.items():
+        state[register] = value
+    for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_NODES), 2):  # empty lists
+        state[row : row + 2] = np.uint64(W.HSTATES_ADDRESS + (row - int(W.STATE_HSTATES)) * 8)
+    for number in range(config.nodes):
+        node = config.node(number)
+        words = {W.N_BASE: base, W.N_PAGES: node.pages, W.N_GIGANTIC: node.gigantic, W.N_RESERVED: node.reserved,
+                 W.N_HUGE: node.huge}  # fmt: skip
+        for word, value in words.items():
+            state[node_word(number, word)] = value
+        base += node.span
+    table = page_format.format_table(config.kernel, **config.format_parameters)
+    state[int(W.STATE_FORMATS) : int(W.STATE_FORMATS) + table.size] = table.reshape(-1)
+    prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
+    stats = arrays.stats
+    stats[int(W.STATS_PRICES) : int(W.STATS_PRICES) + prices.size] = prices.reshape(-1)
+    one = prices[:, [int(W.PRICE_FIXED_LOW), int(W.PRICE_FIXED_HIGH)]]
+    one = one + prices[:, [int(W.PRICE_EACH_LOW), int(W.PRICE_EACH_HIGH)]]
+    stats[int(W.STATS_PRICES_ONE) : int(W.STATS_PRICES_ONE) + one.size] = one.reshape(-1)

@@ -1,0 +1,259 @@
+"""What a machine is made of."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pgemu import cost
+from pgemu.machine.designs import DESIGNS, Design
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
+
+__all__ = ("CONVERT_ORDERS", "DEFECTS", "SERIES", "Config", "Node")
+
+CONVERT_ORDERS = {
+    "rfc2": W.CONVERT_RFC2, "fixup": W.CONVERT_FIXUP, "jan2026": W.CONVERT_JAN2026, "next4k": W.CONVERT_NEXT4K,
+}  # fmt: skip
+DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
+SERIES = {"rfc2": W.SERIES_RFC2, "jan2026": W.SERIES_LATER}
+
+
+# Parameters that only `designs.run_designs` knows.
+_FULL = (
+    "convert_order", "convert_batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
+    "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a machine is made of.
+
+    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
+    pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone. With a
+    `page_size` of 4 KiB bytes of guest memory with the page allocator, a multiple of 2 MiB: guest_memfd as merged,
+    of 4K folios, in either design; without `other_pool` and `buddy`, and `hvo` concerns huge pages only.
+    memory: bytes of ordinary memory (tables, anonymous pages), beside what the pool's metadata takes.
+    kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
+    hvo: whether the pool's vmemmap is optimised.
+    vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
+    can be. zero: "folio" or "page", how much a first use zeroes.
+    seed: order of never used frames; 0 is ascending.
+    frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
+    enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
+    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
+    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
+    notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
+    dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
+    nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
+    l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
+    profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
+    by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
+    other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
+    nodes: NUMA nodes, 1 or 2; pools, `reserved` and `buddy` memory are spread over them, node 0 first.
+    buddy: bytes beside the pools that the page allocator has, in blocks of 2 MiB: pools grow from them.
+    reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
+    configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
+    pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
+    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; folios/splitting.py).
+    convert_order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
+    convert_batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
+    split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
+    merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
+    flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
+    counts only: a kernel has to flush before the gate and before the invalidation ends).
+    defects: mistakes of posted code that the machine has (DEFECTS); without them it is as fixed.
+    lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
+    worker: "immediate": work items run at once; "queued": they wait for Machine.work().
+    punch: "zero": partial huge pages of a hole are zeroed (rfc2); "refuse": -EINVAL (late 2025).
+    host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
+    dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
+    in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
+    """
+
+    design: Design = "restructure"
+    pool: int = 0
+    page_size: int = W.PAGE_1G
+    kernel: str = "7.3"
+    stage2: Literal["npt", "ept"] = "npt"
+    hvo: bool = True
+    vcpus: int = 1
+    host_cpus: int = 1
+    zero: Literal["folio", "page"] = "folio"
+    seed: int = 0
+    frames: int | None = None
+    rounded_zap_drops_both_kinds: bool = True
+    notifier: bool = True
+    dontneed_on_pfnmap: bool = False
+    nx_huge_pages: bool = False
+    l1tf: bool = False
+    profile: str | os.PathLike[str] = "published"
+    memory: int = 64 << 20
+    other_pool: int = 0
+    pti: bool = False
+    nodes: int = 1
+    buddy: int = 0
+    reserved: int = 0
+    configuration: Literal["debian", "small"] = "debian"
+    series: Literal["rfc2", "jan2026"] = "jan2026"
+    convert_order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
+    convert_batch: Literal["range", "block"] = "range"
+    split_to: Literal["4K", "2M"] = "4K"
+    merge: Literal["now", "lazy"] = "now"
+    flush: Literal["each", "batched"] = "each"
+    defects: tuple[str, ...] = ()
+    lru_cache: bool = False
+    worker: Literal["immediate", "queued"] = "immediate"
+    punch: Literal["zero", "refuse"] = "zero"
+    host_huge: bool = False
+    dirty_log_guest_memfd: bool = False
+    in_place_conversion: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
+            (self.page_size in (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G), f"page size {self.page_size}: expected 4K, 2M or 1G"),
+            (
+                self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),
+                "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+            ),
+            (
+                self.page_size != W.PAGE_4K or self.split_to == "4K",
+                "split to 2M: expected huge pages",
+            ),
+            (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
+            (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
+            (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
+            (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
+            (self.nodes in (1, W.NODES), f"nodes {self.nodes}: expected 1 or {W.NODES}"),
+            (
+                self.configuration in formats.CONFIGURATIONS,
+                f"configuration {self.configuration!r}: expected one of {', '.join(formats.CONFIGURATIONS)}",
+            ),
+            (
+                self.nodes == 1 or self.configuration != "small",
+                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
+            ),
+            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
+            (
+                self.convert_order in CONVERT_ORDERS,
+                f"order {self.convert_order!r}: expected {', '.join(CONVERT_ORDERS)}",
+            ),
+            (
+                self.convert_order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
+                "order 'next4k': expected page size 4K, which it is for",
+            ),
+            (self.convert_batch in ("range", "block"), f"batch {self.convert_batch!r}: expected range or block"),
+            (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
+            (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
+            (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
+            (self.worker in ("immediate", "queued"), f"worker {self.worker!r}: expected immediate or queued"),
+            (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
+            (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
+            (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
+            (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise ValueError(complaint)
+        unit = max(self.page_size, W.PAGE_2M)
+        if self.pool < 0 or self.pool % unit:
+            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {unit}, or 0")
+        if self.memory < 0 or self.memory % W.PAGE_4K:
+            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {W.PAGE_4K}, or 0")
+        if self.other_pool < 0 or self.other_pool % self.other_page_size:
+            raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
+        for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
+            if size < 0 or size % W.PAGE_2M:
+                raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {W.PAGE_2M}, or 0")
+        cost.profile(self.profile)  # ValueError or InputError for what is none
+        if not isinstance(self.profile, str):  # a path remains one, "./published" too
+            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
+
+    @property
+    def full(self) -> bool:
+        """Whether a parameter of the designs differs from what `replay.run` has loops for."""
+        return self.page_size == W.PAGE_4K or any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
+
+    @property
+    def order(self) -> int:
+        """Order of the inodes' pages: 9 or 18, those of the pool, or 0."""
+        return {W.PAGE_4K: 0, W.PAGE_2M: W.ORDER_2M, W.PAGE_1G: W.ORDER_1G}[self.page_size]
+
+    @property
+    def pool_pages(self) -> int:
+        """Huge pages in the pool, or 4K pages of guest memory."""
+        return self.pool // self.page_size
+
+    @property
+    def other_page_size(self) -> int:
+        """Size of the huge pages of the second pool: the one of 2 MiB and 1 GiB that the first has not."""
+        return W.PAGE_1G if self.page_size == W.PAGE_2M else W.PAGE_2M
+
+    @property
+    def other_pool_pages(self) -> int:
+        """Huge pages in the second pool."""
+        return self.other_pool // self.other_page_size
+
+    def node(self, number: int) -> Node:
+        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
+        small = self.pool if self.order == 0 else 0
+        sizes = {W.ORDER_2M: self.other_pool_pages, W.ORDER_1G: self.other_pool_pages, self.order: self.pool_pages}
+
+        def share(count: int) -> int:
+            return (count + self.nodes - 1 - number) // self.nodes
+
+        return Node(
+            share(sizes[W.ORDER_1G]),
+            self.reserved >> 12,
+            share(sizes[W.ORDER_2M]),
+            share((self.buddy + small) // W.PAGE_2M),
+        )
+
+    @property
+    def format_parameters(self) -> dict[str, bool]:
+        """What of it changes the entries that a kernel writes: arguments of page_format.format_table()."""
+        return {"nx_huge_pages": self.nx_huge_pages, "l1tf": self.l1tf, "pti": self.pti}
+
+    @property
+    def guest_pages(self) -> int:
+        """4K pages from the start of the HugeTLB zone to its end."""
+        *others, last = (self.node(number) for number in range(self.nodes))
+        return sum(node.span for node in others) + last.pages
+
+
+class Node(NamedTuple):
+    """A NUMA node's part of the HugeTLB zone, in the order in which it lies there.
+
+    gigantic: 1G pages of boot. reserved: 4K pages that the kernel uses. huge: 2M pages of boot. free: 2M blocks that
+    the page allocator has.
+    """
+
+    gigantic: int
+    reserved: int
+    huge: int
+    free: int
+
+    @property
+    def pages(self) -> int:
+        """4K pages in all."""
+        return (self.gigantic << 18) + self.reserved + (self.huge + self.free << 9)
+
+    @property
+    def span(self) -> int:
+        """4K pages up to the next node."""
+        return -(-self.pages >> 18) << 18
+
+    def boot_frames(self, hvo: bool) -> int:
+        """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
+
+        Each 512 begin at a multiple of 512.
+        """
+        if not hvo:
+            return -(-self.pages >> 15) * 512
+        start = self.gigantic << 18
+        optimized = range(start + self.reserved, start + self.reserved + (self.huge << 9))
+        sections = -(-(self.pages - start) >> 15) - len(range(-(-optimized.start >> 15), optimized.stop >> 15))
+        return sections * 512 + -(-(self.gigantic + 1) // 512) * 512

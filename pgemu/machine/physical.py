@@ -1,0 +1,139 @@
+"""The physical memory of a machine: what lies at an address, and which frames were ever in use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgemu_kernels import words as W
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgemu.objects.machine import Machine
+
+__all__ = ("PhysicalMemory",)
+
+Array = np.ndarray[Any, Any]
+
+_PIECE = 1 << 20  # frames looked at in one go
+_RANGES = 1024  # an image has at most so many: readers walk their list
+
+
+class PhysicalMemory:
+    """Physical addresses of a machine: the metadata zone, whose frames are `ram`, and the HugeTLB zone.
+
+    A frame of the HugeTLB zone that was never written holds zeroes. See Machine.words() and Machine.load().
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._arrays = machine.arrays
+        state = machine.arrays.state
+        self._ram_end = machine.arrays.ram.size * 8
+        self._contents = int(state[W.R_CONTENTS])  # where a uint32 per frame begins in `counts`
+        self._pool_start = int(state[W.R_POOL_BASE]) << 12
+        self._pool_end = self._pool_start + (int(state[W.R_GUEST_PAGES]) << 12)
+
+    def holds(self, addresses: Array) -> Array:
+        """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
+        start, end = np.uint64(self._pool_start), np.uint64(self._pool_end)
+        inside: Array = (addresses < np.uint64(self._ram_end)) | ((addresses >= start) & (addresses < end))
+        return inside
+
+    def words(self, address: int, count: int) -> Array:
+        """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory."""
+        if address & 7 or count < 0:
+            raise ValueError(f"{count} words at {address:#x}: expected a multiple of 8 and no negative number")
+        end = address + count * 8
+        if address >= 0 and end <= self._ram_end:
+            found = self._arrays.ram[address >> 3 : end >> 3]
+        elif self._pool_start <= address and end <= self._pool_end:
+            found = self._guest_words(np.arange(address, end, 8, dtype=np.uint64))
+        else:
+            raise ValueError(f"{count} words at {address:#x}: expected memory of the machine")
+        found.flags.writeable = False
+        return found
+
+    def load(self, addresses: Array) -> Array:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory."""
+        if (addresses & np.uint64(7)).any() or not self.holds(addresses).all():
+            raise ValueError("physical addresses: expected multiples of 8 within the machine's memory")
+        ram = addresses < np.uint64(self._ram_end)
+        found: Array = np.empty(addresses.shape, np.uint64)
+        found[ram] = self._arrays.ram[addresses[ram] >> np.uint64(3)]
+        found[~ram] = self._guest_words(addresses[~ram])
+        return found
+
+    def _guest_words(self, addresses: Array) -> Array:
+        """Words of the HugeTLB zone."""
+        pages = (addresses - np.uint64(self._pool_start)) >> np.uint64(12)
+        frames = self._arrays.counts[np.uint64(self._contents) + pages].astype(np.uint64)
+        words: Array = self._arrays.ram[(frames << np.uint64(9)) + (addresses >> np.uint64(3) & np.uint64(511))]
+        words[frames == 0] = 0
+        return words
+
+    # ------------------------------------------------------------------ frames in use
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """[(start, end)] in bytes, ascending: every frame that was ever handed out or has contents, and few others.
+
+        At most _RANGES ranges: where use is scattered the narrowest gaps between them are included.
+        """
+        used = np.concatenate([self._metadata_frames(), *self._guest_frames()])
+        if not used.size:
+            return []
+        gaps = np.diff(used)
+        wide = np.flatnonzero(gaps > 1)
+        if wide.size >= _RANGES:
+            widest = np.argpartition(gaps[wide], -(_RANGES - 1))[-(_RANGES - 1) :]
+            wide = wide[widest]
+        guest = np.searchsorted(used, self._pool_start >> 12)  # the zones may touch
+        wide = np.union1d(wide, [guest - 1] if 0 < guest < used.size else []).astype(np.int64)
+        starts = np.concatenate([used[:1], used[wide + 1]])
+        ends = np.concatenate([used[wide], used[-1:]]) + 1
+        return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+    def _metadata_frames(self) -> Array:
+        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
+        state = self._arrays.state
+        order = np.arange(int(state[W.R_FRESH]), dtype=np.uint64)
+        frames = order * state[W.R_SEED_MULTIPLIER] + state[W.R_SEED_OFFSET] & state[W.R_FRAMES_MASK]
+        frames = np.sort(frames[frames != 0]).astype(np.int64)
+        first = int(state[W.R_FRAMES])
+        boot = np.arange(first, first + int(state[W.R_BOOT_FRAMES]), dtype=np.int64)
+        in_use = state[int(state[W.R_CONTIGUOUS_MAP]) :][: W.CONTIGUOUS_FRAMES // 64].astype("<u8").view(np.uint8)
+        runs = np.flatnonzero(np.unpackbits(in_use, bitorder="little")) + int(state[W.R_CONTIGUOUS])
+        return np.concatenate([frames, boot, runs])
+
+    def _guest_frames(self) -> Iterator[Array]:
+        """int64, ascending: frames of the HugeTLB zone that have contents."""
+        if self._arrays.stats[int(W.STATS_GAUGES) + 2 * int(W.Gauge.CONTENT_FRAMES)] == 0:
+            return
+        pages = self._pool_end - self._pool_start >> 12
+        for first in range(0, pages, _PIECE):
+            at = self._contents + first
+            written = np.flatnonzero(self._arrays.counts[at : at + min(_PIECE, pages - first)])
+            yield written + first + (self._pool_start >> 12)
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
+        """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending."""
+        for first in range(start, end, _PIECE << 12):
+            last = min(first + (_PIECE << 12), end)
+            if start < self._ram_end:
+                yield from self._nonzero(first, self._arrays.ram[first >> 3 : last >> 3])
+                continue
+            at = self._contents + (first - self._pool_start >> 12)
+            frames = self._arrays.counts[at : at + (last - first >> 12)]
+            for page in np.flatnonzero(frames).tolist():
+                frame = int(frames[page])
+                yield first + (page << 12), self._arrays.ram[frame << 9 : frame + 1 << 9]
+
+    @staticmethod
+    def _nonzero(address: int, words: Array) -> Iterator[tuple[int, Array]]:
+        """Runs of frames that hold anything but zeroes."""
+        holds = np.zeros(words.size // 512 + 2, np.int8)
+        holds[1:-1] = words.reshape(-1, 512).any(axis=1)
+        edges = np.flatnonzero(np.diff(holds))
+        for begin, end in edges.reshape(-1, 2).tolist():
+            yield address + (begin << 12), words[begin << 9 : end << 9]

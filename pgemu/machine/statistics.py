@@ -1,0 +1,86 @@
+"""What a machine counted, decoded from its `stats` array. Needs no compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Event, Gauge
+from pgemu_kernels.words.operations import Operation
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """`words` is a copy of a machine's `stats`, int64[words.STATS_SIZE]."""
+
+    words: Array
+
+    def gauge(self, gauge: Gauge) -> int:
+        """Value of a gauge now."""
+        return int(self.words[int(W.STATS_GAUGES) + 2 * gauge])
+
+    def peak(self, gauge: Gauge) -> int:
+        """Largest value a gauge had; kept for frames, tables, vmemmap pages, blocks and contents."""
+        return int(self.words[int(W.STATS_GAUGES) + 2 * gauge + 1])
+
+    @property
+    def events(self) -> Array:
+        """int64[OPERATIONS, EVENTS]: events by the operation they were charged to."""
+        start = int(W.STATS_COUNTERS)
+        return self.words[start : start + W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
+
+    def event(self, event: Event, op: Operation | None = None) -> int:
+        """How often an event was counted, in all or for one operation."""
+        column = self.events[:, event]
+        return int(column.sum() if op is None else column[op])
+
+    def results(self, op: Operation) -> dict[int, int]:
+        """How often each result came, by status as the kernel returns it."""
+        start = int(W.STATS_TALLY) + op * W.TALLY_SLOTS
+        row = self.words[start : start + W.TALLY_SLOTS]
+        return {status_of(int(slot)): int(row[slot]) for slot in np.flatnonzero(row)}
+
+    def count(self, op: Operation) -> int:
+        """How many operations of a kind ended."""
+        return sum(self.results(op).values())
+
+    def cost(self, op: Operation) -> tuple[float, float]:
+        """Estimated kernel time of all operations of a kind, nanoseconds: low and high end of the band."""
+        start = int(W.STATS_COST) + 2 * op
+        low, high = self.words[start : start + 2] / 1000
+        return float(low), float(high)
+
+    def percentile(self, op: Operation, fraction: float) -> tuple[float, float] | None:
+        """Kernel time that `fraction` of the operations of a kind do not exceed, nanoseconds, or None without any.
+
+        Upper edge of the bucket, for the low and the high end of the band. Percentiles come from the
+        mix of operations, not from jitter.
+        """
+        start = int(W.STATS_HISTOGRAM) + 2 * op * W.HISTOGRAM_BUCKETS
+        rows = self.words[start : start + 2 * W.HISTOGRAM_BUCKETS].reshape(2, W.HISTOGRAM_BUCKETS)
+        total = int(rows[0].sum())
+        if total == 0:
+            return None
+        needed = max(1, int(np.ceil(fraction * total)))
+        low, high = (bucket_edge(int(np.searchsorted(np.cumsum(row), needed))) for row in rows)
+        return low, high
+
+
+def status_of(slot: int) -> int:
+    """The result that a tally slot counts."""
+    if slot >= W.TALLY_ERRNO:
+        return W.TALLY_ERRNO - slot
+    if slot >= W.TALLY_FAULT_BIT:
+        return 1 << slot - W.TALLY_FAULT_BIT
+    return slot
+
+
+def bucket_edge(index: int) -> float:
+    """Upper edge of a histogram bucket in nanoseconds: pgemu_kernels.engine.charge.bucket() the other way round."""
+    octave, part = divmod(index, 8)
+    return ((8 + part + 1 << octave) - 8) / 8

@@ -1,0 +1,415 @@
+"""A process: its page tables, mappings and accesses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pgemu.machine.rows import next_row
+from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
+from pgemu_kernels.words.operations import Flag, Operation
+
+if TYPE_CHECKING:
+    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
+    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.tables.translation import Access, Kind, Translation
+
+Array = np.ndarray[Any, Any]
+
+
+class TablePages(NamedTuple):
+    """Table pages of a process below its top one, by the kernel's names; shared ones count in each process."""
+
+    pud: int
+    pmd: int
+    pte: int
+
+    @property
+    def kib(self) -> int:
+        """VmPTE of /proc/PID/status without transparent huge pages, in KiB: mm->pgtables_bytes."""
+        return 4 * sum(self)
+
+
+PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
+_READ_WRITE = PROT_READ | PROT_WRITE
+_PROTECTIONS = {PROT_READ: Flag.READ, PROT_WRITE: Flag.WRITE, PROT_EXEC: Flag.EXEC}
+
+
+def _protection(prot: int) -> int:
+    """Flags of a record for PROT_* bits."""
+    if not 0 <= prot <= PROT_READ | PROT_WRITE | PROT_EXEC:
+        raise ValueError(f"protection {prot}: expected PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 or a sum of them")
+    return sum(flag for bit, flag in _PROTECTIONS.items() if prot & bit)
+
+
+def _pin_flags(write: bool, longterm: bool) -> int:
+    """Flags of a record for FOLL_WRITE and FOLL_LONGTERM."""
+    return (Flag.WRITE if write else 0) | (Flag.LONGTERM if longterm else 0)
+
+
+@dataclass(frozen=True)
+class AddressSpace:
+    """A process: its page tables and its mappings.
+
+    Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
+    asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
+    """
+
+    machine: Machine
+    space: int
+
+    @classmethod
+    def create(cls, machine: Machine) -> AddressSpace:
+        """See Machine.create_process."""
+        from pgemu_kernels.folios.boot import PROCESS_ROOT, provide
+
+        space = cls._free_row(machine)
+        row = int(W.STATE_SPACES) + space * W.S_WORDS
+        if provide(machine.descriptor, PROCESS_ROOT, np.uint64(row)) != 0:
+            raise OSError(W.ENOMEM, "no frame for a top table")
+        machine.arrays.state[row + int(W.S_LIVE)] = 1
+        if space == machine.register(W.R_SPACES):
+            machine.arrays.state[W.R_SPACES] += np.uint64(1)
+        return cls(machine, space)
+
+    @staticmethod
+    def _free_row(machine: Machine) -> int:
+        """The row of a process that ended, or the next unused one."""
+        for space in range(machine.register(W.R_SPACES)):
+            row = int(W.STATE_SPACES) + space * W.S_WORDS
+            if not machine.arrays.state[row + int(W.S_ROOT)]:
+                return space
+        return next_row(machine, W.R_SPACES, W.SPACES, "processes")
+
+    def _word(self, name: np.uint64) -> int:
+        return int(self.machine.arrays.state[int(W.STATE_SPACES) + self.space * W.S_WORDS + int(name)])
+
+    def _operate(self, op: Operation, address: int = 0, length: int = 0, flags: int = 0) -> Result:
+        return self.machine.operate(op, flags=flags, space=self.space, address=address, length=length)
+
+    @property
+    def root(self) -> int:
+        """Physical address of the top table; with page-table isolation that of the kernel's copy. 0 after `exit`."""
+        return self._word(W.S_ROOT)
+
+    @property
+    def user_root(self) -> int:
+        """Physical address of the top table in user mode; the same as `root` without page-table isolation."""
+        return self._word(W.S_USER_ROOT) or self.root
+
+    @property
+    def minor_faults(self) -> int:
+        """Faults that succeeded, those of populating included: min_flt of mm/memory.c:mm_account_fault()."""
+        return self._word(W.S_MINOR_FAULTS)
+
+    @property
+    def rss(self) -> int:
+        """4K pages of anonymous and guest_memfd memory mapped; the zero page, HugeTLB and devices do not count."""
+        return self._word(W.S_RSS)
+
+    @property
+    def table_pages(self) -> TablePages:
+        """Table pages below the top one."""
+        ram = self.machine.arrays.ram
+        tables = np.array([self.root >> 3], dtype=np.int64)
+        counts = []
+        for _ in range(3):
+            entries = ram[(tables[:, None] + np.arange(512)).reshape(-1)]
+            entries = entries[(entries & np.uint64(PRESENT | LARGE)) == np.uint64(PRESENT)]
+            tables = ((entries & np.uint64(ADDRESS)) >> np.uint64(3)).astype(np.int64)
+            counts.append(len(tables))
+        return TablePages(*counts)
+
+    # ------------------------------------------------------------------ mappings
+
+    def _mmap(
+        self, inode: int, address: int, offset: int, length: int, prot: int, *,
+        shared: bool, populate: bool, locked: bool, noreserve: bool,
+    ) -> Result:  # fmt: skip
+        flags = _protection(prot) | (Flag.SHARED if shared else Flag.PRIVATE)
+        flags |= Flag.POPULATE if populate else 0
+        flags |= (Flag.LOCKED if locked else 0) | (Flag.NORESERVE if noreserve else 0)
+        self.machine.arrays.state[W.R_ORDINARY] = 1
+        return self.machine.operate(
+            Operation.MMAP, flags=flags, space=self.space, object_=inode, address=address, offset=offset, length=length
+        )
+
+    def mmap_anonymous(
+        self, address: int, length: int, prot: int = _READ_WRITE, *,
+        populate: bool = False, locked: bool = False, noreserve: bool = False,
+    ) -> Result:  # fmt: skip
+        """mmap(MAP_PRIVATE | MAP_ANONYMOUS), without transparent huge pages. mm/mmap.c:do_mmap().
+
+        0; -EINVAL for an unaligned address or no length, -EEXIST over another mapping, -ENOMEM beyond
+        2^47 - 4096 or past words.VMAS mappings. populate, locked: MAP_POPULATE, MAP_LOCKED, whose faults may
+        fail unseen.
+        """
+        inode = int(W.NO_INODE)
+        return self._mmap(
+            inode, address, 0, length, prot, shared=False, populate=populate, locked=locked, noreserve=noreserve
+        )
+
+    def mmap_hugetlb(
+        self, address: int, length: int | None = None, prot: int = _READ_WRITE, *, file: HugetlbFile | None = None,
+        page_size: int = W.PAGE_2M, offset: int = 0, shared: bool = True,
+        populate: bool = False, locked: bool = False, noreserve: bool = False,
+    ) -> Result:  # fmt: skip
+        """Map a hugetlbfs file, or without one MAP_ANONYMOUS | MAP_HUGETLB memory of `page_size`.
+
+        The length is rounded up to huge pages; None is the rest of the file. 0; -EINVAL for an address or offset
+        that is not aligned to them, -EEXIST, -ENOMEM where the pool cannot reserve the pages (not asked with
+        noreserve). mm/mmap.c:ksys_mmap_pgoff(), fs/hugetlbfs/inode.c:hugetlbfs_file_mmap(),
+        mm/hugetlb.c:hugetlb_reserve_pages().
+        """
+        if file is None:
+            if length is None:
+                raise ValueError("mmap_hugetlb: expected a length or a file")
+            if length == 0:
+                return self._mmap(
+                    int(W.NO_INODE), address, 0, 0, prot, shared=shared, populate=False, locked=False, noreserve=False
+                )
+            rounded = -(-length // page_size) * page_size
+            own = self.machine.create_hugetlb_file(rounded, page_size)
+            offset = 0
+        else:
+            own = file
+            rounded = max(file.size - offset, 0) if length is None else length
+        result = self._mmap(
+            own.inode,
+            address,
+            offset,
+            rounded,
+            prot,
+            shared=shared,
+            populate=populate,
+            locked=locked,
+            noreserve=noreserve,
+        )
+        if file is None:
+            own.close()
+        return result
+
+    def mmap_device(
+        self,
+        device: Device,
+        address: int,
+        length: int | None = None,
+        prot: int = _READ_WRITE,
+        *,
+        offset: int = 0,
+    ) -> Result:
+        """Map device memory shared, as VM_PFNMAP; everything at once or page by page is the device's choice.
+
+        0, -EINVAL beyond its end, -EEXIST, -ENOMEM. mm/memory.c:remap_pfn_range(), vmf_insert_pfn();
+        mm/huge_memory.c:vmf_insert_pfn_pmd(), vmf_insert_pfn_pud(). Private device mappings are not modelled.
+        """
+        size = max(device.size - offset, 0) if length is None else length
+        return self._mmap(
+            device.inode, address, offset, size, prot, shared=True, populate=False, locked=False, noreserve=False
+        )
+
+    def mmap(
+        self,
+        gmem: GuestMemfd | GuestMemfd4K,
+        address: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        read_only: bool = False,
+        populate: bool = False,
+        private: bool = False,
+    ) -> Result:
+        """mmap(MAP_SHARED) of a guest_memfd at a fixed address: 0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
+
+        populate: of a guest_memfd of 4K folios only. private: MAP_PRIVATE, which guest_memfd refuses (-EINVAL).
+        """
+        size = gmem.size - offset if length is None else length
+        if isinstance(gmem, GuestMemfd):
+            if populate:
+                raise ValueError("populate: expected a guest_memfd of 4K folios")
+            return self.machine.operate(
+                Operation.MMAP,
+                flags=(Flag.READ_ONLY if read_only else 0) | (Flag.PRIVATE if private else 0),
+                space=self.space,
+                object_=gmem.inode,
+                address=address,
+                offset=offset,
+                length=size,
+            )
+        prot = PROT_READ if read_only else PROT_READ | PROT_WRITE
+        return self._mmap(
+            gmem.inode,
+            address,
+            offset,
+            size,
+            prot,
+            shared=not private,
+            populate=populate,
+            locked=False,
+            noreserve=False,
+        )
+
+    def munmap(self, address: int, length: int) -> Result:
+        """munmap(): 0, -EINVAL (also for a cut through a HugeTLB page), -ENOMEM for one mapping too many.
+
+        Tables that no mapping needs any more are freed. mm/vma.c:do_vmi_munmap().
+        """
+        return self._operate(Operation.MUNMAP, address, length)
+
+    def protect(self, address: int, length: int, prot: int) -> Result:
+        """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c
+
+        -EOPNOTSUPP at a mapping of a guest_memfd of the two designs, where it is not modelled.
+        """
+        return self._operate(Operation.PROTECT, address, length, _protection(prot))
+
+    def madvise_dontneed(self, address: int, length: int) -> Result:
+        """madvise(MADV_DONTNEED): 0, -EINVAL for PFN and locked mappings, -ENOMEM over a hole, after all was done.
+
+        From 6.14 on a last-level table that one call covers whole is freed. mm/madvise.c
+        """
+        return self._operate(Operation.ZAP, address, length, Flag.MADVISE)
+
+    def madvise_collapse(self, address: int, length: int) -> Result:
+        """madvise(MADV_COLLAPSE): -EINVAL where the first mapping in the range is one of a guest_memfd.
+
+        Its inode is anonymous, which THP of files excludes, and VM_PFNMAP is VM_NO_KHUGEPAGED:
+        mm/huge_memory.c:__thp_vma_allowable_orders(). -EINVAL if not aligned, 0 if empty, -ENOMEM without a mapping;
+        -EOPNOTSUPP for other memory, whose transparent huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
+        """
+        from pgemu.objects.machine import Result
+
+        length = -(-length // W.PAGE_4K) * W.PAGE_4K
+        if address % W.PAGE_4K or address < 0 or length < 0:
+            return Result(-W.EINVAL, 0)
+        if not length:
+            return Result(0, 0)
+        rows = self.machine.arrays.state[int(W.STATE_VMAS) :][: W.VMAS * W.A_WORDS].reshape(-1, W.A_WORDS)
+        mine = rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_SPACE] == self.space)]
+        hit = mine[(mine[:, W.A_START] < address + length) & (mine[:, W.A_END] > address)]
+        if not len(hit):
+            return Result(-W.ENOMEM, 0)
+        kind = hit[np.argmin(hit[:, W.A_START])][W.A_KIND]
+        return Result(-W.EINVAL if kind in (W.VMA_GUEST_MEMFD, W.VMA_GUEST_MEMFD_4K) else -W.EOPNOTSUPP, 0)
+
+    def populate(self, address: int, length: int, *, write: bool = False) -> Result:
+        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c
+
+        A mapping of a guest_memfd of the two designs is not populated: -EINVAL.
+        """
+        return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
+
+    def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
+        """mremap() of anonymous memory: in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
+
+        0, -EINVAL, -EFAULT, -ENOMEM; -EOPNOTSUPP for other memory, which is not modelled. Tables move whole where old
+        and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
+        """
+        if not 0 <= new_length < 1 << 44:
+            raise ValueError(f"length {new_length}: expected less than 16 TiB")
+        return self.machine.operate(
+            Operation.REMAP,
+            space=self.space,
+            address=address,
+            length=length,
+            object_=-(-new_length // W.PAGE_4K),
+            offset=new_address,
+        )
+
+    def guard_install(self, address: int, length: int) -> Result:
+        """madvise(MADV_GUARD_INSTALL), 6.13 and later: pages go, every access ends in SIGSEGV; no mapping is cut.
+
+        0, -EINVAL for anything but anonymous memory that is not locked, -ENOMEM over a hole. mm/madvise.c
+        """
+        return self._operate(Operation.GUARD_INSTALL, address, length)
+
+    def guard_remove(self, address: int, length: int) -> Result:
+        """madvise(MADV_GUARD_REMOVE): guards go, the pages are empty. 0, -EINVAL, -ENOMEM. mm/madvise.c"""
+        return self._operate(Operation.GUARD_REMOVE, address, length)
+
+    def read_smaps(self) -> Result:
+        """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c"""
+        return self._operate(Operation.READ_SMAPS)
+
+    def fork(self) -> AddressSpace:
+        """fork(): the child. Private pages are shared until written; shared memory is faulted in anew, but entries of
+        VM_PFNMAP are copied: those of pfnmap's guest_memfd too, writable as they are.
+
+        OSError: EAGAIN past words.SPACES processes, ENOMEM. kernel/fork.c:dup_mmap(), mm/memory.c:copy_page_range()
+        """
+        result = self._operate(Operation.FORK)
+        if result.status:
+            raise OSError(-result.status, "fork")
+        return AddressSpace(self.machine, result.detail)
+
+    def exit(self) -> Result:
+        """The process ends: its mappings, its tables. 0. mm/mmap.c:exit_mmap()"""
+        return self._operate(Operation.EXIT)
+
+    def zap(self, address: int, length: int, *, madvise: bool = False) -> Result:
+        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
+        return self._operate(Operation.ZAP, address, length, Flag.MADVISE if madvise else 0)
+
+    def zap_many(self, addresses: Array, length: int = W.PAGE_4K) -> Results:
+        """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
+        header = np.uint64(Operation.ZAP | self.space << 48)
+        return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
+
+    # ------------------------------------------------------------------ accesses
+
+    def touch(self, address: int, *, write: bool = False, execute: bool = False) -> Result:
+        """Access a byte from user mode: 0 if its entry allowed it, else the fault's result; detail is the leaf's level.
+
+        VM_FAULT_NOPAGE or VM_FAULT_LOCKED after a fault that succeeded; VM_FAULT_SIGSEGV, SIGBUS or OOM.
+        The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
+        Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
+        """
+        flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
+        return self._operate(Operation.HOST_FAULT, address, flags=flags)
+
+    def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:
+        """Access the bytes at `addresses` (uint64[n]), in order."""
+        flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
+        header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.space << 48)
+        return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+
+    # ------------------------------------------------------------------ pins
+
+    def pin(
+        self, address: int, length: int, *, pin: int, write: bool = False, longterm: bool = False, actor: int = 0
+    ) -> Result:
+        """pin_user_pages() of [address, address + length), held as number `pin` until Machine.unpin(pin).
+
+        0 with the pages pinned in `detail`, fewer than asked for where a later one failed; else the first page's
+        error: -EFAULT without a mapping, for VM_PFNMAP (design pfnmap), for `write` to a read-only mapping and where
+        the page is private; -EINVAL for what is not aligned, empty or a number past words.PINS; -EEXIST for a number
+        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock; -EOPNOTSUPP for ordinary memory. Absent pages are
+        faulted in. longterm is FOLL_LONGTERM, which guest_memfd grants without moving anything. mm/gup.c
+        """
+        flags = _pin_flags(write, longterm)
+        return self.machine.operate(
+            Operation.PIN, flags=flags, actor=actor, space=self.space, object_=pin, address=address, length=length
+        )
+
+    def pin_many(
+        self, addresses: Array, length: int = W.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
+    ) -> Results:
+        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
+        header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.space << 48)
+        return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
+
+    def walk(self, address: int) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] of a virtual address."""
+        return self.machine.walk(self.root, address >> 12)
+
+    def translate(
+        self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None
+    ) -> Translation:
+        """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate."""
+        from pgemu.tables.translation import translate
+
+        return translate(self.machine, HOST_X86_64, self.root, addresses, kinds, access)

@@ -1,0 +1,138 @@
+"""Files that a process maps: hugetlbfs, device memory, guest_memfd of 4K folios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
+from pgemu_kernels.words.operations import Operation
+
+if TYPE_CHECKING:
+    from pgemu.objects.machine import Machine, Result
+
+# Page attribute bits of a 4K entry by Linux's PAT: bit 3 is PWT, bit 4 PCD. arch/x86/mm/pat/memtype.c
+MEMORY_TYPES = {"write-back": 0, "write-combining": 1 << 3, "uncached-minus": 1 << 4, "uncached": 1 << 3 | 1 << 4}
+
+
+def _new_inode(machine: Machine, size: int, unit: int, fields: dict[np.uint64, int]) -> int:
+    """Number of a new inode of an ordinary kind. OSError EINVAL, ENOSPC."""
+    if size <= 0 or size % unit:
+        raise OSError(W.EINVAL, f"size {size}: expected a positive multiple of {unit}")
+    state = machine.arrays.state
+    inode = _free_row(machine)
+    row = int(W.STATE_INODES) + inode * W.I_WORDS
+    state[row : row + W.I_WORDS] = 0
+    for name, value in {W.I_PAGES: size >> 12, W.I_OPEN: 1, W.I_REFERENCES: 1, **fields}.items():
+        state[row + int(name)] = value
+    state[W.R_INODES] = max(machine.register(W.R_INODES), inode + 1)
+    state[W.R_ORDINARY] = 1
+    return inode
+
+
+def _free_row(machine: Machine) -> int:
+    """The row of a hugetlbfs file or device that nobody holds any more, or the next unused one. OSError ENOSPC."""
+    state = machine.arrays.state
+    used = machine.register(W.R_INODES)
+    for inode in range(used):
+        row = int(W.STATE_INODES) + inode * W.I_WORDS
+        if state[row + int(W.I_KIND)] in (W.INODE_HUGETLB, W.INODE_DEVICE) and not state[row + int(W.I_REFERENCES)]:
+            return inode
+    if used >= W.INODES:
+        raise OSError(W.ENOSPC, f"more than {W.INODES} inodes")
+    return used
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of an ordinary kind; `inode` is its number, `size` in bytes."""
+
+    machine: Machine
+    inode: int
+    size: int
+
+    def _operate(self, op: Operation, offset: int = 0, length: int = 0) -> Result:
+        return self.machine.operate(op, object_=self.inode, offset=offset, length=length)
+
+    def close(self) -> Result:
+        """Close the last descriptor: 0, or -EBADF the second time. The file lives on while it is mapped."""
+        return self._operate(Operation.CLOSE)
+
+
+@dataclass(frozen=True)
+class HugetlbFile(File):
+    """A file of hugetlbfs. fs/hugetlbfs/inode.c"""
+
+    page_size: int
+
+    @classmethod
+    def create(cls, machine: Machine, size: int, page_size: int) -> HugetlbFile:
+        """See Machine.create_hugetlb_file."""
+        if page_size not in (W.PAGE_2M, W.PAGE_1G):
+            raise ValueError(f"page size {page_size}: expected 2M or 1G")
+        order = W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G
+        inode = _new_inode(machine, size, page_size, {W.I_KIND: int(W.INODE_HUGETLB), W.I_ORDER: order})
+        return cls(machine, inode, size, page_size)
+
+    def punch_hole(self, offset: int, length: int) -> Result:
+        """fallocate(FALLOC_FL_PUNCH_HOLE): whole huge pages of the range leave every process and the file. 0."""
+        return self._operate(Operation.PUNCH_HOLE, offset, length)
+
+    def allocate(self, offset: int, length: int) -> Result:
+        """fallocate(): zeroed pages now. 0, -EINVAL past the end, -ENOSPC with the pool empty or reserved."""
+        return self._operate(Operation.ALLOCATE, offset, length)
+
+
+@dataclass(frozen=True)
+class GuestMemfd4K(File):
+    """A guest_memfd of order-0 folios, as merged. virt/kvm/guest_memfd.c"""
+
+    @classmethod
+    def create(cls, machine: Machine, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
+        """See Machine.create_guest_memfd_4k."""
+        if (mmap or init_shared) and not formats.KERNELS[machine.config.kernel].guest_memfd_mmap:
+            raise OSError(W.EINVAL, f"guest_memfd of {machine.config.kernel} has no flags")
+        flags = (int(W.INODE_MMAP) if mmap else 0) | (int(W.INODE_INIT_SHARED) if init_shared else 0)
+        fields = {W.I_KIND: int(W.INODE_GUEST_MEMFD_4K), W.I_FLAGS: flags}
+        return cls(machine, _new_inode(machine, size, W.PAGE_4K, fields), size)
+
+    def punch_hole(self, offset: int, length: int) -> Result:
+        """fallocate(FALLOC_FL_PUNCH_HOLE): 0, -EINVAL unless aligned to pages."""
+        return self._operate(Operation.PUNCH_HOLE, offset, length)
+
+    def allocate(self, offset: int, length: int) -> Result:
+        """fallocate(): zeroed folios now. 0, -EINVAL, -ENOMEM with what was done until then."""
+        return self._operate(Operation.ALLOCATE, offset, length)
+
+
+@dataclass(frozen=True)
+class Device(File):
+    """Memory of a device, such as a PCI BAR: frames without struct pages, mapped as VM_PFNMAP."""
+
+    pfn: int
+
+    @classmethod
+    def create(cls, machine: Machine, pfn: int, pages: int, remap: bool, memory_type: str) -> Device:
+        """See Machine.create_device."""
+        if memory_type not in MEMORY_TYPES:
+            raise ValueError(f"memory type {memory_type!r}: expected one of {', '.join(MEMORY_TYPES)}")
+        if pfn < 0 or pfn + pages > 1 << 40:
+            raise ValueError(f"frames {pfn:#x} to {pfn + pages:#x}: expected to lie below 2^52 bytes")
+        fields = {
+            W.I_KIND: int(W.INODE_DEVICE),
+            W.I_BASE: pfn,
+            W.I_FLAGS: int(W.INODE_REMAP) if remap else 0,
+            W.I_CACHE_BITS: MEMORY_TYPES[memory_type],
+        }
+        return cls(machine, _new_inode(machine, pages << 12, W.PAGE_4K, fields), pages << 12, pfn)
+
+    def revoke(self) -> Result:
+        """Turn the memory off, as the memory enable bit does: every entry goes, no table; faults end in SIGBUS. 0."""
+        return self._operate(Operation.REVOKE)
+
+    def restore(self) -> Result:
+        """Turn it on again; entries come back at their faults. 0."""
+        return self._operate(Operation.RESTORE)

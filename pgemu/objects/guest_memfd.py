@@ -1,0 +1,455 @@
+"""guest_memfd inodes of the two designs: over HugeTLB pages, or over 4K pages of the page allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from pgemu.machine.rows import next_row
+from pgemu_kernels import words as W
+from pgemu_kernels.words.operations import Flag, Operation
+
+if TYPE_CHECKING:
+    from pgemu.machine.config import Config
+    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.objects.numa import MemoryPolicy
+    from pgemu.objects.stale import StaleEntry
+    from pgemu.objects.vm import Vm
+
+__all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
+
+Array = np.ndarray[Any, Any]
+Form = Literal["main", "next", "rfc2", "wip"]
+FORMS = ("main", "next", "rfc2", "wip")
+POLICIES = {
+    "default": W.MPOL_DEFAULT, "preferred": W.MPOL_PREFERRED, "bind": W.MPOL_BIND, "interleave": W.MPOL_INTERLEAVE,
+}  # fmt: skip
+FALLOC_FL_KEEP_SIZE = 1  # include/uapi/linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 2
+
+
+class CreateFlags(IntFlag):
+    """Flags of KVM_CREATE_GUEST_MEMFD: GUEST_MEMFD_FLAG_* of include/uapi/linux/kvm.h.
+
+    HUGETLB is that of the public branch of December 2025 (form "wip") only; its bit there is inference.
+    """
+
+    MMAP = 1 << 0
+    INIT_SHARED = 1 << 1
+    HUGETLB = 1 << 2
+
+
+class Rfc2Flags(IntFlag):
+    """The same in the 1G series' RFC v2 of May 2025; SIZE_* are GUESTMEM_HUGETLB_FLAG_* of its linux/guestmem.h."""
+
+    SUPPORT_SHARED = 1 << 0
+    INIT_PRIVATE = 1 << 1
+    HUGETLB = 1 << 2
+    SIZE_2M = 21 << 58
+    SIZE_1G = 30 << 58
+
+
+_SIZE_SHIFT = 58
+_SIZE_MASK = 0x3F << _SIZE_SHIFT
+_ORDERS = (W.ORDER_2M, W.ORDER_1G)
+
+
+class Stat(NamedTuple):
+    """What fstat() of the file says: inode number, bytes, preferred block size, 512-byte blocks.
+
+    Blocks are counted by RFC v2 and its successors, huge page by huge page; merged code does not count (inference).
+    """
+
+    st_ino: int
+    st_size: int
+    st_blksize: int
+    st_blocks: int
+
+
+class Creation(NamedTuple):
+    """What creation flags ask for."""
+
+    mappable: bool
+    shared: bool
+    huge: bool
+
+
+def _invalid(text: str) -> OSError:
+    return OSError(W.EINVAL, text)
+
+
+def _checked_order(config: Config, order: int) -> None:
+    """Huge pages of an order: EINVAL where the kernel has none of that size, ValueError where the machine's differ."""
+    if order not in _ORDERS:
+        raise _invalid(f"huge pages of order {order}: expected 9 or 18")
+    if order != config.order:
+        raise ValueError(f"huge pages of order {order}: expected {config.order}, the order of the machine's page_size")
+
+
+def _check_rfc2(config: Config, flags: int) -> Creation:
+    """guestmem_hugetlb_setup() and kvm_gmem_create() of RFC v2."""
+    valid = int(Rfc2Flags.SUPPORT_SHARED)
+    if flags & Rfc2Flags.SUPPORT_SHARED:
+        valid |= int(Rfc2Flags.INIT_PRIVATE)
+    if flags & Rfc2Flags.HUGETLB:
+        valid |= int(Rfc2Flags.HUGETLB) | _SIZE_MASK
+    if flags & ~valid:
+        raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
+    huge = bool(flags & Rfc2Flags.HUGETLB)
+    if huge:  # without a size the default one, which is the machine's if it has huge pages
+        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.order or W.ORDER_2M)
+    shared = bool(flags & Rfc2Flags.SUPPORT_SHARED)
+    return Creation(shared, shared and not flags & Rfc2Flags.INIT_PRIVATE, huge)
+
+
+def _check_main(config: Config, form: Form, flags: int, page_order: int) -> Creation:
+    """kvm_gmem_create() as merged, and with `page_order` of struct kvm_create_guest_memfd as in December 2025."""
+    valid = int(CreateFlags.MMAP | CreateFlags.INIT_SHARED)
+    if form == "wip":
+        valid |= int(CreateFlags.HUGETLB)
+    if flags & ~valid:
+        raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
+    huge = bool(flags & CreateFlags.HUGETLB)
+    if page_order and not huge:
+        raise _invalid(f"page order {page_order}: expected 0 without HUGETLB")
+    if huge:
+        if flags & CreateFlags.INIT_SHARED:
+            raise _invalid("HUGETLB with INIT_SHARED: disabled in the branch of December 2025")
+        _checked_order(config, page_order)
+    return Creation(bool(flags & CreateFlags.MMAP), bool(flags & CreateFlags.INIT_SHARED), huge)
+
+
+def check_creation(config: Config, size: int, flags: int, form: Form = "main", page_order: int = 0) -> Creation:
+    """Check what KVM_CREATE_GUEST_MEMFD is given, flags first, as the form's kernel does: what the flags ask for.
+
+    OSError EINVAL: an unknown flag; rfc2: INIT_PRIVATE without SUPPORT_SHARED, a size that no hstate has; wip: a
+    page order without HUGETLB, HUGETLB with INIT_SHARED; a size that is no positive multiple of the page. ValueError
+    for another form, or huge pages that are not the machine's. Files have no numbers here, so there is no EMFILE.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r}: expected one of {', '.join(FORMS)}")
+    if flags < 0 or flags >> 64:
+        raise ValueError(f"flags {flags}: expected 64 bits")
+    rfc2 = form == "rfc2"
+    creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
+    if size <= 0 or size % config.page_size:
+        unit = "huge page" if config.order else "page"
+        raise _invalid(f"size {size}: expected a positive multiple of the {unit}, {config.page_size}")
+    return creation
+
+
+def _usual(config: Config, shared: bool, form: Form) -> tuple[int, int]:
+    """Flags and page order of a file that can be mapped, all shared or all private."""
+    if form == "rfc2":
+        flags = Rfc2Flags.SUPPORT_SHARED | (0 if shared else Rfc2Flags.INIT_PRIVATE)
+        return int(flags | (Rfc2Flags.HUGETLB if config.order else 0)), 0
+    flags_main = CreateFlags.MMAP | (CreateFlags.INIT_SHARED if shared else 0)
+    if form == "wip" and config.order:
+        return int(flags_main | CreateFlags.HUGETLB), config.order
+    return int(flags_main), 0
+
+
+def policy_mode(mode: str | int) -> int:
+    """MPOL_* of a name; numbers as they are, for the kernel to refuse. ValueError for another name."""
+    if isinstance(mode, int):
+        if not 0 <= mode < 256:
+            raise ValueError(f"mode {mode}: expected 0 to 255")
+        return mode
+    if mode not in POLICIES:
+        raise ValueError(f"mode {mode!r}: expected one of {', '.join(POLICIES)}")
+    return POLICIES[mode]
+
+
+def node_mask(nodes: Iterable[int]) -> int:
+    """A bit per node. ValueError for a number that has no bit in 64."""
+    mask = 0
+    for node in nodes:
+        if not 0 <= node < 64:
+            raise ValueError(f"node {node}: expected 0 to 63")
+        mask |= 1 << node
+    return mask
+
+
+@dataclass(frozen=True)
+class GuestMemfd:
+    """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
+
+    machine: Machine
+    inode: int
+    size: int
+    form: Form = "main"
+
+    @classmethod
+    def create(
+        cls, machine: Machine, size: int, shared: bool, flags: int | None, form: Form, page_order: int
+    ) -> GuestMemfd:
+        """See Machine.create_guest_memfd."""
+        config = machine.config
+        if flags is None:
+            flags, page_order = _usual(config, shared, form)
+        elif shared:
+            raise ValueError("shared: expected to be told by the flags, as they are given")
+        creation = check_creation(config, size, flags, form, page_order)
+        inode = next_row(machine, W.R_INODES, W.INODES, "inodes")
+        state = machine.arrays.state
+        blocks = size // config.page_size
+        used = machine.register(W.R_BLOCKS)
+        subpool = cls._reserve(machine, blocks) if config.order else 0
+        if used + blocks > 4 * config.pool_pages:
+            raise OSError(W.ENOSPC, "inodes, closed ones included, of more than four times the pool")
+        pages = size >> 12
+        words, pmds, puds = ((pages + unit - 1) // unit for unit in (64, 512, 1 << 18))
+        first = machine.register(W.R_WORDS)
+        counts = machine.register(W.R_SHARED) + machine.register(W.R_SHARED_USED)
+        row = int(W.STATE_INODES) + inode * W.I_WORDS
+        fields = {
+            W.I_PAGES: pages,
+            W.I_BLOCK: machine.register(W.R_BLOCK_ROWS) + used * W.B_WORDS,
+            W.I_BLOCKS: blocks,
+            W.I_WORD: machine.register(W.R_WORD_ROWS) + first,
+            W.I_ZEROED: machine.register(W.R_ZEROED_ROWS) + first,
+            W.I_PMD: counts,
+            W.I_PUD: counts + pmds,
+            W.I_OPEN: 1,
+            W.I_SUBPOOL: subpool,
+            W.I_FLAGS: cls._inode_flags(creation, form),
+        }
+        for name, value in fields.items():
+            state[row + int(name)] = value
+        if subpool:
+            cls._count_subpool(machine, subpool - 1, blocks)
+        state[W.R_BLOCKS] += np.uint64(blocks)
+        state[W.R_WORDS] += np.uint64(words)
+        state[W.R_SHARED_USED] += np.uint64(pmds + puds)
+        state[W.R_INODES] += np.uint64(1)
+        if creation.shared:
+            cls._share_all(machine, fields)
+        return cls(machine, inode, size, form)
+
+    @staticmethod
+    def _inode_flags(creation: Creation, form: Form) -> int:
+        flags = int(W.INODE_MMAP) if creation.mappable else 0
+        flags |= int(W.INODE_INIT_SHARED) if creation.shared else 0
+        flags |= int(W.INODE_WHOLE_MAPPINGS) if form == "rfc2" and creation.huge else 0
+        return flags | (int(W.INODE_BIND_COMMITS) if form == "next" else 0)
+
+    @staticmethod
+    def _reserve(machine: Machine, blocks: int) -> int:
+        """Row + 1 of the next subpool. OSError ENOMEM if the pool cannot reserve the blocks, ENOSPC past SUBPOOLS."""
+        subpool = next_row(machine, W.R_SUBPOOLS, W.SUBPOOLS, "subpools")
+        hstate = machine.register(W.R_HSTATE)
+        state = machine.arrays.state
+        if int(state[hstate + int(W.H_RESERVED)]) + blocks > int(state[hstate + int(W.H_FREE)]):
+            raise OSError(W.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+        return subpool + 1
+
+    @staticmethod
+    def _count_subpool(machine: Machine, subpool: int, blocks: int) -> None:
+        """mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once."""
+        state = machine.arrays.state
+        hstate = machine.register(W.R_HSTATE)
+        row = int(W.STATE_SUBPOOLS) + subpool * W.P_WORDS
+        reservation = {W.P_LIVE: 1, W.P_HSTATE: hstate, W.P_MAX: blocks, W.P_MIN: blocks, W.P_RESERVED: blocks}
+        for name, value in reservation.items():
+            state[row + int(name)] = value
+        state[hstate + int(W.H_RESERVED)] += np.uint64(blocks)
+        state[W.R_SUBPOOLS] += np.uint64(1)
+
+    @staticmethod
+    def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
+        pages = fields[W.I_PAGES]
+        word = fields[W.I_WORD]
+        machine.arrays.state[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+        if pages % 64:
+            machine.arrays.state[word + pages // 64] = np.uint64((1 << pages % 64) - 1)
+        pmd = fields[W.I_PMD]
+        machine.arrays.counts[pmd : pmd + pages // 512] = 512
+        if pages % 512:
+            machine.arrays.counts[pmd + pages // 512] = pages % 512
+        for i, first in enumerate(range(0, pages, 1 << 18)):
+            machine.arrays.counts[fields[W.I_PUD] + i] = min(1 << 18, pages - first)
+
+    def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0) -> Result:
+        """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL."""
+        flags = Flag.SHARED if shared else Flag.PRIVATE
+        return self.machine.operate(
+            Operation.CONVERT, flags=flags, actor=actor, object_=self.inode, offset=offset, length=length
+        )
+
+    def convert_many(self, offsets: Array, length: int = W.PAGE_4K, *, shared: bool) -> Results:
+        """Convert `length` bytes at each of `offsets` (uint64[n]), in order."""
+        header = np.uint64(Operation.CONVERT | (Flag.SHARED if shared else Flag.PRIVATE) << 8)
+        return self.machine.run_columns(header, self.inode, 0, offsets, length, count=len(offsets))
+
+    def punch_hole(self, offset: int, length: int) -> Result:
+        """fallocate(FALLOC_FL_PUNCH_HOLE) of [offset, offset + length): whole huge pages are freed, parts zeroed.
+
+        0; -EBADF once closed; -EINVAL for what is not aligned to 4K (Config.punch "refuse": to the huge page);
+        -EAGAIN (restructure) with the offset of a split huge page of which somebody holds a piece, those before it
+        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.lifetime.punch()
+        """
+        return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
+
+    def punch_hole_many(self, offsets: Array, length: int) -> Results:
+        """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order."""
+        return self.machine.run_columns(
+            np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
+        )
+
+    def allocate(self, offset: int, length: int) -> Result:
+        """Have memory under [offset, offset + length), both rounded down to huge pages; nothing is zeroed or mapped.
+
+        fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before
+        it stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
+        """
+        return self.machine.operate(Operation.ALLOCATE, object_=self.inode, offset=offset, length=length)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> Result:
+        """fallocate() with FALLOC_FL_* bits: `allocate` or `punch_hole`; -EOPNOTSUPP for other modes, -EINVAL.
+
+        virt/kvm/guest_memfd.c:kvm_gmem_fallocate(); an empty or negative range is refused before (vfs_fallocate()).
+        """
+        from pgemu.objects.machine import Result
+
+        if offset < 0 or length <= 0:
+            return Result(-W.EINVAL, 0)
+        if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            return Result(-W.EOPNOTSUPP, 0)
+        return self.punch_hole(offset, length) if mode & FALLOC_FL_PUNCH_HOLE else self.allocate(offset, length)
+
+    def mbind(self, offset: int, length: int, mode: str | int, nodes: Iterable[int] = ()) -> Result:
+        """mbind() of a mapping of [offset, offset + length): the NUMA policy of memory allocated there from now on.
+
+        mode: "default" (the faulting task's), "preferred", "bind", "interleave", or a number. 0; -EINVAL for another
+        number, nodes that do not exist, nodes with default or none with bind and interleave, a range that is empty or
+        not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Series rfc2 does not ask for it.
+        """
+        return self.machine.operate(
+            Operation.MEMORY_POLICY,
+            flags=policy_mode(mode),
+            object_=self.inode,
+            address=node_mask(nodes),
+            offset=offset,
+            length=length,
+        )
+
+    def mempolicy(self, offset: int) -> MemoryPolicy:
+        """get_mempolicy(MPOL_F_ADDR) at a mapping of the page at `offset`: what mbind() gave it, else "default".
+
+        The task's policy is not asked, so that "default" is told apart: virt/kvm/guest_memfd.c:kvm_gmem_get_policy().
+        ValueError outside the inode.
+        """
+        from pgemu.objects.numa import policy_at
+
+        self._check(offset)
+        return policy_at(self, offset)
+
+    def pread(self, length: int, offset: int) -> Result:
+        """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c"""
+        return self._refuse_io()
+
+    def pwrite(self, data: bytes, offset: int) -> Result:
+        """pwrite() of the file, and write(): -EINVAL, as it has no write_iter; -EBADF once closed. fs/read_write.c"""
+        return self._refuse_io()
+
+    def _refuse_io(self) -> Result:
+        """vfs_read() and vfs_write() of a file without FMODE_CAN_READ and FMODE_CAN_WRITE, whatever is asked for."""
+        from pgemu.objects.machine import Result
+
+        return Result(-W.EINVAL if self._field(W.I_OPEN) else -W.EBADF, 0)
+
+    def stat(self) -> Stat:
+        """fstat()."""
+        used = 0
+        if self.form in ("rfc2", "wip"):
+            rows = self._field(W.I_BLOCK) + np.arange(self._field(W.I_BLOCKS)) * W.B_WORDS + int(W.B_STATE)
+            states = self.machine.arrays.state[rows]
+            used = int(np.count_nonzero((states != W.BLOCK_ABSENT) & (states != W.BLOCK_ZOMBIE)))
+        return Stat(self.inode + 1, self.size, W.PAGE_4K, used * self.machine.config.page_size // 512)
+
+    def get_reference(self, offset: int) -> Result:
+        """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""
+        return self.machine.operate(Operation.GET, object_=self.inode, offset=offset)
+
+    def put_reference(self, pfn: int) -> Result:
+        """Drop a transient reference by frame number: 0, or -ENOENT where there is none.
+
+        References of pins, LRU batches and faults under way are not dropped.
+        """
+        return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
+
+    def get_reference_many(self, offsets: Array) -> Results:
+        """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order."""
+        return self.machine.run_columns(np.uint64(Operation.GET), self.inode, 0, offsets, count=len(offsets))
+
+    def put_reference_many(self, pfns: Array) -> Results:
+        """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order."""
+        addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
+        return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
+
+    def release(self, vm: Vm) -> Result:
+        """The VM's guest_memfd file of the inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
+
+        Its slots stay where they are, without memory: a guest access there is -EFAULT until Vm.unbind(). The memory is
+        the inode's and stays; Vm.bind() at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
+        kvm_gmem_release(), pgemu_kernels.gmem.lifetime.release()
+        """
+        return self.machine.operate(Operation.RELEASE, vm=vm.vm, object_=self.inode)
+
+    def close(self) -> Result:
+        """The VMM goes: mappings and slots of the inode, then the inode and its pages. 0, -EBADF, or -EBUSY.
+
+        What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
+        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Series rfc2 sends all
+        split ones through the worker. pgemu_kernels.gmem.lifetime.close()
+        """
+        return self.machine.operate(Operation.CLOSE, object_=self.inode)
+
+    def outstanding(self, offset: int) -> int:
+        """4K pages of the zombie block at `offset` that somebody holds since the inode was closed; 0 of other blocks.
+
+        ValueError outside the inode.
+        """
+        return self._block(offset, W.B_OUTSTANDING)
+
+    def stale_entries(self) -> list[StaleEntry]:
+        """Entries of processes to frames that are not, or no longer, the inode's page there: none on a sound machine.
+
+        In order of mappings and addresses. With the defect "punch-keeps-entries" a hole leaves them behind.
+        """
+        from pgemu.objects.stale import stale_entries
+
+        return stale_entries(self)
+
+    def _field(self, name: np.uint64) -> int:
+        """A word of the inode's row."""
+        return int(self.machine.arrays.state[int(W.STATE_INODES) + self.inode * W.I_WORDS + int(name)])
+
+    def _check(self, offset: int) -> None:
+        if not 0 <= offset < self.size:
+            raise ValueError(f"offset {offset:#x}: expected to lie within {self.size:#x}")
+
+    def _block(self, offset: int, name: np.uint64) -> int:
+        """A word of the row of the huge page at `offset`. ValueError outside the inode."""
+        self._check(offset)
+        block = self._field(W.I_BLOCK) + (offset // self.machine.config.page_size) * W.B_WORDS
+        return int(self.machine.arrays.state[block + int(name)])
+
+    def pfn(self, offset: int) -> int | None:
+        """Frame number of the page at `offset`, or None while nothing is allocated there."""
+        head = self._block(offset, W.B_PFN)
+        return head + (offset % self.machine.config.page_size >> 12) if head else None
+
+    def is_split(self, offset: int) -> bool:
+        """Whether the huge page at `offset` is split to 4K folios."""
+        return self._block(offset, W.B_STATE) == int(W.BLOCK_SPLIT)
+
+    def is_shared(self, offset: int) -> bool:
+        """Shareability of the page at `offset`. ValueError outside the inode."""
+        self._check(offset)
+        index = offset >> 12
+        return bool(int(self.machine.arrays.state[self._field(W.I_WORD) + (index >> 6)]) >> (index & 63) & 1)

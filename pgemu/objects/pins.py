@@ -1,0 +1,48 @@
+"""Pins as the machine keeps them: a radix tree of frame numbers each. pgemu_kernels.gmem.pins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgemu.objects.stage2 import radix_tree
+from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
+
+if TYPE_CHECKING:
+    from pgemu.objects.machine import Machine
+
+__all__ = ("frames", "own_nodes")
+
+Array = np.ndarray[Any, Any]
+
+
+def _root(machine: Machine, pin: int) -> int:
+    """Root word of a pin's tree. ValueError past words.PINS."""
+    if not 0 <= pin < W.PINS:
+        raise ValueError(f"pin {pin}: expected 0 to {W.PINS - 1}")
+    return int(machine.arrays.state[int(W.STATE_PINS) + pin * W.PIN_WORDS + int(W.PIN_FRAMES)])
+
+
+def frames(machine: Machine, pin: int) -> Array:
+    """See Machine.pinned_frames."""
+    return radix_tree(machine.arrays.ram, _root(machine, pin))[1]
+
+
+def own_nodes(machine: Machine, owner: Array) -> Iterator[int]:
+    """The frames of all pins' trees, each marked in `owner` (uint8, one per frame) unless it was before."""
+    ram = machine.arrays.ram
+    for pin in range(machine.register(W.R_PINS)):
+        root = _root(machine, pin)
+        height = root & 7
+        nodes = np.array([root & formats.ADDRESS] if height else [], np.uint64)
+        for level in range(height, 0, -1):
+            for node in (nodes >> np.uint64(12)).tolist():
+                if not owner[node]:
+                    owner[node] = 7
+                    yield node
+            if level > 1:
+                words = ram[(nodes[:, None] >> np.uint64(3)) + np.arange(512, dtype=np.uint64)].reshape(-1)
+                nodes = words[words != 0]

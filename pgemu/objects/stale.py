@@ -1,0 +1,106 @@
+"""Entries of processes to frames that their guest_memfd inode does not have at that page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.bits import ADDRESS, LARGE
+
+if TYPE_CHECKING:
+    from pgemu.objects.guest_memfd import GuestMemfd
+    from pgemu.objects.machine import Machine
+
+Array = np.ndarray[Any, Any]
+_ADDRESS = np.uint64(ADDRESS)
+
+
+class StaleEntry(NamedTuple):
+    """One of them: which process reaches which frame at which address, and whose the frame is by now.
+
+    space: number of the process. address: HVA, bytes. pfn: frame that the entry names. owner: number of the
+    guest_memfd inode that has the frame in its page cache, or None (free, or held by whoever took a reference).
+    """
+
+    space: int
+    address: int
+    pfn: int
+    owner: int | None
+
+
+def stale_entries(gmem: GuestMemfd) -> list[StaleEntry]:
+    """See GuestMemfd.stale_entries."""
+    machine = gmem.machine
+    state = machine.arrays.state
+    owners = _owners(machine)
+    have = _frames(machine, gmem.inode)
+    found: list[StaleEntry] = []
+    rows = state[int(W.STATE_VMAS) :][: machine.register(W.R_VMAS) * W.A_WORDS].reshape(-1, W.A_WORDS)
+    for row in rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_INODE] == gmem.inode)]:
+        space = int(row[W.A_SPACE])
+        root = int(state[int(W.STATE_SPACES) + space * W.S_WORDS + int(W.S_ROOT)])
+        pages = np.arange(int(row[W.A_START]) >> 12, int(row[W.A_END]) >> 12, dtype=np.uint64)
+        here = entered(machine.arrays.ram, root, pages)
+        index = np.arange(len(pages)) + int(row[W.A_PGOFF])
+        inside = index < len(have)
+        own = np.zeros(len(pages), np.uint64)
+        own[inside] = have[index[inside]]
+        wrong = np.flatnonzero((here != 0) & (here != own))
+        found += [
+            StaleEntry(space, int(pages[i]) << 12, int(here[i]), owners.get(int(here[i]) >> machine.config.order))
+            for i in wrong
+        ]
+    return found
+
+
+def entered(ram: Array, root: int, pages: Array) -> Array:
+    """uint64[n]: the frame that x86-64 tables of four levels give to each virtual page number; 0 where none."""
+    frames = np.zeros(len(pages), np.uint64)
+    at = np.arange(len(pages))
+    table = np.full(len(pages), root >> 3, np.uint64)
+    for level in range(4, 0, -1):
+        shift = np.uint64(9 * (level - 1))
+        entries = ram[table + (pages[at] >> shift & np.uint64(511))]
+        at, entries = at[entries & np.uint64(1) != 0], entries[entries & np.uint64(1) != 0]
+        leaf = np.full(len(at), level == 1) | (entries & np.uint64(LARGE) != 0)
+        inside = (np.uint64(1) << shift) - np.uint64(1)
+        base = (entries & _ADDRESS) >> np.uint64(12) & ~inside
+        frames[at[leaf]] = base[leaf] + (pages[at[leaf]] & inside)
+        at, table = at[~leaf], (entries[~leaf] & _ADDRESS) >> np.uint64(3)
+    return frames
+
+
+def _blocks(machine: Machine, inode: int) -> Array:
+    """uint64[n, B_WORDS]: an inode's block rows."""
+    row = int(W.STATE_INODES) + inode * W.I_WORDS
+    first, count = (int(machine.arrays.state[row + int(word)]) for word in (W.I_BLOCK, W.I_BLOCKS))
+    return machine.arrays.state[first : first + count * W.B_WORDS].reshape(-1, W.B_WORDS)
+
+
+def _cached(blocks: Array) -> Array:
+    """bool[n]: which blocks have a folio, or its pieces, in the page cache."""
+    kind = blocks[:, W.B_STATE]
+    return np.asarray((kind != W.BLOCK_ABSENT) & (kind != W.BLOCK_ZOMBIE))
+
+
+def _frames(machine: Machine, inode: int) -> Array:
+    """uint64[pages]: frame of each page of an inode; 0 where nothing is allocated."""
+    blocks = _blocks(machine, inode)
+    heads = np.where(_cached(blocks), blocks[:, W.B_PFN], np.uint64(0))
+    pages = np.uint64(1 << machine.config.order)
+    frames = np.repeat(heads, int(pages)).reshape(-1, int(pages))
+    return np.asarray(np.where(frames != 0, frames + np.arange(pages, dtype=np.uint64), np.uint64(0)).reshape(-1))
+
+
+def _owners(machine: Machine) -> dict[int, int]:
+    """Number of the guest_memfd inode that has a huge page, by the huge page's number in physical memory."""
+    found: dict[int, int] = {}
+    for inode in range(machine.register(W.R_INODES)):
+        kind = machine.arrays.state[int(W.STATE_INODES) + inode * W.I_WORDS + int(W.I_KIND)]
+        if kind == W.INODE_GUEST_MEMFD:
+            blocks = _blocks(machine, inode)
+            heads = blocks[_cached(blocks), W.B_PFN]
+            found.update({int(head) >> machine.config.order: inode for head in heads})
+    return found

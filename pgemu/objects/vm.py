@@ -1,0 +1,278 @@
+"""A virtual machine: its memory slots, stage-2 tables and accesses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgemu.machine.rows import next_row
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.bits import HOST_X86_64
+from pgemu_kernels.words.operations import Flag, Operation
+
+if TYPE_CHECKING:
+    from pgemu.objects.address_space import AddressSpace
+    from pgemu.objects.files import GuestMemfd4K
+    from pgemu.objects.guest_memfd import GuestMemfd
+    from pgemu.objects.large_pages import LargePage
+    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.objects.stage2 import Stage2
+    from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine: its stage-2 tables and its memory slots."""
+
+    machine: Machine
+    vm: int
+
+    @classmethod
+    def create(cls, machine: Machine, process: AddressSpace | None, protected: bool) -> Vm:
+        """See Machine.create_vm."""
+        from pgemu_kernels.folios.boot import STAGE2_ROOT, provide
+
+        vm = next_row(machine, W.R_VMS, W.VMS, "VMs")
+        row = int(W.STATE_VMS) + vm * W.V_WORDS
+        if provide(machine.descriptor, STAGE2_ROOT, np.uint64(row)) != 0:
+            raise OSError(W.ENOMEM, "no frame for a stage-2 root")
+        # Without a process no mapping of the inode is the VM's own: none of them notifies it.
+        machine.arrays.state[row + int(W.V_SPACE)] = process.space if process else (1 << 64) - 1
+        machine.arrays.state[row + int(W.V_PROTECTED)] = protected
+        machine.arrays.state[row + int(W.V_LIVE)] = 1
+        machine.arrays.state[row + int(W.V_UNLOADED)] = 1
+        machine.arrays.state[W.R_VMS] += np.uint64(1)
+        return cls(machine, vm)
+
+    def _field(self, name: np.uint64) -> int:
+        """A word of the VM's row."""
+        return int(self.machine.arrays.state[int(W.STATE_VMS) + self.vm * W.V_WORDS + int(name)])
+
+    @property
+    def root(self) -> int:
+        """Physical address of the stage-2 root; 0 once the VM is closed."""
+        return self._field(W.V_ROOT)
+
+    # ------------------------------------------------------------------ memory slots
+
+    def set_memory_region(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        userspace_addr: int = 0,
+        *,
+        read_only: bool = False,
+        log_dirty_pages: bool = False,
+        gmem: GuestMemfd4K | None = None,
+        gmem_offset: int = 0,
+    ) -> Result:
+        """KVM_SET_USER_MEMORY_REGION2: create, move, change or (size 0) delete memory slot number `slot`.
+
+        The slot shows the process's memory from `userspace_addr` on; with `gmem`, private pages (or all, if the file
+        can be mapped) come from there. 0; -EINVAL for what is not aligned, too large, past 48 bits of guest address
+        or the process's addresses, for a change of size, userspace address or read-only, for deleting what is not
+        there, for a VM without a process; -EEXIST over another slot; -EBADF for a closed file or VM; -ENOSPC past
+        words.MEMSLOTS. Deleting or moving one drops the whole stage-2 tree, of a protected VM only the slot's
+        leaves. Dirty logging switched on splits large leaves to 4K and write-protects; switched off, large leaves
+        come back (6.12: at the next access). virt/kvm/kvm_main.c:kvm_set_memory_region()
+        """
+        flags = Flag.READ_ONLY if read_only else 0
+        flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
+        self._make_ordinary()
+        if gmem is not None:
+            flags |= Flag.PRIVATE
+            named = self.machine.operate(Operation.BIND, vm=self.vm, object_=gmem.inode, offset=gmem_offset)
+            if named.status != 0:
+                return named
+        return self.machine.operate(
+            Operation.MEMSLOT,
+            flags=flags,
+            vm=self.vm,
+            object_=slot,
+            address=gpa,
+            offset=userspace_addr,
+            length=size,
+        )
+
+    def _make_ordinary(self) -> None:
+        """Have the VM's operations sorted by what they touch."""
+        state = self.machine.arrays.state
+        state[W.R_ORDINARY] = 1
+        state[int(W.STATE_VMS) + self.vm * W.V_WORDS + int(W.V_ORDINARY)] = 1
+
+    def set_attributes(self, gpa: int, size: int, *, private: bool) -> Result:
+        """KVM_SET_MEMORY_ATTRIBUTES: make guest memory private or shared.
+
+        0; -EINVAL if not aligned, empty, or private in a VM that is not protected; -ENOMEM with nothing changed.
+        If anything changes the whole range loses its leaves. virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes()
+        """
+        flags = Flag.PRIVATE if private else Flag.SHARED
+        return self.machine.operate(Operation.ATTRIBUTES, flags=flags, vm=self.vm, address=gpa, length=size)
+
+    def prefault(self, gpa: int, size: int) -> Result:
+        """KVM_PRE_FAULT_MEMORY: map [gpa, gpa + size) without an access; accessed stays clear.
+
+        0 with the bytes populated in `detail`, less than `size` where a later page failed; -ENOENT if the first page
+        has no slot, -EFAULT, -ENOMEM, -EINVAL; in the designs' slots -EBUSY where Linux would wait for a conversion,
+        and the range ends with the slots of that kind. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
+        """
+        return self.machine.operate(Operation.PREFAULT, vm=self.vm, address=gpa, length=size)
+
+    def dirty_log(self, slot: int) -> tuple[int, Array]:
+        """KVM_GET_DIRTY_LOG: (0, -ENOENT or -EINVAL; uint64[n], guest physical addresses written since the last call).
+
+        The pages are write-protected again. virt/kvm/kvm_main.c:kvm_get_dirty_log_protect()
+        """
+        pages = self._dirty_pages(slot)
+        result = self.machine.operate(Operation.DIRTY_LOG, vm=self.vm, object_=slot)
+        return result.status, pages if result.status == 0 else pages[:0]
+
+    def _dirty_pages(self, slot: int) -> Array:
+        """Guest physical addresses in a slot's dirty bitmap."""
+        from pgemu.objects.stage2 import radix_tree
+
+        rows = self.machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS]
+        rows = rows.reshape(-1, W.M_WORDS)
+        kind = (rows[:, W.M_LIVE] != 0) & (rows[:, W.M_KIND] == W.SLOT_USER)
+        found = np.flatnonzero(kind & (rows[:, W.M_VM] == self.vm) & (rows[:, W.M_ID] == slot))
+        if found.size == 0:
+            return np.empty(0, np.uint64)
+        row = rows[found[0]]
+        index, words = radix_tree(self.machine.arrays.ram, int(row[W.M_DIRTY]))
+        bits = np.unpackbits(words.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+        word, bit = np.nonzero(bits)
+        page = index[word] * np.uint64(64) + bit.astype(np.uint64)
+        return np.asarray((row[W.M_BASE_GFN] + page) << np.uint64(12))
+
+    def close(self) -> Result:
+        """Drop the last reference: slots, tables and attributes go. 0, or -EBADF if it was closed before.
+
+        virt/kvm/kvm_main.c:kvm_destroy_vm()
+        """
+        self._make_ordinary()
+        return self.machine.operate(Operation.VM_EXIT, vm=self.vm)
+
+    # ------------------------------------------------------------------ the designs' slots
+
+    def bind(
+        self,
+        gmem: GuestMemfd,
+        gpa: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        userspace_addr: int | None = None,
+    ) -> Result:
+        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC.
+
+        userspace_addr: a file of form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file
+        and offset mapped there; others do not look at it.
+        """
+        from pgemu.objects.machine import Result
+
+        if gmem.form == "rfc2" and userspace_addr is not None and not self._shows(gmem, offset, userspace_addr):
+            return Result(-W.EINVAL, 0)
+        return self.machine.operate(
+            Operation.BIND,
+            vm=self.vm,
+            object_=gmem.inode,
+            address=gpa,
+            offset=offset,
+            length=gmem.size - offset if length is None else length,
+        )
+
+    def dirty_logging(self, gpa: int, on: bool) -> Result:
+        """Switch KVM_MEM_LOG_DIRTY_PAGES of the designs' slot at `gpa`: -EINVAL, as KVM refuses it for guest_memfd.
+
+        With Config.dirty_log_guest_memfd 0, -ENOENT without such a slot, -EBADF of a closed VM: on, large leaves are
+        split to 4K and faults map 4K; off, large leaves come back (6.12: at the next access). There is no bitmap: the
+        guest's writes are not noted. arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags()
+        """
+        flags = Flag.LOG_DIRTY_PAGES if on else 0
+        return self.machine.operate(Operation.DIRTY_LOGGING, flags=flags, vm=self.vm, address=gpa)
+
+    def _shows(self, gmem: GuestMemfd, offset: int, address: int) -> bool:
+        """Whether the VM's process has `offset` of an inode mapped at an address."""
+        state = self.machine.arrays.state
+        rows = state[int(W.STATE_VMAS) :][: W.VMAS * W.A_WORDS].reshape(-1, W.A_WORDS)
+        for row in rows[: self.machine.register(W.R_VMAS)]:
+            start, end, space, inode, pgoff = (
+                int(row[word]) for word in (W.A_START, W.A_END, W.A_SPACE, W.A_INODE, W.A_PGOFF)
+            )
+            if start <= address < end and space == self._field(W.V_SPACE):
+                return inode == gmem.inode and pgoff * W.PAGE_4K + address - start == offset
+        return False
+
+    def unbind(self, gpa: int) -> Result:
+        """Delete the slot that begins at `gpa`: 0 or -ENOENT."""
+        return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
+
+    def touch(self, gpa: int, *, write: bool = False, execute: bool = False, actor: int = 0) -> Result:
+        """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM.
+
+        EMULATE is an exit to userspace as MMIO: no slot, or a write to a read-only one. -EFAULT is a memory fault
+        exit: nothing in the process's memory that the access may use, memory of the other kind, or a slot whose
+        guest_memfd file was released (GuestMemfd.release).
+        """
+        flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
+        return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
+
+    def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:
+        """Guest accesses to `gpas` (uint64[n]), in order."""
+        addresses = gpas if isinstance(gpas, np.ndarray | Sequence) else list(gpas)
+        header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
+        return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+
+    def walk(self, gpa: int) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] of a guest physical address."""
+        return self.machine.walk(self.root, gpa >> 12)
+
+    def translate(self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None) -> Translation:
+        """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
+        from pgemu.tables.translation import translate
+
+        return translate(self.machine, self.machine.register(W.R_STAGE2_FORMAT), self.root, gpas, kinds, access)
+
+    def translate_virtual(
+        self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
+    ) -> NestedTranslation:
+        """Translate a guest's virtual addresses (uint64[n]) through its x86-64 tables and stage 2.
+
+        `guest_root`: guest physical address of its top table; see pgemu.tables.translation.translate_nested.
+        """
+        from pgemu.tables.translation import translate_nested
+
+        stage2 = self.machine.register(W.R_STAGE2_FORMAT)
+        return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
+
+    # ------------------------------------------------------------------ looking
+
+    def lpage_info(self, gpa: int, level: int) -> LargePage | None:
+        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.lpage.lpage_info."""
+        from pgemu.objects.large_pages import lpage_info
+
+        return lpage_info(self, gpa, level)
+
+    def stage2(self) -> Stage2:
+        """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""
+        from pgemu.objects.stage2 import read_stage2
+
+        tree = read_stage2(self.machine, self.root)
+        if self._field(W.V_UNLOADED) and not len(tree.tables):
+            return read_stage2(self.machine, 0)
+        return tree
+
+    def leaves(self) -> tuple[int, int, int]:
+        """Leaves of 4K, 2M and 1G: KVM's pages_4k, pages_2m, pages_1g."""
+        return self.stage2().leaf_counts()
+
+    @property
+    def table_pages(self) -> int:
+        """Stage-2 table pages but the root: KVM's part of nr_sec_page_table_pages."""
+        return len(self.stage2().tables)

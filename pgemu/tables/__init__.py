@@ -1,0 +1,1 @@
+"""One page table of any format: walks, translations, entries."""

@@ -1,0 +1,439 @@
+"""Page tables of any format, edited as Linux edits them: what simulators of TLBs and caches stand on.
+
+>>> from pgemu import Config, Machine
+>>> table = Machine(Config()).create_page_table("x86-64")
+>>> table.map_range(0x4000_0000, physical=0x8000_0000, length=3 << 20).detail  # one 2M leaf, 256 of 4K
+257
+>>> result = table.unmap(0x4000_1000)  # splits the large one
+>>> result.flush
+Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
+>>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
+[(2, '0x6067'), (1, '0x80002867')]
+>>> table.translate([0x4000_1234, 0x4000_2234]).status.tolist()  # pgemu.tables.translation.WalkStatus
+[1, 0]
+
+Every edit returns what must be flushed from TLBs, and on request the list of entries it read and wrote, in order.
+Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from pgemu.objects.machine import integers
+from pgemu_kernels import words as W
+from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
+from pgemu_kernels.words.operations import PAGE_4K
+from pgemu_kernels.words.table_words import Edit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pgemu.objects.machine import Machine
+    from pgemu.tables.translation import Access, Kind, Translation
+
+Array = np.ndarray[Any, Any]
+Partial = Literal["split", "whole"]
+Tables = Literal["munmap", "madvise", "zap"]
+
+_TABLE_FLAGS = {"munmap": int(W.EDIT_FREE), "madvise": int(W.EDIT_FREE_COVERED), "zap": 0}
+_REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
+_NO_LOG = np.zeros(0, np.uint64)
+_NO_ADDRESS = np.zeros(1, np.uint64)
+
+
+class Flush(NamedTuple):
+    """What an edit had flushed: input addresses [start, end), bytes; the smallest level of a leaf among it.
+
+    `freed_tables`: tables went, so paging-structure caches must forget them, too. The rule of the format says
+    what the kernel makes of it: x86 KVM flushes the whole VM, a process 33 pages at most one by one.
+    """
+
+    start: int
+    end: int
+    level: int
+    freed_tables: bool
+
+
+class EditResult(NamedTuple):
+    """What an edit returned.
+
+    status: 0 or -errno. detail: how many leaves (or tables, where those are freed) it changed, or the entry that was
+    there (`store`); after a failure the offset in bytes up to which it came. flush: None if nothing is to be flushed.
+    records: how many records the log asked for; more than it has room for were not written.
+    """
+
+    status: int
+    detail: int
+    flush: Flush | None
+    records: int
+
+
+class EditResults(NamedTuple):
+    """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
+
+    status: Array
+    detail: Array
+    flush: Flush | None
+    records: int
+
+
+class PageTable:
+    """One tree of tables. Made by Machine.create_page_table().
+
+    root: physical address of the (first) top table. format: what its entries look like.
+    A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
+    an exchange of an entry is one WRITE. An edit walks down from the root for each run of entries within a table.
+    `partial` tells what happens to a leaf that a range covers in part: "split" it, or edit it "whole" as a zap of
+    KVM does. `tables` tells which empty tables are freed: "munmap" all, "madvise" the last-level ones that the range
+    covers (CONFIG_PT_RECLAIM), "zap" none. None is what Linux does with the format: a process splits and frees at
+    munmap, KVM on x86 goes whole and frees none, on Arm it goes whole and frees.
+    """
+
+    def __init__(self, machine: Machine, fmt: PageFormat) -> None:
+        self.machine = machine
+        self.format = fmt
+        self._request = np.zeros(W.E_WORDS, np.uint64)
+        self._row = machine.add_format(fmt)
+        self.root = 0
+        if self._one(Edit.CREATE, 0).status != 0:
+            raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
+        self.root = int(self._request[W.E_ROOT])
+
+    @classmethod
+    def create(cls, machine: Machine, fmt: PageFormat | str) -> PageTable:
+        """See Machine.create_page_table."""
+        if isinstance(fmt, str):
+            if fmt not in FORMATS:
+                raise ValueError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
+            fmt = FORMATS[fmt]()
+        if fmt.table_level_shift:
+            raise ValueError(f"format {fmt.name}: expected one whose tables do not say their level: not edited here")
+        table = cls(machine, fmt)
+        machine.page_tables.append(table)
+        return table
+
+    def destroy(self, *, log: Array | None = None) -> EditResult:
+        """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
+        result = self._one(Edit.DESTROY, 0, log=log)
+        self.machine.page_tables.remove(self)
+        self.root = 0
+        return result
+
+    # ------------------------------------------------------------------ map
+
+    def map(
+        self, address: int, physical: int, *, level: int = 1, attributes: int | None = None, replace: bool = False,
+        log: Array | None = None,
+    ) -> EditResult:  # fmt: skip
+        """Map one leaf of a level.
+
+        attributes: bits of a 4K leaf (format.leaf[0] if None); a larger leaf gets them in its own form.
+        replace: what is mapped there goes as on a fault of a VM: tables are torn down, larger leaves split (Arm:
+        dropped, the rest to be faulted in again); otherwise -EEXIST. -EINVAL: alignment, reserved bits, level.
+        -ERANGE: beyond the input addresses. -ENOMEM: tables linked by then stay. -EAGAIN: the entry is frozen.
+        """
+        flags = _EXACT | (_REPLACE if replace else 0)
+        return self._one(Edit.MAP, address, physical, _size(level), level, self._bits(attributes), flags=flags, log=log)
+
+    def map_many(
+        self, addresses: Array, physical: Array, *, level: int = 1, attributes: int | None = None,
+        replace: bool = False, log: Array | None = None,
+    ) -> EditResults:  # fmt: skip
+        """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n])."""
+        flags = _EXACT | (_REPLACE if replace else 0)
+        return self._run(
+            Edit.MAP, addresses, physical, _size(level), level, self._bits(attributes), flags=flags, log=log
+        )
+
+    def map_range(
+        self, address: int, physical: int, length: int, *, max_level: int | None = None,
+        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+    ) -> EditResult:  # fmt: skip
+        """Map [address, address + length) with the largest leaves that both addresses and the length allow.
+
+        The first leaf that cannot be mapped ends it; those before it stay. Errors as for `map`.
+        """
+        flags = _REPLACE if replace else 0
+        level = self.format.largest_leaf if max_level is None else max_level
+        return self._one(Edit.MAP, address, physical, length, level, self._bits(attributes), flags=flags, log=log)
+
+    def map_range_many(
+        self, addresses: Array, physical: Array, length: int, *, max_level: int | None = None,
+        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+    ) -> EditResults:  # fmt: skip
+        """map_range() of `length` bytes at each of `addresses` (uint64[n])."""
+        flags = _REPLACE if replace else 0
+        level = self.format.largest_leaf if max_level is None else max_level
+        return self._run(Edit.MAP, addresses, physical, length, level, self._bits(attributes), flags=flags, log=log)
+
+    # ------------------------------------------------------------------ unmap and protect
+
+    def unmap(
+        self, address: int, length: int = PAGE_4K, *, partial: Partial | None = None, tables: Tables | None = None,
+        log: Array | None = None,
+    ) -> EditResult:  # fmt: skip
+        """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split."""
+        flags = self._partial(partial) | self._tables(tables)
+        return self._one(Edit.UNMAP, address, 0, length, flags=flags, log=log)
+
+    def unmap_many(
+        self, addresses: Array, length: int = PAGE_4K, *, partial: Partial | None = None,
+        tables: Tables | None = None, log: Array | None = None,
+    ) -> EditResults:  # fmt: skip
+        """unmap() of `length` bytes at each of `addresses` (uint64[n])."""
+        flags = self._partial(partial) | self._tables(tables)
+        return self._run(Edit.UNMAP, addresses, _NO_ADDRESS, length, flags=flags, log=log)
+
+    def free_tables(
+        self, address: int, length: int, *, tables: Tables = "munmap", log: Array | None = None
+    ) -> EditResult:
+        """Free the empty tables of a range (free_pgtables()): how many."""
+        return self._one(Edit.FREE_TABLES, address, 0, length, flags=self._tables(tables), log=log)
+
+    def protect(
+        self, address: int, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
+        partial: Partial | None = None, log: Array | None = None,
+    ) -> EditResult:  # fmt: skip
+        """Clear, then set bits of a range's leaves, given as those of a 4K leaf.
+
+        -EINVAL for address and type bits and where a leaf would be absent, reserved or misconfigured.
+        """
+        flags = self._partial(partial)
+        return self._one(Edit.PROTECT, address, 0, length, 0, set_bits, clear_bits, flags, log)
+
+    def protect_many(
+        self, addresses: Array, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
+        partial: Partial | None = None, log: Array | None = None,
+    ) -> EditResults:  # fmt: skip
+        """protect() of `length` bytes at each of `addresses` (uint64[n])."""
+        flags = self._partial(partial)
+        return self._run(Edit.PROTECT, addresses, _NO_ADDRESS, length, 0, set_bits, clear_bits, flags, log)
+
+    # ------------------------------------------------------------------ accessed and dirty
+
+    def clear_accessed(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
+        """Clear the accessed bit of a range's leaves: `detail` had it. Not flushed, as in Linux.
+
+        -EOPNOTSUPP where the hardware sets none. Sources: arch/x86/mm/pgtable.c:ptep_clear_flush_young(),
+        arch/arm64/kvm/hyp/pgtable.c:kvm_pgtable_stage2_test_clear_young().
+        """
+        return self._one(Edit.CLEAR_ACCESSED, address, 0, length, log=log)
+
+    def clear_accessed_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
+        """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+        return self._run(Edit.CLEAR_ACCESSED, addresses, _NO_ADDRESS, length, log=log)
+
+    def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
+        """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected."""
+        return self._one(Edit.CLEAR_DIRTY, address, 0, length, log=log)
+
+    def clear_dirty_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
+        """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+        return self._run(Edit.CLEAR_DIRTY, addresses, _NO_ADDRESS, length, log=log)
+
+    # ------------------------------------------------------------------ split and collapse
+
+    def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None) -> EditResult:
+        """Split the leaves over a range until none is larger than `level`: how many splits.
+
+        x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
+        as stage2_split_walker() does, where 513 frames are left. -ENOENT without a leaf, -ENOMEM.
+        """
+        return self._one(Edit.SPLIT, address, 0, length, level, log=log)
+
+    def split_many(
+        self, addresses: Array, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None
+    ) -> EditResults:
+        """split() of `length` bytes at each of `addresses` (uint64[n])."""
+        return self._run(Edit.SPLIT, addresses, _NO_ADDRESS, length, level, log=log)
+
+    def collapse(self, address: int, *, level: int = 2, log: Array | None = None) -> EditResult:
+        """Put one leaf of `level` in the place of 512 that follow one another and are alike; `detail` is 1 then.
+
+        Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
+        KVM does this when dirty logging ends (recover_huge_pages_range()); 6.12 dropped the table and left the entry
+        empty, which is unmap() of the range and free_tables().
+        """
+        return self._one(Edit.COLLAPSE, address, 0, _size(level), level, log=log)
+
+    def collapse_many(self, addresses: Array, *, level: int = 2, log: Array | None = None) -> EditResults:
+        """collapse() at each of `addresses` (uint64[n])."""
+        return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, _size(level), level, log=log)
+
+    # ------------------------------------------------------------------ entries
+
+    def store(self, address: int, entry: int, *, level: int = 1, log: Array | None = None) -> EditResult:
+        """Store any value in the entry of `level` over `address`: `detail` is what was there.
+
+        -ENOENT without a table of that level, -EBUSY over a table, -EINVAL for an entry that points to a table, and
+        for a change of a valid entry that Arm allows only through an invalid one and a flush (break-before-make).
+        """
+        return self._one(Edit.STORE, address & -PAGE_4K, 0, PAGE_4K, level, entry, log=log)
+
+    def walk(self, address: int) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] from the top table to a leaf or to what is not present.
+
+        ValueError for an address beyond the input addresses.
+        """
+        fmt = self.format
+        self._check_root()
+        sign = 1 if fmt.sign_extended else 0
+        high = address >> fmt.input_bits - sign
+        if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
+            raise ValueError(f"address {address:#x}: expected {fmt.input_bits} bits")
+        address &= (1 << fmt.input_bits) - 1
+        ram = self.machine.arrays.ram
+        at = self.root + (address >> 3 + 9 * fmt.levels) * 8
+        steps = []
+        for level in range(fmt.levels, 0, -1):
+            entry = int(ram[at // 8])
+            steps.append((level, at, entry))
+            leaf = level <= fmt.largest_leaf and entry & fmt.leaf_mask == fmt.leaf_value
+            if level == 1 or not entry & fmt.present or leaf:
+                break
+            at = (entry & fmt.address) + (address >> 3 + 9 * (level - 1) & 511) * 8
+        return steps
+
+    def translate(
+        self,
+        addresses: Sequence[int] | Array,
+        kinds: Kind | Sequence[int] | Array | None = None,
+        access: Access | None = None,
+        *,
+        references: bool = False,
+    ) -> Translation:
+        """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate."""
+        from pgemu.tables.translation import translate
+
+        self._check_root()
+        return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
+
+    def table_pages(self) -> dict[int, Array]:
+        """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
+        fmt = self.format
+        self._check_root()
+        tables = self.machine.arrays.ram.reshape(-1, 512)
+        pages = np.uint64(self.root) + np.arange(fmt.root_tables, dtype=np.uint64) * np.uint64(PAGE_4K)
+        found = {fmt.levels: pages}
+        for level in range(fmt.levels, 1, -1):
+            entries = tables[(pages >> np.uint64(12)).astype(np.int64)].reshape(-1)
+            below = entries & np.uint64(fmt.present) != 0
+            if level <= fmt.largest_leaf:
+                below &= entries & np.uint64(fmt.leaf_mask) != np.uint64(fmt.leaf_value)
+            pages = entries[below] & np.uint64(fmt.address)
+            found[level - 1] = pages
+        return found
+
+    def recount(self, owner: Array) -> list[tuple[W.Broken, int]]:
+        """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
+
+        A frame that has an owner already, and a table whose kept count is not that of its present entries.
+        """
+        tables = self.machine.arrays.ram.reshape(-1, 512)
+        found = []
+        for pages in self.table_pages().values():
+            frames = (pages >> np.uint64(12)).astype(np.int64)
+            present = np.count_nonzero(tables[frames] & np.uint64(self.format.present), axis=1)
+            wrong = frames[present != self.machine.arrays.counts[frames]]
+            found += [(W.Broken.COUNTS, int(frame)) for frame in wrong]
+            np.add.at(owner, frames, 1)
+            found += [(W.Broken.FRAMES, int(frame)) for frame in np.unique(frames[owner[frames] > 1])]
+        return found
+
+    # ------------------------------------------------------------------ calling the kernel
+
+    def _check_root(self) -> None:
+        if self.root == 0:
+            raise ValueError("the page table was destroyed")
+
+    def _bits(self, attributes: int | None) -> int:
+        return self.format.leaf[0] if attributes is None else attributes
+
+    def _partial(self, partial: Partial | None) -> int:
+        if partial is None:
+            partial = "split" if self.format.flush == FlushRule.PROCESS else "whole"
+        if partial not in ("split", "whole"):
+            raise ValueError(f"partial {partial!r}: expected split or whole")
+        return int(W.EDIT_SPLIT) if partial == "split" else 0
+
+    def _tables(self, tables: Tables | None) -> int:
+        if tables is None:
+            tables = "zap" if self.format.flush == FlushRule.WHOLE_VM else "munmap"
+        if tables not in _TABLE_FLAGS:
+            raise ValueError(f"tables {tables!r}: expected one of {', '.join(_TABLE_FLAGS)}")
+        return _TABLE_FLAGS[tables]
+
+    def _one(
+        self, op: Edit, address: int, physical: int = 0, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
+        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+    ) -> EditResult:  # fmt: skip
+        """One edit at one address."""
+        for name, value in (("address", address), ("physical address", physical)):
+            if not 0 <= value < 1 << 64:
+                raise ValueError(f"{name} {value:#x}: expected 64 bits")
+        at, to = np.array([address], np.uint64), np.array([physical], np.uint64)
+        status, detail, flush, records = self._run(op, at, to, length, level, set_bits, clear_bits, flags, log)
+        return EditResult(int(status[0]), int(detail[0]), flush, records)
+
+    def _run(
+        self, op: Edit, addresses: Array, physical: Array, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
+        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+    ) -> EditResults:  # fmt: skip
+        """One edit at each address."""
+        from pgemu_kernels.tables.edits import edit
+
+        if op != Edit.CREATE:
+            self._check_root()
+        addresses, physical = _addresses(addresses), _addresses(physical)
+        if physical.size not in (1, addresses.size):
+            raise ValueError(f"{physical.size} physical addresses: expected {addresses.size}")
+        for name, value in (("length", length), ("set_bits", set_bits), ("clear_bits", clear_bits)):
+            if not 0 <= value < 1 << 64:
+                raise ValueError(f"{name} {value}: expected 64 bits")
+        request = self._request
+        request[:] = 0
+        words = (op, self._row, self.root, length, level if 0 <= level < 8 else 0, set_bits, clear_bits, flags)
+        request[: len(words)] = np.array(words, np.uint64)
+        status = np.empty(addresses.size, np.int64)
+        detail = np.zeros(addresses.size, np.uint64)
+        edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
+        return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
+
+    def _flush(self) -> Flush | None:
+        request = self._request
+        start, end = int(request[W.E_FLUSH_START]), int(request[W.E_FLUSH_END])
+        if end == 0:
+            return None
+        bits = self.format.input_bits
+        offset = (1 << 64) - (1 << bits) if self.format.sign_extended else 0
+        # Addresses of the upper half are sign-extended; a batch in both halves covers the hole between them, too.
+        first = start + offset if start >> bits - 1 else start
+        last = end + offset if end - 1 >> bits - 1 else end
+        return Flush(first, last, int(request[W.E_FLUSH_LEVEL]), bool(request[W.E_FREED]))
+
+
+def _size(level: int) -> int:
+    """Bytes that a leaf of a level maps; one page for what is no level, which the kernel refuses."""
+    return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K
+
+
+def _addresses(values: Any) -> Array:
+    """uint64[n], C order. ValueError for what are no addresses."""
+    given = integers(values)
+    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
+        raise ValueError(f"addresses of {given.dtype}: expected integers that are not negative")
+    column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
+    return column if column.flags.writeable else column.copy()
+
+
+def _log_words(log: Array | None) -> Array:
+    if log is None:
+        return _NO_LOG
+    if log.dtype != np.uint64 or log.ndim != 2 or log.shape[1] != W.LOG_WORDS or not log.flags.carray:
+        raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected a writable uint64 array of shape (n, 3)")
+    if log.shape[0] == 0:
+        raise ValueError("log without room: expected at least one record")
+    return log.reshape(-1)

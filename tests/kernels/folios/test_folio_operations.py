@@ -1,0 +1,215 @@
+"""References, pins and freezes of folios of a machine: page-tables.md 7.4, each rule with its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels import words as W
+from pgemu_kernels.words.operations import Flag, Operation
+
+M2 = W.PAGE_2M
+PAGE = W.PAGE_4K
+VA = 0x7F00_0000_0000
+KERNELS = ("6.12", "6.18", "7.3")
+
+
+def machine_of(pages: int = 2, **parameters: Any) -> Machine:
+    return Machine(Config(pool=pages * M2, page_size=M2, **parameters))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_huge_page_taken_from_its_pool(kernel: str) -> None:
+    """0 in the pool, 1 when taken; a pin is a reference and a pin; the last reference frees it."""
+    machine = machine_of(kernel=kernel)
+    pool = machine.hugetlb()
+    folio = machine.folio(pool.free_list()[0])
+    assert folio.refcount == 0
+    assert folio.get().status == -W.ENOMEM  # try_grab_folio() refuses a frozen folio
+    assert pool.allocate().detail == folio.pfn
+    assert (folio.refcount, folio.pincount, folio.maybe_dma_pinned) == (1, 0, False)
+    assert folio.get(2).detail == 3
+    assert folio.pin(5).detail == 8
+    assert (folio.pincount, folio.maybe_dma_pinned) == (5, True)
+    assert folio.unpin(6).status == -W.EINVAL  # only 5 are there
+    assert folio.unpin(5).detail == 3
+    assert folio.put(4).status == -W.EINVAL
+    assert folio.put(3).detail == 0
+    assert (pool.free_hugepages, folio.pfn in pool.free_list()) == (2, True)
+    assert machine.check() == 0, machine.broken
+
+
+def test_freeze_needs_the_exact_count() -> None:
+    machine = machine_of()
+    folio = machine.folio(machine.hugetlb().allocate().detail)
+    folio.get(3)
+    assert not folio.freeze(3)
+    assert folio.refcount == 4
+    assert folio.freeze(4)
+    assert folio.refcount == 0
+    assert folio.get().status == -W.ENOMEM
+    assert not folio.unfreeze(0)
+    assert folio.unfreeze(1)
+    assert not folio.unfreeze(1)
+    assert folio.put().detail == 0
+    assert machine.hugetlb().free_hugepages == 2
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_page_cache_holds_one_reference_per_base_page(kernel: str) -> None:
+    machine = machine_of(kernel=kernel)
+    file = machine.create_hugetlb_file(M2)
+    process = machine.create_process()
+    assert process.mmap_hugetlb(VA, file=file).status == 0
+    assert process.touch(VA, write=True).status == W.VM_FAULT_NOPAGE
+    pfn = process.walk(VA)[-1][2] >> 12 & (1 << 40) - 1
+    folio = machine.folio(pfn)
+    assert (folio.refcount, folio.mapcount, folio.expected_references) == (513, 1, 513)
+    assert folio.put().status == -W.EINVAL  # all of them have their owners
+    assert folio.pin().detail == 514
+    assert not folio.freeze(513)
+    assert folio.unpin().detail == 513
+    process.munmap(VA, M2)
+    assert (folio.refcount, folio.mapcount, folio.expected_references) == (512, 0, 512)
+    assert machine.check() == 0, machine.broken
+
+
+def split_machine() -> tuple[Machine, Any, Any]:
+    """An inode whose only block is split, its second page shared."""
+    machine = machine_of(1)
+    gmem = machine.create_guest_memfd(M2)
+    vm = machine.create_vm()
+    vm.bind(gmem, 0)
+    vm.touch(0)
+    assert gmem.convert(PAGE, PAGE, shared=True).status == 0
+    return machine, gmem, machine.folio(gmem.pfn(PAGE) or 0)
+
+
+def test_a_pin_of_a_small_folio_is_1024_references() -> None:
+    machine, gmem, folio = split_machine()
+    assert (folio.refcount, folio.expected_references) == (1, 1)
+    assert folio.pin(2).detail == 2049
+    assert folio.maybe_dma_pinned
+    assert gmem.convert(PAGE, PAGE, shared=False) == (-W.EAGAIN, PAGE)
+    assert folio.unpin(2).detail == 1
+    assert machine.check() == 0, machine.broken
+    assert gmem.convert(PAGE, PAGE, shared=False).status == 0
+    assert machine.check() == 0, machine.broken
+
+
+def test_many_references_make_a_small_folio_look_pinned() -> None:
+    """The false positive of folio_maybe_dma_pinned()."""
+    machine, _, folio = split_machine()
+    folio.get(1022)
+    assert not folio.maybe_dma_pinned
+    folio.get()
+    assert (folio.refcount, folio.maybe_dma_pinned) == (1024, True)
+    folio.put(1023)
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_pinned_piece_outlives_its_inode() -> None:
+    """Its huge page waits for it as a zombie; the unpin sends all of it back to the pool."""
+    machine, gmem, folio = split_machine()
+    folio.pin()
+    assert gmem.close().status == 0
+    assert machine.hugetlb().free_hugepages == 0
+    assert machine.check() == 0, machine.broken
+    assert folio.put(1025).status == -W.EINVAL
+    assert folio.unpin().detail == 0
+    assert machine.hugetlb().free_hugepages == 1
+    assert machine.check() == 0, machine.broken
+
+
+def test_what_is_no_folio_of_the_zone_is_refused() -> None:
+    machine = machine_of(buddy=M2)
+    free = machine.register(W.R_POOL_BASE) + 1024  # with the page allocator: no reference to add to
+    reference = Operation.FOLIO_REFERENCE
+    assert machine.operate(reference, flags=Flag.SHARED, address=free << 12, length=1).status == -W.ENOMEM
+    assert machine.operate(reference, flags=Flag.READ, address=free << 12, length=1).status == -W.EINVAL
+    for address, length in ((0x1000, 1), (free << 12, 0), (free << 12, 1 << 40)):
+        assert machine.operate(reference, flags=Flag.SHARED, address=address, length=length).status == -W.EINVAL
+    assert machine.operate(Operation.FOLIO_FREEZE, address=0x1000, length=1).status == -W.EINVAL
+    assert machine.check() == 0, machine.broken
+
+
+def test_put_of_a_page_that_no_inode_had_is_refused() -> None:
+    """PUT by address is for pages of inodes: not one taken from its pool, one the kernel uses, or one in a hole."""
+    machine = machine_of(4, nodes=2, reserved=M2)
+    head = machine.hugetlb().allocate().detail
+    base = machine.register(W.R_POOL_BASE)
+    for pfn in (head, head + 100, base, base + (1 << 17), base + machine.register(W.R_GUEST_PAGES)):
+        assert machine.operate(Operation.PUT, address=pfn << 12).status == -W.ENOENT
+    assert machine.folio(head).refcount == 1
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_page_on_its_way_back_from_an_inode_is_not_the_pools() -> None:
+    """What left the page cache while it was referenced is split and freed by nobody but its last reference."""
+    machine = machine_of()
+    inode = machine.create_guest_memfd(M2)
+    vm = machine.create_vm()
+    assert vm.bind(inode, 0).status == 0
+    assert vm.touch(0).detail == 2
+    held = machine.operate(Operation.GET, object_=inode.inode).detail
+    assert machine.operate(Operation.PUNCH_HOLE, object_=inode.inode, length=M2).status == 0
+    for op in (Operation.FOLIO_FREE, Operation.FOLIO_SPLIT):
+        assert machine.operate(op, address=held << 12).status == -W.EINVAL
+    assert machine.operate(Operation.PUT, address=held << 12).status == 0
+    assert machine.hugetlb().free_hugepages == 2
+    assert machine.check() == 0, machine.broken
+
+
+def test_free_pages_whose_count_is_1_are_free() -> None:
+    """2M pages of a demoted 1G page of 7.3 inherit the count of the boot allocator's tail page."""
+    machine = machine_of(0, other_pool=W.PAGE_1G)
+    assert machine.hugetlb(W.PAGE_1G).demote() == (0, 1)
+    pool = machine.hugetlb()
+    folio = machine.folio(pool.free_list()[1])
+    assert folio.refcount == 1
+    assert folio.get().status == -W.ENOMEM
+    assert folio.put().status == -W.EINVAL
+    assert machine.free_folio(folio.pfn).status == -W.EINVAL
+    assert machine.operate(Operation.FOLIO_SPLIT, address=folio.pfn << 12).status == -W.EINVAL
+    assert pool.restore([folio.pfn]) == (0, 1)
+    assert pool.optimize([folio.pfn]) == (0, 1)
+    assert pool.free_hugepages == 512
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
+def test_pieces_become_the_page_that_they_were(series: str) -> None:
+    """Pieces of a 1G page are no 2M page, pieces of 512 pages of 2M no 1G page."""
+    machine = machine_of(0, other_pool=W.PAGE_1G, hvo=False, series=series)
+    head = machine.hugetlb(W.PAGE_1G).allocate().detail
+    split = {"op": Operation.FOLIO_SPLIT, "address": head << 12}
+    merge = {"op": Operation.FOLIO_MERGE, "address": head << 12}
+    assert machine.operate(**split).status == 0
+    assert machine.operate(**merge, length=M2).status == -W.EINVAL
+    assert machine.operate(**merge, length=W.PAGE_1G).status == 0
+    assert machine.free_folio(head).status == 0
+    assert machine.hugetlb(W.PAGE_1G).demote() == (0, 1)
+    for page in range(head, head + (1 << 18), 512):
+        assert machine.hugetlb().allocate().status == 0
+        assert machine.operate(Operation.FOLIO_SPLIT, address=page << 12).status == 0
+    assert machine.operate(**merge, length=W.PAGE_1G).status == -W.EINVAL
+    assert machine.operate(**merge, length=M2).status == 0
+    assert machine.check() == 0, machine.broken
+
+
+def test_a_page_of_a_file_may_be_held_by_others() -> None:
+    """References and pins of a page of hugetlbfs are beside those of its cache: the recount allows them."""
+    machine = machine_of()
+    file = machine.create_hugetlb_file(2 * M2)
+    process = machine.create_process()
+    assert process.mmap(file, VA).status == 0
+    assert process.touch(VA).detail == 2
+    folio = machine.folio(machine.register(W.R_POOL_BASE))
+    assert folio.refcount == 513
+    assert folio.pin(2).detail == 515
+    assert machine.check() == 0, machine.broken
+    assert folio.unpin(2).detail == 513
+    assert machine.check() == 0, machine.broken

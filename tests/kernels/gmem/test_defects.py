@@ -1,0 +1,318 @@
+"""Mistakes of posted code, each shown to happen, and what removes it.
+
+Where it is a race, two actors take turns through step(). Sources: RFC v2 is "1G page support for guest_memfd" of May
+2025 (virt/kvm/guest_memfd.c, mm/guestmem_hugetlb.c); the branch of December 2025 is its rewrite
+(mm/hugetlb_restructuring.c); pfnmap, which nobody posted, has the mistakes that its parts invite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pgemu.machine.designs import DESIGNS
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels import words as W
+from pgemu_kernels.words.operations import Broken, Flag, Operation
+
+PAGE, M2 = W.PAGE_4K, W.PAGE_2M
+VA = 0x7F00_0000_0000
+A, B = 1, 2  # actors
+
+
+class Scene:
+    """An inode of 2M pages (or of 4K ones), mapped by a process and bound to its VM."""
+
+    def __init__(self, design: str, *, shared: bool, size: int = 4 * M2, page_size: int = M2, **parameters: Any):
+        parameters.setdefault("pool", max(size, M2))
+        config = Config(design, page_size=page_size, **parameters)  # type: ignore[arg-type]
+        self.machine = Machine(config)
+        self.gmem = self.machine.create_guest_memfd(size, shared=shared)
+        self.process = self.machine.create_process()
+        self.vm = self.machine.create_vm(self.process, protected=True)
+        assert self.process.mmap(self.gmem, VA).status == 0
+        assert self.vm.bind(self.gmem, 0).status == 0
+
+    def alternate(self, *actors: int) -> list[tuple[int, int]]:
+        """Let the actors take turns, a step each, until all have ended: their results. Who is blocked waits."""
+        running = list(actors)
+        for _ in range(100):
+            for actor in list(running):
+                if self.machine.step(actor) == W.STOP:
+                    running.remove(actor)
+            if not running:
+                return [tuple(self.machine.result(actor)) for actor in actors]
+        raise AssertionError(f"actors {running} do not end")
+
+    def begin_convert(self, actor: int, page: int, pages: int, *, shared: bool) -> None:
+        flags = Flag.SHARED if shared else Flag.PRIVATE
+        self.machine.begin(
+            actor, Operation.CONVERT, flags=flags, object_=self.gmem.inode, offset=page * PAGE, length=pages * PAGE
+        )
+
+    def finish(self, actor: int) -> tuple[int, int]:
+        return self.alternate(actor)[0]
+
+    def sound(self) -> None:
+        assert self.machine.check() == 0, self.machine.broken
+
+
+def without_memory(order: str, page: int, **parameters: Any) -> Scene:
+    """Private 2M pages that the guest has mapped; in one a page becomes shared without memory for the vmemmap."""
+    s = Scene("restructure", shared=False, convert_order=order, **parameters)
+    for block in range(4):
+        assert s.vm.touch(block * M2) == (W.RET_PF_FIXED, 2)
+    s.machine.limit_frames(3)  # seven vmemmap pages are wanted
+    s.result = s.gmem.convert(page * PAGE, PAGE, shared=True)  # type: ignore[attr-defined]
+    s.machine.limit_frames(None)
+    return s
+
+
+@pytest.mark.parametrize("order", ["rfc2", "fixup"])
+def test_no_memory_after_the_zap(order: str) -> None:
+    """The restore of the vmemmap comes after stage 2 was zapped: what TDX has dropped then is lost.
+
+    RFC v2 splits after the zap, the fix-ups of January 2026 after invalidate-end, too. That nothing may fail after the
+    zap was the demand of the ordering debate, October 2025 to January 2026.
+    """
+    s = without_memory(order, 600)
+    expected = M2 if order == "rfc2" else 600 * PAGE  # rfc2 names the folio's first page
+    assert s.result == (-W.ENOMEM, expected)  # type: ignore[attr-defined]
+    assert not s.gmem.is_shared(600 * PAGE)
+    assert s.vm.walk(M2)[-1][2] & 1 == 0  # the leaf is gone, though nothing was converted
+    assert s.vm.touch(M2) == (W.RET_PF_FIXED, 2)
+    s.sound()
+
+
+def test_no_memory_before_the_zap_with_the_agreed_order() -> None:
+    """The plan of January 2026 splits before invalidate-begin."""
+    s = without_memory("jan2026", 600)
+    assert s.result == (-W.ENOMEM, 600 * PAGE)  # type: ignore[attr-defined]
+    assert s.vm.touch(M2) == (W.RET_PF_SPURIOUS, 2)  # still mapped
+    s.sound()
+
+
+def test_rollback_never_ends_at_index_zero() -> None:
+    """RFC v2 counts an unsigned index down while it is not below the start: with start 0 for ever.
+
+    The rollback loop of its restructuring; found by reading, not reported (inference).
+    """
+    s = without_memory("rfc2", 5, defects=("rollback-at-zero",))
+    assert s.result.status == -W.NEVER  # type: ignore[attr-defined]
+    # The invalidate_lock stays taken and the invalidation in progress: nobody gets on.
+    assert s.gmem.convert(2 * M2, PAGE, shared=True).status == -W.EBUSY
+    assert s.gmem.punch_hole(2 * M2, M2).status == -W.EBUSY
+    stepped = Scene("restructure", shared=False, convert_order="rfc2", defects=("rollback-at-zero",))
+    stepped.vm.touch(0)
+    stepped.machine.limit_frames(3)
+    stepped.begin_convert(A, 5, 1, shared=True)
+    assert all(stepped.machine.step(A) == W.GO for _ in range(200))
+
+
+@pytest.mark.parametrize(("page", "defects"), [(5, ()), (600, ("rollback-at-zero",))])
+def test_rollback_ends_elsewhere_or_when_mended(page: int, defects: tuple[str, ...]) -> None:
+    s = without_memory("rfc2", page, defects=defects)
+    assert s.result == (-W.ENOMEM, page // 512 * M2)  # type: ignore[attr-defined]
+    assert s.gmem.convert(page * PAGE, PAGE, shared=True) == (0, 0)
+    s.sound()
+
+
+def race_for_a_huge_page(design: str, **parameters: Any) -> tuple[Scene, list[tuple[int, int]]]:
+    """Two vCPUs fault on two pages of the only huge page that the inode may have."""
+    s = Scene(design, shared=False, size=M2, **parameters)
+    for actor, page in ((A, 3), (B, 400)):
+        s.machine.begin(actor, Operation.GUEST_FAULT, address=page * PAGE)
+    return s, s.alternate(A, B)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_allocation_race_inside_one_huge_page(design: str) -> None:
+    """Both take a page of the subpool; there is only one, so that the loser has no memory though there is enough.
+
+    A TODO of RFC v2's cover letter; raised by M. Roth in the call of January 2026.
+    """
+    s, results = race_for_a_huge_page(design, defects=("allocation-race",))
+    assert sorted(status for status, _ in results) == [-W.ENOMEM, W.RET_PF_FIXED]
+    assert s.vm.touch(400 * PAGE).status == W.RET_PF_SPURIOUS
+    s.sound()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_allocation_under_a_mutex(design: str) -> None:
+    """The fix: a mutex by mapping and huge page, held until the new huge page is split."""
+    s, results = race_for_a_huge_page(design)
+    assert sorted(status for status, _ in results) == [W.RET_PF_FIXED, W.RET_PF_SPURIOUS]
+    s.sound()
+
+
+def mapped_before_a_shared_block(page: int, **parameters: Any) -> Scene:
+    """Block 0 is private, block 1 has a shared page, block 2 is private; the guest touches `page`."""
+    s = Scene("restructure", shared=False, **parameters)
+    for block in range(4):
+        assert s.gmem.allocate(block * M2, M2).status == 0
+    assert s.gmem.convert(700 * PAGE, PAGE, shared=True) == (0, 0)
+    s.level = s.vm.touch(page * PAGE).detail  # type: ignore[attr-defined]
+    return s
+
+
+def test_mapping_order_that_does_not_round_down() -> None:
+    """From a page in the middle on, the helper of the branch of December 2025 looks into the next block.
+
+    It looks at [index, index + nr) though it computes the rounded value, too (inference: a slip).
+    """
+    small = mapped_before_a_shared_block(300, defects=("mapping-order",))
+    assert small.level == 1  # type: ignore[attr-defined]  # pages 300 to 811: one of them is shared, in the next block
+    small.sound()
+    huge = mapped_before_a_shared_block(701, defects=("mapping-order",))
+    assert huge.level == 2  # type: ignore[attr-defined]  # 701 to 1212 are private: a 2M leaf over a mixed, split block
+    assert huge.machine.check() > 0
+    assert huge.machine.broken[1] in (Broken.MIXED_LEAF, Broken.LEAF_OVER_FOLIO)
+
+
+def test_mapping_order_rounded_down() -> None:
+    for page, level in ((300, 2), (701, 1)):
+        s = mapped_before_a_shared_block(page)
+        assert s.level == level  # type: ignore[attr-defined]
+        s.sound()
+
+
+def shared_page_in_a_batch(order: str, **parameters: Any) -> tuple[int, int]:
+    """A shared 4K page that was just faulted becomes private."""
+    s = Scene("restructure", shared=True, size=M2, page_size=PAGE, convert_order=order, **parameters)
+    s.process.touch(VA + 5 * PAGE, write=True)
+    result = tuple(s.gmem.convert(0, 16 * PAGE, shared=False))
+    s.sound()
+    return result  # type: ignore[return-value]
+
+
+def test_lru_references_block_conversion() -> None:
+    """A per-CPU batch of folios to be added to an LRU list holds a reference, which looks like anybody's.
+
+    mm/swap.c:folio_add_lru(): why RFC v2 keeps guest_memfd off the LRU.
+    """
+    assert shared_page_in_a_batch("rfc2", lru_cache=True) == (-W.EAGAIN, 5 * PAGE)
+
+
+def test_lru_caches_are_drained_or_avoided() -> None:
+    assert shared_page_in_a_batch("next4k", lru_cache=True) == (0, 0)  # lru_add_drain_all() at the first mismatch
+    assert shared_page_in_a_batch("rfc2", lru_cache=False) == (0, 0)  # RFC v2 keeps its folios off the LRU
+    s = Scene("pfnmap", shared=True, size=M2, page_size=PAGE, lru_cache=True)
+    s.process.touch(VA + 5 * PAGE)
+    assert s.gmem.convert(0, 16 * PAGE, shared=False) == (0, 0)  # nobody looks at references
+
+
+def test_lru_references_after_a_split_page_by_page() -> None:
+    """RFC v2 would insert 512 pages with folio_add_lru(): the last 16 (512 = 16 * 31 + 16) stay in the batch."""
+    s = Scene("restructure", shared=True, size=M2, series="rfc2", convert_order="rfc2", lru_cache=True)
+    s.process.touch(VA)
+    assert s.gmem.convert(0, 16 * PAGE, shared=False) == (0, 0)
+    assert s.gmem.convert(490 * PAGE, 22 * PAGE, shared=False) == (-W.EAGAIN, 496 * PAGE)
+    assert s.machine.drain_lru().detail == 16
+    assert s.gmem.convert(490 * PAGE, 22 * PAGE, shared=False) == (0, 0)
+    s.sound()
+
+
+def fault_in_flight(design: str, **parameters: Any) -> tuple[Scene, list[int]]:
+    """A host fault has found its page, and a conversion to private begins: (scene, results of fault and conversion)."""
+    s = Scene(design, shared=True, **parameters)
+    s.process.touch(VA)
+    s.machine.begin(A, Operation.HOST_FAULT, address=VA + 20 * PAGE)
+    for _ in range(2):
+        assert s.machine.step(A) == W.GO
+    s.begin_convert(B, 20, 1, shared=False)
+    while s.machine.step(B) == W.GO:
+        pass
+    results = [s.machine.result(B).status]
+    results.append(s.finish(A)[0])
+    return s, results
+
+
+def test_fault_in_flight_against_conversion() -> None:
+    """Restructure: the fault's reference refuses it. pfnmap: the fault holds the invalidate_lock until it is done.
+
+    gmem_convert_fault_race.c provokes the former; the latter is inference.
+    """
+    s, results = fault_in_flight("restructure")
+    assert results == [-W.EAGAIN, W.VM_FAULT_LOCKED]
+    s.sound()
+    s, results = fault_in_flight("pfnmap")
+    assert results == [-W.EBUSY, W.VM_FAULT_NOPAGE]  # blocked: it waits for the lock
+    assert s.finish(B) == (0, 0)
+    s.sound()
+
+
+def test_entry_inserted_after_the_lock_was_released() -> None:
+    """Without a gate and without the lock a conversion passes, and the entry comes after it: the host sees private."""
+    s, results = fault_in_flight("pfnmap", defects=("insert-unlocked",))
+    assert results == [0, W.VM_FAULT_NOPAGE]
+    assert not s.gmem.is_shared(20 * PAGE)
+    assert s.process.touch(VA + 20 * PAGE) == (0, 1)
+    assert s.machine.check() > 0
+    assert s.machine.broken[1] == Broken.HOST_PRIVATE
+
+
+def punched(**parameters: Any) -> Scene:
+    s = Scene("pfnmap", shared=True, size=M2, pool=2 * M2, **parameters)
+    s.process.touch(VA + 7 * PAGE, write=True)
+    assert s.gmem.punch_hole(0, M2) == (0, 0)
+    return s
+
+
+def test_stale_entries_after_a_hole() -> None:
+    """Truncation unmaps folios that are mapped; special entries do not count, so it leaves them to the next owner.
+
+    mm/truncate.c:truncate_cleanup_folio() asks folio_mapped().
+    """
+    s = punched(defects=("punch-keeps-entries",))
+    assert s.process.touch(VA + 7 * PAGE) == (0, 1)  # no fault
+    assert s.machine.check() > 0
+    assert s.machine.broken[1] == Broken.WRONG_PFN
+    other = s.machine.create_guest_memfd(M2)
+    assert other.allocate(0, M2) == (0, 0)
+    stale = s.gmem.stale_entries()
+    assert [(entry.address, entry.pfn, entry.owner) for entry in stale] == [
+        (VA + 7 * PAGE, other.pfn(7 * PAGE), other.inode)
+    ]
+
+
+def test_no_stale_entries_when_the_hole_is_unmapped() -> None:
+    s = punched()
+    assert s.gmem.stale_entries() == []
+    assert s.process.touch(VA + 7 * PAGE) == (W.VM_FAULT_NOPAGE, 1)
+    s.sound()
+
+
+def faulted_beside_shared_pages(design: str, **parameters: Any) -> Scene:
+    """Guest frames 0x800 to 0x9ff are private and mapped by 4K, 0x84d to 0x86d become shared, 0x84d is touched."""
+    s = Scene(design, shared=False, size=8 * M2, **parameters)
+    assert s.gmem.convert(0x84D * PAGE, PAGE, shared=True) == (0, 0)  # small leaves from here on
+    for gfn in range(0x800, 0xA00):
+        s.vm.touch(gfn * PAGE)
+    assert s.gmem.convert(0x84D * PAGE, 0x21 * PAGE, shared=True) == (0, 0)
+    for gfn in (*range(0x800, 0x84D), *range(0x86E, 0xA00)):
+        s.vm.touch(gfn * PAGE)
+    s.vm.touch(0x84D * PAGE)
+    return s
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_large_leaf_over_private_pages(design: str) -> None:
+    """The level of a shared fault came from the host's mapping alone, and replaced the private 4K leaves.
+
+    Reported by V. Annapurve in June 2022 on the private-memory series of the time, with these frame numbers.
+    """
+    s = faulted_beside_shared_pages(design, defects=("huge-over-private",))
+    level, _, entry = s.vm.walk(0x84D * PAGE)[-1]
+    assert (level, entry & 1) == (2, 1)
+    assert s.machine.check() > 0
+    assert s.machine.broken[1] in (Broken.MIXED_LEAF, Broken.LEAF_OVER_FOLIO)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_no_large_leaf_over_private_pages(design: str) -> None:
+    s = faulted_beside_shared_pages(design)
+    for gfn in (*range(0x800, 0x84D), 0x84D, *range(0x86E, 0xA00)):
+        level, _, entry = s.vm.walk(gfn * PAGE)[-1]
+        assert (level, entry & 1) == (1, 1)
+    s.sound()
