@@ -15,21 +15,14 @@ from pgemu_kernels.engine.charge import LEAF_WRITTEN, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import block_row, inode_row, largest_level, slot_allows, space_root, stop, unlock
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
-from pgemu_kernels.folios.hugetlb import release_block, take_folio
+from pgemu_kernels.folios.hugetlb import take_folio
 from pgemu_kernels.gmem.steps import (
-    convert_finish,
-    convert_invalidate_begin,
-    convert_invalidate_end,
-    convert_prepare,
-    convert_zap,
     fault_begin,
     guest_begin,
     install_stage2,
     still_mapped,
-    store_attributes,
-    unmap_host,
 )
-from pgemu_kernels.gmem.zeroing import clear_zeroed, zero_huge
+from pgemu_kernels.gmem.zeroing import zero_huge
 from pgemu_kernels.tables.walker import count_host_leaf, host_format, host_slot
 from pgemu_kernels.words.operations import ENOMEM, GO, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_RETRY, VM_FAULT_SIGBUS
 from pgemu_kernels.words.registers import R_ORDER
@@ -38,7 +31,6 @@ from pgemu_kernels.words.rows import (
     B_PFN,
     B_STATE,
     BLOCK_ABSENT,
-    BLOCK_HUGE,
     O_ADDRESS,
     O_DETAIL,
     O_INDEX,
@@ -47,7 +39,6 @@ from pgemu_kernels.words.rows import (
     O_PFN,
     O_ROW,
     O_SPACE,
-    O_TO_PRIVATE,
 )
 from pgemu_kernels.words.table_words import F_SPECIAL_4K, F_SPECIAL_4K_RO
 
@@ -171,43 +162,3 @@ def guest_map(m, op):
 def guest_fault(m, op):
     if guest_begin(m, op) == GO and guest_folio(m, op) == GO:
         guest_map(m, op)
-
-
-# --------------------------------------------------------------------------- conversion
-
-
-@kernel
-def convert(m, op):
-    """The slides' order: a conversion only unmaps."""
-    if convert_prepare(m, op, ROUNDED, True) != GO:
-        return
-    if m.state[op + O_TO_PRIVATE] != U0:
-        unmap_host(m, op)
-    convert_invalidate_begin(m, op)
-    convert_zap(m, op)
-    store_attributes(m, op)
-    convert_invalidate_end(m, op)
-    convert_finish(m, op)
-
-
-# --------------------------------------------------------------------------- truncation
-
-
-@outlined
-def truncate_block(m, inode, index):
-    """Free the whole huge page that begins at page `index`: 0, it is never refused.
-
-    With a transient reference the folio leaves the page cache, and goes to the pool with the last `put`.
-    """
-    node = inode_row(inode)
-    block = block_row(m, node, index)
-    if m.state[block + B_STATE] == BLOCK_HUGE:
-        release_block(m, block)
-        clear_zeroed(m, node, index)
-    return np.int64(0)
-
-
-@outlined
-def evict_block(m, inode, index):
-    """Inode eviction: like truncation, for there is nothing to merge."""
-    truncate_block(m, inode, index)
