@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import GUEST_FAULT, charge_one
+from pgemu_kernels.engine.bits import ALL, U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import (
     block_row,
-    find_memslot,
     inode_row,
     lock_exclusive,
     memslot_row,
@@ -38,7 +36,7 @@ from pgemu_kernels.stage2.invalidate import (
     zap_range,
     zap_slot,
 )
-from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EFAULT, EINVAL, PFNMAP, Defect
+from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL, PFNMAP, Defect
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
     R_DESIGN,
@@ -66,7 +64,6 @@ from pgemu_kernels.words.rows import (
     M_PAGES,
     M_PGOFF,
     M_VM,
-    O_ADDRESS,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
@@ -242,18 +239,6 @@ def release(m, op):
     state[R_FULL] = U1
     unlock(state, op, node)
     return stop(state, op, 0)
-
-
-@kernel
-def refuse_released(m, op):
-    """A guest's access to a slot whose file was released: -EFAULT, and True. kvm_gmem_get_pfn() without a file"""
-    state = m.state
-    slot = find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12)
-    if slot == NONE or state[slot + M_FLAGS] & SLOT_RELEASED == U0:
-        return False
-    charge_one(m, GUEST_FAULT)
-    stop(state, op, -EFAULT)
-    return True
 
 
 @outlined

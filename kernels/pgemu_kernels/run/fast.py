@@ -25,6 +25,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import struct_page
 from pgemu_kernels.gmem import pfnmap, references, restructure, truncation
+from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.kvm import gmem_slots as memslots
 from pgemu_kernels.process import gmem_mappings as mappings
 from pgemu_kernels.rules.invariants import check_operation
@@ -171,14 +172,6 @@ def prefetch_convert(m, columns, i):
 # --------------------------------------------------------------------------- one loop per operation
 
 
-@kernel
-def host_fault(m, op):
-    if m.state[R_DESIGN] == _PFNMAP:
-        pfnmap.host_fault(m, op)
-    else:
-        restructure.host_fault(m, op)
-
-
 @outlined
 def host_faults(descriptor, columns, first, last):
     m = open_machine(descriptor)
@@ -192,14 +185,6 @@ def host_faults(descriptor, columns, first, last):
             host_fault(m, op)
             save(m, op, columns, i)
         first = stop
-
-
-@kernel
-def guest_fault(m, op):
-    if m.state[R_DESIGN] == _PFNMAP:
-        pfnmap.guest_fault(m, op)
-    else:
-        restructure.guest_fault(m, op)
 
 
 @outlined

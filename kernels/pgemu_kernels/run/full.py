@@ -24,6 +24,7 @@ from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, operation_record
 from pgemu_kernels.gmem import (
     fallocate,
+    fault_steps,
     faults as faulting,
     levels as gmem_kvm,
     lifetime,
@@ -116,7 +117,7 @@ def next_step(m, op):
     stage = state[op + O_STAGE]
     state[op + O_NEXT] = stage + U1
     if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
-        return np.int64(faulting.step_fault(m, op, stage))
+        return np.int64(fault_steps.step_fault(m, op, stage))
     if kind == OP_CONVERT:
         return np.int64(orders.step_convert(m, op, stage))
     run_single(m, op)
