@@ -140,11 +140,12 @@ NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; 
 RESTRUCTURE = 0
 PFNMAP = 1
 
-# Orders of steps of restructure's conversion: which patches' (R_CONVERT_ORDER).
+# Orders of steps of a conversion: which patches' (R_CONVERT_ORDER).
 CONVERT_RFC2 = U(0)
 CONVERT_FIXUP = U(1)
 CONVERT_JAN2026 = U(2)
 CONVERT_NEXT4K = U(3)
+CONVERT_SLIDES = U(4)  # of pfnmap
 
 
 class Defect(IntFlag):

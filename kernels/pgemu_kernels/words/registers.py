@@ -16,6 +16,7 @@ R_FRESH = U(3)  # frames handed out that were never handed out before
 R_FREE = U(4)  # frames on the stack of freed ones
 R_SEED_MULTIPLIER = U(5)  # order of fresh frames: (i * multiplier + offset) mod R_FRAMES
 R_SEED_OFFSET = U(6)
+R_PROPERTIES = U(8)  # Property: of the design and of the order
 R_POOL_BASE = U(7)  # first PFN of the HugeTLB zone
 R_ORDER = U(10)  # 9 or 18: the order of a huge page of the pool; 0: guest memory is 4K pages of the page allocator
 R_HVO = U(11)
