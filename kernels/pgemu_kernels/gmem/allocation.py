@@ -14,6 +14,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U512
 from pgemu_kernels.engine.charge import result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
@@ -26,7 +27,6 @@ from pgemu_kernels.words.operations import (
     EEXIST,
     ENOMEM,
     GO,
-    PFNMAP,
     RET_PF_RETRY,
     STOP,
     VM_FAULT_OOM,
@@ -34,7 +34,7 @@ from pgemu_kernels.words.operations import (
     Defect,
     Operation,
 )
-from pgemu_kernels.words.registers import R_DESIGN, R_FOLIOS_IN_HAND, R_LRU_CPUS, R_ORDER
+from pgemu_kernels.words.registers import R_FOLIOS_IN_HAND, R_LRU_CPUS, R_ORDER
 from pgemu_kernels.words.rows import (
     B_MUTEX,
     B_PFN,
@@ -52,15 +52,8 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_PFNMAP = U(PFNMAP)
 _HOST_FAULT = U(Operation.HOST_FAULT)
 _ALLOCATION_RACE = U(Defect.ALLOCATION_RACE)
-
-
-@kernel
-def splits_folios(m):
-    """Whether a folio with a shared page is split to 4K."""
-    return m.state[R_DESIGN] != _PFNMAP
 
 
 # --------------------------------------------------------------------------- mutex and lookup
@@ -180,7 +173,7 @@ pieces_split = full_only(split_to_pieces, no_pieces)
 
 @outlined
 def split_new(m, op):
-    """Restructure: split a new folio if any of its pages is shared: 0, -EBUSY, or -ENOMEM with the folio removed.
+    """Split a new folio if any of its pages is shared: 0, -EBUSY, or -ENOMEM with the folio removed.
 
     kvm_gmem_get_folio() of the posted series: shared memory is order-0 before anybody uses it.
     """

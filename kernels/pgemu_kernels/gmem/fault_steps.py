@@ -10,6 +10,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.properties import entries_are_special, keeps_reference, splits_folios
 from pgemu_kernels.engine.rows import (
     block_row,
     inode_row,
@@ -22,35 +23,21 @@ from pgemu_kernels.gmem.allocation import (
     insert,
     lookup,
     split_new,
-    splits_folios,
     take,
     unlock_block,
 )
-from pgemu_kernels.gmem.faults import (
-    guest_begin,
-    guest_folio,
-    guest_map,
-    host_begin,
-    host_folio,
-    host_frame,
-    is_refused,
-    map_folio,
-    map_frame,
-    maps_folios,
-)
+from pgemu_kernels.gmem.faults import guest_begin, guest_map, guest_page, host_begin, host_map, host_page, is_refused
 from pgemu_kernels.gmem.levels import folio_order_at, is_logged
 from pgemu_kernels.gmem.references import drop
 from pgemu_kernels.words.operations import (
     BLOCKED,
-    CONVERT_FIXUP,
-    CONVERT_RFC2,
     EBUSY,
     GO,
     STOP,
     VM_FAULT_RETRY,
     Operation,
 )
-from pgemu_kernels.words.registers import R_CONVERT_ORDER, R_FAULT_REFERENCES
+from pgemu_kernels.words.registers import R_FAULT_REFERENCES
 from pgemu_kernels.words.rows import (
     A_END,
     A_INODE,
@@ -97,36 +84,25 @@ def let_go(state, op):
     state[op + O_REFERENCED] = U0
 
 
-@kernel
-def puts_after_mapping(state):
-    """Whether KVM keeps the folio's reference until the leaf is there: kvm_release_faultin_page() of rfc2 and fixup.
-
-    Later orders return no struct page: kvm_gmem_get_pfn() puts the folio, after it released the lock.
-    """
-    return state[R_CONVERT_ORDER] == CONVERT_RFC2 or state[R_CONVERT_ORDER] == CONVERT_FIXUP
-
-
 @outlined
-def step_folio(m, op, host):
-    """The step that finds the frame, which is there, and keeps it from going."""
+def step_page(m, op, host):
+    """The step that finds the frame, which is there, and keeps its folio from going until the entry is there."""
     state = m.state
-    if not host:
-        guest_folio(m, op)
-        if maps_folios(m):
-            index = state[op + O_INDEX]
-            order = folio_order_at(m, block_row(m, inode_row(state[op + O_INODE]), index), index)
-            head = state[op + O_PFN] & ~((U1 << order) - U1)
-            add_references(m.ram, struct_page(m, head), U1)
-            hold(state, op, head)
-            if not puts_after_mapping(state):
-                state[op + O_NEXT] = PUT
-        return np.int64(GO)
-    if not maps_folios(m):
-        return np.int64(host_frame(m, op))
-    outcome = np.int64(host_folio(m, op))
-    if outcome == GO:
-        hold(state, op, state[op + O_PFN])
-    return outcome
+    if host:
+        outcome = np.int64(host_page(m, op))
+        if outcome == GO and not entries_are_special(m):
+            hold(state, op, state[op + O_PFN])
+        return outcome
+    guest_page(m, op)
+    if not entries_are_special(m):
+        index = state[op + O_INDEX]
+        order = folio_order_at(m, block_row(m, inode_row(state[op + O_INODE]), index), index)
+        head = state[op + O_PFN] & ~((U1 << order) - U1)
+        add_references(m.ram, struct_page(m, head), U1)
+        hold(state, op, head)
+        if not keeps_reference(m):
+            state[op + O_NEXT] = PUT
+    return np.int64(GO)
 
 
 @kernel
@@ -140,31 +116,27 @@ def shows_page(state, op):
 
 
 @outlined
-def step_map_folio(m, op):
-    """map_folio(), unless the VMA changed or the folio left its inode: Linux keeps it locked, so that truncation waits
+def step_host_map(m, op):
+    """host_map(), unless the VMA changed or the folio left its inode: Linux keeps it locked, so that truncation waits
     and unmaps it. The fault may have held the last reference.
     """
     state = m.state
     pfn = state[op + O_PFN]
     page = struct_page(m, pfn)
-    let_go(state, op)
-    if m.ram[page + MAPPING] == U0 or not shows_page(state, op):
-        add_references(m.ram, page, ~U0)
+    held = state[op + O_REFERENCED] != U0
+    gone = not shows_page(state, op) or (held and m.ram[page + MAPPING] == U0)
+    if held:
+        let_go(state, op)
+    if gone:
+        unlock(state, op, inode_row(state[op + O_INODE]))
         outcome = stop(state, op, VM_FAULT_RETRY)
+        if held:
+            add_references(m.ram, page, ~U0)
     else:
-        outcome = map_folio(m, op)
-    drop(m, pfn, U0)
+        outcome = host_map(m, op)
+    if held:
+        drop(m, pfn, U0)
     return np.int64(outcome)
-
-
-@outlined
-def step_map_frame(m, op):
-    """map_frame(), unless the VMA changed."""
-    state = m.state
-    if shows_page(state, op):
-        return np.int64(map_frame(m, op))
-    unlock(state, op, inode_row(state[op + O_INODE]))
-    return np.int64(stop(state, op, VM_FAULT_RETRY))
 
 
 @outlined
@@ -184,7 +156,7 @@ def step_map(m, op, host):
     """Enter it in the process's tables, or in the VM's."""
     state = m.state
     if host:
-        return step_map_folio(m, op) if maps_folios(m) else step_map_frame(m, op)
+        return step_host_map(m, op)
     guest_put(m, op)
     if is_logged(m, state[op + O_ROW]):
         state[op + O_LEVEL] = U1  # switched on meanwhile: KVM finds the level under its mmu_lock
@@ -227,7 +199,7 @@ def step_fault(m, op, stage):
             return np.int64(STOP)
         found = lookup(m, op)
         if found == STOP:
-            return step_folio(m, op, host)
+            return step_page(m, op, host)
         state[op + O_NEXT] = TAKE
         return found
     if stage == PUT:

@@ -21,6 +21,7 @@ from pgemu_kernels.engine.charge import (
 )
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
@@ -38,9 +39,10 @@ from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.gmem.allocation import (
     allocate,
 )
-from pgemu_kernels.gmem.host_entries import insert as insert_entry
+from pgemu_kernels.gmem.host_entries import insert as insert_special
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
+from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import MAP_FIXED, MAP_NO_MEMORY, MAP_SPURIOUS, map_stage2
 from pgemu_kernels.tables.walker import count_host_leaf, find_leaf, host_format, host_slot, stage2_format
@@ -49,7 +51,6 @@ from pgemu_kernels.words.operations import (
     EFAULT,
     ENOMEM,
     GO,
-    PFNMAP,
     RET_PF_EMULATE,
     RET_PF_FIXED,
     RET_PF_RETRY,
@@ -65,7 +66,6 @@ from pgemu_kernels.words.operations import (
     Flag,
     Operation,
 )
-from pgemu_kernels.words.registers import R_DESIGN
 from pgemu_kernels.words.rows import (
     A_INODE,
     A_PGOFF,
@@ -92,6 +92,7 @@ from pgemu_kernels.words.rows import (
     O_STATUS,
     O_VM,
     O_WORDS,
+    S_RSS,
     SLOT_RELEASED,
     STATE_OPS,
     V_ROOT,
@@ -103,17 +104,10 @@ U = np.uint64
 WRITE = U(Flag.WRITE)
 PRIVATE = U(Flag.PRIVATE)
 SHARED = U(Flag.SHARED)
-_PFNMAP = U(PFNMAP)
 _WRONG_PFN = U(Broken.WRONG_PFN)
 _HOST_FAULT = U(Operation.HOST_FAULT)
 _INSERT_UNLOCKED = U(Defect.INSERT_UNLOCKED)
 INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside another operation
-
-
-@kernel
-def maps_folios(m):
-    """Whether a process maps folios, by counted entries, or frames, by special ones."""
-    return m.state[R_DESIGN] != _PFNMAP
 
 
 # --------------------------------------------------------------------------- host
@@ -165,48 +159,38 @@ def is_refused(m, op):
 
 
 @step
-def host_folio(m, op):
-    """kvm_gmem_fault_user_mapping(): a reference on the 4K folio, zeroed; then unlock.
+def host_page(m, op):
+    """The frame, zeroed as far as an entry of 4K will show; what is to be counted gets a reference; then unlock.
 
-    A large folio is a WARN and SIGBUS: it is there only where a fault met a folio that another fault had not split yet
-    (Defect.ALLOCATION_RACE).
+    kvm_gmem_fault_user_mapping(). There a large folio is a WARN and SIGBUS: with folios that are split it is there only
+    where a fault met one that another fault had not split yet (Defect.ALLOCATION_RACE). A frame that no reference
+    protects is inserted with the lock held (inference; Defect.INSERT_UNLOCKED: without).
     """
     state = m.state
     node = inode_row(state[op + O_INODE])
     index = state[op + O_INDEX]
     block = block_row(m, node, index)
-    if folio_order_at(m, block, index) != U0:
+    order = folio_order_at(m, block, index)
+    counted = not entries_are_special(m)
+    if counted and order != U0:
         unlock(state, op, node)
         return stop(state, op, VM_FAULT_SIGBUS)
     pfn = frame_of(m, block, index)
-    add_references(m.ram, zero_folio(m, node, index, pfn, U1, U0), U1)
+    page = zero_folio(m, node, index, pfn, U1, order)
+    if counted:
+        add_references(m.ram, page, U1)
     state[op + O_PFN] = pfn
-    unlock(state, op, node)
-    return GO
-
-
-@step
-def host_frame(m, op):
-    """The frame, zeroed as far as a 4K entry will show. The lock stays held, for no reference protects the frame
-    (inference; Defect.INSERT_UNLOCKED: it does not).
-    """
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    index = state[op + O_INDEX]
-    block = block_row(m, node, index)
-    pfn = frame_of(m, block, index)
-    state[op + O_PFN] = pfn
-    zero_folio(m, node, index, pfn, U1, folio_order_at(m, block, index))
-    if defects(m) & _INSERT_UNLOCKED != U0:
+    if not inserts_locked(m) or defects(m) & _INSERT_UNLOCKED != U0:
         unlock(state, op, node)
     return GO
 
 
-@step
-def map_folio(m, op):
-    """mm/memory.c:set_pte_range(): an ordinary entry, which keeps the reference and adds a mapcount.
+@kernel
+def map_counted(m, op):
+    """mm/memory.c:finish_fault(), set_pte_range(): an ordinary entry, which keeps the reference: VM_FAULT_*.
 
-    As captured, a read and a write fault on guest_memfd both leave 8..867.
+    The folio gets a mapcount, the process a page of RssFile: mm_counter_file(). As captured, a read and a write fault
+    on guest_memfd both leave 8..867.
     """
     state = m.state
     pfn = state[op + O_PFN]
@@ -214,38 +198,35 @@ def map_folio(m, op):
     slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
     if slot == NONE:
         add_references(m.ram, page, ~U0)
-        return stop(state, op, VM_FAULT_OOM)
+        return np.int64(VM_FAULT_OOM)
     state[op + O_DETAIL] = U1
     if m.ram[slot] != U0:
         add_references(m.ram, page, ~U0)
-        return stop(state, op, 0)
+        return np.int64(0)
     leaf = F_LEAF_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_LEAF_4K_RO
     m.ram[slot] = pfn << U12 | state[host_format(m) + leaf]
     add_mapping(m.ram, page)
+    state[space_row(state[op + O_SPACE]) + S_RSS] += U1
     count_host_leaf(m, 1)
     charge_one(m, LEAF_WRITTEN)
     charge_one(m, RMAP_CHANGED)
-    return stop(state, op, VM_FAULT_LOCKED)
+    return np.int64(VM_FAULT_LOCKED)
 
 
 @step
-def map_frame(m, op):
-    """Enter the frame by a special entry; then unlock."""
-    status = insert_entry(m, op)
-    unlock(m.state, op, inode_row(m.state[op + O_INODE]))
+def host_map(m, op):
+    """Enter what was found in the process's tables; then unlock, if that was left."""
+    status = insert_special(m, op) if entries_are_special(m) else map_counted(m, op)
+    if inserts_locked(m):
+        unlock(m.state, op, inode_row(m.state[op + O_INODE]))
     return stop(m.state, op, status)
 
 
 @kernel
 def host_fault(m, op):
     """A whole host access."""
-    if host_begin(m, op) != GO or is_refused(m, op) or allocate(m, op) != GO:
-        return
-    if maps_folios(m):
-        if host_folio(m, op) == GO:
-            map_folio(m, op)
-    elif host_frame(m, op) == GO:
-        map_frame(m, op)
+    if host_begin(m, op) == GO and not is_refused(m, op) and allocate(m, op) == GO and host_page(m, op) == GO:
+        host_map(m, op)
 
 
 # --------------------------------------------------------------------------- guest
@@ -320,7 +301,7 @@ def guest_begin(m, op):
 
 
 @step
-def guest_folio(m, op):
+def guest_page(m, op):
     """kvm_gmem_get_pfn(): the frame, what its leaf will show zeroed, and the level; then unlock.
 
     KVM finds the level later, under its mmu_lock; the invalidate sequence that `guest_map` checks makes that the same.
@@ -369,7 +350,7 @@ def guest_map(m, op):
 @kernel
 def guest_fault(m, op):
     """A whole guest access."""
-    if guest_begin(m, op) == GO and allocate(m, op) == GO and guest_folio(m, op) == GO:
+    if guest_begin(m, op) == GO and allocate(m, op) == GO and guest_page(m, op) == GO:
         guest_map(m, op)
 
 

@@ -12,16 +12,16 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, index_a
 from pgemu_kernels.engine.charge import SPTE_SPLIT, TLB_FLUSH_VM, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, is_table, last_spte, split_leaf
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, PFNMAP, Defect, Flag
+from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
-    R_DESIGN,
     R_DIRTY_LOG_GMEM,
     R_ORDER,
     R_RECOVER_HUGE,
@@ -52,7 +52,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_PFNMAP = U(PFNMAP)
 _MAPPING_ORDER = U(Defect.MAPPING_ORDER)
 _HUGE_OVER_PRIVATE = U(Defect.HUGE_OVER_PRIVATE)
 _LOG_DIRTY_PAGES = U(Flag.LOG_DIRTY_PAGES)
@@ -65,12 +64,6 @@ split_to_2m = parameter(R_SPLIT_TO_2M, U0)
 
 
 # --------------------------------------------------------------------------- levels
-
-
-@kernel
-def level_by_folio(m):
-    """Whether the level is that of the folio, or how far around a page all are of one kind."""
-    return m.state[R_DESIGN] != _PFNMAP
 
 
 @kernel
@@ -147,7 +140,7 @@ december_level = full_only(order_of_december, no_defect)
 
 @step
 def folio_level(m, slot, node, index, gfn):
-    """restructure: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
+    """By the folio: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
     kvm_gmem_max_mapping_level(): no larger than the folio. With Defect.HUGE_OVER_PRIVATE a shared page takes the level
     of the host's memory and nobody asks about its neighbours. In 2022 shared and private pages came from different
@@ -169,7 +162,7 @@ def folio_level(m, slot, node, index, gfn):
 
 @step
 def shareability_level(m, slot, node, index, gfn):
-    """pfnmap: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
+    """By shareability: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
     The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
     """
@@ -184,7 +177,7 @@ def shareability_level(m, slot, node, index, gfn):
 def guest_level(m, slot, index, gfn):
     """The level at which a guest frame of a slot, page `index` of its inode, is mapped now."""
     node = inode_row(m.state[slot + M_INODE])
-    if level_by_folio(m):
+    if level_is_folios(m):
         return folio_level(m, slot, node, index, gfn)
     return shareability_level(m, slot, node, index, gfn)
 
