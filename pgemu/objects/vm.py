@@ -217,7 +217,7 @@ class Vm:
 
         Its slots stay where they are, without memory: a guest access there is -EFAULT until `unbind`. The memory is
         the inode's and stays; `bind` at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
-        kvm_gmem_release(), pgemu_kernels.gmem.lifetime.release()
+        kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
         """
         return self.machine.operate(Operation.RELEASE, vm=self.vm, object_=gmem.inode)
 

@@ -13,7 +13,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U18, U27, U
 from pgemu_kernels.engine.charge import CONVERT_IOCTL, SYSCALL, charge_one, finish_operation, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.properties import entries_are_special, splits_folios
+from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
 from pgemu_kernels.engine.rows import (
     block_row,
@@ -26,20 +26,8 @@ from pgemu_kernels.engine.rows import (
     vma_overlap,
 )
 from pgemu_kernels.folios.folio import struct_page
-from pgemu_kernels.gmem import (
-    fallocate,
-    faults,
-    levels,
-    lru,
-    orders,
-    pfnmap,
-    pins,
-    prefault,
-    references,
-    restructure,
-    truncation,
-    workers,
-)
+from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
+from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.kvm import gmem_slots as memslots
 from pgemu_kernels.process import gmem_mappings as mappings
@@ -193,26 +181,6 @@ def prefetch_convert(m, columns, i):
 
 
 # --------------------------------------------------------------------------- one loop per operation
-
-
-@kernel
-def host_fault_by_default(m, op):
-    if entries_are_special(m):
-        pfnmap.host_fault(m, op)
-    else:
-        restructure.host_fault(m, op)
-
-
-@kernel
-def guest_fault_by_default(m, op):
-    if splits_folios(m):
-        restructure.guest_fault(m, op)
-    else:
-        pfnmap.guest_fault(m, op)
-
-
-host_fault = full_only(faults.fault, host_fault_by_default)
-guest_fault = full_only(faults.fault, guest_fault_by_default)
 
 
 @outlined
