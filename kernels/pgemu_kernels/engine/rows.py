@@ -33,6 +33,7 @@ from pgemu_kernels.words.registers import (
     R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
+    R_VMS,
 )
 from pgemu_kernels.words.rows import (
     A_END,
@@ -67,6 +68,7 @@ from pgemu_kernels.words.rows import (
     STATE_SPACES,
     STATE_VMAS,
     STATE_VMS,
+    V_LIVE,
     V_WORDS,
 )
 
@@ -161,18 +163,30 @@ def largest_level(state):
 
 
 @kernel
-def slot_allows(state, slot, gfn, level):
-    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`.
+def holds_block(state, slot, gfn, level, source):
+    """Whether a memory slot, whose first page is number `source` of what it shows, permits a leaf of `level` 2 or 3.
 
-    The aligned block must lie inside the slot, and guest frame and file offset must agree modulo its
-    size: the disallow_lpage counts of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata().
+    The aligned block must lie inside the slot, and guest frame and source must agree modulo its size: the
+    disallow_lpage counts of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata().
     """
     pages = U1 << (U9 * (level - U1))
     base = state[slot + M_BASE_GFN]
     first = gfn & ~(pages - U1)
-    if (base - state[slot + M_PGOFF]) & (pages - U1) != U0:
+    if (base - source) & (pages - U1) != U0:
         return False
     return first >= base and first + pages <= base + state[slot + M_PAGES]
+
+
+@kernel
+def slot_allows(state, slot, gfn, level):
+    """The same of a slot of guest_memfd, whose pages are the file's."""
+    return holds_block(state, slot, gfn, level, state[slot + M_PGOFF])
+
+
+@kernel
+def is_live_vm(state, vm):
+    """Whether a VM exists and is not closed."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_LIVE] != U0
 
 
 @kernel

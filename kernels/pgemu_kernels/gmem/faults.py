@@ -23,8 +23,9 @@ from pgemu_kernels.gmem import host_entries as huge_host, levels as gmem_kvm, lr
 from pgemu_kernels.gmem.conversion import add_to_lru
 from pgemu_kernels.gmem.lifetime import refuse_released
 from pgemu_kernels.gmem.references import drop
-from pgemu_kernels.gmem.steps import fault_begin, guest_begin, install_stage2, still_mapped
+from pgemu_kernels.gmem.steps import fault_begin, still_mapped
 from pgemu_kernels.gmem.zeroing import zero_folio, zero_huge
+from pgemu_kernels.kvm.fault import guest_begin, install_stage2
 from pgemu_kernels.words.operations import (
     BLOCKED,
     CONVERT_FIXUP,

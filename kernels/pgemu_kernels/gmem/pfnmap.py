@@ -23,13 +23,12 @@ from pgemu_kernels.gmem.steps import (
     convert_prepare,
     convert_zap,
     fault_begin,
-    guest_begin,
-    install_stage2,
     still_mapped,
     store_attributes,
     unmap_host,
 )
 from pgemu_kernels.gmem.zeroing import clear_zeroed, zero_huge
+from pgemu_kernels.kvm.fault import guest_begin, install_stage2
 from pgemu_kernels.tables.walker import count_host_leaf, host_format, host_slot
 from pgemu_kernels.words.operations import ENOMEM, GO, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_RETRY, VM_FAULT_SIGBUS
 from pgemu_kernels.words.registers import R_ORDER

@@ -8,6 +8,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, inode_row, lock_shared, stop, vm_row
 from pgemu_kernels.gmem import faults as faulting
+from pgemu_kernels.kvm.fault import prefault_outside
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
@@ -15,7 +16,6 @@ from pgemu_kernels.words.operations import (
     EBUSY,
     EFAULT,
     EINVAL,
-    ENOENT,
     EOPNOTSUPP,
     GO,
     RET_PF_FIXED,
@@ -52,13 +52,13 @@ U = np.uint64
 
 @kernel
 def prefault_begin(m, op):
-    """As steps.guest_begin() of a page that nobody accesses: no exit, any kind of page, -ENOENT without a slot."""
+    """As fault.guest_begin() of a page that nobody accesses: no exit, any kind of page, -ENOENT without a slot."""
     state = m.state
     vm = state[op + O_VM]
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
-        return stop(state, op, -ENOENT)
+        return stop(state, op, prefault_outside(m, vm, gfn))
     if state[slot + M_KIND] != SLOT_GUEST_MEMFD:
         return stop(state, op, -EOPNOTSUPP)
     if state[slot + M_FLAGS] & SLOT_RELEASED != U0:

@@ -43,14 +43,13 @@ from pgemu_kernels.gmem.steps import (
     convert_zap,
     fail_at,
     fault_begin,
-    guest_begin,
-    install_stage2,
     still_mapped,
     store_attributes,
     unmap_host,
 )
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed, zero_huge
+from pgemu_kernels.kvm.fault import guest_begin, install_stage2
 from pgemu_kernels.process.gmem_entries import unmap_everywhere
 from pgemu_kernels.tables.walker import count_host_leaf, host_format, host_slot
 from pgemu_kernels.words.operations import (

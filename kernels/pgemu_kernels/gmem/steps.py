@@ -12,18 +12,13 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import (
     ATTRIBUTES_STORED,
-    GUEST_FAULT,
     HOST_FAULT,
-    SPTE_WRITTEN,
-    TLB_FLUSH_VM,
     charge_one,
     result,
 )
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import (
-    broken,
-    find_memslot,
     find_vma,
     inode_row,
     lock_exclusive,
@@ -32,24 +27,17 @@ from pgemu_kernels.engine.rows import (
     space_root,
     stop,
     unlock,
-    vm_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
 from pgemu_kernels.process.gmem_entries import unmap_everywhere
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, retry_fault, zap_range
-from pgemu_kernels.stage2.leaves import MAP_FIXED, MAP_NO_MEMORY, MAP_SPURIOUS, map_stage2
-from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EBUSY,
-    EFAULT,
     EINVAL,
     ENOMEM,
     GO,
-    RET_PF_EMULATE,
-    RET_PF_FIXED,
-    RET_PF_RETRY,
-    RET_PF_SPURIOUS,
     STOP,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
@@ -66,9 +54,6 @@ from pgemu_kernels.words.rows import (
     A_SPACE,
     A_START,
     I_PAGES,
-    M_BASE_GFN,
-    M_INODE,
-    M_PGOFF,
     O_ADDRESS,
     O_DETAIL,
     O_END,
@@ -78,17 +63,12 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
-    O_PFN,
     O_ROUND_END,
     O_ROUND_START,
     O_ROW,
-    O_SEQUENCE,
     O_SPACE,
     O_START,
     O_TO_PRIVATE,
-    O_VM,
-    V_ROOT,
-    V_SEQUENCE,
 )
 
 U = np.uint64
@@ -129,75 +109,6 @@ def fault_begin(m, op):
     state[op + O_INODE] = inode
     state[op + O_INDEX] = index
     return GO
-
-
-@kernel
-def guest_begin(m, op):
-    """Guest access: slot, leaf, private or shared, invalidate sequence; then the invalidate_lock for reading.
-
-    arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). An access whose leaf is present is spurious at most and
-    costs nothing: the guest would not exit. Without a slot a device is emulated. An access of the wrong
-    kind is a memory fault exit (-EFAULT), leaf or not (page_fault_can_be_fast()).
-    """
-    state = m.state
-    vm = state[op + O_VM]
-    gfn = state[op + O_ADDRESS] >> U12
-    slot = find_memslot(state, vm, gfn)
-    if slot == NONE:
-        charge_one(m, GUEST_FAULT)
-        return stop(state, op, RET_PF_EMULATE)
-    row = vm_row(vm)
-    inode = state[slot + M_INODE]
-    node = inode_row(inode)
-    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
-    if kind != U0 and kind != (SHARED if is_shared(m, node, index) != U0 else PRIVATE):
-        charge_one(m, GUEST_FAULT)
-        return stop(state, op, -EFAULT)
-    leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
-    if leaf != NONE:
-        state[op + O_DETAIL] = level
-        return stop(state, op, RET_PF_SPURIOUS)
-    sequence = state[row + V_SEQUENCE]
-    if retry_fault(state, vm, gfn, sequence):
-        charge_one(m, GUEST_FAULT)
-        return stop(state, op, RET_PF_RETRY)
-    if not lock_shared(state, op, node):
-        result(state, op, np.int64(RET_PF_RETRY))
-        return BLOCKED
-    charge_one(m, GUEST_FAULT)
-    state[op + O_SEQUENCE] = sequence
-    state[op + O_ROW] = slot
-    state[op + O_INODE] = inode
-    state[op + O_INDEX] = index
-    return GO
-
-
-@kernel
-def install_stage2(m, op, level):
-    """Map the fault's frame at `level`, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
-    state = m.state
-    vm = state[op + O_VM]
-    gfn = state[op + O_ADDRESS] >> U12
-    if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
-        return stop(state, op, RET_PF_RETRY)
-    inside = (U1 << (U(9) * (level - U1))) - U1
-    outcome, table_replaced = map_stage2(
-        m, state[vm_row(vm) + V_ROOT], gfn & ~inside, level, state[op + O_PFN] & ~inside
-    )
-    if outcome == MAP_NO_MEMORY:
-        return stop(state, op, -ENOMEM)
-    state[op + O_DETAIL] = level
-    if outcome == MAP_FIXED:
-        charge_one(m, SPTE_WRITTEN)
-        if table_replaced:
-            charge_one(m, TLB_FLUSH_VM)
-        return stop(state, op, RET_PF_FIXED)
-    if outcome == MAP_SPURIOUS:
-        return stop(state, op, RET_PF_SPURIOUS)
-    # KVM would BUG() here: a leaf of another frame was left behind by somebody.
-    broken(state, _WRONG_PFN, state[op + O_INDEX])
-    return stop(state, op, -EFAULT)
 
 
 @kernel

@@ -20,7 +20,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.hugetlb import subpool_release, subpool_row
 from pgemu_kernels.gmem import pfnmap, restructure
-from pgemu_kernels.kvm.gmem_slots import delete_slot
+from pgemu_kernels.kvm.memslots import delete_slot
 from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
 from pgemu_kernels.process.gmem_mappings import unmap_vma
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range

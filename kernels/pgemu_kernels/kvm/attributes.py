@@ -14,8 +14,8 @@ from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import memslot_row, vm_row
 from pgemu_kernels.engine.shareability import bits_between
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.stage2.entries import pages_of
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
-from pgemu_kernels.stage2.tdp_mmu import pages_of
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
 from pgemu_kernels.words.registers import R_MEMSLOTS
 from pgemu_kernels.words.rows import (

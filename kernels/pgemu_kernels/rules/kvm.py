@@ -13,7 +13,7 @@ from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd
 from pgemu_kernels.rules.invariants import check_stage2_leaf, expect
 from pgemu_kernels.rules.processes import own_nodes
-from pgemu_kernels.stage2.tdp_mmu import pages_of
+from pgemu_kernels.stage2.entries import pages_of
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS

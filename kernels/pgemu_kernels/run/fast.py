@@ -25,7 +25,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import struct_page
 from pgemu_kernels.gmem import pfnmap, references, restructure, truncation
-from pgemu_kernels.kvm import gmem_slots as memslots
+from pgemu_kernels.kvm import memslots
 from pgemu_kernels.process import gmem_mappings as mappings
 from pgemu_kernels.rules.invariants import check_operation
 from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
