@@ -178,14 +178,11 @@ class Core:
         return run_ordinary
 
     def _is_ordinary_frame(self, vm: int, gfn: int) -> bool:
-        """Whether a guest frame is of a slot of a process's memory, or of no slot in a VM that has or had such."""
+        """Whether a guest frame is of a slot of a process's memory."""
         rows = self.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
         inside = np.uint64(gfn) - rows[:, W.M_BASE_GFN] < rows[:, W.M_PAGES]
         found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm))
-        if found.size:
-            return int(rows[found[0], W.M_KIND]) != int(W.SLOT_GUEST_MEMFD)
-        row = int(W.STATE_VMS) + vm * W.V_WORDS
-        return vm < self.register(W.R_VMS) and bool(self.arrays.state[row + int(W.V_ORDINARY)])
+        return bool(found.size) and int(rows[found[0], W.M_KIND]) != int(W.SLOT_GUEST_MEMFD)
 
     def operate(
         self,

@@ -85,7 +85,6 @@ class Vm:
         """
         flags = Flag.READ_ONLY if read_only else 0
         flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
-        self._make_ordinary()
         if gmem is not None:
             flags |= Flag.PRIVATE
             named = self.machine.operate(Operation.BIND, vm=self.vm, object_=gmem.inode, offset=gmem_offset)
@@ -100,12 +99,6 @@ class Vm:
             offset=userspace_addr,
             length=size,
         )
-
-    def _make_ordinary(self) -> None:
-        """Have the VM's operations sorted by what they touch."""
-        state = self.machine.arrays.state
-        state[W.R_ORDINARY] = 1
-        state[int(W.STATE_VMS) + self.vm * W.V_WORDS + int(W.V_ORDINARY)] = 1
 
     def set_attributes(self, gpa: int, size: int, *, private: bool) -> Result:
         """KVM_SET_MEMORY_ATTRIBUTES: make guest memory private or shared.
@@ -156,7 +149,6 @@ class Vm:
 
         virt/kvm/kvm_main.c:kvm_destroy_vm()
         """
-        self._make_ordinary()
         return self.machine.operate(Operation.VM_EXIT, vm=self.vm)
 
     # ------------------------------------------------------------------ the designs' slots
@@ -170,7 +162,7 @@ class Vm:
         length: int | None = None,
         userspace_addr: int | None = None,
     ) -> Result:
-        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC.
+        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF (a closed VM or file), -ENOSPC.
 
         userspace_addr: a file of form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file
         and offset mapped there; others do not look at it.
@@ -209,7 +201,7 @@ class Vm:
         return False
 
     def unbind(self, gpa: int) -> Result:
-        """Delete the slot that begins at `gpa`: 0 or -ENOENT."""
+        """Delete the slot that begins at `gpa`: 0, -ENOENT, -EINVAL if not aligned, -EBADF of a closed VM."""
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
 
     def release(self, gmem: GuestMemfd) -> Result:
@@ -224,9 +216,9 @@ class Vm:
     def touch(self, gpa: int, *, write: bool = False, execute: bool = False, actor: int = 0) -> Result:
         """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM.
 
-        EMULATE is an exit to userspace as MMIO: no slot, or a write to a read-only one. -EFAULT is a memory fault
-        exit: nothing in the process's memory that the access may use, memory of the other kind, or a slot whose
-        guest_memfd file was released (Vm.release).
+        EMULATE is an exit to userspace as MMIO: no slot, which a 4K entry caches (detail is its level), or a write to a
+        read-only one. -EFAULT is a memory fault exit: nothing in the process's memory that the access may use, memory
+        of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         """
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)

@@ -29,7 +29,7 @@ from pgemu_kernels.folios.folio import struct_page
 from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
-from pgemu_kernels.kvm import gmem_slots as memslots
+from pgemu_kernels.kvm import memslots
 from pgemu_kernels.process import gmem_mappings as mappings
 from pgemu_kernels.rules.invariants import check_operation
 from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling

@@ -212,7 +212,6 @@ V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_UNFLUSHED = U(6)  # leaves dropped since the last flush of the VM
 V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
-V_ORDINARY = U(8)  # 1: it has or had slots of a process's memory
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
