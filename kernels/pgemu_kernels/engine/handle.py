@@ -93,37 +93,14 @@ def full_only(function: Any, otherwise: Any) -> Any:
     Chosen when a caller is compiled, by the type of the first argument: an entry that opens a Machine never compiles
     `function`. Both are kernels that take the same arguments, the machine first.
     """
-    count = len(function.py_func.__code__.co_varnames[: function.py_func.__code__.co_argcount])
     options = {"nogil": True, "_nrt": False, "forceinline": True}
 
-    def is_full(machine: Any) -> bool:
-        return bool(machine.instance_class is FullMachine)
+    def stub(m, *arguments): ...  # type: ignore[no-untyped-def]
 
-    stub: Any
-    if count == 2:
-
-        def stub(m, a): ...  # type: ignore[no-untyped-def]
-
-        @overload(stub, jit_options=options)
-        def choose(m, a):  # type: ignore[no-untyped-def]
-            return (lambda m, a: function(m, a)) if is_full(m) else (lambda m, a: otherwise(m, a))
-
-    elif count == 3:
-
-        def stub(m, a, b): ...  # type: ignore[no-untyped-def]
-
-        @overload(stub, jit_options=options)
-        def choose(m, a, b):  # type: ignore[no-untyped-def]
-            return (lambda m, a, b: function(m, a, b)) if is_full(m) else (lambda m, a, b: otherwise(m, a, b))
-
-    else:
-
-        def stub(m, a, b, c, d): ...  # type: ignore[no-untyped-def]
-
-        @overload(stub, jit_options=options)
-        def choose(m, a, b, c, d):  # type: ignore[no-untyped-def]
-            if is_full(m):
-                return lambda m, a, b, c, d: function(m, a, b, c, d)
-            return lambda m, a, b, c, d: otherwise(m, a, b, c, d)
+    @overload(stub, jit_options=options)
+    def choose(m, *arguments):  # type: ignore[no-untyped-def]
+        if m.instance_class is FullMachine:
+            return lambda m, *arguments: function(m, *arguments)
+        return lambda m, *arguments: otherwise(m, *arguments)
 
     return stub

@@ -22,7 +22,8 @@ from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem import lru, pieces
 from pgemu_kernels.gmem.steps import convert_prepare, zap_kind
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
+from pgemu_kernels.process.tables import flush_mm
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import (
     CONVERT_FIXUP,
@@ -211,7 +212,7 @@ def finish(m, op):
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
     return GO
 
 
@@ -565,7 +566,7 @@ def zap_item(m, op):
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

@@ -25,10 +25,10 @@ from pgemu_kernels.engine.rows import (
 from pgemu_kernels.folios.hugetlb import release_block
 from pgemu_kernels.gmem import pfnmap, pieces, restructure
 from pgemu_kernels.gmem.mbind import cut
-from pgemu_kernels.gmem.truncation import close_inode, unmap_inode, zero_part
+from pgemu_kernels.gmem.truncation import close_inode, leave_inode, zero_part
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
-from pgemu_kernels.process.gmem_entries import unmap_everywhere
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import (
     begin_range,
     end_range,
@@ -98,7 +98,7 @@ def truncate_block(m, inode, index):
         return pfnmap.truncate_block(m, inode, index)
     if state[block + B_STATE] != BLOCK_PARTLY:
         return restructure.truncate_block(m, inode, index)
-    unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
+    unmap_mapping_range(m, inode, index, index + (U1 << state[R_ORDER]))
     if pieces.dissolve_block(m, node, block, index) != 0:
         return np.int64(-EAGAIN)
     release_block(m, block)
@@ -180,7 +180,7 @@ def punch(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     if state[R_DESIGN] == _PFNMAP and state[R_DEFECTS] & _KEEPS_ENTRIES == U0:
-        unmap_everywhere(m, inode, start, end)
+        unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
     zap_range(m, inode, start, end)
     flush_vms(m)
@@ -266,7 +266,7 @@ def close(m, op):
     node = inode_row(inode)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    unmap_inode(m, inode)
+    leave_inode(m, inode)
     cut(m, inode, U0, ALL)  # mpol_free_shared_policy()
     for block in range(state[node + I_BLOCKS]):
         evict_block(m, inode, block << state[R_ORDER])

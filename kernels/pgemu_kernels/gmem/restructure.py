@@ -51,7 +51,7 @@ from pgemu_kernels.gmem.steps import (
 )
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed, zero_huge
-from pgemu_kernels.process.gmem_entries import unmap_everywhere
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.tables.walker import count_host_leaf, host_format, host_slot
 from pgemu_kernels.words.operations import (
     EAGAIN,
@@ -382,7 +382,7 @@ def truncate_block(m, inode, index):
     kind = m.state[block + B_STATE]
     small = kind == BLOCK_HUGE and state[R_ORDER] == U0
     if kind == BLOCK_SPLIT or (small and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0):
-        unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
+        unmap_mapping_range(m, inode, index, index + (U1 << state[R_ORDER]))
     if kind == BLOCK_SPLIT and merge_block(m, block, index, NONE) != 0:
         return np.int64(-EAGAIN)
     if m.state[block + B_STATE] == BLOCK_HUGE:

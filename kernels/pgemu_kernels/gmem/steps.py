@@ -35,7 +35,7 @@ from pgemu_kernels.engine.rows import (
     vm_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
-from pgemu_kernels.process.gmem_entries import unmap_everywhere
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, retry_fault, zap_range
 from pgemu_kernels.stage2.leaves import MAP_FIXED, MAP_NO_MEMORY, MAP_SPURIOUS, map_stage2
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
@@ -259,7 +259,7 @@ def convert_prepare(m, op, rounded, preallocates):
 def unmap_host(m, op):
     """Unmap the range from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
     return GO
 
 

@@ -16,20 +16,16 @@ from pgemu_kernels.engine.rows import (
     range_arguments,
     stop,
     unlock,
-    vma_row,
 )
 from pgemu_kernels.folios.hugetlb import subpool_release, subpool_row
 from pgemu_kernels.gmem import pfnmap, restructure
 from pgemu_kernels.kvm.gmem_slots import delete_slot
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
-from pgemu_kernels.process.gmem_mappings import unmap_vma
+from pgemu_kernels.process.munmap import unmap_inode
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import EBADF, EBUSY, PFNMAP
-from pgemu_kernels.words.registers import R_DESIGN, R_HSTATE, R_INODES, R_MEMSLOTS, R_ORDER, R_VMAS
+from pgemu_kernels.words.registers import R_DESIGN, R_HSTATE, R_INODES, R_MEMSLOTS, R_ORDER
 from pgemu_kernels.words.rows import (
-    A_INODE,
-    A_LIVE,
-    A_SPACE,
     B_PFN,
     B_STATE,
     BLOCK_ABSENT,
@@ -104,7 +100,7 @@ def punch(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     if state[R_DESIGN] == U(PFNMAP):
-        unmap_everywhere(m, inode, start, end)
+        unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
     zap_range(m, inode, start, end)
     flush_vms(m)
@@ -115,14 +111,10 @@ def punch(m, op):
 
 
 @kernel
-def unmap_inode(m, inode):
+def leave_inode(m, inode):
     """exit_mmap() of the inode's mappings, and its memory slots, released ones too."""
     state = m.state
-    for i in range(state[R_VMAS]):
-        row = vma_row(i)
-        if state[row + A_LIVE] != U0 and state[row + A_INODE] == inode:
-            unmap_vma(m, row)
-            flush_mm(m, state[row + A_SPACE])
+    unmap_inode(m, inode)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
@@ -153,7 +145,7 @@ def close(m, op):
     node = inode_row(inode)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    unmap_inode(m, inode)
+    leave_inode(m, inode)
     for block in range(state[node + I_BLOCKS]):
         if state[R_DESIGN] == U(PFNMAP):
             pfnmap.evict_block(m, inode, block << state[R_ORDER])
