@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U4095
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.process.entries import GUARD
@@ -145,7 +145,7 @@ def _dontneed_vma(m, row, start, end):
     return np.int64(0)
 
 
-@kernel
+@step
 def zap(m, op):
     """With flag MADVISE madvise(MADV_DONTNEED), else the kernel's own unmapping, which may do it to anything.
 

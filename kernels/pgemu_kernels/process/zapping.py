@@ -17,7 +17,7 @@ from pgemu_kernels.engine.charge import (
     charge,
     charge_one,
 )
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root, vma_overlap
 from pgemu_kernels.folios.folio import remove_mapping, struct_page
@@ -257,7 +257,7 @@ def zap_vma(m, row, start, end, guards):
     _zap(m, row, start, end, guards)
 
 
-@kernel
+@step
 def unmap_mapping_range(m, inode, first, last):
     """Pages [first, last) of a file leave every process, its VMAs one by one, each with a flush of its own.
 
