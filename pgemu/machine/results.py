@@ -33,6 +33,7 @@ _ERRNO = {
         "ENOSPC",
         "ERANGE",
         "ENOTTY",
+        "EOVERFLOW",
         "EOPNOTSUPP",
     )
 }

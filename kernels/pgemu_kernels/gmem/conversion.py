@@ -25,7 +25,8 @@ from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.splitting import merge_block, split_block
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
+from pgemu_kernels.process.tables import flush_mm
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import (
     BLOCKED,
@@ -298,7 +299,7 @@ def finish(m, op):
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
     return GO
 
 
@@ -709,7 +710,7 @@ def zap_item(m, op):
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

@@ -30,7 +30,9 @@ from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, r
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.kvm import memslots
-from pgemu_kernels.process import gmem_mappings as mappings
+from pgemu_kernels.process.madvise import zap
+from pgemu_kernels.process.mmap import mmap
+from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
 from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
 from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
@@ -236,7 +238,7 @@ def zaps(m, columns, first, last):
         for i in range(first, stop):
             op = load(m, columns, i)
             charge_one(m, SYSCALL)
-            mappings.zap(m, op)
+            zap(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -281,13 +283,13 @@ def run_kind(m, op):
     """Run an operation that is one step; its system call is charged already."""
     kind = m.state[op + O_OP]
     if kind == OP_ZAP:
-        mappings.zap(m, op)
+        zap(m, op)
     elif kind == OP_PUNCH_HOLE:
         truncation.punch(m, op)
     elif kind == OP_MMAP:
-        mappings.mmap(m, op)
+        mmap(m, op)
     elif kind == OP_MUNMAP:
-        mappings.munmap(m, op)
+        munmap(m, op)
     elif kind == OP_BIND:
         memslots.bind(m, op)
     elif kind == OP_UNBIND:

@@ -131,6 +131,7 @@ EINVAL = 22
 ENOSPC = 28
 ERANGE = 34
 ENOTTY = 25
+EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
