@@ -458,7 +458,7 @@ class Folio:
         return self._operate(Operation.FOLIO_FREEZE, n, Flag.READ).status == 1
 
     def split(self) -> Result:
-        """Split it into 4K folios, in the way of the machine's `series`; its vmemmap is restored first."""
+        """Split it into 4K folios, in the way of the machine's `split_form`; its vmemmap is restored first."""
         return self._operate(Operation.FOLIO_SPLIT, PAGE_4K << self.order)
 
     def merge(self, order: int | None = None) -> Result:
@@ -471,7 +471,7 @@ class Folio:
     def _order_to_merge(self, order: int | None) -> int:
         if order is not None:
             return order
-        return self._order or (self.machine.config.order if self.machine is not None else 0)
+        return self._order or (self.machine.config.page_order if self.machine is not None else 0)
 
     def optimize(self) -> Result:
         """hugetlb_vmemmap_optimize_folio()."""

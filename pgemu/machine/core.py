@@ -67,7 +67,7 @@ class Core:
 
     def _prepare_memory(self) -> bool:
         """The second part of boot, of memory whose struct pages are all there, if any: whether the frames sufficed."""
-        small = self.config.order == 0 and self.config.pool
+        small = self.config.page_order == 0 and self.config.pool
         if self.config.hvo and not (self.config.buddy or self.config.reserved or small):
             return True
         from pgemu_kernels.run.pooling import run_pooling

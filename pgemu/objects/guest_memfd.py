@@ -86,8 +86,10 @@ def _checked_order(config: Config, order: int) -> None:
     """Huge pages of an order: EINVAL where the kernel has none of that size, ValueError where the machine's differ."""
     if order not in _ORDERS:
         raise _invalid(f"huge pages of order {order}: expected 9 or 18")
-    if order != config.order:
-        raise ValueError(f"huge pages of order {order}: expected {config.order}, the order of the machine's page_size")
+    if order != config.page_order:
+        raise ValueError(
+            f"huge pages of order {order}: expected {config.page_order}, the order of the machine's page_size"
+        )
 
 
 def _check_rfc2(config: Config, flags: int) -> Creation:
@@ -101,7 +103,7 @@ def _check_rfc2(config: Config, flags: int) -> Creation:
         raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
     huge = bool(flags & Rfc2Flags.HUGETLB)
     if huge:  # without a size the default one, which is the machine's if it has huge pages
-        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.order or W.ORDER_2M)
+        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.page_order or W.ORDER_2M)
     shared = bool(flags & Rfc2Flags.SUPPORT_SHARED)
     return Creation(shared, shared and not flags & Rfc2Flags.INIT_PRIVATE, huge)
 
@@ -137,7 +139,7 @@ def check_creation(config: Config, size: int, flags: int, form: Form = "main", p
     rfc2 = form == "rfc2"
     creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
     if size <= 0 or size % config.page_size:
-        unit = "huge page" if config.order else "page"
+        unit = "huge page" if config.page_order else "page"
         raise _invalid(f"size {size}: expected a positive multiple of the {unit}, {config.page_size}")
     return creation
 
@@ -146,10 +148,10 @@ def _usual(config: Config, shared: bool, form: Form) -> tuple[int, int]:
     """Flags and page order of a file that can be mapped, all shared or all private."""
     if form == "rfc2":
         flags = Rfc2Flags.SUPPORT_SHARED | (0 if shared else Rfc2Flags.INIT_PRIVATE)
-        return int(flags | (Rfc2Flags.HUGETLB if config.order else 0)), 0
+        return int(flags | (Rfc2Flags.HUGETLB if config.page_order else 0)), 0
     flags_main = CreateFlags.MMAP | (CreateFlags.INIT_SHARED if shared else 0)
-    if form == "wip" and config.order:
-        return int(flags_main | CreateFlags.HUGETLB), config.order
+    if form == "wip" and config.page_order:
+        return int(flags_main | CreateFlags.HUGETLB), config.page_order
     return int(flags_main), 0
 
 
@@ -198,7 +200,7 @@ class GuestMemfd:
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(W.R_BLOCKS)
-        subpool = cls._reserve(machine, blocks) if config.order else 0
+        subpool = cls._reserve(machine, blocks) if config.page_order else 0
         if used + blocks > 4 * config.pool_pages:
             raise OSError(W.ENOSPC, "inodes, closed ones included, of more than four times the pool")
         pages = size >> 12
@@ -324,7 +326,7 @@ class GuestMemfd:
 
         mode: "default" (the faulting task's), "preferred", "bind", "interleave", or a number. 0; -EINVAL for another
         number, nodes that do not exist, nodes with default or none with bind and interleave, a range that is empty or
-        not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Series rfc2 does not ask for it.
+        not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Split form rfc2 does not ask for it.
         """
         return self.machine.operate(
             Operation.MEMORY_POLICY,
@@ -391,8 +393,8 @@ class GuestMemfd:
         """The VMM goes: mappings and slots of the inode, then the inode and its pages. 0, -EBADF, or -EBUSY.
 
         What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
-        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Series rfc2 sends all
-        split ones through the worker. pgemu_kernels.gmem.truncation.close()
+        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Split form rfc2 sends
+        all split ones through the worker. pgemu_kernels.gmem.truncation.close()
         """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 

@@ -47,7 +47,7 @@ def stale_entries(machine: Core, inode: int) -> list[StaleEntry]:
         own[inside] = have[index[inside]]
         wrong = np.flatnonzero((here != 0) & (here != own))
         found += [
-            StaleEntry(space, int(pages[i]) << 12, int(here[i]), owners.get(int(here[i]) >> machine.config.order))
+            StaleEntry(space, int(pages[i]) << 12, int(here[i]), owners.get(int(here[i]) >> machine.config.page_order))
             for i in wrong
         ]
     return found
@@ -87,7 +87,7 @@ def _frames(machine: Core, inode: int) -> Array:
     """uint64[pages]: frame of each page of an inode; 0 where nothing is allocated."""
     blocks = _blocks(machine, inode)
     heads = np.where(_cached(blocks), blocks[:, W.B_PFN], np.uint64(0))
-    pages = np.uint64(1 << machine.config.order)
+    pages = np.uint64(1 << machine.config.page_order)
     frames = np.repeat(heads, int(pages)).reshape(-1, int(pages))
     return np.asarray(np.where(frames != 0, frames + np.arange(pages, dtype=np.uint64), np.uint64(0)).reshape(-1))
 
@@ -100,5 +100,5 @@ def _owners(machine: Core) -> dict[int, int]:
         if kind == W.INODE_GUEST_MEMFD:
             blocks = _blocks(machine, inode)
             heads = blocks[_cached(blocks), W.B_PFN]
-            found.update({int(head) >> machine.config.order: inode for head in heads})
+            found.update({int(head) >> machine.config.page_order: inode for head in heads})
     return found
