@@ -67,9 +67,9 @@ def _fail(message: str) -> NoReturn:
 
 def _print_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value:
-        from pgemu import __version__
+        from pgemu.version import version
 
-        click.echo(f"pgemu {__version__}")
+        click.echo(f"pgemu {version()}")
         context.exit()
 
 

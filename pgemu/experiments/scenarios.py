@@ -23,9 +23,10 @@ from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.results import Results
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Machine, Results
+    from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
 
 __all__ = ("SCENARIOS", "Phase", "SmallestPfnmap", "smallest_pfnmap")

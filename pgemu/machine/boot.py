@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.machine.config import DEFECTS, ORDERS, SPLIT_FORMS
-from pgemu.machine.designs import DESIGNS
+from pgemu.machine.config import DEFECTS, SPLIT_FORMS
+from pgemu.machine.designs import DESIGNS, row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
 from pgemu_kernels.formats import bits as formats, page_format
@@ -118,7 +118,9 @@ def set_registers(config: Config, arrays: Arrays) -> None:
     base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
     limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
     shown = ~formats.GLOBAL if config.pti else -1
+    properties, order = row_of(config.design, config.order)
     registers = {
+        W.R_PROPERTIES: properties,
         W.R_DESIGN: DESIGNS.index(config.design),
         W.R_FRAMES: frames,
         W.R_FRAMES_MASK: frames - 1,
@@ -169,7 +171,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_SERIES: SPLIT_FORMS[config.split_form],
         W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         W.R_FULL: config.full,
-        W.R_CONVERT_ORDER: ORDERS[config.order],
+        W.R_CONVERT_ORDER: order,
         W.R_CONVERT_BY_BLOCK: config.batch == "block",
         W.R_SPLIT_TO_2M: config.split_to == "2M",
         W.R_MERGE_LAZY: config.merge == "lazy",

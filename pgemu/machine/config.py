@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
-from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.designs import ORDERS, ROWS, Design
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "ORDERS", "SPLIT_FORMS", "Config", "Node")
+__all__ = ("DEFECTS", "SPLIT_FORMS", "Config", "Node")
 
-ORDERS = {
-    "rfc2": W.CONVERT_RFC2, "fixup": W.CONVERT_FIXUP, "jan2026": W.CONVERT_JAN2026, "next4k": W.CONVERT_NEXT4K,
-}  # fmt: skip
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
 SPLIT_FORMS = {"rfc2": W.SERIES_RFC2, "jan2026": W.SERIES_LATER}
 
@@ -120,7 +117,7 @@ class Config:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.design in DESIGNS, f"design {self.design!r}: expected one of {', '.join(DESIGNS)}"),
+            (self.design in ROWS, f"design {self.design!r}: expected one of {', '.join(ROWS)}"),
             (self.page_size in (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G), f"page size {self.page_size}: expected 4K, 2M or 1G"),
             (
                 self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),

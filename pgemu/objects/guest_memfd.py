@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
-    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.machine.core import Core
     from pgemu.objects.numa import MemoryPolicy
     from pgemu.objects.stale import StaleEntry
-    from pgemu.objects.vm import Vm
 
 __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
 
@@ -180,14 +180,14 @@ def node_mask(nodes: Iterable[int]) -> int:
 class GuestMemfd:
     """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
-    machine: Machine
+    machine: Core
     inode: int
     size: int
     form: Form = "main"
 
     @classmethod
     def create(
-        cls, machine: Machine, size: int, shared: bool, flags: int | None, form: Form, page_order: int
+        cls, machine: Core, size: int, shared: bool, flags: int | None, form: Form, page_order: int
     ) -> GuestMemfd:
         """See Machine.create_guest_memfd."""
         config = machine.config
@@ -240,7 +240,7 @@ class GuestMemfd:
         return flags | (int(W.INODE_BIND_COMMITS) if form == "next" else 0)
 
     @staticmethod
-    def _reserve(machine: Machine, blocks: int) -> int:
+    def _reserve(machine: Core, blocks: int) -> int:
         """Row + 1 of the next subpool. OSError ENOMEM if the pool cannot reserve the blocks, ENOSPC past SUBPOOLS."""
         subpool = next_row(machine, W.R_SUBPOOLS, W.SUBPOOLS, "subpools")
         hstate = machine.register(W.R_HSTATE)
@@ -250,7 +250,7 @@ class GuestMemfd:
         return subpool + 1
 
     @staticmethod
-    def _count_subpool(machine: Machine, subpool: int, blocks: int) -> None:
+    def _count_subpool(machine: Core, subpool: int, blocks: int) -> None:
         """mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once."""
         state = machine.arrays.state
         hstate = machine.register(W.R_HSTATE)
@@ -262,7 +262,7 @@ class GuestMemfd:
         state[W.R_SUBPOOLS] += np.uint64(1)
 
     @staticmethod
-    def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
+    def _share_all(machine: Core, fields: dict[np.uint64, int]) -> None:
         pages = fields[W.I_PAGES]
         word = fields[W.I_WORD]
         machine.arrays.state[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -292,7 +292,7 @@ class GuestMemfd:
 
         0; -EBADF once closed; -EINVAL for what is not aligned to 4K (Config.punch "refuse": to the huge page);
         -EAGAIN (restructure) with the offset of a split huge page of which somebody holds a piece, those before it
-        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.lifetime.punch()
+        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.truncation.punch()
         """
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
 
@@ -315,8 +315,6 @@ class GuestMemfd:
 
         virt/kvm/guest_memfd.c:kvm_gmem_fallocate(); an empty or negative range is refused before (vfs_fallocate()).
         """
-        from pgemu.objects.machine import Result
-
         if offset < 0 or length <= 0:
             return Result(-W.EINVAL, 0)
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
@@ -348,7 +346,7 @@ class GuestMemfd:
         from pgemu.objects.numa import policy_at
 
         self._check(offset)
-        return policy_at(self, offset)
+        return policy_at(self.machine, self.inode, offset)
 
     def pread(self, length: int, offset: int) -> Result:
         """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c"""
@@ -360,8 +358,6 @@ class GuestMemfd:
 
     def _refuse_io(self) -> Result:
         """vfs_read() and vfs_write() of a file without FMODE_CAN_READ and FMODE_CAN_WRITE, whatever is asked for."""
-        from pgemu.objects.machine import Result
-
         return Result(-W.EINVAL if self._field(W.I_OPEN) else -W.EBADF, 0)
 
     def stat(self) -> Stat:
@@ -393,21 +389,12 @@ class GuestMemfd:
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
 
-    def release(self, vm: Vm) -> Result:
-        """The VM's guest_memfd file of the inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
-
-        Its slots stay where they are, without memory: a guest access there is -EFAULT until Vm.unbind(). The memory is
-        the inode's and stays; Vm.bind() at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
-        kvm_gmem_release(), pgemu_kernels.gmem.lifetime.release()
-        """
-        return self.machine.operate(Operation.RELEASE, vm=vm.vm, object_=self.inode)
-
     def close(self) -> Result:
         """The VMM goes: mappings and slots of the inode, then the inode and its pages. 0, -EBADF, or -EBUSY.
 
         What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
         as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Split form rfc2 sends
-        all split ones through the worker. pgemu_kernels.gmem.lifetime.close()
+        all split ones through the worker. pgemu_kernels.gmem.truncation.close()
         """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 
@@ -425,7 +412,7 @@ class GuestMemfd:
         """
         from pgemu.objects.stale import stale_entries
 
-        return stale_entries(self)
+        return stale_entries(self.machine, self.inode)
 
     def _field(self, name: np.uint64) -> int:
         """A word of the inode's row."""

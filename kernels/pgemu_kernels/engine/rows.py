@@ -14,6 +14,7 @@ from pgemu_kernels.engine.bits import (
     U12,
     U48,
     U4095,
+    pages_of,
 )
 from pgemu_kernels.engine.charge import (
     result,
@@ -33,6 +34,7 @@ from pgemu_kernels.words.registers import (
     R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
+    R_VMS,
 )
 from pgemu_kernels.words.rows import (
     A_END,
@@ -67,6 +69,7 @@ from pgemu_kernels.words.rows import (
     STATE_SPACES,
     STATE_VMAS,
     STATE_VMS,
+    V_LIVE,
     V_WORDS,
 )
 
@@ -161,18 +164,25 @@ def largest_level(state):
 
 
 @kernel
-def slot_allows(state, slot, gfn, level):
-    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`.
+def slot_allows(state, slot, gfn, level, backing):
+    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`: lpage_info, attributes apart.
 
-    The aligned block must lie inside the slot, and guest frame and file offset must agree modulo its
-    size: the disallow_lpage counts of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata().
+    The aligned block must lie inside the slot, and guest frames must agree modulo its size with the pages that back
+    them, of which `backing` is the slot's first: arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata(), where those are
+    userspace's; of the posted 1G series the file's.
     """
-    pages = U1 << (U9 * (level - U1))
+    pages = pages_of(level)
     base = state[slot + M_BASE_GFN]
     first = gfn & ~(pages - U1)
-    if (base - state[slot + M_PGOFF]) & (pages - U1) != U0:
+    if (base ^ backing) & (pages - U1) != U0:
         return False
     return first >= base and first + pages <= base + state[slot + M_PAGES]
+
+
+@kernel
+def is_live_vm(state, vm):
+    """Whether a VM exists and is not closed."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_LIVE] != U0
 
 
 @kernel

@@ -17,12 +17,11 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U8, U12, U32, U48
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.records import element
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
-from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED, OP_BIND
+from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
 from pgemu_kernels.words.operations import (
     ENTRY_SHIFT,
     OPERATIONS,
     OPS_ALWAYS_ORDINARY,
-    OPS_BY_BINDING,
     OPS_BY_FILE,
     OPS_BY_MAPPING,
     OPS_BY_MMAP,
@@ -40,7 +39,7 @@ from pgemu_kernels.words.rows import (
     S_WORDS,
     SLOT_GUEST_MEMFD,
     STATE_SPACES,
-    V_ORDINARY,
+    V_ATTRIBUTES,
     VMA_GUEST_MEMFD,
 )
 
@@ -62,9 +61,9 @@ def ordinary_space(state, space):
 
 
 @kernel
-def ordinary_vm(state, vm):
-    """Whether a VM has or had slots of a process's memory."""
-    return vm < state[R_VMS] and state[vm_row(vm) + V_ORDINARY] != U0
+def has_attributes(state, vm):
+    """Whether a VM has memory attributes, which tell the kind of memory outside slots, too."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_ATTRIBUTES] != U0
 
 
 @kernel
@@ -97,7 +96,7 @@ def is_ordinary(state, header, object_, address):
     if is_of(OPS_BY_SLOT, kind):
         slot = find_memslot(state, vm, address >> U12)
         if slot == NONE:
-            return ordinary_vm(state, vm)
+            return kind == OP_GUEST_FAULT and has_attributes(state, vm)
         return state[slot + M_KIND] != SLOT_GUEST_MEMFD
     if is_of(OPS_BY_MMAP, kind):
         # What names no inode at all is anonymous if it says PRIVATE or SHARED.
@@ -105,8 +104,6 @@ def is_ordinary(state, header, object_, address):
         return ordinary_inode(state, object_) or (not named and header >> U8 & _PRIVATE_OR_SHARED != U0)
     if is_of(OPS_BY_PROCESS, kind):
         return ordinary_space(state, space)
-    if is_of(OPS_BY_BINDING, kind):
-        return ordinary_vm(state, vm) or (kind == OP_BIND and ordinary_inode(state, object_))
     if is_of(OPS_BY_FILE, kind):
         return ordinary_inode(state, object_)
     return is_of(OPS_ALWAYS_ORDINARY, kind)

@@ -8,6 +8,7 @@ kernel that adds an int to a uint64 gets an int64.
 from pgemu_kernels.words.enum_words import *  # noqa: F403
 from pgemu_kernels.words.events import *  # noqa: F403
 from pgemu_kernels.words.operations import *  # noqa: F403
+from pgemu_kernels.words.properties import *  # noqa: F403
 from pgemu_kernels.words.registers import *  # noqa: F403
 from pgemu_kernels.words.rows import *  # noqa: F403
 from pgemu_kernels.words.table_words import *  # noqa: F403

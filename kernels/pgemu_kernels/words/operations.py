@@ -46,9 +46,9 @@ class By(IntEnum):
     FILE = 4  # ... of the inode
     MMAP = 5  # ... of the inode; what names none and says PRIVATE or SHARED is anonymous
     PROCESS = 6  # what the process has or had
-    BINDING = 7  # what the VM has or had, or the kind of the inode
 
 
+_NOTHING: dict[str, str] = {}
 _HOST_RANGE = {"space": "process", "address": "HVA, bytes", "length": "bytes"}
 _FILE_PAGE = {"object": "inode", "offset": "bytes into the inode"}
 _FILE_RANGE = {**_FILE_PAGE, "length": "bytes"}
@@ -132,11 +132,11 @@ class Operation(IntEnum):
                     _S.NOTIFIER)},
     )
     BIND = (
-        9, Entry.FAST, By.BINDING, {"vm": "VM", "address": "GPA, bytes", **_FILE_RANGE},
+        9, Entry.FAST, By.FILE, {"vm": "VM", "address": "GPA, bytes", **_FILE_RANGE},
         _S.both(_S.main("virt/kvm/guest_memfd.c:kvm_gmem_bind")),
     )
     UNBIND = (
-        10, Entry.FAST, By.BINDING, {"vm": "VM", "address": "GPA, bytes"},
+        10, Entry.FAST, By.SLOT, {"vm": "VM", "address": "GPA, bytes"},
         _S.both(_S.MEMSLOT_DELETED),
     )
     PIN = (
@@ -308,11 +308,11 @@ class Operation(IntEnum):
         _S.both(_S.RELEASE),
     )
     LRU_DRAIN = (
-        52, Entry.FULL, By.NEVER, {},
+        52, Entry.FULL, By.NEVER, _NOTHING,
         _S.both(_S.main("mm/swap.c:lru_add_drain_all")),
     )
     WORK = (
-        53, Entry.FULL, By.NEVER, {},
+        53, Entry.FULL, By.NEVER, _NOTHING,
         {"restructure": (_S.Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_folio", "posted"),
                          _S.Source("a worker that merges what conversions leave split", "inference")),
          "pfnmap": (_S.Source("nothing is merged: no work item exists", "slides"),)},
@@ -348,12 +348,13 @@ OPS_BY_SLOT = _codes(op for op in Operation if op.ordinary is By.SLOT)
 OPS_BY_FILE = _codes(op for op in Operation if op.ordinary is By.FILE)
 OPS_BY_MMAP = _codes(op for op in Operation if op.ordinary is By.MMAP)
 OPS_BY_PROCESS = _codes(op for op in Operation if op.ordinary is By.PROCESS)
-OPS_BY_BINDING = _codes(op for op in Operation if op.ordinary is By.BINDING)
 OPS_ALWAYS_ORDINARY = _codes(op for op in Operation if op.ordinary is By.ALWAYS)
 # Those that bring ordinary memory into being, whatever a machine has had so far.
 OPS_FOUNDING = OPS_ALWAYS_ORDINARY | OPS_BY_MMAP
 # Of ordinary memory, those of a VM; the others are of a process or a file.
-OPS_OF_VM = _codes(op for op in Operation if "vm" in op.columns and op.ordinary in (By.SLOT, By.BINDING, By.ALWAYS))
+OPS_OF_VM = _codes(
+    op for op in Operation if "vm" in op.columns and ("address" in op.columns or op.ordinary is By.ALWAYS)
+) & ~_codes(op for op in Operation if op.ordinary is By.NEVER)
 
 
 class Flag(IntFlag):
@@ -405,6 +406,7 @@ EINVAL = 22
 ENOSPC = 28
 ERANGE = 34
 ENOTTY = 25
+EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
@@ -414,11 +416,12 @@ NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; 
 RESTRUCTURE = 0
 PFNMAP = 1
 
-# Orders of steps of restructure's conversion: which patches' (R_CONVERT_ORDER).
+# Orders of steps of a conversion: which patches' (R_CONVERT_ORDER).
 CONVERT_RFC2 = U(0)
 CONVERT_FIXUP = U(1)
 CONVERT_JAN2026 = U(2)
 CONVERT_NEXT4K = U(3)
+CONVERT_SLIDES = U(4)  # of pfnmap
 
 
 class Defect(IntFlag):

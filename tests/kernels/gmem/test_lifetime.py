@@ -371,7 +371,7 @@ def test_a_released_file(design: str, punch: str) -> None:
     for address in (0, M2):
         assert vm.touch(address).detail == second.touch(address).detail == 2
     pfn = gmem.pfn(0)
-    assert gmem.release(vm).status == 0
+    assert vm.release(gmem).status == 0
     assert (vm.leaves()[1], second.leaves()[1]) == (0, 2)
     for flags in (0, Flag.PRIVATE, Flag.SHARED, Flag.WRITE):
         status = machine.operate(Operation.GUEST_FAULT, flags=flags, vm=vm.vm, address=PAGE).status
@@ -379,7 +379,7 @@ def test_a_released_file(design: str, punch: str) -> None:
     assert second.touch(0).status == W.RET_PF_SPURIOUS
     assert gmem.pfn(0) == pfn
     assert vm.bind(gmem, M2, length=M2).status == -W.EEXIST  # the slot has these guest frames
-    assert gmem.release(vm).status == -W.EBADF
+    assert vm.release(gmem).status == -W.EBADF
     assert vm.bind(gmem, 1 << 30).status == 0  # a new file
     assert vm.touch(1 << 30).status == W.RET_PF_FIXED
     assert gmem.convert(0, PAGE, shared=True).status == 0
@@ -390,11 +390,11 @@ def test_a_released_file(design: str, punch: str) -> None:
     assert vm.bind(gmem, 0).status == 0  # in a row that a released slot had
     assert vm.touch(M2).status == W.RET_PF_FIXED
     scene.sound()
-    assert gmem.release(vm).status == gmem.release(second).status == 0
+    assert vm.release(gmem).status == second.release(gmem).status == 0
     assert gmem.close().status == 0
     assert scene.pool() == (2, 0)
     assert vm.touch(0).status == W.RET_PF_EMULATE  # the slots went with the VMM
-    assert gmem.release(vm).status == -W.EBADF
+    assert vm.release(gmem).status == -W.EBADF
     scene.sound()
 
 
@@ -416,7 +416,7 @@ def test_release_against_a_fault_and_a_conversion(design: str) -> None:
     machine.begin(1, Operation.GUEST_FAULT, vm=scene.vm.vm, address=0)
     for _ in range(3 if design == "restructure" else 2):  # lock, folio (, put)
         assert machine.step(1) == W.GO
-    assert scene.gmem.release(scene.vm).status == 0
+    assert scene.vm.release(scene.gmem).status == 0
     assert machine.step(1) == W.STOP
     assert machine.result(1).status == W.RET_PF_RETRY
     assert scene.vm.touch(0).status == -W.EFAULT

@@ -38,7 +38,7 @@ def test_classes_hold_what_the_rows_say() -> None:
         *("ALLOCATE", "PIN", "UNPIN", "PREFAULT", "RELEASE", "LRU_DRAIN", "WORK", "MEMORY_POLICY", "DIRTY_LOGGING"),
     }
     assert names(operations.OPS_POOLING) == set(CODES[37:50])
-    assert names(operations.OPS_BY_FILE) == {"CONVERT", "PUNCH_HOLE", "ALLOCATE", "GET", "PUT", "CLOSE"}
+    assert names(operations.OPS_BY_FILE) == {"CONVERT", "PUNCH_HOLE", "ALLOCATE", "BIND", "GET", "PUT", "CLOSE"}
     assert names(operations.OPS_FOUNDING) - names(operations.OPS_ALWAYS_ORDINARY) == {"MMAP"}
     assert names(operations.OPS_OF_VM) == {
         *("GUEST_FAULT", "BIND", "UNBIND", "MEMSLOT", "DIRTY_LOG", "ATTRIBUTES", "PREFAULT", "VM_EXIT"),
