@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from test_state_machine import ADDRESSES, CHECK_EVERY, GPAS, PAGES_IN_BLOCK, TwoMegabytes, lengths, numbers, spots
 
 from model.model import PAGE
 from model.pair import Pair
 from pgemu_kernels import words as W
+from test_state_machine import ADDRESSES, CHECK_EVERY, GPAS, PAGES_IN_BLOCK, TwoMegabytes, lengths, numbers, spots
 
 SPACES = 5  # processes at most
 INODES = 9

@@ -7,7 +7,6 @@ that came from there are compiled once more, beside the cache.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import pkgutil
@@ -29,6 +28,7 @@ from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Kind, translate, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
+from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler
 
 ENTRY_LIMIT = 10  # each one more costs every user seconds of compilation
 
@@ -91,7 +91,7 @@ def freshly_compiled(entry: Any) -> Any:
     """The entry point with the compiler's annotations."""
     if all(hasattr(result.type_annotation, "typemap") for result in entry.overloads.values()):
         return entry
-    twin = njit(**kernel_compile.OPTIONS)(entry.py_func)
+    twin = njit(pipeline_class=EntryCompiler, **kernel_compile.OPTIONS)(entry.py_func)
     for signature in entry.signatures:
         twin.compile(signature)
     return twin
@@ -106,15 +106,21 @@ def array_indices(annotation: Any) -> Iterator[types.Type]:
             yield signature.args[1]
 
 
+def is_inlined(dispatcher: Any, signature: Any) -> bool:
+    """By the decorator; a step is inlined into the loops of machines without parameters, the fast ones."""
+    if dispatcher._compiler.pipeline_class is StepCompiler:
+        return not signature[0].full
+    return bool(dispatcher.targetoptions.get("forceinline"))
+
+
 def overloads_of(dispatcher: Any) -> Iterator[Overload]:
     code = dispatcher.py_func.__code__
-    inlined = inspect.getsource(dispatcher.py_func).startswith("@kernel\n")
     names = code.co_varnames[: code.co_argcount]
     for signature, result in dispatcher.overloads.items():
         annotation = result.type_annotation
         yield Overload(
             name=f"{dispatcher.py_func.__module__}.{dispatcher.py_func.__qualname__}",
-            inlined=inlined,
+            inlined=is_inlined(dispatcher, signature),
             symbol=result.fndesc.llvm_func_name,
             arguments=dict(zip(names, signature, strict=True)),
             variables=dict(annotation.typemap),

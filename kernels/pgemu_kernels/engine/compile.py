@@ -38,13 +38,17 @@ def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) 
 
 
 try:  # private interfaces of numba, hence the pinned minor version
-    from pgemu_kernels.engine.numba_internals import inner_function, stamped_cache
+    from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler, inner_function, stamped_cache
 
     _KernelCache: Any = stamped_cache(source_stamp, lambda: _announce_compilation())
-    _inner: Callable[..., Any] = inner_function
+    _kernel: Callable[..., Any] = inner_function(forceinline=True, **OPTIONS)
+    _step: Callable[..., Any] = inner_function(StepCompiler, forceinline=False, **OPTIONS)
+    _outlined: Callable[..., Any] = inner_function(forceinline=False, **OPTIONS)
+    _entry: Callable[..., Any] = njit(pipeline_class=EntryCompiler, forceinline=False, **OPTIONS)
 except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
     _KernelCache = None
-    _inner = njit
+    _kernel = njit(forceinline=True, **OPTIONS)
+    _step = _outlined = _entry = njit(forceinline=False, **OPTIONS)
     warnings.warn("this numba has unknown internals: kernels compile slowly and in every process", stacklevel=2)
 
 
@@ -60,24 +64,29 @@ def _announce_compilation() -> None:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """An inner function: takes the machine's NamedTuple, always inlined into its callers."""
-    dispatcher = _inner(forceinline=True, **OPTIONS)(function)
-    kernels.append(dispatcher)
-    return dispatcher
+    """An inner function: takes the machine (handle.py), always inlined into its callers."""
+    return _listed(_kernel(function))
+
+
+def step(function: Callable[..., Any]) -> Any:
+    """A step of an operation, the machine first: inlined where parameters are constants, called in full machines."""
+    return _listed(_step(function))
 
 
 def outlined(function: Callable[..., Any]) -> Any:
     """An inner function of a rare, long path: called, not inlined by force, to keep its callers small."""
-    dispatcher = _inner(forceinline=False, **OPTIONS)(function)
-    kernels.append(dispatcher)
-    return dispatcher
+    return _listed(_outlined(function))
 
 
 def entry(function: Callable[..., Any]) -> Any:
     """An entry point: takes the int64 descriptor of a machine, cached on disk."""
-    dispatcher = njit(forceinline=False, **OPTIONS)(function)
+    dispatcher = _listed(_entry(function))
     if _KernelCache is not None:
         dispatcher._cache = _KernelCache(function)
-    kernels.append(dispatcher)
     entries.append(dispatcher)
+    return dispatcher
+
+
+def _listed(dispatcher: Any) -> Any:
+    kernels.append(dispatcher)
     return dispatcher

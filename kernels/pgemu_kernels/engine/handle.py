@@ -1,7 +1,8 @@
-"""The machine as kernels see it: a NamedTuple of arrays behind one int64 descriptor.
+"""The machine as kernels see it: one pointer, to a descriptor that holds address and length of each array.
 
-The descriptor holds address and length of each array, in the order of the fields. It is what entry
-points take (0.55 us a call, against 2-3 us for the tuple) and what other languages will hold.
+The int64 descriptor is what entry points take (0.55 us a call, against 2-3 us for a tuple of arrays) and what other
+languages will hold. Inside kernels a machine is that one word too: a call passes a pointer, and `m.state` loads the
+array where it is used. The descriptor does not change while a kernel runs, so LLVM loads each array once.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from llvmlite import ir
+from numba import from_dtype, types
+from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global
+from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
 Words = np.ndarray[Any, Any]
 
@@ -27,22 +29,9 @@ class Machine(NamedTuple):
     counts: Words
 
 
-class FullMachine(NamedTuple):
-    """The same, as entries see it that know every parameter: kernels are compiled for each type by itself.
-
-    That keeps what only such machines need out of the fast loops' compilation: see `full_only`.
-    """
-
-    ram: Words
-    state: Words
-    stats: Words
-    counts: Words
-
-
 DTYPES: dict[str, type[np.generic]] = {"ram": np.uint64, "state": np.uint64, "stats": np.int64, "counts": np.uint32}
 
-_ARRAY_TYPES = [types.Array(types.Integer.from_bitwidth(np.dtype(d).itemsize * 8, np.dtype(d).kind == "i"), 1, "C")
-                for d in DTYPES.values()]  # fmt: skip
+_ARRAY_TYPES = {name: types.Array(from_dtype(np.dtype(dtype)), 1, "C") for name, dtype in DTYPES.items()}
 
 
 def describe(machine: Machine) -> Words:
@@ -51,79 +40,118 @@ def describe(machine: Machine) -> Words:
     return np.array(words, dtype=np.int64)
 
 
+_WORD = ir.IntType(64)
+
+
+class MachineType(types.Type):  # type: ignore[misc]
+    """A machine inside kernels, which are compiled for each of the two types by itself.
+
+    `full`: as entries see it that know every parameter. That keeps what only such machines need out of the fast loops'
+    compilation: see `full_only`, `parameter` and compile.py:step.
+    """
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+        super().__init__("FullMachine" if full else "Machine")
+
+
+machine_type = MachineType(full=False)
+full_machine_type = MachineType(full=True)
+
+
+@register_model(MachineType)
+class _MachineModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _WORD.as_pointer())
+
+
+@infer_getattr
+class _MachineAttributes(AttributeTemplate):  # type: ignore[misc]
+    key = MachineType
+
+    def generic_resolve(self, machine: Any, name: str) -> Any:
+        return _ARRAY_TYPES.get(name)
+
+
+def _descriptor_word(builder: Any, machine: Any, index: int) -> Any:
+    word = builder.load(builder.gep(machine, [ir.Constant(_WORD, index)], inbounds=True))
+    word.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return word
+
+
+@lower_getattr_generic(MachineType)
+def _load_array(context: Any, builder: Any, kind: Any, machine: Any, name: str) -> Any:
+    """The array's value: address and length from the descriptor; no owner, so that nothing is counted."""
+    position = 2 * list(DTYPES).index(name)
+    address, length = (_descriptor_word(builder, machine, position + k) for k in range(2))
+    itemsize = ir.Constant(_WORD, np.dtype(DTYPES[name]).itemsize)
+    model = context.data_model_manager[_ARRAY_TYPES[name]]
+    array = ir.Constant(model.get_value_type(), None)
+    data = builder.inttoptr(address, array.type.elements[model.get_field_position("data")])
+    for field, value in (("nitems", length), ("itemsize", itemsize), ("data", data)):
+        array = builder.insert_value(array, value, model.get_field_position(field))
+    for field, value in (("shape", length), ("strides", itemsize)):
+        array = builder.insert_value(array, value, [model.get_field_position(field), 0])
+    return array
+
+
 @intrinsic
 def open_machine(typingctx: Any, descriptor: Any) -> Any:
-    """open_machine(descriptor) -> Machine, inside a kernel; no reference counts are involved."""
-    return _open(Machine, descriptor)
+    """open_machine(descriptor) -> the machine, inside a kernel; no reference counts are involved."""
+    return machine_type(descriptor), _open
 
 
 @intrinsic
 def open_full_machine(typingctx: Any, descriptor: Any) -> Any:
-    """The same for an entry that knows every parameter: -> FullMachine."""
-    return _open(FullMachine, descriptor)
+    """The same for an entry that knows every parameter."""
+    return full_machine_type(descriptor), _open
 
 
-def _open(machine: type, descriptor: Any) -> Any:
-    signature = types.NamedTuple(_ARRAY_TYPES, machine)(descriptor)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        words = context.make_array(sig.args[0])(context, builder, args[0]).data
-        values = []
-        for field, array_type in enumerate(sig.return_type.types):
-            address = builder.load(builder.gep(words, [context.get_constant(types.intp, 2 * field)]))
-            length = builder.load(builder.gep(words, [context.get_constant(types.intp, 2 * field + 1)]))
-            size = context.get_constant(types.intp, array_type.dtype.bitwidth // 8)
-            array = context.make_array(array_type)(context, builder)
-            array.data = builder.inttoptr(address, array.data.type)
-            array.nitems = length
-            array.itemsize = size
-            array.shape = cgutils.pack_array(builder, [length])
-            array.strides = cgutils.pack_array(builder, [size])
-            array.meminfo = cgutils.get_null_value(array.meminfo.type)
-            array.parent = cgutils.get_null_value(array.parent.type)
-            values.append(array._getvalue())
-        return context.make_tuple(builder, sig.return_type, values)
-
-    return signature, codegen
+def _open(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    return context.make_array(signature.args[0])(context, builder, arguments[0]).data
 
 
 def full_only(function: Any, otherwise: Any) -> Any:
-    """What kernels call as `function` where the machine is a FullMachine; elsewhere it is `otherwise`, which is small.
+    """What kernels call as `function` where the machine is a full one; elsewhere it is `otherwise`, which is small.
 
-    Chosen when a caller is compiled, by the type of the first argument: an entry that opens a Machine never compiles
-    `function`. Both are kernels that take the same arguments, the machine first.
+    Chosen when a caller is compiled, by the type of the first argument: an entry that opens a machine by
+    `open_machine` never compiles `function`. Both are kernels that take the same arguments, the machine first.
     """
-    count = len(function.py_func.__code__.co_varnames[: function.py_func.__code__.co_argcount])
-    options = {"nogil": True, "_nrt": False, "forceinline": True}
 
-    def is_full(machine: Any) -> bool:
-        return bool(machine.instance_class is FullMachine)
+    def chosen(*arguments: Any) -> Any:
+        raise NotImplementedError("only kernels call this")
 
-    stub: Any
-    if count == 2:
+    class Choice(AbstractTemplate):  # type: ignore[misc]
+        """Calls of it are calls of one of the two kernels: nothing of its own is compiled."""
 
-        def stub(m, a): ...  # type: ignore[no-untyped-def]
+        key = chosen
 
-        @overload(stub, jit_options=options)
-        def choose(m, a):  # type: ignore[no-untyped-def]
-            return (lambda m, a: function(m, a)) if is_full(m) else (lambda m, a: otherwise(m, a))
+        def generic(self, args: Any, kws: Any) -> Any:
+            return self.kernel_type(args).get_call_type(self.context, args, kws)
 
-    elif count == 3:
+        def get_impl_key(self, signature: Any) -> Any:
+            return self.kernel_type(signature.args).get_impl_key(signature)
 
-        def stub(m, a, b): ...  # type: ignore[no-untyped-def]
+        def kernel_type(self, args: Any) -> Any:
+            return types.Dispatcher(function if args[0].full else otherwise)
 
-        @overload(stub, jit_options=options)
-        def choose(m, a, b):  # type: ignore[no-untyped-def]
-            return (lambda m, a, b: function(m, a, b)) if is_full(m) else (lambda m, a, b: otherwise(m, a, b))
+    infer_global(chosen, types.Function(Choice))
+    return chosen
 
-    else:
 
-        def stub(m, a, b, c, d): ...  # type: ignore[no-untyped-def]
+def parameter(register: Any, fixed: Any) -> Any:
+    """parameter(register, fixed)(m): the register of a full machine; elsewhere the constant `fixed`, both uint64."""
 
-        @overload(stub, jit_options=options)
-        def choose(m, a, b, c, d):  # type: ignore[no-untyped-def]
-            if is_full(m):
-                return lambda m, a, b, c, d: function(m, a, b, c, d)
-            return lambda m, a, b, c, d: otherwise(m, a, b, c, d)
+    @intrinsic
+    def read(typingctx: Any, machine: Any) -> Any:
+        return types.uint64(machine), load if machine.full else constant
 
-    return stub
+    def load(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _descriptor_word(builder, arguments[0], 2 * list(DTYPES).index("state"))
+        registers = builder.inttoptr(address, _WORD.as_pointer())
+        return builder.load(builder.gep(registers, [ir.Constant(_WORD, int(register))], inbounds=True))
+
+    def constant(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_WORD, int(fixed))
+
+    return read

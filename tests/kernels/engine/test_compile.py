@@ -1,0 +1,159 @@
+"""What compile.py and handle.py give to kernels, on kernels of a few lines, compiled for both types of machines."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numba import njit
+from numba.core.errors import TypingError
+from numba.core.types.functions import BaseFunction
+
+from pgemu_kernels.engine import numba_internals
+from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.compile import OPTIONS
+from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
+
+U = np.uint64
+SEVEN = U(7)
+
+# As compile.py makes them, but not in its lists, which the ground rules go through.
+kernel = numba_internals.inner_function(forceinline=True, **OPTIONS)
+step = numba_internals.inner_function(numba_internals.StepCompiler, forceinline=False, **OPTIONS)
+outlined = numba_internals.inner_function(forceinline=False, **OPTIONS)
+entry = njit(pipeline_class=numba_internals.EntryCompiler, **OPTIONS)
+
+chosen = parameter(U1, SEVEN)
+
+
+@step
+def add_chosen(m, value):  # type: ignore[no-untyped-def]
+    m.state[U0] = m.state[U0] + value
+    return m.state[U0] + chosen(m)
+
+
+@outlined
+def every_array(m, first, second, third):  # type: ignore[no-untyped-def]
+    return m.ram[first] + m.state[second] + U(m.counts[third]) + U(len(m.ram))
+
+
+@kernel
+def nothing(m, first, second, third):  # type: ignore[no-untyped-def]
+    return second
+
+
+for_full = full_only(every_array, nothing)
+
+
+@entry
+def fast(descriptor, value):  # type: ignore[no-untyped-def]
+    return add_chosen(open_machine(descriptor), value)
+
+
+@entry
+def full(descriptor, value):  # type: ignore[no-untyped-def]
+    return add_chosen(open_full_machine(descriptor), value)
+
+
+@entry
+def fast_choice(descriptor):  # type: ignore[no-untyped-def]
+    return for_full(open_machine(descriptor), U0, U1, U1)
+
+
+@entry
+def full_choice(descriptor):  # type: ignore[no-untyped-def]
+    return for_full(open_full_machine(descriptor), U0, U1, U1)
+
+
+def arrays() -> Machine:
+    return Machine(
+        np.array([1000, 2000], np.uint64),
+        np.array([5, 40, 0], np.uint64),
+        np.zeros(1, np.int64),
+        np.array([0, 300], np.uint32),
+    )
+
+
+@pytest.mark.parametrize(("add", "expected"), [(fast, 5 + 2 + 7), (full, 5 + 2 + 40)])
+def test_a_parameter_is_a_constant_or_a_register(add: Callable[..., int], expected: int) -> None:
+    machine = arrays()
+    assert add(describe(machine), U(2)) == expected
+    assert machine.state.tolist() == [7, 40, 0]
+
+
+def test_a_step_is_inlined_where_parameters_are_constants_and_called_elsewhere() -> None:
+    machine = arrays()
+    assembly = {}
+    for add in (fast, full):
+        add(describe(machine), U0)
+        assembly[add] = "\n".join(add.inspect_asm().values())
+    symbols = [compiled.fndesc.llvm_func_name for compiled in add_chosen.overloads.values()]
+    assert [symbol in assembly[add] for add in (fast, full) for symbol in symbols] == [False, False, False, True]
+
+
+def test_a_kernel_for_full_machines_is_not_compiled_for_others() -> None:
+    machine = arrays()
+    assert fast_choice(describe(machine)) == 1
+    assert [signature[0].full for signature in every_array.overloads] == []
+    assert full_choice(describe(machine)) == 1000 + 40 + 300 + 2
+    assert [signature[0].full for signature in every_array.overloads] == [True]
+
+
+def test_inner_functions_link_into_functions_that_numba_compiles_by_itself() -> None:
+    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    def plain(descriptor):  # type: ignore[no-untyped-def]
+        m = open_full_machine(descriptor)
+        return add_chosen(m, U1) + for_full(m, U0, U1, U1)
+
+    assert plain(describe(arrays())) == (5 + 1 + 40) + (1000 + 40 + 300 + 2)
+
+
+# ------------------------------------------------------------------ compilation with less to do
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("broken", [True, False])
+def test_numba_and_the_collector_are_left_as_they_were_also_by_a_kernel_that_does_not_compile(
+    collecting: bool, broken: bool
+) -> None:
+    @entry
+    def unknown(values):  # type: ignore[no-untyped-def]
+        return values.no_such_attribute
+
+    @entry
+    def good(values):  # type: ignore[no-untyped-def]
+        return values[U0]
+
+    before = BaseFunction.get_call_type
+    if not collecting:
+        gc.disable()
+    try:
+        if broken:
+            with pytest.raises(TypingError):
+                unknown(np.zeros(1, np.uint64))
+        else:
+            assert good(np.zeros(1, np.uint64)) == 0
+        assert gc.isenabled() == collecting
+        assert BaseFunction.get_call_type is before
+    finally:
+        gc.enable()
+
+
+def mixture(a: Any, b: Any) -> Any:
+    return a + b, a < b, max(a, b), a // b, -a, (a, b)[1]
+
+
+@pytest.mark.parametrize("first", [np.uint64, np.int64, np.uint32, np.bool_, np.float64])
+@pytest.mark.parametrize("second", [np.uint64, np.int64, np.int32])
+def test_remembered_signatures_are_those_numba_resolves(first: Any, second: Any) -> None:
+    arguments = first(1), second(3)
+    if first is np.bool_:
+        expected, remembered = (decorate(lambda a, b: (a + b, a < b, a | (b > b))) for decorate in (njit, entry))
+    else:
+        expected, remembered = njit(**OPTIONS)(mixture), entry(mixture)
+    assert remembered(*arguments) == expected(*arguments)
+    assert remembered.nopython_signatures == expected.nopython_signatures
+    again = entry(remembered.py_func)
+    assert again(*arguments) == expected(*arguments)
+    assert again.nopython_signatures == expected.nopython_signatures
