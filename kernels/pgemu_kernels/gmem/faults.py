@@ -12,8 +12,6 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, pages_of
 from pgemu_kernels.engine.charge import (
     GUEST_FAULT,
     HOST_FAULT,
-    LEAF_WRITTEN,
-    RMAP_CHANGED,
     SPTE_WRITTEN,
     TLB_FLUSH_VM,
     charge_one,
@@ -39,13 +37,13 @@ from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.gmem.allocation import (
     allocate,
 )
-from pgemu_kernels.gmem.host_entries import insert as insert_special
+from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.process.tables import space_row
+from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import MAP_FIXED, MAP_NO_MEMORY, MAP_SPURIOUS, map_stage2
-from pgemu_kernels.tables.walker import count_host_leaf, find_leaf, host_format, host_slot, stage2_format
+from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
@@ -92,7 +90,6 @@ from pgemu_kernels.words.rows import (
     O_STATUS,
     O_VM,
     O_WORDS,
-    S_RSS,
     SLOT_RELEASED,
     STATE_OPS,
     V_ROOT,
@@ -187,15 +184,14 @@ def host_page(m, op):
 
 @kernel
 def map_counted(m, op):
-    """mm/memory.c:finish_fault(), set_pte_range(): an ordinary entry, which keeps the reference: VM_FAULT_*.
+    """Enter the folio by an ordinary entry, which keeps the reference and adds a mapcount: VM_FAULT_*.
 
-    The folio gets a mapcount, the process a page of RssFile: mm_counter_file(). As captured, a read and a write fault
-    on guest_memfd both leave 8..867.
+    As captured, a read and a write fault on guest_memfd both leave 8..867.
     """
     state = m.state
     pfn = state[op + O_PFN]
     page = struct_page(m, pfn)
-    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
+    slot = page_slot(m, state[op + O_SPACE], state[op + O_ADDRESS])
     if slot == NONE:
         add_references(m.ram, page, ~U0)
         return np.int64(VM_FAULT_OOM)
@@ -204,12 +200,8 @@ def map_counted(m, op):
         add_references(m.ram, page, ~U0)
         return np.int64(0)
     leaf = F_LEAF_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_LEAF_4K_RO
-    m.ram[slot] = pfn << U12 | state[host_format(m) + leaf]
     add_mapping(m.ram, page)
-    state[space_row(state[op + O_SPACE]) + S_RSS] += U1
-    count_host_leaf(m, 1)
-    charge_one(m, LEAF_WRITTEN)
-    charge_one(m, RMAP_CHANGED)
+    map_file_page(m, state[op + O_SPACE], slot, pfn << U12 | state[host_format(m) + leaf])
     return np.int64(VM_FAULT_LOCKED)
 
 
