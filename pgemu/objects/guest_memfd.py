@@ -290,7 +290,7 @@ class GuestMemfd:
 
         0; -EBADF once closed; -EINVAL for what is not aligned to 4K (Config.punch "refuse": to the huge page);
         -EAGAIN (restructure) with the offset of a split huge page of which somebody holds a piece, those before it
-        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.lifetime.punch()
+        gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.truncation.punch()
         """
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
 
@@ -396,7 +396,7 @@ class GuestMemfd:
 
         Its slots stay where they are, without memory: a guest access there is -EFAULT until Vm.unbind(). The memory is
         the inode's and stays; Vm.bind() at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
-        kvm_gmem_release(), pgemu_kernels.gmem.lifetime.release()
+        kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
         """
         return self.machine.operate(Operation.RELEASE, vm=vm.vm, object_=self.inode)
 
@@ -405,7 +405,7 @@ class GuestMemfd:
 
         What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
         as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Series rfc2 sends all
-        split ones through the worker. pgemu_kernels.gmem.lifetime.close()
+        split ones through the worker. pgemu_kernels.gmem.truncation.close()
         """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 

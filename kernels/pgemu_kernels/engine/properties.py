@@ -9,6 +9,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0
 from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.engine.handle import parameter
 from pgemu_kernels.words.properties import Property
 from pgemu_kernels.words.registers import R_PROPERTIES
 
@@ -26,6 +27,9 @@ _PREALLOCATES = U(Property.PREALLOCATES)
 _NAMES_PAGE = U(Property.NAMES_PAGE)
 _DRAINS_LRU = U(Property.DRAINS_LRU)
 _KEEPS_REFERENCE = U(Property.KEEPS_REFERENCE)
+
+# Default machines have the orders jan2026 and slides, which are alike in what these bits say.
+_of_order = parameter(R_PROPERTIES, _PREALLOCATES)
 
 
 @kernel
@@ -83,25 +87,25 @@ def rounds_ranges(m):
 @kernel
 def zaps_exactly(m):
     """Whether the zap leaves the rounding out."""
-    return m.state[R_PROPERTIES] & _ZAPS_EXACTLY != U0
+    return _of_order(m) & _ZAPS_EXACTLY != U0
 
 
 @kernel
 def preallocates(m):
     """Whether a conversion allocates the attribute tree's nodes before it does anything."""
-    return m.state[R_PROPERTIES] & _PREALLOCATES != U0
+    return _of_order(m) & _PREALLOCATES != U0
 
 
 @kernel
 def names_page(m):
     """Whether a failed conversion names the page, where others name none before the range."""
-    return m.state[R_PROPERTIES] & _NAMES_PAGE != U0
+    return _of_order(m) & _NAMES_PAGE != U0
 
 
 @kernel
 def drains_lru(m):
     """Whether the gate drains LRU batches for the sake of a 4K folio."""
-    return m.state[R_PROPERTIES] & _DRAINS_LRU != U0
+    return _of_order(m) & _DRAINS_LRU != U0
 
 
 @kernel
@@ -110,4 +114,4 @@ def keeps_reference(m):
 
     Later orders return no struct page: kvm_gmem_get_pfn() puts the folio, after it released the lock.
     """
-    return m.state[R_PROPERTIES] & _KEEPS_REFERENCE != U0
+    return _of_order(m) & _KEEPS_REFERENCE != U0

@@ -1,8 +1,11 @@
-"""Steps of a conversion with every parameter: what the orders of `orders` are made of.
+"""Steps of a conversion: what the orders of `orders` are made of.
 
 A conversion has units, done one after the other: its whole range, or what of it lies in each huge page. O_START and
 O_END of the record are those of the present unit. Each step does one thing, hands over through the record, and
 returns GO or STOP; then the result is in the record and everything is unlocked.
+
+The steps are compiled twice. For a default machine its parameters are constants, and what only others have
+(`full_only`) is not compiled.
 """
 
 from __future__ import annotations
@@ -11,48 +14,48 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, U511, U512, trailing_zeros
 from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, FREEZE_SPIN, charge, charge_one, result
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
-from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
-from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
+from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
+from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
+from pgemu_kernels.engine.shareability import is_shared, shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.splitting import merge_block, split_block
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
-from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.gmem.steps import convert_prepare, zap_kind
 from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import (
-    CONVERT_FIXUP,
-    CONVERT_NEXT4K,
-    CONVERT_RFC2,
+    BLOCKED,
     EAGAIN,
+    EBADF,
+    EBUSY,
+    EINVAL,
     ENOMEM,
     ENOTTY,
     GO,
     NEVER,
-    PFNMAP,
     STOP,
     Defect,
+    Flag,
 )
 from pgemu_kernels.words.registers import (
     R_CONVERT_BY_BLOCK,
-    R_CONVERT_ORDER,
     R_DEFECTS,
-    R_DESIGN,
     R_FLUSH_BATCHED,
     R_FLUSHES_HELD,
     R_IN_PLACE,
-    R_INODES,
     R_KERNEL_UNFLUSHED,
     R_MERGE_LAZY,
     R_ORDER,
     R_SERIES,
     R_SPACES,
+    R_SPLIT_TO_2M,
     R_WORD_ROWS,
     R_WORK_LISTS,
+    R_ZAP_BOTH_KINDS,
 )
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -62,17 +65,19 @@ from pgemu_kernels.words.rows import (
     BLOCK_PARTLY,
     BLOCK_SPLIT,
     GUP_PIN_COUNTING_BIAS,
-    I_OPEN,
     I_PAGES,
     I_WORD,
     I_ZEROED,
     O_ACTOR,
     O_DETAIL,
     O_END,
+    O_FLAGS,
     O_INODE,
     O_ITEM_END,
     O_ITEM_START,
+    O_LENGTH,
     O_OBJECT,
+    O_OFFSET,
     O_RANGE_END,
     O_RANGE_START,
     O_ROUND_END,
@@ -83,37 +88,69 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_PFNMAP = U(PFNMAP)
+PRIVATE = U(Flag.PRIVATE)
+SHARED = U(Flag.SHARED)
 _ROLLBACK_AT_ZERO = U(Defect.ROLLBACK_AT_ZERO)
+
+# What a machine may have otherwise, and what it is by default.
+by_block = parameter(R_CONVERT_BY_BLOCK, U0)
+in_place = parameter(R_IN_PLACE, U1)
+merge_lazy = parameter(R_MERGE_LAZY, U0)
+flush_batched = parameter(R_FLUSH_BATCHED, U0)
+split_to_2m = parameter(R_SPLIT_TO_2M, U0)
+
+
+# --------------------------------------------------------------------------- what only other machines have
+
+
+@kernel
+def in_pieces(m):
+    """Whether 1G folios are split to 2M first."""
+    return split_to_2m(m) != U0 and m.state[R_ORDER] > U9
+
+
+@kernel
+def no_piece(m, node, block, first, start, end):
+    return NONE
+
+
+@kernel
+def nothing_in_pieces(m, node, block, first, start, end):
+    """There are no pieces."""
+
+
+@kernel
+def no_batches(m, head, pages, cpu):
+    """There are no LRU batches."""
+
+
+gate_pieces = full_only(pieces.gate_block, no_piece)
+note_waiting = full_only(pieces.note_waiting, nothing_in_pieces)
+merge_pieces = full_only(pieces.merge_pieces, nothing_in_pieces)
+lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
 
 
 # --------------------------------------------------------------------------- units, beginning and end
 
 
 @kernel
-def is_rfc2(state):
-    """Whether conversions go by rfc2's order. The slides' has no variants."""
-    return state[R_DESIGN] != _PFNMAP and state[R_CONVERT_ORDER] == CONVERT_RFC2
-
-
-@kernel
-def rounding(state):
+def rounding(m):
     """Pages that ranges of the invalidate protocol are rounded out to: a huge page's, or 1 where they are exact."""
-    if state[R_DESIGN] == _PFNMAP or state[R_CONVERT_ORDER] == CONVERT_NEXT4K:
+    if not rounds_ranges(m):
         return U1
-    return U1 << (U9 if has_pieces(state) else state[R_ORDER])
+    return U1 << (U9 if in_pieces(m) else m.state[R_ORDER])
 
 
-@kernel
+@step
 def set_rounded(m, op, start, end):
     """Let the record's rounded range be that of pages [start, end)."""
     state = m.state
-    inside = rounding(state) - U1
+    inside = rounding(m) - U1
     state[op + O_ROUND_START] = start & ~inside
     state[op + O_ROUND_END] = min((end + inside) & ~inside, state[inode_row(state[op + O_INODE]) + I_PAGES])
 
 
-@outlined
+@step
 def next_unit(m, op):
     """Let the record's unit be the next one in which something differs: whether there is one."""
     state = m.state
@@ -121,8 +158,14 @@ def next_unit(m, op):
     inside = (U1 << state[R_ORDER]) - U1
     first = state[op + O_END]
     last = state[op + O_RANGE_END]
+    if by_block(m) == U0:  # all of the range at once: prepare() has seen that something differs
+        if first == last:
+            return False
+        state[op + O_END] = last
+        set_rounded(m, op, first, last)
+        return True
     while first < last:
-        end = min(last, (first | inside) + U1) if state[R_CONVERT_BY_BLOCK] != U0 else last
+        end = min(last, (first | inside) + U1)
         shared = shared_in_range(m, node, first, end)
         if shared != (U0 if state[op + O_TO_PRIVATE] != U0 else end - first):
             state[op + O_START] = first
@@ -133,23 +176,59 @@ def next_unit(m, op):
     return False
 
 
-@outlined
-def prepare(m, op):
-    """Check the arguments, lock, preallocate, and choose the first unit. BLOCKED (-EBUSY) where the lock is held.
+@kernel
+def arguments(m, op):
+    """0, or the error that a conversion's arguments are."""
+    state = m.state
+    status = range_arguments(state, op)
+    if status != -EBADF and in_place(m) == U0:
+        return np.int64(-ENOTTY)
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    if status == 0 and (kind == U0 or kind == PRIVATE | SHARED):
+        return np.int64(-EINVAL)
+    pages = (state[op + O_OFFSET] + state[op + O_LENGTH]) >> U12
+    if status == 0 and pages > state[inode_row(state[op + O_OBJECT]) + I_PAGES]:
+        return np.int64(-EINVAL)
+    return status
 
-    rfc2 allocates nothing in advance. virt/kvm/guest_memfd.c:kvm_gmem_set_attributes()
+
+@step
+def prepare(m, op):
+    """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done, preallocate, and
+    choose the first unit. BLOCKED (-EBUSY) where the lock is held.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_set_attributes(). Linux preallocates the nodes of its attribute tree, and without
+    a frame that fails, at the range's start (inference: they come from a slab page). A bit per page needs none.
     """
     state = m.state
+    status = arguments(m, op)
+    if status != 0:
+        return stop(state, op, status)
     inode = state[op + O_OBJECT]
-    if inode < state[R_INODES] and state[inode_row(inode) + I_OPEN] != U0 and state[R_IN_PLACE] == U0:
-        return stop(state, op, -ENOTTY)
-    outcome = convert_prepare(m, op, False, not is_rfc2(state))
-    if outcome == GO:
-        state[op + O_RANGE_START] = state[op + O_START]
-        state[op + O_RANGE_END] = state[op + O_END]
-        state[op + O_END] = state[op + O_START]
-        next_unit(m, op)
-    return outcome
+    node = inode_row(inode)
+    start = state[op + O_OFFSET] >> U12
+    end = start + (state[op + O_LENGTH] >> U12)
+    if not lock_exclusive(state, op, node):
+        result(state, op, np.int64(-EBUSY))
+        return BLOCKED
+    shared = shared_in_range(m, node, start, end)
+    to_private = state[op + O_FLAGS] & PRIVATE != U0
+    if shared == (U0 if to_private else end - start):
+        unlock(state, op, node)
+        return stop(state, op, 0)
+    if preallocates(m) and frames_left(m) == U0:
+        unlock(state, op, node)
+        state[op + O_DETAIL] = start << U12
+        return stop(state, op, -ENOMEM)
+    result(state, op, np.int64(0))
+    state[op + O_INODE] = inode
+    state[op + O_TO_PRIVATE] = U1 if to_private else U0
+    state[op + O_START] = start
+    state[op + O_END] = start
+    state[op + O_RANGE_START] = start
+    state[op + O_RANGE_END] = end
+    next_unit(m, op)
+    return GO
 
 
 @outlined
@@ -164,13 +243,21 @@ def flush_owed(m):
         state[R_KERNEL_UNFLUSHED] = U0
 
 
-@outlined
+@kernel
+def none_owed(m):
+    """No flush is put off."""
+
+
+pay_flushes = full_only(flush_owed, none_owed)
+
+
+@step
 def leave(m, op):
     """Unlock, with what the record says as the result; the checked range is all of the conversion's."""
     state = m.state
-    state[R_FLUSHES_HELD] = U0
-    if state[R_FLUSH_BATCHED] != U0:
-        flush_owed(m)
+    if flush_batched(m) != U0:
+        state[R_FLUSHES_HELD] = U0
+        pay_flushes(m)
     set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
     unlock(state, op, inode_row(state[op + O_INODE]))
     return STOP
@@ -178,24 +265,24 @@ def leave(m, op):
 
 @kernel
 def fail(m, op, status, index):
-    """End a conversion with an error at a page: its offset is max(start of the unit, page); rfc2: the page's."""
+    """End a conversion with an error at a page: its offset is max(start of the unit, page), or the page's."""
     state = m.state
-    state[op + O_DETAIL] = (index if is_rfc2(state) else max(index, state[op + O_START])) << U12
+    state[op + O_DETAIL] = (index if names_page(m) else max(index, state[op + O_START])) << U12
     result(state, op, np.int64(status))
     return leave(m, op)
 
 
-@outlined
+@step
 def finish(m, op):
     """The unit is done: GO with the next one, or unlock and STOP. Blocks that became shared need no merge any more."""
     state = m.state
     node = inode_row(state[op + O_INODE])
-    if state[R_MERGE_LAZY] != U0 and state[op + O_TO_PRIVATE] == U0:
+    if merge_lazy(m) != U0 and state[op + O_TO_PRIVATE] == U0:
         first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
         while first < state[op + O_END]:
             block = block_row(m, node, first)
             if m.state[block + B_STATE] == BLOCK_PARTLY:
-                pieces.note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
+                note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
             else:
                 stop_waiting(m, block)
             first += U1 << state[R_ORDER]
@@ -207,7 +294,7 @@ def finish(m, op):
 # --------------------------------------------------------------------------- host and references
 
 
-@outlined
+@step
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
@@ -235,7 +322,16 @@ def is_idle_4k(m, page):
     return is_idle(m, page, U1)
 
 
-@outlined
+@kernel
+def never_idle_4k(m, page):
+    """No order has that gate."""
+    return False
+
+
+idle_4k = full_only(is_idle_4k, never_idle_4k)
+
+
+@step
 def busy_4k(m, head, start, end):
     """The first of the 4K folios [start, end) of a split block that is not idle, else `end`."""
     ram = m.ram
@@ -245,7 +341,7 @@ def busy_4k(m, head, start, end):
     return end
 
 
-@outlined
+@step
 def busy_folio(m, node, start, end):
     """The first page of the first folio of pages [start, end) that somebody uses, or NONE."""
     state = m.state
@@ -263,20 +359,20 @@ def busy_folio(m, node, start, end):
             if busy < last:
                 return busy
         elif kind == BLOCK_PARTLY:
-            busy = pieces.gate_block(m, node, block, first, index, last)
+            busy = gate_pieces(m, node, block, first, index, last)
             if busy != NONE:
                 return busy
         elif kind == BLOCK_HUGE:
             charge_one(m, FOLIO_GATE_CHECKED)
             page = struct_page(m, head)
-            by_4k = order == U0 and state[R_CONVERT_ORDER] == CONVERT_NEXT4K
-            if not (is_idle_4k(m, page) if by_4k else is_idle(m, page, U1 << order)):
+            by_4k = order == U0 and drains_lru(m)
+            if not (idle_4k(m, page) if by_4k else is_idle(m, page, U1 << order)):
                 return first
         index = last
     return NONE
 
 
-@outlined
+@step
 def gate(m, op):
     """To private: every folio of the unit must be idle, else -EAGAIN with the failing offset."""
     busy = busy_folio(m, inode_row(m.state[op + O_INODE]), m.state[op + O_START], m.state[op + O_END])
@@ -288,7 +384,7 @@ def gate(m, op):
 # --------------------------------------------------------------------------- stage 2
 
 
-@outlined
+@step
 def invalidate_begin(m, op):
     """Begin the invalidation of the rounded unit in every VM bound to it."""
     state = m.state
@@ -296,18 +392,45 @@ def invalidate_begin(m, op):
     return GO
 
 
-@outlined
-def zap(m, op):
-    """Drop stage-2 leaves: of the rounded unit, with fixup of the unit itself. The point of no return."""
+@step
+def zap_kind(m, op, start, end):
+    """Drop the leaves over pages [start, end) from stage 2.
+
+    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
+    tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
+    not only begin and end, is inference; R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
+    """
     state = m.state
-    if state[R_DESIGN] != _PFNMAP and state[R_CONVERT_ORDER] == CONVERT_FIXUP:
-        zap_kind(m, op, state[op + O_START], state[op + O_END])
+    inode = state[op + O_INODE]
+    dropped = np.int64(0)
+    if state[R_ZAP_BOTH_KINDS] != U0:
+        dropped = zap_range(m, inode, start, end)
     else:
-        zap_kind(m, op, state[op + O_ROUND_START], state[op + O_ROUND_END])
+        node = inode_row(inode)
+        leaving = state[op + O_TO_PRIVATE]
+        first = start
+        while first < end:
+            last = first
+            while last < end and is_shared(m, node, last) == leaving:
+                last += U1
+            if first < last:
+                dropped += zap_range(m, inode, first, last)
+            first = last + U1
+    if dropped != 0:
+        flush_vms(m)
+
+
+@step
+def zap(m, op):
+    """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
+    state = m.state
+    exactly = zaps_exactly(m)
+    start = state[op + (O_START if exactly else O_ROUND_START)]
+    zap_kind(m, op, start, state[op + (O_END if exactly else O_ROUND_END)])
     return GO
 
 
-@outlined
+@step
 def invalidate_end(m, op):
     """End it."""
     state = m.state
@@ -315,14 +438,14 @@ def invalidate_end(m, op):
     return GO
 
 
-@outlined
+@step
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
     store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
     charge_one(m, ATTRIBUTES_STORED)
 
 
-@kernel
+@step
 def store(m, op):
     """Record the unit's new shareability; cannot fail, for nodes were preallocated."""
     state = m.state
@@ -333,11 +456,11 @@ def store(m, op):
 # --------------------------------------------------------------------------- split and merge
 
 
-@outlined
+@step
 def add_to_lru(m, op, head, pages):
     """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
     if m.state[R_SERIES] == SERIES_RFC2:
-        lru.lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
+        lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
 
 
 @outlined
@@ -356,7 +479,28 @@ def split_pieces(m, op, node, block, first, start, end):
     return np.int64(0)
 
 
+@kernel
+def none_split(m, op, node, block, first, start, end):
+    """There are no pieces."""
+    return np.int64(0)
+
+
+@kernel
+def whole_block(m, block, first, start):
+    return first
+
+
 @outlined
+def first_unsplit_page(m, block, first, start):
+    """The first page of the folio that a split failed at."""
+    return pieces.first_unsplit(m, block, first, start) if in_pieces(m) else first
+
+
+split_any_pieces = full_only(split_pieces, none_split)
+first_unsplit = full_only(first_unsplit_page, whole_block)
+
+
+@step
 def split_one(m, op, node, first, start, end):
     """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
 
@@ -365,8 +509,8 @@ def split_one(m, op, node, first, start, end):
     state = m.state
     block = block_row(m, node, first)
     kind = m.state[block + B_STATE]
-    if has_pieces(state) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
-        return split_pieces(m, op, node, block, first, start, end)
+    if in_pieces(m) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
+        return split_any_pieces(m, op, node, block, first, start, end)
     if kind != BLOCK_HUGE or state[R_ORDER] == U0:
         return np.int64(0)
     status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
@@ -375,7 +519,7 @@ def split_one(m, op, node, first, start, end):
     return status
 
 
-@outlined
+@step
 def split_blocks(m, op, start, end):
     """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
     state = m.state
@@ -386,7 +530,7 @@ def split_blocks(m, op, start, end):
         status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
         if status != 0:
             block = block_row(m, node, first)
-            return status, pieces.first_unsplit(m, block, first, start) if has_pieces(state) else first
+            return status, first_unsplit(m, block, first, start)
         first += U1 << order
     return np.int64(0), end
 
@@ -403,13 +547,13 @@ def leave_split(m, node, first, end):
     while first < end:
         block = block_row(m, node, first)
         if m.state[block + B_STATE] == BLOCK_PARTLY:
-            pieces.note_waiting(m, node, block, first, first, first)
+            note_waiting(m, node, block, first, first, first)
         elif is_split(m, block) and shared_in_block(m, node, first) == U0:
             start_waiting(m, block)
         first += U1 << m.state[R_ORDER]
 
 
-@outlined
+@step
 def split(m, op):
     """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
 
@@ -435,7 +579,7 @@ def merge_now(m, node, block, first):
         start_waiting(m, block)
 
 
-@outlined
+@step
 def merge_blocks(m, op, start, end, besides):
     """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
     `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
@@ -452,26 +596,26 @@ def merge_blocks(m, op, start, end, besides):
         if besides:
             shared -= shared_in_range(m, node, low, high)
         if m.state[block + B_STATE] == BLOCK_PARTLY:
-            if state[R_MERGE_LAZY] != U0:
-                pieces.note_waiting(m, node, block, first, low, high)
+            if merge_lazy(m) != U0:
+                note_waiting(m, node, block, first, low, high)
             else:
-                pieces.merge_pieces(m, node, block, first, low, high)
+                merge_pieces(m, node, block, first, low, high)
         elif is_split(m, block) and shared == U0:
-            if state[R_MERGE_LAZY] != U0:
+            if merge_lazy(m) != U0:
                 start_waiting(m, block)
             else:
                 merge_now(m, node, block, first)
         first += pages
 
 
-@kernel
+@step
 def merge(m, op):
     """To private, after the store: merge every touched block that holds no shared page any more."""
     merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
     return GO
 
 
-@kernel
+@step
 def merge_early(m, op):
     """The same before the store (fixup)."""
     merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
@@ -530,11 +674,11 @@ def next_item(m, op):
 @kernel
 def rounded_item(m, first, last):
     """An item rounded out to huge pages; the inode ends with one."""
-    inside = rounding(m.state) - U1
+    inside = rounding(m) - U1
     return first & ~inside, (last + inside) & ~inside
 
 
-@outlined
+@step
 def begin_items(m, op):
     """Note the unit's work list, begin an invalidation for each item, rounded out; the first item is next."""
     state = m.state
@@ -552,7 +696,7 @@ def begin_items(m, op):
     return GO
 
 
-@outlined
+@step
 def zap_item(m, op):
     """To shared: drop the private leaves of exactly the item, and flush."""
     state = m.state
@@ -561,7 +705,7 @@ def zap_item(m, op):
     return GO
 
 
-@outlined
+@step
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
@@ -569,7 +713,7 @@ def unmap_item(m, op):
     return GO
 
 
-@outlined
+@step
 def end_items(m, op):
     """End the invalidations that begin_items() began."""
     state = m.state
@@ -581,7 +725,7 @@ def end_items(m, op):
     return GO
 
 
-@outlined
+@step
 def gate_item(m, op):
     """To private: the item's folios must be idle, else -EAGAIN; nothing has been stored."""
     state = m.state
@@ -593,7 +737,7 @@ def gate_item(m, op):
     return GO
 
 
-@outlined
+@step
 def store_item(m, op):
     """Record the item's new shareability: the tree's nodes are allocated only now, after the zap."""
     state = m.state
@@ -603,7 +747,7 @@ def store_item(m, op):
     return GO
 
 
-@outlined
+@step
 def restructure_item(m, op):
     """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
     state = m.state
@@ -621,7 +765,7 @@ def restructure_item(m, op):
     return fail_item(m, op, status, first)
 
 
-@outlined
+@step
 def merge_back(m, op, start, end):
     """Merge the blocks of pages [start, end) that the conversion split: those that did not wait before."""
     state = m.state
@@ -631,13 +775,13 @@ def merge_back(m, op, start, end):
         block = block_row(m, node, first)
         private = shared_in_block(m, node, first) == U0
         if m.state[block + B_STATE] == BLOCK_PARTLY:
-            pieces.merge_pieces(m, node, block, first, first, first)
+            merge_pieces(m, node, block, first, first, first)
         elif m.state[block + B_STATE] == BLOCK_SPLIT and private and m.state[block + B_WAITS] == U0:
             merge_now(m, node, block, first)
         first += U1 << state[R_ORDER]
 
 
-@outlined
+@step
 def fail_item(m, op, status, index):
     """Roll back: items up to and with the failing one are converted the other way; then end with the error.
 

@@ -53,7 +53,6 @@ from pgemu_kernels.words.operations import (
     RET_PF_FIXED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
-    STOP,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
@@ -240,8 +239,11 @@ released = full_only(is_released, never_released)
 
 
 @kernel
-def enter_fault(m, op, slot, gfn):
-    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn()."""
+def enter_fault(m, op, slot, gfn, exits):
+    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn().
+
+    `exits`: the guest is there, and exits if there is no leaf; a prefault comes from the VMM.
+    """
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
@@ -251,11 +253,15 @@ def enter_fault(m, op, slot, gfn):
         return stop(state, op, RET_PF_SPURIOUS)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
+        if exits:
+            charge_one(m, GUEST_FAULT)
         return stop(state, op, RET_PF_RETRY)
     inode = state[slot + M_INODE]
     if not lock_shared(state, op, inode_row(inode)):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
+    if exits:
+        charge_one(m, GUEST_FAULT)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode
@@ -286,10 +292,7 @@ def guest_begin(m, op):
     if wrong:
         charge_one(m, GUEST_FAULT)
         return stop(state, op, -EFAULT)
-    outcome = enter_fault(m, op, slot, gfn)
-    if outcome == GO or (outcome == STOP and np.int64(state[op + O_STATUS]) == RET_PF_RETRY):
-        charge_one(m, GUEST_FAULT)
-    return outcome
+    return enter_fault(m, op, slot, gfn, True)
 
 
 @step

@@ -1,7 +1,6 @@
-"""The orders of a conversion, one short function each: the columns of the side-by-side table of posted versions.
+"""The orders of a conversion, a row of steps each: the columns of the side-by-side table of posted versions.
 
-Each does one unit of a conversion (see `conversion`) and returns GO, or STOP where it ended with an error. Below stand
-the same lists once more, for whoever goes step by step.
+A row is one unit of a conversion (see `conversion`). What it does straight on and step by step is made from it.
 """
 
 from __future__ import annotations
@@ -9,18 +8,19 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.gmem.conversion import (
     begin_items,
     end_items,
     finish,
+    flush_batched,
     gate,
     gate_item,
     invalidate_begin,
     invalidate_end,
     merge,
     merge_early,
-    next_item,
     prepare,
     restructure_item,
     split,
@@ -31,113 +31,64 @@ from pgemu_kernels.gmem.conversion import (
     zap,
     zap_item,
 )
-from pgemu_kernels.words.operations import CONVERT_FIXUP, CONVERT_NEXT4K, CONVERT_RFC2, GO, NEVER, PFNMAP, STOP
-from pgemu_kernels.words.registers import R_CONVERT_ORDER, R_DESIGN, R_FLUSH_BATCHED, R_FLUSHES_HELD
-from pgemu_kernels.words.rows import O_NEXT, O_STATUS, O_TO_PRIVATE
+from pgemu_kernels.gmem.order_rows import each_item, stepper, straight, to_private, to_shared
+from pgemu_kernels.words.operations import (
+    CONVERT_FIXUP,
+    CONVERT_NEXT4K,
+    CONVERT_RFC2,
+    CONVERT_SLIDES,
+    GO,
+    NEVER,
+)
+from pgemu_kernels.words.registers import R_CONVERT_ORDER, R_FLUSH_BATCHED, R_FLUSHES_HELD
+from pgemu_kernels.words.rows import O_NEXT, O_STATUS
 
-U = np.uint64
-_PFNMAP = U(PFNMAP)
+# RFC v2, May 2025: both the store and the split can fail after the zap; then everything is rolled back.
+RFC2 = (
+    begin_items,
+    each_item(to_private(unmap_item, gate_item), to_shared(zap_item)),
+    each_item(store_item, restructure_item),
+    end_items,
+)
+
+# Yan Zhao's fix-ups, January 2026: the split comes after the zap and its end, the store last of all.
+FIXUP = (
+    to_private(unmap_host, gate),
+    invalidate_begin,
+    zap,
+    invalidate_end,
+    to_private(merge_early),
+    to_shared(split),
+    store,
+)
+
+# Ackerley Tng's plan, January 2026: what can fail comes before begin, and nothing after the zap can.
+JAN2026 = (
+    to_private(unmap_host, gate),
+    to_shared(split),
+    invalidate_begin,
+    zap,
+    store,
+    invalidate_end,
+    to_private(merge),
+)
+
+# In-place conversion of order-0 folios, linux-next of September 2026: nothing to split or merge.
+NEXT4K = (to_private(unmap_host, gate), invalidate_begin, zap, store, invalidate_end)
+
+# VM_PFNMAP, the slides of August 2025: a conversion only unmaps, and never fails but for want of tree nodes.
+SLIDES = (to_private(unmap_host), invalidate_begin, zap, store, invalidate_end)
 
 
 # --------------------------------------------------------------------------- straight line
 
-
-@outlined
-def rfc2(m, op):
-    """RFC v2, May 2025: begin; each item: zap, or unmap and gate; each item: store, then split or merge; end.
-
-    Both the store and the split can fail after the zap; then everything is rolled back.
-    """
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    begin_items(m, op)
-    more = True
-    while more:
-        if to_private:
-            unmap_item(m, op)
-            if gate_item(m, op) != GO:
-                return STOP
-        else:
-            zap_item(m, op)
-        more = next_item(m, op)
-    more = True
-    while more:
-        if store_item(m, op) != GO or restructure_item(m, op) != GO:
-            return STOP
-        more = next_item(m, op)
-    end_items(m, op)
-    return GO
+rfc2, fixup, jan2026, next4k, slides = (straight(row) for row in (RFC2, FIXUP, JAN2026, NEXT4K, SLIDES))
 
 
 @outlined
-def fixup(m, op):
-    """Yan Zhao's fix-ups, January 2026: the split comes after the zap and its end, the store last of all."""
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    if to_private:
-        unmap_host(m, op)
-        if gate(m, op) != GO:
-            return STOP
-    invalidate_begin(m, op)
-    zap(m, op)
-    invalidate_end(m, op)
-    if to_private:
-        merge_early(m, op)
-    elif split(m, op) != GO:
-        return STOP
-    store(m, op)
-    return GO
-
-
-@outlined
-def jan2026(m, op):
-    """Ackerley Tng's plan, January 2026: what can fail comes before begin, and nothing after the zap can."""
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    if to_private:
-        unmap_host(m, op)
-        if gate(m, op) != GO:
-            return STOP
-    elif split(m, op) != GO:
-        return STOP
-    invalidate_begin(m, op)
-    zap(m, op)
-    store(m, op)
-    invalidate_end(m, op)
-    if to_private:
-        merge(m, op)
-    return GO
-
-
-@outlined
-def next4k(m, op):
-    """In-place conversion of order-0 folios, linux-next of September 2026: nothing to split or merge."""
-    if m.state[op + O_TO_PRIVATE] != U0:
-        unmap_host(m, op)
-        if gate(m, op) != GO:
-            return STOP
-    invalidate_begin(m, op)
-    zap(m, op)
-    store(m, op)
-    invalidate_end(m, op)
-    return GO
-
-
-@outlined
-def slides(m, op):
-    """VM_PFNMAP, the slides of August 2025: a conversion only unmaps, and never fails but for want of tree nodes."""
-    if m.state[op + O_TO_PRIVATE] != U0:
-        unmap_host(m, op)
-    invalidate_begin(m, op)
-    zap(m, op)
-    store(m, op)
-    invalidate_end(m, op)
-    return GO
-
-
-@kernel
-def unit(m, op):
-    """Do one unit in the machine's order."""
+def posted(m, op):
+    """A unit in any order but the slides'."""
     order = m.state[R_CONVERT_ORDER]
-    if m.state[R_DESIGN] == _PFNMAP:
-        return slides(m, op)
     if order == CONVERT_RFC2:
         return rfc2(m, op)
     if order == CONVERT_FIXUP:
@@ -147,42 +98,29 @@ def unit(m, op):
     return jan2026(m, op)
 
 
-@outlined
+by_order = full_only(posted, jan2026)  # a default machine has no other
+
+
+@kernel
+def unit(m, op):
+    """Do one unit in the machine's order."""
+    if m.state[R_CONVERT_ORDER] == CONVERT_SLIDES:
+        return slides(m, op)
+    return by_order(m, op)
+
+
+@step
 def convert(m, op):
     """A whole conversion, unit after unit."""
     if prepare(m, op) != GO:
         return
-    m.state[R_FLUSHES_HELD] = m.state[R_FLUSH_BATCHED]
+    if flush_batched(m) != U0:
+        m.state[R_FLUSHES_HELD] = U1
     while unit(m, op) == GO and finish(m, op) == GO:
         pass
 
 
 # --------------------------------------------------------------------------- step by step
-
-
-@kernel
-def unmap_or_gate(m, op, stage):
-    """Steps 1 and 2 to private."""
-    return unmap_host(m, op) if stage == U1 else gate(m, op)
-
-
-@kernel
-def zap_and_store(m, op, stage):
-    """Steps 0 to 3 of the orders that store between zap and end."""
-    if stage == U0:
-        return invalidate_begin(m, op)
-    if stage == U1:
-        return zap(m, op)
-    if stage == U(2):
-        return store(m, op)
-    return invalidate_end(m, op)
-
-
-@kernel
-def after_item(m, op, same, following):
-    """Behind an item's last step: at `same` with the next item, or at `following` with the first one."""
-    m.state[op + O_NEXT] = same if next_item(m, op) else following
-    return GO
 
 
 @kernel
@@ -192,84 +130,16 @@ def after_unit(m, op):
     return finish(m, op)
 
 
-@outlined
-def step_rfc2(m, op, stage):
-    """Step `stage` of rfc2(): one of each item, and what comes before and after."""
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    if stage == U1:
-        return begin_items(m, op)
-    if stage == U(2) and to_private:
-        return unmap_item(m, op)
-    if stage == U(2):
-        zap_item(m, op)
-        return after_item(m, op, U(2), U(4))
-    if stage == U(3):
-        return after_item(m, op, U(2), U(4)) if gate_item(m, op) == GO else STOP
-    if stage == U(4):
-        return store_item(m, op)
-    if stage == U(5):
-        return after_item(m, op, U(4), U(6)) if restructure_item(m, op) == GO else STOP
-    return end_items(m, op) if stage == U(6) else after_unit(m, op)
-
-
-@outlined
-def step_fixup(m, op, stage):
-    """Step `stage` of fixup()."""
-    to_private = m.state[op + O_TO_PRIVATE] != U0
-    if to_private:
-        if stage <= U(2):
-            return unmap_or_gate(m, op, stage)
-        stage -= U(2)
-    if stage == U1:
-        return invalidate_begin(m, op)
-    if stage == U(2):
-        return zap(m, op)
-    if stage == U(3):
-        return invalidate_end(m, op)
-    if stage == U(4):
-        return merge_early(m, op) if to_private else split(m, op)
-    return store(m, op) if stage == U(5) else after_unit(m, op)
-
-
-@outlined
-def step_jan2026(m, op, stage):
-    """Step `stage` of jan2026()."""
-    if m.state[op + O_TO_PRIVATE] == U0:
-        if stage == U1:
-            return split(m, op)
-        return zap_and_store(m, op, stage - U(2)) if stage < U(6) else after_unit(m, op)
-    if stage <= U(2):
-        return unmap_or_gate(m, op, stage)
-    if stage < U(7):
-        return zap_and_store(m, op, stage - U(3))
-    return merge(m, op) if stage == U(7) else after_unit(m, op)
-
-
-@outlined
-def step_next4k(m, op, stage):
-    """Step `stage` of next4k()."""
-    if m.state[op + O_TO_PRIVATE] != U0:
-        if stage <= U(2):
-            return unmap_or_gate(m, op, stage)
-        stage -= U(2)
-    return zap_and_store(m, op, stage - U1) if stage < U(5) else after_unit(m, op)
-
-
-@outlined
-def step_slides(m, op, stage):
-    """Step `stage` of slides()."""
-    if m.state[op + O_TO_PRIVATE] != U0:
-        if stage == U1:
-            return unmap_host(m, op)
-        stage -= U1
-    return zap_and_store(m, op, stage - U1) if stage < U(5) else after_unit(m, op)
+step_rfc2, step_fixup, step_jan2026, step_next4k, step_slides = (
+    stepper(row, after_unit) for row in (RFC2, FIXUP, JAN2026, NEXT4K, SLIDES)
+)
 
 
 @kernel
 def unit_step(m, op, stage):
     """Step `stage`, from 1 on, of a unit in the machine's order."""
     order = m.state[R_CONVERT_ORDER]
-    if m.state[R_DESIGN] == _PFNMAP:
+    if order == CONVERT_SLIDES:
         return step_slides(m, op, stage)
     if order == CONVERT_RFC2:
         return step_rfc2(m, op, stage)

@@ -12,6 +12,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.charge import PAGE_PINNED, PAGES_PINNED, change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
 from pgemu_kernels.folios.folio import add_references, reference_count, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
@@ -27,14 +28,13 @@ from pgemu_kernels.words.operations import (
     ENOENT,
     ENOMEM,
     EOPNOTSUPP,
-    PFNMAP,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
     Flag,
 )
-from pgemu_kernels.words.registers import R_DESIGN, R_PINS
+from pgemu_kernels.words.registers import R_PINS
 from pgemu_kernels.words.rows import (
     A_KIND,
     A_READ_ONLY,
@@ -61,7 +61,6 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 _WORDS = U(PIN_WORDS)
-_PFNMAP = U(PFNMAP)
 _WRITE = U(Flag.WRITE)
 _ADDRESS = U(ADDRESS)
 
@@ -87,7 +86,7 @@ def check_vma(m, row, write):
     if row == NONE:
         return np.int64(-EFAULT)
     kind = state[row + A_KIND]
-    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and state[R_DESIGN] == _PFNMAP):
+    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and not gup_works(m)):
         return np.int64(-EFAULT)  # VM_PFNMAP: no fault is attempted
     if kind != VMA_GUEST_MEMFD:
         return np.int64(-EOPNOTSUPP)

@@ -1,13 +1,15 @@
-"""Hole punching and the end of an inode: what the two designs do through `truncate_block` and `evict_block`."""
+"""The end of pages and inodes: holes, the release of a VM's file, closing."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U12
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import PAGE_ZEROED, charge
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
+from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
     inode_row,
@@ -18,35 +20,178 @@ from pgemu_kernels.engine.rows import (
     unlock,
     vma_row,
 )
-from pgemu_kernels.folios.hugetlb import subpool_release, subpool_row
-from pgemu_kernels.gmem import pfnmap, restructure
+from pgemu_kernels.folios.folio import mappings, struct_page
+from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
+from pgemu_kernels.folios.splitting import leave_cache, merge_block
+from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem.mbind import cut
+from pgemu_kernels.gmem.workers import note_return
+from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.gmem_slots import delete_slot
 from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
 from pgemu_kernels.process.gmem_mappings import unmap_vma
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
-from pgemu_kernels.words.operations import EBADF, EBUSY, PFNMAP
-from pgemu_kernels.words.registers import R_DESIGN, R_HSTATE, R_INODES, R_MEMSLOTS, R_ORDER, R_VMAS
+from pgemu_kernels.stage2.invalidate import (
+    begin_range,
+    end_range,
+    flush_vms,
+    invalidate_begin,
+    invalidate_end,
+    zap_range,
+    zap_slot,
+)
+from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL, Defect
+from pgemu_kernels.words.registers import (
+    R_DEFECTS,
+    R_FULL,
+    R_HSTATE,
+    R_INODES,
+    R_MEMSLOTS,
+    R_ORDER,
+    R_PUNCH_REFUSES,
+    R_SERIES,
+    R_VMAS,
+)
 from pgemu_kernels.words.rows import (
     A_INODE,
     A_LIVE,
     A_SPACE,
+    B_OUTSTANDING,
     B_PFN,
     B_STATE,
     BLOCK_ABSENT,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_SPLIT,
     I_BLOCKS,
+    I_KIND,
     I_OPEN,
     I_PAGES,
     I_SUBPOOL,
+    INODE_GUEST_MEMFD,
+    M_BASE_GFN,
+    M_FLAGS,
     M_INODE,
     M_LIVE,
+    M_PAGES,
+    M_PGOFF,
+    M_VM,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
+    O_VM,
     P_LIVE,
+    RELEASED_PGOFF,
+    SERIES_RFC2,
+    SLOT_RELEASED,
 )
 
 U = np.uint64
+_KEEPS_ENTRIES = U(Defect.PUNCH_KEEPS_ENTRIES)
+
+# What a machine may have otherwise, and what it is by default.
+punch_refuses = parameter(R_PUNCH_REFUSES, U0)
+defects = parameter(R_DEFECTS, U0)
+
+
+# --------------------------------------------------------------------------- blocks
+
+
+@kernel
+def whole_already(m, node, block, first):
+    """There are no pieces."""
+    return np.int64(0)
+
+
+@kernel
+def no_zombie(m, block):
+    """The same."""
+
+
+@kernel
+def no_policies(m, inode, start, end):
+    """A default machine has none."""
+
+
+dissolve = full_only(pieces.dissolve_block, whole_already)
+make_zombie_of_pieces = full_only(pieces.make_zombie, no_zombie)
+forget_policies = full_only(cut, no_policies)
+
+
+@kernel
+def is_in_parts(kind):
+    """Whether a block's folio is split."""
+    return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
+
+
+@outlined
+def make_whole(m, node, block, first):
+    """Merge a split block that nobody maps, so that it can be freed: 0, -EAGAIN or -EBUSY with nothing changed."""
+    if m.state[block + B_STATE] == BLOCK_PARTLY:
+        return dissolve(m, node, block, first)
+    return merge_block(m, block, first, NONE)
+
+
+@outlined
+def truncate_block(m, inode, index):
+    """Free the whole huge page that begins at page `index`: 0, or -EAGAIN with nothing freed.
+
+    Split, its pages are unmapped from the host and must be idle, so that it can be merged first. Whole, it is
+    truncated at once, and goes to the pool with its last reference. A 4K folio is unmapped and leaves the inode,
+    whoever holds it. Truncation looks for host entries by the folio's mapcount: special ones have none.
+    """
+    state = m.state
+    node = inode_row(inode)
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    small = kind == BLOCK_HUGE and state[R_ORDER] == U0
+    if is_in_parts(kind) or (small and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0):
+        unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
+    if is_in_parts(kind) and make_whole(m, node, block, index) != 0:
+        return np.int64(-EAGAIN)
+    if m.state[block + B_STATE] == BLOCK_HUGE:
+        release_block(m, block)
+        clear_zeroed(m, node, index)
+    return np.int64(0)
+
+
+@outlined
+def evict_block(m, inode, index):
+    """Inode eviction: whole folios are truncated, split blocks merged first where nobody holds a piece.
+
+    Series rfc2 merges nothing here: every piece is truncated by itself and the worker merges the block afterwards. A
+    piece that somebody still holds keeps its whole block from the pool until the last `put`: the
+    zombie state of the posted series (page type PGTY_guestmem_hugetlb, nr_pages_waiting_to_be_merged).
+    """
+    node = inode_row(inode)
+    block = block_row(m, node, index)
+    kind = m.state[block + B_STATE]
+    if is_in_parts(kind) and (m.state[R_SERIES] == SERIES_RFC2 or make_whole(m, node, block, index) != 0):
+        if kind == BLOCK_PARTLY:
+            make_zombie_of_pieces(m, block)
+        else:
+            leave_cache(m, m.state[R_ORDER])
+            make_zombie(m, block)
+        clear_zeroed(m, node, index)
+        if m.state[block + B_OUTSTANDING] == U0:
+            note_return(m, block)
+    elif m.state[block + B_STATE] == BLOCK_HUGE:
+        release_block(m, block)
+        clear_zeroed(m, node, index)
+
+
+# --------------------------------------------------------------------------- hole
+
+
+@kernel
+def hole_arguments(m, op):
+    """0, -EBADF, or -EINVAL: for what is not aligned to 4K, of the branches from late 2025 on to the huge page."""
+    status = range_arguments(m.state, op)
+    inside = (U1 << (m.state[R_ORDER] + U12)) - U1
+    unaligned = (m.state[op + O_OFFSET] | m.state[op + O_LENGTH]) & inside != U0
+    if status == 0 and punch_refuses(m) != U0 and unaligned:
+        return np.int64(-EINVAL)
+    return status
 
 
 @kernel
@@ -59,40 +204,37 @@ def zero_part(m, node, index, pages):
         charge(m, PAGE_ZEROED, np.int64(pages))
 
 
-@kernel
+@step
 def punch_blocks(m, op, inode, start, end):
     """Free or zero the huge pages of [start, end): 0, or -EAGAIN with those before the failing one gone."""
     state = m.state
-    node = inode_row(inode)
     pages = U1 << state[R_ORDER]
     index = start
     while index < end:
         last = min(end, (index & ~(pages - U1)) + pages)
         if last - index == pages:
-            if state[R_DESIGN] == U(PFNMAP):
-                status = pfnmap.truncate_block(m, inode, index)
-            else:
-                status = restructure.truncate_block(m, inode, index)
+            status = truncate_block(m, inode, index)
             if status != 0:
                 state[op + O_DETAIL] = index << U12
                 return status
         else:
-            zero_part(m, node, index, last - index)
+            zero_part(m, inode_row(inode), index, last - index)
         index = last
     return np.int64(0)
 
 
 @outlined
 def punch(m, op):
-    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN (restructure) when a merge is impossible;
-    -EBUSY where Linux would wait for the lock.
+    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -EBUSY where Linux
+    would wait for the lock.
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
-    no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. Truncation unmaps
-    host entries only of folios with a mapcount, so pfnmap unmaps the range itself first.
+    no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
+    not aligned to huge pages is -EINVAL, even past the end. With Defect.PUNCH_KEEPS_ENTRIES the hole is not unmapped
+    here, and special entries stay: their frames go back to the pool while processes still reach them.
     """
     state = m.state
-    status = range_arguments(state, op)
+    status = hole_arguments(m, op)
     if status != 0:
         return stop(state, op, status)
     inode = state[op + O_OBJECT]
@@ -103,7 +245,7 @@ def punch(m, op):
         return stop(state, op, 0)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    if state[R_DESIGN] == U(PFNMAP):
+    if holes_unmap(m) and defects(m) & _KEEPS_ENTRIES == U0:
         unmap_everywhere(m, inode, start, end)
     begin_range(m, inode, start, end)
     zap_range(m, inode, start, end)
@@ -112,6 +254,63 @@ def punch(m, op):
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- release
+
+
+@kernel
+def is_bound(state, slot, vm, inode):
+    """Whether a slot is one of a VM's over an inode whose file it has not released."""
+    ours = state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_INODE] == inode
+    return ours and state[slot + M_FLAGS] & SLOT_RELEASED == U0
+
+
+@kernel
+def release_slot(m, slot):
+    """The slot's guest_memfd file goes: no leaf is left, and the slot stands for no page any more."""
+    state = m.state
+    vm = state[slot + M_VM]
+    gfn = state[slot + M_BASE_GFN]
+    last = gfn + state[slot + M_PAGES]
+    invalidate_begin(state, vm, gfn, last)
+    zap_slot(m, slot, gfn, last)
+    flush_vms(m)
+    invalidate_end(state, vm)
+    state[slot + M_FLAGS] |= SLOT_RELEASED
+    state[slot + M_PGOFF] = RELEASED_PGOFF
+
+
+@outlined
+def release(m, op):
+    """RELEASE: a VM's guest_memfd file of an inode is closed. 0; -EBADF if the VM has no slot of it; -EBUSY where Linux
+    would wait for the lock.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_release(): the file's slots lose it, their stage-2 leaves go, and guest faults there
+    are -EFAULT from then on. A slot stays, over its guest frames, until it is deleted. Memory is the inode's and stays.
+    Loops of default machines know no released slots: from here on the machine is none.
+    """
+    state = m.state
+    inode = state[op + O_OBJECT]
+    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
+        return stop(state, op, -EBADF)
+    node = inode_row(inode)
+    bound = False
+    for i in range(state[R_MEMSLOTS]):
+        bound |= is_bound(state, memslot_row(i), state[op + O_VM], inode)
+    if not bound or state[node + I_KIND] != INODE_GUEST_MEMFD:
+        return stop(state, op, -EBADF)
+    if not lock_exclusive(state, op, node):
+        return stop(state, op, -EBUSY)
+    for i in range(state[R_MEMSLOTS]):
+        if is_bound(state, memslot_row(i), state[op + O_VM], inode):
+            release_slot(m, memslot_row(i))
+    state[R_FULL] = U1
+    unlock(state, op, node)
+    return stop(state, op, 0)
+
+
+# --------------------------------------------------------------------------- close
 
 
 @kernel
@@ -144,7 +343,8 @@ def close(m, op):
     """The VMM goes: mappings of the inode, its memory slots, then the inode itself. 0, -EBADF, or -EBUSY
     where Linux would wait for the lock.
 
-    exit_mmap(), then virt/kvm/guest_memfd.c:kvm_gmem_release() and the inode's eviction.
+    exit_mmap(), then virt/kvm/guest_memfd.c:kvm_gmem_release() and the inode's eviction, which frees its memory
+    policies too: mm/mempolicy.c:mpol_free_shared_policy().
     """
     state = m.state
     inode = state[op + O_OBJECT]
@@ -154,11 +354,9 @@ def close(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     unmap_inode(m, inode)
+    forget_policies(m, inode, U0, ALL)
     for block in range(state[node + I_BLOCKS]):
-        if state[R_DESIGN] == U(PFNMAP):
-            pfnmap.evict_block(m, inode, block << state[R_ORDER])
-        else:
-            restructure.evict_block(m, inode, block << state[R_ORDER])
+        evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)
     close_inode(m, node)
     return stop(state, op, 0)

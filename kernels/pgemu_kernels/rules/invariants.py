@@ -26,6 +26,7 @@ from pgemu_kernels.engine.charge import (
     VMEMMAP_PAGES,
 )
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.properties import level_is_folios, splits_folios, zaps_exactly
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
@@ -43,10 +44,8 @@ from pgemu_kernels.folios.xarray import object_frames
 from pgemu_kernels.formats.bits import ADDRESS
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import CONVERT_FIXUP, CONVERT_RFC2, PFNMAP, Broken, Operation
+from pgemu_kernels.words.operations import Broken, Operation
 from pgemu_kernels.words.registers import (
-    R_CONVERT_ORDER,
-    R_DESIGN,
     R_FOLIOS_IN_HAND,
     R_HSTATE,
     R_INODES,
@@ -100,7 +99,6 @@ BLOCK_STATE = U(Broken.BLOCK_STATE)
 WRONG_PFN = U(Broken.WRONG_PFN)
 IN_PROGRESS = U(Broken.IN_PROGRESS)
 _ADDRESS = U(ADDRESS)
-_PFNMAP = U(PFNMAP)
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
 OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
 OP_CONVERT = U(Operation.CONVERT)
@@ -136,14 +134,14 @@ def order_at(m, node, index):
 
 @kernel
 def check_host_leaf(m, row, address, level, entry):
-    """A process's entry: to shared pages of the inode, to its frames, and with restructure to a 4K folio."""
+    """A process's entry: to shared pages of the inode, to its frames, and where folios are split to a 4K folio."""
     state = m.state
     node = inode_row(state[row + A_INODE])
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     index &= ~((U1 << (U9 * (level - U1))) - U1)
     expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
-    if state[R_DESIGN] != _PFNMAP:
+    if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, LEAF_OVER_FOLIO, index)
 
 
@@ -167,23 +165,24 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
-    if state[R_DESIGN] != _PFNMAP and level != U1:
+    if level_is_folios(m) and level != U1:
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        exact = state[R_CONVERT_ORDER] == CONVERT_RFC2 or state[R_CONVERT_ORDER] == CONVERT_FIXUP
-        kept = (alone and state[block + B_WAITS] != U0) or (private and exact)
+        kept = (alone and state[block + B_WAITS] != U0) or (private and zaps_exactly(m))
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), LEAF_OVER_FOLIO, index)
 
 
 @kernel
 def check_block(m, node, index):
-    """Restructure: an allocated block is huge if and only if none of its pages is shared. 4K folios are as they are."""
+    """Where folios are split, an allocated block is huge if and only if none of its pages is shared. 4K folios are as
+    they are.
+    """
     kind = m.state[block_row(m, node, index) + B_STATE]
     if m.state[R_ORDER] == U0:
         expect(m, kind != BLOCK_SPLIT, BLOCK_STATE, index)
         return
-    if m.state[R_DESIGN] == _PFNMAP:
+    if not splits_folios(m):
         return
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:

@@ -1,8 +1,7 @@
 """The entry for the two designs in full: every parameter, whole operations and step by step.
 
-`replay.run` has the loops of machines whose parameters are as at first; what differs from that (R_FULL), and what
-`run` does not know, goes through here. The step functions are the ones that the straight-line orders call. Which
-step follows which is told once more, as a switch on the number of the step; the tests run every order both ways.
+`fast.run` is for default machines; those that differ (R_FULL), and operations that `run` does not know, go through
+here. The step functions are those of the straight lines.
 """
 
 from __future__ import annotations
@@ -21,41 +20,18 @@ from pgemu_kernels.engine.charge import (
 )
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
-from pgemu_kernels.engine.records import Columns, element, load, operation_record
-from pgemu_kernels.gmem import (
-    fallocate,
-    fault_steps,
-    faults as faulting,
-    levels as gmem_kvm,
-    lifetime,
-    lru,
-    orders,
-    pins,
-    prefault as gmem_prefault,
-    workers,
-)
-from pgemu_kernels.gmem.mbind import operate_policy
+from pgemu_kernels.engine.records import Columns, operation_record
+from pgemu_kernels.gmem import fault_steps, orders
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
-from pgemu_kernels.run.fast import OP_CLOSE, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, OP_PUNCH_HOLE, run_kind, save
-from pgemu_kernels.run.routing import is_ordinary, is_pooling
+from pgemu_kernels.run.loops import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_kind, run_stretches
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
-from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP, Operation
+from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_HOLDERS_OFF
 from pgemu_kernels.words.rows import O_ACTIVE, O_NEXT, O_OP, O_PHASE, O_STAGE, O_STATUS
 
 U = np.uint64
-OP_WORK = U(Operation.WORK)
-OP_RELEASE = U(Operation.RELEASE)
-OP_ALLOCATE = U(Operation.ALLOCATE)
-OP_MEMORY_POLICY = U(Operation.MEMORY_POLICY)
-OP_PREFAULT = U(Operation.PREFAULT)
-OP_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
-_BYTE = U(0xFF)
-OP_PIN = U(Operation.PIN)
-OP_UNPIN = U(Operation.UNPIN)
-OP_LRU_DRAIN = U(Operation.LRU_DRAIN)
 
 BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
 BEGIN = 1  # ... the beginning of an actor's operation
@@ -120,62 +96,8 @@ def next_step(m, op):
         return np.int64(fault_steps.step_fault(m, op, stage))
     if kind == OP_CONVERT:
         return np.int64(orders.step_convert(m, op, stage))
-    run_single(m, op)
+    run_kind(m, op)
     return np.int64(BLOCKED if np.int64(state[op + O_STATUS]) == -EBUSY else STOP)
-
-
-@kernel
-def end_of_life(m, op, kind):
-    """Holes, closing, release, and the worker."""
-    if kind == OP_PUNCH_HOLE:
-        lifetime.punch(m, op)
-    elif kind == OP_CLOSE:
-        lifetime.close(m, op)
-    elif kind == OP_RELEASE:
-        lifetime.release(m, op)
-    else:
-        workers.operate_work(m, op)
-
-
-@kernel
-def run_single(m, op):
-    """Run an operation that is one step: those of `replay.run`, and those that it does not know.
-
-    Its system call was charged when it began: a blocked actor may come here more than once.
-    """
-    kind = m.state[op + O_OP]
-    if kind == OP_PUNCH_HOLE or kind == OP_CLOSE or kind == OP_RELEASE or kind == OP_WORK:
-        end_of_life(m, op, kind)
-    elif kind == OP_PIN:
-        pins.operate_pin(m, op)
-    elif kind == OP_UNPIN:
-        pins.operate_unpin(m, op)
-    elif kind == OP_LRU_DRAIN:
-        lru.operate_drain(m, op)
-    elif kind == OP_PREFAULT:
-        gmem_prefault.prefault(m, op)
-    elif kind == OP_DIRTY_LOGGING:
-        gmem_kvm.set_dirty_logging(m, op)
-    elif kind == OP_ALLOCATE:
-        fallocate.allocate(m, op)
-    elif kind == OP_MEMORY_POLICY:
-        operate_policy(m, op)
-    else:
-        run_kind(m, op)
-
-
-@outlined
-def operate(m, op):
-    """Run a whole operation."""
-    kind = m.state[op + O_OP]
-    if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
-        faulting.fault(m, op)
-    elif kind == OP_CONVERT:
-        charge_one(m, CONVERT_IOCTL)
-        orders.convert(m, op)
-    else:
-        charge_one(m, SYSCALL)
-        run_single(m, op)
 
 
 @entry
@@ -197,17 +119,4 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     if mode != BATCH_MODE:
         return np.int64(step(m, actor, mode == BEGIN))
     columns = Columns(header, object_, address, offset, length, status, detail)
-    state = m.state
-    count = U(status.size)
-    i = first
-    while i < count:
-        kind = element(header, i) & _BYTE
-        if is_pooling(kind):
-            break
-        if is_ordinary(state, element(header, i), element(object_, i), element(address, i)):
-            break
-        op = load(m, columns, i)
-        operate(m, op)
-        save(m, op, columns, i)
-        i += U1
-    return np.int64(i)
+    return np.int64(run_stretches(m, columns, first))

@@ -1,0 +1,392 @@
+"""The operation loops of the designs, of default machines and of all others.
+
+Operations come as columns; a column of one element stands for all of them. Stretches of the same
+operation run through a loop of their own, which spares the switch inside and leaves room to prefetch.
+Each loop is compiled for both types of machine: for default ones what others have is left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U18, U27, U32, U48, U511, prefetch
+from pgemu_kernels.engine.charge import CONVERT_IOCTL, SYSCALL, charge_one, finish_operation, result
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.properties import splits_folios
+from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
+from pgemu_kernels.engine.rows import (
+    block_row,
+    find_memslot,
+    find_vma,
+    inode_row,
+    overlap,
+    space_root,
+    vm_row,
+    vma_overlap,
+)
+from pgemu_kernels.folios.folio import struct_page
+from pgemu_kernels.gmem import (
+    fallocate,
+    faults,
+    levels,
+    lru,
+    orders,
+    pins,
+    prefault,
+    references,
+    truncation,
+    workers,
+)
+from pgemu_kernels.gmem.mbind import operate_policy
+from pgemu_kernels.kvm import gmem_slots as memslots
+from pgemu_kernels.process import gmem_mappings as mappings
+from pgemu_kernels.rules.invariants import check_operation
+from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
+from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.words.operations import EOPNOTSUPP, Operation
+from pgemu_kernels.words.registers import R_CHECK, R_INODES, R_LAST_MEMSLOT, R_LAST_VMA, R_ORDER, R_ORDINARY
+from pgemu_kernels.words.rows import (
+    A_INODE,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    B_PFN,
+    B_STATE,
+    BLOCK_SPLIT,
+    I_PAGES,
+    I_WORD,
+    M_BASE_GFN,
+    M_INODE,
+    M_PGOFF,
+    M_VM,
+    O_OP,
+    V_ROOT,
+)
+
+U = np.uint64
+_BYTE = U(0xFF)
+_HALF = U(0xFFFF)
+
+OP_HOST_FAULT = U(Operation.HOST_FAULT)
+OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
+OP_CONVERT = U(Operation.CONVERT)
+OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
+OP_MMAP = U(Operation.MMAP)
+OP_MUNMAP = U(Operation.MUNMAP)
+OP_ZAP = U(Operation.ZAP)
+OP_BIND = U(Operation.BIND)
+OP_UNBIND = U(Operation.UNBIND)
+OP_GET = U(Operation.GET)
+OP_PUT = U(Operation.PUT)
+OP_CLOSE = U(Operation.CLOSE)
+OP_WORK = U(Operation.WORK)
+OP_RELEASE = U(Operation.RELEASE)
+OP_ALLOCATE = U(Operation.ALLOCATE)
+OP_MEMORY_POLICY = U(Operation.MEMORY_POLICY)
+OP_PREFAULT = U(Operation.PREFAULT)
+OP_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
+OP_PIN = U(Operation.PIN)
+OP_UNPIN = U(Operation.UNPIN)
+OP_LRU_DRAIN = U(Operation.LRU_DRAIN)
+_PROTECT = U(Operation.PROTECT)
+_VM_EXIT = U(Operation.VM_EXIT)
+
+
+@kernel
+def save(m, op, columns, i):
+    """Finish the operation, check it if asked to, and hand out its result."""
+    finish_operation(m, op)
+    if m.state[R_CHECK] != U0:
+        check_operation(m, op)
+    save_result(m.state, op, columns, i)
+
+
+# --------------------------------------------------------------------------- prefetching
+
+
+@kernel
+def directory_slot(m, f, root, page):
+    """Slot of the level-2 entry of a page, or NONE where the tables above end before or in a leaf."""
+    ram = m.ram
+    state = m.state
+    entry = ram[(root >> U3) + (page >> U27 & U511)]
+    if not is_present(state, f, entry):
+        return NONE
+    entry = ram[table_of(state, f, entry) + (page >> U18 & U511)]
+    if not is_present(state, f, entry) or is_large(state, f, entry):
+        return NONE
+    return table_of(state, f, entry) + (page >> U9 & U511)
+
+
+@kernel
+def prefetch_leaf(m, f, root, page):
+    """Ask for the line of the 4K entry of a page, if there is a table for it."""
+    slot = directory_slot(m, f, root, page)
+    if slot != NONE:
+        entry = m.ram[slot]
+        if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
+            prefetch(m.ram, table_of(m.state, f, entry) + (page & U511))
+
+
+@kernel
+def prefetch_page(m, node, index):
+    """Ask for a page's shareability bit and, where folios are split, for its struct page."""
+    state = m.state
+    prefetch(m.state, state[node + I_WORD] + (index >> U6))
+    if splits_folios(m):
+        block = block_row(m, node, index)
+        if m.state[block + B_STATE] == BLOCK_SPLIT:
+            prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
+
+
+@kernel
+def prefetch_host(m, columns, i):
+    """Ask for what a host fault or a zap of one page will touch."""
+    state = m.state
+    address = element(columns.address, i)
+    space = element(columns.header, i) >> U48
+    row = find_vma(state, space, address)
+    if row != NONE:
+        node = inode_row(state[row + A_INODE])
+        index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+        if index < state[node + I_PAGES]:  # a mapping may reach past the end of the file
+            prefetch_page(m, node, index)
+        prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
+
+
+@kernel
+def prefetch_guest(m, columns, i):
+    """Ask for what a guest fault will touch."""
+    state = m.state
+    gfn = element(columns.address, i) >> U12
+    vm = element(columns.header, i) >> U32 & _HALF
+    slot = find_memslot(state, vm, gfn)
+    if slot != NONE:
+        node = inode_row(state[slot + M_INODE])
+        prefetch_page(m, node, gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF])
+        prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
+
+
+@kernel
+def prefetch_convert(m, columns, i):
+    """Ask for what the conversion of one page will touch, where the VMA and the slot last used show it."""
+    state = m.state
+    inode = element(columns.object, i)
+    if inode >= state[R_INODES]:
+        return
+    node = inode_row(inode)
+    index = element(columns.offset, i) >> U12
+    if index >= state[node + I_PAGES]:
+        return
+    prefetch_page(m, node, index)
+    vma = state[R_LAST_VMA]
+    first, last = vma_overlap(state, vma, inode, index, index + U1)
+    if first < last:
+        prefetch_leaf(m, host_format(m), space_root(state, state[vma + A_SPACE]), first >> U12)
+    slot = state[R_LAST_MEMSLOT]
+    first, last = overlap(state, slot, inode, index, index + U1)
+    if first < last:
+        prefetch_leaf(m, stage2_format(m), state[vm_row(state[slot + M_VM]) + V_ROOT], first)
+
+
+# --------------------------------------------------------------------------- one loop per operation
+
+
+@outlined
+def host_faults(m, columns, first, last):
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_host(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            faults.host_fault(m, op)
+            save(m, op, columns, i)
+        first = stop
+
+
+@outlined
+def guest_faults(m, columns, first, last):
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_guest(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            faults.guest_fault(m, op)
+            save(m, op, columns, i)
+        first = stop
+
+
+@outlined
+def converts(m, columns, first, last):
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.offset, first, stop):
+            for i in range(first, stop):
+                prefetch_convert(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge_one(m, CONVERT_IOCTL)
+            orders.convert(m, op)
+            save(m, op, columns, i)
+        first = stop
+
+
+@outlined
+def zaps(m, columns, first, last):
+    while first < last:
+        stop = min(last, first + BATCH)
+        if is_scattered(columns.address, first, stop):
+            for i in range(first, stop):
+                prefetch_host(m, columns, i)
+        for i in range(first, stop):
+            op = load(m, columns, i)
+            charge_one(m, SYSCALL)
+            mappings.zap(m, op)
+            save(m, op, columns, i)
+        first = stop
+
+
+@outlined
+def run_other(m, op):
+    """Run an operation that default machines leave to others."""
+    kind = m.state[op + O_OP]
+    if kind == OP_RELEASE:
+        truncation.release(m, op)
+    elif kind == OP_WORK:
+        workers.operate_work(m, op)
+    elif kind == OP_PIN:
+        pins.operate_pin(m, op)
+    elif kind == OP_UNPIN:
+        pins.operate_unpin(m, op)
+    elif kind == OP_LRU_DRAIN:
+        lru.operate_drain(m, op)
+    elif kind == OP_PREFAULT:
+        prefault.prefault(m, op)
+    elif kind == OP_DIRTY_LOGGING:
+        levels.set_dirty_logging(m, op)
+    elif kind == OP_ALLOCATE:
+        fallocate.allocate(m, op)
+    elif kind == OP_MEMORY_POLICY:
+        operate_policy(m, op)
+    else:
+        refuse(m, op)
+
+
+@kernel
+def refuse(m, op):
+    """An operation that the designs do not know."""
+    result(m.state, op, np.int64(-EOPNOTSUPP))
+
+
+run_beyond = full_only(run_other, refuse)
+
+
+@outlined
+def run_kind(m, op):
+    """Run an operation that is one step; its system call is charged already."""
+    kind = m.state[op + O_OP]
+    if kind == OP_ZAP:
+        mappings.zap(m, op)
+    elif kind == OP_PUNCH_HOLE:
+        truncation.punch(m, op)
+    elif kind == OP_MMAP:
+        mappings.mmap(m, op)
+    elif kind == OP_MUNMAP:
+        mappings.munmap(m, op)
+    elif kind == OP_BIND:
+        memslots.bind(m, op)
+    elif kind == OP_UNBIND:
+        memslots.unbind(m, op)
+    elif kind == OP_GET:
+        references.get(m, op)
+    elif kind == OP_PUT:
+        references.put(m, op)
+    elif kind == OP_CLOSE:
+        truncation.close(m, op)
+    else:
+        run_beyond(m, op)
+
+
+@outlined
+def others(m, columns, first, last):
+    for i in range(first, last):
+        op = load(m, columns, i)
+        charge_one(m, SYSCALL)
+        run_kind(m, op)
+        save(m, op, columns, i)
+
+
+# --------------------------------------------------------------------------- stretches
+
+
+@kernel
+def last_of_kind(header, kind, first, count):
+    """The end of a stretch of operations of one kind."""
+    last = first + U1
+    while last < count and header[last] & _BYTE == kind:
+        last += U1
+    return last
+
+
+@kernel
+def end_of_stretch(m, columns, kind, first, count):
+    """The end of a stretch of operations of one kind that are the designs': `first` where there is none."""
+    # These bring ordinary memory into being, whatever a machine has had so far.
+    founding = kind == OP_MMAP or kind == _VM_EXIT or kind >= _PROTECT
+    header = columns.header
+    if m.state[R_ORDINARY] == U0 and not founding:
+        return count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
+    last = first
+    while last < count and element(header, last) & _BYTE == kind:
+        if is_ordinary(m.state, element(header, last), element(columns.object, last), element(columns.address, last)):
+            break
+        last += U1
+    return last
+
+
+@kernel
+def is_others(m, kind):
+    """Whether a default machine leaves an operation to the loops that know every parameter, and is none any more."""
+    return is_full(m.state, kind)
+
+
+@kernel
+def is_nobodys(m, kind):
+    """Those loops are the last ones."""
+    return False
+
+
+leaves = full_only(is_nobodys, is_others)
+
+
+@kernel
+def run_stretches(m, columns, first):
+    """Run operations from `first` on, in order, up to one that is for another entry: its index, or how many there are.
+
+    See Columns for the arrays, and routing.py for the entries.
+    """
+    count = U(columns.status.size)
+    while first < count:
+        kind = element(columns.header, first) & _BYTE
+        if is_pooling(kind) or leaves(m, kind):
+            break
+        last = end_of_stretch(m, columns, kind, first, count)
+        if last == first:
+            break
+        if kind == OP_HOST_FAULT:
+            host_faults(m, columns, first, last)
+        elif kind == OP_GUEST_FAULT:
+            guest_faults(m, columns, first, last)
+        elif kind == OP_CONVERT:
+            converts(m, columns, first, last)
+        elif kind == OP_ZAP:
+            zaps(m, columns, first, last)
+        else:
+            others(m, columns, first, last)
+        first = last
+    return first
