@@ -14,6 +14,7 @@ from pgemu_kernels.engine.bits import (
     U12,
     U48,
     U4095,
+    pages_of,
 )
 from pgemu_kernels.engine.charge import (
     result,
@@ -161,16 +162,17 @@ def largest_level(state):
 
 
 @kernel
-def slot_allows(state, slot, gfn, level):
-    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`.
+def slot_allows(state, slot, gfn, level, backing):
+    """Whether a memory slot permits a leaf of `level` 2 or 3 at `gfn`: lpage_info, attributes apart.
 
-    The aligned block must lie inside the slot, and guest frame and file offset must agree modulo its
-    size: the disallow_lpage counts of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata().
+    The aligned block must lie inside the slot, and guest frames must agree modulo its size with the pages that back
+    them, of which `backing` is the slot's first: arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata(), where those are
+    userspace's; of the posted 1G series the file's.
     """
-    pages = U1 << (U9 * (level - U1))
+    pages = pages_of(level)
     base = state[slot + M_BASE_GFN]
     first = gfn & ~(pages - U1)
-    if (base - state[slot + M_PGOFF]) & (pages - U1) != U0:
+    if (base ^ backing) & (pages - U1) != U0:
         return False
     return first >= base and first + pages <= base + state[slot + M_PAGES]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U12
+from pgemu_kernels.engine.bits import U12
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_shared, range_arguments, stop, unlock
-from pgemu_kernels.gmem import faults as faulting
+from pgemu_kernels.gmem.allocation import allocate_folio
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, EINVAL, ENOMEM, GO
 from pgemu_kernels.words.registers import R_ORDER
 from pgemu_kernels.words.rows import (
@@ -15,11 +15,9 @@ from pgemu_kernels.words.rows import (
     BLOCK_ABSENT,
     I_PAGES,
     O_DETAIL,
-    O_FOLIO,
     O_INDEX,
     O_INODE,
     O_LENGTH,
-    O_MUTEX,
     O_OBJECT,
     O_OFFSET,
 )
@@ -48,13 +46,11 @@ def allocate(m, op):
     if not lock_shared(state, op, node):
         return stop(state, op, -EBUSY)
     state[op + O_INODE] = inode
-    state[op + O_FOLIO] = U0
-    state[op + O_MUTEX] = U0
     for number in range(state[op + O_OFFSET] >> U12 >> order, end >> order):
         index = number << order
         state[op + O_INDEX] = index
         if state[block_row(m, node, index) + B_STATE] == BLOCK_ABSENT:
-            found = faulting.allocate(m, op)
+            found = allocate_folio(m, op)
             if found != GO:
                 state[op + O_DETAIL] = index << U12
                 return stop(state, op, -EBUSY if found == BLOCKED else -ENOMEM)

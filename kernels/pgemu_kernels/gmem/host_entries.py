@@ -1,4 +1,4 @@
-"""pfnmap: entries of 2M and 1G in a process, where all of the block is shared (Config.host_huge).
+"""Special entries of a process: of 4K, and of 2M and 1G where all of the block is shared (Config.host_huge).
 
 vmf_insert_pfn_pmd() and _pud() from a huge_fault handler, as drivers/vfio/pci/vfio_pci_core.c has one; no guest_memfd
 code does that (inference). mm/huge_memory.c
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, index_at, pages_of
 from pgemu_kernels.engine.charge import HOST_LEAVES, LEAF_WRITTEN, change_value, charge_one
-from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import inode_row, space_root
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
 from pgemu_kernels.formats.bits import LARGE
-from pgemu_kernels.gmem.zeroing import zero_huge
+from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.process.tables import lookup, need_slot
-from pgemu_kernels.tables.walker import host_format
+from pgemu_kernels.tables.walker import host_format, next_host_table
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
 from pgemu_kernels.words.registers import R_HOST_HUGE, R_ORDER
 from pgemu_kernels.words.rows import (
@@ -37,9 +38,27 @@ U = np.uint64
 _LARGE = U(LARGE)
 
 
+host_huge = parameter(R_HOST_HUGE, U0)
+
+
 @kernel
-def pages_of(level):
-    return U1 << (U9 * (level - U1))
+def page_slot(m, space, address):
+    """Slot of the 4K entry of an address, tables allocated on the way; NONE without memory. get_locked_pte()"""
+    page = address >> U12
+    table, _ = next_host_table(m, host_format(m), space_root(m.state, space), page)
+    return need_slot(m, space, address, U1) if table == NONE else table + index_at(page, U1)
+
+
+@kernel
+def enter(m, op, slot, level):
+    """Write the special entry of a host fault's frame at a slot that is empty. detail: its level."""
+    state = m.state
+    bits = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
+    entry = (state[op + O_PFN] & ~(pages_of(level) - U1)) << U12 | state[host_format(m) + bits]
+    m.ram[slot] = entry | _LARGE if level > U1 else entry
+    state[op + O_DETAIL] = level
+    change_value(m.stats, HOST_LEAVES + level - U1, 1)
+    charge_one(m, LEAF_WRITTEN)
 
 
 @kernel
@@ -65,59 +84,64 @@ def fits(m, op, level):
 
 @outlined
 def host_level(m, op):
-    """The largest level that a host fault's entry may have, its tables not looked at: 1 without Config.host_huge."""
-    state = m.state
-    if state[R_HOST_HUGE] == U0 or state[R_ORDER] < U9:
-        return U1
-    level = U3 if state[R_ORDER] > U9 else U2
+    """The largest level that a host fault's entry may have, its tables not looked at."""
+    level = largest_level(m.state)
     while level > U1 and not fits(m, op, level):
         level -= U1
     return level
 
 
 @outlined
-def insert(m, op, level):
-    """Enter a host fault's frame at `level`, or below where a table stands in the place: VM_FAULT_NOPAGE or _OOM.
+def insert_large(m, op):
+    """insert() of the largest entry that fits, or of a lower one where a table stands in the place.
 
-    detail: the entry's level. An entry that is there is left alone: insert_pfn(), insert_pmd(), insert_pud(), with
-    write = false. The pages that a large entry shows are zeroed first. The caller holds the invalidate_lock.
+    The pages that a large entry shows are zeroed first.
     """
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]
+    level = host_level(m, op)
     while True:
         slot = need_slot(m, space, address, level)
         if slot == NONE:
             return np.int64(VM_FAULT_OOM)
-        if level == U1 or m.ram[slot] == U0:
+        if m.ram[slot] == U0:
             break
-        _, at = lookup(m, _root(m, op), address)
+        _, at = lookup(m, space_root(state, space), address)
         if at >= level:
-            break  # a large entry is there
+            state[op + O_DETAIL] = at
+            return np.int64(VM_FAULT_NOPAGE)
         level -= U1
-    if m.ram[slot] != U0:
-        _, state[op + O_DETAIL] = lookup(m, _root(m, op), address)
-        return np.int64(VM_FAULT_NOPAGE)
-    inside = pages_of(level) - U1
     if level > U1:
-        zero_huge(m, inode_row(state[op + O_INODE]), state[op + O_INDEX], state[op + O_PFN], level)
-    m.ram[slot] = _entry(m, op, level, state[op + O_PFN] & ~inside)
-    state[op + O_DETAIL] = level
-    change_value(m.stats, HOST_LEAVES + level - U1, 1)
-    charge_one(m, LEAF_WRITTEN)
+        node = inode_row(state[op + O_INODE])
+        zero_folio(m, node, state[op + O_INDEX], state[op + O_PFN], level, state[R_ORDER])
+    enter(m, op, slot, level)
     return np.int64(VM_FAULT_NOPAGE)
 
 
 @kernel
-def _root(m, op):
-    """Physical address of the top table of the record's process."""
-    return space_root(m.state, m.state[op + O_SPACE])
+def none_large(m, op):
+    """The fast loops know no large entries of processes."""
+    return np.int64(VM_FAULT_NOPAGE)
 
 
-@kernel
-def _entry(m, op, level, pfn):
-    """The special entry of a frame: of a large one bit 7 is set."""
+large_inserted = full_only(insert_large, none_large)
+
+
+@step
+def insert(m, op):
+    """Enter a host fault's frame: VM_FAULT_NOPAGE or _OOM. mm/memory.c:vmf_insert_pfn(), no reference, no mapcount.
+
+    detail: the entry's level. An entry that is there is left alone: insert_pfn(), insert_pmd(), insert_pud(), with
+    write = false. The caller holds the invalidate_lock.
+    """
     state = m.state
-    bits = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
-    entry = pfn << U12 | state[host_format(m) + bits]
-    return entry | _LARGE if level > U1 else entry
+    if host_huge(m) != U0:
+        return large_inserted(m, op)
+    slot = page_slot(m, state[op + O_SPACE], state[op + O_ADDRESS])
+    if slot == NONE:
+        return np.int64(VM_FAULT_OOM)
+    if m.ram[slot] == U0:
+        enter(m, op, slot, U1)
+    state[op + O_DETAIL] = U1
+    return np.int64(VM_FAULT_NOPAGE)

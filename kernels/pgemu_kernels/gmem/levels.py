@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U63, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, index_at, pages_of
 from pgemu_kernels.engine.charge import SPTE_SPLIT, TLB_FLUSH_VM, charge_one
-from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, slot_allows, stop, vm_row
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.properties import level_is_folios
+from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
-from pgemu_kernels.gmem.zeroing import zero_folio, zero_huge
-from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, is_table, last_spte, pages_of, split_leaf
+from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem.conversion import in_pieces
+from pgemu_kernels.gmem.zeroing import zero_folio
+from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, is_table, last_spte, split_leaf
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, PFNMAP, Defect, Flag
-from pgemu_kernels.words.registers import R_DEFECTS, R_DESIGN, R_DIRTY_LOG_GMEM, R_ORDER, R_RECOVER_HUGE, R_VMS
+from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
+from pgemu_kernels.words.registers import (
+    R_DEFECTS,
+    R_DIRTY_LOG_GMEM,
+    R_ORDER,
+    R_RECOVER_HUGE,
+    R_VMS,
+)
 from pgemu_kernels.words.rows import (
     B_PFN,
-    B_PIECES,
     B_STATE,
     BLOCK_HUGE,
     BLOCK_PARTLY,
+    BLOCK_SPLIT,
     I_PAGES,
     M_BASE_GFN,
     M_FLAGS,
@@ -34,8 +44,6 @@ from pgemu_kernels.words.rows import (
     M_VM,
     O_ADDRESS,
     O_FLAGS,
-    O_INDEX,
-    O_ROW,
     O_VM,
     SLOT_GUEST_MEMFD,
     SLOT_LOG_DIRTY_PAGES,
@@ -49,37 +57,59 @@ _HUGE_OVER_PRIVATE = U(Defect.HUGE_OVER_PRIVATE)
 _LOG_DIRTY_PAGES = U(Flag.LOG_DIRTY_PAGES)
 
 
+# What a machine may have otherwise, and what it is at first: constants in the fast loops.
+defects = parameter(R_DEFECTS, U0)
+dirty_logging = parameter(R_DIRTY_LOG_GMEM, U0)
+
+
 # --------------------------------------------------------------------------- levels
 
 
 @kernel
-def allocator_level(state):
-    """The level of a huge page of the pool: 1 where it has 4K pages only."""
-    order = state[R_ORDER]
-    if order == U0:
-        return U1
-    return U3 if order > U9 else U2
+def page_of_slot(state, slot, gfn):
+    """Page of the inode that a guest frame of a slot stands for."""
+    return gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
 
 
 @kernel
-def has_defect(state, defect):
-    return state[R_DEFECTS] & defect != U0
+def frame_of(m, block, index):
+    """The frame of a page of an allocated block."""
+    return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
 
 
 @kernel
-def limit_to_slot(state, slot, gfn, level):
+def limit_to_slot(m, slot, gfn, level):
     """lpage_info and dirty logging: the largest level up to `level` that the slot allows at a guest frame.
 
     arch/x86/kvm/mmu/mmu.c:kvm_mmu_max_mapping_level(), kvm_mmu_hugepage_adjust().
     """
-    if state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0:
+    state = m.state
+    if is_logged(m, slot):
         return U1
-    while level > U1 and not slot_allows(state, slot, gfn, level):
+    backing = state[slot + M_PGOFF]
+    while level > U1 and not slot_allows(state, slot, gfn, level, backing):
         level -= U1
     return level
 
 
 @kernel
+def is_logged(m, slot):
+    """Whether dirty logging is on for a slot, so that only leaves of 4K may be there."""
+    return dirty_logging(m) != U0 and m.state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0
+
+
+@kernel
+def folio_order_at(m, block, index):
+    """Order of the folio that holds an allocated page of a block: restructure splits them."""
+    kind = m.state[block + B_STATE]
+    if kind == BLOCK_SPLIT:
+        return U0
+    if in_pieces(m) and kind == BLOCK_PARTLY:
+        return (pieces.level_of(m, block, index) - U1) * U9
+    return m.state[R_ORDER]
+
+
+@outlined
 def order_of_december(m, node, index):
     """The level of the mapping-order helper of December 2025 (Defect.MAPPING_ORDER), whatever the folio is.
 
@@ -89,76 +119,60 @@ def order_of_december(m, node, index):
     """
     state = m.state
     end = min(index + (U1 << state[R_ORDER]), state[node + I_PAGES])
-    return allocator_level(state) if shared_in_range(m, node, index, end) == U0 else U1
+    return largest_level(state) if shared_in_range(m, node, index, end) == U0 else U1
 
 
 @kernel
-def piece_level(state, block, index):
-    """Level of the folio of a page in a 1G block of which only touched 2M pieces are split to 4K (B_PIECES)."""
-    piece = index >> U9 & U511
-    return U1 if state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1 != U0 else U2
+def no_defect(m, node, index):
+    """Machines without parameters have no defects."""
+    return U1
 
 
-@outlined
-def folio_level(m, slot, index, gfn):
-    """restructure: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
+december_level = full_only(order_of_december, no_defect)
+
+
+@step
+def folio_level(m, slot, node, index, gfn):
+    """By the folio: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
     kvm_gmem_max_mapping_level(): no larger than the folio. With Defect.HUGE_OVER_PRIVATE a shared page takes the level
     of the host's memory and nobody asks about its neighbours. In 2022 shared and private pages came from different
     memory, and the host's was huge; where both come from one inode that memory is the pool's huge page (inference).
     """
     state = m.state
-    node = inode_row(state[slot + M_INODE])
     block = block_row(m, node, index)
     level = U1
-    if has_defect(state, _HUGE_OVER_PRIVATE) and is_shared(m, node, index) != U0:
-        level = allocator_level(state)
-    elif has_defect(state, _MAPPING_ORDER):
-        level = order_of_december(m, node, index)
+    if defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0:
+        level = largest_level(state)
+    elif defects(m) & _MAPPING_ORDER != U0:
+        level = december_level(m, node, index)
     elif state[block + B_STATE] == BLOCK_HUGE:
-        level = allocator_level(state)
-    elif state[block + B_STATE] == BLOCK_PARTLY:
-        level = piece_level(state, block, index)
-    return limit_to_slot(state, slot, gfn, level)
+        level = largest_level(state)
+    elif in_pieces(m) and state[block + B_STATE] == BLOCK_PARTLY:
+        level = pieces.level_of(m, block, index)
+    return limit_to_slot(m, slot, gfn, level)
 
 
-@outlined
-def shareability_level(m, slot, index, gfn):
-    """pfnmap: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
+@step
+def shareability_level(m, slot, node, index, gfn):
+    """By shareability: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
     The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
     """
-    state = m.state
-    node = inode_row(state[slot + M_INODE])
-    level = allocator_level(state)
-    if not (has_defect(state, _HUGE_OVER_PRIVATE) and is_shared(m, node, index) != U0):
+    level = largest_level(m.state)
+    if not (defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
             level -= U1
-    return limit_to_slot(state, slot, gfn, level)
+    return limit_to_slot(m, slot, gfn, level)
 
 
 @kernel
-def folio_level_full(m, op):
-    """folio_level() of the guest fault in a record."""
-    state = m.state
-    return folio_level(m, state[op + O_ROW], state[op + O_INDEX], state[op + O_ADDRESS] >> U12)
-
-
-@kernel
-def shareability_level_full(m, op):
-    """shareability_level() of the guest fault in a record."""
-    state = m.state
-    return shareability_level(m, state[op + O_ROW], state[op + O_INDEX], state[op + O_ADDRESS] >> U12)
-
-
-@kernel
-def stage2_level(m, slot, gfn):
-    """The level at which a guest frame of a slot would be mapped now, by the machine's design."""
-    state = m.state
-    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-    if state[R_DESIGN] == U(PFNMAP):
-        return shareability_level(m, slot, index, gfn)
-    return folio_level(m, slot, index, gfn)
+def guest_level(m, slot, index, gfn):
+    """The level at which a guest frame of a slot, page `index` of its inode, is mapped now."""
+    node = inode_row(m.state[slot + M_INODE])
+    if level_is_folios(m):
+        return folio_level(m, slot, node, index, gfn)
+    return shareability_level(m, slot, node, index, gfn)
 
 
 # --------------------------------------------------------------------------- dirty logging
@@ -188,16 +202,15 @@ def split_slot(m, slot):
 
 @kernel
 def zero_below(m, slot, gfn, level):
-    """Zero what a large leaf is about to show, where zeroing goes by page: see zero_huge()."""
+    """Zero what a large leaf is about to show, where zeroing goes by page: see zero_folio()."""
     state = m.state
     node = inode_row(state[slot + M_INODE])
-    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    index = page_of_slot(state, slot, gfn)
     block = block_row(m, node, index)
-    pfn = state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))
-    if state[block + B_STATE] == BLOCK_HUGE:
-        zero_huge(m, node, index, pfn, level)
-    elif state[block + B_STATE] == BLOCK_PARTLY and piece_level(state, block, index) == U2:
-        zero_folio(m, node, index, pfn, level, U9)
+    kind = state[block + B_STATE]
+    order = folio_order_at(m, block, index)
+    if kind == BLOCK_HUGE or (kind == BLOCK_PARTLY and order != U0):
+        zero_folio(m, node, index, frame_of(m, block, index), level, order)
 
 
 @kernel
@@ -212,14 +225,14 @@ def recover_below(m, f, slot, spte, gfn):
         entry = m.ram[spte]
         if not is_table(state, f, entry, level):
             break
-        if gfn & (pages_of(level) - U1) == U0 and stage2_level(m, slot, gfn) >= level:
+        if gfn & (pages_of(level) - U1) == U0 and guest_level(m, slot, page_of_slot(state, slot, gfn), gfn) >= level:
             if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, entry, level) != U0:
                 zero_below(m, slot, gfn, level)
             collapse(m, f, spte, level)
             break
         level -= U1
         if level > U1:
-            spte = table_of(state, f, entry) + (gfn >> U9 & U511)
+            spte = table_of(state, f, entry) + index_at(gfn, level)
     return level
 
 
@@ -235,10 +248,10 @@ def recover_slot(m, slot):
     gfn = state[slot + M_BASE_GFN]
     end = gfn + state[slot + M_PAGES]
     while gfn < end:
-        top = m.ram[(root >> U3) + (gfn >> (U9 * U3))]
+        top = m.ram[(root >> U3) + index_at(gfn, U4)]
         level = U3
         if is_present(state, f, top):
-            level = recover_below(m, f, slot, table_of(state, f, top) + (gfn >> (U9 * U2) & U511), gfn)
+            level = recover_below(m, f, slot, table_of(state, f, top) + index_at(gfn, U3), gfn)
         step = pages_of(max(level, U2))
         gfn = (gfn & ~(step - U1)) + step
 

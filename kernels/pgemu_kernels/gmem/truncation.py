@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import GUEST_FAULT, PAGE_ZEROED, charge, charge_one
+from pgemu_kernels.engine.charge import PAGE_ZEROED, charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
-    find_memslot,
     inode_row,
     lock_exclusive,
     memslot_row,
@@ -40,7 +39,7 @@ from pgemu_kernels.stage2.invalidate import (
     zap_range,
     zap_slot,
 )
-from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EFAULT, EINVAL, Defect
+from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL, Defect
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
     R_FULL,
@@ -76,7 +75,6 @@ from pgemu_kernels.words.rows import (
     M_PAGES,
     M_PGOFF,
     M_VM,
-    O_ADDRESS,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
@@ -310,18 +308,6 @@ def release(m, op):
     state[R_FULL] = U1
     unlock(state, op, node)
     return stop(state, op, 0)
-
-
-@kernel
-def refuse_released(m, op):
-    """A guest's access to a slot whose file was released: -EFAULT, and True. kvm_gmem_get_pfn() without a file"""
-    state = m.state
-    slot = find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12)
-    if slot == NONE or state[slot + M_FLAGS] & SLOT_RELEASED == U0:
-        return False
-    charge_one(m, GUEST_FAULT)
-    stop(state, op, -EFAULT)
-    return True
 
 
 # --------------------------------------------------------------------------- close

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U9, U63
+from pgemu_kernels.engine.bits import U0, U1, U6, U63, pages_of
 from pgemu_kernels.engine.charge import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
@@ -31,37 +31,36 @@ def zero_pages(m, word, first, last, pfn):
         charge(m, PAGE_ZEROED, zeroed)
 
 
-@kernel
-def zero_huge(m, node, index, pfn, level):
-    """Zero what an access to page `index` (frame `pfn`) of an unsplit folio will show through a leaf of `level`."""
-    zero_folio(m, node, index, pfn, level, m.state[R_ORDER])
+@outlined
+def zero_now(m, node, index, pfn, level, order, page):
+    """zero_folio() of a folio, with its struct page at `page`, that is not up to date."""
+    inside = (U1 << order) - U1
+    if inside == U0:
+        m.ram[page + FLAGS] |= PG_UPTODATE
+        charge_one(m, PAGE_ZEROED)
+        zero_contents(m, pfn, U1)
+    elif m.state[R_ZERO_PAGE] == U0:
+        m.ram[page + FLAGS] |= PG_UPTODATE
+        charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
+        zero_contents(m, pfn & ~inside, inside + U1)
+    else:
+        shown = pages_of(level) - U1
+        first = index & ~shown
+        zero_pages(m, m.state[node + I_ZEROED], first, first + shown + U1, pfn & ~shown)
 
 
 @kernel
 def zero_folio(m, node, index, pfn, level, order):
-    """The same of a folio of any order.
+    """Zero what an access to page `index` (frame `pfn`), in a folio of `order`, will show through a leaf of `level`.
 
-    By folio, PG_uptodate of the head speaks for all pages and the first use zeroes all of them. By
-    page, a bit per page is kept beside (inference: no posted code has it), and a huge leaf needs every
-    page below it zeroed.
+    A folio of order 0 has its own PG_uptodate. By folio that of the head speaks for all pages of a larger one, and the
+    first use zeroes all of them. By page a bit per page is kept beside (inference: no posted code has it), and a huge
+    leaf needs every page below it zeroed. Where the folio's struct page lies in `ram` is returned.
     """
-    state = m.state
-    inside = (U1 << order) - U1
-    page = struct_page(m, pfn & ~inside)
-    flags = m.ram[page + FLAGS]
-    if flags & PG_UPTODATE != U0:
-        return
-    if state[R_ZERO_PAGE] == U0:
-        m.ram[page + FLAGS] = flags | PG_UPTODATE
-        if inside == U0:
-            charge_one(m, PAGE_ZEROED)
-        else:
-            charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
-        zero_contents(m, pfn & ~inside, inside + U1)
-        return
-    pages = U1 << (U9 * (level - U1))
-    first = index & ~(pages - U1)
-    zero_pages(m, state[node + I_ZEROED], first, first + pages, pfn & ~(pages - U1))
+    page = struct_page(m, pfn & ~((U1 << order) - U1))
+    if m.ram[page + FLAGS] & PG_UPTODATE == U0:
+        zero_now(m, node, index, pfn, level, order, page)
+    return page
 
 
 @outlined

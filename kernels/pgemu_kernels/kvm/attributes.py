@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095, pages_of
 from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
@@ -15,7 +15,6 @@ from pgemu_kernels.engine.rows import memslot_row, vm_row
 from pgemu_kernels.engine.shareability import bits_between
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
-from pgemu_kernels.stage2.tdp_mmu import pages_of
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
 from pgemu_kernels.words.registers import R_MEMSLOTS
 from pgemu_kernels.words.rows import (

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63
+from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, pages_of
 from pgemu_kernels.engine.charge import GUEST_FAULT, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import find_memslot, inode_row, vm_row
+from pgemu_kernels.engine.rows import find_memslot, inode_row, slot_allows, vm_row
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import PRIVATE, SHARED, is_mixed, is_private
@@ -26,7 +26,6 @@ from pgemu_kernels.stage2.tdp_mmu import (
     map_leaf,
     map_mmio,
     nx_huge_pages,
-    pages_of,
     set_accessed_dirty,
 )
 from pgemu_kernels.tables.walker import is_present, stage2_format
@@ -48,7 +47,6 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_INODE,
     M_KIND,
-    M_PAGES,
     M_PGOFF,
     O_ADDRESS,
     O_DETAIL,
@@ -100,21 +98,11 @@ def is_device(state, pfn):
 
 
 @kernel
-def slot_allows_level(state, slot, gfn, level):
-    """x86.c:kvm_alloc_memslot_metadata(): the block lies in the slot, guest and host address agree modulo its size."""
-    pages = pages_of(level)
-    base = state[slot + M_BASE_GFN]
-    if (base ^ state[slot + M_HVA] >> U12) & (pages - U1) != U0:
-        return False
-    first = gfn & ~(pages - U1)
-    return first >= base and first + pages <= base + state[slot + M_PAGES]
-
-
-@kernel
 def max_level(m, row, slot, gfn, host_level):
     """mmu.c:kvm_mmu_max_mapping_level(), dirty logging apart."""
     level = min(host_level, _LARGEST)
-    while level > U1 and not (slot_allows_level(m.state, slot, gfn, level) and not is_mixed(m, row, gfn, level)):
+    backing = m.state[slot + M_HVA] >> U12
+    while level > U1 and not (slot_allows(m.state, slot, gfn, level, backing) and not is_mixed(m, row, gfn, level)):
         level -= U1
     return level
 

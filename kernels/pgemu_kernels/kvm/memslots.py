@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U4095, population
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U4095, pages_of, population
 from pgemu_kernels.engine.charge import STAGE2_TABLES, TLB_FLUSH_VM, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import free_row, inode_row, memslot_row, overlap, space_root, vm_row
@@ -19,7 +19,6 @@ from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.stage2.tdp_mmu import (
     collapse,
     is_table,
-    pages_of,
     split_range,
     write_protect_page,
     write_protect_range,

@@ -28,6 +28,7 @@ from pgemu_kernels.words.rows import (
     A_PGOFF,
     A_SPACE,
     A_START,
+    S_RSS,
     S_UNFLUSHED,
     S_WORDS,
     STATE_SPACES,
@@ -41,14 +42,15 @@ _ADDRESS = U(ADDRESS)
 
 
 @kernel
-def clear_leaves(m, root, page, end):
+def clear_leaves(m, space, page, end):
     """Clear the entries of virtual pages [page, end): how many there were.
 
-    An ordinary entry gives back its folio's mapcount and reference; a special one has neither:
-    mm/memory.c:zap_present_ptes(), vm_normal_page().
+    An ordinary entry gives back its folio's mapcount and reference and is no more of the process's RSS; a special one
+    has nothing of that: mm/memory.c:zap_present_ptes(), vm_normal_page().
     """
     f = host_format(m)
     ram = m.ram
+    root = space_root(m.state, space)
     cleared = np.int64(0)
     ordinary = np.int64(0)
     while page < end:
@@ -70,6 +72,7 @@ def clear_leaves(m, root, page, end):
         count_host_leaf(m, -cleared)
         charge(m, LEAF_CLEARED, cleared)
         if ordinary != 0:
+            m.state[STATE_SPACES + space * _S_WORDS + S_RSS] -= U(ordinary)
             charge(m, RMAP_CHANGED, ordinary)
     return cleared
 
@@ -136,7 +139,7 @@ def unmap_vma_range(m, row, first, last):
     cleared = np.int64(0)
     if state[R_HOST_HUGE] != U0:
         cleared += large_leaves_cleared(m, row, root, first, last)
-    cleared += clear_leaves(m, root, first >> U12, last >> U12)
+    cleared += clear_leaves(m, space, first >> U12, last >> U12)
     owe_flush(state, space, cleared)
     return cleared
 

@@ -10,7 +10,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.rows import free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
-from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
+from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
 from pgemu_kernels.process.entries import E_ADDRESS, holds_page
 from pgemu_kernels.process.tables import below, lookup, size_of
 from pgemu_kernels.stage2.notifier import notify_split, unbind_inode
@@ -341,6 +341,7 @@ def drop_page(m, inode, index, word):
     m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
         put_frame(m, word)
+        charge_page_freed(m)
 
 
 @outlined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, pages_of
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, inode_row, memslot_row, space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find
@@ -13,7 +13,6 @@ from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd
 from pgemu_kernels.rules.invariants import check_stage2_leaf, expect
 from pgemu_kernels.rules.processes import own_nodes
-from pgemu_kernels.stage2.tdp_mmu import pages_of
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS

@@ -134,6 +134,7 @@ def _check_leaf(m, space, address, level, entry, owner, found):
     kind = state[row + A_KIND]
     if kind == VMA_GUEST_MEMFD:
         check_host_leaf(m, row, address, level, entry)
+        found[FOUND_RSS] += np.int64(entry & E_SPECIAL == U0)
     elif kind == VMA_HUGETLB:
         _check_huge(m, row, address, level, entry, found)
     elif state[row + A_FLAGS] & VM_PFNMAP != U0:

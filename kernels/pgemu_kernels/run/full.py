@@ -21,7 +21,7 @@ from pgemu_kernels.engine.charge import (
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
-from pgemu_kernels.gmem import faults, orders
+from pgemu_kernels.gmem import fault_steps, orders
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
@@ -93,7 +93,7 @@ def next_step(m, op):
     stage = state[op + O_STAGE]
     state[op + O_NEXT] = stage + U1
     if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
-        return np.int64(faults.step_fault(m, op, stage))
+        return np.int64(fault_steps.step_fault(m, op, stage))
     if kind == OP_CONVERT:
         return np.int64(orders.step_convert(m, op, stage))
     run_kind(m, op)

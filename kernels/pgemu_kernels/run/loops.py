@@ -13,7 +13,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U18, U27, U
 from pgemu_kernels.engine.charge import CONVERT_IOCTL, SYSCALL, charge_one, finish_operation, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.properties import entries_are_special, splits_folios
+from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
 from pgemu_kernels.engine.rows import (
     block_row,
@@ -32,11 +32,9 @@ from pgemu_kernels.gmem import (
     levels,
     lru,
     orders,
-    pfnmap,
     pins,
     prefault,
     references,
-    restructure,
     truncation,
     workers,
 )
@@ -195,26 +193,6 @@ def prefetch_convert(m, columns, i):
 # --------------------------------------------------------------------------- one loop per operation
 
 
-@kernel
-def host_fault_by_default(m, op):
-    if entries_are_special(m):
-        pfnmap.host_fault(m, op)
-    else:
-        restructure.host_fault(m, op)
-
-
-@kernel
-def guest_fault_by_default(m, op):
-    if splits_folios(m):
-        restructure.guest_fault(m, op)
-    else:
-        pfnmap.guest_fault(m, op)
-
-
-host_fault = full_only(faults.fault, host_fault_by_default)
-guest_fault = full_only(faults.fault, guest_fault_by_default)
-
-
 @outlined
 def host_faults(m, columns, first, last):
     while first < last:
@@ -224,7 +202,7 @@ def host_faults(m, columns, first, last):
                 prefetch_host(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            host_fault(m, op)
+            faults.host_fault(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -238,7 +216,7 @@ def guest_faults(m, columns, first, last):
                 prefetch_guest(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            guest_fault(m, op)
+            faults.guest_fault(m, op)
             save(m, op, columns, i)
         first = stop
 

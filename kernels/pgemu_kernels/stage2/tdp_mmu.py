@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U511, U512, index_at, pages_of
 from pgemu_kernels.engine.charge import (
     SPTE_WRITTEN,
     STAGE2_LEAVES,
@@ -57,12 +57,6 @@ _GENERATION_HIGH = U(0x7FF << 52)
 
 
 # --------------------------------------------------------------------------- entries
-
-
-@kernel
-def pages_of(level):
-    """4K pages under one entry of a level."""
-    return U1 << (U9 * (level - U1))
 
 
 @kernel
@@ -118,12 +112,12 @@ def make_mmio_spte(state, f, gfn, generation):
 @kernel
 def last_spte(m, f, root, gfn):
     """Walk to the last entry on the way to a guest frame: (its slot, its level, the entry), present or not."""
-    slot = (root >> U3) + (gfn >> (U9 * U3) & U511)
+    slot = (root >> U3) + index_at(gfn, _TOP)
     level = _TOP
     entry = m.ram[slot]
     while is_table(m.state, f, entry, level):
         level -= U1
-        slot = table_of(m.state, f, entry) + (gfn >> (U9 * (level - U1)) & U511)
+        slot = table_of(m.state, f, entry) + index_at(gfn, level)
         entry = m.ram[slot]
     return slot, level, entry
 
@@ -233,7 +227,7 @@ def slot_for(m, f, root, gfn, goal, disallowed):
     level = _TOP
     middle = NONE
     while True:
-        slot = table + (gfn >> (U9 * (level - U1)) & U511)
+        slot = table + index_at(gfn, level)
         if level == U2:
             middle = slot
         if level == goal and restricted and must_step_down(m, f, m.ram[slot], level):

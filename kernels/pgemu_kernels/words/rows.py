@@ -162,7 +162,7 @@ S_ORDINARY = U(2)  # 1: it has or had VMAs of ordinary kinds
 S_LIVE = U(3)
 S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
 S_MINOR_FAULTS = U(5)
-S_RSS = U(6)  # 4K pages of memory that are mapped, HugeTLB and special ones not counted
+S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; HugeTLB and special ones not counted
 S_WORDS = 8
 
 # vmas
