@@ -25,7 +25,8 @@ from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.splitting import merge_block, split_block
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
+from pgemu_kernels.process.tables import flush_mm
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import (
     BLOCKED,
@@ -126,7 +127,9 @@ def no_batches(m, head, pages, cpu):
 
 gate_pieces = full_only(pieces.gate_block, no_piece)
 note_waiting = full_only(pieces.note_waiting, nothing_in_pieces)
+note_touched = full_only(pieces.note_touched, nothing_in_pieces)
 merge_pieces = full_only(pieces.merge_pieces, nothing_in_pieces)
+merge_touched = full_only(pieces.merge_touched, nothing_in_pieces)
 lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
 
 
@@ -295,10 +298,10 @@ def drop_waiting(m, op):
     first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
     while first < state[op + O_END]:
         block = block_row(m, node, first)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
-        else:
+        if m.state[block + B_STATE] != BLOCK_PARTLY:
             stop_waiting(m, block)
+        elif m.state[block + B_WAITS] != U0:
+            note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
         first += U1 << state[R_ORDER]
 
 
@@ -327,7 +330,7 @@ def finish(m, op):
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
     return GO
 
 
@@ -626,9 +629,9 @@ def merge_blocks(m, op, start, end, besides):
             shared -= shared_in_range(m, node, low, high)
         if m.state[block + B_STATE] == BLOCK_PARTLY:
             if merge_lazy(m) != U0:
-                note_waiting(m, node, block, first, low, high)
+                note_touched(m, node, block, first, low, high)
             else:
-                merge_pieces(m, node, block, first, low, high)
+                merge_touched(m, node, block, first, low, high)
         elif is_split(m, block) and shared == U0:
             if merge_lazy(m) != U0:
                 start_waiting(m, block)
@@ -738,7 +741,7 @@ def zap_item(m, op):
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 
