@@ -25,7 +25,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.folios.splitting import merge_folio, split_folio
 
-SERIES = ["rfc2", "jan2026"]
+SPLIT_FORMS = ["rfc2", "jan2026"]
 CASES = {"1G": (W.PAGE_1G, 1, 1), "2M": (W.PAGE_2M, 1, 500), "512 x 2M": (W.PAGE_2M, 512, 1)}  # size, folios, times
 ROUNDS = 200
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)  # other processes' time is not ours
@@ -50,12 +50,12 @@ def restructure(descriptor, heads, order, what, times):
 class Folios:
     """Huge pages of a machine, each held by one reference and in no inode."""
 
-    def __init__(self, case: str, series: str, kernel: str = "7.3") -> None:
+    def __init__(self, case: str, split_form: str, kernel: str = "7.3") -> None:
         size, count, self.times = CASES[case]
-        self.machine = Machine(Config(pool=size * count, page_size=size, kernel=kernel, series=series))  # type: ignore[arg-type]
+        self.machine = Machine(Config(pool=size * count, page_size=size, kernel=kernel, split_form=split_form))  # type: ignore[arg-type]
         state, ram = self.machine.arrays.state, self.machine.arrays.ram
         state[W.R_COUNTER_ROW] = W.STATS_COUNTERS
-        self.order = np.uint64(self.machine.config.order)
+        self.order = np.uint64(self.machine.config.page_order)
         base = self.machine.register(W.R_POOL_BASE)
         self.heads = np.arange(count, dtype=np.uint64) * np.uint64(size >> 12) + np.uint64(base)
         root, vmemmap = self.machine.register(W.R_KERNEL_ROOT), self.machine.register(W.R_VMEMMAP)
@@ -78,33 +78,33 @@ def measure(
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_split_and_merge(benchmark: Any, case: str, series: str, kernel: str) -> None:
-    folios = Folios(case, series, kernel)
-    measure(benchmark, f"{case}, {series}, {kernel}", folios.pages, lambda: folios.do(BOTH))
+def test_split_and_merge(benchmark: Any, case: str, split_form: str, kernel: str) -> None:
+    folios = Folios(case, split_form, kernel)
+    measure(benchmark, f"{case}, {split_form}, {kernel}", folios.pages, lambda: folios.do(BOTH))
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
-@pytest.mark.parametrize("series", SERIES)
-def test_split(benchmark: Any, series: str, kernel: str) -> None:
-    folios = Folios("1G", series, kernel)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_split(benchmark: Any, split_form: str, kernel: str) -> None:
+    folios = Folios("1G", split_form, kernel)
     folios.do(SPLIT)
-    measure(benchmark, f"1G, {series}, {kernel}", folios.pages, lambda: folios.do(SPLIT), lambda: folios.do(MERGE))
+    measure(benchmark, f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(SPLIT), lambda: folios.do(MERGE))
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
-@pytest.mark.parametrize("series", SERIES)
-def test_merge(benchmark: Any, series: str, kernel: str) -> None:
-    folios = Folios("1G", series, kernel)
-    measure(benchmark, f"1G, {series}, {kernel}", folios.pages, lambda: folios.do(MERGE), lambda: folios.do(SPLIT))
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_merge(benchmark: Any, split_form: str, kernel: str) -> None:
+    folios = Folios("1G", split_form, kernel)
+    measure(benchmark, f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(MERGE), lambda: folios.do(SPLIT))
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
-@pytest.mark.parametrize("series", SERIES)
-def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_conversion(benchmark: Any, split_form: str, kernel: str) -> None:
     """One page of a 1G block to shared and back: everything that the two ioctls do, nodes and entries included."""
-    machine = Machine(Config(pool=W.PAGE_1G, kernel=kernel, series=series))  # type: ignore[arg-type]
+    machine = Machine(Config(pool=W.PAGE_1G, kernel=kernel, split_form=split_form))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
     vm = machine.create_vm()
     assert vm.bind(gmem, 0).status == 0
@@ -114,14 +114,14 @@ def test_conversion(benchmark: Any, series: str, kernel: str) -> None:
         assert gmem.convert(0, W.PAGE_4K, shared=True).status == 0
         assert gmem.convert(0, W.PAGE_4K, shared=False).status == 0
 
-    measure(benchmark, f"1G, {series}, {kernel}", W.PAGE_1G >> 12, convert)
+    measure(benchmark, f"1G, {split_form}, {kernel}", W.PAGE_1G >> 12, convert)
 
 
 @pytest.mark.parametrize("split_to", ["2M", "4K"])
-@pytest.mark.parametrize("series", SERIES)
-def test_conversion_of_one_page(benchmark: Any, series: str, split_to: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_conversion_of_one_page(benchmark: Any, split_form: str, split_to: str) -> None:
     """One page of a 1G block to shared: 512 pieces of 2M and one of these to 4K, against a split of all to 4K."""
-    machine = Machine(Config(pool=W.PAGE_1G, series=series, split_to=split_to))  # type: ignore[arg-type]
+    machine = Machine(Config(pool=W.PAGE_1G, split_form=split_form, split_to=split_to))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
     vm = machine.create_vm()
     assert vm.bind(gmem, 0).status == 0
@@ -134,7 +134,7 @@ def test_conversion_of_one_page(benchmark: Any, series: str, split_to: str) -> N
         if gmem.is_shared(0):
             convert(False)
 
-    measure(benchmark, f"one page of 1G to shared, {series}", W.PAGE_1G >> 12, lambda: convert(True), back)
+    measure(benchmark, f"one page of 1G to shared, {split_form}", W.PAGE_1G >> 12, lambda: convert(True), back)
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +154,16 @@ def copy_and_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_control(benchmark: Any, copy_and_store: Any, case: str, series: str, kernel: str) -> None:
+def test_control(benchmark: Any, copy_and_store: Any, case: str, split_form: str, kernel: str) -> None:
     size, count, times = CASES[case]
     pages = size >> 12
     ram = Machine(Config(memory=32 << 20)).arrays.ram
     source, target = ram.ctypes.data + 4096, ram.ctypes.data + (2 << 20)
-    memcg = int(series == "jan2026")
+    memcg = int(split_form == "jan2026")
 
     def control() -> None:
         copy_and_store(target, source, pages, count, times, memcg)
 
-    measure(benchmark, f"{case}, {series}, {kernel}", pages * count * times, control)
+    measure(benchmark, f"{case}, {split_form}, {kernel}", pages * count * times, control)

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Image, open_image
     from pgemu.machine.config import Config
+    from pgemu.machine.results import Result, Results
     from pgemu.machine.statistics import Statistics
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
     from pgemu.tables.page_table import EditResult, EditResults, Flush, PageTable
     from pgemu.tables.translation import Access, Kind, Translation, translate, translate_nested
@@ -79,8 +80,8 @@ _HOMES = {
     "Machine": "objects.machine",
     "PageTable": "tables.page_table",
     "Records": "trace",
-    "Result": "objects.machine",
-    "Results": "objects.machine",
+    "Result": "machine.results",
+    "Results": "machine.results",
     "Statistics": "machine.statistics",
     "Translation": "tables.translation",
     "Vm": "objects.vm",
@@ -93,12 +94,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from pgemu.version import version
 
-        try:
-            return version("pgemu")
-        except PackageNotFoundError:  # run from the sources, not installed
-            return "unknown"
+        return version()
     if name in _HOMES:
         value = getattr(import_module(f"pgemu.{_HOMES[name]}"), name)
         globals()[name] = value

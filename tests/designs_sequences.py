@@ -50,12 +50,12 @@ class Sequences(TwoMegabytes):
             "seed": draw(st.integers(0, 2)),
             "rounded_zap_drops_both_kinds": draw(st.booleans()),
             "notifier": draw(st.booleans()),
-            "series": draw(st.sampled_from(("jan2026", "rfc2"))),
+            "split_form": draw(st.sampled_from(("jan2026", "rfc2"))),
         }
         orders = ("jan2026", "rfc2", "fixup", "next4k") if self.page_size == PAGE else ("jan2026", "rfc2", "fixup")
         for name, values in (
-            ("convert_order", orders if found["design"] == "restructure" else ("jan2026",)),
-            ("convert_batch", ("range", "block")),
+            ("order", orders if found["design"] == "restructure" else ("jan2026",)),
+            ("batch", ("range", "block")),
             ("merge", ("now", "lazy")),
             ("flush", ("each", "batched")),
             ("lru_cache", (False, True)),
@@ -365,7 +365,7 @@ class Gigantic(Sequences):
         found["nodes"] = 1
         pieces = draw(st.booleans())
         if pieces and "split_to" not in self.disabled:
-            found |= {"split_to": "2M", "series": "jan2026", "merge": "now", "frames": None}
+            found |= {"split_to": "2M", "split_form": "jan2026", "merge": "now", "frames": None}
         else:
             found["frames"] = draw(self.frames)
 

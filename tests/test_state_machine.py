@@ -54,7 +54,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             frames=draw(self.frames),
             rounded_zap_drops_both_kinds=draw(st.booleans()),
             notifier=draw(st.booleans()),
-            series=draw(st.sampled_from(("jan2026", "rfc2"))),
+            split_form=draw(st.sampled_from(("jan2026", "rfc2"))),
         )
         self.pair = Pair(config)
         self.operations = 0

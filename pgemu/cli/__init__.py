@@ -1,37 +1,46 @@
-"""The command line: one file per command. Importing it loads neither numba nor pyarrow."""
+"""The command line: one file per command, which has the file's name. Importing it loads neither numba nor pyarrow."""
 
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
 import rich_click as click
 
-from pgemu.cli.calibrate import calibrate
-from pgemu.cli.compare import compare
-from pgemu.cli.consumers import consumers
-from pgemu.cli.decode import decode
-from pgemu.cli.dump import dump
-from pgemu.cli.page import page
-from pgemu.cli.scenario import scenario
-from pgemu.cli.walk import walk
 from pgemu.errors import InputError
 
 __all__ = ("main",)
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as shells report a command that SIGPIPE ended
+_RENAMED = {"--convert-order": "--order", "--convert-batch": "--batch", "--memory": "--guest-memory"}
 
 
 class _Group(click.RichGroup):
-    """A group whose errors are one line on stderr."""
+    """The commands are the files of this folder, imported when asked for. Errors are one line on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name, None for no such one."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        return command
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
         extra["standalone_mode"] = False
         try:
             status = super().main(*args, **extra)
+        except click.NoSuchOption as error:
+            new = _RENAMED.get(error.option_name)
+            _fail(f"{error.option_name} is called {new}" if new else error.format_message())
         except click.ClickException as error:
             _fail(error.format_message())
         except InputError as error:
@@ -58,9 +67,9 @@ def _fail(message: str) -> NoReturn:
 
 def _print_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value:
-        from pgemu import __version__
+        from pgemu.version import version
 
-        click.echo(f"pgemu {__version__}")
+        click.echo(f"pgemu {version()}")
         context.exit()
 
 
@@ -78,13 +87,3 @@ def main(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-main.add_command(calibrate)
-main.add_command(compare)
-main.add_command(consumers)
-main.add_command(decode)
-main.add_command(dump)
-main.add_command(page)
-main.add_command(scenario)
-main.add_command(walk)

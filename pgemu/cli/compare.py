@@ -30,6 +30,11 @@ _DEFECTS = (
     "allocation-race", "huge-over-private", "insert-unlocked", "mapping-order", "punch-keeps-entries",
     "rollback-at-zero",
 )  # fmt: skip
+# Options that are fields of Config as they are.
+_AS_GIVEN = (
+    "hvo", "kernel", "stage2", "vcpus", "profile", "zero", "seed", "order", "batch", "split_to", "merge", "flush",
+    "host_huge", "worker", "lru_cache",
+)  # fmt: skip
 
 
 def size(text: str) -> int:
@@ -108,7 +113,7 @@ class _Bar:
     multiple=True,
     help="Design to run; may be repeated.  [default: both]",
 )
-@click.option("--no-hvo", is_flag=True, help="Do not optimise the vmemmap of HugeTLB pages.")
+@click.option("--hvo/--no-hvo", default=True, show_default=True, help="Optimise the vmemmap of HugeTLB pages.")
 @click.option(
     "--kernel",
     type=click.Choice(["6.12", "6.18", "7.3"]),
@@ -281,27 +286,11 @@ def _run(trace: str | None, options: dict[str, Any]) -> Comparison:
             designs=tuple(dict.fromkeys(options["designs"])) or DESIGNS,
             check=options["check"],
             progress=progress,
-            kernel=options["kernel"],
-            stage2=options["stage2"],
-            hvo=not options["no_hvo"],
-            vcpus=options["vcpus"],
             host_cpus=host_cpus,
-            profile=options["profile"],
-            zero=options["zero"],
-            seed=options["seed"],
-            **_orders(options),
+            split_form="rfc2" if options["order"] == "rfc2" else "jan2026",
+            defects=tuple(sorted(set(options["defects"]))),
+            **{name: options[name] for name in _AS_GIVEN},
         )
-
-
-def _orders(options: dict[str, Any]) -> dict[str, Any]:
-    """Fields of Config that tell how conversions go."""
-    same = {name: options[name] for name in ("split_to", "merge", "flush", "host_huge", "worker", "lru_cache")}
-    return same | {
-        "convert_order": options["order"],
-        "convert_batch": options["batch"],
-        "series": "rfc2" if options["order"] == "rfc2" else "jan2026",
-        "defects": tuple(sorted(set(options["defects"]))),
-    }
 
 
 def _json(comparison: Comparison, sources: bool) -> str:

@@ -59,11 +59,11 @@ def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
 @click.command(short_help="Who uses a process's memory from within the kernel, tried on each design.")
 @click.option("--page-size", type=click.Choice(list(_SIZES)), default="2M", show_default=True, help="Huge page size.")
 @click.option(
-    "--convert-order", type=click.Choice(_ORDERS), default="jan2026", show_default=True,
+    "--order", type=click.Choice(_ORDERS), default="jan2026", show_default=True,
     help="Order of steps of restructure's conversion.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def consumers(page_size: str, convert_order: str, as_json: bool) -> int:
+def consumers(page_size: str, order: str, as_json: bool) -> int:
     """Try every kind of user of a process's memory on a small machine of each design.
 
     Each gets at a shared page of a guest_memfd through the mapping, and while it holds the page its huge page is
@@ -74,9 +74,9 @@ def consumers(page_size: str, convert_order: str, as_json: bool) -> int:
     from pgemu.experiments.consumers import document, try_all
 
     size = _SIZES[page_size]
-    rows = try_all(page_size=size, convert_order=convert_order)
+    rows = try_all(page_size=size, order=order)
     if as_json:
-        about = {"page_size": size, "convert_order": convert_order}
+        about = {"page_size": size, "order": order}
         sys.stdout.write(json.dumps(about | {"consumers": document(rows)}, indent=2) + "\n")
     else:
         sys.stdout.write("\n".join([*_table(rows), "", *_summary(rows)]) + "\n")

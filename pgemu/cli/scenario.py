@@ -16,11 +16,13 @@ __all__ = ("scenario",)
 
 @click.command(short_help="Run a named scenario and tell what happened.")
 @click.argument("name", type=click.Choice(sorted(SCENARIOS)))
-@click.option("--memory", type=size, metavar="SIZE", default="64M", show_default=True, help="Guest memory.")
+@click.option(
+    "--guest-memory", type=size, metavar="SIZE", default="64M", show_default=True, help="Size of the guest_memfd."
+)
 @click.option("--kernel", type=click.Choice(sorted(KERNELS)), default="7.3", show_default=True, help="Linux version.")
 @click.option("--stage2", type=click.Choice(["npt", "ept"]), default="npt", show_default=True, help="Stage-2 tables.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def scenario(name: str, memory: int, kernel: str, stage2: str, as_json: bool) -> int:
+def scenario(name: str, guest_memory: int, kernel: str, stage2: str, as_json: bool) -> int:
     """Run a named scenario and tell what happened.
 
     smallest-pfnmap: the smallest change that the slides of 2025-08-07 say was tested. A guest_memfd of 4K folios, all
@@ -28,7 +30,7 @@ def scenario(name: str, memory: int, kernel: str, stage2: str, as_json: bool) ->
     Exit status 1 if a rule was found broken.
     """
     try:
-        outcome = SCENARIOS[name](memory=memory, kernel=kernel, stage2=stage2)
+        outcome = SCENARIOS[name](guest_memory=guest_memory, kernel=kernel, stage2=stage2)
     except ValueError as error:
         raise InputError(str(error)) from None
     if as_json:

@@ -163,13 +163,13 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
-        from pgemu import __version__
+        from pgemu.version import version
 
         lowered = self.lowered
         machine = asdict(self.runs[0].config)
         del machine["design"]
         return {
-            "pgemu": __version__,
+            "pgemu": version(),
             "trace": {
                 "source": lowered.source,
                 "records": len(lowered.records),

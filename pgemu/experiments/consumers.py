@@ -31,7 +31,7 @@ from pgemu.machine.results import errno_name
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Result
+    from pgemu.machine.results import Result
 
 __all__ = ("CONSUMERS", "Access", "Consumer", "Outcome", "Scene", "document", "try_all", "try_consumer", "use")
 

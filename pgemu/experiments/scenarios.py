@@ -1,7 +1,7 @@
 """Named scenarios: a machine, what is done to it in which order, and what came of it.
 
 >>> from pgemu.scenarios import smallest_pfnmap
->>> boot = smallest_pfnmap(memory=32 << 20)  # doctest: +SKIP
+>>> boot = smallest_pfnmap(guest_memory=32 << 20)  # doctest: +SKIP
 >>> boot.phases[0].results  # doctest: +SKIP
 {'VM_FAULT_NOPAGE': 2048}
 """
@@ -23,9 +23,10 @@ from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.results import Results
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Machine, Results
+    from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
 
 __all__ = ("SCENARIOS", "Phase", "SmallestPfnmap", "smallest_pfnmap")
@@ -154,7 +155,7 @@ def _leaf(steps: list[tuple[int, int, int]]) -> int:
 
 def smallest_pfnmap(
     *,
-    memory: int = 64 << 20,
+    guest_memory: int = 64 << 20,
     kernel_image: int = 12 << 20,
     initrd: int = 4 << 20,
     **options: Any,
@@ -167,20 +168,20 @@ def smallest_pfnmap(
     sources put them; then the guest runs over them and into fresh memory (which part of it: inference, every fourth
     page behind the kernel).
 
-    :param memory: bytes of guest memory, a multiple of 2 MiB that holds what is loaded
+    :param guest_memory: bytes of guest memory, a multiple of 2 MiB that holds what is loaded
     :param kernel_image: bytes of the protected-mode kernel. initrd: bytes of the initrd
     :param options: further fields of pgemu.Config: kernel, stage2, seed, ...
-    :raises ValueError: memory too small, or a parameter that Config refuses
+    :raises ValueError: guest memory too small, or a parameter that Config refuses
     """
     from pgemu.objects.guest_memfd import CreateFlags
     from pgemu.objects.machine import Config, Machine
 
-    if memory < DECOMPRESSED + 2 * kernel_image + initrd + (2 << 20):
+    if guest_memory < DECOMPRESSED + 2 * kernel_image + initrd + (2 << 20):
         raise ValueError(
-            f"memory of {memory} bytes: expected room for the kernel, decompressed as well, and the initrd"
+            f"guest memory of {guest_memory} bytes: expected room for the kernel, decompressed as well, and the initrd"
         )
-    machine = Machine(Config("pfnmap", pool=memory, page_size=_PAGE, **options))
-    gmem = machine.create_guest_memfd(memory, flags=CreateFlags.MMAP | CreateFlags.INIT_SHARED)
+    machine = Machine(Config("pfnmap", pool=guest_memory, page_size=_PAGE, **options))
+    gmem = machine.create_guest_memfd(guest_memory, flags=CreateFlags.MMAP | CreateFlags.INIT_SHARED)
     process = machine.create_process()
     vm = machine.create_vm(process)
     for result in (process.mmap(gmem, KVMTOOL_HVA), vm.bind(gmem, 0)):
@@ -189,7 +190,7 @@ def smallest_pfnmap(
         "kernel image": (KERNEL_IMAGE, kernel_image),
         "setup code": (SETUP_CODE, 16 << 10),
         "command line": (COMMAND_LINE, 2048),
-        "initrd": (_initrd_address(memory, initrd), initrd),
+        "initrd": (_initrd_address(guest_memory, initrd), initrd),
         "BIOS tables": (0, 0x500),  # interrupt vectors and BIOS data area
         "EBDA and e820 map": (EBDA, 0x400),
         "VGA ROM": (VGA_ROM, 0x8000),
@@ -208,7 +209,7 @@ def smallest_pfnmap(
     run["kernel image"] = _pages(*written["kernel image"])
     run["decompressed kernel"] = _pages(DECOMPRESSED, 2 * kernel_image)
     run["initrd"] = _pages(*written["initrd"])
-    behind = _pages(DECOMPRESSED + 2 * kernel_image, memory - DECOMPRESSED - 2 * kernel_image)
+    behind = _pages(DECOMPRESSED + 2 * kernel_image, guest_memory - DECOMPRESSED - 2 * kernel_image)
     run["fresh memory"] = np.setdiff1d(behind, run["initrd"])[::4]
     phases += [_phase(name, Operation.GUEST_FAULT, vm.touch_many(pages, write=True)) for name, pages in run.items()]
     second = _leaf(vm.walk(KERNEL_IMAGE))
@@ -233,7 +234,7 @@ def smallest_pfnmap(
         mapcount=(counts + 1) & 0xFFFF_FFFF,
         sees_host_data=sees_host_data,
         sees_guest_data=seen.startswith(answer),
-        dontneed=process.madvise_dontneed(KVMTOOL_HVA, memory).status,
+        dontneed=process.madvise_dontneed(KVMTOOL_HVA, guest_memory).status,
         broken=machine.check(),
     )
 

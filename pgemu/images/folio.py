@@ -17,7 +17,9 @@ compiler is involved except by the operations of a machine's folios.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from pgemu.images.struct_page import (
     VMEMMAP_SIZE,
@@ -45,10 +47,12 @@ from pgemu_kernels.formats.struct_page import (
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine, Result
+    from pgemu.machine.core import Core
+    from pgemu.machine.results import Result
 
 __all__ = ("Folio", "Hugetlb", "Mapping", "MmIds", "Page", "Value", "VmemmapPage", "decode_page")
 
+Array = np.ndarray[Any, Any]
 _HUGETLB_DTOR = 2  # 6.1: HUGETLB_PAGE_DTOR
 _MM_ID_BITS = 31  # mm_types.h: MM_ID_BITS; bit 31 of the first ID is a lock, of the second "mapped shared"
 _LONGEST_LIST = 1 << 18  # entries of a list of poisoned pages that are followed
@@ -95,6 +99,25 @@ class MmIds(NamedTuple):
     shared: bool
 
 
+def _struct_page_address(memory: Memory, fmt: PageFormat, root: int, vmemmap: int, pfn: int) -> int:
+    """Physical address of a PFN's struct page. ValueError where it is not mapped."""
+    address = vmemmap + STRUCT_PAGE * pfn
+    steps = walk(memory, fmt, root, address) if 0 <= pfn < VMEMMAP_SIZE // STRUCT_PAGE else []
+    if not steps or steps[-1].kind is not Kind.LEAF:
+        why = "not in memory" if steps and steps[-1].kind is Kind.UNREADABLE else "not mapped"
+        raise ValueError(f"PFN {pfn:#x}: its struct page at {address:#x} is {why}")
+    return leaf_address(fmt, steps[-1].level, steps[-1].entry, address)
+
+
+def struct_page(core: Core, pfn: int) -> Array:
+    """See Machine.struct_page."""
+    from pgemu_kernels import words as W
+
+    core.guest_frame(pfn)
+    root, vmemmap = core.register(W.R_KERNEL_ROOT), core.register(W.R_VMEMMAP)
+    return core.words(_struct_page_address(core, core.host_format, root, vmemmap, pfn), 8).copy()
+
+
 class Folio:
     """The folio that holds a PFN, read through the kernel's page table. Made by Machine.folio(), or directly.
 
@@ -108,7 +131,7 @@ class Folio:
 
     def __init__(
         self, memory: Memory, pfn: int, layout: PageLayout, root: int, *, fmt: PageFormat | None = None,
-        vmemmap: int = VMEMMAP, machine: Machine | None = None,
+        vmemmap: int = VMEMMAP, machine: Core | None = None,
     ) -> None:  # fmt: skip
         self.memory = memory
         self.layout = layout
@@ -124,7 +147,7 @@ class Folio:
         return f"Folio(pfn={self.pfn:#x}, order={self.order}, refcount={self.refcount}, type={self.type!r})"
 
     @classmethod
-    def of_machine(cls, machine: Machine, pfn: int) -> Folio:
+    def of_machine(cls, machine: Core, pfn: int) -> Folio:
         """See Machine.folio."""
         from pgemu_kernels import words as W
 
@@ -142,12 +165,7 @@ class Folio:
         return self._physical(self.pfn + index)
 
     def _physical(self, pfn: int) -> int:
-        address = self.vmemmap_base + STRUCT_PAGE * pfn
-        steps = self._walk(address) if 0 <= pfn < VMEMMAP_SIZE // STRUCT_PAGE else []
-        if not steps or steps[-1].kind is not Kind.LEAF:
-            why = "not in memory" if steps and steps[-1].kind is Kind.UNREADABLE else "not mapped"
-            raise ValueError(f"PFN {pfn:#x}: its struct page at {address:#x} is {why}")
-        return leaf_address(self.format, steps[-1].level, steps[-1].entry, address)
+        return _struct_page_address(self.memory, self.format, self.root, self.vmemmap_base, pfn)
 
     def words(self, index: int = 0) -> tuple[int, ...]:
         """The eight words that the folio's struct page `index` shows."""
@@ -369,7 +387,7 @@ class Folio:
             found.append((page - self.vmemmap_base) // STRUCT_PAGE)
         return found
 
-    def _poisoned_rows(self, machine: Machine) -> list[int]:
+    def _poisoned_rows(self, machine: Core) -> list[int]:
         from pgemu_kernels.words.rows import POISONED, STATE_POISONED
 
         rows = machine.arrays.state[int(STATE_POISONED) :][:POISONED].tolist()
@@ -440,7 +458,7 @@ class Folio:
         return self._operate(Operation.FOLIO_FREEZE, n, Flag.READ).status == 1
 
     def split(self) -> Result:
-        """Split it into 4K folios, in the way of the machine's `series`; its vmemmap is restored first."""
+        """Split it into 4K folios, in the way of the machine's `split_form`; its vmemmap is restored first."""
         return self._operate(Operation.FOLIO_SPLIT, PAGE_4K << self.order)
 
     def merge(self, order: int | None = None) -> Result:
@@ -453,7 +471,7 @@ class Folio:
     def _order_to_merge(self, order: int | None) -> int:
         if order is not None:
             return order
-        return self._order or (self.machine.config.order if self.machine is not None else 0)
+        return self._order or (self.machine.config.page_order if self.machine is not None else 0)
 
     def optimize(self) -> Result:
         """hugetlb_vmemmap_optimize_folio()."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 __all__ = ("Format", "Image", "Range", "Root", "open_image", "write_image")
 
@@ -268,14 +268,14 @@ def _merged(parts: list[_Part]) -> list[Range]:
 # --------------------------------------------------------------------------- writing
 
 
-def write_image(machine: Machine, path: str | os.PathLike[str], format: Format = "elf") -> None:
-    """Write a machine's physical memory; see Machine.write_image."""
+def write_image(core: Core, roots: list[Root], path: str | os.PathLike[str], format: Format = "elf") -> None:
+    """Write a machine's physical memory, with the top tables that the note names; see Machine.write_image."""
     if format not in ("elf", "raw"):
         raise ValueError(f"format {format!r}: expected elf or raw")
     name = os.fspath(path)
-    ranges = machine.memory.ranges()
+    ranges = core.memory.ranges()
     if format == "elf":
-        head, offsets = elf.prologue(ranges, machine.roots())
+        head, offsets = elf.prologue(ranges, roots)
         size = offsets[-1] + ranges[-1][1] - ranges[-1][0]
     else:
         head, offsets = b"", [start for start, _ in ranges]
@@ -284,7 +284,7 @@ def write_image(machine: Machine, path: str | os.PathLike[str], format: Format =
     def pieces() -> Iterable[tuple[int, Any]]:
         yield 0, head
         for (start, end), offset in zip(ranges, offsets, strict=True):
-            for address, words in machine.memory.pieces(start, end):
+            for address, words in core.memory.pieces(start, end):
                 yield offset + address - start, words
 
     _write(name, size, pieces)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.machine.config import DEFECTS, SERIES
+from pgemu.machine.config import DEFECTS, SPLIT_FORMS
 from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
@@ -48,14 +48,14 @@ def allocate(config: Config) -> Arrays:
     """The arrays of a machine, zeroed, with the registers that say where their tables begin."""
     frames = _frames(config)
     blocks = 4 * config.pool_pages + W.INODES
-    pages = blocks << config.order
+    pages = blocks << config.page_order
     tails = {
         W.R_FREE_STACK: frames + _boot_frames(config),
         W.R_BLOCK_ROWS: blocks * W.B_WORDS,
         W.R_WORD_ROWS: (pages >> 6) + W.INODES,
         W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
-        W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.convert_order == "rfc2" else 0,
+        W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }
     counts = {
         W.R_CONTENTS: config.guest_pages,
@@ -118,7 +118,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
     base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
     limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
     shown = ~formats.GLOBAL if config.pti else -1
-    properties, order = row_of(config.design, config.convert_order)
+    properties, order = row_of(config.design, config.order)
     registers = {
         W.R_PROPERTIES: properties,
         W.R_FRAMES: frames,
@@ -130,8 +130,9 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
         W.R_POOL_BASE: base,
         W.R_GUEST_PAGES: config.guest_pages,
-        W.R_ORDER: config.order,
-        W.R_HSTATE: int(W.STATE_HSTATES) + W.H_WORDS * (2 if config.order == 0 else config.order == W.ORDER_1G),
+        W.R_ORDER: config.page_order,
+        W.R_HSTATE: int(W.STATE_HSTATES)
+        + W.H_WORDS * (2 if config.page_order == 0 else config.page_order == W.ORDER_1G),
         W.R_NODES: config.nodes,
         W.R_HVO: config.hvo,
         W.R_OPTIMIZE_VMEMMAP: config.hvo,
@@ -161,16 +162,16 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_FOLIO_6_12: kernel.folio_6_12,
         W.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
         W.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
-        W.R_ZERO_PAGE: config.zero == "page" and config.order != 0,  # a 4K folio has its own flag
+        W.R_ZERO_PAGE: config.zero == "page" and config.page_order != 0,  # a 4K folio has its own flag
         W.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
         W.R_NOTIFIER: config.notifier,
         W.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
         W.R_RECOVER_HUGE: kernel.recovers_huge_pages,
-        W.R_SERIES: SERIES[config.series],
+        W.R_SERIES: SPLIT_FORMS[config.split_form],
         W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         W.R_FULL: config.full,
         W.R_CONVERT_ORDER: order,
-        W.R_CONVERT_BY_BLOCK: config.convert_batch == "block",
+        W.R_CONVERT_BY_BLOCK: config.batch == "block",
         W.R_SPLIT_TO_2M: config.split_to == "2M",
         W.R_MERGE_LAZY: config.merge == "lazy",
         W.R_FLUSH_BATCHED: config.flush == "batched",

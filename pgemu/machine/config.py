@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
 from pgemu.machine.designs import ORDERS, ROWS, Design
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "SERIES", "Config", "Node")
+__all__ = ("DEFECTS", "SPLIT_FORMS", "Config", "Node")
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
-SERIES = {"rfc2": W.SERIES_RFC2, "jan2026": W.SERIES_LATER}
+SPLIT_FORMS = {"rfc2": W.SERIES_RFC2, "jan2026": W.SERIES_LATER}
 
+_RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 
 # Parameters that only `designs.run_designs` knows.
 _FULL = (
-    "convert_order", "convert_batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
+    "order", "batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
     "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
 )  # fmt: skip
 
@@ -54,9 +55,9 @@ class Config:
     reserved: bytes of each node behind its 1G pages that the kernel itself uses; they shift the 2M pages.
     configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
-    series: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; folios/splitting.py).
-    convert_order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
-    convert_batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
+    split_form: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; folios/splitting.py).
+    order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
+    batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
     split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
     merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
     flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
@@ -94,9 +95,9 @@ class Config:
     buddy: int = 0
     reserved: int = 0
     configuration: Literal["debian", "small"] = "debian"
-    series: Literal["rfc2", "jan2026"] = "jan2026"
-    convert_order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
-    convert_batch: Literal["range", "block"] = "range"
+    split_form: Literal["rfc2", "jan2026"] = "jan2026"
+    order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
+    batch: Literal["range", "block"] = "range"
     split_to: Literal["4K", "2M"] = "4K"
     merge: Literal["now", "lazy"] = "now"
     flush: Literal["each", "batched"] = "each"
@@ -107,6 +108,12 @@ class Config:
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
+
+    def __new__(cls, *values: Any, **fields: Any) -> Config:
+        """Make one. TypeError for a name that a field had once, with the one that it has now."""
+        for old in fields.keys() & _RENAMED.keys():
+            raise TypeError(f"Config has no field {old!r}: it is called {_RENAMED[old]!r}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         checks = (
@@ -133,16 +140,19 @@ class Config:
                 self.nodes == 1 or self.configuration != "small",
                 f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
             ),
-            (self.series in SERIES, f"series {self.series!r}: expected one of {', '.join(SERIES)}"),
             (
-                self.convert_order in ORDERS,
-                f"order {self.convert_order!r}: expected {', '.join(ORDERS)}",
+                self.split_form in SPLIT_FORMS,
+                f"split form {self.split_form!r}: expected one of {', '.join(SPLIT_FORMS)}",
             ),
             (
-                self.convert_order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
+                self.order in ORDERS,
+                f"order {self.order!r}: expected {', '.join(ORDERS)}",
+            ),
+            (
+                self.order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
                 "order 'next4k': expected page size 4K, which it is for",
             ),
-            (self.convert_batch in ("range", "block"), f"batch {self.convert_batch!r}: expected range or block"),
+            (self.batch in ("range", "block"), f"batch {self.batch!r}: expected range or block"),
             (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
             (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
             (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
@@ -175,7 +185,7 @@ class Config:
         return self.page_size == W.PAGE_4K or any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
 
     @property
-    def order(self) -> int:
+    def page_order(self) -> int:
         """Order of the inodes' pages: 9 or 18, those of the pool, or 0."""
         return {W.PAGE_4K: 0, W.PAGE_2M: W.ORDER_2M, W.PAGE_1G: W.ORDER_1G}[self.page_size]
 
@@ -196,8 +206,8 @@ class Config:
 
     def node(self, number: int) -> Node:
         """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
-        small = self.pool if self.order == 0 else 0
-        sizes = {W.ORDER_2M: self.other_pool_pages, W.ORDER_1G: self.other_pool_pages, self.order: self.pool_pages}
+        small = self.pool if self.page_order == 0 else 0
+        sizes = {W.ORDER_2M: self.other_pool_pages, W.ORDER_1G: self.other_pool_pages, self.page_order: self.pool_pages}
 
         def share(count: int) -> int:
             return (count + self.nodes - 1 - number) // self.nodes

@@ -11,7 +11,7 @@ from pgemu_kernels import words as W
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pgemu.objects.machine import Machine
+    from pgemu_kernels.engine.handle import Machine as Arrays
 
 __all__ = ("PhysicalMemory",)
 
@@ -24,13 +24,13 @@ _RANGES = 1024  # an image has at most so many: readers walk their list
 class PhysicalMemory:
     """Physical addresses of a machine: the metadata zone, whose frames are `ram`, and the HugeTLB zone.
 
-    A frame of the HugeTLB zone that was never written holds zeroes. See Machine.words() and Machine.load().
+    A frame of the HugeTLB zone that was never written holds zeroes. See Core.words() and Core.load().
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self._arrays = machine.arrays
-        state = machine.arrays.state
-        self._ram_end = machine.arrays.ram.size * 8
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+        state = arrays.state
+        self._ram_end = arrays.ram.size * 8
         self._contents = int(state[W.R_CONTENTS])  # where a uint32 per frame begins in `counts`
         self._pool_start = int(state[W.R_POOL_BASE]) << 12
         self._pool_end = self._pool_start + (int(state[W.R_GUEST_PAGES]) << 12)

@@ -1,11 +1,17 @@
-"""Names of what operations return, as kernel sources spell them. Needs no compiler."""
+"""What operations return, and its names as kernel sources spell them. Needs no compiler."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
 
-__all__ = ("errno_name", "operation_name", "result_name")
+__all__ = ("Result", "Results", "errno_name", "operation_name", "result_name")
+
+Array = np.ndarray[Any, Any]
 
 _RET_PF = {value: name for name, value in vars(W).items() if name.startswith("RET_PF_")}
 _VM_FAULT = {value: name for name, value in vars(W).items() if name.startswith("VM_FAULT_")}
@@ -31,6 +37,25 @@ _ERRNO = {
         "EOPNOTSUPP",
     )
 }
+
+
+class Results(NamedTuple):
+    """What operations returned.
+
+    status: int64[n], 0, a VM_FAULT_* or RET_PF_* code, or -errno, as the kernel's function returns it.
+    detail: uint64[n], the leaf level of a fault (1 = 4K, 2 = 2M, 3 = 1G), the failing offset of a refused
+    conversion or hole, the frame number of a reference.
+    """
+
+    status: Array
+    detail: Array
+
+
+class Result(NamedTuple):
+    """The same of one operation."""
+
+    status: int
+    detail: int
 
 
 def operation_name(op: Operation) -> str:

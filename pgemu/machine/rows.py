@@ -9,12 +9,12 @@ from pgemu_kernels import words as W
 if TYPE_CHECKING:
     import numpy as np
 
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 
-def next_row(machine: Machine, counter: np.uint64, limit: int, what: str) -> int:
+def next_row(core: Core, counter: np.uint64, limit: int, what: str) -> int:
     """The next unused row number of a kind. OSError ENOSPC past `limit`."""
-    number = machine.register(counter)
+    number = core.register(counter)
     if number >= limit:
         raise OSError(W.ENOSPC, f"more than {limit} {what}")
     return number

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu_kernels import words as W
@@ -14,8 +15,8 @@ from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.core import Core
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
-    from pgemu.objects.machine import Machine, Result, Results
     from pgemu.tables.translation import Access, Kind, Translation
 
 Array = np.ndarray[Any, Any]
@@ -59,11 +60,11 @@ class AddressSpace:
     asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
     """
 
-    machine: Machine
+    machine: Core
     space: int
 
     @classmethod
-    def create(cls, machine: Machine) -> AddressSpace:
+    def create(cls, machine: Core) -> AddressSpace:
         """See Machine.create_process."""
         from pgemu_kernels.folios.boot import PROCESS_ROOT, provide
 
@@ -77,7 +78,7 @@ class AddressSpace:
         return cls(machine, space)
 
     @staticmethod
-    def _free_row(machine: Machine) -> int:
+    def _free_row(machine: Core) -> int:
         """The row of a process that ended, or the next unused one."""
         for space in range(machine.register(W.R_SPACES)):
             row = int(W.STATE_SPACES) + space * W.S_WORDS
@@ -173,7 +174,9 @@ class AddressSpace:
                     int(W.NO_INODE), address, 0, 0, prot, shared=shared, populate=False, locked=False, noreserve=False
                 )
             rounded = -(-length // page_size) * page_size
-            own = self.machine.create_hugetlb_file(rounded, page_size)
+            from pgemu.objects.files import HugetlbFile
+
+            own = HugetlbFile.create(self.machine, rounded, page_size)
             offset = 0
         else:
             own = file
@@ -281,8 +284,6 @@ class AddressSpace:
         mm/huge_memory.c:__thp_vma_allowable_orders(). -EINVAL if not aligned, 0 if empty, -ENOMEM without a mapping;
         -EOPNOTSUPP for other memory, whose transparent huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
         """
-        from pgemu.objects.machine import Result
-
         length = -(-length // W.PAGE_4K) * W.PAGE_4K
         if address % W.PAGE_4K or address < 0 or length < 0:
             return Result(-W.EINVAL, 0)
@@ -404,7 +405,9 @@ class AddressSpace:
 
     def walk(self, address: int) -> list[tuple[int, int, int]]:
         """[(level, entry address, entry)] of a virtual address."""
-        return self.machine.walk(self.root, address >> 12)
+        from pgemu.tables.walk import walk_page
+
+        return walk_page(self.machine, self.machine.host_format, self.root, address >> 12)
 
     def translate(
         self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None

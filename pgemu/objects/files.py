@@ -12,13 +12,14 @@ from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine, Result
+    from pgemu.machine.core import Core
+    from pgemu.machine.results import Result
 
 # Page attribute bits of a 4K entry by Linux's PAT: bit 3 is PWT, bit 4 PCD. arch/x86/mm/pat/memtype.c
 MEMORY_TYPES = {"write-back": 0, "write-combining": 1 << 3, "uncached-minus": 1 << 4, "uncached": 1 << 3 | 1 << 4}
 
 
-def _new_inode(machine: Machine, size: int, unit: int, fields: dict[np.uint64, int]) -> int:
+def _new_inode(machine: Core, size: int, unit: int, fields: dict[np.uint64, int]) -> int:
     """Number of a new inode of an ordinary kind. OSError EINVAL, ENOSPC."""
     if size <= 0 or size % unit:
         raise OSError(W.EINVAL, f"size {size}: expected a positive multiple of {unit}")
@@ -33,7 +34,7 @@ def _new_inode(machine: Machine, size: int, unit: int, fields: dict[np.uint64, i
     return inode
 
 
-def _free_row(machine: Machine) -> int:
+def _free_row(machine: Core) -> int:
     """The row of a hugetlbfs file or device that nobody holds any more, or the next unused one. OSError ENOSPC."""
     state = machine.arrays.state
     used = machine.register(W.R_INODES)
@@ -50,7 +51,7 @@ def _free_row(machine: Machine) -> int:
 class File:
     """A file of an ordinary kind; `inode` is its number, `size` in bytes."""
 
-    machine: Machine
+    machine: Core
     inode: int
     size: int
 
@@ -69,7 +70,7 @@ class HugetlbFile(File):
     page_size: int
 
     @classmethod
-    def create(cls, machine: Machine, size: int, page_size: int) -> HugetlbFile:
+    def create(cls, machine: Core, size: int, page_size: int) -> HugetlbFile:
         """See Machine.create_hugetlb_file."""
         if page_size not in (W.PAGE_2M, W.PAGE_1G):
             raise ValueError(f"page size {page_size}: expected 2M or 1G")
@@ -91,7 +92,7 @@ class GuestMemfd4K(File):
     """A guest_memfd of order-0 folios, as merged. virt/kvm/guest_memfd.c"""
 
     @classmethod
-    def create(cls, machine: Machine, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
+    def create(cls, machine: Core, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
         """See Machine.create_guest_memfd_4k."""
         if (mmap or init_shared) and not formats.KERNELS[machine.config.kernel].guest_memfd_mmap:
             raise OSError(W.EINVAL, f"guest_memfd of {machine.config.kernel} has no flags")
@@ -115,7 +116,7 @@ class Device(File):
     pfn: int
 
     @classmethod
-    def create(cls, machine: Machine, pfn: int, pages: int, remap: bool, memory_type: str) -> Device:
+    def create(cls, machine: Core, pfn: int, pages: int, remap: bool, memory_type: str) -> Device:
         """See Machine.create_device."""
         if memory_type not in MEMORY_TYPES:
             raise ValueError(f"memory type {memory_type!r}: expected one of {', '.join(MEMORY_TYPES)}")

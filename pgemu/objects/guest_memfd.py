@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
-    from pgemu.objects.machine import Machine, Result, Results
+    from pgemu.machine.core import Core
     from pgemu.objects.numa import MemoryPolicy
     from pgemu.objects.stale import StaleEntry
-    from pgemu.objects.vm import Vm
 
 __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
 
@@ -86,8 +86,10 @@ def _checked_order(config: Config, order: int) -> None:
     """Huge pages of an order: EINVAL where the kernel has none of that size, ValueError where the machine's differ."""
     if order not in _ORDERS:
         raise _invalid(f"huge pages of order {order}: expected 9 or 18")
-    if order != config.order:
-        raise ValueError(f"huge pages of order {order}: expected {config.order}, the order of the machine's page_size")
+    if order != config.page_order:
+        raise ValueError(
+            f"huge pages of order {order}: expected {config.page_order}, the order of the machine's page_size"
+        )
 
 
 def _check_rfc2(config: Config, flags: int) -> Creation:
@@ -101,7 +103,7 @@ def _check_rfc2(config: Config, flags: int) -> Creation:
         raise _invalid(f"flags {flags:#x}: expected some of {valid:#x}")
     huge = bool(flags & Rfc2Flags.HUGETLB)
     if huge:  # without a size the default one, which is the machine's if it has huge pages
-        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.order or W.ORDER_2M)
+        _checked_order(config, (flags >> _SIZE_SHIFT) - 12 if flags & _SIZE_MASK else config.page_order or W.ORDER_2M)
     shared = bool(flags & Rfc2Flags.SUPPORT_SHARED)
     return Creation(shared, shared and not flags & Rfc2Flags.INIT_PRIVATE, huge)
 
@@ -137,7 +139,7 @@ def check_creation(config: Config, size: int, flags: int, form: Form = "main", p
     rfc2 = form == "rfc2"
     creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
     if size <= 0 or size % config.page_size:
-        unit = "huge page" if config.order else "page"
+        unit = "huge page" if config.page_order else "page"
         raise _invalid(f"size {size}: expected a positive multiple of the {unit}, {config.page_size}")
     return creation
 
@@ -146,10 +148,10 @@ def _usual(config: Config, shared: bool, form: Form) -> tuple[int, int]:
     """Flags and page order of a file that can be mapped, all shared or all private."""
     if form == "rfc2":
         flags = Rfc2Flags.SUPPORT_SHARED | (0 if shared else Rfc2Flags.INIT_PRIVATE)
-        return int(flags | (Rfc2Flags.HUGETLB if config.order else 0)), 0
+        return int(flags | (Rfc2Flags.HUGETLB if config.page_order else 0)), 0
     flags_main = CreateFlags.MMAP | (CreateFlags.INIT_SHARED if shared else 0)
-    if form == "wip" and config.order:
-        return int(flags_main | CreateFlags.HUGETLB), config.order
+    if form == "wip" and config.page_order:
+        return int(flags_main | CreateFlags.HUGETLB), config.page_order
     return int(flags_main), 0
 
 
@@ -178,14 +180,14 @@ def node_mask(nodes: Iterable[int]) -> int:
 class GuestMemfd:
     """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
-    machine: Machine
+    machine: Core
     inode: int
     size: int
     form: Form = "main"
 
     @classmethod
     def create(
-        cls, machine: Machine, size: int, shared: bool, flags: int | None, form: Form, page_order: int
+        cls, machine: Core, size: int, shared: bool, flags: int | None, form: Form, page_order: int
     ) -> GuestMemfd:
         """See Machine.create_guest_memfd."""
         config = machine.config
@@ -198,7 +200,7 @@ class GuestMemfd:
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(W.R_BLOCKS)
-        subpool = cls._reserve(machine, blocks) if config.order else 0
+        subpool = cls._reserve(machine, blocks) if config.page_order else 0
         if used + blocks > 4 * config.pool_pages:
             raise OSError(W.ENOSPC, "inodes, closed ones included, of more than four times the pool")
         pages = size >> 12
@@ -238,7 +240,7 @@ class GuestMemfd:
         return flags | (int(W.INODE_BIND_COMMITS) if form == "next" else 0)
 
     @staticmethod
-    def _reserve(machine: Machine, blocks: int) -> int:
+    def _reserve(machine: Core, blocks: int) -> int:
         """Row + 1 of the next subpool. OSError ENOMEM if the pool cannot reserve the blocks, ENOSPC past SUBPOOLS."""
         subpool = next_row(machine, W.R_SUBPOOLS, W.SUBPOOLS, "subpools")
         hstate = machine.register(W.R_HSTATE)
@@ -248,7 +250,7 @@ class GuestMemfd:
         return subpool + 1
 
     @staticmethod
-    def _count_subpool(machine: Machine, subpool: int, blocks: int) -> None:
+    def _count_subpool(machine: Core, subpool: int, blocks: int) -> None:
         """mm/hugetlb.c:hugepage_new_subpool(): of the inode's size, all of it reserved at once."""
         state = machine.arrays.state
         hstate = machine.register(W.R_HSTATE)
@@ -260,7 +262,7 @@ class GuestMemfd:
         state[W.R_SUBPOOLS] += np.uint64(1)
 
     @staticmethod
-    def _share_all(machine: Machine, fields: dict[np.uint64, int]) -> None:
+    def _share_all(machine: Core, fields: dict[np.uint64, int]) -> None:
         pages = fields[W.I_PAGES]
         word = fields[W.I_WORD]
         machine.arrays.state[word : word + pages // 64] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -313,8 +315,6 @@ class GuestMemfd:
 
         virt/kvm/guest_memfd.c:kvm_gmem_fallocate(); an empty or negative range is refused before (vfs_fallocate()).
         """
-        from pgemu.objects.machine import Result
-
         if offset < 0 or length <= 0:
             return Result(-W.EINVAL, 0)
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
@@ -326,7 +326,7 @@ class GuestMemfd:
 
         mode: "default" (the faulting task's), "preferred", "bind", "interleave", or a number. 0; -EINVAL for another
         number, nodes that do not exist, nodes with default or none with bind and interleave, a range that is empty or
-        not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Series rfc2 does not ask for it.
+        not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Split form rfc2 does not ask for it.
         """
         return self.machine.operate(
             Operation.MEMORY_POLICY,
@@ -346,7 +346,7 @@ class GuestMemfd:
         from pgemu.objects.numa import policy_at
 
         self._check(offset)
-        return policy_at(self, offset)
+        return policy_at(self.machine, self.inode, offset)
 
     def pread(self, length: int, offset: int) -> Result:
         """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c"""
@@ -358,8 +358,6 @@ class GuestMemfd:
 
     def _refuse_io(self) -> Result:
         """vfs_read() and vfs_write() of a file without FMODE_CAN_READ and FMODE_CAN_WRITE, whatever is asked for."""
-        from pgemu.objects.machine import Result
-
         return Result(-W.EINVAL if self._field(W.I_OPEN) else -W.EBADF, 0)
 
     def stat(self) -> Stat:
@@ -391,21 +389,12 @@ class GuestMemfd:
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
 
-    def release(self, vm: Vm) -> Result:
-        """The VM's guest_memfd file of the inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
-
-        Its slots stay where they are, without memory: a guest access there is -EFAULT until Vm.unbind(). The memory is
-        the inode's and stays; Vm.bind() at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
-        kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
-        """
-        return self.machine.operate(Operation.RELEASE, vm=vm.vm, object_=self.inode)
-
     def close(self) -> Result:
         """The VMM goes: mappings and slots of the inode, then the inode and its pages. 0, -EBADF, or -EBUSY.
 
         What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
-        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Series rfc2 sends all
-        split ones through the worker. pgemu_kernels.gmem.truncation.close()
+        as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Split form rfc2 sends
+        all split ones through the worker. pgemu_kernels.gmem.truncation.close()
         """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 
@@ -423,7 +412,7 @@ class GuestMemfd:
         """
         from pgemu.objects.stale import stale_entries
 
-        return stale_entries(self)
+        return stale_entries(self.machine, self.inode)
 
     def _field(self, name: np.uint64) -> int:
         """A word of the inode's row."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.results import Result
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine, Result
+    from pgemu.machine.core import Core
 
 __all__ = ("HugetlbPool", "NodePool", "meminfo", "vmstat")
 
@@ -32,8 +33,15 @@ class HugetlbPool:
     Errors that Linux would return are results.
     """
 
-    machine: Machine
+    machine: Core
     order: int
+
+    @classmethod
+    def of_size(cls, machine: Core, page_size: int) -> HugetlbPool:
+        """See Machine.hugetlb."""
+        if page_size not in (W.PAGE_2M, W.PAGE_1G):
+            raise ValueError(f"page size {page_size}: expected {W.PAGE_2M} or {W.PAGE_1G}")
+        return cls(machine, W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G)
 
     @property
     def page_size(self) -> int:
@@ -90,13 +98,15 @@ class HugetlbPool:
 
     def free_list(self, node: int = 0) -> list[int]:
         """Frames of a node's free pages in the order in which they are taken, off the links in their struct pages."""
+        from pgemu.images.folio import struct_page
+
         row = self._row + int(W.H_NODE) + self._node(node) * W.H_NODE_WORDS + int(W.H_NODE_FREE_LIST)
         vmemmap = self.machine.register(W.R_VMEMMAP)
         link = int(self.machine.arrays.state[row])
         found = []
         while link < W.HSTATES_ADDRESS:
             found.append((link - vmemmap) // 64)
-            link = int(self.machine.struct_page(found[-1])[1])
+            link = int(struct_page(self.machine, found[-1])[1])
         return found
 
     def _node(self, number: int) -> int:
@@ -145,8 +155,6 @@ class HugetlbPool:
         return self._over_ranges(Operation.VMEMMAP_RESTORE, pfns)
 
     def _over_ranges(self, op: Operation, pfns: Sequence[int] | range) -> Result:
-        from pgemu.objects.machine import Result
-
         size = 1 << self.order
         done = 0
         ordered = sorted(pfns)
@@ -163,14 +171,14 @@ class HugetlbPool:
         return Result(0, done)
 
 
-def meminfo(machine: Machine) -> dict[str, int]:
+def meminfo(machine: Core) -> dict[str, int]:
     """What /proc/meminfo shows of what pgemu models, with its names: kB, HugePages_* in pages of the default size.
 
     HugePages_* are those of the size that the designs use (default_hugepagesz), Hugetlb of both.
     """
     gauge = machine.statistics.gauge
-    default = machine.hugetlb(max(machine.config.page_size, W.PAGE_2M))
-    pools = [machine.hugetlb(size) for size in (W.PAGE_2M, W.PAGE_1G)]
+    default = HugetlbPool.of_size(machine, max(machine.config.page_size, W.PAGE_2M))
+    pools = _both(machine)
     return {
         "AnonPages": gauge(W.Gauge.ANONYMOUS_PAGES) * 4,
         "PageTables": gauge(W.Gauge.HOST_TABLES) * 4,
@@ -184,7 +192,7 @@ def meminfo(machine: Machine) -> dict[str, int]:
     }
 
 
-def vmstat(machine: Machine) -> dict[str, int]:
+def vmstat(machine: Core) -> dict[str, int]:
     """What /proc/vmstat shows of what pgemu models, with its names: pages."""
     gauge = machine.statistics.gauge
     return {
@@ -197,7 +205,10 @@ def vmstat(machine: Machine) -> dict[str, int]:
     }
 
 
-def _in_use(machine: Machine) -> int:
+def _in_use(machine: Core) -> int:
     """4K pages of huge pages that are not free: NR_HUGETLB, since 6.14."""
-    pools: list[Any] = [machine.hugetlb(size) for size in (W.PAGE_2M, W.PAGE_1G)]
-    return sum((pool.nr_hugepages - pool.free_hugepages) << pool.order for pool in pools)
+    return sum((pool.nr_hugepages - pool.free_hugepages) << pool.order for pool in _both(machine))
+
+
+def _both(machine: Core) -> list[HugetlbPool]:
+    return [HugetlbPool.of_size(machine, size) for size in (W.PAGE_2M, W.PAGE_1G)]

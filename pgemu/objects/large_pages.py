@@ -9,8 +9,7 @@ import numpy as np
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine
-    from pgemu.objects.vm import Vm
+    from pgemu.machine.core import Core
 
 Array = np.ndarray[Any, Any]
 MIXED = 1 << 31  # KVM_LPAGE_MIXED_FLAG
@@ -37,7 +36,7 @@ class LargePage(NamedTuple):
         return self.word == 0
 
 
-def lpage_info(vm: Vm, gpa: int, level: int) -> LargePage | None:
+def lpage_info(machine: Core, vm: int, gpa: int, level: int) -> LargePage | None:
     """The element for guest address `gpa` at `level` 2 (2M) or 3 (1G); None where the VM has no slot.
 
     The count is that of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata(): 1 where the aligned block reaches out of the
@@ -49,7 +48,7 @@ def lpage_info(vm: Vm, gpa: int, level: int) -> LargePage | None:
     """
     if level not in (2, 3):
         raise ValueError(f"level {level}: expected 2 or 3")
-    slot = _find_slot(vm, gpa >> 12)
+    slot = _find_slot(machine, vm, gpa >> 12)
     if slot is None:
         return None
     pages = 1 << 9 * (level - 1)
@@ -61,25 +60,30 @@ def lpage_info(vm: Vm, gpa: int, level: int) -> LargePage | None:
     aligned = (base ^ backing) % pages == 0
     mixed = False
     if whole and designs:
-        mixed = _is_mixed(_inode_bits(vm.machine, slot, first, pages))
-    elif whole and vm._field(W.V_PROTECTED):
-        mixed = _is_mixed(_attribute_bits(vm, first, pages))
+        mixed = _is_mixed(_inode_bits(machine, slot, first, pages))
+    elif whole and _field(machine, vm, W.V_PROTECTED):
+        mixed = _is_mixed(_attribute_bits(machine, vm, first, pages))
     return LargePage(0 if whole and aligned else 1, mixed)
 
 
-def _find_slot(vm: Vm, gfn: int) -> Array | None:
+def _find_slot(machine: Core, vm: int, gfn: int) -> Array | None:
     """The row of the VM's slot that holds a guest frame, uint64[M_WORDS]."""
-    rows = vm.machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
+    rows = machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
     inside = np.uint64(gfn) - rows[:, W.M_BASE_GFN] < rows[:, W.M_PAGES]
-    found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm.vm) & (rows[:, W.M_LIVE] != 0))
+    found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm) & (rows[:, W.M_LIVE] != 0))
     return rows[found[0]] if found.size else None
+
+
+def _field(machine: Core, vm: int, name: np.uint64) -> int:
+    """A word of a VM's row."""
+    return int(machine.arrays.state[int(W.STATE_VMS) + vm * W.V_WORDS + int(name)])
 
 
 def _is_mixed(bits: Array) -> bool:
     return bool(bits.any() and not bits.all())
 
 
-def _inode_bits(machine: Machine, slot: Array, first: int, pages: int) -> Array:
+def _inode_bits(machine: Core, slot: Array, first: int, pages: int) -> Array:
     """uint8[pages]: shareability of the pages of a designs' slot from guest frame `first` on."""
     row = int(W.STATE_INODES) + int(slot[W.M_INODE]) * W.I_WORDS
     word = int(machine.arrays.state[row + int(W.I_WORD)])
@@ -89,11 +93,11 @@ def _inode_bits(machine: Machine, slot: Array, first: int, pages: int) -> Array:
     return bits[index & 63 :][:pages]
 
 
-def _attribute_bits(vm: Vm, first: int, pages: int) -> Array:
+def _attribute_bits(machine: Core, vm: int, first: int, pages: int) -> Array:
     """uint8[pages]: private (1) or shared, as the VM's attributes have it, from guest frame `first` on."""
     from pgemu.objects.stage2 import radix_tree
 
-    index, words = radix_tree(vm.machine.arrays.ram, vm._field(W.V_ATTRIBUTES))
+    index, words = radix_tree(machine.arrays.ram, _field(machine, vm, W.V_ATTRIBUTES))
     here = (index >= first >> 6) & (index < first + pages >> 6)
     values = np.zeros(pages >> 6, "<u8")
     values[(index[here] - np.uint64(first >> 6)).astype(np.int64)] = words[here]

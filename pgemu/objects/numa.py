@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
-    from pgemu.objects.guest_memfd import GuestMemfd
+    from pgemu.machine.core import Core
 
 __all__ = ("MemoryPolicy", "policy_at")
 
@@ -21,12 +21,12 @@ class MemoryPolicy(NamedTuple):
     nodes: tuple[int, ...]
 
 
-def policy_at(gmem: GuestMemfd, offset: int) -> MemoryPolicy:
+def policy_at(machine: Core, inode: int, offset: int) -> MemoryPolicy:
     """See GuestMemfd.mempolicy."""
-    state = gmem.machine.arrays.state
+    state = machine.arrays.state
     rows = state[int(W.STATE_POLICIES) :][: W.POLICIES * W.MP_WORDS].reshape(-1, W.MP_WORDS)
-    for row in rows[: gmem.machine.register(W.R_POLICIES)]:
-        if row[W.MP_LIVE] and row[W.MP_INODE] == gmem.inode and row[W.MP_START] <= offset >> 12 < row[W.MP_END]:
+    for row in rows[: machine.register(W.R_POLICIES)]:
+        if row[W.MP_LIVE] and row[W.MP_INODE] == inode and row[W.MP_START] <= offset >> 12 < row[W.MP_END]:
             mask = int(row[W.MP_NODES])
             return _policy(int(row[W.MP_MODE]), tuple(node for node in range(64) if mask >> node & 1))
     return MemoryPolicy("default", ())

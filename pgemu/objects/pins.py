@@ -12,26 +12,26 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 __all__ = ("frames", "own_nodes")
 
 Array = np.ndarray[Any, Any]
 
 
-def _root(machine: Machine, pin: int) -> int:
+def _root(machine: Core, pin: int) -> int:
     """Root word of a pin's tree. ValueError past words.PINS."""
     if not 0 <= pin < W.PINS:
         raise ValueError(f"pin {pin}: expected 0 to {W.PINS - 1}")
     return int(machine.arrays.state[int(W.STATE_PINS) + pin * W.PIN_WORDS + int(W.PIN_FRAMES)])
 
 
-def frames(machine: Machine, pin: int) -> Array:
+def frames(machine: Core, pin: int) -> Array:
     """See Machine.pinned_frames."""
     return radix_tree(machine.arrays.ram, _root(machine, pin))[1]
 
 
-def own_nodes(machine: Machine, owner: Array) -> Iterator[int]:
+def own_nodes(machine: Core, owner: Array) -> Iterator[int]:
     """The frames of all pins' trees, each marked in `owner` (uint8, one per frame) unless it was before."""
     ram = machine.arrays.ram
     for pin in range(machine.register(W.R_PINS)):

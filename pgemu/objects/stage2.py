@@ -10,7 +10,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ def _sorted(pieces: list[Array]) -> Array:
     return every[np.lexsort((-every["level"].astype(np.int64), every["gpa"]))]
 
 
-def read_stage2(machine: Machine, root: int) -> Stage2:
+def read_stage2(machine: Core, root: int) -> Stage2:
     """Read the tree below physical address `root`; 0 is a tree without tables."""
     ram = machine.arrays.ram
     row = int(W.STATE_FORMATS) + machine.register(W.R_STAGE2_FORMAT) * W.F_WORDS

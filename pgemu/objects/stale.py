@@ -10,8 +10,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, LARGE
 
 if TYPE_CHECKING:
-    from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 Array = np.ndarray[Any, Any]
 _ADDRESS = np.uint64(ADDRESS)
@@ -30,15 +29,14 @@ class StaleEntry(NamedTuple):
     owner: int | None
 
 
-def stale_entries(gmem: GuestMemfd) -> list[StaleEntry]:
+def stale_entries(machine: Core, inode: int) -> list[StaleEntry]:
     """See GuestMemfd.stale_entries."""
-    machine = gmem.machine
     state = machine.arrays.state
     owners = _owners(machine)
-    have = _frames(machine, gmem.inode)
+    have = _frames(machine, inode)
     found: list[StaleEntry] = []
     rows = state[int(W.STATE_VMAS) :][: machine.register(W.R_VMAS) * W.A_WORDS].reshape(-1, W.A_WORDS)
-    for row in rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_INODE] == gmem.inode)]:
+    for row in rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_INODE] == inode)]:
         space = int(row[W.A_SPACE])
         root = int(state[int(W.STATE_SPACES) + space * W.S_WORDS + int(W.S_ROOT)])
         pages = np.arange(int(row[W.A_START]) >> 12, int(row[W.A_END]) >> 12, dtype=np.uint64)
@@ -49,7 +47,7 @@ def stale_entries(gmem: GuestMemfd) -> list[StaleEntry]:
         own[inside] = have[index[inside]]
         wrong = np.flatnonzero((here != 0) & (here != own))
         found += [
-            StaleEntry(space, int(pages[i]) << 12, int(here[i]), owners.get(int(here[i]) >> machine.config.order))
+            StaleEntry(space, int(pages[i]) << 12, int(here[i]), owners.get(int(here[i]) >> machine.config.page_order))
             for i in wrong
         ]
     return found
@@ -72,7 +70,7 @@ def entered(ram: Array, root: int, pages: Array) -> Array:
     return frames
 
 
-def _blocks(machine: Machine, inode: int) -> Array:
+def _blocks(machine: Core, inode: int) -> Array:
     """uint64[n, B_WORDS]: an inode's block rows."""
     row = int(W.STATE_INODES) + inode * W.I_WORDS
     first, count = (int(machine.arrays.state[row + int(word)]) for word in (W.I_BLOCK, W.I_BLOCKS))
@@ -85,16 +83,16 @@ def _cached(blocks: Array) -> Array:
     return np.asarray((kind != W.BLOCK_ABSENT) & (kind != W.BLOCK_ZOMBIE))
 
 
-def _frames(machine: Machine, inode: int) -> Array:
+def _frames(machine: Core, inode: int) -> Array:
     """uint64[pages]: frame of each page of an inode; 0 where nothing is allocated."""
     blocks = _blocks(machine, inode)
     heads = np.where(_cached(blocks), blocks[:, W.B_PFN], np.uint64(0))
-    pages = np.uint64(1 << machine.config.order)
+    pages = np.uint64(1 << machine.config.page_order)
     frames = np.repeat(heads, int(pages)).reshape(-1, int(pages))
     return np.asarray(np.where(frames != 0, frames + np.arange(pages, dtype=np.uint64), np.uint64(0)).reshape(-1))
 
 
-def _owners(machine: Machine) -> dict[int, int]:
+def _owners(machine: Core) -> dict[int, int]:
     """Number of the guest_memfd inode that has a huge page, by the huge page's number in physical memory."""
     found: dict[int, int] = {}
     for inode in range(machine.register(W.R_INODES)):
@@ -102,5 +100,5 @@ def _owners(machine: Machine) -> dict[int, int]:
         if kind == W.INODE_GUEST_MEMFD:
             blocks = _blocks(machine, inode)
             heads = blocks[_cached(blocks), W.B_PFN]
-            found.update({int(head) >> machine.config.order: inode for head in heads})
+            found.update({int(head) >> machine.config.page_order: inode for head in heads})
     return found

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.core import Core
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.files import GuestMemfd4K
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.large_pages import LargePage
-    from pgemu.objects.machine import Machine, Result, Results
     from pgemu.objects.stage2 import Stage2
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
 
@@ -29,11 +30,11 @@ Array = np.ndarray[Any, Any]
 class Vm:
     """A virtual machine: its stage-2 tables and its memory slots."""
 
-    machine: Machine
+    machine: Core
     vm: int
 
     @classmethod
-    def create(cls, machine: Machine, process: AddressSpace | None, protected: bool) -> Vm:
+    def create(cls, machine: Core, process: AddressSpace | None, protected: bool) -> Vm:
         """See Machine.create_vm."""
         from pgemu_kernels.folios.boot import STAGE2_ROOT, provide
 
@@ -84,7 +85,6 @@ class Vm:
         """
         flags = Flag.READ_ONLY if read_only else 0
         flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
-        self._make_ordinary()
         if gmem is not None:
             flags |= Flag.PRIVATE
             named = self.machine.operate(Operation.BIND, vm=self.vm, object_=gmem.inode, offset=gmem_offset)
@@ -99,12 +99,6 @@ class Vm:
             offset=userspace_addr,
             length=size,
         )
-
-    def _make_ordinary(self) -> None:
-        """Have the VM's operations sorted by what they touch."""
-        state = self.machine.arrays.state
-        state[W.R_ORDINARY] = 1
-        state[int(W.STATE_VMS) + self.vm * W.V_WORDS + int(W.V_ORDINARY)] = 1
 
     def set_attributes(self, gpa: int, size: int, *, private: bool) -> Result:
         """KVM_SET_MEMORY_ATTRIBUTES: make guest memory private or shared.
@@ -155,7 +149,6 @@ class Vm:
 
         virt/kvm/kvm_main.c:kvm_destroy_vm()
         """
-        self._make_ordinary()
         return self.machine.operate(Operation.VM_EXIT, vm=self.vm)
 
     # ------------------------------------------------------------------ the designs' slots
@@ -169,13 +162,11 @@ class Vm:
         length: int | None = None,
         userspace_addr: int | None = None,
     ) -> Result:
-        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF, -ENOSPC.
+        """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF (a closed VM or file), -ENOSPC.
 
         userspace_addr: a file of form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file
         and offset mapped there; others do not look at it.
         """
-        from pgemu.objects.machine import Result
-
         if gmem.form == "rfc2" and userspace_addr is not None and not self._shows(gmem, offset, userspace_addr):
             return Result(-W.EINVAL, 0)
         return self.machine.operate(
@@ -210,15 +201,24 @@ class Vm:
         return False
 
     def unbind(self, gpa: int) -> Result:
-        """Delete the slot that begins at `gpa`: 0 or -ENOENT."""
+        """Delete the slot that begins at `gpa`: 0, -ENOENT, -EINVAL if not aligned, -EBADF of a closed VM."""
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
+
+    def release(self, gmem: GuestMemfd) -> Result:
+        """The VM's guest_memfd file of an inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
+
+        Its slots stay where they are, without memory: a guest access there is -EFAULT until `unbind`. The memory is
+        the inode's and stays; `bind` at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
+        kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
+        """
+        return self.machine.operate(Operation.RELEASE, vm=self.vm, object_=gmem.inode)
 
     def touch(self, gpa: int, *, write: bool = False, execute: bool = False, actor: int = 0) -> Result:
         """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM.
 
-        EMULATE is an exit to userspace as MMIO: no slot, or a write to a read-only one. -EFAULT is a memory fault
-        exit: nothing in the process's memory that the access may use, memory of the other kind, or a slot whose
-        guest_memfd file was released (GuestMemfd.release).
+        EMULATE is an exit to userspace as MMIO: no slot, which a 4K entry caches (detail is its level), or a write to a
+        read-only one. -EFAULT is a memory fault exit: nothing in the process's memory that the access may use, memory
+        of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         """
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
@@ -231,7 +231,9 @@ class Vm:
 
     def walk(self, gpa: int) -> list[tuple[int, int, int]]:
         """[(level, entry address, entry)] of a guest physical address."""
-        return self.machine.walk(self.root, gpa >> 12)
+        from pgemu.tables.walk import walk_page
+
+        return walk_page(self.machine, self.machine.stage2_format, self.root, gpa >> 12)
 
     def translate(self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
@@ -254,10 +256,10 @@ class Vm:
     # ------------------------------------------------------------------ looking
 
     def lpage_info(self, gpa: int, level: int) -> LargePage | None:
-        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.lpage.lpage_info."""
+        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.objects.large_pages."""
         from pgemu.objects.large_pages import lpage_info
 
-        return lpage_info(self, gpa, level)
+        return lpage_info(self.machine, self.vm, gpa, level)
 
     def stage2(self) -> Stage2:
         """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""

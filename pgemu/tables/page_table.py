@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgemu.objects.machine import integers
+from pgemu.machine.columns import addresses_of
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
 from pgemu_kernels.words.operations import PAGE_4K
@@ -31,7 +31,7 @@ from pgemu_kernels.words.table_words import Edit
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
     from pgemu.tables.translation import Access, Kind, Translation
 
 Array = np.ndarray[Any, Any]
@@ -92,7 +92,7 @@ class PageTable:
     munmap, KVM on x86 goes whole and frees none, on Arm it goes whole and frees.
     """
 
-    def __init__(self, machine: Machine, fmt: PageFormat) -> None:
+    def __init__(self, machine: Core, fmt: PageFormat) -> None:
         self.machine = machine
         self.format = fmt
         self._request = np.zeros(W.E_WORDS, np.uint64)
@@ -103,7 +103,7 @@ class PageTable:
         self.root = int(self._request[W.E_ROOT])
 
     @classmethod
-    def create(cls, machine: Machine, fmt: PageFormat | str) -> PageTable:
+    def create(cls, machine: Core, fmt: PageFormat | str) -> PageTable:
         """See Machine.create_page_table."""
         if isinstance(fmt, str):
             if fmt not in FORMATS:
@@ -111,14 +111,11 @@ class PageTable:
             fmt = FORMATS[fmt]()
         if fmt.table_level_shift:
             raise ValueError(f"format {fmt.name}: expected one whose tables do not say their level: not edited here")
-        table = cls(machine, fmt)
-        machine.page_tables.append(table)
-        return table
+        return cls(machine, fmt)
 
     def destroy(self, *, log: Array | None = None) -> EditResult:
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
         result = self._one(Edit.DESTROY, 0, log=log)
-        self.machine.page_tables.remove(self)
         self.root = 0
         return result
 
@@ -387,7 +384,7 @@ class PageTable:
 
         if op != Edit.CREATE:
             self._check_root()
-        addresses, physical = _addresses(addresses), _addresses(physical)
+        addresses, physical = addresses_of(addresses), addresses_of(physical)
         if physical.size not in (1, addresses.size):
             raise ValueError(f"{physical.size} physical addresses: expected {addresses.size}")
         for name, value in (("length", length), ("set_bits", set_bits), ("clear_bits", clear_bits)):
@@ -418,15 +415,6 @@ class PageTable:
 def _size(level: int) -> int:
     """Bytes that a leaf of a level maps; one page for what is no level, which the kernel refuses."""
     return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K
-
-
-def _addresses(values: Any) -> Array:
-    """uint64[n], C order. ValueError for what are no addresses."""
-    given = integers(values)
-    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
-        raise ValueError(f"addresses of {given.dtype}: expected integers that are not negative")
-    column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
-    return column if column.flags.writeable else column.copy()
 
 
 def _log_words(log: Array | None) -> Array:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pgemu.objects.machine import integers
+from pgemu.machine.columns import addresses_of
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits
 from pgemu_kernels.formats.page_format import ALL, ARM_DIRTY_MODIFIER, ARM_WRITE, Family
 from pgemu_kernels.words.table_words import WalkStage, WalkStatus
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "WalkStage", "WalkStatus",
            "translate", "translate_nested")  # fmt: skip
@@ -336,15 +336,6 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
     return np.ascontiguousarray(given, np.uint8)
 
 
-def _addresses(addresses: Any) -> Array:
-    """Addresses as a contiguous, writeable uint64[n]. ValueError for negative ones or other kinds."""
-    given = integers(addresses)
-    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
-        raise ValueError(f"addresses of {given.dtype}: expected integers that are not negative")
-    column = np.ascontiguousarray(given, np.uint64).reshape(-1)
-    return column if column.flags.writeable else column.copy()
-
-
 def _checked_root(root: int) -> np.uint64:
     if not 0 <= root < 1 << 52 or root % W.PAGE_4K:
         raise ValueError(f"root {root:#x}: expected the physical address of a page")
@@ -375,7 +366,7 @@ def _references(reads: Array, writes: Array, counts: Array, count: int) -> Refer
 
 
 def translate(
-    machine: Machine,
+    machine: Core,
     format_row: int,
     root: int,
     addresses: Sequence[int] | Array,
@@ -396,7 +387,7 @@ def translate(
     """
     from pgemu_kernels.tables.translate import translate as entry
 
-    given = _addresses(addresses)
+    given = addresses_of(addresses)
     count = given.size
     row = machine.format_row(format_row)
     ram_bytes = machine.arrays.ram.nbytes
@@ -440,7 +431,7 @@ class NestedTranslation(NamedTuple):
     references: References | None = None
 
 
-def _nested_rows(machine: Machine, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
+def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
     """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
     guest, stage2 = (machine.format_row(row) for row in rows)
     if guest[W.F_FAMILY] != Family.X86 or stage2[W.F_FAMILY] == Family.X86:
@@ -451,7 +442,7 @@ def _nested_rows(machine: Machine, rows: tuple[int, int], accesses: tuple[Access
 
 
 def translate_nested(
-    machine: Machine,
+    machine: Core,
     guest_format: int,
     guest_root: int,
     stage2_format: int,
@@ -475,7 +466,7 @@ def translate_nested(
     """
     from pgemu_kernels.tables.nested import translate_nested as entry
 
-    given = _addresses(addresses)
+    given = addresses_of(addresses)
     count = given.size
     if not 1 <= together <= W.WALK_BLOCK:
         raise ValueError(f"{together} walks together: expected 1 to {W.WALK_BLOCK}")

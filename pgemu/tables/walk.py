@@ -38,6 +38,7 @@ __all__ = (
     "root_table",
     "translate",
     "walk",
+    "walk_page",
 )
 
 Array = np.ndarray[Any, Any]
@@ -291,6 +292,14 @@ def leaf_address(fmt: PageFormat, level: int, entry: int, address: int) -> int:
 
 
 # --------------------------------------------------------------------------- many addresses
+
+
+def walk_page(memory: Memory, fmt: PageFormat, root: int, page: int) -> list[tuple[int, int, int]]:
+    """walk() to a page number: [(level, entry address, entry)]; bits beyond the input addresses are the sign's."""
+    address = page << 12
+    if fmt.sign_extended and address >> fmt.input_bits - 1 & 1:
+        address |= (1 << 64) - (1 << fmt.input_bits)
+    return [step[:3] for step in walk(memory, fmt, root, address)]
 
 
 def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> Translation:

@@ -13,10 +13,11 @@ from importlib import resources
 from pathlib import Path
 
 from pgemu.errors import InputError
-from pgemu.trace.ftrace import read as read_log
+from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
+from pgemu.trace.readers import read
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 
@@ -56,14 +57,8 @@ def load(name_or_path: str | os.PathLike[str], options: LoweringOptions | None =
         from pgemu import workload
 
         return adapt(workload.open(name.removeprefix(_WORKLOAD), seed), options)
-    source = open_source(name)
-    if not source.parquet:
-        return lower(read_log(source), options)
-    if name == "-":
-        raise InputError("Parquet cannot be read from standard input, give its path", source.name)
-    from pgemu.trace import parquet
-
-    return adapt(parquet.read(name), options)
+    found = read(open_source(name))
+    return lower(found, options) if isinstance(found, Log) else adapt(found, options)
 
 
 def shipped() -> Path:

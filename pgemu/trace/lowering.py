@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.events import Input
-from pgemu.trace.ftrace import NO_VCPU, Log
+from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
 from pgemu.trace.memory_layout import (
     Layout,

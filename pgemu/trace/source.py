@@ -12,14 +12,14 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from enum import IntEnum
+from itertools import chain
 from typing import BinaryIO, Protocol
 
 from pgemu.errors import InputError
 
-__all__ = ("Source", "open_source")
+__all__ = ("Match", "Source", "open_source")
 
-PARQUET_MAGIC = b"PAR1"
 _CHUNK = 1 << 16
 
 
@@ -52,19 +52,34 @@ _FORMATS: tuple[tuple[bytes, str, Callable[[], _Decompressor]], ...] = (
 )
 
 
-@dataclass(frozen=True)
+class Match(IntEnum):
+    """How sure a reader is that a file is of its format."""
+
+    NO = 0
+    POSSIBLE = 1  # nothing speaks against it
+    SURE = 2
+
+
 class Source:
     """An opened trace.
 
     Attributes:
         name: as messages show it, "<stdin>" for standard input
-        parquet: True if the file starts like Parquet; such a source is read by path, not as text
+        path: of a file that is not compressed, for those who read it themselves; else None
+        head: how it begins, decompressed
     """
 
-    name: str
-    parquet: bool
-    _stream: BinaryIO
-    _head: bytes
+    def __init__(self, name: str, path: str | None, stream: BinaryIO, start: bytes) -> None:
+        self.name = name
+        self._stream = stream
+        self._start = start
+        self.path = None if self._compression else path
+        self._pieces = self._decoded()
+        self.head = next((piece for piece in self._pieces if piece), b"")
+
+    def close(self) -> None:
+        """Close the file, of which nothing more is wanted."""
+        self._stream.close()
 
     def blocks(self) -> Iterator[str]:
         """Yield the text in blocks that end with a newline; only the last one may lack it.
@@ -73,7 +88,7 @@ class Source:
         """
         rest = b""
         with self._stream:
-            for data in self._decoded():
+            for data in chain((self.head,), self._pieces):
                 if b"\0" in data:
                     raise InputError("binary data, expected text of ftrace or trace-cmd", self.name)
                 cut = data.rfind(b"\n") + 1
@@ -85,18 +100,21 @@ class Source:
         if rest:
             yield _text(rest)
 
+    @property
+    def _compression(self) -> tuple[str, Callable[[], _Decompressor]] | None:
+        return next(((name, make) for magic, name, make in _FORMATS if self._start.startswith(magic)), None)
+
     def _decoded(self) -> Iterator[bytes]:
-        for magic, name, make in _FORMATS:
-            if self._head.startswith(magic):
-                yield from self._decompressed(name, make)
-                return
-        yield self._head
+        if self._compression:
+            yield from self._decompressed(*self._compression)
+            return
+        yield self._start
         while data := self._read():
             yield data
 
     def _decompressed(self, name: str, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
         decoder: _Decompressor | None = make()
-        data = self._head
+        data = self._start
         while data:
             while data:
                 decoder = decoder or make()
@@ -137,25 +155,26 @@ def _text(data: bytes) -> str:
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Open a trace; "-" is standard input.
 
-    :raises InputError: missing, a directory, unreadable, or empty
+    :raises InputError: missing, a directory, unreadable, empty, or damaged at its beginning
     """
     name = os.fspath(path)
+    file = None if name == "-" else name
     try:
-        if name == "-":
+        if file is None:
             name, stream = "<stdin>", sys.stdin.buffer
         else:
-            stream = open(name, "rb")  # noqa: SIM115 (closed by blocks() or by the caller of Parquet)
-        head = stream.read(_CHUNK)
+            stream = open(file, "rb")  # noqa: SIM115 (closed by blocks() or by close())
+        start = stream.read(_CHUNK)
     except IsADirectoryError:
         raise InputError("is a directory, expected a trace", name) from None
     except FileNotFoundError:
         raise InputError("no such file", name) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", name) from None
-    if not head:
+    try:
+        if not start:
+            raise InputError("empty file, expected a trace", name)
+        return Source(name, file, stream, start)
+    except InputError:
         stream.close()
-        raise InputError("empty file, expected a trace", name)
-    parquet = head.startswith(PARQUET_MAGIC)
-    if parquet:
-        stream.close()
-    return Source(name, parquet, stream, head)
+        raise

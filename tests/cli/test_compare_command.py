@@ -87,9 +87,9 @@ def test_orders_reach_the_machine(log: str) -> None:
     defects = "--lru-cache --defect rollback-at-zero --defect allocation-race --defect rollback-at-zero"
     found = document(log, *options.split(), *defects.split())["machine"]
     expected = {
-        "convert_order": "rfc2",
-        "series": "rfc2",
-        "convert_batch": "block",
+        "order": "rfc2",
+        "split_form": "rfc2",
+        "batch": "block",
         "merge": "lazy",
         "flush": "batched",
     }

@@ -30,7 +30,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--json", "--page-size", "2M")
     document = json.loads(text)
-    assert (document["page_size"], document["convert_order"]) == (2 << 20, "jan2026")
+    assert (document["page_size"], document["order"]) == (2 << 20, "jan2026")
     named = {row["consumer"]: row for row in document["consumers"]}
     assert len(named) == 20
     assert named["VFIO type1"]["pfnmap"]["status"] == "-EFAULT"
@@ -40,6 +40,6 @@ def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_order_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["consumers", "--convert-order", "nothing"], prog_name="pgemu")
+        main(["consumers", "--order", "nothing"], prog_name="pgemu")
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

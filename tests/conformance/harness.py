@@ -57,7 +57,7 @@ class Variant:
     def config(self, bytes_: int, **parameters: Any) -> Config:
         """A machine with memory for `bytes_` of guest memory."""
         if self.restructure:
-            parameters |= {"convert_order": self.order, "series": "rfc2" if self.order == "rfc2" else "jan2026"}
+            parameters |= {"order": self.order, "split_form": "rfc2" if self.order == "rfc2" else "jan2026"}
         smallest = max(self.page_size, W.PAGE_2M)
         parameters.setdefault("pool", -(-bytes_ // smallest) * smallest)
         return Config(self.design, page_size=self.page_size, **parameters)  # type: ignore[arg-type]

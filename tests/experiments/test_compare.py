@@ -130,14 +130,14 @@ def test_the_document_is_plain_and_repeatable() -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"convert_order": "rfc2", "series": "rfc2", "defects": ("allocation-race",)},
-    {"convert_order": "fixup", "merge": "lazy", "convert_batch": "block"},
-    {"convert_order": "jan2026", "flush": "batched", "host_huge": True, "worker": "queued", "seed": 5},
+    {"order": "rfc2", "split_form": "rfc2", "defects": ("allocation-race",)},
+    {"order": "fixup", "merge": "lazy", "batch": "block"},
+    {"order": "jan2026", "flush": "batched", "host_huge": True, "worker": "queued", "seed": 5},
 ])  # fmt: skip
 def test_the_same_trace_and_options_give_the_same_document(options: dict[str, object]) -> None:
     first, second = (json.dumps(compare(lowered(mixed_records()), **options).to_json()) for _ in range(2))
     assert first == second
-    assert json.loads(first)["machine"]["convert_order"] == options["convert_order"]
+    assert json.loads(first)["machine"]["order"] == options["order"]
 
 
 def test_designs_run_alone_and_in_the_order_asked_for() -> None:

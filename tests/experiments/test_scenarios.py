@@ -13,7 +13,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
 
-SMALL = {"memory": 32 << 20, "kernel_image": 2 << 20, "initrd": 1 << 20}
+SMALL = {"guest_memory": 32 << 20, "kernel_image": 2 << 20, "initrd": 1 << 20}
 
 
 @pytest.fixture(scope="module", params=["npt", "ept"])
@@ -52,7 +52,7 @@ def test_what_follows_from_vm_pfnmap(boot: SmallestPfnmap) -> None:
 
 def test_memory_must_hold_what_is_loaded() -> None:
     with pytest.raises(ValueError, match="expected room"):
-        smallest_pfnmap(memory=32 << 20)
+        smallest_pfnmap(guest_memory=32 << 20)
 
 
 def test_the_command_prints_text_and_json() -> None:
@@ -67,6 +67,6 @@ def test_the_command_prints_text_and_json() -> None:
 
 
 def test_the_command_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    refused = CliRunner().invoke(main, ["scenario", "smallest-pfnmap", "--memory", "16M"])
+    refused = CliRunner().invoke(main, ["scenario", "smallest-pfnmap", "--guest-memory", "16M"])
     assert refused.exit_code == 2
     assert "expected room" in refused.output + refused.stderr

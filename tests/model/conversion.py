@@ -42,7 +42,7 @@ class Conversions(State):
         pages = range(offset // PAGE, (offset + length) // PAGE)
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
             return Outcome(-W.EINVAL)
-        order = self.parameters.convert_order if self.restructure else "pfnmap"
+        order = self.parameters.order if self.restructure else "pfnmap"
         if not self.differing(Unit(inode, node, pages, shared, pages.start)):
             return OK
         if order != "rfc2" and not self.memory.frames.left:
@@ -59,7 +59,7 @@ class Conversions(State):
 
     def units(self, pages: range) -> list[range]:
         """All at once, or one huge page at a time."""
-        if self.parameters.convert_batch == "range":
+        if self.parameters.batch == "range":
             return [pages]
         return [common(pages, self.block_of(number << self.order)) for number in self.blocks_of(pages)]
 

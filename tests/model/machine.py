@@ -15,7 +15,7 @@ class State:
     def __init__(self, parameters: Parameters, boot: Boot | None = None) -> None:
         self.parameters = parameters
         self.restructure = parameters.restructure
-        self.order = parameters.order
+        self.order = parameters.page_order
         self.block_pages = 1 << self.order
         self.reclaims_tables = parameters.kernel != "6.12"  # CONFIG_PT_RECLAIM came with 6.14
         self.memory = Memory(parameters, boot)

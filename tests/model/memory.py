@@ -32,7 +32,7 @@ class Memory:
     """
 
     def __init__(self, parameters: Parameters, boot: Boot | None = None) -> None:
-        kernel, order = parameters.kernel, parameters.order
+        kernel, order = parameters.kernel, parameters.page_order
         self.order = order
         self.pages = 1 << order
         self.by_page = parameters.by_page

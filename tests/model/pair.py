@@ -24,7 +24,7 @@ class Pair:
     def __init__(self, config: Config) -> None:
         self.machine = self.boot(config)
         parameters = Parameters.of(config)
-        known = parameters.nodes == 1 and parameters.order > 0
+        known = parameters.nodes == 1 and parameters.page_order > 0
         self.model = Model(parameters, None if known else self.figures())
         self.model.memory.choose = self.chosen_page
         self.inodes: list[GuestMemfd] = []

@@ -23,10 +23,10 @@ class Parameters:
     zero: str = "folio"
     rounded_zap_drops_both_kinds: bool = True
     notifier: bool = True
-    series: str = "jan2026"
+    split_form: str = "jan2026"
     nodes: int = 1
-    convert_order: str = "jan2026"
-    convert_batch: str = "range"
+    order: str = "jan2026"
+    batch: str = "range"
     split_to: str = "4K"
     merge: str = "now"
     lru_cache: bool = False
@@ -45,19 +45,19 @@ class Parameters:
         return self.design == "restructure"
 
     @property
-    def order(self) -> int:
+    def page_order(self) -> int:
         """Order of a huge page of the pool; 0: pages of the page allocator."""
         return ORDERS[self.page_size]
 
     @property
     def by_page(self) -> bool:
-        """Series rfc2: the page cache changes page by page, and what belongs to a folio is stashed."""
-        return self.series == "rfc2"
+        """Split form rfc2: the page cache changes page by page, and what belongs to a folio is stashed."""
+        return self.split_form == "rfc2"
 
     @property
     def in_pieces(self) -> bool:
         """A 1G folio is split to 2M folios first."""
-        return self.split_to == "2M" and self.order == 18
+        return self.split_to == "2M" and self.page_order == 18
 
     def heads(self, base: int) -> list[list[int]]:
         """Frames of the huge pages (order 0: of all pages) of each node, dealt out one by one, or 2M by 2M."""
@@ -65,6 +65,6 @@ class Parameters:
         found = []
         for node in range(self.nodes):
             count = len(range(node, self.pool // PAGE // unit, self.nodes))
-            found.append([base + i for i in range(0, count * unit, 1 << self.order)])
+            found.append([base + i for i in range(0, count * unit, 1 << self.page_order)])
             base += -(-count * unit >> 18) << 18
         return found

@@ -14,8 +14,9 @@ import pytest
 
 from pgemu.trace import Lowered, LoweringOptions, Operation, load, shipped
 from pgemu.trace.events import Input
-from pgemu.trace.ftrace import Log, read
+from pgemu.trace.log import Log
 from pgemu.trace.lowering import lower
+from pgemu.trace.readers.ftrace import read
 
 FOLDER = Path(os.environ.get("PGEMU_TRACES", Path(__file__).parents[1] / "data" / "traces"))
 FILES = sorted(path.name for pattern in ("ftrace-*.txt.xz", "vm-*.txt.xz") for path in FOLDER.glob(pattern))

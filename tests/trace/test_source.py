@@ -98,7 +98,11 @@ def test_messages_are_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_parquet_is_recognised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
+def test_the_beginning_is_known_before_anything_is_read(tmp_path: Path, compressor: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "log.txt"
-    path.write_bytes(b"PAR1....")
-    assert open_source(path).parquet
+    path.write_bytes(compressor(TEXT))
+    source = open_source(path)
+    assert source.head.startswith(b"line 000000 of a log\n")
+    assert source.path == (str(path) if compressor is bytes else None)
+    source.close()

@@ -34,6 +34,7 @@ from pgemu_kernels.words.registers import (
     R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
+    R_VMS,
 )
 from pgemu_kernels.words.rows import (
     A_END,
@@ -68,6 +69,7 @@ from pgemu_kernels.words.rows import (
     STATE_SPACES,
     STATE_VMAS,
     STATE_VMS,
+    V_LIVE,
     V_WORDS,
 )
 
@@ -175,6 +177,12 @@ def slot_allows(state, slot, gfn, level, backing):
     if (base ^ backing) & (pages - U1) != U0:
         return False
     return first >= base and first + pages <= base + state[slot + M_PAGES]
+
+
+@kernel
+def is_live_vm(state, vm):
+    """Whether a VM exists and is not closed."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_LIVE] != U0
 
 
 @kernel

@@ -38,12 +38,13 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.hugetlb import dequeue_any, mapping_address, set_cgroup
 from pgemu_kernels.folios.pools import allocate_surplus, free_or_enqueue
-from pgemu_kernels.process.entries import E_DIRTY
+from pgemu_kernels.formats.bits import DIRTY
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_CONTENTS, R_FOLIO_6_12, R_HSTATE, R_POOL_BASE
 from pgemu_kernels.words.rows import CGROUP_ADDRESS, H_FREE, H_RESERVED
 
 U = np.uint64
+E_DIRTY = U(DIRTY)
 
 
 @kernel

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, pages_of
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import (
     GUEST_FAULT,
     HOST_FAULT,
-    SPTE_WRITTEN,
-    TLB_FLUSH_VM,
     charge_one,
     result,
 )
@@ -22,7 +20,6 @@ from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
 from pgemu_kernels.engine.rows import (
     block_row,
-    broken,
     find_memslot,
     find_vma,
     inode_row,
@@ -40,19 +37,17 @@ from pgemu_kernels.gmem.allocation import (
 from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
+from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot, load_root
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.stage2.leaves import MAP_FIXED, MAP_NO_MEMORY, MAP_SPURIOUS, map_stage2
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
-    ENOMEM,
     GO,
-    RET_PF_EMULATE,
-    RET_PF_FIXED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
+    STOP,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
@@ -251,6 +246,7 @@ def enter_fault(m, op, slot, gfn, exits):
     if leaf != NONE:
         state[op + O_DETAIL] = level
         return stop(state, op, RET_PF_SPURIOUS)
+    load_root(state, row)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
         if exits:
@@ -274,7 +270,7 @@ def guest_begin(m, op):
     """Guest access: slot, private or shared, leaf, invalidate sequence; then the invalidate_lock for reading.
 
     arch/x86/kvm/mmu/mmu.c:kvm_mmu_faultin_pfn(). An access whose leaf is present is spurious at most and
-    costs nothing: the guest would not exit. Without a slot a device is emulated. A slot whose file was released
+    costs nothing: the guest would not exit. Outside every slot it is a device's. A slot whose file was released
     (kvm_gmem_get_pfn() without a file) and an access of the wrong kind are memory fault exits (-EFAULT), leaf or not
     (page_fault_can_be_fast()).
     """
@@ -282,14 +278,17 @@ def guest_begin(m, op):
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, state[op + O_VM], gfn)
     if slot == NONE:
-        charge_one(m, GUEST_FAULT)
-        return stop(state, op, RET_PF_EMULATE)
+        access_outside(m, op)
+        return STOP
+    if is_user_slot(m, op, slot):
+        return STOP
     kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
     wrong = released(m, slot)
     if kind != U0 and not wrong:
         node = inode_row(state[slot + M_INODE])
         wrong = kind != (SHARED if is_shared(m, node, page_of_slot(state, slot, gfn)) != U0 else PRIVATE)
     if wrong:
+        load_root(state, vm_row(state[op + O_VM]))
         charge_one(m, GUEST_FAULT)
         return stop(state, op, -EFAULT)
     return enter_fault(m, op, slot, gfn, True)
@@ -317,29 +316,7 @@ def guest_page(m, op):
 @step
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
-    state = m.state
-    vm = state[op + O_VM]
-    gfn = state[op + O_ADDRESS] >> U12
-    level = state[op + O_LEVEL]
-    if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
-        return stop(state, op, RET_PF_RETRY)
-    inside = pages_of(level) - U1
-    outcome, table_replaced = map_stage2(
-        m, state[vm_row(vm) + V_ROOT], gfn & ~inside, level, state[op + O_PFN] & ~inside
-    )
-    if outcome == MAP_NO_MEMORY:
-        return stop(state, op, -ENOMEM)
-    state[op + O_DETAIL] = level
-    if outcome == MAP_FIXED:
-        charge_one(m, SPTE_WRITTEN)
-        if table_replaced:
-            charge_one(m, TLB_FLUSH_VM)
-        return stop(state, op, RET_PF_FIXED)
-    if outcome == MAP_SPURIOUS:
-        return stop(state, op, RET_PF_SPURIOUS)
-    # KVM would BUG() here: a leaf of another frame was left behind by somebody.
-    broken(state, _WRONG_PFN, state[op + O_INDEX])
-    return stop(state, op, -EFAULT)
+    return install_stage2(m, op, m.state[op + O_LEVEL])
 
 
 @kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, index_at, pages_of
-from pgemu_kernels.engine.charge import SPTE_SPLIT, TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
@@ -18,7 +18,8 @@ from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_r
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, is_table, last_spte, split_leaf
+from pgemu_kernels.stage2.entries import is_table
+from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
 from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
 from pgemu_kernels.words.registers import (
@@ -178,28 +179,6 @@ def guest_level(m, slot, index, gfn):
 # --------------------------------------------------------------------------- dirty logging
 
 
-@outlined
-def split_slot(m, slot):
-    """Split every large leaf of a slot down to 4K; without memory the rest stays large.
-
-    tdp_mmu.c:kvm_tdp_mmu_try_split_huge_pages(), whose error mmu.c:kvm_mmu_slot_try_split_huge_pages() drops.
-    """
-    state = m.state
-    f = stage2_format(m)
-    root = state[vm_row(state[slot + M_VM]) + V_ROOT]
-    gfn = state[slot + M_BASE_GFN]
-    end = gfn + state[slot + M_PAGES]
-    while gfn < end:
-        spte, level, entry = last_spte(m, f, root, gfn)
-        if level > U1 and is_present(state, f, entry):
-            if split_leaf(m, f, spte, level) == NONE:
-                return
-            charge_one(m, SPTE_SPLIT)
-        else:
-            size = pages_of(max(level, U2))
-            gfn = (gfn & ~(size - U1)) + size
-
-
 @kernel
 def zero_below(m, slot, gfn, level):
     """Zero what a large leaf is about to show, where zeroing goes by page: see zero_folio()."""
@@ -281,7 +260,9 @@ def set_dirty_logging(m, op):
     if state[slot + M_FLAGS] & SLOT_RELEASED != U0:
         return stop(state, op, 0)  # no leaf is left, and no page stands behind it
     if on:
-        split_slot(m, slot)
+        base = state[slot + M_BASE_GFN]
+        # mmu.c:kvm_mmu_slot_try_split_huge_pages(): without memory the rest stays large.
+        split_range(m, state[vm_row(vm) + V_ROOT], base, base + state[slot + M_PAGES])
         charge_one(m, TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
     else:
         recover_slot(m, slot)

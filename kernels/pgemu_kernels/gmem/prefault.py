@@ -9,13 +9,13 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, stop, vm_row
 from pgemu_kernels.gmem.allocation import allocate
 from pgemu_kernels.gmem.faults import enter_fault, guest_map, guest_page, is_released
+from pgemu_kernels.kvm.fault import prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
     EBADF,
     EBUSY,
     EFAULT,
     EINVAL,
-    ENOENT,
     EOPNOTSUPP,
     GO,
     RET_PF_FIXED,
@@ -45,7 +45,7 @@ def prefault_begin(m, op):
     gfn = state[op + O_ADDRESS] >> U12
     slot = find_memslot(state, state[op + O_VM], gfn)
     if slot == NONE:
-        return stop(state, op, -ENOENT)
+        return stop(state, op, prefault_outside(m, state[op + O_VM], gfn))
     if state[slot + M_KIND] != SLOT_GUEST_MEMFD:
         return stop(state, op, -EOPNOTSUPP)
     if is_released(m, slot):

@@ -26,7 +26,7 @@ from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
-from pgemu_kernels.kvm.gmem_slots import delete_slot
+from pgemu_kernels.kvm.memslots import delete_slot
 from pgemu_kernels.process.munmap import unmap_inode
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import (

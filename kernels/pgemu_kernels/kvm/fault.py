@@ -10,26 +10,35 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, pages_of
 from pgemu_kernels.engine.charge import GUEST_FAULT, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import find_memslot, inode_row, slot_allows, vm_row
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import (
+    find_memslot,
+    inode_row,
+    is_live_vm,
+    slot_allows,
+    stop,
+    vm_row,
+)
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import PRIVATE, SHARED, is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
-from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.stage2.tdp_mmu import (
+from pgemu_kernels.stage2.entries import (
     EXEC,
+    LARGEST,
     WRITE,
     is_access_allowed,
     last_spte,
     make_mmio_spte,
-    map_leaf,
-    map_mmio,
     nx_huge_pages,
-    set_accessed_dirty,
 )
+from pgemu_kernels.stage2.invalidate import retry_fault
+from pgemu_kernels.stage2.leaves import map_leaf, map_mmio
+from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
 from pgemu_kernels.tables.walker import is_present, stage2_format
 from pgemu_kernels.words.operations import (
+    EBADF,
     EFAULT,
     EINVAL,
     ENOENT,
@@ -52,8 +61,11 @@ from pgemu_kernels.words.rows import (
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
+    O_PFN,
+    O_SEQUENCE,
     O_VM,
     SLOT_GMEM_ONLY,
+    SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
     SLOT_LOG_DIRTY_PAGES,
     SLOT_READ_ONLY,
@@ -68,7 +80,6 @@ from pgemu_kernels.words.table_words import F_EMPTY, F_MMU_WRITABLE, F_WRITE
 
 U = np.uint64
 _ATTEMPTS = 4  # an access ends at the second: the first one breaks a copy on write, which drops the leaf
-_LARGEST = U(3)
 _MAX_GFN = U(1 << 36)  # four levels reach 48 bits
 
 
@@ -100,9 +111,9 @@ def is_device(state, pfn):
 @kernel
 def max_level(m, row, slot, gfn, host_level):
     """mmu.c:kvm_mmu_max_mapping_level(), dirty logging apart."""
-    level = min(host_level, _LARGEST)
-    backing = m.state[slot + M_HVA] >> U12
-    while level > U1 and not (slot_allows(m.state, slot, gfn, level, backing) and not is_mixed(m, row, gfn, level)):
+    level = min(host_level, LARGEST)
+    source = m.state[slot + M_HVA] >> U12
+    while level > U1 and not (slot_allows(m.state, slot, gfn, level, source) and not is_mixed(m, row, gfn, level)):
         level -= U1
     return level
 
@@ -134,19 +145,106 @@ def find_pfn(m, row, slot, gfn, write, private):
     return status, pfn, level, writable and not read_only
 
 
+# --------------------------------------------------------------------------- outside every slot
+
+
 @kernel
+def never_private(m, row, gfn):
+    """The fast loops know no VM with attributes (routing.py)."""
+    return False
+
+
+frame_is_private = full_only(is_private, never_private)
+
+
+@outlined
 def no_slot(m, row, gfn, private):
-    """mmu.c:kvm_handle_noslot_fault(): emulated as a device, which is cached; private memory is an exit."""
+    """mmu.c:kvm_handle_noslot_fault(): (RET_PF_EMULATE, -EFAULT or -ENOMEM; level of the entry that caches it, or 0).
+
+    The access is emulated as a device's, which is cached; of private memory it is an exit. A cached one does not fault
+    again: handle_mmio_page_fault().
+    """
+    state = m.state
+    f = stage2_format(m)
+    root = state[row + V_ROOT]
+    if gfn < _MAX_GFN:
+        _, _, entry = last_spte(m, f, root, gfn)
+        if entry != state[f + F_EMPTY] and entry == make_mmio_spte(state, f, gfn, state[row + V_GENERATION]):
+            return np.int64(RET_PF_EMULATE), U1
     if private:
         return np.int64(-EFAULT), U0
     if gfn >= _MAX_GFN:
         return np.int64(RET_PF_EMULATE), U0
-    return map_mmio(m, m.state[row + V_ROOT], gfn, m.state[row + V_GENERATION]), U1
+    status = map_mmio(m, root, gfn, state[row + V_GENERATION])
+    return status, U1 if status > 0 else U0
+
+
+@outlined
+def access_outside(m, op):
+    """A guest's access outside every slot of its VM: RET_PF_EMULATE, an MMIO exit, or -EFAULT, -ENOMEM; -EBADF of a
+    closed VM. detail is the level of the entry that caches it.
+
+    Memory outside slots is not private, so an access that says it is exits: mmu.c:kvm_mmu_faultin_pfn(), which
+    compares the kinds before it looks at the slot.
+    """
+    state = m.state
+    vm = state[op + O_VM]
+    gfn = state[op + O_ADDRESS] >> U12
+    if not is_live_vm(state, vm):
+        return stop(state, op, -EBADF)
+    row = vm_row(vm)
+    load_root(state, row)
+    charge_one(m, GUEST_FAULT)
+    private = frame_is_private(m, row, gfn)
+    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    if kind != U0 and kind != (PRIVATE if private else SHARED):
+        return stop(state, op, -EFAULT)
+    status, level = no_slot(m, row, gfn, private)
+    state[op + O_DETAIL] = level
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- in a slot of guest_memfd
+
+
+@kernel
+def refuse_user_slot(m, op, slot):
+    """Step by step there are only accesses to the designs' slots: -EOPNOTSUPP, and True."""
+    if m.state[slot + M_KIND] == SLOT_GUEST_MEMFD:
+        return False
+    stop(m.state, op, -EOPNOTSUPP)
+    return True
+
+
+@kernel
+def no_user_slot(m, op, slot):
+    """The fast loops meet no other slots (routing.py)."""
+    return False
+
+
+is_user_slot = full_only(refuse_user_slot, no_user_slot)
+
+
+@kernel
+def install_stage2(m, op, level):
+    """Map the fault's frame at `level`, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
+    state = m.state
+    vm = state[op + O_VM]
+    gfn = state[op + O_ADDRESS] >> U12
+    if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
+        return stop(state, op, RET_PF_RETRY)
+    status, level = map_leaf(m, state[vm_row(vm) + V_ROOT], gfn, level, state[op + O_PFN], True, U0, False, False)
+    if status > 0:
+        state[op + O_DETAIL] = level
+    return stop(state, op, status)
+
+
+# --------------------------------------------------------------------------- in a slot of a process's memory
 
 
 @outlined
 def page_fault(m, vm, gfn, access, prefetch, private):
-    """mmu.c:kvm_tdp_mmu_page_fault() from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
+    """mmu.c:kvm_tdp_mmu_page_fault() in a slot, from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
 
     RET_PF_RETRY: an invalidation came between, often one that the fault's own copy on write set off. A HugeTLB page
     that was mapped counts as accessed: kvm_release_faultin_page(), 6.12: kvm_release_pfn_clean().
@@ -154,8 +252,6 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     state = m.state
     row = vm_row(vm)
     slot = find_memslot(state, vm, gfn)
-    if slot == NONE:
-        return no_slot(m, row, gfn, private)
     if state[slot + M_KIND] != SLOT_USER:
         return np.int64(-EOPNOTSUPP), U0
     sequence = state[row + V_SEQUENCE]
@@ -216,9 +312,7 @@ def access_once(m, vm, gfn, access, private):
         if status != 0:
             return status, level
     else:
-        charge_one(m, GUEST_FAULT)
-        if entry != state[f + F_EMPTY] and entry == make_mmio_spte(state, f, gfn, state[row + V_GENERATION]):
-            return np.int64(RET_PF_EMULATE), U1  # mmu.c:handle_mmio_page_fault()
+        charge_one(m, GUEST_FAULT)  # a cached MMIO entry is out of date, as the slot came later
     status, level = page_fault(m, vm, gfn, access, False, private)
     if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
         # The access runs again, and the processor marks the leaf.
@@ -238,13 +332,17 @@ def guest_access(m, op):
     vm = state[op + O_VM]
     row = vm_row(vm)
     gfn = state[op + O_ADDRESS] >> U12
+    if find_memslot(state, vm, gfn) == NONE:
+        access_outside(m, op)
+        return
     access = state[op + O_FLAGS] & (WRITE | EXEC)
     private = is_private(m, row, gfn)
     kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
     load_root(state, row)
     if kind != U0 and kind != (PRIVATE if private else SHARED):
         charge_one(m, GUEST_FAULT)
-        return np.int64(-EFAULT)
+        stop(state, op, -EFAULT)
+        return
     status = np.int64(RET_PF_RETRY)
     level = U0
     for _ in range(_ATTEMPTS):
@@ -252,15 +350,26 @@ def guest_access(m, op):
         if status != RET_PF_RETRY:
             break
     state[op + O_DETAIL] = level if status > 0 else U0
-    return status
+    stop(state, op, status)
 
 
 # --------------------------------------------------------------------------- KVM_PRE_FAULT_MEMORY
 
 
+@outlined
+def prefault_outside(m, vm, gfn):
+    """Where no slot is: -ENOENT, once the MMIO entry is cached, or what kept it from that."""
+    row = vm_row(vm)
+    load_root(m.state, row)
+    status, _ = no_slot(m, row, gfn, frame_is_private(m, row, gfn))
+    return np.int64(-ENOENT) if status == RET_PF_EMULATE else status
+
+
 @kernel
 def prefault_page(m, vm, gfn):
     """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
+    if find_memslot(m.state, vm, gfn) == NONE:
+        return prefault_outside(m, vm, gfn), U0
     status = np.int64(RET_PF_RETRY)
     level = U0
     private = is_private(m, vm_row(vm), gfn)

@@ -1,36 +1,45 @@
-"""Memory slots over a process's memory: KVM_SET_USER_MEMORY_REGION2, dirty logging, and what a VM leaves behind.
+"""Memory slots of VMs: over a process's memory, and over guest_memfd, whose slots are a kind among them.
 
-virt/kvm/kvm_main.c:kvm_set_memory_region(), arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags().
+virt/kvm/kvm_main.c:kvm_set_memory_region(), virt/kvm/guest_memfd.c:kvm_gmem_bind(). The designs' inodes are bound by
+BIND and UNBIND, without a number; slots with a number (KVM_SET_USER_MEMORY_REGION2) show a process's memory, and their
+private pages may come from a guest_memfd of 4K folios.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U4095, pages_of, population
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.charge import STAGE2_TABLES, TLB_FLUSH_VM, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import free_row, inode_row, memslot_row, overlap, space_root, vm_row
-from pgemu_kernels.folios.page_cache import cache_find, cache_free, cache_next, cache_store
-from pgemu_kernels.kvm.attributes import is_private
-from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
-from pgemu_kernels.stage2.invalidate import zap_slot
-from pgemu_kernels.stage2.leaves import drop_stage2_tree
-from pgemu_kernels.stage2.tdp_mmu import (
-    collapse,
-    is_table,
-    split_range,
-    write_protect_page,
-    write_protect_range,
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import (
+    find_memslot,
+    free_row,
+    inode_row,
+    is_live_vm,
+    lock_exclusive,
+    memslot_row,
+    ordinary_inode,
+    overlap,
+    stop,
+    unlock,
+    vm_row,
 )
-from pgemu_kernels.tables.walker import find_leaf, free_table, host_format, is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENOENT, ENOSPC, Flag
+from pgemu_kernels.folios.page_cache import cache_free
+from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
+from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
+from pgemu_kernels.stage2.leaves import drop_stage2_tree
+from pgemu_kernels.tables.walker import free_table
+from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Flag
 from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     I_FLAGS,
     I_KIND,
     I_OPEN,
     I_PAGES,
+    INODE_BIND_COMMITS,
+    INODE_GUEST_MEMFD,
     INODE_GUEST_MEMFD_4K,
     INODE_MMAP,
     M_BASE_GFN,
@@ -47,13 +56,13 @@ from pgemu_kernels.words.rows import (
     M_WORDS,
     MEMSLOTS,
     O_ADDRESS,
-    O_DETAIL,
     O_FLAGS,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
     O_VM,
     SLOT_GMEM_ONLY,
+    SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
     SLOT_IDS,
     SLOT_LOG_DIRTY_PAGES,
@@ -113,7 +122,10 @@ def next_generation(m, row):
 
 @outlined
 def drop_slot_leaves(m, slot):
-    """kvm_arch_flush_shadow_memslot(): an ordinary VM loses its tree, one with private memory the slot's leaves."""
+    """kvm_arch_flush_shadow_memslot(): an ordinary VM loses its tree, one with private memory the slot's leaves.
+
+    The slot is invalid meanwhile, which is a generation of its own: kvm_invalidate_memslot().
+    """
     state = m.state
     row = vm_row(state[slot + M_VM])
     state[row + V_SEQUENCE] += U1  # is_page_fault_stale()
@@ -122,18 +134,37 @@ def drop_slot_leaves(m, slot):
         drop_tree(m, row)
         return
     base = state[slot + M_BASE_GFN]
-    if zap_slot(m, slot, base, base + state[slot + M_PAGES]) != 0:
-        charge_one(m, TLB_FLUSH_VM)
+    zap_slot(m, slot, base, base + state[slot + M_PAGES])
+    flush_vm(m, row)
+
+
+@kernel
+def free_bitmap(m, slot):
+    """The dirty bitmap goes with its slot."""
+    cache_free(m, slot + M_DIRTY)
+
+
+@kernel
+def no_bitmap(m, slot):
+    """The designs' slots have none."""
+
+
+bitmap_freed = full_only(free_bitmap, no_bitmap)
 
 
 @outlined
-def delete_user_slot(m, slot):
-    """KVM_MR_DELETE: leaves, dirty bitmap and row."""
+def delete_slot(m, slot):
+    """KVM_MR_DELETE: leaves, dirty bitmap and row. kvm_main.c:kvm_set_memslot()"""
     state = m.state
     row = vm_row(state[slot + M_VM])
     drop_slot_leaves(m, slot)
     next_generation(m, row)
-    cache_free(m, slot + M_DIRTY)
+    bitmap_freed(m, slot)
+    clear_row(state, slot)
+
+
+@kernel
+def clear_row(state, slot):
     for word in range(_M_WORDS):
         state[slot + word] = U0
 
@@ -142,14 +173,167 @@ def delete_user_slot(m, slot):
 
 
 @kernel
-def find_slot_id(state, vm, number):
-    """The row of a VM's slot by userspace's number, or NONE."""
+def check_addresses(state, op):
+    """What kvm_set_memory_region() asks of every slot's addresses: the guest's, and those of what it shows."""
+    address = state[op + O_ADDRESS]
+    offset = state[op + O_OFFSET]
+    length = state[op + O_LENGTH]
+    if (address | offset | length) & U4095 != U0 or address + length < address or offset + length < offset:
+        return np.int64(-EINVAL)
+    return np.int64(-EINVAL if length >> U12 > _MOST_PAGES else 0)
+
+
+@kernel
+def overlaps_other(state, vm, old, gfn, end):
+    """kvm_main.c:kvm_check_memslot_overlap(): whether another slot of the VM has some of the guest frames."""
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_KIND] == SLOT_USER:
-            if state[slot + M_ID] == number:
-                return slot
-    return NONE
+        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and slot != old:
+            if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end:
+                return True
+    return False
+
+
+@kernel
+def check_binding(state, op, kind, inode, offset):
+    """virt/kvm/guest_memfd.c:kvm_gmem_bind() of a new slot's pages, which begin at byte `offset`: 0, -EBADF, or -EINVAL
+    for a file of another kind, past the file's end, or over another binding of the same file.
+
+    One inode of the designs has a file for each VM, a guest_memfd of 4K folios is one file. linux-next finds pages that
+    are bound already when the slot is committed: -EEXIST.
+    """
+    node = inode_row(inode)
+    if inode >= state[R_INODES] or state[node + I_OPEN] == U0:
+        return np.int64(-EBADF)
+    start = offset >> U12
+    end = start + (state[op + O_LENGTH] >> U12)
+    if state[node + I_KIND] != kind or offset & U4095 != U0 or end > state[node + I_PAGES]:
+        return np.int64(-EINVAL)
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        first, last = overlap(state, slot, inode, start, end)
+        if first < last and (kind != INODE_GUEST_MEMFD or state[slot + M_VM] == state[op + O_VM]):
+            return np.int64(-EEXIST if state[node + I_FLAGS] & INODE_BIND_COMMITS != U0 else -EINVAL)
+    return np.int64(0)
+
+
+@kernel
+def check_reach(state, op):
+    """x86.c:kvm_arch_prepare_memory_region(): what no table reaches is -EINVAL, found after everything else."""
+    end = (state[op + O_ADDRESS] >> U12) + (state[op + O_LENGTH] >> U12)
+    return np.int64(-EINVAL if end > _GUEST_FRAMES else 0)
+
+
+@kernel
+def create_slot(m, op, kind, inode, offset):
+    """KVM_MR_CREATE: the row of a slot that shows an inode's pages from byte `offset` on, or NONE where the machine's
+    table of slots is full."""
+    state = m.state
+    slot = free_row(state, R_MEMSLOTS, U(MEMSLOTS), _M_WORDS, M_LIVE, memslot_row(U0))
+    if slot == NONE:
+        return NONE
+    state[slot + M_KIND] = kind
+    state[slot + M_VM] = state[op + O_VM]
+    state[slot + M_BASE_GFN] = state[op + O_ADDRESS] >> U12
+    state[slot + M_PAGES] = state[op + O_LENGTH] >> U12
+    state[slot + M_INODE] = inode
+    state[slot + M_PGOFF] = offset >> U12
+    state[slot + M_LIVE] = U1
+    next_generation(m, vm_row(state[op + O_VM]))
+    return slot
+
+
+# --------------------------------------------------------------------------- BIND and UNBIND
+
+
+@kernel
+def stage_guest_memfd(m, op):
+    """Name the guest_memfd and the offset that the VM's next slot takes its private pages from: 0 or -EBADF.
+
+    One system call in Linux; its arguments are more than an operation has columns.
+    """
+    state = m.state
+    row = vm_row(state[op + O_VM])
+    inode = state[op + O_OBJECT]
+    if state[inode_row(inode) + I_OPEN] == U0:
+        return np.int64(-EBADF)
+    state[row + V_BIND_INODE] = inode + U1
+    state[row + V_BIND_OFFSET] = state[op + O_OFFSET]
+    return np.int64(0)
+
+
+@kernel
+def no_staging(m, op):
+    """The fast loops know no other files (routing.py)."""
+    return np.int64(-EOPNOTSUPP)
+
+
+staged = full_only(stage_guest_memfd, no_staging)
+
+
+@kernel
+def check_bind(state, op):
+    """0, or what the slot of an inode of the designs is refused with, in kvm_set_memory_region()'s order."""
+    status = check_addresses(state, op)
+    if status != 0 or state[op + O_LENGTH] == U0:
+        return np.int64(-EINVAL)  # no length: there is no such slot to delete
+    gfn = state[op + O_ADDRESS] >> U12
+    if overlaps_other(state, state[op + O_VM], NONE, gfn, gfn + (state[op + O_LENGTH] >> U12)):
+        return np.int64(-EEXIST)
+    status = check_binding(state, op, INODE_GUEST_MEMFD, state[op + O_OBJECT], state[op + O_OFFSET])
+    return status if status != 0 else check_reach(state, op)
+
+
+@outlined
+def bind(m, op):
+    """BIND: show an inode's range to guest frames of a VM, a memory slot with guest_memfd.
+
+    0; -EINVAL for bad alignment, no length, a wrap, a range past the file's end or past 48 bits of guest address, or
+    pages that the VM has bound already; -EEXIST for guest frames that a slot holds, and in linux-next for pages bound
+    already; -EBADF of a closed VM or inode; -ENOSPC; -EBUSY where Linux would wait for the lock.
+    Of files of other kinds it only names what the next slot of a process's memory takes its private pages from.
+    """
+    state = m.state
+    if not is_live_vm(state, state[op + O_VM]):
+        return stop(state, op, -EBADF)
+    inode = state[op + O_OBJECT]
+    if ordinary_inode(state, inode):
+        return stop(state, op, staged(m, op))
+    status = check_bind(state, op)
+    if status != 0:
+        return stop(state, op, status)
+    if not lock_exclusive(state, op, inode_row(inode)):
+        return stop(state, op, -EBUSY)
+    unlock(state, op, inode_row(inode))  # held while the binding is stored: nothing runs in between
+    slot = create_slot(m, op, SLOT_GUEST_MEMFD, inode, state[op + O_OFFSET])
+    return stop(state, op, -ENOSPC if slot == NONE else 0)
+
+
+@outlined
+def unbind(m, op):
+    """UNBIND: delete the memory slot that begins at a guest address: 0; -EBADF of a closed VM; -EINVAL for bad
+    alignment; -ENOENT; -EBUSY where Linux would wait for the lock."""
+    state = m.state
+    if not is_live_vm(state, state[op + O_VM]):
+        return stop(state, op, -EBADF)
+    if state[op + O_ADDRESS] & U4095 != U0:
+        return stop(state, op, -EINVAL)
+    gfn = state[op + O_ADDRESS] >> U12
+    slot = find_memslot(state, state[op + O_VM], gfn)
+    if slot == NONE or state[slot + M_BASE_GFN] != gfn:
+        return stop(state, op, -ENOENT)
+    if state[slot + M_KIND] != SLOT_GUEST_MEMFD:
+        delete_slot(m, slot)
+        return stop(state, op, 0)
+    node = inode_row(state[slot + M_INODE])
+    if not lock_exclusive(state, op, node):
+        return stop(state, op, -EBUSY)
+    delete_slot(m, slot)
+    unlock(state, op, node)
+    return stop(state, op, 0)
+
+
+# --------------------------------------------------------------------------- KVM_SET_USER_MEMORY_REGION2
 
 
 @kernel
@@ -166,7 +350,6 @@ def slot_flags(flags):
 @outlined
 def check_region(state, op, row, flags):
     """The sanity checks of kvm_set_memory_region(), check_memory_region_flags() and access_ok(): 0 or -EINVAL."""
-    address = state[op + O_ADDRESS]
     length = state[op + O_LENGTH]
     hva = state[op + O_OFFSET]
     if flags & SLOT_HAS_GUEST_MEMFD != U0:
@@ -174,13 +357,11 @@ def check_region(state, op, row, flags):
             return np.int64(-EINVAL)
         if state[row + V_PROTECTED] == U0 and state[R_GMEM_MMAP] == U0:
             return np.int64(-EINVAL)
-    if (address | length | hva) & U4095 != U0 or address + length < address:
+    if hva > _USER_END or length > _USER_END - hva:
         return np.int64(-EINVAL)
-    if hva > _USER_END or length > _USER_END - hva or length >> U12 > _MOST_PAGES:
-        return np.int64(-EINVAL)
-    if state[row + V_SPACE] >= state[R_SPACES]:
+    if state[row + V_SPACE] >= state[R_SPACES] or state[op + O_OBJECT] >= U(SLOT_IDS):
         return np.int64(-EINVAL)  # a VM of no process has no userspace addresses
-    return np.int64(0 if state[op + O_OBJECT] < U(SLOT_IDS) else -EINVAL)
+    return check_addresses(state, op)
 
 
 @kernel
@@ -199,196 +380,32 @@ def kind_of_change(state, op, old, flags):
     return np.int64(_NOTHING if flags == state[old + M_FLAGS] else _FLAGS_ONLY)
 
 
-@kernel
-def overlaps_other(state, vm, old, gfn, end):
-    """kvm_main.c:kvm_check_memslot_overlap(): whether another slot of the VM has some of the guest frames."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and slot != old:
-            if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end:
-                return True
-    return False
-
-
-# --------------------------------------------------------------------------- guest_memfd of a slot
-
-
 @outlined
-def stage_guest_memfd(m, op):
-    """Name the guest_memfd and the offset that the VM's next slot takes its private pages from: 0 or -EBADF.
-
-    One system call in Linux; its arguments are more than an operation has columns.
-    """
-    state = m.state
-    row = vm_row(state[op + O_VM])
-    inode = state[op + O_OBJECT]
-    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
-        return np.int64(-EBADF)
-    state[row + V_BIND_INODE] = inode + U1
-    state[row + V_BIND_OFFSET] = state[op + O_OFFSET]
-    return np.int64(0)
+def check_change(state, op, old, change, inode, offset):
+    """What creating or moving a slot is refused with: -EEXIST, what its guest_memfd is, -EINVAL; or 0."""
+    gfn = state[op + O_ADDRESS] >> U12
+    if overlaps_other(state, state[op + O_VM], old, gfn, gfn + (state[op + O_LENGTH] >> U12)):
+        return np.int64(-EEXIST)
+    if change == _CREATE and state[op + O_FLAGS] & _PRIVATE != U0:
+        status = check_binding(state, op, INODE_GUEST_MEMFD_4K, inode, offset)
+        if status != 0:
+            return status
+    return check_reach(state, op)
 
 
 @kernel
-def check_binding(state, inode, start, pages):
-    """virt/kvm/guest_memfd.c:kvm_gmem_bind(): 0, -EBADF, or -EINVAL past the file's end or over another binding."""
-    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
-        return np.int64(-EBADF)
-    if state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD_4K or start + pages > state[inode_row(inode) + I_PAGES]:
-        return np.int64(-EINVAL)
-    for i in range(state[R_MEMSLOTS]):
-        first, last = overlap(state, memslot_row(i), inode, start, start + pages)
-        if first < last:
-            return np.int64(-EINVAL)
-    return np.int64(0)
-
-
-@kernel
-def bind_guest_memfd(state, row, slot):
-    """Bind a new slot to what was named before: 0, -EBADF or -EINVAL."""
-    offset = state[row + V_BIND_OFFSET]
-    inode = state[row + V_BIND_INODE] - U1
-    state[row + V_BIND_INODE] = U0
-    if offset & U4095 != U0:
-        return np.int64(-EINVAL)
-    status = check_binding(state, inode, offset >> U12, state[slot + M_PAGES])
-    if status == 0:
-        state[slot + M_INODE] = inode
-        state[slot + M_PGOFF] = offset >> U12
-        if state[inode_row(inode) + I_FLAGS] & INODE_MMAP != U0:
-            state[slot + M_FLAGS] |= SLOT_GMEM_ONLY
-    return status
-
-
-# --------------------------------------------------------------------------- dirty logging
-
-
-@outlined
-def recover_huge_pages(m, slot):
-    """Dirty logging is off: put large leaves back where host and slot allow them: how many tables went.
-
-    mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()). The host's own leaf decides, and
-    nothing is faulted in.
-    """
+def create_user_slot(m, op, flags, inode, offset):
+    """A slot over a process's memory, and over a guest_memfd if the flags say so: 0 or -ENOSPC."""
     state = m.state
-    f = stage2_format(m)
-    row = vm_row(state[slot + M_VM])
-    gfn = state[slot + M_BASE_GFN]
-    end = gfn + state[slot + M_PAGES]
-    replaced = np.int64(0)
-    while gfn < end:
-        entry = m.ram[(state[row + V_ROOT] >> U3) + (gfn >> (U9 * U3))]
-        level = U3
-        gone = np.int64(0)
-        if is_present(state, f, entry):
-            while level > U1:
-                spte = table_of(state, f, entry) + (gfn >> (U9 * (level - U1)) & U(511))
-                entry = m.ram[spte]
-                if not is_table(state, f, entry, level):
-                    break
-                if gfn & (pages_of(level) - U1) == U0 and recoverable_level(m, row, slot, gfn) >= level:
-                    gone = collapse(m, f, spte, level)
-                    break
-                level -= U1
-        replaced += gone
-        step = pages_of(max(level, U2))
-        gfn = (gfn & ~(step - U1)) + step
-    return replaced
-
-
-@kernel
-def recoverable_level(m, row, slot, gfn):
-    """mmu.c:kvm_mmu_max_mapping_level() for a page that is mapped: the host's leaf as it stands."""
-    state = m.state
-    if from_guest_memfd(state, slot, is_private(m, row, gfn)):
-        return U1
-    address = state[slot + M_HVA] + ((gfn - state[slot + M_BASE_GFN]) << U12)
-    host, level = host_leaf(m, state[row + V_SPACE], address >> U12)
-    return max_level(m, row, slot, gfn, level) if host != NONE else U1
-
-
-@kernel
-def host_leaf(m, space, page):
-    """A process's leaf of a page: its slot or NONE, and its level."""
-    return find_leaf(m, host_format(m), space_root(m.state, space), page)
-
-
-@outlined
-def apply_flags(m, slot, flags):
-    """x86.c:kvm_mmu_slot_apply_flags(): only dirty logging can change, and a read-only slot cannot get dirty."""
-    state = m.state
-    row = vm_row(state[slot + M_VM])
-    root = state[row + V_ROOT]
-    gfn = state[slot + M_BASE_GFN]
-    end = gfn + state[slot + M_PAGES]
-    state[slot + M_FLAGS] = flags
-    if flags & SLOT_LOG_DIRTY_PAGES == U0:
-        cache_free(m, slot + M_DIRTY)
-    if flags & SLOT_READ_ONLY != U0:
-        return
-    if flags & SLOT_LOG_DIRTY_PAGES != U0:
-        split_range(m, root, gfn, end)  # without memory the rest stays large, and write-protected
-        write_protect_range(m, root, gfn, end)
-        charge_one(m, TLB_FLUSH_VM)  # whether anything changed or not
-    else:
-        recover_huge_pages(m, slot)
-
-
-@outlined
-def get_dirty_log(m, op):
-    """KVM_GET_DIRTY_LOG: 0, -EINVAL or -ENOENT; detail is how many pages were dirty.
-
-    The bitmap is cleared, and the pages are write-protected again, with one flush.
-    kvm_main.c:kvm_get_dirty_log_protect().
-    """
-    state = m.state
-    if state[op + O_OBJECT] >= U(SLOT_IDS):
-        return np.int64(-EINVAL)
-    slot = find_slot_id(state, state[op + O_VM], state[op + O_OBJECT])
-    if slot == NONE or state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES == U0:
-        return np.int64(-ENOENT)
-    f = stage2_format(m)
-    root = state[vm_row(state[op + O_VM]) + V_ROOT]
-    index = cache_next(m, state[slot + M_DIRTY], U0)
-    while index != NONE:
-        word = cache_find(m, state[slot + M_DIRTY], index)
-        state[op + O_DETAIL] += population(word)
-        for bit in range(U64):
-            if word >> bit & U1 != U0:
-                write_protect_page(m, f, root, state[slot + M_BASE_GFN] + (index << U6) + bit)
-        cache_store(m, slot + M_DIRTY, index, U0)
-        index = cache_next(m, state[slot + M_DIRTY], index + U1)
-    if state[op + O_DETAIL] != U0:
-        charge_one(m, TLB_FLUSH_VM)
-    return np.int64(0)
-
-
-# --------------------------------------------------------------------------- KVM_SET_USER_MEMORY_REGION2
-
-
-@outlined
-def create_slot(m, op, row, flags):
-    """KVM_MR_CREATE: 0, -EBADF, -EINVAL, or -ENOSPC where the machine's table of slots is full."""
-    state = m.state
-    slot = free_row(state, R_MEMSLOTS, U(MEMSLOTS), _M_WORDS, M_LIVE, memslot_row(U0))
+    private = flags & SLOT_HAS_GUEST_MEMFD != U0
+    slot = create_slot(m, op, SLOT_USER, inode if private else NONE, offset if private else U0)
     if slot == NONE:
         return np.int64(-ENOSPC)
-    state[slot + M_KIND] = SLOT_USER
-    state[slot + M_VM] = state[op + O_VM]
     state[slot + M_ID] = state[op + O_OBJECT]
     state[slot + M_HVA] = state[op + O_OFFSET]
     state[slot + M_FLAGS] = flags
-    state[slot + M_INODE] = NONE
-    state[slot + M_PAGES] = state[op + O_LENGTH] >> U12
-    if flags & SLOT_HAS_GUEST_MEMFD != U0:
-        status = bind_guest_memfd(state, row, slot)
-        if status != 0:
-            for word in range(_M_WORDS):
-                state[slot + word] = U0
-            return status
-    state[slot + M_BASE_GFN] = state[op + O_ADDRESS] >> U12
-    state[slot + M_LIVE] = U1
-    next_generation(m, row)
+    if private and state[inode_row(inode) + I_FLAGS] & INODE_MMAP != U0:
+        state[slot + M_FLAGS] |= SLOT_GMEM_ONLY
     return np.int64(0)
 
 
@@ -403,6 +420,8 @@ def set_memory_region(m, op):
     vm = state[op + O_VM]
     row = vm_row(vm)
     flags = slot_flags(state[op + O_FLAGS])
+    inode = state[row + V_BIND_INODE] - U1  # of this call, whatever becomes of it
+    state[row + V_BIND_INODE] = U0
     status = check_region(state, op, row, flags)
     if status != 0:
         return status
@@ -410,21 +429,18 @@ def set_memory_region(m, op):
     if state[op + O_LENGTH] == U0:
         if old == NONE:
             return np.int64(-EINVAL)
-        delete_user_slot(m, old)
+        delete_slot(m, old)
         return np.int64(0)
     change = kind_of_change(state, op, old, flags)
-    gfn = state[op + O_ADDRESS] >> U12
-    end = gfn + (state[op + O_LENGTH] >> U12)
     if change == _CREATE or change == _MOVE:
-        if overlaps_other(state, vm, old, gfn, end):
-            return np.int64(-EEXIST)
-        if end > _GUEST_FRAMES:
-            return np.int64(-EINVAL)
+        status = check_change(state, op, old, change, inode, state[row + V_BIND_OFFSET])
+        if status != 0:
+            return status
     if change == _CREATE:
-        return create_slot(m, op, row, flags)
+        return create_user_slot(m, op, flags, inode, state[row + V_BIND_OFFSET])
     if change == _MOVE:
         drop_slot_leaves(m, old)
-        state[old + M_BASE_GFN] = gfn
+        state[old + M_BASE_GFN] = state[op + O_ADDRESS] >> U12
         state[old + M_FLAGS] = flags
         if flags & SLOT_LOG_DIRTY_PAGES == U0:
             cache_free(m, old + M_DIRTY)
@@ -450,8 +466,7 @@ def close_vm(m, op):
         slot = memslot_row(i)
         if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm:
             cache_free(m, slot + M_DIRTY)
-            for word in range(_M_WORDS):
-                state[slot + word] = U0
+            clear_row(state, slot)
     cache_free(m, row + V_ATTRIBUTES)
     state[row + V_ROOT] = U0
     state[row + V_LIVE] = U0

@@ -26,20 +26,10 @@ from pgemu_kernels.engine.rows import (
     vma_overlap,
 )
 from pgemu_kernels.folios.folio import struct_page
-from pgemu_kernels.gmem import (
-    fallocate,
-    faults,
-    levels,
-    lru,
-    orders,
-    pins,
-    prefault,
-    references,
-    truncation,
-    workers,
-)
+from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
+from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
-from pgemu_kernels.kvm import gmem_slots as memslots
+from pgemu_kernels.kvm import memslots
 from pgemu_kernels.process.madvise import zap
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
@@ -208,7 +198,7 @@ def host_faults(m, columns, first, last):
                 prefetch_host(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            faults.host_fault(m, op)
+            host_fault(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -222,7 +212,7 @@ def guest_faults(m, columns, first, last):
                 prefetch_guest(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            faults.guest_fault(m, op)
+            guest_fault(m, op)
             save(m, op, columns, i)
         first = stop
 

@@ -25,7 +25,7 @@ from pgemu_kernels.words.rows import (
     S_WORDS,
     SLOT_GUEST_MEMFD,
     STATE_SPACES,
-    V_ORDINARY,
+    V_ATTRIBUTES,
     VMA_GUEST_MEMFD,
 )
 
@@ -57,9 +57,9 @@ def ordinary_space(state, space):
 
 
 @kernel
-def ordinary_vm(state, vm):
-    """Whether a VM has or had slots of a process's memory."""
-    return vm < state[R_VMS] and state[vm_row(vm) + V_ORDINARY] != U0
+def has_attributes(state, vm):
+    """Whether a VM has memory attributes, which tell the kind of memory outside slots, too."""
+    return vm < state[R_VMS] and state[vm_row(vm) + V_ATTRIBUTES] != U0
 
 
 @kernel
@@ -87,7 +87,7 @@ def is_ordinary(state, header, object_, address):
     if kind == _GUEST_FAULT or kind == _PREFAULT:
         slot = find_memslot(state, vm, address >> U12)
         if slot == NONE:
-            return ordinary_vm(state, vm)
+            return kind == _GUEST_FAULT and has_attributes(state, vm)
         return state[slot + M_KIND] != SLOT_GUEST_MEMFD
     if kind == _MMAP:
         # What names no inode at all is anonymous if it says PRIVATE or SHARED.
@@ -95,8 +95,11 @@ def is_ordinary(state, header, object_, address):
         return ordinary_inode(state, object_) or (not named and header >> U8 & _PRIVATE_OR_SHARED != U0)
     if kind == _MUNMAP or kind == _ZAP:
         return ordinary_space(state, space)
-    if kind == _BIND or kind == _UNBIND:
-        return ordinary_vm(state, vm) or (kind == _BIND and ordinary_inode(state, object_))
+    if kind == _BIND:
+        return ordinary_inode(state, object_)
+    if kind == _UNBIND:
+        slot = find_memslot(state, vm, address >> U12)
+        return slot != NONE and state[slot + M_KIND] != SLOT_GUEST_MEMFD
     if kind == U(Operation.VM_EXIT):
         return vm < state[R_VMS]
     if kind >= _PROTECT:

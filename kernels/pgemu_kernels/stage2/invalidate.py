@@ -1,6 +1,6 @@
-"""guest_memfd inodes: shareability, bindings, mappings, and the invalidate protocol.
+"""The invalidate protocol: what drops the stage-2 leaves of an inode's pages, and has faults in flight retried.
 
-What both designs share. Ranges are page numbers of the inode; `node` is where an inode's row begins.
+virt/kvm/kvm_main.c, virt/kvm/guest_memfd.c. Ranges are page numbers of the inode.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pgemu_kernels.words.registers import (
 from pgemu_kernels.words.rows import (
     M_VM,
     V_IN_PROGRESS,
+    V_LIVE,
     V_RANGE_END,
     V_RANGE_START,
     V_ROOT,
@@ -30,24 +31,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-
-
-# --------------------------------------------------------------------------- rows
-
-
-# --------------------------------------------------------------------------- lookups
-
-
-# --------------------------------------------------------------------------- shareability
-
-
-# --------------------------------------------------------------------------- levels
-
-
-# --------------------------------------------------------------------------- invalidate_lock
-
-
-# --------------------------------------------------------------------------- invalidate protocol
 
 
 @kernel
@@ -118,6 +101,14 @@ def zap_range(m, inode, start, end):
 
 
 @kernel
+def flush_vm(m, row):
+    """kvm_flush_remote_tlbs() of one VM (`row` of V_*), if it lost leaves since its last flush."""
+    if m.state[row + V_UNFLUSHED] != U0:
+        m.state[row + V_UNFLUSHED] = U0
+        charge_one(m, TLB_FLUSH_VM)
+
+
+@kernel
 def flush_vms(m):
     """kvm_flush_remote_tlbs() for every VM that lost leaves since its last flush.
 
@@ -127,10 +118,7 @@ def flush_vms(m):
     if state[R_FLUSHES_HELD] != U0:
         return
     for vm in range(state[R_VMS]):
-        row = vm_row(vm)
-        if state[row + V_UNFLUSHED] != U0:
-            state[row + V_UNFLUSHED] = U0
-            charge_one(m, TLB_FLUSH_VM)
+        flush_vm(m, vm_row(vm))
 
 
 @kernel
@@ -144,7 +132,7 @@ def notify_unmap(m, space, inode, start, end):
     if state[R_NOTIFIER] == U0:
         return
     for vm in range(state[R_VMS]):
-        if state[vm_row(vm) + V_SPACE] == space:
+        if state[vm_row(vm) + V_SPACE] == space and state[vm_row(vm) + V_LIVE] != U0:
             charge_one(m, NOTIFIER_CALL)
     dropped = np.int64(0)
     for i in range(state[R_MEMSLOTS]):
@@ -165,6 +153,3 @@ def retry_fault(state, vm, gfn, sequence):
     if state[row + V_IN_PROGRESS] != U0 and state[row + V_RANGE_START] <= gfn < state[row + V_RANGE_END]:
         return True
     return state[row + V_SEQUENCE] != sequence
-
-
-# --------------------------------------------------------------------------- other mappings of a process

@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512, pages_of
 from pgemu_kernels.engine.charge import (
     SPTE_CLEARED,
+    SPTE_SPLIT,
     SPTE_WRITTEN,
     STAGE2_LEAVES,
     STAGE2_TABLES,
+    TLB_FLUSH_VM,
     change_value,
     charge,
     charge_one,
 )
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import broken
+from pgemu_kernels.folios.folio import mark_accessed
+from pgemu_kernels.stage2.entries import (
+    EXEC,
+    TOP,
+    is_access_allowed,
+    is_leaf,
+    is_table,
+    make_mmio_spte,
+    make_spte,
+    nx_huge_pages,
+)
 from pgemu_kernels.tables.walker import free_table, is_large, is_present, new_table, stage2_format, table_of
-from pgemu_kernels.words.table_words import F_ADDRESS, F_EMPTY, F_LEAF_4K, F_MMU_PRESENT
+from pgemu_kernels.words.operations import ENOMEM, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, Broken
+from pgemu_kernels.words.registers import R_MARKS_ZAPPED
+from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_EXECUTE, F_LARGE, F_MMU_PRESENT
 
 U = np.uint64
-# Bit 31 of a table page's count of leaves: a table made for a fetch, below which no leaf grows (tdp_mmu.py).
+_WRONG_PFN = U(Broken.WRONG_PFN)
+
+# Bit 31 of a table page's count of leaves: made for a fetch under the NX-hugepage mitigation
+# (kvm_mmu_page.nx_huge_page_disallowed), so that no later fault puts a leaf in its place.
+NX_DISALLOWED = U(1 << 31)
 COUNT_BELOW = U(0x7FFF_FFFF)
+
+
+@kernel
+def count_below(leaves, table, n):
+    """Add `n` (int64) to the leaves counted below a table page."""
+    frame = table >> U9
+    leaves[frame] = np.uint32(np.int64(leaves[frame]) + n)
 
 
 @kernel
@@ -75,110 +103,203 @@ def drop_stage2_tree(m, root):
     return dropped
 
 
-@outlined
-def split_stage2_leaf(m, f, slot, level):
-    """Replace a leaf of level 2 or 3 by a table of 512 leaves of the level below; the table, or NONE.
+# --------------------------------------------------------------------------- splitting
 
-    arch/x86/kvm/mmu/tdp_mmu.c:tdp_mmu_split_huge_page(), make_small_spte(). No flush is needed.
+
+@kernel
+def mark_dropped(m, f, entry):
+    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes or is split counts as accessed."""
+    state = m.state
+    if state[R_MARKS_ZAPPED] != U0 and entry & state[f + F_ACCESSED] != U0:
+        mark_accessed(m, (entry & state[f + F_ADDRESS]) >> U12)
+
+
+@outlined
+def split_leaf(m, f, slot, level):
+    """Replace a leaf of level 2 or 3 by a table of 512 leaves with its flags: the table, or NONE without memory.
+
+    tdp_mmu.c:tdp_mmu_split_huge_page(), spte.c:make_small_spte(). No flush: the translations stay the same. A 4K
+    leaf may be fetched from even where the mitigation forbade it for the large one.
     """
-    leaf = m.ram[slot]
+    state = m.state
+    child = m.ram[slot]
     table = new_table(m, f, slot, STAGE2_TABLES)
     if table == NONE:
         return NONE
-    size = U1 << (U12 + U9 * (level - U2))
-    address = leaf & m.state[f + F_ADDRESS] & ~(size * U512 - U1)
-    child = m.state[f + F_LEAF_4K + level - U2]
-    for i in range(U512):
-        m.ram[table + i] = (address + i * size) | child
-    m.counts[table >> U9] = np.uint32(512)
+    mark_dropped(m, f, child)
     if level == U2:
-        # The 2M leaf was one below its level-2 table, which is not at hand: the table's page is.
-        above = slot >> U9
-        m.counts[above] = np.uint32(U(m.counts[above]) + U511)
+        child &= ~state[f + F_LARGE]
+        if nx_huge_pages(state, f):
+            child |= state[f + F_EXECUTE]
+        count_below(m.counts, slot & ~U511, 511)  # the leaf was one of those below its level-2 table
+    size = pages_of(level - U1) << U12
+    for i in range(U512):
+        m.ram[table + i] = child + i * size
+    m.counts[table >> U9] = np.uint32(512)
     change_value(m.stats, STAGE2_LEAVES + level - U1, -1)
     change_value(m.stats, STAGE2_LEAVES + level - U2, 512)
+    charge_one(m, SPTE_SPLIT)
     charge(m, SPTE_WRITTEN, 512)
     return table
 
 
+# --------------------------------------------------------------------------- mapping
+
+
 @kernel
-def stage2_table(m, f, slot, level):
-    """The table below `slot` (an entry of `level`), allocated or made by splitting a leaf; NONE without memory."""
+def forbid_leaf(m, table):
+    """Mark a table that was made for a fetch under the mitigation."""
+    m.counts[table >> U9] = np.uint32(U(m.counts[table >> U9]) | NX_DISALLOWED)
+
+
+@kernel
+def table_or_split(m, f, slot, level, disallowed):
+    """The table below a present entry, made by splitting if it is a leaf; NONE without memory."""
     entry = m.ram[slot]
-    if not is_present(m.state, f, entry):
-        return new_table(m, f, slot, STAGE2_TABLES)
-    if level < U(4) and is_large(m.state, f, entry):
-        return split_stage2_leaf(m, f, slot, level)
-    return table_of(m.state, f, entry)
-
-
-MAP_FIXED = 0
-
-MAP_SPURIOUS = 1
-
-MAP_NO_MEMORY = 2
-
-MAP_OTHER_PFN = 3
+    if not is_leaf(m.state, f, entry, level):
+        return table_of(m.state, f, entry)
+    table = split_leaf(m, f, slot, level)
+    if disallowed and table != NONE:
+        forbid_leaf(m, table)
+    return table
 
 
 @kernel
-def set_stage2_leaf(m, f, slot, level, pfn):
-    """Install a leaf at `slot`: (MAP_*, whether a table stood there, leaves dropped with that)."""
+def table_there(m, f, slot, level, disallowed):
+    """The fast loops map where they found a hole: what is present on the way is a table."""
+    return table_of(m.state, f, m.ram[slot])
+
+
+present_table = full_only(table_or_split, table_there)
+
+
+@kernel
+def table_below(m, f, slot, level, disallowed):
+    """The table below `slot`, an entry of `level`: there, linked, or made by splitting a leaf; NONE without memory."""
+    if is_present(m.state, f, m.ram[slot]):
+        return present_table(m, f, slot, level, disallowed)
+    table = new_table(m, f, slot, STAGE2_TABLES)
+    if disallowed and table != NONE:
+        forbid_leaf(m, table)
+    return table
+
+
+@kernel
+def must_step_down(m, slot, level):
+    """mmu.c:disallowed_hugepage_adjust(): a fetch made the table here, and no large leaf may replace it."""
+    f = stage2_format(m)
+    entry = m.ram[slot]
+    if not nx_huge_pages(m.state, f) or not is_table(m.state, f, entry, level):
+        return False
+    return U(m.counts[table_of(m.state, f, entry) >> U9]) & NX_DISALLOWED != U0
+
+
+@kernel
+def never_steps_down(m, slot, level):
+    """The fast loops know no mitigation."""
+    return False
+
+
+steps_down = full_only(must_step_down, never_steps_down)
+
+
+@kernel
+def slot_for(m, f, root, gfn, goal, disallowed):
+    """Go down to the entry of level `goal` (or below, where a fetch wants it so), tables linked and leaves split on
+    the way: (slot, level, slot of the level-2 entry above or on it); the slot is NONE without memory."""
+    table = table_below(m, f, (root >> U3) + (gfn >> U27 & U511), TOP, disallowed)
+    if table == NONE:
+        return NONE, TOP, NONE
+    slot = table + (gfn >> U18 & U511)
+    if goal == U3 and not steps_down(m, slot, U3):
+        return slot, U3, NONE
+    table = table_below(m, f, slot, U3, disallowed)
+    if table == NONE:
+        return NONE, U3, NONE
+    middle = table + (gfn >> U9 & U511)
+    if goal != U1 and not steps_down(m, middle, U2):
+        return middle, U2, middle
+    table = table_below(m, f, middle, U2, disallowed)
+    if table == NONE:
+        return NONE, U2, NONE
+    return table + (gfn & U511), U1, middle
+
+
+@kernel
+def count_leaf(m, slot, level, middle, n):
+    """Add `n` (int64) to the leaves counted below the tables over an entry: its own of level 1 and that of level 2."""
+    if level == U1:
+        count_below(m.counts, slot & ~U511, n)
+    if level <= U2:
+        count_below(m.counts, middle & ~U511, n)
+
+
+@kernel
+def change_leaf(m, slot, gfn, value, access):
+    """A leaf is there already: RET_PF_SPURIOUS, or RET_PF_FIXED where it did not allow the access."""
+    f = stage2_format(m)
     old = m.ram[slot]
-    value = pfn << U12 | m.state[f + F_LEAF_4K + level - U1]
-    dropped = np.int64(0)
-    was_table = False
-    if is_present(m.state, f, old):
-        if level == U1 or is_large(m.state, f, old):
-            if (old ^ value) & m.state[f + F_ADDRESS] == U0:
-                return MAP_SPURIOUS, was_table, dropped
-            return MAP_OTHER_PFN, was_table, dropped
-        dropped = free_stage2_below(m, f, old, level)
-        was_table = True
+    if (old ^ value) & m.state[f + F_ADDRESS] != U0:
+        broken(m.state, _WRONG_PFN, gfn)  # a WARN in Linux, up to 6.13 a BUG: nobody told KVM that the frame changed
+    if value == old or is_access_allowed(m.state, f, old, access):
+        return np.int64(RET_PF_SPURIOUS)
     m.ram[slot] = value
-    change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
-    return MAP_FIXED, was_table, dropped
+    charge_one(m, SPTE_WRITTEN)
+    return np.int64(RET_PF_FIXED)
 
 
 @kernel
-def count_below(leaves, table, n):
-    """Add `n` (int64) to the leaves counted below a table page."""
-    frame = table >> U9
-    leaves[frame] = np.uint32(np.int64(leaves[frame]) + n)
+def no_leaf_there(m, slot, gfn, value, access):
+    """The fast loops map where they found a hole."""
+    return np.int64(RET_PF_SPURIOUS)
+
+
+changed_leaf = full_only(change_leaf, no_leaf_there)
 
 
 @kernel
-def map_stage2(m, root, gfn, level, pfn):
-    """Map `gfn` (aligned to `level`) to `pfn` by one leaf of `level` 1..3: (MAP_*, whether a table was replaced).
+def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
+    """tdp_mmu.c:kvm_tdp_mmu_map(): (RET_PF_FIXED, RET_PF_SPURIOUS or -ENOMEM; level of the leaf).
 
-    arch/x86/kvm/mmu/tdp_mmu.c:kvm_tdp_mmu_map(): tables are linked on the way down, a leaf above the
-    level is split, a table at the level is torn down.
+    gfn, pfn: of the 4K page accessed. goal: level wanted, 1 to 3; a table there is torn down, a leaf above is split.
+    writable: of host and slot. access: Flag.WRITE, Flag.EXEC; none if nobody waits for the page (`prefetch`). device:
+    no RAM.
     """
     f = stage2_format(m)
-    table = stage2_table(m, f, (root >> U3) + (gfn >> U27 & U511), U(4))
-    if table == NONE:
-        return MAP_NO_MEMORY, False
-    slot = table + (gfn >> U18 & U511)
-    if level == U3:
-        outcome, was_table, dropped = set_stage2_leaf(m, f, slot, U3, pfn)
-        return outcome, was_table
-    table2 = stage2_table(m, f, slot, U3)
-    if table2 == NONE:
-        return MAP_NO_MEMORY, False
-    slot = table2 + (gfn >> U9 & U511)
-    if level == U2:
-        outcome, was_table, dropped = set_stage2_leaf(m, f, slot, U2, pfn)
-        if outcome == MAP_FIXED:
-            count_below(m.counts, table2, 1 - dropped)
-        return outcome, was_table
-    table1 = stage2_table(m, f, slot, U2)
-    if table1 == NONE:
-        return MAP_NO_MEMORY, False
-    outcome, was_table, dropped = set_stage2_leaf(m, f, table1 + (gfn & U511), U1, pfn)
-    if outcome == MAP_FIXED:
-        count_below(m.counts, table1, 1)
-        count_below(m.counts, table2, 1)
-    return outcome, was_table
+    state = m.state
+    disallowed = access & EXEC != U0 and nx_huge_pages(state, f)
+    slot, level, middle = slot_for(m, f, root, gfn, goal, disallowed)
+    if slot == NONE:
+        return np.int64(-ENOMEM), level
+    old = m.ram[slot]
+    value = make_spte(state, f, level, pfn, writable, prefetch, device)
+    gained = np.int64(1)
+    if is_present(state, f, old):
+        if is_leaf(state, f, old, level):
+            return changed_leaf(m, slot, gfn, value, access), level
+        gained -= free_stage2_below(m, f, old, level)
+        charge_one(m, TLB_FLUSH_VM)
+    m.ram[slot] = value
+    count_leaf(m, slot, level, middle, gained)
+    change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
+    charge_one(m, SPTE_WRITTEN)
+    return np.int64(RET_PF_FIXED), level
+
+
+@outlined
+def map_mmio(m, root, gfn, generation):
+    """Cache that a guest frame has no slot, in a 4K entry: RET_PF_EMULATE, or -ENOMEM for want of a table."""
+    f = stage2_format(m)
+    slot, _, _ = slot_for(m, f, root, gfn, U1, False)
+    if slot == NONE:
+        return np.int64(-ENOMEM)
+    if not is_present(m.state, f, m.ram[slot]):
+        m.ram[slot] = make_mmio_spte(m.state, f, gfn, generation)
+        charge_one(m, SPTE_WRITTEN)
+    return np.int64(RET_PF_EMULATE)
+
+
+# --------------------------------------------------------------------------- zapping
 
 
 @kernel

@@ -38,7 +38,7 @@ I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
-I_VMAS = U(17)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
+I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
 I_WORDS = 24
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -214,7 +214,6 @@ V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_UNFLUSHED = U(6)  # leaves dropped since the last flush of the VM
 V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
-V_ORDINARY = U(8)  # 1: it has or had slots of a process's memory
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it

@@ -180,10 +180,10 @@ def test_free_pages_whose_count_is_1_are_free() -> None:
     assert machine.check() == 0, machine.broken
 
 
-@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
-def test_pieces_become_the_page_that_they_were(series: str) -> None:
+@pytest.mark.parametrize("split_form", ["rfc2", "jan2026"])
+def test_pieces_become_the_page_that_they_were(split_form: str) -> None:
     """Pieces of a 1G page are no 2M page, pieces of 512 pages of 2M no 1G page."""
-    machine = machine_of(0, other_pool=W.PAGE_1G, hvo=False, series=series)
+    machine = machine_of(0, other_pool=W.PAGE_1G, hvo=False, split_form=split_form)
     head = machine.hugetlb(W.PAGE_1G).allocate().detail
     split = {"op": Operation.FOLIO_SPLIT, "address": head << 12}
     merge = {"op": Operation.FOLIO_MERGE, "address": head << 12}

@@ -22,7 +22,7 @@ from pgemu_kernels.words.events import Event, Gauge
 M2 = W.PAGE_2M
 G1 = W.PAGE_1G
 PAGE = W.PAGE_4K
-SERIES = ["rfc2", "jan2026"]
+SPLIT_FORMS = ["rfc2", "jan2026"]
 KERNELS = ["6.12", "6.18", "7.3"]
 FRAME = 0x000F_FFFF_FFFF_F000
 READ_WRITE = 0x8000_0000_0000_0163
@@ -54,7 +54,7 @@ class Pool:
 
     def __init__(self, page_size: int = M2, pages: int = 1, **parameters: Any) -> None:
         self.machine = Machine(Config(pool=pages * page_size, page_size=page_size, **parameters))
-        self.order = self.machine.config.order
+        self.order = self.machine.config.page_order
         self.machine.arrays.state[W.R_COUNTER_ROW] = W.STATS_COUNTERS
         self.base = self.machine.register(W.R_POOL_BASE)
         for page in range(pages):
@@ -128,7 +128,7 @@ TOTALS = [
 
 
 @pytest.mark.parametrize(
-    ("page_size", "series", "split", "merge"),
+    ("page_size", "split_form", "split", "merge"),
     [
         (M2, "rfc2", [511, 12_264, 1 + 512, 9, 0, 1, 7, 0], [511, 12_264, 512 + 1, 0, 9, 0, 0, 7]),
         (M2, "jan2026", [511, 22_484, 512, 8, 0, 0, 7, 0], [511, 12_264, 1, 0, 8, 0, 0, 7]),
@@ -138,9 +138,9 @@ TOTALS = [
          [262_143, 6_291_432, 1, 0, 4161, 0, 0, 4095]),
     ],
 )  # fmt: skip
-def test_totals(page_size: int, series: str, split: list[int], merge: list[int]) -> None:
+def test_totals(page_size: int, split_form: str, split: list[int], merge: list[int]) -> None:
     """Counted by hand from the posted code; 4095 restored pages are 16,773,120 bytes copied."""
-    machine, gmem = make(page_size, series=series)
+    machine, gmem = make(page_size, split_form=split_form)
     before = np.array(counted(machine, *TOTALS))
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
     assert gmem.convert(0, PAGE, shared=True).status == 0
@@ -160,16 +160,16 @@ def test_totals(page_size: int, series: str, split: list[int], merge: list[int])
     assert machine.check() == 0
 
 
-@pytest.mark.parametrize(("series", "nodes"), [("rfc2", 9), ("jan2026", 8)])
-def test_seven_nodes_share_a_frame(series: str, nodes: int) -> None:
+@pytest.mark.parametrize(("split_form", "nodes"), [("rfc2", 9), ("jan2026", 8)])
+def test_seven_nodes_share_a_frame(split_form: str, nodes: int) -> None:
     """Five split blocks take the frames that their nodes fill, and one for the stashes."""
-    machine, gmem = make(pages=5, series=series)
+    machine, gmem = make(pages=5, split_form=split_form)
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
     for split in [*range(1, 6), *range(4, -1, -1)]:
         shared = machine.statistics.gauge(Gauge.XARRAY_NODES) < split * nodes
         block = split - 1 if shared else split
         assert gmem.convert(block * M2, PAGE, shared=shared).status == 0
-        frames = 7 * split + -(-split * nodes // 7) + (series == "rfc2" and split > 0)
+        frames = 7 * split + -(-split * nodes // 7) + (split_form == "rfc2" and split > 0)
         assert machine.statistics.gauge(Gauge.FRAMES_USED) == used + frames
         assert machine.statistics.gauge(Gauge.XARRAY_NODES) == split * nodes
         assert machine.check() == 0
@@ -194,11 +194,11 @@ def furnish(pool: Pool) -> None:
         pool.word(head + 3, 2)[0] = SUBPOOL
 
 
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_words_of_a_split(kernel: str, series: str) -> None:
+def test_words_of_a_split(kernel: str, split_form: str) -> None:
     """Every word of every page: what is stored by either form, and what it leaves alone."""
-    pool = Pool(kernel=kernel, series=series)
+    pool = Pool(kernel=kernel, split_form=split_form)
     furnish(pool)
     before = pool.words()
     assert pool.call(SPLIT, index=5 << 9) == 0
@@ -206,7 +206,7 @@ def test_words_of_a_split(kernel: str, series: str) -> None:
     head = before[0]
     flags = head[0] & ~HEAD
     assert found[0] == [
-        flags, head[1], head[2], 0, head[4] if series == "rfc2" else 5 << 9, head[5] & ~(1 << 4), IDLE, MEMCG
+        flags, head[1], head[2], 0, head[4] if split_form == "rfc2" else 5 << 9, head[5] & ~(1 << 4), IDLE, MEMCG
     ]  # fmt: skip
     reset = {"6.12": 3, "6.18": 4, "7.3": 0}[kernel]
     for page in range(1, 512):
@@ -215,7 +215,7 @@ def test_words_of_a_split(kernel: str, series: str) -> None:
         source = page if page < 64 or kernel == "7.3" else slot + reset if slot < reset else slot
         _, _, lru, _, index, private, _, memcg = before[source]
         poisoned = HWPOISON if source == 5 else 0
-        if series == "rfc2":  # outside a page cache nothing but flags, mapping and compound_head is stored
+        if split_form == "rfc2":  # outside a page cache nothing but flags, mapping and compound_head is stored
             if page == 1:  # folio->_nr_pages
                 index, memcg = (0, memcg) if kernel == "6.12" else (index, 0)
             expected = [flags, 0, lru, 0, index, private, IDLE, memcg]
@@ -229,11 +229,11 @@ def test_words_of_a_split(kernel: str, series: str) -> None:
     assert pool.gauge(Gauge.XARRAY_NODES) == 0
 
 
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_words_of_a_merge(kernel: str, series: str) -> None:
+def test_words_of_a_merge(kernel: str, split_form: str) -> None:
     """As before the split, but for words that no form puts back: index, and memcg_data in the later one."""
-    pool = Pool(kernel=kernel, series=series)
+    pool = Pool(kernel=kernel, split_form=split_form)
     furnish(pool)
     before = pool.words()
     entries = pool.entries()
@@ -260,11 +260,11 @@ def test_words_of_a_merge(kernel: str, series: str) -> None:
         assert pool.entries()[1:] == entries[1:]  # the shared tail page
 
 
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("kernel", ["6.18", "7.3"])
-def test_words_in_the_page_cache(kernel: str, series: str) -> None:
+def test_words_in_the_page_cache(kernel: str, split_form: str) -> None:
     """Of an inode: mapping and index of every page, one reference, and PG_uptodate for all or page by page."""
-    machine, gmem = make(pages=2, kernel=kernel, series=series)
+    machine, gmem = make(pages=2, kernel=kernel, split_form=split_form)
     head = gmem.pfn(M2)
     assert head is not None
     mapping = int(machine.struct_page(head)[3])
@@ -279,7 +279,7 @@ def test_words_in_the_page_cache(kernel: str, series: str) -> None:
     assert machine.struct_page(head).tolist()[3:5] == [mapping, 512]
     assert machine.struct_page(head).tolist()[6] == 512 << 32 | HUGETLB
 
-    machine, gmem = make(kernel=kernel, series=series, zero="page")
+    machine, gmem = make(kernel=kernel, split_form=split_form, zero="page")
     head = gmem.pfn(0)
     assert head is not None
     bits = int(machine.arrays.state[machine.register(W.R_ZEROED_ROWS)])
@@ -292,10 +292,10 @@ def test_words_in_the_page_cache(kernel: str, series: str) -> None:
     assert int(machine.struct_page(head)[0]) & UPTODATE == 0
 
 
-@pytest.mark.parametrize("series", SERIES)
-def test_stale_references_of_tails_are_overwritten(series: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_stale_references_of_tails_are_overwritten(split_form: str) -> None:
     """7.3's boot allocator leaves a refcount of 1 in the tails of 1G pages, and every restored page is their copy."""
-    pool = Pool(kernel="7.3", series=series)
+    pool = Pool(kernel="7.3", split_form=split_form)
     pool.word(pool.head(0) + 63, 6)[0] = IDLE
     assert pool.call(SPLIT) == 0
     assert {words[6] for words in pool.words()} == {IDLE}
@@ -307,11 +307,11 @@ def test_stale_references_of_tails_are_overwritten(series: str) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_writing_once_leaves_the_same_bytes(kernel: str, series: str, seed: int) -> None:
+def test_writing_once_leaves_the_same_bytes(kernel: str, split_form: str, seed: int) -> None:
     """restore() and then a rewrite in place, or both at once: all of memory, the registers and counters are equal."""
-    pools = [Pool(pages=2, kernel=kernel, series=series, seed=seed) for _ in range(2)]
+    pools = [Pool(pages=2, kernel=kernel, split_form=split_form, seed=seed) for _ in range(2)]
     for pool, split in zip(pools, (SPLIT, PLAIN_SPLIT), strict=True):
         furnish(pool)
         assert pool.call(SPLIT, 1) == 0  # so that the stash has its frame
@@ -383,7 +383,7 @@ def test_rfc2_fails_where_memory_ends(kernel: str, frames: int) -> None:
     that a page keeps when it leaves the page cache.
     """
     used = make(kernel=kernel)[0].statistics.gauge(Gauge.FRAMES_USED)
-    machine, gmem = make(kernel=kernel, frames=used + frames, series="rfc2")
+    machine, gmem = make(kernel=kernel, frames=used + frames, split_form="rfc2")
     head = gmem.pfn(0)
     assert head is not None
     words, entries, gauges = state_of(machine, head)
@@ -418,10 +418,10 @@ def test_rfc2_fails_where_memory_ends(kernel: str, frames: int) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rfc2_rolled_back_without_a_frame_for_the_head_page(kernel: str) -> None:
     """Another block keeps the stash's frame and leaves five nodes: page 256 fails, and 7.1 on cannot optimise again."""
-    machine, gmem = make(pages=2, kernel=kernel, series="rfc2")
+    machine, gmem = make(pages=2, kernel=kernel, split_form="rfc2")
     assert gmem.convert(0, PAGE, shared=True).status == 0
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
-    machine, gmem = make(pages=2, kernel=kernel, series="rfc2", frames=used + 7)
+    machine, gmem = make(pages=2, kernel=kernel, split_form="rfc2", frames=used + 7)
     assert gmem.convert(0, PAGE, shared=True).status == 0
     assert machine.register(W.R_NODE_SLOTS) == 5
     head = gmem.pfn(M2)
@@ -448,10 +448,10 @@ def test_rfc2_rolled_back_without_a_frame_for_the_head_page(kernel: str) -> None
 
 
 @pytest.mark.parametrize("busy", [0, 63, 300, 511])
-@pytest.mark.parametrize("series", SERIES)
-def test_somebody_else_holds_it(series: str, busy: int) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_somebody_else_holds_it(split_form: str, busy: int) -> None:
     """-EBUSY, one FREEZE_SPIN, and not a word is different."""
-    pool = Pool(series=series)
+    pool = Pool(split_form=split_form)
     furnish(pool)
     pool.word(pool.head(0), 6)[0] += np.uint64(1 << 32)
     for what, pfn in ((SPLIT, 0), (MERGE, busy)):
@@ -467,16 +467,16 @@ def test_somebody_else_holds_it(series: str, busy: int) -> None:
             pool.word(pool.head(0) + busy, 6)[0] += np.uint64(1 << 32)
 
 
-@pytest.mark.parametrize("series", SERIES)
-def test_pieces_held_past_the_end_keep_the_stash_but_no_node(series: str) -> None:
-    machine, gmem = make(series=series)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_pieces_held_past_the_end_keep_the_stash_but_no_node(split_form: str) -> None:
+    machine, gmem = make(split_form=split_form)
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
     assert gmem.convert(0, PAGE, shared=True).status == 0
     pfn = gmem.get_reference(PAGE).detail
     assert gmem.close().status == 0
     assert machine.statistics.gauge(Gauge.BLOCKS_ZOMBIE) == 1
     assert machine.statistics.gauge(Gauge.XARRAY_NODES) == 0
-    assert machine.register(W.R_STASHED) == (64 if series == "rfc2" else 0)
+    assert machine.register(W.R_STASHED) == (64 if split_form == "rfc2" else 0)
     assert machine.check() == 0
     assert machine.operate(W.Operation.PUT, address=pfn * PAGE).status == 0
     assert machine.statistics.gauge(Gauge.POOL_FREE) == 1
@@ -486,5 +486,5 @@ def test_pieces_held_past_the_end_keep_the_stash_but_no_node(series: str) -> Non
 
 
 def test_series_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="series 'rfc1': expected one of rfc2, jan2026"):
-        Config(series="rfc1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="split form 'rfc1': expected one of rfc2, jan2026"):
+        Config(split_form="rfc1")  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ class Scene:
 
 def without_memory(order: str, page: int, **parameters: Any) -> Scene:
     """Private 2M pages that the guest has mapped; in one a page becomes shared without memory for the vmemmap."""
-    s = Scene("restructure", shared=False, convert_order=order, **parameters)
+    s = Scene("restructure", shared=False, order=order, **parameters)
     for block in range(4):
         assert s.vm.touch(block * M2) == (W.RET_PF_FIXED, 2)
     s.machine.limit_frames(3)  # seven vmemmap pages are wanted
@@ -103,7 +103,7 @@ def test_rollback_never_ends_at_index_zero() -> None:
     # The invalidate_lock stays taken and the invalidation in progress: nobody gets on.
     assert s.gmem.convert(2 * M2, PAGE, shared=True).status == -W.EBUSY
     assert s.gmem.punch_hole(2 * M2, M2).status == -W.EBUSY
-    stepped = Scene("restructure", shared=False, convert_order="rfc2", defects=("rollback-at-zero",))
+    stepped = Scene("restructure", shared=False, order="rfc2", defects=("rollback-at-zero",))
     stepped.vm.touch(0)
     stepped.machine.limit_frames(3)
     stepped.begin_convert(A, 5, 1, shared=True)
@@ -179,7 +179,7 @@ def test_mapping_order_rounded_down() -> None:
 
 def shared_page_in_a_batch(order: str, **parameters: Any) -> tuple[int, int]:
     """A shared 4K page that was just faulted becomes private."""
-    s = Scene("restructure", shared=True, size=M2, page_size=PAGE, convert_order=order, **parameters)
+    s = Scene("restructure", shared=True, size=M2, page_size=PAGE, order=order, **parameters)
     s.process.touch(VA + 5 * PAGE, write=True)
     result = tuple(s.gmem.convert(0, 16 * PAGE, shared=False))
     s.sound()
@@ -204,7 +204,7 @@ def test_lru_caches_are_drained_or_avoided() -> None:
 
 def test_lru_references_after_a_split_page_by_page() -> None:
     """RFC v2 would insert 512 pages with folio_add_lru(): the last 16 (512 = 16 * 31 + 16) stay in the batch."""
-    s = Scene("restructure", shared=True, size=M2, series="rfc2", convert_order="rfc2", lru_cache=True)
+    s = Scene("restructure", shared=True, size=M2, split_form="rfc2", order="rfc2", lru_cache=True)
     s.process.touch(VA)
     assert s.gmem.convert(0, 16 * PAGE, shared=False) == (0, 0)
     assert s.gmem.convert(490 * PAGE, 22 * PAGE, shared=False) == (-W.EAGAIN, 496 * PAGE)

@@ -422,7 +422,7 @@ def test_dirty_logging_of_a_released_slot_changes_nothing() -> None:
     assert vm.bind(gmem, 0).status == 0
     assert vm.dirty_logging(0, True).status == 0
     assert vm.touch(0).detail == 1
-    assert gmem.release(vm).status == 0
+    assert vm.release(gmem).status == 0
     assert [vm.dirty_logging(0, on).status for on in (False, True, False)] == [0, 0, 0]
     assert machine.check() == 0, machine.broken
 

@@ -18,7 +18,7 @@ from pgemu_kernels.words.operations import Flag, Operation
 M2 = W.PAGE_2M
 PAGE = W.PAGE_4K
 VA = 0x7F00_0000_0000
-BOTH_SERIES = ("jan2026", "rfc2")
+SPLIT_FORMS = ("jan2026", "rfc2")
 GUESTMEM_HUGETLB = 0xF900_0000
 NO_MAPCOUNT = 0xFFFF_FFFF
 
@@ -205,11 +205,11 @@ def test_a_hole_that_leaves_pfnmaps_entries(keeps: bool) -> None:
 # --------------------------------------------------------------------------- zombies
 
 
-@pytest.mark.parametrize("series", BOTH_SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("worker", ["immediate", "queued"])
-def test_close_with_pinning(series: str, worker: str) -> None:
+def test_close_with_pinning(split_form: str, worker: str) -> None:
     """A page is pinned when the inode goes and unpinned later: the 2M page is back after the worker ran."""
-    scene = Scene("restructure", pages=2, shared=True, series=series, worker=worker)
+    scene = Scene("restructure", pages=2, shared=True, split_form=split_form, worker=worker)
     assert scene.process.touch(VA + M2 + 5 * PAGE).status == W.VM_FAULT_LOCKED
     assert scene.process.pin(VA + M2 + 5 * PAGE, PAGE, pin=3) == (0, 1)
     pfn = scene.gmem.pfn(M2 + 5 * PAGE)
@@ -218,7 +218,7 @@ def test_close_with_pinning(series: str, worker: str) -> None:
     assert scene.gauge(Gauge.BLOCKS_ZOMBIE) == 1
     assert scene.gmem.outstanding(M2) == 1
     assert scene.pool() == (1, 1)  # the page that is out is the subpool's: its reservation stays for it
-    assert scene.counts(pfn) == (1024, GUESTMEM_HUGETLB if series == "rfc2" else NO_MAPCOUNT)
+    assert scene.counts(pfn) == (1024, GUESTMEM_HUGETLB if split_form == "rfc2" else NO_MAPCOUNT)
     with pytest.raises(OSError, match="reserve"):
         scene.machine.create_guest_memfd(2 * M2)
     scene.sound()
@@ -237,10 +237,10 @@ def test_close_with_pinning(series: str, worker: str) -> None:
     scene.sound()
 
 
-@pytest.mark.parametrize(("series", "deferred"), [("jan2026", 0), ("rfc2", 1)])
-def test_eviction_of_a_split_block_that_nobody_holds(series: str, deferred: int) -> None:
+@pytest.mark.parametrize(("split_form", "deferred"), [("jan2026", 0), ("rfc2", 1)])
+def test_eviction_of_a_split_block_that_nobody_holds(split_form: str, deferred: int) -> None:
     """rfc2 truncates every piece by itself and has the worker merge them; later series merge at once."""
-    scene = Scene("restructure", series=series, worker="queued")
+    scene = Scene("restructure", split_form=split_form, worker="queued")
     scene.vm.touch(0)
     scene.vm.touch(M2)
     scene.gmem.convert(0, PAGE, shared=True)
@@ -257,11 +257,11 @@ def test_eviction_of_a_split_block_that_nobody_holds(series: str, deferred: int)
     scene.sound()
 
 
-@pytest.mark.parametrize("series", BOTH_SERIES)
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("worker", ["immediate", "queued"])
-def test_pieces_put_one_by_one(series: str, worker: str) -> None:
+def test_pieces_put_one_by_one(split_form: str, worker: str) -> None:
     """All 512 pieces are held past the end, page 8 twice: the block is back with the 513th put, and the worker."""
-    scene = Scene("restructure", pages=1, shared=True, series=series, worker=worker)
+    scene = Scene("restructure", pages=1, shared=True, split_form=split_form, worker=worker)
     scene.process.touch(VA)
     offsets = np.append(np.arange(512, dtype=np.uint64), np.uint64(8)) << np.uint64(12)
     held = scene.gmem.get_reference_many(offsets)
@@ -287,7 +287,7 @@ def test_pieces_put_one_by_one(series: str, worker: str) -> None:
 def test_a_zombies_frame_is_no_one_elses() -> None:
     """While a piece is held, another inode never gets the zombie's frame; and the dead inode keeps its reservation of
     the block that it never used: a subpool goes with its last page (mm/hugetlb.c:unlock_or_release_subpool())."""
-    scene = Scene("restructure", pages=2, spare=1, series="rfc2")
+    scene = Scene("restructure", pages=2, spare=1, split_form="rfc2")
     scene.gmem.convert(0, PAGE, shared=True)
     scene.process.touch(VA)
     pfn = scene.gmem.get_reference(0).detail
@@ -371,7 +371,7 @@ def test_a_released_file(design: str, punch: str) -> None:
     for address in (0, M2):
         assert vm.touch(address).detail == second.touch(address).detail == 2
     pfn = gmem.pfn(0)
-    assert gmem.release(vm).status == 0
+    assert vm.release(gmem).status == 0
     assert (vm.leaves()[1], second.leaves()[1]) == (0, 2)
     for flags in (0, Flag.PRIVATE, Flag.SHARED, Flag.WRITE):
         status = machine.operate(Operation.GUEST_FAULT, flags=flags, vm=vm.vm, address=PAGE).status
@@ -379,7 +379,7 @@ def test_a_released_file(design: str, punch: str) -> None:
     assert second.touch(0).status == W.RET_PF_SPURIOUS
     assert gmem.pfn(0) == pfn
     assert vm.bind(gmem, M2, length=M2).status == -W.EEXIST  # the slot has these guest frames
-    assert gmem.release(vm).status == -W.EBADF
+    assert vm.release(gmem).status == -W.EBADF
     assert vm.bind(gmem, 1 << 30).status == 0  # a new file
     assert vm.touch(1 << 30).status == W.RET_PF_FIXED
     assert gmem.convert(0, PAGE, shared=True).status == 0
@@ -390,11 +390,11 @@ def test_a_released_file(design: str, punch: str) -> None:
     assert vm.bind(gmem, 0).status == 0  # in a row that a released slot had
     assert vm.touch(M2).status == W.RET_PF_FIXED
     scene.sound()
-    assert gmem.release(vm).status == gmem.release(second).status == 0
+    assert vm.release(gmem).status == second.release(gmem).status == 0
     assert gmem.close().status == 0
     assert scene.pool() == (2, 0)
     assert vm.touch(0).status == W.RET_PF_EMULATE  # the slots went with the VMM
-    assert gmem.release(vm).status == -W.EBADF
+    assert vm.release(gmem).status == -W.EBADF
     scene.sound()
 
 
@@ -416,7 +416,7 @@ def test_release_against_a_fault_and_a_conversion(design: str) -> None:
     machine.begin(1, Operation.GUEST_FAULT, vm=scene.vm.vm, address=0)
     for _ in range(3 if design == "restructure" else 2):  # lock, folio (, put)
         assert machine.step(1) == W.GO
-    assert scene.gmem.release(scene.vm).status == 0
+    assert scene.vm.release(scene.gmem).status == 0
     assert machine.step(1) == W.STOP
     assert machine.result(1).status == W.RET_PF_RETRY
     assert scene.vm.touch(0).status == -W.EFAULT

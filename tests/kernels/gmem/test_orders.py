@@ -35,7 +35,7 @@ class Scene:
     def __init__(
         self, design: str = "restructure", *, shared: bool = False, order: str = "jan2026", **more: Any
     ) -> None:
-        config = {"pool": BLOCKS * M2, "page_size": M2, "convert_order": order} | more
+        config = {"pool": BLOCKS * M2, "page_size": M2, "order": order} | more
         self.machine = Machine(Config(design, **config))  # type: ignore[arg-type]
         self.gmem: GuestMemfd = self.machine.create_guest_memfd(BLOCKS * M2, shared=shared)
         self.processes: list[AddressSpace] = [self.machine.create_process() for _ in range(2)]
@@ -162,16 +162,16 @@ CASES: dict[str, tuple[Callable[[Scene], None], Arguments]] = {
 
 VARIANTS: dict[str, Arguments] = {
     **{order: {"order": order} for order in ORDERS},
-    **{f"{order}, by block": {"order": order, "convert_batch": "block"} for order in ORDERS},
+    **{f"{order}, by block": {"order": order, "batch": "block"} for order in ORDERS},
     **{f"{order}, lazily": {"order": order, "merge": "lazy"} for order in ORDERS},
-    "rfc2, series rfc2": {"order": "rfc2", "series": "rfc2", "kernel": "6.12"},
-    "fixup, flushes batched": {"order": "fixup", "flush": "batched", "convert_batch": "block"},
-    "rfc2, flushes batched": {"order": "rfc2", "flush": "batched", "series": "rfc2"},
-    "jan2026, 6.12": {"kernel": "6.12", "merge": "lazy", "convert_batch": "block"},
+    "rfc2, split form rfc2": {"order": "rfc2", "split_form": "rfc2", "kernel": "6.12"},
+    "fixup, flushes batched": {"order": "fixup", "flush": "batched", "batch": "block"},
+    "rfc2, flushes batched": {"order": "rfc2", "flush": "batched", "split_form": "rfc2"},
+    "jan2026, 6.12": {"kernel": "6.12", "merge": "lazy", "batch": "block"},
     "rfc2, by page": {"order": "rfc2", "zero": "page", "rounded_zap_drops_both_kinds": False, "hvo": False},
     "fixup, one kind zapped": {"order": "fixup", "rounded_zap_drops_both_kinds": False, "notifier": False},
     "slides": {"design": "pfnmap", "order": "rfc2"},
-    "slides, by block": {"design": "pfnmap", "convert_batch": "block", "kernel": "6.12"},
+    "slides, by block": {"design": "pfnmap", "batch": "block", "kernel": "6.12"},
     "slides, flushes batched": {"design": "pfnmap", "flush": "batched", "defects": ("insert-unlocked",)},
 }
 
@@ -245,14 +245,14 @@ def operations(order: int, blocks: int, count: int, seed: int) -> list[Arguments
 @pytest.mark.parametrize(("design", "more", "count"), [
     ("restructure", {}, 400),
     ("pfnmap", {}, 400),
-    ("restructure", {"kernel": "6.12", "series": "rfc2", "zero": "page", "frames": 60}, 300),
+    ("restructure", {"kernel": "6.12", "split_form": "rfc2", "zero": "page", "frames": 60}, 300),
     ("restructure", {"page_size": W.PAGE_1G, "pool": 2 * W.PAGE_1G}, 60),
     ("pfnmap", {"page_size": W.PAGE_1G, "pool": 2 * W.PAGE_1G}, 60),
 ])  # fmt: skip
 def test_with_defaults_this_entry_does_what_the_fast_loops_do(design: str, more: Arguments, count: int) -> None:
     fast, full = (Machine(Config(design, **{"pool": BLOCKS * M2, "page_size": M2} | more)) for _ in range(2))
     full.arrays.state[W.R_FULL] = 1
-    order, blocks = fast.config.order, fast.config.pool_pages
+    order, blocks = fast.config.page_order, fast.config.pool_pages
     for machine in (fast, full):
         gmem = machine.create_guest_memfd(machine.config.pool)
         for _ in range(2):
@@ -423,7 +423,7 @@ def test_eagain_leaves_everything_shared_and_split(order: str, notifier: bool, l
 def test_one_huge_page_at_a_time_keeps_what_was_done() -> None:
     """The unit of block 1 fails: block 0 is private and stays so, block 2 was not begun."""
     for order in ORDERS:
-        scene = all_shared(order, convert_batch="block")
+        scene = all_shared(order, batch="block")
         assert scene.gmem.get_reference(700 * PAGE).status == 0
         assert scene.convert(0, 1536, shared=False) == (-W.EAGAIN, 700)
         assert scene.shared(0, 511, 512, 1024) == [False, False, True, True]
@@ -509,7 +509,7 @@ def test_batched_flushes(order: str) -> None:
     kinds = (Event.TLB_FLUSH_MM, Event.TLB_FLUSH_VM, Event.TLB_FLUSH_KERNEL)
     machines = []
     for flush in ("each", "batched"):
-        scene = private_and_used(order, flush=flush, convert_batch="block")
+        scene = private_and_used(order, flush=flush, batch="block")
         before = [scene.event(kind) for kind in kinds]
         assert scene.convert(0, 2048, shared=True) == (0, 0)
         flushes[flush] = [scene.event(kind) - n for kind, n in zip(kinds, before, strict=True)]
@@ -534,8 +534,8 @@ def test_in_place_conversion_off_is_enotty() -> None:
 
 def test_next4k_is_for_4k_pages() -> None:
     with pytest.raises(ValueError, match="next4k"):
-        Config("restructure", convert_order="next4k")
-    Config("pfnmap", convert_order="next4k")  # has an order of its own
+        Config("restructure", order="next4k")
+    Config("pfnmap", order="next4k")  # has an order of its own
 
 
 # --------------------------------------------------------------------------- named defects
@@ -737,7 +737,7 @@ def test_many_actors_leave_a_sound_machine(variant: str) -> None:
 def test_the_same_steps_give_the_same_machine() -> None:
     machines = []
     for _ in range(2):
-        scene = Scene(order="rfc2", convert_batch="block", series="rfc2")
+        scene = Scene(order="rfc2", batch="block", split_form="rfc2")
         Actors(scene, seed=7).run(60)
         machines.append(scene.machine)
     assert_same(*machines)

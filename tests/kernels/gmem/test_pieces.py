@@ -22,7 +22,7 @@ PAGE, M2, G1 = W.PAGE_4K, W.PAGE_2M, W.PAGE_1G
 BASE = 1 << 40  # where the process maps the inode
 TOUCHED = 3  # the piece that most tests touch
 KERNELS = ["6.12", "6.18", "7.3"]
-SERIES = ["rfc2", "jan2026"]
+SPLIT_FORMS = ["rfc2", "jan2026"]
 
 
 def make(blocks: int = 1, *, shared: bool = False, **parameters: Any) -> tuple[Machine, GuestMemfd, Vm, AddressSpace]:
@@ -70,10 +70,10 @@ def check_folios(machine: Machine, gmem: GuestMemfd, split: set[int]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("series", SERIES)
-def test_one_page(kernel: str, series: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_one_page(kernel: str, split_form: str) -> None:
     """One 4K page shared and private again: vmemmap pages, nodes, levels and struct pages."""
-    machine, gmem, vm, process = make(kernel=kernel, series=series)
+    machine, gmem, vm, process = make(kernel=kernel, split_form=split_form)
     assert vm.touch(0).detail == 3
     frames = gauge(machine, Gauge.FRAMES_USED) + (kernel == "7.3")  # its shared tail page of 2M pages stays
     pages = gauge(machine, Gauge.VMEMMAP_PAGES) + (kernel == "7.3")
@@ -180,10 +180,10 @@ def test_gate_names_the_folio() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("series", SERIES)
-def test_without_memory(kernel: str, series: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_without_memory(kernel: str, split_form: str) -> None:
     """1G -> 2M needs 4095 frames and the nodes', 2M -> 4K seven and two; what was split stays, and can be freed."""
-    machine, gmem, vm, _ = make(kernel=kernel, series=series)
+    machine, gmem, vm, _ = make(kernel=kernel, split_form=split_form)
     assert vm.touch(0).detail == 3
     leave_frames(machine, 4095)
     assert gmem.convert(0, PAGE, shared=True) == (-W.ENOMEM, 0)
@@ -213,10 +213,10 @@ def test_without_memory(kernel: str, series: str) -> None:
     assert machine.check() == 0
 
 
-@pytest.mark.parametrize("series", SERIES)
-def test_end_of_life(series: str) -> None:
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+def test_end_of_life(split_form: str) -> None:
     """A hole over a held piece is refused; a closed inode's block is a zombie until its last folio is put."""
-    machine, gmem, vm, process = make(2, series=series)
+    machine, gmem, vm, process = make(2, split_form=split_form)
     assert vm.touch(0).detail == vm.touch(G1).detail == 3
     assert gmem.convert(G1, PAGE, shared=True).status == 0
     assert process.touch(BASE + G1).status == W.VM_FAULT_LOCKED
@@ -242,7 +242,9 @@ def test_end_of_life(series: str) -> None:
 def test_random(seed: int) -> None:
     """Conversions of 4K to 4M and faults: the pieces split are those with shared pages, the levels follow."""
     chance = random.Random(seed)
-    machine, gmem, vm, process = make(series=SERIES[seed], kernel=KERNELS[seed + 1], zero=("folio", "page")[seed])
+    machine, gmem, vm, process = make(
+        split_form=SPLIT_FORMS[seed], kernel=KERNELS[seed + 1], zero=("folio", "page")[seed]
+    )
     shared: set[int] = set()
     assert vm.touch(0).detail == 3
     pages = [piece * 512 + page for piece in (0, 1, 2, 511) for page in (0, 1, 77, 511)]

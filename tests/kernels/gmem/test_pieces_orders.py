@@ -24,12 +24,12 @@ SPOTS = (0, 3, 511, 512, 600, 1023, 1024, PAGES - 1, PAGES, PAGES + 1, PAGES + 7
 
 Arguments = dict[str, Any]
 VARIANTS: dict[str, Arguments] = {
-    **{order: {"convert_order": order} for order in ORDERS},
-    **{f"{order}, by block": {"convert_order": order, "convert_batch": "block", "hvo": False} for order in ORDERS},
-    **{f"{order}, lazily": {"convert_order": order, "merge": "lazy", "worker": "queued"} for order in ORDERS},
-    "rfc2, series rfc2": {"convert_order": "rfc2", "series": "rfc2", "kernel": "6.12", "lru_cache": True},
-    "fixup, series rfc2": {"convert_order": "fixup", "series": "rfc2", "worker": "queued", "zero": "page"},
-    "jan2026, 6.12": {"kernel": "6.12", "merge": "lazy", "convert_batch": "block", "flush": "batched"},
+    **{order: {"order": order} for order in ORDERS},
+    **{f"{order}, by block": {"order": order, "batch": "block", "hvo": False} for order in ORDERS},
+    **{f"{order}, lazily": {"order": order, "merge": "lazy", "worker": "queued"} for order in ORDERS},
+    "rfc2, split form rfc2": {"order": "rfc2", "split_form": "rfc2", "kernel": "6.12", "lru_cache": True},
+    "fixup, split form rfc2": {"order": "fixup", "split_form": "rfc2", "worker": "queued", "zero": "page"},
+    "jan2026, 6.12": {"kernel": "6.12", "merge": "lazy", "batch": "block", "flush": "batched"},
 }
 
 
@@ -222,7 +222,7 @@ def test_many_actors_leave_a_sound_machine(variant: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_last_page_merges_the_piece_and_the_block(order: str) -> None:
     """fixup merges before it stores, and looks at what will be."""
-    scene = Scene(convert_order=order)
+    scene = Scene(order=order)
     mixed(scene)
     assert (scene.gauge(Gauge.BLOCKS_PARTLY), scene.split()) == (1, 2)
     assert scene.convert(3, 6, shared=False) == (0, 0)  # all but the last
@@ -237,7 +237,7 @@ def test_the_last_page_merges_the_piece_and_the_block(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_lazily(order: str) -> None:
     """A private piece waits for the worker though its block has shared pages; the block counts once."""
-    scene = Scene(convert_order=order, merge="lazy")
+    scene = Scene(order=order, merge="lazy")
     mixed(scene)
     assert scene.convert(0, 512, shared=False) == (0, 0)
     assert (scene.gauge(Gauge.WORK_PENDING), scene.split()) == (1, 2)
@@ -264,7 +264,7 @@ def test_lazily(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_failing_folio(order: str) -> None:
     """-EBUSY and -ENOMEM name the 2M piece; rfc2 merges again what it split."""
-    scene = Scene(convert_order=order)
+    scene = Scene(order=order)
     held(scene)
     assert scene.convert(300, 500, shared=True) == (-W.EBUSY, 512)
     assert scene.convert(514, 2, shared=True) == (-W.EBUSY, 512 if order == "rfc2" else 514)
@@ -277,8 +277,8 @@ def test_failing_folio(order: str) -> None:
 
 
 def test_batches_hold_the_pages_of_a_split_piece() -> None:
-    """Series rfc2: 512 pages go through the batches of 31; what the last one holds keeps the piece from merging."""
-    scene = Scene(convert_order="rfc2", series="rfc2", kernel="6.12", lru_cache=True)
+    """Split form rfc2: 512 pages go through the batches of 31; what the last one holds keeps the piece from merging."""
+    scene = Scene(order="rfc2", split_form="rfc2", kernel="6.12", lru_cache=True)
     assert scene.vm.touch(0).detail == 3
     assert scene.convert(0, 1, shared=True) == (0, 0)
     assert scene.gauge(Gauge.PAGES_LRU_CACHED) == 512 % 31
@@ -297,10 +297,10 @@ def test_batches_hold_the_pages_of_a_split_piece() -> None:
     scene.sound()
 
 
-@pytest.mark.parametrize("series", ["rfc2", "jan2026"])
-def test_end_of_a_block_with_held_folios(series: str) -> None:
+@pytest.mark.parametrize("split_form", ["rfc2", "jan2026"])
+def test_end_of_a_block_with_held_folios(split_form: str) -> None:
     """A held 2M folio counts 512 pages; pins hold pages; the worker takes the block when it runs."""
-    scene = Scene(series=series, worker="queued")
+    scene = Scene(split_form=split_form, worker="queued")
     mixed(scene)
     assert scene.process.pin(BASE + 3 * PAGE, 2 * PAGE, pin=7) == (0, 2)
     piece = scene.gmem.get_reference(600 * PAGE).detail

@@ -143,7 +143,7 @@ def test_gup_refuses_pfnmap(longterm: bool) -> None:
 @pytest.mark.parametrize("order", ["rfc2", "fixup", "jan2026"])
 @pytest.mark.parametrize("longterm", [False, True])
 def test_pinned_page_refuses_the_conversion_at_its_offset(order: str, longterm: bool) -> None:
-    s = Scene(convert_order=order)
+    s = Scene(order=order)
     assert s.process.pin(VA + 700 * PAGE, 2 * PAGE, pin=0, longterm=longterm) == (0, 2)
     assert s.gmem.convert(M2 // 2, M2, shared=False) == (-W.EAGAIN, 700 * PAGE)
     assert s.gmem.is_shared(700 * PAGE)
@@ -272,7 +272,7 @@ def test_pins_of_many() -> None:
 
 def test_pieces_of_a_split_wait_in_a_batch_of_31() -> None:
     """512 pieces fill 16 batches; the last 16 pieces stay referenced until somebody drains."""
-    s = Scene(shared=False, series="rfc2", lru_cache=True)
+    s = Scene(shared=False, split_form="rfc2", lru_cache=True)
     assert s.process.touch(VA).status == W.VM_FAULT_SIGBUS
     vm = s.machine.create_vm(s.process, protected=True)
     assert vm.bind(s.gmem, 0).status == 0
@@ -301,7 +301,7 @@ def test_pieces_of_a_split_wait_in_a_batch_of_31() -> None:
 
 
 def test_batches_are_per_cpu() -> None:
-    s = Scene(shared=False, series="rfc2", lru_cache=True, host_cpus=2)
+    s = Scene(shared=False, split_form="rfc2", lru_cache=True, host_cpus=2)
     vm = s.machine.create_vm(s.process, protected=True)
     assert vm.bind(s.gmem, 0).status == 0
     vm.touch_many(np.array([0, M2], np.uint64))
@@ -315,7 +315,7 @@ def test_batches_are_per_cpu() -> None:
 
 
 def test_a_batch_keeps_a_closed_inode_s_block_from_the_pool() -> None:
-    s = Scene(shared=False, series="rfc2", lru_cache=True)
+    s = Scene(shared=False, split_form="rfc2", lru_cache=True)
     vm = s.machine.create_vm(s.process, protected=True)
     assert vm.bind(s.gmem, 0).status == 0
     vm.touch(0)

@@ -417,7 +417,7 @@ def test_policies_choose_the_node(page_size: int) -> None:
 
 
 def test_series_rfc2_asks_the_task_only_and_ignores_interleaving() -> None:
-    machine = Machine(Config("restructure", pool=8 * M2, page_size=M2, nodes=2, series="rfc2"))
+    machine = Machine(Config("restructure", pool=8 * M2, page_size=M2, nodes=2, split_form="rfc2"))
     gmem = machine.create_guest_memfd(4 * M2)
     assert gmem.mbind(0, 4 * M2, "bind", [1]).status == 0
     assert machine.set_mempolicy("interleave", [0, 1]).status == 0

@@ -89,7 +89,7 @@ def test_truncation_finds_no_special_entries() -> None:
 
 @pytest.mark.parametrize("batch", ["range", "block"])
 def test_step_by_step_it_does_the_same(batch: str) -> None:
-    parameters = {"convert_batch": batch}
+    parameters = {"batch": batch}
     straight, stepped = scene(**parameters), scene(**parameters)
     for first, pages, shared in ((3, 1, False), (500, 100, False), (0, 1024, True), (9, 600, False)):
         flags = Flag.SHARED if shared else Flag.PRIVATE

@@ -11,10 +11,8 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.events import (
@@ -29,12 +27,10 @@ from pgemu.trace.events import (
     Input,
     event_name,
 )
-from pgemu.trace.source import Source, open_source
+from pgemu.trace.log import NO_VCPU, Log
+from pgemu.trace.source import Match, Source, open_source
 
-__all__ = ("NO_VCPU", "Log", "read")
-
-NO_VCPU = (1 << 64) - 1
-"""vCPU of a guest fault whose line names none (before Linux 6.0)."""
+__all__ = ("read", "sniff")
 
 _WORDS = 10
 _STATE = 9
@@ -48,28 +44,9 @@ _HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty|=> .*)?
 _Handler = Callable[[str, int, int, int], None]
 
 
-@dataclass(frozen=True)
-class Log:
-    """What a log asks for, and how its lines were classified.
-
-    Attributes:
-        source: name of the file
-        rows: uint64[n, 10], one row per input in the order of the file: kind (`Input`), time (ns), task (dense
-            index), line, five words as `Input` says, and 1 where the system call failed; an mmap that returned has
-            the address it returned
-        events: lines that hold an event
-        inputs, outcomes, ignored, unknown: events by name
-        lost: events that the ring buffer dropped
-    """
-
-    source: str
-    rows: npt.NDArray[np.uint64]
-    events: int
-    inputs: Counter[str]
-    outcomes: Counter[str]
-    ignored: Counter[str]
-    unknown: Counter[str]
-    lost: int
+def sniff(head: bytes) -> Match:
+    """Text may be a log: which lines are none is told with their number, by `read`."""
+    return Match.NO if b"\0" in head else Match.POSSIBLE
 
 
 def read(path: str | os.PathLike[str] | Source) -> Log:

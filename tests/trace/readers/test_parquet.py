@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as arrays
 
 from pgemu import workload
 from pgemu.errors import InputError
-from pgemu.trace import GivenSlot, LoweringOptions, Operation, Records, load, parquet
+from pgemu.trace import GivenSlot, LoweringOptions, Operation, Records, load
+from pgemu.trace.readers import parquet
 from pgemu.trace.schema import ACTOR_LIMIT, DTYPES
 
 BOOT = workload.open("tdx-boot")

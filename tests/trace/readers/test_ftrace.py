@@ -10,7 +10,8 @@ from hypothesis import assume, given, strategies as st
 
 from pgemu.errors import InputError
 from pgemu.trace.events import IGNORED, OUTCOMES, Input
-from pgemu.trace.ftrace import NO_VCPU, Log, _Parser, read
+from pgemu.trace.log import NO_VCPU, Log
+from pgemu.trace.readers.ftrace import _Parser, read
 
 FAULT = "kvm_page_fault: vcpu 3 rip 0x10 address 0x0000000000084123 error_code 0x100000006"
 HEAD = "  CPU 3/KVM-61883   [078] .....     5.250001: "

@@ -16,14 +16,16 @@ from pgemu.errors import InputError
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
+from pgemu.trace.source import Match, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ("ROW_GROUP", "iterate", "read", "write")
+__all__ = ("ROW_GROUP", "iterate", "read", "sniff", "write")
 
 ROW_GROUP = 1 << 20
+_MAGIC = b"PAR1"
 _KEY = b"pgemu"
 _VERSION = 1
 
@@ -90,11 +92,21 @@ def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Re
             raise InputError(f"damaged Parquet file ({error})", name) from None
 
 
-def read(path: str | os.PathLike[str]) -> Lowered:
+def sniff(head: bytes) -> Match:
+    """Parquet begins with its name."""
+    return Match.SURE if head.startswith(_MAGIC) else Match.NO
+
+
+def read(path: str | os.PathLike[str] | Source) -> Lowered:
     """Load a trace that `write` stored.
 
     :raises InputError: as `iterate`, or the file does not say where guest memory lies
     """
+    if isinstance(path, Source):
+        path.close()
+        if path.path is None:
+            raise InputError("Parquet cannot be read compressed or from standard input, give its path", path.name)
+        path = path.path
     name = os.fspath(path)
     with _open(name) as file:
         about = _about(file, name)

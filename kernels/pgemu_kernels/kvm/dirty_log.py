@@ -1,0 +1,154 @@
+"""Dirty logging of memory slots over a process's memory.
+
+arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags(), virt/kvm/kvm_main.c:kvm_get_dirty_log_protect().
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U511, pages_of, population
+from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import memslot_row, space_root, vm_row
+from pgemu_kernels.folios.page_cache import cache_find, cache_free, cache_next, cache_store
+from pgemu_kernels.kvm.attributes import is_private
+from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
+from pgemu_kernels.stage2.entries import is_table
+from pgemu_kernels.stage2.tdp_mmu import collapse, split_range, write_protect_page, write_protect_range
+from pgemu_kernels.tables.walker import find_leaf, host_format, is_present, stage2_format, table_of
+from pgemu_kernels.words.operations import EINVAL, ENOENT
+from pgemu_kernels.words.registers import R_MEMSLOTS
+from pgemu_kernels.words.rows import (
+    M_BASE_GFN,
+    M_DIRTY,
+    M_FLAGS,
+    M_HVA,
+    M_ID,
+    M_KIND,
+    M_LIVE,
+    M_PAGES,
+    M_VM,
+    O_DETAIL,
+    O_OBJECT,
+    O_VM,
+    SLOT_IDS,
+    SLOT_LOG_DIRTY_PAGES,
+    SLOT_READ_ONLY,
+    SLOT_USER,
+    V_ROOT,
+    V_SPACE,
+)
+
+U = np.uint64
+
+
+@kernel
+def find_slot_id(state, vm, number):
+    """The row of a VM's slot by userspace's number, or NONE."""
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_KIND] == SLOT_USER:
+            if state[slot + M_ID] == number:
+                return slot
+    return NONE
+
+
+@outlined
+def recover_huge_pages(m, slot):
+    """Dirty logging is off: put large leaves back where host and slot allow them: how many tables went.
+
+    mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()). The host's own leaf decides, and
+    nothing is faulted in.
+    """
+    state = m.state
+    f = stage2_format(m)
+    row = vm_row(state[slot + M_VM])
+    gfn = state[slot + M_BASE_GFN]
+    end = gfn + state[slot + M_PAGES]
+    replaced = np.int64(0)
+    while gfn < end:
+        entry = m.ram[(state[row + V_ROOT] >> U3) + (gfn >> (U9 * U3))]
+        level = U3
+        gone = np.int64(0)
+        if is_present(state, f, entry):
+            while level > U1:
+                spte = table_of(state, f, entry) + (gfn >> (U9 * (level - U1)) & U511)
+                entry = m.ram[spte]
+                if not is_table(state, f, entry, level):
+                    break
+                if gfn & (pages_of(level) - U1) == U0 and recoverable_level(m, row, slot, gfn) >= level:
+                    gone = collapse(m, f, spte, level)
+                    break
+                level -= U1
+        replaced += gone
+        step = pages_of(max(level, U2))
+        gfn = (gfn & ~(step - U1)) + step
+    return replaced
+
+
+@kernel
+def recoverable_level(m, row, slot, gfn):
+    """mmu.c:kvm_mmu_max_mapping_level() for a page that is mapped: the host's leaf as it stands."""
+    state = m.state
+    if from_guest_memfd(state, slot, is_private(m, row, gfn)):
+        return U1
+    address = state[slot + M_HVA] + ((gfn - state[slot + M_BASE_GFN]) << U12)
+    host, level = host_leaf(m, state[row + V_SPACE], address >> U12)
+    return max_level(m, row, slot, gfn, level) if host != NONE else U1
+
+
+@kernel
+def host_leaf(m, space, page):
+    """A process's leaf of a page: its slot or NONE, and its level."""
+    return find_leaf(m, host_format(m), space_root(m.state, space), page)
+
+
+@outlined
+def apply_flags(m, slot, flags):
+    """x86.c:kvm_mmu_slot_apply_flags(): only dirty logging can change, and a read-only slot cannot get dirty."""
+    state = m.state
+    row = vm_row(state[slot + M_VM])
+    root = state[row + V_ROOT]
+    gfn = state[slot + M_BASE_GFN]
+    end = gfn + state[slot + M_PAGES]
+    state[slot + M_FLAGS] = flags
+    if flags & SLOT_LOG_DIRTY_PAGES == U0:
+        cache_free(m, slot + M_DIRTY)
+    if flags & SLOT_READ_ONLY != U0:
+        return
+    if flags & SLOT_LOG_DIRTY_PAGES != U0:
+        split_range(m, root, gfn, end)  # without memory the rest stays large, and write-protected
+        write_protect_range(m, root, gfn, end)
+        charge_one(m, TLB_FLUSH_VM)  # whether anything changed or not
+    else:
+        recover_huge_pages(m, slot)
+
+
+@outlined
+def get_dirty_log(m, op):
+    """KVM_GET_DIRTY_LOG: 0, -EINVAL or -ENOENT; detail is how many pages were dirty.
+
+    The bitmap is cleared, and the pages are write-protected again, with one flush.
+    kvm_main.c:kvm_get_dirty_log_protect().
+    """
+    state = m.state
+    if state[op + O_OBJECT] >= U(SLOT_IDS):
+        return np.int64(-EINVAL)
+    slot = find_slot_id(state, state[op + O_VM], state[op + O_OBJECT])
+    if slot == NONE or state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES == U0:
+        return np.int64(-ENOENT)
+    f = stage2_format(m)
+    root = state[vm_row(state[op + O_VM]) + V_ROOT]
+    index = cache_next(m, state[slot + M_DIRTY], U0)
+    while index != NONE:
+        word = cache_find(m, state[slot + M_DIRTY], index)
+        state[op + O_DETAIL] += population(word)
+        for bit in range(U64):
+            if word >> bit & U1 != U0:
+                write_protect_page(m, f, root, state[slot + M_BASE_GFN] + (index << U6) + bit)
+        cache_store(m, slot + M_DIRTY, index, U0)
+        index = cache_next(m, state[slot + M_DIRTY], index + U1)
+    if state[op + O_DETAIL] != U0:
+        charge_one(m, TLB_FLUSH_VM)
+    return np.int64(0)

@@ -1,0 +1,360 @@
+"""A machine's arrays, registers and running operations; of the objects that stand on them it knows none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from pgemu.machine.boot import allocate, node_word, set_registers
+from pgemu.machine.columns import check_fields, column_of
+from pgemu.machine.config import Config
+from pgemu.machine.physical import PhysicalMemory
+from pgemu.machine.results import Result, Results
+from pgemu.machine.statistics import Statistics
+from pgemu_kernels import words as W
+from pgemu_kernels.engine.handle import Machine as Arrays, describe
+from pgemu_kernels.formats import bits as formats, page_format
+from pgemu_kernels.formats.page_format import PageFormat
+from pgemu_kernels.words.operations import Operation
+
+__all__ = ("Columns", "Core")
+
+Array = np.ndarray[Any, Any]
+NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
+
+
+class Columns(Protocol):
+    """Operations as the columns of `Core.run_columns`: pgemu.trace.schema.Records."""
+
+    @property
+    def actor(self) -> Array: ...
+    @property
+    def object(self) -> Array: ...
+    @property
+    def address(self) -> Array: ...
+    @property
+    def offset(self) -> Array: ...
+    @property
+    def length(self) -> Array: ...
+    def __len__(self) -> int: ...
+    def header(self) -> Array: ...
+
+
+@dataclass(eq=False)
+class Core:
+    """What pgemu.Machine creates its objects on, and what they hold of it.
+
+    Not thread-safe; two machines may run on two threads, kernels release the GIL.
+    """
+
+    config: Config
+    arrays: Arrays = field(init=False, repr=False)
+    descriptor: Array = field(init=False, repr=False)
+    _frames_limit: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.arrays = allocate(self.config)
+        self.descriptor = describe(self.arrays)
+        set_registers(self.config, self.arrays)
+        from pgemu_kernels.folios.boot import MACHINE, provide
+
+        if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
+            raise OSError(W.ENOMEM, f"the vmemmap of {self.config.pool_pages} pages needs more frames")
+        self._frames_limit = self.register(W.R_FRAMES_LIMIT)
+
+    def _prepare_memory(self) -> bool:
+        """The second part of boot, of memory whose struct pages are all there, if any: whether the frames sufficed."""
+        small = self.config.page_order == 0 and self.config.pool
+        if self.config.hvo and not (self.config.buddy or self.config.reserved or small):
+            return True
+        from pgemu_kernels.run.pooling import run_pooling
+
+        nothing = np.zeros(1, np.uint64)
+        columns = (nothing,) * 5
+        return int(run_pooling(self.descriptor, *columns, nothing.view(np.int64), nothing, NONE)) == 0
+
+    def register(self, index: Any) -> int:
+        """A named scalar of the machine (words.R_*)."""
+        return int(self.arrays.state[index])
+
+    # ------------------------------------------------------------------ formats
+
+    def format_row(self, index: int) -> Array:
+        """uint64[F_WORDS]: row `index` of the machine's formats (a view). ValueError for a row that is not in use.
+
+        Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
+        """
+        if not 0 <= index < self.register(W.R_FORMATS):
+            raise ValueError(f"format row {index}: expected 0 to {self.register(W.R_FORMATS) - 1}")
+        begin = int(W.STATE_FORMATS) + index * W.F_WORDS
+        return self.arrays.state[begin : begin + W.F_WORDS]
+
+    def add_format(self, fmt: PageFormat) -> int:
+        """The row of an entry format, added if the machine has none that is equal. ValueError past words.FORMATS."""
+        row = fmt.row()
+        used = self.register(W.R_FORMATS)
+        for index in range(used):
+            if np.array_equal(self.format_row(index), row):
+                return index
+        if used == W.FORMATS:
+            raise ValueError(f"format {fmt.name}: the machine has {W.FORMATS} formats already")
+        self.arrays.state[W.R_FORMATS] = used + 1
+        self.format_row(used)[:] = row
+        return used
+
+    @cached_property
+    def host_format(self) -> PageFormat:
+        """The format of process and kernel page tables."""
+        return self._formats[formats.HOST_X86_64]
+
+    @cached_property
+    def stage2_format(self) -> PageFormat:
+        """The format of VMs' page tables."""
+        return self._formats[self.register(W.R_STAGE2_FORMAT)]
+
+    @property
+    def _formats(self) -> tuple[PageFormat, PageFormat, PageFormat]:
+        return page_format.machine_formats(self.config.kernel, **self.config.format_parameters)
+
+    # ------------------------------------------------------------------ running
+
+    def run(self, records: Columns) -> Results:
+        """Run trace records in order. ValueError for actors beyond words.ACTORS."""
+        if len(records) and int(records.actor.max()) >= W.ACTORS:
+            raise ValueError(f"actor {int(records.actor.max())}: expected less than {W.ACTORS}")
+        columns = (records.object, records.address, records.offset, records.length)
+        return self.run_columns(records.header(), *columns, count=len(records))
+
+    def run_columns(
+        self, header: Any, object_: Any = 0, address: Any = 0, offset: Any = 0, length: Any = 0, *, count: int
+    ) -> Results:
+        """Run `count` operations given as columns: uint64 arrays of `count` elements, or of one for all.
+
+        header: op | flags << 8 | actor << 16 | vm << 32 | space << 48.
+        """
+        columns = [column_of(c, count) for c in (header, object_, address, offset, length)]
+        status = np.empty(count, np.int64)
+        detail = np.empty(count, np.uint64)
+        done = 0
+        while done < count:
+            stopped = self._designs_entry()(self.descriptor, *columns, status, detail, np.uint64(done))
+            done = int(stopped)
+            if done < count:
+                done = int(self._entry(columns, done)(self.descriptor, *columns, status, detail, np.uint64(done)))
+        return Results(status, detail)
+
+    def _designs_entry(self) -> Any:
+        """The entry that runs the designs' operations: the fast loops, or what knows every parameter."""
+        if self.register(W.R_FULL):
+            return _run_designs
+        from pgemu_kernels.run.fast import run
+
+        return run
+
+    def _entry(self, columns: list[Array], i: int) -> Any:
+        """The entry for operation `i`, at which that of the designs stopped; as pgemu_kernels.run.routing has it."""
+        header, object_ = (int(column[i if column.size > 1 else 0]) for column in columns[:2])
+        kind = header & 0xFF
+        if Operation.POOL_RESIZE <= kind <= Operation.VMEMMAP_STORE:
+            from pgemu_kernels.run.pooling import run_pooling
+
+            return run_pooling
+        ordinary = kind <= Operation.REMAP and kind not in (Operation.PIN, Operation.UNPIN)
+        if kind == Operation.ALLOCATE and object_ < self.register(W.R_INODES):
+            row = int(W.STATE_INODES) + object_ * W.I_WORDS
+            ordinary = int(self.arrays.state[row + int(W.I_KIND)]) != int(W.INODE_GUEST_MEMFD)
+        elif kind == Operation.ALLOCATE:
+            ordinary = False
+        elif kind == Operation.PREFAULT:
+            address = int(columns[2][i if columns[2].size > 1 else 0])
+            ordinary = self._is_ordinary_frame(header >> 32 & 0xFFFF, address >> 12)
+        if not ordinary:
+            return _run_designs
+        from pgemu_kernels.run.ordinary import run_ordinary
+
+        return run_ordinary
+
+    def _is_ordinary_frame(self, vm: int, gfn: int) -> bool:
+        """Whether a guest frame is of a slot of a process's memory."""
+        rows = self.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
+        inside = np.uint64(gfn) - rows[:, W.M_BASE_GFN] < rows[:, W.M_PAGES]
+        found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm))
+        return bool(found.size) and int(rows[found[0], W.M_KIND]) != int(W.SLOT_GUEST_MEMFD)
+
+    def operate(
+        self,
+        op: W.Operation,
+        *,
+        flags: int = 0,
+        actor: int = 0,
+        vm: int = 0,
+        space: int = 0,
+        object_: int = 0,
+        address: int = 0,
+        offset: int = 0,
+        length: int = 0,
+    ) -> Result:
+        """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
+        check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+        header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
+        one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
+        head, *columns = one
+        status, detail = self.run_columns(head, *columns, count=1)
+        return Result(int(status[0]), int(detail[0]))
+
+    # ------------------------------------------------------------------ step by step
+
+    def begin(
+        self,
+        actor: int,
+        op: W.Operation,
+        *,
+        flags: int = 0,
+        vm: int = 0,
+        space: int = 0,
+        object_: int = 0,
+        address: int = 0,
+        offset: int = 0,
+        length: int = 0,
+    ) -> None:
+        """Begin an operation of an actor, to be advanced by `step`.
+
+        ValueError where an argument does not fit its column, or while an operation of the actor is under way.
+        """
+        check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+        if self._record(actor, W.O_ACTIVE):
+            raise ValueError(f"actor {actor} is in the middle of an operation")
+        words = {
+            W.O_OP: op, W.O_FLAGS: flags, W.O_ACTOR: actor, W.O_VM: vm, W.O_SPACE: space, W.O_OBJECT: object_,
+            W.O_ADDRESS: address, W.O_OFFSET: offset, W.O_LENGTH: length,
+        }  # fmt: skip
+        row = int(W.STATE_OPS) + actor * W.O_WORDS
+        for word, value in words.items():
+            self.arrays.state[row + int(word)] = value
+        self._step(actor, beginning=True)
+
+    def step(self, actor: int) -> int:
+        """Do the next step of an actor's operation: words.GO, STOP (it ended, see `result`) or BLOCKED.
+
+        ValueError if the actor has no operation under way.
+        """
+        if not self._record(actor, W.O_ACTIVE):
+            raise ValueError(f"actor {actor} has no operation under way")
+        return self._step(actor, beginning=False)
+
+    def _step(self, actor: int, *, beginning: bool) -> int:
+        from pgemu_kernels.run.full import BEGIN, STEP
+
+        return self._call_designs(actor, BEGIN if beginning else STEP)
+
+    def _call_designs(self, actor: int, mode: int) -> int:
+        """designs.run_designs() without columns."""
+        from pgemu_kernels.run.full import run_designs
+
+        nothing = np.zeros(1, np.uint64)
+        columns = (nothing,) * 5
+        return int(
+            run_designs(
+                self.descriptor, *columns, nothing.view(np.int64), nothing, np.uint64(0), np.uint64(actor), mode
+            )
+        )
+
+    def result(self, actor: int) -> Result:
+        """What the operation in an actor's record returned."""
+        status = np.uint64(self._record(actor, W.O_STATUS)).astype(np.int64)
+        return Result(int(status), self._record(actor, W.O_DETAIL))
+
+    def _record(self, actor: int, word: np.uint64) -> int:
+        if not 0 <= actor < W.ACTORS:
+            raise ValueError(f"actor {actor}: expected 0 to {W.ACTORS - 1}")
+        return int(self.arrays.state[int(W.STATE_OPS) + actor * W.O_WORDS + int(word)])
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counters, gauges, results and costs as they stand (a copy)."""
+        return Statistics(self.arrays.stats.copy())
+
+    def check_each(self, on: bool = True) -> None:
+        """Check after every operation what it touched; `broken` tells what was found."""
+        self.arrays.state[W.R_CHECK] = on
+
+    @property
+    def broken(self) -> tuple[int, W.Broken, int]:
+        """(findings, kind of the first one, the page or count it is about)."""
+        first = self.register(W.R_BROKEN_FIRST)
+        return self.register(W.R_BROKEN), W.Broken(first >> 48), first & (1 << 48) - 1
+
+    # ------------------------------------------------------------------ physical memory
+
+    @cached_property
+    def memory(self) -> PhysicalMemory:
+        """What lies at physical addresses, and which frames are in use."""
+        return PhysicalMemory(self.arrays)
+
+    def words(self, address: int, count: int) -> Array:
+        """uint64[count] at a physical address, read-only: of the metadata zone a view, of HugeTLB frames a copy.
+
+        ValueError for an unaligned address or where there is no memory.
+        """
+        return self.memory.words(address, count)
+
+    def load(self, addresses: Array) -> Array:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or where no memory is."""
+        return self.memory.load(addresses)
+
+    def holds(self, addresses: Array) -> Array:
+        """bool[n]: whether there is memory at each physical address (uint64[n], multiples of 8)."""
+        return self.memory.holds(addresses)
+
+    def limit_frames(self, free: int | None) -> None:
+        """Let only `free` more metadata frames be taken before -ENOMEM; frames given back meanwhile add to them.
+
+        None: as configured (Config.frames). A number beyond what was configured changes nothing. ValueError for a
+        negative one. Injection of failures, as fail_page_alloc of mm/fail_page_alloc.c does it.
+        """
+        if free is not None and free < 0:
+            raise ValueError(f"{free} free frames: expected no negative number")
+        limit = self._frames_limit
+        if free is not None:
+            limit = min(limit, int(self.arrays.stats[int(W.STATS_GAUGES) + 2 * W.Gauge.FRAMES_USED]) + free)
+        self.arrays.state[W.R_FRAMES_LIMIT] = limit
+
+    # ------------------------------------------------------------------ contents of guest frames
+
+    def read_frame(self, pfn: int) -> bytes:
+        """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool."""
+        frame = int(self.arrays.counts[self.register(W.R_CONTENTS) + self.guest_frame(pfn)])
+        return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(W.PAGE_4K)
+
+    def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
+        """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
+        from pgemu_kernels.folios.boot import CONTENTS, provide
+
+        if offset < 0 or offset + len(data) > W.PAGE_4K:
+            raise ValueError(f"{len(data)} bytes at {offset}: expected to lie within {W.PAGE_4K}")
+        self.guest_frame(pfn)
+        frame = int(provide(self.descriptor, CONTENTS, np.uint64(pfn)))
+        if frame < 0:
+            raise OSError(-frame, "no frame for the contents")
+        memory = self.arrays.ram[frame * 512 : (frame + 1) * 512].view(np.uint8)
+        memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def guest_frame(self, pfn: int) -> int:
+        """Index in the HugeTLB zone of a frame by its number. ValueError outside the zone."""
+        for number in range(self.config.nodes):
+            base = int(self.arrays.state[node_word(number, W.N_BASE)])
+            if base <= pfn < base + int(self.arrays.state[node_word(number, W.N_PAGES)]):
+                return pfn - self.register(W.R_POOL_BASE)
+        raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
+
+
+def _run_designs(*arguments: Any) -> int:
+    """designs.run_designs() of columns, called as the other entries are."""
+    from pgemu_kernels.run.full import BATCH_MODE, run_designs
+
+    return int(run_designs(*arguments, np.uint64(0), BATCH_MODE))

@@ -1,0 +1,40 @@
+"""Formats of traces: a module each, with `sniff()` and `read()`; this is the one place that asks them.
+
+    def sniff(head: bytes) -> Match    whether a file that begins so, decompressed, is of this format
+    def read(source: Source) -> Log    what it asks for, yet to be laid over guest_memfd; or what is so already: Lowered
+
+Every module of this folder is asked, so none imports at its top what only `read` needs.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from pgemu.errors import InputError
+from pgemu.trace.log import Log
+from pgemu.trace.lowered import Lowered
+from pgemu.trace.source import Match, Source
+
+__all__ = ("read", "readers")
+
+
+def readers() -> Iterator[Any]:
+    """Yield the module of each format."""
+    for found in pkgutil.iter_modules(__path__):
+        yield import_module(f"{__name__}.{found.name}")
+
+
+def read(source: Source) -> Log | Lowered:
+    """Read a trace by the reader that is the surest to know its format.
+
+    :raises InputError: none knows it, or what that reader says of a file that it cannot read
+    """
+    sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
+    if sure is Match.NO:
+        source.close()
+        raise InputError("binary data, expected text of ftrace or trace-cmd, or Parquet", source.name)
+    found: Log | Lowered = reader.read(source)
+    return found

@@ -1,0 +1,77 @@
+"""Which reader a trace gets: by its content, whatever its name and its compression."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pgemu import trace
+from pgemu.errors import InputError
+from pgemu.trace import readers
+from pgemu.trace.log import Log
+from pgemu.trace.source import Match, Source, open_source
+
+LINE = b"CPU 3/KVM-61883 [078] ..... 5.25: kvm_page_fault: vcpu 3 rip 0x10 address 0x84123 error_code 0x100000006\n"
+
+
+def test_every_module_of_the_folder_is_asked() -> None:
+    files = Path(readers.__file__).parent.glob("[a-z]*.py")
+    assert {module.__name__ for module in readers.readers()} == {f"pgemu.trace.readers.{file.stem}" for file in files}
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"# tracer: nop\n", {"ftrace": Match.POSSIBLE, "parquet": Match.NO}),
+        (b"PAR1....", {"ftrace": Match.POSSIBLE, "parquet": Match.SURE}),
+        (b"PAR1\0", {"ftrace": Match.NO, "parquet": Match.SURE}),
+        (b"\x7fELF\0", {"ftrace": Match.NO, "parquet": Match.NO}),
+    ],
+)
+def test_what_a_beginning_looks_like_to_each(head: bytes, expected: dict[str, Match]) -> None:
+    assert {module.__name__.rpartition(".")[2]: module.sniff(head) for module in readers.readers()} == expected
+
+
+def test_the_surest_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"binary\0 log")
+    read: list[Source] = []
+    other = SimpleNamespace(sniff=lambda head: Match.SURE, read=read.append)
+    known = tuple(readers.readers())
+    monkeypatch.setattr(readers, "readers", lambda: (*known, other))
+    readers.read(source := open_source(path))
+    assert read == [source]
+    source.close()
+
+
+def test_a_log_is_told_by_its_lines_and_parquet_by_its_magic(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(LINE.replace(b"5.25:", b"5.250001:"))
+    found = readers.read(open_source(path))
+    assert isinstance(found, Log)
+    assert found.events == 1
+    path.write_bytes(b"PAR1....")
+    with pytest.raises(InputError, match="not a whole Parquet file"):
+        trace.load(path)
+
+
+def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\x7fELF\0\0\0\n")
+    with pytest.raises(InputError, match=r"a\.txt: binary data, expected text of ftrace or trace-cmd, or Parquet"):
+        trace.load(path)
+
+
+def test_parquet_needs_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.xz"
+    path.write_bytes(lzma.compress(b"PAR1...."))
+    with pytest.raises(InputError, match=r"a\.xz: Parquet cannot be read compressed or from standard input"):
+        trace.load(path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"PAR1....")))
+    with pytest.raises(InputError, match="<stdin>: Parquet cannot be read compressed or from standard input"):
+        trace.load("-")
