@@ -47,6 +47,7 @@ from pgemu_kernels.folios.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, page_after
+from pgemu_kernels.folios.page_cache import charge_added, charge_page_freed
 from pgemu_kernels.folios.policy import no_other_node, preferred_node
 from pgemu_kernels.folios.vmemmap import compound_info
 from pgemu_kernels.words.registers import (
@@ -335,8 +336,7 @@ def insert_folio(m, inode, block, index, head):
     state[block + B_STATE] = BLOCK_HUGE
     state[block + B_METADATA] = subpool
     change(m.stats, BLOCKS_HUGE, 1)
-    charge_one(m, PAGE_CACHE_STORED)
-    charge(m, STRUCT_PAGE_BYTES, 28)
+    charge_added(m)
 
 
 @outlined
@@ -381,7 +381,7 @@ def return_to_pool(m, head):
     ram = m.ram
     if m.state[R_ORDER] == U0:
         freed_page(m, head)
-        charge(m, STRUCT_PAGE_BYTES, 36)
+        charge_page_freed(m)
         return
     h = m.state[R_HSTATE]
     page = struct_page(m, head)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U63, U511
-from pgemu_kernels.engine.charge import CACHE_NODES, change
+from pgemu_kernels.engine.charge import CACHE_NODES, PAGE_CACHE_STORED, STRUCT_PAGE_BYTES, change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.formats.bits import ADDRESS
@@ -21,6 +21,19 @@ U = np.uint64
 _ADDRESS = U(ADDRESS)
 _HEIGHT = U(7)
 _MOST = U(7)  # 63 bits of index, more than any page number has
+
+
+@kernel
+def charge_added(m):
+    """A folio joined a page cache: mm/filemap.c:__filemap_add_folio() writes its mapping, index, flags and count."""
+    charge_one(m, PAGE_CACHE_STORED)
+    charge(m, STRUCT_PAGE_BYTES, 28)
+
+
+@kernel
+def charge_page_freed(m):
+    """The last reference of a page went: mm/page_alloc.c:free_pages_prepare() and what led to it."""
+    charge(m, STRUCT_PAGE_BYTES, 36)
 
 
 @kernel

@@ -12,8 +12,6 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import (
     GUEST_FAULT,
     HOST_FAULT,
-    LEAF_WRITTEN,
-    RMAP_CHANGED,
     charge_one,
     result,
 )
@@ -36,13 +34,13 @@ from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.gmem.allocation import (
     allocate,
 )
-from pgemu_kernels.gmem.host_entries import insert as insert_special
+from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot, load_root
-from pgemu_kernels.process.tables import space_row
+from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.tables.walker import count_host_leaf, find_leaf, host_format, host_slot, stage2_format
+from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
@@ -86,7 +84,6 @@ from pgemu_kernels.words.rows import (
     O_STATUS,
     O_VM,
     O_WORDS,
-    S_RSS,
     SLOT_RELEASED,
     STATE_OPS,
     V_ROOT,
@@ -181,15 +178,14 @@ def host_page(m, op):
 
 @kernel
 def map_counted(m, op):
-    """mm/memory.c:finish_fault(), set_pte_range(): an ordinary entry, which keeps the reference: VM_FAULT_*.
+    """Enter the folio by an ordinary entry, which keeps the reference and adds a mapcount: VM_FAULT_*.
 
-    The folio gets a mapcount, the process a page of RssFile: mm_counter_file(). As captured, a read and a write fault
-    on guest_memfd both leave 8..867.
+    As captured, a read and a write fault on guest_memfd both leave 8..867.
     """
     state = m.state
     pfn = state[op + O_PFN]
     page = struct_page(m, pfn)
-    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
+    slot = page_slot(m, state[op + O_SPACE], state[op + O_ADDRESS])
     if slot == NONE:
         add_references(m.ram, page, ~U0)
         return np.int64(VM_FAULT_OOM)
@@ -198,12 +194,8 @@ def map_counted(m, op):
         add_references(m.ram, page, ~U0)
         return np.int64(0)
     leaf = F_LEAF_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_LEAF_4K_RO
-    m.ram[slot] = pfn << U12 | state[host_format(m) + leaf]
     add_mapping(m.ram, page)
-    state[space_row(state[op + O_SPACE]) + S_RSS] += U1
-    count_host_leaf(m, 1)
-    charge_one(m, LEAF_WRITTEN)
-    charge_one(m, RMAP_CHANGED)
+    map_file_page(m, state[op + O_SPACE], slot, pfn << U12 | state[host_format(m) + leaf])
     return np.int64(VM_FAULT_LOCKED)
 
 
@@ -242,8 +234,11 @@ released = full_only(is_released, never_released)
 
 
 @kernel
-def enter_fault(m, op, slot, gfn):
-    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn()."""
+def enter_fault(m, op, slot, gfn, exits):
+    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn().
+
+    `exits`: the guest is there, and exits if there is no leaf; a prefault comes from the VMM.
+    """
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
@@ -254,11 +249,15 @@ def enter_fault(m, op, slot, gfn):
     load_root(state, row)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
+        if exits:
+            charge_one(m, GUEST_FAULT)
         return stop(state, op, RET_PF_RETRY)
     inode = state[slot + M_INODE]
     if not lock_shared(state, op, inode_row(inode)):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
+    if exits:
+        charge_one(m, GUEST_FAULT)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode
@@ -292,10 +291,7 @@ def guest_begin(m, op):
         load_root(state, vm_row(state[op + O_VM]))
         charge_one(m, GUEST_FAULT)
         return stop(state, op, -EFAULT)
-    outcome = enter_fault(m, op, slot, gfn)
-    if outcome == GO or (outcome == STOP and np.int64(state[op + O_STATUS]) == RET_PF_RETRY):
-        charge_one(m, GUEST_FAULT)
-    return outcome
+    return enter_fault(m, op, slot, gfn, True)
 
 
 @step

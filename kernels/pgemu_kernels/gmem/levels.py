@@ -16,6 +16,7 @@ from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
 from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.stage2.entries import is_table
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
@@ -26,7 +27,6 @@ from pgemu_kernels.words.registers import (
     R_DIRTY_LOG_GMEM,
     R_ORDER,
     R_RECOVER_HUGE,
-    R_SPLIT_TO_2M,
     R_VMS,
 )
 from pgemu_kernels.words.rows import (
@@ -61,7 +61,6 @@ _LOG_DIRTY_PAGES = U(Flag.LOG_DIRTY_PAGES)
 # What a machine may have otherwise, and what it is at first: constants in the fast loops.
 defects = parameter(R_DEFECTS, U0)
 dirty_logging = parameter(R_DIRTY_LOG_GMEM, U0)
-split_to_2m = parameter(R_SPLIT_TO_2M, U0)
 
 
 # --------------------------------------------------------------------------- levels
@@ -77,12 +76,6 @@ def page_of_slot(state, slot, gfn):
 def frame_of(m, block, index):
     """The frame of a page of an allocated block."""
     return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
-
-
-@kernel
-def in_pieces(m):
-    """Whether 1G folios are split to 2M folios first (pieces.py)."""
-    return split_to_2m(m) != U0 and m.state[R_ORDER] > U9
 
 
 @kernel

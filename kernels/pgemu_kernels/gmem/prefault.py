@@ -50,7 +50,7 @@ def prefault_begin(m, op):
         return stop(state, op, -EOPNOTSUPP)
     if is_released(m, slot):
         return stop(state, op, -EFAULT)
-    return enter_fault(m, op, slot, gfn)
+    return enter_fault(m, op, slot, gfn, False)
 
 
 @outlined

@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.properties import vma_is_pfnmap
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.process.fault import mm_populate
 from pgemu_kernels.process.munmap import remove_vmas
@@ -14,8 +15,8 @@ from pgemu_kernels.process.pfn import remap_pfn_range
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
 from pgemu_kernels.process.vma import link_vma, merge, new_row, next_vma, reserve
-from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW, PFNMAP, Flag
-from pgemu_kernels.words.registers import R_DESIGN, R_INODES, R_ORDER
+from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW, Flag
+from pgemu_kernels.words.registers import R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
     A_CACHE_BITS,
     A_END,
@@ -153,7 +154,7 @@ def _check_mmap(state, op, kind, length):
 
 
 @kernel
-def _flags_of(state, kind, flags):
+def _flags_of(m, kind, flags):
     """VM_* that a record's flags and the kind of the mapping ask for."""
     bits = U0
     if flags & _SHARED != U0 or kind == VMA_GUEST_MEMFD:
@@ -162,14 +163,15 @@ def _flags_of(state, kind, flags):
         bits |= VM_LOCKED
     if flags & _NORESERVE != U0:
         bits |= VM_NORESERVE
-    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and state[R_DESIGN] == U(PFNMAP)):
+    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and vma_is_pfnmap(m)):
         bits |= VM_PFNMAP
     return bits
 
 
 @kernel
-def _fill_row(state, op, row, kind, length):
+def _fill_row(m, op, row, kind, length):
     """A VMA as the record asks for it, in a row that is empty."""
+    state = m.state
     flags = state[op + O_FLAGS]
     designs = kind == VMA_GUEST_MEMFD
     start = state[op + O_ADDRESS]
@@ -182,7 +184,7 @@ def _fill_row(state, op, row, kind, length):
     state[row + A_KIND] = kind
     state[row + A_PROT] = U0 if designs else protection(flags)
     state[row + A_READ_ONLY] = U1 if read_only else U0
-    state[row + A_FLAGS] = _flags_of(state, kind, flags)
+    state[row + A_FLAGS] = _flags_of(m, kind, flags)
     state[row + A_LIVE] = U1
     if kind != VMA_ANONYMOUS:
         link_vma(state, row)
@@ -263,5 +265,5 @@ def mmap(m, op):
     row = new_row(state)
     if row == NONE:
         return stop(state, op, -ENOMEM)
-    _fill_row(state, op, row, kind, length)
+    _fill_row(m, op, row, kind, length)
     return stop(state, op, _rest_of_mmap(m, op, row))

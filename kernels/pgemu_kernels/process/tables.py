@@ -211,9 +211,9 @@ def flush_mm(m, space):
 
 @kernel
 def _begin(m):
-    m.state[R_GATHER_START] = NONE
+    m.state[R_GATHER_START] = U0
     m.state[R_GATHER_END] = U0
-    m.state[R_GATHER_SHIFT] = U(30)
+    m.state[R_GATHER_SHIFT] = U0
 
 
 @kernel
@@ -230,9 +230,11 @@ def gather(m, address, level):
     state = m.state
     size = size_of(level)
     first = address & ~(size - U1)
-    state[R_GATHER_START] = min(state[R_GATHER_START], first)
+    shift = U12 + U9 * (level - U1)
+    nothing = state[R_GATHER_END] == U0
+    state[R_GATHER_START] = first if nothing else min(state[R_GATHER_START], first)
+    state[R_GATHER_SHIFT] = shift if nothing else min(state[R_GATHER_SHIFT], shift)
     state[R_GATHER_END] = max(state[R_GATHER_END], first + size)
-    state[R_GATHER_SHIFT] = min(state[R_GATHER_SHIFT], U12 + U9 * (level - U1))
 
 
 @outlined

@@ -11,7 +11,7 @@ from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
-from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
+from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
 from pgemu_kernels.process.entries import E_ADDRESS, holds_page, is_table
 from pgemu_kernels.process.tables import below, lookup, size_of
 from pgemu_kernels.stage2.invalidate import notify_unmap
@@ -465,6 +465,7 @@ def drop_page(m, inode, index, word):
     m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
         put_frame(m, word)
+        charge_page_freed(m)
 
 
 @outlined

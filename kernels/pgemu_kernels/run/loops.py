@@ -45,6 +45,8 @@ from pgemu_kernels.words.rows import (
     A_START,
     B_PFN,
     B_STATE,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     I_PAGES,
     I_WORD,
@@ -121,12 +123,14 @@ def prefetch_leaf(m, f, root, page):
 
 @kernel
 def prefetch_page(m, node, index):
-    """Ask for a page's shareability bit and, where folios are split, for its struct page."""
+    """Ask for a page's shareability bit and, where its folio may be one of 4K, for its struct page."""
     state = m.state
     prefetch(m.state, state[node + I_WORD] + (index >> U6))
-    if splits_folios(m):
+    small = state[R_ORDER] == U0
+    if splits_folios(m) or small:
         block = block_row(m, node, index)
-        if m.state[block + B_STATE] == BLOCK_SPLIT:
+        kind = m.state[block + B_STATE]
+        if kind == BLOCK_SPLIT or kind == BLOCK_PARTLY or (small and kind == BLOCK_HUGE):
             prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 

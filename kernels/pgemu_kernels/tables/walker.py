@@ -11,7 +11,6 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511
 from pgemu_kernels.engine.charge import (
     HOST_LEAVES,
-    HOST_TABLES,
     TABLE_PAGE_ALLOCATED,
     TABLE_PAGE_FREED,
     change,
@@ -106,34 +105,6 @@ def new_table(m, f, slot, gauge):
     change(m.stats, gauge, 1)
     charge_one(m, TABLE_PAGE_ALLOCATED)
     return frame << U9
-
-
-@kernel
-def need_table(m, f, slot, gauge):
-    """The table below `slot`, allocated if there is none; NONE without memory. The slot is no leaf."""
-    entry = m.ram[slot]
-    if is_present(m.state, f, entry):
-        return table_of(m.state, f, entry)
-    return new_table(m, f, slot, gauge)
-
-
-@kernel
-def host_slot(m, root, page):
-    """Slot of the 4K entry of a process's page, tables allocated on the way; NONE without memory.
-
-    include/linux/mm.h:get_locked_pte().
-    """
-    f = host_format(m)
-    table = need_table(m, f, (root >> U3) + (page >> U27 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    table = need_table(m, f, table + (page >> U18 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    table = need_table(m, f, table + (page >> U9 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    return table + (page & U511)
 
 
 @kernel

@@ -38,7 +38,7 @@ I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
-I_VMAS = U(17)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
+I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
 I_WORDS = 24
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
