@@ -29,6 +29,7 @@ CHECK_EVERY = 8
 numbers = st.integers(0, 7)
 spots = st.tuples(st.integers(0, 3), st.sampled_from(PAGES_IN_BLOCK))
 lengths = st.sampled_from((1, 1, 1, 2, 4, 256, 512, 513, 1024))
+short = st.sampled_from((0, 0, 0, 1, 4095))  # bytes that a length is short of whole pages: munmap, madvise round up
 
 
 class TwoMegabytes(RuleBasedStateMachine):
@@ -141,23 +142,25 @@ class TwoMegabytes(RuleBasedStateMachine):
 
     @rule(
         number=numbers, space=st.integers(0, 1), address=st.sampled_from(ADDRESSES), spot=spots,
-        length=lengths, read_only=st.booleans(),
+        length=lengths, less=short, read_only=st.booleans(),
     )  # fmt: skip
-    def maps(self, number: int, space: int, address: int, spot: tuple[int, int], length: int, read_only: bool) -> None:
+    def maps(
+        self, number: int, space: int, address: int, spot: tuple[int, int], length: int, less: int, read_only: bool
+    ) -> None:
         inode = self.open_inode(number)
-        self.pair.mmap(space, address, inode, self.index(inode, spot) * PAGE, length * PAGE, read_only)
+        self.pair.mmap(space, address, inode, self.index(inode, spot) * PAGE, length * PAGE - less, read_only)
 
-    @rule(number=numbers, spot=spots, length=lengths)
-    def unmaps(self, number: int, spot: tuple[int, int], length: int) -> None:
+    @rule(number=numbers, spot=spots, length=lengths, less=short)
+    def unmaps(self, number: int, spot: tuple[int, int], length: int, less: int) -> None:
         found = self.page_of(self.pair.model.vmas, number, spot)
         if found is not None:
-            self.pair.munmap(found[0].owner, found[1] * PAGE, length * PAGE)
+            self.pair.munmap(found[0].owner, found[1] * PAGE, length * PAGE - less)
 
-    @rule(number=numbers, spot=spots, length=lengths, madvise=st.booleans())
-    def zaps(self, number: int, spot: tuple[int, int], length: int, madvise: bool) -> None:
+    @rule(number=numbers, spot=spots, length=lengths, less=short, madvise=st.booleans())
+    def zaps(self, number: int, spot: tuple[int, int], length: int, less: int, madvise: bool) -> None:
         found = self.page_of(self.pair.model.vmas, number, spot)
         if found is not None:
-            self.pair.zap(found[0].owner, found[1] * PAGE, length * PAGE, madvise)
+            self.pair.zap(found[0].owner, found[1] * PAGE, length * PAGE - less, madvise)
 
     @rule(number=numbers, vm=st.integers(0, 1), gpa=st.sampled_from(GPAS), spot=spots, length=lengths)
     def binds(self, number: int, vm: int, gpa: int, spot: tuple[int, int], length: int) -> None:

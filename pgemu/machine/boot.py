@@ -10,7 +10,7 @@ import numpy as np
 
 from pgemu import cost
 from pgemu.machine.config import DEFECTS, SERIES
-from pgemu.machine.designs import DESIGNS, row_of
+from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
 from pgemu_kernels.formats import bits as formats, page_format
@@ -121,7 +121,6 @@ def set_registers(config: Config, arrays: Arrays) -> None:
     properties, order = row_of(config.design, config.convert_order)
     registers = {
         W.R_PROPERTIES: properties,
-        W.R_DESIGN: DESIGNS.index(config.design),
         W.R_FRAMES: frames,
         W.R_FRAMES_MASK: frames - 1,
         W.R_FRAMES_LIMIT: limit,

@@ -27,6 +27,7 @@ _ERRNO = {
         "ENOSPC",
         "ERANGE",
         "ENOTTY",
+        "EOVERFLOW",
         "EOPNOTSUPP",
     )
 }

@@ -12,13 +12,14 @@ from model.lifetime import Lifetime
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
-from model.tables import HostTables, Stage2, common, overlap
+from model.tables import HostTables, Stage2, Table, common, overlap
 from pgemu_kernels import words as W
 
 __all__ = ("OK", "PAGE", "PFNMAP", "RESTRUCTURE", "Model", "Outcome")
 
 RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
+TASK_PAGES = (1 << 35) - 1  # TASK_SIZE_MAX: the last page below 2^47 is nobody's
 
 
 class Model(Conversions, References, Lifetime):
@@ -94,28 +95,50 @@ class Model(Conversions, References, Lifetime):
     # ------------------------------------------------------------------ mappings and slots
 
     def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool) -> Outcome:
-        if not self.inodes[inode].open:
-            return Outcome(-W.EBADF)
-        pages = range(address // PAGE, (address + length) // PAGE)
-        if (address | offset | length) % PAGE or not pages:
-            return Outcome(-W.EINVAL)
-        if any(v.owner == space and overlap(v.pages, pages) for v in self.vmas):
-            return Outcome(-W.EEXIST)
+        """do_mmap(), in its order."""
+        pages = range(address // PAGE, address // PAGE + -(-length // PAGE))
+        mine = [v.pages for v in self.vmas if v.owner == space]
+        refusals = (
+            (offset % PAGE != 0, W.EINVAL),
+            (not self.inodes[inode].open, W.EBADF),
+            (not pages, W.EINVAL),
+            (pages.stop > TASK_PAGES, W.ENOMEM),
+            (address % PAGE != 0, W.EINVAL),
+            (any(overlap(other, pages) for other in mine), W.EEXIST),
+            (offset // PAGE + len(pages) >= 1 << 51, W.EOVERFLOW),
+        )
+        for refused, error in refusals:
+            if refused:
+                return Outcome(-error)
         self.vmas.append(Window(space, pages, inode, offset // PAGE, read_only))
         return OK
 
     def munmap(self, space: int, address: int, length: int) -> Outcome:
-        pages = range(address // PAGE, (address + length) // PAGE)
-        if (address | length) % PAGE or not pages:
+        """do_vmi_munmap()."""
+        pages = range(address // PAGE, address // PAGE + -(-length // PAGE))
+        if address % PAGE or not pages or pages.stop > TASK_PAGES:
             return Outcome(-W.EINVAL)
-        parts = [(v, common(v.pages, pages)) for v in self.vmas if v.owner == space]
-        self.remove_vmas([(vma, part) for vma, part in parts if part])
+        for page in (pages.start, pages.stop):
+            for vma in [v for v in self.vmas if v.owner == space and v.pages.start < page < v.pages.stop]:
+                self.split_vma(vma, page)
+        self.remove_vmas([(v, v.pages) for v in self.vmas if v.owner == space and overlap(v.pages, pages)])
         return OK
 
+    def split_vma(self, vma: Window, page: int) -> None:
+        """__split_vma(): VMs lose a 2M block that the VMA held whole, if there is a table for its entry, whatever that
+        is: split_huge_pmd_if_needed()."""
+        block = range(page // 512 * 512, page // 512 * 512 + 512)
+        inside = vma.pages.start <= block.start < page and block.stop <= vma.pages.stop
+        if inside and Table.over(2, page) in self.spaces[vma.owner].tables:
+            self.notify(vma, block)
+        self.vmas.remove(vma)
+        self.vmas += [vma.cut(range(vma.pages.start, page)), vma.cut(range(page, vma.pages.stop))]
+
     def zap(self, space: int, address: int, length: int, madvise: bool) -> Outcome:
-        if (address | length) % PAGE:
+        """madvise_walk_vmas()."""
+        if address % PAGE:
             return Outcome(-W.EINVAL)
-        pages = range(address // PAGE, (address + length) // PAGE)
+        pages = range(address // PAGE, address // PAGE + -(-length // PAGE))
         covered = 0
         for vma in sorted((v for v in self.vmas if v.owner == space), key=lambda v: v.pages.start):
             part = common(vma.pages, pages)

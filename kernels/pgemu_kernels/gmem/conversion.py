@@ -25,7 +25,8 @@ from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.splitting import merge_block, split_block
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
+from pgemu_kernels.process.tables import flush_mm
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
 from pgemu_kernels.words.operations import (
     BLOCKED,
@@ -126,7 +127,9 @@ def no_batches(m, head, pages, cpu):
 
 gate_pieces = full_only(pieces.gate_block, no_piece)
 note_waiting = full_only(pieces.note_waiting, nothing_in_pieces)
+note_touched = full_only(pieces.note_touched, nothing_in_pieces)
 merge_pieces = full_only(pieces.merge_pieces, nothing_in_pieces)
+merge_touched = full_only(pieces.merge_touched, nothing_in_pieces)
 lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
 
 
@@ -141,7 +144,7 @@ def rounding(m):
     return U1 << (U9 if in_pieces(m) else m.state[R_ORDER])
 
 
-@step
+@kernel
 def set_rounded(m, op, start, end):
     """Let the record's rounded range be that of pages [start, end)."""
     state = m.state
@@ -150,20 +153,14 @@ def set_rounded(m, op, start, end):
     state[op + O_ROUND_END] = min((end + inside) & ~inside, state[inode_row(state[op + O_INODE]) + I_PAGES])
 
 
-@step
-def next_unit(m, op):
-    """Let the record's unit be the next one in which something differs: whether there is one."""
+@outlined
+def next_block(m, op):
+    """Let the record's unit be the part of the next huge page in which something differs: whether there is one."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     inside = (U1 << state[R_ORDER]) - U1
     first = state[op + O_END]
     last = state[op + O_RANGE_END]
-    if by_block(m) == U0:  # all of the range at once: prepare() has seen that something differs
-        if first == last:
-            return False
-        state[op + O_END] = last
-        set_rounded(m, op, first, last)
-        return True
     while first < last:
         end = min(last, (first | inside) + U1)
         shared = shared_in_range(m, node, first, end)
@@ -174,6 +171,26 @@ def next_unit(m, op):
             return True
         first = end
     return False
+
+
+@kernel
+def no_block(m, op):
+    """There is one unit."""
+    return False
+
+
+next_unit = full_only(next_block, no_block)
+
+
+@kernel
+def first_unit(m, op):
+    """Let the record's unit be the first one, by default the range, in which prepare() has seen a difference."""
+    state = m.state
+    if by_block(m) != U0:
+        next_unit(m, op)
+    else:
+        state[op + O_END] = state[op + O_RANGE_END]
+        set_rounded(m, op, state[op + O_START], state[op + O_END])
 
 
 @kernel
@@ -192,7 +209,7 @@ def arguments(m, op):
     return status
 
 
-@step
+@kernel
 def prepare(m, op):
     """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done, preallocate, and
     choose the first unit. BLOCKED (-EBUSY) where the lock is held.
@@ -227,7 +244,7 @@ def prepare(m, op):
     state[op + O_END] = start
     state[op + O_RANGE_START] = start
     state[op + O_RANGE_END] = end
-    next_unit(m, op)
+    first_unit(m, op)
     return GO
 
 
@@ -251,19 +268,20 @@ def none_owed(m):
 pay_flushes = full_only(flush_owed, none_owed)
 
 
-@step
+@kernel
 def leave(m, op):
     """Unlock, with what the record says as the result; the checked range is all of the conversion's."""
     state = m.state
     if flush_batched(m) != U0:
         state[R_FLUSHES_HELD] = U0
         pay_flushes(m)
-    set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
+    if by_block(m) != U0:
+        set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
     unlock(state, op, inode_row(state[op + O_INODE]))
     return STOP
 
 
-@kernel
+@step
 def fail(m, op, status, index):
     """End a conversion with an error at a page: its offset is max(start of the unit, page), or the page's."""
     state = m.state
@@ -272,21 +290,35 @@ def fail(m, op, status, index):
     return leave(m, op)
 
 
-@step
-def finish(m, op):
-    """The unit is done: GO with the next one, or unlock and STOP. Blocks that became shared need no merge any more."""
+@outlined
+def drop_waiting(m, op):
+    """Blocks of the unit that became shared need no merge any more."""
     state = m.state
     node = inode_row(state[op + O_INODE])
-    if merge_lazy(m) != U0 and state[op + O_TO_PRIVATE] == U0:
-        first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
-        while first < state[op + O_END]:
-            block = block_row(m, node, first)
-            if m.state[block + B_STATE] == BLOCK_PARTLY:
-                note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
-            else:
-                stop_waiting(m, block)
-            first += U1 << state[R_ORDER]
-    if next_unit(m, op):
+    first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
+    while first < state[op + O_END]:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] != BLOCK_PARTLY:
+            stop_waiting(m, block)
+        elif m.state[block + B_WAITS] != U0:
+            note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
+        first += U1 << state[R_ORDER]
+
+
+@kernel
+def none_waits(m, op):
+    """No merge is put off."""
+
+
+stop_waiting_for_unit = full_only(drop_waiting, none_waits)
+
+
+@kernel
+def finish(m, op):
+    """The unit is done: GO with the next one, or unlock and STOP."""
+    if merge_lazy(m) != U0 and m.state[op + O_TO_PRIVATE] == U0:
+        stop_waiting_for_unit(m, op)
+    if by_block(m) != U0 and next_unit(m, op):
         return GO
     return leave(m, op)
 
@@ -298,7 +330,7 @@ def finish(m, op):
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
     return GO
 
 
@@ -331,7 +363,7 @@ def never_idle_4k(m, page):
 idle_4k = full_only(is_idle_4k, never_idle_4k)
 
 
-@step
+@kernel
 def busy_4k(m, head, start, end):
     """The first of the 4K folios [start, end) of a split block that is not idle, else `end`."""
     ram = m.ram
@@ -372,7 +404,7 @@ def busy_folio(m, node, start, end):
     return NONE
 
 
-@step
+@kernel
 def gate(m, op):
     """To private: every folio of the unit must be idle, else -EAGAIN with the failing offset."""
     busy = busy_folio(m, inode_row(m.state[op + O_INODE]), m.state[op + O_START], m.state[op + O_END])
@@ -384,7 +416,7 @@ def gate(m, op):
 # --------------------------------------------------------------------------- stage 2
 
 
-@step
+@kernel
 def invalidate_begin(m, op):
     """Begin the invalidation of the rounded unit in every VM bound to it."""
     state = m.state
@@ -420,7 +452,7 @@ def zap_kind(m, op, start, end):
         flush_vms(m)
 
 
-@step
+@kernel
 def zap(m, op):
     """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
     state = m.state
@@ -430,7 +462,7 @@ def zap(m, op):
     return GO
 
 
-@step
+@kernel
 def invalidate_end(m, op):
     """End it."""
     state = m.state
@@ -438,14 +470,14 @@ def invalidate_end(m, op):
     return GO
 
 
-@step
+@kernel
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
     store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
     charge_one(m, ATTRIBUTES_STORED)
 
 
-@step
+@kernel
 def store(m, op):
     """Record the unit's new shareability; cannot fail, for nodes were preallocated."""
     state = m.state
@@ -456,7 +488,7 @@ def store(m, op):
 # --------------------------------------------------------------------------- split and merge
 
 
-@step
+@kernel
 def add_to_lru(m, op, head, pages):
     """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
     if m.state[R_SERIES] == SERIES_RFC2:
@@ -500,7 +532,7 @@ split_any_pieces = full_only(split_pieces, none_split)
 first_unsplit = full_only(first_unsplit_page, whole_block)
 
 
-@step
+@kernel
 def split_one(m, op, node, first, start, end):
     """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
 
@@ -553,7 +585,7 @@ def leave_split(m, node, first, end):
         first += U1 << m.state[R_ORDER]
 
 
-@step
+@kernel
 def split(m, op):
     """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
 
@@ -597,9 +629,9 @@ def merge_blocks(m, op, start, end, besides):
             shared -= shared_in_range(m, node, low, high)
         if m.state[block + B_STATE] == BLOCK_PARTLY:
             if merge_lazy(m) != U0:
-                note_waiting(m, node, block, first, low, high)
+                note_touched(m, node, block, first, low, high)
             else:
-                merge_pieces(m, node, block, first, low, high)
+                merge_touched(m, node, block, first, low, high)
         elif is_split(m, block) and shared == U0:
             if merge_lazy(m) != U0:
                 start_waiting(m, block)
@@ -608,14 +640,14 @@ def merge_blocks(m, op, start, end, besides):
         first += pages
 
 
-@step
+@kernel
 def merge(m, op):
     """To private, after the store: merge every touched block that holds no shared page any more."""
     merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
     return GO
 
 
-@step
+@kernel
 def merge_early(m, op):
     """The same before the store (fixup)."""
     merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
@@ -709,7 +741,7 @@ def zap_item(m, op):
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
-    unmap_everywhere(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
+    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

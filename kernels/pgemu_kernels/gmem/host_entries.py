@@ -16,8 +16,8 @@ from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
 from pgemu_kernels.formats.bits import LARGE
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.process.tables import lookup, need_slot
-from pgemu_kernels.tables.walker import host_format, next_host_table
+from pgemu_kernels.process.tables import level1_table, lookup, need_slot
+from pgemu_kernels.tables.walker import host_format
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
 from pgemu_kernels.words.registers import R_HOST_HUGE, R_ORDER
 from pgemu_kernels.words.rows import (
@@ -45,7 +45,7 @@ host_huge = parameter(R_HOST_HUGE, U0)
 def page_slot(m, space, address):
     """Slot of the 4K entry of an address, tables allocated on the way; NONE without memory. get_locked_pte()"""
     page = address >> U12
-    table, _ = next_host_table(m, host_format(m), space_root(m.state, space), page)
+    table, _ = level1_table(m, space_root(m.state, space), page)
     return need_slot(m, space, address, U1) if table == NONE else table + index_at(page, U1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.gmem.conversion import (
     begin_items,
@@ -85,7 +85,7 @@ SLIDES = (to_private(unmap_host), invalidate_begin, zap, store, invalidate_end)
 rfc2, fixup, jan2026, next4k, slides = (straight(row) for row in (RFC2, FIXUP, JAN2026, NEXT4K, SLIDES))
 
 
-@outlined
+@kernel
 def posted(m, op):
     """A unit in any order but the slides'."""
     order = m.state[R_CONVERT_ORDER]
@@ -109,7 +109,7 @@ def unit(m, op):
     return by_order(m, op)
 
 
-@step
+@kernel
 def convert(m, op):
     """A whole conversion, unit after unit."""
     if prepare(m, op) != GO:

@@ -107,6 +107,7 @@ from pgemu_kernels.words.rows import (
     B_PFN,
     B_PIECES,
     B_STATE,
+    B_WAITS,
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_ZOMBIE,
@@ -385,6 +386,41 @@ def merge_pieces(m, node, block, first, start, end):
         merge_whole(m, node, block, first, True, False)
     if m.state[block + B_STATE] == BLOCK_PARTLY:
         note_waiting(m, node, block, first, start, end)
+
+
+@outlined
+def merge_touched(m, node, block, first, start, end):
+    """merge_pieces() after pages [start, end) of the block, and no others, became private.
+
+    Unless the block waits no piece elsewhere can be merged: it waits as long as one can.
+    """
+    if m.state[block + B_WAITS] != U0:
+        merge_pieces(m, node, block, first, start, end)
+        return
+    stays = False
+    for index in range(start & ~(PAGES - U1), end, PAGES):
+        if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
+            if merge_piece(m, node, block, index, True) != 0:
+                charge_one(m, FREEZE_SPIN)
+                stays = True
+    private = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    if private and not any_piece_split(m, block):
+        merge_whole(m, node, block, first, True, False)
+    if m.state[block + B_STATE] == BLOCK_PARTLY and (stays or private):
+        start_waiting(m, block)
+
+
+@outlined
+def note_touched(m, node, block, first, start, end):
+    """note_waiting() after pages [start, end) of the block, and no others, became private."""
+    waits = m.state[block + B_WAITS] != U0 or shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    index = start & ~(PAGES - U1)
+    while index < end and not waits:
+        split = is_piece_split(m, block, index) != U0
+        waits = split and shared_besides(m, node, index, PAGES, start, end) == U0
+        index += PAGES
+    if waits:
+        start_waiting(m, block)
 
 
 @outlined

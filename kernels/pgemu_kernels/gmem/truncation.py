@@ -18,7 +18,6 @@ from pgemu_kernels.engine.rows import (
     range_arguments,
     stop,
     unlock,
-    vma_row,
 )
 from pgemu_kernels.folios.folio import mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
@@ -28,8 +27,8 @@ from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.gmem_slots import delete_slot
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_everywhere
-from pgemu_kernels.process.gmem_mappings import unmap_vma
+from pgemu_kernels.process.munmap import unmap_inode
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import (
     begin_range,
     end_range,
@@ -49,12 +48,8 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_PUNCH_REFUSES,
     R_SERIES,
-    R_VMAS,
 )
 from pgemu_kernels.words.rows import (
-    A_INODE,
-    A_LIVE,
-    A_SPACE,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -146,7 +141,7 @@ def truncate_block(m, inode, index):
     kind = m.state[block + B_STATE]
     small = kind == BLOCK_HUGE and state[R_ORDER] == U0
     if is_in_parts(kind) or (small and mappings(m.ram, struct_page(m, m.state[block + B_PFN])) != U0):
-        unmap_everywhere(m, inode, index, index + (U1 << state[R_ORDER]))
+        unmap_mapping_range(m, inode, index, index + (U1 << state[R_ORDER]))
     if is_in_parts(kind) and make_whole(m, node, block, index) != 0:
         return np.int64(-EAGAIN)
     if m.state[block + B_STATE] == BLOCK_HUGE:
@@ -246,7 +241,7 @@ def punch(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     if holes_unmap(m) and defects(m) & _KEEPS_ENTRIES == U0:
-        unmap_everywhere(m, inode, start, end)
+        unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
     zap_range(m, inode, start, end)
     flush_vms(m)
@@ -314,14 +309,10 @@ def release(m, op):
 
 
 @kernel
-def unmap_inode(m, inode):
+def leave_inode(m, inode):
     """exit_mmap() of the inode's mappings, and its memory slots, released ones too."""
     state = m.state
-    for i in range(state[R_VMAS]):
-        row = vma_row(i)
-        if state[row + A_LIVE] != U0 and state[row + A_INODE] == inode:
-            unmap_vma(m, row)
-            flush_mm(m, state[row + A_SPACE])
+    unmap_inode(m, inode)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
@@ -353,7 +344,7 @@ def close(m, op):
     node = inode_row(inode)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    unmap_inode(m, inode)
+    leave_inode(m, inode)
     forget_policies(m, inode, U0, ALL)
     for block in range(state[node + I_BLOCKS]):
         evict_block(m, inode, block << state[R_ORDER])

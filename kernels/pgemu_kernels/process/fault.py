@@ -10,11 +10,11 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
 from pgemu_kernels.process.anonymous import anonymous_fault
 from pgemu_kernels.process.entries import E_ACCESSED, E_DIRTY, E_WRITE, access_allowed, frame_of, holds_page
-from pgemu_kernels.process.gmem_entries import next_vma
 from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
 from pgemu_kernels.process.hugetlb import hugetlb_fault
 from pgemu_kernels.process.pfn import pfn_fault
 from pgemu_kernels.process.tables import lookup, size_of, space_row
+from pgemu_kernels.process.vma import next_vma
 from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV, Flag
 from pgemu_kernels.words.rows import (
     A_END,

@@ -10,7 +10,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.process.entries import E_ADDRESS
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.process.vma import RESERVED, drop_page, release_inode
-from pgemu_kernels.process.zapping import unmap_file_range
+from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.notifier import notify_inode
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP
 from pgemu_kernels.words.rows import (
@@ -63,7 +63,7 @@ def punch_hole(m, op):
     last = min(last, state[node + I_PAGES])
     if first >= last:
         return stop(state, op, 0)
-    unmap_file_range(m, inode, first, last)
+    unmap_mapping_range(m, inode, first, last)
     if kind == INODE_GUEST_MEMFD_4K:
         notify_inode(m, inode, first, last)
     order = state[node + I_ORDER]
@@ -131,7 +131,7 @@ def set_revoked(m, op, revoked):
         return stop(state, op, -EINVAL)
     if revoked:
         state[node + I_FLAGS] |= INODE_REVOKED
-        unmap_file_range(m, state[op + O_OBJECT], U0, state[node + I_PAGES])
+        unmap_mapping_range(m, state[op + O_OBJECT], U0, state[node + I_PAGES])
     else:
         state[node + I_FLAGS] &= ~INODE_REVOKED
     return stop(state, op, 0)

@@ -28,7 +28,6 @@ from pgemu_kernels.process.entries import (
     holds_page,
     protect_from_writes,
 )
-from pgemu_kernels.process.gmem_entries import next_vma
 from pgemu_kernels.process.tables import (
     free_tables,
     gather,
@@ -39,11 +38,20 @@ from pgemu_kernels.process.tables import (
     size_of,
     space_row,
 )
-from pgemu_kernels.process.vma import clone_anon_vma, close_vma, huge_order, is_shared_mapping, new_row
-from pgemu_kernels.process.zapping import zap_range
+from pgemu_kernels.process.vma import (
+    clone_anon_vma,
+    close_vma,
+    holds_file,
+    huge_order,
+    is_shared_mapping,
+    link_vma,
+    new_row,
+    next_vma,
+)
+from pgemu_kernels.process.zapping import zap_vma
 from pgemu_kernels.stage2.notifier import notify_range
-from pgemu_kernels.words.operations import EAGAIN, ENOMEM, PFNMAP
-from pgemu_kernels.words.registers import R_DESIGN, R_PTI, R_SPACES, R_VMAS
+from pgemu_kernels.words.operations import EAGAIN, ENOMEM
+from pgemu_kernels.words.registers import R_PTI, R_SPACES, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_END,
@@ -72,7 +80,6 @@ from pgemu_kernels.words.rows import (
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_ANONYMOUS,
-    VMA_GUEST_MEMFD,
     VMA_HUGETLB,
 )
 
@@ -146,8 +153,7 @@ def _copied(m, row, slot):
     """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
     state = m.state
     entry = m.ram[slot]
-    # The designs' mappings are shared ones, without the flag.
-    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_KIND] != VMA_GUEST_MEMFD:
+    if state[row + A_FLAGS] & VM_SHARED == U0:
         if entry & E_SPECIAL == U0:
             frame = frame_of(entry)
             m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
@@ -242,9 +248,6 @@ def _copy_huge(m, row, child):
 @kernel
 def _needs_copy(state, row):
     """mm/memory.c:vma_needs_copy(): what the child could not fault in for itself."""
-    kind = state[row + A_KIND]
-    if kind == VMA_GUEST_MEMFD:
-        return state[R_DESIGN] == U(PFNMAP)
     return state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_ANON_VMA] != U0
 
 
@@ -260,15 +263,16 @@ def _copy_vma(m, row, space):
     state[child + A_SPACE] = space
     state[child + A_FLAGS] &= ~(VM_LOCKED | VM_RESERVATION_OWNER)
     state[child + A_RESERVED] = U0
-    kind = state[row + A_KIND]
-    if kind != VMA_ANONYMOUS and kind != VMA_GUEST_MEMFD:
+    if holds_file(state, row):
         state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        link_vma(state, child)
     clone_anon_vma(state, child)
     if not _needs_copy(state, row):
         return np.int64(0)
-    if not is_shared_mapping(state, row) and kind != VMA_GUEST_MEMFD:
+    if not is_shared_mapping(state, row):
         notify_range(m, state[row + A_SPACE], state[row + A_START], state[row + A_END])
-    if kind == VMA_HUGETLB:
+    if state[row + A_KIND] == VMA_HUGETLB:
         return _copy_huge(m, row, child)
     return _copy_small(m, row, child)
 
@@ -289,11 +293,11 @@ def fork(m, op):
         if row == NONE:
             break
         if _copy_vma(m, row, space) != 0:
-            gather_flush(m)
+            gather_flush(m, parent)
             end_process(m, space)
             return stop(state, op, -ENOMEM)
         address = state[row + A_END]
-    gather_flush(m)
+    gather_flush(m, parent)
     state[op + O_DETAIL] = space
     return stop(state, op, 0)
 
@@ -308,10 +312,10 @@ def end_process(m, space):
     for i in range(state[R_VMAS]):
         vma = vma_row(i)
         if state[vma + A_LIVE] != U0 and state[vma + A_SPACE] == space:
-            zap_range(m, vma, state[vma + A_START], state[vma + A_END], True)
+            zap_vma(m, vma, state[vma + A_START], state[vma + A_END], True)
             close_vma(m, vma)
     free_tables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
-    gather_flush(m)
+    gather_flush(m, space)
     put_frame(m, state[row + S_ROOT] >> U12)
     change(m.stats, HOST_TABLES, -1)
     if state[row + S_USER_ROOT] != U0:

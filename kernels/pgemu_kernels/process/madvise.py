@@ -5,24 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U4095
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import madvise_populate, mm_populate
-from pgemu_kernels.process.gmem_entries import next_vma, unmap_vma_range
-from pgemu_kernels.process.record import protection, rounded
+from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup, need_slot, reclaim_level1_tables, size_of
-from pgemu_kernels.process.vma import cut, merge, prepare_anon_vma
-from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, gather_owed, zap_range
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, PFNMAP, Flag
-from pgemu_kernels.words.registers import (
-    R_DESIGN,
-    R_DONTNEED_FREES_TABLES,
-    R_DONTNEED_PFNMAP,
-    R_GUARDS,
-    R_HOST_HUGE,
-    R_VMAS,
-)
+from pgemu_kernels.process.vma import cut, merge, next_vma, prepare_anon_vma
+from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, Flag
+from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
@@ -107,50 +100,66 @@ def mprotect(m, op):
         last = min(end, state[row + A_END])
         status = _protect_vma(m, row, address, last, protection(state[op + O_FLAGS]))
         address = last
-    gather_flush(m)
+    gather_flush(m, space)
     return stop(state, op, status)
 
 
 # --------------------------------------------------------------------------- madvise
 
 
+@kernel
+def _dontneed_end(m, row, start, end):
+    """madvise_dontneed_free_valid_vma(): where MADV_DONTNEED of [start, end) of a VMA ends; NONE: it is refused."""
+    forbidden = VM_LOCKED | VM_PFNMAP if m.state[R_DONTNEED_PFNMAP] == U0 else VM_LOCKED
+    return NONE if m.state[row + A_FLAGS] & forbidden != U0 else end
+
+
 @outlined
-def _dontneed_vma(m, row, start, end, reclaim):
-    """MADV_DONTNEED of [start, end) of one VMA: 0 or -EINVAL. mm/madvise.c:madvise_dontneed_single_vma()."""
+def _dontneed_end_any(m, row, start, end):
+    if m.state[row + A_KIND] != VMA_HUGETLB:
+        return _dontneed_end(m, row, start, end)
+    inside = (U1 << (U12 + m.state[inode_row(m.state[row + A_INODE]) + I_ORDER])) - U1
+    return NONE if start & inside != U0 else end & ~inside
+
+
+_valid_end = full_only(_dontneed_end_any, _dontneed_end)
+
+
+@kernel
+def _dontneed_vma(m, row, start, end):
+    """MADV_DONTNEED of [start, end) of one VMA: 0 or -EINVAL. mm/madvise.c:madvise_dontneed_single_vma().
+
+    From 6.14 on it frees the last-level tables that it covers whole.
+    """
     state = m.state
-    kind = state[row + A_KIND]
-    if kind == VMA_HUGETLB:
-        size = U1 << (U12 + state[inode_row(state[row + A_INODE]) + I_ORDER])
-        if start & (size - U1) != U0:
-            return np.int64(-EINVAL)
-        end &= ~(size - U1)
-    else:
-        refused = state[row + A_FLAGS] & (VM_PFNMAP | VM_LOCKED) != U0
-        if kind == VMA_GUEST_MEMFD:  # of the designs: VM_PFNMAP without the flag
-            refused = state[R_DESIGN] == U(PFNMAP) and state[R_DONTNEED_PFNMAP] == U0
-        if refused:
-            return np.int64(-EINVAL)
+    end = _valid_end(m, row, start, end)
+    if end == NONE:
+        return np.int64(-EINVAL)
     if start < end:
         gather_begin(m)
-        zap_range(m, row, start, end, False)
-        if reclaim and kind != VMA_HUGETLB and state[R_DONTNEED_FREES_TABLES] != U0 and end - start >= size_of(U2):
-            reclaim_level1_tables(m, space_root(state, state[row + A_SPACE]), start, end)
-        gather_flush(m)
+        zap_vma(m, row, start, end, False)
+        if state[R_DONTNEED_FREES_TABLES] != U0 and end - start >= size_of(U2):
+            if state[row + A_KIND] != VMA_HUGETLB:
+                reclaim_level1_tables(m, state[row + A_SPACE], start, end)
+        gather_flush(m, state[row + A_SPACE])
     return np.int64(0)
 
 
-@outlined
+@step
 def zap(m, op):
     """With flag MADVISE madvise(MADV_DONTNEED), else the kernel's own unmapping, which may do it to anything.
 
-    0, -EINVAL, or -ENOMEM if there was a hole, after all else was done.
+    0, -EINVAL, or -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
+    mm/madvise.c:is_madvise_valid(), madvise_walk_vmas().
     """
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]
     length = rounded(state, op, U(4096))
     end = address + length
-    if address & U4095 != U0 or (length == U0 and state[op + O_LENGTH] != U0) or end < address:
+    if has_ended(state, space) or address & U4095 != U0 or end < address:
+        return stop(state, op, -EINVAL)
+    if length == U0 and state[op + O_LENGTH] != U0:
         return stop(state, op, -EINVAL)
     madvise = state[op + O_FLAGS] & _MADVISE != U0
     status = np.int64(0)
@@ -163,13 +172,13 @@ def zap(m, op):
             address = state[row + A_START]
         last = min(end, state[row + A_END])
         if madvise:
-            refused = _dontneed_vma(m, row, address, last, True)
+            refused = _dontneed_vma(m, row, address, last)
             if refused != 0:
                 return stop(state, op, refused)
         else:
             gather_begin(m)
-            zap_range(m, row, address, last, False)
-            gather_flush(m)
+            zap_vma(m, row, address, last, False)
+            gather_flush(m, space)
         address = last
     return stop(state, op, status)
 
@@ -202,8 +211,8 @@ def _guard_vma(m, row, start, end, install):
     if install:
         prepare_anon_vma(state, row)
         gather_begin(m)
-        zap_range(m, row, start, end, False)
-        gather_flush(m)
+        zap_vma(m, row, start, end, False)
+        gather_flush(m, space)
     address = start
     while address < end:
         slot, level = lookup(m, space_root(state, space), address)
@@ -242,17 +251,6 @@ def guard(m, op, install):
     return stop(state, op, status)
 
 
-@kernel
-def _drop_1g(m, row, address):
-    """drop_large_pfn() of a mapping of the designs: its VM's notifier goes by the inode's pages."""
-    space = m.state[row + A_SPACE]
-    slot, level = lookup(m, space_root(m.state, space), address)
-    if level == U3 and m.ram[slot] != U0:
-        first = address & ~(size_of(U3) - U1)
-        unmap_vma_range(m, row, first, first + size_of(U3))
-        gather_owed(m, space)
-
-
 @outlined
 def read_smaps(m, op):
     """Reading /proc/PID/smaps walks PMDs, which "splits" 1G entries of PFN mappings: they are dropped. As captured."""
@@ -261,18 +259,13 @@ def read_smaps(m, op):
     gather_begin(m)
     for i in range(state[R_VMAS]):
         row = vma_row(i)
-        designs = state[row + A_KIND] == VMA_GUEST_MEMFD and state[R_HOST_HUGE] != U0
-        special = state[row + A_FLAGS] & VM_PFNMAP != U0 or designs
-        if state[row + A_LIVE] == U0 or state[row + A_SPACE] != space or not special:
+        if state[row + A_LIVE] == U0 or state[row + A_SPACE] != space or state[row + A_FLAGS] & VM_PFNMAP == U0:
             continue
         address = state[row + A_START]
         while address < state[row + A_END]:
-            if designs:
-                _drop_1g(m, row, address)
-            else:
-                drop_large_pfn(m, row, address, U3)
+            drop_large_pfn(m, row, address, U3)
             _slot, level = lookup(m, space_root(state, space), address)
             step = size_of(max(level, U3))
             address = (address & ~(step - U1)) + step
-    gather_flush(m)
+    gather_flush(m, space)
     return stop(state, op, 0)

@@ -6,13 +6,13 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
-from pgemu_kernels.process.gmem_entries import next_vma
-from pgemu_kernels.process.record import rounded
+from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
 from pgemu_kernels.process.tables import free_tables, gather_begin, gather_flush, lookup, size_of
-from pgemu_kernels.process.vma import close_vma, cut, merge, new_row
-from pgemu_kernels.process.zapping import drop_large_pfn, zap_range
+from pgemu_kernels.process.vma import close_vma, cut, first_vma, merge, new_row, next_vma
+from pgemu_kernels.process.zapping import drop_large_pfn, zap_vma
 from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
@@ -37,10 +37,15 @@ U = np.uint64
 
 @outlined
 def remove_vmas(m, space, start, end):
-    """Unmap every VMA of [start, end), which none crosses: entries, rows, tables that nobody needs; and flush."""
+    """Unmap every VMA of [start, end), which none crosses: entries, rows, tables that nobody needs; and flush.
+
+    If one is VM_PFNMAP all is flushed before the tables go, for no page's count holds its frames:
+    include/asm-generic/tlb.h:tlb_free_vmas(), since 6.16.
+    """
     state = m.state
     first = NONE
     last = U0
+    flags = U0
     address = start
     while address < end:
         row = next_vma(state, space, address, end)
@@ -48,13 +53,27 @@ def remove_vmas(m, space, start, end):
             break
         first = min(first, state[row + A_START])
         last = state[row + A_END]
+        flags |= state[row + A_FLAGS]
         address = last
-        zap_range(m, row, state[row + A_START], last, True)
+        zap_vma(m, row, state[row + A_START], last, True)
         close_vma(m, row)
     if first != NONE:
+        if flags & VM_PFNMAP != U0:
+            gather_flush(m, space)
         floor, ceiling = mapping_limits(state, space, first, last)
         free_tables(m, space, first, last, floor, ceiling)
-    gather_flush(m)
+    gather_flush(m, space)
+
+
+@outlined
+def unmap_inode(m, inode):
+    """Every VMA of an inode goes, with the processes that had it."""
+    state = m.state
+    row = first_vma(state, inode)
+    while row != U0:
+        gather_begin(m)
+        remove_vmas(m, state[row + A_SPACE], state[row + A_START], state[row + A_END])
+        row = first_vma(state, inode)
 
 
 @outlined
@@ -74,7 +93,7 @@ def _cut_ends(m, space, start, end):
     return np.int64(0)
 
 
-@kernel
+@outlined
 def _drop_cut_leaves(m, space, start, end):
     """Large PFN entries across the ends of a range go whole, also the part outside: __split_huge_pmd_locked()."""
     state = m.state
@@ -86,22 +105,35 @@ def _drop_cut_leaves(m, space, start, end):
                 drop_large_pfn(m, row, address, U2)
 
 
+@kernel
+def _no_large_leaves(m, space, start, end):
+    """The fast loops know no large entries of processes."""
+
+
+_large_ends = full_only(_drop_cut_leaves, _no_large_leaves)
+
+
 @outlined
 def munmap(m, op):
-    """munmap(): 0, -EINVAL for bad arguments or a cut through a HugeTLB page, -ENOMEM for one mapping too many."""
+    """munmap(): 0, -EINVAL for bad arguments or a cut through a HugeTLB page, -ENOMEM for one mapping too many.
+
+    The length is rounded up to pages: mm/vma.c:do_vmi_munmap(). -EINVAL, too, for a process that has ended.
+    """
     state = m.state
     space = state[op + O_SPACE]
     start = state[op + O_ADDRESS]
     length = rounded(state, op, U(4096))
-    if start & U4095 != U0 or length == U0 or start > TASK_SIZE or length > TASK_SIZE - start:
+    if has_ended(state, space) or start & U4095 != U0 or length == U0:
+        return stop(state, op, -EINVAL)
+    if start > TASK_SIZE or length > TASK_SIZE - start:
         return stop(state, op, -EINVAL)
     gather_begin(m)
-    _drop_cut_leaves(m, space, start, start + length)
+    _large_ends(m, space, start, start + length)
     status = _cut_ends(m, space, start, start + length)
     if status == 0:
         remove_vmas(m, space, start, start + length)
     else:
-        gather_flush(m)
+        gather_flush(m, space)
     return stop(state, op, status)
 
 
@@ -159,7 +191,7 @@ def _move_vma(m, row, start, length, to):
     status = move_page_tables(m, space, start, to, length)
     if status != 0:
         move_page_tables(m, space, to, start, length)
-    gather_flush(m)
+    gather_flush(m, space)
     if status != 0:
         _unmap_range(m, space, to, to + length)
         return status

@@ -18,10 +18,10 @@ from pgemu_kernels.process.fork import end_process, fork
 from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps, zap
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
-from pgemu_kernels.process.tables import space_row
+from pgemu_kernels.process.record import has_ended
 from pgemu_kernels.words.operations import EBADF, EINVAL, EOPNOTSUPP, Operation
-from pgemu_kernels.words.registers import R_INODES, R_SPACES
-from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE, S_ROOT
+from pgemu_kernels.words.registers import R_INODES
+from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE
 
 U = np.uint64
 _HOST_FAULT = U(Operation.HOST_FAULT)
@@ -70,7 +70,7 @@ def operate(m, op):
     if kind == _PUNCH_HOLE or kind == _ALLOCATE or kind == _CLOSE or kind == _REVOKE or kind == _RESTORE:
         charge_one(m, SYSCALL)
         return _operate_on_file(m, op, kind)
-    if space >= state[R_SPACES] or state[space_row(space) + S_ROOT] == U0:
+    if has_ended(state, space):
         return stop(state, op, -EINVAL)
     if kind == _HOST_FAULT:
         return access(m, op)

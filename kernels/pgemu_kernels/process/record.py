@@ -6,13 +6,21 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.words.operations import Flag
+from pgemu_kernels.words.registers import R_SPACES
 from pgemu_kernels.words.rows import O_LENGTH, PROT_EXEC, PROT_READ, PROT_WRITE
 
 U = np.uint64
 _WRITE = U(Flag.WRITE)
 _EXEC = U(Flag.EXEC)
 _READ = U(Flag.READ)
+
+
+@kernel
+def has_ended(state, space):
+    """Whether there is no such process, or none any more."""
+    return space >= state[R_SPACES] or space_root(state, space) == U0
 
 
 @kernel

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U511, U512
 from pgemu_kernels.engine.charge import HOST_TABLES, TLB_FLUSH_MM, TLB_FLUSH_PAGE, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.process.entries import E_ADDRESS, is_table
 from pgemu_kernels.tables.walker import free_table, host_format, new_table
-from pgemu_kernels.words.registers import R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_GATHER_TABLES, R_PTI
-from pgemu_kernels.words.rows import S_USER_ROOT, S_WORDS, STATE_SPACES
+from pgemu_kernels.words.registers import R_FLUSHES_HELD, R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_PTI
+from pgemu_kernels.words.rows import S_UNFLUSHED, S_USER_ROOT, S_WORDS, STATE_SPACES
 from pgemu_kernels.words.table_words import F_TABLE, F_TABLE_TOP
 
 U = np.uint64
@@ -49,6 +50,22 @@ def lookup(m, root, address):
     if not is_table(m.ram[slot]):
         return slot, U2
     return below(m, slot) + (address >> U12 & U511), U1
+
+
+@kernel
+def level1_table(m, root, page):
+    """The last-level table that covers `page` and 512, or NONE and how many pages an entry of the level covers that
+    points to no table."""
+    entry = m.ram[(root >> U3) + (page >> U(27) & U511)]
+    if not is_table(entry):
+        return NONE, U1 << U(27)
+    entry = m.ram[((entry & E_ADDRESS) >> U3) + (page >> U(18) & U511)]
+    if not is_table(entry):
+        return NONE, U1 << U(18)
+    entry = m.ram[((entry & E_ADDRESS) >> U3) + (page >> U9 & U511)]
+    if not is_table(entry):
+        return NONE, U512
+    return (entry & E_ADDRESS) >> U3, U512
 
 
 @kernel
@@ -113,7 +130,7 @@ def _free_level1_tables(m, table2, start, end, floor, ceiling):
 
 @outlined
 def free_tables(m, space, start, end, floor, ceiling):
-    """Free the tables that addresses [start, end) used and nothing outside [floor, ceiling) needs: how many.
+    """Free the tables that addresses [start, end) used and nothing outside [floor, ceiling) needs, to be flushed.
 
     A table goes only if all that it covers lies within floor and ceiling, the end of the mapping below
     and the start of the one above. mm/memory.c:free_pgd_range().
@@ -141,16 +158,17 @@ def free_tables(m, space, start, end, floor, ceiling):
                 _set_top(m, space, slot4, U0)
                 freed += U1
         base = stop
-    m.state[R_GATHER_TABLES] += freed
-    return freed
+    owe_flush(m.state, space, freed)
 
 
 @outlined
-def reclaim_level1_tables(m, root, start, end):
+def reclaim_level1_tables(m, space, start, end):
     """Free the last-level tables that [start, end) covers whole and that are empty: CONFIG_PT_RECLAIM.
 
-    mm/pt_reclaim.c:try_to_free_pte(), on the ranges that one MADV_DONTNEED of one VMA has just cleared.
+    mm/pt_reclaim.c:try_to_free_pte(), on the ranges that one MADV_DONTNEED of one VMA has just cleared: two halves, one
+    after the other, free nothing (captured).
     """
+    root = space_root(m.state, space)
     page = (start + size_of(U2) - U1) >> U21 << U21
     while page + size_of(U2) <= end:
         slot1, level = lookup(m, root, page)
@@ -161,7 +179,7 @@ def reclaim_level1_tables(m, root, start, end):
             if empty:
                 slot2 = _slot_of_level2(m, root, page)
                 _free_below(m, slot2)
-                m.state[R_GATHER_TABLES] += U1
+                owe_flush(m.state, space, U1)
         page += size_of(U2)
 
 
@@ -177,12 +195,33 @@ def _slot_of_level2(m, root, address):
 
 
 @kernel
-def gather_begin(m):
-    """tlb_gather_mmu(): nothing cleared yet."""
+def owe_flush(state, space, n):
+    """Note that `n` (uint64) entries of the designs' mappings or tables of a process went and no flush followed yet."""
+    state[space_row(space) + S_UNFLUSHED] += n
+
+
+@kernel
+def flush_mm(m, space):
+    """tlb_finish_mmu() of what a process is owed; a conversion that flushes once holds it back."""
+    row = space_row(space)
+    if m.state[row + S_UNFLUSHED] != U0 and m.state[R_FLUSHES_HELD] == U0:
+        m.state[row + S_UNFLUSHED] = U0
+        charge_one(m, TLB_FLUSH_MM)
+
+
+@kernel
+def _begin(m):
     m.state[R_GATHER_START] = NONE
     m.state[R_GATHER_END] = U0
     m.state[R_GATHER_SHIFT] = U(30)
-    m.state[R_GATHER_TABLES] = U0
+
+
+@kernel
+def _begin_nothing(m):
+    """The fast loops only clear entries of the designs' mappings, and owe_flush() notes those."""
+
+
+gather_begin = full_only(_begin, _begin_nothing)  # tlb_gather_mmu(): nothing cleared yet
 
 
 @kernel
@@ -197,17 +236,19 @@ def gather(m, address, level):
 
 
 @outlined
-def gather_flush(m):
-    """tlb_finish_mmu(): page by page up to 33 pages of the smallest size cleared, else everything.
-
-    arch/x86/mm/tlb.c:get_flush_tlb_info(). Freed tables are flushed with the range that held them.
-    """
+def _flush(m, space):
     state = m.state
-    if state[R_GATHER_END] == U0 and state[R_GATHER_TABLES] == U0:
+    if state[R_GATHER_END] == U0:
+        flush_mm(m, space)
         return
+    state[space_row(space) + S_UNFLUSHED] = U0
     charge_one(m, TLB_FLUSH_MM)
-    if state[R_GATHER_END] != U0:
-        pages = (state[R_GATHER_END] - state[R_GATHER_START]) >> state[R_GATHER_SHIFT]
-        if pages <= _CEILING:
-            charge(m, TLB_FLUSH_PAGE, np.int64(pages))
-    gather_begin(m)
+    pages = (state[R_GATHER_END] - state[R_GATHER_START]) >> state[R_GATHER_SHIFT]
+    if pages <= _CEILING:
+        charge(m, TLB_FLUSH_PAGE, np.int64(pages))
+    _begin(m)
+
+
+# tlb_finish_mmu(): page by page up to 33 pages of the smallest size cleared, else everything. Freed tables, and what a
+# process is owed, are flushed with the range. arch/x86/mm/tlb.c:get_flush_tlb_info()
+gather_flush = full_only(_flush, flush_mm)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U30
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30
 from pgemu_kernels.engine.charge import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
-from pgemu_kernels.engine.rows import free_row, inode_row, space_root, vma_row
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
 from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
-from pgemu_kernels.process.entries import E_ADDRESS, holds_page
+from pgemu_kernels.process.entries import E_ADDRESS, holds_page, is_table
 from pgemu_kernels.process.tables import below, lookup, size_of
-from pgemu_kernels.stage2.notifier import notify_split, unbind_inode
+from pgemu_kernels.stage2.invalidate import notify_unmap
+from pgemu_kernels.stage2.notifier import notify_range, unbind_inode
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_ANON_VMAS, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -24,6 +26,7 @@ from pgemu_kernels.words.rows import (
     A_INODE,
     A_KIND,
     A_LIVE,
+    A_NEXT,
     A_PGOFF,
     A_PROT,
     A_RESERVED,
@@ -35,6 +38,7 @@ from pgemu_kernels.words.rows import (
     I_OPEN,
     I_ORDER,
     I_REFERENCES,
+    I_VMAS,
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
     PAGE_CACHED,
@@ -59,9 +63,50 @@ def new_row(state):
 
 @kernel
 def remove_row(state, row):
-    """Clear a VMA's row: mappings.mmap() sets only the words that the designs' VMAs have."""
+    """Clear the row of a VMA that no list has."""
     for word in range(U(A_WORDS)):
         state[row + word] = U0
+
+
+@outlined
+def link_vma(state, row):
+    """Enter a VMA of a file in its inode's list, which is in the order of rows. mm/vma.c:__vma_link_file()"""
+    at = inode_row(state[row + A_INODE]) + I_VMAS
+    while state[at] != U0 and state[at] < row:
+        at = state[at] + A_NEXT
+    state[row + A_NEXT] = state[at]
+    state[at] = row
+
+
+@outlined
+def unlink_vma(state, row):
+    """Take a VMA of a file out of its inode's list. mm/vma.c:__remove_shared_vm_struct()"""
+    at = inode_row(state[row + A_INODE]) + I_VMAS
+    while state[at] != row:
+        at = state[at] + A_NEXT
+    state[at] = state[row + A_NEXT]
+
+
+@kernel
+def first_vma(state, inode):
+    """The first VMA of an inode, or 0; A_NEXT of each leads to the next."""
+    return state[inode_row(inode) + I_VMAS]
+
+
+@kernel
+def next_vma(state, space, address, end):
+    """The first VMA of a process that ends after `address` and begins before `end`: its row, or NONE."""
+    row = find_vma(state, space, address)
+    if row != NONE:
+        return row
+    best = NONE
+    begin = end
+    for i in range(state[R_VMAS]):
+        row = vma_row(i)
+        if state[row + A_SPACE] == space and address < state[row + A_END] and state[row + A_START] < begin:
+            best = row
+            begin = state[row + A_START]
+    return best
 
 
 @kernel
@@ -87,8 +132,54 @@ def huge_order(state, row):
 
 @kernel
 def page_offset(state, row, address):
-    """Page of the file that a VMA shows at an address; of anonymous memory its place in the anon_vma."""
-    return state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
+    """Page of the file that a VMA shows at an address, which may lie before it; of anonymous memory its place in the
+    anon_vma."""
+    return state[row + A_PGOFF] + (address >> U12) - (state[row + A_START] >> U12)
+
+
+@kernel
+def holds_file(state, row):
+    """Whether a VMA keeps its file: all but anonymous memory and, for their inodes go with the VMM, the designs'."""
+    return state[row + A_KIND] != VMA_ANONYMOUS and state[row + A_KIND] != VMA_GUEST_MEMFD
+
+
+# --------------------------------------------------------------------------- who is told
+
+
+@kernel
+def _notify_pages(m, row, start, end):
+    """A mapping of the designs: its process's VMs show its pages by slots of the inode, which have no address of it."""
+    index = page_offset(m.state, row, start)
+    notify_unmap(m, m.state[row + A_SPACE], m.state[row + A_INODE], index, index + ((end - start) >> U12))
+
+
+@kernel
+def _notify(m, row, start, end):
+    if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
+        _notify_pages(m, row, start, end)
+    else:
+        notify_range(m, m.state[row + A_SPACE], start, end)
+
+
+# mmu_notifier_invalidate_range_start(): (m, row, start, end), addresses of a VMA and its process's VMs
+notify = full_only(_notify, _notify_pages)
+
+
+@outlined
+def _notify_split(m, row, address):
+    """A VMA is about to be cut at an address: if that lies inside a 2M block which the VMA holds whole, VMs lose what
+    lies over the block, although it holds no huge page.
+
+    mm/huge_memory.c:split_huge_pmd_if_needed(), __split_huge_pmd(): the notifier runs before anybody looks whether
+    the entry is a huge one; only a table of 2M entries must be there (captured: mprotect of two pages).
+    """
+    first = address & ~(size_of(U2) - U1)
+    last = first + size_of(U2)
+    if first == address or first < m.state[row + A_START] or last > m.state[row + A_END]:
+        return
+    slot, level = _slot_of_level3(m, row, address)
+    if level == U3 and is_table(m.ram[slot]):
+        notify(m, row, first, last)
 
 
 # --------------------------------------------------------------------------- anon_vma and merging
@@ -223,36 +314,69 @@ def mapped_huge_pages(m, row, start, end):
 
 
 @outlined
+def _may_cut_any(m, row, address):
+    """hugetlb_vm_op_split(): a HugeTLB mapping is cut between its pages only."""
+    return address & ((U1 << (U12 + huge_order(m.state, row))) - U1) == U0
+
+
+@kernel
+def _may_cut(m, row, address):
+    return True
+
+
+_may_split = full_only(_may_cut_any, _may_cut)
+
+
+@outlined
+def _divide(m, row, upper):
+    """vm_ops->open() of the upper part: a hold on the file, and its share of what is reserved.
+
+    Where a HugeTLB mapping is cut inside an aligned 1G whose table it shares, it lets go of the table: hugetlb_split().
+    """
+    state = m.state
+    address = state[upper + A_START]
+    order = huge_order(state, row)
+    region = address >> U30 << U30
+    if order == U(9) and region != address and region >= state[row + A_START]:
+        if region + size_of(U3) <= state[upper + A_END]:
+            slot, level = _slot_of_level3(m, row, address)
+            if level == U3:
+                unshare_table(m, slot)
+    if holds_file(state, row):
+        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+    if order != U0:
+        _divide_reservation(m, row, upper, order)
+
+
+@kernel
+def _divide_nothing(m, row, upper):
+    """A mapping of the designs holds nothing of its own."""
+
+
+_open_upper = full_only(_divide, _divide_nothing)
+
+
+@outlined
 def cut(m, row, address):
     """Cut a VMA in two at an address inside it: 0 and the row of the upper part, or -EINVAL, -ENOMEM and NONE.
 
-    A HugeTLB mapping is cut between its pages only (hugetlb_vm_op_split()), and where that is inside an
-    aligned 1G whose table it shares, it lets go of the table (hugetlb_split()).
+    mm/vma.c:__split_vma()
     """
     state = m.state
-    order = huge_order(state, row)
-    if order != U0 and address & ((U1 << (U12 + order)) - U1) != U0:
+    if not _may_split(m, row, address):
         return np.int64(-EINVAL), NONE
     upper = new_row(state)
     if upper == NONE:
         return np.int64(-ENOMEM), NONE
-    notify_split(m, state[row + A_SPACE], state[row + A_START], state[row + A_END], address)
-    region = address >> U30 << U30
-    if order == U(9) and region != address and region >= state[row + A_START]:
-        if region + size_of(U(3)) <= state[row + A_END]:
-            slot, level = _slot_of_level3(m, row, address)
-            if level == U(3):
-                unshare_table(m, slot)
+    _notify_split(m, row, address)
     for word in range(U(A_WORDS)):
         state[upper + word] = state[row + word]
     state[upper + A_START] = address
     state[upper + A_PGOFF] = page_offset(state, row, address)
     state[row + A_END] = address
-    if order != U0:
-        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
-        _divide_reservation(m, row, upper, order)
-    elif state[row + A_KIND] != VMA_ANONYMOUS and state[row + A_KIND] != VMA_GUEST_MEMFD:
-        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        link_vma(state, upper)
+    _open_upper(m, row, upper)
     return np.int64(0), upper
 
 
@@ -260,10 +384,10 @@ def cut(m, row, address):
 def _slot_of_level3(m, row, address):
     """Slot of level 3 for an address of a VMA and 3, or another level where there is no such table."""
     root = space_root(m.state, m.state[row + A_SPACE])
-    slot = (root >> U(3)) + (address >> U(39) & U(511))
+    slot = (root >> U3) + (address >> U(39) & U(511))
     if m.ram[slot] & U1 == U0:
         return slot, U(4)
-    return below(m, slot) + (address >> U30 & U(511)), U(3)
+    return below(m, slot) + (address >> U30 & U(511)), U3
 
 
 @kernel
@@ -364,15 +488,29 @@ def release_inode(m, inode):
 
 
 @outlined
+def _leave_file(m, row):
+    """A VMA's reservation goes, and its hold on the file."""
+    state = m.state
+    if state[row + A_KIND] == VMA_HUGETLB:
+        state[reserved_word(huge_order(state, row))] -= state[row + A_RESERVED]
+        state[row + A_RESERVED] = U0
+    if holds_file(state, row):
+        release_inode(m, state[row + A_INODE])
+
+
+@kernel
+def _leave_nothing(m, row):
+    """A mapping of the designs holds nothing of its own."""
+
+
+_close = full_only(_leave_file, _leave_nothing)
+
+
+@outlined
 def close_vma(m, row):
     """vm_ops->close(): a VMA whose entries are gone leaves; its reservation and its hold on the file with it."""
     state = m.state
-    kind = state[row + A_KIND]
-    inode = state[row + A_INODE]
-    if kind == VMA_HUGETLB:
-        order = huge_order(state, row)
-        state[reserved_word(order)] -= state[row + A_RESERVED]
-        state[row + A_RESERVED] = U0
+    if state[row + A_KIND] != VMA_ANONYMOUS:
+        unlink_vma(state, row)
+        _close(m, row)
     remove_row(state, row)
-    if kind != VMA_ANONYMOUS and kind != VMA_GUEST_MEMFD:
-        release_inode(m, inode)

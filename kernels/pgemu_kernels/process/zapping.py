@@ -1,18 +1,32 @@
-"""Entries of a process cleared or given other rights: munmap, MADV_DONTNEED, mprotect, truncation."""
+"""Entries of a process cleared or given other rights: munmap, MADV_DONTNEED, mprotect, truncation.
+
+What the designs' mappings have is all that the fast loops compile; other kinds are for a machine in full.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2, U3, U30
-from pgemu_kernels.engine.charge import HOST_LEAVES, LEAF_CLEARED, LEAF_WRITTEN, change_value, charge, charge_one
-from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import space_root, vma_overlap, vma_row
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30, U511
+from pgemu_kernels.engine.charge import (
+    HOST_LEAVES,
+    LEAF_CLEARED,
+    LEAF_WRITTEN,
+    RMAP_CHANGED,
+    change_value,
+    charge,
+    charge_one,
+)
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import space_root, vma_overlap
+from pgemu_kernels.folios.folio import remove_mapping, struct_page
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
 from pgemu_kernels.process.anonymous import unmap_page
 from pgemu_kernels.process.entries import (
     E_ADDRESS,
     E_LARGE,
+    E_PRESENT,
     E_SPECIAL,
     frame_of,
     holds_page,
@@ -20,21 +34,29 @@ from pgemu_kernels.process.entries import (
     modify,
     protection,
 )
-from pgemu_kernels.process.gmem_entries import flush_mm, unmap_vma_range
-from pgemu_kernels.process.tables import gather, gather_begin, gather_flush, lookup, size_of, space_row
-from pgemu_kernels.process.vma import huge_order, unshare_table
+from pgemu_kernels.process.tables import (
+    gather,
+    gather_begin,
+    gather_flush,
+    level1_table,
+    lookup,
+    owe_flush,
+    size_of,
+    space_row,
+)
+from pgemu_kernels.process.vma import first_vma, huge_order, notify, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
-from pgemu_kernels.words.operations import PFNMAP
-from pgemu_kernels.words.registers import R_DESIGN, R_GATHER_TABLES, R_VMAS
+from pgemu_kernels.tables.walker import count_host_leaf
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
+    A_NEXT,
     A_PROT,
     A_RESERVED,
     A_SPACE,
     PAGE_EXCLUSIVE,
     PROT_WRITE,
-    S_UNFLUSHED,
+    S_RSS,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -48,48 +70,128 @@ U = np.uint64
 
 
 @kernel
-def _clear_slot(m, space, slot, entry):
-    """Clear a 4K entry that holds a page: 1."""
-    m.ram[slot] = U0
-    if entry & E_SPECIAL == U0:
-        unmap_page(m, space, frame_of(entry))
+def _present(m, entry):
+    return entry & E_PRESENT != U0
+
+
+@kernel
+def _holds(m, entry):
+    return holds_page(entry)
+
+
+@kernel
+def _forget_folio(m, row, entry):
+    """A piece of a split huge page has one mapping and one reference less; both are counted by whoever counts these."""
+    remove_mapping(m.ram, struct_page(m, (entry & E_ADDRESS) >> U12))
     return np.int64(1)
 
 
+@kernel
+def _forget_page(m, row, entry):
+    if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
+        return _forget_folio(m, row, entry)
+    unmap_page(m, m.state[row + A_SPACE], frame_of(entry))
+    return np.int64(0)
+
+
+@kernel
+def _gather_none(m, row, page):
+    """Of the designs' entries it is counted how many went, not where."""
+
+
+@kernel
+def _gather_page(m, row, page):
+    if m.state[row + A_KIND] != VMA_GUEST_MEMFD:
+        gather(m, page << U12, U1)
+
+
+@kernel
+def _owe(m, row, cleared):
+    owe_flush(m.state, m.state[row + A_SPACE], U(cleared))
+
+
+@kernel
+def _owe_designs(m, row, cleared):
+    if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
+        _owe(m, row, cleared)
+
+
 @outlined
+def _clear_large(m, row, page, end):
+    """The entry of 2M or 1G over `page`, if there is one, goes whole. If only a part of it lies in [page, end) VMs are
+    told of all of it: huge_memory.c:__split_huge_pmd(), __split_huge_pud() of an entry that is not anonymous memory's.
+    """
+    slot, level = lookup(m, space_root(m.state, m.state[row + A_SPACE]), page << U12)
+    if m.ram[slot] == U0:
+        return
+    size = size_of(level) >> U12
+    first = page & ~(size - U1)
+    if first < page or first + size > end:
+        notify(m, row, first << U12, (first + size) << U12)
+    _drop_large(m, row, slot, page << U12, level)
+
+
+@kernel
+def _no_large(m, row, page, end):
+    """The fast loops know no large entries of processes."""
+
+
+@kernel
+def _drop_large(m, row, slot, address, level):
+    m.ram[slot] = U0
+    change_value(m.stats, HOST_LEAVES + level - U1, -1)
+    charge_one(m, LEAF_CLEARED)
+    if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
+        owe_flush(m.state, m.state[row + A_SPACE], U1)
+    else:
+        gather(m, address, level)
+
+
+_holds_page = full_only(_holds, _present)  # entries of the designs are present or empty
+_forget = full_only(_forget_page, _forget_folio)
+_gather = full_only(_gather_page, _gather_none)
+_owe_flush = full_only(_owe_designs, _owe)
+_large_cleared = full_only(_clear_large, _no_large)
+
+
+@kernel
 def _zap_small(m, row, start, end, guards):
     """zap_pte_range() and above: entries of [start, end) of a VMA that is not HugeTLB; a large one goes whole.
 
+    An ordinary entry gives back its page's mapcount and reference; a special one has neither: vm_normal_page().
     `guards`: drop guard markers too (munmap does, MADV_DONTNEED does not).
     """
-    space = m.state[row + A_SPACE]
-    root = space_root(m.state, space)
+    ram = m.ram
+    root = space_root(m.state, m.state[row + A_SPACE])
+    page = start >> U12
+    last = end >> U12
     cleared = np.int64(0)
-    address = start
-    while address < end:
-        slot, level = lookup(m, root, address)
-        if level > U1:
-            if m.ram[slot] != U0:
-                m.ram[slot] = U0
-                change_value(m.stats, HOST_LEAVES + level - U1, -1)
-                charge_one(m, LEAF_CLEARED)
-                gather(m, address, level)
-            address = (address & ~(size_of(level) - U1)) + size_of(level)
+    counted = np.int64(0)
+    while page < last:
+        table, pages = level1_table(m, root, page)
+        stop = min(last, (page & ~(pages - U1)) + pages)
+        if table == NONE:
+            _large_cleared(m, row, page, last)
+            page = stop
             continue
-        stop = min(end, (address & ~(size_of(U2) - U1)) + size_of(U2))
-        while address < stop:
-            entry = m.ram[slot]
-            if entry != U0:
-                if holds_page(entry):
-                    cleared += _clear_slot(m, space, slot, entry)
-                    gather(m, address, U1)
-                elif guards:
-                    m.ram[slot] = U0
-            slot += U1
-            address += U(4096)
-    change_value(m.stats, HOST_LEAVES, -cleared)
-    charge(m, LEAF_CLEARED, cleared)
-    return cleared
+        for index in range(page & U511, (stop - U1 & U511) + U1):
+            entry = ram[table + index]
+            if _holds_page(m, entry):
+                ram[table + index] = U0
+                cleared += 1
+                if entry & E_SPECIAL == U0:
+                    counted += _forget(m, row, entry)
+                _gather(m, row, (page & ~U511) | index)
+            elif guards and entry != U0:
+                ram[table + index] = U0
+        page = stop
+    if cleared != 0:
+        count_host_leaf(m, -cleared)
+        charge(m, LEAF_CLEARED, cleared)
+        if counted != 0:
+            m.state[space_row(m.state[row + A_SPACE]) + S_RSS] -= U(counted)
+            charge(m, RMAP_CHANGED, counted)
+        _owe_flush(m, row, cleared)
 
 
 @kernel
@@ -138,42 +240,41 @@ def _slot_above(m, root, address):
 
 
 @kernel
-def gather_owed(m, space):
-    """Have the flush that a process is owed done by gather_flush(), with what else the call gathers."""
-    owed = space_row(space) + S_UNFLUSHED
-    m.state[R_GATHER_TABLES] += m.state[owed]
-    m.state[owed] = U0
-
-
-@outlined
-def zap_range(m, row, start, end, guards):
-    """Clear the entries of [start, end) of a VMA, after KVM was told; what is to be flushed is gathered."""
-    kind = m.state[row + A_KIND]
-    if kind == VMA_GUEST_MEMFD:
-        unmap_vma_range(m, row, start, end)
-        if m.state[R_DESIGN] == U(PFNMAP):
-            flush_mm(m, m.state[row + A_SPACE])  # before the VMA goes: tlb_free_vmas()
-        else:
-            gather_owed(m, m.state[row + A_SPACE])
-        return
-    notify_range(m, m.state[row + A_SPACE], start, end)
-    if kind == VMA_HUGETLB:
+def _zap_any(m, row, start, end, guards):
+    if m.state[row + A_KIND] == VMA_HUGETLB:
         _zap_huge(m, row, start, end)
     else:
         _zap_small(m, row, start, end, guards)
 
 
-@outlined
-def unmap_file_range(m, inode, first, last):
-    """unmap_mapping_pages(), hugetlb_vmdelete_list(): pages [first, last) of a file leave every process."""
+_zap = full_only(_zap_any, _zap_small)
+
+
+@kernel
+def zap_vma(m, row, start, end, guards):
+    """Clear the entries of [start, end) of a VMA after its process's VMs were told; gather_flush() is for the caller.
+
+    mm/memory.c:unmap_vmas(), zap_page_range_single()
+    """
+    notify(m, row, start, end)
+    _zap(m, row, start, end, guards)
+
+
+@step
+def unmap_mapping_range(m, inode, first, last):
+    """Pages [first, last) of a file leave every process, its VMAs one by one, each with a flush of its own.
+
+    mm/memory.c:unmap_mapping_pages(), unmap_mapping_range_vma(); fs/hugetlbfs/inode.c:hugetlb_vmdelete_list()
+    """
     state = m.state
-    for i in range(state[R_VMAS]):
-        row = vma_row(i)
+    row = first_vma(state, inode)
+    while row != U0:
         start, end = vma_overlap(state, row, inode, first, last)
         if start < end:
             gather_begin(m)
-            zap_range(m, row, start, end, True)
-            gather_flush(m)
+            zap_vma(m, row, start, end, True)
+            gather_flush(m, state[row + A_SPACE])
+        row = state[row + A_NEXT]
 
 
 @outlined
@@ -181,11 +282,8 @@ def drop_large_pfn(m, row, address, level):
     """Drop a large PFN entry over an address, if its level is at least `level`: how __split_huge_pud() "splits" it."""
     slot, at = lookup(m, space_root(m.state, m.state[row + A_SPACE]), address)
     if at >= level and m.ram[slot] & E_LARGE != U0 and holds_page(m.ram[slot]):
-        notify_range(m, m.state[row + A_SPACE], address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
-        m.ram[slot] = U0
-        change_value(m.stats, HOST_LEAVES + at - U1, -1)
-        charge_one(m, LEAF_CLEARED)
-        gather(m, address, at)
+        notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
+        _drop_large(m, row, slot, address, at)
 
 
 # --------------------------------------------------------------------------- other rights

@@ -40,7 +40,9 @@ from pgemu_kernels.gmem import (
 )
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.kvm import gmem_slots as memslots
-from pgemu_kernels.process import gmem_mappings as mappings
+from pgemu_kernels.process.madvise import zap
+from pgemu_kernels.process.mmap import mmap
+from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
 from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
 from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
@@ -53,6 +55,8 @@ from pgemu_kernels.words.rows import (
     A_START,
     B_PFN,
     B_STATE,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     I_PAGES,
     I_WORD,
@@ -131,12 +135,14 @@ def prefetch_leaf(m, f, root, page):
 
 @kernel
 def prefetch_page(m, node, index):
-    """Ask for a page's shareability bit and, where folios are split, for its struct page."""
+    """Ask for a page's shareability bit and, where its folio may be one of 4K, for its struct page."""
     state = m.state
     prefetch(m.state, state[node + I_WORD] + (index >> U6))
-    if splits_folios(m):
+    small = state[R_ORDER] == U0
+    if splits_folios(m) or small:
         block = block_row(m, node, index)
-        if m.state[block + B_STATE] == BLOCK_SPLIT:
+        kind = m.state[block + B_STATE]
+        if kind == BLOCK_SPLIT or kind == BLOCK_PARTLY or (small and kind == BLOCK_HUGE):
             prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 
@@ -246,7 +252,7 @@ def zaps(m, columns, first, last):
         for i in range(first, stop):
             op = load(m, columns, i)
             charge_one(m, SYSCALL)
-            mappings.zap(m, op)
+            zap(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -291,13 +297,13 @@ def run_kind(m, op):
     """Run an operation that is one step; its system call is charged already."""
     kind = m.state[op + O_OP]
     if kind == OP_ZAP:
-        mappings.zap(m, op)
+        zap(m, op)
     elif kind == OP_PUNCH_HOLE:
         truncation.punch(m, op)
     elif kind == OP_MMAP:
-        mappings.mmap(m, op)
+        mmap(m, op)
     elif kind == OP_MUNMAP:
-        mappings.munmap(m, op)
+        munmap(m, op)
     elif kind == OP_BIND:
         memslots.bind(m, op)
     elif kind == OP_UNBIND:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U12, U30, U39, U511, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.charge import NOTIFIER_CALL, charge_one
 from pgemu_kernels.engine.compile import outlined
-from pgemu_kernels.engine.rows import memslot_row, overlap, space_root, vm_row
+from pgemu_kernels.engine.rows import memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
 from pgemu_kernels.stage2.tdp_mmu import mark_range
-from pgemu_kernels.tables.walker import host_format, is_large, is_present, table_of
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
@@ -60,26 +59,6 @@ def notify_range(m, space, start, end):
             dropped += zap_slot(m, slot, gfn, stop)
     if dropped != 0:
         flush_vms(m)
-
-
-@outlined
-def notify_split(m, space, start, end, address):
-    """A mapping [start, end) is about to be cut at an address: if that lies inside a 2M block which the mapping holds
-    whole, VMs lose what lies over the block, although it holds no huge page.
-
-    mm/huge_memory.c:split_huge_pmd_if_needed(), __split_huge_pmd(): the notifier runs before anybody looks whether
-    the entry is a huge one; only a table of 2M entries must be there (captured: mprotect of two pages).
-    """
-    first = address & ~(_2M - U1)
-    if first == address or first < start or first + _2M > end:
-        return
-    f = host_format(m)
-    entry = m.ram[(space_root(m.state, space) >> U3) + (address >> U39 & U511)]
-    if not is_present(m.state, f, entry):
-        return
-    entry = m.ram[table_of(m.state, f, entry) + (address >> U30 & U511)]
-    if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
-        notify_range(m, space, first, first + _2M)
 
 
 @outlined

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511
 from pgemu_kernels.engine.charge import (
     HOST_LEAVES,
-    HOST_TABLES,
     TABLE_PAGE_ALLOCATED,
     TABLE_PAGE_FREED,
     change,
@@ -113,60 +112,6 @@ def free_table(m, frame, gauge):
     put_frame(m, frame)
     change(m.stats, gauge, -1)
     charge_one(m, TABLE_PAGE_FREED)
-
-
-# --------------------------------------------------------------------------- stage 2
-
-
-# --------------------------------------------------------------------------- process page tables
-
-
-@outlined
-def free_host_tables(m, root, start, end, floor, ceiling):
-    """Free the tables below `root` that [start, end) used and that no mapping outside [floor, ceiling) needs: how many.
-
-    Page numbers; a table goes only if all that it covers lies within [floor, ceiling). The entries are
-    cleared already. mm/memory.c:free_pgd_range() and what it calls.
-    """
-    f = host_format(m)
-    ram = m.ram
-    state = m.state
-    level = U1
-    freed = np.int64(0)
-    while level < U(4):
-        span = U1 << (U9 * level)  # pages that one table of this level covers
-        page = start & ~(span - U1)
-        while page < end:
-            if page >= floor and page + span <= ceiling:
-                slot = (root >> U3) + (page >> U27 & U511)
-                entry = ram[slot]
-                above = U(4)
-                while above > level + U1 and is_present(state, f, entry):
-                    above -= U1
-                    slot = table_of(state, f, entry) + (page >> (U9 * (above - U1)) & U511)
-                    entry = ram[slot]
-                if is_present(state, f, entry):
-                    free_table(m, table_of(state, f, entry) >> U9, HOST_TABLES)
-                    ram[slot] = U0
-                    freed += 1
-            page += span
-        level += U1
-    return freed
-
-
-@kernel
-def next_host_table(m, f, root, page):
-    """Table of level 1 that covers `page` and U0, or NONE and the number of pages to skip."""
-    entry = m.ram[(root >> U3) + (page >> U27 & U511)]
-    if not is_present(m.state, f, entry):
-        return NONE, U1 << U27
-    entry = m.ram[table_of(m.state, f, entry) + (page >> U18 & U511)]
-    if not is_present(m.state, f, entry):
-        return NONE, U1 << U18
-    entry = m.ram[table_of(m.state, f, entry) + (page >> U9 & U511)]
-    if not is_present(m.state, f, entry):
-        return NONE, U512
-    return table_of(m.state, f, entry), U0
 
 
 @kernel

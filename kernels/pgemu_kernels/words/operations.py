@@ -131,14 +131,12 @@ EINVAL = 22
 ENOSPC = 28
 ERANGE = 34
 ENOTTY = 25
+EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
 
-# --------------------------------------------------------------------------- designs and their steps
-
-RESTRUCTURE = 0
-PFNMAP = 1
+# --------------------------------------------------------------------------- steps
 
 # Orders of steps of a conversion: which patches' (R_CONVERT_ORDER).
 CONVERT_RFC2 = U(0)

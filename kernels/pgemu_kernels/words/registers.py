@@ -9,14 +9,13 @@ U = np.uint64
 # --------------------------------------------------------------------------- rows
 
 # regs: named scalars of the machine, uint64
-R_DESIGN = U(0)
+R_PROPERTIES = U(0)  # Property: of the design and of the order
 R_FRAMES = U(1)  # metadata zone: frames that exist
 R_FRAMES_LIMIT = U(2)  # ... and how many of them may be in use at once
 R_FRESH = U(3)  # frames handed out that were never handed out before
 R_FREE = U(4)  # frames on the stack of freed ones
 R_SEED_MULTIPLIER = U(5)  # order of fresh frames: (i * multiplier + offset) mod R_FRAMES
 R_SEED_OFFSET = U(6)
-R_PROPERTIES = U(8)  # Property: of the design and of the order
 R_POOL_BASE = U(7)  # first PFN of the HugeTLB zone
 R_ORDER = U(10)  # 9 or 18: the order of a huge page of the pool; 0: guest memory is 4K pages of the page allocator
 R_HVO = U(11)
@@ -69,8 +68,7 @@ R_GMEM_MMAP = U(81)  # 1: guest_memfd can be mapped, and serves VMs without priv
 R_ANON_VMAS = U(64)  # anon_vmas made so far: the next one's number less one
 R_GATHER_START = U(65)  # struct mmu_gather of the operation under way: lowest address cleared,
 R_GATHER_END = U(66)  # ... end of the highest,
-R_GATHER_SHIFT = U(67)  # ... smallest page size cleared (12, 21 or 30),
-R_GATHER_TABLES = U(68)  # ... and tables freed
+R_GATHER_SHIFT = U(67)  # ... and smallest page size cleared (12, 21 or 30)
 R_GUARDS = U(69)  # 1: MADV_GUARD_INSTALL exists (6.13)
 R_HSTATE = U(70)  # row of the hstate that the designs' inodes take their huge pages from
 R_NODES = U(71)  # NUMA nodes

@@ -38,6 +38,7 @@ I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
+I_VMAS = U(17)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
 I_WORDS = 24
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -174,12 +175,13 @@ A_PGOFF = U(4)  # in pages
 A_READ_ONLY = U(5)
 A_LIVE = U(6)
 A_KIND = U(7)  # VMA_*
-A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 (ordinary kinds)
+A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 (ordinary kinds; 0 of VMA_GUEST_MEMFD)
 A_FLAGS = U(9)  # VM_*
 A_CACHE_BITS = U(10)  # PFN mappings: memory type bits of their entries
 A_ANON_VMA = U(11)  # number of its anon_vma, 0 = none yet
 A_CLONED = U(12)  # 1: fork made it, its anon_vma has a parent
 A_RESERVED = U(13)  # private HugeTLB: huge pages reserved and not yet allocated
+A_NEXT = U(14)  # row of the next VMA of its inode, 0 = none: in the order of rows
 A_WORDS = 16
 VMA_GUEST_MEMFD = U(0)
 VMA_ANONYMOUS = U(1)
