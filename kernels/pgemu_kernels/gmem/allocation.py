@@ -226,10 +226,8 @@ def allocate_folio(m, op):
 
 
 @kernel
-def allocate(m, op):
-    """Have a folio under the record's page: GO, or what allocate_folio() said."""
+def has_folio(m, op):
+    """Whether there is a folio under the record's page that nobody is still allocating."""
     state = m.state
     block = block_row(m, inode_row(state[op + O_INODE]), state[op + O_INDEX])
-    if state[block + B_STATE] != BLOCK_ABSENT and state[block + B_MUTEX] == U0:
-        return np.int64(GO)
-    return allocate_folio(m, op)
+    return state[block + B_STATE] != BLOCK_ABSENT and state[block + B_MUTEX] == U0

@@ -31,9 +31,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
-from pgemu_kernels.gmem.allocation import (
-    allocate,
-)
+from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
 from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
@@ -209,10 +207,28 @@ def host_map(m, op):
 
 
 @kernel
-def host_fault(m, op):
-    """A whole host access."""
-    if host_begin(m, op) == GO and not is_refused(m, op) and allocate(m, op) == GO and host_page(m, op) == GO:
+def host_end(m, op):
+    """The end of a host fault whose page has a folio."""
+    if host_page(m, op) == GO:
         host_map(m, op)
+
+
+@outlined
+def host_allocates(m, op):
+    """The same of one whose page has none yet."""
+    if allocate_folio(m, op) == GO:
+        host_end(m, op)
+
+
+@kernel
+def host_fault(m, op):
+    """A whole host access. Where a folio is there, what was read of its block is still known."""
+    if host_begin(m, op) != GO or is_refused(m, op):
+        return
+    if has_folio(m, op):
+        host_end(m, op)
+    else:
+        host_allocates(m, op)
 
 
 # --------------------------------------------------------------------------- guest
@@ -305,7 +321,7 @@ def guest_page(m, op):
     index = state[op + O_INDEX]
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
-    level = guest_level(m, state[op + O_ROW], index, state[op + O_ADDRESS] >> U12)
+    level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))
     state[op + O_PFN] = pfn
     state[op + O_LEVEL] = level
@@ -320,10 +336,28 @@ def guest_map(m, op):
 
 
 @kernel
+def guest_end(m, op):
+    """The end of a guest fault whose page has a folio."""
+    if guest_page(m, op) == GO:
+        guest_map(m, op)
+
+
+@outlined
+def guest_allocates(m, op):
+    """The same of one whose page has none yet."""
+    if allocate_folio(m, op) == GO:
+        guest_end(m, op)
+
+
+@kernel
 def guest_fault(m, op):
     """A whole guest access."""
-    if guest_begin(m, op) == GO and allocate(m, op) == GO and guest_page(m, op) == GO:
-        guest_map(m, op)
+    if guest_begin(m, op) != GO:
+        return
+    if has_folio(m, op):
+        guest_end(m, op)
+    else:
+        guest_allocates(m, op)
 
 
 # --------------------------------------------------------------------------- either, and inside another operation

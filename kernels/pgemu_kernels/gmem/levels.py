@@ -168,12 +168,18 @@ def shareability_level(m, slot, node, index, gfn):
 
 
 @kernel
-def guest_level(m, slot, index, gfn):
+def guest_level(m, slot, node, index, gfn):
     """The level at which a guest frame of a slot, page `index` of its inode, is mapped now."""
-    node = inode_row(m.state[slot + M_INODE])
     if level_is_folios(m):
         return folio_level(m, slot, node, index, gfn)
     return shareability_level(m, slot, node, index, gfn)
+
+
+@kernel
+def level_now(m, slot, gfn):
+    """The same of a guest frame of a slot."""
+    state = m.state
+    return guest_level(m, slot, inode_row(state[slot + M_INODE]), page_of_slot(state, slot, gfn), gfn)
 
 
 # --------------------------------------------------------------------------- dirty logging
@@ -204,7 +210,7 @@ def recover_below(m, f, slot, spte, gfn):
         entry = m.ram[spte]
         if not is_table(state, f, entry, level):
             break
-        if gfn & (pages_of(level) - U1) == U0 and guest_level(m, slot, page_of_slot(state, slot, gfn), gfn) >= level:
+        if gfn & (pages_of(level) - U1) == U0 and level_now(m, slot, gfn) >= level:
             if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, entry, level) != U0:
                 zero_below(m, slot, gfn, level)
             collapse(m, f, spte, level)

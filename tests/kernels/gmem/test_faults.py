@@ -157,6 +157,32 @@ def test_steps_are_the_straight_line_for_any_address(design: str, more: Any, seq
         assert machine.check() == 0, machine.broken
 
 
+conversions = st.tuples(
+    st.just(Operation.CONVERT), st.integers(0, 1023), st.sampled_from((Flag.PRIVATE, Flag.SHARED))
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(DESIGNS), st.sampled_from(("folio", "page")), st.lists(st.one_of(faults, conversions), max_size=16)
+)
+def test_machines_with_parameters_fault_as_default_ones(design: str, zero: str, sequence: list[Any]) -> None:
+    """The fast loops' folio, level, zeroing and entry are those of a machine in full, word for word."""
+    default, full = designs(design, zero=zero), designs(design, zero=zero, worker="queued")
+    for op, number, flags in sequence:
+        results = []
+        for machine, gmem, _, _ in (default, full):
+            columns = {"object_": gmem.inode, "offset": number * PAGE, "length": PAGE}
+            if op != Operation.CONVERT:
+                columns = {"address": (VA + number) % (1 << 64) if op == Operation.HOST_FAULT else number}
+            results.append(machine.operate(op, flags=flags, **columns))
+        assert results[0] == results[1]
+    assert events(default[0]) == events(full[0])
+    assert np.array_equal(default[0].arrays.ram, full[0].arrays.ram)
+    for machine in (default[0], full[0]):
+        assert machine.check() == 0, machine.broken
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_fault_waits_for_the_one_that_allocates_its_page(design: str, full: bool) -> None:
