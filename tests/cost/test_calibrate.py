@@ -212,7 +212,7 @@ def test_a_cpu_that_went_away_is_not_waited_for() -> None:
 
 
 def test_importing_loads_no_compiler() -> None:
-    code = "import sys, pgemu.calibrate, pgemu.measurements; print(*sorted({'numba', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, pgemu.cost.calibrate, pgemu.cost.measurements; print(*sorted({'numba', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
 
 
