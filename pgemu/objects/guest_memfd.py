@@ -226,7 +226,7 @@ class GuestMemfd:
         state[W.R_BLOCKS] += np.uint64(blocks)
         state[W.R_WORDS] += np.uint64(words)
         state[W.R_SHARED_USED] += np.uint64(pmds + puds)
-        state[W.R_REGIONS_USED] += np.uint64(pmds)
+        state[W.R_REGIONS_USED] += np.uint64(pmds + puds)
         state[W.R_INODES] += np.uint64(1)
         if creation.shared:
             cls._share_all(machine, fields)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, trailing_zeros
+from pgemu_kernels.engine.bits import U0, U1, U512, trailing_zeros
 from pgemu_kernels.engine.charge import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
@@ -150,7 +150,7 @@ def zap_range(m, inode, start, end):
     node = inode_row(inode)
     vms = vms_with_leaves(m.state, node, start, end)
     dropped = zap_vms(m, vms, inode, start, end)
-    if vms != U0:
+    if vms != U0 and end - start < U512:
         forget_pages(m.state, node, start, end)
     return dropped
 

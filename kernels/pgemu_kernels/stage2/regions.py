@@ -1,4 +1,4 @@
-"""Which VMs may have stage-2 leaves over an inode: for each 2M a word of a bit per VM, for each page a bit for all.
+"""Which VMs may have stage-2 leaves over an inode: for each 2M and 1G a word of a bit per VM, for each page one bit.
 
 Without them whoever takes a page from its guests would go through the tables of every VM that has the page bound. A bit
 is set with the leaf, and stays when the leaf goes in another way than by the inode's pages, until somebody finds that
@@ -18,12 +18,19 @@ from pgemu_kernels.words.registers import R_GUEST_BITS, R_WORD_ROWS
 from pgemu_kernels.words.rows import I_PAGES, I_REGIONS, I_WORD, M_NEXT, V_ROOT
 
 U = np.uint64
+_INSIDE_1G = U((1 << 18) - 1)
 
 
 @kernel
 def page_bits(state, node):
     """Where the bits of an inode's pages begin."""
     return state[R_GUEST_BITS] + state[node + I_WORD] - state[R_WORD_ROWS]
+
+
+@kernel
+def gigabytes(state, node):
+    """Where the words for each 1G begin, behind those for 2M: a VM without a bit there has none that counts below."""
+    return state[node + I_REGIONS] + ((state[node + I_PAGES] + U511) >> U9)
 
 
 @kernel
@@ -34,6 +41,9 @@ def note_leaf(state, node, index, level, vm):
     region = state[node + I_REGIONS] + (index >> U9)
     if state[region] & bit == U0:
         state[region] |= bit
+    block = gigabytes(state, node) + (index >> U18)
+    if state[block] & bit == U0:
+        state[block] |= bit
     if level == U1:
         state[bits + (index >> U6)] |= U1 << (index & U63)
         return
@@ -44,6 +54,12 @@ def note_leaf(state, node, index, level, vm):
         region = state[node + I_REGIONS] + (first >> U9)
         for word in range(region, region + U512):
             state[word] |= bit
+
+
+@kernel
+def is_whole(state, node, start, end):
+    """Whether pages [start, end), all in one 1G of an inode, are all that it has there."""
+    return start & _INSIDE_1G == U0 and (end & _INSIDE_1G == U0 or end >= state[node + I_PAGES])
 
 
 @kernel
@@ -73,12 +89,28 @@ def forget_pages(state, node, start, end):
 
 
 @kernel
-def vms_with_leaves(state, node, start, end):
-    """The VMs that may have leaves over pages [start, end), which are not none."""
+def vms_below(state, node, start, end):
+    """The VMs with a bit of some 2M of pages [start, end), which are not none."""
     first = state[node + I_REGIONS]
     vms = U0
     for word in range(first + (start >> U9), first + (end - U1 >> U9) + U1):
         vms |= state[word]
+    return vms
+
+
+@kernel
+def vms_with_leaves(state, node, start, end):
+    """The VMs that may have leaves over pages [start, end)."""
+    blocks = gigabytes(state, node)
+    vms = U0
+    first = start
+    while first < end:
+        last = min(end, (first | _INSIDE_1G) + U1)
+        found = state[blocks + (first >> U18)]
+        if found != U0 and not is_whole(state, node, first, last):
+            found &= vms_below(state, node, first, last)
+        vms |= found
+        first = last
     # Of many pages some are mapped for sure.
     if vms != U0 and end - start < U512 and not is_mapped(state, node, start, end):
         return U0
@@ -122,6 +154,24 @@ def forget_region(m, vm, inode, first):
 
 
 @kernel
+def forget_regions(state, node, vm, start, end):
+    """Clear a VM's bits of what lies whole in pages [start, end), its 2M or its 1G."""
+    words = state[node + I_REGIONS]
+    blocks = gigabytes(state, node)
+    while start < end:
+        last = min(end, (start | _INSIDE_1G) + U1)
+        if is_whole(state, node, start, last):
+            state[blocks + (start >> U18)] &= ~(U1 << vm)
+        else:
+            behind = last + (U511 if last >= state[node + I_PAGES] else U0)
+            region = (start + U511) >> U9
+            while region < behind >> U9:
+                state[words + region] &= ~(U1 << vm)
+                region += U1
+        start = last
+
+
+@kernel
 def forget_zapped(m, vm, inode, start, end, dropped):
     """A VM lost its leaves over pages [start, end): clear its bits of what lies in there whole.
 
@@ -129,14 +179,9 @@ def forget_zapped(m, vm, inode, start, end, dropped):
     """
     state = m.state
     node = inode_row(inode)
-    words = state[node + I_REGIONS]
-    to_the_end = end >= state[node + I_PAGES]
-    region = (start + U511) >> U9
-    while region < (end + (U511 if to_the_end else U0)) >> U9:
-        state[words + region] &= ~(U1 << vm)
-        region += U1
+    forget_regions(state, node, vm, start, end)
     if dropped == 0:
         if start & U511 != U0:
             forget_region(m, vm, inode, start & ~U511)
-        if end & U511 != U0 and not to_the_end and (start & U511 == U0 or start >> U9 != end >> U9):
+        if end & U511 != U0 and end < state[node + I_PAGES] and (start & U511 == U0 or start >> U9 != end >> U9):
             forget_region(m, vm, inode, end & ~U511)
