@@ -54,6 +54,8 @@ def allocate(config: Config) -> Arrays:
         W.R_BLOCK_ROWS: blocks * W.B_WORDS,
         W.R_WORD_ROWS: (pages >> 6) + W.INODES,
         W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
+        W.R_REGIONS: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
+        W.R_GUEST_BITS: (pages >> 6) + W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
         W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }

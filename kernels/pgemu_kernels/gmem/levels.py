@@ -18,6 +18,7 @@ from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_r
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.stage2.entries import is_table
+from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
 from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
@@ -214,7 +215,9 @@ def recover_below(m, f, slot, spte, gfn):
         if gfn & (pages_of(level) - U1) == U0 and guest_level(m, slot, page_of_slot(state, slot, gfn), gfn) >= level:
             if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, entry, level) != U0:
                 zero_below(m, slot, gfn, level)
-            collapse(m, f, spte, level)
+            if collapse(m, f, spte, level) != 0:
+                index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+                note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
             break
         level -= U1
         if level > U1:

@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, pages_of
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, stop, vm_row
 from pgemu_kernels.gmem.allocation import allocate
-from pgemu_kernels.gmem.faults import enter_fault, guest_page, guest_map, is_released
+from pgemu_kernels.gmem.faults import enter_fault, guest_map, guest_page, is_released
 from pgemu_kernels.kvm.fault import prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (

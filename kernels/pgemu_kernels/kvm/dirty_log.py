@@ -10,7 +10,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U511, pages_of, population
 from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import memslot_row, space_root, vm_row
+from pgemu_kernels.engine.rows import first_slot, space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_free, cache_next, cache_store
 from pgemu_kernels.kvm.attributes import is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
@@ -18,7 +18,6 @@ from pgemu_kernels.stage2.entries import is_table
 from pgemu_kernels.stage2.tdp_mmu import collapse, split_range, write_protect_page, write_protect_range
 from pgemu_kernels.tables.walker import find_leaf, host_format, is_present, stage2_format, table_of
 from pgemu_kernels.words.operations import EINVAL, ENOENT
-from pgemu_kernels.words.registers import R_MEMSLOTS
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_DIRTY,
@@ -26,7 +25,7 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_ID,
     M_KIND,
-    M_LIVE,
+    M_NEXT,
     M_PAGES,
     M_VM,
     O_DETAIL,
@@ -46,11 +45,11 @@ U = np.uint64
 @kernel
 def find_slot_id(state, vm, number):
     """The row of a VM's slot by userspace's number, or NONE."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_KIND] == SLOT_USER:
-            if state[slot + M_ID] == number:
-                return slot
+    slot = first_slot(state, vm)
+    while slot != U0:
+        if state[slot + M_KIND] == SLOT_USER and state[slot + M_ID] == number:
+            return slot
+        slot = state[slot + M_NEXT]
     return NONE
 
 

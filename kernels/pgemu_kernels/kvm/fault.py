@@ -35,6 +35,7 @@ from pgemu_kernels.stage2.entries import (
 )
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import map_leaf, map_mmio
+from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
 from pgemu_kernels.tables.walker import is_present, stage2_format
 from pgemu_kernels.words.operations import (
@@ -60,6 +61,8 @@ from pgemu_kernels.words.rows import (
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
+    O_INDEX,
+    O_INODE,
     O_LENGTH,
     O_PFN,
     O_SEQUENCE,
@@ -236,6 +239,7 @@ def install_stage2(m, op, level):
     status, level = map_leaf(m, state[vm_row(vm) + V_ROOT], gfn, level, state[op + O_PFN], True, U0, False, False)
     if status > 0:
         state[op + O_DETAIL] = level
+        note_leaf(state, inode_row(state[op + O_INODE]), state[op + O_INDEX], level, vm)
     return stop(state, op, status)
 
 

@@ -15,6 +15,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
     find_memslot,
+    first_slot,
     free_row,
     inode_row,
     is_live_vm,
@@ -32,7 +33,7 @@ from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.tables.walker import free_table
 from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Flag
-from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     I_FLAGS,
     I_KIND,
@@ -50,6 +51,7 @@ from pgemu_kernels.words.rows import (
     M_INODE,
     M_KIND,
     M_LIVE,
+    M_NEXT,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -61,6 +63,8 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    S_VMS,
+    S_WORDS,
     SLOT_GMEM_ONLY,
     SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
@@ -68,6 +72,7 @@ from pgemu_kernels.words.rows import (
     SLOT_LOG_DIRTY_PAGES,
     SLOT_READ_ONLY,
     SLOT_USER,
+    STATE_SPACES,
     V_ATTRIBUTES,
     V_BIND_INODE,
     V_BIND_OFFSET,
@@ -76,12 +81,14 @@ from pgemu_kernels.words.rows import (
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
+    V_SLOTS,
     V_SPACE,
     V_UNLOADED,
 )
 
 U = np.uint64
 _M_WORDS = U(M_WORDS)
+_S_WORDS = U(S_WORDS)
 _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 _USER_END = U((1 << 47) - 4096)
 _MOST_PAGES = U((1 << 31) - 1)  # KVM_MEM_MAX_NR_PAGES
@@ -135,7 +142,7 @@ def drop_slot_leaves(m, slot):
         return
     base = state[slot + M_BASE_GFN]
     zap_slot(m, slot, base, base + state[slot + M_PAGES])
-    flush_vm(m, row)
+    flush_vm(m, state[slot + M_VM])
 
 
 @kernel
@@ -160,6 +167,10 @@ def delete_slot(m, slot):
     drop_slot_leaves(m, slot)
     next_generation(m, row)
     bitmap_freed(m, slot)
+    before = row + V_SLOTS
+    while state[before] != slot:
+        before = state[before] + M_NEXT
+    state[before] = state[slot + M_NEXT]
     clear_row(state, slot)
 
 
@@ -186,11 +197,11 @@ def check_addresses(state, op):
 @kernel
 def overlaps_other(state, vm, old, gfn, end):
     """kvm_main.c:kvm_check_memslot_overlap(): whether another slot of the VM has some of the guest frames."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and slot != old:
-            if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end:
-                return True
+    slot = first_slot(state, vm)
+    while slot != U0:
+        if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end and slot != old:
+            return True
+        slot = state[slot + M_NEXT]
     return False
 
 
@@ -239,7 +250,10 @@ def create_slot(m, op, kind, inode, offset):
     state[slot + M_INODE] = inode
     state[slot + M_PGOFF] = offset >> U12
     state[slot + M_LIVE] = U1
-    next_generation(m, vm_row(state[op + O_VM]))
+    row = vm_row(state[op + O_VM])
+    state[slot + M_NEXT] = state[row + V_SLOTS]
+    state[row + V_SLOTS] = slot
+    next_generation(m, row)
     return slot
 
 
@@ -462,12 +476,16 @@ def close_vm(m, op):
     row = vm_row(vm)
     drop_stage2_tree(m, state[row + V_ROOT])
     free_table(m, state[row + V_ROOT] >> U12, STAGE2_TABLES)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm:
-            cache_free(m, slot + M_DIRTY)
-            clear_row(state, slot)
+    while state[row + V_SLOTS] != U0:
+        slot = state[row + V_SLOTS]
+        state[row + V_SLOTS] = state[slot + M_NEXT]
+        cache_free(m, slot + M_DIRTY)
+        clear_row(state, slot)
     cache_free(m, row + V_ATTRIBUTES)
+    space = state[row + V_SPACE]
+    if space < state[R_SPACES]:
+        state[STATE_SPACES + space * _S_WORDS + S_VMS] &= ~(U1 << vm)
+        state[R_MAPPINGS] += U1
     state[row + V_ROOT] = U0
     state[row + V_LIVE] = U0
     return np.int64(0)

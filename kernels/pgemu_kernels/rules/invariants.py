@@ -42,6 +42,7 @@ from pgemu_kernels.engine.rows import (
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.xarray import object_frames
 from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.operations import Broken, Operation
@@ -97,6 +98,7 @@ MIXED_LEAF = U(Broken.MIXED_LEAF)
 LEAF_OVER_FOLIO = U(Broken.LEAF_OVER_FOLIO)
 BLOCK_STATE = U(Broken.BLOCK_STATE)
 WRONG_PFN = U(Broken.WRONG_PFN)
+UNNOTED = U(Broken.COUNTS)
 IN_PROGRESS = U(Broken.IN_PROGRESS)
 _ADDRESS = U(ADDRESS)
 OP_HOST_FAULT = U(Operation.HOST_FAULT)
@@ -165,6 +167,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
     expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
+    last = index + (U1 << (U9 * (level - U1))) - U1
+    noted = vms_with_leaves(state, node, index, index + U1) & vms_with_leaves(state, node, last, last + U1)
+    expect(m, noted >> vm & U1 != U0, UNNOTED, index)
     if level_is_folios(m) and level != U1:
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf

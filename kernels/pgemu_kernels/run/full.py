@@ -28,7 +28,7 @@ from pgemu_kernels.rules.references import hold_again
 from pgemu_kernels.run.loops import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_kind, run_stretches
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
-from pgemu_kernels.words.registers import R_COUNTER_ROW, R_HOLDERS_OFF
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
 from pgemu_kernels.words.rows import O_ACTIVE, O_NEXT, O_OP, O_PHASE, O_STAGE, O_STATUS
 
 U = np.uint64
@@ -49,6 +49,9 @@ def begin(m, op):
     m.state[op + O_STAGE] = U0
     begin_operation(m, op)
     kind = m.state[op + O_OP]
+    m.state[R_STEPPED] += U1
+    if kind == OP_GUEST_FAULT:
+        m.state[R_GUEST_FAULTS] += U1
     if kind == OP_CONVERT:
         charge_one(m, CONVERT_IOCTL)
     elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
@@ -81,6 +84,9 @@ def step(m, actor, beginning):
     state[op + O_STAGE] = state[op + O_NEXT]
     if outcome != GO:
         state[op + O_ACTIVE] = U0
+        state[R_STEPPED] -= U1
+        if kind == OP_GUEST_FAULT:
+            state[R_GUEST_FAULTS] -= U1
         finish_operation(m, op)
     return outcome
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U3, U4, U9, U12, U511, pages_of
 from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.tables.edit_tree import leaf_attributes
 from pgemu_kernels.tables.walker import is_large, is_present, table_of
 from pgemu_kernels.words.operations import Flag
 from pgemu_kernels.words.table_words import (
     F_ACCESSED,
     F_DIRTY,
     F_EXECUTE,
-    F_LARGE,
     F_LEAF_2M,
     F_LEAF_4K,
     F_MEMORY_TYPE,
@@ -89,10 +89,7 @@ def make_mmio_spte(state, f, gfn, generation):
 @kernel
 def make_huge_spte(state, f, entry, level):
     """spte.c:make_huge_spte(): a leaf with the flags and the address of a small one; never executable if mitigated."""
-    value = (entry | state[f + F_LARGE]) & ~((pages_of(level) - U1) << U12)
-    if nx_huge_pages(state, f):
-        value &= ~state[f + F_EXECUTE]
-    return value
+    return leaf_attributes(state, f, level, entry) & ~((pages_of(level) - U1) << U12)
 
 
 @kernel

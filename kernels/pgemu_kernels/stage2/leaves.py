@@ -30,10 +30,11 @@ from pgemu_kernels.stage2.entries import (
     make_spte,
     nx_huge_pages,
 )
+from pgemu_kernels.tables.edit_tree import child_attributes
 from pgemu_kernels.tables.walker import free_table, is_large, is_present, new_table, stage2_format, table_of
 from pgemu_kernels.words.operations import ENOMEM, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, Broken
 from pgemu_kernels.words.registers import R_MARKS_ZAPPED
-from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_EXECUTE, F_LARGE, F_MMU_PRESENT
+from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_MMU_PRESENT
 
 U = np.uint64
 _WRONG_PFN = U(Broken.WRONG_PFN)
@@ -118,19 +119,17 @@ def mark_dropped(m, f, entry):
 def split_leaf(m, f, slot, level):
     """Replace a leaf of level 2 or 3 by a table of 512 leaves with its flags: the table, or NONE without memory.
 
-    tdp_mmu.c:tdp_mmu_split_huge_page(), spte.c:make_small_spte(). No flush: the translations stay the same. A 4K
-    leaf may be fetched from even where the mitigation forbade it for the large one.
+    tdp_mmu.c:tdp_mmu_split_huge_page(). No flush: the translations stay the same. A 4K leaf may be fetched from even
+    where the mitigation forbade it for the large one.
     """
     state = m.state
-    child = m.ram[slot]
+    leaf = m.ram[slot]
     table = new_table(m, f, slot, STAGE2_TABLES)
     if table == NONE:
         return NONE
-    mark_dropped(m, f, child)
+    mark_dropped(m, f, leaf)
+    child = child_attributes(state, f, level - U1, leaf)
     if level == U2:
-        child &= ~state[f + F_LARGE]
-        if nx_huge_pages(state, f):
-            child |= state[f + F_EXECUTE]
         count_below(m.counts, slot & ~U511, 511)  # the leaf was one of those below its level-2 table
     size = pages_of(level - U1) << U12
     for i in range(U512):
