@@ -144,6 +144,16 @@ def charge_one(m, event):
 
 
 @kernel
+def charge_each(m, event, n):
+    """charge_one(m, event), `n` (int64) times."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += n
+    price = STATS_PRICES_ONE + event * U2
+    stats[CLOCK_LOW] += stats[price] * n
+    stats[CLOCK_HIGH] += stats[price + U1] * n
+
+
+@kernel
 def change(stats, gauge, n):
     """Add `n` (int64) to a gauge and keep its peak."""
     at = STATS_GAUGES + gauge * U2

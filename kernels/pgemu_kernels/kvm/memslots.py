@@ -33,7 +33,7 @@ from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.tables.walker import free_table
 from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Flag
-from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     I_FLAGS,
     I_KIND,
@@ -485,6 +485,7 @@ def close_vm(m, op):
     space = state[row + V_SPACE]
     if space < state[R_SPACES]:
         state[STATE_SPACES + space * _S_WORDS + S_VMS] &= ~(U1 << vm)
+        state[R_MAPPINGS] += U1
     state[row + V_ROOT] = U0
     state[row + V_LIVE] = U0
     return np.int64(0)

@@ -17,7 +17,7 @@ from pgemu_kernels.process.tables import below, lookup, size_of
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range, unbind_inode
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
-from pgemu_kernels.words.registers import R_ANON_VMAS, R_VMAS
+from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_CLONED,
@@ -76,6 +76,7 @@ def link_vma(state, row):
         at = state[at] + A_NEXT
     state[row + A_NEXT] = state[at]
     state[at] = row
+    state[R_MAPPINGS] += U1
 
 
 @outlined
@@ -85,6 +86,7 @@ def unlink_vma(state, row):
     while state[at] != row:
         at = state[at] + A_NEXT
     state[at] = state[row + A_NEXT]
+    state[R_MAPPINGS] += U1
 
 
 @kernel

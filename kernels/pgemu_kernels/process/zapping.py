@@ -12,14 +12,16 @@ from pgemu_kernels.engine.charge import (
     HOST_LEAVES,
     LEAF_CLEARED,
     LEAF_WRITTEN,
+    NOTIFIER_CALL,
     RMAP_CHANGED,
     change_value,
     charge,
+    charge_each,
     charge_one,
 )
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import space_root, vma_overlap
+from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import remove_mapping, struct_page
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
 from pgemu_kernels.process.anonymous import unmap_page
@@ -44,19 +46,33 @@ from pgemu_kernels.process.tables import (
     size_of,
     space_row,
 )
-from pgemu_kernels.process.vma import first_vma, huge_order, notify, unshare_table
+from pgemu_kernels.process.vma import first_vma, huge_order, notify, page_offset, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import count_host_leaf
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_NOTIFIER
 from pgemu_kernels.words.rows import (
+    A_END,
     A_FLAGS,
     A_KIND,
     A_NEXT,
+    A_PGOFF,
     A_PROT,
     A_RESERVED,
     A_SPACE,
+    I_ALL_END,
+    I_ALL_FROM,
+    I_CALLS,
+    I_KIND,
+    I_PAGES,
+    I_SURVEYED,
+    I_TOLD,
+    INODE_GUEST_MEMFD,
     PAGE_EXCLUSIVE,
     PROT_WRITE,
     S_RSS,
+    S_VMS,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -260,13 +276,61 @@ def zap_vma(m, row, start, end, guards):
     _zap(m, row, start, end, guards)
 
 
+@outlined
+def _survey(m, inode):
+    """Find out anew whom it concerns that pages leave every process: VMAs or VMs are others than the last time."""
+    state = m.state
+    node = inode_row(inode)
+    first = U0
+    last = NONE
+    told = U0
+    calls = U0
+    row = first_vma(state, inode)
+    while row != U0:
+        first = max(first, state[row + A_PGOFF])
+        last = min(last, page_offset(state, row, state[row + A_END]))
+        vms = state[space_row(state[row + A_SPACE]) + S_VMS]
+        told |= vms
+        while vms != U0:
+            calls += U1
+            vms &= vms - U1
+        row = state[row + A_NEXT]
+    state[node + I_ALL_FROM] = first
+    state[node + I_ALL_END] = last
+    state[node + I_TOLD] = told
+    state[node + I_CALLS] = calls
+    state[node + I_SURVEYED] = state[R_MAPPINGS]
+
+
+@kernel
+def _only_tells(m, inode, first, last):
+    """Whether that pages [first, last) leave every process changes nothing: all VMAs show them, no process has an
+    entry at all, no VM of theirs a leaf, and no guest's fault is under way."""
+    state = m.state
+    leaves = m.stats[STATS_GAUGES + HOST_LEAVES * U2] | m.stats[STATS_GAUGES + (HOST_LEAVES + U1) * U2]
+    leaves |= m.stats[STATS_GAUGES + (HOST_LEAVES + U2) * U2]
+    node = inode_row(inode)
+    if leaves != 0 or state[R_GUEST_FAULTS] != U0 or state[node + I_KIND] != INODE_GUEST_MEMFD:
+        return False
+    if state[node + I_SURVEYED] != state[R_MAPPINGS]:
+        _survey(m, inode)
+    if first < state[node + I_ALL_FROM] or last > min(state[node + I_ALL_END], state[node + I_PAGES]):
+        return False
+    return vms_with_leaves(state, node, first, last) & state[node + I_TOLD] == U0
+
+
 @step
 def unmap_mapping_range(m, inode, first, last):
     """Pages [first, last) of a file leave every process, its VMAs one by one, each with a flush of its own.
 
-    mm/memory.c:unmap_mapping_pages(), unmap_mapping_range_vma(); fs/hugetlbfs/inode.c:hugetlb_vmdelete_list()
+    mm/memory.c:unmap_mapping_pages(), unmap_mapping_range_vma(); fs/hugetlbfs/inode.c:hugetlb_vmdelete_list(). Where
+    nothing is mapped that is a notifier call for each VM of each VMA's mm, however many they are.
     """
     state = m.state
+    if _only_tells(m, inode, first, last):
+        if state[R_NOTIFIER] != U0:
+            charge_each(m, NOTIFIER_CALL, np.int64(state[inode_row(inode) + I_CALLS]))
+        return
     row = first_vma(state, inode)
     while row != U0:
         start, end = vma_overlap(state, row, inode, first, last)

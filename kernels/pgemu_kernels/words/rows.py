@@ -40,6 +40,11 @@ I_REGIONS = U(17)  # where a word for each 2M, then for each 1G begins in `state
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
 I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
+I_SURVEYED = U(19)  # R_MAPPINGS when the next four were found:
+I_ALL_FROM = U(20)  # pages that all of its VMAs show,
+I_ALL_END = U(21)
+I_TOLD = U(22)  # a bit per VM of their processes,
+I_CALLS = U(23)  # and how many notifier calls it is that all of them leave the processes
 I_WORDS = 24
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
