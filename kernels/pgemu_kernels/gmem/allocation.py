@@ -20,8 +20,9 @@ from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.gmem.conversion import add_to_lru, in_pieces
+from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.levels import defects
+from pgemu_kernels.gmem.split_merge import add_to_lru
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EEXIST,

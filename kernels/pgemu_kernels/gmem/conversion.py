@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, U511, U512, trailing_zeros
-from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, FREEZE_SPIN, charge, charge_one, result
+from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
+from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
-from pgemu_kernels.engine.shareability import is_shared, shared_in_block, shared_in_range, store_shareability
+from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
-from pgemu_kernels.folios.splitting import merge_block, split_block
+from pgemu_kernels.folios.hugetlb import stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, pieces
 from pgemu_kernels.process.tables import flush_mm
@@ -37,25 +36,19 @@ from pgemu_kernels.words.operations import (
     ENOMEM,
     ENOTTY,
     GO,
-    NEVER,
     STOP,
-    Defect,
     Flag,
 )
 from pgemu_kernels.words.registers import (
     R_CONVERT_BY_BLOCK,
-    R_DEFECTS,
     R_FLUSH_BATCHED,
     R_FLUSHES_HELD,
     R_IN_PLACE,
     R_KERNEL_UNFLUSHED,
     R_MERGE_LAZY,
     R_ORDER,
-    R_SERIES,
     R_SPACES,
     R_SPLIT_TO_2M,
-    R_WORD_ROWS,
-    R_WORK_LISTS,
     R_ZAP_BOTH_KINDS,
 )
 from pgemu_kernels.words.rows import (
@@ -67,15 +60,10 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     GUP_PIN_COUNTING_BIAS,
     I_PAGES,
-    I_WORD,
-    I_ZEROED,
-    O_ACTOR,
     O_DETAIL,
     O_END,
     O_FLAGS,
     O_INODE,
-    O_ITEM_END,
-    O_ITEM_START,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
@@ -85,13 +73,11 @@ from pgemu_kernels.words.rows import (
     O_ROUND_START,
     O_START,
     O_TO_PRIVATE,
-    SERIES_RFC2,
 )
 
 U = np.uint64
 PRIVATE = U(Flag.PRIVATE)
 SHARED = U(Flag.SHARED)
-_ROLLBACK_AT_ZERO = U(Defect.ROLLBACK_AT_ZERO)
 
 # What a machine may have otherwise, and what it is by default.
 by_block = parameter(R_CONVERT_BY_BLOCK, U0)
@@ -483,351 +469,3 @@ def store(m, op):
     state = m.state
     store_range(m, op, state[op + O_START], state[op + O_END], U1 - state[op + O_TO_PRIVATE])
     return GO
-
-
-# --------------------------------------------------------------------------- split and merge
-
-
-@kernel
-def add_to_lru(m, op, head, pages):
-    """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
-    if m.state[R_SERIES] == SERIES_RFC2:
-        lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
-
-
-@outlined
-def split_pieces(m, op, node, block, first, start, end):
-    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
-    index = start
-    while index < end:
-        last = min(end, (index | U511) + U1)
-        before = pieces.is_split_at(m, block, index)
-        status = pieces.split_touched(m, node, block, first, index, last)
-        if status != 0:
-            return status
-        if not before:
-            add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
-        index = last
-    return np.int64(0)
-
-
-@kernel
-def none_split(m, op, node, block, first, start, end):
-    """There are no pieces."""
-    return np.int64(0)
-
-
-@kernel
-def whole_block(m, block, first, start):
-    return first
-
-
-@outlined
-def first_unsplit_page(m, block, first, start):
-    """The first page of the folio that a split failed at."""
-    return pieces.first_unsplit(m, block, first, start) if in_pieces(m) else first
-
-
-split_any_pieces = full_only(split_pieces, none_split)
-first_unsplit = full_only(first_unsplit_page, whole_block)
-
-
-@kernel
-def split_one(m, op, node, first, start, end):
-    """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
-
-    A folio of order 0 is none that could be split.
-    """
-    state = m.state
-    block = block_row(m, node, first)
-    kind = m.state[block + B_STATE]
-    if in_pieces(m) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
-        return split_any_pieces(m, op, node, block, first, start, end)
-    if kind != BLOCK_HUGE or state[R_ORDER] == U0:
-        return np.int64(0)
-    status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
-    if status == 0:
-        add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
-    return status
-
-
-@step
-def split_blocks(m, op, start, end):
-    """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    order = state[R_ORDER]
-    first = start >> order << order
-    while first < end:
-        status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
-        if status != 0:
-            block = block_row(m, node, first)
-            return status, first_unsplit(m, block, first, start)
-        first += U1 << order
-    return np.int64(0), end
-
-
-@kernel
-def is_split(m, block):
-    kind = m.state[block + B_STATE]
-    return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
-
-
-@outlined
-def leave_split(m, node, first, end):
-    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
-    while first < end:
-        block = block_row(m, node, first)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            note_waiting(m, node, block, first, first, first)
-        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
-            start_waiting(m, block)
-        first += U1 << m.state[R_ORDER]
-
-
-@kernel
-def split(m, op):
-    """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
-
-    Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
-    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
-    """
-    state = m.state
-    status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
-    if status != 0:
-        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START] >> state[R_ORDER] << state[R_ORDER], first)
-        return fail(m, op, status, first)
-    return GO
-
-
-@outlined
-def merge_now(m, node, block, first):
-    """Merge a split block that is all private; one that somebody holds stays split and waits.
-
-    The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
-    """
-    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
-        charge_one(m, FREEZE_SPIN)
-        start_waiting(m, block)
-
-
-@step
-def merge_blocks(m, op, start, end, besides):
-    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
-    `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
-    """
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    pages = U1 << state[R_ORDER]
-    first = start & ~(pages - U1)
-    while first < end:
-        block = block_row(m, node, first)
-        low = max(start, first)
-        high = min(end, first + pages)
-        shared = shared_in_block(m, node, first)
-        if besides:
-            shared -= shared_in_range(m, node, low, high)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            if merge_lazy(m) != U0:
-                note_touched(m, node, block, first, low, high)
-            else:
-                merge_touched(m, node, block, first, low, high)
-        elif is_split(m, block) and shared == U0:
-            if merge_lazy(m) != U0:
-                start_waiting(m, block)
-            else:
-                merge_now(m, node, block, first)
-        first += pages
-
-
-@kernel
-def merge(m, op):
-    """To private, after the store: merge every touched block that holds no shared page any more."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
-    return GO
-
-
-@kernel
-def merge_early(m, op):
-    """The same before the store (fixup)."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
-    return GO
-
-
-# --------------------------------------------------------------------------- rfc2: the work list
-#
-# A bit per page of the inode: it is to be converted. Items are runs of them, as they were before anything is stored.
-
-
-@kernel
-def find_bit(state, bits, index, end, flip):
-    """The first page of [index, end) whose bit, flipped if `flip` is all ones, is set, else `end`."""
-    while index < end:
-        word = (state[bits + (index >> U6)] ^ flip) >> (index & U63)
-        if word != U0:
-            return min(end, index + trailing_zeros(word))
-        index = (index | U63) + U1
-    return end
-
-
-@kernel
-def work_list(state, node):
-    """Where an inode's bits begin."""
-    return state[R_WORK_LISTS] + state[node + I_WORD] - state[R_WORD_ROWS]
-
-
-@outlined
-def find_item(m, op, index):
-    """The next item of the unit from page `index` on: (first, past the last), or the unit's end twice."""
-    state = m.state
-    bits = work_list(state, inode_row(state[op + O_INODE]))
-    first = find_bit(state, bits, index, state[op + O_END], U0)
-    return first, find_bit(state, bits, first, state[op + O_END], ALL)
-
-
-@kernel
-def set_item(m, op, index):
-    """Let the record's item be the next one from page `index` on: whether there is one."""
-    first, last = find_item(m, op, index)
-    m.state[op + O_ITEM_START] = first
-    m.state[op + O_ITEM_END] = last
-    return first < last
-
-
-@kernel
-def next_item(m, op):
-    """Whether there is another item, which becomes the record's; behind the last comes the first."""
-    if set_item(m, op, m.state[op + O_ITEM_END]):
-        return True
-    set_item(m, op, m.state[op + O_START])
-    return False
-
-
-@kernel
-def rounded_item(m, first, last):
-    """An item rounded out to huge pages; the inode ends with one."""
-    inside = rounding(m) - U1
-    return first & ~inside, (last + inside) & ~inside
-
-
-@step
-def begin_items(m, op):
-    """Note the unit's work list, begin an invalidation for each item, rounded out; the first item is next."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
-    bits = work_list(state, node)
-    for word in range(state[op + O_START] >> U6, (state[op + O_END] + U63) >> U6):
-        state[bits + word] = state[state[node + I_WORD] + word] ^ flip
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        begin_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
-    set_item(m, op, state[op + O_START])
-    return GO
-
-
-@step
-def zap_item(m, op):
-    """To shared: drop the private leaves of exactly the item, and flush."""
-    state = m.state
-    if zap_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END]) != 0:
-        flush_vms(m)
-    return GO
-
-
-@step
-def unmap_item(m, op):
-    """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
-    state = m.state
-    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
-    return GO
-
-
-@step
-def end_items(m, op):
-    """End the invalidations that begin_items() began."""
-    state = m.state
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        end_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
-    return GO
-
-
-@step
-def gate_item(m, op):
-    """To private: the item's folios must be idle, else -EAGAIN; nothing has been stored."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    busy = busy_folio(m, node, state[op + O_ITEM_START], state[op + O_ITEM_END])
-    if busy != NONE:
-        end_items(m, op)
-        return fail(m, op, -EAGAIN, busy)
-    return GO
-
-
-@step
-def store_item(m, op):
-    """Record the item's new shareability: the tree's nodes are allocated only now, after the zap."""
-    state = m.state
-    if frames_left(m) == U0:
-        return fail_item(m, op, -ENOMEM, state[op + O_ITEM_START])
-    store_range(m, op, state[op + O_ITEM_START], state[op + O_ITEM_END], U1 - state[op + O_TO_PRIVATE])
-    return GO
-
-
-@step
-def restructure_item(m, op):
-    """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
-    state = m.state
-    start = state[op + O_ITEM_START]
-    if state[op + O_TO_PRIVATE] != U0:
-        merge_blocks(m, op, start, state[op + O_ITEM_END], False)
-        return GO
-    status, first = split_blocks(m, op, start, state[op + O_ITEM_END])
-    if status == 0:
-        return GO
-    if state[R_DEFECTS] & _ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
-        merge_back(m, op, start, first)
-        state[R_FLUSHES_HELD] = U0
-        return stop(state, op, -NEVER)  # the index wraps around below 0: locks and invalidations stay
-    return fail_item(m, op, status, first)
-
-
-@step
-def merge_back(m, op, start, end):
-    """Merge the blocks of pages [start, end) that the conversion split: those that did not wait before."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    first = start >> state[R_ORDER] << state[R_ORDER]
-    while first < end:
-        block = block_row(m, node, first)
-        private = shared_in_block(m, node, first) == U0
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            merge_pieces(m, node, block, first, first, first)
-        elif m.state[block + B_STATE] == BLOCK_SPLIT and private and m.state[block + B_WAITS] == U0:
-            merge_now(m, node, block, first)
-        first += U1 << state[R_ORDER]
-
-
-@step
-def fail_item(m, op, status, index):
-    """Roll back: items up to and with the failing one are converted the other way; then end with the error.
-
-    A split back that fails is a WARN in the posted code, and leaves a huge folio with shared pages.
-    """
-    state = m.state
-    failing = state[op + O_ITEM_END]
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last and last <= failing:
-        store_range(m, op, first, last, state[op + O_TO_PRIVATE])
-        if state[op + O_TO_PRIVATE] == U0:
-            merge_back(m, op, first, last)
-        else:
-            split_blocks(m, op, first, last)
-        first, last = find_item(m, op, last)
-    end_items(m, op)
-    return fail(m, op, status, index)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import kernel, outlined, step
-from pgemu_kernels.gmem.conversion import next_item
+from pgemu_kernels.gmem.items import next_item
 from pgemu_kernels.words.operations import GO, STOP
 from pgemu_kernels.words.rows import O_NEXT, O_TO_PRIVATE
 

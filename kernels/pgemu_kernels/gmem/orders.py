@@ -11,27 +11,27 @@ from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.gmem.conversion import (
-    begin_items,
-    end_items,
     finish,
     flush_batched,
     gate,
-    gate_item,
     invalidate_begin,
     invalidate_end,
-    merge,
-    merge_early,
     prepare,
-    restructure_item,
-    split,
     store,
-    store_item,
     unmap_host,
-    unmap_item,
     zap,
+)
+from pgemu_kernels.gmem.items import (
+    begin_items,
+    end_items,
+    gate_item,
+    restructure_item,
+    store_item,
+    unmap_item,
     zap_item,
 )
 from pgemu_kernels.gmem.order_rows import each_item, stepper, straight, to_private, to_shared
+from pgemu_kernels.gmem.split_merge import merge, merge_early, split
 from pgemu_kernels.words.operations import (
     CONVERT_FIXUP,
     CONVERT_NEXT4K,
