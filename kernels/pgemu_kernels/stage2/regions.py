@@ -14,46 +14,38 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import first_slot, inode_row, overlap, vm_row
 from pgemu_kernels.engine.shareability import bits_between
 from pgemu_kernels.tables.walker import find_leaf, stage2_format, table_of
-from pgemu_kernels.words.registers import R_GUEST_BITS, R_WORD_ROWS
-from pgemu_kernels.words.rows import I_PAGES, I_REGIONS, I_WORD, M_NEXT, V_ROOT
+from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_NEXT, V_ROOT
 
 U = np.uint64
 _INSIDE_1G = U((1 << 18) - 1)
 
 
 @kernel
-def page_bits(state, node):
-    """Where the bits of an inode's pages begin."""
-    return state[R_GUEST_BITS] + state[node + I_WORD] - state[R_WORD_ROWS]
-
-
-@kernel
-def gigabytes(state, node):
-    """Where the words for each 1G begin, behind those for 2M: a VM without a bit there has none that counts below."""
-    return state[node + I_REGIONS] + ((state[node + I_PAGES] + U511) >> U9)
-
-
-@kernel
 def note_leaf(state, node, index, level, vm):
     """A VM has a leaf of `level` over page `index` of an inode (`node`)."""
     bit = U1 << vm
-    bits = page_bits(state, node)
     region = state[node + I_REGIONS] + (index >> U9)
-    if state[region] & bit == U0:
+    block = state[node + I_GIGABYTES] + (index >> U18)
+    if state[region] & state[block] & bit == U0:
         state[region] |= bit
-    block = gigabytes(state, node) + (index >> U18)
-    if state[block] & bit == U0:
         state[block] |= bit
     if level == U1:
-        state[bits + (index >> U6)] |= U1 << (index & U63)
-        return
-    first = index & ~((U1 << (U9 * (level - U1))) - U1)
-    for word in range(bits + (first >> U6), bits + ((first + (U1 << (U9 * (level - U1)))) >> U6)):
+        state[state[node + I_GUEST_BITS] + (index >> U6)] |= U1 << (index & U63)
+    else:
+        note_large_leaf(state, node, index, level, bit)
+
+
+@outlined
+def note_large_leaf(state, node, index, level, bit):
+    """The same of all pages below a leaf of 2M or 1G, and of all 2M."""
+    pages = U1 << (U9 * (level - U1))
+    first = index & ~(pages - U1)
+    bits = state[node + I_GUEST_BITS]
+    for word in range(bits + (first >> U6), bits + ((first + pages) >> U6)):
         state[word] = ALL
-    if level == U3:
-        region = state[node + I_REGIONS] + (first >> U9)
-        for word in range(region, region + U512):
-            state[word] |= bit
+    regions = state[node + I_REGIONS]
+    for word in range(regions + (first >> U9), regions + ((first + pages) >> U9)):
+        state[word] |= bit
 
 
 @kernel
@@ -71,7 +63,7 @@ def mask_at(index, end):
 @kernel
 def is_mapped(state, node, start, end):
     """Whether a VM may have a leaf over pages [start, end)."""
-    bits = page_bits(state, node)
+    bits = state[node + I_GUEST_BITS]
     while start < end:
         if state[bits + (start >> U6)] & mask_at(start, end) != U0:
             return True
@@ -82,7 +74,7 @@ def is_mapped(state, node, start, end):
 @kernel
 def forget_pages(state, node, start, end):
     """No VM has a leaf over pages [start, end) any more."""
-    bits = page_bits(state, node)
+    bits = state[node + I_GUEST_BITS]
     while start < end:
         state[bits + (start >> U6)] &= ~mask_at(start, end)
         start = (start | U63) + U1
@@ -101,19 +93,18 @@ def vms_below(state, node, start, end):
 @kernel
 def vms_with_leaves(state, node, start, end):
     """The VMs that may have leaves over pages [start, end)."""
-    blocks = gigabytes(state, node)
-    vms = U0
-    first = start
-    while first < end:
-        last = min(end, (first | _INSIDE_1G) + U1)
-        found = state[blocks + (first >> U18)]
-        if found != U0 and not is_whole(state, node, first, last):
-            found &= vms_below(state, node, first, last)
-        vms |= found
-        first = last
     # Of many pages some are mapped for sure.
-    if vms != U0 and end - start < U512 and not is_mapped(state, node, start, end):
+    if end - start < U512 and not is_mapped(state, node, start, end):
         return U0
+    blocks = state[node + I_GIGABYTES]
+    vms = U0
+    while start < end:
+        last = min(end, (start | _INSIDE_1G) + U1)
+        found = state[blocks + (start >> U18)]
+        if found != U0 and not is_whole(state, node, start, last):
+            found &= vms_below(state, node, start, last)
+        vms |= found
+        start = last
     return vms
 
 
@@ -157,7 +148,7 @@ def forget_region(m, vm, inode, first):
 def forget_regions(state, node, vm, start, end):
     """Clear a VM's bits of what lies whole in pages [start, end), its 2M or its 1G."""
     words = state[node + I_REGIONS]
-    blocks = gigabytes(state, node)
+    blocks = state[node + I_GIGABYTES]
     while start < end:
         last = min(end, (start | _INSIDE_1G) + U1)
         if is_whole(state, node, start, last):
@@ -179,7 +170,8 @@ def forget_zapped(m, vm, inode, start, end, dropped):
     """
     state = m.state
     node = inode_row(inode)
-    forget_regions(state, node, vm, start, end)
+    if end - start >= U512 or end >= state[node + I_PAGES]:
+        forget_regions(state, node, vm, start, end)
     if dropped == 0:
         if start & U511 != U0:
             forget_region(m, vm, inode, start & ~U511)

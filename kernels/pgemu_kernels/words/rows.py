@@ -36,7 +36,9 @@ I_BASE = U(11)  # device: first PFN of the region
 I_ORDER = U(12)  # HugeTLB: 9 or 18
 I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
-I_REGIONS = U(17)  # where a word for each 2M, then for each 1G begins in `state`: a bit per VM that may have a leaf
+I_REGIONS = U(17)  # where a word for each 2M begins in `state`: a bit per VM that may have a stage-2 leaf there
+I_GIGABYTES = U(18)  # ... and for each 1G: a VM without a bit there has none that counts below
+I_GUEST_BITS = U(19)  # ... and a bit per page over which any VM may have one
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
 I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
