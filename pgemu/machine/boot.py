@@ -169,7 +169,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_NOTIFIER: config.notifier,
         W.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
         W.R_RECOVER_HUGE: kernel.recovers_huge_pages,
-        W.R_SERIES: SPLIT_FORMS[config.split_form],
+        W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
         W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         W.R_FULL: config.full,
         W.R_CONVERT_ORDER: order,

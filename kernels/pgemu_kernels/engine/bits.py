@@ -10,8 +10,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pgemu_kernels.engine.compile import kernel
-
 # uint64 combined with a literal or an int64 becomes int64: every constant is typed, shift counts too.
 U0 = np.uint64(0)
 U1 = np.uint64(1)
@@ -43,18 +41,6 @@ LOW16 = np.uint64(0xFFFF)
 LOW32 = np.uint64(0xFFFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = ALL  # "no such index"
-
-
-@kernel
-def pages_of(level):
-    """4K pages under one entry of a level: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G."""
-    return U1 << (U9 * (level - U1))
-
-
-@kernel
-def index_at(page, level):
-    """Index of a page's entry in its table of a level."""
-    return page >> (U9 * (level - U1)) & U511
 
 
 @intrinsic

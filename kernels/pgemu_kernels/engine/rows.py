@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import (
-    NONE,
-    U0,
-    U1,
-    U2,
-    U3,
-    U9,
-    U12,
-    U48,
-    U4095,
-    pages_of,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U48, U4095
 from pgemu_kernels.engine.charge import (
     result,
 )
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.words.operations import (
     EBADF,
     EINVAL,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, U0, U1, U2, U3, U4, U6, U8, U12, U32, U511, U4095
+from pgemu_kernels.engine.bits import LOW32, U0, U1, U2, U3, U4, U6, U8, U12, U24, U32, U511, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE
@@ -53,7 +53,6 @@ PG_WORKINGSET = U(1 << 9)
 FLAGS_KEPT = U(0xFFFFFFFFC0000000)  # of page->flags when a page is freed: node, zone, last_cpupid
 LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
 HUGETLB_MIGRATABLE = U(1 << 1)
-U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
 PGTY_HUGETLB = U(0xF4000000)

@@ -9,7 +9,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U6, U8, U9, U63, U64, U511, U512, trailing_zeros
+from pgemu_kernels.engine.bits import (
+    ALL,
+    LOW32,
+    NONE,
+    U0,
+    U1,
+    U3,
+    U6,
+    U8,
+    U9,
+    U18,
+    U63,
+    U64,
+    U511,
+    U512,
+    trailing_zeros,
+)
 from pgemu_kernels.engine.charge import change, charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
@@ -52,7 +68,7 @@ def is_free(state, node, block):
 @kernel
 def _split_bits(state, node, block, order):
     """Word with the bit of a block whose huge page of order 9 or 18 is split: behind the bits of free blocks."""
-    words = ((state[node_row(node) + N_PAGES] + U((1 << 18) - 1)) >> U(18)) << U(3)
+    words = ((state[node_row(node) + N_PAGES] + U((1 << 18) - 1)) >> U18) << U3
     return _bits(state, node, block) + (words if order == U9 else words << U1)
 
 

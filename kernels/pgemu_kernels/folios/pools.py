@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U9
+from pgemu_kernels.engine.bits import NONE, U0, U1, U8, U9, U16
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
@@ -508,8 +508,8 @@ def poison(m, head, pfn):
     state[STATE_POISONED + row] = pfn
     page = struct_page(m, head)
     m.ram[page + FLAGS] |= state[R_HWPOISON]
-    word = U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
-    m.ram[page + word] = U(POISONED_ADDRESS) + row * U(16)
+    word = U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
+    m.ram[page + word] = U(POISONED_ADDRESS) + row * U16
     return np.int64(0)
 
 
@@ -522,7 +522,7 @@ def move_poison(m, head, order):
     state = m.state
     page = struct_page(m, head)
     m.ram[page + FLAGS] &= ~state[R_HWPOISON]
-    m.ram[page + U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
+    m.ram[page + U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
     for i in range(state[R_POISONED]):
         pfn = state[STATE_POISONED + i]
         if pfn - head < U1 << order:

@@ -1,6 +1,6 @@
 """Split of a huge folio to 4K folios, and merge of these: design restructure.
 
-Two posted forms, chosen by the register R_SERIES. `rfc2` (May 2025; mm/guestmem_hugetlb.c, virt/kvm/guest_memfd.c)
+Two posted forms, chosen by the register R_SPLIT_FORM. `rfc2` (May 2025; mm/guestmem_hugetlb.c, virt/kvm/guest_memfd.c)
 takes the folio out of the page cache and puts its pages in one by one. The later form (from late 2025 on;
 mm/hugetlb_restructuring.c) splits and merges the entry in place, with mm/huge_memory.c:__split_folio_to_order().
 
@@ -60,11 +60,11 @@ from pgemu_kernels.words.registers import (
     R_MASK_TAILS,
     R_ORDER,
     R_RESET_STRUCT_PAGES,
-    R_SERIES,
+    R_SPLIT_FORM,
     R_VMEMMAP_PAGE,
     R_ZERO_PAGE,
 )
-from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, H_ACTIVE, SERIES_RFC2
+from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, H_ACTIVE, SPLIT_FORM_RFC2
 
 U = np.uint64
 NO_MEMORY = np.int64(-ENOMEM)
@@ -123,7 +123,7 @@ def final_words(m, first):
     ram = m.ram
     flags = ram[first + FLAGS] & ~PG_HEAD
     mapping = ram[first + MAPPING]
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         return ((U0, U0, NONE, U0), (U0, NONE, U0, NONE)), ((flags, U0, U0, mapping), (U0, U0, ONE_CACHED, U0))
     put = (flags & INHERITED, U0, U0, mapping), (U0, U0, ONE_CACHED, ram[first + MEMCG])
     return ((~PAGE_FLAGS, U0, NONE, U0), (U0, NONE, U0, U0)), put
@@ -264,7 +264,7 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     cached = m.ram[first + MAPPING] != U0
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
         status = split_in_place(m, head, first, order, index, cached, zeroed_word)
@@ -282,7 +282,7 @@ def split_folio(m, head, order, index, references):
     pages take nodes there. The list of active huge pages is the caller's: leave_list(). The head's cgroup word becomes
     a tail's; rfc2 puts it back from its stash.
 
-    Series rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
+    Form rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
     split hit a BUG(); here the flag is what the follow-up patch makes it. No posted page is HWPoison (a TODO there).
     """
     return split_folio_from(m, head, order, index, references, NONE)
@@ -310,14 +310,14 @@ def split_block(m, block, index, zeroed_word):
 @kernel
 def leave_list(m, head):
     """In rfc2 a split folio leaves the list of active huge pages; the later form leaves its first page there."""
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         list_del(m, head)
 
 
 @kernel
 def join_list(m, head, order):
     """... and a merged one joins it again."""
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         list_add(m, hstate_of_order(order) + H_ACTIVE, head)
 
 
@@ -411,7 +411,7 @@ def prepare(m, head, first, order, references, uptodate):
     ram[first + COUNTS] = PGTY_HUGETLB | references << U32
     prep_compound_head(ram, state, head, first, order)
     charge_pages(m, order, MERGE_BYTES)
-    if state[R_SERIES] == SERIES_RFC2:
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
     optimize(m, head, order)
     if ram[struct_page(m, head) + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
@@ -423,7 +423,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
     """merge_folio(), when the pages have been joined."""
     pages = np.int64(U1 << order)
     cached = m.ram[first + MAPPING] != U0
-    rfc2 = m.state[R_SERIES] == SERIES_RFC2
+    rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
     charge(m, EVENT_FOLIO_GATE_CHECKED, pages)  # each is frozen
     if cached:
         charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
@@ -466,7 +466,7 @@ def merge_block(m, block, index, zeroed_word):
     if merge_zeroed(m, head, order, index, zeroed_word) != 0:
         return BUSY
     join_list(m, head, order)
-    if state[R_SERIES] == SERIES_RFC2:
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         own_merged(m, block, struct_page(m, head))  # from the stash
     state[block + B_STATE] = BLOCK_HUGE
     stop_waiting(m, block)

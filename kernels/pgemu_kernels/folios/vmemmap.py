@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U8, U9, U12, U63, U64, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U7, U8, U9, U12, U63, U64, U511, U512, U4095
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, frames_left, put_frame, take_frame
@@ -87,10 +87,10 @@ def write_tail(ram, page, flags, link, compound):
     ram[page + COMPOUND] = compound
     ram[page + U2] = link
     ram[page + MAPPING] = TAIL_MAPPING
-    ram[page + U(4)] = U0
+    ram[page + U4] = U0
     ram[page + PRIVATE] = U0
     ram[page + COUNTS] = NO_MAPCOUNT
-    ram[page + U(7)] = U0
+    ram[page + U7] = U0
 
 
 # --------------------------------------------------------------------------- the kernel's table
@@ -165,7 +165,7 @@ def store(m, address, value):
     if entry & PTE_LARGE == U0 and entry & U1 != U0:
         slot = vmemmap_pte(m, address)
         entry = m.ram[slot]
-        inside = U(4095)
+        inside = U4095
     if entry & U1 == U0 or entry & PTE_WRITE == U0:
         return np.int64(-EFAULT), slot
     if address & U63 == MEMCG << U3:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U64, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U64, U4095
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left, put_frame, take_frame
@@ -22,8 +22,8 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_XARRAY_NODES,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_NODE_FRAMES, R_NODE_SLOTS, R_ORDER, R_SERIES, R_SPLIT_TO_2M, R_STASHED
-from pgemu_kernels.words.rows import SERIES_RFC2
+from pgemu_kernels.words.registers import R_NODE_FRAMES, R_NODE_SLOTS, R_ORDER, R_SPLIT_FORM, R_SPLIT_TO_2M, R_STASHED
+from pgemu_kernels.words.rows import SPLIT_FORM_RFC2
 
 U = np.uint64
 
@@ -49,7 +49,7 @@ def nodes_of(state, order):
     """
     leaves = U1 << (order - U6)
     nodes = leaves + (leaves >> U6) + (leaves >> U12)
-    if state[R_SERIES] == SERIES_RFC2 and leaves < U64 and not has_pieces(state):
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2 and leaves < U64 and not has_pieces(state):
         nodes += U1
     return nodes
 
@@ -61,7 +61,7 @@ def page_without_node(state, order, nodes):
     needed = U0 if leaves < U64 and has_pieces(state) else U1
     for leaf in range(leaves):
         needed += U1
-        if leaf & U(63) == U0 and leaves > U64:
+        if leaf & U63 == U0 and leaves > U64:
             needed += U1
         if needed > nodes:
             return leaf << U6

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
-from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, charge, charge_one, result
+from pgemu_kernels.engine.charge import charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
@@ -27,6 +27,7 @@ from pgemu_kernels.gmem import lru, pieces
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EAGAIN,
@@ -37,7 +38,6 @@ from pgemu_kernels.words.operations import (
     ENOTTY,
     GO,
     STOP,
-    Flag,
 )
 from pgemu_kernels.words.registers import (
     R_CONVERT_BY_BLOCK,
@@ -74,10 +74,6 @@ from pgemu_kernels.words.rows import (
     O_START,
     O_TO_PRIVATE,
 )
-
-U = np.uint64
-PRIVATE = U(Flag.PRIVATE)
-SHARED = U(Flag.SHARED)
 
 # What a machine may have otherwise, and what it is by default.
 by_block = parameter(R_CONVERT_BY_BLOCK, U0)
@@ -186,8 +182,8 @@ def arguments(m, op):
     status = range_arguments(state, op)
     if status != -EBADF and in_place(m) == U0:
         return np.int64(-ENOTTY)
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
-    if status == 0 and (kind == U0 or kind == PRIVATE | SHARED):
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
+    if status == 0 and (kind == U0 or kind == FLAG_PRIVATE | FLAG_SHARED):
         return np.int64(-EINVAL)
     pages = (state[op + O_OFFSET] + state[op + O_LENGTH]) >> U12
     if status == 0 and pages > state[inode_row(state[op + O_OBJECT]) + I_PAGES]:
@@ -215,7 +211,7 @@ def prepare(m, op):
         result(state, op, np.int64(-EBUSY))
         return BLOCKED
     shared = shared_in_range(m, node, start, end)
-    to_private = state[op + O_FLAGS] & PRIVATE != U0
+    to_private = state[op + O_FLAGS] & FLAG_PRIVATE != U0
     if shared == (U0 if to_private else end - start):
         unlock(state, op, node)
         return stop(state, op, 0)
@@ -373,7 +369,7 @@ def busy_folio(m, node, start, end):
         head = m.state[block + B_PFN]
         if kind == BLOCK_SPLIT:
             busy = first + busy_4k(m, head, index - first, last - first)
-            charge(m, FOLIO_GATE_CHECKED, np.int64(min(busy + U1, last) - index))
+            charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(min(busy + U1, last) - index))
             if busy < last:
                 return busy
         elif kind == BLOCK_PARTLY:
@@ -381,7 +377,7 @@ def busy_folio(m, node, start, end):
             if busy != NONE:
                 return busy
         elif kind == BLOCK_HUGE:
-            charge_one(m, FOLIO_GATE_CHECKED)
+            charge_one(m, EVENT_FOLIO_GATE_CHECKED)
             page = struct_page(m, head)
             by_4k = order == U0 and drains_lru(m)
             if not (idle_4k(m, page) if by_4k else is_idle(m, page, U1 << order)):
@@ -460,7 +456,7 @@ def invalidate_end(m, op):
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
     store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
-    charge_one(m, ATTRIBUTES_STORED)
+    charge_one(m, EVENT_ATTRIBUTES_STORED)
 
 
 @kernel

@@ -9,12 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import (
-    GUEST_FAULT,
-    HOST_FAULT,
-    charge_one,
-    result,
-)
+from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
@@ -39,6 +34,15 @@ from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.words.enum_words import (
+    DEFECT_INSERT_UNLOCKED,
+    EVENT_GUEST_FAULT,
+    EVENT_HOST_FAULT,
+    FLAG_PRIVATE,
+    FLAG_SHARED,
+    FLAG_WRITE,
+    OP_HOST_FAULT,
+)
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
@@ -51,10 +55,6 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
-    Broken,
-    Defect,
-    Flag,
-    Operation,
 )
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -90,12 +90,6 @@ from pgemu_kernels.words.rows import (
 from pgemu_kernels.words.table_words import F_LEAF_4K, F_LEAF_4K_RO
 
 U = np.uint64
-WRITE = U(Flag.WRITE)
-PRIVATE = U(Flag.PRIVATE)
-SHARED = U(Flag.SHARED)
-_WRONG_PFN = U(Broken.WRONG_PFN)
-_HOST_FAULT = U(Operation.HOST_FAULT)
-_INSERT_UNLOCKED = U(Defect.INSERT_UNLOCKED)
 INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside another operation
 
 
@@ -112,8 +106,8 @@ def host_begin(m, op):
     state = m.state
     address = state[op + O_ADDRESS]
     row = find_vma(state, state[op + O_SPACE], address)
-    if row == NONE or (state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0):
-        charge_one(m, HOST_FAULT)
+    if row == NONE or (state[op + O_FLAGS] & FLAG_WRITE != U0 and state[row + A_READ_ONLY] != U0):
+        charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
     if slot != NONE:
@@ -123,12 +117,12 @@ def host_begin(m, op):
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     if index >= state[node + I_PAGES]:
-        charge_one(m, HOST_FAULT)
+        charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGBUS)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(VM_FAULT_RETRY))
         return BLOCKED
-    charge_one(m, HOST_FAULT)
+    charge_one(m, EVENT_HOST_FAULT)
     state[op + O_ROW] = row
     state[op + O_INODE] = inode
     state[op + O_INDEX] = index
@@ -169,7 +163,7 @@ def host_page(m, op):
     if counted:
         add_references(m.ram, page, U1)
     state[op + O_PFN] = pfn
-    if not inserts_locked(m) or defects(m) & _INSERT_UNLOCKED != U0:
+    if not inserts_locked(m) or defects(m) & DEFECT_INSERT_UNLOCKED != U0:
         unlock(state, op, node)
     return GO
 
@@ -266,14 +260,14 @@ def enter_fault(m, op, slot, gfn, exits):
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
         if exits:
-            charge_one(m, GUEST_FAULT)
+            charge_one(m, EVENT_GUEST_FAULT)
         return stop(state, op, RET_PF_RETRY)
     inode = state[slot + M_INODE]
     if not lock_shared(state, op, inode_row(inode)):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
     if exits:
-        charge_one(m, GUEST_FAULT)
+        charge_one(m, EVENT_GUEST_FAULT)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode
@@ -298,14 +292,14 @@ def guest_begin(m, op):
         return STOP
     if is_user_slot(m, op, slot):
         return STOP
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
     wrong = released(m, slot)
     if kind != U0 and not wrong:
         node = inode_row(state[slot + M_INODE])
-        wrong = kind != (SHARED if is_shared(m, node, page_of_slot(state, slot, gfn)) != U0 else PRIVATE)
+        wrong = kind != (FLAG_SHARED if is_shared(m, node, page_of_slot(state, slot, gfn)) != U0 else FLAG_PRIVATE)
     if wrong:
         load_root(state, vm_row(state[op + O_VM]))
-        charge_one(m, GUEST_FAULT)
+        charge_one(m, EVENT_GUEST_FAULT)
         return stop(state, op, -EFAULT)
     return enter_fault(m, op, slot, gfn, True)
 
@@ -366,7 +360,7 @@ def guest_fault(m, op):
 @outlined
 def fault(m, op):
     """A whole access of either kind."""
-    if m.state[op + O_OP] == _HOST_FAULT:
+    if m.state[op + O_OP] == OP_HOST_FAULT:
         host_fault(m, op)
     else:
         guest_fault(m, op)
@@ -383,7 +377,7 @@ def host_fault_page(m, op, address, write):
         state[INSIDE + word] = U0
     for word in (O_ACTOR, O_SPACE):
         state[INSIDE + word] = state[op + word]
-    state[INSIDE + O_OP] = _HOST_FAULT
+    state[INSIDE + O_OP] = OP_HOST_FAULT
     state[INSIDE + O_FLAGS] = U1 if write else U0
     state[INSIDE + O_ADDRESS] = address
     fault(m, INSIDE)

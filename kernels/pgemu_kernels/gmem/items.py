@@ -5,8 +5,6 @@ A bit per page of the inode: it is to be converted. Items are runs of them, as t
 
 from __future__ import annotations
 
-import numpy as np
-
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U63, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
@@ -16,12 +14,12 @@ from pgemu_kernels.gmem.conversion import busy_folio, fail, merge_pieces, roundi
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.words.enum_words import DEFECT_ROLLBACK_AT_ZERO
 from pgemu_kernels.words.operations import (
     EAGAIN,
     ENOMEM,
     GO,
     NEVER,
-    Defect,
 )
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
@@ -43,9 +41,6 @@ from pgemu_kernels.words.rows import (
     O_START,
     O_TO_PRIVATE,
 )
-
-U = np.uint64
-_ROLLBACK_AT_ZERO = U(Defect.ROLLBACK_AT_ZERO)
 
 
 @kernel
@@ -179,7 +174,7 @@ def restructure_item(m, op):
     status, first = split_blocks(m, op, start, state[op + O_ITEM_END])
     if status == 0:
         return GO
-    if state[R_DEFECTS] & _ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
+    if state[R_DEFECTS] & DEFECT_ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
         merge_back(m, op, start, first)
         state[R_FLUSHES_HELD] = U0
         return stop(state, op, -NEVER)  # the index wraps around below 0: locks and invalidations stay

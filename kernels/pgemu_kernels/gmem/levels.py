@@ -6,11 +6,10 @@ restructure the size of the folio, in pfnmap how far around the page all pages a
 
 from __future__ import annotations
 
-import numpy as np
-
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, index_at, pages_of
-from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
@@ -22,7 +21,13 @@ from pgemu_kernels.stage2.entries import is_table
 from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
+from pgemu_kernels.words.enum_words import (
+    DEFECT_HUGE_OVER_PRIVATE,
+    DEFECT_MAPPING_ORDER,
+    EVENT_TLB_FLUSH_VM,
+    FLAG_LOG_DIRTY_PAGES,
+)
+from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
     R_DIRTY_LOG_GMEM,
@@ -52,12 +57,6 @@ from pgemu_kernels.words.rows import (
     SLOT_RELEASED,
     V_ROOT,
 )
-
-U = np.uint64
-_MAPPING_ORDER = U(Defect.MAPPING_ORDER)
-_HUGE_OVER_PRIVATE = U(Defect.HUGE_OVER_PRIVATE)
-_LOG_DIRTY_PAGES = U(Flag.LOG_DIRTY_PAGES)
-
 
 # What a machine may have otherwise, and what it is at first: constants in the fast loops.
 defects = parameter(R_DEFECTS, U0)
@@ -144,9 +143,9 @@ def folio_level(m, slot, node, index, gfn):
     state = m.state
     block = block_row(m, node, index)
     level = U1
-    if defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0:
+    if defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0:
         level = largest_level(state)
-    elif defects(m) & _MAPPING_ORDER != U0:
+    elif defects(m) & DEFECT_MAPPING_ORDER != U0:
         level = december_level(m, node, index)
     elif state[block + B_STATE] == BLOCK_HUGE:
         level = largest_level(state)
@@ -162,7 +161,7 @@ def shareability_level(m, slot, node, index, gfn):
     The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
     """
     level = largest_level(m.state)
-    if not (defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
+    if not (defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
             level -= U1
     return limit_to_slot(m, slot, gfn, level)
@@ -262,7 +261,7 @@ def set_dirty_logging(m, op):
     slot = find_memslot(state, vm, state[op + O_ADDRESS] >> U12)
     if slot == NONE or state[slot + M_KIND] != SLOT_GUEST_MEMFD:
         return stop(state, op, -ENOENT)
-    on = state[op + O_FLAGS] & _LOG_DIRTY_PAGES != U0
+    on = state[op + O_FLAGS] & FLAG_LOG_DIRTY_PAGES != U0
     if on == (state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0):
         return stop(state, op, 0)
     state[slot + M_FLAGS] ^= SLOT_LOG_DIRTY_PAGES
@@ -272,7 +271,7 @@ def set_dirty_logging(m, op):
         base = state[slot + M_BASE_GFN]
         # mmu.c:kvm_mmu_slot_try_split_huge_pages(): without memory the rest stays large.
         split_range(m, state[vm_row(vm) + V_ROOT], base, base + state[slot + M_PAGES])
-        charge_one(m, TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
+        charge_one(m, EVENT_TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
     else:
         recover_slot(m, slot)
     return stop(state, op, 0)

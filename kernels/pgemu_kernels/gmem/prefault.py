@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, pages_of
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.rows import find_memslot, stop, vm_row
 from pgemu_kernels.gmem.allocation import has_folio
 from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
@@ -34,8 +35,6 @@ from pgemu_kernels.words.rows import (
     V_ROOT,
 )
 from pgemu_kernels.words.table_words import F_ACCESSED
-
-U = np.uint64
 
 
 @kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U6, U511, U512
-from pgemu_kernels.engine.charge import FREEZE_SPIN, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
@@ -22,12 +22,13 @@ from pgemu_kernels.gmem.conversion import (
     note_touched,
     note_waiting,
 )
+from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN
 from pgemu_kernels.words.operations import (
     GO,
 )
 from pgemu_kernels.words.registers import (
     R_ORDER,
-    R_SERIES,
+    R_SPLIT_FORM,
 )
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -40,16 +41,14 @@ from pgemu_kernels.words.rows import (
     O_END,
     O_INODE,
     O_START,
-    SERIES_RFC2,
+    SPLIT_FORM_RFC2,
 )
-
-U = np.uint64
 
 
 @kernel
 def add_to_lru(m, op, head, pages):
-    """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
-    if m.state[R_SERIES] == SERIES_RFC2:
+    """Form rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
 
 
@@ -165,7 +164,7 @@ def merge_now(m, node, block, first):
     The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
     """
     if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         start_waiting(m, block)
 
 

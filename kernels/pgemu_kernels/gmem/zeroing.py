@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U63, pages_of
-from pgemu_kernels.engine.charge import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge, charge_one
+from pgemu_kernels.engine.bits import U0, U1, U6, U63
+from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
+from pgemu_kernels.words.enum_words import EVENT_FOLIO_ZEROED_PAGES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.registers import R_ORDER, R_ZERO_PAGE
 from pgemu_kernels.words.rows import I_ZEROED
-
-U = np.uint64
 
 
 @outlined
@@ -28,7 +28,7 @@ def zero_pages(m, word, first, last, pfn):
             zeroed += 1
             zero_contents(m, pfn + index - first, U1)
     if zeroed != 0:
-        charge(m, PAGE_ZEROED, zeroed)
+        charge(m, EVENT_PAGE_ZEROED, zeroed)
 
 
 @outlined
@@ -37,11 +37,11 @@ def zero_now(m, node, index, pfn, level, order, page):
     inside = (U1 << order) - U1
     if inside == U0:
         m.ram[page + FLAGS] |= PG_UPTODATE
-        charge_one(m, PAGE_ZEROED)
+        charge_one(m, EVENT_PAGE_ZEROED)
         zero_contents(m, pfn, U1)
     elif m.state[R_ZERO_PAGE] == U0:
         m.ram[page + FLAGS] |= PG_UPTODATE
-        charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(inside + U1))
         zero_contents(m, pfn & ~inside, inside + U1)
     else:
         shown = pages_of(level) - U1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
-from pgemu_kernels.engine.charge import STAGE2_TABLES, TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
@@ -32,7 +32,14 @@ from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
 from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.tables.walker import free_table
-from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Flag
+from pgemu_kernels.words.enum_words import (
+    EVENT_TLB_FLUSH_VM,
+    FLAG_LOG_DIRTY_PAGES,
+    FLAG_PRIVATE,
+    FLAG_READ_ONLY,
+    GAUGE_STAGE2_TABLES,
+)
+from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     I_FLAGS,
@@ -93,9 +100,6 @@ _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 _USER_END = U((1 << 47) - 4096)
 _MOST_PAGES = U((1 << 31) - 1)  # KVM_MEM_MAX_NR_PAGES
 _GENERATIONS = U((1 << 19) - 1)  # MMIO_SPTE_GEN_MASK
-_READ_ONLY = U(Flag.READ_ONLY)
-_LOG_DIRTY = U(Flag.LOG_DIRTY_PAGES)
-_PRIVATE = U(Flag.PRIVATE)
 _NOTHING, _CREATE, _MOVE, _FLAGS_ONLY = 0, 1, 2, 3
 
 
@@ -111,7 +115,7 @@ def drop_tree(m, row):
     dropped = drop_stage2_tree(m, m.state[row + V_ROOT])
     m.state[row + V_UNLOADED] = U1
     if dropped != 0:
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
 
 
 @outlined
@@ -353,10 +357,10 @@ def unbind(m, op):
 @kernel
 def slot_flags(flags):
     """Slot flags of an operation's flags."""
-    value = SLOT_LOG_DIRTY_PAGES if flags & _LOG_DIRTY != U0 else U0
-    if flags & _READ_ONLY != U0:
+    value = SLOT_LOG_DIRTY_PAGES if flags & FLAG_LOG_DIRTY_PAGES != U0 else U0
+    if flags & FLAG_READ_ONLY != U0:
         value |= SLOT_READ_ONLY
-    if flags & _PRIVATE != U0:
+    if flags & FLAG_PRIVATE != U0:
         value |= SLOT_HAS_GUEST_MEMFD
     return value
 
@@ -400,7 +404,7 @@ def check_change(state, op, old, change, inode, offset):
     gfn = state[op + O_ADDRESS] >> U12
     if overlaps_other(state, state[op + O_VM], old, gfn, gfn + (state[op + O_LENGTH] >> U12)):
         return np.int64(-EEXIST)
-    if change == _CREATE and state[op + O_FLAGS] & _PRIVATE != U0:
+    if change == _CREATE and state[op + O_FLAGS] & FLAG_PRIVATE != U0:
         status = check_binding(state, op, INODE_GUEST_MEMFD_4K, inode, offset)
         if status != 0:
             return status
@@ -475,7 +479,7 @@ def close_vm(m, op):
     vm = state[op + O_VM]
     row = vm_row(vm)
     drop_stage2_tree(m, state[row + V_ROOT])
-    free_table(m, state[row + V_ROOT] >> U12, STAGE2_TABLES)
+    free_table(m, state[row + V_ROOT] >> U12, GAUGE_STAGE2_TABLES)
     while state[row + V_SLOTS] != U0:
         slot = state[row + V_SLOTS]
         state[row + V_SLOTS] = state[slot + M_NEXT]

@@ -5,21 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
-from pgemu_kernels.engine.charge import (
-    PAGE_CACHE_PAGES,
-    PAGE_ZEROED,
-    RMAP_CHANGED,
-    change,
-    charge_one,
-)
+from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_added
+from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_leaf
-from pgemu_kernels.process.entries import E_WRITE, mark_dirty, protection
+from pgemu_kernels.process.entries import mark_dirty, protection
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import drop_page, page_offset
+from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import EFAULT, ENOMEM, VM_FAULT_LOCKED, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -53,9 +49,9 @@ def find_or_add_folio(m, node, index):
         return np.int64(-ENOMEM), U0
     fill_frame(m.ram, pfn, U0)
     m.counts[pfn] = np.uint32(PAGE_CACHED)
-    change(m.stats, PAGE_CACHE_PAGES, 1)
+    change(m.stats, GAUGE_PAGE_CACHE_PAGES, 1)
     charge_added(m)
-    charge_one(m, PAGE_ZEROED)
+    charge_one(m, EVENT_PAGE_ZEROED)
     return np.int64(0), pfn
 
 
@@ -68,7 +64,7 @@ def map_file_page(m, space, slot, entry):
     """
     set_leaf(m, slot, entry)
     m.state[space_row(space) + S_RSS] += U1
-    charge_one(m, RMAP_CHANGED)
+    charge_one(m, EVENT_RMAP_CHANGED)
 
 
 @outlined
@@ -98,5 +94,5 @@ def guest_memfd_fault(m, row, address):
     entry = pfn << U12 | protection(state, row)
     # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
     m.counts[pfn] = np.uint32(U(m.counts[pfn]) + U1)
-    map_file_page(m, space, slot, mark_dirty(entry) if entry & E_WRITE != U0 else entry)
+    map_file_page(m, space, slot, mark_dirty(entry) if entry & PTE_WRITE != U0 else entry)
     return np.int64(VM_FAULT_LOCKED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U9, U12, U32, U512
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U6, U9, U12, U18, U32, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.folio import (
@@ -81,7 +81,7 @@ def _check_list(m, row, h, freed):
         before = links_of(m, head)
         count += U1
         link = m.ram[page + U1]
-        head = U0 if is_head(link) else (link - vmemmap_address(m.state, U0)) >> U(6)
+        head = U0 if is_head(link) else (link - vmemmap_address(m.state, U0)) >> U6
     expect(m, m.state[row + U1] == before, BROKEN_COUNTS, count)
     return count
 
@@ -130,7 +130,7 @@ def _check_node(m, node, found):
     row = node_row(node)
     base = state[row + N_BASE]
     end = base + state[row + N_PAGES]
-    kept = base + (state[row + N_GIGANTIC] << U(18))
+    kept = base + (state[row + N_GIGANTIC] << U18)
     kept_end = kept + state[row + N_RESERVED]
     free = U0
     huge = U0
@@ -165,7 +165,7 @@ def check_pools(m, found):
         blocks, huge, gigantic = _check_node(m, node, found)
         free += blocks
         expect(m, huge <= state[hstate_node(hstate_of_order(U9), node) + H_NODE_PAGES], BROKEN_COUNTS, huge)
-        expect(m, gigantic <= state[hstate_node(hstate_of_order(U(18)), node) + H_NODE_PAGES], BROKEN_COUNTS, gigantic)
+        expect(m, gigantic <= state[hstate_node(hstate_of_order(U18), node) + H_NODE_PAGES], BROKEN_COUNTS, gigantic)
     expect(m, m.stats[STATS_GAUGES + GAUGE_BUDDY_BLOCKS * U2] == np.int64(free), BROKEN_FRAMES, free)
     for i in range(U(HSTATES)):
         h = STATE_HSTATES + i * U(H_WORDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U30, U39, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U21, U27, U30, U39, U511, U512
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, space_root, vm_row
@@ -138,7 +138,7 @@ def check_space(m, space, owner):
                     continue
                 own(m, owner, (e2 & PTE_ADDRESS) >> U12, 1)
                 tables += 1
-                base = i4 << U39 | i3 << U30 | i2 << U(21)
+                base = i4 << U39 | i3 << U30 | i2 << U21
                 table = table_of(state, f, e2)
                 for i1 in range(U512):
                     if is_present(state, f, ram[table + i1]):

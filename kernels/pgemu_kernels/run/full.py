@@ -9,15 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import (
-    CONVERT_IOCTL,
-    SYSCALL,
-    begin_operation,
-    charge_one,
-    finish_operation,
-    pause,
-    resume,
-)
+from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
@@ -25,7 +17,8 @@ from pgemu_kernels.gmem import fault_steps, orders
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
-from pgemu_kernels.run.loops import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_kind, run_stretches
+from pgemu_kernels.run.loops import run_kind, run_stretches
+from pgemu_kernels.words.enum_words import EVENT_CONVERT_IOCTL, EVENT_SYSCALL, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
@@ -53,9 +46,9 @@ def begin(m, op):
     if kind == OP_GUEST_FAULT:
         m.state[R_GUEST_FAULTS] += U1
     if kind == OP_CONVERT:
-        charge_one(m, CONVERT_IOCTL)
+        charge_one(m, EVENT_CONVERT_IOCTL)
     elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
-        charge_one(m, SYSCALL)
+        charge_one(m, EVENT_SYSCALL)
     pause(m, op)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U8, U12, U32, U48
+from pgemu_kernels.engine.bits import LOW8, LOW16, NONE, U0, U1, U8, U12, U32, U48
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.records import element
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
@@ -44,8 +44,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_BYTE = U(0xFF)
-_HALF = U(0xFFFF)
 _FULL = U(Entry.FULL << ENTRY_SHIFT)
 _ORDINARY = U(Entry.ORDINARY << ENTRY_SHIFT)
 _POOLING = U(Entry.POOLING << ENTRY_SHIFT)
@@ -87,9 +85,9 @@ def is_full(state, kind):
 @outlined
 def is_ordinary(state, header, object_, address):
     """Whether an operation is one for `run_ordinary`, as its row says (By); arguments are its columns."""
-    kind = header & _BYTE
+    kind = header & LOW8
     space = header >> U48
-    vm = header >> U32 & _HALF
+    vm = header >> U32 & LOW16
     if is_of(OPS_BY_MAPPING, kind):
         row = find_vma(state, space, address)
         return row != NONE and state[row + A_KIND] != VMA_GUEST_MEMFD
@@ -116,7 +114,7 @@ def stopped_at(state, columns, i):
     """
     if i >= U(columns.status.size):
         return i
-    kind = element(columns.header, i) & _BYTE
+    kind = element(columns.header, i) & LOW8
     if is_pooling(kind):
         return i | _POOLING
     if is_ordinary(state, element(columns.header, i), element(columns.object, i), element(columns.address, i)):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U512, trailing_zeros
-from pgemu_kernels.engine.charge import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge, charge_one
+from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.leaves import zap_stage2
 from pgemu_kernels.stage2.regions import forget_pages, forget_zapped, vms_with_leaves
+from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL, EVENT_SPTE_CLEARED, EVENT_TLB_FLUSH_VM
 from pgemu_kernels.words.registers import (
     R_FLUSHES_HELD,
     R_GUEST_FAULTS,
@@ -115,7 +116,7 @@ def zap_slot(m, slot, gfn, end):
     dropped = zap_stage2(m, state[vm_row(vm) + V_ROOT], gfn, end)
     if dropped != 0:
         state[R_UNFLUSHED_VMS] |= U1 << vm
-        charge(m, SPTE_CLEARED, dropped)
+        charge(m, EVENT_SPTE_CLEARED, dropped)
     return dropped
 
 
@@ -166,7 +167,7 @@ def flush_vms(m):
         return
     vms = state[R_UNFLUSHED_VMS]
     while vms != U0:
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
         vms &= vms - U1
     state[R_UNFLUSHED_VMS] = U0
 
@@ -176,7 +177,7 @@ def flush_vm(m, vm):
     """The same of one VM."""
     if m.state[R_UNFLUSHED_VMS] >> vm & U1 != U0:
         m.state[R_UNFLUSHED_VMS] &= ~(U1 << vm)
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
 
 
 @outlined
@@ -204,7 +205,7 @@ def notify_unmap(m, space, inode, start, end):
         return
     called = vms
     while called != U0:
-        charge_one(m, NOTIFIER_CALL)
+        charge_one(m, EVENT_NOTIFIER_CALL)
         called &= called - U1
     if state[R_GUEST_FAULTS] != U0:
         retry_faults(m, space, inode, start, end)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U3, U6, U9, U18, U27, U63, U64, U511, U512
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U4, U6, U9, U18, U63, U64, U511, U512
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.rows import first_slot, inode_row, overlap, vm_row
 from pgemu_kernels.engine.shareability import bits_between
 from pgemu_kernels.tables.walker import find_leaf, stage2_format, table_of
@@ -38,7 +39,7 @@ def note_leaf(state, node, index, level, vm):
 @outlined
 def note_large_leaf(state, node, index, level, bit):
     """The same of all pages below a leaf of 2M or 1G, and of all 2M."""
-    pages = U1 << (U9 * (level - U1))
+    pages = pages_of(level)
     first = index & ~(pages - U1)
     bits = state[node + I_GUEST_BITS]
     for word in range(bits + (first >> U6), bits + ((first + pages) >> U6)):
@@ -111,9 +112,9 @@ def vms_with_leaves(state, node, start, end):
 @kernel
 def last_table(m, f, root, gfn):
     """The level-1 table over a guest frame, which is there."""
-    table = table_of(m.state, f, m.ram[(root >> U3) + (gfn >> U27 & U511)])
-    table = table_of(m.state, f, m.ram[table + (gfn >> U18 & U511)])
-    return table_of(m.state, f, m.ram[table + (gfn >> U9 & U511)])
+    table = table_of(m.state, f, m.ram[(root >> U3) + index_at(gfn, U4)])
+    table = table_of(m.state, f, m.ram[table + index_at(gfn, U3)])
+    return table_of(m.state, f, m.ram[table + index_at(gfn, U2)])
 
 
 @outlined

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U48, U511, U4095, prefetch
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U5, U9, U12, U21, U30, U39, U48, U511, U4095, prefetch
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import open_machine
@@ -41,7 +41,6 @@ from pgemu_kernels.words.table_words import (
 )
 
 U = np.uint64
-U5 = U(5)
 # Marks in the top three bits of a slot, which a multiplication by 8 drops.
 LARGE = U(7 << 61)
 LARGE_2M = U(2 << 61)

@@ -113,8 +113,8 @@ POISONED_ADDRESS = 0xFFFF_8880_0031_0000  # a model address: raw_hwp_page object
 # poisoned pages: raw_hwp_page of mm/hugetlb.c
 POISONED = 64
 
-SERIES_RFC2 = U(0)
-SERIES_LATER = U(1)
+SPLIT_FORM_RFC2 = U(0)
+SPLIT_FORM_LATER = U(1)
 
 # pins: what pin_user_pages() holds until UNPIN
 PIN_LIVE = U(0)

@@ -134,7 +134,7 @@ faults = st.tuples(
     st.sampled_from((0, 0, Flag.WRITE, Flag.PRIVATE, Flag.SHARED)),
 )
 parameters = st.sampled_from(
-    ({}, {}, {"host_huge": True}, {"lru_cache": True}, {"convert_order": "rfc2", "series": "rfc2"}, {"zero": "page"})
+    ({}, {}, {"host_huge": True}, {"lru_cache": True}, {"order": "rfc2", "split_form": "rfc2"}, {"zero": "page"})
 )
 
 
