@@ -23,7 +23,8 @@ from numba import njit
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import open_machine
-from pgemu_kernels.folios.splitting import merge_folio, split_folio
+from pgemu_kernels.folios.merging import merge_folio
+from pgemu_kernels.folios.splitting import split_folio
 
 SPLIT_FORMS = ["rfc2", "jan2026"]
 CASES = {"1G": (W.PAGE_1G, 1, 1), "2M": (W.PAGE_2M, 1, 500), "512 x 2M": (W.PAGE_2M, 512, 1)}  # size, folios, times

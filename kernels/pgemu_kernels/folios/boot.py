@@ -23,14 +23,8 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.hstate import LRU, ORDER_1G, hstate_node, hstate_of_order, init_list, list_add, node_row
 from pgemu_kernels.folios.hugetlb import count_enqueued, free_list, write_order
-from pgemu_kernels.folios.vmemmap import (
-    compound_info,
-    count_boot_pages,
-    tail_page,
-    vmemmap_pages,
-    vmemmap_slot,
-    write_tail,
-)
+from pgemu_kernels.folios.hvo import tail_page
+from pgemu_kernels.folios.vmemmap import compound_info, count_boot_pages, vmemmap_pages, vmemmap_slot, write_tail
 from pgemu_kernels.formats.bits import PTE_SAVED_DIRTY, BootMarks
 from pgemu_kernels.tables.walker import stage2_format
 from pgemu_kernels.words.enum_words import (

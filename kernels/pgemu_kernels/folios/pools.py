@@ -1,4 +1,4 @@
-"""Pools that grow and shrink, surplus pages, demotion, poison: mm/hugetlb.c.
+"""Pools that grow and shrink, surplus pages: mm/hugetlb.c. Demotion is demotion.py's, poison poison.py's.
 
 Huge pages come from the page allocator's 2M blocks and go back to them. Pages on their way from one place to another
 lie in a list of their hstate (H_LIST), where Linux has a local one.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U8, U9, U16
-from pgemu_kernels.engine.charge import charge, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
     COUNTS,
     FLAGS,
     HUGETLB_FREED,
-    HWPOISON,
-    HWPOISON_6_12,
     LOW_BYTE,
     ONE_REFERENCE,
     PG_HEAD,
@@ -29,25 +27,22 @@ from pgemu_kernels.folios.hstate import (
     ORDER_1G,
     first_page,
     hstate_node,
-    hstate_of_order,
     list_add,
     list_del,
-    list_move,
     node_of,
     order_of_hstate,
     page_after,
 )
 from pgemu_kernels.folios.hugetlb import count_enqueued, count_free, enqueue, free_list, prep_compound
+from pgemu_kernels.folios.hvo import is_optimized, optimize, optimize_batch, restore, restore_batch
 from pgemu_kernels.folios.page_allocator import charge_tails, free_pages, take_pages
-from pgemu_kernels.folios.vmemmap import is_optimized, optimize, optimize_batch, restore, restore_batch
+from pgemu_kernels.folios.poison import move_poison
 from pgemu_kernels.words.enum_words import (
     EVENT_HUGE_FOLIO_ALLOCATED,
     EVENT_HUGE_FOLIO_FREED,
-    EVENT_STRUCT_PAGE_BYTES,
-    EVENT_STRUCT_PAGE_WRITTEN,
 )
-from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, EOPNOTSUPP
-from pgemu_kernels.words.registers import R_FOLIO_6_12, R_HWPOISON, R_NODES, R_POISONED
+from pgemu_kernels.words.operations import ENOMEM
+from pgemu_kernels.words.registers import R_HWPOISON, R_NODES
 from pgemu_kernels.words.rows import (
     H_ACTIVE,
     H_FREE,
@@ -61,9 +56,6 @@ from pgemu_kernels.words.rows import (
     H_PAGES,
     H_RESERVED,
     H_SURPLUS,
-    POISONED,
-    POISONED_ADDRESS,
-    STATE_POISONED,
 )
 
 U = np.uint64
@@ -356,175 +348,3 @@ def resize(m, h, count, node):
         if adjust_surplus(m, h, node, True) == NONE:
             break
     return state[h + H_PAGES]
-
-
-# --------------------------------------------------------------------------- demotion, dissolution
-
-
-@outlined
-def demote_page(m, h, target, head):
-    """demote_free_hugetlb_folios(): a 1G page, removed and whole, becomes 512 pages of 2M in the target's list.
-
-    They are collected in ascending order, so that the free list begins with the lowest once they have joined the pool.
-    """
-    small = order_of_hstate(m.state, target)
-    page = struct_page(m, head)
-    m.ram[page + FLAGS] &= ~PG_HEAD
-    m.ram[struct_page(m, head + U1) + FLAGS] &= ~LOW_BYTE
-    for new in range(head, head + (U1 << order_of_hstate(m.state, h)), U1 << small):
-        prep_compound(m, new, small)
-        collect(m, target, new)
-    charge(m, EVENT_STRUCT_PAGE_WRITTEN, np.int64(U1 << order_of_hstate(m.state, h)))
-    charge(m, EVENT_STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
-
-
-@kernel
-def skip_poisoned(m, head):
-    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
-    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
-        head = page_after(m, head)
-    return head
-
-
-@outlined
-def collect_free(m, h, node, limit):
-    """Up to `limit` free pages of a node that are not poisoned leave the pool for the list: how many."""
-    count = U0
-    head = skip_poisoned(m, first_page(m.state, free_list(h, node)))
-    while head != U0 and count < limit:
-        following = skip_poisoned(m, page_after(m, head))
-        remove(m, h, head, U0)
-        collect(m, h, head)
-        count += U1
-        head = following
-    return count
-
-
-@outlined
-def demote_list(m, h, target):
-    """demote_free_hugetlb_folios(): the 1G pages of the list become 2M pages of the target's pool: (status, pages).
-
-    Their vmemmap is restored in one batch, in the order of the list; those that came to be whole are demoted the last
-    first, so that the pages of the one that was free first are free first. The others are free in their pool again.
-    """
-    state = m.state
-    row = h + H_LIST
-    anchor = first_page(state, row)
-    status, whole = restore_batch(m, anchor, U0)
-    for _ in range(U1, max(whole, U1)):
-        list_move(m, row, page_after(m, anchor))
-    done = U0
-    head = first_page(state, row)
-    while head != U0:
-        following = page_after(m, head)
-        if not is_optimized(m, head):
-            list_del(m, head)
-            demote_page(m, h, target, head)
-            done += U1
-        head = following
-    join_pool(m, target)
-    while first_page(state, row) != U0:
-        head = first_page(state, row)
-        list_del(m, head)
-        readmit(m, h, head, U0)
-    return status, done
-
-
-@outlined
-def demote_some(m, h, count, node):
-    """demote_pool_huge_page(): up to `count` pages of the nodes in turn: (status, pages); -EBUSY: all are poisoned."""
-    done = U0
-    status = np.int64(0)
-    for _ in range(tries(m, node)):
-        if status == 0 and done < count:
-            collect_free(m, h, turn(m, h + H_NEXT_FREE, node), count - done)
-            status, demoted = demote_list(m, h, hstate_of_order(U9))
-            done += demoted
-    if status == 0 and done == U0:
-        status = np.int64(-EBUSY)
-    return status, done
-
-
-@outlined
-def demote(m, h, count, node):
-    """A write to `demote` of 1G pages: (0, pages demoted), as many as there are; -EINVAL for 2M pages.
-
-    -EBUSY: all free pages are poisoned. -ENOMEM: a page's vmemmap could not be restored, and it stays. Inference: as
-    many pages stay as are reserved; Linux only asks that there be more. mm/hugetlb_sysfs.c:demote_store()
-    """
-    state = m.state
-    if order_of_hstate(state, h) != ORDER_1G:
-        return np.int64(-EINVAL), U0
-    done = U0
-    while done < count:
-        free = state[h + H_FREE] - state[h + H_RESERVED]
-        here = free if node >= state[R_NODES] else state[hstate_node(h, node) + H_NODE_FREE]
-        if min(free, here) == U0:
-            break
-        status, demoted = demote_some(m, h, min(count - done, free), node)
-        done += demoted
-        if status != 0:
-            return status, done
-    return np.int64(0), done
-
-
-@outlined
-def dissolve(m, h, head):
-    """dissolve_free_hugetlb_folio(): a free page leaves its pool: 0, -EBUSY if it is in use or reserved, -ENOMEM."""
-    state = m.state
-    page = struct_page(m, head)
-    if m.ram[page + PRIVATE] & HUGETLB_FREED == U0 or state[h + H_FREE] - state[h + H_RESERVED] == U0:
-        return np.int64(-EBUSY)
-    surplus = U1 if state[hstate_node(h, node_of(state, head)) + H_NODE_SURPLUS] != U0 else U0
-    remove(m, h, head, surplus)
-    if restore(m, head, order_of_hstate(state, h)) != 0:
-        readmit(m, h, head, surplus)
-        return np.int64(-ENOMEM)
-    free_to_allocator(m, h, head)
-    return np.int64(0)
-
-
-# --------------------------------------------------------------------------- poison
-
-
-@outlined
-def poison(m, head, pfn):
-    """folio_set_hugetlb_hwpoison(): the folio is poisoned, the base page noted: 0, -EBUSY if it was, -ENOMEM.
-
-    -EOPNOTSUPP without CONFIG_MEMORY_FAILURE.
-    """
-    state = m.state
-    if state[R_HWPOISON] == U0:
-        return np.int64(-EOPNOTSUPP)
-    for i in range(state[R_POISONED]):
-        if state[STATE_POISONED + i] == pfn:
-            return np.int64(-EBUSY)
-    row = U0
-    while row < state[R_POISONED] and state[STATE_POISONED + row] != U0:
-        row += U1
-    if row == U(POISONED):
-        return np.int64(-ENOMEM)
-    state[R_POISONED] = max(state[R_POISONED], row + U1)
-    state[STATE_POISONED + row] = pfn
-    page = struct_page(m, head)
-    m.ram[page + FLAGS] |= state[R_HWPOISON]
-    word = U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
-    m.ram[page + word] = U(POISONED_ADDRESS) + row * U16
-    return np.int64(0)
-
-
-@outlined
-def move_poison(m, head, order):
-    """folio_clear_hugetlb_hwpoison(): the poison moves to the base pages noted, and the notes are freed.
-
-    Inference: the page allocator keeps the 2M blocks of poisoned pages out, in place of the 4K pages alone.
-    """
-    state = m.state
-    page = struct_page(m, head)
-    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
-    m.ram[page + U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
-    for i in range(state[R_POISONED]):
-        pfn = state[STATE_POISONED + i]
-        if pfn - head < U1 << order:
-            m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
-            state[STATE_POISONED + i] = U0

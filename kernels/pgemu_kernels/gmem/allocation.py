@@ -19,7 +19,7 @@ from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.folios.splitting import split_block
-from pgemu_kernels.gmem import lru, pieces
+from pgemu_kernels.gmem import lru, piece_merges, piece_splits, pieces
 from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.levels import defects
 from pgemu_kernels.gmem.split_merge import add_to_lru
@@ -145,14 +145,14 @@ def insert(m, op):
 @outlined
 def split_to_pieces(m, op, node, block, first):
     """split_new() of a 1G folio, down to what its shared pages need; without memory for that the folio is removed."""
-    status = pieces.split_shared(m, node, block, first)
+    status = piece_splits.split_shared(m, node, block, first)
     if status == 0:
         for index in range(first, first + pieces.BLOCK_PAGES, U512):
             if pieces.is_split_at(m, block, index):
                 add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
     elif status == -ENOMEM:
         if m.state[block + B_STATE] == BLOCK_PARTLY:
-            pieces.dissolve_block(m, node, block, first)
+            piece_merges.dissolve_block(m, node, block, first)
         free_block(m, block)
     return status
 

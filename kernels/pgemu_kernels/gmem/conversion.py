@@ -23,7 +23,7 @@ from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hugetlb import stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
-from pgemu_kernels.gmem import lru, pieces
+from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
@@ -108,10 +108,10 @@ def no_batches(m, head, pages, cpu):
 
 
 gate_pieces = full_only(pieces.gate_block, no_piece)
-note_waiting = full_only(pieces.note_waiting, nothing_in_pieces)
-note_touched = full_only(pieces.note_touched, nothing_in_pieces)
-merge_pieces = full_only(pieces.merge_pieces, nothing_in_pieces)
-merge_touched = full_only(pieces.merge_touched, nothing_in_pieces)
+note_waiting = full_only(piece_merges.note_waiting, nothing_in_pieces)
+note_touched = full_only(piece_merges.note_touched, nothing_in_pieces)
+merge_pieces = full_only(piece_merges.merge_pieces, nothing_in_pieces)
+merge_touched = full_only(piece_merges.merge_touched, nothing_in_pieces)
 lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
 
 

@@ -11,8 +11,9 @@ from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
 from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range
 from pgemu_kernels.folios.hugetlb import start_waiting
-from pgemu_kernels.folios.splitting import merge_block, split_block
-from pgemu_kernels.gmem import pieces
+from pgemu_kernels.folios.merging import merge_block
+from pgemu_kernels.folios.splitting import split_block
+from pgemu_kernels.gmem import piece_splits, pieces
 from pgemu_kernels.gmem.conversion import (
     fail,
     in_pieces,
@@ -54,12 +55,12 @@ def add_to_lru(m, op, head, pages):
 
 @outlined
 def split_pieces(m, op, node, block, first, start, end):
-    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
+    """piece_splits.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
     index = start
     while index < end:
         last = min(end, (index | U511) + U1)
         before = pieces.is_split_at(m, block, index)
-        status = pieces.split_touched(m, node, block, first, index, last)
+        status = piece_splits.split_touched(m, node, block, first, index, last)
         if status != 0:
             return status
         if not before:
@@ -82,7 +83,7 @@ def whole_block(m, block, first, start):
 @outlined
 def first_unsplit_page(m, block, first, start):
     """The first page of the folio that a split failed at."""
-    return pieces.first_unsplit(m, block, first, start) if in_pieces(m) else first
+    return piece_splits.first_unsplit(m, block, first, start) if in_pieces(m) else first
 
 
 split_any_pieces = full_only(split_pieces, none_split)

@@ -21,8 +21,8 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
-from pgemu_kernels.folios.splitting import leave_cache, merge_block
-from pgemu_kernels.gmem import pieces
+from pgemu_kernels.folios.merging import leave_cache, merge_block
+from pgemu_kernels.gmem import piece_merges
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
@@ -106,8 +106,8 @@ def no_policies(m, inode, start, end):
     """A default machine has none."""
 
 
-dissolve = full_only(pieces.dissolve_block, whole_already)
-make_zombie_of_pieces = full_only(pieces.make_zombie, no_zombie)
+dissolve = full_only(piece_merges.dissolve_block, whole_already)
+make_zombie_of_pieces = full_only(piece_merges.make_zombie, no_zombie)
 forget_policies = full_only(cut, no_policies)
 
 

@@ -14,9 +14,9 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
 from pgemu_kernels.engine.shareability import shared_in_block
-from pgemu_kernels.folios.splitting import merge_block, revive
+from pgemu_kernels.folios.merging import merge_block, revive
 from pgemu_kernels.folios.xarray import has_pieces
-from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem import piece_merges
 from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN, EVENT_WORK_DONE, GAUGE_WORK_PENDING
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_INODES, R_MERGE_LAZY, R_ORDER, R_WORK_QUEUED
@@ -52,7 +52,7 @@ def note_return(m, block):
 def revive_any(m, block):
     """splitting.revive(), also of a block in pieces."""
     if has_pieces(m.state):
-        pieces.revive_block(m, block)
+        piece_merges.revive_block(m, block)
     else:
         revive(m, block)
 
@@ -80,7 +80,7 @@ def merge_waiting(m, node, first):
     if kind == BLOCK_SPLIT:
         done = merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) == 0
     elif kind == BLOCK_PARTLY:
-        pieces.merge_pieces(m, node, block, first, first, first)
+        piece_merges.merge_pieces(m, node, block, first, first, first)
         done = state[block + B_WAITS] == U0
     charge_one(m, EVENT_WORK_DONE if done else EVENT_FREEZE_SPIN)
     return done

@@ -8,8 +8,9 @@ from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.folios.huge_pages import add_to_file, discard_huge, take_huge
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.process.close import drop_page, release_inode
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
-from pgemu_kernels.process.vma import RESERVED, drop_page, release_inode
+from pgemu_kernels.process.vma import RESERVED
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.notifier import notify_inode
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP

@@ -12,11 +12,11 @@ from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.entries import frame_of, holds_page, protect_from_writes
 from pgemu_kernels.process.tables import free_tables, gather, gather_begin, gather_flush, lookup, need_slot, space_row
 from pgemu_kernels.process.vma import (
     clone_anon_vma,
-    close_vma,
     holds_file,
     huge_order,
     is_shared_mapping,

@@ -12,9 +12,10 @@ from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_added
 from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_leaf
+from pgemu_kernels.process.close import drop_page
 from pgemu_kernels.process.entries import mark_dirty, protection
 from pgemu_kernels.process.tables import need_slot, space_row
-from pgemu_kernels.process.vma import drop_page, page_offset
+from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import EFAULT, ENOMEM, VM_FAULT_LOCKED, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.rows import (

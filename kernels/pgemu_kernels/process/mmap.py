@@ -9,12 +9,13 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import vma_is_pfnmap
 from pgemu_kernels.engine.rows import inode_row, stop
+from pgemu_kernels.process.close import reserve
 from pgemu_kernels.process.fault import mm_populate
 from pgemu_kernels.process.munmap import remove_vmas
 from pgemu_kernels.process.pfn import remap_pfn_range
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
-from pgemu_kernels.process.vma import link_vma, merge, new_row, next_vma, reserve
+from pgemu_kernels.process.vma import link_vma, merge, new_row, next_vma
 from pgemu_kernels.words.enum_words import (
     FLAG_LOCKED,
     FLAG_NORESERVE,

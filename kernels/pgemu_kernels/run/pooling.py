@@ -11,14 +11,12 @@ from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
 from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.boot_memory import prepare_memory
+from pgemu_kernels.folios.demotion import demote, dissolve
 from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, folio_order, reference_count, struct_page
 from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.folios.hugetlb import dequeue_any, set_cgroup, subpool_of
-from pgemu_kernels.folios.page_allocator import is_noted_split, note_split
-from pgemu_kernels.folios.pools import allocate_surplus, demote, dissolve, poison, resize
-from pgemu_kernels.folios.splitting import join_list, leave_list, merge_folio, split_folio
-from pgemu_kernels.folios.vmemmap import (
+from pgemu_kernels.folios.hvo import (
     is_optimized,
     next_huge_page,
     next_of_batch,
@@ -26,8 +24,14 @@ from pgemu_kernels.folios.vmemmap import (
     optimize_batch,
     restore,
     restore_batch,
-    store,
 )
+from pgemu_kernels.folios.merging import merge_folio
+from pgemu_kernels.folios.page_allocator import is_noted_split, note_split
+from pgemu_kernels.folios.poison import poison
+from pgemu_kernels.folios.pools import allocate_surplus, resize
+from pgemu_kernels.folios.split_pages import join_list, leave_list
+from pgemu_kernels.folios.splitting import split_folio
+from pgemu_kernels.folios.vmemmap import store
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.run.routing import is_pooling
 from pgemu_kernels.words.enum_words import (

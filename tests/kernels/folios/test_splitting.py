@@ -15,8 +15,9 @@ from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import open_machine
-from pgemu_kernels.folios.splitting import merge_folio, split_folio
-from pgemu_kernels.folios.vmemmap import restore
+from pgemu_kernels.folios.hvo import restore
+from pgemu_kernels.folios.merging import merge_folio
+from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.words.events import Event, Gauge
 
 M2 = W.PAGE_2M

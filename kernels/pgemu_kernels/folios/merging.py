@@ -1,0 +1,144 @@
+"""Merging the 4K folios of a huge page again, in either posted form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3
+from pgemu_kernels.engine.charge import change, charge, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.folios.folio import (
+    COUNTS,
+    FLAGS,
+    INDEX,
+    MAPPING,
+    ONE_CACHED,
+    struct_page,
+)
+from pgemu_kernels.folios.hugetlb import free_block, own_merged, stop_waiting
+from pgemu_kernels.folios.split_pages import (
+    BUSY,
+    join_list,
+    join_pages,
+    note_uptodate,
+    prepare,
+    zero_the_rest,
+)
+from pgemu_kernels.folios.xarray import nodes_of, put_nodes
+from pgemu_kernels.words.enum_words import (
+    EVENT_DEFERRED_MERGE,
+    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_MERGED,
+    EVENT_FREEZE_SPIN,
+    EVENT_PAGE_CACHE_STORED,
+    EVENT_PAGE_ZEROED,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_SPLIT,
+    GAUGE_BLOCKS_ZOMBIE,
+)
+from pgemu_kernels.words.registers import (
+    R_ORDER,
+    R_SPLIT_FORM,
+    R_ZERO_PAGE,
+)
+from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, SPLIT_FORM_RFC2
+
+U = np.uint64
+
+
+@outlined
+def merge_pages(m, head, first, order, index, references, uptodate):
+    """merge_folio(), when the pages have been joined."""
+    pages = np.int64(U1 << order)
+    cached = m.ram[first + MAPPING] != U0
+    rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
+    charge(m, EVENT_FOLIO_GATE_CHECKED, pages)  # each is frozen
+    if cached:
+        charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
+        put_nodes(m, nodes_of(m.state, order))
+        m.ram[first + INDEX] = index
+    prepare(m, head, first, order, references, uptodate)
+    charge_one(m, EVENT_FOLIO_MERGED)
+    return np.int64(0)
+
+
+@outlined
+def merge_folio(m, head, order, index, references):
+    """Merge the 4K folios of a huge page, one reference each, into one with `references`: 0, or -EBUSY.
+
+    -EBUSY: a page is referenced by somebody else; the posted code spins in its freeze loop until that is gone, a
+    caller here has to come again. No memory is needed: without a frame for the new head page the folio merely stays
+    unoptimised. rfc2 inserts the folio in the page cache again, for which it may want nodes that the removal of the
+    pages freed (inference: it gets them).
+    """
+    first = struct_page(m, head)
+    busy, _ = join_pages(m, head, first, order)
+    if busy:
+        charge_one(m, EVENT_FREEZE_SPIN)
+        return BUSY
+    uptodate = m.ram[first + FLAGS] >> U3 & U1
+    return merge_pages(m, head, first, order, index, references, uptodate)
+
+
+@outlined
+def merge_block(m, block, index, zeroed_word):
+    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY as merge_folio().
+
+    Inference: where the folio's flag must speak for all pages and only some were zeroed, the others are
+    zeroed here; where zeroing goes by page, their bits go to `zeroed` from `zeroed_word` on (NONE: the
+    folio is about to be freed). No posted version says.
+    """
+    state = m.state
+    head = state[block + B_PFN]
+    order = state[R_ORDER]
+    if merge_zeroed(m, head, order, index, zeroed_word) != 0:
+        return BUSY
+    join_list(m, head, order)
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
+        own_merged(m, block, struct_page(m, head))  # from the stash
+    state[block + B_STATE] = BLOCK_HUGE
+    stop_waiting(m, block)
+    change(m.stats, GAUGE_BLOCKS_SPLIT, -1)
+    change(m.stats, GAUGE_BLOCKS_HUGE, 1)
+    return np.int64(0)
+
+
+@outlined
+def merge_zeroed(m, head, order, index, zeroed_word):
+    """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
+    state = m.state
+    pages = U1 << order
+    first = struct_page(m, head)
+    busy, uptodate = join_pages(m, head, first, order)
+    if busy:
+        return BUSY
+    by_page = state[R_ZERO_PAGE] != U0
+    if zeroed_word == NONE:
+        uptodate = U0  # the folio is on its way to the pool
+    elif not by_page and U0 < uptodate < pages:
+        zero_the_rest(m, head, pages)
+        charge(m, EVENT_PAGE_ZEROED, np.int64(pages - uptodate))
+        uptodate = pages
+    if by_page and zeroed_word != NONE:
+        note_uptodate(m, head, order, zeroed_word)
+    return merge_pages(m, head, first, order, index, pages, U1 if uptodate == pages else U0)
+
+
+@kernel
+def leave_cache(m, order):
+    """The pages of a split folio have left the page cache: their nodes are free."""
+    put_nodes(m, nodes_of(m.state, order))
+
+
+@outlined
+def revive(m, block):
+    """The last piece of a zombie block was put: the worker merges it and gives it back to the pool."""
+    head = m.state[block + B_PFN]
+    for i in range(U1 << m.state[R_ORDER]):
+        m.ram[struct_page(m, head + i) + COUNTS] = ONE_CACHED  # as merge_block() expects them
+    m.state[block + B_STATE] = BLOCK_SPLIT
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
+    change(m.stats, GAUGE_BLOCKS_SPLIT, 1)
+    charge_one(m, EVENT_DEFERRED_MERGE)
+    merge_block(m, block, U0, NONE)
+    free_block(m, block)
