@@ -13,7 +13,6 @@ import pytest
 
 from pgemu.machine.single import Single
 from pgemu.objects.machine import Config, Machine
-from pgemu_kernels.run.fast import run
 from pgemu_kernels.words.operations import PAGE_4K
 from scene import HVA
 
@@ -78,5 +77,5 @@ def test_translate(objects: tuple[Any, Any, Any], timed: Callable[..., None]) ->
 def test_control(machine: Machine, timed: Callable[..., None]) -> None:
     columns = Single().columns
     nothing = (*columns[:5], columns[5][:0], columns[6][:0])
-    zero = np.uint64(0)
+    run, zero = machine.fast_entry(), np.uint64(0)
     timed(lambda: run(machine.descriptor, *nothing, zero))

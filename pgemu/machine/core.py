@@ -153,14 +153,15 @@ class Core:
         done = 0
         while True:
             # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
-            entry = _run_designs if self.arrays.state[_FULL] else self._fast_entry or self._load_fast()
+            entry = _run_designs if self.arrays.state[_FULL] else self._fast_entry or self.fast_entry()
             done = int(entry(self.descriptor, *columns, np.uint64(done) if done else _FIRST))
             if done < count:
                 done = int(self._entry(columns, done)(self.descriptor, *columns, np.uint64(done)))
             if done >= count:
                 return
 
-    def _load_fast(self) -> Any:
+    def fast_entry(self) -> Any:
+        """The entry of default machines, which stops at the first operation that is for another one."""
         from pgemu_kernels.run.fast import run
 
         self._fast_entry = run
