@@ -10,7 +10,7 @@ import numpy as np
 
 from pgemu import cost
 from pgemu.machine.config import DEFECTS, SPLIT_FORMS
-from pgemu.machine.designs import DESIGNS, row_of
+from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
 from pgemu_kernels.formats import bits as formats, page_format
@@ -54,6 +54,8 @@ def allocate(config: Config) -> Arrays:
         W.R_BLOCK_ROWS: blocks * W.B_WORDS,
         W.R_WORD_ROWS: (pages >> 6) + W.INODES,
         W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
+        W.R_REGIONS: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
+        W.R_GUEST_BITS: (pages >> 6) + W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
         W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }
@@ -121,7 +123,6 @@ def set_registers(config: Config, arrays: Arrays) -> None:
     properties, order = row_of(config.design, config.order)
     registers = {
         W.R_PROPERTIES: properties,
-        W.R_DESIGN: DESIGNS.index(config.design),
         W.R_FRAMES: frames,
         W.R_FRAMES_MASK: frames - 1,
         W.R_FRAMES_LIMIT: limit,
@@ -168,7 +169,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_NOTIFIER: config.notifier,
         W.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
         W.R_RECOVER_HUGE: kernel.recovers_huge_pages,
-        W.R_SERIES: SPLIT_FORMS[config.split_form],
+        W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
         W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
         W.R_FULL: config.full,
         W.R_CONVERT_ORDER: order,

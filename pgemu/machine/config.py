@@ -14,7 +14,7 @@ from pgemu_kernels.formats import bits as formats
 __all__ = ("DEFECTS", "SPLIT_FORMS", "Config", "Node")
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
-SPLIT_FORMS = {"rfc2": W.SERIES_RFC2, "jan2026": W.SERIES_LATER}
+SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 

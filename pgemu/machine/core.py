@@ -20,7 +20,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import Machine as Arrays, describe
 from pgemu_kernels.formats import bits as formats, page_format
 from pgemu_kernels.formats.page_format import PageFormat
-from pgemu_kernels.words.operations import Operation
+from pgemu_kernels.words.operations import Entry
 
 __all__ = ("Columns", "Core")
 
@@ -154,10 +154,12 @@ class Core:
         while True:
             # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
             entry = _run_designs if self.arrays.state[_FULL] else self._fast_entry or self.fast_entry()
-            done = int(entry(self.descriptor, *columns, np.uint64(done) if done else _FIRST))
-            if done < count:
-                done = int(self._entry(columns, done)(self.descriptor, *columns, np.uint64(done)))
-            if done >= count:
+            stopped = entry(self.descriptor, *columns, np.uint64(done) if done else _FIRST)
+            if stopped == count:
+                return
+            other, done = _stopped(stopped)
+            _, done = _stopped(_entry(other)(self.descriptor, *columns, np.uint64(done)))
+            if done == count:
                 return
 
     def fast_entry(self) -> Any:
@@ -166,36 +168,6 @@ class Core:
 
         self._fast_entry = run
         return run
-
-    def _entry(self, columns: tuple[Array, ...], i: int) -> Any:
-        """The entry for operation `i`, at which that of the designs stopped; as pgemu_kernels.run.routing has it."""
-        header, object_ = (int(column[i if column.size > 1 else 0]) for column in columns[:2])
-        kind = header & 0xFF
-        if Operation.POOL_RESIZE <= kind <= Operation.VMEMMAP_STORE:
-            from pgemu_kernels.run.pooling import run_pooling
-
-            return run_pooling
-        ordinary = kind <= Operation.REMAP and kind not in (Operation.PIN, Operation.UNPIN)
-        if kind == Operation.ALLOCATE and object_ < self.register(W.R_INODES):
-            row = int(W.STATE_INODES) + object_ * W.I_WORDS
-            ordinary = int(self.arrays.state[row + int(W.I_KIND)]) != int(W.INODE_GUEST_MEMFD)
-        elif kind == Operation.ALLOCATE:
-            ordinary = False
-        elif kind == Operation.PREFAULT:
-            address = int(columns[2][i if columns[2].size > 1 else 0])
-            ordinary = self._is_ordinary_frame(header >> 32 & 0xFFFF, address >> 12)
-        if not ordinary:
-            return _run_designs
-        from pgemu_kernels.run.ordinary import run_ordinary
-
-        return run_ordinary
-
-    def _is_ordinary_frame(self, vm: int, gfn: int) -> bool:
-        """Whether a guest frame is of a slot of a process's memory."""
-        rows = self.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
-        inside = np.uint64(gfn) - rows[:, W.M_BASE_GFN] < rows[:, W.M_PAGES]
-        found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm))
-        return bool(found.size) and int(rows[found[0], W.M_KIND]) != int(W.SLOT_GUEST_MEMFD)
 
     def operate(
         self,
@@ -371,6 +343,25 @@ class Core:
             if base <= pfn < base + int(self.arrays.state[node_word(number, W.N_PAGES)]):
                 return pfn - self.register(W.R_POOL_BASE)
         raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
+
+
+def _stopped(returned: int) -> tuple[Entry, int]:
+    """The entry that goes on where another stopped, and the index of the operation: routing.stopped_at()."""
+    entry, index = divmod(int(returned), 1 << W.ENTRY_SHIFT)
+    return Entry(entry), index
+
+
+def _entry(entry: Entry) -> Any:
+    """The entry for what those of the designs do not run."""
+    if entry is Entry.POOLING:
+        from pgemu_kernels.run.pooling import run_pooling
+
+        return run_pooling
+    if entry is Entry.ORDINARY:
+        from pgemu_kernels.run.ordinary import run_ordinary
+
+        return run_ordinary
+    return _run_designs
 
 
 def _run_designs(*arguments: Any) -> int:

@@ -216,6 +216,9 @@ class GuestMemfd:
             W.I_ZEROED: machine.register(W.R_ZEROED_ROWS) + first,
             W.I_PMD: counts,
             W.I_PUD: counts + pmds,
+            W.I_REGIONS: machine.register(W.R_REGIONS) + machine.register(W.R_REGIONS_USED),
+            W.I_GIGABYTES: machine.register(W.R_REGIONS) + machine.register(W.R_REGIONS_USED) + pmds,
+            W.I_GUEST_BITS: machine.register(W.R_GUEST_BITS) + first,
             W.I_OPEN: 1,
             W.I_SUBPOOL: subpool,
             W.I_FLAGS: cls._inode_flags(creation, form),
@@ -227,6 +230,7 @@ class GuestMemfd:
         state[W.R_BLOCKS] += np.uint64(blocks)
         state[W.R_WORDS] += np.uint64(words)
         state[W.R_SHARED_USED] += np.uint64(pmds + puds)
+        state[W.R_REGIONS_USED] += np.uint64(pmds + puds)
         state[W.R_INODES] += np.uint64(1)
         if creation.shared:
             cls._share_all(machine, fields)

@@ -48,6 +48,9 @@ class Vm:
         machine.arrays.state[row + int(W.V_PROTECTED)] = protected
         machine.arrays.state[row + int(W.V_LIVE)] = 1
         machine.arrays.state[row + int(W.V_UNLOADED)] = 1
+        if process:
+            machine.arrays.state[int(W.STATE_SPACES) + process.space * W.S_WORDS + int(W.S_VMS)] |= np.uint64(1 << vm)
+            machine.arrays.state[W.R_MAPPINGS] += np.uint64(1)
         machine.arrays.state[W.R_VMS] += np.uint64(1)
         return cls(machine, vm)
 

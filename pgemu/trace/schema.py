@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Entry, Flag, Operation
 from pgemu_kernels.words.rows import ACTORS
 
 __all__ = (
@@ -53,170 +53,10 @@ ACTOR_LIMIT = ACTORS
 
 FIRST_HOST_ACTOR = 256
 
-SIMULATED: frozenset[Operation] = frozenset(
-    {
-        Operation.HOST_FAULT,
-        Operation.GUEST_FAULT,
-        Operation.CONVERT,
-        Operation.PUNCH_HOLE,
-        Operation.MMAP,
-        Operation.MUNMAP,
-        Operation.ZAP,
-        Operation.BIND,
-        Operation.UNBIND,
-        Operation.GET,
-        Operation.PUT,
-        Operation.CLOSE,
-        Operation.ALLOCATE,
-        Operation.VM_EXIT,
-        Operation.PROTECT,
-        Operation.FORK,
-        Operation.EXIT,
-        Operation.MEMSLOT,
-        Operation.DIRTY_LOG,
-        Operation.ATTRIBUTES,
-        Operation.PREFAULT,
-        Operation.POPULATE,
-        Operation.READ_SMAPS,
-        Operation.REVOKE,
-        Operation.RESTORE,
-        Operation.GUARD_INSTALL,
-        Operation.GUARD_REMOVE,
-        Operation.REMAP,
-        Operation.POOL_RESIZE,
-        Operation.POOL_DEMOTE,
-        Operation.FOLIO_ALLOCATE,
-        Operation.FOLIO_FREE,
-        Operation.VMEMMAP_OPTIMIZE,
-        Operation.VMEMMAP_RESTORE,
-        Operation.FOLIO_SPLIT,
-        Operation.FOLIO_MERGE,
-        Operation.FOLIO_REFERENCE,
-        Operation.FOLIO_FREEZE,
-        Operation.DISSOLVE,
-        Operation.POISON,
-        Operation.VMEMMAP_STORE,
-        Operation.PIN,
-        Operation.UNPIN,
-        Operation.RELEASE,
-        Operation.LRU_DRAIN,
-        Operation.WORK,
-        Operation.MEMORY_POLICY,
-        Operation.DIRTY_LOGGING,
-    }
-)
-"""Operations that the machine carries out; the others have a code so that traces can hold them already.
+SIMULATED: frozenset[Operation] = frozenset(op for op in Operation if op.entry is not Entry.NOBODY)
+"""Operations that the machine carries out; the others have a code so that traces can hold them already."""
 
-VM_EXIT and those from PROTECT to REMAP but PREFAULT and FORK are of ordinary memory: what is of neither design. Those
-from POOL_RESIZE to VMEMMAP_STORE are done to huge pages themselves.
-"""
-
-_HOST_RANGE = {"space": "process", "address": "HVA, bytes", "length": "bytes"}
-_FILE_PAGE = {"object": "inode", "offset": "bytes into the inode"}
-_FILE_RANGE = {**_FILE_PAGE, "length": "bytes"}
-_POOL = {"object": "order: 9 or 18", "space": "node + 1; 0: all nodes"}
-_FOLIO = {"address": "physical address of its first page"}
-_DMA_RANGE = {"space": "IOMMU domain", "address": "IOVA, bytes", "length": "bytes"}
-
-COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType(
-    {
-        Operation.HOST_FAULT: {"flags": "WRITE, EXEC", "space": "process", "address": "HVA, bytes"},
-        Operation.GUEST_FAULT: {
-            "flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say",
-            "vm": "VM",
-            "address": "GPA, bytes",
-        },
-        Operation.CONVERT: {"flags": "target: PRIVATE or SHARED", "vm": "VM that asks", **_FILE_RANGE},
-        Operation.PUNCH_HOLE: dict(_FILE_RANGE),
-        Operation.ALLOCATE: dict(_FILE_RANGE),
-        Operation.MMAP: {
-            **_HOST_RANGE,
-            **_FILE_RANGE,
-            "flags": "READ_ONLY; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, NORESERVE",
-            "object": "inode; anonymous memory: 0xffffffff",
-        },
-        Operation.MUNMAP: dict(_HOST_RANGE),
-        Operation.ZAP: {"flags": "MADVISE: asked for by madvise(MADV_DONTNEED)", **_HOST_RANGE},
-        Operation.BIND: {
-            "vm": "VM",
-            "address": "GPA, bytes",
-            **_FILE_RANGE,
-        },
-        Operation.UNBIND: {"vm": "VM", "address": "GPA, bytes"},
-        Operation.PIN: {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
-        Operation.UNPIN: {"object": "pin"},
-        Operation.GET: dict(_FILE_PAGE),
-        Operation.PUT: {**_FILE_PAGE, "address": "physical address of the page, in place of object and offset; or 0"},
-        Operation.DMA_MAP: {**_DMA_RANGE, **_FILE_PAGE},
-        Operation.DMA_UNMAP: dict(_DMA_RANGE),
-        Operation.DMA_ACCESS: {"flags": "WRITE", **_DMA_RANGE, "object": "device"},
-        Operation.NESTED_MAP: {
-            "vm": "VM",
-            "object": "L1 memslot",
-            "address": "L2 GPA, bytes",
-            "offset": "L1 GPA, bytes",
-            "length": "bytes",
-        },
-        Operation.NESTED_UNMAP: {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "length": "bytes"},
-        Operation.MEMORY_FAILURE: dict(_FILE_PAGE),
-        Operation.CLOSE: {"object": "inode"},
-        Operation.VM_EXIT: {"vm": "VM"},
-        Operation.GUEST_ACCESS: {
-            "flags": "WRITE, EXEC",
-            "vm": "VM",
-            "space": "guest process",
-            "address": "guest virtual, bytes",
-        },
-        Operation.PROTECT: {"flags": "READ, WRITE, EXEC", **_HOST_RANGE},
-        Operation.FORK: {"space": "parent"},
-        Operation.EXIT: {"space": "process"},
-        Operation.MEMSLOT: {
-            "flags": "READ_ONLY, LOG_DIRTY_PAGES; PRIVATE: with the guest_memfd that the last BIND named",
-            "vm": "VM",
-            "object": "slot number",
-            "address": "GPA, bytes",
-            "offset": "HVA, bytes",
-            "length": "bytes, 0 deletes",
-        },
-        Operation.DIRTY_LOG: {"vm": "VM", "object": "slot number"},
-        Operation.ATTRIBUTES: {"flags": "PRIVATE or SHARED", "vm": "VM", "address": "GPA, bytes", "length": "bytes"},
-        Operation.PREFAULT: {"vm": "VM", "address": "GPA, bytes", "length": "bytes"},
-        Operation.POPULATE: {"flags": "WRITE: MADV_POPULATE_WRITE, else _READ", **_HOST_RANGE},
-        Operation.READ_SMAPS: {"space": "process"},
-        Operation.REVOKE: {"object": "inode of a device"},
-        Operation.RESTORE: {"object": "inode of a device"},
-        Operation.GUARD_INSTALL: dict(_HOST_RANGE),
-        Operation.GUARD_REMOVE: dict(_HOST_RANGE),
-        Operation.REMAP: {**_HOST_RANGE, "object": "new length, pages", "offset": "new HVA, bytes; 0: in place"},
-        Operation.POOL_RESIZE: {**_POOL, "length": "pages, as written to nr_hugepages"},
-        Operation.POOL_DEMOTE: {**_POOL, "length": "pages"},
-        Operation.FOLIO_ALLOCATE: {**_POOL, "space": "node + 1 that is preferred; 0: none"},
-        Operation.FOLIO_FREE: dict(_FOLIO),
-        Operation.VMEMMAP_OPTIMIZE: {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
-        Operation.VMEMMAP_RESTORE: {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
-        Operation.FOLIO_SPLIT: dict(_FOLIO),
-        Operation.FOLIO_MERGE: {**_FOLIO, "length": "bytes of the huge page"},
-        Operation.FOLIO_REFERENCE: {
-            **_FOLIO,
-            "flags": "SHARED: get, READ: put, WRITE|SHARED: pin, WRITE|READ: unpin",
-            "length": "how many",
-        },
-        Operation.FOLIO_FREEZE: {**_FOLIO, "flags": "READ: unfreeze", "length": "references expected, or given back"},
-        Operation.DISSOLVE: dict(_FOLIO),
-        Operation.POISON: dict(_FOLIO),
-        Operation.VMEMMAP_STORE: {"address": "virtual address in the vmemmap", "offset": "value, of memcg_data"},
-        Operation.RELEASE: {"vm": "VM whose file of the inode it is", "object": "inode"},
-        Operation.LRU_DRAIN: {},
-        Operation.WORK: {},
-        Operation.MEMORY_POLICY: {
-            "flags": "MPOL_*: 0 default, 1 preferred, 2 bind, 3 interleave",
-            **_FILE_RANGE,
-            "object": "inode; 0xffffffff: the faulting tasks' own",
-            "address": "nodes, a bit each",
-        },
-        Operation.DIRTY_LOGGING: {"flags": "LOG_DIRTY_PAGES or none", "vm": "VM", "address": "GPA of a slot"},
-    }
-)
+COLUMNS: Mapping[Operation, Mapping[str, str]] = MappingProxyType({op: op.columns for op in Operation})
 """What each column means for each operation; a column that is not named is not read and holds 0.
 
 `time` (ns) and `actor` (vCPU, host thread or device) mean the same for all operations.

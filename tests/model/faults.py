@@ -152,7 +152,7 @@ class Faults(State):
         gfn = gpa // PAGE
         slot = next((s for s in self.slots if s.owner == vm and gfn in s.pages), None)
         if slot is None:
-            return Outcome(W.RET_PF_EMULATE)
+            return self.outside(vm, gfn, private)
         if slot.released:
             return Outcome(-W.EFAULT)
         inode = self.inodes[slot.inode]
@@ -172,6 +172,14 @@ class Faults(State):
         if not self.vms[vm].map(gfn, level, pfn):
             return Outcome(-W.ENOMEM)
         return Outcome(W.RET_PF_FIXED, level)
+
+    def outside(self, vm: int, gfn: int, private: bool | None) -> Outcome:
+        """No slot: an MMIO exit, which a 4K entry caches; what is outside slots is not private memory."""
+        if private:
+            return Outcome(-W.EFAULT)
+        if gfn >= 1 << 36:
+            return Outcome(W.RET_PF_EMULATE)
+        return Outcome(W.RET_PF_EMULATE, 1) if self.vms[vm].link(gfn, 1) else Outcome(-W.ENOMEM)
 
     def stage2_level(self, slot: Window, gfn: int, folio: Folio | None) -> int:
         """The largest level that slot, alignment and folio (restructure) or shareability (pfnmap) permit."""

@@ -239,7 +239,7 @@ class Pair:
         """Level and frame of a guest address."""
         found = self.model.vms[vm].find(gpa // PAGE)
         level, _, value = self.vms[vm].walk(gpa)[-1]
-        assert value & 1 == (found is not None)
+        assert value >> 11 & 1 == (found is not None)  # SPTE_MMU_PRESENT: a cached MMIO entry has it not
         if found is not None:
             assert (level, value >> 12 & (1 << 40) - 1) == found
 

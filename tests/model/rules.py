@@ -93,7 +93,7 @@ def view_of_machine(machine: Any, order: int) -> View:
     state = arrays.state
     host = rows(state, W.STATE_SPACES, W.S_WORDS, machine.register(W.R_SPACES))
     vms = rows(state, W.STATE_VMS, W.V_WORDS, machine.register(W.R_VMS))
-    present = 7 if machine.config.stage2 == "ept" else 1
+    present = 1 << 11  # SPTE_MMU_PRESENT: a cached MMIO entry is none
     inodes = rows(state, W.STATE_INODES, W.I_WORDS, machine.register(W.R_INODES))
     gauges = arrays.stats[int(W.STATS_GAUGES) :: 2]
     counted = (

@@ -10,21 +10,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pgemu_kernels.engine.compile import kernel
-
 # uint64 combined with a literal or an int64 becomes int64: every constant is typed, shift counts too.
 U0 = np.uint64(0)
 U1 = np.uint64(1)
 U2 = np.uint64(2)
 U3 = np.uint64(3)
 U4 = np.uint64(4)
+U5 = np.uint64(5)
 U6 = np.uint64(6)
+U7 = np.uint64(7)
 U8 = np.uint64(8)
 U9 = np.uint64(9)
 U12 = np.uint64(12)
 U16 = np.uint64(16)
 U18 = np.uint64(18)
 U21 = np.uint64(21)
+U24 = np.uint64(24)
 U27 = np.uint64(27)
 U30 = np.uint64(30)
 U32 = np.uint64(32)
@@ -35,21 +36,11 @@ U64 = np.uint64(64)
 U511 = np.uint64(511)
 U512 = np.uint64(512)
 U4095 = np.uint64(4095)
+LOW8 = np.uint64(0xFF)
+LOW16 = np.uint64(0xFFFF)
 LOW32 = np.uint64(0xFFFFFFFF)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 NONE = ALL  # "no such index"
-
-
-@kernel
-def pages_of(level):
-    """4K pages under one entry of a level: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G."""
-    return U1 << (U9 * (level - U1))
-
-
-@kernel
-def index_at(page, level):
-    """Index of a page's entry in its table of a level."""
-    return page >> (U9 * (level - U1)) & U511
 
 
 @intrinsic

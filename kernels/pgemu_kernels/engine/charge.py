@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import words
-from pgemu_kernels.engine.bits import U1, U2, U3, U4, U63, leading_zeros, trailing_zeros
+from pgemu_kernels.engine.bits import U0, U1, U2, U3, U4, U7, U8, U63, leading_zeros, trailing_zeros
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.words.events import (
     CLOCK_HIGH,
@@ -23,8 +23,6 @@ from pgemu_kernels.words.events import (
     STATS_PRICES,
     STATS_PRICES_ONE,
     STATS_TALLY,
-    Event,
-    Gauge,
 )
 from pgemu_kernels.words.registers import R_COUNTER_ROW
 from pgemu_kernels.words.rows import (
@@ -43,77 +41,6 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 
-HOST_FAULT = U(Event.HOST_FAULT)
-GUEST_FAULT = U(Event.GUEST_FAULT)
-CONVERT_IOCTL = U(Event.CONVERT_IOCTL)
-SYSCALL = U(Event.SYSCALL)
-TABLE_PAGE_ALLOCATED = U(Event.TABLE_PAGE_ALLOCATED)
-TABLE_PAGE_FREED = U(Event.TABLE_PAGE_FREED)
-LEAF_WRITTEN = U(Event.LEAF_WRITTEN)
-LEAF_CLEARED = U(Event.LEAF_CLEARED)
-SPTE_WRITTEN = U(Event.SPTE_WRITTEN)
-SPTE_CLEARED = U(Event.SPTE_CLEARED)
-RMAP_CHANGED = U(Event.RMAP_CHANGED)
-TLB_FLUSH_MM = U(Event.TLB_FLUSH_MM)
-TLB_FLUSH_VM = U(Event.TLB_FLUSH_VM)
-TLB_FLUSH_KERNEL = U(Event.TLB_FLUSH_KERNEL)
-HUGE_FOLIO_ALLOCATED = U(Event.HUGE_FOLIO_ALLOCATED)
-HUGE_FOLIO_FREED = U(Event.HUGE_FOLIO_FREED)
-PAGE_ZEROED = U(Event.PAGE_ZEROED)
-FOLIO_ZEROED_PAGES = U(Event.FOLIO_ZEROED_PAGES)
-VMEMMAP_PAGE_RESTORED = U(Event.VMEMMAP_PAGE_RESTORED)
-VMEMMAP_PAGE_FREED = U(Event.VMEMMAP_PAGE_FREED)
-STRUCT_PAGE_WRITTEN = U(Event.STRUCT_PAGE_WRITTEN)
-STRUCT_PAGE_BYTES = U(Event.STRUCT_PAGE_BYTES)
-FOLIO_GATE_CHECKED = U(Event.FOLIO_GATE_CHECKED)
-PAGE_CACHE_STORED = U(Event.PAGE_CACHE_STORED)
-ATTRIBUTES_STORED = U(Event.ATTRIBUTES_STORED)
-FOLIO_SPLIT = U(Event.FOLIO_SPLIT)
-FOLIO_MERGED = U(Event.FOLIO_MERGED)
-FREEZE_SPIN = U(Event.FREEZE_SPIN)
-NOTIFIER_CALL = U(Event.NOTIFIER_CALL)
-DEFERRED_MERGE = U(Event.DEFERRED_MERGE)
-TLB_FLUSH_PAGE = U(Event.TLB_FLUSH_PAGE)
-TLB_FLUSH_RANGE = U(Event.TLB_FLUSH_RANGE)
-PAGE_COPIED = U(Event.PAGE_COPIED)
-XARRAY_NODE_ALLOCATED = U(Event.XARRAY_NODE_ALLOCATED)
-XARRAY_NODE_FREED = U(Event.XARRAY_NODE_FREED)
-METADATA_STASHED = U(Event.METADATA_STASHED)
-VMEMMAP_HEAD_COPIED = U(Event.VMEMMAP_HEAD_COPIED)
-RCU_SYNCHRONIZED = U(Event.RCU_SYNCHRONIZED)
-VMEMMAP_FAULT = U(Event.VMEMMAP_FAULT)
-REFERENCE_CHANGED = U(Event.REFERENCE_CHANGED)
-WORK_DONE = U(Event.WORK_DONE)
-PAGE_PINNED = U(Event.PAGE_PINNED)
-LRU_CACHE_ADDED = U(Event.LRU_CACHE_ADDED)
-LRU_CACHE_DRAINED = U(Event.LRU_CACHE_DRAINED)
-SPTE_SPLIT = U(Event.SPTE_SPLIT)
-
-FRAMES_USED = U(Gauge.FRAMES_USED)
-HOST_TABLES = U(Gauge.HOST_TABLES)
-STAGE2_TABLES = U(Gauge.STAGE2_TABLES)
-KERNEL_TABLES = U(Gauge.KERNEL_TABLES)
-VMEMMAP_PAGES = U(Gauge.VMEMMAP_PAGES)
-CONTENT_FRAMES = U(Gauge.CONTENT_FRAMES)
-ANONYMOUS_PAGES = U(Gauge.ANONYMOUS_PAGES)
-CACHE_NODES = U(Gauge.CACHE_NODES)
-OTHER_POOL_FREE = U(Gauge.OTHER_POOL_FREE)
-HUGETLB_PAGES = U(Gauge.HUGETLB_PAGES)
-PAGE_CACHE_PAGES = U(Gauge.PAGE_CACHE_PAGES)
-XARRAY_NODES = U(Gauge.XARRAY_NODES)
-MEMMAP_PAGES = U(Gauge.MEMMAP_PAGES)
-MEMMAP_BOOT_PAGES = U(Gauge.MEMMAP_BOOT_PAGES)
-BUDDY_BLOCKS = U(Gauge.BUDDY_BLOCKS)
-PAGES_PINNED = U(Gauge.PAGES_PINNED)
-PAGES_LRU_CACHED = U(Gauge.PAGES_LRU_CACHED)
-HOST_LEAVES = U(Gauge.HOST_LEAVES_4K)  # + level - 1
-STAGE2_LEAVES = U(Gauge.STAGE2_LEAVES_4K)  # + level - 1
-POOL_FREE = U(Gauge.POOL_FREE)
-BLOCKS_HUGE = U(Gauge.BLOCKS_HUGE)
-BLOCKS_SPLIT = U(Gauge.BLOCKS_SPLIT)
-BLOCKS_ZOMBIE = U(Gauge.BLOCKS_ZOMBIE)
-BLOCKS_PARTLY = U(Gauge.BLOCKS_PARTLY)
-WORK_PENDING = U(Gauge.WORK_PENDING)
 
 _EVENTS = U(words.EVENTS)
 _TALLY_SLOTS = U(words.TALLY_SLOTS)
@@ -144,6 +71,16 @@ def charge_one(m, event):
 
 
 @kernel
+def charge_each(m, event, n):
+    """charge_one(m, event), `n` (int64) times."""
+    stats = m.stats
+    stats[m.state[R_COUNTER_ROW] + event] += n
+    price = STATS_PRICES_ONE + event * U2
+    stats[CLOCK_LOW] += stats[price] * n
+    stats[CLOCK_HIGH] += stats[price + U1] * n
+
+
+@kernel
 def change(stats, gauge, n):
     """Add `n` (int64) to a gauge and keep its peak."""
     at = STATS_GAUGES + gauge * U2
@@ -166,12 +103,12 @@ def begin_operation(m, op):
     state[R_COUNTER_ROW] = STATS_COUNTERS + state[op + O_OP] * _EVENTS
     state[op + O_CLOCK_LOW] = U(m.stats[CLOCK_LOW])
     state[op + O_CLOCK_HIGH] = U(m.stats[CLOCK_HIGH])
-    state[op + O_PHASE] = U(0)
-    state[op + O_STATUS] = U(0)
-    state[op + O_DETAIL] = U(0)
-    state[op + O_LOCKED] = U(0)
-    state[op + O_REFERENCED] = U(0)
-    state[op + O_ROUND_END] = U(0)
+    state[op + O_PHASE] = U0
+    state[op + O_STATUS] = U0
+    state[op + O_DETAIL] = U0
+    state[op + O_LOCKED] = U0
+    state[op + O_REFERENCED] = U0
+    state[op + O_ROUND_END] = U0
 
 
 @kernel
@@ -192,9 +129,9 @@ def resume(m, op):
 @kernel
 def bucket(picoseconds):
     """Index of the log-linear bucket: eight per power of two of nanoseconds."""
-    value = U(picoseconds) // U(125) + U(8)  # eighths of a nanosecond, so that the first octave is linear
+    value = U(picoseconds) // U(125) + U8  # eighths of a nanosecond, so that the first octave is linear
     top = U63 - leading_zeros(value)
-    index = (top - U3) * U(8) + ((value >> (top - U3)) & U(7))
+    index = (top - U3) * U8 + ((value >> (top - U3)) & U7)
     return min(index, _LAST_BUCKET)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U6, U9, U63, U64, U512
-from pgemu_kernels.engine.charge import CONTENT_FRAMES, FRAMES_USED, change
+from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.words.enum_words import GAUGE_CONTENT_FRAMES, GAUGE_FRAMES_USED
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     CONTIGUOUS_FRAMES,
@@ -29,7 +30,7 @@ U = np.uint64
 @kernel
 def frames_left(m):
     """How many frames may still be taken before -ENOMEM."""
-    used = U(m.stats[STATS_GAUGES + FRAMES_USED * U2])
+    used = U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2])
     limit = m.state[R_FRAMES_LIMIT]
     return limit - used if used < limit else U0
 
@@ -43,7 +44,7 @@ def take_frame(m):
     state = m.state
     if frames_left(m) == U0:
         return NONE
-    change(m.stats, FRAMES_USED, 1)
+    change(m.stats, GAUGE_FRAMES_USED, 1)
     top = state[R_FREE]
     if top != U0:
         state[R_FREE] = top - U1
@@ -64,7 +65,7 @@ def put_frame(m, frame):
     top = state[R_FREE]
     state[state[R_FREE_STACK] + top] = frame
     state[R_FREE] = top + U1
-    change(m.stats, FRAMES_USED, -1)
+    change(m.stats, GAUGE_FRAMES_USED, -1)
 
 
 @outlined
@@ -81,7 +82,7 @@ def take_run(m, n):
         word = state[R_CONTIGUOUS_MAP] + (i >> U6)
         if state[word] >> (i & U63) & bits == U0:
             state[word] |= bits << (i & U63)
-            change(m.stats, FRAMES_USED, np.int64(n))
+            change(m.stats, GAUGE_FRAMES_USED, np.int64(n))
             return state[R_CONTIGUOUS] + i
     return NONE
 
@@ -91,7 +92,7 @@ def put_run(m, frame, n):
     """Give back what take_run() gave."""
     i = frame - m.state[R_CONTIGUOUS]
     m.state[m.state[R_CONTIGUOUS_MAP] + (i >> U6)] &= ~((ALL >> (U64 - n)) << (i & U63))
-    change(m.stats, FRAMES_USED, -np.int64(n))
+    change(m.stats, GAUGE_FRAMES_USED, -np.int64(n))
 
 
 @kernel
@@ -120,11 +121,11 @@ def drop_contents(m, pfn, pages):
         if frame != U0:
             m.counts[i] = np.uint32(0)
             put_frame(m, frame)
-            change(m.stats, CONTENT_FRAMES, -1)
+            change(m.stats, GAUGE_CONTENT_FRAMES, -1)
 
 
 @kernel
 def zero_contents(m, pfn, pages):
     """Zero guest frames; costs nothing here while no frame has contents."""
-    if m.stats[STATS_GAUGES + CONTENT_FRAMES * U2] != 0:
+    if m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U2] != 0:
         drop_contents(m, pfn, pages)

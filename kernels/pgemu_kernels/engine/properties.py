@@ -34,17 +34,17 @@ _of_order = parameter(R_PROPERTIES, _PREALLOCATES)
 
 @kernel
 def entries_are_special(m):
-    """Whether host entries have neither mapcount nor reference: VM_PFNMAP or VM_MIXEDMAP, pte_special().
-
-    Both kinds of VMA are copied by fork() (include/linux/mm.h:VM_COPY_ON_FORK) and flushed before they go
-    (include/asm-generic/tlb.h:tlb_update_vma_flags(), tlb_free_vmas()).
-    """
+    """Whether host entries have neither mapcount nor reference: pte_special(), vm_normal_page()."""
     return m.state[R_PROPERTIES] & _SPECIAL_ENTRIES != U0
 
 
 @kernel
 def vma_is_pfnmap(m):
-    """Whether MADV_DONTNEED refuses the VMA: mm/madvise.c:madvise_dontneed_free_valid_vma()."""
+    """Whether the VMA is VM_PFNMAP.
+
+    MADV_DONTNEED refuses it (mm/madvise.c:madvise_dontneed_free_valid_vma()), fork() copies it
+    (include/linux/mm.h:VM_COPY_ON_FORK), and it is flushed before it goes (include/asm-generic/tlb.h:tlb_free_vmas()).
+    """
     return m.state[R_PROPERTIES] & _VMA_PFNMAP != U0
 
 

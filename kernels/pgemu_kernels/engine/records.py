@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U16, U32, U48
+from pgemu_kernels.engine.bits import LOW8, LOW16, U0, U1, U8, U16, U32, U48
 from pgemu_kernels.engine.charge import begin_operation
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.words.operations import OPERATIONS
@@ -29,9 +29,7 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 _O_WORDS = U(O_WORDS)
-_BYTE = U(0xFF)
 _OPERATIONS = U(OPERATIONS)
-_HALF = U(0xFFFF)
 BATCH = U(64)  # operations or walks whose cache misses overlap
 _NEAR = U(32 << 20)  # what lies closer is in the cache: 64 KiB of entries, 512 KiB of struct pages
 
@@ -75,14 +73,14 @@ def load(m, columns, i):
     """Write operation `i` to the record of batches and begin it: where the record begins."""
     state = m.state
     header = element(columns.header, i)
-    actor = header >> U16 & _HALF
+    actor = header >> U16 & LOW16
     op = operation_record(U(ACTORS))
-    kind = header & _BYTE
+    kind = header & LOW8
     # Row 0 of every table belongs to operations that do not exist.
     state[op + O_OP] = kind if kind < _OPERATIONS else U0
-    state[op + O_FLAGS] = header >> U(8) & _BYTE
+    state[op + O_FLAGS] = header >> U8 & LOW8
     state[op + O_ACTOR] = actor
-    state[op + O_VM] = header >> U32 & _HALF
+    state[op + O_VM] = header >> U32 & LOW16
     state[op + O_SPACE] = header >> U48
     state[op + O_OBJECT] = element(columns.object, i)
     state[op + O_ADDRESS] = element(columns.address, i)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import (
-    NONE,
-    U0,
-    U1,
-    U2,
-    U3,
-    U9,
-    U12,
-    U48,
-    U4095,
-    pages_of,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U48, U4095
 from pgemu_kernels.engine.charge import (
     result,
 )
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.words.operations import (
     EBADF,
     EINVAL,
@@ -31,7 +21,6 @@ from pgemu_kernels.words.registers import (
     R_INODES,
     R_LAST_MEMSLOT,
     R_LAST_VMA,
-    R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
     R_VMS,
@@ -54,6 +43,7 @@ from pgemu_kernels.words.rows import (
     LOCK_WRITER,
     M_BASE_GFN,
     M_INODE,
+    M_NEXT,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -70,6 +60,7 @@ from pgemu_kernels.words.rows import (
     STATE_VMAS,
     STATE_VMS,
     V_LIVE,
+    V_SLOTS,
     V_WORDS,
 )
 
@@ -141,16 +132,23 @@ def find_vma(state, space, address):
 
 
 @kernel
+def first_slot(state, vm):
+    """Row of a VM's slot from which M_NEXT leads to the others; 0 if it has none."""
+    return state[vm_row(vm) + V_SLOTS] if vm < state[R_VMS] else U0
+
+
+@kernel
 def find_memslot(state, vm, gfn):
     """Row of the memory slot of a VM that holds a guest frame, or NONE."""
     row = state[R_LAST_MEMSLOT]
     if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES] and state[row + M_VM] == vm:
         return row
-    for i in range(state[R_MEMSLOTS]):
-        row = memslot_row(i)
-        if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES] and state[row + M_VM] == vm:
+    row = first_slot(state, vm)
+    while row != U0:
+        if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES]:
             state[R_LAST_MEMSLOT] = row
             return row
+        row = state[row + M_NEXT]
     return NONE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U6, U9, U18, U63, U64, U511, population
+from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U6, U9, U18, U63, U64, U511, U512, population
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.words.registers import (
     R_ORDER,
@@ -51,7 +51,7 @@ def is_uniform(m, node, index, level):
         return True
     if level == U2:
         shared = shared_in_2m(m, node, index)
-        return shared == U0 or shared == U(512)
+        return shared == U0 or shared == U512
     shared = shared_in_1g(m, node, index)
     return shared == U0 or shared == U(1 << 18)
 
@@ -69,9 +69,9 @@ def shared_in_range(m, node, start, end):
     word = m.state[node + I_WORD]
     index = start
     while index < end:
-        if index & U511 == U0 and end - index >= U(512):
+        if index & U511 == U0 and end - index >= U512:
             total += shared_in_2m(m, node, index)
-            index += U(512)
+            index += U512
         else:
             last = min(U64, (index & U63) + end - index)
             total += population(m.state[word + (index >> U6)] & bits_between(index & U63, last))

@@ -5,16 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U8, U9, U12, U18, U64, U512
-from pgemu_kernels.engine.charge import (
-    CONTENT_FRAMES,
-    HOST_TABLES,
-    KERNEL_TABLES,
-    MEMMAP_BOOT_PAGES,
-    MEMMAP_PAGES,
-    STAGE2_TABLES,
-    VMEMMAP_PAGES,
-    change,
-)
+from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.handle import open_machine
@@ -40,8 +31,17 @@ from pgemu_kernels.folios.vmemmap import (
     vmemmap_slot,
     write_tail,
 )
-from pgemu_kernels.formats.bits import SAVED_DIRTY, BootMarks
+from pgemu_kernels.formats.bits import PTE_SAVED_DIRTY, BootMarks
 from pgemu_kernels.tables.walker import stage2_format
+from pgemu_kernels.words.enum_words import (
+    GAUGE_CONTENT_FRAMES,
+    GAUGE_HOST_TABLES,
+    GAUGE_KERNEL_TABLES,
+    GAUGE_MEMMAP_BOOT_PAGES,
+    GAUGE_MEMMAP_PAGES,
+    GAUGE_STAGE2_TABLES,
+    GAUGE_VMEMMAP_PAGES,
+)
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.registers import (
     R_BOOT_ASCENDING,
@@ -85,7 +85,6 @@ U = np.uint64
 NO_MEMORY = np.int64(-ENOMEM)
 _NO_MARKS = U(BootMarks.NONE)
 _FIRST_64 = U(BootMarks.FIRST_64)
-_SAVED_DIRTY = U(SAVED_DIRTY)
 SECTION = U(32768)  # struct pages in 2M of vmemmap: 128 MiB of memory, a section
 
 
@@ -124,7 +123,7 @@ def map_optimized(m, head, order, own, tail, marks):
     state = m.state
     start = vmemmap_address(state, head)
     pages = vmemmap_pages(order)
-    read_only = tail << U12 | state[R_VMEMMAP_READ_ONLY] | (_SAVED_DIRTY if marks != _NO_MARKS else U0)
+    read_only = tail << U12 | state[R_VMEMMAP_READ_ONLY] | (PTE_SAVED_DIRTY if marks != _NO_MARKS else U0)
     writable = own << U12 | state[R_VMEMMAP_PAGE]
     for base in range(U0, pages, U512):
         slot = vmemmap_slot(m, start + (base << U12), U1)
@@ -176,7 +175,7 @@ def boot_gigantic(m, node):
     shared = U0
     if state[row + N_GIGANTIC] != U0 and state[R_MASK_TAILS] != U0:
         shared = boot_frame(m)
-        change(m.stats, MEMMAP_BOOT_PAGES, -1)  # shared tail pages are not counted
+        change(m.stats, GAUGE_MEMMAP_BOOT_PAGES, -1)  # shared tail pages are not counted
         state[hstate_node(hstate_of_order(ORDER_1G), node) + H_NODE_TAIL_PAGE] = shared
         fill_boot_tail_page(m, shared, node)
     for i in range(state[row + N_GIGANTIC]):
@@ -185,8 +184,8 @@ def boot_gigantic(m, node):
             own = take_frame(m)
             if own == NONE:
                 return NO_MEMORY
-            change(m.stats, VMEMMAP_PAGES, 1)
-            change(m.stats, MEMMAP_PAGES, 1)
+            change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
+            change(m.stats, GAUGE_MEMMAP_PAGES, 1)
         else:
             own = boot_frame(m)
         write_free_folio(m, own << U9, head, ORDER_1G, node)
@@ -206,8 +205,8 @@ def boot_huge(m, head, node):
     own = take_frame(m)
     if own == NONE:
         return NO_MEMORY
-    change(m.stats, VMEMMAP_PAGES, 1)
-    change(m.stats, MEMMAP_PAGES, 1)
+    change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
+    change(m.stats, GAUGE_MEMMAP_PAGES, 1)
     write_free_folio(m, own << U9, head, U9, node)
     return map_optimized(m, head, U9, own, tail if tail != U0 else own, _NO_MARKS)
 
@@ -266,7 +265,7 @@ def boot_machine(m):
     if root == NONE:
         return NO_MEMORY
     fill_frame(m.ram, root, U0)
-    change(m.stats, KERNEL_TABLES, 1)
+    change(m.stats, GAUGE_KERNEL_TABLES, 1)
     state[R_KERNEL_ROOT] = root << U12
     for i in range(U(HSTATES)):
         h = STATE_HSTATES + i * U(H_WORDS)
@@ -295,14 +294,14 @@ def empty_frame(m, value, gauge):
 @kernel
 def process_root(m, row):
     """Give a process (row of S_*) its empty top table, and with page-table isolation the user's copy of it."""
-    frame = empty_frame(m, U0, HOST_TABLES)
+    frame = empty_frame(m, U0, GAUGE_HOST_TABLES)
     if frame == NONE:
         return NO_MEMORY
     if m.state[R_PTI] != U0:
-        user = empty_frame(m, U0, HOST_TABLES)
+        user = empty_frame(m, U0, GAUGE_HOST_TABLES)
         if user == NONE:
             put_frame(m, frame)
-            change(m.stats, HOST_TABLES, -1)
+            change(m.stats, GAUGE_HOST_TABLES, -1)
             return NO_MEMORY
         m.state[row + S_USER_ROOT] = user << U12
     m.state[row + S_ROOT] = frame << U12
@@ -312,7 +311,7 @@ def process_root(m, row):
 @kernel
 def stage2_root(m, row):
     """Give a VM (row of V_*) its empty top table."""
-    frame = empty_frame(m, m.state[stage2_format(m) + F_EMPTY], STAGE2_TABLES)
+    frame = empty_frame(m, m.state[stage2_format(m) + F_EMPTY], GAUGE_STAGE2_TABLES)
     if frame == NONE:
         return NO_MEMORY
     m.state[row + V_ROOT] = frame << U12
@@ -325,7 +324,7 @@ def content_frame(m, pfn):
     at = m.state[R_CONTENTS] + pfn - m.state[R_POOL_BASE]
     frame = U(m.counts[at])
     if frame == U0:
-        frame = empty_frame(m, U0, CONTENT_FRAMES)
+        frame = empty_frame(m, U0, GAUGE_CONTENT_FRAMES)
         if frame == NONE:
             return NO_MEMORY
         m.counts[at] = np.uint32(frame)

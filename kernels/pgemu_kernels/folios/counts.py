@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, U0, U1, U8, U32
+from pgemu_kernels.engine.bits import LOW32, U0, U1, U8, U24, U32
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.folios.folio import (
     COUNTS,
@@ -70,7 +70,7 @@ def map_count(ram, page):
 @kernel
 def has_type(ram, page):
     """page-flags.h:page_has_type()."""
-    top = (ram[page + COUNTS] & LOW32) >> U(24)
+    top = (ram[page + COUNTS] & LOW32) >> U24
     return TYPES <= top < NO_TYPE
 
 
@@ -176,7 +176,7 @@ def expected_count(ram, page):
     is set; one per page-table entry.
     """
     flags = ram[page + FLAGS]
-    if has_type(ram, page) and (ram[page + COUNTS] & LOW32) >> U(24) != PGTY_HUGETLB >> U(24):
+    if has_type(ram, page) and (ram[page + COUNTS] & LOW32) >> U24 != PGTY_HUGETLB >> U24:
         return U0
     pages = U1 << folio_order(ram, page)
     expected = map_count(ram, page)

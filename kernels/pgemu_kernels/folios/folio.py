@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, U0, U1, U3, U6, U8, U12, U21, U30, U32, U39, U511, U4095
+from pgemu_kernels.engine.bits import LOW32, U0, U1, U2, U3, U4, U6, U8, U12, U24, U32, U511, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.formats.bits import ADDRESS, LARGE
+from pgemu_kernels.engine.geometry import index_at
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_GUEST_PAGES,
@@ -23,8 +24,6 @@ from pgemu_kernels.words.registers import (
 )
 
 U = np.uint64
-_ADDRESS = U(ADDRESS)
-_LARGE = U(LARGE)
 
 ORDER_1G = U(18)
 _INSIDE_1G = U((1 << 18) - 1)
@@ -54,7 +53,6 @@ PG_WORKINGSET = U(1 << 9)
 FLAGS_KEPT = U(0xFFFFFFFFC0000000)  # of page->flags when a page is freed: node, zone, last_cpupid
 LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
 HUGETLB_MIGRATABLE = U(1 << 1)
-U24 = U(24)
 HUGETLB_FREED = U(1 << 3)  # include/linux/hugetlb.h: HPG_freed
 HUGETLB_VMEMMAP_OPTIMIZED = U(1 << 4)
 PGTY_HUGETLB = U(0xF4000000)
@@ -80,13 +78,13 @@ def struct_page(m, pfn):
     """Index in `ram` of a struct page, through the kernel's own page table: three or four loads."""
     ram = m.ram
     address = vmemmap_address(m.state, pfn)
-    entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511)]
-    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U30 & U511)]
-    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U21 & U511)]
-    if entry & _LARGE:
-        return ((entry & _ADDRESS) + (address & U((1 << 21) - 1))) >> U3
-    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U12 & U511)]
-    return ((entry & _ADDRESS) | (address & U4095)) >> U3
+    entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + index_at(address >> U12, U4)]
+    entry = ram[((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)]
+    entry = ram[((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U2)]
+    if entry & PTE_LARGE:
+        return ((entry & PTE_ADDRESS) + (address & U((1 << 21) - 1))) >> U3
+    entry = ram[((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U1)]
+    return ((entry & PTE_ADDRESS) | (address & U4095)) >> U3
 
 
 @kernel

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U3, U8, U12, U32
-from pgemu_kernels.engine.charge import (
-    CONTENT_FRAMES,
-    FOLIO_ZEROED_PAGES,
-    HUGE_FOLIO_ALLOCATED,
-    HUGE_FOLIO_FREED,
-    HUGETLB_PAGES,
-    PAGE_COPIED,
-    RMAP_CHANGED,
-    STRUCT_PAGE_BYTES,
-    change,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U3, U8, U12, U18, U32
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, take_frame, zero_contents
 from pgemu_kernels.folios.folio import (
@@ -38,19 +26,28 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.hugetlb import dequeue_any, mapping_address, set_cgroup
 from pgemu_kernels.folios.pools import allocate_surplus, free_or_enqueue
-from pgemu_kernels.formats.bits import DIRTY
+from pgemu_kernels.formats.bits import PTE_DIRTY
+from pgemu_kernels.words.enum_words import (
+    EVENT_FOLIO_ZEROED_PAGES,
+    EVENT_HUGE_FOLIO_ALLOCATED,
+    EVENT_HUGE_FOLIO_FREED,
+    EVENT_PAGE_COPIED,
+    EVENT_RMAP_CHANGED,
+    EVENT_STRUCT_PAGE_BYTES,
+    GAUGE_CONTENT_FRAMES,
+    GAUGE_HUGETLB_PAGES,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_CONTENTS, R_FOLIO_6_12, R_HSTATE, R_POOL_BASE
 from pgemu_kernels.words.rows import CGROUP_ADDRESS, H_FREE, H_RESERVED
 
 U = np.uint64
-E_DIRTY = U(DIRTY)
 
 
 @kernel
 def level_of_order(order):
     """2 for order 9, 3 for order 18."""
-    return U3 if order == U(18) else U2
+    return U3 if order == U18 else U2
 
 
 @kernel
@@ -89,11 +86,11 @@ def take_huge(m, order, reserved):
     m.ram[page + FLAGS] |= PG_UPTODATE
     m.ram[page + PRIVATE] |= HUGETLB_MIGRATABLE
     set_cgroup(m.ram, state, page, U(CGROUP_ADDRESS))
-    change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
+    change(m.stats, GAUGE_HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
     zero_contents(m, head, U1 << order)
-    charge_one(m, HUGE_FOLIO_ALLOCATED)
-    charge(m, FOLIO_ZEROED_PAGES, np.int64(U1 << order))
-    charge(m, STRUCT_PAGE_BYTES, 28)
+    charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
+    charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(U1 << order))
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 28)
     return head
 
 
@@ -110,9 +107,9 @@ def give_back_huge(m, head):
     m.ram[page + PRIVATE] &= ~HUGETLB_MIGRATABLE
     m.ram[page + COUNTS] = PGTY_HUGETLB
     set_cgroup(m.ram, state, page, U0)
-    change(m.stats, HUGETLB_PAGES, -1 if h == state[R_HSTATE] else 0)
-    charge_one(m, HUGE_FOLIO_FREED)
-    charge(m, STRUCT_PAGE_BYTES, 36)
+    change(m.stats, GAUGE_HUGETLB_PAGES, -1 if h == state[R_HSTATE] else 0)
+    charge_one(m, EVENT_HUGE_FOLIO_FREED)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 36)
     free_or_enqueue(m, h, head)
 
 
@@ -131,7 +128,7 @@ def _change_mapcounts(m, head, n):
         m.ram[second + U2] += n << U32
     else:
         _add_low(m.ram, second + U3, n)
-    charge_one(m, RMAP_CHANGED)
+    charge_one(m, EVENT_RMAP_CHANGED)
 
 
 @kernel
@@ -160,7 +157,7 @@ def unmap_huge(m, head, entry):
     `entry`: what it was; the page is dirty if it was.
     """
     page = struct_page(m, head)
-    if entry & E_DIRTY != U0:
+    if entry & PTE_DIRTY != U0:
         m.ram[page + FLAGS] |= PG_DIRTY
     _change_mapcounts(m, head, NONE)
     add_references(m.ram, page, NONE)
@@ -205,8 +202,8 @@ def remove_from_file(m, head):
 @outlined
 def copy_huge(m, target, source, order):
     """copy_user_large_folio(): the contents too, as far as there are any and frames for them. 0 or -1."""
-    charge(m, PAGE_COPIED, np.int64(U1 << order))
-    if m.stats[STATS_GAUGES + CONTENT_FRAMES * U2] == 0:
+    charge(m, EVENT_PAGE_COPIED, np.int64(U1 << order))
+    if m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U2] == 0:
         return np.int64(0)
     base = m.state[R_CONTENTS] - m.state[R_POOL_BASE]
     for i in range(U1 << order):
@@ -217,7 +214,7 @@ def copy_huge(m, target, source, order):
                 return np.int64(-1)
             copy_frame(m.ram, frame, old)
             m.counts[base + target + i] = np.uint32(frame)
-            change(m.stats, CONTENT_FRAMES, 1)
+            change(m.stats, GAUGE_CONTENT_FRAMES, 1)
     return np.int64(0)
 
 

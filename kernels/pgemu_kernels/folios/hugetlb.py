@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U6, U8, U12, U32
-from pgemu_kernels.engine.charge import (
-    BLOCKS_HUGE,
-    BLOCKS_SPLIT,
-    BLOCKS_ZOMBIE,
-    HUGE_FOLIO_ALLOCATED,
-    HUGE_FOLIO_FREED,
-    OTHER_POOL_FREE,
-    PAGE_CACHE_STORED,
-    POOL_FREE,
-    STRUCT_PAGE_BYTES,
-    WORK_PENDING,
-    change,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U3, U4, U6, U7, U8, U12, U18, U32, U64
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.buddy import freed_page, taken_page
@@ -47,8 +33,21 @@ from pgemu_kernels.folios.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, page_after
+from pgemu_kernels.folios.page_cache import charge_added, charge_page_freed
 from pgemu_kernels.folios.policy import no_other_node, preferred_node
 from pgemu_kernels.folios.vmemmap import compound_info
+from pgemu_kernels.words.enum_words import (
+    EVENT_HUGE_FOLIO_ALLOCATED,
+    EVENT_HUGE_FOLIO_FREED,
+    EVENT_PAGE_CACHE_STORED,
+    EVENT_STRUCT_PAGE_BYTES,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_SPLIT,
+    GAUGE_BLOCKS_ZOMBIE,
+    GAUGE_OTHER_POOL_FREE,
+    GAUGE_POOL_FREE,
+    GAUGE_WORK_PENDING,
+)
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_HSTATE,
@@ -57,7 +56,7 @@ from pgemu_kernels.words.registers import (
     R_MERGE_LAZY,
     R_NODES,
     R_ORDER,
-    R_SERIES,
+    R_SPLIT_FORM,
 )
 from pgemu_kernels.words.rows import (
     B_METADATA,
@@ -81,7 +80,7 @@ from pgemu_kernels.words.rows import (
     P_RESERVED,
     P_USED,
     P_WORDS,
-    SERIES_RFC2,
+    SPLIT_FORM_RFC2,
     STATE_SUBPOOLS,
     SUBPOOLS_ADDRESS,
 )
@@ -115,15 +114,15 @@ def prep_compound_head(ram, state, head, first, order):
     ram[second + FLAGS] = (ram[second + FLAGS] & ~U(0xFF)) | order
     if state[R_FOLIO_6_12] != U0:
         ram[second + U2] = ALL  # _large_mapcount -1, _entire_mapcount -1
-        ram[second + U(3)] = U0  # _nr_pages_mapped, _pincount
-        ram[second + U(4)] = U1 << order  # _folio_nr_pages
+        ram[second + U3] = U0  # _nr_pages_mapped, _pincount
+        ram[second + U4] = U1 << order  # _folio_nr_pages
     else:
         ram[second + U2] = LOW32  # _large_mapcount -1, _nr_pages_mapped 0
-        ram[second + U(3)] = LOW32  # _entire_mapcount -1, _pincount 0
-        ram[second + U(4)] = ALL  # _mm_id_mapcount, _mm_ids
-        ram[second + U(7)] = U1 << order  # _nr_pages
+        ram[second + U3] = LOW32  # _entire_mapcount -1, _pincount 0
+        ram[second + U4] = ALL  # _mm_id_mapcount, _mm_ids
+        ram[second + U7] = U1 << order  # _nr_pages
         link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
-        ram[first + U(18)] = link
+        ram[first + U18] = link
         ram[first + U(19)] = link
 
 
@@ -163,9 +162,9 @@ def prep_folio(m, head, order, pages):
     """prep_compound() of which only the first `pages` struct pages, a multiple of 64, are written."""
     ram = m.ram
     compound = compound_info(m.state, head, order)
-    for base in range(U0, pages, U(64)):
+    for base in range(U0, pages, U64):
         page = struct_page(m, head + base)
-        for _ in range(U(64)):
+        for _ in range(U64):
             ram[page + COMPOUND] = compound
             ram[page + MAPPING] = TAIL_MAPPING
             ram[page + PRIVATE] = U0
@@ -184,7 +183,7 @@ def prep_folio(m, head, order, pages):
 @kernel
 def count_free(m, h, n):
     """A pool's gauge follows the count of its free pages."""
-    change(m.stats, POOL_FREE if h == m.state[R_HSTATE] else OTHER_POOL_FREE, n)
+    change(m.stats, GAUGE_POOL_FREE if h == m.state[R_HSTATE] else GAUGE_OTHER_POOL_FREE, n)
 
 
 @kernel
@@ -330,13 +329,12 @@ def insert_folio(m, inode, block, index, head):
         ram[page + COUNTS] = PGTY_HUGETLB | U1 << (state[R_ORDER] + U32)
         set_subpool(ram, state, page, subpool)
         set_cgroup(ram, state, page, _CGROUP)
-        charge_one(m, HUGE_FOLIO_ALLOCATED)
+        charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
     state[block + B_PFN] = head
     state[block + B_STATE] = BLOCK_HUGE
     state[block + B_METADATA] = subpool
-    change(m.stats, BLOCKS_HUGE, 1)
-    charge_one(m, PAGE_CACHE_STORED)
-    charge(m, STRUCT_PAGE_BYTES, 28)
+    change(m.stats, GAUGE_BLOCKS_HUGE, 1)
+    charge_added(m)
 
 
 @outlined
@@ -351,8 +349,8 @@ def give_back_folio(m, inode, head):
     if subpool != U0:
         subpool_give(m, state[R_HSTATE], subpool - U1)
     enqueue(m, state[R_HSTATE], head)
-    charge_one(m, HUGE_FOLIO_ALLOCATED)
-    charge_one(m, HUGE_FOLIO_FREED)
+    charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
+    charge_one(m, EVENT_HUGE_FOLIO_FREED)
 
 
 @outlined
@@ -381,7 +379,7 @@ def return_to_pool(m, head):
     ram = m.ram
     if m.state[R_ORDER] == U0:
         freed_page(m, head)
-        charge(m, STRUCT_PAGE_BYTES, 36)
+        charge_page_freed(m)
         return
     h = m.state[R_HSTATE]
     page = struct_page(m, head)
@@ -394,8 +392,8 @@ def return_to_pool(m, head):
     set_subpool(ram, m.state, page, U0)
     set_cgroup(ram, m.state, page, U0)
     enqueue(m, h, head)
-    charge_one(m, HUGE_FOLIO_FREED)
-    charge(m, STRUCT_PAGE_BYTES, 36)
+    charge_one(m, EVENT_HUGE_FOLIO_FREED)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 36)
 
 
 @kernel
@@ -411,7 +409,7 @@ def start_waiting(m, block):
     if m.state[block + B_WAITS] == U0:
         m.state[block + B_WAITS] = U1
         if m.state[R_MERGE_LAZY] != U0:
-            change(m.stats, WORK_PENDING, 1)
+            change(m.stats, GAUGE_WORK_PENDING, 1)
 
 
 @kernel
@@ -420,7 +418,7 @@ def stop_waiting(m, block):
     if m.state[block + B_WAITS] != U0:
         m.state[block + B_WAITS] = U0
         if m.state[R_MERGE_LAZY] != U0:
-            change(m.stats, WORK_PENDING, -1)
+            change(m.stats, GAUGE_WORK_PENDING, -1)
 
 
 @kernel
@@ -438,8 +436,8 @@ def forget_block(m, block):
 def free_block(m, block):
     """Truncate an unsplit folio: out of the page cache and back to the pool."""
     return_to_pool(m, m.state[block + B_PFN])
-    change(m.stats, BLOCKS_HUGE, -1)
-    charge_one(m, PAGE_CACHE_STORED)
+    change(m.stats, GAUGE_BLOCKS_HUGE, -1)
+    charge_one(m, EVENT_PAGE_CACHE_STORED)
     forget_block(m, block)
 
 
@@ -456,23 +454,23 @@ def release_block(m, block):
     kind = NO_MAPCOUNT if m.state[R_ORDER] == U0 else PGTY_HUGETLB
     ram[page + COUNTS] = kind | extra << U32
     ram[page + MAPPING] = U0
-    change(m.stats, BLOCKS_HUGE, -1)
-    change(m.stats, BLOCKS_ZOMBIE, 1)
-    charge_one(m, PAGE_CACHE_STORED)
+    change(m.stats, GAUGE_BLOCKS_HUGE, -1)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
+    charge_one(m, EVENT_PAGE_CACHE_STORED)
     forget_block(m, block)
 
 
 @kernel
-def abandon(ram, page, references, series):
+def abandon(ram, page, references, split_form):
     """A folio of a split block leaves the page cache, with the cache's references: whether somebody holds it.
 
-    Series rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
+    Form rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
     where the mapcount does: nothing maps the page any more. The last reference clears the type.
     """
     ram[page + MAPPING] = U0
     ram[page + COUNTS] -= references << U32
     held = ram[page + COUNTS] >> U32 != U0
-    if series == SERIES_RFC2:
+    if split_form == SPLIT_FORM_RFC2:
         ram[page + FLAGS] &= ~PG_UPTODATE
         if held:
             ram[page + COUNTS] = (ram[page + COUNTS] & ~LOW32) | PGTY_GUESTMEM_HUGETLB
@@ -487,12 +485,12 @@ def make_zombie(m, block):
     pages = U1 << state[R_ORDER]
     held = U0
     for i in range(pages):
-        if abandon(m.ram, struct_page(m, head + i), U1, state[R_SERIES]):
+        if abandon(m.ram, struct_page(m, head + i), U1, state[R_SPLIT_FORM]):
             held += U1
     stop_waiting(m, block)
     state[block + B_STATE] = BLOCK_ZOMBIE
     state[block + B_OUTSTANDING] = held
     state[block + B_PENDING] = pages - held
-    change(m.stats, BLOCKS_SPLIT, -1)
-    change(m.stats, BLOCKS_ZOMBIE, 1)
-    charge(m, PAGE_CACHE_STORED, np.int64(pages))
+    change(m.stats, GAUGE_BLOCKS_SPLIT, -1)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
+    charge(m, EVENT_PAGE_CACHE_STORED, np.int64(pages))

@@ -9,8 +9,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U6, U8, U9, U63, U64, U511, U512, trailing_zeros
-from pgemu_kernels.engine.charge import BUDDY_BLOCKS, POOL_FREE, STRUCT_PAGE_BYTES, STRUCT_PAGE_WRITTEN, change, charge
+from pgemu_kernels.engine.bits import (
+    ALL,
+    LOW32,
+    NONE,
+    U0,
+    U1,
+    U3,
+    U6,
+    U8,
+    U9,
+    U18,
+    U63,
+    U64,
+    U511,
+    U512,
+    trailing_zeros,
+)
+from pgemu_kernels.engine.charge import change, charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
     COMPOUND,
@@ -24,6 +40,12 @@ from pgemu_kernels.folios.folio import (
     struct_page,
 )
 from pgemu_kernels.folios.hstate import ORDER_1G, node_of, node_row
+from pgemu_kernels.words.enum_words import (
+    EVENT_STRUCT_PAGE_BYTES,
+    EVENT_STRUCT_PAGE_WRITTEN,
+    GAUGE_BUDDY_BLOCKS,
+    GAUGE_POOL_FREE,
+)
 from pgemu_kernels.words.registers import R_FOLIO_6_12, R_HWPOISON, R_ORDER
 from pgemu_kernels.words.rows import H_FREE, H_PAGES, N_BASE, N_BLOCKS, N_HINT, N_PAGES, STATE_SMALL
 
@@ -46,7 +68,7 @@ def is_free(state, node, block):
 @kernel
 def _split_bits(state, node, block, order):
     """Word with the bit of a block whose huge page of order 9 or 18 is split: behind the bits of free blocks."""
-    words = ((state[node_row(node) + N_PAGES] + U((1 << 18) - 1)) >> U(18)) << U(3)
+    words = ((state[node_row(node) + N_PAGES] + U((1 << 18) - 1)) >> U18) << U3
     return _bits(state, node, block) + (words if order == U9 else words << U1)
 
 
@@ -78,13 +100,13 @@ def count_small(m, pages, free):
     """`pages` more 4K pages are guest memory of the page allocator, `free` more of it are free (int64)."""
     m.state[STATE_SMALL + H_PAGES] += U(pages)
     m.state[STATE_SMALL + H_FREE] += U(free)
-    change(m.stats, POOL_FREE, free)
+    change(m.stats, GAUGE_POOL_FREE, free)
 
 
 @kernel
 def count_blocks(m, n):
     """`n` (int64) more 2M blocks are free; where guests get 4K pages, these blocks are where they come from."""
-    change(m.stats, BUDDY_BLOCKS, n)
+    change(m.stats, GAUGE_BUDDY_BLOCKS, n)
     if m.state[R_ORDER] == U0:
         count_small(m, n * 512, n * 512)
 
@@ -170,8 +192,8 @@ def charge_tails(m, order, size):
     """
     tails = np.int64(U1 << order) - 1
     if order == ORDER_1G:
-        charge(m, STRUCT_PAGE_WRITTEN, tails)
-    charge(m, STRUCT_PAGE_BYTES, size * tails)
+        charge(m, EVENT_STRUCT_PAGE_WRITTEN, tails)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, size * tails)
 
 
 @outlined

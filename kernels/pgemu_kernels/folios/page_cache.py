@@ -11,16 +11,30 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U63, U511
-from pgemu_kernels.engine.charge import CACHE_NODES, change
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
-from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.engine.geometry import index_at
+from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, EVENT_STRUCT_PAGE_BYTES, GAUGE_CACHE_NODES
 from pgemu_kernels.words.operations import ENOMEM
 
 U = np.uint64
-_ADDRESS = U(ADDRESS)
 _HEIGHT = U(7)
 _MOST = U(7)  # 63 bits of index, more than any page number has
+
+
+@kernel
+def charge_added(m):
+    """A folio joined a page cache: mm/filemap.c:__filemap_add_folio() writes its mapping, index, flags and count."""
+    charge_one(m, EVENT_PAGE_CACHE_STORED)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 28)
+
+
+@kernel
+def charge_page_freed(m):
+    """The last reference of a page went: mm/page_alloc.c:free_pages_prepare() and what led to it."""
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 36)
 
 
 @kernel
@@ -32,7 +46,7 @@ def _fits(height, index):
 @kernel
 def _slot(node, index, level):
     """Index in `ram` of the word of a node of `level` (1 = lowest) on the way to an index."""
-    return (node >> U3) + (index >> (U9 * (level - U1)) & U511)
+    return (node >> U3) + index_at(index, level)
 
 
 @kernel
@@ -41,7 +55,7 @@ def cache_find(m, root, index):
     height = root & _HEIGHT
     if height == U0 or not _fits(height, index):
         return U0
-    node = root & _ADDRESS
+    node = root & PTE_ADDRESS
     while height > U1:
         node = m.ram[_slot(node, index, height)]
         if node == U0:
@@ -55,7 +69,7 @@ def cache_next(m, root, index):
     """The first index from `index` on that has a value, or NONE."""
     height = root & _HEIGHT
     while height != U0 and _fits(height, index):
-        node = root & _ADDRESS
+        node = root & PTE_ADDRESS
         level = height
         while level > U1 and node != U0:
             node = m.ram[_slot(node, index, level)]
@@ -79,7 +93,7 @@ def _new_node(m):
     if frame != NONE:
         fill_frame(m.ram, frame, U0)
         m.counts[frame] = np.uint32(0)
-        change(m.stats, CACHE_NODES, 1)
+        change(m.stats, GAUGE_CACHE_NODES, 1)
     return frame
 
 
@@ -95,7 +109,7 @@ def _count(m, node, n):
 @kernel
 def _free_node(m, node):
     put_frame(m, node >> U12)
-    change(m.stats, CACHE_NODES, -1)
+    change(m.stats, GAUGE_CACHE_NODES, -1)
 
 
 @outlined
@@ -112,7 +126,7 @@ def _grow(m, at, index):
         if frame == NONE:
             return np.int64(-ENOMEM)
         if not empty:
-            m.ram[frame << U9] = root & _ADDRESS
+            m.ram[frame << U9] = root & PTE_ADDRESS
             _count(m, frame << U12, 1)
         root = frame << U12 | height
         m.state[at] = root
@@ -130,7 +144,7 @@ def cache_store(m, at, index, value):
         _prune_top(m, at)
         return np.int64(-ENOMEM)
     root = m.state[at]
-    node = root & _ADDRESS
+    node = root & PTE_ADDRESS
     level = root & _HEIGHT
     while level > U1:
         slot = _slot(node, index, level)
@@ -158,7 +172,7 @@ def _prune_top(m, at):
         height = root & _HEIGHT
         if height <= U1:
             return
-        node = root & _ADDRESS
+        node = root & PTE_ADDRESS
         below = m.ram[node >> U3]
         if m.counts[node >> U12] != np.uint32(1) or below == U0:
             return
@@ -175,7 +189,7 @@ def _prune_path(m, at, index):
         if height == U0:
             return
         above = NONE
-        node = root & _ADDRESS
+        node = root & PTE_ADDRESS
         level = height
         while level > U1:
             slot = _slot(node, index, level)
@@ -201,7 +215,7 @@ def _erase(m, at, index):
     height = root & _HEIGHT
     if height == U0 or not _fits(height, index):
         return np.int64(0)
-    node = root & _ADDRESS
+    node = root & PTE_ADDRESS
     while height > U1:
         node = m.ram[_slot(node, index, height)]
         if node == U0:

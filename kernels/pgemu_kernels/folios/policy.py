@@ -1,6 +1,6 @@
 """Memory policies: of ranges of an inode (mbind() of its mappings, struct shared_policy) and of the faulting tasks.
 
-mm/mempolicy.c. virt/kvm/guest_memfd.c asks the inode's policy by page (kvm_gmem_get_policy()); series rfc2 has the
+mm/mempolicy.c. virt/kvm/guest_memfd.c asks the inode's policy by page (kvm_gmem_get_policy()); form rfc2 has the
 faulting task's only, and ignores interleaving (a TODO there).
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U8, trailing_zeros
+from pgemu_kernels.engine.bits import LOW8, U0, U1, U8, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.words.registers import R_ORDER, R_POLICIES, R_SERIES, R_TASK_POLICY
+from pgemu_kernels.words.registers import R_ORDER, R_POLICIES, R_SPLIT_FORM, R_TASK_POLICY
 from pgemu_kernels.words.rows import (
     I_WORDS,
     MP_END,
@@ -25,13 +25,12 @@ from pgemu_kernels.words.rows import (
     MPOL_DEFAULT,
     MPOL_INTERLEAVE,
     MPOL_PREFERRED,
-    SERIES_RFC2,
+    SPLIT_FORM_RFC2,
     STATE_INODES,
     STATE_POLICIES,
 )
 
 U = np.uint64
-_BYTE = U(0xFF)
 _WORDS = U(MP_WORDS)
 _DEFAULT = U(MPOL_DEFAULT)
 _PREFERRED = U(MPOL_PREFERRED)
@@ -50,7 +49,7 @@ def policy_of(m, node, index):
     """What a fault on page `index` of the inode whose row is `node` goes by: mode << 8 | nodes, a bit each."""
     state = m.state
     task = state[R_TASK_POLICY]
-    if state[R_SERIES] == SERIES_RFC2:
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         return U0 if task >> U8 == _INTERLEAVE else task
     inode = (node - STATE_INODES) // _INODE_WORDS
     for i in range(state[R_POLICIES]):
@@ -68,7 +67,7 @@ def node_of_fault(m, node, index):
     Interleaving by number is that of a shared policy with an index; inference for guest_memfd.
     """
     policy = policy_of(m, node, index)
-    nodes = policy & _BYTE
+    nodes = policy & LOW8
     if policy >> U8 == _DEFAULT or nodes == U0:
         return U0
     if policy >> U8 == _INTERLEAVE and nodes & (nodes - U1) != U0:
@@ -80,7 +79,7 @@ def node_of_fault(m, node, index):
 def is_strict(m, node, index):
     """Whether memory of no other node will do: MPOL_BIND to one node."""
     policy = policy_of(m, node, index)
-    nodes = policy & _BYTE
+    nodes = policy & LOW8
     return policy >> U8 == _BIND and nodes & (nodes - U1) == U0
 
 

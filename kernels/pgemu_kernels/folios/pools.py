@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U9
-from pgemu_kernels.engine.charge import (
-    HUGE_FOLIO_ALLOCATED,
-    HUGE_FOLIO_FREED,
-    STRUCT_PAGE_BYTES,
-    STRUCT_PAGE_WRITTEN,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U8, U9, U16
+from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
     COUNTS,
@@ -47,6 +40,12 @@ from pgemu_kernels.folios.hstate import (
 from pgemu_kernels.folios.hugetlb import count_enqueued, count_free, enqueue, free_list, prep_compound
 from pgemu_kernels.folios.page_allocator import charge_tails, free_pages, take_pages
 from pgemu_kernels.folios.vmemmap import is_optimized, optimize, optimize_batch, restore, restore_batch
+from pgemu_kernels.words.enum_words import (
+    EVENT_HUGE_FOLIO_ALLOCATED,
+    EVENT_HUGE_FOLIO_FREED,
+    EVENT_STRUCT_PAGE_BYTES,
+    EVENT_STRUCT_PAGE_WRITTEN,
+)
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_FOLIO_6_12, R_HWPOISON, R_NODES, R_POISONED
 from pgemu_kernels.words.rows import (
@@ -94,7 +93,7 @@ def allocate_fresh(m, h, node):
     if head != NONE:
         prep_compound(m, head, order)
         charge_tails(m, order, 24)
-        charge_one(m, HUGE_FOLIO_ALLOCATED)
+        charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
     return head
 
 
@@ -166,7 +165,7 @@ def free_to_allocator(m, h, head):
     if poisoned:
         move_poison(m, head, order)
     free_pages(m, head, order, poisoned)
-    charge_one(m, HUGE_FOLIO_FREED)
+    charge_one(m, EVENT_HUGE_FOLIO_FREED)
 
 
 @outlined
@@ -375,8 +374,8 @@ def demote_page(m, h, target, head):
     for new in range(head, head + (U1 << order_of_hstate(m.state, h)), U1 << small):
         prep_compound(m, new, small)
         collect(m, target, new)
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(U1 << order_of_hstate(m.state, h)))
-    charge(m, STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
+    charge(m, EVENT_STRUCT_PAGE_WRITTEN, np.int64(U1 << order_of_hstate(m.state, h)))
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
 
 
 @kernel
@@ -509,8 +508,8 @@ def poison(m, head, pfn):
     state[STATE_POISONED + row] = pfn
     page = struct_page(m, head)
     m.ram[page + FLAGS] |= state[R_HWPOISON]
-    word = U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
-    m.ram[page + word] = U(POISONED_ADDRESS) + row * U(16)
+    word = U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
+    m.ram[page + word] = U(POISONED_ADDRESS) + row * U16
     return np.int64(0)
 
 
@@ -523,7 +522,7 @@ def move_poison(m, head, order):
     state = m.state
     page = struct_page(m, head)
     m.ram[page + FLAGS] &= ~state[R_HWPOISON]
-    m.ram[page + U(8) + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
+    m.ram[page + U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
     for i in range(state[R_POISONED]):
         pfn = state[STATE_POISONED + i]
         if pfn - head < U1 << order:

@@ -1,6 +1,6 @@
 """Split of a huge folio to 4K folios, and merge of these: design restructure.
 
-Two posted forms, chosen by the register R_SERIES. `rfc2` (May 2025; mm/guestmem_hugetlb.c, virt/kvm/guest_memfd.c)
+Two posted forms, chosen by the register R_SPLIT_FORM. `rfc2` (May 2025; mm/guestmem_hugetlb.c, virt/kvm/guest_memfd.c)
 takes the folio out of the page cache and puts its pages in one by one. The later form (from late 2025 on;
 mm/hugetlb_restructuring.c) splits and merges the entry in place, with mm/huge_memory.c:__split_folio_to_order().
 
@@ -13,23 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U32, U64, U511, U512, merge_words, prefetch
-from pgemu_kernels.engine.charge import (
-    BLOCKS_HUGE,
-    BLOCKS_SPLIT,
-    BLOCKS_ZOMBIE,
-    DEFERRED_MERGE,
-    FOLIO_GATE_CHECKED,
-    FOLIO_MERGED,
-    FOLIO_SPLIT,
-    FREEZE_SPIN,
-    PAGE_CACHE_STORED,
-    PAGE_ZEROED,
-    STRUCT_PAGE_BYTES,
-    STRUCT_PAGE_WRITTEN,
-    change,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left, take_frame, zero_contents
 from pgemu_kernels.folios.folio import (
@@ -55,21 +39,34 @@ from pgemu_kernels.folios.hstate import hstate_of_order, list_add, list_del
 from pgemu_kernels.folios.hugetlb import free_block, own_merged, prep_compound_head, stop_waiting
 from pgemu_kernels.folios.vmemmap import compound_info, end_restore, optimize, vmemmap_pages, vmemmap_pte
 from pgemu_kernels.folios.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
-from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.words.enum_words import (
+    EVENT_DEFERRED_MERGE,
+    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_MERGED,
+    EVENT_FOLIO_SPLIT,
+    EVENT_FREEZE_SPIN,
+    EVENT_PAGE_CACHE_STORED,
+    EVENT_PAGE_ZEROED,
+    EVENT_STRUCT_PAGE_BYTES,
+    EVENT_STRUCT_PAGE_WRITTEN,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_SPLIT,
+    GAUGE_BLOCKS_ZOMBIE,
+)
 from pgemu_kernels.words.operations import EBUSY, ENOMEM
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_MASK_TAILS,
     R_ORDER,
     R_RESET_STRUCT_PAGES,
-    R_SERIES,
+    R_SPLIT_FORM,
     R_VMEMMAP_PAGE,
     R_ZERO_PAGE,
 )
-from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, H_ACTIVE, SERIES_RFC2
+from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, H_ACTIVE, SPLIT_FORM_RFC2
 
 U = np.uint64
-_ADDRESS = U(ADDRESS)
 NO_MEMORY = np.int64(-ENOMEM)
 BUSY = np.int64(-EBUSY)
 
@@ -126,7 +123,7 @@ def final_words(m, first):
     ram = m.ram
     flags = ram[first + FLAGS] & ~PG_HEAD
     mapping = ram[first + MAPPING]
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         return ((U0, U0, NONE, U0), (U0, NONE, U0, NONE)), ((flags, U0, U0, mapping), (U0, U0, ONE_CACHED, U0))
     put = (flags & INHERITED, U0, U0, mapping), (U0, U0, ONE_CACHED, ram[first + MEMCG])
     return ((~PAGE_FLAGS, U0, NONE, U0), (U0, NONE, U0, U0)), put
@@ -158,7 +155,7 @@ def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
     masks = state[R_MASK_TAILS] != U0
     reset = U0 if masks else state[R_RESET_STRUCT_PAGES]
     start = vmemmap_address(state, head)
-    source = (ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS) >> U3 if restored and masks else first
+    source = (ram[vmemmap_pte(m, start + U(4096))] & PTE_ADDRESS) >> U3 if restored and masks else first
     count = vmemmap_pages(order)
     slot = U0
     following = first >> U9
@@ -192,8 +189,8 @@ def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
 def charge_pages(m, order, size):
     """`size` bytes were stored in each tail."""
     tails = np.int64(U1 << order) - 1
-    charge(m, STRUCT_PAGE_WRITTEN, tails)
-    charge(m, STRUCT_PAGE_BYTES, size * tails)
+    charge(m, EVENT_STRUCT_PAGE_WRITTEN, tails)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, size * tails)
 
 
 @outlined
@@ -205,14 +202,14 @@ def split_in_place(m, head, first, order, index, cached, zeroed_word):
     if taken < nodes or frames_left(m) < missing:
         put_nodes(m, taken)
         if cached:
-            charge_one(m, PAGE_CACHE_STORED)  # merge_entries() stores the folio again
+            charge_one(m, EVENT_PAGE_CACHE_STORED)  # merge_entries() stores the folio again
         return NO_MEMORY
     write_pages(m, head, first, order, missing != U0, index, U1 << order, zeroed_word)
     if missing != U0:
         end_restore(m, first, order)
     charge_pages(m, order, SPLIT_BYTES)
     if cached:
-        charge(m, PAGE_CACHE_STORED, np.int64(U1 << order))
+        charge(m, EVENT_PAGE_CACHE_STORED, np.int64(U1 << order))
     return np.int64(0)
 
 
@@ -227,13 +224,13 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     uptodate = m.ram[first + FLAGS] >> U3 & U1
     missing = missing_pages(m, first, order)
     if cached:
-        charge_one(m, PAGE_CACHE_STORED)
+        charge_one(m, EVENT_PAGE_CACHE_STORED)
     stashed = stash(m)
     if not stashed or frames_left(m) < missing:
         if stashed:
             unstash(m)
         if cached:
-            charge_one(m, PAGE_CACHE_STORED)
+            charge_one(m, EVENT_PAGE_CACHE_STORED)
         return NO_MEMORY
     nodes = nodes_of(m.state, order) if cached else U0
     obtained = min(nodes, obtainable(m, missing))  # after the vmemmap's frames
@@ -246,16 +243,16 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     charge_pages(m, order, RFC2_SPLIT_BYTES)
     take_nodes(m, obtained)
     if inserted != U0:
-        charge(m, PAGE_CACHE_STORED, np.int64(inserted))
+        charge(m, EVENT_PAGE_CACHE_STORED, np.int64(inserted))
     if obtained == nodes:
         return np.int64(0)
     put_nodes(m, obtained)
     if inserted != U0:  # frozen and removed
-        charge(m, FOLIO_GATE_CHECKED, np.int64(inserted))
-        charge(m, PAGE_CACHE_STORED, np.int64(inserted))
+        charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(inserted))
+        charge(m, EVENT_PAGE_CACHE_STORED, np.int64(inserted))
     join_pages(m, head, first, order)
     prepare(m, head, first, order, references, uptodate)
-    charge_one(m, PAGE_CACHE_STORED)
+    charge_one(m, EVENT_PAGE_CACHE_STORED)
     return NO_MEMORY
 
 
@@ -264,15 +261,15 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
     """split_folio(), whose pages may be up to date one by one (see write_pages())."""
     first = struct_page(m, head)
     if reference_count(m.ram, first) != references:
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     cached = m.ram[first + MAPPING] != U0
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
         status = split_in_place(m, head, first, order, index, cached, zeroed_word)
     if status == 0:
-        charge_one(m, FOLIO_SPLIT)
+        charge_one(m, EVENT_FOLIO_SPLIT)
     return status
 
 
@@ -285,7 +282,7 @@ def split_folio(m, head, order, index, references):
     pages take nodes there. The list of active huge pages is the caller's: leave_list(). The head's cgroup word becomes
     a tail's; rfc2 puts it back from its stash.
 
-    Series rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
+    Form rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
     split hit a BUG(); here the flag is what the follow-up patch makes it. No posted page is HWPoison (a TODO there).
     """
     return split_folio_from(m, head, order, index, references, NONE)
@@ -305,22 +302,22 @@ def split_block(m, block, index, zeroed_word):
         return status
     leave_list(m, state[block + B_PFN])
     state[block + B_STATE] = BLOCK_SPLIT
-    change(m.stats, BLOCKS_HUGE, -1)
-    change(m.stats, BLOCKS_SPLIT, 1)
+    change(m.stats, GAUGE_BLOCKS_HUGE, -1)
+    change(m.stats, GAUGE_BLOCKS_SPLIT, 1)
     return status
 
 
 @kernel
 def leave_list(m, head):
     """In rfc2 a split folio leaves the list of active huge pages; the later form leaves its first page there."""
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         list_del(m, head)
 
 
 @kernel
 def join_list(m, head, order):
     """... and a merged one joins it again."""
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         list_add(m, hstate_of_order(order) + H_ACTIVE, head)
 
 
@@ -414,7 +411,7 @@ def prepare(m, head, first, order, references, uptodate):
     ram[first + COUNTS] = PGTY_HUGETLB | references << U32
     prep_compound_head(ram, state, head, first, order)
     charge_pages(m, order, MERGE_BYTES)
-    if state[R_SERIES] == SERIES_RFC2:
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
     optimize(m, head, order)
     if ram[struct_page(m, head) + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
@@ -426,14 +423,14 @@ def merge_pages(m, head, first, order, index, references, uptodate):
     """merge_folio(), when the pages have been joined."""
     pages = np.int64(U1 << order)
     cached = m.ram[first + MAPPING] != U0
-    rfc2 = m.state[R_SERIES] == SERIES_RFC2
-    charge(m, FOLIO_GATE_CHECKED, pages)  # each is frozen
+    rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
+    charge(m, EVENT_FOLIO_GATE_CHECKED, pages)  # each is frozen
     if cached:
-        charge(m, PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
+        charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
         m.ram[first + INDEX] = index
     prepare(m, head, first, order, references, uptodate)
-    charge_one(m, FOLIO_MERGED)
+    charge_one(m, EVENT_FOLIO_MERGED)
     return np.int64(0)
 
 
@@ -449,7 +446,7 @@ def merge_folio(m, head, order, index, references):
     first = struct_page(m, head)
     busy, _ = join_pages(m, head, first, order)
     if busy:
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     uptodate = m.ram[first + FLAGS] >> U3 & U1
     return merge_pages(m, head, first, order, index, references, uptodate)
@@ -469,12 +466,12 @@ def merge_block(m, block, index, zeroed_word):
     if merge_zeroed(m, head, order, index, zeroed_word) != 0:
         return BUSY
     join_list(m, head, order)
-    if state[R_SERIES] == SERIES_RFC2:
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         own_merged(m, block, struct_page(m, head))  # from the stash
     state[block + B_STATE] = BLOCK_HUGE
     stop_waiting(m, block)
-    change(m.stats, BLOCKS_SPLIT, -1)
-    change(m.stats, BLOCKS_HUGE, 1)
+    change(m.stats, GAUGE_BLOCKS_SPLIT, -1)
+    change(m.stats, GAUGE_BLOCKS_HUGE, 1)
     return np.int64(0)
 
 
@@ -492,7 +489,7 @@ def merge_zeroed(m, head, order, index, zeroed_word):
         uptodate = U0  # the folio is on its way to the pool
     elif not by_page and U0 < uptodate < pages:
         zero_the_rest(m, head, pages)
-        charge(m, PAGE_ZEROED, np.int64(pages - uptodate))
+        charge(m, EVENT_PAGE_ZEROED, np.int64(pages - uptodate))
         uptodate = pages
     if by_page and zeroed_word != NONE:
         note_uptodate(m, head, order, zeroed_word)
@@ -512,8 +509,8 @@ def revive(m, block):
     for i in range(U1 << m.state[R_ORDER]):
         m.ram[struct_page(m, head + i) + COUNTS] = ONE_CACHED  # as merge_block() expects them
     m.state[block + B_STATE] = BLOCK_SPLIT
-    change(m.stats, BLOCKS_ZOMBIE, -1)
-    change(m.stats, BLOCKS_SPLIT, 1)
-    charge_one(m, DEFERRED_MERGE)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
+    change(m.stats, GAUGE_BLOCKS_SPLIT, 1)
+    charge_one(m, EVENT_DEFERRED_MERGE)
     merge_block(m, block, U0, NONE)
     free_block(m, block)

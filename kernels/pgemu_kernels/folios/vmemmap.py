@@ -9,25 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U21, U30, U39, U63, U64, U511, U512
-from pgemu_kernels.engine.charge import (
-    FRAMES_USED,
-    KERNEL_TABLES,
-    MEMMAP_BOOT_PAGES,
-    MEMMAP_PAGES,
-    RCU_SYNCHRONIZED,
-    TLB_FLUSH_KERNEL,
-    TLB_FLUSH_PAGE,
-    VMEMMAP_HEAD_COPIED,
-    VMEMMAP_PAGE_FREED,
-    VMEMMAP_PAGE_RESTORED,
-    VMEMMAP_PAGES,
-    change,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U7, U8, U9, U12, U63, U64, U511, U512, U4095
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, frames_left, put_frame, take_frame
+from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.folios.folio import (
     COMPOUND,
     COUNTS,
@@ -44,7 +30,20 @@ from pgemu_kernels.folios.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, in_zone, node_of, page_after
-from pgemu_kernels.formats.bits import ADDRESS, LARGE, TABLE, WRITE
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_TABLE, PTE_WRITE
+from pgemu_kernels.words.enum_words import (
+    EVENT_RCU_SYNCHRONIZED,
+    EVENT_TLB_FLUSH_KERNEL,
+    EVENT_TLB_FLUSH_PAGE,
+    EVENT_VMEMMAP_HEAD_COPIED,
+    EVENT_VMEMMAP_PAGE_FREED,
+    EVENT_VMEMMAP_PAGE_RESTORED,
+    GAUGE_FRAMES_USED,
+    GAUGE_KERNEL_TABLES,
+    GAUGE_MEMMAP_BOOT_PAGES,
+    GAUGE_MEMMAP_PAGES,
+    GAUGE_VMEMMAP_PAGES,
+)
 from pgemu_kernels.words.operations import EFAULT, ENOMEM
 from pgemu_kernels.words.registers import (
     R_BOOT_MARKS,
@@ -66,10 +65,6 @@ from pgemu_kernels.words.registers import (
 from pgemu_kernels.words.rows import H_NODE_TAIL_PAGE, VMEMMAP_BOOT
 
 U = np.uint64
-_ADDRESS = U(ADDRESS)
-_TABLE = U(TABLE)
-_LARGE = U(LARGE)
-_WRITE = U(WRITE)
 _BOOT = np.uint32(VMEMMAP_BOOT)
 RANGE_CEILING = U(33)  # arch/x86/mm/tlb.c:tlb_single_page_flush_ceiling
 
@@ -92,10 +87,10 @@ def write_tail(ram, page, flags, link, compound):
     ram[page + COMPOUND] = compound
     ram[page + U2] = link
     ram[page + MAPPING] = TAIL_MAPPING
-    ram[page + U(4)] = U0
+    ram[page + U4] = U0
     ram[page + PRIVATE] = U0
     ram[page + COUNTS] = NO_MAPCOUNT
-    ram[page + U(7)] = U0
+    ram[page + U7] = U0
 
 
 # --------------------------------------------------------------------------- the kernel's table
@@ -106,48 +101,48 @@ def kernel_table(m, slot):
     """The table below a slot of the kernel's page table, allocated if absent; NONE without memory."""
     entry = m.ram[slot]
     if entry & U1 != U0:
-        return (entry & _ADDRESS) >> U3
+        return (entry & PTE_ADDRESS) >> U3
     frame = take_frame(m)
     if frame == NONE:
         return NONE
     fill_frame(m.ram, frame, U0)
-    m.ram[slot] = frame << U12 | _TABLE
-    change(m.stats, KERNEL_TABLES, 1)
+    m.ram[slot] = frame << U12 | PTE_TABLE
+    change(m.stats, GAUGE_KERNEL_TABLES, 1)
     return frame << U9
 
 
 @outlined
 def vmemmap_slot(m, address, level):
     """Slot of level 1 or 2 that maps a vmemmap address, tables allocated on the way; NONE without memory."""
-    table = kernel_table(m, (m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511))
+    table = kernel_table(m, (m.state[R_KERNEL_ROOT] >> U3) + index_at(address >> U12, U4))
     if table == NONE:
         return NONE
-    table = kernel_table(m, table + (address >> U30 & U511))
+    table = kernel_table(m, table + index_at(address >> U12, U3))
     if table == NONE:
         return NONE
-    slot = table + (address >> U21 & U511)
+    slot = table + index_at(address >> U12, U2)
     if level == U2:
         return slot
     table = kernel_table(m, slot)
     if table == NONE:
         return NONE
-    return table + (address >> U12 & U511)
+    return table + index_at(address >> U12, U1)
 
 
 @kernel
 def vmemmap_directory(m, address):
     """Slot of the level-2 entry of a vmemmap address whose tables exist."""
     ram = m.ram
-    entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + (address >> U39 & U511)]
-    entry = ram[((entry & _ADDRESS) >> U3) + (address >> U30 & U511)]
-    return ((entry & _ADDRESS) >> U3) + (address >> U21 & U511)
+    entry = ram[(m.state[R_KERNEL_ROOT] >> U3) + index_at(address >> U12, U4)]
+    entry = ram[((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)]
+    return ((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U2)
 
 
 @kernel
 def vmemmap_pte(m, address):
     """Slot of the 4K entry of a vmemmap address whose tables exist."""
     entry = m.ram[vmemmap_directory(m, address)]
-    return ((entry & _ADDRESS) >> U3) + (address >> U12 & U511)
+    return ((entry & PTE_ADDRESS) >> U3) + index_at(address >> U12, U1)
 
 
 @kernel
@@ -167,14 +162,14 @@ def store(m, address, value):
     entry = m.ram[directory]
     slot = directory
     inside = U((1 << 21) - 1)
-    if entry & _LARGE == U0 and entry & U1 != U0:
+    if entry & PTE_LARGE == U0 and entry & U1 != U0:
         slot = vmemmap_pte(m, address)
         entry = m.ram[slot]
-        inside = U(4095)
-    if entry & U1 == U0 or entry & _WRITE == U0:
+        inside = U4095
+    if entry & U1 == U0 or entry & PTE_WRITE == U0:
         return np.int64(-EFAULT), slot
     if address & U63 == MEMCG << U3:
-        m.ram[((entry & _ADDRESS & ~inside) + (address & inside)) >> U3] = value
+        m.ram[((entry & PTE_ADDRESS & ~inside) + (address & inside)) >> U3] = value
     return np.int64(0), slot
 
 
@@ -187,9 +182,9 @@ def flush_kernel_range(m, pages):
     if m.state[R_FLUSHES_HELD] != U0:
         m.state[R_KERNEL_UNFLUSHED] += U(pages)
         return
-    charge_one(m, TLB_FLUSH_KERNEL)
+    charge_one(m, EVENT_TLB_FLUSH_KERNEL)
     if pages <= RANGE_CEILING:
-        charge(m, TLB_FLUSH_PAGE, np.int64(pages))
+        charge(m, EVENT_TLB_FLUSH_PAGE, np.int64(pages))
 
 
 @kernel
@@ -197,8 +192,8 @@ def forget_vmemmap_page(m, frame):
     """A vmemmap page is given up: counted by where it came from. hugetlb_vmemmap.c:free_vmemmap_page()."""
     if frame >= m.state[R_FRAMES] and m.counts[frame] == _BOOT:
         m.counts[frame] = np.uint32(0)
-        change(m.stats, MEMMAP_BOOT_PAGES, -1)
-        change(m.stats, MEMMAP_PAGES, 1)  # taken off with the others by the caller
+        change(m.stats, GAUGE_MEMMAP_BOOT_PAGES, -1)
+        change(m.stats, GAUGE_MEMMAP_PAGES, 1)  # taken off with the others by the caller
 
 
 @kernel
@@ -262,7 +257,7 @@ def remap_restored(m, head, order):
     reset = state[R_RESET_STRUCT_PAGES] * U8
     bits = state[R_VMEMMAP_PAGE]
     # The shared page is read until the last entry is changed: all entries show the same one.
-    shared = (ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS) >> U12
+    shared = (ram[vmemmap_pte(m, start + U(4096))] & PTE_ADDRESS) >> U12
     for base in range(U0, pages, U512):
         slot = vmemmap_pte(m, start + (base << U12))
         for i in range(U1 if base == U0 else U0, min(pages - base, U512)):
@@ -278,9 +273,9 @@ def count_restored(m, first, order):
     """A folio (its head's index in `ram`) has its vmemmap pages again."""
     pages = np.int64(vmemmap_pages(order)) - 1
     m.ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
-    change(m.stats, VMEMMAP_PAGES, pages)
-    change(m.stats, MEMMAP_PAGES, pages)
-    charge(m, VMEMMAP_PAGE_RESTORED, pages)
+    change(m.stats, GAUGE_VMEMMAP_PAGES, pages)
+    change(m.stats, GAUGE_MEMMAP_PAGES, pages)
+    charge(m, EVENT_VMEMMAP_PAGE_RESTORED, pages)
 
 
 @kernel
@@ -293,7 +288,7 @@ def flush_restored(m, order):
 def end_restore(m, first, order):
     """What a restore does beside writing pages and entries."""
     if m.state[R_MASK_TAILS] == U0:
-        charge_one(m, RCU_SYNCHRONIZED)
+        charge_one(m, EVENT_RCU_SYNCHRONIZED)
     count_restored(m, first, order)
     flush_restored(m, order)
 
@@ -310,7 +305,7 @@ def restore(m, head, order):
     if not is_optimized(m, head):
         return np.int64(0)
     if m.state[R_MASK_TAILS] == U0:
-        charge_one(m, RCU_SYNCHRONIZED)
+        charge_one(m, EVENT_RCU_SYNCHRONIZED)
     status = remap_restored(m, head, order)
     if status == 0:
         flush_restored(m, order)
@@ -350,7 +345,7 @@ def restore_batch(m, first, end):
         following = next_of_batch(m, head, end)
         if is_optimized(m, head):
             if not waited:
-                charge_one(m, RCU_SYNCHRONIZED)
+                charge_one(m, EVENT_RCU_SYNCHRONIZED)
             waited = True
             status = remap_restored(m, head, folio_order(m, head))
             restored = restored or status == 0
@@ -358,7 +353,7 @@ def restore_batch(m, first, end):
             done += U1
         head = following
     if restored:
-        charge_one(m, TLB_FLUSH_KERNEL)
+        charge_one(m, EVENT_TLB_FLUSH_KERNEL)
     return status, done
 
 
@@ -370,17 +365,17 @@ def split_directory(m, address, flush):
     """Replace a 2M leaf of the vmemmap by a table of 512 entries: 0 or -ENOMEM. vmemmap_split_pmd()."""
     slot = vmemmap_directory(m, address)
     entry = m.ram[slot]
-    if entry & _LARGE == U0:
+    if entry & PTE_LARGE == U0:
         return np.int64(0)
     table = take_frame(m)
     if table == NONE:
         return np.int64(-ENOMEM)
-    frame = (entry & _ADDRESS) >> U12
+    frame = (entry & PTE_ADDRESS) >> U12
     bits = m.state[R_VMEMMAP_PAGE]
     for i in range(U512):
         m.ram[(table << U9) + i] = (frame + i) << U12 | bits
-    m.ram[slot] = table << U12 | _TABLE
-    change(m.stats, KERNEL_TABLES, 1)
+    m.ram[slot] = table << U12 | PTE_TABLE
+    change(m.stats, GAUGE_KERNEL_TABLES, 1)
     if flush:
         flush_kernel_range(m, U512)
     return np.int64(0)
@@ -420,7 +415,7 @@ def tail_page(m, head, order):
         if frame != NONE:
             fill_tail_page(m, frame, order, node)
             m.state[word] = frame
-            change(m.stats, VMEMMAP_PAGES, 1)
+            change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
     return frame
 
 
@@ -451,7 +446,7 @@ def remap_optimized(m, head, order, later):
     old = first >> U9
     if frame != NONE:
         copy_frame(ram, frame, old)
-        charge_one(m, VMEMMAP_HEAD_COPIED)
+        charge_one(m, EVENT_VMEMMAP_HEAD_COPIED)
     if split_directories(m, head, order, True) != 0:
         ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
         if frame != NONE:
@@ -466,12 +461,12 @@ def remap_optimized(m, head, order, later):
     for base in range(U0, pages, U512):
         slot = vmemmap_pte(m, start + (base << U12))
         for i in range(U1 if base == U0 else U0, min(pages - base, U512)):
-            give_up(m, (ram[slot + i] & _ADDRESS) >> U12, later)
+            give_up(m, (ram[slot + i] & PTE_ADDRESS) >> U12, later)
             ram[slot + i] = entry
     net = np.int64(1) - np.int64(pages)  # with a new page for the head or without
-    change(m.stats, VMEMMAP_PAGES, net)
-    change(m.stats, MEMMAP_PAGES, net)
-    charge(m, VMEMMAP_PAGE_FREED, -net)
+    change(m.stats, GAUGE_VMEMMAP_PAGES, net)
+    change(m.stats, GAUGE_MEMMAP_PAGES, net)
+    charge(m, EVENT_VMEMMAP_PAGE_FREED, -net)
     return np.int64(0)
 
 
@@ -487,7 +482,7 @@ def optimize(m, head, order):
     if not should_optimize(m, head):
         return np.int64(0)
     if m.state[R_MASK_TAILS] == U0:
-        charge_one(m, RCU_SYNCHRONIZED)
+        charge_one(m, EVENT_RCU_SYNCHRONIZED)
     status = remap_optimized(m, head, order, False)
     if status == 0:
         flush_kernel_range(m, vmemmap_pages(order))
@@ -510,14 +505,14 @@ def optimize_batch(m, first, end):
     """
     done = U0
     if first == U0 and m.state[R_BOOT_MARKS] != U0:
-        charge_one(m, TLB_FLUSH_KERNEL)
+        charge_one(m, EVENT_TLB_FLUSH_KERNEL)
         return done
     head = first
     while head != U0 and presplit(m, head) == 0:
         head = next_of_batch(m, head, end)
-    charge_one(m, TLB_FLUSH_KERNEL)
+    charge_one(m, EVENT_TLB_FLUSH_KERNEL)
     if first != U0 and m.state[R_MASK_TAILS] == U0 and should_optimize(m, first):
-        charge_one(m, RCU_SYNCHRONIZED)
+        charge_one(m, EVENT_RCU_SYNCHRONIZED)
     head = first
     while head != U0:
         following = next_of_batch(m, head, end)
@@ -527,13 +522,13 @@ def optimize_batch(m, first, end):
             continue
         status = remap_optimized(m, head, order, True)
         if status != 0 and m.state[R_FREED_CHAIN] != U0:
-            charge_one(m, TLB_FLUSH_KERNEL)
+            charge_one(m, EVENT_TLB_FLUSH_KERNEL)
             free_chain(m)
             status = remap_optimized(m, head, order, True)
         if status == 0:
             done += U1
         head = following
-    charge_one(m, TLB_FLUSH_KERNEL)
+    charge_one(m, EVENT_TLB_FLUSH_KERNEL)
     free_chain(m)
     return done
 
@@ -557,6 +552,6 @@ def count_boot_pages(m, frame, pages):
     m.state[R_FRAMES_LIMIT] += pages
     for i in range(frame, frame + pages):
         m.counts[i] = _BOOT
-    change(m.stats, FRAMES_USED, np.int64(pages))
-    change(m.stats, VMEMMAP_PAGES, np.int64(pages))
-    change(m.stats, MEMMAP_BOOT_PAGES, np.int64(pages))
+    change(m.stats, GAUGE_FRAMES_USED, np.int64(pages))
+    change(m.stats, GAUGE_VMEMMAP_PAGES, np.int64(pages))
+    change(m.stats, GAUGE_MEMMAP_BOOT_PAGES, np.int64(pages))

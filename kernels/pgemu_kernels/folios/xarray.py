@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U64, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U64, U4095
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left, put_frame, take_frame
-from pgemu_kernels.words.events import STATS_GAUGES, Event, Gauge
-from pgemu_kernels.words.registers import R_NODE_FRAMES, R_NODE_SLOTS, R_ORDER, R_SERIES, R_SPLIT_TO_2M, R_STASHED
-from pgemu_kernels.words.rows import SERIES_RFC2
+from pgemu_kernels.words.enum_words import (
+    EVENT_METADATA_STASHED,
+    EVENT_XARRAY_NODE_ALLOCATED,
+    EVENT_XARRAY_NODE_FREED,
+    GAUGE_XARRAY_NODES,
+)
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.registers import R_NODE_FRAMES, R_NODE_SLOTS, R_ORDER, R_SPLIT_FORM, R_SPLIT_TO_2M, R_STASHED
+from pgemu_kernels.words.rows import SPLIT_FORM_RFC2
 
 U = np.uint64
 
-XARRAY_NODES = U(Gauge.XARRAY_NODES)
-XARRAY_NODE_ALLOCATED = U(Event.XARRAY_NODE_ALLOCATED)
-XARRAY_NODE_FREED = U(Event.XARRAY_NODE_FREED)
-METADATA_STASHED = U(Event.METADATA_STASHED)
 
 NODES = U(7)  # to a frame
 STASH_BYTES = U64
@@ -47,7 +49,7 @@ def nodes_of(state, order):
     """
     leaves = U1 << (order - U6)
     nodes = leaves + (leaves >> U6) + (leaves >> U12)
-    if state[R_SERIES] == SERIES_RFC2 and leaves < U64 and not has_pieces(state):
+    if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2 and leaves < U64 and not has_pieces(state):
         nodes += U1
     return nodes
 
@@ -59,7 +61,7 @@ def page_without_node(state, order, nodes):
     needed = U0 if leaves < U64 and has_pieces(state) else U1
     for leaf in range(leaves):
         needed += U1
-        if leaf & U(63) == U0 and leaves > U64:
+        if leaf & U63 == U0 and leaves > U64:
             needed += U1
         if needed > nodes:
             return leaf << U6
@@ -87,7 +89,7 @@ def pop_frame(m):
 @kernel
 def object_frames(m):
     """How many frames nodes and stashes take."""
-    nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2]) + m.state[R_NODE_SLOTS]
+    nodes = U(m.stats[STATS_GAUGES + GAUGE_XARRAY_NODES * U2]) + m.state[R_NODE_SLOTS]
     return nodes // NODES + ((m.state[R_STASHED] + U4095) >> U12)
 
 
@@ -110,8 +112,8 @@ def take_nodes(m, nodes):
     taken = min(free, nodes)
     state[R_NODE_SLOTS] = free - taken
     if taken != U0:
-        change(m.stats, XARRAY_NODES, np.int64(taken))
-        charge(m, XARRAY_NODE_ALLOCATED, np.int64(taken))
+        change(m.stats, GAUGE_XARRAY_NODES, np.int64(taken))
+        charge(m, EVENT_XARRAY_NODE_ALLOCATED, np.int64(taken))
     return taken
 
 
@@ -125,8 +127,8 @@ def put_nodes(m, nodes):
         pop_frame(m)
         free -= NODES
     m.state[R_NODE_SLOTS] = free
-    change(m.stats, XARRAY_NODES, -np.int64(nodes))
-    charge(m, XARRAY_NODE_FREED, np.int64(nodes))
+    change(m.stats, GAUGE_XARRAY_NODES, -np.int64(nodes))
+    charge(m, EVENT_XARRAY_NODE_FREED, np.int64(nodes))
 
 
 @kernel
@@ -140,7 +142,7 @@ def stash(m):
     if stashed & U4095 == U0 and not push_frame(m):
         return False
     m.state[R_STASHED] = stashed + STASH_BYTES
-    charge_one(m, METADATA_STASHED)
+    charge_one(m, EVENT_METADATA_STASHED)
     return True
 
 

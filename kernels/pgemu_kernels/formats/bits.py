@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
+U = np.uint64
+
 # x86-64, user half: arch/x86/include/asm/pgtable_types.h
 PRESENT = 1 << 0
 WRITE = 1 << 1
@@ -24,11 +28,28 @@ PROTECTION_NONE = 1 << 8  # _PAGE_PROTNONE, of an entry that is not present
 SPECIAL = 1 << 9
 UFFD_WP = 1 << 10
 SOFT_DIRTY = 1 << 11
-SAVED_DIRTY = 1 << 58
+SAVED_DIRTY = 1 << 58  # _PAGE_SAVED_DIRTY: bit 6 of a page that may not be written (it would be a shadow stack's)
 NO_EXECUTE = 1 << 63
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 TABLE = PRESENT | WRITE | USER | ACCESSED | DIRTY  # pmd_populate(): 0x67
+
+# The same as kernels compare them.
+PTE_PRESENT = U(PRESENT)
+PTE_WRITE = U(WRITE)
+PTE_USER = U(USER)
+PTE_ACCESSED = U(ACCESSED)
+PTE_DIRTY = U(DIRTY)
+PTE_LARGE = U(LARGE)
+PTE_GLOBAL = U(GLOBAL)
+PTE_PROTECTION_NONE = U(PROTECTION_NONE)
+PTE_SPECIAL = U(SPECIAL)
+PTE_SOFT_DIRTY = U(SOFT_DIRTY)
+PTE_SAVED_DIRTY = U(SAVED_DIRTY)
+PTE_NO_EXECUTE = U(NO_EXECUTE)
+PTE_ADDRESS = U(ADDRESS)
+PTE_TABLE = U(TABLE)
+
 _SHARED = PRESENT | WRITE | USER | ACCESSED | NO_EXECUTE  # PAGE_SHARED: 8..27
 _READ_ONLY = PRESENT | USER | ACCESSED | NO_EXECUTE  # PAGE_READONLY: 8..25
 FILE_LEAF = _SHARED | DIRTY | SOFT_DIRTY | WRITE  # 8..867, as captured for guest_memfd

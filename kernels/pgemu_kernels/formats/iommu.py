@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pgemu_kernels.formats.page_format import WIDEST_ADDRESS, Execute, Family, FlushRule, PageFormat, check_width, span
+from pgemu_kernels.formats.entry_format import WIDEST_ADDRESS, Execute, Family, FlushRule, PageFormat, check_width, span
 
 VTD_READ = 1 << 0
 VTD_WRITE = 1 << 1

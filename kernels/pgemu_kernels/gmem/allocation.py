@@ -20,8 +20,10 @@ from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import lru, pieces
-from pgemu_kernels.gmem.conversion import add_to_lru
-from pgemu_kernels.gmem.levels import defects, in_pieces
+from pgemu_kernels.gmem.conversion import in_pieces
+from pgemu_kernels.gmem.levels import defects
+from pgemu_kernels.gmem.split_merge import add_to_lru
+from pgemu_kernels.words.enum_words import DEFECT_ALLOCATION_RACE, OP_HOST_FAULT
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EEXIST,
@@ -31,8 +33,6 @@ from pgemu_kernels.words.operations import (
     STOP,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
-    Defect,
-    Operation,
 )
 from pgemu_kernels.words.registers import R_FOLIOS_IN_HAND, R_LRU_CPUS, R_ORDER
 from pgemu_kernels.words.rows import (
@@ -51,11 +51,6 @@ from pgemu_kernels.words.rows import (
     O_OP,
 )
 
-U = np.uint64
-_HOST_FAULT = U(Operation.HOST_FAULT)
-_ALLOCATION_RACE = U(Defect.ALLOCATION_RACE)
-
-
 # --------------------------------------------------------------------------- mutex and lookup
 
 
@@ -72,7 +67,7 @@ def unlock_block(m, op):
 def lock_block(m, op, block):
     """Take the block's mutex; False if another fault holds it."""
     state = m.state
-    if defects(m) & _ALLOCATION_RACE != U0 or state[op + O_MUTEX] == block:
+    if defects(m) & DEFECT_ALLOCATION_RACE != U0 or state[op + O_MUTEX] == block:
         return True
     if state[block + B_MUTEX] != U0:
         return False
@@ -93,7 +88,7 @@ def lookup(m, op):
     if state[block + B_STATE] != BLOCK_ABSENT and not busy:
         return np.int64(STOP)
     if not lock_block(m, op, block):
-        result(state, op, np.int64(VM_FAULT_RETRY if state[op + O_OP] == _HOST_FAULT else RET_PF_RETRY))
+        result(state, op, np.int64(VM_FAULT_RETRY if state[op + O_OP] == OP_HOST_FAULT else RET_PF_RETRY))
         return np.int64(BLOCKED)
     return np.int64(GO)
 
@@ -206,7 +201,7 @@ def fail_fault(m, op):
     state = m.state
     unlock_block(m, op)
     unlock(state, op, inode_row(state[op + O_INODE]))
-    return stop(state, op, VM_FAULT_OOM if state[op + O_OP] == _HOST_FAULT else -ENOMEM)
+    return stop(state, op, VM_FAULT_OOM if state[op + O_OP] == OP_HOST_FAULT else -ENOMEM)
 
 
 @outlined
@@ -226,10 +221,8 @@ def allocate_folio(m, op):
 
 
 @kernel
-def allocate(m, op):
-    """Have a folio under the record's page: GO, or what allocate_folio() said."""
+def has_folio(m, op):
+    """Whether there is a folio under the record's page that nobody is still allocating."""
     state = m.state
     block = block_row(m, inode_row(state[op + O_INODE]), state[op + O_INDEX])
-    if state[block + B_STATE] != BLOCK_ABSENT and state[block + B_MUTEX] == U0:
-        return np.int64(GO)
-    return allocate_folio(m, op)
+    return state[block + B_STATE] != BLOCK_ABSENT and state[block + B_MUTEX] == U0

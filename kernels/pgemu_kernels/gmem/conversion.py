@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U9, U12, U63, U511, U512, trailing_zeros
-from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, FOLIO_GATE_CHECKED, FREEZE_SPIN, charge, charge_one, result
+from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
+from pgemu_kernels.engine.charge import charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
-from pgemu_kernels.engine.shareability import is_shared, shared_in_block, shared_in_range, store_shareability
+from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
-from pgemu_kernels.folios.splitting import merge_block, split_block
+from pgemu_kernels.folios.hugetlb import stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, pieces
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EAGAIN,
@@ -37,25 +37,18 @@ from pgemu_kernels.words.operations import (
     ENOMEM,
     ENOTTY,
     GO,
-    NEVER,
     STOP,
-    Defect,
-    Flag,
 )
 from pgemu_kernels.words.registers import (
     R_CONVERT_BY_BLOCK,
-    R_DEFECTS,
     R_FLUSH_BATCHED,
     R_FLUSHES_HELD,
     R_IN_PLACE,
     R_KERNEL_UNFLUSHED,
     R_MERGE_LAZY,
     R_ORDER,
-    R_SERIES,
     R_SPACES,
     R_SPLIT_TO_2M,
-    R_WORD_ROWS,
-    R_WORK_LISTS,
     R_ZAP_BOTH_KINDS,
 )
 from pgemu_kernels.words.rows import (
@@ -67,15 +60,10 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     GUP_PIN_COUNTING_BIAS,
     I_PAGES,
-    I_WORD,
-    I_ZEROED,
-    O_ACTOR,
     O_DETAIL,
     O_END,
     O_FLAGS,
     O_INODE,
-    O_ITEM_END,
-    O_ITEM_START,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
@@ -85,13 +73,7 @@ from pgemu_kernels.words.rows import (
     O_ROUND_START,
     O_START,
     O_TO_PRIVATE,
-    SERIES_RFC2,
 )
-
-U = np.uint64
-PRIVATE = U(Flag.PRIVATE)
-SHARED = U(Flag.SHARED)
-_ROLLBACK_AT_ZERO = U(Defect.ROLLBACK_AT_ZERO)
 
 # What a machine may have otherwise, and what it is by default.
 by_block = parameter(R_CONVERT_BY_BLOCK, U0)
@@ -127,7 +109,9 @@ def no_batches(m, head, pages, cpu):
 
 gate_pieces = full_only(pieces.gate_block, no_piece)
 note_waiting = full_only(pieces.note_waiting, nothing_in_pieces)
+note_touched = full_only(pieces.note_touched, nothing_in_pieces)
 merge_pieces = full_only(pieces.merge_pieces, nothing_in_pieces)
+merge_touched = full_only(pieces.merge_touched, nothing_in_pieces)
 lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
 
 
@@ -142,7 +126,7 @@ def rounding(m):
     return U1 << (U9 if in_pieces(m) else m.state[R_ORDER])
 
 
-@step
+@kernel
 def set_rounded(m, op, start, end):
     """Let the record's rounded range be that of pages [start, end)."""
     state = m.state
@@ -151,20 +135,14 @@ def set_rounded(m, op, start, end):
     state[op + O_ROUND_END] = min((end + inside) & ~inside, state[inode_row(state[op + O_INODE]) + I_PAGES])
 
 
-@step
-def next_unit(m, op):
-    """Let the record's unit be the next one in which something differs: whether there is one."""
+@outlined
+def next_block(m, op):
+    """Let the record's unit be the part of the next huge page in which something differs: whether there is one."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     inside = (U1 << state[R_ORDER]) - U1
     first = state[op + O_END]
     last = state[op + O_RANGE_END]
-    if by_block(m) == U0:  # all of the range at once: prepare() has seen that something differs
-        if first == last:
-            return False
-        state[op + O_END] = last
-        set_rounded(m, op, first, last)
-        return True
     while first < last:
         end = min(last, (first | inside) + U1)
         shared = shared_in_range(m, node, first, end)
@@ -178,14 +156,34 @@ def next_unit(m, op):
 
 
 @kernel
+def no_block(m, op):
+    """There is one unit."""
+    return False
+
+
+next_unit = full_only(next_block, no_block)
+
+
+@kernel
+def first_unit(m, op):
+    """Let the record's unit be the first one, by default the range, in which prepare() has seen a difference."""
+    state = m.state
+    if by_block(m) != U0:
+        next_unit(m, op)
+    else:
+        state[op + O_END] = state[op + O_RANGE_END]
+        set_rounded(m, op, state[op + O_START], state[op + O_END])
+
+
+@kernel
 def arguments(m, op):
     """0, or the error that a conversion's arguments are."""
     state = m.state
     status = range_arguments(state, op)
     if status != -EBADF and in_place(m) == U0:
         return np.int64(-ENOTTY)
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
-    if status == 0 and (kind == U0 or kind == PRIVATE | SHARED):
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
+    if status == 0 and (kind == U0 or kind == FLAG_PRIVATE | FLAG_SHARED):
         return np.int64(-EINVAL)
     pages = (state[op + O_OFFSET] + state[op + O_LENGTH]) >> U12
     if status == 0 and pages > state[inode_row(state[op + O_OBJECT]) + I_PAGES]:
@@ -193,7 +191,7 @@ def arguments(m, op):
     return status
 
 
-@step
+@kernel
 def prepare(m, op):
     """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done, preallocate, and
     choose the first unit. BLOCKED (-EBUSY) where the lock is held.
@@ -213,7 +211,7 @@ def prepare(m, op):
         result(state, op, np.int64(-EBUSY))
         return BLOCKED
     shared = shared_in_range(m, node, start, end)
-    to_private = state[op + O_FLAGS] & PRIVATE != U0
+    to_private = state[op + O_FLAGS] & FLAG_PRIVATE != U0
     if shared == (U0 if to_private else end - start):
         unlock(state, op, node)
         return stop(state, op, 0)
@@ -228,7 +226,7 @@ def prepare(m, op):
     state[op + O_END] = start
     state[op + O_RANGE_START] = start
     state[op + O_RANGE_END] = end
-    next_unit(m, op)
+    first_unit(m, op)
     return GO
 
 
@@ -252,19 +250,20 @@ def none_owed(m):
 pay_flushes = full_only(flush_owed, none_owed)
 
 
-@step
+@kernel
 def leave(m, op):
     """Unlock, with what the record says as the result; the checked range is all of the conversion's."""
     state = m.state
     if flush_batched(m) != U0:
         state[R_FLUSHES_HELD] = U0
         pay_flushes(m)
-    set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
+    if by_block(m) != U0:
+        set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
     unlock(state, op, inode_row(state[op + O_INODE]))
     return STOP
 
 
-@kernel
+@step
 def fail(m, op, status, index):
     """End a conversion with an error at a page: its offset is max(start of the unit, page), or the page's."""
     state = m.state
@@ -273,21 +272,35 @@ def fail(m, op, status, index):
     return leave(m, op)
 
 
-@step
-def finish(m, op):
-    """The unit is done: GO with the next one, or unlock and STOP. Blocks that became shared need no merge any more."""
+@outlined
+def drop_waiting(m, op):
+    """Blocks of the unit that became shared need no merge any more."""
     state = m.state
     node = inode_row(state[op + O_INODE])
-    if merge_lazy(m) != U0 and state[op + O_TO_PRIVATE] == U0:
-        first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
-        while first < state[op + O_END]:
-            block = block_row(m, node, first)
-            if m.state[block + B_STATE] == BLOCK_PARTLY:
-                note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
-            else:
-                stop_waiting(m, block)
-            first += U1 << state[R_ORDER]
-    if next_unit(m, op):
+    first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
+    while first < state[op + O_END]:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] != BLOCK_PARTLY:
+            stop_waiting(m, block)
+        elif m.state[block + B_WAITS] != U0:
+            note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
+        first += U1 << state[R_ORDER]
+
+
+@kernel
+def none_waits(m, op):
+    """No merge is put off."""
+
+
+stop_waiting_for_unit = full_only(drop_waiting, none_waits)
+
+
+@kernel
+def finish(m, op):
+    """The unit is done: GO with the next one, or unlock and STOP."""
+    if merge_lazy(m) != U0 and m.state[op + O_TO_PRIVATE] == U0:
+        stop_waiting_for_unit(m, op)
+    if by_block(m) != U0 and next_unit(m, op):
         return GO
     return leave(m, op)
 
@@ -332,7 +345,7 @@ def never_idle_4k(m, page):
 idle_4k = full_only(is_idle_4k, never_idle_4k)
 
 
-@step
+@kernel
 def busy_4k(m, head, start, end):
     """The first of the 4K folios [start, end) of a split block that is not idle, else `end`."""
     ram = m.ram
@@ -356,7 +369,7 @@ def busy_folio(m, node, start, end):
         head = m.state[block + B_PFN]
         if kind == BLOCK_SPLIT:
             busy = first + busy_4k(m, head, index - first, last - first)
-            charge(m, FOLIO_GATE_CHECKED, np.int64(min(busy + U1, last) - index))
+            charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(min(busy + U1, last) - index))
             if busy < last:
                 return busy
         elif kind == BLOCK_PARTLY:
@@ -364,7 +377,7 @@ def busy_folio(m, node, start, end):
             if busy != NONE:
                 return busy
         elif kind == BLOCK_HUGE:
-            charge_one(m, FOLIO_GATE_CHECKED)
+            charge_one(m, EVENT_FOLIO_GATE_CHECKED)
             page = struct_page(m, head)
             by_4k = order == U0 and drains_lru(m)
             if not (idle_4k(m, page) if by_4k else is_idle(m, page, U1 << order)):
@@ -373,7 +386,7 @@ def busy_folio(m, node, start, end):
     return NONE
 
 
-@step
+@kernel
 def gate(m, op):
     """To private: every folio of the unit must be idle, else -EAGAIN with the failing offset."""
     busy = busy_folio(m, inode_row(m.state[op + O_INODE]), m.state[op + O_START], m.state[op + O_END])
@@ -385,7 +398,7 @@ def gate(m, op):
 # --------------------------------------------------------------------------- stage 2
 
 
-@step
+@kernel
 def invalidate_begin(m, op):
     """Begin the invalidation of the rounded unit in every VM bound to it."""
     state = m.state
@@ -421,7 +434,7 @@ def zap_kind(m, op, start, end):
         flush_vms(m)
 
 
-@step
+@kernel
 def zap(m, op):
     """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
     state = m.state
@@ -431,7 +444,7 @@ def zap(m, op):
     return GO
 
 
-@step
+@kernel
 def invalidate_end(m, op):
     """End it."""
     state = m.state
@@ -439,364 +452,16 @@ def invalidate_end(m, op):
     return GO
 
 
-@step
+@kernel
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
     store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
-    charge_one(m, ATTRIBUTES_STORED)
+    charge_one(m, EVENT_ATTRIBUTES_STORED)
 
 
-@step
+@kernel
 def store(m, op):
     """Record the unit's new shareability; cannot fail, for nodes were preallocated."""
     state = m.state
     store_range(m, op, state[op + O_START], state[op + O_END], U1 - state[op + O_TO_PRIVATE])
     return GO
-
-
-# --------------------------------------------------------------------------- split and merge
-
-
-@step
-def add_to_lru(m, op, head, pages):
-    """Series rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
-    if m.state[R_SERIES] == SERIES_RFC2:
-        lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
-
-
-@outlined
-def split_pieces(m, op, node, block, first, start, end):
-    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
-    index = start
-    while index < end:
-        last = min(end, (index | U511) + U1)
-        before = pieces.is_split_at(m, block, index)
-        status = pieces.split_touched(m, node, block, first, index, last)
-        if status != 0:
-            return status
-        if not before:
-            add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
-        index = last
-    return np.int64(0)
-
-
-@kernel
-def none_split(m, op, node, block, first, start, end):
-    """There are no pieces."""
-    return np.int64(0)
-
-
-@kernel
-def whole_block(m, block, first, start):
-    return first
-
-
-@outlined
-def first_unsplit_page(m, block, first, start):
-    """The first page of the folio that a split failed at."""
-    return pieces.first_unsplit(m, block, first, start) if in_pieces(m) else first
-
-
-split_any_pieces = full_only(split_pieces, none_split)
-first_unsplit = full_only(first_unsplit_page, whole_block)
-
-
-@step
-def split_one(m, op, node, first, start, end):
-    """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
-
-    A folio of order 0 is none that could be split.
-    """
-    state = m.state
-    block = block_row(m, node, first)
-    kind = m.state[block + B_STATE]
-    if in_pieces(m) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
-        return split_any_pieces(m, op, node, block, first, start, end)
-    if kind != BLOCK_HUGE or state[R_ORDER] == U0:
-        return np.int64(0)
-    status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
-    if status == 0:
-        add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
-    return status
-
-
-@step
-def split_blocks(m, op, start, end):
-    """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    order = state[R_ORDER]
-    first = start >> order << order
-    while first < end:
-        status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
-        if status != 0:
-            block = block_row(m, node, first)
-            return status, first_unsplit(m, block, first, start)
-        first += U1 << order
-    return np.int64(0), end
-
-
-@kernel
-def is_split(m, block):
-    kind = m.state[block + B_STATE]
-    return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
-
-
-@outlined
-def leave_split(m, node, first, end):
-    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
-    while first < end:
-        block = block_row(m, node, first)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            note_waiting(m, node, block, first, first, first)
-        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
-            start_waiting(m, block)
-        first += U1 << m.state[R_ORDER]
-
-
-@step
-def split(m, op):
-    """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
-
-    Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
-    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
-    """
-    state = m.state
-    status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
-    if status != 0:
-        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START] >> state[R_ORDER] << state[R_ORDER], first)
-        return fail(m, op, status, first)
-    return GO
-
-
-@outlined
-def merge_now(m, node, block, first):
-    """Merge a split block that is all private; one that somebody holds stays split and waits.
-
-    The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
-    """
-    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
-        charge_one(m, FREEZE_SPIN)
-        start_waiting(m, block)
-
-
-@step
-def merge_blocks(m, op, start, end, besides):
-    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
-    `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
-    """
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    pages = U1 << state[R_ORDER]
-    first = start & ~(pages - U1)
-    while first < end:
-        block = block_row(m, node, first)
-        low = max(start, first)
-        high = min(end, first + pages)
-        shared = shared_in_block(m, node, first)
-        if besides:
-            shared -= shared_in_range(m, node, low, high)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            if merge_lazy(m) != U0:
-                note_waiting(m, node, block, first, low, high)
-            else:
-                merge_pieces(m, node, block, first, low, high)
-        elif is_split(m, block) and shared == U0:
-            if merge_lazy(m) != U0:
-                start_waiting(m, block)
-            else:
-                merge_now(m, node, block, first)
-        first += pages
-
-
-@step
-def merge(m, op):
-    """To private, after the store: merge every touched block that holds no shared page any more."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
-    return GO
-
-
-@step
-def merge_early(m, op):
-    """The same before the store (fixup)."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
-    return GO
-
-
-# --------------------------------------------------------------------------- rfc2: the work list
-#
-# A bit per page of the inode: it is to be converted. Items are runs of them, as they were before anything is stored.
-
-
-@kernel
-def find_bit(state, bits, index, end, flip):
-    """The first page of [index, end) whose bit, flipped if `flip` is all ones, is set, else `end`."""
-    while index < end:
-        word = (state[bits + (index >> U6)] ^ flip) >> (index & U63)
-        if word != U0:
-            return min(end, index + trailing_zeros(word))
-        index = (index | U63) + U1
-    return end
-
-
-@kernel
-def work_list(state, node):
-    """Where an inode's bits begin."""
-    return state[R_WORK_LISTS] + state[node + I_WORD] - state[R_WORD_ROWS]
-
-
-@outlined
-def find_item(m, op, index):
-    """The next item of the unit from page `index` on: (first, past the last), or the unit's end twice."""
-    state = m.state
-    bits = work_list(state, inode_row(state[op + O_INODE]))
-    first = find_bit(state, bits, index, state[op + O_END], U0)
-    return first, find_bit(state, bits, first, state[op + O_END], ALL)
-
-
-@kernel
-def set_item(m, op, index):
-    """Let the record's item be the next one from page `index` on: whether there is one."""
-    first, last = find_item(m, op, index)
-    m.state[op + O_ITEM_START] = first
-    m.state[op + O_ITEM_END] = last
-    return first < last
-
-
-@kernel
-def next_item(m, op):
-    """Whether there is another item, which becomes the record's; behind the last comes the first."""
-    if set_item(m, op, m.state[op + O_ITEM_END]):
-        return True
-    set_item(m, op, m.state[op + O_START])
-    return False
-
-
-@kernel
-def rounded_item(m, first, last):
-    """An item rounded out to huge pages; the inode ends with one."""
-    inside = rounding(m) - U1
-    return first & ~inside, (last + inside) & ~inside
-
-
-@step
-def begin_items(m, op):
-    """Note the unit's work list, begin an invalidation for each item, rounded out; the first item is next."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
-    bits = work_list(state, node)
-    for word in range(state[op + O_START] >> U6, (state[op + O_END] + U63) >> U6):
-        state[bits + word] = state[state[node + I_WORD] + word] ^ flip
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        begin_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
-    set_item(m, op, state[op + O_START])
-    return GO
-
-
-@step
-def zap_item(m, op):
-    """To shared: drop the private leaves of exactly the item, and flush."""
-    state = m.state
-    if zap_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END]) != 0:
-        flush_vms(m)
-    return GO
-
-
-@step
-def unmap_item(m, op):
-    """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
-    state = m.state
-    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
-    return GO
-
-
-@step
-def end_items(m, op):
-    """End the invalidations that begin_items() began."""
-    state = m.state
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        end_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
-    return GO
-
-
-@step
-def gate_item(m, op):
-    """To private: the item's folios must be idle, else -EAGAIN; nothing has been stored."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    busy = busy_folio(m, node, state[op + O_ITEM_START], state[op + O_ITEM_END])
-    if busy != NONE:
-        end_items(m, op)
-        return fail(m, op, -EAGAIN, busy)
-    return GO
-
-
-@step
-def store_item(m, op):
-    """Record the item's new shareability: the tree's nodes are allocated only now, after the zap."""
-    state = m.state
-    if frames_left(m) == U0:
-        return fail_item(m, op, -ENOMEM, state[op + O_ITEM_START])
-    store_range(m, op, state[op + O_ITEM_START], state[op + O_ITEM_END], U1 - state[op + O_TO_PRIVATE])
-    return GO
-
-
-@step
-def restructure_item(m, op):
-    """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
-    state = m.state
-    start = state[op + O_ITEM_START]
-    if state[op + O_TO_PRIVATE] != U0:
-        merge_blocks(m, op, start, state[op + O_ITEM_END], False)
-        return GO
-    status, first = split_blocks(m, op, start, state[op + O_ITEM_END])
-    if status == 0:
-        return GO
-    if state[R_DEFECTS] & _ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
-        merge_back(m, op, start, first)
-        state[R_FLUSHES_HELD] = U0
-        return stop(state, op, -NEVER)  # the index wraps around below 0: locks and invalidations stay
-    return fail_item(m, op, status, first)
-
-
-@step
-def merge_back(m, op, start, end):
-    """Merge the blocks of pages [start, end) that the conversion split: those that did not wait before."""
-    state = m.state
-    node = inode_row(state[op + O_INODE])
-    first = start >> state[R_ORDER] << state[R_ORDER]
-    while first < end:
-        block = block_row(m, node, first)
-        private = shared_in_block(m, node, first) == U0
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            merge_pieces(m, node, block, first, first, first)
-        elif m.state[block + B_STATE] == BLOCK_SPLIT and private and m.state[block + B_WAITS] == U0:
-            merge_now(m, node, block, first)
-        first += U1 << state[R_ORDER]
-
-
-@step
-def fail_item(m, op, status, index):
-    """Roll back: items up to and with the failing one are converted the other way; then end with the error.
-
-    A split back that fails is a WARN in the posted code, and leaves a huge folio with shared pages.
-    """
-    state = m.state
-    failing = state[op + O_ITEM_END]
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last and last <= failing:
-        store_range(m, op, first, last, state[op + O_TO_PRIVATE])
-        if state[op + O_TO_PRIVATE] == U0:
-            merge_back(m, op, first, last)
-        else:
-            split_blocks(m, op, first, last)
-        first, last = find_item(m, op, last)
-    end_items(m, op)
-    return fail(m, op, status, index)

@@ -29,13 +29,13 @@ from pgemu_kernels.gmem.allocation import (
 from pgemu_kernels.gmem.faults import guest_begin, guest_map, guest_page, host_begin, host_map, host_page, is_refused
 from pgemu_kernels.gmem.levels import folio_order_at, is_logged
 from pgemu_kernels.gmem.references import drop
+from pgemu_kernels.words.enum_words import OP_HOST_FAULT
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EBUSY,
     GO,
     STOP,
     VM_FAULT_RETRY,
-    Operation,
 )
 from pgemu_kernels.words.registers import R_FAULT_REFERENCES
 from pgemu_kernels.words.rows import (
@@ -59,7 +59,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_HOST_FAULT = U(Operation.HOST_FAULT)
 
 # Steps of a fault.
 FOLIO = U(1)
@@ -189,7 +188,7 @@ def step_allocation(m, op, stage):
 def step_fault(m, op, stage):
     """Step `stage` of a host or a guest fault: 0 begins, 1 looks up, 2 maps, 3 to 5 allocate, 6 puts the folio."""
     state = m.state
-    host = state[op + O_OP] == _HOST_FAULT
+    host = state[op + O_OP] == OP_HOST_FAULT
     if stage == U0:
         state[op + O_FOLIO] = U0
         state[op + O_MUTEX] = U0

@@ -9,14 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import (
-    GUEST_FAULT,
-    HOST_FAULT,
-    LEAF_WRITTEN,
-    RMAP_CHANGED,
-    charge_one,
-    result,
-)
+from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
@@ -33,16 +26,23 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
-from pgemu_kernels.gmem.allocation import (
-    allocate,
-)
-from pgemu_kernels.gmem.host_entries import insert as insert_special
+from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
+from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot, load_root
-from pgemu_kernels.process.tables import space_row
+from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.tables.walker import count_host_leaf, find_leaf, host_format, host_slot, stage2_format
+from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.words.enum_words import (
+    DEFECT_INSERT_UNLOCKED,
+    EVENT_GUEST_FAULT,
+    EVENT_HOST_FAULT,
+    FLAG_PRIVATE,
+    FLAG_SHARED,
+    FLAG_WRITE,
+    OP_HOST_FAULT,
+)
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
@@ -55,10 +55,6 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
-    Broken,
-    Defect,
-    Flag,
-    Operation,
 )
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -86,7 +82,6 @@ from pgemu_kernels.words.rows import (
     O_STATUS,
     O_VM,
     O_WORDS,
-    S_RSS,
     SLOT_RELEASED,
     STATE_OPS,
     V_ROOT,
@@ -95,12 +90,6 @@ from pgemu_kernels.words.rows import (
 from pgemu_kernels.words.table_words import F_LEAF_4K, F_LEAF_4K_RO
 
 U = np.uint64
-WRITE = U(Flag.WRITE)
-PRIVATE = U(Flag.PRIVATE)
-SHARED = U(Flag.SHARED)
-_WRONG_PFN = U(Broken.WRONG_PFN)
-_HOST_FAULT = U(Operation.HOST_FAULT)
-_INSERT_UNLOCKED = U(Defect.INSERT_UNLOCKED)
 INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside another operation
 
 
@@ -117,8 +106,8 @@ def host_begin(m, op):
     state = m.state
     address = state[op + O_ADDRESS]
     row = find_vma(state, state[op + O_SPACE], address)
-    if row == NONE or (state[op + O_FLAGS] & WRITE != U0 and state[row + A_READ_ONLY] != U0):
-        charge_one(m, HOST_FAULT)
+    if row == NONE or (state[op + O_FLAGS] & FLAG_WRITE != U0 and state[row + A_READ_ONLY] != U0):
+        charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
     if slot != NONE:
@@ -128,12 +117,12 @@ def host_begin(m, op):
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     if index >= state[node + I_PAGES]:
-        charge_one(m, HOST_FAULT)
+        charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGBUS)
     if not lock_shared(state, op, node):
         result(state, op, np.int64(VM_FAULT_RETRY))
         return BLOCKED
-    charge_one(m, HOST_FAULT)
+    charge_one(m, EVENT_HOST_FAULT)
     state[op + O_ROW] = row
     state[op + O_INODE] = inode
     state[op + O_INDEX] = index
@@ -174,22 +163,21 @@ def host_page(m, op):
     if counted:
         add_references(m.ram, page, U1)
     state[op + O_PFN] = pfn
-    if not inserts_locked(m) or defects(m) & _INSERT_UNLOCKED != U0:
+    if not inserts_locked(m) or defects(m) & DEFECT_INSERT_UNLOCKED != U0:
         unlock(state, op, node)
     return GO
 
 
 @kernel
 def map_counted(m, op):
-    """mm/memory.c:finish_fault(), set_pte_range(): an ordinary entry, which keeps the reference: VM_FAULT_*.
+    """Enter the folio by an ordinary entry, which keeps the reference and adds a mapcount: VM_FAULT_*.
 
-    The folio gets a mapcount, the process a page of RssFile: mm_counter_file(). As captured, a read and a write fault
-    on guest_memfd both leave 8..867.
+    As captured, a read and a write fault on guest_memfd both leave 8..867.
     """
     state = m.state
     pfn = state[op + O_PFN]
     page = struct_page(m, pfn)
-    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
+    slot = page_slot(m, state[op + O_SPACE], state[op + O_ADDRESS])
     if slot == NONE:
         add_references(m.ram, page, ~U0)
         return np.int64(VM_FAULT_OOM)
@@ -198,12 +186,8 @@ def map_counted(m, op):
         add_references(m.ram, page, ~U0)
         return np.int64(0)
     leaf = F_LEAF_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_LEAF_4K_RO
-    m.ram[slot] = pfn << U12 | state[host_format(m) + leaf]
     add_mapping(m.ram, page)
-    state[space_row(state[op + O_SPACE]) + S_RSS] += U1
-    count_host_leaf(m, 1)
-    charge_one(m, LEAF_WRITTEN)
-    charge_one(m, RMAP_CHANGED)
+    map_file_page(m, state[op + O_SPACE], slot, pfn << U12 | state[host_format(m) + leaf])
     return np.int64(VM_FAULT_LOCKED)
 
 
@@ -217,10 +201,28 @@ def host_map(m, op):
 
 
 @kernel
-def host_fault(m, op):
-    """A whole host access."""
-    if host_begin(m, op) == GO and not is_refused(m, op) and allocate(m, op) == GO and host_page(m, op) == GO:
+def host_end(m, op):
+    """The end of a host fault whose page has a folio."""
+    if host_page(m, op) == GO:
         host_map(m, op)
+
+
+@outlined
+def host_allocates(m, op):
+    """The same of one whose page has none yet."""
+    if allocate_folio(m, op) == GO:
+        host_end(m, op)
+
+
+@kernel
+def host_fault(m, op):
+    """A whole host access. Where a folio is there, what was read of its block is still known."""
+    if host_begin(m, op) != GO or is_refused(m, op):
+        return
+    if has_folio(m, op):
+        host_end(m, op)
+    else:
+        host_allocates(m, op)
 
 
 # --------------------------------------------------------------------------- guest
@@ -242,8 +244,11 @@ released = full_only(is_released, never_released)
 
 
 @kernel
-def enter_fault(m, op, slot, gfn):
-    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn()."""
+def enter_fault(m, op, slot, gfn, exits):
+    """The leaf, the invalidate sequence, then the invalidate_lock for reading: kvm_mmu_faultin_pfn().
+
+    `exits`: the guest is there, and exits if there is no leaf; a prefault comes from the VMM.
+    """
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
@@ -254,11 +259,15 @@ def enter_fault(m, op, slot, gfn):
     load_root(state, row)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
+        if exits:
+            charge_one(m, EVENT_GUEST_FAULT)
         return stop(state, op, RET_PF_RETRY)
     inode = state[slot + M_INODE]
     if not lock_shared(state, op, inode_row(inode)):
         result(state, op, np.int64(RET_PF_RETRY))
         return BLOCKED
+    if exits:
+        charge_one(m, EVENT_GUEST_FAULT)
     state[op + O_SEQUENCE] = sequence
     state[op + O_ROW] = slot
     state[op + O_INODE] = inode
@@ -283,19 +292,16 @@ def guest_begin(m, op):
         return STOP
     if is_user_slot(m, op, slot):
         return STOP
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
     wrong = released(m, slot)
     if kind != U0 and not wrong:
         node = inode_row(state[slot + M_INODE])
-        wrong = kind != (SHARED if is_shared(m, node, page_of_slot(state, slot, gfn)) != U0 else PRIVATE)
+        wrong = kind != (FLAG_SHARED if is_shared(m, node, page_of_slot(state, slot, gfn)) != U0 else FLAG_PRIVATE)
     if wrong:
         load_root(state, vm_row(state[op + O_VM]))
-        charge_one(m, GUEST_FAULT)
+        charge_one(m, EVENT_GUEST_FAULT)
         return stop(state, op, -EFAULT)
-    outcome = enter_fault(m, op, slot, gfn)
-    if outcome == GO or (outcome == STOP and np.int64(state[op + O_STATUS]) == RET_PF_RETRY):
-        charge_one(m, GUEST_FAULT)
-    return outcome
+    return enter_fault(m, op, slot, gfn, True)
 
 
 @step
@@ -309,7 +315,7 @@ def guest_page(m, op):
     index = state[op + O_INDEX]
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
-    level = guest_level(m, state[op + O_ROW], index, state[op + O_ADDRESS] >> U12)
+    level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))
     state[op + O_PFN] = pfn
     state[op + O_LEVEL] = level
@@ -324,10 +330,28 @@ def guest_map(m, op):
 
 
 @kernel
+def guest_end(m, op):
+    """The end of a guest fault whose page has a folio."""
+    if guest_page(m, op) == GO:
+        guest_map(m, op)
+
+
+@outlined
+def guest_allocates(m, op):
+    """The same of one whose page has none yet."""
+    if allocate_folio(m, op) == GO:
+        guest_end(m, op)
+
+
+@kernel
 def guest_fault(m, op):
     """A whole guest access."""
-    if guest_begin(m, op) == GO and allocate(m, op) == GO and guest_page(m, op) == GO:
-        guest_map(m, op)
+    if guest_begin(m, op) != GO:
+        return
+    if has_folio(m, op):
+        guest_end(m, op)
+    else:
+        guest_allocates(m, op)
 
 
 # --------------------------------------------------------------------------- either, and inside another operation
@@ -336,7 +360,7 @@ def guest_fault(m, op):
 @outlined
 def fault(m, op):
     """A whole access of either kind."""
-    if m.state[op + O_OP] == _HOST_FAULT:
+    if m.state[op + O_OP] == OP_HOST_FAULT:
         host_fault(m, op)
     else:
         guest_fault(m, op)
@@ -353,7 +377,7 @@ def host_fault_page(m, op, address, write):
         state[INSIDE + word] = U0
     for word in (O_ACTOR, O_SPACE):
         state[INSIDE + word] = state[op + word]
-    state[INSIDE + O_OP] = _HOST_FAULT
+    state[INSIDE + O_OP] = OP_HOST_FAULT
     state[INSIDE + O_FLAGS] = U1 if write else U0
     state[INSIDE + O_ADDRESS] = address
     fault(m, INSIDE)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, pages_of
-from pgemu_kernels.engine.charge import HOST_LEAVES, LEAF_WRITTEN, change_value, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.charge import change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
-from pgemu_kernels.formats.bits import LARGE
+from pgemu_kernels.formats.bits import PTE_LARGE
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.process.tables import lookup, need_slot
-from pgemu_kernels.tables.walker import host_format, host_slot
+from pgemu_kernels.process.tables import level1_table, lookup, need_slot
+from pgemu_kernels.tables.walker import host_format
+from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
 from pgemu_kernels.words.registers import R_HOST_HUGE, R_ORDER
 from pgemu_kernels.words.rows import (
@@ -34,11 +36,15 @@ from pgemu_kernels.words.rows import (
 )
 from pgemu_kernels.words.table_words import F_SPECIAL_4K, F_SPECIAL_4K_RO
 
-U = np.uint64
-_LARGE = U(LARGE)
-
-
 host_huge = parameter(R_HOST_HUGE, U0)
+
+
+@kernel
+def page_slot(m, space, address):
+    """Slot of the 4K entry of an address, tables allocated on the way; NONE without memory. get_locked_pte()"""
+    page = address >> U12
+    table, _ = level1_table(m, space_root(m.state, space), page)
+    return need_slot(m, space, address, U1) if table == NONE else table + index_at(page, U1)
 
 
 @kernel
@@ -47,10 +53,10 @@ def enter(m, op, slot, level):
     state = m.state
     bits = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
     entry = (state[op + O_PFN] & ~(pages_of(level) - U1)) << U12 | state[host_format(m) + bits]
-    m.ram[slot] = entry | _LARGE if level > U1 else entry
+    m.ram[slot] = entry | PTE_LARGE if level > U1 else entry
     state[op + O_DETAIL] = level
-    change_value(m.stats, HOST_LEAVES + level - U1, 1)
-    charge_one(m, LEAF_WRITTEN)
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
+    charge_one(m, EVENT_LEAF_WRITTEN)
 
 
 @kernel
@@ -130,7 +136,7 @@ def insert(m, op):
     state = m.state
     if host_huge(m) != U0:
         return large_inserted(m, op)
-    slot = host_slot(m, space_root(state, state[op + O_SPACE]), state[op + O_ADDRESS] >> U12)
+    slot = page_slot(m, state[op + O_SPACE], state[op + O_ADDRESS])
     if slot == NONE:
         return np.int64(VM_FAULT_OOM)
     if m.ram[slot] == U0:

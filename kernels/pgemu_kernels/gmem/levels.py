@@ -6,27 +6,33 @@ restructure the size of the folio, in pfnmap how far around the page all pages a
 
 from __future__ import annotations
 
-import numpy as np
-
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, index_at, pages_of
-from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
 from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.stage2.entries import is_table
+from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT, Defect, Flag
+from pgemu_kernels.words.enum_words import (
+    DEFECT_HUGE_OVER_PRIVATE,
+    DEFECT_MAPPING_ORDER,
+    EVENT_TLB_FLUSH_VM,
+    FLAG_LOG_DIRTY_PAGES,
+)
+from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
     R_DIRTY_LOG_GMEM,
     R_ORDER,
     R_RECOVER_HUGE,
-    R_SPLIT_TO_2M,
     R_VMS,
 )
 from pgemu_kernels.words.rows import (
@@ -52,16 +58,9 @@ from pgemu_kernels.words.rows import (
     V_ROOT,
 )
 
-U = np.uint64
-_MAPPING_ORDER = U(Defect.MAPPING_ORDER)
-_HUGE_OVER_PRIVATE = U(Defect.HUGE_OVER_PRIVATE)
-_LOG_DIRTY_PAGES = U(Flag.LOG_DIRTY_PAGES)
-
-
 # What a machine may have otherwise, and what it is at first: constants in the fast loops.
 defects = parameter(R_DEFECTS, U0)
 dirty_logging = parameter(R_DIRTY_LOG_GMEM, U0)
-split_to_2m = parameter(R_SPLIT_TO_2M, U0)
 
 
 # --------------------------------------------------------------------------- levels
@@ -77,12 +76,6 @@ def page_of_slot(state, slot, gfn):
 def frame_of(m, block, index):
     """The frame of a page of an allocated block."""
     return m.state[block + B_PFN] + (index & ((U1 << m.state[R_ORDER]) - U1))
-
-
-@kernel
-def in_pieces(m):
-    """Whether 1G folios are split to 2M folios first (pieces.py)."""
-    return split_to_2m(m) != U0 and m.state[R_ORDER] > U9
 
 
 @kernel
@@ -150,9 +143,9 @@ def folio_level(m, slot, node, index, gfn):
     state = m.state
     block = block_row(m, node, index)
     level = U1
-    if defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0:
+    if defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0:
         level = largest_level(state)
-    elif defects(m) & _MAPPING_ORDER != U0:
+    elif defects(m) & DEFECT_MAPPING_ORDER != U0:
         level = december_level(m, node, index)
     elif state[block + B_STATE] == BLOCK_HUGE:
         level = largest_level(state)
@@ -168,19 +161,25 @@ def shareability_level(m, slot, node, index, gfn):
     The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
     """
     level = largest_level(m.state)
-    if not (defects(m) & _HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
+    if not (defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
             level -= U1
     return limit_to_slot(m, slot, gfn, level)
 
 
 @kernel
-def guest_level(m, slot, index, gfn):
+def guest_level(m, slot, node, index, gfn):
     """The level at which a guest frame of a slot, page `index` of its inode, is mapped now."""
-    node = inode_row(m.state[slot + M_INODE])
     if level_is_folios(m):
         return folio_level(m, slot, node, index, gfn)
     return shareability_level(m, slot, node, index, gfn)
+
+
+@kernel
+def level_now(m, slot, gfn):
+    """The same of a guest frame of a slot."""
+    state = m.state
+    return guest_level(m, slot, inode_row(state[slot + M_INODE]), page_of_slot(state, slot, gfn), gfn)
 
 
 # --------------------------------------------------------------------------- dirty logging
@@ -211,10 +210,12 @@ def recover_below(m, f, slot, spte, gfn):
         entry = m.ram[spte]
         if not is_table(state, f, entry, level):
             break
-        if gfn & (pages_of(level) - U1) == U0 and guest_level(m, slot, page_of_slot(state, slot, gfn), gfn) >= level:
+        if gfn & (pages_of(level) - U1) == U0 and level_now(m, slot, gfn) >= level:
             if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, entry, level) != U0:
                 zero_below(m, slot, gfn, level)
-            collapse(m, f, spte, level)
+            if collapse(m, f, spte, level) != 0:
+                index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+                note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
             break
         level -= U1
         if level > U1:
@@ -260,7 +261,7 @@ def set_dirty_logging(m, op):
     slot = find_memslot(state, vm, state[op + O_ADDRESS] >> U12)
     if slot == NONE or state[slot + M_KIND] != SLOT_GUEST_MEMFD:
         return stop(state, op, -ENOENT)
-    on = state[op + O_FLAGS] & _LOG_DIRTY_PAGES != U0
+    on = state[op + O_FLAGS] & FLAG_LOG_DIRTY_PAGES != U0
     if on == (state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0):
         return stop(state, op, 0)
     state[slot + M_FLAGS] ^= SLOT_LOG_DIRTY_PAGES
@@ -270,7 +271,7 @@ def set_dirty_logging(m, op):
         base = state[slot + M_BASE_GFN]
         # mmu.c:kvm_mmu_slot_try_split_huge_pages(): without memory the rest stays large.
         split_range(m, state[vm_row(vm) + V_ROOT], base, base + state[slot + M_PAGES])
-        charge_one(m, TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
+        charge_one(m, EVENT_TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
     else:
         recover_slot(m, slot)
     return stop(state, op, 0)

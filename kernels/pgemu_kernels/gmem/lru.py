@@ -2,7 +2,7 @@
 
 A batch holds a reference on each of its folios until it is full or drained. Where the machine has the batches
 (R_LRU_CACHE), a folio of order 0 that joins the page cache goes through one: so mainline's guest_memfd, which puts its
-folios on the unevictable list, and the pieces of a split in series rfc2 before guest_memfd was taken off the LRU.
+folios on the unevictable list, and the pieces of a split in form rfc2 before guest_memfd was taken off the LRU.
 What a batch holds counts like any other reference: it makes a conversion to private fail and a merge wait.
 """
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import LRU_CACHE_ADDED, LRU_CACHE_DRAINED, PAGES_LRU_CACHED, change, charge, charge_one
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.gmem.references import drop
+from pgemu_kernels.words.enum_words import EVENT_LRU_CACHE_ADDED, EVENT_LRU_CACHE_DRAINED, GAUGE_PAGES_LRU_CACHED
 from pgemu_kernels.words.registers import R_LRU_CACHE, R_LRU_CPUS
 from pgemu_kernels.words.rows import LRU_BATCH, LRU_WORDS, O_DETAIL, STATE_LRU
 
@@ -38,7 +39,7 @@ def release_batch(m, row):
     for at in range(row + U1, row + U1 + count):
         pfn = state[at]
         state[at] = U0
-        change(m.stats, PAGES_LRU_CACHED, -1)
+        change(m.stats, GAUGE_PAGES_LRU_CACHED, -1)
         drop(m, pfn, U1)
     return np.int64(count)
 
@@ -56,8 +57,8 @@ def lru_add(m, pfn, cpu):
     add_references(m.ram, struct_page(m, pfn), U1)
     state[row] += U1
     state[row + state[row]] = pfn
-    change(m.stats, PAGES_LRU_CACHED, 1)
-    charge_one(m, LRU_CACHE_ADDED)
+    change(m.stats, GAUGE_PAGES_LRU_CACHED, 1)
+    charge_one(m, EVENT_LRU_CACHE_ADDED)
     if state[row] == LRU_BATCH:
         release_batch(m, row)
 
@@ -80,7 +81,7 @@ def lru_drain_all(m):
     drained = np.int64(0)
     for cpu in range(m.state[R_LRU_CPUS]):
         drained += release_batch(m, batch_row(cpu))
-    charge(m, LRU_CACHE_DRAINED, drained)
+    charge(m, EVENT_LRU_CACHE_DRAINED, drained)
     return drained
 
 

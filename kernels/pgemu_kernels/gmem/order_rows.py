@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.bits import U0, U1, U2, U3, U4, U5, U6, U7
 from pgemu_kernels.engine.compile import kernel, outlined, step
-from pgemu_kernels.gmem.conversion import next_item
+from pgemu_kernels.gmem.items import next_item
 from pgemu_kernels.words.operations import GO, STOP
 from pgemu_kernels.words.rows import O_NEXT, O_TO_PRIVATE
 
@@ -164,17 +164,17 @@ def _numbered(steps: list[Step], behind: Step) -> Callable[..., Any]:
     def numbered(m, op, stage):
         if stage == U1:
             return np.int64(a(m, op))
-        if stage == U(2):
+        if stage == U2:
             return np.int64(b(m, op))
-        if stage == U(3):
+        if stage == U3:
             return np.int64(c(m, op))
-        if stage == U(4):
+        if stage == U4:
             return np.int64(d(m, op))
-        if stage == U(5):
+        if stage == U5:
             return np.int64(e(m, op))
-        if stage == U(6):
+        if stage == U6:
             return np.int64(f(m, op))
-        if stage == U(7):
+        if stage == U7:
             return np.int64(g(m, op))
         return np.int64(h(m, op))
 

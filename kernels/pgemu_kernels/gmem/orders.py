@@ -8,30 +8,30 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.gmem.conversion import (
-    begin_items,
-    end_items,
     finish,
     flush_batched,
     gate,
-    gate_item,
     invalidate_begin,
     invalidate_end,
-    merge,
-    merge_early,
     prepare,
-    restructure_item,
-    split,
     store,
-    store_item,
     unmap_host,
-    unmap_item,
     zap,
+)
+from pgemu_kernels.gmem.items import (
+    begin_items,
+    end_items,
+    gate_item,
+    restructure_item,
+    store_item,
+    unmap_item,
     zap_item,
 )
 from pgemu_kernels.gmem.order_rows import each_item, stepper, straight, to_private, to_shared
+from pgemu_kernels.gmem.split_merge import merge, merge_early, split
 from pgemu_kernels.words.operations import (
     CONVERT_FIXUP,
     CONVERT_NEXT4K,
@@ -85,7 +85,7 @@ SLIDES = (to_private(unmap_host), invalidate_begin, zap, store, invalidate_end)
 rfc2, fixup, jan2026, next4k, slides = (straight(row) for row in (RFC2, FIXUP, JAN2026, NEXT4K, SLIDES))
 
 
-@outlined
+@kernel
 def posted(m, op):
     """A unit in any order but the slides'."""
     order = m.state[R_CONVERT_ORDER]
@@ -109,7 +109,7 @@ def unit(m, op):
     return by_order(m, op)
 
 
-@step
+@kernel
 def convert(m, op):
     """A whole conversion, unit after unit."""
     if prepare(m, op) != GO:

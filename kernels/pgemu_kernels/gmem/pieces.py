@@ -20,29 +20,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U21, U32, U63, U64, U512
-from pgemu_kernels.engine.charge import (
-    BLOCKS_HUGE,
-    BLOCKS_PARTLY,
-    BLOCKS_ZOMBIE,
-    DEFERRED_MERGE,
-    FOLIO_GATE_CHECKED,
-    FOLIO_MERGED,
-    FOLIO_SPLIT,
-    FOLIO_ZEROED_PAGES,
-    FREEZE_SPIN,
-    MEMMAP_PAGES,
-    PAGE_CACHE_STORED,
-    STRUCT_PAGE_BYTES,
-    STRUCT_PAGE_WRITTEN,
-    VMEMMAP_PAGE_FREED,
-    VMEMMAP_PAGES,
-    change,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U8, U9, U12, U21, U32, U63, U64, U512
+from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left, zero_contents
+from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
 from pgemu_kernels.folios.folio import (
     COMPOUND,
@@ -98,27 +80,42 @@ from pgemu_kernels.folios.vmemmap import (
     vmemmap_pte,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes, stash, take_nodes, unstash
-from pgemu_kernels.formats.bits import ADDRESS, LARGE, WRITE
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
+from pgemu_kernels.words.enum_words import (
+    EVENT_DEFERRED_MERGE,
+    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_MERGED,
+    EVENT_FOLIO_SPLIT,
+    EVENT_FOLIO_ZEROED_PAGES,
+    EVENT_FREEZE_SPIN,
+    EVENT_PAGE_CACHE_STORED,
+    EVENT_STRUCT_PAGE_BYTES,
+    EVENT_STRUCT_PAGE_WRITTEN,
+    EVENT_VMEMMAP_PAGE_FREED,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_PARTLY,
+    GAUGE_BLOCKS_ZOMBIE,
+    GAUGE_MEMMAP_PAGES,
+    GAUGE_VMEMMAP_PAGES,
+)
 from pgemu_kernels.words.operations import EAGAIN
-from pgemu_kernels.words.registers import R_MASK_TAILS, R_SERIES, R_VMEMMAP_READ_ONLY, R_ZERO_PAGE
+from pgemu_kernels.words.registers import R_MASK_TAILS, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY, R_ZERO_PAGE
 from pgemu_kernels.words.rows import (
     B_OUTSTANDING,
     B_PENDING,
     B_PFN,
     B_PIECES,
     B_STATE,
+    B_WAITS,
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_ZOMBIE,
     H_NODE_TAIL_PAGE,
     I_ZEROED,
-    SERIES_RFC2,
+    SPLIT_FORM_RFC2,
 )
 
 U = np.uint64
-_ADDRESS = U(ADDRESS)
-_LARGE = U(LARGE)
-_WRITE = U(WRITE)
 
 ORDER = U9  # of a piece
 WHOLE = U(18)  # order of the block's huge page
@@ -133,7 +130,7 @@ OWN_WORDS = U(4)  # struct pages of a folio that are more than plain tails
 @kernel
 def piece_of(index):
     """Number of the piece that holds a page, in its block."""
-    return index >> U9 & U(511)
+    return index_at(index, U2)
 
 
 @kernel
@@ -146,7 +143,7 @@ def is_piece_split(m, block, index):
 @kernel
 def level_of(m, block, index):
     """Level of the folio that holds a page of a block in pieces: 1 or 2."""
-    return U1 if is_piece_split(m, block, index) != U0 else U(2)
+    return U1 if is_piece_split(m, block, index) != U0 else U2
 
 
 @kernel
@@ -211,9 +208,9 @@ def make_pieces(m, head, index):
         ram[page + MEMCG] = memcg
     ram[first + COMPOUND] = link
     ram[first + PRIVATE] = private
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(BLOCK_PAGES))
-    charge(m, STRUCT_PAGE_BYTES, 24 * np.int64(BLOCK_PAGES))
-    charge(m, PAGE_CACHE_STORED, np.int64(PIECES))
+    charge(m, EVENT_STRUCT_PAGE_WRITTEN, np.int64(BLOCK_PAGES))
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 24 * np.int64(BLOCK_PAGES))
+    charge(m, EVENT_PAGE_CACHE_STORED, np.int64(PIECES))
 
 
 @outlined
@@ -224,26 +221,26 @@ def split_whole(m, block, first):
     """
     head = m.state[block + B_PFN]
     if reference_count(m.ram, struct_page(m, head)) != BLOCK_PAGES:
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
-    rfc2 = m.state[R_SERIES] == SERIES_RFC2
+    rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
     if rfc2:
-        charge_one(m, PAGE_CACHE_STORED)
+        charge_one(m, EVENT_PAGE_CACHE_STORED)
     taken = take_nodes(m, NODES)
     stashed = rfc2 and taken == NODES and stash(m)
     if taken < NODES or stashed != rfc2 or restore(m, head, WHOLE) != 0:
         if stashed:
             unstash(m)
         put_nodes(m, taken)
-        charge_one(m, PAGE_CACHE_STORED)
+        charge_one(m, EVENT_PAGE_CACHE_STORED)
         return NO_MEMORY
     leave_list(m, head)
     make_pieces(m, head, first)
     optimize_batch(m, head, head + BLOCK_PAGES)
     m.state[block + B_STATE] = BLOCK_PARTLY
-    change(m.stats, BLOCKS_HUGE, -1)
-    change(m.stats, BLOCKS_PARTLY, 1)
-    charge_one(m, FOLIO_SPLIT)
+    change(m.stats, GAUGE_BLOCKS_HUGE, -1)
+    change(m.stats, GAUGE_BLOCKS_PARTLY, 1)
+    charge_one(m, EVENT_FOLIO_SPLIT)
     return np.int64(0)
 
 
@@ -304,7 +301,7 @@ def gate_block(m, node, block, first, start, end):
     """
     ram = m.ram
     if m.state[block + B_STATE] == BLOCK_HUGE:
-        charge_one(m, FOLIO_GATE_CHECKED)
+        charge_one(m, EVENT_FOLIO_GATE_CHECKED)
         return NONE if reference_count(ram, struct_page(m, m.state[block + B_PFN])) == BLOCK_PAGES else first
     index = max(start, first)
     stop = min(end, first + BLOCK_PAGES)
@@ -322,7 +319,7 @@ def gate_block(m, node, block, first, start, end):
             if ram[struct_page(m, head + inside) + COUNTS] != ONE_CACHED:
                 failing = index
             index += U1
-    charge(m, FOLIO_GATE_CHECKED, checked)
+    charge(m, EVENT_FOLIO_GATE_CHECKED, checked)
     return failing
 
 
@@ -337,7 +334,7 @@ def is_idle(m, block):
         else:
             for base in range(U0, PAGES, U64):
                 page = struct_page(m, head + base)
-                for at in range(page, page + PAGES, U(8)):
+                for at in range(page, page + PAGES, U8):
                     different |= m.ram[at + COUNTS] ^ ONE_CACHED
     return different == U0
 
@@ -380,11 +377,46 @@ def merge_pieces(m, node, block, first, start, end):
     for index in range(first, first + BLOCK_PAGES, PAGES):
         if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
             if merge_piece(m, node, block, index, True) != 0:
-                charge_one(m, FREEZE_SPIN)
+                charge_one(m, EVENT_FREEZE_SPIN)
     if shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0 and not any_piece_split(m, block):
         merge_whole(m, node, block, first, True, False)
     if m.state[block + B_STATE] == BLOCK_PARTLY:
         note_waiting(m, node, block, first, start, end)
+
+
+@outlined
+def merge_touched(m, node, block, first, start, end):
+    """merge_pieces() after pages [start, end) of the block, and no others, became private.
+
+    Unless the block waits no piece elsewhere can be merged: it waits as long as one can.
+    """
+    if m.state[block + B_WAITS] != U0:
+        merge_pieces(m, node, block, first, start, end)
+        return
+    stays = False
+    for index in range(start & ~(PAGES - U1), end, PAGES):
+        if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
+            if merge_piece(m, node, block, index, True) != 0:
+                charge_one(m, EVENT_FREEZE_SPIN)
+                stays = True
+    private = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    if private and not any_piece_split(m, block):
+        merge_whole(m, node, block, first, True, False)
+    if m.state[block + B_STATE] == BLOCK_PARTLY and (stays or private):
+        start_waiting(m, block)
+
+
+@outlined
+def note_touched(m, node, block, first, start, end):
+    """note_waiting() after pages [start, end) of the block, and no others, became private."""
+    waits = m.state[block + B_WAITS] != U0 or shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    index = start & ~(PAGES - U1)
+    while index < end and not waits:
+        split = is_piece_split(m, block, index) != U0
+        waits = split and shared_besides(m, node, index, PAGES, start, end) == U0
+        index += PAGES
+    if waits:
+        start_waiting(m, block)
 
 
 @outlined
@@ -431,7 +463,7 @@ def join_zeroed(m, node, head, first):
         for piece in range(head, head + BLOCK_PAGES, PAGES):
             if m.ram[struct_page(m, piece) + FLAGS] & PG_UPTODATE == U0:
                 zero_contents(m, piece, PAGES)
-        charge(m, FOLIO_ZEROED_PAGES, np.int64((PIECES - uptodate) << U9))
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64((PIECES - uptodate) << U9))
         uptodate = PIECES
     return U1 if uptodate == PIECES else U0
 
@@ -444,11 +476,11 @@ def clean_heads(m, head):
         page = struct_page(m, piece)
         for _ in range(OWN_WORDS):
             ram[page + FLAGS] &= ~PAGE_FLAGS
-            ram[page + U(2)] = U0
+            ram[page + U2] = U0
             ram[page + INDEX] = U0
             ram[page + COUNTS] = NO_MAPCOUNT
             ram[page + MEMCG] = U0
-            page += U(8)
+            page += U8
 
 
 @outlined
@@ -456,8 +488,8 @@ def fold_directory(m, slot, entry, first):
     """Redirect the entries of a vmemmap table from slot `first` on to the shared page: how many pages were given up."""
     freed = np.int64(0)
     for at in range(slot + first, slot + U512):
-        if m.ram[at] & _WRITE != U0:
-            give_up(m, (m.ram[at] & _ADDRESS) >> U12, False)
+        if m.ram[at] & PTE_WRITE != U0:
+            give_up(m, (m.ram[at] & PTE_ADDRESS) >> U12, False)
             freed += 1
         m.ram[at] = entry
     return freed
@@ -472,19 +504,19 @@ def shared_tails(m, head):
     """
     start = vmemmap_address(m.state, head)
     if m.state[R_MASK_TAILS] == U0:
-        return (m.ram[vmemmap_pte(m, start)] & _ADDRESS) >> U12
+        return (m.ram[vmemmap_pte(m, start)] & PTE_ADDRESS) >> U12
     node = node_of(m.state, head)
     word = hstate_node(hstate_of_order(WHOLE), node) + H_NODE_TAIL_PAGE
     frame = m.state[word]
     if frame == U0:
         piece = head + PAGES
-        while m.ram[vmemmap_directory(m, vmemmap_address(m.state, piece))] & _LARGE != U0:
+        while m.ram[vmemmap_directory(m, vmemmap_address(m.state, piece))] & PTE_LARGE != U0:
             piece += PAGES
         slot = vmemmap_pte(m, vmemmap_address(m.state, piece))
-        frame = (m.ram[slot] & _ADDRESS) >> U12
-        m.ram[slot] &= ~_WRITE
+        frame = (m.ram[slot] & PTE_ADDRESS) >> U12
+        m.ram[slot] &= ~PTE_WRITE
         forget_vmemmap_page(m, frame)
-        change(m.stats, MEMMAP_PAGES, -1)  # counted with the shared pages from now on
+        change(m.stats, GAUGE_MEMMAP_PAGES, -1)  # counted with the shared pages from now on
         fill_tail_page(m, frame, WHOLE, node)
         m.state[word] = frame
     return frame
@@ -501,17 +533,17 @@ def fold_vmemmap(m, head):
     start = vmemmap_address(state, head)
     entry = shared_tails(m, head) << U12 | state[R_VMEMMAP_READ_ONLY]
     freed = np.int64(0)
-    for leaves in range(U(2)):
+    for leaves in range(U2):
         for i in range(BLOCK_PAGES >> U(15)):
             address = start + (i << U21)
-            large = m.ram[vmemmap_directory(m, address)] & _LARGE != U0
+            large = m.ram[vmemmap_directory(m, address)] & PTE_LARGE != U0
             if large == (leaves == U1):
                 split_directory(m, address, True)
                 freed += fold_directory(m, vmemmap_pte(m, address), entry, U1 if i == U0 else U0)
     m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_VMEMMAP_OPTIMIZED
-    change(m.stats, VMEMMAP_PAGES, -freed)
-    change(m.stats, MEMMAP_PAGES, -freed)
-    charge(m, VMEMMAP_PAGE_FREED, freed)
+    change(m.stats, GAUGE_VMEMMAP_PAGES, -freed)
+    change(m.stats, GAUGE_MEMMAP_PAGES, -freed)
+    charge(m, EVENT_VMEMMAP_PAGE_FREED, freed)
     flush_kernel_range(m, vmemmap_pages(WHOLE))
 
 
@@ -536,8 +568,8 @@ def whole_folio(m, head, folded, index, uptodate):
     ram[first + INDEX] = index
     ram[first + PRIVATE] = private
     ram[first + COUNTS] = PGTY_HUGETLB | BLOCK_PAGES << U32
-    charge(m, STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
-    charge(m, STRUCT_PAGE_BYTES, 24 * (np.int64(pages) - 1))
+    charge(m, EVENT_STRUCT_PAGE_WRITTEN, np.int64(pages) - 1)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 24 * (np.int64(pages) - 1))
 
 
 @outlined
@@ -548,9 +580,9 @@ def merge_whole(m, node, block, first, keep, must):
     """
     head = m.state[block + B_PFN]
     if any_piece_split(m, block) or not is_idle(m, block):
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
-    charge(m, FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
+    charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
     folded = frames_left(m) < missing_of_pieces(m, head)
     if folded and not must:
         return NO_MEMORY
@@ -560,20 +592,20 @@ def merge_whole(m, node, block, first, keep, must):
     else:
         restore_batch(m, head, head + BLOCK_PAGES)
     if m.ram[struct_page(m, head) + MAPPING] != U0:
-        rfc2 = m.state[R_SERIES] == SERIES_RFC2
-        charge(m, PAGE_CACHE_STORED, np.int64(PIECES) + 1 if rfc2 else np.int64(1))
+        rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
+        charge(m, EVENT_PAGE_CACHE_STORED, np.int64(PIECES) + 1 if rfc2 else np.int64(1))
         put_nodes(m, NODES)
     whole_folio(m, head, folded, first, uptodate)
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
     optimize(m, head, WHOLE)
     join_list(m, head, WHOLE)
     own_merged(m, block, struct_page(m, head))
     m.state[block + B_STATE] = BLOCK_HUGE
     stop_waiting(m, block)
-    change(m.stats, BLOCKS_PARTLY, -1)
-    change(m.stats, BLOCKS_HUGE, 1)
-    charge_one(m, FOLIO_MERGED)
+    change(m.stats, GAUGE_BLOCKS_PARTLY, -1)
+    change(m.stats, GAUGE_BLOCKS_HUGE, 1)
+    charge_one(m, EVENT_FOLIO_MERGED)
     return np.int64(0)
 
 
@@ -587,7 +619,7 @@ def dissolve_block(m, node, block, first):
     Its pages are mapped by nobody. -EAGAIN, with nothing changed: somebody holds a folio. It needs no memory.
     """
     if not is_idle(m, block):
-        charge_one(m, FREEZE_SPIN)
+        charge_one(m, EVENT_FREEZE_SPIN)
         return np.int64(-EAGAIN)
     for index in range(first, first + BLOCK_PAGES, PAGES):
         if is_piece_split(m, block, index) != U0:
@@ -611,7 +643,7 @@ def abandon_piece(m, page):
     ram = m.ram
     ram[page + MAPPING] = U0
     ram[page + COUNTS] -= PAGES << U32
-    if m.state[R_SERIES] == SERIES_RFC2:
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         ram[page + FLAGS] &= ~PG_UPTODATE
     return reference_count(ram, page) != U0
 
@@ -634,14 +666,14 @@ def make_zombie(m, block):
             continue
         stored += 511
         for pfn in range(head, head + PAGES):
-            held += U1 if abandon(m.ram, struct_page(m, pfn), U1, state[R_SERIES]) else U0
+            held += U1 if abandon(m.ram, struct_page(m, pfn), U1, state[R_SPLIT_FORM]) else U0
     stop_waiting(m, block)
     state[block + B_STATE] = BLOCK_ZOMBIE
     state[block + B_OUTSTANDING] = held
     state[block + B_PENDING] = BLOCK_PAGES - held
-    change(m.stats, BLOCKS_PARTLY, -1)
-    change(m.stats, BLOCKS_ZOMBIE, 1)
-    charge(m, PAGE_CACHE_STORED, stored)
+    change(m.stats, GAUGE_BLOCKS_PARTLY, -1)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
+    charge(m, EVENT_PAGE_CACHE_STORED, stored)
 
 
 @outlined
@@ -655,8 +687,8 @@ def revive_block(m, block):
         for pfn in range(head, head + PAGES):
             m.ram[struct_page(m, pfn) + COUNTS] = ONE_CACHED
     m.state[block + B_STATE] = BLOCK_PARTLY
-    change(m.stats, BLOCKS_ZOMBIE, -1)
-    change(m.stats, BLOCKS_PARTLY, 1)
-    charge_one(m, DEFERRED_MERGE)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
+    change(m.stats, GAUGE_BLOCKS_PARTLY, 1)
+    charge_one(m, EVENT_DEFERRED_MERGE)
     dissolve_block(m, U0, block, U0)  # of no inode: what is zeroed is not asked
     free_block(m, block)

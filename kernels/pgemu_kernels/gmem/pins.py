@@ -10,16 +10,17 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
-from pgemu_kernels.engine.charge import PAGE_PINNED, PAGES_PINNED, change, charge_one
+from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
 from pgemu_kernels.folios.folio import add_references, reference_count, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
-from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.faults import host_fault_page
 from pgemu_kernels.gmem.references import drop
 from pgemu_kernels.tables.walker import find_leaf, host_format
+from pgemu_kernels.words.enum_words import EVENT_PAGE_PINNED, FLAG_WRITE, GAUGE_PAGES_PINNED
 from pgemu_kernels.words.operations import (
     EAGAIN,
     EEXIST,
@@ -32,7 +33,6 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
-    Flag,
 )
 from pgemu_kernels.words.registers import R_PINS
 from pgemu_kernels.words.rows import (
@@ -61,8 +61,6 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 _WORDS = U(PIN_WORDS)
-_WRITE = U(Flag.WRITE)
-_ADDRESS = U(ADDRESS)
 
 
 @kernel
@@ -110,7 +108,7 @@ def fault_error(status):
 def mapped_frame(m, space, address):
     """The frame that a process maps at an address, or NONE."""
     slot, _ = find_leaf(m, host_format(m), space_root(m.state, space), address >> U12)
-    return NONE if slot == NONE else (m.ram[slot] & _ADDRESS) >> U12
+    return NONE if slot == NONE else (m.ram[slot] & PTE_ADDRESS) >> U12
 
 
 @outlined
@@ -122,7 +120,7 @@ def pin_page(m, op, row, index):
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS] + (index << U12)
-    write = state[op + O_FLAGS] & _WRITE != U0
+    write = state[op + O_FLAGS] & FLAG_WRITE != U0
     status = check_vma(m, find_vma(state, space, address), write)
     if status != 0:
         return status
@@ -135,8 +133,8 @@ def pin_page(m, op, row, index):
     if cache_store(m, row + PIN_FRAMES, index, pfn) != 0:
         return np.int64(-ENOMEM)
     add_references(m.ram, struct_page(m, pfn), GUP_PIN_COUNTING_BIAS)
-    charge_one(m, PAGE_PINNED)
-    change(m.stats, PAGES_PINNED, 1)
+    charge_one(m, EVENT_PAGE_PINNED)
+    change(m.stats, GAUGE_PAGES_PINNED, 1)
     return np.int64(0)
 
 
@@ -195,8 +193,8 @@ def operate_unpin(m, op):
     for index in range(pages):
         pfn = cache_find(m, state[row + PIN_FRAMES], index)
         cache_store(m, row + PIN_FRAMES, index, U0)
-        charge_one(m, PAGE_PINNED)
-        change(m.stats, PAGES_PINNED, -1)
+        charge_one(m, EVENT_PAGE_PINNED)
+        change(m.stats, GAUGE_PAGES_PINNED, -1)
         drop(m, pfn, GUP_PIN_COUNTING_BIAS)
     for word in range(row, row + _WORDS):
         state[word] = U0

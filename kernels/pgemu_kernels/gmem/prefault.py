@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, pages_of
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.rows import find_memslot, stop, vm_row
-from pgemu_kernels.gmem.allocation import allocate
-from pgemu_kernels.gmem.faults import enter_fault, guest_page, guest_map, is_released
+from pgemu_kernels.gmem.allocation import has_folio
+from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
 from pgemu_kernels.kvm.fault import prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
@@ -35,8 +36,6 @@ from pgemu_kernels.words.rows import (
 )
 from pgemu_kernels.words.table_words import F_ACCESSED
 
-U = np.uint64
-
 
 @kernel
 def prefault_begin(m, op):
@@ -50,7 +49,7 @@ def prefault_begin(m, op):
         return stop(state, op, -EOPNOTSUPP)
     if is_released(m, slot):
         return stop(state, op, -EFAULT)
-    return enter_fault(m, op, slot, gfn)
+    return enter_fault(m, op, slot, gfn, False)
 
 
 @outlined
@@ -60,8 +59,11 @@ def prefault_page(m, op):
     mmu.c:kvm_tdp_map_page(). A new leaf is not marked as accessed: spte.c:make_spte() with prefetch.
     """
     state = m.state
-    if prefault_begin(m, op) == GO and allocate(m, op) == GO and guest_page(m, op) == GO:
-        guest_map(m, op)
+    if prefault_begin(m, op) == GO:
+        if has_folio(m, op):
+            guest_end(m, op)
+        else:
+            guest_allocates(m, op)
         if np.int64(state[op + O_STATUS]) == RET_PF_FIXED:
             f = stage2_format(m)
             root = state[vm_row(state[op + O_VM]) + V_ROOT]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U9, U12, U18, U32, U511, U512
-from pgemu_kernels.engine.charge import BLOCKS_ZOMBIE, change
+from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
@@ -26,6 +26,7 @@ from pgemu_kernels.folios.hugetlb import mapping_address, return_to_pool, subpoo
 from pgemu_kernels.folios.page_allocator import is_noted_split
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.workers import note_return
+from pgemu_kernels.words.enum_words import GAUGE_BLOCKS_ZOMBIE
 from pgemu_kernels.words.operations import EBADF, ENOENT
 from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
@@ -207,12 +208,12 @@ def last_reference(m, head, page):
     """
     large = m.ram[page + FLAGS] & PG_HEAD != U0
     if m.state[R_ORDER] == U0 or (large and not has_pieces(m.state)):
-        change(m.stats, BLOCKS_ZOMBIE, -1)
+        change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return
     block = zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER])
     if block == NONE:  # 1G, split to 2M nowhere
-        change(m.stats, BLOCKS_ZOMBIE, -1)
+        change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
         return_to_pool(m, head)
         return
     pages = U1

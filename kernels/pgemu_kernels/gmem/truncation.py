@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import PAGE_ZEROED, charge
+from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.handle import full_only, parameter
@@ -38,7 +38,8 @@ from pgemu_kernels.stage2.invalidate import (
     zap_range,
     zap_slot,
 )
-from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL, Defect
+from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
+from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
     R_FULL,
@@ -47,7 +48,7 @@ from pgemu_kernels.words.registers import (
     R_MEMSLOTS,
     R_ORDER,
     R_PUNCH_REFUSES,
-    R_SERIES,
+    R_SPLIT_FORM,
 )
 from pgemu_kernels.words.rows import (
     B_OUTSTANDING,
@@ -77,12 +78,9 @@ from pgemu_kernels.words.rows import (
     O_VM,
     P_LIVE,
     RELEASED_PGOFF,
-    SERIES_RFC2,
     SLOT_RELEASED,
+    SPLIT_FORM_RFC2,
 )
-
-U = np.uint64
-_KEEPS_ENTRIES = U(Defect.PUNCH_KEEPS_ENTRIES)
 
 # What a machine may have otherwise, and what it is by default.
 punch_refuses = parameter(R_PUNCH_REFUSES, U0)
@@ -154,14 +152,14 @@ def truncate_block(m, inode, index):
 def evict_block(m, inode, index):
     """Inode eviction: whole folios are truncated, split blocks merged first where nobody holds a piece.
 
-    Series rfc2 merges nothing here: every piece is truncated by itself and the worker merges the block afterwards. A
+    Form rfc2 merges nothing here: every piece is truncated by itself and the worker merges the block afterwards. A
     piece that somebody still holds keeps its whole block from the pool until the last `put`: the
     zombie state of the posted series (page type PGTY_guestmem_hugetlb, nr_pages_waiting_to_be_merged).
     """
     node = inode_row(inode)
     block = block_row(m, node, index)
     kind = m.state[block + B_STATE]
-    if is_in_parts(kind) and (m.state[R_SERIES] == SERIES_RFC2 or make_whole(m, node, block, index) != 0):
+    if is_in_parts(kind) and (m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2 or make_whole(m, node, block, index) != 0):
         if kind == BLOCK_PARTLY:
             make_zombie_of_pieces(m, block)
         else:
@@ -196,7 +194,7 @@ def zero_part(m, node, index, pages):
     if m.state[block + B_STATE] != BLOCK_ABSENT:
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
-        charge(m, PAGE_ZEROED, np.int64(pages))
+        charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
 
 
 @step
@@ -240,7 +238,7 @@ def punch(m, op):
         return stop(state, op, 0)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    if holes_unmap(m) and defects(m) & _KEEPS_ENTRIES == U0:
+    if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
         unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
     zap_range(m, inode, start, end)

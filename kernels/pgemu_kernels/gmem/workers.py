@@ -8,10 +8,8 @@ for the next conversion. Gauge WORK_PENDING counts both.
 
 from __future__ import annotations
 
-import numpy as np
-
 from pgemu_kernels.engine.bits import U0, U1, U2, U6
-from pgemu_kernels.engine.charge import FREEZE_SPIN, WORK_DONE, WORK_PENDING, change, charge_one
+from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
@@ -19,6 +17,7 @@ from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.splitting import merge_block, revive
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem import pieces
+from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN, EVENT_WORK_DONE, GAUGE_WORK_PENDING
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_INODES, R_MERGE_LAZY, R_ORDER, R_WORK_QUEUED
 from pgemu_kernels.words.rows import (
@@ -37,9 +36,6 @@ from pgemu_kernels.words.rows import (
     O_DETAIL,
 )
 
-U = np.uint64
-
-
 # --------------------------------------------------------------------------- the list
 
 
@@ -47,7 +43,7 @@ U = np.uint64
 def note_return(m, block):
     """Nobody holds a piece of a zombie block any more: for the worker, now or when it runs."""
     if m.state[R_WORK_QUEUED] != U0:
-        change(m.stats, WORK_PENDING, 1)
+        change(m.stats, GAUGE_WORK_PENDING, 1)
     else:
         return_zombie(m, block)
 
@@ -86,7 +82,7 @@ def merge_waiting(m, node, first):
     elif kind == BLOCK_PARTLY:
         pieces.merge_pieces(m, node, block, first, first, first)
         done = state[block + B_WAITS] == U0
-    charge_one(m, WORK_DONE if done else FREEZE_SPIN)
+    charge_one(m, EVENT_WORK_DONE if done else EVENT_FREEZE_SPIN)
     return done
 
 
@@ -100,7 +96,7 @@ def work_on_inode(m, node, zombies, waiting):
         block = block_row(m, node, first)
         if state[block + B_STATE] == BLOCK_ZOMBIE:
             if zombies and state[block + B_OUTSTANDING] == U0:
-                change(m.stats, WORK_PENDING, -1)
+                change(m.stats, GAUGE_WORK_PENDING, -1)
                 return_zombie(m, block)
                 done += U1
         elif waiting and merge_waiting(m, node, first):
@@ -117,7 +113,7 @@ def operate_work(m, op):
     """
     state = m.state
     done = U0
-    if m.stats[STATS_GAUGES + WORK_PENDING * U2] != 0:
+    if m.stats[STATS_GAUGES + GAUGE_WORK_PENDING * U2] != 0:
         for inode in range(state[R_INODES]):
             node = inode_row(inode)
             if state[node + I_KIND] == INODE_GUEST_MEMFD:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U63, pages_of
-from pgemu_kernels.engine.charge import FOLIO_ZEROED_PAGES, PAGE_ZEROED, charge, charge_one
-from pgemu_kernels.engine.compile import outlined, step
+from pgemu_kernels.engine.bits import U0, U1, U6, U63
+from pgemu_kernels.engine.charge import charge, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
+from pgemu_kernels.words.enum_words import EVENT_FOLIO_ZEROED_PAGES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.registers import R_ORDER, R_ZERO_PAGE
 from pgemu_kernels.words.rows import I_ZEROED
-
-U = np.uint64
 
 
 @outlined
@@ -28,10 +28,28 @@ def zero_pages(m, word, first, last, pfn):
             zeroed += 1
             zero_contents(m, pfn + index - first, U1)
     if zeroed != 0:
-        charge(m, PAGE_ZEROED, zeroed)
+        charge(m, EVENT_PAGE_ZEROED, zeroed)
 
 
-@step
+@outlined
+def zero_now(m, node, index, pfn, level, order, page):
+    """zero_folio() of a folio, with its struct page at `page`, that is not up to date."""
+    inside = (U1 << order) - U1
+    if inside == U0:
+        m.ram[page + FLAGS] |= PG_UPTODATE
+        charge_one(m, EVENT_PAGE_ZEROED)
+        zero_contents(m, pfn, U1)
+    elif m.state[R_ZERO_PAGE] == U0:
+        m.ram[page + FLAGS] |= PG_UPTODATE
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(inside + U1))
+        zero_contents(m, pfn & ~inside, inside + U1)
+    else:
+        shown = pages_of(level) - U1
+        first = index & ~shown
+        zero_pages(m, m.state[node + I_ZEROED], first, first + shown + U1, pfn & ~shown)
+
+
+@kernel
 def zero_folio(m, node, index, pfn, level, order):
     """Zero what an access to page `index` (frame `pfn`), in a folio of `order`, will show through a leaf of `level`.
 
@@ -39,24 +57,9 @@ def zero_folio(m, node, index, pfn, level, order):
     first use zeroes all of them. By page a bit per page is kept beside (inference: no posted code has it), and a huge
     leaf needs every page below it zeroed. Where the folio's struct page lies in `ram` is returned.
     """
-    state = m.state
-    inside = (U1 << order) - U1
-    page = struct_page(m, pfn & ~inside)
-    flags = m.ram[page + FLAGS]
-    if flags & PG_UPTODATE != U0:
-        return page
-    if inside == U0:
-        m.ram[page + FLAGS] = flags | PG_UPTODATE
-        charge_one(m, PAGE_ZEROED)
-        zero_contents(m, pfn, U1)
-    elif state[R_ZERO_PAGE] == U0:
-        m.ram[page + FLAGS] = flags | PG_UPTODATE
-        charge(m, FOLIO_ZEROED_PAGES, np.int64(inside + U1))
-        zero_contents(m, pfn & ~inside, inside + U1)
-    else:
-        shown = pages_of(level) - U1
-        first = index & ~shown
-        zero_pages(m, state[node + I_ZEROED], first, first + shown + U1, pfn & ~shown)
+    page = struct_page(m, pfn & ~((U1 << order) - U1))
+    if m.ram[page + FLAGS] & PG_UPTODATE == U0:
+        zero_now(m, node, index, pfn, level, order, page)
     return page
 
 

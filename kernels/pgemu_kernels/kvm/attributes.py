@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095, pages_of
-from pgemu_kernels.engine.charge import ATTRIBUTES_STORED, charge_one
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
-from pgemu_kernels.engine.rows import memslot_row, vm_row
+from pgemu_kernels.engine.geometry import pages_of
+from pgemu_kernels.engine.rows import first_slot, vm_row
 from pgemu_kernels.engine.shareability import bits_between
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
-from pgemu_kernels.words.registers import R_MEMSLOTS
+from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, FLAG_PRIVATE, FLAG_SHARED
+from pgemu_kernels.words.operations import EINVAL, ENOMEM
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
+    M_NEXT,
     M_PAGES,
-    M_VM,
     O_ADDRESS,
     O_FLAGS,
     O_LENGTH,
@@ -32,8 +33,6 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 _GUEST_ADDRESSES = U(1 << 48)  # what four levels of stage 2 reach
-PRIVATE = U(Flag.PRIVATE)
-SHARED = U(Flag.SHARED)
 _MOST_NODES = U(8)  # nodes that one store may need beside the lowest one
 
 
@@ -100,13 +99,13 @@ def drop_range(m, vm, gfn, end):
     """Drop the leaves of every slot over guest frames [gfn, end) of a VM, and flush it if there were any."""
     state = m.state
     dropped = np.int64(0)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_VM] == vm:
-            first = max(gfn, state[slot + M_BASE_GFN])
-            last = min(end, state[slot + M_BASE_GFN] + state[slot + M_PAGES])
-            if first < last:
-                dropped += zap_slot(m, slot, first, last)
+    slot = first_slot(state, vm)
+    while slot != U0:
+        first = max(gfn, state[slot + M_BASE_GFN])
+        last = min(end, state[slot + M_BASE_GFN] + state[slot + M_PAGES])
+        if first < last:
+            dropped += zap_slot(m, slot, first, last)
+        slot = state[slot + M_NEXT]
     state[vm_row(vm) + V_SEQUENCE] += U1
     if dropped != 0:
         flush_vms(m)
@@ -124,9 +123,9 @@ def set_attributes(m, op):
     row = vm_row(vm)
     address = state[op + O_ADDRESS]
     length = state[op + O_LENGTH]
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
-    private = kind == PRIVATE
-    if kind == U0 or kind == PRIVATE | SHARED or (private and state[row + V_PROTECTED] == U0):
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
+    private = kind == FLAG_PRIVATE
+    if kind == U0 or kind == FLAG_PRIVATE | FLAG_SHARED or (private and state[row + V_PROTECTED] == U0):
         return np.int64(-EINVAL)
     if length == U0 or address + length < address or (address | length) & U4095 != U0:
         return np.int64(-EINVAL)
@@ -140,5 +139,5 @@ def set_attributes(m, op):
         return np.int64(-ENOMEM)
     drop_range(m, vm, gfn, end)
     store_range(m, row, gfn, end, private)
-    charge_one(m, ATTRIBUTES_STORED)
+    charge_one(m, EVENT_ATTRIBUTES_STORED)
     return np.int64(0)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, U511, pages_of, population
-from pgemu_kernels.engine.charge import TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, population
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import memslot_row, space_root, vm_row
+from pgemu_kernels.engine.geometry import index_at, pages_of
+from pgemu_kernels.engine.rows import first_slot, space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_free, cache_next, cache_store
 from pgemu_kernels.kvm.attributes import is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
 from pgemu_kernels.stage2.entries import is_table
 from pgemu_kernels.stage2.tdp_mmu import collapse, split_range, write_protect_page, write_protect_range
 from pgemu_kernels.tables.walker import find_leaf, host_format, is_present, stage2_format, table_of
+from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_VM
 from pgemu_kernels.words.operations import EINVAL, ENOENT
-from pgemu_kernels.words.registers import R_MEMSLOTS
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_DIRTY,
@@ -26,7 +27,7 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_ID,
     M_KIND,
-    M_LIVE,
+    M_NEXT,
     M_PAGES,
     M_VM,
     O_DETAIL,
@@ -46,11 +47,11 @@ U = np.uint64
 @kernel
 def find_slot_id(state, vm, number):
     """The row of a VM's slot by userspace's number, or NONE."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_KIND] == SLOT_USER:
-            if state[slot + M_ID] == number:
-                return slot
+    slot = first_slot(state, vm)
+    while slot != U0:
+        if state[slot + M_KIND] == SLOT_USER and state[slot + M_ID] == number:
+            return slot
+        slot = state[slot + M_NEXT]
     return NONE
 
 
@@ -73,7 +74,7 @@ def recover_huge_pages(m, slot):
         gone = np.int64(0)
         if is_present(state, f, entry):
             while level > U1:
-                spte = table_of(state, f, entry) + (gfn >> (U9 * (level - U1)) & U511)
+                spte = table_of(state, f, entry) + index_at(gfn, level)
                 entry = m.ram[spte]
                 if not is_table(state, f, entry, level):
                     break
@@ -120,7 +121,7 @@ def apply_flags(m, slot, flags):
     if flags & SLOT_LOG_DIRTY_PAGES != U0:
         split_range(m, root, gfn, end)  # without memory the rest stays large, and write-protected
         write_protect_range(m, root, gfn, end)
-        charge_one(m, TLB_FLUSH_VM)  # whether anything changed or not
+        charge_one(m, EVENT_TLB_FLUSH_VM)  # whether anything changed or not
     else:
         recover_huge_pages(m, slot)
 
@@ -150,5 +151,5 @@ def get_dirty_log(m, op):
         cache_store(m, slot + M_DIRTY, index, U0)
         index = cache_next(m, state[slot + M_DIRTY], index + U1)
     if state[op + O_DETAIL] != U0:
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
     return np.int64(0)

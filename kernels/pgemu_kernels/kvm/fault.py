@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, pages_of
-from pgemu_kernels.engine.charge import GUEST_FAULT, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, U4095
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
     find_memslot,
@@ -21,22 +22,16 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
-from pgemu_kernels.kvm.attributes import PRIVATE, SHARED, is_mixed, is_private
+from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
-from pgemu_kernels.stage2.entries import (
-    EXEC,
-    LARGEST,
-    WRITE,
-    is_access_allowed,
-    last_spte,
-    make_mmio_spte,
-    nx_huge_pages,
-)
+from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import map_leaf, map_mmio
+from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
 from pgemu_kernels.tables.walker import is_present, stage2_format
+from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
 from pgemu_kernels.words.operations import (
     EBADF,
     EFAULT,
@@ -60,6 +55,8 @@ from pgemu_kernels.words.rows import (
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
+    O_INDEX,
+    O_INODE,
     O_LENGTH,
     O_PFN,
     O_SEQUENCE,
@@ -194,10 +191,10 @@ def access_outside(m, op):
         return stop(state, op, -EBADF)
     row = vm_row(vm)
     load_root(state, row)
-    charge_one(m, GUEST_FAULT)
+    charge_one(m, EVENT_GUEST_FAULT)
     private = frame_is_private(m, row, gfn)
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
-    if kind != U0 and kind != (PRIVATE if private else SHARED):
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
+    if kind != U0 and kind != (FLAG_PRIVATE if private else FLAG_SHARED):
         return stop(state, op, -EFAULT)
     status, level = no_slot(m, row, gfn, private)
     state[op + O_DETAIL] = level
@@ -236,6 +233,7 @@ def install_stage2(m, op, level):
     status, level = map_leaf(m, state[vm_row(vm) + V_ROOT], gfn, level, state[op + O_PFN], True, U0, False, False)
     if status > 0:
         state[op + O_DETAIL] = level
+        note_leaf(state, inode_row(state[op + O_INODE]), state[op + O_INDEX], level, vm)
     return stop(state, op, status)
 
 
@@ -257,14 +255,14 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
         return np.int64(RET_PF_RETRY), U0
-    write = access & WRITE != U0
+    write = access & FLAG_WRITE != U0
     status, pfn, host_level, writable = find_pfn(m, row, slot, gfn, write, private)
     if status != 0:
         return status, U0
     if retry_fault(state, vm, gfn, sequence):
         return np.int64(RET_PF_RETRY), U0
     logged = state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0
-    fetched = access & EXEC != U0 and nx_huge_pages(state, stage2_format(m))
+    fetched = access & FLAG_EXEC != U0 and nx_huge_pages(state, stage2_format(m))
     level = U1
     if host_level > U1 and not logged and not fetched:
         level = max_level(m, row, slot, gfn, host_level)
@@ -284,7 +282,7 @@ def fast_page_fault(m, f, vm, gfn, spte, level, access):
     """mmu.c:fast_page_fault() of a write to a leaf marked writable: RET_PF_FIXED, or 0 where the slow path follows."""
     state = m.state
     entry = m.ram[spte]
-    if access & WRITE == U0 or entry & state[f + F_MMU_WRITABLE] == U0:
+    if access & FLAG_WRITE == U0 or entry & state[f + F_MMU_WRITABLE] == U0:
         return np.int64(0)
     slot = find_memslot(state, vm, gfn)
     if slot == NONE or (level > U1 and state[slot + M_FLAGS] & SLOT_LOG_DIRTY_PAGES != U0):
@@ -307,12 +305,12 @@ def access_once(m, vm, gfn, access, private):
         if is_access_allowed(state, f, entry, access):
             set_accessed_dirty(m, f, spte, entry, access)
             return np.int64(RET_PF_SPURIOUS), level
-        charge_one(m, GUEST_FAULT)
+        charge_one(m, EVENT_GUEST_FAULT)
         status = fast_page_fault(m, f, vm, gfn, spte, level, access)
         if status != 0:
             return status, level
     else:
-        charge_one(m, GUEST_FAULT)  # a cached MMIO entry is out of date, as the slot came later
+        charge_one(m, EVENT_GUEST_FAULT)  # a cached MMIO entry is out of date, as the slot came later
     status, level = page_fault(m, vm, gfn, access, False, private)
     if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
         # The access runs again, and the processor marks the leaf.
@@ -335,12 +333,12 @@ def guest_access(m, op):
     if find_memslot(state, vm, gfn) == NONE:
         access_outside(m, op)
         return
-    access = state[op + O_FLAGS] & (WRITE | EXEC)
+    access = state[op + O_FLAGS] & (FLAG_WRITE | FLAG_EXEC)
     private = is_private(m, row, gfn)
-    kind = state[op + O_FLAGS] & (PRIVATE | SHARED)
+    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
     load_root(state, row)
-    if kind != U0 and kind != (PRIVATE if private else SHARED):
-        charge_one(m, GUEST_FAULT)
+    if kind != U0 and kind != (FLAG_PRIVATE if private else FLAG_SHARED):
+        charge_one(m, EVENT_GUEST_FAULT)
         stop(state, op, -EFAULT)
         return
     status = np.int64(RET_PF_RETRY)
@@ -392,7 +390,7 @@ def prefault(m, op):
     state = m.state
     address = state[op + O_ADDRESS]
     length = state[op + O_LENGTH]
-    if (address | length) & U(4095) != U0 or address + length <= address:
+    if (address | length) & U4095 != U0 or address + length <= address:
         return np.int64(-EINVAL)
     load_root(state, vm_row(state[op + O_VM]))
     gfn = address >> U12

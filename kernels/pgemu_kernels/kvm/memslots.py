@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
-from pgemu_kernels.engine.charge import STAGE2_TABLES, TLB_FLUSH_VM, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
     find_memslot,
+    first_slot,
     free_row,
     inode_row,
     is_live_vm,
@@ -31,8 +32,15 @@ from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
 from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.tables.walker import free_table
-from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Flag
-from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.words.enum_words import (
+    EVENT_TLB_FLUSH_VM,
+    FLAG_LOG_DIRTY_PAGES,
+    FLAG_PRIVATE,
+    FLAG_READ_ONLY,
+    GAUGE_STAGE2_TABLES,
+)
+from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
+from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     I_FLAGS,
     I_KIND,
@@ -50,6 +58,7 @@ from pgemu_kernels.words.rows import (
     M_INODE,
     M_KIND,
     M_LIVE,
+    M_NEXT,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -61,6 +70,8 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    S_VMS,
+    S_WORDS,
     SLOT_GMEM_ONLY,
     SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
@@ -68,6 +79,7 @@ from pgemu_kernels.words.rows import (
     SLOT_LOG_DIRTY_PAGES,
     SLOT_READ_ONLY,
     SLOT_USER,
+    STATE_SPACES,
     V_ATTRIBUTES,
     V_BIND_INODE,
     V_BIND_OFFSET,
@@ -76,19 +88,18 @@ from pgemu_kernels.words.rows import (
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
+    V_SLOTS,
     V_SPACE,
     V_UNLOADED,
 )
 
 U = np.uint64
 _M_WORDS = U(M_WORDS)
+_S_WORDS = U(S_WORDS)
 _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 _USER_END = U((1 << 47) - 4096)
 _MOST_PAGES = U((1 << 31) - 1)  # KVM_MEM_MAX_NR_PAGES
 _GENERATIONS = U((1 << 19) - 1)  # MMIO_SPTE_GEN_MASK
-_READ_ONLY = U(Flag.READ_ONLY)
-_LOG_DIRTY = U(Flag.LOG_DIRTY_PAGES)
-_PRIVATE = U(Flag.PRIVATE)
 _NOTHING, _CREATE, _MOVE, _FLAGS_ONLY = 0, 1, 2, 3
 
 
@@ -104,7 +115,7 @@ def drop_tree(m, row):
     dropped = drop_stage2_tree(m, m.state[row + V_ROOT])
     m.state[row + V_UNLOADED] = U1
     if dropped != 0:
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
 
 
 @outlined
@@ -135,7 +146,7 @@ def drop_slot_leaves(m, slot):
         return
     base = state[slot + M_BASE_GFN]
     zap_slot(m, slot, base, base + state[slot + M_PAGES])
-    flush_vm(m, row)
+    flush_vm(m, state[slot + M_VM])
 
 
 @kernel
@@ -160,6 +171,10 @@ def delete_slot(m, slot):
     drop_slot_leaves(m, slot)
     next_generation(m, row)
     bitmap_freed(m, slot)
+    before = row + V_SLOTS
+    while state[before] != slot:
+        before = state[before] + M_NEXT
+    state[before] = state[slot + M_NEXT]
     clear_row(state, slot)
 
 
@@ -186,11 +201,11 @@ def check_addresses(state, op):
 @kernel
 def overlaps_other(state, vm, old, gfn, end):
     """kvm_main.c:kvm_check_memslot_overlap(): whether another slot of the VM has some of the guest frames."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and slot != old:
-            if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end:
-                return True
+    slot = first_slot(state, vm)
+    while slot != U0:
+        if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end and slot != old:
+            return True
+        slot = state[slot + M_NEXT]
     return False
 
 
@@ -239,7 +254,10 @@ def create_slot(m, op, kind, inode, offset):
     state[slot + M_INODE] = inode
     state[slot + M_PGOFF] = offset >> U12
     state[slot + M_LIVE] = U1
-    next_generation(m, vm_row(state[op + O_VM]))
+    row = vm_row(state[op + O_VM])
+    state[slot + M_NEXT] = state[row + V_SLOTS]
+    state[row + V_SLOTS] = slot
+    next_generation(m, row)
     return slot
 
 
@@ -339,10 +357,10 @@ def unbind(m, op):
 @kernel
 def slot_flags(flags):
     """Slot flags of an operation's flags."""
-    value = SLOT_LOG_DIRTY_PAGES if flags & _LOG_DIRTY != U0 else U0
-    if flags & _READ_ONLY != U0:
+    value = SLOT_LOG_DIRTY_PAGES if flags & FLAG_LOG_DIRTY_PAGES != U0 else U0
+    if flags & FLAG_READ_ONLY != U0:
         value |= SLOT_READ_ONLY
-    if flags & _PRIVATE != U0:
+    if flags & FLAG_PRIVATE != U0:
         value |= SLOT_HAS_GUEST_MEMFD
     return value
 
@@ -386,7 +404,7 @@ def check_change(state, op, old, change, inode, offset):
     gfn = state[op + O_ADDRESS] >> U12
     if overlaps_other(state, state[op + O_VM], old, gfn, gfn + (state[op + O_LENGTH] >> U12)):
         return np.int64(-EEXIST)
-    if change == _CREATE and state[op + O_FLAGS] & _PRIVATE != U0:
+    if change == _CREATE and state[op + O_FLAGS] & FLAG_PRIVATE != U0:
         status = check_binding(state, op, INODE_GUEST_MEMFD_4K, inode, offset)
         if status != 0:
             return status
@@ -461,13 +479,17 @@ def close_vm(m, op):
     vm = state[op + O_VM]
     row = vm_row(vm)
     drop_stage2_tree(m, state[row + V_ROOT])
-    free_table(m, state[row + V_ROOT] >> U12, STAGE2_TABLES)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm:
-            cache_free(m, slot + M_DIRTY)
-            clear_row(state, slot)
+    free_table(m, state[row + V_ROOT] >> U12, GAUGE_STAGE2_TABLES)
+    while state[row + V_SLOTS] != U0:
+        slot = state[row + V_SLOTS]
+        state[row + V_SLOTS] = state[slot + M_NEXT]
+        cache_free(m, slot + M_DIRTY)
+        clear_row(state, slot)
     cache_free(m, row + V_ATTRIBUTES)
+    space = state[row + V_SPACE]
+    if space < state[R_SPACES]:
+        state[STATE_SPACES + space * _S_WORDS + S_VMS] &= ~(U1 << vm)
+        state[R_MAPPINGS] += U1
     state[row + V_ROOT] = U0
     state[row + V_LIVE] = U0
     return np.int64(0)

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.charge import SYSCALL, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import is_live_vm, stop
 from pgemu_kernels.kvm.attributes import set_attributes
 from pgemu_kernels.kvm.dirty_log import get_dirty_log
 from pgemu_kernels.kvm.fault import guest_access, prefault
 from pgemu_kernels.kvm.memslots import bind, close_vm, set_memory_region, unbind
-from pgemu_kernels.words.operations import EBADF, EOPNOTSUPP, STOP, Operation
+from pgemu_kernels.words.enum_words import (
+    EVENT_SYSCALL,
+    OP_ATTRIBUTES,
+    OP_BIND,
+    OP_DIRTY_LOG,
+    OP_GUEST_FAULT,
+    OP_MEMSLOT,
+    OP_PREFAULT,
+    OP_UNBIND,
+    OP_VM_EXIT,
+)
+from pgemu_kernels.words.operations import EBADF, EOPNOTSUPP, STOP
 from pgemu_kernels.words.rows import O_OP, O_VM
-
-U = np.uint64
-_GUEST_FAULT = U(Operation.GUEST_FAULT)
-_BIND = U(Operation.BIND)
-_UNBIND = U(Operation.UNBIND)
-_MEMSLOT = U(Operation.MEMSLOT)
-_DIRTY_LOG = U(Operation.DIRTY_LOG)
-_ATTRIBUTES = U(Operation.ATTRIBUTES)
-_PREFAULT = U(Operation.PREFAULT)
-_VM_EXIT = U(Operation.VM_EXIT)
 
 
 @outlined
@@ -33,15 +34,15 @@ def operate(m, op):
     """Run one operation of a VM; -EBADF for one that is closed."""
     state = m.state
     kind = state[op + O_OP]
-    if kind != _GUEST_FAULT:
-        charge_one(m, SYSCALL)
+    if kind != OP_GUEST_FAULT:
+        charge_one(m, EVENT_SYSCALL)
     if not is_live_vm(state, state[op + O_VM]):
         return stop(state, op, np.int64(-EBADF))
-    if kind == _GUEST_FAULT:
+    if kind == OP_GUEST_FAULT:
         guest_access(m, op)
-    elif kind == _BIND:
+    elif kind == OP_BIND:
         bind(m, op)
-    elif kind == _UNBIND:
+    elif kind == OP_UNBIND:
         unbind(m, op)
     else:
         stop(state, op, numbered(m, op, kind))
@@ -52,14 +53,14 @@ def operate(m, op):
 def numbered(m, op, kind):
     """The operations that only such VMs have: their status."""
     status = np.int64(-EOPNOTSUPP)
-    if kind == _MEMSLOT:
+    if kind == OP_MEMSLOT:
         status = set_memory_region(m, op)
-    elif kind == _ATTRIBUTES:
+    elif kind == OP_ATTRIBUTES:
         status = set_attributes(m, op)
-    elif kind == _PREFAULT:
+    elif kind == OP_PREFAULT:
         status = prefault(m, op)
-    elif kind == _DIRTY_LOG:
+    elif kind == OP_DIRTY_LOG:
         status = get_dirty_log(m, op)
-    elif kind == _VM_EXIT:
+    elif kind == OP_VM_EXIT:
         status = close_vm(m, op)
     return status

@@ -5,33 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import (
-    ANONYMOUS_PAGES,
-    LEAF_WRITTEN,
-    PAGE_COPIED,
-    PAGE_ZEROED,
-    RMAP_CHANGED,
-    TLB_FLUSH_MM,
-    TLB_FLUSH_PAGE,
-    change,
-    charge_one,
-)
+from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
-from pgemu_kernels.process.entries import (
-    E_ACCESSED,
-    E_SPECIAL,
-    E_WRITE,
-    frame_of,
-    holds_page,
-    make_writable,
-    mark_dirty,
-    protection,
-)
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.process.entries import frame_of, holds_page, make_writable, mark_dirty, protection
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.tables.walker import count_host_leaf
+from pgemu_kernels.words.enum_words import (
+    EVENT_LEAF_WRITTEN,
+    EVENT_PAGE_COPIED,
+    EVENT_PAGE_ZEROED,
+    EVENT_RMAP_CHANGED,
+    EVENT_TLB_FLUSH_MM,
+    EVENT_TLB_FLUSH_PAGE,
+    GAUGE_ANONYMOUS_PAGES,
+)
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
 from pgemu_kernels.words.registers import R_ZERO_FRAME
 from pgemu_kernels.words.rows import A_PROT, A_SPACE, PAGE_CACHED, PAGE_EXCLUSIVE, PAGE_MAPPINGS, PROT_WRITE, S_RSS
@@ -44,7 +35,7 @@ def set_leaf(m, slot, entry):
     """set_pte_at() where nothing was."""
     m.ram[slot] = entry
     count_host_leaf(m, 1)
-    charge_one(m, LEAF_WRITTEN)
+    charge_one(m, EVENT_LEAF_WRITTEN)
 
 
 @kernel
@@ -53,7 +44,7 @@ def new_page(m):
     frame = take_frame(m)
     if frame != NONE:
         m.counts[frame] = np.uint32(PAGE_EXCLUSIVE | U1)
-        change(m.stats, ANONYMOUS_PAGES, 1)
+        change(m.stats, GAUGE_ANONYMOUS_PAGES, 1)
     return frame
 
 
@@ -63,10 +54,10 @@ def unmap_page(m, space, frame):
     word = U(m.counts[frame]) - U1
     m.counts[frame] = np.uint32(word)
     m.state[space_row(space) + S_RSS] -= U1
-    charge_one(m, RMAP_CHANGED)
+    charge_one(m, EVENT_RMAP_CHANGED)
     if word & (PAGE_MAPPINGS | PAGE_CACHED) == U0:
         put_frame(m, frame)
-        change(m.stats, ANONYMOUS_PAGES, -1)
+        change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
 
 
 @kernel
@@ -87,7 +78,7 @@ def _map_zero_page(m, row, slot):
     frame = zero_page(m)
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
-    set_leaf(m, slot, frame << U12 | protection(m.state, row) | E_SPECIAL)
+    set_leaf(m, slot, frame << U12 | protection(m.state, row) | PTE_SPECIAL)
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -100,8 +91,8 @@ def _fill_new_page(m, row, slot):
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
     fill_frame(m.ram, frame, U0)
-    charge_one(m, PAGE_ZEROED)
-    charge_one(m, RMAP_CHANGED)
+    charge_one(m, EVENT_PAGE_ZEROED)
+    charge_one(m, EVENT_RMAP_CHANGED)
     entry = frame << U12 | protection(state, row)
     if state[row + A_PROT] & PROT_WRITE != U0:
         entry = make_writable(mark_dirty(entry))
@@ -120,21 +111,21 @@ def _copy_on_write(m, row, address, slot):
     frame = new_page(m)
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
-    if old & E_SPECIAL != U0:
+    if old & PTE_SPECIAL != U0:
         fill_frame(m.ram, frame, U0)
-        charge_one(m, PAGE_ZEROED)
+        charge_one(m, EVENT_PAGE_ZEROED)
     else:
         copy_frame(m.ram, frame, frame_of(old))
-        charge_one(m, PAGE_COPIED)
+        charge_one(m, EVENT_PAGE_COPIED)
     notify_range(m, space, address, address + U(4096))
-    if old & E_SPECIAL == U0:
+    if old & PTE_SPECIAL == U0:
         unmap_page(m, space, frame_of(old))
     state[space_row(space) + S_RSS] += U1
     m.ram[slot] = make_writable(mark_dirty(frame << U12 | protection(state, row)))
-    charge_one(m, LEAF_WRITTEN)
-    charge_one(m, RMAP_CHANGED)
-    charge_one(m, TLB_FLUSH_MM)
-    charge_one(m, TLB_FLUSH_PAGE)
+    charge_one(m, EVENT_LEAF_WRITTEN)
+    charge_one(m, EVENT_RMAP_CHANGED)
+    charge_one(m, EVENT_TLB_FLUSH_MM)
+    charge_one(m, EVENT_TLB_FLUSH_PAGE)
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -142,13 +133,13 @@ def _copy_on_write(m, row, address, slot):
 def _write_protected(m, row, address, slot):
     """do_wp_page(): a page of this mapping alone is made writable, any other is copied."""
     entry = m.ram[slot]
-    if entry & E_SPECIAL == U0:
+    if entry & PTE_SPECIAL == U0:
         frame = frame_of(entry)
         word = U(m.counts[frame])
         if word & PAGE_EXCLUSIVE != U0 or word & (PAGE_MAPPINGS | PAGE_CACHED) == U1:
             m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
-            m.ram[slot] = make_writable(mark_dirty(entry | E_ACCESSED))
-            charge_one(m, LEAF_WRITTEN)
+            m.ram[slot] = make_writable(mark_dirty(entry | PTE_ACCESSED))
+            charge_one(m, EVENT_LEAF_WRITTEN)
             return np.int64(VM_FAULT_NOPAGE)
     return _copy_on_write(m, row, address, slot)
 
@@ -170,6 +161,6 @@ def anonymous_fault(m, row, address, write):
         return _fill_new_page(m, row, slot)
     if not holds_page(entry):
         return np.int64(VM_FAULT_SIGSEGV)
-    if write == U1 and entry & E_WRITE == U0:
+    if write == U1 and entry & PTE_WRITE == U0:
         return _write_protected(m, row, address, slot)
     return np.int64(VM_FAULT_NOPAGE)

@@ -14,28 +14,23 @@ from pgemu_kernels.formats.bits import (
     ADDRESS,
     DIRTY,
     GLOBAL,
-    LARGE,
-    NO_EXECUTE,
     PRESENT,
+    PTE_ADDRESS,
+    PTE_DIRTY,
+    PTE_LARGE,
+    PTE_NO_EXECUTE,
+    PTE_PRESENT,
+    PTE_PROTECTION_NONE,
+    PTE_SAVED_DIRTY,
+    PTE_SOFT_DIRTY,
+    PTE_WRITE,
     SOFT_DIRTY,
     SPECIAL,
     USER,
-    WRITE,
 )
 from pgemu_kernels.words.rows import A_CACHE_BITS, A_FLAGS, A_PROT, PROT_EXEC, PROT_WRITE, VM_SHARED
 
 U = np.uint64
-E_PRESENT = U(PRESENT)
-E_WRITE = U(WRITE)
-E_ACCESSED = U(ACCESSED)
-E_DIRTY = U(DIRTY)
-E_LARGE = U(LARGE)
-E_SPECIAL = U(SPECIAL)
-E_SOFT_DIRTY = U(SOFT_DIRTY)
-E_NO_EXECUTE = U(NO_EXECUTE)
-E_ADDRESS = U(ADDRESS)
-E_PROTNONE = U(GLOBAL)  # of an entry without bit 0: _PAGE_PROTNONE
-E_SAVED_DIRTY = U(1 << 58)  # _PAGE_SAVED_DIRTY: bit 6 of a page that may not be written (it would be a shadow stack's)
 GUARD = U(0xFFFF_FFFF_FFFF_F600)  # make_pte_marker(PTE_MARKER_GUARD), 6.13 and later, as captured
 _READABLE = U(PRESENT | USER | ACCESSED)
 _NONE = U(GLOBAL | ACCESSED)  # PAGE_NONE
@@ -46,25 +41,25 @@ _KEPT = U(ADDRESS | 1 << 3 | 1 << 4 | SPECIAL | ACCESSED | DIRTY | SOFT_DIRTY | 
 @kernel
 def is_table(entry):
     """Whether an entry above level 1 points to a table."""
-    return entry & (E_PRESENT | E_LARGE) == E_PRESENT
+    return entry & (PTE_PRESENT | PTE_LARGE) == PTE_PRESENT
 
 
 @kernel
 def is_protnone(entry):
-    return entry & (E_PRESENT | E_PROTNONE) == E_PROTNONE
+    return entry & (PTE_PRESENT | PTE_PROTECTION_NONE) == PTE_PROTECTION_NONE
 
 
 @kernel
 def holds_page(entry):
     """pte_present(): a page is mapped, be it without any access."""
-    return entry & E_PRESENT != U0 or (is_protnone(entry) and entry != GUARD)
+    return entry & PTE_PRESENT != U0 or (is_protnone(entry) and entry != GUARD)
 
 
 @kernel
 def frame_of(entry):
     """Frame number of an entry that holds a page."""
-    word = entry if entry & E_PRESENT != U0 else ~entry
-    return (word & E_ADDRESS) >> U12
+    word = entry if entry & PTE_PRESENT != U0 else ~entry
+    return (word & PTE_ADDRESS) >> U12
 
 
 @kernel
@@ -78,34 +73,34 @@ def protection(state, row):
         return _NONE | state[row + A_CACHE_BITS]
     bits = _READABLE | state[row + A_CACHE_BITS]
     if prot & PROT_WRITE != U0 and state[row + A_FLAGS] & VM_SHARED != U0:
-        bits |= E_WRITE
+        bits |= PTE_WRITE
     if prot & PROT_EXEC == U0:
-        bits |= E_NO_EXECUTE
+        bits |= PTE_NO_EXECUTE
     return bits
 
 
 @kernel
 def mark_dirty(entry):
     """pte_mkdirty(): bit 6, or the saved one where writing is not allowed; soft-dirty always."""
-    if entry & E_WRITE != U0:
-        return entry | E_DIRTY | E_SOFT_DIRTY
-    return entry | E_SAVED_DIRTY | E_SOFT_DIRTY
+    if entry & PTE_WRITE != U0:
+        return entry | PTE_DIRTY | PTE_SOFT_DIRTY
+    return entry | PTE_SAVED_DIRTY | PTE_SOFT_DIRTY
 
 
 @kernel
 def make_writable(entry):
     """pte_mkwrite(): the saved dirty bit becomes the real one."""
-    if entry & E_SAVED_DIRTY != U0:
-        entry = (entry & ~E_SAVED_DIRTY) | E_DIRTY
-    return entry | E_WRITE
+    if entry & PTE_SAVED_DIRTY != U0:
+        entry = (entry & ~PTE_SAVED_DIRTY) | PTE_DIRTY
+    return entry | PTE_WRITE
 
 
 @kernel
 def protect_from_writes(entry):
     """pte_wrprotect(): the dirty bit is saved in bit 58."""
-    if entry & E_DIRTY != U0:
-        entry = (entry & ~E_DIRTY) | E_SAVED_DIRTY
-    return entry & ~E_WRITE
+    if entry & PTE_DIRTY != U0:
+        entry = (entry & ~PTE_DIRTY) | PTE_SAVED_DIRTY
+    return entry & ~PTE_WRITE
 
 
 @kernel
@@ -113,18 +108,18 @@ def modify(entry, bits, large):
     """pte_modify(): other permissions for an entry that holds a page. `large`: bit 7 or 0."""
     value = (entry & _KEPT) | (bits & ~_KEPT) | large
     if is_protnone(entry) != is_protnone(value):
-        value ^= E_ADDRESS
-    if entry & E_WRITE != U0 and entry & E_PRESENT != U0:
-        if value & E_WRITE == U0 and value & E_DIRTY != U0:
-            return (value & ~E_DIRTY) | E_SAVED_DIRTY
-    elif value & E_WRITE != U0 and value & E_SAVED_DIRTY != U0:
-        return (value & ~E_SAVED_DIRTY) | E_DIRTY
+        value ^= PTE_ADDRESS
+    if entry & PTE_WRITE != U0 and entry & PTE_PRESENT != U0:
+        if value & PTE_WRITE == U0 and value & PTE_DIRTY != U0:
+            return (value & ~PTE_DIRTY) | PTE_SAVED_DIRTY
+    elif value & PTE_WRITE != U0 and value & PTE_SAVED_DIRTY != U0:
+        return (value & ~PTE_SAVED_DIRTY) | PTE_DIRTY
     return value
 
 
 @kernel
 def access_allowed(entry, write, execute):
     """Whether the processor lets a user access through; `write`, `execute` are uint64 0 or 1."""
-    if entry & E_PRESENT == U0 or (write == U1 and entry & E_WRITE == U0):
+    if entry & PTE_PRESENT == U0 or (write == U1 and entry & PTE_WRITE == U0):
         return False
-    return execute != U1 or entry & E_NO_EXECUTE == U0
+    return execute != U1 or entry & PTE_NO_EXECUTE == U0

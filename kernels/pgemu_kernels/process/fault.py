@@ -5,17 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import HOST_FAULT, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_WRITE
 from pgemu_kernels.process.anonymous import anonymous_fault
-from pgemu_kernels.process.entries import E_ACCESSED, E_DIRTY, E_WRITE, access_allowed, frame_of, holds_page
+from pgemu_kernels.process.entries import access_allowed, frame_of, holds_page
 from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
 from pgemu_kernels.process.hugetlb import hugetlb_fault
 from pgemu_kernels.process.pfn import pfn_fault
-from pgemu_kernels.process.tables import lookup, size_of, space_row
+from pgemu_kernels.process.tables import lookup, space_row
 from pgemu_kernels.process.vma import next_vma
-from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV, Flag
+from pgemu_kernels.words.enum_words import EVENT_HOST_FAULT, FLAG_EXEC, FLAG_WRITE
+from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
@@ -39,8 +42,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_WRITE = U(Flag.WRITE)
-_EXEC = U(Flag.EXEC)
 _ERROR = np.int64(VM_FAULT_OOM | VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV)
 _PAGE = ~U(4095)
 
@@ -54,7 +55,7 @@ def handle_mm_fault(m, space, row, address, write):
     """
     kind = m.state[row + A_KIND]
     page = address & _PAGE
-    charge_one(m, HOST_FAULT)
+    charge_one(m, EVENT_HOST_FAULT)
     if kind == VMA_ANONYMOUS:
         status = anonymous_fault(m, row, page, write)
     elif kind == VMA_HUGETLB:
@@ -89,22 +90,22 @@ def access(m, op):
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]
-    write = U1 if state[op + O_FLAGS] & _WRITE != U0 else U0
+    write = U1 if state[op + O_FLAGS] & FLAG_WRITE != U0 else U0
     # An access is one thing: a record that says both is a write.
-    execute = U1 if state[op + O_FLAGS] & (_WRITE | _EXEC) == _EXEC else U0
+    execute = U1 if state[op + O_FLAGS] & (FLAG_WRITE | FLAG_EXEC) == FLAG_EXEC else U0
     root = space_root(state, space)
     status = np.int64(0)
     slot, level = lookup(m, root, address)
     if not access_allowed(m.ram[slot], write, execute):
         row = find_vma(state, space, address)
         if row == NONE or not access_permitted(state, row, write, execute):
-            charge_one(m, HOST_FAULT)
+            charge_one(m, EVENT_HOST_FAULT)
             return stop(state, op, VM_FAULT_SIGSEGV)
         status = handle_mm_fault(m, space, row, address, write)
         if status & _ERROR != 0:
             return stop(state, op, status)
         slot, level = lookup(m, root, address)
-    m.ram[slot] |= E_ACCESSED | E_DIRTY if write == U1 else E_ACCESSED
+    m.ram[slot] |= PTE_ACCESSED | PTE_DIRTY if write == U1 else PTE_ACCESSED
     state[op + O_DETAIL] = level
     return stop(state, op, status)
 
@@ -114,7 +115,7 @@ def fault_in_page(m, space, row, address, write):
     """faultin_page() until the page is there: 0 or a VM_FAULT error. The processor accesses nothing."""
     slot, _level = lookup(m, space_root(m.state, space), address)
     entry = m.ram[slot]
-    if holds_page(entry) and (write == U0 or entry & E_WRITE != U0):
+    if holds_page(entry) and (write == U0 or entry & PTE_WRITE != U0):
         return np.int64(0)
     return handle_mm_fault(m, space, row, address, write) & _ERROR
 
@@ -200,4 +201,4 @@ def host_fault_in(m, space, address, write, execute):
     if status != 0 or not holds_page(entry):
         return np.int64(-EFAULT), U0, U0, False
     inside = (address & (size_of(level) - U1)) >> U12
-    return np.int64(0), frame_of(entry) + inside, level, entry & E_WRITE != U0
+    return np.int64(0), frame_of(entry) + inside, level, entry & PTE_WRITE != U0

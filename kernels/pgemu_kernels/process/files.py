@@ -7,7 +7,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.folios.huge_pages import add_to_file, discard_huge, take_huge
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
-from pgemu_kernels.process.entries import E_ADDRESS
+from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.process.vma import RESERVED, drop_page, release_inode
 from pgemu_kernels.process.zapping import unmap_mapping_range
@@ -97,7 +97,7 @@ def allocate(m, op):
         return stop(state, op, -EINVAL)  # this file does not grow
     for index in range(first >> order, last >> order):
         word = cache_find(m, state[node + I_CACHE], index)
-        if word & E_ADDRESS != U0:
+        if word & PTE_ADDRESS != U0:
             continue
         head = take_huge(m, order, word & RESERVED)
         if head == NONE:

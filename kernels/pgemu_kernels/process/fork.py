@@ -5,39 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
-from pgemu_kernels.engine.charge import (
-    HOST_LEAVES,
-    HOST_TABLES,
-    LEAF_WRITTEN,
-    RMAP_CHANGED,
-    change,
-    change_value,
-    charge_one,
-)
+from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
-from pgemu_kernels.process.entries import (
-    E_ACCESSED,
-    E_DIRTY,
-    E_SAVED_DIRTY,
-    E_SPECIAL,
-    E_WRITE,
-    frame_of,
-    holds_page,
-    protect_from_writes,
-)
-from pgemu_kernels.process.tables import (
-    free_tables,
-    gather,
-    gather_begin,
-    gather_flush,
-    lookup,
-    need_slot,
-    size_of,
-    space_row,
-)
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.process.entries import frame_of, holds_page, protect_from_writes
+from pgemu_kernels.process.tables import free_tables, gather, gather_begin, gather_flush, lookup, need_slot, space_row
 from pgemu_kernels.process.vma import (
     clone_anon_vma,
     close_vma,
@@ -50,6 +26,12 @@ from pgemu_kernels.process.vma import (
 )
 from pgemu_kernels.process.zapping import zap_vma
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.words.enum_words import (
+    EVENT_LEAF_WRITTEN,
+    EVENT_RMAP_CHANGED,
+    GAUGE_HOST_LEAVES_4K,
+    GAUGE_HOST_TABLES,
+)
 from pgemu_kernels.words.operations import EAGAIN, ENOMEM
 from pgemu_kernels.words.registers import R_PTI, R_SPACES, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -111,7 +93,7 @@ def make_space(m):
     state[row + S_ROOT] = root << U12
     if not give_user_root(m, row):
         put_frame(m, root)
-        change(m.stats, HOST_TABLES, -1)
+        change(m.stats, GAUGE_HOST_TABLES, -1)
         state[row + S_ROOT] = U0
         return NONE
     state[row + S_LIVE] = U1
@@ -126,7 +108,7 @@ def _top_table(m):
     if frame != NONE:
         fill_frame(m.ram, frame, U0)
         m.counts[frame] = np.uint32(0)
-        change(m.stats, HOST_TABLES, 1)
+        change(m.stats, GAUGE_HOST_TABLES, 1)
     return frame
 
 
@@ -154,17 +136,17 @@ def _copied(m, row, slot):
     state = m.state
     entry = m.ram[slot]
     if state[row + A_FLAGS] & VM_SHARED == U0:
-        if entry & E_SPECIAL == U0:
+        if entry & PTE_SPECIAL == U0:
             frame = frame_of(entry)
             m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
-            charge_one(m, RMAP_CHANGED)
-        if entry & U1 != U0 and entry & E_WRITE != U0:
+            charge_one(m, EVENT_RMAP_CHANGED)
+        if entry & U1 != U0 and entry & PTE_WRITE != U0:
             entry = protect_from_writes(entry)
             m.ram[slot] = entry
-            charge_one(m, LEAF_WRITTEN)
+            charge_one(m, EVENT_LEAF_WRITTEN)
     else:
-        entry &= ~(E_DIRTY | E_SAVED_DIRTY)
-    return entry & ~E_ACCESSED
+        entry &= ~(PTE_DIRTY | PTE_SAVED_DIRTY)
+    return entry & ~PTE_ACCESSED
 
 
 @kernel
@@ -179,10 +161,10 @@ def _copy_level1(m, row, child, address, stop_, slot):
         if entry != U0:
             if holds_page(entry):
                 m.ram[target] = _copied(m, row, slot)
-                change_value(m.stats, HOST_LEAVES, 1)
-                charge_one(m, LEAF_WRITTEN)
+                change_value(m.stats, GAUGE_HOST_LEAVES_4K, 1)
+                charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, U1)
-                if entry & E_SPECIAL == U0:
+                if entry & PTE_SPECIAL == U0:
                     m.state[space_row(space) + S_RSS] += U1
             else:
                 m.ram[target] = entry
@@ -211,9 +193,9 @@ def _copy_small(m, row, child):
         if target == NONE:
             return np.int64(-ENOMEM)
         if holds_page(m.ram[slot]):
-            m.ram[target] = m.ram[slot] & ~E_ACCESSED  # special: copy_huge_pmd(), copy_huge_pud()
-            change_value(m.stats, HOST_LEAVES + level - U1, 1)
-            charge_one(m, LEAF_WRITTEN)
+            m.ram[target] = m.ram[slot] & ~PTE_ACCESSED  # special: copy_huge_pmd(), copy_huge_pud()
+            change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
+            charge_one(m, EVENT_LEAF_WRITTEN)
         address = (address & ~(size_of(level) - U1)) + size_of(level)
     return np.int64(0)
 
@@ -233,13 +215,13 @@ def _copy_huge(m, row, child):
                 return np.int64(-ENOMEM)
             if holds_page(m.ram[slot]):
                 entry = m.ram[slot]
-                if entry & U1 != U0 and entry & E_WRITE != U0:
+                if entry & U1 != U0 and entry & PTE_WRITE != U0:
                     entry = protect_from_writes(entry)
                     m.ram[slot] = entry
                 m.ram[target] = entry
                 map_huge(m, frame_of(entry))
-                change_value(m.stats, HOST_LEAVES + level - U1, 1)
-                charge_one(m, LEAF_WRITTEN)
+                change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
+                charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
         address = (address & ~(size_of(at) - U1)) + size_of(at)
     return np.int64(0)
@@ -317,9 +299,9 @@ def end_process(m, space):
     free_tables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
     gather_flush(m, space)
     put_frame(m, state[row + S_ROOT] >> U12)
-    change(m.stats, HOST_TABLES, -1)
+    change(m.stats, GAUGE_HOST_TABLES, -1)
     if state[row + S_USER_ROOT] != U0:
         put_frame(m, state[row + S_USER_ROOT] >> U12)
-        change(m.stats, HOST_TABLES, -1)
+        change(m.stats, GAUGE_HOST_TABLES, -1)
     for word in range(U(S_WORDS)):
         state[row + word] = U0

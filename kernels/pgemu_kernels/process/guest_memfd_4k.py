@@ -5,22 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
-from pgemu_kernels.engine.charge import (
-    PAGE_CACHE_PAGES,
-    PAGE_CACHE_STORED,
-    PAGE_ZEROED,
-    RMAP_CHANGED,
-    change,
-    charge_one,
-)
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.charge import change, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.rows import inode_row
-from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_added
+from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_leaf
-from pgemu_kernels.process.entries import E_WRITE, mark_dirty, protection
+from pgemu_kernels.process.entries import mark_dirty, protection
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import drop_page, page_offset
+from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import EFAULT, ENOMEM, VM_FAULT_LOCKED, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -54,10 +49,22 @@ def find_or_add_folio(m, node, index):
         return np.int64(-ENOMEM), U0
     fill_frame(m.ram, pfn, U0)
     m.counts[pfn] = np.uint32(PAGE_CACHED)
-    change(m.stats, PAGE_CACHE_PAGES, 1)
-    charge_one(m, PAGE_CACHE_STORED)
-    charge_one(m, PAGE_ZEROED)
+    change(m.stats, GAUGE_PAGE_CACHE_PAGES, 1)
+    charge_added(m)
+    charge_one(m, EVENT_PAGE_ZEROED)
     return np.int64(0), pfn
+
+
+@kernel
+def map_file_page(m, space, slot, entry):
+    """mm/memory.c:finish_fault(), set_pte_range(): a file's folio is mapped at an empty slot by a 4K entry.
+
+    It is one page more of the process's RssFile: add_mm_counter(mm_counter_file()), which special entries have not.
+    The folio's own mapcount is where its memory has it: the caller's.
+    """
+    set_leaf(m, slot, entry)
+    m.state[space_row(space) + S_RSS] += U1
+    charge_one(m, EVENT_RMAP_CHANGED)
 
 
 @outlined
@@ -86,8 +93,6 @@ def guest_memfd_fault(m, row, address):
         return np.int64(VM_FAULT_OOM)
     entry = pfn << U12 | protection(state, row)
     # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
-    set_leaf(m, slot, mark_dirty(entry) if entry & E_WRITE != U0 else entry)
     m.counts[pfn] = np.uint32(U(m.counts[pfn]) + U1)
-    state[space_row(space) + S_RSS] += U1
-    charge_one(m, RMAP_CHANGED)
+    map_file_page(m, space, slot, mark_dirty(entry) if entry & PTE_WRITE != U0 else entry)
     return np.int64(VM_FAULT_LOCKED)

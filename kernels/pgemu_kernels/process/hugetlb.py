@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30, U511
-from pgemu_kernels.engine.charge import (
-    HOST_LEAVES,
-    LEAF_WRITTEN,
-    PAGE_CACHE_STORED,
-    TLB_FLUSH_MM,
-    TLB_FLUSH_PAGE,
-    change_value,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U30
+from pgemu_kernels.engine.charge import change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import (
     add_to_file,
@@ -29,10 +22,18 @@ from pgemu_kernels.folios.huge_pages import (
     unmap_huge,
 )
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
-from pgemu_kernels.process.entries import E_ADDRESS, E_LARGE, E_WRITE, frame_of, mark_dirty, protection
-from pgemu_kernels.process.tables import lookup, need_slot, size_of
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
+from pgemu_kernels.process.entries import frame_of, mark_dirty, protection
+from pgemu_kernels.process.tables import lookup, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.words.enum_words import (
+    EVENT_LEAF_WRITTEN,
+    EVENT_PAGE_CACHE_STORED,
+    EVENT_TLB_FLUSH_MM,
+    EVENT_TLB_FLUSH_PAGE,
+    GAUGE_HOST_LEAVES_4K,
+)
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.registers import R_VIRTUAL_INDEX, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -95,8 +96,8 @@ def _table_to_share(m, row, address):
 @kernel
 def _entry_above(m, root, address):
     """The level-3 entry of an address whose level-2 table exists."""
-    top = m.ram[(root >> U3) + (address >> U(39) & U511)]
-    return m.ram[((top & E_ADDRESS) >> U3) + (address >> U30 & U511)]
+    top = m.ram[(root >> U3) + index_at(address >> U12, U4)]
+    return m.ram[((top & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)]
 
 
 @outlined
@@ -112,7 +113,7 @@ def huge_slot(m, row, address):
         if m.ram[slot] == U0:
             entry = _table_to_share(m, row, address)
             if entry != U0:
-                frame = (entry & E_ADDRESS) >> U12
+                frame = (entry & PTE_ADDRESS) >> U12
                 m.counts[frame] = np.uint32(U(m.counts[frame]) + U1)
                 m.ram[slot] = entry
     return need_slot(m, space, address, level)
@@ -124,18 +125,18 @@ def huge_slot(m, row, address):
 @kernel
 def _new_entry(state, row, head, writable):
     """make_huge_pte(): a writable entry is dirty from the start."""
-    entry = head << U12 | protection(state, row) | E_LARGE
+    entry = head << U12 | protection(state, row) | PTE_LARGE
     if writable:
-        return mark_dirty(entry) | E_WRITE  # huge_pte_mkwrite() leaves the saved dirty bit where it is
-    return entry & ~E_WRITE
+        return mark_dirty(entry) | PTE_WRITE  # huge_pte_mkwrite() leaves the saved dirty bit where it is
+    return entry & ~PTE_WRITE
 
 
 @kernel
 def _set_huge(m, row, slot, entry):
     level = level_of_order(huge_order(m.state, row))
     m.ram[slot] = entry
-    change_value(m.stats, HOST_LEAVES + level - U1, 1)
-    charge_one(m, LEAF_WRITTEN)
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
+    charge_one(m, EVENT_LEAF_WRITTEN)
 
 
 @kernel
@@ -169,7 +170,7 @@ def _first_access(m, row, address, slot):
         return np.int64(VM_FAULT_SIGBUS)
     index = page >> order
     word = cache_find(m, state[node + I_CACHE], index)
-    head = (word & E_ADDRESS) >> U12
+    head = (word & PTE_ADDRESS) >> U12
     if head == U0:
         if not is_shared_mapping(state, row):
             prepare_anon_vma(state, row)
@@ -181,7 +182,7 @@ def _first_access(m, row, address, slot):
                 discard_huge(m, head)
                 return np.int64(VM_FAULT_OOM)
             add_to_file(m, head, inode, index << order, order)
-            charge_one(m, PAGE_CACHE_STORED)
+            charge_one(m, EVENT_PAGE_CACHE_STORED)
         else:
             set_anonymous(m, head, state[row + A_ANON_VMA], vma_index(state, row, address))
     map_huge(m, head)
@@ -201,8 +202,8 @@ def _write_protected(m, row, address, slot):
     entry = m.ram[slot]
     old = frame_of(entry)
     if is_shared_mapping(state, row) or (is_anonymous(m, old) and huge_mapcount(m, old) == U1):
-        m.ram[slot] = mark_dirty(entry) | E_WRITE
-        charge_one(m, LEAF_WRITTEN)
+        m.ram[slot] = mark_dirty(entry) | PTE_WRITE
+        charge_one(m, EVENT_LEAF_WRITTEN)
         return np.int64(VM_FAULT_NOPAGE)
     order = huge_order(state, row)
     prepare_anon_vma(state, row)
@@ -218,9 +219,9 @@ def _write_protected(m, row, address, slot):
     map_huge(m, head)
     m.ram[slot] = _new_entry(state, row, head, True)
     unmap_huge(m, old, U0)
-    charge_one(m, LEAF_WRITTEN)
-    charge_one(m, TLB_FLUSH_MM)
-    charge_one(m, TLB_FLUSH_PAGE)
+    charge_one(m, EVENT_LEAF_WRITTEN)
+    charge_one(m, EVENT_TLB_FLUSH_MM)
+    charge_one(m, EVENT_TLB_FLUSH_PAGE)
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -235,6 +236,6 @@ def hugetlb_fault(m, row, address, write):
     status = np.int64(VM_FAULT_NOPAGE)
     if m.ram[slot] == U0:
         status = _first_access(m, row, address, slot)
-    if status == VM_FAULT_NOPAGE and write == U1 and m.ram[slot] & E_WRITE == U0:
+    if status == VM_FAULT_NOPAGE and write == U1 and m.ram[slot] & PTE_WRITE == U0:
         status = _write_protected(m, row, address, slot)
     return status

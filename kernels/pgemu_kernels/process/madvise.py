@@ -6,15 +6,17 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import madvise_populate, mm_populate
 from pgemu_kernels.process.record import has_ended, protection, rounded
-from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup, need_slot, reclaim_level1_tables, size_of
+from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup, need_slot, reclaim_level1_tables
 from pgemu_kernels.process.vma import cut, merge, next_vma, prepare_anon_vma
 from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, Flag
+from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
     A_END,
@@ -41,8 +43,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_WRITE = U(Flag.WRITE)
-_MADVISE = U(Flag.MADVISE)
 
 
 @outlined
@@ -161,7 +161,7 @@ def zap(m, op):
         return stop(state, op, -EINVAL)
     if length == U0 and state[op + O_LENGTH] != U0:
         return stop(state, op, -EINVAL)
-    madvise = state[op + O_FLAGS] & _MADVISE != U0
+    madvise = state[op + O_FLAGS] & FLAG_MADVISE != U0
     status = np.int64(0)
     while address < end:
         row = next_vma(state, space, address, end)
@@ -191,7 +191,7 @@ def populate(m, op):
     length = rounded(state, op, U(4096))
     if start & U4095 != U0 or start + length < start:
         return stop(state, op, -EINVAL)
-    write = U1 if state[op + O_FLAGS] & _WRITE != U0 else U0
+    write = U1 if state[op + O_FLAGS] & FLAG_WRITE != U0 else U0
     return madvise_populate(m, op, start, start + length, write)
 
 

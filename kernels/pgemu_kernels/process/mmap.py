@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.properties import vma_is_pfnmap
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.process.fault import mm_populate
 from pgemu_kernels.process.munmap import remove_vmas
@@ -14,8 +15,17 @@ from pgemu_kernels.process.pfn import remap_pfn_range
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
 from pgemu_kernels.process.vma import link_vma, merge, new_row, next_vma, reserve
-from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW, PFNMAP, Flag
-from pgemu_kernels.words.registers import R_DESIGN, R_INODES, R_ORDER
+from pgemu_kernels.words.enum_words import (
+    FLAG_LOCKED,
+    FLAG_NORESERVE,
+    FLAG_POPULATE,
+    FLAG_PRIVATE,
+    FLAG_READ_ONLY,
+    FLAG_SHARED,
+    FLAG_WRITE,
+)
+from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW
+from pgemu_kernels.words.registers import R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
     A_CACHE_BITS,
     A_END,
@@ -63,13 +73,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_WRITE = U(Flag.WRITE)
-_PRIVATE = U(Flag.PRIVATE)
-_SHARED = U(Flag.SHARED)
-_POPULATE = U(Flag.POPULATE)
-_NORESERVE = U(Flag.NORESERVE)
-_LOCKED = U(Flag.LOCKED)
-_READ_ONLY = U(Flag.READ_ONLY)
 _MAX_LFS_FILESIZE = U((1 << 63) - 1)
 
 
@@ -99,7 +102,9 @@ def _check_guest_memfd(state, op, kind, length):
     if flags & INODE_MMAP == U0:
         return np.int64(-ENODEV)
     # A record that says neither asks for a shared mapping of the designs' inodes, for none of others.
-    shared = state[op + O_FLAGS] & _PRIVATE == U0 if kind == VMA_GUEST_MEMFD else state[op + O_FLAGS] & _SHARED != U0
+    shared = (
+        state[op + O_FLAGS] & FLAG_PRIVATE == U0 if kind == VMA_GUEST_MEMFD else state[op + O_FLAGS] & FLAG_SHARED != U0
+    )
     if not shared:
         return np.int64(-EINVAL)
     inside = (U1 << (state[R_ORDER] + U12)) - U1
@@ -119,7 +124,7 @@ def _check_file(state, op, kind, length):
         return np.int64(-EINVAL if (state[op + O_ADDRESS] | offset) & inside != U0 else 0)
     if kind == VMA_GUEST_MEMFD or kind == VMA_GUEST_MEMFD_4K:
         return _check_guest_memfd(state, op, kind, length)
-    if state[op + O_FLAGS] & _SHARED == U0 or (offset >> U12) + (length >> U12) > state[node + I_PAGES]:
+    if state[op + O_FLAGS] & FLAG_SHARED == U0 or (offset >> U12) + (length >> U12) > state[node + I_PAGES]:
         return np.int64(-EINVAL)
     return np.int64(0)
 
@@ -139,13 +144,13 @@ def _check_mmap(state, op, kind, length):
     start = state[op + O_ADDRESS]
     if state[op + O_LENGTH] == U0:
         return np.int64(-EINVAL)
-    if state[op + O_FLAGS] & _SHARED != U0 and state[op + O_FLAGS] & _PRIVATE != U0:
+    if state[op + O_FLAGS] & FLAG_SHARED != U0 and state[op + O_FLAGS] & FLAG_PRIVATE != U0:
         return np.int64(-EINVAL)
     if length == U0 or length > TASK_SIZE or start > TASK_SIZE - length:
         return np.int64(-ENOMEM)
     if start & U4095 != U0:
         return np.int64(-EINVAL)  # __get_unmapped_area(), after the other
-    if kind == VMA_ANONYMOUS and state[op + O_FLAGS] & _SHARED != U0:
+    if kind == VMA_ANONYMOUS and state[op + O_FLAGS] & FLAG_SHARED != U0:
         return np.int64(-EOPNOTSUPP)  # shmem: not modelled
     if next_vma(state, space, start, start + length) != NONE:
         return np.int64(-EEXIST)
@@ -153,27 +158,28 @@ def _check_mmap(state, op, kind, length):
 
 
 @kernel
-def _flags_of(state, kind, flags):
+def _flags_of(m, kind, flags):
     """VM_* that a record's flags and the kind of the mapping ask for."""
     bits = U0
-    if flags & _SHARED != U0 or kind == VMA_GUEST_MEMFD:
+    if flags & FLAG_SHARED != U0 or kind == VMA_GUEST_MEMFD:
         bits |= VM_SHARED
-    if flags & _LOCKED != U0 and kind != VMA_GUEST_MEMFD:
+    if flags & FLAG_LOCKED != U0 and kind != VMA_GUEST_MEMFD:
         bits |= VM_LOCKED
-    if flags & _NORESERVE != U0:
+    if flags & FLAG_NORESERVE != U0:
         bits |= VM_NORESERVE
-    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and state[R_DESIGN] == U(PFNMAP)):
+    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and vma_is_pfnmap(m)):
         bits |= VM_PFNMAP
     return bits
 
 
 @kernel
-def _fill_row(state, op, row, kind, length):
+def _fill_row(m, op, row, kind, length):
     """A VMA as the record asks for it, in a row that is empty."""
+    state = m.state
     flags = state[op + O_FLAGS]
     designs = kind == VMA_GUEST_MEMFD
     start = state[op + O_ADDRESS]
-    read_only = flags & _READ_ONLY != U0 if designs else flags & _WRITE == U0
+    read_only = flags & FLAG_READ_ONLY != U0 if designs else flags & FLAG_WRITE == U0
     state[row + A_START] = start
     state[row + A_END] = start + length
     state[row + A_SPACE] = state[op + O_SPACE]
@@ -182,7 +188,7 @@ def _fill_row(state, op, row, kind, length):
     state[row + A_KIND] = kind
     state[row + A_PROT] = U0 if designs else protection(flags)
     state[row + A_READ_ONLY] = U1 if read_only else U0
-    state[row + A_FLAGS] = _flags_of(state, kind, flags)
+    state[row + A_FLAGS] = _flags_of(m, kind, flags)
     state[row + A_LIVE] = U1
     if kind != VMA_ANONYMOUS:
         link_vma(state, row)
@@ -221,7 +227,7 @@ def _complete_any(m, op, row):
         return np.int64(-ENOMEM)
     if kind == VMA_ANONYMOUS:
         merge(state, row)
-    if state[op + O_FLAGS] & (_POPULATE | _LOCKED) != U0:
+    if state[op + O_FLAGS] & (FLAG_POPULATE | FLAG_LOCKED) != U0:
         mm_populate(m, space, start, end)
     return np.int64(0)
 
@@ -245,7 +251,7 @@ def mmap(m, op):
     """
     state = m.state
     inode = state[op + O_OBJECT]
-    anonymous = inode == NO_INODE and state[op + O_FLAGS] & (_PRIVATE | _SHARED) != U0
+    anonymous = inode == NO_INODE and state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED) != U0
     if has_ended(state, state[op + O_SPACE]) or state[op + O_OFFSET] & U4095 != U0:
         return stop(state, op, -EINVAL)
     if not anonymous and (inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0):
@@ -263,5 +269,5 @@ def mmap(m, op):
     row = new_row(state)
     if row == NONE:
         return stop(state, op, -ENOMEM)
-    _fill_row(state, op, row, kind, length)
+    _fill_row(m, op, row, kind, length)
     return stop(state, op, _rest_of_mmap(m, op, row))

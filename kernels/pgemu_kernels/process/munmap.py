@@ -6,11 +6,12 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
 from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
-from pgemu_kernels.process.tables import free_tables, gather_begin, gather_flush, lookup, size_of
+from pgemu_kernels.process.tables import free_tables, gather_begin, gather_flush, lookup
 from pgemu_kernels.process.vma import close_vma, cut, first_vma, merge, new_row, next_vma
 from pgemu_kernels.process.zapping import drop_large_pfn, zap_vma
 from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, EOPNOTSUPP

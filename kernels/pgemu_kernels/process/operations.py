@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0
-from pgemu_kernels.engine.charge import SYSCALL, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.process.fault import access
@@ -19,28 +19,29 @@ from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps,
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
 from pgemu_kernels.process.record import has_ended
-from pgemu_kernels.words.operations import EBADF, EINVAL, EOPNOTSUPP, Operation
+from pgemu_kernels.words.enum_words import (
+    EVENT_SYSCALL,
+    OP_ALLOCATE,
+    OP_CLOSE,
+    OP_EXIT,
+    OP_FORK,
+    OP_GUARD_INSTALL,
+    OP_GUARD_REMOVE,
+    OP_HOST_FAULT,
+    OP_MMAP,
+    OP_MUNMAP,
+    OP_POPULATE,
+    OP_PROTECT,
+    OP_PUNCH_HOLE,
+    OP_READ_SMAPS,
+    OP_REMAP,
+    OP_RESTORE,
+    OP_REVOKE,
+    OP_ZAP,
+)
+from pgemu_kernels.words.operations import EBADF, EINVAL, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_INODES
 from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE
-
-U = np.uint64
-_HOST_FAULT = U(Operation.HOST_FAULT)
-_MMAP = U(Operation.MMAP)
-_MUNMAP = U(Operation.MUNMAP)
-_ZAP = U(Operation.ZAP)
-_PROTECT = U(Operation.PROTECT)
-_OP_POPULATE = U(Operation.POPULATE)
-_READ_SMAPS = U(Operation.READ_SMAPS)
-_FORK = U(Operation.FORK)
-_EXIT = U(Operation.EXIT)
-_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
-_ALLOCATE = U(Operation.ALLOCATE)
-_CLOSE = U(Operation.CLOSE)
-_REVOKE = U(Operation.REVOKE)
-_RESTORE = U(Operation.RESTORE)
-_GUARD_INSTALL = U(Operation.GUARD_INSTALL)
-_GUARD_REMOVE = U(Operation.GUARD_REMOVE)
-_REMAP = U(Operation.REMAP)
 
 
 @outlined
@@ -52,13 +53,13 @@ def _operate_on_file(m, op, kind):
         return stop(state, op, -EBADF)
     if state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
         return stop(state, op, -EINVAL)
-    if kind == _PUNCH_HOLE:
+    if kind == OP_PUNCH_HOLE:
         return punch_hole(m, op)
-    if kind == _ALLOCATE:
+    if kind == OP_ALLOCATE:
         return allocate(m, op)
-    if kind == _CLOSE:
+    if kind == OP_CLOSE:
         return close(m, op)
-    return set_revoked(m, op, kind == _REVOKE)
+    return set_revoked(m, op, kind == OP_REVOKE)
 
 
 @outlined
@@ -67,33 +68,33 @@ def operate(m, op):
     state = m.state
     kind = state[op + O_OP]
     space = state[op + O_SPACE]
-    if kind == _PUNCH_HOLE or kind == _ALLOCATE or kind == _CLOSE or kind == _REVOKE or kind == _RESTORE:
-        charge_one(m, SYSCALL)
+    if kind == OP_PUNCH_HOLE or kind == OP_ALLOCATE or kind == OP_CLOSE or kind == OP_REVOKE or kind == OP_RESTORE:
+        charge_one(m, EVENT_SYSCALL)
         return _operate_on_file(m, op, kind)
     if has_ended(state, space):
         return stop(state, op, -EINVAL)
-    if kind == _HOST_FAULT:
+    if kind == OP_HOST_FAULT:
         return access(m, op)
-    charge_one(m, SYSCALL)
-    if kind == _MMAP:
+    charge_one(m, EVENT_SYSCALL)
+    if kind == OP_MMAP:
         return mmap(m, op)
-    if kind == _MUNMAP:
+    if kind == OP_MUNMAP:
         return munmap(m, op)
-    if kind == _ZAP:
+    if kind == OP_ZAP:
         return zap(m, op)
-    if kind == _PROTECT:
+    if kind == OP_PROTECT:
         return mprotect(m, op)
-    if kind == _OP_POPULATE:
+    if kind == OP_POPULATE:
         return populate(m, op)
-    if kind == _READ_SMAPS:
+    if kind == OP_READ_SMAPS:
         return read_smaps(m, op)
-    if kind == _GUARD_INSTALL or kind == _GUARD_REMOVE:
-        return guard(m, op, kind == _GUARD_INSTALL)
-    if kind == _REMAP:
+    if kind == OP_GUARD_INSTALL or kind == OP_GUARD_REMOVE:
+        return guard(m, op, kind == OP_GUARD_INSTALL)
+    if kind == OP_REMAP:
         return mremap(m, op)
-    if kind == _FORK:
+    if kind == OP_FORK:
         return fork(m, op)
-    if kind == _EXIT:
+    if kind == OP_EXIT:
         end_process(m, space)
         return stop(state, op, 0)
     return stop(state, op, np.int64(-EOPNOTSUPP))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U12
-from pgemu_kernels.engine.charge import HOST_LEAVES, LEAF_WRITTEN, change_value, charge, charge_one
+from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row
-from pgemu_kernels.process.entries import E_LARGE, E_SPECIAL, protection
-from pgemu_kernels.process.tables import need_slot, size_of
+from pgemu_kernels.formats.bits import PTE_LARGE, PTE_SPECIAL
+from pgemu_kernels.process.entries import protection
+from pgemu_kernels.process.tables import need_slot
 from pgemu_kernels.process.vma import page_offset
+from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.operations import ENOMEM, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.rows import A_END, A_INODE, A_SPACE, A_START, I_BASE, I_FLAGS, I_PAGES, INODE_REVOKED
 
@@ -23,11 +26,11 @@ U = np.uint64
 @kernel
 def _set_pfn(m, row, slot, level, pfn):
     """insert_pfn(), insert_pmd(), insert_pud() with write = false: special, not dirty, whatever the access."""
-    entry = pfn << U12 | protection(m.state, row) | E_SPECIAL
+    entry = pfn << U12 | protection(m.state, row) | PTE_SPECIAL
     if level > U1:
-        entry |= E_LARGE
+        entry |= PTE_LARGE
     m.ram[slot] = entry
-    change_value(m.stats, HOST_LEAVES + level - U1, 1)
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
 
 
 @kernel
@@ -67,7 +70,7 @@ def pfn_fault(m, row, address):
                 return np.int64(VM_FAULT_SIGBUS)
             inside = (size_of(level) >> U12) - U1
             _set_pfn(m, row, slot, level, pfn & ~inside)
-            charge_one(m, LEAF_WRITTEN)
+            charge_one(m, EVENT_LEAF_WRITTEN)
             return np.int64(VM_FAULT_NOPAGE)
         if level == U1:
             return np.int64(VM_FAULT_NOPAGE)
@@ -90,5 +93,5 @@ def remap_pfn_range(m, row):
         _set_pfn(m, row, slot, U1, base + page_offset(state, row, address))
         entered += 1
         address += U(4096)
-    charge(m, LEAF_WRITTEN, entered)
+    charge(m, EVENT_LEAF_WRITTEN, entered)
     return status

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.rows import space_root
-from pgemu_kernels.words.operations import Flag
+from pgemu_kernels.words.enum_words import FLAG_EXEC, FLAG_READ, FLAG_WRITE
 from pgemu_kernels.words.registers import R_SPACES
 from pgemu_kernels.words.rows import O_LENGTH, PROT_EXEC, PROT_READ, PROT_WRITE
-
-U = np.uint64
-_WRITE = U(Flag.WRITE)
-_EXEC = U(Flag.EXEC)
-_READ = U(Flag.READ)
 
 
 @kernel
@@ -33,10 +26,10 @@ def rounded(state, op, unit):
 def protection(flags):
     """PROT_* of a record's flags."""
     prot = U0
-    if flags & _READ != U0:
+    if flags & FLAG_READ != U0:
         prot |= PROT_READ
-    if flags & _WRITE != U0:
+    if flags & FLAG_WRITE != U0:
         prot |= PROT_WRITE
-    if flags & _EXEC != U0:
+    if flags & FLAG_EXEC != U0:
         prot |= PROT_EXEC
     return prot

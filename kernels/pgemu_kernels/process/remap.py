@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3
-from pgemu_kernels.engine.charge import LEAF_CLEARED, LEAF_WRITTEN, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.rows import space_root
-from pgemu_kernels.process.entries import E_SOFT_DIRTY, holds_page, is_table
-from pgemu_kernels.process.tables import below, gather, lookup, need_slot, size_of
+from pgemu_kernels.formats.bits import PTE_SOFT_DIRTY
+from pgemu_kernels.process.entries import holds_page, is_table
+from pgemu_kernels.process.tables import below, gather, lookup, need_slot
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.words.enum_words import EVENT_LEAF_CLEARED, EVENT_LEAF_WRITTEN
 from pgemu_kernels.words.operations import ENOMEM
-
-U = np.uint64
 
 
 @kernel
@@ -27,13 +28,13 @@ def _extent(at, to, end, level):
 @kernel
 def _slot_of(m, root, address, level):
     """Slot of a level for an address, or NONE where the tables do not reach that far down."""
-    slot = (root >> U3) + (address >> U(39) & U(511))
-    at = U(4)
+    slot = (root >> U3) + index_at(address >> U12, U4)
+    at = U4
     while at > level:
         if not is_table(m.ram[slot]):
             return NONE
         at -= U1
-        slot = below(m, slot) + (address >> (U(12) + U(9) * (at - U1)) & U(511))
+        slot = below(m, slot) + (address >> shift_of(at) & U511)
     return slot
 
 
@@ -44,7 +45,7 @@ def _move_table(m, source, target):
         return False
     m.ram[target] = m.ram[source]
     m.ram[source] = U0
-    charge_one(m, LEAF_WRITTEN)
+    charge_one(m, EVENT_LEAF_WRITTEN)
     return True
 
 
@@ -55,14 +56,14 @@ def _move_entries(m, root, space, at, to, length):
     if target == NONE:
         return np.int64(-ENOMEM)
     source, _ = lookup(m, root, at)
-    for i in range(length >> U(12)):
+    for i in range(length >> U12):
         entry = m.ram[source + i]
         if entry != U0:
             m.ram[source + i] = U0
-            m.ram[target + i] = entry | E_SOFT_DIRTY if holds_page(entry) else entry
-            charge_one(m, LEAF_CLEARED)
-            charge_one(m, LEAF_WRITTEN)
-            gather(m, at + (i << U(12)), U1)
+            m.ram[target + i] = entry | PTE_SOFT_DIRTY if holds_page(entry) else entry
+            charge_one(m, EVENT_LEAF_CLEARED)
+            charge_one(m, EVENT_LEAF_WRITTEN)
+            gather(m, at + (i << U12), U1)
     return np.int64(0)
 
 

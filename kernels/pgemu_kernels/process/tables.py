@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U511, U512
-from pgemu_kernels.engine.charge import HOST_TABLES, TLB_FLUSH_MM, TLB_FLUSH_PAGE, charge, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U21, U27, U30, U39, U511, U512
+from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root
-from pgemu_kernels.process.entries import E_ADDRESS, is_table
+from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.process.entries import is_table
 from pgemu_kernels.tables.walker import free_table, host_format, new_table
+from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_MM, EVENT_TLB_FLUSH_PAGE, GAUGE_HOST_TABLES
 from pgemu_kernels.words.registers import R_FLUSHES_HELD, R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_PTI
 from pgemu_kernels.words.rows import S_UNFLUSHED, S_USER_ROOT, S_WORDS, STATE_SPACES
 from pgemu_kernels.words.table_words import F_TABLE, F_TABLE_TOP
@@ -26,46 +29,40 @@ def space_row(space):
 
 
 @kernel
-def size_of(level):
-    """Bytes that an entry of a level covers."""
-    return U1 << (U12 + U9 * (level - U1))
-
-
-@kernel
 def below(m, slot):
     """First word of the table that the entry at `slot` points to."""
-    return (m.ram[slot] & E_ADDRESS) >> U3
+    return (m.ram[slot] & PTE_ADDRESS) >> U3
 
 
 @outlined
 def lookup(m, root, address):
     """Walk as far as there are tables: slot and level of the first entry that points to none."""
-    slot = (root >> U3) + (address >> U39 & U511)
+    slot = (root >> U3) + index_at(address >> U12, U4)
     if not is_table(m.ram[slot]):
         return slot, U4
-    slot = below(m, slot) + (address >> U30 & U511)
+    slot = below(m, slot) + index_at(address >> U12, U3)
     if not is_table(m.ram[slot]):
         return slot, U3
-    slot = below(m, slot) + (address >> U21 & U511)
+    slot = below(m, slot) + index_at(address >> U12, U2)
     if not is_table(m.ram[slot]):
         return slot, U2
-    return below(m, slot) + (address >> U12 & U511), U1
+    return below(m, slot) + index_at(address >> U12, U1), U1
 
 
 @kernel
 def level1_table(m, root, page):
     """The last-level table that covers `page` and 512, or NONE and how many pages an entry of the level covers that
     points to no table."""
-    entry = m.ram[(root >> U3) + (page >> U(27) & U511)]
+    entry = m.ram[(root >> U3) + index_at(page, U4)]
     if not is_table(entry):
-        return NONE, U1 << U(27)
-    entry = m.ram[((entry & E_ADDRESS) >> U3) + (page >> U(18) & U511)]
+        return NONE, U1 << U27
+    entry = m.ram[((entry & PTE_ADDRESS) >> U3) + index_at(page, U3)]
     if not is_table(entry):
-        return NONE, U1 << U(18)
-    entry = m.ram[((entry & E_ADDRESS) >> U3) + (page >> U9 & U511)]
+        return NONE, U1 << U18
+    entry = m.ram[((entry & PTE_ADDRESS) >> U3) + index_at(page, U2)]
     if not is_table(entry):
         return NONE, U512
-    return (entry & E_ADDRESS) >> U3, U512
+    return (entry & PTE_ADDRESS) >> U3, U512
 
 
 @kernel
@@ -89,18 +86,18 @@ def need_slot(m, space, address, level):
     level that is no table is returned as it stands.
     """
     f = host_format(m)
-    slot = (space_root(m.state, space) >> U3) + (address >> U39 & U511)
+    slot = (space_root(m.state, space) >> U3) + index_at(address >> U12, U4)
     at = U4
     while at > level:
         if m.ram[slot] == U0:
-            if new_table(m, f, slot, HOST_TABLES) == NONE:
+            if new_table(m, f, slot, GAUGE_HOST_TABLES) == NONE:
                 return NONE
             if at == U4:
-                _set_top(m, space, slot, (m.ram[slot] & E_ADDRESS) | m.state[f + F_TABLE_TOP])
+                _set_top(m, space, slot, (m.ram[slot] & PTE_ADDRESS) | m.state[f + F_TABLE_TOP])
         elif not is_table(m.ram[slot]):
             return slot
         at -= U1
-        slot = below(m, slot) + (address >> (U12 + U9 * (at - U1)) & U511)
+        slot = below(m, slot) + (address >> shift_of(at) & U511)
     return slot
 
 
@@ -110,7 +107,7 @@ def need_slot(m, space, address, level):
 @kernel
 def _free_below(m, slot):
     """Free the table that the entry at `slot` points to, and clear the entry."""
-    free_table(m, below(m, slot) >> U9, HOST_TABLES)
+    free_table(m, below(m, slot) >> U9, GAUGE_HOST_TABLES)
     m.ram[slot] = U0
 
 
@@ -120,7 +117,7 @@ def _free_level1_tables(m, table2, start, end, floor, ceiling):
     freed = U0
     page = start >> U21 << U21
     while page < end:
-        slot = table2 + (page >> U21 & U511)
+        slot = table2 + index_at(page >> U12, U2)
         if page >= floor and page + size_of(U2) <= ceiling and is_table(m.ram[slot]):
             _free_below(m, slot)
             freed += U1
@@ -139,12 +136,12 @@ def free_tables(m, space, start, end, floor, ceiling):
     freed = U0
     base = start
     while base < end:
-        slot4 = (space_root(m.state, space) >> U3) + (base >> U39 & U511)
+        slot4 = (space_root(m.state, space) >> U3) + index_at(base >> U12, U4)
         top = base >> U39 << U39
         stop = min(end, top + size_of(U4))
         if is_table(ram[slot4]):
             while base < stop:
-                slot3 = below(m, slot4) + (base >> U30 & U511)
+                slot3 = below(m, slot4) + index_at(base >> U12, U3)
                 region = base >> U30 << U30
                 last = min(stop, region + size_of(U3))
                 if is_table(ram[slot3]):
@@ -154,7 +151,7 @@ def free_tables(m, space, start, end, floor, ceiling):
                         freed += U1
                 base = last
             if top >= floor and top + size_of(U4) <= ceiling:
-                free_table(m, below(m, slot4) >> U9, HOST_TABLES)
+                free_table(m, below(m, slot4) >> U9, GAUGE_HOST_TABLES)
                 _set_top(m, space, slot4, U0)
                 freed += U1
         base = stop
@@ -174,7 +171,7 @@ def reclaim_level1_tables(m, space, start, end):
         slot1, level = lookup(m, root, page)
         if level == U1:
             empty = True
-            for i in range(slot1, slot1 + U(512)):
+            for i in range(slot1, slot1 + U512):
                 empty = empty and m.ram[i] == U0
             if empty:
                 slot2 = _slot_of_level2(m, root, page)
@@ -186,9 +183,9 @@ def reclaim_level1_tables(m, space, start, end):
 @kernel
 def _slot_of_level2(m, root, address):
     """Slot of level 2 for an address whose tables exist."""
-    slot = (root >> U3) + (address >> U39 & U511)
-    slot = below(m, slot) + (address >> U30 & U511)
-    return below(m, slot) + (address >> U21 & U511)
+    slot = (root >> U3) + index_at(address >> U12, U4)
+    slot = below(m, slot) + index_at(address >> U12, U3)
+    return below(m, slot) + index_at(address >> U12, U2)
 
 
 # --------------------------------------------------------------------------- what is to be flushed
@@ -206,14 +203,14 @@ def flush_mm(m, space):
     row = space_row(space)
     if m.state[row + S_UNFLUSHED] != U0 and m.state[R_FLUSHES_HELD] == U0:
         m.state[row + S_UNFLUSHED] = U0
-        charge_one(m, TLB_FLUSH_MM)
+        charge_one(m, EVENT_TLB_FLUSH_MM)
 
 
 @kernel
 def _begin(m):
-    m.state[R_GATHER_START] = NONE
+    m.state[R_GATHER_START] = U0
     m.state[R_GATHER_END] = U0
-    m.state[R_GATHER_SHIFT] = U(30)
+    m.state[R_GATHER_SHIFT] = U0
 
 
 @kernel
@@ -230,9 +227,11 @@ def gather(m, address, level):
     state = m.state
     size = size_of(level)
     first = address & ~(size - U1)
-    state[R_GATHER_START] = min(state[R_GATHER_START], first)
+    shift = shift_of(level)
+    nothing = state[R_GATHER_END] == U0
+    state[R_GATHER_START] = first if nothing else min(state[R_GATHER_START], first)
+    state[R_GATHER_SHIFT] = shift if nothing else min(state[R_GATHER_SHIFT], shift)
     state[R_GATHER_END] = max(state[R_GATHER_END], first + size)
-    state[R_GATHER_SHIFT] = min(state[R_GATHER_SHIFT], U12 + U9 * (level - U1))
 
 
 @outlined
@@ -242,10 +241,10 @@ def _flush(m, space):
         flush_mm(m, space)
         return
     state[space_row(space) + S_UNFLUSHED] = U0
-    charge_one(m, TLB_FLUSH_MM)
+    charge_one(m, EVENT_TLB_FLUSH_MM)
     pages = (state[R_GATHER_END] - state[R_GATHER_START]) >> state[R_GATHER_SHIFT]
     if pages <= _CEILING:
-        charge(m, TLB_FLUSH_PAGE, np.int64(pages))
+        charge(m, EVENT_TLB_FLUSH_PAGE, np.int64(pages))
     _begin(m)
 
 

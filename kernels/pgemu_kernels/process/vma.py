@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30
-from pgemu_kernels.engine.charge import PAGE_CACHE_PAGES, PAGE_CACHE_STORED, change, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U30
+from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
+from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, may_reserve, remove_from_file, reserved_word
-from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
-from pgemu_kernels.process.entries import E_ADDRESS, holds_page, is_table
-from pgemu_kernels.process.tables import below, lookup, size_of
+from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
+from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.process.entries import holds_page, is_table
+from pgemu_kernels.process.tables import below, lookup
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range, unbind_inode
+from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
-from pgemu_kernels.words.registers import R_ANON_VMAS, R_VMAS
+from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_CLONED,
@@ -76,6 +79,7 @@ def link_vma(state, row):
         at = state[at] + A_NEXT
     state[row + A_NEXT] = state[at]
     state[at] = row
+    state[R_MAPPINGS] += U1
 
 
 @outlined
@@ -85,6 +89,7 @@ def unlink_vma(state, row):
     while state[at] != row:
         at = state[at] + A_NEXT
     state[at] = state[row + A_NEXT]
+    state[R_MAPPINGS] += U1
 
 
 @kernel
@@ -290,7 +295,7 @@ def clone_anon_vma(state, row):
 @outlined
 def unshare_table(m, slot):
     """If the level-2 table at a level-3 slot is shared with other mappings, let go of it. huge_pmd_unshare()."""
-    frame = below(m, slot) >> U(9)
+    frame = below(m, slot) >> U9
     if m.ram[slot] & U1 == U0 or m.counts[frame] == np.uint32(0):
         return False
     m.counts[frame] = np.uint32(U(m.counts[frame]) - U1)
@@ -337,7 +342,7 @@ def _divide(m, row, upper):
     address = state[upper + A_START]
     order = huge_order(state, row)
     region = address >> U30 << U30
-    if order == U(9) and region != address and region >= state[row + A_START]:
+    if order == U9 and region != address and region >= state[row + A_START]:
         if region + size_of(U3) <= state[upper + A_END]:
             slot, level = _slot_of_level3(m, row, address)
             if level == U3:
@@ -384,10 +389,10 @@ def cut(m, row, address):
 def _slot_of_level3(m, row, address):
     """Slot of level 3 for an address of a VMA and 3, or another level where there is no such table."""
     root = space_root(m.state, m.state[row + A_SPACE])
-    slot = (root >> U3) + (address >> U(39) & U(511))
+    slot = (root >> U3) + index_at(address >> U12, U4)
     if m.ram[slot] & U1 == U0:
-        return slot, U(4)
-    return below(m, slot) + (address >> U30 & U(511)), U3
+        return slot, U4
+    return below(m, slot) + index_at(address >> U12, U3), U3
 
 
 @kernel
@@ -452,19 +457,20 @@ def drop_page(m, inode, index, word):
     node = inode_row(inode)
     cache_store(m, node + I_CACHE, index, U0)
     if state[node + I_KIND] == INODE_HUGETLB:
-        frame = (word & E_ADDRESS) >> U12
+        frame = (word & PTE_ADDRESS) >> U12
         if frame == U0:
             state[reserved_word(state[node + I_ORDER])] -= U1
         else:
-            charge_one(m, PAGE_CACHE_STORED)
+            charge_one(m, EVENT_PAGE_CACHE_STORED)
             remove_from_file(m, frame)
         return
-    charge_one(m, PAGE_CACHE_STORED)
-    change(m.stats, PAGE_CACHE_PAGES, -1)
+    charge_one(m, EVENT_PAGE_CACHE_STORED)
+    change(m.stats, GAUGE_PAGE_CACHE_PAGES, -1)
     held = U(m.counts[word]) & ~PAGE_CACHED
     m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
         put_frame(m, word)
+        charge_page_freed(m)
 
 
 @outlined

@@ -7,56 +7,52 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30, U511
-from pgemu_kernels.engine.charge import (
-    HOST_LEAVES,
-    LEAF_CLEARED,
-    LEAF_WRITTEN,
-    RMAP_CHANGED,
-    change_value,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U30, U511
+from pgemu_kernels.engine.charge import change_value, charge, charge_each, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import space_root, vma_overlap
+from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import remove_mapping, struct_page
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_PRESENT, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import unmap_page
-from pgemu_kernels.process.entries import (
-    E_ADDRESS,
-    E_LARGE,
-    E_PRESENT,
-    E_SPECIAL,
-    frame_of,
-    holds_page,
-    make_writable,
-    modify,
-    protection,
-)
-from pgemu_kernels.process.tables import (
-    gather,
-    gather_begin,
-    gather_flush,
-    level1_table,
-    lookup,
-    owe_flush,
-    size_of,
-    space_row,
-)
-from pgemu_kernels.process.vma import first_vma, huge_order, notify, unshare_table
+from pgemu_kernels.process.entries import frame_of, holds_page, make_writable, modify, protection
+from pgemu_kernels.process.tables import gather, gather_begin, gather_flush, level1_table, lookup, owe_flush, space_row
+from pgemu_kernels.process.vma import first_vma, huge_order, notify, page_offset, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import count_host_leaf
+from pgemu_kernels.words.enum_words import (
+    EVENT_LEAF_CLEARED,
+    EVENT_LEAF_WRITTEN,
+    EVENT_NOTIFIER_CALL,
+    EVENT_RMAP_CHANGED,
+    GAUGE_HOST_LEAVES_4K,
+)
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_NOTIFIER
 from pgemu_kernels.words.rows import (
+    A_END,
     A_FLAGS,
     A_KIND,
     A_NEXT,
+    A_PGOFF,
     A_PROT,
     A_RESERVED,
     A_SPACE,
+    I_ALL_END,
+    I_ALL_FROM,
+    I_CALLS,
+    I_KIND,
+    I_PAGES,
+    I_SURVEYED,
+    I_TOLD,
+    INODE_GUEST_MEMFD,
     PAGE_EXCLUSIVE,
     PROT_WRITE,
     S_RSS,
+    S_VMS,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -71,7 +67,7 @@ U = np.uint64
 
 @kernel
 def _present(m, entry):
-    return entry & E_PRESENT != U0
+    return entry & PTE_PRESENT != U0
 
 
 @kernel
@@ -82,7 +78,7 @@ def _holds(m, entry):
 @kernel
 def _forget_folio(m, row, entry):
     """A piece of a split huge page has one mapping and one reference less; both are counted by whoever counts these."""
-    remove_mapping(m.ram, struct_page(m, (entry & E_ADDRESS) >> U12))
+    remove_mapping(m.ram, struct_page(m, (entry & PTE_ADDRESS) >> U12))
     return np.int64(1)
 
 
@@ -139,8 +135,8 @@ def _no_large(m, row, page, end):
 @kernel
 def _drop_large(m, row, slot, address, level):
     m.ram[slot] = U0
-    change_value(m.stats, HOST_LEAVES + level - U1, -1)
-    charge_one(m, LEAF_CLEARED)
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
+    charge_one(m, EVENT_LEAF_CLEARED)
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
         owe_flush(m.state, m.state[row + A_SPACE], U1)
     else:
@@ -179,7 +175,7 @@ def _zap_small(m, row, start, end, guards):
             if _holds_page(m, entry):
                 ram[table + index] = U0
                 cleared += 1
-                if entry & E_SPECIAL == U0:
+                if entry & PTE_SPECIAL == U0:
                     counted += _forget(m, row, entry)
                 _gather(m, row, (page & ~U511) | index)
             elif guards and entry != U0:
@@ -187,10 +183,10 @@ def _zap_small(m, row, start, end, guards):
         page = stop
     if cleared != 0:
         count_host_leaf(m, -cleared)
-        charge(m, LEAF_CLEARED, cleared)
+        charge(m, EVENT_LEAF_CLEARED, cleared)
         if counted != 0:
             m.state[space_row(m.state[row + A_SPACE]) + S_RSS] -= U(counted)
-            charge(m, RMAP_CHANGED, counted)
+            charge(m, EVENT_RMAP_CHANGED, counted)
         _owe_flush(m, row, cleared)
 
 
@@ -226,8 +222,8 @@ def _zap_huge(m, row, start, end):
                 private = is_anonymous(m, frame_of(entry))
                 if unmap_huge(m, frame_of(entry), entry) != U0 and private:
                     _restore_reservation(m, row, order)
-                change_value(m.stats, HOST_LEAVES + level - U1, -1)
-                charge_one(m, LEAF_CLEARED)
+                change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
+                charge_one(m, EVENT_LEAF_CLEARED)
                 gather(m, address, level)
         address = (address & ~(size - U1)) + size
 
@@ -235,8 +231,8 @@ def _zap_huge(m, row, start, end):
 @kernel
 def _slot_above(m, root, address):
     """Level-3 slot of an address whose level-3 table exists."""
-    slot = (root >> U3) + (address >> U(39) & U(511))
-    return ((m.ram[slot] & E_ADDRESS) >> U3) + (address >> U30 & U(511))
+    slot = (root >> U3) + index_at(address >> U12, U4)
+    return ((m.ram[slot] & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)
 
 
 @kernel
@@ -260,13 +256,63 @@ def zap_vma(m, row, start, end, guards):
     _zap(m, row, start, end, guards)
 
 
+@outlined
+def _survey(m, inode):
+    """Find out anew whom it concerns that pages leave every process: VMAs or VMs are others than the last time."""
+    state = m.state
+    node = inode_row(inode)
+    first = U0
+    last = NONE
+    told = U0
+    calls = U0
+    row = first_vma(state, inode)
+    while row != U0:
+        first = max(first, state[row + A_PGOFF])
+        last = min(last, page_offset(state, row, state[row + A_END]))
+        vms = state[space_row(state[row + A_SPACE]) + S_VMS]
+        told |= vms
+        while vms != U0:
+            calls += U1
+            vms &= vms - U1
+        row = state[row + A_NEXT]
+    state[node + I_ALL_FROM] = first
+    state[node + I_ALL_END] = last
+    state[node + I_TOLD] = told
+    state[node + I_CALLS] = calls
+    state[node + I_SURVEYED] = state[R_MAPPINGS]
+
+
+@kernel
+def _only_tells(m, inode, first, last):
+    """Whether that pages [first, last) leave every process changes nothing: all VMAs show them, no process has an
+    entry at all, no VM of theirs a leaf, and no guest's fault is under way."""
+    state = m.state
+    leaves = (
+        m.stats[STATS_GAUGES + GAUGE_HOST_LEAVES_4K * U2] | m.stats[STATS_GAUGES + (GAUGE_HOST_LEAVES_4K + U1) * U2]
+    )
+    leaves |= m.stats[STATS_GAUGES + (GAUGE_HOST_LEAVES_4K + U2) * U2]
+    node = inode_row(inode)
+    if leaves != 0 or state[R_GUEST_FAULTS] != U0 or state[node + I_KIND] != INODE_GUEST_MEMFD:
+        return False
+    if state[node + I_SURVEYED] != state[R_MAPPINGS]:
+        _survey(m, inode)
+    if first < state[node + I_ALL_FROM] or last > min(state[node + I_ALL_END], state[node + I_PAGES]):
+        return False
+    return vms_with_leaves(state, node, first, last) & state[node + I_TOLD] == U0
+
+
 @step
 def unmap_mapping_range(m, inode, first, last):
     """Pages [first, last) of a file leave every process, its VMAs one by one, each with a flush of its own.
 
-    mm/memory.c:unmap_mapping_pages(), unmap_mapping_range_vma(); fs/hugetlbfs/inode.c:hugetlb_vmdelete_list()
+    mm/memory.c:unmap_mapping_pages(), unmap_mapping_range_vma(); fs/hugetlbfs/inode.c:hugetlb_vmdelete_list(). Where
+    nothing is mapped that is a notifier call for each VM of each VMA's mm, however many they are.
     """
     state = m.state
+    if _only_tells(m, inode, first, last):
+        if state[R_NOTIFIER] != U0:
+            charge_each(m, EVENT_NOTIFIER_CALL, np.int64(state[inode_row(inode) + I_CALLS]))
+        return
     row = first_vma(state, inode)
     while row != U0:
         start, end = vma_overlap(state, row, inode, first, last)
@@ -281,7 +327,7 @@ def unmap_mapping_range(m, inode, first, last):
 def drop_large_pfn(m, row, address, level):
     """Drop a large PFN entry over an address, if its level is at least `level`: how __split_huge_pud() "splits" it."""
     slot, at = lookup(m, space_root(m.state, m.state[row + A_SPACE]), address)
-    if at >= level and m.ram[slot] & E_LARGE != U0 and holds_page(m.ram[slot]):
+    if at >= level and m.ram[slot] & PTE_LARGE != U0 and holds_page(m.ram[slot]):
         notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
         _drop_large(m, row, slot, address, at)
 
@@ -298,7 +344,7 @@ def _changed(m, row, entry, bits, large):
     value = modify(entry, bits, large)
     state = m.state
     if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and large == U0:
-        if value & E_SPECIAL == U0 and U(m.counts[frame_of(value)]) & PAGE_EXCLUSIVE != U0:
+        if value & PTE_SPECIAL == U0 and U(m.counts[frame_of(value)]) & PAGE_EXCLUSIVE != U0:
             return make_writable(value)
     return value
 
@@ -319,7 +365,7 @@ def _protect_small(m, row, start, end):
                 if address != first or first + size > end:
                     drop_large_pfn(m, row, address, level)
                 else:
-                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, E_LARGE)
+                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, PTE_LARGE)
                     changed += 1
                     gather(m, address, level)
             address = first + size
@@ -333,7 +379,7 @@ def _protect_small(m, row, start, end):
                 gather(m, address, U1)
             slot += U1
             address += U(4096)
-    charge(m, LEAF_WRITTEN, changed)
+    charge(m, EVENT_LEAF_WRITTEN, changed)
 
 
 @outlined
@@ -353,8 +399,8 @@ def _protect_huge(m, row, start, end):
                 address = ((address >> U30) + U1) << U30
                 continue
             if holds_page(m.ram[slot]):
-                m.ram[slot] = modify(m.ram[slot], bits, E_LARGE)
-                charge_one(m, LEAF_WRITTEN)
+                m.ram[slot] = modify(m.ram[slot], bits, PTE_LARGE)
+                charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
         address = (address & ~(size - U1)) + size
 

@@ -9,23 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63, U511
-from pgemu_kernels.engine.charge import (
-    BLOCKS_HUGE,
-    BLOCKS_PARTLY,
-    BLOCKS_SPLIT,
-    BLOCKS_ZOMBIE,
-    CACHE_NODES,
-    CONTENT_FRAMES,
-    FRAMES_USED,
-    HOST_TABLES,
-    HUGETLB_PAGES,
-    KERNEL_TABLES,
-    POOL_FREE,
-    STAGE2_TABLES,
-    VMEMMAP_PAGES,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.properties import level_is_folios, splits_folios, zaps_exactly
 from pgemu_kernels.engine.rows import (
     block_row,
@@ -41,10 +27,37 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.xarray import object_frames
-from pgemu_kernels.formats.bits import ADDRESS
+from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.words.enum_words import (
+    BROKEN_BLOCK_STATE,
+    BROKEN_COUNTS,
+    BROKEN_FRAMES,
+    BROKEN_HOST_PRIVATE,
+    BROKEN_IN_PROGRESS,
+    BROKEN_LEAF_OVER_FOLIO,
+    BROKEN_MIXED_LEAF,
+    BROKEN_WRONG_PFN,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_PARTLY,
+    GAUGE_BLOCKS_SPLIT,
+    GAUGE_BLOCKS_ZOMBIE,
+    GAUGE_CACHE_NODES,
+    GAUGE_CONTENT_FRAMES,
+    GAUGE_FRAMES_USED,
+    GAUGE_HOST_TABLES,
+    GAUGE_HUGETLB_PAGES,
+    GAUGE_KERNEL_TABLES,
+    GAUGE_POOL_FREE,
+    GAUGE_STAGE2_TABLES,
+    GAUGE_VMEMMAP_PAGES,
+    OP_CONVERT,
+    OP_GUEST_FAULT,
+    OP_HOST_FAULT,
+    OP_PUNCH_HOLE,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import Broken, Operation
 from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
@@ -91,18 +104,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-FRAMES = U(Broken.FRAMES)
-HOST_PRIVATE = U(Broken.HOST_PRIVATE)
-MIXED_LEAF = U(Broken.MIXED_LEAF)
-LEAF_OVER_FOLIO = U(Broken.LEAF_OVER_FOLIO)
-BLOCK_STATE = U(Broken.BLOCK_STATE)
-WRONG_PFN = U(Broken.WRONG_PFN)
-IN_PROGRESS = U(Broken.IN_PROGRESS)
-_ADDRESS = U(ADDRESS)
-OP_HOST_FAULT = U(Operation.HOST_FAULT)
-OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
-OP_CONVERT = U(Operation.CONVERT)
-OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
 
 
 @kernel
@@ -128,7 +129,7 @@ def order_at(m, node, index):
     kind = m.state[block + B_STATE]
     if kind != BLOCK_PARTLY:
         return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
-    piece = index >> U9 & U511
+    piece = index_at(index, U2)
     return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
@@ -138,11 +139,11 @@ def check_host_leaf(m, row, address, level, entry):
     state = m.state
     node = inode_row(state[row + A_INODE])
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
-    index &= ~((U1 << (U9 * (level - U1))) - U1)
-    expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), HOST_PRIVATE, index)
-    expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
+    index &= ~(pages_of(level) - U1)
+    expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), BROKEN_HOST_PRIVATE, index)
+    expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     if splits_folios(m):
-        expect(m, order_at(m, node, index) == U0, LEAF_OVER_FOLIO, index)
+        expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -156,21 +157,24 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     state = m.state
     slot = find_memslot(state, vm, gfn)
     if slot == NONE:
-        broken(state, WRONG_PFN, gfn)
+        broken(state, BROKEN_WRONG_PFN, gfn)
         return
     if state[slot + M_FLAGS] & SLOT_RELEASED != U0:
-        broken(state, WRONG_PFN, gfn)
+        broken(state, BROKEN_WRONG_PFN, gfn)
         return
     node = inode_row(state[slot + M_INODE])
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-    expect(m, is_uniform(m, node, index, level), MIXED_LEAF, index)
-    expect(m, inode_frame(m, node, index) == (entry & _ADDRESS) >> U12, WRONG_PFN, index)
+    expect(m, is_uniform(m, node, index, level), BROKEN_MIXED_LEAF, index)
+    expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
+    last = index + pages_of(level) - U1
+    noted = vms_with_leaves(state, node, index, index + U1) & vms_with_leaves(state, node, last, last + U1)
+    expect(m, noted >> vm & U1 != U0, BROKEN_COUNTS, index)
     if level_is_folios(m) and level != U1:
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
         kept = (alone and state[block + B_WAITS] != U0) or (private and zaps_exactly(m))
-        expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), LEAF_OVER_FOLIO, index)
+        expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -180,16 +184,16 @@ def check_block(m, node, index):
     """
     kind = m.state[block_row(m, node, index) + B_STATE]
     if m.state[R_ORDER] == U0:
-        expect(m, kind != BLOCK_SPLIT, BLOCK_STATE, index)
+        expect(m, kind != BLOCK_SPLIT, BROKEN_BLOCK_STATE, index)
         return
     if not splits_folios(m):
         return
     shared = shared_in_block(m, node, index)
     if kind == BLOCK_HUGE:
-        expect(m, shared == U0, BLOCK_STATE, index)
+        expect(m, shared == U0, BROKEN_BLOCK_STATE, index)
     elif kind == BLOCK_SPLIT or kind == BLOCK_PARTLY:
         waits = m.state[block_row(m, node, index) + B_WAITS] != U0
-        expect(m, shared != U0 or waits, BLOCK_STATE, index)
+        expect(m, shared != U0 or waits, BROKEN_BLOCK_STATE, index)
 
 
 @kernel
@@ -232,7 +236,7 @@ def check_slot_range(m, slot, start, end):
     f = stage2_format(m)
     while gfn < last:
         leaf, level = find_leaf(m, f, root, gfn)
-        size = U1 << (U9 * (level - U1))
+        size = pages_of(level)
         if leaf != NONE:
             check_stage2_leaf(m, vm, gfn & ~(size - U1), level, m.ram[leaf])
         elif level == U1:
@@ -245,25 +249,25 @@ def check_operation(m, op):
     """The rules for what one operation touched. Broken ones are counted in the registers."""
     state = m.state
     kind = state[op + O_OP]
-    frames = m.stats[STATS_GAUGES + FRAMES_USED * U2]
+    frames = m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2]
     owned = (
-        m.stats[STATS_GAUGES + HOST_TABLES * U2]
-        + m.stats[STATS_GAUGES + STAGE2_TABLES * U2]
-        + m.stats[STATS_GAUGES + KERNEL_TABLES * U2]
-        + m.stats[STATS_GAUGES + VMEMMAP_PAGES * U2]
-        + m.stats[STATS_GAUGES + CONTENT_FRAMES * U2]
-        + m.stats[STATS_GAUGES + CACHE_NODES * U2]
+        m.stats[STATS_GAUGES + GAUGE_HOST_TABLES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_STAGE2_TABLES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_KERNEL_TABLES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_VMEMMAP_PAGES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_CACHE_NODES * U2]
     )
-    expect(m, frames == owned + np.int64(object_frames(m)), FRAMES, kind)
+    expect(m, frames == owned + np.int64(object_frames(m)), BROKEN_FRAMES, kind)
     blocks = (
-        m.stats[STATS_GAUGES + BLOCKS_HUGE * U2]
-        + m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2]
-        + m.stats[STATS_GAUGES + BLOCKS_PARTLY * U2]
-        + m.stats[STATS_GAUGES + BLOCKS_ZOMBIE * U2]
-        + m.stats[STATS_GAUGES + POOL_FREE * U2]
-        + m.stats[STATS_GAUGES + HUGETLB_PAGES * U2]
+        m.stats[STATS_GAUGES + GAUGE_BLOCKS_HUGE * U2]
+        + m.stats[STATS_GAUGES + GAUGE_BLOCKS_SPLIT * U2]
+        + m.stats[STATS_GAUGES + GAUGE_BLOCKS_PARTLY * U2]
+        + m.stats[STATS_GAUGES + GAUGE_BLOCKS_ZOMBIE * U2]
+        + m.stats[STATS_GAUGES + GAUGE_POOL_FREE * U2]
+        + m.stats[STATS_GAUGES + GAUGE_HUGETLB_PAGES * U2]
     )
-    expect(m, U(blocks) + state[R_FOLIOS_IN_HAND] == state[state[R_HSTATE] + H_PAGES], FRAMES, kind)
+    expect(m, U(blocks) + state[R_FOLIOS_IN_HAND] == state[state[R_HSTATE] + H_PAGES], BROKEN_FRAMES, kind)
     if kind == OP_HOST_FAULT:
         address = state[op + O_ADDRESS]
         row = find_vma(state, state[op + O_SPACE], address)
@@ -276,7 +280,7 @@ def check_operation(m, op):
         gfn = state[op + O_ADDRESS] >> U12
         slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
         if slot != NONE:
-            check_stage2_leaf(m, vm, gfn & ~((U1 << (U9 * (level - U1))) - U1), level, m.ram[slot])
+            check_stage2_leaf(m, vm, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
     elif kind == OP_CONVERT and state[op + O_ROUND_END] > U0:
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
     elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:
@@ -286,4 +290,4 @@ def check_operation(m, op):
         if start < pages:
             check_range(m, state[op + O_OBJECT], start, min(start + length, pages))
     for vm in range(state[R_VMS]):
-        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
+        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, BROKEN_IN_PROGRESS, vm)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, pages_of
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.rows import find_memslot, inode_row, memslot_row, space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find
-from pgemu_kernels.formats.bits import ADDRESS, WRITE
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_WRITE
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd
 from pgemu_kernels.rules.invariants import check_stage2_leaf, expect
 from pgemu_kernels.rules.processes import own_nodes
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
-from pgemu_kernels.words.operations import Broken
+from pgemu_kernels.words.enum_words import BROKEN_LEAF_OVER_FOLIO, BROKEN_MIXED_LEAF, BROKEN_WRONG_PFN
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
 from pgemu_kernels.words.rows import (
     I_CACHE,
@@ -34,13 +33,6 @@ from pgemu_kernels.words.rows import (
 )
 from pgemu_kernels.words.table_words import F_WRITE
 
-U = np.uint64
-_MIXED_LEAF = U(Broken.MIXED_LEAF)
-_WRONG_PFN = U(Broken.WRONG_PFN)
-_WIDER = U(Broken.LEAF_OVER_FOLIO)
-_ADDRESS = U(ADDRESS)
-_WRITE = U(WRITE)
-
 
 @kernel
 def check_leaf(m, vm, gfn, level, entry):
@@ -58,29 +50,29 @@ def check_user_leaf(m, vm, slot, gfn, level, entry):
     guest_memfd, no wider than the process's own leaf, writable only where that and the slot are."""
     state = m.state
     row = vm_row(vm)
-    pfn = (entry & _ADDRESS) >> U12
+    pfn = (entry & PTE_ADDRESS) >> U12
     page = gfn - state[slot + M_BASE_GFN]
     flags = state[slot + M_FLAGS]
     writable = entry & state[stage2_format(m) + F_WRITE] != U0
-    expect(m, page + pages_of(level) <= state[slot + M_PAGES], _WIDER, gfn)
-    expect(m, flags & SLOT_LOG_DIRTY_PAGES == U0 or level == U1 or not writable, _WIDER, gfn)
-    expect(m, not writable or flags & SLOT_READ_ONLY == U0, _WRONG_PFN, gfn)
+    expect(m, page + pages_of(level) <= state[slot + M_PAGES], BROKEN_LEAF_OVER_FOLIO, gfn)
+    expect(m, flags & SLOT_LOG_DIRTY_PAGES == U0 or level == U1 or not writable, BROKEN_LEAF_OVER_FOLIO, gfn)
+    expect(m, not writable or flags & SLOT_READ_ONLY == U0, BROKEN_WRONG_PFN, gfn)
     if level > U1:
-        expect(m, not is_mixed(m, row, gfn, level), _MIXED_LEAF, gfn)
+        expect(m, not is_mixed(m, row, gfn, level), BROKEN_MIXED_LEAF, gfn)
     if from_guest_memfd(state, slot, is_private(m, row, gfn)):
-        expect(m, level == U1, _WIDER, gfn)
+        expect(m, level == U1, BROKEN_LEAF_OVER_FOLIO, gfn)
         node = inode_row(state[slot + M_INODE])
-        expect(m, cache_find(m, state[node + I_CACHE], state[slot + M_PGOFF] + page) == pfn, _WRONG_PFN, gfn)
+        expect(m, cache_find(m, state[node + I_CACHE], state[slot + M_PGOFF] + page) == pfn, BROKEN_WRONG_PFN, gfn)
         return
     if state[R_NOTIFIER] == U0:
         return  # nobody tells KVM what the process does
     address = state[slot + M_HVA] + (page << U12)
     host, host_level = find_leaf(m, host_format(m), space_root(state, state[row + V_SPACE]), address >> U12)
-    expect(m, host != NONE and level <= host_level, _WIDER, gfn)
+    expect(m, host != NONE and level <= host_level, BROKEN_LEAF_OVER_FOLIO, gfn)
     if host != NONE:
         inside = address >> U12 & (pages_of(host_level) - U1)
-        expect(m, ((m.ram[host] & _ADDRESS) >> U12) + inside == pfn, _WRONG_PFN, gfn)
-        expect(m, not writable or m.ram[host] & _WRITE != U0, _WRONG_PFN, gfn)
+        expect(m, ((m.ram[host] & PTE_ADDRESS) >> U12) + inside == pfn, BROKEN_WRONG_PFN, gfn)
+        expect(m, not writable or m.ram[host] & PTE_WRITE != U0, BROKEN_WRONG_PFN, gfn)
 
 
 @outlined

@@ -22,13 +22,19 @@ from pgemu_kernels.folios.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.folios.vmemmap import vmemmap_directory, vmemmap_pte
-from pgemu_kernels.folios.xarray import XARRAY_NODES, has_pieces, nodes_of
-from pgemu_kernels.formats.bits import LARGE, WRITE
+from pgemu_kernels.folios.xarray import has_pieces, nodes_of
+from pgemu_kernels.formats.bits import PTE_LARGE, PTE_WRITE
 from pgemu_kernels.gmem.pieces import BLOCK_PAGES, NODES, ORDER
 from pgemu_kernels.rules.invariants import expect, order_at
 from pgemu_kernels.rules.references import check_folio, check_pieces
+from pgemu_kernels.words.enum_words import (
+    BROKEN_BLOCK_STATE,
+    BROKEN_COUNTS,
+    BROKEN_VMEMMAP,
+    BROKEN_WRONG_PFN,
+    GAUGE_XARRAY_NODES,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import R_BLOCK_ROWS, R_BLOCKS, R_INODES
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -44,23 +50,17 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_LARGE = U(LARGE)
-_WRITE = U(WRITE)
-_BLOCK_STATE = U(Broken.BLOCK_STATE)
-_COUNTS = U(Broken.COUNTS)
-_VMEMMAP = U(Broken.VMEMMAP)
-_WRONG_PFN = U(Broken.WRONG_PFN)
 
 
 @kernel
 def _own_vmemmap(m, head):
     """How many of the eight vmemmap pages of a 2M folio are mapped read-write: its own ones."""
     start = vmemmap_address(m.state, head)
-    if m.ram[vmemmap_directory(m, start)] & _LARGE != U0:
+    if m.ram[vmemmap_directory(m, start)] & PTE_LARGE != U0:
         return U8
     own = U0
     for i in range(U8):
-        own += U1 if m.ram[vmemmap_pte(m, start + (i << U12))] & _WRITE != U0 else U0
+        own += U1 if m.ram[vmemmap_pte(m, start + (i << U12))] & PTE_WRITE != U0 else U0
     return own
 
 
@@ -69,7 +69,7 @@ def _check_vmemmap(m, piece, whole, index):
     """I6: an optimised piece has one vmemmap page of its own, any other all eight."""
     page = struct_page(m, piece)
     optimized = whole and m.ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0
-    expect(m, _own_vmemmap(m, piece) == (U1 if optimized else U8), _VMEMMAP, index)
+    expect(m, _own_vmemmap(m, piece) == (U1 if optimized else U8), BROKEN_VMEMMAP, index)
 
 
 @outlined
@@ -96,10 +96,10 @@ def _check_block(m, node, block, first):
         page = struct_page(m, piece)
         whole = order_at(m, node, index) != U0
         shared = shared_in_2m(m, node, index) != U0
-        expect(m, shared != whole or (waits and not whole), _BLOCK_STATE, index)
-        expect(m, is_huge_page(m, piece) == whole, _BLOCK_STATE, index)
-        expect(m, not whole or folio_order(m, piece) == ORDER, _BLOCK_STATE, index)
-        expect(m, m.ram[page + MAPPING] == mapping and m.ram[page + INDEX] == index, _WRONG_PFN, index)
+        expect(m, shared != whole or (waits and not whole), BROKEN_BLOCK_STATE, index)
+        expect(m, is_huge_page(m, piece) == whole, BROKEN_BLOCK_STATE, index)
+        expect(m, not whole or folio_order(m, piece) == ORDER, BROKEN_BLOCK_STATE, index)
+        expect(m, m.ram[page + MAPPING] == mapping and m.ram[page + INDEX] == index, BROKEN_WRONG_PFN, index)
         _check_references(m, piece, whole, True)
         _check_vmemmap(m, piece, whole, index)
         nodes += U0 if whole else nodes_of(m.state, ORDER)
@@ -128,7 +128,7 @@ def check_in_pieces(m):
         node = inode_row(inode)
         if state[node + I_OPEN] != U0 and state[node + I_KIND] == INODE_GUEST_MEMFD:
             nodes += _nodes_of_inode(m, node)
-    expect(m, m.stats[STATS_GAUGES + XARRAY_NODES * U2] == np.int64(nodes), _COUNTS, nodes)
+    expect(m, m.stats[STATS_GAUGES + GAUGE_XARRAY_NODES * U2] == np.int64(nodes), BROKEN_COUNTS, nodes)
     for i in range(state[R_BLOCKS]):
         row = state[R_BLOCK_ROWS] + i * U(B_WORDS)
         if state[row + B_STATE] == BLOCK_ZOMBIE:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U9, U12, U32, U512
-from pgemu_kernels.engine.charge import BUDDY_BLOCKS
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U6, U9, U12, U18, U32, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.folio import (
@@ -25,11 +24,17 @@ from pgemu_kernels.folios.hugetlb import free_list, mapping_address
 from pgemu_kernels.folios.page_allocator import PGTY_BUDDY, is_block_free
 from pgemu_kernels.folios.vmemmap import vmemmap_directory, vmemmap_pte
 from pgemu_kernels.folios.xarray import has_pieces
-from pgemu_kernels.formats.bits import ADDRESS, LARGE
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE
 from pgemu_kernels.gmem.references import zombie_of
 from pgemu_kernels.rules.invariants import expect
+from pgemu_kernels.words.enum_words import (
+    BROKEN_COUNTS,
+    BROKEN_FRAMES,
+    BROKEN_REFERENCES,
+    BROKEN_VMEMMAP,
+    GAUGE_BUDDY_BLOCKS,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import R_NODES
 from pgemu_kernels.words.rows import (
     FOUND_HUGE_MAPPED,
@@ -54,12 +59,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_COUNTS = U(Broken.COUNTS)
-_FRAMES = U(Broken.FRAMES)
-_REFERENCES = U(Broken.REFERENCES)
-_VMEMMAP = U(Broken.VMEMMAP)
-_ADDRESS = U(ADDRESS)
-_LARGE = U(LARGE)
 
 
 @kernel
@@ -70,20 +69,20 @@ def _check_list(m, row, h, freed):
     head = first_page(m.state, row)
     while head != U0:
         page = struct_page(m, head)
-        expect(m, m.ram[page + U2] == before, _COUNTS, head)
+        expect(m, m.ram[page + U2] == before, BROKEN_COUNTS, head)
         # The later form of a split leaves the first page of a split folio in the active list.
         huge = is_huge_page(m, head)
-        expect(m, huge or not freed, _COUNTS, head)
+        expect(m, huge or not freed, BROKEN_COUNTS, head)
         # ... also the first 2M piece of a 1G page.
         piece = not freed and has_pieces(m.state) and m.state[h + H_ORDER] > U9
-        expect(m, not huge or piece or folio_order(m, head) == m.state[h + H_ORDER], _COUNTS, head)
-        expect(m, not huge or (m.ram[page + PRIVATE] & HUGETLB_FREED != U0) == freed, _COUNTS, head)
-        expect(m, not freed or m.ram[page + COUNTS] >> U32 <= U1, _REFERENCES, head)
+        expect(m, not huge or piece or folio_order(m, head) == m.state[h + H_ORDER], BROKEN_COUNTS, head)
+        expect(m, not huge or (m.ram[page + PRIVATE] & HUGETLB_FREED != U0) == freed, BROKEN_COUNTS, head)
+        expect(m, not freed or m.ram[page + COUNTS] >> U32 <= U1, BROKEN_REFERENCES, head)
         before = links_of(m, head)
         count += U1
         link = m.ram[page + U1]
-        head = U0 if is_head(link) else (link - vmemmap_address(m.state, U0)) >> U(6)
-    expect(m, m.state[row + U1] == before, _COUNTS, count)
+        head = U0 if is_head(link) else (link - vmemmap_address(m.state, U0)) >> U6
+    expect(m, m.state[row + U1] == before, BROKEN_COUNTS, count)
     return count
 
 
@@ -97,16 +96,18 @@ def _check_huge_page(m, head, found):
     ram = m.ram
     start = vmemmap_address(m.state, head)
     shared = False
-    if ram[vmemmap_directory(m, start)] & _LARGE == U0:
-        shared = ram[vmemmap_pte(m, start + U(4096))] & _ADDRESS == ram[vmemmap_pte(m, start + U(8192))] & _ADDRESS
-    expect(m, shared == (ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0), _VMEMMAP, head)
+    if ram[vmemmap_directory(m, start)] & PTE_LARGE == U0:
+        shared = (
+            ram[vmemmap_pte(m, start + U(4096))] & PTE_ADDRESS == ram[vmemmap_pte(m, start + U(8192))] & PTE_ADDRESS
+        )
+    expect(m, shared == (ram[page + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED != U0), BROKEN_VMEMMAP, head)
     mapping = ram[page + MAPPING]
     if mapping != U0 and mapping & U1 == U0:
         inode = (mapping - mapping_address(U0)) >> U12
         if m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
             return
     if mapping & U1 != U0:
-        expect(m, ram[page + COUNTS] >> U32 >= huge_mapcount(m, head), _REFERENCES, head)
+        expect(m, ram[page + COUNTS] >> U32 >= huge_mapcount(m, head), BROKEN_REFERENCES, head)
     found[FOUND_HUGE_MAPPED] -= np.int64(huge_mapcount(m, head))
 
 
@@ -129,7 +130,7 @@ def _check_node(m, node, found):
     row = node_row(node)
     base = state[row + N_BASE]
     end = base + state[row + N_PAGES]
-    kept = base + (state[row + N_GIGANTIC] << U(18))
+    kept = base + (state[row + N_GIGANTIC] << U18)
     kept_end = kept + state[row + N_RESERVED]
     free = U0
     huge = U0
@@ -139,7 +140,7 @@ def _check_node(m, node, found):
         following = pfn + U512
         if is_block_free(state, pfn):
             free += U1
-            expect(m, m.ram[struct_page(m, pfn) + COUNTS] & LOW32 == PGTY_BUDDY, _FRAMES, pfn)
+            expect(m, m.ram[struct_page(m, pfn) + COUNTS] & LOW32 == PGTY_BUDDY, BROKEN_FRAMES, pfn)
         elif is_huge_page(m, pfn):
             order = folio_order(m, pfn)
             huge += U1 if order == U9 and not _is_piece(m, pfn) else U0
@@ -163,9 +164,9 @@ def check_pools(m, found):
     for node in range(state[R_NODES]):
         blocks, huge, gigantic = _check_node(m, node, found)
         free += blocks
-        expect(m, huge <= state[hstate_node(hstate_of_order(U9), node) + H_NODE_PAGES], _COUNTS, huge)
-        expect(m, gigantic <= state[hstate_node(hstate_of_order(U(18)), node) + H_NODE_PAGES], _COUNTS, gigantic)
-    expect(m, m.stats[STATS_GAUGES + BUDDY_BLOCKS * U2] == np.int64(free), _FRAMES, free)
+        expect(m, huge <= state[hstate_node(hstate_of_order(U9), node) + H_NODE_PAGES], BROKEN_COUNTS, huge)
+        expect(m, gigantic <= state[hstate_node(hstate_of_order(U18), node) + H_NODE_PAGES], BROKEN_COUNTS, gigantic)
+    expect(m, m.stats[STATS_GAUGES + GAUGE_BUDDY_BLOCKS * U2] == np.int64(free), BROKEN_FRAMES, free)
     for i in range(U(HSTATES)):
         h = STATE_HSTATES + i * U(H_WORDS)
         pages = U0
@@ -174,12 +175,12 @@ def check_pools(m, found):
         for node in range(state[R_NODES]):
             row = hstate_node(h, node)
             count = _check_list(m, free_list(h, node), h, True)
-            expect(m, count == state[row + H_NODE_FREE], _COUNTS, count)
+            expect(m, count == state[row + H_NODE_FREE], BROKEN_COUNTS, count)
             pages += state[row + H_NODE_PAGES]
             surplus += state[row + H_NODE_SURPLUS]
             listed += count
-        expect(m, listed == state[h + H_FREE], _COUNTS, listed)
-        expect(m, pages == state[h + H_PAGES], _COUNTS, pages)
-        expect(m, surplus == state[h + H_SURPLUS], _COUNTS, surplus)
-        expect(m, listed + _check_list(m, h + H_ACTIVE, h, False) <= pages, _COUNTS, listed)
-        expect(m, is_head(state[h + H_LIST]), _COUNTS, h)
+        expect(m, listed == state[h + H_FREE], BROKEN_COUNTS, listed)
+        expect(m, pages == state[h + H_PAGES], BROKEN_COUNTS, pages)
+        expect(m, surplus == state[h + H_SURPLUS], BROKEN_COUNTS, surplus)
+        expect(m, listed + _check_list(m, h + H_ACTIVE, h, False) <= pages, BROKEN_COUNTS, listed)
+        expect(m, is_head(state[h + H_LIST]), BROKEN_COUNTS, h)

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U32, U511, U512
-from pgemu_kernels.engine.charge import ANONYMOUS_PAGES, CACHE_NODES, HOST_LEAVES, PAGE_CACHE_PAGES
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U32, U512
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
 from pgemu_kernels.folios.folio import COUNTS, MAPPING, struct_page
 from pgemu_kernels.folios.hstate import hstate_of_order, other_hstate
 from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
 from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
-from pgemu_kernels.process.entries import E_ADDRESS, E_PRESENT, E_SPECIAL, E_WRITE, frame_of, holds_page, is_table
-from pgemu_kernels.process.tables import size_of, space_row
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.process.entries import frame_of, holds_page, is_table
+from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
 from pgemu_kernels.rules.invariants import check_host_leaf, expect
 from pgemu_kernels.rules.pools import check_pools
+from pgemu_kernels.words.enum_words import (
+    BROKEN_COUNTS,
+    BROKEN_FRAMES,
+    BROKEN_REFERENCES,
+    BROKEN_WRONG_PFN,
+    GAUGE_ANONYMOUS_PAGES,
+    GAUGE_CACHE_NODES,
+    GAUGE_HOST_LEAVES_4K,
+    GAUGE_PAGE_CACHE_PAGES,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_FLAGS,
@@ -60,10 +70,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_FRAMES = U(Broken.FRAMES)
-_WRONG_PFN = U(Broken.WRONG_PFN)
-_COUNTS = U(Broken.COUNTS)
-_REFERENCES = U(Broken.REFERENCES)
 _HEIGHT = U(7)
 _TABLE = np.uint8(1)
 _PAGE = np.uint8(7)
@@ -83,9 +89,9 @@ def _check_page(m, row, address, entry, owner, found):
     """A 4K entry of anonymous memory or of a guest_memfd of 4K folios."""
     kind = m.state[row + A_KIND]
     frame = frame_of(entry)
-    if entry & E_SPECIAL != U0:
-        expect(m, kind == VMA_ANONYMOUS and frame == m.state[R_ZERO_FRAME], _WRONG_PFN, address >> U12)
-        expect(m, entry & E_WRITE == U0, _WRONG_PFN, address >> U12)
+    if entry & PTE_SPECIAL != U0:
+        expect(m, kind == VMA_ANONYMOUS and frame == m.state[R_ZERO_FRAME], BROKEN_WRONG_PFN, address >> U12)
+        expect(m, entry & PTE_WRITE == U0, BROKEN_WRONG_PFN, address >> U12)
         return
     word = U(m.counts[frame])
     found[FOUND_MAPPED] += 1
@@ -94,16 +100,16 @@ def _check_page(m, row, address, entry, owner, found):
         owner[frame] = _PAGE
         found[FOUND_MAPCOUNTS] += np.int64(word & PAGE_MAPPINGS)
         found[FOUND_ANONYMOUS] += np.int64(word & PAGE_CACHED == U0)
-    expect(m, owner[frame] == _PAGE, _FRAMES, frame)
-    expect(m, word & PAGE_EXCLUSIVE == U0 or word & PAGE_MAPPINGS == U1, _COUNTS, frame)
-    expect(m, (word & PAGE_CACHED != U0) == (kind == VMA_GUEST_MEMFD_4K), _COUNTS, frame)
+    expect(m, owner[frame] == _PAGE, BROKEN_FRAMES, frame)
+    expect(m, word & PAGE_EXCLUSIVE == U0 or word & PAGE_MAPPINGS == U1, BROKEN_COUNTS, frame)
+    expect(m, (word & PAGE_CACHED != U0) == (kind == VMA_GUEST_MEMFD_4K), BROKEN_COUNTS, frame)
     if kind == VMA_ANONYMOUS:
-        writable = entry & E_PRESENT != U0 and entry & E_WRITE != U0
-        expect(m, not writable or word & PAGE_EXCLUSIVE != U0, _WRONG_PFN, address >> U12)
+        writable = entry & PTE_PRESENT != U0 and entry & PTE_WRITE != U0
+        expect(m, not writable or word & PAGE_EXCLUSIVE != U0, BROKEN_WRONG_PFN, address >> U12)
     else:
         node = inode_row(m.state[row + A_INODE])
         cached = cache_find(m, m.state[node + I_CACHE], page_offset(m.state, row, address))
-        expect(m, cached == frame, _WRONG_PFN, address >> U12)
+        expect(m, cached == frame, BROKEN_WRONG_PFN, address >> U12)
 
 
 @kernel
@@ -113,11 +119,11 @@ def _check_huge(m, row, address, level, entry, found):
     order = huge_order(state, row)
     head = frame_of(entry)
     found[FOUND_HUGE_MAPPED] += 1
-    expect(m, level == level_of_order(order) and head & ((U1 << order) - U1) == U0, _WRONG_PFN, address >> U12)
+    expect(m, level == level_of_order(order) and head & ((U1 << order) - U1) == U0, BROKEN_WRONG_PFN, address >> U12)
     if state[row + A_FLAGS] & VM_SHARED != U0:
         node = inode_row(state[row + A_INODE])
         word = cache_find(m, state[node + I_CACHE], page_offset(state, row, address) >> order)
-        expect(m, (word & E_ADDRESS) >> U12 == head, _WRONG_PFN, address >> U12)
+        expect(m, (word & PTE_ADDRESS) >> U12 == head, BROKEN_WRONG_PFN, address >> U12)
 
 
 @outlined
@@ -129,17 +135,17 @@ def _check_leaf(m, space, address, level, entry, owner, found):
     found[level - U1] += 1
     row = find_vma(state, space, address)
     if row == NONE:
-        broken(state, _WRONG_PFN, address >> U12)
+        broken(state, BROKEN_WRONG_PFN, address >> U12)
         return
     kind = state[row + A_KIND]
     if kind == VMA_GUEST_MEMFD:
         check_host_leaf(m, row, address, level, entry)
-        found[FOUND_RSS] += np.int64(entry & E_SPECIAL == U0)
+        found[FOUND_RSS] += np.int64(entry & PTE_SPECIAL == U0)
     elif kind == VMA_HUGETLB:
         _check_huge(m, row, address, level, entry, found)
     elif state[row + A_FLAGS] & VM_PFNMAP != U0:
         pfn = state[inode_row(state[row + A_INODE]) + I_BASE] + page_offset(state, row, address)
-        expect(m, frame_of(entry) == pfn and entry & E_SPECIAL != U0, _WRONG_PFN, address >> U12)
+        expect(m, frame_of(entry) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
     else:
         _check_page(m, row, address, entry, owner, found)
 
@@ -150,10 +156,10 @@ def _check_leaf(m, space, address, level, entry, owner, found):
 @kernel
 def _own_table(m, owner, slot, found):
     """Mark a table: False if it is one that processes share and it was seen before."""
-    frame = (m.ram[slot] & E_ADDRESS) >> U12
+    frame = (m.ram[slot] & PTE_ADDRESS) >> U12
     if owner[frame] == _TABLE and m.counts[frame] != np.uint32(0):
         return False
-    expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
+    expect(m, owner[frame] == np.uint8(0), BROKEN_FRAMES, frame)
     owner[frame] = _TABLE
     found[FOUND_TABLES] += 1
     return True
@@ -171,7 +177,7 @@ def _check_table(m, space, table, level, base, owner, found):
         if level == U1 or not is_table(entry):
             _check_leaf(m, space, address, level, entry, owner, found)
         elif _own_table(m, owner, slot, found):
-            first = (entry & E_ADDRESS) >> U3
+            first = (entry & PTE_ADDRESS) >> U3
             for k in range(U512):
                 if m.ram[first + k] != U0:
                     _check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
@@ -186,7 +192,7 @@ def check_process(m, space, owner, found):
         return
     for frame in (root >> U12, state[space_row(space) + S_USER_ROOT] >> U12):
         if frame != U0:
-            expect(m, owner[frame] == np.uint8(0), _FRAMES, frame)
+            expect(m, owner[frame] == np.uint8(0), BROKEN_FRAMES, frame)
             owner[frame] = _TABLE
             found[FOUND_TABLES] += 1
     found[FOUND_RSS] = 0
@@ -195,14 +201,14 @@ def check_process(m, space, owner, found):
         if not is_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
             continue
         for i3 in range(U512):
-            slot3 = ((m.ram[slot4] & E_ADDRESS) >> U3) + i3
-            address = i4 * size_of(U(4)) + i3 * size_of(U3)
+            slot3 = ((m.ram[slot4] & PTE_ADDRESS) >> U3) + i3
+            address = i4 * size_of(U4) + i3 * size_of(U3)
             if is_table(m.ram[slot3]):
                 if _own_table(m, owner, slot3, found):
-                    _check_table(m, space, (m.ram[slot3] & E_ADDRESS) >> U3, U2, address, owner, found)
+                    _check_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, U2, address, owner, found)
             elif m.ram[slot3] != U0:
                 _check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
-    expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), _COUNTS, space)
+    expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
 
 
 # --------------------------------------------------------------------------- page caches
@@ -214,16 +220,16 @@ def own_nodes(m, root, owner, found):
     height = root & _HEIGHT
     index = U0
     while height != U0 and index >> (U9 * height) == U0:
-        node = root & E_ADDRESS
+        node = root & PTE_ADDRESS
         level = height
         while True:
             if node != U0 and index & ((U1 << (U9 * level)) - U1) == U0:
-                expect(m, owner[node >> U12] == np.uint8(0), _FRAMES, node >> U12)
+                expect(m, owner[node >> U12] == np.uint8(0), BROKEN_FRAMES, node >> U12)
                 owner[node >> U12] = _NODE
                 found[FOUND_NODES] += 1
             if node == U0 or level == U1:
                 break
-            node = m.ram[(node >> U3) + (index >> (U9 * (level - U1)) & U511)]
+            node = m.ram[(node >> U3) + index_at(index, level)]
             level -= U1
         index = ((index >> (U9 * level)) + U1) << (U9 * level)
 
@@ -237,8 +243,8 @@ def _check_cached_pages(m, node, owner, found):
         found[FOUND_CACHED] += 1
         if owner[frame] == np.uint8(0):
             owner[frame] = _PAGE
-            expect(m, U(m.counts[frame]) == PAGE_CACHED, _COUNTS, frame)
-        expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, _FRAMES, frame)
+            expect(m, U(m.counts[frame]) == PAGE_CACHED, BROKEN_COUNTS, frame)
+        expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, BROKEN_FRAMES, frame)
         index = cache_next(m, m.state[node + I_CACHE], index + U1)
 
 
@@ -252,15 +258,15 @@ def _check_huge_file(m, inode):
     index = cache_next(m, state[node + I_CACHE], U0)
     while index != NONE:
         word = cache_find(m, state[node + I_CACHE], index)
-        head = (word & E_ADDRESS) >> U12
+        head = (word & PTE_ADDRESS) >> U12
         if head == U0:
-            expect(m, word == RESERVED, _COUNTS, index)
+            expect(m, word == RESERVED, BROKEN_COUNTS, index)
             waiting += U1
         else:
             page = struct_page(m, head)
             references = m.ram[page + COUNTS] >> U32
-            expect(m, m.ram[page + MAPPING] == mapping_address(inode), _WRONG_PFN, head)
-            expect(m, references >= (U1 << order) + huge_mapcount(m, head), _REFERENCES, head)
+            expect(m, m.ram[page + MAPPING] == mapping_address(inode), BROKEN_WRONG_PFN, head)
+            expect(m, references >= (U1 << order) + huge_mapcount(m, head), BROKEN_REFERENCES, head)
         index = cache_next(m, state[node + I_CACHE], index + U1)
     return waiting
 
@@ -270,7 +276,7 @@ def check_processes(m, owner, found):
     """What was found of all processes, and the page caches, against what the machine keeps."""
     state = m.state
     if state[R_ZERO_FRAME] != U0:
-        expect(m, owner[state[R_ZERO_FRAME]] == np.uint8(0), _FRAMES, state[R_ZERO_FRAME])
+        expect(m, owner[state[R_ZERO_FRAME]] == np.uint8(0), BROKEN_FRAMES, state[R_ZERO_FRAME])
         owner[state[R_ZERO_FRAME]] = _PAGE
     # Reservations by size of huge page: 2M, 1G.
     huge = hstate_of_order(U9)
@@ -301,13 +307,13 @@ def check_processes(m, owner, found):
             reserved += state[row + P_RESERVED]
         else:
             reserved_1g += state[row + P_RESERVED]
-    expect(m, reserved == state[huge + H_RESERVED], _COUNTS, reserved)
-    expect(m, reserved_1g == state[other_hstate(huge) + H_RESERVED], _COUNTS, reserved_1g)
+    expect(m, reserved == state[huge + H_RESERVED], BROKEN_COUNTS, reserved)
+    expect(m, reserved_1g == state[other_hstate(huge) + H_RESERVED], BROKEN_COUNTS, reserved_1g)
     check_pools(m, found)
-    expect(m, found[FOUND_HUGE_MAPPED] == 0, _REFERENCES, U(found[FOUND_HUGE_MAPPED]))
-    expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], _COUNTS, U(found[FOUND_MAPPED]))
-    expect(m, _gauge(m, ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], _COUNTS, U(found[FOUND_ANONYMOUS]))
-    expect(m, _gauge(m, PAGE_CACHE_PAGES) == found[FOUND_CACHED], _COUNTS, U(found[FOUND_CACHED]))
+    expect(m, found[FOUND_HUGE_MAPPED] == 0, BROKEN_REFERENCES, U(found[FOUND_HUGE_MAPPED]))
+    expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], BROKEN_COUNTS, U(found[FOUND_MAPPED]))
+    expect(m, _gauge(m, GAUGE_ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], BROKEN_COUNTS, U(found[FOUND_ANONYMOUS]))
+    expect(m, _gauge(m, GAUGE_PAGE_CACHE_PAGES) == found[FOUND_CACHED], BROKEN_COUNTS, U(found[FOUND_CACHED]))
     for level in range(U2):
-        expect(m, _gauge(m, HOST_LEAVES + U1 + level) == found[U1 + level], _COUNTS, U1 + level)
-    expect(m, _gauge(m, CACHE_NODES) == found[FOUND_NODES], _COUNTS, U(found[FOUND_NODES]))
+        expect(m, _gauge(m, GAUGE_HOST_LEAVES_4K + U1 + level) == found[U1 + level], BROKEN_COUNTS, U1 + level)
+    expect(m, _gauge(m, GAUGE_CACHE_NODES) == found[FOUND_NODES], BROKEN_COUNTS, U(found[FOUND_NODES]))

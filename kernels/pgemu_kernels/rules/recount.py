@@ -4,27 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U30, U39, U511, U512
-from pgemu_kernels.engine.charge import (
-    BLOCKS_HUGE,
-    BLOCKS_PARTLY,
-    BLOCKS_SPLIT,
-    BLOCKS_ZOMBIE,
-    BUDDY_BLOCKS,
-    CACHE_NODES,
-    CONTENT_FRAMES,
-    FRAMES_USED,
-    HOST_LEAVES,
-    HOST_TABLES,
-    HUGETLB_PAGES,
-    KERNEL_TABLES,
-    MEMMAP_BOOT_PAGES,
-    MEMMAP_PAGES,
-    POOL_FREE,
-    STAGE2_LEAVES,
-    STAGE2_TABLES,
-    VMEMMAP_PAGES,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U21, U27, U30, U39, U511, U512
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, space_root, vm_row
@@ -33,16 +13,42 @@ from pgemu_kernels.folios.buddy import free_area, is_buddy
 from pgemu_kernels.folios.folio import INDEX, MAPPING, struct_page
 from pgemu_kernels.folios.hstate import first_page, hstate_node, links_of, list_head, page_after
 from pgemu_kernels.folios.hugetlb import mapping_address
-from pgemu_kernels.folios.xarray import XARRAY_NODES, has_pieces, nodes_of, object_frames
-from pgemu_kernels.formats.bits import ADDRESS, LARGE, WRITE
+from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect
 from pgemu_kernels.rules.kvm import check_leaf
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
 from pgemu_kernels.stage2.leaves import COUNT_BELOW
 from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.words.enum_words import (
+    BROKEN_COUNTS,
+    BROKEN_FRAMES,
+    BROKEN_IN_PROGRESS,
+    BROKEN_REFERENCES,
+    BROKEN_VMEMMAP,
+    BROKEN_WRONG_PFN,
+    GAUGE_BLOCKS_HUGE,
+    GAUGE_BLOCKS_PARTLY,
+    GAUGE_BLOCKS_SPLIT,
+    GAUGE_BLOCKS_ZOMBIE,
+    GAUGE_BUDDY_BLOCKS,
+    GAUGE_CACHE_NODES,
+    GAUGE_CONTENT_FRAMES,
+    GAUGE_FRAMES_USED,
+    GAUGE_HOST_LEAVES_4K,
+    GAUGE_HOST_TABLES,
+    GAUGE_HUGETLB_PAGES,
+    GAUGE_KERNEL_TABLES,
+    GAUGE_MEMMAP_BOOT_PAGES,
+    GAUGE_MEMMAP_PAGES,
+    GAUGE_POOL_FREE,
+    GAUGE_STAGE2_LEAVES_4K,
+    GAUGE_STAGE2_TABLES,
+    GAUGE_VMEMMAP_PAGES,
+    GAUGE_XARRAY_NODES,
+)
 from pgemu_kernels.words.events import GAUGES, STATS_GAUGES
-from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import (
     R_BROKEN,
     R_CONTENTS,
@@ -92,21 +98,12 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-FRAMES = U(Broken.FRAMES)
-WRONG_PFN = U(Broken.WRONG_PFN)
-REFERENCES = U(Broken.REFERENCES)
-COUNTS_DIFFER = U(Broken.COUNTS)
-VMEMMAP = U(Broken.VMEMMAP)
-IN_PROGRESS = U(Broken.IN_PROGRESS)
-_ADDRESS = U(ADDRESS)
-_LARGE = U(LARGE)
-_WRITE = U(WRITE)
 
 
 @kernel
 def own(m, owner, frame, kind):
     """Mark a frame as owned; owned twice is broken."""
-    expect(m, owner[frame] == np.uint8(0), FRAMES, frame)
+    expect(m, owner[frame] == np.uint8(0), BROKEN_FRAMES, frame)
     owner[frame] = np.uint8(kind)
 
 
@@ -127,28 +124,28 @@ def check_space(m, space, owner):
         e4 = ram[(root >> U3) + i4]
         if not is_present(state, f, e4):
             continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 1)
+        own(m, owner, (e4 & PTE_ADDRESS) >> U12, 1)
         tables += 1
         for i3 in range(U512):
             e3 = ram[table_of(state, f, e4) + i3]
             if not is_present(state, f, e3):
                 continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 1)
+            own(m, owner, (e3 & PTE_ADDRESS) >> U12, 1)
             tables += 1
             for i2 in range(U512):
                 e2 = ram[table_of(state, f, e3) + i2]
                 if not is_present(state, f, e2):
                     continue
-                own(m, owner, (e2 & _ADDRESS) >> U12, 1)
+                own(m, owner, (e2 & PTE_ADDRESS) >> U12, 1)
                 tables += 1
-                base = i4 << U39 | i3 << U30 | i2 << U(21)
+                base = i4 << U39 | i3 << U30 | i2 << U21
                 table = table_of(state, f, e2)
                 for i1 in range(U512):
                     if is_present(state, f, ram[table + i1]):
                         leaves += 1
                         row = find_vma(state, space, base | i1 << U12)
                         if row == NONE:
-                            broken(state, WRONG_PFN, base >> U12 | i1)
+                            broken(state, BROKEN_WRONG_PFN, base >> U12 | i1)
                         else:
                             check_host_leaf(m, row, base | i1 << U12, U1, ram[table + i1])
     return tables, leaves
@@ -169,7 +166,7 @@ def check_vm(m, vm, owner, leaves):
         e4 = ram[(root >> U3) + i4]
         if not is_present(state, f, e4):
             continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 2)
+        own(m, owner, (e4 & PTE_ADDRESS) >> U12, 2)
         tables += 1
         for i3 in range(U512):
             e3 = ram[table_of(state, f, e4) + i3]
@@ -180,7 +177,7 @@ def check_vm(m, vm, owner, leaves):
                 leaves[2] += 1
                 check_leaf(m, vm, gfn, U3, e3)
                 continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 2)
+            own(m, owner, (e3 & PTE_ADDRESS) >> U12, 2)
             tables += 1
             tables += check_level2(m, vm, gfn, table_of(state, f, e3), owner, leaves)
     return tables
@@ -203,7 +200,7 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
             below2 += U1
             check_leaf(m, vm, gfn | i2 << U9, U2, e2)
             continue
-        own(m, owner, (e2 & _ADDRESS) >> U12, 2)
+        own(m, owner, (e2 & PTE_ADDRESS) >> U12, 2)
         tables += 1
         table = table_of(state, f, e2)
         below = U0
@@ -211,10 +208,10 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
             if is_present(state, f, ram[table + i1]):
                 below += U1
                 check_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        expect(m, U(m.counts[table >> U9]) & COUNT_BELOW == below, COUNTS_DIFFER, gfn | i2 << U9)
+        expect(m, U(m.counts[table >> U9]) & COUNT_BELOW == below, BROKEN_COUNTS, gfn | i2 << U9)
         leaves[0] += np.int64(below)
         below2 += below
-    expect(m, U(m.counts[table2 >> U9]) & COUNT_BELOW == below2, COUNTS_DIFFER, gfn)
+    expect(m, U(m.counts[table2 >> U9]) & COUNT_BELOW == below2, BROKEN_COUNTS, gfn)
     return tables
 
 
@@ -228,7 +225,7 @@ def check_vmemmap(m, owner):
     tables = np.int64(1)
     pages = np.int64(0)
     last = U0
-    made = m.stats[STATS_GAUGES + MEMMAP_PAGES * U2] + m.stats[STATS_GAUGES + MEMMAP_BOOT_PAGES * U2]
+    made = m.stats[STATS_GAUGES + GAUGE_MEMMAP_PAGES * U2] + m.stats[STATS_GAUGES + GAUGE_MEMMAP_BOOT_PAGES * U2]
     for i in range(U(HSTATES)):
         for node in range(state[R_NODES]):
             tail = state[hstate_node(STATE_HSTATES + i * U(H_WORDS), node) + H_NODE_TAIL_PAGE]
@@ -240,33 +237,33 @@ def check_vmemmap(m, owner):
         e4 = ram[(root >> U3) + i4]
         if e4 & U1 == U0:
             continue
-        own(m, owner, (e4 & _ADDRESS) >> U12, 3)
+        own(m, owner, (e4 & PTE_ADDRESS) >> U12, 3)
         tables += 1
         for i3 in range(U512):
-            e3 = ram[((e4 & _ADDRESS) >> U3) + i3]
+            e3 = ram[((e4 & PTE_ADDRESS) >> U3) + i3]
             if e3 & U1 == U0:
                 continue
-            own(m, owner, (e3 & _ADDRESS) >> U12, 3)
+            own(m, owner, (e3 & PTE_ADDRESS) >> U12, 3)
             tables += 1
             for i2 in range(U512):
-                e2 = ram[((e3 & _ADDRESS) >> U3) + i2]
+                e2 = ram[((e3 & PTE_ADDRESS) >> U3) + i2]
                 if e2 & U1 == U0:
                     continue
-                if e2 & _LARGE != U0:
+                if e2 & PTE_LARGE != U0:
                     pages += 512
                     for k in range(U512):
-                        own(m, owner, ((e2 & _ADDRESS) >> U12) + k, 4)
+                        own(m, owner, ((e2 & PTE_ADDRESS) >> U12) + k, 4)
                     continue
-                own(m, owner, (e2 & _ADDRESS) >> U12, 3)
+                own(m, owner, (e2 & PTE_ADDRESS) >> U12, 3)
                 tables += 1
                 for i1 in range(U512):
-                    e1 = ram[((e2 & _ADDRESS) >> U3) + i1]
+                    e1 = ram[((e2 & PTE_ADDRESS) >> U3) + i1]
                     # 6.18 maps a boot 1G page's own page read-write 4033 times: they follow one another.
-                    if e1 & U1 != U0 and e1 & _WRITE != U0 and e1 & _ADDRESS != last:
-                        last = e1 & _ADDRESS
+                    if e1 & U1 != U0 and e1 & PTE_WRITE != U0 and e1 & PTE_ADDRESS != last:
+                        last = e1 & PTE_ADDRESS
                         own(m, owner, last >> U12, 4)
                         pages += 1
-    expect(m, made == pages, VMEMMAP, U(made))
+    expect(m, made == pages, BROKEN_VMEMMAP, U(made))
     return tables, pages
 
 
@@ -280,12 +277,12 @@ def check_inode(m, inode):
         shared = U0
         for index in range(first, min(first + U512, pages)):
             shared += is_shared(m, node, index)
-        expect(m, U(m.counts[state[node + I_PMD] + (first >> U9)]) == shared, COUNTS_DIFFER, first)
+        expect(m, U(m.counts[state[node + I_PMD] + (first >> U9)]) == shared, BROKEN_COUNTS, first)
     for first in range(U0, pages, U1 << U18):
         shared = U0
         for pmd in range(first >> U9, min((first >> U9) + U512, (pages + U511) >> U9)):
             shared += U(m.counts[state[node + I_PMD] + pmd])
-        expect(m, U(m.counts[state[node + I_PUD] + (first >> U18)]) == shared, COUNTS_DIFFER, first)
+        expect(m, U(m.counts[state[node + I_PUD] + (first >> U18)]) == shared, BROKEN_COUNTS, first)
     order = state[R_ORDER]
     for block in range(state[node + I_BLOCKS]):
         row = block_row(m, node, block << order)
@@ -299,28 +296,28 @@ def check_inode(m, inode):
         if kind == BLOCK_HUGE and order == U0:
             page = struct_page(m, head)
             named = m.ram[page + MAPPING] == mapping_address(inode) and m.ram[page + INDEX] == block
-            expect(m, named, REFERENCES, block)
+            expect(m, named, BROKEN_REFERENCES, block)
 
 
 @outlined
 def check_free_areas(m):
     """The lists of free blocks of orders 0 to 8: links, marks, and as many pages as are free (page_size 4096)."""
     state = m.state
-    free = U(m.stats[STATS_GAUGES + BUDDY_BLOCKS * U2]) << U9
+    free = U(m.stats[STATS_GAUGES + GAUGE_BUDDY_BLOCKS * U2]) << U9
     for node in range(state[R_NODES]):
         for order in range(U(FREE_ORDERS)):
             row = free_area(node, order)
             before = list_head(row)
             pfn = first_page(state, row)
             while pfn != U0:
-                expect(m, is_buddy(m, pfn, order) and pfn & ((U1 << order) - U1) == U0, FRAMES, pfn)
-                expect(m, not is_buddy(m, pfn ^ (U1 << order), order), FRAMES, pfn)
-                expect(m, m.ram[struct_page(m, pfn) + U2] == before, COUNTS_DIFFER, pfn)
+                expect(m, is_buddy(m, pfn, order) and pfn & ((U1 << order) - U1) == U0, BROKEN_FRAMES, pfn)
+                expect(m, not is_buddy(m, pfn ^ (U1 << order), order), BROKEN_FRAMES, pfn)
+                expect(m, m.ram[struct_page(m, pfn) + U2] == before, BROKEN_COUNTS, pfn)
                 before = links_of(m, pfn)
                 free += U1 << order
                 pfn = page_after(m, pfn)
-            expect(m, state[row + U1] == before, COUNTS_DIFFER, order)
-    expect(m, U(m.stats[STATS_GAUGES + POOL_FREE * U2]) == free, FRAMES, free)
+            expect(m, state[row + U1] == before, BROKEN_COUNTS, order)
+    expect(m, U(m.stats[STATS_GAUGES + GAUGE_POOL_FREE * U2]) == free, BROKEN_FRAMES, free)
 
 
 @outlined
@@ -333,13 +330,13 @@ def check_objects(m, owner):
         own(m, owner, frame, 7)
         frames += U1
         frame = m.ram[frame << U9]
-    expect(m, frame == U0, FRAMES, frame)
-    nodes = U(m.stats[STATS_GAUGES + XARRAY_NODES * U2])
-    blocks = U(m.stats[STATS_GAUGES + BLOCKS_SPLIT * U2])
-    expect(m, object_frames(m) == frames, FRAMES, frames)
+    expect(m, frame == U0, BROKEN_FRAMES, frame)
+    nodes = U(m.stats[STATS_GAUGES + GAUGE_XARRAY_NODES * U2])
+    blocks = U(m.stats[STATS_GAUGES + GAUGE_BLOCKS_SPLIT * U2])
+    expect(m, object_frames(m) == frames, BROKEN_FRAMES, frames)
     if not has_pieces(state):  # else in piece_recount.py
         each = nodes_of(state, state[R_ORDER]) if state[R_ORDER] != U0 else U0
-        expect(m, nodes == blocks * each, COUNTS_DIFFER, nodes)
+        expect(m, nodes == blocks * each, BROKEN_COUNTS, nodes)
 
 
 @entry
@@ -358,11 +355,11 @@ def check(descriptor, owner, leaves, found):
             tables, leaves_4k = check_space(m, space, owner)
             found[FOUND_TABLES] += tables
             found[U0] += leaves_4k
-        expect(m, gauges[CACHE_NODES * U2] == found[FOUND_NODES], COUNTS_DIFFER, CACHE_NODES)
+        expect(m, gauges[GAUGE_CACHE_NODES * U2] == found[FOUND_NODES], BROKEN_COUNTS, GAUGE_CACHE_NODES)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
-        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, IN_PROGRESS, vm)
+        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, BROKEN_IN_PROGRESS, vm)
     kernel_tables, pages = check_vmemmap(m, owner)
     for inode in range(state[R_INODES]):
         if state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
@@ -370,14 +367,19 @@ def check(descriptor, owner, leaves, found):
     check_outside(m)
     if state[R_HOLDERS_OFF] == U0:  # else references are counted again when they are back
         check_blocks(m)
-    expect(m, gauges[HOST_TABLES * U2] == found[FOUND_TABLES], COUNTS_DIFFER, HOST_TABLES)
-    expect(m, gauges[HOST_LEAVES * U2] == found[U0], COUNTS_DIFFER, HOST_LEAVES)
-    expect(m, gauges[STAGE2_TABLES * U2] == stage2_tables, COUNTS_DIFFER, STAGE2_TABLES)
+    expect(m, gauges[GAUGE_HOST_TABLES * U2] == found[FOUND_TABLES], BROKEN_COUNTS, GAUGE_HOST_TABLES)
+    expect(m, gauges[GAUGE_HOST_LEAVES_4K * U2] == found[U0], BROKEN_COUNTS, GAUGE_HOST_LEAVES_4K)
+    expect(m, gauges[GAUGE_STAGE2_TABLES * U2] == stage2_tables, BROKEN_COUNTS, GAUGE_STAGE2_TABLES)
     for level in range(U3):
-        expect(m, gauges[(STAGE2_LEAVES + level) * U2] == leaves[level], COUNTS_DIFFER, STAGE2_LEAVES + level)
-    expect(m, gauges[KERNEL_TABLES * U2] == kernel_tables, COUNTS_DIFFER, KERNEL_TABLES)
-    expect(m, gauges[VMEMMAP_PAGES * U2] == pages, VMEMMAP, U(pages))
-    if gauges[CONTENT_FRAMES * U2] != 0:
+        expect(
+            m,
+            gauges[(GAUGE_STAGE2_LEAVES_4K + level) * U2] == leaves[level],
+            BROKEN_COUNTS,
+            GAUGE_STAGE2_LEAVES_4K + level,
+        )
+    expect(m, gauges[GAUGE_KERNEL_TABLES * U2] == kernel_tables, BROKEN_COUNTS, GAUGE_KERNEL_TABLES)
+    expect(m, gauges[GAUGE_VMEMMAP_PAGES * U2] == pages, BROKEN_VMEMMAP, U(pages))
+    if gauges[GAUGE_CONTENT_FRAMES * U2] != 0:
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + state[R_GUEST_PAGES]):
             if m.counts[i] != np.uint32(0):
                 own(m, owner, U(m.counts[i]), 5)
@@ -388,12 +390,12 @@ def check(descriptor, owner, leaves, found):
     for frame in range(U(owner.size)):
         if owner[frame] != np.uint8(0) and owner[frame] != np.uint8(6):
             used += 1
-    expect(m, gauges[FRAMES_USED * U2] == used, FRAMES, U(used))
-    blocks = gauges[BLOCKS_HUGE * U2] + gauges[BLOCKS_SPLIT * U2] + gauges[BLOCKS_ZOMBIE * U2]
-    blocks += gauges[BLOCKS_PARTLY * U2] + gauges[HUGETLB_PAGES * U2]
+    expect(m, gauges[GAUGE_FRAMES_USED * U2] == used, BROKEN_FRAMES, U(used))
+    blocks = gauges[GAUGE_BLOCKS_HUGE * U2] + gauges[GAUGE_BLOCKS_SPLIT * U2] + gauges[GAUGE_BLOCKS_ZOMBIE * U2]
+    blocks += gauges[GAUGE_BLOCKS_PARTLY * U2] + gauges[GAUGE_HUGETLB_PAGES * U2]
     if state[R_ORDER] == U0:
         check_free_areas(m)
     h = state[R_HSTATE]
     held = state[h + H_FREE] + state[R_FOLIOS_IN_HAND]
-    expect(m, U(blocks) + held == state[h + H_PAGES], FRAMES, U(blocks))
+    expect(m, U(blocks) + held == state[h + H_PAGES], BROKEN_FRAMES, U(blocks))
     return np.int64(state[R_BROKEN])

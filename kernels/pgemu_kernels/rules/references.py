@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U2, U8, U32, U64
-from pgemu_kernels.engine.charge import PAGES_LRU_CACHED, PAGES_PINNED
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import COUNTS, add_references, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
@@ -18,8 +17,8 @@ from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.references import transient
 from pgemu_kernels.rules.invariants import expect
+from pgemu_kernels.words.enum_words import BROKEN_COUNTS, BROKEN_REFERENCES, GAUGE_PAGES_LRU_CACHED, GAUGE_PAGES_PINNED
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import Broken
 from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
     R_BLOCKS,
@@ -51,18 +50,16 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_COUNTS = U(Broken.COUNTS)
-_REFERENCES = U(Broken.REFERENCES)
 
 
 @outlined
 def _hold(m, pfn, n, giving):
     """Give a folio of order 0 back `n` references, or take them away."""
     if not in_zone(m.state, pfn):
-        expect(m, False, _REFERENCES, pfn)
+        expect(m, False, BROKEN_REFERENCES, pfn)
         return
     page = struct_page(m, pfn)
-    expect(m, giving or reference_count(m.ram, page) >= n, _REFERENCES, pfn)
+    expect(m, giving or reference_count(m.ram, page) >= n, BROKEN_REFERENCES, pfn)
     add_references(m.ram, page, n if giving else U0 - n)
 
 
@@ -113,9 +110,9 @@ def hold_again(m, giving):
     cached = _hold_batches(m, giving)
     faults = _hold_faults(m, giving)
     if not giving:
-        expect(m, m.stats[STATS_GAUGES + PAGES_PINNED * U2] == np.int64(pinned), _COUNTS, pinned)
-        expect(m, m.stats[STATS_GAUGES + PAGES_LRU_CACHED * U2] == np.int64(cached), _COUNTS, cached)
-        expect(m, m.state[R_FAULT_REFERENCES] == faults, _REFERENCES, faults)
+        expect(m, m.stats[STATS_GAUGES + GAUGE_PAGES_PINNED * U2] == np.int64(pinned), BROKEN_COUNTS, pinned)
+        expect(m, m.stats[STATS_GAUGES + GAUGE_PAGES_LRU_CACHED * U2] == np.int64(cached), BROKEN_COUNTS, cached)
+        expect(m, m.state[R_FAULT_REFERENCES] == faults, BROKEN_REFERENCES, faults)
 
 
 @outlined
@@ -123,7 +120,7 @@ def check_folio(m, head, cached):
     """A folio's references, less what was taken off: `cached` of the page cache's, its mappings', transient ones."""
     page = struct_page(m, head)
     held = cached + mappings(m.ram, page) + transient(m, head)
-    expect(m, reference_count(m.ram, page) == held, _REFERENCES, head)
+    expect(m, reference_count(m.ram, page) == held, BROKEN_REFERENCES, head)
 
 
 @outlined
@@ -133,7 +130,7 @@ def check_pieces(m, head, pages, cached):
         page = struct_page(m, head + base)
         for pfn in range(head + base, head + base + U64):
             held = cached + mappings(m.ram, page) + transient(m, pfn)
-            expect(m, m.ram[page + COUNTS] >> U32 == held, _REFERENCES, pfn)
+            expect(m, m.ram[page + COUNTS] >> U32 == held, BROKEN_REFERENCES, pfn)
             page += U8
 
 
@@ -149,4 +146,4 @@ def check_outside(m):
         total = U0
         for at in range(state[R_TRANSIENT], state[R_TRANSIENT] + state[R_GUEST_PAGES]):
             total += U(m.counts[at])
-        expect(m, total == state[R_EXTRA_REFERENCES], _REFERENCES, total)
+        expect(m, total == state[R_EXTRA_REFERENCES], BROKEN_REFERENCES, total)

@@ -12,7 +12,7 @@ from pgemu_kernels.run.loops import run_stretches
 def run(descriptor, header, object_, address, offset, length, status, detail, first):
     """Run operations from `first` on, in order, on the machine behind `descriptor`; see Columns for the arrays.
 
-    Ends at the first operation that is for another entry (routing.py): its index, or how many there are.
+    Ends at the first operation that is for another entry: routing.stopped_at().
     """
     columns = Columns(header, object_, address, offset, length, status, detail)
     return run_stretches(open_machine(descriptor), columns, first)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12
-from pgemu_kernels.engine.charge import REFERENCE_CHANGED, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U32, U511
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.counts import (
@@ -26,12 +26,11 @@ from pgemu_kernels.folios.huge_pages import give_back_huge
 from pgemu_kernels.folios.hugetlb import subpool_of
 from pgemu_kernels.folios.page_allocator import is_block_free
 from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, Flag
+from pgemu_kernels.words.enum_words import EVENT_REFERENCE_CHANGED, FLAG_READ, FLAG_WRITE
+from pgemu_kernels.words.operations import EINVAL, ENOMEM
 from pgemu_kernels.words.rows import O_ADDRESS, O_DETAIL, O_FLAGS, O_LENGTH
 
 U = np.uint64
-_READ = U(Flag.READ)
-_WRITE = U(Flag.WRITE)
 MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
 
 
@@ -39,7 +38,7 @@ MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
 def head_of(m, pfn):
     """Head of the HugeTLB page that holds a frame, or NONE."""
     if in_zone(m.state, pfn):
-        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U(511)):
+        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U511):
             if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
                 return head
     return NONE
@@ -100,11 +99,11 @@ def change_references(m, op):
     if head == NONE or n == U0 or n > MOST:
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
-    pinning = state[op + O_FLAGS] & _WRITE != U0
+    pinning = state[op + O_FLAGS] & FLAG_WRITE != U0
     count = n if is_large(ram, page) or not pinning else n * GUP_PIN_COUNTING_BIAS
     ours = is_designs(m, head, page)
-    charge_one(m, REFERENCE_CHANGED)
-    if state[op + O_FLAGS] & _READ == U0:
+    charge_one(m, EVENT_REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & FLAG_READ == U0:
         taken = False
         if not is_free(m, head):
             taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
@@ -132,11 +131,11 @@ def change_frozen(m, op):
     """
     state = m.state
     head = folio_of(m, state[op + O_ADDRESS] >> U12)
-    if head == NONE or state[op + O_LENGTH] >> U(32) != U0 or is_free(m, head):
+    if head == NONE or state[op + O_LENGTH] >> U32 != U0 or is_free(m, head):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
-    charge_one(m, REFERENCE_CHANGED)
-    if state[op + O_FLAGS] & _READ != U0:
+    charge_one(m, EVENT_REFERENCE_CHANGED)
+    if state[op + O_FLAGS] & FLAG_READ != U0:
         done = unfreeze(m.ram, page, state[op + O_LENGTH])
     else:
         done = freeze(m.ram, page, state[op + O_LENGTH])

@@ -9,15 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import (
-    CONVERT_IOCTL,
-    SYSCALL,
-    begin_operation,
-    charge_one,
-    finish_operation,
-    pause,
-    resume,
-)
+from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, pause, resume
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
@@ -25,10 +17,11 @@ from pgemu_kernels.gmem import fault_steps, orders
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
-from pgemu_kernels.run.loops import OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT, run_kind, run_stretches
+from pgemu_kernels.run.loops import run_kind, run_stretches
+from pgemu_kernels.words.enum_words import EVENT_CONVERT_IOCTL, EVENT_SYSCALL, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
-from pgemu_kernels.words.registers import R_COUNTER_ROW, R_HOLDERS_OFF
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
 from pgemu_kernels.words.rows import O_ACTIVE, O_NEXT, O_OP, O_PHASE, O_STAGE, O_STATUS
 
 U = np.uint64
@@ -49,10 +42,13 @@ def begin(m, op):
     m.state[op + O_STAGE] = U0
     begin_operation(m, op)
     kind = m.state[op + O_OP]
+    m.state[R_STEPPED] += U1
+    if kind == OP_GUEST_FAULT:
+        m.state[R_GUEST_FAULTS] += U1
     if kind == OP_CONVERT:
-        charge_one(m, CONVERT_IOCTL)
+        charge_one(m, EVENT_CONVERT_IOCTL)
     elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
-        charge_one(m, SYSCALL)
+        charge_one(m, EVENT_SYSCALL)
     pause(m, op)
 
 
@@ -81,6 +77,9 @@ def step(m, actor, beginning):
     state[op + O_STAGE] = state[op + O_NEXT]
     if outcome != GO:
         state[op + O_ACTIVE] = U0
+        state[R_STEPPED] -= U1
+        if kind == OP_GUEST_FAULT:
+            state[R_GUEST_FAULTS] -= U1
         finish_operation(m, op)
     return outcome
 
@@ -102,7 +101,7 @@ def next_step(m, op):
 
 @entry
 def run_designs(descriptor, header, object_, address, offset, length, status, detail, first, actor, mode):
-    """Run operations from `first` on, up to one that is for another entry: its index, or how many there are.
+    """Run operations from `first` on, up to one that is for another entry: routing.stopped_at().
 
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
     the columns are not looked at. Nor are they with TAKE_AWAY and GIVE_BACK: reference_recount.hold_again().

@@ -9,9 +9,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U9, U12, U18, U27, U32, U48, U511, prefetch
-from pgemu_kernels.engine.charge import CONVERT_IOCTL, SYSCALL, charge_one, finish_operation, result
+from pgemu_kernels.engine.bits import (
+    LOW8,
+    LOW16,
+    NONE,
+    U0,
+    U1,
+    U2,
+    U3,
+    U4,
+    U6,
+    U12,
+    U32,
+    U48,
+    prefetch,
+)
+from pgemu_kernels.engine.charge import charge_one, finish_operation, result
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
@@ -34,9 +49,34 @@ from pgemu_kernels.process.madvise import zap
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
-from pgemu_kernels.run.routing import is_full, is_ordinary, is_pooling
+from pgemu_kernels.run.routing import is_full, is_of, is_ordinary, is_pooling, stopped_at
 from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
-from pgemu_kernels.words.operations import EOPNOTSUPP, Operation
+from pgemu_kernels.words.enum_words import (
+    EVENT_CONVERT_IOCTL,
+    EVENT_SYSCALL,
+    OP_ALLOCATE,
+    OP_BIND,
+    OP_CLOSE,
+    OP_CONVERT,
+    OP_DIRTY_LOGGING,
+    OP_GET,
+    OP_GUEST_FAULT,
+    OP_HOST_FAULT,
+    OP_LRU_DRAIN,
+    OP_MEMORY_POLICY,
+    OP_MMAP,
+    OP_MUNMAP,
+    OP_PIN,
+    OP_PREFAULT,
+    OP_PUNCH_HOLE,
+    OP_PUT,
+    OP_RELEASE,
+    OP_UNBIND,
+    OP_UNPIN,
+    OP_WORK,
+    OP_ZAP,
+)
+from pgemu_kernels.words.operations import EOPNOTSUPP, OPS_FOUNDING
 from pgemu_kernels.words.registers import R_CHECK, R_INODES, R_LAST_MEMSLOT, R_LAST_VMA, R_ORDER, R_ORDINARY
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -45,6 +85,8 @@ from pgemu_kernels.words.rows import (
     A_START,
     B_PFN,
     B_STATE,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     I_PAGES,
     I_WORD,
@@ -57,32 +99,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_BYTE = U(0xFF)
-_HALF = U(0xFFFF)
-
-OP_HOST_FAULT = U(Operation.HOST_FAULT)
-OP_GUEST_FAULT = U(Operation.GUEST_FAULT)
-OP_CONVERT = U(Operation.CONVERT)
-OP_PUNCH_HOLE = U(Operation.PUNCH_HOLE)
-OP_MMAP = U(Operation.MMAP)
-OP_MUNMAP = U(Operation.MUNMAP)
-OP_ZAP = U(Operation.ZAP)
-OP_BIND = U(Operation.BIND)
-OP_UNBIND = U(Operation.UNBIND)
-OP_GET = U(Operation.GET)
-OP_PUT = U(Operation.PUT)
-OP_CLOSE = U(Operation.CLOSE)
-OP_WORK = U(Operation.WORK)
-OP_RELEASE = U(Operation.RELEASE)
-OP_ALLOCATE = U(Operation.ALLOCATE)
-OP_MEMORY_POLICY = U(Operation.MEMORY_POLICY)
-OP_PREFAULT = U(Operation.PREFAULT)
-OP_DIRTY_LOGGING = U(Operation.DIRTY_LOGGING)
-OP_PIN = U(Operation.PIN)
-OP_UNPIN = U(Operation.UNPIN)
-OP_LRU_DRAIN = U(Operation.LRU_DRAIN)
-_PROTECT = U(Operation.PROTECT)
-_VM_EXIT = U(Operation.VM_EXIT)
 
 
 @kernel
@@ -102,13 +118,13 @@ def directory_slot(m, f, root, page):
     """Slot of the level-2 entry of a page, or NONE where the tables above end before or in a leaf."""
     ram = m.ram
     state = m.state
-    entry = ram[(root >> U3) + (page >> U27 & U511)]
+    entry = ram[(root >> U3) + index_at(page, U4)]
     if not is_present(state, f, entry):
         return NONE
-    entry = ram[table_of(state, f, entry) + (page >> U18 & U511)]
+    entry = ram[table_of(state, f, entry) + index_at(page, U3)]
     if not is_present(state, f, entry) or is_large(state, f, entry):
         return NONE
-    return table_of(state, f, entry) + (page >> U9 & U511)
+    return table_of(state, f, entry) + index_at(page, U2)
 
 
 @kernel
@@ -118,17 +134,19 @@ def prefetch_leaf(m, f, root, page):
     if slot != NONE:
         entry = m.ram[slot]
         if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
-            prefetch(m.ram, table_of(m.state, f, entry) + (page & U511))
+            prefetch(m.ram, table_of(m.state, f, entry) + index_at(page, U1))
 
 
 @kernel
 def prefetch_page(m, node, index):
-    """Ask for a page's shareability bit and, where folios are split, for its struct page."""
+    """Ask for a page's shareability bit and, where its folio may be one of 4K, for its struct page."""
     state = m.state
     prefetch(m.state, state[node + I_WORD] + (index >> U6))
-    if splits_folios(m):
+    small = state[R_ORDER] == U0
+    if splits_folios(m) or small:
         block = block_row(m, node, index)
-        if m.state[block + B_STATE] == BLOCK_SPLIT:
+        kind = m.state[block + B_STATE]
+        if kind == BLOCK_SPLIT or kind == BLOCK_PARTLY or (small and kind == BLOCK_HUGE):
             prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 
@@ -152,7 +170,7 @@ def prefetch_guest(m, columns, i):
     """Ask for what a guest fault will touch."""
     state = m.state
     gfn = element(columns.address, i) >> U12
-    vm = element(columns.header, i) >> U32 & _HALF
+    vm = element(columns.header, i) >> U32 & LOW16
     slot = find_memslot(state, vm, gfn)
     if slot != NONE:
         node = inode_row(state[slot + M_INODE])
@@ -222,7 +240,7 @@ def converts(m, columns, first, last):
                 prefetch_convert(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge_one(m, CONVERT_IOCTL)
+            charge_one(m, EVENT_CONVERT_IOCTL)
             orders.convert(m, op)
             save(m, op, columns, i)
         first = stop
@@ -237,7 +255,7 @@ def zaps(m, columns, first, last):
                 prefetch_host(m, columns, i)
         for i in range(first, stop):
             op = load(m, columns, i)
-            charge_one(m, SYSCALL)
+            charge_one(m, EVENT_SYSCALL)
             zap(m, op)
             save(m, op, columns, i)
         first = stop
@@ -308,7 +326,7 @@ def run_kind(m, op):
 def others(m, columns, first, last):
     for i in range(first, last):
         op = load(m, columns, i)
-        charge_one(m, SYSCALL)
+        charge_one(m, EVENT_SYSCALL)
         run_kind(m, op)
         save(m, op, columns, i)
 
@@ -320,7 +338,7 @@ def others(m, columns, first, last):
 def last_of_kind(header, kind, first, count):
     """The end of a stretch of operations of one kind."""
     last = first + U1
-    while last < count and header[last] & _BYTE == kind:
+    while last < count and header[last] & LOW8 == kind:
         last += U1
     return last
 
@@ -328,13 +346,11 @@ def last_of_kind(header, kind, first, count):
 @kernel
 def end_of_stretch(m, columns, kind, first, count):
     """The end of a stretch of operations of one kind that are the designs': `first` where there is none."""
-    # These bring ordinary memory into being, whatever a machine has had so far.
-    founding = kind == OP_MMAP or kind == _VM_EXIT or kind >= _PROTECT
     header = columns.header
-    if m.state[R_ORDINARY] == U0 and not founding:
+    if m.state[R_ORDINARY] == U0 and not is_of(OPS_FOUNDING, kind):
         return count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
     last = first
-    while last < count and element(header, last) & _BYTE == kind:
+    while last < count and element(header, last) & LOW8 == kind:
         if is_ordinary(m.state, element(header, last), element(columns.object, last), element(columns.address, last)):
             break
         last += U1
@@ -358,13 +374,13 @@ leaves = full_only(is_nobodys, is_others)
 
 @kernel
 def run_stretches(m, columns, first):
-    """Run operations from `first` on, in order, up to one that is for another entry: its index, or how many there are.
+    """Run operations from `first` on, in order, up to one that is for another entry: stopped_at().
 
     See Columns for the arrays, and routing.py for the entries.
     """
     count = U(columns.status.size)
     while first < count:
-        kind = element(columns.header, first) & _BYTE
+        kind = element(columns.header, first) & LOW8
         if is_pooling(kind) or leaves(m, kind):
             break
         last = end_of_stretch(m, columns, kind, first, count)
@@ -381,4 +397,4 @@ def run_stretches(m, columns, first):
         else:
             others(m, columns, first, last)
         first = last
-    return first
+    return stopped_at(m.state, columns, first)

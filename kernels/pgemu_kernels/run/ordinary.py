@@ -11,20 +11,12 @@ from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
 from pgemu_kernels.kvm import operations as kvm
 from pgemu_kernels.process import operations as mm
-from pgemu_kernels.run.routing import is_ordinary
-from pgemu_kernels.words.operations import Operation
+from pgemu_kernels.run.routing import is_of, is_ordinary
+from pgemu_kernels.words.operations import OPS_OF_VM
 from pgemu_kernels.words.registers import R_ORDINARY
 from pgemu_kernels.words.rows import O_OP
 
 U = np.uint64
-_GUEST_FAULT = U(Operation.GUEST_FAULT)
-_BIND = U(Operation.BIND)
-_UNBIND = U(Operation.UNBIND)
-_MEMSLOT = U(Operation.MEMSLOT)
-_DIRTY_LOG = U(Operation.DIRTY_LOG)
-_ATTRIBUTES = U(Operation.ATTRIBUTES)
-_PREFAULT = U(Operation.PREFAULT)
-_VM_EXIT = U(Operation.VM_EXIT)
 
 
 @entry
@@ -39,11 +31,7 @@ def run_ordinary(descriptor, header, object_, address, offset, length, status, d
             break
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
-        kind = m.state[op + O_OP]
-        if (
-            kind == _GUEST_FAULT or kind == _BIND or kind == _UNBIND or kind == _MEMSLOT or kind == _DIRTY_LOG
-            or kind == _ATTRIBUTES or kind == _PREFAULT or kind == _VM_EXIT
-        ):  # fmt: skip
+        if is_of(OPS_OF_VM, m.state[op + O_OP]):
             kvm.operate(m, op)
         else:
             mm.operate(m, op)

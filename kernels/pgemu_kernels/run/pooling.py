@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U512
-from pgemu_kernels.engine.charge import (
-    HUGE_FOLIO_ALLOCATED,
-    HUGETLB_PAGES,
-    STRUCT_PAGE_BYTES,
-    VMEMMAP_FAULT,
-    change,
-    charge,
-    charge_one,
-    finish_operation,
-)
+from pgemu_kernels.engine.bits import LOW8, NONE, U0, U1, U3, U6, U7, U9, U12, U512
+from pgemu_kernels.engine.charge import change, charge, charge_one, finish_operation
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
@@ -39,7 +30,26 @@ from pgemu_kernels.folios.vmemmap import (
 )
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.run.routing import is_pooling
-from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, Operation
+from pgemu_kernels.words.enum_words import (
+    EVENT_HUGE_FOLIO_ALLOCATED,
+    EVENT_STRUCT_PAGE_BYTES,
+    EVENT_VMEMMAP_FAULT,
+    GAUGE_HUGETLB_PAGES,
+    OP_DISSOLVE,
+    OP_FOLIO_ALLOCATE,
+    OP_FOLIO_FREE,
+    OP_FOLIO_FREEZE,
+    OP_FOLIO_MERGE,
+    OP_FOLIO_REFERENCE,
+    OP_FOLIO_SPLIT,
+    OP_POISON,
+    OP_POOL_DEMOTE,
+    OP_POOL_RESIZE,
+    OP_VMEMMAP_OPTIMIZE,
+    OP_VMEMMAP_RESTORE,
+    OP_VMEMMAP_STORE,
+)
+from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import (
     R_GUEST_PAGES,
     R_HSTATE,
@@ -52,20 +62,6 @@ from pgemu_kernels.words.registers import (
 from pgemu_kernels.words.rows import CGROUP_ADDRESS, O_ADDRESS, O_DETAIL, O_LENGTH, O_OBJECT, O_OFFSET, O_OP, O_SPACE
 
 U = np.uint64
-_BYTE = U(0xFF)
-_POOL_RESIZE = U(Operation.POOL_RESIZE)
-_POOL_DEMOTE = U(Operation.POOL_DEMOTE)
-_FOLIO_ALLOCATE = U(Operation.FOLIO_ALLOCATE)
-_FOLIO_FREE = U(Operation.FOLIO_FREE)
-_VMEMMAP_OPTIMIZE = U(Operation.VMEMMAP_OPTIMIZE)
-_VMEMMAP_RESTORE = U(Operation.VMEMMAP_RESTORE)
-_FOLIO_SPLIT = U(Operation.FOLIO_SPLIT)
-_FOLIO_MERGE = U(Operation.FOLIO_MERGE)
-_FOLIO_REFERENCE = U(Operation.FOLIO_REFERENCE)
-_FOLIO_FREEZE = U(Operation.FOLIO_FREEZE)
-_DISSOLVE = U(Operation.DISSOLVE)
-_POISON = U(Operation.POISON)
-_VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
 
 
 @kernel
@@ -93,7 +89,7 @@ def change_pool(m, op):
     node = node_of_operation(m, op)
     if h == U0 or (node != NONE and node >= state[R_NODES]):
         return stop(state, op, -EINVAL)
-    if state[op + O_OP] == _POOL_RESIZE:
+    if state[op + O_OP] == OP_POOL_RESIZE:
         state[op + O_DETAIL] = resize(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]), node)
         return stop(state, op, 0)
     status, done = demote(m, h, state[op + O_LENGTH], node)
@@ -121,9 +117,9 @@ def allocate(m, op):
     if head == NONE:
         return stop(state, op, -ENOMEM)
     set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
-    change(m.stats, HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
-    charge_one(m, HUGE_FOLIO_ALLOCATED)
-    charge(m, STRUCT_PAGE_BYTES, 28)
+    change(m.stats, GAUGE_HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
+    charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
+    charge(m, EVENT_STRUCT_PAGE_BYTES, 28)
     state[op + O_DETAIL] = head
     return stop(state, op, 0)
 
@@ -182,7 +178,7 @@ def change_vmemmap(m, op):
     if not all_frozen(m, first, end):
         return stop(state, op, -EBUSY)
     single = next_of_batch(m, first, end) == U0
-    optimizing = state[op + O_OP] == _VMEMMAP_OPTIMIZE
+    optimizing = state[op + O_OP] == OP_VMEMMAP_OPTIMIZE
     if single and optimizing:
         status = optimize(m, first, folio_order(m, first))
         state[op + O_DETAIL] = U1 if is_optimized(m, first) else U0
@@ -202,14 +198,14 @@ def store_word(m, op):
     """VMEMMAP_STORE: 0, or -EFAULT through a read-only entry, with the entry's physical address; -EINVAL outside."""
     state = m.state
     address = state[op + O_ADDRESS]
-    if address & U(7) != U0 or (address - state[R_VMEMMAP]) >> U(6) < state[R_POOL_BASE]:
+    if address & U7 != U0 or (address - state[R_VMEMMAP]) >> U6 < state[R_POOL_BASE]:
         return stop(state, op, -EINVAL)
-    if not in_zone(state, (address - state[R_VMEMMAP]) >> U(6)):
+    if not in_zone(state, (address - state[R_VMEMMAP]) >> U6):
         return stop(state, op, -EINVAL)
     status, slot = store(m, address, state[op + O_OFFSET])
     state[op + O_DETAIL] = slot << U3
     if status != 0:
-        charge_one(m, VMEMMAP_FAULT)
+        charge_one(m, EVENT_VMEMMAP_FAULT)
     return stop(state, op, status)
 
 
@@ -264,29 +260,29 @@ def operate(m, op):
     state = m.state
     kind = state[op + O_OP]
     pfn = state[op + O_ADDRESS] >> U12
-    if kind == _POOL_RESIZE or kind == _POOL_DEMOTE:
+    if kind == OP_POOL_RESIZE or kind == OP_POOL_DEMOTE:
         change_pool(m, op)
-    elif kind == _FOLIO_ALLOCATE:
+    elif kind == OP_FOLIO_ALLOCATE:
         allocate(m, op)
-    elif kind == _FOLIO_FREE:
+    elif kind == OP_FOLIO_FREE:
         free(m, op)
-    elif kind == _VMEMMAP_OPTIMIZE or kind == _VMEMMAP_RESTORE:
+    elif kind == OP_VMEMMAP_OPTIMIZE or kind == OP_VMEMMAP_RESTORE:
         change_vmemmap(m, op)
-    elif kind == _FOLIO_SPLIT:
+    elif kind == OP_FOLIO_SPLIT:
         split(m, op)
-    elif kind == _FOLIO_MERGE:
+    elif kind == OP_FOLIO_MERGE:
         merge(m, op)
-    elif kind == _FOLIO_REFERENCE:
+    elif kind == OP_FOLIO_REFERENCE:
         change_references(m, op)
-    elif kind == _FOLIO_FREEZE:
+    elif kind == OP_FOLIO_FREEZE:
         change_frozen(m, op)
-    elif kind == _VMEMMAP_STORE:
+    elif kind == OP_VMEMMAP_STORE:
         store_word(m, op)
-    elif kind == _DISSOLVE or kind == _POISON:
+    elif kind == OP_DISSOLVE or kind == OP_POISON:
         head = head_of(m, pfn)
         if head == NONE:
             stop(state, op, -EINVAL)
-        elif kind == _POISON:
+        elif kind == OP_POISON:
             stop(state, op, poison(m, head, pfn))
         else:
             stop(state, op, dissolve(m, hstate_of_order(folio_order(m, head)), head))
@@ -307,7 +303,7 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
         return U(prepare_memory(m))
     count = U(status.size)
     i = first
-    while i < count and is_pooling(element(header, i) & _BYTE):
+    while i < count and is_pooling(element(header, i) & LOW8):
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
         operate(m, op)

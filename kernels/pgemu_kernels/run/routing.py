@@ -13,10 +13,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U8, U12, U32, U48
+from pgemu_kernels.engine.bits import LOW8, LOW16, NONE, U0, U1, U8, U12, U32, U48
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.records import element
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
-from pgemu_kernels.words.operations import Flag, Operation
+from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
+from pgemu_kernels.words.operations import (
+    ENTRY_SHIFT,
+    OPERATIONS,
+    OPS_ALWAYS_ORDINARY,
+    OPS_BY_FILE,
+    OPS_BY_MAPPING,
+    OPS_BY_MMAP,
+    OPS_BY_PROCESS,
+    OPS_BY_SLOT,
+    OPS_FULL,
+    OPS_POOLING,
+    Entry,
+)
 from pgemu_kernels.words.registers import R_FULL, R_INODES, R_SPACES, R_VMS
 from pgemu_kernels.words.rows import (
     A_KIND,
@@ -30,24 +44,12 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_BYTE = U(0xFF)
-_HALF = U(0xFFFF)
+_FULL = U(Entry.FULL << ENTRY_SHIFT)
+_ORDINARY = U(Entry.ORDINARY << ENTRY_SHIFT)
+_POOLING = U(Entry.POOLING << ENTRY_SHIFT)
 _S_WORDS = U(S_WORDS)
-_HOST_FAULT = U(Operation.HOST_FAULT)
-_GUEST_FAULT = U(Operation.GUEST_FAULT)
-_MMAP = U(Operation.MMAP)
-_MUNMAP = U(Operation.MUNMAP)
-_ZAP = U(Operation.ZAP)
-_BIND = U(Operation.BIND)
-_UNBIND = U(Operation.UNBIND)
-_ALLOCATE = U(Operation.ALLOCATE)
-_PIN = U(Operation.PIN)
-_UNPIN = U(Operation.UNPIN)
-_PREFAULT = U(Operation.PREFAULT)
-_PROTECT = U(Operation.PROTECT)
-_POOL_RESIZE = U(Operation.POOL_RESIZE)
-_VMEMMAP_STORE = U(Operation.VMEMMAP_STORE)
-_PRIVATE_OR_SHARED = U(Flag.PRIVATE | Flag.SHARED)
+_OPERATIONS = U(OPERATIONS)
+_PRIVATE_OR_SHARED = FLAG_PRIVATE | FLAG_SHARED
 
 
 @kernel
@@ -63,47 +65,58 @@ def has_attributes(state, vm):
 
 
 @kernel
+def is_of(operations, kind):
+    """Whether an operation is one of a class (words.operations.OPS_*)."""
+    return kind < _OPERATIONS and operations >> kind & U1 != U0
+
+
+@kernel
 def is_pooling(kind):
     """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`."""
-    return _POOL_RESIZE <= kind <= _VMEMMAP_STORE
+    return is_of(OPS_POOLING, kind)
 
 
 @kernel
 def is_full(state, kind):
-    """Whether an operation of the designs is one for `designs.run_designs` rather than `replay.run`."""
-    new = kind > _VMEMMAP_STORE or kind == _PIN or kind == _UNPIN or kind == _ALLOCATE or kind == _PREFAULT
-    return state[R_FULL] != U0 or new
+    """Whether an operation of the designs is one for `full.run_designs` rather than `fast.run`."""
+    return state[R_FULL] != U0 or is_of(OPS_FULL, kind)
 
 
 @outlined
 def is_ordinary(state, header, object_, address):
-    """Whether an operation is one for `run_ordinary`; arguments are its columns."""
-    kind = header & _BYTE
+    """Whether an operation is one for `run_ordinary`, as its row says (By); arguments are its columns."""
+    kind = header & LOW8
     space = header >> U48
-    vm = header >> U32 & _HALF
-    if kind == _HOST_FAULT:
+    vm = header >> U32 & LOW16
+    if is_of(OPS_BY_MAPPING, kind):
         row = find_vma(state, space, address)
         return row != NONE and state[row + A_KIND] != VMA_GUEST_MEMFD
-    if kind == _GUEST_FAULT or kind == _PREFAULT:
+    if is_of(OPS_BY_SLOT, kind):
         slot = find_memslot(state, vm, address >> U12)
         if slot == NONE:
-            return kind == _GUEST_FAULT and has_attributes(state, vm)
+            return kind == OP_GUEST_FAULT and has_attributes(state, vm)
         return state[slot + M_KIND] != SLOT_GUEST_MEMFD
-    if kind == _MMAP:
+    if is_of(OPS_BY_MMAP, kind):
         # What names no inode at all is anonymous if it says PRIVATE or SHARED.
         named = object_ < state[R_INODES]
         return ordinary_inode(state, object_) or (not named and header >> U8 & _PRIVATE_OR_SHARED != U0)
-    if kind == _MUNMAP or kind == _ZAP:
+    if is_of(OPS_BY_PROCESS, kind):
         return ordinary_space(state, space)
-    if kind == _BIND:
+    if is_of(OPS_BY_FILE, kind):
         return ordinary_inode(state, object_)
-    if kind == _UNBIND:
-        slot = find_memslot(state, vm, address >> U12)
-        return slot != NONE and state[slot + M_KIND] != SLOT_GUEST_MEMFD
-    if kind == U(Operation.VM_EXIT):
-        return vm < state[R_VMS]
-    if kind >= _PROTECT:
-        return kind < _POOL_RESIZE
-    if kind == _PIN or kind == _UNPIN:
-        return False
-    return kind <= U(Operation.CLOSE) and ordinary_inode(state, object_)
+    return is_of(OPS_ALWAYS_ORDINARY, kind)
+
+
+@outlined
+def stopped_at(state, columns, i):
+    """What an entry of the designs returns that ran operations up to `i`: that index, and in bits 63:56 the `Entry` for
+    operation `i`; the number of operations alone, if there is no `i`.
+    """
+    if i >= U(columns.status.size):
+        return i
+    kind = element(columns.header, i) & LOW8
+    if is_pooling(kind):
+        return i | _POOLING
+    if is_ordinary(state, element(columns.header, i), element(columns.object, i), element(columns.address, i)):
+        return i | _ORDINARY
+    return i | _FULL

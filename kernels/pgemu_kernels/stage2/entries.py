@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U3, U4, U9, U12, U511, pages_of
+from pgemu_kernels.engine.bits import U0, U1, U3, U4, U5, U12
 from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.engine.geometry import index_at, pages_of
+from pgemu_kernels.tables.edit_tree import leaf_attributes
 from pgemu_kernels.tables.walker import is_large, is_present, table_of
-from pgemu_kernels.words.operations import Flag
+from pgemu_kernels.words.enum_words import FLAG_EXEC, FLAG_WRITE
 from pgemu_kernels.words.table_words import (
     F_ACCESSED,
     F_DIRTY,
     F_EXECUTE,
-    F_LARGE,
     F_LEAF_2M,
     F_LEAF_4K,
     F_MEMORY_TYPE,
@@ -27,8 +28,6 @@ from pgemu_kernels.words.table_words import (
 )
 
 U = np.uint64
-WRITE = U(Flag.WRITE)
-EXEC = U(Flag.EXEC)
 TOP = U4
 LARGEST = U3
 
@@ -57,10 +56,10 @@ def nx_huge_pages(state, f):
 @kernel
 def is_access_allowed(state, f, entry, access):
     """spte.h:is_access_allowed() of a present leaf; `access` has Flag.WRITE and Flag.EXEC, reads always are."""
-    if access & WRITE != U0:
+    if access & FLAG_WRITE != U0:
         return entry & state[f + F_WRITE] != U0
     need = state[f + F_EXECUTE]
-    return access & EXEC == U0 or entry & need == need
+    return access & FLAG_EXEC == U0 or entry & need == need
 
 
 @kernel
@@ -83,26 +82,23 @@ def make_mmio_spte(state, f, gfn, generation):
     guard = state[f + F_MMIO_GUARD]
     low = generation << U3 & _GENERATION_LOW
     high = generation << U(44) & _GENERATION_HIGH
-    return state[f + F_MMIO_VALUE] | low | high | address | guard | (address & guard) << U(5)
+    return state[f + F_MMIO_VALUE] | low | high | address | guard | (address & guard) << U5
 
 
 @kernel
 def make_huge_spte(state, f, entry, level):
     """spte.c:make_huge_spte(): a leaf with the flags and the address of a small one; never executable if mitigated."""
-    value = (entry | state[f + F_LARGE]) & ~((pages_of(level) - U1) << U12)
-    if nx_huge_pages(state, f):
-        value &= ~state[f + F_EXECUTE]
-    return value
+    return leaf_attributes(state, f, level, entry) & ~((pages_of(level) - U1) << U12)
 
 
 @kernel
 def last_spte(m, f, root, gfn):
     """Walk to the last entry on the way to a guest frame: (its slot, its level, the entry), present or not."""
-    slot = (root >> U3) + (gfn >> (U9 * U3) & U511)
+    slot = (root >> U3) + index_at(gfn, U4)
     level = TOP
     entry = m.ram[slot]
     while is_table(m.state, f, entry, level):
         level -= U1
-        slot = table_of(m.state, f, entry) + (gfn >> (U9 * (level - U1)) & U511)
+        slot = table_of(m.state, f, entry) + index_at(gfn, level)
         entry = m.ram[slot]
     return slot, level, entry

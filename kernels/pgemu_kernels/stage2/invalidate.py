@@ -7,30 +7,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import NOTIFIER_CALL, SPTE_CLEARED, TLB_FLUSH_VM, charge, charge_one
-from pgemu_kernels.engine.compile import kernel
-from pgemu_kernels.engine.rows import memslot_row, overlap, vm_row
+from pgemu_kernels.engine.bits import U0, U1, U512, trailing_zeros
+from pgemu_kernels.engine.charge import charge, charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.leaves import zap_stage2
+from pgemu_kernels.stage2.regions import forget_pages, forget_zapped, vms_with_leaves
+from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL, EVENT_SPTE_CLEARED, EVENT_TLB_FLUSH_VM
 from pgemu_kernels.words.registers import (
     R_FLUSHES_HELD,
+    R_GUEST_FAULTS,
     R_MEMSLOTS,
     R_NOTIFIER,
-    R_VMS,
+    R_STEPPED,
+    R_UNFLUSHED_VMS,
 )
 from pgemu_kernels.words.rows import (
+    I_PAGES,
+    M_NEXT,
     M_VM,
+    S_VMS,
+    S_WORDS,
+    STATE_SPACES,
     V_IN_PROGRESS,
-    V_LIVE,
     V_RANGE_END,
     V_RANGE_START,
     V_ROOT,
     V_SEQUENCE,
     V_SPACE,
-    V_UNFLUSHED,
 )
 
 U = np.uint64
+_S_WORDS = U(S_WORDS)
 
 
 @kernel
@@ -48,15 +56,25 @@ def invalidate_begin(state, vm, gfn, end):
 
 @kernel
 def invalidate_end(state, vm):
-    """kvm_mmu_invalidate_end(): the sequence moves before the count falls."""
+    """kvm_mmu_invalidate_end(): the sequence moves before the count falls, if there is a fault that remembers it."""
     row = vm_row(vm)
-    state[row + V_SEQUENCE] += U1
+    if state[R_GUEST_FAULTS] != U0:
+        state[row + V_SEQUENCE] += U1
     state[row + V_IN_PROGRESS] -= U1
+    if state[row + V_IN_PROGRESS] == U0:
+        state[row + V_RANGE_START] = U0
+        state[row + V_RANGE_END] = U0
 
 
 @kernel
-def begin_range(m, inode, start, end):
-    """Begin an invalidation of pages [start, end) in every VM bound to them."""
+def is_watched(state):
+    """Whether anybody could notice an invalidation: where nothing goes step by step, it has ended before he comes."""
+    return state[R_STEPPED] != U0
+
+
+@outlined
+def begin_slots(m, inode, start, end):
+    """Begin an invalidation in every slot bound to pages [start, end)."""
     state = m.state
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
@@ -65,9 +83,9 @@ def begin_range(m, inode, start, end):
             invalidate_begin(state, state[slot + M_VM], gfn, last)
 
 
-@kernel
-def end_range(m, inode, start, end):
-    """End it, with the bindings that `begin_range` saw: the invalidate_lock keeps them."""
+@outlined
+def end_slots(m, inode, start, end):
+    """End it, with the bindings that `begin_slots` saw: the invalidate_lock keeps them."""
     state = m.state
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
@@ -77,35 +95,65 @@ def end_range(m, inode, start, end):
 
 
 @kernel
+def begin_range(m, inode, start, end):
+    """Begin an invalidation of pages [start, end) in every VM bound to them."""
+    if is_watched(m.state):
+        begin_slots(m, inode, start, end)
+
+
+@kernel
+def end_range(m, inode, start, end):
+    """End what begin_range() began."""
+    if is_watched(m.state):
+        end_slots(m, inode, start, end)
+
+
+@kernel
 def zap_slot(m, slot, gfn, end):
     """Drop the stage-2 leaves over guest frames [gfn, end) of a memory slot, to be flushed: how many."""
-    row = vm_row(m.state[slot + M_VM])
-    dropped = zap_stage2(m, m.state[row + V_ROOT], gfn, end)
+    state = m.state
+    vm = state[slot + M_VM]
+    dropped = zap_stage2(m, state[vm_row(vm) + V_ROOT], gfn, end)
     if dropped != 0:
-        m.state[row + V_UNFLUSHED] += U(dropped)
-        charge(m, SPTE_CLEARED, dropped)
+        state[R_UNFLUSHED_VMS] |= U1 << vm
+        charge(m, EVENT_SPTE_CLEARED, dropped)
+    return dropped
+
+
+@kernel
+def zap_vm(m, vm, inode, start, end):
+    """Drop a VM's leaves over pages [start, end) of an inode, to be flushed: how many."""
+    state = m.state
+    dropped = np.int64(0)
+    slot = first_slot(state, vm)
+    while slot != U0:
+        gfn, last = overlap(state, slot, inode, start, end)
+        if gfn < last:
+            dropped += zap_slot(m, slot, gfn, last)
+        slot = state[slot + M_NEXT]
+    forget_zapped(m, vm, inode, start, end, dropped)
+    return dropped
+
+
+@kernel
+def zap_vms(m, vms, inode, start, end):
+    """The same of several VMs, a bit each."""
+    dropped = np.int64(0)
+    while vms != U0:
+        dropped += zap_vm(m, trailing_zeros(vms), inode, start, end)
+        vms &= vms - U1
     return dropped
 
 
 @kernel
 def zap_range(m, inode, start, end):
     """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
-    state = m.state
-    total = np.int64(0)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last:
-            total += zap_slot(m, slot, gfn, last)
-    return total
-
-
-@kernel
-def flush_vm(m, row):
-    """kvm_flush_remote_tlbs() of one VM (`row` of V_*), if it lost leaves since its last flush."""
-    if m.state[row + V_UNFLUSHED] != U0:
-        m.state[row + V_UNFLUSHED] = U0
-        charge_one(m, TLB_FLUSH_VM)
+    node = inode_row(inode)
+    vms = vms_with_leaves(m.state, node, start, end)
+    dropped = zap_vms(m, vms, inode, start, end)
+    if vms != U0 and end - start < U512:
+        forget_pages(m.state, node, start, end)
+    return dropped
 
 
 @kernel
@@ -117,8 +165,30 @@ def flush_vms(m):
     state = m.state
     if state[R_FLUSHES_HELD] != U0:
         return
-    for vm in range(state[R_VMS]):
-        flush_vm(m, vm_row(vm))
+    vms = state[R_UNFLUSHED_VMS]
+    while vms != U0:
+        charge_one(m, EVENT_TLB_FLUSH_VM)
+        vms &= vms - U1
+    state[R_UNFLUSHED_VMS] = U0
+
+
+@kernel
+def flush_vm(m, vm):
+    """The same of one VM."""
+    if m.state[R_UNFLUSHED_VMS] >> vm & U1 != U0:
+        m.state[R_UNFLUSHED_VMS] &= ~(U1 << vm)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
+
+
+@outlined
+def retry_faults(m, space, inode, start, end):
+    """An invalidation of pages [start, end) in a process's VMs begins and ends: faults in flight come again."""
+    state = m.state
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        gfn, last = overlap(state, slot, inode, start, end)
+        if gfn < last and state[vm_row(state[slot + M_VM]) + V_SPACE] == space:
+            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
 
 
 @kernel
@@ -126,23 +196,24 @@ def notify_unmap(m, space, inode, start, end):
     """KVM's MMU notifier: the process unmapped pages [start, end), so its VMs drop them from stage 2.
 
     virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start(). As captured for a guest_memfd mapped
-    by its VMM: MADV_DONTNEED drops the stage-2 leaves too.
+    by its VMM: MADV_DONTNEED drops the stage-2 leaves too. The invalidation begins and ends here: nothing runs in
+    between. The pages may reach past the end of the file.
     """
     state = m.state
-    if state[R_NOTIFIER] == U0:
+    vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
+    if state[R_NOTIFIER] == U0 or vms == U0:
         return
-    for vm in range(state[R_VMS]):
-        if state[vm_row(vm) + V_SPACE] == space and state[vm_row(vm) + V_LIVE] != U0:
-            charge_one(m, NOTIFIER_CALL)
-    dropped = np.int64(0)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last and state[vm_row(state[slot + M_VM]) + V_SPACE] == space:
-            # The invalidation begins and ends here: nothing runs in between.
-            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
-            dropped += zap_slot(m, slot, gfn, last)
-    if dropped != 0:
+    called = vms
+    while called != U0:
+        charge_one(m, EVENT_NOTIFIER_CALL)
+        called &= called - U1
+    if state[R_GUEST_FAULTS] != U0:
+        retry_faults(m, space, inode, start, end)
+    end = min(end, state[inode_row(inode) + I_PAGES])
+    if start >= end:
+        return
+    vms &= vms_with_leaves(state, inode_row(inode), start, end)
+    if zap_vms(m, vms, inode, start, end) != 0:
         flush_vms(m)
 
 

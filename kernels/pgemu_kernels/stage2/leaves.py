@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512, pages_of
-from pgemu_kernels.engine.charge import (
-    SPTE_CLEARED,
-    SPTE_SPLIT,
-    SPTE_WRITTEN,
-    STAGE2_LEAVES,
-    STAGE2_TABLES,
-    TLB_FLUSH_VM,
-    change_value,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U27, U511, U512
+from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import broken
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.stage2.entries import (
-    EXEC,
     TOP,
     is_access_allowed,
     is_leaf,
@@ -30,13 +20,23 @@ from pgemu_kernels.stage2.entries import (
     make_spte,
     nx_huge_pages,
 )
+from pgemu_kernels.tables.edit_tree import child_attributes
 from pgemu_kernels.tables.walker import free_table, is_large, is_present, new_table, stage2_format, table_of
-from pgemu_kernels.words.operations import ENOMEM, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS, Broken
+from pgemu_kernels.words.enum_words import (
+    BROKEN_WRONG_PFN,
+    EVENT_SPTE_CLEARED,
+    EVENT_SPTE_SPLIT,
+    EVENT_SPTE_WRITTEN,
+    EVENT_TLB_FLUSH_VM,
+    FLAG_EXEC,
+    GAUGE_STAGE2_LEAVES_4K,
+    GAUGE_STAGE2_TABLES,
+)
+from pgemu_kernels.words.operations import ENOMEM, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS
 from pgemu_kernels.words.registers import R_MARKS_ZAPPED
-from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_EXECUTE, F_LARGE, F_MMU_PRESENT
+from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_MMU_PRESENT
 
 U = np.uint64
-_WRONG_PFN = U(Broken.WRONG_PFN)
 
 # Bit 31 of a table page's count of leaves: made for a fetch under the NX-hugepage mitigation
 # (kvm_mmu_page.nx_huge_page_disallowed), so that no later fault puts a leaf in its place.
@@ -68,11 +68,11 @@ def free_stage2_below(m, f, entry, level):
             if is_present(m.state, f, below) and not is_large(m.state, f, below):
                 frame = table_of(m.state, f, below) >> U9
                 small += np.int64(U(m.counts[frame]) & COUNT_BELOW)
-                free_table(m, frame, STAGE2_TABLES)
-    change_value(m.stats, STAGE2_LEAVES, -small)
-    change_value(m.stats, STAGE2_LEAVES + U1, small - dropped)
-    free_table(m, table >> U9, STAGE2_TABLES)
-    charge(m, SPTE_CLEARED, dropped)
+                free_table(m, frame, GAUGE_STAGE2_TABLES)
+    change_value(m.stats, GAUGE_STAGE2_LEAVES_4K, -small)
+    change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U1, small - dropped)
+    free_table(m, table >> U9, GAUGE_STAGE2_TABLES)
+    charge(m, EVENT_SPTE_CLEARED, dropped)
     return dropped
 
 
@@ -94,11 +94,11 @@ def drop_stage2_tree(m, root):
                 continue
             if is_large(m.state, f, below):
                 dropped += 1
-                change_value(m.stats, STAGE2_LEAVES + U2, -1)
-                charge_one(m, SPTE_CLEARED)
+                change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U2, -1)
+                charge_one(m, EVENT_SPTE_CLEARED)
             else:
                 dropped += free_stage2_below(m, f, below, U3)
-        free_table(m, table >> U9, STAGE2_TABLES)
+        free_table(m, table >> U9, GAUGE_STAGE2_TABLES)
         ram[top] = empty
     return dropped
 
@@ -118,28 +118,26 @@ def mark_dropped(m, f, entry):
 def split_leaf(m, f, slot, level):
     """Replace a leaf of level 2 or 3 by a table of 512 leaves with its flags: the table, or NONE without memory.
 
-    tdp_mmu.c:tdp_mmu_split_huge_page(), spte.c:make_small_spte(). No flush: the translations stay the same. A 4K
-    leaf may be fetched from even where the mitigation forbade it for the large one.
+    tdp_mmu.c:tdp_mmu_split_huge_page(). No flush: the translations stay the same. A 4K leaf may be fetched from even
+    where the mitigation forbade it for the large one.
     """
     state = m.state
-    child = m.ram[slot]
-    table = new_table(m, f, slot, STAGE2_TABLES)
+    leaf = m.ram[slot]
+    table = new_table(m, f, slot, GAUGE_STAGE2_TABLES)
     if table == NONE:
         return NONE
-    mark_dropped(m, f, child)
+    mark_dropped(m, f, leaf)
+    child = child_attributes(state, f, level - U1, leaf)
     if level == U2:
-        child &= ~state[f + F_LARGE]
-        if nx_huge_pages(state, f):
-            child |= state[f + F_EXECUTE]
         count_below(m.counts, slot & ~U511, 511)  # the leaf was one of those below its level-2 table
     size = pages_of(level - U1) << U12
     for i in range(U512):
         m.ram[table + i] = child + i * size
     m.counts[table >> U9] = np.uint32(512)
-    change_value(m.stats, STAGE2_LEAVES + level - U1, -1)
-    change_value(m.stats, STAGE2_LEAVES + level - U2, 512)
-    charge_one(m, SPTE_SPLIT)
-    charge(m, SPTE_WRITTEN, 512)
+    change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, -1)
+    change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U2, 512)
+    charge_one(m, EVENT_SPTE_SPLIT)
+    charge(m, EVENT_SPTE_WRITTEN, 512)
     return table
 
 
@@ -178,7 +176,7 @@ def table_below(m, f, slot, level, disallowed):
     """The table below `slot`, an entry of `level`: there, linked, or made by splitting a leaf; NONE without memory."""
     if is_present(m.state, f, m.ram[slot]):
         return present_table(m, f, slot, level, disallowed)
-    table = new_table(m, f, slot, STAGE2_TABLES)
+    table = new_table(m, f, slot, GAUGE_STAGE2_TABLES)
     if disallowed and table != NONE:
         forbid_leaf(m, table)
     return table
@@ -207,22 +205,22 @@ steps_down = full_only(must_step_down, never_steps_down)
 def slot_for(m, f, root, gfn, goal, disallowed):
     """Go down to the entry of level `goal` (or below, where a fetch wants it so), tables linked and leaves split on
     the way: (slot, level, slot of the level-2 entry above or on it); the slot is NONE without memory."""
-    table = table_below(m, f, (root >> U3) + (gfn >> U27 & U511), TOP, disallowed)
+    table = table_below(m, f, (root >> U3) + index_at(gfn, U4), TOP, disallowed)
     if table == NONE:
         return NONE, TOP, NONE
-    slot = table + (gfn >> U18 & U511)
+    slot = table + index_at(gfn, U3)
     if goal == U3 and not steps_down(m, slot, U3):
         return slot, U3, NONE
     table = table_below(m, f, slot, U3, disallowed)
     if table == NONE:
         return NONE, U3, NONE
-    middle = table + (gfn >> U9 & U511)
+    middle = table + index_at(gfn, U2)
     if goal != U1 and not steps_down(m, middle, U2):
         return middle, U2, middle
     table = table_below(m, f, middle, U2, disallowed)
     if table == NONE:
         return NONE, U2, NONE
-    return table + (gfn & U511), U1, middle
+    return table + index_at(gfn, U1), U1, middle
 
 
 @kernel
@@ -240,11 +238,13 @@ def change_leaf(m, slot, gfn, value, access):
     f = stage2_format(m)
     old = m.ram[slot]
     if (old ^ value) & m.state[f + F_ADDRESS] != U0:
-        broken(m.state, _WRONG_PFN, gfn)  # a WARN in Linux, up to 6.13 a BUG: nobody told KVM that the frame changed
+        broken(
+            m.state, BROKEN_WRONG_PFN, gfn
+        )  # a WARN in Linux, up to 6.13 a BUG: nobody told KVM that the frame changed
     if value == old or is_access_allowed(m.state, f, old, access):
         return np.int64(RET_PF_SPURIOUS)
     m.ram[slot] = value
-    charge_one(m, SPTE_WRITTEN)
+    charge_one(m, EVENT_SPTE_WRITTEN)
     return np.int64(RET_PF_FIXED)
 
 
@@ -267,7 +267,7 @@ def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
     """
     f = stage2_format(m)
     state = m.state
-    disallowed = access & EXEC != U0 and nx_huge_pages(state, f)
+    disallowed = access & FLAG_EXEC != U0 and nx_huge_pages(state, f)
     slot, level, middle = slot_for(m, f, root, gfn, goal, disallowed)
     if slot == NONE:
         return np.int64(-ENOMEM), level
@@ -278,11 +278,11 @@ def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
         if is_leaf(state, f, old, level):
             return changed_leaf(m, slot, gfn, value, access), level
         gained -= free_stage2_below(m, f, old, level)
-        charge_one(m, TLB_FLUSH_VM)
+        charge_one(m, EVENT_TLB_FLUSH_VM)
     m.ram[slot] = value
     count_leaf(m, slot, level, middle, gained)
-    change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
-    charge_one(m, SPTE_WRITTEN)
+    change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, 1)
+    charge_one(m, EVENT_SPTE_WRITTEN)
     return np.int64(RET_PF_FIXED), level
 
 
@@ -295,7 +295,7 @@ def map_mmio(m, root, gfn, generation):
         return np.int64(-ENOMEM)
     if not is_present(m.state, f, m.ram[slot]):
         m.ram[slot] = make_mmio_spte(m.state, f, gfn, generation)
-        charge_one(m, SPTE_WRITTEN)
+        charge_one(m, EVENT_SPTE_WRITTEN)
     return np.int64(RET_PF_EMULATE)
 
 
@@ -315,7 +315,7 @@ def zap_4k_leaves(m, f, table, first, last):
             cleared += 1
     if cleared != 0:
         count_below(m.counts, table, -cleared)
-        change_value(m.stats, STAGE2_LEAVES, -cleared)
+        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K, -cleared)
     return cleared
 
 
@@ -327,7 +327,7 @@ def zap_2m_region(m, f, slot, gfn, end):
         return np.int64(0)
     if is_large(m.state, f, entry):
         m.ram[slot] = m.state[f + F_EMPTY]
-        change_value(m.stats, STAGE2_LEAVES + U1, -1)
+        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U1, -1)
         return np.int64(1)
     table = table_of(m.state, f, entry)
     if m.counts[table >> U9] == np.uint32(0):
@@ -343,7 +343,7 @@ def zap_1g_region(m, f, slot, gfn, end):
         return np.int64(0)
     if is_large(m.state, f, entry):
         m.ram[slot] = m.state[f + F_EMPTY]
-        change_value(m.stats, STAGE2_LEAVES + U2, -1)
+        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U2, -1)
         return np.int64(1)
     table = table_of(m.state, f, entry)
     # The count below the table spares a rounded zap the walk over 512 empty tables.
@@ -352,7 +352,7 @@ def zap_1g_region(m, f, slot, gfn, end):
     cleared = np.int64(0)
     while gfn < end:
         stop = min(end, (gfn | U511) + U1)
-        cleared += zap_2m_region(m, f, table + (gfn >> U9 & U511), gfn, stop)
+        cleared += zap_2m_region(m, f, table + index_at(gfn, U2), gfn, stop)
         gfn = stop
     count_below(m.counts, table, -cleared)
     return cleared
@@ -368,11 +368,11 @@ def zap_stage2(m, root, gfn, end):
     ram = m.ram
     cleared = np.int64(0)
     while gfn < end:
-        entry = ram[(root >> U3) + (gfn >> U27 & U511)]
+        entry = ram[(root >> U3) + index_at(gfn, U4)]
         if not is_present(m.state, f, entry):
             gfn = min(end, ((gfn >> U27) + U1) << U27)
             continue
         stop = min(end, ((gfn >> U18) + U1) << U18)
-        cleared += zap_1g_region(m, f, table_of(m.state, f, entry) + (gfn >> U18 & U511), gfn, stop)
+        cleared += zap_1g_region(m, f, table_of(m.state, f, entry) + index_at(gfn, U3), gfn, stop)
         gfn = stop
     return cleared

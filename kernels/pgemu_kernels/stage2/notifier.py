@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
-from pgemu_kernels.engine.charge import NOTIFIER_CALL, charge_one
+from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
 from pgemu_kernels.stage2.tdp_mmu import mark_range
+from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
@@ -42,7 +43,7 @@ def notify_range(m, space, start, end):
         return
     for vm in range(state[R_VMS]):
         if state[vm_row(vm) + V_SPACE] == space and state[vm_row(vm) + V_LIVE] != U0:
-            charge_one(m, NOTIFIER_CALL)
+            charge_one(m, EVENT_NOTIFIER_CALL)
     dropped = np.int64(0)
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
@@ -87,7 +88,7 @@ def unbind_inode(m, inode):
     virt/kvm/guest_memfd.c:kvm_gmem_release(). A private access to such a slot is a memory fault exit.
     """
     state = m.state
-    notify_inode(m, inode, U0, U(1) << U(52))
+    notify_inode(m, inode, U0, U1 << U(52))
     for i in range(state[R_MEMSLOTS]):
         slot = memslot_row(i)
         if state[slot + M_KIND] == SLOT_USER and state[slot + M_INODE] == inode:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U511, U512, pages_of
-from pgemu_kernels.engine.charge import SPTE_WRITTEN, STAGE2_LEAVES, TLB_FLUSH_VM, change_value, charge, charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U511, U512
+from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.stage2.entries import WRITE, is_leaf, last_spte, make_huge_spte
+from pgemu_kernels.engine.geometry import pages_of
+from pgemu_kernels.stage2.entries import is_leaf, last_spte, make_huge_spte
 from pgemu_kernels.stage2.leaves import count_below, free_stage2_below, mark_dropped, split_leaf
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
+from pgemu_kernels.words.enum_words import EVENT_SPTE_WRITTEN, EVENT_TLB_FLUSH_VM, FLAG_WRITE, GAUGE_STAGE2_LEAVES_4K
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.registers import R_MARKS_ZAPPED, R_RECOVER_HUGE
 from pgemu_kernels.words.table_words import F_ACCESSED, F_DIRTY, F_EMPTY, F_WRITE
@@ -74,7 +76,7 @@ def write_protect_range(m, root, gfn, end):
                 m.ram[i] = entry & ~bit
                 changed += 1
         gfn = last
-    charge(m, SPTE_WRITTEN, changed)
+    charge(m, EVENT_SPTE_WRITTEN, changed)
     return changed
 
 
@@ -84,7 +86,7 @@ def write_protect_page(m, f, root, gfn):
     slot, level, entry = last_spte(m, f, root, gfn)
     if level == U1 and is_present(m.state, f, entry) and entry & m.state[f + F_WRITE] != U0:
         m.ram[slot] = entry & ~m.state[f + F_WRITE]
-        charge_one(m, SPTE_WRITTEN)
+        charge_one(m, EVENT_SPTE_WRITTEN)
 
 
 @kernel
@@ -126,9 +128,9 @@ def collapse(m, f, slot, level):
     gained = np.int64(0)
     if recover:
         gained += 1
-        change_value(m.stats, STAGE2_LEAVES + level - U1, 1)
-        charge_one(m, SPTE_WRITTEN)
-    charge_one(m, TLB_FLUSH_VM)
+        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, 1)
+        charge_one(m, EVENT_SPTE_WRITTEN)
+    charge_one(m, EVENT_TLB_FLUSH_VM)
     if level == U2:
         count_below(m.counts, slot & ~U511, gained - dropped)
     return np.int64(1)
@@ -141,7 +143,7 @@ def collapse(m, f, slot, level):
 def set_accessed_dirty(m, f, slot, entry, access):
     """Store a leaf with what the processor sets in it when an access succeeds."""
     value = entry | m.state[f + F_ACCESSED]
-    if access & WRITE != U0:
+    if access & FLAG_WRITE != U0:
         value |= m.state[f + F_DIRTY]
     if value != m.ram[slot]:
         m.ram[slot] = value

@@ -8,6 +8,7 @@ from pgemu_kernels import words
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U511, U512, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
+from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.tables.edit_tree import (
     WHOLE_VM,
     attributes,
@@ -25,7 +26,6 @@ from pgemu_kernels.tables.edit_tree import (
     load,
     new_table,
     release,
-    size_of,
     sticky_bits,
     store,
     swap,
@@ -235,7 +235,7 @@ def link_down(e, f, address, slot, level, value, target):
             count_entry(e, slot, U1)
         table = table_of(state, f, e.ram[slot])
         level -= U1
-        slot = table + (address >> (U3 + U9 * level) & U511)
+        slot = table + (address >> shift_of(level) & U511)
         value = load(e, slot, level)
     return DONE, slot
 
@@ -267,7 +267,7 @@ def map_range(e, f, address, end, physical):
             if status != DONE:
                 return status
             value = e.ram[slot]
-        run = min((end - address) >> (U3 + U9 * level), U512 - (slot & U511))
+        run = min((end - address) >> shift_of(level), U512 - (slot & U511))
         while True:
             if is_present(state, f, value) or is_frozen(state, f, value):
                 status = displace(e, f, slot, level, new, address)

@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels import words
 from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U3, U9, U511
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.tables.edit_map import split_leaf
 from pgemu_kernels.tables.edit_tree import (
     breaks,
@@ -21,12 +22,18 @@ from pgemu_kernels.tables.edit_tree import (
     needs_flush,
     owe_flush,
     release,
-    size_of,
     store,
     swap,
     well_formed,
 )
 from pgemu_kernels.tables.walker import table_of
+from pgemu_kernels.words.enum_words import (
+    EDIT_OP_CLEAR_ACCESSED,
+    EDIT_OP_CLEAR_DIRTY,
+    EDIT_OP_PROTECT,
+    EDIT_OP_SPLIT,
+    EDIT_OP_UNMAP,
+)
 from pgemu_kernels.words.table_words import (
     E_CHANGED,
     E_CLEAR,
@@ -49,12 +56,6 @@ from pgemu_kernels.words.table_words import (
     F_RANGE_FLUSH,
 )
 
-U = np.uint64
-UNMAP = U(words.Edit.UNMAP)
-PROTECT = U(words.Edit.PROTECT)
-CLEAR_ACCESSED = U(words.Edit.CLEAR_ACCESSED)
-CLEAR_DIRTY = U(words.Edit.CLEAR_DIRTY)
-SPLIT = U(words.Edit.SPLIT)
 DONE = np.int64(0)
 NO_ENTRY = np.int64(-words.ENOENT)
 BUSY = np.int64(-words.EBUSY)
@@ -109,14 +110,14 @@ def clear_bit(e, f, slot, level, value, base, bit, flushed):
 @kernel
 def edit_leaf(e, f, op, slot, level, value, base):
     """Do an edit to one leaf that it covers, or may change whole: 0 or -errno."""
-    if op == UNMAP:
+    if op == EDIT_OP_UNMAP:
         unmap_leaf(e, f, slot, level, base)
-    elif op == PROTECT:
+    elif op == EDIT_OP_PROTECT:
         return protect_leaf(e, f, slot, level, value, base)
-    elif op == CLEAR_ACCESSED:
+    elif op == EDIT_OP_CLEAR_ACCESSED:
         # No flush: ptep_clear_flush_young() on x86, kvm_pgtable_stage2_test_clear_young().
         clear_bit(e, f, slot, level, value, base, e.state[f + F_ACCESSED], False)
-    elif op == CLEAR_DIRTY:
+    elif op == EDIT_OP_CLEAR_DIRTY:
         clear_bit(e, f, slot, level, value, base, e.state[f + F_DIRTY], True)
     return DONE
 
@@ -124,7 +125,7 @@ def edit_leaf(e, f, op, slot, level, value, base):
 @kernel
 def must_split(e, op, level, base, address, end):
     """Whether a leaf has to be split before the edit goes on."""
-    if op == SPLIT:
+    if op == EDIT_OP_SPLIT:
         return level > e.request[E_LEVEL]
     partial = base < address or end - base < size_of(level)
     return partial and e.request[E_FLAGS] & EDIT_SPLIT != U0
@@ -146,10 +147,12 @@ def edit_range(e, f, op, address, end):
                     break  # a table beside what was edited so far: walk down to its entries
                 request[E_FOUND] += U1
                 if must_split(e, op, level, base, address, end):
-                    status = split_leaf(e, f, slot, level, value, base, request[E_LEVEL] if op == SPLIT else level - U1)
+                    status = split_leaf(
+                        e, f, slot, level, value, base, request[E_LEVEL] if op == EDIT_OP_SPLIT else level - U1
+                    )
                     if status != DONE:
                         return status
-                    if op == SPLIT:
+                    if op == EDIT_OP_SPLIT:
                         request[E_CHANGED] += U1
                     break
                 status = edit_leaf(e, f, op, slot, level, value, base)

@@ -11,22 +11,28 @@ from typing import NamedTuple
 import numpy as np
 
 from pgemu_kernels import words
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U8, U9, U12, U511, U512
-from pgemu_kernels.engine.charge import (
-    TABLE_PAGE_ALLOCATED,
-    TABLE_PAGE_FREED,
-    TLB_FLUSH_MM,
-    TLB_FLUSH_PAGE,
-    TLB_FLUSH_RANGE,
-    TLB_FLUSH_VM,
-    charge,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U7, U8, U9, U12, U511, U512
+from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.engine.handle import Words
 from pgemu_kernels.formats.page_format import FlushRule
 from pgemu_kernels.tables.walker import table_of
+from pgemu_kernels.words.enum_words import (
+    EVENT_TABLE_PAGE_ALLOCATED,
+    EVENT_TABLE_PAGE_FREED,
+    EVENT_TLB_FLUSH_MM,
+    EVENT_TLB_FLUSH_PAGE,
+    EVENT_TLB_FLUSH_RANGE,
+    EVENT_TLB_FLUSH_VM,
+    LOG_FILL,
+    LOG_FLUSH,
+    LOG_FLUSH_ALL,
+    LOG_FREE,
+    LOG_READ,
+    LOG_WRITE,
+)
 from pgemu_kernels.words.table_words import (
     E_CLEARED,
     E_CURSOR,
@@ -70,17 +76,9 @@ from pgemu_kernels.words.table_words import (
 )
 
 U = np.uint64
-U4 = U(4)
-U7 = U(7)
 LOG_WORDS = U(words.LOG_WORDS)
 FULL_FLUSH_PAGES = U(33)  # arch/x86/mm/tlb.c:tlb_single_page_flush_ceiling
 
-READ = U(words.LogKind.READ)
-WRITE = U(words.LogKind.WRITE)
-FLUSH = U(words.LogKind.FLUSH)
-FLUSH_ALL = U(words.LogKind.FLUSH_ALL)
-FILL = U(words.LogKind.FILL)
-FREE = U(words.LogKind.FREE)
 
 PROCESS = U(FlushRule.PROCESS)
 WHOLE_VM = U(FlushRule.WHOLE_VM)
@@ -121,7 +119,7 @@ def load(e, slot, level):
     """The entry at `slot`, an index in `ram`."""
     value = e.ram[slot]
     if logged(e):
-        record(e, READ, level, slot << U3, value)
+        record(e, LOG_READ, level, slot << U3, value)
     return value
 
 
@@ -129,16 +127,10 @@ def load(e, slot, level):
 def store(e, slot, level, value):
     e.ram[slot] = value
     if logged(e):
-        record(e, WRITE, level, slot << U3, value)
+        record(e, LOG_WRITE, level, slot << U3, value)
 
 
 # --------------------------------------------------------------------------- addresses and entries
-
-
-@kernel
-def size_of(level):
-    """Bytes that an entry of a level maps."""
-    return U1 << (U12 + U9 * (level - U1))
 
 
 @kernel
@@ -265,11 +257,11 @@ def descend(e, f, address, target, watched):
     """Walk to the entry over `address` at level `target`, or to the leaf or hole above it: slot, level, entry."""
     state = e.state
     level = state[f + F_LEVELS]
-    slot = (e.request[E_ROOT] >> U3) + (address >> (U3 + U9 * level))
+    slot = (e.request[E_ROOT] >> U3) + (address >> shift_of(level))
     value = load(e, slot, level) if watched else e.ram[slot]
     while level > target and is_present(state, f, value) and not is_leaf(state, f, level, value):
         level -= U1
-        slot = table_of(state, f, value) + (address >> (U3 + U9 * level) & U511)
+        slot = table_of(state, f, value) + (address >> shift_of(level) & U511)
         value = load(e, slot, level) if watched else e.ram[slot]
     return slot, level, value
 
@@ -327,20 +319,20 @@ def flush(e, f, start, end, level):
     """
     state = e.state
     note(e, E_FLUSH_START, start, end, level)
-    kind = FLUSH
+    kind = LOG_FLUSH
     rule = state[f + F_FLUSH]
     if rule == PROCESS:
-        pages = (end - start) >> (U12 + U9 * (level - U1))
-        charge_one(e, TLB_FLUSH_MM)
+        pages = (end - start) >> shift_of(level)
+        charge_one(e, EVENT_TLB_FLUSH_MM)
         if pages > FULL_FLUSH_PAGES:
-            kind = FLUSH_ALL
+            kind = LOG_FLUSH_ALL
         else:
-            charge(e, TLB_FLUSH_PAGE, np.int64(pages))
+            charge(e, EVENT_TLB_FLUSH_PAGE, np.int64(pages))
     elif rule == WHOLE_VM or (end - start > size_of(level) and state[f + F_RANGE_FLUSH] & U1 == U0):
-        charge_one(e, TLB_FLUSH_VM)
-        kind = FLUSH_ALL
+        charge_one(e, EVENT_TLB_FLUSH_VM)
+        kind = LOG_FLUSH_ALL
     else:
-        charge_one(e, TLB_FLUSH_RANGE)
+        charge_one(e, EVENT_TLB_FLUSH_RANGE)
     if logged(e):
         record(e, kind, level, sign_extended(state, f, start), end - start)
 
@@ -363,7 +355,7 @@ def new_table(e):
     frame = take_frame(e)
     if frame == NONE:
         return NONE
-    charge_one(e, TABLE_PAGE_ALLOCATED)
+    charge_one(e, EVENT_TABLE_PAGE_ALLOCATED)
     e.counts[frame] = np.uint32(0)
     return frame << U9
 
@@ -376,7 +368,7 @@ def empty_table(e, f):
         value = e.state[f + F_EMPTY]
         fill_frame(e.ram, table >> U9, value)
         if logged(e):
-            record(e, FILL, U0, table << U3, value)
+            record(e, LOG_FILL, U0, table << U3, value)
     return table
 
 
@@ -404,9 +396,9 @@ def give_back(e):
         following = U(e.counts[frame])
         e.counts[frame] = np.uint32(0)
         if logged(e):
-            record(e, FREE, U0, frame << U12, U0)
+            record(e, LOG_FREE, U0, frame << U12, U0)
         put_frame(e, frame)
-        charge_one(e, TABLE_PAGE_FREED)
+        charge_one(e, EVENT_TABLE_PAGE_FREED)
         frame = following
     e.request[E_FREED_LIST] = U0
 

@@ -10,24 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels import words
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U9, U12, U511, U4095, prefetch
-from pgemu_kernels.engine.charge import (
-    LEAF_CLEARED,
-    LEAF_WRITTEN,
-    SPTE_CLEARED,
-    SPTE_WRITTEN,
-    TABLE_PAGE_ALLOCATED,
-    TABLE_PAGE_FREED,
-    charge,
-)
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U9, U12, U4095, prefetch
+from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, put_run, take_frame, take_run
+from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.tables.edit_map import collapse, map_one
 from pgemu_kernels.tables.edit_range import edit_range, free_tables, store_raw, unmap_leaf, unmap_tail
 from pgemu_kernels.tables.edit_tree import (
-    FILL,
-    FREE,
     Tree,
     count_entry,
     descend,
@@ -41,11 +32,31 @@ from pgemu_kernels.tables.edit_tree import (
     leaf_attributes,
     logged,
     record,
-    size_of,
     tear_down,
     well_formed,
 )
 from pgemu_kernels.tables.walker import format_row, table_of
+from pgemu_kernels.words.enum_words import (
+    EDIT_OP_CLEAR_ACCESSED,
+    EDIT_OP_CLEAR_DIRTY,
+    EDIT_OP_COLLAPSE,
+    EDIT_OP_CREATE,
+    EDIT_OP_DESTROY,
+    EDIT_OP_FREE_TABLES,
+    EDIT_OP_MAP,
+    EDIT_OP_PROTECT,
+    EDIT_OP_SPLIT,
+    EDIT_OP_STORE,
+    EDIT_OP_UNMAP,
+    EVENT_LEAF_CLEARED,
+    EVENT_LEAF_WRITTEN,
+    EVENT_SPTE_CLEARED,
+    EVENT_SPTE_WRITTEN,
+    EVENT_TABLE_PAGE_ALLOCATED,
+    EVENT_TABLE_PAGE_FREED,
+    LOG_FILL,
+    LOG_FREE,
+)
 from pgemu_kernels.words.events import STATS_COUNTERS
 from pgemu_kernels.words.registers import R_COUNTER_ROW
 from pgemu_kernels.words.table_words import (
@@ -85,17 +96,6 @@ from pgemu_kernels.words.table_words import (
 
 U = np.uint64
 AHEAD = U(8)  # how many addresses of a batch the memory is given to fetch an entry
-CREATE = U(words.Edit.CREATE)
-DESTROY = U(words.Edit.DESTROY)
-MAP = U(words.Edit.MAP)
-UNMAP = U(words.Edit.UNMAP)
-PROTECT = U(words.Edit.PROTECT)
-CLEAR_ACCESSED = U(words.Edit.CLEAR_ACCESSED)
-CLEAR_DIRTY = U(words.Edit.CLEAR_DIRTY)
-SPLIT = U(words.Edit.SPLIT)
-COLLAPSE = U(words.Edit.COLLAPSE)
-FREE_TABLES = U(words.Edit.FREE_TABLES)
-STORE = U(words.Edit.STORE)
 DONE = np.int64(0)
 NO_ENTRY = np.int64(-words.ENOENT)
 NO_MEMORY = np.int64(-words.ENOMEM)
@@ -112,7 +112,11 @@ def prepare(state, f, request):
     """Check once what the leaves of a batch have in common."""
     level = request[E_LEVEL]
     request[E_QUICK] = U0
-    if request[E_OP] == MAP and request[E_FLAGS] & EDIT_EXACT != U0 and request[E_SET] & state[f + F_ADDRESS] == U0:
+    if (
+        request[E_OP] == EDIT_OP_MAP
+        and request[E_FLAGS] & EDIT_EXACT != U0
+        and request[E_SET] & state[f + F_ADDRESS] == U0
+    ):
         bits = leaf_attributes(state, f, level, request[E_SET])
         if well_formed(state, f, level, bits):
             request[E_QUICK] = bits
@@ -151,7 +155,7 @@ def look_ahead(e, f, given):
     address = given & ((U1 << e.state[f + F_INPUT_BITS]) - U1)
     _, level, value = descend(e, f, address, U2, False)
     if level == U2 and is_present(e.state, f, value) and not is_leaf(e.state, f, level, value):
-        prefetch(e.ram, table_of(e.state, f, value) + (address >> U12 & U511))
+        prefetch(e.ram, table_of(e.state, f, value) + index_at(address >> U12, U1))
 
 
 # --------------------------------------------------------------------------- roots
@@ -168,9 +172,9 @@ def create(e, f):
     for i in range(tables):
         fill_frame(e.ram, frame + i, value)
         if logged(e):
-            record(e, FILL, U0, (frame + i) << U12, value)
+            record(e, LOG_FILL, U0, (frame + i) << U12, value)
         e.counts[frame + i] = np.uint32(0)
-    charge(e, TABLE_PAGE_ALLOCATED, np.int64(tables))
+    charge(e, EVENT_TABLE_PAGE_ALLOCATED, np.int64(tables))
     e.request[E_ROOT] = frame << U12
     return DONE
 
@@ -189,12 +193,12 @@ def destroy(e, f):
     for i in range(tables):
         e.counts[frame + i] = np.uint32(0)
         if logged(e):
-            record(e, FREE, U0, (frame + i) << U12, U0)
+            record(e, LOG_FREE, U0, (frame + i) << U12, U0)
     if tables == U1:
         put_frame(e, frame)
     else:
         put_run(e, frame, tables)
-    charge(e, TABLE_PAGE_FREED, np.int64(tables))
+    charge(e, EVENT_TABLE_PAGE_FREED, np.int64(tables))
 
 
 # --------------------------------------------------------------------------- dispatch
@@ -236,17 +240,19 @@ def check_request(state, f, request):
     op = request[E_OP]
     level = request[E_LEVEL]
     largest = state[f + F_LARGEST_LEAF]
-    if op == MAP and (level == U0 or level > largest):
+    if op == EDIT_OP_MAP and (level == U0 or level > largest):
         return INVALID
-    if op == SPLIT and (level == U0 or level >= largest):
+    if op == EDIT_OP_SPLIT and (level == U0 or level >= largest):
         return INVALID
-    if op == COLLAPSE and (level < U2 or level > largest):
+    if op == EDIT_OP_COLLAPSE and (level < U2 or level > largest):
         return INVALID
-    if op == STORE and (level == U0 or level > state[f + F_LEVELS]):
+    if op == EDIT_OP_STORE and (level == U0 or level > state[f + F_LEVELS]):
         return INVALID
-    if op == PROTECT:
+    if op == EDIT_OP_PROTECT:
         return check_bits(state, f, request)
-    if (op == CLEAR_ACCESSED and state[f + F_ACCESSED] == U0) or (op == CLEAR_DIRTY and state[f + F_DIRTY] == U0):
+    if (op == EDIT_OP_CLEAR_ACCESSED and state[f + F_ACCESSED] == U0) or (
+        op == EDIT_OP_CLEAR_DIRTY and state[f + F_DIRTY] == U0
+    ):
         return NOT_SUPPORTED
     return DONE
 
@@ -265,22 +271,22 @@ def edit_one(e, f, op, given, physical):
     if not logged(e):
         if request[E_QUICK] != U0 and quick_map(e, f, address, physical):
             return DONE, U1
-        if op == UNMAP and length == size_of(U1) and quick_unmap(e, f, address):
+        if op == EDIT_OP_UNMAP and length == size_of(U1) and quick_unmap(e, f, address):
             return DONE, U1
     request[E_FOUND] = U0
     request[E_CHANGED] = U0
     request[E_OFFSET] = address
-    if op == MAP:
+    if op == EDIT_OP_MAP:
         status = map_one(e, f, address, physical)
-    elif op == COLLAPSE:
+    elif op == EDIT_OP_COLLAPSE:
         status = INVALID if address & (length - U1) != U0 else collapse(e, f, address, request[E_LEVEL])
-    elif op == STORE:
+    elif op == EDIT_OP_STORE:
         return store_raw(e, f, address, request[E_LEVEL], request[E_SET])
-    elif op == FREE_TABLES:
+    elif op == EDIT_OP_FREE_TABLES:
         free_tables(e, f, address, end, request[E_FLAGS] & EDIT_FREE_COVERED != U0)
     else:
         status = edit_range(e, f, op, address, end)
-        if op == UNMAP:
+        if op == EDIT_OP_UNMAP:
             unmap_tail(e, f, address, request[E_OFFSET] if status != DONE else end)
         if status == DONE and request[E_FOUND] == U0:
             return NO_ENTRY, U0
@@ -296,11 +302,11 @@ def finish(e, f):
     give_back(e)
     request = e.request
     if is_process(e.state, f):
-        charge(e, LEAF_WRITTEN, np.int64(request[E_WRITTEN]))
-        charge(e, LEAF_CLEARED, np.int64(request[E_CLEARED]))
+        charge(e, EVENT_LEAF_WRITTEN, np.int64(request[E_WRITTEN]))
+        charge(e, EVENT_LEAF_CLEARED, np.int64(request[E_CLEARED]))
     else:
-        charge(e, SPTE_WRITTEN, np.int64(request[E_WRITTEN]))
-        charge(e, SPTE_CLEARED, np.int64(request[E_CLEARED]))
+        charge(e, EVENT_SPTE_WRITTEN, np.int64(request[E_WRITTEN]))
+        charge(e, EVENT_SPTE_CLEARED, np.int64(request[E_CLEARED]))
 
 
 @entry
@@ -323,7 +329,7 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
         prepare(state, f, request)
     several = physical.size > 1
     count = U(addresses.size)
-    looks_ahead = not logged(e) and (op == UNMAP or request[E_QUICK] != U0)
+    looks_ahead = not logged(e) and (op == EDIT_OP_UNMAP or request[E_QUICK] != U0)
     for i in range(count):
         later = i + AHEAD
         # Neighbours are in the same line, or the processor has seen to them.
@@ -332,9 +338,9 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
         if failure != DONE:
             status[i] = failure
             detail[i] = U0
-        elif op == CREATE:
+        elif op == EDIT_OP_CREATE:
             status[i] = create(e, f)
-        elif op == DESTROY:
+        elif op == EDIT_OP_DESTROY:
             destroy(e, f)
             status[i] = DONE
         else:

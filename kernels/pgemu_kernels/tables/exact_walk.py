@@ -14,7 +14,20 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U3, U4, U8, U9, U12, U32, U511
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.formats.page_format import Family
+from pgemu_kernels.words.enum_words import (
+    WALK_ACCESS_FLAG,
+    WALK_ADDRESS_SIZE,
+    WALK_MISCONFIGURED,
+    WALK_NOT_CANONICAL,
+    WALK_NOT_PRESENT,
+    WALK_OK,
+    WALK_OUTSIDE_MEMORY,
+    WALK_PERMISSION,
+    WALK_PROTECTION_KEY,
+    WALK_RESERVED,
+)
 from pgemu_kernels.words.registers import R_CONTENTS, R_GUEST_PAGES, R_POOL_BASE
 from pgemu_kernels.words.table_words import (
     F_ADDRESS,
@@ -57,20 +70,9 @@ from pgemu_kernels.words.table_words import (
     X_SET_LEAF,
     X_SET_TABLE,
     X_USER,
-    WalkStatus,
 )
 
 U = np.uint64
-OK = U(WalkStatus.OK)
-NOT_PRESENT = U(WalkStatus.NOT_PRESENT)
-RESERVED = U(WalkStatus.RESERVED)
-PERMISSION = U(WalkStatus.PERMISSION)
-PROTECTION_KEY = U(WalkStatus.PROTECTION_KEY)
-MISCONFIGURED = U(WalkStatus.MISCONFIGURED)
-ACCESS_FLAG = U(WalkStatus.ACCESS_FLAG)
-NOT_CANONICAL = U(WalkStatus.NOT_CANONICAL)
-ADDRESS_SIZE = U(WalkStatus.ADDRESS_SIZE)
-OUTSIDE_MEMORY = U(WalkStatus.OUTSIDE_MEMORY)
 _EPT = U(Family.EPT)
 _ARM64 = U(Family.ARM64)
 _LOW3 = U(7)
@@ -114,19 +116,19 @@ def is_leaf(state, f, entry, level):
 def judge_entry(state, f, entry, level, checked):
     """What is wrong with an entry by itself; `checked` are the reserved bits that fault."""
     if entry & state[f + F_PRESENT] == U0:
-        return NOT_PRESENT
+        return WALK_NOT_PRESENT
     leaf = is_leaf(state, f, entry, level)
     reserved = state[f + F_RESERVED_LEAF + level] if leaf else state[f + F_RESERVED_TABLE + level]
     wrong = level > state[f + F_LARGEST_LEAF] if leaf else level == U1
     if state[f + F_FAMILY] == _EPT:
         type_bit = state[f + F_BAD_MEMORY_TYPE] >> (entry >> U3 & _LOW3) if leaf else U0
         if (state[f + F_BAD_LOW] >> (entry & _LOW3) | type_bit) & U1 != U0 and checked != U0:
-            return MISCONFIGURED
+            return WALK_MISCONFIGURED
         if entry & reserved & checked != U0 or wrong:
-            return MISCONFIGURED
+            return WALK_MISCONFIGURED
     if entry & reserved & checked != U0 or wrong:
-        return RESERVED
-    return OK
+        return WALK_RESERVED
+    return WALK_OK
 
 
 @kernel
@@ -151,21 +153,21 @@ def key_denies(state, f, access, x, entry, rights):
 def judge_leaf(state, f, access, x, entry, rights):
     """Access flag, rights, protection key: (status, whether a key denies)."""
     if entry & access[x + X_FLAG] != access[x + X_FLAG]:
-        return ACCESS_FLAG, False
+        return WALK_ACCESS_FLAG, False
     denied = key_denies(state, f, access, x, entry, rights)
     if rights & access[x + X_NEED] != access[x + X_NEED] or rights & access[x + X_FORBID] != U0:
-        return PERMISSION, denied
-    return (PROTECTION_KEY if denied else OK), denied
+        return WALK_PERMISSION, denied
+    return (WALK_PROTECTION_KEY if denied else WALK_OK), denied
 
 
 @kernel
 def arm_fault(status, level):
     """DFSC[5:0]: kind of fault and Arm's level, which counts the other way round."""
-    if status == ADDRESS_SIZE:
+    if status == WALK_ADDRESS_SIZE:
         return U4  # a translation fault at level 0, whatever the first level is: AArch64.S2Walk()
-    if status == PERMISSION:
+    if status == WALK_PERMISSION:
         return U12 | U4 - level
-    if status == ACCESS_FLAG:
+    if status == WALK_ACCESS_FLAG:
         return U8 | U4 - level
     return U4 | U4 - level
 
@@ -176,20 +178,20 @@ def fault_code(state, f, access, x, status, level, rights, denied):
 
     0 where the hardware gives none: a general protection fault, an EPT misconfiguration, no memory.
     """
-    if status == NOT_CANONICAL or status == MISCONFIGURED or status == OUTSIDE_MEMORY:
+    if status == WALK_NOT_CANONICAL or status == WALK_MISCONFIGURED or status == WALK_OUTSIDE_MEMORY:
         return U0
     family = state[f + F_FAMILY]
     error = access[x + X_ERROR]
     if family == _EPT:
-        if status == ADDRESS_SIZE:
+        if status == WALK_ADDRESS_SIZE:
             return error
         user = rights & state[f + F_PRESENT] & _USER_EXECUTE
         return error | (rights & _LOW3) << U3 | user >> U4
     if family == _ARM64:
         return error | arm_fault(status, level)
-    if status != NOT_PRESENT and status != ADDRESS_SIZE:
+    if status != WALK_NOT_PRESENT and status != WALK_ADDRESS_SIZE:
         error |= U1
-    if status == RESERVED:
+    if status == WALK_RESERVED:
         error |= U8
     if denied:
         error |= U32
@@ -205,7 +207,7 @@ def judge(state, f, access, x, entry, level, rights):
         entry |= access[x + X_DIRTY_GIVES]
     rights &= rights_of(state, f, entry, leaf)
     denied = False
-    if status == OK and leaf:
+    if status == WALK_OK and leaf:
         status, denied = judge_leaf(state, f, access, x, entry, rights)
     return status, leaf, rights, denied
 
@@ -213,7 +215,7 @@ def judge(state, f, access, x, entry, level, rights):
 @kernel
 def refused(state, f):
     """The status of an address that the format does not translate."""
-    return NOT_CANONICAL if state[f + F_SIGN_EXTENDED] != U0 else ADDRESS_SIZE
+    return WALK_NOT_CANONICAL if state[f + F_SIGN_EXTENDED] != U0 else WALK_ADDRESS_SIZE
 
 
 @kernel
@@ -229,7 +231,7 @@ def record(w, at, status, level, rights, count):
 @kernel
 def leaf_address(state, f, entry, level, address):
     """Where a leaf of `level` maps an address to."""
-    inside = (U1 << (U12 + U9 * (level - U1))) - U1
+    inside = size_of(level) - U1
     return entry & state[f + F_ADDRESS] & ~inside | address & inside
 
 
@@ -245,27 +247,27 @@ def walk(m, f, access, x, root, address, w, at):
     rights = ALL
     count = U0
     leaf = denied = False
-    status = OK if translates(state, f, address) else refused(state, f)
+    status = WALK_OK if translates(state, f, address) else refused(state, f)
     table = root
     mask = (U1 << state[f + F_ROOT_BITS]) - U1
     entry = U0
-    while status == OK and not leaf:
-        physical = table + ((address >> (U12 + U9 * (level - U1)) & mask) << U3)
+    while status == WALK_OK and not leaf:
+        physical = table + ((address >> shift_of(level) & mask) << U3)
         slot = slot_of(m, physical)
         if slot == NONE:
-            status = OUTSIDE_MEMORY
+            status = WALK_OUTSIDE_MEMORY
             break
         entry = m.ram[slot]
         w[at + W_SLOT + count] = slot
         w[at + W_ENTRY + count] = physical
         count += U1
         status, leaf, rights, denied = judge(state, f, access, x, entry, level, rights)
-        if status == OK and not leaf:
+        if status == WALK_OK and not leaf:
             table = entry & state[f + F_ADDRESS]
             mask = U511
             level -= U1
     record(w, at, status, level, rights, count)
-    if status == OK:
+    if status == WALK_OK:
         w[at + W_PHYSICAL] = leaf_address(state, f, entry, level, address)
     else:
         w[at + W_ERROR] = fault_code(state, f, access, x, status, level, rights, denied)

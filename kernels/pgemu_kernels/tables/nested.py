@@ -16,10 +16,9 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U9, U12, U48, U64, U511, U4095, prefetch
 from pgemu_kernels.engine.compile import entry, kernel, outlined
+from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.tables.exact_walk import (
-    OK,
-    OUTSIDE_MEMORY,
     fault_code,
     judge,
     leaf_address,
@@ -46,6 +45,14 @@ from pgemu_kernels.tables.translate import (
     passes_table,
     row_of,
 )
+from pgemu_kernels.words.enum_words import (
+    STAGE_FINAL,
+    STAGE_GUEST,
+    STAGE_NONE,
+    STAGE_TABLE,
+    WALK_OK,
+    WALK_OUTSIDE_MEMORY,
+)
 from pgemu_kernels.words.table_words import (
     ACCESS_ROWS,
     F_ADDRESS,
@@ -66,7 +73,6 @@ from pgemu_kernels.words.table_words import (
     X_ROW_TABLE_WRITE,
     X_USER,
     X_WORDS,
-    WalkStage,
 )
 
 U = np.uint64
@@ -74,10 +80,6 @@ _X_WORDS = U(X_WORDS)
 _STAGE2_ROWS = U(ACCESS_ROWS * X_WORDS)  # the rows of stage 2 follow those of the guest
 _TABLE_READ = _STAGE2_ROWS + X_ROW_TABLE_READ * _X_WORDS
 _TABLE_WRITE = _STAGE2_ROWS + X_ROW_TABLE_WRITE * _X_WORDS
-_GUEST = U(WalkStage.GUEST)
-_TABLE = U(WalkStage.TABLE)
-_FINAL = U(WalkStage.FINAL)
-_NO_STAGE = U(WalkStage.NONE)
 _READS = U(NESTED_READS)
 _WRITES = U(NESTED_WRITES)
 _MARK = U(61)  # from this bit on, an address that the guest's tables gave carries the level of their leaf
@@ -149,21 +151,21 @@ def walk_guest(m, job, x, address, i, out, w, count, written):
     rights = ALL
     done = U0
     leaf = denied = False
-    status = OK if translates(state, f, address) else refused(state, f)
+    status = WALK_OK if translates(state, f, address) else refused(state, f)
     table = job.guest.root
     value = U0
-    while status == OK and not leaf:
-        gpa = table + ((address >> (U12 + U9 * (level - U1)) & U511) << U3)
+    while status == WALK_OK and not leaf:
+        gpa = table + ((address >> shift_of(level) & U511) << U3)
         outcome = walk(m, job.stage2.f, job.access, _TABLE_READ, job.stage2.root, gpa, w, _S2)
         count = list_reads(w, _S2, out.reads, i * _READS, count, U2)
         host = w[_S2 + W_PHYSICAL]
         slot = slot_of(m, host)
-        if outcome == OK and slot == NONE:
-            record(w, _S2, OUTSIDE_MEMORY, w[_S2 + W_LEVEL], U0, w[_S2 + W_COUNT])
-            outcome = OUTSIDE_MEMORY
-        if outcome != OK:
-            fail_stage2(out, i, w, _TABLE, gpa, level)
-            return _TABLE, count, written
+        if outcome == WALK_OK and slot == NONE:
+            record(w, _S2, WALK_OUTSIDE_MEMORY, w[_S2 + W_LEVEL], U0, w[_S2 + W_COUNT])
+            outcome = WALK_OUTSIDE_MEMORY
+        if outcome != WALK_OK:
+            fail_stage2(out, i, w, STAGE_TABLE, gpa, level)
+            return STAGE_TABLE, count, written
         written = update(m, job.access, _TABLE_READ, w, _S2, out.writes, i * _WRITES, written, U2)
         value = m.ram[slot]
         w[W_SLOT + done] = slot
@@ -174,16 +176,16 @@ def walk_guest(m, job, x, address, i, out, w, count, written):
             out.reads[i * _READS + count] = host | U1
         count += U1
         status, leaf, rights, denied = judge(state, f, job.access, x, value, level, rights)
-        if status == OK and not leaf:
+        if status == WALK_OK and not leaf:
             table = value & state[f + F_ADDRESS]
             level -= U1
     record(w, U0, status, level, rights, done)
-    if status != OK:
+    if status != WALK_OK:
         error = fault_code(state, f, job.access, x, status, level, rights, denied)
-        finish_walk(out, i, _GUEST, status, U0, error, address, level, U0)
-        return _GUEST, count, written
+        finish_walk(out, i, STAGE_GUEST, status, U0, error, address, level, U0)
+        return STAGE_GUEST, count, written
     w[W_PHYSICAL] = leaf_address(state, f, value, level, address)
-    return _NO_STAGE, count, written
+    return STAGE_NONE, count, written
 
 
 @kernel
@@ -201,9 +203,9 @@ def check_guest_updates(m, job, x, i, out, w):
     for n in range(w[W_COUNT]):
         if changes(m, job, x, w, n):
             gpa = w[_ENTRY_GPA + n]
-            if walk(m, job.stage2.f, job.access, _TABLE_WRITE, job.stage2.root, gpa, w, _S2) != OK:
+            if walk(m, job.stage2.f, job.access, _TABLE_WRITE, job.stage2.root, gpa, w, _S2) != WALK_OK:
                 level = job.guest.levels - n
-                fail_stage2(out, i, w, _TABLE, gpa, level)
+                fail_stage2(out, i, w, STAGE_TABLE, gpa, level)
                 return False
     return True
 
@@ -224,7 +226,7 @@ def walk_nested(m, job, i, address, out, w):
     """Walk one address exactly, with its updates and its references."""
     row = row_of(job.kinds, i)
     stage, count, written = walk_guest(m, job, row, address, i, out, w, U0, U0)
-    if stage == _NO_STAGE and check_guest_updates(m, job, row, i, out, w):
+    if stage == STAGE_NONE and check_guest_updates(m, job, row, i, out, w):
         gpa = w[W_PHYSICAL]
         level = w[W_LEVEL]
         user = w[W_RIGHTS] & job.access[row + X_USER] != U0
@@ -232,10 +234,10 @@ def walk_nested(m, job, i, address, out, w):
         final = _STAGE2_ROWS + kind + (U3 * _X_WORDS if user else U0)
         status = walk(m, job.stage2.f, job.access, final, job.stage2.root, gpa, w, _S2)
         count = list_reads(w, _S2, out.reads, i * _READS, count, U2)
-        if status != OK:
-            fail_stage2(out, i, w, _FINAL, gpa, level)
+        if status != WALK_OK:
+            fail_stage2(out, i, w, STAGE_FINAL, gpa, level)
         else:
-            finish_walk(out, i, _NO_STAGE, OK, w[_S2 + W_PHYSICAL], U0, U0, level, w[_S2 + W_LEVEL])
+            finish_walk(out, i, STAGE_NONE, WALK_OK, w[_S2 + W_PHYSICAL], U0, U0, level, w[_S2 + W_LEVEL])
             written = update(m, job.access, final, w, _S2, out.writes, i * _WRITES, written, U2)
             written = update_guest(m, job, row, i, out, w, written)
     count_references(out, i, count, written)
@@ -316,7 +318,7 @@ def read_entries(m, job, w, addresses, first, count, level):
         if level > U1 and passes_table(job.access, x, level, value):
             w[_GPA + k] = at + ((address >> (U9 * level - U9 - U9 + U12) & U511) << U3)
         elif level <= U3 and passes_leaf(job.access, x, level, value):
-            inside = (U1 << (U12 + U9 * (level - U1))) - U1
+            inside = size_of(level) - U1
             w[_GPA + k] = at & ~inside | address & inside | level << _MARK
         else:
             w[_GPA + k] = LOOK
@@ -354,7 +356,7 @@ def list_nested(m, job, i, address, guest_level, host_level, out):
         if level == guest_level:
             break
         level -= U1
-        gpa = (value & guest.address_bits) + ((address >> (U12 + U9 * (level - U1)) & U511) << U3)
+        gpa = (value & guest.address_bits) + ((address >> shift_of(level) & U511) << U3)
     gpa = leaf_address(m.state, guest.f, value, level, address)
     list_passed(m.ram, job.stage2, gpa, host_level, out.reads, first, count, U2)
 
@@ -383,7 +385,7 @@ def walk_block(m, job, addresses, first, count, out, w):
             walk_nested(m, job, i, addresses[i], out, w)
         else:
             level = leaf_level(found)
-            finish_walk(out, i, _NO_STAGE, OK, host, U0, U0, gpa >> _MARK, level)
+            finish_walk(out, i, STAGE_NONE, WALK_OK, host, U0, U0, gpa >> _MARK, level)
             count_references(out, i, w[_COUNT + k] + U1 + job.stage2.levels - level, U0)
             if U(out.reads.size) != U0:
                 list_nested(m, job, i, addresses[i], gpa >> _MARK, level, out)

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U21, U30, U39, U48, U511, U4095, prefetch
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U5, U9, U12, U21, U30, U39, U48, U511, U4095, prefetch
 from pgemu_kernels.engine.compile import entry, kernel, outlined
+from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.records import BATCH, is_scattered
-from pgemu_kernels.tables.exact_walk import OK, list_reads, update, walk
+from pgemu_kernels.tables.exact_walk import list_reads, update, walk
 from pgemu_kernels.tables.walker import format_row
+from pgemu_kernels.words.enum_words import WALK_OK
 from pgemu_kernels.words.table_words import (
     F_ADDRESS,
     F_INPUT_BITS,
@@ -39,7 +41,6 @@ from pgemu_kernels.words.table_words import (
 )
 
 U = np.uint64
-U5 = U(5)
 # Marks in the top three bits of a slot, which a multiplication by 8 drops.
 LARGE = U(7 << 61)
 LARGE_2M = U(2 << 61)
@@ -88,7 +89,7 @@ def open_tree(m, format_index, root):
         f,
         root,
         levels,
-        U12 + U9 * (levels - U1),
+        shift_of(levels),
         (U1 << state[f + F_ROOT_BITS]) - U1,
         state[f + F_ADDRESS],
         bits,
@@ -155,15 +156,15 @@ def find_below(ram, access, x, masks, bits, table, address):
 
     LOOK for a closer look. `table` is of level 3.
     """
-    slot = table + (address >> U30 & U511)
+    slot = table + index_at(address >> U12, U3)
     entry = ram[slot]
     if entry & masks.table_1g != masks.value_1g:
         return slot | LARGE_1G if passes_leaf(access, x, U3, entry) else LOOK
-    slot = ((entry & bits) >> U3) + (address >> U21 & U511)
+    slot = ((entry & bits) >> U3) + index_at(address >> U12, U2)
     entry = ram[slot]
     if entry & masks.table_2m != masks.value_2m:
         return slot | LARGE_2M if passes_leaf(access, x, U2, entry) else LOOK
-    return ((entry & bits) >> U3) + (address >> U12 & U511)
+    return ((entry & bits) >> U3) + index_at(address >> U12, U1)
 
 
 @outlined
@@ -175,7 +176,7 @@ def walk_one(m, access, x, tree, address, i, outputs, w):
     outputs.levels[i] = np.uint8(w[W_LEVEL])
     outputs.error[i] = w[W_ERROR]
     written = U0
-    if status == OK:
+    if status == WALK_OK:
         written = update(m, access, x, w, U0, outputs.writes, i * _READS, U0, U0)
     if U(outputs.reads.size) != U0:
         list_reads(w, U0, outputs.reads, i * _READS, U0, U0)
@@ -195,7 +196,7 @@ def leaf_level(found):
 def finish_large(m, tree, found, address, i, outputs):
     """The result of a large leaf."""
     level = leaf_level(found)
-    inside = (U1 << (U12 + U9 * (level - U1))) - U1
+    inside = size_of(level) - U1
     outputs.physical[i] = m.ram[found & ~LARGE] & tree.address_bits & ~inside | address & inside
     outputs.levels[i] = np.uint8(level)
 
@@ -291,7 +292,7 @@ def translate_alike(m, tree, addresses, x, access, outputs, w, first, stop):
             w[_ENTRIES + i - first] = m.ram[table + (addresses[i] >> U12 & U511)]
         return apart >> U21 == U0 and finish_block(addresses, access, x, tree, outputs, w, first, stop)
     level = leaf_level(found)
-    shift = U12 + U9 * (level - U1)
+    shift = shift_of(level)
     inside = (U1 << shift) - U1
     base = m.ram[found & ~LARGE] & tree.address_bits & ~inside
     for i in range(first, stop):
@@ -317,7 +318,7 @@ def translate_near(m, tree, addresses, kinds, access, outputs, w, first, stop):
         address = addresses[i]
         x = row_of(kinds, i)
         region = address >> U21 | x << U48
-        found = table + (address >> U12 & U511)
+        found = table + index_at(address >> U12, U1)
         if region != last:
             top = directory(ram, access, x, tree, address)
             found = find_below(ram, access, x, load_masks(access, x), tree.address_bits, top, address)

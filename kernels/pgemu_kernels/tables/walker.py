@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511
-from pgemu_kernels.engine.charge import (
-    HOST_LEAVES,
-    HOST_TABLES,
-    TABLE_PAGE_ALLOCATED,
-    TABLE_PAGE_FREED,
-    change,
-    change_value,
-    charge_one,
-)
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12
+from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.geometry import index_at
+from pgemu_kernels.words.enum_words import EVENT_TABLE_PAGE_ALLOCATED, EVENT_TABLE_PAGE_FREED, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.registers import R_HOST_FORMAT, R_STAGE2_FORMAT
 from pgemu_kernels.words.rows import STATE_FORMATS
 from pgemu_kernels.words.table_words import F_ADDRESS, F_EMPTY, F_LARGE, F_MMU_PRESENT, F_TABLE, F_WORDS
@@ -70,22 +64,22 @@ def find_leaf(m, f, root, page):
     """
     ram = m.ram
     state = m.state
-    entry = ram[(root >> U3) + (page >> U27 & U511)]
+    entry = ram[(root >> U3) + index_at(page, U4)]
     if not is_present(state, f, entry):
-        return NONE, U(4)
-    slot = table_of(state, f, entry) + (page >> U18 & U511)
+        return NONE, U4
+    slot = table_of(state, f, entry) + index_at(page, U3)
     entry = ram[slot]
     if not is_present(state, f, entry):
         return NONE, U3
     if is_large(state, f, entry):
         return slot, U3
-    slot = table_of(state, f, entry) + (page >> U9 & U511)
+    slot = table_of(state, f, entry) + index_at(page, U2)
     entry = ram[slot]
     if not is_present(state, f, entry):
         return NONE, U2
     if is_large(state, f, entry):
         return slot, U2
-    slot = table_of(state, f, entry) + (page & U511)
+    slot = table_of(state, f, entry) + index_at(page, U1)
     if not is_present(state, f, ram[slot]):
         return NONE, U1
     return slot, U1
@@ -104,45 +98,17 @@ def new_table(m, f, slot, gauge):
     m.counts[frame] = np.uint32(0)
     m.ram[slot] = frame << U12 | m.state[f + F_TABLE]
     change(m.stats, gauge, 1)
-    charge_one(m, TABLE_PAGE_ALLOCATED)
+    charge_one(m, EVENT_TABLE_PAGE_ALLOCATED)
     return frame << U9
-
-
-@kernel
-def need_table(m, f, slot, gauge):
-    """The table below `slot`, allocated if there is none; NONE without memory. The slot is no leaf."""
-    entry = m.ram[slot]
-    if is_present(m.state, f, entry):
-        return table_of(m.state, f, entry)
-    return new_table(m, f, slot, gauge)
-
-
-@kernel
-def host_slot(m, root, page):
-    """Slot of the 4K entry of a process's page, tables allocated on the way; NONE without memory.
-
-    include/linux/mm.h:get_locked_pte().
-    """
-    f = host_format(m)
-    table = need_table(m, f, (root >> U3) + (page >> U27 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    table = need_table(m, f, table + (page >> U18 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    table = need_table(m, f, table + (page >> U9 & U511), HOST_TABLES)
-    if table == NONE:
-        return NONE
-    return table + (page & U511)
 
 
 @kernel
 def free_table(m, frame, gauge):
     put_frame(m, frame)
     change(m.stats, gauge, -1)
-    charge_one(m, TABLE_PAGE_FREED)
+    charge_one(m, EVENT_TABLE_PAGE_FREED)
 
 
 @kernel
 def count_host_leaf(m, n):
-    change_value(m.stats, HOST_LEAVES, n)
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K, n)

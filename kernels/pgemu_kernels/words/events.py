@@ -95,10 +95,10 @@ class Gauge(IntEnum):
     KERNEL_TABLES = 3
     VMEMMAP_PAGES = 4
     CONTENT_FRAMES = 5
-    HOST_LEAVES_4K = 6
+    HOST_LEAVES_4K = 6  # and, + level - 1, those of larger pages
     HOST_LEAVES_2M = 7
     HOST_LEAVES_1G = 8
-    STAGE2_LEAVES_4K = 9
+    STAGE2_LEAVES_4K = 9  # the same
     STAGE2_LEAVES_2M = 10
     STAGE2_LEAVES_1G = 11
     POOL_FREE = 12

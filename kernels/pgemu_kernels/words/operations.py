@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from enum import IntEnum, IntFlag
+from types import MappingProxyType
 
 import numpy as np
+
+from pgemu_kernels.words import sources as _S
 
 U = np.uint64
 
@@ -19,67 +23,338 @@ ORDER_1G = 18
 # --------------------------------------------------------------------------- operations
 
 
-class Operation(IntEnum):
-    """What one trace record asks for (column `op`). Codes are part of the trace format."""
+class Entry(IntEnum):
+    """Which entry of pgemu_kernels.run runs an operation."""
 
-    HOST_FAULT = 1
-    GUEST_FAULT = 2
-    CONVERT = 3
-    PUNCH_HOLE = 4
-    ALLOCATE = 5
-    MMAP = 6
-    MUNMAP = 7
-    ZAP = 8
-    BIND = 9
-    UNBIND = 10
-    PIN = 11
-    UNPIN = 12
-    GET = 13
-    PUT = 14
-    DMA_MAP = 15
-    DMA_UNMAP = 16
-    DMA_ACCESS = 17
-    NESTED_MAP = 18
-    NESTED_UNMAP = 19
-    MEMORY_FAILURE = 20
-    CLOSE = 21
-    VM_EXIT = 22
-    GUEST_ACCESS = 23
-    PROTECT = 24
-    FORK = 25
-    EXIT = 26
-    MEMSLOT = 27
-    DIRTY_LOG = 28
-    ATTRIBUTES = 29
-    PREFAULT = 30
-    POPULATE = 31
-    READ_SMAPS = 32
-    REVOKE = 33
-    RESTORE = 34
-    GUARD_INSTALL = 35
-    GUARD_REMOVE = 36
-    REMAP = 37
-    POOL_RESIZE = 38
-    POOL_DEMOTE = 39
-    FOLIO_ALLOCATE = 40
-    FOLIO_FREE = 41
-    VMEMMAP_OPTIMIZE = 42
-    VMEMMAP_RESTORE = 43
-    FOLIO_SPLIT = 44
-    FOLIO_MERGE = 45
-    FOLIO_REFERENCE = 46
-    FOLIO_FREEZE = 47
-    DISSOLVE = 48
-    POISON = 49
-    VMEMMAP_STORE = 50
-    RELEASE = 51
-    LRU_DRAIN = 52
-    WORK = 53
-    MEMORY_POLICY = 54
-    DIRTY_LOGGING = 55
+    NOBODY = 0  # traces can hold it already: -EOPNOTSUPP
+    FAST = 1  # fast.run; full.run_designs on a machine with parameters of its own (R_FULL)
+    FULL = 2  # full.run_designs
+    ORDINARY = 3  # ordinary.run_ordinary: of neither design
+    POOLING = 4  # pooling.run_pooling: done to huge pages themselves
+
+
+ENTRY_SHIFT = 56  # from this bit on, what an entry returns that stopped tells which one goes on
+
+
+class By(IntEnum):
+    """What tells whether an operation is one of ordinary memory, for ordinary.run_ordinary: routing.is_ordinary()."""
+
+    NEVER = 0
+    ALWAYS = 1
+    MAPPING = 2  # the kind of the VMA at the address
+    SLOT = 3  # ... of the memory slot at the guest address
+    FILE = 4  # ... of the inode
+    MMAP = 5  # ... of the inode; what names none and says PRIVATE or SHARED is anonymous
+    PROCESS = 6  # what the process has or had
+
+
+_NOTHING: dict[str, str] = {}
+_HOST_RANGE = {"space": "process", "address": "HVA, bytes", "length": "bytes"}
+_FILE_PAGE = {"object": "inode", "offset": "bytes into the inode"}
+_FILE_RANGE = {**_FILE_PAGE, "length": "bytes"}
+_POOL = {"object": "order: 9 or 18", "space": "node + 1; 0: all nodes"}
+_FOLIO = {"address": "physical address of its first page"}
+_DMA_RANGE = {"space": "IOMMU domain", "address": "IOVA, bytes", "length": "bytes"}
+
+
+class Operation(IntEnum):
+    """What one trace record asks for (column `op`): the one table of operations. Codes are part of the trace format.
+
+    A row is the code; which entry runs it; what tells whether it is one of ordinary memory; what each column means (one
+    that is not named is not read and holds 0); by design, the functions of the kernel that it models. Columns `time`
+    (ns) and `actor` (vCPU, host thread or device) mean the same for all. Schema, sources and routing are read off these
+    rows; `OP_NAME` (enum_words.py) is a code as kernels compare it.
+    """
+
+    entry: Entry
+    ordinary: By
+    columns: Mapping[str, str]
+    sources: Mapping[str, tuple[_S.Source, ...]]
+
+    def __new__(
+        cls, code: int, entry: Entry, ordinary: By, columns: dict[str, str], sources: _S.ByDesign | None = None
+    ) -> Operation:
+        """Make a member, which is its code."""
+        made = int.__new__(cls, code)
+        made._value_ = code
+        made.entry, made.ordinary = entry, ordinary
+        made.columns, made.sources = MappingProxyType(columns), MappingProxyType(sources or {})
+        return made
+
+    # fmt: off
+    HOST_FAULT = (
+        1, Entry.FAST, By.MAPPING, {"flags": "WRITE, EXEC", "space": "process", "address": "HVA, bytes"},
+        {"restructure": (_S.HOST_FAULT, _S.main("mm/memory.c:set_pte_range")),
+         "pfnmap": (_S.INSERT_PFN, _S.Source("mm/memory.c:vmf_insert_pfn under the invalidate_lock", "inference"))},
+    )
+    GUEST_FAULT = (
+        2, Entry.FAST, By.SLOT,
+        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say", "vm": "VM",
+         "address": "GPA, bytes"},
+        {"restructure": (_S.GUEST_FAULT, _S.TDP_MAP, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio", "posted")),
+         "pfnmap": (_S.GUEST_FAULT, _S.TDP_MAP,
+                    _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_pfn, level from shareability", "slides"))},
+    )
+    CONVERT = (
+        3, Entry.FAST, By.FILE, {"flags": "target: PRIVATE or SHARED", "vm": "VM that asks", **_FILE_RANGE},
+        {"restructure": (_S.ATTRIBUTES, _S.SPLIT, _S.MERGE,
+                         _S.Source("order of steps: Ackerley Tng, plan of January 2026", "posted")),
+         "pfnmap": (_S.Source("conversion only unmaps, no gate", "slides"), _S.UNMAP, _S.ZAP,
+                    _S.Source("order of steps, exact range", "inference"))},
+    )
+    PUNCH_HOLE = (
+        4, Entry.FAST, By.FILE, _FILE_RANGE,
+        {"restructure": (_S.PUNCH, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_truncate_inode_range", "posted")),
+         "pfnmap": (_S.PUNCH, _S.Source("mm/memory.c:unmap_mapping_pages before truncation", "inference"))},
+    )
+    ALLOCATE = (
+        5, Entry.FULL, By.FILE, _FILE_RANGE,
+        _S.both(_S.main("virt/kvm/guest_memfd.c:kvm_gmem_allocate"),
+                _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio, whole huge pages", "posted")),
+    )
+    MMAP = (
+        6, Entry.FAST, By.MMAP,
+        {**_HOST_RANGE, **_FILE_RANGE,
+         "flags": "READ_ONLY; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, NORESERVE",
+         "object": "inode; anonymous memory: 0xffffffff"},
+        {"restructure": (_S.main("virt/kvm/guest_memfd.c:kvm_gmem_mmap"),),
+         "pfnmap": (_S.Source("virt/kvm/guest_memfd.c:kvm_gmem_mmap, with VM_PFNMAP", "slides"),)},
+    )
+    MUNMAP = (
+        7, Entry.FAST, By.PROCESS, _HOST_RANGE,
+        _S.both(_S.main("mm/memory.c:unmap_vmas"), _S.main("mm/memory.c:free_pgtables"), _S.NOTIFIER),
+    )
+    ZAP = (
+        8, Entry.FAST, By.PROCESS, {"flags": "MADVISE: asked for by madvise(MADV_DONTNEED)", **_HOST_RANGE},
+        {"restructure": (_S.main("mm/memory.c:zap_present_ptes"), _S.NOTIFIER,
+                         _S.main("mm/pt_reclaim.c:try_to_free_pte")),
+         "pfnmap": (_S.main("mm/madvise.c:madvise_dontneed_free_valid_vma"), _S.main("mm/memory.c:zap_present_ptes"),
+                    _S.NOTIFIER)},
+    )
+    BIND = (
+        9, Entry.FAST, By.FILE, {"vm": "VM", "address": "GPA, bytes", **_FILE_RANGE},
+        _S.both(_S.main("virt/kvm/guest_memfd.c:kvm_gmem_bind")),
+    )
+    UNBIND = (
+        10, Entry.FAST, By.SLOT, {"vm": "VM", "address": "GPA, bytes"},
+        _S.both(_S.MEMSLOT_DELETED),
+    )
+    PIN = (
+        11, Entry.FULL, By.NEVER, {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
+        _S.both(_S.main("mm/gup.c:pin_user_pages"), _S.main("mm/gup.c:check_vma_flags")),
+    )
+    UNPIN = (
+        12, Entry.FULL, By.NEVER, {"object": "pin"},
+        _S.both(_S.main("mm/gup.c:unpin_user_pages")),
+    )
+    GET = (
+        13, Entry.FAST, By.FILE, _FILE_PAGE,
+        _S.both(_S.main("include/linux/mm.h:folio_get")),
+    )
+    PUT = (
+        14, Entry.FAST, By.FILE,
+        {**_FILE_PAGE, "address": "physical address of the page, in place of object and offset; or 0"},
+        _S.both(_S.main("mm/swap.c:__folio_put")),
+    )
+    DMA_MAP = (
+        15, Entry.NOBODY, By.NEVER, {**_DMA_RANGE, **_FILE_PAGE},
+    )
+    DMA_UNMAP = (
+        16, Entry.NOBODY, By.NEVER, _DMA_RANGE,
+    )
+    DMA_ACCESS = (
+        17, Entry.NOBODY, By.NEVER, {"flags": "WRITE", **_DMA_RANGE, "object": "device"},
+    )
+    NESTED_MAP = (
+        18, Entry.NOBODY, By.NEVER,
+        {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "offset": "L1 GPA, bytes", "length": "bytes"},
+    )
+    NESTED_UNMAP = (
+        19, Entry.NOBODY, By.NEVER, {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "length": "bytes"},
+    )
+    MEMORY_FAILURE = (
+        20, Entry.NOBODY, By.NEVER, _FILE_PAGE,
+    )
+    CLOSE = (
+        21, Entry.FAST, By.FILE, {"object": "inode"},
+        {"restructure": (_S.RELEASE,
+                         _S.Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_cleanup_workfn", "posted")),
+         "pfnmap": (_S.RELEASE, _S.Source("mm/hugetlb.c:free_huge_folio, folios stay whole", "slides"))},
+    )
+    VM_EXIT = (
+        22, Entry.ORDINARY, By.ALWAYS, {"vm": "VM"},
+        _S.both(_S.main("virt/kvm/kvm_main.c:kvm_destroy_vm")),
+    )
+    GUEST_ACCESS = (
+        23, Entry.NOBODY, By.NEVER,
+        {"flags": "WRITE, EXEC", "vm": "VM", "space": "guest process", "address": "guest virtual, bytes"},
+    )
+    PROTECT = (
+        24, Entry.ORDINARY, By.ALWAYS, {"flags": "READ, WRITE, EXEC", **_HOST_RANGE},
+        _S.both(_S.main("mm/mprotect.c:change_pte_range"), _S.main("mm/mprotect.c:can_change_pte_writable")),
+    )
+    FORK = (
+        25, Entry.ORDINARY, By.ALWAYS, {"space": "parent"},
+        _S.both(_S.main("kernel/fork.c:dup_mmap"), _S.main("mm/memory.c:copy_page_range")),
+    )
+    EXIT = (
+        26, Entry.ORDINARY, By.ALWAYS, {"space": "process"},
+        _S.both(_S.main("mm/mmap.c:exit_mmap"), _S.main("mm/memory.c:free_pgtables")),
+    )
+    MEMSLOT = (
+        27, Entry.ORDINARY, By.ALWAYS,
+        {"flags": "READ_ONLY, LOG_DIRTY_PAGES; PRIVATE: with the guest_memfd that the last BIND named", "vm": "VM",
+         "object": "slot number", "address": "GPA, bytes", "offset": "HVA, bytes", "length": "bytes, 0 deletes"},
+        _S.both(_S.main("virt/kvm/kvm_main.c:kvm_set_memory_region"), _S.MEMSLOT_DELETED),
+    )
+    DIRTY_LOG = (
+        28, Entry.ORDINARY, By.ALWAYS, {"vm": "VM", "object": "slot number"},
+        _S.both(_S.main("virt/kvm/kvm_main.c:kvm_get_dirty_log_protect")),
+    )
+    ATTRIBUTES = (
+        29, Entry.ORDINARY, By.ALWAYS,
+        {"flags": "PRIVATE or SHARED", "vm": "VM", "address": "GPA, bytes", "length": "bytes"},
+        _S.both(_S.main("virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes"), _S.ZAP),
+    )
+    PREFAULT = (
+        30, Entry.FULL, By.SLOT, {"vm": "VM", "address": "GPA, bytes", "length": "bytes"},
+        _S.both(_S.main("virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory"), _S.TDP_MAP),
+    )
+    POPULATE = (
+        31, Entry.ORDINARY, By.ALWAYS, {"flags": "WRITE: MADV_POPULATE_WRITE, else _READ", **_HOST_RANGE},
+        _S.both(_S.main("mm/madvise.c:madvise_populate"), _S.main("mm/gup.c:faultin_page_range")),
+    )
+    READ_SMAPS = (
+        32, Entry.ORDINARY, By.ALWAYS, {"space": "process"},
+        _S.both(_S.main("mm/pagewalk.c:walk_pud_range")),
+    )
+    REVOKE = (
+        33, Entry.ORDINARY, By.ALWAYS, {"object": "inode of a device"},
+        _S.both(_S.main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock")),
+    )
+    RESTORE = (
+        34, Entry.ORDINARY, By.ALWAYS, {"object": "inode of a device"},
+        _S.both(_S.main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_memory_unlock_and_restore")),
+    )
+    GUARD_INSTALL = (
+        35, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE,
+        _S.both(_S.main("mm/madvise.c:madvise_guard_install")),
+    )
+    GUARD_REMOVE = (
+        36, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE,
+        _S.both(_S.main("mm/madvise.c:madvise_guard_remove")),
+    )
+    REMAP = (
+        37, Entry.ORDINARY, By.ALWAYS,
+        {**_HOST_RANGE, "object": "new length, pages", "offset": "new HVA, bytes; 0: in place"},
+        _S.both(_S.main("mm/mremap.c:move_vma"), _S.main("mm/mremap.c:move_page_tables")),
+    )
+    POOL_RESIZE = (
+        38, Entry.POOLING, By.NEVER, {**_POOL, "length": "pages, as written to nr_hugepages"},
+        _S.both(_S.main("mm/hugetlb.c:set_max_huge_pages")),
+    )
+    POOL_DEMOTE = (
+        39, Entry.POOLING, By.NEVER, {**_POOL, "length": "pages"},
+        _S.both(_S.main("mm/hugetlb.c:demote_pool_huge_page")),
+    )
+    FOLIO_ALLOCATE = (
+        40, Entry.POOLING, By.NEVER, {**_POOL, "space": "node + 1 that is preferred; 0: none"},
+        _S.both(_S.main("mm/hugetlb.c:alloc_hugetlb_folio")),
+    )
+    FOLIO_FREE = (
+        41, Entry.POOLING, By.NEVER, _FOLIO,
+        _S.both(_S.main("mm/hugetlb.c:free_huge_folio")),
+    )
+    VMEMMAP_OPTIMIZE = (
+        42, Entry.POOLING, By.NEVER, {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
+        _S.both(_S.OPTIMIZE_FOLIO, _S.main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_optimize_folios")),
+    )
+    VMEMMAP_RESTORE = (
+        43, Entry.POOLING, By.NEVER, {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
+        _S.both(_S.RESTORE_FOLIO, _S.main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_restore_folios")),
+    )
+    FOLIO_SPLIT = (
+        44, Entry.POOLING, By.NEVER, _FOLIO,
+        _S.both(_S.Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_split_folio", "posted")),
+    )
+    FOLIO_MERGE = (
+        45, Entry.POOLING, By.NEVER, {**_FOLIO, "length": "bytes of the huge page"},
+        _S.both(_S.Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_merge_folio", "posted")),
+    )
+    FOLIO_REFERENCE = (
+        46, Entry.POOLING, By.NEVER,
+        {**_FOLIO, "flags": "SHARED: get, READ: put, WRITE|SHARED: pin, WRITE|READ: unpin", "length": "how many"},
+        _S.both(_S.main("mm/gup.c:try_grab_folio"), _S.main("include/linux/mm.h:folio_put")),
+    )
+    FOLIO_FREEZE = (
+        47, Entry.POOLING, By.NEVER,
+        {**_FOLIO, "flags": "READ: unfreeze", "length": "references expected, or given back"},
+        _S.both(_S.main("include/linux/page_ref.h:folio_ref_freeze")),
+    )
+    DISSOLVE = (
+        48, Entry.POOLING, By.NEVER, _FOLIO,
+        _S.both(_S.main("mm/hugetlb.c:dissolve_free_hugetlb_folio")),
+    )
+    POISON = (
+        49, Entry.POOLING, By.NEVER, _FOLIO,
+        _S.both(_S.main("mm/hugetlb.c:folio_set_hugetlb_hwpoison")),
+    )
+    VMEMMAP_STORE = (
+        50, Entry.POOLING, By.NEVER, {"address": "virtual address in the vmemmap", "offset": "value, of memcg_data"},
+        _S.both(_S.main("mm/hugetlb_vmemmap.c:vmemmap_remap_pte")),
+    )
+    RELEASE = (
+        51, Entry.FULL, By.NEVER, {"vm": "VM whose file of the inode it is", "object": "inode"},
+        _S.both(_S.RELEASE),
+    )
+    LRU_DRAIN = (
+        52, Entry.FULL, By.NEVER, _NOTHING,
+        _S.both(_S.main("mm/swap.c:lru_add_drain_all")),
+    )
+    WORK = (
+        53, Entry.FULL, By.NEVER, _NOTHING,
+        {"restructure": (_S.Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_folio", "posted"),
+                         _S.Source("a worker that merges what conversions leave split", "inference")),
+         "pfnmap": (_S.Source("nothing is merged: no work item exists", "slides"),)},
+    )
+    MEMORY_POLICY = (
+        54, Entry.FULL, By.NEVER,
+        {"flags": "MPOL_*: 0 default, 1 preferred, 2 bind, 3 interleave", **_FILE_RANGE,
+         "object": "inode; 0xffffffff: the faulting tasks' own", "address": "nodes, a bit each"},
+        _S.both(_S.main("virt/kvm/guest_memfd.c:kvm_gmem_get_policy"),
+                _S.main("mm/mempolicy.c:mpol_set_shared_policy")),
+    )
+    DIRTY_LOGGING = (
+        55, Entry.FULL, By.NEVER, {"flags": "LOG_DIRTY_PAGES or none", "vm": "VM", "address": "GPA of a slot"},
+        _S.both(_S.main("arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags"),
+                _S.Source("dirty logging of a guest_memfd slot, which KVM refuses", "inference")),
+    )
+    # fmt: on
 
 
 OPERATIONS = 64  # room in the tables that have a row per operation
+
+
+def _codes(operations: Iterable[Operation]) -> np.uint64:
+    """A bit per operation: bit n is the one with code n."""
+    return U(sum(1 << op for op in operations))
+
+
+# Classes of operations, for routing.py.
+OPS_FULL = _codes(op for op in Operation if op.entry is Entry.FULL)
+OPS_POOLING = _codes(op for op in Operation if op.entry is Entry.POOLING)
+OPS_BY_MAPPING = _codes(op for op in Operation if op.ordinary is By.MAPPING)
+OPS_BY_SLOT = _codes(op for op in Operation if op.ordinary is By.SLOT)
+OPS_BY_FILE = _codes(op for op in Operation if op.ordinary is By.FILE)
+OPS_BY_MMAP = _codes(op for op in Operation if op.ordinary is By.MMAP)
+OPS_BY_PROCESS = _codes(op for op in Operation if op.ordinary is By.PROCESS)
+OPS_ALWAYS_ORDINARY = _codes(op for op in Operation if op.ordinary is By.ALWAYS)
+# Those that bring ordinary memory into being, whatever a machine has had so far.
+OPS_FOUNDING = OPS_ALWAYS_ORDINARY | OPS_BY_MMAP
+# Of ordinary memory, those of a VM; the others are of a process or a file.
+OPS_OF_VM = _codes(
+    op for op in Operation if "vm" in op.columns and ("address" in op.columns or op.ordinary is By.ALWAYS)
+) & ~_codes(op for op in Operation if op.ordinary is By.NEVER)
 
 
 class Flag(IntFlag):
@@ -136,10 +411,7 @@ EBADFD = 77
 EOPNOTSUPP = 95
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
 
-# --------------------------------------------------------------------------- designs and their steps
-
-RESTRUCTURE = 0
-PFNMAP = 1
+# --------------------------------------------------------------------------- steps
 
 # Orders of steps of a conversion: which patches' (R_CONVERT_ORDER).
 CONVERT_RFC2 = U(0)

@@ -9,7 +9,7 @@ class Property(IntFlag):
     """Bits of R_PROPERTIES: those of the machine's design, and those of its order (pgemu/machine/designs.py)."""
 
     SPECIAL_ENTRIES = 1  # host entries are special: no mapcount, no reference; else their folio counts them
-    VMA_PFNMAP = 2  # the VMA is VM_PFNMAP, which MADV_DONTNEED refuses; else VM_MIXEDMAP, or neither
+    VMA_PFNMAP = 2  # the VMA is VM_PFNMAP: MADV_DONTNEED refuses it, fork() copies it
     GUP = 4  # get_user_pages() works
     SPLITS_FOLIOS = 8  # a folio is split while any of its pages is shared; else it stays whole for ever
     LEVEL_BY_FOLIO = 16  # stage 2 maps at the level of the folio; else at that of pages of one kind

@@ -36,9 +36,17 @@ I_BASE = U(11)  # device: first PFN of the region
 I_ORDER = U(12)  # HugeTLB: 9 or 18
 I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
+I_REGIONS = U(17)  # where a word for each 2M begins in `state`: a bit per VM that may have a stage-2 leaf there
+I_GIGABYTES = U(18)  # ... and for each 1G: a VM without a bit there has none that counts below
+I_GUEST_BITS = U(19)  # ... and a bit per page over which any VM may have one
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
-I_VMAS = U(17)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
+I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
+I_SURVEYED = U(19)  # R_MAPPINGS when the next four were found:
+I_ALL_FROM = U(20)  # pages that all of its VMAs show,
+I_ALL_END = U(21)
+I_TOLD = U(22)  # a bit per VM of their processes,
+I_CALLS = U(23)  # and how many notifier calls it is that all of them leave the processes
 I_WORDS = 24
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -105,8 +113,8 @@ POISONED_ADDRESS = 0xFFFF_8880_0031_0000  # a model address: raw_hwp_page object
 # poisoned pages: raw_hwp_page of mm/hugetlb.c
 POISONED = 64
 
-SERIES_RFC2 = U(0)
-SERIES_LATER = U(1)
+SPLIT_FORM_RFC2 = U(0)
+SPLIT_FORM_LATER = U(1)
 
 # pins: what pin_user_pages() holds until UNPIN
 PIN_LIVE = U(0)
@@ -164,6 +172,7 @@ S_LIVE = U(3)
 S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
 S_MINOR_FAULTS = U(5)
 S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; HugeTLB and special ones not counted
+S_VMS = U(7)  # a bit per VM of this process
 S_WORDS = 8
 
 # vmas
@@ -212,7 +221,7 @@ V_SEQUENCE = U(2)  # mmu_invalidate_seq
 V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
-V_UNFLUSHED = U(6)  # leaves dropped since the last flush of the VM
+V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
 V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
@@ -234,6 +243,7 @@ M_HVA = U(7)  # SLOT_USER: userspace address of the first page
 M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
 M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
 M_ID = U(10)  # SLOT_USER: userspace's number of the slot
+M_NEXT = U(11)  # row of the VM's next slot; 0 = none
 M_WORDS = 16
 SLOT_GUEST_MEMFD = U(0)  # over an inode of the two designs
 SLOT_USER = U(1)  # a process's memory; with SLOT_HAS_GUEST_MEMFD private pages come from M_INODE
@@ -297,7 +307,7 @@ FORMATS = 32
 ACTORS = 1024
 INODES = 64
 SPACES = 64
-VMS = 64
+VMS = 64  # a bit each in a word of I_REGIONS
 VMAS = 1024
 MEMSLOTS = 1024
 

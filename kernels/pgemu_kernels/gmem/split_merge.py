@@ -1,0 +1,211 @@
+"""Steps of a conversion that split folios, and that merge them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import U0, U1, U6, U511, U512
+from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import block_row, inode_row
+from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range
+from pgemu_kernels.folios.hugetlb import start_waiting
+from pgemu_kernels.folios.splitting import merge_block, split_block
+from pgemu_kernels.gmem import pieces
+from pgemu_kernels.gmem.conversion import (
+    fail,
+    in_pieces,
+    lru_add_pieces,
+    merge_lazy,
+    merge_touched,
+    note_touched,
+    note_waiting,
+)
+from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN
+from pgemu_kernels.words.operations import (
+    GO,
+)
+from pgemu_kernels.words.registers import (
+    R_ORDER,
+    R_SPLIT_FORM,
+)
+from pgemu_kernels.words.rows import (
+    B_PFN,
+    B_STATE,
+    BLOCK_HUGE,
+    BLOCK_PARTLY,
+    BLOCK_SPLIT,
+    I_ZEROED,
+    O_ACTOR,
+    O_END,
+    O_INODE,
+    O_START,
+    SPLIT_FORM_RFC2,
+)
+
+
+@kernel
+def add_to_lru(m, op, head, pages):
+    """Form rfc2: each page of a split folio joins the page cache by itself, and an LRU batch of its CPU."""
+    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
+        lru_add_pieces(m, head, pages, m.state[op + O_ACTOR])
+
+
+@outlined
+def split_pieces(m, op, node, block, first, start, end):
+    """pieces.split_touched() piece by piece; the pages of those that it splits join the LRU batches."""
+    index = start
+    while index < end:
+        last = min(end, (index | U511) + U1)
+        before = pieces.is_split_at(m, block, index)
+        status = pieces.split_touched(m, node, block, first, index, last)
+        if status != 0:
+            return status
+        if not before:
+            add_to_lru(m, op, pieces.piece_head(m, block, index), U512)
+        index = last
+    return np.int64(0)
+
+
+@kernel
+def none_split(m, op, node, block, first, start, end):
+    """There are no pieces."""
+    return np.int64(0)
+
+
+@kernel
+def whole_block(m, block, first, start):
+    return first
+
+
+@outlined
+def first_unsplit_page(m, block, first, start):
+    """The first page of the folio that a split failed at."""
+    return pieces.first_unsplit(m, block, first, start) if in_pieces(m) else first
+
+
+split_any_pieces = full_only(split_pieces, none_split)
+first_unsplit = full_only(first_unsplit_page, whole_block)
+
+
+@kernel
+def split_one(m, op, node, first, start, end):
+    """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
+
+    A folio of order 0 is none that could be split.
+    """
+    state = m.state
+    block = block_row(m, node, first)
+    kind = m.state[block + B_STATE]
+    if in_pieces(m) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
+        return split_any_pieces(m, op, node, block, first, start, end)
+    if kind != BLOCK_HUGE or state[R_ORDER] == U0:
+        return np.int64(0)
+    status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
+    if status == 0:
+        add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
+    return status
+
+
+@step
+def split_blocks(m, op, start, end):
+    """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    order = state[R_ORDER]
+    first = start >> order << order
+    while first < end:
+        status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
+        if status != 0:
+            block = block_row(m, node, first)
+            return status, first_unsplit(m, block, first, start)
+        first += U1 << order
+    return np.int64(0), end
+
+
+@kernel
+def is_split(m, block):
+    kind = m.state[block + B_STATE]
+    return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
+
+
+@outlined
+def leave_split(m, node, first, end):
+    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
+    while first < end:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            note_waiting(m, node, block, first, first, first)
+        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
+            start_waiting(m, block)
+        first += U1 << m.state[R_ORDER]
+
+
+@kernel
+def split(m, op):
+    """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
+
+    Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
+    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
+    """
+    state = m.state
+    status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
+    if status != 0:
+        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START] >> state[R_ORDER] << state[R_ORDER], first)
+        return fail(m, op, status, first)
+    return GO
+
+
+@outlined
+def merge_now(m, node, block, first):
+    """Merge a split block that is all private; one that somebody holds stays split and waits.
+
+    The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
+    """
+    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
+        charge_one(m, EVENT_FREEZE_SPIN)
+        start_waiting(m, block)
+
+
+@step
+def merge_blocks(m, op, start, end, besides):
+    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
+    `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
+    """
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    pages = U1 << state[R_ORDER]
+    first = start & ~(pages - U1)
+    while first < end:
+        block = block_row(m, node, first)
+        low = max(start, first)
+        high = min(end, first + pages)
+        shared = shared_in_block(m, node, first)
+        if besides:
+            shared -= shared_in_range(m, node, low, high)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            if merge_lazy(m) != U0:
+                note_touched(m, node, block, first, low, high)
+            else:
+                merge_touched(m, node, block, first, low, high)
+        elif is_split(m, block) and shared == U0:
+            if merge_lazy(m) != U0:
+                start_waiting(m, block)
+            else:
+                merge_now(m, node, block, first)
+        first += pages
+
+
+@kernel
+def merge(m, op):
+    """To private, after the store: merge every touched block that holds no shared page any more."""
+    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
+    return GO
+
+
+@kernel
+def merge_early(m, op):
+    """The same before the store (fixup)."""
+    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
+    return GO

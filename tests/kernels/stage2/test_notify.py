@@ -1,0 +1,85 @@
+"""Which VMs the MMU notifier reaches: those of the mm, while both are alive, by every slot that shows the pages."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgemu.machine.config import Config
+from pgemu.machine.designs import DESIGNS
+from pgemu.objects.address_space import AddressSpace
+from pgemu.objects.machine import Machine
+from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Event
+
+PAGE, M2 = W.PAGE_4K, W.PAGE_2M
+VA = 0x7F00_0000_0000
+COUNTED = (Event.NOTIFIER_CALL, Event.SPTE_CLEARED, Event.TLB_FLUSH_VM)
+
+
+class Scene:
+    """One shared inode that two processes map."""
+
+    def __init__(self, design: str) -> None:
+        self.machine = Machine(Config(design, pool=4 * M2, page_size=M2))  # type: ignore[arg-type]
+        self.gmem = self.machine.create_guest_memfd(2 * M2, shared=True)
+        self.processes = [self.machine.create_process() for _ in range(2)]
+        for process in self.processes:
+            assert process.mmap(self.gmem, VA).status == 0
+
+    def zapped(self, process: AddressSpace, page: int = 0) -> tuple[int, ...]:
+        """What the notifier does when a process unmaps a page."""
+        before = self.machine.statistics
+        assert process.zap(VA + page * PAGE, PAGE).status == 0
+        after = self.machine.statistics
+        assert self.machine.check() == 0
+        return tuple(after.event(event) - before.event(event) for event in COUNTED)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_all_vms_of_the_process_and_no_others(design: str) -> None:
+    scene = Scene(design)
+    mine, other = scene.processes
+    vms = [scene.machine.create_vm(process) for process in (mine, other, mine)]
+    for vm in vms:
+        assert vm.bind(scene.gmem, 0).status == 0
+        vm.touch(0)
+    assert scene.zapped(mine) == (2, 2, 2)
+    assert scene.zapped(mine) == (2, 0, 0)
+    assert scene.zapped(other) == (1, 1, 1)
+    vms[0].touch(0)
+    assert vms[2].close().status == 0  # kvm_destroy_vm(): mmu_notifier_unregister()
+    assert scene.zapped(mine) == (1, 1, 1)
+    assert vms[0].close().status == 0
+    assert scene.zapped(mine) == (0, 0, 0)
+
+
+def test_a_vm_outlives_its_process_and_hears_of_no_other() -> None:
+    """__mmput(), mmu_notifier_release(): whoever gets the row of the process that ended has another mm."""
+    scene = Scene("restructure")
+    vm = scene.machine.create_vm(scene.processes[1])
+    assert vm.bind(scene.gmem, 0).status == 0
+    assert scene.processes[1].exit().status == 0
+    assert vm.touch(0).status == W.RET_PF_FIXED
+    heir = scene.machine.create_process()
+    assert heir.space == scene.processes[1].space
+    assert heir.mmap(scene.gmem, VA).status == 0
+    assert scene.zapped(heir) == (0, 0, 0)
+    assert vm.touch(0).status == W.RET_PF_SPURIOUS
+
+
+def test_every_slot_of_a_vm_until_it_is_deleted() -> None:
+    """Slots over the same pages of different inodes are different slots; their list is cut anywhere."""
+    scene = Scene("restructure")
+    process = scene.processes[0]
+    vm = scene.machine.create_vm(process, protected=True)
+    for gpa, offset in ((0, 0), (16 * M2, PAGE), (32 * M2, 2 * PAGE), (48 * M2, 3 * PAGE)):
+        assert vm.bind(scene.gmem, gpa, offset=offset, length=PAGE).status == 0
+        vm.touch(gpa)
+    assert vm.unbind(16 * M2).status == 0
+    assert [scene.zapped(process, page) for page in range(4)] == [(1, 1, 1), (1, 0, 0), (1, 1, 1), (1, 1, 1)]
+    assert vm.unbind(48 * M2).status == 0
+    assert vm.unbind(0).status == 0
+    vm.touch(32 * M2)
+    assert vm.bind(scene.gmem, 64 * M2, offset=0, length=PAGE).status == 0
+    vm.touch(64 * M2)
+    assert [scene.zapped(process, page) for page in range(4)] == [(1, 1, 1), (1, 0, 0), (1, 1, 1), (1, 0, 0)]
