@@ -17,8 +17,6 @@ Events that are not named are priced as in "published".
 from __future__ import annotations
 
 import os
-import secrets
-import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import date, datetime
@@ -44,6 +42,8 @@ def read_profile(path: str | os.PathLike[str], base: Profile, taken: Collection[
 
     :raises InputError: the file cannot be read or is no profile: one line that names the key and what was expected
     """
+    import tomllib
+
     name = os.fspath(path)
     try:
         with open(name, "rb") as file:
@@ -181,7 +181,7 @@ def write_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     """
     name = os.fspath(path)
     data = to_toml(profile).encode()
-    part = os.path.join(os.path.dirname(name), f".pgemu-{os.getpid()}-{secrets.token_hex(4)}")
+    part = os.path.join(os.path.dirname(name), f".pgemu-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         try:
             with open(part, "xb") as file:

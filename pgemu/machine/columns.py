@@ -11,6 +11,7 @@ from pgemu_kernels import words as W
 __all__ = ("addresses_of", "check_fields", "column_of", "integers")
 
 Array = np.ndarray[Any, Any]
+_WORD = np.dtype(np.uint64)
 
 
 def integers(values: Any) -> Array:
@@ -25,6 +26,10 @@ def integers(values: Any) -> Array:
 
 def _unsigned(values: Any, what: str) -> Array:
     """uint64[n], C order, writeable, as entries are compiled for. ValueError for what are no numbers of that kind."""
+    if type(values) is np.ndarray and values.dtype == _WORD and values.ndim == 1 and values.flags.carray:
+        return values
+    if type(values) is list and len(values) == 1 and type(values[0]) is int and 0 <= values[0] < 1 << 64:
+        return np.array(values, _WORD)
     given = integers(values)
     if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
         raise ValueError(f"{what} of {given.dtype}: expected integers that are not negative")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
 from pgemu.machine.physical import PhysicalMemory
 from pgemu.machine.results import Result, Results
+from pgemu.machine.single import ACTORS, Single
 from pgemu.machine.statistics import Statistics
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import Machine as Arrays, describe
@@ -24,6 +26,8 @@ __all__ = ("Columns", "Core")
 
 Array = np.ndarray[Any, Any]
 NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
+_FIRST = np.uint64(0)
+_FULL = int(W.R_FULL)
 
 
 class Columns(Protocol):
@@ -54,6 +58,8 @@ class Core:
     arrays: Arrays = field(init=False, repr=False)
     descriptor: Array = field(init=False, repr=False)
     _frames_limit: int = field(init=False, repr=False, default=0)
+    _single: Single = field(init=False, repr=False, default_factory=Single)
+    _fast_entry: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         self.arrays = allocate(self.config)
@@ -138,19 +144,29 @@ class Core:
         columns = [column_of(c, count) for c in (header, object_, address, offset, length)]
         status = np.empty(count, np.int64)
         detail = np.empty(count, np.uint64)
-        done = 0
-        while done < count:
-            entry, done = _stopped(self._designs_entry()(self.descriptor, *columns, status, detail, np.uint64(done)))
-            if done < count:
-                _, done = _stopped(_entry(entry)(self.descriptor, *columns, status, detail, np.uint64(done)))
+        if count:
+            self._run_all((*columns, status, detail), count)
         return Results(status, detail)
 
-    def _designs_entry(self) -> Any:
-        """The entry that runs the designs' operations: the fast loops, or what knows every parameter."""
-        if self.register(W.R_FULL):
-            return _run_designs
+    def _run_all(self, columns: tuple[Array, ...], count: int) -> None:
+        """Run `count` operations, of columns as entries take them, through one entry after the other."""
+        done = 0
+        while True:
+            # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
+            entry = _run_designs if self.arrays.state[_FULL] else self._fast_entry or self.fast_entry()
+            stopped = entry(self.descriptor, *columns, np.uint64(done) if done else _FIRST)
+            if stopped == count:
+                return
+            other, done = _stopped(stopped)
+            _, done = _stopped(_entry(other)(self.descriptor, *columns, np.uint64(done)))
+            if done == count:
+                return
+
+    def fast_entry(self) -> Any:
+        """The entry of default machines, which stops at the first operation that is for another one."""
         from pgemu_kernels.run.fast import run
 
+        self._fast_entry = run
         return run
 
     def operate(
@@ -167,12 +183,19 @@ class Core:
         length: int = 0,
     ) -> Result:
         """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
-        check_fields(op, flags, actor, vm, space, object_, address, offset, length)
-        header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
-        one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
-        head, *columns = one
-        status, detail = self.run_columns(head, *columns, count=1)
-        return Result(int(status[0]), int(detail[0]))
+        single = self._single
+        try:
+            single.write(single.buffer, 0, op, flags, actor, vm, space, object_, address, offset, length)
+        except struct.error:  # does not fit, or is no int but perhaps a number
+            check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+            header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
+            one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
+            status, detail = self.run_columns(*one, count=1)
+            return Result(int(status[0]), int(detail[0]))
+        if actor >= ACTORS:
+            check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+        self._run_all(single.columns, 1)
+        return single.result()
 
     # ------------------------------------------------------------------ step by step
 

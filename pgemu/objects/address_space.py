@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, Translation
 
 Array = np.ndarray[Any, Any]
+_WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
 
 
 class TablePages(NamedTuple):
@@ -369,7 +370,7 @@ class AddressSpace:
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
         """
-        flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
+        flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
         return self._operate(Operation.HOST_FAULT, address, flags=flags)
 
     def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
 
 Array = np.ndarray[Any, Any]
+_WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Vm:
         read-only one. -EFAULT is a memory fault exit: nothing in the process's memory that the access may use, memory
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         """
-        flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
+        flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
 
     def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from pathlib import Path
 
 from pgemu.errors import InputError
@@ -67,7 +66,7 @@ def shipped() -> Path:
     It is the life of a software-protected VM with 512 MiB on Linux 7.3: 16,825 guest faults, 445 changes of
     attributes. The guest is scripted; faults, zaps and attributes are the kernel's.
     """
-    path = resources.files("pgemu") / "data" / "vm-convert-swprot.ftrace.txt.xz"
-    if not isinstance(path, Path):
+    path = Path(__file__).parents[1] / "data" / "vm-convert-swprot.ftrace.txt.xz"
+    if not path.is_file():
         raise InputError("pgemu must be installed as files, not run from an archive", str(path))
     return path

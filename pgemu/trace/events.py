@@ -10,7 +10,19 @@ import functools
 import re
 from enum import IntEnum
 
-__all__ = ("ADVICE", "CALLS", "IGNORED", "LINE", "LINE_ENDS", "LOST", "OUTCOMES", "PATTERNS", "Input", "event_name")
+__all__ = (
+    "ADVICE",
+    "CALLS",
+    "EXPECTED",
+    "IGNORED",
+    "LINE",
+    "LOST",
+    "OUTCOMES",
+    "Input",
+    "event_name",
+    "line_end",
+    "pattern",
+)
 
 
 class Input(IntEnum):
@@ -39,9 +51,9 @@ LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(\d+) EVENTS DROPPED)
 _HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
 _SIGNED = r"(-?\d+)"
 
-PATTERNS: dict[str, tuple[re.Pattern[str], str]] = {
-    name: (re.compile(r"[^ (]+(?:\(| +)" + pattern + r"\s*"), expected)
-    for name, pattern, expected in (
+_FIELDS: dict[str, tuple[str, str]] = {
+    name: (fields, expected)
+    for name, fields, expected in (
         ("page_fault_user", rf"address={_HEX} ip=\S+ error_code={_HEX}", "address=, ip=, error_code="),
         (
             "kvm_page_fault",
@@ -75,6 +87,15 @@ PATTERNS: dict[str, tuple[re.Pattern[str], str]] = {
     )
 }
 """How the fields of an input are printed, and what a message names as expected."""
+
+EXPECTED = {name: expected for name, (_, expected) in _FIELDS.items()}
+
+
+@functools.cache
+def pattern(name: str) -> re.Pattern[str]:
+    """Return what the event of an input matches, fields in groups; compiled when a log has the first one."""
+    return re.compile(r"[^ (]+(?:\(| +)" + _FIELDS[name][0] + r"\s*")
+
 
 ADVICE = {
     0: "NORMAL",
@@ -196,26 +217,29 @@ IGNORED = frozenset(
     }
 )
 
-LINE_ENDS: dict[str, re.Pattern[str]] = {
-    name: re.compile(r".*" + pattern + r"\s*")
-    for name, pattern in (
-        ("fast_page_fault", r" spurious \d fixed \d"),
-        ("hugetlbfs_alloc_inode", r" dir \d+ mode 0\d+"),
-        ("hugetlbfs_evict_inode", r" seals \d+ blocks \d+"),
-        ("hugetlbfs_free_inode", r" seals \d+ blocks \d+"),
-        ("hugetlbfs_setattr", r" old_size \d+ size \d+"),
-        ("kvm_exit", r" error_code 0x[0-9a-f]+(?: requests 0x[0-9a-f]+)?"),
-        ("kvm_hypercall", r" a3 0x[0-9a-f]+"),
-        ("kvm_mmu_set_spte", r" level \d at [0-9a-f]+"),
-        ("kvm_mmu_split_huge_page", r" level \d errno -?\d+"),
-        ("kvm_mmu_spte_requested", r" pfn [0-9a-f]+ level \d"),
-        ("kvm_tdp_mmu_spte_changed", r" new_spte [0-9a-f]+"),
-        ("mark_mmio_spte", r" access \d+ gen [0-9a-f]+"),
-        ("sys_brk", r"\(brk: \w+\)"),
-        ("sys_mprotect", r" prot: \w+\)"),
-    )
+_LINE_ENDS = {
+    "fast_page_fault": r" spurious \d fixed \d",
+    "hugetlbfs_alloc_inode": r" dir \d+ mode 0\d+",
+    "hugetlbfs_evict_inode": r" seals \d+ blocks \d+",
+    "hugetlbfs_free_inode": r" seals \d+ blocks \d+",
+    "hugetlbfs_setattr": r" old_size \d+ size \d+",
+    "kvm_exit": r" error_code 0x[0-9a-f]+(?: requests 0x[0-9a-f]+)?",
+    "kvm_hypercall": r" a3 0x[0-9a-f]+",
+    "kvm_mmu_set_spte": r" level \d at [0-9a-f]+",
+    "kvm_mmu_split_huge_page": r" level \d errno -?\d+",
+    "kvm_mmu_spte_requested": r" pfn [0-9a-f]+ level \d",
+    "kvm_tdp_mmu_spte_changed": r" new_spte [0-9a-f]+",
+    "mark_mmio_spte": r" access \d+ gen [0-9a-f]+",
+    "sys_brk": r"\(brk: \w+\)",
+    "sys_mprotect": r" prot: \w+\)",
 }
-"""How a whole line of an event that is not parsed ends: tells a last line that was cut off."""
+
+
+@functools.cache
+def line_end(name: str) -> re.Pattern[str] | None:
+    """How a whole line of an event that is not parsed ends, where that is known: tells a last line that was cut off."""
+    end = _LINE_ENDS.get(name)
+    return None if end is None else re.compile(r".*" + end + r"\s*")
 
 
 @functools.cache

@@ -6,7 +6,6 @@ some hundred kilobytes.
 
 from __future__ import annotations
 
-import gzip
 import lzma
 import os
 import sys
@@ -131,7 +130,7 @@ class Source:
     def _decompress(self, decoder: _Decompressor, data: bytes, name: str) -> bytes:
         try:
             return decoder.decompress(data)
-        except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        except (lzma.LZMAError, zlib.error, EOFError) as error:
             raise InputError(f"damaged {name} stream ({error})", self.name) from None
         except Exception as error:
             # zstandard is imported only where it is needed, so its error class cannot be named above.

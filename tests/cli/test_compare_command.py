@@ -10,6 +10,7 @@ import pytest
 import rich_click as click
 from click.testing import CliRunner, Result
 
+from announcement import complaints
 from pgemu.cli import main
 from pgemu.machine.config import DEFECTS
 from pgemu.objects.machine import Machine
@@ -44,7 +45,7 @@ def invoke(*args: str) -> Result:
 def document(*args: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     result = invoke(*args, "--json", "--page-size", "2M")
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert complaints(result.stderr) == ""
     found: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(result.stdout)
     return found
 
@@ -52,7 +53,7 @@ def document(*args: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 def test_tables_go_to_stdout_and_nothing_else(log: str) -> None:
     result = invoke(log, "--page-size", "2M")
     assert result.exit_code == 0
-    assert result.stderr == ""
+    assert complaints(result.stderr) == ""
     assert "What every operation returned" in result.stdout
     assert "\x1b" not in result.stdout
     assert all(line == line.rstrip() for line in result.stdout.splitlines())
@@ -200,7 +201,7 @@ def test_broken_invariants_are_told_and_exit_with_1(log: str, monkeypatch: pytes
     monkeypatch.setattr(Machine, "run", corrupt)
     result = invoke(log, "--page-size", "2M")
     assert result.exit_code == 1
-    lines = result.stderr.splitlines()
+    lines = complaints(result.stderr).splitlines()
     assert [line.split(": ")[:3] for line in lines] == [
         ["pgemu", "broken invariant", design] for design in ("restructure", "pfnmap")
     ]
@@ -215,7 +216,7 @@ def test_an_interrupt_is_quiet(log: str, monkeypatch: pytest.MonkeyPatch) -> Non
     result = invoke(log)
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert result.stderr.strip() == "pgemu: interrupted"
+    assert complaints(result.stderr).strip() == "pgemu: interrupted"
 
 
 @pytest.mark.parametrize(
