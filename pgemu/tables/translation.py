@@ -385,7 +385,7 @@ def translate(
     many addresses, to be filled again. Tables may lie in the metadata zone or in guest frames.
     ValueError for a format row or kind that is not there, a root that is no page, or arrays that do not fit.
     """
-    from pgemu_kernels.tables.translate import translate as entry
+    from pgemu_kernels.run.entries import translate as entry
 
     given = addresses_of(addresses)
     count = given.size
@@ -464,7 +464,7 @@ def translate_nested(
     1 walks one after the other (to see what interleaving brings).
     ValueError for formats, kinds, roots or `together` that cannot be.
     """
-    from pgemu_kernels.tables.nested import translate_nested as entry
+    from pgemu_kernels.run.entries import translate_nested as entry
 
     given = addresses_of(addresses)
     count = given.size
