@@ -37,8 +37,8 @@ I_ORDER = U(12)  # HugeTLB: 9 or 18
 I_FLAGS = U(13)
 I_REFERENCES = U(14)  # ordinary kinds: descriptors (0 or 1) and VMAs that keep it
 I_REGIONS = U(17)  # where a word for each 2M begins in `state`: a bit per VM that may have a stage-2 leaf there
-I_GIGABYTES = U(18)  # ... and for each 1G: a VM without a bit there has none that counts below
-I_GUEST_BITS = U(19)  # ... and a bit per page over which any VM may have one
+I_GIGABYTES = U(24)  # ... and for each 1G: a VM without a bit there has none that counts below
+I_GUEST_BITS = U(25)  # ... and a bit per page over which any VM may have one
 I_SUBPOOL = U(16)  # row of its subpool + 1; 0 = none
 I_CACHE_BITS = U(15)  # device: memory type bits of its entries
 I_VMAS = U(18)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
@@ -47,7 +47,7 @@ I_ALL_FROM = U(20)  # pages that all of its VMAs show,
 I_ALL_END = U(21)
 I_TOLD = U(22)  # a bit per VM of their processes,
 I_CALLS = U(23)  # and how many notifier calls it is that all of them leave the processes
-I_WORDS = 24
+I_WORDS = 26
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
 INODE_GUEST_MEMFD_4K = U(2)  # guest_memfd as merged: order-0 folios
