@@ -65,7 +65,8 @@ class Core:
         self.arrays = allocate(self.config)
         self.descriptor = describe(self.arrays)
         set_registers(self.config, self.arrays)
-        from pgemu_kernels.folios.boot import MACHINE, provide
+        from pgemu_kernels.run.entries import provide
+        from pgemu_kernels.words.requests import MACHINE
 
         if provide(self.descriptor, MACHINE, np.uint64(0)) != 0 or not self._prepare_memory():
             raise OSError(W.ENOMEM, f"the vmemmap of {self.config.pool_pages} pages needs more frames")
@@ -76,7 +77,7 @@ class Core:
         small = self.config.page_order == 0 and self.config.pool
         if self.config.hvo and not (self.config.buddy or self.config.reserved or small):
             return True
-        from pgemu_kernels.run.pooling import run_pooling
+        from pgemu_kernels.run.entries import run_pooling
 
         nothing = np.zeros(1, np.uint64)
         columns = (nothing,) * 5
@@ -164,7 +165,7 @@ class Core:
 
     def fast_entry(self) -> Any:
         """The entry of default machines, which stops at the first operation that is for another one."""
-        from pgemu_kernels.run.fast import run
+        from pgemu_kernels.run.entries import run
 
         self._fast_entry = run
         return run
@@ -238,13 +239,13 @@ class Core:
         return self._step(actor, beginning=False)
 
     def _step(self, actor: int, *, beginning: bool) -> int:
-        from pgemu_kernels.run.full import BEGIN, STEP
+        from pgemu_kernels.words.requests import BEGIN, STEP
 
         return self._call_designs(actor, BEGIN if beginning else STEP)
 
     def _call_designs(self, actor: int, mode: int) -> int:
         """designs.run_designs() without columns."""
-        from pgemu_kernels.run.full import run_designs
+        from pgemu_kernels.run.entries import run_designs
 
         nothing = np.zeros(1, np.uint64)
         columns = (nothing,) * 5
@@ -325,7 +326,8 @@ class Core:
 
     def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
         """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
-        from pgemu_kernels.folios.boot import CONTENTS, provide
+        from pgemu_kernels.run.entries import provide
+        from pgemu_kernels.words.requests import CONTENTS
 
         if offset < 0 or offset + len(data) > W.PAGE_4K:
             raise ValueError(f"{len(data)} bytes at {offset}: expected to lie within {W.PAGE_4K}")
@@ -354,11 +356,11 @@ def _stopped(returned: int) -> tuple[Entry, int]:
 def _entry(entry: Entry) -> Any:
     """The entry for what those of the designs do not run."""
     if entry is Entry.POOLING:
-        from pgemu_kernels.run.pooling import run_pooling
+        from pgemu_kernels.run.entries import run_pooling
 
         return run_pooling
     if entry is Entry.ORDINARY:
-        from pgemu_kernels.run.ordinary import run_ordinary
+        from pgemu_kernels.run.entries import run_ordinary
 
         return run_ordinary
     return _run_designs
@@ -366,6 +368,7 @@ def _entry(entry: Entry) -> Any:
 
 def _run_designs(*arguments: Any) -> int:
     """designs.run_designs() of columns, called as the other entries are."""
-    from pgemu_kernels.run.full import BATCH_MODE, run_designs
+    from pgemu_kernels.run.entries import run_designs
+    from pgemu_kernels.words.requests import BATCH_MODE
 
     return int(run_designs(*arguments, np.uint64(0), BATCH_MODE))

@@ -67,7 +67,8 @@ class AddressSpace:
     @classmethod
     def create(cls, machine: Core) -> AddressSpace:
         """See Machine.create_process."""
-        from pgemu_kernels.folios.boot import PROCESS_ROOT, provide
+        from pgemu_kernels.run.entries import provide
+        from pgemu_kernels.words.requests import PROCESS_ROOT
 
         space = cls._free_row(machine)
         row = int(W.STATE_SPACES) + space * W.S_WORDS

@@ -231,7 +231,7 @@ class Machine(Core):
     def check(self) -> int:
         """Recount everything and compare: how many rules of pgemu_kernels.rules.invariants are broken, ever."""
 
-        from pgemu_kernels.rules.recount import check
+        from pgemu_kernels.run.entries import check
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
         for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
@@ -244,7 +244,7 @@ class Machine(Core):
 
             found[W.FOUND_NODES] += len(list(own_nodes(self, owner)))
         if self.register(W.R_ORDINARY) or self.register(W.R_HOST_HUGE):
-            from pgemu_kernels.rules.ordinary import check_ordinary
+            from pgemu_kernels.run.entries import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
         held = any(self.register(word) for word in (W.R_PINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M))
@@ -257,7 +257,7 @@ class Machine(Core):
 
     def _hold_again(self, *, giving: bool) -> None:
         """Give back or take away the references that pins, LRU batches and faults under way hold."""
-        from pgemu_kernels.run.full import GIVE_BACK, TAKE_AWAY
+        from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
 
         self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)
 

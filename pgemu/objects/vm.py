@@ -37,7 +37,8 @@ class Vm:
     @classmethod
     def create(cls, machine: Core, process: AddressSpace | None, protected: bool) -> Vm:
         """See Machine.create_vm."""
-        from pgemu_kernels.folios.boot import STAGE2_ROOT, provide
+        from pgemu_kernels.run.entries import provide
+        from pgemu_kernels.words.requests import STAGE2_ROOT
 
         vm = next_row(machine, W.R_VMS, W.VMS, "VMs")
         row = int(W.STATE_VMS) + vm * W.V_WORDS

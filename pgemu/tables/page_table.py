@@ -380,7 +380,7 @@ class PageTable:
         clear_bits: int = 0, flags: int = 0, log: Array | None = None,
     ) -> EditResults:  # fmt: skip
         """One edit at each address."""
-        from pgemu_kernels.tables.edits import edit
+        from pgemu_kernels.run.entries import edit
 
         if op != Edit.CREATE:
             self._check_root()

@@ -118,7 +118,7 @@ def _references(reads: Array, writes: Array, counts: Array, count: int) -> Refer
 
 @cache
 def _entry() -> Any:
-    from pgemu_kernels.tables.translate import translate as entry
+    from pgemu_kernels.run.entries import translate as entry
 
     return entry
 
@@ -222,7 +222,7 @@ def translate_nested(
     1 walks one after the other (to see what interleaving brings).
     ValueError for formats, kinds, roots or `together` that cannot be.
     """
-    from pgemu_kernels.tables.nested import translate_nested as entry
+    from pgemu_kernels.run.entries import translate_nested as entry
 
     given = addresses_of(addresses)
     count = given.size

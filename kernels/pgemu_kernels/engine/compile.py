@@ -2,23 +2,26 @@
 
 numba stamps a cached function with the file it stands in only, so an edited callee elsewhere goes
 unseen, and NUMBA_BOUNDSCHECK is no part of its key. Here the stamp is a digest of every kernel
-source, of the options and of BOUNDSCHECK. numba's global configuration is left alone.
+source, of the options and of BOUNDSCHECK; machine_code.py has the files. numba's global configuration is left alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import platform
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba import njit
 from numba.core import config
 
-SOURCES = Path(__file__).parents[1]
+from pgemu_kernels.engine.machine_code import SOURCES
+from pgemu_kernels.engine.progress import progress
 
 # No reference counting: kernels allocate nothing, and counting costs up to 16x inside loops.
 OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
@@ -28,39 +31,40 @@ entries: list[Any] = []  # those that Python calls
 
 
 def source_stamp(folder: Path = SOURCES, options: dict[str, Any] | None = None) -> str:
-    """Digest of all `*.py` under `folder`, of numba's version, the options and BOUNDSCHECK (hex)."""
+    """Digest of all `*.py` under `folder`, of the compilers' versions, the options and BOUNDSCHECK (hex)."""
     digest = hashlib.sha256()
-    digest.update(repr((numba.__version__, sorted((options or OPTIONS).items()), config.BOUNDSCHECK)).encode())
+    versions = (platform.python_version(), numba.__version__, llvmlite.__version__)
+    chosen = (sorted((options or OPTIONS).items()), bool(config.BOUNDSCHECK), config.OPT)
+    digest.update(repr((versions, chosen)).encode())
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-try:  # private interfaces of numba, hence the pinned minor version
-    from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler, inner_function, stamped_cache
+@cache
+def _stamp(checked: bool) -> str:
+    return source_stamp()
 
-    _KernelCache: Any = stamped_cache(source_stamp, lambda: _announce_compilation())
+
+def current_stamp() -> str:
+    """That of this process's kernels."""
+    return _stamp(bool(config.BOUNDSCHECK))
+
+
+try:  # private interfaces of numba, hence the pinned minor version
+    from pgemu_kernels.engine.numba_internals import EntryCompiler, KernelCache, StepCompiler, inner_function
+
+    _cache: Any = KernelCache
     _kernel: Callable[..., Any] = inner_function(forceinline=True, **OPTIONS)
     _step: Callable[..., Any] = inner_function(StepCompiler, forceinline=False, **OPTIONS)
     _outlined: Callable[..., Any] = inner_function(forceinline=False, **OPTIONS)
     _entry: Callable[..., Any] = njit(pipeline_class=EntryCompiler, forceinline=False, **OPTIONS)
 except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
-    _KernelCache = None
+    _cache = None
     _kernel = njit(forceinline=True, **OPTIONS)
     _step = _outlined = _entry = njit(forceinline=False, **OPTIONS)
     warnings.warn("this numba has unknown internals: kernels compile slowly and in every process", stacklevel=2)
-
-
-_announced = False
-
-
-def _announce_compilation() -> None:
-    """Say once, on stderr, why the first call takes seconds."""
-    global _announced
-    if not _announced:
-        _announced = True
-        print("pgemu: compiling kernels, once (their machine code is cached)", file=sys.stderr, flush=True)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -81,8 +85,8 @@ def outlined(function: Callable[..., Any]) -> Any:
 def entry(function: Callable[..., Any]) -> Any:
     """An entry point: takes the int64 descriptor of a machine, cached on disk."""
     dispatcher = _listed(_entry(function))
-    if _KernelCache is not None:
-        dispatcher._cache = _KernelCache(function)
+    if _cache is not None:
+        dispatcher._cache = _cache(function.__qualname__, current_stamp, progress.begin)
     entries.append(dispatcher)
     return dispatcher
 

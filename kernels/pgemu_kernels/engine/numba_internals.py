@@ -6,51 +6,150 @@ Everything here leans on private interfaces of the pinned minor version of numba
 from __future__ import annotations
 
 import gc
+import hashlib
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from llvmlite.binding import Linkage
 from numba import njit
-from numba.core import caching, types
+from numba.core import caching, cgutils, serialize, transforms, types
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler, CompilerBase, DefaultPassBuilder
+from numba.core.compiler import Compiler, CompilerBase, CompileResult, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.environment import Environment
+from numba.core.funcdesc import _dynamic_modname
+from numba.core.postproc import PostProcessor, VariableLifetime
 from numba.core.sigutils import normalize_signature
 from numba.core.targetconfig import ConfigStack
-from numba.core.typed_passes import NativeLowering
+from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types.functions import BaseFunction
+from numba.core.untyped_passes import InlineClosureLikes, WithLifting
+from numba.extending import intrinsic
+
+from pgemu_kernels.engine import machine_code
 
 
-def stamped_cache(stamp: Callable[[], str], missed: Callable[[], None]) -> type[caching.FunctionCache]:
-    """A cache class whose entries are valid only for the current `stamp()`; `missed` is called before a compilation.
+class KernelCache(caching._Cache):  # type: ignore[misc]
+    """numba's interface of a cache, over the files of machine_code.py. `missed` is called before a compilation."""
 
-    numba's own locators keep the places (NUMBA_CACHE_DIR, beside the source, the user's cache).
-    """
+    def __init__(self, name: str, stamp: Callable[[], str], missed: Callable[[str], None]) -> None:
+        self.name = name
+        self._stamp = stamp
+        self._missed = missed
 
-    def stamped(locator: type[Any]) -> type[Any]:
-        class Stamped(locator):
-            def get_source_stamp(self) -> str:
-                return stamp()
+    @property
+    def cache_path(self) -> str:
+        return str(machine_code.writable())
 
-        Stamped.__name__ = Stamped.__qualname__ = locator.__name__
-        return Stamped
+    def enable(self) -> None:
+        """It always is: numba's interface."""
 
-    locators = (caching.UserProvidedCacheLocator, caching.InTreeCacheLocator, caching.UserWideCacheLocator)
+    disable = flush = enable
 
-    class StampedCacheImpl(caching.CompileResultCacheImpl):
-        _locator_classes: ClassVar[list[type[Any]]] = [stamped(locator) for locator in locators]
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Of numba's `_Cache`: the compile result, None if there is none."""
+        found = self.load(sig, target_context)
+        if found is None:
+            self._missed(self.name)
+        return found
 
-    class StampedCache(caching.FunctionCache):
-        _impl_class = StampedCacheImpl
+    def load(self, sig: Any, target_context: Any) -> Any:
+        """The same, of an entry that is compiled elsewhere."""
+        target_context.refresh()
+        contents = machine_code.read(self._stamp(), self._file(sig, target_context))
+        if contents is None:
+            return None
+        try:
+            return rebuilt(target_context, *pickle.loads(contents))
+        except Exception:  # whole, but no machine code of ours
+            return None
 
-        def load_overload(self, sig: Any, target_context: Any) -> Any:
-            found = super().load_overload(sig, target_context)
-            if found is None:
-                missed()
-            return found
+    def has(self, sig: Any, target_context: Any) -> bool:
+        """Whether `load` would find it."""
+        return machine_code.read(self._stamp(), self._file(sig, target_context)) is not None
 
-    return StampedCache
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Of numba's `_Cache`."""
+        machine_code.write(self._stamp(), self._file(sig, data.target_context), serialize.dumps(reduced(data)))
+
+    def _file(self, sig: Any, target_context: Any) -> str:
+        """Of the entry for argument types and for a processor."""
+        arguments, _ = normalize_signature(sig)
+        key = repr((list(map(str, arguments)), target_context.codegen().magic_tuple()))
+        return f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def reduced(result: Any) -> tuple[Any, ...]:
+    """What of a compile result is needed to call it: not its bitcode, which numba would parse each time."""
+    descriptor = result.fndesc
+    descriptor.typemap = descriptor.calltypes = None
+    library = result.library
+    return library.name, library._get_compiled_object(), descriptor, result.signature, list(result.environment.consts)
+
+
+def rebuilt(target_context: Any, name: str, machine_code: bytes, descriptor: Any, signature: Any, consts: Any) -> Any:
+    """The compile result for what `reduced` gave, without its modules: whoever runs kernels needs none of them."""
+    library = target_context.codegen().create_library(name)
+    library.enable_object_caching()
+    library._set_compiled_object(machine_code)
+    library._finalize_final_module()
+    names = (descriptor.llvm_func_name, descriptor.llvm_cpython_wrapper_name, descriptor.env_name)
+    library.codegen._engine._defined_symbols.update(names)
+    environment = Environment({})
+    environment.env_name = descriptor.env_name
+    environment.consts.extend(consts)
+    descriptor.modname = _dynamic_modname
+    return CompileResult(
+        typing_context=target_context.typing_context, target_context=target_context,
+        entry_point=target_context.get_executable(library, descriptor, environment), typing_error=None,
+        type_annotation="", signature=signature, objectmode=False, lifted=(), fndesc=descriptor, library=library,
+        call_helper=None, environment=environment, metadata=None, reload_init=(), referenced_envs=(),
+    )  # fmt: skip
+
+
+def compiled_elsewhere(function: Callable[..., Any], obtain: Callable[[Any], Any], **options: Any) -> Any:
+    """A dispatcher that stands for another one: `obtain(argument types)` gives compile results, from wherever."""
+    dispatcher = njit(**options)(function)
+
+    def compile(signature: Any) -> Any:
+        """Dispatcher.compile()"""
+        arguments, _ = normalize_signature(signature)
+        found = dispatcher.overloads.get(arguments)
+        if found is None:
+            found = obtain(arguments)
+            dispatcher.add_overload(found)
+        return found.entry_point
+
+    dispatcher.compile = compile
+    return dispatcher
+
+
+def address_of(dispatcher: Any) -> int:
+    """Where the code of a dispatcher's only signature begins, for call_address()."""
+    (result,) = dispatcher.overloads.values()
+    address: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    if not address:
+        raise RuntimeError(f"no machine code of {result.fndesc.llvm_func_name}")
+    return address
+
+
+@intrinsic(prefer_literal=False)
+def call_address(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """call_address(address, (argument, ...)): call the function, which takes them and returns int64, there."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kinds = tuple(signature.args[1])
+        kind = context.call_conv.get_function_type(types.int64, kinds)
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        unpacked = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        status, result = context.call_conv.call_function(builder, function, types.int64, kinds, unpacked)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return result
+
+    return types.int64(address, arguments), generate
 
 
 class InnerLibrary(JITCodeLibrary):
@@ -114,6 +213,11 @@ class EntryLibrary(JITCodeLibrary):
         self._linking_libraries = []
         super().finalize()
 
+    def _optimize_final_module(self) -> None:
+        """numba's, less the round of passes before it prunes reference counting: kernels have none."""
+        passes, builder = self._codegen._module_pass_manager()
+        passes.run(self._final_module, builder)
+
 
 @register_pass(mutates_CFG=True, analysis_only=False)
 class InnerLowering(NativeLowering):
@@ -139,6 +243,10 @@ class InnerLowering(NativeLowering):
         return True
 
 
+# Kernels have no closures, no `with`, and no expressions of whole arrays.
+_NEEDLESS = (InlineClosureLikes, NopythonRewrites, WithLifting)
+
+
 class InnerCompiler(CompilerBase):
     """numba's nopython pipeline with `InnerLowering`."""
 
@@ -152,7 +260,9 @@ class InnerCompiler(CompilerBase):
     def define_pipelines(self) -> list[Any]:
         manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
         manager.passes = [
-            (InnerLowering, text) if stage is NativeLowering else (stage, text) for stage, text in manager.passes
+            (InnerLowering, text) if stage is NativeLowering else (stage, text)
+            for stage, text in manager.passes
+            if stage not in _NEEDLESS
         ]
         manager._finalized = False
         manager.finalize()
@@ -234,6 +344,19 @@ def _flags() -> Any:
     return flags and tuple(sorted((name, str(value)) for name, value in flags._values.items()))
 
 
+_post_process = PostProcessor.run
+
+
+def _remembering_less(self: Any, emit_dels: bool = False, extend_lifetimes: bool = False) -> None:
+    """numba's PostProcessor.run(): nine passes ask for it, but the lifetimes of variables matter to the last only."""
+    if emit_dels or self.func_ir.is_generator:
+        _post_process(self, emit_dels, extend_lifetimes)
+        return
+    self.func_ir.blocks = transforms.canonicalize_cfg(self.func_ir.blocks)
+    self.func_ir.variable_lifetime = VariableLifetime(self.func_ir.blocks)  # it computes what it is asked for
+    self.func_ir.generator_info = None
+
+
 @contextmanager
 def quick_compilation() -> Iterator[None]:
     """Let numba compile with less to do: remembered signatures, no garbage collection. Within its compiler lock only.
@@ -243,10 +366,12 @@ def quick_compilation() -> Iterator[None]:
     collecting, resolving = gc.isenabled(), BaseFunction.get_call_type
     gc.disable()
     BaseFunction.get_call_type = _remembered_call_type
+    PostProcessor.run = _remembering_less
     try:
         yield
     finally:
         BaseFunction.get_call_type = resolving
+        PostProcessor.run = _post_process
         if collecting:
             gc.enable()
 

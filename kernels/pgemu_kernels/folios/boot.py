@@ -55,6 +55,7 @@ from pgemu_kernels.words.registers import (
     R_VMEMMAP_PAGE,
     R_VMEMMAP_READ_ONLY,
 )
+from pgemu_kernels.words.requests import MACHINE, PROCESS_ROOT, STAGE2_ROOT
 from pgemu_kernels.words.rows import (
     H_ACTIVE,
     H_LIST,
@@ -323,12 +324,6 @@ def content_frame(m, pfn):
             return NO_MEMORY
         m.counts[at] = np.uint32(frame)
     return np.int64(frame)
-
-
-PROCESS_ROOT = 0
-STAGE2_ROOT = 1
-CONTENTS = 2
-MACHINE = 3
 
 
 @entry

@@ -22,15 +22,10 @@ from pgemu_kernels.words.enum_words import EVENT_CONVERT_IOCTL, EVENT_SYSCALL, O
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
+from pgemu_kernels.words.requests import BATCH_MODE, BEGIN, GIVE_BACK, TAKE_AWAY
 from pgemu_kernels.words.rows import O_ACTIVE, O_NEXT, O_OP, O_PHASE, O_STAGE, O_STATUS
 
 U = np.uint64
-
-BATCH_MODE = 0  # what `run_designs` is asked to do: operations in columns,
-BEGIN = 1  # ... the beginning of an actor's operation
-STEP = 2  # ... or its next step,
-TAKE_AWAY = 3  # ... or, around recount.check(), that what pins, LRU batches and faults hold is taken off the references
-GIVE_BACK = 4  # ... and put back
 
 
 @kernel
@@ -118,4 +113,4 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     if mode != BATCH_MODE:
         return np.int64(step(m, actor, mode == BEGIN))
     columns = Columns(header, object_, address, offset, length, status, detail)
-    return np.int64(run_stretches(m, columns, first))
+    return np.int64(run_stretches(m, columns, first, (descriptor, detail)))

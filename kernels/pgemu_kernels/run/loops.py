@@ -28,6 +28,7 @@ from pgemu_kernels.engine.charge import charge_one, finish_operation, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
 from pgemu_kernels.engine.rows import (
@@ -99,6 +100,11 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
+
+LOOP_FAULTS = U0  # entries that run stretches on default machines, by their place in entries.py
+LOOP_CONVERTS = U1
+LOOP_OTHERS = U(2)
+LOOP_SHIFT = U(60)  # above routing.stopped_at()'s
 
 
 @kernel
@@ -373,10 +379,46 @@ leaves = full_only(is_nobodys, is_others)
 
 
 @kernel
-def run_stretches(m, columns, first):
+def run_here(m, columns, kind, first, last, loops):
+    """Run a stretch of operations of one kind: 0."""
+    if kind == OP_HOST_FAULT:
+        host_faults(m, columns, first, last)
+    elif kind == OP_GUEST_FAULT:
+        guest_faults(m, columns, first, last)
+    elif kind == OP_CONVERT:
+        converts(m, columns, first, last)
+    elif kind == OP_ZAP:
+        zaps(m, columns, first, last)
+    else:
+        others(m, columns, first, last)
+    return U0
+
+
+@kernel
+def run_elsewhere(m, columns, kind, first, last, loops):
+    """The same by an entry of its own: 0, or 1 + which one it is, where its address is not there yet."""
+    loop = LOOP_OTHERS
+    if kind == OP_HOST_FAULT or kind == OP_GUEST_FAULT:
+        loop = LOOP_FAULTS
+    elif kind == OP_CONVERT:
+        loop = LOOP_CONVERTS
+    descriptor, addresses = loops
+    if addresses[loop] == U0:
+        return loop + U1
+    call_address(addresses[loop], (descriptor, columns.header, columns.object, columns.address, columns.offset,
+                                   columns.length, columns.status, columns.detail, first, last))  # fmt: skip
+    return U0
+
+
+run_stretch = full_only(run_here, run_elsewhere)
+
+
+@kernel
+def run_stretches(m, columns, first, loops):
     """Run operations from `first` on, in order, up to one that is for another entry: stopped_at().
 
-    See Columns for the arrays, and routing.py for the entries.
+    See Columns for the arrays, and routing.py for the entries. `loops`: the descriptor and, of default machines, the
+    addresses of the entries that run stretches. Where one is missing: the index and 1 + its number << LOOP_SHIFT.
     """
     count = U(columns.status.size)
     while first < count:
@@ -386,15 +428,8 @@ def run_stretches(m, columns, first):
         last = end_of_stretch(m, columns, kind, first, count)
         if last == first:
             break
-        if kind == OP_HOST_FAULT:
-            host_faults(m, columns, first, last)
-        elif kind == OP_GUEST_FAULT:
-            guest_faults(m, columns, first, last)
-        elif kind == OP_CONVERT:
-            converts(m, columns, first, last)
-        elif kind == OP_ZAP:
-            zaps(m, columns, first, last)
-        else:
-            others(m, columns, first, last)
+        missing = run_stretch(m, columns, kind, first, last, loops)
+        if missing != U0:
+            return first | missing << LOOP_SHIFT
         first = last
     return stopped_at(m.state, columns, first)

@@ -1,0 +1,80 @@
+"""Every entry by name, and what its arguments are: whoever calls one here loads machine code, not the kernels' modules.
+
+`needed` are those that `pgemu compare` calls, the ones that take longest to compile first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pgemu_kernels.engine.ahead import declare, declared as declared
+
+__all__ = (
+    *("check", "check_ordinary", "declared", "edit", "provide", "run", "run_designs", "run_ordinary", "run_pooling"),
+    *("translate", "translate_nested"),
+)
+
+_INTS, _WORDS, _BYTES = "int64[::1]", "uint64[::1]", "uint8[::1]"
+_INT, _WORD = "int64", "uint64"
+_COLUMNS = {
+    "header": _WORDS, "object_": _WORDS, "address": _WORDS, "offset": _WORDS, "length": _WORDS, "status": _INTS,
+    "detail": _WORDS,
+}  # fmt: skip
+_STRETCH = {"descriptor": _INTS, **_COLUMNS, "first": _WORD, "last": _WORD}
+
+_LOOPS = [
+    declare("pgemu_kernels.run.fast", "run_faults", True, **_STRETCH),
+    declare("pgemu_kernels.run.fast", "run_converts", True, **_STRETCH),
+    declare("pgemu_kernels.run.fast", "run_others", True, **_STRETCH),
+]
+check = declare(
+    "pgemu_kernels.rules.recount", "check", True, descriptor=_INTS, owner=_BYTES, leaves=_INTS, found=_INTS
+).dispatcher
+provide = declare(
+    "pgemu_kernels.folios.boot", "provide", True, descriptor=_INTS, what=_INT, where=_WORD
+).dispatcher  # fmt: skip
+_run = declare(
+    "pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD
+).dispatcher
+run_designs = declare(
+    "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
+).dispatcher
+run_ordinary = declare(
+    "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD
+).dispatcher
+run_pooling = declare("pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD).dispatcher
+check_ordinary = declare(
+    "pgemu_kernels.rules.ordinary", "check_ordinary", descriptor=_INTS, owner=_BYTES, found=_INTS
+).dispatcher
+edit = declare(
+    "pgemu_kernels.tables.edits", "edit", descriptor=_INTS, request=_WORDS, addresses=_WORDS, physical=_WORDS,
+    status=_INTS, detail=_WORDS, log=_WORDS,
+).dispatcher  # fmt: skip
+_WALKS = {"levels": _BYTES, "error": _WORDS}
+_LISTS = {"reads": _WORDS, "writes": _WORDS, "counts": _WORDS, "w": _WORDS}
+translate = declare(
+    "pgemu_kernels.tables.translate", "translate", descriptor=_INTS, format_index=_WORD, root=_WORD, addresses=_WORDS,
+    kinds=_BYTES, access=_WORDS, physical=_WORDS, status=_BYTES, **_WALKS, **_LISTS,
+).dispatcher  # fmt: skip
+translate_nested = declare(
+    "pgemu_kernels.tables.nested", "translate_nested", descriptor=_INTS, guest_format=_WORD, guest_root=_WORD,
+    stage2_format=_WORD, stage2_root=_WORD, addresses=_WORDS, kinds=_BYTES, access=_WORDS, physical=_WORDS,
+    status=_BYTES, stage=_BYTES, **_WALKS, fault=_WORDS, **_LISTS, block=_WORD,
+).dispatcher  # fmt: skip
+
+_addresses = np.zeros(len(_LOOPS), np.uint64)  # of the loops' machine code, as far as they were called
+_LOOP_SHIFT = 60  # loops.LOOP_SHIFT
+
+
+def run(descriptor: Any, *columns_and_first: Any) -> int:
+    """Run operations on a default machine, see fast.run: the first one that is for another entry, or how many."""
+    *columns, first = columns_and_first
+    while True:
+        stopped = int(_run(descriptor, _addresses, *columns, first))
+        if stopped >> _LOOP_SHIFT == 0:
+            return stopped
+        loop = (stopped >> _LOOP_SHIFT) - 1
+        _addresses[loop] = _LOOPS[loop].address()
+        first = np.uint64(stopped & (1 << _LOOP_SHIFT) - 1)

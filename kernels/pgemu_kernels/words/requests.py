@@ -1,0 +1,14 @@
+"""What Python asks entries to do that do several things."""
+
+# folios/boot.py:provide
+PROCESS_ROOT = 0
+STAGE2_ROOT = 1
+CONTENTS = 2
+MACHINE = 3
+
+# run/full.py:run_designs
+BATCH_MODE = 0  # operations in columns,
+BEGIN = 1  # ... the beginning of an actor's operation
+STEP = 2  # ... or its next step,
+TAKE_AWAY = 3  # ... or, around recount.check(), that what pins, LRU batches and faults hold is taken off the references
+GIVE_BACK = 4  # ... and put back
