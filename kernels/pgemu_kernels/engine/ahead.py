@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
+from inspect import Parameter, Signature
 from typing import Any
 
 from numba.core import config
@@ -32,9 +33,7 @@ class Declared:
         self.needed = needed
         self.signature = f"({', '.join(arguments.values())},)"
         self._cache = KernelCache(name, current_stamp, progress.begin)
-        namespace: dict[str, Any] = {}
-        exec(f"def {name}({', '.join(arguments)}): pass", namespace)
-        self.dispatcher = compiled_elsewhere(namespace[name], self._obtain, **OPTIONS)
+        self.dispatcher = compiled_elsewhere(_stand_in(name, arguments), self._obtain, **OPTIONS)
         declared.append(self)
 
     def ready(self) -> bool:
@@ -75,6 +74,17 @@ class Declared:
         dispatcher.compile(arguments)
         progress.end(self.name)
         return dispatcher.overloads[arguments]
+
+
+def _stand_in(name: str, parameters: Iterable[str]) -> Callable[..., None]:
+    """A function with the entry's name and parameters, for numba to sort arguments by."""
+
+    def function(*arguments: object) -> None: ...
+
+    function.__name__ = function.__qualname__ = name
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = Signature([Parameter(parameter, kind) for parameter in parameters])  # type: ignore[attr-defined]
+    return function
 
 
 declared: list[Declared] = []
@@ -125,21 +135,17 @@ class Jobs:
     def _help(self) -> None:
         """Have another process compile one entry after the other."""
         process = _helper()
-        while process is not None:
-            entry = self.take()
-            if entry is None:
-                break
-            progress.begin(entry.name)
-            answer = _ask(process, entry)
-            if answer:
-                progress.end(entry.name)
-            self._done[entry].set()
-            if not answer:
-                break
-        if process is not None:
-            with suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]
-            process.wait()
+        if process is None:
+            return
+        with suppress(OSError), process:
+            while (entry := self.take()) is not None:
+                progress.begin(entry.name)
+                answer = _ask(process, entry)
+                if answer:
+                    progress.end(entry.name)
+                self._done[entry].set()
+                if not answer:
+                    break
 
 
 def _ask(process: subprocess.Popen[str], entry: Declared) -> str:
