@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
@@ -27,7 +29,10 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
+    PAGE_MAPPINGS,
 )
+
+U = np.uint64
 
 
 @kernel
@@ -64,14 +69,19 @@ def punch_hole(m, op):
     last = min(last, state[node + I_PAGES])
     if first >= last:
         return stop(state, op, 0)
-    unmap_mapping_range(m, inode, first, last)
-    if kind == INODE_GUEST_MEMFD_4K:
+    small = kind == INODE_GUEST_MEMFD_4K
+    if small:
         notify_inode(m, inode, first, last)
+    else:
+        unmap_mapping_range(m, inode, first, last)
     order = state[node + I_ORDER]
     for index in range(first >> order, last >> order):
         word = cache_find(m, state[node + I_CACHE], index)
-        if word & ~RESERVED != U0:
-            drop_page(m, inode, index, word)
+        if word & ~RESERVED == U0:
+            continue
+        if small and U(m.counts[word]) & PAGE_MAPPINGS != U0:  # each by itself: mm/truncate.c:truncate_cleanup_folio()
+            unmap_mapping_range(m, inode, index, index + U1)
+        drop_page(m, inode, index, word)
     return stop(state, op, 0)
 
 
