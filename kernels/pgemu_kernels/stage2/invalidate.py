@@ -146,13 +146,20 @@ def zap_vms(m, vms, inode, start, end):
 
 
 @kernel
+def forget_few(state, node, start, end):
+    """No VM has a leaf over pages [start, end) any more. Of many pages the bits are not looked at."""
+    if end - start < U512:
+        forget_pages(state, node, start, end)
+
+
+@kernel
 def zap_range(m, inode, start, end):
     """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
     node = inode_row(inode)
     vms = vms_with_leaves(m.state, node, start, end)
     dropped = zap_vms(m, vms, inode, start, end)
-    if vms != U0 and end - start < U512:
-        forget_pages(m.state, node, start, end)
+    if vms != U0:
+        forget_few(m.state, node, start, end)
     return dropped
 
 
@@ -209,12 +216,16 @@ def notify_unmap(m, space, inode, start, end):
         called &= called - U1
     if state[R_GUEST_FAULTS] != U0:
         retry_faults(m, space, inode, start, end)
-    end = min(end, state[inode_row(inode) + I_PAGES])
+    node = inode_row(inode)
+    end = min(end, state[node + I_PAGES])
     if start >= end:
         return
-    vms &= vms_with_leaves(state, inode_row(inode), start, end)
+    found = vms_with_leaves(state, node, start, end)
+    vms &= found
     if zap_vms(m, vms, inode, start, end) != 0:
         flush_vms(m)
+    if vms == found:
+        forget_few(state, node, start, end)
 
 
 @kernel
