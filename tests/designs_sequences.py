@@ -20,7 +20,7 @@ some = st.sampled_from((False, False, True))
 
 
 class Sequences(TwoMegabytes):
-    """What the fast loops do and, beside that, all that `designs.run_designs` knows.
+    """What the fast loops do and, beside that, all that `full.run_designs` knows.
 
     `disabled`: parameters that stay as they are by default, and rules that do nothing.
     """

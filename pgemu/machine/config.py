@@ -18,7 +18,7 @@ SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 
-# Parameters that only `designs.run_designs` knows.
+# Parameters that only `full.run_designs` knows.
 _FULL = (
     "order", "batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
     "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
@@ -181,7 +181,7 @@ class Config:
 
     @property
     def full(self) -> bool:
-        """Whether a parameter of the designs differs from what `replay.run` has loops for."""
+        """Whether a parameter of the designs differs from what `fast.run` has loops for."""
         return self.page_size == W.PAGE_4K or any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
 
     @property

@@ -244,7 +244,7 @@ class Core:
         return self._call_designs(actor, BEGIN if beginning else STEP)
 
     def _call_designs(self, actor: int, mode: int) -> int:
-        """designs.run_designs() without columns."""
+        """full.run_designs() without columns."""
         from pgemu_kernels.run.entries import run_designs
 
         nothing = np.zeros(1, np.uint64)
@@ -367,7 +367,7 @@ def _entry(entry: Entry) -> Any:
 
 
 def _run_designs(*arguments: Any) -> int:
-    """designs.run_designs() of columns, called as the other entries are."""
+    """full.run_designs() of columns, called as the other entries are."""
     from pgemu_kernels.run.entries import run_designs
     from pgemu_kernels.words.requests import BATCH_MODE
 

@@ -46,7 +46,6 @@ Array = np.ndarray[Any, Any]
 _TABLES = 512  # tables looked at in one go
 _REPEATS = 512  # how often mapped_ranges() goes through one table
 _PROBLEMS = 1000  # that a summary lists; all are counted
-_U12 = np.uint64(12)
 _U64 = (1 << 64) - 1
 
 

@@ -353,15 +353,6 @@ def give_back_folio(m, inode, head):
     charge_one(m, EVENT_HUGE_FOLIO_FREED)
 
 
-@outlined
-def take_folio(m, inode, block, index):
-    """Take a huge page for block row `block` of an inode and put it in the page cache: the head's PFN, or NONE."""
-    head = obtain_folio(m, inode, index)
-    if head != NONE:
-        insert_folio(m, inode, block, index, head)
-    return head
-
-
 @kernel
 def subpool_of(m, page):
     """Row + 1 of the subpool that a huge folio names, 0 for none."""

@@ -1,6 +1,6 @@
 """The recount's part of 1G pages that are split to 2M pieces: their folios, vmemmap, references and nodes.
 
-Run with what pins, LRU batches and faults hold taken off the references (designs.run_designs).
+Run with what pins, LRU batches and faults hold taken off the references (full.run_designs).
 """
 
 from __future__ import annotations

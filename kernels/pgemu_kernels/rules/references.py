@@ -2,7 +2,7 @@
 
 Holders are the page cache, page-table entries, pins, LRU batches, faults under way, and transient ones (GET), which
 are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put back after it
-(designs.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
+(full.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
 """
 
 from __future__ import annotations

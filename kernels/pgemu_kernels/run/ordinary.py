@@ -21,7 +21,7 @@ U = np.uint64
 
 @entry
 def run_ordinary(descriptor, header, object_, address, offset, length, status, detail, first):
-    """Run operations from `first` on, up to one that is for `replay.run`: its index, or how many there are."""
+    """Run operations from `first` on, up to one that is for `fast.run`: its index, or how many there are."""
     columns = Columns(header, object_, address, offset, length, status, detail)
     m = open_full_machine(descriptor)
     count = U(status.size)

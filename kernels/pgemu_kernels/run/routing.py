@@ -1,7 +1,7 @@
-"""Which entry runs an operation: `replay.run` those of the two designs, `ordinary.run_ordinary` all others.
+"""Which entry runs an operation: `fast.run` those of the two designs, `ordinary.run_ordinary` all others.
 
 What of the designs `run` does not know, and all of it on a machine with parameters of its own (R_FULL), is
-`designs.run_designs`' to run.
+`full.run_designs`' to run.
 
 Ordinary is what mainline Linux does without either design: anonymous, HugeTLB and PFN mappings of a process,
 guest_memfd of 4K folios, memory slots over a process's memory. A machine that has none of it (R_ORDINARY = 0)

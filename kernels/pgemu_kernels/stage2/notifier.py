@@ -27,7 +27,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_2M = U(1 << 21)
 
 
 @outlined
