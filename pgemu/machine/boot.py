@@ -140,6 +140,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         W.R_OPTIMIZE_VMEMMAP: config.hvo,
         W.R_PTI: config.pti,
         W.R_GUARDS: kernel.guards,
+        W.R_MERGES_UNFAULTED: kernel.merges_unfaulted,
         W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
         W.R_HOST_FORMAT: formats.HOST_X86_64,
         W.R_FORMATS: 3,

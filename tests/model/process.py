@@ -66,6 +66,7 @@ class Area:
     shared: bool
     file: File | None
     offset: int  # in bytes; of anonymous memory the address it was made at
+    account: bool = False  # VM_ACCOUNT: private and writable, or it was and something was written
     anon_vma: object | None = None
     cloned: bool = False
 
@@ -88,8 +89,10 @@ class Pool:
 class Process:
     """One process; `others` are all processes of the machine, this one included."""
 
-    def __init__(self, others: list[Process], pools: dict[int, Pool], reclaims: bool) -> None:
-        self.others, self.pools, self.reclaims = others, pools, reclaims
+    def __init__(
+        self, others: list[Process], pools: dict[int, Pool], reclaims: bool, merges_unfaulted: bool = True
+    ) -> None:
+        self.others, self.pools, self.reclaims, self.merges_unfaulted = others, pools, reclaims, merges_unfaulted
         self.areas: list[Area] = []
         self.root = Table()
         others.append(self)
@@ -182,9 +185,11 @@ class Process:
         """Join an area with its neighbours, if they differ in nothing; the lower one first where only one will do."""
         low = next((a for a in self.areas if a.end == area.start), None)
         high = next((a for a in self.areas if a.start == area.end), None)
-        if low is not None and not joins(low, area):
+        if low is not None and not (alike(low, area) and self.may_share(area, low)):
             low = None
-        if high is not None and (not joins(area, high) or (low is not None and not same_anon_vma(low, high))):
+        if high is not None and not (alike(area, high) and self.may_share(area, high)):
+            high = None
+        if low is not None and high is not None and len({low.anon_vma, high.anon_vma} - {None}) == 2:
             high = None
         for other in (low, high):
             if other is not None:
@@ -194,6 +199,12 @@ class Process:
                 if area.anon_vma is None:
                     area.anon_vma, area.cloned = other.anon_vma, other.cloned
 
+    def may_share(self, area: Area, other: Area) -> bool:
+        """Whether an area can have the anon_vma of another that it is to join, or give it its own."""
+        if area.anon_vma is None or area.anon_vma is other.anon_vma:
+            return area.anon_vma is other.anon_vma or not other.cloned
+        return other.anon_vma is None and not area.cloned and self.merges_unfaulted
+
     def prepare(self, area: Area) -> None:
         """An anon_vma for an area: a neighbour's, if only permissions keep them apart."""
         if area.anon_vma is not None:
@@ -201,6 +212,7 @@ class Process:
         for other in sorted(self.areas, key=lambda a: -a.start):
             touching = other.start == area.end or other.end == area.start
             touching &= other.offset - other.start == area.offset - area.start and not other.cloned
+            touching &= other.account == area.account
             if area.kind == "anon" and other.kind == "anon" and touching and other.anon_vma is not None:
                 area.anon_vma = other.anon_vma
                 return
@@ -221,7 +233,9 @@ class Process:
             return -EINVAL
         if kind == "device" and offset + length > file.pages * PAGE:
             return -EINVAL
-        area = Area(address, address + length, prot, kind, shared, file, address if kind == "anon" else offset)
+        account = kind == "anon" and bool(prot & WRITE)
+        place = address if kind == "anon" else offset
+        area = Area(address, address + length, prot, kind, shared, file, place, account)
         self.areas.append(area)
         self.merge(area)
         return 0
@@ -250,6 +264,8 @@ class Process:
                     return status
                 area = self.area(address)
                 area.prot = prot
+                if area.kind == "anon":
+                    area.account = bool(prot & WRITE) or (area.account and area.anon_vma is not None)
                 self.merge(area)
                 self.change(area, address, last)
             address = last
@@ -459,7 +475,7 @@ class Process:
     # ------------------------------------------------------------------ fork and exit
 
     def fork(self) -> Process:
-        child = Process(self.others, self.pools, self.reclaims)
+        child = Process(self.others, self.pools, self.reclaims, self.merges_unfaulted)
         for area in sorted(self.areas, key=lambda a: a.start):
             copy = replace(area)
             if area.anon_vma is not None:
@@ -493,18 +509,10 @@ class Process:
         self.others.remove(self)
 
 
-def joins(low: Area, high: Area) -> bool:
-    """Whether two areas that touch differ in nothing."""
-    alike = low.kind == high.kind == "anon" and low.prot == high.prot
-    return alike and low.at(low.end) == high.offset and same_anon_vma(low, high)
-
-
-def same_anon_vma(one: Area, other: Area) -> bool:
-    if one.anon_vma is other.anon_vma:
-        return True
-    if one.anon_vma is None:
-        return not other.cloned
-    return other.anon_vma is None and not one.cloned
+def alike(low: Area, high: Area) -> bool:
+    """Whether two areas that touch differ in nothing, anon_vmas apart."""
+    anonymous = low.kind == high.kind == "anon"
+    return anonymous and (low.prot, low.account, low.at(low.end)) == (high.prot, high.account, high.offset)
 
 
 def release(page: Page) -> None:

@@ -65,7 +65,8 @@ class Processes(RuleBasedStateMachine):
         self.reclaims = formats.KERNELS[kernel].dontneed_frees_tables
         self.models: list[model.Process] = []
         self.pools = {M2: model.Pool(6), G1: model.Pool(2)}
-        self.pairs = [(self.machine.create_process(), model.Process(self.models, self.pools, self.reclaims))]
+        first = model.Process(self.models, self.pools, self.reclaims, formats.KERNELS[kernel].merges_unfaulted)
+        self.pairs = [(self.machine.create_process(), first)]
         self.files: list[tuple[Any, model.File]] = [
             (self.machine.create_hugetlb_file(G1), model.File("huge", G1 // PAGE, M2)),
             (self.machine.create_hugetlb_file(8 * M2), model.File("huge", 8 * 512, M2)),

@@ -145,6 +145,8 @@ class KernelParameters:
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
+    `merges_unfaulted`: VMAs merge, too, where only the one that changes has an anon_vma (6.16, "mm/vma: fix
+    incorrectly disallowed anonymous VMA merges").
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
     `thp_modify_drops_dirty`: mprotect of a transparent huge page loses its dirty bit (captured for 6.12 and 6.18:
     pmd_modify() masked it out before it could be saved). `thp_split_drops_dirty`: the pages of a split one are clean.
@@ -177,12 +179,13 @@ class KernelParameters:
     arm_locked: int = 1 << 10
     recovers_huge_pages: bool = True
     guest_memfd_mmap: bool = True
+    merges_unfaulted: bool = True
 
 
 KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
-        special_huge_zero=False, guards=False, recovers_huge_pages=False,
+        special_huge_zero=False, guards=False, recovers_huge_pages=False, merges_unfaulted=False,
         guest_memfd_mmap=False, thp_modify_drops_dirty=True, marks_zapped=True, hwpoison=1 << 20,
     ),
     "6.18": KernelParameters(

@@ -19,6 +19,7 @@ from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
+    A_ANON_VMA,
     A_END,
     A_FLAGS,
     A_INODE,
@@ -34,7 +35,9 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_SPACE,
     PROT_WRITE,
+    VM_ACCOUNT,
     VM_LOCKED,
+    VM_NORESERVE,
     VM_PFNMAP,
     VM_SHARED,
     VMA_ANONYMOUS,
@@ -43,6 +46,21 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
+
+
+@kernel
+def _account(state, row, prot):
+    """mprotect_fixup(): the flags of a VMA whose rights become `prot`.
+
+    A private one counts from its first right to write on; one without an anon_vma only while it has that right.
+    """
+    flags = state[row + A_FLAGS]
+    if prot & PROT_WRITE != U0:
+        old = state[row + A_PROT] & PROT_WRITE
+        uncounted = old == U0 and state[row + A_KIND] != VMA_HUGETLB and flags & (VM_SHARED | VM_NORESERVE) == U0
+        return flags | VM_ACCOUNT if uncounted else flags
+    untouched = state[row + A_KIND] == VMA_ANONYMOUS and state[row + A_ANON_VMA] == U0
+    return flags & ~VM_ACCOUNT if untouched else flags
 
 
 @outlined
@@ -63,6 +81,7 @@ def _protect_vma(m, row, start, end, prot):
         status, upper = cut(m, row, end)
         if status != 0:
             return status
+    state[row + A_FLAGS] = _account(state, row, prot)
     state[row + A_PROT] = prot
     state[row + A_READ_ONLY] = U1 if prot & PROT_WRITE == U0 else U0
     row = merge(state, row)

@@ -61,6 +61,7 @@ from pgemu_kernels.words.rows import (
     O_SPACE,
     S_ORDINARY,
     TASK_SIZE,
+    VM_ACCOUNT,
     VM_LOCKED,
     VM_NORESERVE,
     VM_PFNMAP,
@@ -159,6 +160,12 @@ def _check_mmap(state, op, kind, length):
 
 
 @kernel
+def _is_accountable(kind, flags, bits):
+    """mm/vma.c:accountable_mapping(): private and writable; HugeTLB pages have reservations of their own."""
+    return kind != VMA_HUGETLB and flags & FLAG_WRITE != U0 and bits & (VM_SHARED | VM_NORESERVE) == U0
+
+
+@kernel
 def _flags_of(m, kind, flags):
     """VM_* that a record's flags and the kind of the mapping ask for."""
     bits = U0
@@ -170,6 +177,8 @@ def _flags_of(m, kind, flags):
         bits |= VM_NORESERVE
     if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and vma_is_pfnmap(m)):
         bits |= VM_PFNMAP
+    if _is_accountable(kind, flags, bits):
+        bits |= VM_ACCOUNT
     return bits
 
 

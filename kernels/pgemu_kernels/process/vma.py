@@ -15,7 +15,7 @@ from pgemu_kernels.process.tables import below, lookup
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
-from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_VMAS
+from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_MERGES_UNFAULTED, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_CLONED,
@@ -179,7 +179,7 @@ def _notify_split(m, row, address):
 
 @kernel
 def _continues(state, lower, upper):
-    """Whether two anonymous VMAs touch and differ in nothing but permissions."""
+    """Whether two anonymous VMAs touch and differ in nothing but permissions. mm/vma.c:anon_vma_compatible()"""
     pages = (state[lower + A_END] - state[lower + A_START]) >> U12
     return (
         state[lower + A_END] == state[upper + A_START]
@@ -191,22 +191,23 @@ def _continues(state, lower, upper):
 
 
 @kernel
-def _same_anon_vma(state, one, other):
+def _same_anon_vma(state, row, neighbour):
     """mm/vma.c:is_mergeable_anon_vma(): the same one, or one has none and the other was not cloned by fork."""
-    a = state[one + A_ANON_VMA]
-    b = state[other + A_ANON_VMA]
-    if a == b:
+    own = state[row + A_ANON_VMA]
+    other = state[neighbour + A_ANON_VMA]
+    if own == other:
         return True
-    if a == U0:
-        return state[other + A_CLONED] == U0
-    return b == U0 and state[one + A_CLONED] == U0
+    if own == U0:
+        return state[neighbour + A_CLONED] == U0
+    return other == U0 and state[row + A_CLONED] == U0 and state[R_MERGES_UNFAULTED] != U0
 
 
 @kernel
-def _mergeable(state, lower, upper):
+def _mergeable(state, lower, upper, row, neighbour):
+    """Whether a VMA can be one with a neighbour, the lower or the upper. can_vma_merge_before(), _after()"""
     if lower == NONE or upper == NONE or not _continues(state, lower, upper):
         return False
-    return state[lower + A_PROT] == state[upper + A_PROT] and _same_anon_vma(state, lower, upper)
+    return state[lower + A_PROT] == state[upper + A_PROT] and _same_anon_vma(state, row, neighbour)
 
 
 @kernel
@@ -231,10 +232,10 @@ def merge(state, row):
     space = state[row + A_SPACE]
     lower = row_at(state, space, state[row + A_START], A_END)
     upper = row_at(state, space, state[row + A_END], A_START)
-    left = _mergeable(state, lower, row)
-    right = _mergeable(state, row, upper)
-    if left and right and not _same_anon_vma(state, lower, upper):
-        right = False
+    left = _mergeable(state, lower, row, row, lower)
+    right = _mergeable(state, row, upper, row, upper)
+    if left and right and state[lower + A_ANON_VMA] != U0 and state[upper + A_ANON_VMA] != U0:
+        right = state[lower + A_ANON_VMA] == state[upper + A_ANON_VMA]  # can_vma_merge_right()
     if right:
         _join(state, row, upper)
     if left:

@@ -65,6 +65,7 @@ R_ORDINARY = U(51)  # 1: there are VMAs, memslots or inodes of ordinary kinds (r
 R_FORMATS = U(52)  # rows of formats in use
 R_UNFLUSHED_VMS = U(53)  # a bit per VM that lost leaves since its last flush
 R_GUEST_BITS = U(54)  # where the bits of I_GUEST_BITS begin in `state`
+R_MERGES_UNFAULTED = U(57)  # 1: a VMA with an anon_vma merges into a neighbour without one (6.16)
 R_ZERO_FRAME = U(58)  # the zero page's frame; 0 until the first read of anonymous memory
 R_PTI = U(59)  # 1: page-table isolation
 R_CONTIGUOUS = U(88)  # first of CONTIGUOUS_FRAMES frames from which runs are taken: roots of several tables

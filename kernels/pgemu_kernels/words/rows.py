@@ -203,6 +203,7 @@ VM_LOCKED = U(2)
 VM_PFNMAP = U(4)
 VM_NORESERVE = U(8)
 VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
+VM_ACCOUNT = U(32)  # counted against the commit limit, which is not modelled: VMAs that differ in it do not merge
 PROT_READ = U(1)
 PROT_WRITE = U(2)
 PROT_EXEC = U(4)
