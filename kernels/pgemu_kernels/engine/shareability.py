@@ -63,6 +63,12 @@ def bits_between(first, last):
 
 
 @kernel
+def mask_at(index, end):
+    """The bits of [index, end) in the word that holds `index`, of a row with a bit each."""
+    return bits_between(index & U63, min(U64, (index & U63) + end - index))
+
+
+@kernel
 def shared_in_range(m, node, start, end):
     """Shared pages in [start, end). Whole 2M blocks are counted by their count."""
     total = U0

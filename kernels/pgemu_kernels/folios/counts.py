@@ -12,45 +12,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, U0, U1, U8, U24, U32
+from pgemu_kernels.engine.bits import LOW32, U0, U1, U24, U32
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.folios.folio import (
     COUNTS,
     FLAGS,
     MAPPING,
-    PG_HEAD,
     PGTY_HUGETLB,
     add_references,
+    folio_order,
+    folio_test_large,
     mappings,
     reference_count,
 )
+from pgemu_kernels.words.rows import GUP_PIN_COUNTING_BIAS
 
 U = np.uint64
 
-GUP_PIN_COUNTING_BIAS = U(1 << 10)  # references that a pin of a small folio takes
 NEGATIVE = U(1 << 31)  # sign of a count
 ANONYMOUS = U(1)  # FOLIO_MAPPING_ANON, of the word MAPPING
 PG_PRIVATE = U(1 << 14)
 PG_SWAPCACHE = U(1 << 10 | 1 << 17)  # PG_owner_priv_1 and PG_swapbacked: folio_test_swapcache()
 TYPES = U(0x80)  # top byte of a page type, from here to
 NO_TYPE = U(0xFF)  # ... below this: page_type_has_type()
-ORDER = U(0xFF)  # of the second struct page's flags
 
 # Words of a large folio that lie in its second struct page, from the head on: the same places in 6.12, 6.18 and 7.3,
 # unlike _entire_mapcount and the number of pages (see hugetlb.write_order()).
 LARGE_MAPCOUNT = U(10)  # low half
 PINCOUNT = U(11)  # high half
-
-
-@kernel
-def is_large(ram, page):
-    return ram[page + FLAGS] & PG_HEAD != U0
-
-
-@kernel
-def folio_order(ram, page):
-    """mm.h:folio_order()."""
-    return ram[page + U8 + FLAGS] & ORDER if is_large(ram, page) else U0
 
 
 @kernel
@@ -62,7 +51,7 @@ def pin_count(ram, page):
 @kernel
 def map_count(ram, page):
     """mm.h:folio_mapcount(): page-table entries that map any part of the folio."""
-    if is_large(ram, page):
+    if folio_test_large(ram, page):
         return ram[page + LARGE_MAPCOUNT] + U1 & LOW32
     return U0 if has_type(ram, page) else mappings(ram, page)
 
@@ -87,7 +76,7 @@ def try_get(ram, page, n):
 
 
 @kernel
-def put(ram, page, n):
+def put_refs(ram, page, n):
     """Drop `n` references: folio_put_refs(). Returns whether these were the last."""
     add_references(ram, page, U0 - n)
     return reference_count(ram, page) == U0
@@ -116,7 +105,7 @@ def try_pin(ram, page, n):
     """
     if not may_grab(ram, page):
         return False
-    if is_large(ram, page):
+    if folio_test_large(ram, page):
         add_references(ram, page, n)
         ram[page + PINCOUNT] += n << U32
     else:
@@ -127,10 +116,10 @@ def try_pin(ram, page, n):
 @kernel
 def unpin(ram, page, n):
     """Undo `n` pins: gup_put_folio(). Returns whether the last reference went with them."""
-    if is_large(ram, page):
+    if folio_test_large(ram, page):
         ram[page + PINCOUNT] -= n << U32
-        return put(ram, page, n)
-    return put(ram, page, n * GUP_PIN_COUNTING_BIAS)
+        return put_refs(ram, page, n)
+    return put_refs(ram, page, n * GUP_PIN_COUNTING_BIAS)
 
 
 @kernel
@@ -139,7 +128,7 @@ def maybe_dma_pinned(ram, page):
 
     The count of a small folio is compared unsigned, so one that overflowed looks pinned, that of a large one signed.
     """
-    if is_large(ram, page):
+    if folio_test_large(ram, page):
         return U0 < pin_count(ram, page) < NEGATIVE
     return reference_count(ram, page) >= GUP_PIN_COUNTING_BIAS
 

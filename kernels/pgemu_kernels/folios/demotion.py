@@ -155,7 +155,7 @@ def demote(m, h, count, node):
 
 
 @outlined
-def dissolve(m, h, head):
+def dissolve_free_hugetlb_folio(m, h, head):
     """dissolve_free_hugetlb_folio(): a free page leaves its pool: 0, -EBUSY if it is in use or reserved, -ENOMEM."""
     state = m.state
     page = struct_page(m, head)

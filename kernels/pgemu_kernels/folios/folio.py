@@ -88,9 +88,21 @@ def struct_page(m, pfn):
 
 
 @kernel
-def folio_order(m, head):
-    """Order of a large folio: the low byte of its second struct page's flags."""
-    return m.ram[struct_page(m, head + U1) + FLAGS] & LOW_BYTE
+def folio_test_large(ram, page):
+    """Whether the struct page at index `page` of `ram` is the head of others."""
+    return ram[page + FLAGS] & PG_HEAD != U0
+
+
+@kernel
+def folio_order(ram, page):
+    """mm.h:folio_order(): the low byte of the second struct page's flags."""
+    return ram[page + U8 + FLAGS] & LOW_BYTE if folio_test_large(ram, page) else U0
+
+
+@kernel
+def order_of(m, head):
+    """The order of the folio whose first frame is `head`."""
+    return folio_order(m.ram, struct_page(m, head))
 
 
 @kernel
@@ -154,7 +166,7 @@ def mark_accessed(m, pfn):
     head = pfn & ~U511  # of a 1G page's tails some read as its head, whose words they show
     if not is_huge_page(m, head):
         head = pfn & ~_INSIDE_1G
-        if not is_huge_page(m, head) or folio_order(m, head) != ORDER_1G:
+        if not is_huge_page(m, head) or order_of(m, head) != ORDER_1G:
             return
     page = struct_page(m, head) + FLAGS
     shift = m.state[R_LRU_REFS]

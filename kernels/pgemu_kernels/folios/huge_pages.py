@@ -19,7 +19,7 @@ from pgemu_kernels.folios.folio import (
     PGTY_HUGETLB,
     PRIVATE,
     add_references,
-    folio_order,
+    order_of,
     reference_count,
     struct_page,
 )
@@ -101,7 +101,7 @@ def give_back_huge(m, head):
     mm/hugetlb.c:free_huge_folio(). A page of a pool with surplus pages on its node goes to the page allocator.
     """
     state = m.state
-    h = hstate_of_order(folio_order(m, head))
+    h = hstate_of_order(order_of(m, head))
     page = struct_page(m, head)
     m.ram[page + MAPPING] = U0
     m.ram[page + PRIVATE] &= ~HUGETLB_MIGRATABLE
@@ -194,7 +194,7 @@ def remove_from_file(m, head):
     page = struct_page(m, head)
     m.ram[page + FLAGS] &= ~(PG_UPTODATE | PG_DIRTY)
     m.ram[page + MAPPING] = U0
-    add_references(m.ram, page, U0 - (U1 << folio_order(m, head)))
+    add_references(m.ram, page, U0 - (U1 << order_of(m, head)))
     if reference_count(m.ram, page) == U0:
         give_back_huge(m, head)
 

@@ -11,8 +11,8 @@ from pgemu_kernels.engine.frames import copy_frame, frames_left, take_frame
 from pgemu_kernels.folios.folio import (
     HUGETLB_VMEMMAP_OPTIMIZED,
     PRIVATE,
-    folio_order,
     is_huge_page,
+    order_of,
     struct_page,
     vmemmap_address,
 )
@@ -21,8 +21,8 @@ from pgemu_kernels.folios.vmemmap import (
     compound_info,
     flush_kernel_range,
     free_chain,
+    free_vmemmap_page,
     give_up,
-    release,
     vmemmap_directory,
     vmemmap_pages,
     vmemmap_pte,
@@ -156,7 +156,7 @@ def next_of_batch(m, head, end):
     """The head that follows in a batch: in its list (`end` 0) or in memory; 0 after the last."""
     if end == U0:
         return page_after(m, head)
-    return next_huge_page(m, head + (U1 << folio_order(m, head)), end)
+    return next_huge_page(m, head + (U1 << order_of(m, head)), end)
 
 
 @outlined
@@ -176,7 +176,7 @@ def restore_batch(m, first, end):
             if not waited:
                 charge_one(m, EVENT_RCU_SYNCHRONIZED)
             waited = True
-            status = remap_restored(m, head, folio_order(m, head))
+            status = remap_restored(m, head, order_of(m, head))
             restored = restored or status == 0
         if status == 0:
             done += U1
@@ -276,7 +276,7 @@ def remap_optimized(m, head, order, later):
     if split_directories(m, head, order, True) != 0:
         ram[first + PRIVATE] &= ~HUGETLB_VMEMMAP_OPTIMIZED
         if frame != NONE:
-            release(m, frame, later)
+            free_vmemmap_page(m, frame, later)
         return np.int64(-ENOMEM)
     if frame == NONE:
         frame = old
@@ -318,7 +318,7 @@ def optimize(m, head, order):
 @kernel
 def presplit(m, head):
     """hugetlb_vmemmap_split_folio(): 0 or -ENOMEM, without flushes."""
-    return split_directories(m, head, folio_order(m, head), False) if should_optimize(m, head) else np.int64(0)
+    return split_directories(m, head, order_of(m, head), False) if should_optimize(m, head) else np.int64(0)
 
 
 @outlined
@@ -342,7 +342,7 @@ def optimize_batch(m, first, end):
     head = first
     while head != U0:
         following = next_of_batch(m, head, end)
-        order = folio_order(m, head)
+        order = order_of(m, head)
         if not should_optimize(m, head):
             head = following
             continue

@@ -21,7 +21,7 @@ from pgemu_kernels.folios.split_pages import (
     join_list,
     join_pages,
     note_uptodate,
-    prepare,
+    prepare_head,
     zero_the_rest,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes
@@ -57,7 +57,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
         charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
         m.ram[first + INDEX] = index
-    prepare(m, head, first, order, references, uptodate)
+    prepare_head(m, head, first, order, references, uptodate)
     charge_one(m, EVENT_FOLIO_MERGED)
     return np.int64(0)
 

@@ -61,7 +61,7 @@ def _bits(state, node, block):
 
 
 @kernel
-def is_free(state, node, block):
+def is_free_block(state, node, block):
     return state[_bits(state, node, block)] >> (block & U63) & U1 != U0
 
 
@@ -153,7 +153,7 @@ def take_gigantic(m, node):
 def is_block_free(state, pfn):
     """Whether the 2M block of a frame is with the page allocator."""
     node = node_of(state, pfn)
-    return is_free(state, node, (pfn - state[node_row(node) + N_BASE]) >> U9)
+    return is_free_block(state, node, (pfn - state[node_row(node) + N_BASE]) >> U9)
 
 
 @outlined

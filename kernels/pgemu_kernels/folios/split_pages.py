@@ -261,7 +261,7 @@ def zero_the_rest(m, head, pages):
 
 
 @outlined
-def prepare(m, head, first, order, references, uptodate):
+def prepare_head(m, head, first, order, references, uptodate):
     """The head of joined pages, with `references`; then hugetlb_vmemmap_optimize_folio(), whose failure nobody minds.
 
     prep_compound_page(). `uptodate` (0 or 1): whether the folio is up to date as a whole. Vmemmap pages that are freed

@@ -31,7 +31,7 @@ from pgemu_kernels.folios.split_pages import (
     join_pages,
     leave_list,
     missing_pages,
-    prepare,
+    prepare_head,
     write_pages,
 )
 from pgemu_kernels.folios.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
@@ -118,7 +118,7 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
         charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(inserted))
         charge(m, EVENT_PAGE_CACHE_STORED, np.int64(inserted))
     join_pages(m, head, first, order)
-    prepare(m, head, first, order, references, uptodate)
+    prepare_head(m, head, first, order, references, uptodate)
     charge_one(m, EVENT_PAGE_CACHE_STORED)
     return NO_MEMORY
 

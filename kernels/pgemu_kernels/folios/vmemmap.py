@@ -136,7 +136,7 @@ def vmemmap_pages(order):
 
 
 @outlined
-def store(m, address, value):
+def store_vmemmap(m, address, value):
     """A store to the vmemmap: 0, or -EFAULT through a read-only entry or where nothing is mapped; and the entry's slot.
 
     In Linux a fault is an oops; tails of an optimised folio are read-only. Only memcg_data takes the value: the machine
@@ -184,11 +184,11 @@ def forget_vmemmap_page(m, frame):
 def give_up(m, frame, later):
     """A vmemmap page is not mapped any more: counted, and freed now or later."""
     forget_vmemmap_page(m, frame)
-    release(m, frame, later)
+    free_vmemmap_page(m, frame, later)
 
 
 @kernel
-def release(m, frame, later):
+def free_vmemmap_page(m, frame, later):
     """Free a vmemmap page, or put it in the chain of those to be freed after the flush of a batch."""
     if later:
         m.ram[frame << U9] = m.state[R_FREED_CHAIN]

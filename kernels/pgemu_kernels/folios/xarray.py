@@ -28,7 +28,7 @@ from pgemu_kernels.words.rows import SPLIT_FORM_RFC2
 U = np.uint64
 
 
-NODES = U(7)  # to a frame
+FRAME_NODES = U(7)  # to a frame
 STASH_BYTES = U64
 
 
@@ -90,14 +90,14 @@ def pop_frame(m):
 def object_frames(m):
     """How many frames nodes and stashes take."""
     nodes = U(m.stats[STATS_GAUGES + GAUGE_XARRAY_NODES * U2]) + m.state[R_NODE_SLOTS]
-    return nodes // NODES + ((m.state[R_STASHED] + U4095) >> U12)
+    return nodes // FRAME_NODES + ((m.state[R_STASHED] + U4095) >> U12)
 
 
 @kernel
 def obtainable(m, frames):
     """How many nodes there is memory for, if `frames` are left for others."""
     left = frames_left(m)
-    return m.state[R_NODE_SLOTS] + (left - frames) * NODES if left > frames else m.state[R_NODE_SLOTS]
+    return m.state[R_NODE_SLOTS] + (left - frames) * FRAME_NODES if left > frames else m.state[R_NODE_SLOTS]
 
 
 @outlined
@@ -108,7 +108,7 @@ def take_nodes(m, nodes):
         return U0
     free = state[R_NODE_SLOTS]
     while free < nodes and push_frame(m):
-        free += NODES
+        free += FRAME_NODES
     taken = min(free, nodes)
     state[R_NODE_SLOTS] = free - taken
     if taken != U0:
@@ -123,9 +123,9 @@ def put_nodes(m, nodes):
     if nodes == U0:
         return
     free = m.state[R_NODE_SLOTS] + nodes
-    while free >= NODES:
+    while free >= FRAME_NODES:
         pop_frame(m)
-        free -= NODES
+        free -= FRAME_NODES
     m.state[R_NODE_SLOTS] = free
     change(m.stats, GAUGE_XARRAY_NODES, -np.int64(nodes))
     charge(m, EVENT_XARRAY_NODE_FREED, np.int64(nodes))

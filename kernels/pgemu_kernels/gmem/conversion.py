@@ -20,6 +20,7 @@ from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
 from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
+from pgemu_kernels.folios.counts import maybe_dma_pinned
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hugetlb import stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
@@ -58,7 +59,6 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
-    GUP_PIN_COUNTING_BIAS,
     I_PAGES,
     O_DETAIL,
     O_END,
@@ -328,7 +328,7 @@ def is_idle_4k(m, page):
 
     virt/kvm/guest_memfd.c of the in-place series: folio_maybe_dma_pinned(), folio_mapped(), lru_add_drain_all()
     """
-    if reference_count(m.ram, page) >= GUP_PIN_COUNTING_BIAS or mappings(m.ram, page) != U0:
+    if maybe_dma_pinned(m.ram, page) or mappings(m.ram, page) != U0:
         return False
     if is_idle(m, page, U1):
         return True

@@ -27,7 +27,7 @@ from pgemu_kernels.engine.rows import (
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
-from pgemu_kernels.gmem.host_entries import insert as insert_special, page_slot
+from pgemu_kernels.gmem.host_entries import insert_pfn, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot, load_root
@@ -194,7 +194,7 @@ def map_counted(m, op):
 @step
 def host_map(m, op):
     """Enter what was found in the process's tables; then unlock, if that was left."""
-    status = insert_special(m, op) if entries_are_special(m) else map_counted(m, op)
+    status = insert_pfn(m, op) if entries_are_special(m) else map_counted(m, op)
     if inserts_locked(m):
         unlock(m.state, op, inode_row(m.state[op + O_INODE]))
     return stop(m.state, op, status)

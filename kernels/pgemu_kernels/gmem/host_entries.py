@@ -17,7 +17,7 @@ from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
 from pgemu_kernels.formats.bits import PTE_LARGE
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.process.tables import level1_table, lookup, need_slot
+from pgemu_kernels.process.tables import level1_table, lookup_address, need_slot
 from pgemu_kernels.tables.walker import host_format
 from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
@@ -91,7 +91,7 @@ def host_level(m, op):
 
 @outlined
 def insert_large(m, op):
-    """insert() of the largest entry that fits, or of a lower one where a table stands in the place.
+    """insert_pfn() of the largest entry that fits, or of a lower one where a table stands in the place.
 
     The pages that a large entry shows are zeroed first.
     """
@@ -105,7 +105,7 @@ def insert_large(m, op):
             return np.int64(VM_FAULT_OOM)
         if m.ram[slot] == U0:
             break
-        _, at = lookup(m, space_root(state, space), address)
+        _, at = lookup_address(m, space_root(state, space), address)
         if at >= level:
             state[op + O_DETAIL] = at
             return np.int64(VM_FAULT_NOPAGE)
@@ -127,7 +127,7 @@ large_inserted = full_only(insert_large, none_large)
 
 
 @step
-def insert(m, op):
+def insert_pfn(m, op):
     """Enter a host fault's frame: VM_FAULT_NOPAGE or _OOM. mm/memory.c:vmf_insert_pfn(), no reference, no mapcount.
 
     detail: the entry's level. An entry that is there is left alone: insert_pfn(), insert_pmd(), insert_pud(), with

@@ -6,10 +6,10 @@ restructure the size of the folio, in pfnmap how far around the page all pages a
 
 from __future__ import annotations
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
-from pgemu_kernels.engine.geometry import index_at, pages_of
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
@@ -17,10 +17,10 @@ from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_r
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.stage2.entries import is_table
+from pgemu_kernels.kvm.dirty_log import table_over
 from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
-from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
+from pgemu_kernels.tables.walker import stage2_format
 from pgemu_kernels.words.enum_words import (
     DEFECT_HUGE_OVER_PRIVATE,
     DEFECT_MAPPING_ORDER,
@@ -198,36 +198,11 @@ def zero_below(m, slot, gfn, level):
         zero_folio(m, node, index, frame_of(m, block, index), level, order)
 
 
-@kernel
-def recover_below(m, f, slot, spte, gfn):
-    """Replace the largest table over a guest frame that can be: the level at which the walk ended.
-
-    `spte`: the slot of the frame's level-3 entry.
-    """
-    state = m.state
-    level = U3
-    while level > U1:
-        entry = m.ram[spte]
-        if not is_table(state, f, entry, level):
-            break
-        if gfn & (pages_of(level) - U1) == U0 and level_now(m, slot, gfn) >= level:
-            if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, entry, level) != U0:
-                zero_below(m, slot, gfn, level)
-            if collapse(m, f, spte, level) != 0:
-                index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
-                note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
-            break
-        level -= U1
-        if level > U1:
-            spte = table_of(state, f, entry) + index_at(gfn, level)
-    return level
-
-
 @outlined
 def recover_slot(m, slot):
     """Dirty logging is off: put large leaves back where slot and inode allow them, or (6.12) drop the small ones.
 
-    mmu.c:kvm_mmu_recover_huge_pages(), 6.12: kvm_mmu_zap_collapsible_sptes(); as kvm_memslots.recover_huge_pages().
+    As kvm/dirty_log.py:recover_huge_pages(), which asks the host's tables.
     """
     state = m.state
     f = stage2_format(m)
@@ -235,10 +210,15 @@ def recover_slot(m, slot):
     gfn = state[slot + M_BASE_GFN]
     end = gfn + state[slot + M_PAGES]
     while gfn < end:
-        top = m.ram[(root >> U3) + index_at(gfn, U4)]
-        level = U3
-        if is_present(state, f, top):
-            level = recover_below(m, f, slot, table_of(state, f, top) + index_at(gfn, U3), gfn)
+        spte, level = table_over(m, f, root, gfn, U3)
+        if spte != NONE:
+            spte, level = table_over(m, f, root, gfn, level_now(m, slot, gfn))
+        if spte != NONE:
+            if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, m.ram[spte], level) != U0:
+                zero_below(m, slot, gfn, level)
+            if collapse(m, f, spte, level) != 0:
+                index = page_of_slot(state, slot, gfn)
+                note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
         step = pages_of(max(level, U2))
         gfn = (gfn & ~(step - U1)) + step
 

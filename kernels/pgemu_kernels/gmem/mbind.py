@@ -73,7 +73,7 @@ def cut(m, inode, start, end):
 
 
 @kernel
-def is_refused(state, mode, nodes):
+def mpol_refuses(state, mode, nodes):
     """What mpol_new() and the check of the node mask refuse."""
     if mode > _INTERLEAVE or nodes >> state[R_NODES] != U0:
         return True
@@ -92,7 +92,7 @@ def operate_policy(m, op):
     mode = state[op + O_FLAGS]
     nodes = state[op + O_ADDRESS]
     inode = state[op + O_OBJECT]
-    if is_refused(state, mode, nodes):
+    if mpol_refuses(state, mode, nodes):
         return stop(state, op, -EINVAL)
     if inode == NO_INODE:
         state[R_FULL] = U1  # the fast loops know no policies

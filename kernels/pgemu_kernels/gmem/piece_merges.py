@@ -57,14 +57,14 @@ from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
     CACHED,
-    NODES,
-    ORDER,
     OWN_WORDS,
     PAGES,
+    PIECE_NODES,
+    PIECE_ORDER,
     PIECES,
     WHOLE,
     any_piece_split,
-    is_idle,
+    is_idle_block,
     is_piece_split,
     mark_piece,
     piece_head,
@@ -111,7 +111,7 @@ def merge_piece(m, node, block, index, keep):
     `keep`: note which of its pages are zeroed; the contents of a block that is being freed do not matter.
     """
     bits = zeroed_bits(m, node, index) if keep else NONE
-    status = merge_zeroed(m, piece_head(m, block, index), ORDER, index, bits)
+    status = merge_zeroed(m, piece_head(m, block, index), PIECE_ORDER, index, bits)
     if status == 0:
         mark_piece(m, block, index, U0)
     return status
@@ -204,7 +204,7 @@ def missing_of_pieces(m, head):
     """Vmemmap pages that the pieces of a block lack."""
     missing = U0
     for piece in range(head, head + BLOCK_PAGES, PAGES):
-        missing += missing_pages(m, struct_page(m, piece), ORDER)
+        missing += missing_pages(m, struct_page(m, piece), PIECE_ORDER)
     return missing
 
 
@@ -338,7 +338,7 @@ def merge_whole(m, node, block, first, keep, must):
     `keep`: as merge_piece(). Pieces in the page cache give their nodes back.
     """
     head = m.state[block + B_PFN]
-    if any_piece_split(m, block) or not is_idle(m, block):
+    if any_piece_split(m, block) or not is_idle_block(m, block):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
@@ -353,7 +353,7 @@ def merge_whole(m, node, block, first, keep, must):
     if m.ram[struct_page(m, head) + MAPPING] != U0:
         rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
         charge(m, EVENT_PAGE_CACHE_STORED, np.int64(PIECES) + 1 if rfc2 else np.int64(1))
-        put_nodes(m, NODES)
+        put_nodes(m, PIECE_NODES)
     whole_folio(m, head, folded, first, uptodate)
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
@@ -374,7 +374,7 @@ def dissolve_block(m, node, block, first):
 
     Its pages are mapped by nobody. -EAGAIN, with nothing changed: somebody holds a folio. It needs no memory.
     """
-    if not is_idle(m, block):
+    if not is_idle_block(m, block):
         charge_one(m, EVENT_FREEZE_SPIN)
         return np.int64(-EAGAIN)
     for index in range(first, first + BLOCK_PAGES, PAGES):
@@ -390,7 +390,7 @@ def nodes_of_block(m, block):
     split = U0
     for piece in range(PIECES):
         split += is_piece_split(m, block, piece << U9)
-    return NODES + split * nodes_of(m.state, ORDER)
+    return PIECE_NODES + split * nodes_of(m.state, PIECE_ORDER)
 
 
 @kernel
@@ -405,7 +405,7 @@ def abandon_piece(m, page):
 
 
 @outlined
-def make_zombie(m, block):
+def make_zombie_of_pieces(m, block):
     """Take a block in pieces out of the page cache though some folios are held: as hugetlb.make_zombie().
 
     What is outstanding is counted in pages: a 2M folio that somebody holds is 512.

@@ -37,9 +37,9 @@ from pgemu_kernels.gmem.piece_merges import note_waiting
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
     CACHED,
-    NODES,
-    ORDER,
     PAGES,
+    PIECE_NODES,
+    PIECE_ORDER,
     PIECES,
     WHOLE,
     is_piece_split,
@@ -82,7 +82,7 @@ def make_pieces(m, head, index):
     link = ram[first + COMPOUND]
     private = ram[first + PRIVATE]
     for piece in range(head, head + BLOCK_PAGES, PAGES):
-        prep_compound(m, piece, ORDER)
+        prep_compound(m, piece, PIECE_ORDER)
         page = struct_page(m, piece)
         ram[page + FLAGS] = (ram[page + FLAGS] & ~PAGE_FLAGS) | flags | PG_HEAD
         ram[page + MAPPING] = mapping
@@ -109,9 +109,9 @@ def split_whole(m, block, first):
     rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
     if rfc2:
         charge_one(m, EVENT_PAGE_CACHE_STORED)
-    taken = take_nodes(m, NODES)
-    stashed = rfc2 and taken == NODES and stash(m)
-    if taken < NODES or stashed != rfc2 or restore(m, head, WHOLE) != 0:
+    taken = take_nodes(m, PIECE_NODES)
+    stashed = rfc2 and taken == PIECE_NODES and stash(m)
+    if taken < PIECE_NODES or stashed != rfc2 or restore(m, head, WHOLE) != 0:
         if stashed:
             unstash(m)
         put_nodes(m, taken)
@@ -142,7 +142,7 @@ def split_touched(m, node, block, first, start, end):
     while index < min(end, first + BLOCK_PAGES):
         if is_piece_split(m, block, index) == U0:
             head = piece_head(m, block, index)
-            status = split_folio_from(m, head, ORDER, index, PAGES, zeroed_bits(m, node, index))
+            status = split_folio_from(m, head, PIECE_ORDER, index, PAGES, zeroed_bits(m, node, index))
             if status != 0:
                 note_waiting(m, node, block, first, first, first)
                 return status

@@ -45,13 +45,13 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 
-ORDER = U9  # of a piece
+PIECE_ORDER = U9  # of a piece
 WHOLE = U(18)  # order of the block's huge page
 PAGES = U512  # in a piece
 PIECES = U512  # in a block
 BLOCK_PAGES = U(1 << 18)
 CACHED = PGTY_HUGETLB | PAGES << U32  # _refcount and page type of an idle piece
-NODES = U(1 + 64)  # of the page cache, for the entries of 512 pieces
+PIECE_NODES = U(1 + 64)  # of the page cache, for the entries of 512 pieces
 OWN_WORDS = U(4)  # struct pages of a folio that are more than plain tails
 
 
@@ -144,7 +144,7 @@ def gate_block(m, node, block, first, start, end):
 
 
 @outlined
-def is_idle(m, block):
+def is_idle_block(m, block):
     """Whether nobody but the page cache holds any folio of a block in pieces."""
     different = U0
     for index in range(U0, BLOCK_PAGES, PAGES):

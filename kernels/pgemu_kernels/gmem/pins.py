@@ -14,7 +14,7 @@ from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
-from pgemu_kernels.folios.folio import add_references, reference_count, struct_page
+from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.faults import host_fault_page
@@ -66,12 +66,6 @@ _WORDS = U(PIN_WORDS)
 @kernel
 def pin_row(pin):
     return STATE_PINS + pin * _WORDS
-
-
-@kernel
-def maybe_dma_pinned(ram, page):
-    """mm.h:folio_maybe_dma_pinned() of a folio of order 0: 1024 references of any kind look like a pin."""
-    return reference_count(ram, page) >= GUP_PIN_COUNTING_BIAS
 
 
 # --------------------------------------------------------------------------- pin

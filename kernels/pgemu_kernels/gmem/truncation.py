@@ -23,6 +23,7 @@ from pgemu_kernels.folios.folio import mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.merging import leave_cache, merge_block
 from pgemu_kernels.gmem import piece_merges
+from pgemu_kernels.gmem.levels import defects
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
@@ -33,15 +34,14 @@ from pgemu_kernels.stage2.invalidate import (
     begin_range,
     end_range,
     flush_vms,
-    invalidate_begin,
-    invalidate_end,
+    kvm_mmu_invalidate_begin,
+    kvm_mmu_invalidate_end,
     zap_range,
     zap_slot,
 )
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
 from pgemu_kernels.words.registers import (
-    R_DEFECTS,
     R_FULL,
     R_HSTATE,
     R_INODES,
@@ -84,7 +84,6 @@ from pgemu_kernels.words.rows import (
 
 # What a machine may have otherwise, and what it is by default.
 punch_refuses = parameter(R_PUNCH_REFUSES, U0)
-defects = parameter(R_DEFECTS, U0)
 
 
 # --------------------------------------------------------------------------- blocks
@@ -107,7 +106,7 @@ def no_policies(m, inode, start, end):
 
 
 dissolve = full_only(piece_merges.dissolve_block, whole_already)
-make_zombie_of_pieces = full_only(piece_merges.make_zombie, no_zombie)
+make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, no_zombie)
 forget_policies = full_only(cut, no_policies)
 
 
@@ -266,10 +265,10 @@ def release_slot(m, slot):
     vm = state[slot + M_VM]
     gfn = state[slot + M_BASE_GFN]
     last = gfn + state[slot + M_PAGES]
-    invalidate_begin(state, vm, gfn, last)
+    kvm_mmu_invalidate_begin(state, vm, gfn, last)
     zap_slot(m, slot, gfn, last)
     flush_vms(m)
-    invalidate_end(state, vm)
+    kvm_mmu_invalidate_end(state, vm)
     state[slot + M_FLAGS] |= SLOT_RELEASED
     state[slot + M_PGOFF] = RELEASED_PGOFF
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U64, U4095
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U9, U12, U63, U4095
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.rows import first_slot, vm_row
-from pgemu_kernels.engine.shareability import bits_between
+from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, FLAG_PRIVATE, FLAG_SHARED
@@ -62,12 +62,6 @@ def is_mixed(m, row, gfn, level):
     return index < last
 
 
-@kernel
-def mask_at(gfn, end):
-    """The bits of guest frames [gfn, end) in the word that holds `gfn`."""
-    return bits_between(gfn & U63, min(U64, (gfn & U63) + end - gfn))
-
-
 @outlined
 def all_have(m, row, gfn, end, private):
     """kvm_main.c:kvm_range_has_memory_attributes(): whether nothing is to be done."""
@@ -81,7 +75,7 @@ def all_have(m, row, gfn, end, private):
 
 
 @outlined
-def store_range(m, row, gfn, end, private):
+def store_attributes(m, row, gfn, end, private):
     """Set or clear the bits of guest frames [gfn, end); memory was seen to suffice."""
     root = m.state[row + V_ATTRIBUTES]
     while gfn < end:
@@ -138,6 +132,6 @@ def set_attributes(m, op):
     if private and frames_left(m) < ((end - gfn) >> (U6 + U9)) + _MOST_NODES:
         return np.int64(-ENOMEM)
     drop_range(m, vm, gfn, end)
-    store_range(m, row, gfn, end, private)
+    store_attributes(m, row, gfn, end, private)
     charge_one(m, EVENT_ATTRIBUTES_STORED)
     return np.int64(0)

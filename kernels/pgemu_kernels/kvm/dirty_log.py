@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U6, U9, U12, U64, population
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U12, U64, population
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
@@ -17,7 +17,7 @@ from pgemu_kernels.kvm.attributes import is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
 from pgemu_kernels.stage2.entries import is_table
 from pgemu_kernels.stage2.tdp_mmu import collapse, split_range, write_protect_page, write_protect_range
-from pgemu_kernels.tables.walker import find_leaf, host_format, is_present, stage2_format, table_of
+from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format, table_of
 from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_VM
 from pgemu_kernels.words.operations import EINVAL, ENOENT
 from pgemu_kernels.words.rows import (
@@ -55,9 +55,28 @@ def find_slot_id(state, vm, number):
     return NONE
 
 
+@kernel
+def table_over(m, f, root, gfn, most):
+    """The highest table over a guest frame that a leaf of up to level `most` could replace: its slot, and its level.
+
+    Else NONE and the level at which the walk ended. tdp_mmu.c:recover_huge_pages_range()
+    """
+    state = m.state
+    level = U4
+    spte = (root >> U3) + index_at(gfn, level)
+    entry = m.ram[spte]
+    while level > U2 and is_table(state, f, entry, level):
+        level -= U1
+        spte = table_of(state, f, entry) + index_at(gfn, level)
+        entry = m.ram[spte]
+        if level <= most and gfn & (pages_of(level) - U1) == U0 and is_table(state, f, entry, level):
+            return spte, level
+    return NONE, min(level, U3)
+
+
 @outlined
 def recover_huge_pages(m, slot):
-    """Dirty logging is off: put large leaves back where host and slot allow them: how many tables went.
+    """Dirty logging is off: put large leaves back where host and slot allow them.
 
     mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()). The host's own leaf decides, and
     nothing is faulted in.
@@ -65,27 +84,17 @@ def recover_huge_pages(m, slot):
     state = m.state
     f = stage2_format(m)
     row = vm_row(state[slot + M_VM])
+    root = state[row + V_ROOT]
     gfn = state[slot + M_BASE_GFN]
     end = gfn + state[slot + M_PAGES]
-    replaced = np.int64(0)
     while gfn < end:
-        entry = m.ram[(state[row + V_ROOT] >> U3) + (gfn >> (U9 * U3))]
-        level = U3
-        gone = np.int64(0)
-        if is_present(state, f, entry):
-            while level > U1:
-                spte = table_of(state, f, entry) + index_at(gfn, level)
-                entry = m.ram[spte]
-                if not is_table(state, f, entry, level):
-                    break
-                if gfn & (pages_of(level) - U1) == U0 and recoverable_level(m, row, slot, gfn) >= level:
-                    gone = collapse(m, f, spte, level)
-                    break
-                level -= U1
-        replaced += gone
+        spte, level = table_over(m, f, root, gfn, U3)
+        if spte != NONE:
+            spte, level = table_over(m, f, root, gfn, recoverable_level(m, row, slot, gfn))
+        if spte != NONE:
+            collapse(m, f, spte, level)
         step = pages_of(max(level, U2))
         gfn = (gfn & ~(step - U1)) + step
-    return replaced
 
 
 @kernel

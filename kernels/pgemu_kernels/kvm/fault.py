@@ -364,7 +364,7 @@ def prefault_outside(m, vm, gfn):
 
 
 @kernel
-def prefault_page(m, vm, gfn):
+def tdp_map_page(m, vm, gfn):
     """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
     if find_memslot(m.state, vm, gfn) == NONE:
         return prefault_outside(m, vm, gfn), U0
@@ -381,7 +381,7 @@ def prefault_page(m, vm, gfn):
 
 
 @outlined
-def prefault(m, op):
+def pre_fault_memory(m, op):
     """KVM_PRE_FAULT_MEMORY: 0, -EINVAL, or what the first page failed with (-ENOENT without a slot, -EFAULT, ...).
 
     detail is how many bytes were populated. It stops at the first page that fails; if any page came before, that is
@@ -397,7 +397,7 @@ def prefault(m, op):
     end = gfn + (length >> U12)
     status = np.int64(0)
     while gfn < end:
-        status, level = prefault_page(m, state[op + O_VM], gfn)
+        status, level = tdp_map_page(m, state[op + O_VM], gfn)
         if status != 0:
             break
         gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)

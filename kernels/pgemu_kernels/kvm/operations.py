@@ -12,7 +12,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import is_live_vm, stop
 from pgemu_kernels.kvm.attributes import set_attributes
 from pgemu_kernels.kvm.dirty_log import get_dirty_log
-from pgemu_kernels.kvm.fault import guest_access, prefault
+from pgemu_kernels.kvm.fault import guest_access, pre_fault_memory
 from pgemu_kernels.kvm.memslots import bind, close_vm, set_memory_region, unbind
 from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,
@@ -30,7 +30,7 @@ from pgemu_kernels.words.rows import O_OP, O_VM
 
 
 @outlined
-def operate(m, op):
+def operate_vm(m, op):
     """Run one operation of a VM; -EBADF for one that is closed."""
     state = m.state
     kind = state[op + O_OP]
@@ -58,7 +58,7 @@ def numbered(m, op, kind):
     elif kind == OP_ATTRIBUTES:
         status = set_attributes(m, op)
     elif kind == OP_PREFAULT:
-        status = prefault(m, op)
+        status = pre_fault_memory(m, op)
     elif kind == OP_DIRTY_LOG:
         status = get_dirty_log(m, op)
     elif kind == OP_VM_EXIT:

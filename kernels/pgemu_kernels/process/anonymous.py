@@ -9,7 +9,7 @@ from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import frame_of, holds_page, make_writable, mark_dirty, protection
+from pgemu_kernels.process.entries import holds_page, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
@@ -78,7 +78,7 @@ def _map_zero_page(m, row, slot):
     frame = zero_page(m)
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
-    set_leaf(m, slot, frame << U12 | protection(m.state, row) | PTE_SPECIAL)
+    set_leaf(m, slot, frame << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL)
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -93,9 +93,9 @@ def _fill_new_page(m, row, slot):
     fill_frame(m.ram, frame, U0)
     charge_one(m, EVENT_PAGE_ZEROED)
     charge_one(m, EVENT_RMAP_CHANGED)
-    entry = frame << U12 | protection(state, row)
+    entry = frame << U12 | vm_page_prot(state, row)
     if state[row + A_PROT] & PROT_WRITE != U0:
-        entry = make_writable(mark_dirty(entry))
+        entry = make_writable(pte_mkdirty(entry))
     set_leaf(m, slot, entry)
     state[space_row(state[row + A_SPACE]) + S_RSS] += U1
     return np.int64(VM_FAULT_NOPAGE)
@@ -115,13 +115,13 @@ def _copy_on_write(m, row, address, slot):
         fill_frame(m.ram, frame, U0)
         charge_one(m, EVENT_PAGE_ZEROED)
     else:
-        copy_frame(m.ram, frame, frame_of(old))
+        copy_frame(m.ram, frame, pte_pfn(old))
         charge_one(m, EVENT_PAGE_COPIED)
     notify_range(m, space, address, address + U(4096))
     if old & PTE_SPECIAL == U0:
-        unmap_page(m, space, frame_of(old))
+        unmap_page(m, space, pte_pfn(old))
     state[space_row(space) + S_RSS] += U1
-    m.ram[slot] = make_writable(mark_dirty(frame << U12 | protection(state, row)))
+    m.ram[slot] = make_writable(pte_mkdirty(frame << U12 | vm_page_prot(state, row)))
     charge_one(m, EVENT_LEAF_WRITTEN)
     charge_one(m, EVENT_RMAP_CHANGED)
     charge_one(m, EVENT_TLB_FLUSH_MM)
@@ -134,11 +134,11 @@ def _write_protected(m, row, address, slot):
     """do_wp_page(): a page of this mapping alone is made writable, any other is copied."""
     entry = m.ram[slot]
     if entry & PTE_SPECIAL == U0:
-        frame = frame_of(entry)
+        frame = pte_pfn(entry)
         word = U(m.counts[frame])
         if word & PAGE_EXCLUSIVE != U0 or word & (PAGE_MAPPINGS | PAGE_CACHED) == U1:
             m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
-            m.ram[slot] = make_writable(mark_dirty(entry | PTE_ACCESSED))
+            m.ram[slot] = make_writable(pte_mkdirty(entry | PTE_ACCESSED))
             charge_one(m, EVENT_LEAF_WRITTEN)
             return np.int64(VM_FAULT_NOPAGE)
     return _copy_on_write(m, row, address, slot)

@@ -39,7 +39,7 @@ _KEPT = U(ADDRESS | 1 << 3 | 1 << 4 | SPECIAL | ACCESSED | DIRTY | SOFT_DIRTY | 
 
 
 @kernel
-def is_table(entry):
+def points_to_table(entry):
     """Whether an entry above level 1 points to a table."""
     return entry & (PTE_PRESENT | PTE_LARGE) == PTE_PRESENT
 
@@ -56,14 +56,14 @@ def holds_page(entry):
 
 
 @kernel
-def frame_of(entry):
+def pte_pfn(entry):
     """Frame number of an entry that holds a page."""
     word = entry if entry & PTE_PRESENT != U0 else ~entry
     return (word & PTE_ADDRESS) >> U12
 
 
 @kernel
-def protection(state, row):
+def vm_page_prot(state, row):
     """vm_page_prot: the permission and cache bits of a VMA's entries. mm/mmap.c:protection_map, PAGE_*.
 
     Private writable pages are mapped without write access; the fault adds it.
@@ -80,7 +80,7 @@ def protection(state, row):
 
 
 @kernel
-def mark_dirty(entry):
+def pte_mkdirty(entry):
     """pte_mkdirty(): bit 6, or the saved one where writing is not allowed; soft-dirty always."""
     if entry & PTE_WRITE != U0:
         return entry | PTE_DIRTY | PTE_SOFT_DIRTY

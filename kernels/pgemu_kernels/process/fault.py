@@ -11,11 +11,11 @@ from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_WRITE
 from pgemu_kernels.process.anonymous import anonymous_fault
-from pgemu_kernels.process.entries import access_allowed, frame_of, holds_page
+from pgemu_kernels.process.entries import access_allowed, holds_page, pte_pfn
 from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
 from pgemu_kernels.process.hugetlb import hugetlb_fault
 from pgemu_kernels.process.pfn import pfn_fault
-from pgemu_kernels.process.tables import lookup, space_row
+from pgemu_kernels.process.tables import lookup_address, space_row
 from pgemu_kernels.process.vma import next_vma
 from pgemu_kernels.words.enum_words import EVENT_HOST_FAULT, FLAG_EXEC, FLAG_WRITE
 from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV
@@ -95,7 +95,7 @@ def access(m, op):
     execute = U1 if state[op + O_FLAGS] & (FLAG_WRITE | FLAG_EXEC) == FLAG_EXEC else U0
     root = space_root(state, space)
     status = np.int64(0)
-    slot, level = lookup(m, root, address)
+    slot, level = lookup_address(m, root, address)
     if not access_allowed(m.ram[slot], write, execute):
         row = find_vma(state, space, address)
         if row == NONE or not access_permitted(state, row, write, execute):
@@ -104,7 +104,7 @@ def access(m, op):
         status = handle_mm_fault(m, space, row, address, write)
         if status & _ERROR != 0:
             return stop(state, op, status)
-        slot, level = lookup(m, root, address)
+        slot, level = lookup_address(m, root, address)
     m.ram[slot] |= PTE_ACCESSED | PTE_DIRTY if write == U1 else PTE_ACCESSED
     state[op + O_DETAIL] = level
     return stop(state, op, status)
@@ -113,7 +113,7 @@ def access(m, op):
 @outlined
 def fault_in_page(m, space, row, address, write):
     """faultin_page() until the page is there: 0 or a VM_FAULT error. The processor accesses nothing."""
-    slot, _level = lookup(m, space_root(m.state, space), address)
+    slot, _level = lookup_address(m, space_root(m.state, space), address)
     entry = m.ram[slot]
     if holds_page(entry) and (write == U0 or entry & PTE_WRITE != U0):
         return np.int64(0)
@@ -128,7 +128,7 @@ def populate_range(m, space, row, start, end, write):
         status = fault_in_page(m, space, row, address, write)
         if status != 0:
             return status
-        _slot, level = lookup(m, space_root(m.state, space), address)
+        _slot, level = lookup_address(m, space_root(m.state, space), address)
         address = (address & ~(size_of(level) - U1)) + size_of(level)
     return np.int64(0)
 
@@ -196,9 +196,9 @@ def host_fault_in(m, space, address, write, execute):
     status = fault_in_page(m, space, row, address, U1 if write else U0)
     if status == VM_FAULT_OOM:
         return np.int64(-ENOMEM), U0, U0, False
-    slot, level = lookup(m, space_root(state, space), address)
+    slot, level = lookup_address(m, space_root(state, space), address)
     entry = m.ram[slot]
     if status != 0 or not holds_page(entry):
         return np.int64(-EFAULT), U0, U0, False
     inside = (address & (size_of(level) - U1)) >> U12
-    return np.int64(0), frame_of(entry) + inside, level, entry & PTE_WRITE != U0
+    return np.int64(0), pte_pfn(entry) + inside, level, entry & PTE_WRITE != U0

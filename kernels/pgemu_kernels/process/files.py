@@ -86,7 +86,7 @@ def punch_hole(m, op):
 
 
 @outlined
-def allocate(m, op):
+def fallocate(m, op):
     """fallocate(): pages of the range now, zeroed. 0, -EINVAL, -ENOSPC or -ENOMEM with what was done until then."""
     state = m.state
     inode = state[op + O_OBJECT]
@@ -121,7 +121,7 @@ def allocate(m, op):
 
 
 @outlined
-def close(m, op):
+def close_file(m, op):
     """close() of the last descriptor: the file lives on while it is mapped. 0."""
     state = m.state
     inode = state[op + O_OBJECT]

@@ -13,15 +13,23 @@ from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
-from pgemu_kernels.process.entries import frame_of, holds_page, protect_from_writes
-from pgemu_kernels.process.tables import free_tables, gather, gather_begin, gather_flush, lookup, need_slot, space_row
+from pgemu_kernels.process.entries import holds_page, protect_from_writes, pte_pfn
+from pgemu_kernels.process.tables import (
+    free_pgtables,
+    gather,
+    gather_begin,
+    gather_flush,
+    lookup_address,
+    need_slot,
+    space_row,
+)
 from pgemu_kernels.process.vma import (
     clone_anon_vma,
     holds_file,
     huge_order,
     is_shared_mapping,
     link_vma,
-    new_row,
+    new_vma,
     next_vma,
 )
 from pgemu_kernels.process.zapping import zap_vma
@@ -137,7 +145,7 @@ def _copied(m, row, slot):
     entry = m.ram[slot]
     if state[row + A_FLAGS] & VM_SHARED == U0:
         if entry & PTE_SPECIAL == U0:
-            frame = frame_of(entry)
+            frame = pte_pfn(entry)
             m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
             charge_one(m, EVENT_RMAP_CHANGED)
         if entry & U1 != U0 and entry & PTE_WRITE != U0:
@@ -182,7 +190,7 @@ def _copy_small(m, row, child):
     address = state[row + A_START]
     end = state[row + A_END]
     while address < end:
-        slot, level = lookup(m, root, address)
+        slot, level = lookup_address(m, root, address)
         if level == U1:
             stop_ = min(end, (address & ~(size_of(U2) - U1)) + size_of(U2))
             if _copy_level1(m, row, child, address, stop_, slot) != 0:
@@ -208,7 +216,7 @@ def _copy_huge(m, row, child):
     level = level_of_order(huge_order(state, row))
     address = state[row + A_START]
     while address < state[row + A_END]:
-        slot, at = lookup(m, root, address)
+        slot, at = lookup_address(m, root, address)
         if at == level:
             target = need_slot(m, state[child + A_SPACE], address, level)
             if target == NONE:
@@ -219,7 +227,7 @@ def _copy_huge(m, row, child):
                     entry = protect_from_writes(entry)
                     m.ram[slot] = entry
                 m.ram[target] = entry
-                map_huge(m, frame_of(entry))
+                map_huge(m, pte_pfn(entry))
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
@@ -237,7 +245,7 @@ def _needs_copy(state, row):
 def _copy_vma(m, row, space):
     """Give a new process a copy of a VMA and of its entries: 0 or -ENOMEM."""
     state = m.state
-    child = new_row(state)
+    child = new_vma(state)
     if child == NONE:
         return np.int64(-ENOMEM)
     for word in range(U(A_WORDS)):
@@ -296,7 +304,7 @@ def end_process(m, space):
         if state[vma + A_LIVE] != U0 and state[vma + A_SPACE] == space:
             zap_vma(m, vma, state[vma + A_START], state[vma + A_END], True)
             close_vma(m, vma)
-    free_tables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
+    free_pgtables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
     gather_flush(m, space)
     put_frame(m, state[row + S_ROOT] >> U12)
     change(m.stats, GAUGE_HOST_TABLES, -1)

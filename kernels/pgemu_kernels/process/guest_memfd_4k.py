@@ -13,7 +13,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_adde
 from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_leaf
 from pgemu_kernels.process.close import drop_page
-from pgemu_kernels.process.entries import mark_dirty, protection
+from pgemu_kernels.process.entries import pte_mkdirty, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
@@ -92,8 +92,8 @@ def guest_memfd_fault(m, row, address):
         if not known:
             drop_page(m, inode, index, pfn)  # Linux would not have come to allocate it
         return np.int64(VM_FAULT_OOM)
-    entry = pfn << U12 | protection(state, row)
+    entry = pfn << U12 | vm_page_prot(state, row)
     # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
     m.counts[pfn] = np.uint32(U(m.counts[pfn]) + U1)
-    map_file_page(m, space, slot, mark_dirty(entry) if entry & PTE_WRITE != U0 else entry)
+    map_file_page(m, space, slot, pte_mkdirty(entry) if entry & PTE_WRITE != U0 else entry)
     return np.int64(VM_FAULT_LOCKED)

@@ -23,8 +23,8 @@ from pgemu_kernels.folios.huge_pages import (
 )
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
-from pgemu_kernels.process.entries import frame_of, mark_dirty, protection
-from pgemu_kernels.process.tables import lookup, need_slot
+from pgemu_kernels.process.entries import pte_mkdirty, pte_pfn, vm_page_prot
+from pgemu_kernels.process.tables import lookup_address, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.enum_words import (
@@ -87,7 +87,7 @@ def _table_to_share(m, row, address):
         there = state[other + A_START] + ((page - state[other + A_PGOFF]) << U12)
         if there & (size_of(U3) - U1) != U0 or there + size_of(U3) > state[other + A_END]:
             continue
-        _slot, level = lookup(m, space_root(state, state[other + A_SPACE]), there)
+        _slot, level = lookup_address(m, space_root(state, state[other + A_SPACE]), there)
         if level <= U2:
             return _entry_above(m, space_root(state, state[other + A_SPACE]), there)
     return U0
@@ -125,9 +125,9 @@ def huge_slot(m, row, address):
 @kernel
 def _new_entry(state, row, head, writable):
     """make_huge_pte(): a writable entry is dirty from the start."""
-    entry = head << U12 | protection(state, row) | PTE_LARGE
+    entry = head << U12 | vm_page_prot(state, row) | PTE_LARGE
     if writable:
-        return mark_dirty(entry) | PTE_WRITE  # huge_pte_mkwrite() leaves the saved dirty bit where it is
+        return pte_mkdirty(entry) | PTE_WRITE  # huge_pte_mkwrite() leaves the saved dirty bit where it is
     return entry & ~PTE_WRITE
 
 
@@ -200,9 +200,9 @@ def _write_protected(m, row, address, slot):
     """
     state = m.state
     entry = m.ram[slot]
-    old = frame_of(entry)
+    old = pte_pfn(entry)
     if is_shared_mapping(state, row) or (is_anonymous(m, old) and huge_mapcount(m, old) == U1):
-        m.ram[slot] = mark_dirty(entry) | PTE_WRITE
+        m.ram[slot] = pte_mkdirty(entry) | PTE_WRITE
         charge_one(m, EVENT_LEAF_WRITTEN)
         return np.int64(VM_FAULT_NOPAGE)
     order = huge_order(state, row)

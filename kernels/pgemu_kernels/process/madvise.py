@@ -12,8 +12,8 @@ from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import madvise_populate, mm_populate
 from pgemu_kernels.process.record import has_ended, protection, rounded
-from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup, need_slot, reclaim_level1_tables
-from pgemu_kernels.process.vma import cut, merge, next_vma, prepare_anon_vma
+from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
+from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
 from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP
@@ -73,18 +73,18 @@ def _protect_vma(m, row, start, end, prot):
     if old == prot:
         return np.int64(0)
     if state[row + A_START] < start:
-        status, upper = cut(m, row, start)
+        status, upper = split_vma(m, row, start)
         if status != 0:
             return status
         row = upper
     if state[row + A_END] > end:
-        status, upper = cut(m, row, end)
+        status, upper = split_vma(m, row, end)
         if status != 0:
             return status
     state[row + A_FLAGS] = _account(state, row, prot)
     state[row + A_PROT] = prot
     state[row + A_READ_ONLY] = U1 if prot & PROT_WRITE == U0 else U0
-    row = merge(state, row)
+    row = vma_merge(state, row)
     change_protection(m, row, start, end)
     private = state[row + A_FLAGS] & (VM_SHARED | VM_LOCKED) == VM_LOCKED
     if private and prot & PROT_WRITE != U0 and old & PROT_WRITE == U0:
@@ -165,7 +165,7 @@ def _dontneed_vma(m, row, start, end):
 
 
 @step
-def zap(m, op):
+def zap_mappings(m, op):
     """With flag MADVISE madvise(MADV_DONTNEED), else the kernel's own unmapping, which may do it to anything.
 
     0, -EINVAL, or -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
@@ -234,7 +234,7 @@ def _guard_vma(m, row, start, end, install):
         gather_flush(m, space)
     address = start
     while address < end:
-        slot, level = lookup(m, space_root(state, space), address)
+        slot, level = lookup_address(m, space_root(state, space), address)
         if install:
             slot = need_slot(m, space, address, U1)
             if slot == NONE:
@@ -283,7 +283,7 @@ def read_smaps(m, op):
         address = state[row + A_START]
         while address < state[row + A_END]:
             drop_large_pfn(m, row, address, U3)
-            _slot, level = lookup(m, space_root(state, space), address)
+            _slot, level = lookup_address(m, space_root(state, space), address)
             step = size_of(max(level, U3))
             address = (address & ~(step - U1)) + step
     gather_flush(m, space)

@@ -15,7 +15,7 @@ from pgemu_kernels.process.munmap import remove_vmas
 from pgemu_kernels.process.pfn import remap_pfn_range
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
-from pgemu_kernels.process.vma import link_vma, merge, new_row, next_vma
+from pgemu_kernels.process.vma import link_vma, new_vma, next_vma, vma_merge
 from pgemu_kernels.words.enum_words import (
     FLAG_LOCKED,
     FLAG_NORESERVE,
@@ -236,7 +236,7 @@ def _complete_any(m, op, row):
         remove_vmas(m, space, start, end)
         return np.int64(-ENOMEM)
     if kind == VMA_ANONYMOUS:
-        merge(state, row)
+        vma_merge(state, row)
     if state[op + O_FLAGS] & (FLAG_POPULATE | FLAG_LOCKED) != U0:
         mm_populate(m, space, start, end)
     return np.int64(0)
@@ -276,7 +276,7 @@ def mmap(m, op):
         status = _check_file(state, op, kind, length)
     if status != 0:
         return stop(state, op, status)
-    row = new_row(state)
+    row = new_vma(state)
     if row == NONE:
         return stop(state, op, -ENOMEM)
     _fill_row(m, op, row, kind, length)

@@ -12,8 +12,8 @@ from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
 from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
-from pgemu_kernels.process.tables import free_tables, gather_begin, gather_flush, lookup
-from pgemu_kernels.process.vma import cut, first_vma, merge, new_row, next_vma
+from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush, lookup_address
+from pgemu_kernels.process.vma import first_vma, new_vma, next_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import drop_large_pfn, zap_vma
 from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.rows import (
@@ -63,7 +63,7 @@ def remove_vmas(m, space, start, end):
         if flags & VM_PFNMAP != U0:
             gather_flush(m, space)
         floor, ceiling = mapping_limits(state, space, first, last)
-        free_tables(m, space, first, last, floor, ceiling)
+        free_pgtables(m, space, first, last, floor, ceiling)
     gather_flush(m, space)
 
 
@@ -84,12 +84,12 @@ def _cut_ends(m, space, start, end):
     state = m.state
     row = next_vma(state, space, start, end)
     if row != NONE and state[row + A_START] < start:
-        status, _ = cut(m, row, start)
+        status, _ = split_vma(m, row, start)
         if status != 0:
             return status
     row = next_vma(state, space, end - U1, end)
     if row != NONE and state[row + A_END] > end:
-        status, _upper = cut(m, row, end)
+        status, _upper = split_vma(m, row, end)
         if status != 0:
             return status
     return np.int64(0)
@@ -102,7 +102,7 @@ def _drop_cut_leaves(m, space, start, end):
     for address in (start, end):
         row = next_vma(state, space, address - U1, address + U1)
         if row != NONE and state[row + A_FLAGS] & VM_PFNMAP != U0 and address < state[row + A_END]:
-            _slot, level = lookup(m, space_root(state, space), address)
+            _slot, level = lookup_address(m, space_root(state, space), address)
             if level > U1 and address & (size_of(level) - U1) != U0:
                 drop_large_pfn(m, row, address, U2)
 
@@ -165,7 +165,7 @@ def _resize(m, row, start, length, wanted):
     if next_vma(state, space, start + length, end) != NONE:
         return np.int64(-ENOMEM)
     state[row + A_END] = end
-    merge(state, row)
+    vma_merge(state, row)
     return np.int64(0)
 
 
@@ -178,7 +178,7 @@ def _move_vma(m, row, start, length, to):
     """
     state = m.state
     space = state[row + A_SPACE]
-    copy = new_row(state)
+    copy = new_vma(state)
     if copy == NONE:
         return np.int64(-ENOMEM)
     for word in range(U(A_WORDS)):
@@ -188,7 +188,7 @@ def _move_vma(m, row, start, length, to):
     state[copy + A_PGOFF] = state[row + A_PGOFF] + ((start - state[row + A_START]) >> U12)
     if state[row + A_ANON_VMA] == U0:
         state[copy + A_PGOFF] = to >> U12  # copy_vma(): nothing was ever written, the place is not yet fixed
-    merge(state, copy)
+    vma_merge(state, copy)
     gather_begin(m)
     status = move_page_tables(m, space, start, to, length)
     if status != 0:

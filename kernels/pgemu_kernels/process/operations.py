@@ -13,9 +13,9 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.process.fault import access
-from pgemu_kernels.process.files import allocate, close, punch_hole, set_revoked
+from pgemu_kernels.process.files import close_file, fallocate, punch_hole, set_revoked
 from pgemu_kernels.process.fork import end_process, fork
-from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps, zap
+from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps, zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
 from pgemu_kernels.process.record import has_ended
@@ -56,14 +56,14 @@ def _operate_on_file(m, op, kind):
     if kind == OP_PUNCH_HOLE:
         return punch_hole(m, op)
     if kind == OP_ALLOCATE:
-        return allocate(m, op)
+        return fallocate(m, op)
     if kind == OP_CLOSE:
-        return close(m, op)
+        return close_file(m, op)
     return set_revoked(m, op, kind == OP_REVOKE)
 
 
 @outlined
-def operate(m, op):
+def operate_process(m, op):
     """Run one operation of a process or on a file that is of neither design."""
     state = m.state
     kind = state[op + O_OP]
@@ -81,7 +81,7 @@ def operate(m, op):
     if kind == OP_MUNMAP:
         return munmap(m, op)
     if kind == OP_ZAP:
-        return zap(m, op)
+        return zap_mappings(m, op)
     if kind == OP_PROTECT:
         return mprotect(m, op)
     if kind == OP_POPULATE:

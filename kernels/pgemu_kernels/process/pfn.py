@@ -13,7 +13,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.formats.bits import PTE_LARGE, PTE_SPECIAL
-from pgemu_kernels.process.entries import protection
+from pgemu_kernels.process.entries import vm_page_prot
 from pgemu_kernels.process.tables import need_slot
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
@@ -26,7 +26,7 @@ U = np.uint64
 @kernel
 def _set_pfn(m, row, slot, level, pfn):
     """insert_pfn(), insert_pmd(), insert_pud() with write = false: special, not dirty, whatever the access."""
-    entry = pfn << U12 | protection(m.state, row) | PTE_SPECIAL
+    entry = pfn << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL
     if level > U1:
         entry |= PTE_LARGE
     m.ram[slot] = entry

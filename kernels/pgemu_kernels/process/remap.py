@@ -10,8 +10,8 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.formats.bits import PTE_SOFT_DIRTY
-from pgemu_kernels.process.entries import holds_page, is_table
-from pgemu_kernels.process.tables import below, gather, lookup, need_slot
+from pgemu_kernels.process.entries import holds_page, points_to_table
+from pgemu_kernels.process.tables import below, gather, lookup_address, need_slot
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.enum_words import EVENT_LEAF_CLEARED, EVENT_LEAF_WRITTEN
 from pgemu_kernels.words.operations import ENOMEM
@@ -31,7 +31,7 @@ def _slot_of(m, root, address, level):
     slot = (root >> U3) + index_at(address >> U12, U4)
     at = U4
     while at > level:
-        if not is_table(m.ram[slot]):
+        if not points_to_table(m.ram[slot]):
             return NONE
         at -= U1
         slot = below(m, slot) + (address >> shift_of(at) & U511)
@@ -41,7 +41,7 @@ def _slot_of(m, root, address, level):
 @kernel
 def _move_table(m, source, target):
     """move_normal_pmd(), move_normal_pud(): the whole table under its new address, if there is none yet."""
-    if not is_table(m.ram[source]) or m.ram[target] != U0:
+    if not points_to_table(m.ram[source]) or m.ram[target] != U0:
         return False
     m.ram[target] = m.ram[source]
     m.ram[source] = U0
@@ -55,7 +55,7 @@ def _move_entries(m, root, space, at, to, length):
     target = need_slot(m, space, to, U1)
     if target == NONE:
         return np.int64(-ENOMEM)
-    source, _ = lookup(m, root, at)
+    source, _ = lookup_address(m, root, at)
     for i in range(length >> U12):
         entry = m.ram[source + i]
         if entry != U0:

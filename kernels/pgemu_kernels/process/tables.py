@@ -11,7 +11,7 @@ from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.formats.bits import PTE_ADDRESS
-from pgemu_kernels.process.entries import is_table
+from pgemu_kernels.process.entries import points_to_table
 from pgemu_kernels.tables.walker import free_table, host_format, new_table
 from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_MM, EVENT_TLB_FLUSH_PAGE, GAUGE_HOST_TABLES
 from pgemu_kernels.words.registers import R_FLUSHES_HELD, R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_PTI
@@ -35,16 +35,16 @@ def below(m, slot):
 
 
 @outlined
-def lookup(m, root, address):
+def lookup_address(m, root, address):
     """Walk as far as there are tables: slot and level of the first entry that points to none."""
     slot = (root >> U3) + index_at(address >> U12, U4)
-    if not is_table(m.ram[slot]):
+    if not points_to_table(m.ram[slot]):
         return slot, U4
     slot = below(m, slot) + index_at(address >> U12, U3)
-    if not is_table(m.ram[slot]):
+    if not points_to_table(m.ram[slot]):
         return slot, U3
     slot = below(m, slot) + index_at(address >> U12, U2)
-    if not is_table(m.ram[slot]):
+    if not points_to_table(m.ram[slot]):
         return slot, U2
     return below(m, slot) + index_at(address >> U12, U1), U1
 
@@ -54,13 +54,13 @@ def level1_table(m, root, page):
     """The last-level table that covers `page` and 512, or NONE and how many pages an entry of the level covers that
     points to no table."""
     entry = m.ram[(root >> U3) + index_at(page, U4)]
-    if not is_table(entry):
+    if not points_to_table(entry):
         return NONE, U1 << U27
     entry = m.ram[((entry & PTE_ADDRESS) >> U3) + index_at(page, U3)]
-    if not is_table(entry):
+    if not points_to_table(entry):
         return NONE, U1 << U18
     entry = m.ram[((entry & PTE_ADDRESS) >> U3) + index_at(page, U2)]
-    if not is_table(entry):
+    if not points_to_table(entry):
         return NONE, U512
     return (entry & PTE_ADDRESS) >> U3, U512
 
@@ -94,7 +94,7 @@ def need_slot(m, space, address, level):
                 return NONE
             if at == U4:
                 _set_top(m, space, slot, (m.ram[slot] & PTE_ADDRESS) | m.state[f + F_TABLE_TOP])
-        elif not is_table(m.ram[slot]):
+        elif not points_to_table(m.ram[slot]):
             return slot
         at -= U1
         slot = below(m, slot) + (address >> shift_of(at) & U511)
@@ -118,7 +118,7 @@ def _free_level1_tables(m, table2, start, end, floor, ceiling):
     page = start >> U21 << U21
     while page < end:
         slot = table2 + index_at(page >> U12, U2)
-        if page >= floor and page + size_of(U2) <= ceiling and is_table(m.ram[slot]):
+        if page >= floor and page + size_of(U2) <= ceiling and points_to_table(m.ram[slot]):
             _free_below(m, slot)
             freed += U1
         page += size_of(U2)
@@ -126,7 +126,7 @@ def _free_level1_tables(m, table2, start, end, floor, ceiling):
 
 
 @outlined
-def free_tables(m, space, start, end, floor, ceiling):
+def free_pgtables(m, space, start, end, floor, ceiling):
     """Free the tables that addresses [start, end) used and nothing outside [floor, ceiling) needs, to be flushed.
 
     A table goes only if all that it covers lies within floor and ceiling, the end of the mapping below
@@ -139,12 +139,12 @@ def free_tables(m, space, start, end, floor, ceiling):
         slot4 = (space_root(m.state, space) >> U3) + index_at(base >> U12, U4)
         top = base >> U39 << U39
         stop = min(end, top + size_of(U4))
-        if is_table(ram[slot4]):
+        if points_to_table(ram[slot4]):
             while base < stop:
                 slot3 = below(m, slot4) + index_at(base >> U12, U3)
                 region = base >> U30 << U30
                 last = min(stop, region + size_of(U3))
-                if is_table(ram[slot3]):
+                if points_to_table(ram[slot3]):
                     freed += _free_level1_tables(m, below(m, slot3), base, last, floor, ceiling)
                     if region >= floor and region + size_of(U3) <= ceiling:
                         _free_below(m, slot3)
@@ -155,7 +155,7 @@ def free_tables(m, space, start, end, floor, ceiling):
                 _set_top(m, space, slot4, U0)
                 freed += U1
         base = stop
-    owe_flush(m.state, space, freed)
+    note_unflushed(m.state, space, freed)
 
 
 @outlined
@@ -168,7 +168,7 @@ def reclaim_level1_tables(m, space, start, end):
     root = space_root(m.state, space)
     page = (start + size_of(U2) - U1) >> U21 << U21
     while page + size_of(U2) <= end:
-        slot1, level = lookup(m, root, page)
+        slot1, level = lookup_address(m, root, page)
         if level == U1:
             empty = True
             for i in range(slot1, slot1 + U512):
@@ -176,7 +176,7 @@ def reclaim_level1_tables(m, space, start, end):
             if empty:
                 slot2 = _slot_of_level2(m, root, page)
                 _free_below(m, slot2)
-                owe_flush(m.state, space, U1)
+                note_unflushed(m.state, space, U1)
         page += size_of(U2)
 
 
@@ -192,7 +192,7 @@ def _slot_of_level2(m, root, address):
 
 
 @kernel
-def owe_flush(state, space, n):
+def note_unflushed(state, space, n):
     """Note that `n` (uint64) entries of the designs' mappings or tables of a process went and no flush followed yet."""
     state[space_row(space) + S_UNFLUSHED] += n
 
@@ -215,7 +215,7 @@ def _begin(m):
 
 @kernel
 def _begin_nothing(m):
-    """The fast loops only clear entries of the designs' mappings, and owe_flush() notes those."""
+    """The fast loops only clear entries of the designs' mappings, and note_unflushed() notes those."""
 
 
 gather_begin = full_only(_begin, _begin_nothing)  # tlb_gather_mmu(): nothing cleared yet

@@ -10,8 +10,8 @@ from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order
-from pgemu_kernels.process.entries import holds_page, is_table
-from pgemu_kernels.process.tables import below, lookup
+from pgemu_kernels.process.entries import holds_page, points_to_table
+from pgemu_kernels.process.tables import below, lookup_address
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
@@ -46,7 +46,7 @@ RESERVED = U(1)  # in a word of a hugetlbfs file's page cache: this page is rese
 
 
 @kernel
-def new_row(state):
+def new_vma(state):
     """A row for one more VMA, or NONE: vm.max_map_count of this machine is words.VMAS."""
     return free_row(state, R_VMAS, U(VMAS), U(A_WORDS), A_LIVE, vma_row(U0))
 
@@ -170,7 +170,7 @@ def _notify_split(m, row, address):
     if first == address or first < m.state[row + A_START] or last > m.state[row + A_END]:
         return
     slot, level = _slot_of_level3(m, row, address)
-    if level == U3 and is_table(m.ram[slot]):
+    if level == U3 and points_to_table(m.ram[slot]):
         notify(m, row, first, last)
 
 
@@ -221,7 +221,7 @@ def _join(state, lower, upper):
 
 
 @outlined
-def merge(state, row):
+def vma_merge(state, row):
     """Merge a VMA with its neighbours where Linux does: the row of the result. mm/vma.c:vma_merge_new_range().
 
     Only anonymous memory is merged: HugeTLB and PFN mappings are VM_SPECIAL. Where both neighbours would
@@ -299,7 +299,7 @@ def mapped_huge_pages(m, row, start, end):
     found = U0
     address = start
     while address < end:
-        slot, at = lookup(m, space_root(m.state, m.state[row + A_SPACE]), address)
+        slot, at = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), address)
         if at <= level and holds_page(m.ram[slot]):
             found += U1
         address += size_of(level)
@@ -350,7 +350,7 @@ _open_upper = full_only(_divide, _divide_nothing)
 
 
 @outlined
-def cut(m, row, address):
+def split_vma(m, row, address):
     """Cut a VMA in two at an address inside it: 0 and the row of the upper part, or -EINVAL, -ENOMEM and NONE.
 
     mm/vma.c:__split_vma()
@@ -358,7 +358,7 @@ def cut(m, row, address):
     state = m.state
     if not _may_split(m, row, address):
         return np.int64(-EINVAL), NONE
-    upper = new_row(state)
+    upper = new_vma(state)
     if upper == NONE:
         return np.int64(-ENOMEM), NONE
     _notify_split(m, row, address)

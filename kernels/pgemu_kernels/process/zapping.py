@@ -17,8 +17,16 @@ from pgemu_kernels.folios.folio import remove_mapping, struct_page
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_PRESENT, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import unmap_page
-from pgemu_kernels.process.entries import frame_of, holds_page, make_writable, modify, protection
-from pgemu_kernels.process.tables import gather, gather_begin, gather_flush, level1_table, lookup, owe_flush, space_row
+from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
+from pgemu_kernels.process.tables import (
+    gather,
+    gather_begin,
+    gather_flush,
+    level1_table,
+    lookup_address,
+    note_unflushed,
+    space_row,
+)
 from pgemu_kernels.process.vma import first_vma, huge_order, notify, page_offset, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.regions import vms_with_leaves
@@ -86,7 +94,7 @@ def _forget_folio(m, row, entry):
 def _forget_page(m, row, entry):
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
         return _forget_folio(m, row, entry)
-    unmap_page(m, m.state[row + A_SPACE], frame_of(entry))
+    unmap_page(m, m.state[row + A_SPACE], pte_pfn(entry))
     return np.int64(0)
 
 
@@ -103,7 +111,7 @@ def _gather_page(m, row, page):
 
 @kernel
 def _owe(m, row, cleared):
-    owe_flush(m.state, m.state[row + A_SPACE], U(cleared))
+    note_unflushed(m.state, m.state[row + A_SPACE], U(cleared))
 
 
 @kernel
@@ -117,7 +125,7 @@ def _clear_large(m, row, page, end):
     """The entry of 2M or 1G over `page`, if there is one, goes whole. If only a part of it lies in [page, end) VMs are
     told of all of it: huge_memory.c:__split_huge_pmd(), __split_huge_pud() of an entry that is not anonymous memory's.
     """
-    slot, level = lookup(m, space_root(m.state, m.state[row + A_SPACE]), page << U12)
+    slot, level = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), page << U12)
     if m.ram[slot] == U0:
         return
     size = size_of(level) >> U12
@@ -138,7 +146,7 @@ def _drop_large(m, row, slot, address, level):
     change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
     charge_one(m, EVENT_LEAF_CLEARED)
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
-        owe_flush(m.state, m.state[row + A_SPACE], U1)
+        note_unflushed(m.state, m.state[row + A_SPACE], U1)
     else:
         gather(m, address, level)
 
@@ -208,7 +216,7 @@ def _zap_huge(m, row, start, end):
     root = space_root(state, state[row + A_SPACE])
     address = start
     while address < end:
-        slot, at = lookup(m, root, address)
+        slot, at = lookup_address(m, root, address)
         size = size_of(max(at, level))
         if at == level:
             above = _slot_above(m, root, address)
@@ -219,8 +227,8 @@ def _zap_huge(m, row, start, end):
             entry = m.ram[slot]
             if entry != U0:
                 m.ram[slot] = U0
-                private = is_anonymous(m, frame_of(entry))
-                if unmap_huge(m, frame_of(entry), entry) != U0 and private:
+                private = is_anonymous(m, pte_pfn(entry))
+                if unmap_huge(m, pte_pfn(entry), entry) != U0 and private:
                     _restore_reservation(m, row, order)
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
                 charge_one(m, EVENT_LEAF_CLEARED)
@@ -326,7 +334,7 @@ def unmap_mapping_range(m, inode, first, last):
 @outlined
 def drop_large_pfn(m, row, address, level):
     """Drop a large PFN entry over an address, if its level is at least `level`: how __split_huge_pud() "splits" it."""
-    slot, at = lookup(m, space_root(m.state, m.state[row + A_SPACE]), address)
+    slot, at = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), address)
     if at >= level and m.ram[slot] & PTE_LARGE != U0 and holds_page(m.ram[slot]):
         notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
         _drop_large(m, row, slot, address, at)
@@ -344,7 +352,7 @@ def _changed(m, row, entry, bits, large):
     value = modify(entry, bits, large)
     state = m.state
     if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and large == U0:
-        if value & PTE_SPECIAL == U0 and U(m.counts[frame_of(value)]) & PAGE_EXCLUSIVE != U0:
+        if value & PTE_SPECIAL == U0 and U(m.counts[pte_pfn(value)]) & PAGE_EXCLUSIVE != U0:
             return make_writable(value)
     return value
 
@@ -353,11 +361,11 @@ def _changed(m, row, entry, bits, large):
 def _protect_small(m, row, start, end):
     """change_protection_range() of a VMA that is not HugeTLB; a large entry of which only a part changes is dropped."""
     root = space_root(m.state, m.state[row + A_SPACE])
-    bits = protection(m.state, row)
+    bits = vm_page_prot(m.state, row)
     changed = np.int64(0)
     address = start
     while address < end:
-        slot, level = lookup(m, root, address)
+        slot, level = lookup_address(m, root, address)
         if level > U1:
             size = size_of(level)
             first = address & ~(size - U1)
@@ -388,10 +396,10 @@ def _protect_huge(m, row, start, end):
     state = m.state
     level = level_of_order(huge_order(state, row))
     root = space_root(state, state[row + A_SPACE])
-    bits = protection(state, row)
+    bits = vm_page_prot(state, row)
     address = start
     while address < end:
-        slot, at = lookup(m, root, address)
+        slot, at = lookup_address(m, root, address)
         size = size_of(max(at, level))
         if at == level:
             if level == U2 and unshare_table(m, _slot_above(m, root, address)):

@@ -16,15 +16,15 @@ from pgemu_kernels.folios.folio import (
     INDEX,
     MAPPING,
     PRIVATE,
-    folio_order,
     is_huge_page,
+    order_of,
     struct_page,
     vmemmap_address,
 )
 from pgemu_kernels.folios.vmemmap import vmemmap_directory, vmemmap_pte
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of
 from pgemu_kernels.formats.bits import PTE_LARGE, PTE_WRITE
-from pgemu_kernels.gmem.pieces import BLOCK_PAGES, NODES, ORDER
+from pgemu_kernels.gmem.pieces import BLOCK_PAGES, PIECE_NODES, PIECE_ORDER
 from pgemu_kernels.rules.invariants import expect, order_at
 from pgemu_kernels.rules.references import check_folio, check_pieces
 from pgemu_kernels.words.enum_words import (
@@ -90,7 +90,7 @@ def _check_block(m, node, block, first):
     head = m.state[block + B_PFN]
     mapping = m.ram[struct_page(m, head) + MAPPING]
     waits = m.state[block + B_WAITS] != U0
-    nodes = NODES
+    nodes = PIECE_NODES
     for index in range(first, first + BLOCK_PAGES, U512):
         piece = head + index - first
         page = struct_page(m, piece)
@@ -98,11 +98,11 @@ def _check_block(m, node, block, first):
         shared = shared_in_2m(m, node, index) != U0
         expect(m, shared != whole or (waits and not whole), BROKEN_BLOCK_STATE, index)
         expect(m, is_huge_page(m, piece) == whole, BROKEN_BLOCK_STATE, index)
-        expect(m, not whole or folio_order(m, piece) == ORDER, BROKEN_BLOCK_STATE, index)
+        expect(m, not whole or order_of(m, piece) == PIECE_ORDER, BROKEN_BLOCK_STATE, index)
         expect(m, m.ram[page + MAPPING] == mapping and m.ram[page + INDEX] == index, BROKEN_WRONG_PFN, index)
         _check_references(m, piece, whole, True)
         _check_vmemmap(m, piece, whole, index)
-        nodes += U0 if whole else nodes_of(m.state, ORDER)
+        nodes += U0 if whole else nodes_of(m.state, PIECE_ORDER)
     return nodes
 
 

@@ -13,8 +13,8 @@ from pgemu_kernels.folios.folio import (
     HUGETLB_VMEMMAP_OPTIMIZED,
     MAPPING,
     PRIVATE,
-    folio_order,
     is_huge_page,
+    order_of,
     struct_page,
     vmemmap_address,
 )
@@ -75,7 +75,7 @@ def _check_list(m, row, h, freed):
         expect(m, huge or not freed, BROKEN_COUNTS, head)
         # ... also the first 2M piece of a 1G page.
         piece = not freed and has_pieces(m.state) and m.state[h + H_ORDER] > U9
-        expect(m, not huge or piece or folio_order(m, head) == m.state[h + H_ORDER], BROKEN_COUNTS, head)
+        expect(m, not huge or piece or order_of(m, head) == m.state[h + H_ORDER], BROKEN_COUNTS, head)
         expect(m, not huge or (m.ram[page + PRIVATE] & HUGETLB_FREED != U0) == freed, BROKEN_COUNTS, head)
         expect(m, not freed or m.ram[page + COUNTS] >> U32 <= U1, BROKEN_REFERENCES, head)
         before = links_of(m, head)
@@ -142,7 +142,7 @@ def _check_node(m, node, found):
             free += U1
             expect(m, m.ram[struct_page(m, pfn) + COUNTS] & LOW32 == PGTY_BUDDY, BROKEN_FRAMES, pfn)
         elif is_huge_page(m, pfn):
-            order = folio_order(m, pfn)
+            order = order_of(m, pfn)
             huge += U1 if order == U9 and not _is_piece(m, pfn) else U0
             gigantic += U0 if order == U9 else U1
             _check_huge_page(m, pfn, found)

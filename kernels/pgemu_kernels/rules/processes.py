@@ -14,7 +14,7 @@ from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
 from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import frame_of, holds_page, is_table
+from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
 from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
 from pgemu_kernels.rules.invariants import check_host_leaf, expect
@@ -88,7 +88,7 @@ def _gauge(m, gauge):
 def _check_page(m, row, address, entry, owner, found):
     """A 4K entry of anonymous memory or of a guest_memfd of 4K folios."""
     kind = m.state[row + A_KIND]
-    frame = frame_of(entry)
+    frame = pte_pfn(entry)
     if entry & PTE_SPECIAL != U0:
         expect(m, kind == VMA_ANONYMOUS and frame == m.state[R_ZERO_FRAME], BROKEN_WRONG_PFN, address >> U12)
         expect(m, entry & PTE_WRITE == U0, BROKEN_WRONG_PFN, address >> U12)
@@ -117,7 +117,7 @@ def _check_huge(m, row, address, level, entry, found):
     """An entry of a HugeTLB mapping: a whole page of its size, its file's if it is shared."""
     state = m.state
     order = huge_order(state, row)
-    head = frame_of(entry)
+    head = pte_pfn(entry)
     found[FOUND_HUGE_MAPPED] += 1
     expect(m, level == level_of_order(order) and head & ((U1 << order) - U1) == U0, BROKEN_WRONG_PFN, address >> U12)
     if state[row + A_FLAGS] & VM_SHARED != U0:
@@ -145,7 +145,7 @@ def _check_leaf(m, space, address, level, entry, owner, found):
         _check_huge(m, row, address, level, entry, found)
     elif state[row + A_FLAGS] & VM_PFNMAP != U0:
         pfn = state[inode_row(state[row + A_INODE]) + I_BASE] + page_offset(state, row, address)
-        expect(m, frame_of(entry) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
+        expect(m, pte_pfn(entry) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
     else:
         _check_page(m, row, address, entry, owner, found)
 
@@ -174,7 +174,7 @@ def _check_table(m, space, table, level, base, owner, found):
         if entry == U0:
             continue
         address = base + i * size_of(level)
-        if level == U1 or not is_table(entry):
+        if level == U1 or not points_to_table(entry):
             _check_leaf(m, space, address, level, entry, owner, found)
         elif _own_table(m, owner, slot, found):
             first = (entry & PTE_ADDRESS) >> U3
@@ -198,12 +198,12 @@ def check_process(m, space, owner, found):
     found[FOUND_RSS] = 0
     for i4 in range(U512):
         slot4 = (root >> U3) + i4
-        if not is_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
+        if not points_to_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
             continue
         for i3 in range(U512):
             slot3 = ((m.ram[slot4] & PTE_ADDRESS) >> U3) + i3
             address = i4 * size_of(U4) + i3 * size_of(U3)
-            if is_table(m.ram[slot3]):
+            if points_to_table(m.ram[slot3]):
                 if _own_table(m, owner, slot3, found):
                     _check_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, U2, address, owner, found)
             elif m.ram[slot3] != U0:

@@ -11,16 +11,16 @@ from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.counts import (
     GUP_PIN_COUNTING_BIAS,
     expected_count,
+    folio_test_large,
     freeze,
-    is_large,
     pin_count,
-    put,
+    put_refs,
     try_grab,
     try_pin,
     unfreeze,
     unpin,
 )
-from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, folio_order, is_huge_page, reference_count, struct_page
+from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, is_huge_page, order_of, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge
 from pgemu_kernels.folios.hugetlb import subpool_of
@@ -39,7 +39,7 @@ def head_of(m, pfn):
     """Head of the HugeTLB page that holds a frame, or NONE."""
     if in_zone(m.state, pfn):
         for head in (pfn & ~U((1 << 18) - 1), pfn & ~U511):
-            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << folio_order(m, head):
+            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << order_of(m, head):
                 return head
     return NONE
 
@@ -75,7 +75,7 @@ def may_drop(m, head, page, n, ours):
 
 
 @kernel
-def drop(m, head, page, last):
+def drop_last(m, head, page, last):
     """After references went: the last one of a folio outside the page cache frees it."""
     if last:
         if is_huge_page(m, head) and subpool_of(m, page) == U0:
@@ -100,7 +100,7 @@ def change_references(m, op):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
     pinning = state[op + O_FLAGS] & FLAG_WRITE != U0
-    count = n if is_large(ram, page) or not pinning else n * GUP_PIN_COUNTING_BIAS
+    count = n if folio_test_large(ram, page) or not pinning else n * GUP_PIN_COUNTING_BIAS
     ours = is_designs(m, head, page)
     charge_one(m, EVENT_REFERENCE_CHANGED)
     if state[op + O_FLAGS] & FLAG_READ == U0:
@@ -111,15 +111,15 @@ def change_references(m, op):
             note_transient(m, head, count)
         state[op + O_DETAIL] = reference_count(ram, page)
         return stop(state, op, 0 if taken else -ENOMEM)
-    pinned = not pinning or not is_large(ram, page) or pin_count(ram, page) >= n
-    whole = ours or is_large(ram, page) or reference_count(ram, page) > count
+    pinned = not pinning or not folio_test_large(ram, page) or pin_count(ram, page) >= n
+    whole = ours or folio_test_large(ram, page) or reference_count(ram, page) > count
     if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count, ours):
         return stop(state, op, -EINVAL)
-    last = unpin(ram, page, n) if pinning else put(ram, page, n)
+    last = unpin(ram, page, n) if pinning else put_refs(ram, page, n)
     state[op + O_DETAIL] = reference_count(ram, page)
     if ours:
         note_transient(m, head, U0 - count)
-    drop(m, head, page, last)
+    drop_last(m, head, page, last)
     return stop(state, op, 0)
 
 

@@ -48,7 +48,7 @@ def begin(m, op):
 
 
 @kernel
-def step(m, actor, beginning):
+def step_actor(m, actor, beginning):
     """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED.
 
     `beginning`: begin it, which is no step yet: GO.
@@ -111,6 +111,6 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
             check_blocks(m)
         return np.int64(0)
     if mode != BATCH_MODE:
-        return np.int64(step(m, actor, mode == BEGIN))
+        return np.int64(step_actor(m, actor, mode == BEGIN))
     columns = Columns(header, object_, address, offset, length, status, detail)
     return np.int64(run_stretches(m, columns, first, (descriptor, detail)))

@@ -46,7 +46,7 @@ from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, r
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.kvm import memslots
-from pgemu_kernels.process.madvise import zap
+from pgemu_kernels.process.madvise import zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
@@ -262,7 +262,7 @@ def zaps(m, columns, first, last):
         for i in range(first, stop):
             op = load(m, columns, i)
             charge_one(m, EVENT_SYSCALL)
-            zap(m, op)
+            zap_mappings(m, op)
             save(m, op, columns, i)
         first = stop
 
@@ -307,7 +307,7 @@ def run_kind(m, op):
     """Run an operation that is one step; its system call is charged already."""
     kind = m.state[op + O_OP]
     if kind == OP_ZAP:
-        zap(m, op)
+        zap_mappings(m, op)
     elif kind == OP_PUNCH_HOLE:
         truncation.punch(m, op)
     elif kind == OP_MMAP:

@@ -32,9 +32,9 @@ def run_ordinary(descriptor, header, object_, address, offset, length, status, d
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
         if is_of(OPS_OF_VM, m.state[op + O_OP]):
-            kvm.operate(m, op)
+            kvm.operate_vm(m, op)
         else:
-            mm.operate(m, op)
+            mm.operate_process(m, op)
         finish_operation(m, op)
         save_result(m.state, op, columns, i)
         i += U1

@@ -11,8 +11,8 @@ from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
 from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.boot_memory import prepare_memory
-from pgemu_kernels.folios.demotion import demote, dissolve
-from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, folio_order, reference_count, struct_page
+from pgemu_kernels.folios.demotion import demote, dissolve_free_hugetlb_folio
+from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, order_of, reference_count, struct_page
 from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge, may_reserve
 from pgemu_kernels.folios.hugetlb import dequeue_any, set_cgroup, subpool_of
@@ -31,7 +31,7 @@ from pgemu_kernels.folios.poison import poison
 from pgemu_kernels.folios.pools import allocate_surplus, resize
 from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
-from pgemu_kernels.folios.vmemmap import store
+from pgemu_kernels.folios.vmemmap import store_vmemmap
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.run.routing import is_pooling
 from pgemu_kernels.words.enum_words import (
@@ -102,7 +102,7 @@ def change_pool(m, op):
 
 
 @outlined
-def allocate(m, op):
+def alloc_hugetlb_folio(m, op):
     """alloc_hugetlb_folio() without a reservation: 0 with the head's frame, one reference, contents as they are.
 
     -ENOMEM without a free page that is neither reserved nor poisoned and without one to be had as surplus; -EINVAL.
@@ -184,10 +184,10 @@ def change_vmemmap(m, op):
     single = next_of_batch(m, first, end) == U0
     optimizing = state[op + O_OP] == OP_VMEMMAP_OPTIMIZE
     if single and optimizing:
-        status = optimize(m, first, folio_order(m, first))
+        status = optimize(m, first, order_of(m, first))
         state[op + O_DETAIL] = U1 if is_optimized(m, first) else U0
     elif single:
-        status = restore(m, first, folio_order(m, first))
+        status = restore(m, first, order_of(m, first))
         state[op + O_DETAIL] = U1 if status == 0 else U0
     elif optimizing:
         state[op + O_DETAIL] = optimize_batch(m, first, end)
@@ -206,7 +206,7 @@ def store_word(m, op):
         return stop(state, op, -EINVAL)
     if not in_zone(state, (address - state[R_VMEMMAP]) >> U6):
         return stop(state, op, -EINVAL)
-    status, slot = store(m, address, state[op + O_OFFSET])
+    status, slot = store_vmemmap(m, address, state[op + O_OFFSET])
     state[op + O_DETAIL] = slot << U3
     if status != 0:
         charge_one(m, EVENT_VMEMMAP_FAULT)
@@ -217,7 +217,7 @@ def store_word(m, op):
 
 
 @outlined
-def split(m, op):
+def folio_split(m, op):
     """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -EBUSY, -ENOMEM or -EINVAL.
 
     Each 4K page is a folio with one reference afterwards. Pages of inodes are split by conversion.
@@ -226,7 +226,7 @@ def split(m, op):
     head = state[op + O_ADDRESS] >> U12
     if head_of(m, head) != head or not is_allocated(m, head):
         return stop(state, op, -EINVAL)
-    order = folio_order(m, head)
+    order = order_of(m, head)
     if m.ram[struct_page(m, head) + FLAGS] & state[R_HWPOISON] != U0:
         return stop(state, op, -EBUSY)  # a poisoned page is not split: the posted code says TODO
     status = split_folio(m, head, order, U0, U1)
@@ -237,7 +237,7 @@ def split(m, op):
 
 
 @outlined
-def merge(m, op):
+def folio_merge(m, op):
     """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -EBUSY if one has another reference, -EINVAL."""
     state = m.state
     head = state[op + O_ADDRESS] >> U12
@@ -259,7 +259,7 @@ def merge(m, op):
 
 
 @outlined
-def operate(m, op):
+def operate_pool(m, op):
     """Run one operation whose record is at `op`."""
     state = m.state
     kind = state[op + O_OP]
@@ -267,15 +267,15 @@ def operate(m, op):
     if kind == OP_POOL_RESIZE or kind == OP_POOL_DEMOTE:
         change_pool(m, op)
     elif kind == OP_FOLIO_ALLOCATE:
-        allocate(m, op)
+        alloc_hugetlb_folio(m, op)
     elif kind == OP_FOLIO_FREE:
         free(m, op)
     elif kind == OP_VMEMMAP_OPTIMIZE or kind == OP_VMEMMAP_RESTORE:
         change_vmemmap(m, op)
     elif kind == OP_FOLIO_SPLIT:
-        split(m, op)
+        folio_split(m, op)
     elif kind == OP_FOLIO_MERGE:
-        merge(m, op)
+        folio_merge(m, op)
     elif kind == OP_FOLIO_REFERENCE:
         change_references(m, op)
     elif kind == OP_FOLIO_FREEZE:
@@ -289,7 +289,7 @@ def operate(m, op):
         elif kind == OP_POISON:
             stop(state, op, poison(m, head, pfn))
         else:
-            stop(state, op, dissolve(m, hstate_of_order(folio_order(m, head)), head))
+            stop(state, op, dissolve_free_hugetlb_folio(m, hstate_of_order(order_of(m, head)), head))
     else:
         stop(state, op, -EINVAL)
 
@@ -310,7 +310,7 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
     while i < count and is_pooling(element(header, i) & LOW8):
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
-        operate(m, op)
+        operate_pool(m, op)
         finish_operation(m, op)
         save_result(m.state, op, columns, i)
         i += U1

@@ -36,14 +36,14 @@ _GENERATION_HIGH = U(0x7FF << 52)
 
 
 @kernel
-def is_leaf(state, f, entry, level):
+def is_last_spte(state, f, entry, level):
     """Whether a present entry is a leaf."""
     return level == U1 or (level <= LARGEST and is_large(state, f, entry))
 
 
 @kernel
 def is_table(state, f, entry, level):
-    return is_present(state, f, entry) and not is_leaf(state, f, entry, level)
+    return is_present(state, f, entry) and not is_last_spte(state, f, entry, level)
 
 
 @kernel

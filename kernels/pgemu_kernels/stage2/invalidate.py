@@ -42,7 +42,7 @@ _S_WORDS = U(S_WORDS)
 
 
 @kernel
-def invalidate_begin(state, vm, gfn, end):
+def kvm_mmu_invalidate_begin(state, vm, gfn, end):
     """virt/kvm/kvm_main.c:kvm_mmu_invalidate_begin(), kvm_mmu_invalidate_range_add()."""
     row = vm_row(vm)
     if state[row + V_IN_PROGRESS] == U0:
@@ -55,7 +55,7 @@ def invalidate_begin(state, vm, gfn, end):
 
 
 @kernel
-def invalidate_end(state, vm):
+def kvm_mmu_invalidate_end(state, vm):
     """kvm_mmu_invalidate_end(): the sequence moves before the count falls, if there is a fault that remembers it."""
     row = vm_row(vm)
     if state[R_GUEST_FAULTS] != U0:
@@ -80,7 +80,7 @@ def begin_slots(m, inode, start, end):
         slot = memslot_row(i)
         gfn, last = overlap(state, slot, inode, start, end)
         if gfn < last:
-            invalidate_begin(state, state[slot + M_VM], gfn, last)
+            kvm_mmu_invalidate_begin(state, state[slot + M_VM], gfn, last)
 
 
 @outlined
@@ -91,7 +91,7 @@ def end_slots(m, inode, start, end):
         slot = memslot_row(i)
         gfn, last = overlap(state, slot, inode, start, end)
         if gfn < last:
-            invalidate_end(state, state[slot + M_VM])
+            kvm_mmu_invalidate_end(state, state[slot + M_VM])
 
 
 @kernel

@@ -14,7 +14,7 @@ from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.stage2.entries import (
     TOP,
     is_access_allowed,
-    is_leaf,
+    is_last_spte,
     is_table,
     make_mmio_spte,
     make_spte,
@@ -154,7 +154,7 @@ def forbid_leaf(m, table):
 def table_or_split(m, f, slot, level, disallowed):
     """The table below a present entry, made by splitting if it is a leaf; NONE without memory."""
     entry = m.ram[slot]
-    if not is_leaf(m.state, f, entry, level):
+    if not is_last_spte(m.state, f, entry, level):
         return table_of(m.state, f, entry)
     table = split_leaf(m, f, slot, level)
     if disallowed and table != NONE:
@@ -275,7 +275,7 @@ def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
     value = make_spte(state, f, level, pfn, writable, prefetch, device)
     gained = np.int64(1)
     if is_present(state, f, old):
-        if is_leaf(state, f, old, level):
+        if is_last_spte(state, f, old, level):
             return changed_leaf(m, slot, gfn, value, access), level
         gained -= free_stage2_below(m, f, old, level)
         charge_one(m, EVENT_TLB_FLUSH_VM)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U4, U6, U9, U18, U63, U64, U511, U512
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U4, U6, U9, U18, U63, U511, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.rows import first_slot, inode_row, overlap, vm_row
-from pgemu_kernels.engine.shareability import bits_between
+from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.tables.walker import find_leaf, stage2_format, table_of
 from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_NEXT, V_ROOT
 
@@ -53,12 +53,6 @@ def note_large_leaf(state, node, index, level, bit):
 def is_whole(state, node, start, end):
     """Whether pages [start, end), all in one 1G of an inode, are all that it has there."""
     return start & _INSIDE_1G == U0 and (end & _INSIDE_1G == U0 or end >= state[node + I_PAGES])
-
-
-@kernel
-def mask_at(index, end):
-    """The bits of pages [index, end) in the word that holds `index`."""
-    return bits_between(index & U63, min(U64, (index & U63) + end - index))
 
 
 @kernel

@@ -11,7 +11,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U511, U512
 from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.stage2.entries import is_leaf, last_spte, make_huge_spte
+from pgemu_kernels.stage2.entries import is_last_spte, last_spte, make_huge_spte
 from pgemu_kernels.stage2.leaves import count_below, free_stage2_below, mark_dropped, split_leaf
 from pgemu_kernels.tables.walker import is_present, stage2_format, table_of
 from pgemu_kernels.words.enum_words import EVENT_SPTE_WRITTEN, EVENT_TLB_FLUSH_VM, FLAG_WRITE, GAUGE_STAGE2_LEAVES_4K
@@ -97,7 +97,7 @@ def first_leaf(m, f, entry, level):
         below = m.ram[i]
         if not is_present(m.state, f, below):
             continue
-        if is_leaf(m.state, f, below, level - U1):
+        if is_last_spte(m.state, f, below, level - U1):
             return below
         small = table_of(m.state, f, below)
         for k in range(small, small + U512):

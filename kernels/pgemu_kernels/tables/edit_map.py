@@ -20,16 +20,16 @@ from pgemu_kernels.tables.edit_tree import (
     holds_leaf,
     is_frozen,
     is_leaf,
-    is_present,
+    is_valid,
     leaf_address,
     leaf_attributes,
-    load,
-    new_table,
-    release,
+    load_entry,
+    release_table,
     sticky_bits,
-    store,
+    store_entry,
     swap,
     table_entry,
+    take_table,
     tear_down,
     well_formed,
 )
@@ -68,7 +68,7 @@ def fill_children(e, table, level, first):
     """Fill a table of `level` with leaves that follow one another from `first` on."""
     size = size_of(level)
     for i in range(U512):
-        store(e, table + i, level, first + i * size)
+        store_entry(e, table + i, level, first + i * size)
     e.counts[table >> U9] = np.uint32(512)
     e.request[E_WRITTEN] += U512
 
@@ -79,14 +79,14 @@ def build_pages(e, f, table, value):
     state = e.state
     page = leaf_address(state, f, U3, value) | child_attributes(state, f, U1, attributes(state, f, U3, value))
     for i in range(U512):
-        below = new_table(e)
+        below = take_table(e)
         fill_children(e, below, U1, page + i * size_of(U2))
-        store(e, table + i, U2, table_entry(state, f, U2, below))
+        store_entry(e, table + i, U2, table_entry(state, f, U2, below))
     e.counts[table >> U9] = np.uint32(512)
 
 
 @outlined
-def split_leaf(e, f, slot, level, value, base, target):
+def split_entry(e, f, slot, level, value, base, target):
     """Put a table of 512 smaller leaves in the place of a leaf: 0 or -ENOMEM.
 
     arch/x86/kvm/mmu/tdp_mmu.c:tdp_mmu_split_huge_page(): no flush. mm/huge_memory.c:__split_huge_pmd_locked(): the
@@ -95,7 +95,7 @@ def split_leaf(e, f, slot, level, value, base, target):
     """
     state = e.state
     deep = breaks(state, f) and level == U3 and target == U1 and frames_left(e) >= U512 + U1
-    table = new_table(e)
+    table = take_table(e)
     if table == NONE:
         return NO_MEMORY
     if deep:
@@ -105,7 +105,7 @@ def split_leaf(e, f, slot, level, value, base, target):
         fill_children(e, table, level - U1, leaf_address(state, f, level, value) | child)
     new = table_entry(state, f, level, table)
     if state[f + F_FLUSH] == WHOLE_VM:
-        store(e, slot, level, new)
+        store_entry(e, slot, level, new)
     else:
         swap(e, f, slot, level, new, value & ~state[f + F_PRESENT], base, True)
     return DONE
@@ -120,13 +120,13 @@ def uniform_children(e, f, table, level):
     """
     state = e.state
     sticky = sticky_bits(state, f)
-    first = load(e, table, level)
+    first = load_entry(e, table, level)
     merged = first
     if leaf_address(state, f, level, first) & (size_of(level + U1) - U1) != U0:
         return NONE
     for i in range(U512):
-        value = first if i == U0 else load(e, table + i, level)
-        if not is_present(state, f, value) or not is_leaf(state, f, level, value):
+        value = first if i == U0 else load_entry(e, table + i, level)
+        if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
             return NONE
         if (value ^ (first + i * size_of(level))) & ~sticky != U0:
             return NONE
@@ -135,11 +135,11 @@ def uniform_children(e, f, table, level):
 
 
 @outlined
-def collapse(e, f, address, level):
+def collapse_table(e, f, address, level):
     """Put one leaf in the place of the table of 512 at `address`: 0, -ENOENT (no table), or -EINVAL (not alike)."""
     state = e.state
     slot, at, old = find(e, f, address, level)
-    if not is_present(state, f, old):
+    if not is_valid(state, f, old):
         return NO_ENTRY
     if at != level or is_leaf(state, f, at, old):
         return INVALID
@@ -166,7 +166,7 @@ def replace_table(e, f, slot, level, old, new, base):
     swap(e, f, slot, level, new, e.state[f + F_EMPTY], base, True)
     table = table_of(e.state, f, old)
     tear_down(e, f, table, level - U1, True)
-    release(e, table)
+    release_table(e, table)
     e.request[E_WRITTEN] += U1
 
 
@@ -204,7 +204,7 @@ def open_leaf(e, f, slot, level, value, base):
     Arm puts an empty table there and lets the rest be faulted in again (stage2_map_walk_leaf()).
     """
     if not breaks(e.state, f):
-        return split_leaf(e, f, slot, level, value, base, level - U1)
+        return split_entry(e, f, slot, level, value, base, level - U1)
     table = empty_table(e, f)
     if table == NONE:
         return NO_MEMORY
@@ -218,7 +218,7 @@ def link_down(e, f, address, slot, level, value, target):
     """Make the tables from the entry at `slot` down to those of level `target`: status and slot there."""
     state = e.state
     while level > target:
-        if is_present(state, f, value):
+        if is_valid(state, f, value):
             if is_leaf(state, f, level, value):
                 if e.request[E_FLAGS] & EDIT_REPLACE == U0:
                     return EXISTS, slot
@@ -231,17 +231,17 @@ def link_down(e, f, address, slot, level, value, target):
             table = empty_table(e, f)
             if table == NONE:
                 return NO_MEMORY, slot
-            store(e, slot, level, table_entry(state, f, level, table))
+            store_entry(e, slot, level, table_entry(state, f, level, table))
             count_entry(e, slot, U1)
         table = table_of(state, f, e.ram[slot])
         level -= U1
         slot = table + (address >> shift_of(level) & U511)
-        value = load(e, slot, level)
+        value = load_entry(e, slot, level)
     return DONE, slot
 
 
 @kernel
-def leaf_level(e, address, physical, length):
+def level_that_fits(e, address, physical, length):
     """The largest level that both addresses' alignment and the length allow, up to the request's."""
     level = e.request[E_LEVEL]
     while level > U1 and ((address | physical) & (size_of(level) - U1) != U0 or length < size_of(level)):
@@ -256,7 +256,7 @@ def map_range(e, f, address, end, physical):
     request = e.request
     while address < end:
         request[E_OFFSET] = address
-        level = leaf_level(e, address, physical, end - address)
+        level = level_that_fits(e, address, physical, end - address)
         size = size_of(level)
         new = physical | leaf_attributes(state, f, level, request[E_SET])
         if not well_formed(state, f, level, new):
@@ -269,12 +269,12 @@ def map_range(e, f, address, end, physical):
             value = e.ram[slot]
         run = min((end - address) >> shift_of(level), U512 - (slot & U511))
         while True:
-            if is_present(state, f, value) or is_frozen(state, f, value):
+            if is_valid(state, f, value) or is_frozen(state, f, value):
                 status = displace(e, f, slot, level, new, address)
                 if status != DONE:
                     return status
             else:
-                store(e, slot, level, new)
+                store_entry(e, slot, level, new)
                 count_entry(e, slot, U1)
                 request[E_WRITTEN] += U1
             request[E_CHANGED] += U1
@@ -286,7 +286,7 @@ def map_range(e, f, address, end, physical):
                 break
             new += size
             slot += U1
-            value = load(e, slot, level)
+            value = load_entry(e, slot, level)
     return DONE
 
 

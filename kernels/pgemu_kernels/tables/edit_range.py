@@ -8,21 +8,21 @@ from pgemu_kernels import words
 from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U3, U9, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
-from pgemu_kernels.tables.edit_map import split_leaf
+from pgemu_kernels.tables.edit_map import split_entry
 from pgemu_kernels.tables.edit_tree import (
     breaks,
     count_entry,
     find,
     flush,
     is_leaf,
-    is_present,
     is_process,
-    load,
+    is_valid,
+    load_entry,
     moved_mask,
     needs_flush,
     owe_flush,
-    release,
-    store,
+    release_table,
+    store_entry,
     swap,
     well_formed,
 )
@@ -69,7 +69,7 @@ INVALID = np.int64(-words.EINVAL)
 def unmap_leaf(e, f, slot, level, base):
     """Clear a leaf. Arm without deferred unmaps invalidates it at once: stage2_unmap_put_pte()."""
     state = e.state
-    store(e, slot, level, state[f + F_EMPTY])
+    store_entry(e, slot, level, state[f + F_EMPTY])
     count_entry(e, slot, ALL)
     e.request[E_CLEARED] += U1
     e.request[E_CHANGED] += U1
@@ -100,7 +100,7 @@ def protect_leaf(e, f, slot, level, value, base):
 def clear_bit(e, f, slot, level, value, base, bit, flushed):
     """Clear the accessed or the dirty bit of a leaf and count that it was set."""
     if value & bit != U0:
-        store(e, slot, level, value & ~bit)
+        store_entry(e, slot, level, value & ~bit)
         e.request[E_WRITTEN] += U1
         e.request[E_CHANGED] += U1
         if flushed:
@@ -142,12 +142,12 @@ def edit_range(e, f, op, address, end):
         while True:
             base = address & ~(size - U1)
             request[E_OFFSET] = address
-            if is_present(state, f, value):
+            if is_valid(state, f, value):
                 if not is_leaf(state, f, level, value):
                     break  # a table beside what was edited so far: walk down to its entries
                 request[E_FOUND] += U1
                 if must_split(e, op, level, base, address, end):
-                    status = split_leaf(
+                    status = split_entry(
                         e, f, slot, level, value, base, request[E_LEVEL] if op == EDIT_OP_SPLIT else level - U1
                     )
                     if status != DONE:
@@ -162,7 +162,7 @@ def edit_range(e, f, op, address, end):
             slot += U1
             if address >= end or slot & U511 == U0:
                 break
-            value = load(e, slot, level)
+            value = load_entry(e, slot, level)
     return DONE
 
 
@@ -173,9 +173,9 @@ def unlink_if_empty(e, f, slot, level, value, address, start):
     table = table_of(state, f, value)
     if e.counts[table >> U9] != np.uint32(0):
         return False
-    store(e, slot, level, state[f + F_EMPTY])
+    store_entry(e, slot, level, state[f + F_EMPTY])
     count_entry(e, slot, ALL)
-    release(e, table)
+    release_table(e, table)
     e.request[E_CHANGED] += U1
     # mm/mmu_gather.h:pte_free_tlb() notes one page, and the level above as the stride.
     first = max(address & ~(size_of(level) - U1), start)
@@ -202,7 +202,7 @@ def free_tables(e, f, start, end, covered):
         size = size_of(level)
         following = (address | (size - U1)) + U1
         whole = address & (size - U1) == U0 and following <= end
-        if level == U2 and is_present(state, f, value) and not is_leaf(state, f, level, value):
+        if level == U2 and is_valid(state, f, value) and not is_leaf(state, f, level, value):
             if whole or not covered:
                 unlink_if_empty(e, f, slot, level, value, address, start)
         if not covered:
@@ -244,8 +244,8 @@ def store_raw(e, f, address, level, new):
     slot, at, old = find(e, f, address, level)
     if at != level:
         return NO_ENTRY, old
-    was = is_present(state, f, old)
-    present = is_present(state, f, new)
+    was = is_valid(state, f, old)
+    present = is_valid(state, f, new)
     linked = was and not is_leaf(state, f, level, old)
     if present and not is_leaf(state, f, level, new):
         return INVALID, old
@@ -253,7 +253,7 @@ def store_raw(e, f, address, level, new):
         return INVALID, old
     if linked:
         return BUSY, old
-    store(e, slot, level, new)
+    store_entry(e, slot, level, new)
     if present and not was:
         count_entry(e, slot, U1)
     elif was and not present:

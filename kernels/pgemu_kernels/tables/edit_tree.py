@@ -99,7 +99,7 @@ class Tree(NamedTuple):
 
 
 @outlined
-def record(e, kind, level, address, value):
+def log_record(e, kind, level, address, value):
     """Write down one record if there is room; the count goes on, so that the caller knows what was missing."""
     at = e.request[E_RECORDS] * LOG_WORDS
     if at + LOG_WORDS <= U(e.log.size):
@@ -115,26 +115,26 @@ def logged(e):
 
 
 @kernel
-def load(e, slot, level):
+def load_entry(e, slot, level):
     """The entry at `slot`, an index in `ram`."""
     value = e.ram[slot]
     if logged(e):
-        record(e, LOG_READ, level, slot << U3, value)
+        log_record(e, LOG_READ, level, slot << U3, value)
     return value
 
 
 @kernel
-def store(e, slot, level, value):
+def store_entry(e, slot, level, value):
     e.ram[slot] = value
     if logged(e):
-        record(e, LOG_WRITE, level, slot << U3, value)
+        log_record(e, LOG_WRITE, level, slot << U3, value)
 
 
 # --------------------------------------------------------------------------- addresses and entries
 
 
 @kernel
-def is_present(state, f, value):
+def is_valid(state, f, value):
     """Whether an entry is present to the hardware: what a table of any format is edited by."""
     return value & state[f + F_PRESENT] != U0
 
@@ -232,7 +232,7 @@ def child_attributes(state, f, level, bits):
 @kernel
 def well_formed(state, f, level, value):
     """Whether a walk takes the value for a present leaf of this level that is neither reserved nor misconfigured."""
-    if not is_present(state, f, value) or not is_leaf(state, f, level, value):
+    if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
         return False
     if level == U1 and value & state[f + F_PAGE_MASK] != state[f + F_PAGE_VALUE]:
         return False
@@ -258,11 +258,11 @@ def descend(e, f, address, target, watched):
     state = e.state
     level = state[f + F_LEVELS]
     slot = (e.request[E_ROOT] >> U3) + (address >> shift_of(level))
-    value = load(e, slot, level) if watched else e.ram[slot]
-    while level > target and is_present(state, f, value) and not is_leaf(state, f, level, value):
+    value = load_entry(e, slot, level) if watched else e.ram[slot]
+    while level > target and is_valid(state, f, value) and not is_leaf(state, f, level, value):
         level -= U1
         slot = table_of(state, f, value) + (address >> shift_of(level) & U511)
-        value = load(e, slot, level) if watched else e.ram[slot]
+        value = load_entry(e, slot, level) if watched else e.ram[slot]
     return slot, level, value
 
 
@@ -334,7 +334,7 @@ def flush(e, f, start, end, level):
     else:
         charge_one(e, EVENT_TLB_FLUSH_RANGE)
     if logged(e):
-        record(e, kind, level, sign_extended(state, f, start), end - start)
+        log_record(e, kind, level, sign_extended(state, f, start), end - start)
 
 
 @kernel
@@ -350,7 +350,7 @@ def flush_pending(e, f):
 
 
 @kernel
-def new_table(e):
+def take_table(e):
     """A frame for a table, with whatever it held: its first slot, or NONE."""
     frame = take_frame(e)
     if frame == NONE:
@@ -363,12 +363,12 @@ def new_table(e):
 @kernel
 def empty_table(e, f):
     """A table of empty entries, or NONE."""
-    table = new_table(e)
+    table = take_table(e)
     if table != NONE:
         value = e.state[f + F_EMPTY]
         fill_frame(e.ram, table >> U9, value)
         if logged(e):
-            record(e, LOG_FILL, U0, table << U3, value)
+            log_record(e, LOG_FILL, U0, table << U3, value)
     return table
 
 
@@ -380,7 +380,7 @@ def table_entry(state, f, level, table):
 
 
 @kernel
-def release(e, table):
+def release_table(e, table):
     """Free a table once the flush is done: mmu_gather's table batch, KVM's call_rcu()."""
     frame = table >> U9
     e.counts[frame] = np.uint32(e.request[E_FREED_LIST])
@@ -396,7 +396,7 @@ def give_back(e):
         following = U(e.counts[frame])
         e.counts[frame] = np.uint32(0)
         if logged(e):
-            record(e, LOG_FREE, U0, frame << U12, U0)
+            log_record(e, LOG_FREE, U0, frame << U12, U0)
         put_frame(e, frame)
         charge_one(e, EVENT_TABLE_PAGE_FREED)
         frame = following
@@ -409,8 +409,8 @@ def holds_leaf(e, f, table, level):
     if level == U1 or e.counts[table >> U9] == np.uint32(0):
         return e.counts[table >> U9] != np.uint32(0)
     for slot in range(table, table + U512):
-        value = load(e, slot, level)
-        if is_present(e.state, f, value):
+        value = load_entry(e, slot, level)
+        if is_valid(e.state, f, value):
             if is_leaf(e.state, f, level, value) or e.counts[table_of(e.state, f, value) >> U9] != np.uint32(0):
                 return True
     return False
@@ -435,14 +435,14 @@ def tear_down(e, f, table, level, shared):
         if slot == request[E_CURSOR_END + level]:
             if level == top:
                 return
-            release(e, slot - U512)
+            release_table(e, slot - U512)
             level += U1
             continue
         request[E_CURSOR + level] = slot + U1
-        value = load(e, slot, level)
-        if is_present(state, f, value):
+        value = load_entry(e, slot, level)
+        if is_valid(state, f, value):
             if freezes:
-                store(e, slot, level, frozen)
+                store_entry(e, slot, level, frozen)
             if is_leaf(state, f, level, value):
                 request[E_CLEARED] += U1
             else:
@@ -451,7 +451,7 @@ def tear_down(e, f, table, level, shared):
                 request[E_CURSOR + level] = below
                 request[E_CURSOR_END + level] = below + U512
         elif freezes and shared:
-            store(e, slot, level, frozen)
+            store_entry(e, slot, level, frozen)
 
 
 @outlined
@@ -470,16 +470,16 @@ def swap(e, f, slot, level, new, interim, base, reshaped):
     stride = level if is_leaf(state, f, level, old) else U1
     if breaks(state, f):
         if reshaped or (old ^ new) & state[f + F_BREAK_BITS] != U0:
-            store(e, slot, level, state[f + F_FROZEN])
+            store_entry(e, slot, level, state[f + F_FROZEN])
             flush(e, f, base, end, stride)
-            store(e, slot, level, new)
+            store_entry(e, slot, level, new)
             return
     elif is_process(state, f):
-        store(e, slot, level, interim)
+        store_entry(e, slot, level, interim)
         if reshaped or (old ^ new) & state[f + F_ADDRESS] != U0:
             flush(e, f, base, end, stride)
-            store(e, slot, level, new)
+            store_entry(e, slot, level, new)
             return
-    store(e, slot, level, new)
+    store_entry(e, slot, level, new)
     if needs_flush(state, f, old, new):
         owe_flush(e, base, end, stride)

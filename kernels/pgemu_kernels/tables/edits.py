@@ -16,7 +16,7 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, put_run, take_frame, take_run
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import open_machine
-from pgemu_kernels.tables.edit_map import collapse, map_one
+from pgemu_kernels.tables.edit_map import collapse_table, map_one
 from pgemu_kernels.tables.edit_range import edit_range, free_tables, store_raw, unmap_leaf, unmap_tail
 from pgemu_kernels.tables.edit_tree import (
     Tree,
@@ -27,11 +27,11 @@ from pgemu_kernels.tables.edit_tree import (
     give_back,
     is_frozen,
     is_leaf,
-    is_present,
     is_process,
+    is_valid,
     leaf_attributes,
+    log_record,
     logged,
-    record,
     tear_down,
     well_formed,
 )
@@ -108,7 +108,7 @@ NOT_SUPPORTED = np.int64(-words.EOPNOTSUPP)
 
 
 @kernel
-def prepare(state, f, request):
+def prepare_batch(state, f, request):
     """Check once what the leaves of a batch have in common."""
     level = request[E_LEVEL]
     request[E_QUICK] = U0
@@ -131,7 +131,7 @@ def quick_map(e, f, address, physical):
     if physical & ~request[E_QUICK_PHYSICAL] != U0 or address & (request[E_LENGTH] - U1) != U0:
         return False
     slot, level, value = descend(e, f, address, request[E_LEVEL], False)
-    if level != request[E_LEVEL] or is_present(e.state, f, value) or is_frozen(e.state, f, value):
+    if level != request[E_LEVEL] or is_valid(e.state, f, value) or is_frozen(e.state, f, value):
         return False
     e.ram[slot] = physical | request[E_QUICK]
     count_entry(e, slot, U1)
@@ -143,7 +143,7 @@ def quick_map(e, f, address, physical):
 def quick_unmap(e, f, address):
     """Clear one 4K leaf that is not the last one of its table: whether that was so."""
     slot, level, value = descend(e, f, address, U1, False)
-    if level != U1 or not is_present(e.state, f, value) or e.counts[slot >> U9] == np.uint32(1):
+    if level != U1 or not is_valid(e.state, f, value) or e.counts[slot >> U9] == np.uint32(1):
         return False
     unmap_leaf(e, f, slot, U1, address)
     return True
@@ -154,7 +154,7 @@ def look_ahead(e, f, given):
     """Ask for the cache line of the last-level entry over an address that comes later in a batch."""
     address = given & ((U1 << e.state[f + F_INPUT_BITS]) - U1)
     _, level, value = descend(e, f, address, U2, False)
-    if level == U2 and is_present(e.state, f, value) and not is_leaf(e.state, f, level, value):
+    if level == U2 and is_valid(e.state, f, value) and not is_leaf(e.state, f, level, value):
         prefetch(e.ram, table_of(e.state, f, value) + index_at(address >> U12, U1))
 
 
@@ -172,7 +172,7 @@ def create(e, f):
     for i in range(tables):
         fill_frame(e.ram, frame + i, value)
         if logged(e):
-            record(e, LOG_FILL, U0, (frame + i) << U12, value)
+            log_record(e, LOG_FILL, U0, (frame + i) << U12, value)
         e.counts[frame + i] = np.uint32(0)
     charge(e, EVENT_TABLE_PAGE_ALLOCATED, np.int64(tables))
     e.request[E_ROOT] = frame << U12
@@ -193,7 +193,7 @@ def destroy(e, f):
     for i in range(tables):
         e.counts[frame + i] = np.uint32(0)
         if logged(e):
-            record(e, LOG_FREE, U0, (frame + i) << U12, U0)
+            log_record(e, LOG_FREE, U0, (frame + i) << U12, U0)
     if tables == U1:
         put_frame(e, frame)
     else:
@@ -205,7 +205,7 @@ def destroy(e, f):
 
 
 @kernel
-def check_range(state, f, address, length):
+def check_input(state, f, address, length):
     """0; -EINVAL for what is not whole pages, -ERANGE beyond the input addresses or across the canonical hole."""
     if (address | length) & U4095 != U0 or length == U0:
         return INVALID
@@ -263,7 +263,7 @@ def edit_one(e, f, op, given, physical):
     state = e.state
     request = e.request
     length = request[E_LENGTH]
-    status = check_range(state, f, given, length)
+    status = check_input(state, f, given, length)
     if status != DONE:
         return status, U0
     address = given & ((U1 << state[f + F_INPUT_BITS]) - U1)
@@ -279,7 +279,7 @@ def edit_one(e, f, op, given, physical):
     if op == EDIT_OP_MAP:
         status = map_one(e, f, address, physical)
     elif op == EDIT_OP_COLLAPSE:
-        status = INVALID if address & (length - U1) != U0 else collapse(e, f, address, request[E_LEVEL])
+        status = INVALID if address & (length - U1) != U0 else collapse_table(e, f, address, request[E_LEVEL])
     elif op == EDIT_OP_STORE:
         return store_raw(e, f, address, request[E_LEVEL], request[E_SET])
     elif op == EDIT_OP_FREE_TABLES:
@@ -296,7 +296,7 @@ def edit_one(e, f, op, given, physical):
 
 
 @kernel
-def finish(e, f):
+def finish_edit(e, f):
     """The flush that is owed, the frames of freed tables, and the price of the leaves."""
     flush_pending(e, f)
     give_back(e)
@@ -326,7 +326,7 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     state[R_COUNTER_ROW] = STATS_COUNTERS
     failure = check_request(state, f, request)
     if failure == DONE:
-        prepare(state, f, request)
+        prepare_batch(state, f, request)
     several = physical.size > 1
     count = U(addresses.size)
     looks_ahead = not logged(e) and (op == EDIT_OP_UNMAP or request[E_QUICK] != U0)
@@ -345,5 +345,5 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
             status[i] = DONE
         else:
             status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0])
-    finish(e, f)
+    finish_edit(e, f)
     state[R_COUNTER_ROW] = row

@@ -105,7 +105,7 @@ def slot_of(m, physical):
 
 
 @kernel
-def is_leaf(state, f, entry, level):
+def has_leaf_form(state, f, entry, level):
     """Whether a present entry has the form of a leaf; at level 1, of a page."""
     if level == U1:
         return entry & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
@@ -117,7 +117,7 @@ def judge_entry(state, f, entry, level, checked):
     """What is wrong with an entry by itself; `checked` are the reserved bits that fault."""
     if entry & state[f + F_PRESENT] == U0:
         return WALK_NOT_PRESENT
-    leaf = is_leaf(state, f, entry, level)
+    leaf = has_leaf_form(state, f, entry, level)
     reserved = state[f + F_RESERVED_LEAF + level] if leaf else state[f + F_RESERVED_TABLE + level]
     wrong = level > state[f + F_LARGEST_LEAF] if leaf else level == U1
     if state[f + F_FAMILY] == _EPT:
@@ -202,7 +202,7 @@ def fault_code(state, f, access, x, status, level, rights, denied):
 def judge(state, f, access, x, entry, level, rights):
     """An entry of a walk that has `rights` so far: (status, is it a leaf, rights left, does a key deny)."""
     status = judge_entry(state, f, entry, level, access[x + X_RESERVED])
-    leaf = is_leaf(state, f, entry, level)
+    leaf = has_leaf_form(state, f, entry, level)
     if leaf and entry & access[x + X_DIRTY_IF] != U0:
         entry |= access[x + X_DIRTY_GIVES]
     rights &= rights_of(state, f, entry, leaf)
@@ -229,7 +229,7 @@ def record(w, at, status, level, rights, count):
 
 
 @kernel
-def leaf_address(state, f, entry, level, address):
+def output_address(state, f, entry, level, address):
     """Where a leaf of `level` maps an address to."""
     inside = size_of(level) - U1
     return entry & state[f + F_ADDRESS] & ~inside | address & inside
@@ -268,7 +268,7 @@ def walk(m, f, access, x, root, address, w, at):
             level -= U1
     record(w, at, status, level, rights, count)
     if status == WALK_OK:
-        w[at + W_PHYSICAL] = leaf_address(state, f, entry, level, address)
+        w[at + W_PHYSICAL] = output_address(state, f, entry, level, address)
     else:
         w[at + W_ERROR] = fault_code(state, f, access, x, status, level, rights, denied)
     return status

@@ -21,9 +21,9 @@ from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.tables.exact_walk import (
     fault_code,
     judge,
-    leaf_address,
     list_reads,
     new_value,
+    output_address,
     record,
     refused,
     slot_of,
@@ -32,7 +32,7 @@ from pgemu_kernels.tables.exact_walk import (
     walk,
 )
 from pgemu_kernels.tables.translate import (
-    LARGE,
+    LARGE_LEAF,
     LOOK,
     can_pass,
     directory,
@@ -184,7 +184,7 @@ def walk_guest(m, job, x, address, i, out, w, count, written):
         error = fault_code(state, f, job.access, x, status, level, rights, denied)
         finish_walk(out, i, STAGE_GUEST, status, U0, error, address, level, U0)
         return STAGE_GUEST, count, written
-    w[W_PHYSICAL] = leaf_address(state, f, value, level, address)
+    w[W_PHYSICAL] = output_address(state, f, value, level, address)
     return STAGE_NONE, count, written
 
 
@@ -249,13 +249,13 @@ def walk_nested(m, job, i, address, out, w):
 @kernel
 def host_of(m, access, x, tree, found, gpa):
     """Where the stage-2 entry at `found` maps a guest physical address to; NONE if it does not pass."""
-    if found & LARGE == U0:
+    if found & LARGE_LEAF == U0:
         value = m.ram[found]
         return value & tree.address_bits | gpa & U4095 if passes_leaf(access, x, U1, value) else NONE
     if found == LOOK:
         return NONE
     inside = (U1 << (U12 + U9 * (leaf_level(found) - U1))) - U1
-    return m.ram[found & ~LARGE] & tree.address_bits & ~inside | gpa & inside
+    return m.ram[found & ~LARGE_LEAF] & tree.address_bits & ~inside | gpa & inside
 
 
 @kernel
@@ -272,9 +272,9 @@ def ask_stage2(m, job, w, count, final, first):
     masks = load_masks(job.access, x)
     for k in range(count):
         gpa = w[_GPA + k]
-        if (gpa & LARGE != U0) != final or gpa == LOOK:
+        if (gpa & LARGE_LEAF != U0) != final or gpa == LOOK:
             continue
-        gpa &= ~LARGE
+        gpa &= ~LARGE_LEAF
         if final and U(job.kinds.size) > U1:
             x = _STAGE2_ROWS + row_of(job.kinds, first + k)
             masks = load_masks(job.access, x)
@@ -292,7 +292,7 @@ def ask_entries(m, job, w, count):
     """For all walks: the guest's entry in the host's memory, whose line is asked for."""
     for k in range(count):
         gpa = w[_GPA + k]
-        if gpa & LARGE != U0:
+        if gpa & LARGE_LEAF != U0:
             continue
         found = w[_FOUND + k]
         host = host_of(m, job.access, _TABLE_READ, job.stage2, found, gpa)
@@ -309,7 +309,7 @@ def ask_entries(m, job, w, count):
 def read_entries(m, job, w, addresses, first, count, level):
     """For all walks: read the guest's entry of `level`; where it leads to is the next address for stage 2."""
     for k in range(count):
-        if w[_GPA + k] & LARGE != U0:
+        if w[_GPA + k] & LARGE_LEAF != U0:
             continue
         x = row_of(job.kinds, first + k)
         value = m.ram[w[_FOUND + k]]
@@ -357,7 +357,7 @@ def list_nested(m, job, i, address, guest_level, host_level, out):
             break
         level -= U1
         gpa = (value & guest.address_bits) + ((address >> shift_of(level) & U511) << U3)
-    gpa = leaf_address(m.state, guest.f, value, level, address)
+    gpa = output_address(m.state, guest.f, value, level, address)
     list_passed(m.ram, job.stage2, gpa, host_level, out.reads, first, count, U2)
 
 
@@ -380,7 +380,7 @@ def walk_block(m, job, addresses, first, count, out, w):
         if gpa != LOOK:
             x = _STAGE2_ROWS + row_of(job.kinds, i)
             found = w[_FOUND + k]
-            host = host_of(m, job.access, x, job.stage2, found, gpa & ~LARGE)
+            host = host_of(m, job.access, x, job.stage2, found, gpa & ~LARGE_LEAF)
         if host == NONE:
             walk_nested(m, job, i, addresses[i], out, w)
         else:

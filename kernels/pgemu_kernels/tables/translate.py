@@ -42,7 +42,7 @@ from pgemu_kernels.words.table_words import (
 
 U = np.uint64
 # Marks in the top three bits of a slot, which a multiplication by 8 drops.
-LARGE = U(7 << 61)
+LARGE_LEAF = U(7 << 61)
 LARGE_2M = U(2 << 61)
 LARGE_1G = U(3 << 61)
 LOOK = U(7 << 61)
@@ -187,9 +187,9 @@ def walk_one(m, access, x, tree, address, i, outputs, w):
 @kernel
 def leaf_level(found):
     """Level of the leaf that `find_below` found."""
-    if found & LARGE == LARGE_1G:
+    if found & LARGE_LEAF == LARGE_1G:
         return U3
-    return U2 if found & LARGE == LARGE_2M else U1
+    return U2 if found & LARGE_LEAF == LARGE_2M else U1
 
 
 @kernel
@@ -197,14 +197,14 @@ def finish_large(m, tree, found, address, i, outputs):
     """The result of a large leaf."""
     level = leaf_level(found)
     inside = size_of(level) - U1
-    outputs.physical[i] = m.ram[found & ~LARGE] & tree.address_bits & ~inside | address & inside
+    outputs.physical[i] = m.ram[found & ~LARGE_LEAF] & tree.address_bits & ~inside | address & inside
     outputs.levels[i] = np.uint8(level)
 
 
 @kernel
-def finish(m, access, x, tree, found, address, i, outputs, w):
+def write_result(m, access, x, tree, found, address, i, outputs, w):
     """Read the entry that `find_below` found and write the result; status and level stand for a 4K page already."""
-    if found & LARGE == U0:
+    if found & LARGE_LEAF == U0:
         entry = m.ram[found]
         if passes_leaf(access, x, U1, entry):
             outputs.physical[i] = entry & tree.address_bits | address & U4095
@@ -242,7 +242,7 @@ def find_block(ram, tree, addresses, kinds, access, w, first, stop):
         w[_FOUND + i - first] = found
         prefetch(ram, found)
         marks |= found
-    return marks & LARGE != U0
+    return marks & LARGE_LEAF != U0
 
 
 @kernel
@@ -273,7 +273,7 @@ def translate_scattered(m, tree, addresses, kinds, access, outputs, w, first, st
         if finish_block(addresses, access, row_of(kinds, U0), tree, outputs, w, first, stop):
             return
     for i in range(first, stop):
-        finish(m, access, row_of(kinds, i), tree, w[_FOUND + i - first], addresses[i], i, outputs, w)
+        write_result(m, access, row_of(kinds, i), tree, w[_FOUND + i - first], addresses[i], i, outputs, w)
 
 
 @kernel
@@ -285,7 +285,7 @@ def translate_alike(m, tree, addresses, x, access, outputs, w, first, stop):
     if found == LOOK:
         return False
     apart = U0
-    if found & LARGE == U0:
+    if found & LARGE_LEAF == U0:
         table = found & ~U511
         for i in range(first, stop):
             apart |= addresses[i] ^ address
@@ -294,7 +294,7 @@ def translate_alike(m, tree, addresses, x, access, outputs, w, first, stop):
     level = leaf_level(found)
     shift = shift_of(level)
     inside = (U1 << shift) - U1
-    base = m.ram[found & ~LARGE] & tree.address_bits & ~inside
+    base = m.ram[found & ~LARGE_LEAF] & tree.address_bits & ~inside
     for i in range(first, stop):
         apart |= addresses[i] ^ address
         outputs.physical[i] = base | addresses[i] & inside
@@ -322,9 +322,9 @@ def translate_near(m, tree, addresses, kinds, access, outputs, w, first, stop):
         if region != last:
             top = directory(ram, access, x, tree, address)
             found = find_below(ram, access, x, load_masks(access, x), tree.address_bits, top, address)
-            last = region if found & LARGE == U0 else NONE
+            last = region if found & LARGE_LEAF == U0 else NONE
             table = found & ~U511
-        finish(m, access, x, tree, found, address, i, outputs, w)
+        write_result(m, access, x, tree, found, address, i, outputs, w)
 
 
 @kernel

@@ -34,7 +34,7 @@ def run(op: int, ram: Any, page: Any, n: Any) -> int:
     if op == 0:
         return np.int64(kernels.try_get(ram, page, n))
     if op == 1:
-        return np.int64(kernels.put(ram, page, n))
+        return np.int64(kernels.put_refs(ram, page, n))
     if op == 2:
         return np.int64(kernels.try_grab(ram, page, n))
     if op == 3:
