@@ -13,7 +13,8 @@ import rich_click as click
 
 from pgemu.cli.walk import SIZES, find_root, flag_names, level_name, rights_letters, table_options
 from pgemu.tables.entries import decode as decode_entry
-from pgemu.tables.walk import MappedRange, Summary, mapped_ranges, rights_of, root_table
+from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
+from pgemu.tables.walk import rights_of, root_table
 from pgemu_kernels.formats.page_format import PageFormat
 
 __all__ = ("dump",)

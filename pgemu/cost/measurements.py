@@ -18,9 +18,11 @@ from functools import cached_property
 from math import isnan, nan
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from pgemu.cost.loops import compile_loops
 
 __all__ = ("WHAT", "Measurement", "NotMeasuredError", "duration", "footprint", "last_level_cache", "measure")
 
@@ -158,103 +160,11 @@ def footprint() -> int:
     return max(min(wanted, free // 4), 64 << 20) & -(1 << 21)
 
 
-class _Loops(NamedTuple):
-    """Compiled loops; uint64 arrays, counts in units."""
-
-    zero_pages: Any  # (memory, pages)
-    copy_pages: Any  # (memory, from pages, to pages)
-    store_lines: Any  # (memory, first line, lines)
-    store_lines_at: Any  # (memory, order of lines, value)
-    chase: Any  # (links, start, steps) -> end
-    add: Any  # (memory, times)
-    get_parent: Any  # (times)
-    advise: Any  # (address, times)
-    protect: Any  # (memory, address, times)
-    spin: Any  # (flags, counter): counts in flags[counter] until flags[0] is set
-
-
-def _compile() -> _Loops:
-    """Compile the loops: no cache, for they are small and seldom used."""
-    from llvmlite import ir
-    from numba import njit, types
-    from numba.extending import intrinsic
-
-    libc = ctypes.CDLL(None)
-    getppid, madvise, mprotect = libc.getppid, libc.madvise, libc.mprotect
-    getppid.argtypes = []
-    madvise.argtypes = mprotect.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
-
-    def declare_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-            address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
-            return builder.atomic_rmw("add", address, arguments[2], "seq_cst")
-
-        return types.uint64(array, index, value), codegen
-
-    atomic_add = intrinsic(declare_add)
-    one, zero, words = np.uint64(1), np.uint64(0), np.uint64(512)
-    dontneed, page = int(mmap.MADV_DONTNEED), _PAGE
-    read, write = int(mmap.PROT_READ), int(mmap.PROT_READ | mmap.PROT_WRITE)
-
-    def zero_pages(memory: Any, pages: Any) -> None:
-        for number in pages:
-            for word in range(number * words, number * words + words):
-                memory[word] = zero
-
-    def copy_pages(memory: Any, sources: Any, targets: Any) -> None:
-        for i in range(len(targets)):
-            source, target = sources[i] * words, targets[i] * words
-            for word in range(words):
-                memory[target + word] = memory[source + word]
-
-    def store_lines(memory: Any, first: Any, lines: Any) -> None:
-        for word in range(first * 8, (first + lines) * 8):
-            memory[word] = np.uint64(word)
-
-    def store_lines_at(memory: Any, order: Any, value: Any) -> None:
-        for line in order:
-            for word in range(line * np.uint64(8), line * np.uint64(8) + np.uint64(8)):
-                memory[word] = value
-
-    def chase(links: Any, start: Any, steps: Any) -> Any:
-        at = start
-        for _ in range(steps):
-            at = links[at]
-        return at
-
-    def add(memory: Any, times: Any) -> None:
-        for _ in range(times):
-            atomic_add(memory, 0, one)
-
-    def get_parent(times: Any) -> None:
-        for _ in range(times):
-            getppid()
-
-    def advise(address: Any, times: Any) -> None:
-        for _ in range(times):
-            madvise(address, page, dontneed)
-
-    def protect(memory: Any, address: Any, times: Any) -> None:
-        # The store makes the entry writable again, so that the next mprotect has something to flush.
-        for i in range(times):
-            mprotect(address, page, read)
-            mprotect(address, page, write)
-            memory[0] = np.uint64(i)
-
-    def spin(flags: Any, counter: Any) -> None:
-        while atomic_add(flags, 0, zero) == zero:
-            atomic_add(flags, counter, one)
-
-    plain = (zero_pages, copy_pages, store_lines, store_lines_at, chase, add, get_parent, advise, protect, spin)
-    return _Loops(*(njit(nogil=True, _nrt=False)(function) for function in plain))
-
-
 class _Bench:
     """The memory that is measured in, and one method per key of WHAT: a context that gives a sampler."""
 
     def __init__(self) -> None:
-        self.loops = _compile()
+        self.loops = compile_loops()
         self.size = footprint()
         self.random = np.random.default_rng(1)
         try:

@@ -173,53 +173,24 @@ def smallest_pfnmap(
     :param options: further fields of pgemu.Config: kernel, stage2, seed, ...
     :raises ValueError: guest memory too small, or a parameter that Config refuses
     """
-    from pgemu.objects.guest_memfd import CreateFlags
-    from pgemu.objects.machine import Config, Machine
-
     if guest_memory < DECOMPRESSED + 2 * kernel_image + initrd + (2 << 20):
         raise ValueError(
             f"guest memory of {guest_memory} bytes: expected room for the kernel, decompressed as well, and the initrd"
         )
-    machine = Machine(Config("pfnmap", pool=guest_memory, page_size=_PAGE, **options))
-    gmem = machine.create_guest_memfd(guest_memory, flags=CreateFlags.MMAP | CreateFlags.INIT_SHARED)
-    process = machine.create_process()
-    vm = machine.create_vm(process)
-    for result in (process.mmap(gmem, KVMTOOL_HVA), vm.bind(gmem, 0)):
-        assert result.status == 0, result
-    written = {
-        "kernel image": (KERNEL_IMAGE, kernel_image),
-        "setup code": (SETUP_CODE, 16 << 10),
-        "command line": (COMMAND_LINE, 2048),
-        "initrd": (_initrd_address(guest_memory, initrd), initrd),
-        "BIOS tables": (0, 0x500),  # interrupt vectors and BIOS data area
-        "EBDA and e820 map": (EBDA, 0x400),
-        "VGA ROM": (VGA_ROM, 0x8000),
-        "BIOS": (BIOS, 0x1_0000),
-    }
-    phases = [
-        _phase(
-            name, Operation.HOST_FAULT, process.touch_many(_pages(start, length) + np.uint64(KVMTOOL_HVA), write=True)
-        )
-        for name, (start, length) in written.items()
-    ]
+    machine, gmem, process, vm = _scene(guest_memory, options)
+    written = _loaded(guest_memory, kernel_image, initrd)
+    phases = [_accessed(process, name, _pages(*written[name]) + np.uint64(KVMTOOL_HVA)) for name in written]
     data = b"loaded by the host"
     first = _leaf(process.walk(KVMTOOL_HVA + KERNEL_IMAGE))
     machine.write_frame((first & ADDRESS) >> 12, data)
-    run = {name: _pages(*written[name]) for name in ("setup code", "BIOS tables", "EBDA and e820 map", "command line")}
-    run["kernel image"] = _pages(*written["kernel image"])
-    run["decompressed kernel"] = _pages(DECOMPRESSED, 2 * kernel_image)
-    run["initrd"] = _pages(*written["initrd"])
-    behind = _pages(DECOMPRESSED + 2 * kernel_image, guest_memory - DECOMPRESSED - 2 * kernel_image)
-    run["fresh memory"] = np.setdiff1d(behind, run["initrd"])[::4]
+    run = _run(written, guest_memory, kernel_image)
     phases += [_phase(name, Operation.GUEST_FAULT, vm.touch_many(pages, write=True)) for name, pages in run.items()]
     second = _leaf(vm.walk(KERNEL_IMAGE))
     sees_host_data = machine.read_frame((second & ADDRESS) >> 12).startswith(data)
     fresh = int(run["fresh memory"][0])
     answer = b"stored by the guest"
     machine.write_frame((_leaf(vm.walk(fresh)) & ADDRESS) >> 12, answer)
-    phases.append(
-        _phase("console buffer", Operation.HOST_FAULT, process.touch_many(np.array([KVMTOOL_HVA + fresh], np.uint64)))
-    )
+    phases.append(_accessed(process, "console buffer", np.array([KVMTOOL_HVA + fresh], np.uint64), write=False))
     seen = machine.read_frame((_leaf(process.walk(KVMTOOL_HVA + fresh)) & ADDRESS) >> 12)
     counts = int(machine.struct_page((first & ADDRESS) >> 12)[6])
     return SmallestPfnmap(
@@ -237,6 +208,49 @@ def smallest_pfnmap(
         dontneed=process.madvise_dontneed(KVMTOOL_HVA, guest_memory).status,
         broken=machine.check(),
     )
+
+
+def _scene(guest_memory: int, options: dict[str, Any]) -> tuple[Machine, GuestMemfd, AddressSpace, Vm]:
+    """A VM over a guest_memfd that its VMM has mapped."""
+    from pgemu.objects.guest_memfd import CreateFlags
+    from pgemu.objects.machine import Config, Machine
+
+    machine = Machine(Config("pfnmap", pool=guest_memory, page_size=_PAGE, **options))
+    gmem = machine.create_guest_memfd(guest_memory, flags=CreateFlags.MMAP | CreateFlags.INIT_SHARED)
+    process = machine.create_process()
+    vm = machine.create_vm(process)
+    for result in (process.mmap(gmem, KVMTOOL_HVA), vm.bind(gmem, 0)):
+        assert result.status == 0, result
+    return machine, gmem, process, vm
+
+
+def _loaded(guest_memory: int, kernel_image: int, initrd: int) -> dict[str, tuple[int, int]]:
+    """What kvmtool writes before the guest runs: start and bytes."""
+    return {
+        "kernel image": (KERNEL_IMAGE, kernel_image),
+        "setup code": (SETUP_CODE, 16 << 10),
+        "command line": (COMMAND_LINE, 2048),
+        "initrd": (_initrd_address(guest_memory, initrd), initrd),
+        "BIOS tables": (0, 0x500),  # interrupt vectors and BIOS data area
+        "EBDA and e820 map": (EBDA, 0x400),
+        "VGA ROM": (VGA_ROM, 0x8000),
+        "BIOS": (BIOS, 0x1_0000),
+    }
+
+
+def _run(written: dict[str, tuple[int, int]], guest_memory: int, kernel_image: int) -> dict[str, Any]:
+    """What the guest then touches, in order: pages of each stretch."""
+    run = {name: _pages(*written[name]) for name in ("setup code", "BIOS tables", "EBDA and e820 map", "command line")}
+    run["kernel image"] = _pages(*written["kernel image"])
+    run["decompressed kernel"] = _pages(DECOMPRESSED, 2 * kernel_image)
+    run["initrd"] = _pages(*written["initrd"])
+    behind = _pages(DECOMPRESSED + 2 * kernel_image, guest_memory - DECOMPRESSED - 2 * kernel_image)
+    run["fresh memory"] = np.setdiff1d(behind, run["initrd"])[::4]
+    return run
+
+
+def _accessed(process: AddressSpace, name: str, addresses: Any, *, write: bool = True) -> Phase:
+    return _phase(name, Operation.HOST_FAULT, process.touch_many(addresses, write=write))
 
 
 SCENARIOS: Mapping[str, Callable[..., SmallestPfnmap]] = MappingProxyType({"smallest-pfnmap": smallest_pfnmap})

@@ -111,85 +111,126 @@ def _contiguous(config: Config) -> int:
     return -(-(_frames(config) + _boot_frames(config)) // 64) * 64
 
 
-def set_registers(config: Config, arrays: Arrays) -> None:
-    """Write the registers, the formats and the prices of a new machine."""
+# --------------------------------------------------------------------------- registers
+
+# What is read off the kernel, its configuration and the machine's configuration as it stands there.
+_OF_KERNEL = {
+    W.R_GUARDS: "guards",
+    W.R_MERGES_UNFAULTED: "merges_unfaulted",
+    W.R_MARKS_ZAPPED: "marks_zapped",
+    W.R_BOOT_MARKS: "boot_marks",
+    W.R_VIRTUAL_INDEX: "virtual_index",
+    W.R_BOOT_ASCENDING: "boot_list_ascending",
+    W.R_MASK_TAILS: "mask_tails",
+    W.R_FOLIO_6_12: "folio_6_12",
+    W.R_RESET_STRUCT_PAGES: "reset_struct_pages",
+    W.R_DONTNEED_FREES_TABLES: "dontneed_frees_tables",
+    W.R_RECOVER_HUGE: "recovers_huge_pages",
+    W.R_GMEM_MMAP: "guest_memfd_mmap",
+}
+_OF_KERNEL_CONFIGURATION = {
+    W.R_PAGE_FLAGS: "page_flags",
+    W.R_TAIL_FLAGS: "tail_flags",
+    W.R_NODE_SHIFT: "node_shift",
+    W.R_HUGETLB_CGROUP: "hugetlb_cgroup",
+    W.R_DEFERRED_STRUCT_PAGES: "deferred_struct_pages",
+    W.R_LRU_REFS: "lru_references",
+}
+_OF_CONFIG = {
+    W.R_GUEST_PAGES: "guest_pages",
+    W.R_ORDER: "page_order",
+    W.R_NODES: "nodes",
+    W.R_HVO: "hvo",
+    W.R_OPTIMIZE_VMEMMAP: "hvo",
+    W.R_PTI: "pti",
+    W.R_ZAP_BOTH_KINDS: "rounded_zap_drops_both_kinds",
+    W.R_NOTIFIER: "notifier",
+    W.R_DONTNEED_PFNMAP: "dontneed_on_pfnmap",
+    W.R_FULL: "full",
+    W.R_LRU_CACHE: "lru_cache",
+    W.R_HOST_HUGE: "host_huge",
+    W.R_DIRTY_LOG_GMEM: "dirty_log_guest_memfd",
+    W.R_IN_PLACE: "in_place_conversion",
+}
+# 1 where a field of the configuration has the value.
+_CHOICES = {
+    W.R_CONVERT_BY_BLOCK: ("batch", "block"),
+    W.R_SPLIT_TO_2M: ("split_to", "2M"),
+    W.R_MERGE_LAZY: ("merge", "lazy"),
+    W.R_FLUSH_BATCHED: ("flush", "batched"),
+    W.R_WORK_QUEUED: ("worker", "queued"),
+    W.R_PUNCH_REFUSES: ("punch", "refuse"),
+}
+_ALIKE = {
+    W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
+    W.R_HOST_FORMAT: formats.HOST_X86_64,
+    W.R_FORMATS: 3,
+    W.R_LAST_VMA: W.STATE_VMAS,
+    W.R_LAST_MEMSLOT: W.STATE_MEMSLOTS,
+}
+
+
+def _read_off(config: Config) -> dict[np.uint64, Any]:
+    """The registers that the tables above name."""
     kernel = formats.KERNELS[config.kernel]
     configuration = formats.CONFIGURATIONS[config.configuration]
+    sources = ((_OF_KERNEL, kernel), (_OF_KERNEL_CONFIGURATION, configuration), (_OF_CONFIG, config))
+    read = {register: getattr(source, name) for names, source in sources for register, name in names.items()}
+    chosen = {register: getattr(config, name) == value for register, (name, value) in _CHOICES.items()}
+    return read | chosen | _ALIKE
+
+
+def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
+    """The registers that depend on more than one thing; `base` is the first PFN of the pools."""
+    kernel = formats.KERNELS[config.kernel]
     frames = _frames(config)
     random = np.random.default_rng(config.seed)
-    base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
-    limit = frames - 1 if config.frames is None else min(config.frames, frames - 1)
     shown = ~formats.GLOBAL if config.pti else -1
     properties, order = row_of(config.design, config.order)
-    registers = {
+    hstate = 2 if config.page_order == 0 else config.page_order == W.ORDER_1G
+    return {
         W.R_PROPERTIES: properties,
         W.R_FRAMES: frames,
         W.R_FRAMES_MASK: frames - 1,
-        W.R_FRAMES_LIMIT: limit,
+        W.R_FRAMES_LIMIT: frames - 1 if config.frames is None else min(config.frames, frames - 1),
         W.R_BOOT_FRAMES: _boot_frames(config),
         W.R_CONTIGUOUS: _contiguous(config),
         W.R_SEED_MULTIPLIER: 1 if config.seed == 0 else int(random.integers(frames // 2)) * 2 + 1,
         W.R_SEED_OFFSET: 0 if config.seed == 0 else int(random.integers(frames)),
         W.R_POOL_BASE: base,
-        W.R_GUEST_PAGES: config.guest_pages,
-        W.R_ORDER: config.page_order,
-        W.R_HSTATE: int(W.STATE_HSTATES)
-        + W.H_WORDS * (2 if config.page_order == 0 else config.page_order == W.ORDER_1G),
-        W.R_NODES: config.nodes,
-        W.R_HVO: config.hvo,
-        W.R_OPTIMIZE_VMEMMAP: config.hvo,
-        W.R_PTI: config.pti,
-        W.R_GUARDS: kernel.guards,
-        W.R_MERGES_UNFAULTED: kernel.merges_unfaulted,
-        W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
-        W.R_HOST_FORMAT: formats.HOST_X86_64,
-        W.R_FORMATS: 3,
+        W.R_HSTATE: int(W.STATE_HSTATES) + W.H_WORDS * hstate,
         W.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
-        W.R_LAST_VMA: W.STATE_VMAS,
-        W.R_LAST_MEMSLOT: W.STATE_MEMSLOTS,
-        W.R_PAGE_FLAGS: configuration.page_flags,
-        W.R_TAIL_FLAGS: configuration.tail_flags,
-        W.R_NODE_SHIFT: configuration.node_shift,
-        W.R_HUGETLB_CGROUP: configuration.hugetlb_cgroup,
-        W.R_DEFERRED_STRUCT_PAGES: configuration.deferred_struct_pages,
-        W.R_LRU_REFS: configuration.lru_references,
-        W.R_MARKS_ZAPPED: kernel.marks_zapped,
-        W.R_BOOT_MARKS: kernel.boot_marks,
-        W.R_HWPOISON: kernel.hwpoison if configuration.memory_failure else 0,
-        W.R_VIRTUAL_INDEX: kernel.virtual_index,
-        W.R_BOOT_ASCENDING: kernel.boot_list_ascending,
+        W.R_HWPOISON: kernel.hwpoison if formats.CONFIGURATIONS[config.configuration].memory_failure else 0,
         W.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
         W.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
         W.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,
-        W.R_MASK_TAILS: kernel.mask_tails,
-        W.R_FOLIO_6_12: kernel.folio_6_12,
-        W.R_RESET_STRUCT_PAGES: kernel.reset_struct_pages,
-        W.R_DONTNEED_FREES_TABLES: kernel.dontneed_frees_tables,
         W.R_ZERO_PAGE: config.zero == "page" and config.page_order != 0,  # a 4K folio has its own flag
-        W.R_ZAP_BOTH_KINDS: config.rounded_zap_drops_both_kinds,
-        W.R_NOTIFIER: config.notifier,
-        W.R_DONTNEED_PFNMAP: config.dontneed_on_pfnmap,
-        W.R_RECOVER_HUGE: kernel.recovers_huge_pages,
         W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
-        W.R_GMEM_MMAP: kernel.guest_memfd_mmap,
-        W.R_FULL: config.full,
         W.R_CONVERT_ORDER: order,
-        W.R_CONVERT_BY_BLOCK: config.batch == "block",
-        W.R_SPLIT_TO_2M: config.split_to == "2M",
-        W.R_MERGE_LAZY: config.merge == "lazy",
-        W.R_FLUSH_BATCHED: config.flush == "batched",
         W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
-        W.R_LRU_CACHE: config.lru_cache,
         W.R_LRU_CPUS: min(config.host_cpus, W.LRU_CPUS),
-        W.R_WORK_QUEUED: config.worker == "queued",
-        W.R_PUNCH_REFUSES: config.punch == "refuse",
-        W.R_HOST_HUGE: config.host_huge,
-        W.R_DIRTY_LOG_GMEM: config.dirty_log_guest_memfd,
-        W.R_IN_PLACE: config.in_place_conversion,
     }
+
+
+def set_registers(config: Config, arrays: Arrays) -> None:
+    """Write the registers, the formats and the prices of a new machine."""
+    base = max(1 << 20, -(-_all_frames(config) // (1 << 18)) << 18)
     state = arrays.state
-    for register, value in registers.items():
+    for register, value in (_read_off(config) | _derived(config, base)).items():
         state[register] = value
+    _set_nodes(config, state, base)
+    table = page_format.format_table(config.kernel, **config.format_parameters)
+    state[int(W.STATE_FORMATS) : int(W.STATE_FORMATS) + table.size] = table.reshape(-1)
+    prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
+    stats = arrays.stats
+    stats[int(W.STATS_PRICES) : int(W.STATS_PRICES) + prices.size] = prices.reshape(-1)
+    one = prices[:, [int(W.PRICE_FIXED_LOW), int(W.PRICE_FIXED_HIGH)]]
+    one = one + prices[:, [int(W.PRICE_EACH_LOW), int(W.PRICE_EACH_HIGH)]]
+    stats[int(W.STATS_PRICES_ONE) : int(W.STATS_PRICES_ONE) + one.size] = one.reshape(-1)
+
+
+def _set_nodes(config: Config, state: Any, base: int) -> None:
+    """Empty free lists, and where the pages of each node lie."""
     for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_NODES), 2):  # empty lists
         state[row : row + 2] = np.uint64(W.HSTATES_ADDRESS + (row - int(W.STATE_HSTATES)) * 8)
     for number in range(config.nodes):
@@ -199,11 +240,3 @@ def set_registers(config: Config, arrays: Arrays) -> None:
         for word, value in words.items():
             state[node_word(number, word)] = value
         base += node.span
-    table = page_format.format_table(config.kernel, **config.format_parameters)
-    state[int(W.STATE_FORMATS) : int(W.STATE_FORMATS) + table.size] = table.reshape(-1)
-    prices = cost.price_table(config.profile, config.vcpus, config.host_cpus)
-    stats = arrays.stats
-    stats[int(W.STATS_PRICES) : int(W.STATS_PRICES) + prices.size] = prices.reshape(-1)
-    one = prices[:, [int(W.PRICE_FIXED_LOW), int(W.PRICE_FIXED_HIGH)]]
-    one = one + prices[:, [int(W.PRICE_EACH_LOW), int(W.PRICE_EACH_HIGH)]]
-    stats[int(W.STATS_PRICES_ONE) : int(W.STATS_PRICES_ONE) + one.size] = one.reshape(-1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
@@ -116,7 +118,16 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        checks = (
+        for holds, complaint in chain(self._choices(), self._amounts()):
+            if not holds:
+                raise ValueError(complaint)
+        cost.profile(self.profile)  # ValueError or InputError for what is none
+        if not isinstance(self.profile, str):  # a path remains one, "./published" too
+            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
+
+    def _choices(self) -> Iterator[tuple[bool, str]]:
+        """Whether each field that is one of a few values is, and what to say if not."""
+        yield from (
             (self.design in ROWS, f"design {self.design!r}: expected one of {', '.join(ROWS)}"),
             (self.page_size in (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G), f"page size {self.page_size}: expected 4K, 2M or 1G"),
             (
@@ -162,22 +173,17 @@ class Config:
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
         )
-        for holds, complaint in checks:
-            if not holds:
-                raise ValueError(complaint)
-        unit = max(self.page_size, W.PAGE_2M)
-        if self.pool < 0 or self.pool % unit:
-            raise ValueError(f"pool of {self.pool} bytes: expected a multiple of {unit}, or 0")
-        if self.memory < 0 or self.memory % W.PAGE_4K:
-            raise ValueError(f"memory of {self.memory} bytes: expected a multiple of {W.PAGE_4K}, or 0")
-        if self.other_pool < 0 or self.other_pool % self.other_page_size:
-            raise ValueError(f"other pool of {self.other_pool} bytes: expected a multiple of {self.other_page_size}")
-        for name, size in (("buddy", self.buddy), ("reserved", self.reserved)):
-            if size < 0 or size % W.PAGE_2M:
-                raise ValueError(f"{name} memory of {size} bytes: expected a multiple of {W.PAGE_2M}, or 0")
-        cost.profile(self.profile)  # ValueError or InputError for what is none
-        if not isinstance(self.profile, str):  # a path remains one, "./published" too
-            object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
+
+    def _amounts(self) -> Iterator[tuple[bool, str]]:
+        """Whether each amount of memory is one of whole pages of its size."""
+        for name, size, unit in (
+            ("pool", self.pool, max(self.page_size, W.PAGE_2M)),
+            ("memory", self.memory, W.PAGE_4K),
+            ("other pool", self.other_pool, self.other_page_size),
+            ("buddy memory", self.buddy, W.PAGE_2M),
+            ("reserved memory", self.reserved, W.PAGE_2M),
+        ):
+            yield size >= 0 and size % unit == 0, f"{name} of {size} bytes: expected a multiple of {unit}, or 0"
 
     @property
     def full(self) -> bool:

@@ -20,7 +20,8 @@ from pgemu.errors import InputError
 from pgemu.images import image as image_module
 from pgemu.images.image import Root, open_image
 from pgemu.objects.machine import Config, Machine
-from pgemu.tables.walk import Kind, MappedRange, Summary, mapped_ranges, walk
+from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
+from pgemu.tables.walk import Kind, walk
 from pgemu_kernels import words as W
 from trees import core, write
 

@@ -16,7 +16,8 @@ import pytest
 from oracle.capture import FRAME, Capture, Checkpoint, Tree, captures, load, shipped
 from oracle.rebuilt import Leaves, Rebuilt, expand, shift_of
 from pgemu.images.image import open_image
-from pgemu.tables.walk import Kind, MappedRange, Status, Summary, mapped_ranges, translate, walk
+from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
+from pgemu.tables.walk import Kind, Status, translate, walk
 from pgemu_kernels.formats import bits, page_format
 from pgemu_kernels.formats.page_format import PageFormat
 

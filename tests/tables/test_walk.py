@@ -11,19 +11,16 @@ from hypothesis import given, settings, strategies as st
 
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.entries import EntryKind, classify
+from pgemu.tables.ranges import MappedRange, Problem, Summary, mapped_ranges
 from pgemu.tables.walk import (
     Kind,
-    MappedRange,
-    Problem,
     Rights,
     Status,
     Step,
-    Summary,
     granted,
     kind_of,
     kinds_of,
     leaf_address,
-    mapped_ranges,
     rights_of,
     translate,
     walk,

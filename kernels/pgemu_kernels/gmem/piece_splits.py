@@ -152,7 +152,7 @@ def split_touched(m, node, block, first, start, end):
 
 
 @kernel
-def first_unsplit(m, block, first, start):
+def first_unsplit_piece(m, block, first, start):
     """Where split_touched() from page `start` on failed: the first page of the folio that it could not split."""
     index = max(start, first) & ~(PAGES - U1)
     if m.state[block + B_STATE] == BLOCK_HUGE:

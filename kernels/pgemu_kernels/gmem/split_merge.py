@@ -83,7 +83,7 @@ def whole_block(m, block, first, start):
 @outlined
 def first_unsplit_page(m, block, first, start):
     """The first page of the folio that a split failed at."""
-    return piece_splits.first_unsplit(m, block, first, start) if in_pieces(m) else first
+    return piece_splits.first_unsplit_piece(m, block, first, start) if in_pieces(m) else first
 
 
 split_any_pieces = full_only(split_pieces, none_split)
