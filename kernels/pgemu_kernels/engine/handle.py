@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import from_dtype, types
-from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global
-from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
+from numba import from_dtype, typeof, types
+from numba.core.dispatcher import Dispatcher
+from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global, signature as call_signature
+from numba.extending import infer_getattr, intrinsic, lower_builtin, lower_getattr_generic, models, register_model
 
 Words = np.ndarray[Any, Any]
 
@@ -112,30 +113,42 @@ def _open(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
 
 
 def full_only(function: Any, otherwise: Any) -> Any:
-    """What kernels call as `function` where the machine is a full one; elsewhere it is `otherwise`, which is small.
+    """What kernels call as `function` where the machine is a full one; elsewhere it is `otherwise`.
 
-    Chosen when a caller is compiled, by the type of the first argument: an entry that opens a machine by
-    `open_machine` never compiles `function`. Both are kernels that take the same arguments, the machine first.
+    That is a small kernel of the same arguments, or what such a one would return: a number, a truth value, None. Chosen
+    when a caller is compiled, by the type of the first argument, the machine: an entry that opens one by `open_machine`
+    never compiles `function`, and a value is no call at all.
     """
+    is_kernel = isinstance(otherwise, Dispatcher)
+    value_type = None if is_kernel else typeof(otherwise)
 
     def chosen(*arguments: Any) -> Any:
         raise NotImplementedError("only kernels call this")
 
+    def value(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant_generic(builder, signature.return_type, otherwise)
+
     class Choice(AbstractTemplate):  # type: ignore[misc]
-        """Calls of it are calls of one of the two kernels: nothing of its own is compiled."""
+        """Calls of it are calls of one of the two kernels, or the value: nothing of its own is compiled."""
 
         key = chosen
 
         def generic(self, args: Any, kws: Any) -> Any:
+            if not (is_kernel or args[0].full):
+                return call_signature(value_type, *args)
             return self.kernel_type(args).get_call_type(self.context, args, kws)
 
         def get_impl_key(self, signature: Any) -> Any:
+            if not (is_kernel or signature.args[0].full):
+                return value
             return self.kernel_type(signature.args).get_impl_key(signature)
 
         def kernel_type(self, args: Any) -> Any:
             return types.Dispatcher(function if args[0].full else otherwise)
 
     infer_global(chosen, types.Function(Choice))
+    if not is_kernel:
+        lower_builtin(value, types.VarArg(types.Any))(value)
     return chosen
 
 

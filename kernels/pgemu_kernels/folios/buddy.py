@@ -112,16 +112,6 @@ def free_page(m, pfn):
     mark_free(m, pfn)
 
 
-@kernel
-def no_page(m, node, strict):
-    """The fast loops know no 4K guest memory."""
-    return NONE
-
-
-@kernel
-def nothing_freed(m, pfn):
-    """The same of giving a page back."""
-
-
-taken_page = full_only(take_page, no_page)
-freed_page = full_only(free_page, nothing_freed)
+# Only machines with parameters have 4K guest memory.
+taken_page = full_only(take_page, NONE)
+freed_page = full_only(free_page, None)

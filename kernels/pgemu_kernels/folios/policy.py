@@ -83,19 +83,9 @@ def is_strict(m, node, index):
     return policy >> U8 == _BIND and nodes & (nodes - U1) == U0
 
 
-@kernel
-def first_node(m, node, index):
-    """Where nobody has set a policy (the fast loops): node 0 first."""
-    return U0
-
-
-@kernel
-def not_strict(m, node, index):
-    return False
-
-
-preferred_node = full_only(node_of_fault, first_node)
-no_other_node = full_only(is_strict, not_strict)
+# Where nobody has set a policy: node 0 first, then the next.
+preferred_node = full_only(node_of_fault, U0)
+no_other_node = full_only(is_strict, False)
 
 
 # --------------------------------------------------------------------------- setting one

@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import change, charge_one
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row
@@ -133,12 +133,7 @@ def _leave_file(m, row):
         release_inode(m, state[row + A_INODE])
 
 
-@kernel
-def _leave_nothing(m, row):
-    """A mapping of the designs holds nothing of its own."""
-
-
-_close = full_only(_leave_file, _leave_nothing)
+_close = full_only(_leave_file, None)  # a mapping of the designs holds nothing of its own
 
 
 @outlined

@@ -242,13 +242,7 @@ def _complete_any(m, op, row):
     return np.int64(0)
 
 
-@kernel
-def _complete(m, op, row):
-    """A mapping of the designs is made with its row."""
-    return np.int64(0)
-
-
-_rest_of_mmap = full_only(_complete_any, _complete)
+_rest_of_mmap = full_only(_complete_any, np.int64(0))  # a mapping of the designs is made with its row
 
 
 @outlined

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
@@ -107,12 +107,7 @@ def _drop_cut_leaves(m, space, start, end):
                 drop_large_pfn(m, row, address, U2)
 
 
-@kernel
-def _no_large_leaves(m, space, start, end):
-    """The fast loops know no large entries of processes."""
-
-
-_large_ends = full_only(_drop_cut_leaves, _no_large_leaves)
+_large_ends = full_only(_drop_cut_leaves, None)  # the fast loops know no large entries of processes
 
 
 @outlined

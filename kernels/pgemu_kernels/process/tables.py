@@ -213,12 +213,8 @@ def _begin(m):
     m.state[R_GATHER_SHIFT] = U0
 
 
-@kernel
-def _begin_nothing(m):
-    """The fast loops only clear entries of the designs' mappings, and note_unflushed() notes those."""
-
-
-gather_begin = full_only(_begin, _begin_nothing)  # tlb_gather_mmu(): nothing cleared yet
+# tlb_gather_mmu(): nothing cleared yet. The fast loops only clear the designs' entries, which note_unflushed() notes.
+gather_begin = full_only(_begin, None)
 
 
 @kernel

@@ -312,12 +312,7 @@ def _may_cut_any(m, row, address):
     return address & ((U1 << (U12 + huge_order(m.state, row))) - U1) == U0
 
 
-@kernel
-def _may_cut(m, row, address):
-    return True
-
-
-_may_split = full_only(_may_cut_any, _may_cut)
+_may_split = full_only(_may_cut_any, True)
 
 
 @outlined
@@ -341,12 +336,7 @@ def _divide(m, row, upper):
         _divide_reservation(m, row, upper, order)
 
 
-@kernel
-def _divide_nothing(m, row, upper):
-    """A mapping of the designs holds nothing of its own."""
-
-
-_open_upper = full_only(_divide, _divide_nothing)
+_open_upper = full_only(_divide, None)  # a mapping of the designs holds nothing of its own
 
 
 @outlined

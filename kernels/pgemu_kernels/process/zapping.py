@@ -99,11 +99,6 @@ def _forget_page(m, row, entry):
 
 
 @kernel
-def _gather_none(m, row, page):
-    """Of the designs' entries it is counted how many went, not where."""
-
-
-@kernel
 def _gather_page(m, row, page):
     if m.state[row + A_KIND] != VMA_GUEST_MEMFD:
         gather(m, page << U12, U1)
@@ -136,11 +131,6 @@ def _clear_large(m, row, page, end):
 
 
 @kernel
-def _no_large(m, row, page, end):
-    """The fast loops know no large entries of processes."""
-
-
-@kernel
 def _drop_large(m, row, slot, address, level):
     m.ram[slot] = U0
     change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
@@ -153,9 +143,9 @@ def _drop_large(m, row, slot, address, level):
 
 _holds_page = full_only(_holds, _present)  # entries of the designs are present or empty
 _forget = full_only(_forget_page, _forget_folio)
-_gather = full_only(_gather_page, _gather_none)
+_gather = full_only(_gather_page, None)  # it is counted how many of the designs' entries went, not where
 _owe_flush = full_only(_owe_designs, _owe)
-_large_cleared = full_only(_clear_large, _no_large)
+_large_cleared = full_only(_clear_large, None)  # the fast loops know none
 
 
 @kernel

@@ -44,6 +44,21 @@ def nothing(m, first, second, third):  # type: ignore[no-untyped-def]
 
 
 for_full = full_only(every_array, nothing)
+number_for_others = full_only(every_array, SEVEN)
+
+
+@kernel
+def store_seven(m, at):  # type: ignore[no-untyped-def]
+    m.state[at] = SEVEN
+
+
+@kernel
+def is_seven(m, at):  # type: ignore[no-untyped-def]
+    return m.state[at] == SEVEN
+
+
+nothing_for_others = full_only(store_seven, None)
+true_for_others = full_only(is_seven, True)
 
 
 @entry
@@ -64,6 +79,20 @@ def fast_choice(descriptor):  # type: ignore[no-untyped-def]
 @entry
 def full_choice(descriptor):  # type: ignore[no-untyped-def]
     return for_full(open_full_machine(descriptor), U0, U1, U1)
+
+
+@entry
+def fast_values(descriptor):  # type: ignore[no-untyped-def]
+    m = open_machine(descriptor)
+    nothing_for_others(m, U1)
+    return number_for_others(m, U0, U1, U1) + U(true_for_others(m, U0))
+
+
+@entry
+def full_values(descriptor):  # type: ignore[no-untyped-def]
+    m = open_full_machine(descriptor)
+    nothing_for_others(m, U1)
+    return number_for_others(m, U0, U1, U1) + U(true_for_others(m, U0))
 
 
 def arrays() -> Machine:
@@ -98,6 +127,15 @@ def test_a_kernel_for_full_machines_is_not_compiled_for_others() -> None:
     assert [signature[0].full for signature in every_array.overloads] == []
     assert full_choice(describe(machine)) == 1000 + 40 + 300 + 2
     assert [signature[0].full for signature in every_array.overloads] == [True]
+
+
+def test_where_a_kernel_is_for_full_machines_others_have_a_value() -> None:
+    machine = arrays()
+    assert fast_values(describe(machine)) == 7 + 1
+    assert machine.state.tolist() == [5, 40, 0]
+    assert [signature[0].full for signature in store_seven.overloads] == []
+    assert full_values(describe(machine)) == 1000 + 7 + 300 + 2 + 0
+    assert machine.state.tolist() == [5, 7, 0]
 
 
 def test_inner_functions_link_into_functions_that_numba_compiles_by_itself() -> None:
