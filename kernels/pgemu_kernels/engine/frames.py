@@ -104,6 +104,17 @@ def fill_frame(ram, frame, value):
 
 
 @kernel
+def empty_frame(m, value, gauge):
+    """A frame full of `value`, counted: its number, or NONE."""
+    frame = take_frame(m)
+    if frame != NONE:
+        fill_frame(m.ram, frame, value)
+        m.counts[frame] = np.uint32(0)
+        change(m.stats, gauge, 1)
+    return frame
+
+
+@kernel
 def copy_frame(ram, target, source):
     """Copy 4096 bytes from frame to frame."""
     to = target << U9

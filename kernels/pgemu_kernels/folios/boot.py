@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U8, U9, U12, U18, U64, U512
 from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import entry, kernel, outlined
-from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.folios.folio import (
     COMPOUND,
@@ -273,17 +273,6 @@ def boot_machine(m):
         if state[R_HVO] != U0 and boot_node(m, node) != 0:
             return NO_MEMORY
     return np.int64(0)
-
-
-@outlined
-def empty_frame(m, value, gauge):
-    """A frame full of `value`, counted: its number, or NONE."""
-    frame = take_frame(m)
-    if frame != NONE:
-        fill_frame(m.ram, frame, value)
-        m.counts[frame] = np.uint32(0)
-        change(m.stats, gauge, 1)
-    return frame
 
 
 @kernel

@@ -13,7 +13,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U63, U511
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, put_frame
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, EVENT_STRUCT_PAGE_BYTES, GAUGE_CACHE_NODES
@@ -87,17 +87,6 @@ def cache_next(m, root, index):
 
 
 @kernel
-def _new_node(m):
-    """An empty node's frame, or NONE."""
-    frame = take_frame(m)
-    if frame != NONE:
-        fill_frame(m.ram, frame, U0)
-        m.counts[frame] = np.uint32(0)
-        change(m.stats, GAUGE_CACHE_NODES, 1)
-    return frame
-
-
-@kernel
 def _count(m, node, n):
     """Add `n` (int64) to a node's words in use: how many there are now."""
     frame = node >> U12
@@ -122,7 +111,7 @@ def _grow(m, at, index):
         height += U1
         if empty and not _fits(height, index):
             continue  # an empty tree gets its top node only
-        frame = _new_node(m)
+        frame = empty_frame(m, U0, GAUGE_CACHE_NODES)
         if frame == NONE:
             return np.int64(-ENOMEM)
         if not empty:
@@ -149,7 +138,7 @@ def cache_store(m, at, index, value):
     while level > U1:
         slot = _slot(node, index, level)
         if m.ram[slot] == U0:
-            frame = _new_node(m)
+            frame = empty_frame(m, U0, GAUGE_CACHE_NODES)
             if frame == NONE:
                 _prune_path(m, at, index)
                 return np.int64(-ENOMEM)

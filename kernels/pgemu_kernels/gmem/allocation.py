@@ -116,12 +116,7 @@ def join_lru(m, op, head):
         lru.lru_add(m, head, m.state[op + O_ACTOR] % m.state[R_LRU_CPUS])
 
 
-@kernel
-def no_lru(m, op, head):
-    """Huge pages join no LRU list."""
-
-
-joins_lru = full_only(join_lru, no_lru)
+joins_lru = full_only(join_lru, None)  # huge pages join no LRU list
 
 
 @outlined
@@ -157,13 +152,7 @@ def split_to_pieces(m, op, node, block, first):
     return status
 
 
-@kernel
-def no_pieces(m, op, node, block, first):
-    """Machines without parameters split to 4K."""
-    return np.int64(0)
-
-
-pieces_split = full_only(split_to_pieces, no_pieces)
+pieces_split = full_only(split_to_pieces, np.int64(0))  # machines without parameters split to 4K
 
 
 @outlined

@@ -234,13 +234,7 @@ def is_released(m, slot):
     return m.state[slot + M_FLAGS] & SLOT_RELEASED != U0
 
 
-@kernel
-def never_released(m, slot):
-    """A machine whose files were released is none for the fast loops."""
-    return False
-
-
-released = full_only(is_released, never_released)
+released = full_only(is_released, False)  # a machine whose files were released is none for the fast loops
 
 
 @kernel

@@ -123,13 +123,7 @@ def order_of_december(m, node, index):
     return largest_level(state) if shared_in_range(m, node, index, end) == U0 else U1
 
 
-@kernel
-def no_defect(m, node, index):
-    """Machines without parameters have no defects."""
-    return U1
-
-
-december_level = full_only(order_of_december, no_defect)
+december_level = full_only(order_of_december, U1)  # machines without parameters have no defects
 
 
 @step

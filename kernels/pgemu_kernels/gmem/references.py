@@ -118,13 +118,7 @@ def is_small_page(m, pfn):
     return word & NO_MAPCOUNT == NO_MAPCOUNT and word >> U32 != U0
 
 
-@kernel
-def no_small_page(m, pfn):
-    """The fast loops know no 4K guest memory."""
-    return False
-
-
-left_over = full_only(is_small_page, no_small_page)
+left_over = full_only(is_small_page, False)  # the fast loops know no 4K guest memory
 
 
 @outlined

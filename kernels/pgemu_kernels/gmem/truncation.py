@@ -89,25 +89,9 @@ punch_refuses = parameter(R_PUNCH_REFUSES, U0)
 # --------------------------------------------------------------------------- blocks
 
 
-@kernel
-def whole_already(m, node, block, first):
-    """There are no pieces."""
-    return np.int64(0)
-
-
-@kernel
-def no_zombie(m, block):
-    """The same."""
-
-
-@kernel
-def no_policies(m, inode, start, end):
-    """A default machine has none."""
-
-
-dissolve = full_only(piece_merges.dissolve_block, whole_already)
-make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, no_zombie)
-forget_policies = full_only(cut, no_policies)
+dissolve = full_only(piece_merges.dissolve_block, np.int64(0))  # default machines have no pieces
+make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, None)
+forget_policies = full_only(cut, None)  # a default machine has none
 
 
 @kernel

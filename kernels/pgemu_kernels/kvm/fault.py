@@ -145,13 +145,7 @@ def find_pfn(m, row, slot, gfn, write, private):
 # --------------------------------------------------------------------------- outside every slot
 
 
-@kernel
-def never_private(m, row, gfn):
-    """The fast loops know no VM with attributes (routing.py)."""
-    return False
-
-
-frame_is_private = full_only(is_private, never_private)
+frame_is_private = full_only(is_private, False)  # the fast loops know no VM with attributes (routing.py)
 
 
 @outlined
@@ -213,13 +207,7 @@ def refuse_user_slot(m, op, slot):
     return True
 
 
-@kernel
-def no_user_slot(m, op, slot):
-    """The fast loops meet no other slots (routing.py)."""
-    return False
-
-
-is_user_slot = full_only(refuse_user_slot, no_user_slot)
+is_user_slot = full_only(refuse_user_slot, False)  # the fast loops meet no other slots (routing.py)
 
 
 @kernel

@@ -155,12 +155,7 @@ def free_bitmap(m, slot):
     cache_free(m, slot + M_DIRTY)
 
 
-@kernel
-def no_bitmap(m, slot):
-    """The designs' slots have none."""
-
-
-bitmap_freed = full_only(free_bitmap, no_bitmap)
+bitmap_freed = full_only(free_bitmap, None)  # the designs' slots have none
 
 
 @outlined
@@ -280,13 +275,7 @@ def stage_guest_memfd(m, op):
     return np.int64(0)
 
 
-@kernel
-def no_staging(m, op):
-    """The fast loops know no other files (routing.py)."""
-    return np.int64(-EOPNOTSUPP)
-
-
-staged = full_only(stage_guest_memfd, no_staging)
+staged = full_only(stage_guest_memfd, np.int64(-EOPNOTSUPP))  # the fast loops know no other files (routing.py)
 
 
 @kernel

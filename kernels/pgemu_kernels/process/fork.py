@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
@@ -92,7 +92,7 @@ def make_space(m):
         if state[R_SPACES] >= U(SPACES):
             return NONE
         space = state[R_SPACES]
-    root = _top_table(m)
+    root = empty_frame(m, U0, GAUGE_HOST_TABLES)
     if root == NONE:
         return NONE
     row = space_row(space)
@@ -111,16 +111,6 @@ def make_space(m):
 
 
 @kernel
-def _top_table(m):
-    frame = take_frame(m)
-    if frame != NONE:
-        fill_frame(m.ram, frame, U0)
-        m.counts[frame] = np.uint32(0)
-        change(m.stats, GAUGE_HOST_TABLES, 1)
-    return frame
-
-
-@kernel
 def give_user_root(m, row):
     """With page-table isolation a process has a second top table, for user mode; False without memory.
 
@@ -128,7 +118,7 @@ def give_user_root(m, row):
     """
     if m.state[R_PTI] == U0:
         return True
-    frame = _top_table(m)
+    frame = empty_frame(m, U0, GAUGE_HOST_TABLES)
     if frame == NONE:
         return False
     m.state[row + S_USER_ROOT] = frame << U12

@@ -192,13 +192,7 @@ def must_step_down(m, slot, level):
     return U(m.counts[table_of(m.state, f, entry) >> U9]) & NX_DISALLOWED != U0
 
 
-@kernel
-def never_steps_down(m, slot, level):
-    """The fast loops know no mitigation."""
-    return False
-
-
-steps_down = full_only(must_step_down, never_steps_down)
+steps_down = full_only(must_step_down, False)  # the fast loops know no mitigation
 
 
 @kernel
@@ -248,13 +242,7 @@ def change_leaf(m, slot, gfn, value, access):
     return np.int64(RET_PF_FIXED)
 
 
-@kernel
-def no_leaf_there(m, slot, gfn, value, access):
-    """The fast loops map where they found a hole."""
-    return np.int64(RET_PF_SPURIOUS)
-
-
-changed_leaf = full_only(change_leaf, no_leaf_there)
+changed_leaf = full_only(change_leaf, np.int64(RET_PF_SPURIOUS))  # the fast loops map where they found a hole
 
 
 @kernel

@@ -11,7 +11,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12
 from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, put_frame
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.words.enum_words import EVENT_TABLE_PAGE_ALLOCATED, EVENT_TABLE_PAGE_FREED, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.registers import R_HOST_FORMAT, R_STAGE2_FORMAT
@@ -91,13 +91,10 @@ def new_table(m, f, slot, gauge):
 
     mm/memory.c:__pte_alloc() and arch/x86/kvm/mmu/tdp_mmu.c:tdp_mmu_link_sp().
     """
-    frame = take_frame(m)
+    frame = empty_frame(m, m.state[f + F_EMPTY], gauge)
     if frame == NONE:
         return NONE
-    fill_frame(m.ram, frame, m.state[f + F_EMPTY])
-    m.counts[frame] = np.uint32(0)
     m.ram[slot] = frame << U12 | m.state[f + F_TABLE]
-    change(m.stats, gauge, 1)
     charge_one(m, EVENT_TABLE_PAGE_ALLOCATED)
     return frame << U9
 
