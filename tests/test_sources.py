@@ -45,21 +45,17 @@ def test_files_are_about_one_thing(package: str) -> None:
 
 
 def functions(text: str) -> Iterator[str]:
-    """Public functions that a module makes, those chosen by full_only() too.
+    """Functions that a module makes, by def or by a call.
 
     `x = full_only(module.x, otherwise)` makes none: it is x, left out where machines have no parameters.
     """
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
             yield node.name
-        elif (
-            isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name)
-        ):
-            name = node.targets[0].id
-            maker = ast.unparse(node.value.func)
-            if maker == "parameter" or (
-                maker == "full_only" and ast.unparse(node.value.args[0]).rpartition(".")[2] != name
-            ):
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            name, call = ast.unparse(node.targets[0]), node.value
+            again = ast.unparse(call.func) == "full_only" and ast.unparse(call.args[0]).rpartition(".")[2] == name
+            if name.islower() and not again:
                 yield name
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import pgemu.objects.machine
+from pgemu.machine import boot
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Records
 from pgemu_kernels import words as W
@@ -234,6 +235,13 @@ def test_ordinary_memory_adds_frames() -> None:
     assert Machine(Config(memory=1 << 30)).register(W.R_FRAMES) >= (1 << 30) // PAGE_4K
     with pytest.raises(ValueError, match="memory of 100 bytes"):
         Config(memory=100)
+
+
+def test_each_register_is_set_once() -> None:
+    """A register in two tables would have the value of whichever is written last."""
+    read_off = (boot._OF_KERNEL, boot._OF_KERNEL_CONFIGURATION, boot._OF_CONFIG, boot._CHOICES, boot._ALIKE)
+    names = [int(register) for table in (*read_off, boot._derived(Config(), 1 << 20)) for register in table]
+    assert len(names) == len(set(names)) > 60
 
 
 def test_a_format_has_one_row() -> None:
