@@ -14,17 +14,21 @@ from typing import Any, NoReturn
 
 from llvmlite.binding import Linkage
 from numba import njit
-from numba.core import caching, cgutils, serialize, transforms, types
+from numba.core import caching, cgutils, event, ir, serialize, transforms, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompilerBase, CompileResult, DefaultPassBuilder
-from numba.core.compiler_machinery import register_pass
+from numba.core.compiler_machinery import PassManager, _pass_registry, register_pass
+from numba.core.cpu import CPUContext
 from numba.core.environment import Environment
+from numba.core.errors import NumbaError
 from numba.core.funcdesc import _dynamic_modname
+from numba.core.lowering import Lower
 from numba.core.postproc import PostProcessor, VariableLifetime
 from numba.core.sigutils import normalize_signature
 from numba.core.targetconfig import ConfigStack
-from numba.core.typed_passes import NativeLowering, NopythonRewrites
+from numba.core.typed_passes import AnnotateTypes, IRLegalization, NativeLowering, NopythonRewrites
 from numba.core.types.functions import BaseFunction
+from numba.core.typing import Context as TypingContext
 from numba.core.untyped_passes import InlineClosureLikes, WithLifting
 from numba.extending import intrinsic
 
@@ -162,6 +166,10 @@ class InnerLibrary(JITCodeLibrary):
     def finalize(self) -> None:
         self._finalized = True
 
+    def _optimize_functions(self, module: Any) -> None:
+        """Not by itself: where it is inlined it is optimised with its caller."""
+        module.data_layout = self._codegen._data_layout
+
     def _get_module_for_linking(self) -> Any:
         """With all that it calls, for callers that numba compiles by itself."""
         if self._shared_module is None:
@@ -219,11 +227,28 @@ class EntryLibrary(JITCodeLibrary):
         passes.run(self._final_module, builder)
 
 
+class InnerLower(Lower):
+    """numba's lowering of the instructions, without a text of each for a debugger."""
+
+    def lower_block(self, block: Any) -> None:
+        try:
+            for inst in block.body:
+                self.loc = inst.loc
+                if isinstance(inst, ir.Assign):
+                    self.storevar(self.lower_assign(self.typeof(inst.target.name), inst), inst.target.name)
+                else:
+                    self.lower_inst(inst)
+        except Exception as error:
+            error.add_note(f"lowering {inst} of {self.fndesc.qualname} at {self.loc}")
+            raise
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class InnerLowering(NativeLowering):
     """Lower to LLVM IR and register the function for its callers, without machine code."""
 
     _name = "inner_lowering"
+    lowering_class = InnerLower
 
     def run_pass(self, state: Any) -> bool:
         state.flags.no_compile = True
@@ -243,8 +268,26 @@ class InnerLowering(NativeLowering):
         return True
 
 
-# Kernels have no closures, no `with`, and no expressions of whole arrays.
-_NEEDLESS = (InlineClosureLikes, NopythonRewrites, WithLifting)
+# Kernels have no closures, no `with`, no expressions of whole arrays, nothing to delete: no reference counting.
+_NEEDLESS = (AnnotateTypes, InlineClosureLikes, IRLegalization, NopythonRewrites, WithLifting)
+
+
+class InnerPasses(PassManager):
+    """A list of passes, run without an event, timers, a text of the arguments and a check of the whole for each."""
+
+    def run(self, state: Any) -> None:
+        for kind, description in self.passes:
+            stage = _pass_registry.get(kind).pass_inst
+            stage.analysis = self._analysis
+            try:
+                stage.run_initialization(state)
+                stage.run_pass(state)
+                stage.run_finalizer(state)
+            except NumbaError as error:
+                raise self._patch_error(f"Failed in inner function (step: {description})", error) from None
+
+
+_inner_passes: list[InnerPasses] = []  # the same for every function
 
 
 class InnerCompiler(CompilerBase):
@@ -258,15 +301,16 @@ class InnerCompiler(CompilerBase):
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
     def define_pipelines(self) -> list[Any]:
-        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [
-            (InnerLowering, text) if stage is NativeLowering else (stage, text)
-            for stage, text in manager.passes
-            if stage not in _NEEDLESS
-        ]
-        manager._finalized = False
-        manager.finalize()
-        return [manager]
+        if not _inner_passes:
+            manager = InnerPasses("inner")
+            manager.passes = [
+                (InnerLowering, text) if stage is NativeLowering else (stage, text)
+                for stage, text in DefaultPassBuilder.define_nopython_pipeline(self.state).passes
+                if stage not in _NEEDLESS
+            ]
+            manager.finalize()
+            _inner_passes.append(manager)
+        return _inner_passes
 
 
 class StepCompiler(InnerCompiler):
@@ -357,21 +401,43 @@ def _remembering_less(self: Any, emit_dels: bool = False, extend_lifetimes: bool
     self.func_ir.generator_info = None
 
 
+def _nothing(*args: object, **options: object) -> None:
+    """Of what is done for nobody."""
+
+
+def _install_known_registries(self: Any) -> None:
+    """CPUContext.load_additional_registries(), less the import of thirty modules: that came before any kernel."""
+    for registry in list(self._registries):
+        self.install_registry(registry)
+
+
+# What numba does once more for every function, and what stands in for it.
+_QUICK = (
+    (BaseFunction, "get_call_type", _remembered_call_type),
+    (PostProcessor, "run", _remembering_less),
+    (event, "start_event", _nothing),  # nobody listens
+    (event, "end_event", _nothing),
+    (CPUContext, "load_additional_registries", _install_known_registries),
+    (TypingContext, "load_additional_registries", _install_known_registries),
+)
+
+
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Let numba compile with less to do: remembered signatures, no garbage collection. Within its compiler lock only.
+    """Let numba compile with less to do, and without a garbage collector. Within its compiler lock only.
 
     It makes millions of objects that stay, and the collector would go through all of them time and again.
     """
-    collecting, resolving = gc.isenabled(), BaseFunction.get_call_type
+    collecting = gc.isenabled()
+    usual = [getattr(owner, name) for owner, name, _ in _QUICK]
     gc.disable()
-    BaseFunction.get_call_type = _remembered_call_type
-    PostProcessor.run = _remembering_less
+    for owner, name, quick in _QUICK:
+        setattr(owner, name, quick)
     try:
         yield
     finally:
-        BaseFunction.get_call_type = resolving
-        PostProcessor.run = _post_process
+        for (owner, name, _), function in zip(_QUICK, usual, strict=True):
+            setattr(owner, name, function)
         if collecting:
             gc.enable()
 
