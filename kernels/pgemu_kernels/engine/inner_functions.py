@@ -28,7 +28,7 @@ from numba.core.cpu import CPUContext
 from numba.core.errors import NumbaError
 from numba.core.lowering import Lower
 from numba.core.sigutils import normalize_signature
-from numba.core.typed_passes import AnnotateTypes, IRLegalization, NativeLowering, NopythonRewrites
+from numba.core.typed_passes import IRLegalization, NativeLowering, NopythonRewrites
 from numba.core.untyped_passes import InlineClosureLikes, WithLifting
 
 
@@ -342,7 +342,7 @@ class InnerLowering(NativeLowering):  # type: ignore[misc]
 
 
 # Kernels have no closures, no `with`, no expressions of whole arrays, nothing to delete: no reference counting.
-_NEEDLESS = (AnnotateTypes, InlineClosureLikes, IRLegalization, NopythonRewrites, WithLifting)
+_NEEDLESS = (InlineClosureLikes, IRLegalization, NopythonRewrites, WithLifting)
 
 
 class InnerPasses(PassManager):  # type: ignore[misc]
