@@ -10,10 +10,11 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from numba import njit
-from numba.core import caching, cgutils, event, serialize, transforms, types
+from numba.core import base, caching, cgutils, event, serialize, transforms, types
 from numba.core.callconv import CPUCallConv
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
@@ -238,10 +239,14 @@ def _install_known_registries(self: Any) -> None:
         self.install_registry(registry)
 
 
+_has_location = cache(base._has_loc)  # it looks at a function's signature, for every call that is lowered
+
+
 # What numba does once more for every function, and what stands in for it.
 _QUICK = (
     (BaseFunction, "get_call_type", _remembered_call_type),
     (PostProcessor, "run", _remembering_less),
+    (base, "_has_loc", _has_location),
     (event, "start_event", _nothing),  # nobody listens
     (event, "end_event", _nothing),
     (CPUContext, "load_additional_registries", _install_known_registries),
