@@ -97,9 +97,9 @@ def _part(part: Any) -> Step:
     """A part of a row as one step."""
     if not isinstance(part, _Only | _Each):
         return part
-    inner = _together(part.steps) if len(part.steps) > 1 else _part(part.steps[0])
     if isinstance(part, _Each):
-        return _for_each(inner)
+        return _for_each(straight(part.steps))
+    inner = _together(part.steps) if len(part.steps) > 1 else _part(part.steps[0])
     private = part.private
 
     @kernel

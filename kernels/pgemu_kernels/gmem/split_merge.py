@@ -9,7 +9,7 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
-from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range
+from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
 from pgemu_kernels.folios.hugetlb import start_waiting
 from pgemu_kernels.folios.merging import merge_block
 from pgemu_kernels.folios.splitting import split_block
@@ -34,6 +34,7 @@ from pgemu_kernels.words.registers import (
 from pgemu_kernels.words.rows import (
     B_PFN,
     B_STATE,
+    B_WAITS,
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
@@ -194,6 +195,16 @@ def merge_one(m, node, block, first, start, end):
 
 
 @kernel
+def needs_merge(m, node, block, start, end):
+    """Whether a block in pieces may be merged somewhere now that pages [start, end) of it are private: it waits for
+    that, or they are of several pieces, or no other page of theirs is shared.
+    """
+    if m.state[block + B_WAITS] != U0 or start | U511 != end - U1 | U511:
+        return True
+    return shared_in_2m(m, node, start) == shared_in_range(m, node, start, end)
+
+
+@kernel
 def merge_blocks(m, op, start, end, besides):
     """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
     `besides` (they are not stored as private yet). Of folios of order 0 there is nothing to merge.
@@ -206,12 +217,16 @@ def merge_blocks(m, op, start, end, besides):
         block = block_row(m, node, first)
         low = max(start, first)
         high = min(end, first + (U1 << order))
-        shared = shared_in_block(m, node, first)
-        if besides:
-            shared -= shared_in_range(m, node, low, high)
         kind = m.state[block + B_STATE]
-        if kind == BLOCK_PARTLY or (kind == BLOCK_SPLIT and shared == U0):
-            merge_one(m, node, block, first, low, high)
+        if in_pieces(m) and kind == BLOCK_PARTLY:
+            if needs_merge(m, node, block, low, high):
+                merge_one(m, node, block, first, low, high)
+        elif kind == BLOCK_SPLIT:
+            shared = shared_in_block(m, node, first)
+            if besides:
+                shared -= shared_in_range(m, node, low, high)
+            if shared == U0:
+                merge_one(m, node, block, first, low, high)
         first += U1 << order
 
 
