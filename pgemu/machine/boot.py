@@ -25,10 +25,16 @@ Array = np.ndarray[Any, Any]
 # Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
+_LINE = 16  # elements of an array that begin with a cache line for sure: 64 bytes of uint32, two lines of uint64
+
 
 def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, int]) -> int:
-    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends."""
+    """Put tables behind one another from `begin` on, note where each begins, and return where the last one ends.
+
+    Each begins with a cache line, so that the words of a row that are used together share one.
+    """
     for register, size in sizes.items():
+        begin = -(-begin // _LINE) * _LINE
         begins[register] = begin
         begin += size
     return begin
@@ -72,7 +78,7 @@ def allocate(config: Config) -> Arrays:
     arrays = Arrays(
         # Frames in a seed's order are scattered: each would cost the host a huge page.
         ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
-        state=np.zeros(state_size, DTYPES["state"]),
+        state=_map_memory(state_size, huge=True),
         stats=np.zeros(W.STATS_SIZE, DTYPES["stats"]),
         counts=np.zeros(counts_size, DTYPES["counts"]),
     )

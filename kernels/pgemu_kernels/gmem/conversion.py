@@ -27,7 +27,8 @@ from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_found, zap_range
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import (
     BLOCKED,
@@ -161,14 +162,22 @@ def no_block(m, op):
     return False
 
 
-next_unit = full_only(next_block, no_block)
+@kernel
+def further_block(m, op):
+    """next_block(), which is not called where the range has ended."""
+    return m.state[op + O_END] < m.state[op + O_RANGE_END] and next_block(m, op)
+
+
+next_unit = full_only(further_block, no_block)
 
 
 @kernel
 def first_unit(m, op):
-    """Let the record's unit be the first one, by default the range, in which prepare() has seen a difference."""
+    """Let the record's unit be the first one: by default the range, in which prepare() has seen a difference, and so
+    it is by block where the range lies in one."""
     state = m.state
-    if by_block(m) != U0:
+    order = state[R_ORDER]
+    if by_block(m) != U0 and state[op + O_START] >> order != state[op + O_RANGE_END] - U1 >> order:
         next_unit(m, op)
     else:
         state[op + O_END] = state[op + O_RANGE_END]
@@ -273,18 +282,26 @@ def fail(m, op, status, index):
 
 
 @outlined
+def drop_block(m, node, block, first):
+    """A block that waits for its merge became shared: it needs none, but for pieces that are still private."""
+    if m.state[block + B_STATE] != BLOCK_PARTLY:
+        stop_waiting(m, block)
+    else:
+        note_waiting(m, node, block, first, first, first)
+
+
+@kernel
 def drop_waiting(m, op):
-    """Blocks of the unit that became shared need no merge any more."""
+    """Blocks of the unit that became shared need no merge any more. Folios of order 0 never do."""
     state = m.state
+    order = state[R_ORDER]
     node = inode_row(state[op + O_INODE])
-    first = state[op + O_START] >> state[R_ORDER] << state[R_ORDER]
-    while first < state[op + O_END]:
+    first = state[op + O_START] >> order << order
+    while order != U0 and first < state[op + O_END]:
         block = block_row(m, node, first)
-        if m.state[block + B_STATE] != BLOCK_PARTLY:
-            stop_waiting(m, block)
-        elif m.state[block + B_WAITS] != U0:
-            note_waiting(m, node, block, first, first, first)  # pieces that are still private do need it
-        first += U1 << state[R_ORDER]
+        if m.state[block + B_WAITS] != U0:
+            drop_block(m, node, block, first)
+        first += U1 << order
 
 
 @kernel
@@ -308,7 +325,7 @@ def finish(m, op):
 # --------------------------------------------------------------------------- host and references
 
 
-@step
+@kernel
 def unmap_host(m, op):
     """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
     state = m.state
@@ -355,7 +372,7 @@ def busy_4k(m, head, start, end):
     return end
 
 
-@step
+@kernel
 def busy_folio(m, node, start, end):
     """The first page of the first folio of pages [start, end) that somebody uses, or NONE."""
     state = m.state
@@ -407,8 +424,8 @@ def invalidate_begin(m, op):
 
 
 @step
-def zap_kind(m, op, start, end):
-    """Drop the leaves over pages [start, end) from stage 2.
+def zap_kind(m, op, vms, start, end):
+    """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
 
     Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
     tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
@@ -418,7 +435,7 @@ def zap_kind(m, op, start, end):
     inode = state[op + O_INODE]
     dropped = np.int64(0)
     if state[R_ZAP_BOTH_KINDS] != U0:
-        dropped = zap_range(m, inode, start, end)
+        dropped = zap_found(m, vms, inode, start, end)
     else:
         node = inode_row(inode)
         leaving = state[op + O_TO_PRIVATE]
@@ -440,7 +457,10 @@ def zap(m, op):
     state = m.state
     exactly = zaps_exactly(m)
     start = state[op + (O_START if exactly else O_ROUND_START)]
-    zap_kind(m, op, start, state[op + (O_END if exactly else O_ROUND_END)])
+    end = state[op + (O_END if exactly else O_ROUND_END)]
+    vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
+    if vms != U0:
+        zap_kind(m, op, vms, start, end)
     return GO
 
 

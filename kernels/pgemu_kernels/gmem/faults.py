@@ -10,7 +10,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import charge_one, result
-from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
 from pgemu_kernels.engine.rows import (
@@ -96,7 +96,7 @@ INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside a
 # --------------------------------------------------------------------------- host
 
 
-@step
+@kernel
 def host_begin(m, op):
     """Host access: find the VMA and the entry; if there is none it is a fault, with the invalidate_lock for reading.
 
@@ -141,7 +141,7 @@ def is_refused(m, op):
     return True
 
 
-@step
+@kernel
 def host_page(m, op):
     """The frame, zeroed as far as an entry of 4K will show; what is to be counted gets a reference; then unlock.
 
@@ -191,7 +191,7 @@ def map_counted(m, op):
     return np.int64(VM_FAULT_LOCKED)
 
 
-@step
+@kernel
 def host_map(m, op):
     """Enter what was found in the process's tables; then unlock, if that was left."""
     status = insert_pfn(m, op) if entries_are_special(m) else map_counted(m, op)
@@ -269,7 +269,7 @@ def enter_fault(m, op, slot, gfn, exits):
     return GO
 
 
-@step
+@kernel
 def guest_begin(m, op):
     """Guest access: slot, private or shared, leaf, invalidate sequence; then the invalidate_lock for reading.
 
@@ -298,7 +298,7 @@ def guest_begin(m, op):
     return enter_fault(m, op, slot, gfn, True)
 
 
-@step
+@kernel
 def guest_page(m, op):
     """kvm_gmem_get_pfn(): the frame, what its leaf will show zeroed, and the level; then unlock.
 
@@ -317,7 +317,7 @@ def guest_page(m, op):
     return GO
 
 
-@step
+@kernel
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
     return install_stage2(m, op, m.state[op + O_LEVEL])

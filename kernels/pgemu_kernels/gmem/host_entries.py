@@ -10,7 +10,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import change_value, charge_one
-from pgemu_kernels.engine.compile import kernel, outlined, step
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
@@ -120,7 +120,7 @@ def insert_large(m, op):
 large_inserted = full_only(insert_large, np.int64(VM_FAULT_NOPAGE))  # the fast loops know no large entries of processes
 
 
-@step
+@kernel
 def insert_pfn(m, op):
     """Enter a host fault's frame: VM_FAULT_NOPAGE or _OOM. mm/memory.c:vmf_insert_pfn(), no reference, no mapcount.
 

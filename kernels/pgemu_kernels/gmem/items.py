@@ -10,10 +10,11 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
 from pgemu_kernels.engine.shareability import shared_in_block
-from pgemu_kernels.gmem.conversion import busy_folio, fail, merge_pieces, rounding, store_range
+from pgemu_kernels.gmem.conversion import busy_folio, fail, merge_pieces, rounding, store_range, zap_kind
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import DEFECT_ROLLBACK_AT_ZERO
 from pgemu_kernels.words.operations import (
     EAGAIN,
@@ -78,13 +79,21 @@ def set_item(m, op, index):
     return first < last
 
 
-@kernel
-def next_item(m, op):
-    """Whether there is another item, which becomes the record's; behind the last comes the first."""
+@outlined
+def find_next(m, op):
+    """next_item() of several."""
     if set_item(m, op, m.state[op + O_ITEM_END]):
         return True
     set_item(m, op, m.state[op + O_START])
     return False
+
+
+@kernel
+def next_item(m, op):
+    """Whether there is another item, which becomes the record's; behind the last comes the first."""
+    state = m.state
+    alone = state[op + O_ITEM_START] == state[op + O_START] and state[op + O_ITEM_END] == state[op + O_END]
+    return not alone and find_next(m, op)
 
 
 @kernel
@@ -94,34 +103,51 @@ def rounded_item(m, first, last):
     return first & ~inside, (last + inside) & ~inside
 
 
-@step
-def begin_items(m, op):
-    """Note the unit's work list, begin an invalidation for each item, rounded out; the first item is next."""
+@outlined
+def begin_each(m, op):
+    """Begin an invalidation for each item, rounded out."""
     state = m.state
-    node = inode_row(state[op + O_INODE])
-    flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
-    bits = work_list(state, node)
-    for word in range(state[op + O_START] >> U6, (state[op + O_END] + U63) >> U6):
-        state[bits + word] = state[state[node + I_WORD] + word] ^ flip
     first, last = find_item(m, op, state[op + O_START])
     while first < last:
         start, end = rounded_item(m, first, last)
         begin_range(m, state[op + O_INODE], start, end)
         first, last = find_item(m, op, last)
-    set_item(m, op, state[op + O_START])
-    return GO
 
 
-@step
-def zap_item(m, op):
-    """To shared: drop the private leaves of exactly the item, and flush."""
+@kernel
+def begin_items(m, op):
+    """Note the unit's work list, begin an invalidation for each item; the first item is next."""
     state = m.state
-    if zap_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END]) != 0:
-        flush_vms(m)
+    node = inode_row(state[op + O_INODE])
+    flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
+    bits = work_list(state, node)
+    start = state[op + O_START]
+    end = state[op + O_END]
+    for word in range(start >> U6, (end + U63) >> U6):
+        state[bits + word] = state[state[node + I_WORD] + word] ^ flip
+    if is_watched(state):
+        begin_each(m, op)
+    if end - start == U1:  # a page of which prepare() has seen that it differs
+        state[op + O_ITEM_START] = start
+        state[op + O_ITEM_END] = end
+    else:
+        set_item(m, op, start)
     return GO
 
 
-@step
+@kernel
+def zap_item(m, op):
+    """To shared: drop the leaves of exactly the item, which is all private, and flush."""
+    state = m.state
+    start = state[op + O_ITEM_START]
+    end = state[op + O_ITEM_END]
+    vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
+    if vms != U0:
+        zap_kind(m, op, vms, start, end)
+    return GO
+
+
+@kernel
 def unmap_item(m, op):
     """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
     state = m.state
@@ -129,19 +155,26 @@ def unmap_item(m, op):
     return GO
 
 
-@step
-def end_items(m, op):
-    """End the invalidations that begin_items() began."""
+@outlined
+def end_each(m, op):
+    """End the invalidation of each item."""
     state = m.state
     first, last = find_item(m, op, state[op + O_START])
     while first < last:
         start, end = rounded_item(m, first, last)
         end_range(m, state[op + O_INODE], start, end)
         first, last = find_item(m, op, last)
+
+
+@kernel
+def end_items(m, op):
+    """End the invalidations that begin_items() began."""
+    if is_watched(m.state):
+        end_each(m, op)
     return GO
 
 
-@step
+@kernel
 def gate_item(m, op):
     """To private: the item's folios must be idle, else -EAGAIN; nothing has been stored."""
     state = m.state
@@ -153,7 +186,7 @@ def gate_item(m, op):
     return GO
 
 
-@step
+@kernel
 def store_item(m, op):
     """Record the item's new shareability: the tree's nodes are allocated only now, after the zap."""
     state = m.state
@@ -163,7 +196,7 @@ def store_item(m, op):
     return GO
 
 
-@step
+@kernel
 def restructure_item(m, op):
     """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
     state = m.state

@@ -7,6 +7,7 @@ item after the other (`each_item`). A step returns GO, or STOP where the convers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def straight(row: Iterable[Any]) -> Step:
     """One step that does those of the row one after the other, as long as they return GO."""
     a, b, c, d, e, f, g, h = _filled(_part(part) for part in row)
 
-    @step
+    @kernel
     def line(m, op):
         if a(m, op) != GO or b(m, op) != GO or c(m, op) != GO or d(m, op) != GO:
             return STOP
@@ -80,13 +81,25 @@ def straight(row: Iterable[Any]) -> Step:
     return line
 
 
+@cache
+def _together(steps: tuple[Any, ...]) -> Step:
+    """Steps as one, the same one wherever rows have them in common."""
+    inner = straight(steps)
+
+    @step
+    def together(m, op):
+        return np.int64(inner(m, op))
+
+    return together
+
+
 def _part(part: Any) -> Step:
     """A part of a row as one step."""
     if not isinstance(part, _Only | _Each):
         return part
-    inner = straight(part.steps) if len(part.steps) > 1 else _part(part.steps[0])
     if isinstance(part, _Each):
-        return _for_each(inner)
+        return _for_each(straight(part.steps))
+    inner = _together(part.steps) if len(part.steps) > 1 else _part(part.steps[0])
     private = part.private
 
     @kernel
@@ -99,7 +112,7 @@ def _part(part: Any) -> Step:
 
 
 def _for_each(inner: Step) -> Step:
-    @step
+    @kernel
     def each(m, op):
         more = True
         while more:
@@ -156,9 +169,20 @@ def _last_of_item(last: Step, same: np.uint64, following: np.uint64) -> Step:
     return ends_item
 
 
+@cache
+def _called(one: Step) -> Step:
+    """A step that is not inlined: once for all rows and both directions."""
+
+    @outlined
+    def called(m, op):
+        return np.int64(one(m, op))
+
+    return called
+
+
 def _numbered(steps: list[Step], behind: Step) -> Callable[..., Any]:
     """One function of the number of a step."""
-    a, b, c, d, e, f, g, h = _filled([*steps, behind])
+    a, b, c, d, e, f, g, h = _filled([*map(_called, steps), _called(behind)])
 
     @outlined
     def numbered(m, op, stage):

@@ -9,7 +9,7 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
-from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range
+from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
 from pgemu_kernels.folios.hugetlb import start_waiting
 from pgemu_kernels.folios.merging import merge_block
 from pgemu_kernels.folios.splitting import split_block
@@ -34,6 +34,7 @@ from pgemu_kernels.words.registers import (
 from pgemu_kernels.words.rows import (
     B_PFN,
     B_STATE,
+    B_WAITS,
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
@@ -91,36 +92,44 @@ first_unsplit = full_only(first_unsplit_page, whole_block)
 
 
 @kernel
-def split_one(m, op, node, first, start, end):
-    """Split the block that begins at page `first`, if it is huge, for pages [start, end): 0, -ENOMEM or -EBUSY.
+def needs_split(m, block, start, end):
+    """Whether a block has a folio under pages [start, end) that is to be split. One of order 0 is none that could be.
 
-    A folio of order 0 is none that could be split.
+    Of pieces only one is looked at here.
     """
-    state = m.state
-    block = block_row(m, node, first)
     kind = m.state[block + B_STATE]
-    if in_pieces(m) and (kind == BLOCK_HUGE or kind == BLOCK_PARTLY):
+    if in_pieces(m) and kind == BLOCK_PARTLY:
+        return start | U511 != end - U1 | U511 or not pieces.is_split_at(m, block, start)
+    return kind == BLOCK_HUGE
+
+
+@step
+def split_one(m, op, node, block, first, start, end):
+    """Split what is to be split under pages [start, end) of a block that begins at `first`: 0, -ENOMEM or -EBUSY."""
+    state = m.state
+    if in_pieces(m):
         return split_any_pieces(m, op, node, block, first, start, end)
-    if kind != BLOCK_HUGE or state[R_ORDER] == U0:
-        return np.int64(0)
     status = split_block(m, block, first, state[node + I_ZEROED] + (first >> U6))
     if status == 0:
         add_to_lru(m, op, m.state[block + B_PFN], U1 << state[R_ORDER])
     return status
 
 
-@step
+@kernel
 def split_blocks(m, op, start, end):
     """Split what pages [start, end) touch: (0 or the error, first page of the folio it is about)."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
     first = start >> order << order
-    while first < end:
-        status = split_one(m, op, node, first, max(start, first), min(end, first + (U1 << order)))
-        if status != 0:
-            block = block_row(m, node, first)
-            return status, first_unsplit(m, block, first, start)
+    while order != U0 and first < end:
+        block = block_row(m, node, first)
+        low = max(start, first)
+        high = min(end, first + (U1 << order))
+        if needs_split(m, block, low, high):
+            status = split_one(m, op, node, block, first, low, high)
+            if status != 0:
+                return status, first_unsplit(m, block, first, start)
         first += U1 << order
     return np.int64(0), end
 
@@ -170,32 +179,55 @@ def merge_now(m, node, block, first):
 
 
 @step
+def merge_one(m, node, block, first, start, end):
+    """Merge a block, which begins at page `first`, or what pages [start, end) touch of one in pieces; lazily, it only
+    waits for the worker.
+    """
+    if m.state[block + B_STATE] == BLOCK_PARTLY:
+        if merge_lazy(m) != U0:
+            note_touched(m, node, block, first, start, end)
+        else:
+            merge_touched(m, node, block, first, start, end)
+    elif merge_lazy(m) != U0:
+        start_waiting(m, block)
+    else:
+        merge_now(m, node, block, first)
+
+
+@kernel
+def needs_merge(m, node, block, start, end):
+    """Whether a block in pieces may be merged somewhere now that pages [start, end) of it are private: it waits for
+    that, or they are of several pieces, or no other page of theirs is shared.
+    """
+    if m.state[block + B_WAITS] != U0 or start | U511 != end - U1 | U511:
+        return True
+    return shared_in_2m(m, node, start) == shared_in_range(m, node, start, end)
+
+
+@kernel
 def merge_blocks(m, op, start, end, besides):
     """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
-    `besides` (they are not stored as private yet). Lazily, they only wait for the worker.
+    `besides` (they are not stored as private yet). Of folios of order 0 there is nothing to merge.
     """
     state = m.state
     node = inode_row(state[op + O_INODE])
-    pages = U1 << state[R_ORDER]
-    first = start & ~(pages - U1)
-    while first < end:
+    order = state[R_ORDER]
+    first = start >> order << order
+    while order != U0 and first < end:
         block = block_row(m, node, first)
         low = max(start, first)
-        high = min(end, first + pages)
-        shared = shared_in_block(m, node, first)
-        if besides:
-            shared -= shared_in_range(m, node, low, high)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            if merge_lazy(m) != U0:
-                note_touched(m, node, block, first, low, high)
-            else:
-                merge_touched(m, node, block, first, low, high)
-        elif is_split(m, block) and shared == U0:
-            if merge_lazy(m) != U0:
-                start_waiting(m, block)
-            else:
-                merge_now(m, node, block, first)
-        first += pages
+        high = min(end, first + (U1 << order))
+        kind = m.state[block + B_STATE]
+        if in_pieces(m) and kind == BLOCK_PARTLY:
+            if needs_merge(m, node, block, low, high):
+                merge_one(m, node, block, first, low, high)
+        elif kind == BLOCK_SPLIT:
+            shared = shared_in_block(m, node, first)
+            if besides:
+                shared -= shared_in_range(m, node, low, high)
+            if shared == U0:
+                merge_one(m, node, block, first, low, high)
+        first += U1 << order
 
 
 @kernel

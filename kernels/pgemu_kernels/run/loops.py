@@ -11,37 +11,14 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import (
     LOW8,
-    LOW16,
-    NONE,
     U0,
     U1,
-    U2,
-    U3,
-    U4,
-    U6,
-    U12,
-    U32,
-    U48,
-    prefetch,
 )
 from pgemu_kernels.engine.charge import charge_one, finish_operation, result
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
-from pgemu_kernels.engine.properties import splits_folios
-from pgemu_kernels.engine.records import BATCH, element, is_scattered, load, save_result
-from pgemu_kernels.engine.rows import (
-    block_row,
-    find_memslot,
-    find_vma,
-    inode_row,
-    overlap,
-    space_root,
-    vm_row,
-    vma_overlap,
-)
-from pgemu_kernels.folios.folio import struct_page
+from pgemu_kernels.engine.records import BATCH, element, load, save_result
 from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
@@ -50,8 +27,8 @@ from pgemu_kernels.process.madvise import zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
+from pgemu_kernels.run.prefetching import prefetch_converts, prefetch_guests, prefetch_hosts
 from pgemu_kernels.run.routing import is_full, is_of, is_ordinary, is_pooling, stopped_at
-from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
 from pgemu_kernels.words.enum_words import (
     EVENT_CONVERT_IOCTL,
     EVENT_SYSCALL,
@@ -78,25 +55,9 @@ from pgemu_kernels.words.enum_words import (
     OP_ZAP,
 )
 from pgemu_kernels.words.operations import EOPNOTSUPP, OPS_FOUNDING
-from pgemu_kernels.words.registers import R_CHECK, R_INODES, R_LAST_MEMSLOT, R_LAST_VMA, R_ORDER, R_ORDINARY
+from pgemu_kernels.words.registers import R_CHECK, R_ORDINARY
 from pgemu_kernels.words.rows import (
-    A_INODE,
-    A_PGOFF,
-    A_SPACE,
-    A_START,
-    B_PFN,
-    B_STATE,
-    BLOCK_HUGE,
-    BLOCK_PARTLY,
-    BLOCK_SPLIT,
-    I_PAGES,
-    I_WORD,
-    M_BASE_GFN,
-    M_INODE,
-    M_PGOFF,
-    M_VM,
     O_OP,
-    V_ROOT,
 )
 
 U = np.uint64
@@ -116,96 +77,6 @@ def save(m, op, columns, i):
     save_result(m.state, op, columns, i)
 
 
-# --------------------------------------------------------------------------- prefetching
-
-
-@kernel
-def directory_slot(m, f, root, page):
-    """Slot of the level-2 entry of a page, or NONE where the tables above end before or in a leaf."""
-    ram = m.ram
-    state = m.state
-    entry = ram[(root >> U3) + index_at(page, U4)]
-    if not is_present(state, f, entry):
-        return NONE
-    entry = ram[table_of(state, f, entry) + index_at(page, U3)]
-    if not is_present(state, f, entry) or is_large(state, f, entry):
-        return NONE
-    return table_of(state, f, entry) + index_at(page, U2)
-
-
-@kernel
-def prefetch_leaf(m, f, root, page):
-    """Ask for the line of the 4K entry of a page, if there is a table for it."""
-    slot = directory_slot(m, f, root, page)
-    if slot != NONE:
-        entry = m.ram[slot]
-        if is_present(m.state, f, entry) and not is_large(m.state, f, entry):
-            prefetch(m.ram, table_of(m.state, f, entry) + index_at(page, U1))
-
-
-@kernel
-def prefetch_page(m, node, index):
-    """Ask for a page's shareability bit and, where its folio may be one of 4K, for its struct page."""
-    state = m.state
-    prefetch(m.state, state[node + I_WORD] + (index >> U6))
-    small = state[R_ORDER] == U0
-    if splits_folios(m) or small:
-        block = block_row(m, node, index)
-        kind = m.state[block + B_STATE]
-        if kind == BLOCK_SPLIT or kind == BLOCK_PARTLY or (small and kind == BLOCK_HUGE):
-            prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
-
-
-@kernel
-def prefetch_host(m, columns, i):
-    """Ask for what a host fault or a zap of one page will touch."""
-    state = m.state
-    address = element(columns.address, i)
-    space = element(columns.header, i) >> U48
-    row = find_vma(state, space, address)
-    if row != NONE:
-        node = inode_row(state[row + A_INODE])
-        index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
-        if index < state[node + I_PAGES]:  # a mapping may reach past the end of the file
-            prefetch_page(m, node, index)
-        prefetch_leaf(m, host_format(m), space_root(state, space), address >> U12)
-
-
-@kernel
-def prefetch_guest(m, columns, i):
-    """Ask for what a guest fault will touch."""
-    state = m.state
-    gfn = element(columns.address, i) >> U12
-    vm = element(columns.header, i) >> U32 & LOW16
-    slot = find_memslot(state, vm, gfn)
-    if slot != NONE:
-        node = inode_row(state[slot + M_INODE])
-        prefetch_page(m, node, gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF])
-        prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
-
-
-@kernel
-def prefetch_convert(m, columns, i):
-    """Ask for what the conversion of one page will touch, where the VMA and the slot last used show it."""
-    state = m.state
-    inode = element(columns.object, i)
-    if inode >= state[R_INODES]:
-        return
-    node = inode_row(inode)
-    index = element(columns.offset, i) >> U12
-    if index >= state[node + I_PAGES]:
-        return
-    prefetch_page(m, node, index)
-    vma = state[R_LAST_VMA]
-    first, last = vma_overlap(state, vma, inode, index, index + U1)
-    if first < last:
-        prefetch_leaf(m, host_format(m), space_root(state, state[vma + A_SPACE]), first >> U12)
-    slot = state[R_LAST_MEMSLOT]
-    first, last = overlap(state, slot, inode, index, index + U1)
-    if first < last:
-        prefetch_leaf(m, stage2_format(m), state[vm_row(state[slot + M_VM]) + V_ROOT], first)
-
-
 # --------------------------------------------------------------------------- one loop per operation
 
 
@@ -213,9 +84,7 @@ def prefetch_convert(m, columns, i):
 def host_faults(m, columns, first, last):
     while first < last:
         stop = min(last, first + BATCH)
-        if is_scattered(columns.address, first, stop):
-            for i in range(first, stop):
-                prefetch_host(m, columns, i)
+        prefetch_hosts(m, columns, first, stop)
         for i in range(first, stop):
             op = load(m, columns, i)
             host_fault(m, op)
@@ -227,9 +96,7 @@ def host_faults(m, columns, first, last):
 def guest_faults(m, columns, first, last):
     while first < last:
         stop = min(last, first + BATCH)
-        if is_scattered(columns.address, first, stop):
-            for i in range(first, stop):
-                prefetch_guest(m, columns, i)
+        prefetch_guests(m, columns, first, stop)
         for i in range(first, stop):
             op = load(m, columns, i)
             guest_fault(m, op)
@@ -241,9 +108,7 @@ def guest_faults(m, columns, first, last):
 def converts(m, columns, first, last):
     while first < last:
         stop = min(last, first + BATCH)
-        if is_scattered(columns.offset, first, stop):
-            for i in range(first, stop):
-                prefetch_convert(m, columns, i)
+        prefetch_converts(m, columns, first, stop)
         for i in range(first, stop):
             op = load(m, columns, i)
             charge_one(m, EVENT_CONVERT_IOCTL)
@@ -256,9 +121,7 @@ def converts(m, columns, first, last):
 def zaps(m, columns, first, last):
     while first < last:
         stop = min(last, first + BATCH)
-        if is_scattered(columns.address, first, stop):
-            for i in range(first, stop):
-                prefetch_host(m, columns, i)
+        prefetch_hosts(m, columns, first, stop)
         for i in range(first, stop):
             op = load(m, columns, i)
             charge_one(m, EVENT_SYSCALL)

@@ -153,14 +153,18 @@ def forget_few(state, node, start, end):
 
 
 @kernel
-def zap_range(m, inode, start, end):
-    """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
-    node = inode_row(inode)
-    vms = vms_with_leaves(m.state, node, start, end)
+def zap_found(m, vms, inode, start, end):
+    """zap_range() of those VMs that vms_with_leaves() found."""
     dropped = zap_vms(m, vms, inode, start, end)
     if vms != U0:
-        forget_few(m.state, node, start, end)
+        forget_few(m.state, inode_row(inode), start, end)
     return dropped
+
+
+@kernel
+def zap_range(m, inode, start, end):
+    """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
+    return zap_found(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end)
 
 
 @kernel
