@@ -30,10 +30,10 @@ from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
 from pgemu_kernels.gmem.host_entries import insert_pfn, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.kvm.fault import access_outside, install_stage2, is_user_slot, load_root
+from pgemu_kernels.kvm.fault import access_outside, find_guest_leaf, install_stage2, is_user_slot, load_root
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import (
     DEFECT_INSERT_UNLOCKED,
     EVENT_GUEST_FAULT,
@@ -84,7 +84,6 @@ from pgemu_kernels.words.rows import (
     O_WORDS,
     SLOT_RELEASED,
     STATE_OPS,
-    V_ROOT,
     V_SEQUENCE,
 )
 from pgemu_kernels.words.table_words import F_LEAF_4K, F_LEAF_4K_RO
@@ -246,7 +245,7 @@ def enter_fault(m, op, slot, gfn, exits):
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
-    leaf, level = find_leaf(m, stage2_format(m), state[row + V_ROOT], gfn)
+    leaf, level = find_guest_leaf(m, op)
     if leaf != NONE:
         state[op + O_DETAIL] = level
         return stop(state, op, RET_PF_SPURIOUS)

@@ -27,16 +27,17 @@ from pgemu_kernels.process.fault import host_fault_in
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.stage2.leaves import map_leaf, map_mmio
+from pgemu_kernels.stage2.leaves import map_leaf, map_mmio, set_leaf, slot_for
 from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
-from pgemu_kernels.tables.walker import is_present, stage2_format
+from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
 from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
 from pgemu_kernels.words.operations import (
     EBADF,
     EFAULT,
     EINVAL,
     ENOENT,
+    ENOMEM,
     EOPNOTSUPP,
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -55,6 +56,8 @@ from pgemu_kernels.words.rows import (
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
+    O_HOLE,
+    O_HOLE_MIDDLE,
     O_INDEX,
     O_INODE,
     O_LENGTH,
@@ -211,17 +214,60 @@ is_user_slot = full_only(refuse_user_slot, False)  # the fast loops meet no othe
 
 
 @kernel
-def install_stage2(m, op, level):
-    """Map the fault's frame at `level`, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
+def find_guest_leaf(m, op):
+    """The leaf of a guest's access: find_leaf(). A hole of 4K is remembered."""
     state = m.state
-    vm = state[op + O_VM]
+    root = state[vm_row(state[op + O_VM]) + V_ROOT]
+    leaf, level, hole, middle = find_entry(m, stage2_format(m), root, state[op + O_ADDRESS] >> U12)
+    state[op + O_HOLE] = hole
+    state[op + O_HOLE_MIDDLE] = middle
+    return leaf, level
+
+
+@kernel
+def was_invalidated(m, op, gfn):
+    """Whether an invalidation came since the fault began."""
+    return retry_fault(m.state, m.state[op + O_VM], gfn, m.state[op + O_SEQUENCE])
+
+
+@kernel
+def is_alone(m, op, gfn):
+    """In the fast loops nobody comes between."""
+    return False
+
+
+@kernel
+def walk_again(m, op, gfn, goal):
+    """Where the leaf goes: slot_for()."""
+    return slot_for(m, stage2_format(m), m.state[vm_row(m.state[op + O_VM]) + V_ROOT], gfn, goal, False)
+
+
+@kernel
+def go_on(m, op, gfn, goal):
+    """In the fast loops a hole of 4K is where the fault found it."""
+    state = m.state
+    if goal == U1 and state[op + O_HOLE] != NONE:
+        return state[op + O_HOLE], U1, state[op + O_HOLE_MIDDLE]
+    return walk_again(m, op, gfn, goal)
+
+
+invalidated = full_only(was_invalidated, is_alone)
+leaf_slot = full_only(walk_again, go_on)
+
+
+@kernel
+def install_stage2(m, op, goal):
+    """Map the fault's frame at level `goal`, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
+    state = m.state
     gfn = state[op + O_ADDRESS] >> U12
-    if retry_fault(state, vm, gfn, state[op + O_SEQUENCE]):
+    if invalidated(m, op, gfn):
         return stop(state, op, RET_PF_RETRY)
-    status, level = map_leaf(m, state[vm_row(vm) + V_ROOT], gfn, level, state[op + O_PFN], True, U0, False, False)
-    if status > 0:
-        state[op + O_DETAIL] = level
-        note_leaf(state, inode_row(state[op + O_INODE]), state[op + O_INDEX], level, vm)
+    slot, level, middle = leaf_slot(m, op, gfn, goal)
+    if slot == NONE:
+        return stop(state, op, -ENOMEM)
+    status = set_leaf(m, slot, level, middle, gfn, state[op + O_PFN], True, U0, False, False)
+    state[op + O_DETAIL] = level
+    note_leaf(state, inode_row(state[op + O_INODE]), state[op + O_INDEX], level, state[op + O_VM])
     return stop(state, op, status)
 
 

@@ -228,7 +228,7 @@ def notify_unmap(m, space, inode, start, end):
     vms &= found
     if zap_vms(m, vms, inode, start, end) != 0:
         flush_vms(m)
-    if vms == found:
+    if vms == found and found != U0:
         forget_few(state, node, start, end)
 
 

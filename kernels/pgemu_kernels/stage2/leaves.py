@@ -254,24 +254,31 @@ def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
     no RAM.
     """
     f = stage2_format(m)
-    state = m.state
-    disallowed = access & FLAG_EXEC != U0 and nx_huge_pages(state, f)
+    disallowed = access & FLAG_EXEC != U0 and nx_huge_pages(m.state, f)
     slot, level, middle = slot_for(m, f, root, gfn, goal, disallowed)
     if slot == NONE:
         return np.int64(-ENOMEM), level
+    return set_leaf(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device), level
+
+
+@kernel
+def set_leaf(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device):
+    """Write the leaf of map_leaf() at an entry that slot_for() found: RET_PF_FIXED or RET_PF_SPURIOUS."""
+    f = stage2_format(m)
+    state = m.state
     old = m.ram[slot]
     value = make_spte(state, f, level, pfn, writable, prefetch, device)
     gained = np.int64(1)
     if is_present(state, f, old):
         if is_last_spte(state, f, old, level):
-            return changed_leaf(m, slot, gfn, value, access), level
+            return changed_leaf(m, slot, gfn, value, access)
         gained -= free_stage2_below(m, f, old, level)
         charge_one(m, EVENT_TLB_FLUSH_VM)
     m.ram[slot] = value
     count_leaf(m, slot, level, middle, gained)
     change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, 1)
     charge_one(m, EVENT_SPTE_WRITTEN)
-    return np.int64(RET_PF_FIXED), level
+    return np.int64(RET_PF_FIXED)
 
 
 @outlined

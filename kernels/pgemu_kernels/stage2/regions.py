@@ -26,10 +26,9 @@ def note_leaf(state, node, index, level, vm):
     """A VM has a leaf of `level` over page `index` of an inode (`node`)."""
     bit = U1 << vm
     region = state[node + I_REGIONS] + (index >> U9)
-    block = state[node + I_GIGABYTES] + (index >> U18)
-    if state[region] & state[block] & bit == U0:
+    if state[region] & bit == U0:
         state[region] |= bit
-        state[block] |= bit
+        state[state[node + I_GIGABYTES] + (index >> U18)] |= bit
     if level == U1:
         state[state[node + I_GUEST_BITS] + (index >> U6)] |= U1 << (index & U63)
     else:
@@ -85,12 +84,9 @@ def vms_below(state, node, start, end):
     return vms
 
 
-@kernel
-def vms_with_leaves(state, node, start, end):
-    """The VMs that may have leaves over pages [start, end)."""
-    # Of many pages some are mapped for sure.
-    if end - start < U512 and not is_mapped(state, node, start, end):
-        return U0
+@outlined
+def vms_with_leaves_of_many(state, node, start, end):
+    """The same of many pages, of which some are mapped for sure."""
     blocks = state[node + I_GIGABYTES]
     vms = U0
     while start < end:
@@ -101,6 +97,17 @@ def vms_with_leaves(state, node, start, end):
         vms |= found
         start = last
     return vms
+
+
+@kernel
+def vms_with_leaves(state, node, start, end):
+    """The VMs that may have leaves over pages [start, end)."""
+    if end - start >= U512:
+        return vms_with_leaves_of_many(state, node, start, end)
+    if not is_mapped(state, node, start, end):
+        return U0
+    words = state[node + I_REGIONS]
+    return state[words + (start >> U9)] | state[words + (end - U1 >> U9)]
 
 
 @kernel
@@ -141,34 +148,39 @@ def forget_region(m, vm, inode, first):
 
 @kernel
 def forget_regions(state, node, vm, start, end):
-    """Clear a VM's bits of what lies whole in pages [start, end), its 2M or its 1G."""
+    """Clear a VM's bits of the 2M and 1G that lie whole in pages [start, end). Without that of 1G it has none below."""
     words = state[node + I_REGIONS]
     blocks = state[node + I_GIGABYTES]
+    bit = U1 << vm
     while start < end:
         last = min(end, (start | _INSIDE_1G) + U1)
-        if is_whole(state, node, start, last):
-            state[blocks + (start >> U18)] &= ~(U1 << vm)
-        else:
+        if state[blocks + (start >> U18)] & bit != U0:
             behind = last + (U511 if last >= state[node + I_PAGES] else U0)
-            region = (start + U511) >> U9
-            while region < behind >> U9:
-                state[words + region] &= ~(U1 << vm)
-                region += U1
+            for word in range(words + (start + U511 >> U9), words + (behind >> U9)):
+                state[word] &= ~bit
+            if is_whole(state, node, start, last):
+                state[blocks + (start >> U18)] &= ~bit
         start = last
 
 
-@kernel
-def forget_zapped(m, vm, inode, start, end, dropped):
+@outlined
+def forget_vm(m, vm, inode, start, end, dropped):
     """A VM lost its leaves over pages [start, end): clear its bits of what lies in there whole.
 
     Those of the rest stay as long as there is something to drop (`dropped`, int64).
     """
     state = m.state
     node = inode_row(inode)
-    if end - start >= U512 or end >= state[node + I_PAGES]:
-        forget_regions(state, node, vm, start, end)
+    forget_regions(state, node, vm, start, end)
     if dropped == 0:
         if start & U511 != U0:
             forget_region(m, vm, inode, start & ~U511)
         if end & U511 != U0 and end < state[node + I_PAGES] and (start & U511 == U0 or start >> U9 != end >> U9):
             forget_region(m, vm, inode, end & ~U511)
+
+
+@kernel
+def forget_zapped(m, vm, inode, start, end, dropped):
+    """The same, where there may be something to clear."""
+    if dropped == 0 or end - start >= U512 or end >= m.state[inode_row(inode) + I_PAGES]:
+        forget_vm(m, vm, inode, start, end, dropped)

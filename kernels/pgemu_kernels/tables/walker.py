@@ -57,8 +57,8 @@ def is_large(state, f, entry):
 
 
 @kernel
-def find_leaf(m, f, root, page):
-    """Walk to the leaf that maps `page` (a page number): its slot and level, or (NONE, level of the hole).
+def find_entry(m, f, root, page):
+    """find_leaf(), then of a hole of 4K its slot, and that of the level-2 entry above; NONE, NONE of what is none.
 
     Four, three or two loads for a leaf of 4K, 2M or 1G.
     """
@@ -66,23 +66,30 @@ def find_leaf(m, f, root, page):
     state = m.state
     entry = ram[(root >> U3) + index_at(page, U4)]
     if not is_present(state, f, entry):
-        return NONE, U4
+        return NONE, U4, NONE, NONE
     slot = table_of(state, f, entry) + index_at(page, U3)
     entry = ram[slot]
     if not is_present(state, f, entry):
-        return NONE, U3
+        return NONE, U3, NONE, NONE
     if is_large(state, f, entry):
-        return slot, U3
-    slot = table_of(state, f, entry) + index_at(page, U2)
-    entry = ram[slot]
+        return slot, U3, NONE, NONE
+    middle = table_of(state, f, entry) + index_at(page, U2)
+    entry = ram[middle]
     if not is_present(state, f, entry):
-        return NONE, U2
+        return NONE, U2, NONE, NONE
     if is_large(state, f, entry):
-        return slot, U2
+        return middle, U2, NONE, NONE
     slot = table_of(state, f, entry) + index_at(page, U1)
     if not is_present(state, f, ram[slot]):
-        return NONE, U1
-    return slot, U1
+        return NONE, U1, slot, middle
+    return slot, U1, NONE, NONE
+
+
+@kernel
+def find_leaf(m, f, root, page):
+    """Walk to the leaf that maps `page` (a page number): its slot and level, or (NONE, level of the hole)."""
+    slot, level, _, _ = find_entry(m, f, root, page)
+    return slot, level
 
 
 @outlined

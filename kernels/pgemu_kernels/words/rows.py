@@ -296,6 +296,9 @@ O_ITEM_START = U(34)  # the present item of rfc2's work list
 O_ITEM_END = U(35)
 O_FOLIO = U(36)  # first PFN of a huge page taken and not yet in the page cache; 0: none
 O_MUTEX = U(37)  # row of the block whose mutex the fault holds; 0: none
+# What a fault that nobody interrupts still knows:
+O_HOLE = U(38)  # the 4K entry where its walk ended, empty; NONE: it ended above
+O_HOLE_MIDDLE = U(39)  # ... and the entry of the table around it
 O_WORDS = 48
 
 
