@@ -27,7 +27,7 @@ from pgemu_kernels.process.fault import host_fault_in
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
-from pgemu_kernels.stage2.leaves import map_leaf, map_mmio, set_leaf, slot_for
+from pgemu_kernels.stage2.leaves import map_leaf, map_mmio, map_target_level, slot_for
 from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
 from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
@@ -265,7 +265,7 @@ def install_stage2(m, op, goal):
     slot, level, middle = leaf_slot(m, op, gfn, goal)
     if slot == NONE:
         return stop(state, op, -ENOMEM)
-    status = set_leaf(m, slot, level, middle, gfn, state[op + O_PFN], True, U0, False, False)
+    status = map_target_level(m, slot, level, middle, gfn, state[op + O_PFN], True, U0, False, False)
     state[op + O_DETAIL] = level
     note_leaf(state, inode_row(state[op + O_INODE]), state[op + O_INDEX], level, state[op + O_VM])
     return stop(state, op, status)

@@ -258,11 +258,11 @@ def map_leaf(m, root, gfn, goal, pfn, writable, access, prefetch, device):
     slot, level, middle = slot_for(m, f, root, gfn, goal, disallowed)
     if slot == NONE:
         return np.int64(-ENOMEM), level
-    return set_leaf(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device), level
+    return map_target_level(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device), level
 
 
 @kernel
-def set_leaf(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device):
+def map_target_level(m, slot, level, middle, gfn, pfn, writable, access, prefetch, device):
     """Write the leaf of map_leaf() at an entry that slot_for() found: RET_PF_FIXED or RET_PF_SPURIOUS."""
     f = stage2_format(m)
     state = m.state
