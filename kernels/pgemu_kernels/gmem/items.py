@@ -61,10 +61,18 @@ def work_list(state, node):
     return state[R_WORK_LISTS] + state[node + I_WORD] - state[R_WORD_ROWS]
 
 
+@kernel
+def is_one_page(state, op):
+    """Whether the unit is one page: then it is its only item, for prepare() has seen that it differs."""
+    return state[op + O_END] - state[op + O_START] == U1
+
+
 @outlined
 def find_item(m, op, index):
     """The next item of the unit from page `index` on: (first, past the last), or the unit's end twice."""
     state = m.state
+    if is_one_page(state, op):
+        return index, state[op + O_END]
     bits = work_list(state, inode_row(state[op + O_INODE]))
     first = find_bit(state, bits, index, state[op + O_END], U0)
     return first, find_bit(state, bits, first, state[op + O_END], ALL)
@@ -114,24 +122,29 @@ def begin_each(m, op):
         first, last = find_item(m, op, last)
 
 
-@kernel
-def begin_items(m, op):
-    """Note the unit's work list, begin an invalidation for each item; the first item is next."""
+@outlined
+def note_items(m, op):
+    """Note the unit's work list; the first item is next."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     flip = U0 if state[op + O_TO_PRIVATE] != U0 else ALL
     bits = work_list(state, node)
-    start = state[op + O_START]
-    end = state[op + O_END]
-    for word in range(start >> U6, (end + U63) >> U6):
+    for word in range(state[op + O_START] >> U6, (state[op + O_END] + U63) >> U6):
         state[bits + word] = state[state[node + I_WORD] + word] ^ flip
+    set_item(m, op, state[op + O_START])
+
+
+@kernel
+def begin_items(m, op):
+    """Find the unit's items, and begin an invalidation for each; the first item is next."""
+    state = m.state
+    if is_one_page(state, op):
+        state[op + O_ITEM_START] = state[op + O_START]
+        state[op + O_ITEM_END] = state[op + O_END]
+    else:
+        note_items(m, op)
     if is_watched(state):
         begin_each(m, op)
-    if end - start == U1:  # a page of which prepare() has seen that it differs
-        state[op + O_ITEM_START] = start
-        state[op + O_ITEM_END] = end
-    else:
-        set_item(m, op, start)
     return GO
 
 
