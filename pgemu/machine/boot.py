@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 
 # Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_LARGE = 32 << 20  # bytes; of less `state` a machine touches a few pages only, and a huge one costs more than these
 
 _LINE = 16  # elements of an array that begin with a cache line for sure: 64 bytes of uint32, two lines of uint64
 
@@ -78,7 +79,7 @@ def allocate(config: Config) -> Arrays:
     arrays = Arrays(
         # Frames in a seed's order are scattered: each would cost the host a huge page.
         ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
-        state=_map_memory(state_size, huge=True),
+        state=_map_memory(state_size, huge=state_size * 8 >= _LARGE),
         stats=np.zeros(W.STATS_SIZE, DTYPES["stats"]),
         counts=np.zeros(counts_size, DTYPES["counts"]),
     )
