@@ -31,7 +31,7 @@ U = np.uint64
 
 
 @kernel
-def set_leaf(m, slot, entry):
+def set_pte_at(m, slot, entry):
     """set_pte_at() where nothing was."""
     m.ram[slot] = entry
     count_host_leaf(m, 1)
@@ -78,7 +78,7 @@ def _map_zero_page(m, row, slot):
     frame = zero_page(m)
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
-    set_leaf(m, slot, frame << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL)
+    set_pte_at(m, slot, frame << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL)
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -96,7 +96,7 @@ def _fill_new_page(m, row, slot):
     entry = frame << U12 | vm_page_prot(state, row)
     if state[row + A_PROT] & PROT_WRITE != U0:
         entry = make_writable(pte_mkdirty(entry))
-    set_leaf(m, slot, entry)
+    set_pte_at(m, slot, entry)
     state[space_row(state[row + A_SPACE]) + S_RSS] += U1
     return np.int64(VM_FAULT_NOPAGE)
 

@@ -11,7 +11,7 @@ from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_added
 from pgemu_kernels.formats.bits import PTE_WRITE
-from pgemu_kernels.process.anonymous import set_leaf
+from pgemu_kernels.process.anonymous import set_pte_at
 from pgemu_kernels.process.close import drop_page
 from pgemu_kernels.process.entries import pte_mkdirty, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
@@ -63,7 +63,7 @@ def map_file_page(m, space, slot, entry):
     It is one page more of the process's RssFile: add_mm_counter(mm_counter_file()), which special entries have not.
     The folio's own mapcount is where its memory has it: the caller's.
     """
-    set_leaf(m, slot, entry)
+    set_pte_at(m, slot, entry)
     m.state[space_row(space) + S_RSS] += U1
     charge_one(m, EVENT_RMAP_CHANGED)
 
