@@ -93,27 +93,12 @@ def in_pieces(m):
     return split_to_2m(m) != U0 and m.state[R_ORDER] > U9
 
 
-@kernel
-def no_piece(m, node, block, first, start, end):
-    return NONE
-
-
-@kernel
-def nothing_in_pieces(m, node, block, first, start, end):
-    """There are no pieces."""
-
-
-@kernel
-def no_batches(m, head, pages, cpu):
-    """There are no LRU batches."""
-
-
-gate_pieces = full_only(pieces.gate_block, no_piece)
-note_waiting = full_only(piece_merges.note_waiting, nothing_in_pieces)
-note_touched = full_only(piece_merges.note_touched, nothing_in_pieces)
-merge_pieces = full_only(piece_merges.merge_pieces, nothing_in_pieces)
-merge_touched = full_only(piece_merges.merge_touched, nothing_in_pieces)
-lru_add_pieces = full_only(lru.lru_add_pieces, no_batches)
+gate_pieces = full_only(pieces.gate_block, NONE)
+note_waiting = full_only(piece_merges.note_waiting, None)  # there are no pieces
+note_touched = full_only(piece_merges.note_touched, None)
+merge_pieces = full_only(piece_merges.merge_pieces, None)
+merge_touched = full_only(piece_merges.merge_touched, None)
+lru_add_pieces = full_only(lru.lru_add_pieces, None)  # there are no LRU batches
 
 
 # --------------------------------------------------------------------------- units, beginning and end
@@ -157,18 +142,12 @@ def next_block(m, op):
 
 
 @kernel
-def no_block(m, op):
-    """There is one unit."""
-    return False
-
-
-@kernel
 def further_block(m, op):
     """next_block(), which is not called where the range has ended."""
     return m.state[op + O_END] < m.state[op + O_RANGE_END] and next_block(m, op)
 
 
-next_unit = full_only(further_block, no_block)
+next_unit = full_only(further_block, False)  # there is one unit
 
 
 @kernel
@@ -251,12 +230,7 @@ def flush_owed(m):
         state[R_KERNEL_UNFLUSHED] = U0
 
 
-@kernel
-def none_owed(m):
-    """No flush is put off."""
-
-
-pay_flushes = full_only(flush_owed, none_owed)
+pay_flushes = full_only(flush_owed, None)  # no flush is put off
 
 
 @kernel
@@ -304,12 +278,7 @@ def drop_waiting(m, op):
         first += U1 << order
 
 
-@kernel
-def none_waits(m, op):
-    """No merge is put off."""
-
-
-stop_waiting_for_unit = full_only(drop_waiting, none_waits)
+stop_waiting_for_unit = full_only(drop_waiting, None)  # no merge is put off
 
 
 @kernel
@@ -353,13 +322,7 @@ def is_idle_4k(m, page):
     return is_idle(m, page, U1)
 
 
-@kernel
-def never_idle_4k(m, page):
-    """No order has that gate."""
-    return False
-
-
-idle_4k = full_only(is_idle_4k, never_idle_4k)
+idle_4k = full_only(is_idle_4k, False)  # no order has that gate
 
 
 @kernel

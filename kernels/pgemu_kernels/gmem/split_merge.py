@@ -71,12 +71,6 @@ def split_pieces(m, op, node, block, first, start, end):
 
 
 @kernel
-def none_split(m, op, node, block, first, start, end):
-    """There are no pieces."""
-    return np.int64(0)
-
-
-@kernel
 def whole_block(m, block, first, start):
     return first
 
@@ -87,7 +81,7 @@ def first_unsplit_page(m, block, first, start):
     return piece_splits.first_unsplit_piece(m, block, first, start) if in_pieces(m) else first
 
 
-split_any_pieces = full_only(split_pieces, none_split)
+split_any_pieces = full_only(split_pieces, np.int64(0))  # there are no pieces
 first_unsplit = full_only(first_unsplit_page, whole_block)
 
 

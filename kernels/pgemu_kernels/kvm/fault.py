@@ -231,12 +231,6 @@ def was_invalidated(m, op, gfn):
 
 
 @kernel
-def is_alone(m, op, gfn):
-    """In the fast loops nobody comes between."""
-    return False
-
-
-@kernel
 def walk_again(m, op, gfn, goal):
     """Where the leaf goes: slot_for()."""
     return slot_for(m, stage2_format(m), m.state[vm_row(m.state[op + O_VM]) + V_ROOT], gfn, goal, False)
@@ -251,7 +245,7 @@ def go_on(m, op, gfn, goal):
     return walk_again(m, op, gfn, goal)
 
 
-invalidated = full_only(was_invalidated, is_alone)
+invalidated = full_only(was_invalidated, False)  # in the fast loops nobody comes between
 leaf_slot = full_only(walk_again, go_on)
 
 
