@@ -80,54 +80,49 @@ def save(m, op, columns, i):
 # --------------------------------------------------------------------------- one loop per operation
 
 
-@outlined
-def host_faults(m, columns, first, last):
+@kernel
+def run_batches(m, columns, first, last, prefetch, operate):
+    """Run operations [first, last), what each batch of them will touch asked for before."""
     while first < last:
         stop = min(last, first + BATCH)
-        prefetch_hosts(m, columns, first, stop)
+        prefetch(m, columns, first, stop)
         for i in range(first, stop):
             op = load(m, columns, i)
-            host_fault(m, op)
+            operate(m, op)
             save(m, op, columns, i)
         first = stop
+
+
+@kernel
+def convert(m, op):
+    charge_one(m, EVENT_CONVERT_IOCTL)
+    orders.convert(m, op)
+
+
+@kernel
+def zap(m, op):
+    charge_one(m, EVENT_SYSCALL)
+    zap_mappings(m, op)
+
+
+@outlined
+def host_faults(m, columns, first, last):
+    run_batches(m, columns, first, last, prefetch_hosts, host_fault)
 
 
 @outlined
 def guest_faults(m, columns, first, last):
-    while first < last:
-        stop = min(last, first + BATCH)
-        prefetch_guests(m, columns, first, stop)
-        for i in range(first, stop):
-            op = load(m, columns, i)
-            guest_fault(m, op)
-            save(m, op, columns, i)
-        first = stop
+    run_batches(m, columns, first, last, prefetch_guests, guest_fault)
 
 
 @outlined
 def converts(m, columns, first, last):
-    while first < last:
-        stop = min(last, first + BATCH)
-        prefetch_converts(m, columns, first, stop)
-        for i in range(first, stop):
-            op = load(m, columns, i)
-            charge_one(m, EVENT_CONVERT_IOCTL)
-            orders.convert(m, op)
-            save(m, op, columns, i)
-        first = stop
+    run_batches(m, columns, first, last, prefetch_converts, convert)
 
 
 @outlined
 def zaps(m, columns, first, last):
-    while first < last:
-        stop = min(last, first + BATCH)
-        prefetch_hosts(m, columns, first, stop)
-        for i in range(first, stop):
-            op = load(m, columns, i)
-            charge_one(m, EVENT_SYSCALL)
-            zap_mappings(m, op)
-            save(m, op, columns, i)
-        first = stop
+    run_batches(m, columns, first, last, prefetch_hosts, zap)
 
 
 @outlined
