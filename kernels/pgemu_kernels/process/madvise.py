@@ -15,7 +15,7 @@ from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
 from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
-from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE
+from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -33,6 +33,7 @@ from pgemu_kernels.words.rows import (
     O_ADDRESS,
     O_FLAGS,
     O_LENGTH,
+    O_OP,
     O_SPACE,
     PROT_WRITE,
     VM_ACCOUNT,
@@ -164,11 +165,22 @@ def _dontneed_vma(m, row, start, end):
     return np.int64(0)
 
 
-@step
-def zap_mappings(m, op):
-    """With flag MADVISE madvise(MADV_DONTNEED), else the kernel's own unmapping, which may do it to anything.
+@kernel
+def _zap_vma(m, op, row, start, end):
+    """The same with flag MADVISE, else the kernel's own unmapping, which may do it to anything."""
+    if m.state[op + O_FLAGS] & FLAG_MADVISE != U0:
+        return _dontneed_vma(m, row, start, end)
+    gather_begin(m)
+    zap_vma(m, row, start, end, False)
+    gather_flush(m, m.state[row + A_SPACE])
+    return np.int64(0)
 
-    0, -EINVAL, or -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
+
+@kernel
+def _walk_vmas(m, op, visit):
+    """Visit every VMA of an operation's range, up to the first that refuses it: 0, what that one said, or -EINVAL.
+
+    -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
     mm/madvise.c:is_madvise_valid(), madvise_walk_vmas().
     """
     state = m.state
@@ -180,7 +192,6 @@ def zap_mappings(m, op):
         return stop(state, op, -EINVAL)
     if length == U0 and state[op + O_LENGTH] != U0:
         return stop(state, op, -EINVAL)
-    madvise = state[op + O_FLAGS] & FLAG_MADVISE != U0
     status = np.int64(0)
     while address < end:
         row = next_vma(state, space, address, end)
@@ -190,16 +201,17 @@ def zap_mappings(m, op):
             status = np.int64(-ENOMEM)
             address = state[row + A_START]
         last = min(end, state[row + A_END])
-        if madvise:
-            refused = _dontneed_vma(m, row, address, last)
-            if refused != 0:
-                return stop(state, op, refused)
-        else:
-            gather_begin(m)
-            zap_vma(m, row, address, last, False)
-            gather_flush(m, space)
+        refused = visit(m, op, row, address, last)
+        if refused != 0:
+            return stop(state, op, refused)
         address = last
     return stop(state, op, status)
+
+
+@step
+def zap_mappings(m, op):
+    """madvise(MADV_DONTNEED), or the kernel's own unmapping: 0, -EINVAL, -ENOMEM."""
+    return _walk_vmas(m, op, _zap_vma)
 
 
 @outlined
@@ -215,7 +227,7 @@ def populate(m, op):
 
 
 @outlined
-def _guard_vma(m, row, start, end, install):
+def _guard_vma(m, op, row, start, end):
     """MADV_GUARD_INSTALL or _REMOVE of [start, end) of one VMA: 0, -ENOMEM, or -EINVAL for all but anonymous memory.
 
     Install: pages go, markers stand in their place, with tables for them. Files may have guards since 6.15; that is
@@ -223,6 +235,7 @@ def _guard_vma(m, row, start, end, install):
     """
     state = m.state
     space = state[row + A_SPACE]
+    install = state[op + O_OP] == OP_GUARD_INSTALL
     if state[R_GUARDS] == U0 or state[row + A_KIND] != VMA_ANONYMOUS:
         return np.int64(-EINVAL)
     if install and state[row + A_FLAGS] & VM_LOCKED != U0:
@@ -247,27 +260,9 @@ def _guard_vma(m, row, start, end, install):
 
 
 @outlined
-def guard(m, op, install):
-    """madvise(MADV_GUARD_INSTALL) or _REMOVE: 0, -EINVAL, -ENOMEM over a hole, after all else was done."""
-    state = m.state
-    address = state[op + O_ADDRESS]
-    end = address + rounded(state, op, U(4096))
-    if address & U4095 != U0 or end < address:
-        return stop(state, op, -EINVAL)
-    status = np.int64(0)
-    while address < end:
-        row = next_vma(state, state[op + O_SPACE], address, end)
-        if row == NONE:
-            return stop(state, op, -ENOMEM)
-        if state[row + A_START] > address:
-            status = np.int64(-ENOMEM)
-            address = state[row + A_START]
-        last = min(end, state[row + A_END])
-        refused = _guard_vma(m, row, address, last, install)
-        if refused != 0:
-            return stop(state, op, refused)
-        address = last
-    return stop(state, op, status)
+def guard(m, op):
+    """madvise(MADV_GUARD_INSTALL) or _REMOVE: 0, -EINVAL, -ENOMEM."""
+    return _walk_vmas(m, op, _guard_vma)
 
 
 @outlined

@@ -89,7 +89,7 @@ def operate_process(m, op):
     if kind == OP_READ_SMAPS:
         return read_smaps(m, op)
     if kind == OP_GUARD_INSTALL or kind == OP_GUARD_REMOVE:
-        return guard(m, op, kind == OP_GUARD_INSTALL)
+        return guard(m, op)
     if kind == OP_REMAP:
         return mremap(m, op)
     if kind == OP_FORK:
