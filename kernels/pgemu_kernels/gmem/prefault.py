@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.engine.rows import find_memslot, stop, vm_row
+from pgemu_kernels.engine.rows import find_memslot, is_live_vm, stop, vm_row
 from pgemu_kernels.gmem.allocation import has_folio
 from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
-from pgemu_kernels.kvm.fault import prefault_outside
+from pgemu_kernels.kvm.fault import map_pages, prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
     EBADF,
     EBUSY,
     EFAULT,
-    EINVAL,
     EOPNOTSUPP,
     GO,
     RET_PF_FIXED,
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
-from pgemu_kernels.words.registers import R_VMS
 from pgemu_kernels.words.rows import (
     M_KIND,
     O_ADDRESS,
     O_DETAIL,
-    O_LENGTH,
     O_STATUS,
     O_VM,
     SLOT_GUEST_MEMFD,
@@ -53,12 +49,13 @@ def prefault_begin(m, op):
 
 
 @outlined
-def prefault_page(m, op):
-    """Map the page at the record's address: 0 or -errno, and the level of its leaf.
+def prefault_page(m, op, gfn):
+    """Map the page at a guest frame: 0 or -errno, and the level of its leaf.
 
     mmu.c:kvm_tdp_map_page(). A new leaf is not marked as accessed: spte.c:make_spte() with prefetch.
     """
     state = m.state
+    state[op + O_ADDRESS] = gfn << U12
     if prefault_begin(m, op) == GO:
         if has_folio(m, op):
             guest_end(m, op)
@@ -67,7 +64,7 @@ def prefault_page(m, op):
         if np.int64(state[op + O_STATUS]) == RET_PF_FIXED:
             f = stage2_format(m)
             root = state[vm_row(state[op + O_VM]) + V_ROOT]
-            leaf, _ = find_leaf(m, f, root, state[op + O_ADDRESS] >> U12)
+            leaf, _ = find_leaf(m, f, root, gfn)
             m.ram[leaf] &= ~state[f + F_ACCESSED]
     status = np.int64(state[op + O_STATUS])
     if status == RET_PF_RETRY:  # an invalidation came between, or another fault is allocating the page
@@ -87,25 +84,9 @@ def prefault(m, op):
     The processor's accesses are not followed in the designs' slots: the leaves' accessed bits stay clear.
     """
     state = m.state
-    address = state[op + O_ADDRESS]
-    length = state[op + O_LENGTH]
-    vm = state[op + O_VM]
-    if vm >= state[R_VMS] or state[vm_row(vm) + V_ROOT] == U0:
+    if not is_live_vm(state, state[op + O_VM]):
         return stop(state, op, -EBADF)
-    if (address | length) & U4095 != U0 or address + length <= address:
-        return stop(state, op, -EINVAL)
-    end = address + length
-    at = address
-    status = np.int64(0)
-    while at < end:
-        state[op + O_ADDRESS] = at
-        status, level = prefault_page(m, op)
-        if status != 0:
-            break
-        size = pages_of(level) << U12
-        at = (at & ~(size - U1)) + size
+    address = state[op + O_ADDRESS]
+    status = map_pages(m, op, prefault_page)
     state[op + O_ADDRESS] = address
-    state[op + O_DETAIL] = min(at, end) - address
-    if at > address and status != -EBUSY:
-        status = np.int64(0)
     return stop(state, op, status)

@@ -34,6 +34,7 @@ from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
 from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
 from pgemu_kernels.words.operations import (
     EBADF,
+    EBUSY,
     EFAULT,
     EINVAL,
     ENOENT,
@@ -392,8 +393,9 @@ def prefault_outside(m, vm, gfn):
 
 
 @kernel
-def tdp_map_page(m, vm, gfn):
+def tdp_map_page(m, op, gfn):
     """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
+    vm = m.state[op + O_VM]
     if find_memslot(m.state, vm, gfn) == NONE:
         return prefault_outside(m, vm, gfn), U0
     status = np.int64(RET_PF_RETRY)
@@ -408,12 +410,12 @@ def tdp_map_page(m, vm, gfn):
     return np.int64(-ENOENT) if status == RET_PF_EMULATE else status, level
 
 
-@outlined
-def pre_fault_memory(m, op):
+@kernel
+def map_pages(m, op, map_page):
     """KVM_PRE_FAULT_MEMORY: 0, -EINVAL, or what the first page failed with (-ENOENT without a slot, -EFAULT, ...).
 
     detail is how many bytes were populated. It stops at the first page that fails; if any page came before, that is
-    success. kvm_main.c:kvm_vcpu_pre_fault_memory().
+    success, but for a lock that Linux would wait for (-EBUSY). kvm_main.c:kvm_vcpu_pre_fault_memory().
     """
     state = m.state
     address = state[op + O_ADDRESS]
@@ -425,10 +427,16 @@ def pre_fault_memory(m, op):
     end = gfn + (length >> U12)
     status = np.int64(0)
     while gfn < end:
-        status, level = tdp_map_page(m, state[op + O_VM], gfn)
+        status, level = map_page(m, op, gfn)
         if status != 0:
             break
         gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
     done = (min(gfn, end) << U12) - address
     state[op + O_DETAIL] = done
-    return np.int64(0) if done != U0 else status
+    return np.int64(0) if done != U0 and status != -EBUSY else status
+
+
+@outlined
+def pre_fault_memory(m, op):
+    """The same of a VM whose slots show a process's memory."""
+    return map_pages(m, op, tdp_map_page)
