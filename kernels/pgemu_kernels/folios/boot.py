@@ -277,7 +277,10 @@ def boot_machine(m):
 
 @kernel
 def process_root(m, row):
-    """Give a process (row of S_*) its empty top table, and with page-table isolation the user's copy of it."""
+    """Give a process (row of S_*) its empty top table, and with page-table isolation a second one for user mode.
+
+    Linux has both in 8 KiB, the user's behind the kernel's; here it is any frame, named by S_USER_ROOT.
+    """
     frame = empty_frame(m, U0, GAUGE_HOST_TABLES)
     if frame == NONE:
         return NO_MEMORY

@@ -7,9 +7,10 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import empty_frame, put_frame
+from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
+from pgemu_kernels.folios.boot import process_root
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
@@ -41,7 +42,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_TABLES,
 )
 from pgemu_kernels.words.operations import EAGAIN, ENOMEM
-from pgemu_kernels.words.registers import R_PTI, R_SPACES, R_VMAS
+from pgemu_kernels.words.registers import R_SPACES, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_END,
@@ -92,37 +93,15 @@ def make_space(m):
         if state[R_SPACES] >= U(SPACES):
             return NONE
         space = state[R_SPACES]
-    root = empty_frame(m, U0, GAUGE_HOST_TABLES)
-    if root == NONE:
-        return NONE
     row = space_row(space)
     for word in range(U(S_WORDS)):
         state[row + word] = U0
-    state[row + S_ROOT] = root << U12
-    if not give_user_root(m, row):
-        put_frame(m, root)
-        change(m.stats, GAUGE_HOST_TABLES, -1)
-        state[row + S_ROOT] = U0
+    if process_root(m, row) != 0:
         return NONE
     state[row + S_LIVE] = U1
     if space == state[R_SPACES]:
         state[R_SPACES] = space + U1
     return space
-
-
-@kernel
-def give_user_root(m, row):
-    """With page-table isolation a process has a second top table, for user mode; False without memory.
-
-    Linux has both in 8 KiB, the user's behind the kernel's; here it is any frame, named by S_USER_ROOT.
-    """
-    if m.state[R_PTI] == U0:
-        return True
-    frame = empty_frame(m, U0, GAUGE_HOST_TABLES)
-    if frame == NONE:
-        return False
-    m.state[row + S_USER_ROOT] = frame << U12
-    return True
 
 
 # --------------------------------------------------------------------------- copying entries
