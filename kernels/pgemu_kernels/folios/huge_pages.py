@@ -64,33 +64,41 @@ def may_reserve(state, order, pages):
 
 
 @outlined
-def take_huge(m, order, reserved):
-    """A zeroed huge page with no reference, its head; NONE when the pool has none left.
+def alloc_hugetlb_folio(m, order, reserved, preferred):
+    """alloc_hugetlb_folio(): a huge page with one reference, contents as they are, its head; NONE if none can be had.
 
     `reserved` (0 or 1): the caller has a reservation, which is used up. Without, and without a free page that nobody
-    has reserved, one is allocated beyond the pool as far as nr_overcommit_hugepages allows.
-    mm/hugetlb.c:alloc_hugetlb_folio().
+    has reserved, one is allocated beyond the pool as far as nr_overcommit_hugepages allows. Of the node `preferred`,
+    else of the other.
     """
     state = m.state
     h = hstate_of_order(order)
     head = NONE
     if reserved != U0 or may_reserve(state, order, U1):
-        head = dequeue_any(m, h, U0)
+        head = dequeue_any(m, h, preferred)
     if head == NONE:
-        head = allocate_surplus(m, h, U0)
+        head = allocate_surplus(m, h, preferred)
     if head == NONE:
         return NONE
     state[h + H_RESERVED] -= reserved
-    page = struct_page(m, head)
-    m.ram[page + COUNTS] = PGTY_HUGETLB
-    m.ram[page + FLAGS] |= PG_UPTODATE
-    m.ram[page + PRIVATE] |= HUGETLB_MIGRATABLE
-    set_cgroup(m.ram, state, page, U(CGROUP_ADDRESS))
+    set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
     change(m.stats, GAUGE_HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
-    zero_contents(m, head, U1 << order)
     charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
-    charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(U1 << order))
     charge(m, EVENT_STRUCT_PAGE_BYTES, 28)
+    return head
+
+
+@outlined
+def take_huge(m, order, reserved):
+    """The same zeroed and with no reference, for a process."""
+    head = alloc_hugetlb_folio(m, order, reserved, U0)
+    if head != NONE:
+        page = struct_page(m, head)
+        m.ram[page + COUNTS] = PGTY_HUGETLB
+        m.ram[page + FLAGS] |= PG_UPTODATE
+        m.ram[page + PRIVATE] |= HUGETLB_MIGRATABLE
+        zero_contents(m, head, U1 << order)
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(U1 << order))
     return head
 
 
@@ -216,9 +224,3 @@ def copy_huge(m, target, source, order):
             m.counts[base + target + i] = np.uint32(frame)
             change(m.stats, GAUGE_CONTENT_FRAMES, 1)
     return np.int64(0)
-
-
-@kernel
-def discard_huge(m, head):
-    """A huge page that nobody came to reference goes back."""
-    give_back_huge(m, head)

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
-from pgemu_kernels.folios.huge_pages import add_to_file, discard_huge, take_huge
+from pgemu_kernels.folios.huge_pages import add_to_file, give_back_huge, take_huge
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.close import drop_page, release_inode
@@ -114,7 +114,7 @@ def fallocate(m, op):
         if head == NONE:
             return stop(state, op, -ENOSPC)
         if cache_store(m, node + I_CACHE, index, head << U12 | RESERVED) != 0:
-            discard_huge(m, head)
+            give_back_huge(m, head)
             return stop(state, op, -ENOMEM)
         add_to_file(m, head, inode, index << order, order)
     return stop(state, op, 0)

@@ -12,7 +12,7 @@ from pgemu_kernels.engine.rows import inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import (
     add_to_file,
     copy_huge,
-    discard_huge,
+    give_back_huge,
     huge_mapcount,
     is_anonymous,
     level_of_order,
@@ -179,7 +179,7 @@ def _first_access(m, row, address, slot):
             return np.int64(VM_FAULT_SIGBUS)
         if is_shared_mapping(state, row):
             if cache_store(m, node + I_CACHE, index, head << U12 | RESERVED) != 0:
-                discard_huge(m, head)
+                give_back_huge(m, head)
                 return np.int64(VM_FAULT_OOM)
             add_to_file(m, head, inode, index << order, order)
             charge_one(m, EVENT_PAGE_CACHE_STORED)
@@ -211,7 +211,7 @@ def _write_protected(m, row, address, slot):
     if head == NONE:
         return np.int64(VM_FAULT_SIGBUS)
     if copy_huge(m, head, old, order) != 0:
-        discard_huge(m, head)
+        give_back_huge(m, head)
         return np.int64(VM_FAULT_OOM)
     size = size_of(level_of_order(order))
     notify_range(m, state[row + A_SPACE], address, address + size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, NONE, U0, U1, U3, U6, U7, U9, U12, U512
-from pgemu_kernels.engine.charge import change, charge, charge_one, finish_operation
+from pgemu_kernels.engine.charge import charge_one, finish_operation
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
@@ -14,8 +14,8 @@ from pgemu_kernels.folios.boot_memory import prepare_memory
 from pgemu_kernels.folios.demotion import demote, dissolve_free_hugetlb_folio
 from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, order_of, reference_count, struct_page
 from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
-from pgemu_kernels.folios.huge_pages import give_back_huge, may_reserve
-from pgemu_kernels.folios.hugetlb import dequeue_any, set_cgroup, subpool_of
+from pgemu_kernels.folios.huge_pages import alloc_hugetlb_folio, give_back_huge
+from pgemu_kernels.folios.hugetlb import set_cgroup, subpool_of
 from pgemu_kernels.folios.hvo import (
     is_optimized,
     next_huge_page,
@@ -28,17 +28,14 @@ from pgemu_kernels.folios.hvo import (
 from pgemu_kernels.folios.merging import merge_folio
 from pgemu_kernels.folios.page_allocator import is_noted_split, note_split
 from pgemu_kernels.folios.poison import poison
-from pgemu_kernels.folios.pools import allocate_surplus, resize
+from pgemu_kernels.folios.pools import resize
 from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
 from pgemu_kernels.run.routing import is_pooling
 from pgemu_kernels.words.enum_words import (
-    EVENT_HUGE_FOLIO_ALLOCATED,
-    EVENT_STRUCT_PAGE_BYTES,
     EVENT_VMEMMAP_FAULT,
-    GAUGE_HUGETLB_PAGES,
     OP_DISSOLVE,
     OP_FOLIO_ALLOCATE,
     OP_FOLIO_FREE,
@@ -56,7 +53,6 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import (
     R_GUEST_PAGES,
-    R_HSTATE,
     R_HWPOISON,
     R_NODES,
     R_ORDINARY,
@@ -70,16 +66,11 @@ U = np.uint64
 
 @kernel
 def pool_of(m, op):
-    """Row of the hstate that an operation names by its order, 0 for another number."""
+    """Row of the hstate that an operation names by its order, 0 for numbers that name none; and the node, NONE: all."""
     order = m.state[op + O_OBJECT]
-    return hstate_of_order(order) if order == U9 or order == ORDER_1G else U0
-
-
-@kernel
-def node_of_operation(m, op):
-    """The node that an operation names, NONE for all."""
     node = m.state[op + O_SPACE]
-    return NONE if node == U0 else node - U1
+    known = (order == U9 or order == ORDER_1G) and node <= m.state[R_NODES]
+    return (hstate_of_order(order) if known else U0), (NONE if node == U0 else node - U1)
 
 
 # --------------------------------------------------------------------------- pools
@@ -89,9 +80,8 @@ def node_of_operation(m, op):
 def change_pool(m, op):
     """POOL_RESIZE: 0 with the pages afterwards. POOL_DEMOTE: 0 with the pages demoted, -EBUSY or -ENOMEM. -EINVAL."""
     state = m.state
-    h = pool_of(m, op)
-    node = node_of_operation(m, op)
-    if h == U0 or (node != NONE and node >= state[R_NODES]):
+    h, node = pool_of(m, op)
+    if h == U0:
         return stop(state, op, -EINVAL)
     if state[op + O_OP] == OP_POOL_RESIZE:
         state[op + O_DETAIL] = resize(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]), node)
@@ -102,28 +92,18 @@ def change_pool(m, op):
 
 
 @outlined
-def alloc_hugetlb_folio(m, op):
-    """alloc_hugetlb_folio() without a reservation: 0 with the head's frame, one reference, contents as they are.
+def allocate(m, op):
+    """FOLIO_ALLOCATE: alloc_hugetlb_folio() without a reservation: 0 with the head's frame.
 
     -ENOMEM without a free page that is neither reserved nor poisoned and without one to be had as surplus; -EINVAL.
     """
     state = m.state
-    h = pool_of(m, op)
-    node = node_of_operation(m, op)
-    if h == U0 or (node != NONE and node >= state[R_NODES]):
+    h, node = pool_of(m, op)
+    if h == U0:
         return stop(state, op, -EINVAL)
-    head = NONE
-    preferred = U0 if node == NONE else node
-    if may_reserve(state, state[op + O_OBJECT], U1):
-        head = dequeue_any(m, h, preferred)
-    if head == NONE:
-        head = allocate_surplus(m, h, preferred)
+    head = alloc_hugetlb_folio(m, state[op + O_OBJECT], U0, U0 if node == NONE else node)
     if head == NONE:
         return stop(state, op, -ENOMEM)
-    set_cgroup(m.ram, state, struct_page(m, head), U(CGROUP_ADDRESS))
-    change(m.stats, GAUGE_HUGETLB_PAGES, 1 if h == state[R_HSTATE] else 0)
-    charge_one(m, EVENT_HUGE_FOLIO_ALLOCATED)
-    charge(m, EVENT_STRUCT_PAGE_BYTES, 28)
     state[op + O_DETAIL] = head
     return stop(state, op, 0)
 
@@ -267,7 +247,7 @@ def operate_pool(m, op):
     if kind == OP_POOL_RESIZE or kind == OP_POOL_DEMOTE:
         change_pool(m, op)
     elif kind == OP_FOLIO_ALLOCATE:
-        alloc_hugetlb_folio(m, op)
+        allocate(m, op)
     elif kind == OP_FOLIO_FREE:
         free(m, op)
     elif kind == OP_VMEMMAP_OPTIMIZE or kind == OP_VMEMMAP_RESTORE:
