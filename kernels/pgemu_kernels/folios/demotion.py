@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U9
 from pgemu_kernels.engine.charge import charge
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.folios.folio import (
     FLAGS,
     HUGETLB_FREED,
@@ -26,15 +26,15 @@ from pgemu_kernels.folios.hstate import (
     order_of_hstate,
     page_after,
 )
-from pgemu_kernels.folios.hugetlb import free_list, prep_compound
-from pgemu_kernels.folios.hvo import is_optimized, restore, restore_batch
-from pgemu_kernels.folios.pools import collect, free_to_allocator, join_pool, readmit, remove, tries, turn
+from pgemu_kernels.folios.hugetlb import free_list, prep_compound, skip_poisoned
+from pgemu_kernels.folios.hvo import is_optimized, restore_batch
+from pgemu_kernels.folios.pools import collect, join_pool, readmit, remove, tries, turn, update_and_free
 from pgemu_kernels.words.enum_words import (
     EVENT_STRUCT_PAGE_BYTES,
     EVENT_STRUCT_PAGE_WRITTEN,
 )
-from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM
-from pgemu_kernels.words.registers import R_HWPOISON, R_NODES
+from pgemu_kernels.words.operations import EBUSY, EINVAL
+from pgemu_kernels.words.registers import R_NODES
 from pgemu_kernels.words.rows import (
     H_FREE,
     H_LIST,
@@ -62,14 +62,6 @@ def demote_page(m, h, target, head):
         collect(m, target, new)
     charge(m, EVENT_STRUCT_PAGE_WRITTEN, np.int64(U1 << order_of_hstate(m.state, h)))
     charge(m, EVENT_STRUCT_PAGE_BYTES, 24 * np.int64(U1 << order_of_hstate(m.state, h)))
-
-
-@kernel
-def skip_poisoned(m, head):
-    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
-    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
-        head = page_after(m, head)
-    return head
 
 
 @outlined
@@ -163,8 +155,4 @@ def dissolve_free_hugetlb_folio(m, h, head):
         return np.int64(-EBUSY)
     surplus = U1 if state[hstate_node(h, node_of(state, head)) + H_NODE_SURPLUS] != U0 else U0
     remove(m, h, head, surplus)
-    if restore(m, head, order_of_hstate(state, h)) != 0:
-        readmit(m, h, head, surplus)
-        return np.int64(-ENOMEM)
-    free_to_allocator(m, h, head)
-    return np.int64(0)
+    return update_and_free(m, h, head, surplus)

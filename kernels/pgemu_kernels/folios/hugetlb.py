@@ -195,11 +195,27 @@ def free_list(h, node):
 @kernel
 def count_enqueued(m, h, node, head):
     """A page of the free list is counted and marked."""
-    state = m.state
-    state[h + H_FREE] += U1
-    state[hstate_node(h, node) + H_NODE_FREE] += U1
+    m.state[h + H_FREE] += U1
+    m.state[hstate_node(h, node) + H_NODE_FREE] += U1
     m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_FREED
     count_free(m, h, 1)
+
+
+@kernel
+def count_dequeued(m, h, node, head):
+    """A page that left the free list is neither any more."""
+    m.state[h + H_FREE] -= U1
+    m.state[hstate_node(h, node) + H_NODE_FREE] -= U1
+    m.ram[struct_page(m, head) + PRIVATE] &= ~HUGETLB_FREED
+    count_free(m, h, -1)
+
+
+@kernel
+def skip_poisoned(m, head):
+    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
+    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
+        head = page_after(m, head)
+    return head
 
 
 @outlined
@@ -216,20 +232,13 @@ def dequeue(m, h, node):
 
     It goes to the active list, with one reference.
     """
-    state = m.state
-    head = first_page(state, free_list(h, node))
-    while head != U0:
-        page = struct_page(m, head)
-        if m.ram[page + FLAGS] & state[R_HWPOISON] == U0:
-            list_move(m, h + H_ACTIVE, head)
-            m.ram[page + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
-            m.ram[page + PRIVATE] &= ~HUGETLB_FREED
-            state[h + H_FREE] -= U1
-            state[hstate_node(h, node) + H_NODE_FREE] -= U1
-            count_free(m, h, -1)
-            return head
-        head = page_after(m, head)
-    return NONE
+    head = skip_poisoned(m, first_page(m.state, free_list(h, node)))
+    if head == U0:
+        return NONE
+    list_move(m, h + H_ACTIVE, head)
+    m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
+    count_dequeued(m, h, node, head)
+    return head
 
 
 @outlined

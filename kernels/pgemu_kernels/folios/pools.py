@@ -33,7 +33,7 @@ from pgemu_kernels.folios.hstate import (
     order_of_hstate,
     page_after,
 )
-from pgemu_kernels.folios.hugetlb import count_enqueued, count_free, enqueue, free_list, prep_compound
+from pgemu_kernels.folios.hugetlb import count_dequeued, count_enqueued, enqueue, free_list, prep_compound
 from pgemu_kernels.folios.hvo import is_optimized, optimize, optimize_batch, restore, restore_batch
 from pgemu_kernels.folios.page_allocator import charge_tails, free_pages, take_pages
 from pgemu_kernels.folios.poison import move_poison
@@ -49,7 +49,6 @@ from pgemu_kernels.words.rows import (
     H_LIST,
     H_NEXT_ALLOCATE,
     H_NEXT_FREE,
-    H_NODE_FREE,
     H_NODE_PAGES,
     H_NODE_SURPLUS,
     H_OVERCOMMIT,
@@ -117,13 +116,9 @@ def remove(m, h, head, surplus):
     """remove_hugetlb_folio(): out of its list and its pool's counts; `surplus` (0 or 1): it counted as surplus."""
     state = m.state
     node = node_of(state, head)
-    page = struct_page(m, head)
     list_del(m, head)
-    if m.ram[page + PRIVATE] & HUGETLB_FREED != U0:
-        m.ram[page + PRIVATE] &= ~HUGETLB_FREED
-        state[h + H_FREE] -= U1
-        state[hstate_node(h, node) + H_NODE_FREE] -= U1
-        count_free(m, h, -1)
+    if m.ram[struct_page(m, head) + PRIVATE] & HUGETLB_FREED != U0:
+        count_dequeued(m, h, node, head)
     count_surplus(state, h, node, U0 - surplus)
     count_pages(state, h, node, NONE)
 
@@ -161,10 +156,13 @@ def free_to_allocator(m, h, head):
 
 
 @outlined
-def update_and_free(m, h, head):
-    """update_and_free_hugetlb_folio() of a page already removed: 0, or -ENOMEM with the page surplus in its pool."""
+def update_and_free(m, h, head, surplus):
+    """update_and_free_hugetlb_folio() of a page already removed: 0, or -ENOMEM with the page free in its pool again.
+
+    `surplus` (0 or 1): there it counts as surplus.
+    """
     if restore(m, head, order_of_hstate(m.state, h)) != 0:
-        readmit(m, h, head, U1)
+        readmit(m, h, head, surplus)
         return np.int64(-ENOMEM)
     free_to_allocator(m, h, head)
     return np.int64(0)
@@ -176,7 +174,7 @@ def free_or_enqueue(m, h, head):
     node = node_of(m.state, head)
     if m.state[hstate_node(h, node) + H_NODE_SURPLUS] != U0:
         remove(m, h, head, U1)
-        update_and_free(m, h, head)
+        update_and_free(m, h, head, U1)
     else:
         enqueue(m, h, head)
 
@@ -219,7 +217,7 @@ def free_list_of_pages(m, h):
             while not gone and first_page(state, h + H_LIST) != U0:
                 head = first_page(state, h + H_LIST)
                 list_del(m, head)
-                gone = update_and_free(m, h, head) == 0
+                gone = update_and_free(m, h, head, U1) == 0
         status, _ = restore_batch(m, first_page(state, h + H_LIST), U0)
     free_whole_pages(m, h)
 
