@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U30
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U30
 from pgemu_kernels.engine.charge import change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import index_at, size_of
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import (
     add_to_file,
@@ -24,7 +24,7 @@ from pgemu_kernels.folios.huge_pages import (
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.process.entries import pte_mkdirty, pte_pfn, vm_page_prot
-from pgemu_kernels.process.tables import lookup_address, need_slot
+from pgemu_kernels.process.tables import level3_slot, lookup_address, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.enum_words import (
@@ -87,17 +87,11 @@ def _table_to_share(m, row, address):
         there = state[other + A_START] + ((page - state[other + A_PGOFF]) << U12)
         if there & (size_of(U3) - U1) != U0 or there + size_of(U3) > state[other + A_END]:
             continue
-        _slot, level = lookup_address(m, space_root(state, state[other + A_SPACE]), there)
+        root = space_root(state, state[other + A_SPACE])
+        _slot, level = lookup_address(m, root, there)
         if level <= U2:
-            return _entry_above(m, space_root(state, state[other + A_SPACE]), there)
+            return m.ram[level3_slot(m, root, there)]
     return U0
-
-
-@kernel
-def _entry_above(m, root, address):
-    """The level-3 entry of an address whose level-2 table exists."""
-    top = m.ram[(root >> U3) + index_at(address >> U12, U4)]
-    return m.ram[((top & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)]
 
 
 @outlined

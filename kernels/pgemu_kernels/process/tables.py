@@ -34,6 +34,12 @@ def below(m, slot):
     return (m.ram[slot] & PTE_ADDRESS) >> U3
 
 
+@kernel
+def level3_slot(m, root, address):
+    """Slot of level 3 for an address whose table of that level exists."""
+    return below(m, (root >> U3) + index_at(address >> U12, U4)) + index_at(address >> U12, U3)
+
+
 @outlined
 def lookup_address(m, root, address):
     """Walk as far as there are tables: slot and level of the first entry that points to none."""
@@ -174,18 +180,9 @@ def reclaim_level1_tables(m, space, start, end):
             for i in range(slot1, slot1 + U512):
                 empty = empty and m.ram[i] == U0
             if empty:
-                slot2 = _slot_of_level2(m, root, page)
-                _free_below(m, slot2)
+                _free_below(m, below(m, level3_slot(m, root, page)) + index_at(page >> U12, U2))
                 note_unflushed(m.state, space, U1)
         page += size_of(U2)
-
-
-@kernel
-def _slot_of_level2(m, root, address):
-    """Slot of level 2 for an address whose tables exist."""
-    slot = (root >> U3) + index_at(address >> U12, U4)
-    slot = below(m, slot) + index_at(address >> U12, U3)
-    return below(m, slot) + index_at(address >> U12, U2)
 
 
 # --------------------------------------------------------------------------- what is to be flushed

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U30, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U511
 from pgemu_kernels.engine.charge import change_value, charge, charge_each, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
-from pgemu_kernels.engine.geometry import index_at, size_of
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import remove_mapping, struct_page
@@ -23,6 +23,7 @@ from pgemu_kernels.process.tables import (
     gather_begin,
     gather_flush,
     level1_table,
+    level3_slot,
     lookup_address,
     note_unflushed,
     space_row,
@@ -197,40 +198,39 @@ def _restore_reservation(m, row, order):
         state[row + A_RESERVED] += U1
 
 
-@outlined
-def _zap_huge(m, row, start, end):
-    """__unmap_hugepage_range(): entries of [start, end) of a HugeTLB VMA; a shared table is let go of instead."""
-    state = m.state
-    order = huge_order(state, row)
-    level = level_of_order(order)
-    root = space_root(state, state[row + A_SPACE])
+@kernel
+def _walk_huge(m, row, start, end, visit):
+    """Visit the entries of [start, end) of a HugeTLB VMA that hold a page; a shared table is let go of instead."""
+    level = level_of_order(huge_order(m.state, row))
+    root = space_root(m.state, m.state[row + A_SPACE])
     address = start
     while address < end:
         slot, at = lookup_address(m, root, address)
+        if at == level == U2 and unshare_table(m, level3_slot(m, root, address)):
+            at = U3
+            gather(m, address, U3)
+        elif at == level and holds_page(m.ram[slot]):
+            visit(m, row, slot, level)
+            gather(m, address, level)
         size = size_of(max(at, level))
-        if at == level:
-            above = _slot_above(m, root, address)
-            if level == U2 and unshare_table(m, above):
-                gather(m, address, U3)
-                address = ((address >> U30) + U1) << U30
-                continue
-            entry = m.ram[slot]
-            if entry != U0:
-                m.ram[slot] = U0
-                private = is_anonymous(m, pte_pfn(entry))
-                if unmap_huge(m, pte_pfn(entry), entry) != U0 and private:
-                    _restore_reservation(m, row, order)
-                change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
-                charge_one(m, EVENT_LEAF_CLEARED)
-                gather(m, address, level)
         address = (address & ~(size - U1)) + size
 
 
 @kernel
-def _slot_above(m, root, address):
-    """Level-3 slot of an address whose level-3 table exists."""
-    slot = (root >> U3) + index_at(address >> U12, U4)
-    return ((m.ram[slot] & PTE_ADDRESS) >> U3) + index_at(address >> U12, U3)
+def _zap_huge_entry(m, row, slot, level):
+    entry = m.ram[slot]
+    m.ram[slot] = U0
+    private = is_anonymous(m, pte_pfn(entry))
+    if unmap_huge(m, pte_pfn(entry), entry) != U0 and private:
+        _restore_reservation(m, row, huge_order(m.state, row))
+    change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
+    charge_one(m, EVENT_LEAF_CLEARED)
+
+
+@outlined
+def _zap_huge(m, row, start, end):
+    """__unmap_hugepage_range()"""
+    _walk_huge(m, row, start, end, _zap_huge_entry)
 
 
 @kernel
@@ -380,27 +380,16 @@ def _protect_small(m, row, start, end):
     charge(m, EVENT_LEAF_WRITTEN, changed)
 
 
+@kernel
+def _protect_huge_entry(m, row, slot, level):
+    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE)
+    charge_one(m, EVENT_LEAF_WRITTEN)
+
+
 @outlined
 def _protect_huge(m, row, start, end):
-    """hugetlb_change_protection(): a shared table is let go of, the next access builds one with the new rights."""
-    state = m.state
-    level = level_of_order(huge_order(state, row))
-    root = space_root(state, state[row + A_SPACE])
-    bits = vm_page_prot(state, row)
-    address = start
-    while address < end:
-        slot, at = lookup_address(m, root, address)
-        size = size_of(max(at, level))
-        if at == level:
-            if level == U2 and unshare_table(m, _slot_above(m, root, address)):
-                gather(m, address, U3)
-                address = ((address >> U30) + U1) << U30
-                continue
-            if holds_page(m.ram[slot]):
-                m.ram[slot] = modify(m.ram[slot], bits, PTE_LARGE)
-                charge_one(m, EVENT_LEAF_WRITTEN)
-                gather(m, address, level)
-        address = (address & ~(size - U1)) + size
+    """hugetlb_change_protection(): where a table was shared the next access builds one with the new rights."""
+    _walk_huge(m, row, start, end, _protect_huge_entry)
 
 
 @outlined
