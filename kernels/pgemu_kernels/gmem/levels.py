@@ -6,10 +6,9 @@ restructure the size of the folio, in pfnmap how far around the page all pages a
 
 from __future__ import annotations
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
-from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
@@ -17,10 +16,9 @@ from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_r
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.kvm.dirty_log import table_over
+from pgemu_kernels.kvm.dirty_log import recover_huge_pages
 from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import collapse, first_leaf, split_range
-from pgemu_kernels.tables.walker import stage2_format
 from pgemu_kernels.words.enum_words import (
     DEFECT_HUGE_OVER_PRIVATE,
     DEFECT_MAPPING_ORDER,
@@ -192,29 +190,21 @@ def zero_below(m, slot, gfn, level):
         zero_folio(m, node, index, frame_of(m, block, index), level, order)
 
 
+@kernel
+def zero_and_collapse(m, f, slot, gfn, spte, level):
+    """A large leaf in place of a table, or (6.12) none."""
+    state = m.state
+    if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, m.ram[spte], level) != U0:
+        zero_below(m, slot, gfn, level)
+    if collapse(m, f, spte, level) != 0:
+        index = page_of_slot(state, slot, gfn)
+        note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
+
+
 @outlined
 def recover_slot(m, slot):
-    """Dirty logging is off: put large leaves back where slot and inode allow them, or (6.12) drop the small ones.
-
-    As kvm/dirty_log.py:recover_huge_pages(), which asks the host's tables.
-    """
-    state = m.state
-    f = stage2_format(m)
-    root = state[vm_row(state[slot + M_VM]) + V_ROOT]
-    gfn = state[slot + M_BASE_GFN]
-    end = gfn + state[slot + M_PAGES]
-    while gfn < end:
-        spte, level = table_over(m, f, root, gfn, U3)
-        if spte != NONE:
-            spte, level = table_over(m, f, root, gfn, level_now(m, slot, gfn))
-        if spte != NONE:
-            if state[R_RECOVER_HUGE] != U0 and first_leaf(m, f, m.ram[spte], level) != U0:
-                zero_below(m, slot, gfn, level)
-            if collapse(m, f, spte, level) != 0:
-                index = page_of_slot(state, slot, gfn)
-                note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
-        step = pages_of(max(level, U2))
-        gfn = (gfn & ~(step - U1)) + step
+    """Dirty logging is off: large leaves are put back where slot and inode allow them."""
+    recover_huge_pages(m, slot, level_now, zero_and_collapse)
 
 
 @outlined

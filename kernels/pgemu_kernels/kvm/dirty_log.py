@@ -74,33 +74,32 @@ def table_over(m, f, root, gfn, most):
     return NONE, min(level, U3)
 
 
-@outlined
-def recover_huge_pages(m, slot):
-    """Dirty logging is off: put large leaves back where host and slot allow them.
+@kernel
+def recover_huge_pages(m, slot, level_allowed, replace):
+    """Dirty logging is off: `replace` tables by large leaves up to the level that is allowed at each guest frame.
 
-    mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()). The host's own leaf decides, and
-    nothing is faulted in.
+    mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()).
     """
     state = m.state
     f = stage2_format(m)
-    row = vm_row(state[slot + M_VM])
-    root = state[row + V_ROOT]
+    root = state[vm_row(state[slot + M_VM]) + V_ROOT]
     gfn = state[slot + M_BASE_GFN]
     end = gfn + state[slot + M_PAGES]
     while gfn < end:
         spte, level = table_over(m, f, root, gfn, U3)
         if spte != NONE:
-            spte, level = table_over(m, f, root, gfn, recoverable_level(m, row, slot, gfn))
+            spte, level = table_over(m, f, root, gfn, level_allowed(m, slot, gfn))
         if spte != NONE:
-            collapse(m, f, spte, level)
+            replace(m, f, slot, gfn, spte, level)
         step = pages_of(max(level, U2))
         gfn = (gfn & ~(step - U1)) + step
 
 
 @kernel
-def recoverable_level(m, row, slot, gfn):
+def recoverable_level(m, slot, gfn):
     """mmu.c:kvm_mmu_max_mapping_level() for a page that is mapped: the host's leaf as it stands."""
     state = m.state
+    row = vm_row(state[slot + M_VM])
     if from_guest_memfd(state, slot, is_private(m, row, gfn)):
         return U1
     address = state[slot + M_HVA] + ((gfn - state[slot + M_BASE_GFN]) << U12)
@@ -112,6 +111,17 @@ def recoverable_level(m, row, slot, gfn):
 def host_leaf(m, space, page):
     """A process's leaf of a page: its slot or NONE, and its level."""
     return find_leaf(m, host_format(m), space_root(m.state, space), page)
+
+
+@kernel
+def collapse_table(m, f, slot, gfn, spte, level):
+    collapse(m, f, spte, level)
+
+
+@outlined
+def recover_user_slot(m, slot):
+    """The host's own leaf decides, and nothing is faulted in."""
+    recover_huge_pages(m, slot, recoverable_level, collapse_table)
 
 
 @outlined
@@ -132,7 +142,7 @@ def apply_flags(m, slot, flags):
         write_protect_range(m, root, gfn, end)
         charge_one(m, EVENT_TLB_FLUSH_VM)  # whether anything changed or not
     else:
-        recover_huge_pages(m, slot)
+        recover_user_slot(m, slot)
 
 
 @outlined
