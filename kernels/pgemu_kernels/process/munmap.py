@@ -111,6 +111,19 @@ _large_ends = full_only(_drop_cut_leaves, None)  # the fast loops know no large 
 
 
 @outlined
+def _unmap_range(m, space, start, end):
+    """do_munmap() of an aligned range: 0, -EINVAL, -ENOMEM."""
+    gather_begin(m)
+    _large_ends(m, space, start, end)
+    status = _cut_ends(m, space, start, end)
+    if status == 0:
+        remove_vmas(m, space, start, end)
+    else:
+        gather_flush(m, space)
+    return status
+
+
+@outlined
 def munmap(m, op):
     """munmap(): 0, -EINVAL for bad arguments or a cut through a HugeTLB page, -ENOMEM for one mapping too many.
 
@@ -124,27 +137,10 @@ def munmap(m, op):
         return stop(state, op, -EINVAL)
     if start > TASK_SIZE or length > TASK_SIZE - start:
         return stop(state, op, -EINVAL)
-    gather_begin(m)
-    _large_ends(m, space, start, start + length)
-    status = _cut_ends(m, space, start, start + length)
-    if status == 0:
-        remove_vmas(m, space, start, start + length)
-    else:
-        gather_flush(m, space)
-    return stop(state, op, status)
+    return stop(state, op, _unmap_range(m, space, start, start + length))
 
 
 # --------------------------------------------------------------------------- mremap
-
-
-@outlined
-def _unmap_range(m, space, start, end):
-    """do_munmap() of an aligned range: 0, -EINVAL, -ENOMEM."""
-    gather_begin(m)
-    status = _cut_ends(m, space, start, end)
-    if status == 0:
-        remove_vmas(m, space, start, end)
-    return status
 
 
 @outlined
