@@ -128,6 +128,34 @@ def shared_besides(m, node, index, pages, start, end):
     return shared
 
 
+@kernel
+def may_merge(m, node, block, index, start, end):
+    """Whether the piece that begins at a page is split and none of its pages but those in [start, end) is shared."""
+    return is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0
+
+
+@outlined
+def merge_split(m, node, block, low, high, start, end):
+    """Merge what pieces of pages [low, high) may_merge(): whether one stays split because it is held."""
+    stays = False
+    for index in range(low & ~(PAGES - U1), high, PAGES):
+        if may_merge(m, node, block, index, start, end) and merge_piece(m, node, block, index, True) != 0:
+            charge_one(m, EVENT_FREEZE_SPIN)
+            stays = True
+    return stays
+
+
+@outlined
+def has_to_wait(m, node, block, first, low, high, start, end):
+    """Whether no page of a block is shared, or a piece of pages [low, high) may_merge()."""
+    waits = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    index = low & ~(PAGES - U1)
+    while index < high and not waits:
+        waits = may_merge(m, node, block, index, start, end)
+        index += PAGES
+    return waits
+
+
 @outlined
 def merge_pieces(m, node, block, first, start, end):
     """Merge what can be: the split pieces without a shared page, then the block. Fails quietly.
@@ -136,10 +164,7 @@ def merge_pieces(m, node, block, first, start, end):
     are looked at, those too that wait because of an earlier failure. What somebody holds, or has no memory for its
     vmemmap, stays; then the block waits.
     """
-    for index in range(first, first + BLOCK_PAGES, PAGES):
-        if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
-            if merge_piece(m, node, block, index, True) != 0:
-                charge_one(m, EVENT_FREEZE_SPIN)
+    merge_split(m, node, block, first, first + BLOCK_PAGES, start, end)
     if shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0 and not any_piece_split(m, block):
         merge_whole(m, node, block, first, True, False)
     if m.state[block + B_STATE] == BLOCK_PARTLY:
@@ -155,12 +180,7 @@ def merge_touched(m, node, block, first, start, end):
     if m.state[block + B_WAITS] != U0:
         merge_pieces(m, node, block, first, start, end)
         return
-    stays = False
-    for index in range(start & ~(PAGES - U1), end, PAGES):
-        if is_piece_split(m, block, index) != U0 and shared_besides(m, node, index, PAGES, start, end) == U0:
-            if merge_piece(m, node, block, index, True) != 0:
-                charge_one(m, EVENT_FREEZE_SPIN)
-                stays = True
+    stays = merge_split(m, node, block, start, end, start, end)
     private = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
     if private and not any_piece_split(m, block):
         merge_whole(m, node, block, first, True, False)
@@ -171,13 +191,7 @@ def merge_touched(m, node, block, first, start, end):
 @outlined
 def note_touched(m, node, block, first, start, end):
     """note_waiting() after pages [start, end) of the block, and no others, became private."""
-    waits = m.state[block + B_WAITS] != U0 or shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
-    index = start & ~(PAGES - U1)
-    while index < end and not waits:
-        split = is_piece_split(m, block, index) != U0
-        waits = split and shared_besides(m, node, index, PAGES, start, end) == U0
-        index += PAGES
-    if waits:
+    if m.state[block + B_WAITS] == U0 and has_to_wait(m, node, block, first, start, end, start, end):
         start_waiting(m, block)
 
 
@@ -187,13 +201,7 @@ def note_waiting(m, node, block, first, start, end):
 
     Pages [start, end) count as private, as for merge_pieces().
     """
-    waits = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
-    index = first
-    while index < first + BLOCK_PAGES and not waits:
-        split = is_piece_split(m, block, index) != U0
-        waits = split and shared_besides(m, node, index, PAGES, start, end) == U0
-        index += PAGES
-    if waits:
+    if has_to_wait(m, node, block, first, first, first + BLOCK_PAGES, start, end):
         start_waiting(m, block)
     else:
         stop_waiting(m, block)
