@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U6, U9, U12, U18, U32, U512
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U9, U12, U18, U32, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.folio import (
@@ -18,7 +18,16 @@ from pgemu_kernels.folios.folio import (
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.folios.hstate import first_page, hstate_node, hstate_of_order, is_head, links_of, list_head, node_row
+from pgemu_kernels.folios.hstate import (
+    first_page,
+    hstate_node,
+    hstate_of_order,
+    is_head,
+    links_of,
+    list_head,
+    node_row,
+    page_after,
+)
 from pgemu_kernels.folios.huge_pages import huge_mapcount
 from pgemu_kernels.folios.hugetlb import free_list, mapping_address
 from pgemu_kernels.folios.page_allocator import PGTY_BUDDY, is_block_free
@@ -80,8 +89,7 @@ def _check_list(m, row, h, freed):
         expect(m, not freed or m.ram[page + COUNTS] >> U32 <= U1, BROKEN_REFERENCES, head)
         before = links_of(m, head)
         count += U1
-        link = m.ram[page + U1]
-        head = U0 if is_head(link) else (link - vmemmap_address(m.state, U0)) >> U6
+        head = page_after(m, head)
     expect(m, m.state[row + U1] == before, BROKEN_COUNTS, count)
     return count
 

@@ -165,27 +165,30 @@ def _own_table(m, owner, slot, found):
     return True
 
 
-@outlined
-def _check_table(m, space, table, level, base, owner, found):
-    """The leaves of a table of level 1 or 2 and of the tables below it; `table` is its first word."""
+@kernel
+def _walk_table(m, space, table, base, owner, found, check_leaf):
+    """The leaves of a table of level 2 and of the tables below it; `table` is its first word."""
     for i in range(U512):
         slot = table + i
         entry = m.ram[slot]
         if entry == U0:
             continue
-        address = base + i * size_of(level)
-        if level == U1 or not points_to_table(entry):
-            _check_leaf(m, space, address, level, entry, owner, found)
+        address = base + i * size_of(U2)
+        if not points_to_table(entry):
+            check_leaf(m, space, address, U2, entry, owner, found)
         elif _own_table(m, owner, slot, found):
             first = (entry & PTE_ADDRESS) >> U3
             for k in range(U512):
                 if m.ram[first + k] != U0:
-                    _check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
+                    check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
 
 
-@outlined
-def check_process(m, space, owner, found):
-    """Walk a process's tables; leaves, tables and mapped pages are added to `found` (int64[FOUND_WORDS])."""
+@kernel
+def walk_process(m, space, owner, found, check_leaf):
+    """Walk a process's tables and check each entry that is neither empty nor a table.
+
+    Leaves, tables and mapped pages are added to `found` (int64[FOUND_WORDS]).
+    """
     state = m.state
     root = space_root(state, space)
     if root == U0:
@@ -205,10 +208,16 @@ def check_process(m, space, owner, found):
             address = i4 * size_of(U4) + i3 * size_of(U3)
             if points_to_table(m.ram[slot3]):
                 if _own_table(m, owner, slot3, found):
-                    _check_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, U2, address, owner, found)
+                    _walk_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, address, owner, found, check_leaf)
             elif m.ram[slot3] != U0:
-                _check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
+                check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
     expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
+
+
+@outlined
+def check_process(m, space, owner, found):
+    """walk_process() of one that may map anything."""
+    walk_process(m, space, owner, found, _check_leaf)
 
 
 # --------------------------------------------------------------------------- page caches

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U21, U27, U30, U39, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_machine
-from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, space_root, vm_row
+from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, vm_row
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.buddy import free_area, is_buddy
 from pgemu_kernels.folios.folio import INDEX, MAPPING, struct_page
 from pgemu_kernels.folios.hstate import first_page, hstate_node, links_of, list_head, page_after
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
-from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect
 from pgemu_kernels.rules.kvm import check_leaf
+from pgemu_kernels.rules.processes import walk_process
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
 from pgemu_kernels.stage2.leaves import COUNT_BELOW
-from pgemu_kernels.tables.walker import host_format, is_large, is_present, stage2_format, table_of
+from pgemu_kernels.tables.walker import is_large, is_present, stage2_format, table_of
 from pgemu_kernels.words.enum_words import (
     BROKEN_COUNTS,
     BROKEN_FRAMES,
@@ -65,7 +66,6 @@ from pgemu_kernels.words.registers import (
     R_NODES,
     R_ORDER,
     R_ORDINARY,
-    R_PTI,
     R_SPACES,
     R_VMS,
 )
@@ -75,6 +75,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_SPLIT,
     FOUND_NODES,
+    FOUND_RSS,
     FOUND_TABLES,
     FREE_ORDERS,
     H_FREE,
@@ -89,10 +90,7 @@ from pgemu_kernels.words.rows import (
     I_PMD,
     I_PUD,
     INODE_GUEST_MEMFD,
-    S_USER_ROOT,
-    S_WORDS,
     STATE_HSTATES,
-    STATE_SPACES,
     V_IN_PROGRESS,
     V_ROOT,
 )
@@ -108,47 +106,15 @@ def own(m, owner, frame, kind):
 
 
 @outlined
-def check_space(m, space, owner):
-    """Walk the tables of a process that maps inodes of the designs only, by 4K leaves: how many tables and leaves."""
-    state = m.state
-    ram = m.ram
-    f = host_format(m)
-    root = space_root(state, space)
-    own(m, owner, root >> U12, 1)
-    tables = np.int64(1)
-    if state[R_PTI] != U0:
-        own(m, owner, state[STATE_SPACES + space * U(S_WORDS) + S_USER_ROOT] >> U12, 1)
-        tables += 1
-    leaves = np.int64(0)
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if not is_present(state, f, e4):
-            continue
-        own(m, owner, (e4 & PTE_ADDRESS) >> U12, 1)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[table_of(state, f, e4) + i3]
-            if not is_present(state, f, e3):
-                continue
-            own(m, owner, (e3 & PTE_ADDRESS) >> U12, 1)
-            tables += 1
-            for i2 in range(U512):
-                e2 = ram[table_of(state, f, e3) + i2]
-                if not is_present(state, f, e2):
-                    continue
-                own(m, owner, (e2 & PTE_ADDRESS) >> U12, 1)
-                tables += 1
-                base = i4 << U39 | i3 << U30 | i2 << U21
-                table = table_of(state, f, e2)
-                for i1 in range(U512):
-                    if is_present(state, f, ram[table + i1]):
-                        leaves += 1
-                        row = find_vma(state, space, base | i1 << U12)
-                        if row == NONE:
-                            broken(state, BROKEN_WRONG_PFN, base >> U12 | i1)
-                        else:
-                            check_host_leaf(m, row, base | i1 << U12, U1, ram[table + i1])
-    return tables, leaves
+def check_designs_leaf(m, space, address, level, entry, owner, found):
+    """An entry of a process that maps inodes of the designs only."""
+    found[level - U1] += 1
+    row = find_vma(m.state, space, address)
+    if row == NONE:
+        broken(m.state, BROKEN_WRONG_PFN, address >> U12)
+        return
+    check_host_leaf(m, row, address, level, entry)
+    found[FOUND_RSS] += np.int64(entry & PTE_SPECIAL == U0)
 
 
 @outlined
@@ -352,9 +318,7 @@ def check(descriptor, owner, leaves, found):
     gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
     if state[R_ORDINARY] == U0 and state[R_HOST_HUGE] == U0:
         for space in range(state[R_SPACES]):
-            tables, leaves_4k = check_space(m, space, owner)
-            found[FOUND_TABLES] += tables
-            found[U0] += leaves_4k
+            walk_process(m, space, owner, found, check_designs_leaf)
         expect(m, gauges[GAUGE_CACHE_NODES * U2] == found[FOUND_NODES], BROKEN_COUNTS, GAUGE_CACHE_NODES)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
