@@ -201,10 +201,7 @@ def zero_and_collapse(m, f, slot, gfn, spte, level):
         note_leaf(state, inode_row(state[slot + M_INODE]), index, level, state[slot + M_VM])
 
 
-@outlined
-def recover_slot(m, slot):
-    """Dirty logging is off: large leaves are put back where slot and inode allow them."""
-    recover_huge_pages(m, slot, level_now, zero_and_collapse)
+recover_slot = recover_huge_pages(level_now, zero_and_collapse)
 
 
 @outlined

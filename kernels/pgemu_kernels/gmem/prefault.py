@@ -9,7 +9,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, is_live_vm, stop, vm_row
 from pgemu_kernels.gmem.allocation import has_folio
 from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
-from pgemu_kernels.kvm.fault import map_pages, prefault_outside
+from pgemu_kernels.kvm.fault import prefault_by, prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
     EBADF,
@@ -74,6 +74,9 @@ def prefault_page(m, op, gfn):
     return status, U0
 
 
+prefault_pages = prefault_by(prefault_page)
+
+
 @outlined
 def prefault(m, op):
     """Map [address, address + length) without an access, at the levels that faults would get.
@@ -87,6 +90,6 @@ def prefault(m, op):
     if not is_live_vm(state, state[op + O_VM]):
         return stop(state, op, -EBADF)
     address = state[op + O_ADDRESS]
-    status = map_pages(m, op, prefault_page)
+    status = prefault_pages(m, op)
     state[op + O_ADDRESS] = address
     return stop(state, op, status)

@@ -5,6 +5,9 @@ arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags(), virt/kvm/kvm_main.c:kvm_get_dirty
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U12, U64, population
@@ -74,25 +77,29 @@ def table_over(m, f, root, gfn, most):
     return NONE, min(level, U3)
 
 
-@kernel
-def recover_huge_pages(m, slot, level_allowed, replace):
-    """Dirty logging is off: `replace` tables by large leaves up to the level that is allowed at each guest frame.
+def recover_huge_pages(level_allowed: Callable[..., Any], replace: Callable[..., Any]) -> Callable[..., Any]:
+    """What follows (m, slot) when dirty logging is off: `replace` tables by leaves up to the level allowed there.
 
     mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()).
     """
-    state = m.state
-    f = stage2_format(m)
-    root = state[vm_row(state[slot + M_VM]) + V_ROOT]
-    gfn = state[slot + M_BASE_GFN]
-    end = gfn + state[slot + M_PAGES]
-    while gfn < end:
-        spte, level = table_over(m, f, root, gfn, U3)
-        if spte != NONE:
-            spte, level = table_over(m, f, root, gfn, level_allowed(m, slot, gfn))
-        if spte != NONE:
-            replace(m, f, slot, gfn, spte, level)
-        step = pages_of(max(level, U2))
-        gfn = (gfn & ~(step - U1)) + step
+
+    @outlined
+    def recover(m, slot):
+        state = m.state
+        f = stage2_format(m)
+        root = state[vm_row(state[slot + M_VM]) + V_ROOT]
+        gfn = state[slot + M_BASE_GFN]
+        end = gfn + state[slot + M_PAGES]
+        while gfn < end:
+            spte, level = table_over(m, f, root, gfn, U3)
+            if spte != NONE:
+                spte, level = table_over(m, f, root, gfn, level_allowed(m, slot, gfn))
+            if spte != NONE:
+                replace(m, f, slot, gfn, spte, level)
+            step = pages_of(max(level, U2))
+            gfn = (gfn & ~(step - U1)) + step
+
+    return recover
 
 
 @kernel
@@ -118,10 +125,7 @@ def collapse_table(m, f, slot, gfn, spte, level):
     collapse(m, f, spte, level)
 
 
-@outlined
-def recover_user_slot(m, slot):
-    """The host's own leaf decides, and nothing is faulted in."""
-    recover_huge_pages(m, slot, recoverable_level, collapse_table)
+recover_user_slot = recover_huge_pages(recoverable_level, collapse_table)  # nothing is faulted in
 
 
 @outlined

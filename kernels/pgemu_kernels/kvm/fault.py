@@ -5,6 +5,9 @@ arch/x86/kvm/mmu/mmu.c:kvm_mmu_page_fault() and what it calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, U4095
@@ -410,33 +413,34 @@ def tdp_map_page(m, op, gfn):
     return np.int64(-ENOENT) if status == RET_PF_EMULATE else status, level
 
 
-@kernel
-def map_pages(m, op, map_page):
-    """KVM_PRE_FAULT_MEMORY: 0, -EINVAL, or what the first page failed with (-ENOENT without a slot, -EFAULT, ...).
+def prefault_by(map_page: Callable[..., Any]) -> Callable[..., Any]:
+    """KVM_PRE_FAULT_MEMORY (m, op): 0, -EINVAL, or what the first page failed with (-ENOENT, -EFAULT, ...).
 
     detail is how many bytes were populated. It stops at the first page that fails; if any page came before, that is
     success, but for a lock that Linux would wait for (-EBUSY). kvm_main.c:kvm_vcpu_pre_fault_memory().
     """
-    state = m.state
-    address = state[op + O_ADDRESS]
-    length = state[op + O_LENGTH]
-    if (address | length) & U4095 != U0 or address + length <= address:
-        return np.int64(-EINVAL)
-    load_root(state, vm_row(state[op + O_VM]))
-    gfn = address >> U12
-    end = gfn + (length >> U12)
-    status = np.int64(0)
-    while gfn < end:
-        status, level = map_page(m, op, gfn)
-        if status != 0:
-            break
-        gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
-    done = (min(gfn, end) << U12) - address
-    state[op + O_DETAIL] = done
-    return np.int64(0) if done != U0 and status != -EBUSY else status
+
+    @outlined
+    def map_pages(m, op):
+        state = m.state
+        address = state[op + O_ADDRESS]
+        length = state[op + O_LENGTH]
+        if (address | length) & U4095 != U0 or address + length <= address:
+            return np.int64(-EINVAL)
+        load_root(state, vm_row(state[op + O_VM]))
+        gfn = address >> U12
+        end = gfn + (length >> U12)
+        status = np.int64(0)
+        while gfn < end:
+            status, level = map_page(m, op, gfn)
+            if status != 0:
+                break
+            gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
+        done = (min(gfn, end) << U12) - address
+        state[op + O_DETAIL] = done
+        return np.int64(0) if done != U0 and status != -EBUSY else status
+
+    return map_pages
 
 
-@outlined
-def pre_fault_memory(m, op):
-    """The same of a VM whose slots show a process's memory."""
-    return map_pages(m, op, tdp_map_page)
+pre_fault_memory = prefault_by(tdp_map_page)

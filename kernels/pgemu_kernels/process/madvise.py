@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U4095
@@ -176,42 +179,43 @@ def _zap_vma(m, op, row, start, end):
     return np.int64(0)
 
 
-@kernel
-def _walk_vmas(m, op, visit):
-    """Visit every VMA of an operation's range, up to the first that refuses it: 0, what that one said, or -EINVAL.
+def _over_vmas(decorator: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation (m, op) that visits every VMA of a range, up to the first that refuses: 0, what it said, -EINVAL.
 
     -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
     mm/madvise.c:is_madvise_valid(), madvise_walk_vmas().
     """
-    state = m.state
-    space = state[op + O_SPACE]
-    address = state[op + O_ADDRESS]
-    length = rounded(state, op, U(4096))
-    end = address + length
-    if has_ended(state, space) or address & U4095 != U0 or end < address:
-        return stop(state, op, -EINVAL)
-    if length == U0 and state[op + O_LENGTH] != U0:
-        return stop(state, op, -EINVAL)
-    status = np.int64(0)
-    while address < end:
-        row = next_vma(state, space, address, end)
-        if row == NONE:
-            return stop(state, op, -ENOMEM)
-        if state[row + A_START] > address:
-            status = np.int64(-ENOMEM)
-            address = state[row + A_START]
-        last = min(end, state[row + A_END])
-        refused = visit(m, op, row, address, last)
-        if refused != 0:
-            return stop(state, op, refused)
-        address = last
-    return stop(state, op, status)
+
+    @decorator
+    def walk_vmas(m, op):
+        state = m.state
+        space = state[op + O_SPACE]
+        address = state[op + O_ADDRESS]
+        length = rounded(state, op, U(4096))
+        end = address + length
+        if has_ended(state, space) or address & U4095 != U0 or end < address:
+            return stop(state, op, -EINVAL)
+        if length == U0 and state[op + O_LENGTH] != U0:
+            return stop(state, op, -EINVAL)
+        status = np.int64(0)
+        while address < end:
+            row = next_vma(state, space, address, end)
+            if row == NONE:
+                return stop(state, op, -ENOMEM)
+            if state[row + A_START] > address:
+                status = np.int64(-ENOMEM)
+                address = state[row + A_START]
+            last = min(end, state[row + A_END])
+            refused = visit(m, op, row, address, last)
+            if refused != 0:
+                return stop(state, op, refused)
+            address = last
+        return stop(state, op, status)
+
+    return walk_vmas
 
 
-@step
-def zap_mappings(m, op):
-    """madvise(MADV_DONTNEED), or the kernel's own unmapping: 0, -EINVAL, -ENOMEM."""
-    return _walk_vmas(m, op, _zap_vma)
+zap_mappings = _over_vmas(step, _zap_vma)
 
 
 @outlined
@@ -259,10 +263,7 @@ def _guard_vma(m, op, row, start, end):
     return np.int64(0)
 
 
-@outlined
-def guard(m, op):
-    """madvise(MADV_GUARD_INSTALL) or _REMOVE: 0, -EINVAL, -ENOMEM."""
-    return _walk_vmas(m, op, _guard_vma)
+guard = _over_vmas(outlined, _guard_vma)
 
 
 @outlined

@@ -5,6 +5,9 @@ What the designs' mappings have is all that the fast loops compile; other kinds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12, U511
@@ -198,22 +201,26 @@ def _restore_reservation(m, row, order):
         state[row + A_RESERVED] += U1
 
 
-@kernel
-def _walk_huge(m, row, start, end, visit):
-    """Visit the entries of [start, end) of a HugeTLB VMA that hold a page; a shared table is let go of instead."""
-    level = level_of_order(huge_order(m.state, row))
-    root = space_root(m.state, m.state[row + A_SPACE])
-    address = start
-    while address < end:
-        slot, at = lookup_address(m, root, address)
-        if at == level == U2 and unshare_table(m, level3_slot(m, root, address)):
-            at = U3
-            gather(m, address, U3)
-        elif at == level and holds_page(m.ram[slot]):
-            visit(m, row, slot, level)
-            gather(m, address, level)
-        size = size_of(max(at, level))
-        address = (address & ~(size - U1)) + size
+def _over_huge_pages(visit: Callable[..., Any]) -> Callable[..., Any]:
+    """A walk (m, row, start, end) over the entries of a HugeTLB VMA that hold a page; a shared table is let go of."""
+
+    @outlined
+    def walk_huge_pages(m, row, start, end):
+        level = level_of_order(huge_order(m.state, row))
+        root = space_root(m.state, m.state[row + A_SPACE])
+        address = start
+        while address < end:
+            slot, at = lookup_address(m, root, address)
+            if at == level == U2 and unshare_table(m, level3_slot(m, root, address)):
+                at = U3
+                gather(m, address, U3)
+            elif at == level and holds_page(m.ram[slot]):
+                visit(m, row, slot, level)
+                gather(m, address, level)
+            size = size_of(max(at, level))
+            address = (address & ~(size - U1)) + size
+
+    return walk_huge_pages
 
 
 @kernel
@@ -227,10 +234,7 @@ def _zap_huge_entry(m, row, slot, level):
     charge_one(m, EVENT_LEAF_CLEARED)
 
 
-@outlined
-def _zap_huge(m, row, start, end):
-    """__unmap_hugepage_range()"""
-    _walk_huge(m, row, start, end, _zap_huge_entry)
+_zap_huge = _over_huge_pages(_zap_huge_entry)  # __unmap_hugepage_range()
 
 
 @kernel
@@ -386,10 +390,8 @@ def _protect_huge_entry(m, row, slot, level):
     charge_one(m, EVENT_LEAF_WRITTEN)
 
 
-@outlined
-def _protect_huge(m, row, start, end):
-    """hugetlb_change_protection(): where a table was shared the next access builds one with the new rights."""
-    _walk_huge(m, row, start, end, _protect_huge_entry)
+# hugetlb_change_protection(): where a table was shared the next access builds one with the new rights.
+_protect_huge = _over_huge_pages(_protect_huge_entry)
 
 
 @outlined

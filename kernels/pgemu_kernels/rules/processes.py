@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U32, U512
@@ -165,59 +168,59 @@ def _own_table(m, owner, slot, found):
     return True
 
 
-@kernel
-def _walk_table(m, space, table, base, owner, found, check_leaf):
-    """The leaves of a table of level 2 and of the tables below it; `table` is its first word."""
-    for i in range(U512):
-        slot = table + i
-        entry = m.ram[slot]
-        if entry == U0:
-            continue
-        address = base + i * size_of(U2)
-        if not points_to_table(entry):
-            check_leaf(m, space, address, U2, entry, owner, found)
-        elif _own_table(m, owner, slot, found):
-            first = (entry & PTE_ADDRESS) >> U3
-            for k in range(U512):
-                if m.ram[first + k] != U0:
-                    check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
-
-
-@kernel
-def walk_process(m, space, owner, found, check_leaf):
-    """Walk a process's tables and check each entry that is neither empty nor a table.
+def recount_of_process(check_leaf: Callable[..., Any]) -> Callable[..., Any]:
+    """A walk (m, space, owner, found) of a process's tables that checks each entry which is neither empty nor a table.
 
     Leaves, tables and mapped pages are added to `found` (int64[FOUND_WORDS]).
     """
-    state = m.state
-    root = space_root(state, space)
-    if root == U0:
-        return
-    for frame in (root >> U12, state[space_row(space) + S_USER_ROOT] >> U12):
-        if frame != U0:
-            expect(m, owner[frame] == np.uint8(0), BROKEN_FRAMES, frame)
-            owner[frame] = _TABLE
-            found[FOUND_TABLES] += 1
-    found[FOUND_RSS] = 0
-    for i4 in range(U512):
-        slot4 = (root >> U3) + i4
-        if not points_to_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
-            continue
-        for i3 in range(U512):
-            slot3 = ((m.ram[slot4] & PTE_ADDRESS) >> U3) + i3
-            address = i4 * size_of(U4) + i3 * size_of(U3)
-            if points_to_table(m.ram[slot3]):
-                if _own_table(m, owner, slot3, found):
-                    _walk_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, address, owner, found, check_leaf)
-            elif m.ram[slot3] != U0:
-                check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
-    expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
+
+    @kernel
+    def walk_table(m, space, table, base, owner, found):
+        """The leaves of a table of level 2 and of the tables below it; `table` is its first word."""
+        for i in range(U512):
+            slot = table + i
+            entry = m.ram[slot]
+            if entry == U0:
+                continue
+            address = base + i * size_of(U2)
+            if not points_to_table(entry):
+                check_leaf(m, space, address, U2, entry, owner, found)
+            elif _own_table(m, owner, slot, found):
+                first = (entry & PTE_ADDRESS) >> U3
+                for k in range(U512):
+                    if m.ram[first + k] != U0:
+                        check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
+
+    @outlined
+    def walk_process(m, space, owner, found):
+        state = m.state
+        root = space_root(state, space)
+        if root == U0:
+            return
+        for frame in (root >> U12, state[space_row(space) + S_USER_ROOT] >> U12):
+            if frame != U0:
+                expect(m, owner[frame] == np.uint8(0), BROKEN_FRAMES, frame)
+                owner[frame] = _TABLE
+                found[FOUND_TABLES] += 1
+        found[FOUND_RSS] = 0
+        for i4 in range(U512):
+            slot4 = (root >> U3) + i4
+            if not points_to_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
+                continue
+            for i3 in range(U512):
+                slot3 = ((m.ram[slot4] & PTE_ADDRESS) >> U3) + i3
+                address = i4 * size_of(U4) + i3 * size_of(U3)
+                if points_to_table(m.ram[slot3]):
+                    if _own_table(m, owner, slot3, found):
+                        walk_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, address, owner, found)
+                elif m.ram[slot3] != U0:
+                    check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
+        expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
+
+    return walk_process
 
 
-@outlined
-def check_process(m, space, owner, found):
-    """walk_process() of one that may map anything."""
-    walk_process(m, space, owner, found, _check_leaf)
+check_process = recount_of_process(_check_leaf)
 
 
 # --------------------------------------------------------------------------- page caches

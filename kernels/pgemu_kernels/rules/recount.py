@@ -18,7 +18,7 @@ from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_SPECIAL, PTE_
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect
 from pgemu_kernels.rules.kvm import check_leaf
-from pgemu_kernels.rules.processes import walk_process
+from pgemu_kernels.rules.processes import recount_of_process
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
 from pgemu_kernels.stage2.leaves import COUNT_BELOW
 from pgemu_kernels.tables.walker import is_large, is_present, stage2_format, table_of
@@ -115,6 +115,9 @@ def check_designs_leaf(m, space, address, level, entry, owner, found):
         return
     check_host_leaf(m, row, address, level, entry)
     found[FOUND_RSS] += np.int64(entry & PTE_SPECIAL == U0)
+
+
+check_space = recount_of_process(check_designs_leaf)
 
 
 @outlined
@@ -318,7 +321,7 @@ def check(descriptor, owner, leaves, found):
     gauges = m.stats[STATS_GAUGES : STATS_GAUGES + U(2 * GAUGES)]
     if state[R_ORDINARY] == U0 and state[R_HOST_HUGE] == U0:
         for space in range(state[R_SPACES]):
-            walk_process(m, space, owner, found, check_designs_leaf)
+            check_space(m, space, owner, found)
         expect(m, gauges[GAUGE_CACHE_NODES * U2] == found[FOUND_NODES], BROKEN_COUNTS, GAUGE_CACHE_NODES)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):

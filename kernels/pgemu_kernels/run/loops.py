@@ -7,6 +7,9 @@ Each loop is compiled for both types of machine: for default ones what others ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import (
@@ -80,17 +83,21 @@ def save(m, op, columns, i):
 # --------------------------------------------------------------------------- one loop per operation
 
 
-@kernel
-def run_batches(m, columns, first, last, prefetch, operate):
-    """Run operations [first, last), what each batch of them will touch asked for before."""
-    while first < last:
-        stop = min(last, first + BATCH)
-        prefetch(m, columns, first, stop)
-        for i in range(first, stop):
-            op = load(m, columns, i)
-            operate(m, op)
-            save(m, op, columns, i)
-        first = stop
+def in_batches(prefetch: Callable[..., Any], operate: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop (m, columns, first, last) over operations, what each batch of them will touch asked for before."""
+
+    @outlined
+    def run_batches(m, columns, first, last):
+        while first < last:
+            stop = min(last, first + BATCH)
+            prefetch(m, columns, first, stop)
+            for i in range(first, stop):
+                op = load(m, columns, i)
+                operate(m, op)
+                save(m, op, columns, i)
+            first = stop
+
+    return run_batches
 
 
 @kernel
@@ -105,24 +112,10 @@ def zap(m, op):
     zap_mappings(m, op)
 
 
-@outlined
-def host_faults(m, columns, first, last):
-    run_batches(m, columns, first, last, prefetch_hosts, host_fault)
-
-
-@outlined
-def guest_faults(m, columns, first, last):
-    run_batches(m, columns, first, last, prefetch_guests, guest_fault)
-
-
-@outlined
-def converts(m, columns, first, last):
-    run_batches(m, columns, first, last, prefetch_converts, convert)
-
-
-@outlined
-def zaps(m, columns, first, last):
-    run_batches(m, columns, first, last, prefetch_hosts, zap)
+host_faults = in_batches(prefetch_hosts, host_fault)
+guest_faults = in_batches(prefetch_guests, guest_fault)
+converts = in_batches(prefetch_converts, convert)
+zaps = in_batches(prefetch_hosts, zap)
 
 
 @outlined
