@@ -50,18 +50,25 @@ def _slot(node, index, level):
 
 
 @kernel
-def cache_find(m, root, index):
-    """The value stored at `index` (uint64), or 0 for none; `root` is the root word."""
+def _find_slot(m, root, index):
+    """Where the value at an index is or would be, NONE without a node for it; `root` is the root word."""
     height = root & _HEIGHT
     if height == U0 or not _fits(height, index):
-        return U0
+        return NONE
     node = root & PTE_ADDRESS
     while height > U1:
         node = m.ram[_slot(node, index, height)]
         if node == U0:
-            return U0
+            return NONE
         height -= U1
-    return m.ram[_slot(node, index, U1)]
+    return _slot(node, index, U1)
+
+
+@kernel
+def cache_find(m, root, index):
+    """The value stored at `index` (uint64), or 0 for none."""
+    slot = _find_slot(m, root, index)
+    return U0 if slot == NONE else m.ram[slot]
 
 
 @outlined
@@ -200,20 +207,10 @@ def _prune_path(m, at, index):
 @kernel
 def _erase(m, at, index):
     """Take away the value at an index, if there is one: 0."""
-    root = m.state[at]
-    height = root & _HEIGHT
-    if height == U0 or not _fits(height, index):
-        return np.int64(0)
-    node = root & PTE_ADDRESS
-    while height > U1:
-        node = m.ram[_slot(node, index, height)]
-        if node == U0:
-            return np.int64(0)
-        height -= U1
-    slot = _slot(node, index, U1)
-    if m.ram[slot] != U0:
+    slot = _find_slot(m, m.state[at], index)
+    if slot != NONE and m.ram[slot] != U0:
         m.ram[slot] = U0
-        if _count(m, node, -1) == 0:
+        if _count(m, (slot >> U9) << U12, -1) == 0:
             _prune_path(m, at, index)
     return np.int64(0)
 
