@@ -465,16 +465,28 @@ def abandon(ram, page, references, split_form):
     """A folio of a split block leaves the page cache, with the cache's references: whether somebody holds it.
 
     Form rfc2 marks it: the free_folio hook clears uptodate and sets the page type of guestmem_hugetlb, which lies
-    where the mapcount does: nothing maps the page any more. The last reference clears the type.
+    where the mapcount does: nothing maps the page any more. The last reference clears the type. A 2M folio stays a
+    HugeTLB page, which has its own way back.
     """
     ram[page + MAPPING] = U0
     ram[page + COUNTS] -= references << U32
     held = ram[page + COUNTS] >> U32 != U0
     if split_form == SPLIT_FORM_RFC2:
         ram[page + FLAGS] &= ~PG_UPTODATE
-        if held:
+        if held and ram[page + FLAGS] & PG_HEAD == U0:
             ram[page + COUNTS] = (ram[page + COUNTS] & ~LOW32) | PGTY_GUESTMEM_HUGETLB
     return held
+
+
+@kernel
+def become_zombie(m, block, gauge, held, pending):
+    """A block, counted by `gauge` until now, is a zombie: `held` pages are outstanding, `pending` are back."""
+    stop_waiting(m, block)
+    m.state[block + B_STATE] = BLOCK_ZOMBIE
+    m.state[block + B_OUTSTANDING] = held
+    m.state[block + B_PENDING] = pending
+    change(m.stats, gauge, -1)
+    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
 
 
 @outlined
@@ -487,10 +499,5 @@ def make_zombie(m, block):
     for i in range(pages):
         if abandon(m.ram, struct_page(m, head + i), U1, state[R_SPLIT_FORM]):
             held += U1
-    stop_waiting(m, block)
-    state[block + B_STATE] = BLOCK_ZOMBIE
-    state[block + B_OUTSTANDING] = held
-    state[block + B_PENDING] = pages - held
-    change(m.stats, GAUGE_BLOCKS_SPLIT, -1)
-    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
+    become_zombie(m, block, GAUGE_BLOCKS_SPLIT, held, pages - held)
     charge(m, EVENT_PAGE_CACHE_STORED, np.int64(pages))

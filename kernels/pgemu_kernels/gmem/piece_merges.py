@@ -22,13 +22,13 @@ from pgemu_kernels.folios.folio import (
     PG_UPTODATE,
     PGTY_HUGETLB,
     PRIVATE,
-    reference_count,
     struct_page,
     vmemmap_address,
 )
 from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, node_of
 from pgemu_kernels.folios.hugetlb import (
     abandon,
+    become_zombie,
     free_block,
     own_merged,
     prep_folio,
@@ -89,14 +89,11 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EAGAIN
 from pgemu_kernels.words.registers import R_MASK_TAILS, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY, R_ZERO_PAGE
 from pgemu_kernels.words.rows import (
-    B_OUTSTANDING,
-    B_PENDING,
     B_PFN,
     B_STATE,
     B_WAITS,
     BLOCK_HUGE,
     BLOCK_PARTLY,
-    BLOCK_ZOMBIE,
     H_NODE_TAIL_PAGE,
     SPLIT_FORM_RFC2,
 )
@@ -401,17 +398,6 @@ def nodes_of_block(m, block):
     return PIECE_NODES + split * nodes_of(m.state, PIECE_ORDER)
 
 
-@kernel
-def abandon_piece(m, page):
-    """hugetlb.abandon() of a 2M folio. It stays a HugeTLB page, which has its own way back: no other type."""
-    ram = m.ram
-    ram[page + MAPPING] = U0
-    ram[page + COUNTS] -= PAGES << U32
-    if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
-        ram[page + FLAGS] &= ~PG_UPTODATE
-    return reference_count(ram, page) != U0
-
-
 @outlined
 def make_zombie_of_pieces(m, block):
     """Take a block in pieces out of the page cache though some folios are held: as hugetlb.make_zombie().
@@ -426,17 +412,12 @@ def make_zombie_of_pieces(m, block):
         head = piece_head(m, block, index)
         stored += 1
         if is_piece_split(m, block, index) == U0:
-            held += PAGES if abandon_piece(m, struct_page(m, head)) else U0
+            held += PAGES if abandon(m.ram, struct_page(m, head), PAGES, state[R_SPLIT_FORM]) else U0
             continue
         stored += 511
         for pfn in range(head, head + PAGES):
             held += U1 if abandon(m.ram, struct_page(m, pfn), U1, state[R_SPLIT_FORM]) else U0
-    stop_waiting(m, block)
-    state[block + B_STATE] = BLOCK_ZOMBIE
-    state[block + B_OUTSTANDING] = held
-    state[block + B_PENDING] = BLOCK_PAGES - held
-    change(m.stats, GAUGE_BLOCKS_PARTLY, -1)
-    change(m.stats, GAUGE_BLOCKS_ZOMBIE, 1)
+    become_zombie(m, block, GAUGE_BLOCKS_PARTLY, held, BLOCK_PAGES - held)
     charge(m, EVENT_PAGE_CACHE_STORED, stored)
 
 
