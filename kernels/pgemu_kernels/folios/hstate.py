@@ -40,12 +40,6 @@ def hstate_of_order(order):
 
 
 @kernel
-def other_hstate(h):
-    """The other one of the two rows."""
-    return STATE_HSTATES + U(H_WORDS) - (h - STATE_HSTATES)
-
-
-@kernel
 def hstate_node(h, node):
     """Where an hstate's words of a node begin."""
     return h + H_NODE + node * U(H_NODE_WORDS)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2
-from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.folios.folio import FLAGS, LOW_BYTE, MAPPING, PG_HEAD, reference_count, struct_page
 from pgemu_kernels.folios.hstate import first_page, page_after
 from pgemu_kernels.folios.hugetlb import subpool_of
-from pgemu_kernels.rules.invariants import expect
+from pgemu_kernels.rules.invariants import expect, expect_gauge
 from pgemu_kernels.words.enum_words import (
     BROKEN_BLOCK_STATE,
-    BROKEN_COUNTS,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_PARTLY,
     GAUGE_BLOCKS_SPLIT,
     GAUGE_BLOCKS_ZOMBIE,
     GAUGE_WORK_PENDING,
 )
-from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_BLOCK_ROWS, R_BLOCKS, R_HSTATE, R_MERGE_LAZY, R_ORDER
 from pgemu_kernels.words.rows import (
     B_OUTSTANDING,
@@ -37,11 +35,6 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-
-
-@kernel
-def _expect_gauge(m, gauge, counted):
-    expect(m, m.stats[STATS_GAUGES + gauge * U2] == np.int64(counted), BROKEN_COUNTS, gauge)
 
 
 @outlined
@@ -101,9 +94,9 @@ def check_blocks(m):
                 work += U1
         if state[R_MERGE_LAZY] != U0 and state[row + B_WAITS] != U0:
             work += U1
-    _expect_gauge(m, GAUGE_BLOCKS_HUGE, huge)
-    _expect_gauge(m, GAUGE_BLOCKS_SPLIT, split)
-    _expect_gauge(m, GAUGE_BLOCKS_PARTLY, partly)
+    expect_gauge(m, GAUGE_BLOCKS_HUGE, huge)
+    expect_gauge(m, GAUGE_BLOCKS_SPLIT, split)
+    expect_gauge(m, GAUGE_BLOCKS_PARTLY, partly)
     if state[R_ORDER] != U0:
-        _expect_gauge(m, GAUGE_BLOCKS_ZOMBIE, zombies)
-    _expect_gauge(m, GAUGE_WORK_PENDING, work)
+        expect_gauge(m, GAUGE_BLOCKS_ZOMBIE, zombies)
+    expect_gauge(m, GAUGE_WORK_PENDING, work)

@@ -113,6 +113,12 @@ def expect(m, holds, kind, index):
 
 
 @kernel
+def expect_gauge(m, gauge, counted):
+    """A gauge shows what was counted."""
+    expect(m, m.stats[STATS_GAUGES + gauge * U2] == np.int64(counted), BROKEN_COUNTS, gauge)
+
+
+@kernel
 def inode_frame(m, node, index):
     """Frame that the inode has at a page, or NONE."""
     block = block_row(m, node, index)

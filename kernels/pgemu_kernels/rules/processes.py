@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U32, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U32, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
 from pgemu_kernels.folios.folio import COUNTS, MAPPING, struct_page
-from pgemu_kernels.folios.hstate import hstate_of_order, other_hstate
+from pgemu_kernels.folios.hstate import hstate_of_order, order_of_hstate
 from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
 from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
@@ -20,7 +20,7 @@ from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PT
 from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
 from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
-from pgemu_kernels.rules.invariants import check_host_leaf, expect
+from pgemu_kernels.rules.invariants import check_host_leaf, expect, expect_gauge
 from pgemu_kernels.rules.pools import check_pools
 from pgemu_kernels.words.enum_words import (
     BROKEN_COUNTS,
@@ -32,7 +32,6 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
     GAUGE_PAGE_CACHE_PAGES,
 )
-from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_FLAGS,
@@ -46,6 +45,8 @@ from pgemu_kernels.words.rows import (
     FOUND_MAPCOUNTS,
     FOUND_MAPPED,
     FOUND_NODES,
+    FOUND_RESERVED,
+    FOUND_RESERVED_1G,
     FOUND_RSS,
     FOUND_TABLES,
     H_RESERVED,
@@ -77,11 +78,6 @@ _HEIGHT = U(7)
 _TABLE = np.uint8(1)
 _PAGE = np.uint8(7)
 _NODE = np.uint8(8)
-
-
-@kernel
-def _gauge(m, gauge):
-    return m.stats[STATS_GAUGES + gauge * U2]
 
 
 # --------------------------------------------------------------------------- leaves
@@ -283,6 +279,12 @@ def _check_huge_file(m, inode):
     return waiting
 
 
+@kernel
+def _reserve(found, order, pages):
+    """Somebody has pages of this order reserved."""
+    found[FOUND_RESERVED if order == U9 else FOUND_RESERVED_1G] += np.int64(pages)
+
+
 @outlined
 def check_processes(m, owner, found):
     """What was found of all processes, and the page caches, against what the machine keeps."""
@@ -290,10 +292,6 @@ def check_processes(m, owner, found):
     if state[R_ZERO_FRAME] != U0:
         expect(m, owner[state[R_ZERO_FRAME]] == np.uint8(0), BROKEN_FRAMES, state[R_ZERO_FRAME])
         owner[state[R_ZERO_FRAME]] = _PAGE
-    # Reservations by size of huge page: 2M, 1G.
-    huge = hstate_of_order(U9)
-    reserved = U0
-    reserved_1g = U0
     for inode in range(state[R_INODES]):
         node = inode_row(inode)
         kind = state[node + I_KIND]
@@ -302,30 +300,23 @@ def check_processes(m, owner, found):
         own_nodes(m, state[node + I_CACHE], owner, found)
         if kind == INODE_GUEST_MEMFD_4K:
             _check_cached_pages(m, node, owner, found)
-        elif kind == INODE_HUGETLB and state[node + I_ORDER] == U9:
-            reserved += _check_huge_file(m, inode)
         elif kind == INODE_HUGETLB:
-            reserved_1g += _check_huge_file(m, inode)
+            _reserve(found, state[node + I_ORDER], _check_huge_file(m, inode))
     for i in range(state[R_VMAS]):
         row = vma_row(i)
         if state[row + A_LIVE] != U0 and state[row + A_KIND] == VMA_HUGETLB:
-            if huge_order(state, row) == U9:
-                reserved += state[row + A_RESERVED]
-            else:
-                reserved_1g += state[row + A_RESERVED]
+            _reserve(found, huge_order(state, row), state[row + A_RESERVED])
     for i in range(state[R_SUBPOOLS]):
         row = subpool_row(i)
-        if state[row + P_HSTATE] == huge:
-            reserved += state[row + P_RESERVED]
-        else:
-            reserved_1g += state[row + P_RESERVED]
-    expect(m, reserved == state[huge + H_RESERVED], BROKEN_COUNTS, reserved)
-    expect(m, reserved_1g == state[other_hstate(huge) + H_RESERVED], BROKEN_COUNTS, reserved_1g)
+        _reserve(found, order_of_hstate(state, state[row + P_HSTATE]), state[row + P_RESERVED])
+    for order, word in ((U9, FOUND_RESERVED), (U18, FOUND_RESERVED_1G)):
+        reserved = U(found[word])
+        expect(m, reserved == state[hstate_of_order(order) + H_RESERVED], BROKEN_COUNTS, reserved)
     check_pools(m, found)
     expect(m, found[FOUND_HUGE_MAPPED] == 0, BROKEN_REFERENCES, U(found[FOUND_HUGE_MAPPED]))
     expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], BROKEN_COUNTS, U(found[FOUND_MAPPED]))
-    expect(m, _gauge(m, GAUGE_ANONYMOUS_PAGES) == found[FOUND_ANONYMOUS], BROKEN_COUNTS, U(found[FOUND_ANONYMOUS]))
-    expect(m, _gauge(m, GAUGE_PAGE_CACHE_PAGES) == found[FOUND_CACHED], BROKEN_COUNTS, U(found[FOUND_CACHED]))
+    expect_gauge(m, GAUGE_ANONYMOUS_PAGES, found[FOUND_ANONYMOUS])
+    expect_gauge(m, GAUGE_PAGE_CACHE_PAGES, found[FOUND_CACHED])
     for level in range(U2):
-        expect(m, _gauge(m, GAUGE_HOST_LEAVES_4K + U1 + level) == found[U1 + level], BROKEN_COUNTS, U1 + level)
-    expect(m, _gauge(m, GAUGE_CACHE_NODES) == found[FOUND_NODES], BROKEN_COUNTS, U(found[FOUND_NODES]))
+        expect_gauge(m, GAUGE_HOST_LEAVES_4K + U1 + level, found[U1 + level])
+    expect_gauge(m, GAUGE_CACHE_NODES, found[FOUND_NODES])

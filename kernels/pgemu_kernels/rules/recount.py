@@ -16,7 +16,7 @@ from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.rules.blocks import check_blocks
-from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect
+from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect, expect_gauge
 from pgemu_kernels.rules.kvm import check_leaf
 from pgemu_kernels.rules.processes import recount_of_process
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
@@ -322,7 +322,7 @@ def check(descriptor, owner, leaves, found):
     if state[R_ORDINARY] == U0 and state[R_HOST_HUGE] == U0:
         for space in range(state[R_SPACES]):
             check_space(m, space, owner, found)
-        expect(m, gauges[GAUGE_CACHE_NODES * U2] == found[FOUND_NODES], BROKEN_COUNTS, GAUGE_CACHE_NODES)
+        expect_gauge(m, GAUGE_CACHE_NODES, found[FOUND_NODES])
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)
@@ -334,17 +334,12 @@ def check(descriptor, owner, leaves, found):
     check_outside(m)
     if state[R_HOLDERS_OFF] == U0:  # else references are counted again when they are back
         check_blocks(m)
-    expect(m, gauges[GAUGE_HOST_TABLES * U2] == found[FOUND_TABLES], BROKEN_COUNTS, GAUGE_HOST_TABLES)
-    expect(m, gauges[GAUGE_HOST_LEAVES_4K * U2] == found[U0], BROKEN_COUNTS, GAUGE_HOST_LEAVES_4K)
-    expect(m, gauges[GAUGE_STAGE2_TABLES * U2] == stage2_tables, BROKEN_COUNTS, GAUGE_STAGE2_TABLES)
+    expect_gauge(m, GAUGE_HOST_TABLES, found[FOUND_TABLES])
+    expect_gauge(m, GAUGE_HOST_LEAVES_4K, found[U0])
+    expect_gauge(m, GAUGE_STAGE2_TABLES, stage2_tables)
     for level in range(U3):
-        expect(
-            m,
-            gauges[(GAUGE_STAGE2_LEAVES_4K + level) * U2] == leaves[level],
-            BROKEN_COUNTS,
-            GAUGE_STAGE2_LEAVES_4K + level,
-        )
-    expect(m, gauges[GAUGE_KERNEL_TABLES * U2] == kernel_tables, BROKEN_COUNTS, GAUGE_KERNEL_TABLES)
+        expect_gauge(m, GAUGE_STAGE2_LEAVES_4K + level, leaves[level])
+    expect_gauge(m, GAUGE_KERNEL_TABLES, kernel_tables)
     expect(m, gauges[GAUGE_VMEMMAP_PAGES * U2] == pages, BROKEN_VMEMMAP, U(pages))
     if gauges[GAUGE_CONTENT_FRAMES * U2] != 0:
         for i in range(state[R_CONTENTS], state[R_CONTENTS] + state[R_GUEST_PAGES]):

@@ -18,6 +18,8 @@ FOUND_ANONYMOUS = U(7)
 FOUND_CACHED = U(8)
 FOUND_NODES = U(9)
 FOUND_RSS = U(10)
+FOUND_RESERVED = U(11)  # of the pool of 2M pages
+FOUND_RESERVED_1G = U(12)
 FOUND_WORDS = 16
 
 # inodes: uint64 rows
