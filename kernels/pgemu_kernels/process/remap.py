@@ -77,29 +77,19 @@ def move_page_tables(m, space, at, to, length):
     end = at + length
     notify_range(m, space, at, end)
     while at < end:
-        step = _extent(at, to, end, U3)
-        source = _slot_of(m, root, at, U3)
-        if source == NONE or m.ram[source] == U0:
-            at += step
-            to += step
-            continue
-        target = need_slot(m, space, to, U3)
-        if target == NONE:
-            return np.int64(-ENOMEM)
-        if step == size_of(U3) and _move_table(m, source, target):
-            gather(m, at, U3)
-            at += step
-            to += step
-            continue
-        step = _extent(at, to, end, U2)
-        source = _slot_of(m, root, at, U2)
-        if source != NONE and m.ram[source] != U0:
-            target = need_slot(m, space, to, U2)
+        step = U0
+        for level in (U3, U2):
+            step = _extent(at, to, end, level)
+            source = _slot_of(m, root, at, level)
+            if source == NONE or m.ram[source] == U0:
+                break
+            target = need_slot(m, space, to, level)
             if target == NONE:
                 return np.int64(-ENOMEM)
-            if step == size_of(U2) and _move_table(m, source, target):
-                gather(m, at, U2)
-            elif _move_entries(m, root, space, at, to, step) != 0:
+            if step == size_of(level) and _move_table(m, source, target):
+                gather(m, at, level)
+                break
+            if level == U2 and _move_entries(m, root, space, at, to, step) != 0:
                 return np.int64(-ENOMEM)
         at += step
         to += step
