@@ -25,8 +25,9 @@ from pgemu_kernels.folios.hstate import (
     node_of,
     order_of_hstate,
     page_after,
+    skip_poisoned,
 )
-from pgemu_kernels.folios.hugetlb import free_list, prep_compound, skip_poisoned
+from pgemu_kernels.folios.hugetlb import free_list, prep_compound
 from pgemu_kernels.folios.hvo import is_optimized, restore_batch
 from pgemu_kernels.folios.pools import collect, join_pool, readmit, remove, tries, turn, update_and_free
 from pgemu_kernels.words.enum_words import (

@@ -10,8 +10,8 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U2, U3, U6, U8
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.folios.folio import struct_page, vmemmap_address
-from pgemu_kernels.words.registers import R_NODES, R_VMEMMAP
+from pgemu_kernels.folios.folio import FLAGS, struct_page, vmemmap_address
+from pgemu_kernels.words.registers import R_HWPOISON, R_NODES, R_VMEMMAP
 from pgemu_kernels.words.rows import (
     H_NODE,
     H_NODE_WORDS,
@@ -115,6 +115,14 @@ def page_after(m, pfn):
     """Frame of the page that follows in its list, 0 after the last."""
     link = m.ram[struct_page(m, pfn) + U1]
     return U0 if is_head(link) else page_of(m.state, link)
+
+
+@kernel
+def skip_poisoned(m, head):
+    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
+    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
+        head = page_after(m, head)
+    return head
 
 
 @outlined

@@ -32,7 +32,7 @@ from pgemu_kernels.folios.folio import (
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, page_after
+from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, skip_poisoned
 from pgemu_kernels.folios.page_cache import charge_added, charge_page_freed
 from pgemu_kernels.folios.policy import no_other_node, preferred_node
 from pgemu_kernels.folios.vmemmap import compound_info
@@ -52,7 +52,6 @@ from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_HSTATE,
     R_HUGETLB_CGROUP,
-    R_HWPOISON,
     R_MERGE_LAZY,
     R_NODES,
     R_ORDER,
@@ -208,14 +207,6 @@ def count_dequeued(m, h, node, head):
     m.state[hstate_node(h, node) + H_NODE_FREE] -= U1
     m.ram[struct_page(m, head) + PRIVATE] &= ~HUGETLB_FREED
     count_free(m, h, -1)
-
-
-@kernel
-def skip_poisoned(m, head):
-    """The first page of a list, from this one on, that is not poisoned; 0 for none."""
-    while head != U0 and m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0:
-        head = page_after(m, head)
-    return head
 
 
 @outlined
