@@ -71,7 +71,7 @@ class Package:
         self.cache = folder / "cache"
         engine = self.package / "engine"
         engine.mkdir(parents=True)
-        for name in ("__init__", "compile", "numba_internals", "machine_code", "progress", "ahead"):
+        for name in ("__init__", "compile", "inner_functions", "numba_internals", "machine_code", "progress", "ahead"):
             source = machine_code.SOURCES / "engine" / f"{name}.py"
             (engine / source.name).write_bytes(source.read_bytes())
         (self.package / "__init__.py").write_text("")

@@ -29,7 +29,8 @@ from pgemu.tables.translation import Kind, translate, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
 from pgemu_kernels.engine.ahead import Declared, declared
-from pgemu_kernels.engine.numba_internals import EntryCompiler, StepCompiler
+from pgemu_kernels.engine.inner_functions import StepCompiler
+from pgemu_kernels.engine.numba_internals import EntryCompiler
 
 ENTRY_LIMIT = 13  # what one and the next have in common is compiled twice
 
@@ -293,7 +294,7 @@ class Outcome(NamedTuple):
     stderr: str
 
 
-ENGINE = ("__init__", "compile", "machine_code", "numba_internals", "progress")
+ENGINE = ("__init__", "compile", "inner_functions", "machine_code", "numba_internals", "progress")
 
 
 class SmallPackage:

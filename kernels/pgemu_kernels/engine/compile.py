@@ -53,7 +53,8 @@ def current_stamp() -> str:
 
 
 try:  # private interfaces of numba, hence the pinned minor version
-    from pgemu_kernels.engine.numba_internals import EntryCompiler, KernelCache, StepCompiler, inner_function
+    from pgemu_kernels.engine.inner_functions import StepCompiler, inner_function
+    from pgemu_kernels.engine.numba_internals import EntryCompiler, KernelCache
 
     _cache: Any = KernelCache
     _kernel: Callable[..., Any] = inner_function(forceinline=True, **OPTIONS)

@@ -15,6 +15,8 @@ from numba import from_dtype, types
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_global
 from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
+from pgemu_kernels.engine.inner_functions import array_value
+
 Words = np.ndarray[Any, Any]
 
 
@@ -80,19 +82,13 @@ def _descriptor_word(builder: Any, machine: Any, index: int) -> Any:
 
 
 @lower_getattr_generic(MachineType)
-def _load_array(context: Any, builder: Any, kind: Any, machine: Any, name: str) -> Any:
-    """The array's value: address and length from the descriptor; no owner, so that nothing is counted."""
+def _load_array(context: Any, builder: Any, machine_kind: Any, machine: Any, name: str) -> Any:
+    """The array's value: address and length from the descriptor."""
     position = 2 * list(DTYPES).index(name)
     address, length = (_descriptor_word(builder, machine, position + k) for k in range(2))
-    itemsize = ir.Constant(_WORD, np.dtype(DTYPES[name]).itemsize)
-    model = context.data_model_manager[_ARRAY_TYPES[name]]
-    array = ir.Constant(model.get_value_type(), None)
-    data = builder.inttoptr(address, array.type.elements[model.get_field_position("data")])
-    for field, value in (("nitems", length), ("itemsize", itemsize), ("data", data)):
-        array = builder.insert_value(array, value, model.get_field_position(field))
-    for field, value in (("shape", length), ("strides", itemsize)):
-        array = builder.insert_value(array, value, [model.get_field_position(field), 0])
-    return array
+    kind = _ARRAY_TYPES[name]
+    data = builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
+    return array_value(context, builder, kind, data, length)
 
 
 @intrinsic

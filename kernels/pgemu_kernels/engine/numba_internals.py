@@ -10,25 +10,26 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import cache
+from typing import Any
 
-from llvmlite.binding import Linkage
 from numba import njit
-from numba.core import caching, cgutils, serialize, transforms, types
+from numba.core import base, caching, cgutils, event, serialize, transforms, types
+from numba.core.callconv import CPUCallConv
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler, CompilerBase, CompileResult, DefaultPassBuilder
-from numba.core.compiler_machinery import register_pass
+from numba.core.compiler import Compiler, CompileResult
+from numba.core.cpu import CPUContext
 from numba.core.environment import Environment
 from numba.core.funcdesc import _dynamic_modname
 from numba.core.postproc import PostProcessor, VariableLifetime
 from numba.core.sigutils import normalize_signature
 from numba.core.targetconfig import ConfigStack
-from numba.core.typed_passes import NativeLowering, NopythonRewrites
 from numba.core.types.functions import BaseFunction
-from numba.core.untyped_passes import InlineClosureLikes, WithLifting
+from numba.core.typing import Context as TypingContext
 from numba.extending import intrinsic
 
 from pgemu_kernels.engine import machine_code
+from pgemu_kernels.engine.inner_functions import called_libraries, module_of
 
 
 class KernelCache(caching._Cache):  # type: ignore[misc]
@@ -141,66 +142,16 @@ def call_address(typingctx: Any, address: Any, arguments: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kinds = tuple(signature.args[1])
-        kind = context.call_conv.get_function_type(types.int64, kinds)
+        convention = CPUCallConv(context)
+        kind = convention.get_function_type(types.int64, kinds)
         function = builder.inttoptr(values[0], kind.as_pointer())
         unpacked = cgutils.unpack_tuple(builder, values[1], len(kinds))
-        status, result = context.call_conv.call_function(builder, function, types.int64, kinds, unpacked)
+        status, result = convention.call_function(builder, function, types.int64, kinds, unpacked)
         with cgutils.if_unlikely(builder, status.is_error):
             context.call_conv.return_status_propagate(builder, status)
         return result
 
     return types.int64(address, arguments), generate
-
-
-class InnerLibrary(JITCodeLibrary):
-    """Code of a function that is only ever linked into others: kept as it was lowered.
-
-    numba links every function's callees into it, optimises all and emits machine code, and does the three again in
-    its callers. With hundreds of small functions that is most of the compile time.
-    """
-
-    def finalize(self) -> None:
-        self._finalized = True
-
-    def _get_module_for_linking(self) -> Any:
-        """With all that it calls, for callers that numba compiles by itself."""
-        if self._shared_module is None:
-            module = self.own_module().clone()
-            for library in called_libraries(self):
-                module.link_in(module_of(library), preserve=True)
-            self._shared_module = module
-        return self._shared_module
-
-    def own_module(self) -> Any:
-        """Its function, as one that may come from several libraries and go where it is inlined everywhere."""
-        for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage == Linkage.external:
-                function.linkage = "linkonce_odr"
-        return self._final_module
-
-
-def called_libraries(library: Any) -> list[Any]:
-    """The libraries of all that is called, callers first; other than inner ones contain what they call.
-
-    LLVM leaves out a function that may come from several libraries where nothing linked before refers to it.
-    """
-    seen: set[Any] = set()
-    found: list[Any] = []
-
-    def visit(caller: Any) -> None:
-        for called in caller._linking_libraries:
-            if called not in seen:
-                seen.add(called)
-                if isinstance(called, InnerLibrary):
-                    visit(called)
-                found.append(called)
-
-    visit(library)
-    return found[::-1]
-
-
-def module_of(library: Any) -> Any:
-    return library.own_module() if isinstance(library, InnerLibrary) else library._get_module_for_linking()
 
 
 class EntryLibrary(JITCodeLibrary):
@@ -217,85 +168,6 @@ class EntryLibrary(JITCodeLibrary):
         """numba's, less the round of passes before it prunes reference counting: kernels have none."""
         passes, builder = self._codegen._module_pass_manager()
         passes.run(self._final_module, builder)
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class InnerLowering(NativeLowering):
-    """Lower to LLVM IR and register the function for its callers, without machine code."""
-
-    _name = "inner_lowering"
-
-    def run_pass(self, state: Any) -> bool:
-        state.flags.no_compile = True
-        super().run_pass(state)
-        lowered = state["cr"]
-        name = state.func_id.func_qualname
-        if not state.flags.forceinline:
-            # LLVM would copy it into each of its callers.
-            state["library"].get_function(lowered.fndesc.mangled_name).add_function_attribute("noinline")
-
-        def inner(*args: object) -> NoReturn:
-            raise TypeError(f"{name} is an inner kernel: call it from an entry point")
-
-        # Callers find the function by this key.
-        state.targetctx.insert_user_function(inner, lowered.fndesc, [state["library"]])
-        state["cr"] = lowered._replace(cfunc=inner)
-        return True
-
-
-# Kernels have no closures, no `with`, and no expressions of whole arrays.
-_NEEDLESS = (InlineClosureLikes, NopythonRewrites, WithLifting)
-
-
-class InnerCompiler(CompilerBase):
-    """numba's nopython pipeline with `InnerLowering`."""
-
-    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any,
-                 locals: Any) -> None:  # fmt: skip
-        library = InnerLibrary(targetctx.codegen(), "inner")
-        flags.no_cpython_wrapper = True
-        flags.no_cfunc_wrapper = True
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-
-    def define_pipelines(self) -> list[Any]:
-        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [
-            (InnerLowering, text) if stage is NativeLowering else (stage, text)
-            for stage, text in manager.passes
-            if stage not in _NEEDLESS
-        ]
-        manager._finalized = False
-        manager.finalize()
-        return [manager]
-
-
-class StepCompiler(InnerCompiler):
-    """Inlined where the machine's parameters are constants, called where they are read (handle.py:MachineType)."""
-
-    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any,
-                 locals: Any) -> None:  # fmt: skip
-        flags.forceinline = not args[0].full
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-
-
-def inner_function(pipeline: type[InnerCompiler] = InnerCompiler, **options: Any) -> Callable[..., Any]:
-    """Like njit(**options), for functions that only other compiled functions call."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(pipeline_class=pipeline, **options)(function)
-
-        def compile(signature: Any) -> Any:
-            """Dispatcher.compile() without what an inner function has no use for: timers, a cache, a C callable."""
-            args, return_type = normalize_signature(signature)
-            if args not in dispatcher.overloads:
-                with dispatcher._compiling_counter:
-                    dispatcher.overloads[args] = dispatcher._compiler.compile(args, return_type)
-            return dispatcher.overloads[args].entry_point
-
-        dispatcher.compile = compile
-        return dispatcher
-
-    return decorate
 
 
 # Argument types whose meaning does not change: asked twice about them, numba's overload resolution says the same.
@@ -357,21 +229,47 @@ def _remembering_less(self: Any, emit_dels: bool = False, extend_lifetimes: bool
     self.func_ir.generator_info = None
 
 
+def _nothing(*args: object, **options: object) -> None:
+    """Of what is done for nobody."""
+
+
+def _install_known_registries(self: Any) -> None:
+    """CPUContext.load_additional_registries(), less the import of thirty modules: that came before any kernel."""
+    for registry in list(self._registries):
+        self.install_registry(registry)
+
+
+_has_location = cache(base._has_loc)  # it looks at a function's signature, for every call that is lowered
+
+
+# What numba does once more for every function, and what stands in for it.
+_QUICK = (
+    (BaseFunction, "get_call_type", _remembered_call_type),
+    (PostProcessor, "run", _remembering_less),
+    (base, "_has_loc", _has_location),
+    (event, "start_event", _nothing),  # nobody listens
+    (event, "end_event", _nothing),
+    (CPUContext, "load_additional_registries", _install_known_registries),
+    (TypingContext, "load_additional_registries", _install_known_registries),
+)
+
+
 @contextmanager
 def quick_compilation() -> Iterator[None]:
-    """Let numba compile with less to do: remembered signatures, no garbage collection. Within its compiler lock only.
+    """Let numba compile with less to do, and without a garbage collector. Within its compiler lock only.
 
     It makes millions of objects that stay, and the collector would go through all of them time and again.
     """
-    collecting, resolving = gc.isenabled(), BaseFunction.get_call_type
+    collecting = gc.isenabled()
+    usual = [getattr(owner, name) for owner, name, _ in _QUICK]
     gc.disable()
-    BaseFunction.get_call_type = _remembered_call_type
-    PostProcessor.run = _remembering_less
+    for owner, name, quick in _QUICK:
+        setattr(owner, name, quick)
     try:
         yield
     finally:
-        BaseFunction.get_call_type = resolving
-        PostProcessor.run = _post_process
+        for (owner, name, _), function in zip(_QUICK, usual, strict=True):
+            setattr(owner, name, function)
         if collecting:
             gc.enable()
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import njit
-from numba.core.errors import TypingError
+from numba.core import config
+from numba.core.errors import NumbaError, TypingError
 from numba.core.types.functions import BaseFunction
 
-from pgemu_kernels.engine import numba_internals
+from pgemu_kernels.engine import inner_functions, numba_internals
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
@@ -19,9 +20,9 @@ U = np.uint64
 SEVEN = U(7)
 
 # As compile.py makes them, but not in its lists, which the ground rules go through.
-kernel = numba_internals.inner_function(forceinline=True, **OPTIONS)
-step = numba_internals.inner_function(numba_internals.StepCompiler, forceinline=False, **OPTIONS)
-outlined = numba_internals.inner_function(forceinline=False, **OPTIONS)
+kernel = inner_functions.inner_function(forceinline=True, **OPTIONS)
+step = inner_functions.inner_function(inner_functions.StepCompiler, forceinline=False, **OPTIONS)
+outlined = inner_functions.inner_function(forceinline=False, **OPTIONS)
 entry = njit(pipeline_class=numba_internals.EntryCompiler, **OPTIONS)
 
 chosen = parameter(U1, SEVEN)
@@ -157,3 +158,92 @@ def test_remembered_signatures_are_those_numba_resolves(first: Any, second: Any)
     again = entry(remembered.py_func)
     assert again(*arguments) == expected(*arguments)
     assert again.nopython_signatures == expected.nopython_signatures
+
+
+# ------------------------------------------------------------------ what an inner function is lowered to
+
+
+def swapped_in_a_loop(words, count):  # type: ignore[no-untyped-def]
+    first, second, last = U0, U1, U(7)
+    while count > U0:
+        first, second = second, first + second
+        if first & U1:
+            last = second
+        count -= U1
+    return words[last % U(words.size)] + first
+
+
+def one_of_two_values(words, count):  # type: ignore[no-untyped-def]
+    for k in range(words.size):
+        if words[k] > count:
+            found = words[k]
+            break
+    else:
+        found = count
+    return found + words[-1]
+
+
+def stored_and_read_back(words, count):  # type: ignore[no-untyped-def]
+    words[1] = count
+    words[U0] = words[1] + U1
+    part = words[1:3]
+    part[0] += U1
+    return words[0] * U(100) + words[1] + U(part.size)
+
+
+def several_values(words, count):  # type: ignore[no-untyped-def]
+    return (words, count), (count + U1, words[2], words)
+
+
+def takes_them_apart(words, count):  # type: ignore[no-untyped-def]
+    (same, kept), (more, third, again) = several_values(words, count)
+    return same[1] + kept + more + third + again[0]
+
+
+def smallest_and_largest(words, count):  # type: ignore[no-untyped-def]
+    return min(words[0], count) * U(1000) + max(words[1], count) + U(bool(count))
+
+
+several_values = inner_functions.inner_function(forceinline=False, **OPTIONS)(several_values)
+SHAPES = (swapped_in_a_loop, one_of_two_values, stored_and_read_back, takes_them_apart, smallest_and_largest)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_inner_function_does_what_numbas_does(shape: Any) -> None:
+    inner = inner_functions.inner_function(forceinline=False, **OPTIONS)(shape)
+
+    @entry
+    def call(words, count):  # type: ignore[no-untyped-def]
+        return inner(words, count)
+
+    if shape is takes_them_apart:
+        expected = 1 + 5 + (5 + 1) + 2 + 3, [3, 1, 2]
+        words = np.array([3, 1, 2], np.uint64)
+        assert (call(words, U(5)), words.tolist()) == expected
+        return
+    plain = njit(**OPTIONS)(shape)
+    for count in map(U, (0, 1, 2, 3, 10, 50)):
+        results = []
+        for function in (plain, call):
+            words = np.array([4, 9, 2, 30], np.uint64)
+            results.append((function(words, count), words.tolist()))
+        assert results[0] == results[1]
+
+
+def test_an_inner_function_that_raises_does_not_compile() -> None:
+    @inner_functions.inner_function(forceinline=True, **OPTIONS)
+    def raises(value):  # type: ignore[no-untyped-def]
+        if value:
+            raise ValueError
+        return value
+
+    @entry
+    def call(value):  # type: ignore[no-untyped-def]
+        return raises(value)
+
+    if config.BOUNDSCHECK:
+        with pytest.raises(ValueError):
+            call(U1)
+    else:
+        with pytest.raises(NumbaError, match="inner functions return errors"):
+            call(U1)
