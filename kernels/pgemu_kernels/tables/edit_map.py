@@ -15,6 +15,7 @@ from pgemu_kernels.tables.edit_tree import (
     breaks,
     child_attributes,
     count_entry,
+    count_in_table,
     empty_table,
     find,
     holds_leaf,
@@ -250,6 +251,16 @@ def level_that_fits(e, address, physical, length):
 
 
 @outlined
+def displace_in_run(e, f, slot, level, new, first, address):
+    """displace() of an entry in a run that began at slot `first` for `address`; where it fails is noted."""
+    at = address + (slot - first) * size_of(level)
+    status = displace(e, f, slot, level, new, at)
+    if status != DONE:
+        e.request[E_OFFSET] = at
+    return status
+
+
+@outlined
 def map_range(e, f, address, end, physical):
     """Map [address, end) to `physical` with the largest leaves: 0 or the first failure."""
     state = e.state
@@ -267,26 +278,27 @@ def map_range(e, f, address, end, physical):
             if status != DONE:
                 return status
             value = e.ram[slot]
-        run = min((end - address) >> shift_of(level), U512 - (slot & U511))
+        first = slot
+        behind = first + min((end - address) >> shift_of(level), U512 - (slot & U511))
+        table = slot >> U9  # its frame
         while True:
             if is_valid(state, f, value) or is_frozen(state, f, value):
-                status = displace(e, f, slot, level, new, address)
+                status = displace_in_run(e, f, slot, level, new, first, address)
                 if status != DONE:
                     return status
             else:
                 store_entry(e, slot, level, new)
-                count_entry(e, slot, U1)
+                count_in_table(e, table, U1)
                 request[E_WRITTEN] += U1
             request[E_CHANGED] += U1
-            address += size
-            request[E_OFFSET] = address
-            physical += size
-            run -= U1
-            if run == U0:
+            slot += U1
+            if slot == behind:
                 break
             new += size
-            slot += U1
             value = load_entry(e, slot, level)
+        address += (behind - first) * size
+        physical += (behind - first) * size
+        request[E_OFFSET] = address
     return DONE
 
 

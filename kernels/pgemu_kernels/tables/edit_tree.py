@@ -275,7 +275,12 @@ def find(e, f, address, target):
 @kernel
 def count_entry(e, slot, n):
     """Add `n` (uint64) to the present entries of the table that `slot` is in."""
-    frame = slot >> U9
+    count_in_table(e, slot >> U9, n)
+
+
+@kernel
+def count_in_table(e, frame, n):
+    """The same of the table in a frame."""
     e.counts[frame] = np.uint32(U(e.counts[frame]) + n)
 
 
