@@ -109,9 +109,9 @@ class _Bar:
 @click.option(
     "--design",
     "designs",
-    type=click.Choice(["restructure", "pfnmap"]),
+    metavar="[restructure|pfnmap]",
     multiple=True,
-    help="Design to run; may be repeated.  [default: both]",
+    help="Design to run, a row of machine/designs.py; may be repeated.  [default: both]",
 )
 @click.option("--hvo/--no-hvo", default=True, show_default=True, help="Optimise the vmemmap of HugeTLB pages.")
 @click.option(

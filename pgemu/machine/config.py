@@ -13,7 +13,7 @@ from pgemu.machine.designs import ORDERS, ROWS, Design
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "SPLIT_FORMS", "Config", "Node")
+__all__ = ("DEFECTS", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
@@ -21,7 +21,7 @@ SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 
 # Parameters that only `full.run_designs` knows.
-_FULL = (
+PARAMETERS = (
     "order", "batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
     "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
 )  # fmt: skip
@@ -188,7 +188,9 @@ class Config:
     @property
     def full(self) -> bool:
         """Whether a parameter of the designs differs from what `fast.run` has loops for."""
-        return self.page_size == W.PAGE_4K or any(getattr(self, name) != getattr(type(self), name) for name in _FULL)
+        return self.page_size == W.PAGE_4K or any(
+            getattr(self, name) != getattr(type(self), name) for name in PARAMETERS
+        )
 
     @property
     def page_order(self) -> int:

@@ -1,5 +1,7 @@
 """Designs and orders of conversion as data. A design that combines what exists is a row here, and no more.
 
+Its limits and sources can be said in pgemu/report; until then the report says that nobody has.
+
 What each property means stands in pgemu_kernels/words/properties.py; the steps of each order in
 pgemu_kernels/gmem/orders.py.
 """

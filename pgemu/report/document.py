@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pgemu import cost
 from pgemu.machine.results import operation_name
-from pgemu.report.limits import LIMITS
-from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
+from pgemu.report.limits import limits_of
+from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source, sources_of
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
@@ -23,12 +23,12 @@ def sources(comparison: Comparison) -> dict[str, Any]:
     prices = cost.profile(comparison.runs[0].config.profile)
 
     def plain(by_design: Any) -> dict[str, list[dict[str, str]]]:
-        return {design: _plain(by_design[design]) for design in designs}
+        return {design: _plain(sources_of(by_design, design)) for design in designs}
 
     return {
         "operations": {operation_name(op): plain(by_design) for op, by_design in OPERATION_SOURCES.items()},
         "state": {key: plain(by_design) for key, by_design in METRIC_SOURCES.items()},
-        "limits": {design: [asdict(limit) for limit in LIMITS[design]] for design in designs},
+        "limits": {design: [asdict(limit) for limit in limits_of(design)] for design in designs},
         "tags": dict(TAGS),
         "prices_ns": {
             event.name.lower(): {

@@ -12,7 +12,7 @@ from pgemu.report.sources import Tag
 if TYPE_CHECKING:
     from pgemu.machine.designs import Design
 
-__all__ = ("LIMITS", "Limit")
+__all__ = ("LIMITS", "Limit", "limits_of")
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,9 @@ LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(
         ),
     }
 )
+
+
+def limits_of(design: str) -> tuple[Limit, ...]:
+    """What a design cannot do; of one that only has a row, that nobody has said so."""
+    unsaid = Limit("nobody has listed any (pgemu/report/limits.py)", "none", "inference")
+    return {**LIMITS}.get(design, (unsaid,))  # type: ignore[call-overload, no-any-return]

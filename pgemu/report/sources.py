@@ -9,7 +9,7 @@ from pgemu_kernels.words import sources as S
 from pgemu_kernels.words.operations import Operation
 from pgemu_kernels.words.sources import Source, Tag
 
-__all__ = ("METRIC_SOURCES", "OPERATION_SOURCES", "TAGS", "Source", "Tag")
+__all__ = ("METRIC_SOURCES", "OPERATION_SOURCES", "TAGS", "Source", "Tag", "sources_of")
 
 TAGS: Mapping[Tag, str] = MappingProxyType(
     {
@@ -88,3 +88,8 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
     }
 )
 """For every metric and each design: what changes it."""
+
+
+def sources_of(by_design: Mapping[str, _Sources], design: str) -> _Sources:
+    """What a row models on a design; of one that only has a row of properties, that no source is named."""
+    return by_design.get(design, (Source("its properties combined: no source is named", "inference"),))

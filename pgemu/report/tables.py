@@ -12,15 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from pgemu.experiments.metrics import METRICS, Metric
+from pgemu.machine.config import PARAMETERS
 from pgemu.machine.results import operation_name
 from pgemu.report import units
-from pgemu.report.limits import LIMITS
-from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
+from pgemu.report.limits import limits_of
+from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source, sources_of
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.machine.config import Config
     from pgemu.trace.lowered import Lowered
 
 __all__ = (
@@ -125,7 +127,20 @@ def machine(comparison: Comparison) -> Table:
     checked = {"end": "at the end", "every": "after every operation and at the end"}
     when = checked.get(str(comparison.check), f"every {comparison.check} operations and at the end")
     result = "broken, see below" if comparison.broken else "none broken"
-    return _facts([("machine", text), ("invariants", f"checked {when}: {result}")])
+    rows = [("machine", text), ("parameters", _parameters(config)), ("invariants", f"checked {when}: {result}")]
+    return _facts(row for row in rows if row[1])
+
+
+def _parameters(config: Config) -> str:
+    """The designs' parameters that are not what they are by default, as the command line has them."""
+    changed = []
+    for name in PARAMETERS:
+        value = getattr(config, name)
+        if value == getattr(type(config), name):
+            continue
+        shown = {True: "", False: " off"}.get(value, f" {' '.join(value) if isinstance(value, tuple) else value}")
+        changed.append(name.replace("_", "-") + shown)
+    return ", ".join(changed)
 
 
 def outcomes(comparison: Comparison) -> Group:
@@ -196,8 +211,8 @@ def limits(comparison: Comparison) -> Group:
     """What the compared designs cannot do, whatever the trace."""
     table = _table("design", "limit", fold=("limit",))
     for run in comparison.runs:
-        for row, limit in enumerate(LIMITS[run.design]):
-            last = row == len(LIMITS[run.design]) - 1
+        for row, limit in enumerate(limits_of(run.design)):
+            last = row == len(limits_of(run.design)) - 1
             table.add_row(run.design if row == 0 else "", Text(limit.text), end_section=last)
     return _titled("What each design cannot do", table)
 
@@ -225,7 +240,7 @@ def operation_sources(comparison: Comparison) -> Group:
     table = _source_table("operation")
     for op, by_design in OPERATION_SOURCES.items():
         for row, run in enumerate(comparison.runs):
-            _source_rows(table, "" if row else operation_name(op), run.design, by_design[run.design])
+            _source_rows(table, "" if row else operation_name(op), run.design, sources_of(by_design, run.design))
     return _titled("Sources: operations", table)
 
 
@@ -235,7 +250,7 @@ def state_sources(comparison: Comparison) -> Group:
     designs = [run.design for run in comparison.runs]
 
     def key(metric: Metric) -> tuple[Any, ...]:
-        return metric.group, *(METRIC_SOURCES[metric.key][design] for design in designs)
+        return metric.group, *(sources_of(METRIC_SOURCES[metric.key], design) for design in designs)
 
     for (group, *sources), metrics in groupby(METRICS, key=key):
         name = f"{group}: {', '.join(metric.label for metric in metrics)}"
@@ -251,7 +266,7 @@ def limit_sources(comparison: Comparison) -> Group:
     """The kernel function behind each limit."""
     table = _table("design", "limit", "", "because of", fold=("limit", "because of"))
     for run in comparison.runs:
-        for row, limit in enumerate(LIMITS[run.design]):
+        for row, limit in enumerate(limits_of(run.design)):
             table.add_row("" if row else run.design, Text(limit.text), limit.tag, _breakable(limit.function))
     return _titled("Sources: limits", table)
 

@@ -140,6 +140,13 @@ def test_broken_invariants_are_one_line_each() -> None:
     assert "Broken invariants" not in text(mixed())
 
 
+def test_parameters_that_differ_from_the_default_are_told() -> None:
+    assert "parameters" not in text(mixed())
+    options = {"order": "fixup", "host_huge": True, "defects": ("rollback-at-zero",), "worker": "queued"}
+    told = text(compare(lowered(mixed_records()), **options), width=200)
+    assert "parameters  order fixup, defects rollback-at-zero, worker queued, host-huge\n" in told
+
+
 @pytest.mark.parametrize(
     ("check", "told"),
     [("end", "checked at the end: none broken"), (5, "checked every 5 operations and at the end: none broken")],

@@ -6,12 +6,15 @@ invalidates and zaps whole huge pages, and a hole leaves it to truncation to unm
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from comparisons import HVA, INODE, lowered, mixed_records, one
 from machines import assert_same
+from pgemu.cli import main
 from pgemu.experiments.compare import DesignRun, compare
 from pgemu.machine import designs
 from pgemu.machine.designs import Row
@@ -59,6 +62,18 @@ def test_it_is_compared_with_the_others() -> None:
     assert outcomes(frames, Operation.ZAP) == {"ok": 1}
     for op in Operation:
         assert op == Operation.ZAP or outcomes(frames, op) == outcomes(pfnmap, op)
+
+
+@pytest.mark.parametrize("form", [(), ("--sources",), ("--json", "--sources")])
+def test_the_command_line_knows_it_by_its_row(form: tuple[str, ...], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=4 gpa=0x0 size=0x200000 hva=0x7f0000000000\n")
+    arguments = ["compare", str(log), "--page-size", "2M", "--design", "pfnmap", "--design", FRAMES, *form]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "frames" in done.output
+    assert "nobody has listed any" in done.output
+    assert "no source is named" in done.output or "--sources" not in form
 
 
 def test_conversions_zap_whole_huge_pages_and_split_none() -> None:
