@@ -89,6 +89,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    I_GUEST_BITS,
     I_PAGES,
     I_WORD,
     M_BASE_GFN,
@@ -180,7 +181,9 @@ def prefetch_guest(m, columns, i):
     slot = find_memslot(state, vm, gfn)
     if slot != NONE:
         node = inode_row(state[slot + M_INODE])
-        prefetch_page(m, node, gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF])
+        index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+        prefetch_page(m, node, index)
+        prefetch(state, state[node + I_GUEST_BITS] + (index >> U6))
         prefetch_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
 
 
