@@ -36,6 +36,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    I_GUEST_BITS,
     I_PAGES,
     I_WORD,
     M_BASE_GFN,
@@ -152,6 +153,7 @@ def prefetch_guest(m, columns, i):
     node, index = page_of_guest(m, columns, i)
     if node != NONE:
         prefetch_bit(m, node, index)
+        prefetch(m.state, m.state[node + I_GUEST_BITS] + (index >> U6))
         if splits_folios(m) or order_0(m):
             prefetch_folio(m, node, index)
         root = m.state[vm_row(element(columns.header, i) >> U32 & LOW16) + V_ROOT]
