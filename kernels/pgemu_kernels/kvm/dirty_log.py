@@ -121,11 +121,11 @@ def host_leaf(m, space, page):
 
 
 @kernel
-def collapse_table(m, f, slot, gfn, spte, level):
+def recover_table(m, f, slot, gfn, spte, level):
     collapse(m, f, spte, level)
 
 
-recover_user_slot = recover_huge_pages(recoverable_level, collapse_table)  # nothing is faulted in
+recover_user_slot = recover_huge_pages(recoverable_level, recover_table)  # nothing is faulted in
 
 
 @outlined

@@ -101,21 +101,21 @@ def in_batches(prefetch: Callable[..., Any], operate: Callable[..., Any]) -> Cal
 
 
 @kernel
-def convert(m, op):
+def operate_convert(m, op):
     charge_one(m, EVENT_CONVERT_IOCTL)
     orders.convert(m, op)
 
 
 @kernel
-def zap(m, op):
+def operate_zap(m, op):
     charge_one(m, EVENT_SYSCALL)
     zap_mappings(m, op)
 
 
 host_faults = in_batches(prefetch_hosts, host_fault)
 guest_faults = in_batches(prefetch_guests, guest_fault)
-converts = in_batches(prefetch_converts, convert)
-zaps = in_batches(prefetch_hosts, zap)
+converts = in_batches(prefetch_converts, operate_convert)
+zaps = in_batches(prefetch_hosts, operate_zap)
 
 
 @outlined

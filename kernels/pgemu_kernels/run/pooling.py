@@ -92,7 +92,7 @@ def change_pool(m, op):
 
 
 @outlined
-def allocate(m, op):
+def operate_allocate(m, op):
     """FOLIO_ALLOCATE: alloc_hugetlb_folio() without a reservation: 0 with the head's frame.
 
     -ENOMEM without a free page that is neither reserved nor poisoned and without one to be had as surplus; -EINVAL.
@@ -247,7 +247,7 @@ def operate_pool(m, op):
     if kind == OP_POOL_RESIZE or kind == OP_POOL_DEMOTE:
         change_pool(m, op)
     elif kind == OP_FOLIO_ALLOCATE:
-        allocate(m, op)
+        operate_allocate(m, op)
     elif kind == OP_FOLIO_FREE:
         free(m, op)
     elif kind == OP_VMEMMAP_OPTIMIZE or kind == OP_VMEMMAP_RESTORE:
