@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -36,6 +37,8 @@ class _Group(click.RichGroup):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
         extra["standalone_mode"] = False
+        if sys.stdout is None:
+            _fail("standard output is closed")
         try:
             status = super().main(*args, **extra)
         except click.NoSuchOption as error:
@@ -48,6 +51,9 @@ class _Group(click.RichGroup):
         except (click.Abort, KeyboardInterrupt):
             print("pgemu: interrupted", file=sys.stderr)
             sys.exit(_INTERRUPTED)
+        except OSError as error:
+            _discard_output()
+            _fail(f"{error.filename or 'standard output'}: {error.strerror}")
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -55,9 +61,14 @@ class _Group(click.RichGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # The interpreter flushes stdout once more at its end; let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             sys.exit(_BROKEN_PIPE)
+
+
+def _discard_output() -> None:
+    """The interpreter flushes stdout once more at its end; let that go nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:

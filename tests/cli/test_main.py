@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 
@@ -171,3 +172,14 @@ def test_a_second_run_compiles_nothing_and_loads_only_what_it_needs(args: list[s
     assert first.returncode == second.returncode == 0, second.stderr
     assert second.stdout == first.stdout
     assert second.stderr == "compiled:\nloaded:\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
+@pytest.mark.parametrize(
+    ("output", "complaint"),
+    [(">/dev/full", "standard output: No space left on device"), (">&-", "standard output is closed")],
+)
+def test_output_that_cannot_be_written_is_one_line(output: str, complaint: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pgemu --help {output}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"pgemu: {complaint}\n")

@@ -161,6 +161,15 @@ _jobs: Jobs | None = None
 _starting = threading.Lock()
 
 
+def _begin_anew() -> None:
+    """In a process that was forked: who compiles for its parent tells it nothing, and locks may be held by nobody."""
+    global _jobs, _starting
+    _jobs, _starting = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 def _compile_with_others(entry: Declared) -> None:
     """Compile an entry; if every machine needs it, have others that every machine needs compiled meanwhile."""
     global _jobs

@@ -93,7 +93,11 @@ def _parts(context: Any, kind: Any) -> Iterator[Any]:
         for item in kind:
             yield from _parts(context, item)
     elif isinstance(kind, types.Array):
+        if kind.ndim != 1 or kind.layout != "C":
+            raise NumbaError(f"{kind}: inner functions take arrays of one dimension, item after item")
         yield from (context.get_value_type(kind).elements[_field(context, kind, name)] for name in ("data", "nitems"))
+    elif isinstance(kind, (types.NoneType, types.Omitted)):
+        raise NumbaError("inner functions take every argument, and no None")
     else:
         yield context.get_value_type(kind)
 
@@ -279,7 +283,8 @@ class InnerLower(CheckedLower):
     def _item(self, array: Any, index: Any, signature: Any) -> Any:
         """The address of an item of numbers; None where numba has to work out which one or how it is kept."""
         kind, where = signature.args[:2]
-        if not (isinstance(kind, types.Array) and isinstance(kind.dtype, types.Integer) and _counts_up(where)):
+        plain = isinstance(kind, types.Array) and kind.ndim == 1 and kind.layout == "C"
+        if not (plain and isinstance(kind.dtype, types.Integer) and _counts_up(where)):
             return None
         position = self.context.cast(self.builder, self.loadvar(index.name), self.typeof(index.name), types.uint64)
         data = self.builder.extract_value(self.loadvar(array.name), _field(self.context, kind, "data"))

@@ -32,12 +32,12 @@ def chosen_folders() -> list[Path]:
     environment = os.environ
     found = []
     if environment.get("PGEMU_CACHE_DIR"):
-        found.append(Path(environment["PGEMU_CACHE_DIR"]))
+        found.append(Path(os.path.expanduser(environment["PGEMU_CACHE_DIR"])))
     if environment.get("NUMBA_CACHE_DIR"):
         found.append(Path(environment["NUMBA_CACHE_DIR"]) / "pgemu")
     home = environment.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(home):  # as the specification of XDG wants it
-        home = os.path.expanduser("~/.cache")
+        home = os.path.expanduser("~/.cache") if environment.get("HOME", "/") else ""
     if os.path.isabs(home):
         found.append(Path(home) / "pgemu")
     return found
@@ -143,4 +143,5 @@ _said: set[str] = set()
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        print(f"pgemu: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):
+            print(f"pgemu: {message}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from llvmlite.binding import Linkage
 from numba import njit
 from numba.core import base, caching, cgutils, event, serialize, transforms, types
 from numba.core.callconv import CPUCallConv
@@ -161,6 +162,11 @@ class EntryLibrary(JITCodeLibrary):
         for library in called_libraries(self):
             self._reload_init.update(library._reload_init)
             self._final_module.link_in(module_of(library), preserve=True)
+        # Entries that were compiled by different processes have the same names for different functions: where machine
+        # code is linked, no name is to be seen.
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = "private"
         self._linking_libraries = []
         super().finalize()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from pgemu_kernels.engine import machine_code
 
@@ -40,8 +42,12 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        if self.quiet:
+        if self.quiet or sys.stderr is None:
             return
+        with suppress(OSError, ValueError):  # closed, or on a full disk: nobody is told, and the work goes on
+            self._tell()
+
+    def _tell(self) -> None:
         if sys.stderr.isatty():
             self._rewrite(self._line() if self._under_way else "")
         elif not self._announced:
@@ -62,3 +68,12 @@ class Progress:
 
 
 progress = Progress()
+
+
+def _begin_anew() -> None:
+    """In a process that was forked: its parent's threads, which may have held the lock, are not here."""
+    progress._lock = threading.Lock()
+    progress._under_way = {}
+
+
+os.register_at_fork(after_in_child=_begin_anew)

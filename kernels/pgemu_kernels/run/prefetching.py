@@ -144,7 +144,11 @@ def page_of_guest(m, columns, i):
     slot = find_memslot(state, element(columns.header, i) >> U32 & LOW16, gfn)
     if slot == NONE:
         return NONE, NONE
-    return inode_row(state[slot + M_INODE]), gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    node = inode_row(state[slot + M_INODE])
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    if index >= state[node + I_PAGES]:  # a slot that was released is behind every file
+        return NONE, NONE
+    return node, index
 
 
 @kernel

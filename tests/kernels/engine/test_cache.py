@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pgemu_kernels.engine import machine_code
+from pgemu_kernels.engine import ahead, machine_code
+from pgemu_kernels.engine.progress import Progress, progress
 from small_package import COMPILES, INTO_MEMORY, WARM, Outcome, Package, outcome
 
 
@@ -217,3 +220,24 @@ def test_folders_without_an_absolute_home(home: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", home)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert machine_code.folders() == [machine_code.INSTALLED, tmp_path / ".cache" / "pgemu"]
+
+
+def test_a_forked_process_waits_for_nobody_who_works_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_jobs", ahead.Jobs([], 0))
+    with ahead._starting, progress._lock:
+        child = os.fork()
+        if child == 0:
+            free = not ahead._starting.locked() and not progress._lock.locked()
+            os._exit(0 if ahead._jobs is None and free else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("closed", [None, "closed"])
+def test_without_stderr_nobody_is_told_and_work_goes_on(monkeypatch: pytest.MonkeyPatch, closed: str | None) -> None:
+    stderr = io.StringIO() if closed else None
+    if stderr:
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    told = Progress()
+    told.begin("run")
+    told.end("run")

@@ -145,7 +145,8 @@ def test_inner_functions_link_into_functions_that_numba_compiles_by_itself() -> 
         m = open_full_machine(descriptor)
         return add_chosen(m, U1) + for_full(m, U0, U1, U1)
 
-    assert plain(describe(arrays())) == (5 + 1 + 40) + (1000 + 40 + 300 + 2)
+    machine = arrays()
+    assert plain(describe(machine)) == (5 + 1 + 40) + (1000 + 40 + 300 + 2)
 
 
 # ------------------------------------------------------------------ compilation with less to do
@@ -285,3 +286,51 @@ def test_an_inner_function_that_raises_does_not_compile() -> None:
     else:
         with pytest.raises(NumbaError, match="inner functions return errors"):
             call(U1)
+
+
+@pytest.mark.skipif(bool(config.BOUNDSCHECK), reason="numba's own calls take everything")
+@pytest.mark.parametrize("strange", ["every other item", "two dimensions", "a default"])
+def test_what_an_inner_function_cannot_take_does_not_compile(strange: str) -> None:
+    @inner_functions.inner_function(forceinline=False, **OPTIONS)
+    def first(values, k=U1):  # type: ignore[no-untyped-def]
+        return k + U(values.size)
+
+    @entry
+    def call(values):  # type: ignore[no-untyped-def]
+        return first(values, U0)
+
+    @entry
+    def call_with_less(values):  # type: ignore[no-untyped-def]
+        return first(values)
+
+    function = call_with_less if strange == "a default" else call
+    values = np.zeros((2, 2), np.uint64) if strange == "two dimensions" else np.zeros(4, np.uint64)
+    with pytest.raises(NumbaError, match="inner functions take"):
+        function(values[::2] if strange == "every other item" else values)
+
+
+def test_every_other_item_is_found_where_numba_finds_it() -> None:
+    def second(words):  # type: ignore[no-untyped-def]
+        part = words[::2]
+        part[U1] += U1
+        return part[U1] * U(10) + words[::-1][U1]
+
+    inner = inner_functions.inner_function(forceinline=False, **OPTIONS)(second)
+
+    @entry
+    def call(words):  # type: ignore[no-untyped-def]
+        return inner(words)
+
+    results = [function(np.arange(5, 11, dtype=np.uint64)) for function in (njit(**OPTIONS)(second), call)]
+    assert results == [8 * 10 + 9] * 2
+
+
+def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
+    """Entries come from several processes, which number the functions of a closure alike."""
+    machine = arrays()
+    for add in (fast, full):
+        add(describe(machine), U0)
+        (result,) = add.overloads.values()
+        linked = result.library._get_compiled_object().replace(b"NumbaEnv12test_compile10add_chosen", b"")
+        assert result.fndesc.llvm_func_name.encode() in linked
+        assert b"10add_chosen" not in linked

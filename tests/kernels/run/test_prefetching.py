@@ -56,6 +56,18 @@ def test_a_scattered_batch_does_what_its_operations_do_one_by_one(design: str, p
     assert_same(at_once, singly)
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("page_size", [PAGE, M2])
+def test_a_slot_that_was_released_has_no_page_to_read_ahead(design: str, page_size: int) -> None:
+    machine = Machine(Config(design, pool=SIZE, page_size=page_size))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(SIZE, shared=True)
+    vm = machine.create_vm(machine.create_process())
+    assert vm.bind(gmem, 0).status == 0
+    assert vm.release(gmem).status == 0
+    pages = np.random.default_rng(1).permutation(SIZE // PAGE)[:COUNT].astype(np.uint64)
+    assert set(vm.touch_many(pages * np.uint64(PAGE)).status.tolist()) == {-W.EFAULT}
+
+
 @pytest.mark.parametrize("page_size", [PAGE, M2])
 def test_the_words_of_a_block_that_a_fault_reads_are_in_one_cache_line(page_size: int) -> None:
     machine = scene("restructure", page_size)
