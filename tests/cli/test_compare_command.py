@@ -168,7 +168,7 @@ def test_a_workload_runs_by_its_name() -> None:
         (["--check", "0"], "'0': expected end, every, or a number"),
         (["--check", "-1"], "'-1': expected end, every, or a number"),
         (["--vcpus", "0"], "0 is not in the range"),
-        (["--design", "folio"], "'folio' is not one of"),
+        (["--design", "folio"], "design 'folio': expected one of restructure, pfnmap"),
         (["--kernel", "5.4"], "'5.4' is not one of"),
         (["--nonsense"], "No such option"),
         (["a", "b"], "unexpected extra argument"),
