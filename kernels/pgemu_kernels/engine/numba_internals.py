@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from llvmlite.binding import Linkage
@@ -83,11 +84,14 @@ class KernelCache(caching._Cache):  # type: ignore[misc]
         return f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
+library_of = attrgetter("library")  # the code of a compile result
+
+
 def reduced(result: Any) -> tuple[Any, ...]:
     """What of a compile result is needed to call it: not its bitcode, which numba would parse each time."""
     descriptor = result.fndesc
     descriptor.typemap = descriptor.calltypes = None
-    library = result.library
+    library = library_of(result)
     return library.name, library._get_compiled_object(), descriptor, result.signature, list(result.environment.consts)
 
 
@@ -131,7 +135,7 @@ def compiled_elsewhere(function: Callable[..., Any], obtain: Callable[[Any], Any
 def address_of(dispatcher: Any) -> int:
     """Where the code of a dispatcher's only signature begins, for call_address()."""
     (result,) = dispatcher.overloads.values()
-    address: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    address: int = library_of(result).get_pointer_to_function(result.fndesc.llvm_func_name)
     if not address:
         raise RuntimeError(f"no machine code of {result.fndesc.llvm_func_name}")
     return address
@@ -284,7 +288,7 @@ class EntryCompiler(Compiler):
     """numba's own pipeline, for functions that Python calls; all that they call is compiled within."""
 
     def compile_extra(self, func: Any) -> Any:
-        self.state.library = EntryLibrary(self.state.targetctx.codegen(), func.__qualname__)
-        self.state.library.enable_object_caching()
+        library = self.state["library"] = EntryLibrary(self.state.targetctx.codegen(), func.__qualname__)
+        library.enable_object_caching()
         with quick_compilation():
             return super().compile_extra(func)

@@ -332,6 +332,6 @@ def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
     for add in (fast, full):
         add(describe(machine), U0)
         (result,) = add.overloads.values()
-        names = re.findall(rb"_ZN[0-9A-Za-z_]+", result.library._get_compiled_object())
+        names = re.findall(rb"_ZN[0-9A-Za-z_]+", numba_internals.library_of(result)._get_compiled_object())
         assert result.fndesc.llvm_func_name.encode() in names
         assert [name for name in names if b"add_chosen" in name and not name.startswith(b"_ZN08NumbaEnv")] == []
