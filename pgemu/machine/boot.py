@@ -161,7 +161,6 @@ _OF_CONFIG = {
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {
-    W.R_CONVERT_BY_BLOCK: ("batch", "block"),
     W.R_SPLIT_TO_2M: ("split_to", "2M"),
     W.R_MERGE_LAZY: ("merge", "lazy"),
     W.R_FLUSH_BATCHED: ("flush", "batched"),
@@ -214,6 +213,8 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
         W.R_ZERO_PAGE: config.zero == "page" and config.page_order != 0,  # a 4K folio has its own flag
         W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
         W.R_CONVERT_ORDER: order,
+        # virt/kvm/guest_memfd.c:__kvm_gmem_set_attributes(): files of 4K pages are converted at once
+        W.R_CONVERT_BY_BLOCK: config.batch == "block" and config.page_order != 0,
         W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
         W.R_LRU_CPUS: min(config.host_cpus, W.LRU_CPUS),
     }

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
-from pgemu.machine.designs import ORDERS, ROWS, Design
+from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
@@ -20,11 +20,15 @@ SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 
-# Parameters that only `full.run_designs` knows.
-PARAMETERS = (
-    "order", "batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
-    "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
+_FOR_FULL = (
+    "split_to", "merge", "flush", "defects", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
+    "in_place_conversion",
 )  # fmt: skip
+_OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
+
+PARAMETERS = ("order", "batch", "punch", *_FOR_FULL)
+"""Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
+ones is known by `full.run_designs` only."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class Config:
     configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
     split_form: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; folios/splitting.py).
-    order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
-    batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
+    order: whose order of steps a conversion of restructure has: "rfc2", "fixup" (also of the branch of December 2025),
+    "jan2026", "next4k".
+    batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other. The default
+    of restructure is "block", of pfnmap "range".
     split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
     merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
     flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
@@ -98,15 +104,15 @@ class Config:
     reserved: int = 0
     configuration: Literal["debian", "small"] = "debian"
     split_form: Literal["rfc2", "jan2026"] = "jan2026"
-    order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
-    batch: Literal["range", "block"] = "range"
+    order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "fixup"
+    batch: Literal["range", "block"] = _OF_DESIGN
     split_to: Literal["4K", "2M"] = "4K"
     merge: Literal["now", "lazy"] = "now"
     flush: Literal["each", "batched"] = "each"
     defects: tuple[str, ...] = ()
     lru_cache: bool = False
     worker: Literal["immediate", "queued"] = "immediate"
-    punch: Literal["zero", "refuse"] = "zero"
+    punch: Literal["zero", "refuse"] = "refuse"
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
@@ -118,6 +124,10 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        row = ROWS.get(self.design)
+        for name in DEFAULTS:
+            if getattr(self, name) is None and row:
+                object.__setattr__(self, name, row.default(name))
         for holds, complaint in chain(self._choices(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
@@ -188,8 +198,9 @@ class Config:
     @property
     def full(self) -> bool:
         """Whether a parameter of the designs differs from what `fast.run` has loops for."""
+        own_order = ROWS[self.design].order is None
         return self.page_size == W.PAGE_4K or any(
-            getattr(self, name) != getattr(type(self), name) for name in PARAMETERS
+            getattr(self, name) != getattr(type(self), name) for name in ("order",) * own_order + _FOR_FULL
         )
 
     @property

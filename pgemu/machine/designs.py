@@ -8,7 +8,9 @@ pgemu_kernels/gmem/orders.py.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from pgemu_kernels.words.operations import (
     CONVERT_FIXUP,
@@ -19,7 +21,7 @@ from pgemu_kernels.words.operations import (
 )
 from pgemu_kernels.words.properties import Property
 
-__all__ = ("DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
+__all__ = ("DEFAULTS", "DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
 
 Design = Literal["restructure", "pfnmap"]
 
@@ -32,11 +34,23 @@ class Order(NamedTuple):
     without: Property = Property(0)
 
 
+# What fields of Config are where they are not given: those that no design has otherwise.
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block"})
+
+
 class Row(NamedTuple):
-    """A design: its properties, and its order. Without one, the order is a parameter of the machine."""
+    """A design: its properties, its order, and which of DEFAULTS it has otherwise.
+
+    Without an order, that is a parameter of the machine.
+    """
 
     properties: Property
     order: Order | None = None
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+    def default(self, name: str) -> Any:
+        """What a field of Config is where it is not given."""
+        return self.defaults.get(name, DEFAULTS[name])
 
 
 ORDERS = {  # those that a machine may be given
@@ -52,7 +66,9 @@ ROWS = {
     "restructure": Row(Property.GUP | Property.SPLITS_FOLIOS | Property.LEVEL_BY_FOLIO | Property.ROUNDS_RANGES),
     # The VMA is VM_PFNMAP and entries are inserted by PFN (slides of 2025-08-07); the order beside is inference.
     "pfnmap": Row(
-        Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP, SLIDES
+        Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP,
+        SLIDES,
+        MappingProxyType({"batch": "range"}),  # nothing is done huge page by huge page
     ),
 }
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")

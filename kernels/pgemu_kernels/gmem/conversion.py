@@ -77,11 +77,17 @@ from pgemu_kernels.words.rows import (
 )
 
 # What a machine may have otherwise, and what it is by default.
-by_block = parameter(R_CONVERT_BY_BLOCK, U0)
 in_place = parameter(R_IN_PLACE, U1)
 merge_lazy = parameter(R_MERGE_LAZY, U0)
 flush_batched = parameter(R_FLUSH_BATCHED, U0)
 split_to_2m = parameter(R_SPLIT_TO_2M, U0)
+
+
+@kernel
+def by_block(m):
+    """Whether a conversion is done one huge page after the other. The designs' defaults differ, so no machine's type
+    says it."""
+    return m.state[R_CONVERT_BY_BLOCK] != U0
 
 
 # --------------------------------------------------------------------------- what only other machines have
@@ -142,12 +148,9 @@ def next_block(m, op):
 
 
 @kernel
-def further_block(m, op):
-    """next_block(), which is not called where the range has ended."""
+def next_unit(m, op):
+    """next_block(), which is not called where the range has ended: by range it has after one unit."""
     return m.state[op + O_END] < m.state[op + O_RANGE_END] and next_block(m, op)
-
-
-next_unit = full_only(further_block, False)  # there is one unit
 
 
 @kernel
@@ -156,7 +159,7 @@ def first_unit(m, op):
     it is by block where the range lies in one."""
     state = m.state
     order = state[R_ORDER]
-    if by_block(m) != U0 and state[op + O_START] >> order != state[op + O_RANGE_END] - U1 >> order:
+    if state[op + O_START] >> order != state[op + O_RANGE_END] - U1 >> order and by_block(m):
         next_unit(m, op)
     else:
         state[op + O_END] = state[op + O_RANGE_END]
@@ -240,7 +243,7 @@ def leave(m, op):
     if flush_batched(m) != U0:
         state[R_FLUSHES_HELD] = U0
         pay_flushes(m)
-    if by_block(m) != U0:
+    if state[op + O_START] != state[op + O_RANGE_START] or state[op + O_END] != state[op + O_RANGE_END]:
         set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
     unlock(state, op, inode_row(state[op + O_INODE]))
     return STOP
@@ -286,7 +289,7 @@ def finish(m, op):
     """The unit is done: GO with the next one, or unlock and STOP."""
     if merge_lazy(m) != U0 and m.state[op + O_TO_PRIVATE] == U0:
         stop_waiting_for_unit(m, op)
-    if by_block(m) != U0 and next_unit(m, op):
+    if next_unit(m, op):
         return GO
     return leave(m, op)
 

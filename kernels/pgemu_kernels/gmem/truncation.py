@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
-from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
@@ -81,10 +81,6 @@ from pgemu_kernels.words.rows import (
     SLOT_RELEASED,
     SPLIT_FORM_RFC2,
 )
-
-# What a machine may have otherwise, and what it is by default.
-punch_refuses = parameter(R_PUNCH_REFUSES, U0)
-
 
 # --------------------------------------------------------------------------- blocks
 
@@ -165,7 +161,7 @@ def hole_arguments(m, op):
     status = range_arguments(m.state, op)
     inside = (U1 << (m.state[R_ORDER] + U12)) - U1
     unaligned = (m.state[op + O_OFFSET] | m.state[op + O_LENGTH]) & inside != U0
-    if status == 0 and punch_refuses(m) != U0 and unaligned:
+    if status == 0 and m.state[R_PUNCH_REFUSES] != U0 and unaligned:
         return np.int64(-EINVAL)
     return status
 

@@ -35,7 +35,7 @@ class Scene:
     def __init__(
         self, design: str = "restructure", *, shared: bool = False, order: str = "jan2026", **more: Any
     ) -> None:
-        config = {"pool": BLOCKS * M2, "page_size": M2, "order": order} | more
+        config = {"pool": BLOCKS * M2, "page_size": M2, "order": order, "batch": "range"} | more
         self.machine = Machine(Config(design, **config))  # type: ignore[arg-type]
         self.gmem: GuestMemfd = self.machine.create_guest_memfd(BLOCKS * M2, shared=shared)
         self.processes: list[AddressSpace] = [self.machine.create_process() for _ in range(2)]
