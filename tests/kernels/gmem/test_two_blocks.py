@@ -142,7 +142,7 @@ def test_restructure() -> None:
 
 
 def test_restructure_when_the_zap_keeps_private_leaves() -> None:
-    machine, gmem, vm = make("restructure", rounded_zap_drops_both_kinds=False)
+    machine, gmem, vm = make("restructure", zap_filter="target")
     touch_everything(machine, vm)
     split_block_0(machine, gmem, vm)
 

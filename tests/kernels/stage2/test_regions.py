@@ -54,7 +54,7 @@ STEPS = st.one_of(
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(design=st.sampled_from(DESIGNS), protected=st.booleans(), steps=st.lists(STEPS, min_size=8, max_size=40))
 def test_pages_leave_every_vm_that_has_them(design: str, protected: bool, steps: list[tuple]) -> None:  # type: ignore[type-arg]
-    machine = Machine(Config(design, pool=8 * M2, page_size=M2, rounded_zap_drops_both_kinds=True))  # type: ignore[arg-type]
+    machine = Machine(Config(design, pool=8 * M2, page_size=M2, zap_filter="both"))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(PAGES * PAGE, shared=True)
     vms = [machine.create_vm(protected=protected) for _ in range(VMS)]
     slots: list[list[Slot]] = [[] for _ in vms]
