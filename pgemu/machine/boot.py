@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.machine.config import DEFECTS, SPLIT_FORMS
+from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS
 from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
@@ -213,6 +213,7 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
         W.R_ZERO_PAGE: config.zero == "page" and config.page_order != 0,  # a 4K folio has its own flag
         W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
         W.R_CONVERT_ORDER: order,
+        W.R_LEVEL_RULE: LEVEL_RULES[config.level_rule],
         # virt/kvm/guest_memfd.c:__kvm_gmem_set_attributes(): files of 4K pages are converted at once
         W.R_CONVERT_BY_BLOCK: config.batch == "block" and config.page_order != 0,
         W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),

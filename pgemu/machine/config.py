@@ -13,20 +13,21 @@ from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
+__all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
+LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
 
 _FOR_FULL = (
-    "split_to", "merge", "flush", "defects", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
+    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
     "in_place_conversion",
 )  # fmt: skip
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
 
-PARAMETERS = ("order", "batch", "punch", *_FOR_FULL)
+PARAMETERS = ("order", "batch", "punch", "level_rule", "defects", *_FOR_FULL)
 """Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
 ones is known by `full.run_designs` only."""
 
@@ -74,6 +75,8 @@ class Config:
     lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
     worker: "immediate": work items run at once; "queued": they wait for Machine.work().
     punch: "zero": partial huge pages of a hole are zeroed (rfc2); "refuse": -EINVAL (late 2025).
+    level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that is
+    all of one kind; "whole": a huge page that is, else 4K; "private": the largest block that is all private, else 4K.
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
@@ -113,6 +116,7 @@ class Config:
     lru_cache: bool = False
     worker: Literal["immediate", "queued"] = "immediate"
     punch: Literal["zero", "refuse"] = "refuse"
+    level_rule: Literal["uniform", "whole", "private"] = "uniform"
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
@@ -178,6 +182,10 @@ class Config:
             (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
             (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
             (self.worker in ("immediate", "queued"), f"worker {self.worker!r}: expected immediate or queued"),
+            (
+                self.level_rule in LEVEL_RULES,
+                f"level rule {self.level_rule!r}: expected one of {', '.join(LEVEL_RULES)}",
+            ),
             (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
             (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
@@ -199,9 +207,9 @@ class Config:
     def full(self) -> bool:
         """Whether a parameter of the designs differs from what `fast.run` has loops for."""
         own_order = ROWS[self.design].order is None
-        return self.page_size == W.PAGE_4K or any(
-            getattr(self, name) != getattr(type(self), name) for name in ("order",) * own_order + _FOR_FULL
-        )
+        names = ("order",) * own_order + _FOR_FULL
+        changed = any(getattr(self, name) != getattr(type(self), name) for name in names)
+        return self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"uptodate-unzeroed"}
 
     @property
     def page_order(self) -> int:
