@@ -75,8 +75,8 @@ class Config:
     lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
     worker: "immediate": work items run at once; "queued": they wait for Machine.work().
     punch: "zero": partial huge pages of a hole are zeroed (rfc2); "refuse": -EINVAL (late 2025).
-    level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that is
-    all of one kind; "whole": a huge page that is, else 4K; "private": the largest block that is all private, else 4K.
+    level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that
+    is all of one kind; "whole": a huge page that is, else 4K; "private": the largest that is all private, else 4K.
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.

@@ -85,7 +85,8 @@ class Operation(IntEnum):
     HOST_FAULT = (
         1, Entry.FAST, By.MAPPING, {"flags": "WRITE, EXEC", "space": "process", "address": "HVA, bytes"},
         {"restructure": (_S.HOST_FAULT, _S.main("mm/memory.c:set_pte_range")),
-         "pfnmap": (_S.INSERT_PFN, _S.inferred("pfnmap-insert-locked", "mm/memory.c:vmf_insert_pfn under the invalidate_lock"))},
+         "pfnmap": (_S.INSERT_PFN,
+                    _S.inferred("pfnmap-insert-locked", "mm/memory.c:vmf_insert_pfn under the invalidate_lock"))},
     )
     GUEST_FAULT = (
         2, Entry.FAST, By.SLOT,
