@@ -166,6 +166,7 @@ _CHOICES = {
     W.R_FLUSH_BATCHED: ("flush", "batched"),
     W.R_WORK_QUEUED: ("worker", "queued"),
     W.R_PUNCH_REFUSES: ("punch", "refuse"),
+    W.R_ZAP_ROUNDED: ("zap", "rounded"),
 }
 _ALIKE = {
     W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
@@ -192,7 +193,7 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
     frames = _frames(config)
     random = np.random.default_rng(config.seed)
     shown = ~formats.GLOBAL if config.pti else -1
-    properties, order = row_of(config.design, config.order)
+    properties, order = row_of(config.design, config.order, config.invalidate)
     hstate = 2 if config.page_order == 0 else config.page_order == W.ORDER_1G
     return {
         W.R_PROPERTIES: properties,

@@ -27,7 +27,7 @@ _FOR_FULL = (
 )  # fmt: skip
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
 
-PARAMETERS = ("order", "batch", "punch", "level_rule", "defects", *_FOR_FULL)
+PARAMETERS = ("order", "batch", "punch", "zap", "invalidate", "level_rule", "defects", *_FOR_FULL)
 """Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
 ones is known by `full.run_designs` only."""
 
@@ -48,8 +48,8 @@ class Config:
     seed: order of never used frames; 0 is ascending.
     frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
     enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
-    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
-    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
+    rounded_zap_drops_both_kinds: where private and shared pages share one root a zap of pages of both kinds drops the
+    leaves of both (inference; False: only those of the kind left).
     notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
@@ -80,6 +80,10 @@ class Config:
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
+    zap: "exact": a conversion drops the stage-2 leaves over its range, as every posted version does; "rounded": over
+    the range rounded out to huge pages (a what-if, of the orders that round anything).
+    invalidate: "rounded": the orders of restructure begin and end an invalidation over the range rounded out to huge
+    pages, as RFC v2 and the branch of December 2025 do; "exact": over the range, as in-place conversion of 4K does.
     """
 
     design: Design = "restructure"
@@ -120,6 +124,8 @@ class Config:
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
+    zap: Literal["exact", "rounded"] = "exact"
+    invalidate: Literal["rounded", "exact"] = "rounded"
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""
@@ -187,6 +193,12 @@ class Config:
                 f"level rule {self.level_rule!r}: expected one of {', '.join(LEVEL_RULES)}",
             ),
             (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
+            (self.zap in ("exact", "rounded"), f"zap {self.zap!r}: expected exact or rounded"),
+            (self.invalidate in ("rounded", "exact"), f"invalidate {self.invalidate!r}: expected rounded or exact"),
+            (
+                self.zap == "exact" or self.invalidate == "rounded",
+                "zap 'rounded': expected invalidate 'rounded', for nobody drops what is not being invalidated",
+            ),
             (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),

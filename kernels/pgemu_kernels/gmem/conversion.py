@@ -17,7 +17,7 @@ from pgemu_kernels.engine.charge import charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
-from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
+from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
 from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
@@ -52,6 +52,7 @@ from pgemu_kernels.words.registers import (
     R_SPACES,
     R_SPLIT_TO_2M,
     R_ZAP_BOTH_KINDS,
+    R_ZAP_ROUNDED,
 )
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -394,8 +395,7 @@ def zap_kind(m, op, vms, start, end):
     """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
 
     Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
-    tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
-    not only begin and end, is inference; R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
+    tell them apart, so the zap drops both kinds. R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
     """
     state = m.state
     inode = state[op + O_INODE]
@@ -419,11 +419,15 @@ def zap_kind(m, op, vms, start, end):
 
 @kernel
 def zap(m, op):
-    """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
+    """Drop the stage-2 leaves over the unit. The point of no return.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_zap(inode, start, end) in every posted version, whatever begin and end are of.
+    R_ZAP_ROUNDED: over the rounded unit, a what-if.
+    """
     state = m.state
-    exactly = zaps_exactly(m)
-    start = state[op + (O_START if exactly else O_ROUND_START)]
-    end = state[op + (O_END if exactly else O_ROUND_END)]
+    rounded = state[R_ZAP_ROUNDED] != U0
+    start = state[op + (O_ROUND_START if rounded else O_START)]
+    end = state[op + (O_ROUND_END if rounded else O_END)]
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
         zap_kind(m, op, vms, start, end)

@@ -12,7 +12,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
-from pgemu_kernels.engine.properties import level_is_folios, splits_folios, zaps_exactly
+from pgemu_kernels.engine.properties import level_is_folios, splits_folios
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
@@ -28,6 +28,7 @@ from pgemu_kernels.engine.rows import (
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.xarray import object_frames
 from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.enum_words import (
@@ -58,6 +59,7 @@ from pgemu_kernels.words.enum_words import (
     OP_PUNCH_HOLE,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import RET_PF_FIXED
 from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
@@ -97,6 +99,7 @@ from pgemu_kernels.words.rows import (
     O_ROUND_END,
     O_ROUND_START,
     O_SPACE,
+    O_STATUS,
     O_VM,
     SLOT_RELEASED,
     V_IN_PROGRESS,
@@ -157,8 +160,8 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
 
     The last rule is suspended for private blocks that a failure left split: order jan2026 splits before
-    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. Orders rfc2 and fixup zap no
-    more than the range: a leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
+    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. A zap is of no more than the
+    range: a private leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
     """
     state = m.state
     slot = find_memslot(state, vm, gfn)
@@ -179,8 +182,17 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        kept = (alone and state[block + B_WAITS] != U0) or (private and zaps_exactly(m))
+        kept = (alone and state[block + B_WAITS] != U0) or (private and zap_rounded(m) == U0)
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
+
+
+@outlined
+def check_new_leaf(m, vm, gfn, level):
+    """A leaf that a fault has just installed is no larger than its folio, whatever leaves of before may be."""
+    slot = find_memslot(m.state, vm, gfn)
+    index = gfn - m.state[slot + M_BASE_GFN] + m.state[slot + M_PGOFF]
+    fits = U9 * (level - U1) <= order_at(m, inode_row(m.state[slot + M_INODE]), index)
+    expect(m, fits, BROKEN_LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -287,6 +299,8 @@ def check_operation(m, op):
         slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
         if slot != NONE:
             check_stage2_leaf(m, vm, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+            if np.int64(state[op + O_STATUS]) == RET_PF_FIXED and level_is_folios(m):
+                check_new_leaf(m, vm, gfn, level)
     elif kind == OP_CONVERT and state[op + O_ROUND_END] > U0:
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
     elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:

@@ -120,6 +120,7 @@ R_IN_PLACE = U(109)  # 0: gmem_in_place_conversion is off: conversions are -ENOT
 R_PINS = U(110)  # rows of pins in use
 R_POLICIES = U(111)  # rows of memory policies in use
 R_TASK_POLICY = U(112)  # policy of the task that faults: mode << 8 | node mask (MPOL_*); 0: default
+R_ZAP_ROUNDED = U(113)  # 1: a conversion zaps its range rounded out to huge pages (what-if), 0: exactly the range
 R_KERNEL_UNFLUSHED = U(115)  # pages of the vmemmap that a flush is owed for (R_FLUSH_BATCHED)
 R_FLUSHES_HELD = U(118)  # 1: a conversion with R_FLUSH_BATCHED is at work: its flushes are owed until its end
 R_FOLIOS_IN_HAND = U(119)  # huge pages that faults have taken from the pool and not yet put in a page cache
