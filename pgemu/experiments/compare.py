@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
 from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.statistics import Statistics
@@ -86,15 +87,29 @@ class Finding:
 
     Attributes:
         count: how often a rule was found broken
-        rule: the first one, a name of layout.Broken
+        rule: the first one, a name of words.Broken
         index: page of the inode, or the count, that the first one is about
         after: records that had run when it was noticed; more than the trace has: after the inode was closed
+        rules: every rule that was broken, with the defects of the machine that explain it
     """
 
     count: int
     rule: str
     index: int
     after: int
+    rules: tuple[BrokenRule, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        rules = [
+            {**asdict(rule), "rule": rule.rule.name, "explained_by": list(rule.explained_by)} for rule in self.rules
+        ]
+        return {**asdict(self), "rules": rules}
+
+    @property
+    def explained(self) -> bool:
+        """Whether defects of the machine explain all of it."""
+        return all(rule.explained_by for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,7 @@ class DesignRun:
             "state": {metric.key: metric.value(statistics) for metric in METRICS},
             "events": {event.name.lower(): statistics.event(event) for event in Event},
             "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
-            "broken": asdict(self.finding) if self.finding else None,
+            "broken": self.finding.to_json() if self.finding else None,
         }
 
 
@@ -186,8 +201,8 @@ class Comparison:
 
     @property
     def broken(self) -> bool:
-        """Whether any machine broke a rule."""
-        return any(run.finding for run in self.runs)
+        """Whether any machine broke a rule that none of its defects explains."""
+        return any(run.finding and not run.finding.explained for run in self.runs)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
@@ -297,7 +312,7 @@ def run(
     machine.check()
     finding = finding or _finding(machine, len(lowered.records) + 1)
     if finding:
-        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after)
+        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
     return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding)

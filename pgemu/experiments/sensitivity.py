@@ -6,7 +6,7 @@ repeated, and only the machines concerned are: a design's run under a configurat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -152,7 +152,7 @@ def _turning(
 def _tried(
     comparison: Comparison,
     runs: _Runs,
-    wanted: list[tuple[tuple[str, ...], tuple[Alternative, ...]]],
+    wanted: Sequence[tuple[tuple[str, ...], tuple[Alternative, ...]]],
     progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[Trial]:
     started: list[tuple[str, str, list[Future[DesignRun]]]] = []

@@ -87,10 +87,10 @@ def paired(first: DesignRun, second: DesignRun, op: Operation | None = None) -> 
 def _time(op: Operation) -> Callable[[DesignRun, DesignRun], Measure]:
     def measured(first: DesignRun, second: DesignRun) -> Measure:
         found = [run.operation(op) for run in (first, second)]
-        values = [run.total if run else (0.0, 0.0) for run in found]
+        one, other = (run.total if run else (0.0, 0.0) for run in found)
         low, high = paired(first, second, op).total
         better = -1 if low == high == 0 else 0 if low > 0 else 1 if high < 0 else None
-        return Measure(better, *values, (low, high), "ns")
+        return Measure(better, one, other, (low, high), "ns")
 
     return measured
 
@@ -102,7 +102,7 @@ def _memory(first: DesignRun, second: DesignRun) -> Measure:
             run.statistics.peak(gauge) for gauge in (Gauge.VMEMMAP_PAGES, Gauge.HOST_TABLES, Gauge.STAGE2_TABLES)
         )
         peaks.append(pages * PAGE_4K + run.statistics.gauge(Gauge.XARRAY_NODES) * _XARRAY_NODE)
-    return _less(*peaks, "bytes")
+    return _less(peaks[0], peaks[1], "bytes")
 
 
 def mapped(run: DesignRun) -> tuple[int, int]:
@@ -115,7 +115,7 @@ def mapped(run: DesignRun) -> tuple[int, int]:
 def _level(first: DesignRun, second: DesignRun) -> Measure:
     shares = [large / total if total else 0.0 for total, large in (mapped(run) for run in (first, second))]
     better = -1 if abs(shares[0] - shares[1]) < _ALIKE else int(shares[1] > shares[0])
-    return Measure(better, *shares, shares[1] - shares[0], "share")
+    return Measure(better, shares[0], shares[1], shares[1] - shares[0], "share")
 
 
 def refused(run: DesignRun) -> int:

@@ -163,6 +163,7 @@ _OF_CONFIG = {
 _CHOICES = {
     W.R_SPLIT_TO_2M: ("split_to", "2M"),
     W.R_MERGE_LAZY: ("merge", "lazy"),
+    W.R_MERGE_ZEROES: ("merge_zero", "unzeroed"),
     W.R_FLUSH_BATCHED: ("flush", "batched"),
     W.R_WORK_QUEUED: ("worker", "queued"),
     W.R_PUNCH_REFUSES: ("punch", "refuse"),

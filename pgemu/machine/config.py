@@ -27,7 +27,7 @@ _FOR_FULL = (
 )  # fmt: skip
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
 
-PARAMETERS = ("order", "batch", "punch", "zap", "invalidate", "level_rule", "defects", *_FOR_FULL)
+PARAMETERS = ("order", "batch", "punch", "zap", "invalidate", "merge_zero", "level_rule", "defects", *_FOR_FULL)
 """Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
 ones is known by `full.run_designs` only."""
 
@@ -44,7 +44,10 @@ class Config:
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
     vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
-    can be. zero: "folio" or "page", how much a first use zeroes.
+    can be.
+    zero: "folio": the first guest fault of a folio that is not up to date zeroes all of it (rfc2), a host fault its
+    4K; "page": 4K at a time, each at its first use, which is tracked. Not given: "folio" of restructure, "page" of
+    pfnmap, whose folios stay whole (inference: pfnmap-zeroing).
     seed: order of never used frames; 0 is ascending.
     frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
     enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
@@ -69,6 +72,8 @@ class Config:
     of restructure is "block", of pfnmap "range".
     split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
     merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
+    merge_zero: "none": a merge zeroes nothing, the next use what was never zeroed (inference); "unzeroed": the merge
+    does, if anything was in use, so that the folio is up to date. With defect merge-keeps-flag neither is asked.
     flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
     counts only: a kernel has to flush before the gate and before the invalidation ends).
     defects: mistakes of posted code that the machine has (DEFECTS); without them it is as fixed.
@@ -94,7 +99,7 @@ class Config:
     hvo: bool = True
     vcpus: int = 1
     host_cpus: int = 1
-    zero: Literal["folio", "page"] = "folio"
+    zero: Literal["folio", "page"] = _OF_DESIGN
     seed: int = 0
     frames: int | None = None
     rounded_zap_drops_both_kinds: bool = True
@@ -115,6 +120,7 @@ class Config:
     batch: Literal["range", "block"] = _OF_DESIGN
     split_to: Literal["4K", "2M"] = "4K"
     merge: Literal["now", "lazy"] = "now"
+    merge_zero: Literal["none", "unzeroed"] = "none"
     flush: Literal["each", "batched"] = "each"
     defects: tuple[str, ...] = ()
     lru_cache: bool = False
@@ -186,6 +192,7 @@ class Config:
             (self.batch in ("range", "block"), f"batch {self.batch!r}: expected range or block"),
             (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
             (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
+            (self.merge_zero in ("none", "unzeroed"), f"merge zero {self.merge_zero!r}: expected none or unzeroed"),
             (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
             (self.worker in ("immediate", "queued"), f"worker {self.worker!r}: expected immediate or queued"),
             (

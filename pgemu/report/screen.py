@@ -200,15 +200,14 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
         if name.startswith("-") or name == "would spin"
     }
     for op, name in sorted(names):
-        counts = []
+        counts: list[tuple[str, int]] = []
         for run in comparison.runs[:2]:
             found = run.operation(op)
             counts.append((run.design, found.outcomes.get(name, 0) if found else 0))
         if counts[0][1] == counts[1][1]:
             yield f"both: {units.count(counts[0][1])} times {operation_name(op)} is {name}"
         else:
-            parts = [f"{design} {units.count(n)}" for design, n in counts]
-            yield f"{operation_name(op)} is {name}: {', '.join(parts)}"
+            yield f"{operation_name(op)} is {name}: " + ", ".join(f"{who} {units.count(n)}" for who, n in counts)
 
 
 # --------------------------------------------------------------------------- on what it rests
@@ -229,6 +228,6 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
 
 
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
-    shares = paired(*comparison.runs[:2]).shares
+    shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
     return f"times: estimates, {shares['assumption']:.0%} of the difference assumed prices; {tried}; more: --details"

@@ -1,8 +1,8 @@
 """Safety rules and conservation: after each operation where it touched something, or all at once.
 
-No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
-inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
-frames and huge pages are conserved; every invalidation that began has ended.
+No host leaf to a private page; no leaf to a page that was not zeroed since it is the inode's; no stage-2 leaf over
+pages of both kinds, to another frame than the inode's, or (restructure) larger than its folio; a block is split exactly
+while one of its pages is shared; frames and huge pages are conserved; every invalidation that began has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pgemu_kernels.engine.rows import (
     vma_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.xarray import object_frames
+from pgemu_kernels.folios.zeroed import all_zeroed
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.stage2.regions import vms_with_leaves
@@ -39,6 +41,7 @@ from pgemu_kernels.words.enum_words import (
     BROKEN_IN_PROGRESS,
     BROKEN_LEAF_OVER_FOLIO,
     BROKEN_MIXED_LEAF,
+    BROKEN_STALE_CONTENTS,
     BROKEN_WRONG_PFN,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_PARTLY,
@@ -83,6 +86,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     H_PAGES,
     I_PAGES,
+    I_ZEROED,
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
@@ -142,6 +146,16 @@ def order_at(m, node, index):
     return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
+@outlined
+def is_own(m, node, index, level):
+    """Whether the pages below a leaf were zeroed since they are the inode's. A 4K folio's flag tells."""
+    first = index & ~(pages_of(level) - U1)
+    if m.state[R_ORDER] != U0:
+        return all_zeroed(m, m.state[node + I_ZEROED], first, first + pages_of(level))
+    pfn = inode_frame(m, node, first)
+    return pfn == NONE or m.ram[struct_page(m, pfn) + FLAGS] & PG_UPTODATE != U0
+
+
 @kernel
 def check_host_leaf(m, row, address, level, entry):
     """A process's entry: to shared pages of the inode, to its frames, and where folios are split to a 4K folio."""
@@ -153,6 +167,7 @@ def check_host_leaf(m, row, address, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @kernel
@@ -184,6 +199,7 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
         kept = (alone and state[block + B_WAITS] != U0) or (private and zap_rounded(m) == U0)
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @outlined
