@@ -221,8 +221,8 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
                 continue
             turned = {None: "undecided", -1: "alike"}.get(better) or comparison.runs[better or 0].design
             by_rule.setdefault((rule, label), []).append(f"{line.question} {turned}")
-    for (rule, label), turned in by_rule.items():
-        yield f"rests on {rule}; with {label}: {'; '.join(turned)}"
+    for (rule, label), answers in by_rule.items():
+        yield f"rests on {rule}; with {label}: {'; '.join(answers)}"
     if sensitivity and not sensitivity.complete:
         yield "interrupted: not every alternative was tried"
 

@@ -85,6 +85,12 @@ split_to_2m = parameter(R_SPLIT_TO_2M, U0)
 
 
 @kernel
+def zap_rounded(m):
+    """Whether a zap is rounded out to huge pages; default machines know it, too: a comparison asks both ways."""
+    return m.state[R_ZAP_ROUNDED] != U0
+
+
+@kernel
 def by_block(m):
     """Whether a conversion is done one huge page after the other. The designs' defaults differ, so no machine's type
     says it."""
@@ -425,7 +431,7 @@ def zap(m, op):
     R_ZAP_ROUNDED: over the rounded unit, a what-if.
     """
     state = m.state
-    rounded = state[R_ZAP_ROUNDED] != U0
+    rounded = zap_rounded(m)
     start = state[op + (O_ROUND_START if rounded else O_START)]
     end = state[op + (O_ROUND_END if rounded else O_END)]
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)

@@ -154,7 +154,7 @@ def zap_item(m, op):
     state = m.state
     start = state[op + O_ITEM_START]
     end = state[op + O_ITEM_END]
-    if zap_rounded(m) != U0:
+    if zap_rounded(m):
         start, end = rounded_item(m, start, end)
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:

@@ -197,7 +197,7 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        kept = (alone and state[block + B_WAITS] != U0) or (private and zap_rounded(m) == U0)
+        kept = (alone and state[block + B_WAITS] != U0) or (private and not zap_rounded(m))
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
     expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
