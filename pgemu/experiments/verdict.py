@@ -132,7 +132,7 @@ def broken(run: DesignRun) -> int:
 QUESTIONS: dict[str, Question] = {
     "conversions": Question("time of conversions", _time(Operation.CONVERT)),
     "guest_faults": Question("time of guest faults", _time(Operation.GUEST_FAULT)),
-    "memory": Question("memory: struct pages, tables", _memory),
+    "memory": Question("struct pages and tables", _memory),
     "level": Question("guest memory at 2M or 1G", _level),
     "refused": Question("refused", lambda a, b: _less(refused(a), refused(b), "count")),
     "broken": Question("broken", lambda a, b: _less(broken(a), broken(b), "count")),

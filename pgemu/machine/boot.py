@@ -63,6 +63,8 @@ def allocate(config: Config) -> Arrays:
         W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
         W.R_REGIONS: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
         W.R_GUEST_BITS: (pages >> 6) + W.INODES,
+        W.R_ASSIGNED: (pages >> 6) + W.INODES,
+        W.R_ASSIGNED_2M: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
         W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }
@@ -150,7 +152,6 @@ _OF_CONFIG = {
     W.R_HVO: "hvo",
     W.R_OPTIMIZE_VMEMMAP: "hvo",
     W.R_PTI: "pti",
-    W.R_ZAP_BOTH_KINDS: "rounded_zap_drops_both_kinds",
     W.R_NOTIFIER: "notifier",
     W.R_DONTNEED_PFNMAP: "dontneed_on_pfnmap",
     W.R_FULL: "full",
@@ -161,6 +162,7 @@ _OF_CONFIG = {
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {
+    W.R_ZAP_FILTER: ("zap_filter", "both"),
     W.R_SPLIT_TO_2M: ("split_to", "2M"),
     W.R_MERGE_LAZY: ("merge", "lazy"),
     W.R_MERGE_ZEROES: ("merge_zero", "unzeroed"),

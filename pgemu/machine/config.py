@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
 from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
+from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
@@ -19,7 +20,8 @@ DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect 
 LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
-_RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
+_RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form",
+            "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
 _FOR_FULL = (
     "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
@@ -51,8 +53,13 @@ class Config:
     seed: order of never used frames; 0 is ascending.
     frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
     enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
-    rounded_zap_drops_both_kinds: where private and shared pages share one root a zap of pages of both kinds drops the
-    leaves of both (inference; False: only those of the kind left).
+    zap_filter: which leaves a conversion drops where private memory has a root of its own: "both" (kvm-x86
+    e088c7f86bef of in-place conversion, and the branch of December 2025), "target": only the kind that is left (older
+    forms). With one root both kinds go, whatever it says: kvm_gfn_range_filter_to_root_types().
+    vm: kind of the VMs that are created without one: "plain", "sw" (KVM_X86_SW_PROTECTED_VM), "snp", "tdx"
+    (pgemu.machine.vm_kinds); snp has stage 2 "npt", tdx "ept".
+    private_level: the largest leaf over private memory, "4K", "2M" or "1G"; None: that of the VM's kind, 2M of snp and
+    tdx. "4K" is what mainline maps for tdx.
     notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
@@ -102,7 +109,9 @@ class Config:
     zero: Literal["folio", "page"] = _OF_DESIGN
     seed: int = 0
     frames: int | None = None
-    rounded_zap_drops_both_kinds: bool = True
+    zap_filter: Literal["both", "target"] = "both"
+    vm: Kind = "plain"
+    private_level: Literal["4K", "2M", "1G"] | None = None
     notifier: bool = True
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
@@ -147,6 +156,7 @@ class Config:
         for holds, complaint in chain(self._choices(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
+        kind_row(self.vm, self.stage2)  # ValueError for what is none
         cost.profile(self.profile)  # ValueError or InputError for what is none
         if not isinstance(self.profile, str):  # a path remains one, "./published" too
             object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
@@ -166,6 +176,11 @@ class Config:
             ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
+            (self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"),
+            (
+                self.private_level in (None, *PRIVATE_LEVELS),
+                f"private level {self.private_level!r}: expected one of {', '.join(PRIVATE_LEVELS)}",
+            ),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
             (self.nodes in (1, W.NODES), f"nodes {self.nodes}: expected 1 or {W.NODES}"),

@@ -230,4 +230,4 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
-    return f"times: estimates, {shares['assumption']:.0%} of the difference assumed prices; {tried}; more: --details"
+    return f"times: estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"

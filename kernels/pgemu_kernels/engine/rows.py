@@ -10,6 +10,7 @@ from pgemu_kernels.engine.charge import (
 )
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import pages_of
+from pgemu_kernels.words.enum_words import VM_MIRRORED
 from pgemu_kernels.words.operations import (
     EBADF,
     EINVAL,
@@ -64,6 +65,9 @@ from pgemu_kernels.words.rows import (
     STATE_VMAS,
     STATE_VMS,
     V_LIVE,
+    V_PRIVATE_ROOT,
+    V_PROPERTIES,
+    V_ROOT,
     V_SLOTS,
     V_WORDS,
 )
@@ -187,6 +191,24 @@ def slot_allows(state, slot, gfn, level, backing):
 def is_live_vm(state, vm):
     """Whether a VM exists and is not closed."""
     return vm < state[R_VMS] and state[vm_row(vm) + V_LIVE] != U0
+
+
+@kernel
+def has_vm_property(state, row, which):
+    """Whether a VM (`row` of V_*) is of a kind with one of the properties VmProperty `which`."""
+    return state[row + V_PROPERTIES] & which != U0
+
+
+@kernel
+def is_mirrored(state, vm):
+    """Whether a VM has a root of its own for private memory."""
+    return has_vm_property(state, vm_row(vm), VM_MIRRORED)
+
+
+@kernel
+def root_of_kind(state, row, private):
+    """The stage-2 root of a VM for private or shared memory: one and the same where they share it."""
+    return state[row + (V_PRIVATE_ROOT if private else V_ROOT)]
 
 
 @kernel

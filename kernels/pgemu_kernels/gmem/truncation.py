@@ -26,6 +26,7 @@ from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.gmem import piece_merges
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
+from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.memslots import delete_slot
@@ -35,11 +36,13 @@ from pgemu_kernels.stage2.invalidate import (
     begin_range,
     end_range,
     flush_vms,
+    kvm_gmem_split_private,
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
     zap_range,
     zap_slot,
 )
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
 from pgemu_kernels.words.registers import (
@@ -59,6 +62,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    FILTER_BOTH,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
@@ -126,6 +130,7 @@ def truncate_block(m, inode, index):
     if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << state[R_ORDER]))
     return np.int64(0)
 
 
@@ -147,11 +152,13 @@ def evict_block(m, inode, index):
             leave_cache(m, m.state[R_ORDER])
             make_zombie(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
         if m.state[block + B_OUTSTANDING] == U0:
             note_return(m, block)
     elif m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
 
 
 # --------------------------------------------------------------------------- hole
@@ -219,10 +226,19 @@ def punch_blocks(m, op, inode, start, end):
     return np.int64(0)
 
 
+@kernel
+def split_crossing_hole(m, inode, start, end):
+    """kvm_gmem_split_private() of a hole: 0 or -ENOMEM."""
+    return kvm_gmem_split_private(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end)
+
+
+split_before_hole = full_only(split_crossing_hole, np.int64(0))  # the fast loops know no mirror
+
+
 @outlined
 def punch(m, op):
-    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -EBUSY where Linux
-    would wait for the lock.
+    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -ENOMEM when a leaf
+    that crosses its border has to be split and cannot be; -EBUSY where Linux would wait for the lock.
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
@@ -244,9 +260,11 @@ def punch(m, op):
     if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
         unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
-    zap_range(m, inode, start, end)
-    flush_vms(m)
-    status = punch_blocks(m, op, inode, start, end)
+    status = split_before_hole(m, inode, start, end)
+    if status == 0:
+        zap_range(m, inode, start, end, FILTER_BOTH)
+        flush_vms(m)
+        status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
@@ -270,7 +288,7 @@ def release_slot(m, slot):
     gfn = state[slot + M_BASE_GFN]
     last = gfn + state[slot + M_PAGES]
     kvm_mmu_invalidate_begin(state, vm, gfn, last)
-    zap_slot(m, slot, gfn, last)
+    zap_slot(m, slot, gfn, last, FILTER_BOTH)
     flush_vms(m)
     kvm_mmu_invalidate_end(state, vm)
     state[slot + M_FLAGS] |= SLOT_RELEASED

@@ -90,7 +90,7 @@ class Operation(IntEnum):
     )
     GUEST_FAULT = (
         2, Entry.FAST, By.SLOT,
-        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say", "vm": "VM",
+        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say; ACCEPT_4K", "vm": "VM",
          "address": "GPA, bytes"},
         {"restructure": (_S.GUEST_FAULT, _S.TDP_MAP, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio", "posted")),
          "pfnmap": (_S.GUEST_FAULT, _S.TDP_MAP,
@@ -372,6 +372,7 @@ class Flag(IntFlag):
     LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
+    ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
 
 
@@ -457,6 +458,8 @@ class Broken(IntEnum):
     VMEMMAP = 8  # vmemmap pages do not match the folios' state
     IN_PROGRESS = 9  # an invalidation was begun and never ended
     REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
+    WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
+    PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
     STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     LOST_CONTENTS = 15  # a first use zeroed pages that guest or host had in use
 

@@ -50,6 +50,8 @@ I_ALL_FROM = U(22)  # pages that all of its VMAs show,
 I_ALL_END = U(23)
 I_TOLD = U(24)  # a bit per VM of their processes,
 I_CALLS = U(25)  # and how many notifier calls it is that all of them leave the processes
+I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
+I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
 I_WORDS = 32
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -226,14 +228,28 @@ V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
-V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
+V_PROTECTED = U(7)  # 1: the VM has private memory: deleting a slot drops its leaves only
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
 V_UNLOADED = U(12)  # 1: the vCPU has to load a new root before it runs: the tree went with a slot
 V_BIND_INODE = U(13)  # guest_memfd and offset that the next slot takes its private pages from
 V_BIND_OFFSET = U(14)
-V_WORDS = 16
+# By kind (pgemu/machine/vm_kinds.py):
+V_PRIVATE_ROOT = U(16)  # root of private memory: V_ROOT, or that of the mirror (VmProperty.MIRRORED)
+V_PROPERTIES = U(17)  # VmProperty
+V_PRIVATE_LEVEL = U(18)  # of the largest leaf over private memory
+V_WORDS = 32
+
+# counts[frame] of a stage-2 table, beside how many leaves are below: bits of what KVM keeps in kvm_mmu_page
+TABLE_NX_DISALLOWED = U(1 << 31)  # nx_huge_page_disallowed: made for a fetch under the NX-hugepage mitigation
+TABLE_MIRROR = U(1 << 30)  # role.is_mirror: the mirror root, or below it
+TABLE_LEAVES = U((1 << 30) - 1)
+
+# Which roots a zap goes to: enum kvm_gfn_range_filter
+FILTER_SHARED = U(1)
+FILTER_PRIVATE = U(2)
+FILTER_BOTH = U(3)
 
 # memslots
 M_BASE_GFN = U(0)
