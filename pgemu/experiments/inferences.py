@@ -84,6 +84,12 @@ def _without(op: Operation, what: str) -> _Touches:
     return lambda comparison: "" if _has(comparison, op) else f"the trace has no {what}"
 
 
+def _no_hole(comparison: Comparison) -> str:
+    """Whether a hole was made: one that is refused leaves everything as it was."""
+    made = any(found.outcomes.get("ok") for run in comparison.runs if (found := run.operation(Operation.PUNCH_HOLE)))
+    return "" if made else "no hole is made"
+
+
 def _merges(comparison: Comparison) -> str:
     run = _run(comparison, "restructure")
     return "" if run and run.statistics.event(Event.FOLIO_MERGED) else "nothing is merged"
@@ -195,7 +201,7 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "pfnmap unmaps a hole's range before it truncates",
             "truncation finds no special entry; the slides' change leaves them",
             (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
-            _without(Operation.PUNCH_HOLE, "hole"),
+            _no_hole,
         ),
         "holes": Inference(
             "holes smaller than a huge page: as the version of restructure does, in both designs",
