@@ -66,11 +66,14 @@ class Sequences(TwoMegabytes):
             ("host_huge", (False, True)),
             ("dirty_log_guest_memfd", (False, True)),
             ("in_place_conversion", (True,) * 30 + (False,)),
+            ("zap", ("exact", "exact", "rounded")),
             ("nodes", (1, 1, 2)),
         ):
             value = draw(st.sampled_from(values))
             if name not in self.disabled:
                 found[name] = value
+        if found.get("zap") != "rounded":
+            found["invalidate"] = draw(st.sampled_from(("rounded", "exact")))
         self.more_parameters(draw, found)
         return found
 

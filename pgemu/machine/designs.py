@@ -35,7 +35,7 @@ class Order(NamedTuple):
 
 
 # What fields of Config are where they are not given: those that no design has otherwise.
-DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block"})
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block", "zero": "folio"})
 
 
 class Row(NamedTuple):
@@ -54,8 +54,8 @@ class Row(NamedTuple):
 
 
 ORDERS = {  # those that a machine may be given
-    "rfc2": Order(int(CONVERT_RFC2), Property.ZAPS_EXACTLY | Property.NAMES_PAGE | Property.KEEPS_REFERENCE),
-    "fixup": Order(int(CONVERT_FIXUP), Property.ZAPS_EXACTLY | Property.PREALLOCATES | Property.KEEPS_REFERENCE),
+    "rfc2": Order(int(CONVERT_RFC2), Property.NAMES_PAGE | Property.KEEPS_REFERENCE),
+    "fixup": Order(int(CONVERT_FIXUP), Property.PREALLOCATES | Property.KEEPS_REFERENCE),
     "jan2026": Order(int(CONVERT_JAN2026), Property.PREALLOCATES),
     "next4k": Order(int(CONVERT_NEXT4K), Property.PREALLOCATES | Property.DRAINS_LRU, without=Property.ROUNDS_RANGES),
 }
@@ -68,14 +68,16 @@ ROWS = {
     "pfnmap": Row(
         Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP,
         SLIDES,
-        MappingProxyType({"batch": "range"}),  # nothing is done huge page by huge page
+        # Nothing is done huge page by huge page; PG_uptodate of a folio that stays whole cannot tell what is zeroed.
+        MappingProxyType({"batch": "range", "zero": "page"}),
     ),
 }
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
 
 
-def row_of(design: str, order: str) -> tuple[Property, int]:
+def row_of(design: str, order: str, invalidate: str) -> tuple[Property, int]:
     """The properties of a machine and the number of its order (R_PROPERTIES, R_CONVERT_ORDER)."""
     row = ROWS[design]
     chosen = row.order or ORDERS[order]
-    return (row.properties & ~chosen.without) | chosen.properties, chosen.number
+    without = chosen.without | (Property.ROUNDS_RANGES if invalidate == "exact" else Property(0))
+    return (row.properties & ~without) | chosen.properties, chosen.number

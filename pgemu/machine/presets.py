@@ -1,14 +1,15 @@
 """Versions of both designs that belong together: fields of Config under one name each.
 
->>> configuration("restructure", like="rfc2", pool=2 << 30).order
+>>> Versions("rfc2").configuration("restructure", pool=2 << 30).order
 'rfc2'
->>> configuration("pfnmap", like="rfc2", pool=2 << 30).punch
+>>> Versions("rfc2").configuration("pfnmap", pool=2 << 30).punch
 'zero'
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from pgemu.machine.config import Config
 from pgemu.machine.designs import ROWS
 from pgemu_kernels import words as W
 
-__all__ = ("LIKE", "PFNMAP", "Pfnmap", "Version", "configuration", "mixed", "preset_fields")
+__all__ = ("LIKE", "PFNMAP", "Pfnmap", "Version", "Versions")
 
 Form = Literal["main", "next", "rfc2", "wip"]
 
@@ -113,54 +114,47 @@ PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
 """Versions of pfnmap by name."""
 
 
-def preset_fields(
-    design: str, like: str = "dec2025", pfnmap: str = "corrected", *, as_posted: bool = False
-) -> dict[str, Any]:
-    """Return the fields of Config that a design has in the versions named.
+@dataclass(frozen=True)
+class Versions:
+    """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.
 
     as_posted: with the defects, too, that have a known fix. ValueError for a name that is none.
     """
-    if like not in LIKE:
-        raise ValueError(f"like {like!r}: expected one of {', '.join(LIKE)}")
-    if pfnmap not in PFNMAP:
-        raise ValueError(f"pfnmap {pfnmap!r}: expected one of {', '.join(PFNMAP)}")
-    version = LIKE[like]
-    if design == "pfnmap":
-        return {**version.common, "defects": PFNMAP[pfnmap].defects}
-    if design not in ROWS or ROWS[design].order is not None:  # a design of a row: what it does is in the row
-        return dict(version.common)
-    fields = {**version.common, "defects": (), **version.fields}
-    if as_posted:
-        fields["defects"] = (*fields["defects"], *version.fixed)
-    return fields
 
+    like: str = "dec2025"
+    pfnmap: str = "corrected"
+    as_posted: bool = False
 
-def configuration(
-    design: str,
-    *,
-    like: str = "dec2025",
-    pfnmap: str = "corrected",
-    as_posted: bool = False,
-    defects: Sequence[str] = (),
-    **fields: Any,
-) -> Config:
-    """Return the configuration of a design in the versions named; `fields` of Config win over theirs.
+    def __post_init__(self) -> None:
+        if self.like not in LIKE:
+            raise ValueError(f"like {self.like!r}: expected one of {', '.join(LIKE)}")
+        if self.pfnmap not in PFNMAP:
+            raise ValueError(f"pfnmap {self.pfnmap!r}: expected one of {', '.join(PFNMAP)}")
 
-    defects: further ones. An explicit `zero` also takes the place of the defect uptodate-unzeroed.
-    ValueError for what Config or preset_fields() refuses.
-    """
-    preset = preset_fields(design, like, pfnmap, as_posted=as_posted)
-    own = preset.pop("defects", ())
-    if fields.get("zero") is not None:
-        own = tuple(name for name in own if name != "uptodate-unzeroed")
-    given = {name: value for name, value in fields.items() if value is not None}
-    return Config(design, **{**preset, **given}, defects=tuple(sorted({*own, *defects})))  # type: ignore[arg-type]
+    def fields(self, design: str) -> dict[str, Any]:
+        """Return the fields of Config that these versions give a design."""
+        version = LIKE[self.like]
+        if design == "pfnmap":
+            return {**version.common, "defects": PFNMAP[self.pfnmap].defects}
+        if design not in ROWS or ROWS[design].order is not None:  # what such a design does is in its row
+            return dict(version.common)
+        fields = {"defects": (), **version.common, **version.fields}
+        return {**fields, "defects": (*fields["defects"], *(version.fixed if self.as_posted else ()))}
 
+    def configuration(self, design: str, defects: Iterable[str] = (), **given: Any) -> Config:
+        """Return a design's configuration; what is given by hand and is not None wins.
 
-def mixed(
-    design: str, like: str, pfnmap: str, fields: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, tuple[Any, Any]]:
-    """Return which of `names` differ by hand from the versions named: the preset's value and that given."""
-    preset = configuration(design, like=like, pfnmap=pfnmap)
-    given = {name: fields[name] for name in names if fields.get(name) is not None}
-    return {name: (getattr(preset, name), value) for name, value in given.items() if getattr(preset, name) != value}
+        defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed.
+        ValueError for what Config refuses.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        fields = self.fields(design)
+        own = {name for name in fields.pop("defects", ()) if name != "uptodate-unzeroed" or "zero" not in given}
+        fields |= {"defects": tuple(sorted(own | set(defects)))}
+        return Config(design, **{**fields, **given})  # type: ignore[arg-type]
+
+    def mixed(self, design: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those fields given by hand that differ from these versions', and their values."""
+        own = self.fields(design)
+        found = {name: value for name, value in given.items() if name in own and name != "defects"}
+        return {name: value for name, value in found.items() if value is not None and value != own[name]}

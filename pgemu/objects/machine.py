@@ -11,6 +11,7 @@ import numpy as np
 
 from pgemu.machine.config import Config as Config
 from pgemu.machine.core import Core
+from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
 from pgemu.machine.vm_kinds import KINDS, Kind
 from pgemu_kernels import words as W
@@ -249,9 +250,7 @@ class Machine(Core):
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
         for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
-            if self.register(W.R_BROKEN) == 0:
-                self.arrays.state[W.R_BROKEN_FIRST] = kind << 48 | frame
-            self.arrays.state[W.R_BROKEN] += np.uint64(1)
+            note_broken(self.arrays.state, kind, frame)
         found = np.zeros(W.FOUND_WORDS, np.int64)
         if self.register(W.R_PINS):
             from pgemu.objects.pins import own_nodes

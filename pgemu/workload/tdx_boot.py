@@ -21,6 +21,8 @@ Inferred here:
 - swiotlb is converted to shared once, in one piece: 64 MiB (IO_TLB_DEFAULT_SIZE, the lower bound of what
   confidential guests reserve) at gfn 0x70000, aligned to its size, below 2 GiB and clear of the pages above; 64
   pages of it are then touched by the host and by the guest
+- `overlap`, the share of the hot flips that happen while another page of the same GiB stays shared: nobody has
+  counted it. One of the other accepts is the end of that page's time; counts are the same for every share
 - 12 rare conversions between the first touches, on any vCPU, of pages that are mapped at 2M by then
 - times: 10 us from one record to the next
 """
@@ -32,6 +34,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.errors import InputError
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
@@ -84,8 +87,17 @@ LAYOUT = Layout(
 _Gfns = npt.NDArray[np.int64]
 
 
-def build(seed: int = 0) -> Lowered:
-    """Return the boot; `seed` orders the conversions and the first touches, the counts are fixed."""
+MACHINE = {"stage2": "ept", "vcpus": VCPUS}
+
+
+def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
+    """Return the boot; `seed` orders the conversions and the first touches, the counts are fixed.
+
+    :param overlap: share of the hot flips that happen while another page of their GiB stays shared, 0 to 1
+    :raises InputError: another share
+    """
+    if not 0 <= overlap <= 1:
+        raise InputError(f"overlap {overlap}: expected a share from 0 to 1", "workload:tdx-boot")
     random = np.random.Generator(np.random.PCG64(seed))
     firmware = np.arange(FIRMWARE_GFN, FIRMWARE_GFN + FIRMWARE_PAGES)
     setup = _setup()
@@ -94,7 +106,7 @@ def build(seed: int = 0) -> Lowered:
             setup,
             _touch(firmware, _ACCEPTED),
             _touch(np.array(FIRMWARE_ACCEPTS), _ACCEPTED),
-            _flip(_hot_pages(random), np.zeros(FLIPS - RARE, np.int64)),
+            _hot_flips(random, overlap),
             _touch(np.array(KERNEL_ACCEPTS), _ACCEPTED),
             _swiotlb(random),
             _first_touches(random),
@@ -104,7 +116,7 @@ def build(seed: int = 0) -> Lowered:
     made = len(records) - len(setup)
     inputs = Counter({"record": made})
     accounting = Accounting(events=made, inputs=inputs, operations=len(records), setup=len(setup))
-    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot")
+    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", MACHINE)
 
 
 def _setup() -> Records:
@@ -165,6 +177,20 @@ def _hot_pages(random: np.random.Generator) -> _Gfns:
     rest = np.setdiff1d(np.array(HOT_RANGE), hot)
     tail = rest[np.linspace(0, len(rest) - 1, TAIL).astype(np.int64)]
     return random.permutation(np.concatenate([hot, tail]))
+
+
+def _hot_flips(random: np.random.Generator, overlap: float) -> Records:
+    """The flips of the hot range. With an overlap the first page that flips only once is shared before all others, and
+    becomes private again after that share of them."""
+    pages = _hot_pages(random)
+    flips = _flip(pages, np.zeros(len(pages), np.int64))
+    if not overlap:
+        return flips
+    once = int(np.flatnonzero(~np.isin(pages, list(HOT)))[0])
+    own = np.arange(4 * once, 4 * once + 4)
+    others = np.delete(np.arange(4 * len(pages)), own)
+    until = 4 * round(overlap * (len(pages) - 1))
+    return flips.take(np.concatenate([own[:2], others[:until], own[2:], others[until:]]))
 
 
 def _swiotlb(random: np.random.Generator) -> Records:

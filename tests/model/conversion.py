@@ -80,9 +80,7 @@ class Conversions(State):
             refused = self.gate(unit)
         if refused:
             return refused
-        refused = self.zap_converted(
-            unit, self.rounded(unit.pages, unit.node, PIECE if self.parameters.in_pieces else None)
-        )
+        refused = self.zap_converted(unit)
         if refused:
             for _, folio in self.private_blocks(unit):
                 folio.waits |= not folio.whole  # split before the zap
@@ -99,7 +97,7 @@ class Conversions(State):
             refused = self.gate_of_small_folios(unit)
             if refused:
                 return refused
-        refused = self.zap_converted(unit, unit.pages)
+        refused = self.zap_converted(unit)
         if refused:
             return refused
         self.store(unit)
@@ -112,7 +110,7 @@ class Conversions(State):
             refused = self.gate(unit)
             if refused:
                 return refused
-        refused = self.zap_converted(unit, unit.pages)
+        refused = self.zap_converted(unit)
         if refused:
             return refused
         if unit.shared:
@@ -129,7 +127,7 @@ class Conversions(State):
         items = [unit.part(pages, 0) for pages in self.changing(unit)]
         for item in items:
             if item.shared:
-                refused = self.zap_converted(item, item.pages)
+                refused = self.zap_converted(item)
                 if refused:
                     return refused
                 continue
@@ -185,7 +183,7 @@ class Conversions(State):
         """No gate, no split, no merge."""
         if not unit.shared:
             self.unmap_file(unit.inode, unit.pages)
-        refused = self.zap_converted(unit, unit.pages)
+        refused = self.zap_converted(unit)
         if refused:
             return refused
         self.store(unit)
@@ -193,9 +191,12 @@ class Conversions(State):
 
     # ------------------------------------------------------------------ steps
 
-    def zap_converted(self, unit: Unit, pages: range) -> Outcome | None:
-        """Whether leaves of both kinds go is a parameter, where there are two roots. Private leaves that cross the
-        border of what goes are split before."""
+    def zap_converted(self, unit: Unit) -> Outcome | None:
+        """The range and no more; a what-if is rounding it out. Whether leaves of both kinds go is a parameter, where
+        there are two roots. Private leaves that cross the border of what goes are split before."""
+        pages = unit.pages
+        if self.parameters.zap == "rounded" and self.restructure:
+            pages = self.rounded(pages, unit.node, PIECE if self.parameters.in_pieces else None)
         left = "private" if unit.shared else "shared"
         kinds = "both" if self.parameters.zap_filter == "both" else left
         if kinds != "shared" and not self.split_private(unit.inode, pages):

@@ -36,6 +36,7 @@ class Parameters:
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
+    zap: str = "exact"
 
     @classmethod
     def of(cls, config: Any) -> Parameters:

@@ -35,6 +35,9 @@ from pgemu_kernels.words.rows import (
     A_START,
     A_WORDS,
     B_WORDS,
+    FINDING_COUNT,
+    FINDING_INDEX,
+    FINDING_WORDS,
     I_BLOCK,
     I_KIND,
     I_LOCK,
@@ -55,6 +58,7 @@ from pgemu_kernels.words.rows import (
     O_OFFSET,
     S_ROOT,
     S_WORDS,
+    STATE_FINDINGS,
     STATE_INODES,
     STATE_MEMSLOTS,
     STATE_SPACES,
@@ -79,6 +83,8 @@ _M_WORDS = U(M_WORDS)
 _V_WORDS = U(V_WORDS)
 
 _B_WORDS = U(B_WORDS)
+
+_FINDING_WORDS = U(FINDING_WORDS)
 
 
 @kernel
@@ -304,6 +310,10 @@ def broken(state, kind, index):
     if state[R_BROKEN] == U0:
         state[R_BROKEN_FIRST] = kind << U48 | index & _LOW_48
     state[R_BROKEN] += U1
+    row = STATE_FINDINGS + kind * _FINDING_WORDS
+    if state[row + FINDING_COUNT] == U0:
+        state[row + FINDING_INDEX] = index
+    state[row + FINDING_COUNT] += U1
 
 
 @kernel

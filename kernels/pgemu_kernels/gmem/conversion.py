@@ -17,7 +17,7 @@ from pgemu_kernels.engine.charge import charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
-from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
+from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
@@ -53,6 +53,7 @@ from pgemu_kernels.words.registers import (
     R_SPACES,
     R_SPLIT_TO_2M,
     R_ZAP_FILTER,
+    R_ZAP_ROUNDED,
 )
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -85,6 +86,12 @@ in_place = parameter(R_IN_PLACE, U1)
 merge_lazy = parameter(R_MERGE_LAZY, U0)
 flush_batched = parameter(R_FLUSH_BATCHED, U0)
 split_to_2m = parameter(R_SPLIT_TO_2M, U0)
+
+
+@kernel
+def zap_rounded(m):
+    """Whether a zap is rounded out to huge pages; default machines know it, too: a comparison asks both ways."""
+    return m.state[R_ZAP_ROUNDED] != U0
 
 
 @kernel
@@ -456,11 +463,15 @@ def fail_zap(m, op, status):
 
 @kernel
 def zap(m, op):
-    """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
+    """Drop the stage-2 leaves over the unit. The point of no return.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_zap(inode, start, end) in every posted version, whatever begin and end are of.
+    R_ZAP_ROUNDED: over the rounded unit, a what-if.
+    """
     state = m.state
-    exactly = zaps_exactly(m)
-    start = state[op + (O_START if exactly else O_ROUND_START)]
-    end = state[op + (O_END if exactly else O_ROUND_END)]
+    rounded = zap_rounded(m)
+    start = state[op + (O_ROUND_START if rounded else O_START)]
+    end = state[op + (O_ROUND_END if rounded else O_END)]
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
         status = split_before_zap(m, op, vms, start, end)

@@ -18,6 +18,7 @@ from pgemu_kernels.gmem.conversion import (
     split_before_zap,
     store_range,
     zap_kind,
+    zap_rounded,
 )
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.process.zapping import unmap_mapping_range
@@ -165,10 +166,12 @@ def fail_zap_item(m, op, status):
 
 @kernel
 def zap_item(m, op):
-    """To shared: drop the leaves of exactly the item, which is all private, and flush."""
+    """To shared: drop the leaves of exactly the item, which is all private, and flush. As zap()."""
     state = m.state
     start = state[op + O_ITEM_START]
     end = state[op + O_ITEM_END]
+    if zap_rounded(m):
+        start, end = rounded_item(m, start, end)
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
         status = split_before_zap(m, op, vms, start, end)

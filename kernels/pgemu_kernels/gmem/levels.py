@@ -28,8 +28,11 @@ from pgemu_kernels.words.enum_words import (
 )
 from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT
 from pgemu_kernels.words.registers import (
+    LEVEL_PRIVATE,
+    LEVEL_WHOLE,
     R_DEFECTS,
     R_DIRTY_LOG_GMEM,
+    R_LEVEL_RULE,
     R_ORDER,
     R_RECOVER_HUGE,
     R_VMS,
@@ -152,12 +155,16 @@ def folio_level(m, slot, node, index, gfn):
 def shareability_level(m, slot, node, index, gfn):
     """By shareability: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
-    The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
+    The largest whose block is all of one kind (R_LEVEL_RULE has what else it could be). Defect.HUGE_OVER_PRIVATE as in
+    folio_level().
     """
-    level = largest_level(m.state)
+    state = m.state
+    level = largest_level(state)
     if not (defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
-            level -= U1
+            level = U1 if state[R_LEVEL_RULE] == LEVEL_WHOLE else level - U1
+        if state[R_LEVEL_RULE] == LEVEL_PRIVATE and is_shared(m, node, index) != U0:
+            level = U1
     return limit_to_slot(m, slot, gfn, level)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
@@ -19,11 +19,12 @@ from pgemu_kernels.engine.rows import (
     stop,
     unlock,
 )
-from pgemu_kernels.folios.folio import mappings, struct_page
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.merging import leave_cache, merge_block
+from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.gmem import piece_merges
-from pgemu_kernels.gmem.levels import defects
+from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
@@ -67,6 +68,7 @@ from pgemu_kernels.words.rows import (
     I_OPEN,
     I_PAGES,
     I_SUBPOOL,
+    I_ZEROED,
     INODE_GUEST_MEMFD,
     M_BASE_GFN,
     M_FLAGS,
@@ -173,6 +175,27 @@ def hole_arguments(m, op):
     return status
 
 
+@outlined
+def note_hole(m, node, index, pages):
+    """Where the code knows flags only: pages that a hole has zeroed are so in a folio that counts as up to date.
+
+    Of any other the next first use zeroes them again, and nothing is lost by that.
+    """
+    if not knows_flags_only(m):
+        return
+    block = block_row(m, node, index)
+    for at in range(index, index + pages):
+        head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
+        word = m.state[node + I_ZEROED] + (at >> U6)
+        if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+            m.state[word] |= U1 << (at & U63)
+        else:
+            m.state[word] &= ~(U1 << (at & U63))
+
+
+noted_hole = full_only(note_hole, None)  # default machines have no defects
+
+
 @kernel
 def zero_part(m, node, index, pages):
     """Zero the part of a huge page that a hole covers: guest_memfd frees only whole huge pages."""
@@ -181,6 +204,7 @@ def zero_part(m, node, index, pages):
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
+        noted_hole(m, node, index, pages)
 
 
 @step

@@ -1,8 +1,8 @@
 """Safety rules and conservation: after each operation where it touched something, or all at once.
 
-No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
-inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
-frames and huge pages are conserved; every invalidation that began has ended.
+No host leaf to a private page; no leaf to a page that was not zeroed since it is the inode's; no stage-2 leaf over
+pages of both kinds, to another frame than the inode's, or (restructure) larger than its folio; a block is split exactly
+while one of its pages is shared; frames and huge pages are conserved; every invalidation that began has ended.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
-from pgemu_kernels.engine.properties import level_is_folios, splits_folios, zaps_exactly
+from pgemu_kernels.engine.properties import level_is_folios, splits_folios
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
@@ -28,8 +28,11 @@ from pgemu_kernels.engine.rows import (
     vma_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.xarray import object_frames
+from pgemu_kernels.folios.zeroed import all_zeroed
 from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.gmem.vm_kinds import largest_of_kind
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
@@ -42,6 +45,7 @@ from pgemu_kernels.words.enum_words import (
     BROKEN_LEAF_OVER_FOLIO,
     BROKEN_MIXED_LEAF,
     BROKEN_PRIVATE_LEVEL,
+    BROKEN_STALE_CONTENTS,
     BROKEN_WRONG_PFN,
     BROKEN_WRONG_ROOT,
     GAUGE_BLOCKS_HUGE,
@@ -64,6 +68,7 @@ from pgemu_kernels.words.enum_words import (
     VM_RMP,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import RET_PF_FIXED
 from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
@@ -87,6 +92,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     H_PAGES,
     I_PAGES,
+    I_ZEROED,
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
@@ -103,6 +109,7 @@ from pgemu_kernels.words.rows import (
     O_ROUND_END,
     O_ROUND_START,
     O_SPACE,
+    O_STATUS,
     O_VM,
     SLOT_RELEASED,
     V_IN_PROGRESS,
@@ -147,6 +154,16 @@ def order_at(m, node, index):
     return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
+@outlined
+def is_own(m, node, index, level):
+    """Whether the pages below a leaf were zeroed since they are the inode's. A 4K folio's flag tells."""
+    first = index & ~(pages_of(level) - U1)
+    if m.state[R_ORDER] != U0:
+        return all_zeroed(m, m.state[node + I_ZEROED], first, first + pages_of(level))
+    pfn = inode_frame(m, node, first)
+    return pfn == NONE or m.ram[struct_page(m, pfn) + FLAGS] & PG_UPTODATE != U0
+
+
 @kernel
 def check_host_leaf(m, row, address, level, entry):
     """A process's entry: to shared pages of the inode, to its frames, and where folios are split to a 4K folio."""
@@ -158,6 +175,7 @@ def check_host_leaf(m, row, address, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @kernel
@@ -174,8 +192,8 @@ def check_stage2_leaf(m, vm, root, gfn, level, entry):
     """A stage-2 leaf below a root: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
 
     The last rule is suspended for private blocks that a failure left split: order jan2026 splits before
-    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. Orders rfc2 and fixup zap no
-    more than the range: a leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
+    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. A zap is of no more than the
+    range: a private leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
     """
     state = m.state
     slot = find_memslot(state, vm, gfn)
@@ -199,8 +217,18 @@ def check_stage2_leaf(m, vm, root, gfn, level, entry):
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        kept = (alone and state[block + B_WAITS] != U0) or (private and zaps_exactly(m))
+        kept = (alone and state[block + B_WAITS] != U0) or (private and not zap_rounded(m))
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
+
+
+@outlined
+def check_new_leaf(m, vm, gfn, level):
+    """A leaf that a fault has just installed is no larger than its folio, whatever leaves of before may be."""
+    slot = find_memslot(m.state, vm, gfn)
+    index = gfn - m.state[slot + M_BASE_GFN] + m.state[slot + M_PGOFF]
+    fits = U9 * (level - U1) <= order_at(m, inode_row(m.state[slot + M_INODE]), index)
+    expect(m, fits, BROKEN_LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -282,10 +310,13 @@ def check_slot_tree(m, slot, root, low, high):
 @kernel
 def check_guest_leaf(m, op, root):
     """The leaf of a guest's access below a root, if it has one there."""
+    vm = m.state[op + O_VM]
     gfn = m.state[op + O_ADDRESS] >> U12
     slot, level = find_leaf(m, stage2_format(m), root, gfn)
     if slot != NONE:
-        check_stage2_leaf(m, m.state[op + O_VM], root, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+        check_stage2_leaf(m, vm, root, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+        if np.int64(m.state[op + O_STATUS]) == RET_PF_FIXED and level_is_folios(m):
+            check_new_leaf(m, vm, gfn, level)
 
 
 @outlined

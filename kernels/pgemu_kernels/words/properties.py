@@ -18,9 +18,10 @@ class Property(IntFlag):
     LEVEL_BY_FOLIO = 16  # stage 2 maps at the level of the folio; else at that of a block of pages of one kind
     INSERTS_LOCKED = 32  # a host entry is inserted under the invalidate_lock, for no reference protects the fault
     HOLES_UNMAP = 64  # a hole unmaps its range from processes itself; else truncation does, folio by folio
-    ROUNDS_RANGES = 128  # a conversion invalidates and zaps ranges rounded out to huge pages; else the range
+    # A conversion's invalidation begins and ends over its range rounded out to huge pages; else over the range. The zap
+    # is of the range itself (R_ZAP_ROUNDED: of the rounded one, too).
+    ROUNDS_RANGES = 128
     # Of the order alone.
-    ZAPS_EXACTLY = 256  # the zap is of the range all the same
     PREALLOCATES = 512  # nodes of the attribute tree are allocated before anything is done
     NAMES_PAGE = 1024  # an error names the page that failed, also one before the range
     DRAINS_LRU = 2048  # the gate of a 4K folio drains the LRU batches once before it gives up

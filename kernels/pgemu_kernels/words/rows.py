@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pgemu_kernels.words.operations import BROKEN_RULES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import F_WORDS
 
@@ -31,7 +32,7 @@ I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
 I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`, where zeroing goes by page
+I_ZEROED = U(8)  # where its bits begin in `state`: pages of huge pages that were zeroed since they are its own
 I_KIND = U(9)  # INODE_*
 I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
 I_BASE = U(11)  # device: first PFN of the region
@@ -320,6 +321,11 @@ O_HOLE_MIDDLE = U(39)  # ... and the entry of the table around it
 O_WORDS = 48
 
 
+# findings, a row for each rule
+FINDING_COUNT = U(0)
+FINDING_INDEX = U(1)
+FINDING_WORDS = 2
+
 # --------------------------------------------------------------------------- where the rows lie
 
 # Everything but `ram` stands in one array each of uint64 (`state`), int64 (`stats`) and uint32 (`counts`):
@@ -349,4 +355,5 @@ STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
 STATE_PINS = U(STATE_POISONED + POISONED)
 STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
 STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
-STATE_SIZE = int(STATE_POLICIES) + POLICIES * MP_WORDS
+STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
+STATE_SIZE = int(STATE_FINDINGS) + BROKEN_RULES * FINDING_WORDS
