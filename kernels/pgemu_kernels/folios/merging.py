@@ -26,7 +26,7 @@ from pgemu_kernels.folios.xarray import nodes_of, put_nodes
 from pgemu_kernels.folios.zeroed import charge_unreached, keeps_flag, zero_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
-    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -50,7 +50,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
     pages = np.int64(U1 << order)
     cached = m.ram[first + MAPPING] != U0
     rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
-    charge(m, EVENT_FOLIO_GATE_CHECKED, pages)  # each is frozen
+    charge(m, EVENT_FOLIO_FROZEN, pages)
     if cached:
         charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))

@@ -74,7 +74,7 @@ from pgemu_kernels.gmem.pieces import (
 )
 from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
-    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -342,7 +342,7 @@ def merge_whole(m, node, block, first, keep, must):
     if any_piece_split(m, block) or not is_idle_block(m, block):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
-    charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
+    charge(m, EVENT_FOLIO_FROZEN, np.int64(PIECES))
     folded = frames_left(m) < missing_of_pieces(m, head)
     if folded and not must:
         return NO_MEMORY

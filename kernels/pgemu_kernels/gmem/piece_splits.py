@@ -49,6 +49,7 @@ from pgemu_kernels.gmem.pieces import (
     zeroed_bits,
 )
 from pgemu_kernels.words.enum_words import (
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_SPLIT,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -137,6 +138,7 @@ def split_whole(m, block, first):
     m.state[block + B_STATE] = BLOCK_PARTLY
     change(m.stats, GAUGE_BLOCKS_HUGE, -1)
     change(m.stats, GAUGE_BLOCKS_PARTLY, 1)
+    charge_one(m, EVENT_FOLIO_FROZEN)
     charge_one(m, EVENT_FOLIO_SPLIT)
     return np.int64(0)
 
