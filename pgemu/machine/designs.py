@@ -19,7 +19,7 @@ from pgemu_kernels.words.operations import (
 )
 from pgemu_kernels.words.properties import Property
 
-__all__ = ("DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
+__all__ = ("DESIGNS", "ORDERS", "PFNMAP", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
 
 Design = Literal["restructure", "pfnmap"]
 
@@ -56,6 +56,13 @@ ROWS = {
     ),
 }
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
+
+
+# Presets of pfnmap, each the defects of a machine that is like it. "corrected" is the design with what it has to have:
+# a hole unmaps its range first, and an entry is inserted under the invalidate_lock. "slides2025" is the smallest change
+# as it was built and captured (tests/data/oracle-pfnmap): its holes leave entries alone, and its fault handler inserts
+# under the folio's lock alone.
+PFNMAP: dict[str, tuple[str, ...]] = {"corrected": (), "slides2025": ("punch-keeps-entries", "insert-unlocked")}
 
 
 def row_of(design: str, order: str) -> tuple[Property, int]:

@@ -125,5 +125,6 @@ R_FLUSHES_HELD = U(118)  # 1: a conversion with R_FLUSH_BATCHED is at work: its 
 R_FOLIOS_IN_HAND = U(119)  # huge pages that faults have taken from the pool and not yet put in a page cache
 R_WORK_LISTS = U(120)  # where a bit per page of the inodes lies in `state`: to be converted (order rfc2)
 R_HOLDERS_OFF = U(121)  # 1: a recount is under way that has taken pins, LRU batches and faults off the references
+R_INIT_ON_ALLOC = U(126)  # 1: CONFIG_INIT_ON_ALLOC_DEFAULT_ON, the page allocator gives zeroes
 R_WORD_COUNT = 128
 CONTIGUOUS_FRAMES = 1024
