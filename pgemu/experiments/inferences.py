@@ -217,6 +217,12 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "their bases are between releases",
             (Alternative("7.3", {"kernel": "7.3"}), Alternative("6.18", {"kernel": "6.18"})),
         ),
+        "private-level": Inference(
+            "private memory of a TDX VM is mapped by leaves of up to 2M",
+            "TDX huge pages v3, posted; mainline maps 4K",
+            (Alternative("4K", {"private_level": "4K"}),),
+            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
+        ),
         "overlap": Inference(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",
