@@ -155,8 +155,9 @@ _OPTIONS = (
 )
 
 FIELDS = (
-    "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch", "split_form", "split_to", "merge",
-    "flush", "zap", "invalidate", "zero", "merge_zero", "punch", "level_rule", "host_huge", "worker", "lru_cache",
+    "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
+    "split_form", "split_to", "merge", "flush", "zap", "invalidate", "zero", "merge_zero", "punch", "level_rule",
+    "host_huge", "worker", "lru_cache",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 
