@@ -108,6 +108,7 @@ _PUBLISHED = (
         each=_ZERO_PAGE,
     ),
     Price(Event.FOLIO_ZEROED_PAGES, "per 4K page as PAGE_ZEROED: a 1G folio is 100-120 ms", each=_ZERO_PAGE),
+    Price(Event.ZEROED_UNREACHED, CARRIED + "PAGE_ZEROED and FOLIO_ZEROED_PAGES count these pages"),
     Price(
         Event.VMEMMAP_PAGE_RESTORED,
         f"{KRAVETZ}: batched less off, per 2M page 4.0 us (VM) and 17.9 us (metal), / 7 vmemmap pages",

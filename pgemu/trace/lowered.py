@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,6 +92,8 @@ class Lowered:
         converts: whether any record is a conversion
         accounting: where the log's events went
         source: name of the file or workload
+        machine: fields of Config that the trace or workload brings: its stage 2, its vCPUs
+        again: of a workload with parameters: makes it with other ones
     """
 
     records: Records
@@ -99,3 +102,5 @@ class Lowered:
     converts: bool
     accounting: Accounting
     source: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    again: Callable[..., Lowered] | None = field(default=None, compare=False)

@@ -27,7 +27,7 @@ from oracle.replay_process import (
     same_flags,
     size_of,
 )
-from pgemu.machine.designs import PFNMAP
+from pgemu.machine.presets import PFNMAP
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 
@@ -61,7 +61,7 @@ def machine_of(variant: str, capture: Capture) -> Machine:
         return Machine(Config("restructure", order="next4k", **common))
     preset = "corrected" if variant == "unmap" else "slides2025"
     huge = is_huge(capture)
-    return Machine(Config("pfnmap", defects=PFNMAP[preset], large_folios=huge, host_huge=huge, **common))
+    return Machine(Config("pfnmap", defects=PFNMAP[preset].defects, large_folios=huge, host_huge=huge, **common))
 
 
 class ReplayPfnmap(Replay):

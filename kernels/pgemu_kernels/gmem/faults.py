@@ -30,6 +30,7 @@ from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
 from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
+from pgemu_kernels.gmem.vm_kinds import is_over, kind_level
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import access_outside, find_guest_leaf, install_stage2, is_user_slot, load_root
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
@@ -49,7 +50,6 @@ from pgemu_kernels.words.operations import (
     EFAULT,
     GO,
     RET_PF_RETRY,
-    RET_PF_SPURIOUS,
     STOP,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
@@ -253,10 +253,9 @@ def enter_fault(m, op, slot, gfn, exits):
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
-    leaf, level = find_guest_leaf(m, op)
-    if leaf != NONE:
-        state[op + O_DETAIL] = level
-        return stop(state, op, RET_PF_SPURIOUS)
+    leaf, level = find_guest_leaf(m, op, slot)
+    if leaf != NONE and is_over(m, op, slot, level):
+        return STOP
     load_root(state, row)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
@@ -317,6 +316,7 @@ def guest_page(m, op):
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
     level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
+    level = kind_level(m, op, node, index, level)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))
     state[op + O_PFN] = pfn
     state[op + O_LEVEL] = level

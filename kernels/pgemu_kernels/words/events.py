@@ -68,6 +68,7 @@ class Event(IntEnum):
     LRU_CACHE_DRAINED = 42
     WORK_DONE = 43
     SPTE_SPLIT = 44
+    ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
 
 
 EVENTS = 48  # room in a counter row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pgemu_kernels.words.operations import BROKEN_RULES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import F_WORDS
 
@@ -31,7 +32,7 @@ I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
 I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`, where zeroing goes by page
+I_ZEROED = U(8)  # where its bits begin in `state`: pages of huge pages that were zeroed since they are its own
 I_KIND = U(9)  # INODE_*
 I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
 I_BASE = U(11)  # device: first PFN of the region
@@ -49,6 +50,8 @@ I_ALL_FROM = U(22)  # pages that all of its VMAs show,
 I_ALL_END = U(23)
 I_TOLD = U(24)  # a bit per VM of their processes,
 I_CALLS = U(25)  # and how many notifier calls it is that all of them leave the processes
+I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
+I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
 I_WORDS = 32
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -231,14 +234,28 @@ V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
-V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
+V_PROTECTED = U(7)  # 1: the VM has private memory: deleting a slot drops its leaves only
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
 V_UNLOADED = U(12)  # 1: the vCPU has to load a new root before it runs: the tree went with a slot
 V_BIND_INODE = U(13)  # guest_memfd and offset that the next slot takes its private pages from
 V_BIND_OFFSET = U(14)
-V_WORDS = 16
+# By kind (pgemu/machine/vm_kinds.py):
+V_PRIVATE_ROOT = U(16)  # root of private memory: V_ROOT, or that of the mirror (VmProperty.MIRRORED)
+V_PROPERTIES = U(17)  # VmProperty
+V_PRIVATE_LEVEL = U(18)  # of the largest leaf over private memory
+V_WORDS = 32
+
+# counts[frame] of a stage-2 table, beside how many leaves are below: bits of what KVM keeps in kvm_mmu_page
+TABLE_NX_DISALLOWED = U(1 << 31)  # nx_huge_page_disallowed: made for a fetch under the NX-hugepage mitigation
+TABLE_MIRROR = U(1 << 30)  # role.is_mirror: the mirror root, or below it
+TABLE_LEAVES = U((1 << 30) - 1)
+
+# Which roots a zap goes to: enum kvm_gfn_range_filter
+FILTER_SHARED = U(1)
+FILTER_PRIVATE = U(2)
+FILTER_BOTH = U(3)
 
 # memslots
 M_BASE_GFN = U(0)
@@ -310,6 +327,11 @@ O_HOLE_MIDDLE = U(39)  # ... and the entry of the table around it
 O_WORDS = 48
 
 
+# findings, a row for each rule
+FINDING_COUNT = U(0)
+FINDING_INDEX = U(1)
+FINDING_WORDS = 2
+
 # --------------------------------------------------------------------------- where the rows lie
 
 # Everything but `ram` stands in one array each of uint64 (`state`), int64 (`stats`) and uint32 (`counts`):
@@ -341,4 +363,5 @@ STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
 STATE_PINS = U(STATE_POISONED + POISONED)
 STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
 STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
-STATE_SIZE = int(STATE_POLICIES) + POLICIES * MP_WORDS
+STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
+STATE_SIZE = int(STATE_FINDINGS) + BROKEN_RULES * FINDING_WORDS
