@@ -144,6 +144,7 @@ _OF_KERNEL_CONFIGURATION = {
     W.R_HUGETLB_CGROUP: "hugetlb_cgroup",
     W.R_DEFERRED_STRUCT_PAGES: "deferred_struct_pages",
     W.R_LRU_REFS: "lru_references",
+    W.R_INIT_ON_ALLOC: "init_on_alloc",
 }
 _OF_CONFIG = {
     W.R_GUEST_PAGES: "guest_pages",
@@ -244,7 +245,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
 
 def _set_nodes(config: Config, state: Any, base: int) -> None:
     """Empty free lists, and where the pages of each node lie."""
-    for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_NODES), 2):  # empty lists
+    for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_PCP_COUNTS), 2):  # empty lists
         state[row : row + 2] = np.uint64(W.HSTATES_ADDRESS + (row - int(W.STATE_HSTATES)) * 8)
     for number in range(config.nodes):
         node = config.node(number)

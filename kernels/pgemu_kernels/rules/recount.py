@@ -9,8 +9,8 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, vm_row
 from pgemu_kernels.engine.shareability import is_shared
-from pgemu_kernels.folios.buddy import free_area, is_buddy
-from pgemu_kernels.folios.folio import INDEX, MAPPING, struct_page
+from pgemu_kernels.folios.buddy import free_area, is_buddy, pcp_list
+from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, NO_MAPCOUNT, struct_page
 from pgemu_kernels.folios.hstate import first_page, hstate_node, links_of, list_head, page_after
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
@@ -91,6 +91,7 @@ from pgemu_kernels.words.rows import (
     I_PUD,
     INODE_GUEST_MEMFD,
     STATE_HSTATES,
+    STATE_PCP_COUNTS,
     TABLE_MIRROR,
     V_IN_PROGRESS,
     V_PRIVATE_ROOT,
@@ -289,7 +290,7 @@ def check_inode(m, inode):
 
 @outlined
 def check_free_areas(m):
-    """The lists of free blocks of orders 0 to 8: links, marks, and as many pages as are free (page_size 4096)."""
+    """The lists of free blocks and pages: links, marks, and as many pages as are free (page_size 4096)."""
     state = m.state
     free = U(m.stats[STATS_GAUGES + GAUGE_BUDDY_BLOCKS * U2]) << U9
     for node in range(state[R_NODES]):
@@ -305,6 +306,14 @@ def check_free_areas(m):
                 free += U1 << order
                 pfn = page_after(m, pfn)
             expect(m, state[row + U1] == before, BROKEN_COUNTS, order)
+        waiting = U0
+        pfn = first_page(state, pcp_list(node))
+        while pfn != U0:
+            expect(m, m.ram[struct_page(m, pfn) + COUNTS] == NO_MAPCOUNT, BROKEN_FRAMES, pfn)
+            waiting += U1
+            pfn = page_after(m, pfn)
+        expect(m, state[STATE_PCP_COUNTS + node] == waiting, BROKEN_COUNTS, node)
+        free += waiting
     expect(m, U(m.stats[STATS_GAUGES + GAUGE_POOL_FREE * U2]) == free, BROKEN_FRAMES, free)
 
 

@@ -32,7 +32,7 @@ I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
 I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_ZEROED = U(8)  # where its bits begin in `state`: pages of huge pages that were zeroed since they are its own
+I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`: folios/zeroed.py
 I_KIND = U(9)  # INODE_*
 I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
 I_BASE = U(11)  # device: first PFN of the region
@@ -86,6 +86,10 @@ H_NODE_WORDS = 6
 H_WORDS = 24
 HSTATES = 2  # a third row, with H_PAGES and H_FREE, counts the page allocator's 4K pages where R_ORDER is 0
 FREE_ORDERS = 9  # orders 0 to 8: blocks of order 9 have a bit (N_BLOCKS)
+# A per-CPU list and how many go back at once: mm/page_alloc.c:zone_batchsize(), and the four batches that are the
+# least that zone_set_pageset_high_and_batch() allows (inference: Linux lets it grow with the zone).
+PCP_BATCH = U(63)
+PCP_HIGH = U(4 * 63)
 HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of these rows lie in the kernel's image
 
 # nodes: one row per NUMA node
@@ -161,6 +165,7 @@ B_WAITS = U(3)  # 1: a failure left it split though all private
 B_METADATA = U(4)  # what a split folio cannot hold itself: its subpool's row + 1, 0 = none
 B_PENDING = U(5)  # zombie: base pages of folios whose last reference is gone: the posted nr_pages_waiting_to_be_merged
 B_MUTEX = U(6)  # actor + 1 of the fault that is allocating it; 0: nobody
+B_BITS = U(7)  # 1: bits of zeroed pages may be set (I_ZEROED)
 B_PIECES = U(8)  # + n: a bit per 2M piece that is split to 4K (BLOCK_PARTLY)
 B_WORDS = 16
 BLOCK_ABSENT = U(0)
@@ -208,6 +213,7 @@ VM_LOCKED = U(2)
 VM_PFNMAP = U(4)
 VM_NORESERVE = U(8)
 VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
+VM_COUNTED = U(64)  # designs: mapped as merged, by entries of folios, whatever the design is
 VM_ACCOUNT = U(32)  # counted against the commit limit, which is not modelled: VMAs that differ in it do not merge
 PROT_READ = U(1)
 PROT_WRITE = U(2)
@@ -218,7 +224,8 @@ NO_INODE = U(0xFFFFFFFF)  # object of an anonymous mapping
 # counts[frame] of a 4K page of memory: mappings, and
 PAGE_EXCLUSIVE = U(1 << 31)  # PageAnonExclusive: of this mapping alone, it may be written without asking
 PAGE_CACHED = U(1 << 30)  # a page cache holds it
-PAGE_MAPPINGS = U((1 << 30) - 1)
+PAGE_DIRTY = U(1 << 29)  # PG_dirty of a page of guest_memfd: entries made by later faults are dirty, too
+PAGE_MAPPINGS = U((1 << 29) - 1)
 
 # vms
 V_ROOT = U(0)
@@ -349,7 +356,9 @@ STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
 STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
 STATE_SMALL = U(STATE_HSTATES + HSTATES * H_WORDS)
 STATE_FREE_AREAS = U(STATE_SMALL + H_WORDS)  # [node][order]: next, prev of zone->free_area[order].free_list
-STATE_NODES = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)
+STATE_PCP = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)  # [node]: next, prev of a zone's per_cpu_pages list
+STATE_PCP_COUNTS = U(STATE_PCP + NODES * 2)  # [node]: pages in it
+STATE_NODES = U(STATE_PCP_COUNTS + NODES)
 STATE_SUBPOOLS = U(STATE_NODES + NODES * N_WORDS)
 STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
 STATE_PINS = U(STATE_POISONED + POISONED)
