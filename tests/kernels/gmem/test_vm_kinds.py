@@ -78,7 +78,7 @@ def test_others_have_one_root(kind: str) -> None:
 )
 @pytest.mark.parametrize("design", DESIGNS)
 def test_which_kinds_a_conversion_zaps(design: str, kind: str, zap_filter: str, left: int) -> None:
-    """Pages 4 to 8 become private, of which 7 was. With one root kvm_gfn_range_filter_to_root_types() knows no kinds."""
+    """Pages 4 to 8 become private, of which 7 was: kvm_gfn_range_filter_to_root_types() asks for a mirror first."""
     machine, gmem, _, vm = make(kind, design, zap_filter=zap_filter)
     assert gmem.convert(5 * PAGE, PAGE, shared=True).status == 0
     assert vm.touch(5 * PAGE) == (FIXED, 1)
