@@ -159,8 +159,8 @@ def broken(run: DesignRun) -> int:
 QUESTIONS: dict[str, Question] = {
     "conversions": Question("time of conversions", _time(Operation.CONVERT)),
     "guest_faults": Question("time of guest faults", _time(Operation.GUEST_FAULT)),
-    "memory": Question("struct pages and tables", _memory),
-    "level": Question("guest memory at 2M or 1G", _level),
+    "memory": Question("memory for metadata", _memory),
+    "level": Question("guest mapped at >= 2M", _level),
     "refused": Question("refused", lambda a, b, _: _less(refused(a), refused(b), "count")),
     "broken": Question("broken", lambda a, b, _: _less(broken(a), broken(b), "count")),
 }
