@@ -52,7 +52,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             zero=draw(st.sampled_from(("folio", "page"))),
             seed=draw(st.integers(0, 2)),
             frames=draw(self.frames),
-            rounded_zap_drops_both_kinds=draw(st.booleans()),
+            zap_filter=draw(st.sampled_from(("both", "target"))),
             notifier=draw(st.booleans()),
             split_form=draw(st.sampled_from(("jan2026", "rfc2"))),
         )
@@ -62,7 +62,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             self.pair.create_process()
         self.pair.create_guest_memfd((self.pool_pages - 1) * self.page_size, draw(st.booleans()))
         for space in range(2):
-            self.pair.create_vm(space, draw(st.booleans()))
+            self.pair.create_vm(space, draw(st.sampled_from(("plain", "sw"))))
         self.pair.bind(0, 0, 0, 0, self.pair.inodes[0].size)
         self.pair.mmap(0, ADDRESSES[0], 0, 0, self.pair.inodes[0].size)
 
@@ -282,5 +282,5 @@ def booted(design: str) -> Pair:
     pair.create_process()
     pair.create_guest_memfd(2 * M2, True)
     for _ in range(2):
-        pair.create_vm(0, True)
+        pair.create_vm(0, "sw")
     return pair

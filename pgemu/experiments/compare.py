@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
 from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.statistics import Statistics
+from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
@@ -86,15 +88,29 @@ class Finding:
 
     Attributes:
         count: how often a rule was found broken
-        rule: the first one, a name of layout.Broken
+        rule: the first one, a name of words.Broken
         index: page of the inode, or the count, that the first one is about
         after: records that had run when it was noticed; more than the trace has: after the inode was closed
+        rules: every rule that was broken, with the defects of the machine that explain it
     """
 
     count: int
     rule: str
     index: int
     after: int
+    rules: tuple[BrokenRule, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        rules = [
+            {**asdict(rule), "rule": rule.rule.name, "explained_by": list(rule.explained_by)} for rule in self.rules
+        ]
+        return {**asdict(self), "rules": rules}
+
+    @property
+    def explained(self) -> bool:
+        """Whether defects of the machine explain all of it."""
+        return all(rule.explained_by for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,7 @@ class DesignRun:
             "state": {metric.key: metric.value(statistics) for metric in METRICS},
             "events": {event.name.lower(): statistics.event(event) for event in Event},
             "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
-            "broken": asdict(self.finding) if self.finding else None,
+            "broken": self.finding.to_json() if self.finding else None,
         }
 
 
@@ -186,8 +202,8 @@ class Comparison:
 
     @property
     def broken(self) -> bool:
-        """Whether any machine broke a rule."""
-        return any(run.finding for run in self.runs)
+        """Whether any machine broke a rule that none of its defects explains."""
+        return any(run.finding and not run.finding.explained for run in self.runs)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
@@ -227,7 +243,8 @@ def compare(
 ) -> Comparison:
     """Run a trace on a fresh machine of each design.
 
-    The pool is as large as the guest_memfd; a trace that begins private runs in a KVM_X86_SW_PROTECTED_VM.
+    The pool is as large as the guest_memfd. The VM's kind is the trace's; one that says nothing runs in a
+    KVM_X86_SW_PROTECTED_VM where it begins private, else in a plain VM.
 
     :param designs: which, and in which order
     :param check: "end": recount everything after the trace and after closing; an int: also after every so many
@@ -259,8 +276,12 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
         known = " or ".join({PAGE_4K: "4K", PAGE_2M: "2M"}.get(size, "1G") for size in sizes)
         raise InputError(f"huge pages of {layout.page_size >> 20} MiB: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
+    fields = {"vm": "sw" if lowered.init == "private" else "plain", **lowered.machine, **given}
+    kind = KINDS.get(fields["vm"])
+    if kind and kind.stage2 and "stage2" not in given:
+        fields["stage2"] = kind.stage2
     try:
-        return versions.configuration(design, pool=pool, page_size=layout.page_size, **{**lowered.machine, **given})
+        return versions.configuration(design, pool=pool, page_size=layout.page_size, **fields)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -273,8 +294,12 @@ def run(
     progress: Progress | None = None,
     *,
     strict: bool = False,
+    unseen: bool = False,
 ) -> DesignRun:
-    """Run a trace on a fresh machine; see compare()."""
+    """Run a trace on a fresh machine; see compare().
+
+    unseen: with accesses to whatever the recorded VM may have used without a fault (recorded.py).
+    """
     machine = _boot(lowered, config)
     booted = machine.statistics
     refusal = _instead(lowered, config, versions) if strict else ""
@@ -286,7 +311,7 @@ def run(
     if check == "every":
         machine.check_each()
     finding = None
-    for done in _replay(machine, lowered, check):
+    for done in _replay_unseen(machine, lowered) if unseen else _replay(machine, lowered, check):
         finding = finding or _finding(machine, done)
         if progress:
             progress(config.design, done, len(lowered.records))
@@ -297,7 +322,7 @@ def run(
     machine.check()
     finding = finding or _finding(machine, len(lowered.records) + 1)
     if finding:
-        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after)
+        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
     return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding)
@@ -320,7 +345,7 @@ def _boot(lowered: Lowered, config: Config) -> Machine:
     except (MemoryError, OSError):
         size = lowered.layout.inode_size
         raise InputError(f"{size} bytes of guest memory: more than this computer can model") from None
-    machine.create_vm(machine.create_process(), protected=lowered.init == "private")
+    machine.create_vm(machine.create_process())
     return machine
 
 
@@ -341,6 +366,13 @@ def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
         piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
         done = last
         yield done
+
+
+def _replay_unseen(machine: Machine, lowered: Lowered) -> Iterator[int]:
+    from pgemu.experiments.recorded import replay_unseen
+
+    replay_unseen(lowered, machine)
+    yield len(lowered.records)
 
 
 def _finding(machine: Machine, after: int) -> Finding | None:

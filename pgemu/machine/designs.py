@@ -35,7 +35,7 @@ class Order(NamedTuple):
 
 
 # What fields of Config are where they are not given: those that no design has otherwise.
-DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block"})
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block", "zero": "folio"})
 
 
 class Row(NamedTuple):
@@ -68,7 +68,8 @@ ROWS = {
     "pfnmap": Row(
         Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP,
         SLIDES,
-        MappingProxyType({"batch": "range"}),  # nothing is done huge page by huge page
+        # Nothing is done huge page by huge page; PG_uptodate of a folio that stays whole cannot tell what is zeroed.
+        MappingProxyType({"batch": "range", "zero": "page"}),
     ),
 }
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")

@@ -14,6 +14,7 @@ Inferred here:
 - the initial memory is the firmware in the slot at gfn 0xffc00, which has just that size
 - an accept of a hot page ends a time of being shared, in which the host touched the page; so each of them is
   four records: convert to shared, host fault, convert to private, guest fault
+- all of that initial memory and of those accepts is mapped at 4K where a kind of VM knows accepts (Flag.ACCEPT_4K)
 - the 2710 - 506 - 512 - 1606 = 86 other accepts fall evenly on the rest of the hot range
 - the order of the phases: firmware, its accepts, the conversions, the early kernel's accepts, swiotlb, first
   touches; conversions and first touches are shuffled
@@ -61,6 +62,7 @@ HOST_FAULTS = FLIPS + SWIOTLB_TOUCHES
 GUEST_FAULTS = FIRMWARE_PAGES + ACCEPTS + RARE + SWIOTLB_TOUCHES + FIRST_TOUCHES
 
 _STEP_NS = 10_000
+_ACCEPTED = Flag.PRIVATE | Flag.ACCEPT_4K
 _LOW_PAGES = 0x80000
 _HIGH_GFN = 0x100000
 _PAGES_2M = PAGE_2M // PAGE_4K
@@ -85,7 +87,7 @@ LAYOUT = Layout(
 _Gfns = npt.NDArray[np.int64]
 
 
-MACHINE = {"stage2": "ept", "vcpus": VCPUS}
+MACHINE = {"vm": "tdx", "stage2": "ept", "vcpus": VCPUS}
 
 
 def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
@@ -102,10 +104,10 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     records = Records.concatenate(
         [
             setup,
-            _touch(firmware, Flag.PRIVATE),
-            _touch(np.array(FIRMWARE_ACCEPTS), Flag.PRIVATE),
+            _touch(firmware, _ACCEPTED),
+            _touch(np.array(FIRMWARE_ACCEPTS), _ACCEPTED),
             _hot_flips(random, overlap),
-            _touch(np.array(KERNEL_ACCEPTS), Flag.PRIVATE),
+            _touch(np.array(KERNEL_ACCEPTS), _ACCEPTED),
             _swiotlb(random),
             _first_touches(random),
         ]
@@ -114,7 +116,7 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     made = len(records) - len(setup)
     inputs = Counter({"record": made})
     accounting = Accounting(events=made, inputs=inputs, operations=len(records), setup=len(setup))
-    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", MACHINE)
+    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", accesses=True, machine=MACHINE)
 
 
 def _setup() -> Records:
@@ -165,7 +167,7 @@ def _flip(gfns: _Gfns, vcpus: _Gfns) -> Records:
             address=offset + SYNTHETIC_HVA,
         ),
         Records.build(count, flags=int(Flag.PRIVATE), **convert),
-        _touch(gfns, Flag.PRIVATE, vcpus),
+        _touch(gfns, _ACCEPTED, vcpus),
     ]
     return Records.concatenate(steps).take(np.arange(4 * count).reshape(4, count).T.reshape(-1))
 

@@ -43,7 +43,7 @@ class Conversions(State):
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
             return Outcome(-W.EINVAL)
         files = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
-        if files and not self.protected[vm]:
+        if files and self.kinds[vm] == "plain":
             return Outcome(-W.EINVAL)  # it knows no private memory
         order = self.parameters.order if self.restructure else "pfnmap"
         if not self.differing(Unit(inode, node, pages, shared, pages.start)):
@@ -83,7 +83,11 @@ class Conversions(State):
             refused = self.gate(unit)
         if refused:
             return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            for _, folio in self.private_blocks(unit):
+                folio.waits |= not folio.whole  # split before the zap
+            return refused
         self.store(unit)
         if not unit.shared:
             self.merge_blocks(unit)
@@ -96,7 +100,9 @@ class Conversions(State):
             refused = self.gate_of_small_folios(unit)
             if refused:
                 return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         self.store(unit)
         return OK
 
@@ -107,7 +113,9 @@ class Conversions(State):
             refused = self.gate(unit)
             if refused:
                 return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         if unit.shared:
             refused = self.split_or_leave(unit)
             if refused:
@@ -122,7 +130,9 @@ class Conversions(State):
         items = [unit.part(pages, 0) for pages in self.changing(unit)]
         for item in items:
             if item.shared:
-                self.zap_converted(item)
+                refused = self.zap_converted(item)
+                if refused:
+                    return refused
                 continue
             self.unmap_file(item.inode, item.pages)
             refused = self.gate(item)
@@ -176,29 +186,33 @@ class Conversions(State):
         """No gate, no split, no merge."""
         if not unit.shared:
             self.unmap_file(unit.inode, unit.pages)
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         self.store(unit)
         return OK
 
     # ------------------------------------------------------------------ steps
 
-    def zap_converted(self, unit: Unit) -> None:
-        """The range and no more. Whether leaves of both kinds go is a parameter; so is a what-if, rounding out."""
+    def zap_converted(self, unit: Unit) -> Outcome | None:
+        """The range and no more; a what-if is rounding it out. Whether leaves of both kinds go is a parameter, where
+        there are two roots. Private leaves that cross the border of what goes are split before."""
         pages = unit.pages
         if self.parameters.zap == "rounded" and self.restructure:
             pages = self.rounded(pages, unit.node, PIECE if self.parameters.in_pieces else None)
-        if self.parameters.rounded_zap_drops_both_kinds:
-            self.zap_file(unit.inode, pages)
-            return
-        for index in pages:
-            if (index in unit.node.shared) != unit.shared:
-                self.zap_file(unit.inode, range(index, index + 1))
+        left = "private" if unit.shared else "shared"
+        kinds = "both" if self.parameters.zap_filter == "both" else left
+        if kinds != "shared" and not self.split_private(unit.inode, pages):
+            return Outcome(-W.ENOMEM, unit.pages.start * PAGE)
+        self.zap_file(unit.inode, pages, kinds)
+        return None
 
     def store(self, unit: Unit) -> None:
         if not unit.shared:
             unit.node.shared.difference_update(unit.pages)
         else:
             unit.node.shared.update(unit.pages)
+            unit.node.unassign(unit.pages)
 
     def need_no_merge(self, unit: Unit) -> None:
         """Blocks with shared pages are off the worker's list."""

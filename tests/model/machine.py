@@ -25,7 +25,8 @@ class State:
         self.spaces: list[HostTables] = []
         self.vms: list[Stage2] = []
         self.vm_space: list[int] = []
-        self.protected: list[bool] = []
+        self.mirrors: dict[int, Stage2] = {}  # of private memory, by VM: of those that have a root of its own for it
+        self.kinds: list[str] = []
         self.vmas: list[Window] = []
         self.slots: list[Window] = []
         self.pins: dict[int, list[tuple[Folio, int]]] = {}
@@ -50,6 +51,31 @@ class State:
         folio = self.inodes[inode].blocks.get(index >> self.order)
         return folio.head + index % self.block_pages if folio else None
 
+    # ------------------------------------------------------------------ VMs
+
+    def trees(self, vm: int, kinds: str = "both") -> list[Stage2]:
+        """Where a VM maps memory of some kind: "shared", "private" or "both". With one root the kind says nothing."""
+        if vm not in self.mirrors:
+            return [self.vms[vm]]
+        return [self.vms[vm]] * (kinds != "private") + [self.mirrors[vm]] * (kinds != "shared")
+
+    def tree_of(self, vm: int, private: bool) -> Stage2:
+        return self.trees(vm, "private" if private else "shared")[0]
+
+    def tree_at(self, vm: int, gfn: int) -> Stage2:
+        """Where a guest frame of a slot is mapped, if it is."""
+        slot = next((s for s in self.slots if s.owner == vm and gfn in s.pages and not s.released), None)
+        return self.tree_of(vm, slot is not None and slot.file_page(gfn) not in self.inodes[slot.inode].shared)
+
+    def split_private(self, inode: int, pages: range) -> bool:
+        """kvm_gmem_split_private(): what firmware owns cannot be dropped in part. False without memory."""
+        for vm, mirror in sorted(self.mirrors.items()):
+            for slot in reversed([s for s in self.slots if s.owner == vm]):
+                part = slot.showing(inode, pages)
+                if part and not (mirror.split_boundary(part.start) and mirror.split_boundary(part.stop)):
+                    return False
+        return True
+
     # ------------------------------------------------------------------ unmapping
 
     def clear_entries(self, vma: Window, pages: range) -> None:
@@ -69,7 +95,8 @@ class State:
                 self.memory.dropped(folio)
 
     def notify(self, vma: Window, pages: range) -> None:
-        """The VMs of the VMA's process drop what their slots show at these addresses, whatever the VMA shows there."""
+        """The VMs of the VMA's process drop what their slots show at these addresses, whatever the VMA shows there; not
+        what is private by its root."""
         if not self.parameters.notifier:
             return
         for slot in self.slots:
@@ -91,12 +118,13 @@ class State:
             if part:
                 self.clear_entries(vma, part)
 
-    def zap_file(self, inode: int, pages: range) -> None:
+    def zap_file(self, inode: int, pages: range, kinds: str = "both") -> None:
         """Drop the stage-2 leaves over pages of an inode, in every VM that has them bound."""
         for slot in self.slots:
             part = slot.showing(inode, pages)
             if part:
-                self.vms[slot.owner].zap(part)
+                for tree in self.trees(slot.owner, kinds):
+                    tree.zap(part)
 
     def remove_vmas(self, gone: list[tuple[Window, range]]) -> None:
         """Drop parts of VMAs: entries, VMAs, then the tables that no VMA needs."""
@@ -117,13 +145,15 @@ class State:
 
     def release_slot(self, slot: Window) -> None:
         """kvm_gmem_release(): the slot has no memory any more."""
-        self.vms[slot.owner].zap(slot.pages)
+        for tree in self.trees(slot.owner):
+            tree.zap(slot.pages)
         slot.released, slot.closed, slot.place = True, False, None
 
     def delete_slot(self, slot: Window) -> None:
-        """A protected VM loses the slot's leaves, another one its whole tree."""
-        if self.protected[slot.owner]:
-            self.vms[slot.owner].zap(slot.pages)
+        """A VM with private memory loses the slot's leaves, another one its whole tree."""
+        if self.kinds[slot.owner] != "plain":
+            for tree in self.trees(slot.owner):
+                tree.zap(slot.pages)
         else:
             self.vms[slot.owner].drop_all()
         self.slots.remove(slot)

@@ -21,7 +21,8 @@ class Parameters:
     frames: int | None = None
     hvo: bool = True
     zero: str = "folio"
-    rounded_zap_drops_both_kinds: bool = True
+    zap_filter: str = "both"
+    private_level: str | None = None
     notifier: bool = True
     split_form: str = "jan2026"
     nodes: int = 1

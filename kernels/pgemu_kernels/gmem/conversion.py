@@ -18,23 +18,18 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges
-from pgemu_kernels.engine.rows import (
-    block_row,
-    inode_row,
-    lock_exclusive,
-    stop,
-    unlock,
-)
-from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
+from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, stop, unlock
+from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import stop_waiting
+from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
+from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_found, zap_range
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, kvm_gmem_split_private, zap_found
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE
 from pgemu_kernels.words.operations import (
@@ -54,7 +49,7 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPACES,
     R_SPLIT_TO_2M,
-    R_ZAP_BOTH_KINDS,
+    R_ZAP_FILTER,
     R_ZAP_ROUNDED,
 )
 from pgemu_kernels.words.rows import (
@@ -64,6 +59,9 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    FILTER_BOTH,
+    FILTER_PRIVATE,
+    FILTER_SHARED,
     I_PAGES,
     O_DETAIL,
     O_END,
@@ -84,6 +82,12 @@ from pgemu_kernels.words.rows import (
 merge_lazy = parameter(R_MERGE_LAZY, U0)
 flush_batched = parameter(R_FLUSH_BATCHED, U0)
 split_to_2m = parameter(R_SPLIT_TO_2M, U0)
+
+
+@kernel
+def zap_rounded(m):
+    """Whether a zap is rounded out to huge pages; default machines know it, too: a comparison asks both ways."""
+    return m.state[R_ZAP_ROUNDED] != U0
 
 
 @kernel
@@ -376,31 +380,65 @@ def invalidate_begin(m, op):
     return GO
 
 
+@kernel
+def chosen_kinds(m, op):
+    """Which kinds of memory (FILTER_*) a conversion zaps: both, or only that which is left.
+
+    kvm-x86 e088c7f86bef of in-place conversion, and the branch of December 2025: both; older forms: that which is left.
+    """
+    if m.state[R_ZAP_FILTER] != U0:
+        return FILTER_BOTH
+    return FILTER_SHARED if m.state[op + O_TO_PRIVATE] != U0 else FILTER_PRIVATE
+
+
+zapped_kinds = full_only(chosen_kinds, FILTER_BOTH)  # with one root it says nothing
+
+
 @step
 def zap_kind(m, op, vms, start, end):
     """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
 
-    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
-    tell them apart, so the zap drops both kinds. R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
+    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot tell them apart:
+    both kinds go, whatever the filter says.
     """
-    state = m.state
-    inode = state[op + O_INODE]
-    dropped = np.int64(0)
-    if state[R_ZAP_BOTH_KINDS] != U0:
-        dropped = zap_found(m, vms, inode, start, end)
-    else:
-        node = inode_row(inode)
-        leaving = state[op + O_TO_PRIVATE]
-        first = start
-        while first < end:
-            last = first
-            while last < end and is_shared(m, node, last) == leaving:
-                last += U1
-            if first < last:
-                dropped += zap_range(m, inode, first, last)
-            first = last + U1
-    if dropped != 0:
+    if zap_found(m, vms, m.state[op + O_INODE], start, end, zapped_kinds(m, op)) != 0:
         flush_vms(m)
+
+
+@kernel
+def split_crossing(m, op, vms, start, end):
+    """Before the zap: split private leaves that cross its border, where firmware owns them: 0 or -ENOMEM.
+
+    The branch does so to shared only; that a conversion to private that zaps both kinds has to is inference.
+    """
+    if zapped_kinds(m, op) & FILTER_PRIVATE == U0:
+        return np.int64(0)
+    return kvm_gmem_split_private(m, vms, m.state[op + O_INODE], start, end)
+
+
+split_before_zap = full_only(split_crossing, np.int64(0))
+
+
+@outlined
+def leave_split(m, node, first, end):
+    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
+    first = first >> m.state[R_ORDER] << m.state[R_ORDER]
+    while m.state[R_ORDER] != U0 and first < end:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            note_waiting(m, node, block, first, first, first)
+        elif m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
+            start_waiting(m, block)
+        first += U1 << m.state[R_ORDER]
+
+
+@outlined
+def fail_zap(m, op, status):
+    """The unit's zap cannot be done: its invalidation ends, what was split before stays split, nothing is stored."""
+    state = m.state
+    end_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START], state[op + O_END])
+    return fail(m, op, status, state[op + O_START])
 
 
 @kernel
@@ -411,11 +449,14 @@ def zap(m, op):
     R_ZAP_ROUNDED: over the rounded unit, a what-if.
     """
     state = m.state
-    rounded = state[R_ZAP_ROUNDED] != U0
+    rounded = zap_rounded(m)
     start = state[op + (O_ROUND_START if rounded else O_START)]
     end = state[op + (O_ROUND_END if rounded else O_END)]
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
+        status = split_before_zap(m, op, vms, start, end)
+        if status != 0:
+            return fail_zap(m, op, status)
         zap_kind(m, op, vms, start, end)
     return GO
 
@@ -431,7 +472,10 @@ def invalidate_end(m, op):
 @kernel
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
-    store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
+    node = inode_row(m.state[op + O_INODE])
+    store_shareability(m, node, start, end, shared)
+    if shared != U0:
+        make_shared(m, node, start, end)
     charge_one(m, EVENT_ATTRIBUTES_STORED)
 
 

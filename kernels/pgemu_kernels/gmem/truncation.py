@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
@@ -19,18 +19,21 @@ from pgemu_kernels.engine.rows import (
     stop,
     unlock,
 )
-from pgemu_kernels.folios.folio import mappings, struct_page
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.merging import leave_cache, merge_block
+from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.gmem import piece_merges
-from pgemu_kernels.gmem.levels import defects
+from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
+from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.memslots import delete_slot
 from pgemu_kernels.process.munmap import unmap_inode
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_range
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, kvm_gmem_split_private, zap_range
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.stage2.release import has_file, is_mapped_by, release_file
 from pgemu_kernels.stage2.userspace import process_of
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
@@ -45,6 +48,7 @@ from pgemu_kernels.words.registers import (
     R_SPLIT_FORM,
 )
 from pgemu_kernels.words.rows import (
+    B_BITS,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -52,11 +56,13 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    FILTER_BOTH,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
     I_PAGES,
     I_SUBPOOL,
+    I_ZEROED,
     INODE_GUEST_MEMFD,
     M_FLAGS,
     M_INODE,
@@ -113,6 +119,7 @@ def truncate_block(m, inode, index):
     if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << state[R_ORDER]))
     return np.int64(0)
 
 
@@ -134,11 +141,13 @@ def evict_block(m, inode, index):
             leave_cache(m, m.state[R_ORDER])
             make_zombie(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
         if m.state[block + B_OUTSTANDING] == U0:
             note_return(m, block)
     elif m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
 
 
 # --------------------------------------------------------------------------- hole
@@ -155,6 +164,28 @@ def hole_arguments(m, op):
     return status
 
 
+@outlined
+def note_hole(m, node, index, pages):
+    """Where the code knows flags only: pages that a hole has zeroed are so in a folio that counts as up to date.
+
+    Of any other the next first use zeroes them again, and nothing is lost by that.
+    """
+    if not knows_flags_only(m):
+        return
+    block = block_row(m, node, index)
+    m.state[block + B_BITS] = U1
+    for at in range(index, index + pages):
+        head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
+        word = m.state[node + I_ZEROED] + (at >> U6)
+        if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+            m.state[word] |= U1 << (at & U63)
+        else:
+            m.state[word] &= ~(U1 << (at & U63))
+
+
+noted_hole = full_only(note_hole, None)  # default machines have no defects
+
+
 @kernel
 def zero_part(m, node, index, pages):
     """Zero the part of a huge page that a hole covers: guest_memfd frees only whole huge pages."""
@@ -163,6 +194,7 @@ def zero_part(m, node, index, pages):
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
+        noted_hole(m, node, index, pages)
 
 
 @step
@@ -184,10 +216,19 @@ def punch_blocks(m, op, inode, start, end):
     return np.int64(0)
 
 
+@kernel
+def split_crossing_hole(m, inode, start, end):
+    """kvm_gmem_split_private() of a hole: 0 or -ENOMEM."""
+    return kvm_gmem_split_private(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end)
+
+
+split_before_hole = full_only(split_crossing_hole, np.int64(0))  # the fast loops know no mirror
+
+
 @outlined
 def punch(m, op):
-    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -EBUSY where Linux
-    would wait for the lock.
+    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -ENOMEM when a leaf
+    that crosses its border has to be split and cannot be; -EBUSY where Linux would wait for the lock.
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
@@ -209,9 +250,11 @@ def punch(m, op):
     if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
         unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
-    zap_range(m, inode, start, end)
-    flush_vms(m)
-    status = punch_blocks(m, op, inode, start, end)
+    status = split_before_hole(m, inode, start, end)
+    if status == 0:
+        zap_range(m, inode, start, end, FILTER_BOTH)
+        flush_vms(m)
+        status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)

@@ -1,61 +1,155 @@
-"""Zeroing of huge folios: the whole folio at its first use, or 4K at a time (`--zero`)."""
+"""Zeroing at the first use: the whole folio, or 4K at a time (`--zero`), or as the branch of December 2025 has it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U63
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U63
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.geometry import pages_of
+from pgemu_kernels.engine.rows import block_row, broken
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
-from pgemu_kernels.words.enum_words import EVENT_FOLIO_ZEROED_PAGES, EVENT_PAGE_ZEROED
-from pgemu_kernels.words.registers import R_ORDER, R_ZERO_PAGE
-from pgemu_kernels.words.rows import I_ZEROED
+from pgemu_kernels.folios.zeroed import (
+    all_zeroed,
+    charge_unreached,
+    flags_lie,
+    knows_flags_only,
+    note_zeroed,
+    zero_pages,
+    zeroed_in,
+)
+from pgemu_kernels.words.enum_words import (
+    BROKEN_LOST_CONTENTS,
+    DEFECT_UPTODATE_UNZEROED,
+    EVENT_FOLIO_ZEROED_PAGES,
+    EVENT_PAGE_ZEROED,
+)
+from pgemu_kernels.words.registers import R_DEFECTS, R_ORDER, R_ZERO_PAGE
+from pgemu_kernels.words.rows import B_BITS, I_WORDS, I_ZEROED, STATE_INODES
+
+U = np.uint64
+
+
+@kernel
+def inode_of(node):
+    return (node - STATE_INODES) // U(I_WORDS)
 
 
 @outlined
-def zero_pages(m, word, first, last, pfn):
-    """Zero those of pages [first, last) of an inode that never were; `word`: its bits, `pfn`: frame of `first`."""
+def zero_whole(m, node, first, pages, pfn):
+    """Zero a folio of `pages` from page `first` of an inode, frame `pfn`, on: what never was zeroed of it.
+
+    kvm_gmem_prepare_folio() of RFC v2. Only after a merge there is something that was.
+    """
+    word = m.state[node + I_ZEROED]
+    charge_unreached(m, inode_of(node), word, first, first + pages)
+    if m.state[block_row(m, node, first) + B_BITS] == U0 or zeroed_in(m, word, first, first + pages) == U0:
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
+        zero_contents(m, pfn, pages)
+    else:
+        zero_pages(m, word, first, first + pages, pfn)
+
+
+@outlined
+def zero_by_flag(m, node, index, pfn, order, page):
+    """zero_now() of code that knows PG_uptodate only.
+
+    RFC v2 zeroes all of a folio without the flag. Where a merge lost it (MERGE_KEEPS_FLAG), so are pages that are in
+    use. Defect.UPTODATE_UNZEROED clears the folio's first 4K, whatever page is asked for.
+    """
+    inside = (U1 << order) - U1
+    pages = U1 if m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 else inside + U1
+    word = m.state[node + I_ZEROED]
+    first = index & ~inside
+    if pages == U1:
+        charge_one(m, EVENT_PAGE_ZEROED)
+    else:
+        charge_unreached(m, inode_of(node), word, first, first + pages)
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
+    if zeroed_in(m, word, first, first + pages) != U0:
+        broken(m.state, BROKEN_LOST_CONTENTS, first)
+    zero_contents(m, pfn & ~inside, pages)
+    note_zeroed(m, word, first, first + pages)
+    m.state[block_row(m, node, index) + B_BITS] = U1
+    m.ram[page + FLAGS] |= PG_UPTODATE
+
+
+@outlined
+def note_small(m, node, index):
+    """A 4K folio of a huge page was zeroed, where flags lie."""
+    note_zeroed(m, m.state[node + I_ZEROED], index, index + U1)
+    m.state[block_row(m, node, index) + B_BITS] = U1
+
+
+@outlined
+def mark_whole(m, node, index, order, page):
+    """A folio that is zeroed by page is up to date when all of it is zeroed."""
+    inside = (U1 << order) - U1
+    if all_zeroed(m, m.state[node + I_ZEROED], index & ~inside, (index | inside) + U1):
+        m.ram[page + FLAGS] |= PG_UPTODATE
+
+
+@outlined
+def zero_large(m, node, index, pfn, level, order, page):
+    """zero_now() of a huge folio: of all of it, or of the pages that a leaf of `level` shows."""
     state = m.state
-    zeroed = np.int64(0)
-    for index in range(first, last):
-        at = word + (index >> U6)
-        bit = U1 << (index & U63)
-        if state[at] & bit == U0:
-            state[at] |= bit
-            zeroed += 1
-            zero_contents(m, pfn + index - first, U1)
-    if zeroed != 0:
-        charge(m, EVENT_PAGE_ZEROED, zeroed)
+    inside = (U1 << order) - U1
+    shown = min(pages_of(level) - U1, inside)
+    block = block_row(m, node, index)
+    if state[R_ZERO_PAGE] == U0:
+        zero_whole(m, node, index & ~inside, inside + U1, pfn & ~inside)
+        m.ram[page + FLAGS] |= PG_UPTODATE
+    elif shown == inside and state[block + B_BITS] == U0 and not flags_lie(m):  # all at once: no bit is needed
+        charge(m, EVENT_PAGE_ZEROED, np.int64(inside + U1))
+        zero_contents(m, pfn & ~inside, inside + U1)
+        m.ram[page + FLAGS] |= PG_UPTODATE
+    else:
+        state[block + B_BITS] = U1
+        zero_pages(m, state[node + I_ZEROED], index & ~shown, (index | shown) + U1, pfn & ~shown)
+        mark_whole(m, node, index, order, page)
+
+
+@kernel
+def zero_one(m, node, index, pfn, order, page):
+    """zero_now() of one page of a huge folio, where zeroing goes by page."""
+    state = m.state
+    at = state[node + I_ZEROED] + (index >> U6)
+    bit = U1 << (index & U63)
+    if state[at] & bit == U0:
+        state[at] |= bit
+        state[block_row(m, node, index) + B_BITS] = U1
+        charge_one(m, EVENT_PAGE_ZEROED)
+        zero_contents(m, pfn, U1)
+        if state[at] == ALL:
+            mark_whole(m, node, index, order, page)
 
 
 @outlined
 def zero_now(m, node, index, pfn, level, order, page):
     """zero_folio() of a folio, with its struct page at `page`, that is not up to date."""
-    inside = (U1 << order) - U1
-    if inside == U0:
+    if knows_flags_only(m):
+        zero_by_flag(m, node, index, pfn, order, page)
+    elif order == U0:
         m.ram[page + FLAGS] |= PG_UPTODATE
         charge_one(m, EVENT_PAGE_ZEROED)
         zero_contents(m, pfn, U1)
-    elif m.state[R_ZERO_PAGE] == U0:
-        m.ram[page + FLAGS] |= PG_UPTODATE
-        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(inside + U1))
-        zero_contents(m, pfn & ~inside, inside + U1)
+        if flags_lie(m):
+            note_small(m, node, index)
+    elif level == U1 and m.state[R_ZERO_PAGE] != U0:
+        zero_one(m, node, index, pfn, order, page)
     else:
-        shown = pages_of(level) - U1
-        first = index & ~shown
-        zero_pages(m, m.state[node + I_ZEROED], first, first + shown + U1, pfn & ~shown)
+        zero_large(m, node, index, pfn, level, order, page)
 
 
 @kernel
 def zero_folio(m, node, index, pfn, level, order):
     """Zero what an access to page `index` (frame `pfn`), in a folio of `order`, will show through a leaf of `level`.
 
-    A folio of order 0 has its own PG_uptodate. By folio that of the head speaks for all pages of a larger one, and the
-    first use zeroes all of them. By page a bit per page is kept beside (inference: no posted code has it), and a huge
-    leaf needs every page below it zeroed. Where the folio's struct page lies in `ram` is returned.
+    By folio PG_uptodate of the head speaks for all pages of the folio, and the first use zeroes all of them. By page
+    the bits of zeroed.py are what the code goes by (inference: no posted code has them), and a huge leaf needs every
+    page below it zeroed; the flag is set when all are. Where the folio's struct page lies in `ram` is returned.
     """
     page = struct_page(m, pfn & ~((U1 << order) - U1))
     if m.ram[page + FLAGS] & PG_UPTODATE == U0:
@@ -66,8 +160,10 @@ def zero_folio(m, node, index, pfn, level, order):
 @outlined
 def clear_zeroed(m, node, index):
     """A huge page left the inode: none of its pages counts as zeroed. 4K folios have their flag."""
-    if m.state[R_ORDER] == U0:
+    block = block_row(m, node, index)
+    if m.state[block + B_BITS] == U0:
         return
+    m.state[block + B_BITS] = U0
     word = m.state[node + I_ZEROED] + (index >> U6)
     for i in range(word, word + (U1 << (m.state[R_ORDER] - U6))):
         m.state[i] = U0

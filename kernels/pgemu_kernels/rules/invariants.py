@@ -1,8 +1,8 @@
 """Safety rules and conservation: after each operation where it touched something, or all at once.
 
-No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
-inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
-frames and huge pages are conserved; every invalidation that began has ended.
+No host leaf to a private page; no leaf to a page that was not zeroed since it is the inode's; no stage-2 leaf over
+pages of both kinds, to another frame than the inode's, or (restructure) larger than its folio; a block is split exactly
+while one of its pages is shared; frames and huge pages are conserved; every invalidation that began has ended.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from pgemu_kernels.engine.rows import (
     broken,
     find_memslot,
     find_vma,
+    has_vm_property,
     inode_row,
     memslot_row,
+    root_of_kind,
     space_root,
     vm_row,
     vma_overlap,
     vma_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.xarray import object_frames
+from pgemu_kernels.folios.zeroed import all_zeroed, flags_lie
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.conversion import zap_rounded
+from pgemu_kernels.gmem.vm_kinds import largest_of_kind
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.enum_words import (
@@ -39,7 +44,10 @@ from pgemu_kernels.words.enum_words import (
     BROKEN_IN_PROGRESS,
     BROKEN_LEAF_OVER_FOLIO,
     BROKEN_MIXED_LEAF,
+    BROKEN_PRIVATE_LEVEL,
+    BROKEN_STALE_CONTENTS,
     BROKEN_WRONG_PFN,
+    BROKEN_WRONG_ROOT,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_PARTLY,
     GAUGE_BLOCKS_SPLIT,
@@ -57,6 +65,7 @@ from pgemu_kernels.words.enum_words import (
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
     OP_PUNCH_HOLE,
+    VM_RMP,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.operations import RET_PF_FIXED
@@ -74,6 +83,7 @@ from pgemu_kernels.words.rows import (
     A_PGOFF,
     A_SPACE,
     A_START,
+    B_BITS,
     B_PFN,
     B_PIECES,
     B_STATE,
@@ -83,6 +93,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     H_PAGES,
     I_PAGES,
+    I_ZEROED,
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
@@ -103,6 +114,8 @@ from pgemu_kernels.words.rows import (
     O_VM,
     SLOT_RELEASED,
     V_IN_PROGRESS,
+    V_PRIVATE_LEVEL,
+    V_PRIVATE_ROOT,
     V_ROOT,
 )
 
@@ -142,6 +155,26 @@ def order_at(m, node, index):
     return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
+@outlined
+def is_own(m, node, index, level):
+    """Whether the pages below a leaf were zeroed since they are the inode's: folio by folio, see folios/zeroed.py."""
+    ram = m.ram
+    word = m.state[node + I_ZEROED]
+    at = index & ~(pages_of(level) - U1)
+    end = at + pages_of(level)
+    if flags_lie(m):
+        return all_zeroed(m, word, at, end)
+    while at < end:
+        inside = (U1 << order_at(m, node, at)) - U1
+        pfn = inode_frame(m, node, at)
+        last = min(end, (at | inside) + U1)
+        if pfn != NONE and ram[struct_page(m, pfn & ~inside) + FLAGS] & PG_UPTODATE == U0:
+            if m.state[block_row(m, node, at) + B_BITS] == U0 or not all_zeroed(m, word, at, last):
+                return False
+        at = last
+    return True
+
+
 @kernel
 def check_host_leaf(m, row, address, level, entry):
     """A process's entry: to shared pages of the inode, to its frames, and where folios are split to a 4K folio."""
@@ -153,11 +186,21 @@ def check_host_leaf(m, row, address, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @kernel
-def check_stage2_leaf(m, vm, gfn, level, entry):
-    """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
+def check_kind(m, vm, root, private, gfn, level):
+    """A stage-2 leaf over private or shared memory: below the root of that kind, and of private memory no larger than
+    the VM's kind maps it."""
+    row = vm_row(vm)
+    expect(m, root == root_of_kind(m.state, row, private), BROKEN_WRONG_ROOT, gfn)
+    expect(m, not private or level <= m.state[row + V_PRIVATE_LEVEL], BROKEN_PRIVATE_LEVEL, gfn)
+
+
+@kernel
+def check_stage2_leaf(m, vm, root, gfn, level, entry):
+    """A stage-2 leaf below a root: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
 
     The last rule is suspended for private blocks that a failure left split: order jan2026 splits before
     it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. A zap is of no more than the
@@ -174,6 +217,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     node = inode_row(state[slot + M_INODE])
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     expect(m, is_uniform(m, node, index, level), BROKEN_MIXED_LEAF, index)
+    check_kind(m, vm, root, is_shared(m, node, index) == U0, gfn, level)
+    fits = not has_vm_property(state, vm_row(vm), VM_RMP) or level <= largest_of_kind(m, vm_row(vm), node, index, level)
+    expect(m, fits, BROKEN_PRIVATE_LEVEL, index)
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     last = index + pages_of(level) - U1
     noted = vms_with_leaves(state, node, index, index + U1) & vms_with_leaves(state, node, last, last + U1)
@@ -182,8 +228,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        kept = (alone and state[block + B_WAITS] != U0) or (private and zap_rounded(m) == U0)
+        kept = (alone and state[block + B_WAITS] != U0) or (private and not zap_rounded(m))
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @outlined
@@ -247,8 +294,17 @@ def check_slot_range(m, slot, start, end):
     high = min(end, state[slot + M_PGOFF] + state[slot + M_PAGES])
     if low >= high:
         return
+    row = vm_row(state[slot + M_VM])
+    check_slot_tree(m, slot, state[row + V_ROOT], low, high)
+    if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
+        check_slot_tree(m, slot, state[row + V_PRIVATE_ROOT], low, high)
+
+
+@kernel
+def check_slot_tree(m, slot, root, low, high):
+    """The same below one root, of pages [low, high) of the slot."""
+    state = m.state
     vm = state[slot + M_VM]
-    root = state[vm_row(vm) + V_ROOT]
     gfn = low - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
     last = high - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
     f = stage2_format(m)
@@ -256,10 +312,22 @@ def check_slot_range(m, slot, start, end):
         leaf, level = find_leaf(m, f, root, gfn)
         size = pages_of(level)
         if leaf != NONE:
-            check_stage2_leaf(m, vm, gfn & ~(size - U1), level, m.ram[leaf])
+            check_stage2_leaf(m, vm, root, gfn & ~(size - U1), level, m.ram[leaf])
         elif level == U1:
             size = U1
         gfn = (gfn & ~(size - U1)) + size
+
+
+@kernel
+def check_guest_leaf(m, op, root):
+    """The leaf of a guest's access below a root, if it has one there."""
+    vm = m.state[op + O_VM]
+    gfn = m.state[op + O_ADDRESS] >> U12
+    slot, level = find_leaf(m, stage2_format(m), root, gfn)
+    if slot != NONE:
+        check_stage2_leaf(m, vm, root, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+        if np.int64(m.state[op + O_STATUS]) == RET_PF_FIXED and level_is_folios(m):
+            check_new_leaf(m, vm, gfn, level)
 
 
 @outlined
@@ -294,13 +362,10 @@ def check_operation(m, op):
             if slot != NONE:
                 check_host_leaf(m, row, address, level, m.ram[slot])
     elif kind == OP_GUEST_FAULT and find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12) != NONE:
-        vm = state[op + O_VM]
-        gfn = state[op + O_ADDRESS] >> U12
-        slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
-        if slot != NONE:
-            check_stage2_leaf(m, vm, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
-            if np.int64(state[op + O_STATUS]) == RET_PF_FIXED and level_is_folios(m):
-                check_new_leaf(m, vm, gfn, level)
+        row = vm_row(state[op + O_VM])
+        check_guest_leaf(m, op, state[row + V_ROOT])
+        if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
+            check_guest_leaf(m, op, state[row + V_PRIVATE_ROOT])
     elif kind == OP_CONVERT and state[op + O_ROUND_END] > U0:
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
     elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:

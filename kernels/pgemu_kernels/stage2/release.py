@@ -21,6 +21,7 @@ from pgemu_kernels.words.rows import (
     A_NEXT,
     A_SPACE,
     A_START,
+    FILTER_BOTH,
     I_LOCK,
     I_VMAS,
     M_BASE_GFN,
@@ -63,7 +64,7 @@ def release_slot(m, slot):
     gfn = state[slot + M_BASE_GFN]
     last = gfn + state[slot + M_PAGES]
     kvm_mmu_invalidate_begin(state, vm, gfn, last)
-    zap_slot(m, slot, gfn, last)
+    zap_slot(m, slot, gfn, last, FILTER_BOTH)
     flush_vms(m)
     kvm_mmu_invalidate_end(state, vm)
     state[slot + M_FLAGS] |= SLOT_RELEASED

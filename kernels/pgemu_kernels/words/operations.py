@@ -90,7 +90,7 @@ class Operation(IntEnum):
     )
     GUEST_FAULT = (
         2, Entry.FAST, By.SLOT,
-        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say", "vm": "VM",
+        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say; ACCEPT_4K", "vm": "VM",
          "address": "GPA, bytes"},
         {"restructure": (_S.GUEST_FAULT, _S.TDP_MAP, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio", "posted")),
          "pfnmap": (_S.GUEST_FAULT, _S.TDP_MAP,
@@ -372,6 +372,8 @@ class Flag(IntFlag):
     LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
+    ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
+    COUNTED = 32  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
 
 
@@ -431,7 +433,9 @@ class Defect(IntFlag):
     INSERT_UNLOCKED = 8  # pfnmap: the entry is inserted after the invalidate_lock was released
     PUNCH_KEEPS_ENTRIES = 16  # pfnmap: truncation leaves special entries alone, as it has no folio to find them by
     HUGE_OVER_PRIVATE = 32  # 2022: a shared fault takes its level from the host alone and maps over private 4K pages
-    UPTODATE_UNZEROED = 64  # Dec 2025: the first use zeroes 4K of a folio, and all of it counts as up to date
+    # Dec 2025: a first use zeroes the folio's first 4K and marks all of it up to date; its merges as MERGE_KEEPS_FLAG
+    UPTODATE_UNZEROED = 1024
+    MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
 
 
 GO = 0  # what a step returns: the next one follows,
@@ -455,3 +459,28 @@ class Broken(IntEnum):
     VMEMMAP = 8  # vmemmap pages do not match the folios' state
     IN_PROGRESS = 9  # an invalidation was begun and never ended
     REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
+    WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
+    PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
+    STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
+    LOST_CONTENTS = 15  # a first use zeroed pages that guest or host had in use
+
+
+BROKEN_RULES = 32  # room in the table of findings
+
+# Defects that explain a rule found broken. ALLOCATION_RACE breaks none: the loser's fault fails.
+RULE_EXPLAINED_BY = {
+    Broken.HOST_PRIVATE: Defect.INSERT_UNLOCKED,
+    Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
+    Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
+    Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
+    Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO,
+    # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the
+    # page that its inode got next.
+    Broken.STALE_CONTENTS: Defect.UPTODATE_UNZEROED
+    | Defect.MERGE_KEEPS_FLAG
+    | Defect.MAPPING_ORDER
+    | Defect.HUGE_OVER_PRIVATE
+    | Defect.PUNCH_KEEPS_ENTRIES
+    | Defect.INSERT_UNLOCKED,
+    Broken.LOST_CONTENTS: Defect.UPTODATE_UNZEROED | Defect.MERGE_KEEPS_FLAG,
+}

@@ -28,3 +28,17 @@ class Property(IntFlag):
     # KVM holds the folio until its leaf is there: kvm_release_faultin_page() of rfc2 and fixup. Later orders return no
     # struct page: kvm_gmem_get_pfn() puts the folio, after it released the lock.
     KEEPS_REFERENCE = 4096
+
+
+class VmProperty(IntFlag):
+    """Bits of V_PROPERTIES: what a kind of VM does otherwise than a plain one (pgemu/machine/vm_kinds.py)."""
+
+    # Private memory has a root of its own, which mirrors tables that firmware owns: a zap goes to the roots that its
+    # filter names (arch/x86/kvm/mmu/tdp_mmu.h:kvm_gfn_range_filter_to_root_types()), leaves that cross the border of a
+    # zap are split before it, and no leaf takes the place of a table.
+    MIRRORED = 1
+    # The RMP says which pages are the guest's, in entries of 4K or 2M: no leaf of a guest_memfd is larger than its
+    # entry, and shared pages have none (arch/x86/kvm/svm/sev.c:sev_gmem_max_mapping_level()).
+    RMP = 2
+    HONORS_ACCEPT = 4  # what the guest accepts at 4K is mapped at 4K, and a larger leaf there is split or dropped
+    ACCEPT_ZEROES = 8  # accepting or adding a page zeroes it, beside the kernel, which clears every page it hands out

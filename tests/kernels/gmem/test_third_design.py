@@ -1,8 +1,8 @@
 """A design of one row: existing properties and steps, combined anew.
 
 "frames" enters frames, as pfnmap does, but under a VMA that is not VM_PFNMAP, so that MADV_DONTNEED works; it
-invalidates whole huge pages, and zaps them here, and a hole leaves it to truncation to unmap, which finds no special
-entry.
+invalidates whole huge pages, here with a zap of all of them, and a hole leaves it to truncation to unmap, which finds
+no special entry.
 """
 
 from __future__ import annotations

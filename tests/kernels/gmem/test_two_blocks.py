@@ -155,22 +155,6 @@ def test_restructure_when_the_zap_is_rounded() -> None:
     assert machine.check() == 0
 
 
-def test_restructure_when_the_rounded_zap_keeps_private_leaves() -> None:
-    machine, gmem, vm = make("restructure", zap="rounded", rounded_zap_drops_both_kinds=False)
-    touch_everything(machine, vm)
-    split_block_0(machine, gmem, vm)
-
-    # Only the shared kind is dropped, which is X's leaf; the others stay, smaller than the merged folio.
-    assert gmem.convert(X, 4096, shared=False).status == 0
-    assert vmemmap(machine) == OPTIMISED
-    assert leaves(machine) == (262_143, 0, 1)
-    assert vm.touch(OTHER) == (W.RET_PF_SPURIOUS, 1)
-    assert vm.touch(X) == (W.RET_PF_FIXED, 3)
-    assert leaves(machine) == (0, 0, 2)
-    assert tables(machine) == 0
-    assert machine.check() == 0
-
-
 @pytest.mark.parametrize("design", ["restructure", "pfnmap"])
 def test_everything_comes_back(design: str) -> None:
     machine, gmem, vm = make(design)
