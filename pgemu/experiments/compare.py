@@ -294,8 +294,12 @@ def run(
     progress: Progress | None = None,
     *,
     strict: bool = False,
+    unseen: bool = False,
 ) -> DesignRun:
-    """Run a trace on a fresh machine; see compare()."""
+    """Run a trace on a fresh machine; see compare().
+
+    unseen: with accesses to whatever the recorded VM may have used without a fault (recorded.py).
+    """
     machine = _boot(lowered, config)
     booted = machine.statistics
     refusal = _instead(lowered, config, versions) if strict else ""
@@ -307,7 +311,7 @@ def run(
     if check == "every":
         machine.check_each()
     finding = None
-    for done in _replay(machine, lowered, check):
+    for done in _replay_unseen(machine, lowered) if unseen else _replay(machine, lowered, check):
         finding = finding or _finding(machine, done)
         if progress:
             progress(config.design, done, len(lowered.records))
@@ -362,6 +366,13 @@ def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
         piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
         done = last
         yield done
+
+
+def _replay_unseen(machine: Machine, lowered: Lowered) -> Iterator[int]:
+    from pgemu.experiments.recorded import replay_unseen
+
+    replay_unseen(lowered, machine)
+    yield len(lowered.records)
 
 
 def _finding(machine: Machine, after: int) -> Finding | None:

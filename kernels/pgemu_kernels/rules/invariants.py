@@ -30,7 +30,7 @@ from pgemu_kernels.engine.rows import (
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.xarray import object_frames
-from pgemu_kernels.folios.zeroed import all_zeroed, defect_in_flags
+from pgemu_kernels.folios.zeroed import all_zeroed, flags_lie
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.gmem.vm_kinds import largest_of_kind
@@ -162,7 +162,7 @@ def is_own(m, node, index, level):
     word = m.state[node + I_ZEROED]
     at = index & ~(pages_of(level) - U1)
     end = at + pages_of(level)
-    if defect_in_flags(m):
+    if flags_lie(m):
         return all_zeroed(m, word, at, end)
     while at < end:
         inside = (U1 << order_at(m, node, at)) - U1
