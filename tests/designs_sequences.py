@@ -48,7 +48,7 @@ class Sequences(TwoMegabytes):
             "hvo": draw(st.sampled_from((True, True, False))),
             "zero": draw(st.sampled_from(("folio", "page"))),
             "seed": draw(st.integers(0, 2)),
-            "rounded_zap_drops_both_kinds": draw(st.booleans()),
+            "zap_filter": draw(st.sampled_from(("both", "target"))),
             "notifier": draw(st.booleans()),
             "split_form": draw(st.sampled_from(("jan2026", "rfc2"))),
         }
@@ -64,11 +64,14 @@ class Sequences(TwoMegabytes):
             ("host_huge", (False, True)),
             ("dirty_log_guest_memfd", (False, True)),
             ("in_place_conversion", (True,) * 30 + (False,)),
+            ("zap", ("exact", "exact", "rounded")),
             ("nodes", (1, 1, 2)),
         ):
             value = draw(st.sampled_from(values))
             if name not in self.disabled:
                 found[name] = value
+        if found.get("zap") != "rounded":
+            found["invalidate"] = draw(st.sampled_from(("rounded", "exact")))
         self.more_parameters(draw, found)
         return found
 

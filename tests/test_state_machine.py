@@ -52,7 +52,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             zero=draw(st.sampled_from(("folio", "page"))),
             seed=draw(st.integers(0, 2)),
             frames=draw(self.frames),
-            rounded_zap_drops_both_kinds=draw(st.booleans()),
+            zap_filter=draw(st.sampled_from(("both", "target"))),
             notifier=draw(st.booleans()),
             split_form=draw(st.sampled_from(("jan2026", "rfc2"))),
         )

@@ -17,15 +17,24 @@ __all__ = ("main",)
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as shells report a command that SIGPIPE ended
-_RENAMED = {"--convert-order": "--order", "--convert-batch": "--batch", "--memory": "--guest-memory"}
+_RENAMED = {
+    "--convert-order": "--order",
+    "--convert-batch": "--batch",
+    "--memory": "--guest-memory",
+    "--json": "--format json",
+}
 
 
 class _Group(click.RichGroup):
-    """The commands are the files of this folder, imported when asked for. Errors are one line on stderr."""
+    """The commands are the files of this folder, imported when asked for; one that begins with "_" is none.
+
+    Errors are one line on stderr.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands."""
-        return sorted(module.name for module in pkgutil.iter_modules(__path__))
+        names = (module.name for module in pkgutil.iter_modules(__path__))
+        return sorted(name for name in names if not name.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a name, None for no such one."""

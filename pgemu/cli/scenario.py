@@ -6,7 +6,7 @@ import json
 
 import rich_click as click
 
-from pgemu.cli.compare import size
+from pgemu.cli._options import size
 from pgemu.errors import InputError
 from pgemu.experiments.scenarios import SCENARIOS
 from pgemu_kernels.formats.bits import KERNELS

@@ -162,6 +162,11 @@ _PUBLISHED = (
         basis="measured",
     ),
     Price(
+        Event.ZEROED_UNREACHED,
+        CARRIED + "PAGE_ZEROED and FOLIO_ZEROED_PAGES count these pages",
+        basis="assumption",
+    ),
+    Price(
         Event.VMEMMAP_PAGE_RESTORED,
         f"{KRAVETZ}: batched less off, per 2M page 4.0 us (VM) and 17.9 us (metal), / 7 vmemmap pages",
         each=(4.0e3 / 7, 17.9e3 / 7),

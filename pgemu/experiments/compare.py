@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
 from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.findings import BrokenRule
+from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.statistics import Statistics
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.config import Config
     from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Config, Machine
+    from pgemu.objects.machine import Machine
 
-__all__ = ("DESIGNS", "Comparison", "DesignRun", "EndOfLife", "Finding", "OperationRun", "compare")
+__all__ = (
+    "DESIGNS",
+    "Comparison",
+    "DesignRun",
+    "EndOfLife",
+    "Finding",
+    "OperationRun",
+    "compare",
+    "configuration",
+    "run",
+)
 
 Band = tuple[float, float]
 Check = Literal["end", "every"] | int
@@ -74,15 +87,29 @@ class Finding:
 
     Attributes:
         count: how often a rule was found broken
-        rule: the first one, a name of layout.Broken
+        rule: the first one, a name of words.Broken
         index: page of the inode, or the count, that the first one is about
         after: records that had run when it was noticed; more than the trace has: after the inode was closed
+        rules: every rule that was broken, with the defects of the machine that explain it
     """
 
     count: int
     rule: str
     index: int
     after: int
+    rules: tuple[BrokenRule, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        rules = [
+            {**asdict(rule), "rule": rule.rule.name, "explained_by": list(rule.explained_by)} for rule in self.rules
+        ]
+        return {**asdict(self), "rules": rules}
+
+    @property
+    def explained(self) -> bool:
+        """Whether defects of the machine explain all of it."""
+        return all(rule.explained_by for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,10 @@ class EndOfLife:
 
 @dataclass(frozen=True)
 class DesignRun:
-    """One design's machine after the trace."""
+    """One design's machine after the trace.
+
+    refusal: why the guest_memfd was not created, so that nothing of the trace ran; None where it was.
+    """
 
     design: Design
     config: Config
@@ -116,6 +146,7 @@ class DesignRun:
     operations: tuple[OperationRun, ...]
     end_of_life: EndOfLife
     finding: Finding | None
+    refusal: str | None = None
 
     def operation(self, op: Operation) -> OperationRun | None:
         """Return one kind of operation, None if the trace has none."""
@@ -144,30 +175,43 @@ class DesignRun:
             "state": {metric.key: metric.value(statistics) for metric in METRICS},
             "events": {event.name.lower(): statistics.event(event) for event in Event},
             "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
-            "broken": asdict(self.finding) if self.finding else None,
+            "broken": self.finding.to_json() if self.finding else None,
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One trace on one or more designs."""
+    """One trace on one or more designs.
+
+    Attributes:
+        lowered: the trace
+        check: when the machines were checked
+        runs: one per design, in the order asked for
+        versions: of the designs
+        given: fields of Config by hand
+        instead: what a version refuses and was done all the same, as another one does it
+    """
 
     lowered: Lowered
     check: Check
     runs: tuple[DesignRun, ...]
+    versions: Versions = field(default_factory=Versions)
+    given: dict[str, Any] = field(default_factory=dict)
+    instead: tuple[str, ...] = ()
 
     @property
     def broken(self) -> bool:
-        """Whether any machine broke a rule."""
-        return any(run.finding for run in self.runs)
+        """Whether any machine broke a rule that none of its defects explains."""
+        return any(run.finding and not run.finding.explained for run in self.runs)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
         from pgemu.version import version
 
         lowered = self.lowered
-        machine = asdict(self.runs[0].config)
-        del machine["design"]
+        machines = {run.design: asdict(run.config) for run in self.runs}
+        for machine in machines.values():
+            del machine["design"]
         return {
             "pgemu": version(),
             "trace": {
@@ -178,7 +222,9 @@ class Comparison:
                 "accounting": lowered.accounting.to_json(),
                 "memory": lowered.layout.to_json(),
             },
-            "machine": machine,
+            "versions": asdict(self.versions),
+            "instead": list(self.instead),
+            "machines": machines,
             "check": self.check,
             "designs": {run.design: run.to_json() for run in self.runs},
         }
@@ -189,7 +235,10 @@ def compare(
     designs: Sequence[Design] = DESIGNS,
     check: Check = "end",
     progress: Progress | None = None,
-    **options: Any,
+    versions: Versions | None = None,
+    *,
+    strict: bool = False,
+    **given: Any,
 ) -> Comparison:
     """Run a trace on a fresh machine of each design.
 
@@ -199,19 +248,55 @@ def compare(
     :param check: "end": recount everything after the trace and after closing; an int: also after every so many
         records; "every": also check after each record what it touched
     :param progress: called with the design, the records that have run, and all of them
-    :param options: fields of pgemu.Config other than design, pool and page_size
+    :param versions: of the designs; what Versions() says without it
+    :param strict: what a version refuses stays refused, though the trace needs it
+    :param given: fields of pgemu.Config other than design, pool and page_size; None is as without it
     :raises InputError: an option that Config refuses, or guest memory that this computer cannot model
     """
     if isinstance(check, int) and check <= 0:
         raise InputError(f"check {check}: expected a positive number of operations")
-    runs = tuple(_run(lowered, design, check, progress, options) for design in designs)
-    return Comparison(lowered, check, runs)
+    versions = versions or Versions()
+    given = {name: value for name, value in given.items() if value is not None}
+    configs = [configuration(lowered, design, versions, given) for design in designs]
+    runs = tuple(run(lowered, config, versions, check, progress, strict=strict) for config in configs)
+    instead = () if strict else tuple(_instead(lowered, config, versions) for config in configs)
+    return Comparison(lowered, check, runs, versions, given, tuple(text for text in instead if text))
 
 
-def _run(
-    lowered: Lowered, design: Design, check: Check, progress: Progress | None, options: dict[str, Any]
+def configuration(lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any]) -> Config:
+    """What a design's machine is made of for a trace.
+
+    :raises InputError: an option that Config refuses, a page size that the version does not know
+    """
+    layout = lowered.layout
+    sizes = LIKE[versions.like].page_sizes
+    if layout.page_size not in sizes:
+        known = " or ".join({PAGE_4K: "4K", PAGE_2M: "2M"}.get(size, "1G") for size in sizes)
+        raise InputError(f"huge pages of {layout.page_size >> 20} MiB: {versions.like} knows pages of {known} only")
+    pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
+    try:
+        return versions.configuration(design, pool=pool, page_size=layout.page_size, **{**lowered.machine, **given})
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def run(
+    lowered: Lowered,
+    config: Config,
+    versions: Versions,
+    check: Check = "end",
+    progress: Progress | None = None,
+    *,
+    strict: bool = False,
 ) -> DesignRun:
-    machine, gmem = _boot(lowered, design, options)
+    """Run a trace on a fresh machine; see compare()."""
+    machine = _boot(lowered, config)
+    booted = machine.statistics
+    refusal = _instead(lowered, config, versions) if strict else ""
+    if refusal:
+        nothing = EndOfLife("not created", (0.0, 0.0), config.pool_pages, config.pool_pages, 0, 0, 0)
+        return DesignRun(config.design, config, booted, (), nothing, None, refusal)
+    gmem = machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
     booted = machine.statistics
     if check == "every":
         machine.check_each()
@@ -219,7 +304,7 @@ def _run(
     for done in _replay(machine, lowered, check):
         finding = finding or _finding(machine, done)
         if progress:
-            progress(design, done, len(lowered.records))
+            progress(config.design, done, len(lowered.records))
     machine.check()
     finding = finding or _finding(machine, len(lowered.records))
     statistics = machine.statistics
@@ -227,27 +312,31 @@ def _run(
     machine.check()
     finding = finding or _finding(machine, len(lowered.records) + 1)
     if finding:
-        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after)
+        finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
-    return DesignRun(design, machine.config, statistics, operations, end_of_life, finding)
+    return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding)
 
 
-def _boot(lowered: Lowered, design: Design, options: dict[str, Any]) -> tuple[Machine, GuestMemfd]:
-    from pgemu.objects.machine import Config, Machine
+def _instead(lowered: Lowered, config: Config, versions: Versions) -> str:
+    """What a version's code refuses and the trace needs, or "": virt/kvm/guest_memfd.c:kvm_gmem_create()."""
+    version = LIKE[versions.like]
+    shared = lowered.init == "shared" and config.page_order != 0
+    if not shared or version.shared_huge or config.design != "restructure":
+        return ""
+    return f"{versions.like} refuses huge pages that are shared at first (-EINVAL): created as rfc2 does"
 
-    layout = lowered.layout
-    try:
-        config = Config(design, pool=layout.inode_size, page_size=layout.page_size, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+
+def _boot(lowered: Lowered, config: Config) -> Machine:
+    from pgemu.objects.machine import Machine
+
     try:
         machine = Machine(config)
     except (MemoryError, OSError):
-        raise InputError(f"{layout.inode_size} bytes of guest memory: more than this computer can model") from None
-    process = machine.create_process()
-    machine.create_vm(process, protected=lowered.init == "private")
-    return machine, machine.create_guest_memfd(layout.inode_size, shared=lowered.init == "shared")
+        size = lowered.layout.inode_size
+        raise InputError(f"{size} bytes of guest memory: more than this computer can model") from None
+    machine.create_vm(machine.create_process(), protected=lowered.init == "private")
+    return machine
 
 
 def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:

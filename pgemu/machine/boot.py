@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.machine.config import DEFECTS, SPLIT_FORMS
+from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS
 from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
@@ -63,6 +63,8 @@ def allocate(config: Config) -> Arrays:
         W.R_ZEROED_ROWS: (pages >> 6) + W.INODES,
         W.R_REGIONS: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
         W.R_GUEST_BITS: (pages >> 6) + W.INODES,
+        W.R_ASSIGNED: (pages >> 6) + W.INODES,
+        W.R_ASSIGNED_2M: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
         W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }
@@ -142,6 +144,7 @@ _OF_KERNEL_CONFIGURATION = {
     W.R_HUGETLB_CGROUP: "hugetlb_cgroup",
     W.R_DEFERRED_STRUCT_PAGES: "deferred_struct_pages",
     W.R_LRU_REFS: "lru_references",
+    W.R_INIT_ON_ALLOC: "init_on_alloc",
 }
 _OF_CONFIG = {
     W.R_GUEST_PAGES: "guest_pages",
@@ -150,7 +153,6 @@ _OF_CONFIG = {
     W.R_HVO: "hvo",
     W.R_OPTIMIZE_VMEMMAP: "hvo",
     W.R_PTI: "pti",
-    W.R_ZAP_BOTH_KINDS: "rounded_zap_drops_both_kinds",
     W.R_NOTIFIER: "notifier",
     W.R_DONTNEED_PFNMAP: "dontneed_on_pfnmap",
     W.R_FULL: "full",
@@ -161,12 +163,14 @@ _OF_CONFIG = {
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {
-    W.R_CONVERT_BY_BLOCK: ("batch", "block"),
+    W.R_ZAP_FILTER: ("zap_filter", "both"),
     W.R_SPLIT_TO_2M: ("split_to", "2M"),
     W.R_MERGE_LAZY: ("merge", "lazy"),
+    W.R_MERGE_ZEROES: ("merge_zero", "unzeroed"),
     W.R_FLUSH_BATCHED: ("flush", "batched"),
     W.R_WORK_QUEUED: ("worker", "queued"),
     W.R_PUNCH_REFUSES: ("punch", "refuse"),
+    W.R_ZAP_ROUNDED: ("zap", "rounded"),
 }
 _ALIKE = {
     W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
@@ -193,7 +197,7 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
     frames = _frames(config)
     random = np.random.default_rng(config.seed)
     shown = ~formats.GLOBAL if config.pti else -1
-    properties, order = row_of(config.design, config.order)
+    properties, order = row_of(config.design, config.order, config.invalidate)
     hstate = 2 if config.page_order == 0 else config.page_order == W.ORDER_1G
     return {
         W.R_PROPERTIES: properties,
@@ -214,6 +218,9 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
         W.R_ZERO_PAGE: config.zero == "page" and config.page_order != 0,  # a 4K folio has its own flag
         W.R_SPLIT_FORM: SPLIT_FORMS[config.split_form],
         W.R_CONVERT_ORDER: order,
+        W.R_LEVEL_RULE: LEVEL_RULES[config.level_rule],
+        # virt/kvm/guest_memfd.c:__kvm_gmem_set_attributes(): files of 4K pages are converted at once
+        W.R_CONVERT_BY_BLOCK: config.batch == "block" and config.page_order != 0,
         W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
         W.R_LRU_CPUS: min(config.host_cpus, W.LRU_CPUS),
     }
@@ -238,7 +245,7 @@ def set_registers(config: Config, arrays: Arrays) -> None:
 
 def _set_nodes(config: Config, state: Any, base: int) -> None:
     """Empty free lists, and where the pages of each node lie."""
-    for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_NODES), 2):  # empty lists
+    for row in range(int(W.STATE_FREE_AREAS), int(W.STATE_PCP_COUNTS), 2):  # empty lists
         state[row : row + 2] = np.uint64(W.HSTATES_ADDRESS + (row - int(W.STATE_HSTATES)) * 8)
     for number in range(config.nodes):
         node = config.node(number)

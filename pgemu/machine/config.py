@@ -9,22 +9,29 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
-from pgemu.machine.designs import ORDERS, ROWS, Design
+from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
+from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
+__all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
+LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
-_RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form"}
+_RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form",
+            "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
-# Parameters that only `full.run_designs` knows.
-PARAMETERS = (
-    "order", "batch", "split_to", "merge", "flush", "defects", "lru_cache", "worker", "punch",
-    "host_huge", "dirty_log_guest_memfd", "in_place_conversion",
+_FOR_FULL = (
+    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
+    "in_place_conversion",
 )  # fmt: skip
+_OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
+
+PARAMETERS = ("order", "batch", "punch", "zap", "invalidate", "merge_zero", "level_rule", "defects", *_FOR_FULL)
+"""Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
+ones is known by `full.run_designs` only."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,20 @@ class Config:
     kernel: "6.12", "6.18" or "7.3": what Linux writes (formats.KERNELS). stage2: "npt" or "ept".
     hvo: whether the pool's vmemmap is optimised.
     vcpus, host_cpus: for the price of flushes; the default, one of each, makes them as cheap as
-    can be. zero: "folio" or "page", how much a first use zeroes.
+    can be.
+    zero: "folio": the first guest fault of a folio that is not up to date zeroes all of it (rfc2), a host fault its
+    4K; "page": 4K at a time, each at its first use, which is tracked. Not given: "folio" of restructure, "page" of
+    pfnmap, whose folios stay whole (inference: pfnmap-zeroing).
     seed: order of never used frames; 0 is ascending.
     frames: how many metadata frames may be in use at once; a small number makes -ENOMEM happen. None is
     enough for every struct page and for the page tables of one process and one VM, all at 4K at once.
-    rounded_zap_drops_both_kinds: restructure zaps rounded out to huge pages, and where private and shared
-    pages share one root that drops leaves of both kinds (inference; False: only those of the kind left).
+    zap_filter: which leaves a conversion drops where private memory has a root of its own: "both" (kvm-x86
+    e088c7f86bef of in-place conversion, and the branch of December 2025), "target": only the kind that is left (older
+    forms). With one root both kinds go, whatever it says: kvm_gfn_range_filter_to_root_types().
+    vm: kind of the VMs that are created without one: "plain", "sw" (KVM_X86_SW_PROTECTED_VM), "snp", "tdx"
+    (pgemu.machine.vm_kinds); snp has stage 2 "npt", tdx "ept".
+    private_level: the largest leaf over private memory, "4K", "2M" or "1G"; None: that of the VM's kind, 2M of snp and
+    tdx. "4K" is what mainline maps for tdx.
     notifier: unmapping host entries drops stage-2 leaves through KVM's MMU notifier (as captured).
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
@@ -58,19 +73,29 @@ class Config:
     configuration: "debian" or "small", the kernel configurations captured (formats.CONFIGURATIONS).
     pti: page-table isolation: processes have two top tables and the kernel's copy of an entry is no-execute.
     split_form: whose split and merge of folios: "rfc2" (page by page), "jan2026" (in place; folios/splitting.py).
-    order: whose order of steps a conversion of restructure has: "rfc2", "fixup", "jan2026", "next4k".
-    batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other.
+    order: whose order of steps a conversion of restructure has: "rfc2", "fixup" (also of the branch of December 2025),
+    "jan2026", "next4k".
+    batch: "range": a conversion does all of its range or nothing; "block": one huge page after the other. The default
+    of restructure is "block", of pfnmap "range".
     split_to: "4K", or the what-if "2M": a 1G folio is split to 2M folios, of these the touched ones to 4K.
     merge: "now": a conversion to private ends with the merge; "lazy": the worker does it.
+    merge_zero: "none": a merge zeroes nothing, the next use what was never zeroed (inference); "unzeroed": the merge
+    does, if anything was in use, so that the folio is up to date. With defect merge-keeps-flag neither is asked.
     flush: "each": flushes as posted; "batched": one of each process, VM and of the kernel per conversion (a what-if, of
     counts only: a kernel has to flush before the gate and before the invalidation ends).
     defects: mistakes of posted code that the machine has (DEFECTS); without them it is as fixed.
     lru_cache: folios of order 0 that join the page cache wait in per-CPU batches, which hold references.
     worker: "immediate": work items run at once; "queued": they wait for Machine.work().
     punch: "zero": partial huge pages of a hole are zeroed (rfc2); "refuse": -EINVAL (late 2025).
+    level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that
+    is all of one kind; "whole": a huge page that is, else 4K; "private": the largest that is all private, else 4K.
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
+    zap: "exact": a conversion drops the stage-2 leaves over its range, as every posted version does; "rounded": over
+    the range rounded out to huge pages (a what-if, of the orders that round anything).
+    invalidate: "rounded": the orders of restructure begin and end an invalidation over the range rounded out to huge
+    pages, as RFC v2 and the branch of December 2025 do; "exact": over the range, as in-place conversion of 4K does.
     """
 
     design: Design = "restructure"
@@ -81,10 +106,12 @@ class Config:
     hvo: bool = True
     vcpus: int = 1
     host_cpus: int = 1
-    zero: Literal["folio", "page"] = "folio"
+    zero: Literal["folio", "page"] = _OF_DESIGN
     seed: int = 0
     frames: int | None = None
-    rounded_zap_drops_both_kinds: bool = True
+    zap_filter: Literal["both", "target"] = "both"
+    vm: Kind = "plain"
+    private_level: Literal["4K", "2M", "1G"] | None = None
     notifier: bool = True
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
@@ -98,18 +125,22 @@ class Config:
     reserved: int = 0
     configuration: Literal["debian", "small"] = "debian"
     split_form: Literal["rfc2", "jan2026"] = "jan2026"
-    order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "jan2026"
-    batch: Literal["range", "block"] = "range"
+    order: Literal["rfc2", "fixup", "jan2026", "next4k"] = "fixup"
+    batch: Literal["range", "block"] = _OF_DESIGN
     split_to: Literal["4K", "2M"] = "4K"
     merge: Literal["now", "lazy"] = "now"
+    merge_zero: Literal["none", "unzeroed"] = "none"
     flush: Literal["each", "batched"] = "each"
     defects: tuple[str, ...] = ()
     lru_cache: bool = False
     worker: Literal["immediate", "queued"] = "immediate"
-    punch: Literal["zero", "refuse"] = "zero"
+    punch: Literal["zero", "refuse"] = "refuse"
+    level_rule: Literal["uniform", "whole", "private"] = "uniform"
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
+    zap: Literal["exact", "rounded"] = "exact"
+    invalidate: Literal["rounded", "exact"] = "rounded"
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""
@@ -118,9 +149,14 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        row = ROWS.get(self.design)
+        for name in DEFAULTS:
+            if getattr(self, name) is None and row:
+                object.__setattr__(self, name, row.default(name))
         for holds, complaint in chain(self._choices(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
+        kind_row(self.vm, self.stage2)  # ValueError for what is none
         cost.profile(self.profile)  # ValueError or InputError for what is none
         if not isinstance(self.profile, str):  # a path remains one, "./published" too
             object.__setattr__(self, "profile", os.path.join(os.curdir, self.profile))
@@ -140,6 +176,11 @@ class Config:
             ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
+            (self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"),
+            (
+                self.private_level in (None, *PRIVATE_LEVELS),
+                f"private level {self.private_level!r}: expected one of {', '.join(PRIVATE_LEVELS)}",
+            ),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
             (self.nodes in (1, W.NODES), f"nodes {self.nodes}: expected 1 or {W.NODES}"),
@@ -166,9 +207,20 @@ class Config:
             (self.batch in ("range", "block"), f"batch {self.batch!r}: expected range or block"),
             (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
             (self.merge in ("now", "lazy"), f"merge {self.merge!r}: expected now or lazy"),
+            (self.merge_zero in ("none", "unzeroed"), f"merge zero {self.merge_zero!r}: expected none or unzeroed"),
             (self.flush in ("each", "batched"), f"flush {self.flush!r}: expected each or batched"),
             (self.worker in ("immediate", "queued"), f"worker {self.worker!r}: expected immediate or queued"),
+            (
+                self.level_rule in LEVEL_RULES,
+                f"level rule {self.level_rule!r}: expected one of {', '.join(LEVEL_RULES)}",
+            ),
             (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
+            (self.zap in ("exact", "rounded"), f"zap {self.zap!r}: expected exact or rounded"),
+            (self.invalidate in ("rounded", "exact"), f"invalidate {self.invalidate!r}: expected rounded or exact"),
+            (
+                self.zap == "exact" or self.invalidate == "rounded",
+                "zap 'rounded': expected invalidate 'rounded', for nobody drops what is not being invalidated",
+            ),
             (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
@@ -188,9 +240,10 @@ class Config:
     @property
     def full(self) -> bool:
         """Whether a parameter of the designs differs from what `fast.run` has loops for."""
-        return self.page_size == W.PAGE_4K or any(
-            getattr(self, name) != getattr(type(self), name) for name in PARAMETERS
-        )
+        own_order = ROWS[self.design].order is None
+        names = ("order",) * own_order + _FOR_FULL
+        changed = any(getattr(self, name) != getattr(type(self), name) for name in names)
+        return self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"uptodate-unzeroed"}
 
     @property
     def page_order(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from pgemu.machine.boot import allocate, node_word, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
+from pgemu.machine.findings import BrokenRule, findings_of
 from pgemu.machine.physical import PhysicalMemory
 from pgemu.machine.results import Result, Results
 from pgemu.machine.single import ACTORS, Single
@@ -281,6 +282,11 @@ class Core:
         """(findings, kind of the first one, the page or count it is about)."""
         first = self.register(W.R_BROKEN_FIRST)
         return self.register(W.R_BROKEN), W.Broken(first >> 48), first & (1 << 48) - 1
+
+    @property
+    def findings(self) -> tuple[BrokenRule, ...]:
+        """Every rule that was found broken, with the defects of this machine that explain it."""
+        return findings_of(self.arrays.state, self.config.defects)
 
     # ------------------------------------------------------------------ physical memory
 

@@ -8,7 +8,9 @@ pgemu_kernels/gmem/orders.py.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from pgemu_kernels.words.operations import (
     CONVERT_FIXUP,
@@ -19,7 +21,7 @@ from pgemu_kernels.words.operations import (
 )
 from pgemu_kernels.words.properties import Property
 
-__all__ = ("DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
+__all__ = ("DEFAULTS", "DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
 
 Design = Literal["restructure", "pfnmap"]
 
@@ -32,16 +34,28 @@ class Order(NamedTuple):
     without: Property = Property(0)
 
 
+# What fields of Config are where they are not given: those that no design has otherwise.
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"batch": "block", "zero": "folio"})
+
+
 class Row(NamedTuple):
-    """A design: its properties, and its order. Without one, the order is a parameter of the machine."""
+    """A design: its properties, its order, and which of DEFAULTS it has otherwise.
+
+    Without an order, that is a parameter of the machine.
+    """
 
     properties: Property
     order: Order | None = None
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+    def default(self, name: str) -> Any:
+        """What a field of Config is where it is not given."""
+        return self.defaults.get(name, DEFAULTS[name])
 
 
 ORDERS = {  # those that a machine may be given
-    "rfc2": Order(int(CONVERT_RFC2), Property.ZAPS_EXACTLY | Property.NAMES_PAGE | Property.KEEPS_REFERENCE),
-    "fixup": Order(int(CONVERT_FIXUP), Property.ZAPS_EXACTLY | Property.PREALLOCATES | Property.KEEPS_REFERENCE),
+    "rfc2": Order(int(CONVERT_RFC2), Property.NAMES_PAGE | Property.KEEPS_REFERENCE),
+    "fixup": Order(int(CONVERT_FIXUP), Property.PREALLOCATES | Property.KEEPS_REFERENCE),
     "jan2026": Order(int(CONVERT_JAN2026), Property.PREALLOCATES),
     "next4k": Order(int(CONVERT_NEXT4K), Property.PREALLOCATES | Property.DRAINS_LRU, without=Property.ROUNDS_RANGES),
 }
@@ -52,14 +66,18 @@ ROWS = {
     "restructure": Row(Property.GUP | Property.SPLITS_FOLIOS | Property.LEVEL_BY_FOLIO | Property.ROUNDS_RANGES),
     # The VMA is VM_PFNMAP and entries are inserted by PFN (slides of 2025-08-07); the order beside is inference.
     "pfnmap": Row(
-        Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP, SLIDES
+        Property.SPECIAL_ENTRIES | Property.VMA_PFNMAP | Property.INSERTS_LOCKED | Property.HOLES_UNMAP,
+        SLIDES,
+        # Nothing is done huge page by huge page; PG_uptodate of a folio that stays whole cannot tell what is zeroed.
+        MappingProxyType({"batch": "range", "zero": "page"}),
     ),
 }
 DESIGNS: tuple[Design, ...] = ("restructure", "pfnmap")
 
 
-def row_of(design: str, order: str) -> tuple[Property, int]:
+def row_of(design: str, order: str, invalidate: str) -> tuple[Property, int]:
     """The properties of a machine and the number of its order (R_PROPERTIES, R_CONVERT_ORDER)."""
     row = ROWS[design]
     chosen = row.order or ORDERS[order]
-    return (row.properties & ~chosen.without) | chosen.properties, chosen.number
+    without = chosen.without | (Property.ROUNDS_RANGES if invalidate == "exact" else Property(0))
+    return (row.properties & ~without) | chosen.properties, chosen.number

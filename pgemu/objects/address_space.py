@@ -227,10 +227,13 @@ class AddressSpace:
         read_only: bool = False,
         populate: bool = False,
         private: bool = False,
+        counted: bool = False,
     ) -> Result:
         """mmap(MAP_SHARED) of a guest_memfd at a fixed address: 0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
 
         populate: of a guest_memfd of 4K folios only. private: MAP_PRIVATE, which guest_memfd refuses (-EINVAL).
+        counted: map it as merged, by entries that its folios count, also where the design would be VM_PFNMAP: both
+        kinds of mapping of one file were captured side by side (the parameter kvm.gmem_pfnmap decided at mmap).
         """
         size = gmem.size - offset if length is None else length
         if isinstance(gmem, GuestMemfd):
@@ -238,7 +241,9 @@ class AddressSpace:
                 raise ValueError("populate: expected a guest_memfd of 4K folios")
             return self.machine.operate(
                 Operation.MMAP,
-                flags=(Flag.READ_ONLY if read_only else 0) | (Flag.PRIVATE if private else 0),
+                flags=(Flag.READ_ONLY if read_only else 0)
+                | (Flag.PRIVATE if private else 0)
+                | (Flag.COUNTED if counted else 0),
                 space=self.space,
                 object_=gmem.inode,
                 address=address,

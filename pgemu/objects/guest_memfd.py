@@ -219,6 +219,8 @@ class GuestMemfd:
             W.I_REGIONS: machine.register(W.R_REGIONS) + machine.register(W.R_REGIONS_USED),
             W.I_GIGABYTES: machine.register(W.R_REGIONS) + machine.register(W.R_REGIONS_USED) + pmds,
             W.I_GUEST_BITS: machine.register(W.R_GUEST_BITS) + first,
+            W.I_ASSIGNED: machine.register(W.R_ASSIGNED) + first,
+            W.I_ASSIGNED_2M: machine.register(W.R_ASSIGNED_2M) + machine.register(W.R_REGIONS_USED),
             W.I_OPEN: 1,
             W.I_SUBPOOL: subpool,
             W.I_FLAGS: cls._inode_flags(creation, form),

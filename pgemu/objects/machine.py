@@ -11,7 +11,9 @@ import numpy as np
 
 from pgemu.machine.config import Config as Config
 from pgemu.machine.core import Core
+from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
+from pgemu.machine.vm_kinds import KINDS, Kind
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import PageFormat
 from pgemu_kernels.words.operations import Operation
@@ -113,11 +115,24 @@ class Machine(Core):
 
         return AddressSpace.create(self)
 
-    def create_vm(self, process: AddressSpace | None = None, *, protected: bool = False) -> Vm:
-        """Create a VM of a process; `protected` is KVM_X86_SW_PROTECTED_VM. OSError ENOMEM or ENOSPC."""
+    def create_vm(
+        self, process: AddressSpace | None = None, *, kind: Kind | None = None, protected: bool | None = None
+    ) -> Vm:
+        """Create a VM of a process.
+
+        kind: "plain", "sw", "snp" or "tdx" (pgemu.machine.vm_kinds); without it, what Config.vm says. protected:
+        whether it is to have private memory: True is Config.vm if that has, else "sw"; False is "plain". OSError
+        ENOMEM or ENOSPC; ValueError for both, or where kind and stage 2 disagree.
+        """
         from pgemu.objects.vm import Vm
 
-        return Vm.create(self, process, protected)
+        if kind is not None and protected is not None:
+            raise ValueError(f"kind {kind!r} and protected {protected}: expected one of them")
+        if kind is None:
+            kind = self.config.vm
+        if protected is not None and protected != KINDS[kind].private:
+            kind = "sw" if protected else "plain"
+        return Vm.create(self, process, kind)
 
     def create_page_table(self, fmt: PageFormat | str) -> PageTable:
         """Create an empty page table of a format, or of the format of a name (page_format.FORMATS).
@@ -235,9 +250,7 @@ class Machine(Core):
 
         owner = np.zeros(self.arrays.ram.size // 512, np.uint8)
         for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
-            if self.register(W.R_BROKEN) == 0:
-                self.arrays.state[W.R_BROKEN_FIRST] = kind << 48 | frame
-            self.arrays.state[W.R_BROKEN] += np.uint64(1)
+            note_broken(self.arrays.state, kind, frame)
         found = np.zeros(W.FOUND_WORDS, np.int64)
         if self.register(W.R_PINS):
             from pgemu.objects.pins import own_nodes
@@ -269,8 +282,9 @@ class Machine(Core):
         """
         from pgemu.tables.walk import walk_page
 
-        first = int(W.STATE_VMS) + int(W.V_ROOT)
-        stage2 = root in self.arrays.state[first : first + self.register(W.R_VMS) * W.V_WORDS : W.V_WORDS].tolist()
+        first, count = int(W.STATE_VMS), self.register(W.R_VMS)
+        vms = self.arrays.state[first : first + count * W.V_WORDS].reshape(count, W.V_WORDS)
+        stage2 = root in vms[:, [int(W.V_ROOT), int(W.V_PRIVATE_ROOT)]]
         return walk_page(self, self.stage2_format if stage2 else self.host_format, root, page)
 
     def struct_page(self, pfn: int) -> Array:
@@ -294,6 +308,7 @@ class Machine(Core):
     def roots(self) -> list[Root]:
         """The top tables: the kernel's, of processes ("process:0"), of VMs ("vm:0"), of other page tables ("table:0").
 
+        Where a VM's private memory has a root of its own that is "private:0", and "vm:0" is of shared memory.
         With page-table isolation that of a process is the kernel's copy. The name of a format leaves its parameters
         out: input bits of Arm64 stage 2 other than 40, or kernels other than 7.3, are for the reader to give.
         """
@@ -304,10 +319,11 @@ class Machine(Core):
         for name, fmt, rows, count, words, word in (
             ("process", self.host_format, W.STATE_SPACES, W.R_SPACES, W.S_WORDS, W.S_ROOT),
             ("vm", self.stage2_format, W.STATE_VMS, W.R_VMS, W.V_WORDS, W.V_ROOT),
+            ("private", self.stage2_format, W.STATE_VMS, W.R_VMS, W.V_WORDS, W.V_PRIVATE_ROOT),
         ):
             for i in range(self.register(count)):
                 root = int(state[int(rows) + i * words + int(word)])
-                if root:
+                if root and root not in {known.address for known in found}:
                     found.append(Root(f"{name}:{i}", fmt.name, root))
         return found + [Root(f"table:{i}", table.format.name, table.root) for i, table in enumerate(self.page_tables)]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
+from pgemu.machine.vm_kinds import PRIVATE_LEVELS, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
 
 Array = np.ndarray[Any, Any]
-_WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
+# Flag's own "|" would take as long as the rest of a call.
+_WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,28 @@ class Vm:
     vm: int
 
     @classmethod
-    def create(cls, machine: Core, process: AddressSpace | None, protected: bool) -> Vm:
+    def create(cls, machine: Core, process: AddressSpace | None, kind: str) -> Vm:
         """See Machine.create_vm."""
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import STAGE2_ROOT
 
+        state, config = machine.arrays.state, machine.config
+        kind_of_vm = kind_row(kind, config.stage2)
+        level = kind_of_vm.private_level
+        if kind_of_vm.private and config.private_level is not None:
+            level = PRIVATE_LEVELS[config.private_level]
         vm = next_row(machine, W.R_VMS, W.VMS, "VMs")
         row = int(W.STATE_VMS) + vm * W.V_WORDS
+        state[row + int(W.V_PROPERTIES)] = kind_of_vm.properties
+        state[row + int(W.V_PRIVATE_LEVEL)] = level
         if provide(machine.descriptor, STAGE2_ROOT, np.uint64(row)) != 0:
             raise OSError(W.ENOMEM, "no frame for a stage-2 root")
+        state[W.R_VM_PROPERTIES] |= np.uint64(kind_of_vm.properties)
+        if kind_of_vm.properties or level < PRIVATE_LEVELS["1G"]:
+            state[W.R_FULL] = 1  # the fast loops know no kind that does anything otherwise
         # Without a process no mapping of the inode is the VM's own: none of them notifies it.
         machine.arrays.state[row + int(W.V_SPACE)] = process.space if process else (1 << 64) - 1
-        machine.arrays.state[row + int(W.V_PROTECTED)] = protected
+        machine.arrays.state[row + int(W.V_PROTECTED)] = kind_of_vm.private
         machine.arrays.state[row + int(W.V_LIVE)] = 1
         machine.arrays.state[row + int(W.V_UNLOADED)] = 1
         if process:
@@ -63,6 +75,14 @@ class Vm:
     def root(self) -> int:
         """Physical address of the stage-2 root; 0 once the VM is closed."""
         return self._field(W.V_ROOT)
+
+    @property
+    def private_root(self) -> int:
+        """The same of private memory: `root`, or that of the mirror of a VM that has one."""
+        return self._field(W.V_PRIVATE_ROOT)
+
+    def _root(self, private: bool) -> int:
+        return self.private_root if private else self.root
 
     # ------------------------------------------------------------------ memory slots
 
@@ -218,14 +238,17 @@ class Vm:
         """
         return self.machine.operate(Operation.RELEASE, vm=self.vm, object_=gmem.inode)
 
-    def touch(self, gpa: int, *, write: bool = False, execute: bool = False, actor: int = 0) -> Result:
+    def touch(
+        self, gpa: int, *, write: bool = False, execute: bool = False, accept_4k: bool = False, actor: int = 0
+    ) -> Result:
         """Guest access: RET_PF_FIXED or RET_PF_SPURIOUS with the leaf level, RETRY, EMULATE, -EFAULT, -ENOMEM.
 
         EMULATE is an exit to userspace as MMIO: no slot, which a 4K entry caches (detail is its level), or a write to a
         read-only one. -EFAULT is a memory fault exit: nothing in the process's memory that the access may use, memory
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
+        accept_4k: the guest accepts the page, 4K of it, which kinds of VM that know accepting map at 4K.
         """
-        flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
+        flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
 
     def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:
@@ -234,17 +257,23 @@ class Vm:
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
 
-    def walk(self, gpa: int) -> list[tuple[int, int, int]]:
-        """[(level, entry address, entry)] of a guest physical address."""
+    def walk(self, gpa: int, *, private: bool = False) -> list[tuple[int, int, int]]:
+        """[(level, entry address, entry)] of a guest physical address.
+
+        private: here and in what follows, below the root of private memory, where that is one of its own.
+        """
         from pgemu.tables.walk import walk_page
 
-        return walk_page(self.machine, self.machine.stage2_format, self.root, gpa >> 12)
+        return walk_page(self.machine, self.machine.stage2_format, self._root(private), gpa >> 12)
 
-    def translate(self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None) -> Translation:
+    def translate(
+        self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
+    ) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
         from pgemu.tables.translation import translate
 
-        return translate(self.machine, self.machine.register(W.R_STAGE2_FORMAT), self.root, gpas, kinds, access)
+        stage2 = self.machine.register(W.R_STAGE2_FORMAT)
+        return translate(self.machine, stage2, self._root(private), gpas, kinds, access)
 
     def translate_virtual(
         self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
@@ -266,20 +295,26 @@ class Vm:
 
         return lpage_info(self.machine, self.vm, gpa, level)
 
-    def stage2(self) -> Stage2:
+    def stage2(self, *, private: bool = False) -> Stage2:
         """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""
         from pgemu.objects.stage2 import read_stage2
 
-        tree = read_stage2(self.machine, self.root)
+        tree = read_stage2(self.machine, self._root(private))
         if self._field(W.V_UNLOADED) and not len(tree.tables):
             return read_stage2(self.machine, 0)
         return tree
 
+    def _trees(self) -> list[Stage2]:
+        """The tree, or both."""
+        mirror = [self.stage2(private=True)] if self.private_root != self.root else []
+        return [self.stage2(), *mirror]
+
     def leaves(self) -> tuple[int, int, int]:
-        """Leaves of 4K, 2M and 1G: KVM's pages_4k, pages_2m, pages_1g."""
-        return self.stage2().leaf_counts()
+        """Leaves of 4K, 2M and 1G, shared and private: KVM's pages_4k, pages_2m, pages_1g."""
+        small, middle, large = (sum(counts) for counts in zip(*(t.leaf_counts() for t in self._trees()), strict=True))
+        return small, middle, large
 
     @property
     def table_pages(self) -> int:
-        """Stage-2 table pages but the root: KVM's part of nr_sec_page_table_pages."""
-        return len(self.stage2().tables)
+        """Stage-2 table pages but the roots, shared and private: KVM's part of nr_sec_page_table_pages."""
+        return sum(len(tree.tables) for tree in self._trees())

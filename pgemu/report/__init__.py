@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pgemu.report import tables
+from pgemu.report.formats import document
 from pgemu.report.sentences import differences, notes
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from pgemu.experiments.compare import Comparison
 
-__all__ = ("findings", "write", "write_sources")
+__all__ = ("document", "findings", "write", "write_sources")
 
 
 def write(comparison: Comparison, console: Console) -> None:
@@ -51,12 +52,12 @@ def write_sources(comparison: Comparison, console: Console) -> None:
         console.print(block)
 
 
-def findings(comparison: Comparison) -> list[str]:
-    """Return one line per design that broke a rule."""
+def findings(comparison: Comparison, *, explained: bool = True) -> list[str]:
+    """Return one line per design that broke a rule; without `explained` only of those whose defects do not say why."""
     lines = []
     total = len(comparison.lowered.records)
     for run in comparison.runs:
-        if run.finding:
+        if run.finding and (explained or not run.finding.explained):
             rule = run.finding.rule.lower().replace("_", " ")
             when = f"noticed after {run.finding.after:,} of {total:,} operations"
             if run.finding.after > total:

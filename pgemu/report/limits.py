@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from pgemu.report.sources import Tag
-
-if TYPE_CHECKING:
-    from pgemu.machine.designs import Design
 
 __all__ = ("LIMITS", "Limit", "limits_of")
 
@@ -22,9 +18,10 @@ class Limit:
     text: str
     function: str
     tag: Tag
+    rule: str = ""  # of an inference, its name in pgemu/experiments/inferences.py
 
 
-LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(
+LIMITS: Mapping[str, tuple[Limit, ...]] = MappingProxyType(
     {
         "restructure": (
             Limit(
@@ -46,7 +43,7 @@ LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(
             Limit(
                 "15.996 MiB must be at hand for every 1G huge page that may be split",
                 "mm/hugetlb_vmemmap.c:alloc_vmemmap_page_list",
-                "inference",
+                "posted",
             ),
             Limit(
                 "split folios can outlive the inode; a huge page returns to the pool when its last piece does",
@@ -64,38 +61,39 @@ LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(
                 "GUP fails with EFAULT: no O_DIRECT, io_uring fixed buffers, vhost zero-copy, RDMA, process_vm_readv "
                 "on guest memory",
                 "mm/gup.c:check_vma_flags",
-                "main",
+                "captured",
             ),
             Limit(
                 "VFIO type1 refuses ordinary RAM with EFAULT",
                 "drivers/vfio/vfio_iommu_type1.c:vaddr_get_pfns",
-                "main",
+                "captured",
             ),
-            Limit("iommufd refuses it with EFAULT: it pins through GUP only", "mm/gup.c:check_vma_flags", "main"),
+            Limit("iommufd refuses it with EFAULT: it pins through GUP only", "mm/gup.c:check_vma_flags", "captured"),
             Limit(
                 "MADV_DONTNEED fails with EINVAL",
                 "mm/madvise.c:madvise_dontneed_free_valid_vma",
-                "main",
+                "captured",
             ),
             Limit(
                 "no rmap: memory failure cannot find the processes that map a poisoned page",
                 "mm/memory-failure.c:hwpoison_user_mappings",
-                "inference",
+                "captured",
             ),
             Limit(
                 "stale PTEs if the owner forgets to unmap before it punches: truncation looks at mapcounts only",
                 "mm/truncate.c:truncate_cleanup_folio",
-                "inference",
+                "captured",
             ),
             Limit(
                 "no reference protects a fault in flight: the PTE must be inserted under the invalidate_lock",
                 "mm/memory.c:vmf_insert_pfn",
                 "inference",
+                "pfnmap-insert-locked",
             ),
             Limit(
                 "a larger mapping level comes back only at the next guest fault, not at the conversion",
                 "arch/x86/kvm/mmu/tdp_mmu.c:kvm_tdp_mmu_map",
-                "inference",
+                "captured",
             ),
         ),
     }
@@ -104,5 +102,5 @@ LIMITS: Mapping[Design, tuple[Limit, ...]] = MappingProxyType(
 
 def limits_of(design: str) -> tuple[Limit, ...]:
     """What a design cannot do; of one that only has a row, that nobody has said so."""
-    unsaid = Limit("nobody has listed any (pgemu/report/limits.py)", "none", "inference")
-    return {**LIMITS}.get(design, (unsaid,))  # type: ignore[call-overload, no-any-return]
+    unsaid = Limit("nobody has listed any (pgemu/report/limits.py)", "none", "inference", "own-design")
+    return LIMITS.get(design, (unsaid,))

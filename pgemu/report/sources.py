@@ -13,6 +13,7 @@ __all__ = ("METRIC_SOURCES", "OPERATION_SOURCES", "TAGS", "Source", "Tag", "sour
 
 TAGS: Mapping[Tag, str] = MappingProxyType(
     {
+        "captured": "a kernel was seen to do it",
         "main": "in Linus's tree",
         "next": "in linux-next: in-place conversion of 4K folios",
         "posted": "1G page support: on the list, or in its authors' public branch; not merged",
@@ -43,7 +44,7 @@ _VMEMMAP = S.both(_RESTORE["pfnmap"][0], _OPTIMIZE["pfnmap"][0])
 _WHOLE = Source("folios are never split", "slides")
 _ZEROED: Mapping[str, _Sources] = {
     "restructure": (S.main("virt/kvm/guest_memfd.c:kvm_gmem_get_pfn"), S.HOST_FAULT),
-    "pfnmap": (Source("whole folio, for PG_uptodate is one bit; or a bit per page (--zero page)", "inference"),),
+    "pfnmap": (S.inferred("pfnmap-zeroing", "page by page, for PG_uptodate is one bit (--zero)"),),
 }
 
 METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
@@ -82,7 +83,7 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
         "refused_conversions": {"restructure": (S.ATTRIBUTES, S.SPLIT), "pfnmap": (Source("no gate", "slides"),)},
         "refused_holes": {
             "restructure": (Source("virt/kvm/guest_memfd.c:kvm_gmem_truncate_inode_range", "posted"),),
-            "pfnmap": (Source("nothing to merge, so nothing to refuse", "slides"),),
+            "pfnmap": (S.inferred("holes", "checks of fallocate() are those of the version of restructure"),),
         },
         "refused_zaps": S.both(S.main("mm/madvise.c:madvise_dontneed_free_valid_vma")),
     }
@@ -92,4 +93,4 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
 
 def sources_of(by_design: Mapping[str, _Sources], design: str) -> _Sources:
     """What a row models on a design; of one that only has a row of properties, that no source is named."""
-    return by_design.get(design, (Source("its properties combined: no source is named", "inference"),))
+    return by_design.get(design, (S.inferred("own-design", "its properties combined: no source is named"),))

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from pgemu.errors import InputError
@@ -42,12 +43,15 @@ __all__ = (
 _WORKLOAD = "workload:"
 
 
-def load(name_or_path: str | os.PathLike[str], options: LoweringOptions | None = None, seed: int = 0) -> Lowered:
+def load(
+    name_or_path: str | os.PathLike[str], options: LoweringOptions | None = None, seed: int = 0, **parameters: float
+) -> Lowered:
     """Load a trace, whatever holds it.
 
     :param name_or_path: `workload:NAME`; a path to Parquet or to text of ftrace, trace-cmd or perf script, plain or
         compressed with xz, gzip or zstd; "-" for text from standard input
     :param seed: of a workload; logs have none
+    :param parameters: of a workload, see pgemu.workload.open(); logs have none
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
     """
     options = options or LoweringOptions()
@@ -55,7 +59,13 @@ def load(name_or_path: str | os.PathLike[str], options: LoweringOptions | None =
     if name.startswith(_WORKLOAD):
         from pgemu import workload
 
-        return adapt(workload.open(name.removeprefix(_WORKLOAD), seed), options)
+        def again(**changed: float) -> Lowered:
+            return load(name, options, seed, **{**parameters, **changed})
+
+        made = workload.open(name.removeprefix(_WORKLOAD), seed, **parameters)
+        return replace(adapt(made, options), again=again)
+    if parameters:
+        raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name))
     return lower(found, options) if isinstance(found, Log) else adapt(found, options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,6 +98,8 @@ class Lowered:
         fault_levels: uint8[records], the level of the leaf with which the recorded VM's KVM answered each guest fault
             (1 = 4K, 2 = 2M, 3 = 1G), 0 where it wrote none; None: not recorded
         accesses: the guest faults are all accesses of the guest that matter, not only those that faulted: no log
+        machine: fields of Config that the trace or workload brings: its stage 2, its vCPUs
+        again: of a workload with parameters: makes it with other ones
     """
 
     records: Records
@@ -107,3 +110,5 @@ class Lowered:
     source: str
     fault_levels: npt.NDArray[np.uint8] | None = None
     accesses: bool = False
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    again: Callable[..., Lowered] | None = field(default=None, compare=False)

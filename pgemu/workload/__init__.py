@@ -10,16 +10,17 @@ from pgemu.workload import tdx_boot
 
 __all__ = ("WORKLOADS", "open")
 
-WORKLOADS: dict[str, Callable[[int], Lowered]] = {"tdx-boot": tdx_boot.build}
-"""Name (without `workload:`) -> what makes it from a seed."""
+WORKLOADS: dict[str, Callable[..., Lowered]] = {"tdx-boot": tdx_boot.build}
+"""Name (without `workload:`) -> what makes it from a seed and parameters of its own."""
 
 
-def open(name: str, seed: int = 0) -> Lowered:
-    """Make a workload; equal seeds make equal traces.
+def open(name: str, seed: int = 0, **parameters: float) -> Lowered:
+    """Make a workload; equal seeds and parameters make equal traces.
 
-    :raises InputError: no such workload; the message lists those there are
+    :param parameters: of "tdx-boot": overlap
+    :raises InputError: no such workload (the message lists those there are), or a parameter that it refuses
     """
     if name not in WORKLOADS:
         known = ", ".join(f"workload:{known}" for known in sorted(WORKLOADS))
         raise InputError(f"no such workload, there is {known}", f"workload:{name}")
-    return WORKLOADS[name](seed)
+    return WORKLOADS[name](seed, **parameters)

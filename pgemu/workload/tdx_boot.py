@@ -14,12 +14,15 @@ Inferred here:
 - the initial memory is the firmware in the slot at gfn 0xffc00, which has just that size
 - an accept of a hot page ends a time of being shared, in which the host touched the page; so each of them is
   four records: convert to shared, host fault, convert to private, guest fault
+- all of that initial memory and of those accepts is mapped at 4K where a kind of VM knows accepts (Flag.ACCEPT_4K)
 - the 2710 - 506 - 512 - 1606 = 86 other accepts fall evenly on the rest of the hot range
 - the order of the phases: firmware, its accepts, the conversions, the early kernel's accepts, swiotlb, first
   touches; conversions and first touches are shuffled
 - swiotlb is converted to shared once, in one piece: 64 MiB (IO_TLB_DEFAULT_SIZE, the lower bound of what
   confidential guests reserve) at gfn 0x70000, aligned to its size, below 2 GiB and clear of the pages above; 64
   pages of it are then touched by the host and by the guest
+- `overlap`, the share of the hot flips that happen while another page of the same GiB stays shared: nobody has
+  counted it. One of the other accepts is the end of that page's time; counts are the same for every share
 - 12 rare conversions between the first touches, on any vCPU, of pages that are mapped at 2M by then
 - times: 10 us from one record to the next
 """
@@ -31,6 +34,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.errors import InputError
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
@@ -58,6 +62,7 @@ HOST_FAULTS = FLIPS + SWIOTLB_TOUCHES
 GUEST_FAULTS = FIRMWARE_PAGES + ACCEPTS + RARE + SWIOTLB_TOUCHES + FIRST_TOUCHES
 
 _STEP_NS = 10_000
+_ACCEPTED = Flag.PRIVATE | Flag.ACCEPT_4K
 _LOW_PAGES = 0x80000
 _HIGH_GFN = 0x100000
 _PAGES_2M = PAGE_2M // PAGE_4K
@@ -82,18 +87,27 @@ LAYOUT = Layout(
 _Gfns = npt.NDArray[np.int64]
 
 
-def build(seed: int = 0) -> Lowered:
-    """Return the boot; `seed` orders the conversions and the first touches, the counts are fixed."""
+MACHINE = {"stage2": "ept", "vcpus": VCPUS}
+
+
+def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
+    """Return the boot; `seed` orders the conversions and the first touches, the counts are fixed.
+
+    :param overlap: share of the hot flips that happen while another page of their GiB stays shared, 0 to 1
+    :raises InputError: another share
+    """
+    if not 0 <= overlap <= 1:
+        raise InputError(f"overlap {overlap}: expected a share from 0 to 1", "workload:tdx-boot")
     random = np.random.Generator(np.random.PCG64(seed))
     firmware = np.arange(FIRMWARE_GFN, FIRMWARE_GFN + FIRMWARE_PAGES)
     setup = _setup()
     records = Records.concatenate(
         [
             setup,
-            _touch(firmware, Flag.PRIVATE),
-            _touch(np.array(FIRMWARE_ACCEPTS), Flag.PRIVATE),
-            _flip(_hot_pages(random), np.zeros(FLIPS - RARE, np.int64)),
-            _touch(np.array(KERNEL_ACCEPTS), Flag.PRIVATE),
+            _touch(firmware, _ACCEPTED),
+            _touch(np.array(FIRMWARE_ACCEPTS), _ACCEPTED),
+            _hot_flips(random, overlap),
+            _touch(np.array(KERNEL_ACCEPTS), _ACCEPTED),
             _swiotlb(random),
             _first_touches(random),
         ]
@@ -102,7 +116,7 @@ def build(seed: int = 0) -> Lowered:
     made = len(records) - len(setup)
     inputs = Counter({"record": made})
     accounting = Accounting(events=made, inputs=inputs, operations=len(records), setup=len(setup))
-    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", accesses=True)
+    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", accesses=True, machine=MACHINE)
 
 
 def _setup() -> Records:
@@ -153,7 +167,7 @@ def _flip(gfns: _Gfns, vcpus: _Gfns) -> Records:
             address=offset + SYNTHETIC_HVA,
         ),
         Records.build(count, flags=int(Flag.PRIVATE), **convert),
-        _touch(gfns, Flag.PRIVATE, vcpus),
+        _touch(gfns, _ACCEPTED, vcpus),
     ]
     return Records.concatenate(steps).take(np.arange(4 * count).reshape(4, count).T.reshape(-1))
 
@@ -163,6 +177,20 @@ def _hot_pages(random: np.random.Generator) -> _Gfns:
     rest = np.setdiff1d(np.array(HOT_RANGE), hot)
     tail = rest[np.linspace(0, len(rest) - 1, TAIL).astype(np.int64)]
     return random.permutation(np.concatenate([hot, tail]))
+
+
+def _hot_flips(random: np.random.Generator, overlap: float) -> Records:
+    """The flips of the hot range. With an overlap the first page that flips only once is shared before all others, and
+    becomes private again after that share of them."""
+    pages = _hot_pages(random)
+    flips = _flip(pages, np.zeros(len(pages), np.int64))
+    if not overlap:
+        return flips
+    once = int(np.flatnonzero(~np.isin(pages, list(HOT)))[0])
+    own = np.arange(4 * once, 4 * once + 4)
+    others = np.delete(np.arange(4 * len(pages)), own)
+    until = 4 * round(overlap * (len(pages) - 1))
+    return flips.take(np.concatenate([own[:2], others[:until], own[2:], others[until:]]))
 
 
 def _swiotlb(random: np.random.Generator) -> Records:

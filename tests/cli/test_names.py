@@ -26,9 +26,9 @@ REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots
 OF_THE_RUN = {"designs", "check", "json", "sources"}
 # Follow from others (the pool's size from the trace, the form of splits from the order), or concern no trace.
 NO_OPTION = {
-    *("pool", "split_form", "frames", "rounded_zap_drops_both_kinds", "notifier", "dontneed_on_pfnmap"),
+    *("pool", "split_form", "frames", "zap_filter", "notifier", "dontneed_on_pfnmap"),
     *("nx_huge_pages", "l1tf", "memory", "other_pool", "pti", "nodes", "buddy", "reserved", "configuration", "punch"),
-    *("dirty_log_guest_memfd", "in_place_conversion"),
+    *("dirty_log_guest_memfd", "in_place_conversion", "zap", "invalidate"),
 }
 
 

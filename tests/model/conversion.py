@@ -80,7 +80,7 @@ class Conversions(State):
             refused = self.gate(unit)
         if refused:
             return refused
-        self.zap_converted(unit, self.rounded(unit.pages, unit.node, PIECE if self.parameters.in_pieces else None))
+        self.zap_converted(unit)
         self.store(unit)
         if not unit.shared:
             self.merge_blocks(unit)
@@ -93,7 +93,7 @@ class Conversions(State):
             refused = self.gate_of_small_folios(unit)
             if refused:
                 return refused
-        self.zap_converted(unit, unit.pages)
+        self.zap_converted(unit)
         self.store(unit)
         return OK
 
@@ -104,7 +104,7 @@ class Conversions(State):
             refused = self.gate(unit)
             if refused:
                 return refused
-        self.zap_converted(unit, unit.pages)
+        self.zap_converted(unit)
         if unit.shared:
             refused = self.split_or_leave(unit)
             if refused:
@@ -119,7 +119,7 @@ class Conversions(State):
         items = [unit.part(pages, 0) for pages in self.changing(unit)]
         for item in items:
             if item.shared:
-                self.zap_file(item.inode, item.pages)
+                self.zap_converted(item)
                 continue
             self.unmap_file(item.inode, item.pages)
             refused = self.gate(item)
@@ -173,14 +173,17 @@ class Conversions(State):
         """No gate, no split, no merge."""
         if not unit.shared:
             self.unmap_file(unit.inode, unit.pages)
-        self.zap_converted(unit, unit.pages)
+        self.zap_converted(unit)
         self.store(unit)
         return OK
 
     # ------------------------------------------------------------------ steps
 
-    def zap_converted(self, unit: Unit, pages: range) -> None:
-        """Whether leaves of both kinds go is a parameter."""
+    def zap_converted(self, unit: Unit) -> None:
+        """The range and no more. Whether leaves of both kinds go is a parameter; so is a what-if, rounding out."""
+        pages = unit.pages
+        if self.parameters.zap == "rounded" and self.restructure:
+            pages = self.rounded(pages, unit.node, PIECE if self.parameters.in_pieces else None)
         if self.parameters.rounded_zap_drops_both_kinds:
             self.zap_file(unit.inode, pages)
             return

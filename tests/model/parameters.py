@@ -21,7 +21,7 @@ class Parameters:
     frames: int | None = None
     hvo: bool = True
     zero: str = "folio"
-    rounded_zap_drops_both_kinds: bool = True
+    zap_filter: str = "both"
     notifier: bool = True
     split_form: str = "jan2026"
     nodes: int = 1
@@ -35,6 +35,7 @@ class Parameters:
     host_huge: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
+    zap: str = "exact"
 
     @classmethod
     def of(cls, config: Any) -> Parameters:

@@ -1,6 +1,7 @@
 """Captures of real kernels: `captures()` finds the files, `load(path)` reads one.
 
-The format is described in tests/data/oracle/README.md. PGEMU_ORACLE names another folder of such files. A capture of
+The format is described in tests/data/oracle/README.md. PGEMU_ORACLE names another folder of such files;
+PGEMU_ORACLE_PFNMAP one of those of guest_memfd mapped in several ways (tests/data/oracle-pfnmap). A capture of
 324 checkpoints takes half a second to load; what `load` returned last stays in memory, so tests that go through one
 file at a time, one after the other, read each file once.
 
@@ -20,25 +21,28 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHIPPED = Path(__file__).parents[1] / "data" / "oracle"
+DATA = Path(__file__).parents[1] / "data"
+ORACLE = "PGEMU_ORACLE", DATA / "oracle"
+PFNMAP = "PGEMU_ORACLE_PFNMAP", DATA / "oracle-pfnmap"
 FRAME = 0x000F_FFFF_FFFF_F000
 
 
-def folder() -> Path:
-    """The folder of captures: PGEMU_ORACLE, or the one shipped with the tests."""
-    return Path(os.environ.get("PGEMU_ORACLE") or SHIPPED)
+def folder(which: tuple[str, Path] = ORACLE) -> Path:
+    """The folder of captures: that of the variable, or the one shipped with the tests."""
+    variable, path = which
+    return Path(os.environ.get(variable) or path)
 
 
-def shipped() -> bool:
+def shipped(which: tuple[str, Path] = ORACLE) -> bool:
     """Whether the captures are those shipped, whose totals are known."""
-    return folder().resolve() == SHIPPED.resolve()
+    return folder(which).resolve() == which[1].resolve()
 
 
-def captures() -> list[Path]:
+def captures(which: tuple[str, Path] = ORACLE) -> list[Path]:
     """Paths of all captures, by name; at least one."""
-    paths = sorted(folder().glob("*.json.xz"))
+    paths = sorted(folder(which).glob("*.json.xz"))
     if not paths:
-        raise FileNotFoundError(f"{folder()}: no *.json.xz files; PGEMU_ORACLE names a folder of captures")
+        raise FileNotFoundError(f"{folder(which)}: no *.json.xz files; {which[0]} names a folder of captures")
     return paths
 
 

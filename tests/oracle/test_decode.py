@@ -266,17 +266,21 @@ def test_every_captured_leaf_is_one_that_linux_is_said_to_write(capture: Capture
                 assert flags in known[run.level], f"{checkpoint.scenario} {checkpoint.name} {run.entry:#x}"
 
 
+def written_by_kvm(fmt: PageFormat, run: Run) -> set[int]:
+    """All flags that the stage-2 leaves of a run can have."""
+    if classify(fmt, run.level, run.entry) is EntryKind.MMIO:
+        return {K.mmio(fmt, run.va >> 12, K.mmio_generation(run.entry)) & ~FRAME}
+    writable = {K.stage2_leaf(fmt, run.level), K.stage2_leaf(fmt, run.level, prefetched=True)}
+    return writable | {K.write_protected(fmt, leaf) for leaf in writable} | {K.read_only(fmt, run.level)}
+
+
 def test_every_captured_stage2_entry_is_one_that_kvm_is_said_to_write(capture: Capture) -> None:
     fmt = formats(capture)[2]
     for checkpoint in capture.checkpoints:
         for tree in (tree for machine in checkpoint.stage2 for tree in machine.trees):
             assert {table.entry & ~FRAME for table in tree.tables} <= {fmt.table_entry(0)}
             for run in tree.leaves:
-                level, writable = run.level, K.stage2_leaf(fmt, run.level)
-                known = {writable, K.write_protected(fmt, writable), K.read_only(fmt, level)}
-                known |= {K.stage2_leaf(fmt, level, prefetched=True)}
-                if classify(fmt, level, run.entry) is EntryKind.MMIO:
-                    known = {K.mmio(fmt, run.va >> 12, K.mmio_generation(run.entry)) & ~FRAME}
+                known = written_by_kvm(fmt, run)
                 assert run.entry & ~FRAME in known, f"{checkpoint.scenario} {checkpoint.name} {run.entry:#x}"
             for row in tree.other_nonpresent:
                 assert row.entry == K.mmio(fmt, row.va >> 12, K.mmio_generation(row.entry))

@@ -18,40 +18,34 @@ from pgemu_kernels.words.registers import R_PROPERTIES
 
 U = np.uint64
 
-# Default machines have the orders jan2026 and slides, which are alike in what these bits say.
-_order_bits = parameter(R_PROPERTIES, U(Property.PREALLOCATES))
+# Default machines have the orders fixup and slides, which are alike in what these bits say.
+_alike = parameter(R_PROPERTIES, U(Property.PREALLOCATES))
 
 
-def _of_design(which: Property) -> Any:
+@kernel
+def _own(m):
+    return m.state[R_PROPERTIES]
+
+
+def _has(which: Property, properties: Any = _own) -> Any:
     bit = U(which)
 
     @kernel
     def has_property(m):
-        return m.state[R_PROPERTIES] & bit != U0
+        return properties(m) & bit != U0
 
     return has_property
 
 
-def _of_order(which: Property) -> Any:
-    bit = U(which)
-
-    @kernel
-    def has_property(m):
-        return _order_bits(m) & bit != U0
-
-    return has_property
-
-
-entries_are_special = _of_design(Property.SPECIAL_ENTRIES)
-vma_is_pfnmap = _of_design(Property.VMA_PFNMAP)
-gup_works = _of_design(Property.GUP)
-splits_folios = _of_design(Property.SPLITS_FOLIOS)
-level_is_folios = _of_design(Property.LEVEL_BY_FOLIO)
-inserts_locked = _of_design(Property.INSERTS_LOCKED)
-holes_unmap = _of_design(Property.HOLES_UNMAP)
-rounds_ranges = _of_design(Property.ROUNDS_RANGES)
-zaps_exactly = _of_order(Property.ZAPS_EXACTLY)
-preallocates = _of_order(Property.PREALLOCATES)
-names_page = _of_order(Property.NAMES_PAGE)
-drains_lru = _of_order(Property.DRAINS_LRU)
-keeps_reference = _of_order(Property.KEEPS_REFERENCE)
+entries_are_special = _has(Property.SPECIAL_ENTRIES)
+vma_is_pfnmap = _has(Property.VMA_PFNMAP)
+gup_works = _has(Property.GUP)
+splits_folios = _has(Property.SPLITS_FOLIOS)
+level_is_folios = _has(Property.LEVEL_BY_FOLIO)
+inserts_locked = _has(Property.INSERTS_LOCKED)
+holes_unmap = _has(Property.HOLES_UNMAP)
+rounds_ranges = _has(Property.ROUNDS_RANGES)
+preallocates = _has(Property.PREALLOCATES, _alike)
+names_page = _has(Property.NAMES_PAGE, _alike)
+drains_lru = _has(Property.DRAINS_LRU, _alike)
+keeps_reference = _has(Property.KEEPS_REFERENCE)

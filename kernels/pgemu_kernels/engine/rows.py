@@ -10,6 +10,7 @@ from pgemu_kernels.engine.charge import (
 )
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import pages_of
+from pgemu_kernels.words.enum_words import VM_MIRRORED
 from pgemu_kernels.words.operations import (
     EBADF,
     EINVAL,
@@ -34,6 +35,9 @@ from pgemu_kernels.words.rows import (
     A_START,
     A_WORDS,
     B_WORDS,
+    FINDING_COUNT,
+    FINDING_INDEX,
+    FINDING_WORDS,
     I_BLOCK,
     I_KIND,
     I_LOCK,
@@ -54,12 +58,16 @@ from pgemu_kernels.words.rows import (
     O_OFFSET,
     S_ROOT,
     S_WORDS,
+    STATE_FINDINGS,
     STATE_INODES,
     STATE_MEMSLOTS,
     STATE_SPACES,
     STATE_VMAS,
     STATE_VMS,
     V_LIVE,
+    V_PRIVATE_ROOT,
+    V_PROPERTIES,
+    V_ROOT,
     V_SLOTS,
     V_WORDS,
 )
@@ -75,6 +83,8 @@ _M_WORDS = U(M_WORDS)
 _V_WORDS = U(V_WORDS)
 
 _B_WORDS = U(B_WORDS)
+
+_FINDING_WORDS = U(FINDING_WORDS)
 
 
 @kernel
@@ -184,6 +194,24 @@ def is_live_vm(state, vm):
 
 
 @kernel
+def has_vm_property(state, row, which):
+    """Whether a VM (`row` of V_*) is of a kind with one of the properties VmProperty `which`."""
+    return state[row + V_PROPERTIES] & which != U0
+
+
+@kernel
+def is_mirrored(state, vm):
+    """Whether a VM has a root of its own for private memory."""
+    return has_vm_property(state, vm_row(vm), VM_MIRRORED)
+
+
+@kernel
+def root_of_kind(state, row, private):
+    """The stage-2 root of a VM for private or shared memory: one and the same where they share it."""
+    return state[row + (V_PRIVATE_ROOT if private else V_ROOT)]
+
+
+@kernel
 def lock_shared(state, op, node):
     """Take the inode's invalidate_lock for reading; False if a writer holds it."""
     if state[node + I_LOCK] >= LOCK_WRITER:
@@ -282,6 +310,10 @@ def broken(state, kind, index):
     if state[R_BROKEN] == U0:
         state[R_BROKEN_FIRST] = kind << U48 | index & _LOW_48
     state[R_BROKEN] += U1
+    row = STATE_FINDINGS + kind * _FINDING_WORDS
+    if state[row + FINDING_COUNT] == U0:
+        state[row + FINDING_INDEX] = index
+    state[row + FINDING_COUNT] += U1
 
 
 @kernel

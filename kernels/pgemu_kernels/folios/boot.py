@@ -9,6 +9,7 @@ from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.frames import empty_frame, fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.handle import open_machine
+from pgemu_kernels.engine.rows import has_vm_property
 from pgemu_kernels.folios.folio import (
     COMPOUND,
     COUNTS,
@@ -35,6 +36,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_MEMMAP_PAGES,
     GAUGE_STAGE2_TABLES,
     GAUGE_VMEMMAP_PAGES,
+    VM_MIRRORED,
 )
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.registers import (
@@ -72,6 +74,8 @@ from pgemu_kernels.words.rows import (
     S_ROOT,
     S_USER_ROOT,
     STATE_HSTATES,
+    TABLE_MIRROR,
+    V_PRIVATE_ROOT,
     V_ROOT,
 )
 from pgemu_kernels.words.table_words import F_EMPTY
@@ -297,11 +301,21 @@ def process_root(m, row):
 
 @kernel
 def stage2_root(m, row):
-    """Give a VM (row of V_*) its empty top table."""
-    frame = empty_frame(m, m.state[stage2_format(m) + F_EMPTY], GAUGE_STAGE2_TABLES)
+    """Give a VM (row of V_*) its empty top table, and one for the mirror of private memory if its kind has that."""
+    empty = m.state[stage2_format(m) + F_EMPTY]
+    frame = empty_frame(m, empty, GAUGE_STAGE2_TABLES)
     if frame == NONE:
         return NO_MEMORY
+    private = frame
+    if has_vm_property(m.state, row, VM_MIRRORED):
+        private = empty_frame(m, empty, GAUGE_STAGE2_TABLES)
+        if private == NONE:
+            put_frame(m, frame)
+            change(m.stats, GAUGE_STAGE2_TABLES, -1)
+            return NO_MEMORY
+        m.counts[private] = np.uint32(TABLE_MIRROR)
     m.state[row + V_ROOT] = frame << U12
+    m.state[row + V_PRIVATE_ROOT] = private << U12
     return np.int64(0)
 
 

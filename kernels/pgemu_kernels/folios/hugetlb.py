@@ -99,6 +99,12 @@ def mapping_address(inode):
     return MAPPING_ADDRESS + (inode << U12)
 
 
+@kernel
+def inode_at(m, head):
+    """The inode whose page cache holds a folio."""
+    return (m.ram[struct_page(m, head) + MAPPING] - MAPPING_ADDRESS) >> U12
+
+
 # --------------------------------------------------------------------------- words of a folio
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
@@ -15,31 +15,29 @@ from pgemu_kernels.folios.folio import (
     ONE_CACHED,
     struct_page,
 )
-from pgemu_kernels.folios.hugetlb import free_block, own_merged, stop_waiting
+from pgemu_kernels.folios.hugetlb import free_block, inode_at, own_merged, stop_waiting
 from pgemu_kernels.folios.split_pages import (
     BUSY,
     join_list,
     join_pages,
-    note_uptodate,
     prepare_head,
-    zero_the_rest,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes
+from pgemu_kernels.folios.zeroed import charge_unreached, keeps_flag, zero_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
     EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
-    EVENT_PAGE_ZEROED,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_SPLIT,
     GAUGE_BLOCKS_ZOMBIE,
 )
 from pgemu_kernels.words.registers import (
+    R_MERGE_ZEROES,
     R_ORDER,
     R_SPLIT_FORM,
-    R_ZERO_PAGE,
 )
 from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, SPLIT_FORM_RFC2
 
@@ -84,9 +82,7 @@ def merge_folio(m, head, order, index, references):
 def merge_block(m, block, index, zeroed_word):
     """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY as merge_folio().
 
-    Inference: where the folio's flag must speak for all pages and only some were zeroed, the others are
-    zeroed here; where zeroing goes by page, their bits go to `zeroed` from `zeroed_word` on (NONE: the
-    folio is about to be freed). No posted version says.
+    `zeroed_word`: where its pages' bits in `zeroed` begin; NONE: the folio is about to be freed. See merged_flag().
     """
     state = m.state
     head = state[block + B_PFN]
@@ -104,24 +100,35 @@ def merge_block(m, block, index, zeroed_word):
 
 
 @outlined
+def merged_flag(m, head, order, index, zeroed_word, uptodate):
+    """PG_uptodate (0 or 1) of a folio that is merged, of whose pages `uptodate` have it.
+
+    It has it if all of them do: no posted version says what happens to zeroing at a merge, and the code of none looks
+    (inference: what was never zeroed is zeroed at the next use, R_MERGE_ZEROES: here). What the code does is
+    Defect.MERGE_KEEPS_FLAG: prep_compound_page() leaves the first page its flags, and that of the others is gone.
+    """
+    pages = U1 << order
+    if keeps_flag(m):
+        return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
+    if m.state[R_MERGE_ZEROES] != U0 and U0 < uptodate < pages:
+        word = zeroed_word - (index >> U6)
+        charge_unreached(m, inode_at(m, head), word, index, index + pages)
+        zero_pages(m, word, index, index + pages, head)
+        return U1
+    return U1 if uptodate == pages else U0
+
+
+@outlined
 def merge_zeroed(m, head, order, index, zeroed_word):
     """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
-    state = m.state
-    pages = U1 << order
     first = struct_page(m, head)
     busy, uptodate = join_pages(m, head, first, order)
     if busy:
         return BUSY
-    by_page = state[R_ZERO_PAGE] != U0
-    if zeroed_word == NONE:
-        uptodate = U0  # the folio is on its way to the pool
-    elif not by_page and U0 < uptodate < pages:
-        zero_the_rest(m, head, pages)
-        charge(m, EVENT_PAGE_ZEROED, np.int64(pages - uptodate))
-        uptodate = pages
-    if by_page and zeroed_word != NONE:
-        note_uptodate(m, head, order, zeroed_word)
-    return merge_pages(m, head, first, order, index, pages, U1 if uptodate == pages else U0)
+    flag = U0  # of a folio on its way to the pool
+    if zeroed_word != NONE:
+        flag = merged_flag(m, head, order, index, zeroed_word, uptodate)
+    return merge_pages(m, head, first, order, index, U1 << order, flag)
 
 
 @kernel

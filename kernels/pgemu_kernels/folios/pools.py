@@ -11,6 +11,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.folios.buddy import drain_all
 from pgemu_kernels.folios.folio import (
     COUNTS,
     FLAGS,
@@ -42,7 +43,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_HUGE_FOLIO_FREED,
 )
 from pgemu_kernels.words.operations import ENOMEM
-from pgemu_kernels.words.registers import R_HWPOISON, R_NODES
+from pgemu_kernels.words.registers import R_HWPOISON, R_NODES, R_ORDER
 from pgemu_kernels.words.rows import (
     H_ACTIVE,
     H_FREE,
@@ -81,6 +82,9 @@ def allocate_fresh(m, h, node):
     """alloc_fresh_hugetlb_folio() on one node: a frozen HugeTLB folio in no list, or NONE."""
     order = order_of_hstate(m.state, h)
     head = take_pages(m, order, node)
+    if head == NONE and m.state[R_ORDER] == U0:
+        drain_all(m)
+        head = take_pages(m, order, node)
     if head != NONE:
         prep_compound(m, head, order)
         charge_tails(m, order, 24)

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U32, U64, U511, U512, merge_words, prefetch
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import take_frame, zero_contents
+from pgemu_kernels.engine.frames import take_frame
 from pgemu_kernels.folios.folio import (
     COMPOUND,
     COUNTS,
@@ -161,7 +161,7 @@ def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
             ram[slot] = frame << U12 | state[R_VMEMMAP_PAGE]
             rewrite(ram, page, source, U64, ahead, number, keep, put)
             rewrite(ram, page, source + reset * U8, reset, ahead, number, keep, put)
-        if by_page:
+        if by_page and state[zeroed_word + (base >> U6)] != U0:
             mark_uptodate(ram, page, state[zeroed_word + (base >> U6)])
     # The head keeps the flags that no tail inherits, and the words of its list.
     ram[first + COMPOUND] = link
@@ -239,25 +239,6 @@ def clean_tails(m, head, start, end):
     for base in range(start, end, U64):
         page = struct_page(m, head + base)
         rewrite(m.ram, page, page, U64, U512, NONE, kept, nothing)
-
-
-@outlined
-def note_uptodate(m, head, order, zeroed_word):
-    """Store which pages are up to date, a bit each."""
-    for base in range(U0, U1 << order, U64):
-        page = struct_page(m, head + base)
-        bits = U0
-        for i in range(U64):
-            bits |= (m.ram[page + i * U8 + FLAGS] >> U3 & U1) << i
-        m.state[zeroed_word + (base >> U6)] = bits
-
-
-@kernel
-def zero_the_rest(m, head, pages):
-    """Zero the 4K folios of a block that are not up to date."""
-    for i in range(pages):
-        if m.ram[struct_page(m, head + i) + FLAGS] & PG_UPTODATE == U0:
-            zero_contents(m, head + i, U1)
 
 
 @outlined

@@ -35,6 +35,7 @@ from pgemu_kernels.folios.split_pages import (
     write_pages,
 )
 from pgemu_kernels.folios.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
+from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.words.enum_words import (
     EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_SPLIT,
@@ -131,6 +132,8 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     cached = m.ram[first + MAPPING] != U0
+    if knows_flags_only(m):
+        zeroed_word = NONE
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
@@ -160,8 +163,8 @@ def split_folio(m, head, order, index, references):
 def split_block(m, block, index, zeroed_word):
     """Split the huge folio of a block into order-0 folios: 0, -EBUSY, or -ENOMEM, as split_folio().
 
-    `index` is the block's first page, `zeroed_word` where its bits in `zeroed` begin (they tell which
-    pages are up to date where zeroing goes by page).
+    `index` is the block's first page, `zeroed_word` where its bits in `zeroed` begin: of a folio without the flag they
+    tell which pages are up to date.
     """
     state = m.state
     order = state[R_ORDER]

@@ -52,7 +52,7 @@ PTE_TABLE = U(TABLE)
 
 _SHARED = PRESENT | WRITE | USER | ACCESSED | NO_EXECUTE  # PAGE_SHARED: 8..27
 _READ_ONLY = PRESENT | USER | ACCESSED | NO_EXECUTE  # PAGE_READONLY: 8..25
-FILE_LEAF = _SHARED | DIRTY | SOFT_DIRTY | WRITE  # 8..867, as captured for guest_memfd
+FILE_LEAF = _SHARED | DIRTY | SOFT_DIRTY | WRITE  # 8..867, of guest_memfd once it is dirty (captured)
 FILE_LEAF_READ_ONLY = _READ_ONLY  # 8..25, set_pte_range() without write access
 PFN_LEAF = _SHARED | SPECIAL  # vmf_insert_pfn(): 8..227
 PFN_LEAF_READ_ONLY = _READ_ONLY | SPECIAL  # 8..225
@@ -107,6 +107,8 @@ class Configuration:
     1G pages keep what the first 128 MiB of the zone left in their shared tail page, else what its last 1G page left.
     `memory_failure`: CONFIG_MEMORY_FAILURE, without which there is no PG_hwpoison.
     `lru_references`: the lower of the two flags in which MGLRU counts references (LRU_REFS_PGOFF), 0 without MGLRU.
+    `init_on_alloc`: CONFIG_INIT_ON_ALLOC_DEFAULT_ON, what the page allocator gives was zeroed (captured; "small" is
+    inference).
     """
 
     page_flags: int
@@ -116,11 +118,12 @@ class Configuration:
     deferred_struct_pages: bool
     memory_failure: bool
     lru_references: int
+    init_on_alloc: bool
 
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True, 25),
-    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False, 0),
+    "debian": Configuration(0x0017_FFFF_C000_0000, 0x0010_0000_0000_0000, 54, True, True, True, 25, True),
+    "small": Configuration(0x4000_0000_0000_0000, 0x4000_0000_0000_0000, 0, False, False, False, 0, False),
 }
 """Debian's, and that of the captured 7.3.4 without NUMA and cgroups."""
 

@@ -156,7 +156,7 @@ class ProcessLeaves:
         return self.mkdirty(entry) if folio_dirty and entry & bits.WRITE else entry
 
     def guest_memfd_page(self, pfn: int = 0) -> int:
-        """A page of guest_memfd in a shared writable VMA, read or written: its folio is always dirty."""
+        """A page of guest_memfd in a shared writable VMA, written, or read when its folio is dirty already."""
         return self.file_page(pfn, write_fault=False, folio_dirty=True)
 
     def hugetlb(self, level: int, pfn: int = 0, *, shared: bool, write: bool = True, write_fault: bool = False) -> int:

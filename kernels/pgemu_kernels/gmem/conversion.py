@@ -17,17 +17,25 @@ from pgemu_kernels.engine.charge import charge, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
-from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges, zaps_exactly
+from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges
 from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
-from pgemu_kernels.engine.shareability import is_shared, shared_in_range, store_shareability
+from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import stop_waiting
+from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
+from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, zap_found, zap_range
+from pgemu_kernels.stage2.invalidate import (
+    begin_range,
+    end_range,
+    flush_vms,
+    kvm_gmem_split_private,
+    zap_beyond,
+    zap_found,
+)
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import (
@@ -51,7 +59,8 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPACES,
     R_SPLIT_TO_2M,
-    R_ZAP_BOTH_KINDS,
+    R_ZAP_FILTER,
+    R_ZAP_ROUNDED,
 )
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -60,6 +69,9 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    FILTER_BOTH,
+    FILTER_PRIVATE,
+    FILTER_SHARED,
     I_PAGES,
     O_DETAIL,
     O_END,
@@ -77,11 +89,23 @@ from pgemu_kernels.words.rows import (
 )
 
 # What a machine may have otherwise, and what it is by default.
-by_block = parameter(R_CONVERT_BY_BLOCK, U0)
 in_place = parameter(R_IN_PLACE, U1)
 merge_lazy = parameter(R_MERGE_LAZY, U0)
 flush_batched = parameter(R_FLUSH_BATCHED, U0)
 split_to_2m = parameter(R_SPLIT_TO_2M, U0)
+
+
+@kernel
+def zap_rounded(m):
+    """Whether a zap is rounded out to huge pages; default machines know it, too: a comparison asks both ways."""
+    return m.state[R_ZAP_ROUNDED] != U0
+
+
+@kernel
+def by_block(m):
+    """Whether a conversion is done one huge page after the other. The designs' defaults differ, so no machine's type
+    says it."""
+    return m.state[R_CONVERT_BY_BLOCK] != U0
 
 
 # --------------------------------------------------------------------------- what only other machines have
@@ -142,12 +166,9 @@ def next_block(m, op):
 
 
 @kernel
-def further_block(m, op):
-    """next_block(), which is not called where the range has ended."""
+def next_unit(m, op):
+    """next_block(), which is not called where the range has ended: by range it has after one unit."""
     return m.state[op + O_END] < m.state[op + O_RANGE_END] and next_block(m, op)
-
-
-next_unit = full_only(further_block, False)  # there is one unit
 
 
 @kernel
@@ -156,7 +177,7 @@ def first_unit(m, op):
     it is by block where the range lies in one."""
     state = m.state
     order = state[R_ORDER]
-    if by_block(m) != U0 and state[op + O_START] >> order != state[op + O_RANGE_END] - U1 >> order:
+    if state[op + O_START] >> order != state[op + O_RANGE_END] - U1 >> order and by_block(m):
         next_unit(m, op)
     else:
         state[op + O_END] = state[op + O_RANGE_END]
@@ -240,7 +261,7 @@ def leave(m, op):
     if flush_batched(m) != U0:
         state[R_FLUSHES_HELD] = U0
         pay_flushes(m)
-    if by_block(m) != U0:
+    if state[op + O_START] != state[op + O_RANGE_START] or state[op + O_END] != state[op + O_RANGE_END]:
         set_rounded(m, op, state[op + O_RANGE_START], state[op + O_RANGE_END])
     unlock(state, op, inode_row(state[op + O_INODE]))
     return STOP
@@ -286,7 +307,7 @@ def finish(m, op):
     """The unit is done: GO with the next one, or unlock and STOP."""
     if merge_lazy(m) != U0 and m.state[op + O_TO_PRIVATE] == U0:
         stop_waiting_for_unit(m, op)
-    if by_block(m) != U0 and next_unit(m, op):
+    if next_unit(m, op):
         return GO
     return leave(m, op)
 
@@ -386,44 +407,88 @@ def invalidate_begin(m, op):
     return GO
 
 
+@kernel
+def chosen_kinds(m, op):
+    """Which kinds of memory (FILTER_*) a conversion zaps: both, or only that which is left.
+
+    kvm-x86 e088c7f86bef of in-place conversion, and the branch of December 2025: both; older forms: that which is left.
+    """
+    if m.state[R_ZAP_FILTER] != U0:
+        return FILTER_BOTH
+    return FILTER_SHARED if m.state[op + O_TO_PRIVATE] != U0 else FILTER_PRIVATE
+
+
+zapped_kinds = full_only(chosen_kinds, FILTER_BOTH)  # with one root it says nothing
+
+
 @step
-def zap_kind(m, op, vms, start, end):
+def zap_kind(m, op, vms, start, end, first, last):
     """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
 
-    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot
-    tell them apart, so a rounded zap drops both kinds. That the rounding reaches the zap at all, and
-    not only begin and end, is inference; R_ZAP_BOTH_KINDS = 0 drops only pages of the kind being left.
+    first, last: the pages that are converted; what a wider zap drops beyond them is counted.
+    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot tell them apart:
+    both kinds go, whatever the filter says.
     """
-    state = m.state
-    inode = state[op + O_INODE]
-    dropped = np.int64(0)
-    if state[R_ZAP_BOTH_KINDS] != U0:
-        dropped = zap_found(m, vms, inode, start, end)
-    else:
-        node = inode_row(inode)
-        leaving = state[op + O_TO_PRIVATE]
-        first = start
-        while first < end:
-            last = first
-            while last < end and is_shared(m, node, last) == leaving:
-                last += U1
-            if first < last:
-                dropped += zap_range(m, inode, first, last)
-            first = last + U1
+    dropped = zap_found(m, vms, m.state[op + O_INODE], first, last, zapped_kinds(m, op))
+    if start < first or last < end:
+        dropped += zap_beyond(m, vms, m.state[op + O_INODE], start, end, zapped_kinds(m, op))
     if dropped != 0:
         flush_vms(m)
 
 
 @kernel
-def zap(m, op):
-    """Drop stage-2 leaves, of the rounded unit or of the unit itself. The point of no return."""
+def split_crossing(m, op, vms, start, end):
+    """Before the zap: split private leaves that cross its border, where firmware owns them: 0 or -ENOMEM.
+
+    The branch does so to shared only; that a conversion to private that zaps both kinds has to is inference.
+    """
+    if zapped_kinds(m, op) & FILTER_PRIVATE == U0:
+        return np.int64(0)
+    return kvm_gmem_split_private(m, vms, m.state[op + O_INODE], start, end)
+
+
+split_before_zap = full_only(split_crossing, np.int64(0))
+
+
+@outlined
+def leave_split(m, node, first, end):
+    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
+    first = first >> m.state[R_ORDER] << m.state[R_ORDER]
+    while m.state[R_ORDER] != U0 and first < end:
+        block = block_row(m, node, first)
+        if m.state[block + B_STATE] == BLOCK_PARTLY:
+            note_waiting(m, node, block, first, first, first)
+        elif m.state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
+            start_waiting(m, block)
+        first += U1 << m.state[R_ORDER]
+
+
+@outlined
+def fail_zap(m, op, status):
+    """The unit's zap cannot be done: its invalidation ends, what was split before stays split, nothing is stored."""
     state = m.state
-    exactly = zaps_exactly(m)
-    start = state[op + (O_START if exactly else O_ROUND_START)]
-    end = state[op + (O_END if exactly else O_ROUND_END)]
+    end_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
+    leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START], state[op + O_END])
+    return fail(m, op, status, state[op + O_START])
+
+
+@kernel
+def zap(m, op):
+    """Drop the stage-2 leaves over the unit. The point of no return.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_zap(inode, start, end) in every posted version, whatever begin and end are of.
+    R_ZAP_ROUNDED: over the rounded unit, a what-if.
+    """
+    state = m.state
+    rounded = zap_rounded(m)
+    start = state[op + (O_ROUND_START if rounded else O_START)]
+    end = state[op + (O_ROUND_END if rounded else O_END)]
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
-        zap_kind(m, op, vms, start, end)
+        status = split_before_zap(m, op, vms, start, end)
+        if status != 0:
+            return fail_zap(m, op, status)
+        zap_kind(m, op, vms, start, end, state[op + O_START], state[op + O_END])
     return GO
 
 
@@ -438,7 +503,10 @@ def invalidate_end(m, op):
 @kernel
 def store_range(m, op, start, end, shared):
     """Record the shareability of pages [start, end)."""
-    store_shareability(m, inode_row(m.state[op + O_INODE]), start, end, shared)
+    node = inode_row(m.state[op + O_INODE])
+    store_shareability(m, node, start, end, shared)
+    if shared != U0:
+        make_shared(m, node, start, end)
     charge_one(m, EVENT_ATTRIBUTES_STORED)
 
 

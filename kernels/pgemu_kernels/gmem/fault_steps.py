@@ -27,6 +27,7 @@ from pgemu_kernels.gmem.allocation import (
     unlock_block,
 )
 from pgemu_kernels.gmem.faults import guest_begin, guest_map, guest_page, host_begin, host_map, host_page, is_refused
+from pgemu_kernels.gmem.host_entries import is_special
 from pgemu_kernels.gmem.levels import folio_order_at, is_logged
 from pgemu_kernels.gmem.references import drop
 from pgemu_kernels.words.enum_words import OP_HOST_FAULT
@@ -89,7 +90,7 @@ def step_page(m, op, host):
     state = m.state
     if host:
         outcome = np.int64(host_page(m, op))
-        if outcome == GO and not entries_are_special(m):
+        if outcome == GO and not is_special(m, state[op + O_ROW]):
             hold(state, op, state[op + O_PFN])
         return outcome
     guest_page(m, op)

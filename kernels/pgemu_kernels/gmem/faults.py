@@ -12,7 +12,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.properties import entries_are_special, inserts_locked
+from pgemu_kernels.engine.properties import inserts_locked
 from pgemu_kernels.engine.rows import (
     block_row,
     find_memslot,
@@ -25,10 +25,12 @@ from pgemu_kernels.engine.rows import (
     vm_row,
 )
 from pgemu_kernels.engine.shareability import is_shared
-from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
+from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, add_mapping, add_references, struct_page
+from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
-from pgemu_kernels.gmem.host_entries import insert_pfn, page_slot
+from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
+from pgemu_kernels.gmem.vm_kinds import is_over, kind_level
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import access_outside, find_guest_leaf, install_stage2, is_user_slot, load_root
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
@@ -48,7 +50,6 @@ from pgemu_kernels.words.operations import (
     EFAULT,
     GO,
     RET_PF_RETRY,
-    RET_PF_SPURIOUS,
     STOP,
     VM_FAULT_LOCKED,
     VM_FAULT_OOM,
@@ -110,6 +111,7 @@ def host_begin(m, op):
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
     if slot != NONE:
+        m.ram[slot] |= marks_of(state, op)
         state[op + O_DETAIL] = level
         return stop(state, op, 0)
     inode = state[row + A_INODE]
@@ -153,7 +155,7 @@ def host_page(m, op):
     index = state[op + O_INDEX]
     block = block_row(m, node, index)
     order = folio_order_at(m, block, index)
-    counted = not entries_are_special(m)
+    counted = not is_special(m, state[op + O_ROW])
     if counted and order != U0:
         unlock(state, op, node)
         return stop(state, op, VM_FAULT_SIGBUS)
@@ -171,7 +173,8 @@ def host_page(m, op):
 def map_counted(m, op):
     """Enter the folio by an ordinary entry, which keeps the reference and adds a mapcount: VM_FAULT_*.
 
-    As captured, a read and a write fault on guest_memfd both leave 8..867.
+    mm/memory.c:set_pte_range(): dirty after a write, or where the folio is dirty already, as a write makes it
+    (fault_dirty_shared_page()).
     """
     state = m.state
     pfn = state[op + O_PFN]
@@ -184,16 +187,21 @@ def map_counted(m, op):
     if m.ram[slot] != U0:
         add_references(m.ram, page, ~U0)
         return np.int64(0)
+    if state[op + O_FLAGS] & FLAG_WRITE != U0:
+        m.ram[page + FLAGS] |= PG_DIRTY
     leaf = F_LEAF_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_LEAF_4K_RO
+    entry = pfn << U12 | state[host_format(m) + leaf]
+    if m.ram[page + FLAGS] & PG_DIRTY == U0:
+        entry &= ~(PTE_DIRTY | PTE_SOFT_DIRTY)
     add_mapping(m.ram, page)
-    map_file_page(m, state[op + O_SPACE], slot, pfn << U12 | state[host_format(m) + leaf])
+    map_file_page(m, state[op + O_SPACE], slot, entry)
     return np.int64(VM_FAULT_LOCKED)
 
 
 @kernel
 def host_map(m, op):
     """Enter what was found in the process's tables; then unlock, if that was left."""
-    status = insert_pfn(m, op) if entries_are_special(m) else map_counted(m, op)
+    status = insert_pfn(m, op) if is_special(m, m.state[op + O_ROW]) else map_counted(m, op)
     if inserts_locked(m):
         unlock(m.state, op, inode_row(m.state[op + O_INODE]))
     return stop(m.state, op, status)
@@ -245,10 +253,9 @@ def enter_fault(m, op, slot, gfn, exits):
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
-    leaf, level = find_guest_leaf(m, op)
-    if leaf != NONE:
-        state[op + O_DETAIL] = level
-        return stop(state, op, RET_PF_SPURIOUS)
+    leaf, level = find_guest_leaf(m, op, slot)
+    if leaf != NONE and is_over(m, op, slot, level):
+        return STOP
     load_root(state, row)
     sequence = state[row + V_SEQUENCE]
     if retry_fault(state, vm, gfn, sequence):
@@ -309,6 +316,7 @@ def guest_page(m, op):
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
     level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
+    level = kind_level(m, op, node, index, level)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))
     state[op + O_PFN] = pfn
     state[op + O_LEVEL] = level

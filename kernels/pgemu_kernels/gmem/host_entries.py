@@ -13,30 +13,55 @@ from pgemu_kernels.engine.charge import change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.properties import entries_are_special
 from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
-from pgemu_kernels.formats.bits import PTE_LARGE
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_LARGE, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.process.tables import level1_table, lookup_address, need_slot
 from pgemu_kernels.tables.walker import host_format
-from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
+from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, FLAG_WRITE, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
 from pgemu_kernels.words.registers import R_HOST_HUGE, R_ORDER
 from pgemu_kernels.words.rows import (
     A_END,
+    A_FLAGS,
     A_READ_ONLY,
     A_START,
     O_ADDRESS,
     O_DETAIL,
+    O_FLAGS,
     O_INDEX,
     O_INODE,
     O_PFN,
     O_ROW,
     O_SPACE,
+    VM_COUNTED,
 )
 from pgemu_kernels.words.table_words import F_SPECIAL_4K, F_SPECIAL_4K_RO
 
 host_huge = parameter(R_HOST_HUGE, U0)
+
+
+@kernel
+def has_counted_view(m, row):
+    """Whether a VMA has entries of folios though the design's are special."""
+    return m.state[row + A_FLAGS] & VM_COUNTED != U0
+
+
+counted_view = full_only(has_counted_view, False)
+
+
+@kernel
+def is_special(m, row):
+    """Whether a VMA has special entries, without mapcount and reference."""
+    return entries_are_special(m) and not counted_view(m, row)
+
+
+@kernel
+def marks_of(state, op):
+    """What the processor sets in the entry of an access: accessed, and on a write dirty."""
+    return PTE_ACCESSED | PTE_DIRTY if state[op + O_FLAGS] & FLAG_WRITE != U0 else PTE_ACCESSED
 
 
 @kernel
@@ -49,11 +74,17 @@ def page_slot(m, space, address):
 
 @kernel
 def enter(m, op, slot, level):
-    """Write the special entry of a host fault's frame at a slot that is empty. detail: its level."""
+    """Write the special entry of a host fault's frame at a slot that is empty. detail: its level.
+
+    Of 4K it is clean, and the processor marks it; a large one is dirty after a write, insert_pmd() with the fault's
+    `write` (as captured: 8..ae7, after a read 8..2a7).
+    """
     state = m.state
     bits = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
-    entry = (state[op + O_PFN] & ~(pages_of(level) - U1)) << U12 | state[host_format(m) + bits]
-    m.ram[slot] = entry | PTE_LARGE if level > U1 else entry
+    entry = (state[op + O_PFN] & ~(pages_of(level) - U1)) << U12 | state[host_format(m) + bits] | marks_of(state, op)
+    if level > U1:
+        entry |= PTE_LARGE | PTE_SOFT_DIRTY if state[op + O_FLAGS] & FLAG_WRITE != U0 else PTE_LARGE
+    m.ram[slot] = entry
     state[op + O_DETAIL] = level
     change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
     charge_one(m, EVENT_LEAF_WRITTEN)

@@ -10,7 +10,16 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
 from pgemu_kernels.engine.shareability import shared_in_block
-from pgemu_kernels.gmem.conversion import busy_folio, fail, merge_pieces, rounding, store_range, zap_kind
+from pgemu_kernels.gmem.conversion import (
+    busy_folio,
+    fail,
+    merge_pieces,
+    rounding,
+    split_before_zap,
+    store_range,
+    zap_kind,
+    zap_rounded,
+)
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
@@ -148,15 +157,27 @@ def begin_items(m, op):
     return GO
 
 
+@outlined
+def fail_zap_item(m, op, status):
+    """The item's zap cannot be done: nothing is stored (inference: rfc2 knows no leaves that have to be split)."""
+    end_items(m, op)
+    return fail(m, op, status, m.state[op + O_ITEM_START])
+
+
 @kernel
 def zap_item(m, op):
-    """To shared: drop the leaves of exactly the item, which is all private, and flush."""
+    """To shared: drop the leaves of exactly the item, which is all private, and flush. As zap()."""
     state = m.state
     start = state[op + O_ITEM_START]
     end = state[op + O_ITEM_END]
+    if zap_rounded(m):
+        start, end = rounded_item(m, start, end)
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)
     if vms != U0:
-        zap_kind(m, op, vms, start, end)
+        status = split_before_zap(m, op, vms, start, end)
+        if status != 0:
+            return fail_zap_item(m, op, status)
+        zap_kind(m, op, vms, start, end, state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

@@ -15,6 +15,7 @@ from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, larges
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.conversion import in_pieces
+from pgemu_kernels.gmem.vm_kinds import largest_of_kind
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.dirty_log import recover_huge_pages
 from pgemu_kernels.stage2.regions import note_leaf
@@ -27,8 +28,11 @@ from pgemu_kernels.words.enum_words import (
 )
 from pgemu_kernels.words.operations import EBADF, EINVAL, ENOENT
 from pgemu_kernels.words.registers import (
+    LEVEL_PRIVATE,
+    LEVEL_WHOLE,
     R_DEFECTS,
     R_DIRTY_LOG_GMEM,
+    R_LEVEL_RULE,
     R_ORDER,
     R_RECOVER_HUGE,
     R_VMS,
@@ -53,6 +57,7 @@ from pgemu_kernels.words.rows import (
     SLOT_GUEST_MEMFD,
     SLOT_LOG_DIRTY_PAGES,
     SLOT_RELEASED,
+    V_PRIVATE_ROOT,
     V_ROOT,
 )
 
@@ -150,12 +155,16 @@ def folio_level(m, slot, node, index, gfn):
 def shareability_level(m, slot, node, index, gfn):
     """By shareability: the level at which a guest frame of a slot, page `index` of its inode, is mapped.
 
-    The largest whose block is all of one kind. Defect.HUGE_OVER_PRIVATE as in folio_level().
+    The largest whose block is all of one kind (R_LEVEL_RULE has what else it could be). Defect.HUGE_OVER_PRIVATE as in
+    folio_level().
     """
-    level = largest_level(m.state)
+    state = m.state
+    level = largest_level(state)
     if not (defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
-            level -= U1
+            level = U1 if state[R_LEVEL_RULE] == LEVEL_WHOLE else level - U1
+        if state[R_LEVEL_RULE] == LEVEL_PRIVATE and is_shared(m, node, index) != U0:
+            level = U1
     return limit_to_slot(m, slot, gfn, level)
 
 
@@ -169,9 +178,11 @@ def guest_level(m, slot, node, index, gfn):
 
 @kernel
 def level_now(m, slot, gfn):
-    """The same of a guest frame of a slot."""
+    """The same of a guest frame of a slot, which is mapped: what its VM's kind allows, too."""
     state = m.state
-    return guest_level(m, slot, inode_row(state[slot + M_INODE]), page_of_slot(state, slot, gfn), gfn)
+    node = inode_row(state[slot + M_INODE])
+    index = page_of_slot(state, slot, gfn)
+    return largest_of_kind(m, vm_row(state[slot + M_VM]), node, index, guest_level(m, slot, node, index, gfn))
 
 
 # --------------------------------------------------------------------------- dirty logging
@@ -211,7 +222,8 @@ def set_dirty_logging(m, op):
     0; -EBADF of a closed VM; -EINVAL as KVM answers, which refuses that flag beside KVM_MEM_GUEST_MEMFD
     (kvm_main.c:check_memory_region_flags()); with Config.dirty_log_guest_memfd only -ENOENT where no slot of a
     guest_memfd is. On: large leaves are split, and faults map 4K; off: large leaves come back. Left out: the bitmap and
-    the write protection that fills it, so a guest's write is not noted; its one flush is charged.
+    the write protection that fills it, so a guest's write is not noted; its one flush is charged. In a mirror large
+    leaves do not come back.
     """
     state = m.state
     vm = state[op + O_VM]
@@ -231,7 +243,10 @@ def set_dirty_logging(m, op):
     if on:
         base = state[slot + M_BASE_GFN]
         # mmu.c:kvm_mmu_slot_try_split_huge_pages(): without memory the rest stays large.
-        split_range(m, state[vm_row(vm) + V_ROOT], base, base + state[slot + M_PAGES])
+        root, private = state[vm_row(vm) + V_ROOT], state[vm_row(vm) + V_PRIVATE_ROOT]
+        split_range(m, root, base, base + state[slot + M_PAGES])
+        if private != root:
+            split_range(m, private, base, base + state[slot + M_PAGES])
         charge_one(m, EVENT_TLB_FLUSH_VM)  # x86.c:kvm_mmu_slot_apply_flags(): whether anything changed or not
     else:
         recover_slot(m, slot)

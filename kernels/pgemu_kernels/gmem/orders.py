@@ -98,7 +98,7 @@ def posted(m, op):
     return jan2026(m, op)
 
 
-by_order = full_only(posted, jan2026)  # a default machine has no other
+by_order = full_only(posted, fixup)  # a default machine has no other
 
 
 @kernel

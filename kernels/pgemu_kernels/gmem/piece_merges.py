@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U21, U32, U64, U512
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import frames_left, zero_contents
+from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
 from pgemu_kernels.folios.folio import (
     COMPOUND,
@@ -30,6 +30,7 @@ from pgemu_kernels.folios.hugetlb import (
     abandon,
     become_zombie,
     free_block,
+    inode_at,
     own_merged,
     prep_folio,
     start_waiting,
@@ -53,6 +54,7 @@ from pgemu_kernels.folios.vmemmap import (
     vmemmap_pte,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes, unstash
+from pgemu_kernels.folios.zeroed import all_zeroed, charge_unreached, keeps_flag, zero_pages, zeroed_in
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
@@ -74,7 +76,6 @@ from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
     EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
-    EVENT_FOLIO_ZEROED_PAGES,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
     EVENT_STRUCT_PAGE_BYTES,
@@ -87,7 +88,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_VMEMMAP_PAGES,
 )
 from pgemu_kernels.words.operations import EAGAIN
-from pgemu_kernels.words.registers import R_MASK_TAILS, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY, R_ZERO_PAGE
+from pgemu_kernels.words.registers import R_MASK_TAILS, R_MERGE_ZEROES, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY
 from pgemu_kernels.words.rows import (
     B_PFN,
     B_STATE,
@@ -95,6 +96,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     H_NODE_TAIL_PAGE,
+    I_ZEROED,
     SPLIT_FORM_RFC2,
 )
 
@@ -215,21 +217,15 @@ def missing_of_pieces(m, head):
 
 @outlined
 def join_zeroed(m, node, head, first):
-    """What the flags of 512 pieces say of the 1G folio: 1 if it is up to date.
-
-    As splitting.merge_block(): where the folio's flag speaks for all pages and some pieces are zeroed, the others are
-    zeroed here. Where zeroing goes by page, the bits tell already: a piece is up to date when all of its bits are set.
-    """
-    uptodate = U0
-    for piece in range(head, head + BLOCK_PAGES, PAGES):
-        uptodate += m.ram[struct_page(m, piece) + FLAGS] >> U3 & U1
-    if m.state[R_ZERO_PAGE] == U0 and U0 < uptodate < PIECES:
-        for piece in range(head, head + BLOCK_PAGES, PAGES):
-            if m.ram[struct_page(m, piece) + FLAGS] & PG_UPTODATE == U0:
-                zero_contents(m, piece, PAGES)
-        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64((PIECES - uptodate) << U9))
-        uptodate = PIECES
-    return U1 if uptodate == PIECES else U0
+    """PG_uptodate of the 1G folio that 512 pieces become: as merging.merged_flag()."""
+    word = m.state[node + I_ZEROED]
+    end = first + BLOCK_PAGES
+    if keeps_flag(m):
+        return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
+    if m.state[R_MERGE_ZEROES] != U0 and zeroed_in(m, word, first, end) != U0:
+        charge_unreached(m, inode_at(m, head), word, first, end)
+        zero_pages(m, word, first, end, head)
+    return U1 if all_zeroed(m, word, first, end) else U0
 
 
 @outlined

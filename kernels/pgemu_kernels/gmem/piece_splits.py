@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.engine.shareability import shared_in_2m
 from pgemu_kernels.folios.folio import (
     COMPOUND,
@@ -16,13 +17,12 @@ from pgemu_kernels.folios.folio import (
     MAPPING,
     MEMCG,
     PG_HEAD,
+    PG_UPTODATE,
     PRIVATE,
     reference_count,
     struct_page,
 )
-from pgemu_kernels.folios.hugetlb import (
-    prep_compound,
-)
+from pgemu_kernels.folios.hugetlb import inode_at, prep_compound
 from pgemu_kernels.folios.hvo import optimize_batch, restore
 from pgemu_kernels.folios.split_pages import (
     BUSY,
@@ -33,6 +33,7 @@ from pgemu_kernels.folios.split_pages import (
 )
 from pgemu_kernels.folios.splitting import split_folio_from
 from pgemu_kernels.folios.xarray import put_nodes, stash, take_nodes, unstash
+from pgemu_kernels.folios.zeroed import all_zeroed, knows_flags_only
 from pgemu_kernels.gmem.piece_merges import note_waiting
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
@@ -63,6 +64,7 @@ from pgemu_kernels.words.rows import (
     B_STATE,
     BLOCK_HUGE,
     BLOCK_PARTLY,
+    I_ZEROED,
     SPLIT_FORM_RFC2,
 )
 
@@ -98,6 +100,17 @@ def make_pieces(m, head, index):
 
 
 @outlined
+def mark_pieces(m, head, first):
+    """Of a 1G folio without PG_uptodate those pieces have it all of whose pages are zeroed: as split_folio_from()."""
+    if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0 or knows_flags_only(m):
+        return
+    word = m.state[inode_row(inode_at(m, head)) + I_ZEROED]
+    for index in range(first, first + BLOCK_PAGES, PAGES):
+        if all_zeroed(m, word, index, index + PAGES):
+            m.ram[struct_page(m, head + index - first) + FLAGS] |= PG_UPTODATE
+
+
+@outlined
 def split_whole(m, block, first):
     """Split the 1G folio of a block to 512 folios of 2M: 0, -EBUSY or -ENOMEM with nothing changed.
 
@@ -120,6 +133,7 @@ def split_whole(m, block, first):
         return NO_MEMORY
     leave_list(m, head)
     make_pieces(m, head, first)
+    mark_pieces(m, head, first)
     optimize_batch(m, head, head + BLOCK_PAGES)
     m.state[block + B_STATE] = BLOCK_PARTLY
     change(m.stats, GAUGE_BLOCKS_HUGE, -1)

@@ -18,6 +18,7 @@ from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.faults import host_fault_page
+from pgemu_kernels.gmem.host_entries import counted_view
 from pgemu_kernels.gmem.references import drop
 from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import EVENT_PAGE_PINNED, FLAG_WRITE, GAUGE_PAGES_PINNED
@@ -78,7 +79,8 @@ def check_vma(m, row, write):
     if row == NONE:
         return np.int64(-EFAULT)
     kind = state[row + A_KIND]
-    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and not gup_works(m)):
+    special = kind == VMA_GUEST_MEMFD and not (gup_works(m) or counted_view(m, row))
+    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or special:
         return np.int64(-EFAULT)  # VM_PFNMAP: no fault is attempted
     if kind != VMA_GUEST_MEMFD:
         return np.int64(-EOPNOTSUPP)

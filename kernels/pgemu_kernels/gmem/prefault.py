@@ -6,10 +6,10 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import find_memslot, is_live_vm, stop, vm_row
+from pgemu_kernels.engine.rows import find_memslot, inode_row, is_live_vm, stop, vm_row
 from pgemu_kernels.gmem.allocation import has_folio
 from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
-from pgemu_kernels.kvm.fault import prefault_by, prefault_outside
+from pgemu_kernels.kvm.fault import page_root, prefault_by, prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
     EBADF,
@@ -25,10 +25,11 @@ from pgemu_kernels.words.rows import (
     M_KIND,
     O_ADDRESS,
     O_DETAIL,
+    O_INDEX,
+    O_INODE,
     O_STATUS,
     O_VM,
     SLOT_GUEST_MEMFD,
-    V_ROOT,
 )
 from pgemu_kernels.words.table_words import F_ACCESSED
 
@@ -63,7 +64,7 @@ def prefault_page(m, op, gfn):
             guest_allocates(m, op)
         if np.int64(state[op + O_STATUS]) == RET_PF_FIXED:
             f = stage2_format(m)
-            root = state[vm_row(state[op + O_VM]) + V_ROOT]
+            root = page_root(m, vm_row(state[op + O_VM]), inode_row(state[op + O_INODE]), state[op + O_INDEX])
             leaf, _ = find_leaf(m, f, root, gfn)
             m.ram[leaf] &= ~state[f + F_ACCESSED]
     status = np.int64(state[op + O_STATUS])

@@ -17,11 +17,11 @@ from pgemu_kernels.gmem import piece_splits, pieces
 from pgemu_kernels.gmem.conversion import (
     fail,
     in_pieces,
+    leave_split,
     lru_add_pieces,
     merge_lazy,
     merge_touched,
     note_touched,
-    note_waiting,
 )
 from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN
 from pgemu_kernels.words.operations import (
@@ -134,18 +134,6 @@ def is_split(m, block):
     return kind == BLOCK_SPLIT or kind == BLOCK_PARTLY
 
 
-@outlined
-def leave_split(m, node, first, end):
-    """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
-    while first < end:
-        block = block_row(m, node, first)
-        if m.state[block + B_STATE] == BLOCK_PARTLY:
-            note_waiting(m, node, block, first, first, first)
-        elif is_split(m, block) and shared_in_block(m, node, first) == U0:
-            start_waiting(m, block)
-        first += U1 << m.state[R_ORDER]
-
-
 @kernel
 def split(m, op):
     """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
@@ -156,7 +144,7 @@ def split(m, op):
     state = m.state
     status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
     if status != 0:
-        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START] >> state[R_ORDER] << state[R_ORDER], first)
+        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START], first)
         return fail(m, op, status, first)
     return GO
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
-from pgemu_kernels.engine.handle import full_only, parameter
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
@@ -19,12 +19,14 @@ from pgemu_kernels.engine.rows import (
     stop,
     unlock,
 )
-from pgemu_kernels.folios.folio import mappings, struct_page
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.merging import leave_cache, merge_block
+from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.gmem import piece_merges
-from pgemu_kernels.gmem.levels import defects
+from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
+from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.memslots import delete_slot
@@ -34,11 +36,13 @@ from pgemu_kernels.stage2.invalidate import (
     begin_range,
     end_range,
     flush_vms,
+    kvm_gmem_split_private,
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
     zap_range,
     zap_slot,
 )
+from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
 from pgemu_kernels.words.registers import (
@@ -58,11 +62,13 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
+    FILTER_BOTH,
     I_BLOCKS,
     I_KIND,
     I_OPEN,
     I_PAGES,
     I_SUBPOOL,
+    I_ZEROED,
     INODE_GUEST_MEMFD,
     M_BASE_GFN,
     M_FLAGS,
@@ -81,10 +87,6 @@ from pgemu_kernels.words.rows import (
     SLOT_RELEASED,
     SPLIT_FORM_RFC2,
 )
-
-# What a machine may have otherwise, and what it is by default.
-punch_refuses = parameter(R_PUNCH_REFUSES, U0)
-
 
 # --------------------------------------------------------------------------- blocks
 
@@ -128,6 +130,7 @@ def truncate_block(m, inode, index):
     if m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << state[R_ORDER]))
     return np.int64(0)
 
 
@@ -149,11 +152,13 @@ def evict_block(m, inode, index):
             leave_cache(m, m.state[R_ORDER])
             make_zombie(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
         if m.state[block + B_OUTSTANDING] == U0:
             note_return(m, block)
     elif m.state[block + B_STATE] == BLOCK_HUGE:
         release_block(m, block)
         clear_zeroed(m, node, index)
+        make_shared(m, node, index, index + (U1 << m.state[R_ORDER]))
 
 
 # --------------------------------------------------------------------------- hole
@@ -165,9 +170,30 @@ def hole_arguments(m, op):
     status = range_arguments(m.state, op)
     inside = (U1 << (m.state[R_ORDER] + U12)) - U1
     unaligned = (m.state[op + O_OFFSET] | m.state[op + O_LENGTH]) & inside != U0
-    if status == 0 and punch_refuses(m) != U0 and unaligned:
+    if status == 0 and m.state[R_PUNCH_REFUSES] != U0 and unaligned:
         return np.int64(-EINVAL)
     return status
+
+
+@outlined
+def note_hole(m, node, index, pages):
+    """Where the code knows flags only: pages that a hole has zeroed are so in a folio that counts as up to date.
+
+    Of any other the next first use zeroes them again, and nothing is lost by that.
+    """
+    if not knows_flags_only(m):
+        return
+    block = block_row(m, node, index)
+    for at in range(index, index + pages):
+        head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
+        word = m.state[node + I_ZEROED] + (at >> U6)
+        if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+            m.state[word] |= U1 << (at & U63)
+        else:
+            m.state[word] &= ~(U1 << (at & U63))
+
+
+noted_hole = full_only(note_hole, None)  # default machines have no defects
 
 
 @kernel
@@ -178,6 +204,7 @@ def zero_part(m, node, index, pages):
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
+        noted_hole(m, node, index, pages)
 
 
 @step
@@ -199,10 +226,19 @@ def punch_blocks(m, op, inode, start, end):
     return np.int64(0)
 
 
+@kernel
+def split_crossing_hole(m, inode, start, end):
+    """kvm_gmem_split_private() of a hole: 0 or -ENOMEM."""
+    return kvm_gmem_split_private(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end)
+
+
+split_before_hole = full_only(split_crossing_hole, np.int64(0))  # the fast loops know no mirror
+
+
 @outlined
 def punch(m, op):
-    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -EBUSY where Linux
-    would wait for the lock.
+    """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -ENOMEM when a leaf
+    that crosses its border has to be split and cannot be; -EBUSY where Linux would wait for the lock.
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
@@ -224,9 +260,11 @@ def punch(m, op):
     if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
         unmap_mapping_range(m, inode, start, end)
     begin_range(m, inode, start, end)
-    zap_range(m, inode, start, end)
-    flush_vms(m)
-    status = punch_blocks(m, op, inode, start, end)
+    status = split_before_hole(m, inode, start, end)
+    if status == 0:
+        zap_range(m, inode, start, end, FILTER_BOTH)
+        flush_vms(m)
+        status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
@@ -250,7 +288,7 @@ def release_slot(m, slot):
     gfn = state[slot + M_BASE_GFN]
     last = gfn + state[slot + M_PAGES]
     kvm_mmu_invalidate_begin(state, vm, gfn, last)
-    zap_slot(m, slot, gfn, last)
+    zap_slot(m, slot, gfn, last, FILTER_BOTH)
     flush_vms(m)
     kvm_mmu_invalidate_end(state, vm)
     state[slot + M_FLAGS] |= SLOT_RELEASED

@@ -1,6 +1,6 @@
 """Memory attributes of a VM: which guest frames are private, a bit each in a radix tree (Linux: an xarray).
 
-arch/x86/kvm/mmu/mmu.c, virt/kvm/kvm_main.c. Only KVM_X86_SW_PROTECTED_VM has private memory.
+arch/x86/kvm/mmu/mmu.c, virt/kvm/kvm_main.c. Plain VMs have no private memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
 from pgemu_kernels.words.rows import (
+    FILTER_PRIVATE,
+    FILTER_SHARED,
     M_BASE_GFN,
     M_NEXT,
     M_PAGES,
@@ -89,8 +91,11 @@ def store_attributes(m, row, gfn, end, private):
 
 
 @outlined
-def drop_range(m, vm, gfn, end):
-    """Drop the leaves of every slot over guest frames [gfn, end) of a VM, and flush it if there were any."""
+def drop_range(m, vm, gfn, end, kinds):
+    """Drop the leaves of every slot over guest frames [gfn, end) of a VM, and flush it if there were any.
+
+    kinds: FILTER_*, those that are left: mmu.c:kvm_arch_pre_set_memory_attributes().
+    """
     state = m.state
     dropped = np.int64(0)
     slot = first_slot(state, vm)
@@ -98,7 +103,7 @@ def drop_range(m, vm, gfn, end):
         first = max(gfn, state[slot + M_BASE_GFN])
         last = min(end, state[slot + M_BASE_GFN] + state[slot + M_PAGES])
         if first < last:
-            dropped += zap_slot(m, slot, first, last)
+            dropped += zap_slot(m, slot, first, last, kinds)
         slot = state[slot + M_NEXT]
     state[vm_row(vm) + V_SEQUENCE] += U1
     if dropped != 0:
@@ -110,7 +115,8 @@ def set_attributes(m, op):
     """KVM_SET_MEMORY_ATTRIBUTES: 0, -EINVAL, or -ENOMEM with nothing changed.
 
     kvm_main.c:kvm_vm_set_mem_attributes(). Where anything changes, the whole range loses its leaves first, whichever
-    way it goes; the lowest nodes are reserved before, by a count that may ask for a few frames too many.
+    way it goes; where private memory has a root of its own, only those of the kind that is left. The lowest nodes are
+    reserved before, by a count that may ask for a few frames too many.
     """
     state = m.state
     vm = state[op + O_VM]
@@ -131,7 +137,7 @@ def set_attributes(m, op):
         return np.int64(0)
     if private and frames_left(m) < ((end - gfn) >> (U6 + U9)) + _MOST_NODES:
         return np.int64(-ENOMEM)
-    drop_range(m, vm, gfn, end)
+    drop_range(m, vm, gfn, end, FILTER_SHARED if private else FILTER_PRIVATE)
     store_attributes(m, row, gfn, end, private)
     charge_one(m, EVENT_ATTRIBUTES_STORED)
     return np.int64(0)

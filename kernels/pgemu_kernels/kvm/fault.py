@@ -19,15 +19,17 @@ from pgemu_kernels.engine.rows import (
     find_memslot,
     inode_row,
     is_live_vm,
+    root_of_kind,
     slot_allows,
     stop,
     vm_row,
 )
+from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
-from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
+from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio, mark_dirty as mark_folio_dirty
 from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import map_leaf, map_mmio, map_target_level, slot_for
@@ -75,6 +77,7 @@ from pgemu_kernels.words.rows import (
     SLOT_READ_ONLY,
     SLOT_USER,
     V_GENERATION,
+    V_PRIVATE_ROOT,
     V_ROOT,
     V_SEQUENCE,
     V_SPACE,
@@ -218,11 +221,33 @@ is_user_slot = full_only(refuse_user_slot, False)  # the fast loops meet no othe
 
 
 @kernel
-def find_guest_leaf(m, op):
-    """The leaf of a guest's access: find_leaf(). A hole of 4K is remembered."""
+def root_of_page(m, row, node, index):
+    """The root of a VM (`row` of V_*) below which page `index` of an inode is mapped, by the page's kind.
+
+    tdp_mmu.h:tdp_mmu_get_root_for_fault(). No address in our tables has the bit that TDX shows shared memory by: Linux
+    has it in the index of the top table only (tdp_iter.c:tdp_iter_start(), gfn_bits).
+    """
+    root = m.state[row + V_ROOT]
+    private = m.state[row + V_PRIVATE_ROOT]
+    return private if private != root and is_shared(m, node, index) == U0 else root
+
+
+@kernel
+def only_root(m, row, node, index):
+    return m.state[row + V_ROOT]
+
+
+page_root = full_only(root_of_page, only_root)  # the fast loops know no VM with two
+
+
+@kernel
+def find_guest_leaf(m, op, slot):
+    """The leaf of a guest's access in a slot: find_leaf(). A hole of 4K is remembered."""
     state = m.state
-    root = state[vm_row(state[op + O_VM]) + V_ROOT]
-    leaf, level, hole, middle = find_entry(m, stage2_format(m), root, state[op + O_ADDRESS] >> U12)
+    gfn = state[op + O_ADDRESS] >> U12
+    index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
+    root = page_root(m, vm_row(state[op + O_VM]), inode_row(state[slot + M_INODE]), index)
+    leaf, level, hole, middle = find_entry(m, stage2_format(m), root, gfn)
     state[op + O_HOLE] = hole
     state[op + O_HOLE_MIDDLE] = middle
     return leaf, level
@@ -237,7 +262,9 @@ def was_invalidated(m, op, gfn):
 @kernel
 def walk_again(m, op, gfn, goal):
     """Where the leaf goes: slot_for()."""
-    return slot_for(m, stage2_format(m), m.state[vm_row(m.state[op + O_VM]) + V_ROOT], gfn, goal, False)
+    state = m.state
+    root = page_root(m, vm_row(state[op + O_VM]), inode_row(state[op + O_INODE]), state[op + O_INDEX])
+    return slot_for(m, stage2_format(m), root, gfn, goal, False)
 
 
 @kernel
@@ -277,7 +304,8 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     """mmu.c:kvm_tdp_mmu_page_fault() in a slot, from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
 
     RET_PF_RETRY: an invalidation came between, often one that the fault's own copy on write set off. A HugeTLB page
-    that was mapped counts as accessed: kvm_release_faultin_page(), 6.12: kvm_release_pfn_clean().
+    that was mapped counts as accessed, one of guest_memfd that may be written as dirty: kvm_release_faultin_page(),
+    6.12: kvm_release_pfn_clean().
     """
     state = m.state
     row = vm_row(vm)
@@ -303,9 +331,12 @@ def page_fault(m, vm, gfn, access, prefetch, private):
         if status != 0:
             return status, U0
     device = is_device(state, pfn)
-    status, level = map_leaf(m, state[row + V_ROOT], gfn, level, pfn, writable, access, prefetch, device)
+    root = root_of_kind(state, row, private)
+    status, level = map_leaf(m, root, gfn, level, pfn, writable, access, prefetch, device)
     if status > 0 and host_level > U1:
         mark_accessed(m, pfn)
+    elif status > 0 and writable and pfn < state[R_FRAMES]:
+        mark_folio_dirty(m, pfn)
     return status, level
 
 
@@ -331,8 +362,8 @@ def access_once(m, vm, gfn, access, private):
     """One try of a guest's access: (RET_PF_* or -errno, level). Without a fault it is RET_PF_SPURIOUS and free."""
     state = m.state
     f = stage2_format(m)
-    row = vm_row(vm)
-    spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
+    root = root_of_kind(state, vm_row(vm), private)
+    spte, level, entry = last_spte(m, f, root, gfn)
     if is_present(state, f, entry):
         if is_access_allowed(state, f, entry, access):
             set_accessed_dirty(m, f, spte, entry, access)
@@ -346,7 +377,7 @@ def access_once(m, vm, gfn, access, private):
     status, level = page_fault(m, vm, gfn, access, False, private)
     if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
         # The access runs again, and the processor marks the leaf.
-        spte, level, entry = last_spte(m, f, state[row + V_ROOT], gfn)
+        spte, level, entry = last_spte(m, f, root, gfn)
         set_accessed_dirty(m, f, spte, entry, access)
     return status, level
 

@@ -42,6 +42,7 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
+    FILTER_BOTH,
     I_FLAGS,
     I_KIND,
     I_OPEN,
@@ -85,6 +86,7 @@ from pgemu_kernels.words.rows import (
     V_BIND_OFFSET,
     V_GENERATION,
     V_LIVE,
+    V_PRIVATE_ROOT,
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
@@ -110,7 +112,7 @@ _NOTHING, _CREATE, _MOVE, _FLAGS_ONLY = 0, 1, 2, 3
 def drop_tree(m, row):
     """mmu.c:kvm_mmu_zap_all_fast(): the VM's tree goes whole, the vCPU loads a new root before it runs again.
 
-    The frame of the root is kept for the new one.
+    The frame of the root is kept for the new one. A mirror stays (KVM_DIRECT_ROOTS): only its leaves can be dropped.
     """
     dropped = drop_stage2_tree(m, m.state[row + V_ROOT])
     m.state[row + V_UNLOADED] = U1
@@ -145,7 +147,7 @@ def drop_slot_leaves(m, slot):
         drop_tree(m, row)
         return
     base = state[slot + M_BASE_GFN]
-    zap_slot(m, slot, base, base + state[slot + M_PAGES])
+    zap_slot(m, slot, base, base + state[slot + M_PAGES], FILTER_BOTH)
     flush_vm(m, state[slot + M_VM])
 
 
@@ -461,14 +463,22 @@ def set_memory_region(m, op):
 # --------------------------------------------------------------------------- the end of a VM
 
 
+@kernel
+def free_tree(m, root):
+    """A stage-2 root goes with all below it."""
+    drop_stage2_tree(m, root)
+    free_table(m, root >> U12, GAUGE_STAGE2_TABLES)
+
+
 @outlined
 def close_vm(m, op):
     """The last reference to a VM goes: its slots, its tables, its attributes. 0. kvm_main.c:kvm_destroy_vm()."""
     state = m.state
     vm = state[op + O_VM]
     row = vm_row(vm)
-    drop_stage2_tree(m, state[row + V_ROOT])
-    free_table(m, state[row + V_ROOT] >> U12, GAUGE_STAGE2_TABLES)
+    free_tree(m, state[row + V_ROOT])
+    if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
+        free_tree(m, state[row + V_PRIVATE_ROOT])
     while state[row + V_SLOTS] != U0:
         slot = state[row + V_SLOTS]
         state[row + V_SLOTS] = state[slot + M_NEXT]
@@ -480,5 +490,6 @@ def close_vm(m, op):
         state[STATE_SPACES + space * _S_WORDS + S_VMS] &= ~(U1 << vm)
         state[R_MAPPINGS] += U1
     state[row + V_ROOT] = U0
+    state[row + V_PRIVATE_ROOT] = U0
     state[row + V_LIVE] = U0
     return np.int64(0)

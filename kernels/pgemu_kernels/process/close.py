@@ -33,6 +33,7 @@ from pgemu_kernels.words.rows import (
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
     PAGE_CACHED,
+    PAGE_DIRTY,
     PAGE_MAPPINGS,
     VM_RESERVATION_OWNER,
     VMA_ANONYMOUS,
@@ -96,7 +97,7 @@ def drop_page(m, inode, index, word):
         return
     charge_one(m, EVENT_PAGE_CACHE_STORED)
     change(m.stats, GAUGE_PAGE_CACHE_PAGES, -1)
-    held = U(m.counts[word]) & ~PAGE_CACHED
+    held = U(m.counts[word]) & ~(PAGE_CACHED | PAGE_DIRTY)
     m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
         put_frame(m, word)

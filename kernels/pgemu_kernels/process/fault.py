@@ -61,7 +61,7 @@ def handle_mm_fault(m, space, row, address, write):
     elif kind == VMA_HUGETLB:
         status = hugetlb_fault(m, row, page, write)
     elif kind == VMA_GUEST_MEMFD_4K:
-        status = guest_memfd_fault(m, row, page)
+        status = guest_memfd_fault(m, row, page, write)
     else:
         status = pfn_fault(m, row, page)
     if status & _ERROR == 0:

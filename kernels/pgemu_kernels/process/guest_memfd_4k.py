@@ -27,6 +27,7 @@ from pgemu_kernels.words.rows import (
     I_REFERENCES,
     INODE_INIT_SHARED,
     PAGE_CACHED,
+    PAGE_DIRTY,
     S_RSS,
 )
 
@@ -57,6 +58,14 @@ def find_or_add_folio(m, node, index):
 
 
 @kernel
+def mark_dirty(m, pfn):
+    """folio_mark_dirty() of a page of guest_memfd; nothing for other ordinary frames."""
+    word = U(m.counts[pfn])
+    if word & PAGE_CACHED != U0:
+        m.counts[pfn] = np.uint32(word | PAGE_DIRTY)
+
+
+@kernel
 def map_file_page(m, space, slot, entry):
     """mm/memory.c:finish_fault(), set_pte_range(): a file's folio is mapped at an empty slot by a 4K entry.
 
@@ -69,10 +78,11 @@ def map_file_page(m, space, slot, entry):
 
 
 @outlined
-def guest_memfd_fault(m, row, address):
+def guest_memfd_fault(m, row, address, write):
     """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM.
 
-    A fault that fails leaves no last-level table behind: Linux links the one it has ready at the very end.
+    The entry is dirty after a write, or where the folio is dirty already: set_pte_range(). A fault that fails leaves no
+    last-level table behind: Linux links the one it has ready at the very end.
     """
     state = m.state
     space = state[row + A_SPACE]
@@ -93,7 +103,8 @@ def guest_memfd_fault(m, row, address):
             drop_page(m, inode, index, pfn)  # Linux would not have come to allocate it
         return np.int64(VM_FAULT_OOM)
     entry = pfn << U12 | vm_page_prot(state, row)
-    # The folio is dirty from the start, so a writable entry is, too, be it of a read: as captured.
-    m.counts[pfn] = np.uint32(U(m.counts[pfn]) + U1)
-    map_file_page(m, space, slot, pte_mkdirty(entry) if entry & PTE_WRITE != U0 else entry)
+    word = U(m.counts[pfn]) | (PAGE_DIRTY if write == U1 else U0)  # fault_dirty_shared_page()
+    m.counts[pfn] = np.uint32(word + U1)
+    dirty = entry & PTE_WRITE != U0 and word & PAGE_DIRTY != U0
+    map_file_page(m, space, slot, pte_mkdirty(entry) if dirty else entry)
     return np.int64(VM_FAULT_LOCKED)

@@ -17,6 +17,7 @@ from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
 from pgemu_kernels.process.vma import link_vma, new_vma, next_vma, vma_merge
 from pgemu_kernels.words.enum_words import (
+    FLAG_COUNTED,
     FLAG_LOCKED,
     FLAG_NORESERVE,
     FLAG_POPULATE,
@@ -26,7 +27,7 @@ from pgemu_kernels.words.enum_words import (
     FLAG_WRITE,
 )
 from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW
-from pgemu_kernels.words.registers import R_INODES, R_ORDER
+from pgemu_kernels.words.registers import R_FULL, R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
     A_CACHE_BITS,
     A_END,
@@ -62,6 +63,7 @@ from pgemu_kernels.words.rows import (
     S_ORDINARY,
     TASK_SIZE,
     VM_ACCOUNT,
+    VM_COUNTED,
     VM_LOCKED,
     VM_NORESERVE,
     VM_PFNMAP,
@@ -175,8 +177,10 @@ def _flags_of(m, kind, flags):
         bits |= VM_LOCKED
     if flags & FLAG_NORESERVE != U0:
         bits |= VM_NORESERVE
-    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT or (kind == VMA_GUEST_MEMFD and vma_is_pfnmap(m)):
+    if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT:
         bits |= VM_PFNMAP
+    if kind == VMA_GUEST_MEMFD and vma_is_pfnmap(m):
+        bits |= VM_PFNMAP if flags & FLAG_COUNTED == U0 else VM_COUNTED
     if _is_accountable(kind, flags, bits):
         bits |= VM_ACCOUNT
     return bits
@@ -274,4 +278,6 @@ def mmap(m, op):
     if row == NONE:
         return stop(state, op, -ENOMEM)
     _fill_row(m, op, row, kind, length)
+    if state[row + A_FLAGS] & VM_COUNTED != U0:
+        state[R_FULL] = U1  # the fast loops know one kind of entry
     return stop(state, op, _rest_of_mmap(m, op, row))

@@ -16,11 +16,12 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
-from pgemu_kernels.folios.folio import remove_mapping, struct_page
+from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, remove_mapping, struct_page
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
-from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_PRESENT, PTE_SPECIAL
+from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import unmap_page
 from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
+from pgemu_kernels.process.guest_memfd_4k import mark_dirty
 from pgemu_kernels.process.tables import (
     gather,
     gather_begin,
@@ -89,8 +90,14 @@ def _holds(m, entry):
 
 @kernel
 def _forget_folio(m, row, entry):
-    """A piece of a split huge page has one mapping and one reference less; both are counted by whoever counts these."""
-    remove_mapping(m.ram, struct_page(m, (entry & PTE_ADDRESS) >> U12))
+    """A piece of a split huge page has one mapping and one reference less; both are counted by whoever counts these.
+
+    It is dirty if the entry was: zap_present_folio_ptes().
+    """
+    page = struct_page(m, (entry & PTE_ADDRESS) >> U12)
+    if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
+        m.ram[page + FLAGS] |= PG_DIRTY
+    remove_mapping(m.ram, page)
     return np.int64(1)
 
 
@@ -98,6 +105,8 @@ def _forget_folio(m, row, entry):
 def _forget_page(m, row, entry):
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
         return _forget_folio(m, row, entry)
+    if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
+        mark_dirty(m, pte_pfn(entry))
     unmap_page(m, m.state[row + A_SPACE], pte_pfn(entry))
     return np.int64(0)
 

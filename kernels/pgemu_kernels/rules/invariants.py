@@ -1,8 +1,8 @@
 """Safety rules and conservation: after each operation where it touched something, or all at once.
 
-No host leaf to a private page; no stage-2 leaf over pages of both kinds, to another frame than the
-inode's, or (restructure) larger than its folio; a block is split exactly while one of its pages is shared;
-frames and huge pages are conserved; every invalidation that began has ended.
+No host leaf to a private page; no leaf to a page that was not zeroed since it is the inode's; no stage-2 leaf over
+pages of both kinds, to another frame than the inode's, or (restructure) larger than its folio; a block is split exactly
+while one of its pages is shared; frames and huge pages are conserved; every invalidation that began has ended.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
-from pgemu_kernels.engine.properties import level_is_folios, splits_folios, zaps_exactly
+from pgemu_kernels.engine.properties import level_is_folios, splits_folios
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
     find_memslot,
     find_vma,
+    has_vm_property,
     inode_row,
     memslot_row,
+    root_of_kind,
     space_root,
     vm_row,
     vma_overlap,
     vma_row,
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.xarray import object_frames
+from pgemu_kernels.folios.zeroed import all_zeroed
 from pgemu_kernels.formats.bits import PTE_ADDRESS
+from pgemu_kernels.gmem.conversion import zap_rounded
+from pgemu_kernels.gmem.vm_kinds import largest_of_kind
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.enum_words import (
@@ -38,7 +44,10 @@ from pgemu_kernels.words.enum_words import (
     BROKEN_IN_PROGRESS,
     BROKEN_LEAF_OVER_FOLIO,
     BROKEN_MIXED_LEAF,
+    BROKEN_PRIVATE_LEVEL,
+    BROKEN_STALE_CONTENTS,
     BROKEN_WRONG_PFN,
+    BROKEN_WRONG_ROOT,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_PARTLY,
     GAUGE_BLOCKS_SPLIT,
@@ -56,8 +65,10 @@ from pgemu_kernels.words.enum_words import (
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
     OP_PUNCH_HOLE,
+    VM_RMP,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.operations import RET_PF_FIXED
 from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
@@ -81,6 +92,7 @@ from pgemu_kernels.words.rows import (
     BLOCK_SPLIT,
     H_PAGES,
     I_PAGES,
+    I_ZEROED,
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
@@ -97,9 +109,12 @@ from pgemu_kernels.words.rows import (
     O_ROUND_END,
     O_ROUND_START,
     O_SPACE,
+    O_STATUS,
     O_VM,
     SLOT_RELEASED,
     V_IN_PROGRESS,
+    V_PRIVATE_LEVEL,
+    V_PRIVATE_ROOT,
     V_ROOT,
 )
 
@@ -139,6 +154,16 @@ def order_at(m, node, index):
     return U9 - U9 * (m.state[block + B_PIECES + (piece >> U6)] >> (piece & U63) & U1)
 
 
+@outlined
+def is_own(m, node, index, level):
+    """Whether the pages below a leaf were zeroed since they are the inode's. A 4K folio's flag tells."""
+    first = index & ~(pages_of(level) - U1)
+    if m.state[R_ORDER] != U0:
+        return all_zeroed(m, m.state[node + I_ZEROED], first, first + pages_of(level))
+    pfn = inode_frame(m, node, first)
+    return pfn == NONE or m.ram[struct_page(m, pfn) + FLAGS] & PG_UPTODATE != U0
+
+
 @kernel
 def check_host_leaf(m, row, address, level, entry):
     """A process's entry: to shared pages of the inode, to its frames, and where folios are split to a 4K folio."""
@@ -150,15 +175,25 @@ def check_host_leaf(m, row, address, level, entry):
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
 
 
 @kernel
-def check_stage2_leaf(m, vm, gfn, level, entry):
-    """A stage-2 leaf: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
+def check_kind(m, vm, root, private, gfn, level):
+    """A stage-2 leaf over private or shared memory: below the root of that kind, and of private memory no larger than
+    the VM's kind maps it."""
+    row = vm_row(vm)
+    expect(m, root == root_of_kind(m.state, row, private), BROKEN_WRONG_ROOT, gfn)
+    expect(m, not private or level <= m.state[row + V_PRIVATE_LEVEL], BROKEN_PRIVATE_LEVEL, gfn)
+
+
+@kernel
+def check_stage2_leaf(m, vm, root, gfn, level, entry):
+    """A stage-2 leaf below a root: in a slot, over pages of one kind, to the inode's frames, not larger than the folio.
 
     The last rule is suspended for private blocks that a failure left split: order jan2026 splits before
-    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. Orders rfc2 and fixup zap no
-    more than the range: a leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
+    it zaps, so a conversion that fails in between leaves a huge leaf over 4K folios. A zap is of no more than the
+    range: a private leaf beside it stays, and may be larger than 4K where the slot kept it from the folio's size.
     """
     state = m.state
     slot = find_memslot(state, vm, gfn)
@@ -171,6 +206,9 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
     node = inode_row(state[slot + M_INODE])
     index = gfn - state[slot + M_BASE_GFN] + state[slot + M_PGOFF]
     expect(m, is_uniform(m, node, index, level), BROKEN_MIXED_LEAF, index)
+    check_kind(m, vm, root, is_shared(m, node, index) == U0, gfn, level)
+    fits = not has_vm_property(state, vm_row(vm), VM_RMP) or level <= largest_of_kind(m, vm_row(vm), node, index, level)
+    expect(m, fits, BROKEN_PRIVATE_LEVEL, index)
     expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
     last = index + pages_of(level) - U1
     noted = vms_with_leaves(state, node, index, index + U1) & vms_with_leaves(state, node, last, last + U1)
@@ -179,8 +217,18 @@ def check_stage2_leaf(m, vm, gfn, level, entry):
         block = block_row(m, node, index)
         private = is_shared(m, node, index) == U0  # and so all pages below the leaf
         alone = private if state[block + B_STATE] == BLOCK_PARTLY else shared_in_block(m, node, index) == U0
-        kept = (alone and state[block + B_WAITS] != U0) or (private and zaps_exactly(m))
+        kept = (alone and state[block + B_WAITS] != U0) or (private and not zap_rounded(m))
         expect(m, kept or U9 * (level - U1) <= order_at(m, node, index), BROKEN_LEAF_OVER_FOLIO, index)
+    expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)
+
+
+@outlined
+def check_new_leaf(m, vm, gfn, level):
+    """A leaf that a fault has just installed is no larger than its folio, whatever leaves of before may be."""
+    slot = find_memslot(m.state, vm, gfn)
+    index = gfn - m.state[slot + M_BASE_GFN] + m.state[slot + M_PGOFF]
+    fits = U9 * (level - U1) <= order_at(m, inode_row(m.state[slot + M_INODE]), index)
+    expect(m, fits, BROKEN_LEAF_OVER_FOLIO, index)
 
 
 @kernel
@@ -235,8 +283,17 @@ def check_slot_range(m, slot, start, end):
     high = min(end, state[slot + M_PGOFF] + state[slot + M_PAGES])
     if low >= high:
         return
+    row = vm_row(state[slot + M_VM])
+    check_slot_tree(m, slot, state[row + V_ROOT], low, high)
+    if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
+        check_slot_tree(m, slot, state[row + V_PRIVATE_ROOT], low, high)
+
+
+@kernel
+def check_slot_tree(m, slot, root, low, high):
+    """The same below one root, of pages [low, high) of the slot."""
+    state = m.state
     vm = state[slot + M_VM]
-    root = state[vm_row(vm) + V_ROOT]
     gfn = low - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
     last = high - state[slot + M_PGOFF] + state[slot + M_BASE_GFN]
     f = stage2_format(m)
@@ -244,10 +301,22 @@ def check_slot_range(m, slot, start, end):
         leaf, level = find_leaf(m, f, root, gfn)
         size = pages_of(level)
         if leaf != NONE:
-            check_stage2_leaf(m, vm, gfn & ~(size - U1), level, m.ram[leaf])
+            check_stage2_leaf(m, vm, root, gfn & ~(size - U1), level, m.ram[leaf])
         elif level == U1:
             size = U1
         gfn = (gfn & ~(size - U1)) + size
+
+
+@kernel
+def check_guest_leaf(m, op, root):
+    """The leaf of a guest's access below a root, if it has one there."""
+    vm = m.state[op + O_VM]
+    gfn = m.state[op + O_ADDRESS] >> U12
+    slot, level = find_leaf(m, stage2_format(m), root, gfn)
+    if slot != NONE:
+        check_stage2_leaf(m, vm, root, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+        if np.int64(m.state[op + O_STATUS]) == RET_PF_FIXED and level_is_folios(m):
+            check_new_leaf(m, vm, gfn, level)
 
 
 @outlined
@@ -282,11 +351,10 @@ def check_operation(m, op):
             if slot != NONE:
                 check_host_leaf(m, row, address, level, m.ram[slot])
     elif kind == OP_GUEST_FAULT and find_memslot(state, state[op + O_VM], state[op + O_ADDRESS] >> U12) != NONE:
-        vm = state[op + O_VM]
-        gfn = state[op + O_ADDRESS] >> U12
-        slot, level = find_leaf(m, stage2_format(m), state[vm_row(vm) + V_ROOT], gfn)
-        if slot != NONE:
-            check_stage2_leaf(m, vm, gfn & ~(pages_of(level) - U1), level, m.ram[slot])
+        row = vm_row(state[op + O_VM])
+        check_guest_leaf(m, op, state[row + V_ROOT])
+        if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
+            check_guest_leaf(m, op, state[row + V_PRIVATE_ROOT])
     elif kind == OP_CONVERT and state[op + O_ROUND_END] > U0:
         check_range(m, state[op + O_INODE], state[op + O_ROUND_START], state[op + O_ROUND_END])
     elif kind == OP_PUNCH_HOLE and state[op + O_OBJECT] < state[R_INODES]:

@@ -10,7 +10,7 @@ from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_WRITE
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd
-from pgemu_kernels.rules.invariants import check_stage2_leaf, expect
+from pgemu_kernels.rules.invariants import check_kind, check_stage2_leaf, expect
 from pgemu_kernels.rules.processes import own_nodes
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.enum_words import BROKEN_LEAF_OVER_FOLIO, BROKEN_MIXED_LEAF, BROKEN_WRONG_PFN
@@ -35,13 +35,14 @@ from pgemu_kernels.words.table_words import F_WRITE
 
 
 @kernel
-def check_leaf(m, vm, gfn, level, entry):
-    """A stage-2 leaf, by the kind of its slot."""
+def check_leaf(m, vm, root, gfn, level, entry):
+    """A stage-2 leaf below a root, by the kind of its slot."""
     slot = find_memslot(m.state, vm, gfn)
     if slot != NONE and m.state[slot + M_KIND] == SLOT_USER:
+        check_kind(m, vm, root, is_private(m, vm_row(vm), gfn), gfn, level)
         check_user_leaf(m, vm, slot, gfn, level, entry)
     else:
-        check_stage2_leaf(m, vm, gfn, level, entry)
+        check_stage2_leaf(m, vm, root, gfn, level, entry)
 
 
 @outlined

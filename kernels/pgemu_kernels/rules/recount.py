@@ -9,8 +9,8 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, vm_row
 from pgemu_kernels.engine.shareability import is_shared
-from pgemu_kernels.folios.buddy import free_area, is_buddy
-from pgemu_kernels.folios.folio import INDEX, MAPPING, struct_page
+from pgemu_kernels.folios.buddy import free_area, is_buddy, pcp_list
+from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, NO_MAPCOUNT, struct_page
 from pgemu_kernels.folios.hstate import first_page, hstate_node, links_of, list_head, page_after
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
@@ -20,7 +20,7 @@ from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect,
 from pgemu_kernels.rules.kvm import check_leaf
 from pgemu_kernels.rules.processes import recount_of_process
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
-from pgemu_kernels.stage2.leaves import COUNT_BELOW
+from pgemu_kernels.stage2.leaves import leaves_below
 from pgemu_kernels.tables.walker import is_large, is_present, stage2_format, table_of
 from pgemu_kernels.words.enum_words import (
     BROKEN_COUNTS,
@@ -91,7 +91,10 @@ from pgemu_kernels.words.rows import (
     I_PUD,
     INODE_GUEST_MEMFD,
     STATE_HSTATES,
+    STATE_PCP_COUNTS,
+    TABLE_MIRROR,
     V_IN_PROGRESS,
+    V_PRIVATE_ROOT,
     V_ROOT,
 )
 
@@ -120,15 +123,25 @@ def check_designs_leaf(m, space, address, level, entry, owner, found):
 check_space = recount_of_process(check_designs_leaf)
 
 
-@outlined
+@kernel
 def check_vm(m, vm, owner, leaves):
     """Walk a VM's stage-2 tables: how many tables; leaves by level are added to `leaves` (int64[3])."""
+    root = m.state[vm_row(vm) + V_ROOT]
+    private = m.state[vm_row(vm) + V_PRIVATE_ROOT]
+    tables = np.int64(0)
+    if root != U0:  # else it is closed
+        tables += check_tree(m, vm, root, owner, leaves)
+    if private != root:
+        tables += check_tree(m, vm, private, owner, leaves)
+    return tables
+
+
+@outlined
+def check_tree(m, vm, root, owner, leaves):
+    """The same below one of its roots. Tables of the mirror know that they are."""
     state = m.state
     ram = m.ram
     f = stage2_format(m)
-    root = state[vm_row(vm) + V_ROOT]
-    if root == U0:
-        return np.int64(0)  # closed
     own(m, owner, root >> U12, 2)
     tables = np.int64(1)
     for i4 in range(U512):
@@ -144,16 +157,23 @@ def check_vm(m, vm, owner, leaves):
                 continue
             if is_large(state, f, e3):
                 leaves[2] += 1
-                check_leaf(m, vm, gfn, U3, e3)
+                check_leaf(m, vm, root, gfn, U3, e3)
                 continue
             own(m, owner, (e3 & PTE_ADDRESS) >> U12, 2)
             tables += 1
-            tables += check_level2(m, vm, gfn, table_of(state, f, e3), owner, leaves)
+            tables += check_level2(m, vm, root, gfn, table_of(state, f, e3), owner, leaves)
     return tables
 
 
 @kernel
-def check_level2(m, vm, gfn, table2, owner, leaves):
+def check_below(m, root, table, leaves, gfn):
+    """What a table page keeps: how many leaves are below, and whether it is of the mirror."""
+    expect(m, leaves_below(m, table) == leaves, BROKEN_COUNTS, gfn)
+    expect(m, (m.counts[table >> U9] ^ m.counts[root >> U12]) & np.uint32(TABLE_MIRROR) == U0, BROKEN_COUNTS, gfn)
+
+
+@kernel
+def check_level2(m, vm, root, gfn, table2, owner, leaves):
     """The tables and leaves of one 1G region."""
     state = m.state
     ram = m.ram
@@ -167,7 +187,7 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
         if is_large(state, f, e2):
             leaves[1] += 1
             below2 += U1
-            check_leaf(m, vm, gfn | i2 << U9, U2, e2)
+            check_leaf(m, vm, root, gfn | i2 << U9, U2, e2)
             continue
         own(m, owner, (e2 & PTE_ADDRESS) >> U12, 2)
         tables += 1
@@ -176,11 +196,11 @@ def check_level2(m, vm, gfn, table2, owner, leaves):
         for i1 in range(U512):
             if is_present(state, f, ram[table + i1]):
                 below += U1
-                check_leaf(m, vm, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        expect(m, U(m.counts[table >> U9]) & COUNT_BELOW == below, BROKEN_COUNTS, gfn | i2 << U9)
+                check_leaf(m, vm, root, gfn | i2 << U9 | i1, U1, ram[table + i1])
+        check_below(m, root, table, below, gfn | i2 << U9)
         leaves[0] += np.int64(below)
         below2 += below
-    expect(m, U(m.counts[table2 >> U9]) & COUNT_BELOW == below2, BROKEN_COUNTS, gfn)
+    check_below(m, root, table2, below2, gfn)
     return tables
 
 
@@ -270,7 +290,7 @@ def check_inode(m, inode):
 
 @outlined
 def check_free_areas(m):
-    """The lists of free blocks of orders 0 to 8: links, marks, and as many pages as are free (page_size 4096)."""
+    """The lists of free blocks and pages: links, marks, and as many pages as are free (page_size 4096)."""
     state = m.state
     free = U(m.stats[STATS_GAUGES + GAUGE_BUDDY_BLOCKS * U2]) << U9
     for node in range(state[R_NODES]):
@@ -286,6 +306,14 @@ def check_free_areas(m):
                 free += U1 << order
                 pfn = page_after(m, pfn)
             expect(m, state[row + U1] == before, BROKEN_COUNTS, order)
+        waiting = U0
+        pfn = first_page(state, pcp_list(node))
+        while pfn != U0:
+            expect(m, m.ram[struct_page(m, pfn) + COUNTS] == NO_MAPCOUNT, BROKEN_FRAMES, pfn)
+            waiting += U1
+            pfn = page_after(m, pfn)
+        expect(m, state[STATE_PCP_COUNTS + node] == waiting, BROKEN_COUNTS, node)
+        free += waiting
     expect(m, U(m.stats[STATS_GAUGES + GAUGE_POOL_FREE * U2]) == free, BROKEN_FRAMES, free)
 
 

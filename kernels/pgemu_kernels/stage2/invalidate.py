@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U512, trailing_zeros
+from pgemu_kernels.engine.bits import U0, U1, U2, U4, U512, trailing_zeros
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
-from pgemu_kernels.stage2.leaves import zap_stage2
+from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.rows import first_slot, inode_row, is_mirrored, memslot_row, overlap, vm_row
+from pgemu_kernels.stage2.leaves import split_cross_boundary_leafs, zap_roots
 from pgemu_kernels.stage2.regions import forget_pages, forget_zapped, vms_with_leaves
-from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL, EVENT_SPTE_CLEARED, EVENT_TLB_FLUSH_VM
+from pgemu_kernels.words.enum_words import (
+    EVENT_NOTIFIER_CALL,
+    EVENT_SPTE_CLEARED,
+    EVENT_SPTE_PAGES_BEYOND,
+    EVENT_TLB_FLUSH_VM,
+    GAUGE_STAGE2_LEAVES_4K,
+)
+from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     R_FLUSHES_HELD,
     R_GUEST_FAULTS,
@@ -23,6 +31,8 @@ from pgemu_kernels.words.registers import (
     R_UNFLUSHED_VMS,
 )
 from pgemu_kernels.words.rows import (
+    FILTER_BOTH,
+    FILTER_SHARED,
     I_PAGES,
     M_NEXT,
     M_VM,
@@ -30,9 +40,9 @@ from pgemu_kernels.words.rows import (
     S_WORDS,
     STATE_SPACES,
     V_IN_PROGRESS,
+    V_PRIVATE_ROOT,
     V_RANGE_END,
     V_RANGE_START,
-    V_ROOT,
     V_SEQUENCE,
     V_SPACE,
 )
@@ -109,11 +119,14 @@ def end_range(m, inode, start, end):
 
 
 @kernel
-def zap_slot(m, slot, gfn, end):
-    """Drop the stage-2 leaves over guest frames [gfn, end) of a memory slot, to be flushed: how many."""
+def zap_slot(m, slot, gfn, end, kinds):
+    """Drop the stage-2 leaves over guest frames [gfn, end) of a memory slot, to be flushed: how many.
+
+    kinds: FILTER_*, here and below: in a VM with a root of its own for private memory, which roots lose them.
+    """
     state = m.state
     vm = state[slot + M_VM]
-    dropped = zap_stage2(m, state[vm_row(vm) + V_ROOT], gfn, end)
+    dropped = zap_roots(m, vm_row(vm), gfn, end, kinds)
     if dropped != 0:
         state[R_UNFLUSHED_VMS] |= U1 << vm
         charge(m, EVENT_SPTE_CLEARED, dropped)
@@ -121,7 +134,20 @@ def zap_slot(m, slot, gfn, end):
 
 
 @kernel
-def zap_vm(m, vm, inode, start, end):
+def may_leave_some(m, vms, kinds):
+    """Whether VMs, a bit each, may have leaves left where a zap has been."""
+    left = False
+    while kinds != FILTER_BOTH and vms != U0:
+        left |= is_mirrored(m.state, trailing_zeros(vms))
+        vms &= vms - U1
+    return left
+
+
+leaves_some = full_only(may_leave_some, False)  # the fast loops know no VM with two roots
+
+
+@kernel
+def zap_vm(m, vm, inode, start, end, kinds):
     """Drop a VM's leaves over pages [start, end) of an inode, to be flushed: how many."""
     state = m.state
     dropped = np.int64(0)
@@ -129,18 +155,19 @@ def zap_vm(m, vm, inode, start, end):
     while slot != U0:
         gfn, last = overlap(state, slot, inode, start, end)
         if gfn < last:
-            dropped += zap_slot(m, slot, gfn, last)
+            dropped += zap_slot(m, slot, gfn, last, kinds)
         slot = state[slot + M_NEXT]
-    forget_zapped(m, vm, inode, start, end, dropped)
+    if not leaves_some(m, U1 << vm, kinds):
+        forget_zapped(m, vm, inode, start, end, dropped)
     return dropped
 
 
 @kernel
-def zap_vms(m, vms, inode, start, end):
+def zap_vms(m, vms, inode, start, end, kinds):
     """The same of several VMs, a bit each."""
     dropped = np.int64(0)
     while vms != U0:
-        dropped += zap_vm(m, trailing_zeros(vms), inode, start, end)
+        dropped += zap_vm(m, trailing_zeros(vms), inode, start, end, kinds)
         vms &= vms - U1
     return dropped
 
@@ -153,18 +180,60 @@ def forget_few(state, node, start, end):
 
 
 @kernel
-def zap_found(m, vms, inode, start, end):
+def zap_found(m, vms, inode, start, end, kinds):
     """zap_range() of those VMs that vms_with_leaves() found."""
-    dropped = zap_vms(m, vms, inode, start, end)
-    if vms != U0:
+    dropped = zap_vms(m, vms, inode, start, end, kinds)
+    if vms != U0 and not leaves_some(m, vms, kinds):
         forget_few(m.state, inode_row(inode), start, end)
     return dropped
 
 
 @kernel
-def zap_range(m, inode, start, end):
+def stage2_pages(stats):
+    """4K pages that stage 2 maps, of all VMs."""
+    gauge = STATS_GAUGES + GAUGE_STAGE2_LEAVES_4K * U2
+    return stats[gauge] + 512 * stats[gauge + U2] + 262_144 * stats[gauge + U4]
+
+
+@outlined
+def zap_beyond(m, vms, inode, start, end, kinds):
+    """zap_found() where the pages that were asked for are gone already: what it drops is beyond them, and counted."""
+    mapped = stage2_pages(m.stats)
+    dropped = zap_found(m, vms, inode, start, end, kinds)
+    charge(m, EVENT_SPTE_PAGES_BEYOND, mapped - stage2_pages(m.stats))
+    return dropped
+
+
+@kernel
+def zap_range(m, inode, start, end, kinds):
     """Drop the stage-2 leaves over pages [start, end) in every VM bound to them, to be flushed: how many."""
-    return zap_found(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end)
+    return zap_found(m, vms_with_leaves(m.state, inode_row(inode), start, end), inode, start, end, kinds)
+
+
+@outlined
+def split_of_vms(m, vms, inode, start, end):
+    """Split the private leaves that cross the border of pages [start, end) in those of `vms` that have a mirror: 0 or
+    -ENOMEM.
+
+    virt/kvm/guest_memfd.c:kvm_gmem_split_private() of the huge page branch: firmware cannot drop a part of a leaf, and
+    dropping all of it would lose what the guest has there.
+    """
+    state = m.state
+    while vms != U0:
+        vm = trailing_zeros(vms)
+        slot = first_slot(state, vm) if is_mirrored(state, vm) else U0
+        while slot != U0:
+            gfn, last = overlap(state, slot, inode, start, end)
+            if gfn < last:
+                status = split_cross_boundary_leafs(m, state[vm_row(vm) + V_PRIVATE_ROOT], gfn, last)
+                if status != 0:
+                    return status
+            slot = state[slot + M_NEXT]
+        vms &= vms - U1
+    return np.int64(0)
+
+
+kvm_gmem_split_private = full_only(split_of_vms, np.int64(0))  # the fast loops know no mirror
 
 
 @kernel
@@ -207,8 +276,9 @@ def notify_unmap(m, space, inode, start, end):
     """KVM's MMU notifier: the process unmapped pages [start, end), so its VMs drop them from stage 2.
 
     virt/kvm/kvm_main.c:kvm_mmu_notifier_invalidate_range_start(). As captured for a guest_memfd mapped
-    by its VMM: MADV_DONTNEED drops the stage-2 leaves too. The invalidation begins and ends here: nothing runs in
-    between. The pages may reach past the end of the file.
+    by its VMM: MADV_DONTNEED drops the stage-2 leaves too; those of a mirror stay, for private memory is in no
+    process's mapping (kvm_handle_hva_range(): KVM_FILTER_SHARED). The invalidation begins and ends here: nothing runs
+    in between. The pages may reach past the end of the file.
     """
     state = m.state
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
@@ -226,9 +296,9 @@ def notify_unmap(m, space, inode, start, end):
         return
     found = vms_with_leaves(state, node, start, end)
     vms &= found
-    if zap_vms(m, vms, inode, start, end) != 0:
+    if zap_vms(m, vms, inode, start, end, FILTER_SHARED) != 0:
         flush_vms(m)
-    if vms == found and found != U0:
+    if vms == found and found != U0 and not leaves_some(m, vms, FILTER_SHARED):
         forget_few(state, node, start, end)
 
 

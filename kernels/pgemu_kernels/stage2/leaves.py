@@ -16,6 +16,7 @@ from pgemu_kernels.stage2.entries import (
     is_access_allowed,
     is_last_spte,
     is_table,
+    last_spte,
     make_mmio_spte,
     make_spte,
     nx_huge_pages,
@@ -35,14 +36,18 @@ from pgemu_kernels.words.enum_words import (
 )
 from pgemu_kernels.words.operations import ENOMEM, RET_PF_EMULATE, RET_PF_FIXED, RET_PF_SPURIOUS
 from pgemu_kernels.words.registers import R_MARKS_ZAPPED
+from pgemu_kernels.words.rows import (
+    FILTER_PRIVATE,
+    FILTER_SHARED,
+    TABLE_LEAVES,
+    TABLE_MIRROR,
+    TABLE_NX_DISALLOWED,
+    V_PRIVATE_ROOT,
+    V_ROOT,
+)
 from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_MMU_PRESENT
 
 U = np.uint64
-
-# Bit 31 of a table page's count of leaves: made for a fetch under the NX-hugepage mitigation
-# (kvm_mmu_page.nx_huge_page_disallowed), so that no later fault puts a leaf in its place.
-NX_DISALLOWED = U(1 << 31)
-COUNT_BELOW = U(0x7FFF_FFFF)
 
 
 @kernel
@@ -53,6 +58,18 @@ def count_below(leaves, table, n):
 
 
 @kernel
+def leaves_below(m, table):
+    """How many leaves are below a table page."""
+    return U(m.counts[table >> U9]) & TABLE_LEAVES
+
+
+@kernel
+def mark_table(m, table, bits):
+    """Set bits TABLE_* of a table page."""
+    m.counts[table >> U9] = np.uint32(U(m.counts[table >> U9]) | bits)
+
+
+@kernel
 def free_stage2_below(m, f, entry, level):
     """Free the table that `entry` of `level` (2 or 3) points to, and all below it, with their leaves.
 
@@ -60,16 +77,16 @@ def free_stage2_below(m, f, entry, level):
     price of a table freed. The leaves dropped are returned.
     """
     table = table_of(m.state, f, entry)
-    dropped = np.int64(U(m.counts[table >> U9]) & COUNT_BELOW)
+    dropped = np.int64(leaves_below(m, table))
     small = dropped
     if level == U3:
         small = np.int64(0)
         for i in range(table, table + U512):
             below = m.ram[i]
             if is_present(m.state, f, below) and not is_large(m.state, f, below):
-                frame = table_of(m.state, f, below) >> U9
-                small += np.int64(U(m.counts[frame]) & COUNT_BELOW)
-                free_table(m, frame, GAUGE_STAGE2_TABLES)
+                lowest = table_of(m.state, f, below)
+                small += np.int64(leaves_below(m, lowest))
+                free_table(m, lowest >> U9, GAUGE_STAGE2_TABLES)
     change_value(m.stats, GAUGE_STAGE2_LEAVES_4K, -small)
     change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U1, small - dropped)
     free_table(m, table >> U9, GAUGE_STAGE2_TABLES)
@@ -115,6 +132,15 @@ def mark_dropped(m, f, entry):
         mark_accessed(m, (entry & state[f + F_ADDRESS]) >> U12)
 
 
+@kernel
+def inherit_mirror(m, slot, table):
+    """A table below an entry of the mirror is of the mirror: tdp_mmu.c:tdp_mmu_init_child_sp()."""
+    mark_table(m, table, U(m.counts[slot >> U9]) & TABLE_MIRROR)
+
+
+inherit = full_only(inherit_mirror, None)  # the fast loops know no mirror
+
+
 @outlined
 def split_leaf(m, f, slot, level):
     """Replace a leaf of level 2 or 3 by a table of 512 leaves with its flags: the table, or NONE without memory.
@@ -135,6 +161,7 @@ def split_leaf(m, f, slot, level):
     for i in range(U512):
         m.ram[table + i] = child + i * size
     m.counts[table >> U9] = np.uint32(512)
+    inherit(m, slot, table)
     change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, -1)
     change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U2, 512)
     charge_one(m, EVENT_SPTE_SPLIT)
@@ -142,13 +169,29 @@ def split_leaf(m, f, slot, level):
     return table
 
 
-# --------------------------------------------------------------------------- mapping
+@outlined
+def split_boundary(m, root, gfn):
+    """Split the leaf that begins before guest frame `gfn` and ends behind it, until none does: 0 or -ENOMEM.
+
+    mmu.c:kvm_split_cross_boundary_leafs() of the TDX huge page series, one border of a range.
+    """
+    f = stage2_format(m)
+    slot, level, entry = last_spte(m, f, root, gfn)
+    while level > U1 and is_present(m.state, f, entry) and gfn & (pages_of(level) - U1) != U0:
+        if split_leaf(m, f, slot, level) == NONE:
+            return np.int64(-ENOMEM)
+        slot, level, entry = last_spte(m, f, root, gfn)
+    return np.int64(0)
 
 
 @kernel
-def forbid_leaf(m, table):
-    """Mark a table that was made for a fetch under the mitigation."""
-    m.counts[table >> U9] = np.uint32(U(m.counts[table >> U9]) | NX_DISALLOWED)
+def split_cross_boundary_leafs(m, root, gfn, end):
+    """The same at both borders of guest frames [gfn, end)."""
+    status = split_boundary(m, root, gfn)
+    return status if status != 0 else split_boundary(m, root, end)
+
+
+# --------------------------------------------------------------------------- mapping
 
 
 @kernel
@@ -159,7 +202,7 @@ def table_or_split(m, f, slot, level, disallowed):
         return table_of(m.state, f, entry)
     table = split_leaf(m, f, slot, level)
     if disallowed and table != NONE:
-        forbid_leaf(m, table)
+        mark_table(m, table, TABLE_NX_DISALLOWED)
     return table
 
 
@@ -178,22 +221,25 @@ def table_below(m, f, slot, level, disallowed):
     if is_present(m.state, f, m.ram[slot]):
         return present_table(m, f, slot, level, disallowed)
     table = new_table(m, f, slot, GAUGE_STAGE2_TABLES)
-    if disallowed and table != NONE:
-        forbid_leaf(m, table)
+    if table != NONE:
+        inherit(m, slot, table)
+        if disallowed:
+            mark_table(m, table, TABLE_NX_DISALLOWED)
     return table
 
 
 @kernel
 def must_step_down(m, slot, level):
-    """mmu.c:disallowed_hugepage_adjust(): a fetch made the table here, and no large leaf may replace it."""
+    """mmu.c:disallowed_hugepage_adjust(): a fetch made the table here, or it is of the mirror, where nothing is ever
+    promoted (posted: TDX huge pages v3), and no large leaf may replace it."""
     f = stage2_format(m)
     entry = m.ram[slot]
-    if not nx_huge_pages(m.state, f) or not is_table(m.state, f, entry, level):
+    if not is_table(m.state, f, entry, level):
         return False
-    return U(m.counts[table_of(m.state, f, entry) >> U9]) & NX_DISALLOWED != U0
+    return U(m.counts[table_of(m.state, f, entry) >> U9]) & (TABLE_NX_DISALLOWED | TABLE_MIRROR) != U0
 
 
-steps_down = full_only(must_step_down, False)  # the fast loops know no mitigation
+steps_down = full_only(must_step_down, False)  # the fast loops know neither mitigation nor mirror
 
 
 @kernel
@@ -333,7 +379,7 @@ def zap_2m_region(m, f, slot, gfn, end):
         count_beyond(m, U2, gfn, end)
         return np.int64(1)
     table = table_of(m.state, f, entry)
-    if m.counts[table >> U9] == np.uint32(0):
+    if leaves_below(m, table) == U0:
         return np.int64(0)
     return zap_4k_leaves(m, f, table, gfn & U511, (end - U1 & U511) + U1)
 
@@ -351,7 +397,7 @@ def zap_1g_region(m, f, slot, gfn, end):
         return np.int64(1)
     table = table_of(m.state, f, entry)
     # The count below the table spares a rounded zap the walk over 512 empty tables.
-    if m.counts[table >> U9] == np.uint32(0):
+    if leaves_below(m, table) == U0:
         return np.int64(0)
     cleared = np.int64(0)
     while gfn < end:
@@ -380,3 +426,35 @@ def zap_stage2(m, root, gfn, end):
         cleared += zap_1g_region(m, f, table_of(m.state, f, entry) + index_at(gfn, U3), gfn, stop)
         gfn = stop
     return cleared
+
+
+@outlined
+def zap_mirror(m, root, gfn, end):
+    """The same below a mirror root: no leaf may cross the border, split_cross_boundary_leafs() was there."""
+    return np.int64(zap_stage2(m, root, gfn, end))
+
+
+@kernel
+def zap_chosen_roots(m, row, gfn, end, kinds):
+    """zap_roots() of any VM: with one root the filter says nothing."""
+    root = m.state[row + V_ROOT]
+    private = m.state[row + V_PRIVATE_ROOT]
+    if private == root:
+        return zap_stage2(m, root, gfn, end)
+    dropped = np.int64(0)
+    if kinds & FILTER_SHARED != U0:
+        dropped += zap_stage2(m, root, gfn, end)
+    if kinds & FILTER_PRIVATE != U0:
+        dropped += zap_mirror(m, private, gfn, end)
+    return dropped
+
+
+@kernel
+def zap_only_root(m, row, gfn, end, kinds):
+    """The same in the fast loops, which know no VM with two."""
+    return zap_stage2(m, m.state[row + V_ROOT], gfn, end)
+
+
+# Drop the leaves of a VM (`row` of V_*) over guest frames [gfn, end) from the roots that the filter names: how many.
+# arch/x86/kvm/mmu/tdp_mmu.c:kvm_tdp_mmu_unmap_gfn_range(), tdp_mmu.h:kvm_gfn_range_filter_to_root_types()
+zap_roots = full_only(zap_chosen_roots, zap_only_root)

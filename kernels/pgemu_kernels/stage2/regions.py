@@ -12,10 +12,12 @@ import numpy as np
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U4, U6, U9, U18, U63, U511, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import first_slot, inode_row, overlap, vm_row
 from pgemu_kernels.engine.shareability import mask_at
+from pgemu_kernels.stage2.leaves import leaves_below
 from pgemu_kernels.tables.walker import find_leaf, stage2_format, table_of
-from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_NEXT, V_ROOT
+from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_NEXT, V_PRIVATE_ROOT, V_ROOT
 
 U = np.uint64
 _INSIDE_1G = U((1 << 18) - 1)
@@ -127,10 +129,27 @@ def may_have_leaf(m, root, gfn, end):
         if slot != NONE:
             return True
         # A hole in a 4K table: the table's page counts its leaves.
-        if level == U1 and m.counts[last_table(m, f, root, gfn) >> U9] != np.uint32(0):
+        if level == U1 and leaves_below(m, last_table(m, f, root, gfn)) != U0:
             return True
         gfn = (gfn | U511) + U1
     return False
+
+
+@kernel
+def only_root_may(m, row, gfn, end):
+    """Whether the tree of a VM (`row` of V_*) may have leaves over guest frames [gfn, end)."""
+    return may_have_leaf(m, m.state[row + V_ROOT], gfn, end)
+
+
+@kernel
+def either_root_may(m, row, gfn, end):
+    """The same of one that may have two."""
+    root = m.state[row + V_ROOT]
+    private = m.state[row + V_PRIVATE_ROOT]
+    return may_have_leaf(m, root, gfn, end) or (private != root and may_have_leaf(m, private, gfn, end))
+
+
+any_root_may = full_only(either_root_may, only_root_may)
 
 
 @outlined
@@ -140,7 +159,7 @@ def forget_region(m, vm, inode, first):
     slot = first_slot(state, vm)
     while slot != U0:
         gfn, last = overlap(state, slot, inode, first, first + U512)
-        if gfn < last and may_have_leaf(m, state[vm_row(vm) + V_ROOT], gfn, last):
+        if gfn < last and any_root_may(m, vm_row(vm), gfn, last):
             return
         slot = state[slot + M_NEXT]
     state[state[inode_row(inode) + I_REGIONS] + (first >> U9)] &= ~(U1 << vm)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Broken, Defect, Flag, Operation
+from pgemu_kernels.words.properties import VmProperty
 from pgemu_kernels.words.table_words import Edit, LogKind, WalkStage, WalkStatus
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> np.uint64: ...
 
 
-PREFIXES: dict[str, type[IntEnum] | type[Flag] | type[Defect]] = {
+PREFIXES: dict[str, type[IntEnum] | type[Flag] | type[Defect] | type[VmProperty]] = {
     "OP": Operation,
     "FLAG": Flag,
     "DEFECT": Defect,
@@ -30,6 +31,7 @@ PREFIXES: dict[str, type[IntEnum] | type[Flag] | type[Defect]] = {
     "LOG": LogKind,
     "WALK": WalkStatus,
     "STAGE": WalkStage,
+    "VM": VmProperty,
 }
 
 for _prefix, _enum in PREFIXES.items():

@@ -70,9 +70,10 @@ class Event(IntEnum):
     SPTE_SPLIT = 44
     FOLIO_FROZEN = 45
     SPTE_PAGES_BEYOND = 46
+    ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
 
 
-EVENTS = 48  # room in a counter row
+EVENTS = 56  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.

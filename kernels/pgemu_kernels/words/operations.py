@@ -85,11 +85,12 @@ class Operation(IntEnum):
     HOST_FAULT = (
         1, Entry.FAST, By.MAPPING, {"flags": "WRITE, EXEC", "space": "process", "address": "HVA, bytes"},
         {"restructure": (_S.HOST_FAULT, _S.main("mm/memory.c:set_pte_range")),
-         "pfnmap": (_S.INSERT_PFN, _S.Source("mm/memory.c:vmf_insert_pfn under the invalidate_lock", "inference"))},
+         "pfnmap": (_S.INSERT_PFN,
+                    _S.inferred("pfnmap-insert-locked", "mm/memory.c:vmf_insert_pfn under the invalidate_lock"))},
     )
     GUEST_FAULT = (
         2, Entry.FAST, By.SLOT,
-        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say", "vm": "VM",
+        {"flags": "WRITE, EXEC; PRIVATE or SHARED, neither: as the attributes say; ACCEPT_4K", "vm": "VM",
          "address": "GPA, bytes"},
         {"restructure": (_S.GUEST_FAULT, _S.TDP_MAP, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_get_folio", "posted")),
          "pfnmap": (_S.GUEST_FAULT, _S.TDP_MAP,
@@ -98,14 +99,14 @@ class Operation(IntEnum):
     CONVERT = (
         3, Entry.FAST, By.FILE, {"flags": "target: PRIVATE or SHARED", "vm": "VM that asks", **_FILE_RANGE},
         {"restructure": (_S.ATTRIBUTES, _S.SPLIT, _S.MERGE,
-                         _S.Source("order of steps: Ackerley Tng, plan of January 2026", "posted")),
+                         _S.inferred("dec2025-order", "order of steps of the version (--like)")),
          "pfnmap": (_S.Source("conversion only unmaps, no gate", "slides"), _S.UNMAP, _S.ZAP,
-                    _S.Source("order of steps, exact range", "inference"))},
+                    _S.inferred("pfnmap-order", "order of steps, exact range"))},
     )
     PUNCH_HOLE = (
         4, Entry.FAST, By.FILE, _FILE_RANGE,
         {"restructure": (_S.PUNCH, _S.Source("virt/kvm/guest_memfd.c:kvm_gmem_truncate_inode_range", "posted")),
-         "pfnmap": (_S.PUNCH, _S.Source("mm/memory.c:unmap_mapping_pages before truncation", "inference"))},
+         "pfnmap": (_S.PUNCH, _S.inferred("pfnmap-holes-unmap", "mm/memory.c:unmap_mapping_pages before truncation"))},
     )
     ALLOCATE = (
         5, Entry.FULL, By.FILE, _FILE_RANGE,
@@ -314,7 +315,7 @@ class Operation(IntEnum):
     WORK = (
         53, Entry.FULL, By.NEVER, _NOTHING,
         {"restructure": (_S.Source("mm/guestmem_hugetlb.c:guestmem_hugetlb_cleanup_folio", "posted"),
-                         _S.Source("a worker that merges what conversions leave split", "inference")),
+                         _S.inferred("lazy-merge", "a worker that merges what conversions leave split")),
          "pfnmap": (_S.Source("nothing is merged: no work item exists", "slides"),)},
     )
     MEMORY_POLICY = (
@@ -327,7 +328,7 @@ class Operation(IntEnum):
     DIRTY_LOGGING = (
         55, Entry.FULL, By.NEVER, {"flags": "LOG_DIRTY_PAGES or none", "vm": "VM", "address": "GPA of a slot"},
         _S.both(_S.main("arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags"),
-                _S.Source("dirty logging of a guest_memfd slot, which KVM refuses", "inference")),
+                _S.inferred("dirty-log", "dirty logging of a guest_memfd slot, which KVM refuses")),
     )
     # fmt: on
 
@@ -371,6 +372,8 @@ class Flag(IntFlag):
     LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
+    ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
+    COUNTED = 32  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
 
 
@@ -430,6 +433,9 @@ class Defect(IntFlag):
     INSERT_UNLOCKED = 8  # pfnmap: the entry is inserted after the invalidate_lock was released
     PUNCH_KEEPS_ENTRIES = 16  # pfnmap: truncation leaves special entries alone, as it has no folio to find them by
     HUGE_OVER_PRIVATE = 32  # 2022: a shared fault takes its level from the host alone and maps over private 4K pages
+    # Dec 2025: a first use zeroes the folio's first 4K and marks all of it up to date; its merges as MERGE_KEEPS_FLAG
+    UPTODATE_UNZEROED = 1024
+    MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
 
 
 GO = 0  # what a step returns: the next one follows,
@@ -453,3 +459,28 @@ class Broken(IntEnum):
     VMEMMAP = 8  # vmemmap pages do not match the folios' state
     IN_PROGRESS = 9  # an invalidation was begun and never ended
     REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
+    WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
+    PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
+    STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
+    LOST_CONTENTS = 15  # a first use zeroed pages that guest or host had in use
+
+
+BROKEN_RULES = 32  # room in the table of findings
+
+# Defects that explain a rule found broken. ALLOCATION_RACE breaks none: the loser's fault fails.
+RULE_EXPLAINED_BY = {
+    Broken.HOST_PRIVATE: Defect.INSERT_UNLOCKED,
+    Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
+    Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
+    Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
+    Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO,
+    # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the
+    # page that its inode got next.
+    Broken.STALE_CONTENTS: Defect.UPTODATE_UNZEROED
+    | Defect.MERGE_KEEPS_FLAG
+    | Defect.MAPPING_ORDER
+    | Defect.HUGE_OVER_PRIVATE
+    | Defect.PUNCH_KEEPS_ENTRIES
+    | Defect.INSERT_UNLOCKED,
+    Broken.LOST_CONTENTS: Defect.UPTODATE_UNZEROED | Defect.MERGE_KEEPS_FLAG,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pgemu_kernels.words.operations import BROKEN_RULES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import F_WORDS
 
@@ -31,7 +32,7 @@ I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
 I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`, where zeroing goes by page
+I_ZEROED = U(8)  # where its bits begin in `state`: pages of huge pages that were zeroed since they are its own
 I_KIND = U(9)  # INODE_*
 I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
 I_BASE = U(11)  # device: first PFN of the region
@@ -49,6 +50,8 @@ I_ALL_FROM = U(22)  # pages that all of its VMAs show,
 I_ALL_END = U(23)
 I_TOLD = U(24)  # a bit per VM of their processes,
 I_CALLS = U(25)  # and how many notifier calls it is that all of them leave the processes
+I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
+I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
 I_WORDS = 32
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -83,6 +86,10 @@ H_NODE_WORDS = 6
 H_WORDS = 24
 HSTATES = 2  # a third row, with H_PAGES and H_FREE, counts the page allocator's 4K pages where R_ORDER is 0
 FREE_ORDERS = 9  # orders 0 to 8: blocks of order 9 have a bit (N_BLOCKS)
+# A per-CPU list and how many go back at once: mm/page_alloc.c:zone_batchsize(), and the four batches that are the
+# least that zone_set_pageset_high_and_batch() allows (inference: Linux lets it grow with the zone).
+PCP_BATCH = U(63)
+PCP_HIGH = U(4 * 63)
 HSTATES_ADDRESS = 0xFFFF_FFFF_8200_0000  # a model address: where the words of these rows lie in the kernel's image
 
 # nodes: one row per NUMA node
@@ -205,6 +212,7 @@ VM_LOCKED = U(2)
 VM_PFNMAP = U(4)
 VM_NORESERVE = U(8)
 VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
+VM_COUNTED = U(64)  # designs: mapped as merged, by entries of folios, whatever the design is
 VM_ACCOUNT = U(32)  # counted against the commit limit, which is not modelled: VMAs that differ in it do not merge
 PROT_READ = U(1)
 PROT_WRITE = U(2)
@@ -215,7 +223,8 @@ NO_INODE = U(0xFFFFFFFF)  # object of an anonymous mapping
 # counts[frame] of a 4K page of memory: mappings, and
 PAGE_EXCLUSIVE = U(1 << 31)  # PageAnonExclusive: of this mapping alone, it may be written without asking
 PAGE_CACHED = U(1 << 30)  # a page cache holds it
-PAGE_MAPPINGS = U((1 << 30) - 1)
+PAGE_DIRTY = U(1 << 29)  # PG_dirty of a page of guest_memfd: entries made by later faults are dirty, too
+PAGE_MAPPINGS = U((1 << 29) - 1)
 
 # vms
 V_ROOT = U(0)
@@ -225,14 +234,28 @@ V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
-V_PROTECTED = U(7)  # KVM_X86_SW_PROTECTED_VM: deleting a slot drops its leaves only
+V_PROTECTED = U(7)  # 1: the VM has private memory: deleting a slot drops its leaves only
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
 V_UNLOADED = U(12)  # 1: the vCPU has to load a new root before it runs: the tree went with a slot
 V_BIND_INODE = U(13)  # guest_memfd and offset that the next slot takes its private pages from
 V_BIND_OFFSET = U(14)
-V_WORDS = 16
+# By kind (pgemu/machine/vm_kinds.py):
+V_PRIVATE_ROOT = U(16)  # root of private memory: V_ROOT, or that of the mirror (VmProperty.MIRRORED)
+V_PROPERTIES = U(17)  # VmProperty
+V_PRIVATE_LEVEL = U(18)  # of the largest leaf over private memory
+V_WORDS = 32
+
+# counts[frame] of a stage-2 table, beside how many leaves are below: bits of what KVM keeps in kvm_mmu_page
+TABLE_NX_DISALLOWED = U(1 << 31)  # nx_huge_page_disallowed: made for a fetch under the NX-hugepage mitigation
+TABLE_MIRROR = U(1 << 30)  # role.is_mirror: the mirror root, or below it
+TABLE_LEAVES = U((1 << 30) - 1)
+
+# Which roots a zap goes to: enum kvm_gfn_range_filter
+FILTER_SHARED = U(1)
+FILTER_PRIVATE = U(2)
+FILTER_BOTH = U(3)
 
 # memslots
 M_BASE_GFN = U(0)
@@ -304,6 +327,11 @@ O_HOLE_MIDDLE = U(39)  # ... and the entry of the table around it
 O_WORDS = 48
 
 
+# findings, a row for each rule
+FINDING_COUNT = U(0)
+FINDING_INDEX = U(1)
+FINDING_WORDS = 2
+
 # --------------------------------------------------------------------------- where the rows lie
 
 # Everything but `ram` stands in one array each of uint64 (`state`), int64 (`stats`) and uint32 (`counts`):
@@ -327,10 +355,13 @@ STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
 STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
 STATE_SMALL = U(STATE_HSTATES + HSTATES * H_WORDS)
 STATE_FREE_AREAS = U(STATE_SMALL + H_WORDS)  # [node][order]: next, prev of zone->free_area[order].free_list
-STATE_NODES = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)
+STATE_PCP = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)  # [node]: next, prev of a zone's per_cpu_pages list
+STATE_PCP_COUNTS = U(STATE_PCP + NODES * 2)  # [node]: pages in it
+STATE_NODES = U(STATE_PCP_COUNTS + NODES)
 STATE_SUBPOOLS = U(STATE_NODES + NODES * N_WORDS)
 STATE_POISONED = U(STATE_SUBPOOLS + SUBPOOLS * P_WORDS)
 STATE_PINS = U(STATE_POISONED + POISONED)
 STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
 STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
-STATE_SIZE = int(STATE_POLICIES) + POLICIES * MP_WORDS
+STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
+STATE_SIZE = int(STATE_FINDINGS) + BROKEN_RULES * FINDING_WORDS

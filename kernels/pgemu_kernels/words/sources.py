@@ -5,15 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Tag = Literal["main", "next", "posted", "slides", "inference"]
+Tag = Literal["captured", "main", "next", "posted", "slides", "inference"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A function of the kernel, as file:symbol, or a text where there is no function yet."""
+    """A function of the kernel, as file:symbol, or a text where there is no function yet.
+
+    rule: of an inference, its name in pgemu/experiments/inferences.py.
+    """
 
     function: str
     tag: Tag
+    rule: str = ""
+
+
+def inferred(rule: str, function: str) -> Source:
+    """What no source states: the name of the inferred rule, and in words what it says."""
+    return Source(function, "inference", rule)
 
 
 ByDesign = dict[str, tuple[Source, ...]]

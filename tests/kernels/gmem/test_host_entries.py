@@ -157,7 +157,7 @@ def test_the_notifier_is_told_of_all_of_an_entry_that_is_partly_zapped() -> None
 
 
 def test_holes_and_cuts_drop_large_entries() -> None:
-    s = Scene(blocks=4)
+    s = Scene(blocks=4, punch="zero")
     for i in range(4):
         assert s.touch(VA + i * M2) == 2
     assert s.gmem.punch_hole(0, M2).status == 0  # the whole page: freed

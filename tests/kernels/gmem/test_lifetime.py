@@ -410,7 +410,7 @@ def test_release_of_what_is_not_there() -> None:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_release_against_a_fault_and_a_conversion(design: str) -> None:
     """A fault that has its frame retries and then finds no file; a release waits for a conversion's lock."""
-    scene = Scene(design, punch="refuse")
+    scene = Scene(design, order="jan2026")
     machine = scene.machine
     assert scene.gmem.allocate(0, M2).status == 0
     machine.begin(1, Operation.GUEST_FAULT, vm=scene.vm.vm, address=0)

@@ -1,7 +1,8 @@
 """A design of one row: existing properties and steps, combined anew.
 
 "frames" enters frames, as pfnmap does, but under a VMA that is not VM_PFNMAP, so that MADV_DONTNEED works; it
-invalidates and zaps whole huge pages, and a hole leaves it to truncation to unmap, which finds no special entry.
+invalidates whole huge pages, here with a zap of all of them, and a hole leaves it to truncation to unmap, which finds
+no special entry.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scene(**parameters: Any) -> tuple[Machine, Any, Any, Any]:
     """Two pages of 2M, all shared, mapped and bound, both used by host and guest."""
-    machine = Machine(Config(FRAMES, pool=2 * M2, page_size=M2, **parameters))
+    machine = Machine(Config(FRAMES, pool=2 * M2, page_size=M2, zap="rounded", **parameters))
     gmem = machine.create_guest_memfd(2 * M2, shared=True)
     process = machine.create_process()
     vm = machine.create_vm(process, protected=True)

@@ -126,32 +126,30 @@ def test_restructure() -> None:
     touch_everything(machine, vm)
     split_block_0(machine, gmem, vm)
 
-    # Back: merged, 4095 vmemmap pages freed. The zap is rounded to the 1G block, and as both kinds share
-    # the root it drops all 262,144 leaves; their tables stay.
+    # Back: merged, 4095 vmemmap pages freed. The zap is of X; the other leaves stay, smaller than the merged folio.
     assert gmem.convert(X, 4096, shared=False).status == 0
     assert not gmem.is_split(X)
     assert vmemmap(machine) == OPTIMISED
     assert machine.statistics.event(Event.FOLIO_MERGED) == 1
-    assert leaves(machine) == (0, 0, 1)
-    assert tables(machine) == 513
-    # So the first touch of any page gives 1G and frees the tables.
-    assert vm.touch(OTHER) == (W.RET_PF_FIXED, 3)
+    assert leaves(machine) == (262_143, 0, 1)
+    assert vm.touch(OTHER) == (W.RET_PF_SPURIOUS, 1)
+    assert vm.touch(X) == (W.RET_PF_FIXED, 3)
     assert leaves(machine) == (0, 0, 2)
     assert tables(machine) == 0
     assert machine.check() == 0
 
 
-def test_restructure_when_the_zap_keeps_private_leaves() -> None:
-    machine, gmem, vm = make("restructure", rounded_zap_drops_both_kinds=False)
+def test_restructure_when_the_zap_is_rounded() -> None:
+    machine, gmem, vm = make("restructure", zap="rounded")
     touch_everything(machine, vm)
     split_block_0(machine, gmem, vm)
 
-    # Only the shared kind is dropped, which is X's leaf; the others stay, smaller than the merged folio.
+    # Rounded to the 1G block, and as both kinds share the root it drops all 262,144 leaves; their tables stay.
     assert gmem.convert(X, 4096, shared=False).status == 0
-    assert vmemmap(machine) == OPTIMISED
-    assert leaves(machine) == (262_143, 0, 1)
-    assert vm.touch(OTHER) == (W.RET_PF_SPURIOUS, 1)
-    assert vm.touch(X) == (W.RET_PF_FIXED, 3)
+    assert leaves(machine) == (0, 0, 1)
+    assert tables(machine) == 513
+    # So the first touch of any page gives 1G and frees the tables.
+    assert vm.touch(OTHER) == (W.RET_PF_FIXED, 3)
     assert leaves(machine) == (0, 0, 2)
     assert tables(machine) == 0
     assert machine.check() == 0

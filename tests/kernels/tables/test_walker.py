@@ -42,28 +42,37 @@ def bits(walk: list[tuple[int, int, int]]) -> list[int]:
 # --------------------------------------------------------------------------- entries of a process
 
 
-@pytest.mark.parametrize(("design", "read_only", "leaf"), [
-    ("restructure", False, 0x8000_0000_0000_0867),
-    ("restructure", True, 0x8000_0000_0000_0025),
-    ("pfnmap", False, 0x8000_0000_0000_0227),
-    ("pfnmap", True, 0x8000_0000_0000_0225),
+@pytest.mark.parametrize(("design", "read_only", "write", "leaf"), [
+    ("restructure", False, False, 0x8000_0000_0000_0027),
+    ("restructure", False, True, 0x8000_0000_0000_0867),
+    ("restructure", True, False, 0x8000_0000_0000_0025),
+    ("pfnmap", False, False, 0x8000_0000_0000_0227),
+    ("pfnmap", False, True, 0x8000_0000_0000_0267),
+    ("pfnmap", True, False, 0x8000_0000_0000_0225),
 ])  # fmt: skip
-def test_host_entries(design: str, read_only: bool, leaf: int) -> None:
+def test_host_entries(design: str, read_only: bool, write: bool, leaf: int) -> None:
     _, gmem, process, _ = make(design, shared=True)
     process.mmap(gmem, VA, read_only=read_only)
-    process.touch(VA + 3 * PAGE)
+    process.touch(VA + 3 * PAGE, write=write)
     walk = process.walk(VA + 3 * PAGE)
     assert bits(walk) == [0x67, 0x67, 0x67, leaf]
     assert (walk[-1][2] & FRAME) >> 12 == gmem.pfn(3 * PAGE)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_a_write_fault_leaves_the_same_host_entry_as_a_read(design: str) -> None:
+@pytest.mark.parametrize(("design", "clean", "dirty", "written"), [
+    ("restructure", 0x027, 0x067, 0x867), ("pfnmap", 0x227, 0x267, 0x227),
+])  # fmt: skip
+def test_what_was_read_becomes_dirty_by_a_write_and_its_folio_by_losing_the_entry(
+    design: str, clean: int, dirty: int, written: int
+) -> None:
     _, gmem, process, _ = make(design, shared=True)
     process.mmap(gmem, VA)
+    for write, bits_ in ((False, clean), (True, dirty), (False, dirty)):
+        process.touch(VA, write=write)
+        assert process.walk(VA)[-1][2] & 0xFFF == bits_
+    process.zap(VA, PAGE)
     process.touch(VA)
-    process.touch(VA + PAGE, write=True)
-    assert bits(process.walk(VA)) == bits(process.walk(VA + PAGE))
+    assert process.walk(VA)[-1][2] & 0xFFF == written
 
 
 # --------------------------------------------------------------------------- entries of stage 2

@@ -1,0 +1,151 @@
+"""Which pages of an inode's huge pages were zeroed since they are its own: a bit per page.
+
+A huge page comes from the pool with what its last owner left in it, and so it does at boot: HugeTLB clears pages when
+they are used, not when they are freed (mm/hugetlb.c:free_huge_folio()). PG_uptodate is what a folio says about all of
+its pages; these bits are what happened. Where they differ, a defect is at work (rules/contents.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import U0, U1, U6, U63, U64, population
+from pgemu_kernels.engine.charge import charge
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import drop_contents
+from pgemu_kernels.engine.properties import splits_folios
+from pgemu_kernels.engine.rows import memslot_row
+from pgemu_kernels.engine.shareability import mask_at
+from pgemu_kernels.words.enum_words import (
+    DEFECT_MERGE_KEEPS_FLAG,
+    DEFECT_UPTODATE_UNZEROED,
+    EVENT_PAGE_ZEROED,
+    EVENT_ZEROED_UNREACHED,
+    GAUGE_CONTENT_FRAMES,
+)
+from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.registers import R_DEFECTS, R_MEMSLOTS, R_ORDER, R_ZERO_PAGE
+from pgemu_kernels.words.rows import M_INODE, M_LIVE, M_PAGES, M_PGOFF
+
+U = np.uint64
+
+# --------------------------------------------------------------------------- flags that lie
+
+
+@kernel
+def keeps_flag(m):
+    """Whether a merged folio has the flag that its first page had."""
+    return (
+        m.state[R_DEFECTS] & (DEFECT_UPTODATE_UNZEROED | DEFECT_MERGE_KEEPS_FLAG) != U0
+        and splits_folios(m)
+        and m.state[R_ORDER] != U0
+    )
+
+
+@kernel
+def knows_flags_only(m):
+    """Whether PG_uptodate is all that is known, so that a folio without it counts as never zeroed."""
+    return keeps_flag(m) and (m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 or m.state[R_ZERO_PAGE] == U0)
+
+
+# --------------------------------------------------------------------------- bits
+
+
+@kernel
+def all_zeroed(m, word, first, end):
+    """Whether all pages [first, end) of an inode are zeroed; `word`: where its bits begin. Looks from the end on."""
+    at = end
+    while at > first:
+        low = max(first, (at - U1) & ~U63)
+        mask = mask_at(low, at)
+        if m.state[word + (low >> U6)] & mask != mask:
+            return False
+        at = low
+    return True
+
+
+@outlined
+def zeroed_in(m, word, first, end):
+    """How many of pages [first, end) are zeroed."""
+    found = U0
+    index = first
+    while index < end:
+        found += population(m.state[word + (index >> U6)] & mask_at(index, end))
+        index = (index | U63) + U1
+    return found
+
+
+@outlined
+def note_zeroed(m, word, first, end):
+    """Pages [first, end) were zeroed."""
+    index = first
+    while index < end:
+        m.state[word + (index >> U6)] |= mask_at(index, end)
+        index = (index | U63) + U1
+
+
+@outlined
+def drop_each(m, missing, pfn):
+    """Zero the guest frames of a word's pages whose bit is set; `pfn`: frame of its first page."""
+    if m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U(2)] != 0:
+        for i in range(U64):
+            if missing >> i & U1 != U0:
+                drop_contents(m, pfn + i, U1)
+
+
+@outlined
+def zero_pages(m, word, first, end, pfn):
+    """Zero those of pages [first, end) of an inode that never were, 4K at a time; `pfn`: frame of `first`."""
+    state = m.state
+    zeroed = U0
+    index = first
+    while index < end:
+        at = word + (index >> U6)
+        missing = mask_at(index, end) & ~state[at]
+        if missing != U0:
+            state[at] |= missing
+            zeroed += population(missing)
+            drop_each(m, missing, pfn + (index & ~U63) - first)
+        index = (index | U63) + U1
+    if zeroed != U0:
+        charge(m, EVENT_PAGE_ZEROED, np.int64(zeroed))
+
+
+# --------------------------------------------------------------------------- reach
+
+
+@outlined
+def slots_from(m, inode, at, end):
+    """(up to where memory slots of an inode reach from page `at` on, `at` if none does; where the next slot begins)."""
+    state = m.state
+    reach = at
+    following = end
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
+            low = state[slot + M_PGOFF]
+            high = low + state[slot + M_PAGES]
+            if low <= at < high:
+                reach = max(reach, high)
+            elif at < low < following:
+                following = low
+    return min(reach, end), following
+
+
+@outlined
+def charge_unreached(m, inode, word, first, end):
+    """Pages [first, end) are about to be zeroed, those that never were: count the ones that no memory slot reaches.
+
+    Slots as they are now: memory that a slot reaches later only was zeroed for nobody yet.
+    """
+    unreached = U0
+    at = first
+    while at < end:
+        reach, following = slots_from(m, inode, at, end)
+        if reach == at:
+            unreached += following - at - zeroed_in(m, word, at, following)
+            at = following
+        else:
+            at = reach
+    if unreached != U0:
+        charge(m, EVENT_ZEROED_UNREACHED, np.int64(unreached))

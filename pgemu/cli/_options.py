@@ -1,0 +1,166 @@
+"""What several commands take: sizes, slots, progress, and the options that are fields of a machine."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "size")
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_LARGEST = 1 << 52  # physical addresses of x86-64
+_PROGRESS_AFTER = 1.0  # seconds
+
+
+def size(text: str) -> int:
+    """Return bytes: "16G", "512MiB", "4096", "0x100000". click.BadParameter for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    value = int(match[1], 0 if match[1].lower().startswith("0x") else 10) * _UNITS[match[2].lower()] if match else -1
+    if not 0 <= value <= _LARGEST:
+        raise click.BadParameter(f"{text!r}: expected a size or an address like 16G, 512M or 0x80000000")
+    return value
+
+
+def memslot(text: str) -> tuple[int, int, int | None]:
+    """Return GPA, size and offset (None: wherever it fits) of "0x0:512M" or "4G:1G:1G".
+
+    :raises click.BadParameter: anything else, or what is no multiple of 4096
+    """
+    numbers = [size(part) for part in text.split(":")]
+    if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
+        raise click.BadParameter(f"{text!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K")
+    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+
+
+def check(text: str) -> Literal["end", "every"] | int:
+    """Return "end", "every" or a positive number. click.BadParameter for anything else."""
+    if text == "end":
+        return "end"
+    if text == "every":
+        return "every"
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise click.BadParameter(f"{text!r}: expected end, every, or a number of operations")
+    return int(text)
+
+
+class Bar:
+    """A progress bar on stderr: only on a terminal, and only once a second has gone by."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._shown = sys.stderr.isatty()
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show how much of something is done."""
+        if not self._shown or time.monotonic() - self._began < _PROGRESS_AFTER:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done)
+
+
+# --------------------------------------------------------------------------- fields of a machine
+
+# The names of pgemu.machine.config.DEFECTS, which would have to import numpy.
+_DEFECTS = (
+    "allocation-race", "huge-over-private", "insert-unlocked", "mapping-order", "merge-keeps-flag",
+    "punch-keeps-entries", "rollback-at-zero", "uptodate-unzeroed",
+)  # fmt: skip
+_OF_VERSION = "  [default: the version's]"
+
+
+def _choice(name: str, choices: str, text: str) -> Any:
+    return click.option(f"--{name}", type=click.Choice(choices.split("|")), help=text)
+
+
+_OPTIONS = (
+    _choice("kernel", "6.12|6.18|7.3", f"Linux whose entries and struct pages are written.{_OF_VERSION}"),
+    _choice("stage2", "ept|npt", "Stage-2 format.  [default: the trace's, or npt]"),
+    click.option("--hvo/--no-hvo", default=None, help="Optimise the vmemmap of HugeTLB pages.  [default: hvo]"),
+    click.option(
+        "--vcpus",
+        type=click.IntRange(1, 4096),
+        metavar="N",
+        help="CPUs of the VM, for the price of flushes.  [default: the trace's, or 1]",
+    ),
+    click.option(
+        "--host-cpus",
+        type=click.IntRange(1, 8192),
+        metavar="N",
+        help="CPUs of the host, for the price of flushes.  [default: those of the profile's machine; published: 1]",
+    ),
+    click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        default="published",
+        show_default=True,
+        help="Prices: published, those of one machine (e7-8895, epyc-252vcpu, guest-2vcpu), or a TOML file, such as "
+        "`pgemu calibrate` writes.",
+    ),
+    _choice("order", "rfc2|fixup|jan2026|next4k", f"Order of steps of restructure's conversion.{_OF_VERSION}"),
+    _choice(
+        "batch", "range|block", f"Convert all of a range or nothing, or one huge page after the other.{_OF_VERSION}"
+    ),
+    _choice("split-form", "rfc2|jan2026", f"Split and merge page by page, or in place.{_OF_VERSION}"),
+    _choice("split-to", "4K|2M", "What a 1G folio is split to; 2M: only touched 2M folios further, to 4K (what-if)."),
+    _choice("merge", "now|lazy", "Merge at the end of a conversion to private, or leave it to the worker (what-if)."),
+    _choice("flush", "each|batched", "Flush as posted, or once per process, VM and kernel in a conversion (what-if)."),
+    _choice("zap", "exact|rounded", "Drop the leaves of a conversion's range, or of its huge pages (what-if)."),
+    _choice("invalidate", "rounded|exact", "Begin and end invalidations over huge pages, or over the range."),
+    _choice("zero", "folio|page", "What a first use zeroes, in both designs.  [default: the version's; pfnmap: page]"),
+    _choice("merge-zero", "none|unzeroed", "What a merge zeroes: nothing, or pages that never were."),
+    _choice("punch", "zero|refuse", f"Holes below a huge page: zeroed, or -EINVAL.{_OF_VERSION}"),
+    _choice("level-rule", "uniform|whole|private", "How large pfnmap maps guests: see Config.level_rule."),
+    click.option("--host-huge", is_flag=True, default=None, help="pfnmap: also map 2M and 1G pages into processes."),
+    _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
+    click.option(
+        "--lru-cache", is_flag=True, default=None, help="4K folios wait in LRU batches, which hold references."
+    ),
+    click.option(
+        "--defect",
+        "defects",
+        type=click.Choice(_DEFECTS),
+        multiple=True,
+        help="A mistake of posted code that the machines have; may be repeated.",
+    ),
+)
+
+FIELDS = (
+    "kernel", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch", "split_form", "split_to", "merge",
+    "flush", "zap", "invalidate", "zero", "merge_zero", "punch", "level_rule", "host_huge", "worker", "lru_cache",
+)  # fmt: skip
+"""Fields of Config that the options give as they are; None is what the version or the trace says."""
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that are fields of a machine."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

@@ -1,0 +1,247 @@
+"""Rules that no source states, in one place: what is done, from what that follows, and what else could be.
+
+A comparison is repeated under each alternative, to see which of its answers rest on a rule (sensitivity.py). A rule
+without alternatives is one that a replay cannot show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import PAGE_4K, Operation
+
+if TYPE_CHECKING:
+    from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.machine.presets import Versions
+
+__all__ = ("INFERENCES", "Alternative", "Inference")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What a rule could be otherwise.
+
+    Attributes:
+        label: in a word, as the command line has it
+        fields: fields of Config that it changes
+        designs: whose machines
+        versions: fields of Versions that it changes
+        trace: parameters of the workload
+    """
+
+    label: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    designs: tuple[str, ...] = ("restructure", "pfnmap")
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    trace: Mapping[str, float] = field(default_factory=dict)
+
+    def changed(self, versions: Versions) -> Versions:
+        """The versions under it."""
+        return replace(versions, **self.versions)
+
+
+_Touches = Callable[["Comparison"], str]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A rule that no source states.
+
+    Attributes:
+        text: what is done
+        source: from what it follows
+        alternatives: what else could be; those that are what is done are left out of a comparison
+        untouched: why a comparison cannot depend on it, "" where it may
+    """
+
+    text: str
+    source: str
+    alternatives: tuple[Alternative, ...] = ()
+    untouched: _Touches = lambda _: ""
+
+
+def _run(comparison: Comparison, design: str) -> DesignRun | None:
+    return next((run for run in comparison.runs if run.design == design), None)
+
+
+def _has(comparison: Comparison, op: Operation) -> bool:
+    return any(run.operation(op) for run in comparison.runs)
+
+
+def _not_replayed(_: Comparison) -> str:
+    return "a replay does not interleave: nobody comes between its steps"
+
+
+def _only_statement(_: Comparison) -> str:
+    return "a statement about the design, which no count depends on"
+
+
+def _without(op: Operation, what: str) -> _Touches:
+    return lambda comparison: "" if _has(comparison, op) else f"the trace has no {what}"
+
+
+def _no_hole(comparison: Comparison) -> str:
+    """Whether a hole was made: one that is refused leaves everything as it was."""
+    made = any(found.outcomes.get("ok") for run in comparison.runs if (found := run.operation(Operation.PUNCH_HOLE)))
+    return "" if made else "no hole is made"
+
+
+def _merges(comparison: Comparison) -> str:
+    run = _run(comparison, "restructure")
+    return "" if run and run.statistics.event(Event.FOLIO_MERGED) else "nothing is merged"
+
+
+def _fails_without_memory(comparison: Comparison) -> str:
+    """Orders do the same steps: they differ in what a failed conversion leaves, and in what others see meanwhile."""
+    run = _run(comparison, "restructure")
+    found = run.operation(Operation.CONVERT) if run else None
+    failed = found and any(name.startswith("-") and name not in ("-EINVAL", "-ENOTTY") for name in found.outcomes)
+    return "" if failed else "no conversion fails on the way, and orders differ in what a failure leaves"
+
+
+def _host_maps_large(comparison: Comparison) -> str:
+    """Whether a host fault finds a block of 2M that is all shared: only there could a larger entry be."""
+    lowered = comparison.lowered
+    records, order = lowered.records, 9
+    if not (records.op == Operation.HOST_FAULT).any():
+        return "the host maps nothing"
+    if lowered.init == "shared":
+        return ""
+    import numpy as np
+
+    shared = np.zeros(lowered.layout.inode_size // PAGE_4K, bool)
+    blocks = len(shared) >> order
+    wanted = np.flatnonzero((records.op == Operation.CONVERT) | (records.op == Operation.HOST_FAULT))
+    from pgemu_kernels.words.operations import Flag
+
+    for i in wanted.tolist():
+        if records.op[i] == Operation.CONVERT:
+            first = int(records.offset[i]) // PAGE_4K
+            shared[first : first + int(records.length[i]) // PAGE_4K] = bool(int(records.flags[i]) & Flag.SHARED)
+        elif shared[: blocks << order].reshape(blocks, -1).all(axis=1).any():
+            return ""
+    return "no 2M block is all shared when the host maps memory"
+
+
+_LARGE = (Alternative("huge", {"host_huge": True}, ("pfnmap",)),)
+
+INFERENCES: Mapping[str, Inference] = MappingProxyType(
+    {
+        "zap": Inference(
+            "a conversion drops the stage-2 leaves of exactly its range",
+            "every posted and public version; that a later one rounds out is a what-if",
+            (Alternative("rounded", {"zap": "rounded"}, ("restructure",)),),
+            _without(Operation.CONVERT, "conversion"),
+        ),
+        "invalidate": Inference(
+            "begin and end of an invalidation are rounded out to huge pages",
+            "RFC v2 and the branch of December 2025; linux-next has no huge pages",
+            (Alternative("exact", {"invalidate": "exact"}, ("restructure",)),),
+            _not_replayed,
+        ),
+        "zero": Inference(
+            "what restructure zeroes at first use: as the version does",
+            "rfc2: the whole folio; dec2025: 4K of it, and all counts as up to date (uptodate-unzeroed)",
+            (
+                Alternative("folio", {"zero": "folio"}, ("restructure",)),
+                Alternative("page", {"zero": "page"}, ("restructure",)),
+            ),
+        ),
+        "merge-zero": Inference(
+            "a merge zeroes nothing",
+            "no version says what happens to pages that were never zeroed",
+            (Alternative("unzeroed", {"merge_zero": "unzeroed"}, ("restructure",)),),
+            _merges,
+        ),
+        "pfnmap-zeroing": Inference(
+            "pfnmap zeroes page by page",
+            "PG_uptodate is one bit, and the folio stays whole for ever",
+            (Alternative("folio", {"zero": "folio"}, ("pfnmap",)),),
+        ),
+        "pfnmap-level": Inference(
+            "pfnmap maps the guest at the largest level whose block is all private or all shared",
+            "slides: the level follows from shareability, clamped as the rest of KVM does",
+            (
+                Alternative("whole", {"level_rule": "whole"}, ("pfnmap",)),
+                Alternative("private", {"level_rule": "private"}, ("pfnmap",)),
+            ),
+        ),
+        "host-huge": Inference(
+            "pfnmap maps processes by 4K only",
+            "the change that was tested inserts by vmf_insert_pfn()",
+            _LARGE,
+            _host_maps_large,
+        ),
+        "dec2025-order": Inference(
+            "order of steps of dec2025: zap, end, restructure, store",
+            "read in a tree that carries the branch and adds splits of leaves; the branch alone was not read",
+            (
+                Alternative("jan2026", {"order": "jan2026"}, ("restructure",)),
+                Alternative("rfc2", {"order": "rfc2"}, ("restructure",)),
+            ),
+            _fails_without_memory,
+        ),
+        "pfnmap-order": Inference(
+            "pfnmap converts its range at once: unmap, begin, zap, store, end",
+            "the steps of linux-next without the gate",
+            (Alternative("block", {"batch": "block"}, ("pfnmap",)),),
+            _without(Operation.CONVERT, "conversion"),
+        ),
+        "pfnmap-insert-locked": Inference(
+            "pfnmap inserts entries under the invalidate_lock",
+            "no reference protects a fault under way; the slides' change does not",
+            (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
+            _not_replayed,
+        ),
+        "pfnmap-holes-unmap": Inference(
+            "pfnmap unmaps a hole's range before it truncates",
+            "truncation finds no special entry; the slides' change leaves them",
+            (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
+            _no_hole,
+        ),
+        "holes": Inference(
+            "holes smaller than a huge page: as the version of restructure does, in both designs",
+            "rfc2 zeroes parts of huge pages, dec2025 refuses them (-EINVAL); of pfnmap nobody has said",
+            (
+                Alternative("zero", {"punch": "zero"}),
+                Alternative("refuse", {"punch": "refuse"}),
+            ),
+            _without(Operation.PUNCH_HOLE, "hole"),
+        ),
+        "kernel": Inference(
+            "the kernel of a version: the release before it, 6.18, or for next 7.3",
+            "their bases are between releases",
+            (Alternative("7.3", {"kernel": "7.3"}), Alternative("6.18", {"kernel": "6.18"})),
+        ),
+        "overlap": Inference(
+            "flips of the workload do not overlap with a page that stays shared",
+            "the published counters have no times",
+            (Alternative("1", trace={"overlap": 1.0}),),
+            lambda comparison: "" if comparison.lowered.again else "no workload with that parameter",
+        ),
+        "slot-reach": Inference(
+            "zeroing of memory that no slot reaches is charged to no design",
+            "a guest_memfd is as large as its huge pages, the VM's memory may be smaller",
+            (Alternative("charged"),),
+        ),
+        "recorded-levels": Inference(
+            "a guest touches again what it lost as often as the log shows",
+            "a VM with larger leaves faulted less than the design would have",
+            (Alternative("all touched"),),
+            lambda comparison: "" if not comparison.lowered.source.startswith("workload:") else "not a recorded VM",
+        ),
+        "lazy-merge": Inference(
+            "what became all private is merged by the conversion itself",
+            "every posted version; a worker is a what-if",
+            (Alternative("lazy", {"merge": "lazy"}, ("restructure",)),),
+            lambda comparison: "a what-if that no version has",
+        ),
+        "dirty-log": Inference("slots of guest_memfd log no dirty pages", "KVM refuses it", (), _only_statement),
+        "own-design": Inference("a design of a row has what its properties say", "the row", (), _only_statement),
+    }
+)
+"""By name, as the report and Source.rule have it."""

@@ -1,0 +1,186 @@
+"""Repeat a comparison under the alternatives of the inferred rules, to see which of its answers rest on them.
+
+Each rule is varied alone; pairs only among those that turned an answer. What provably touches no record is not
+repeated, and only the machines concerned are: a design's run under a configuration that it had already is that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
+
+from pgemu.errors import InputError
+from pgemu.experiments.compare import configuration, run
+from pgemu.experiments.inferences import INFERENCES, Alternative
+from pgemu.experiments.verdict import Measure, measure
+
+if TYPE_CHECKING:
+    from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.machine.config import Config
+    from pgemu.trace.lowered import Lowered
+
+__all__ = ("Sensitivity", "Trial", "sensitivity")
+
+_WORKERS = 2
+
+
+class Trial(NamedTuple):
+    """What a comparison answers under an alternative.
+
+    Attributes:
+        rule: the inferred rule, or several joined by " and "
+        label: the alternative
+        removes: the defect that the machines do not have under it, or ""
+        measures: the answers, by question
+        runs: the machines
+    """
+
+    rule: str
+    label: str
+    removes: str
+    measures: dict[str, Measure]
+    runs: tuple[DesignRun, DesignRun]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every alternative that was tried.
+
+    Attributes:
+        trials: in the order of the rules
+        untouched: why a rule was not varied, by its name
+        complete: False where it was interrupted
+    """
+
+    trials: tuple[Trial, ...]
+    untouched: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
+
+
+def _done(result: DesignRun) -> Future[DesignRun]:
+    future: Future[DesignRun] = Future()
+    future.set_result(result)
+    return future
+
+
+class _Runs:
+    """Runs of machines, each configuration and trace once."""
+
+    def __init__(self, comparison: Comparison, pool: ThreadPoolExecutor) -> None:
+        self._comparison = comparison
+        self._pool = pool
+        self._known: dict[tuple[int, Config], Future[DesignRun]] = {}
+        self._traces: dict[tuple[tuple[str, float], ...], Lowered] = {(): comparison.lowered}
+        for known in comparison.runs:
+            self._known[id(comparison.lowered), known.config] = _done(known)
+        self._full = any(known.config.full for known in comparison.runs)
+
+    def trace(self, parameters: dict[str, float]) -> Lowered:
+        """The trace with other parameters."""
+        key = tuple(sorted(parameters.items()))
+        if key not in self._traces:
+            assert self._comparison.lowered.again is not None
+            self._traces[key] = self._comparison.lowered.again(**parameters)
+        return self._traces[key]
+
+    def start(self, alternatives: tuple[Alternative, ...]) -> list[Future[DesignRun]]:
+        """Start what alternatives ask of the first two designs."""
+        comparison = self._comparison
+        changed: dict[str, float] = {}
+        for alternative in alternatives:
+            changed |= alternative.trace
+        lowered = self.trace(changed)
+        return [self._start(lowered, known, alternatives) for known in comparison.runs[:2]]
+
+    def _start(self, lowered: Lowered, known: DesignRun, alternatives: tuple[Alternative, ...]) -> Future[DesignRun]:
+        comparison = self._comparison
+        versions, given = comparison.versions, dict(comparison.given)
+        for alternative in alternatives:
+            if known.design in alternative.designs:
+                versions = alternative.changed(versions)
+                given |= alternative.fields
+        config = configuration(lowered, known.design, versions, given)
+        key = id(lowered), config
+        if key not in self._known and config.full and not self._full:
+            # The first run of such a machine compiles what runs it: that is not for two threads at once.
+            self._known[key] = _done(run(lowered, config, versions))
+            self._full = True
+        elif key not in self._known:
+            self._known[key] = self._pool.submit(run, lowered, config, versions)
+        return self._known[key]
+
+
+def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None] | None = None) -> Sensitivity:
+    """Repeat the comparison of the first two designs under every alternative that can touch it.
+
+    :param progress: called with the rule, the alternatives tried, and all of them
+    """
+    untouched = {name: rule.untouched(comparison) for name, rule in INFERENCES.items()}
+    untouched = {name: why for name, why in untouched.items() if why}
+    singles = [
+        (name, alternative)
+        for name, rule in INFERENCES.items()
+        if name not in untouched
+        for alternative in rule.alternatives
+    ]
+    trials: list[Trial] = []
+    pool = ThreadPoolExecutor(_WORKERS)
+    try:
+        runs = _Runs(comparison, pool)
+        trials += _tried(comparison, runs, [((name,), (one,)) for name, one in singles], progress)
+        pairs = [
+            ((a, b), (one, other))
+            for (a, one), (b, other) in combinations(_turning(comparison, singles, trials), 2)
+            if a != b
+        ]
+        trials += _tried(comparison, runs, pairs, progress)
+    except KeyboardInterrupt:
+        return Sensitivity(tuple(trials), untouched, complete=False)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return Sensitivity(tuple(trials), untouched)
+
+
+def _turning(
+    comparison: Comparison, singles: list[tuple[str, Alternative]], trials: list[Trial]
+) -> list[tuple[str, Alternative]]:
+    """The alternatives that turned an answer."""
+    first, second = comparison.runs[:2]
+    base = measure(first, second)
+    turned = {
+        (trial.rule, trial.label)
+        for trial in trials
+        if any(trial.measures[key].better != found.better for key, found in base.items())
+    }
+    return [(name, one) for name, one in singles if (name, one.label) in turned]
+
+
+def _tried(
+    comparison: Comparison,
+    runs: _Runs,
+    wanted: Sequence[tuple[tuple[str, ...], tuple[Alternative, ...]]],
+    progress: Callable[[str, int, int], None] | None,
+) -> Iterator[Trial]:
+    started: list[tuple[str, str, list[Future[DesignRun]]]] = []
+    for names, alternatives in wanted:
+        label = " and ".join(alternative.label for alternative in alternatives)
+        try:
+            started.append((" and ".join(names), label, runs.start(alternatives)))
+        except InputError:  # two alternatives that exclude each other
+            continue
+    base = tuple(comparison.runs[:2])
+    for done, (rule, label, futures) in enumerate(started):
+        first, second = (future.result() for future in futures)
+        if progress:
+            progress(rule, done + 1, len(started))
+        if first is not base[0] or second is not base[1]:
+            yield Trial(rule, label, _removed(base, (first, second)), measure(first, second), (first, second))
+
+
+def _removed(base: tuple[DesignRun, ...], runs: tuple[DesignRun, DesignRun]) -> str:
+    """The defect that machines had and have no longer."""
+    gone = {name for old, new in zip(base, runs, strict=True) for name in {*old.config.defects} - {*new.config.defects}}
+    return ", ".join(sorted(gone))

@@ -1,0 +1,175 @@
+"""What a comparison answers: one line per question, which design, by how much, and on what it rests.
+
+A line is decided by counts under rules that have a source, or it names the inferred rule that it rests on (it was
+repeated under the rule's alternatives), or the defect without which it would not be, or it is undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pgemu.cost.difference import Difference, difference
+from pgemu_kernels.words.events import Gauge
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
+
+if TYPE_CHECKING:
+    from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.experiments.sensitivity import Sensitivity, Trial
+
+__all__ = ("QUESTIONS", "Basis", "Line", "Measure", "broken", "mapped", "measure", "paired", "refused", "verdict")
+
+Band = tuple[float, float]
+Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even"]
+
+_XARRAY_NODE = 576
+_ALIKE = 1e-3  # shares nearer than this are the same
+
+
+class Measure(NamedTuple):
+    """The answer to one question on two machines.
+
+    better: the index of the run that is better; -1: they are alike; None: the bands of the estimate overlap.
+    first, second: the two values, and `difference`: second less first. Bands where `unit` is "ns".
+    unit: "ns", "bytes", "count" or "share".
+    """
+
+    better: int | None
+    first: float | Band
+    second: float | Band
+    difference: float | Band
+    unit: str
+
+
+class Basis(NamedTuple):
+    """On what a line rests.
+
+    kind: see the module. rules: of "inference", the rules that turn it, each with the alternative and what it is
+    then; of "defect" its name.
+    """
+
+    kind: Kind
+    rules: tuple[tuple[str, str, int | None], ...] = ()
+
+
+class Line(NamedTuple):
+    """One question and its answer."""
+
+    question: str
+    measure: Measure
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, how it is measured, and what captured it if a kernel was seen to answer it."""
+
+    text: str
+    measure: Callable[[DesignRun, DesignRun], Measure]
+    captured: bool = False
+
+
+# --------------------------------------------------------------------------- measures
+
+
+def _less(first: float, second: float, unit: str) -> Measure:
+    better = -1 if first == second else int(second < first)
+    return Measure(better, first, second, second - first, unit)
+
+
+def paired(first: DesignRun, second: DesignRun, op: Operation | None = None) -> Difference:
+    """What the second machine takes more than the first, event by event."""
+    config = first.config
+    return difference(first.statistics, second.statistics, config.profile, config.vcpus, config.host_cpus, op)
+
+
+def _time(op: Operation) -> Callable[[DesignRun, DesignRun], Measure]:
+    def measured(first: DesignRun, second: DesignRun) -> Measure:
+        found = [run.operation(op) for run in (first, second)]
+        one, other = (run.total if run else (0.0, 0.0) for run in found)
+        low, high = paired(first, second, op).total
+        better = -1 if low == high == 0 else 0 if low > 0 else 1 if high < 0 else None
+        return Measure(better, one, other, (low, high), "ns")
+
+    return measured
+
+
+def _memory(first: DesignRun, second: DesignRun) -> Measure:
+    peaks = []
+    for run in (first, second):
+        pages = sum(
+            run.statistics.peak(gauge) for gauge in (Gauge.VMEMMAP_PAGES, Gauge.HOST_TABLES, Gauge.STAGE2_TABLES)
+        )
+        peaks.append(pages * PAGE_4K + run.statistics.gauge(Gauge.XARRAY_NODES) * _XARRAY_NODE)
+    return _less(peaks[0], peaks[1], "bytes")
+
+
+def mapped(run: DesignRun) -> tuple[int, int]:
+    """Bytes that stage 2 maps at the end, in all and by leaves of 2M and 1G."""
+    gauge = run.statistics.gauge
+    large = gauge(Gauge.STAGE2_LEAVES_2M) * PAGE_2M + gauge(Gauge.STAGE2_LEAVES_1G) * PAGE_1G
+    return gauge(Gauge.STAGE2_LEAVES_4K) * PAGE_4K + large, large
+
+
+def _level(first: DesignRun, second: DesignRun) -> Measure:
+    shares = [large / total if total else 0.0 for total, large in (mapped(run) for run in (first, second))]
+    better = -1 if abs(shares[0] - shares[1]) < _ALIKE else int(shares[1] > shares[0])
+    return Measure(better, shares[0], shares[1], shares[1] - shares[0], "share")
+
+
+def refused(run: DesignRun) -> int:
+    """Operations that ended in an error."""
+    return sum(n for op in run.operations for name, n in op.outcomes.items() if name.startswith(("-", "VM_FAULT_SIG")))
+
+
+def broken(run: DesignRun) -> int:
+    """Rules found broken, and operations that would not have returned."""
+    spins = sum(n for op in run.operations for name, n in op.outcomes.items() if name == "would spin")
+    return spins + (run.finding.count if run.finding else 0)
+
+
+QUESTIONS: dict[str, Question] = {
+    "conversions": Question("time of conversions", _time(Operation.CONVERT)),
+    "guest_faults": Question("time of guest faults", _time(Operation.GUEST_FAULT)),
+    "memory": Question("struct pages and tables", _memory),
+    "level": Question("guest memory at 2M or 1G", _level),
+    "refused": Question("refused", lambda a, b: _less(refused(a), refused(b), "count")),
+    "broken": Question("broken", lambda a, b: _less(broken(a), broken(b), "count")),
+}
+"""In the order of the screen."""
+
+
+def measure(first: DesignRun, second: DesignRun) -> dict[str, Measure]:
+    """Answer every question for two machines after the same trace."""
+    return {key: question.measure(first, second) for key, question in QUESTIONS.items()}
+
+
+# --------------------------------------------------------------------------- what it rests on
+
+
+def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> dict[str, Line]:
+    """Answer every question for the first two designs, each with what the answer rests on.
+
+    Without a sensitivity the basis knows nothing of inferred rules: it is "fact" where the counts differ.
+    """
+    first, second = comparison.runs[:2]
+    trials = sensitivity.trials if sensitivity else ()
+    return {
+        key: Line(QUESTIONS[key].text, found, _basis(key, found, trials))
+        for key, found in measure(first, second).items()
+    }
+
+
+def _basis(key: str, found: Measure, trials: Iterable[Trial]) -> Basis:
+    if found.better is None:
+        return Basis("undecided")
+    turned = [(trial, trial.measures[key].better) for trial in trials if trial.measures[key].better != found.better]
+    defect = [trial for trial, _ in turned if trial.removes]
+    if defect:
+        return Basis("defect", tuple((trial.removes, trial.label, trial.measures[key].better) for trial in defect))
+    if turned:
+        return Basis("inference", tuple((trial.rule, trial.label, better) for trial, better in turned))
+    if found.better == -1:
+        return Basis("even")
+    return Basis("captured" if QUESTIONS[key].captured else "fact")

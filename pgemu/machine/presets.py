@@ -1,0 +1,160 @@
+"""Versions of both designs that belong together: fields of Config under one name each.
+
+>>> Versions("rfc2").configuration("restructure", pool=2 << 30).order
+'rfc2'
+>>> Versions("rfc2").configuration("pfnmap", pool=2 << 30).punch
+'zero'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from pgemu.machine.config import Config
+from pgemu.machine.designs import ROWS
+from pgemu_kernels import words as W
+
+__all__ = ("LIKE", "PFNMAP", "Pfnmap", "Version", "Versions")
+
+Form = Literal["main", "next", "rfc2", "wip"]
+
+
+class Version(NamedTuple):
+    """A version of restructure: what was posted together.
+
+    Attributes:
+        text: in a few words
+        source: where it can be read
+        form: whose checks a guest_memfd passes when it is created (Machine.create_guest_memfd)
+        fields: fields of Config that restructure has
+        common: those that pfnmap has as well, for both are of one kernel: the rest of guest_memfd is that version's
+        fixed: defects of its code with a known fix, which are off unless they are asked for
+        page_sizes: of huge pages that it knows
+        shared_huge: whether memory of huge pages may be shared at first
+    """
+
+    text: str
+    source: str
+    form: Form
+    fields: Mapping[str, Any]
+    common: Mapping[str, Any]
+    fixed: tuple[str, ...] = ()
+    page_sizes: tuple[int, ...] = (W.PAGE_1G, W.PAGE_2M)
+    shared_huge: bool = True
+
+
+class Pfnmap(NamedTuple):
+    """A version of pfnmap: its text and source, and the defects that it has."""
+
+    text: str
+    source: str
+    defects: tuple[str, ...] = ()
+
+
+_DEC2025: dict[str, Any] = {
+    "order": "fixup",
+    "batch": "block",
+    "split_form": "jan2026",
+    "defects": ("uptodate-unzeroed",),
+}
+
+LIKE: Mapping[str, Version] = MappingProxyType(
+    {
+        "rfc2": Version(
+            "RFC v2 of the 1G series, May 2025, as posted",
+            "lore cover.1747264138.git.ackerleytng@google.com",
+            "rfc2",
+            {"order": "rfc2", "batch": "range", "split_form": "rfc2", "zero": "folio"},
+            {"punch": "zero", "kernel": "6.18"},
+            ("allocation-race", "rollback-at-zero"),
+        ),
+        "dec2025": Version(
+            "the restructuring branch of December 2025",
+            "linux-cc wip-gmem-conversions-hugetlb-restructuring-12-08-25",
+            "wip",
+            _DEC2025,
+            {"punch": "refuse", "kernel": "6.18"},
+            ("allocation-race", "mapping-order"),
+            shared_huge=False,
+        ),
+        "jan2026": Version(
+            "the plan of January 2026, without code: dec2025 but for its order",
+            "lore CAEvNRgGG+xYhsz62 (reply in the TDX huge page v3 thread)",
+            "wip",
+            {**_DEC2025, "order": "jan2026"},
+            {"punch": "refuse", "kernel": "6.18"},
+            ("allocation-race", "mapping-order"),
+            shared_huge=False,
+        ),
+        "next": Version(
+            "in-place conversion of 4K folios, v13, linux-next of September 2026",
+            "kvm-x86 799c9fadc639 and its series",
+            "next",
+            {"order": "next4k", "batch": "range", "split_form": "jan2026"},
+            {"punch": "zero", "kernel": "7.3"},
+            page_sizes=(W.PAGE_4K,),
+        ),
+    }
+)
+"""Versions of restructure by name. The kernels are inference: the bases of the branches lie between releases."""
+
+PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
+    {
+        "corrected": Pfnmap("holes unmap first, entries are inserted under the lock", "inference"),
+        "slides2025": Pfnmap(
+            "the slides' two-line change, as it was built and captured",
+            "slides of 2025-08-07; captures of Linux 7.3 with the change",
+            ("insert-unlocked", "punch-keeps-entries"),
+        ),
+    }
+)
+"""Versions of pfnmap by name."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.
+
+    as_posted: with the defects, too, that have a known fix. ValueError for a name that is none.
+    """
+
+    like: str = "dec2025"
+    pfnmap: str = "corrected"
+    as_posted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.like not in LIKE:
+            raise ValueError(f"like {self.like!r}: expected one of {', '.join(LIKE)}")
+        if self.pfnmap not in PFNMAP:
+            raise ValueError(f"pfnmap {self.pfnmap!r}: expected one of {', '.join(PFNMAP)}")
+
+    def fields(self, design: str) -> dict[str, Any]:
+        """Return the fields of Config that these versions give a design."""
+        version = LIKE[self.like]
+        if design == "pfnmap":
+            return {**version.common, "defects": PFNMAP[self.pfnmap].defects}
+        if design not in ROWS or ROWS[design].order is not None:  # what such a design does is in its row
+            return dict(version.common)
+        fields = {"defects": (), **version.common, **version.fields}
+        return {**fields, "defects": (*fields["defects"], *(version.fixed if self.as_posted else ()))}
+
+    def configuration(self, design: str, defects: Iterable[str] = (), **given: Any) -> Config:
+        """Return a design's configuration; what is given by hand and is not None wins.
+
+        defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed.
+        ValueError for what Config refuses.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        fields = self.fields(design)
+        own = {name for name in fields.pop("defects", ()) if name != "uptodate-unzeroed" or "zero" not in given}
+        fields |= {"defects": tuple(sorted(own | set(defects)))}
+        return Config(design, **{**fields, **given})  # type: ignore[arg-type]
+
+    def mixed(self, design: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those fields given by hand that differ from these versions', and their values."""
+        own = self.fields(design)
+        found = {name: value for name, value in given.items() if name in own and name != "defects"}
+        return {name: value for name, value in found.items() if value is not None and value != own[name]}

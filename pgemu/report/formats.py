@@ -1,0 +1,101 @@
+"""A comparison in each of its forms: text for a mail, markdown, CSV, JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pgemu.experiments.inferences import INFERENCES
+from pgemu.experiments.verdict import Line, verdict
+from pgemu.report.screen import screen
+from pgemu.report.two_columns import render, rows
+
+if TYPE_CHECKING:
+    from pgemu.experiments.compare import Comparison
+    from pgemu.experiments.sensitivity import Sensitivity
+
+__all__ = ("document",)
+
+
+def document(
+    comparison: Comparison,
+    sensitivity: Sensitivity | None,
+    form: str = "text",
+    *,
+    details: bool = False,
+    sources: bool = False,
+) -> str:
+    """Return a comparison as text, "markdown", "csv" or "json".
+
+    details: with every table; sources: with the kernel functions behind the rows, and the prices.
+    """
+    lines = verdict(comparison, sensitivity) if len(comparison.runs) > 1 else {}
+    if form == "json":
+        return json.dumps(_json(comparison, lines, sensitivity, sources), indent=2) + "\n"
+    if form == "text":
+        return _text(comparison, lines, sensitivity, details=details, sources=sources)
+    designs = comparison.to_json()["designs"]
+    (first, one), (second, other) = [*designs.items(), *designs.items()][:2]
+    table = render(rows(one, other), (first, second), "csv" if form == "csv" else "markdown")
+    if form == "csv":
+        return table
+    head = [f"    {text}" if text else "" for text in screen(comparison, lines, sensitivity).splitlines()]
+    return "\n".join([*(head if lines else ()), "", table])
+
+
+def _text(
+    comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None, *, details: bool, sources: bool
+) -> str:
+    from rich.console import Console
+
+    from pgemu import report
+
+    text = screen(comparison, lines, sensitivity) if lines else ""
+    if lines and not (details or sources):
+        return text
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        if details or not lines:
+            report.write(comparison, console)
+        if sources:
+            report.write_sources(comparison, console)
+    tables = "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip("\n") + "\n"
+    return f"{text}\n{tables}" if text else tables
+
+
+def _json(
+    comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None, sources: bool
+) -> dict[str, Any]:
+    found = comparison.to_json()
+    designs = [run.design for run in comparison.runs]
+
+    def name(better: int | None) -> str | None:
+        return None if better is None else "alike" if better == -1 else designs[better]
+
+    found["verdict"] = {
+        key: {
+            "question": line.question,
+            "better": name(line.measure.better),
+            "first": line.measure.first,
+            "second": line.measure.second,
+            "difference": line.measure.difference,
+            "unit": line.measure.unit,
+            "basis": line.basis.kind,
+            "rests_on": [
+                {"rule": rule, "alternative": label, "then": name(better)} for rule, label, better in line.basis.rules
+            ],
+        }
+        for key, line in lines.items()
+    }
+    if sensitivity:
+        found["sensitivity"] = {
+            "complete": sensitivity.complete,
+            "tried": [{"rule": trial.rule, "alternative": trial.label} for trial in sensitivity.trials],
+            "untouched": sensitivity.untouched,
+            "rules": {rule: {"text": one.text, "source": one.source} for rule, one in INFERENCES.items()},
+        }
+    if sources:
+        from pgemu.report.document import sources as sources_of
+
+        found["sources"] = sources_of(comparison)
+    return found

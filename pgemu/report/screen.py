@@ -1,0 +1,233 @@
+"""The first screen of a comparison: who is better at what, by how much, why, and on what that rests.
+
+At most 24 lines of 80 columns, plain text that can go into a mail.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from pgemu.experiments.verdict import Line, Measure, mapped, paired
+from pgemu.machine.config import PARAMETERS
+from pgemu.machine.presets import LIKE
+from pgemu.machine.results import operation_name
+from pgemu.report import units
+from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import PAGE_4K, Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.experiments.sensitivity import Sensitivity
+
+__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value")
+
+WIDTH = 80
+HEIGHT = 24
+_COLUMNS = (24, 12, 12, 20, 9)
+
+
+def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
+    """Return the first screen."""
+    found = [*_head(comparison), "", *_table(comparison, lines), ""]
+    room = HEIGHT - len(found) - 1
+    rests = list(_rests(comparison, lines, sensitivity))
+    for text in [*causes(comparison), *rests]:
+        wrapped = textwrap.wrap(text, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")
+        if len(wrapped) > room:
+            break
+        found += wrapped
+        room -= len(wrapped)
+    found.append(_foot(comparison, lines, sensitivity))
+    return "\n".join(found) + "\n"
+
+
+# --------------------------------------------------------------------------- what was compared
+
+
+def _head(comparison: Comparison) -> Iterator[str]:
+    lowered, versions = comparison.lowered, comparison.versions
+    config = comparison.runs[0].config
+    size = units.size(lowered.layout.inode_size)
+    yield from _wrapped(
+        f"{lowered.source}: {units.count(len(lowered.records))} operations on {size} in pages of "
+        f"{units.size(lowered.layout.page_size)}, all {lowered.init} at first"
+    )
+    names = [
+        {"restructure": f"restructure like {versions.like}", "pfnmap": f"pfnmap {versions.pfnmap}"}.get(
+            run.design, run.design
+        )
+        for run in comparison.runs[:2]
+    ]
+    cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"
+    yield from _wrapped(f"{' and '.join(names)}; Linux {config.kernel}, {config.stage2.upper()}, {cpus}")
+    if versions.like == "jan2026":
+        yield from _wrapped(f"{versions.like}: {LIKE[versions.like].text}")
+    if by_hand := mixed(comparison):
+        yield from _wrapped(f"mixed by hand: {by_hand}")
+    for text in comparison.instead:
+        yield from _wrapped(text)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+
+
+def mixed(comparison: Comparison) -> str:
+    """What was given by hand and is otherwise in the versions, as the command line has it."""
+    names = (*PARAMETERS, "zero", "kernel", "split_form")
+    changed: dict[str, str] = {}
+    for run in comparison.runs:
+        plain = comparison.versions.configuration(run.design, pool=run.config.pool, page_size=run.config.page_size)
+        for name in names:
+            value = getattr(run.config, name)
+            if name in comparison.given and value != getattr(plain, name):
+                text = " ".join(value) if isinstance(value, tuple) else str(value)
+                changed[name] = f"{name.replace('_', '-')} {text}"
+    return ", ".join(changed.values())
+
+
+# --------------------------------------------------------------------------- the answers
+
+
+def value(found: float | tuple[float, float], unit: str) -> str:
+    """A value or a difference as people read it."""
+    if isinstance(found, tuple):
+        return units.band(*found)
+    if unit == "bytes":
+        return units.size(int(found))
+    return f"{found:.0%}" if unit == "share" else units.count(int(found))
+
+
+def answer(comparison: Comparison, found: Measure) -> str:
+    """Which design is better, and by how much."""
+    if found.better is None:
+        return "-"
+    if found.better == -1:
+        return "alike"
+    design = comparison.runs[found.better].design
+    if isinstance(found.difference, tuple):
+        low, high = sorted(abs(end) for end in found.difference)
+        return f"{design} {units.band(low, high)}"
+    if isinstance(found.first, tuple) or isinstance(found.second, tuple) or found.unit == "share":
+        return design
+    low, high = sorted((found.first, found.second))
+    return f"{design} {high / low:,.3g} x" if low else design
+
+
+def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
+    designs = [run.design for run in comparison.runs[:2]]
+    yield _row("", *designs, "better, by", "basis")
+    yield "-" * WIDTH
+    for line in lines.values():
+        found = line.measure
+        cells = (value(found.first, found.unit), value(found.second, found.unit), answer(comparison, found))
+        yield _row(line.question, *cells, line.basis.kind)
+
+
+def _row(*cells: str) -> str:
+    name, first, second, by, basis = cells
+    widths = _COLUMNS
+    text = f"{name:{widths[0]}} {first:>{widths[1]}} {second:>{widths[2]}} {by:>{widths[3]}} {basis}"
+    return text.rstrip()
+
+
+# --------------------------------------------------------------------------- why
+
+
+def causes(comparison: Comparison) -> list[str]:
+    """One sentence per cause of what differs, and what both refuse or break."""
+    if len(comparison.runs) < 2:
+        return []
+    first, second = comparison.runs[:2]
+    return [*_splits(comparison), *_zeroing(first, second), *_levels(first, second), *_refusals(comparison)]
+
+
+def _splits(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs[:2]:
+        event = run.statistics.event
+        splits, merges = event(Event.FOLIO_SPLIT), event(Event.FOLIO_MERGED)
+        if splits:
+            merged = f" and merges {units.count(merges)}" if merges else ""
+            yield (
+                f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
+                f"{units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap come back, "
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages are written, and the guest has 4K "
+                "leaves there"
+            )
+
+
+def _zeroed(run: DesignRun) -> int:
+    return (run.statistics.event(Event.PAGE_ZEROED) + run.statistics.event(Event.FOLIO_ZEROED_PAGES)) * PAGE_4K
+
+
+def _zeroing(first: DesignRun, second: DesignRun) -> Iterator[str]:
+    zeroed = [_zeroed(run) for run in (first, second)]
+    if zeroed[0] != zeroed[1]:
+        how = [
+            "uptodate-unzeroed" if "uptodate-unzeroed" in run.config.defects else f"by {run.config.zero}"
+            for run in (first, second)
+        ]
+        parts = [
+            f"{run.design} {units.size(n)} ({text})" for run, n, text in zip((first, second), zeroed, how, strict=True)
+        ]
+        yield f"zeroed: {', '.join(parts)}"
+
+
+def _levels(first: DesignRun, second: DesignRun) -> Iterator[str]:
+    faults = [run.operation(Operation.GUEST_FAULT) for run in (first, second)]
+    fixed = [found.outcomes.get("RET_PF_FIXED", 0) if found else 0 for found in faults]
+    ends = [mapped(run)[0] for run in (first, second)]
+    if fixed[0] != fixed[1] or ends[0] != ends[1]:
+        parts = [
+            f"{run.design} {units.count(n)} faults, {units.size(end)}"
+            for run, n, end in zip((first, second), fixed, ends, strict=True)
+        ]
+        yield f"the guest maps, and has at the end: {'; '.join(parts)}"
+
+
+def _refusals(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs[:2]:
+        if run.refusal:
+            yield f"{run.design}: {run.refusal}"
+    names = {
+        (operation.operation, name)
+        for run in comparison.runs[:2]
+        for operation in run.operations
+        for name in operation.outcomes
+        if name.startswith("-") or name == "would spin"
+    }
+    for op, name in sorted(names):
+        counts: list[tuple[str, int]] = []
+        for run in comparison.runs[:2]:
+            found = run.operation(op)
+            counts.append((run.design, found.outcomes.get(name, 0) if found else 0))
+        if counts[0][1] == counts[1][1]:
+            yield f"both: {units.count(counts[0][1])} times {operation_name(op)} is {name}"
+        else:
+            yield f"{operation_name(op)} is {name}: " + ", ".join(f"{who} {units.count(n)}" for who, n in counts)
+
+
+# --------------------------------------------------------------------------- on what it rests
+
+
+def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
+    by_rule: dict[tuple[str, str], list[str]] = {}
+    for line in lines.values():
+        for rule, label, better in line.basis.rules:
+            if " and " in rule:
+                continue
+            turned = {None: "undecided", -1: "alike"}.get(better) or comparison.runs[better or 0].design
+            by_rule.setdefault((rule, label), []).append(f"{line.question} {turned}")
+    for (rule, label), answers in by_rule.items():
+        yield f"rests on {rule}; with {label}: {'; '.join(answers)}"
+    if sensitivity and not sensitivity.complete:
+        yield "interrupted: not every alternative was tried"
+
+
+def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
+    shares = paired(comparison.runs[0], comparison.runs[1]).shares
+    tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
+    return f"times: estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"

@@ -1,0 +1,114 @@
+"""Two runs side by side with difference and change: two designs of one comparison, or one design of two.
+
+Both come as documents, as Comparison.to_json() makes them and `--format json` prints them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pgemu.experiments.metrics import METRICS
+from pgemu.report import units
+
+__all__ = ("Form", "Row", "render", "rows")
+
+Form = Literal["text", "markdown", "csv"]
+_WIDTHS = (33, 13, 13, 12, 7)
+
+
+class Row(NamedTuple):
+    """One quantity of both runs; bands are (low, high). unit: "count", "bytes" or "ns"."""
+
+    group: str
+    label: str
+    unit: str
+    first: float | tuple[float, float]
+    second: float | tuple[float, float]
+
+
+def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
+    """Return every quantity of two runs: members of "designs" of a document."""
+    names = list(dict.fromkeys([*first["operations"], *second["operations"]]))
+    for name in names:
+        ends = [run["operations"].get(name, {"outcomes": {}}) for run in (first, second)]
+        for outcome in dict.fromkeys(outcome for end in ends for outcome in end["outcomes"]):
+            one, other = (end["outcomes"].get(outcome, 0) for end in ends)
+            yield Row("Operations", f"{name}: {outcome}", "count", one, other)
+    for name in names:
+        none = {"estimate_ns": {"total": [0, 0]}}
+        one, other = (tuple(run["operations"].get(name, none)["estimate_ns"]["total"]) for run in (first, second))
+        yield Row("Kernel time, an estimate", name, "ns", one, other)
+    for metric in METRICS:
+        one, other = (run["state"][metric.key] for run in (first, second))
+        yield Row(metric.group, metric.label, metric.unit, one, other)
+
+
+def render(found: Iterable[Row], heads: tuple[str, str], form: Form = "text") -> str:
+    """Return rows as text of at most 80 columns, as a table of markdown, or as CSV with plain numbers."""
+    return {"text": _text, "markdown": _markdown, "csv": _csv}[form](list(found), heads)
+
+
+def _value(value: float | tuple[float, float], unit: str) -> str:
+    if isinstance(value, tuple):
+        return units.band(*value)
+    return units.size(int(value)) if unit == "bytes" else units.count(int(value))
+
+
+def _difference(row: Row) -> tuple[str, str]:
+    """The difference in words, and the change in percent; both empty where a band is not beside the other one."""
+    if isinstance(row.first, tuple) or isinstance(row.second, tuple):
+        return "", ""
+    less = row.second - row.first
+    if not less:
+        return "0", ""
+    text = ("-" if less < 0 else "+") + _value(abs(less), row.unit)
+    return text, f"{less / row.first:+.0%}" if row.first else "new"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.label, _value(row.first, row.unit), _value(row.second, row.unit), *_difference(row)
+
+
+def _text(found: list[Row], heads: tuple[str, str]) -> str:
+    lines = [_line("", *heads, "difference", "change"), "-" * (sum(_WIDTHS) + 2)]
+    group = ""
+    for row in found:
+        if row.group != group:
+            lines.append(row.group)
+            group = row.group
+        name, *cells = _cells(row)
+        lines.append(_line(f"  {name}", *cells))
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: str) -> str:
+    name, *numbers = cells
+    return (f"{name:{_WIDTHS[0]}}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, _WIDTHS[1:], strict=True))).rstrip()
+
+
+def _markdown(found: list[Row], heads: tuple[str, str]) -> str:
+    lines = [f"| | {heads[0]} | {heads[1]} | difference | change |", "| --- | ---: | ---: | ---: | ---: |"]
+    group = ""
+    for row in found:
+        if row.group != group:
+            lines.append(f"| **{row.group}** | | | | |")
+            group = row.group
+        lines.append(f"| {' | '.join(_cells(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _csv(found: list[Row], heads: tuple[str, str]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("group", "quantity", "unit", *heads, "difference"))
+    for row in found:
+        if isinstance(row.first, tuple) and isinstance(row.second, tuple):
+            for end, name in enumerate(("low", "high")):
+                writer.writerow((row.group, f"{row.label}, {name}", row.unit, row.first[end], row.second[end], ""))
+        else:
+            less = row.second - row.first  # type: ignore[operator]
+            writer.writerow((row.group, row.label, row.unit, row.first, row.second, less))
+    return out.getvalue()
