@@ -87,7 +87,7 @@ LAYOUT = Layout(
 _Gfns = npt.NDArray[np.int64]
 
 
-MACHINE = {"stage2": "ept", "vcpus": VCPUS}
+MACHINE = {"vm": "tdx", "stage2": "ept", "vcpus": VCPUS}
 
 
 def build(seed: int = 0, overlap: float = 0.0) -> Lowered:

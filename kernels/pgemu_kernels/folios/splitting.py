@@ -48,7 +48,7 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPLIT_FORM,
 )
-from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_SPLIT, SPLIT_FORM_RFC2
+from pgemu_kernels.words.rows import B_BITS, B_PFN, B_STATE, BLOCK_SPLIT, SPLIT_FORM_RFC2
 
 U = np.uint64
 
@@ -132,8 +132,6 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     cached = m.ram[first + MAPPING] != U0
-    if knows_flags_only(m):
-        zeroed_word = NONE
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
@@ -159,6 +157,12 @@ def split_folio(m, head, order, index, references):
     return split_folio_from(m, head, order, index, references, NONE)
 
 
+@kernel
+def known_bits(m, block, zeroed_word):
+    """Where a folio's bits of zeroed pages begin, or NONE where the code knows none to be set."""
+    return NONE if m.state[block + B_BITS] == U0 or knows_flags_only(m) else zeroed_word
+
+
 @outlined
 def split_block(m, block, index, zeroed_word):
     """Split the huge folio of a block into order-0 folios: 0, -EBUSY, or -ENOMEM, as split_folio().
@@ -168,7 +172,7 @@ def split_block(m, block, index, zeroed_word):
     """
     state = m.state
     order = state[R_ORDER]
-    status = split_folio_from(m, state[block + B_PFN], order, index, U1 << order, zeroed_word)
+    status = split_folio_from(m, state[block + B_PFN], order, index, U1 << order, known_bits(m, block, zeroed_word))
     if status != 0:
         return status
     leave_list(m, state[block + B_PFN])
