@@ -415,7 +415,7 @@ def zap(m, op):
         status = split_before_zap(m, op, vms, start, end)
         if status != 0:
             return fail_zap(m, op, status)
-        zap_kind(m, op, vms, start, end)
+        zap_kind(m, op, vms, start, end, state[op + O_START], state[op + O_END])
     return GO
 
 
