@@ -17,6 +17,7 @@ INODES = 9
 WINDOWS = 60  # mappings at most, beyond which nobody forks
 PINS = 3
 some = st.sampled_from((False, False, True))
+KINDS = {"npt": ("plain", "sw", "snp", "snp"), "ept": ("plain", "sw", "tdx", "tdx")}
 
 
 class Sequences(TwoMegabytes):
@@ -48,6 +49,7 @@ class Sequences(TwoMegabytes):
             "hvo": draw(st.sampled_from((True, True, False))),
             "zero": draw(st.sampled_from(("folio", "page"))),
             "seed": draw(st.integers(0, 2)),
+            "private_level": draw(st.sampled_from((None, None, None, "4K", "1G"))),
             "zap_filter": draw(st.sampled_from(("both", "target"))),
             "notifier": draw(st.booleans()),
             "split_form": draw(st.sampled_from(("jan2026", "rfc2"))),
@@ -98,7 +100,7 @@ class Sequences(TwoMegabytes):
                 (self.pool_pages - 1 - pages) * self.page_size * self.unit, draw(st.booleans())
             )
         for space in range(2):
-            self.pair.create_vm(space, draw(st.booleans()))
+            self.pair.create_vm(space, draw(st.sampled_from(KINDS[found["stage2"]])))
         self.pair.bind(0, 0, 0, 0, self.pair.inodes[0].size)
         self.pair.mmap(0, ADDRESSES[0], 0, 0, self.pair.inodes[0].size)
 
@@ -106,6 +108,24 @@ class Sequences(TwoMegabytes):
 
     def enabled(self, name: str) -> bool:
         return name not in self.disabled
+
+    # ------------------------------------------------------------------ accepts
+
+    @rule(number=numbers, spot=spots, length=lengths, before=st.booleans(), short=st.data())
+    def accepts(self, number: int, spot: tuple[int, int], length: int, before: bool, short: st.DataObject) -> None:
+        """A guest accepts 4K of private memory, of which it may have accepted 2M before, or now and then has not
+        enough memory to."""
+        found = self.page_of(self.pair.model.slots, number, spot)
+        if found is None:
+            return
+        slot, gfn = found
+        if before:
+            self.pair.convert(slot.inode, slot.file_page(gfn) * PAGE, length * PAGE, False)
+            self.pair.guest_fault(slot.owner, gfn * PAGE)
+        if self.short:
+            self.pair.limit_frames(short.draw(st.sampled_from((None, None, 0, 1))))
+        self.pair.guest_fault(slot.owner, gfn * PAGE, None, True)
+        self.pair.limit_frames(None)
 
     # ------------------------------------------------------------------ shortage
 

@@ -62,7 +62,7 @@ class TwoMegabytes(RuleBasedStateMachine):
             self.pair.create_process()
         self.pair.create_guest_memfd((self.pool_pages - 1) * self.page_size, draw(st.booleans()))
         for space in range(2):
-            self.pair.create_vm(space, draw(st.booleans()))
+            self.pair.create_vm(space, draw(st.sampled_from(("plain", "sw"))))
         self.pair.bind(0, 0, 0, 0, self.pair.inodes[0].size)
         self.pair.mmap(0, ADDRESSES[0], 0, 0, self.pair.inodes[0].size)
 
@@ -279,5 +279,5 @@ def booted(design: str) -> Pair:
     pair.create_process()
     pair.create_guest_memfd(2 * M2, True)
     for _ in range(2):
-        pair.create_vm(0, True)
+        pair.create_vm(0, "sw")
     return pair

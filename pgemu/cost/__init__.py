@@ -10,7 +10,7 @@ such as `pgemu calibrate` writes. They are partial: what their machine does not 
 
 >>> table = price_table("published", vcpus=8, host_cpus=64)
 >>> table.shape, str(table.dtype)
-((48, 4), 'int64')
+((56, 4), 'int64')
 >>> PROFILES["epyc-252vcpu"].host_cpus
 252
 """
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.cost.machines import E7_8895, EPYC_252VCPU, GUEST_2VCPU
-from pgemu.cost.prices import Band, Price, Profile
+from pgemu.cost.prices import Band, Basis, Price, Profile
 from pgemu.cost.published import PUBLISHED
 from pgemu.cost.toml import read_profile, to_toml, write_profile
 from pgemu_kernels import words as W
@@ -34,6 +34,7 @@ from pgemu_kernels.words.events import Event
 __all__ = (
     "PROFILES",
     "Band",
+    "Basis",
     "Price",
     "Profile",
     "flushed_cpus",
@@ -70,14 +71,17 @@ def flushed_cpus(event: Event, vcpus: int, host_cpus: int) -> int:
     return vcpus if event is Event.TLB_FLUSH_VM else host_cpus
 
 
-def price_table(name: str | os.PathLike[str], vcpus: int, host_cpus: int) -> npt.NDArray[np.int64]:
+def price_table(name: str | os.PathLike[str] | Profile, vcpus: int, host_cpus: int) -> npt.NDArray[np.int64]:
     """Return a profile as kernels read it: picoseconds, int64[EVENTS, PRICE_WORDS], CPUs folded in.
+
+    `name`: as `profile` takes it, or a profile.
 
     :raises ValueError: no such profile
     :raises InputError: the file cannot be read, or is no profile
     """
     table = np.zeros((W.EVENTS, W.PRICE_WORDS), np.int64)
-    for event, price in profile(name).items():
+    prices = name if isinstance(name, Profile) else profile(name)
+    for event, price in prices.items():
         fixed = price.total(0, flushed_cpus(event, vcpus, host_cpus))
         words = {
             W.PRICE_FIXED_LOW: fixed[0],

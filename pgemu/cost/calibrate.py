@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pgemu.cost import PROFILES, Band, Price, Profile
+from pgemu.cost import PROFILES, Band, Basis, Price, Profile
 from pgemu.cost.measurements import Measurement, measure
+from pgemu.cost.prices import weakest
 from pgemu.cost.toml import LARGEST
 from pgemu_kernels.words.events import Event
 
@@ -35,7 +36,7 @@ class Rule(NamedTuple):
     """How measurements price an event.
 
     event, part: what is priced, and which part of its price. needs: keys of pgemu.measurements.WHAT. band: the
-    price of their quartile bands, in that order, nanoseconds. why: in words.
+    price of their quartile bands, in that order, nanoseconds. why: in words. basis: of the price that comes out.
     """
 
     event: Event
@@ -43,6 +44,7 @@ class Rule(NamedTuple):
     needs: tuple[str, ...]
     band: Callable[..., Band]
     why: str
+    basis: Basis = "measured"
 
 
 def _from_to(low: Band, high: Band) -> Band:
@@ -80,12 +82,20 @@ RULES = (
         ("zap_anonymous", "zap_memfd"),
         lambda freed, kept: (freed[0] - kept[1], _PUBLISHED[Event.TABLE_PAGE_FREED].each[1]),
         "a page freed in a batch (low); by RCU, as published (high)",
+        "assumption",
     ),
     Rule(Event.LEAF_CLEARED, "each", ("zap_memfd",), lambda zap: _less(zap, _RMAP), "less RMAP_CHANGED"),
     Rule(Event.TLB_FLUSH_MM, "fixed", ("shootdown",), _same, "mprotect of a page that another CPU may have cached"),
     Rule(Event.TLB_FLUSH_MM, "per_cpu", ("shootdown_more",), _same, "mprotect, all CPUs less one"),
-    Rule(Event.TLB_FLUSH_KERNEL, "fixed", ("shootdown",), _same, "assumption: as TLB_FLUSH_MM"),
-    Rule(Event.TLB_FLUSH_KERNEL, "per_cpu", ("shootdown_more",), _same, "assumption: as TLB_FLUSH_MM"),
+    Rule(Event.TLB_FLUSH_KERNEL, "fixed", ("shootdown",), _same, "assumption: as TLB_FLUSH_MM", "assumption"),
+    Rule(
+        Event.TLB_FLUSH_KERNEL,
+        "per_cpu",
+        ("shootdown_more",),
+        _same,
+        "assumption: as TLB_FLUSH_MM",
+        "assumption",
+    ),
     Rule(Event.PAGE_ZEROED, "each", ("zero_hot", "zero_cold"), _from_to, "cached, to not"),
     Rule(Event.FOLIO_ZEROED_PAGES, "each", ("zero_cold",), _same, "a folio is larger than the cache"),
     Rule(
@@ -99,9 +109,18 @@ RULES = (
     Rule(
         Event.FOLIO_GATE_CHECKED,
         "each",
-        ("line_sequential", "line_random"),
-        _from_to,
-        "assumption: a struct page read as one is stored, in order (low) or not",
+        ("atomic", "line_sequential", "line_random"),
+        lambda add, line, other: (2 * add[0] + line[0], 2 * add[1] + other[1]),
+        "assumption: a reference taken and dropped, a struct page read as one is stored, in order (low) or not",
+        "assumption",
+    ),
+    Rule(Event.FOLIO_FROZEN, "each", ("atomic",), _same, "on a line that STRUCT_PAGE_WRITTEN pays for"),
+    Rule(
+        Event.PAGE_CACHE_STORED,
+        "each",
+        ("slot_hot", "slot_cold", "atomic"),
+        lambda hot, cold, add: (hot[0], cold[1] + add[1]),
+        "in sequence (low), to random order and the atomic of a lock",
     ),
     Rule(Event.PAGE_COPIED, "each", ("copy_hot", "copy_cold"), _from_to, "cached, to not"),
     Rule(
@@ -157,9 +176,9 @@ def prices(measured: Mapping[str, Measurement]) -> list[Price]:
         source = f"{'; '.join(str(used[key]) for key in rule.needs)}: {rule.why}"
         price = found.get(rule.event)
         if price is None:  # parts that no rule prices stay as published
-            price = replace(_PUBLISHED[rule.event], source=f"pgemu calibrate: {source}")
+            price = replace(_PUBLISHED[rule.event], source=f"pgemu calibrate: {source}", basis=rule.basis)
         else:
-            price = replace(price, source=f"{price.source}; {source}")
+            price = replace(price, source=f"{price.source}; {source}", basis=weakest(price.basis, rule.basis))
         found[rule.event] = _with_part(price, rule.part, band)
     return [_say_what_is_published(price, used) for price in found.values()]
 
@@ -182,7 +201,10 @@ def _with_part(price: Price, part: str, band: Band) -> Price:
 def _say_what_is_published(price: Price, used: Mapping[str, Measurement]) -> Price:
     made = {rule.part for rule in RULES if rule.event is price.event and _band(rule, used)}
     left = [part for part in ("fixed", "each", "per_cpu") if part not in made and getattr(price, part)[1] > 0]
-    return replace(price, source=f"{price.source}; {', '.join(left)} as published") if left else price
+    if not left:
+        return price
+    basis = weakest(price.basis, _PUBLISHED[price.event].basis)
+    return replace(price, source=f"{price.source}; {', '.join(left)} as published", basis=basis)
 
 
 def _with_stand_in(measured: Mapping[str, Measurement]) -> dict[str, Measurement]:

@@ -20,6 +20,7 @@ class Loops(NamedTuple):
     store_lines: Any  # (memory, first line, lines)
     store_lines_at: Any  # (memory, order of lines, value)
     chase: Any  # (links, start, steps) -> end
+    store_slots: Any  # (nodes, indices, value): in the tree that link_nodes() made
     add: Any  # (memory, times)
     spin: Any  # (flags, counter): counts in flags[counter] until flags[0] is set
     get_parent: Any  # (times)
@@ -31,7 +32,16 @@ def compile_loops() -> Loops:
     """Compile the loops: no cache, for they are small and seldom used."""
     from numba import njit
 
-    plain = (_zero_pages, _copy_pages, _store_lines, _store_lines_at, _chase, *_atomic(), *_system_calls())
+    plain = (
+        _zero_pages,
+        _copy_pages,
+        _store_lines,
+        _store_lines_at,
+        _chase,
+        _store_slots,
+        *_atomic(),
+        *_system_calls(),
+    )
     return Loops(*(njit(nogil=True, _nrt=False)(function) for function in plain))
 
 
@@ -67,6 +77,36 @@ def _chase(links: Any, start: Any, steps: Any) -> Any:
     for _ in range(steps):
         at = links[at]
     return at
+
+
+# --------------------------------------------------------------------------- a tree like the page cache's
+
+NODE_WORDS = 72  # struct xa_node: 576 bytes
+_SLOTS, _COUNT, _NODE = np.uint64(5), np.uint64(0), np.uint64(NODE_WORDS)  # words: where slots begin, entries counted
+_SIX, _TWELVE, _LOW6 = np.uint64(6), np.uint64(12), np.uint64(63)
+
+
+def link_nodes(nodes: Any) -> None:
+    """Make a tree of three levels for 2^18 indices, as one 1G folio's pages take: its root is the first node.
+
+    nodes: uint64[4161 * NODE_WORDS]. A slot above the leaves holds the word at which the node below begins.
+    """
+    leaves = np.arange(4096, dtype=np.uint64)
+    middle = np.arange(64, dtype=np.uint64)
+    nodes[_SLOTS + middle] = (np.uint64(1) + middle) * _NODE
+    above = (np.uint64(1) + (leaves >> _SIX)) * _NODE
+    nodes[above + _SLOTS + (leaves & _LOW6)] = (np.uint64(65) + leaves) * _NODE
+
+
+def _store_slots(nodes: Any, indices: Any, value: Any) -> None:
+    """As __xa_store() for each index: down from the root, the entry there replaced, the node's count changed."""
+    for index in indices:
+        node = nodes[_SLOTS + (index >> _TWELVE)]
+        node = nodes[node + _SLOTS + (index >> _SIX & _LOW6)]
+        slot = node + _SLOTS + (index & _LOW6)
+        if (nodes[slot] == _ZERO) != (value == _ZERO):
+            nodes[node + _COUNT] += _ONE
+        nodes[slot] = value
 
 
 # --------------------------------------------------------------------------- atomic

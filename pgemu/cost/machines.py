@@ -24,6 +24,7 @@ Three rows for R, 7 O + H and G = RCU_SYNCHRONIZED; the demotion's spread gives 
 from __future__ import annotations
 
 from datetime import date
+from functools import partial
 from typing import NamedTuple
 
 from pgemu.cost.prices import Band, Price, Profile
@@ -33,6 +34,7 @@ from pgemu_kernels.words.events import Event
 __all__ = ("E7_8895", "EPYC_252VCPU", "GUEST_2VCPU", "POOL_ROWS", "PoolRows")
 
 _VMEMMAP_PAGES = 7  # restored or freed, of a 2M page's eight
+_published, _measured = partial(Price, basis="published"), partial(Price, basis="measured")
 _SPLITS = 1 / 64  # 2M leaves of the vmemmap per 2M page
 
 
@@ -85,30 +87,36 @@ def _pool_profile(name: str, machine: str, cpus_source: str) -> Profile:
     head_page = (optimized[0] - HEAD_COPY[1], optimized[1] - HEAD_COPY[0])
     each = "per 2M page"
     own = (
-        Price(Event.HUGE_FOLIO_ALLOCATED, f"{KRAVETZ}: grow without HVO, both kernels", each=allocated),
-        Price(Event.HUGE_FOLIO_FREED, f"{KRAVETZ}: shrink without HVO, both kernels", each=freed),
-        Price(
+        _published(Event.HUGE_FOLIO_ALLOCATED, f"{KRAVETZ}: grow without HVO, both kernels", each=allocated),
+        _published(Event.HUGE_FOLIO_FREED, f"{KRAVETZ}: shrink without HVO, both kernels", each=freed),
+        _published(
             Event.VMEMMAP_PAGE_FREED,
             f"{KRAVETZ}: grow, batched less off {_us(optimized)} {each}, less VMEMMAP_HEAD_COPIED (which the rows do "
             "not tell apart), / 7 vmemmap pages",
             each=(head_page[0] / _VMEMMAP_PAGES, head_page[1] / _VMEMMAP_PAGES),
         ),
-        Price(
+        _published(
             Event.VMEMMAP_PAGE_RESTORED,
             f"{KRAVETZ}: shrink, batched less off {_us(restored)} {each}, / 7 vmemmap pages",
             each=(restored[0] / _VMEMMAP_PAGES, restored[1] / _VMEMMAP_PAGES),
         ),
-        Price(
+        _published(
             Event.TLB_FLUSH_KERNEL,
             f"{KRAVETZ}: single less batched {_us(broadcast)} {each}, one broadcast, / {rows.host_cpus} {cpus_source}",
             per_cpu=per_cpu,
         ),
-        Price(Event.TLB_FLUSH_MM, "assumption: per CPU as TLB_FLUSH_KERNEL of this machine", per_cpu=per_cpu),
+        Price(
+            Event.TLB_FLUSH_MM,
+            "assumption: per CPU as TLB_FLUSH_KERNEL of this machine",
+            per_cpu=per_cpu,
+            basis="assumption",
+        ),
         Price(
             Event.TLB_FLUSH_VM,
             "assumption: per vCPU as TLB_FLUSH_KERNEL of this machine, high end doubled because a running vCPU must "
             "leave the guest",
             per_cpu=(per_cpu[0], 2 * per_cpu[1]),
+            basis="assumption",
         ),
     )
     return Profile.of(name, machine, date(2023, 10, 19), rows.host_cpus, own, PUBLISHED)
@@ -140,39 +148,39 @@ def _guest_profile() -> Profile:
     struct_page = (demote_off[0] / (1 << 18), demote_off[1] / (1 << 18))
     own = (
         *(PUBLISHED[event] for event in (Event.HOST_FAULT, Event.LEAF_CLEARED)),
-        Price(
+        _measured(
             Event.PAGE_ZEROED,
             f"{MEASURED}: HugeTLB 2M fault with zeroing 233 us / 512 = 0.46 us (high); the rows do not tell zeroing "
             "alone: 10 GB/s = 0.38 us (low)",
             each=PUBLISHED[Event.PAGE_ZEROED].each,
         ),
-        Price(
+        _measured(
             Event.FOLIO_ZEROED_PAGES,
             "per 4K page as PAGE_ZEROED of this machine",
             each=PUBLISHED[Event.PAGE_ZEROED].each,
         ),
-        Price(
+        _measured(
             Event.HUGE_FOLIO_ALLOCATED, f"{pool} grown without HVO, 4 us each", each=(grow_off - half, grow_off + half)
         ),
-        Price(
+        _measured(
             Event.HUGE_FOLIO_FREED, f"{pool} shrunk without HVO, 6 us each", each=(shrink_off - half, shrink_off + half)
         ),
-        Price(
+        _measured(
             Event.VMEMMAP_PAGE_FREED,
             f"{pool} grown, HVO on less off 9 us each, less RCU_SYNCHRONIZED / 2048 and VMEMMAP_HEAD_COPIED, / 7",
             each=(head_page[0] / _VMEMMAP_PAGES, head_page[1] / _VMEMMAP_PAGES),
         ),
-        Price(
+        _measured(
             Event.VMEMMAP_PAGE_RESTORED,
             f"{pool} shrunk, HVO on less off 10 us each, less RCU_SYNCHRONIZED / 2048, / 7",
             each=(restored_page[0] / _VMEMMAP_PAGES, restored_page[1] / _VMEMMAP_PAGES),
         ),
-        Price(
+        _measured(
             Event.STRUCT_PAGE_WRITTEN,
             f"{MEASURED}: demotion of 1G without HVO 1.43-2.5 ms / 262,144 struct pages",
             each=struct_page,
         ),
-        Price(
+        _measured(
             Event.RCU_SYNCHRONIZED,
             f"{MEASURED}: demotion of 1G, HVO on less off 14.9-21.4 ms, less 4095 vmemmap pages restored and 512 "
             "folios optimised at what the pool's rows say, / 2 grace periods (membarrier on such a guest: 5.1-7.4 ms)",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from math import isnan, nan
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pgemu.cost.loops import compile_loops
+from pgemu.cost.loops import NODE_WORDS, compile_loops, link_nodes
 
 __all__ = ("WHAT", "Measurement", "NotMeasuredError", "duration", "footprint", "last_level_cache", "measure")
 
@@ -39,6 +40,8 @@ WHAT: Mapping[str, str] = MappingProxyType(
         "line_sequential": "64-byte line stored, in sequence",
         "line_random": "64-byte line stored, in random order",
         "miss": "load that depends on the last, a cache miss",
+        "slot_hot": "tree slot stored, in sequence, cached",
+        "slot_cold": "tree slot stored, at random, not cached",
         "atomic": "atomic add, cached",
         "system_call": "system call that does nothing (getppid)",
         "system_call_mm": "system call on an empty page (madvise)",
@@ -59,6 +62,7 @@ _MOST_THREADS = 16  # CPUs in a shootdown
 _NEVER = (1 << 64) - 1  # more than anybody counts
 _PATIENCE = 3.0  # seconds beyond the planned ones
 _PAGE, _LINE = 4096, 64
+_NODES, _SLOTS = 1 + 64 + 4096, 1 << 18  # of the page cache for the pages of 1 GiB
 _MAPPED = 16 << 20  # bytes of the mappings that are faulted and zapped
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _MEMBARRIER = {"x86_64": 324}  # elsewhere the generic number
@@ -259,6 +263,30 @@ class _Bench:
     @contextmanager
     def atomic(self) -> Iterator[Sampler]:
         yield lambda: _timed(lambda: self.loops.add(self.memory, 100_000), 100_000)
+
+    @contextmanager
+    def slot_hot(self) -> Iterator[Sampler]:
+        yield self._slots(np.arange(_SLOTS, dtype=np.uint64), 1)
+
+    @contextmanager
+    def slot_cold(self) -> Iterator[Sampler]:
+        trees = len(self.memory) // (_NODES * NODE_WORDS)
+        yield self._slots(self.random.permutation(_SLOTS).astype(np.uint64), trees)
+
+    def _slots(self, indices: Array, count: int) -> Sampler:
+        """Entries stored, and the next time removed, in trees as the page cache keeps for the pages of 1 GiB."""
+        size = _NODES * NODE_WORDS
+        trees = [self.memory[i * size : (i + 1) * size] for i in range(count)]
+        for tree in trees:
+            tree[:] = 0
+            link_nodes(tree)
+        stores = ((tree, np.uint64(value)) for value in cycle((1, 0)) for tree in trees)
+
+        def sample() -> float:
+            tree, value = next(stores)
+            return _timed(lambda: self.loops.store_slots(tree, indices, value), len(indices))
+
+        return sample
 
     # ------------------------------------------------------------------ system calls
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from types import MappingProxyType
+from typing import Literal, get_args
 
 from pgemu_kernels.words.events import Event
 
-__all__ = ("Band", "Price", "Profile")
+__all__ = ("BASES", "Band", "Basis", "Price", "Profile", "weakest")
 
 Band = tuple[float, float]
 """Low and high end, nanoseconds."""
 
+Basis = Literal["measured", "published", "assumption"]
+"""What a price rests on: figures that were measured for pgemu, on a machine that the source names; figures that others
+published; or an assumption. Of several it is the weakest, but for what is small beside the rest."""
+
+BASES: tuple[Basis, ...] = get_args(Basis)
+"""From the strongest to the weakest."""
+
 _NOTHING: Band = (0.0, 0.0)
 _BROADCASTS = (Event.TLB_FLUSH_MM, Event.TLB_FLUSH_KERNEL)  # the CPU that flushes is one of those that answer
+
+
+def weakest(*bases: Basis) -> Basis:
+    """What a price rests on that is made of several."""
+    return max(bases, key=BASES.index)
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,8 @@ class Price:
 
     Attributes:
         event: the event
-        source: where the figures come from; "assumption: ..." where nobody published any
+        source: where the figures come from
+        basis: what they rest on
         fixed: per charge, nanoseconds; of TLB_FLUSH_MM and TLB_FLUSH_KERNEL only where another CPU must answer
         each: per unit charged, nanoseconds
         per_cpu: per charge and CPU that must answer, nanoseconds
@@ -35,6 +49,7 @@ class Price:
     fixed: Band = _NOTHING
     each: Band = _NOTHING
     per_cpu: Band = _NOTHING
+    basis: Basis = field(kw_only=True)
 
     def total(self, n: int, cpus: int = 1) -> Band:
         """Return the band of one charge of `n` units, nanoseconds."""

@@ -8,10 +8,11 @@
     [prices.tlb_flush_kernel]           # an event of layout.Event, in lower case
     per_cpu = [70.0, 95.5]              # low and high, nanoseconds; also fixed (per charge) and each (per unit)
     source = "mprotect, 384 threads"
+    basis = "measured"              # or "published", or "assumption"
 
-All four keys and every `source` must be there; a price has at least one band; bands lie between 0 and 10^9
-nanoseconds, low first. Of a broadcast flush `fixed` is the wait for the first other CPU, charged where there is one.
-Events that are not named are priced as in "published".
+All four keys and every `source` must be there; a price without `basis` counts as an assumption. A price has at least
+one band; bands lie between 0 and 10^9 nanoseconds, low first. Of a broadcast flush `fixed` is the wait for the first
+other CPU, charged where there is one. Events that are not named are priced as in "published".
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import suppress
 from datetime import date, datetime
 from typing import Any, NoReturn
 
-from pgemu.cost.prices import Band, Price, Profile
+from pgemu.cost.prices import BASES, Band, Basis, Price, Profile
 from pgemu.errors import InputError
 from pgemu_kernels.words.events import Event
 
@@ -89,11 +90,17 @@ class _Reader:
         if name not in events:
             self.refuse(key, "an event such as page_copied or tlb_flush_kernel (`pgemu compare --sources` lists them)")
         price = self.table(key, value)
-        self.known(f"{key}.", price, (*_BANDS, "source"))
+        self.known(f"{key}.", price, (*_BANDS, "source", "basis"))
         bands = {band: self.band(f"{key}.{band}", price[band]) for band in _BANDS if band in price}
         if not bands:
             self.refuse(key, "at least one of fixed, each and per_cpu")
-        return Price(events[name], self.text("source", price, f"{key}."), **bands)
+        return Price(events[name], self.text("source", price, f"{key}."), **bands, basis=self.basis(key, price))
+
+    def basis(self, key: str, price: dict[str, Any]) -> Basis:
+        value: Basis = price.get("basis", "assumption")
+        if value not in BASES:
+            self.refuse(f"{key}.basis", "measured, published or assumption", value)
+        return value
 
     def band(self, key: str, value: Any) -> Band:
         if not isinstance(value, list) or len(value) != 2 or any(type(end) not in (int, float) for end in value):
@@ -163,6 +170,7 @@ def to_toml(profile: Profile) -> str:
                 )
             lines.append(f"{band} = [{float(low)!r}, {float(high)!r}]")
         lines.append(f"source = {_quoted(price.source)}")
+        lines.append(f'basis = "{price.basis}"')
     return "\n".join(lines) + "\n"
 
 

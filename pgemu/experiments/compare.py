@@ -14,6 +14,7 @@ from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.statistics import Statistics
+from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
@@ -242,7 +243,8 @@ def compare(
 ) -> Comparison:
     """Run a trace on a fresh machine of each design.
 
-    The pool is as large as the guest_memfd; a trace that begins private runs in a KVM_X86_SW_PROTECTED_VM.
+    The pool is as large as the guest_memfd. The VM's kind is the trace's; one that says nothing runs in a
+    KVM_X86_SW_PROTECTED_VM where it begins private, else in a plain VM.
 
     :param designs: which, and in which order
     :param check: "end": recount everything after the trace and after closing; an int: also after every so many
@@ -274,8 +276,12 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
         known = " or ".join({PAGE_4K: "4K", PAGE_2M: "2M"}.get(size, "1G") for size in sizes)
         raise InputError(f"huge pages of {layout.page_size >> 20} MiB: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
+    fields = {"vm": "sw" if lowered.init == "private" else "plain", **lowered.machine, **given}
+    kind = KINDS.get(fields["vm"])
+    if kind and kind.stage2 and "stage2" not in given:
+        fields["stage2"] = kind.stage2
     try:
-        return versions.configuration(design, pool=pool, page_size=layout.page_size, **{**lowered.machine, **given})
+        return versions.configuration(design, pool=pool, page_size=layout.page_size, **fields)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -288,8 +294,12 @@ def run(
     progress: Progress | None = None,
     *,
     strict: bool = False,
+    unseen: bool = False,
 ) -> DesignRun:
-    """Run a trace on a fresh machine; see compare()."""
+    """Run a trace on a fresh machine; see compare().
+
+    unseen: with accesses to whatever the recorded VM may have used without a fault (recorded.py).
+    """
     machine = _boot(lowered, config)
     booted = machine.statistics
     refusal = _instead(lowered, config, versions) if strict else ""
@@ -301,7 +311,7 @@ def run(
     if check == "every":
         machine.check_each()
     finding = None
-    for done in _replay(machine, lowered, check):
+    for done in _replay_unseen(machine, lowered) if unseen else _replay(machine, lowered, check):
         finding = finding or _finding(machine, done)
         if progress:
             progress(config.design, done, len(lowered.records))
@@ -335,7 +345,7 @@ def _boot(lowered: Lowered, config: Config) -> Machine:
     except (MemoryError, OSError):
         size = lowered.layout.inode_size
         raise InputError(f"{size} bytes of guest memory: more than this computer can model") from None
-    machine.create_vm(machine.create_process(), protected=lowered.init == "private")
+    machine.create_vm(machine.create_process())
     return machine
 
 
@@ -356,6 +366,13 @@ def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
         piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
         done = last
         yield done
+
+
+def _replay_unseen(machine: Machine, lowered: Lowered) -> Iterator[int]:
+    from pgemu.experiments.recorded import replay_unseen
+
+    replay_unseen(lowered, machine)
+    yield len(lowered.records)
 
 
 def _finding(machine: Machine, after: int) -> Finding | None:

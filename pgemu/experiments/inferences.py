@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.machine.presets import Versions
 
-__all__ = ("INFERENCES", "Alternative", "Inference")
+__all__ = ("INFERENCES", "Alternative", "Inference", "unreached")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Alternative:
         designs: whose machines
         versions: fields of Versions that it changes
         trace: parameters of the workload
+        unseen: the guest touches what the recorded VM may have used without a fault
+        unreached: zeroing of memory that no slot reaches is charged
     """
 
     label: str
@@ -38,6 +40,8 @@ class Alternative:
     designs: tuple[str, ...] = ("restructure", "pfnmap")
     versions: Mapping[str, Any] = field(default_factory=dict)
     trace: Mapping[str, float] = field(default_factory=dict)
+    unseen: bool = False
+    unreached: bool = False
 
     def changed(self, versions: Versions) -> Versions:
         """The versions under it."""
@@ -64,6 +68,11 @@ class Inference:
     untouched: _Touches = lambda _: ""
 
 
+def unreached(run: DesignRun) -> int:
+    """4K pages that were zeroed though no memory slot reaches them."""
+    return run.statistics.event(Event.ZEROED_UNREACHED)
+
+
 def _run(comparison: Comparison, design: str) -> DesignRun | None:
     return next((run for run in comparison.runs if run.design == design), None)
 
@@ -82,6 +91,12 @@ def _only_statement(_: Comparison) -> str:
 
 def _without(op: Operation, what: str) -> _Touches:
     return lambda comparison: "" if _has(comparison, op) else f"the trace has no {what}"
+
+
+def _no_hole(comparison: Comparison) -> str:
+    """Whether a hole was made: one that is refused leaves everything as it was."""
+    made = any(found.outcomes.get("ok") for run in comparison.runs if (found := run.operation(Operation.PUNCH_HOLE)))
+    return "" if made else "no hole is made"
 
 
 def _merges(comparison: Comparison) -> str:
@@ -195,7 +210,7 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "pfnmap unmaps a hole's range before it truncates",
             "truncation finds no special entry; the slides' change leaves them",
             (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
-            _without(Operation.PUNCH_HOLE, "hole"),
+            _no_hole,
         ),
         "holes": Inference(
             "holes smaller than a huge page: as the version of restructure does, in both designs",
@@ -211,6 +226,12 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "their bases are between releases",
             (Alternative("7.3", {"kernel": "7.3"}), Alternative("6.18", {"kernel": "6.18"})),
         ),
+        "private-level": Inference(
+            "private memory of a TDX VM is mapped by leaves of up to 2M",
+            "TDX huge pages v3, posted; mainline maps 4K",
+            (Alternative("4K", {"private_level": "4K"}),),
+            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
+        ),
         "overlap": Inference(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",
@@ -220,13 +241,14 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
         "slot-reach": Inference(
             "zeroing of memory that no slot reaches is charged to no design",
             "a guest_memfd is as large as its huge pages, the VM's memory may be smaller",
-            (Alternative("charged"),),
+            (Alternative("charged", unreached=True),),
+            lambda comparison: "" if any(map(unreached, comparison.runs)) else "slots reach all that is zeroed",
         ),
         "recorded-levels": Inference(
             "a guest touches again what it lost as often as the log shows",
             "a VM with larger leaves faulted less than the design would have",
-            (Alternative("all touched"),),
-            lambda comparison: "" if not comparison.lowered.source.startswith("workload:") else "not a recorded VM",
+            (Alternative("all touched", unseen=True),),
+            lambda comparison: "not a log, but all accesses" if comparison.lowered.accesses else "",
         ),
         "lazy-merge": Inference(
             "what became all private is merged by the conversion itself",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,7 +34,7 @@ class Trial(NamedTuple):
     Attributes:
         rule: the inferred rule, or several joined by " and "
         label: the alternative
-        removes: the defect that the machines do not have under it, or ""
+        removes: the defect that the machines do not have under it while both zero the same, or ""
         measures: the answers, by question
         runs: the machines
     """
@@ -60,18 +61,23 @@ class Sensitivity:
     complete: bool = True
 
 
+def _done(result: DesignRun) -> Future[DesignRun]:
+    future: Future[DesignRun] = Future()
+    future.set_result(result)
+    return future
+
+
 class _Runs:
     """Runs of machines, each configuration and trace once."""
 
     def __init__(self, comparison: Comparison, pool: ThreadPoolExecutor) -> None:
         self._comparison = comparison
         self._pool = pool
-        self._known: dict[tuple[int, Config], Future[DesignRun]] = {}
+        self._known: dict[tuple[int, Config, bool], Future[DesignRun]] = {}
         self._traces: dict[tuple[tuple[str, float], ...], Lowered] = {(): comparison.lowered}
         for known in comparison.runs:
-            future: Future[DesignRun] = Future()
-            future.set_result(known)
-            self._known[id(comparison.lowered), known.config] = future
+            self._known[id(comparison.lowered), known.config, False] = _done(known)
+        self._full = any(known.config.full for known in comparison.runs)
 
     def trace(self, parameters: dict[str, float]) -> Lowered:
         """The trace with other parameters."""
@@ -98,9 +104,14 @@ class _Runs:
                 versions = alternative.changed(versions)
                 given |= alternative.fields
         config = configuration(lowered, known.design, versions, given)
-        key = id(lowered), config
-        if key not in self._known:
-            self._known[key] = self._pool.submit(run, lowered, config, versions)
+        unseen = any(alternative.unseen for alternative in alternatives)
+        key = id(lowered), config, unseen
+        if key not in self._known and config.full and not self._full:
+            # The first run of such a machine compiles what runs it: that is not for two threads at once.
+            self._known[key] = _done(run(lowered, config, versions, unseen=unseen))
+            self._full = True
+        elif key not in self._known:
+            self._known[key] = self._pool.submit(run, lowered, config, versions, unseen=unseen)
         return self._known[key]
 
 
@@ -155,23 +166,26 @@ def _tried(
     wanted: Sequence[tuple[tuple[str, ...], tuple[Alternative, ...]]],
     progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[Trial]:
-    started: list[tuple[str, str, list[Future[DesignRun]]]] = []
+    started = []
     for names, alternatives in wanted:
-        label = " and ".join(alternative.label for alternative in alternatives)
-        try:
-            started.append((" and ".join(names), label, runs.start(alternatives)))
-        except InputError:  # two alternatives that exclude each other
-            continue
+        with suppress(InputError):  # two alternatives that exclude each other
+            started.append((names, alternatives, runs.start(alternatives)))
     base = tuple(comparison.runs[:2])
-    for done, (rule, label, futures) in enumerate(started):
+    for done, (names, alternatives, futures) in enumerate(started):
         first, second = (future.result() for future in futures)
         if progress:
-            progress(rule, done + 1, len(started))
-        if (first, second) != base:
-            yield Trial(rule, label, _removed(base, (first, second)), measure(first, second), (first, second))
+            progress("alternatives", done + 1, len(started))
+        unreached = any(alternative.unreached for alternative in alternatives)
+        if first is not base[0] or second is not base[1] or unreached:
+            label = " and ".join(alternative.label for alternative in alternatives)
+            removed = _removed(base, (first, second))
+            measures = measure(first, second, unreached=unreached)
+            yield Trial(" and ".join(names), label, removed, measures, (first, second))
 
 
 def _removed(base: tuple[DesignRun, ...], runs: tuple[DesignRun, DesignRun]) -> str:
-    """The defect that machines had and have no longer."""
+    """The defect that a machine had and has no longer, where now both machines zero the same."""
+    if runs[0].config.zero != runs[1].config.zero:
+        return ""
     gone = {name for old, new in zip(base, runs, strict=True) for name in {*old.config.defects} - {*new.config.defects}}
     return ", ".join(sorted(gone))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from pgemu.cost.difference import Difference, difference
-from pgemu_kernels.words.events import Gauge
+from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ("QUESTIONS", "Basis", "Line", "Measure", "broken", "mapped", "measure", "paired", "refused", "verdict")
 
+Array = np.ndarray[Any, Any]
 Band = tuple[float, float]
+_Measured = Callable[["DesignRun", "DesignRun", bool], "Measure"]
 Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even"]
 
 _XARRAY_NODE = 576
@@ -66,7 +70,7 @@ class Question:
     """A question, how it is measured, and what captured it if a kernel was seen to answer it."""
 
     text: str
-    measure: Callable[[DesignRun, DesignRun], Measure]
+    measure: _Measured
     captured: bool = False
 
 
@@ -78,24 +82,47 @@ def _less(first: float, second: float, unit: str) -> Measure:
     return Measure(better, first, second, second - first, unit)
 
 
-def paired(first: DesignRun, second: DesignRun, op: Operation | None = None) -> Difference:
-    """What the second machine takes more than the first, event by event."""
+class _Counted(NamedTuple):
+    """Counts of a machine, int64[OPERATIONS, EVENTS]."""
+
+    events: Array
+    charges: Array
+
+
+def _reached(run: DesignRun) -> _Counted:
+    """A machine's counts without the zeroing of memory that no slot reaches."""
+    statistics = run.statistics
+    events = statistics.events.copy()
+    left = events[:, Event.ZEROED_UNREACHED].copy()
+    for event in (Event.FOLIO_ZEROED_PAGES, Event.PAGE_ZEROED):
+        taken = np.minimum(left, events[:, event])
+        events[:, event] -= taken
+        left -= taken
+    return _Counted(events, np.minimum(statistics.charges, events))
+
+
+def paired(first: DesignRun, second: DesignRun, op: Operation | None = None, *, unreached: bool = False) -> Difference:
+    """What the second machine takes more than the first, event by event.
+
+    unreached: with the zeroing of memory that no slot reaches.
+    """
     config = first.config
-    return difference(first.statistics, second.statistics, config.profile, config.vcpus, config.host_cpus, op)
+    one, other = (run.statistics if unreached else _reached(run) for run in (first, second))
+    return difference(one, other, config.profile, config.vcpus, config.host_cpus, op)
 
 
-def _time(op: Operation) -> Callable[[DesignRun, DesignRun], Measure]:
-    def measured(first: DesignRun, second: DesignRun) -> Measure:
+def _time(op: Operation) -> _Measured:
+    def measured(first: DesignRun, second: DesignRun, unreached: bool) -> Measure:
         found = [run.operation(op) for run in (first, second)]
         one, other = (run.total if run else (0.0, 0.0) for run in found)
-        low, high = paired(first, second, op).total
+        low, high = paired(first, second, op, unreached=unreached).total
         better = -1 if low == high == 0 else 0 if low > 0 else 1 if high < 0 else None
         return Measure(better, one, other, (low, high), "ns")
 
     return measured
 
 
-def _memory(first: DesignRun, second: DesignRun) -> Measure:
+def _memory(first: DesignRun, second: DesignRun, _: bool) -> Measure:
     peaks = []
     for run in (first, second):
         pages = sum(
@@ -112,7 +139,7 @@ def mapped(run: DesignRun) -> tuple[int, int]:
     return gauge(Gauge.STAGE2_LEAVES_4K) * PAGE_4K + large, large
 
 
-def _level(first: DesignRun, second: DesignRun) -> Measure:
+def _level(first: DesignRun, second: DesignRun, _: bool) -> Measure:
     shares = [large / total if total else 0.0 for total, large in (mapped(run) for run in (first, second))]
     better = -1 if abs(shares[0] - shares[1]) < _ALIKE else int(shares[1] > shares[0])
     return Measure(better, shares[0], shares[1], shares[1] - shares[0], "share")
@@ -134,15 +161,15 @@ QUESTIONS: dict[str, Question] = {
     "guest_faults": Question("time of guest faults", _time(Operation.GUEST_FAULT)),
     "memory": Question("struct pages and tables", _memory),
     "level": Question("guest memory at 2M or 1G", _level),
-    "refused": Question("refused", lambda a, b: _less(refused(a), refused(b), "count")),
-    "broken": Question("broken", lambda a, b: _less(broken(a), broken(b), "count")),
+    "refused": Question("refused", lambda a, b, _: _less(refused(a), refused(b), "count")),
+    "broken": Question("broken", lambda a, b, _: _less(broken(a), broken(b), "count")),
 }
 """In the order of the screen."""
 
 
-def measure(first: DesignRun, second: DesignRun) -> dict[str, Measure]:
-    """Answer every question for two machines after the same trace."""
-    return {key: question.measure(first, second) for key, question in QUESTIONS.items()}
+def measure(first: DesignRun, second: DesignRun, *, unreached: bool = False) -> dict[str, Measure]:
+    """Answer every question for two machines after the same trace; `unreached`: see paired()."""
+    return {key: question.measure(first, second, unreached) for key, question in QUESTIONS.items()}
 
 
 # --------------------------------------------------------------------------- what it rests on

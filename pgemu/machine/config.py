@@ -157,7 +157,7 @@ class Config:
         for name in DEFAULTS:
             if getattr(self, name) is None and row:
                 object.__setattr__(self, name, row.default(name))
-        for holds, complaint in chain(self._choices(), self._amounts()):
+        for holds, complaint in chain(self._choices(), self._of_vms(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -185,11 +185,6 @@ class Config:
             ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
-            (self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"),
-            (
-                self.private_level in (None, *PRIVATE_LEVELS),
-                f"private level {self.private_level!r}: expected one of {', '.join(PRIVATE_LEVELS)}",
-            ),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
             (self.nodes in (1, W.NODES), f"nodes {self.nodes}: expected 1 or {W.NODES}"),
@@ -234,6 +229,12 @@ class Config:
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
         )
+
+    def _of_vms(self) -> Iterator[tuple[bool, str]]:
+        """The same of what concerns kinds of VM."""
+        levels = (None, *PRIVATE_LEVELS)
+        yield self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"
+        yield self.private_level in levels, f"private level {self.private_level!r}: expected one of {levels[1:]}"
 
     def _amounts(self) -> Iterator[tuple[bool, str]]:
         """Whether each amount of memory is one of whole pages of its size."""

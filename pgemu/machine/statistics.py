@@ -34,6 +34,13 @@ class Statistics:
         start = int(W.STATS_COUNTERS)
         return self.words[start : start + W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
 
+    @property
+    def charges(self) -> Array:
+        """int64[OPERATIONS, EVENTS]: how often each was charged; one charge may be of many units, or of none."""
+        start = int(W.STATS_REPEATED)
+        repeated = self.words[start : start + W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
+        return self.events - repeated
+
     def event(self, event: Event, op: Operation | None = None) -> int:
         """How often an event was counted, in all or for one operation."""
         column = self.events[:, event]

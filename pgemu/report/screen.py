@@ -26,6 +26,7 @@ __all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value")
 
 WIDTH = 80
 HEIGHT = 24
+_MOVED = 5  # times a difference that is worth a line
 _COLUMNS = (24, 12, 12, 20, 9)
 
 
@@ -117,13 +118,20 @@ def answer(comparison: Comparison, found: Measure) -> str:
     return f"{design} {high / low:,.3g} x" if low else design
 
 
+def _answer(comparison: Comparison, line: Line) -> str:
+    """The same of a line: a difference that only a defect makes counts for nobody, but for what breaks."""
+    if line.basis.kind == "defect" and line.measure.unit == "ns":
+        return "neither"
+    return answer(comparison, line.measure)
+
+
 def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
     designs = [run.design for run in comparison.runs[:2]]
     yield _row("", *designs, "better, by", "basis")
     yield "-" * WIDTH
     for line in lines.values():
         found = line.measure
-        cells = (value(found.first, found.unit), value(found.second, found.unit), answer(comparison, found))
+        cells = (value(found.first, found.unit), value(found.second, found.unit), _answer(comparison, line))
         yield _row(line.question, *cells, line.basis.kind)
 
 
@@ -223,8 +231,28 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
             by_rule.setdefault((rule, label), []).append(f"{line.question} {turned}")
     for (rule, label), answers in by_rule.items():
         yield f"rests on {rule}; with {label}: {'; '.join(answers)}"
+    yield from _moves(comparison, lines, sensitivity)
     if sensitivity and not sensitivity.complete:
         yield "interrupted: not every alternative was tried"
+
+
+def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
+    """Alternatives under which the better design stays, and the difference in time is another one altogether."""
+    for trial in sensitivity.trials if sensitivity else ():
+        moved = []
+        for key, line in lines.items():
+            found, then = line.measure, trial.measures[key]
+            if found.unit != "ns" or found.better in (None, -1) or then.better != found.better:
+                continue
+            now, otherwise = _middle(found.difference), _middle(then.difference)
+            if max(now, otherwise) >= _MOVED * min(now, otherwise):
+                moved.append(f"{line.question} {answer(comparison, then)}")
+        if moved and " and " not in trial.rule:
+            yield f"with {trial.rule} {trial.label}: {'; '.join(moved)}"
+
+
+def _middle(band: float | tuple[float, float]) -> float:
+    return abs(sum(band)) / 2 if isinstance(band, tuple) else abs(band)
 
 
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:

@@ -15,6 +15,7 @@ __all__ = (
     "CALLS",
     "EXPECTED",
     "IGNORED",
+    "LEVELS",
     "LINE",
     "LOST",
     "OUTCOMES",
@@ -29,7 +30,7 @@ class Input(IntEnum):
     """Kinds of input rows; what the words A to E of a row hold."""
 
     HOST_FAULT = 1  # HVA, error code
-    GUEST_FAULT = 2  # GPA, error code, vCPU
+    GUEST_FAULT = 2  # GPA, error code, vCPU, level of the leaf that KVM then wrote (0: none was seen)
     ATTRIBUTES = 3  # first gfn, end gfn, attributes
     UNMAP = 4  # first HVA, end HVA
     MEMSLOT = 5  # slot, flags, GPA, size, HVA
@@ -146,6 +147,9 @@ OUTCOMES = frozenset(
         "mark_mmio_spte",
     }
 )
+
+LEVELS = frozenset({"kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"})
+"""Outcomes that tell at which level a guest fault was mapped."""
 
 IGNORED = frozenset(
     {

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G
@@ -92,6 +95,9 @@ class Lowered:
         converts: whether any record is a conversion
         accounting: where the log's events went
         source: name of the file or workload
+        fault_levels: uint8[records], the level of the leaf with which the recorded VM's KVM answered each guest fault
+            (1 = 4K, 2 = 2M, 3 = 1G), 0 where it wrote none; None: not recorded
+        accesses: the guest faults are all accesses of the guest that matter, not only those that faulted: no log
         machine: fields of Config that the trace or workload brings: its stage 2, its vCPUs
         again: of a workload with parameters: makes it with other ones
     """
@@ -102,5 +108,7 @@ class Lowered:
     converts: bool
     accounting: Accounting
     source: str
+    fault_levels: npt.NDArray[np.uint8] | None = None
+    accesses: bool = False
     machine: Mapping[str, Any] = field(default_factory=dict)
     again: Callable[..., Lowered] | None = field(default=None, compare=False)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.events import Input
+from pgemu.trace.events import LEVELS, Input
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
 from pgemu.trace.memory_layout import (
@@ -167,7 +167,8 @@ class _Lowering:
         """Put the pieces in order, behind the records that make guest memory."""
         setup = self._setup()
         origin = np.concatenate([np.zeros(0, np.intp), *(rows for rows, _ in self._pieces)])
-        made = Records.concatenate(piece for _, piece in self._pieces).take(np.argsort(origin, kind="stable"))
+        order = np.argsort(origin, kind="stable")
+        made = Records.concatenate(piece for _, piece in self._pieces).take(order)
         records = Records.concatenate([setup, made])
         served = np.unique(origin)
         if bool((self._reason[served] >= 0).any()) or len(served) + int((self._reason >= 0).sum()) != len(self._rows):
@@ -186,7 +187,16 @@ class _Lowering:
             without_operation=Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
         )
         converts = bool((records.op == Operation.CONVERT).any())
-        return Lowered(records, self._layout, self._init(converts), converts, accounting, self._log.source)
+        levels = self._fault_levels(origin[order], len(setup))
+        return Lowered(records, self._layout, self._init(converts), converts, accounting, self._log.source, levels)
+
+    def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
+        """uint8[setup + len(origin)]: the recorded level of each record's fault; None if the log tells none."""
+        if not LEVELS & self._log.outcomes.keys():
+            return None
+        rows = self._rows[origin]
+        levels = np.where(rows[:, _KIND] == Input.GUEST_FAULT, rows[:, _D], 0)
+        return np.concatenate([np.zeros(setup), levels]).astype(np.uint8)
 
     def _init(self, converts: bool) -> Init:
         if self._options.init != "auto":

@@ -87,7 +87,7 @@ LAYOUT = Layout(
 _Gfns = npt.NDArray[np.int64]
 
 
-MACHINE = {"stage2": "ept", "vcpus": VCPUS}
+MACHINE = {"vm": "tdx", "stage2": "ept", "vcpus": VCPUS}
 
 
 def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
@@ -116,7 +116,7 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     made = len(records) - len(setup)
     inputs = Counter({"record": made})
     accounting = Accounting(events=made, inputs=inputs, operations=len(records), setup=len(setup))
-    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", MACHINE)
+    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", accesses=True, machine=MACHINE)
 
 
 def _setup() -> Records:

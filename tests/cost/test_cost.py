@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pgemu import Config, InputError, Machine, cost
+from pgemu.cost.prices import BASES
 from pgemu.cost.toml import LARGEST, read_profile
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event
@@ -53,16 +54,23 @@ def test_a_free_event_says_who_carries_its_price(event: Event) -> None:
     assert (price.total(1, 1) == (0, 0)) == price.source.startswith("no price of its own: ")
 
 
-@pytest.mark.parametrize("host_cpus", [1, 256])
-def test_one_1g_split_lies_in_the_published_band(host_cpus: int) -> None:
-    low, high = band(
-        (Event.VMEMMAP_PAGE_RESTORED, 4095),
-        (Event.TLB_FLUSH_KERNEL, 1),
-        (Event.STRUCT_PAGE_WRITTEN, 262143),
-        (Event.PAGE_CACHE_STORED, 262144),
-        host_cpus=host_cpus,
-    )
-    assert 5e6 <= low < high <= 30e6
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_source_that_assumes_is_an_assumption(name: str) -> None:
+    for price in cost.profile(name).values():
+        assert price.basis in ("measured", "published", "assumption")
+        source = price.source.removeprefix("from profile published: ")
+        if source.startswith("assumption"):
+            assert price.basis == "assumption", price
+        elif price.basis == "assumption":
+            assert "assumption" in source or source.startswith(("no price of its own: ", "4 KiB read")), price
+        if source.startswith("measured"):
+            assert price.basis in ("measured", "published"), price
+
+
+def test_no_price_comes_from_the_whole_that_it_is_part_of() -> None:
+    """A band that a split as a whole is thought to lie in is for cost.checks, and for no price."""
+    assert not any("5-30" in price.source or "plausible" in price.source for price in PUBLISHED.values())
+    assert PUBLISHED[Event.PAGE_CACHE_STORED].basis == "measured"
 
 
 def test_a_refault_takes_what_was_measured() -> None:
@@ -269,6 +277,7 @@ source = "measured"
 fixed = [1_000, 2e3]
 per_cpu = [0, 12]
 source = "mprotect \\"both\\" ways"
+basis = "published"
 """
 
 
@@ -285,8 +294,9 @@ def test_a_file_is_a_profile(tmp_path: Path) -> None:
     assert profile.measured == datetime.date(2026, 11, 22)
     assert list(profile.own) == [Event.TLB_FLUSH_KERNEL, Event.PAGE_COPIED]
     assert profile[Event.TLB_FLUSH_KERNEL] == cost.Price(
-        Event.TLB_FLUSH_KERNEL, 'mprotect "both" ways', fixed=(1000, 2000), per_cpu=(0, 12)
+        Event.TLB_FLUSH_KERNEL, 'mprotect "both" ways', fixed=(1000, 2000), per_cpu=(0, 12), basis="published"
     )
+    assert profile[Event.PAGE_COPIED].basis == "assumption"  # where the file does not say
     assert profile[Event.SYSCALL].source.startswith("from profile published: ")
     assert cost.price_table(path, 1, 3)[Event.TLB_FLUSH_KERNEL].tolist() == [1_000_000, 2_036_000, 0, 0]
     assert cost.profile(Path(path)) == profile
@@ -333,7 +343,13 @@ def test_a_machine_takes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "prices.page_eaten: expected an event such as page_copied or tlb_flush_kernel "
             "(`pgemu compare --sources` lists them)",
         ),
-        ("each =", "unit =", "prices.page_copied.unit: expected one of fixed, each, per_cpu, source"),
+        ("each =", "unit =", "prices.page_copied.unit: expected one of fixed, each, per_cpu, source, basis"),
+        (
+            '"published"',
+            '"rumour"',
+            "prices.tlb_flush_kernel.basis = 'rumour': expected measured, published or assumption",
+        ),
+        ('"published"', "[1]", "prices.tlb_flush_kernel.basis = [1]: expected measured, published or assumption"),
         ("each = [100, 250.5]\n", "", "prices.page_copied: expected at least one of fixed, each and per_cpu"),
         ('source = "measured"\n', "", "prices.page_copied.source: expected, but missing"),
         ("[100, 250.5]", "[250.5, 100]", "prices.page_copied.each = [250.5, 100]: expected the low end first"),
@@ -410,7 +426,11 @@ TEXT = st.text(PRINTABLE, min_size=1, max_size=12).filter(str.strip)
 @st.composite
 def profiles(draw: st.DrawFn) -> cost.Profile:
     events = draw(st.lists(st.sampled_from(list(Event)), unique=True, max_size=6))
-    prices = [cost.Price(event, draw(TEXT), draw(bands()), draw(bands()), draw(bands())) for event in events]
+    bases = st.sampled_from(BASES)
+    prices = [
+        cost.Price(event, draw(TEXT), draw(bands()), draw(bands()), draw(bands()), basis=draw(bases))
+        for event in events
+    ]
     return cost.Profile.of(
         draw(TEXT.filter(lambda name: name not in cost.PROFILES)),
         draw(TEXT),
@@ -450,7 +470,7 @@ def test_a_profile_that_cannot_be_read_back_is_not_written(tmp_path: Path) -> No
     def of(
         host_cpus: int | None = 1, machine: str = "m", prices: Mapping[str, tuple[float, float]] = {}
     ) -> cost.Profile:
-        price = cost.Price(Event.SYSCALL, "s", **prices)
+        price = cost.Price(Event.SYSCALL, "s", **prices, basis="measured")
         return cost.Profile.of("n", machine, datetime.date(2026, 1, 1), host_cpus, [price], PUBLISHED)
 
     path = tmp_path / "no.toml"

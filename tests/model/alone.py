@@ -54,7 +54,7 @@ class Alone(Pair):
         objects = -(-memory.nodes // 7) + -(-memory.stashes // 64)
         pins = sum(self.model.pin_nodes(len(frames)) for frames in self.model.pins.values())
         tables = sum(space.table_pages for space in self.model.spaces if space.live)
-        tables += sum(vm.table_pages for vm in self.model.vms)
+        tables += sum(tree.table_pages for tree in (*self.model.vms, *self.model.mirrors.values()))
         fixed = memory.kernel_tables + memory.vmemmap_pages + len(memory.contents)
         assert memory.frames.used == fixed + tables + objects + pins
 

@@ -58,8 +58,8 @@ class Conversions(State):
         return OK
 
     def units(self, pages: range) -> list[range]:
-        """All at once, or one huge page at a time."""
-        if self.parameters.batch == "range":
+        """All at once, or one huge page at a time. Pages of 4K are no huge ones."""
+        if self.parameters.batch == "range" or not self.order:
             return [pages]
         return [common(pages, self.block_of(number << self.order)) for number in self.blocks_of(pages)]
 
@@ -80,7 +80,11 @@ class Conversions(State):
             refused = self.gate(unit)
         if refused:
             return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            for _, folio in self.private_blocks(unit):
+                folio.waits |= not folio.whole  # split before the zap
+            return refused
         self.store(unit)
         if not unit.shared:
             self.merge_blocks(unit)
@@ -93,7 +97,9 @@ class Conversions(State):
             refused = self.gate_of_small_folios(unit)
             if refused:
                 return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         self.store(unit)
         return OK
 
@@ -104,7 +110,9 @@ class Conversions(State):
             refused = self.gate(unit)
             if refused:
                 return refused
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         if unit.shared:
             refused = self.split_or_leave(unit)
             if refused:
@@ -119,7 +127,9 @@ class Conversions(State):
         items = [unit.part(pages, 0) for pages in self.changing(unit)]
         for item in items:
             if item.shared:
-                self.zap_converted(item)
+                refused = self.zap_converted(item)
+                if refused:
+                    return refused
                 continue
             self.unmap_file(item.inode, item.pages)
             refused = self.gate(item)
@@ -173,29 +183,33 @@ class Conversions(State):
         """No gate, no split, no merge."""
         if not unit.shared:
             self.unmap_file(unit.inode, unit.pages)
-        self.zap_converted(unit)
+        refused = self.zap_converted(unit)
+        if refused:
+            return refused
         self.store(unit)
         return OK
 
     # ------------------------------------------------------------------ steps
 
-    def zap_converted(self, unit: Unit) -> None:
-        """The range and no more. Whether leaves of both kinds go is a parameter; so is a what-if, rounding out."""
+    def zap_converted(self, unit: Unit) -> Outcome | None:
+        """The range and no more; a what-if is rounding it out. Whether leaves of both kinds go is a parameter, where
+        there are two roots. Private leaves that cross the border of what goes are split before."""
         pages = unit.pages
         if self.parameters.zap == "rounded" and self.restructure:
             pages = self.rounded(pages, unit.node, PIECE if self.parameters.in_pieces else None)
-        if self.parameters.rounded_zap_drops_both_kinds:
-            self.zap_file(unit.inode, pages)
-            return
-        for index in pages:
-            if (index in unit.node.shared) != unit.shared:
-                self.zap_file(unit.inode, range(index, index + 1))
+        left = "private" if unit.shared else "shared"
+        kinds = "both" if self.parameters.zap_filter == "both" else left
+        if kinds != "shared" and not self.split_private(unit.inode, pages):
+            return Outcome(-W.ENOMEM, unit.pages.start * PAGE)
+        self.zap_file(unit.inode, pages, kinds)
+        return None
 
     def store(self, unit: Unit) -> None:
         if not unit.shared:
             unit.node.shared.difference_update(unit.pages)
         else:
             unit.node.shared.update(unit.pages)
+            unit.node.unassign(unit.pages)
 
     def need_no_merge(self, unit: Unit) -> None:
         """Blocks with shared pages are off the worker's list."""

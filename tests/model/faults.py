@@ -147,8 +147,8 @@ class Faults(State):
 
     # ------------------------------------------------------------------ guest
 
-    def guest_fault(self, vm: int, gpa: int, private: bool | None = None) -> Outcome:
-        """`private`: the kind of access, where the hardware tells."""
+    def guest_fault(self, vm: int, gpa: int, private: bool | None = None, accept: bool = False) -> Outcome:
+        """`private`: the kind of access, where the hardware tells. `accept`: of 4K, which some kinds of VM honor."""
         gfn = gpa // PAGE
         slot = next((s for s in self.slots if s.owner == vm and gfn in s.pages), None)
         if slot is None:
@@ -160,18 +160,44 @@ class Faults(State):
         # page_fault_can_be_fast() leaves an access of the wrong kind to the slow path, which exits.
         if private is not None and private == (index in inode.shared):
             return Outcome(-W.EFAULT)
-        present = self.vms[vm].find(gfn)
-        if present:
+        tree = self.tree_of(vm, index not in inode.shared)
+        accept = accept and index not in inode.shared and self.kinds[vm] in ("snp", "tdx")
+        present = tree.find(gfn)
+        if present and accept and present[0] > 1:
+            if vm in self.mirrors:
+                split = tree.split_boundary(gfn) and tree.split_boundary(gfn + 1)
+                return Outcome(W.RET_PF_SPURIOUS, 1) if split else Outcome(-W.ENOMEM)
+            inode.assigned_2m.discard(index // 512)
+            tree.zap(range(gfn // 512 * 512, gfn // 512 * 512 + 512))
+        elif present:
             return Outcome(W.RET_PF_SPURIOUS, present[0])
         folio = self.folio(inode, index)
         if folio is None:
             return Outcome(-W.ENOMEM)
         pfn = folio.head + index % self.block_pages
         level = self.stage2_level(slot, gfn, folio)
+        if self.kinds[vm] == "snp" and index not in inode.shared:
+            inode.assign(index, min(level, self.private_level(vm)))
+            if accept:
+                inode.assigned_2m.discard(index // 512)
+        level = 1 if accept else self.level_of_kind(slot, gfn, level)
         self.memory.first_use(folio, pfn, 1 << 9 * (level - 1))
-        if not self.vms[vm].map(gfn, level, pfn):
-            return Outcome(-W.ENOMEM)
-        return Outcome(W.RET_PF_FIXED, level)
+        level = tree.map(gfn, level, pfn)
+        return Outcome(W.RET_PF_FIXED, level) if level else Outcome(-W.ENOMEM)
+
+    def private_level(self, vm: int) -> int:
+        """The largest leaf over private memory by the VM's kind."""
+        own = {"plain": "1G", "sw": "1G", "snp": "2M", "tdx": "2M"}[self.kinds[vm]]
+        asked = None if self.kinds[vm] == "plain" else self.parameters.private_level
+        return {"4K": 1, "2M": 2, "1G": 3}[asked or own]
+
+    def level_of_kind(self, slot: Window, gfn: int, level: int) -> int:
+        """What the kind of its VM leaves of a leaf's level. SNP maps by the RMP, where shared pages are not."""
+        inode = self.inodes[slot.inode]
+        index = slot.file_page(gfn)
+        if self.kinds[slot.owner] == "snp":
+            return min(level, 2 if index // 512 in inode.assigned_2m else 1)
+        return level if index in inode.shared else min(level, self.private_level(slot.owner))
 
     def outside(self, vm: int, gfn: int, private: bool | None) -> Outcome:
         """No slot: an MMIO exit, which a 4K entry caches; what is outside slots is not private memory."""
@@ -228,18 +254,19 @@ class Faults(State):
             return OK
         slot.dirty = on
         if on:
-            self.vms[vm].split(slot.pages)
+            for tree in self.trees(vm):
+                tree.split(slot.pages)
         else:
             self.recover_large_leaves(slot)
         return OK
 
     def recover_large_leaves(self, slot: Window) -> None:
-        """Large leaves come back in place, or (6.12) at the next access."""
+        """Large leaves come back in place, or (6.12) at the next access; in a mirror they do not."""
         stage2 = self.vms[slot.owner]
         gfn = slot.pages.start
         while gfn < slot.pages.stop:
             folio = self.inodes[slot.inode].blocks.get(slot.file_page(gfn) >> self.order)
-            level = self.stage2_level(slot, gfn, folio)
+            level = self.level_of_kind(slot, gfn, self.stage2_level(slot, gfn, folio))
             step = 1 << 9 * (max(level, 2) - 1)
             if level > 1:
                 stage2.collapse(level, gfn >> 9 * (level - 1), self.parameters.kernel != "6.12")

@@ -988,6 +988,7 @@ class Model:
         del self.references[head]
         self.pieces[head] = self.orders.pop(head)
         self.events[Event.FOLIO_SPLIT] += 1
+        self.events[Event.FOLIO_FROZEN] += 1
         self._stored((1 << order) - 1, 44)
         return Outcome(0, 0)
 
@@ -1009,7 +1010,7 @@ class Model:
         self.orders[head] = self.pieces.pop(head)
         self.references[head] = 1
         self.events[Event.FOLIO_MERGED] += 1
-        self.events[Event.FOLIO_GATE_CHECKED] += 1 << order
+        self.events[Event.FOLIO_FROZEN] += 1 << order
         self._stored((1 << order) - 1, 24)
         self.optimize_one(head)
         self.set_cgroup(head, CGROUP)

@@ -17,6 +17,23 @@ class Inode:
     open: bool = True
     blocks: dict[int, Folio] = field(default_factory=dict)
     policies: dict[int, tuple[int, int]] = field(default_factory=dict)  # mode, nodes
+    assigned: set[int] = field(default_factory=set)  # pages that the RMP assigns to a guest
+    assigned_2m: set[int] = field(default_factory=set)  # ... and numbers of the 2M that one entry assigns
+
+    def assign(self, index: int, level: int) -> None:
+        """sev_gmem_prepare(): 2M at once where that much may be mapped and none of it is assigned."""
+        block = range(index // 512 * 512, index // 512 * 512 + 512)
+        if index in self.assigned:
+            return
+        if level > 1 and self.assigned.isdisjoint(block):
+            self.assigned.update(block)
+            self.assigned_2m.add(index // 512)
+        self.assigned.add(index)
+
+    def unassign(self, pages: range) -> None:
+        """sev_gmem_invalidate(): an entry of 2M that reaches beyond is split."""
+        self.assigned.difference_update(pages)
+        self.assigned_2m.difference_update(range(pages.start // 512, (pages.stop - 1) // 512 + 1))
 
 
 @dataclass

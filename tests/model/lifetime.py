@@ -25,6 +25,8 @@ class Lifetime(State):
             return OK
         if not self.restructure:
             self.unmap_file(inode, pages)  # truncation would leave special entries alone
+        if not self.split_private(inode, pages):
+            return Outcome(-W.ENOMEM)
         self.zap_file(inode, pages)
         for number in self.blocks_of(pages):
             block = self.block_of(number << self.order)
@@ -40,6 +42,7 @@ class Lifetime(State):
             if not folio.whole and not folio.idle:
                 return Outcome(-W.EAGAIN, block.start * PAGE)  # cannot be merged
             self.memory.uncache(node.blocks.pop(number))
+            node.unassign(block)
         return OK
 
     def release(self, vm: int, inode: int) -> Outcome:
@@ -48,7 +51,8 @@ class Lifetime(State):
         if not slots:
             return Outcome(-W.EBADF)
         for slot in slots:
-            self.vms[vm].zap(slot.pages)
+            for tree in self.trees(vm):
+                tree.zap(slot.pages)
             slot.released = True
         return OK
 
@@ -61,6 +65,7 @@ class Lifetime(State):
             self.delete_slot(slot)
         for number in sorted(node.blocks):
             self.memory.uncache(node.blocks.pop(number), evicted=True)
+            node.unassign(self.block_of(number << self.order))
         node.open = False
         return OK
 

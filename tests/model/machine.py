@@ -23,7 +23,8 @@ class State:
         self.spaces: list[HostTables] = []
         self.vms: list[Stage2] = []
         self.vm_space: list[int] = []
-        self.protected: list[bool] = []
+        self.mirrors: dict[int, Stage2] = {}  # of private memory, by VM: of those that have a root of its own for it
+        self.kinds: list[str] = []
         self.vmas: list[Window] = []
         self.slots: list[Window] = []
         self.pins: dict[int, list[tuple[Folio, int]]] = {}
@@ -48,6 +49,31 @@ class State:
         folio = self.inodes[inode].blocks.get(index >> self.order)
         return folio.head + index % self.block_pages if folio else None
 
+    # ------------------------------------------------------------------ VMs
+
+    def trees(self, vm: int, kinds: str = "both") -> list[Stage2]:
+        """Where a VM maps memory of some kind: "shared", "private" or "both". With one root the kind says nothing."""
+        if vm not in self.mirrors:
+            return [self.vms[vm]]
+        return [self.vms[vm]] * (kinds != "private") + [self.mirrors[vm]] * (kinds != "shared")
+
+    def tree_of(self, vm: int, private: bool) -> Stage2:
+        return self.trees(vm, "private" if private else "shared")[0]
+
+    def tree_at(self, vm: int, gfn: int) -> Stage2:
+        """Where a guest frame of a slot is mapped, if it is."""
+        slot = next((s for s in self.slots if s.owner == vm and gfn in s.pages and not s.released), None)
+        return self.tree_of(vm, slot is not None and slot.file_page(gfn) not in self.inodes[slot.inode].shared)
+
+    def split_private(self, inode: int, pages: range) -> bool:
+        """kvm_gmem_split_private(): what firmware owns cannot be dropped in part. False without memory."""
+        for vm, mirror in sorted(self.mirrors.items()):
+            for slot in reversed([s for s in self.slots if s.owner == vm]):
+                part = slot.showing(inode, pages)
+                if part and not (mirror.split_boundary(part.start) and mirror.split_boundary(part.stop)):
+                    return False
+        return True
+
     # ------------------------------------------------------------------ unmapping
 
     def clear_entries(self, vma: Window, pages: range) -> None:
@@ -67,7 +93,7 @@ class State:
                 self.memory.dropped(folio)
 
     def notify(self, vma: Window, pages: range) -> None:
-        """The VMs of the VMA's process drop what they have of it."""
+        """The VMs of the VMA's process drop what they have of it, but what is private by its root."""
         if not self.parameters.notifier:
             return
         file = vma.file_range(pages)
@@ -82,12 +108,13 @@ class State:
             if part:
                 self.clear_entries(vma, part)
 
-    def zap_file(self, inode: int, pages: range) -> None:
+    def zap_file(self, inode: int, pages: range, kinds: str = "both") -> None:
         """Drop the stage-2 leaves over pages of an inode, in every VM that has them bound."""
         for slot in self.slots:
             part = slot.showing(inode, pages)
             if part:
-                self.vms[slot.owner].zap(part)
+                for tree in self.trees(slot.owner, kinds):
+                    tree.zap(part)
 
     def remove_vmas(self, gone: list[tuple[Window, range]]) -> None:
         """Drop parts of VMAs: entries, VMAs, then the tables that no VMA needs."""
@@ -100,9 +127,10 @@ class State:
             self.spaces[space].free_tables_outside([v.pages for v in self.vmas if v.owner == space])
 
     def delete_slot(self, slot: Window) -> None:
-        """A protected VM loses the slot's leaves, another one its whole tree."""
-        if self.protected[slot.owner]:
-            self.vms[slot.owner].zap(slot.pages)
+        """A VM with private memory loses the slot's leaves, another one its whole tree."""
+        if self.kinds[slot.owner] != "plain":
+            for tree in self.trees(slot.owner):
+                tree.zap(slot.pages)
         else:
             self.vms[slot.owner].drop_all()
         self.slots.remove(slot)

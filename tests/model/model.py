@@ -49,13 +49,15 @@ class Model(Conversions, References, Lifetime):
         self.spaces[number : number + 1] = [HostTables(self.memory.frames)]
         return number
 
-    def create_vm(self, space: int, protected: bool) -> int | None:
-        """Its number, or None without a frame for the root."""
-        if not self.memory.frames.take():
+    def create_vm(self, space: int, kind: str) -> int | None:
+        """Its number, or None without a frame for each root."""
+        if not self.memory.frames.take(1 + (kind == "tdx")):
             return None
+        if kind == "tdx":
+            self.mirrors[len(self.vms)] = Stage2(self.memory.frames, mirror=True)
         self.vms.append(Stage2(self.memory.frames))
         self.vm_space.append(space)
-        self.protected.append(protected)
+        self.kinds.append(kind)
         return len(self.vms) - 1
 
     def fork(self, space: int) -> int | None:
@@ -180,7 +182,8 @@ class Model(Conversions, References, Lifetime):
     @property
     def gauges(self) -> dict[W.Gauge, int]:
         """The machine's gauges, recounted."""
-        leaves = [key[0] for vm in self.vms for key in vm.leaves]
+        trees = [*self.vms, *self.mirrors.values()]
+        leaves = [key[0] for tree in trees for key in tree.leaves]
         large = [key[0] for space in self.spaces for key in space.huge]
         folios = list(self.memory.in_use.values())
         cached = [folio for folio in folios if folio.cached]
@@ -188,7 +191,7 @@ class Model(Conversions, References, Lifetime):
         return {
             W.Gauge.FRAMES_USED: self.memory.frames.used,
             W.Gauge.HOST_TABLES: sum(space.table_pages for space in self.spaces if space.live),
-            W.Gauge.STAGE2_TABLES: sum(vm.table_pages for vm in self.vms),
+            W.Gauge.STAGE2_TABLES: sum(tree.table_pages for tree in trees),
             W.Gauge.KERNEL_TABLES: self.memory.kernel_tables,
             W.Gauge.XARRAY_NODES: self.memory.nodes,
             W.Gauge.VMEMMAP_PAGES: self.memory.vmemmap_pages,

@@ -11,6 +11,7 @@ from model import rules
 from model.memory import Boot
 from model.model import PAGE, Model, Outcome
 from model.parameters import Parameters
+from model.tables import Stage2
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu.objects.machine import Config, Machine, Result
@@ -60,9 +61,9 @@ class Pair:
     def create_process(self) -> None:
         self.create(self.spaces, self.model.create_process(), self.machine.create_process)
 
-    def create_vm(self, space: int, protected: bool) -> None:
-        expected = self.model.create_vm(space, protected)
-        self.create(self.vms, expected, self.machine.create_vm, self.spaces[space], protected=protected)
+    def create_vm(self, space: int, kind: str) -> None:
+        expected = self.model.create_vm(space, kind)
+        self.create(self.vms, expected, self.machine.create_vm, self.spaces[space], kind=kind)
 
     @staticmethod
     def create(objects: list[Any], expected: int | None, make: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,10 +96,11 @@ class Pair:
         self.compare_host(space, address)
         return outcome
 
-    def guest_fault(self, vm: int, gpa: int, private: bool | None = None) -> Outcome:
+    def guest_fault(self, vm: int, gpa: int, private: bool | None = None, accept: bool = False) -> Outcome:
         flags = 0 if private is None else W.Flag.PRIVATE if private else W.Flag.SHARED
+        flags |= W.Flag.ACCEPT_4K if accept else 0
         got = self.machine.operate(W.Operation.GUEST_FAULT, flags=flags, vm=vm, address=gpa)
-        outcome = self.same(got, self.model.guest_fault(vm, gpa, private))
+        outcome = self.same(got, self.model.guest_fault(vm, gpa, private, accept))
         self.compare_guest(vm, gpa)
         return outcome
 
@@ -236,9 +238,13 @@ class Pair:
         self.compare_folio(entry.pfn)
 
     def compare_guest(self, vm: int, gpa: int) -> None:
-        """Level and frame of a guest address."""
-        found = self.model.vms[vm].find(gpa // PAGE)
-        level, _, value = self.vms[vm].walk(gpa)[-1]
+        """Level and frame of a guest address, below the root that it is mapped by."""
+        tree = self.model.tree_at(vm, gpa // PAGE)
+        self.compare_leaf(vm, gpa, tree)
+
+    def compare_leaf(self, vm: int, gpa: int, tree: Stage2) -> None:
+        found = tree.find(gpa // PAGE)
+        level, _, value = self.vms[vm].walk(gpa, private=tree.mirror)[-1]
         assert value >> 11 & 1 == (found is not None)  # SPTE_MMU_PRESENT: a cached MMIO entry has it not
         if found is not None:
             assert (level, value >> 12 & (1 << 40) - 1) == found
@@ -267,9 +273,10 @@ class Pair:
                 continue
             for page in [*tables.entries, *(number << 9 * (level - 1) for level, number in tables.huge)]:
                 self.compare_host(space, page * PAGE)
-        for vm, stage2 in enumerate(self.model.vms):
-            for level, number in stage2.leaves:
-                self.compare_guest(vm, number << 12 + 9 * (level - 1))
+        for vm in range(len(self.model.vms)):
+            for tree in self.model.trees(vm):
+                for level, number in tree.leaves:
+                    self.compare_leaf(vm, number << 12 + 9 * (level - 1), tree)
         for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
             self.compare_shareability(memfd, inode.pages, inode.shared)
         for folio in self.model.memory.in_use.values():

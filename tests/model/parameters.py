@@ -22,6 +22,7 @@ class Parameters:
     hvo: bool = True
     zero: str = "folio"
     zap_filter: str = "both"
+    private_level: str | None = None
     notifier: bool = True
     split_form: str = "jan2026"
     nodes: int = 1

@@ -21,11 +21,12 @@ Array = np.ndarray[Any, Any]
 
 
 class Leaf(NamedTuple):
-    """An entry of a process (`owner`) or of a VM that maps `pages`, from frame `pfn` on."""
+    """An entry of a process (`owner`) or of a VM that maps `pages`, from frame `pfn` on; in a mirror or not."""
 
     owner: int
     pages: range
     pfn: int
+    mirror: bool = False
 
 
 class Block(NamedTuple):
@@ -64,8 +65,9 @@ def view_of_model(model: Model) -> View:
     for owner, space in enumerate(model.spaces):
         host += [Leaf(owner, range(page, page + 1), entry.pfn) for page, entry in space.entries.items()]
         host += [Leaf(owner, span(level, number), entry.pfn) for (level, number), entry in space.huge.items()]
-    for owner, vm in enumerate(model.vms):
-        stage2 += [Leaf(owner, span(level, number), pfn) for (level, number), pfn in vm.leaves.items()]
+    for owner in range(len(model.vms)):
+        for tree in model.trees(owner):
+            stage2 += [Leaf(owner, span(*key), pfn, tree.mirror) for key, pfn in tree.leaves.items()]
     shared = []
     blocks = []
     for inode in model.inodes:
@@ -105,12 +107,23 @@ def view_of_machine(machine: Any, order: int) -> View:
     )
     return View(
         [leaf for owner, row in enumerate(host) for leaf in leaves(arrays.ram, owner, int(row[W.S_ROOT]), 1)],
-        [leaf for owner, row in enumerate(vms) for leaf in leaves(arrays.ram, owner, int(row[W.V_ROOT]), present)],
+        [
+            leaf._replace(mirror=mirror)
+            for owner, row in enumerate(vms)
+            for root, mirror in roots(row)
+            for leaf in leaves(arrays.ram, owner, root, present)
+        ],
         [shareability(arrays, row) for row in inodes],
         [blocks_of(state, row) for row in inodes],
         sum(int(gauges[gauge]) for gauge in counted),
         [int(row[W.V_IN_PROGRESS]) for row in vms],
     )
+
+
+def roots(vm: Array) -> list[tuple[int, bool]]:
+    """A VM's stage-2 root, and that of its mirror if it has one."""
+    own, private = int(vm[W.V_ROOT]), int(vm[W.V_PRIVATE_ROOT])
+    return [(own, False)] + [(private, True)] * (private != own)
 
 
 def rows(state: Array, first: Any, words: int, count: int) -> Array:
@@ -183,6 +196,10 @@ def check(view: View, model: Model) -> None:
         file = window.file_range(leaf.pages)
         bits = view.shared[window.inode][file.start : file.stop]
         assert bits.all() or not bits.any(), f"I2: {leaf} over private and shared pages"
+        if leaf.owner in model.mirrors:
+            assert bits.any() != leaf.mirror, f"I2: {leaf} below the root of the other kind"
+        level = 1 + (len(leaf.pages).bit_length() - 1) // 9
+        assert bits.any() or level <= model.private_level(leaf.owner), f"I2: {leaf} of private memory"
         check_frame(view, model, window, leaf)
         if model.restructure and len(leaf.pages) > folio_pages(view, model, window, leaf):
             # Orders that split before the zap, or zap no more than the range, leave a leaf of private pages.

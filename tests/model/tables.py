@@ -139,8 +139,12 @@ class HostTables(Tree):
 
 @dataclass
 class Stage2(Tree):
-    """A VM's stage-2 tables: leaves by (level, guest frame >> 9 * (level - 1))."""
+    """A VM's stage-2 tables: leaves by (level, guest frame >> 9 * (level - 1)).
 
+    mirror: of what firmware owns: no leaf ever takes the place of a table.
+    """
+
+    mirror: bool = False
     leaves: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def find(self, gfn: int) -> tuple[int, int] | None:
@@ -151,16 +155,38 @@ class Stage2(Tree):
                 return level, pfn
         return None
 
-    def map(self, gfn: int, level: int, pfn: int) -> bool:
-        """Install a leaf over `gfn`; smaller ones there, and their tables, go. False without memory."""
+    def map(self, gfn: int, level: int, pfn: int) -> int:
+        """Install a leaf over `gfn`: its level, or 0 without memory. Smaller ones there, and their tables, go."""
+        while self.mirror and level > 1 and Table.over(level - 1, gfn) in self.tables:
+            level -= 1
         if not self.link(gfn, level):
-            return False
+            return 0
         number = gfn >> 9 * (level - 1)
         span = Table(level - 1, number).span
         for key in [k for k in self.leaves if k[0] < level and k[1] << 9 * (k[0] - 1) in span]:
             del self.leaves[key]
         self.unlink({t for t in self.tables if t.level < level and t.span.start in span})
         self.leaves[level, number] = pfn - (gfn - span.start)
+        return level
+
+    def split_boundary(self, gfn: int) -> bool:
+        """Split the leaf that begins before a guest frame and ends behind it, until none does."""
+        while True:
+            found = self.find(gfn)
+            if found is None or gfn % (1 << 9 * (found[0] - 1)) == 0:
+                return True
+            if not self.split_one(found[0], gfn >> 9 * (found[0] - 1)):
+                return False
+
+    def split_one(self, level: int, number: int) -> bool:
+        """Split a large leaf to 512 of the level below. False without memory."""
+        if not self.frames.take():
+            return False
+        self.tables.add(Table(level - 1, number))
+        pfn = self.leaves.pop((level, number))
+        size = 1 << 9 * (level - 2)
+        for i in range(512):
+            self.leaves[level - 1, number << 9 | i] = pfn + i * size
         return True
 
     def zap(self, gfns: range) -> None:
@@ -176,14 +202,8 @@ class Stage2(Tree):
     def split(self, gfns: range) -> None:
         """Split every large leaf over a range to 4K; without memory the rest stays large."""
         while large := [key for key in self.over(gfns) if key[0] > 1]:
-            level, number = large[0]
-            if not self.frames.take():
+            if not self.split_one(*large[0]):
                 return
-            self.tables.add(Table(level - 1, number))
-            pfn = self.leaves.pop((level, number))
-            size = 1 << 9 * (level - 2)
-            for i in range(512):
-                self.leaves[level - 1, number << 9 | i] = pfn + i * size
 
     def collapse(self, level: int, number: int, recover: bool) -> bool:
         """Replace the table below an entry of `level` by a leaf, or drop it: whether it went."""

@@ -36,7 +36,7 @@ EVENTS = (
     Event.REFERENCE_CHANGED,
     Event.FOLIO_SPLIT,
     Event.FOLIO_MERGED,
-    Event.FOLIO_GATE_CHECKED,
+    Event.FOLIO_FROZEN,
     Event.FREEZE_SPIN,
 )
 

@@ -22,6 +22,7 @@ from pgemu_kernels.words.events import (
     STATS_LAST,
     STATS_PRICES,
     STATS_PRICES_ONE,
+    STATS_REPEATED,
     STATS_TALLY,
 )
 from pgemu_kernels.words.registers import R_COUNTER_ROW
@@ -54,7 +55,9 @@ _SIXTEEN = U(16)
 def charge(m, event, n):
     """Count `n` (int64) of `event` (uint64) for the operation under way and advance both clocks."""
     stats = m.stats
-    stats[m.state[R_COUNTER_ROW] + event] += n
+    counter = m.state[R_COUNTER_ROW] + event
+    stats[counter] += n
+    stats[counter + STATS_REPEATED - STATS_COUNTERS] += n - 1  # whoever prices the counts later knows the charges
     price = STATS_PRICES + event * U4
     stats[CLOCK_LOW] += stats[price + PRICE_FIXED_LOW] + stats[price + PRICE_EACH_LOW] * n
     stats[CLOCK_HIGH] += stats[price + PRICE_FIXED_HIGH] + stats[price + PRICE_EACH_HIGH] * n

@@ -124,13 +124,13 @@ def is_free_range(m, node, first):
 def take_large(m, inode, index):
     """A folio of 2M for the block around a page, with one reference: its first frame, or NONE.
 
-    It is allocated first, and freed again where the page cache has something in the block (-EEXIST), as captured: what
-    a stale entry shows of it is zero then.
+    As captured: where the block's first page is there nothing is tried; else one is allocated, and freed again where
+    the page cache has something else in the block (-EEXIST), so that what a stale entry shows of it is zero by then.
     """
     state = m.state
     node = inode_row(inode)
     first = index & ~U511
-    if first + U512 > state[node + I_PAGES]:
+    if first + U512 > state[node + I_PAGES] or state[block_row(m, node, first) + B_STATE] != BLOCK_ABSENT:
         return NONE
     head = take_pages(m, U9, preferred_node(m, node, index) if state[R_NODES] > U1 else U0)
     if head == NONE:

@@ -20,13 +20,14 @@ from pgemu_kernels.folios.split_pages import (
     BUSY,
     join_list,
     join_pages,
+    note_uptodate,
     prepare_head,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes
-from pgemu_kernels.folios.zeroed import charge_unreached, keeps_flag, zero_pages
+from pgemu_kernels.folios.zeroed import charge_unreached, flags_lie, zero_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
-    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -39,7 +40,7 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPLIT_FORM,
 )
-from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, SPLIT_FORM_RFC2
+from pgemu_kernels.words.rows import B_BITS, B_PFN, B_STATE, BLOCK_HUGE, BLOCK_SPLIT, SPLIT_FORM_RFC2
 
 U = np.uint64
 
@@ -50,7 +51,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
     pages = np.int64(U1 << order)
     cached = m.ram[first + MAPPING] != U0
     rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
-    charge(m, EVENT_FOLIO_GATE_CHECKED, pages)  # each is frozen
+    charge(m, EVENT_FOLIO_FROZEN, pages)
     if cached:
         charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
@@ -87,7 +88,7 @@ def merge_block(m, block, index, zeroed_word):
     state = m.state
     head = state[block + B_PFN]
     order = state[R_ORDER]
-    if merge_zeroed(m, head, order, index, zeroed_word) != 0:
+    if merge_zeroed(m, block, head, order, index, zeroed_word) != 0:
         return BUSY
     join_list(m, head, order)
     if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
@@ -100,26 +101,30 @@ def merge_block(m, block, index, zeroed_word):
 
 
 @outlined
-def merged_flag(m, head, order, index, zeroed_word, uptodate):
+def merged_flag(m, block, head, order, index, zeroed_word, uptodate):
     """PG_uptodate (0 or 1) of a folio that is merged, of whose pages `uptodate` have it.
 
     It has it if all of them do: no posted version says what happens to zeroing at a merge, and the code of none looks
-    (inference: what was never zeroed is zeroed at the next use, R_MERGE_ZEROES: here). What the code does is
+    (inference: what was never zeroed is zeroed at the next use; R_MERGE_ZEROES: here). What the code does is
     Defect.MERGE_KEEPS_FLAG: prep_compound_page() leaves the first page its flags, and that of the others is gone.
     """
     pages = U1 << order
-    if keeps_flag(m):
+    if flags_lie(m):
         return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
-    if m.state[R_MERGE_ZEROES] != U0 and U0 < uptodate < pages:
-        word = zeroed_word - (index >> U6)
-        charge_unreached(m, inode_at(m, head), word, index, index + pages)
-        zero_pages(m, word, index, index + pages, head)
-        return U1
-    return U1 if uptodate == pages else U0
+    if uptodate == U0 or uptodate == pages:
+        return uptodate >> order
+    note_uptodate(m, head, order, zeroed_word)
+    m.state[block + B_BITS] = U1
+    if m.state[R_MERGE_ZEROES] == U0:
+        return U0
+    word = zeroed_word - (index >> U6)
+    charge_unreached(m, inode_at(m, head), word, index, index + pages)
+    zero_pages(m, word, index, index + pages, head)
+    return U1
 
 
 @outlined
-def merge_zeroed(m, head, order, index, zeroed_word):
+def merge_zeroed(m, block, head, order, index, zeroed_word):
     """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
     first = struct_page(m, head)
     busy, uptodate = join_pages(m, head, first, order)
@@ -127,7 +132,7 @@ def merge_zeroed(m, head, order, index, zeroed_word):
         return BUSY
     flag = U0  # of a folio on its way to the pool
     if zeroed_word != NONE:
-        flag = merged_flag(m, head, order, index, zeroed_word, uptodate)
+        flag = merged_flag(m, block, head, order, index, zeroed_word, uptodate)
     return merge_pages(m, head, first, order, index, U1 << order, flag)
 
 

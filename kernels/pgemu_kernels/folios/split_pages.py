@@ -161,7 +161,7 @@ def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
             ram[slot] = frame << U12 | state[R_VMEMMAP_PAGE]
             rewrite(ram, page, source, U64, ahead, number, keep, put)
             rewrite(ram, page, source + reset * U8, reset, ahead, number, keep, put)
-        if by_page and state[zeroed_word + (base >> U6)] != U0:
+        if by_page:
             mark_uptodate(ram, page, state[zeroed_word + (base >> U6)])
     # The head keeps the flags that no tail inherits, and the words of its list.
     ram[first + COMPOUND] = link
@@ -239,6 +239,17 @@ def clean_tails(m, head, start, end):
     for base in range(start, end, U64):
         page = struct_page(m, head + base)
         rewrite(m.ram, page, page, U64, U512, NONE, kept, nothing)
+
+
+@outlined
+def note_uptodate(m, head, order, zeroed_word):
+    """Store which 4K folios are up to date, a bit each."""
+    for base in range(U0, U1 << order, U64):
+        page = struct_page(m, head + base)
+        bits = U0
+        for i in range(U64):
+            bits |= (m.ram[page + i * U8 + FLAGS] >> U3 & U1) << i
+        m.state[zeroed_word + (base >> U6)] = bits
 
 
 @outlined

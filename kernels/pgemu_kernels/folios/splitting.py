@@ -37,7 +37,7 @@ from pgemu_kernels.folios.split_pages import (
 from pgemu_kernels.folios.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
 from pgemu_kernels.folios.zeroed import knows_flags_only
 from pgemu_kernels.words.enum_words import (
-    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_SPLIT,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -48,13 +48,13 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPLIT_FORM,
 )
-from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_SPLIT, SPLIT_FORM_RFC2
+from pgemu_kernels.words.rows import B_BITS, B_PFN, B_STATE, BLOCK_SPLIT, SPLIT_FORM_RFC2
 
 U = np.uint64
 
 # Bytes stored in each tail. rfc2: flags, mapping, compound_info; then its insertion in the page cache stores refcount,
 # mapping and index, which PAGE_CACHE_STORED counts. Later: flags, mapping, index, compound_info, memcg_data, refcount.
-# Merge: mapping, compound_info, private (prep_compound_tail()); the freeze before it is FOLIO_GATE_CHECKED.
+# Merge: mapping, compound_info, private (prep_compound_tail()); the freeze before it is FOLIO_FROZEN.
 RFC2_SPLIT_BYTES = 24
 
 
@@ -116,7 +116,7 @@ def split_by_page(m, head, first, order, index, references, cached, zeroed_word)
         return np.int64(0)
     put_nodes(m, obtained)
     if inserted != U0:  # frozen and removed
-        charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(inserted))
+        charge(m, EVENT_FOLIO_FROZEN, np.int64(inserted))
         charge(m, EVENT_PAGE_CACHE_STORED, np.int64(inserted))
     join_pages(m, head, first, order)
     prepare_head(m, head, first, order, references, uptodate)
@@ -132,13 +132,12 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
     cached = m.ram[first + MAPPING] != U0
-    if knows_flags_only(m):
-        zeroed_word = NONE
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)
     else:
         status = split_in_place(m, head, first, order, index, cached, zeroed_word)
     if status == 0:
+        charge_one(m, EVENT_FOLIO_FROZEN)
         charge_one(m, EVENT_FOLIO_SPLIT)
     return status
 
@@ -158,6 +157,12 @@ def split_folio(m, head, order, index, references):
     return split_folio_from(m, head, order, index, references, NONE)
 
 
+@kernel
+def known_bits(m, block, zeroed_word):
+    """Where a folio's bits of zeroed pages begin, or NONE where the code knows none to be set."""
+    return NONE if m.state[block + B_BITS] == U0 or knows_flags_only(m) else zeroed_word
+
+
 @outlined
 def split_block(m, block, index, zeroed_word):
     """Split the huge folio of a block into order-0 folios: 0, -EBUSY, or -ENOMEM, as split_folio().
@@ -167,7 +172,7 @@ def split_block(m, block, index, zeroed_word):
     """
     state = m.state
     order = state[R_ORDER]
-    status = split_folio_from(m, state[block + B_PFN], order, index, U1 << order, zeroed_word)
+    status = split_folio_from(m, state[block + B_PFN], order, index, U1 << order, known_bits(m, block, zeroed_word))
     if status != 0:
         return status
     leave_list(m, state[block + B_PFN])

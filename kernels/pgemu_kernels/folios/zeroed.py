@@ -1,15 +1,16 @@
-"""Which pages of an inode's huge pages were zeroed since they are its own: a bit per page.
+"""Which pages of an inode's huge pages were zeroed since they are its own.
 
 A huge page comes from the pool with what its last owner left in it, and so it does at boot: HugeTLB clears pages when
-they are used, not when they are freed (mm/hugetlb.c:free_huge_folio()). PG_uptodate is what a folio says about all of
-its pages; these bits are what happened. Where they differ, a defect is at work (rules/contents.py).
+they are used, not when they are freed (mm/hugetlb.c:free_huge_folio()). PG_uptodate says of all pages of a folio that
+they were zeroed. A bit per page says it of those of a folio without the flag, where zeroing goes by page or a merge has
+left some; and, on machines with a defect by which the flag lies, what happened to any page (rules/invariants.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U63, U64, population
+from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U6, U63, U64, population
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import drop_contents
@@ -33,8 +34,8 @@ U = np.uint64
 
 
 @kernel
-def keeps_flag(m):
-    """Whether a merged folio has the flag that its first page had."""
+def flags_lie(m):
+    """Whether the machine has a defect by which PG_uptodate lies; the bits are kept of every page then."""
     return (
         m.state[R_DEFECTS] & (DEFECT_UPTODATE_UNZEROED | DEFECT_MERGE_KEEPS_FLAG) != U0
         and splits_folios(m)
@@ -45,7 +46,7 @@ def keeps_flag(m):
 @kernel
 def knows_flags_only(m):
     """Whether PG_uptodate is all that is known, so that a folio without it counts as never zeroed."""
-    return keeps_flag(m) and (m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 or m.state[R_ZERO_PAGE] == U0)
+    return flags_lie(m) and (m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 or m.state[R_ZERO_PAGE] == U0)
 
 
 # --------------------------------------------------------------------------- bits
@@ -64,13 +65,19 @@ def all_zeroed(m, word, first, end):
     return True
 
 
+@kernel
+def word_mask(index, end):
+    """mask_at(), without the arithmetic where the whole word lies in [index, end)."""
+    return ALL if index & U63 == U0 and end - index >= U64 else mask_at(index, end)
+
+
 @outlined
 def zeroed_in(m, word, first, end):
     """How many of pages [first, end) are zeroed."""
     found = U0
     index = first
     while index < end:
-        found += population(m.state[word + (index >> U6)] & mask_at(index, end))
+        found += population(m.state[word + (index >> U6)] & word_mask(index, end))
         index = (index | U63) + U1
     return found
 
@@ -80,32 +87,33 @@ def note_zeroed(m, word, first, end):
     """Pages [first, end) were zeroed."""
     index = first
     while index < end:
-        m.state[word + (index >> U6)] |= mask_at(index, end)
+        m.state[word + (index >> U6)] |= word_mask(index, end)
         index = (index | U63) + U1
 
 
 @outlined
 def drop_each(m, missing, pfn):
     """Zero the guest frames of a word's pages whose bit is set; `pfn`: frame of its first page."""
-    if m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U(2)] != 0:
-        for i in range(U64):
-            if missing >> i & U1 != U0:
-                drop_contents(m, pfn + i, U1)
+    for i in range(U64):
+        if missing >> i & U1 != U0:
+            drop_contents(m, pfn + i, U1)
 
 
 @outlined
 def zero_pages(m, word, first, end, pfn):
     """Zero those of pages [first, end) of an inode that never were, 4K at a time; `pfn`: frame of `first`."""
     state = m.state
+    contents = m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U2] != 0
     zeroed = U0
     index = first
     while index < end:
         at = word + (index >> U6)
-        missing = mask_at(index, end) & ~state[at]
+        missing = word_mask(index, end) & ~state[at]
         if missing != U0:
             state[at] |= missing
             zeroed += population(missing)
-            drop_each(m, missing, pfn + (index & ~U63) - first)
+            if contents:
+                drop_each(m, missing, pfn + (index & ~U63) - first)
         index = (index | U63) + U1
     if zeroed != U0:
         charge(m, EVENT_PAGE_ZEROED, np.int64(zeroed))

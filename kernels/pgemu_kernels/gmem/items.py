@@ -15,12 +15,11 @@ from pgemu_kernels.gmem.conversion import (
     fail,
     merge_pieces,
     rounding,
-    split_before_zap,
     store_range,
-    zap_kind,
     zap_rounded,
 )
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
+from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
 from pgemu_kernels.stage2.regions import vms_with_leaves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2, U6, U12, U63
+from pgemu_kernels.engine.bits import U0, U1, U2, U12
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import block_row, inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import INDEX, mappings, reference_count, struct_page
@@ -15,7 +15,7 @@ from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address
 from pgemu_kernels.process.vma import first_vma
 from pgemu_kernels.process.zapping import drop_large_pfn, unmap_mapping_range
-from pgemu_kernels.words.rows import A_NEXT, A_SPACE, B_PFN, B_STATE, BLOCK_ABSENT, I_ZEROED
+from pgemu_kernels.words.rows import A_NEXT, A_SPACE, B_PFN, B_STATE, BLOCK_ABSENT
 
 U = np.uint64
 
@@ -44,8 +44,6 @@ def remove_whole(m, inode, start, end):
             release_block(m, block)
         else:
             release_large(m, node, head, order)
-        for at in range(first, last):
-            state[state[node + I_ZEROED] + (at >> U6)] &= ~(U1 << (at & U63))
         make_shared(m, node, first, last)
 
 

@@ -54,7 +54,7 @@ from pgemu_kernels.folios.vmemmap import (
     vmemmap_pte,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes, unstash
-from pgemu_kernels.folios.zeroed import all_zeroed, charge_unreached, keeps_flag, zero_pages, zeroed_in
+from pgemu_kernels.folios.zeroed import charge_unreached, flags_lie, note_zeroed, zero_pages, zeroed_in
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
@@ -74,7 +74,7 @@ from pgemu_kernels.gmem.pieces import (
 )
 from pgemu_kernels.words.enum_words import (
     EVENT_DEFERRED_MERGE,
-    EVENT_FOLIO_GATE_CHECKED,
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_MERGED,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -90,6 +90,7 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EAGAIN
 from pgemu_kernels.words.registers import R_MASK_TAILS, R_MERGE_ZEROES, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY
 from pgemu_kernels.words.rows import (
+    B_BITS,
     B_PFN,
     B_STATE,
     B_WAITS,
@@ -110,7 +111,7 @@ def merge_piece(m, node, block, index, keep):
     `keep`: note which of its pages are zeroed; the contents of a block that is being freed do not matter.
     """
     bits = zeroed_bits(m, node, index) if keep else NONE
-    status = merge_zeroed(m, piece_head(m, block, index), PIECE_ORDER, index, bits)
+    status = merge_zeroed(m, block, piece_head(m, block, index), PIECE_ORDER, index, bits)
     if status == 0:
         mark_piece(m, block, index, U0)
     return status
@@ -216,16 +217,26 @@ def missing_of_pieces(m, head):
 
 
 @outlined
-def join_zeroed(m, node, head, first):
+def join_zeroed(m, node, block, head, first):
     """PG_uptodate of the 1G folio that 512 pieces become: as merging.merged_flag()."""
+    if flags_lie(m):
+        return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
     word = m.state[node + I_ZEROED]
     end = first + BLOCK_PAGES
-    if keeps_flag(m):
-        return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
-    if m.state[R_MERGE_ZEROES] != U0 and zeroed_in(m, word, first, end) != U0:
-        charge_unreached(m, inode_at(m, head), word, first, end)
-        zero_pages(m, word, first, end, head)
-    return U1 if all_zeroed(m, word, first, end) else U0
+    uptodate = U0
+    for index in range(first, end, PAGES):
+        uptodate += m.ram[struct_page(m, head + index - first) + FLAGS] >> U3 & U1
+    if uptodate == PIECES:
+        return U1
+    for index in range(first, end, PAGES):
+        if m.ram[struct_page(m, head + index - first) + FLAGS] & PG_UPTODATE != U0:
+            note_zeroed(m, word, index, index + PAGES)
+            m.state[block + B_BITS] = U1
+    if m.state[R_MERGE_ZEROES] == U0 or m.state[block + B_BITS] == U0 or zeroed_in(m, word, first, end) == U0:
+        return U0
+    charge_unreached(m, inode_at(m, head), word, first, end)
+    zero_pages(m, word, first, end, head)
+    return U1
 
 
 @outlined
@@ -342,11 +353,11 @@ def merge_whole(m, node, block, first, keep, must):
     if any_piece_split(m, block) or not is_idle_block(m, block):
         charge_one(m, EVENT_FREEZE_SPIN)
         return BUSY
-    charge(m, EVENT_FOLIO_GATE_CHECKED, np.int64(PIECES))  # each is frozen
+    charge(m, EVENT_FOLIO_FROZEN, np.int64(PIECES))
     folded = frames_left(m) < missing_of_pieces(m, head)
     if folded and not must:
         return NO_MEMORY
-    uptodate = join_zeroed(m, node, head, first) if keep else U0
+    uptodate = join_zeroed(m, node, block, head, first) if keep else U0
     if folded:
         fold_vmemmap(m, head)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.bits import NONE, U0, U1
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
@@ -31,9 +31,9 @@ from pgemu_kernels.folios.split_pages import (
     PAGE_FLAGS,
     leave_list,
 )
-from pgemu_kernels.folios.splitting import split_folio_from
+from pgemu_kernels.folios.splitting import known_bits, split_folio_from
 from pgemu_kernels.folios.xarray import put_nodes, stash, take_nodes, unstash
-from pgemu_kernels.folios.zeroed import all_zeroed, knows_flags_only
+from pgemu_kernels.folios.zeroed import all_zeroed
 from pgemu_kernels.gmem.piece_merges import note_waiting
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
@@ -49,6 +49,7 @@ from pgemu_kernels.gmem.pieces import (
     zeroed_bits,
 )
 from pgemu_kernels.words.enum_words import (
+    EVENT_FOLIO_FROZEN,
     EVENT_FOLIO_SPLIT,
     EVENT_FREEZE_SPIN,
     EVENT_PAGE_CACHE_STORED,
@@ -99,9 +100,9 @@ def make_pieces(m, head, index):
 
 
 @outlined
-def mark_pieces(m, head, first):
+def mark_pieces(m, block, head, first):
     """Of a 1G folio without PG_uptodate those pieces have it all of whose pages are zeroed: as split_folio_from()."""
-    if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0 or knows_flags_only(m):
+    if known_bits(m, block, U0) == NONE or m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
         return
     word = m.state[inode_row(inode_at(m, head)) + I_ZEROED]
     for index in range(first, first + BLOCK_PAGES, PAGES):
@@ -132,11 +133,12 @@ def split_whole(m, block, first):
         return NO_MEMORY
     leave_list(m, head)
     make_pieces(m, head, first)
-    mark_pieces(m, head, first)
+    mark_pieces(m, block, head, first)
     optimize_batch(m, head, head + BLOCK_PAGES)
     m.state[block + B_STATE] = BLOCK_PARTLY
     change(m.stats, GAUGE_BLOCKS_HUGE, -1)
     change(m.stats, GAUGE_BLOCKS_PARTLY, 1)
+    charge_one(m, EVENT_FOLIO_FROZEN)
     charge_one(m, EVENT_FOLIO_SPLIT)
     return np.int64(0)
 
@@ -156,7 +158,9 @@ def split_touched(m, node, block, first, start, end):
     while index < min(end, first + BLOCK_PAGES):
         if is_piece_split(m, block, index) == U0:
             head = piece_head(m, block, index)
-            status = split_folio_from(m, head, PIECE_ORDER, index, PAGES, zeroed_bits(m, node, index))
+            status = split_folio_from(
+                m, head, PIECE_ORDER, index, PAGES, known_bits(m, block, zeroed_bits(m, node, index))
+            )
             if status != 0:
                 note_waiting(m, node, block, first, first, first)
                 return status

@@ -56,6 +56,7 @@ from pgemu_kernels.words.registers import (
     R_SPLIT_FORM,
 )
 from pgemu_kernels.words.rows import (
+    B_BITS,
     B_OUTSTANDING,
     B_PFN,
     B_STATE,
@@ -187,6 +188,7 @@ def note_hole(m, node, index, pages):
     if not knows_flags_only(m):
         return
     block = block_row(m, node, index)
+    m.state[block + B_BITS] = U1
     for at in range(index, index + pages):
         head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
         word = m.state[node + I_ZEROED] + (at >> U6)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U63
+from pgemu_kernels.engine.bits import ALL, U0, U1, U6, U63
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.engine.rows import broken
+from pgemu_kernels.engine.rows import block_row, broken
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.zeroed import (
     all_zeroed,
     charge_unreached,
+    flags_lie,
     knows_flags_only,
     note_zeroed,
     zero_pages,
@@ -26,7 +27,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_PAGE_ZEROED,
 )
 from pgemu_kernels.words.registers import R_DEFECTS, R_ORDER, R_ZERO_PAGE
-from pgemu_kernels.words.rows import I_WORDS, I_ZEROED, STATE_INODES
+from pgemu_kernels.words.rows import B_BITS, I_WORDS, I_ZEROED, STATE_INODES
 
 U = np.uint64
 
@@ -44,23 +45,20 @@ def zero_whole(m, node, first, pages, pfn):
     """
     word = m.state[node + I_ZEROED]
     charge_unreached(m, inode_of(node), word, first, first + pages)
-    if zeroed_in(m, word, first, first + pages) != U0:
+    if m.state[block_row(m, node, first) + B_BITS] == U0 or zeroed_in(m, word, first, first + pages) == U0:
+        charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
+        zero_contents(m, pfn, pages)
+    else:
         zero_pages(m, word, first, first + pages, pfn)
-        return
-    charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
-    zero_contents(m, pfn, pages)
-    note_zeroed(m, word, first, first + pages)
 
 
 @outlined
 def zero_by_flag(m, node, index, pfn, order, page):
-    """zero_now() of code that knows PG_uptodate only: whether the machine has such.
+    """zero_now() of code that knows PG_uptodate only.
 
     RFC v2 zeroes all of a folio without the flag. Where a merge lost it (MERGE_KEEPS_FLAG), so are pages that are in
     use. Defect.UPTODATE_UNZEROED clears the folio's first 4K, whatever page is asked for.
     """
-    if not knows_flags_only(m):
-        return False
     inside = (U1 << order) - U1
     pages = U1 if m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 else inside + U1
     word = m.state[node + I_ZEROED]
@@ -74,32 +72,75 @@ def zero_by_flag(m, node, index, pfn, order, page):
         broken(m.state, BROKEN_LOST_CONTENTS, first)
     zero_contents(m, pfn & ~inside, pages)
     note_zeroed(m, word, first, first + pages)
+    m.state[block_row(m, node, index) + B_BITS] = U1
     m.ram[page + FLAGS] |= PG_UPTODATE
-    return True
+
+
+@outlined
+def note_small(m, node, index):
+    """A 4K folio of a huge page was zeroed, where flags lie."""
+    note_zeroed(m, m.state[node + I_ZEROED], index, index + U1)
+    m.state[block_row(m, node, index) + B_BITS] = U1
+
+
+@outlined
+def mark_whole(m, node, index, order, page):
+    """A folio that is zeroed by page is up to date when all of it is zeroed."""
+    inside = (U1 << order) - U1
+    if all_zeroed(m, m.state[node + I_ZEROED], index & ~inside, (index | inside) + U1):
+        m.ram[page + FLAGS] |= PG_UPTODATE
+
+
+@outlined
+def zero_large(m, node, index, pfn, level, order, page):
+    """zero_now() of a huge folio: of all of it, or of the pages that a leaf of `level` shows."""
+    state = m.state
+    inside = (U1 << order) - U1
+    shown = min(pages_of(level) - U1, inside)
+    block = block_row(m, node, index)
+    if state[R_ZERO_PAGE] == U0:
+        zero_whole(m, node, index & ~inside, inside + U1, pfn & ~inside)
+        m.ram[page + FLAGS] |= PG_UPTODATE
+    elif shown == inside and state[block + B_BITS] == U0 and not flags_lie(m):  # all at once: no bit is needed
+        charge(m, EVENT_PAGE_ZEROED, np.int64(inside + U1))
+        zero_contents(m, pfn & ~inside, inside + U1)
+        m.ram[page + FLAGS] |= PG_UPTODATE
+    else:
+        state[block + B_BITS] = U1
+        zero_pages(m, state[node + I_ZEROED], index & ~shown, (index | shown) + U1, pfn & ~shown)
+        mark_whole(m, node, index, order, page)
+
+
+@kernel
+def zero_one(m, node, index, pfn, order, page):
+    """zero_now() of one page of a huge folio, where zeroing goes by page."""
+    state = m.state
+    at = state[node + I_ZEROED] + (index >> U6)
+    bit = U1 << (index & U63)
+    if state[at] & bit == U0:
+        state[at] |= bit
+        state[block_row(m, node, index) + B_BITS] = U1
+        charge_one(m, EVENT_PAGE_ZEROED)
+        zero_contents(m, pfn, U1)
+        if state[at] == ALL:
+            mark_whole(m, node, index, order, page)
 
 
 @outlined
 def zero_now(m, node, index, pfn, level, order, page):
     """zero_folio() of a folio, with its struct page at `page`, that is not up to date."""
-    state = m.state
-    inside = (U1 << order) - U1
-    if zero_by_flag(m, node, index, pfn, order, page):
-        return
-    if inside == U0:
+    if knows_flags_only(m):
+        zero_by_flag(m, node, index, pfn, order, page)
+    elif order == U0:
+        m.ram[page + FLAGS] |= PG_UPTODATE
         charge_one(m, EVENT_PAGE_ZEROED)
         zero_contents(m, pfn, U1)
-        if state[R_ORDER] != U0:
-            state[state[node + I_ZEROED] + (index >> U6)] |= U1 << (index & U63)
-    elif state[R_ZERO_PAGE] == U0:
-        zero_whole(m, node, index & ~inside, inside + U1, pfn & ~inside)
+        if flags_lie(m):
+            note_small(m, node, index)
+    elif level == U1 and m.state[R_ZERO_PAGE] != U0:
+        zero_one(m, node, index, pfn, order, page)
     else:
-        shown = min(pages_of(level) - U1, inside)
-        word = state[node + I_ZEROED]
-        first = index & ~shown
-        zero_pages(m, word, first, first + shown + U1, pfn & ~shown)
-        if not all_zeroed(m, word, index & ~inside, (index & ~inside) + inside + U1):
-            return
-    m.ram[page + FLAGS] |= PG_UPTODATE
+        zero_large(m, node, index, pfn, level, order, page)
 
 
 @kernel
@@ -119,8 +160,10 @@ def zero_folio(m, node, index, pfn, level, order):
 @outlined
 def clear_zeroed(m, node, index):
     """A huge page left the inode: none of its pages counts as zeroed. 4K folios have their flag."""
-    if m.state[R_ORDER] == U0:
+    block = block_row(m, node, index)
+    if m.state[block + B_BITS] == U0:
         return
+    m.state[block + B_BITS] = U0
     word = m.state[node + I_ZEROED] + (index >> U6)
     for i in range(word, word + (U1 << (m.state[R_ORDER] - U6))):
         m.state[i] = U0

@@ -29,8 +29,9 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
+from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.xarray import object_frames
-from pgemu_kernels.folios.zeroed import all_zeroed
+from pgemu_kernels.folios.zeroed import all_zeroed, flags_lie
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.gmem.vm_kinds import largest_of_kind
@@ -73,6 +74,7 @@ from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
     R_INODES,
+    R_LARGE_FOLIOS,
     R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
@@ -83,6 +85,7 @@ from pgemu_kernels.words.rows import (
     A_PGOFF,
     A_SPACE,
     A_START,
+    B_BITS,
     B_PFN,
     B_PIECES,
     B_STATE,
@@ -148,6 +151,9 @@ def order_at(m, node, index):
     """Order of the folio that holds a page, 0 where none is allocated."""
     block = block_row(m, node, index)
     kind = m.state[block + B_STATE]
+    if kind == BLOCK_HUGE and m.state[R_LARGE_FOLIOS] != U0:
+        _, order = head_and_order(m, m.state[block + B_PFN])
+        return order
     if kind != BLOCK_PARTLY:
         return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
     piece = index_at(index, U2)
@@ -156,12 +162,22 @@ def order_at(m, node, index):
 
 @outlined
 def is_own(m, node, index, level):
-    """Whether the pages below a leaf were zeroed since they are the inode's. A 4K folio's flag tells."""
-    first = index & ~(pages_of(level) - U1)
-    if m.state[R_ORDER] != U0:
-        return all_zeroed(m, m.state[node + I_ZEROED], first, first + pages_of(level))
-    pfn = inode_frame(m, node, first)
-    return pfn == NONE or m.ram[struct_page(m, pfn) + FLAGS] & PG_UPTODATE != U0
+    """Whether the pages below a leaf were zeroed since they are the inode's: folio by folio, see folios/zeroed.py."""
+    ram = m.ram
+    word = m.state[node + I_ZEROED]
+    at = index & ~(pages_of(level) - U1)
+    end = at + pages_of(level)
+    if flags_lie(m):
+        return all_zeroed(m, word, at, end)
+    while at < end:
+        inside = (U1 << order_at(m, node, at)) - U1
+        pfn = inode_frame(m, node, at)
+        last = min(end, (at | inside) + U1)
+        if pfn != NONE and ram[struct_page(m, pfn & ~inside) + FLAGS] & PG_UPTODATE == U0:
+            if m.state[block_row(m, node, at) + B_BITS] == U0 or not all_zeroed(m, word, at, last):
+                return False
+        at = last
+    return True
 
 
 @kernel

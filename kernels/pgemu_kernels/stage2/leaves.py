@@ -26,6 +26,7 @@ from pgemu_kernels.tables.walker import free_table, is_large, is_present, new_ta
 from pgemu_kernels.words.enum_words import (
     BROKEN_WRONG_PFN,
     EVENT_SPTE_CLEARED,
+    EVENT_SPTE_PAGES_BEYOND,
     EVENT_SPTE_SPLIT,
     EVENT_SPTE_WRITTEN,
     EVENT_TLB_FLUSH_VM,
@@ -361,6 +362,12 @@ def zap_4k_leaves(m, f, table, first, last):
 
 
 @kernel
+def count_beyond(m, level, gfn, end):
+    """A large leaf goes whole for the sake of pages [gfn, end): count the others that it mapped."""
+    charge(m, EVENT_SPTE_PAGES_BEYOND, np.int64(pages_of(level) - (end - gfn)))
+
+
+@kernel
 def zap_2m_region(m, f, slot, gfn, end):
     """Drop leaves of [gfn, end), all within the level-2 entry at `slot`; a 2M leaf goes whole."""
     entry = m.ram[slot]
@@ -369,6 +376,7 @@ def zap_2m_region(m, f, slot, gfn, end):
     if is_large(m.state, f, entry):
         m.ram[slot] = m.state[f + F_EMPTY]
         change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U1, -1)
+        count_beyond(m, U2, gfn, end)
         return np.int64(1)
     table = table_of(m.state, f, entry)
     if leaves_below(m, table) == U0:
@@ -385,6 +393,7 @@ def zap_1g_region(m, f, slot, gfn, end):
     if is_large(m.state, f, entry):
         m.ram[slot] = m.state[f + F_EMPTY]
         change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U2, -1)
+        count_beyond(m, U3, gfn, end)
         return np.int64(1)
     table = table_of(m.state, f, entry)
     # The count below the table spares a rounded zap the walk over 512 empty tables.

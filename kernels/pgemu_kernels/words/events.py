@@ -68,10 +68,12 @@ class Event(IntEnum):
     LRU_CACHE_DRAINED = 42
     WORK_DONE = 43
     SPTE_SPLIT = 44
+    FOLIO_FROZEN = 45
+    SPTE_PAGES_BEYOND = 46
     ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
 
 
-EVENTS = 48  # room in a counter row
+EVENTS = 56  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.
@@ -130,7 +132,8 @@ STATS_PRICES = U(STATS_GAUGES + 2 * GAUGES)
 STATS_PRICES_ONE = U(STATS_PRICES + EVENTS * PRICE_WORDS)  # [event][low, high]: fixed + each, of one event
 STATS_LAST = U(STATS_PRICES_ONE + EVENTS * 2)  # cost of the last operation (low, high) and its buckets
 STATS_COUNTERS = U(STATS_LAST + 4)  # [operation][event]
-STATS_TALLY = U(STATS_COUNTERS + OPERATIONS * EVENTS)  # [operation][result]
+STATS_REPEATED = U(STATS_COUNTERS + OPERATIONS * EVENTS)  # [operation][event]: units beyond the first of a charge
+STATS_TALLY = U(STATS_REPEATED + OPERATIONS * EVENTS)  # [operation][result]
 STATS_COST = U(STATS_TALLY + OPERATIONS * TALLY_SLOTS)  # [operation][low, high]
 STATS_HISTOGRAM = U(STATS_COST + OPERATIONS * 2)  # [operation][low, high][bucket]
 STATS_SIZE = int(STATS_HISTOGRAM) + OPERATIONS * 2 * HISTOGRAM_BUCKETS

@@ -116,7 +116,8 @@ class Operation(IntEnum):
     MMAP = (
         6, Entry.FAST, By.MMAP,
         {**_HOST_RANGE, **_FILE_RANGE,
-         "flags": "READ_ONLY; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, NORESERVE",
+         "flags": "READ_ONLY, COUNTED; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, "
+         "NORESERVE",
          "object": "inode; anonymous memory: 0xffffffff"},
         {"restructure": (_S.main("virt/kvm/guest_memfd.c:kvm_gmem_mmap"),),
          "pfnmap": (_S.Source("virt/kvm/guest_memfd.c:kvm_gmem_mmap, with VM_PFNMAP", "slides"),)},
@@ -372,8 +373,8 @@ class Flag(IntFlag):
     LOG_DIRTY_PAGES = 64  # of a memory slot
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
-    COUNTED = 32  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
+    COUNTED = 32  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
 
 

@@ -32,7 +32,7 @@ I_PMD = U(4)  # where its shared pages per 2M begin in `counts`
 I_PUD = U(5)  # ... and per 1G
 I_OPEN = U(6)
 I_LOCK = U(7)  # invalidate_lock: readers, or LOCK_WRITER
-I_ZEROED = U(8)  # where its bits begin in `state`: pages of huge pages that were zeroed since they are its own
+I_ZEROED = U(8)  # where its bits of zeroed pages begin in `state`: folios/zeroed.py
 I_KIND = U(9)  # INODE_*
 I_CACHE = U(10)  # ordinary kinds: root of the page cache, physical address; 0 = empty
 I_BASE = U(11)  # device: first PFN of the region
@@ -165,6 +165,7 @@ B_WAITS = U(3)  # 1: a failure left it split though all private
 B_METADATA = U(4)  # what a split folio cannot hold itself: its subpool's row + 1, 0 = none
 B_PENDING = U(5)  # zombie: base pages of folios whose last reference is gone: the posted nr_pages_waiting_to_be_merged
 B_MUTEX = U(6)  # actor + 1 of the fault that is allocating it; 0: nobody
+B_BITS = U(7)  # 1: bits of zeroed pages may be set (I_ZEROED)
 B_PIECES = U(8)  # + n: a bit per 2M piece that is split to 4K (BLOCK_PARTLY)
 B_WORDS = 16
 BLOCK_ABSENT = U(0)

@@ -37,6 +37,9 @@ _WORDS = 10
 _STATE = 9
 _GUEST_FAULT = int(Input.GUEST_FAULT)
 _FAILED = 1
+_LEVEL = 7  # word D of a guest fault
+_SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
+_SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
@@ -89,6 +92,8 @@ class _Handlers(dict[str, _Handler | None]):
             "sys_mremap": parser.other_call,
             "sys_fallocate": parser.sys_fallocate,
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
+            _SET_SPTE: parser.kvm_mmu_set_spte,
+            _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
         }
         self._call_return = parser.call_return
 
@@ -98,6 +103,12 @@ class _Handlers(dict[str, _Handler | None]):
         handler = self._by_name.get(name, self._call_return if is_return else None)
         self[token] = handler
         return handler
+
+    def only_count(self, name: str) -> None:
+        """From now on an event is counted, and not parsed."""
+        self._by_name.pop(name, None)
+        for token in [token for token in self if event_name(token) == name]:
+            self[token] = None
 
 
 def _fields(name: str, event: str) -> tuple[str, ...]:
@@ -121,6 +132,7 @@ class _Parser:
         self._beginnings: dict[str, tuple[int, int]] = {}  # text before the decimals -> task, whole seconds (ns)
         self._columns = 0, 0, 0  # where decimals of the last event begin and end, and ns in the last one
         self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
+        self._faults: dict[int, int] = {}  # task -> where the row of its last guest fault is
         self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
         self._inputs: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -256,10 +268,44 @@ class _Parser:
     def kvm_page_fault(self, event: str, task: int, time: int, line: int) -> None:
         vcpu, address, code = _fields("kvm_page_fault", event)
         self._calls.pop(task, None)
+        self._faults[task] = len(self._rows)
         number = NO_VCPU if vcpu is None else int(vcpu)
         # As _add() does it, written out: most inputs of a log are these.
         self._rows.extend((_GUEST_FAULT, time, task, line, int(address, 16), int(code, 16), number, 0, 0, 0))
         self._inputs["kvm_page_fault"] += 1
+
+    def kvm_mmu_set_spte(self, event: str, task: int, time: int, line: int) -> None:
+        """An entry that KVM wrote: "gfn G spte S (rwxu) level L at A"."""
+        words = event.split()
+        try:
+            gfn, level = int(words[2], 16), int(words[7])
+        except (ValueError, IndexError):
+            self._outcomes[f"{_SET_SPTE} (not understood)"] += 1
+            return
+        self._outcomes[_SET_SPTE] += 1
+        self._handlers.only_count(_SPTE_CHANGED)  # which says the same of a fault, and more that nobody asks for
+        self._mapped(task, gfn, level)
+
+    def kvm_tdp_mmu_spte_changed(self, event: str, task: int, time: int, line: int) -> None:
+        """An entry that became another: "as id N gfn G level L old_spte S new_spte S"."""
+        words = event.split()
+        try:
+            gfn, level, new = int(words[5], 16), int(words[7]), int(words[11], 16)
+        except (ValueError, IndexError):
+            self._outcomes[f"{_SPTE_CHANGED} (not understood)"] += 1
+            return
+        self._outcomes[_SPTE_CHANGED] += 1
+        if new & _SPTE_PRESENT and (level == 1 or new & _SPTE_LARGE):
+            self._mapped(task, gfn, level)
+
+    def _mapped(self, task: int, gfn: int, level: int) -> None:
+        """A leaf was written: note its level at the task's guest fault, if it is the fault's."""
+        position = self._faults.get(task, -1)
+        if position < 0 or not 1 <= level <= 3:
+            return
+        shift = 9 * (level - 1)
+        if self._rows[position + 4] >> 12 + shift == gfn >> shift:
+            self._rows[position + _LEVEL] = level
 
     def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
         words = [int(field, 16) for field in _fields("kvm_vm_set_mem_attributes", event)]

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pgemu.errors import InputError
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
@@ -26,6 +29,7 @@ __all__ = ("ROW_GROUP", "iterate", "read", "sniff", "write")
 
 ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
+_LEVEL = "fault_level"  # of a log that told levels
 _KEY = b"pgemu"
 _VERSION = 1
 
@@ -46,9 +50,12 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "init": lowered.init,
         "setup": lowered.accounting.setup,
         "source": lowered.source,
+        "accesses": lowered.accesses,
     }
+    levels = lowered.fault_levels if batches is None else None
+    columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
     schema = pa.schema(
-        [pa.field(column, pa.from_numpy_dtype(dtype), nullable=False) for column, dtype in DTYPES.items()],
+        [pa.field(column, pa.from_numpy_dtype(dtype), nullable=False) for column, dtype in columns.items()],
         metadata={_KEY: json.dumps(about).encode()},
     )
     part = ""
@@ -60,6 +67,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
                 for first in range(0, len(records), ROW_GROUP):
                     piece = records[first : first + ROW_GROUP]
                     arrays = [pa.array(getattr(piece, column)) for column in DTYPES]
+                    if levels is not None:
+                        arrays.append(pa.array(levels[first : first + ROW_GROUP]))
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
         os.replace(part, name)
     except OSError as error:
@@ -110,6 +119,7 @@ def read(path: str | os.PathLike[str] | Source) -> Lowered:
     name = os.fspath(path)
     with _open(name) as file:
         about = _about(file, name)
+        levels = _levels(file, name)
     records = Records.concatenate(iterate(name))
     setup = about["setup"]
     if not 0 <= setup <= len(records):
@@ -117,7 +127,27 @@ def read(path: str | os.PathLike[str] | Source) -> Lowered:
     inputs = Counter({"record": len(records) - setup} if len(records) > setup else {})
     accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
     converts = bool((records.op == Operation.CONVERT).any())
-    return Lowered(records, about["layout"], about["init"], converts, accounting, name)
+    return Lowered(
+        records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"]
+    )
+
+
+def _levels(file: pq.ParquetFile, name: str) -> npt.NDArray[np.uint8] | None:
+    """The recorded levels of faults, if the trace has them."""
+    import pyarrow as pa
+
+    if _LEVEL not in file.schema_arrow.names:
+        return None
+    try:
+        column = file.read([_LEVEL]).column(_LEVEL)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"damaged Parquet file ({error})", name) from None
+    if column.type != pa.uint8() or column.null_count:
+        raise InputError(f"column {_LEVEL!r} holds {column.type}, expected uint8 without null", name)
+    levels = np.asarray(column.to_numpy(), np.uint8)
+    if levels.size and levels.max() > 3:
+        raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
+    return levels
 
 
 def _open(name: str) -> pq.ParquetFile:
@@ -152,4 +182,4 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
             raise ValueError(f"version {about['version']}, init {init}")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({error})", name) from None
-    return {"layout": layout, "init": init, "setup": setup}
+    return {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
