@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
+    from pgemu.machine.config import Config
 
-__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value")
+__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value", "zeroes")
 
 WIDTH = 80
 HEIGHT = 24
@@ -174,6 +175,11 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             )
 
 
+def zeroes(config: Config) -> str:
+    """How a first use zeroes."""
+    return "uptodate-unzeroed" if "uptodate-unzeroed" in config.defects else f"by {config.zero}"
+
+
 def _zeroed(run: DesignRun) -> int:
     return (run.statistics.event(Event.PAGE_ZEROED) + run.statistics.event(Event.FOLIO_ZEROED_PAGES)) * PAGE_4K
 
@@ -181,12 +187,9 @@ def _zeroed(run: DesignRun) -> int:
 def _zeroing(first: DesignRun, second: DesignRun) -> Iterator[str]:
     zeroed = [_zeroed(run) for run in (first, second)]
     if zeroed[0] != zeroed[1]:
-        how = [
-            "uptodate-unzeroed" if "uptodate-unzeroed" in run.config.defects else f"by {run.config.zero}"
-            for run in (first, second)
-        ]
         parts = [
-            f"{run.design} {units.size(n)} ({text})" for run, n, text in zip((first, second), zeroed, how, strict=True)
+            f"{run.design} {units.size(n)} ({zeroes(run.config)})"
+            for run, n in zip((first, second), zeroed, strict=True)
         ]
         yield f"zeroed: {', '.join(parts)}"
 
