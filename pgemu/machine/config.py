@@ -13,6 +13,7 @@ from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
+from pgemu_kernels.words.properties import Property
 
 __all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
 
@@ -24,7 +25,7 @@ _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
 _FOR_FULL = (
-    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
+    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "large_folios", "dirty_log_guest_memfd",
     "in_place_conversion",
 )  # fmt: skip
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
@@ -90,6 +91,8 @@ class Config:
     level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that
     is all of one kind; "whole": a huge page that is, else 4K; "private": the largest that is all private, else 4K.
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
+    large_folios: with a `page_size` of 4 KiB and special entries guest_memfd takes folios of 2M from the page allocator
+    where nothing smaller is in the way, KVM maps them as such, and a hole in a part splits them: as captured.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
     zap: "exact": a conversion drops the stage-2 leaves over its range, as every posted version does; "rounded": over
@@ -137,6 +140,7 @@ class Config:
     punch: Literal["zero", "refuse"] = "refuse"
     level_rule: Literal["uniform", "whole", "private"] = "uniform"
     host_huge: bool = False
+    large_folios: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
     zap: Literal["exact", "rounded"] = "exact"
@@ -153,7 +157,7 @@ class Config:
         for name in DEFAULTS:
             if getattr(self, name) is None and row:
                 object.__setattr__(self, name, row.default(name))
-        for holds, complaint in chain(self._choices(), self._amounts()):
+        for holds, complaint in chain(self._choices(), self._of_vms(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -171,16 +175,16 @@ class Config:
                 "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
             ),
             (
+                not self.large_folios
+                or (self.page_size == W.PAGE_4K and bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)),
+                "large folios: expected a page size of 4K, and a design with special entries",
+            ),
+            (
                 self.page_size != W.PAGE_4K or self.split_to == "4K",
                 "split to 2M: expected huge pages",
             ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
-            (self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"),
-            (
-                self.private_level in (None, *PRIVATE_LEVELS),
-                f"private level {self.private_level!r}: expected one of {', '.join(PRIVATE_LEVELS)}",
-            ),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
             (self.vcpus > 0 and self.host_cpus > 0, "vcpus and host_cpus: expected positive numbers"),
             (self.nodes in (1, W.NODES), f"nodes {self.nodes}: expected 1 or {W.NODES}"),
@@ -225,6 +229,12 @@ class Config:
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
         )
+
+    def _of_vms(self) -> Iterator[tuple[bool, str]]:
+        """The same of what concerns kinds of VM."""
+        levels = (None, *PRIVATE_LEVELS)
+        yield self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"
+        yield self.private_level in levels, f"private level {self.private_level!r}: expected one of {levels[1:]}"
 
     def _amounts(self) -> Iterator[tuple[bool, str]]:
         """Whether each amount of memory is one of whole pages of its size."""

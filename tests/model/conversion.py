@@ -126,8 +126,8 @@ class Conversions(State):
         return OK
 
     def units(self, pages: range) -> list[range]:
-        """All at once, or one huge page at a time."""
-        if self.parameters.batch == "range":
+        """All at once, or one huge page at a time. Pages of 4K are no huge ones."""
+        if self.parameters.batch == "range" or not self.order:
             return [pages]
         return [common(pages, self.block_of(number << self.order)) for number in self.blocks_of(pages)]
 

@@ -35,7 +35,7 @@ class Lifetime(State):
                 continue
             part = common(block, pages)
             if part != block:
-                self.memory.forget({folio.head + index - block.start for index in part})
+                self.memory.zero_part(folio, {index - block.start for index in part})
                 continue
             if not folio.whole or not self.order:
                 self.unmap_file(inode, block)

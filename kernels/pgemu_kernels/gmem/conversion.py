@@ -28,9 +28,10 @@ from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
 from pgemu_kernels.gmem.spinning import is_spinning, is_stepped, waits_behind, went_on
 from pgemu_kernels.gmem.vm_kinds import make_shared
+from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, kvm_gmem_split_private, zap_found
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE
 from pgemu_kernels.words.operations import (
@@ -50,7 +51,6 @@ from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPACES,
     R_SPLIT_TO_2M,
-    R_ZAP_FILTER,
     R_ZAP_ROUNDED,
 )
 from pgemu_kernels.words.rows import (
@@ -60,9 +60,6 @@ from pgemu_kernels.words.rows import (
     BLOCK_HUGE,
     BLOCK_PARTLY,
     BLOCK_SPLIT,
-    FILTER_BOTH,
-    FILTER_PRIVATE,
-    FILTER_SHARED,
     I_PAGES,
     O_DETAIL,
     O_END,
@@ -387,45 +384,6 @@ def invalidate_begin(m, op):
     return GO
 
 
-@kernel
-def chosen_kinds(m, op):
-    """Which kinds of memory (FILTER_*) a conversion zaps: both, or only that which is left.
-
-    kvm-x86 e088c7f86bef of in-place conversion, and the branch of December 2025: both; older forms: that which is left.
-    """
-    if m.state[R_ZAP_FILTER] != U0:
-        return FILTER_BOTH
-    return FILTER_SHARED if m.state[op + O_TO_PRIVATE] != U0 else FILTER_PRIVATE
-
-
-zapped_kinds = full_only(chosen_kinds, FILTER_BOTH)  # with one root it says nothing
-
-
-@step
-def zap_kind(m, op, vms, start, end):
-    """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
-
-    Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot tell them apart:
-    both kinds go, whatever the filter says.
-    """
-    if zap_found(m, vms, m.state[op + O_INODE], start, end, zapped_kinds(m, op)) != 0:
-        flush_vms(m)
-
-
-@kernel
-def split_crossing(m, op, vms, start, end):
-    """Before the zap: split private leaves that cross its border, where firmware owns them: 0 or -ENOMEM.
-
-    The branch does so to shared only; that a conversion to private that zaps both kinds has to is inference.
-    """
-    if zapped_kinds(m, op) & FILTER_PRIVATE == U0:
-        return np.int64(0)
-    return kvm_gmem_split_private(m, vms, m.state[op + O_INODE], start, end)
-
-
-split_before_zap = full_only(split_crossing, np.int64(0))
-
-
 @outlined
 def leave_split(m, node, first, end):
     """Note that a conversion failed and leaves the blocks of pages [first, end) split, some of them all private."""
@@ -464,7 +422,7 @@ def zap(m, op):
         status = split_before_zap(m, op, vms, start, end)
         if status != 0:
             return fail_zap(m, op, status)
-        zap_kind(m, op, vms, start, end)
+        zap_kind(m, op, vms, start, end, state[op + O_START], state[op + O_END])
     return GO
 
 

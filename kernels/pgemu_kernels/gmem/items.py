@@ -20,13 +20,12 @@ from pgemu_kernels.gmem.conversion import (
     leave_split,
     merge_pieces,
     rounding,
-    split_before_zap,
     store_range,
-    zap_kind,
     zap_rounded,
 )
 from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
+from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
 from pgemu_kernels.stage2.regions import vms_with_leaves
@@ -184,7 +183,7 @@ def zap_item(m, op):
         status = split_before_zap(m, op, vms, start, end)
         if status != 0:
             return fail_zap_item(m, op, status)
-        zap_kind(m, op, vms, start, end)
+        zap_kind(m, op, vms, start, end, state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

@@ -21,9 +21,10 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
+from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
 from pgemu_kernels.folios.zeroed import knows_flags_only
-from pgemu_kernels.gmem import piece_merges, spinning
+from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.vm_kinds import make_shared
@@ -83,6 +84,8 @@ from pgemu_kernels.words.rows import (
 dissolve = full_only(piece_merges.dissolve_block, np.int64(0))  # default machines have no pieces
 make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, None)
 forget_spins = full_only(spinning.forget_spins, None)
+large_punched = full_only(large_holes.punch_large, None)
+large_removed = full_only(large_holes.remove_whole, None)
 forget_policies = full_only(cut, None)  # a default machine has none
 
 
@@ -255,7 +258,10 @@ def punch(m, op):
     if status == 0:
         zap_range(m, inode, start, end, FILTER_BOTH)
         flush_vms(m)
-        status = punch_blocks(m, op, inode, start, end)
+        if large_folios(m) != U0:
+            large_punched(m, inode, start, end)
+        else:
+            status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
@@ -342,6 +348,8 @@ def close(m, op):
     leave_inode(m, inode)
     forget_spins(m, inode)
     forget_policies(m, inode, U0, ALL)
+    if large_folios(m) != U0:
+        large_removed(m, inode, U0, state[node + I_PAGES])
     for block in range(state[node + I_BLOCKS]):
         evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)

@@ -132,6 +132,7 @@ R_WORK_LISTS = U(120)  # where a bit per page of the inodes lies in `state`: to 
 R_VM_PROPERTIES = U(117)  # VmProperty of all VMs there ever were
 R_MERGE_ZEROES = U(125)  # 1: a merge zeroes what was never zeroed of a folio that was in use
 R_HOLDERS_OFF = U(121)  # 1: a recount is under way that has taken pins, LRU batches and faults off the references
+R_LARGE_FOLIOS = U(123)  # 1: guest memory of 4K pages is allocated in folios of 2M where it can be
 R_INIT_ON_ALLOC = U(126)  # 1: CONFIG_INIT_ON_ALLOC_DEFAULT_ON, the page allocator gives zeroes
 R_LEVEL_RULE = U(124)  # LEVEL_*: how large stage 2 maps where the level follows from shareability
 LEVEL_UNIFORM = U(0)  # the largest block of one kind
