@@ -198,7 +198,8 @@ def store_word(m, op):
 
 @outlined
 def folio_split(m, op):
-    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -EBUSY, -ENOMEM or -EINVAL.
+    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -WOULD_SPIN while somebody has
+    another, -ENOMEM, -EINVAL, or -EBUSY of a poisoned one.
 
     Each 4K page is a folio with one reference afterwards. Pages of inodes are split by conversion.
     """
@@ -218,7 +219,7 @@ def folio_split(m, op):
 
 @outlined
 def folio_merge(m, op):
-    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -EBUSY if one has another reference, -EINVAL."""
+    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -WOULD_SPIN while one has another reference, -EINVAL."""
     state = m.state
     head = state[op + O_ADDRESS] >> U12
     pages = state[op + O_LENGTH] >> U12
