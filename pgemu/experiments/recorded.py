@@ -118,7 +118,7 @@ def replay_unseen(
 
     Returns what the machine counted, and how many accesses were added.
     """
-    recording = _Recording(lowered)
+    recording = _Recording(lowered, rounded=bool(machine.register(W.R_ZAP_ROUNDED)))
     records = lowered.records
     header, object_ = records.header(), records.object.astype(np.uint64)
     columns = (header, object_, records.address, records.offset, records.length)
@@ -192,8 +192,9 @@ class _Slot:
 class _Recording:
     """What the recorded VM had mapped, from record to record."""
 
-    def __init__(self, lowered: Lowered) -> None:
+    def __init__(self, lowered: Lowered, *, rounded: bool) -> None:
         self._lowered = lowered
+        self._rounded = rounded  # what is dropped beyond a range lies in its huge pages
         self._records = lowered.records
         self._faults = lowered.records.op == Operation.GUEST_FAULT
         largest = {PAGE_4K: 1, PAGE_2M: 2, PAGE_1G: 3}[lowered.layout.page_size]
@@ -259,8 +260,8 @@ class _Recording:
                 if low >= high:
                     continue
                 slot.drop(low, high)
-                if beyond:  # of at most two leaves: 2M ones, or larger
-                    level = 2 if beyond < 2 << 9 else 3
+                if beyond:  # of at most two leaves, 2M ones or larger
+                    level = 2 if beyond < 2 << 9 and not self._rounded else 3
                     around = slot.mapped(slot.leaf(low, level)[0], slot.leaf(high - 1, level)[1])
                     found += [around] if len(around) else []
         return found

@@ -126,9 +126,12 @@ class Pair:
         got = self.machine.operate(W.Operation.DIRTY_LOGGING, flags=flags, vm=vm, address=gpa)
         return self.same(got, self.model.log_dirty_pages(vm, gpa, on))
 
-    def convert(self, inode: int, offset: int, length: int, shared: bool) -> Outcome:
-        expected = self.model.convert(inode, offset, length, shared)
-        return self.same(self.inodes[inode].convert(offset, length, shared=shared), expected)
+    def convert(self, inode: int, offset: int, length: int, shared: bool, vm: int | None = None) -> Outcome:
+        """`vm`: whose file; None: that of the first VM with private memory, if any has one."""
+        if vm is None:
+            vm = next((i for i, kind in enumerate(self.model.kinds) if kind != "plain"), 0)
+        expected = self.model.convert(inode, offset, length, shared, vm)
+        return self.same(self.inodes[inode].convert(offset, length, shared=shared, vm=vm), expected)
 
     def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
         before = set(self.model.inodes[inode].blocks)

@@ -275,3 +275,22 @@ def test_options_that_do_not_fit_are_refused(case: Case, options: LoweringOption
 def test_a_log_whose_slots_are_all_refused_is_refused(case: Case) -> None:
     with pytest.raises(InputError, match=r"can back no memory slot of this log \(read-only memory slot\)"):
         case(slot(0, 0, M, HVA, flags=2) + guest(0))
+
+
+def test_records_know_the_level_of_the_recorded_leaf(case: Case) -> None:
+    def leaf(gfn: int, level: int) -> str:
+        return f"{VCPU}kvm_mmu_set_spte: gfn {gfn:x} spte 114800ee7 (rwxu) level {level} at 1\n"
+
+    ram = slot(0, 0, 16 * M, HVA)
+    lowered = case(ram + guest(0x1000) + leaf(1, 1) + host(HVA) + guest(2 * M) + leaf(512, 2) + guest(0x5000))
+    assert lowered.fault_levels is not None
+    assert lowered.fault_levels.tolist() == [0] * (lowered.accounting.setup + 1) + [1, 0, 2, 0]
+    assert [Operation(op).name for op in lowered.records.op[lowered.accounting.setup + 1 :]] == [
+        "GUEST_FAULT",
+        "HOST_FAULT",
+        "GUEST_FAULT",
+        "GUEST_FAULT",
+    ]
+    assert not lowered.accesses
+    # A log that tells no level knows none, which is not the same as no leaf.
+    assert case(ram + guest(0x1000)).fault_levels is None

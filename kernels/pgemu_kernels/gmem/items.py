@@ -176,7 +176,7 @@ def zap_item(m, op):
         status = split_before_zap(m, op, vms, start, end)
         if status != 0:
             return fail_zap_item(m, op, status)
-        zap_kind(m, op, vms, start, end)
+        zap_kind(m, op, vms, start, end, state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import U0
 from pgemu_kernels.engine.compile import kernel, step
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.stage2.invalidate import flush_vms, kvm_gmem_split_private, zap_found
+from pgemu_kernels.stage2.invalidate import flush_vms, kvm_gmem_split_private, zap_beyond, zap_found
 from pgemu_kernels.words.registers import R_ZAP_FILTER
 from pgemu_kernels.words.rows import FILTER_BOTH, FILTER_PRIVATE, FILTER_SHARED, O_INODE, O_TO_PRIVATE
 
@@ -30,13 +30,17 @@ zapped_kinds = full_only(chosen_kinds, FILTER_BOTH)  # with one root it says not
 
 
 @step
-def zap_kind(m, op, vms, start, end):
+def zap_kind(m, op, vms, start, end, first, last):
     """Drop the leaves over pages [start, end) from stage 2: from that of `vms`, a bit each, the others have none.
 
+    first, last: the pages that are converted; what a wider zap drops beyond them is counted.
     Where private and shared pages share one root (all but TDX), kvm_tdp_mmu_unmap_gfn_range() cannot tell them apart:
     both kinds go, whatever the filter says.
     """
-    if zap_found(m, vms, m.state[op + O_INODE], start, end, zapped_kinds(m, op)) != 0:
+    dropped = zap_found(m, vms, m.state[op + O_INODE], first, last, zapped_kinds(m, op))
+    if start < first or last < end:
+        dropped += zap_beyond(m, vms, m.state[op + O_INODE], start, end, zapped_kinds(m, op))
+    if dropped != 0:
         flush_vms(m)
 
 

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U512, trailing_zeros
+from pgemu_kernels.engine.bits import U0, U1, U2, U4, U512, trailing_zeros
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import first_slot, inode_row, is_mirrored, memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.leaves import split_cross_boundary_leafs, zap_roots
 from pgemu_kernels.stage2.regions import forget_pages, forget_zapped, vms_with_leaves
-from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL, EVENT_SPTE_CLEARED, EVENT_TLB_FLUSH_VM
+from pgemu_kernels.words.enum_words import (
+    EVENT_NOTIFIER_CALL,
+    EVENT_SPTE_CLEARED,
+    EVENT_SPTE_PAGES_BEYOND,
+    EVENT_TLB_FLUSH_VM,
+    GAUGE_STAGE2_LEAVES_4K,
+)
+from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     R_FLUSHES_HELD,
     R_GUEST_FAULTS,
@@ -178,6 +185,22 @@ def zap_found(m, vms, inode, start, end, kinds):
     dropped = zap_vms(m, vms, inode, start, end, kinds)
     if vms != U0 and not leaves_some(m, vms, kinds):
         forget_few(m.state, inode_row(inode), start, end)
+    return dropped
+
+
+@kernel
+def stage2_pages(stats):
+    """4K pages that stage 2 maps, of all VMs."""
+    gauge = STATS_GAUGES + GAUGE_STAGE2_LEAVES_4K * U2
+    return stats[gauge] + 512 * stats[gauge + U2] + 262_144 * stats[gauge + U4]
+
+
+@outlined
+def zap_beyond(m, vms, inode, start, end, kinds):
+    """zap_found() where the pages that were asked for are gone already: what it drops is beyond them, and counted."""
+    mapped = stage2_pages(m.stats)
+    dropped = zap_found(m, vms, inode, start, end, kinds)
+    charge(m, EVENT_SPTE_PAGES_BEYOND, mapped - stage2_pages(m.stats))
     return dropped
 
 

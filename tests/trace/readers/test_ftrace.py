@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from pgemu.errors import InputError
-from pgemu.trace.events import IGNORED, OUTCOMES, Input
+from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES, Input
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.readers.ftrace import _Parser, read
 
@@ -162,6 +162,55 @@ def test_classes_are_counted_by_name() -> None:
     assert log.outcomes == {"kvm_tdp_mmu_spte_changed": 1, "sys_brk return": 1}
     assert log.ignored == {"kvm_exit": 1, "sys_madvise WILLNEED": 1}
     assert log.unknown == {"sched_switch": 2, "<stack": 1}
+
+
+SET = "kvm_mmu_set_spte: gfn {gfn:x} spte 114800ee7 (rwxu) level {level} at 114287000"
+CHANGED = "kvm_tdp_mmu_spte_changed: as id 0 gfn {gfn:x} level {level} old_spte 0 new_spte {new:x}"
+LEAF, TABLE, REMOVED = 0x114800EE7, 0x114287827, 0x80000000000005A0
+
+
+@pytest.mark.parametrize(
+    ("events", "level"),
+    [
+        ([SET.format(gfn=0x84, level=1)], 1),
+        ([SET.format(gfn=0, level=2)], 2),
+        ([SET.format(gfn=0, level=3)], 3),
+        ([SET.format(gfn=0x85, level=1)], 0),  # another page
+        ([SET.format(gfn=0x200, level=2)], 0),
+        ([SET.format(gfn=0, level=4)], 0),  # no leaf has that level
+        ([CHANGED.format(gfn=0x84, level=1, new=LEAF & ~0x80)], 1),
+        ([CHANGED.format(gfn=0, level=2, new=TABLE), CHANGED.format(gfn=0x84, level=1, new=LEAF)], 1),
+        ([CHANGED.format(gfn=0, level=2, new=LEAF)], 2),
+        ([CHANGED.format(gfn=0, level=2, new=REMOVED)], 0),
+        ([CHANGED.format(gfn=0x84, level=1, new=0)], 0),
+        # Both are printed of one leaf.
+        ([CHANGED.format(gfn=0, level=2, new=LEAF), SET.format(gfn=0, level=2)], 2),
+    ],
+)
+def test_a_fault_knows_the_level_of_its_leaf(events: list[str], level: int) -> None:
+    log = parse("".join(f"{HEAD}{event}\n" for event in [FAULT, *events, "kvm_entry: vcpu 3"]))
+    assert words(log) == [[0x84123, 0x100000006, 3, level, 0]]
+    assert log.outcomes.total() == len(events)
+    assert log.outcomes.keys() <= LEVELS <= OUTCOMES
+
+
+def test_levels_go_to_the_last_fault_of_their_task() -> None:
+    other = HEAD.replace("CPU 3/KVM-61883", "CPU 2/KVM-61882")
+    both = [SET.format(gfn=0, level=2), CHANGED.format(gfn=0x84, level=1, new=LEAF)]
+    log = parse(
+        f"{HEAD}{FAULT}\n{HEAD}{FAULT}\n{other}{FAULT}\n{HEAD}{both[0]}\n{other}{SET.format(gfn=0x84, level=1)}\n"
+        f"{HEAD}{both[1]}\nvm-1 [000] ..... 1.000000: {SET.format(gfn=0, level=3)}\n"
+    )
+    assert [row[3] for row in words(log)] == [0, 2, 1]
+    # Once kvm_mmu_set_spte is there, the other event is only counted.
+    assert log.outcomes == {"kvm_mmu_set_spte": 3, "kvm_tdp_mmu_spte_changed": 1}
+
+
+@pytest.mark.parametrize("event", ["kvm_mmu_set_spte: gfn zz", "kvm_tdp_mmu_spte_changed: as id 0 gfn 0 level one"])
+def test_an_outcome_that_is_not_understood_is_named(event: str) -> None:
+    log = parse(f"{HEAD}{FAULT}\n{HEAD}{event}\n")
+    assert log.outcomes == {f"{event.partition(':')[0]} (not understood)": 1}
+    assert words(log)[0][3] == 0
 
 
 def test_no_name_has_two_classes() -> None:

@@ -110,3 +110,31 @@ def test_bad_records_and_cut_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="trace: not a whole Parquet file"):
         load(path)
+
+
+def test_recorded_levels_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    levels = np.arange(len(BOOT.records), dtype=np.uint64).astype(np.uint8) % 4
+    parquet.write(dataclasses.replace(BOOT, fault_levels=levels, accesses=False), path)
+    back = parquet.read(path)
+    assert back.fault_levels is not None
+    assert np.array_equal(back.fault_levels, levels)
+    assert not back.accesses
+    assert np.array_equal(parquet.read(path).records.address, BOOT.records.address)
+    parquet.write(BOOT, path)
+    back = parquet.read(path)
+    assert back.fault_levels is None
+    assert back.accesses
+
+
+def test_levels_that_no_leaf_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    parquet.write(dataclasses.replace(BOOT, fault_levels=np.full(len(BOOT.records), 4, np.uint8)), path)
+    with pytest.raises(InputError, match="column 'fault_level' holds 4, expected at most 3"):
+        parquet.read(path)
+    table = pq.read_table(path)
+    number = table.schema.get_field_index("fault_level")
+    wide = table.set_column(number, "fault_level", table.column(number).cast(pa.int64()))
+    pq.write_table(wide.replace_schema_metadata(table.schema.metadata), path)
+    with pytest.raises(InputError, match="column 'fault_level' holds int64, expected uint8"):
+        parquet.read(path)
