@@ -60,6 +60,8 @@ class Sequences(TwoMegabytes):
             ("batch", ("range", "block")),
             ("merge", ("now", "lazy")),
             ("flush", ("each", "batched")),
+            ("merge_zero", ("none", "none", "unzeroed")),
+            ("defects", ((),) * 6 + (("uptodate-unzeroed",), ("merge-keeps-flag",))),
             ("lru_cache", (False, True)),
             ("worker", ("immediate", "queued")),
             ("punch", ("zero", "refuse")),

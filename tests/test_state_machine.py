@@ -121,10 +121,13 @@ class TwoMegabytes(RuleBasedStateMachine):
         self.pair.host_fault(space, address + 5 * PAGE)
         self.pair.guest_fault(space, gpa + 5 * PAGE)
 
-    @rule(number=numbers, spot=spots, length=lengths, shared=st.booleans())
-    def converts(self, number: int, spot: tuple[int, int], length: int, shared: bool) -> None:
+    @rule(
+        number=numbers, spot=spots, length=lengths, shared=st.booleans(),
+        vm=st.sampled_from((None, None, None, None, None, None, 0, 1)),
+    )  # fmt: skip
+    def converts(self, number: int, spot: tuple[int, int], length: int, shared: bool, vm: int | None) -> None:
         inode = self.open_inode(number)
-        self.pair.convert(inode, self.index(inode, spot) * PAGE, length * PAGE, shared)
+        self.pair.convert(inode, self.index(inode, spot) * PAGE, length * PAGE, shared, vm)
 
     @rule(number=numbers, shared=st.booleans())
     def converts_all(self, number: int, shared: bool) -> None:

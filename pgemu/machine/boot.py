@@ -160,6 +160,7 @@ _OF_CONFIG = {
     W.R_HOST_HUGE: "host_huge",
     W.R_DIRTY_LOG_GMEM: "dirty_log_guest_memfd",
     W.R_IN_PLACE: "in_place_conversion",
+    W.R_LARGE_FOLIOS: "large_folios",
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {

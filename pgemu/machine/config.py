@@ -13,6 +13,7 @@ from pgemu.machine.designs import DEFAULTS, ORDERS, ROWS, Design
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
+from pgemu_kernels.words.properties import Property
 
 __all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
 
@@ -24,7 +25,7 @@ _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
 _FOR_FULL = (
-    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "dirty_log_guest_memfd",
+    "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "large_folios", "dirty_log_guest_memfd",
     "in_place_conversion",
 )  # fmt: skip
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
@@ -90,6 +91,8 @@ class Config:
     level_rule: where the level of a guest's leaf follows from shareability (pfnmap): "uniform": the largest block that
     is all of one kind; "whole": a huge page that is, else 4K; "private": the largest that is all private, else 4K.
     host_huge: pfnmap enters 2M and 1G entries where all of the block is shared.
+    large_folios: with a `page_size` of 4 KiB and special entries guest_memfd takes folios of 2M from the page allocator
+    where nothing smaller is in the way, KVM maps them as such, and a hole in a part splits them: as captured.
     dirty_log_guest_memfd: slots of guest_memfd may log dirty pages, which KVM refuses.
     in_place_conversion: the module parameter gmem_in_place_conversion; without it conversions are -ENOTTY.
     zap: "exact": a conversion drops the stage-2 leaves over its range, as every posted version does; "rounded": over
@@ -137,6 +140,7 @@ class Config:
     punch: Literal["zero", "refuse"] = "refuse"
     level_rule: Literal["uniform", "whole", "private"] = "uniform"
     host_huge: bool = False
+    large_folios: bool = False
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
     zap: Literal["exact", "rounded"] = "exact"
@@ -169,6 +173,11 @@ class Config:
             (
                 self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),
                 "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+            ),
+            (
+                not self.large_folios
+                or (self.page_size == W.PAGE_4K and bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)),
+                "large folios: expected a page size of 4K, and a design with special entries",
             ),
             (
                 self.page_size != W.PAGE_4K or self.split_to == "4K",

@@ -281,11 +281,15 @@ class GuestMemfd:
         for i, first in enumerate(range(0, pages, 1 << 18)):
             machine.arrays.counts[fields[W.I_PUD] + i] = min(1 << 18, pages - first)
 
-    def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0) -> Result:
-        """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL."""
+    def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0, vm: int = 0) -> Result:
+        """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL.
+
+        vm: the number of the VM whose file of the inode is asked. -EINVAL, too, if it has one and knows no private
+        memory (Machine.create_vm).
+        """
         flags = Flag.SHARED if shared else Flag.PRIVATE
         return self.machine.operate(
-            Operation.CONVERT, flags=flags, actor=actor, object_=self.inode, offset=offset, length=length
+            Operation.CONVERT, flags=flags, actor=actor, vm=vm, object_=self.inode, offset=offset, length=length
         )
 
     def convert_many(self, offsets: Array, length: int = W.PAGE_4K, *, shared: bool) -> Results:

@@ -189,11 +189,16 @@ class Vm:
     ) -> Result:
         """Make a memory slot of the inode's range: 0, -EEXIST, -EINVAL, -EBADF (a closed VM or file), -ENOSPC.
 
-        userspace_addr: a file of form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file
-        and offset mapped there; others do not look at it.
+        userspace_addr: what KVM's MMU notifier goes by: -EINVAL if it is no address of a process. Without one it is
+        where the VM's process shows the range, now or as soon as it does (pgemu_kernels.stage2.userspace). A file of
+        form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file and offset mapped there;
+        others do not look.
         """
         if gmem.form == "rfc2" and userspace_addr is not None and not self._shows(gmem, offset, userspace_addr):
             return Result(-W.EINVAL, 0)
+        if userspace_addr is not None:
+            row = int(W.STATE_VMS) + self.vm * W.V_WORDS
+            self.machine.arrays.state[row + int(W.V_BIND_HVA)] = userspace_addr + 1
         return self.machine.operate(
             Operation.BIND,
             vm=self.vm,
@@ -230,9 +235,10 @@ class Vm:
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
 
     def release(self, gmem: GuestMemfd) -> Result:
-        """The VM's guest_memfd file of an inode is closed: 0, -EBADF if it has no slot of it, -EBUSY.
+        """The VM's guest_memfd file of an inode is closed: 0, -EBADF if it has no slot of it or closed it, -EBUSY.
 
-        Its slots stay where they are, without memory: a guest access there is -EFAULT until `unbind`. The memory is
+        While the VM's process maps the inode nothing changes; it is released with the last mapping. Then its slots
+        stay where they are, without memory: a guest access there is -EFAULT until `unbind`. The memory is
         the inode's and stays; `bind` at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
         kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
         """

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
+    from pgemu.machine.config import Config
 
-__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value")
+__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value", "zeroes")
 
 WIDTH = 80
 HEIGHT = 24
+_LEVELS = "recorded-levels"
 _MOVED = 5  # times a difference that is worth a line
-_COLUMNS = (24, 12, 12, 20, 9)
+_COLUMNS = (21, 12, 12, 22, 9)
 
 
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
@@ -35,7 +37,7 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     found = [*_head(comparison), "", *_table(comparison, lines), ""]
     room = HEIGHT - len(found) - 1
     rests = list(_rests(comparison, lines, sensitivity))
-    for text in [*causes(comparison), *rests]:
+    for text in [*causes(comparison, sensitivity), *rests]:
         wrapped = textwrap.wrap(text, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")
         if len(wrapped) > room:
             break
@@ -115,7 +117,7 @@ def answer(comparison: Comparison, found: Measure) -> str:
     if isinstance(found.first, tuple) or isinstance(found.second, tuple) or found.unit == "share":
         return design
     low, high = sorted((found.first, found.second))
-    return f"{design} {high / low:,.3g} x" if low else design
+    return f"{design} {high / low:,.3g} times" if low else design
 
 
 def _answer(comparison: Comparison, line: Line) -> str:
@@ -145,12 +147,18 @@ def _row(*cells: str) -> str:
 # --------------------------------------------------------------------------- why
 
 
-def causes(comparison: Comparison) -> list[str]:
+def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> list[str]:
     """One sentence per cause of what differs, and what both refuse or break."""
     if len(comparison.runs) < 2:
         return []
     first, second = comparison.runs[:2]
-    return [*_splits(comparison), *_zeroing(first, second), *_levels(first, second), *_refusals(comparison)]
+    return [
+        *_splits(comparison),
+        *_zeroing(first, second),
+        *_levels(comparison, sensitivity),
+        *_refusals(comparison),
+        *_broken(comparison),
+    ]
 
 
 def _splits(comparison: Comparison) -> Iterator[str]:
@@ -167,6 +175,11 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             )
 
 
+def zeroes(config: Config) -> str:
+    """How a first use zeroes."""
+    return "uptodate-unzeroed" if "uptodate-unzeroed" in config.defects else f"by {config.zero}"
+
+
 def _zeroed(run: DesignRun) -> int:
     return (run.statistics.event(Event.PAGE_ZEROED) + run.statistics.event(Event.FOLIO_ZEROED_PAGES)) * PAGE_4K
 
@@ -174,26 +187,41 @@ def _zeroed(run: DesignRun) -> int:
 def _zeroing(first: DesignRun, second: DesignRun) -> Iterator[str]:
     zeroed = [_zeroed(run) for run in (first, second)]
     if zeroed[0] != zeroed[1]:
-        how = [
-            "uptodate-unzeroed" if "uptodate-unzeroed" in run.config.defects else f"by {run.config.zero}"
-            for run in (first, second)
-        ]
         parts = [
-            f"{run.design} {units.size(n)} ({text})" for run, n, text in zip((first, second), zeroed, how, strict=True)
+            f"{run.design} {units.size(n)} ({zeroes(run.config)})"
+            for run, n in zip((first, second), zeroed, strict=True)
         ]
         yield f"zeroed: {', '.join(parts)}"
 
 
-def _levels(first: DesignRun, second: DesignRun) -> Iterator[str]:
-    faults = [run.operation(Operation.GUEST_FAULT) for run in (first, second)]
-    fixed = [found.outcomes.get("RET_PF_FIXED", 0) if found else 0 for found in faults]
-    ends = [mapped(run)[0] for run in (first, second)]
-    if fixed[0] != fixed[1] or ends[0] != ends[1]:
-        parts = [
-            f"{run.design} {units.count(n)} faults, {units.size(end)}"
-            for run, n, end in zip((first, second), fixed, ends, strict=True)
-        ]
-        yield f"the guest maps, and has at the end: {'; '.join(parts)}"
+def _faults(run: DesignRun) -> int:
+    found = run.operation(Operation.GUEST_FAULT)
+    return found.outcomes.get("RET_PF_FIXED", 0) if found else 0
+
+
+def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator[str]:
+    """Faults that map, and what is mapped at the end: of a log the lower and the upper bound, see recorded.py."""
+    runs = comparison.runs[:2]
+    upper = next((one.runs for one in (sensitivity.trials if sensitivity else ()) if one.rule == _LEVELS), runs)
+    parts = []
+    for run, more in zip(runs, upper, strict=True):
+        faults = sorted({_faults(run), max(_faults(run), _faults(more))})
+        ends = sorted({mapped(run)[0], mapped(more)[0]})
+        parts.append(f"{run.design} {'-'.join(map(units.count, faults))}, {'-'.join(map(units.size, ends))}")
+    if parts[0].removeprefix(runs[0].design) != parts[1].removeprefix(runs[1].design):
+        yield f"guest faults that map, and mapped at the end: {'; '.join(parts)}"
+    beyond = [run.statistics.event(Event.SPTE_PAGES_BEYOND, Operation.CONVERT) * PAGE_4K for run in runs]
+    if any(beyond):
+        parts = [f"{run.design} {units.size(n)}" for run, n in zip(runs, beyond, strict=True)]
+        yield f"dropped from stage 2 beyond what was converted: {', '.join(parts)}"
+
+
+def _broken(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs[:2]:
+        for rule in run.finding.rules if run.finding else ():
+            why = f"defect {', '.join(rule.explained_by)}" if rule.explained_by else "no defect explains it"
+            name = rule.rule.name.lower().replace("_", " ")
+            yield f"{run.design} breaks a rule: {units.count(rule.count)} times {name} ({why})"
 
 
 def _refusals(comparison: Comparison) -> Iterator[str]:

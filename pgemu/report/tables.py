@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from pgemu.experiments.metrics import METRICS, Metric
-from pgemu.machine.config import PARAMETERS
+from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
 from pgemu.report import units
 from pgemu.report.limits import limits_of
+from pgemu.report.screen import mixed, zeroes
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source, sources_of
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
-    from pgemu.machine.config import Config
     from pgemu.trace.lowered import Lowered
 
 __all__ = (
@@ -121,26 +121,32 @@ def machine(comparison: Comparison) -> Table:
     config = comparison.runs[0].config
     cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}, {config.host_cpus} host CPU{'s' * (config.host_cpus > 1)}"
     text = (
-        f"Linux {config.kernel}, {config.stage2.upper()}, HVO {'on' if config.hvo else 'off'}, "
-        f"zeroing by {config.zero}, {cpus}"
+        f"Linux {config.kernel}, {config.stage2.upper()}, HVO {'on' if config.hvo else 'off'}, {config.vm} VM, {cpus}"
     )
+    zeroing = ", ".join(f"{run.design} {zeroes(run.config)}" for run in comparison.runs)
     checked = {"end": "at the end", "every": "after every operation and at the end"}
     when = checked.get(str(comparison.check), f"every {comparison.check} operations and at the end")
-    result = "broken, see below" if comparison.broken else "none broken"
-    rows = [("machine", text), ("parameters", _parameters(config)), ("invariants", f"checked {when}: {result}")]
+    result = "broken, see below" if any(run.finding for run in comparison.runs) else "none broken"
+    rows = [
+        ("machine", text),
+        *_versions(comparison),
+        ("zeroing", zeroing),
+        ("by hand", mixed(comparison)),
+        ("invariants", f"checked {when}: {result}"),
+    ]
     return _facts(row for row in rows if row[1])
 
 
-def _parameters(config: Config) -> str:
-    """The designs' parameters that are not what they are by default, as the command line has them."""
-    changed = []
-    for name in PARAMETERS:
-        value = getattr(config, name)
-        if value == getattr(type(config), name):
-            continue
-        shown = {True: "", False: " off"}.get(value, f" {' '.join(value) if isinstance(value, tuple) else value}")
-        changed.append(name.replace("_", "-") + shown)
-    return ", ".join(changed)
+def _versions(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Which version of each design, where it can be read, and which of its mistakes are mended here."""
+    versions = comparison.versions
+    like, pfnmap = LIKE[versions.like], PFNMAP[versions.pfnmap]
+    designs = [run.design for run in comparison.runs]
+    if "restructure" in designs:
+        yield "restructure", f"{versions.like}: {like.text} ({like.source})"
+        yield "mended", "" if versions.as_posted else ", ".join(like.fixed)
+    if "pfnmap" in designs:
+        yield "pfnmap", f"{versions.pfnmap}: {pfnmap.text} ({pfnmap.source})"
 
 
 def outcomes(comparison: Comparison) -> Group:
@@ -159,7 +165,7 @@ def outcomes(comparison: Comparison) -> Group:
 
 
 def times(comparison: Comparison) -> Group:
-    """Estimated kernel time of each kind of operation."""
+    """Estimated kernel time of each kind of operation, and what part of it rests on assumed prices."""
     columns = ("mean", "p99", "worst", "in all")
     table = _table("operation", "design", *columns, right=columns)
     for op in Operation:
@@ -177,7 +183,29 @@ def times(comparison: Comparison) -> Group:
         whole = units.band(sum(low for low, _ in totals), sum(high for _, high in totals))
         table.add_row(name, design_run.design, "", "", "", whole)
         name = ""
-    return _titled("Kernel time per operation: an estimate, from the prices of --sources", table)
+    whole_table = _titled("Kernel time per operation: an estimate, from the prices of --sources", table)
+    return Group(
+        whole_table,
+        Text(),
+        _titled("What part of it is assumed prices, the rest measured or published", _assumed(comparison)),
+    )
+
+
+def _assumed(comparison: Comparison) -> Table:
+    from pgemu.cost.difference import estimate
+
+    designs = [run.design for run in comparison.runs]
+    table = _table("operation", *designs, right=designs)
+    for op in (*Operation, None):
+        if op is not None and not any(run.operation(op) for run in comparison.runs):
+            continue
+        cells = []
+        for run in comparison.runs:
+            config = run.config
+            found = estimate(run.statistics, config.profile, config.vcpus, config.host_cpus, op)
+            cells.append(f"{found.shares['assumption']:.0%}")
+        table.add_row("all" if op is None else operation_name(op), *cells)
+    return table
 
 
 def state(comparison: Comparison) -> Group:

@@ -28,7 +28,7 @@ OF_THE_RUN = {"designs", "check", "json", "sources"}
 NO_OPTION = {
     *("pool", "split_form", "frames", "zap_filter", "notifier", "dontneed_on_pfnmap"),
     *("nx_huge_pages", "l1tf", "memory", "other_pool", "pti", "nodes", "buddy", "reserved", "configuration", "punch"),
-    *("dirty_log_guest_memfd", "in_place_conversion", "zap", "invalidate"),
+    *("dirty_log_guest_memfd", "in_place_conversion", "zap", "invalidate", "large_folios"),
 }
 
 

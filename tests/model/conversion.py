@@ -32,8 +32,8 @@ class Unit(NamedTuple):
 class Conversions(State):
     """The ioctl that sets a range's attributes."""
 
-    def convert(self, inode: int, offset: int, length: int, shared: bool | None) -> Outcome:
-        """`shared` None: an ioctl that asks for neither."""
+    def convert(self, inode: int, offset: int, length: int, shared: bool | None, vm: int = 0) -> Outcome:
+        """`shared` None: an ioctl that asks for neither. `vm`: whose file it is asked of, if it has one."""
         node = self.inodes[inode]
         if not node.open:
             return Outcome(-W.EBADF)
@@ -42,6 +42,9 @@ class Conversions(State):
         pages = range(offset // PAGE, (offset + length) // PAGE)
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
             return Outcome(-W.EINVAL)
+        files = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
+        if files and self.kinds[vm] == "plain":
+            return Outcome(-W.EINVAL)  # it knows no private memory
         order = self.parameters.order if self.restructure else "pfnmap"
         if not self.differing(Unit(inode, node, pages, shared, pages.start)):
             return OK

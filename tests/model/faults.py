@@ -121,9 +121,10 @@ class Faults(State):
         level = self.host_level(vma, page)
         size = 1 << 9 * (level - 1)
         pfn = folio.head + index % self.block_pages
-        self.memory.first_use(folio, pfn, size)
+        self.memory.first_use(folio, pfn)
         if not host.map(page, Entry(pfn - page % size, not self.restructure, not vma.read_only), level):
             return Outcome(W.VM_FAULT_OOM)
+        self.memory.first_use(folio, pfn, size)
         if not self.restructure:
             return Outcome(W.VM_FAULT_NOPAGE, level)
         folio.mapped[folio.unit(pfn)] += 1
@@ -269,5 +270,8 @@ class Faults(State):
             level = self.level_of_kind(slot, gfn, self.stage2_level(slot, gfn, folio))
             step = 1 << 9 * (max(level, 2) - 1)
             if level > 1:
-                stage2.collapse(level, gfn >> 9 * (level - 1), self.parameters.kernel != "6.12")
+                recover = self.parameters.kernel != "6.12"
+                if stage2.collapse(level, gfn >> 9 * (level - 1), recover) and recover:
+                    assert folio is not None
+                    self.memory.first_use(folio, folio.head + slot.file_page(gfn) % self.block_pages, step)
             gfn = gfn // step * step + step

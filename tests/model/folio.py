@@ -28,7 +28,8 @@ class Folio:
     cached: bool = True
     waits: bool = False  # split though all private: to be merged, by the worker where merging is lazy
     ready: bool = False  # nobody refers to it any more; the worker returns it
-    uptodate: set[int] = field(default_factory=set)
+    zeroed: set[int] = field(default_factory=set)  # since it is its inode's; any other page has what was there before
+    uptodate: set[int] = field(default_factory=set)  # pages of folios that have PG_uptodate
     held: Counter[int] = field(default_factory=Counter)
     mapped: Counter[int] = field(default_factory=Counter)
     pinned: Counter[int] = field(default_factory=Counter)

@@ -40,7 +40,8 @@ class Inode:
 class Window:
     """A VMA or a memory slot: virtual or guest pages [first, first + n) show pages of an inode from `pgoff` on.
 
-    A slot may be `released`: there, but without memory; or log dirty pages.
+    A slot may be `released`: there, but without memory; `closed`: its file is held by mappings alone; or log dirty
+    pages. Its userspace address is `place`, as a page.
     """
 
     owner: int
@@ -50,6 +51,8 @@ class Window:
     read_only: bool = False
     released: bool = False
     dirty: bool = False
+    closed: bool = False
+    place: int | None = None
 
     @property
     def file(self) -> range:

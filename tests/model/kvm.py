@@ -6,7 +6,10 @@ pages. Levels: 1 = 4K, 2 = 2M, 3 = 1G; tables are named by the level of their en
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 FIXED, SPURIOUS, EMULATE = 5, 6, 2
 EFAULT, EINVAL, EEXIST, ENOENT = -14, -22, -17, -2
@@ -89,10 +92,12 @@ class Host:
 
 
 class Kvm:
-    """One VM."""
+    """One VM. `mirrored`: leaves of private memory stand in a tree of their own."""
 
-    def __init__(self, protected: bool, nx: bool, recovers: bool) -> None:
+    def __init__(self, protected: bool, nx: bool, recovers: bool, mirrored: bool = False) -> None:
         self.protected = protected
+        self.mirrored = mirrored
+        self.mirror: tuple[Any, ...] = ({}, {}, {})
         self.nx = nx
         self.recovers = recovers
         self.host = Host()
@@ -107,6 +112,17 @@ class Kvm:
 
     # ------------------------------------------------------------------ the tree
 
+    @contextmanager
+    def tree(self, private: bool) -> Iterator[None]:
+        """Where memory of a kind is mapped is what stands in `leaves`, `tables` and `mmio` meanwhile."""
+        own = self.leaves, self.tables, self.mmio
+        if private and self.mirrored:
+            self.leaves, self.tables, self.mmio = self.mirror
+        yield
+        if private and self.mirrored:
+            self.mirror = self.leaves, self.tables, self.mmio
+            self.leaves, self.tables, self.mmio = own
+
     def leaf_over(self, gfn: int) -> tuple[int, int] | None:
         for level in (3, 2, 1):
             key = (level, gfn // span(level) * span(level))
@@ -114,11 +130,13 @@ class Kvm:
                 return key
         return None
 
-    def drop(self, start: int, end: int) -> None:
-        """Leaves that touch [start, end) go whole."""
-        for level, first in list(self.leaves):
-            if first < end and start < first + span(level):
-                del self.leaves[level, first]
+    def drop(self, start: int, end: int, kinds: tuple[bool, ...] = (False, True)) -> None:
+        """Leaves that touch [start, end) go whole. `kinds`: of shared (False) or private memory, if the tree tells."""
+        for private in kinds if self.mirrored else (False,):
+            with self.tree(private):
+                for level, first in list(self.leaves):
+                    if first < end and start < first + span(level):
+                        del self.leaves[level, first]
 
     def drop_all(self) -> None:
         self.leaves.clear()
@@ -166,7 +184,7 @@ class Kvm:
         for slot in self.slots.values():
             first, last = max(page, slot.hva), min(page + pages, slot.hva + slot.pages)
             if first < last:
-                self.drop(slot.gfn + first - slot.hva, slot.gfn + last - slot.hva)
+                self.drop(slot.gfn + first - slot.hva, slot.gfn + last - slot.hva, (False,))
 
     def goal(self, slot: Slot, gfn: int, host_level: int) -> int:
         for level in range(min(host_level, 3), 1, -1):
@@ -238,6 +256,10 @@ class Kvm:
         self.leaves[key] = replace(leaf, accessed=True, dirty=leaf.dirty or write)
 
     def access(self, gfn: int, write: bool, fetch: bool) -> tuple[int, int]:
+        with self.tree(gfn in self.private):
+            return self.access_below(gfn, write, fetch)
+
+    def access_below(self, gfn: int, write: bool, fetch: bool) -> tuple[int, int]:
         key = self.leaf_over(gfn)
         slot = self.slot_at(gfn)
         if key is not None:
@@ -261,7 +283,8 @@ class Kvm:
     def prefault(self, gfn: int, pages: int) -> tuple[int, int]:
         at = gfn
         while at < gfn + pages:
-            status, level = self.fault(at, write=False, fetch=False, prefetch=True)
+            with self.tree(at in self.private):
+                status, level = self.fault(at, write=False, fetch=False, prefetch=True)
             if status not in (FIXED, SPURIOUS):
                 failed = ENOENT if status == EMULATE else status
                 return (0 if at > gfn else failed), at - gfn
@@ -369,7 +392,7 @@ class Kvm:
             for slot in self.slots.values():
                 first, last = max(gfn, slot.gfn), min(gfn + pages, slot.gfn + slot.pages)
                 if first < last:
-                    self.drop(first, last)
+                    self.drop(first, last, (not private,))
         self.private = self.private | frames if private else self.private - frames
         return 0
 
@@ -393,6 +416,6 @@ class Kvm:
             if slot.gmem is not None:
                 first, last = max(index, slot.gmem), min(index + pages, slot.gmem + slot.pages)
                 if first < last:
-                    self.drop(slot.gfn + first - slot.gmem, slot.gfn + last - slot.gmem)
+                    self.drop(slot.gfn + first - slot.gmem, slot.gfn + last - slot.gmem, (True,))
         for at in range(index, index + pages):
             self.gmem.pop(at, None)

@@ -35,7 +35,7 @@ class Lifetime(State):
                 continue
             part = common(block, pages)
             if part != block:
-                self.memory.forget({folio.head + index - block.start for index in part})
+                self.memory.zero_part(folio, {index - block.start for index in part})
                 continue
             if not folio.whole or not self.order:
                 self.unmap_file(inode, block)
@@ -46,14 +46,14 @@ class Lifetime(State):
         return OK
 
     def release(self, vm: int, inode: int) -> Outcome:
-        """kvm_gmem_release(): the VM's file is closed, its slots have no memory any more; the inode's memory stays."""
+        """The VM's file is closed, and released unless its process holds it by mappings; the inode's memory stays."""
         slots = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
-        if not slots:
+        if all(slot.closed for slot in slots):
             return Outcome(-W.EBADF)
         for slot in slots:
-            for tree in self.trees(vm):
-                tree.zap(slot.pages)
-            slot.released = True
+            slot.closed = True
+            if not self.is_mapped(slot):
+                self.release_slot(slot)
         return OK
 
     def close(self, inode: int) -> Outcome:

@@ -6,7 +6,9 @@ from model.folio import Folio
 from model.inode import Inode, Window
 from model.memory import Boot, Memory
 from model.parameters import Parameters
-from model.tables import HostTables, Stage2, Table
+from model.tables import HostTables, Stage2, Table, common
+
+TASK_PAGES = (1 << 35) - 1  # TASK_SIZE_MAX: the last page below 2^47 is nobody's
 
 
 class State:
@@ -93,13 +95,21 @@ class State:
                 self.memory.dropped(folio)
 
     def notify(self, vma: Window, pages: range) -> None:
-        """The VMs of the VMA's process drop what they have of it, but what is private by its root."""
+        """The VMs of the VMA's process drop what their slots show at these addresses, whatever the VMA shows there; not
+        what is private by its root."""
         if not self.parameters.notifier:
             return
-        file = vma.file_range(pages)
         for slot in self.slots:
-            if self.vm_space[slot.owner] == vma.owner:
-                self.vms[slot.owner].zap(slot.showing(vma.inode, file))
+            if self.vm_space[slot.owner] == vma.owner and slot.place is not None:
+                part = common(range(slot.place, slot.place + len(slot.pages)), pages)
+                shift = slot.pages.start - slot.place
+                self.vms[slot.owner].zap(range(part.start + shift, part.stop + shift))
+
+    def place_of(self, slot: Window, vmas: list[Window]) -> int | None:
+        """Where the VM's process shows what a slot shows: the lowest address for its first page."""
+        mine = [v for v in vmas if v.owner == self.vm_space[slot.owner] and slot.showing(v.inode, v.file)]
+        places = [v.pages.start + slot.pgoff - v.pgoff for v in mine]
+        return min((place for place in places if 0 <= place < TASK_PAGES), default=None)
 
     def unmap_file(self, inode: int, pages: range) -> None:
         """unmap_mapping_pages()."""
@@ -125,6 +135,19 @@ class State:
             self.vmas += [vma.cut(pages) for pages in rest if pages]
         for space in {vma.owner for vma, _ in gone}:
             self.spaces[space].free_tables_outside([v.pages for v in self.vmas if v.owner == space])
+        for slot in self.slots:
+            if slot.closed and not self.is_mapped(slot):
+                self.release_slot(slot)
+
+    def is_mapped(self, slot: Window) -> bool:
+        """Whether the process of a slot's VM holds the slot's file by a mapping."""
+        return any(v.owner == self.vm_space[slot.owner] and v.inode == slot.inode for v in self.vmas)
+
+    def release_slot(self, slot: Window) -> None:
+        """kvm_gmem_release(): the slot has no memory any more."""
+        for tree in self.trees(slot.owner):
+            tree.zap(slot.pages)
+        slot.released, slot.closed, slot.place = True, False, None
 
     def delete_slot(self, slot: Window) -> None:
         """A VM with private memory loses the slot's leaves, another one its whole tree."""

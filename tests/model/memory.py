@@ -43,7 +43,10 @@ class Memory:
         self.hvo = parameters.hvo and order > 0
         self.one_tail_page = kernel == "7.3"  # 7.1 and later: all folios of an order share it
         self.tail_of_pieces = False
+        self.parameters = parameters
         self.zero_by_page = parameters.zero == "page"
+        self.stale = False  # a leaf has shown a page that was not zeroed
+        self.lost = False  # pages in use were zeroed
         self.heads = parameters.heads(boot.base if boot else POOL_BASE)
         # The free list's front is its end here: 2M pages ascending, 1G pages of the boot allocator as captured.
         ascending = kernel == "7.3" and order == 18
@@ -216,19 +219,16 @@ class Memory:
         if self.by_page and not self.change_objects(nodes, 0):
             self.join(folio)
             return False
+        self.inherit(folio, range(folio.pages), 1)
         if self.by_page:  # each page is inserted anew
             for unit in range(folio.pages if self.lru_cache else 0):
                 self.lru_add(folio, unit)
         return True
 
     def merge(self, folio: Folio, keep: bool) -> None:
-        """Back to one folio.
-
-        One flag then speaks for all pages: if some of them (`keep`: the folio stays in use) are up to
-        date, the others are zeroed.
-        """
-        if keep and folio.uptodate and not self.zero_by_page:
-            self.zero_pages(folio, set(range(self.pages)) - folio.uptodate)
+        """Back to one folio. `keep`: it stays in use."""
+        if keep:
+            self.join_flags(folio, range(self.pages))
         if folio.cached:
             assert self.change_objects(-self.nodes_per_folio, 0)
         self.join(folio)
@@ -263,34 +263,81 @@ class Memory:
 
     def split_pieces(self, folio: Folio, pieces: set[int]) -> None:
         """To 2M folios, and some of these to 4K."""
+        if folio.pieces is None:
+            self.inherit(folio, range(folio.pages), PIECE)
+        for piece in pieces - (folio.pieces or set()):
+            self.inherit(folio, range(piece * PIECE, piece * PIECE + PIECE), 1)
         self.change_pieces(folio, (folio.pieces or set()) | pieces)
 
     def merge_piece(self, folio: Folio, piece: int) -> None:
         """4K folios to a 2M folio, whose flag speaks for all of them."""
-        pages = set(range(piece * PIECE, piece * PIECE + PIECE))
-        if not self.zero_by_page and not folio.uptodate.isdisjoint(pages):
-            self.zero_pages(folio, pages - folio.uptodate)
+        self.join_flags(folio, range(piece * PIECE, piece * PIECE + PIECE))
         self.change_pieces(folio, (folio.pieces or set()) - {piece})
 
     def join_pieces(self, folio: Folio, keep: bool = False) -> None:
         """2M folios to one of 1G."""
-        if keep and folio.uptodate and not self.zero_by_page:
-            self.zero_pages(folio, set(range(self.pages)) - folio.uptodate)
+        if keep:
+            self.join_flags(folio, range(self.pages))
         self.change_pieces(folio, None)
         folio.waits = False
 
     # ------------------------------------------------------------------ contents
 
     def first_use(self, folio: Folio, pfn: int, leaf: int = 1) -> None:
-        """Zero what a leaf of `leaf` pages makes visible and was not up to date; folios go whole unless by page."""
-        size = folio.size(folio.unit(pfn))
-        if self.zero_by_page:
-            size = min(leaf, size)
-        start = (pfn - folio.head) // size * size
-        self.zero_pages(folio, set(range(start, start + size)) - folio.uptodate)
+        """Zero what a leaf of `leaf` pages makes visible and was not; folios go whole unless by page."""
+        unit = folio.unit(pfn)
+        pages = range(unit, unit + folio.size(unit))
+        if unit not in folio.uptodate:
+            if self.parameters.clears_first:
+                used = {unit}
+            elif self.zero_by_page:
+                size = min(leaf, len(pages))
+                start = (pfn - folio.head) // size * size
+                used = set(range(start, start + size))
+            else:
+                used = set(pages)
+            if self.parameters.flags_only:
+                self.lost |= not used.isdisjoint(folio.zeroed)
+            else:
+                used -= folio.zeroed
+            self.zero_pages(folio, used)
+            if self.parameters.flags_only or folio.zeroed.issuperset(pages):
+                folio.uptodate |= set(pages)
+        start = (pfn - folio.head) // leaf * leaf
+        self.stale |= not folio.zeroed.issuperset(range(start, start + leaf))
+
+    def inherit(self, folio: Folio, pages: range, size: int) -> None:
+        """A folio is split to folios of `size`: all are up to date as it was, or else those that are known to be."""
+        if pages.start in folio.uptodate or self.parameters.flags_only:
+            return
+        for start in pages[::size]:
+            if folio.zeroed.issuperset(range(start, start + size)):
+                folio.uptodate |= set(range(start, start + size))
+
+    def join_flags(self, folio: Folio, pages: range) -> None:
+        """Folios become one."""
+        known = folio.zeroed & set(pages)
+        if self.parameters.flag_stays:
+            uptodate = pages.start in folio.uptodate
+        else:
+            if known and self.parameters.merge_zero == "unzeroed":
+                self.zero_pages(folio, set(pages) - known)
+            uptodate = folio.zeroed.issuperset(pages)
+        folio.uptodate -= set(pages)
+        if uptodate:
+            folio.uptodate |= set(pages)
+
+    def zero_part(self, folio: Folio, pages: set[int]) -> None:
+        """A hole: only where a flag may lie more is known of what it has zeroed than that it reads as zero."""
+        self.forget({folio.head + page for page in pages})
+        for page in pages if self.parameters.flag_stays else ():
+            if folio.unit(folio.head + page) in folio.uptodate:
+                folio.zeroed.add(page)
+            elif self.parameters.flags_only:
+                folio.zeroed.discard(page)
 
     def zero_pages(self, folio: Folio, pages: set[int]) -> None:
-        folio.uptodate |= pages
+        folio.zeroed |= pages
         self.forget({folio.head + page for page in pages})
 
     def forget(self, pfns: set[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from model.conversion import Conversions
 from model.inode import Inode, Window
 from model.lifetime import Lifetime
+from model.machine import TASK_PAGES
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
@@ -19,7 +20,6 @@ __all__ = ("OK", "PAGE", "PFNMAP", "RESTRUCTURE", "Model", "Outcome")
 
 RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
-TASK_PAGES = (1 << 35) - 1  # TASK_SIZE_MAX: the last page below 2^47 is nobody's
 
 
 class Model(Conversions, References, Lifetime):
@@ -81,7 +81,11 @@ class Model(Conversions, References, Lifetime):
         return number
 
     def exit(self, space: int) -> Outcome:
-        """exit_mmap()."""
+        """exit_mmap(): the process's VMs lose all that they map."""
+        if self.parameters.notifier:
+            for slot in self.slots:
+                for tree in self.trees(slot.owner) if self.vm_space[slot.owner] == space else ():
+                    tree.zap(slot.pages)
         self.remove_vmas([(vma, vma.pages) for vma in self.vmas if vma.owner == space])
         self.end_process(space)
         return OK
@@ -113,6 +117,9 @@ class Model(Conversions, References, Lifetime):
             if refused:
                 return Outcome(-error)
         self.vmas.append(Window(space, pages, inode, offset // PAGE, read_only))
+        for slot in self.slots:
+            if slot.place is None:
+                slot.place = self.place_of(slot, self.vmas[-1:])
         return OK
 
     def munmap(self, space: int, address: int, length: int) -> Outcome:
@@ -167,6 +174,7 @@ class Model(Conversions, References, Lifetime):
             return Outcome(-W.EINVAL)
         if any(s.owner == vm and s.showing(inode, slot.file) for s in self.slots):
             return Outcome(-W.EINVAL)
+        slot.place = self.place_of(slot, self.vmas)
         self.slots.append(slot)
         return OK
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from model import rules
+from model.folio import Folio
 from model.memory import Boot
 from model.model import PAGE, Model, Outcome
 from model.parameters import Parameters
@@ -125,9 +126,12 @@ class Pair:
         got = self.machine.operate(W.Operation.DIRTY_LOGGING, flags=flags, vm=vm, address=gpa)
         return self.same(got, self.model.log_dirty_pages(vm, gpa, on))
 
-    def convert(self, inode: int, offset: int, length: int, shared: bool) -> Outcome:
-        expected = self.model.convert(inode, offset, length, shared)
-        return self.same(self.inodes[inode].convert(offset, length, shared=shared), expected)
+    def convert(self, inode: int, offset: int, length: int, shared: bool, vm: int | None = None) -> Outcome:
+        """`vm`: whose file; None: that of the first VM with private memory, if any has one."""
+        if vm is None:
+            vm = next((i for i, kind in enumerate(self.model.kinds) if kind != "plain"), 0)
+        expected = self.model.convert(inode, offset, length, shared, vm)
+        return self.same(self.inodes[inode].convert(offset, length, shared=shared, vm=vm), expected)
 
     def punch_hole(self, inode: int, offset: int, length: int) -> Outcome:
         before = set(self.model.inodes[inode].blocks)
@@ -214,13 +218,16 @@ class Pair:
         """A page that a fault has made visible shows what was written last, or zeroes."""
         pfn = self.inodes[inode].pfn(index * PAGE)
         assert pfn is not None
-        assert self.machine.read_frame(pfn) == self.written.get((inode, index), bytes(PAGE)), f"page {index}"
+        known = self.written.get((inode, index), bytes(PAGE))
+        if self.model.parameters.flag_stays:  # what an earlier owner wrote may show, and what was written be lost
+            known = self.model.memory.contents.get(pfn, bytes(PAGE))
+        assert self.machine.read_frame(pfn) == known, f"page {index}"
 
     # ------------------------------------------------------------------ comparing
 
     def check_rules(self) -> None:
         """The safety rules, on the machine's own arrays."""
-        assert self.machine.broken[0] == 0, self.machine.broken
+        self.check_findings()
         rules.check(rules.view_of_machine(self.machine, self.model.order), self.model)
 
     def compare_host(self, space: int, address: int) -> None:
@@ -282,7 +289,41 @@ class Pair:
         for folio in self.model.memory.in_use.values():
             for page in {0, *folio.held, *folio.pinned, *folio.cached_by_cpu}:
                 self.compare_folio(folio.head + page)
-        assert self.machine.check() == 0, self.machine.broken
+        for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
+            if inode.open and self.model.order:
+                self.compare_zeroed(memfd.inode, inode.blocks)
+        self.machine.check()
+        self.check_findings()
+        if self.model.parameters.flag_stays and rules.is_stale(rules.view_of_model(self.model), self.model):
+            assert W.Broken.STALE_CONTENTS in [finding.rule for finding in self.machine.findings]
+
+    def check_findings(self) -> None:
+        """No rule is broken but by the defects that the model has, too."""
+        memory = self.model.memory
+        found = {finding.rule for finding in self.machine.findings}
+        lost = {W.Broken.LOST_CONTENTS} if memory.lost else set()
+        assert found - {W.Broken.STALE_CONTENTS} == lost, self.machine.broken
+        assert W.Broken.STALE_CONTENTS not in found or (memory.stale and self.model.parameters.flag_stays)
+
+    def compare_zeroed(self, inode: int, blocks: dict[int, Folio]) -> None:
+        """PG_uptodate of some folios of huge pages, and the bits of zeroed pages where they count."""
+        state = self.machine.arrays.state
+        row = int(W.STATE_INODES) + inode * W.I_WORDS
+        for number, folio in blocks.items():
+            for page in {0, 1, 3, 255, 511, *sorted(folio.uptodate)[:2], *sorted(folio.zeroed)[-2:]}:
+                unit = folio.unit(folio.head + page)
+                flag = int(self.machine.struct_page(folio.head + unit)[0]) >> 3 & 1
+                assert flag == (unit in folio.uptodate), f"PG_uptodate of folio {unit:#x} of block {number}"
+            noted = int(state[int(state[row + int(W.I_BLOCK)]) + number * W.B_WORDS + int(W.B_BITS)])
+            word = int(state[row + int(W.I_ZEROED)]) + (number << self.model.order) // 64
+            bits = state[word : word + folio.pages // 64].view(np.uint8)
+            zeroed = set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
+            if self.model.parameters.flag_stays:
+                assert zeroed == folio.zeroed
+            else:
+                assert zeroed <= folio.zeroed
+                assert noted or not zeroed
+                assert not folio.whole or folio.uptodate or zeroed == folio.zeroed
 
     def compare_shareability(self, memfd: GuestMemfd, pages: int, shared: set[int]) -> None:
         state = self.machine.arrays.state

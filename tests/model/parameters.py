@@ -30,6 +30,8 @@ class Parameters:
     batch: str = "range"
     split_to: str = "4K"
     merge: str = "now"
+    merge_zero: str = "none"
+    defects: tuple[str, ...] = ()
     lru_cache: bool = False
     worker: str = "immediate"
     punch: str = "zero"
@@ -55,6 +57,22 @@ class Parameters:
     def by_page(self) -> bool:
         """Split form rfc2: the page cache changes page by page, and what belongs to a folio is stashed."""
         return self.split_form == "rfc2"
+
+    @property
+    def flag_stays(self) -> bool:
+        """A merged folio has PG_uptodate if its first page had it: the flag may lie."""
+        lie = not {"uptodate-unzeroed", "merge-keeps-flag"}.isdisjoint(self.defects)
+        return lie and self.restructure and self.page_order > 0
+
+    @property
+    def clears_first(self) -> bool:
+        """The first use of a folio zeroes its first page, and sets PG_uptodate."""
+        return self.flag_stays and "uptodate-unzeroed" in self.defects
+
+    @property
+    def flags_only(self) -> bool:
+        """A folio without PG_uptodate counts as never zeroed."""
+        return self.clears_first or (self.flag_stays and self.zero == "folio")
 
     @property
     def in_pieces(self) -> bool:

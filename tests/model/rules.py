@@ -233,6 +233,22 @@ def block_of(view: View, model: Model, window: Window, leaf: Leaf) -> tuple[Bloc
 def check_frame(view: View, model: Model, window: Window, leaf: Leaf) -> None:
     block, inner = block_of(view, model, window, leaf)
     assert leaf.pfn == block.head + inner, f"{leaf} shows another frame than {block}'s"
+    if not model.parameters.flag_stays:
+        stale = stale_pages(model, window, leaf)
+        assert not stale, f"I9: {leaf} shows what was there before: {sorted(stale)[:9]}"
+
+
+def stale_pages(model: Model, window: Window, leaf: Leaf) -> set[int]:
+    """Pages of a leaf, by number in their huge page, that were not zeroed since they are the inode's."""
+    index = window.file_page(leaf.pages.start)
+    inner = index % model.block_pages
+    return set(range(inner, inner + len(leaf.pages))) - model.inodes[window.inode].blocks[index >> model.order].zeroed
+
+
+def is_stale(view: View, model: Model) -> bool:
+    """Whether any leaf shows such."""
+    leaves = [(model.vmas, leaf) for leaf in view.host] + [(model.slots, leaf) for leaf in view.stage2]
+    return any(stale_pages(model, window_of(windows, leaf), leaf) for windows, leaf in leaves)
 
 
 def folio_pages(view: View, model: Model, window: Window, leaf: Leaf) -> int:

@@ -16,7 +16,20 @@ from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U9
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.folios.folio import COUNTS, FLAGS, FLAGS_KEPT, MAPPING, NO_MAPCOUNT, ONE_CACHED, PRIVATE, struct_page
+from pgemu_kernels.folios.folio import (
+    COMPOUND,
+    COUNTS,
+    FLAGS,
+    FLAGS_KEPT,
+    MAPPING,
+    MEMCG,
+    NO_MAPCOUNT,
+    ONE_CACHED,
+    PG_HEAD,
+    PRIVATE,
+    folio_order,
+    struct_page,
+)
 from pgemu_kernels.folios.hstate import (
     LIST_POISON1,
     LIST_POISON2,
@@ -165,10 +178,31 @@ def take_page(m, preferred, strict):
 
 
 @outlined
+def free_large(m, head, order):
+    """The same of a folio of several pages, which goes to the lists by order at once (in Linux orders 1 to 3 and 9 wait
+    in per-CPU lists, too).
+    """
+    ram = m.ram
+    for pfn in range(head, head + (U1 << order)):
+        page = struct_page(m, pfn)
+        ram[page + FLAGS] &= FLAGS_KEPT | m.state[R_HWPOISON]
+        ram[page + COMPOUND] = U0
+        ram[page + MAPPING] = U0
+        ram[page + PRIVATE] = U0
+        ram[page + COUNTS] = NO_MAPCOUNT
+        ram[page + MEMCG] = U0
+    count_small(m, np.int64(0), np.int64(U1 << order))
+    free_one_page(m, head, order)
+
+
+@outlined
 def free_page(m, pfn):
     """The last reference of a 4K page is gone: free_pages_prepare(), free_frozen_page_commit()."""
     state = m.state
     page = struct_page(m, pfn)
+    if m.ram[page + FLAGS] & PG_HEAD != U0:
+        free_large(m, pfn, folio_order(m.ram, page))
+        return
     m.ram[page + FLAGS] &= FLAGS_KEPT | m.state[R_HWPOISON]
     m.ram[page + MAPPING] = U0
     m.ram[page + PRIVATE] = U0

@@ -126,9 +126,10 @@ def prep_compound_head(ram, state, head, first, order):
         ram[second + U3] = LOW32  # _entire_mapcount -1, _pincount 0
         ram[second + U4] = ALL  # _mm_id_mapcount, _mm_ids
         ram[second + U7] = U1 << order  # _nr_pages
-        link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
-        ram[first + U18] = link
-        ram[first + U(19)] = link
+        if order != U1:
+            link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
+            ram[first + U18] = link
+            ram[first + U(19)] = link
 
 
 @outlined

@@ -17,7 +17,9 @@ from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block
+from pgemu_kernels.folios.folio import folio_order, folio_test_large, struct_page
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
+from pgemu_kernels.folios.large_folios import insert_large, large_folios, take_large
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import lru, piece_merges, piece_splits, pieces
 from pgemu_kernels.gmem.conversion import in_pieces
@@ -96,16 +98,32 @@ def lookup(m, op):
 # --------------------------------------------------------------------------- take, insert, split
 
 
+large_taken = full_only(take_large, NONE)
+large_inserted = full_only(insert_large, False)
+
+
+@kernel
+def pages_in_hand(m, head):
+    """What a folio that was taken counts as: 1, or the 4K pages of a large one of the page allocator."""
+    if large_folios(m) != U0:
+        return U1 << folio_order(m.ram, struct_page(m, head))
+    return U1
+
+
 @outlined
 def take(m, op):
     """Take a page of the subpool and a huge page for the block: 0 or -ENOMEM."""
     state = m.state
     order = state[R_ORDER]
-    head = obtain_folio(m, state[op + O_INODE], state[op + O_INDEX] >> order << order)
+    head = NONE
+    if large_folios(m) != U0:
+        head = large_taken(m, state[op + O_INODE], state[op + O_INDEX])
+    if head == NONE:
+        head = obtain_folio(m, state[op + O_INODE], state[op + O_INDEX] >> order << order)
     if head == NONE:
         return np.int64(-ENOMEM)
     state[op + O_FOLIO] = head
-    state[R_FOLIOS_IN_HAND] += U1
+    state[R_FOLIOS_IN_HAND] += pages_in_hand(m, head)
     return np.int64(0)
 
 
@@ -128,7 +146,9 @@ def insert(m, op):
     block = block_row(m, inode_row(inode), state[op + O_INDEX])
     head = state[op + O_FOLIO]
     state[op + O_FOLIO] = U0
-    state[R_FOLIOS_IN_HAND] -= U1
+    state[R_FOLIOS_IN_HAND] -= pages_in_hand(m, head)
+    if large_folios(m) != U0 and folio_test_large(m.ram, struct_page(m, head)):
+        return np.int64(0 if large_inserted(m, inode, state[op + O_INDEX], head) else -EEXIST)
     if state[block + B_STATE] != BLOCK_ABSENT:
         give_back_folio(m, inode, head)
         return np.int64(-EEXIST)

@@ -18,28 +18,26 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import drains_lru, names_page, preallocates, rounds_ranges
-from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, range_arguments, stop, unlock
+from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
+from pgemu_kernels.gmem.arguments import arguments
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.tables import flush_mm
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms
 from pgemu_kernels.stage2.regions import vms_with_leaves
-from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE, FLAG_SHARED
+from pgemu_kernels.words.enum_words import EVENT_ATTRIBUTES_STORED, EVENT_FOLIO_GATE_CHECKED, FLAG_PRIVATE
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EAGAIN,
-    EBADF,
     EBUSY,
-    EINVAL,
     ENOMEM,
-    ENOTTY,
     GO,
     STOP,
 )
@@ -47,7 +45,6 @@ from pgemu_kernels.words.registers import (
     R_CONVERT_BY_BLOCK,
     R_FLUSH_BATCHED,
     R_FLUSHES_HELD,
-    R_IN_PLACE,
     R_KERNEL_UNFLUSHED,
     R_MERGE_LAZY,
     R_ORDER,
@@ -79,7 +76,6 @@ from pgemu_kernels.words.rows import (
 )
 
 # What a machine may have otherwise, and what it is by default.
-in_place = parameter(R_IN_PLACE, U1)
 merge_lazy = parameter(R_MERGE_LAZY, U0)
 flush_batched = parameter(R_FLUSH_BATCHED, U0)
 split_to_2m = parameter(R_SPLIT_TO_2M, U0)
@@ -172,22 +168,6 @@ def first_unit(m, op):
     else:
         state[op + O_END] = state[op + O_RANGE_END]
         set_rounded(m, op, state[op + O_START], state[op + O_END])
-
-
-@kernel
-def arguments(m, op):
-    """0, or the error that a conversion's arguments are."""
-    state = m.state
-    status = range_arguments(state, op)
-    if status != -EBADF and in_place(m) == U0:
-        return np.int64(-ENOTTY)
-    kind = state[op + O_FLAGS] & (FLAG_PRIVATE | FLAG_SHARED)
-    if status == 0 and (kind == U0 or kind == FLAG_PRIVATE | FLAG_SHARED):
-        return np.int64(-EINVAL)
-    pages = (state[op + O_OFFSET] + state[op + O_LENGTH]) >> U12
-    if status == 0 and pages > state[inode_row(state[op + O_OBJECT]) + I_PAGES]:
-        return np.int64(-EINVAL)
-    return status
 
 
 @kernel

@@ -14,15 +14,16 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import entries_are_special
-from pgemu_kernels.engine.rows import inode_row, largest_level, space_root
+from pgemu_kernels.engine.rows import block_row, inode_row, space_root
 from pgemu_kernels.engine.shareability import is_shared, is_uniform
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_LARGE, PTE_SOFT_DIRTY
+from pgemu_kernels.gmem.levels import folio_order_at, most_level
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.process.tables import level1_table, lookup_address, need_slot
 from pgemu_kernels.tables.walker import host_format
 from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, FLAG_WRITE, GAUGE_HOST_LEAVES_4K
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM
-from pgemu_kernels.words.registers import R_HOST_HUGE, R_ORDER
+from pgemu_kernels.words.registers import R_HOST_HUGE
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
@@ -114,7 +115,7 @@ def fits(m, op, level):
 @outlined
 def host_level(m, op):
     """The largest level that a host fault's entry may have, its tables not looked at."""
-    level = largest_level(m.state)
+    level = most_level(m, inode_row(m.state[op + O_INODE]), m.state[op + O_INDEX])
     while level > U1 and not fits(m, op, level):
         level -= U1
     return level
@@ -143,7 +144,8 @@ def insert_large(m, op):
         level -= U1
     if level > U1:
         node = inode_row(state[op + O_INODE])
-        zero_folio(m, node, state[op + O_INDEX], state[op + O_PFN], level, state[R_ORDER])
+        index = state[op + O_INDEX]
+        zero_folio(m, node, index, state[op + O_PFN], level, folio_order_at(m, block_row(m, node, index), index))
     enter(m, op, slot, level)
     return np.int64(VM_FAULT_NOPAGE)
 

@@ -6,13 +6,14 @@ restructure the size of the folio, in pfnmap how far around the page all pages a
 
 from __future__ import annotations
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U9, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only, parameter
 from pgemu_kernels.engine.properties import level_is_folios
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, largest_level, slot_allows, stop, vm_row
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_range
+from pgemu_kernels.folios.large_folios import large_folios, order_in_row
 from pgemu_kernels.gmem import pieces
 from pgemu_kernels.gmem.conversion import in_pieces
 from pgemu_kernels.gmem.vm_kinds import largest_of_kind
@@ -110,7 +111,15 @@ def folio_order_at(m, block, index):
         return U0
     if in_pieces(m) and kind == BLOCK_PARTLY:
         return (pieces.level_of(m, block, index) - U1) * U9
-    return m.state[R_ORDER]
+    return order_in_row(m, block) if large_folios(m) != U0 else m.state[R_ORDER]
+
+
+@kernel
+def most_level(m, node, index):
+    """The largest level that the folio of an allocated page may have: where 4K pages come in folios of 2M, theirs."""
+    if large_folios(m) != U0:
+        return U2 if order_in_row(m, block_row(m, node, index)) == U9 else U1
+    return largest_level(m.state)
 
 
 @outlined
@@ -159,7 +168,7 @@ def shareability_level(m, slot, node, index, gfn):
     folio_level().
     """
     state = m.state
-    level = largest_level(state)
+    level = most_level(m, node, index)
     if not (defects(m) & DEFECT_HUGE_OVER_PRIVATE != U0 and is_shared(m, node, index) != U0):
         while level > U1 and not is_uniform(m, node, index, level):
             level = U1 if state[R_LEVEL_RULE] == LEVEL_WHOLE else level - U1

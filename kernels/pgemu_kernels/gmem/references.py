@@ -17,12 +17,14 @@ from pgemu_kernels.folios.folio import (
     NO_MAPCOUNT,
     PG_HEAD,
     add_references,
+    folio_order,
     is_huge_page,
     reference_count,
     struct_page,
 )
 from pgemu_kernels.folios.hstate import in_zone, node_of, node_row
 from pgemu_kernels.folios.hugetlb import mapping_address, return_to_pool, subpool_of
+from pgemu_kernels.folios.large_folios import head_and_order, large_folios
 from pgemu_kernels.folios.page_allocator import is_noted_split
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.workers import note_return
@@ -62,12 +64,23 @@ U = np.uint64
 
 
 @kernel
+def head_of(m, pfn):
+    head, _ = head_and_order(m, pfn)
+    return head
+
+
+large_head = full_only(head_of, U0)
+
+
+@kernel
 def folio_head(m, pfn):
     """First frame of the folio that holds `pfn`: the head of an unsplit huge page, else the page itself."""
     page = struct_page(m, pfn)
     if m.ram[page + COMPOUND] & U1 != U0 or m.ram[page + FLAGS] & PG_HEAD != U0:
         if has_pieces(m.state) and is_huge_page(m, pfn & ~U511):
             return pfn & ~U511  # a 2M piece, or the 1G page itself
+        if large_folios(m) != U0:
+            return large_head(m, pfn)
         return pfn & ~((U1 << m.state[R_ORDER]) - U1)
     return pfn
 
@@ -202,7 +215,8 @@ def last_reference(m, head, page):
     """
     large = m.ram[page + FLAGS] & PG_HEAD != U0
     if m.state[R_ORDER] == U0 or (large and not has_pieces(m.state)):
-        change(m.stats, GAUGE_BLOCKS_ZOMBIE, -1)
+        pages = U1 << folio_order(m.ram, page) if m.state[R_ORDER] == U0 else U1
+        change(m.stats, GAUGE_BLOCKS_ZOMBIE, -np.int64(pages))
         return_to_pool(m, head)
         return
     block = zombie_of(m, head >> m.state[R_ORDER] << m.state[R_ORDER])

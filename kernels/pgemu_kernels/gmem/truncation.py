@@ -21,9 +21,10 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
+from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
 from pgemu_kernels.folios.zeroed import knows_flags_only
-from pgemu_kernels.gmem import piece_merges
+from pgemu_kernels.gmem import large_holes, piece_merges
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.vm_kinds import make_shared
@@ -32,17 +33,10 @@ from pgemu_kernels.gmem.zeroing import clear_zeroed
 from pgemu_kernels.kvm.memslots import delete_slot
 from pgemu_kernels.process.munmap import unmap_inode
 from pgemu_kernels.process.zapping import unmap_mapping_range
-from pgemu_kernels.stage2.invalidate import (
-    begin_range,
-    end_range,
-    flush_vms,
-    kvm_gmem_split_private,
-    kvm_mmu_invalidate_begin,
-    kvm_mmu_invalidate_end,
-    zap_range,
-    zap_slot,
-)
+from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, kvm_gmem_split_private, zap_range
 from pgemu_kernels.stage2.regions import vms_with_leaves
+from pgemu_kernels.stage2.release import has_file, is_mapped_by, release_file
+from pgemu_kernels.stage2.userspace import process_of
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
 from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
 from pgemu_kernels.words.registers import (
@@ -71,21 +65,16 @@ from pgemu_kernels.words.rows import (
     I_SUBPOOL,
     I_ZEROED,
     INODE_GUEST_MEMFD,
-    M_BASE_GFN,
     M_FLAGS,
     M_INODE,
     M_LIVE,
-    M_PAGES,
-    M_PGOFF,
-    M_VM,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
     O_VM,
     P_LIVE,
-    RELEASED_PGOFF,
-    SLOT_RELEASED,
+    SLOT_CLOSED,
     SPLIT_FORM_RFC2,
 )
 
@@ -94,6 +83,8 @@ from pgemu_kernels.words.rows import (
 
 dissolve = full_only(piece_merges.dissolve_block, np.int64(0))  # default machines have no pieces
 make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, None)
+large_punched = full_only(large_holes.punch_large, None)
+large_removed = full_only(large_holes.remove_whole, None)
 forget_policies = full_only(cut, None)  # a default machine has none
 
 
@@ -266,7 +257,10 @@ def punch(m, op):
     if status == 0:
         zap_range(m, inode, start, end, FILTER_BOTH)
         flush_vms(m)
-        status = punch_blocks(m, op, inode, start, end)
+        if large_folios(m) != U0:
+            large_punched(m, inode, start, end)
+        else:
+            status = punch_blocks(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
@@ -275,52 +269,37 @@ def punch(m, op):
 # --------------------------------------------------------------------------- release
 
 
-@kernel
-def is_bound(state, slot, vm, inode):
-    """Whether a slot is one of a VM's over an inode whose file it has not released."""
-    ours = state[slot + M_LIVE] != U0 and state[slot + M_VM] == vm and state[slot + M_INODE] == inode
-    return ours and state[slot + M_FLAGS] & SLOT_RELEASED == U0
-
-
-@kernel
-def release_slot(m, slot):
-    """The slot's guest_memfd file goes: no leaf is left, and the slot stands for no page any more."""
-    state = m.state
-    vm = state[slot + M_VM]
-    gfn = state[slot + M_BASE_GFN]
-    last = gfn + state[slot + M_PAGES]
-    kvm_mmu_invalidate_begin(state, vm, gfn, last)
-    zap_slot(m, slot, gfn, last, FILTER_BOTH)
-    flush_vms(m)
-    kvm_mmu_invalidate_end(state, vm)
-    state[slot + M_FLAGS] |= SLOT_RELEASED
-    state[slot + M_PGOFF] = RELEASED_PGOFF
-
-
 @outlined
 def release(m, op):
-    """RELEASE: a VM's guest_memfd file of an inode is closed. 0; -EBADF if the VM has no slot of it; -EBUSY where Linux
-    would wait for the lock.
+    """RELEASE: a VM's descriptor of a guest_memfd inode is closed. 0; -EBADF if the VM has no slot of it, or closed it
+    before; -EBUSY where Linux would wait for the lock.
 
-    virt/kvm/guest_memfd.c:kvm_gmem_release(): the file's slots lose it, their stage-2 leaves go, and guest faults there
-    are -EFAULT from then on. A slot stays, over its guest frames, until it is deleted. Memory is the inode's and stays.
-    Loops of default machines know no released slots: from here on the machine is none.
+    A mapping of the VM's process holds the file, so that nothing changes until the last one is gone: then, or at once
+    where there is none, virt/kvm/guest_memfd.c:kvm_gmem_release(): the file's slots lose it, their stage-2 leaves go,
+    and guest faults there are -EFAULT from then on. A slot stays, over its guest frames, until it is deleted. Memory is
+    the inode's and stays. Loops of default machines know no closed files: from here on the machine is none.
     """
     state = m.state
     inode = state[op + O_OBJECT]
     if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
         return stop(state, op, -EBADF)
     node = inode_row(inode)
+    vm = state[op + O_VM]
     bound = False
     for i in range(state[R_MEMSLOTS]):
-        bound |= is_bound(state, memslot_row(i), state[op + O_VM], inode)
+        slot = memslot_row(i)
+        bound |= has_file(state, slot, vm, inode) and state[slot + M_FLAGS] & SLOT_CLOSED == U0
     if not bound or state[node + I_KIND] != INODE_GUEST_MEMFD:
         return stop(state, op, -EBADF)
+    if is_mapped_by(state, process_of(state, vm), inode, U0, U0):
+        for i in range(state[R_MEMSLOTS]):
+            if has_file(state, memslot_row(i), vm, inode):
+                state[memslot_row(i) + M_FLAGS] |= SLOT_CLOSED
+        state[R_FULL] = U1
+        return stop(state, op, 0)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    for i in range(state[R_MEMSLOTS]):
-        if is_bound(state, memslot_row(i), state[op + O_VM], inode):
-            release_slot(m, memslot_row(i))
+    release_file(m, vm, inode)
     state[R_FULL] = U1
     unlock(state, op, node)
     return stop(state, op, 0)
@@ -367,6 +346,8 @@ def close(m, op):
         return stop(state, op, -EBUSY)
     leave_inode(m, inode)
     forget_policies(m, inode, U0, ALL)
+    if large_folios(m) != U0:
+        large_removed(m, inode, U0, state[node + I_PAGES])
     for block in range(state[node + I_BLOCKS]):
         evict_block(m, inode, block << state[R_ORDER])
     unlock(state, op, node)

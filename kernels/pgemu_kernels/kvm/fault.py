@@ -163,11 +163,11 @@ def no_slot(m, row, gfn, private):
     """mmu.c:kvm_handle_noslot_fault(): (RET_PF_EMULATE, -EFAULT or -ENOMEM; level of the entry that caches it, or 0).
 
     The access is emulated as a device's, which is cached; of private memory it is an exit. A cached one does not fault
-    again: handle_mmio_page_fault().
+    again: handle_mmio_page_fault(). A mirror has none.
     """
     state = m.state
     f = stage2_format(m)
-    root = state[row + V_ROOT]
+    root = root_of_kind(state, row, private)
     if gfn < _MAX_GFN:
         _, _, entry = last_spte(m, f, root, gfn)
         if entry != state[f + F_EMPTY] and entry == make_mmio_spte(state, f, gfn, state[row + V_GENERATION]):

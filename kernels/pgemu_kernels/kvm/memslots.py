@@ -14,17 +14,11 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
-    find_memslot,
     first_slot,
     free_row,
     inode_row,
-    is_live_vm,
-    lock_exclusive,
     memslot_row,
-    ordinary_inode,
     overlap,
-    stop,
-    unlock,
     vm_row,
 )
 from pgemu_kernels.folios.page_cache import cache_free
@@ -39,7 +33,7 @@ from pgemu_kernels.words.enum_words import (
     FLAG_READ_ONLY,
     GAUGE_STAGE2_TABLES,
 )
-from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
+from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENOSPC
 from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
 from pgemu_kernels.words.rows import (
     FILTER_BOTH,
@@ -74,7 +68,6 @@ from pgemu_kernels.words.rows import (
     S_VMS,
     S_WORDS,
     SLOT_GMEM_ONLY,
-    SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
     SLOT_IDS,
     SLOT_LOG_DIRTY_PAGES,
@@ -99,7 +92,7 @@ U = np.uint64
 _M_WORDS = U(M_WORDS)
 _S_WORDS = U(S_WORDS)
 _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
-_USER_END = U((1 << 47) - 4096)
+USER_END = U((1 << 47) - 4096)
 _MOST_PAGES = U((1 << 31) - 1)  # KVM_MEM_MAX_NR_PAGES
 _GENERATIONS = U((1 << 19) - 1)  # MMIO_SPTE_GEN_MASK
 _NOTHING, _CREATE, _MOVE, _FLAGS_ONLY = 0, 1, 2, 3
@@ -254,92 +247,9 @@ def create_slot(m, op, kind, inode, offset):
     row = vm_row(state[op + O_VM])
     state[slot + M_NEXT] = state[row + V_SLOTS]
     state[row + V_SLOTS] = slot
+    state[R_MAPPINGS] += U1
     next_generation(m, row)
     return slot
-
-
-# --------------------------------------------------------------------------- BIND and UNBIND
-
-
-@kernel
-def stage_guest_memfd(m, op):
-    """Name the guest_memfd and the offset that the VM's next slot takes its private pages from: 0 or -EBADF.
-
-    One system call in Linux; its arguments are more than an operation has columns.
-    """
-    state = m.state
-    row = vm_row(state[op + O_VM])
-    inode = state[op + O_OBJECT]
-    if state[inode_row(inode) + I_OPEN] == U0:
-        return np.int64(-EBADF)
-    state[row + V_BIND_INODE] = inode + U1
-    state[row + V_BIND_OFFSET] = state[op + O_OFFSET]
-    return np.int64(0)
-
-
-staged = full_only(stage_guest_memfd, np.int64(-EOPNOTSUPP))  # the fast loops know no other files (routing.py)
-
-
-@kernel
-def check_bind(state, op):
-    """0, or what the slot of an inode of the designs is refused with, in kvm_set_memory_region()'s order."""
-    status = check_addresses(state, op)
-    if status != 0 or state[op + O_LENGTH] == U0:
-        return np.int64(-EINVAL)  # no length: there is no such slot to delete
-    gfn = state[op + O_ADDRESS] >> U12
-    if overlaps_other(state, state[op + O_VM], NONE, gfn, gfn + (state[op + O_LENGTH] >> U12)):
-        return np.int64(-EEXIST)
-    status = check_binding(state, op, INODE_GUEST_MEMFD, state[op + O_OBJECT], state[op + O_OFFSET])
-    return status if status != 0 else check_reach(state, op)
-
-
-@outlined
-def bind(m, op):
-    """BIND: show an inode's range to guest frames of a VM, a memory slot with guest_memfd.
-
-    0; -EINVAL for bad alignment, no length, a wrap, a range past the file's end or past 48 bits of guest address, or
-    pages that the VM has bound already; -EEXIST for guest frames that a slot holds, and in linux-next for pages bound
-    already; -EBADF of a closed VM or inode; -ENOSPC; -EBUSY where Linux would wait for the lock.
-    Of files of other kinds it only names what the next slot of a process's memory takes its private pages from.
-    """
-    state = m.state
-    if not is_live_vm(state, state[op + O_VM]):
-        return stop(state, op, -EBADF)
-    inode = state[op + O_OBJECT]
-    if ordinary_inode(state, inode):
-        return stop(state, op, staged(m, op))
-    status = check_bind(state, op)
-    if status != 0:
-        return stop(state, op, status)
-    if not lock_exclusive(state, op, inode_row(inode)):
-        return stop(state, op, -EBUSY)
-    unlock(state, op, inode_row(inode))  # held while the binding is stored: nothing runs in between
-    slot = create_slot(m, op, SLOT_GUEST_MEMFD, inode, state[op + O_OFFSET])
-    return stop(state, op, -ENOSPC if slot == NONE else 0)
-
-
-@outlined
-def unbind(m, op):
-    """UNBIND: delete the memory slot that begins at a guest address: 0; -EBADF of a closed VM; -EINVAL for bad
-    alignment; -ENOENT; -EBUSY where Linux would wait for the lock."""
-    state = m.state
-    if not is_live_vm(state, state[op + O_VM]):
-        return stop(state, op, -EBADF)
-    if state[op + O_ADDRESS] & U4095 != U0:
-        return stop(state, op, -EINVAL)
-    gfn = state[op + O_ADDRESS] >> U12
-    slot = find_memslot(state, state[op + O_VM], gfn)
-    if slot == NONE or state[slot + M_BASE_GFN] != gfn:
-        return stop(state, op, -ENOENT)
-    if state[slot + M_KIND] != SLOT_GUEST_MEMFD:
-        delete_slot(m, slot)
-        return stop(state, op, 0)
-    node = inode_row(state[slot + M_INODE])
-    if not lock_exclusive(state, op, node):
-        return stop(state, op, -EBUSY)
-    delete_slot(m, slot)
-    unlock(state, op, node)
-    return stop(state, op, 0)
 
 
 # --------------------------------------------------------------------------- KVM_SET_USER_MEMORY_REGION2
@@ -366,7 +276,7 @@ def check_region(state, op, row, flags):
             return np.int64(-EINVAL)
         if state[row + V_PROTECTED] == U0 and state[R_GMEM_MMAP] == U0:
             return np.int64(-EINVAL)
-    if hva > _USER_END or length > _USER_END - hva:
+    if hva > USER_END or length > USER_END - hva:
         return np.int64(-EINVAL)
     if state[row + V_SPACE] >= state[R_SPACES] or state[op + O_OBJECT] >= U(SLOT_IDS):
         return np.int64(-EINVAL)  # a VM of no process has no userspace addresses

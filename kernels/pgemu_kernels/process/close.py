@@ -15,6 +15,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store,
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.vma import RESERVED, holds_file, huge_order, is_shared_mapping, remove_row, unlink_vma
 from pgemu_kernels.stage2.notifier import unbind_inode
+from pgemu_kernels.stage2.release import release_unmapped
 from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.rows import (
@@ -24,6 +25,7 @@ from pgemu_kernels.words.rows import (
     A_KIND,
     A_PGOFF,
     A_RESERVED,
+    A_SPACE,
     A_START,
     I_CACHE,
     I_KIND,
@@ -37,6 +39,7 @@ from pgemu_kernels.words.rows import (
     PAGE_MAPPINGS,
     VM_RESERVATION_OWNER,
     VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
     VMA_HUGETLB,
 )
 
@@ -127,6 +130,8 @@ def release_inode(m, inode):
 def _leave_file(m, row):
     """A VMA's reservation goes, and its hold on the file."""
     state = m.state
+    if state[row + A_KIND] == VMA_GUEST_MEMFD:
+        release_unmapped(m, state[row + A_SPACE], state[row + A_INODE])
     if state[row + A_KIND] == VMA_HUGETLB:
         state[reserved_word(huge_order(state, row))] -= state[row + A_RESERVED]
         state[row + A_RESERVED] = U0
@@ -134,7 +139,7 @@ def _leave_file(m, row):
         release_inode(m, state[row + A_INODE])
 
 
-_close = full_only(_leave_file, None)  # a mapping of the designs holds nothing of its own
+_close = full_only(_leave_file, None)  # a machine with closed files is none for the fast loops
 
 
 @outlined

@@ -34,7 +34,7 @@ from pgemu_kernels.process.vma import (
     next_vma,
 )
 from pgemu_kernels.process.zapping import zap_vma
-from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.stage2.notifier import notify_range, notify_release
 from pgemu_kernels.words.enum_words import (
     EVENT_LEAF_WRITTEN,
     EVENT_RMAP_CHANGED,
@@ -267,7 +267,7 @@ def end_process(m, space):
     state = m.state
     row = space_row(space)
     gather_begin(m)
-    notify_range(m, space, U0, TASK_SIZE)
+    notify_release(m, space)
     for i in range(state[R_VMAS]):
         vma = vma_row(i)
         if state[vma + A_LIVE] != U0 and state[vma + A_SPACE] == space:

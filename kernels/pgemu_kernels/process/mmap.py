@@ -16,6 +16,7 @@ from pgemu_kernels.process.pfn import remap_pfn_range
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, space_row
 from pgemu_kernels.process.vma import link_vma, new_vma, next_vma, vma_merge
+from pgemu_kernels.stage2.userspace import give_places
 from pgemu_kernels.words.enum_words import (
     FLAG_COUNTED,
     FLAG_LOCKED,
@@ -206,6 +207,8 @@ def _fill_row(m, op, row, kind, length):
     state[row + A_LIVE] = U1
     if kind != VMA_ANONYMOUS:
         link_vma(state, row)
+    if designs:
+        give_places(state, row)
 
 
 @kernel

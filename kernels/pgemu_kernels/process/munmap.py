@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import find_vma, mapping_limits, space_root, stop
@@ -15,7 +15,8 @@ from pgemu_kernels.process.remap import move_page_tables
 from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush, lookup_address
 from pgemu_kernels.process.vma import first_vma, new_vma, next_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import drop_large_pfn, zap_vma
-from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
+from pgemu_kernels.stage2.release import waits_for_release
+from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_END,
@@ -123,11 +124,20 @@ def _unmap_range(m, space, start, end):
     return status
 
 
+@kernel
+def _would_wait(m, space, start, end):
+    return waits_for_release(m.state, space, start, end)
+
+
+_must_wait = full_only(_would_wait, False)  # the fast loops know no closed files
+
+
 @outlined
 def munmap(m, op):
     """munmap(): 0, -EINVAL for bad arguments or a cut through a HugeTLB page, -ENOMEM for one mapping too many.
 
-    The length is rounded up to pages: mm/vma.c:do_vmi_munmap(). -EINVAL, too, for a process that has ended.
+    The length is rounded up to pages: mm/vma.c:do_vmi_munmap(). -EINVAL, too, for a process that has ended; -EBUSY
+    where Linux would wait to release the file that was mapped (before it returns to user space; here nothing is done).
     """
     state = m.state
     space = state[op + O_SPACE]
@@ -137,6 +147,8 @@ def munmap(m, op):
         return stop(state, op, -EINVAL)
     if start > TASK_SIZE or length > TASK_SIZE - start:
         return stop(state, op, -EINVAL)
+    if _must_wait(m, space, start, start + length):
+        return stop(state, op, -EBUSY)
     return stop(state, op, _unmap_range(m, space, start, start + length))
 
 

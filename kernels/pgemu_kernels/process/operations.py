@@ -19,6 +19,7 @@ from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps,
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
 from pgemu_kernels.process.record import has_ended
+from pgemu_kernels.stage2.release import waits_for_release
 from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,
     OP_ALLOCATE,
@@ -39,9 +40,9 @@ from pgemu_kernels.words.enum_words import (
     OP_REVOKE,
     OP_ZAP,
 )
-from pgemu_kernels.words.operations import EBADF, EINVAL, EOPNOTSUPP
+from pgemu_kernels.words.operations import EBADF, EBUSY, EINVAL, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_INODES
-from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE
+from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE, TASK_SIZE
 
 
 @outlined
@@ -95,6 +96,8 @@ def operate_process(m, op):
     if kind == OP_FORK:
         return fork(m, op)
     if kind == OP_EXIT:
+        if waits_for_release(state, space, U0, TASK_SIZE):
+            return stop(state, op, -EBUSY)
         end_process(m, space)
         return stop(state, op, 0)
     return stop(state, op, np.int64(-EOPNOTSUPP))

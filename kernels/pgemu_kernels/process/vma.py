@@ -14,6 +14,7 @@ from pgemu_kernels.process.entries import holds_page, points_to_table
 from pgemu_kernels.process.tables import below, lookup_address
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.stage2.userspace import goes_by_address
 from pgemu_kernels.words.operations import EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_MERGES_UNFAULTED, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -140,7 +141,11 @@ def holds_file(state, row):
 
 @kernel
 def _notify_pages(m, row, start, end):
-    """A mapping of the designs: its process's VMs show its pages by slots of the inode, which have no address of it."""
+    """A mapping of the designs: slots of its process's VMs that have its addresses show, but for odd ones, its pages
+    there, and the inode knows who has leaves."""
+    if goes_by_address(m.state, m.state[row + A_INODE]):
+        notify_range(m, m.state[row + A_SPACE], start, end)
+        return
     index = page_offset(m.state, row, start)
     notify_unmap(m, m.state[row + A_SPACE], m.state[row + A_INODE], index, index + ((end - start) >> U12))
 

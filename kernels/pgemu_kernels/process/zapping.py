@@ -32,9 +32,10 @@ from pgemu_kernels.process.tables import (
     note_unflushed,
     space_row,
 )
-from pgemu_kernels.process.vma import first_vma, huge_order, notify, page_offset, unshare_table
+from pgemu_kernels.process.vma import first_vma, huge_order, notify, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.regions import vms_with_leaves
+from pgemu_kernels.stage2.userspace import goes_by_address
 from pgemu_kernels.tables.walker import count_host_leaf
 from pgemu_kernels.words.enum_words import (
     EVENT_LEAF_CLEARED,
@@ -44,13 +45,11 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_NOTIFIER
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER
 from pgemu_kernels.words.rows import (
-    A_END,
     A_FLAGS,
     A_KIND,
     A_NEXT,
-    A_PGOFF,
     A_PROT,
     A_RESERVED,
     A_SPACE,
@@ -59,13 +58,11 @@ from pgemu_kernels.words.rows import (
     I_CALLS,
     I_KIND,
     I_PAGES,
-    I_SURVEYED,
     I_TOLD,
     INODE_GUEST_MEMFD,
     PAGE_EXCLUSIVE,
     PROT_WRITE,
     S_RSS,
-    S_VMS,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -267,32 +264,6 @@ def zap_vma(m, row, start, end, guards):
     _zap(m, row, start, end, guards)
 
 
-@outlined
-def _survey(m, inode):
-    """Find out anew whom it concerns that pages leave every process: VMAs or VMs are others than the last time."""
-    state = m.state
-    node = inode_row(inode)
-    first = U0
-    last = NONE
-    told = U0
-    calls = U0
-    row = first_vma(state, inode)
-    while row != U0:
-        first = max(first, state[row + A_PGOFF])
-        last = min(last, page_offset(state, row, state[row + A_END]))
-        vms = state[space_row(state[row + A_SPACE]) + S_VMS]
-        told |= vms
-        while vms != U0:
-            calls += U1
-            vms &= vms - U1
-        row = state[row + A_NEXT]
-    state[node + I_ALL_FROM] = first
-    state[node + I_ALL_END] = last
-    state[node + I_TOLD] = told
-    state[node + I_CALLS] = calls
-    state[node + I_SURVEYED] = state[R_MAPPINGS]
-
-
 @kernel
 def _only_tells(m, inode, first, last):
     """Whether that pages [first, last) leave every process changes nothing: all VMAs show them, no process has an
@@ -305,8 +276,8 @@ def _only_tells(m, inode, first, last):
     node = inode_row(inode)
     if leaves != 0 or state[R_GUEST_FAULTS] != U0 or state[node + I_KIND] != INODE_GUEST_MEMFD:
         return False
-    if state[node + I_SURVEYED] != state[R_MAPPINGS]:
-        _survey(m, inode)
+    if goes_by_address(state, inode):
+        return False
     if first < state[node + I_ALL_FROM] or last > min(state[node + I_ALL_END], state[node + I_PAGES]):
         return False
     return vms_with_leaves(state, node, first, last) & state[node + I_TOLD] == U0

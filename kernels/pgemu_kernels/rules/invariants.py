@@ -29,6 +29,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared, is_uniform, shared_in_block
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
+from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.xarray import object_frames
 from pgemu_kernels.folios.zeroed import all_zeroed, flags_lie
 from pgemu_kernels.formats.bits import PTE_ADDRESS
@@ -73,6 +74,7 @@ from pgemu_kernels.words.registers import (
     R_FOLIOS_IN_HAND,
     R_HSTATE,
     R_INODES,
+    R_LARGE_FOLIOS,
     R_MEMSLOTS,
     R_ORDER,
     R_VMAS,
@@ -149,6 +151,9 @@ def order_at(m, node, index):
     """Order of the folio that holds a page, 0 where none is allocated."""
     block = block_row(m, node, index)
     kind = m.state[block + B_STATE]
+    if kind == BLOCK_HUGE and m.state[R_LARGE_FOLIOS] != U0:
+        _, order = head_and_order(m, m.state[block + B_PFN])
+        return order
     if kind != BLOCK_PARTLY:
         return m.state[R_ORDER] if kind == BLOCK_HUGE else U0
     piece = index_at(index, U2)

@@ -13,6 +13,7 @@ from pgemu_kernels.folios.buddy import free_area, is_buddy, pcp_list
 from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, NO_MAPCOUNT, struct_page
 from pgemu_kernels.folios.hstate import first_page, hstate_node, links_of, list_head, page_after
 from pgemu_kernels.folios.hugetlb import mapping_address
+from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.xarray import has_pieces, nodes_of, object_frames
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.rules.blocks import check_blocks
@@ -256,6 +257,17 @@ def check_vmemmap(m, owner):
     return tables, pages
 
 
+@kernel
+def check_small_page(m, inode, index, pfn):
+    """A 4K page of an inode: its folio's struct page names its place. References, where it is the folio's first."""
+    head, order = head_and_order(m, pfn)
+    page = struct_page(m, head)
+    place = m.ram[page + INDEX] + (pfn - head)
+    expect(m, m.ram[page + MAPPING] == mapping_address(inode) and place == index, BROKEN_REFERENCES, index)
+    if head == pfn:
+        check_folio(m, head, U1 << order)
+
+
 @outlined
 def check_inode(m, inode):
     """Block states and the kept counts of an inode against its bits, and its folios' references."""
@@ -278,14 +290,12 @@ def check_inode(m, inode):
         kind = m.state[row + B_STATE]
         check_block(m, node, block << order)
         head = m.state[row + B_PFN]
-        if kind == BLOCK_HUGE:
+        if kind == BLOCK_HUGE and order == U0:
+            check_small_page(m, inode, block, head)
+        elif kind == BLOCK_HUGE:
             check_folio(m, head, U1 << order)
         elif kind == BLOCK_SPLIT:
             check_pieces(m, head, U1 << order, U1)
-        if kind == BLOCK_HUGE and order == U0:
-            page = struct_page(m, head)
-            named = m.ram[page + MAPPING] == mapping_address(inode) and m.ram[page + INDEX] == block
-            expect(m, named, BROKEN_REFERENCES, block)
 
 
 @outlined

@@ -25,7 +25,7 @@ from pgemu_kernels.engine.records import BATCH, element, load, save_result
 from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
-from pgemu_kernels.kvm import memslots
+from pgemu_kernels.kvm import binding
 from pgemu_kernels.process.madvise import zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
@@ -166,9 +166,9 @@ def run_kind(m, op):
     elif kind == OP_MUNMAP:
         munmap(m, op)
     elif kind == OP_BIND:
-        memslots.bind(m, op)
+        binding.bind(m, op)
     elif kind == OP_UNBIND:
-        memslots.unbind(m, op)
+        binding.unbind(m, op)
     elif kind == OP_GET:
         references.get(m, op)
     elif kind == OP_PUT:

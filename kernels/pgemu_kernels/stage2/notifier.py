@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, trailing_zeros
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import outlined
-from pgemu_kernels.engine.rows import inode_row, memslot_row, overlap, vm_row
-from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
+from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
+from pgemu_kernels.stage2.invalidate import flush_vms, leaves_some, zap_slot
+from pgemu_kernels.stage2.regions import forget_zapped, vms_with_leaves
 from pgemu_kernels.stage2.tdp_mmu import mark_range
 from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL
-from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_MEMSLOTS, R_NOTIFIER
 from pgemu_kernels.words.rows import (
+    FILTER_BOTH,
     FILTER_PRIVATE,
     FILTER_SHARED,
     I_FLAGS,
@@ -21,16 +23,38 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_INODE,
     M_KIND,
+    M_NEXT,
     M_PAGES,
+    M_PGOFF,
     M_VM,
+    S_VMS,
+    S_WORDS,
     SLOT_USER,
-    V_LIVE,
+    STATE_SPACES,
     V_ROOT,
     V_SEQUENCE,
-    V_SPACE,
 )
 
 U = np.uint64
+_S_WORDS = U(S_WORDS)
+
+
+@outlined
+def leave_pages(m, slot, gfn, end):
+    """Drop what a slot of an inode of the designs has over guest frames [gfn, end), to be flushed: how many leaves.
+    Faults in flight come again."""
+    state = m.state
+    vm = state[slot + M_VM]
+    if state[R_GUEST_FAULTS] != U0:
+        state[vm_row(vm) + V_SEQUENCE] += U1
+    shift = state[slot + M_PGOFF] - state[slot + M_BASE_GFN]
+    inode = state[slot + M_INODE]
+    if vms_with_leaves(state, inode_row(inode), gfn + shift, end + shift) >> vm & U1 == U0:
+        return np.int64(0)
+    dropped = zap_slot(m, slot, gfn, end, FILTER_SHARED)
+    if not leaves_some(m, U1 << vm, FILTER_SHARED):
+        forget_zapped(m, vm, inode, gfn + shift, end + shift, dropped)
+    return dropped
 
 
 @outlined
@@ -44,13 +68,15 @@ def notify_range(m, space, start, end):
     state = m.state
     if state[R_NOTIFIER] == U0:
         return
-    for vm in range(state[R_VMS]):
-        if state[vm_row(vm) + V_SPACE] == space and state[vm_row(vm) + V_LIVE] != U0:
-            charge_one(m, EVENT_NOTIFIER_CALL)
+    vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
+    called = vms
+    while called != U0:
+        charge_one(m, EVENT_NOTIFIER_CALL)
+        called &= called - U1
     dropped = np.int64(0)
-    for i in range(state[R_MEMSLOTS]):
+    for i in range(state[R_MEMSLOTS] if vms != U0 else U0):
         slot = memslot_row(i)
-        if state[slot + M_KIND] != SLOT_USER or state[vm_row(state[slot + M_VM]) + V_SPACE] != space:
+        if vms >> state[slot + M_VM] & U1 == U0:
             continue
         base = state[slot + M_HVA]
         first = max(start, base)
@@ -58,11 +84,37 @@ def notify_range(m, space, start, end):
         if first < last:
             gfn = state[slot + M_BASE_GFN] + ((first - base) >> U12)
             stop = state[slot + M_BASE_GFN] + ((last - base + U4095) >> U12)
-            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
-            mark_range(m, state[vm_row(state[slot + M_VM]) + V_ROOT], gfn, stop)
-            dropped += zap_slot(m, slot, gfn, stop, FILTER_SHARED)
+            if state[slot + M_KIND] == SLOT_USER:
+                state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+                mark_range(m, state[vm_row(state[slot + M_VM]) + V_ROOT], gfn, stop)
+                dropped += zap_slot(m, slot, gfn, stop, FILTER_SHARED)
+            else:
+                dropped += leave_pages(m, slot, gfn, stop)
     if dropped != 0:
         flush_vms(m)
+
+
+@outlined
+def notify_release(m, space):
+    """exit_mmap() begins: the process's VMs lose all that they map, and hear of it no more.
+
+    mm/mmu_notifier.c:__mmu_notifier_release(), virt/kvm/kvm_main.c:kvm_mmu_notifier_release()
+    """
+    state = m.state
+    if state[R_NOTIFIER] == U0:
+        return
+    vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
+    while vms != U0:
+        charge_one(m, EVENT_NOTIFIER_CALL)
+        slot = first_slot(state, trailing_zeros(vms))
+        while slot != U0:
+            gfn = state[slot + M_BASE_GFN]
+            zap_slot(m, slot, gfn, gfn + state[slot + M_PAGES], FILTER_BOTH)
+            slot = state[slot + M_NEXT]
+        vms &= vms - U1
+    flush_vms(m)
+    state[STATE_SPACES + space * _S_WORDS + S_VMS] = U0
+    state[R_MAPPINGS] += U1
 
 
 @outlined

@@ -116,7 +116,8 @@ class Operation(IntEnum):
     MMAP = (
         6, Entry.FAST, By.MMAP,
         {**_HOST_RANGE, **_FILE_RANGE,
-         "flags": "READ_ONLY; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, NORESERVE",
+         "flags": "READ_ONLY, COUNTED; of ordinary memory PRIVATE or SHARED; READ, WRITE, EXEC; POPULATE, LOCKED, "
+         "NORESERVE",
          "object": "inode; anonymous memory: 0xffffffff"},
         {"restructure": (_S.main("virt/kvm/guest_memfd.c:kvm_gmem_mmap"),),
          "pfnmap": (_S.Source("virt/kvm/guest_memfd.c:kvm_gmem_mmap, with VM_PFNMAP", "slides"),)},

@@ -45,11 +45,12 @@ I_REGIONS = U(17)  # where a word for each 2M begins in `state`: a bit per VM th
 I_GIGABYTES = U(18)  # ... and for each 1G: a VM without a bit there has none that counts below
 I_GUEST_BITS = U(19)  # ... and a bit per page over which any VM may have one
 I_VMAS = U(20)  # row of the first of its VMAs, 0 = none; A_NEXT leads on
-I_SURVEYED = U(21)  # R_MAPPINGS when the next four were found:
+I_SURVEYED = U(21)  # R_MAPPINGS when the next five were found:
 I_ALL_FROM = U(22)  # pages that all of its VMAs show,
 I_ALL_END = U(23)
 I_TOLD = U(24)  # a bit per VM of their processes,
-I_CALLS = U(25)  # and how many notifier calls it is that all of them leave the processes
+I_CALLS = U(25)  # how many notifier calls it is that all of them leave the processes,
+I_ELSEWHERE = U(28)  # and 1 where a slot of these VMs shows other pages at a VMA's addresses, or its pages elsewhere
 I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
 I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
 I_WORDS = 32
@@ -236,6 +237,7 @@ V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
 V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
 V_PROTECTED = U(7)  # 1: the VM has private memory: deleting a slot drops its leaves only
+V_BIND_HVA = U(8)  # userspace address + 1 of the slot that the next BIND makes; 0: see stage2/userspace.py
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
 V_LIVE = U(10)
 V_GENERATION = U(11)  # of the memory slots; cached MMIO entries carry it
@@ -266,7 +268,7 @@ M_INODE = U(3)
 M_PGOFF = U(4)  # in pages
 M_LIVE = U(5)
 M_KIND = U(6)  # SLOT_*
-M_HVA = U(7)  # SLOT_USER: userspace address of the first page
+M_HVA = U(7)  # userspace address of the first page; SLOT_GUEST_MEMFD: for the notifier alone, all ones: none yet
 M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
 M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
 M_ID = U(10)  # SLOT_USER: userspace's number of the slot
@@ -279,6 +281,7 @@ SLOT_READ_ONLY = U(2)
 SLOT_HAS_GUEST_MEMFD = U(4)
 SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
 SLOT_RELEASED = U(16)  # its guest_memfd file was released: the slot is there, but has no memory
+SLOT_CLOSED = U(32)  # its guest_memfd file was closed: it is released with the last mapping that holds it
 RELEASED_PGOFF = U(1 << 60)  # M_PGOFF of such a slot: no page of a file
 SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
 

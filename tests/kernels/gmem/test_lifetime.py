@@ -366,6 +366,7 @@ def test_a_released_file(design: str, punch: str) -> None:
     """Guest faults are -EFAULT, the guest frames stay taken, the memory stays; another VM does not notice."""
     scene = Scene(design, punch=punch)
     machine, gmem, vm = scene.machine, scene.gmem, scene.vm
+    assert scene.process.munmap(VA, 2 * M2).status == 0  # nothing else holds the file
     second = machine.create_vm(protected=True)
     assert second.bind(gmem, 0).status == 0
     for address in (0, M2):
@@ -398,6 +399,62 @@ def test_a_released_file(design: str, punch: str) -> None:
     scene.sound()
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_mapping_holds_the_file(design: str) -> None:
+    """.release runs after the last VMA is gone: until then faults, slots and conversions go on working (captured)."""
+    machine = Machine(Config(design, pool=2 * M2, page_size=M2))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(2 * M2, shared=True)
+    process = machine.create_process()
+    vm = machine.create_vm(process, protected=True)
+    assert process.mmap(gmem, VA).status == process.mmap(gmem, VA + (1 << 30)).status == 0
+    assert vm.bind(gmem, 0).status == 0
+    assert vm.touch(0).status == W.RET_PF_FIXED
+    assert vm.release(gmem).status == 0
+    assert vm.touch(0).status == W.RET_PF_SPURIOUS
+    assert process.touch(VA).detail == 1
+    assert gmem.convert(PAGE, PAGE, shared=False).status == 0
+    assert vm.release(gmem).status == -W.EBADF  # the descriptor is gone
+    assert process.munmap(VA + (1 << 30), 2 * M2).status == 0
+    assert process.munmap(VA, M2).status == 0
+    assert vm.touch(M2).status == W.RET_PF_FIXED
+    # The rest of the last mapping waits for a conversion's lock, where Linux would: in the release behind it.
+    machine.begin(1, Operation.CONVERT, flags=Flag.SHARED, object_=gmem.inode, offset=PAGE, length=PAGE)
+    assert machine.step(1) == W.GO
+    assert process.munmap(VA + M2, M2).status == -W.EBUSY
+    while machine.step(1) == W.GO:
+        pass
+    assert process.munmap(VA + M2, M2).status == 0
+    assert vm.leaves() == (0, 0, 0)
+    assert vm.touch(0).status == -W.EFAULT
+    assert gmem.pfn(0) is not None
+    assert machine.check() == 0, machine.broken
+    other = machine.create_vm(process, protected=True)
+    assert other.bind(gmem, 0).status == 0
+    assert process.mmap(gmem, VA).status == 0
+    assert other.touch(0).status == W.RET_PF_FIXED
+    assert other.release(gmem).status == 0
+    assert process.exit().status == 0
+    assert other.touch(0).status == -W.EFAULT
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_vm_without_private_memory_converts_nothing(design: str, shared: bool) -> None:
+    """kvm_supported_mem_attributes() of the VM whose file is asked; the file of another VM may do it."""
+    machine = Machine(Config(design, pool=2 * M2, page_size=M2))  # type: ignore[arg-type]
+    gmem = machine.create_guest_memfd(2 * M2, shared=not shared)
+    plain, protected = machine.create_vm(), machine.create_vm(protected=True)
+    assert gmem.convert(0, PAGE, shared=shared).status == 0  # nobody's yet
+    for vm in (plain, protected):
+        assert vm.bind(gmem, 0).status == 0
+    assert gmem.convert(PAGE, PAGE, shared=shared, vm=plain.vm).status == -W.EINVAL
+    assert gmem.convert(PAGE, PAGE, shared=shared, vm=protected.vm).status == 0
+    assert plain.unbind(0).status == 0
+    assert gmem.convert(2 * PAGE, PAGE, shared=shared, vm=plain.vm).status == 0
+    assert machine.check() == 0, machine.broken
+
+
 def test_release_of_what_is_not_there() -> None:
     scene = Scene("restructure")
     release = Operation.RELEASE
@@ -412,6 +469,7 @@ def test_release_against_a_fault_and_a_conversion(design: str) -> None:
     """A fault that has its frame retries and then finds no file; a release waits for a conversion's lock."""
     scene = Scene(design, order="jan2026")
     machine = scene.machine
+    assert scene.process.munmap(VA, 2 * M2).status == 0
     assert scene.gmem.allocate(0, M2).status == 0
     machine.begin(1, Operation.GUEST_FAULT, vm=scene.vm.vm, address=0)
     for _ in range(3 if design == "restructure" else 2):  # lock, folio (, put)

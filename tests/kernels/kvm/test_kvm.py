@@ -81,7 +81,8 @@ class KvmSequences(RuleBasedStateMachine):
     def boot(self, data: st.DataObject) -> None:
         stage2, kernel = data.draw(st.sampled_from(sorted(BITS)))
         nx = stage2 == "ept" and data.draw(st.booleans())
-        protected = data.draw(st.booleans())
+        kind = data.draw(st.sampled_from(("plain", "sw", "tdx" if stage2 == "ept" else "snp")))
+        protected = kind != "plain"
         self.bits = BITS[stage2, kernel]
         self.machine = Machine(
             Config("pfnmap", pool=4 * W.PAGE_2M, page_size=W.PAGE_2M, kernel=kernel, stage2=stage2, nx_huge_pages=nx)
@@ -89,9 +90,9 @@ class KvmSequences(RuleBasedStateMachine):
         self.process = self.machine.create_process()
         self.process.mmap_anonymous(model.ANON * PAGE, model.ANON_PAGES * PAGE)
         self.process.mmap_hugetlb(model.HUGE * PAGE, model.HUGE_PAGES * PAGE)
-        self.vm = self.machine.create_vm(self.process, protected=protected)
+        self.vm = self.machine.create_vm(self.process, kind=kind)
         self.gmem = self.machine.create_guest_memfd_4k(GMEM_PAGES * PAGE, mmap=False, init_shared=False)
-        self.model = Kvm(protected, nx, recovers=kernel != "6.12")
+        self.model = Kvm(protected, nx, recovers=kernel != "6.12", mirrored=kind == "tdx")
         self.steps = 0
         for number, hva in enumerate((model.ANON, model.HUGE)):
             self.region(number, 512 * number * 2, 1024, hva, False, data.draw(st.booleans()), None)
@@ -218,7 +219,18 @@ class KvmSequences(RuleBasedStateMachine):
     def tree_is_equal(self) -> None:
         if not hasattr(self, "vm"):
             return
-        tree = self.vm.stage2()
+        for private in (False, True) if self.model.mirrored else (False,):
+            with self.model.tree(private):
+                self.one_tree_is_equal(private)
+        for number, slot in self.model.slots.items():
+            dirty = [page >> 12 for page in self.vm._dirty_pages(number).tolist()]
+            assert dirty == sorted(slot.gfn + page for page in slot.dirty)
+        self.steps += 1
+        if self.steps % 8 == 0:
+            assert self.machine.check() == 0, self.machine.broken
+
+    def one_tree_is_equal(self, private: bool) -> None:
+        tree = self.vm.stage2(private=private)
         leaves = by_key(tree.leaves)
         flags = {key: entry & ~FRAME for key, entry in leaves.items()}
         assert flags == {key: leaf_flags(self.bits, key[0], leaf) for key, leaf in self.model.leaves.items()}
@@ -227,13 +239,7 @@ class KvmSequences(RuleBasedStateMachine):
         mmio = {gfn: self.bits.mmio | gfn << 12 | (generation & 255) << 3 | generation >> 8 << 52
                 for gfn, generation in self.model.mmio.items()}  # fmt: skip
         assert {gfn: entry for (_, gfn), entry in by_key(tree.others).items()} == mmio
-        for number, slot in self.model.slots.items():
-            dirty = [page >> 12 for page in self.vm._dirty_pages(number).tolist()]
-            assert dirty == sorted(slot.gfn + page for page in slot.dirty)
         self.frames_are_equal({key: (entry & FRAME) >> 12 for key, entry in leaves.items()})
-        self.steps += 1
-        if self.steps % 8 == 0:
-            assert self.machine.check() == 0, self.machine.broken
 
     def frames_are_equal(self, leaves: dict[tuple[int, int], int]) -> None:
         """Frames that the model calls the same are the same, and no others."""

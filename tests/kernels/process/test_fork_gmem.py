@@ -18,7 +18,7 @@ from pgemu_kernels.words.operations import Flag, Operation
 
 PAGE, M2 = W.PAGE_4K, W.PAGE_2M
 VA = 0x7F00_0000_0000
-WRITE, ACCESSED, PRESENT = 2, 0x20, 1
+WRITE, ACCESSED, DIRTY, PRESENT = 2, 0x20, 0x40, 1
 MAPPED = {"restructure": W.VM_FAULT_LOCKED, "pfnmap": W.VM_FAULT_NOPAGE}
 
 
@@ -63,8 +63,9 @@ def test_pfnmap_copies_its_entries_writable_and_not_accessed() -> None:
         entry = f.entry(f.parent, page)
         assert entry & WRITE
         assert entry & ACCESSED
+        assert entry & DIRTY
         for process in (f.child, f.grandchild):
-            assert f.entry(process, page) == entry & ~ACCESSED
+            assert f.entry(process, page) == entry & ~(ACCESSED | DIRTY)
             assert process.touch(VA + page * PAGE, write=True) == (0, 1)  # no fault
     assert f.machine.statistics.gauge(Gauge.HOST_LEAVES_4K) == 9
     f.sound()

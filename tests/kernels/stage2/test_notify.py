@@ -83,3 +83,78 @@ def test_every_slot_of_a_vm_until_it_is_deleted() -> None:
     assert vm.bind(scene.gmem, 64 * M2, offset=0, length=PAGE).status == 0
     vm.touch(64 * M2)
     assert [scene.zapped(process, page) for page in range(4)] == [(1, 1, 1), (1, 0, 0), (1, 1, 1), (1, 0, 0)]
+
+
+# --------------------------------------------------------------------------- by address
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_another_mapping_of_the_file_is_nobodys_business(design: str) -> None:
+    """kvm_handle_hva_range() goes by a slot's userspace_addr: the second mapping of the same pages has other ones."""
+    scene = Scene(design)
+    process = scene.processes[0]
+    vm = scene.machine.create_vm(process, protected=True)
+    assert vm.bind(scene.gmem, 0).status == 0
+    assert process.mmap(scene.gmem, VA + (1 << 30)).status == 0
+    vm.touch(0)
+    before = scene.machine.statistics
+    assert process.munmap(VA + (1 << 30), 2 * M2).status == 0
+    after = scene.machine.statistics
+    assert [after.event(event) - before.event(event) for event in COUNTED] == [1, 0, 0]  # KVM is asked all the same
+    assert vm.touch(0).status == W.RET_PF_SPURIOUS
+    assert scene.zapped(process) == (1, 1, 1)
+    assert vm.touch(0).status == W.RET_PF_FIXED
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_whatever_lies_at_the_slots_address(design: str) -> None:
+    """A slot over pages 512 to 1023 whose userspace_addr shows pages 0 to 511, and no slot at the other addresses."""
+    scene = Scene(design)
+    process = scene.processes[0]
+    vm = scene.machine.create_vm(process, protected=True)
+    assert vm.bind(scene.gmem, 0, offset=M2, length=M2, userspace_addr=VA).status == 0
+    vm.touch(3 * PAGE)
+    assert scene.zapped(process, 512 + 3) == (1, 0, 0)
+    assert scene.zapped(process, 3) == (1, 1, 1)
+    vm.touch(3 * PAGE)
+    assert process.munmap(VA, M2).status == 0
+    assert vm.touch(3 * PAGE).status == W.RET_PF_FIXED
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_first_mapping_gives_a_slot_its_address(design: str) -> None:
+    """A slot that names none: where its process first maps its pages, also when that is later, and for good."""
+    scene = Scene(design)
+    process = scene.processes[0]
+    assert process.munmap(VA, 2 * M2).status == 0
+    vm = scene.machine.create_vm(process, protected=True)
+    assert vm.bind(scene.gmem, 0).status == 0
+    assert process.mmap(scene.gmem, VA + M2, offset=M2, length=M2).status == 0  # so page 0 would be at VA
+    vm.touch(600 * PAGE)
+    assert scene.zapped(process, 600) == (1, 1, 1)
+    assert process.munmap(VA + M2, M2).status == 0
+    assert process.mmap(scene.gmem, VA + (1 << 30)).status == 0
+    vm.touch(600 * PAGE)
+    assert scene.zapped(process, (1 << 18) + 600) == (1, 0, 0)
+    assert process.mmap(scene.gmem, VA).status == 0
+    assert scene.zapped(process, 600) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("address", [VA + 1, 1 << 47, (1 << 47) - M2])
+def test_a_userspace_address_is_checked(address: int) -> None:
+    """kvm_set_memory_region(): aligned, and access_ok() up to the slot's end. What lies there nobody checks."""
+    scene = Scene("restructure")
+    vm = scene.machine.create_vm(scene.processes[0], protected=True)
+    assert vm.bind(scene.gmem, 0, userspace_addr=address).status == -W.EINVAL
+    assert vm.bind(scene.gmem, 0, userspace_addr=PAGE).status == 0
+
+
+def test_a_process_that_ends_takes_all_that_its_vms_map() -> None:
+    """mmu_notifier_release(): also where a slot has no address, or one that nothing is mapped at."""
+    scene = Scene("restructure")
+    vm = scene.machine.create_vm(scene.processes[1], protected=True)
+    assert vm.bind(scene.gmem, 0, length=M2, userspace_addr=PAGE).status == 0
+    vm.touch(0)
+    assert scene.processes[1].exit().status == 0
+    assert vm.leaves() == (0, 0, 0)
+    assert scene.machine.check() == 0

@@ -1,0 +1,165 @@
+"""Userspace addresses of memory slots over guest_memfd: what KVM's MMU notifier goes by, and nothing else does.
+
+virt/kvm/kvm_main.c:kvm_handle_hva_range() matches a slot's userspace_addr, whatever lies there: unmapping another
+mapping of the same file tells stage 2 nothing. A slot that was given no address has the one at which the VM's process
+shows its pages, when it is made or as soon as they are mapped there: what a VMM passes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, trailing_zeros
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, vm_row, vma_overlap
+from pgemu_kernels.words.registers import R_MAPPINGS, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.words.rows import (
+    A_END,
+    A_INODE,
+    A_NEXT,
+    A_PGOFF,
+    A_SPACE,
+    A_START,
+    I_ALL_END,
+    I_ALL_FROM,
+    I_CALLS,
+    I_ELSEWHERE,
+    I_SURVEYED,
+    I_TOLD,
+    I_VMAS,
+    M_HVA,
+    M_INODE,
+    M_KIND,
+    M_LIVE,
+    M_NEXT,
+    M_PAGES,
+    M_PGOFF,
+    M_VM,
+    S_VMS,
+    S_WORDS,
+    SLOT_GUEST_MEMFD,
+    STATE_SPACES,
+    TASK_SIZE,
+    V_SPACE,
+)
+
+_S_WORDS = np.uint64(S_WORDS)
+
+
+@kernel
+def first_page_at(state, row, slot):
+    """The address that a VMA has, or would have, for the first page of a slot of its inode."""
+    return state[row + A_START] + ((state[slot + M_PGOFF] - state[row + A_PGOFF]) << U12)
+
+
+@kernel
+def place_in(state, row, slot):
+    """The userspace address of a slot whose pages a VMA shows: NONE where it shows none, or that is no address."""
+    pgoff = state[slot + M_PGOFF]
+    start, end = vma_overlap(state, row, state[slot + M_INODE], pgoff, pgoff + state[slot + M_PAGES])
+    address = first_page_at(state, row, slot)
+    return address if start < end and address < TASK_SIZE else NONE
+
+
+@kernel
+def process_of(state, vm):
+    """The process whose mm a VM watches, while both are alive; else NONE."""
+    space = state[vm_row(vm) + V_SPACE]
+    alive = space < state[R_SPACES] and state[STATE_SPACES + space * _S_WORDS + S_VMS] >> vm & U1 != U0
+    return space if alive else NONE
+
+
+@outlined
+def find_place(state, slot):
+    """The lowest address at which the VM's process shows the pages of a new slot, or NONE."""
+    space = process_of(state, state[slot + M_VM])
+    found = NONE
+    row = state[inode_row(state[slot + M_INODE]) + I_VMAS]
+    while row != U0:
+        if state[row + A_SPACE] == space:
+            found = min(found, place_in(state, row, slot))
+        row = state[row + A_NEXT]
+    return found
+
+
+@outlined
+def give_places(state, row):
+    """A process maps pages of an inode: slots of its VMs over them that have no userspace address yet get theirs."""
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        if state[slot + M_LIVE] == U0 or state[slot + M_KIND] != SLOT_GUEST_MEMFD or state[slot + M_HVA] != NONE:
+            continue
+        ours = process_of(state, state[slot + M_VM]) == state[row + A_SPACE]
+        if ours and state[slot + M_INODE] == state[row + A_INODE]:
+            state[slot + M_HVA] = place_in(state, row, slot)
+
+
+# --------------------------------------------------------------------------- whom unmapping concerns
+
+
+@kernel
+def shows_other_pages(state, row, slot):
+    """Whether a slot of a VM of a VMA's process shows other pages at the VMA's addresses than the VMA does, or pages of
+    the VMA at other addresses."""
+    base = state[slot + M_HVA]
+    pages = state[slot + M_PAGES]
+    beside = max(base, state[row + A_START]) < min(base + (pages << U12), state[row + A_END])
+    same = state[slot + M_INODE] == state[row + A_INODE]
+    if same:
+        start, end = vma_overlap(
+            state, row, state[slot + M_INODE], state[slot + M_PGOFF], state[slot + M_PGOFF] + pages
+        )
+        beside |= start < end
+        same = base == first_page_at(state, row, slot)
+    return beside and not same
+
+
+@kernel
+def shows_elsewhere(state, row, vms):
+    """The same of the slots of some VMs, a bit each."""
+    elsewhere = False
+    while vms != U0:
+        slot = first_slot(state, trailing_zeros(vms))
+        while slot != U0:
+            elsewhere |= shows_other_pages(state, row, slot)
+            slot = state[slot + M_NEXT]
+        vms &= vms - U1
+    return elsewhere
+
+
+@outlined
+def survey(state, inode):
+    """Find out anew whom it concerns that pages leave every process: VMAs, VMs or slots are not those of before."""
+    node = inode_row(inode)
+    first = U0
+    last = NONE
+    told = U0
+    calls = U0
+    elsewhere = False
+    row = state[node + I_VMAS]
+    while row != U0:
+        first = max(first, state[row + A_PGOFF])
+        last = min(last, state[row + A_PGOFF] + ((state[row + A_END] - state[row + A_START]) >> U12))
+        vms = state[STATE_SPACES + state[row + A_SPACE] * _S_WORDS + S_VMS]
+        elsewhere |= shows_elsewhere(state, row, vms)
+        told |= vms
+        while vms != U0:
+            calls += U1
+            vms &= vms - U1
+        row = state[row + A_NEXT]
+    state[node + I_ALL_FROM] = first
+    state[node + I_ALL_END] = last
+    state[node + I_TOLD] = told
+    state[node + I_CALLS] = calls
+    state[node + I_ELSEWHERE] = U1 if elsewhere else U0
+    state[node + I_SURVEYED] = state[R_MAPPINGS]
+
+
+@kernel
+def goes_by_address(state, inode):
+    """Whether what stage 2 loses with a mapping of the inode has to be looked for by address: a slot shows its pages
+    elsewhere. Else the inode's pages tell."""
+    node = inode_row(inode)
+    if state[node + I_SURVEYED] != state[R_MAPPINGS]:
+        survey(state, inode)
+    return state[node + I_ELSEWHERE] != U0
