@@ -171,7 +171,7 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             yield (
                 f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
                 f"{units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap come back, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves there"
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written; the guest has 4K leaves there"
             )
             stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
             taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
