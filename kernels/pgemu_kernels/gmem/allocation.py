@@ -177,7 +177,7 @@ pieces_split = full_only(split_to_pieces, np.int64(0))  # machines without param
 
 @outlined
 def split_new(m, op):
-    """Split a new folio if any of its pages is shared: 0, -EBUSY, or -ENOMEM with the folio removed.
+    """Split a new folio if any of its pages is shared: 0, -WOULD_SPIN, or -ENOMEM with the folio removed.
 
     kvm_gmem_get_folio() of the posted series: shared memory is order-0 before anybody uses it.
     """
