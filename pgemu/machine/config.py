@@ -157,7 +157,7 @@ class Config:
         for name in DEFAULTS:
             if getattr(self, name) is None and row:
                 object.__setattr__(self, name, row.default(name))
-        for holds, complaint in chain(self._choices(), self._of_vms(), self._amounts()):
+        for holds, complaint in chain(self._choices(), self._of_pages(), self._of_vms(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -203,6 +203,20 @@ class Config:
             (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
+        )
+
+    def _of_pages(self) -> Iterator[tuple[bool, str]]:
+        """The same of what goes by the size of a page; the design is known by now."""
+        small = self.page_size == W.PAGE_4K
+        yield (
+            not small or not (self.other_pool or self.buddy),
+            "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+        )
+        yield not small or self.split_to == "4K", "split to 2M: expected huge pages"
+        special = bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)
+        yield (
+            not self.large_folios or (small and special),
+            "large folios: expected a page size of 4K, and a design with special entries",
         )
 
     def _of_vms(self) -> Iterator[tuple[bool, str]]:

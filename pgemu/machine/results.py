@@ -69,10 +69,12 @@ def errno_name(number: int) -> str:
 
 
 def result_name(op: Operation, status: int) -> str:
-    """Return the name of a status: "RET_PF_FIXED", "VM_FAULT_NOPAGE", "present", "ok", "-EAGAIN".
+    """Return the name of a status: "RET_PF_FIXED", "VM_FAULT_NOPAGE", "present", "ok", "-EAGAIN", "would spin".
 
     A host fault that finds its entry in place returns 0, which is "present".
     """
+    if status == -W.WOULD_SPIN:
+        return "would spin"
     if status < 0:
         return f"-{errno_name(-status)}"
     if op is Operation.GUEST_FAULT:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.objects.guest_memfd import Form, GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool
+    from pgemu.objects.spinning import Spinning
     from pgemu.objects.vm import Vm
     from pgemu.tables.page_table import PageTable
 
@@ -242,6 +243,16 @@ class Machine(Core):
         return self.operate(Operation.WORK)
 
     # ------------------------------------------------------------------ looking
+
+    def spinning(self) -> list[Spinning]:
+        """The conversions that posted code would still be at, and who holds the folio that each waits for.
+
+        One that meets a reference where it freezes a folio ends with -WOULD_SPIN; what is left of it is done when the
+        reference is gone. pgemu_kernels.gmem.spinning
+        """
+        from pgemu.objects.spinning import spinning
+
+        return spinning(self)
 
     def check(self) -> int:
         """Recount everything and compare: how many rules of pgemu_kernels.rules.invariants are broken, ever."""

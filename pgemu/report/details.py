@@ -26,6 +26,7 @@ def write(comparison: Comparison, console: Console) -> None:
         tables.machine(comparison),
         tables.outcomes(comparison),
         tables.times(comparison),
+        tables.worst(comparison),
         tables.state(comparison),
         tables.limits(comparison),
     ]

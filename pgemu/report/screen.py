@@ -8,12 +8,13 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from pgemu.cost import profile
 from pgemu.experiments.verdict import Line, Measure, mapped, paired
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE
 from pgemu.machine.results import operation_name
 from pgemu.report import units
-from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 
 if TYPE_CHECKING:
@@ -170,9 +171,12 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             yield (
                 f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
                 f"{units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap come back, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages are written, and the guest has 4K "
-                "leaves there"
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves there"
             )
+            stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
+            taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
+            if stores:
+                yield f"{run.design} has interrupts off for {units.count(stores)} stores at once, {taken} (estimate)"
 
 
 def zeroes(config: Config) -> str:

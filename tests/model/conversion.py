@@ -5,6 +5,7 @@ Each order is written down as its column of the comparison has it. What an order
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.folio import PIECE, PIN, Folio
@@ -29,8 +30,25 @@ class Unit(NamedTuple):
         return self._replace(pages=pages, floor=floor)
 
 
+@dataclass(eq=False)
+class Spin:
+    """A conversion that cannot go on while somebody holds a folio: what is left of it."""
+
+    unit: Unit
+    vm: int
+    folio: Folio
+    inner: int
+
+    @property
+    def index(self) -> int:
+        """Page of the inode that the folio begins at."""
+        return (self.folio.place[1] * self.folio.pages) + self.inner
+
+
 class Conversions(State):
     """The ioctl that sets a range's attributes."""
+
+    spun: tuple[int, Folio, int] | None = None  # first page that is left, folio that is held and which of its folios
 
     def convert(self, inode: int, offset: int, length: int, shared: bool | None, vm: int = 0) -> Outcome:
         """`shared` None: an ioctl that asks for neither. `vm`: whose file it is asked of, if it has one."""
@@ -42,14 +60,61 @@ class Conversions(State):
         pages = range(offset // PAGE, (offset + length) // PAGE)
         if (offset | length) % PAGE or not pages or pages.stop > node.pages or shared is None:
             return Outcome(-W.EINVAL)
+        if self.knows_no_private(vm, inode):
+            return Outcome(-W.EINVAL)
+        whole = Unit(inode, node, pages, shared, pages.start)
+        before = next((spin for spin in self.spins if self.meet(spin.unit, whole)), None)
+        if before is not None:
+            self.spins.append(Spin(whole, vm, before.folio, before.inner))
+            return Outcome(-W.WOULD_SPIN, before.index * PAGE)
+        outcome = self.convert_units(whole)
+        if self.spun is not None:
+            start, folio, inner = self.spun
+            self.spins.append(Spin(whole.part(range(start, pages.stop), start), vm, folio, inner))
+            self.spun = None
+        return outcome
+
+    def knows_no_private(self, vm: int, inode: int) -> bool:
+        """Whether the file is that of a VM without private memory."""
         files = [s for s in self.slots if s.owner == vm and s.inode == inode and not s.released]
-        if files and self.kinds[vm] == "plain":
-            return Outcome(-W.EINVAL)  # it knows no private memory
+        return bool(files) and self.kinds[vm] == "plain"
+
+    def meet(self, one: Unit, other: Unit) -> bool:
+        """Whether two conversions have a huge page in common."""
+        return one.inode == other.inode and bool(common(self.blocks_of(one.pages), self.blocks_of(other.pages)))
+
+    def settle(self) -> None:
+        """Conversions go on that spun for a reference which is gone; those behind them after them."""
+        for spin in list(self.spins):
+            node = spin.unit.node
+            there = node.blocks.get(spin.index >> self.order) is spin.folio
+            before = self.spins[: self.spins.index(spin)]
+            if (there and spin.folio.busy(spin.inner)) or any(self.meet(other.unit, spin.unit) for other in before):
+                continue
+            self.go_on(spin)
+
+    def go_on(self, spin: Spin) -> None:
+        """Merge what could not be merged, then convert what is left."""
+        if not spin.unit.shared and self.parameters.merge == "now":
+            for _, folio in self.private_blocks(spin.unit):
+                if folio.split and not self.merge_now(spin.unit, folio):
+                    break
+        if self.spun is None and not self.knows_no_private(spin.vm, spin.unit.inode):
+            self.convert_units(spin.unit)
+        if self.spun is None:
+            self.spins.remove(spin)
+            return
+        start, spin.folio, spin.inner = self.spun
+        spin.unit = spin.unit.part(range(start, spin.unit.pages.stop), start)
+        self.spun = None
+
+    def convert_units(self, whole: Unit) -> Outcome:
+        inode, node, pages, shared, _ = whole
         order = self.parameters.order if self.restructure else "pfnmap"
-        if not self.differing(Unit(inode, node, pages, shared, pages.start)):
+        if not self.differing(whole):
             return OK
         if order != "rfc2" and not self.memory.frames.left:
-            return Outcome(-W.ENOMEM, offset)
+            return Outcome(-W.ENOMEM, pages.start * PAGE)
         for part in self.units(pages):
             unit = Unit(inode, node, part, shared, part.start)
             if not self.differing(unit):
@@ -89,9 +154,7 @@ class Conversions(State):
                 folio.waits |= not folio.whole  # split before the zap
             return refused
         self.store(unit)
-        if not unit.shared:
-            self.merge_blocks(unit)
-        return OK
+        return (None if unit.shared else self.merge_blocks(unit)) or OK
 
     def next4k(self, unit: Unit) -> Outcome:
         """Folios of 4K: there is nothing to split."""
@@ -121,7 +184,9 @@ class Conversions(State):
             if refused:
                 return refused
         else:
-            self.merge_blocks(unit)
+            refused = self.merge_blocks(unit)
+            if refused:
+                return refused
         self.store(unit)
         return OK
 
@@ -140,6 +205,8 @@ class Conversions(State):
                 return refused
         for number, item in enumerate(items):
             failed = self.execute(item)
+            if failed and failed.status == -W.WOULD_SPIN:
+                return failed
             if failed:
                 for done in items[: number + 1]:
                     self.roll_back(done)
@@ -163,10 +230,13 @@ class Conversions(State):
         if not self.memory.frames.left:
             return Outcome(-W.ENOMEM, item.pages.start * PAGE)
         self.store(item)
-        if item.shared:
-            return self.split_blocks(item)
-        self.merge_blocks(item)
-        return None
+        if not item.shared:
+            return self.merge_blocks(item)
+        refused = self.split_blocks(item)
+        if refused and refused.status == -W.WOULD_SPIN:
+            self.store(item._replace(shared=False))  # no fault sees it: posted code holds the lock
+            self.leave_split(item, refused)
+        return refused
 
     def roll_back(self, item: Unit) -> None:
         """The opposite conversion of an item: its store does not fail here (Linux would only warn).
@@ -180,7 +250,8 @@ class Conversions(State):
             return
         for _, folio in self.private_blocks(opposite):
             if folio.split and not folio.waits:
-                self.merge_now(folio)
+                self.merge_now(opposite, folio)
+                self.spun = None  # it waits
 
     def pfnmap(self, unit: Unit) -> Outcome:
         """No gate, no split, no merge."""
@@ -267,6 +338,9 @@ class Conversions(State):
             first = number << self.order
             part = common(self.block_of(first), unit.pages)
             error, inner = self.split_block(folio, range(part.start - first, part.stop - first))
+            if error == -W.WOULD_SPIN:
+                self.spun = unit.pages.start, folio, inner
+                return Outcome(error, (first + inner) * PAGE)
             if error:
                 return Outcome(error, max(unit.floor, first + inner) * PAGE)
         return None
@@ -275,25 +349,32 @@ class Conversions(State):
         """The same of an order that does not roll back: what was split before a failure waits for a merge."""
         refused = self.split_blocks(unit)
         if refused:
-            for first, folio in self.private_blocks(unit):
-                if not folio.whole and first * PAGE < refused.detail:
-                    folio.waits = True
+            self.leave_split(unit, refused)
         return refused
 
+    def leave_split(self, unit: Unit, refused: Outcome) -> None:
+        for first, folio in self.private_blocks(unit):
+            if not folio.whole and first * PAGE < refused.detail:
+                folio.waits = True
+
     def split_block(self, folio: Folio, pages: range) -> tuple[int, int]:
-        """Split a huge page, or those of its 2M pages that `pages` of it touch: 0, -EBUSY, -ENOMEM; and the folio."""
+        """Split a huge page, or those of its 2M pages that `pages` of it touch: 0 or an error, and the folio."""
         if folio.whole and not folio.idle:
-            return -W.EBUSY, 0  # its refcount cannot be frozen
+            return -W.WOULD_SPIN, 0  # its refcount cannot be frozen
         if not self.parameters.in_pieces:
             return 0 if self.memory.split(folio) else -W.ENOMEM, 0
         for piece in range(pages.start // PIECE, (pages.stop - 1) // PIECE + 1):
             if piece not in (folio.pieces or ()) and folio.busy(piece * PIECE):
-                return -W.EBUSY, piece * PIECE
+                return -W.WOULD_SPIN, piece * PIECE
             self.memory.split_pieces(folio, {piece})
         return 0, 0
 
-    def merge_blocks(self, unit: Unit) -> None:
-        """To private: merge what has no shared page outside the range left and is idle, or have the worker do it."""
+    def merge_blocks(self, unit: Unit) -> Outcome | None:
+        """To private: merge what has no shared page outside the range left and is idle, or have the worker do it.
+
+        What somebody holds would spin, the other blocks are merged all the same.
+        """
+        held = None
         left = unit.node.shared.difference(unit.pages)
         for number in self.blocks_of(unit.pages):
             folio = unit.node.blocks.get(number)
@@ -304,15 +385,22 @@ class Conversions(State):
             elif left.isdisjoint(self.block_of(number << self.order)):
                 if self.parameters.merge == "lazy":
                     folio.waits = True
-                else:
-                    self.merge_now(folio)
+                elif not self.merge_now(unit, folio):
+                    held = held or self.spun
+        self.spun = held
+        if held is None:
+            return None
+        _, folio, inner = held
+        return Outcome(-W.WOULD_SPIN, (folio.place[1] * folio.pages + inner) * PAGE)
 
-    def merge_now(self, folio: Folio) -> None:
-        """Merge a split huge page, which waits where somebody holds a piece."""
+    def merge_now(self, unit: Unit, folio: Folio) -> bool:
+        """Merge a split huge page: whether nobody holds a piece; else it waits."""
         if folio.idle:
             self.memory.merge(folio, keep=True)
-        else:
-            folio.waits = True
+            return True
+        folio.waits = True
+        self.spun = unit.pages.start, folio, next(i for i in folio.units(range(folio.pages)) if folio.busy(i))
+        return False
 
     def merge_pieces(self, folio: Folio, first: int, shared: set[int]) -> None:
         """Merge the 2M pages that can be, and all of them to 1G if none is split any more."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgemu_kernels.words.events import Event
-from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
+from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP, WOULD_SPIN
 
 STRUCT_PAGES = 64  # of one vmemmap page
 ALL_ONES = (1 << 64) - 1
@@ -969,7 +969,7 @@ class Model:
             return Outcome(-EINVAL, 0)
         if self.references[head] != 1:
             self.events[Event.FREEZE_SPIN] += 1
-            return Outcome(-EBUSY, 0)
+            return Outcome(-WOULD_SPIN, 0)
         order = self.orders[head]
         if self.is_optimized(head) and self.left < (1 << order - 6) - 1:
             return Outcome(-ENOMEM, 0)

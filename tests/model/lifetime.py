@@ -63,6 +63,7 @@ class Lifetime(State):
         self.remove_vmas([(v, v.pages) for v in self.vmas if v.inode == inode])
         for slot in [s for s in self.slots if s.inode == inode]:
             self.delete_slot(slot)
+        self.spins = [spin for spin in self.spins if spin.unit.inode != inode]
         for number in sorted(node.blocks):
             self.memory.uncache(node.blocks.pop(number), evicted=True)
             node.unassign(self.block_of(number << self.order))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from model.folio import Folio
 from model.inode import Inode, Window
 from model.memory import Boot, Memory
@@ -31,6 +33,7 @@ class State:
         self.slots: list[Window] = []
         self.pins: dict[int, list[tuple[Folio, int]]] = {}
         self.task_policy = (0, 0)  # mode, nodes
+        self.spins: list[Any] = []  # conversions that would spin, in the order in which they began
 
     def block_of(self, index: int) -> range:
         """Pages of the huge page around a page."""

@@ -217,5 +217,6 @@ class Model(Conversions, References, Lifetime):
             W.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
             W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
             W.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
+            W.Gauge.SPINNING: len(self.spins),
             W.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),
         }

@@ -88,6 +88,7 @@ class Pair:
 
     def same(self, got: Result, expected: Outcome) -> Outcome:
         assert tuple(got) == tuple(expected), f"the machine returned {got}, the model {expected}"
+        self.model.settle()
         return expected
 
     def host_fault(self, space: int, address: int, write: bool = False) -> Outcome:

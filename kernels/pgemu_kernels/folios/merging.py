@@ -22,6 +22,7 @@ from pgemu_kernels.folios.split_pages import (
     join_pages,
     note_uptodate,
     prepare_head,
+    stored_at_once,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes
 from pgemu_kernels.folios.zeroed import charge_unreached, flags_lie, zero_pages
@@ -55,6 +56,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
     if cached:
         charge(m, EVENT_PAGE_CACHE_STORED, pages + 1 if rfc2 else np.int64(1))
         put_nodes(m, nodes_of(m.state, order))
+        stored_at_once(m, np.int64(1) if rfc2 else np.int64(nodes_of(m.state, order)) + 1)  # xas_store() frees them
         m.ram[first + INDEX] = index
     prepare_head(m, head, first, order, references, uptodate)
     charge_one(m, EVENT_FOLIO_MERGED)
@@ -63,9 +65,9 @@ def merge_pages(m, head, first, order, index, references, uptodate):
 
 @outlined
 def merge_folio(m, head, order, index, references):
-    """Merge the 4K folios of a huge page, one reference each, into one with `references`: 0, or -EBUSY.
+    """Merge the 4K folios of a huge page, one reference each, into one with `references`: 0, or -WOULD_SPIN.
 
-    -EBUSY: a page is referenced by somebody else; the posted code spins in its freeze loop until that is gone, a
+    -WOULD_SPIN: a page is referenced by somebody else; the posted code spins in its freeze loop until that is gone, a
     caller here has to come again. No memory is needed: without a frame for the new head page the folio merely stays
     unoptimised. rfc2 inserts the folio in the page cache again, for which it may want nodes that the removal of the
     pages freed (inference: it gets them).
@@ -81,7 +83,7 @@ def merge_folio(m, head, order, index, references):
 
 @outlined
 def merge_block(m, block, index, zeroed_word):
-    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -EBUSY as merge_folio().
+    """Merge a block's order-0 folios into one huge folio and optimise its vmemmap: 0, or -WOULD_SPIN as merge_folio().
 
     `zeroed_word`: where its pages' bits in `zeroed` begin; NONE: the folio is about to be freed. See merged_flag().
     """

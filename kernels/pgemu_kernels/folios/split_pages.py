@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U32, U64, U511, U512, merge_words, prefetch
-from pgemu_kernels.engine.charge import charge
+from pgemu_kernels.engine.charge import change, charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import take_frame
 from pgemu_kernels.folios.folio import (
@@ -35,8 +35,9 @@ from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.words.enum_words import (
     EVENT_STRUCT_PAGE_BYTES,
     EVENT_STRUCT_PAGE_WRITTEN,
+    GAUGE_STORES_IRQ_OFF,
 )
-from pgemu_kernels.words.operations import EBUSY, ENOMEM
+from pgemu_kernels.words.operations import ENOMEM, WOULD_SPIN
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_MASK_TAILS,
@@ -52,7 +53,7 @@ U = np.uint64
 NO_MEMORY = np.int64(-ENOMEM)
 
 
-BUSY = np.int64(-EBUSY)
+BUSY = np.int64(-WOULD_SPIN)  # a folio cannot be frozen
 
 
 SPLIT_BYTES = 44
@@ -166,6 +167,13 @@ def write_pages(m, head, first, order, restored, index, indexed, zeroed_word):
     # The head keeps the flags that no tail inherits, and the words of its list.
     ram[first + COMPOUND] = link
     ram[first + FLAGS] = flags | (ram[first + FLAGS] & PG_UPTODATE)
+
+
+@kernel
+def stored_at_once(m, stores):
+    """So many (int64) stores and freed nodes were one section under xa_lock_irq()."""
+    change(m.stats, GAUGE_STORES_IRQ_OFF, stores)
+    change(m.stats, GAUGE_STORES_IRQ_OFF, -stores)
 
 
 @kernel

@@ -32,6 +32,7 @@ from pgemu_kernels.folios.split_pages import (
     leave_list,
     missing_pages,
     prepare_head,
+    stored_at_once,
     write_pages,
 )
 from pgemu_kernels.folios.xarray import nodes_of, obtainable, page_without_node, put_nodes, stash, take_nodes, unstash
@@ -78,6 +79,7 @@ def split_in_place(m, head, first, order, index, cached, zeroed_word):
     charge_pages(m, order, SPLIT_BYTES)
     if cached:
         charge(m, EVENT_PAGE_CACHE_STORED, np.int64(U1 << order))
+        stored_at_once(m, np.int64(U1 << order))  # __xa_store() of each page
     return np.int64(0)
 
 
@@ -146,7 +148,7 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
 def split_folio(m, head, order, index, references):
     """Split a huge folio that has `references` and no other: each page becomes a folio with one reference.
 
-    Returns 0; -EBUSY with nothing changed where somebody else holds it (the posted code spins until nobody does);
+    Returns 0; -WOULD_SPIN with nothing changed where somebody else holds it (the posted code spins until nobody does);
     -ENOMEM with the folio huge as before. Page i gets `index` + i. A folio with a mapping is in the page cache: its
     pages take nodes there. The list of active huge pages is the caller's: leave_list(). The head's cgroup word becomes
     a tail's; rfc2 puts it back from its stash.
@@ -165,7 +167,7 @@ def known_bits(m, block, zeroed_word):
 
 @outlined
 def split_block(m, block, index, zeroed_word):
-    """Split the huge folio of a block into order-0 folios: 0, -EBUSY, or -ENOMEM, as split_folio().
+    """Split the huge folio of a block into order-0 folios: 0, -WOULD_SPIN, or -ENOMEM, as split_folio().
 
     `index` is the block's first page, `zeroed_word` where its bits in `zeroed` begin: of a folio without the flag they
     tell which pages are up to date.

@@ -26,6 +26,7 @@ from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
+from pgemu_kernels.gmem.spinning import is_spinning, is_stepped, waits_behind, went_on
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.tables import flush_mm
@@ -189,8 +190,14 @@ def prepare(m, op):
     if not lock_exclusive(state, op, node):
         result(state, op, np.int64(-EBUSY))
         return BLOCKED
-    shared = shared_in_range(m, node, start, end)
     to_private = state[op + O_FLAGS] & FLAG_PRIVATE != U0
+    if is_spinning(m):
+        state[op + O_TO_PRIVATE] = U1 if to_private else U0
+        if waits_behind(m, op, inode, start, end):
+            unlock(state, op, node)
+            return BLOCKED if is_stepped(state, op) else STOP
+    went_on(m, op)
+    shared = shared_in_range(m, node, start, end)
     if shared == (U0 if to_private else end - start):
         unlock(state, op, node)
         return stop(state, op, 0)

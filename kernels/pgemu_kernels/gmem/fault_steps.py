@@ -33,10 +33,10 @@ from pgemu_kernels.gmem.references import drop
 from pgemu_kernels.words.enum_words import OP_HOST_FAULT
 from pgemu_kernels.words.operations import (
     BLOCKED,
-    EBUSY,
     GO,
     STOP,
     VM_FAULT_RETRY,
+    WOULD_SPIN,
 )
 from pgemu_kernels.words.registers import R_FAULT_REFERENCES
 from pgemu_kernels.words.rows import (
@@ -176,7 +176,7 @@ def step_allocation(m, op, stage):
             state[op + O_NEXT] = FOLIO
         return np.int64(GO)
     status = split_new(m, op)
-    if status == -EBUSY:
+    if status == -WOULD_SPIN:
         return np.int64(BLOCKED)  # the posted code spins
     if status != 0:
         return np.int64(fail_fault(m, op))

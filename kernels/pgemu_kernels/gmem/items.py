@@ -5,19 +5,25 @@ A bit per page of the inode: it is to be converted. Items are runs of them, as t
 
 from __future__ import annotations
 
+import numpy as np
+
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U63, trailing_zeros
+from pgemu_kernels.engine.charge import result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
-from pgemu_kernels.engine.shareability import shared_in_block
+from pgemu_kernels.engine.shareability import shared_in_block, store_shareability
 from pgemu_kernels.gmem.conversion import (
     busy_folio,
     fail,
+    leave,
+    leave_split,
     merge_pieces,
     rounding,
     store_range,
     zap_rounded,
 )
+from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.zapping import unmap_mapping_range
@@ -29,6 +35,7 @@ from pgemu_kernels.words.operations import (
     ENOMEM,
     GO,
     NEVER,
+    WOULD_SPIN,
 )
 from pgemu_kernels.words.registers import (
     R_DEFECTS,
@@ -229,17 +236,40 @@ def store_item(m, op):
     return GO
 
 
+@outlined
+def item_spins(m, op, first):
+    """The item's folio that begins at page `first` cannot be frozen. A split is tried again from the store on."""
+    state = m.state
+    node = inode_row(state[op + O_INODE])
+    block = block_row(m, node, first)
+    if is_stepped(state, op):
+        return np.int64(blocked(m, op, block, first))
+    start = state[op + O_ITEM_START]
+    if state[op + O_TO_PRIVATE] == U0:
+        store_shareability(m, node, start, state[op + O_ITEM_END], U0)
+        leave_split(m, node, start, first)
+    end_items(m, op)
+    result(state, op, note_block(m, op, start, block, first))
+    return np.int64(leave(m, op))
+
+
 @kernel
 def restructure_item(m, op):
     """Split or merge what the item touches, now that its shareability is stored. A split can fail."""
     state = m.state
     start = state[op + O_ITEM_START]
     if state[op + O_TO_PRIVATE] != U0:
-        merge_blocks(m, op, start, state[op + O_ITEM_END], False)
+        held = merge_blocks(m, op, start, state[op + O_ITEM_END], False)
+        if held != NONE:
+            return item_spins(m, op, held)
+        went_on(m, op)
         return GO
     status, first = split_blocks(m, op, start, state[op + O_ITEM_END])
     if status == 0:
+        went_on(m, op)
         return GO
+    if status == -WOULD_SPIN:
+        return item_spins(m, op, first)
     if state[R_DEFECTS] & DEFECT_ROLLBACK_AT_ZERO != U0 and start >> state[R_ORDER] == U0:
         merge_back(m, op, start, first)
         state[R_FLUSHES_HELD] = U0

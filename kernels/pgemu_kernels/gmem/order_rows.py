@@ -161,10 +161,10 @@ def _last_of_item(last: Step, same: np.uint64, following: np.uint64) -> Step:
 
     @outlined
     def ends_item(m, op):
-        if last(m, op) != GO:
-            return STOP
-        m.state[op + O_NEXT] = same if next_item(m, op) else following
-        return GO
+        outcome = np.int64(last(m, op))
+        if outcome == GO:
+            m.state[op + O_NEXT] = same if next_item(m, op) else following
+        return outcome
 
     return ends_item
 

@@ -106,7 +106,7 @@ U = np.uint64
 
 @outlined
 def merge_piece(m, node, block, index, keep):
-    """Merge the 4K folios of the piece that begins at a page: 0, or -EBUSY with nothing changed.
+    """Merge the 4K folios of the piece that begins at a page: 0, or -WOULD_SPIN with nothing changed.
 
     `keep`: note which of its pages are zeroed; the contents of a block that is being freed do not matter.
     """
@@ -345,7 +345,7 @@ def whole_folio(m, head, folded, index, uptodate):
 
 @outlined
 def merge_whole(m, node, block, first, keep, must):
-    """Merge 512 whole pieces into the 1G folio: 0, -EBUSY or (unless it `must`) -ENOMEM, nothing changed.
+    """Merge 512 whole pieces into the 1G folio: 0, -WOULD_SPIN or (unless it `must`) -ENOMEM, nothing changed.
 
     `keep`: as merge_piece(). Pieces in the page cache give their nodes back.
     """

@@ -112,7 +112,7 @@ def mark_pieces(m, block, head, first):
 
 @outlined
 def split_whole(m, block, first):
-    """Split the 1G folio of a block to 512 folios of 2M: 0, -EBUSY or -ENOMEM with nothing changed.
+    """Split the 1G folio of a block to 512 folios of 2M: 0, -WOULD_SPIN or -ENOMEM with nothing changed.
 
     Without memory to optimise a piece again it stays as it is, as after a demotion.
     """
@@ -145,7 +145,8 @@ def split_whole(m, block, first):
 
 @outlined
 def split_touched(m, node, block, first, start, end):
-    """Split a block so that no page of [start, end) shares its folio with one outside its 2M piece: 0, -ENOMEM, -EBUSY.
+    """Split a block so that no page of [start, end) shares its folio with one outside its 2M piece: 0, -ENOMEM,
+    or -WOULD_SPIN.
 
     `first`: the block's first page. A 1G folio is split to pieces, then the pieces that the range touches to 4K, in
     ascending order. Those done before a failure stay split, and the block waits for a merge.

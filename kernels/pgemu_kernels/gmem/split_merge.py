@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U6, U511, U512
-from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U511, U512
+from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
@@ -17,16 +17,16 @@ from pgemu_kernels.gmem import piece_splits, pieces
 from pgemu_kernels.gmem.conversion import (
     fail,
     in_pieces,
+    leave,
     leave_split,
     lru_add_pieces,
     merge_lazy,
     merge_touched,
     note_touched,
 )
+from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN
-from pgemu_kernels.words.operations import (
-    GO,
-)
+from pgemu_kernels.words.operations import GO, WOULD_SPIN
 from pgemu_kernels.words.registers import (
     R_ORDER,
     R_SPLIT_FORM,
@@ -99,7 +99,7 @@ def needs_split(m, block, start, end):
 
 @step
 def split_one(m, op, node, block, first, start, end):
-    """Split what is to be split under pages [start, end) of a block that begins at `first`: 0, -ENOMEM or -EBUSY."""
+    """Split what is under pages [start, end) of a block that begins at `first`: 0, -ENOMEM or -WOULD_SPIN."""
     state = m.state
     if in_pieces(m):
         return split_any_pieces(m, op, node, block, first, start, end)
@@ -136,34 +136,58 @@ def is_split(m, block):
 
 @kernel
 def split(m, op):
-    """To shared: split every huge folio that the unit touches, else -ENOMEM or -EBUSY with the failing offset.
+    """To shared: split every huge folio that the unit touches, else -ENOMEM with the failing offset, or -WOULD_SPIN.
 
-    Blocks split before the failing one stay split: the plan knows no unwinding. A folio with a foreign
-    reference cannot be frozen; the posted code spins until it can, here it is -EBUSY.
+    Blocks split before the failing one stay split: no order but rfc2 unwinds.
     """
     state = m.state
     status, first = split_blocks(m, op, state[op + O_START], state[op + O_END])
     if status != 0:
-        leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START], first)
-        return fail(m, op, status, first)
+        return split_failed(m, op, status, first)
+    went_on(m, op)
     return GO
 
 
 @outlined
-def merge_now(m, node, block, first):
-    """Merge a split block that is all private; one that somebody holds stays split and waits.
+def split_failed(m, op, status, first):
+    """The unit's split failed at the folio that begins at page `first`."""
+    state = m.state
+    block = block_row(m, inode_row(state[op + O_INODE]), first)
+    if status == -WOULD_SPIN and is_stepped(state, op):
+        return np.int64(blocked(m, op, block, first))
+    leave_split(m, inode_row(state[op + O_INODE]), state[op + O_START], first)
+    if status != -WOULD_SPIN:
+        return np.int64(fail(m, op, status, first))
+    result(state, op, note_block(m, op, state[op + O_START], block, first))
+    return np.int64(leave(m, op))
 
-    The posted code spins in its freeze loop instead (inference: the next conversion that touches it tries again).
-    """
-    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) != 0:
-        charge_one(m, EVENT_FREEZE_SPIN)
-        start_waiting(m, block)
+
+@outlined
+def merge_now(m, node, block, first):
+    """Merge a split block that is all private: whether somebody holds it, so that it stays split and waits."""
+    if merge_block(m, block, first, m.state[node + I_ZEROED] + (first >> U6)) == 0:
+        return False
+    charge_one(m, EVENT_FREEZE_SPIN)
+    start_waiting(m, block)
+    return True
+
+
+@outlined
+def merge_failed(m, op, start, first):
+    """The block that begins at page `first` cannot be merged, for somebody holds a page; pages from `start` on are
+    left to do."""
+    state = m.state
+    block = block_row(m, inode_row(state[op + O_INODE]), first)
+    if is_stepped(state, op):
+        return np.int64(blocked(m, op, block, first))
+    result(state, op, note_block(m, op, start, block, first))
+    return np.int64(leave(m, op))
 
 
 @step
 def merge_one(m, node, block, first, start, end):
     """Merge a block, which begins at page `first`, or what pages [start, end) touch of one in pieces; lazily, it only
-    waits for the worker.
+    waits for the worker. Whether somebody holds it: pieces, which no posted code has, merely wait.
     """
     if m.state[block + B_STATE] == BLOCK_PARTLY:
         if merge_lazy(m) != U0:
@@ -173,7 +197,8 @@ def merge_one(m, node, block, first, start, end):
     elif merge_lazy(m) != U0:
         start_waiting(m, block)
     else:
-        merge_now(m, node, block, first)
+        return merge_now(m, node, block, first)
+    return False
 
 
 @kernel
@@ -190,7 +215,10 @@ def needs_merge(m, node, block, start, end):
 def merge_blocks(m, op, start, end, besides):
     """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
     `besides` (they are not stored as private yet). Of folios of order 0 there is nothing to merge.
+
+    The first page of the first block that somebody holds, or NONE; the others are merged all the same.
     """
+    held = NONE
     state = m.state
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
@@ -207,20 +235,27 @@ def merge_blocks(m, op, start, end, besides):
             shared = shared_in_block(m, node, first)
             if besides:
                 shared -= shared_in_range(m, node, low, high)
-            if shared == U0:
-                merge_one(m, node, block, first, low, high)
+            if shared == U0 and merge_one(m, node, block, first, low, high):
+                held = min(held, first)
         first += U1 << order
+    return held
 
 
 @kernel
 def merge(m, op):
-    """To private, after the store: merge every touched block that holds no shared page any more."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
+    """To private, after the store: merge every touched block that holds no shared page any more, or -WOULD_SPIN."""
+    held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
+    if held != NONE:
+        return merge_failed(m, op, m.state[op + O_START], held)
+    went_on(m, op)
     return GO
 
 
 @kernel
 def merge_early(m, op):
     """The same before the store (fixup)."""
-    merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
+    held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
+    if held != NONE:
+        return merge_failed(m, op, m.state[op + O_START], held)
+    went_on(m, op)
     return GO

@@ -23,8 +23,8 @@ from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
-from pgemu_kernels.folios.zeroed import knows_flags_only
-from pgemu_kernels.gmem import large_holes, piece_merges
+from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only
+from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
 from pgemu_kernels.gmem.vm_kinds import make_shared
@@ -83,6 +83,7 @@ from pgemu_kernels.words.rows import (
 
 dissolve = full_only(piece_merges.dissolve_block, np.int64(0))  # default machines have no pieces
 make_zombie_of_pieces = full_only(piece_merges.make_zombie_of_pieces, None)
+forget_spins = full_only(spinning.forget_spins, None)
 large_punched = full_only(large_holes.punch_large, None)
 large_removed = full_only(large_holes.remove_whole, None)
 forget_policies = full_only(cut, None)  # a default machine has none
@@ -96,7 +97,7 @@ def is_in_parts(kind):
 
 @outlined
 def make_whole(m, node, block, first):
-    """Merge a split block that nobody maps, so that it can be freed: 0, -EAGAIN or -EBUSY with nothing changed."""
+    """Merge a split block that nobody maps, so that it can be freed: 0, -EAGAIN or -WOULD_SPIN with nothing changed."""
     if m.state[block + B_STATE] == BLOCK_PARTLY:
         return dissolve(m, node, block, first)
     return merge_block(m, block, first, NONE)
@@ -169,12 +170,10 @@ def hole_arguments(m, op):
 
 @outlined
 def note_hole(m, node, index, pages):
-    """Where the code knows flags only: pages that a hole has zeroed are so in a folio that counts as up to date.
+    """Where flags lie: pages that a hole has zeroed are so in a folio that counts as up to date.
 
-    Of any other the next first use zeroes them again, and nothing is lost by that.
+    Of any other, where the code knows flags only, the next first use zeroes them again, and nothing is lost by that.
     """
-    if not knows_flags_only(m):
-        return
     block = block_row(m, node, index)
     m.state[block + B_BITS] = U1
     for at in range(index, index + pages):
@@ -182,11 +181,8 @@ def note_hole(m, node, index, pages):
         word = m.state[node + I_ZEROED] + (at >> U6)
         if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
             m.state[word] |= U1 << (at & U63)
-        else:
+        elif knows_flags_only(m):
             m.state[word] &= ~(U1 << (at & U63))
-
-
-noted_hole = full_only(note_hole, None)  # default machines have no defects
 
 
 @kernel
@@ -197,7 +193,8 @@ def zero_part(m, node, index, pages):
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
-        noted_hole(m, node, index, pages)
+        if flags_lie(m):
+            note_hole(m, node, index, pages)
 
 
 @step
@@ -345,6 +342,7 @@ def close(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     leave_inode(m, inode)
+    forget_spins(m, inode)
     forget_policies(m, inode, U0, ALL)
     if large_folios(m) != U0:
         large_removed(m, inode, U0, state[node + I_PAGES])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, forget_last, pause, resume
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
 from pgemu_kernels.gmem import fault_steps, orders
+from pgemu_kernels.gmem.resuming import go_on
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
@@ -75,7 +76,9 @@ def step_actor(m, actor, beginning):
         state[R_STEPPED] -= U1
         if kind == OP_GUEST_FAULT:
             state[R_GUEST_FAULTS] -= U1
+        forget_last(m.stats)
         finish_operation(m, op)
+    go_on(m)
     return outcome
 
 

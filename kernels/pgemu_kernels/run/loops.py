@@ -17,7 +17,7 @@ from pgemu_kernels.engine.bits import (
     U0,
     U1,
 )
-from pgemu_kernels.engine.charge import charge_one, finish_operation, result
+from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
@@ -25,6 +25,7 @@ from pgemu_kernels.engine.records import BATCH, element, load, save_result
 from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
+from pgemu_kernels.gmem.resuming import go_on
 from pgemu_kernels.kvm import binding
 from pgemu_kernels.process.madvise import zap_mappings
 from pgemu_kernels.process.mmap import mmap
@@ -73,11 +74,12 @@ LOOP_SHIFT = U(60)  # above routing.stopped_at()'s
 
 @kernel
 def save(m, op, columns, i):
-    """Finish the operation, check it if asked to, and hand out its result."""
+    """Finish the operation, check it if asked to, hand out its result, and go on with what spun for a reference."""
     finish_operation(m, op)
     if m.state[R_CHECK] != U0:
         check_operation(m, op)
     save_result(m.state, op, columns, i)
+    go_on(m)
 
 
 # --------------------------------------------------------------------------- one loop per operation
@@ -279,6 +281,7 @@ def run_stretches(m, columns, first, loops):
         last = end_of_stretch(m, columns, kind, first, count)
         if last == first:
             break
+        forget_last(m.stats)
         missing = run_stretch(m, columns, kind, first, last, loops)
         if missing != U0:
             return first | missing << LOOP_SHIFT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, NONE, U0, U1, U3, U6, U7, U9, U12, U512
-from pgemu_kernels.engine.charge import charge_one, finish_operation
+from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
@@ -198,7 +198,8 @@ def store_word(m, op):
 
 @outlined
 def folio_split(m, op):
-    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -EBUSY, -ENOMEM or -EINVAL.
+    """FOLIO_SPLIT of an allocated huge page, whose owner has the only reference: 0, -WOULD_SPIN while somebody has
+    another, -ENOMEM, -EINVAL, or -EBUSY of a poisoned one.
 
     Each 4K page is a folio with one reference afterwards. Pages of inodes are split by conversion.
     """
@@ -218,7 +219,7 @@ def folio_split(m, op):
 
 @outlined
 def folio_merge(m, op):
-    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -EBUSY if one has another reference, -EINVAL."""
+    """FOLIO_MERGE of the 4K folios that FOLIO_SPLIT made: 0, -WOULD_SPIN while one has another reference, -EINVAL."""
     state = m.state
     head = state[op + O_ADDRESS] >> U12
     pages = state[op + O_LENGTH] >> U12
@@ -291,6 +292,7 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
         operate_pool(m, op)
+        forget_last(m.stats)
         finish_operation(m, op)
         save_result(m.state, op, columns, i)
         i += U1

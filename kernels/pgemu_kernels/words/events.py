@@ -14,7 +14,7 @@ U = np.uint64
 # errors by their errno.
 TALLY_FAULT_BIT = 16
 TALLY_ERRNO = 32
-TALLY_SLOTS = 160
+TALLY_SLOTS = 176
 
 
 # --------------------------------------------------------------------------- events
@@ -71,6 +71,7 @@ class Event(IntEnum):
     FOLIO_FROZEN = 45
     SPTE_PAGES_BEYOND = 46
     ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
+    SPIN_ENDED = 48  # a conversion that would spin has been done
 
 
 EVENTS = 56  # room in a counter row
@@ -121,6 +122,10 @@ class Gauge(IntEnum):
     PAGES_LRU_CACHED = 26  # references that per-CPU batches of folios to be added to an LRU list hold
     WORK_PENDING = 27  # blocks that the worker has something to do for
     BLOCKS_PARTLY = 28  # 1G blocks split to 2M folios, some of these to 4K
+    SPINNING = 29  # conversions of which something is left, for a freeze would spin
+    # Stores to the page cache, and nodes that one frees, under one xa_lock_irq(); the peak is the longest section that
+    # split and merge have interrupts off for.
+    STORES_IRQ_OFF = 30
 
 
 GAUGES = 32
@@ -136,4 +141,5 @@ STATS_REPEATED = U(STATS_COUNTERS + OPERATIONS * EVENTS)  # [operation][event]: 
 STATS_TALLY = U(STATS_REPEATED + OPERATIONS * EVENTS)  # [operation][result]
 STATS_COST = U(STATS_TALLY + OPERATIONS * TALLY_SLOTS)  # [operation][low, high]
 STATS_HISTOGRAM = U(STATS_COST + OPERATIONS * 2)  # [operation][low, high][bucket]
-STATS_SIZE = int(STATS_HISTOGRAM) + OPERATIONS * 2 * HISTOGRAM_BUCKETS
+STATS_WORST = U(STATS_HISTOGRAM + OPERATIONS * 2 * HISTOGRAM_BUCKETS)  # [operation][low, high, how many ended before]
+STATS_SIZE = int(STATS_WORST) + OPERATIONS * 4

@@ -413,6 +413,9 @@ ENOTTY = 25
 EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
+WOULD_SPIN = (
+    140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is that high)
+)
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
 
 # --------------------------------------------------------------------------- steps

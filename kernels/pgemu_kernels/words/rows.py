@@ -156,6 +156,19 @@ MPOL_PREFERRED = 1
 MPOL_BIND = 2
 MPOL_INTERLEAVE = 3
 
+# conversions that would spin: what is left of them (gmem/spinning.py)
+Q_LIVE = U(0)
+Q_INODE = U(1)
+Q_START = U(2)  # in pages
+Q_END = U(3)
+Q_TO_PRIVATE = U(4)
+Q_VM = U(5)  # that asked
+Q_PFN = U(6)  # first frame of the folio that cannot be frozen,
+Q_REFERENCES = U(7)  # how many references it may have,
+Q_INDEX = U(8)  # and its page of the inode
+Q_WORDS = 16
+SPINS = 256
+
 VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave
 
 # blocks: uint64 rows, one per huge page of an inode
@@ -351,7 +364,9 @@ MEMSLOTS = 1024
 
 STATE_FORMATS = U(R_WORD_COUNT)
 STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
-STATE_INODES = U(STATE_OPS + (ACTORS + 2) * O_WORDS)  # behind those of actors: of batches, of faults inside others
+STATE_INODES = U(
+    STATE_OPS + (ACTORS + 3) * O_WORDS
+)  # behind those of actors: of batches, of faults inside others, of what spun
 STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
 STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)
@@ -368,4 +383,5 @@ STATE_PINS = U(STATE_POISONED + POISONED)
 STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
 STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
 STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
-STATE_SIZE = int(STATE_FINDINGS) + BROKEN_RULES * FINDING_WORDS
+STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
+STATE_SIZE = int(STATE_SPINS) + SPINS * Q_WORDS

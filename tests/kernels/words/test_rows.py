@@ -13,7 +13,7 @@ from pgemu_kernels.words import registers, rows, table_words
 ROWS = {
     "R": registers.R_WORD_COUNT, "I": rows.I_WORDS, "A": rows.A_WORDS, "V": rows.V_WORDS, "M": rows.M_WORDS,
     "S": rows.S_WORDS, "B": rows.B_WORDS, "O": rows.O_WORDS, "N": rows.N_WORDS, "P": rows.P_WORDS,
-    "PIN": rows.PIN_WORDS, "MP": rows.MP_WORDS, "E": table_words.E_WORDS, "W": table_words.W_WORDS,
+    "PIN": rows.PIN_WORDS, "MP": rows.MP_WORDS, "Q": rows.Q_WORDS, "E": table_words.E_WORDS, "W": table_words.W_WORDS,
 }  # fmt: skip
 
 
