@@ -25,6 +25,7 @@ _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
 _FOR_FULL = (
+    "nx_huge_pages",
     "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "large_folios", "dirty_log_guest_memfd",
     "in_place_conversion",
 )  # fmt: skip
