@@ -59,7 +59,7 @@ def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
 @click.command(short_help="Who uses a process's memory from within the kernel, tried on each design.")
 @click.option("--page-size", type=click.Choice(list(_SIZES)), default="2M", show_default=True, help="Huge page size.")
 @click.option(
-    "--order", type=click.Choice(_ORDERS), default="jan2026", show_default=True,
+    "--order", type=click.Choice(_ORDERS), default="fixup", show_default=True,
     help="Order of steps of restructure's conversion.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
+from pgemu.experiments.worst import WorstOperation, explain, worst_operations
 from pgemu.machine.designs import DESIGNS, Design
 from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
@@ -17,7 +19,7 @@ from pgemu.machine.statistics import Statistics
 from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -33,6 +35,7 @@ __all__ = (
     "OperationRun",
     "compare",
     "configuration",
+    "explained",
     "run",
 )
 
@@ -138,7 +141,8 @@ class EndOfLife:
 class DesignRun:
     """One design's machine after the trace.
 
-    refusal: why the guest_memfd was not created, so that nothing of the trace ran; None where it was.
+    refusal: why the guest_memfd was not created, so that nothing of the trace ran; None where it was. worst: the
+    operation of each kind that took the most.
     """
 
     design: Design
@@ -148,6 +152,7 @@ class DesignRun:
     end_of_life: EndOfLife
     finding: Finding | None
     refusal: str | None = None
+    worst: Mapping[Operation, WorstOperation] = field(default_factory=dict)
 
     def operation(self, op: Operation) -> OperationRun | None:
         """Return one kind of operation, None if the trace has none."""
@@ -170,6 +175,7 @@ class DesignRun:
                     "estimate_ns": {
                         name: list(getattr(run, name)) for name in ("total", "mean", "p50", "p99", "worst")
                     },
+                    "worst_record": self.worst[run.operation].record if run.operation in self.worst else None,
                 }
                 for run in self.operations
             },
@@ -273,8 +279,9 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
     layout = lowered.layout
     sizes = LIKE[versions.like].page_sizes
     if layout.page_size not in sizes:
-        known = " or ".join({PAGE_4K: "4K", PAGE_2M: "2M"}.get(size, "1G") for size in sizes)
-        raise InputError(f"huge pages of {layout.page_size >> 20} MiB: {versions.like} knows pages of {known} only")
+        names = {PAGE_4K: "4K", PAGE_2M: "2M", PAGE_1G: "1G"}
+        known = " or ".join(names[size] for size in sizes)
+        raise InputError(f"pages of {names[layout.page_size]}: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
     fields = {"vm": "sw" if lowered.init == "private" else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])
@@ -325,7 +332,22 @@ def run(
         finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
-    return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding)
+    worst = worst_operations(lowered, statistics, booted)
+    return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding, None, worst)
+
+
+def explained(comparison: Comparison) -> dict[Design, Mapping[Operation, WorstOperation]]:
+    """The worst operations of each design with what they are made of, for which the trace runs again up to them."""
+
+    def boot(config: Config) -> Machine:
+        machine = _boot(comparison.lowered, config)
+        machine.create_guest_memfd(comparison.lowered.layout.inode_size, shared=comparison.lowered.init == "shared")
+        return machine
+
+    return {
+        run.design: explain(comparison.lowered, run.worst.values(), partial(boot, run.config))
+        for run in comparison.runs
+    }
 
 
 def _instead(lowered: Lowered, config: Config, versions: Versions) -> str:

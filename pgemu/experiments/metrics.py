@@ -8,7 +8,7 @@ from typing import Literal
 
 from pgemu.machine.statistics import Statistics
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, WOULD_SPIN, Operation
 
 __all__ = ("METRICS", "Metric")
 
@@ -47,7 +47,15 @@ def _event(event: Event, size: int = 1, op: Operation | None = None) -> Callable
 
 
 def _refused(op: Operation) -> Callable[[Statistics], int]:
-    return lambda statistics: sum(n for status, n in statistics.results(op).items() if status < 0)
+    return lambda statistics: sum(n for status, n in statistics.results(op).items() if -WOULD_SPIN < status < 0)
+
+
+def _beyond(statistics: Statistics) -> int:
+    return statistics.event(Event.SPTE_PAGES_BEYOND, Operation.CONVERT) * PAGE_4K
+
+
+def _spinning(statistics: Statistics) -> int:
+    return statistics.results(Operation.CONVERT).get(-WOULD_SPIN, 0)
 
 
 _HOST = "Mapped by the host at the end"
@@ -56,6 +64,8 @@ _TABLES = "Memory for page tables"
 _VMEMMAP = "Memory for struct pages"
 _FOLIOS = "Folios and their struct pages"
 _ZEROED = "Zeroed"
+_BEYOND = "Dropped from stage 2 beyond the range"
+_IRQ_OFF = "With interrupts off"
 _FLUSHES = "TLB flushes"
 _REFUSED = "Refused"
 
@@ -82,10 +92,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("rmap_changes", _FOLIOS, "mapcounts changed", "count", _event(Event.RMAP_CHANGED)),
     Metric("zeroed_by_page", _ZEROED, "4K at a time", "bytes", _event(Event.PAGE_ZEROED, PAGE_4K)),
     Metric("zeroed_by_folio", _ZEROED, "whole folios", "bytes", _event(Event.FOLIO_ZEROED_PAGES, PAGE_4K)),
+    Metric("zeroed_unreached", _ZEROED, "of it reached by no slot", "bytes", _event(Event.ZEROED_UNREACHED, PAGE_4K)),
+    Metric("stage2_beyond", _BEYOND, "by conversions", "bytes", _beyond),
+    Metric("stores_irq_off", _IRQ_OFF, "stores to an xarray, most at once", "count", _peak(Gauge.STORES_IRQ_OFF)),
     Metric("flushes_mm", _FLUSHES, "of a process", "count", _event(Event.TLB_FLUSH_MM)),
     Metric("flushes_vm", _FLUSHES, "of a VM", "count", _event(Event.TLB_FLUSH_VM)),
     Metric("flushes_kernel", _FLUSHES, "of the kernel, all CPUs", "count", _event(Event.TLB_FLUSH_KERNEL)),
     Metric("refused_conversions", _REFUSED, "conversions", "count", _refused(Operation.CONVERT)),
+    Metric("spinning_conversions", _REFUSED, "conversions that would spin", "count", _spinning),
     Metric("refused_holes", _REFUSED, "holes", "count", _refused(Operation.PUNCH_HOLE)),
     Metric("refused_zaps", _REFUSED, "MADV_DONTNEED", "count", _refused(Operation.ZAP)),
 )

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pgemu.errors import InputError
 from pgemu.experiments.compare import configuration, run
 from pgemu.experiments.inferences import INFERENCES, Alternative
-from pgemu.experiments.verdict import Measure, measure
+from pgemu.experiments.verdict import Sensitivity, Trial, measure
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
@@ -26,39 +25,6 @@ if TYPE_CHECKING:
 __all__ = ("Sensitivity", "Trial", "sensitivity")
 
 _WORKERS = 2
-
-
-class Trial(NamedTuple):
-    """What a comparison answers under an alternative.
-
-    Attributes:
-        rule: the inferred rule, or several joined by " and "
-        label: the alternative
-        removes: the defect that the machines do not have under it while both zero the same, or ""
-        measures: the answers, by question
-        runs: the machines
-    """
-
-    rule: str
-    label: str
-    removes: str
-    measures: dict[str, Measure]
-    runs: tuple[DesignRun, DesignRun]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Every alternative that was tried.
-
-    Attributes:
-        trials: in the order of the rules
-        untouched: why a rule was not varied, by its name
-        complete: False where it was interrupted
-    """
-
-    trials: tuple[Trial, ...]
-    untouched: dict[str, str] = field(default_factory=dict)
-    complete: bool = True
 
 
 def _done(result: DesignRun) -> Future[DesignRun]:
@@ -178,7 +144,7 @@ def _tried(
         unreached = any(alternative.unreached for alternative in alternatives)
         if first is not base[0] or second is not base[1] or unreached:
             label = " and ".join(alternative.label for alternative in alternatives)
-            removed = _removed(base, (first, second))
+            removed = _removed(base, (first, second)) if len(alternatives) == 1 else ""
             measures = measure(first, second, unreached=unreached)
             yield Trial(" and ".join(names), label, removed, measures, (first, second))
 

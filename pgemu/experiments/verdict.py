@@ -7,7 +7,7 @@ repeated under the rule's alternatives), or the defect without which it would no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,9 +18,21 @@ from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
-    from pgemu.experiments.sensitivity import Sensitivity, Trial
 
-__all__ = ("QUESTIONS", "Basis", "Line", "Measure", "broken", "mapped", "measure", "paired", "refused", "verdict")
+__all__ = (
+    "QUESTIONS",
+    "Basis",
+    "Line",
+    "Measure",
+    "Sensitivity",
+    "Trial",
+    "broken",
+    "mapped",
+    "measure",
+    "paired",
+    "refused",
+    "verdict",
+)
 
 Array = np.ndarray[Any, Any]
 Band = tuple[float, float]
@@ -194,6 +206,39 @@ def measure(first: DesignRun, second: DesignRun, *, unreached: bool = False) -> 
 
 
 # --------------------------------------------------------------------------- what it rests on
+
+
+class Trial(NamedTuple):
+    """What a comparison answers under an alternative.
+
+    Attributes:
+        rule: the inferred rule, or several joined by " and "
+        label: the alternative
+        removes: the defect that the machines do not have under it while both zero the same, or ""; "" for several
+        measures: the answers, by question
+        runs: the machines
+    """
+
+    rule: str
+    label: str
+    removes: str
+    measures: dict[str, Measure]
+    runs: tuple[DesignRun, DesignRun]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every alternative that was tried.
+
+    Attributes:
+        trials: in the order of the rules
+        untouched: why a rule was not varied, by its name
+        complete: False where it was interrupted
+    """
+
+    trials: tuple[Trial, ...]
+    untouched: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
 
 
 def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> dict[str, Line]:

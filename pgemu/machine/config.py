@@ -158,7 +158,7 @@ class Config:
         for name in DEFAULTS:
             if getattr(self, name) is None and row:
                 object.__setattr__(self, name, row.default(name))
-        for holds, complaint in chain(self._choices(), self._of_vms(), self._amounts()):
+        for holds, complaint in chain(self._choices(), self._of_pages(), self._of_vms(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -171,19 +171,6 @@ class Config:
         yield from (
             (self.design in ROWS, f"design {self.design!r}: expected one of {', '.join(ROWS)}"),
             (self.page_size in (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G), f"page size {self.page_size}: expected 4K, 2M or 1G"),
-            (
-                self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),
-                "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
-            ),
-            (
-                not self.large_folios
-                or (self.page_size == W.PAGE_4K and bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)),
-                "large folios: expected a page size of 4K, and a design with special entries",
-            ),
-            (
-                self.page_size != W.PAGE_4K or self.split_to == "4K",
-                "split to 2M: expected huge pages",
-            ),
             (self.kernel in formats.KERNELS, f"kernel {self.kernel!r}: expected one of {', '.join(formats.KERNELS)}"),
             (self.stage2 in ("npt", "ept"), f"stage 2 {self.stage2!r}: expected npt or ept"),
             (self.zero in ("folio", "page"), f"zero {self.zero!r}: expected folio or page"),
@@ -194,20 +181,12 @@ class Config:
                 f"configuration {self.configuration!r}: expected one of {', '.join(formats.CONFIGURATIONS)}",
             ),
             (
-                self.nodes == 1 or self.configuration != "small",
-                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
-            ),
-            (
                 self.split_form in SPLIT_FORMS,
                 f"split form {self.split_form!r}: expected one of {', '.join(SPLIT_FORMS)}",
             ),
             (
                 self.order in ORDERS,
                 f"order {self.order!r}: expected {', '.join(ORDERS)}",
-            ),
-            (
-                self.order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
-                "order 'next4k': expected page size 4K, which it is for",
             ),
             (self.batch in ("range", "block"), f"batch {self.batch!r}: expected range or block"),
             (self.split_to in ("4K", "2M"), f"split to {self.split_to!r}: expected 4K or 2M"),
@@ -222,13 +201,23 @@ class Config:
             (self.punch in ("zero", "refuse"), f"punch {self.punch!r}: expected zero or refuse"),
             (self.zap in ("exact", "rounded"), f"zap {self.zap!r}: expected exact or rounded"),
             (self.invalidate in ("rounded", "exact"), f"invalidate {self.invalidate!r}: expected rounded or exact"),
-            (
-                self.zap == "exact" or self.invalidate == "rounded",
-                "zap 'rounded': expected invalidate 'rounded', for nobody drops what is not being invalidated",
-            ),
             (set(self.defects) <= DEFECTS.keys(), f"defects {self.defects}: expected some of {', '.join(DEFECTS)}"),
             (self.frames is None or self.frames > 0, f"frames {self.frames}: expected a positive number"),
             (self.seed >= 0, f"seed {self.seed}: expected no negative number"),
+        )
+
+    def _of_pages(self) -> Iterator[tuple[bool, str]]:
+        """The same of what goes by the size of a page; the design is known by now."""
+        small = self.page_size == W.PAGE_4K
+        yield (
+            not small or not (self.other_pool or self.buddy),
+            "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+        )
+        yield not small or self.split_to == "4K", "split to 2M: expected huge pages"
+        special = bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)
+        yield (
+            not self.large_folios or (small and special),
+            "large folios: expected a page size of 4K, and a design with special entries",
         )
 
     def _of_vms(self) -> Iterator[tuple[bool, str]]:
@@ -236,6 +225,36 @@ class Config:
         levels = (None, *PRIVATE_LEVELS)
         yield self.zap_filter in ("both", "target"), f"zap filter {self.zap_filter!r}: expected both or target"
         yield self.private_level in levels, f"private level {self.private_level!r}: expected one of {levels[1:]}"
+
+    def _together(self) -> Iterator[tuple[bool, str]]:
+        """Whether fields fit together, and what to say if not."""
+        yield from (
+            (
+                self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),
+                "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
+            ),
+            (
+                not self.large_folios
+                or (self.page_size == W.PAGE_4K and bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)),
+                "large folios: expected a page size of 4K, and a design with special entries",
+            ),
+            (
+                self.page_size != W.PAGE_4K or self.split_to == "4K",
+                "split to 2M: expected huge pages",
+            ),
+            (
+                self.nodes == 1 or self.configuration != "small",
+                f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
+            ),
+            (
+                self.order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
+                "order 'next4k': expected page size 4K, which it is for",
+            ),
+            (
+                self.zap == "exact" or self.invalidate == "rounded",
+                "zap 'rounded': expected invalidate 'rounded', for nobody drops what is not being invalidated",
+            ),
+        )
 
     def _amounts(self) -> Iterator[tuple[bool, str]]:
         """Whether each amount of memory is one of whole pages of its size."""

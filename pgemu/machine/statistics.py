@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,16 @@ from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
 
 Array = np.ndarray[Any, Any]
+
+
+class Worst(NamedTuple):
+    """The operation of a kind that takes the most by the high end of its band; of several, the first.
+
+    cost: (low, high) nanoseconds. number: how many of its kind had ended before.
+    """
+
+    cost: tuple[float, float]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,14 @@ class Statistics:
         start = int(W.STATS_COST) + 2 * op
         low, high = self.words[start : start + 2] / 1000
         return float(low), float(high)
+
+    def worst(self, op: Operation) -> Worst | None:
+        """The one that takes the most of a kind; None without any."""
+        if not self.count(op):
+            return None
+        start = int(W.STATS_WORST) + 4 * op
+        low, high, number = self.words[start : start + 3].tolist()
+        return Worst((low / 1000, high / 1000), number)
 
     def percentile(self, op: Operation, fraction: float) -> tuple[float, float] | None:
         """Kernel time that `fraction` of the operations of a kind do not exceed, nanoseconds, or None without any.

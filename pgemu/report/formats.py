@@ -48,7 +48,7 @@ def _text(
 ) -> str:
     from rich.console import Console
 
-    from pgemu import report
+    from pgemu.report.details import write, write_sources
 
     text = screen(comparison, lines, sensitivity) if lines else ""
     if lines and not (details or sources):
@@ -56,9 +56,9 @@ def _text(
     console = Console(highlight=False)
     with console.capture() as captured:
         if details or not lines:
-            report.write(comparison, console)
+            write(comparison, console)
         if sources:
-            report.write_sources(comparison, console)
+            write_sources(comparison, console)
     tables = "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip("\n") + "\n"
     return f"{text}\n{tables}" if text else tables
 
@@ -95,7 +95,7 @@ def _json(
             "rules": {rule: {"text": one.text, "source": one.source} for rule, one in INFERENCES.items()},
         }
     if sources:
-        from pgemu.report.document import sources as sources_of
+        from pgemu.report.plain_sources import sources as sources_of
 
         found["sources"] = sources_of(comparison)
     return found

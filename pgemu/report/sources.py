@@ -77,10 +77,17 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
         },
         "zeroed_by_page": _ZEROED,
         "zeroed_by_folio": _ZEROED,
+        "zeroed_unreached": _ZEROED,
+        "stage2_beyond": S.both(S.ZAP),
+        "stores_irq_off": {"restructure": (S.SPLIT, S.MERGE), "pfnmap": (_WHOLE,)},
         "flushes_mm": S.both(S.main("mm/mmu_gather.c:tlb_finish_mmu")),
         "flushes_vm": S.both(S.main("virt/kvm/kvm_main.c:kvm_flush_remote_tlbs")),
         "flushes_kernel": S.both(S.main("mm/hugetlb_vmemmap.c:vmemmap_remap_range")),
         "refused_conversions": {"restructure": (S.ATTRIBUTES, S.SPLIT), "pfnmap": (Source("no gate", "slides"),)},
+        "spinning_conversions": {
+            "restructure": (Source("mm/hugetlb_restructuring.c:hugetlb_restructuring_freeze_folio", "posted"),),
+            "pfnmap": (_WHOLE,),
+        },
         "refused_holes": {
             "restructure": (Source("virt/kvm/guest_memfd.c:kvm_gmem_truncate_inode_range", "posted"),),
             "pfnmap": (S.inferred("holes", "checks of fallocate() are those of the version of restructure"),),

@@ -38,6 +38,7 @@ __all__ = (
     "tags",
     "times",
     "trace",
+    "worst",
 )
 
 
@@ -189,6 +190,28 @@ def times(comparison: Comparison) -> Group:
         Text(),
         _titled("What part of it is assumed prices, the rest measured or published", _assumed(comparison)),
     )
+
+
+def worst(comparison: Comparison) -> Group:
+    """Which operation of each kind took the most, when, and most of it for what."""
+    from pgemu.experiments.compare import explained
+
+    found = explained(comparison)
+    columns = ("record", "at", "takes")
+    table = _table("operation", "design", *columns, "most of it", right=columns, fold=("most of it",))
+    start = int(comparison.lowered.records.time[0]) if len(comparison.lowered.records) else 0
+    for op in Operation:
+        name = operation_name(op)
+        for run in comparison.runs:
+            one = found[run.design].get(op)
+            if one is None:
+                continue
+            cells = (units.count(one.record), units.band(one.time - start, one.time - start), units.band(*one.cost))
+            largest = one.largest
+            part = f"{largest.event.name.lower()} {units.band(*largest.band)}" if largest else "-"
+            table.add_row(name, run.design, *cells, part)
+            name = ""
+    return _titled("The operation of each kind that takes the most", table)
 
 
 def _assumed(comparison: Comparison) -> Table:

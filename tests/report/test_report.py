@@ -1,4 +1,4 @@
-"""The report as text: complete, and readable at any width."""
+"""The tables of --details: complete, and readable at any width."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pgemu.experiments.compare import Comparison, Finding, compare
 from pgemu.experiments.metrics import METRICS
 from pgemu.machine.results import operation_name
 from pgemu.report import units
+from pgemu.report.details import write, write_sources
 from pgemu.report.limits import LIMITS
 from pgemu.trace import Layout, RefusedSlot
 
@@ -24,9 +25,9 @@ def text(comparison: Comparison, width: int = 80, sources: bool = False, encodin
     if encoding != "utf-8":
         console = Console(file=_Encoded(encoding), width=width, highlight=False)  # type: ignore[arg-type]
         out = console.file  # type: ignore[assignment]
-    report.write(comparison, console)
+    write(comparison, console)
     if sources:
-        report.write_sources(comparison, console)
+        write_sources(comparison, console)
     return out.getvalue()
 
 
@@ -85,15 +86,10 @@ def test_what_each_design_cannot_do_is_always_said() -> None:
             assert words(limit.text) in printed
 
 
-def test_one_design_has_one_column_and_no_differences() -> None:
+def test_one_design_has_one_column() -> None:
     printed = text(compare(lowered(mixed_records()), ["pfnmap"]))
     assert "restructure" not in printed.split("What each design cannot do")[0]
-    assert "Differences" not in printed
     assert "all 18" in words(printed)
-
-
-def test_equal_designs_are_said_to_be_equal() -> None:
-    assert "Nothing differs by a factor of two or more." in text(compare(lowered(setup())))
 
 
 def test_memory_is_told_with_its_reason() -> None:
@@ -136,15 +132,22 @@ def test_broken_invariants_are_one_line_each() -> None:
         "restructure: 2 findings, the first: host private, at 0x200, noticed after 5 of 18 operations",
         "pfnmap: 1 findings, the first: frames, at 0x3, noticed after closing",
     ]
+    # The guest reads 4K of the folio that the branch marked after it had zeroed another: the version's own defect.
+    assert [line.split(",")[0] for line in report.findings(mixed())] == ["restructure: 2 findings"]
+    assert report.findings(mixed(), explained=False) == []
     assert "Broken invariants" in text(broken)
-    assert "Broken invariants" not in text(mixed())
+    assert "Broken invariants" not in text(converts_nothing())
 
 
-def test_parameters_that_differ_from_the_default_are_told() -> None:
-    assert "parameters" not in text(mixed())
-    options = {"order": "fixup", "host_huge": True, "defects": ("rollback-at-zero",), "worker": "queued"}
-    told = text(compare(lowered(mixed_records()), **options), width=200)
-    assert "parameters  order fixup, defects rollback-at-zero, worker queued, host-huge\n" in told
+def test_what_is_given_by_hand_is_told_and_versions_are() -> None:
+    plain = words(text(mixed()))
+    assert "by hand" not in plain.replace("made by hand", "")
+    assert "restructure dec2025: the restructuring branch of December 2025" in plain
+    assert "mended allocation-race, mapping-order" in plain
+    assert "zeroing restructure uptodate-unzeroed, pfnmap by page" in plain
+    options = {"order": "jan2026", "host_huge": True, "defects": ("rollback-at-zero",), "worker": "queued"}
+    told = words(text(compare(lowered(mixed_records()), **options), width=200))
+    assert "by hand order jan2026, defects rollback-at-zero uptodate-unzeroed, worker queued, host-huge True" in told
 
 
 @pytest.mark.parametrize(

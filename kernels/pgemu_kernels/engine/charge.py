@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels import words
 from pgemu_kernels.engine.bits import U0, U1, U2, U3, U4, U7, U8, U63, leading_zeros, trailing_zeros
-from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.words.events import (
     CLOCK_HIGH,
     CLOCK_LOW,
@@ -24,6 +24,7 @@ from pgemu_kernels.words.events import (
     STATS_PRICES_ONE,
     STATS_REPEATED,
     STATS_TALLY,
+    STATS_WORST,
 )
 from pgemu_kernels.words.registers import R_COUNTER_ROW
 from pgemu_kernels.words.rows import (
@@ -148,9 +149,28 @@ def tally_slot(status):
     return _FAULT_BIT + trailing_zeros(U(status))
 
 
+@outlined
+def note_worst(stats, kind, low, high):
+    """An operation that has just been counted takes more than all of its kind before it: its cost, and which it is."""
+    tally = STATS_TALLY + kind * _TALLY_SLOTS
+    ended = np.int64(0)
+    for slot in range(tally, tally + _TALLY_SLOTS):
+        ended += stats[slot]
+    worst = STATS_WORST + kind * U4
+    stats[worst] = low
+    stats[worst + U1] = high
+    stats[worst + U2] = ended - 1
+
+
+@kernel
+def forget_last(stats):
+    """The next operation is of another kind than the last: that it costs the same says nothing."""
+    stats[STATS_LAST] = -1
+
+
 @kernel
 def finish_operation(m, op):
-    """Book the result and the cost of the operation whose record is at `op`."""
+    """Book the result and the cost of the operation whose record is at `op`; forget_last() where its kind is new."""
     state = m.state
     stats = m.stats
     kind = state[op + O_OP]
@@ -165,6 +185,8 @@ def finish_operation(m, op):
         stats[STATS_LAST + U1] = high
         stats[STATS_LAST + U2] = np.int64(bucket(low))
         stats[STATS_LAST + U3] = np.int64(bucket(high))
+        if high > stats[STATS_WORST + kind * U4 + U1]:
+            note_worst(stats, kind, low, high)
     row = STATS_HISTOGRAM + kind * U2 * _BUCKETS
     stats[row + U(stats[STATS_LAST + U2])] += 1
     stats[row + _BUCKETS + U(stats[STATS_LAST + U3])] += 1

@@ -127,9 +127,8 @@ def prep_compound_head(ram, state, head, first, order):
         ram[second + U4] = ALL  # _mm_id_mapcount, _mm_ids
         ram[second + U7] = U1 << order  # _nr_pages
         if order != U1:
-            link = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
-            ram[first + U18] = link
-            ram[first + U(19)] = link
+            ram[first + U18] = vmemmap_address(state, head) + U(144)  # _deferred_list, empty
+            ram[first + U(19)] = ram[first + U18]
 
 
 @outlined

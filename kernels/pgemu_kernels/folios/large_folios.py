@@ -147,7 +147,7 @@ def take_large(m, inode, index):
 
 
 @outlined
-def insert_large(m, inode, index, head):
+def add_large(m, inode, index, head):
     """Put what take_large() gave in the page cache: False where somebody was faster in its block, and it goes back."""
     state = m.state
     node = inode_row(inode)
@@ -191,7 +191,7 @@ def release_large(m, node, head, order):
 
 
 @outlined
-def split_folio(m, head, order, at):
+def split_by_halves(m, head, order, at):
     """Split a folio so that page `at` of it is one of order 0, the others as large as can be: pieces by halves.
 
     mm/huge_memory.c:try_folio_split_to_order(), __split_unmapped_folio(); nobody but the page cache refers to it.

@@ -19,7 +19,7 @@ from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.folio import folio_order, folio_test_large, struct_page
 from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
-from pgemu_kernels.folios.large_folios import insert_large, large_folios, take_large
+from pgemu_kernels.folios.large_folios import add_large, large_folios, take_large
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import lru, piece_merges, piece_splits, pieces
 from pgemu_kernels.gmem.conversion import in_pieces
@@ -99,7 +99,7 @@ def lookup(m, op):
 
 
 large_taken = full_only(take_large, NONE)
-large_inserted = full_only(insert_large, False)
+large_added = full_only(add_large, False)
 
 
 @kernel
@@ -148,7 +148,7 @@ def insert(m, op):
     state[op + O_FOLIO] = U0
     state[R_FOLIOS_IN_HAND] -= pages_in_hand(m, head)
     if large_folios(m) != U0 and folio_test_large(m.ram, struct_page(m, head)):
-        return np.int64(0 if large_inserted(m, inode, state[op + O_INDEX], head) else -EEXIST)
+        return np.int64(0 if large_added(m, inode, state[op + O_INDEX], head) else -EEXIST)
     if state[block + B_STATE] != BLOCK_ABSENT:
         give_back_folio(m, inode, head)
         return np.int64(-EEXIST)

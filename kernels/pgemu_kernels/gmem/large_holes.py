@@ -9,7 +9,7 @@ from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import block_row, inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import INDEX, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hugetlb import release_block
-from pgemu_kernels.folios.large_folios import head_and_order, release_large, split_folio
+from pgemu_kernels.folios.large_folios import head_and_order, release_large, split_by_halves
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address
@@ -91,12 +91,12 @@ def remove_part(m, inode, at, start, end):
     if reference_count(m.ram, page) != pages:
         return  # can_split_folio()
     unmap_folio(m, inode, head, first, pages)
-    split_folio(m, head, order, low - first)
+    split_by_halves(m, head, order, low - first)
     if high == first + pages:
         return
     other, order = head_and_order(m, state[block_row(m, node, high) + B_PFN])
     if order != U0:
-        split_folio(m, other, order, high - m.ram[struct_page(m, other) + INDEX])
+        split_by_halves(m, other, order, high - m.ram[struct_page(m, other) + INDEX])
 
 
 @outlined

@@ -64,12 +64,12 @@ U = np.uint64
 
 
 @kernel
-def head_of(m, pfn):
+def head_of_large(m, pfn):
     head, _ = head_and_order(m, pfn)
     return head
 
 
-large_head = full_only(head_of, U0)
+large_head = full_only(head_of_large, U0)
 
 
 @kernel

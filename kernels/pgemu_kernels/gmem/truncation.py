@@ -23,7 +23,7 @@ from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
-from pgemu_kernels.folios.zeroed import knows_flags_only
+from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only
 from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
@@ -172,12 +172,10 @@ def hole_arguments(m, op):
 
 @outlined
 def note_hole(m, node, index, pages):
-    """Where the code knows flags only: pages that a hole has zeroed are so in a folio that counts as up to date.
+    """Where flags lie: pages that a hole has zeroed are so in a folio that counts as up to date.
 
-    Of any other the next first use zeroes them again, and nothing is lost by that.
+    Of any other, where the code knows flags only, the next first use zeroes them again, and nothing is lost by that.
     """
-    if not knows_flags_only(m):
-        return
     block = block_row(m, node, index)
     m.state[block + B_BITS] = U1
     for at in range(index, index + pages):
@@ -185,11 +183,8 @@ def note_hole(m, node, index, pages):
         word = m.state[node + I_ZEROED] + (at >> U6)
         if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
             m.state[word] |= U1 << (at & U63)
-        else:
+        elif knows_flags_only(m):
             m.state[word] &= ~(U1 << (at & U63))
-
-
-noted_hole = full_only(note_hole, None)  # default machines have no defects
 
 
 @kernel
@@ -200,7 +195,8 @@ def zero_part(m, node, index, pages):
         inside = (U1 << m.state[R_ORDER]) - U1
         zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
-        noted_hole(m, node, index, pages)
+        if flags_lie(m):
+            note_hole(m, node, index, pages)
 
 
 @step

@@ -29,7 +29,7 @@ from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
-from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio, mark_dirty as mark_folio_dirty
+from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio, set_folio_dirty
 from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.stage2.leaves import map_leaf, map_mmio, map_target_level, slot_for
@@ -357,7 +357,7 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     if status > 0 and host_level > U1:
         mark_accessed(m, pfn)
     elif status > 0 and writable and pfn < state[R_FRAMES]:
-        mark_folio_dirty(m, pfn)
+        set_folio_dirty(m, pfn)
     return status, level
 
 

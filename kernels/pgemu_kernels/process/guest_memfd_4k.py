@@ -58,7 +58,7 @@ def find_or_add_folio(m, node, index):
 
 
 @kernel
-def mark_dirty(m, pfn):
+def set_folio_dirty(m, pfn):
     """folio_mark_dirty() of a page of guest_memfd; nothing for other ordinary frames."""
     word = U(m.counts[pfn])
     if word & PAGE_CACHED != U0:

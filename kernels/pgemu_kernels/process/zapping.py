@@ -21,7 +21,7 @@ from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_re
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import unmap_page
 from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
-from pgemu_kernels.process.guest_memfd_4k import mark_dirty
+from pgemu_kernels.process.guest_memfd_4k import set_folio_dirty
 from pgemu_kernels.process.tables import (
     gather,
     gather_begin,
@@ -103,7 +103,7 @@ def _forget_page(m, row, entry):
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
         return _forget_folio(m, row, pte_pfn(entry) << U12)
     if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
-        mark_dirty(m, pte_pfn(entry))
+        set_folio_dirty(m, pte_pfn(entry))
     unmap_page(m, m.state[row + A_SPACE], pte_pfn(entry))
     return np.int64(0)
 

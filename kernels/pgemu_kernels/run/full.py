@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, pause, resume
+from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, forget_last, pause, resume
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
@@ -83,6 +83,7 @@ def step_actor(m, actor, beginning):
         state[R_STEPPED] -= U1
         if kind == OP_GUEST_FAULT:
             state[R_GUEST_FAULTS] -= U1
+        forget_last(m.stats)
         finish_operation(m, op)
     go_on(m)
     return outcome

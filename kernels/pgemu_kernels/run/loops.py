@@ -17,7 +17,7 @@ from pgemu_kernels.engine.bits import (
     U0,
     U1,
 )
-from pgemu_kernels.engine.charge import charge_one, finish_operation, result
+from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
@@ -281,6 +281,7 @@ def run_stretches(m, columns, first, loops):
         last = end_of_stretch(m, columns, kind, first, count)
         if last == first:
             break
+        forget_last(m.stats)
         missing = run_stretch(m, columns, kind, first, last, loops)
         if missing != U0:
             return first | missing << LOOP_SHIFT

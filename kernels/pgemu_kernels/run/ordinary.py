@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U1
-from pgemu_kernels.engine.charge import finish_operation
+from pgemu_kernels.engine.charge import finish_operation, forget_last
 from pgemu_kernels.engine.compile import entry
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
@@ -35,6 +35,7 @@ def run_ordinary(descriptor, header, object_, address, offset, length, status, d
             kvm.operate_vm(m, op)
         else:
             mm.operate_process(m, op)
+        forget_last(m.stats)
         finish_operation(m, op)
         save_result(m.state, op, columns, i)
         i += U1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, NONE, U0, U1, U3, U6, U7, U9, U12, U512
-from pgemu_kernels.engine.charge import charge_one, finish_operation
+from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, save_result
@@ -292,6 +292,7 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
         m.state[R_ORDINARY] = U1
         op = load(m, columns, i)
         operate_pool(m, op)
+        forget_last(m.stats)
         finish_operation(m, op)
         save_result(m.state, op, columns, i)
         i += U1

@@ -294,10 +294,11 @@ def test_the_pool_hands_out_the_lowest_page_first_and_the_last_freed_next() -> N
     assert gmem.pfn(0) == base + 1024
 
 
+@pytest.mark.parametrize("merge_zero", ["none", "unzeroed"])
 @pytest.mark.parametrize(("zero", "host", "guest"), [("folio", 1, 511), ("page", 1, 511)])
-def test_merging_speaks_for_every_page(zero: str, host: int, guest: int) -> None:
+def test_merging_speaks_for_every_page(zero: str, host: int, guest: int, merge_zero: str) -> None:
     """One page of a shared block was used: after the merge the guest sees zeroes everywhere else, zeroed once."""
-    machine = Machine(Config("restructure", pool=M2, page_size=M2, zero=zero))  # type: ignore[arg-type]
+    machine = Machine(Config("restructure", pool=M2, page_size=M2, zero=zero, merge_zero=merge_zero))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(M2, shared=True)
     process = machine.create_process()
     vm = machine.create_vm()
@@ -306,7 +307,12 @@ def test_merging_speaks_for_every_page(zero: str, host: int, guest: int) -> None
     process.touch(VA + 9 * PAGE)
     assert machine.statistics.event(Event.PAGE_ZEROED) == host
     gmem.convert(0, M2, shared=False)
+    head = gmem.pfn(0)
+    assert head is not None
+    assert machine.statistics.event(Event.PAGE_ZEROED) == (host if merge_zero == "none" else host + guest)
+    assert int(machine.struct_page(head)[0]) >> 3 & 1 == (merge_zero == "unzeroed")  # PG_uptodate
     vm.touch(0)
+    assert int(machine.struct_page(head)[0]) >> 3 & 1 == 1
     assert machine.statistics.event(Event.PAGE_ZEROED) == host + guest
     assert machine.statistics.event(Event.FOLIO_ZEROED_PAGES) == 0
     vm.touch_many(np.arange(0, M2, PAGE))

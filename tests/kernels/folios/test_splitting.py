@@ -280,17 +280,34 @@ def test_words_in_the_page_cache(kernel: str, split_form: str) -> None:
     assert machine.struct_page(head).tolist()[3:5] == [mapping, 512]
     assert machine.struct_page(head).tolist()[6] == 512 << 32 | HUGETLB
 
-    machine, gmem = make(kernel=kernel, split_form=split_form, zero="page")
+
+@pytest.mark.parametrize("zero", ["folio", "page"])
+@pytest.mark.parametrize("split_form", SPLIT_FORMS)
+@pytest.mark.parametrize("kernel", ["6.18", "7.3"])
+def test_flags_of_pages_that_were_never_zeroed(kernel: str, split_form: str, zero: str) -> None:
+    """Two 4K folios of a shared block were never used: a merge and the next split know which."""
+    config = Config("restructure", pool=M2, page_size=M2, kernel=kernel, split_form=split_form, zero=zero)  # type: ignore[arg-type]
+    machine = Machine(config)
+    gmem = machine.create_guest_memfd(M2, shared=True)
+    vm = machine.create_vm(protected=True)
+    assert vm.bind(gmem, 0).status == 0
+    vm.touch_many(np.array([page * PAGE for page in range(512) if page not in (0, 9)], np.uint64))
     head = gmem.pfn(0)
     assert head is not None
-    bits = int(machine.arrays.state[machine.register(W.R_ZEROED_ROWS)])
-    machine.arrays.state[machine.register(W.R_ZEROED_ROWS)] = bits & ~(1 << 0 | 1 << 9)
-    assert gmem.convert(0, PAGE, shared=True).status == 0
-    flags = [int(machine.struct_page(head + page)[0]) & UPTODATE for page in range(512)]
-    assert flags == [0 if page in (0, 9) else UPTODATE for page in range(512)]
-    assert gmem.convert(0, PAGE, shared=False).status == 0
-    assert int(machine.arrays.state[machine.register(W.R_ZEROED_ROWS)]) == bits & ~(1 << 0 | 1 << 9)
+    expected = [0 if page in (0, 9) else UPTODATE for page in range(512)]
+
+    def flags() -> list[int]:
+        return [int(machine.struct_page(head + page)[0]) & UPTODATE for page in range(512)]
+
+    assert flags() == expected
+    assert gmem.convert(0, M2, shared=False).status == 0
+    assert not gmem.is_split(0)
     assert int(machine.struct_page(head)[0]) & UPTODATE == 0
+    bits = machine.register(W.R_ZEROED_ROWS)
+    assert machine.arrays.state[bits : bits + 8].tolist() == [(1 << 64) - 1 & ~(1 << 0 | 1 << 9)] + [(1 << 64) - 1] * 7
+    assert gmem.convert(0, PAGE, shared=True).status == 0
+    assert flags() == expected
+    assert machine.check() == 0
 
 
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)

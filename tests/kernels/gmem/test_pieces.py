@@ -131,10 +131,11 @@ def test_allocation_splits_what_is_shared() -> None:
     assert machine.check() == 0
 
 
+@pytest.mark.parametrize("merge_zero", ["none", "unzeroed"])
 @pytest.mark.parametrize("zero", ["folio", "page"])
-def test_zeroing(zero: str) -> None:
+def test_zeroing(zero: str, merge_zero: str) -> None:
     """A piece is zeroed at its first use; split and merge neither forget nor repeat that."""
-    machine, gmem, vm, process = make(zero=zero)
+    machine, gmem, vm, process = make(zero=zero, merge_zero=merge_zero)
 
     def zeroed() -> int:
         events = machine.statistics.event(Event.PAGE_ZEROED), machine.statistics.event(Event.FOLIO_ZEROED_PAGES)
@@ -152,7 +153,7 @@ def test_zeroing(zero: str) -> None:
     assert zeroed() == 513
     assert gmem.convert(0, PAGE, shared=False).status == 0
     assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
-    assert zeroed() == (1 << 18 if zero == "folio" else 513)  # the folio's one flag speaks for all of it
+    assert zeroed() == (513 if merge_zero == "none" else 1 << 18)
     assert vm.touch(0).detail == 3
     assert zeroed() == 1 << 18
     assert machine.check() == 0
