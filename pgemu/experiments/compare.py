@@ -19,7 +19,7 @@ from pgemu.machine.statistics import Statistics
 from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -279,8 +279,9 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
     layout = lowered.layout
     sizes = LIKE[versions.like].page_sizes
     if layout.page_size not in sizes:
-        known = " or ".join({PAGE_4K: "4K", PAGE_2M: "2M"}.get(size, "1G") for size in sizes)
-        raise InputError(f"huge pages of {layout.page_size >> 20} MiB: {versions.like} knows pages of {known} only")
+        names = {PAGE_4K: "4K", PAGE_2M: "2M", PAGE_1G: "1G"}
+        known = " or ".join(names[size] for size in sizes)
+        raise InputError(f"pages of {names[layout.page_size]}: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
     fields = {"vm": "sw" if lowered.init == "private" else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])

@@ -144,7 +144,7 @@ def _tried(
         unreached = any(alternative.unreached for alternative in alternatives)
         if first is not base[0] or second is not base[1] or unreached:
             label = " and ".join(alternative.label for alternative in alternatives)
-            removed = _removed(base, (first, second))
+            removed = _removed(base, (first, second)) if len(alternatives) == 1 else ""
             measures = measure(first, second, unreached=unreached)
             yield Trial(" and ".join(names), label, removed, measures, (first, second))
 

@@ -214,7 +214,7 @@ class Trial(NamedTuple):
     Attributes:
         rule: the inferred rule, or several joined by " and "
         label: the alternative
-        removes: the defect that the machines do not have under it while both zero the same, or ""
+        removes: the defect that the machines do not have under it while both zero the same, or ""; "" for several
         measures: the answers, by question
         runs: the machines
     """

@@ -95,7 +95,7 @@ def _json(
             "rules": {rule: {"text": one.text, "source": one.source} for rule, one in INFERENCES.items()},
         }
     if sources:
-        from pgemu.report.document import sources as sources_of
+        from pgemu.report.plain_sources import sources as sources_of
 
         found["sources"] = sources_of(comparison)
     return found

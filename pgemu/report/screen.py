@@ -36,15 +36,18 @@ _COLUMNS = (21, 12, 12, 22, 9)
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     """Return the first screen."""
     found = [*_head(comparison), "", *_table(comparison, lines), ""]
-    room = HEIGHT - len(found) - 1
-    rests = list(_rests(comparison, lines, sensitivity))
-    for text in [*causes(comparison, sensitivity), *rests]:
-        wrapped = textwrap.wrap(text, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")
-        if len(wrapped) > room:
-            break
-        found += wrapped
-        room -= len(wrapped)
-    found.append(_foot(comparison, lines, sensitivity))
+    foot = _wrapped(_foot(comparison, lines, sensitivity))
+    room = HEIGHT - len(found) - len(foot)
+    rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
+    kept = []
+    for text in (*rests, *why):  # where there is no room for all, on what it rests comes first
+        wrapped = _point(text)
+        if len(wrapped) <= room:
+            kept.append(text)
+            room -= len(wrapped)
+    for text in (*why, *rests):
+        found += _point(text) if text in kept else []
+    found += foot
     return "\n".join(found) + "\n"
 
 
@@ -73,6 +76,10 @@ def _head(comparison: Comparison) -> Iterator[str]:
         yield from _wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:
         yield from _wrapped(text)
+
+
+def _point(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
 
 
 def _wrapped(text: str) -> list[str]:
@@ -171,7 +178,8 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             yield (
                 f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
                 f"{units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap come back, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves there"
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves "
+                "there"
             )
             stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
             taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
@@ -256,9 +264,8 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
 def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
     by_rule: dict[tuple[str, str], list[str]] = {}
     for line in lines.values():
-        for rule, label, better in line.basis.rules:
-            if " and " in rule:
-                continue
+        alone = [one for one in line.basis.rules if " and " not in one[0]]
+        for rule, label, better in alone or line.basis.rules:  # pairs only where no rule alone turns it
             turned = {None: "undecided", -1: "alike"}.get(better) or comparison.runs[better or 0].design
             by_rule.setdefault((rule, label), []).append(f"{line.question} {turned}")
     for (rule, label), answers in by_rule.items():
@@ -290,4 +297,4 @@ def _middle(band: float | tuple[float, float]) -> float:
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
-    return f"times: estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"
+    return f"estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"

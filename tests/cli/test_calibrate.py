@@ -75,8 +75,8 @@ def test_the_written_profile_prices_a_comparison(measured: list[float], tmp_path
     assert profile[Event.PAGE_COPIED].each == (90, 110)
 
     found = compared("--profile", str(path), "--sources")
-    assert found["machine"]["profile"] == str(path)
-    assert found["machine"]["host_cpus"] == os.cpu_count()
+    assert found["machines"]["pfnmap"]["profile"] == str(path)
+    assert found["machines"]["pfnmap"]["host_cpus"] == os.cpu_count()
     prices = found["sources"]["prices_ns"]
     assert prices["page_copied"]["each"] == [90, 110]
     assert prices["page_copied"]["source"].startswith("pgemu calibrate: 4 KiB copied, cached 90 ns to 110 ns")
@@ -84,17 +84,17 @@ def test_the_written_profile_prices_a_comparison(measured: list[float], tmp_path
 
 
 def compared(*args: str) -> dict[str, dict[str, dict[str, dict[str, object]]]]:
-    result = run("compare", "--design", "pfnmap", "--json", *args)
+    result = run("compare", "--design", "pfnmap", "--format", "json", *args)
     assert result.exit_code == 0, result.output
     found: dict[str, dict[str, dict[str, dict[str, object]]]] = json.loads(result.stdout)
     return found
 
 
 def test_a_profile_brings_its_cpus() -> None:
-    machine = compared("--profile", "epyc-252vcpu")["machine"]
+    machine = compared("--profile", "epyc-252vcpu")["machines"]["pfnmap"]
     assert (machine["profile"], machine["host_cpus"]) == ("epyc-252vcpu", 252)
-    assert compared("--profile", "epyc-252vcpu", "--host-cpus", "3")["machine"]["host_cpus"] == 3
-    machine = compared()["machine"]
+    assert compared("--profile", "epyc-252vcpu", "--host-cpus", "3")["machines"]["pfnmap"]["host_cpus"] == 3
+    machine = compared()["machines"]["pfnmap"]
     assert (machine["profile"], machine["host_cpus"]) == ("published", 1)
 
 

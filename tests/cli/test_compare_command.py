@@ -43,18 +43,20 @@ def invoke(*args: str) -> Result:
 
 
 def document(*args: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    result = invoke(*args, "--json", "--page-size", "2M")
+    result = invoke(*args, "--format", "json", "--no-sensitivity", "--page-size", "2M")
     assert result.exit_code == 0, result.output
     assert complaints(result.stderr) == ""
     found: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(result.stdout)
     return found
 
 
-def test_tables_go_to_stdout_and_nothing_else(log: str) -> None:
-    result = invoke(log, "--page-size", "2M")
-    assert result.exit_code == 0
+@pytest.mark.parametrize("details", [True, False])
+def test_the_first_screen_and_tables_go_to_stdout_and_nothing_else(log: str, details: bool) -> None:
+    result = invoke(log, "--page-size", "2M", *["--details"] * details)
+    assert result.exit_code == 0, result.output
     assert complaints(result.stderr) == ""
-    assert "What every operation returned" in result.stdout
+    assert "time of conversions" in result.stdout
+    assert ("What every operation returned" in result.stdout) == details
     assert "\x1b" not in result.stdout
     assert all(line == line.rstrip() for line in result.stdout.splitlines())
 
@@ -70,7 +72,8 @@ def test_both_designs_and_all_records_are_in_the_document(log: str) -> None:
 
 
 def test_the_document_is_the_same_each_time(log: str) -> None:
-    assert invoke(log, "--json").stdout == invoke(log, "--json").stdout
+    options = (log, "--format", "json")
+    assert invoke(*options).stdout == invoke(*options).stdout
 
 
 def test_options_reach_the_machine(log: str) -> None:
@@ -79,17 +82,17 @@ def test_options_reach_the_machine(log: str) -> None:
     assert list(found["designs"]) == ["pfnmap"]
     machine = {"pool": 8 << 20, "page_size": 2 << 20, "kernel": "6.12", "stage2": "ept", "hvo": False}
     machine |= {"vcpus": 4, "host_cpus": 64, "zero": "page", "seed": 3, "profile": "published"}
-    assert machine.items() <= found["machine"].items()
+    assert machine.items() <= found["machines"]["pfnmap"].items()
     assert found["check"] == 2
 
 
 def test_orders_reach_the_machine(log: str) -> None:
     options = "--order rfc2 --batch block --merge lazy --flush batched --worker queued --split-to 2M --host-huge"
     defects = "--lru-cache --defect rollback-at-zero --defect allocation-race --defect rollback-at-zero"
-    found = document(log, *options.split(), *defects.split())["machine"]
+    found = document(log, *options.split(), *defects.split())["machines"]["restructure"]
     expected = {
         "order": "rfc2",
-        "split_form": "rfc2",
+        "split_form": "jan2026",
         "batch": "block",
         "merge": "lazy",
         "flush": "batched",
@@ -97,17 +100,26 @@ def test_orders_reach_the_machine(log: str) -> None:
     expected |= {"worker": "queued", "split_to": "2M"}
     assert expected.items() <= found.items()
     assert (found["host_huge"], found["lru_cache"]) == (True, True)
-    assert found["defects"] == ["allocation-race", "rollback-at-zero"]
+    assert found["defects"] == ["allocation-race", "rollback-at-zero", "uptodate-unzeroed"]
     assert tuple(sorted(DEFECTS)) == command._DEFECTS
 
 
-def test_an_order_does_the_same_to_pages_in_another_way(log: str) -> None:
-    """The small log converts one page of a huge page in use: rfc2 splits it after the zap, page by page."""
+def test_a_split_form_does_the_same_to_pages_in_another_way(log: str) -> None:
+    """The small log converts one page of a huge page in use: rfc2 splits it page by page."""
     first, second = (
-        document(log, "--order", order)["designs"]["restructure"]["state"] for order in ("rfc2", "jan2026")
+        document(log, "--split-form", form)["designs"]["restructure"]["state"] for form in ("rfc2", "jan2026")
     )
     assert {name for name, value in first.items() if second[name] != value} == {"struct_page_bytes"}
     assert second["struct_page_bytes"] - first["struct_page_bytes"] == 511 * (44 - 24)  # type: ignore[operator]
+
+
+def test_what_comes_together_is_that_of_the_version(log: str) -> None:
+    machines = document(log, "--like", "rfc2", "--as-posted", "--pfnmap", "slides2025")["machines"]
+    rfc2 = {"order": "rfc2", "split_form": "rfc2", "batch": "range", "zero": "folio", "punch": "zero"}
+    assert rfc2.items() <= machines["restructure"].items()
+    assert machines["restructure"]["defects"] == ["allocation-race", "rollback-at-zero"]
+    assert machines["pfnmap"]["defects"] == ["insert-unlocked", "punch-keeps-entries"]
+    assert machines["pfnmap"]["punch"] == "zero"
 
 
 def test_next4k_wants_4k_pages(log: str) -> None:
@@ -138,7 +150,7 @@ def test_sources_are_in_the_document_when_asked_for(log: str) -> None:
 
 
 def test_without_a_trace_the_shipped_one_runs() -> None:
-    result = invoke("--json", "--design", "pfnmap")
+    result = invoke("--format", "json", "--design", "pfnmap")
     found = json.loads(result.stdout)
     assert found["trace"]["source"] == "vm-convert-swprot.ftrace.txt.xz (comes with pgemu)"
     assert found["designs"]["pfnmap"]["operations"]["guest fault"]["count"] == 16825
@@ -146,7 +158,7 @@ def test_without_a_trace_the_shipped_one_runs() -> None:
 
 
 def test_a_workload_runs_by_its_name() -> None:
-    found = json.loads(invoke("workload:tdx-boot", "--json", "--design", "pfnmap").stdout)
+    found = json.loads(invoke("workload:tdx-boot", "--format", "json", "--design", "pfnmap").stdout)
     assert found["designs"]["pfnmap"]["count"] == found["trace"]["records"] == 10136
     assert found["designs"]["pfnmap"]["operations"]["convert"]["count"] > 1000
 
@@ -156,7 +168,7 @@ def test_a_workload_runs_by_its_name() -> None:
     [
         (["no-such-file"], "no-such-file: no such file"),
         (["workload:none"], "workload:none: no such workload"),
-        (["--page-size", "3M"], "'3M' is not one of '2M', '1G'"),
+        (["--page-size", "3M"], "'3M' is not one of '4K', '2M', '1G'"),
         (["--guest-memory", "much"], "'much': expected a size or an address like 16G"),
         (["--guest-memory", "4P"], "'4P': expected a size"),
         (["--guest-memory", "3M"], "3145728 bytes is not a multiple of the page size"),
@@ -170,6 +182,19 @@ def test_a_workload_runs_by_its_name() -> None:
         (["--vcpus", "0"], "0 is not in the range"),
         (["--design", "folio"], "design 'folio': expected one of restructure, pfnmap"),
         (["--kernel", "5.4"], "'5.4' is not one of"),
+        (["--like", "v3"], "'v3' is not one of 'rfc2', 'dec2025', 'jan2026', 'next'"),
+        (["--pfnmap", "slides"], "'slides' is not one of 'corrected', 'slides2025'"),
+        (["--like", "next", "--page-size", "2M"], "pages of 2M: next knows pages of 4K only"),
+        (["--like", "next", "--page-size", "1G"], "pages of 1G: next knows pages of 4K only"),
+        (["--page-size", "4K"], "pages of 4K: dec2025 knows pages of 1G or 2M only"),
+        (["workload:tdx-boot", "--overlap", "1.5"], "1.5 is not in the range 0<=x<=1"),
+        (["--overlap", "0.5"], "overlap"),
+        (["--vary", "like"], "--vary like: expected a value behind each comma"),
+        (["--vary", "speed=1,2"], "--vary speed=1,2: expected OPTION=A,B with one of "),
+        (["--vary", "like=rfc2,v3"], "--vary like=rfc2,v3: 'v3' is not one of"),
+        (["--vary", "like=rfc2,"], "--vary like=rfc2,: expected a value behind each comma"),
+        (["--vary", "like=rfc2", "--vary", "like=next"], "--vary like=next: like varies already"),
+        (["--vary", "seed=" + ",".join(map(str, range(65)))], "--vary: 65 combinations, expected at most 64"),
         (["--nonsense"], "No such option"),
         (["a", "b"], "unexpected extra argument"),
     ],
@@ -199,8 +224,8 @@ def test_broken_invariants_are_told_and_exit_with_1(log: str, monkeypatch: pytes
         return run(self, records)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Machine, "run", corrupt)
-    result = invoke(log, "--page-size", "2M")
-    assert result.exit_code == 1
+    result = invoke(log, "--page-size", "2M", "--no-sensitivity", "--details")
+    assert result.exit_code == 1, result.output
     lines = complaints(result.stderr).splitlines()
     assert [line.split(": ")[:3] for line in lines] == [
         ["pgemu", "broken invariant", design] for design in ("restructure", "pfnmap")

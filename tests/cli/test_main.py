@@ -58,7 +58,7 @@ def test_help_names_every_option() -> None:
     options = set(re.findall(r"--[a-z][a-z0-9-]+", shown))
     assert options >= {
         *("--page-size", "--guest-memory", "--design", "--no-hvo", "--kernel", "--stage2", "--vcpus", "--host-cpus"),
-        *("--zero", "--init", "--dontneed", "--seed", "--check", "--memslot", "--json", "--sources", "--help"),
+        *("--zero", "--init", "--dontneed", "--seed", "--check", "--memslot", "--format", "--sources", "--help"),
         *(
             "--order",
             "--batch",
@@ -85,7 +85,7 @@ def test_an_unknown_command_is_one_line() -> None:
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    command = [sys.executable, "-m", "pgemu", "compare", "--design", "pfnmap", "--json", "--sources"]
+    command = [sys.executable, "-m", "pgemu", "compare", "--design", "pfnmap", "--format", "json", "--sources"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
@@ -120,9 +120,9 @@ def on_a_terminal(code: str) -> tuple[str, str]:
 BAR = """
 import time
 from importlib import import_module
-command = import_module("pgemu.cli.compare")
+command = import_module("pgemu.cli._options")
 command._PROGRESS_AFTER = {after}
-with command._Bar() as bar:
+with command.Bar() as bar:
     for done in (1, 2, 3):
         bar("restructure", done, 4)
         time.sleep(0.15)
@@ -162,10 +162,13 @@ UNNEEDED = {
     *("pgemu.workload", "pgemu.images.image", "pgemu.tables.walk", "pgemu.tables.translation"),
     *("pgemu_kernels.run.full", "pgemu_kernels.run.ordinary", "pgemu_kernels.run.pooling"),
 }
-TABLES = {"rich.table", "rich.console", "pgemu.report"}
+TABLES = {"rich.table", "rich.console", "pgemu.report.details"}
 
 
-@pytest.mark.parametrize(("args", "unneeded"), [([], UNNEEDED), (["--json"], UNNEEDED | TABLES)])
+@pytest.mark.parametrize(
+    ("args", "unneeded"),
+    [([], UNNEEDED | TABLES), (["--details"], UNNEEDED), (["--format", "json"], UNNEEDED | TABLES)],
+)
 def test_a_second_run_compiles_nothing_and_loads_only_what_it_needs(args: list[str], unneeded: set[str]) -> None:
     code = SECOND.format(args=args, unneeded=unneeded)
     first, second = (python("-c", code) for _ in range(2))

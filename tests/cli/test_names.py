@@ -23,12 +23,16 @@ LOWERING = {field.name for field in fields(LoweringOptions)}
 # Where an option may be repeated its name is singular, that of what it gives is plural.
 REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots"}
 # Of the run, not of a machine or a trace; `check` is a key of the document beside "machine".
-OF_THE_RUN = {"designs", "check", "json", "sources"}
-# Follow from others (the pool's size from the trace, the form of splits from the order), or concern no trace.
+OF_THE_RUN = {
+    *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
+    *("like", "pfnmap", "as_posted", "strict"),  # of Versions; what they mean for a machine is in its fields
+    "overlap",  # of a workload
+}
+# Follow from others (the pool's size from the trace), or concern no trace.
 NO_OPTION = {
-    *("pool", "split_form", "frames", "zap_filter", "notifier", "dontneed_on_pfnmap"),
-    *("nx_huge_pages", "l1tf", "memory", "other_pool", "pti", "nodes", "buddy", "reserved", "configuration", "punch"),
-    *("dirty_log_guest_memfd", "in_place_conversion", "zap", "invalidate", "large_folios"),
+    *("pool", "frames", "zap_filter", "notifier", "dontneed_on_pfnmap"),
+    *("nx_huge_pages", "l1tf", "memory", "other_pool", "pti", "nodes", "buddy", "reserved", "configuration"),
+    *("dirty_log_guest_memfd", "in_place_conversion", "large_folios"),
 }
 
 
@@ -47,7 +51,8 @@ def name(option: click.Option) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_functions_call_their_options_as_the_command_line_does(command: str) -> None:
-    builtins = {"as_json": "json", "name": "format"}  # json is a module, format a function
+    # json is a module, format and all are functions
+    builtins = {"as_json": "json", "name": "format", "form": "format", "everything": "all"}
     for spelled, option in options(command).items():
         assert builtins.get(str(option.name), option.name) == spelled
 
@@ -67,9 +72,14 @@ def test_options_have_the_defaults_and_the_values_of_the_fields(command: str) ->
     for spelled, option in shared.items():
         if spelled in ("page_size", "host_cpus", "defects"):  # a size as text; the profile's; one by one
             continue
-        assert option.get_default(CONTEXT) == CONFIG[spelled], spelled
-        if isinstance(option.type, click.Choice) and (values := get_args(hints[spelled])):
-            assert set(option.type.choices) <= set(values), spelled
+        default = option.get_default(CONTEXT)
+        if command == "compare" and spelled not in ("profile", "seed"):  # the version's, or the trace's
+            assert default in (None, ()) or repr(default) == "Sentinel.UNSET", spelled
+        else:
+            assert default == CONFIG[spelled], spelled
+        values = {value for one in get_args(hints[spelled]) for value in (get_args(one) or (one,))}  # Literal | None
+        if isinstance(option.type, click.Choice) and values:
+            assert set(option.type.choices) <= values, spelled
 
 
 def test_the_document_names_the_fields(tmp_path: Path) -> None:
@@ -77,10 +87,13 @@ def test_the_document_names_the_fields(tmp_path: Path) -> None:
     path.write_text(
         " vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=0 gpa=0x0 size=0x200000 hva=0x7f0000000000\n"
     )
-    found = CliRunner().invoke(main, ["compare", str(path), "--design", "pfnmap", "--page-size", "2M", "--json"])
+    found = CliRunner().invoke(
+        main, ["compare", str(path), "--design", "pfnmap", "--page-size", "2M", "--format", "json"]
+    )
     document = json.loads(found.stdout)
-    assert document["machine"].keys() == CONFIG.keys() - {"design"}
-    assert {"check", "designs"} <= document.keys()
+    assert document["machines"]["pfnmap"].keys() == CONFIG.keys() - {"design"}
+    assert {"check", "designs", "versions"} <= document.keys()
+    assert document["versions"] == {"like": "dec2025", "pfnmap": "corrected", "as_posted": False}
     assert document["trace"]["init"] == "shared"
 
 
@@ -105,6 +118,7 @@ def test_an_old_field_raises_with_the_new_one(old: str, new: str) -> None:
         (["consumers", "--convert-order", "rfc2"], "--convert-order is called --order"),
         (["compare", "--convert-order=rfc2"], "--convert-order is called --order"),
         (["compare", "--convert-batch", "block"], "--convert-batch is called --batch"),
+        (["compare", "--json"], "--json is called --format json"),
         (["scenario", "smallest-pfnmap", "--memory", "64M"], "--memory is called --guest-memory"),
     ],
 )

@@ -22,7 +22,10 @@ def compared(name: str, page_size: int) -> Comparison:
 
 def assert_sound(comparison: Comparison) -> None:
     document = comparison.to_json()
-    assert [run.finding for run in comparison.runs] == [None, None]
+    for run in comparison.runs:  # the defect that dec2025 has is found where a folio is used before it is split
+        broken = [(rule.rule.name, rule.explained_by) for rule in run.finding.rules] if run.finding else []
+        assert broken in ([], [("STALE_CONTENTS", ("uptodate-unzeroed",))])
+        assert not broken or run.design == "restructure"
     for design in document["designs"].values():
         assert design["count"] == document["trace"]["records"] == document["trace"]["accounting"]["operations"]
         assert sum(op["count"] for op in design["operations"].values()) == design["count"]

@@ -9,8 +9,8 @@ import pytest
 from comparisons import converts_nothing, lowered, mixed
 from pgemu.experiments.compare import DESIGNS, compare
 from pgemu.experiments.metrics import METRICS
-from pgemu.report.document import sources
 from pgemu.report.limits import LIMITS
+from pgemu.report.plain_sources import sources
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source
 from pgemu.trace import Operation, Records
 
