@@ -37,12 +37,12 @@ def test_a_price_that_is_ten_times_too_high_disagrees() -> None:
 
 def test_split_and_merge_charge_what_is_added_up() -> None:
     machine = Machine(Config("restructure", pool=W.PAGE_1G, page_size=W.PAGE_1G, split_form="jan2026", kernel="7.3"))
-    gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm()
+    gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm(protected=True)
     vm.bind(gmem, gpa=0)
     vm.touch(0)
     for what, shared in ((SPLIT, True), (MERGED, False)):
         before = machine.statistics
-        gmem.convert(0, W.PAGE_4K, shared=shared)
+        assert gmem.convert(0, W.PAGE_4K, shared=shared).status == 0
         after = machine.statistics
         counted = {event: after.event(event) - before.event(event) for event in PARTS[what]}
         assert counted == dict(PARTS[what])
@@ -55,7 +55,7 @@ def test_the_page_cache_of_a_split_1g_folio_takes_the_published_bytes() -> None:
     assert NODES_1G * NODE_BYTES == 2_396_736
     for form in ("rfc2", "jan2026"):
         machine = Machine(Config("restructure", pool=W.PAGE_1G, page_size=W.PAGE_1G, split_form=form))
-        gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm()
+        gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm(protected=True)
         vm.bind(gmem, gpa=0)
         vm.touch(0)
         assert gmem.convert(0, W.PAGE_4K, shared=True).status == 0

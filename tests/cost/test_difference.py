@@ -148,14 +148,14 @@ def operated(profile: str) -> Machine:
     machine = Machine(
         Config("restructure", pool=4 * W.PAGE_2M, page_size=W.PAGE_2M, profile=profile, vcpus=3, host_cpus=5)
     )
-    gmem, vm = machine.create_guest_memfd(4 * W.PAGE_2M), machine.create_vm()
+    gmem, vm = machine.create_guest_memfd(4 * W.PAGE_2M), machine.create_vm(protected=True)
     vm.bind(gmem, gpa=0)
     host = machine.create_process()
     address = 1 << 40
     host.mmap(gmem, address)
     vm.touch_many(np.arange(0, 4 * W.PAGE_2M, W.PAGE_4K, dtype=np.uint64))
     for shared in (True, False, True):
-        gmem.convert(W.PAGE_2M, W.PAGE_2M + W.PAGE_4K, shared=shared)
+        assert gmem.convert(W.PAGE_2M, W.PAGE_2M + W.PAGE_4K, shared=shared).status == 0
         if shared:
             host.touch_many(np.arange(address + W.PAGE_2M, address + 2 * W.PAGE_2M, W.PAGE_4K, dtype=np.uint64))
         vm.touch_many(np.arange(0, 4 * W.PAGE_2M, W.PAGE_4K, dtype=np.uint64))

@@ -111,7 +111,7 @@ def test_another_kind_that_costs_the_same_is_seen() -> None:
 
 def test_the_first_of_equals_counts() -> None:
     machine = Machine(Config("pfnmap", pool=INODE, page_size=PAGE_2M))
-    gmem, vm = machine.create_guest_memfd(INODE), machine.create_vm()
+    gmem, vm = machine.create_guest_memfd(INODE), machine.create_vm(protected=True)
     vm.bind(gmem, gpa=0)
     vm.touch_many([0, PAGE_4K, PAGE_2M, 2 * PAGE_2M, 3 * PAGE_2M])
     worst = machine.statistics.worst(Operation.GUEST_FAULT)

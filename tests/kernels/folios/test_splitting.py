@@ -289,7 +289,7 @@ def test_flags_of_pages_that_were_never_zeroed(kernel: str, split_form: str, zer
     config = Config("restructure", pool=M2, page_size=M2, kernel=kernel, split_form=split_form, zero=zero)  # type: ignore[arg-type]
     machine = Machine(config)
     gmem = machine.create_guest_memfd(M2, shared=True)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(gmem, 0).status == 0
     vm.touch_many(np.array([page * PAGE for page in range(512) if page not in (0, 9)], np.uint64))
     head = gmem.pfn(0)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pgemu.machine.designs import DESIGNS
+from pgemu.machine.findings import explained_by
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Broken, Flag, Operation
@@ -316,3 +317,178 @@ def test_no_large_leaf_over_private_pages(design: str) -> None:
         level, _, entry = s.vm.walk(gfn * PAGE)[-1]
         assert (level, entry & 1) == (1, 1)
     s.sound()
+
+
+# --------------------------------------------------------------------------- zeroing
+
+UPTODATE = 1 << 3
+
+
+def flags_of(s: Scene, page: int, pages: int = 1) -> list[bool]:
+    """PG_uptodate of the struct pages behind some pages of the inode's first huge page."""
+    head = s.gmem.pfn(0)
+    assert head is not None
+    return [bool(int(s.machine.struct_page(head + page + i)[0]) & UPTODATE) for i in range(pages)]
+
+
+def found(s: Scene) -> dict[str, tuple[str, ...]]:
+    """Rules that are broken, and the defects that explain them."""
+    s.machine.check()
+    return {finding.rule.name: finding.explained_by for finding in s.machine.findings}
+
+
+def after_another_owner(**parameters: Any) -> tuple[Scene, bytes]:
+    """A huge page comes back to the pool with what its owner wrote to page 7; a guest touches page 5 of it."""
+    machine = Machine(Config("restructure", pool=M2, page_size=M2, **parameters))
+    before = machine.create_guest_memfd(M2, shared=True)
+    process = machine.create_process()
+    process.mmap(before, VA)
+    process.touch(VA + 7 * PAGE, write=True)
+    secret = b"secret".ljust(PAGE, b"!")
+    machine.write_frame(before.pfn(7 * PAGE) or 0, secret)
+    assert before.close().status == 0
+    s = Scene.__new__(Scene)
+    s.machine, s.process = machine, process
+    s.gmem = machine.create_guest_memfd(M2)
+    s.vm = machine.create_vm(process, protected=True)
+    assert process.mmap(s.gmem, VA).status == 0
+    assert s.vm.bind(s.gmem, 0).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    return s, secret
+
+
+def test_a_folio_counts_as_up_to_date_when_its_first_page_is_zeroed() -> None:
+    """The branch of December 2025: clear_highpage(folio_page(folio, 0)), then folio_mark_uptodate().
+
+    The guest gets what the last owner left; a split hands the flag to every 4K folio, so that the host gets it as well.
+    """
+    s, secret = after_another_owner(defects=("uptodate-unzeroed",))
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 2  # the first owner's page, and page 0
+    assert s.machine.statistics.event(W.Event.FOLIO_ZEROED_PAGES) == 0
+    assert s.machine.read_frame(s.gmem.pfn(7 * PAGE) or 0) == secret
+    assert flags_of(s, 0) == [True]
+    assert found(s) == {"STALE_CONTENTS": ("uptodate-unzeroed",)}
+    assert s.gmem.convert(7 * PAGE, PAGE, shared=True).status == 0
+    assert flags_of(s, 0, 512) == [True] * 512
+    assert s.process.touch(VA + 7 * PAGE) == (W.VM_FAULT_LOCKED, 1)
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 2  # nothing more
+    assert s.machine.read_frame(s.gmem.pfn(7 * PAGE) or 0) == secret
+    assert s.gmem.convert(7 * PAGE, PAGE, shared=False).status == 0
+    assert flags_of(s, 0) == [True]
+
+
+def test_the_whole_folio_is_zeroed() -> None:
+    """RFC v2: folio_zero_user() of the folio, whatever page is asked for."""
+    s, _ = after_another_owner()
+    assert s.machine.statistics.event(W.Event.FOLIO_ZEROED_PAGES) == 512
+    assert s.machine.read_frame(s.gmem.pfn(7 * PAGE) or 0) == bytes(PAGE)
+    assert flags_of(s, 0) == [True]
+    assert found(s) == {}
+
+
+def merged(page: int, **parameters: Any) -> tuple[Scene, bytes]:
+    """A shared block of which the host has used one page becomes private, and the guest touches page 5."""
+    s = Scene("restructure", shared=True, size=M2, **parameters)
+    s.process.touch(VA + page * PAGE, write=True)
+    data = b"data".ljust(PAGE, b".")
+    s.machine.write_frame(s.gmem.pfn(page * PAGE) or 0, data)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    return s, data
+
+
+def test_a_merge_loses_the_flags_of_all_pages_but_the_first() -> None:
+    """RFC v2: prep_compound_page() of the first page, whose flags stay; the next guest fault zeroes what is in use.
+
+    Found by reading (inference): nobody has reported it.
+    """
+    s, _ = merged(9, defects=("merge-keeps-flag",))
+    assert s.machine.read_frame(s.gmem.pfn(9 * PAGE) or 0) == bytes(PAGE)
+    assert s.machine.statistics.event(W.Event.FOLIO_ZEROED_PAGES) == 512
+    assert found(s) == {"LOST_CONTENTS": ("merge-keeps-flag",)}
+    assert s.machine.findings[0].count == 1
+
+
+def test_a_merge_says_of_all_pages_what_was_so_of_the_first() -> None:
+    """The same where the first page was used: the folio counts as up to date, and 511 pages were never zeroed."""
+    s, data = merged(0, defects=("merge-keeps-flag",))
+    assert s.machine.read_frame(s.gmem.pfn(0) or 0) == data
+    assert s.machine.statistics.event(W.Event.FOLIO_ZEROED_PAGES) == 0
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 1
+    assert found(s) == {"STALE_CONTENTS": ("merge-keeps-flag",)}
+
+
+def test_a_merge_in_december_2025() -> None:
+    """Its merge leaves the flags alone, too; the first use clears page 0 again, which was not in use."""
+    s, data = merged(9, defects=("uptodate-unzeroed",))
+    assert s.machine.read_frame(s.gmem.pfn(9 * PAGE) or 0) == data
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 2
+    assert found(s) == {"STALE_CONTENTS": ("uptodate-unzeroed",)}
+
+
+@pytest.mark.parametrize("merge_zero", ["none", "unzeroed"])
+@pytest.mark.parametrize("page", [0, 9])
+def test_a_merge_that_knows_what_was_zeroed(page: int, merge_zero: str) -> None:
+    s, data = merged(page, merge_zero=merge_zero)
+    assert s.machine.read_frame(s.gmem.pfn(page * PAGE) or 0) == data
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 512
+    assert flags_of(s, 0) == [True]
+    assert found(s) == {}
+
+
+def test_a_hole_in_what_a_merge_forgot_is_no_loss() -> None:
+    """Contents that a hole has zeroed are not lost by the next first use."""
+    s = Scene("restructure", shared=True, size=M2, punch="zero", defects=("merge-keeps-flag",))
+    s.process.touch(VA + 9 * PAGE, write=True)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    assert s.gmem.punch_hole(9 * PAGE, PAGE) == (0, 0)
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    assert found(s) == {}
+
+
+def test_a_hole_zeroes_what_was_never_zeroed() -> None:
+    """A page that was stale is not any more."""
+    s = Scene("restructure", shared=False, size=M2, punch="zero", defects=("uptodate-unzeroed",))
+    s.vm.touch(0)
+    assert s.gmem.punch_hole(0, M2 - PAGE) == (0, 0)
+    assert s.gmem.punch_hole(M2 - PAGE, PAGE) == (0, 0)
+    assert s.vm.touch(0) == (W.RET_PF_FIXED, 2)
+    assert found(s) == {}
+
+
+def test_the_defects_are_none_of_pfnmap() -> None:
+    s = Scene("pfnmap", shared=False, size=M2, defects=("uptodate-unzeroed", "merge-keeps-flag"))
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 512
+    assert found(s) == {}
+
+
+# --------------------------------------------------------------------------- what explains a broken rule
+
+
+def test_numbers_are_no_aliases() -> None:
+    """Two members of one value would be one."""
+    for enum in (W.Broken, W.Event, W.Gauge, W.Operation):
+        assert len(enum.__members__) == len(enum)
+    assert len(W.Defect.__members__) == len(list(W.Defect))
+    assert max(W.Broken) < W.BROKEN_RULES
+
+
+def test_every_defect_but_one_explains_a_broken_rule() -> None:
+    explained = W.Defect(0)
+    for defects in W.RULE_EXPLAINED_BY.values():
+        explained |= defects
+    assert {defect.name for defect in W.Defect if not defect & explained} == {"ALLOCATION_RACE"}
+
+
+def test_a_finding_that_no_active_defect_explains() -> None:
+    """A leaf to a page that was never zeroed, on a machine whose defect has nothing to do with it."""
+    s = Scene("pfnmap", shared=False, size=M2, defects=("allocation-race",))
+    assert s.gmem.convert(PAGE, PAGE, shared=True).status == 0
+    assert s.vm.touch(0) == (W.RET_PF_FIXED, 1)
+    assert found(s) == {}
+    s.machine.arrays.state[s.machine.register(W.R_ZEROED_ROWS)] = 0  # made up
+    assert found(s) == {"STALE_CONTENTS": ()}
+    assert s.machine.findings[0].index == 0
+    assert explained_by(Broken.WRONG_PFN, ["insert-unlocked", "mapping-order"]) == ("insert-unlocked",)
+    assert explained_by(Broken.COUNTS, ["insert-unlocked"]) == ()

@@ -27,7 +27,7 @@ class Scene:
         self.machine = Machine(Config("pfnmap", page_size=PAGE, defects=PFNMAP[preset].defects, **fields))
         self.gmem = self.machine.create_guest_memfd(pages * PAGE, shared=True)
         self.process = self.machine.create_process()
-        self.vm = self.machine.create_vm(self.process)
+        self.vm = self.machine.create_vm(self.process, protected=True)
         assert self.vm.bind(self.gmem, GPA).status == 0
         assert self.process.mmap(self.gmem, VA).status == 0
 

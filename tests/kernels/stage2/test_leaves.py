@@ -25,7 +25,7 @@ def test_pages_of_a_large_leaf_outside_the_range_are_counted(
 ) -> None:
     size = max(4 * page_size, W.PAGE_1G) if page_size == W.PAGE_2M else page_size
     machine = Machine(Config("restructure", pool=size, page_size=page_size, order="rfc2"))
-    gmem, vm = machine.create_guest_memfd(size), machine.create_vm()
+    gmem, vm = machine.create_guest_memfd(size), machine.create_vm(protected=True)
     vm.bind(gmem, gpa=0)
     vm.touch_many(range(0, size, page_size))
     assert gmem.convert(first * W.PAGE_4K, pages * W.PAGE_4K, shared=True).status == 0

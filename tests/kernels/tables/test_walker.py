@@ -93,7 +93,14 @@ STAGE2 = [
 @pytest.mark.parametrize(("stage2", "kernel", "mitigation", "table", "small", "large"), STAGE2)
 def test_stage2_entries(stage2: str, kernel: str, mitigation: bool, table: int, small: int, large: int) -> None:
     machine, gmem, _, vm = make(
-        "pfnmap", shared=False, size=2 * G1, page_size=G1, stage2=stage2, kernel=kernel, nx_huge_pages=mitigation
+        "pfnmap",
+        shared=False,
+        size=2 * G1,
+        page_size=G1,
+        stage2=stage2,
+        kernel=kernel,
+        nx_huge_pages=mitigation,
+        punch="zero",
     )
     gmem.convert(PAGE, PAGE, shared=True)
     for gpa, level in ((PAGE, 1), (M2, 2), (G1 + 5 * PAGE, 3)):
