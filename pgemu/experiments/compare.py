@@ -334,7 +334,8 @@ def run(
         finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
-    worst = worst_operations(lowered, statistics, booted)
+    # Accesses that were added are no records of the trace.
+    worst = {} if unseen else worst_operations(lowered, statistics, booted)
     return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding, None, worst)
 
 
