@@ -29,7 +29,7 @@ __all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value", "z
 WIDTH = 80
 HEIGHT = 24
 _LEVELS = "recorded-levels"
-_MOVED = 5  # times a difference that is worth a line
+_MOVED = 3  # times a difference that is worth a line
 _COLUMNS = (21, 12, 12, 22, 9)
 
 
@@ -271,8 +271,6 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     for (rule, label), answers in by_rule.items():
         yield f"rests on {rule}; with {label}: {'; '.join(answers)}"
     yield from _moves(comparison, lines, sensitivity)
-    if sensitivity and not sensitivity.complete:
-        yield "interrupted: not every alternative was tried"
 
 
 def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
@@ -297,4 +295,6 @@ def _middle(band: float | tuple[float, float]) -> float:
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
+    if sensitivity and not sensitivity.complete:
+        tried += ", interrupted"
     return f"estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"
