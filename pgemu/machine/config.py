@@ -262,7 +262,9 @@ class Config:
         own_order = ROWS[self.design].order is None
         names = ("order",) * own_order + _FOR_FULL
         changed = any(getattr(self, name) != getattr(type(self), name) for name in names)
-        return self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"uptodate-unzeroed"}
+        return (
+            self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"merge-keeps-flag", "uptodate-unzeroed"}
+        )
 
     @property
     def page_order(self) -> int:
