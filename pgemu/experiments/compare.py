@@ -183,6 +183,7 @@ class DesignRun:
             "events": {event.name.lower(): statistics.event(event) for event in Event},
             "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
             "broken": self.finding.to_json() if self.finding else None,
+            "refusal": self.refusal,
         }
 
 
@@ -267,8 +268,9 @@ def compare(
     given = {name: value for name, value in given.items() if value is not None}
     configs = [configuration(lowered, design, versions, given) for design in designs]
     runs = tuple(run(lowered, config, versions, check, progress, strict=strict) for config in configs)
-    instead = () if strict else tuple(_instead(lowered, config, versions) for config in configs)
-    return Comparison(lowered, check, runs, versions, given, tuple(text for text in instead if text))
+    refused = () if strict else tuple(_refused(lowered, config, versions) for config in configs)
+    instead = tuple(f"{text}: created as rfc2 does" for text in refused if text)
+    return Comparison(lowered, check, runs, versions, given, instead)
 
 
 def configuration(lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any]) -> Config:
@@ -309,7 +311,7 @@ def run(
     """
     machine = _boot(lowered, config)
     booted = machine.statistics
-    refusal = _instead(lowered, config, versions) if strict else ""
+    refusal = _refused(lowered, config, versions) if strict else ""
     if refusal:
         nothing = EndOfLife("not created", (0.0, 0.0), config.pool_pages, config.pool_pages, 0, 0, 0)
         return DesignRun(config.design, config, booted, (), nothing, None, refusal)
@@ -332,7 +334,8 @@ def run(
         finding = Finding(machine.broken[0], finding.rule, finding.index, finding.after, machine.findings)
     collected = (OperationRun.of(statistics, op) for op in Operation)
     operations = tuple(run for run in collected if run)
-    worst = worst_operations(lowered, statistics, booted)
+    # Accesses that were added are no records of the trace.
+    worst = {} if unseen else worst_operations(lowered, statistics, booted)
     return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding, None, worst)
 
 
@@ -350,13 +353,13 @@ def explained(comparison: Comparison) -> dict[Design, Mapping[Operation, WorstOp
     }
 
 
-def _instead(lowered: Lowered, config: Config, versions: Versions) -> str:
+def _refused(lowered: Lowered, config: Config, versions: Versions) -> str:
     """What a version's code refuses and the trace needs, or "": virt/kvm/guest_memfd.c:kvm_gmem_create()."""
     version = LIKE[versions.like]
     shared = lowered.init == "shared" and config.page_order != 0
     if not shared or version.shared_huge or config.design != "restructure":
         return ""
-    return f"{versions.like} refuses huge pages that are shared at first (-EINVAL): created as rfc2 does"
+    return f"{versions.like} refuses huge pages that are shared at first (-EINVAL)"
 
 
 def _boot(lowered: Lowered, config: Config) -> Machine:

@@ -86,6 +86,8 @@ def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None
 
     :param progress: called with the rule, the alternatives tried, and all of them
     """
+    if any(known.refusal for known in comparison.runs[:2]):
+        return Sensitivity((), dict.fromkeys(INFERENCES, "a version refuses the memory, and nothing ran"))
     untouched = {name: rule.untouched(comparison) for name, rule in INFERENCES.items()}
     untouched = {name: why for name, why in untouched.items() if why}
     singles = [

@@ -201,8 +201,17 @@ QUESTIONS: dict[str, Question] = {
 
 
 def measure(first: DesignRun, second: DesignRun, *, unreached: bool = False) -> dict[str, Measure]:
-    """Answer every question for two machines after the same trace; `unreached`: see paired()."""
-    return {key: question.measure(first, second, unreached) for key, question in QUESTIONS.items()}
+    """Answer every question for two machines after the same trace; `unreached`: see paired().
+
+    Where a version refused the memory nothing ran: that is the one answer, and no other is decided.
+    """
+    found = {key: question.measure(first, second, unreached) for key, question in QUESTIONS.items()}
+    refusing = [run.refusal is not None for run in (first, second)]
+    if any(refusing):
+        found = {key: one._replace(better=None) for key, one in found.items()}
+        if not all(refusing):
+            found["refused"] = found["refused"]._replace(better=refusing.index(False))
+    return found
 
 
 # --------------------------------------------------------------------------- what it rests on

@@ -158,7 +158,9 @@ class Config:
         for name in DEFAULTS:
             if getattr(self, name) is None and row:
                 object.__setattr__(self, name, row.default(name))
-        for holds, complaint in chain(self._choices(), self._of_pages(), self._of_vms(), self._amounts()):
+        for holds, complaint in chain(
+            self._choices(), self._of_pages(), self._of_vms(), self._together(), self._amounts()
+        ):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -230,19 +232,6 @@ class Config:
         """Whether fields fit together, and what to say if not."""
         yield from (
             (
-                self.page_size != W.PAGE_4K or not (self.other_pool or self.buddy),
-                "page size of 4K: expected no other pool and no buddy memory, for the pool is that",
-            ),
-            (
-                not self.large_folios
-                or (self.page_size == W.PAGE_4K and bool(ROWS[self.design].properties & Property.SPECIAL_ENTRIES)),
-                "large folios: expected a page size of 4K, and a design with special entries",
-            ),
-            (
-                self.page_size != W.PAGE_4K or self.split_to == "4K",
-                "split to 2M: expected huge pages",
-            ),
-            (
                 self.nodes == 1 or self.configuration != "small",
                 f"{self.nodes} nodes: expected 1 in configuration 'small', which has no NUMA",
             ),
@@ -273,7 +262,9 @@ class Config:
         own_order = ROWS[self.design].order is None
         names = ("order",) * own_order + _FOR_FULL
         changed = any(getattr(self, name) != getattr(type(self), name) for name in names)
-        return self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"uptodate-unzeroed"}
+        return (
+            self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"merge-keeps-flag", "uptodate-unzeroed"}
+        )
 
     @property
     def page_order(self) -> int:

@@ -32,7 +32,7 @@ class Version(NamedTuple):
         fields: fields of Config that restructure has
         common: those that pfnmap has as well, for both are of one kernel: the rest of guest_memfd is that version's
         fixed: defects of its code with a known fix, which are off unless they are asked for
-        page_sizes: of huge pages that it knows
+        page_sizes: those that it knows
         shared_huge: whether memory of huge pages may be shared at first
     """
 
@@ -42,7 +42,7 @@ class Version(NamedTuple):
     fields: Mapping[str, Any]
     common: Mapping[str, Any]
     fixed: tuple[str, ...] = ()
-    page_sizes: tuple[int, ...] = (W.PAGE_1G, W.PAGE_2M)
+    page_sizes: tuple[int, ...] = (W.PAGE_1G, W.PAGE_2M, W.PAGE_4K)
     shared_huge: bool = True
 
 
@@ -67,7 +67,13 @@ LIKE: Mapping[str, Version] = MappingProxyType(
             "RFC v2 of the 1G series, May 2025, as posted",
             "lore cover.1747264138.git.ackerleytng@google.com",
             "rfc2",
-            {"order": "rfc2", "batch": "range", "split_form": "rfc2", "zero": "folio"},
+            {
+                "order": "rfc2",
+                "batch": "range",
+                "split_form": "rfc2",
+                "zero": "folio",
+                "defects": ("merge-keeps-flag",),
+            },
             {"punch": "zero", "kernel": "6.18"},
             ("allocation-race", "rollback-at-zero"),
         ),

@@ -96,3 +96,59 @@ def test_load_by_name_and_page_size() -> None:
 def test_unknown_workload_lists_those_there_are() -> None:
     with pytest.raises(InputError, match=r"^workload:tdx: no such workload, there is workload:tdx-boot$"):
         load("workload:tdx")
+
+
+# --------------------------------------------------------------------------- overlap
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 1.0])
+def test_counts_are_the_same_for_every_overlap(boot: Records, overlap: float) -> None:
+    other = workload.open("tdx-boot", seed=1, overlap=overlap).records
+    assert len(other) == len(boot)
+    for name in ("op", "flags", "address", "offset", "length"):
+        found, expected = (Counter(getattr(records, name).tolist()) for records in (other, boot))
+        assert found == expected, name
+
+
+def test_without_an_overlap_no_page_stays_shared_while_another_flips(boot: Records) -> None:
+    assert all(
+        np.array_equal(getattr(workload.open("tdx-boot", seed=1, overlap=0.0).records, name), getattr(boot, name))
+        for name in DTYPES
+    )
+    assert most_shared(boot) == 1
+
+
+def most_shared(records: Records) -> int:
+    """How many pages of the hot range are shared at once, at most."""
+    shared: set[int] = set()
+    most = 0
+    flips = (records.op == Operation.CONVERT) & (records.length == PAGE)
+    for offset, flags in zip(records.offset[flips].tolist(), records.flags[flips].tolist(), strict=True):
+        shared = shared | {offset} if flags & Flag.SHARED else shared - {offset}
+        most = max(most, len(shared))
+    return most
+
+
+@pytest.mark.parametrize(("overlap", "flips"), [(0.25, 423), (1.0, 1691)])
+def test_a_share_of_the_flips_happens_under_a_page_that_stays_shared(overlap: float, flips: int) -> None:
+    """1,692 hot flips, one of them the page that stays: the others are 1,691."""
+    records = workload.open("tdx-boot", seed=1, overlap=overlap).records
+    converts = np.flatnonzero((records.op == Operation.CONVERT) & (records.length == PAGE))
+    first = int(records.offset[converts[0]])
+    again = next(i for i in converts[1:] if int(records.offset[i]) == first)
+    inside = [i for i in converts if converts[0] < i < again]
+    assert len(inside) == 2 * flips
+    assert most_shared(records) == 2
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.5])
+def test_a_share_that_is_none_is_refused(overlap: float) -> None:
+    with pytest.raises(InputError, match=f"workload:tdx-boot: overlap {overlap}: expected a share from 0 to 1"):
+        workload.open("tdx-boot", overlap=overlap)
+
+
+def test_the_workload_brings_its_machine() -> None:
+    found = load("workload:tdx-boot", LoweringOptions(), 0, overlap=0.5)
+    assert dict(found.machine) == {"vm": "tdx", "stage2": "ept", "vcpus": 8}
+    assert found.again
+    assert len(found.again(overlap=1.0).records) == len(found.records)

@@ -475,3 +475,41 @@ def test_without_the_mitigation_a_fetch_is_an_access_like_others(design: str) ->
     assert s.vm.touch(0, execute=True) == (W.RET_PF_FIXED, 2)
     assert s.vm.touch(PAGE, execute=True) == (W.RET_PF_SPURIOUS, 2)
     s.sound()
+
+
+# --------------------------------------------------------------------------- rules of levels
+
+
+@pytest.mark.parametrize(
+    ("rule", "levels"),
+    [
+        # Pages of: a private 2M block in a 1G page that has a shared one; the mixed block, a private and its shared
+        # page; a 2M block that is all shared; a 1G page that is all private; one that is all shared.
+        ("uniform", [2, 1, 1, 2, 3, 3]),
+        ("whole", [1, 1, 1, 1, 3, 3]),
+        ("private", [2, 1, 1, 1, 3, 1]),
+    ],
+)
+def test_how_large_leaves_are_after_conversions(rule: str, levels: list[int]) -> None:
+    s = Scene("pfnmap", blocks=3, page_size=G1, level_rule=rule, memory=128 << 20)
+    s.convert(512 + 5, 1, shared=True)
+    s.convert(4 * 512, 512, shared=True)
+    s.convert(2 << 18, 1 << 18, shared=True)
+    touched = [7, 512 + 4, 512 + 5, 4 * 512 + 9, (1 << 18) + 3, (2 << 18) + 3]
+    assert [s.vm.touch(page * PAGE).detail for page in touched] == levels
+    s.sound()
+
+
+@pytest.mark.parametrize(("rule", "level"), [("uniform", 2), ("whole", 2), ("private", 2)])
+def test_a_large_leaf_is_back_when_all_is_private_again(rule: str, level: int) -> None:
+    s = Scene("pfnmap", level_rule=rule)
+    s.convert(3, 1, shared=True)
+    assert s.vm.touch(0).detail == 1
+    s.convert(3, 1, shared=False)
+    assert s.vm.touch(4 * PAGE).detail == level
+    s.sound()
+
+
+def test_a_level_rule_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="level rule 'large': expected one of uniform, whole, private"):
+        Config("pfnmap", pool=M2, page_size=M2, level_rule="large")  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""What a comparison answers, and that what it says an answer rests on is what turns it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from comparisons import converts_nothing, lowered, mixed, mixed_records, setup
+from pgemu.experiments.compare import DESIGNS, Comparison, DesignRun, compare, configuration, run
+from pgemu.experiments.inferences import INFERENCES, Alternative
+from pgemu.experiments.sensitivity import Sensitivity, sensitivity
+from pgemu.experiments.verdict import Line, Measure, mapped, measure, paired, verdict
+from pgemu.machine.presets import Versions
+from pgemu.trace import Lowered, LoweringOptions, Operation, load, shipped
+from pgemu_kernels.words.operations import PAGE_4K
+from random_traces import traces
+
+# Rules whose alternative no version has: what they would change is not held against an answer.
+WHAT_IFS = {"lazy-merge"}
+SINGLES = [
+    (name, one)
+    for name, rule in INFERENCES.items()
+    if name not in WHAT_IFS
+    for one in rule.alternatives
+    if not one.trace
+]
+
+
+class Alternatives:
+    """Answers under alternatives, each design run by itself: nothing here is sensitivity.py's."""
+
+    def __init__(self, trace: Lowered) -> None:
+        self._trace = trace
+        self._known: dict[object, DesignRun] = {}
+
+    def _run(self, design: str, alternative: Alternative | None) -> DesignRun:
+        versions, given = Versions(), {}
+        if alternative and design in alternative.designs:
+            versions, given = alternative.changed(versions), dict(alternative.fields)
+        unseen = bool(alternative and alternative.unseen)
+        config = configuration(self._trace, design, versions, given)  # type: ignore[arg-type]
+        if (config, unseen) not in self._known:
+            self._known[config, unseen] = run(self._trace, config, versions, unseen=unseen)
+        return self._known[config, unseen]
+
+    def measures(self, alternative: Alternative | None) -> dict[str, Measure]:
+        first, second = (self._run(design, alternative) for design in DESIGNS)
+        return measure(first, second, unreached=bool(alternative and alternative.unreached))
+
+
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@given(traces())
+def test_an_answer_keeps_its_sign_under_all_alternatives_but_those_that_it_names(trace: Lowered) -> None:
+    comparison = compare(trace)
+    lines = verdict(comparison, sensitivity(comparison))
+    alternatives = Alternatives(trace)
+    answers = {(name, one.label): alternatives.measures(one) for name, one in SINGLES}
+    for key, line in lines.items():
+        better = {rule: found[key].better for rule, found in answers.items()}
+        turned = {rule for rule, found in better.items() if found != line.measure.better}
+        if line.basis.kind in ("fact", "captured"):
+            assert line.measure.better in (0, 1)
+            assert turned == set(), (key, line)
+        elif line.basis.kind == "even":
+            assert line.measure.better == -1
+            assert turned == set(), (key, line)
+        elif line.basis.kind == "undecided":
+            low, high = line.measure.difference  # type: ignore[misc]
+            assert low <= 0 <= high
+        elif line.basis.kind == "inference":
+            named = {(rule, label): then for rule, label, then in line.basis.rules if " and " not in rule}
+            assert named.items() <= better.items(), (key, line)
+            assert all(then != line.measure.better for then in named.values())
+            assert line.basis.rules
+        else:  # without the defect it is otherwise, both zeroing alike
+            assert {name for name, _, _ in line.basis.rules} == {"uptodate-unzeroed"}
+            assert any(rule == "zero" for rule, _ in turned)
+
+
+def test_answers_of_a_small_trace() -> None:
+    lines = verdict(mixed(), sensitivity(mixed()))
+    kinds = {key: line.basis.kind for key, line in lines.items()}
+    # One -EAGAIN against one MADV_DONTNEED that VM_PFNMAP refuses; a stale page in the branch's folio.
+    assert (lines["refused"].measure.first, lines["refused"].measure.second) == (2, 2)
+    assert kinds["refused"] == "even"
+    assert (kinds["broken"], lines["broken"].basis.rules[0][0]) == ("defect", "uptodate-unzeroed")
+    # 7 pages of vmemmap, nodes of the xarray: no rule changes that.
+    assert (kinds["memory"], lines["memory"].measure.better) == ("fact", 1)
+
+
+def test_without_alternatives_nothing_is_an_inference() -> None:
+    for comparison in (mixed(), converts_nothing()):
+        kinds = {line.basis.kind for line in verdict(comparison).values()}
+        assert kinds <= {"fact", "captured", "even", "undecided"}
+
+
+def test_equal_machines_are_even() -> None:
+    lines = verdict(compare(lowered(setup())))
+    for key in ("conversions", "guest_faults", "level", "refused", "broken"):
+        assert lines[key].basis.kind == "even"
+        assert lines[key].measure.better == -1
+
+
+def test_what_a_version_refuses_is_the_one_answer() -> None:
+    comparison = compare(lowered(setup(), "shared"), strict=True)
+    restructure, pfnmap = comparison.runs
+    assert restructure.refusal == "dec2025 refuses huge pages that are shared at first (-EINVAL)"
+    assert (restructure.count, pfnmap.count, comparison.instead) == (0, 2, ())
+    found = sensitivity(comparison)
+    assert found.trials == ()
+    lines = verdict(comparison, found)
+    assert {key: line.measure.better for key, line in lines.items()} == {
+        **dict.fromkeys(("conversions", "guest_faults", "memory", "level", "broken")),
+        "refused": 1,
+    }
+
+
+def test_what_a_version_refuses_is_done_as_another_does() -> None:
+    comparison = compare(lowered(setup(), "shared"))
+    assert comparison.instead == (
+        "dec2025 refuses huge pages that are shared at first (-EINVAL): created as rfc2 does",
+    )
+    assert [run.count for run in comparison.runs] == [2, 2]
+    assert compare(lowered(setup(), "shared"), versions=Versions("rfc2")).instead == ()
+
+
+def test_an_interrupt_leaves_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = compare(lowered(mixed_records()))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    found = sensitivity(comparison, stop)
+    assert not found.complete
+    assert 0 < len(found.trials) < len(sensitivity(comparison).trials)
+    assert set(verdict(comparison, found)) == set(verdict(comparison))
+
+
+# --------------------------------------------------------------------------- numbers that were artefacts
+
+
+@cache
+def recorded() -> Comparison:
+    """The shipped trace over a 1G page."""
+    return compare(load(shipped(), LoweringOptions()))
+
+
+@cache
+def varied() -> Sensitivity:
+    return sensitivity(recorded())
+
+
+def line(key: str) -> Line:
+    return verdict(recorded(), varied())[key]
+
+
+def test_the_time_of_guest_faults_rests_on_what_is_zeroed() -> None:
+    """5-29 ms against 100-130 ms for the longest fault was two whole folios, one of them 1G and one of 4K."""
+    found = line("guest_faults")
+    assert (found.measure.better, found.basis.kind) == (1, "inference")
+    assert ("pfnmap-zeroing", "folio", None) in found.basis.rules
+    faults = Operation.GUEST_FAULT
+    # By whole folios on both sides pfnmap's first fault zeroes 1 GiB: it may then be slower by 98 ms; by page on both
+    # sides restructure is.
+    low, high = paired(*compare(recorded().lowered, zero="folio").runs, faults, unreached=True).total
+    assert low < 0 < high
+    low, high = paired(*compare(recorded().lowered, zero="page").runs, faults).total
+    assert low < high < 0
+    longest = [run.operation(faults).worst for run in compare(recorded().lowered, zero="page").runs]  # type: ignore[union-attr]
+    assert max(high for _, high in longest) < 1e6
+
+
+def test_what_stage_2_maps_rested_on_a_zap_that_no_version_rounds() -> None:
+    restructure, pfnmap = recorded().runs
+    faults = restructure.operation(Operation.GUEST_FAULT)
+    assert faults
+    assert faults.outcomes["RET_PF_FIXED"] == 13_872
+    assert mapped(restructure) == (10_709 * PAGE_4K, 0)  # 41.8 MiB
+    assert mapped(pfnmap)[0] == 82 << 20
+    rounded = next(trial for trial in varied().trials if trial.rule == "zap")
+    assert mapped(rounded.runs[0])[0] == 8192
+    assert rounded.runs[1] is pfnmap
+    assert rounded.measures["memory"].better == line("memory").measure.better == 1
+
+
+def test_flips_that_overlap_split_once() -> None:
+    """17-105 s was 1,704 splits of a 1G folio; under a page that stays shared it is split once."""
+    trace = load("workload:tdx-boot", LoweringOptions(), 0, overlap=1.0)
+    restructure = compare(trace, ["restructure"]).runs[0]
+    conversions = restructure.operation(Operation.CONVERT)
+    assert conversions
+    assert conversions.count == 3409
+    assert conversions.total[1] < 1e9
+    assert restructure.to_json()["state"]["folios_split"] < 20
