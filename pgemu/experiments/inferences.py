@@ -101,7 +101,10 @@ def _no_hole(comparison: Comparison) -> str:
 
 def _merges(comparison: Comparison) -> str:
     run = _run(comparison, "restructure")
-    return "" if run and run.statistics.event(Event.FOLIO_MERGED) else "nothing is merged"
+    if not run or not run.statistics.event(Event.FOLIO_MERGED):
+        return "nothing is merged"
+    lies = {"uptodate-unzeroed", "merge-keeps-flag"} & {*run.config.defects}
+    return f"defect {min(lies)}: a merge does not look" if lies else ""
 
 
 def _fails_without_memory(comparison: Comparison) -> str:

@@ -25,6 +25,7 @@ _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
 
 _FOR_FULL = (
+    "nx_huge_pages",
     "split_to", "merge", "flush", "lru_cache", "worker", "host_huge", "large_folios", "dirty_log_guest_memfd",
     "in_place_conversion",
 )  # fmt: skip
@@ -261,7 +262,9 @@ class Config:
         own_order = ROWS[self.design].order is None
         names = ("order",) * own_order + _FOR_FULL
         changed = any(getattr(self, name) != getattr(type(self), name) for name in names)
-        return self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"uptodate-unzeroed"}
+        return (
+            self.page_size == W.PAGE_4K or changed or not set(self.defects) <= {"merge-keeps-flag", "uptodate-unzeroed"}
+        )
 
     @property
     def page_order(self) -> int:

@@ -273,7 +273,7 @@ class AddressSpace:
     def protect(self, address: int, length: int, prot: int) -> Result:
         """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c
 
-        -EOPNOTSUPP at a mapping of a guest_memfd of the two designs, where it is not modelled.
+        -EACCES for PROT_EXEC of a guest_memfd of the two designs.
         """
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 

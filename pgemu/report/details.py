@@ -45,6 +45,7 @@ def write_sources(comparison: Comparison, console: Console) -> None:
         tables.limit_sources(comparison),
         tables.tags(),
         tables.prices(comparison),
+        tables.checks(comparison),
     ):
         console.print()
         console.print(block)

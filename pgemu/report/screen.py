@@ -29,7 +29,7 @@ __all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value", "z
 WIDTH = 80
 HEIGHT = 24
 _LEVELS = "recorded-levels"
-_MOVED = 5  # times a difference that is worth a line
+_MOVED = 3  # times a difference that is worth a line
 _COLUMNS = (21, 12, 12, 22, 9)
 
 
@@ -40,7 +40,8 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     room = HEIGHT - len(found) - len(foot)
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
-    for text in (*rests, *why):  # where there is no room for all, on what it rests comes first
+    first = [*_broken(comparison), *_splits(comparison)]
+    for text in dict.fromkeys((*first, *rests, *why)):  # where there is no room for all, the last ones go
         wrapped = _point(text)
         if len(wrapped) <= room:
             kept.append(text)
@@ -161,11 +162,12 @@ def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> li
         return []
     first, second = comparison.runs[:2]
     return [
+        *_broken(comparison),
         *_splits(comparison),
         *_zeroing(first, second),
         *_levels(comparison, sensitivity),
         *_refusals(comparison),
-        *_broken(comparison),
+        *_interrupts_off(comparison),
     ]
 
 
@@ -181,10 +183,14 @@ def _splits(comparison: Comparison) -> Iterator[str]:
                 f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves "
                 "there"
             )
-            stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
-            taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
-            if stores:
-                yield f"{run.design} has interrupts off for {units.count(stores)} stores at once, {taken} (estimate)"
+
+
+def _interrupts_off(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs[:2]:
+        stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
+        taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
+        if stores:
+            yield f"{run.design} has interrupts off for {units.count(stores)} stores at once, {taken} (estimate)"
 
 
 def zeroes(config: Config) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pgemu.trace.lowered import Lowered
 
 __all__ = (
+    "checks",
     "limit_sources",
     "limits",
     "machine",
@@ -148,6 +149,7 @@ def _versions(comparison: Comparison) -> Iterator[tuple[str, str]]:
         yield "mended", "" if versions.as_posted else ", ".join(like.fixed)
     if "pfnmap" in designs:
         yield "pfnmap", f"{versions.pfnmap}: {pfnmap.text} ({pfnmap.source})"
+        yield "its defects", ", ".join(pfnmap.defects)
 
 
 def outcomes(comparison: Comparison) -> Group:
@@ -337,6 +339,18 @@ def prices(comparison: Comparison) -> Group:
     return _titled(
         f"Prices: profile {config.profile}, with {config.vcpus} vCPUs and {config.host_cpus} host CPUs", table
     )
+
+
+def checks(comparison: Comparison) -> Group:
+    """What the prices make of whole operations, beside what is known of those."""
+    from pgemu.cost.checks import cross_checks
+
+    config = comparison.runs[0].config
+    table = _table("operation", "from prices", "known", "", "source", fold=("operation", "source"))
+    for check in cross_checks(config.profile, config.vcpus, config.host_cpus):
+        known = units.band(*check.known) if check.known else "-"
+        table.add_row(Text(check.what), units.band(*check.band), known, check.verdict, Text(check.source))
+    return _titled("Cross-checks of prices, which are no prices", table)
 
 
 def tags() -> Table:

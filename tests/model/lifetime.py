@@ -23,8 +23,11 @@ class Lifetime(State):
         pages = range(offset // PAGE, min((offset + length) // PAGE, node.pages))
         if not pages:
             return OK
-        if not self.restructure:
-            self.unmap_file(inode, pages)  # truncation would leave special entries alone
+        if not self.restructure:  # truncation would leave special entries alone
+            size = self.block_pages
+            whole = range(-(-pages.start // size) * size, pages.stop // size * size)
+            if whole:
+                self.unmap_file(inode, whole)
         if not self.split_private(inode, pages):
             return Outcome(-W.ENOMEM)
         self.zap_file(inode, pages)

@@ -32,7 +32,15 @@ from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, pa
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
 from pgemu_kernels.gmem.vm_kinds import is_over, kind_level
 from pgemu_kernels.gmem.zeroing import zero_folio
-from pgemu_kernels.kvm.fault import access_outside, find_guest_leaf, install_stage2, is_user_slot, load_root
+from pgemu_kernels.kvm.fault import (
+    access_outside,
+    fetch_refused,
+    fetches_small,
+    find_guest_leaf,
+    install_stage2,
+    is_user_slot,
+    load_root,
+)
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, host_format
@@ -60,6 +68,7 @@ from pgemu_kernels.words.operations import (
 from pgemu_kernels.words.rows import (
     A_INODE,
     A_PGOFF,
+    A_PROT,
     A_READ_ONLY,
     A_START,
     ACTORS,
@@ -83,6 +92,7 @@ from pgemu_kernels.words.rows import (
     O_STATUS,
     O_VM,
     O_WORDS,
+    SLOT_DYING,
     SLOT_RELEASED,
     STATE_OPS,
     V_SEQUENCE,
@@ -97,6 +107,15 @@ INSIDE = STATE_OPS + U((ACTORS + 1) * O_WORDS)  # the record of a fault inside a
 
 
 @kernel
+def has_no_rights(m, row):
+    """Whether a VMA was made PROT_NONE: access_error()."""
+    return m.state[row + A_PROT] == U0
+
+
+lacks_rights = full_only(has_no_rights, False)
+
+
+@kernel
 def host_begin(m, op):
     """Host access: find the VMA and the entry; if there is none it is a fault, with the invalidate_lock for reading.
 
@@ -106,7 +125,8 @@ def host_begin(m, op):
     state = m.state
     address = state[op + O_ADDRESS]
     row = find_vma(state, state[op + O_SPACE], address)
-    if row == NONE or (state[op + O_FLAGS] & FLAG_WRITE != U0 and state[row + A_READ_ONLY] != U0):
+    refused = row == NONE or (state[op + O_FLAGS] & FLAG_WRITE != U0 and state[row + A_READ_ONLY] != U0)
+    if refused or lacks_rights(m, row):
         charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGSEGV)
     slot, level = find_leaf(m, host_format(m), space_root(state, state[op + O_SPACE]), address >> U12)
@@ -237,8 +257,8 @@ def host_fault(m, op):
 
 @kernel
 def is_released(m, slot):
-    """Whether the slot's guest_memfd file was released."""
-    return m.state[slot + M_FLAGS] & SLOT_RELEASED != U0
+    """Whether the slot's guest_memfd file was released, or is about to be: kvm_gmem_get_file()."""
+    return m.state[slot + M_FLAGS] & (SLOT_RELEASED | SLOT_DYING) != U0
 
 
 released = full_only(is_released, False)  # a machine whose files were released is none for the fast loops
@@ -254,7 +274,7 @@ def enter_fault(m, op, slot, gfn, exits):
     vm = state[op + O_VM]
     row = vm_row(vm)
     leaf, level = find_guest_leaf(m, op, slot)
-    if leaf != NONE and is_over(m, op, slot, level):
+    if leaf != NONE and not fetch_refused(m, op, leaf) and is_over(m, op, slot, level):
         return STOP
     load_root(state, row)
     sequence = state[row + V_SEQUENCE]
@@ -316,7 +336,7 @@ def guest_page(m, op):
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
     level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
-    level = kind_level(m, op, node, index, level)
+    level = U1 if fetches_small(m, op) else kind_level(m, op, node, index, level)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))
     state[op + O_PFN] = pfn
     state[op + O_LEVEL] = level

@@ -38,7 +38,7 @@ from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.stage2.release import has_file, is_mapped_by, release_file
 from pgemu_kernels.stage2.userspace import process_of
 from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
-from pgemu_kernels.words.operations import EAGAIN, EBADF, EBUSY, EINVAL
+from pgemu_kernels.words.operations import BLOCKED, EAGAIN, EBADF, EBUSY, EINVAL, GO
 from pgemu_kernels.words.registers import (
     R_FULL,
     R_HSTATE,
@@ -60,6 +60,7 @@ from pgemu_kernels.words.rows import (
     FILTER_BOTH,
     I_BLOCKS,
     I_KIND,
+    I_LOCK,
     I_OPEN,
     I_PAGES,
     I_SUBPOOL,
@@ -75,6 +76,7 @@ from pgemu_kernels.words.rows import (
     O_VM,
     P_LIVE,
     SLOT_CLOSED,
+    SLOT_DYING,
     SPLIT_FORM_RFC2,
 )
 
@@ -225,6 +227,16 @@ def split_crossing_hole(m, inode, start, end):
 split_before_hole = full_only(split_crossing_hole, np.int64(0))  # the fast loops know no mirror
 
 
+@kernel
+def unmap_whole(m, inode, start, end):
+    """Unmap the huge pages that lie whole in pages [start, end) from every process: those that a hole frees."""
+    inside = (U1 << m.state[R_ORDER]) - U1
+    first = (start + inside) & ~inside
+    last = end & ~inside
+    if first < last:
+        unmap_mapping_range(m, inode, first, last)
+
+
 @outlined
 def punch(m, op):
     """fallocate(PUNCH_HOLE): 0; -EBADF; -EINVAL when unaligned; -EAGAIN when a merge is impossible; -ENOMEM when a leaf
@@ -232,7 +244,8 @@ def punch(m, op):
 
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
-    not aligned to huge pages is -EINVAL, even past the end. With Defect.PUNCH_KEEPS_ENTRIES the hole is not unmapped
+    not aligned to huge pages is -EINVAL, even past the end. What is only zeroed stays mapped by processes, in either
+    design: their entries show the zeroes. With Defect.PUNCH_KEEPS_ENTRIES the hole is not unmapped
     here, and special entries stay: their frames go back to the pool while processes still reach them.
     """
     state = m.state
@@ -248,7 +261,7 @@ def punch(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
-        unmap_mapping_range(m, inode, start, end)
+        unmap_whole(m, inode, start, end)
     begin_range(m, inode, start, end)
     status = split_before_hole(m, inode, start, end)
     if status == 0:
@@ -267,6 +280,43 @@ def punch(m, op):
 
 
 @outlined
+def begin_release(m, op):
+    """The first step of release(): the VM's last reference to its file but those of mappings goes; STOP where these
+    hold it, or nothing is to be released."""
+    state = m.state
+    inode = state[op + O_OBJECT]
+    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
+        return np.int64(stop(state, op, -EBADF))
+    vm = state[op + O_VM]
+    bound = False
+    for i in range(state[R_MEMSLOTS]):
+        slot = memslot_row(i)
+        bound |= has_file(state, slot, vm, inode) and state[slot + M_FLAGS] & (SLOT_CLOSED | SLOT_DYING) == U0
+    if not bound or state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD:
+        return np.int64(stop(state, op, -EBADF))
+    state[R_FULL] = U1
+    held = is_mapped_by(state, process_of(state, vm), inode, U0, U0)
+    for i in range(state[R_MEMSLOTS]):
+        if has_file(state, memslot_row(i), vm, inode):
+            state[memslot_row(i) + M_FLAGS] |= SLOT_CLOSED if held else SLOT_DYING
+    return np.int64(stop(state, op, 0) if held else GO)
+
+
+@outlined
+def end_release(m, op):
+    """The second one: kvm_gmem_release() of a file that nobody refers to; BLOCKED (-EBUSY) where the lock is held."""
+    state = m.state
+    inode = state[op + O_OBJECT]
+    node = inode_row(inode)
+    if not lock_exclusive(state, op, node):
+        stop(state, op, -EBUSY)
+        return np.int64(BLOCKED)
+    release_file(m, state[op + O_VM], inode)
+    unlock(state, op, node)
+    return np.int64(stop(state, op, 0))
+
+
+@outlined
 def release(m, op):
     """RELEASE: a VM's descriptor of a guest_memfd inode is closed. 0; -EBADF if the VM has no slot of it, or closed it
     before; -EBUSY where Linux would wait for the lock.
@@ -278,28 +328,17 @@ def release(m, op):
     """
     state = m.state
     inode = state[op + O_OBJECT]
-    if inode >= state[R_INODES] or state[inode_row(inode) + I_OPEN] == U0:
-        return stop(state, op, -EBADF)
-    node = inode_row(inode)
-    vm = state[op + O_VM]
-    bound = False
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        bound |= has_file(state, slot, vm, inode) and state[slot + M_FLAGS] & SLOT_CLOSED == U0
-    if not bound or state[node + I_KIND] != INODE_GUEST_MEMFD:
-        return stop(state, op, -EBADF)
-    if is_mapped_by(state, process_of(state, vm), inode, U0, U0):
-        for i in range(state[R_MEMSLOTS]):
-            if has_file(state, memslot_row(i), vm, inode):
-                state[memslot_row(i) + M_FLAGS] |= SLOT_CLOSED
-        state[R_FULL] = U1
-        return stop(state, op, 0)
-    if not lock_exclusive(state, op, node):
-        return stop(state, op, -EBUSY)
-    release_file(m, vm, inode)
-    state[R_FULL] = U1
-    unlock(state, op, node)
-    return stop(state, op, 0)
+    locked = inode < state[R_INODES] and state[inode_row(inode) + I_LOCK] != U0
+    if locked and not is_mapped_by(state, process_of(state, state[op + O_VM]), inode, U0, U0):
+        return np.int64(stop(state, op, -EBUSY))
+    outcome = np.int64(begin_release(m, op))
+    return np.int64(end_release(m, op)) if outcome == GO else outcome
+
+
+@kernel
+def step_release(m, op, stage):
+    """Step `stage` of it: between the two the file is dying, and slots may be unbound."""
+    return np.int64(begin_release(m, op)) if stage == U0 else np.int64(end_release(m, op))
 
 
 # --------------------------------------------------------------------------- close

@@ -27,11 +27,14 @@ from pgemu_kernels.kvm.memslots import (
     overlaps_other,
 )
 from pgemu_kernels.stage2.userspace import find_place
+from pgemu_kernels.words.enum_words import DEFECT_UNBIND_DYING
 from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
+from pgemu_kernels.words.registers import R_DEFECTS
 from pgemu_kernels.words.rows import (
     I_OPEN,
     INODE_GUEST_MEMFD,
     M_BASE_GFN,
+    M_FLAGS,
     M_HVA,
     M_INODE,
     M_KIND,
@@ -40,6 +43,7 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    SLOT_DYING,
     SLOT_GUEST_MEMFD,
     V_BIND_HVA,
     V_BIND_INODE,
@@ -116,6 +120,16 @@ def bind(m, op):
     return stop(state, op, 0)
 
 
+@kernel
+def is_unbound_unlocked(m, slot):
+    """Defect.UNBIND_DYING: kvm_gmem_unbind() of a file that nobody refers to any more went without the lock, so that an
+    invalidation under way ends without the slot that it began with, and stays in progress for ever."""
+    return m.state[R_DEFECTS] & DEFECT_UNBIND_DYING != U0 and m.state[slot + M_FLAGS] & SLOT_DYING != U0
+
+
+unbinds_dying = full_only(is_unbound_unlocked, False)
+
+
 @outlined
 def unbind(m, op):
     """UNBIND: delete the memory slot that begins at a guest address: 0; -EBADF of a closed VM; -EINVAL for bad
@@ -130,6 +144,9 @@ def unbind(m, op):
     if slot == NONE or state[slot + M_BASE_GFN] != gfn:
         return stop(state, op, -ENOENT)
     if state[slot + M_KIND] != SLOT_GUEST_MEMFD:
+        delete_slot(m, slot)
+        return stop(state, op, 0)
+    if unbinds_dying(m, slot):
         delete_slot(m, slot)
         return stop(state, op, 0)
     node = inode_row(state[slot + M_INODE])

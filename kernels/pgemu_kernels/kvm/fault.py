@@ -254,6 +254,27 @@ def find_guest_leaf(m, op, slot):
 
 
 @kernel
+def is_fetch_of_small(m, op):
+    """mmu_internal.h:kvm_mmu_do_page_fault(): whether a fault is a fetch under the NX-hugepage mitigation, which maps
+    4K (huge_page_disallowed)."""
+    return m.state[op + O_FLAGS] & FLAG_EXEC != U0 and nx_huge_pages(m.state, stage2_format(m))
+
+
+fetches_small = full_only(is_fetch_of_small, False)
+
+
+@kernel
+def is_fetch_refused(m, op, leaf):
+    """Whether a fetch meets a leaf, at index `leaf`, that is not executable: a large one, which is split."""
+    state = m.state
+    fetch = state[op + O_FLAGS] & FLAG_EXEC
+    return fetch != U0 and not is_access_allowed(state, stage2_format(m), m.ram[leaf], fetch)
+
+
+fetch_refused = full_only(is_fetch_refused, False)  # the fast loops know no such mitigation
+
+
+@kernel
 def was_invalidated(m, op, gfn):
     """Whether an invalidation came since the fault began."""
     return retry_fault(m.state, m.state[op + O_VM], gfn, m.state[op + O_SEQUENCE])
@@ -264,7 +285,7 @@ def walk_again(m, op, gfn, goal):
     """Where the leaf goes: slot_for()."""
     state = m.state
     root = page_root(m, vm_row(state[op + O_VM]), inode_row(state[op + O_INODE]), state[op + O_INDEX])
-    return slot_for(m, stage2_format(m), root, gfn, goal, False)
+    return slot_for(m, stage2_format(m), root, gfn, goal, fetches_small(m, op))
 
 
 @kernel

@@ -19,8 +19,8 @@ from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_addr
 from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
 from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP
-from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_GUARDS, R_VMAS
+from pgemu_kernels.words.operations import EACCES, EINVAL, ENOMEM
+from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_FULL, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_END,
@@ -38,6 +38,7 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_OP,
     O_SPACE,
+    PROT_EXEC,
     PROT_WRITE,
     VM_ACCOUNT,
     VM_LOCKED,
@@ -69,13 +70,15 @@ def _account(state, row, prot):
 
 @outlined
 def _protect_vma(m, row, start, end, prot):
-    """mprotect_fixup(): cut the VMA to [start, end), change rights and entries, merge. 0, -EINVAL, -ENOMEM."""
+    """mprotect_fixup(): cut the VMA to [start, end), change rights and entries, merge. 0, -EINVAL, -ENOMEM, -EACCES."""
     state = m.state
-    if state[row + A_KIND] == VMA_GUEST_MEMFD:
-        return np.int64(-EOPNOTSUPP)
     old = state[row + A_PROT]
     if old == prot:
         return np.int64(0)
+    if state[row + A_KIND] == VMA_GUEST_MEMFD:
+        if prot & PROT_EXEC != U0:
+            return np.int64(-EACCES)  # no VM_MAYEXEC: guest_memfd's mount is SB_I_NOEXEC
+        state[R_FULL] = U1  # the fast loops know no entries without rights
     if state[row + A_START] < start:
         status, upper = split_vma(m, row, start)
         if status != 0:
@@ -98,10 +101,8 @@ def _protect_vma(m, row, start, end, prot):
 
 @outlined
 def mprotect(m, op):
-    """mprotect(): flags READ, WRITE, EXEC. 0, -EINVAL, or -ENOMEM at the first hole, what lies before it changed.
-
-    -EOPNOTSUPP at a mapping of the designs, whose entries say what is shared, not what mprotect() allowed.
-    """
+    """mprotect(): flags READ, WRITE, EXEC. 0, -EINVAL, or -ENOMEM at the first hole, what lies before it changed;
+    -EACCES for EXEC of a mapping of the designs."""
     state = m.state
     space = state[op + O_SPACE]
     address = state[op + O_ADDRESS]

@@ -61,6 +61,8 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_SPACE,
+    PROT_READ,
+    PROT_WRITE,
     S_ORDINARY,
     TASK_SIZE,
     VM_ACCOUNT,
@@ -201,7 +203,9 @@ def _fill_row(m, op, row, kind, length):
     state[row + A_INODE] = state[op + O_OBJECT]
     state[row + A_PGOFF] = (start if kind == VMA_ANONYMOUS else state[op + O_OFFSET]) >> U12
     state[row + A_KIND] = kind
-    state[row + A_PROT] = U0 if designs else protection(flags)
+    state[row + A_PROT] = protection(flags)
+    if designs:
+        state[row + A_PROT] = PROT_READ if read_only else PROT_READ | PROT_WRITE
     state[row + A_READ_ONLY] = U1 if read_only else U0
     state[row + A_FLAGS] = _flags_of(m, kind, flags)
     state[row + A_LIVE] = U1

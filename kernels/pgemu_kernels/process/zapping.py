@@ -101,7 +101,7 @@ def _forget_folio(m, row, entry):
 @kernel
 def _forget_page(m, row, entry):
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
-        return _forget_folio(m, row, entry)
+        return _forget_folio(m, row, pte_pfn(entry) << U12)
     if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
         set_folio_dirty(m, pte_pfn(entry))
     unmap_page(m, m.state[row + A_SPACE], pte_pfn(entry))

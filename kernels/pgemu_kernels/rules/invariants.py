@@ -35,6 +35,7 @@ from pgemu_kernels.folios.zeroed import all_zeroed, flags_lie
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.conversion import zap_rounded
 from pgemu_kernels.gmem.vm_kinds import largest_of_kind
+from pgemu_kernels.process.entries import pte_pfn
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
 from pgemu_kernels.words.enum_words import (
@@ -188,7 +189,7 @@ def check_host_leaf(m, row, address, level, entry):
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     index &= ~(pages_of(level) - U1)
     expect(m, is_shared(m, node, index) != U0 and is_uniform(m, node, index, level), BROKEN_HOST_PRIVATE, index)
-    expect(m, inode_frame(m, node, index) == (entry & PTE_ADDRESS) >> U12, BROKEN_WRONG_PFN, index)
+    expect(m, inode_frame(m, node, index) == pte_pfn(entry), BROKEN_WRONG_PFN, index)
     if splits_folios(m):
         expect(m, order_at(m, node, index) == U0, BROKEN_LEAF_OVER_FOLIO, index)
     expect(m, is_own(m, node, index, level), BROKEN_STALE_CONTENTS, index)

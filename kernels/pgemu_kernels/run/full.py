@@ -13,13 +13,20 @@ from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_oper
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
-from pgemu_kernels.gmem import fault_steps, orders
+from pgemu_kernels.gmem import fault_steps, orders, truncation
 from pgemu_kernels.gmem.resuming import go_on
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
 from pgemu_kernels.run.loops import run_kind, run_stretches
-from pgemu_kernels.words.enum_words import EVENT_CONVERT_IOCTL, EVENT_SYSCALL, OP_CONVERT, OP_GUEST_FAULT, OP_HOST_FAULT
+from pgemu_kernels.words.enum_words import (
+    EVENT_CONVERT_IOCTL,
+    EVENT_SYSCALL,
+    OP_CONVERT,
+    OP_GUEST_FAULT,
+    OP_HOST_FAULT,
+    OP_RELEASE,
+)
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
@@ -93,6 +100,8 @@ def next_step(m, op):
         return np.int64(fault_steps.step_fault(m, op, stage))
     if kind == OP_CONVERT:
         return np.int64(orders.step_convert(m, op, stage))
+    if kind == OP_RELEASE:
+        return np.int64(truncation.step_release(m, op, stage))
     run_kind(m, op)
     return np.int64(BLOCKED if np.int64(state[op + O_STATUS]) == -EBUSY else STOP)
 

@@ -439,6 +439,8 @@ class Defect(IntFlag):
     HUGE_OVER_PRIVATE = 32  # 2022: a shared fault takes its level from the host alone and maps over private 4K pages
     # Dec 2025: a first use zeroes the folio's first 4K and marks all of it up to date; its merges as MERGE_KEEPS_FLAG
     UPTODATE_UNZEROED = 1024
+    # Before kvm-x86 0ee2c883b62d: a slot of a file that is dying is unbound without the invalidate_lock
+    UNBIND_DYING = 4096
     MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
 
 
@@ -477,7 +479,7 @@ RULE_EXPLAINED_BY = {
     Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
     Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
     Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
-    Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO,
+    Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO | Defect.UNBIND_DYING,
     # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the
     # page that its inode got next.
     Broken.STALE_CONTENTS: Defect.UPTODATE_UNZEROED

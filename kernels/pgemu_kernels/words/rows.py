@@ -208,7 +208,7 @@ A_PGOFF = U(4)  # in pages
 A_READ_ONLY = U(5)
 A_LIVE = U(6)
 A_KIND = U(7)  # VMA_*
-A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 (ordinary kinds; 0 of VMA_GUEST_MEMFD)
+A_PROT = U(8)  # PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4
 A_FLAGS = U(9)  # VM_*
 A_CACHE_BITS = U(10)  # PFN mappings: memory type bits of their entries
 A_ANON_VMA = U(11)  # number of its anon_vma, 0 = none yet
@@ -295,6 +295,7 @@ SLOT_HAS_GUEST_MEMFD = U(4)
 SLOT_GMEM_ONLY = U(8)  # every page, shared or private, comes from the guest_memfd
 SLOT_RELEASED = U(16)  # its guest_memfd file was released: the slot is there, but has no memory
 SLOT_CLOSED = U(32)  # its guest_memfd file was closed: it is released with the last mapping that holds it
+SLOT_DYING = U(64)  # the last reference to its guest_memfd file is gone, and .release has not run yet
 RELEASED_PGOFF = U(1 << 60)  # M_PGOFF of such a slot: no page of a file
 SLOT_IDS = 32764  # KVM_USER_MEM_SLOTS
 

@@ -30,9 +30,10 @@ def make(design: str = "restructure", page_size: int = M2, pages: int = 1, **par
     Machine, GuestMemfd, Vm
 ]:  # fmt: skip
     """An inode over the whole pool, all private and touched by the guest."""
+    parameters = {"order": "jan2026", "batch": "range"} | parameters  # a split comes before the zap
     machine = Machine(Config(design, pool=pages * page_size, page_size=page_size, **parameters))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(pages * page_size)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(gmem, 0).status == 0
     for block in range(pages):
         vm.touch(block * page_size)
@@ -301,7 +302,7 @@ def test_merging_speaks_for_every_page(zero: str, host: int, guest: int, merge_z
     machine = Machine(Config("restructure", pool=M2, page_size=M2, zero=zero, merge_zero=merge_zero))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(M2, shared=True)
     process = machine.create_process()
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     process.mmap(gmem, VA)
     vm.bind(gmem, 0)
     process.touch(VA + 9 * PAGE)

@@ -100,9 +100,10 @@ class Pool:
 
 def make(page_size: int = M2, pages: int = 1, **parameters: Any) -> tuple[Machine, GuestMemfd]:
     """An inode over the whole pool, all private and touched by the guest."""
+    parameters = {"order": "jan2026", "batch": "range"} | parameters  # a split comes before the zap
     machine = Machine(Config("restructure", pool=pages * page_size, page_size=page_size, **parameters))
     gmem = machine.create_guest_memfd(pages * page_size)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(gmem, 0).status == 0
     for block in range(pages):
         vm.touch(block * page_size)

@@ -319,6 +319,50 @@ def test_no_large_leaf_over_private_pages(design: str) -> None:
     s.sound()
 
 
+def unbound_while_dying(**parameters: Any) -> tuple[Scene, Any, int]:
+    """A conversion is between begin and end of its invalidation when a second VM's file of the inode dies, and before
+    it is released the VM deletes its slot: (scene, the VM, result of that)."""
+    s = Scene("restructure", shared=False, order="fixup", **parameters)
+    second = s.machine.create_vm(protected=True)
+    assert second.bind(s.gmem, 0).status == 0
+    for block in range(4):
+        s.vm.touch(block * M2)
+    s.begin_convert(A, 5, 1, shared=True)
+    assert [s.machine.step(A) for _ in range(2)] == [W.GO, W.GO]  # prepare, invalidate_begin
+    s.machine.begin(B, Operation.RELEASE, vm=second.vm, object_=s.gmem.inode)
+    assert s.machine.step(B) == W.GO  # the last fput()
+    assert second.touch(0).status == -W.EFAULT
+    status = second.unbind(0).status
+    while s.machine.step(A) == W.GO:
+        pass
+    assert s.machine.result(A) == (0, 0)
+    while s.machine.step(B) == W.GO:
+        pass
+    return s, second, status
+
+
+def test_unbinding_a_dying_file_leaves_an_invalidation_in_progress() -> None:
+    """kvm_gmem_unbind() took the invalidate_lock only of a file that is alive. Fixed by kvm-x86 0ee2c883b62d."""
+    s, vm, status = unbound_while_dying(defects=("unbind-dying",))
+    assert status == 0
+    assert vm.bind(s.gmem, 0).status == 0
+    assert vm.touch(0).status == W.RET_PF_RETRY  # for ever: mmu_invalidate_in_progress is never 0 again
+    assert vm.touch(3 * M2).status == W.RET_PF_FIXED  # outside the range that it began over
+    assert s.machine.operate(Operation.GET, object_=s.gmem.inode, offset=0).status == 0
+    s.machine.check_each()
+    s.vm.touch(0)
+    assert s.machine.broken[1] == Broken.IN_PROGRESS
+
+
+def test_unbinding_waits_for_the_lock() -> None:
+    s, vm, status = unbound_while_dying()
+    assert status == -W.EBUSY
+    assert vm.unbind(0).status == 0
+    assert vm.bind(s.gmem, 0).status == 0
+    assert vm.touch(0).status == W.RET_PF_FIXED
+    s.sound()
+
+
 # --------------------------------------------------------------------------- zeroing
 
 UPTODATE = 1 << 3

@@ -446,6 +446,39 @@ def test_dirty_logging_between_the_steps_of_a_fault() -> None:
     assert machine.check() == 0, machine.broken
 
 
+# --------------------------------------------------------------------------- NX huge pages
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_fetch_through_a_large_leaf_installs_a_small_one(design: str) -> None:
+    """KVM's iTLB-multihit mitigation on EPT: large leaves are not executable. A fetch splits one and leaves 4K; no
+    large leaf comes back there (disallowed_hugepage_adjust()). As in slots over a process's memory."""
+    s = Scene(design, stage2="ept", nx_huge_pages=True)
+    assert s.vm.touch(0) == (W.RET_PF_FIXED, 2)
+    assert s.leaf(0) & 4 == 0
+    exits = s.counted(Event.GUEST_FAULT)
+    assert s.vm.touch(PAGE, execute=True).detail == 1
+    assert s.counted(Event.GUEST_FAULT) == exits + 1
+    assert s.leaf(PAGE) & 4 != 0
+    assert s.vm.touch(PAGE, execute=True) == (W.RET_PF_SPURIOUS, 1)
+    assert s.counted(Event.GUEST_FAULT) == exits + 1
+    assert s.vm.leaves() == (512, 0, 0)
+    s.sound()
+    # Where nothing is mapped the fetch maps 4K at once, and a read beside it does not get 2M.
+    assert s.vm.touch(M2, execute=True) == (W.RET_PF_FIXED, 1)
+    assert s.vm.touch(M2 + PAGE) == (W.RET_PF_FIXED, 1)
+    assert s.leaf(M2) & 4 != 0
+    s.sound()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_without_the_mitigation_a_fetch_is_an_access_like_others(design: str) -> None:
+    s = Scene(design, stage2="ept")
+    assert s.vm.touch(0, execute=True) == (W.RET_PF_FIXED, 2)
+    assert s.vm.touch(PAGE, execute=True) == (W.RET_PF_SPURIOUS, 2)
+    s.sound()
+
+
 # --------------------------------------------------------------------------- rules of levels
 
 

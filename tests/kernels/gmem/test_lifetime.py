@@ -400,6 +400,18 @@ def test_a_released_file(design: str, punch: str) -> None:
 
 
 @pytest.mark.parametrize("design", DESIGNS)
+def test_what_a_hole_only_zeroes_stays_mapped(design: str) -> None:
+    """Pages 500 to 1535: 500 to 511 are zeroed, the huge page behind them goes, and 1024 to 1535 with it."""
+    scene = Scene(design, pages=4, shared=True, punch="zero")
+    for page in (500, 600, 1024, 1536):
+        assert scene.process.touch(VA + page * PAGE).detail == 1
+    assert scene.gmem.punch_hole(500 * PAGE, 1036 * PAGE).status == 0
+    mapped = [scene.process.walk(VA + page * PAGE)[-1][2] & 1 for page in (500, 600, 1024, 1536)]
+    assert mapped == [1, 0, 0, 1]
+    scene.sound()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 def test_a_mapping_holds_the_file(design: str) -> None:
     """.release runs after the last VMA is gone: until then faults, slots and conversions go on working (captured)."""
     machine = Machine(Config(design, pool=2 * M2, page_size=M2))  # type: ignore[arg-type]
@@ -487,6 +499,7 @@ def test_release_against_a_fault_and_a_conversion(design: str) -> None:
     for operation, columns in requests.items():
         assert machine.operate(operation, object_=scene.gmem.inode, **columns).status == -W.EBUSY
     machine.begin(1, Operation.RELEASE, vm=scene.vm.vm, object_=scene.gmem.inode)
+    assert machine.step(1) == W.GO  # the last fput()
     assert machine.step(1) == W.BLOCKED
     while machine.step(2) != W.STOP:
         pass

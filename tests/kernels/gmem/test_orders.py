@@ -176,6 +176,33 @@ VARIANTS: dict[str, Arguments] = {
 }
 
 
+def lets_go(whole: Scene, stepped: Scene) -> None:
+    """Where a freeze would spin a step is blocked; when the holder lets go both come to the same."""
+    while (outcome := stepped.machine.step(A)) == W.GO:
+        pass
+    assert outcome == W.BLOCKED
+    for scene in (whole, stepped):
+        let_go(scene.machine)
+    assert stepped.finish(A) == (0, 0)
+    assert whole.machine.spinning() == []
+    assert [whole.gmem.is_shared(page * PAGE) for page in range(BLOCKS * 512)] == [
+        stepped.gmem.is_shared(page * PAGE) for page in range(BLOCKS * 512)
+    ]
+    assert whole.split() == stepped.split()
+    for scene in (whole, stepped):
+        scene.sound()
+
+
+def let_go(machine: Machine) -> None:
+    """Drop every transient reference."""
+    first = machine.register(W.R_TRANSIENT)
+    held = machine.arrays.counts[first : first + machine.register(W.R_GUEST_PAGES)]
+    for place in np.flatnonzero(held).tolist():
+        for _ in range(int(held[place])):
+            pfn = machine.register(W.R_POOL_BASE) + place
+            assert machine.operate(Operation.PUT, address=pfn * PAGE).status == 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_do_what_the_whole_conversion_does(variant: str) -> None:
     for name, (prepare, arguments) in CASES.items():
@@ -184,6 +211,9 @@ def test_steps_do_what_the_whole_conversion_does(variant: str) -> None:
         prepare(stepped)
         expected = whole.machine.operate(**arguments, object_=0, actor=A)
         stepped.begin(A, **arguments, object_=0)
+        if expected.status == -W.WOULD_SPIN:
+            lets_go(whole, stepped)
+            continue
         assert stepped.finish(A) == tuple(expected), name
         assert_same(whole.machine, stepped.machine)
         for scene in (whole, stepped):
@@ -263,7 +293,8 @@ def test_with_defaults_this_entry_does_what_the_fast_loops_do(design: str, more:
         machine.check_each()
     for i, arguments in enumerate(operations(order, blocks, count, seed=len(more))):
         assert fast.operate(**arguments) == full.operate(**arguments), (i, arguments)
-    full.arrays.state[W.R_FULL] = 0
+    for machine in (fast, full):  # what would spin makes one that is looked after
+        machine.arrays.state[W.R_FULL] = 0
     assert_same(fast, full)
     assert fast.statistics.event(Event.CONVERT_IOCTL) > count // 8
     assert fast.check() == 0, fast.broken
@@ -364,33 +395,12 @@ def test_slides_fail_for_want_of_nodes_only() -> None:
     scene.sound()
 
 
-# order: status and page, then levels over page 500, 512, 1024 (zapped or not), then shared(500, 1499)
-BUSY = {
-    "rfc2": ((-W.EBUSY, 512), [0, 0, 0], [False, False], [False, False]),
-    "fixup": ((-W.EBUSY, 512), [0, 0, 0], [False, False], [True, False]),
-    "jan2026": ((-W.EBUSY, 512), [2, 2, 2], [False, False], [True, False]),
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_ebusy_of_a_held_huge_folio(order: str) -> None:
-    """To shared there is no gate: block 1 is held, its folio cannot be frozen (the posted code spins)."""
-    scene = private_and_used(order)
-    assert scene.gmem.get_reference(M2).status == 0
-    status, levels, shared, split = BUSY[order]
-    assert scene.convert(500, 1000, shared=True) == status
-    assert [scene.level(page) for page in (500, 512, 1024)] == levels
-    assert scene.shared(500, 1499) == shared
-    assert scene.split()[:2] == split
-    scene.sound()
-
-
 def test_error_offset_below_the_start_in_rfc2() -> None:
     """It tells the head of the failing folio; the others the larger of start and that."""
     for order, page in (("rfc2", 0), ("fixup", 5), ("jan2026", 5)):
         scene = private_and_used(order)
-        assert scene.gmem.get_reference(0).status == 0
-        assert scene.convert(5, 2, shared=True) == (-W.EBUSY, page)
+        scene.leave_frames(3)
+        assert scene.convert(5, 2, shared=True) == (-W.ENOMEM, page)
 
 
 def all_shared(order: str, **more: Any) -> Scene:
@@ -480,7 +490,7 @@ def test_a_rounded_zap_to_shared() -> None:
     for order in ORDERS:
         for zap in ("exact", "rounded"):
             machine = Machine(Config(pool=W.PAGE_1G, order=order, zap=zap))  # type: ignore[arg-type]
-            gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm()
+            gmem, vm = machine.create_guest_memfd(W.PAGE_1G), machine.create_vm(protected=True)
             assert vm.bind(gmem, M2).status == 0  # guest addresses keep the leaves at 2M
             assert vm.touch(M2) == vm.touch(2 * M2) == (W.RET_PF_FIXED, 2)
             assert gmem.convert(0, PAGE, shared=True).status == 0
@@ -751,7 +761,9 @@ class Actors:
             actor = int(self.random.choice(self.busy))
             outcome = self.scene.machine.step(actor)
             blocked = blocked + 1 if outcome == W.BLOCKED else 0
-            assert blocked < 500, "a deadlock"
+            if blocked == 300:
+                let_go(self.scene.machine)  # a freeze waits for a reference that nobody drops
+            assert blocked < 900, "a deadlock"
             if outcome == W.STOP:
                 self.busy.remove(actor)
                 self.results.append(tuple(self.scene.machine.result(actor)))
@@ -764,7 +776,7 @@ MANY = [name for name, more in VARIANTS.items() if "defects" not in more] + ["sl
 def test_many_actors_leave_a_sound_machine(variant: str) -> None:
     """Any interleaving of steps: nothing is lost, no rule is broken once all have ended, nobody waits for good.
 
-    A conversion to shared whose folio a fault uses is -EBUSY, and leaves what its order leaves.
+    A conversion whose folio a fault uses where it has to be frozen waits for the fault.
     """
     more = {name: value for name, value in VARIANTS[variant].items() if name != "defects"}
     scene = Scene(**more)

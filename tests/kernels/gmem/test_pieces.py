@@ -31,7 +31,7 @@ def make(blocks: int = 1, *, shared: bool = False, **parameters: Any) -> tuple[M
     gmem = machine.create_guest_memfd(blocks * G1, shared=shared)
     process = machine.create_process()
     assert process.mmap(gmem, BASE).status == 0
-    vm = machine.create_vm(process)
+    vm = machine.create_vm(process, protected=True)
     assert vm.bind(gmem, 0).status == 0
     return machine, gmem, vm, process
 
