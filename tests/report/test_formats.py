@@ -100,4 +100,4 @@ def test_the_largest_values_keep_to_the_width() -> None:
     lines = render(wide, ("restructure", "restructure")).splitlines()
     assert max(map(len, lines)) <= 80
     assert "  operations: VM_FAULT_SIGBUS_LONG" in lines  # the numbers follow in the next line
-    assert ["1.2", "us-10,000", "s", "1.2", "us-10,000", "s"] in [line.split() for line in lines]
+    assert ["1.2", "us-10,000", "s", "1.2", "us-10,000", "s"] in [line.split()[-6:] for line in lines]
