@@ -235,6 +235,24 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             (Alternative("4K", {"private_level": "4K"}),),
             lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
         ),
+        "zap-filter": Inference(
+            "a conversion of a TDX VM zaps both kinds of memory",
+            "in-place conversion (kvm-x86 e088c7f86bef) and dec2025; of rfc2 the kind that is left",
+            (Alternative("target", {"zap_filter": "target"}),),
+            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "private memory has no root of its own",
+        ),
+        "tdx-split-to-private": Inference(
+            "leaves over the border of a zapped range are split before every conversion of a TDX VM",
+            "the fix-ups split to shared; a zap of both kinds to private would drop such a leaf whole",
+            (),
+            _only_statement,
+        ),
+        "snp-large-by-level": Inference(
+            "where folios stay whole the level of the leaf is the size of its RMP entry",
+            "sev_gmem_prepare() takes the folio's order",
+            (),
+            _only_statement,
+        ),
         "overlap": Inference(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",

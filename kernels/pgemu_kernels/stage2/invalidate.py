@@ -20,6 +20,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_SPTE_PAGES_BEYOND,
     EVENT_TLB_FLUSH_VM,
     GAUGE_STAGE2_LEAVES_4K,
+    VM_MIRRORED,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
@@ -29,6 +30,7 @@ from pgemu_kernels.words.registers import (
     R_NOTIFIER,
     R_STEPPED,
     R_UNFLUSHED_VMS,
+    R_VM_PROPERTIES,
 )
 from pgemu_kernels.words.rows import (
     FILTER_BOTH,
@@ -233,7 +235,15 @@ def split_of_vms(m, vms, inode, start, end):
     return np.int64(0)
 
 
-kvm_gmem_split_private = full_only(split_of_vms, np.int64(0))  # the fast loops know no mirror
+@kernel
+def split_if_mirrored(m, vms, inode, start, end):
+    """The same, where any VM has a mirror."""
+    if m.state[R_VM_PROPERTIES] & VM_MIRRORED == U0:
+        return np.int64(0)
+    return split_of_vms(m, vms, inode, start, end)
+
+
+kvm_gmem_split_private = full_only(split_if_mirrored, np.int64(0))  # the fast loops know no mirror
 
 
 @kernel
