@@ -54,7 +54,7 @@ _STEP = st.one_of(
 @st.composite
 def traces(draw: st.DrawFn) -> Lowered:
     """A trace that begins private or shared."""
-    steps = draw(st.lists(_STEP, min_size=3, max_size=24))
+    steps = draw(st.lists(_STEP, min_size=6, max_size=24))
     return lowered(
         [*setup(), *(record for step in steps for record in step)], draw(st.sampled_from(["private", "shared"]))
     )

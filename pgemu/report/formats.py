@@ -46,13 +46,13 @@ def document(
 def _text(
     comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None, *, details: bool, sources: bool
 ) -> str:
+    text = screen(comparison, lines, sensitivity) if lines else ""
+    if lines and not (details or sources):
+        return text
     from rich.console import Console
 
     from pgemu.report.details import write, write_sources
 
-    text = screen(comparison, lines, sensitivity) if lines else ""
-    if lines and not (details or sources):
-        return text
     console = Console(highlight=False)
     with console.capture() as captured:
         if details or not lines:

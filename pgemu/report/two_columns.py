@@ -85,8 +85,11 @@ def _text(found: list[Row], heads: tuple[str, str]) -> str:
 
 
 def _line(*cells: str) -> str:
+    """A line of the table; a name that is in the way of the numbers has one of its own."""
     name, *numbers = cells
-    return (f"{name:{_WIDTHS[0]}}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, _WIDTHS[1:], strict=True))).rstrip()
+    text = "".join(f" {n:>{w - 1}}" for n, w in zip(numbers, _WIDTHS[1:], strict=True))
+    room = sum(_WIDTHS) - len(text)
+    return (f"{name:{room}}{text}" if len(name) <= room else f"{name}\n{text:>{sum(_WIDTHS)}}").rstrip()
 
 
 def _markdown(found: list[Row], heads: tuple[str, str]) -> str:

@@ -110,7 +110,7 @@ def test_a_split_form_does_the_same_to_pages_in_another_way(log: str) -> None:
         document(log, "--split-form", form)["designs"]["restructure"]["state"] for form in ("rfc2", "jan2026")
     )
     assert {name for name, value in first.items() if second[name] != value} == {"struct_page_bytes", "stores_irq_off"}
-    assert (first["stores_irq_off"], second["stores_irq_off"]) == (1, 512)
+    assert (first["stores_irq_off"], second["stores_irq_off"]) == (0, 512)
     assert second["struct_page_bytes"] - first["struct_page_bytes"] == 511 * (44 - 24)  # type: ignore[operator]
 
 
@@ -118,9 +118,34 @@ def test_what_comes_together_is_that_of_the_version(log: str) -> None:
     machines = document(log, "--like", "rfc2", "--as-posted", "--pfnmap", "slides2025")["machines"]
     rfc2 = {"order": "rfc2", "split_form": "rfc2", "batch": "range", "zero": "folio", "punch": "zero"}
     assert rfc2.items() <= machines["restructure"].items()
-    assert machines["restructure"]["defects"] == ["allocation-race", "rollback-at-zero"]
+    assert machines["restructure"]["defects"] == ["allocation-race", "merge-keeps-flag", "rollback-at-zero"]
     assert machines["pfnmap"]["defects"] == ["insert-unlocked", "punch-keeps-entries"]
     assert machines["pfnmap"]["punch"] == "zero"
+
+
+@pytest.mark.parametrize("options", [["--like", "next"], ["--like", "dec2025", "--page-size", "4K"]])
+def test_4k_pages_are_those_of_next_and_of_others_when_asked_for(log: str, options: list[str]) -> None:
+    result = invoke(log, *options, "--no-sensitivity")
+    assert result.exit_code == 0, result.output
+    assert "in pages of 4 KiB" in " ".join(result.stdout.split())
+    assert f"restructure like {options[1]} and pfnmap corrected" in result.stdout
+
+
+def test_what_a_version_refuses_is_done_and_said_or_with_strict_the_result(log: str) -> None:
+    options = (log, "--page-size", "2M", "--init", "shared", "--no-sensitivity")
+    done, strict = (invoke(*options, *more) for more in ([], ["--strict"]))
+    assert done.exit_code == strict.exit_code == 0, strict.output
+    refusal = "dec2025 refuses huge pages that are shared at first (-EINVAL)"
+    assert f"{refusal}: created as rfc2 does" in " ".join(done.stdout.split())
+    assert f"restructure: {refusal}" in " ".join(strict.stdout.split())
+    assert "created as rfc2 does" not in strict.stdout
+    assert document(*options[:1], "--init", "shared", "--strict")["designs"]["restructure"]["count"] == 0
+
+
+def test_what_is_mixed_by_hand_is_one_line(log: str) -> None:
+    result = invoke(log, "--page-size", "2M", "--order", "rfc2", "--zap", "rounded", "--no-sensitivity")
+    assert "\nmixed by hand: order rfc2, zap rounded\n" in result.stdout
+    assert "mixed by hand" not in invoke(log, "--page-size", "2M", "--order", "fixup", "--no-sensitivity").stdout
 
 
 def test_next4k_wants_4k_pages(log: str) -> None:

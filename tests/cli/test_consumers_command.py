@@ -30,7 +30,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--json", "--page-size", "2M")
     document = json.loads(text)
-    assert (document["page_size"], document["order"]) == (2 << 20, "jan2026")
+    assert (document["page_size"], document["order"]) == (2 << 20, "fixup")
     named = {row["consumer"]: row for row in document["consumers"]}
     assert len(named) == 20
     assert named["VFIO type1"]["pfnmap"]["status"] == "-EFAULT"

@@ -10,7 +10,7 @@ import pytest
 import rich_click as click
 from hypothesis import HealthCheck, given, settings
 
-from comparisons import converts_nothing, mixed
+from comparisons import converts_nothing, lowered, mixed, mixed_records
 from pgemu.cli import main
 from pgemu.experiments.compare import compare
 from pgemu.experiments.inferences import INFERENCES
@@ -77,8 +77,10 @@ def test_reasons_why_a_rule_touches_nothing() -> None:
     assert INFERENCES["recorded-levels"].untouched(everything) == "not a log, but all accesses"
     assert INFERENCES["private-level"].untouched(plain) == "not a TDX VM"
     # One conversion is -EAGAIN on restructure, a block is merged, a hole is made, no 2M block is all shared.
-    for rule in ("zap", "holes", "merge-zero", "dec2025-order", "pfnmap-holes-unmap"):
+    for rule in ("zap", "holes", "dec2025-order", "pfnmap-holes-unmap"):
         assert INFERENCES[rule].untouched(mixed()) == ""
+    assert INFERENCES["merge-zero"].untouched(mixed()) == "defect uptodate-unzeroed: a merge does not look"
+    assert INFERENCES["merge-zero"].untouched(compare(lowered(mixed_records()), zero="page")) == ""
     assert INFERENCES["host-huge"].untouched(mixed()) == "no 2M block is all shared when the host maps memory"
 
 

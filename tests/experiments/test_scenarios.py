@@ -45,8 +45,9 @@ def test_the_guest_runs_over_the_same_memory(boot: SmallestPfnmap) -> None:
 def test_what_follows_from_vm_pfnmap(boot: SmallestPfnmap) -> None:
     assert boot.dontneed == -W.EINVAL
     assert boot.broken == 0
-    assert boot.gmem.convert(KERNEL_IMAGE, W.PAGE_4K, shared=False).status == 0
-    assert boot.process.touch(KVMTOOL_HVA + KERNEL_IMAGE).status == W.VM_FAULT_SIGBUS
+    # kvmtool's VM is a plain one, which knows no private memory (kvm_arch_has_private_mem()).
+    assert boot.gmem.convert(KERNEL_IMAGE, W.PAGE_4K, shared=False).status == -W.EINVAL
+    assert boot.process.touch(KVMTOOL_HVA + KERNEL_IMAGE).status == 0  # present as before
     assert boot.machine.check() == 0, boot.machine.broken
 
 

@@ -22,7 +22,7 @@ def configured(design: str, versions: Versions, **given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("like", "page_size", "expected"),
     [
-        ("rfc2", PAGE_1G, ("rfc2", "range", "rfc2", "folio", "zero", "6.18", ())),
+        ("rfc2", PAGE_1G, ("rfc2", "range", "rfc2", "folio", "zero", "6.18", ("merge-keeps-flag",))),
         ("dec2025", PAGE_1G, ("fixup", "block", "jan2026", "folio", "refuse", "6.18", ("uptodate-unzeroed",))),
         ("jan2026", PAGE_1G, ("jan2026", "block", "jan2026", "folio", "refuse", "6.18", ("uptodate-unzeroed",))),
         ("next", PAGE_4K, ("next4k", "range", "jan2026", "folio", "zero", "7.3", ())),
@@ -53,7 +53,7 @@ def test_a_plan_is_the_branch_but_for_its_order() -> None:
 @pytest.mark.parametrize(
     ("like", "fixed"),
     [
-        ("rfc2", ("allocation-race", "rollback-at-zero")),
+        ("rfc2", ("allocation-race", "merge-keeps-flag", "rollback-at-zero")),
         ("dec2025", ("allocation-race", "mapping-order", "uptodate-unzeroed")),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from comparisons import converts_nothing, lowered, mixed, mixed_records, setup
 from pgemu.experiments.compare import Comparison, compare
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
-from pgemu.experiments.verdict import QUESTIONS, verdict
+from pgemu.experiments.verdict import QUESTIONS, Trial, measure, verdict
 from pgemu.machine.presets import Versions
 from pgemu.report.screen import HEIGHT, WIDTH, mixed as by_hand, screen
 from pgemu.trace import Lowered, LoweringOptions, load, shipped
@@ -105,3 +105,17 @@ def test_what_is_mixed_by_hand_is_one_line() -> None:
 def test_a_plan_without_code_is_said_to_be_one() -> None:
     text = " ".join(shown(compare(lowered(mixed_records()), versions=Versions("jan2026"))).split())
     assert "jan2026: the plan of January 2026, without code: dec2025 but for its order" in text
+
+
+def test_an_alternative_that_moves_a_time_is_said_though_it_turns_nothing() -> None:
+    """Flips that overlap take a hundredth of what others do; pfnmap is better either way."""
+    comparison = compare(load(shipped(), LoweringOptions()))
+    base = measure(*comparison.runs)
+    low, high = base["conversions"].difference  # type: ignore[misc]
+    moved = base | {"conversions": base["conversions"]._replace(difference=(low / 100, high / 100))}
+    runs = (comparison.runs[0], comparison.runs[1])
+    text = shown(comparison, Sensitivity((Trial("overlap", "1", "", moved, runs),)))
+    assert "\n- with overlap 1: time of conversions pfnmap 3." in text
+    assert_fits(text)
+    near = base | {"conversions": base["conversions"]._replace(difference=(low / 2, high / 2))}
+    assert "with overlap 1" not in shown(comparison, Sensitivity((Trial("overlap", "1", "", near, runs),)))
