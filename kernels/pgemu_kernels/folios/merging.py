@@ -17,7 +17,7 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.hugetlb import free_block, inode_at, own_merged, stop_waiting
 from pgemu_kernels.folios.split_pages import (
-    BUSY,
+    HELD,
     join_list,
     join_pages,
     note_uptodate,
@@ -76,7 +76,7 @@ def merge_folio(m, head, order, index, references):
     busy, _ = join_pages(m, head, first, order)
     if busy:
         charge_one(m, EVENT_FREEZE_SPIN)
-        return BUSY
+        return HELD
     uptodate = m.ram[first + FLAGS] >> U3 & U1
     return merge_pages(m, head, first, order, index, references, uptodate)
 
@@ -91,7 +91,7 @@ def merge_block(m, block, index, zeroed_word):
     head = state[block + B_PFN]
     order = state[R_ORDER]
     if merge_zeroed(m, block, head, order, index, zeroed_word) != 0:
-        return BUSY
+        return HELD
     join_list(m, head, order)
     if state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         own_merged(m, block, struct_page(m, head))  # from the stash
@@ -131,7 +131,7 @@ def merge_zeroed(m, block, head, order, index, zeroed_word):
     first = struct_page(m, head)
     busy, uptodate = join_pages(m, head, first, order)
     if busy:
-        return BUSY
+        return HELD
     flag = U0  # of a folio on its way to the pool
     if zeroed_word != NONE:
         flag = merged_flag(m, block, head, order, index, zeroed_word, uptodate)

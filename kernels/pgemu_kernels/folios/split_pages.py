@@ -53,7 +53,7 @@ U = np.uint64
 NO_MEMORY = np.int64(-ENOMEM)
 
 
-BUSY = np.int64(-WOULD_SPIN)  # a folio cannot be frozen
+HELD = np.int64(-WOULD_SPIN)  # a folio cannot be frozen
 
 
 SPLIT_BYTES = 44

@@ -24,7 +24,7 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.hvo import end_restore
 from pgemu_kernels.folios.split_pages import (
-    BUSY,
+    HELD,
     NO_MEMORY,
     SPLIT_BYTES,
     charge_pages,
@@ -132,7 +132,7 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
     first = struct_page(m, head)
     if reference_count(m.ram, first) != references:
         charge_one(m, EVENT_FREEZE_SPIN)
-        return BUSY
+        return HELD
     cached = m.ram[first + MAPPING] != U0
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         status = split_by_page(m, head, first, order, index, references, cached, zeroed_word)

@@ -39,7 +39,7 @@ from pgemu_kernels.folios.hugetlb import (
 from pgemu_kernels.folios.hvo import fill_tail_page, optimize, restore_batch, split_directory
 from pgemu_kernels.folios.merging import merge_zeroed
 from pgemu_kernels.folios.split_pages import (
-    BUSY,
+    HELD,
     NO_MEMORY,
     PAGE_FLAGS,
     join_list,
@@ -352,7 +352,7 @@ def merge_whole(m, node, block, first, keep, must):
     head = m.state[block + B_PFN]
     if any_piece_split(m, block) or not is_idle_block(m, block):
         charge_one(m, EVENT_FREEZE_SPIN)
-        return BUSY
+        return HELD
     charge(m, EVENT_FOLIO_FROZEN, np.int64(PIECES))
     folded = frames_left(m) < missing_of_pieces(m, head)
     if folded and not must:

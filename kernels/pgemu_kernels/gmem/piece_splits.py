@@ -25,7 +25,7 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hugetlb import inode_at, prep_compound
 from pgemu_kernels.folios.hvo import optimize_batch, restore
 from pgemu_kernels.folios.split_pages import (
-    BUSY,
+    HELD,
     INHERITED,
     NO_MEMORY,
     PAGE_FLAGS,
@@ -119,7 +119,7 @@ def split_whole(m, block, first):
     head = m.state[block + B_PFN]
     if reference_count(m.ram, struct_page(m, head)) != BLOCK_PAGES:
         charge_one(m, EVENT_FREEZE_SPIN)
-        return BUSY
+        return HELD
     rfc2 = m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2
     if rfc2:
         charge_one(m, EVENT_PAGE_CACHE_STORED)

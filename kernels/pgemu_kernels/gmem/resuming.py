@@ -122,4 +122,4 @@ def try_what_spins(m):
         try_all(m)
 
 
-go_on = full_only(try_what_spins, None)  # a machine with something noted is none for the fast loops
+finish_spins = full_only(try_what_spins, None)  # a machine with something noted is none for the fast loops

@@ -130,7 +130,7 @@ went_on = full_only(freeze_succeeded, None)  # the fast loops go no steps
 
 
 @outlined
-def note(m, op, start, pfn, references, index):
+def note_spin(m, op, start, pfn, references, index):
     """Note that a conversion, or one that is tried again, has pages [start, its end) left to do: its status.
 
     -EBUSY where there is no room for another one: nothing more is done of it then.
@@ -160,10 +160,10 @@ def note(m, op, start, pfn, references, index):
 
 @outlined
 def note_block(m, op, start, block, index):
-    """note() of a conversion that cannot freeze a folio of a block, from page `index` of the inode on."""
+    """note_spin() of a conversion that cannot freeze a folio of a block, from page `index` of the inode on."""
     inside = (U1 << m.state[R_ORDER]) - U1
     pfn, references = held_folio(m, block, index & inside)
-    return note(m, op, start, pfn, references, (index & ~inside) + pfn - m.state[block + B_PFN])
+    return note_spin(m, op, start, pfn, references, (index & ~inside) + pfn - m.state[block + B_PFN])
 
 
 @kernel
@@ -201,7 +201,7 @@ def waits_behind(m, op, inode, start, end):
     state[op + O_INODE] = inode
     state[op + O_RANGE_END] = end
     index = state[row + Q_INDEX]
-    status = note(m, op, start, state[row + Q_PFN], state[row + Q_REFERENCES], index)
+    status = note_spin(m, op, start, state[row + Q_PFN], state[row + Q_REFERENCES], index)
     result(state, op, status)
     return True
 

@@ -14,7 +14,7 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
 from pgemu_kernels.gmem import fault_steps, orders, truncation
-from pgemu_kernels.gmem.resuming import go_on
+from pgemu_kernels.gmem.resuming import finish_spins
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
 from pgemu_kernels.rules.references import hold_again
@@ -85,7 +85,7 @@ def step_actor(m, actor, beginning):
             state[R_GUEST_FAULTS] -= U1
         forget_last(m.stats)
         finish_operation(m, op)
-    go_on(m)
+    finish_spins(m)
     return outcome
 
 

@@ -25,7 +25,7 @@ from pgemu_kernels.engine.records import BATCH, element, load, save_result
 from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
-from pgemu_kernels.gmem.resuming import go_on
+from pgemu_kernels.gmem.resuming import finish_spins
 from pgemu_kernels.kvm import binding
 from pgemu_kernels.process.madvise import zap_mappings
 from pgemu_kernels.process.mmap import mmap
@@ -79,7 +79,7 @@ def save(m, op, columns, i):
     if m.state[R_CHECK] != U0:
         check_operation(m, op)
     save_result(m.state, op, columns, i)
-    go_on(m)
+    finish_spins(m)
 
 
 # --------------------------------------------------------------------------- one loop per operation

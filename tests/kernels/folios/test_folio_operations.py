@@ -81,7 +81,7 @@ def split_machine() -> tuple[Machine, Any, Any]:
     """An inode whose only block is split, its second page shared."""
     machine = machine_of(1)
     gmem = machine.create_guest_memfd(M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     vm.touch(0)
     assert gmem.convert(PAGE, PAGE, shared=True).status == 0
@@ -151,7 +151,7 @@ def test_a_page_on_its_way_back_from_an_inode_is_not_the_pools() -> None:
     """What left the page cache while it was referenced is split and freed by nobody but its last reference."""
     machine = machine_of()
     inode = machine.create_guest_memfd(M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(inode, 0).status == 0
     assert vm.touch(0).detail == 2
     held = machine.operate(Operation.GET, object_=inode.inode).detail
