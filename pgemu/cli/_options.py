@@ -135,6 +135,7 @@ _OPTIONS = (
     _choice("merge", "now|lazy", "Merge at the end of a conversion to private, or leave it to the worker (what-if)."),
     _choice("flush", "each|batched", "Flush as posted, or once per process, VM and kernel in a conversion (what-if)."),
     _choice("zap", "exact|rounded", "Drop the leaves of a conversion's range, or of its huge pages (what-if)."),
+    _choice("zap-filter", "both|target", "Of a TDX VM: conversions drop leaves of both kinds, or of the one left."),
     _choice("invalidate", "rounded|exact", "Begin and end invalidations over huge pages, or over the range."),
     _choice("zero", "folio|page", "What a first use zeroes, in both designs.  [default: the version's; pfnmap: page]"),
     _choice("merge-zero", "none|unzeroed", "What a merge zeroes: nothing, or pages that never were."),
@@ -156,8 +157,8 @@ _OPTIONS = (
 
 FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
-    "split_form", "split_to", "merge", "flush", "zap", "invalidate", "zero", "merge_zero", "punch", "level_rule",
-    "host_huge", "worker", "lru_cache",
+    "split_form", "split_to", "merge", "flush", "zap", "zap_filter", "invalidate", "zero", "merge_zero", "punch",
+    "level_rule", "host_huge", "worker", "lru_cache",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 

@@ -192,8 +192,8 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "order of steps of dec2025: zap, end, restructure, store",
             "read in a tree that carries the branch and adds splits of leaves; the branch alone was not read",
             (
+                Alternative("fixup", {"order": "fixup"}, ("restructure",)),
                 Alternative("jan2026", {"order": "jan2026"}, ("restructure",)),
-                Alternative("rfc2", {"order": "rfc2"}, ("restructure",)),
             ),
             _fails_without_memory,
         ),

@@ -89,7 +89,7 @@ def _wrapped(text: str) -> list[str]:
 
 def mixed(comparison: Comparison) -> str:
     """What was given by hand and is otherwise in the versions, as the command line has it."""
-    names = (*PARAMETERS, "zero", "kernel", "split_form")
+    names = (*PARAMETERS, "zero", "kernel", "split_form", "zap_filter")
     changed: dict[str, str] = {}
     for run in comparison.runs:
         plain = comparison.versions.configuration(run.design, pool=run.config.pool, page_size=run.config.page_size)
