@@ -59,6 +59,7 @@ class Variant:
         if self.restructure:
             parameters |= {"order": self.order, "split_form": "rfc2" if self.order == "rfc2" else "jan2026"}
         smallest = max(self.page_size, W.PAGE_2M)
+        parameters.setdefault("punch", "zero")  # as RFC v2; the tests of merged code have pages of 4K
         parameters.setdefault("pool", -(-bytes_ // smallest) * smallest)
         return Config(self.design, page_size=self.page_size, **parameters)  # type: ignore[arg-type]
 

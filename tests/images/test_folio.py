@@ -471,7 +471,7 @@ def test_a_folio_follows_what_happens(kernel: str) -> None:
     machine = Machine(Config("restructure", pool=2 * M2, page_size=M2, kernel=kernel))
     machine.create_guest_memfd(M2)  # so that the inode's number is not 0
     gmem = machine.create_guest_memfd(M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     vm.touch(0)
     folio = machine.folio(gmem.pfn(0) or 0)

@@ -56,7 +56,7 @@ def exercise(machine: Machine) -> None:
     """Run every operation of a design, so that every entry point is compiled or loaded."""
     process = machine.create_process()
     gmem = machine.create_guest_memfd(2 * W.PAGE_2M, shared=False)
-    vm = machine.create_vm(process)
+    vm = machine.create_vm(process, protected=True)
     base = 0x7F00_0000_0000
     assert process.mmap(gmem, base).status == 0
     assert vm.bind(gmem, gpa=0).status == 0
@@ -242,7 +242,7 @@ def test_bounds_checks_are_on() -> None:
     from pgemu_kernels.engine.handle import describe
 
     machine = Machine(Config("pfnmap", pool=W.PAGE_2M, page_size=W.PAGE_2M))
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(machine.create_guest_memfd(W.PAGE_2M), gpa=0)
     machine.descriptor = describe(machine.arrays._replace(ram=machine.arrays.ram[:1]))
     with pytest.raises(IndexError):

@@ -40,7 +40,8 @@ def any_records(draw: st.DrawFn) -> list[tuple[int, ...]]:
 
 
 def machine_in_use(design: str) -> Machine:
-    machine = Machine(Config(design, pool=4 * PAGE_2M, page_size=PAGE_2M))  # type: ignore[arg-type]
+    config = Config(design, pool=4 * PAGE_2M, page_size=PAGE_2M, order="jan2026", punch="zero")  # type: ignore[arg-type]
+    machine = Machine(config)
     gmem = machine.create_guest_memfd(3 * PAGE_2M, shared=True)
     process = machine.create_process()
     vm = machine.create_vm(process, protected=True)

@@ -345,7 +345,7 @@ def test_rights_of_arm_are_the_leafs(no_execute: int, execute: tuple[bool, bool]
 def test_a_machine_is_walked_in_its_formats(stage2: Any) -> None:
     machine = Machine(Config("pfnmap", pool=2 << 30, stage2=stage2, nx_huge_pages=True))
     gmem = machine.create_guest_memfd(2 << 30, shared=False)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     gmem.convert(0, 4096, shared=True)
     vm.touch(0x20_0000)

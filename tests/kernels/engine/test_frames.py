@@ -79,7 +79,7 @@ def test_frames_are_conserved(design: str, kernel: str, hvo: bool) -> None:
     """After faults, conversions and the end of the VMM exactly the frames of before are in use."""
     machine = Machine(Config(design, pool=4 * M2, page_size=M2, kernel=kernel, hvo=hvo))  # type: ignore[arg-type]
     process = machine.create_process()
-    vm = machine.create_vm(process)
+    vm = machine.create_vm(process, protected=True)
     used = machine.statistics.gauge(Gauge.FRAMES_USED)
     gmem = machine.create_guest_memfd(4 * M2, shared=False)
     vm.bind(gmem, 0)
@@ -127,7 +127,7 @@ def test_a_huge_page_used_again_shows_zeroes(design: str, zero: str, page: int) 
     """Also where one fault maps all of it at once and other pages are never faulted by themselves."""
     machine = Machine(Config(design, pool=M2, page_size=M2, zero=zero))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(M2, shared=False)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     vm.touch(page * PAGE)
     pfn = gmem.pfn(page * PAGE)
@@ -145,7 +145,7 @@ def test_a_huge_page_used_again_shows_zeroes(design: str, zero: str, page: int) 
 def test_conversions_keep_contents(design: str, zero: str) -> None:
     machine = Machine(Config(design, pool=M2, page_size=M2, zero=zero))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(M2, shared=False)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     vm.touch(9 * PAGE)
     pfn = gmem.pfn(9 * PAGE)

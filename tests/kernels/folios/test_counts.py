@@ -288,7 +288,7 @@ def agree(machine: Machine, folio: Folio) -> int:
 def test_kernels_and_readers_agree(kernel: str) -> None:
     machine = Machine(Config("restructure", pool=3 * M2, page_size=M2, kernel=kernel))
     gmem = machine.create_guest_memfd(2 * M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     gmem.convert(0, PAGE, shared=True)
     for offset in (0, M2):

@@ -127,7 +127,7 @@ def test_folio_in_the_page_cache(design: str) -> None:
     """One reference per base page, the mapping and index of the inode, up to date; the flag `freed` is gone."""
     machine = machine_of(design, pages=2)
     gmem = machine.create_guest_memfd(2 * M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     vm.touch(M2)
     head = gmem.pfn(M2)
@@ -176,7 +176,7 @@ def test_transient_references_count_on_the_folio() -> None:
     """On the page itself where it is a folio, else on the head."""
     machine = machine_of("restructure", pages=2)
     gmem = machine.create_guest_memfd(2 * M2)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     vm.bind(gmem, 0)
     gmem.convert(0, PAGE, shared=True)
     for block in (0, M2):

@@ -208,25 +208,26 @@ def test_a_merge_without_a_frame_leaves_the_vmemmap_whole() -> None:
 
 
 def test_a_held_folio_cannot_be_split() -> None:
+    """Posted code spins in its freeze; the conversion is done when the reference goes."""
     machine, gmem, _ = make(pages=2)
     pfn = gmem.get_reference(M2 + 3 * PAGE).detail
-    assert gmem.convert(0, 2 * M2, shared=True) == (-W.EBUSY, M2)
+    assert gmem.convert(0, 2 * M2, shared=True) == (-W.WOULD_SPIN, M2)
+    assert gmem.is_split(0)
+    assert not gmem.is_split(M2)
     gmem.put_reference(pfn)
-    assert gmem.convert(0, 2 * M2, shared=True).status == 0
+    assert gmem.is_split(M2)
+    assert gmem.is_shared(M2)
     assert machine.check() == 0
 
 
 def test_a_held_page_puts_its_blocks_merge_off() -> None:
-    """The conversion succeeds, the block stays split until a later one finds it idle."""
+    """The freeze of the merge would spin: the block stays split until the page is let go."""
     machine, gmem, vm = make()
     gmem.convert(0, PAGE, shared=True)
     pfn = gmem.get_reference(9 * PAGE).detail
-    assert gmem.convert(0, PAGE, shared=False).status == 0
+    assert gmem.convert(0, PAGE, shared=False) == (-W.WOULD_SPIN, 9 * PAGE)
     assert gmem.is_split(0)
-    assert vm.touch(0).detail == 1
     gmem.put_reference(pfn)
-    gmem.convert(0, PAGE, shared=True)
-    gmem.convert(0, PAGE, shared=False)
     assert not gmem.is_split(0)
     assert vm.touch(0).detail == 2
     assert machine.check() == 0

@@ -169,12 +169,14 @@ def test_gate_names_the_folio() -> None:
     piece = gmem.get_reference(3 * M2 + 7 * PAGE).detail
     assert machine.folio(piece).refcount == 513
     assert gmem.convert(0, 8 * M2, shared=False) == (-W.EAGAIN, 3 * M2)
-    assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=True) == (-W.EBUSY, 3 * M2 + 7 * PAGE)
     assert gmem.convert(0, M2, shared=False) == (0, 0)  # its piece merges, the block cannot
     assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
     assert vm.touch(0).detail == 2
-    assert gmem.put_reference(piece).status == 0
+    assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=True) == (-W.WOULD_SPIN, 3 * M2)
+    assert gmem.put_reference(piece).status == 0  # and the conversion is done
     assert gmem.put_reference(piece).status == -W.ENOENT
+    assert gmem.is_shared(3 * M2 + 7 * PAGE)
+    assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=False).status == 0
     assert gmem.convert(0, PAGE, shared=True).status == gmem.convert(0, PAGE, shared=False).status == 0
     assert gauge(machine, Gauge.BLOCKS_HUGE) == 1
     assert machine.check() == 0

@@ -138,6 +138,11 @@ def test_steps_do_what_the_whole_operation_does(variant: str) -> None:
         prepare(stepped)
         expected = whole.machine.operate(**arguments, object_=0, actor=1)
         stepped.machine.begin(1, **arguments, object_=0)
+        if expected.status == -W.WOULD_SPIN:  # a step is blocked where the freeze would spin
+            while (outcome := stepped.machine.step(1)) == W.GO:
+                pass
+            assert outcome == W.BLOCKED
+            continue
         assert stepped.finish(1) == tuple(expected), number
         assert_same(whole.machine, stepped.machine)
         whole.leave_frames(None)
@@ -263,12 +268,13 @@ def test_lazily(order: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_failing_folio(order: str) -> None:
-    """-EBUSY and -ENOMEM name the 2M piece; rfc2 merges again what it split."""
+    """-ENOMEM names the 2M piece, and so does a freeze that would spin; rfc2 merges again what it split."""
     scene = Scene(order=order)
     held(scene)
-    assert scene.convert(300, 500, shared=True) == (-W.EBUSY, 512)
-    assert scene.convert(514, 2, shared=True) == (-W.EBUSY, 512 if order == "rfc2" else 514)
+    assert scene.convert(300, 500, shared=True) == (-W.WOULD_SPIN, 512)
     assert scene.split() == 2
+    scene = Scene(order=order)
+    mixed(scene)
     scene.leave_frames(7 + 2 + 1)
     assert scene.convert(2048, 1024, shared=True) == (-W.ENOMEM, 2048 + 512)
     assert scene.split() == (2 if order == "rfc2" else 3)

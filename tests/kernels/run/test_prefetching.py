@@ -21,7 +21,7 @@ def scene(design: str, page_size: int) -> Machine:
     machine = Machine(Config(design, pool=SIZE, page_size=page_size))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(SIZE, shared=True)
     process = machine.create_process()
-    vm = machine.create_vm(process)
+    vm = machine.create_vm(process, protected=True)
     assert process.mmap(gmem, VA).status == 0
     assert vm.bind(gmem, 0).status == 0
     return machine
@@ -61,7 +61,7 @@ def test_a_scattered_batch_does_what_its_operations_do_one_by_one(design: str, p
 def test_a_slot_that_was_released_has_no_page_to_read_ahead(design: str, page_size: int) -> None:
     machine = Machine(Config(design, pool=SIZE, page_size=page_size))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(SIZE, shared=True)
-    vm = machine.create_vm(machine.create_process())
+    vm = machine.create_vm(machine.create_process(), protected=True)
     assert vm.bind(gmem, 0).status == 0
     assert vm.release(gmem).status == 0
     pages = np.random.default_rng(1).permutation(SIZE // PAGE)[:COUNT].astype(np.uint64)

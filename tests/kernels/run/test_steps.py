@@ -23,8 +23,8 @@ VA = 0x7F00_0000_0000
 A, B = 1, 2  # actors
 # Steps of a fault until it has its frame: lock, lookup, take, insert, (split,) lookup; without an allocation two.
 ALLOCATING = {"restructure": 6, "pfnmap": 5}
-# ... and until a guest's fault, which has it, holds neither the folio nor the lock.
-LOOKED_UP = {"restructure": 7, "pfnmap": 5}
+# ... and until a guest's fault, which has it, holds no lock. KVM keeps restructure's folio until the leaf is there.
+LOOKED_UP = {"restructure": 6, "pfnmap": 5}
 
 Arguments = dict[str, Any]
 
@@ -131,6 +131,11 @@ def test_steps_do_what_the_whole_operation_does(
     prepare(stepped)
     expected = whole.machine.operate(**arguments)
     stepped.begin(0, **arguments)
+    if expected.status == -W.WOULD_SPIN:  # a step is blocked where the freeze would spin
+        while (outcome := stepped.machine.step(0)) == W.GO:
+            pass
+        assert outcome == W.BLOCKED
+        return
     assert stepped.finish(0) == tuple(expected)
     for name, array in whole.machine.arrays._asdict().items():
         other = getattr(stepped.machine.arrays, name)
