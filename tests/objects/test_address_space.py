@@ -557,6 +557,8 @@ def test_mappings_of_the_designs_beside_ordinary_ones(design: Any) -> None:
     assert process.rss == (0 if design == "pfnmap" else 1)
     before = leaf(process, BASE)
     assert process.protect(BASE, PAGE, 1).status == 0
+    assert leaf(process, BASE) & formats.WRITE == 0
+    assert process.protect(BASE, PAGE, 3).status == 0
     assert leaf(process, BASE) == before
     expected = -W.EINVAL if design == "pfnmap" else 0  # VM_PFNMAP refuses it, whatever else the process maps
     assert process.madvise_dontneed(BASE, 2 * M2).status == expected

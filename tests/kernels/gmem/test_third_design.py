@@ -65,7 +65,7 @@ def test_it_is_compared_with_the_others() -> None:
         assert op == Operation.ZAP or outcomes(frames, op) == outcomes(pfnmap, op)
 
 
-@pytest.mark.parametrize("form", [(), ("--sources",), ("--json", "--sources")])
+@pytest.mark.parametrize("form", [("--details",), ("--details", "--sources"), ("--format", "json", "--sources")])
 def test_the_command_line_knows_it_by_its_row(form: tuple[str, ...], tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=4 gpa=0x0 size=0x200000 hva=0x7f0000000000\n")

@@ -279,7 +279,7 @@ def test_a_flush_of_a_deleted_slot_is_owed_no_more() -> None:
 
 def test_the_notifier_of_a_closed_vm_is_not_called() -> None:
     """kvm_main.c:kvm_destroy_vm() unregisters it."""
-    s = Scene("pfnmap")
+    s = Scene("pfnmap", protected=True)
     second = s.machine.create_vm(s.process, protected=True)
     assert s.process.mmap(s.gmem, VA).status == 0
     s.process.touch(VA)
