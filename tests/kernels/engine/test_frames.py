@@ -76,8 +76,10 @@ def test_the_frame_freed_last_comes_back_first() -> None:
 @pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
 @pytest.mark.parametrize("hvo", [True, False])
 def test_frames_are_conserved(design: str, kernel: str, hvo: bool) -> None:
-    """After faults, conversions and the end of the VMM exactly the frames of before are in use, and stage 2's tables: of
-    a VM with private memory only leaves are zapped when a slot goes (kvm_mmu_zap_memslot())."""
+    """After faults, conversions and the end of the VMM exactly the frames of before are in use, and stage 2's tables.
+
+    Of a VM with private memory only leaves are zapped when a slot goes: kvm_mmu_zap_memslot().
+    """
     machine = Machine(Config(design, pool=4 * M2, page_size=M2, kernel=kernel, hvo=hvo))  # type: ignore[arg-type]
     process = machine.create_process()
     vm = machine.create_vm(process, protected=True)

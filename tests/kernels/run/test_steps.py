@@ -213,7 +213,7 @@ def test_guest_fault_is_retried_after_a_conversion(design: str, shared: bool) ->
 @pytest.mark.parametrize("design", DESIGNS)
 def test_guest_fault_is_retried_while_an_invalidation_is_in_progress(design: str) -> None:
     """Begun while the conversion's range is invalidated, and again between lookup and leaf."""
-    s = Setup(design, shared=False, order="jan2026")
+    s = Setup(design, shared=False, order="jan2026", batch="range")
     s.vm.touch(20 * PAGE)
     s.begin(A, **guest(600))
     s.steps(A, LOOKED_UP[design])
