@@ -11,14 +11,16 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pgemu_kernels.words.events import Event
-from pgemu_kernels.words.operations import PAGE_4K, Operation
+from pgemu_kernels.words.operations import ORDER_2M, PAGE_4K, Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.machine.presets import Versions
 
-__all__ = ("INFERENCES", "Alternative", "Inference", "unreached")
+__all__ = ("INFERENCES", "Alternative", "Inference", "large_host_faults", "unreached")
 
 
 @dataclass(frozen=True)
@@ -115,28 +117,29 @@ def _fails_without_memory(comparison: Comparison) -> str:
     return "" if failed else "no conversion fails on the way, and orders differ in what a failure leaves"
 
 
-def _host_maps_large(comparison: Comparison) -> str:
-    """Whether a host fault finds a block of 2M that is all shared: only there could a larger entry be."""
+def large_host_faults(comparison: Comparison) -> int:
+    """Host faults in blocks of 2M that are all shared: only there could a larger entry be."""
     lowered = comparison.lowered
-    records, order = lowered.records, 9
-    if not (records.op == Operation.HOST_FAULT).any():
-        return "the host maps nothing"
-    if lowered.init == "shared":
-        return ""
-    import numpy as np
-
-    shared = np.zeros(lowered.layout.inode_size // PAGE_4K, bool)
-    blocks = len(shared) >> order
-    wanted = np.flatnonzero((records.op == Operation.CONVERT) | (records.op == Operation.HOST_FAULT))
-    from pgemu_kernels.words.operations import Flag
-
-    for i in wanted.tolist():
+    records = lowered.records
+    shared = np.full(lowered.layout.inode_size // PAGE_4K, lowered.init == "shared")
+    wanted = (records.op == Operation.CONVERT) | (records.op == Operation.HOST_FAULT)
+    if lowered.init == "shared" and not lowered.converts:
+        return int((records.op == Operation.HOST_FAULT).sum())
+    found = 0
+    for i in np.flatnonzero(wanted).tolist():
         if records.op[i] == Operation.CONVERT:
             first = int(records.offset[i]) // PAGE_4K
             shared[first : first + int(records.length[i]) // PAGE_4K] = bool(int(records.flags[i]) & Flag.SHARED)
-        elif shared[: blocks << order].reshape(blocks, -1).all(axis=1).any():
-            return ""
-    return "no 2M block is all shared when the host maps memory"
+            continue
+        address = int(records.address[i])
+        region = next((one for one in lowered.layout.regions if one.address <= address < one.end), None)
+        page = None if region is None else (address - region.address + region.offset) // PAGE_4K
+        found += page is None or bool(shared[page >> ORDER_2M << ORDER_2M :][: 1 << ORDER_2M].all())
+    return found
+
+
+def _host_maps_large(comparison: Comparison) -> str:
+    return "" if large_host_faults(comparison) else "no host fault is in a 2M block that is all shared"
 
 
 _LARGE = (Alternative("huge", {"host_huge": True}, ("pfnmap",)),)

@@ -12,10 +12,13 @@ from contextlib import suppress
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from pgemu.cost import profile as cost_profile
 from pgemu.errors import InputError
 from pgemu.experiments.compare import configuration, run
-from pgemu.experiments.inferences import INFERENCES, Alternative
+from pgemu.experiments.inferences import INFERENCES, Alternative, large_host_faults
 from pgemu.experiments.verdict import Sensitivity, Trial, measure
+from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import PAGE_4K
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
@@ -90,6 +93,8 @@ def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None
         return Sensitivity((), dict.fromkeys(INFERENCES, "a version refuses the memory, and nothing ran"))
     untouched = {name: rule.untouched(comparison) for name, rule in INFERENCES.items()}
     untouched = {name: why for name, why in untouched.items() if why}
+    if "host-huge" not in untouched and (few := _few_large_entries(comparison)):
+        untouched["host-huge"] = few
     singles = [
         (name, alternative)
         for name, rule in INFERENCES.items()
@@ -112,6 +117,27 @@ def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return Sensitivity(tuple(trials), untouched)
+
+
+def _few_large_entries(comparison: Comparison) -> str:
+    """Whether larger entries of the host are too few to turn an answer, else "".
+
+    They change what conversions unmap, by up to 512 entries and a flush each, and the host's tables; nothing else is
+    asked for.
+    """
+    count = large_host_faults(comparison)
+    first, second = comparison.runs[:2]
+    base = measure(first, second)
+    config = second.config
+    prices = cost_profile(config.profile)
+    cpus = min(config.vcpus, config.host_cpus)
+    most = sum(prices[event].total(512, cpus)[1] for event in (Event.LEAF_CLEARED, Event.TLB_FLUSH_PAGE))
+    most += prices[Event.TLB_FLUSH_MM].total(1, cpus)[1] + prices[Event.NOTIFIER_CALL].total(1)[1]
+    time, memory = base["conversions"], base["memory"]
+    if time.better not in (0, 1) or not isinstance(time.difference, tuple) or isinstance(memory.difference, tuple):
+        return ""
+    enough = min(map(abs, time.difference)) > count * most and abs(memory.difference) > count * 3 * PAGE_4K
+    return f"{count} host faults could have a larger entry, too few to turn an answer" if enough else ""
 
 
 def _turning(

@@ -81,7 +81,7 @@ def test_reasons_why_a_rule_touches_nothing() -> None:
         assert INFERENCES[rule].untouched(mixed()) == ""
     assert INFERENCES["merge-zero"].untouched(mixed()) == "defect uptodate-unzeroed: a merge does not look"
     assert INFERENCES["merge-zero"].untouched(compare(lowered(mixed_records()), zero="page")) == ""
-    assert INFERENCES["host-huge"].untouched(mixed()) == "no 2M block is all shared when the host maps memory"
+    assert INFERENCES["host-huge"].untouched(mixed()) == "no host fault is in a 2M block that is all shared"
 
 
 @FEW
