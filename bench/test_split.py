@@ -107,7 +107,7 @@ def test_conversion(benchmark: Any, split_form: str, kernel: str) -> None:
     """One page of a 1G block to shared and back: everything that the two ioctls do, nodes and entries included."""
     machine = Machine(Config(pool=W.PAGE_1G, kernel=kernel, split_form=split_form))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(gmem, 0).status == 0
     vm.touch(0)
 
@@ -124,7 +124,7 @@ def test_conversion_of_one_page(benchmark: Any, split_form: str, split_to: str) 
     """One page of a 1G block to shared: 512 pieces of 2M and one of these to 4K, against a split of all to 4K."""
     machine = Machine(Config(pool=W.PAGE_1G, split_form=split_form, split_to=split_to))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
-    vm = machine.create_vm()
+    vm = machine.create_vm(protected=True)
     assert vm.bind(gmem, 0).status == 0
     vm.touch(0)
 
