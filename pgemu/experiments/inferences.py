@@ -29,6 +29,7 @@ class Alternative:
 
     Attributes:
         label: in a word, as the command line has it
+        when: as a condition, for the screen
         fields: fields of Config that it changes
         designs: whose machines
         versions: fields of Versions that it changes
@@ -38,6 +39,7 @@ class Alternative:
     """
 
     label: str
+    when: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     designs: tuple[str, ...] = ("restructure", "pfnmap")
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -142,47 +144,56 @@ def _host_maps_large(comparison: Comparison) -> str:
     return "" if large_host_faults(comparison) else "no host fault is in a 2M block that is all shared"
 
 
-_LARGE = (Alternative("huge", {"host_huge": True}, ("pfnmap",)),)
+_LARGE = (Alternative("huge", "if pfnmap mapped processes by 2M and 1G", {"host_huge": True}, ("pfnmap",)),)
 
 INFERENCES: Mapping[str, Inference] = MappingProxyType(
     {
         "zap": Inference(
             "a conversion drops the stage-2 leaves of exactly its range",
             "every posted and public version; that a later one rounds out is a what-if",
-            (Alternative("rounded", {"zap": "rounded"}, ("restructure",)),),
+            (Alternative("rounded", "if conversions zapped whole huge pages", {"zap": "rounded"}, ("restructure",)),),
             _without(Operation.CONVERT, "conversion"),
         ),
         "invalidate": Inference(
             "begin and end of an invalidation are rounded out to huge pages",
             "RFC v2 and the branch of December 2025; linux-next has no huge pages",
-            (Alternative("exact", {"invalidate": "exact"}, ("restructure",)),),
+            (Alternative("exact", "if invalidations were of the range", {"invalidate": "exact"}, ("restructure",)),),
             _not_replayed,
         ),
         "zero": Inference(
             "what restructure zeroes at first use: as the version does",
             "rfc2: the whole folio; dec2025: 4K of it, and all counts as up to date (uptodate-unzeroed)",
             (
-                Alternative("folio", {"zero": "folio"}, ("restructure",)),
-                Alternative("page", {"zero": "page"}, ("restructure",)),
+                Alternative("folio", "if restructure zeroed whole folios", {"zero": "folio"}, ("restructure",)),
+                Alternative("page", "if restructure zeroed page by page", {"zero": "page"}, ("restructure",)),
             ),
         ),
         "merge-zero": Inference(
             "a merge zeroes nothing",
             "no version says what happens to pages that were never zeroed",
-            (Alternative("unzeroed", {"merge_zero": "unzeroed"}, ("restructure",)),),
+            (
+                Alternative(
+                    "unzeroed", "if a merge zeroed what never was", {"merge_zero": "unzeroed"}, ("restructure",)
+                ),
+            ),
             _merges,
         ),
         "pfnmap-zeroing": Inference(
             "pfnmap zeroes page by page",
             "PG_uptodate is one bit, and the folio stays whole for ever",
-            (Alternative("folio", {"zero": "folio"}, ("pfnmap",)),),
+            (Alternative("folio", "if pfnmap zeroed whole folios", {"zero": "folio"}, ("pfnmap",)),),
         ),
         "pfnmap-level": Inference(
             "pfnmap maps the guest at the largest level whose block is all private or all shared",
             "slides: the level follows from shareability, clamped as the rest of KVM does",
             (
-                Alternative("whole", {"level_rule": "whole"}, ("pfnmap",)),
-                Alternative("private", {"level_rule": "private"}, ("pfnmap",)),
+                Alternative(
+                    "whole",
+                    "if pfnmap mapped only whole huge pages large",
+                    {"level_rule": "whole"},
+                    ("pfnmap",),
+                ),
+                Alternative("private", "if pfnmap mapped shared memory by 4K", {"level_rule": "private"}, ("pfnmap",)),
             ),
         ),
         "host-huge": Inference(
@@ -195,53 +206,70 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "order of steps of dec2025: zap, end, restructure, store",
             "read in a tree that carries the branch and adds splits of leaves; the branch alone was not read",
             (
-                Alternative("fixup", {"order": "fixup"}, ("restructure",)),
-                Alternative("jan2026", {"order": "jan2026"}, ("restructure",)),
+                Alternative("fixup", "in the order of the fix-ups", {"order": "fixup"}, ("restructure",)),
+                Alternative("jan2026", "in the order of jan2026", {"order": "jan2026"}, ("restructure",)),
             ),
             _fails_without_memory,
         ),
         "pfnmap-order": Inference(
             "pfnmap converts its range at once: unmap, begin, zap, store, end",
             "the steps of linux-next without the gate",
-            (Alternative("block", {"batch": "block"}, ("pfnmap",)),),
+            (Alternative("block", "if pfnmap converted huge page by huge page", {"batch": "block"}, ("pfnmap",)),),
             _without(Operation.CONVERT, "conversion"),
         ),
         "pfnmap-insert-locked": Inference(
             "pfnmap inserts entries under the invalidate_lock",
             "no reference protects a fault under way; the slides' change does not",
-            (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
+            (
+                Alternative(
+                    "slides2025",
+                    "as the slides' change does it",
+                    versions={"pfnmap": "slides2025"},
+                    designs=("pfnmap",),
+                ),
+            ),
             _not_replayed,
         ),
         "pfnmap-holes-unmap": Inference(
             "pfnmap unmaps a hole's range before it truncates",
             "truncation finds no special entry; the slides' change leaves them",
-            (Alternative("slides2025", versions={"pfnmap": "slides2025"}, designs=("pfnmap",)),),
+            (
+                Alternative(
+                    "slides2025",
+                    "as the slides' change does it",
+                    versions={"pfnmap": "slides2025"},
+                    designs=("pfnmap",),
+                ),
+            ),
             _no_hole,
         ),
         "holes": Inference(
             "holes smaller than a huge page: as the version of restructure does, in both designs",
             "rfc2 zeroes parts of huge pages, dec2025 refuses them (-EINVAL); of pfnmap nobody has said",
             (
-                Alternative("zero", {"punch": "zero"}),
-                Alternative("refuse", {"punch": "refuse"}),
+                Alternative("zero", "if holes below a huge page were zeroed", {"punch": "zero"}),
+                Alternative("refuse", "if holes below a huge page were refused", {"punch": "refuse"}),
             ),
             _without(Operation.PUNCH_HOLE, "hole"),
         ),
         "kernel": Inference(
             "the kernel of a version: the release before it, 6.18, or for next 7.3",
             "their bases are between releases",
-            (Alternative("7.3", {"kernel": "7.3"}), Alternative("6.18", {"kernel": "6.18"})),
+            (
+                Alternative("7.3", "on Linux 7.3", {"kernel": "7.3"}),
+                Alternative("6.18", "on Linux 6.18", {"kernel": "6.18"}),
+            ),
         ),
         "private-level": Inference(
             "private memory of a TDX VM is mapped by leaves of up to 2M",
             "TDX huge pages v3, posted; mainline maps 4K",
-            (Alternative("4K", {"private_level": "4K"}),),
+            (Alternative("4K", "if private memory were mapped by 4K", {"private_level": "4K"}),),
             lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
         ),
         "zap-filter": Inference(
             "a conversion of a TDX VM zaps both kinds of memory",
             "in-place conversion (kvm-x86 e088c7f86bef) and dec2025; of rfc2 the kind that is left",
-            (Alternative("target", {"zap_filter": "target"}),),
+            (Alternative("target", "if only the kind that is left were zapped", {"zap_filter": "target"}),),
             lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "private memory has no root of its own",
         ),
         "tdx-split-to-private": Inference(
@@ -259,25 +287,25 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
         "overlap": Inference(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",
-            (Alternative("1", trace={"overlap": 1.0}),),
+            (Alternative("1", "if a page of the same GiB stayed shared meanwhile", trace={"overlap": 1.0}),),
             lambda comparison: "" if comparison.lowered.again else "no workload with that parameter",
         ),
         "slot-reach": Inference(
             "zeroing of memory that no slot reaches is charged to no design",
             "a guest_memfd is as large as its huge pages, the VM's memory may be smaller",
-            (Alternative("charged", unreached=True),),
+            (Alternative("charged", "if zeroing that no slot reaches counted", unreached=True),),
             lambda comparison: "" if any(map(unreached, comparison.runs)) else "slots reach all that is zeroed",
         ),
         "recorded-levels": Inference(
             "a guest touches again what it lost as often as the log shows",
             "a VM with larger leaves faulted less than the design would have",
-            (Alternative("all touched", unseen=True),),
+            (Alternative("all touched", "if the guest used all that the recorded VM had mapped", unseen=True),),
             lambda comparison: "not a log, but all accesses" if comparison.lowered.accesses else "",
         ),
         "lazy-merge": Inference(
             "what became all private is merged by the conversion itself",
             "every posted version; a worker is a what-if",
-            (Alternative("lazy", {"merge": "lazy"}, ("restructure",)),),
+            (Alternative("lazy", "if a worker merged", {"merge": "lazy"}, ("restructure",)),),
             lambda comparison: "a what-if that no version has",
         ),
         "dirty-log": Inference("slots of guest_memfd log no dirty pages", "KVM refuses it", (), _only_statement),

@@ -40,7 +40,7 @@ _Measured = Callable[["DesignRun", "DesignRun", bool], "Measure"]
 Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even"]
 
 _XARRAY_NODE = 576
-_ALIKE = 1e-3  # shares nearer than this are the same
+_ALIKE = 0.02  # shares nearer than this are the same
 
 
 class Measure(NamedTuple):
@@ -190,10 +190,10 @@ def _captured_defects(first: DesignRun, second: DesignRun) -> bool:
 
 
 QUESTIONS: dict[str, Question] = {
-    "conversions": Question("time of conversions", _time(Operation.CONVERT)),
-    "guest_faults": Question("time of guest faults", _time(Operation.GUEST_FAULT)),
-    "memory": Question("memory for metadata", _memory),
-    "level": Question("guest mapped at >= 2M", _level),
+    "conversions": Question("conversions, time", _time(Operation.CONVERT)),
+    "guest_faults": Question("guest faults, time", _time(Operation.GUEST_FAULT)),
+    "memory": Question("metadata, peak", _memory),
+    "level": Question("guest maps at >= 2M", _level),
     "refused": Question("refused", lambda a, b, _: _less(refused(a), refused(b), "count"), _refused_zaps),
     "broken": Question("broken", lambda a, b, _: _less(broken(a), broken(b), "count"), _captured_defects),
 }

@@ -64,7 +64,7 @@ _DEC2025: dict[str, Any] = {
 LIKE: Mapping[str, Version] = MappingProxyType(
     {
         "rfc2": Version(
-            "RFC v2 of the 1G series, May 2025, as posted",
+            "RFC v2 of May 2025",
             "lore cover.1747264138.git.ackerleytng@google.com",
             "rfc2",
             {
@@ -78,7 +78,7 @@ LIKE: Mapping[str, Version] = MappingProxyType(
             ("allocation-race", "rollback-at-zero"),
         ),
         "dec2025": Version(
-            "the restructuring branch of December 2025",
+            "branch of Dec 2025",
             "linux-cc wip-gmem-conversions-hugetlb-restructuring-12-08-25",
             "wip",
             _DEC2025,
@@ -109,9 +109,9 @@ LIKE: Mapping[str, Version] = MappingProxyType(
 
 PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
     {
-        "corrected": Pfnmap("holes unmap first, entries are inserted under the lock", "inference"),
+        "corrected": Pfnmap("slides, mended", "inference"),
         "slides2025": Pfnmap(
-            "the slides' two-line change, as it was built and captured",
+            "slides' change as captured",
             "slides of 2025-08-07; captures of Linux 7.3 with the change",
             ("insert-unlocked", "punch-keeps-entries"),
         ),

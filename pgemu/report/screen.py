@@ -9,9 +9,10 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from pgemu.cost import profile
+from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, Measure, mapped, paired
 from pgemu.machine.config import PARAMETERS
-from pgemu.machine.presets import LIKE
+from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
 from pgemu.report import units
 from pgemu_kernels.words.events import Event, Gauge
@@ -30,7 +31,7 @@ WIDTH = 80
 HEIGHT = 24
 _LEVELS = "recorded-levels"
 _MOVED = 3  # times a difference that is worth a line
-_COLUMNS = (21, 12, 12, 22, 9)
+_COLUMNS = (19, 12, 12, 11, 11)
 
 
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
@@ -58,21 +59,18 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
 def _head(comparison: Comparison) -> Iterator[str]:
     lowered, versions = comparison.lowered, comparison.versions
     config = comparison.runs[0].config
-    size = units.size(lowered.layout.inode_size)
-    yield from _wrapped(
-        f"{lowered.source}: {units.count(len(lowered.records))} operations on {size} in pages of "
-        f"{units.size(lowered.layout.page_size)}, all {lowered.init} at first"
-    )
-    names = [
-        {"restructure": f"restructure like {versions.like}", "pfnmap": f"pfnmap {versions.pfnmap}"}.get(
-            run.design, run.design
-        )
-        for run in comparison.runs[:2]
-    ]
+    source = lowered.source.rsplit("/", 1)[-1]
+    size, page = units.size(lowered.layout.inode_size), units.size(lowered.layout.page_size)
+    yield from _wrapped(f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}")
+    names = {
+        "restructure": f"restructure like {versions.like} ({LIKE[versions.like].text})",
+        "pfnmap": f"pfnmap {versions.pfnmap} ({PFNMAP[versions.pfnmap].text})",
+    }
+    yield from _wrapped("; ".join(names.get(run.design, run.design) for run in comparison.runs[:2]))
     cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"
-    yield from _wrapped(f"{' and '.join(names)}; Linux {config.kernel}, {config.stage2.upper()}, {cpus}")
-    if versions.like == "jan2026":
-        yield from _wrapped(f"{versions.like}: {LIKE[versions.like].text}")
+    yield from _wrapped(
+        f"both: {config.vm} VM, memory {lowered.init} at first, {config.stage2.upper()}, {cpus}, Linux {config.kernel}"
+    )
     if by_hand := mixed(comparison):
         yield from _wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:
@@ -80,11 +78,11 @@ def _head(comparison: Comparison) -> Iterator[str]:
 
 
 def _point(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    return textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def mixed(comparison: Comparison) -> str:
@@ -107,7 +105,7 @@ def mixed(comparison: Comparison) -> str:
 def value(found: float | tuple[float, float], unit: str) -> str:
     """A value or a difference as people read it."""
     if isinstance(found, tuple):
-        return units.band(*found)
+        return units.band(*found) if any(found) else "none"
     if unit == "bytes":
         return units.size(int(found))
     return f"{found:.0%}" if unit == "share" else units.count(int(found))
@@ -115,42 +113,45 @@ def value(found: float | tuple[float, float], unit: str) -> str:
 
 def answer(comparison: Comparison, found: Measure) -> str:
     """Which design is better, and by how much."""
-    if found.better is None:
-        return "-"
-    if found.better == -1:
-        return "alike"
-    design = comparison.runs[found.better].design
+    return " ".join(part for part in (_better(comparison, found), _by(found)) if part)
+
+
+def _better(comparison: Comparison, found: Measure) -> str:
+    return {None: "undecided", -1: "alike"}.get(found.better) or comparison.runs[found.better or 0].design
+
+
+def _by(found: Measure) -> str:
+    """By how much the better one is better: a time, or how many times."""
+    if found.better in (None, -1):
+        return ""
     if isinstance(found.difference, tuple):
         low, high = sorted(abs(end) for end in found.difference)
-        return f"{design} {units.band(low, high)}"
+        return units.band(low, high)
     if isinstance(found.first, tuple) or isinstance(found.second, tuple) or found.unit == "share":
-        return design
+        return ""
     low, high = sorted((found.first, found.second))
-    return f"{design} {high / low:,.3g} times" if low else design
-
-
-def _answer(comparison: Comparison, line: Line) -> str:
-    """The same of a line: a difference that only a defect makes counts for nobody, but for what breaks."""
-    if line.basis.kind == "defect" and line.measure.unit == "ns":
-        return "neither"
-    return answer(comparison, line.measure)
+    return f"{high / low:,.3g}x" if low else ""
 
 
 def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
     designs = [run.design for run in comparison.runs[:2]]
-    yield _row("", *designs, "better, by", "basis")
+    yield _row("", *designs, "better", "by", "basis")
     yield "-" * WIDTH
     for line in lines.values():
         found = line.measure
-        cells = (value(found.first, found.unit), value(found.second, found.unit), _answer(comparison, line))
-        yield _row(line.question, *cells, line.basis.kind)
+        better, by = _better(comparison, found), _by(found)
+        if line.basis.kind == "defect" and found.unit == "ns":  # what only a defect makes counts for nobody
+            better, by = "neither", ""
+        basis = {"even": "", "undecided": "bands overlap"}.get(line.basis.kind, line.basis.kind)
+        cells = (value(found.first, found.unit), value(found.second, found.unit), better, by)
+        yield _row(line.question, *cells, basis)
 
 
 def _row(*cells: str) -> str:
-    name, first, second, by, basis = cells
+    name, first, second, better, by, basis = cells
     widths = _COLUMNS
-    text = f"{name:{widths[0]}} {first:>{widths[1]}} {second:>{widths[2]}} {by:>{widths[3]}} {basis}"
-    return text.rstrip()
+    left = f"{name:{widths[0]}} {first:>{widths[1]}} {second:>{widths[2]}}"
+    return f"{left}  {better:{widths[3]}} {by:{widths[4]}} {basis}".rstrip()
 
 
 # --------------------------------------------------------------------------- why
@@ -179,9 +180,8 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             merged = f" and merges {units.count(merges)}" if merges else ""
             yield (
                 f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
-                f"{units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap come back, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written, and the guest has 4K leaves "
-                "there"
+                f"in all {units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap allocated again, "
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written; 4K leaves in the guest"
             )
 
 
@@ -195,7 +195,9 @@ def _interrupts_off(comparison: Comparison) -> Iterator[str]:
 
 def zeroes(config: Config) -> str:
     """How a first use zeroes."""
-    return "uptodate-unzeroed" if "uptodate-unzeroed" in config.defects else f"by {config.zero}"
+    if "uptodate-unzeroed" in config.defects:
+        return "4K a folio: uptodate-unzeroed"
+    return {"page": "by page", "folio": "by folio"}[config.zero]
 
 
 def _zeroed(run: DesignRun) -> int:
@@ -221,17 +223,22 @@ def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator
     """Faults that map, and what is mapped at the end: of a log the lower and the upper bound, see recorded.py."""
     runs = comparison.runs[:2]
     upper = next((one.runs for one in (sensitivity.trials if sensitivity else ()) if one.rule == _LEVELS), runs)
-    parts = []
+    faults, ends = [], []
     for run, more in zip(runs, upper, strict=True):
-        faults = sorted({_faults(run), max(_faults(run), _faults(more))})
-        ends = sorted({mapped(run)[0], mapped(more)[0]})
-        parts.append(f"{run.design} {'-'.join(map(units.count, faults))}, {'-'.join(map(units.size, ends))}")
-    if parts[0].removeprefix(runs[0].design) != parts[1].removeprefix(runs[1].design):
-        yield f"guest faults that map, and mapped at the end: {'; '.join(parts)}"
+        counts = sorted({_faults(run), max(_faults(run), _faults(more))})
+        sizes = sorted({mapped(run)[0], mapped(more)[0]})
+        faults.append("-".join(map(units.count, counts)))
+        ends.append("-".join(map(units.size, sizes)))
+    names = [run.design for run in runs]
+    bounds = " (as logged, to all used that was mapped)" if upper is not runs else ""
+    if faults[0] != faults[1]:
+        yield f"guest faults that map{bounds}: {names[0]} {faults[0]}, {names[1]} {faults[1]}"
+    if ends[0] != ends[1]:
+        yield f"mapped in the guest at the end: {names[0]} {ends[0]}, {names[1]} {ends[1]}"
     beyond = [run.statistics.event(Event.SPTE_PAGES_BEYOND, Operation.CONVERT) * PAGE_4K for run in runs]
     if any(beyond):
         parts = [f"{run.design} {units.size(n)}" for run, n in zip(runs, beyond, strict=True)]
-        yield f"dropped from stage 2 beyond what was converted: {', '.join(parts)}"
+        yield f"zapped beyond what was converted: {', '.join(parts)}"
 
 
 def _broken(comparison: Comparison) -> Iterator[str]:
@@ -239,7 +246,7 @@ def _broken(comparison: Comparison) -> Iterator[str]:
         for rule in run.finding.rules if run.finding else ():
             why = f"defect {', '.join(rule.explained_by)}" if rule.explained_by else "no defect explains it"
             name = rule.rule.name.lower().replace("_", " ")
-            yield f"{run.design} breaks a rule: {units.count(rule.count)} times {name} ({why})"
+            yield f"{run.design} breaks a rule {units.count(rule.count)} times: {name} ({why})"
 
 
 def _refusals(comparison: Comparison) -> Iterator[str]:
@@ -258,10 +265,13 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
         for run in comparison.runs[:2]:
             found = run.operation(op)
             counts.append((run.design, found.outcomes.get(name, 0) if found else 0))
+        small = op is Operation.PUNCH_HOLE and name == "-EINVAL" and comparison.runs[0].config.punch == "refuse"
+        why = ", smaller than a huge page: the memory stays" if small else ""
         if counts[0][1] == counts[1][1]:
-            yield f"both: {units.count(counts[0][1])} times {operation_name(op)} is {name}"
+            yield f"both refuse {units.count(counts[0][1])} {operation_name(op)}s ({name}{why})"
         else:
-            yield f"{operation_name(op)} is {name}: " + ", ".join(f"{who} {units.count(n)}" for who, n in counts)
+            parts = ", ".join(f"{who} {units.count(n)}" for who, n in counts)
+            yield f"{operation_name(op)} is {name}: {parts}{why}"
 
 
 # --------------------------------------------------------------------------- on what it rests
@@ -269,29 +279,52 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
 
 def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
     by_rule: dict[tuple[str, str], list[str]] = {}
-    for line in lines.values():
+    alike = [line for line in lines.values() if line.measure.better == -1]
+    moves = list(_moves(comparison, lines, sensitivity))
+    yield from moves[:1]
+    for key, line in lines.items():
+        if key == "broken" and line.basis.kind == "defect":  # a defect named above: without it nothing breaks
+            continue
         alone = [one for one in line.basis.rules if " and " not in one[0]]
         for rule, label, better in alone or line.basis.rules:  # pairs only where no rule alone turns it
             turned = {None: "undecided", -1: "alike"}.get(better) or comparison.runs[better or 0].design
-            by_rule.setdefault((rule, label), []).append(f"{line.question} {turned}")
-    for (rule, label), answers in by_rule.items():
-        yield f"rests on {rule}; with {label}: {'; '.join(answers)}"
-    yield from _moves(comparison, lines, sensitivity)
+            by_rule.setdefault((rule, label), []).append(f"{_short(line)} {turned}")
+    turns = {key: f"turns {_when(*key)}: {', '.join(answers)} ({key[0]})" for key, answers in by_rule.items()}
+    minor = {rule[:2] for line in alike for rule in line.basis.rules}  # they part what is alike
+    yield from (text for key, text in turns.items() if key not in minor)
+    yield from moves[1:]
+    yield from (text for key, text in turns.items() if key in minor)
 
 
 def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
-    """Alternatives under which the better design stays, and the difference in time is another one altogether."""
+    """Alternatives under which the better design stays, and the difference in time is another one altogether, the
+    largest change first."""
+    found_moves: list[tuple[float, str]] = []
     for trial in sensitivity.trials if sensitivity else ():
-        moved = []
+        moved, ratio = [], 1.0
         for key, line in lines.items():
             found, then = line.measure, trial.measures[key]
             if found.unit != "ns" or found.better in (None, -1) or then.better != found.better:
                 continue
             now, otherwise = _middle(found.difference), _middle(then.difference)
             if max(now, otherwise) >= _MOVED * min(now, otherwise):
-                moved.append(f"{line.question} {answer(comparison, then)}")
+                moved.append(f"{_short(line)} {answer(comparison, then)}")
+                ratio = max(ratio, max(now, otherwise) / max(min(now, otherwise), 1.0))
         if moved and " and " not in trial.rule:
-            yield f"with {trial.rule} {trial.label}: {'; '.join(moved)}"
+            text = f"changes {_when(trial.rule, trial.label)}: {', '.join(moved)} ({trial.rule})"
+            found_moves.append((ratio, text))
+    yield from (text for _, text in sorted(found_moves, key=lambda one: -one[0]))
+
+
+def _short(line: Line) -> str:
+    return line.question.split(",")[0]
+
+
+def _when(rule: str, label: str) -> str:
+    """An alternative as a condition."""
+    if rule not in INFERENCES:  # several together, or without a defect
+        return f"without {rule}" if " and " not in rule else f"with {label}"
+    return next((one.when for one in INFERENCES[rule].alternatives if one.label == label), f"with {label}")
 
 
 def _middle(band: float | tuple[float, float]) -> float:
@@ -303,4 +336,4 @@ def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivi
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
     if sensitivity and not sensitivity.complete:
         tried += ", interrupted"
-    return f"estimates, {shares['assumption']:.0%} of prices assumed; {tried}; all numbers: --details"
+    return f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details"
