@@ -102,7 +102,7 @@ def _choice(name: str, choices: str, text: str) -> Any:
 
 _OPTIONS = (
     _choice("kernel", "6.12|6.18|7.3", f"Linux whose entries and struct pages are written.{_OF_VERSION}"),
-    _choice("vm", "plain|sw|snp|tdx", "Kind of VM.  [default: the trace's; else sw if it begins private, or plain]"),
+    _choice("vm", "plain|sw|snp|tdx", "Kind of VM.  [default: the trace's; else sw if it converts or begins private]"),
     _choice("private-level", "4K|2M|1G", "Largest leaf over private memory.  [default: the VM kind's]"),
     _choice("stage2", "ept|npt", "Stage-2 format.  [default: the trace's, or npt]"),
     click.option("--hvo/--no-hvo", default=None, help="Optimise the vmemmap of HugeTLB pages.  [default: hvo]"),

@@ -251,7 +251,7 @@ def compare(
     """Run a trace on a fresh machine of each design.
 
     The pool is as large as the guest_memfd. The VM's kind is the trace's; one that says nothing runs in a
-    KVM_X86_SW_PROTECTED_VM where it begins private, else in a plain VM.
+    KVM_X86_SW_PROTECTED_VM where it begins private or converts, else in a plain VM.
 
     :param designs: which, and in which order
     :param check: "end": recount everything after the trace and after closing; an int: also after every so many
@@ -285,7 +285,7 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
         known = " or ".join(names[size] for size in sizes)
         raise InputError(f"pages of {names[layout.page_size]}: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
-    fields = {"vm": "sw" if lowered.init == "private" else "plain", **lowered.machine, **given}
+    fields = {"vm": "sw" if lowered.init == "private" or lowered.converts else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])
     if kind and kind.stage2 and "stage2" not in given:
         fields["stage2"] = kind.stage2

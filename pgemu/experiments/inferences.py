@@ -130,8 +130,15 @@ def large_host_faults(comparison: Comparison) -> int:
     found = 0
     for i in np.flatnonzero(wanted).tolist():
         if records.op[i] == Operation.CONVERT:
-            first = int(records.offset[i]) // PAGE_4K
-            shared[first : first + int(records.length[i]) // PAGE_4K] = bool(int(records.flags[i]) & Flag.SHARED)
+            offset, length = int(records.offset[i]), int(records.length[i])
+            kind = int(records.flags[i]) & (Flag.SHARED | Flag.PRIVATE)
+            whole = (
+                comparison.runs[0].config.vm != "plain"
+                and not (offset % PAGE_4K or length % PAGE_4K)
+                and offset + length <= lowered.layout.inode_size
+            )
+            if whole and kind in (Flag.SHARED, Flag.PRIVATE):  # else it is refused
+                shared[offset // PAGE_4K : (offset + length) // PAGE_4K] = kind == Flag.SHARED
             continue
         address = int(records.address[i])
         region = next((one for one in lowered.layout.regions if one.address <= address < one.end), None)

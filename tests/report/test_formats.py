@@ -22,7 +22,7 @@ def test_json_has_the_verdict_and_on_what_it_rests() -> None:
     found = json.loads(document(mixed(), sensitivity(mixed()), "json"))
     assert list(found["verdict"]) == list(QUESTIONS)
     assert found["verdict"]["memory"] | {"first": 0, "second": 0, "difference": 0} == {
-        "question": "memory for metadata",
+        "question": "metadata, peak",
         "better": "pfnmap",
         "first": 0,
         "second": 0,
@@ -64,7 +64,7 @@ def test_markdown_is_one_table_under_the_first_screen() -> None:
     assert {line.count("|") for line in table} == {6}
     assert table[0] == "| | restructure | pfnmap | difference | change |"
     assert "| vmemmap restored | 28 KiB | 0 | -28 KiB | -100% |" in table
-    assert any(line.startswith("    time of conversions") for line in lines)
+    assert any(line.startswith("    conversions, time") for line in lines)
     assert "\n\n| | restructure" in text
 
 
