@@ -96,7 +96,7 @@ __all__ = ("compare",)
     "--vary",
     multiple=True,
     metavar="OPTION=A,B",
-    help="Run every combination and print one line for each: like=rfc2,dec2025; may be repeated.",
+    help="Run every combination and print who is better at what: like=rfc2,dec2025; may be repeated.",
 )
 @click.option("--details", is_flag=True, help="Also print every table: outcomes, times, memory, limits.")
 @click.option("--sources", is_flag=True, help="Also print which kernel function each row models, and the prices.")
@@ -116,16 +116,24 @@ def compare(trace: str | None, **options: Any) -> int:
 
     Exit status: 0; 1 if an invariant was broken that no defect of the version explains; 2 for bad input.
     """
+    for name in ("details", "sources"):
+        if options[name] and (options["vary"] or options["form"] in ("csv", "markdown")):
+            raise InputError(f"--{name}: expected --format text{' or json' * (name == 'sources')}, and no --vary")
     if options["vary"]:
+        from pgemu.experiments.compare import Comparison
         from pgemu.experiments.vary import combinations
         from pgemu.report.sweep import sweep
 
-        runs = [
-            (labels, _run(trace, {**options, **changed})[0])
-            for labels, changed in combinations(options["vary"], _varied(options))
-        ]
+        runs: list[tuple[dict[str, str], Comparison | str]] = []
+        for labels, changed in combinations(options["vary"], _varied(options)):
+            try:
+                runs.append((labels, _run(trace, {**options, **changed})[0]))
+            except InputError as error:  # a combination that is none does not keep the others from being shown
+                runs.append((labels, str(error)))
+        if not any(isinstance(run, Comparison) for _, run in runs):
+            raise InputError(str(runs[0][1]))
         sys.stdout.write(sweep(runs, options["form"]))
-        return int(any(comparison.broken for _, comparison in runs))
+        return int(any(run.broken for _, run in runs if isinstance(run, Comparison)))
     comparison, sensitivity = _run(trace, options, sensitive=not options["no_sensitivity"])
     from pgemu import report
 

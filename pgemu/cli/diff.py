@@ -30,7 +30,7 @@ def diff(first: str, second: str, everything: bool, form: str) -> None:
 
     FIRST and SECOND are documents of `pgemu compare --format json`: of another kernel, version, order or trace.
     """
-    from pgemu.report.two_columns import render, rows
+    from pgemu.report.two_columns import differs, render, rows
 
     one, other = _read(first), _read(second)
     common = [design for design in one["designs"] if design in other["designs"]]
@@ -42,11 +42,12 @@ def diff(first: str, second: str, everything: bool, form: str) -> None:
         except (KeyError, TypeError, AttributeError):
             raise InputError("expected a document of `pgemu compare --format json` of this version", second) from None
         if not everything:
-            found = [row for row in found if row.first != row.second]
+            found = [row for row in found if differs(row)]
         if form == "csv":
             found = [row._replace(group=f"{design}: {row.group}") for row in found]
         else:
-            print(f"{'## ' if form == 'markdown' else ''}{design}: {_what(one)} -> {_what(other)}")
+            mark = "## " if form == "markdown" else ""
+            print(f"{mark}{design}\n\nA: {_what(one, design)}\nB: {_what(other, design)}")
         if form == "markdown":
             print()
         sys.stdout.write(render(found, ("A", "B"), form) if found else "  nothing differs\n")  # type: ignore[arg-type]
@@ -67,7 +68,11 @@ def _read(path: str) -> dict[str, Any]:
     return found
 
 
-def _what(document: dict[str, Any]) -> str:
-    machine = next(iter(document["machines"].values()))
+def _what(document: dict[str, Any], design: str) -> str:
+    """Which run it is, in a line of at most 80 columns."""
+    machine = document["machines"].get(design, {})
     source = str(document["trace"]["source"]).split(" ")[0].rsplit("/", 1)[-1]
-    return f"{source}, {document['versions']['like']}, Linux {machine['kernel']}"
+    version = document["versions"]["pfnmap" if design == "pfnmap" else "like"]
+    page = {4096: "4K", 2 << 20: "2M"}.get(machine.get("page_size"), "1G")
+    told = (source[:30], version, f"{machine.get('vm')} VM", f"{page} pages", f"Linux {machine.get('kernel')}")
+    return ", ".join(told)

@@ -142,7 +142,7 @@ class DesignRun:
     """One design's machine after the trace.
 
     refusal: why the guest_memfd was not created, so that nothing of the trace ran; None where it was. worst: the
-    operation of each kind that took the most.
+    operation of each kind that took the most. asked: records that a refusal kept from running.
     """
 
     design: Design
@@ -153,6 +153,7 @@ class DesignRun:
     finding: Finding | None
     refusal: str | None = None
     worst: Mapping[Operation, WorstOperation] = field(default_factory=dict)
+    asked: int = 0
 
     def operation(self, op: Operation) -> OperationRun | None:
         """Return one kind of operation, None if the trace has none."""
@@ -314,7 +315,7 @@ def run(
     refusal = _refused(lowered, config, versions) if strict else ""
     if refusal:
         nothing = EndOfLife("not created", (0.0, 0.0), config.pool_pages, config.pool_pages, 0, 0, 0)
-        return DesignRun(config.design, config, booted, (), nothing, None, refusal)
+        return DesignRun(config.design, config, booted, (), nothing, None, refusal, asked=len(lowered.records))
     gmem = machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
     booted = machine.statistics
     if check == "every":

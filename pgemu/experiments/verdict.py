@@ -18,6 +18,7 @@ from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.machine.findings import BrokenRule
 
 __all__ = (
     "QUESTIONS",
@@ -29,6 +30,7 @@ __all__ = (
     "broken",
     "mapped",
     "measure",
+    "middle",
     "paired",
     "refused",
     "verdict",
@@ -37,9 +39,10 @@ __all__ = (
 Array = np.ndarray[Any, Any]
 Band = tuple[float, float]
 _Measured = Callable[["DesignRun", "DesignRun", bool], "Measure"]
-Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even"]
+Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even", "untested"]
 
 _XARRAY_NODE = 576
+_MOSTLY = 3  # times what is left
 _ALIKE = 0.02  # shares nearer than this are the same
 
 
@@ -70,11 +73,16 @@ class Basis(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One question and its answer."""
+    """One question and its answer.
+
+    with_defect: where most of a difference in time is a defect's, which counts for nobody: its name, and the answer as
+    it is with the defect. `measure.difference` is then that without it.
+    """
 
     question: str
     measure: Measure
     basis: Basis
+    with_defect: tuple[str, Measure] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,9 @@ def _level(first: DesignRun, second: DesignRun, _: bool) -> Measure:
 
 
 def refused(run: DesignRun) -> int:
-    """Operations that ended in an error."""
+    """Operations that ended in an error; all of them where the guest_memfd was not created."""
+    if run.refusal:
+        return run.asked
     return sum(n for op in run.operations for name, n in op.outcomes.items() if name.startswith(("-", "VM_FAULT_SIG")))
 
 
@@ -185,7 +195,7 @@ def _refused_zaps(first: DesignRun, second: DesignRun) -> bool:
 
 def _captured_defects(first: DesignRun, second: DesignRun) -> bool:
     """Whether all that is broken is what was captured of the slides' change: entries that a hole left."""
-    rules = [rule for run in (first, second) if run.finding for rule in run.finding.rules]
+    rules = [rule for run in (first, second) for rule in _rules(run)]
     return bool(rules) and all(rule.explained_by == ("punch-keeps-entries",) for rule in rules)
 
 
@@ -253,20 +263,53 @@ class Sensitivity:
 def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> dict[str, Line]:
     """Answer every question for the first two designs, each with what the answer rests on.
 
-    Without a sensitivity the basis knows nothing of inferred rules: it is "fact" where the counts differ.
+    Without a sensitivity nothing is known of inferred rules: the basis is "untested" where the counts differ.
     """
     first, second = comparison.runs[:2]
-    captured = {key for key, question in QUESTIONS.items() if question.captured(first, second)}
-    trials = sensitivity.trials if sensitivity else ()
-    return {
-        key: Line(QUESTIONS[key].text, found, _basis(key, found, trials, key in captured))
-        for key, found in measure(first, second).items()
-    }
+    trials = sensitivity.trials if sensitivity else None
+    lines = {}
+    for key, found in measure(first, second).items():
+        captured = QUESTIONS[key].captured(first, second)
+        if key == "broken" and not captured and found.better in (0, 1) and _explained((second, first)[found.better]):
+            names = {name for rule in _rules((second, first)[found.better]) for name in rule.explained_by}
+            lines[key] = Line(QUESTIONS[key].text, found, Basis("defect", ((", ".join(sorted(names)), "without", -1),)))
+        else:
+            line = Line(QUESTIONS[key].text, found, _basis(key, found, trials, captured))
+            lines[key] = _less_a_defect(key, line, trials or ())
+    return lines
 
 
-def _basis(key: str, found: Measure, trials: Iterable[Trial], captured: bool) -> Basis:
+def _less_a_defect(key: str, line: Line, trials: Iterable[Trial]) -> Line:
+    """Take out of a difference in time what only a defect makes, if that is most of it."""
+    found = line.measure
+    for trial in trials:
+        then = trial.measures[key]
+        if not trial.removes or found.unit != "ns" or found.better not in (0, 1) or then.better != found.better:
+            continue
+        if middle(found.difference) > _MOSTLY * middle(then.difference):
+            return line._replace(measure=found._replace(difference=then.difference), with_defect=(trial.removes, found))
+    return line
+
+
+def middle(difference: float | Band) -> float:
+    """The size of a difference, of a band that of its middle."""
+    return abs(sum(difference)) / 2 if isinstance(difference, tuple) else abs(difference)
+
+
+def _rules(run: DesignRun) -> tuple[BrokenRule, ...]:
+    return run.finding.rules if run.finding else ()
+
+
+def _explained(run: DesignRun) -> bool:
+    """Whether defects explain all that a machine broke."""
+    return run.finding is not None and run.finding.explained and broken(run) == run.finding.count
+
+
+def _basis(key: str, found: Measure, trials: Iterable[Trial] | None, captured: bool) -> Basis:
     if found.better is None:
         return Basis("undecided")
+    if trials is None:
+        return Basis("even" if found.better == -1 else "captured" if captured else "untested")
     turned = [(trial, trial.measures[key].better) for trial in trials if trial.measures[key].better != found.better]
     defect = [trial for trial, _ in turned if trial.removes]
     if defect:

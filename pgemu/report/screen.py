@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pgemu.cost import profile
 from pgemu.experiments.inferences import INFERENCES
-from pgemu.experiments.verdict import Line, Measure, mapped, paired
+from pgemu.experiments.verdict import Line, Measure, mapped, middle, paired
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
@@ -71,6 +71,10 @@ def _head(comparison: Comparison) -> Iterator[str]:
     yield from _wrapped(
         f"both: {config.vm} VM, memory {lowered.init} at first, {config.stage2.upper()}, {cpus}, Linux {config.kernel}"
     )
+    if not len(lowered.records) - lowered.accounting.setup:
+        yield from _wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
+    if lowered.layout.origin == "inferred":
+        yield from _wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
     if by_hand := mixed(comparison):
         yield from _wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:
@@ -93,6 +97,8 @@ def mixed(comparison: Comparison) -> str:
         plain = comparison.versions.configuration(run.design, pool=run.config.pool, page_size=run.config.page_size)
         for name in names:
             value = getattr(run.config, name)
+            if name == "defects" and not comparison.given.get("defects"):  # zeroing by hand takes one's place
+                continue
             if name in comparison.given and value != getattr(plain, name):
                 text = " ".join(value) if isinstance(value, tuple) else str(value)
                 changed[name] = f"{name.replace('_', '-')} {text}"
@@ -130,7 +136,7 @@ def _by(found: Measure) -> str:
     if isinstance(found.first, tuple) or isinstance(found.second, tuple) or found.unit == "share":
         return ""
     low, high = sorted((found.first, found.second))
-    return f"{high / low:,.3g}x" if low else ""
+    return f"{high / low:,.3g}x" if low and high < 1000 * low else f"{high / low:,.0f}x" if low else ""
 
 
 def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
@@ -142,7 +148,8 @@ def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
         better, by = _better(comparison, found), _by(found)
         if line.basis.kind == "defect" and found.unit == "ns":  # what only a defect makes counts for nobody
             better, by = "neither", ""
-        basis = {"even": "", "undecided": "bands overlap"}.get(line.basis.kind, line.basis.kind)
+        kind = line.basis.kind
+        basis = "" if kind == "even" else kind
         cells = (value(found.first, found.unit), value(found.second, found.unit), better, by)
         yield _row(line.question, *cells, basis)
 
@@ -181,7 +188,7 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             yield (
                 f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
                 f"in all {units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap allocated again, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written; 4K leaves in the guest"
+                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written"
             )
 
 
@@ -189,7 +196,7 @@ def _interrupts_off(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs[:2]:
         stores = run.statistics.peak(Gauge.STORES_IRQ_OFF)
         taken = units.band(*profile(run.config.profile)[Event.PAGE_CACHE_STORED].total(stores))
-        if stores:
+        if stores > 1:
             yield f"{run.design} has interrupts off for {units.count(stores)} stores at once, {taken} (estimate)"
 
 
@@ -246,7 +253,8 @@ def _broken(comparison: Comparison) -> Iterator[str]:
         for rule in run.finding.rules if run.finding else ():
             why = f"defect {', '.join(rule.explained_by)}" if rule.explained_by else "no defect explains it"
             name = rule.rule.name.lower().replace("_", " ")
-            yield f"{run.design} breaks a rule {units.count(rule.count)} times: {name} ({why})"
+            times = f"{units.count(rule.count)} time{'s' * (rule.count != 1)}"
+            yield f"{run.design} breaks a rule {times}: {name} ({why})"
 
 
 def _refusals(comparison: Comparison) -> Iterator[str]:
@@ -280,6 +288,10 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
 def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
     by_rule: dict[tuple[str, str], list[str]] = {}
     alike = [line for line in lines.values() if line.measure.better == -1]
+    for line in lines.values():
+        if line.with_defect:
+            name, whole = line.with_defect
+            yield f"{_short(line)} by {name}, which counts for nobody: {answer(comparison, whole)}"
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
@@ -306,7 +318,9 @@ def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
             found, then = line.measure, trial.measures[key]
             if found.unit != "ns" or found.better in (None, -1) or then.better != found.better:
                 continue
-            now, otherwise = _middle(found.difference), _middle(then.difference)
+            if line.with_defect and trial.removes != line.with_defect[0]:  # with the defect again
+                then = then if trial.removes else found
+            now, otherwise = middle(found.difference), middle(then.difference)
             if max(now, otherwise) >= _MOVED * min(now, otherwise):
                 moved.append(f"{_short(line)} {answer(comparison, then)}")
                 ratio = max(ratio, max(now, otherwise) / max(min(now, otherwise), 1.0))
@@ -325,10 +339,6 @@ def _when(rule: str, label: str) -> str:
     if rule not in INFERENCES:  # several together, or without a defect
         return f"without {rule}" if " and " not in rule else f"with {label}"
     return next((one.when for one in INFERENCES[rule].alternatives if one.label == label), f"with {label}")
-
-
-def _middle(band: float | tuple[float, float]) -> float:
-    return abs(sum(band)) / 2 if isinstance(band, tuple) else abs(band)
 
 
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:

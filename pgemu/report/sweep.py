@@ -25,13 +25,13 @@ _HEADS = {
 }
 
 
-def sweep(runs: list[tuple[dict[str, str], Comparison]], form: str = "text") -> str:
-    """Return who is better at what in every combination; `runs` has each one's options and its comparison."""
+def sweep(runs: list[tuple[dict[str, str], Comparison | str]], form: str = "text") -> str:
+    """Return who is better at what in every combination.
+
+    :param runs: each one's options, and its comparison or why there is none
+    """
     names = list(runs[0][0])
-    table = [
-        [*labels.values(), *(answer(comparison, line.measure) for line in verdict(comparison).values())]
-        for labels, comparison in runs
-    ]
+    table = [[*labels.values(), *_answers(comparison)] for labels, comparison in runs]
     heads = [*names, *(_HEADS[key] for key in QUESTIONS)]
     if form == "json":
         return json.dumps([dict(zip(heads, row, strict=True)) for row in table], indent=2) + "\n"
@@ -43,6 +43,12 @@ def sweep(runs: list[tuple[dict[str, str], Comparison]], form: str = "text") -> 
         lines = [f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *table]]
         return "\n".join(lines) + "\n"
     return _text(heads, table, len(names))
+
+
+def _answers(run: Comparison | str) -> list[str]:
+    if isinstance(run, str):
+        return [f"not run: {run}", *["-"] * (len(QUESTIONS) - 1)]
+    return [answer(run, line.measure) for line in verdict(run).values()]
 
 
 def _text(heads: list[str], table: list[list[str]], named: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pgemu.experiments.metrics import METRICS
 from pgemu.report import units
 
-__all__ = ("Form", "Row", "render", "rows")
+__all__ = ("Form", "Row", "differs", "render", "rows")
 
 Form = Literal["text", "markdown", "csv"]
 _WIDTHS = (33, 13, 13, 12, 7)
@@ -66,6 +66,12 @@ def _difference(row: Row) -> tuple[str, str]:
         return "0", ""
     text = ("-" if less < 0 else "+") + _value(abs(less), row.unit)
     return text, f"{less / row.first:+.0%}" if row.first else "new"
+
+
+def differs(row: Row) -> bool:
+    """Whether two quantities differ as they are shown."""
+    shown = _value(row.first, row.unit) != _value(row.second, row.unit)
+    return shown or (row.unit != "ns" and row.first != row.second)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def test_answers_of_a_small_trace() -> None:
 def test_without_alternatives_nothing_is_an_inference() -> None:
     for comparison in (mixed(), converts_nothing()):
         kinds = {line.basis.kind for line in verdict(comparison).values()}
-        assert kinds <= {"fact", "captured", "even", "undecided"}
+        assert kinds <= {"untested", "captured", "even", "undecided", "defect"}
 
 
 def test_equal_machines_are_even() -> None:

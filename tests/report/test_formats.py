@@ -31,7 +31,7 @@ def test_json_has_the_verdict_and_on_what_it_rests() -> None:
         "basis": "fact",
         "rests_on": [],
     }
-    assert {"rule": "uptodate-unzeroed", "alternative": "page", "then": "alike"} in found["verdict"]["broken"][
+    assert {"rule": "uptodate-unzeroed", "alternative": "without", "then": "alike"} in found["verdict"]["broken"][
         "rests_on"
     ]
     assert found["sensitivity"]["complete"] is True
