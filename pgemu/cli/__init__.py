@@ -81,7 +81,8 @@ def _discard_output() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"pgemu: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # stderr may be closed or full: the status tells
+        print(f"pgemu: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

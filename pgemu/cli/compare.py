@@ -120,6 +120,8 @@ def compare(trace: str | None, **options: Any) -> int:
         if options[name] and (options["vary"] or options["form"] in ("csv", "markdown")):
             raise InputError(f"--{name}: expected --format text{' or json' * (name == 'sources')}, and no --vary")
     if options["vary"]:
+        if options["designs"] and len(set(options["designs"])) < 2:
+            raise InputError("--vary: expected two designs to compare")
         from pgemu.experiments.compare import Comparison
         from pgemu.experiments.vary import combinations
         from pgemu.report.sweep import sweep
@@ -154,7 +156,8 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
     own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace"}
-    return {str(one.name): one for one in command.params if one.name in options and one.name not in own}
+    varied = [one for one in command.params if one.name in options and one.name not in own]
+    return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 
 
 def _load(trace: str | None, options: dict[str, Any]) -> Lowered:

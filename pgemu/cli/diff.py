@@ -12,6 +12,8 @@ from pgemu.errors import InputError
 
 __all__ = ("diff",)
 
+_EXPECTED = "expected a document of `pgemu compare --format json`"
+
 
 @click.command(short_help="Two runs of compare side by side, with difference and change.")
 @click.argument("first", type=click.Path(dir_okay=False))
@@ -30,29 +32,29 @@ def diff(first: str, second: str, everything: bool, form: str) -> None:
 
     FIRST and SECOND are documents of `pgemu compare --format json`: of another kernel, version, order or trace.
     """
-    from pgemu.report.two_columns import differs, render, rows
-
     one, other = _read(first), _read(second)
     common = [design for design in one["designs"] if design in other["designs"]]
     if not common:
         raise InputError(f"has no design that {first} has", second)
-    for design in common:
-        try:
-            found = list(rows(one["designs"][design], other["designs"][design]))
-        except (KeyError, TypeError, AttributeError):
-            raise InputError("expected a document of `pgemu compare --format json` of this version", second) from None
-        if not everything:
-            found = [row for row in found if differs(row)]
-        if form == "csv":
-            found = [row._replace(group=f"{design}: {row.group}") for row in found]
-        else:
-            mark = "## " if form == "markdown" else ""
-            print(f"{mark}{design}\n\nA: {_what(one, design)}\nB: {_what(other, design)}")
-        if form == "markdown":
-            print()
-        sys.stdout.write(render(found, ("A", "B"), form) if found else "  nothing differs\n")  # type: ignore[arg-type]
-        if design != common[-1] and form != "csv":
-            print()
+    try:
+        text = "\n".join(_design(one, other, design, form, everything) for design in common)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise InputError(f"{_EXPECTED} of this version", f"{first}, {second}") from None
+    sys.stdout.write(text)
+
+
+def _design(one: dict[str, Any], other: dict[str, Any], design: str, form: str, everything: bool) -> str:
+    """What one design did in both runs."""
+    from pgemu.report.two_columns import differs, render, rows
+
+    found = [row for row in rows(one["designs"][design], other["designs"][design]) if everything or differs(row)]
+    head = ""
+    if form == "csv":
+        found = [row._replace(group=f"{design}: {row.group}") for row in found]
+    else:
+        mark, line = ("## ", "\n") if form == "markdown" else ("", "")
+        head = f"{mark}{design}\n\nA: {_what(one, design)}\nB: {_what(other, design)}\n{line}"
+    return head + (render(found, ("A", "B"), form) if found else "  nothing differs\n")  # type: ignore[arg-type]
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -61,10 +63,12 @@ def _read(path: str) -> dict[str, Any]:
             found = json.load(file)
     except FileNotFoundError:
         raise InputError("no such file", path) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"expected a document of `pgemu compare --format json` ({error})", path) from None
+    except RecursionError:
+        raise InputError(f"{_EXPECTED} (too deep)", path) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{_EXPECTED} ({error})", path) from None
     if not isinstance(found, dict) or not isinstance(found.get("designs"), dict) or "versions" not in found:
-        raise InputError("expected a document of `pgemu compare --format json`", path)
+        raise InputError(_EXPECTED, path)
     return found
 
 

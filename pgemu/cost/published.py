@@ -240,6 +240,11 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.SPIN_FAILED,
+        CARRIED + "what was left of the conversion is events of its own",
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

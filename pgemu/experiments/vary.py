@@ -42,7 +42,7 @@ def combinations(
         raise InputError(f"--vary: {count} combinations, expected at most {MOST}")
     for chosen in product(*axes.values()):
         labels = {name.replace("_", "-"): value for name, (value, _) in zip(axes, chosen, strict=True)}
-        yield labels, {name: value for name, (_, value) in zip(axes, chosen, strict=True)}
+        yield labels, {str(options[name].name): value for name, (_, value) in zip(axes, chosen, strict=True)}
 
 
 def _value(option: click.Parameter, value: str, text: str) -> Any:

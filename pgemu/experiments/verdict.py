@@ -148,7 +148,7 @@ def _memory(first: DesignRun, second: DesignRun, _: bool) -> Measure:
         pages = sum(
             run.statistics.peak(gauge) for gauge in (Gauge.VMEMMAP_PAGES, Gauge.HOST_TABLES, Gauge.STAGE2_TABLES)
         )
-        peaks.append(pages * PAGE_4K + run.statistics.gauge(Gauge.XARRAY_NODES) * _XARRAY_NODE)
+        peaks.append(pages * PAGE_4K + run.statistics.peak(Gauge.XARRAY_NODES) * _XARRAY_NODE)
     return _less(peaks[0], peaks[1], "bytes")
 
 
@@ -203,7 +203,7 @@ QUESTIONS: dict[str, Question] = {
     "conversions": Question("conversions, time", _time(Operation.CONVERT)),
     "guest_faults": Question("guest faults, time", _time(Operation.GUEST_FAULT)),
     "memory": Question("metadata, peak", _memory),
-    "level": Question("guest maps at >= 2M", _level),
+    "level": Question("guest leaves >= 2M", _level),
     "refused": Question("refused", lambda a, b, _: _less(refused(a), refused(b), "count"), _refused_zaps),
     "broken": Question("broken", lambda a, b, _: _less(broken(a), broken(b), "count"), _captured_defects),
 }
@@ -274,7 +274,10 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
             names = {name for rule in _rules((second, first)[found.better]) for name in rule.explained_by}
             lines[key] = Line(QUESTIONS[key].text, found, Basis("defect", ((", ".join(sorted(names)), "without", -1),)))
         else:
-            line = Line(QUESTIONS[key].text, found, _basis(key, found, trials, captured))
+            basis = _basis(key, found, trials, captured)
+            if basis.kind == "fact" and sensitivity and not sensitivity.complete:  # what was not reached may turn it
+                basis = Basis("untested")
+            line = Line(QUESTIONS[key].text, found, basis)
             lines[key] = _less_a_defect(key, line, trials or ())
     return lines
 

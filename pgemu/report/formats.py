@@ -39,8 +39,10 @@ def document(
     table = render(rows(one, other), (first, second), "csv" if form == "csv" else "markdown")
     if form == "csv":
         return table
+    if not lines:
+        return table
     head = [f"    {text}" if text else "" for text in screen(comparison, lines, sensitivity).splitlines()]
-    return "\n".join([*(head if lines else ()), "", table])
+    return "\n".join([*head, "", table])
 
 
 def _text(

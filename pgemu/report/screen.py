@@ -31,7 +31,7 @@ WIDTH = 80
 HEIGHT = 24
 _LEVELS = "recorded-levels"
 _MOVED = 3  # times a difference that is worth a line
-_COLUMNS = (19, 12, 12, 11, 11)
+_COLUMNS = (18, 12, 12, 11, 12)
 
 
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
@@ -261,6 +261,8 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs[:2]:
         if run.refusal:
             yield f"{run.design}: {run.refusal}"
+        if failed := run.statistics.event(Event.SPIN_FAILED):
+            yield f"{run.design}: {units.count(failed)} conversions that would spin failed when they went on"
     names = {
         (operation.operation, name)
         for run in comparison.runs[:2]

@@ -159,6 +159,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     name = os.fspath(path)
     file = None if name == "-" else name
     try:
+        if file is None and sys.stdin is None:
+            raise InputError("is closed, expected a trace", "<stdin>")
         if file is None:
             name, stream = "<stdin>", sys.stdin.buffer
         else:

@@ -69,7 +69,7 @@ def test_what_a_question_rests_on_is_named() -> None:
     comparison = compare(load(shipped(), LoweringOptions()))
     text = " ".join(shown(comparison, sensitivity(comparison)).split())
     assert "turns if pfnmap zeroed whole folios: guest faults undecided (pfnmap-zeroing)" in text
-    assert "guest maps at >= 2M alike (pfnmap-level)" in text
+    assert "guest leaves >= 2M alike (pfnmap-level)" in text
 
 
 def test_what_is_broken_names_its_defect() -> None:

@@ -15,7 +15,14 @@ from pgemu_kernels.folios.merging import merge_block
 from pgemu_kernels.gmem.conversion import merge_lazy
 from pgemu_kernels.gmem.orders import convert
 from pgemu_kernels.gmem.spinning import is_spinning, note_block, row_before, spin_row
-from pgemu_kernels.words.enum_words import EVENT_SPIN_ENDED, FLAG_PRIVATE, FLAG_SHARED, GAUGE_SPINNING, OP_CONVERT
+from pgemu_kernels.words.enum_words import (
+    EVENT_SPIN_ENDED,
+    EVENT_SPIN_FAILED,
+    FLAG_PRIVATE,
+    FLAG_SHARED,
+    GAUGE_SPINNING,
+    OP_CONVERT,
+)
 from pgemu_kernels.words.operations import WOULD_SPIN
 from pgemu_kernels.words.registers import R_COUNTER_ROW, R_ORDER, R_RESUMING, R_SPINS
 from pgemu_kernels.words.rows import (
@@ -96,6 +103,8 @@ def try_again(m, i):
         state[row + Q_LIVE] = U0
         change(m.stats, GAUGE_SPINNING, -1)
         charge_one(m, EVENT_SPIN_ENDED)
+        if np.int64(state[AGAIN + O_STATUS]) < 0:  # nobody waits for its result any more
+            charge_one(m, EVENT_SPIN_FAILED)
     state[R_RESUMING] = U0
     state[R_COUNTER_ROW] = counted
 

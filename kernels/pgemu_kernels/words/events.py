@@ -71,7 +71,8 @@ class Event(IntEnum):
     FOLIO_FROZEN = 45
     SPTE_PAGES_BEYOND = 46
     ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
-    SPIN_ENDED = 48  # a conversion that would spin has been done
+    SPIN_ENDED = 48  # a conversion that would spin has gone on to its end
+    SPIN_FAILED = 49  # ... and that was an error
 
 
 EVENTS = 56  # room in a counter row

@@ -478,6 +478,7 @@ RULE_EXPLAINED_BY = {
     Broken.HOST_PRIVATE: Defect.INSERT_UNLOCKED,
     Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
     Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
+    Broken.WRONG_ROOT: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,  # of what a leaf is too large by
     Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
     Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO | Defect.UNBIND_DYING,
     # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the
