@@ -81,8 +81,12 @@ def _discard_output() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    with suppress(OSError, ValueError):  # stderr may be closed or full: the status tells
-        print(f"pgemu: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    try:
+        if sys.stderr is not None:
+            print(f"pgemu: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # full: the status tells, and the interpreter must not try once more
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(2)
 
 

@@ -58,7 +58,7 @@ class Bar:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._shown = sys.stderr.isatty()
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 

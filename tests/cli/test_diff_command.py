@@ -134,8 +134,8 @@ def test_every_combination_is_one_row_in_order(log: str) -> None:
 
 
 def test_an_option_that_may_be_repeated_varies_one_value_at_a_time(log: str) -> None:
-    found = json.loads(varied(log, "--vary", "defects=merge-keeps-flag,rollback-at-zero", "--format", "json"))
-    assert [row["defects"] for row in found] == ["merge-keeps-flag", "rollback-at-zero"]
+    found = json.loads(varied(log, "--vary", "defect=merge-keeps-flag,rollback-at-zero", "--format", "json"))
+    assert [row["defect"] for row in found] == ["merge-keeps-flag", "rollback-at-zero"]
 
 
 def test_a_varied_value_is_the_one_of_the_option(log: str) -> None:
