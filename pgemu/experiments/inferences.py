@@ -294,7 +294,7 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
         "overlap": Inference(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",
-            (Alternative("1", "if a page of the same GiB stayed shared meanwhile", trace={"overlap": 1.0}),),
+            (Alternative("1", "if another page of the GiB stayed shared all the time", trace={"overlap": 1.0}),),
             lambda comparison: "" if comparison.lowered.again else "no workload with that parameter",
         ),
         "slot-reach": Inference(

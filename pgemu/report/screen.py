@@ -37,12 +37,12 @@ _COLUMNS = (18, 12, 12, 11, 12)
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     """Return the first screen."""
     found = [*_head(comparison), "", *_table(comparison, lines), ""]
-    foot = _wrapped(_foot(comparison, lines, sensitivity))
+    foot = list(_foot(comparison, lines, sensitivity))
     room = HEIGHT - len(found) - len(foot)
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
     first = [*_broken(comparison), *_splits(comparison)]
-    for text in dict.fromkeys((*first, *rests, *why)):  # where there is no room for all, the last ones go
+    for text in dict.fromkeys((*first, *rests, *_refusals(comparison), *why)):  # where room ends, the last ones go
         wrapped = _point(text)
         if len(wrapped) <= room:
             kept.append(text)
@@ -203,7 +203,7 @@ def _interrupts_off(comparison: Comparison) -> Iterator[str]:
 def zeroes(config: Config) -> str:
     """How a first use zeroes."""
     if "uptodate-unzeroed" in config.defects:
-        return "4K a folio: uptodate-unzeroed"
+        return "first 4K of each folio: uptodate-unzeroed"
     return {"page": "by page", "folio": "by folio"}[config.zero]
 
 
@@ -237,9 +237,9 @@ def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator
         faults.append("-".join(map(units.count, counts)))
         ends.append("-".join(map(units.size, sizes)))
     names = [run.design for run in runs]
-    bounds = " (as logged, to all used that was mapped)" if upper is not runs else ""
+    bounds = " (upper: all was used that the log had mapped)" if upper is not runs else ""
     if faults[0] != faults[1]:
-        yield f"guest faults that map{bounds}: {names[0]} {faults[0]}, {names[1]} {faults[1]}"
+        yield f"guest faults that map: {names[0]} {faults[0]}, {names[1]} {faults[1]}{bounds}"
     if ends[0] != ends[1]:
         yield f"mapped in the guest at the end: {names[0]} {ends[0]}, {names[1]} {ends[1]}"
     beyond = [run.statistics.event(Event.SPTE_PAGES_BEYOND, Operation.CONVERT) * PAGE_4K for run in runs]
@@ -276,9 +276,9 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
             found = run.operation(op)
             counts.append((run.design, found.outcomes.get(name, 0) if found else 0))
         small = op is Operation.PUNCH_HOLE and name == "-EINVAL" and comparison.runs[0].config.punch == "refuse"
-        why = ", smaller than a huge page: the memory stays" if small else ""
+        why = ": smaller than a huge page" if small else ""
         if counts[0][1] == counts[1][1]:
-            yield f"both refuse {units.count(counts[0][1])} {operation_name(op)}s ({name}{why})"
+            yield f"both refuse {units.count(counts[0][1])} times {operation_name(op)} ({name}{why})"
         else:
             parts = ", ".join(f"{who} {units.count(n)}" for who, n in counts)
             yield f"{operation_name(op)} is {name}: {parts}{why}"
@@ -293,7 +293,7 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     for line in lines.values():
         if line.with_defect:
             name, whole = line.with_defect
-            yield f"{_short(line)} by {name}, which counts for nobody: {answer(comparison, whole)}"
+            yield f"{_short(line)}: by how much is without {name}; with it {answer(comparison, whole)}"
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
@@ -303,7 +303,7 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
         for rule, label, better in alone or line.basis.rules:  # pairs only where no rule alone turns it
             turned = {None: "undecided", -1: "alike"}.get(better) or comparison.runs[better or 0].design
             by_rule.setdefault((rule, label), []).append(f"{_short(line)} {turned}")
-    turns = {key: f"turns {_when(*key)}: {', '.join(answers)} ({key[0]})" for key, answers in by_rule.items()}
+    turns = {key: f"{', '.join(answers)} {_when(*key)} ({key[0]})" for key, answers in by_rule.items()}
     minor = {rule[:2] for line in alike for rule in line.basis.rules}  # they part what is alike
     yield from (text for key, text in turns.items() if key not in minor)
     yield from moves[1:]
@@ -324,10 +324,10 @@ def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
                 then = then if trial.removes else found
             now, otherwise = middle(found.difference), middle(then.difference)
             if max(now, otherwise) >= _MOVED * min(now, otherwise):
-                moved.append(f"{_short(line)} {answer(comparison, then)}")
+                moved.append(f"{_short(line)}: {_better(comparison, then)} by {_by(then)}")
                 ratio = max(ratio, max(now, otherwise) / max(min(now, otherwise), 1.0))
         if moved and " and " not in trial.rule:
-            text = f"changes {_when(trial.rule, trial.label)}: {', '.join(moved)} ({trial.rule})"
+            text = f"{', '.join(moved)} {_when(trial.rule, trial.label)} ({trial.rule})"
             found_moves.append((ratio, text))
     yield from (text for _, text in sorted(found_moves, key=lambda one: -one[0]))
 
@@ -343,9 +343,12 @@ def _when(rule: str, label: str) -> str:
     return next((one.when for one in INFERENCES[rule].alternatives if one.label == label), f"with {label}")
 
 
-def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
+def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
+    """What the words of the basis mean here, and how sure the times are."""
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
     if sensitivity and not sensitivity.complete:
         tried += ", interrupted"
-    return f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details"
+    if any(line.basis.kind == "fact" for line in lines.values()):
+        yield "fact: who is better holds under all inferred rules; by how much is an estimate"
+    yield from _wrapped(f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details")

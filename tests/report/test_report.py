@@ -144,7 +144,7 @@ def test_what_is_given_by_hand_is_told_and_versions_are() -> None:
     assert "by hand" not in plain.replace("made by hand", "")
     assert "restructure dec2025: branch of Dec 2025" in plain
     assert "mended allocation-race, mapping-order" in plain
-    assert "zeroing restructure 4K a folio: uptodate-unzeroed, pfnmap by page" in plain
+    assert "zeroing restructure first 4K of each folio: uptodate-unzeroed, pfnmap by page" in plain
     options = {"order": "jan2026", "host_huge": True, "defects": ("rollback-at-zero",), "worker": "queued"}
     told = words(text(compare(lowered(mixed_records()), **options), width=200))
     assert "by hand order jan2026, defects rollback-at-zero, worker queued, host-huge True" in told

@@ -68,8 +68,8 @@ def test_random_comparisons_fit(trace: Lowered) -> None:
 def test_what_a_question_rests_on_is_named() -> None:
     comparison = compare(load(shipped(), LoweringOptions()))
     text = " ".join(shown(comparison, sensitivity(comparison)).split())
-    assert "turns if pfnmap zeroed whole folios: guest faults undecided (pfnmap-zeroing)" in text
-    assert "guest leaves >= 2M alike (pfnmap-level)" in text
+    assert "guest faults undecided if pfnmap zeroed whole folios (pfnmap-zeroing)" in text
+    assert "guest leaves >= 2M alike if pfnmap mapped only whole huge pages large (pfnmap-level)" in text
 
 
 def test_what_is_broken_names_its_defect() -> None:
@@ -117,7 +117,7 @@ def test_an_alternative_that_moves_a_time_is_said_though_it_turns_nothing() -> N
     moved = base | {"conversions": base["conversions"]._replace(difference=(low / 100, high / 100))}
     runs = (comparison.runs[0], comparison.runs[1])
     text = shown(comparison, Sensitivity((Trial("overlap", "1", "", moved, runs),)))
-    assert "changes if a page of the same GiB stayed shared meanwhile: conversions pfnmap 3." in " ".join(text.split())
+    assert "conversions: pfnmap by 3." in " ".join(text.split())
     assert_fits(text)
     near = base | {"conversions": base["conversions"]._replace(difference=(low / 2, high / 2))}
-    assert "stayed shared meanwhile" not in shown(comparison, Sensitivity((Trial("overlap", "1", "", near, runs),)))
+    assert "stayed shared all the time" not in shown(comparison, Sensitivity((Trial("overlap", "1", "", near, runs),)))
