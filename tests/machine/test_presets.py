@@ -10,6 +10,7 @@ from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 POOL = 2 << 30
+RFC2_DEFECTS = ("convert-keeps-leaves", "merge-keeps-flag")
 
 
 def configured(design: str, versions: Versions, **given: Any) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def configured(design: str, versions: Versions, **given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("like", "page_size", "expected"),
     [
-        ("rfc2", PAGE_1G, ("rfc2", "range", "rfc2", "folio", "zero", "6.18", ("merge-keeps-flag",))),
+        ("rfc2", PAGE_1G, ("rfc2", "range", "rfc2", "folio", "zero", "6.18", RFC2_DEFECTS)),
         ("dec2025", PAGE_1G, ("fixup", "block", "jan2026", "folio", "refuse", "6.18", ("uptodate-unzeroed",))),
         ("jan2026", PAGE_1G, ("jan2026", "block", "jan2026", "folio", "refuse", "6.18", ("uptodate-unzeroed",))),
         ("next", PAGE_4K, ("next4k", "range", "jan2026", "folio", "zero", "7.3", ())),
@@ -53,7 +54,7 @@ def test_a_plan_is_the_branch_but_for_its_order() -> None:
 @pytest.mark.parametrize(
     ("like", "fixed"),
     [
-        ("rfc2", ("allocation-race", "merge-keeps-flag", "rollback-at-zero")),
+        ("rfc2", ("allocation-race", *RFC2_DEFECTS, "rollback-at-zero")),
         ("dec2025", ("allocation-race", "mapping-order", "uptodate-unzeroed")),
     ],
 )

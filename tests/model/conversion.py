@@ -201,6 +201,8 @@ class Conversions(State):
                 continue
             self.unmap_file(item.inode, item.pages)
             refused = self.gate(item)
+            if not refused and "convert-keeps-leaves" not in self.parameters.defects:
+                refused = self.zap_converted(item)
             if refused:
                 return refused
         for number, item in enumerate(items):

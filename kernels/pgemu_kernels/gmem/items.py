@@ -29,7 +29,7 @@ from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
 from pgemu_kernels.stage2.regions import vms_with_leaves
-from pgemu_kernels.words.enum_words import DEFECT_ROLLBACK_AT_ZERO
+from pgemu_kernels.words.enum_words import DEFECT_CONVERT_KEEPS_LEAVES, DEFECT_ROLLBACK_AT_ZERO
 from pgemu_kernels.words.operations import (
     EAGAIN,
     ENOMEM,
@@ -172,7 +172,7 @@ def fail_zap_item(m, op, status):
 
 @kernel
 def zap_item(m, op):
-    """To shared: drop the leaves of exactly the item, which is all private, and flush. As zap()."""
+    """Drop the leaves of exactly the item, and flush. As zap()."""
     state = m.state
     start = state[op + O_ITEM_START]
     end = state[op + O_ITEM_END]
@@ -189,10 +189,21 @@ def zap_item(m, op):
 
 @kernel
 def unmap_item(m, op):
-    """To private: unmap the item from every process. What stage 2 loses is the MMU notifier's doing."""
+    """To private: unmap the item from every process, and so from stage 2 where an MMU notifier hears of it."""
     state = m.state
     unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
     return GO
+
+
+@kernel
+def zap_left_item(m, op):
+    """To private: drop the leaves that no notifier has found, as no VMA maps them.
+
+    Defect.CONVERT_KEEPS_LEAVES: posted code leaves it at the notifier. The zap, and its place, are inference.
+    """
+    if m.state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
+        return GO
+    return zap_item(m, op)
 
 
 @outlined

@@ -29,6 +29,7 @@ from pgemu_kernels.gmem.items import (
     store_item,
     unmap_item,
     zap_item,
+    zap_left_item,
 )
 from pgemu_kernels.gmem.order_rows import each_item, stepper, straight, to_private, to_shared
 from pgemu_kernels.gmem.split_merge import merge, merge_early, split
@@ -46,7 +47,7 @@ from pgemu_kernels.words.rows import O_NEXT, O_STATUS
 # RFC v2, May 2025: both the store and the split can fail after the zap; then everything is rolled back.
 RFC2 = (
     begin_items,
-    each_item(to_private(unmap_item, gate_item), to_shared(zap_item)),
+    each_item(to_private(unmap_item, gate_item, zap_left_item), to_shared(zap_item)),
     each_item(store_item, restructure_item),
     end_items,
 )

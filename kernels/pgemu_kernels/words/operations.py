@@ -442,6 +442,7 @@ class Defect(IntFlag):
     # Before kvm-x86 0ee2c883b62d: a slot of a file that is dying is unbound without the invalidate_lock
     UNBIND_DYING = 4096
     MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
+    CONVERT_KEEPS_LEAVES = 8192  # rfc2: to private, stage 2 loses only what the notifier of a VMA's unmap takes
 
 
 GO = 0  # what a step returns: the next one follows,
@@ -478,7 +479,8 @@ RULE_EXPLAINED_BY = {
     Broken.HOST_PRIVATE: Defect.INSERT_UNLOCKED,
     Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
     Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
-    Broken.WRONG_ROOT: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,  # of what a leaf is too large by
+    # Of what a leaf is too large by, or of what a conversion left.
+    Broken.WRONG_ROOT: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE | Defect.CONVERT_KEEPS_LEAVES,
     Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
     Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO | Defect.UNBIND_DYING,
     # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the

@@ -507,6 +507,41 @@ def test_the_defects_are_none_of_pfnmap() -> None:
     assert found(s) == {}
 
 
+def converted(kind: str, *, mapped: bool, **parameters: Any) -> Scene:
+    """A guest has used a shared 4K page, and asks for it to become private; the slot's addresses may be unmapped."""
+    s = Scene.__new__(Scene)
+    s.machine = Machine(Config("restructure", pool=2 * M2, page_size=M2, vm=kind, stage2="ept", **parameters))
+    s.gmem = s.machine.create_guest_memfd(M2, shared=True)
+    s.process = s.machine.create_process()
+    s.vm = s.machine.create_vm(s.process)
+    assert s.process.mmap(s.gmem, VA).status == 0
+    assert s.vm.bind(s.gmem, 0, userspace_addr=VA).status == 0
+    assert mapped or s.process.munmap(VA, M2).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 1)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    return s
+
+
+@pytest.mark.parametrize("kind", ["tdx", "sw"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "unmapped"])
+@pytest.mark.parametrize("defects", [(), ("convert-keeps-leaves",)], ids=["fixed", "posted"])
+def test_to_private_stage_2_loses_what_a_notifier_reaches(kind: str, mapped: bool, defects: tuple[str, ...]) -> None:
+    """RFC v2: kvm_gmem_convert_should_proceed() of a range to private only unmaps it from user page tables, and KVM
+    hears of that through the MMU notifier of the slot's addresses. Where no VMA maps them, the guest's leaf stays:
+    with TDX below the root of shared memory. The fix zaps as a conversion to shared does (inference)."""
+    s = converted(kind, mapped=mapped, order="rfc2", defects=defects)
+    stays = bool(defects) and not mapped
+    assert s.vm.leaves() == ((1, 0, 0) if stays else (0, 0, 0))
+    assert found(s) == ({"WRONG_ROOT": defects} if stays and kind == "tdx" else {})
+
+
+@pytest.mark.parametrize("order", ["fixup", "jan2026"])
+def test_other_orders_zap_whatever_is_mapped(order: str) -> None:
+    s = converted("tdx", mapped=False, order=order, defects=("convert-keeps-leaves",))
+    assert s.vm.leaves() == (0, 0, 0)
+    assert found(s) == {}
+
+
 # --------------------------------------------------------------------------- what explains a broken rule
 
 
