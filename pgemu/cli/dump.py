@@ -28,7 +28,9 @@ _PROBLEMS = {
 
 
 def _size(number: int) -> str:
-    """Bytes in the largest unit that leaves no remainder."""
+    """Bytes in the largest unit that leaves no remainder, 0 in none."""
+    if number == 0:
+        return "0"
     return next((f"{number // unit}{name}" for unit, name in _UNITS if number % unit == 0), str(number))
 
 

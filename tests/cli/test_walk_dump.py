@@ -52,6 +52,16 @@ def process(tmp_path: Path) -> Path:
     return image(tree, tmp_path / "core", note)
 
 
+def test_dump_of_a_table_that_maps_nothing(run: Run, tmp_path: Path) -> None:
+    tree = Tree(X86)
+    tree.memory.store(tree.slot(VA, 4), 0)
+    assert run("dump", image(tree, tmp_path / "core"), "--root", tree.root) == (
+        0,
+        "mapped: 0\ntable pages: 1 (PGD 1)\n",
+        "",
+    )
+
+
 def test_walk_prints_every_level(run: Run, process: Path) -> None:
     assert run("walk", process, "--root", "0x100009b", VA + 0x123, hex(VA + (2 << 20) + 5)) == (0, """\
 0x7f0000000123
