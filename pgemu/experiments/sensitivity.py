@@ -1,12 +1,13 @@
 """Repeat a comparison under the alternatives of the inferred rules, to see which of its answers rest on them.
 
-Each rule is varied alone; pairs only among those that turned an answer. What provably touches no record is not
-repeated, and only the machines concerned are: a design's run under a configuration that it had already is that run.
+Each rule is varied alone; pairs only among those that turned an answer, where together they could turn another. What
+provably touches no record is not repeated, and only the machines concerned are: a design's run under a configuration
+that it had already is that run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import combinations
@@ -16,7 +17,7 @@ from pgemu.cost import profile as cost_profile
 from pgemu.errors import InputError
 from pgemu.experiments.compare import configuration, run
 from pgemu.experiments.inferences import INFERENCES, Alternative, large_host_faults
-from pgemu.experiments.verdict import Sensitivity, Trial, measure
+from pgemu.experiments.verdict import Measure, Sensitivity, Trial, measure
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import PAGE_4K
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ("Sensitivity", "Trial", "sensitivity")
 
 _WORKERS = 2
+_TOGETHER = 4  # times the sum of what two alternatives move an answer by: the most that they move it by together
 
 
 def _done(result: DesignRun) -> Future[DesignRun]:
@@ -106,10 +108,12 @@ def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None
     try:
         runs = _Runs(comparison, pool)
         trials += _tried(comparison, runs, [((name,), (one,)) for name, one in singles], progress)
+        base = measure(*comparison.runs[:2])
+        found = {(trial.rule, trial.label): trial.measures for trial in trials}
         pairs = [
             ((a, b), (one, other))
-            for (a, one), (b, other) in combinations(_turning(comparison, singles, trials), 2)
-            if a != b
+            for (a, one), (b, other) in combinations(_turning(base, singles, found), 2)
+            if a != b and _may_turn_more(base, found[a, one.label], found[b, other.label])
         ]
         trials += _tried(comparison, runs, pairs, progress)
     except KeyboardInterrupt:
@@ -140,18 +144,38 @@ def _few_large_entries(comparison: Comparison) -> str:
     return f"{count} host faults could have a larger entry, too few to turn an answer" if enough else ""
 
 
+_Measures = Mapping[str, Measure]
+
+
 def _turning(
-    comparison: Comparison, singles: list[tuple[str, Alternative]], trials: list[Trial]
+    base: _Measures, singles: list[tuple[str, Alternative]], found: Mapping[tuple[str, str], _Measures]
 ) -> list[tuple[str, Alternative]]:
     """The alternatives that turned an answer."""
-    first, second = comparison.runs[:2]
-    base = measure(first, second)
-    turned = {
-        (trial.rule, trial.label)
-        for trial in trials
-        if any(trial.measures[key].better != found.better for key, found in base.items())
-    }
-    return [(name, one) for name, one in singles if (name, one.label) in turned]
+    return [
+        (name, one)
+        for name, one in singles
+        if any(now.better != base[key].better for key, now in found.get((name, one.label), {}).items())
+    ]
+
+
+def _ends(one: Measure) -> tuple[float, float]:
+    """The difference as a band."""
+    return one.difference if isinstance(one.difference, tuple) else (one.difference, one.difference)
+
+
+def _may_turn_more(base: _Measures, a: _Measures, b: _Measures) -> bool:
+    """Whether two alternatives together could turn an answer that neither turns alone.
+
+    An answer that one of them turns rests on that one, whatever both do; one that is undecided stays so.
+    """
+    for key, known in base.items():
+        if known.better is None or not known.better == a[key].better == b[key].better:
+            continue
+        low, high = _ends(known)
+        moved = sum(max(abs(x - low), abs(y - high)) for x, y in (_ends(a[key]), _ends(b[key])))
+        if moved and (known.better == -1 or min(abs(low), abs(high)) <= _TOGETHER * moved):
+            return True
+    return False
 
 
 def _tried(
