@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.padding import Padding
 from rich.text import Text
 
-from pgemu.report import tables
+import pgemu.report.tables as tables
 from pgemu.report.sentences import findings, notes
 
 if TYPE_CHECKING:

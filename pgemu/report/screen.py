@@ -8,13 +8,13 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+import pgemu.report.units as units
 from pgemu.cost import profile
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, Measure, mapped, middle, paired
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
-from pgemu.report import units
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 

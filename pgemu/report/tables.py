@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+import pgemu.report.units as units
 from pgemu.experiments.metrics import METRICS, Metric
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
-from pgemu.report import units
 from pgemu.report.limits import limits_of
 from pgemu.report.screen import mixed, zeroes
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES, TAGS, Source, sources_of

@@ -10,8 +10,8 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import pgemu.report.units as units
 from pgemu.experiments.metrics import METRICS
-from pgemu.report import units
 
 __all__ = ("Form", "Row", "differs", "render", "rows")
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pgemu_kernels.words import sources as _S
+import pgemu_kernels.words.sources as _S
 
 U = np.uint64
 

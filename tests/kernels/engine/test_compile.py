@@ -12,10 +12,11 @@ from numba.core import config
 from numba.core.errors import NumbaError, TypingError
 from numba.core.types.functions import BaseFunction
 
-from pgemu_kernels.engine import inner_functions, numba_internals
+from pgemu_kernels.engine import inner_functions
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
+from pgemu_kernels.engine.numba_internals import EntryCompiler, library_of
 
 U = np.uint64
 SEVEN = U(7)
@@ -24,7 +25,7 @@ SEVEN = U(7)
 kernel = inner_functions.inner_function(forceinline=True, **OPTIONS)
 step = inner_functions.inner_function(inner_functions.StepCompiler, forceinline=False, **OPTIONS)
 outlined = inner_functions.inner_function(forceinline=False, **OPTIONS)
-entry = njit(pipeline_class=numba_internals.EntryCompiler, **OPTIONS)
+entry = njit(pipeline_class=EntryCompiler, **OPTIONS)
 
 chosen = parameter(U1, SEVEN)
 
@@ -332,6 +333,6 @@ def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
     for add in (fast, full):
         add(describe(machine), U0)
         (result,) = add.overloads.values()
-        names = re.findall(rb"_ZN[0-9A-Za-z_]+", numba_internals.library_of(result)._get_compiled_object())
+        names = re.findall(rb"_ZN[0-9A-Za-z_]+", library_of(result)._get_compiled_object())
         assert result.fndesc.llvm_func_name.encode() in names
         assert [name for name in names if b"add_chosen" in name and not name.startswith(b"_ZN08NumbaEnv")] == []
