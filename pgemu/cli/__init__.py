@@ -50,6 +50,10 @@ class _Group(click.RichGroup):
             _fail("standard output is closed")
         try:
             status = super().main(*args, **extra)
+            sys.stdout.flush()  # here, where a failure is one line: the interpreter's own comes too late
+        except BrokenPipeError:
+            _discard_output()
+            sys.exit(_BROKEN_PIPE)
         except click.NoSuchOption as error:
             new = _RENAMED.get(error.option_name)
             _fail(f"{error.option_name} is called {new}" if new else error.format_message())

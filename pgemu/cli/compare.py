@@ -180,7 +180,7 @@ def _run(
 ) -> tuple[Comparison, Sensitivity | None]:
     from pgemu.cost import profile as cost_profile
     from pgemu.experiments.compare import DESIGNS, compare as run
-    from pgemu.experiments.sensitivity import sensitivity
+    from pgemu.experiments.sensitivity import compare_and_vary
     from pgemu.machine.presets import Versions
 
     try:
@@ -188,16 +188,16 @@ def _run(
     except ValueError as error:
         raise InputError(f"--profile: {error}") from None
     given = {name: options[name] for name in FIELDS} | {"host_cpus": host_cpus, "seed": options["seed"]}
+    designs = tuple(dict.fromkeys(options["designs"])) or DESIGNS
+    arguments: dict[str, Any] = {
+        "check": options["check"],
+        "versions": Versions(options["like"], options["pfnmap"], options["as_posted"]),
+        "strict": options["strict"],
+        "defects": options["defects"],
+        **given,
+    }
     with Bar() as progress:
-        comparison = run(
-            _load(trace, options),
-            designs=tuple(dict.fromkeys(options["designs"])) or DESIGNS,
-            check=options["check"],
-            progress=progress,
-            versions=Versions(options["like"], options["pfnmap"], options["as_posted"]),
-            strict=options["strict"],
-            defects=options["defects"],
-            **given,
-        )
-        two = sensitive and len(comparison.runs) > 1
-        return comparison, sensitivity(comparison, progress) if two else None
+        lowered = _load(trace, options)
+        if sensitive and len(designs) > 1:
+            return compare_and_vary(lowered, designs, progress=progress, **arguments)
+        return run(lowered, designs, progress=progress, **arguments), None

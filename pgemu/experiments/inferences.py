@@ -6,12 +6,13 @@ without alternatives is one that a replay cannot show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import ORDER_2M, PAGE_4K, Flag, Operation
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.machine.presets import Versions
 
-__all__ = ("INFERENCES", "Alternative", "Inference", "large_host_faults", "unreached")
+__all__ = ("INFERENCES", "Alternative", "Inference", "large_host_faults", "may_touch", "unreached")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Alternative:
 _Touches = Callable[["Comparison"], str]
 
 
+def may_touch(_: Comparison) -> str:
+    """Every comparison may depend on a rule."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Inference:
     """A rule that no source states.
@@ -69,7 +75,7 @@ class Inference:
     text: str
     source: str
     alternatives: tuple[Alternative, ...] = ()
-    untouched: _Touches = lambda _: ""
+    untouched: _Touches = may_touch
 
 
 def unreached(run: DesignRun) -> int:
@@ -119,32 +125,63 @@ def _fails_without_memory(comparison: Comparison) -> str:
     return "" if failed else "no conversion fails on the way, and orders differ in what a failure leaves"
 
 
-def large_host_faults(comparison: Comparison) -> int:
-    """Host faults in blocks of 2M that are all shared: only there could a larger entry be."""
+def _shareability(comparison: Comparison) -> Iterator[tuple[int, slice | None, npt.NDArray[np.bool_]]]:
+    """Follow the conversions of a trace: (record, what is converted, whether each page is shared before it).
+
+    Of host faults, too; what is converted is None then, and where the conversion is refused.
+    """
     lowered = comparison.lowered
     records = lowered.records
     shared = np.full(lowered.layout.inode_size // PAGE_4K, lowered.init == "shared")
-    wanted = (records.op == Operation.CONVERT) | (records.op == Operation.HOST_FAULT)
-    if lowered.init == "shared" and not lowered.converts:
-        return int((records.op == Operation.HOST_FAULT).sum())
-    found = 0
-    for i in np.flatnonzero(wanted).tolist():
+    for i in np.flatnonzero((records.op == Operation.CONVERT) | (records.op == Operation.HOST_FAULT)).tolist():
+        pages = None
         if records.op[i] == Operation.CONVERT:
             offset, length = int(records.offset[i]), int(records.length[i])
-            kind = int(records.flags[i]) & (Flag.SHARED | Flag.PRIVATE)
             whole = (
                 comparison.runs[0].config.vm != "plain"
                 and not (offset % PAGE_4K or length % PAGE_4K)
                 and offset + length <= lowered.layout.inode_size
             )
-            if whole and kind in (Flag.SHARED, Flag.PRIVATE):  # else it is refused
-                shared[offset // PAGE_4K : (offset + length) // PAGE_4K] = kind == Flag.SHARED
-            continue
-        address = int(records.address[i])
-        region = next((one for one in lowered.layout.regions if one.address <= address < one.end), None)
-        page = None if region is None else (address - region.address + region.offset) // PAGE_4K
-        found += page is None or bool(shared[page >> ORDER_2M << ORDER_2M :][: 1 << ORDER_2M].all())
+            kind = int(records.flags[i]) & (Flag.SHARED | Flag.PRIVATE)
+            if whole and kind in (Flag.SHARED, Flag.PRIVATE):
+                pages = slice(offset // PAGE_4K, (offset + length) // PAGE_4K)
+        yield i, pages, shared
+        if pages:
+            shared[pages] = kind == Flag.SHARED
+
+
+def large_host_faults(comparison: Comparison) -> int:
+    """Host faults in blocks of 2M that are all shared: only there could a larger entry be."""
+    lowered = comparison.lowered
+    records = lowered.records
+    if lowered.init == "shared" and not lowered.converts:
+        return int((records.op == Operation.HOST_FAULT).sum())
+    found = 0
+    for i, _, shared in _shareability(comparison):
+        if records.op[i] == Operation.HOST_FAULT:
+            address = int(records.address[i])
+            region = next((one for one in lowered.layout.regions if one.address <= address < one.end), None)
+            page = None if region is None else (address - region.address + region.offset) // PAGE_4K
+            found += page is None or bool(shared[page >> ORDER_2M << ORDER_2M :][: 1 << ORDER_2M].all())
     return found
+
+
+def _one_kind(comparison: Comparison) -> str:
+    """Whether what a conversion zaps is all of the kind that is left.
+
+    The root of the other kind maps nothing of it then: it maps only memory that is of its kind.
+    """
+    if comparison.runs[0].config.vm != "tdx":
+        return "private memory has no root of its own"
+    for run in comparison.runs:
+        found = run.operation(Operation.CONVERT)
+        if "convert-keeps-leaves" in run.config.defects or (found and {*found.outcomes} != {"ok"}):
+            return ""
+    flags = comparison.lowered.records.flags
+    for i, pages, shared in _shareability(comparison):
+        if pages and (shared[pages] == bool(int(flags[i]) & Flag.SHARED)).any():
+            return ""
+    return "no conversion finds memory that is already what it is to be"
 
 
 def _host_maps_large(comparison: Comparison) -> str:
@@ -259,6 +296,12 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             ),
             _without(Operation.PUNCH_HOLE, "hole"),
         ),
+        "private-level": Inference(
+            "private memory of a TDX VM is mapped by leaves of up to 2M",
+            "TDX huge pages v3, posted; mainline maps 4K",
+            (Alternative("4K", "if private memory were mapped by 4K", {"private_level": "4K"}),),
+            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
+        ),
         "kernel": Inference(
             "the kernel of a version: the release before it, 6.18, or for next 7.3",
             "their bases are between releases",
@@ -267,17 +310,11 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
                 Alternative("6.18", "on Linux 6.18", {"kernel": "6.18"}),
             ),
         ),
-        "private-level": Inference(
-            "private memory of a TDX VM is mapped by leaves of up to 2M",
-            "TDX huge pages v3, posted; mainline maps 4K",
-            (Alternative("4K", "if private memory were mapped by 4K", {"private_level": "4K"}),),
-            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "not a TDX VM",
-        ),
         "zap-filter": Inference(
             "a conversion of a TDX VM zaps both kinds of memory",
             "in-place conversion (kvm-x86 e088c7f86bef) and dec2025; of rfc2 the kind that is left",
             (Alternative("target", "if only the kind that is left were zapped", {"zap_filter": "target"}),),
-            lambda comparison: "" if comparison.runs[0].config.vm == "tdx" else "private memory has no root of its own",
+            _one_kind,
         ),
         "tdx-split-to-private": Inference(
             "leaves over the border of a zapped range are split before every conversion of a TDX VM",

@@ -7,120 +7,134 @@ that it had already is that run.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pgemu.cost import profile as cost_profile
 from pgemu.errors import InputError
-from pgemu.experiments.compare import configuration, run
-from pgemu.experiments.inferences import INFERENCES, Alternative, large_host_faults
+from pgemu.experiments.compare import compare
+from pgemu.experiments.inferences import INFERENCES, Alternative, large_host_faults, may_touch
+from pgemu.experiments.reruns import Reruns
 from pgemu.experiments.verdict import Measure, Sensitivity, Trial, measure
+from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.presets import Versions
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import PAGE_4K
 
 if TYPE_CHECKING:
-    from pgemu.experiments.compare import Comparison, DesignRun
-    from pgemu.machine.config import Config
+    from pgemu.experiments.compare import Check, Comparison, DesignRun
     from pgemu.trace.lowered import Lowered
 
-__all__ = ("Sensitivity", "Trial", "sensitivity")
+__all__ = ("Sensitivity", "Trial", "compare_and_vary", "sensitivity")
 
-_WORKERS = 2
+_Progress = Callable[[str, int, int], None]
 _TOGETHER = 4  # times the sum of what two alternatives move an answer by: the most that they move it by together
 
 
-def _done(result: DesignRun) -> Future[DesignRun]:
-    future: Future[DesignRun] = Future()
-    future.set_result(result)
-    return future
-
-
-class _Runs:
-    """Runs of machines, each configuration and trace once."""
-
-    def __init__(self, comparison: Comparison, pool: ThreadPoolExecutor) -> None:
-        self._comparison = comparison
-        self._pool = pool
-        self._known: dict[tuple[int, Config, bool], Future[DesignRun]] = {}
-        self._traces: dict[tuple[tuple[str, float], ...], Lowered] = {(): comparison.lowered}
-        for known in comparison.runs:
-            self._known[id(comparison.lowered), known.config, False] = _done(known)
-        self._full = any(known.config.full for known in comparison.runs)
-
-    def trace(self, parameters: dict[str, float]) -> Lowered:
-        """The trace with other parameters."""
-        key = tuple(sorted(parameters.items()))
-        if key not in self._traces:
-            assert self._comparison.lowered.again is not None
-            self._traces[key] = self._comparison.lowered.again(**parameters)
-        return self._traces[key]
-
-    def start(self, alternatives: tuple[Alternative, ...]) -> list[Future[DesignRun]]:
-        """Start what alternatives ask of the first two designs."""
-        comparison = self._comparison
-        changed: dict[str, float] = {}
-        for alternative in alternatives:
-            changed |= alternative.trace
-        lowered = self.trace(changed)
-        return [self._start(lowered, known, alternatives) for known in comparison.runs[:2]]
-
-    def _start(self, lowered: Lowered, known: DesignRun, alternatives: tuple[Alternative, ...]) -> Future[DesignRun]:
-        comparison = self._comparison
-        versions, given = comparison.versions, dict(comparison.given)
-        for alternative in alternatives:
-            if known.design in alternative.designs:
-                versions = alternative.changed(versions)
-                given |= alternative.fields
-        config = configuration(lowered, known.design, versions, given)
-        unseen = any(alternative.unseen for alternative in alternatives)
-        key = id(lowered), config, unseen
-        if key not in self._known and config.full and not self._full:
-            # The first run of such a machine compiles what runs it: that is not for two threads at once.
-            self._known[key] = _done(run(lowered, config, versions, unseen=unseen))
-            self._full = True
-        elif key not in self._known:
-            self._known[key] = self._pool.submit(run, lowered, config, versions, unseen=unseen)
-        return self._known[key]
-
-
-def sensitivity(comparison: Comparison, progress: Callable[[str, int, int], None] | None = None) -> Sensitivity:
+def sensitivity(comparison: Comparison, progress: _Progress | None = None) -> Sensitivity:
     """Repeat the comparison of the first two designs under every alternative that can touch it.
 
     :param progress: called with the rule, the alternatives tried, and all of them
     """
+    designs = [known.design for known in comparison.runs]
+    with Reruns(comparison.lowered, designs, comparison.versions, comparison.given) as reruns:
+        return _vary(comparison, reruns, progress)
+
+
+def compare_and_vary(
+    lowered: Lowered,
+    designs: Sequence[Design] = DESIGNS,
+    check: Check = "end",
+    progress: _Progress | None = None,
+    versions: Versions | None = None,
+    *,
+    strict: bool = False,
+    **given: Any,
+) -> tuple[Comparison, Sensitivity]:
+    """compare() of two designs and its sensitivity(): what no finding can make needless runs beside the comparison.
+
+    Parameters and errors are theirs.
+    """
+    versions = versions or Versions()
+    kept = {name: value for name, value in given.items() if value is not None}
+    wanted = [one for rule in INFERENCES.values() if rule.untouched is may_touch for one in rule.alternatives]
+    with Reruns(lowered, designs, versions, kept) as reruns:
+        begun = False
+
+        def seen(design: str, done: int, count: int) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                reruns.begin(wanted)
+            if progress:
+                progress(design, done, count)
+
+        comparison = compare(lowered, designs, check, seen, versions, strict=strict, **given)
+        return comparison, _vary(comparison, reruns, progress)
+
+
+def _vary(comparison: Comparison, reruns: Reruns, progress: _Progress | None) -> Sensitivity:
     if any(known.refusal for known in comparison.runs[:2]):
         return Sensitivity((), dict.fromkeys(INFERENCES, "a version refuses the memory, and nothing ran"))
+    reruns.done(comparison)
     untouched = {name: rule.untouched(comparison) for name, rule in INFERENCES.items()}
     untouched = {name: why for name, why in untouched.items() if why}
     if "host-huge" not in untouched and (few := _few_large_entries(comparison)):
         untouched["host-huge"] = few
     singles = [
-        (name, alternative)
+        ((name,), (alternative,))
         for name, rule in INFERENCES.items()
         if name not in untouched
         for alternative in rule.alternatives
     ]
     trials: list[Trial] = []
-    pool = ThreadPoolExecutor(_WORKERS)
     try:
-        runs = _Runs(comparison, pool)
-        trials += _tried(comparison, runs, [((name,), (one,)) for name, one in singles], progress)
-        base = measure(*comparison.runs[:2])
-        found = {(trial.rule, trial.label): trial.measures for trial in trials}
-        pairs = [
-            ((a, b), (one, other))
-            for (a, one), (b, other) in combinations(_turning(base, singles, found), 2)
-            if a != b and _may_turn_more(base, found[a, one.label], found[b, other.label])
-        ]
-        trials += _tried(comparison, runs, pairs, progress)
+        trials.extend(_tried(comparison, reruns, singles, progress))  # one by one: an interrupt leaves what is known
     except KeyboardInterrupt:
         return Sensitivity(tuple(trials), untouched, complete=False)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     return Sensitivity(tuple(trials), untouched)
+
+
+_Wanted = tuple[tuple[str, ...], tuple[Alternative, ...]]
+
+
+def _tried(
+    comparison: Comparison, reruns: Reruns, singles: Sequence[_Wanted], progress: _Progress | None
+) -> Iterator[Trial]:
+    """Every single alternative, then the pairs; a pair begins as soon as it is known to be wanted."""
+    started: deque[tuple[_Wanted, list[Future[DesignRun]]]] = deque()
+
+    def start(wanted: _Wanted) -> None:
+        with suppress(InputError):  # two alternatives that exclude each other
+            started.append((wanted, reruns.start(wanted[1])))
+
+    for one in singles:
+        start(one)
+    first, second = comparison.runs[:2]
+    base = measure(first, second)
+    turning: list[tuple[_Wanted, Mapping[str, Measure]]] = []
+    done = 0
+    while started:
+        (names, alternatives), futures = started.popleft()
+        runs = futures[0].result(), futures[1].result()
+        done += 1
+        if progress:
+            progress("alternatives", done, done + len(started))
+        unreached = any(alternative.unreached for alternative in alternatives)
+        if runs[0] is first and runs[1] is second and not unreached:
+            continue
+        found = measure(*runs, unreached=unreached)
+        label = " and ".join(alternative.label for alternative in alternatives)
+        removed = _removed((first, second), runs) if len(alternatives) == 1 else ""
+        yield Trial(" and ".join(names), label, removed, found, runs)
+        if len(alternatives) == 1 and any(now.better != base[key].better for key, now in found.items()):
+            for ((name,), (other,)), known in turning:
+                if name != names[0] and _may_turn_more(base, known, found):
+                    start(((name, *names), (other, *alternatives)))
+            turning.append(((names, alternatives), found))
 
 
 def _few_large_entries(comparison: Comparison) -> str:
@@ -147,17 +161,6 @@ def _few_large_entries(comparison: Comparison) -> str:
 _Measures = Mapping[str, Measure]
 
 
-def _turning(
-    base: _Measures, singles: list[tuple[str, Alternative]], found: Mapping[tuple[str, str], _Measures]
-) -> list[tuple[str, Alternative]]:
-    """The alternatives that turned an answer."""
-    return [
-        (name, one)
-        for name, one in singles
-        if any(now.better != base[key].better for key, now in found.get((name, one.label), {}).items())
-    ]
-
-
 def _ends(one: Measure) -> tuple[float, float]:
     """The difference as a band."""
     return one.difference if isinstance(one.difference, tuple) else (one.difference, one.difference)
@@ -176,29 +179,6 @@ def _may_turn_more(base: _Measures, a: _Measures, b: _Measures) -> bool:
         if moved and (known.better == -1 or min(abs(low), abs(high)) <= _TOGETHER * moved):
             return True
     return False
-
-
-def _tried(
-    comparison: Comparison,
-    runs: _Runs,
-    wanted: Sequence[tuple[tuple[str, ...], tuple[Alternative, ...]]],
-    progress: Callable[[str, int, int], None] | None,
-) -> Iterator[Trial]:
-    started = []
-    for names, alternatives in wanted:
-        with suppress(InputError):  # two alternatives that exclude each other
-            started.append((names, alternatives, runs.start(alternatives)))
-    base = tuple(comparison.runs[:2])
-    for done, (names, alternatives, futures) in enumerate(started):
-        first, second = (future.result() for future in futures)
-        if progress:
-            progress("alternatives", done + 1, len(started))
-        unreached = any(alternative.unreached for alternative in alternatives)
-        if first is not base[0] or second is not base[1] or unreached:
-            label = " and ".join(alternative.label for alternative in alternatives)
-            removed = _removed(base, (first, second)) if len(alternatives) == 1 else ""
-            measures = measure(first, second, unreached=unreached)
-            yield Trial(" and ".join(names), label, removed, measures, (first, second))
 
 
 def _removed(base: tuple[DesignRun, ...], runs: tuple[DesignRun, DesignRun]) -> str:

@@ -182,7 +182,12 @@ def test_a_second_run_compiles_nothing_and_loads_only_what_it_needs(args: list[s
     ("output", "complaint"),
     [(">/dev/full", "standard output: No space left on device"), (">&-", "standard output is closed")],
 )
-def test_output_that_cannot_be_written_is_one_line(output: str, complaint: str) -> None:
-    command = f"{shlex.quote(sys.executable)} -m pgemu --help {output}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "--version", "scenario --help"])
+def test_output_that_cannot_be_written_is_one_line(
+    output: str, complaint: str, unbuffered: str, arguments: str
+) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pgemu {arguments} {output}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (2, f"pgemu: {complaint}\n")

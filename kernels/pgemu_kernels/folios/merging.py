@@ -73,7 +73,7 @@ def merge_folio(m, head, order, index, references):
     pages freed (inference: it gets them).
     """
     first = struct_page(m, head)
-    busy, _ = join_pages(m, head, first, order)
+    busy, _, _, _ = join_pages(m, head, first, order)
     if busy:
         charge_one(m, EVENT_FREEZE_SPIN)
         return HELD
@@ -103,8 +103,8 @@ def merge_block(m, block, index, zeroed_word):
 
 
 @outlined
-def merged_flag(m, block, head, order, index, zeroed_word, uptodate):
-    """PG_uptodate (0 or 1) of a folio that is merged, of whose pages `uptodate` have it.
+def merged_flag(m, block, head, order, index, zeroed_word, uptodate, start, end):
+    """PG_uptodate (0 or 1) of a folio that is merged, of whose pages `uptodate` have it, all in [start, end) of it.
 
     It has it if all of them do: no posted version says what happens to zeroing at a merge, and the code of none looks
     (inference: what was never zeroed is zeroed at the next use; R_MERGE_ZEROES: here). What the code does is
@@ -115,7 +115,7 @@ def merged_flag(m, block, head, order, index, zeroed_word, uptodate):
         return m.ram[struct_page(m, head) + FLAGS] >> U3 & U1
     if uptodate == U0 or uptodate == pages:
         return uptodate >> order
-    note_uptodate(m, head, order, zeroed_word)
+    note_uptodate(m, head, order, start, end, zeroed_word)
     m.state[block + B_BITS] = U1
     if m.state[R_MERGE_ZEROES] == U0:
         return U0
@@ -129,12 +129,12 @@ def merged_flag(m, block, head, order, index, zeroed_word, uptodate):
 def merge_zeroed(m, block, head, order, index, zeroed_word):
     """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
     first = struct_page(m, head)
-    busy, uptodate = join_pages(m, head, first, order)
+    busy, uptodate, start, end = join_pages(m, head, first, order)
     if busy:
         return HELD
     flag = U0  # of a folio on its way to the pool
     if zeroed_word != NONE:
-        flag = merged_flag(m, block, head, order, index, zeroed_word, uptodate)
+        flag = merged_flag(m, block, head, order, index, zeroed_word, uptodate, start, end)
     return merge_pages(m, head, first, order, index, U1 << order, flag)
 
 

@@ -116,8 +116,9 @@ def final_words(m, first):
 @kernel
 def mark_uptodate(ram, page, bits):
     """Set PG_uptodate of those of 64 struct pages whose bit is set."""
-    for i in range(U64):
-        ram[page + i * U8 + FLAGS] |= (bits >> i & U1) << U3
+    if bits != U0:
+        for i in range(U64):
+            ram[page + i * U8 + FLAGS] |= (bits >> i & U1) << U3
 
 
 @outlined
@@ -200,7 +201,9 @@ def join_list(m, head, order):
 
 @outlined
 def join_pages(m, head, first, order):
-    """Freeze the 4K folios of a huge page and make them tails: (whether one is busy, how many are up to date).
+    """Freeze the 4K folios of a huge page and make them tails.
+
+    (Whether one is busy; how many are up to date, and from which page to which they lie, in steps of 64.)
 
     Busy is one that has another reference count than 1 or is mapped: then nothing has changed. Flags and private stay
     as they are until clean_tails(). The posted code freezes all before it prepares the first; here a vmemmap page is
@@ -213,16 +216,21 @@ def join_pages(m, head, first, order):
     tail = (U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
     folio = (U0, U0, U0, mapping), (U0, U0, ONE_CACHED, U0)
     pages = U1 << order
-    base = different = uptodate = U0
+    base = different = uptodate = end = U0
+    start = pages
     following = first
     while base < pages and different == U0:
         page = following
         following = struct_page(m, head + min(base + U64, pages - U1))
         ahead = following - page
+        before = uptodate
         for at in range(page, page + U512, U8):
             prefetch(ram, at + ahead)
             different |= ram[at + COUNTS] ^ ONE_CACHED
             uptodate += ram[at + FLAGS] >> U3 & U1
+        if uptodate != before:
+            start = min(start, base)
+            end = base + U64
         if different == U0:
             rewrite(ram, page, page, U64, U512, NONE, kept, tail)
             base += U64
@@ -232,7 +240,7 @@ def join_pages(m, head, first, order):
             rewrite(ram, page, page, U64, U512, NONE, kept, folio)
     ram[first + COMPOUND] = link
     ram[first + MAPPING] = mapping
-    return different != U0, uptodate
+    return different != U0, uptodate, start, end
 
 
 @outlined
@@ -249,15 +257,21 @@ def clean_tails(m, head, start, end):
         rewrite(m.ram, page, page, U64, U512, NONE, kept, nothing)
 
 
+@kernel
+def uptodate_bits(ram, page):
+    """Which of 64 struct pages are up to date, a bit each."""
+    bits = U0
+    for i in range(U64):
+        bits |= (ram[page + i * U8 + FLAGS] >> U3 & U1) << i
+    return bits
+
+
 @outlined
-def note_uptodate(m, head, order, zeroed_word):
-    """Store which 4K folios are up to date, a bit each."""
+def note_uptodate(m, head, order, start, end, zeroed_word):
+    """Store which 4K folios of a huge page are up to date, a bit each; none is outside pages [start, end) of it."""
     for base in range(U0, U1 << order, U64):
-        page = struct_page(m, head + base)
-        bits = U0
-        for i in range(U64):
-            bits |= (m.ram[page + i * U8 + FLAGS] >> U3 & U1) << i
-        m.state[zeroed_word + (base >> U6)] = bits
+        inside = start <= base < end
+        m.state[zeroed_word + (base >> U6)] = uptodate_bits(m.ram, struct_page(m, head + base)) if inside else U0
 
 
 @outlined
