@@ -129,6 +129,7 @@ _OF_KERNEL = {
     W.R_MARKS_ZAPPED: "marks_zapped",
     W.R_BOOT_MARKS: "boot_marks",
     W.R_VIRTUAL_INDEX: "virtual_index",
+    W.R_GIGANTIC_SURPLUS: "gigantic_surplus",
     W.R_BOOT_ASCENDING: "boot_list_ascending",
     W.R_MASK_TAILS: "mask_tails",
     W.R_FOLIO_6_12: "folio_6_12",

@@ -79,13 +79,13 @@ class HugetlbPool:
 
     @property
     def nr_overcommit_hugepages(self) -> int:
-        """How many surplus pages may be allocated on demand; can be set. EINVAL for 1G pages, as in Linux."""
+        """How many surplus pages may be allocated on demand; can be set. EINVAL for 1G pages before Linux 6.19."""
         return self._word(W.H_OVERCOMMIT)
 
     @nr_overcommit_hugepages.setter
     def nr_overcommit_hugepages(self, count: int) -> None:
-        if self.order == W.ORDER_1G:
-            raise OSError(W.EINVAL, "gigantic pages cannot be surplus")
+        if self.order == W.ORDER_1G and not self.machine.register(W.R_GIGANTIC_SURPLUS):
+            raise OSError(W.EINVAL, "gigantic pages cannot be surplus before 6.19")
         if not 0 <= count < 1 << 63:
             raise ValueError(f"{count} pages: expected no negative number")
         self.machine.arrays.state[self._row + int(W.H_OVERCOMMIT)] = count

@@ -25,7 +25,7 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.hugetlb import dequeue_any, mapping_address, set_cgroup
-from pgemu_kernels.folios.pools import allocate_surplus, free_or_enqueue
+from pgemu_kernels.folios.pools import free_or_enqueue, use_surplus
 from pgemu_kernels.formats.bits import PTE_DIRTY
 from pgemu_kernels.words.enum_words import (
     EVENT_FOLIO_ZEROED_PAGES,
@@ -50,19 +50,6 @@ def level_of_order(order):
     return U3 if order == U18 else U2
 
 
-@kernel
-def reserved_word(order):
-    """Where a pool's count of reserved pages lies in `state`: resv_huge_pages."""
-    return hstate_of_order(order) + H_RESERVED
-
-
-@kernel
-def may_reserve(state, order, pages):
-    """Whether the pool has `pages` that nobody has reserved."""
-    h = hstate_of_order(order)
-    return state[h + H_RESERVED] + pages <= state[h + H_FREE]
-
-
 @outlined
 def alloc_hugetlb_folio(m, order, reserved, preferred):
     """alloc_hugetlb_folio(): a huge page with one reference, contents as they are, its head; NONE if none can be had.
@@ -74,10 +61,10 @@ def alloc_hugetlb_folio(m, order, reserved, preferred):
     state = m.state
     h = hstate_of_order(order)
     head = NONE
-    if reserved != U0 or may_reserve(state, order, U1):
+    if reserved != U0 or state[h + H_RESERVED] < state[h + H_FREE]:  # available_huge_pages()
         head = dequeue_any(m, h, preferred)
     if head == NONE:
-        head = allocate_surplus(m, h, preferred)
+        head = use_surplus(m, h, preferred)
     if head == NONE:
         return NONE
     state[h + H_RESERVED] -= reserved

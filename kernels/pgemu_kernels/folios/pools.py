@@ -1,4 +1,4 @@
-"""Pools that grow and shrink, surplus pages: mm/hugetlb.c. Demotion is demotion.py's, poison poison.py's.
+"""Pools that grow and shrink, reservations, surplus pages: mm/hugetlb.c. Demotion is demotion.py's, poison poison.py's.
 
 Huge pages come from the page allocator's 2M blocks and go back to them. Pages on their way from one place to another
 lie in a list of their hstate (H_LIST), where Linux has a local one.
@@ -43,7 +43,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_HUGE_FOLIO_FREED,
 )
 from pgemu_kernels.words.operations import ENOMEM
-from pgemu_kernels.words.registers import R_HWPOISON, R_NODES, R_ORDER
+from pgemu_kernels.words.registers import R_GIGANTIC_SURPLUS, R_HWPOISON, R_NODES, R_ORDER
 from pgemu_kernels.words.rows import (
     H_ACTIVE,
     H_FREE,
@@ -94,24 +94,33 @@ def allocate_fresh(m, h, node):
 
 @outlined
 def allocate_surplus(m, h, preferred):
-    """alloc_surplus_hugetlb_folio(): a page beyond the pool, in use, with one reference; NONE.
+    """alloc_surplus_hugetlb_folio(): a frozen page beyond the pool, in no list; NONE.
 
-    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other. Gigantic pages cannot be
-    surplus: alloc_surplus_hugetlb_folio() refuses them.
+    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other. Gigantic pages can be surplus
+    since 6.19 only.
     """
     state = m.state
     order = order_of_hstate(state, h)
-    if order == ORDER_1G or state[h + H_SURPLUS] >= state[h + H_OVERCOMMIT]:
+    gigantic = order == ORDER_1G and state[R_GIGANTIC_SURPLUS] == U0
+    if gigantic or state[h + H_SURPLUS] >= state[h + H_OVERCOMMIT]:
         return NONE
     head = allocate_fresh(m, h, preferred)
     if head == NONE and state[R_NODES] > U1:
         head = allocate_fresh(m, h, U1 - preferred)
     if head != NONE:
         optimize(m, head, order)
-        list_add(m, h + H_ACTIVE, head)
-        m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
         count_pages(state, h, node_of(state, head), U1)
         count_surplus(state, h, node_of(state, head), U1)
+    return head
+
+
+@outlined
+def use_surplus(m, h, preferred):
+    """allocate_surplus() of a page that is used at once: it is active and has one reference. NONE."""
+    head = allocate_surplus(m, h, preferred)
+    if head != NONE:
+        list_add(m, h + H_ACTIVE, head)
+        m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
     return head
 
 
@@ -271,13 +280,16 @@ def allocate_next(m, h, node):
 
 
 @outlined
-def remove_next(m, h, node):
-    """remove_pool_hugetlb_folio(): a free page of `node`, or of the node whose turn it is, to the list; 0 or NONE."""
+def remove_next(m, h, node, surplus):
+    """remove_pool_hugetlb_folio(): a free page of `node`, or of the node whose turn it is, to the list; 0 or NONE.
+
+    `surplus` (0 or 1): of a node that has surplus pages, and it is one of them.
+    """
     for _ in range(tries(m, node)):
         at = turn(m, h + H_NEXT_FREE, node)
         head = first_page(m.state, free_list(h, at))
-        if head != U0:
-            remove(m, h, head, U0)
+        if head != U0 and (surplus == U0 or m.state[hstate_node(h, at) + H_NODE_SURPLUS] != U0):
+            remove(m, h, head, surplus)
             collect(m, h, head)
             return U0
     return NONE
@@ -343,10 +355,64 @@ def resize(m, h, count, node):
         join_pool(m, h)
     target = max(count, fewest(state, h))
     while target < persistent(state, h):
-        if remove_next(m, h, node) == NONE:
+        if remove_next(m, h, node, U0) == NONE:
             break
     free_list_of_pages(m, h)
     while count < persistent(state, h):
         if adjust_surplus(m, h, node, True) == NONE:
             break
     return state[h + H_PAGES]
+
+
+# --------------------------------------------------------------------------- reservations
+
+
+@outlined
+def reserve_pages(m, h, count):
+    """hugetlb_acct_memory() of a mapping's or a subpool's pages: 0, or -ENOMEM with nothing reserved.
+
+    What the pool has not free is taken beyond it, as far as nr_overcommit_hugepages allows: gather_surplus_pages().
+    """
+    state = m.state
+    while state[h + H_RESERVED] + count > state[h + H_FREE]:
+        short = state[h + H_RESERVED] + count - state[h + H_FREE]
+        if not gather_surplus(m, h, short):
+            return np.int64(-ENOMEM)
+    state[h + H_RESERVED] += count
+    return np.int64(0)
+
+
+@outlined
+def gather_surplus(m, h, count):
+    """So many surplus pages join the pool, free; whether there were as many, else there is none more."""
+    whole = True
+    for _ in range(count):
+        head = allocate_surplus(m, h, U0)
+        if head == NONE:
+            whole = False
+            break
+        collect(m, h, head)
+    head = first_page(m.state, h + H_LIST)
+    while head != U0:
+        if whole:
+            enqueue(m, h, head)
+        else:  # free_huge_folio()
+            remove(m, h, head, U1)
+            update_and_free(m, h, head, U1)
+        head = first_page(m.state, h + H_LIST)
+    return whole
+
+
+@outlined
+def return_reserved(m, h, count):
+    """hugetlb_acct_memory() of pages that are no longer reserved, and with them go free surplus pages.
+
+    return_unused_surplus_pages(): as many as there are, of each node with surplus pages in turn.
+    """
+    state = m.state
+    state[h + H_RESERVED] -= count
+    for _ in range(min(count, state[h + H_SURPLUS])):
+        if remove_next(m, h, NONE, U1) == NONE:
+            break
+    if first_page(state, h + H_LIST) != U0:
+        free_list_of_pages(m, h)

@@ -137,6 +137,7 @@ class KernelParameters:
     `mask_tails` is the compound_info mask with one shared tail page per zone (7.1 and later) instead
     of the pointer form whose tails share the folio's own head page. `reset_struct_pages` is
     NR_RESET_STRUCT_PAGE of a vmemmap restore. `dontneed_frees_tables` is CONFIG_PT_RECLAIM (6.14).
+    `gigantic_surplus`: 1G pages may be surplus (6.19, mm/hugetlb.c:hstate_is_gigantic_no_runtime()).
     `recovers_huge_pages`: dirty logging off puts huge leaves back in place (captured for 6.18 and 7.3), else it drops
     the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
@@ -183,6 +184,7 @@ class KernelParameters:
     recovers_huge_pages: bool = True
     guest_memfd_mmap: bool = True
     merges_unfaulted: bool = True
+    gigantic_surplus: bool = False
 
 
 KERNELS: dict[str, KernelParameters] = {
@@ -196,7 +198,7 @@ KERNELS: dict[str, KernelParameters] = {
     ),
     "7.3": KernelParameters(
         "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, False, BootMarks.ALL, False,
-        arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True,
+        arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True, gigantic_surplus=True,
     ),
 }  # fmt: skip
 """The kernels that pgemu runs."""

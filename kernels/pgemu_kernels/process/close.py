@@ -10,8 +10,10 @@ from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row
-from pgemu_kernels.folios.huge_pages import may_reserve, remove_from_file, reserved_word
+from pgemu_kernels.folios.hstate import hstate_of_order
+from pgemu_kernels.folios.huge_pages import remove_from_file
 from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
+from pgemu_kernels.folios.pools import reserve_pages, return_reserved
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.vma import RESERVED, holds_file, huge_order, is_shared_mapping, remove_row, unlink_vma
 from pgemu_kernels.stage2.notifier import unbind_inode
@@ -56,11 +58,10 @@ def reserve(m, row):
     node = inode_row(state[row + A_INODE])
     order = state[node + I_ORDER]
     pages = (state[row + A_END] - state[row + A_START]) >> (U12 + order)
-    register = reserved_word(order)
+    h = hstate_of_order(order)
     if not is_shared_mapping(state, row):
-        if not may_reserve(state, order, pages):
+        if reserve_pages(m, h, pages) != 0:
             return np.int64(-ENOMEM)
-        state[register] += pages
         state[row + A_RESERVED] = pages
         state[row + A_FLAGS] |= VM_RESERVATION_OWNER
         return np.int64(0)
@@ -69,15 +70,15 @@ def reserve(m, row):
     for index in range(first, first + pages):
         if cache_find(m, state[node + I_CACHE], index) & RESERVED == U0:
             missing += U1
-    if not may_reserve(state, order, missing):
+    if reserve_pages(m, h, missing) != 0:
         return np.int64(-ENOMEM)
     for index in range(first, first + pages):
         word = cache_find(m, state[node + I_CACHE], index)
         if word & RESERVED == U0:
-            if cache_store(m, node + I_CACHE, index, word | RESERVED) != 0:
+            if cache_store(m, node + I_CACHE, index, RESERVED) != 0:
+                return_reserved(m, h, missing)
                 return np.int64(-ENOMEM)
-            if word == U0:
-                state[register] += U1
+            missing -= U1
     return np.int64(0)
 
 
@@ -91,12 +92,8 @@ def drop_page(m, inode, index, word):
     node = inode_row(inode)
     cache_store(m, node + I_CACHE, index, U0)
     if state[node + I_KIND] == INODE_HUGETLB:
-        frame = (word & PTE_ADDRESS) >> U12
-        if frame == U0:
-            state[reserved_word(state[node + I_ORDER])] -= U1
-        else:
-            charge_one(m, EVENT_PAGE_CACHE_STORED)
-            remove_from_file(m, frame)
+        charge_one(m, EVENT_PAGE_CACHE_STORED)
+        remove_from_file(m, (word & PTE_ADDRESS) >> U12)
         return
     charge_one(m, EVENT_PAGE_CACHE_STORED)
     change(m.stats, GAUGE_PAGE_CACHE_PAGES, -1)
@@ -117,12 +114,19 @@ def release_inode(m, inode):
         return
     if state[node + I_KIND] == INODE_GUEST_MEMFD_4K:
         unbind_inode(m, inode)
-    index = U0
+    index = reserved = U0
     while state[node + I_CACHE] != U0:
         index = cache_next(m, state[node + I_CACHE], index)
         if index == NONE:
             break
-        drop_page(m, inode, index, cache_find(m, state[node + I_CACHE], index))
+        word = cache_find(m, state[node + I_CACHE], index)
+        if state[node + I_KIND] == INODE_HUGETLB and word == RESERVED:
+            cache_store(m, node + I_CACHE, index, U0)
+            reserved += U1
+        else:
+            drop_page(m, inode, index, word)
+    if reserved != U0:  # hugetlb_unreserve_pages()
+        return_reserved(m, hstate_of_order(state[node + I_ORDER]), reserved)
     state[node + I_OPEN] = U0
 
 
@@ -133,7 +137,7 @@ def _leave_file(m, row):
     if state[row + A_KIND] == VMA_GUEST_MEMFD:
         release_unmapped(m, state[row + A_SPACE], state[row + A_INODE])
     if state[row + A_KIND] == VMA_HUGETLB:
-        state[reserved_word(huge_order(state, row))] -= state[row + A_RESERVED]
+        return_reserved(m, hstate_of_order(huge_order(state, row)), state[row + A_RESERVED])
         state[row + A_RESERVED] = U0
     if holds_file(state, row):
         release_inode(m, state[row + A_INODE])

@@ -17,7 +17,8 @@ from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, remove_mapping, struct_page
-from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, may_reserve, reserved_word, unmap_huge
+from pgemu_kernels.folios.hstate import hstate_of_order
+from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import unmap_page
 from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
@@ -53,6 +54,8 @@ from pgemu_kernels.words.rows import (
     A_PROT,
     A_RESERVED,
     A_SPACE,
+    H_RESERVED,
+    H_SURPLUS,
     I_ALL_END,
     I_ALL_FROM,
     I_CALLS,
@@ -199,12 +202,13 @@ def _zap_small(m, row, start, end, guards):
 
 
 @kernel
-def _restore_reservation(m, row, order):
-    """A private page went back to the pool: its owner has one reserved again. __unmap_hugepage_range()."""
-    state = m.state
-    if state[row + A_FLAGS] & VM_RESERVATION_OWNER != U0 and may_reserve(state, order, U1):
-        state[reserved_word(order)] += U1
-        state[row + A_RESERVED] += U1
+def _is_reserved_again(m, row, h, head):
+    """Whether the owner of a private page will have one reserved again when it goes: not where pages are surplus.
+
+    __unmap_hugepage_range()
+    """
+    owned = m.state[row + A_FLAGS] & VM_RESERVATION_OWNER != U0 and is_anonymous(m, head)
+    return owned and m.state[h + H_SURPLUS] == U0
 
 
 def _over_huge_pages(visit: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,9 +237,11 @@ def _over_huge_pages(visit: Callable[..., Any]) -> Callable[..., Any]:
 def _zap_huge_entry(m, row, slot, level):
     entry = m.ram[slot]
     m.ram[slot] = U0
-    private = is_anonymous(m, pte_pfn(entry))
-    if unmap_huge(m, pte_pfn(entry), entry) != U0 and private:
-        _restore_reservation(m, row, huge_order(m.state, row))
+    h = hstate_of_order(huge_order(m.state, row))
+    again = _is_reserved_again(m, row, h, pte_pfn(entry))
+    if unmap_huge(m, pte_pfn(entry), entry) != U0 and again:
+        m.state[h + H_RESERVED] += U1
+        m.state[row + A_RESERVED] += U1
     change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, -1)
     charge_one(m, EVENT_LEAF_CLEARED)
 

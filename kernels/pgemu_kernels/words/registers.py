@@ -102,6 +102,7 @@ R_BOOT_NEXT = U(93)  # frames of boot handed out
 R_FREED_CHAIN = U(94)  # vmemmap pages to be freed after the flush of a batch, chained through their first words
 R_DEFERRED_STRUCT_PAGES = U(86)  # 1: CONFIG_DEFERRED_STRUCT_PAGE_INIT
 R_VIRTUAL_INDEX = U(87)  # 1: the index of a private huge page is that of its address
+R_GIGANTIC_SURPLUS = U(122)  # 1: 1G pages may be surplus (6.19)
 R_BOOT_ASCENDING = U(95)  # 1: the lowest 1G page of boot is the first in its free list
 R_LRU_REFS = U(62)  # where MGLRU counts references in page->flags; 0: no MGLRU
 R_MARKS_ZAPPED = U(63)  # 1: KVM also marks a page accessed when it drops or splits an accessed leaf (6.12)
