@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"pgemu": ROOT / "pgemu", "pgemu_kernels": ROOT / "kernels" / "pgemu_kernels"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500
 # Each is one call with the bits of a format by name and level: a table, which is read top to bottom.
-TABLES = {"formats.ept.ept", "formats.npt.npt", "formats.arm64.arm64_stage2"}
+TABLES = {"formats.ept.ept", "formats.arm64.arm64_stage2"}
 # Python's doors to the entries of the machine code have the names of their kernels.
 STAND_INS = "run.entries"
 

@@ -65,23 +65,19 @@ def charge(m, event, n):
 
 
 @kernel
-def charge_one(m, event):
-    """charge(m, event, 1), without the multiplications."""
-    stats = m.stats
-    stats[m.state[R_COUNTER_ROW] + event] += 1
-    price = STATS_PRICES_ONE + event * U2
-    stats[CLOCK_LOW] += stats[price]
-    stats[CLOCK_HIGH] += stats[price + U1]
-
-
-@kernel
 def charge_each(m, event, n):
-    """charge_one(m, event), `n` (int64) times."""
+    """Charge `event` `n` (int64) times, once each."""
     stats = m.stats
     stats[m.state[R_COUNTER_ROW] + event] += n
     price = STATS_PRICES_ONE + event * U2
     stats[CLOCK_LOW] += stats[price] * n
     stats[CLOCK_HIGH] += stats[price + U1] * n
+
+
+@kernel
+def charge_one(m, event):
+    """charge(m, event, 1), without the multiplications."""
+    charge_each(m, event, 1)
 
 
 @kernel

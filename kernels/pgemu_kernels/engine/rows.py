@@ -114,6 +114,13 @@ def block_row(m, node, index):
 
 
 @kernel
+def clear_words(state, row, words):
+    """An object's row holds nothing any more."""
+    for word in range(row, row + words):
+        state[word] = U0
+
+
+@kernel
 def free_row(state, count_register, limit, words, live, first):
     """A dead row among those in use, or one more; NONE when the table is full."""
     for i in range(state[count_register]):

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U8, U9, U12, U18, U64, U512
 from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import entry, kernel, outlined
-from pgemu_kernels.engine.frames import empty_frame, fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, put_frame, take_frame
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import has_vm_property
 from pgemu_kernels.folios.folio import (
@@ -23,7 +23,7 @@ from pgemu_kernels.folios.folio import (
     vmemmap_address,
 )
 from pgemu_kernels.folios.hstate import LRU, ORDER_1G, hstate_node, hstate_of_order, init_list, list_add, node_row
-from pgemu_kernels.folios.hugetlb import count_enqueued, free_list, write_order
+from pgemu_kernels.folios.hugetlb import count_listed, free_list, write_order
 from pgemu_kernels.folios.hvo import tail_page
 from pgemu_kernels.folios.vmemmap import compound_info, count_boot_pages, vmemmap_pages, vmemmap_slot, write_tail
 from pgemu_kernels.formats.bits import PTE_SAVED_DIRTY, BootMarks
@@ -136,6 +136,16 @@ def map_optimized(m, head, order, own, tail, marks):
 
 
 @outlined
+def own_frame(m):
+    """One frame for the vmemmap page that an optimised folio keeps, from the running system; NONE."""
+    frame = take_frame(m)
+    if frame != NONE:
+        change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
+        change(m.stats, GAUGE_MEMMAP_PAGES, 1)
+    return frame
+
+
+@outlined
 def boot_frame(m):
     """One frame of the boot allocator, behind all others."""
     frame = m.state[R_FRAMES] + m.state[R_BOOT_NEXT]
@@ -180,11 +190,9 @@ def boot_gigantic(m, node):
     for i in range(state[row + N_GIGANTIC]):
         head = state[row + N_BASE] + (i << U18)
         if marks == _NO_MARKS:
-            own = take_frame(m)
+            own = own_frame(m)
             if own == NONE:
                 return NO_MEMORY
-            change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
-            change(m.stats, GAUGE_MEMMAP_PAGES, 1)
         else:
             own = boot_frame(m)
         write_free_folio(m, own << U9, head, ORDER_1G, node)
@@ -201,11 +209,9 @@ def boot_huge(m, head, node):
         tail = tail_page(m, head, U9)
         if tail == NONE:
             return NO_MEMORY
-    own = take_frame(m)
+    own = own_frame(m)
     if own == NONE:
         return NO_MEMORY
-    change(m.stats, GAUGE_VMEMMAP_PAGES, 1)
-    change(m.stats, GAUGE_MEMMAP_PAGES, 1)
     write_free_folio(m, own << U9, head, U9, node)
     return map_optimized(m, head, U9, own, tail if tail != U0 else own, _NO_MARKS)
 
@@ -251,7 +257,7 @@ def fill_lists(m, node, base, huge):
 def add_free(m, h, node, head):
     """A new page of a pool, free."""
     list_add(m, free_list(h, node), head)
-    count_enqueued(m, h, node, head)
+    count_listed(m, h, node, head, 1)
     m.state[h + H_PAGES] += U1
     m.state[hstate_node(h, node) + H_NODE_PAGES] += U1
 
@@ -260,11 +266,9 @@ def add_free(m, h, node, head):
 def boot_machine(m):
     """Build the kernel's table, the vmemmap and the pools: 0, or -ENOMEM when the frames do not suffice."""
     state = m.state
-    root = take_frame(m)
+    root = empty_frame(m, U0, GAUGE_KERNEL_TABLES)
     if root == NONE:
         return NO_MEMORY
-    fill_frame(m.ram, root, U0)
-    change(m.stats, GAUGE_KERNEL_TABLES, 1)
     state[R_KERNEL_ROOT] = root << U12
     for i in range(U(HSTATES)):
         h = STATE_HSTATES + i * U(H_WORDS)
@@ -280,20 +284,30 @@ def boot_machine(m):
 
 
 @kernel
+def root_frames(m, value, gauge, two):
+    """Empty top tables: the frames of one and (`two`) of another one, else of the first again; NONE twice."""
+    frame = empty_frame(m, value, gauge)
+    if frame == NONE or not two:
+        return frame, frame
+    second = empty_frame(m, value, gauge)
+    if second == NONE:
+        put_frame(m, frame)
+        change(m.stats, gauge, -1)
+        return NONE, NONE
+    return frame, second
+
+
+@kernel
 def process_root(m, row):
     """Give a process (row of S_*) its empty top table, and with page-table isolation a second one for user mode.
 
     Linux has both in 8 KiB, the user's behind the kernel's; here it is any frame, named by S_USER_ROOT.
     """
-    frame = empty_frame(m, U0, GAUGE_HOST_TABLES)
+    isolated = m.state[R_PTI] != U0
+    frame, user = root_frames(m, U0, GAUGE_HOST_TABLES, isolated)
     if frame == NONE:
         return NO_MEMORY
-    if m.state[R_PTI] != U0:
-        user = empty_frame(m, U0, GAUGE_HOST_TABLES)
-        if user == NONE:
-            put_frame(m, frame)
-            change(m.stats, GAUGE_HOST_TABLES, -1)
-            return NO_MEMORY
+    if isolated:
         m.state[row + S_USER_ROOT] = user << U12
     m.state[row + S_ROOT] = frame << U12
     return np.int64(0)
@@ -302,17 +316,11 @@ def process_root(m, row):
 @kernel
 def stage2_root(m, row):
     """Give a VM (row of V_*) its empty top table, and one for the mirror of private memory if its kind has that."""
-    empty = m.state[stage2_format(m) + F_EMPTY]
-    frame = empty_frame(m, empty, GAUGE_STAGE2_TABLES)
+    mirrored = has_vm_property(m.state, row, VM_MIRRORED)
+    frame, private = root_frames(m, m.state[stage2_format(m) + F_EMPTY], GAUGE_STAGE2_TABLES, mirrored)
     if frame == NONE:
         return NO_MEMORY
-    private = frame
-    if has_vm_property(m.state, row, VM_MIRRORED):
-        private = empty_frame(m, empty, GAUGE_STAGE2_TABLES)
-        if private == NONE:
-            put_frame(m, frame)
-            change(m.stats, GAUGE_STAGE2_TABLES, -1)
-            return NO_MEMORY
+    if mirrored:
         m.counts[private] = np.uint32(TABLE_MIRROR)
     m.state[row + V_ROOT] = frame << U12
     m.state[row + V_PRIVATE_ROOT] = private << U12

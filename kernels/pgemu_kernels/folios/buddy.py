@@ -17,12 +17,10 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.folios.folio import (
-    COMPOUND,
     COUNTS,
     FLAGS,
     FLAGS_KEPT,
     MAPPING,
-    MEMCG,
     NO_MAPCOUNT,
     ONE_CACHED,
     PG_HEAD,
@@ -41,6 +39,7 @@ from pgemu_kernels.folios.hstate import (
     page_of,
 )
 from pgemu_kernels.folios.page_allocator import PGTY_BUDDY, count_small, mark_free, take_block
+from pgemu_kernels.folios.vmemmap import rewrite_pages
 from pgemu_kernels.words.registers import R_HWPOISON, R_INIT_ON_ALLOC, R_NODES
 from pgemu_kernels.words.rows import (
     FREE_ORDERS,
@@ -182,15 +181,8 @@ def free_large(m, head, order):
     """The same of a folio of several pages, which goes to the lists by order at once (in Linux orders 1 to 3 and 9 wait
     in per-CPU lists, too).
     """
-    ram = m.ram
-    for pfn in range(head, head + (U1 << order)):
-        page = struct_page(m, pfn)
-        ram[page + FLAGS] &= FLAGS_KEPT | m.state[R_HWPOISON]
-        ram[page + COMPOUND] = U0
-        ram[page + MAPPING] = U0
-        ram[page + PRIVATE] = U0
-        ram[page + COUNTS] = NO_MAPCOUNT
-        ram[page + MEMCG] = U0
+    kept = (FLAGS_KEPT | m.state[R_HWPOISON], U0, NONE, U0), (NONE, U0, U0, U0)
+    rewrite_pages(m, head, head + (U1 << order), kept, ((U0, U0, U0, U0), (U0, U0, NO_MAPCOUNT, U0)))
     count_small(m, np.int64(0), np.int64(U1 << order))
     free_one_page(m, head, order)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U3, U4, U6, U7, U8, U12, U18, U32, U64
+from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U3, U4, U6, U7, U8, U12, U18, U32
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
@@ -35,7 +35,7 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, skip_poisoned
 from pgemu_kernels.folios.page_cache import charge_added, charge_page_freed
 from pgemu_kernels.folios.policy import no_other_node, preferred_node
-from pgemu_kernels.folios.vmemmap import compound_info
+from pgemu_kernels.folios.vmemmap import compound_info, rewrite_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_HUGE_FOLIO_ALLOCATED,
     EVENT_HUGE_FOLIO_FREED,
@@ -166,14 +166,9 @@ def prep_compound(m, head, order):
 def prep_folio(m, head, order, pages):
     """prep_compound() of which only the first `pages` struct pages, a multiple of 64, are written."""
     ram = m.ram
-    compound = compound_info(m.state, head, order)
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        for _ in range(U64):
-            ram[page + COMPOUND] = compound
-            ram[page + MAPPING] = TAIL_MAPPING
-            ram[page + PRIVATE] = U0
-            page += U8
+    kept = (NONE, U0, NONE, U0), (NONE, U0, NONE, NONE)
+    tail = (U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, U0, U0)
+    rewrite_pages(m, head, head + pages, kept, tail)
     first = struct_page(m, head)
     ram[first + FLAGS] |= PG_HEAD
     ram[first + COMPOUND] = U0
@@ -186,33 +181,19 @@ def prep_folio(m, head, order, pages):
 
 
 @kernel
-def count_free(m, h, n):
-    """A pool's gauge follows the count of its free pages."""
-    change(m.stats, GAUGE_POOL_FREE if h == m.state[R_HSTATE] else GAUGE_OTHER_POOL_FREE, n)
-
-
-@kernel
 def free_list(h, node):
     """Word of the list head of a node's free pages."""
     return hstate_node(h, node) + H_NODE_FREE_LIST
 
 
 @kernel
-def count_enqueued(m, h, node, head):
-    """A page of the free list is counted and marked."""
-    m.state[h + H_FREE] += U1
-    m.state[hstate_node(h, node) + H_NODE_FREE] += U1
-    m.ram[struct_page(m, head) + PRIVATE] |= HUGETLB_FREED
-    count_free(m, h, 1)
-
-
-@kernel
-def count_dequeued(m, h, node, head):
-    """A page that left the free list is neither any more."""
-    m.state[h + H_FREE] -= U1
-    m.state[hstate_node(h, node) + H_NODE_FREE] -= U1
-    m.ram[struct_page(m, head) + PRIVATE] &= ~HUGETLB_FREED
-    count_free(m, h, -1)
+def count_listed(m, h, node, head, n):
+    """A page of the free list is counted and marked (`n` 1, int64); one that left it is neither any more (-1)."""
+    m.state[h + H_FREE] += U(n)
+    m.state[hstate_node(h, node) + H_NODE_FREE] += U(n)
+    private = struct_page(m, head) + PRIVATE
+    m.ram[private] = (m.ram[private] & ~HUGETLB_FREED) | (HUGETLB_FREED if n > 0 else U0)
+    change(m.stats, GAUGE_POOL_FREE if h == m.state[R_HSTATE] else GAUGE_OTHER_POOL_FREE, n)
 
 
 @outlined
@@ -220,7 +201,7 @@ def enqueue(m, h, head):
     """enqueue_hugetlb_folio(): to the front of its node's free list, from whatever list it is in."""
     node = node_of(m.state, head)
     list_move(m, free_list(h, node), head)
-    count_enqueued(m, h, node, head)
+    count_listed(m, h, node, head, 1)
 
 
 @outlined
@@ -234,7 +215,7 @@ def dequeue(m, h, node):
         return NONE
     list_move(m, h + H_ACTIVE, head)
     m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
-    count_dequeued(m, h, node, head)
+    count_listed(m, h, node, head, -1)
     return head
 
 

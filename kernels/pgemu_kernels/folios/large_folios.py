@@ -23,11 +23,9 @@ from pgemu_kernels.folios.folio import (
     FLAGS_KEPT,
     INDEX,
     MAPPING,
-    MEMCG,
     NO_MAPCOUNT,
     ONE_CACHED,
     PG_HEAD,
-    PRIVATE,
     TAIL_MAPPING,
     folio_order,
     reference_count,
@@ -39,7 +37,7 @@ from pgemu_kernels.folios.page_allocator import count_small, take_pages
 from pgemu_kernels.folios.page_cache import charge_added
 from pgemu_kernels.folios.policy import preferred_node
 from pgemu_kernels.folios.split_pages import INHERITED
-from pgemu_kernels.folios.vmemmap import compound_info
+from pgemu_kernels.folios.vmemmap import compound_info, rewrite_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_PAGE_CACHE_STORED,
     EVENT_STRUCT_PAGE_BYTES,
@@ -86,16 +84,9 @@ def make_folio(m, head, order, flags, mapping, index):
     __split_folio_to_order() leaves a piece.
     """
     ram = m.ram
-    link = compound_info(m.state, head, order)
-    for pfn in range(head, head + (U1 << order)):
-        page = struct_page(m, pfn)
-        ram[page + FLAGS] &= FLAGS_KEPT | m.state[R_HWPOISON]
-        ram[page + COMPOUND] = link
-        ram[page + MAPPING] = TAIL_MAPPING
-        ram[page + INDEX] = U0
-        ram[page + PRIVATE] = U0
-        ram[page + COUNTS] = NO_MAPCOUNT
-        ram[page + MEMCG] = U0
+    kept = (FLAGS_KEPT | m.state[R_HWPOISON], U0, NONE, U0), (U0, U0, U0, U0)
+    tail = (U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
+    rewrite_pages(m, head, head + (U1 << order), kept, tail)
     first = struct_page(m, head)
     ram[first + FLAGS] |= flags | PG_HEAD if order != U0 else flags
     ram[first + COMPOUND] = U0

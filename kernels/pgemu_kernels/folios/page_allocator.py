@@ -29,17 +29,16 @@ from pgemu_kernels.engine.bits import (
 from pgemu_kernels.engine.charge import change, charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
-    COMPOUND,
     COUNTS,
     FLAGS,
     FLAGS_KEPT,
-    MAPPING,
     NR_PAGES,
     NR_PAGES_6_12,
     PRIVATE,
     struct_page,
 )
 from pgemu_kernels.folios.hstate import ORDER_1G, node_of, node_row
+from pgemu_kernels.folios.vmemmap import rewrite_pages
 from pgemu_kernels.words.enum_words import (
     EVENT_STRUCT_PAGE_BYTES,
     EVENT_STRUCT_PAGE_WRITTEN,
@@ -206,14 +205,8 @@ def free_pages(m, head, order, poisoned):
     """
     ram = m.ram
     pages = U1 << order
-    kept_flags = FLAGS_KEPT | m.state[R_HWPOISON]
-    for base in range(U0, pages, U64):
-        page = struct_page(m, head + base)
-        for _ in range(U64):
-            ram[page + FLAGS] &= kept_flags
-            ram[page + COMPOUND] = U0
-            ram[page + MAPPING] = U0
-            page += U8
+    kept = (FLAGS_KEPT | m.state[R_HWPOISON], U0, NONE, U0), (NONE, NONE, NONE, NONE)
+    rewrite_pages(m, head, head + pages, kept, ((U0, U0, U0, U0), (U0, U0, U0, U0)))
     first = struct_page(m, head)
     ram[first + PRIVATE] = U0
     ram[first + COUNTS] |= LOW32

@@ -34,7 +34,7 @@ from pgemu_kernels.folios.hstate import (
     order_of_hstate,
     page_after,
 )
-from pgemu_kernels.folios.hugetlb import count_dequeued, count_enqueued, enqueue, free_list, prep_compound
+from pgemu_kernels.folios.hugetlb import count_listed, enqueue, free_list, prep_compound
 from pgemu_kernels.folios.hvo import is_optimized, optimize, optimize_batch, restore, restore_batch
 from pgemu_kernels.folios.page_allocator import charge_tails, free_pages, take_pages
 from pgemu_kernels.folios.poison import move_poison
@@ -131,7 +131,7 @@ def remove(m, h, head, surplus):
     node = node_of(state, head)
     list_del(m, head)
     if m.ram[struct_page(m, head) + PRIVATE] & HUGETLB_FREED != U0:
-        count_dequeued(m, h, node, head)
+        count_listed(m, h, node, head, -1)
     count_surplus(state, h, node, U0 - surplus)
     count_pages(state, h, node, NONE)
 
@@ -147,7 +147,7 @@ def readmit(m, h, head, surplus):
     count_pages(state, h, node, U1)
     count_surplus(state, h, node, surplus)
     list_add(m, free_list(h, node), head)
-    count_enqueued(m, h, node, head)
+    count_listed(m, h, node, head, 1)
 
 
 @outlined

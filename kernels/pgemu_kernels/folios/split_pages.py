@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U32, U64, U511, U512, merge_words, prefetch
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U6, U8, U9, U12, U32, U64, U511, U512, prefetch
 from pgemu_kernels.engine.charge import change, charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import take_frame
@@ -29,7 +29,7 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hstate import hstate_of_order, list_add, list_del
 from pgemu_kernels.folios.hugetlb import prep_compound_head
 from pgemu_kernels.folios.hvo import optimize
-from pgemu_kernels.folios.vmemmap import compound_info, vmemmap_pages, vmemmap_pte
+from pgemu_kernels.folios.vmemmap import compound_info, rewrite, rewrite_pages, vmemmap_pages, vmemmap_pte
 from pgemu_kernels.folios.xarray import unstash
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.words.enum_words import (
@@ -77,25 +77,6 @@ def missing_pages(m, first, order):
     if m.ram[first + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
         return U0
     return vmemmap_pages(order) - U1
-
-
-@outlined
-def rewrite(ram, page, source, count, ahead, index, kept, put):
-    """Write `count` struct pages from `page` on: what those from `source` on have, changed.
-
-    `kept`, `put`: of words 0 to 3 and of words 4 to 7, which bits stay and which are set. `index` is or-ed into the
-    index of the first page, index + 1 into that of the next, unless it is NONE. `ahead`: words to what is prefetched.
-    """
-    step = U1
-    if index == NONE:
-        index = step = U0
-    for _ in range(count):
-        prefetch(ram, page + ahead)
-        merge_words(ram, page, source, kept[0], put[0], U0)
-        merge_words(ram, page + INDEX, source + INDEX, kept[1], put[1], index)
-        index += step
-        page += U8
-        source += U8
 
 
 @kernel
@@ -235,9 +216,7 @@ def join_pages(m, head, first, order):
             rewrite(ram, page, page, U64, U512, NONE, kept, tail)
             base += U64
     if different != U0:
-        for back in range(U0, base, U64):
-            page = struct_page(m, head + back)
-            rewrite(ram, page, page, U64, U512, NONE, kept, folio)
+        rewrite_pages(m, head, head + base, kept, folio)
     ram[first + COMPOUND] = link
     ram[first + MAPPING] = mapping
     return different != U0, uptodate, start, end
@@ -252,9 +231,7 @@ def clean_tails(m, head, start, end):
     """
     kept = (~PAGE_FLAGS, NONE, NONE, NONE), (NONE, U0, NONE, NONE)
     nothing = (U0, U0, U0, U0), (U0, U0, U0, U0)
-    for base in range(start, end, U64):
-        page = struct_page(m, head + base)
-        rewrite(m.ram, page, page, U64, U512, NONE, kept, nothing)
+    rewrite_pages(m, head + start, head + end, kept, nothing)
 
 
 @kernel

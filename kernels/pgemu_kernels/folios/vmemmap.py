@@ -9,20 +9,40 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U7, U9, U12, U63, U4095
+from pgemu_kernels.engine.bits import (
+    NONE,
+    U0,
+    U1,
+    U2,
+    U3,
+    U4,
+    U6,
+    U7,
+    U8,
+    U9,
+    U12,
+    U63,
+    U64,
+    U512,
+    U4095,
+    merge_words,
+    prefetch,
+)
 from pgemu_kernels.engine.charge import change, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import empty_frame, put_frame
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.folios.folio import (
     COMPOUND,
     COUNTS,
     FLAGS,
+    INDEX,
     MAPPING,
     MEMCG,
     NO_MAPCOUNT,
     PRIVATE,
     TAIL_MAPPING,
+    struct_page,
     vmemmap_address,
 )
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_TABLE, PTE_WRITE
@@ -77,6 +97,33 @@ def write_tail(ram, page, flags, link, compound):
     ram[page + U7] = U0
 
 
+@outlined
+def rewrite(ram, page, source, count, ahead, index, kept, put):
+    """Write `count` struct pages from `page` on: what those from `source` on have, changed.
+
+    `kept`, `put`: of words 0 to 3 and of words 4 to 7, which bits stay and which are set. `index` is or-ed into the
+    index of the first page, index + 1 into that of the next, unless it is NONE. `ahead`: words to what is prefetched.
+    """
+    step = U1
+    if index == NONE:
+        index = step = U0
+    for _ in range(count):
+        prefetch(ram, page + ahead)
+        merge_words(ram, page, source, kept[0], put[0], U0)
+        merge_words(ram, page + INDEX, source + INDEX, kept[1], put[1], index)
+        index += step
+        page += U8
+        source += U8
+
+
+@outlined
+def rewrite_pages(m, start, end, kept, put):
+    """rewrite() in place of struct pages [start, end), which fill vmemmap pages or lie within one."""
+    for base in range(start, end, U64):
+        page = struct_page(m, base)
+        rewrite(m.ram, page, page, min(U64, end - base), U512, NONE, kept, put)
+
+
 # --------------------------------------------------------------------------- the kernel's table
 
 
@@ -86,12 +133,10 @@ def kernel_table(m, slot):
     entry = m.ram[slot]
     if entry & U1 != U0:
         return (entry & PTE_ADDRESS) >> U3
-    frame = take_frame(m)
+    frame = empty_frame(m, U0, GAUGE_KERNEL_TABLES)
     if frame == NONE:
         return NONE
-    fill_frame(m.ram, frame, U0)
     m.ram[slot] = frame << U12 | PTE_TABLE
-    change(m.stats, GAUGE_KERNEL_TABLES, 1)
     return frame << U9
 
 

@@ -6,7 +6,7 @@ entries; leaves.py has those that Linux writes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -281,46 +281,16 @@ class PageFormat:
 
     def row(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """The format as kernels read it: uint64[F_WORDS]."""
-        words = {
-            W.F_PRESENT: self.present,
+        words = {word: getattr(self, name) for name, word in WORDS_OF_FIELDS.items()} | {
             W.F_LARGE: self.leaf_mask if self.leaf_value else 0,
-            W.F_ADDRESS: self.address,
-            W.F_TABLE: self.table,
             W.F_TABLE_TOP: self.table_top or self.table,
             W.F_LEAF_4K: self.leaf[0],
             W.F_LEAF_2M: self.leaf[1],
             W.F_LEAF_1G: self.leaf[2],
-            W.F_EMPTY: self.empty,
-            W.F_LEVELS: self.levels,
             W.F_ROOT_BITS: self.root_bits,
-            W.F_INPUT_BITS: self.input_bits,
-            W.F_SIGN_EXTENDED: self.sign_extended,
-            W.F_LEAF_MASK: self.leaf_mask,
-            W.F_LEAF_VALUE: self.leaf_value,
-            W.F_PAGE_MASK: self.page_mask,
-            W.F_PAGE_VALUE: self.page_value,
-            W.F_LARGEST_LEAF: self.largest_leaf,
-            W.F_INVERT: self.invert,
-            W.F_FOLD: self.fold,
-            W.F_TABLE_RIGHTS: self.table_rights,
-            W.F_BAD_LOW: self.bad_low,
-            W.F_BAD_MEMORY_TYPE: self.bad_memory_type,
-            W.F_FAMILY: self.family,
-            W.F_ACCESSED: self.accessed,
-            W.F_DIRTY: self.dirty,
-            W.F_FROZEN: self.frozen,
-            W.F_BREAK_BEFORE_MAKE: self.break_before_make,
-            W.F_FLUSH: self.flush,
-            W.F_KEY_SHIFT: self.key_shift,
-            W.F_PAT_PAGE: self.pat_page,
-            W.F_PAT_LARGE: self.pat_large,
-            W.F_BREAK_BITS: self.break_bits,
-            W.F_SOFTWARE: self.software,
             W.F_RANGE_FLUSH: self.range_invalidation | self.defers_unmap << 1,
             W.F_MMU_PRESENT: self.kvm_leaf & bits.MMU_PRESENT or self.present,
-            W.F_WRITE: self.write,
             W.F_WRITABLE_MARKS: self.host_writable | self.mmu_writable,
-            W.F_MMU_WRITABLE: self.mmu_writable,
             W.F_EXECUTE: self.execute.supervisor_and_user | self.kvm_execute,
             W.F_MEMORY_TYPE: self.leaf[0] & (self.memory_type_mask[0] | self.ignore_pat),
             W.F_MMIO_VALUE: self.mmio_value | self.mmio_rights,
@@ -334,6 +304,14 @@ class PageFormat:
             if level > 1:
                 row[int(W.F_RESERVED_TABLE) + level] = self.reserved_table[level - 1]
         return row
+
+
+# Words that hold what the field of their name says: F_PRESENT is `present`. row() makes the others.
+WORDS_OF_FIELDS = {
+    field.name: vars(W)[f"F_{field.name.upper()}"]
+    for field in fields(PageFormat)
+    if f"F_{field.name.upper()}" in vars(W) and field.type in ("int", "bool", "Family", "FlushRule")
+}
 
 
 def check_width(maxphyaddr: int, widest: int = WIDEST_ADDRESS) -> None:

@@ -8,6 +8,7 @@ table entry carries, so no kernel can make its tables. Plain Python: no numba he
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pgemu_kernels.formats.entry_format import WIDEST_ADDRESS, Execute, Family, FlushRule, PageFormat, check_width, span
 
@@ -26,13 +27,24 @@ AMD_FORCE_COHERENT = 1 << 60
 AMD_READ = 1 << 61
 AMD_WRITE = 1 << 62
 
-_NO_EXECUTE_BITS = Execute(mask=0, supervisor_and_user=0, nobody=0)
-_ONE_MEMORY_TYPE = (("WB", (0, 0, 0)),)
 
-
-def _check_levels(levels: int) -> None:
+def _second_stage(levels: int, maxphyaddr: int) -> dict[str, Any]:
+    """The fields of a PageFormat that both have in common. ValueError for levels or bits that there are not."""
     if levels not in (3, 4, 5):
         raise ValueError(f"{levels} levels: expected 3 to 5")
+    check_width(maxphyaddr)
+    high = span(maxphyaddr, 51)
+    return {
+        "flush": FlushRule.RANGE,
+        "levels": levels,
+        "input_bits": 12 + 9 * levels,
+        "address": span(12, 51),
+        "reserved_leaf": (high, high | span(12, 20), high | span(12, 29), high, high),
+        "maxphyaddr": maxphyaddr,
+        "execute": Execute(mask=0, supervisor_and_user=0, nobody=0),
+        "memory_type_mask": (0, 0, 0),
+        "memory_types": (("WB", (0, 0, 0)),),
+    }
 
 
 def vtd_second_stage(
@@ -48,8 +60,7 @@ def vtd_second_stage(
     superpages: the capability, 0: none, 1: 2M, 2: 2M and 1G. accessed_dirty: second-stage A/D is enabled.
     force_snoop: leaves carry SNP. ValueError for other numbers.
     """
-    _check_levels(levels)
-    check_width(maxphyaddr)
+    second_stage = _second_stage(levels, maxphyaddr)
     if superpages not in (0, 1, 2):
         raise ValueError(f"superpages {superpages}: expected 0, 1 or 2")
     high = span(maxphyaddr, 51)
@@ -58,27 +69,19 @@ def vtd_second_stage(
     return PageFormat(
         name="vtd-s2",
         family=Family.VTD,
-        flush=FlushRule.RANGE,
-        levels=levels,
-        input_bits=12 + 9 * levels,
         present=VTD_READ | VTD_WRITE,
-        address=span(12, 51),
         leaf_mask=VTD_LARGE,
         leaf_value=VTD_LARGE,
         largest_leaf=1 + superpages,
-        reserved_leaf=(high, high | span(12, 20), high | span(12, 29), high, high),
         reserved_table=(0, high | no_2m, high | no_1g, high | VTD_LARGE, high | VTD_LARGE),
         table=VTD_READ | VTD_WRITE,
         leaf=(page, page | VTD_LARGE, page | VTD_LARGE),
         accessed=VTD_ACCESSED if accessed_dirty else 0,
         dirty=VTD_DIRTY if accessed_dirty else 0,
-        maxphyaddr=maxphyaddr,
         leaf_bits=VTD_SNOOP if force_snoop else 0,
         read=VTD_READ,
         write=VTD_WRITE,
-        execute=_NO_EXECUTE_BITS,
-        memory_type_mask=(0, 0, 0),
-        memory_types=_ONE_MEMORY_TYPE,
+        **second_stage,
     )
 
 
@@ -89,37 +92,28 @@ def amd_iommu_v1(levels: int = 4, *, maxphyaddr: int = WIDEST_ADDRESS, accessed_
     whose size is in its address bits (amd_sized_leaf()). Linux writes no 512G leaves, because of an erratum.
     accessed_dirty: the device table enables A/D updates. ValueError for other numbers of levels or bits.
     """
-    _check_levels(levels)
-    check_width(maxphyaddr)
+    second_stage = _second_stage(levels, maxphyaddr)
     high = span(maxphyaddr, 51)
     page = AMD_PRESENT | AMD_READ | AMD_WRITE
     return PageFormat(
         name="amd-v1",
         family=Family.AMD_IOMMU,
-        flush=FlushRule.RANGE,
-        levels=levels,
-        input_bits=12 + 9 * levels,
         present=AMD_PRESENT,
-        address=span(12, 51),
         leaf_mask=AMD_NEXT_LEVEL,
         leaf_value=0,
         page_mask=AMD_NEXT_LEVEL,
         page_value=0,
         sized_leaf=AMD_NEXT_LEVEL,
         table_level_shift=9,
-        reserved_leaf=(high, high | span(12, 20), high | span(12, 29), high, high),
         reserved_table=(0, high, high, high, high),
         table=page,
         leaf=(page, page, page),
         accessed=AMD_ACCESSED if accessed_dirty else 0,
         dirty=AMD_DIRTY if accessed_dirty else 0,
-        maxphyaddr=maxphyaddr,
         leaf_bits=AMD_PRESENT,
         read=AMD_READ,
         write=AMD_WRITE,
-        execute=_NO_EXECUTE_BITS,
-        memory_type_mask=(0, 0, 0),
-        memory_types=_ONE_MEMORY_TYPE,
+        **second_stage,
     )
 
 

@@ -13,7 +13,7 @@ from pgemu_kernels.formats.entry_format import (
     check_width,
     span,
 )
-from pgemu_kernels.formats.x86_64 import NO_EXECUTE, X86_MEMORY_TYPE_MASK, X86_MEMORY_TYPES, x86_execute, x86_reserved
+from pgemu_kernels.formats.x86_64 import x86_entries
 
 
 def _npt_mmio(maxphyaddr: int, c_bit: int | None, reduced: int) -> int:
@@ -48,7 +48,6 @@ def npt(
     encrypted = c_bit_mask(c_bit)
     if c_bit is not None:
         maxphyaddr = c_bit if reduced is None else reduced
-    leaf, table = x86_reserved(maxphyaddr, nx, pages_1g, True, encrypted)
     mmio = _npt_mmio(maxphyaddr, c_bit, maxphyaddr)
     parameters = bits.RELEASES[kernel]
     small = bits.NPT_LEAF | encrypted
@@ -56,39 +55,17 @@ def npt(
         name="npt" if levels == 4 else "npt-5",
         family=Family.NPT,
         flush=FlushRule.WHOLE_VM,
-        levels=levels,
-        input_bits=12 + 9 * levels,
-        present=bits.PRESENT,
-        address=bits.ADDRESS & ~encrypted,
-        leaf_mask=bits.LARGE,
-        leaf_value=bits.LARGE,
-        largest_leaf=3 if pages_1g else 2,
-        reserved_leaf=leaf,
-        reserved_table=table,
-        invert=NO_EXECUTE,
-        accessed=bits.ACCESSED,
-        dirty=bits.DIRTY,
         table=bits.NPT_TABLE | encrypted,
         leaf=(small, small | bits.LARGE, small | bits.LARGE),
         empty=parameters.empty_spte,
         frozen=parameters.empty_spte | bits.FROZEN_LOW,
         kernel=parameters.release,
-        maxphyaddr=maxphyaddr,
-        leaf_bits=bits.PRESENT,
-        write=bits.WRITE,
-        user=bits.USER,
-        execute=x86_execute(nx),
-        global_=bits.GLOBAL,
-        memory_type_mask=X86_MEMORY_TYPE_MASK,
-        memory_types=X86_MEMORY_TYPES,
         kvm_leaf=bits.MMU_PRESENT,
         host_writable=bits.HOST_WRITABLE,
         mmu_writable=bits.MMU_WRITABLE,
         mmio_mask=mmio,
         mmio_value=mmio,
         mmio_rights=bits.WRITE | bits.USER,
-        c_bit=encrypted,
-        pat_page=bits.PAT_4K,
-        pat_large=bits.PAT_LARGE,
         software=0b111 << 9 | span(52, 58),
+        **x86_entries(levels, maxphyaddr, nx, pages_1g, True, c_bit),
     )

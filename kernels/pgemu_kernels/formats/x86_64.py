@@ -5,6 +5,8 @@ Bits: Intel SDM volume 3 ("4-Level Paging"), arch/x86/kvm/mmu/mmu.c:__reset_rsvd
 
 from __future__ import annotations
 
+from typing import Any
+
 from pgemu_kernels.formats import bits
 from pgemu_kernels.formats.entry_format import (
     WIDEST_ADDRESS,
@@ -21,11 +23,6 @@ from pgemu_kernels.formats.entry_format import (
 NO_EXECUTE = bits.NO_EXECUTE
 
 
-def x86_execute(nx: bool) -> Execute:
-    """Bit 63, or none."""
-    return Execute(NO_EXECUTE, 0, NO_EXECUTE) if nx else Execute(0, 0)
-
-
 def _pat(index: int) -> tuple[int, int, int]:
     """Bits of a PAT index by level: PAT is bit 7 of a 4K entry, bit 12 of a larger leaf."""
     low = (bits.WRITE_THROUGH if index & 1 else 0) | (bits.CACHE_DISABLE if index & 2 else 0)
@@ -39,7 +36,7 @@ X86_MEMORY_TYPE_MASK = _pat(7)
 X86_MEMORY_TYPES = tuple((name, _pat(index)) for index, name in enumerate(_PAT_TYPES))
 
 
-def x86_reserved(
+def _reserved(
     maxphyaddr: int, nx: bool, pages_1g: bool, amd: bool, c_bit: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Reserved bits of x86-64 entries: (leaf by level, table by level).
@@ -54,6 +51,37 @@ def x86_reserved(
     # Without 1G pages bit 7 of a level-3 entry is reserved whatever else it holds.
     level_3 = high | (0 if pages_1g else bits.LARGE)
     return leaf, (0, high, level_3, top, top)
+
+
+def x86_entries(levels: int, maxphyaddr: int, nx: bool, pages_1g: bool, amd: bool, c_bit: int | None) -> dict[str, Any]:
+    """The fields of a PageFormat that the entries of processes and of AMD's nested tables have in common."""
+    encrypted = c_bit_mask(c_bit)
+    leaf, table = _reserved(maxphyaddr, nx, pages_1g, amd, encrypted)
+    return {
+        "levels": levels,
+        "input_bits": 12 + 9 * levels,
+        "present": bits.PRESENT,
+        "address": bits.ADDRESS & ~encrypted,
+        "leaf_mask": bits.LARGE,
+        "leaf_value": bits.LARGE,
+        "largest_leaf": 3 if pages_1g else 2,
+        "reserved_leaf": leaf,
+        "reserved_table": table,
+        "invert": NO_EXECUTE,
+        "accessed": bits.ACCESSED,
+        "dirty": bits.DIRTY,
+        "maxphyaddr": maxphyaddr,
+        "leaf_bits": bits.PRESENT,
+        "write": bits.WRITE,
+        "user": bits.USER,
+        "execute": Execute(NO_EXECUTE, 0, NO_EXECUTE) if nx else Execute(0, 0),
+        "global_": bits.GLOBAL,
+        "memory_type_mask": X86_MEMORY_TYPE_MASK,
+        "memory_types": X86_MEMORY_TYPES,
+        "c_bit": encrypted,
+        "pat_page": bits.PAT_4K,
+        "pat_large": bits.PAT_LARGE,
+    }
 
 
 def x86_64(
@@ -76,43 +104,21 @@ def x86_64(
     """
     check_levels(levels)
     check_width(maxphyaddr)
-    encrypted = c_bit_mask(c_bit)
-    leaf, table = x86_reserved(maxphyaddr, nx, pages_1g, amd, encrypted)
-    executable = bits.FILE_LEAF & ~NO_EXECUTE | encrypted
+    entries = x86_entries(levels, maxphyaddr, nx, pages_1g, amd, c_bit)
+    executable = bits.FILE_LEAF & ~NO_EXECUTE | entries["c_bit"]
+    table = bits.TABLE | entries["c_bit"]
     return PageFormat(
         name="x86-64" if levels == 4 else "x86-64-5",
         family=Family.X86,
         flush=FlushRule.PROCESS,
-        levels=levels,
-        input_bits=12 + 9 * levels,
         sign_extended=True,
-        present=bits.PRESENT,
-        address=bits.ADDRESS & ~encrypted,
-        leaf_mask=bits.LARGE,
-        leaf_value=bits.LARGE,
-        largest_leaf=3 if pages_1g else 2,
-        reserved_leaf=leaf,
-        reserved_table=table,
-        invert=NO_EXECUTE,
-        accessed=bits.ACCESSED,
-        dirty=bits.DIRTY,
-        table=bits.TABLE | encrypted,
-        table_top=bits.TABLE | encrypted | NO_EXECUTE if pti else 0,
+        table=table,
+        table_top=table | NO_EXECUTE if pti else 0,
         leaf=(executable, executable | bits.LARGE, executable | bits.LARGE),
         key_shift=59,
         kernel=bits.RELEASES[kernel].release,
-        maxphyaddr=maxphyaddr,
-        leaf_bits=bits.PRESENT,
-        write=bits.WRITE,
-        user=bits.USER,
-        execute=x86_execute(nx),
-        global_=bits.GLOBAL,
-        memory_type_mask=X86_MEMORY_TYPE_MASK,
-        memory_types=X86_MEMORY_TYPES,
         protection_none=bits.PROTECTION_NONE,
-        c_bit=encrypted,
-        pat_page=bits.PAT_4K,
-        pat_large=bits.PAT_LARGE,
         # arch/x86/include/asm/tlbflush.h:pte_flags_need_flush(); bit 58 holds the dirty bit of read-only leaves.
         software=0b111 << 9 | 0b11 << 57,
-    )  # fmt: skip
+        **entries,
+    )

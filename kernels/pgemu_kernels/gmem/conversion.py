@@ -10,6 +10,8 @@ The steps are compiled twice. For a default machine its parameters are constants
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U9, U12
@@ -292,12 +294,21 @@ def finish(m, op):
 # --------------------------------------------------------------------------- host and references
 
 
-@kernel
-def unmap_host(m, op):
-    """Unmap the unit from every process: mm/memory.c:unmap_mapping_pages()."""
-    state = m.state
-    unmap_mapping_range(m, state[op + O_INODE], state[op + O_START], state[op + O_END])
-    return GO
+def unmaps(first: np.uint64, last: np.uint64) -> Any:
+    """To private: a step that unmaps the pages which two words of the record name from every process.
+
+    mm/memory.c:unmap_mapping_pages(). They leave stage 2 with that where an MMU notifier hears of it.
+    """
+
+    @kernel
+    def unmap(m, op):
+        unmap_mapping_range(m, m.state[op + O_INODE], m.state[op + first], m.state[op + last])
+        return GO
+
+    return unmap
+
+
+unmap_host = unmaps(O_START, O_END)
 
 
 @kernel

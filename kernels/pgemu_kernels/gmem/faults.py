@@ -6,6 +6,8 @@ A step goes on (GO), stops with the operation's result in the record (STOP), or 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
@@ -227,29 +229,40 @@ def host_map(m, op):
     return stop(m.state, op, status)
 
 
-@kernel
-def host_end(m, op):
-    """The end of a host fault whose page has a folio."""
-    if host_page(m, op) == GO:
-        host_map(m, op)
+def ending(page: Any, enter: Any) -> Any:
+    """The end of a fault (m, op) that has not failed so far: steps `page` and `enter`, a folio allocated where none is.
+
+    Where a folio is there, what was read of its block is still known.
+    """
+
+    @kernel
+    def end(m, op):
+        if page(m, op) == GO:
+            enter(m, op)
+
+    @outlined
+    def allocate(m, op):
+        if allocate_folio(m, op) == GO:
+            end(m, op)
+
+    @kernel
+    def finish_fault(m, op):
+        if has_folio(m, op):
+            end(m, op)
+        else:
+            allocate(m, op)
+
+    return finish_fault
 
 
-@outlined
-def host_allocates(m, op):
-    """The same of one whose page has none yet."""
-    if allocate_folio(m, op) == GO:
-        host_end(m, op)
+end_host_fault = ending(host_page, host_map)
 
 
 @kernel
 def host_fault(m, op):
-    """A whole host access. Where a folio is there, what was read of its block is still known."""
-    if host_begin(m, op) != GO or is_refused(m, op):
-        return
-    if has_folio(m, op):
-        host_end(m, op)
-    else:
-        host_allocates(m, op)
+    """A whole host access."""
+    if host_begin(m, op) == GO and not is_refused(m, op):
+        end_host_fault(m, op)
 
 
 # --------------------------------------------------------------------------- guest
@@ -350,29 +363,14 @@ def guest_map(m, op):
     return install_stage2(m, op, m.state[op + O_LEVEL])
 
 
-@kernel
-def guest_end(m, op):
-    """The end of a guest fault whose page has a folio."""
-    if guest_page(m, op) == GO:
-        guest_map(m, op)
-
-
-@outlined
-def guest_allocates(m, op):
-    """The same of one whose page has none yet."""
-    if allocate_folio(m, op) == GO:
-        guest_end(m, op)
+end_guest_fault = ending(guest_page, guest_map)
 
 
 @kernel
 def guest_fault(m, op):
     """A whole guest access."""
-    if guest_begin(m, op) != GO:
-        return
-    if has_folio(m, op):
-        guest_end(m, op)
-    else:
-        guest_allocates(m, op)
+    if guest_begin(m, op) == GO:
+        end_guest_fault(m, op)
 
 
 # --------------------------------------------------------------------------- either, and inside another operation

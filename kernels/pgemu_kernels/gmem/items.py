@@ -5,6 +5,8 @@ A bit per page of the inode: it is to be converted. Items are runs of them, as t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U6, U63, trailing_zeros
@@ -21,12 +23,12 @@ from pgemu_kernels.gmem.conversion import (
     merge_pieces,
     rounding,
     store_range,
+    unmaps,
     zap_rounded,
 )
 from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
-from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.invalidate import begin_range, end_range, is_watched
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.words.enum_words import DEFECT_CONVERT_KEEPS_LEAVES, DEFECT_ROLLBACK_AT_ZERO
@@ -126,15 +128,23 @@ def rounded_item(m, first, last):
     return first & ~inside, (last + inside) & ~inside
 
 
-@outlined
-def begin_each(m, op):
-    """Begin an invalidation for each item, rounded out."""
-    state = m.state
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        begin_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
+def of_each(visit: Any) -> Any:
+    """What does `visit` (m, inode, start, end) to each item of the unit (m, op), rounded out."""
+
+    @outlined
+    def visit_items(m, op):
+        state = m.state
+        first, last = find_item(m, op, state[op + O_START])
+        while first < last:
+            start, end = rounded_item(m, first, last)
+            visit(m, state[op + O_INODE], start, end)
+            first, last = find_item(m, op, last)
+
+    return visit_items
+
+
+begin_each = of_each(begin_range)
+end_each = of_each(end_range)
 
 
 @outlined
@@ -187,12 +197,7 @@ def zap_item(m, op):
     return GO
 
 
-@kernel
-def unmap_item(m, op):
-    """To private: unmap the item from every process, and so from stage 2 where an MMU notifier hears of it."""
-    state = m.state
-    unmap_mapping_range(m, state[op + O_INODE], state[op + O_ITEM_START], state[op + O_ITEM_END])
-    return GO
+unmap_item = unmaps(O_ITEM_START, O_ITEM_END)
 
 
 @kernel
@@ -204,17 +209,6 @@ def zap_left_item(m, op):
     if m.state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
         return GO
     return zap_item(m, op)
-
-
-@outlined
-def end_each(m, op):
-    """End the invalidation of each item."""
-    state = m.state
-    first, last = find_item(m, op, state[op + O_START])
-    while first < last:
-        start, end = rounded_item(m, first, last)
-        end_range(m, state[op + O_INODE], start, end)
-        first, last = find_item(m, op, last)
 
 
 @kernel

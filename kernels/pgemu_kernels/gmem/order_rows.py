@@ -7,12 +7,13 @@ item after the other (`each_item`). A step returns GO, or STOP where the convers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2, U3, U4, U5, U6, U7
+from pgemu_kernels.engine.bits import U0, U1
+from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.gmem.items import next_item
 from pgemu_kernels.words.operations import GO, STOP
@@ -22,7 +23,6 @@ __all__ = ("each_item", "stepper", "straight", "to_private", "to_shared")
 
 U = np.uint64
 Step = Any  # a kernel that takes the machine and the record
-_MOST = 8  # steps in a row
 
 
 class _Only(NamedTuple):
@@ -50,33 +50,18 @@ def each_item(*steps: Any) -> _Each:
     return _Each(steps)
 
 
-@kernel
-def _nothing(m, op):
-    return GO
-
-
-def _filled(steps: Iterable[Step]) -> list[Step]:
-    """The steps, and behind them what does nothing."""
-    found = list(steps)
-    if len(found) > _MOST:
-        raise ValueError(f"{len(found)} steps in a row: expected at most {_MOST}")
-    return found + [_nothing] * (_MOST - len(found))
-
-
 # --------------------------------------------------------------------------- straight line
 
 
 def straight(row: Iterable[Any]) -> Step:
     """One step that does those of the row one after the other, as long as they return GO."""
-    a, b, c, d, e, f, g, h = _filled(_part(part) for part in row)
+    return reduce(_then, map(_part, row))
 
+
+def _then(first: Step, rest: Step) -> Step:
     @kernel
     def line(m, op):
-        if a(m, op) != GO or b(m, op) != GO or c(m, op) != GO or d(m, op) != GO:
-            return STOP
-        if e(m, op) != GO or f(m, op) != GO or g(m, op) != GO or h(m, op) != GO:
-            return STOP
-        return GO
+        return rest(m, op) if first(m, op) == GO else STOP
 
     return line
 
@@ -133,8 +118,10 @@ def stepper(row: Iterable[Any], behind: Step) -> Callable[..., Any]:
     `behind`: the step after the last one.
     """
     row = tuple(row)
-    privately = _numbered(list(_steps(row, U1)), behind)
-    openly = _numbered(list(_steps(row, U0)), behind)
+    privately, openly = (
+        by_number([(U(n), _called(one)) for n, one in enumerate(_steps(row, private), 1)], behind)
+        for private in (U1, U0)
+    )
 
     @outlined
     def one(m, op, stage):
@@ -178,28 +165,3 @@ def _called(one: Step) -> Step:
         return np.int64(one(m, op))
 
     return called
-
-
-def _numbered(steps: list[Step], behind: Step) -> Callable[..., Any]:
-    """One function of the number of a step."""
-    a, b, c, d, e, f, g, h = _filled([*map(_called, steps), _called(behind)])
-
-    @outlined
-    def numbered(m, op, stage):
-        if stage == U1:
-            return np.int64(a(m, op))
-        if stage == U2:
-            return np.int64(b(m, op))
-        if stage == U3:
-            return np.int64(c(m, op))
-        if stage == U4:
-            return np.int64(d(m, op))
-        if stage == U5:
-            return np.int64(e(m, op))
-        if stage == U6:
-            return np.int64(f(m, op))
-        if stage == U7:
-            return np.int64(g(m, op))
-        return np.int64(h(m, op))
-
-    return numbered

@@ -124,11 +124,11 @@ def convert(m, op):
 # --------------------------------------------------------------------------- step by step
 
 
-@kernel
-def after_unit(m, op):
+@outlined
+def after_unit(m, op, stage):
     """Behind a unit: step 1 of the next one, if there is one."""
     m.state[op + O_NEXT] = U1
-    return finish(m, op)
+    return np.int64(finish(m, op))
 
 
 step_rfc2, step_fixup, step_jan2026, step_next4k, step_slides = (

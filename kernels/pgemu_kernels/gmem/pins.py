@@ -13,7 +13,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.properties import gup_works
-from pgemu_kernels.engine.rows import find_vma, space_root, stop
+from pgemu_kernels.engine.rows import clear_words, find_vma, space_root, stop
 from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
@@ -192,7 +192,6 @@ def operate_unpin(m, op):
         charge_one(m, EVENT_PAGE_PINNED)
         change(m.stats, GAUGE_PAGES_PINNED, -1)
         drop(m, pfn, GUP_PIN_COUNTING_BIAS)
-    for word in range(row, row + _WORDS):
-        state[word] = U0
+    clear_words(state, row, _WORDS)
     state[op + O_DETAIL] = pages
     return stop(state, op, 0)

@@ -7,8 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, inode_row, is_live_vm, stop, vm_row
-from pgemu_kernels.gmem.allocation import has_folio
-from pgemu_kernels.gmem.faults import enter_fault, guest_allocates, guest_end, is_released
+from pgemu_kernels.gmem.faults import end_guest_fault, enter_fault, is_released
 from pgemu_kernels.kvm.fault import page_root, prefault_by, prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
@@ -58,10 +57,7 @@ def prefault_page(m, op, gfn):
     state = m.state
     state[op + O_ADDRESS] = gfn << U12
     if prefault_begin(m, op) == GO:
-        if has_folio(m, op):
-            guest_end(m, op)
-        else:
-            guest_allocates(m, op)
+        end_guest_fault(m, op)
         if np.int64(state[op + O_STATUS]) == RET_PF_FIXED:
             f = stage2_format(m)
             root = page_root(m, vm_row(state[op + O_VM]), inode_row(state[op + O_INODE]), state[op + O_INDEX])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U511, U512
@@ -241,21 +243,22 @@ def merge_blocks(m, op, start, end, besides):
     return held
 
 
-@kernel
-def merge(m, op):
-    """To private, after the store: merge every touched block that holds no shared page any more, or -WOULD_SPIN."""
-    held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], False)
-    if held != NONE:
-        return merge_failed(m, op, m.state[op + O_START], held)
-    went_on(m, op)
-    return GO
+def merges(besides: bool) -> Any:
+    """To private: a step that merges every touched block which holds no shared page any more, or -WOULD_SPIN.
+
+    besides: those of the unit left out, for it comes before the store.
+    """
+
+    @kernel
+    def merge_unit(m, op):
+        held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], besides)
+        if held != NONE:
+            return merge_failed(m, op, m.state[op + O_START], held)
+        went_on(m, op)
+        return GO
+
+    return merge_unit
 
 
-@kernel
-def merge_early(m, op):
-    """The same before the store (fixup)."""
-    held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], True)
-    if held != NONE:
-        return merge_failed(m, op, m.state[op + O_START], held)
-    went_on(m, op)
-    return GO
+merge = merges(False)
+merge_early = merges(True)  # fixup

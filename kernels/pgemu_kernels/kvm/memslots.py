@@ -13,14 +13,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import (
-    first_slot,
-    free_row,
-    inode_row,
-    memslot_row,
-    overlap,
-    vm_row,
-)
+from pgemu_kernels.engine.rows import clear_words, first_slot, free_row, inode_row, memslot_row, overlap, vm_row
 from pgemu_kernels.folios.page_cache import cache_free
 from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
 from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
@@ -165,13 +158,7 @@ def delete_slot(m, slot):
     while state[before] != slot:
         before = state[before] + M_NEXT
     state[before] = state[slot + M_NEXT]
-    clear_row(state, slot)
-
-
-@kernel
-def clear_row(state, slot):
-    for word in range(_M_WORDS):
-        state[slot + word] = U0
+    clear_words(state, slot, _M_WORDS)
 
 
 # --------------------------------------------------------------------------- checks
@@ -393,7 +380,7 @@ def close_vm(m, op):
         slot = state[row + V_SLOTS]
         state[row + V_SLOTS] = state[slot + M_NEXT]
         cache_free(m, slot + M_DIRTY)
-        clear_row(state, slot)
+        clear_words(state, slot, _M_WORDS)
     cache_free(m, row + V_ATTRIBUTES)
     space = state[row + V_SPACE]
     if space < state[R_SPACES]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import is_live_vm, stop
 from pgemu_kernels.kvm.attributes import set_attributes
@@ -30,6 +31,24 @@ from pgemu_kernels.words.operations import EBADF, EOPNOTSUPP, STOP
 from pgemu_kernels.words.rows import O_OP, O_VM
 
 
+@kernel
+def _has_none(m, op, kind):
+    return np.int64(-EOPNOTSUPP)
+
+
+# The operations that only such VMs have: their status.
+numbered = by_number(
+    (
+        (OP_MEMSLOT, set_memory_region),
+        (OP_ATTRIBUTES, set_attributes),
+        (OP_PREFAULT, pre_fault_memory),
+        (OP_DIRTY_LOG, get_dirty_log),
+        (OP_VM_EXIT, close_vm),
+    ),
+    _has_none,
+)
+
+
 @outlined
 def operate_vm(m, op):
     """Run one operation of a VM; -EBADF for one that is closed."""
@@ -48,20 +67,3 @@ def operate_vm(m, op):
     else:
         stop(state, op, numbered(m, op, kind))
     return STOP
-
-
-@kernel
-def numbered(m, op, kind):
-    """The operations that only such VMs have: their status."""
-    status = np.int64(-EOPNOTSUPP)
-    if kind == OP_MEMSLOT:
-        status = set_memory_region(m, op)
-    elif kind == OP_ATTRIBUTES:
-        status = set_attributes(m, op)
-    elif kind == OP_PREFAULT:
-        status = pre_fault_memory(m, op)
-    elif kind == OP_DIRTY_LOG:
-        status = get_dirty_log(m, op)
-    elif kind == OP_VM_EXIT:
-        status = close_vm(m, op)
-    return status

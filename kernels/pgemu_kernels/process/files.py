@@ -15,6 +15,7 @@ from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.process.vma import RESERVED
 from pgemu_kernels.process.zapping import unmap_mapping_range
 from pgemu_kernels.stage2.notifier import notify_inode
+from pgemu_kernels.words.enum_words import OP_REVOKE
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC, EOPNOTSUPP
 from pgemu_kernels.words.rows import (
     I_CACHE,
@@ -29,6 +30,7 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_OBJECT,
     O_OFFSET,
+    O_OP,
     PAGE_MAPPINGS,
 )
 
@@ -130,8 +132,8 @@ def close_file(m, op):
     return stop(state, op, 0)
 
 
-@kernel
-def set_revoked(m, op, revoked):
+@outlined
+def set_revoked(m, op):
     """A device's memory goes off, and its entries from every process, or comes back on. 0 or -EINVAL.
 
     drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock().
@@ -140,7 +142,7 @@ def set_revoked(m, op, revoked):
     node = inode_row(state[op + O_OBJECT])
     if state[node + I_KIND] != INODE_DEVICE:
         return stop(state, op, -EINVAL)
-    if revoked:
+    if state[op + O_OP] == OP_REVOKE:
         state[node + I_FLAGS] |= INODE_REVOKED
         unmap_mapping_range(m, state[op + O_OBJECT], U0, state[node + I_PAGES])
     else:

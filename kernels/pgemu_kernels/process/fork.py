@@ -9,7 +9,7 @@ from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
-from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
+from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vma_row
 from pgemu_kernels.folios.boot import process_root
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
@@ -26,11 +26,11 @@ from pgemu_kernels.process.tables import (
 )
 from pgemu_kernels.process.vma import (
     clone_anon_vma,
+    copy_vma,
     holds_file,
     huge_order,
     is_shared_mapping,
     link_vma,
-    new_vma,
     next_vma,
 )
 from pgemu_kernels.process.zapping import zap_vma
@@ -53,7 +53,6 @@ from pgemu_kernels.words.rows import (
     A_RESERVED,
     A_SPACE,
     A_START,
-    A_WORDS,
     I_REFERENCES,
     O_DETAIL,
     O_SPACE,
@@ -94,8 +93,7 @@ def make_space(m):
             return NONE
         space = state[R_SPACES]
     row = space_row(space)
-    for word in range(U(S_WORDS)):
-        state[row + word] = U0
+    clear_words(state, row, U(S_WORDS))
     if process_root(m, row) != 0:
         return NONE
     state[row + S_LIVE] = U1
@@ -214,11 +212,9 @@ def _needs_copy(state, row):
 def _copy_vma(m, row, space):
     """Give a new process a copy of a VMA and of its entries: 0 or -ENOMEM."""
     state = m.state
-    child = new_vma(state)
+    child = copy_vma(state, row)
     if child == NONE:
         return np.int64(-ENOMEM)
-    for word in range(U(A_WORDS)):
-        state[child + word] = state[row + word]
     state[child + A_SPACE] = space
     state[child + A_FLAGS] &= ~(VM_LOCKED | VM_RESERVATION_OWNER)
     state[child + A_RESERVED] = U0
@@ -280,5 +276,4 @@ def end_process(m, space):
     if state[row + S_USER_ROOT] != U0:
         put_frame(m, state[row + S_USER_ROOT] >> U12)
         change(m.stats, GAUGE_HOST_TABLES, -1)
-    for word in range(U(S_WORDS)):
-        state[row + word] = U0
+    clear_words(state, row, U(S_WORDS))

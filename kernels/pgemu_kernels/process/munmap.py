@@ -13,7 +13,7 @@ from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
 from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush, lookup_address
-from pgemu_kernels.process.vma import first_vma, new_vma, next_vma, split_vma, vma_merge
+from pgemu_kernels.process.vma import copy_vma, first_vma, next_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import drop_large_pfn, zap_vma
 from pgemu_kernels.stage2.release import waits_for_release
 from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
@@ -25,7 +25,6 @@ from pgemu_kernels.words.rows import (
     A_PGOFF,
     A_SPACE,
     A_START,
-    A_WORDS,
     O_ADDRESS,
     O_OBJECT,
     O_OFFSET,
@@ -181,11 +180,9 @@ def _move_vma(m, row, start, length, to):
     """
     state = m.state
     space = state[row + A_SPACE]
-    copy = new_vma(state)
+    copy = copy_vma(state, row)
     if copy == NONE:
         return np.int64(-ENOMEM)
-    for word in range(U(A_WORDS)):
-        state[copy + word] = state[row + word]
     state[copy + A_START] = to
     state[copy + A_END] = to + length
     state[copy + A_PGOFF] = state[row + A_PGOFF] + ((start - state[row + A_START]) >> U12)

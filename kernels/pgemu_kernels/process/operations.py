@@ -6,11 +6,10 @@ stands in its docstring. Where a length is in bytes, it is rounded up to pages a
 
 from __future__ import annotations
 
-import numpy as np
-
 from pgemu_kernels.engine.bits import U0
 from pgemu_kernels.engine.charge import charge_one
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.choice import by_number
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.process.fault import access
 from pgemu_kernels.process.files import close_file, fallocate, punch_hole, set_revoked
@@ -45,6 +44,50 @@ from pgemu_kernels.words.registers import R_INODES
 from pgemu_kernels.words.rows import I_KIND, I_OPEN, INODE_GUEST_MEMFD, O_OBJECT, O_OP, O_SPACE, TASK_SIZE
 
 
+@kernel
+def _unsupported(m, op, kind):
+    return stop(m.state, op, -EOPNOTSUPP)
+
+
+@outlined
+def _exit(m, op):
+    """exit(): 0, or -EBUSY while somebody holds the lock of a file that goes with the process."""
+    state = m.state
+    space = state[op + O_SPACE]
+    if waits_for_release(state, space, U0, TASK_SIZE):
+        return stop(state, op, -EBUSY)
+    end_process(m, space)
+    return stop(state, op, 0)
+
+
+_of_files = by_number(
+    (
+        (OP_PUNCH_HOLE, punch_hole),
+        (OP_ALLOCATE, fallocate),
+        (OP_CLOSE, close_file),
+        (OP_REVOKE, set_revoked),
+        (OP_RESTORE, set_revoked),
+    ),
+    _unsupported,
+)
+_of_processes = by_number(
+    (
+        (OP_MMAP, mmap),
+        (OP_MUNMAP, munmap),
+        (OP_ZAP, zap_mappings),
+        (OP_PROTECT, mprotect),
+        (OP_POPULATE, populate),
+        (OP_READ_SMAPS, read_smaps),
+        (OP_GUARD_INSTALL, guard),
+        (OP_GUARD_REMOVE, guard),
+        (OP_REMAP, mremap),
+        (OP_FORK, fork),
+        (OP_EXIT, _exit),
+    ),
+    _unsupported,
+)
+
+
 @outlined
 def _operate_on_file(m, op, kind):
     """Operations on a file of an ordinary kind."""
@@ -54,13 +97,7 @@ def _operate_on_file(m, op, kind):
         return stop(state, op, -EBADF)
     if state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
         return stop(state, op, -EINVAL)
-    if kind == OP_PUNCH_HOLE:
-        return punch_hole(m, op)
-    if kind == OP_ALLOCATE:
-        return fallocate(m, op)
-    if kind == OP_CLOSE:
-        return close_file(m, op)
-    return set_revoked(m, op, kind == OP_REVOKE)
+    return _of_files(m, op, kind)
 
 
 @outlined
@@ -68,36 +105,12 @@ def operate_process(m, op):
     """Run one operation of a process or on a file that is of neither design."""
     state = m.state
     kind = state[op + O_OP]
-    space = state[op + O_SPACE]
     if kind == OP_PUNCH_HOLE or kind == OP_ALLOCATE or kind == OP_CLOSE or kind == OP_REVOKE or kind == OP_RESTORE:
         charge_one(m, EVENT_SYSCALL)
         return _operate_on_file(m, op, kind)
-    if has_ended(state, space):
+    if has_ended(state, state[op + O_SPACE]):
         return stop(state, op, -EINVAL)
     if kind == OP_HOST_FAULT:
         return access(m, op)
     charge_one(m, EVENT_SYSCALL)
-    if kind == OP_MMAP:
-        return mmap(m, op)
-    if kind == OP_MUNMAP:
-        return munmap(m, op)
-    if kind == OP_ZAP:
-        return zap_mappings(m, op)
-    if kind == OP_PROTECT:
-        return mprotect(m, op)
-    if kind == OP_POPULATE:
-        return populate(m, op)
-    if kind == OP_READ_SMAPS:
-        return read_smaps(m, op)
-    if kind == OP_GUARD_INSTALL or kind == OP_GUARD_REMOVE:
-        return guard(m, op)
-    if kind == OP_REMAP:
-        return mremap(m, op)
-    if kind == OP_FORK:
-        return fork(m, op)
-    if kind == OP_EXIT:
-        if waits_for_release(state, space, U0, TASK_SIZE):
-            return stop(state, op, -EBUSY)
-        end_process(m, space)
-        return stop(state, op, 0)
-    return stop(state, op, np.int64(-EOPNOTSUPP))
+    return _of_processes(m, op, kind)

@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U30
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import find_vma, free_row, inode_row, space_root, vma_row
+from pgemu_kernels.engine.rows import clear_words, find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order
 from pgemu_kernels.process.entries import holds_page, points_to_table
 from pgemu_kernels.process.tables import below, lookup_address
@@ -55,8 +55,17 @@ def new_vma(state):
 @kernel
 def remove_row(state, row):
     """Clear the row of a VMA that no list has."""
-    for word in range(U(A_WORDS)):
-        state[row + word] = U0
+    clear_words(state, row, U(A_WORDS))
+
+
+@kernel
+def copy_vma(state, row):
+    """A row for one more VMA with the words of another one, in no list yet: or NONE."""
+    copy = new_vma(state)
+    if copy != NONE:
+        for word in range(U(A_WORDS)):
+            state[copy + word] = state[row + word]
+    return copy
 
 
 @outlined
@@ -353,12 +362,10 @@ def split_vma(m, row, address):
     state = m.state
     if not _may_split(m, row, address):
         return np.int64(-EINVAL), NONE
-    upper = new_vma(state)
+    upper = copy_vma(state, row)
     if upper == NONE:
         return np.int64(-ENOMEM), NONE
     _notify_split(m, row, address)
-    for word in range(U(A_WORDS)):
-        state[upper + word] = state[row + word]
     state[upper + A_START] = address
     state[upper + A_PGOFF] = page_offset(state, row, address)
     state[row + A_END] = address

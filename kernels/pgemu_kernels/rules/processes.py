@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
-from pgemu_kernels.process.tables import space_row
+from pgemu_kernels.process.tables import below, space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
 from pgemu_kernels.rules.invariants import check_host_leaf, expect, expect_gauge
 from pgemu_kernels.rules.pools import check_pools
@@ -165,28 +166,34 @@ def _own_table(m, owner, slot, found):
     return True
 
 
+@kernel
+def _no_table(m, space, table, base, owner, found):
+    """Below level 1."""
+
+
 def recount_of_process(check_leaf: Callable[..., Any]) -> Callable[..., Any]:
     """A walk (m, space, owner, found) of a process's tables that checks each entry which is neither empty nor a table.
 
     Leaves, tables and mapped pages are added to `found` (int64[FOUND_WORDS]).
     """
 
-    @kernel
-    def walk_table(m, space, table, base, owner, found):
-        """The leaves of a table of level 2 and of the tables below it; `table` is its first word."""
-        for i in range(U512):
-            slot = table + i
-            entry = m.ram[slot]
-            if entry == U0:
-                continue
-            address = base + i * size_of(U2)
-            if not points_to_table(entry):
-                check_leaf(m, space, address, U2, entry, owner, found)
-            elif _own_table(m, owner, slot, found):
-                first = (entry & PTE_ADDRESS) >> U3
-                for k in range(U512):
-                    if m.ram[first + k] != U0:
-                        check_leaf(m, space, address + (k << U12), U1, m.ram[first + k], owner, found)
+    def of_level(lower: Callable[..., Any], level: np.uint64) -> Callable[..., Any]:
+        @outlined
+        def walk_table(m, space, table, base, owner, found):
+            """The leaves of a table of a level, by its first word, and (`lower`) of the tables below it."""
+            for i in range(U512):
+                slot = table + i
+                entry = m.ram[slot]
+                address = base + i * size_of(level)
+                if level > U1 and points_to_table(entry):
+                    if _own_table(m, owner, slot, found):
+                        lower(m, space, below(m, slot), address, owner, found)
+                elif entry != U0 and level < U4:
+                    check_leaf(m, space, address, level, entry, owner, found)
+
+        return walk_table
+
+    walk_tables = reduce(of_level, (U1, U2, U3, U4), _no_table)
 
     @outlined
     def walk_process(m, space, owner, found):
@@ -200,18 +207,7 @@ def recount_of_process(check_leaf: Callable[..., Any]) -> Callable[..., Any]:
                 owner[frame] = _TABLE
                 found[FOUND_TABLES] += 1
         found[FOUND_RSS] = 0
-        for i4 in range(U512):
-            slot4 = (root >> U3) + i4
-            if not points_to_table(m.ram[slot4]) or not _own_table(m, owner, slot4, found):
-                continue
-            for i3 in range(U512):
-                slot3 = ((m.ram[slot4] & PTE_ADDRESS) >> U3) + i3
-                address = i4 * size_of(U4) + i3 * size_of(U3)
-                if points_to_table(m.ram[slot3]):
-                    if _own_table(m, owner, slot3, found):
-                        walk_table(m, space, (m.ram[slot3] & PTE_ADDRESS) >> U3, address, owner, found)
-                elif m.ram[slot3] != U0:
-                    check_leaf(m, space, address, U3, m.ram[slot3], owner, found)
+        walk_tables(m, space, root >> U3, U0, owner, found)
         expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
 
     return walk_process

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U18, U27, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U511, U512
 from pgemu_kernels.engine.compile import entry, kernel, outlined
+from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.engine.rows import block_row, broken, find_vma, inode_row, vm_row
 from pgemu_kernels.engine.shareability import is_shared
@@ -125,48 +129,6 @@ check_space = recount_of_process(check_designs_leaf)
 
 
 @kernel
-def check_vm(m, vm, owner, leaves):
-    """Walk a VM's stage-2 tables: how many tables; leaves by level are added to `leaves` (int64[3])."""
-    root = m.state[vm_row(vm) + V_ROOT]
-    private = m.state[vm_row(vm) + V_PRIVATE_ROOT]
-    tables = np.int64(0)
-    if root != U0:  # else it is closed
-        tables += check_tree(m, vm, root, owner, leaves)
-    if private != root:
-        tables += check_tree(m, vm, private, owner, leaves)
-    return tables
-
-
-@outlined
-def check_tree(m, vm, root, owner, leaves):
-    """The same below one of its roots. Tables of the mirror know that they are."""
-    state = m.state
-    ram = m.ram
-    f = stage2_format(m)
-    own(m, owner, root >> U12, 2)
-    tables = np.int64(1)
-    for i4 in range(U512):
-        e4 = ram[(root >> U3) + i4]
-        if not is_present(state, f, e4):
-            continue
-        own(m, owner, (e4 & PTE_ADDRESS) >> U12, 2)
-        tables += 1
-        for i3 in range(U512):
-            e3 = ram[table_of(state, f, e4) + i3]
-            gfn = i4 << U27 | i3 << U18
-            if not is_present(state, f, e3):
-                continue
-            if is_large(state, f, e3):
-                leaves[2] += 1
-                check_leaf(m, vm, root, gfn, U3, e3)
-                continue
-            own(m, owner, (e3 & PTE_ADDRESS) >> U12, 2)
-            tables += 1
-            tables += check_level2(m, vm, root, gfn, table_of(state, f, e3), owner, leaves)
-    return tables
-
-
-@kernel
 def check_below(m, root, table, leaves, gfn):
     """What a table page keeps: how many leaves are below, and whether it is of the mirror."""
     expect(m, leaves_below(m, table) == leaves, BROKEN_COUNTS, gfn)
@@ -174,34 +136,59 @@ def check_below(m, root, table, leaves, gfn):
 
 
 @kernel
-def check_level2(m, vm, root, gfn, table2, owner, leaves):
-    """The tables and leaves of one 1G region."""
-    state = m.state
-    ram = m.ram
-    f = stage2_format(m)
+def no_table(m, vm, root, gfn, table, owner, leaves):
+    """Below level 1."""
+    return np.int64(0), U0
+
+
+def recount_of_stage2(level: np.uint64, lower: Any) -> Any:
+    """A walk of a stage-2 table of a level, by the words of its frame, and (`lower`) of those below it.
+
+    (m, vm, root, gfn, table, owner, leaves): (int64: how many tables, uint64: how many leaves); leaves by level are
+    added to `leaves` (int64[3]).
+    """
+
+    @outlined
+    def walk_stage2(m, vm, root, gfn, table, owner, leaves):
+        state = m.state
+        f = stage2_format(m)
+        own(m, owner, table >> U9, 2)
+        tables = np.int64(1)
+        found = U0
+        for i in range(U512):
+            entry = m.ram[table + i]
+            at = gfn | i * pages_of(level)
+            if not is_present(state, f, entry):
+                continue
+            if level == U1 or (level < U4 and is_large(state, f, entry)):
+                leaves[level - U1] += 1
+                found += U1
+                check_leaf(m, vm, root, at, level, entry)
+            else:
+                more_tables, more = lower(m, vm, root, at, table_of(state, f, entry), owner, leaves)
+                tables += more_tables
+                found += more
+        if level < U3:
+            check_below(m, root, table, found, gfn)
+        return tables, found
+
+    return walk_stage2
+
+
+check_tree = reduce(lambda lower, level: recount_of_stage2(level, lower), (U1, U2, U3, U4), no_table)
+
+
+@kernel
+def check_vm(m, vm, owner, leaves):
+    """Walk a VM's stage-2 tables: how many tables; leaves by level are added to `leaves` (int64[3])."""
+    root = m.state[vm_row(vm) + V_ROOT]
+    private = m.state[vm_row(vm) + V_PRIVATE_ROOT]
     tables = np.int64(0)
-    below2 = U0
-    for i2 in range(U512):
-        e2 = ram[table2 + i2]
-        if not is_present(state, f, e2):
-            continue
-        if is_large(state, f, e2):
-            leaves[1] += 1
-            below2 += U1
-            check_leaf(m, vm, root, gfn | i2 << U9, U2, e2)
-            continue
-        own(m, owner, (e2 & PTE_ADDRESS) >> U12, 2)
-        tables += 1
-        table = table_of(state, f, e2)
-        below = U0
-        for i1 in range(U512):
-            if is_present(state, f, ram[table + i1]):
-                below += U1
-                check_leaf(m, vm, root, gfn | i2 << U9 | i1, U1, ram[table + i1])
-        check_below(m, root, table, below, gfn | i2 << U9)
-        leaves[0] += np.int64(below)
-        below2 += below
-    check_below(m, root, table2, below2, gfn)
+    if root != U0:  # else it is closed
+        tables, _ = check_tree(m, vm, root, U0, root >> U3, owner, leaves)
+    if private != root:
+        more, _ = check_tree(m, vm, private, U0, private >> U3, owner, leaves)
+        tables += more
     return tables
 
 

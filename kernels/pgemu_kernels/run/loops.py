@@ -18,6 +18,7 @@ from pgemu_kernels.engine.bits import (
     U1,
 )
 from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last, result
+from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
@@ -120,65 +121,50 @@ converts = in_batches(prefetch_converts, operate_convert)
 zaps = in_batches(prefetch_hosts, operate_zap)
 
 
-@outlined
-def run_other(m, op):
-    """Run an operation that default machines leave to others."""
-    kind = m.state[op + O_OP]
-    if kind == OP_RELEASE:
-        truncation.release(m, op)
-    elif kind == OP_WORK:
-        workers.operate_work(m, op)
-    elif kind == OP_PIN:
-        pins.operate_pin(m, op)
-    elif kind == OP_UNPIN:
-        pins.operate_unpin(m, op)
-    elif kind == OP_LRU_DRAIN:
-        lru.operate_drain(m, op)
-    elif kind == OP_PREFAULT:
-        prefault.prefault(m, op)
-    elif kind == OP_DIRTY_LOGGING:
-        levels.set_dirty_logging(m, op)
-    elif kind == OP_ALLOCATE:
-        fallocate.allocate(m, op)
-    elif kind == OP_MEMORY_POLICY:
-        operate_policy(m, op)
-    else:
-        refuse(m, op)
-
-
 @kernel
-def refuse(m, op):
+def refuse(m, op, kind):
     """An operation that the designs do not know."""
-    result(m.state, op, np.int64(-EOPNOTSUPP))
+    return result(m.state, op, np.int64(-EOPNOTSUPP))
 
 
-run_beyond = full_only(run_other, refuse)
+# Operations that default machines leave to others.
+run_beyond = full_only(
+    by_number(
+        (
+            (OP_RELEASE, truncation.release),
+            (OP_WORK, workers.operate_work),
+            (OP_PIN, pins.operate_pin),
+            (OP_UNPIN, pins.operate_unpin),
+            (OP_LRU_DRAIN, lru.operate_drain),
+            (OP_PREFAULT, prefault.prefault),
+            (OP_DIRTY_LOGGING, levels.set_dirty_logging),
+            (OP_ALLOCATE, fallocate.allocate),
+            (OP_MEMORY_POLICY, operate_policy),
+        ),
+        refuse,
+    ),
+    refuse,
+)
+run_any = by_number(
+    (
+        (OP_ZAP, zap_mappings),
+        (OP_PUNCH_HOLE, truncation.punch),
+        (OP_MMAP, mmap),
+        (OP_MUNMAP, munmap),
+        (OP_BIND, binding.bind),
+        (OP_UNBIND, binding.unbind),
+        (OP_GET, references.get),
+        (OP_PUT, references.put),
+        (OP_CLOSE, truncation.close),
+    ),
+    run_beyond,
+)
 
 
 @outlined
 def run_kind(m, op):
     """Run an operation that is one step; its system call is charged already."""
-    kind = m.state[op + O_OP]
-    if kind == OP_ZAP:
-        zap_mappings(m, op)
-    elif kind == OP_PUNCH_HOLE:
-        truncation.punch(m, op)
-    elif kind == OP_MMAP:
-        mmap(m, op)
-    elif kind == OP_MUNMAP:
-        munmap(m, op)
-    elif kind == OP_BIND:
-        binding.bind(m, op)
-    elif kind == OP_UNBIND:
-        binding.unbind(m, op)
-    elif kind == OP_GET:
-        references.get(m, op)
-    elif kind == OP_PUT:
-        references.put(m, op)
-    elif kind == OP_CLOSE:
-        truncation.close(m, op)
-    else:
-        run_beyond(m, op)
+    run_any(m, op, m.state[op + O_OP])
 
 
 @outlined

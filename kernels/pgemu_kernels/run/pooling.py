@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, NONE, U0, U1, U3, U6, U7, U9, U12, U512
-from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last
+from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
-from pgemu_kernels.engine.records import Columns, element, load, save_result
+from pgemu_kernels.engine.records import Columns, element
 from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.boot_memory import prepare_memory
 from pgemu_kernels.folios.demotion import demote, dissolve_free_hugetlb_folio
@@ -33,7 +34,7 @@ from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
-from pgemu_kernels.run.routing import is_pooling
+from pgemu_kernels.run.routing import in_order, is_pooling
 from pgemu_kernels.words.enum_words import (
     EVENT_VMEMMAP_FAULT,
     OP_DISSOLVE,
@@ -55,7 +56,6 @@ from pgemu_kernels.words.registers import (
     R_GUEST_PAGES,
     R_HWPOISON,
     R_NODES,
-    R_ORDINARY,
     R_POOL_BASE,
     R_VMEMMAP,
 )
@@ -240,39 +240,51 @@ def folio_merge(m, op):
 
 
 @outlined
-def operate_pool(m, op):
-    """Run one operation whose record is at `op`."""
+def take_out(m, op):
+    """DISSOLVE: the free page that holds a frame leaves its pool. POISON: the frame is poisoned. -EINVAL of others."""
     state = m.state
-    kind = state[op + O_OP]
     pfn = state[op + O_ADDRESS] >> U12
-    if kind == OP_POOL_RESIZE or kind == OP_POOL_DEMOTE:
-        change_pool(m, op)
-    elif kind == OP_FOLIO_ALLOCATE:
-        operate_allocate(m, op)
-    elif kind == OP_FOLIO_FREE:
-        free(m, op)
-    elif kind == OP_VMEMMAP_OPTIMIZE or kind == OP_VMEMMAP_RESTORE:
-        change_vmemmap(m, op)
-    elif kind == OP_FOLIO_SPLIT:
-        folio_split(m, op)
-    elif kind == OP_FOLIO_MERGE:
-        folio_merge(m, op)
-    elif kind == OP_FOLIO_REFERENCE:
-        change_references(m, op)
-    elif kind == OP_FOLIO_FREEZE:
-        change_frozen(m, op)
-    elif kind == OP_VMEMMAP_STORE:
-        store_word(m, op)
-    elif kind == OP_DISSOLVE or kind == OP_POISON:
-        head = head_of(m, pfn)
-        if head == NONE:
-            stop(state, op, -EINVAL)
-        elif kind == OP_POISON:
-            stop(state, op, poison(m, head, pfn))
-        else:
-            stop(state, op, dissolve_free_hugetlb_folio(m, hstate_of_order(order_of(m, head)), head))
-    else:
-        stop(state, op, -EINVAL)
+    head = head_of(m, pfn)
+    if head == NONE:
+        return stop(state, op, -EINVAL)
+    if state[op + O_OP] == OP_POISON:
+        return stop(state, op, poison(m, head, pfn))
+    return stop(state, op, dissolve_free_hugetlb_folio(m, hstate_of_order(order_of(m, head)), head))
+
+
+@kernel
+def refuse_pooling(m, op, kind):
+    """An operation that is none on huge pages."""
+    return stop(m.state, op, -EINVAL)
+
+
+operate_pool = by_number(
+    (
+        (OP_POOL_RESIZE, change_pool),
+        (OP_POOL_DEMOTE, change_pool),
+        (OP_FOLIO_ALLOCATE, operate_allocate),
+        (OP_FOLIO_FREE, free),
+        (OP_VMEMMAP_OPTIMIZE, change_vmemmap),
+        (OP_VMEMMAP_RESTORE, change_vmemmap),
+        (OP_FOLIO_SPLIT, folio_split),
+        (OP_FOLIO_MERGE, folio_merge),
+        (OP_FOLIO_REFERENCE, change_references),
+        (OP_FOLIO_FREEZE, change_frozen),
+        (OP_VMEMMAP_STORE, store_word),
+        (OP_DISSOLVE, take_out),
+        (OP_POISON, take_out),
+    ),
+    refuse_pooling,
+)
+
+
+@kernel
+def is_ours(m, columns, i):
+    """Whether an operation is one on huge pages."""
+    return is_pooling(element(columns.header, i) & LOW8)
+
+
+run_in_order = in_order(is_ours, operate_pool)
 
 
 @entry
@@ -286,14 +298,4 @@ def run_pooling(descriptor, header, object_, address, offset, length, status, de
     m = open_full_machine(descriptor)
     if first == NONE:
         return U(prepare_memory(m))
-    count = U(status.size)
-    i = first
-    while i < count and is_pooling(element(header, i) & LOW8):
-        m.state[R_ORDINARY] = U1
-        op = load(m, columns, i)
-        operate_pool(m, op)
-        forget_last(m.stats)
-        finish_operation(m, op)
-        save_result(m.state, op, columns, i)
-        i += U1
-    return i
+    return run_in_order(m, columns, first)

@@ -5,6 +5,8 @@ What leads there is read in order, so a batch goes as many times as there are mi
 
 from __future__ import annotations
 
+from typing import Any
+
 from pgemu_kernels.engine.bits import LOW16, NONE, U0, U1, U2, U3, U4, U6, U8, U12, U32, U48, prefetch
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.geometry import index_at
@@ -102,6 +104,58 @@ def prefetch_folio(m, node, index):
         prefetch(m.ram, struct_page(m, m.state[block + B_PFN] + (index & ((U1 << state[R_ORDER]) - U1))))
 
 
+def ahead(page_of: Any, has_folio: Any, scattered: Any, leaves: Any) -> Any:
+    """What asks for all that a batch (m, columns, first, last) will touch, if that lies scattered.
+
+    page_of(m, columns, i): inode row and index of an operation's page, NONE twice where there is none.
+    has_folio(m, columns, i): whether its folio is asked for.
+    scattered(columns, first, last): whether the batch lies scattered.
+    leaves(m, columns, i, node, index): asks for the entries that it will touch.
+    """
+
+    @kernel
+    def ask_block(m, columns, i):
+        node, index = page_of(m, columns, i)
+        if node != NONE and has_folio(m, columns, i):
+            prefetch(m.state, block_row(m, node, index))
+
+    @kernel
+    def ask_page(m, columns, i):
+        node, index = page_of(m, columns, i)
+        if node != NONE:
+            prefetch_bit(m, node, index)
+            if has_folio(m, columns, i):
+                prefetch_folio(m, node, index)
+            leaves(m, columns, i, node, index)
+
+    @kernel
+    def ask(m, columns, first, last):
+        if scattered(columns, first, last):
+            if order_0(m):
+                for i in range(first, last):
+                    ask_block(m, columns, i)
+            for i in range(first, last):
+                ask_page(m, columns, i)
+
+    return ask
+
+
+@kernel
+def by_address(columns, first, last):
+    return is_scattered(columns.address, first, last)
+
+
+@kernel
+def by_offset(columns, first, last):
+    return is_scattered(columns.offset, first, last)
+
+
+@kernel
+def splits_or_small(m, columns, i):
+    """Whether a fault's folio may be one of 4K."""
+    return splits_folios(m) or order_0(m)
+
+
 @kernel
 def page_of_host(m, columns, i):
     """Inode row and index of the page under a host's address; NONE twice where there is none."""
@@ -117,23 +171,10 @@ def page_of_host(m, columns, i):
 
 
 @kernel
-def prefetch_host(m, columns, i):
-    """Ask for what a host fault or a zap of one page will touch."""
-    node, index = page_of_host(m, columns, i)
-    if node != NONE:
-        prefetch_bit(m, node, index)
-        if splits_folios(m) or order_0(m):
-            prefetch_folio(m, node, index)
-        root = space_root(m.state, element(columns.header, i) >> U48)
-        prefetch_leaf(m, host_format(m), root, element(columns.address, i) >> U12)
-
-
-@kernel
-def prefetch_host_block(m, columns, i):
-    """Ask for where prefetch_host() will find the folio."""
-    node, index = page_of_host(m, columns, i)
-    if node != NONE:
-        prefetch(m.state, block_row(m, node, index))
+def ask_host_leaf(m, columns, i, node, index):
+    """Ask for the entry of the process."""
+    root = space_root(m.state, element(columns.header, i) >> U48)
+    prefetch_leaf(m, host_format(m), root, element(columns.address, i) >> U12)
 
 
 @kernel
@@ -152,24 +193,11 @@ def page_of_guest(m, columns, i):
 
 
 @kernel
-def prefetch_guest(m, columns, i):
-    """Ask for what a guest fault will touch."""
-    node, index = page_of_guest(m, columns, i)
-    if node != NONE:
-        prefetch_bit(m, node, index)
-        prefetch(m.state, m.state[node + I_GUEST_BITS] + (index >> U6))
-        if splits_folios(m) or order_0(m):
-            prefetch_folio(m, node, index)
-        root = m.state[vm_row(element(columns.header, i) >> U32 & LOW16) + V_ROOT]
-        prefetch_leaf(m, stage2_format(m), root, element(columns.address, i) >> U12)
-
-
-@kernel
-def prefetch_guest_block(m, columns, i):
-    """Ask for where prefetch_guest() will find the folio."""
-    node, index = page_of_guest(m, columns, i)
-    if node != NONE:
-        prefetch(m.state, block_row(m, node, index))
+def ask_guest_leaf(m, columns, i, node, index):
+    """Ask for the bit that says whether the guest has a leaf, and for the leaf."""
+    prefetch(m.state, m.state[node + I_GUEST_BITS] + (index >> U6))
+    root = m.state[vm_row(element(columns.header, i) >> U32 & LOW16) + V_ROOT]
+    prefetch_leaf(m, stage2_format(m), root, element(columns.address, i) >> U12)
 
 
 @kernel
@@ -190,20 +218,20 @@ def page_of_conversion(m, columns, i):
 
 
 @kernel
-def prefetch_convert(m, columns, i):
-    """Ask for what the conversion of one page will touch, where the VMA and the slot last used show it.
+def is_gated(m, columns, i):
+    """Whether a conversion looks at its page's folio."""
+    return splits_folios(m) and is_to_private(columns, i)
+
+
+@kernel
+def ask_leaves(m, columns, i, node, index):
+    """Ask for the entries of the page, where the VMA and the slot last used show it.
 
     To shared it is no host's entry, and no folio: a private page has no such entry and is asked of nobody.
     """
     state = m.state
-    node, index = page_of_conversion(m, columns, i)
-    if node == NONE:
-        return
     inode = element(columns.object, i)
-    prefetch_bit(m, node, index)
     if is_to_private(columns, i):
-        if splits_folios(m):
-            prefetch_folio(m, node, index)
         vma = state[R_LAST_VMA]
         first, last = vma_overlap(state, vma, inode, index, index + U1)
         if first < last:
@@ -214,42 +242,6 @@ def prefetch_convert(m, columns, i):
         prefetch_leaf(m, stage2_format(m), state[vm_row(state[slot + M_VM]) + V_ROOT], first)
 
 
-@kernel
-def prefetch_convert_block(m, columns, i):
-    """Ask for where prefetch_convert() will find the folio."""
-    node, index = page_of_conversion(m, columns, i)
-    if node != NONE and splits_folios(m) and is_to_private(columns, i):
-        prefetch(m.state, block_row(m, node, index))
-
-
-@kernel
-def prefetch_hosts(m, columns, first, last):
-    """Ask for what a batch of host faults or zaps will touch, if that lies scattered."""
-    if is_scattered(columns.address, first, last):
-        if order_0(m):
-            for i in range(first, last):
-                prefetch_host_block(m, columns, i)
-        for i in range(first, last):
-            prefetch_host(m, columns, i)
-
-
-@kernel
-def prefetch_guests(m, columns, first, last):
-    """Ask for what a batch of guest faults will touch, if that lies scattered."""
-    if is_scattered(columns.address, first, last):
-        if order_0(m):
-            for i in range(first, last):
-                prefetch_guest_block(m, columns, i)
-        for i in range(first, last):
-            prefetch_guest(m, columns, i)
-
-
-@kernel
-def prefetch_converts(m, columns, first, last):
-    """Ask for what a batch of conversions of one page will touch, if that lies scattered."""
-    if is_scattered(columns.offset, first, last):
-        if order_0(m):
-            for i in range(first, last):
-                prefetch_convert_block(m, columns, i)
-        for i in range(first, last):
-            prefetch_convert(m, columns, i)
+prefetch_hosts = ahead(page_of_host, splits_or_small, by_address, ask_host_leaf)  # of faults, and of zaps of one page
+prefetch_guests = ahead(page_of_guest, splits_or_small, by_address, ask_guest_leaf)
+prefetch_converts = ahead(page_of_conversion, is_gated, by_offset, ask_leaves)  # of one page

@@ -11,11 +11,15 @@ compares the designs should not wait for the others' compilation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, LOW16, NONE, U0, U1, U8, U12, U32, U48
+from pgemu_kernels.engine.charge import finish_operation, forget_last
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.records import element
+from pgemu_kernels.engine.records import element, load, save_result
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
 from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
 from pgemu_kernels.words.operations import (
@@ -31,10 +35,11 @@ from pgemu_kernels.words.operations import (
     OPS_POOLING,
     Entry,
 )
-from pgemu_kernels.words.registers import R_FULL, R_INODES, R_SPACES, R_VMS
+from pgemu_kernels.words.registers import R_FULL, R_INODES, R_ORDINARY, R_SPACES, R_VMS
 from pgemu_kernels.words.rows import (
     A_KIND,
     M_KIND,
+    O_OP,
     S_ORDINARY,
     S_WORDS,
     SLOT_GUEST_MEMFD,
@@ -50,6 +55,29 @@ _POOLING = U(Entry.POOLING << ENTRY_SHIFT)
 _S_WORDS = U(S_WORDS)
 _OPERATIONS = U(OPERATIONS)
 _PRIVATE_OR_SHARED = FLAG_PRIVATE | FLAG_SHARED
+
+
+def in_order(is_ours: Callable[..., Any], operate: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop (m, columns, first) over operations up to one that is not `is_ours`: its index, or how many there are.
+
+    is_ours: (m, columns, i). operate: (m, op, kind) as engine.choice makes them.
+    """
+
+    @kernel
+    def run_in_order(m, columns, first):
+        count = U(columns.status.size)
+        i = first
+        while i < count and is_ours(m, columns, i):
+            m.state[R_ORDINARY] = U1
+            op = load(m, columns, i)
+            operate(m, op, m.state[op + O_OP])
+            forget_last(m.stats)
+            finish_operation(m, op)
+            save_result(m.state, op, columns, i)
+            i += U1
+        return i
+
+    return run_in_order
 
 
 @kernel

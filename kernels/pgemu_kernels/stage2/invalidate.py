@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2, U4, U512, trailing_zeros
-from pgemu_kernels.engine.charge import charge, charge_one
+from pgemu_kernels.engine.bits import U0, U1, U2, U4, U512, population, trailing_zeros
+from pgemu_kernels.engine.charge import charge, charge_each, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import first_slot, inode_row, is_mirrored, memslot_row, overlap, vm_row
@@ -255,10 +255,7 @@ def flush_vms(m):
     state = m.state
     if state[R_FLUSHES_HELD] != U0:
         return
-    vms = state[R_UNFLUSHED_VMS]
-    while vms != U0:
-        charge_one(m, EVENT_TLB_FLUSH_VM)
-        vms &= vms - U1
+    charge_each(m, EVENT_TLB_FLUSH_VM, np.int64(population(state[R_UNFLUSHED_VMS])))
     state[R_UNFLUSHED_VMS] = U0
 
 
@@ -294,10 +291,7 @@ def notify_unmap(m, space, inode, start, end):
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
     if state[R_NOTIFIER] == U0 or vms == U0:
         return
-    called = vms
-    while called != U0:
-        charge_one(m, EVENT_NOTIFIER_CALL)
-        called &= called - U1
+    charge_each(m, EVENT_NOTIFIER_CALL, np.int64(population(vms)))
     if state[R_GUEST_FAULTS] != U0:
         retry_faults(m, space, inode, start, end)
     node = inode_row(inode)

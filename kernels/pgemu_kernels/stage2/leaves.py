@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U27, U511, U512
@@ -345,13 +347,13 @@ def map_mmio(m, root, gfn, generation):
 
 
 @kernel
-def zap_4k_leaves(m, f, table, first, last):
-    """Clear present entries [first, last) of a level-1 table; how many there were."""
+def zap_4k_leaves(m, f, table, gfn, end):
+    """Clear the entries of [gfn, end), all within a level-1 table; how many were present."""
     ram = m.ram
     empty = m.state[f + F_EMPTY]
     present = m.state[f + F_MMU_PRESENT]
     cleared = np.int64(0)
-    for slot in range(table + first, table + last):
+    for slot in range(table + (gfn & U511), table + (end - U1 & U511) + U1):
         if ram[slot] & present != U0:
             ram[slot] = empty
             cleared += 1
@@ -367,38 +369,37 @@ def count_beyond(m, level, gfn, end):
     charge(m, EVENT_SPTE_PAGES_BEYOND, np.int64(pages_of(level) - (end - gfn)))
 
 
-@kernel
-def zap_2m_region(m, f, slot, gfn, end):
-    """Drop leaves of [gfn, end), all within the level-2 entry at `slot`; a 2M leaf goes whole."""
-    entry = m.ram[slot]
-    if not is_present(m.state, f, entry):
-        return np.int64(0)
-    if is_large(m.state, f, entry):
-        m.ram[slot] = m.state[f + F_EMPTY]
-        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U1, -1)
-        count_beyond(m, U2, gfn, end)
-        return np.int64(1)
-    table = table_of(m.state, f, entry)
-    if leaves_below(m, table) == U0:
-        return np.int64(0)
-    return zap_4k_leaves(m, f, table, gfn & U511, (end - U1 & U511) + U1)
+def zap_region(level: np.uint64, zap_below: Any) -> Any:
+    """Drop leaves of [gfn, end), all within the entry of `level` at `slot`: how many. A leaf in it goes whole.
+
+    zap_below(m, f, table, gfn, end): drops those of the table below the entry.
+    """
+
+    @kernel
+    def zap_entry(m, f, slot, gfn, end):
+        entry = m.ram[slot]
+        if not is_present(m.state, f, entry):
+            return np.int64(0)
+        if is_large(m.state, f, entry):
+            m.ram[slot] = m.state[f + F_EMPTY]
+            change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, -1)
+            count_beyond(m, level, gfn, end)
+            return np.int64(1)
+        table = table_of(m.state, f, entry)
+        # The count below the table spares a rounded zap the walk over 512 empty tables.
+        if leaves_below(m, table) == U0:
+            return np.int64(0)
+        return zap_below(m, f, table, gfn, end)
+
+    return zap_entry
+
+
+zap_2m_region = zap_region(U2, zap_4k_leaves)
 
 
 @kernel
-def zap_1g_region(m, f, slot, gfn, end):
-    """Drop leaves of [gfn, end), all within the level-3 entry at `slot`; a 1G leaf goes whole."""
-    entry = m.ram[slot]
-    if not is_present(m.state, f, entry):
-        return np.int64(0)
-    if is_large(m.state, f, entry):
-        m.ram[slot] = m.state[f + F_EMPTY]
-        change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + U2, -1)
-        count_beyond(m, U3, gfn, end)
-        return np.int64(1)
-    table = table_of(m.state, f, entry)
-    # The count below the table spares a rounded zap the walk over 512 empty tables.
-    if leaves_below(m, table) == U0:
-        return np.int64(0)
+def zap_2m_regions(m, f, table, gfn, end):
+    """Drop leaves of [gfn, end), all within a level-2 table: how many."""
     cleared = np.int64(0)
     while gfn < end:
         stop = min(end, (gfn | U511) + U1)
@@ -406,6 +407,9 @@ def zap_1g_region(m, f, slot, gfn, end):
         gfn = stop
     count_below(m.counts, table, -cleared)
     return cleared
+
+
+zap_1g_region = zap_region(U3, zap_2m_regions)
 
 
 @kernel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, trailing_zeros
-from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, population, trailing_zeros
+from pgemu_kernels.engine.charge import charge_each, charge_one
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
 from pgemu_kernels.stage2.invalidate import flush_vms, leaves_some, zap_slot
@@ -69,10 +69,7 @@ def notify_range(m, space, start, end):
     if state[R_NOTIFIER] == U0:
         return
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
-    called = vms
-    while called != U0:
-        charge_one(m, EVENT_NOTIFIER_CALL)
-        called &= called - U1
+    charge_each(m, EVENT_NOTIFIER_CALL, np.int64(population(vms)))
     dropped = np.int64(0)
     for i in range(state[R_MEMSLOTS] if vms != U0 else U0):
         slot = memslot_row(i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, trailing_zeros
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, population, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, vm_row, vma_overlap
 from pgemu_kernels.words.registers import R_MAPPINGS, R_MEMSLOTS, R_SPACES
@@ -143,9 +143,7 @@ def survey(state, inode):
         vms = state[STATE_SPACES + state[row + A_SPACE] * _S_WORDS + S_VMS]
         elsewhere |= shows_elsewhere(state, row, vms)
         told |= vms
-        while vms != U0:
-            calls += U1
-            vms &= vms - U1
+        calls += population(vms)
         row = state[row + A_NEXT]
     state[node + I_ALL_FROM] = first
     state[node + I_ALL_END] = last
