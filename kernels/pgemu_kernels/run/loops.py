@@ -22,7 +22,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.records import BATCH, element, load, save_result
-from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
+from pgemu_kernels.gmem import dirty_logging, fallocate, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.gmem.resuming import finish_spins
@@ -137,7 +137,7 @@ def run_other(m, op):
     elif kind == OP_PREFAULT:
         prefault.prefault(m, op)
     elif kind == OP_DIRTY_LOGGING:
-        levels.set_dirty_logging(m, op)
+        dirty_logging.set_dirty_logging(m, op)
     elif kind == OP_ALLOCATE:
         fallocate.allocate(m, op)
     elif kind == OP_MEMORY_POLICY:
