@@ -167,6 +167,11 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.STALE_PAGE_SHOWN,
+        CARRIED + "the fault that shows it is events of its own",
+        basis="assumption",
+    ),
+    Price(
         Event.VMEMMAP_PAGE_RESTORED,
         f"{KRAVETZ}: batched less off, per 2M page 4.0 us (VM) and 17.9 us (metal), / 7 vmemmap pages",
         each=(4.0e3 / 7, 17.9e3 / 7),

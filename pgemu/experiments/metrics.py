@@ -93,6 +93,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("zeroed_by_page", _ZEROED, "4K at a time", "bytes", _event(Event.PAGE_ZEROED, PAGE_4K)),
     Metric("zeroed_by_folio", _ZEROED, "whole folios", "bytes", _event(Event.FOLIO_ZEROED_PAGES, PAGE_4K)),
     Metric("zeroed_unreached", _ZEROED, "of it reached by no slot", "bytes", _event(Event.ZEROED_UNREACHED, PAGE_4K)),
+    Metric("stale_shown", _ZEROED, "shown without, once each", "bytes", _event(Event.STALE_PAGE_SHOWN, PAGE_4K)),
     Metric("stage2_beyond", _BEYOND, "by conversions", "bytes", _beyond),
     Metric("stores_irq_off", _IRQ_OFF, "stores to an xarray, most at once", "count", _peak(Gauge.STORES_IRQ_OFF)),
     Metric("flushes_mm", _FLUSHES, "of a process", "count", _event(Event.TLB_FLUSH_MM)),

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.cost.difference import Difference, difference
+from pgemu.machine.findings import explained_by
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Broken, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
-    from pgemu.machine.findings import BrokenRule
 
 __all__ = (
     "QUESTIONS",
     "Basis",
+    "Breach",
     "Line",
     "Measure",
     "Sensitivity",
     "Trial",
+    "breaches",
     "broken",
     "mapped",
     "measure",
@@ -83,6 +85,20 @@ class Line(NamedTuple):
     measure: Measure
     basis: Basis
     with_defect: tuple[str, Measure] | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Breach:
+    """A rule that a machine broke: how often, in what unit, and its defects that explain it (empty: none does).
+
+    unit: "times" that a check found it broken; "pages" with stale contents that guest or host were shown, each counted
+    once, when a leaf first showed it, whenever the rule is checked.
+    """
+
+    rule: Broken
+    count: int
+    unit: Literal["times", "pages"]
+    explained_by: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -172,10 +188,26 @@ def refused(run: DesignRun) -> int:
     return sum(n for op in run.operations for name, n in op.outcomes.items() if name.startswith(("-", "VM_FAULT_SIG")))
 
 
+def breaches(run: DesignRun) -> tuple[Breach, ...]:
+    """What a machine broke, in the order of the rules' numbers."""
+    found = [
+        Breach(rule.rule, rule.count, "times", rule.explained_by) for rule in (run.finding.rules if run.finding else ())
+    ]
+    shown = run.statistics.event(Event.STALE_PAGE_SHOWN)
+    if shown:
+        stale = Broken.STALE_CONTENTS
+        found = [one for one in found if one.rule is not stale]
+        found.append(Breach(stale, shown, "pages", explained_by(stale, run.config.defects)))
+    return tuple(sorted(found))
+
+
+def _spins(run: DesignRun) -> int:
+    return sum(n for op in run.operations for name, n in op.outcomes.items() if name == "would spin")
+
+
 def broken(run: DesignRun) -> int:
-    """Rules found broken, and operations that would not have returned."""
-    spins = sum(n for op in run.operations for name, n in op.outcomes.items() if name == "would spin")
-    return spins + (run.finding.count if run.finding else 0)
+    """Rules found broken, pages shown with stale contents, and operations that would not have returned."""
+    return _spins(run) + sum(one.count for one in breaches(run))
 
 
 def _refused_zaps(first: DesignRun, second: DesignRun) -> bool:
@@ -195,7 +227,7 @@ def _refused_zaps(first: DesignRun, second: DesignRun) -> bool:
 
 def _captured_defects(first: DesignRun, second: DesignRun) -> bool:
     """Whether all that is broken is what was captured of the slides' change: entries that a hole left."""
-    rules = [rule for run in (first, second) for rule in _rules(run)]
+    rules = [rule for run in (first, second) for rule in breaches(run)]
     return bool(rules) and all(rule.explained_by == ("punch-keeps-entries",) for rule in rules)
 
 
@@ -271,7 +303,7 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
     for key, found in measure(first, second).items():
         captured = QUESTIONS[key].captured(first, second)
         if key == "broken" and not captured and found.better in (0, 1) and _explained((second, first)[found.better]):
-            names = {name for rule in _rules((second, first)[found.better]) for name in rule.explained_by}
+            names = {name for rule in breaches((second, first)[found.better]) for name in rule.explained_by}
             lines[key] = Line(QUESTIONS[key].text, found, Basis("defect", ((", ".join(sorted(names)), "without", -1),)))
         else:
             basis = _basis(key, found, trials, captured)
@@ -299,13 +331,9 @@ def middle(difference: float | Band) -> float:
     return abs(sum(difference)) / 2 if isinstance(difference, tuple) else abs(difference)
 
 
-def _rules(run: DesignRun) -> tuple[BrokenRule, ...]:
-    return run.finding.rules if run.finding else ()
-
-
 def _explained(run: DesignRun) -> bool:
     """Whether defects explain all that a machine broke."""
-    return run.finding is not None and run.finding.explained and broken(run) == run.finding.count
+    return not _spins(run) and all(one.explained_by for one in breaches(run))
 
 
 def _basis(key: str, found: Measure, trials: Iterable[Trial] | None, captured: bool) -> Basis:

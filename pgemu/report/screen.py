@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pgemu.report.units as units
 from pgemu.cost import profile
 from pgemu.experiments.inferences import INFERENCES
-from pgemu.experiments.verdict import Line, Measure, mapped, middle, paired
+from pgemu.experiments.verdict import Line, Measure, breaches, mapped, middle, paired
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
@@ -250,11 +250,14 @@ def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator
 
 def _broken(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs[:2]:
-        for rule in run.finding.rules if run.finding else ():
-            why = f"defect {', '.join(rule.explained_by)}" if rule.explained_by else "no defect explains it"
-            name = rule.rule.name.lower().replace("_", " ")
-            times = f"{units.count(rule.count)} time{'s' * (rule.count != 1)}"
-            yield f"{run.design} breaks a rule {times}: {name} ({why})"
+        for one in breaches(run):
+            why = f"defect {', '.join(one.explained_by)}" if one.explained_by else "no defect explains it"
+            name = one.rule.name.lower().replace("_", " ")
+            often = f"{units.count(one.count)} {one.unit[:-1]}{'s' * (one.count != 1)}"
+            if one.unit == "pages":
+                yield f"{run.design} shows guest or host {name} of {often} ({why})"
+            else:
+                yield f"{run.design} breaks a rule {often}: {name} ({why})"
 
 
 def _refusals(comparison: Comparison) -> Iterator[str]:

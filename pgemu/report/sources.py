@@ -78,6 +78,7 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
         "zeroed_by_page": _ZEROED,
         "zeroed_by_folio": _ZEROED,
         "zeroed_unreached": _ZEROED,
+        "stale_shown": _ZEROED,
         "stage2_beyond": S.both(S.ZAP),
         "stores_irq_off": {"restructure": (S.SPLIT, S.MERGE), "pfnmap": (_WHOLE,)},
         "flushes_mm": S.both(S.main("mm/mmu_gather.c:tlb_finish_mmu")),

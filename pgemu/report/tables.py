@@ -129,6 +129,9 @@ def machine(comparison: Comparison) -> Table:
     checked = {"end": "at the end", "every": "after every operation and at the end"}
     when = checked.get(str(comparison.check), f"every {comparison.check} operations and at the end")
     result = "broken, see below" if any(run.finding for run in comparison.runs) else "none broken"
+    stale = [run.design for run in comparison.runs if run.statistics.event(Event.STALE_PAGE_SHOWN) and not run.finding]
+    if stale:  # by leaves that are gone
+        result += f" any more, stale contents were shown by {', '.join(stale)}"
     rows = [
         ("machine", text),
         *_versions(comparison),

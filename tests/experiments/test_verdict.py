@@ -7,14 +7,25 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from comparisons import converts_nothing, lowered, mixed, mixed_records, setup
+from comparisons import converts_nothing, lowered, mixed, mixed_records, one, setup
 from pgemu.experiments.compare import DESIGNS, Comparison, DesignRun, compare, configuration, run
 from pgemu.experiments.inferences import INFERENCES, Alternative
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
-from pgemu.experiments.verdict import Line, Measure, mapped, measure, paired, verdict
+from pgemu.experiments.verdict import (
+    Basis,
+    Breach,
+    Line,
+    Measure,
+    breaches,
+    broken,
+    mapped,
+    measure,
+    paired,
+    verdict,
+)
 from pgemu.machine.presets import Versions
 from pgemu.trace import Lowered, LoweringOptions, Operation, load, shipped
-from pgemu_kernels.words.operations import PAGE_4K
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Broken
 from random_traces import traces
 
 # Rules whose alternative no version has: what they would change is not held against an answer.
@@ -89,6 +100,22 @@ def test_answers_of_a_small_trace() -> None:
     assert (kinds["broken"], lines["broken"].basis.rules[0][0]) == ("defect", "uptodate-unzeroed")
     # 7 pages of vmemmap, nodes of the xarray: no rule changes that.
     assert (kinds["memory"], lines["memory"].measure.better) == ("fact", 1)
+
+
+@pytest.mark.parametrize("check", ["end", "every", 1])
+def test_stale_contents_are_broken_by_the_page_though_their_leaf_is_gone(check: int | str) -> None:
+    """dec2025 zeroes one page of a 2M folio, the guest is shown it whole, and a hole takes it before the end."""
+    records = [*setup(), one(Operation.GUEST_FAULT, address=0), one(Operation.PUNCH_HOLE, offset=0, length=PAGE_2M)]
+    comparison = compare(lowered(records), check=check)  # type: ignore[arg-type]
+    restructure, pfnmap = comparison.runs
+    assert breaches(restructure) == (Breach(Broken.STALE_CONTENTS, 511, "pages", ("uptodate-unzeroed",)),)
+    assert (breaches(pfnmap), broken(restructure), broken(pfnmap)) == ((), 511, 0)
+    assert (restructure.finding is None) == (check == "end")
+    assert not comparison.broken
+    for found in (None, sensitivity(comparison)):
+        line = verdict(comparison, found)["broken"]
+        assert (line.measure.first, line.measure.better) == (511, 1)
+        assert line.basis == Basis("defect", (("uptodate-unzeroed", "without", -1),))
 
 
 def test_without_alternatives_nothing_is_an_inference() -> None:

@@ -125,6 +125,7 @@ class Faults(State):
         if not host.map(page, Entry(pfn - page % size, not self.restructure, not vma.read_only), level):
             return Outcome(W.VM_FAULT_OOM)
         self.memory.first_use(folio, pfn, size)
+        self.memory.show(folio, pfn, size)
         if not self.restructure:
             return Outcome(W.VM_FAULT_NOPAGE, level)
         folio.mapped[folio.unit(pfn)] += 1
@@ -184,7 +185,10 @@ class Faults(State):
         level = 1 if accept else self.level_of_kind(slot, gfn, level)
         self.memory.first_use(folio, pfn, 1 << 9 * (level - 1))
         level = tree.map(gfn, level, pfn)
-        return Outcome(W.RET_PF_FIXED, level) if level else Outcome(-W.ENOMEM)
+        if not level:
+            return Outcome(-W.ENOMEM)
+        self.memory.show(folio, pfn, 1 << 9 * (level - 1))
+        return Outcome(W.RET_PF_FIXED, level)
 
     def private_level(self, vm: int) -> int:
         """The largest leaf over private memory by the VM's kind."""
@@ -273,5 +277,7 @@ class Faults(State):
                 recover = self.parameters.kernel != "6.12"
                 if stage2.collapse(level, gfn >> 9 * (level - 1), recover) and recover:
                     assert folio is not None
-                    self.memory.first_use(folio, folio.head + slot.file_page(gfn) % self.block_pages, step)
+                    pfn = folio.head + slot.file_page(gfn) % self.block_pages
+                    self.memory.first_use(folio, pfn, step)
+                    self.memory.show(folio, pfn, step)
             gfn = gfn // step * step + step

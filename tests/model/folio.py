@@ -29,6 +29,7 @@ class Folio:
     waits: bool = False  # split though all private: to be merged, by the worker where merging is lazy
     ready: bool = False  # nobody refers to it any more; the worker returns it
     zeroed: set[int] = field(default_factory=set)  # since it is its inode's; any other page has what was there before
+    shown: set[int] = field(default_factory=set)  # by a leaf to guest or host, since it is its inode's; where flags lie
     uptodate: set[int] = field(default_factory=set)  # pages of folios that have PG_uptodate
     held: Counter[int] = field(default_factory=Counter)
     mapped: Counter[int] = field(default_factory=Counter)

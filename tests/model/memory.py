@@ -45,7 +45,7 @@ class Memory:
         self.tail_of_pieces = False
         self.parameters = parameters
         self.zero_by_page = parameters.zero == "page"
-        self.stale = False  # a leaf has shown a page that was not zeroed
+        self.stale = 0  # pages that a leaf has shown though they were not zeroed
         self.lost = False  # pages in use were zeroed
         self.heads = parameters.heads(boot.base if boot else POOL_BASE)
         # The free list's front is its end here: 2M pages ascending, 1G pages of the boot allocator as captured.
@@ -297,14 +297,21 @@ class Memory:
             else:
                 used = set(pages)
             if self.parameters.flags_only:
-                self.lost |= not used.isdisjoint(folio.zeroed)
+                self.lost |= not used.isdisjoint(folio.shown)
             else:
                 used -= folio.zeroed
             self.zero_pages(folio, used)
             if self.parameters.flags_only or folio.zeroed.issuperset(pages):
                 folio.uptodate |= set(pages)
+
+    def show(self, folio: Folio, pfn: int, leaf: int = 1) -> None:
+        """A new leaf of `leaf` pages shows them; what was never zeroed counts when it is shown first."""
         start = (pfn - folio.head) // leaf * leaf
-        self.stale |= not folio.zeroed.issuperset(range(start, start + leaf))
+        pages = range(start, start + leaf)
+        if self.parameters.flag_stays or not folio.zeroed.issuperset(pages):
+            new = set(pages) - folio.shown
+            self.stale += len(new - folio.zeroed)
+            folio.shown |= new
 
     def inherit(self, folio: Folio, pages: range, size: int) -> None:
         """A folio is split to folios of `size`: all are up to date as it was, or else those that are known to be."""
@@ -331,10 +338,9 @@ class Memory:
         """A hole: only where a flag may lie more is known of what it has zeroed than that it reads as zero."""
         self.forget({folio.head + page for page in pages})
         for page in pages if self.parameters.flag_stays else ():
-            if folio.unit(folio.head + page) in folio.uptodate:
+            folio.shown.discard(page)
+            if self.parameters.flags_only or folio.unit(folio.head + page) in folio.uptodate:
                 folio.zeroed.add(page)
-            elif self.parameters.flags_only:
-                folio.zeroed.discard(page)
 
     def zero_pages(self, folio: Folio, pages: set[int]) -> None:
         folio.zeroed |= pages

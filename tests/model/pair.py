@@ -272,6 +272,8 @@ class Pair:
         for gauge, expected in self.model.gauges.items():
             got = int(stats[int(W.STATS_GAUGES) + 2 * gauge])
             assert got == expected, gauge.name
+        rows = stats[int(W.STATS_COUNTERS) :][: W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
+        assert int(rows[:, W.Event.STALE_PAGE_SHOWN].sum()) == self.model.memory.stale
 
     def compare_everything(self) -> None:
         """Every leaf, every folio, every page's shareability, and the machine's own recount."""

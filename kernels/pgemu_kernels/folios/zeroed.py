@@ -4,6 +4,9 @@ A huge page comes from the pool with what its last owner left in it, and so it d
 they are used, not when they are freed (mm/hugetlb.c:free_huge_folio()). PG_uptodate says of all pages of a folio that
 they were zeroed. A bit per page says it of those of a folio without the flag, where zeroing goes by page or a merge has
 left some; and, on machines with a defect by which the flag lies, what happened to any page (rules/invariants.py).
+
+Another bit per page says that guest or host were shown the page since then. It is kept where they may be shown what was
+never zeroed, to count such pages once each, and to tell what zeroing loses.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U6, U63, U64, population
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import drop_contents
+from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import memslot_row
 from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.words.enum_words import (
+    DEFECT_HUGE_OVER_PRIVATE,
+    DEFECT_MAPPING_ORDER,
     DEFECT_MERGE_KEEPS_FLAG,
     DEFECT_UPTODATE_UNZEROED,
     EVENT_PAGE_ZEROED,
@@ -25,8 +31,8 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_CONTENT_FRAMES,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_DEFECTS, R_MEMSLOTS, R_ORDER, R_ZERO_PAGE
-from pgemu_kernels.words.rows import M_INODE, M_LIVE, M_PAGES, M_PGOFF
+from pgemu_kernels.words.registers import R_DEFECTS, R_MEMSLOTS, R_ORDER, R_SHOWN_ROWS, R_WORD_ROWS, R_ZERO_PAGE
+from pgemu_kernels.words.rows import I_WORD, M_INODE, M_LIVE, M_PAGES, M_PGOFF
 
 U = np.uint64
 
@@ -49,7 +55,22 @@ def knows_flags_only(m):
     return flags_lie(m) and (m.state[R_DEFECTS] & DEFECT_UPTODATE_UNZEROED != U0 or m.state[R_ZERO_PAGE] == U0)
 
 
+@kernel
+def has_stale_defect(m):
+    """Whether a flag lies, or a leaf may be larger than the folio that its fault has zeroed."""
+    return flags_lie(m) or m.state[R_DEFECTS] & (DEFECT_MAPPING_ORDER | DEFECT_HUGE_OVER_PRIVATE) != U0
+
+
+may_show_stale = full_only(has_stale_defect, flags_lie)  # default machines have no leaves that are too large
+
+
 # --------------------------------------------------------------------------- bits
+
+
+@kernel
+def shown_bits(state, node):
+    """Where an inode's bits of pages begin that guest or host were shown. Only where may_show_stale()."""
+    return state[R_SHOWN_ROWS] + state[node + I_WORD] - state[R_WORD_ROWS]
 
 
 @kernel
@@ -72,8 +93,8 @@ def word_mask(index, end):
 
 
 @outlined
-def zeroed_in(m, word, first, end):
-    """How many of pages [first, end) are zeroed."""
+def bits_in(m, word, first, end):
+    """How many of pages [first, end) have their bit set; `word`: where the inode's begin."""
     found = U0
     index = first
     while index < end:
@@ -151,7 +172,7 @@ def charge_unreached(m, inode, word, first, end):
     while at < end:
         reach, following = slots_from(m, inode, at, end)
         if reach == at:
-            unreached += following - at - zeroed_in(m, word, at, following)
+            unreached += following - at - bits_in(m, word, at, following)
             at = following
         else:
             at = reach

@@ -28,10 +28,12 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, add_mapping, add_references, struct_page
+from pgemu_kernels.folios.zeroed import may_show_stale
 from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
 from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
+from pgemu_kernels.gmem.stale_contents import count_stale
 from pgemu_kernels.gmem.vm_kinds import is_over, kind_level
 from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.kvm.fault import (
@@ -59,9 +61,11 @@ from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
     GO,
+    RET_PF_FIXED,
     RET_PF_RETRY,
     STOP,
     VM_FAULT_LOCKED,
+    VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
@@ -221,9 +225,18 @@ def map_counted(m, op):
 
 
 @kernel
+def note_shown(m, op):
+    """A new leaf, of the level in the record's detail, shows its pages: count those that were never zeroed."""
+    if may_show_stale(m):
+        count_stale(m, inode_row(m.state[op + O_INODE]), m.state[op + O_INDEX], m.state[op + O_DETAIL])
+
+
+@kernel
 def host_map(m, op):
     """Enter what was found in the process's tables; then unlock, if that was left."""
     status = insert_pfn(m, op) if is_special(m, m.state[op + O_ROW]) else map_counted(m, op)
+    if status & (VM_FAULT_LOCKED | VM_FAULT_NOPAGE) != 0:
+        note_shown(m, op)
     if inserts_locked(m):
         unlock(m.state, op, inode_row(m.state[op + O_INODE]))
     return stop(m.state, op, status)
@@ -360,7 +373,10 @@ def guest_page(m, op):
 @kernel
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
-    return install_stage2(m, op, m.state[op + O_LEVEL])
+    outcome = install_stage2(m, op, m.state[op + O_LEVEL])
+    if np.int64(m.state[op + O_STATUS]) == RET_PF_FIXED:
+        note_shown(m, op)
+    return outcome
 
 
 end_guest_fault = ending(guest_page, guest_map)

@@ -54,7 +54,7 @@ from pgemu_kernels.folios.vmemmap import (
     vmemmap_pte,
 )
 from pgemu_kernels.folios.xarray import nodes_of, put_nodes, unstash
-from pgemu_kernels.folios.zeroed import charge_unreached, flags_lie, note_zeroed, zero_pages, zeroed_in
+from pgemu_kernels.folios.zeroed import bits_in, charge_unreached, flags_lie, note_zeroed, zero_pages
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.gmem.pieces import (
     BLOCK_PAGES,
@@ -232,7 +232,7 @@ def join_zeroed(m, node, block, head, first):
         if m.ram[struct_page(m, head + index - first) + FLAGS] & PG_UPTODATE != U0:
             note_zeroed(m, word, index, index + PAGES)
             m.state[block + B_BITS] = U1
-    if m.state[R_MERGE_ZEROES] == U0 or m.state[block + B_BITS] == U0 or zeroed_in(m, word, first, end) == U0:
+    if m.state[R_MERGE_ZEROES] == U0 or m.state[block + B_BITS] == U0 or bits_in(m, word, first, end) == U0:
         return U0
     charge_unreached(m, inode_at(m, head), word, first, end)
     zero_pages(m, word, first, end, head)

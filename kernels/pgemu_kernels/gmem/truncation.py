@@ -23,7 +23,7 @@ from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
-from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only
+from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only, shown_bits
 from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
@@ -172,19 +172,19 @@ def hole_arguments(m, op):
 
 @outlined
 def note_hole(m, node, index, pages):
-    """Where flags lie: pages that a hole has zeroed are so in a folio that counts as up to date.
+    """Where flags lie: nothing of pages that a hole has zeroed is lost by zeroing them again, and they count as zeroed.
 
-    Of any other, where the code knows flags only, the next first use zeroes them again, and nothing is lost by that.
+    Not so in a folio without the flag, where the code knows which pages are: it zeroes those at their next use.
     """
     block = block_row(m, node, index)
+    shown = shown_bits(m.state, node)
     m.state[block + B_BITS] = U1
     for at in range(index, index + pages):
         head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
-        word = m.state[node + I_ZEROED] + (at >> U6)
-        if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
-            m.state[word] |= U1 << (at & U63)
-        elif knows_flags_only(m):
-            m.state[word] &= ~(U1 << (at & U63))
+        bit = U1 << (at & U63)
+        m.state[shown + (at >> U6)] &= ~bit
+        if knows_flags_only(m) or m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+            m.state[m.state[node + I_ZEROED] + (at >> U6)] |= bit
 
 
 @kernel

@@ -13,12 +13,14 @@ from pgemu_kernels.engine.rows import block_row, broken
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, struct_page
 from pgemu_kernels.folios.zeroed import (
     all_zeroed,
+    bits_in,
     charge_unreached,
     flags_lie,
     knows_flags_only,
+    may_show_stale,
     note_zeroed,
+    shown_bits,
     zero_pages,
-    zeroed_in,
 )
 from pgemu_kernels.words.enum_words import (
     BROKEN_LOST_CONTENTS,
@@ -45,7 +47,7 @@ def zero_whole(m, node, first, pages, pfn):
     """
     word = m.state[node + I_ZEROED]
     charge_unreached(m, inode_of(node), word, first, first + pages)
-    if m.state[block_row(m, node, first) + B_BITS] == U0 or zeroed_in(m, word, first, first + pages) == U0:
+    if m.state[block_row(m, node, first) + B_BITS] == U0 or bits_in(m, word, first, first + pages) == U0:
         charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
         zero_contents(m, pfn, pages)
     else:
@@ -68,7 +70,7 @@ def zero_by_flag(m, node, index, pfn, order, page):
     else:
         charge_unreached(m, inode_of(node), word, first, first + pages)
         charge(m, EVENT_FOLIO_ZEROED_PAGES, np.int64(pages))
-    if zeroed_in(m, word, first, first + pages) != U0:
+    if bits_in(m, shown_bits(m.state, node), first, first + pages) != U0:
         broken(m.state, BROKEN_LOST_CONTENTS, first)
     zero_contents(m, pfn & ~inside, pages)
     note_zeroed(m, word, first, first + pages)
@@ -158,12 +160,19 @@ def zero_folio(m, node, index, pfn, level, order):
 
 
 @outlined
-def clear_zeroed(m, node, index):
-    """A huge page left the inode: none of its pages counts as zeroed. 4K folios have their flag."""
-    block = block_row(m, node, index)
-    if m.state[block + B_BITS] == U0:
-        return
-    m.state[block + B_BITS] = U0
-    word = m.state[node + I_ZEROED] + (index >> U6)
+def clear_bits(m, bits, index):
+    """Clear the bits, of an inode's that begin at `bits`, of the huge page that begins at page `index`."""
+    word = bits + (index >> U6)
     for i in range(word, word + (U1 << (m.state[R_ORDER] - U6))):
         m.state[i] = U0
+
+
+@outlined
+def clear_zeroed(m, node, index):
+    """A huge page left the inode: none of its pages counts as zeroed, or shown. 4K folios have their flag."""
+    block = block_row(m, node, index)
+    if m.state[R_ORDER] != U0 and may_show_stale(m):
+        clear_bits(m, shown_bits(m.state, node), index)
+    if m.state[block + B_BITS] != U0:
+        m.state[block + B_BITS] = U0
+        clear_bits(m, m.state[node + I_ZEROED], index)

@@ -23,7 +23,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.records import BATCH, element, load, save_result
-from pgemu_kernels.gmem import fallocate, levels, lru, orders, pins, prefault, references, truncation, workers
+from pgemu_kernels.gmem import dirty_logging, fallocate, lru, orders, pins, prefault, references, truncation, workers
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.gmem.resuming import finish_spins
@@ -137,7 +137,7 @@ run_beyond = full_only(
             (OP_UNPIN, pins.operate_unpin),
             (OP_LRU_DRAIN, lru.operate_drain),
             (OP_PREFAULT, prefault.prefault),
-            (OP_DIRTY_LOGGING, levels.set_dirty_logging),
+            (OP_DIRTY_LOGGING, dirty_logging.set_dirty_logging),
             (OP_ALLOCATE, fallocate.allocate),
             (OP_MEMORY_POLICY, operate_policy),
         ),

@@ -73,6 +73,7 @@ class Event(IntEnum):
     ZEROED_UNREACHED = 47  # of PAGE_ZEROED and FOLIO_ZEROED_PAGES: pages that no memory slot reaches
     SPIN_ENDED = 48  # a conversion that would spin has gone on to its end
     SPIN_FAILED = 49  # ... and that was an error
+    STALE_PAGE_SHOWN = 50  # a page that a new leaf shows guest or host for the first time, and that was never zeroed
 
 
 EVENTS = 56  # room in a counter row

@@ -55,6 +55,7 @@ R_STEPPED = U(42)  # operations that are done step by step and have not ended
 R_BLOCK_ROWS = U(43)
 R_WORD_ROWS = U(44)
 R_ZEROED_ROWS = U(45)
+R_SHOWN_ROWS = U(122)  # where the bits of pages that guest or host were shown begin in `state`: folios/zeroed.py
 R_CONTENTS = U(46)  # where the guest frames' contents lie in `counts`
 R_TRANSIENT = U(61)  # ... and how many transient references each of them has
 R_SHARED = U(47)  # ... and the shared pages per 2M and 1G

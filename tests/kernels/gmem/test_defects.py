@@ -169,6 +169,8 @@ def test_mapping_order_that_does_not_round_down() -> None:
     assert huge.level == 2  # type: ignore[attr-defined]  # 701 to 1212 are private: a 2M leaf over a mixed, split block
     assert huge.machine.check() > 0
     assert huge.machine.broken[1] in (Broken.MIXED_LEAF, Broken.LEAF_OVER_FOLIO)
+    assert stale_pages(small) == 0
+    assert stale_pages(huge) == 511  # only the folio of 4K was zeroed
 
 
 def test_mapping_order_rounded_down() -> None:
@@ -381,6 +383,11 @@ def found(s: Scene) -> dict[str, tuple[str, ...]]:
     return {finding.rule.name: finding.explained_by for finding in s.machine.findings}
 
 
+def stale_pages(s: Scene, op: Operation | None = None) -> int:
+    """Pages that guest or host were shown though they were never zeroed."""
+    return s.machine.statistics.event(W.Event.STALE_PAGE_SHOWN, op)
+
+
 def after_another_owner(**parameters: Any) -> tuple[Scene, bytes]:
     """A huge page comes back to the pool with what its owner wrote to page 7; a guest touches page 5 of it."""
     machine = Machine(Config("restructure", pool=M2, page_size=M2, **parameters))
@@ -419,6 +426,46 @@ def test_a_folio_counts_as_up_to_date_when_its_first_page_is_zeroed() -> None:
     assert s.machine.read_frame(s.gmem.pfn(7 * PAGE) or 0) == secret
     assert s.gmem.convert(7 * PAGE, PAGE, shared=False).status == 0
     assert flags_of(s, 0) == [True]
+
+
+def test_stale_pages_are_counted_when_they_are_shown() -> None:
+    """Once each, whoever is shown them, and whether or not the leaf is there yet when the rule is checked."""
+    s, _ = after_another_owner(defects=("uptodate-unzeroed",))
+    assert stale_pages(s) == stale_pages(s, Operation.GUEST_FAULT) == 511
+    assert s.gmem.convert(7 * PAGE, PAGE, shared=True).status == 0
+    assert s.process.touch(VA + 7 * PAGE) == (W.VM_FAULT_LOCKED, 1)
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 1)
+    assert stale_pages(s) == 511
+    assert s.process.munmap(VA, M2).status == s.vm.unbind(0).status == 0
+    assert found(s) == {}  # no leaf is left
+    assert stale_pages(s) == 511
+    assert s.gmem.punch_hole(0, M2) == (0, 0)
+    assert s.vm.bind(s.gmem, 0).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 1)  # allocated anew, split, for page 7 is shared
+    assert stale_pages(s) == 511
+    assert found(s) == {}
+
+
+def test_stale_pages_come_with_a_large_leaf_that_comes_back() -> None:
+    s = Scene("restructure", shared=False, size=M2, defects=("uptodate-unzeroed",), dirty_log_guest_memfd=True)
+    assert s.vm.dirty_logging(0, on=True).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 1)
+    assert stale_pages(s) == 1
+    assert s.vm.dirty_logging(0, on=False).status == 0
+    assert s.vm.touch(9 * PAGE) == (W.RET_PF_SPURIOUS, 2)
+    assert (stale_pages(s), stale_pages(s, Operation.DIRTY_LOGGING)) == (511, 510)  # all but page 0
+
+
+def test_stale_pages_come_by_prefault() -> None:
+    s = Scene("restructure", shared=False, size=M2, defects=("uptodate-unzeroed",))
+    assert s.vm.prefault(0, M2).status == 0
+    assert stale_pages(s, Operation.PREFAULT) == 511
+
+
+@pytest.mark.parametrize("parameters", [{}, {"merge_zero": "unzeroed"}, {"zero": "page"}])
+def test_without_the_defects_no_page_is_stale(parameters: dict[str, Any]) -> None:
+    s, _ = merged(9, **parameters)
+    assert stale_pages(s) == 0
 
 
 def test_the_whole_folio_is_zeroed() -> None:
@@ -460,6 +507,7 @@ def test_a_merge_says_of_all_pages_what_was_so_of_the_first() -> None:
     assert s.machine.statistics.event(W.Event.FOLIO_ZEROED_PAGES) == 0
     assert s.machine.statistics.event(W.Event.PAGE_ZEROED) == 1
     assert found(s) == {"STALE_CONTENTS": ("merge-keeps-flag",)}
+    assert stale_pages(s) == 511
 
 
 def test_a_merge_in_december_2025() -> None:
@@ -498,6 +546,29 @@ def test_a_hole_zeroes_what_was_never_zeroed() -> None:
     assert s.gmem.punch_hole(M2 - PAGE, PAGE) == (0, 0)
     assert s.vm.touch(0) == (W.RET_PF_FIXED, 2)
     assert found(s) == {}
+    assert stale_pages(s) == 511  # at the first touch
+
+
+def test_a_hole_before_the_first_use_zeroes_as_well() -> None:
+    """Pages 1 to 510; the first use zeroes page 0 and marks the folio: only page 511 is stale."""
+    s = Scene("restructure", shared=False, size=M2, punch="zero", defects=("uptodate-unzeroed",))
+    assert s.gmem.allocate(0, M2) == (0, 0)
+    assert s.gmem.punch_hole(PAGE, 510 * PAGE) == (0, 0)
+    assert s.vm.touch(0) == (W.RET_PF_FIXED, 2)
+    assert stale_pages(s) == 1
+    assert s.gmem.punch_hole(511 * PAGE, PAGE) == (0, 0)
+    assert s.vm.touch(0) == (W.RET_PF_FIXED, 2)
+    assert found(s) == {}
+
+
+def test_a_merge_does_not_make_stale_what_a_hole_has_zeroed() -> None:
+    """Page 9 is zeroed while its folio of 4K has no flag; the merged folio has that of page 0, which was used."""
+    s = Scene("restructure", shared=True, size=M2, punch="zero", defects=("merge-keeps-flag",))
+    s.process.touch(VA, write=True)
+    assert s.gmem.punch_hole(9 * PAGE, PAGE) == (0, 0)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    assert stale_pages(s) == 510
 
 
 def test_the_defects_are_none_of_pfnmap() -> None:
