@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
@@ -33,6 +33,7 @@ __all__ = (
     "DesignRun",
     "EndOfLife",
     "Finding",
+    "Mended",
     "OperationRun",
     "compare",
     "configuration",
@@ -138,6 +139,13 @@ class EndOfLife:
     vmemmap_at_boot: int
 
 
+class Mended(NamedTuple):
+    """A version without mistakes that it was asked to have: which, and whether it counts the same on the trace."""
+
+    without: tuple[str, ...]
+    same: bool
+
+
 @dataclass(frozen=True)
 class DesignRun:
     """One design's machine after the trace.
@@ -205,6 +213,7 @@ class Comparison:
         versions: of the designs
         given: fields of Config by hand
         instead: what a version refuses and was done all the same, as another one does it
+        mended: of designs with mistakes that were asked for, what is without them; empty where nobody tried (mended.py)
     """
 
     lowered: Lowered
@@ -213,6 +222,7 @@ class Comparison:
     versions: Versions = field(default_factory=Versions)
     given: dict[str, Any] = field(default_factory=dict)
     instead: tuple[str, ...] = ()
+    mended: Mapping[Design, Mended] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         designs = ", ".join(run.design for run in self.runs)
@@ -245,6 +255,7 @@ class Comparison:
             },
             "versions": asdict(self.versions),
             "instead": list(self.instead),
+            "mended": {design: {"without": list(names), "same": same} for design, (names, same) in self.mended.items()},
             "machines": machines,
             "check": self.check,
             "designs": {run.design: run.to_json() for run in self.runs},

@@ -121,7 +121,7 @@ PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
     {
         "corrected": Pfnmap("slides, mended", "inference"),
         "slides2025": Pfnmap(
-            "slides' change as captured",
+            "as captured",
             "slides of 2025-08-07; captures of Linux 7.3 with the change",
             ("insert-unlocked", "punch-keeps-entries"),
         ),
