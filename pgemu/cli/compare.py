@@ -120,23 +120,8 @@ def compare(trace: str | None, **options: Any) -> int:
         if options[name] and (options["vary"] or options["form"] in ("csv", "markdown")):
             raise InputError(f"--{name}: expected --format text{' or json' * (name == 'sources')}, and no --vary")
     if options["vary"]:
-        if options["designs"] and len(set(options["designs"])) < 2:
-            raise InputError("--vary: expected two designs to compare")
-        from pgemu.experiments.compare import Comparison
-        from pgemu.experiments.vary import combinations
-        from pgemu.report.sweep import sweep
-
-        runs: list[tuple[dict[str, str], Comparison | str]] = []
-        for labels, changed in combinations(options["vary"], _varied(options)):
-            try:
-                runs.append((labels, _run(trace, {**options, **changed})[0]))
-            except InputError as error:  # a combination that is none does not keep the others from being shown
-                runs.append((labels, str(error)))
-        if not any(isinstance(run, Comparison) for _, run in runs):
-            raise InputError(str(runs[0][1]))
-        sys.stdout.write(sweep(runs, options["form"]))
-        return int(any(run.broken for _, run in runs if isinstance(run, Comparison)))
-    comparison, sensitivity = _run(trace, options, sensitive=not options["no_sensitivity"])
+        return _sweep(trace, options)
+    comparison, sensitivity = _run(trace, options)
     from pgemu import report
 
     sys.stdout.write(
@@ -152,10 +137,33 @@ def compare(trace: str | None, **options: Any) -> int:
     return 1
 
 
+def _sweep(trace: str | None, options: dict[str, Any]) -> int:
+    """Run every combination of --vary and print them."""
+    if options["designs"] and len(set(options["designs"])) < 2:
+        raise InputError("--vary: expected two designs to compare")
+    from pgemu.experiments.vary import combinations
+    from pgemu.report.sweep import Combination, sweep
+
+    runs: list[Combination] = []
+    for labels, changed in combinations(options["vary"], _varied(options)):
+        try:
+            comparison, sensitivity = _run(trace, {**options, **changed})
+        except InputError as error:  # a combination that is none does not keep the others from being shown
+            runs.append(Combination(labels, str(error)))
+            continue
+        if sensitivity and not sensitivity.complete:  # that was an interrupt, and more combinations would follow
+            raise KeyboardInterrupt
+        runs.append(Combination(labels, comparison, sensitivity))
+    if not any(run.designs for run in runs):
+        raise InputError(str(runs[0].reason))
+    sys.stdout.write(sweep(runs, options["form"]))
+    return int(any(not isinstance(run.comparison, str) and run.comparison.broken for run in runs))
+
+
 def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
-    own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace"}
+    own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
     varied = [one for one in command.params if one.name in options and one.name not in own]
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 
@@ -175,11 +183,10 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
     return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
 
 
-def _run(
-    trace: str | None, options: dict[str, Any], *, sensitive: bool = False
-) -> tuple[Comparison, Sensitivity | None]:
+def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensitivity | None]:
     from pgemu.cost import profile as cost_profile
     from pgemu.experiments.compare import DESIGNS, compare as run
+    from pgemu.experiments.mended import with_mended
     from pgemu.experiments.sensitivity import compare_and_vary
     from pgemu.machine.presets import Versions
 
@@ -198,6 +205,9 @@ def _run(
     }
     with Bar() as progress:
         lowered = _load(trace, options)
-        if sensitive and len(designs) > 1:
-            return compare_and_vary(lowered, designs, progress=progress, **arguments)
-        return run(lowered, designs, progress=progress, **arguments), None
+        if options["no_sensitivity"]:
+            return run(lowered, designs, progress=progress, **arguments), None
+        if len(designs) < 2:
+            return with_mended(run(lowered, designs, progress=progress, **arguments), progress), None
+        comparison, sensitivity = compare_and_vary(lowered, designs, progress=progress, **arguments)
+        return with_mended(comparison, progress), sensitivity

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
@@ -15,11 +15,12 @@ from pgemu.machine.designs import DESIGNS, Design
 from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
+from pgemu.machine.short import counted
 from pgemu.machine.statistics import Statistics
 from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -32,6 +33,7 @@ __all__ = (
     "DesignRun",
     "EndOfLife",
     "Finding",
+    "Mended",
     "OperationRun",
     "compare",
     "configuration",
@@ -137,6 +139,13 @@ class EndOfLife:
     vmemmap_at_boot: int
 
 
+class Mended(NamedTuple):
+    """A version without mistakes that it was asked to have: which, and whether it counts the same on the trace."""
+
+    without: tuple[str, ...]
+    same: bool
+
+
 @dataclass(frozen=True)
 class DesignRun:
     """One design's machine after the trace.
@@ -154,6 +163,11 @@ class DesignRun:
     refusal: str | None = None
     worst: Mapping[Operation, WorstOperation] = field(default_factory=dict)
     asked: int = 0
+
+    def __repr__(self) -> str:
+        counts = {operation_name(run.operation): run.count for run in self.operations}
+        broken = f", broken: {self.finding.count:,}" if self.finding else ""
+        return f"DesignRun({self.config!r}, {counted(counts)}{broken})"
 
     def operation(self, op: Operation) -> OperationRun | None:
         """Return one kind of operation, None if the trace has none."""
@@ -199,6 +213,7 @@ class Comparison:
         versions: of the designs
         given: fields of Config by hand
         instead: what a version refuses and was done all the same, as another one does it
+        mended: of designs with mistakes that were asked for, what is without them; empty where nobody tried (mended.py)
     """
 
     lowered: Lowered
@@ -207,6 +222,13 @@ class Comparison:
     versions: Versions = field(default_factory=Versions)
     given: dict[str, Any] = field(default_factory=dict)
     instead: tuple[str, ...] = ()
+    mended: Mapping[Design, Mended] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        designs = ", ".join(run.design for run in self.runs)
+        return (
+            f"Comparison({self.lowered.source!r}, {self.versions!r}, {designs}: {len(self.lowered.records):,} records)"
+        )
 
     @property
     def broken(self) -> bool:
@@ -233,6 +255,7 @@ class Comparison:
             },
             "versions": asdict(self.versions),
             "instead": list(self.instead),
+            "mended": {design: {"without": list(names), "same": same} for design, (names, same) in self.mended.items()},
             "machines": machines,
             "check": self.check,
             "designs": {run.design: run.to_json() for run in self.runs},
@@ -280,11 +303,6 @@ def configuration(lowered: Lowered, design: Design, versions: Versions, given: d
     :raises InputError: an option that Config refuses, a page size that the version does not know
     """
     layout = lowered.layout
-    sizes = LIKE[versions.like].page_sizes
-    if layout.page_size not in sizes:
-        names = {PAGE_4K: "4K", PAGE_2M: "2M", PAGE_1G: "1G"}
-        known = " or ".join(names[size] for size in sizes)
-        raise InputError(f"pages of {names[layout.page_size]}: {versions.like} knows pages of {known} only")
     pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
     fields = {"vm": "sw" if lowered.init == "private" or lowered.converts else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])

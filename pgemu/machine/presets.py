@@ -4,6 +4,14 @@
 'rfc2'
 >>> Versions("rfc2").configuration("pfnmap", pool=2 << 30).punch
 'zero'
+
+Config("restructure") alone is no version that anybody posted. It is dec2025 on the newest kernel and mended, and a
+version shows in what it differs from that:
+
+>>> Versions("dec2025").configuration("restructure")
+Config('restructure', kernel='6.18', defects=('uptodate-unzeroed',))
+>>> Versions("next").configuration("pfnmap")
+Config('pfnmap', page_size=4 << 10, punch='zero')
 """
 
 from __future__ import annotations
@@ -15,11 +23,13 @@ from typing import Any, Literal, NamedTuple
 
 from pgemu.machine.config import Config
 from pgemu.machine.designs import ROWS
+from pgemu.machine.field_rules import checked, shown
 from pgemu_kernels import words as W
 
 __all__ = ("LIKE", "PFNMAP", "Pfnmap", "Version", "Versions")
 
 Form = Literal["main", "next", "rfc2", "wip"]
+_SIZES = {W.PAGE_4K: "4K", W.PAGE_2M: "2M", W.PAGE_1G: "1G"}
 
 
 class Version(NamedTuple):
@@ -111,7 +121,7 @@ PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
     {
         "corrected": Pfnmap("slides, mended", "inference"),
         "slides2025": Pfnmap(
-            "slides' change as captured",
+            "as captured",
             "slides of 2025-08-07; captures of Linux 7.3 with the change",
             ("insert-unlocked", "punch-keeps-entries"),
         ),
@@ -124,7 +134,8 @@ PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
 class Versions:
     """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.
 
-    as_posted: with the defects, too, that have a known fix. ValueError for a name that is none.
+    as_posted: with the defects, too, that have a known fix. ValueError for a name that is none, TypeError for what is
+    no name.
     """
 
     like: str = "dec2025"
@@ -132,10 +143,15 @@ class Versions:
     as_posted: bool = False
 
     def __post_init__(self) -> None:
-        if self.like not in LIKE:
-            raise ValueError(f"like {self.like!r}: expected one of {', '.join(LIKE)}")
-        if self.pfnmap not in PFNMAP:
-            raise ValueError(f"pfnmap {self.pfnmap!r}: expected one of {', '.join(PFNMAP)}")
+        for name, known in (("like", LIKE), ("pfnmap", PFNMAP)):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name} {shown(value)} ({type(value).__name__}): expected one of {', '.join(known)}")
+            if value not in known:
+                raise ValueError(f"{name} {shown(value)}: expected one of {', '.join(known)}")
+        if not isinstance(self.as_posted, bool):
+            found = f"{shown(self.as_posted)} ({type(self.as_posted).__name__})"
+            raise TypeError(f"as_posted {found}: expected True or False")
 
     def fields(self, design: str) -> dict[str, Any]:
         """Return the fields of Config that these versions give a design."""
@@ -150,11 +166,18 @@ class Versions:
     def configuration(self, design: str, defects: Iterable[str] = (), **given: Any) -> Config:
         """Return a design's configuration; what is given by hand and is not None wins.
 
-        defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed.
-        ValueError for what Config refuses.
+        defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed. Without a `page_size`
+        it is Config's, or the only one that the version knows.
+        ValueError for what Config refuses, and for pages of a size that the version does not know.
         """
         given = {name: value for name, value in given.items() if value is not None}
         fields = self.fields(design)
+        sizes = LIKE[self.like].page_sizes
+        default = Config.page_size if Config.page_size in sizes else sizes[0]
+        page_size = given["page_size"] = checked("page_size", given.get("page_size", default))
+        if page_size not in sizes:
+            known = " or ".join(_SIZES[size] for size in sizes)
+            raise ValueError(f"pages of {_SIZES[page_size]}: {self.like} knows pages of {known} only")
         own = {name for name in fields.pop("defects", ()) if name != "uptodate-unzeroed" or "zero" not in given}
         fields |= {"defects": tuple(sorted(own | set(defects)))}
         return Config(design, **{**fields, **given})  # type: ignore[arg-type]

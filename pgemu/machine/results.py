@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.short import column, counted
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
 
-__all__ = ("Result", "Results", "errno_name", "operation_name", "result_name")
+__all__ = (
+    "RESULTS_OF", "RESULT_OF", "Result", "Results", "errno_name", "operation_name", "result_name", "status_name",
+)  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
@@ -50,12 +55,65 @@ class Results(NamedTuple):
     status: Array
     detail: Array
 
+    @property
+    def operation(self) -> Operation | None:
+        """What was run, if it was of one kind: it decides how a status is called."""
+        return None
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """How many returned what, by name, the smallest status first: {"-EAGAIN": 1, "ok": 3}."""
+        values, counts = np.unique(self.status, return_counts=True)
+        named = zip(values.tolist(), counts.tolist(), strict=True)
+        return {status_name(self.operation, status): n for status, n in named}
+
+    def __repr__(self) -> str:
+        return f"Results({self.status.size:,}: {counted(self.outcomes)}; detail={column(self.detail)})"
+
 
 class Result(NamedTuple):
-    """The same of one operation."""
+    """The same of one operation.
+
+    >>> Result(-11, 4096)
+    Result(status=-EAGAIN, detail=4096)
+    """
 
     status: int
     detail: int
+
+    @property
+    def operation(self) -> Operation | None:
+        """What was run, if that is known: it decides how a status is called."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """What it returned, by name: "RET_PF_FIXED", "VM_FAULT_SIGBUS", "-EAGAIN", "ok"."""
+        return status_name(self.operation, self.status)
+
+    def __repr__(self) -> str:
+        return f"Result(status={self.name if self.status else 0}, detail={self.detail})"
+
+
+def _again(kind: type[Result] | type[Results], op: Operation | None, values: tuple[Any, ...]) -> Any:
+    """Make a result of an operation: what pickle and copy call."""
+    known: Mapping[int, Any] = RESULT_OF if kind is Result else RESULTS_OF
+    return (kind if op is None else known[op])._make(values)
+
+
+def _reduce(self: Any) -> Any:
+    kind = Result if isinstance(self, Result) else Results
+    return _again, (kind, self.operation, tuple(self))
+
+
+def _of(kind: Any) -> Mapping[int, Any]:
+    """The results of each operation: tuples as all are, which know how their statuses are called."""
+    return MappingProxyType(
+        {
+            int(op): type(kind.__name__, (kind,), {"__slots__": (), "operation": op, "__reduce__": _reduce})
+            for op in Operation
+        }
+    )
 
 
 def operation_name(op: Operation) -> str:
@@ -82,3 +140,15 @@ def result_name(op: Operation, status: int) -> str:
     if status == 0:
         return "present" if op is Operation.HOST_FAULT else "ok"
     return _VM_FAULT.get(status, f"status {status:#x}")
+
+
+def status_name(op: Operation | None, status: int) -> str:
+    """The same of an operation that may not be known: codes that are no errors are then numbers."""
+    if op is None and status > 0:
+        return f"status {status:#x}"
+    return result_name(Operation.CONVERT if op is None else op, status)
+
+
+RESULT_OF: Mapping[int, type[Result]] = _of(Result)
+RESULTS_OF: Mapping[int, type[Results]] = _of(Results)
+"""By number of the operation."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pgemu.machine.results import Result
+from pgemu.machine.results import RESULT_OF, Result
 from pgemu_kernels import words as W
 
 __all__ = ("ACTORS", "Single")
@@ -42,6 +42,6 @@ class Single:
         operation = tuple(words[i : i + 1] for i in range(_OPERATION_WORDS))
         self.columns: tuple[Array, ...] = (*operation, status, words[_OPERATION_WORDS + 1 :])
 
-    def result(self) -> Result:
-        """What the operation returned."""
-        return Result._make(_RESULT.unpack_from(self.buffer, _OPERATION.size))
+    def result(self, op: int) -> Result:
+        """What the operation, which was `op`, returned."""
+        return RESULT_OF.get(op, Result)._make(_RESULT.unpack_from(self.buffer, _OPERATION.size))

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.results import operation_name
+from pgemu.machine.short import counted
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
@@ -29,6 +31,10 @@ class Statistics:
     """`words` is a copy of a machine's `stats`, int64[words.STATS_SIZE]."""
 
     words: Array
+
+    def __repr__(self) -> str:
+        counts = {operation_name(op): n for op in Operation if (n := self.count(op))}
+        return f"Statistics({counted(counts)})"
 
     def gauge(self, gauge: Gauge) -> int:
         """Value of a gauge now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -61,7 +61,7 @@ class AddressSpace:
     asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
     """
 
-    machine: Core
+    machine: Core = field(repr=False)
     space: int
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +51,7 @@ def _free_row(machine: Core) -> int:
 class File:
     """A file of an ordinary kind; `inode` is its number, `size` in bytes."""
 
-    machine: Core
+    machine: Core = field(repr=False)
     inode: int
     size: int
 

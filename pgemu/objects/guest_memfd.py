@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -180,7 +180,7 @@ def node_mask(nodes: Iterable[int]) -> int:
 class GuestMemfd:
     """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
-    machine: Core
+    machine: Core = field(repr=False)
     inode: int
     size: int
     form: Form = "main"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class HugetlbPool:
     Errors that Linux would return are results.
     """
 
-    machine: Core
+    machine: Core = field(repr=False)
     order: int
 
     @classmethod
@@ -166,7 +166,7 @@ class HugetlbPool:
             result = self.machine.operate(op, address=ordered[first] << 12, length=length)
             done += result.detail
             if result.status:
-                return Result(result.status, done)
+                return result._replace(detail=done)
             first = i
         return Result(0, done)
 

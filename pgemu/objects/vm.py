@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 class Vm:
     """A virtual machine: its stage-2 tables and its memory slots."""
 
-    machine: Core
+    machine: Core = field(repr=False)
     vm: int
 
     @classmethod

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, verdict
+from pgemu.report.answers import answers_of
 from pgemu.report.screen import screen
-from pgemu.report.two_columns import render, rows
+from pgemu.report.two_columns import Form, render, rows
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
     from pgemu.experiments.sensitivity import Sensitivity
 
 __all__ = ("document",)
+
+_TABLES: dict[str, Form] = {"csv": "csv", "markdown": "markdown"}
 
 
 def document(
@@ -34,12 +37,9 @@ def document(
         return json.dumps(_json(comparison, lines, sensitivity, sources), indent=2) + "\n"
     if form == "text":
         return _text(comparison, lines, sensitivity, details=details, sources=sources)
-    designs = comparison.to_json()["designs"]
-    (first, one), (second, other) = [*designs.items(), *designs.items()][:2]
-    table = render(rows(one, other), (first, second), "csv" if form == "csv" else "markdown")
+    designs = [*comparison.to_json()["designs"].items()][:2]
+    table = render(rows(designs[0][1], designs[-1][1]), tuple(name for name, _ in designs), _TABLES[form])
     if form == "csv":
-        return table
-    if not lines:
         return table
     head = [f"    {text}" if text else "" for text in screen(comparison, lines, sensitivity).splitlines()]
     return "\n".join([*head, "", table])
@@ -48,8 +48,8 @@ def document(
 def _text(
     comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None, *, details: bool, sources: bool
 ) -> str:
-    text = screen(comparison, lines, sensitivity) if lines else ""
-    if lines and not (details or sources):
+    text = screen(comparison, lines, sensitivity)
+    if not (details or sources):
         return text
     from rich.console import Console
 
@@ -57,38 +57,20 @@ def _text(
 
     console = Console(highlight=False)
     with console.capture() as captured:
-        if details or not lines:
+        if details:
             write(comparison, console)
         if sources:
             write_sources(comparison, console)
     tables = "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip("\n") + "\n"
-    return f"{text}\n{tables}" if text else tables
+    return f"{text}\n{tables}"
 
 
 def _json(
     comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None, sources: bool
 ) -> dict[str, Any]:
     found = comparison.to_json()
-    designs = [run.design for run in comparison.runs]
-
-    def name(better: int | None) -> str | None:
-        return None if better is None else "alike" if better == -1 else designs[better]
-
-    found["verdict"] = {
-        key: {
-            "question": line.question,
-            "better": name(line.measure.better),
-            "first": line.measure.first,
-            "second": line.measure.second,
-            "difference": line.measure.difference,
-            "unit": line.measure.unit,
-            "basis": line.basis.kind,
-            "rests_on": [
-                {"rule": rule, "alternative": label, "then": name(better)} for rule, label, better in line.basis.rules
-            ],
-        }
-        for key, line in lines.items()
-    }
+    answers = answers_of(lines, [run.design for run in comparison.runs])
+    found["verdict"] = {key: answer.to_json() for key, answer in answers.items()}
     if sensitivity:
         found["sensitivity"] = {
             "complete": sensitivity.complete,

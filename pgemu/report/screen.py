@@ -1,54 +1,57 @@
 """The first screen of a comparison: who is better at what, by how much, why, and on what that rests.
 
-At most 24 lines of 80 columns, plain text that can go into a mail.
+Of one design alone: what it has, what breaks and what is refused. At most 24 lines of 80 columns, plain text that can
+go into a mail.
 """
 
 from __future__ import annotations
 
-import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pgemu.report.units as units
 from pgemu.cost import profile
+from pgemu.cost.difference import estimate
 from pgemu.experiments.inferences import INFERENCES
-from pgemu.experiments.verdict import Line, Measure, breaches, mapped, middle, paired
+from pgemu.experiments.verdict import QUESTIONS, Line, breaches, mapped, measure, middle, paired
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
+from pgemu.report.answers import WIDTH, answers_of, heads, measured, points, row, value, wrapped
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
     from pgemu.machine.config import Config
 
-__all__ = ("HEIGHT", "WIDTH", "answer", "causes", "mixed", "screen", "value", "zeroes")
+__all__ = ("HEIGHT", "WIDTH", "causes", "mixed", "screen", "zeroes")
 
-WIDTH = 80
 HEIGHT = 24
 _LEVELS = "recorded-levels"
+_MOST_DEFECTS = 3  # lines
 _MOVED = 3  # times a difference that is worth a line
-_COLUMNS = (18, 12, 12, 11, 12)
+_NAMES, _VALUES = 18, 14  # widths of the columns for one design
 
 
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     """Return the first screen."""
-    found = [*_head(comparison), "", *_table(comparison, lines), ""]
-    foot = list(_foot(comparison, lines, sensitivity))
+    table, foot = list(_table(comparison, lines)), list(_foot(comparison, lines, sensitivity))
+    head = _cut(list(_head(comparison)), HEIGHT - len(table) - len(foot) - 2)
+    found = [*head, "", *table, ""]
     room = HEIGHT - len(found) - len(foot)
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
     first = [*_broken(comparison), *_splits(comparison)]
     for text in dict.fromkeys((*first, *rests, *_refusals(comparison), *why)):  # where room ends, the last ones go
-        wrapped = _point(text)
+        wrapped = points(text)
         if len(wrapped) <= room:
             kept.append(text)
             room -= len(wrapped)
     for text in (*why, *rests):
-        found += _point(text) if text in kept else []
+        found += points(text) if text in kept else []
     found += foot
     return "\n".join(found) + "\n"
 
@@ -56,42 +59,61 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
 # --------------------------------------------------------------------------- what was compared
 
 
+def _cut(lines: list[str], most: int) -> list[str]:
+    """Lines, or as many as there is room for and a word that there are more."""
+    return lines if len(lines) <= most else [*lines[: most - 1], "  ... more of what was run: --details"]
+
+
 def _head(comparison: Comparison) -> Iterator[str]:
     lowered, versions = comparison.lowered, comparison.versions
     config = comparison.runs[0].config
     source = lowered.source.rsplit("/", 1)[-1]
     size, page = units.size(lowered.layout.inode_size), units.size(lowered.layout.page_size)
-    yield from _wrapped(f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}")
+    yield from wrapped(f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}")
     names = {
         "restructure": f"restructure like {versions.like} ({LIKE[versions.like].text})",
         "pfnmap": f"pfnmap {versions.pfnmap} ({PFNMAP[versions.pfnmap].text})",
     }
-    yield from _wrapped("; ".join(names.get(run.design, run.design) for run in comparison.runs[:2]))
+    yield from wrapped("; ".join(names.get(run.design, run.design) for run in comparison.runs[:2]))
     cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"
-    yield from _wrapped(
-        f"both: {config.vm} VM, memory {lowered.init} at first, {config.stage2.upper()}, {cpus}, Linux {config.kernel}"
+    both = "both: " if len(comparison.runs) > 1 else ""
+    yield from wrapped(
+        f"{both}{config.vm} VM, memory {lowered.init} at first, {config.stage2.upper()}, {cpus}, Linux {config.kernel}"
     )
+    yield from _defects(comparison)
     if not len(lowered.records) - lowered.accounting.setup:
-        yield from _wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
+        yield from wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
     if lowered.layout.origin == "inferred":
-        yield from _wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
-    if by_hand := mixed(comparison):
-        yield from _wrapped(f"mixed by hand: {by_hand}")
+        yield from wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
+    if by_hand := mixed(comparison, defects=False):  # those are in the line above
+        yield from wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:
-        yield from _wrapped(text)
+        yield from wrapped(text)
 
 
-def _point(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+def _defects(comparison: Comparison) -> Iterator[str]:
+    """The mistakes that the machines have, and those that a version has which change nothing here."""
+    active, idle = [], []
+    for run in comparison.runs[:2]:
+        mended = comparison.mended.get(run.design)
+        without = mended.without if mended and mended.same else ()
+        if names := [name for name in run.config.defects if name not in without]:
+            active.append(f"{run.design} {', '.join(names)}")
+        if without:
+            idle.append(f"{run.design} {', '.join(without)}")
+    parts = [*active, f"without effect here: {'; '.join(idle)}"] if idle else active
+    found = wrapped(f"defects: {'; '.join(parts)}") if parts else []
+    if len(found) > _MOST_DEFECTS:
+        counts = ", ".join(f"{run.design} {len(run.config.defects)}" for run in comparison.runs[:2])
+        found = [f"defects: {counts}; their names: --details"]
+    yield from found
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def mixed(comparison: Comparison) -> str:
+def mixed(comparison: Comparison, *, defects: bool = True) -> str:
     """What was given by hand and is otherwise in the versions, as the command line has it."""
-    names = (*PARAMETERS, "zero", "kernel", "split_form", "zap_filter")
+    names = [*PARAMETERS, "zero", "kernel", "split_form", "zap_filter"]
+    if not defects:
+        names.remove("defects")
     changed: dict[str, str] = {}
     for run in comparison.runs:
         plain = comparison.versions.configuration(run.design, pool=run.config.pool, page_size=run.config.page_size)
@@ -108,57 +130,26 @@ def mixed(comparison: Comparison) -> str:
 # --------------------------------------------------------------------------- the answers
 
 
-def value(found: float | tuple[float, float], unit: str) -> str:
-    """A value or a difference as people read it."""
-    if isinstance(found, tuple):
-        return units.band(*found) if any(found) else "none"
-    if unit == "bytes":
-        return units.size(int(found))
-    return f"{found:.0%}" if unit == "share" else units.count(int(found))
-
-
-def answer(comparison: Comparison, found: Measure) -> str:
-    """Which design is better, and by how much."""
-    return " ".join(part for part in (_better(comparison, found), _by(found)) if part)
-
-
-def _better(comparison: Comparison, found: Measure) -> str:
-    return {None: "undecided", -1: "alike"}.get(found.better) or comparison.runs[found.better or 0].design
-
-
-def _by(found: Measure) -> str:
-    """By how much the better one is better: a time, or how many times."""
-    if found.better in (None, -1):
-        return ""
-    if isinstance(found.difference, tuple):
-        low, high = sorted(abs(end) for end in found.difference)
-        return units.band(low, high)
-    if isinstance(found.first, tuple) or isinstance(found.second, tuple) or found.unit == "share":
-        return ""
-    low, high = sorted((found.first, found.second))
-    return f"{high / low:,.3g}x" if low and high < 1000 * low else f"{high / low:,.0f}x" if low else ""
+def _designs(comparison: Comparison) -> list[str]:
+    return [run.design for run in comparison.runs[:2]]
 
 
 def _table(comparison: Comparison, lines: dict[str, Line]) -> Iterator[str]:
-    designs = [run.design for run in comparison.runs[:2]]
-    yield _row("", *designs, "better", "by", "basis")
-    yield "-" * WIDTH
-    for line in lines.values():
-        found = line.measure
-        better, by = _better(comparison, found), _by(found)
-        if line.basis.kind == "defect" and found.unit == "ns":  # what only a defect makes counts for nobody
-            better, by = "neither", ""
-        kind = line.basis.kind
-        basis = "" if kind == "even" else kind
-        cells = (value(found.first, found.unit), value(found.second, found.unit), better, by)
-        yield _row(line.question, *cells, basis)
+    if len(comparison.runs) == 1:
+        yield from _values(comparison.runs[0])
+        return
+    designs = _designs(comparison)
+    yield from heads(designs)
+    for answer in answers_of(lines, designs).values():
+        yield row(answer.question, *answer.cells)
 
 
-def _row(*cells: str) -> str:
-    name, first, second, better, by, basis = cells
-    widths = _COLUMNS
-    left = f"{name:{widths[0]}} {first:>{widths[1]}} {second:>{widths[2]}}"
-    return f"{left}  {better:{widths[3]}} {by:{widths[4]}} {basis}".rstrip()
+def _values(run: DesignRun) -> Iterator[str]:
+    """What one design has: no verdict without another one."""
+    yield f"{'':{_NAMES}} {run.design:>{_VALUES}}"
+    yield "-" * (_NAMES + _VALUES + 1)
+    for key, found in measure(run, run).items():
+        yield f"{QUESTIONS[key].text:{_NAMES}} {value(found.first, found.unit):>{_VALUES}}"
 
 
 # --------------------------------------------------------------------------- why
@@ -166,13 +157,10 @@ def _row(*cells: str) -> str:
 
 def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> list[str]:
     """One sentence per cause of what differs, and what both refuse or break."""
-    if len(comparison.runs) < 2:
-        return []
-    first, second = comparison.runs[:2]
     return [
         *_broken(comparison),
         *_splits(comparison),
-        *_zeroing(first, second),
+        *_zeroing(comparison),
         *_levels(comparison, sensitivity),
         *_refusals(comparison),
         *_interrupts_off(comparison),
@@ -211,14 +199,17 @@ def _zeroed(run: DesignRun) -> int:
     return (run.statistics.event(Event.PAGE_ZEROED) + run.statistics.event(Event.FOLIO_ZEROED_PAGES)) * PAGE_4K
 
 
-def _zeroing(first: DesignRun, second: DesignRun) -> Iterator[str]:
-    zeroed = [_zeroed(run) for run in (first, second)]
-    if zeroed[0] != zeroed[1]:
-        parts = [
-            f"{run.design} {units.size(n)} ({zeroes(run.config)})"
-            for run, n in zip((first, second), zeroed, strict=True)
-        ]
+def _zeroing(comparison: Comparison) -> Iterator[str]:
+    runs = comparison.runs[:2]
+    zeroed = [_zeroed(run) for run in runs]
+    if _tells(zeroed):
+        parts = [f"{run.design} {units.size(n)} ({zeroes(run.config)})" for run, n in zip(runs, zeroed, strict=True)]
         yield f"zeroed: {', '.join(parts)}"
+
+
+def _tells(values: list[Any]) -> bool:
+    """Whether values of the designs are worth a line: they differ, or there is one design alone."""
+    return len(values) == 1 or values[0] != values[1]
 
 
 def _faults(run: DesignRun) -> int:
@@ -236,16 +227,18 @@ def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator
         sizes = sorted({mapped(run)[0], mapped(more)[0]})
         faults.append("-".join(map(units.count, counts)))
         ends.append("-".join(map(units.size, sizes)))
-    names = [run.design for run in runs]
     bounds = " (upper: all was used that the log had mapped)" if upper is not runs else ""
-    if faults[0] != faults[1]:
-        yield f"guest faults that map: {names[0]} {faults[0]}, {names[1]} {faults[1]}{bounds}"
-    if ends[0] != ends[1]:
-        yield f"mapped in the guest at the end: {names[0]} {ends[0]}, {names[1]} {ends[1]}"
+    if _tells(faults):
+        yield f"guest faults that map: {_each(runs, faults)}{bounds}"
+    if _tells(ends):
+        yield f"mapped in the guest at the end: {_each(runs, ends)}"
     beyond = [run.statistics.event(Event.SPTE_PAGES_BEYOND, Operation.CONVERT) * PAGE_4K for run in runs]
     if any(beyond):
-        parts = [f"{run.design} {units.size(n)}" for run, n in zip(runs, beyond, strict=True)]
-        yield f"zapped beyond what was converted: {', '.join(parts)}"
+        yield f"zapped beyond what was converted: {_each(runs, list(map(units.size, beyond)))}"
+
+
+def _each(runs: Sequence[DesignRun], values: list[str]) -> str:
+    return ", ".join(f"{run.design} {text}" for run, text in zip(runs, values, strict=True))
 
 
 def _broken(comparison: Comparison) -> Iterator[str]:
@@ -274,17 +267,15 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
         if name.startswith("-") or name == "would spin"
     }
     for op, name in sorted(names):
-        counts: list[tuple[str, int]] = []
-        for run in comparison.runs[:2]:
-            found = run.operation(op)
-            counts.append((run.design, found.outcomes.get(name, 0) if found else 0))
-        small = op is Operation.PUNCH_HOLE and name == "-EINVAL" and comparison.runs[0].config.punch == "refuse"
+        runs = comparison.runs[:2]
+        counts = [found.outcomes.get(name, 0) if (found := run.operation(op)) else 0 for run in runs]
+        small = op is Operation.PUNCH_HOLE and name == "-EINVAL" and runs[0].config.punch == "refuse"
         why = ": smaller than a huge page" if small else ""
-        if counts[0][1] == counts[1][1]:
-            yield f"both refuse {units.count(counts[0][1])} times {operation_name(op)} ({name}{why})"
+        if len(set(counts)) == 1:
+            who = "both refuse" if len(runs) > 1 else f"{runs[0].design} refuses"
+            yield f"{who} {units.count(counts[0])} times {operation_name(op)} ({name}{why})"
         else:
-            parts = ", ".join(f"{who} {units.count(n)}" for who, n in counts)
-            yield f"{operation_name(op)} is {name}: {parts}{why}"
+            yield f"{operation_name(op)} is {name}: {_each(runs, list(map(units.count, counts)))}{why}"
 
 
 # --------------------------------------------------------------------------- on what it rests
@@ -296,7 +287,7 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     for line in lines.values():
         if line.with_defect:
             name, whole = line.with_defect
-            yield f"{_short(line)}: by how much is without {name}; with it {answer(comparison, whole)}"
+            yield f"{_short(line)}: by how much is without {name}; with it {measured(whole, _designs(comparison)).text}"
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
@@ -327,7 +318,8 @@ def _moves(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
                 then = then if trial.removes else found
             now, otherwise = middle(found.difference), middle(then.difference)
             if max(now, otherwise) >= _MOVED * min(now, otherwise):
-                moved.append(f"{_short(line)}: {_better(comparison, then)} by {_by(then)}")
+                otherwise_found = measured(then, _designs(comparison))
+                moved.append(f"{_short(line)}: {otherwise_found.said} by {otherwise_found.by}")
                 ratio = max(ratio, max(now, otherwise) / max(min(now, otherwise), 1.0))
         if moved and " and " not in trial.rule:
             text = f"{', '.join(moved)} {_when(trial.rule, trial.label)} ({trial.rule})"
@@ -348,10 +340,18 @@ def _when(rule: str, label: str) -> str:
 
 def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> Iterator[str]:
     """What the words of the basis mean here, and how sure the times are."""
+    if len(comparison.runs) == 1:
+        run = comparison.runs[0]
+        config = run.config
+        shares = estimate(run.statistics, config.profile, config.vcpus, config.host_cpus).shares
+        yield from wrapped(
+            f"one design, no verdict; times: estimates, {shares['assumption']:.0%} by assumed prices; more: --details"
+        )
+        return
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
     if sensitivity and not sensitivity.complete:
         tried += ", interrupted"
     if any(line.basis.kind == "fact" for line in lines.values()):
         yield "fact: who is better holds under all inferred rules; by how much is an estimate"
-    yield from _wrapped(f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details")
+    yield from wrapped(f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details")

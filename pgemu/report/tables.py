@@ -137,6 +137,7 @@ def machine(comparison: Comparison) -> Table:
         *_versions(comparison),
         ("zeroing", zeroing),
         ("by hand", mixed(comparison)),
+        ("defects", "; ".join(f"{run.design} {', '.join(run.config.defects) or 'none'}" for run in comparison.runs)),
         ("invariants", f"checked {when}: {result}"),
     ]
     return _facts(row for row in rows if row[1])
@@ -152,7 +153,6 @@ def _versions(comparison: Comparison) -> Iterator[tuple[str, str]]:
         yield "mended", "" if versions.as_posted else ", ".join(like.fixed)
     if "pfnmap" in designs:
         yield "pfnmap", f"{versions.pfnmap}: {pfnmap.text} ({pfnmap.source})"
-        yield "its defects", ", ".join(pfnmap.defects)
 
 
 def outcomes(comparison: Comparison) -> Group:

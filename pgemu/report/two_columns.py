@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pgemu.report.units as units
@@ -46,8 +46,11 @@ def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(metric.group, metric.label, metric.unit, one, other)
 
 
-def render(found: Iterable[Row], heads: tuple[str, str], form: Form = "text") -> str:
-    """Return rows as text of at most 80 columns, as a table of markdown, or as CSV with plain numbers."""
+def render(found: Iterable[Row], heads: Sequence[str], form: Form = "text") -> str:
+    """Return rows as text of at most 80 columns, as a table of markdown, or as CSV with plain numbers.
+
+    With one head there is one run: its values alone, without a difference.
+    """
     return {"text": _text, "markdown": _markdown, "csv": _csv}[form](list(found), heads)
 
 
@@ -74,18 +77,20 @@ def differs(row: Row) -> bool:
     return shown or (row.unit != "ns" and row.first != row.second)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return row.label, _value(row.first, row.unit), _value(row.second, row.unit), *_difference(row)
+def _cells(row: Row, runs: int) -> tuple[str, ...]:
+    values = row.label, _value(row.first, row.unit), _value(row.second, row.unit), *_difference(row)
+    return values if runs > 1 else values[:2]
 
 
-def _text(found: list[Row], heads: tuple[str, str]) -> str:
-    lines = [_line("", *heads, "difference", "change"), "-" * (sum(_WIDTHS) + 2)]
+def _text(found: list[Row], heads: Sequence[str]) -> str:
+    more = ("difference", "change") if len(heads) > 1 else ()
+    lines = [_line("", *heads, *more), "-" * (sum(_WIDTHS) + 2)]
     group = ""
     for row in found:
         if row.group != group:
             lines.append(row.group)
             group = row.group
-        name, *cells = _cells(row)
+        name, *cells = _cells(row, len(heads))
         lines.append(_line(f"  {name}", *cells))
     return "\n".join(lines) + "\n"
 
@@ -93,31 +98,34 @@ def _text(found: list[Row], heads: tuple[str, str]) -> str:
 def _line(*cells: str) -> str:
     """A line of the table; a name that is in the way of the numbers has one of its own."""
     name, *numbers = cells
-    text = "".join(f" {n:>{w - 1}}" for n, w in zip(numbers, _WIDTHS[1:], strict=True))
+    text = "".join(f" {n:>{w - 1}}" for n, w in zip(numbers, _WIDTHS[1:], strict=False))
     room = sum(_WIDTHS) - len(text)
     return (f"{name:{room}}{text}" if len(name) <= room else f"{name}\n{text:>{sum(_WIDTHS)}}").rstrip()
 
 
-def _markdown(found: list[Row], heads: tuple[str, str]) -> str:
-    lines = [f"| | {heads[0]} | {heads[1]} | difference | change |", "| --- | ---: | ---: | ---: | ---: |"]
+def _markdown(found: list[Row], heads: Sequence[str]) -> str:
+    columns = [*heads, *(("difference", "change") if len(heads) > 1 else ())]
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     group = ""
     for row in found:
         if row.group != group:
-            lines.append(f"| **{row.group}** | | | | |")
+            lines.append(f"| **{row.group}** |{' |' * len(columns)}")
             group = row.group
-        lines.append(f"| {' | '.join(_cells(row))} |")
+        lines.append(f"| {' | '.join(_cells(row, len(heads)))} |")
     return "\n".join(lines) + "\n"
 
 
-def _csv(found: list[Row], heads: tuple[str, str]) -> str:
+def _csv(found: list[Row], heads: Sequence[str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("group", "quantity", "unit", *heads, "difference"))
+    columns = 3 + (3 if len(heads) > 1 else 1)
+    writer.writerow(("group", "quantity", "unit", *heads, "difference")[:columns])
     for row in found:
         if isinstance(row.first, tuple) and isinstance(row.second, tuple):
             for end, name in enumerate(("low", "high")):
-                writer.writerow((row.group, f"{row.label}, {name}", row.unit, row.first[end], row.second[end], ""))
+                cells = (row.group, f"{row.label}, {name}", row.unit, row.first[end], row.second[end], "")
+                writer.writerow(cells[:columns])
         else:
             less = row.second - row.first  # type: ignore[operator]
-            writer.writerow((row.group, row.label, row.unit, row.first, row.second, less))
+            writer.writerow((row.group, row.label, row.unit, row.first, row.second, less)[:columns])
     return out.getvalue()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.short import changed
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits
 from pgemu_kernels.formats.page_format import ALL, ARM_DIRTY_MODIFIER, ARM_WRITE, Family
@@ -102,6 +103,9 @@ class Access:
     xnx: bool = True
     update: bool = True
     table_fault_reads: bool = False
+
+    def __repr__(self) -> str:
+        return changed(self)
 
     def rows(self, format_row: Array, ram_bytes: int) -> Array:
         """uint64[ACCESS_ROWS * X_WORDS]: the access rows of a format (uint64[F_WORDS]), by `Kind`.

@@ -6,7 +6,7 @@
 257
 >>> result = table.unmap(0x4000_1000)  # splits the large one
 >>> result.flush
-Flush(start=1073741824, end=1075838976, level=1, freed_tables=False)
+Flush(0x40000000, 0x40200000, level=1)
 >>> [(level, hex(entry)) for level, _, entry in table.walk(0x4000_2000)][-2:]
 [(2, '0x6067'), (1, '0x80002867')]
 >>> table.translate([0x4000_1234, 0x4000_2234]).status.tolist()  # pgemu.tables.translation.WalkStatus
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.machine.columns import addresses_of
+from pgemu.machine.results import Results, status_name
+from pgemu.machine.short import column, counted
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
 from pgemu_kernels.words.operations import PAGE_4K
@@ -56,6 +58,10 @@ class Flush(NamedTuple):
     level: int
     freed_tables: bool
 
+    def __repr__(self) -> str:
+        freed = ", freed_tables=True" if self.freed_tables else ""
+        return f"Flush({self.start:#x}, {self.end:#x}, level={self.level}{freed})"
+
 
 class EditResult(NamedTuple):
     """What an edit returned.
@@ -70,6 +76,15 @@ class EditResult(NamedTuple):
     flush: Flush | None
     records: int
 
+    @property
+    def name(self) -> str:
+        """What it returned, by name: "ok", "-EEXIST"."""
+        return status_name(None, self.status)
+
+    def __repr__(self) -> str:
+        status = self.name if self.status else 0
+        return f"EditResult(status={status}, detail={self.detail}, flush={self.flush}, records={self.records})"
+
 
 class EditResults(NamedTuple):
     """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
@@ -78,6 +93,11 @@ class EditResults(NamedTuple):
     detail: Array
     flush: Flush | None
     records: int
+
+    def __repr__(self) -> str:
+        results = Results(self.status, self.detail)
+        about = f"{self.status.size:,}: {counted(results.outcomes)}; detail={column(self.detail)}"
+        return f"EditResults({about}, flush={self.flush}, records={self.records})"
 
 
 class PageTable:
@@ -101,6 +121,9 @@ class PageTable:
         if self._one(Edit.CREATE, 0).status != 0:
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
         self.root = int(self._request[W.E_ROOT])
+
+    def __repr__(self) -> str:
+        return f"PageTable({self.format.name!r}, root={self.root:#x})"
 
     @classmethod
     def create(cls, machine: Core, fmt: PageFormat | str) -> PageTable:

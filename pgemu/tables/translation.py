@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.columns import addresses_of
+from pgemu.machine.short import column, walks
 from pgemu.tables.access import Access as Access, Kind as Kind, rows_of
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import Family
@@ -55,6 +56,9 @@ class References(NamedTuple):
     read_stages: Array
     write_stages: Array
 
+    def __repr__(self) -> str:
+        return f"References(read_counts={column(self.read_counts)}, write_counts={column(self.write_counts)})"
+
 
 class Translation(NamedTuple):
     """What a batch of walks gave, in the order of the addresses.
@@ -70,6 +74,9 @@ class Translation(NamedTuple):
     level: Array
     error: Array
     references: References | None = None
+
+    def __repr__(self) -> str:
+        return walks(self, WalkStatus)
 
 
 def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
@@ -186,6 +193,9 @@ class NestedTranslation(NamedTuple):
     read_count: Array
     write_count: Array
     references: References | None = None
+
+    def __repr__(self) -> str:
+        return walks(self, WalkStatus)
 
 
 def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pgemu.machine.short import walks
 from pgemu_kernels.formats.page_format import Family, PageFormat
 
 __all__ = (
@@ -98,6 +99,9 @@ class Translation(NamedTuple):
     physical: Array
     level: Array
     status: Array
+
+    def __repr__(self) -> str:
+        return walks(self, Status)
 
 
 # --------------------------------------------------------------------------- entries

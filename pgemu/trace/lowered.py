@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.machine.short import changed
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G
@@ -37,6 +38,9 @@ class LoweringOptions:
     dontneed: Literal["punch", "zap"] | None = None
     memslots: tuple[GivenSlot, ...] = ()
     guest_memory: int | None = None
+
+    def __repr__(self) -> str:
+        return changed(self)
 
 
 @dataclass
@@ -112,3 +116,6 @@ class Lowered:
     accesses: bool = False
     machine: Mapping[str, Any] = field(default_factory=dict)
     again: Callable[..., Lowered] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Lowered({self.source!r}, init={self.init!r}, {self.records!r}, {self.layout!r})"

@@ -100,6 +100,10 @@ class Layout:
     refused: tuple[RefusedSlot, ...] = field(default=())
     origin: str = "trace"
 
+    def __repr__(self) -> str:
+        parts = f"{len(self.regions)} regions, {len(self.slots)} slots, {len(self.refused)} refused"
+        return f"Layout({self.inode_size} bytes in pages of {self.page_size}, {parts}, origin={self.origin!r})"
+
     @property
     def inferred(self) -> bool:
         return self.origin == "inferred"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.machine.short import counted
 from pgemu_kernels.words.operations import PAGE_4K, Entry, Flag, Operation
 from pgemu_kernels.words.rows import ACTORS
 
@@ -93,6 +94,12 @@ class Records:
             column = getattr(self, name)
             if column.dtype != dtype or column.shape != self.time.shape or column.ndim != 1:
                 raise ValueError(f"column {name}: {column.dtype}{column.shape}, expected {dtype}{self.time.shape}")
+
+    def __repr__(self) -> str:
+        names = {int(op): op.name.lower().replace("_", " ") for op in Operation}
+        codes, counts = np.unique(self.op, return_counts=True)
+        found = zip(codes.tolist(), counts.tolist(), strict=True)
+        return f"Records({len(self):,}: {counted({names.get(op, f'op {op}'): n for op, n in found})})"
 
     def __len__(self) -> int:
         return len(self.time)

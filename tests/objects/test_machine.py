@@ -182,9 +182,9 @@ def test_columns_are_as_long_as_the_batch_or_one() -> None:
     ("change", "text"),
     [
         ({"design": "split"}, "design"),
-        ({"page_size": 8192}, "page size"),
+        ({"page_size": 8192}, "page_size 8192: expected bytes as an integer: 4096, 2097152, 1073741824"),
         ({"kernel": "5.15"}, "kernel"),
-        ({"stage2": "s2"}, "stage 2"),
+        ({"stage2": "s2"}, "stage2 's2': expected one of npt, ept"),
         ({"zero": "never"}, "zero"),
         ({"vcpus": 0}, "vcpus"),
         ({"frames": 0}, "frames"),

@@ -64,8 +64,8 @@ def test_a_kind_has_the_stage_2_of_its_processors(kind: Any, stage2: Any) -> Non
 def test_what_is_no_kind() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"vm": "sev"}, "vm 'sev': expected one of plain, sw, snp, tdx"),
-        ({"zap_filter": "none"}, "zap filter 'none': expected both or target"),
-        ({"private_level": "512G"}, "private level '512G': expected one of ('4K', '2M', '1G')"),
+        ({"zap_filter": "none"}, "zap_filter 'none': expected one of both, target"),
+        ({"private_level": "512G"}, "private_level '512G': expected None or one of 4K, 2M, 1G"),
     ]
     for fields, said in wrong:
         with pytest.raises(ValueError, match=re.escape(said)):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from comparisons import converts_nothing, lowered, mixed, mixed_records, setup
+from comparisons import HVA, converts_nothing, lowered, mixed, mixed_records, one, setup
 from pgemu.experiments.compare import Comparison, compare
+from pgemu.experiments.mended import with_mended
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
 from pgemu.experiments.verdict import QUESTIONS, Trial, measure, verdict
-from pgemu.machine.presets import Versions
+from pgemu.machine.config import DEFECTS
+from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu.report.screen import HEIGHT, WIDTH, mixed as by_hand, screen
-from pgemu.trace import Lowered, LoweringOptions, load, shipped
+from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, load, shipped
+from pgemu_kernels.words.operations import PAGE_2M
 from random_traces import traces
 
 HUGETLB = Path(__file__).parents[1] / "data" / "traces" / "vm-boot-microvm-hugetlb.ftrace.txt.xz"
@@ -122,3 +126,97 @@ def test_an_alternative_that_moves_a_time_is_said_though_it_turns_nothing() -> N
     assert_fits(text)
     near = base | {"conversions": base["conversions"]._replace(difference=(low / 2, high / 2))}
     assert "stayed shared all the time" not in shown(comparison, Sensitivity((Trial("overlap", "1", "", near, runs),)))
+
+
+# --------------------------------------------------------------------------- one design alone
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_one_design_alone_has_its_values_and_no_verdict(design: Any) -> None:
+    """Every value is that of the comparison of both, and what it breaks and refuses is said."""
+    comparison = compare(lowered(mixed_records()), designs=(design,), check="every")
+    text = screen(comparison, {}, None)
+    assert_fits(text)
+    both = [row.split() for row in shown(mixed()).splitlines()]
+    for question in QUESTIONS.values():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"{question.text} "))
+        value = row.removeprefix(question.text).split()
+        words = question.text.split()
+        (beside,) = (line[len(words) :] for line in both if line[: len(words)] == words)
+        assert value == (beside[: len(value)] if design == "restructure" else beside[len(value) :][: len(value)])
+    joined = " ".join(text.split())
+    assert "one design, no verdict" in joined
+    assert not {"better", "basis", "both"} & set(joined.replace(":", " ").split())
+    expected = {
+        "restructure": ("stale contents (defect uptodate-unzeroed)", "refuses 1 times convert (-EAGAIN)"),
+        "pfnmap": ("pfnmap refuses 1 times zap (-EINVAL)", "zeroed: pfnmap"),
+    }
+    for said in expected[design]:
+        assert said in joined
+
+
+def test_one_design_that_a_version_refuses() -> None:
+    text = screen(compare(lowered(setup(), "shared"), designs=("restructure",), strict=True), {}, None)
+    assert_fits(text)
+    assert "restructure: dec2025 refuses huge pages that are shared at first (-EINVAL)" in " ".join(text.split())
+
+
+# --------------------------------------------------------------------------- defects
+
+
+def test_defects_that_are_active_are_named_on_the_first_screen() -> None:
+    assert "\ndefects: restructure uptodate-unzeroed\n" in shown(mixed())
+    without = compare(lowered(mixed_records()), zero="folio")  # takes the place of uptodate-unzeroed
+    assert "defects:" not in shown(without)
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_a_version_whose_defects_change_nothing_says_so(hole: bool) -> None:
+    """What the slides' change leaves in a hole needs a hole over memory that a process has mapped."""
+    records = [
+        *setup(),
+        one(Operation.CONVERT, Flag.SHARED, offset=0, length=PAGE_2M),
+        one(Operation.HOST_FAULT, address=HVA),
+        *[one(Operation.PUNCH_HOLE, offset=0, length=PAGE_2M)] * hole,
+    ]
+    comparison = with_mended(compare(lowered(records), versions=Versions(pfnmap="slides2025")))
+    names = PFNMAP["slides2025"].defects
+    assert comparison.mended["pfnmap"] == (names, not hole)
+    assert comparison.to_json()["mended"] == {"pfnmap": {"without": list(names), "same": not hole}}
+    text = " ".join(shown(comparison).split())
+    assert (f"without effect here: pfnmap {', '.join(names)}" in text) == (not hole)
+    assert (f"; pfnmap {', '.join(names)}" in text) == hole
+    assert "defects: restructure uptodate-unzeroed" in text
+    assert_fits(shown(comparison))
+
+
+def test_what_was_not_asked_for_is_not_tried() -> None:
+    assert with_mended(mixed()).mended == {}
+    refused = compare(lowered(setup(), "shared"), versions=Versions(as_posted=True), strict=True)
+    assert with_mended(refused).mended == {}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    versions=st.builds(Versions, st.sampled_from(["rfc2", "dec2025"]), st.sampled_from(sorted(PFNMAP)), st.booleans()),
+    defects=st.sets(st.sampled_from(sorted(DEFECTS)), max_size=10),
+    designs=st.sampled_from([("restructure", "pfnmap"), ("pfnmap",), ("restructure",)]),
+    source=st.text("abc/ ", min_size=1, max_size=200),
+)
+def test_every_screen_fits_and_names_its_defects_or_how_many(
+    versions: Versions, defects: set[str], designs: Any, source: str
+) -> None:
+    records = lowered(mixed_records(), source=source)
+    options = {"order": "jan2026", "zap_filter": "target", "merge_zero": "unzeroed", "level_rule": "whole"}
+    comparison = with_mended(
+        compare(records, designs, versions=versions, defects=tuple(defects), kernel="7.3", **options)  # type: ignore[arg-type]
+    )
+    text = shown(comparison) if len(designs) > 1 else screen(comparison, {}, None)
+    assert_fits(text)
+    joined = " ".join(text.split())
+    for run in comparison.runs:
+        every = all(name in joined for name in run.config.defects)
+        assert every or f"{run.design} {len(run.config.defects)}" in joined
+    fixed = set(LIKE[versions.like].fixed) if versions.as_posted else set()
+    tried = {name for mended in comparison.mended.values() for name in mended.without}
+    assert tried <= fixed | set(PFNMAP[versions.pfnmap].defects)

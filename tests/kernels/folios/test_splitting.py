@@ -505,5 +505,5 @@ def test_pieces_held_past_the_end_keep_the_stash_but_no_node(split_form: str) ->
 
 
 def test_series_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="split form 'rfc1': expected one of rfc2, jan2026"):
+    with pytest.raises(ValueError, match="split_form 'rfc1': expected one of rfc2, jan2026"):
         Config(split_form="rfc1")  # type: ignore[arg-type]

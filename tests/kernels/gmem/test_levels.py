@@ -513,5 +513,5 @@ def test_a_large_leaf_is_back_when_all_is_private_again(rule: str, level: int) -
 
 
 def test_a_level_rule_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="level rule 'large': expected one of uniform, whole, private"):
+    with pytest.raises(ValueError, match="level_rule 'large': expected one of uniform, whole, private"):
         Config("pfnmap", pool=M2, page_size=M2, level_rule="large")  # type: ignore[arg-type]
