@@ -75,6 +75,8 @@ def _head(comparison: Comparison) -> Iterator[str]:
         yield from _wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
     if lowered.layout.origin == "inferred":
         yield from _wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
+    for text in lowered.notes:
+        yield from _wrapped(text)
     if by_hand := mixed(comparison):
         yield from _wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:
