@@ -251,6 +251,7 @@ class Comparison:
                 "init": lowered.init,
                 "converts": lowered.converts,
                 "accounting": lowered.accounting.to_json(),
+                "notes": list(lowered.notes),
                 "memory": lowered.layout.to_json(),
             },
             "versions": asdict(self.versions),

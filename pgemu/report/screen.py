@@ -85,6 +85,8 @@ def _head(comparison: Comparison) -> Iterator[str]:
         yield from wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
     if lowered.layout.origin == "inferred":
         yield from wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
+    for text in lowered.notes:
+        yield from wrapped(text)
     if by_hand := mixed(comparison, defects=False):  # those are in the line above
         yield from wrapped(f"mixed by hand: {by_hand}")
     for text in comparison.instead:

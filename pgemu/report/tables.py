@@ -83,11 +83,14 @@ def trace(lowered: Lowered) -> Table:
     ]
     if accounting.unknown:
         rows.append(("unknown", _listing(accounting.unknown)))
+    if accounting.skipped:
+        rows.append(("skipped", _listing(accounting.skipped)))
     if accounting.lost:
         rows.append(("lost", f"{units.count(accounting.lost)} events, dropped by the ring buffer"))
     rows.append(("operations", f"{units.count(len(lowered.records))}, of them {accounting.setup} to set memory up"))
     if accounting.without_operation:
         rows.append(("not guest_memfd's", _listing(accounting.without_operation)))
+    rows += [("note", text) for text in lowered.notes]
     why = "the trace converts" if lowered.converts else "the trace converts nothing"
     as_auto = lowered.init == ("private" if lowered.converts else "shared")
     rows += [

@@ -16,8 +16,6 @@ __all__ = (
     "EXPECTED",
     "IGNORED",
     "LEVELS",
-    "LINE",
-    "LOST",
     "OUTCOMES",
     "Input",
     "event_name",
@@ -30,7 +28,9 @@ class Input(IntEnum):
     """Kinds of input rows; what the words A to E of a row hold."""
 
     HOST_FAULT = 1  # HVA, error code
-    GUEST_FAULT = 2  # GPA, error code, vCPU, level of the leaf that KVM then wrote (0: none was seen)
+    # address (of which kind: pgemu.trace.guest_addresses), error code, vCPU, level of the leaf that KVM then wrote (0:
+    # none was seen), 1 where it is an L2 guest's
+    GUEST_FAULT = 2
     ATTRIBUTES = 3  # first gfn, end gfn, attributes
     UNMAP = 4  # first HVA, end HVA
     MEMSLOT = 5  # slot, flags, GPA, size, HVA
@@ -40,14 +40,6 @@ class Input(IntEnum):
     FALLOCATE = 9  # fd, mode, offset, length, HVA of the unmap inside it (0: none)
     HUGETLBFS_FALLOCATE = 10  # inode, mode, offset, length
 
-
-LINE = re.compile(
-    r"(?P<prefix>\s*(?P<comm>\S.*?)[- ]\s*(?P<pid>\d+)(?:/(?P<tid>\d+))?\s+(?:\(\s*(?:\d+|-+)\)\s+)?\[\d+\]\s+"
-    r"(?:[^\s\d]\S{3,7}\s+)?)(?P<stamp>\d+\.(?:\d{9}|\d{6})):\s+(?P<event>\S.*)"
-)
-"""A line of ftrace, `trace-cmd report` (no flags) or `perf script` (system prefix, pid/tid)."""
-
-LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(\d+) EVENTS DROPPED)\]\s*")
 
 _HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
 _SIGNED = r"(-?\d+)"
@@ -153,6 +145,9 @@ LEVELS = frozenset({"kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"})
 
 IGNORED = frozenset(
     {
+        "<stack trace>",
+        "<user stack trace>",
+        "PERF_RECORD_LOST",
         "bprint",
         "bputs",
         "check_mmio_spte",
@@ -191,8 +186,13 @@ IGNORED = frozenset(
         "kvm_mmu_walker_error",
         "kvm_msi_set_irq",
         "kvm_msr",
+        "kvm_nested_intercepts",
+        "kvm_nested_intr_vmexit",
         "kvm_nested_vmenter",
+        "kvm_nested_vmenter_failed",
         "kvm_nested_vmexit",
+        "kvm_nested_vmexit_inject",
+        "kvm_nested_vmrun",
         "kvm_pic_set_irq",
         "kvm_pio",
         "kvm_pv_eoi",
@@ -253,6 +253,8 @@ def event_name(token: str) -> str:
     System calls are named alike whether ftrace (`sys_x(`, `sys_x ->`) or a tracepoint
     (`syscalls:sys_enter_x:`, `sys_exit_x:`) printed them; "sys_x return" is the return.
     """
+    if token in ("<stack", "<user"):  # kernel/trace/trace_output.c:trace_stack_print(), trace_user_stack_print()
+        return "<stack trace>" if token == "<stack" else "<user stack trace>"
     bare = token.partition("(")[0].removesuffix(":").rpartition(":")[2]
     if bare.startswith("sys_enter_"):
         return "sys_" + bare.removeprefix("sys_enter_")

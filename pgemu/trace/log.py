@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NO_VCPU", "Log")
+__all__ = ("NO_VCPU", "Log", "Task")
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
+
+
+class Task(NamedTuple):
+    """A thread of a log: its number, its process (None: no line says), its name."""
+
+    tid: int
+    process: int | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,10 @@ class Log:
         events: lines that hold an event
         inputs, outcomes, ignored, unknown: events by name
         lost: events that the ring buffer dropped
+        skipped: lines that belong to no event and are not blank, by what they are
+        tasks: by dense index
+        nested_told: the log has what tells faults of an L2 guest from those of L1
+        notes: what of the text was taken to mean something, in words
     """
 
     source: str
@@ -36,3 +49,7 @@ class Log:
     ignored: Counter[str]
     unknown: Counter[str]
     lost: int
+    skipped: Counter[str] = field(default_factory=Counter)
+    tasks: tuple[Task, ...] = ()
+    nested_told: bool = True
+    notes: tuple[str, ...] = ()

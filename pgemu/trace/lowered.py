@@ -54,6 +54,7 @@ class Accounting:
         events: lines that hold an event
         inputs, outcomes, ignored, unknown: events by name
         lost: events that the ring buffer dropped
+        skipped: lines that belong to no event and are not blank, by what they are
         operations: records
         setup: records in front that no input asked for (host mappings, and slots the log does not show)
         extra_pieces: records beyond the first of inputs that touch several slots or mappings
@@ -66,6 +67,7 @@ class Accounting:
     ignored: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
     lost: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
     operations: int = 0
     setup: int = 0
     extra_pieces: int = 0
@@ -82,7 +84,7 @@ class Accounting:
         """Return plain dicts and ints, names sorted."""
         counts = {
             name: dict(sorted(getattr(self, name).items()))
-            for name in ("inputs", "outcomes", "ignored", "unknown", "without_operation")
+            for name in ("inputs", "outcomes", "ignored", "unknown", "skipped", "without_operation")
         }
         totals = {name: getattr(self, name) for name in ("events", "lost", "operations", "setup", "extra_pieces")}
         return {**totals, **counts}
@@ -103,6 +105,7 @@ class Lowered:
             (1 = 4K, 2 = 2M, 3 = 1G), 0 where it wrote none; None: not recorded
         accesses: the guest faults are all accesses of the guest that matter, not only those that faulted: no log
         machine: fields of Config that the trace or workload brings: its stage 2, its vCPUs
+        notes: what of the trace was taken to mean something, or left out, in words
         again: of a workload with parameters: makes it with other ones
     """
 
@@ -115,6 +118,7 @@ class Lowered:
     fault_levels: npt.NDArray[np.uint8] | None = None
     accesses: bool = False
     machine: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     again: Callable[..., Lowered] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:

@@ -181,6 +181,7 @@ class _Lowering:
             self._log.ignored,
             self._log.unknown,
             self._log.lost,
+            self._log.skipped,
             operations=len(records),
             setup=len(setup),
             extra_pieces=len(made) - len(served),
@@ -188,7 +189,10 @@ class _Lowering:
         )
         converts = bool((records.op == Operation.CONVERT).any())
         levels = self._fault_levels(origin[order], len(setup))
-        return Lowered(records, self._layout, self._init(converts), converts, accounting, self._log.source, levels)
+        return Lowered(
+            records, self._layout, self._init(converts), converts, accounting, self._log.source, levels,
+            notes=self._log.notes,
+        )  # fmt: skip
 
     def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
         """uint8[setup + len(origin)]: the recorded level of each record's fault; None if the log tells none."""

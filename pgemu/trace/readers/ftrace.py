@@ -7,10 +7,9 @@ until its event's name says that it is an input; only inputs meet a regular expr
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -20,15 +19,27 @@ from pgemu.trace.events import (
     CALLS,
     EXPECTED,
     IGNORED,
-    LINE,
-    LOST,
     OUTCOMES,
     Input,
     event_name,
     line_end,
     pattern,
 )
-from pgemu.trace.log import NO_VCPU, Log
+from pgemu.trace.lines import (
+    HEADER,
+    KERNEL_LOG,
+    LOST,
+    STACK,
+    Place,
+    event_start,
+    form_of,
+    is_name,
+    place,
+    raw_fields,
+    stamp_of,
+)
+from pgemu.trace.log import NO_VCPU, Log, Task
+from pgemu.trace.nested import NESTED, NestedGuests
 from pgemu.trace.source import Match, Source, open_source
 
 __all__ = ("read", "sniff")
@@ -44,8 +55,7 @@ _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
-_HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty|=> .*)?")
-
+_NAMELESS = "(no event name)"
 _NO_TASK = -1, 0
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
 
@@ -94,10 +104,15 @@ class _Handlers(dict[str, _Handler | None]):
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
             _SET_SPTE: parser.kvm_mmu_set_spte,
             _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
+            "PERF_RECORD_LOST": parser.perf_record_lost,
+            **dict.fromkeys(NESTED, parser.nested),
         }
         self._call_return = parser.call_return
+        self._displaced = parser.displaced
 
     def __missing__(self, token: str) -> _Handler | None:
+        if not is_name(token):  # and the next one may be another number, so it is not kept
+            return self._displaced
         name = event_name(token)
         is_return = name.removesuffix(" return") in CALLS and name.endswith(" return")
         handler = self._by_name.get(name, self._call_return if is_return else None)
@@ -107,14 +122,24 @@ class _Handlers(dict[str, _Handler | None]):
     def only_count(self, name: str) -> None:
         """From now on an event is counted, and not parsed."""
         self._by_name.pop(name, None)
+        self._forget(name)
+
+    def parse(self, name: str, handler: _Handler) -> None:
+        """From now on an event is parsed."""
+        if self._by_name.get(name) is not handler:
+            self._by_name[name] = handler
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
         for token in [token for token in self if event_name(token) == name]:
-            self[token] = None
+            del self[token]
 
 
 def _fields(name: str, event: str) -> tuple[str, ...]:
     match = pattern(name).fullmatch(event)
     if match is None:
-        raise _MalformedLineError(f"malformed {name}, expected {EXPECTED[name]}: {event!r}")
+        raw = raw_fields(event)
+        raise _MalformedLineError(f"malformed {name}, {raw or f'expected {EXPECTED[name]}'}: {event[:120]!r}")
     return match.groups()
 
 
@@ -127,16 +152,26 @@ class _Parser:
         self._line = 0
         self._events = 0
         self._lost = 0
-        self._pids: dict[int, int] = {}
+        self._by_tid: dict[int, int] = {}  # thread -> task
+        self._about: list[Task] = []
         self._tasks: dict[str, int] = {}  # text before the time stamp -> task
-        self._beginnings: dict[str, tuple[int, int]] = {}  # text before the decimals -> task, whole seconds (ns)
-        self._columns = 0, 0, 0  # where decimals of the last event begin and end, and ns in the last one
+        self._beginnings: dict[str, tuple[int, int]] = {}  # text before the digits that change -> task, whole (ns)
+        self._columns = (
+            0,
+            0,
+            0,
+            ": ",
+        )  # where these digits of the last event begin and end, ns in the last, what is next
+        self._ticks = self._no_newline = False
+        self._nameless = 0, 0  # lines without an event's name, and which is the first
+        self._nested = NestedGuests()
         self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
         self._faults: dict[int, int] = {}  # task -> where the row of its last guest fault is
         self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
         self._inputs: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
         self._handlers = _Handlers(self)
 
     def feed(self, block: str) -> None:
@@ -144,20 +179,25 @@ class _Parser:
         lines = block.split("\n")
         last = lines.pop()
         handlers, tokens, beginnings = self._handlers, self._tokens, self._beginnings
-        point, end, unit = self._columns
+        point, end, unit, separator = self._columns
+        width = len(separator)
         number = self._line
         events = 0
         try:
+            if last:
+                self._check_last(last, self._line + len(lines) + 1)
+                lines.append(last)
             for line in lines:
                 number += 1
                 task, time = beginnings.get(line[:point], _NO_TASK)
                 decimals = line[point:end]
-                start = end + 2
-                if task < 0 or line[end:start] != ": " or not decimals.isdecimal():
+                start = end + width
+                if task < 0 or line[end:start] != separator or not decimals.isdecimal():
                     task, time, start = self._unusual(line)
                     if task < 0:
                         continue
-                    point, end, unit = self._columns
+                    point, end, unit, separator = self._columns
+                    width = len(separator)
                     decimals = line[point:end]
                 space = line.find(" ", start)
                 token = line[start:space] if space >= 0 else line[start:]
@@ -167,9 +207,6 @@ class _Parser:
                 else:
                     handler(line[start:], task, time + int(decimals) * unit, number)
                 events += 1
-            if last:
-                number += 1
-                events += self._cut_line(last, number)
         except (ValueError, OverflowError) as error:
             raise InputError(str(error), self._source, number) from None
         self._line = number
@@ -189,69 +226,122 @@ class _Parser:
             else:
                 unknown[name] += count
         rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS)
-        return Log(self._source, rows, self._events, self._inputs, self._outcomes, self._ignored, unknown, self._lost)
+        if self._nameless[0]:
+            unknown[_NAMELESS] = self._nameless[0]
+        counters = self._inputs, self._outcomes, self._ignored, unknown
+        return Log(
+            self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
+            self._nested.told, tuple(self._notes()),
+        )  # fmt: skip
+
+    def _notes(self) -> Iterator[str]:
+        """What of the text was taken to mean something."""
+        count, first = self._nameless
+        if count:
+            yield f"{count} line{'s have' if count > 1 else ' has'} no event name, the first is line {first}"
+        if self._ticks:
+            yield "its time stamps are ticks of a clock, only their order counts"
+        if self._no_newline:
+            yield "its last line has no newline and is taken to be whole"
 
     def _unusual(self, line: str) -> tuple[int, int, int]:
         """Task, whole seconds (ns) and where the event begins, of a line that does not begin as the one before.
 
         `_columns` is where its time stamp stands. Task -1 if the line holds no event.
         """
-        head = line.partition(": ")[0]
+        head, colon, _ = line.partition(": ")
         prefix, _, stamp = head.rpartition(" ")
         task = self._tasks.get(prefix, -1)
         whole = stamp[-7:-6] == "." or stamp[-10:-9] == "."
-        if task < 0 or not whole or not stamp.replace(".", "", 1).isdecimal():
-            match = LINE.fullmatch(line)
-            if match is None:
+        if task < 0 or not colon or not whole or not stamp.replace(".", "", 1).isdecimal():
+            found = place(line)
+            if found is None:
                 self._no_event(line)
                 return -1, 0, 0
-            task = self._pids.setdefault(int(match["tid"] or match["pid"]), len(self._pids))
-            prefix = match["prefix"]
-            if prefix.endswith(" "):
-                self._tasks[prefix[:-1]] = task
-            end, start = match.end("stamp"), match.start("event")
-            stamp = match["stamp"]
+            task = self._task(found)
+            point, end, time, unit, self._ticks = *found[4:8], self._ticks or found.ticks
+            separator = found.separator
         else:
-            end, start = len(head), len(head) + 2
-        decimals = len(stamp) - stamp.index(".") - 1
-        self._columns = end - decimals, end, 10 ** (9 - decimals)
+            point, end, time, unit, _ = stamp_of(stamp, len(prefix) + 1)
+            separator = ": "
+        self._columns = point, end, unit, separator
         if len(self._beginnings) >= _BEGINNINGS:
             self._beginnings.clear()
-        time = int(stamp[: -decimals - 1]) * 1_000_000_000
-        self._beginnings[line[: end - decimals]] = task, time
-        return task, time, start
+        self._beginnings[line[:point]] = task, time
+        return task, time, end + len(separator)
+
+    def _task(self, found: Place) -> int:
+        """The task of a line, and what the line says of it."""
+        task = self._by_tid.setdefault(found.tid, len(self._about))
+        if task == len(self._about):
+            self._about.append(Task(found.tid, found.process, found.comm))
+        seen = self._about[task]
+        if seen.process is None or seen.name == "<...>":
+            name = found.comm if seen.name == "<...>" else seen.name
+            self._about[task] = Task(found.tid, found.process if seen.process is None else seen.process, name)
+        if found.prefix.endswith(" "):
+            self._tasks[found.prefix[:-1]] = task
+        return task
 
     def _no_event(self, line: str) -> None:
-        """Count what the line says that was lost; a malformed line is an error."""
+        """Count what the line says that was lost, and what belongs to an event; a malformed line is an error."""
         lost = LOST.fullmatch(line)
         if lost is not None:
             self._lost += int(lost[1] or lost[2] or 1)
-        elif _HEADER.fullmatch(line) is None:
+        elif HEADER.fullmatch(line) is None:
             if any("\udc80" <= character <= "\udcff" for character in line):
                 raise _MalformedLineError("binary data, expected text of ftrace or trace-cmd")
-            raise _MalformedLineError(
-                f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}"
-            )
+            if STACK.fullmatch(line):
+                self._skipped["lines of call chains"] += 1
+            elif KERNEL_LOG.fullmatch(line):
+                self._skipped["lines of the kernel's log"] += 1
+            else:
+                form = form_of(line)
+                raise _MalformedLineError(
+                    form or f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}"
+                )
 
-    def _cut_line(self, line: str, number: int) -> int:
-        """The last line lacks its newline: accept it only if it is whole."""
-        task, time, start = self._unusual(line)
-        if task < 0:
-            return 0
-        point, end, unit = self._columns
-        event = line[start:]
-        token = event.partition(" ")[0]
+    def _check_last(self, line: str, number: int) -> None:
+        """The last line lacks its newline: it is taken to be whole unless it is seen to be cut off."""
+        found = place(line)
+        if found is None:
+            return  # as malformed as any other
+        event = line[found.start :]
+        at = max(event_start(event), 0)
+        token, blank, _ = event[at:].partition(" ")
         ends = line_end(event_name(token))
-        if ends is not None and ends.fullmatch(event) is None:
-            raise _MalformedLineError(f"the last line is cut off: {line[-80:]!r}")
+        whole = ends.fullmatch(event[at:]) is not None if ends else bool(blank) or token.endswith((":", ")"))
+        if not whole:
+            raise InputError(f"the last line is cut off: {line[-80:]!r}", self._source, number)
+        self._no_newline = True
+
+    def displaced(self, event: str, task: int, time: int, line: int) -> None:
+        """An event behind padding or other columns; a line where none has a name is counted."""
+        at = event_start(event)
+        if at < 0:
+            self._nameless = self._nameless[0] + 1, self._nameless[1] or line
+            return
+        event = event[at:]
+        token = event.partition(" ")[0]
         handler = self._handlers[token]
-        if handler is not None:
-            handler(event, task, time + int(line[point:end]) * unit, number)
-        elif ends is None:
-            raise _MalformedLineError(f"the last line is cut off (no newline): {line[-80:]!r}")
-        else:
+        if handler is None:
             self._tokens[token] += 1
-        return 1
+        else:
+            handler(event, task, time, line)
+
+    def perf_record_lost(self, event: str, task: int, time: int, line: int) -> None:
+        """tools/perf/util/event.c:perf_event__fprintf_lost()."""
+        count = event.rpartition(" ")[2]
+        self._lost += int(count) if count.isdecimal() else 1
+        self._ignored["PERF_RECORD_LOST"] += 1
+
+    def nested(self, event: str, task: int, time: int, line: int) -> None:
+        """What a vCPU does on its way to and from an L2 guest."""
+        name = event_name(event.partition(" ")[0])
+        self._ignored[name] += 1
+        self._nested.event(name, event, task)
+        for other in ("kvm_entry", "kvm_exit"):
+            self._handlers.parse(other, self.nested)
 
     def _add(self, name: str, kind: Input, time: int, task: int, line: int, *words: int) -> int:
         """Append an input row; return its position."""
@@ -271,7 +361,8 @@ class _Parser:
         self._faults[task] = len(self._rows)
         number = NO_VCPU if vcpu is None else int(vcpu)
         # As _add() does it, written out: most inputs of a log are these.
-        self._rows.extend((_GUEST_FAULT, time, task, line, int(address, 16), int(code, 16), number, 0, 0, 0))
+        l2 = self._nested.is_l2(task)
+        self._rows.extend((_GUEST_FAULT, time, task, line, int(address, 16), int(code, 16), number, 0, l2, 0))
         self._inputs["kvm_page_fault"] += 1
 
     def kvm_mmu_set_spte(self, event: str, task: int, time: int, line: int) -> None:

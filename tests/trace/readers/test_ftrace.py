@@ -160,8 +160,9 @@ def test_classes_are_counted_by_name() -> None:
     )  # fmt: skip
     assert (log.lost, log.events, len(log.rows)) == (83, 7, 0)
     assert log.outcomes == {"kvm_tdp_mmu_spte_changed": 1, "sys_brk return": 1}
-    assert log.ignored == {"kvm_exit": 1, "sys_madvise WILLNEED": 1}
-    assert log.unknown == {"sched_switch": 2, "<stack": 1}
+    assert log.ignored == {"kvm_exit": 1, "sys_madvise WILLNEED": 1, "<stack trace>": 1}
+    assert log.unknown == {"sched_switch": 2}
+    assert log.skipped == {"lines of call chains": 1}
 
 
 SET = "kvm_mmu_set_spte: gfn {gfn:x} spte 114800ee7 (rwxu) level {level} at 114287000"

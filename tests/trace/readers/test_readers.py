@@ -67,6 +67,16 @@ def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
         trace.load(path)
 
 
+@pytest.mark.parametrize(
+    ("head", "helps"), [(b"PERFILE2\0\0", "perf script -F"), (b"\x17\x08\x44tracing6\0", "trace-cmd report")]
+)
+def test_recordings_are_named_with_what_prints_them(tmp_path: Path, head: bytes, helps: str) -> None:
+    path = tmp_path / "a.dat"
+    path.write_bytes(head)
+    with pytest.raises(InputError, match=rf"a\.dat: a recording of .*{helps}"):
+        trace.load(path)
+
+
 def test_parquet_needs_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.xz"
     path.write_bytes(lzma.compress(b"PAR1...."))
