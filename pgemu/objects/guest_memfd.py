@@ -200,9 +200,9 @@ class GuestMemfd:
         state = machine.arrays.state
         blocks = size // config.page_size
         used = machine.register(W.R_BLOCKS)
-        subpool = cls._reserve(machine, blocks) if config.page_order else 0
         if used + blocks > 4 * config.pool_pages:
             raise OSError(W.ENOSPC, "inodes, closed ones included, of more than four times the pool")
+        subpool = cls._reserve(machine, blocks) if config.page_order else 0
         pages = size >> 12
         words, pmds, puds = ((pages + unit - 1) // unit for unit in (64, 512, 1 << 18))
         first = machine.register(W.R_WORDS)
@@ -247,11 +247,16 @@ class GuestMemfd:
 
     @staticmethod
     def _reserve(machine: Core, blocks: int) -> int:
-        """Row + 1 of the next subpool. OSError ENOMEM if the pool cannot reserve the blocks, ENOSPC past SUBPOOLS."""
+        """Row + 1 of the next subpool, with the blocks reserved in the pool.
+
+        OSError ENOMEM if the pool cannot reserve them, ENOSPC past SUBPOOLS.
+        """
         subpool = next_row(machine, W.R_SUBPOOLS, W.SUBPOOLS, "subpools")
         hstate = machine.register(W.R_HSTATE)
         state = machine.arrays.state
-        if int(state[hstate + int(W.H_RESERVED)]) + blocks > int(state[hstate + int(W.H_FREE)]):
+        if int(state[hstate + int(W.H_RESERVED)]) + blocks <= int(state[hstate + int(W.H_FREE)]):
+            state[hstate + int(W.H_RESERVED)] += np.uint64(blocks)
+        elif machine.operate(Operation.POOL_RESERVE, object_=machine.config.page_order, length=blocks).status:
             raise OSError(W.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
         return subpool + 1
 
@@ -264,7 +269,6 @@ class GuestMemfd:
         reservation = {W.P_LIVE: 1, W.P_HSTATE: hstate, W.P_MAX: blocks, W.P_MIN: blocks, W.P_RESERVED: blocks}
         for name, value in reservation.items():
             state[row + int(name)] = value
-        state[hstate + int(W.H_RESERVED)] += np.uint64(blocks)
         state[W.R_SUBPOOLS] += np.uint64(1)
 
     @staticmethod

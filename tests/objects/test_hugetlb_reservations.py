@@ -17,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pgemu import Config, Machine
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.files import HugetlbFile
+from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
 
 M2, G1 = W.PAGE_2M, W.PAGE_1G
@@ -52,7 +54,7 @@ class Counts:
         return True
 
     def use(self, has_reservation: bool) -> bool:
-        if has_reservation or self.free > self.reserved:
+        if self.free > (0 if has_reservation else self.reserved):  # a hole may have left a reservation without a page
             self.free -= 1
         elif self.surplus < self.overcommit:
             self.total += 1
@@ -99,6 +101,16 @@ class Mapping:
     used: set[int] = field(default_factory=set)
 
 
+@dataclass
+class Guest:
+    """A guest_memfd, all of it reserved: which of its huge pages are there."""
+
+    gmem: GuestMemfd
+    vm: Vm
+    pages: int
+    used: set[int] = field(default_factory=set)
+
+
 def seen(machine: Machine) -> list[int]:
     meminfo = machine.meminfo()
     return [meminfo[f"HugePages_{name}"] for name in NAMES]
@@ -109,6 +121,7 @@ class Reservations(RuleBasedStateMachine):
 
     machine: Machine
     process: AddressSpace
+    created = 0
 
     @initialize(
         pool=st.integers(0, 8),
@@ -120,6 +133,7 @@ class Reservations(RuleBasedStateMachine):
         self.machine = Machine(Config(pool=8 * M2, page_size=M2, buddy=96 * M2, hvo=hvo, kernel=kernel))
         self.counts = Counts(8)
         self.mappings: list[Mapping] = []
+        self.guests: list[Guest] = []
         self.process = self.machine.create_process()
         self.addresses = itertools.count(BASE, 64 * M2)
         self.resize(pool)
@@ -184,6 +198,55 @@ class Reservations(RuleBasedStateMachine):
         if page in mapping.used:
             mapping.used.discard(page)
             self.counts.give_back()
+
+    @precondition(lambda self: self.created < 6)
+    @rule(pages=st.integers(1, 4))
+    def create(self, pages: int) -> None:
+        """A guest_memfd's subpool reserves all of it: hugepage_new_subpool()."""
+        self.created += 1
+        if not self.counts.reserve(pages):
+            with pytest.raises(OSError, match="cannot reserve"):
+                self.machine.create_guest_memfd(pages * M2)
+            return
+        gmem, vm = self.machine.create_guest_memfd(pages * M2), self.machine.create_vm(protected=True)
+        vm.bind(gmem, gpa=0)
+        self.guests.append(Guest(gmem, vm, pages))
+
+    @precondition(lambda self: self.guests)
+    @rule(data=st.data())
+    def fault(self, data: st.DataObject) -> None:
+        guest = data.draw(st.sampled_from(self.guests))
+        page = data.draw(st.integers(0, guest.pages - 1))
+        status = guest.vm.touch(page * M2, write=True).status
+        if page in guest.used:
+            assert status == W.RET_PF_SPURIOUS
+        elif self.counts.use(has_reservation=True):
+            assert status == W.RET_PF_FIXED
+            guest.used.add(page)
+        else:
+            assert status == -W.ENOMEM
+
+    @precondition(lambda self: self.guests)
+    @rule(data=st.data())
+    def punch_guest(self, data: st.DataObject) -> None:
+        """A huge page goes back, and leaves where there are surplus ones; it is reserved again all the same."""
+        guest = data.draw(st.sampled_from(self.guests))
+        page = data.draw(st.integers(0, guest.pages - 1))
+        assert guest.gmem.punch_hole(page * M2, M2).status == 0
+        if page in guest.used:
+            guest.used.discard(page)
+            self.counts.give_back()
+            self.counts.reserved += 1
+
+    @precondition(lambda self: self.guests)
+    @rule(data=st.data())
+    def close_guest(self, data: st.DataObject) -> None:
+        guest = self.guests.pop(data.draw(st.integers(0, len(self.guests) - 1)))
+        guest.gmem.close()
+        for _ in guest.used:
+            self.counts.give_back()
+        self.counts.reserved += len(guest.used)  # the subpool's again, which gives up all at its end:
+        self.counts.no_longer_reserve(guest.pages)  # unlock_or_release_subpool()
 
     @invariant()
     def equal(self) -> None:
@@ -260,6 +323,25 @@ def test_reserved_pages_that_became_surplus_leave(touched: int) -> None:
         process.touch(BASE + page * M2, write=True)
     process.munmap(BASE, 3 * M2)
     file.close()
+    assert seen(machine) == [0, 0, 0, 0]
+
+
+def test_a_guest_memfd_takes_surplus_pages_and_returns_them() -> None:
+    machine = Machine(Config(pool=M2, page_size=M2, buddy=64 << 20))
+    pool = machine.hugetlb(M2)
+    pool.resize(0)
+    pool.nr_overcommit_hugepages = 3
+    gmem, vm = machine.create_guest_memfd(2 * M2), machine.create_vm(protected=True)
+    assert seen(machine) == [2, 2, 2, 2]
+    with pytest.raises(OSError, match="cannot reserve"):
+        machine.create_guest_memfd(2 * M2)
+    assert seen(machine) == [2, 2, 2, 2]
+    vm.bind(gmem, gpa=0)
+    vm.touch(0)
+    assert seen(machine) == [2, 1, 1, 2]
+    gmem.punch_hole(0, M2)
+    assert seen(machine) == [1, 1, 2, 1]  # free_huge_folio(): restore_reserve, and the page leaves
+    gmem.close()
     assert seen(machine) == [0, 0, 0, 0]
 
 

@@ -64,7 +64,7 @@ def alloc_hugetlb_folio(m, order, reserved, preferred):
     if reserved != U0 or state[h + H_RESERVED] < state[h + H_FREE]:  # available_huge_pages()
         head = dequeue_any(m, h, preferred)
     if head == NONE:
-        head = use_surplus(m, h, preferred)
+        head = use_surplus(m, h, preferred, False)
     if head == NONE:
         return NONE
     state[h + H_RESERVED] -= reserved

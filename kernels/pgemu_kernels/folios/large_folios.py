@@ -32,7 +32,8 @@ from pgemu_kernels.folios.folio import (
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.folios.hugetlb import forget_block, mapping_address, prep_compound_head, return_to_pool
+from pgemu_kernels.folios.guest_folios import forget_block, return_to_pool
+from pgemu_kernels.folios.hugetlb import mapping_address, prep_compound_head
 from pgemu_kernels.folios.page_allocator import count_small, take_pages
 from pgemu_kernels.folios.page_cache import charge_added
 from pgemu_kernels.folios.policy import preferred_node

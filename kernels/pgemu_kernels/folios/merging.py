@@ -15,7 +15,8 @@ from pgemu_kernels.folios.folio import (
     ONE_CACHED,
     struct_page,
 )
-from pgemu_kernels.folios.hugetlb import free_block, inode_at, own_merged, stop_waiting
+from pgemu_kernels.folios.guest_folios import free_block, own_merged, stop_waiting
+from pgemu_kernels.folios.hugetlb import inode_at
 from pgemu_kernels.folios.split_pages import (
     HELD,
     join_list,

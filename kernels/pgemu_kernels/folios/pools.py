@@ -43,7 +43,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_HUGE_FOLIO_FREED,
 )
 from pgemu_kernels.words.operations import ENOMEM
-from pgemu_kernels.words.registers import R_GIGANTIC_SURPLUS, R_HWPOISON, R_NODES, R_ORDER
+from pgemu_kernels.words.registers import R_FULL, R_GIGANTIC_SURPLUS, R_HWPOISON, R_NODES, R_ORDER
 from pgemu_kernels.words.rows import (
     H_ACTIVE,
     H_FREE,
@@ -73,6 +73,7 @@ def count_pages(state, h, node, n):
 @kernel
 def count_surplus(state, h, node, n):
     """surplus_huge_pages and that of a node."""
+    state[R_FULL] = U1  # the fast loops know none
     state[h + H_SURPLUS] += n
     state[hstate_node(h, node) + H_NODE_SURPLUS] += n
 
@@ -93,11 +94,11 @@ def allocate_fresh(m, h, node):
 
 
 @outlined
-def allocate_surplus(m, h, preferred):
+def allocate_surplus(m, h, preferred, strict):
     """alloc_surplus_hugetlb_folio(): a frozen page beyond the pool, in no list; NONE.
 
-    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other. Gigantic pages can be surplus
-    since 6.19 only.
+    As far as nr_overcommit_hugepages allows, of the preferred node, else of the other unless `strict`. Gigantic pages
+    can be surplus since 6.19 only.
     """
     state = m.state
     order = order_of_hstate(state, h)
@@ -105,7 +106,7 @@ def allocate_surplus(m, h, preferred):
     if gigantic or state[h + H_SURPLUS] >= state[h + H_OVERCOMMIT]:
         return NONE
     head = allocate_fresh(m, h, preferred)
-    if head == NONE and state[R_NODES] > U1:
+    if head == NONE and state[R_NODES] > U1 and not strict:
         head = allocate_fresh(m, h, U1 - preferred)
     if head != NONE:
         optimize(m, head, order)
@@ -115,9 +116,9 @@ def allocate_surplus(m, h, preferred):
 
 
 @outlined
-def use_surplus(m, h, preferred):
+def use_surplus(m, h, preferred, strict):
     """allocate_surplus() of a page that is used at once: it is active and has one reference. NONE."""
-    head = allocate_surplus(m, h, preferred)
+    head = allocate_surplus(m, h, preferred, strict)
     if head != NONE:
         list_add(m, h + H_ACTIVE, head)
         m.ram[struct_page(m, head) + COUNTS] = PGTY_HUGETLB | ONE_REFERENCE
@@ -387,7 +388,7 @@ def gather_surplus(m, h, count):
     """So many surplus pages join the pool, free; whether there were as many, else there is none more."""
     whole = True
     for _ in range(count):
-        head = allocate_surplus(m, h, U0)
+        head = allocate_surplus(m, h, U0, False)
         if head == NONE:
             whole = False
             break

@@ -18,7 +18,7 @@ from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import block_row, inode_row, stop, unlock
 from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.folio import folio_order, folio_test_large, struct_page
-from pgemu_kernels.folios.hugetlb import free_block, give_back_folio, insert_folio, obtain_folio
+from pgemu_kernels.folios.guest_folios import free_block, give_back_folio, insert_folio, obtain_folio
 from pgemu_kernels.folios.large_folios import add_large, large_folios, take_large
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import lru, piece_merges, piece_splits, pieces

@@ -24,7 +24,7 @@ from pgemu_kernels.engine.rows import block_row, inode_row, lock_exclusive, stop
 from pgemu_kernels.engine.shareability import shared_in_block, shared_in_range, store_shareability
 from pgemu_kernels.folios.counts import maybe_dma_pinned
 from pgemu_kernels.folios.folio import COUNTS, ONE_CACHED, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import start_waiting, stop_waiting
+from pgemu_kernels.folios.guest_folios import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments

@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import U0, U1, U2, U12
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.rows import block_row, inode_row, space_root, vma_overlap
 from pgemu_kernels.folios.folio import INDEX, mappings, reference_count, struct_page
-from pgemu_kernels.folios.hugetlb import release_block
+from pgemu_kernels.folios.guest_folios import release_block
 from pgemu_kernels.folios.large_folios import head_and_order, release_large, split_by_halves
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.vm_kinds import make_shared

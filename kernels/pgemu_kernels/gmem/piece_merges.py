@@ -25,17 +25,16 @@ from pgemu_kernels.folios.folio import (
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, node_of
-from pgemu_kernels.folios.hugetlb import (
+from pgemu_kernels.folios.guest_folios import (
     abandon,
     become_zombie,
     free_block,
-    inode_at,
     own_merged,
-    prep_folio,
     start_waiting,
     stop_waiting,
 )
+from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, node_of
+from pgemu_kernels.folios.hugetlb import inode_at, prep_folio
 from pgemu_kernels.folios.hvo import fill_tail_page, optimize, restore_batch, split_directory
 from pgemu_kernels.folios.merging import merge_zeroed
 from pgemu_kernels.folios.split_pages import (

@@ -22,8 +22,9 @@ from pgemu_kernels.folios.folio import (
     reference_count,
     struct_page,
 )
+from pgemu_kernels.folios.guest_folios import return_to_pool, subpool_of
 from pgemu_kernels.folios.hstate import in_zone, node_of, node_row
-from pgemu_kernels.folios.hugetlb import mapping_address, return_to_pool, subpool_of
+from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.large_folios import head_and_order, large_folios
 from pgemu_kernels.folios.page_allocator import is_noted_split
 from pgemu_kernels.folios.xarray import has_pieces

@@ -12,7 +12,7 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import block_row, inode_row
 from pgemu_kernels.engine.shareability import shared_in_2m, shared_in_block, shared_in_range
-from pgemu_kernels.folios.hugetlb import start_waiting
+from pgemu_kernels.folios.guest_folios import start_waiting
 from pgemu_kernels.folios.merging import merge_block
 from pgemu_kernels.folios.splitting import split_block
 from pgemu_kernels.gmem import piece_splits, pieces

@@ -20,7 +20,7 @@ from pgemu_kernels.engine.rows import (
     unlock,
 )
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
-from pgemu_kernels.folios.hugetlb import make_zombie, release_block, subpool_release, subpool_row
+from pgemu_kernels.folios.guest_folios import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
 from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only, shown_bits

@@ -7,8 +7,8 @@ import numpy as np
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.folios.folio import FLAGS, LOW_BYTE, MAPPING, PG_HEAD, reference_count, struct_page
+from pgemu_kernels.folios.guest_folios import subpool_of
 from pgemu_kernels.folios.hstate import first_page, page_after
-from pgemu_kernels.folios.hugetlb import subpool_of
 from pgemu_kernels.rules.invariants import expect, expect_gauge
 from pgemu_kernels.words.enum_words import (
     BROKEN_BLOCK_STATE,

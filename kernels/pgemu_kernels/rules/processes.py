@@ -13,9 +13,10 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
 from pgemu_kernels.folios.folio import COUNTS, MAPPING, struct_page
+from pgemu_kernels.folios.guest_folios import subpool_row
 from pgemu_kernels.folios.hstate import hstate_of_order, order_of_hstate
 from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
-from pgemu_kernels.folios.hugetlb import mapping_address, subpool_row
+from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn

@@ -21,9 +21,9 @@ from pgemu_kernels.folios.counts import (
     unpin,
 )
 from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, is_huge_page, order_of, reference_count, struct_page
+from pgemu_kernels.folios.guest_folios import subpool_of
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge
-from pgemu_kernels.folios.hugetlb import subpool_of
 from pgemu_kernels.folios.page_allocator import is_block_free
 from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
 from pgemu_kernels.words.enum_words import EVENT_REFERENCE_CHANGED, FLAG_READ, FLAG_WRITE

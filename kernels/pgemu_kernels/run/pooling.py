@@ -14,9 +14,10 @@ from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.boot_memory import prepare_memory
 from pgemu_kernels.folios.demotion import demote, dissolve_free_hugetlb_folio
 from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, order_of, reference_count, struct_page
+from pgemu_kernels.folios.guest_folios import subpool_of
 from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.folios.huge_pages import alloc_hugetlb_folio, give_back_huge
-from pgemu_kernels.folios.hugetlb import set_cgroup, subpool_of
+from pgemu_kernels.folios.hugetlb import set_cgroup
 from pgemu_kernels.folios.hvo import (
     is_optimized,
     next_huge_page,
@@ -29,7 +30,7 @@ from pgemu_kernels.folios.hvo import (
 from pgemu_kernels.folios.merging import merge_folio
 from pgemu_kernels.folios.page_allocator import is_noted_split, note_split
 from pgemu_kernels.folios.poison import poison
-from pgemu_kernels.folios.pools import resize
+from pgemu_kernels.folios.pools import reserve_pages, resize
 from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
@@ -46,6 +47,7 @@ from pgemu_kernels.words.enum_words import (
     OP_FOLIO_SPLIT,
     OP_POISON,
     OP_POOL_DEMOTE,
+    OP_POOL_RESERVE,
     OP_POOL_RESIZE,
     OP_VMEMMAP_OPTIMIZE,
     OP_VMEMMAP_RESTORE,
@@ -59,7 +61,17 @@ from pgemu_kernels.words.registers import (
     R_POOL_BASE,
     R_VMEMMAP,
 )
-from pgemu_kernels.words.rows import CGROUP_ADDRESS, O_ADDRESS, O_DETAIL, O_LENGTH, O_OBJECT, O_OFFSET, O_OP, O_SPACE
+from pgemu_kernels.words.rows import (
+    CGROUP_ADDRESS,
+    H_RESERVED,
+    O_ADDRESS,
+    O_DETAIL,
+    O_LENGTH,
+    O_OBJECT,
+    O_OFFSET,
+    O_OP,
+    O_SPACE,
+)
 
 U = np.uint64
 
@@ -78,7 +90,10 @@ def pool_of(m, op):
 
 @outlined
 def change_pool(m, op):
-    """POOL_RESIZE: 0 with the pages afterwards. POOL_DEMOTE: 0 with the pages demoted, -EBUSY or -ENOMEM. -EINVAL."""
+    """POOL_RESIZE: 0 with the pages afterwards. POOL_DEMOTE: 0 with the pages demoted, -EBUSY or -ENOMEM.
+
+    POOL_RESERVE: 0 with the pages reserved afterwards, or -ENOMEM with none more. -EINVAL.
+    """
     state = m.state
     h, node = pool_of(m, op)
     if h == U0:
@@ -86,6 +101,10 @@ def change_pool(m, op):
     if state[op + O_OP] == OP_POOL_RESIZE:
         state[op + O_DETAIL] = resize(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]), node)
         return stop(state, op, 0)
+    if state[op + O_OP] == OP_POOL_RESERVE:
+        status = reserve_pages(m, h, min(state[op + O_LENGTH], state[R_GUEST_PAGES]))
+        state[op + O_DETAIL] = state[h + H_RESERVED]
+        return stop(state, op, status)
     status, done = demote(m, h, state[op + O_LENGTH], node)
     state[op + O_DETAIL] = done
     return stop(state, op, status)
@@ -262,6 +281,7 @@ operate_pool = by_number(
     (
         (OP_POOL_RESIZE, change_pool),
         (OP_POOL_DEMOTE, change_pool),
+        (OP_POOL_RESERVE, change_pool),
         (OP_FOLIO_ALLOCATE, operate_allocate),
         (OP_FOLIO_FREE, free),
         (OP_VMEMMAP_OPTIMIZE, change_vmemmap),

@@ -331,6 +331,10 @@ class Operation(IntEnum):
         _S.both(_S.main("arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags"),
                 _S.inferred("dirty-log", "dirty logging of a guest_memfd slot, which KVM refuses")),
     )
+    POOL_RESERVE = (
+        56, Entry.POOLING, By.NEVER, {"object": "order: 9 or 18", "length": "pages"},
+        _S.both(_S.main("mm/hugetlb.c:hugetlb_acct_memory"), _S.main("mm/hugetlb.c:gather_surplus_pages")),
+    )
     # fmt: on
 
 
