@@ -56,7 +56,7 @@ def test_the_table_says_what_was_measured_and_what_it_prices(measured: list[floa
     assert lines[where + 1] == "    not measured: membarrier: Operation not permitted"
     shootdowns = [number for number, line in enumerate(lines) if line.startswith("TLB shootdown")]
     assert [lines[number + 1] for number in shootdowns] == ["    tlb_flush_mm, tlb_flush_kernel"] * 2
-    kept = result.stdout[result.stdout.index("as published: ") :]
+    kept = result.stdout[result.stdout.index("as published:") :]
     assert "rcu_synchronized" in kept
     assert "page_copied" not in kept
     assert max(map(len, lines)) <= 80
