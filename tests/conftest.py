@@ -11,6 +11,8 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+os.environ.pop("COLUMNS", None)  # a terminal's width folds lines; tests that are about it set it
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many steps test_designs_machine.py does."""

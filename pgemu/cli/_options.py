@@ -102,7 +102,7 @@ def _choice(name: str, choices: str, text: str) -> Any:
 
 _OPTIONS = (
     _choice("kernel", "6.12|6.18|7.3", f"Linux whose entries and struct pages are written.{_OF_VERSION}"),
-    _choice("vm", "plain|sw|snp|tdx", "Kind of VM.  [default: the trace's; else sw if it converts or begins private]"),
+    _choice("vm", "plain|sw|snp|tdx", "Kind of VM.  [default: the trace's, or by what it needs]"),
     _choice("private-level", "4K|2M|1G", "Largest leaf over private memory.  [default: the VM kind's]"),
     _choice("stage2", "ept|npt", "Stage-2 format.  [default: the trace's, or npt]"),
     click.option("--hvo/--no-hvo", default=None, help="Optimise the vmemmap of HugeTLB pages.  [default: hvo]"),
@@ -116,32 +116,33 @@ _OPTIONS = (
         "--host-cpus",
         type=click.IntRange(1, 8192),
         metavar="N",
-        help="CPUs of the host, for the price of flushes.  [default: those of the profile's machine; published: 1]",
+        help="CPUs of the host, for the same.  [default: those of the profile's machine, or 1]",
     ),
     click.option(
         "--profile",
         metavar="NAME|FILE",
         default="published",
         show_default=True,
-        help="Prices: published, those of one machine (e7-8895, epyc-252vcpu, guest-2vcpu), or a TOML file, such as "
-        "`pgemu calibrate` writes.",
+        help="Prices: published, e7-8895, epyc-252vcpu, guest-2vcpu, or a file of pgemu calibrate.",
     ),
-    _choice("order", "rfc2|fixup|jan2026|next4k", f"Order of steps of restructure's conversion.{_OF_VERSION}"),
-    _choice(
-        "batch", "range|block", f"Convert all of a range or nothing, or one huge page after the other.{_OF_VERSION}"
-    ),
+    _choice("order", "rfc2|fixup|jan2026|next4k", f"Order of steps.{_OF_VERSION}"),
+    _choice("batch", "range|block", f"All of a range or nothing, or one huge page after the other.{_OF_VERSION}"),
     _choice("split-form", "rfc2|jan2026", f"Split and merge page by page, or in place.{_OF_VERSION}"),
-    _choice("split-to", "4K|2M", "What a 1G folio is split to; 2M: only touched 2M folios further, to 4K (what-if)."),
-    _choice("merge", "now|lazy", "Merge at the end of a conversion to private, or leave it to the worker (what-if)."),
-    _choice("flush", "each|batched", "Flush as posted, or once per process, VM and kernel in a conversion (what-if)."),
-    _choice("zap", "exact|rounded", "Drop the leaves of a conversion's range, or of its huge pages (what-if)."),
-    _choice("zap-filter", "both|target", "Of a TDX VM: conversions drop leaves of both kinds, or of the one left."),
-    _choice("invalidate", "rounded|exact", "Begin and end invalidations over huge pages, or over the range."),
-    _choice("zero", "folio|page", "What a first use zeroes, in both designs.  [default: the version's; pfnmap: page]"),
-    _choice("merge-zero", "none|unzeroed", "What a merge zeroes: nothing, or pages that never were."),
+    _choice("split-to", "4K|2M", "What a 1G folio is split to; 2M: 4K where touched (what-if)."),
+    _choice("merge", "now|lazy", "Merge as the conversion ends, or by the worker (what-if)."),
+    _choice("flush", "each|batched", "Flush as posted, or once per conversion (what-if)."),
+    _choice("zap", "exact|rounded", "Drop leaves of the range, or of its huge pages (what-if)."),
+    _choice("zap-filter", "both|target", "Of a TDX VM: drop leaves of both kinds, or of the one left."),
+    _choice("invalidate", "rounded|exact", "Invalidate over huge pages, or over the range."),
+    _choice("merge-zero", "none|unzeroed", "What a merge zeroes: nothing, or what never was."),
+    _choice("zero", "folio|page", f"What a first use zeroes, in both designs.{_OF_VERSION[:-1]}, pfnmap: page]"),
     _choice("punch", "zero|refuse", f"Holes below a huge page: zeroed, or -EINVAL.{_OF_VERSION}"),
-    _choice("level-rule", "uniform|whole|private", "How large pfnmap maps guests: see Config.level_rule."),
-    click.option("--host-huge", is_flag=True, default=None, help="pfnmap: also map 2M and 1G pages into processes."),
+    _choice(
+        "level-rule",
+        "uniform|whole|private",
+        "Guest leaves of pfnmap: largest block of one kind, whole pages, private only.",
+    ),
+    click.option("--host-huge", is_flag=True, default=None, help="pfnmap also maps 2M and 1G pages into processes."),
     _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
     click.option(
         "--lru-cache", is_flag=True, default=None, help="4K folios wait in LRU batches, which hold references."
@@ -150,10 +151,25 @@ _OPTIONS = (
         "--defect",
         "defects",
         type=click.Choice(_DEFECTS),
+        metavar="NAME",
         multiple=True,
-        help="A mistake of posted code that the machines have; may be repeated.",
+        help="A mistake of posted code; a name that is none lists them. May be repeated.",
     ),
 )
+
+MACHINE_GROUPS = {
+    "The machine": (
+        "--kernel", "--vm", "--private-level", "--stage2", "--hvo", "--vcpus", "--host-cpus", "--profile",
+    ),
+    "Conversions of restructure": (
+        "--order", "--batch", "--split-form", "--split-to", "--merge", "--merge-zero", "--flush", "--zap",
+        "--zap-filter", "--invalidate",
+    ),
+    "Both designs, and pfnmap": (
+        "--zero", "--punch", "--level-rule", "--host-huge", "--worker", "--lru-cache", "--defect",
+    ),
+}  # fmt: skip
+"""These options by heading, for --help."""
 
 FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",

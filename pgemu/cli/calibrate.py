@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ("calibrate",)
 
-_WIDTH = 120
+_WIDTH = 80
 
 
 @click.command(short_help="Measure this machine and write a cost profile.")
@@ -108,6 +108,11 @@ def _quartiles(measurement: Measurement) -> str:
 
 
 def _wrapped(first: str, text: str) -> Iterator[str]:
-    lines = textwrap.wrap(text, max(_WIDTH - len(first), 20), break_long_words=False)
-    for number, line in enumerate(lines):
-        yield (first if number == 0 else " " * len(first)) + line
+    """A line, or what is behind its numbers on lines of its own where both are too long."""
+    if len(first) + len(text) <= _WIDTH:
+        yield first + text
+        return
+    yield first.rstrip()
+    yield from textwrap.wrap(
+        text, _WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from pgemu.cli._options import FIELDS, Bar, check, machine_options, memslot, size
+from pgemu.cli._groups import grouped
+from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,34 +20,47 @@ if TYPE_CHECKING:
 __all__ = ("compare",)
 
 
-@click.command(short_help="Run one trace on both designs and say which is better at what, and why.")
+_GROUPS = {
+    "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
+    "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
+    "The trace and its memory": ("--guest-memory", "--init", "--dontneed", "--memslot", "--overlap", "--seed"),
+    **MACHINE_GROUPS,
+}
+
+
+@click.command(
+    short_help="Run one trace on both designs and say which is better at what, and why.",
+    context_settings=grouped(_GROUPS),
+)
 @click.argument("trace", required=False)
 @click.option(
     "--like",
     type=click.Choice(["rfc2", "dec2025", "jan2026", "next"]),
     default="dec2025",
     show_default=True,
-    help="Version of restructure: what was posted together.",
+    help="Version of restructure; Python's Config() alone is none of them.",
 )
 @click.option(
     "--pfnmap",
     type=click.Choice(["corrected", "slides2025"]),
     default="corrected",
     show_default=True,
-    help="Version of pfnmap: with its holes and faults corrected, or as the slides' change does.",
+    help="Version of pfnmap: mended, or as the slides' change does.",
 )
-@click.option("--as-posted", is_flag=True, help="With the version's mistakes, too, that have a known fix.")
+@click.option("--as-posted", is_flag=True, help="With those mistakes of the version, too, that have a known fix.")
 @click.option("--strict", is_flag=True, help="What the version refuses stays refused, though the trace needs it.")
-@click.option("--page-size", type=click.Choice(["4K", "2M", "1G"]), help="Page size.  [default: 1G; --like next: 4K]")
+@click.option(
+    "--page-size", type=click.Choice(["4K", "2M", "1G"]), help="Size of the pages.  [default: 1G, of --like next 4K]"
+)
 @click.option(
     "--guest-memory", type=size, metavar="SIZE", help="Size of the guest_memfd.  [default: what the trace needs]"
 )
 @click.option(
     "--design",
     "designs",
-    metavar="[restructure|pfnmap]",
+    metavar="restructure|pfnmap",
     multiple=True,
-    help="Design to run, a row of machine/designs.py; may be repeated.  [default: both]",
+    help="One design alone: what it has, without a verdict. May be repeated.",
 )
 @machine_options
 @click.option(
@@ -54,18 +68,18 @@ __all__ = ("compare",)
     type=click.Choice(["private", "shared", "auto"]),
     default="auto",
     show_default=True,
-    help="Memory at first; auto: private if the trace converts, else shared.",
+    help="Memory at first; auto: private if the trace converts.",
 )
 @click.option(
     "--dontneed",
     type=click.Choice(["punch", "zap"]),
-    help="What gives memory back.  [default: punch for madvise, zap for unmaps without a call]",
+    help="What gives memory back.  [default: punch for madvise, else zap]",
 )
 @click.option(
     "--overlap",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Of workload:tdx-boot: share of the flips under a page that stays shared.  [default: 0]",
+    help="Of workload:tdx-boot: flips under a page that stays shared, 0 to 1.  [default: 0]",
 )
 @click.option(
     "--seed",
@@ -73,7 +87,7 @@ __all__ = ("compare",)
     metavar="N",
     default=0,
     show_default=True,
-    help="Of a workload, and of the order in which frames are handed out; 0: ascending.",
+    help="Of a workload, and of the order of frames; 0: ascending.",
 )
 @click.option(
     "--check",
@@ -81,40 +95,40 @@ __all__ = ("compare",)
     metavar="end|N|every",
     default="end",
     show_default=True,
-    help="When to check invariants: at the end, every N operations, or after every one what it touched.",
+    help="Check invariants at the end, every N operations, or what each one touched.",
 )
 @click.option(
     "--memslot",
     "memslots",
     type=memslot,
-    metavar="GPA:SIZE[:OFFSET]",
+    metavar="GPA:SIZE(:OFFSET)",
     multiple=True,
-    help="Memory slots instead of the trace's; may be repeated.",
+    help="A memory slot, in place of the trace's. May be repeated.",
 )
-@click.option("--no-sensitivity", is_flag=True, help="Do not repeat the run under the alternatives of inferred rules.")
+@click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
     "--vary",
     multiple=True,
     metavar="OPTION=A,B",
-    help="Run every combination and print who is better at what: like=rfc2,dec2025; may be repeated.",
+    help="Every combination, with every answer: --vary like=rfc2,dec2025. May be repeated.",
 )
-@click.option("--details", is_flag=True, help="Also print every table: outcomes, times, memory, limits.")
-@click.option("--sources", is_flag=True, help="Also print which kernel function each row models, and the prices.")
+@click.option("--details", is_flag=True, help="Also every table: outcomes, times, memory, limits.")
+@click.option("--sources", is_flag=True, help="Also the kernel function behind each row, and the prices.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["text", "markdown", "csv", "json"]),
     default="text",
     show_default=True,
-    help="text: the first screen, for a mail; the others have every number.",
+    help="text: one screen, for a mail; the others: every number.",
 )
 def compare(trace: str | None, **options: Any) -> int:
-    """Run one trace on both designs and say which is better at what, by how much, and on what that rests.
+    """Run one trace on both designs: which is better at what, by how much, and on what that rests.
 
     TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
-    workload:tdx-boot. Without it: the life of a software-protected VM, which comes with pgemu.
+    workload:tdx-boot. Without it: a software-protected VM's life, which comes with pgemu.
 
-    Exit status: 0; 1 if an invariant was broken that no defect of the version explains; 2 for bad input.
+    Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input.
     """
     for name in ("details", "sources"):
         if options[name] and (options["vary"] or options["form"] in ("csv", "markdown")):

@@ -24,20 +24,39 @@ def _cells(outcome: Outcome) -> tuple[str, str]:
     """What the access returned, and what the conversion did meanwhile."""
     from pgemu.experiments.consumers import error
 
-    where = "" if outcome.offset is None else f" at {outcome.offset:#x}"
-    return error(outcome.status), error(outcome.convert) + where
+    return error(outcome.status), error(outcome.convert)
+
+
+def _columns(lines: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _table(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
-    lines: list[tuple[str, ...]] = [
-        ("", "", "restructure", "", "pfnmap", "", ""),
-        ("consumer", "how", "access", "convert", "access", "convert", "source"),
-    ]
+    lines: list[tuple[str, ...]] = [("consumer", "how", "access", "convert", "access", "convert")]
     for consumer, outcomes in rows:
         cells = [cell for outcome in outcomes.values() for cell in _cells(outcome)]
-        lines.append((consumer.name, consumer.access.value, *cells, consumer.source))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        lines.append((consumer.name, consumer.access.value, *cells))
+    head, *table = _columns(lines)
+    first = head.index("access")
+    designs = f"{'restructure':{head.index('access', first + 1) - first}}pfnmap"
+    return [f"{'':{first}}{designs}", head, *table]
+
+
+def _sources(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
+    return _columns([("consumer", "gets at memory by"), *((consumer.name, consumer.source) for consumer, _ in rows)])
+
+
+def _offsets(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
+    """Where conversions failed: mostly all at the page that is held."""
+    by_offset: dict[int, list[str]] = {}
+    for consumer, outcomes in rows:
+        for design, outcome in outcomes.items():
+            if outcome.offset is not None:
+                by_offset.setdefault(outcome.offset, []).append(f"{consumer.name} ({design})")
+    if len(by_offset) == 1:
+        return [f"Every conversion that fails does so at offset {min(by_offset):#x}."]
+    return [f"Conversions that fail at offset {offset:#x}: {', '.join(who)}." for offset, who in by_offset.items()]
 
 
 def _breaks(outcomes: Mapping[Design, Outcome]) -> bool:
@@ -45,6 +64,8 @@ def _breaks(outcomes: Mapping[Design, Outcome]) -> bool:
 
 
 def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
+    from pgemu.report.answers import wrapped
+
     broken = [consumer.name for consumer, outcomes in rows if _breaks(outcomes)]
     block = [consumer.name for consumer, outcomes in rows if outcomes["restructure"].convert]
     waits = all(outcome.again == 0 for _, outcomes in rows for outcome in outcomes.values())
@@ -53,7 +74,8 @@ def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
         f"{len(broken)} of {len(rows)} work with restructure and not with pfnmap: {', '.join(broken)}.",
         f"{who} keep restructure from converting while they hold the page{'; not afterwards' if waits else ''}.",
     ]
-    return lines + [f"{consumer.name}: {consumer.note}." for consumer, _ in rows if consumer.note]
+    lines += _offsets(rows) + [f"{consumer.name}: {consumer.note}." for consumer, _ in rows if consumer.note]
+    return [part for line in lines for part in wrapped(line)]
 
 
 @click.command(short_help="Who uses a process's memory from within the kernel, tried on each design.")
@@ -67,9 +89,9 @@ def consumers(page_size: str, order: str, as_json: bool) -> int:
     """Try every kind of user of a process's memory on a small machine of each design.
 
     Each gets at a shared page of a guest_memfd through the mapping, and while it holds the page its huge page is
-    converted to private: "access" is what the user gets, "convert" what the conversion returns, with the failing
-    offset. GUP on VM_PFNMAP is -EFAULT, so with pfnmap whoever pins or references pages breaks, and nobody keeps a
-    conversion from going through. Devices are not modelled here: of VFIO and iommufd only the pin decides.
+    converted to private: "access" is what the user gets, "convert" what the conversion returns. GUP on VM_PFNMAP is
+    -EFAULT, so with pfnmap whoever pins or references pages breaks, and nobody keeps a conversion from going through.
+    Devices are not modelled here: of VFIO and iommufd only the pin decides.
     """
     from pgemu.experiments.consumers import document, try_all
 
@@ -79,6 +101,6 @@ def consumers(page_size: str, order: str, as_json: bool) -> int:
         about = {"page_size": size, "order": order}
         sys.stdout.write(json.dumps(about | {"consumers": document(rows)}, indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join([*_table(rows), "", *_summary(rows)]) + "\n")
+        sys.stdout.write("\n".join([*_table(rows), "", *_summary(rows), "", *_sources(rows)]) + "\n")
     sys.stdout.flush()
     return 0

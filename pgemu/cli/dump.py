@@ -11,6 +11,7 @@ from typing import Any
 
 import rich_click as click
 
+from pgemu.cli._lines import folded
 from pgemu.cli.walk import SIZES, find_root, flag_names, level_name, rights_letters, table_options
 from pgemu.tables.entries import decode as decode_entry
 from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
@@ -49,7 +50,7 @@ def _lines(fmt: PageFormat, ranges: Iterable[MappedRange]) -> Iterator[str]:
         again = "" if r.step else f" ({r.length >> 9 * r.level + 3} times the same page)"
         yield (
             f"{r.address:016x}-{r.address + r.length - 1:016x}  {_size(r.length):>6}  {r.physical:#015x}  "
-            f"{SIZES[r.level - 1]:>2}  {_rights(fmt, r.rights)}  {_flags(fmt, r.level, r.flags)}{again}\n"
+            f"{SIZES[r.level - 1]:>2}  {_rights(fmt, r.rights)}  {_flags(fmt, r.level, r.flags)}{again}"
         )
 
 
@@ -149,8 +150,8 @@ def dump(image: str, root: str | None, ignore_accessed_dirty: bool, as_json: boo
                 write(("," if number else "") + "\n" + json.dumps(document))
             write(f'\n], "summary": {json.dumps(_summary_document(summary, total.bytes))}}}\n')
         else:
-            for line in _lines(fmt, total):
-                write(line)
-            for line in _summary_lines(fmt, summary, total.bytes):
+            for line in folded(_lines(fmt, total)):
+                write(line + "\n")
+            for line in folded(_summary_lines(fmt, summary, total.bytes)):
                 write(line + "\n")
     sys.stdout.flush()

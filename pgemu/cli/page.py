@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import rich_click as click
 
+from pgemu.cli._lines import folded
 from pgemu.cli.walk import address, find_root
 from pgemu.errors import InputError
 from pgemu.images.folio import Folio, VmemmapPage
@@ -284,7 +285,7 @@ def page(
                 if as_json:
                     documents.append(_document(folio))
                 else:
-                    blocks.append("\n".join(_show(folio)) + "\n")
+                    blocks.append("\n".join(folded(_show(folio))) + "\n")
             except ValueError as problem:
                 failed = True
                 documents.append({"pfn": f"{pfn:#x}", "problem": str(problem)})

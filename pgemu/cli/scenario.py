@@ -6,6 +6,7 @@ import json
 
 import rich_click as click
 
+from pgemu.cli._lines import folded
 from pgemu.cli._options import size
 from pgemu.errors import InputError
 from pgemu.experiments.scenarios import SCENARIOS
@@ -36,6 +37,6 @@ def scenario(name: str, guest_memory: int, kernel: str, stage2: str, as_json: bo
     if as_json:
         click.echo(json.dumps(outcome.document, indent=2))
     else:
-        for line in outcome.lines():
+        for line in folded(outcome.lines()):
             click.echo(line)
     return 1 if outcome.broken else 0

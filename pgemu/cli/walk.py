@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from pgemu.cli._lines import folded
 from pgemu.cli.decode import make_format, to_json
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, decode as decode_entry
@@ -229,7 +230,7 @@ def walk(image: str, addresses: tuple[int, ...], root: str | None, as_json: bool
         documents = [_document(fmt, steps, virtual) for virtual, steps in walks]
         sys.stdout.write(json.dumps(about | {"walks": documents}, indent=2) + "\n")
     else:
-        blocks = ("\n".join(_show(fmt, steps, virtual)) + "\n" for virtual, steps in walks)
+        blocks = ("\n".join(folded(_show(fmt, steps, virtual))) + "\n" for virtual, steps in walks)
         sys.stdout.write("\n".join(blocks))
     sys.stdout.flush()
     return 0 if all(_page(fmt, steps, virtual) for virtual, steps in walks) else 1

@@ -12,6 +12,7 @@ from pgemu.errors import InputError
 from pgemu.experiments.metrics import METRICS
 from pgemu.experiments.worst import WorstOperation, explain, worst_operations
 from pgemu.machine.designs import DESIGNS, Design
+from pgemu.machine.field_rules import shown
 from pgemu.machine.findings import BrokenRule
 from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
@@ -286,16 +287,35 @@ def compare(
     :param strict: what a version refuses stays refused, though the trace needs it
     :param given: fields of pgemu.Config other than design, pool and page_size; None is as without it
     :raises InputError: an option that Config refuses, or guest memory that this computer cannot model
+    :raises TypeError: an argument of another type, or a field that follows from the trace
     """
-    if isinstance(check, int) and check <= 0:
-        raise InputError(f"check {check}: expected a positive number of operations")
     versions = versions or Versions()
+    _check_arguments(lowered, designs, check, versions, given)
     given = {name: value for name, value in given.items() if value is not None}
     configs = [configuration(lowered, design, versions, given) for design in designs]
     runs = tuple(run(lowered, config, versions, check, progress, strict=strict) for config in configs)
     refused = () if strict else tuple(_refused(lowered, config, versions) for config in configs)
     instead = tuple(f"{text}: created as rfc2 does" for text in refused if text)
     return Comparison(lowered, check, runs, versions, given, instead)
+
+
+def _check_arguments(lowered: Any, designs: Any, check: Any, versions: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what compare() cannot take, in a line that names it."""
+    for name, value, kind in (("lowered", lowered, Lowered), ("versions", versions, Versions)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} {shown(value)} ({type(value).__name__}): expected {kind.__name__}")
+    if isinstance(designs, str) or not isinstance(designs, Sequence):
+        raise TypeError(f"designs {shown(designs)} ({type(designs).__name__}): expected a sequence of names")
+    if not designs:
+        raise InputError("designs: expected at least one")
+    expected = "expected 'end', 'every' or a positive number of operations"
+    if isinstance(check, bool) or not isinstance(check, int | str):
+        raise TypeError(f"check {shown(check)} ({type(check).__name__}): {expected}")
+    if check not in ("end", "every") and not (isinstance(check, int) and check > 0):
+        raise InputError(f"check {shown(check)}: {expected}")
+    for name in ("design", "pool", "page_size"):
+        if name in given:
+            raise TypeError(f"{name} {shown(given[name])}: expected no such argument, for it follows from the trace")
 
 
 def configuration(lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any]) -> Config:

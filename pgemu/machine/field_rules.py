@@ -19,7 +19,10 @@ from pgemu.machine.vm_kinds import KINDS, PRIVATE_LEVELS
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
-__all__ = ("DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "Rule", "checked", "shown")
+__all__ = (
+    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "Rule", "checked",
+    "choice", "shown",
+)  # fmt: skip
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
 LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
@@ -49,13 +52,14 @@ class Rule(NamedTuple):
     optional: bool = False
 
 
-def checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any, rules: Mapping[str, Rule] | None = None) -> Any:
     """Return a field's value as Config keeps it: an int for numpy's, a tuple for a list of defects.
 
+    :param rules: those of another class's fields
     :raises TypeError: a value of another type
     :raises ValueError: one of that type that the field does not take
     """
-    rule = RULES[name]
+    rule = (rules or RULES)[name]
     if value is None and rule.optional:
         return None
     expected = f"{'None or ' * rule.optional}{rule.expected()}"
@@ -120,7 +124,7 @@ def _names_a_file(value: Any) -> bool:
         return False
 
 
-def _choice(known: Collection[str], *, optional: bool = False) -> Rule:
+def choice(known: Collection[str], *, optional: bool = False) -> Rule:
     """One of a few words; `known` may grow: designs are rows."""
     return Rule(lambda: f"one of {', '.join(known)}", _text, known.__contains__, optional)
 
@@ -134,59 +138,59 @@ def _cpus(most: int) -> Rule:
 
 
 _SWITCH = Rule(lambda: "True or False", _switch, lambda _: True)
-_BYTES = _amount(0, _MOST_BYTES, "bytes as an integer from 0 to 2**52")
+BYTES = _amount(0, _MOST_BYTES, "bytes as an integer from 0 to 2**52")
 _PAGE_SIZES = (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        "design": _choice(ROWS),
-        "pool": _BYTES,
+        "design": choice(ROWS),
+        "pool": BYTES,
         "page_size": Rule(
             lambda: f"bytes as an integer: {', '.join(map(str, _PAGE_SIZES))}", _integer, _PAGE_SIZES.__contains__
         ),
-        "kernel": _choice(formats.KERNELS),
-        "stage2": _choice(("npt", "ept")),
+        "kernel": choice(formats.KERNELS),
+        "stage2": choice(("npt", "ept")),
         "hvo": _SWITCH,
         "vcpus": _cpus(MOST_VCPUS),
         "host_cpus": _cpus(MOST_HOST_CPUS),
-        "zero": _choice(("folio", "page")),
+        "zero": choice(("folio", "page")),
         "seed": _amount(0, _MOST_SEED, "an integer from 0 to 2**63 - 1"),
         "frames": _amount(1, _MOST_BYTES >> 12, "an integer from 1 to 2**40", optional=True),
-        "zap_filter": _choice(("both", "target")),
-        "vm": _choice(KINDS),
-        "private_level": _choice(PRIVATE_LEVELS, optional=True),
+        "zap_filter": choice(("both", "target")),
+        "vm": choice(KINDS),
+        "private_level": choice(PRIVATE_LEVELS, optional=True),
         "notifier": _SWITCH,
         "dontneed_on_pfnmap": _SWITCH,
         "nx_huge_pages": _SWITCH,
         "l1tf": _SWITCH,
         "profile": Rule(lambda: "the name of a cost profile, or the path of a TOML file", _path, _names_a_file),
-        "memory": _BYTES,
-        "other_pool": _BYTES,
+        "memory": BYTES,
+        "other_pool": BYTES,
         "pti": _SWITCH,
         "nodes": _amount(1, int(W.NODES), f"an integer from 1 to {W.NODES}"),
-        "buddy": _BYTES,
-        "reserved": _BYTES,
-        "configuration": _choice(formats.CONFIGURATIONS),
-        "split_form": _choice(SPLIT_FORMS),
-        "order": _choice(ORDERS),
-        "batch": _choice(("range", "block")),
-        "split_to": _choice(("4K", "2M")),
-        "merge": _choice(("now", "lazy")),
-        "merge_zero": _choice(("none", "unzeroed")),
-        "flush": _choice(("each", "batched")),
+        "buddy": BYTES,
+        "reserved": BYTES,
+        "configuration": choice(formats.CONFIGURATIONS),
+        "split_form": choice(SPLIT_FORMS),
+        "order": choice(ORDERS),
+        "batch": choice(("range", "block")),
+        "split_to": choice(("4K", "2M")),
+        "merge": choice(("now", "lazy")),
+        "merge_zero": choice(("none", "unzeroed")),
+        "flush": choice(("each", "batched")),
         "defects": Rule(
             lambda: f"a tuple of some of {', '.join(sorted(DEFECTS))}", _names, lambda names: {*names} <= {*DEFECTS}
         ),
         "lru_cache": _SWITCH,
-        "worker": _choice(("immediate", "queued")),
-        "punch": _choice(("zero", "refuse")),
-        "level_rule": _choice(LEVEL_RULES),
+        "worker": choice(("immediate", "queued")),
+        "punch": choice(("zero", "refuse")),
+        "level_rule": choice(LEVEL_RULES),
         "host_huge": _SWITCH,
         "large_folios": _SWITCH,
         "dirty_log_guest_memfd": _SWITCH,
         "in_place_conversion": _SWITCH,
-        "zap": _choice(("exact", "rounded")),
-        "invalidate": _choice(("rounded", "exact")),
+        "zap": choice(("exact", "rounded")),
+        "invalidate": choice(("rounded", "exact")),
     }
 )
 """By field, in Config's order."""

@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 import pgemu.report.tables as tables
+from pgemu.report.fit import show
 from pgemu.report.sentences import findings, notes
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def write(comparison: Comparison, console: Console) -> None:
         tables.limits(comparison),
     ]
     for block in blocks:
-        console.print(block)
+        show(console, block)
         console.print()
     _paragraphs(console, "Notes", notes(comparison))
     _paragraphs(console, "Broken invariants", findings(comparison))
@@ -48,7 +49,7 @@ def write_sources(comparison: Comparison, console: Console) -> None:
         tables.checks(comparison),
     ):
         console.print()
-        console.print(block)
+        show(console, block)
 
 
 def _paragraphs(console: Console, title: str, lines: list[str]) -> None:

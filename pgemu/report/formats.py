@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, verdict
-from pgemu.report.answers import answers_of
+from pgemu.report.answers import WIDTH, answers_of
 from pgemu.report.screen import screen
 from pgemu.report.two_columns import Form, render, rows
 
@@ -56,6 +56,7 @@ def _text(
     from pgemu.report.details import write, write_sources
 
     console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)  # what is narrower breaks lines by itself, where it likes
     with console.capture() as captured:
         if details:
             write(comparison, console)

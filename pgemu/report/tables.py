@@ -352,7 +352,7 @@ def checks(comparison: Comparison) -> Group:
     from pgemu.cost.checks import cross_checks
 
     config = comparison.runs[0].config
-    table = _table("operation", "from prices", "known", "", "source", fold=("operation", "source"))
+    table = _table("operation", "from prices", "known", "", "source", fold=("operation", "", "source"))
     for check in cross_checks(config.profile, config.vcpus, config.host_cpus):
         known = units.band(*check.known) if check.known else "-"
         table.add_row(Text(check.what), units.band(*check.band), known, check.verdict, Text(check.source))

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgemu.errors import InputError
+from pgemu.machine.field_rules import checked
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
@@ -55,6 +56,7 @@ def load(
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
     """
     options = options or LoweringOptions()
+    seed = checked("seed", seed)
     name = os.fspath(name_or_path)
     if name.startswith(_WORKLOAD):
         from pgemu import workload

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import index
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
@@ -18,6 +21,34 @@ from pgemu_kernels.words.operations import PAGE_1G
 __all__ = ("Accounting", "Init", "Lowered", "LoweringOptions")
 
 Init = Literal["private", "shared"]
+
+
+def _slots(value: Any) -> tuple[GivenSlot, ...]:
+    """GPA, size and offset of each, as ints; whether they are pages is for the layout to say."""
+    if not isinstance(value, tuple | list):
+        raise TypeError
+    found = []
+    for one in value:
+        if not isinstance(one, tuple) or len(one) != 3 or any(isinstance(part, bool) for part in one):
+            raise TypeError
+        gpa, size, offset = one
+        found.append(GivenSlot(index(gpa), index(size), None if offset is None else index(offset)))
+    return tuple(found)
+
+
+def _within(slots: tuple[GivenSlot, ...]) -> bool:
+    return all(0 <= part <= 1 << 52 for slot in slots for part in slot if part is not None)
+
+
+_RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "page_size": RULES["page_size"],
+        "init": choice(("private", "shared", "auto")),
+        "dontneed": choice(("punch", "zap"), optional=True),
+        "memslots": Rule(lambda: "a tuple of GivenSlot(gpa, size, offset), bytes from 0 to 2**52", _slots, _within),
+        "guest_memory": BYTES._replace(optional=True),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,8 @@ class LoweringOptions:
             zaps for an unmap that no system call asked for
         memslots: memory slots that replace those of the log
         guest_memory: bytes of the guest_memfd; None: as much as the slots need
+
+    TypeError for a field of another type, ValueError for a value that it does not take.
     """
 
     page_size: int = PAGE_1G
@@ -38,6 +71,10 @@ class LoweringOptions:
     dontneed: Literal["punch", "zap"] | None = None
     memslots: tuple[GivenSlot, ...] = ()
     guest_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in _RULES:
+            object.__setattr__(self, name, checked(name, getattr(self, name), _RULES))
 
     def __repr__(self) -> str:
         return changed(self)

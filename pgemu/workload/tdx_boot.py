@@ -96,7 +96,7 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     :param overlap: share of the hot flips that happen while another page of their GiB stays shared, 0 to 1
     :raises InputError: another share
     """
-    if not 0 <= overlap <= 1:
+    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap <= 1:
         raise InputError(f"overlap {overlap}: expected a share from 0 to 1", "workload:tdx-boot")
     random = np.random.Generator(np.random.PCG64(seed))
     firmware = np.arange(FIRMWARE_GFN, FIRMWARE_GFN + FIRMWARE_PAGES)

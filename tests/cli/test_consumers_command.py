@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pgemu.cli import main
+from pgemu.experiments.consumers import CONSUMERS
 
 
 def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -20,11 +21,27 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys).splitlines()
     assert lines[0].split() == ["restructure", "pfnmap"]
-    rows = {line.split("  ")[0]: line.split() for line in lines[2:]}
-    assert rows["RDMA ibv_reg_mr()"][-6:-1] == ["-EAGAIN", "at", "0x5000", "-EFAULT", "ok"]
+    rows = {line.split("  ")[0]: line.split() for line in lines[2:22]}
+    assert rows["RDMA ibv_reg_mr()"][-4:] == ["ok", "-EAGAIN", "-EFAULT", "ok"]
     assert rows["kvm_{read,write}_guest()"][1:6] == ["copy", "ok", "ok", "ok", "ok"]
-    assert any(line.startswith("15 of 20 work with restructure and not with pfnmap: O_DIRECT,") for line in lines)
-    assert "The same keep restructure from converting while they hold the page; not afterwards." in lines
+    assert lines[0].index("pfnmap") == lines[1].rindex("access")
+    said = " ".join(" ".join(lines).split())
+    assert "15 of 20 work with restructure and not with pfnmap: O_DIRECT," in said
+    assert "The same keep restructure from converting while they hold the page; not afterwards." in said
+    assert "Every conversion that fails does so at offset 0x5000." in said
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_lines_are_those_of_a_mail_and_name_every_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = output(capsys).splitlines()
+    assert max(map(len, lines)) <= 80
+    sources = lines[lines.index("", lines.index("") + 1) + 1 :]
+    assert {(line.split("  ")[0], line.split()[-1]) for line in sources[1:]} == {
+        (consumer.name, consumer.source) for consumer in CONSUMERS
+    }
 
 
 def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import rich_click as click
 
 from announcement import complaints
+from pgemu.cli import main
 
 HELP = """\
 import sys
@@ -71,6 +73,24 @@ def test_help_names_every_option() -> None:
             "--defect",
         ),
     }
+
+
+def test_help_explains_every_option_once_in_one_or_two_lines() -> None:
+    """At 80 columns, each under a heading; what a value may be stands behind."""
+    shown = python("-m", "pgemu", "compare", "--help", env={**os.environ, "COLUMNS": "80"}).stdout
+    lines = [line[2:-1].rstrip() for line in shown.splitlines() if line.startswith("│")]
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    starts = [number for number, line in enumerate(lines) if line.startswith("--")]
+    heights = {lines[a].split()[0]: b - a for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)}
+    command = main.get_command(None, "compare")  # type: ignore[arg-type]
+    assert command
+    named = {max(one.opts, key=len): one for one in command.params if isinstance(one, click.Option)}
+    assert sorted({name.split("/")[0] for name in heights}) == sorted([*named, "--help"])
+    assert len(starts) == len(named) + 1
+    assert {name: height for name, height in heights.items() if height > 2} == {}
+    headings = [line.strip("╭─╮ ") for line in shown.splitlines() if line.startswith("╭")]
+    assert headings[:2] == ["What is compared", "What is printed"]
+    assert "Options" not in headings  # those that stand under no heading
 
 
 def test_names_of_the_package_resolve() -> None:

@@ -201,8 +201,8 @@ def test_guest_memory_that_cannot_be_modelled_is_refused() -> None:
     ("options", "complaint"),
     [
         ({"kernel": "5.4"}, "kernel '5.4': expected one of"),
-        ({"vcpus": 0}, "expected positive numbers"),
-        ({"check": 0}, "check 0: expected a positive number"),
+        ({"vcpus": 0}, "vcpus 0: expected an integer from 1 to 4096"),
+        ({"check": 0}, "check 0: expected 'end', 'every' or a positive number"),
         ({"designs": ["folio"]}, "design 'folio': expected one of restructure, pfnmap"),
     ],
 )

@@ -15,11 +15,14 @@ from click import IntRange
 from hypothesis import given, settings, strategies as st
 
 import pgemu.machine.presets
+from comparisons import lowered, setup
 from pgemu.cli import main
 from pgemu.errors import InputError
+from pgemu.experiments.compare import compare
 from pgemu.machine.config import Config
 from pgemu.machine.field_rules import DEFECTS, MOST_HOST_CPUS, MOST_VCPUS, RULES, checked
 from pgemu.machine.presets import Versions
+from pgemu.trace import GivenSlot as GivenSlot, LoweringOptions
 
 HINTS = get_type_hints(Config)
 NAMES = tuple(field.name for field in fields(Config))
@@ -178,6 +181,50 @@ def test_versions_of_small_pages_need_no_size_by_hand() -> None:
             Versions("next").configuration(design, page_size=2 << 20)
         with pytest.raises(TypeError, match=r"page_size \[\] \(list\): expected bytes"):
             Versions("next").configuration(design, page_size=[])
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from([field.name for field in fields(LoweringOptions)]), value=ANYTHING)
+def test_options_of_lowering_are_refused_in_the_same_way(name: str, value: Any) -> None:
+    try:
+        options = LoweringOptions(**{name: value})
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        assert said.startswith(f"{name} ")
+        assert "expected" in said
+        assert "\n" not in said
+        return
+    hash(options)
+    assert eval(repr(options)) == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"check": 1.5}, "check 1.5 (float): expected 'end', 'every' or a positive number of operations"),
+        ({"check": True}, "check True (bool): expected 'end', "),
+        ({"designs": "pfnmap"}, "designs 'pfnmap' (str): expected a sequence of names"),
+        ({"versions": "rfc2"}, "versions 'rfc2' (str): expected Versions"),
+        ({"pool": 5}, "pool 5: expected no such argument, for it follows from the trace"),
+        ({"lowered": 5}, "lowered 5 (int): expected Lowered"),
+        ({"designs": [b"x"]}, "design b'x' (bytes): expected one of restructure, pfnmap"),
+        ({"vcpus": "4"}, "vcpus '4' (str): expected an integer from 1 to 4096"),
+    ],
+)
+def test_arguments_of_compare(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        compare(**{"lowered": lowered(setup()), **arguments})
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"check": "x"}, "check 'x': expected 'end', "), ({"designs": []}, "designs: expected at least one")],
+)
+def test_arguments_of_compare_of_another_value(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compare(lowered(setup()), **arguments)
+    assert str(caught.value).startswith(said)
 
 
 def test_examples_of_presets() -> None:

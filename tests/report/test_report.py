@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from io import StringIO
 
 import pytest
+from hypothesis import given, strategies as st
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from comparisons import INODE, converts_nothing, lowered, mixed, mixed_records, setup
-from pgemu import report
+from pgemu import cost, report
 from pgemu.experiments.compare import Comparison, Finding, compare
 from pgemu.experiments.metrics import METRICS
 from pgemu.machine.results import operation_name
 from pgemu.report import units
 from pgemu.report.details import write, write_sources
+from pgemu.report.fit import show
 from pgemu.report.limits import LIMITS
+from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES
 from pgemu.trace import Layout, RefusedSlot
 
 
@@ -47,10 +54,11 @@ def words(printed: str) -> str:
     return " ".join(printed.split())
 
 
-@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("width", [30, 40, 80, 140])
 def test_every_count_and_every_size_is_printed(width: int) -> None:
+    """A console may be too narrow for the numbers: then lines are wider, and no number is broken."""
     printed = text(mixed(), width)
-    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= max(width, 80)
     lines = [words(line) for line in printed.splitlines()]
     for name in {name for run in mixed().runs for op in run.operations for name in op.outcomes}:
         assert any(name in line.split() for line in lines), name
@@ -66,6 +74,53 @@ def test_no_cell_is_cut(width: int) -> None:
     printed = text(mixed(), width, sources=True)
     assert "…" not in printed
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120])
+def test_no_name_of_a_function_is_broken(width: int) -> None:
+    """Every word of what a row models, and of every limit and price, is printed whole."""
+    printed = set(text(mixed(), width, sources=True).split())
+    functions = {
+        source.function
+        for table in (OPERATION_SOURCES, METRIC_SOURCES)
+        for by_design in table.values()
+        for sources in by_design.values()
+        for source in sources
+    }
+    functions |= {limit.function for limits in LIMITS.values() for limit in limits}
+    assert len(functions) > 50
+    said = {word for function in functions for word in function.replace(".c:", ".c: ").replace(".h:", ".h: ").split()}
+    assert said <= printed
+    assert {word for price in cost.profile("published").values() for word in price.source.split()} <= printed
+
+
+@given(
+    cells=st.lists(
+        st.lists(st.text("ab -", max_size=30).map(str.strip), min_size=3, max_size=3), min_size=1, max_size=6
+    ),
+    wraps=st.lists(st.booleans(), min_size=3, max_size=3),
+    width=st.integers(1, 100),
+)
+def test_a_fitted_table_breaks_no_word_and_is_wider_only_where_it_must(
+    cells: list[list[str]], wraps: list[bool], width: int
+) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for wrap in wraps:
+        table.add_column("", no_wrap=not wrap, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    out = StringIO()
+    console = Console(file=out, width=width)
+    show(console, table)
+    assert console.width == width
+    words = [word for row in cells for cell in row for word in cell.split()]
+    assert Counter(out.getvalue().replace("─", " ").split()) == Counter(words)
+    least = [
+        max((len(part) for row in cells for part in (row[i].split() if wrap else [row[i]])), default=0)
+        for i, wrap in enumerate(wraps)
+    ]
+    widest = max(len(line) for line in out.getvalue().splitlines())
+    assert widest <= max(width, sum(max(one, 1) for one in least) + 4)
 
 
 def test_times_are_bands_labelled_as_an_estimate() -> None:
