@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U21, U27, U30, U39, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U21, U27, U511, U512
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
@@ -117,18 +120,39 @@ def _free_below(m, slot):
     m.ram[slot] = U0
 
 
+def _freeing(lower: Any, level: np.uint64) -> Any:
+    """Free the tables below the entries of `level` over [start, end), all in one table: how many. `lower`: those below.
+
+    (m, space, table, start, end, floor, ceiling); `table`: its first word.
+    """
+
+    @kernel
+    def free_tables_below(m, space, table, start, end, floor, ceiling):
+        freed = U0
+        while start < end:
+            slot = table + index_at(start >> U12, level)
+            first = start & ~(size_of(level) - U1)
+            stop = min(end, first + size_of(level))
+            if points_to_table(m.ram[slot]):
+                freed += lower(m, space, below(m, slot), start, stop, floor, ceiling)
+                if first >= floor and first + size_of(level) <= ceiling:
+                    _free_below(m, slot)
+                    if level == U4:
+                        _set_top(m, space, slot, U0)
+                    freed += U1
+            start = stop
+        return freed
+
+    return free_tables_below
+
+
 @kernel
-def _free_level1_tables(m, table2, start, end, floor, ceiling):
-    """Free the last-level tables of [start, end), which lies within one level-2 table: how many."""
-    freed = U0
-    page = start >> U21 << U21
-    while page < end:
-        slot = table2 + index_at(page >> U12, U2)
-        if page >= floor and page + size_of(U2) <= ceiling and points_to_table(m.ram[slot]):
-            _free_below(m, slot)
-            freed += U1
-        page += size_of(U2)
-    return freed
+def _none_below(m, space, table, start, end, floor, ceiling):
+    """Tables of level 1 have none."""
+    return U0
+
+
+_free_tables = reduce(_freeing, (U2, U3, U4), _none_below)
 
 
 @outlined
@@ -138,29 +162,7 @@ def free_pgtables(m, space, start, end, floor, ceiling):
     A table goes only if all that it covers lies within floor and ceiling, the end of the mapping below
     and the start of the one above. mm/memory.c:free_pgd_range().
     """
-    ram = m.ram
-    freed = U0
-    base = start
-    while base < end:
-        slot4 = (space_root(m.state, space) >> U3) + index_at(base >> U12, U4)
-        top = base >> U39 << U39
-        stop = min(end, top + size_of(U4))
-        if points_to_table(ram[slot4]):
-            while base < stop:
-                slot3 = below(m, slot4) + index_at(base >> U12, U3)
-                region = base >> U30 << U30
-                last = min(stop, region + size_of(U3))
-                if points_to_table(ram[slot3]):
-                    freed += _free_level1_tables(m, below(m, slot3), base, last, floor, ceiling)
-                    if region >= floor and region + size_of(U3) <= ceiling:
-                        _free_below(m, slot3)
-                        freed += U1
-                base = last
-            if top >= floor and top + size_of(U4) <= ceiling:
-                free_table(m, below(m, slot4) >> U9, GAUGE_HOST_TABLES)
-                _set_top(m, space, slot4, U0)
-                freed += U1
-        base = stop
+    freed = _free_tables(m, space, space_root(m.state, space) >> U3, start, end, floor, ceiling)
     note_unflushed(m.state, space, freed)
 
 

@@ -272,14 +272,11 @@ def prepare_anon_vma(state, row):
     space = state[row + A_SPACE]
     upper = row_at(state, space, state[row + A_END], A_START)
     lower = row_at(state, space, state[row + A_START], A_END)
-    if upper != NONE and state[upper + A_ANON_VMA] != U0 and state[upper + A_CLONED] == U0:
-        if _continues(state, row, upper):
-            state[row + A_ANON_VMA] = state[upper + A_ANON_VMA]
-            return
-    if lower != NONE and state[lower + A_ANON_VMA] != U0 and state[lower + A_CLONED] == U0:
-        if _continues(state, lower, row):
-            state[row + A_ANON_VMA] = state[lower + A_ANON_VMA]
-            return
+    for neighbour, first, second in ((upper, row, upper), (lower, lower, row)):
+        if neighbour != NONE and state[neighbour + A_ANON_VMA] != U0 and state[neighbour + A_CLONED] == U0:
+            if _continues(state, first, second):
+                state[row + A_ANON_VMA] = state[neighbour + A_ANON_VMA]
+                return
     state[row + A_ANON_VMA] = _new_anon_vma(state)
 
 
