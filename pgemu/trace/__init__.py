@@ -18,6 +18,7 @@ from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
 from pgemu.trace.readers import read
+from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 
@@ -37,6 +38,7 @@ __all__ = (
     "Slot",
     "columns_table",
     "load",
+    "require_input",
     "shipped",
 )
 

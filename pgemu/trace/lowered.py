@@ -30,6 +30,12 @@ class LoweringOptions:
             zaps for an unmap that no system call asked for
         memslots: memory slots that replace those of the log
         guest_memory: bytes of the guest_memfd; None: as much as the slots need
+        vm_processes: the VM's processes, or threads of a log whose lines name no process; "all" merges all VMs; none:
+            the only one, and several are refused
+        tdx_shared_bit: the bit of a guest fault's address that says "shared" in a TD (47 with four levels, 51 with
+            five); "auto": one of them, if an address without it lies where there is memory
+        fault_address: what the log's guest faults print; "auto": physical addresses, but virtual ones (shadow paging)
+            if the kernel's half of the virtual addresses is among them and no code is one of nested paging
     """
 
     page_size: int = PAGE_1G
@@ -37,6 +43,9 @@ class LoweringOptions:
     dontneed: Literal["punch", "zap"] | None = None
     memslots: tuple[GivenSlot, ...] = ()
     guest_memory: int | None = None
+    vm_processes: tuple[int | Literal["all"], ...] = ()
+    tdx_shared_bit: Literal["auto", "none", "47", "51"] = "auto"
+    fault_address: Literal["auto", "physical", "virtual"] = "auto"
 
 
 @dataclass
