@@ -14,7 +14,7 @@ import rich_click as click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "size")
+__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "size", "vm_process")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -40,6 +40,15 @@ def memslot(text: str) -> tuple[int, int, int | None]:
     if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
         raise click.BadParameter(f"{text!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K")
     return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+
+
+def vm_process(text: str) -> int | Literal["all"]:
+    """Return "all" or the number of a process. click.BadParameter for anything else."""
+    if text == "all":
+        return "all"
+    if not text.isascii() or not text.isdigit():
+        raise click.BadParameter(f"{text!r}: expected the number of a process, or all")
+    return int(text)
 
 
 def check(text: str) -> Literal["end", "every"] | int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._groups import grouped
-from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size
+from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size, vm_process
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ __all__ = ("compare",)
 _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
-    "The trace and its memory": ("--guest-memory", "--init", "--dontneed", "--memslot", "--overlap", "--seed"),
+    "The trace and its memory": (
+        *("--guest-memory", "--init", "--dontneed", "--memslot", "--overlap", "--seed"),
+        *("--vm-process", "--tdx-shared-bit", "--fault-address"),
+    ),
     **MACHINE_GROUPS,
 }
 
@@ -105,6 +108,28 @@ _GROUPS = {
     multiple=True,
     help="A memory slot, in place of the trace's. May be repeated.",
 )
+@click.option(
+    "--vm-process",
+    "vm_processes",
+    type=vm_process,
+    metavar="PID|all",
+    multiple=True,
+    help="Process of a log's VM; may be repeated, all merges what it holds.  [default: the only one]",
+)
+@click.option(
+    "--tdx-shared-bit",
+    type=click.Choice(["auto", "none", "47", "51"]),
+    default="auto",
+    show_default=True,
+    help="Bit of a log's guest addresses that says shared in a TD; auto: one, if without it they lie in memory.",
+)
+@click.option(
+    "--fault-address",
+    type=click.Choice(["auto", "physical", "virtual"]),
+    default="auto",
+    show_default=True,
+    help="What guest faults of a log print; auto: virtual addresses if the kernel's half is among them.",
+)
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
     "--vary",
@@ -183,7 +208,7 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
 
 
 def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
-    from pgemu.trace import GivenSlot, LoweringOptions, load, shipped
+    from pgemu.trace import GivenSlot, LoweringOptions, load, require_input, shipped
 
     lowering = LoweringOptions(
         page_size=size(options["page_size"] or ("4K" if options["like"] == "next" else "1G")),
@@ -191,9 +216,13 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
         dontneed=options["dontneed"],
         memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
         guest_memory=options["guest_memory"],
+        vm_processes=options["vm_processes"],
+        tdx_shared_bit=options["tdx_shared_bit"],
+        fault_address=options["fault_address"],
     )
     parameters = {} if options["overlap"] is None else {"overlap": options["overlap"]}
     lowered = load(shipped() if trace is None else trace, lowering, options["seed"], **parameters)
+    require_input(lowered)
     return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
 
 

@@ -19,6 +19,7 @@ from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
 from pgemu.trace.readers import read
+from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 
@@ -38,6 +39,7 @@ __all__ = (
     "Slot",
     "columns_table",
     "load",
+    "require_input",
     "shipped",
 )
 

@@ -40,6 +40,18 @@ def _within(slots: tuple[GivenSlot, ...]) -> bool:
     return all(0 <= part <= 1 << 52 for slot in slots for part in slot if part is not None)
 
 
+def _processes(value: Any) -> tuple[int | str, ...]:
+    if not isinstance(value, tuple | list):
+        raise TypeError
+    if any(isinstance(one, bool) for one in value):
+        raise TypeError
+    return tuple(one if isinstance(one, str) else index(one) for one in value)
+
+
+def _are_processes(value: tuple[int | str, ...]) -> bool:
+    return all(one == "all" if isinstance(one, str) else one >= 0 for one in value)
+
+
 _RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "page_size": RULES["page_size"],
@@ -47,6 +59,9 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "dontneed": choice(("punch", "zap"), optional=True),
         "memslots": Rule(lambda: "a tuple of GivenSlot(gpa, size, offset), bytes from 0 to 2**52", _slots, _within),
         "guest_memory": BYTES._replace(optional=True),
+        "vm_processes": Rule(lambda: 'a tuple of process numbers from 0 on, or ("all",)', _processes, _are_processes),
+        "tdx_shared_bit": choice(("auto", "none", "47", "51")),
+        "fault_address": choice(("auto", "physical", "virtual")),
     }
 )
 
@@ -62,6 +77,12 @@ class LoweringOptions:
             zaps for an unmap that no system call asked for
         memslots: memory slots that replace those of the log
         guest_memory: bytes of the guest_memfd; None: as much as the slots need
+        vm_processes: the VM's processes, or threads of a log whose lines name no process; "all" merges all VMs; none:
+            the only one, and several are refused
+        tdx_shared_bit: the bit of a guest fault's address that says "shared" in a TD (47 with four levels, 51 with
+            five); "auto": one of them, if an address without it lies where there is memory
+        fault_address: what the log's guest faults print; "auto": physical addresses, but virtual ones (shadow paging)
+            if the kernel's half of the virtual addresses is among them and no code is one of nested paging
 
     TypeError for a field of another type, ValueError for a value that it does not take.
     """
@@ -71,6 +92,9 @@ class LoweringOptions:
     dontneed: Literal["punch", "zap"] | None = None
     memslots: tuple[GivenSlot, ...] = ()
     guest_memory: int | None = None
+    vm_processes: tuple[int | Literal["all"], ...] = ()
+    tdx_shared_bit: Literal["auto", "none", "47", "51"] = "auto"
+    fault_address: Literal["auto", "physical", "virtual"] = "auto"
 
     def __post_init__(self) -> None:
         for name in _RULES:

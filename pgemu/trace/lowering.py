@@ -9,7 +9,7 @@ Whole columns are worked on at a time; only slot lines, of which there are few, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.events import LEVELS, Input
+from pgemu.trace.guest_addresses import PRIVATE_ACCESS, GuestAddresses, gfn_range, is_qualification
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
 from pgemu.trace.memory_layout import (
@@ -30,6 +31,7 @@ from pgemu.trace.memory_layout import (
     place_regions,
     ram_ranges,
 )
+from pgemu.trace.processes import of_vm
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
@@ -45,11 +47,7 @@ _PUNCH = 2  # FALLOC_FL_PUNCH_HOLE
 _REMOVE = 9  # MADV_REMOVE
 _PRIVATE_ATTRIBUTE = 8  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 # PFERR_GUEST_ENC_MASK (SEV-SNP) and PFERR_PRIVATE_ACCESS, arch/x86/include/asm/kvm_host.h
-_PRIVATE_ACCESS = (1 << 34) | (1 << 49)
-_NESTED_STAGE = 3 << 32  # PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK
-_LINEAR_VALID = 0x80  # EPT_VIOLATION_GVA_IS_VALID: the printed code is an exit qualification
-_GFN_LIMIT = 1 << 51
-_DEVICE = 8  # PFERR_RSVD_MASK: a cached MMIO entry
+_PRIVATE_ACCESS = (1 << 34) | PRIVATE_ACCESS
 
 NO_SLOT = "no memory slot"
 NOT_GUEST_MEMORY = "not guest memory"
@@ -59,21 +57,27 @@ NO_HOST_ADDRESSES = "not guest memory (no slot line: host addresses unknown)"
 def lower(log: Log, options: LoweringOptions) -> Lowered:
     """Lay a log over guest_memfd.
 
-    :raises InputError: no slot of the log can be bound, given slots are wrong or miss a guest fault (with its
-        line), or `guest_memory` does not fit
+    :raises InputError: several VMs and none chosen, no slot of the log can be bound, given slots are wrong or miss a
+        guest fault (with its line), or `guest_memory` does not fit
     """
+    log, others = of_vm(log, options.vm_processes)
     lines = [
         SlotLine(row, *(int(word) for word in log.rows[row, _A : _E + 1]))
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
     ]
-    layout, history = _lay_out(log, SlotHistory.build(lines), options)
+    history = SlotHistory.build(lines)
+    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options)
+    log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
+    layout, history = _lay_out(log, history, addresses, options)
     layout = grow(layout, options.page_size, options.guest_memory)
     lowering = _Lowering(log, layout, history, options)
-    lowering.run()
-    return lowering.result()
+    lowering.run(addresses.left_out)
+    return replace(lowering.result(others), machine=addresses.machine)
 
 
-def _lay_out(log: Log, history: SlotHistory, options: LoweringOptions) -> tuple[Layout, SlotHistory]:
+def _lay_out(
+    log: Log, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions
+) -> tuple[Layout, SlotHistory]:
     refused = sorted(history.epochs[-1].refused, key=lambda slot: (slot.slot, slot.gpa))
     if options.memslots:
         layout = given_layout(options.memslots, history.accepted, refused, options.page_size)
@@ -87,37 +91,19 @@ def _lay_out(log: Log, history: SlotHistory, options: LoweringOptions) -> tuple[
         raise InputError(
             f"guest_memfd can back no memory slot of this log ({history.without_operation[0][1]})", log.source
         )
-    slots = inferred_slots(*_guest_ranges(log.rows))
+    slots = inferred_slots(*_guest_ranges(addresses))
     regions = place_regions(ram_ranges(slots), slots, options.page_size)
     placed = history.with_slots(slots, "").placed(regions)
     return Layout(0, options.page_size, tuple(regions), tuple(placed.accepted), (), "inferred"), placed
 
 
-def _guest_ranges(rows: _Words) -> tuple[_Words, _Words]:
+def _guest_ranges(addresses: GuestAddresses) -> tuple[_Words, _Words]:
     """What the guest touches and what is converted: first addresses, and those behind the last."""
-    faults = rows[rows[:, _KIND] == Input.GUEST_FAULT]
-    touched = faults[~_is_device(faults[:, _B]), _A]
-    start, end = _gfn_range(rows[rows[:, _KIND] == Input.ATTRIBUTES])
+    rows = addresses.rows
+    touched = rows[addresses.inside(), _A]
+    start, end = gfn_range(rows[rows[:, _KIND] == Input.ATTRIBUTES])
     some = end > start
     return np.concatenate([touched, start[some]]), np.concatenate([touched + np.uint64(1), end[some]])
-
-
-def _gfn_range(rows: _Words) -> tuple[_Words, _Words]:
-    """Guest addresses of attribute rows; gfns beyond any guest address are cut so that they fit 64 bits."""
-    start, end = (np.minimum(rows[:, word], np.uint64(_GFN_LIMIT)) * np.uint64(PAGE_4K) for word in (_A, _B))
-    return start, end
-
-
-def _is_qualification(code: _Words) -> _Mask:
-    """EPT logs of KVM print the exit qualification where the error code should be."""
-    result: _Mask = ((code & np.uint64(_NESTED_STAGE)) == 0) & ((code & np.uint64(_LINEAR_VALID)) != 0)
-    return result
-
-
-def _is_device(code: _Words) -> _Mask:
-    # In an exit qualification bit 3 says that the page was readable.
-    reserved: _Mask = (code & np.uint64(_DEVICE)) != 0
-    return reserved & ~_is_qualification(code)
 
 
 def _bit(words: _Words, bit: int, flag: Flag) -> npt.NDArray[np.uint8]:
@@ -125,7 +111,7 @@ def _bit(words: _Words, bit: int, flag: Flag) -> npt.NDArray[np.uint8]:
 
 
 def _guest_flags(code: _Words) -> npt.NDArray[np.uint8]:
-    fetch = np.where(_is_qualification(code), _bit(code, 2, Flag.EXEC), _bit(code, 4, Flag.EXEC))
+    fetch = np.where(is_qualification(code), _bit(code, 2, Flag.EXEC), _bit(code, 4, Flag.EXEC))
     private = np.where((code & np.uint64(_PRIVATE_ACCESS)) != 0, np.uint8(Flag.PRIVATE), np.uint8(0))
     return _bit(code, 1, Flag.WRITE) | fetch | private
 
@@ -148,8 +134,10 @@ class _Lowering:
         regions = () if layout.origin == "inferred" else layout.regions
         self._regions = [(region, _mapped_from(log.rows, region)) for region in regions]
 
-    def run(self) -> None:
-        """Lower every kind of input."""
+    def run(self, left_out: Mapping[str, _Rows]) -> None:
+        """Lower every kind of input, but the guest faults that are left out for their reasons."""
+        for reason, rows in left_out.items():
+            self._without(rows, reason)
         self._slot_changes()
         self._host_faults()
         for epoch, first, end in self._epochs():
@@ -163,8 +151,11 @@ class _Lowering:
         self._fallocates(Input.FALLOCATE)
         self._fallocates(Input.HUGETLBFS_FALLOCATE)
 
-    def result(self) -> Lowered:
-        """Put the pieces in order, behind the records that make guest memory."""
+    def result(self, others: Counter[str]) -> Lowered:
+        """Put the pieces in order, behind the records that make guest memory.
+
+        :param others: inputs that were left out before, by reason
+        """
         setup = self._setup()
         origin = np.concatenate([np.zeros(0, np.intp), *(rows for rows, _ in self._pieces)])
         order = np.argsort(origin, kind="stable")
@@ -185,7 +176,8 @@ class _Lowering:
             operations=len(records),
             setup=len(setup),
             extra_pieces=len(made) - len(served),
-            without_operation=Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
+            without_operation=others
+            + Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
         )
         converts = bool((records.op == Operation.CONVERT).any())
         levels = self._fault_levels(origin[order], len(setup))
@@ -272,8 +264,7 @@ class _Lowering:
         epoch = self._history.epochs[number]
         rows = self._slice(Input.GUEST_FAULT, first, end)
         address, code, vcpu = (self._rows[rows, word] for word in (_A, _B, _C))
-        left = ~_is_device(code)
-        self._without(rows[~left], "access to a device")
+        left = self._reason[rows] < 0
         bound = np.zeros(len(rows), dtype=bool)
         for slot in epoch.bound:
             bound |= left & (address >= np.uint64(slot.gpa)) & (address < np.uint64(slot.gpa + slot.size))
@@ -302,7 +293,7 @@ class _Lowering:
 
     def _attributes(self, number: int, first: int, end: int) -> None:
         rows = self._slice(Input.ATTRIBUTES, first, end)
-        start, stop = _gfn_range(self._rows[rows])
+        start, stop = gfn_range(self._rows[rows])
         private = (self._rows[rows, _C] & np.uint64(_PRIVATE_ATTRIBUTE)) != 0
         flags = np.where(private, np.uint8(Flag.PRIVATE), np.uint8(Flag.SHARED))
         reached = np.zeros(len(rows), dtype=bool)
@@ -408,10 +399,14 @@ def _clip(start: _Words, end: _Words, low: int, high: int) -> tuple[_Words, _Wor
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:
     """Apply the options that a trace which is lowered already can still follow.
 
-    :raises InputError: `memslots` or `dontneed` are set, or `guest_memory` does not fit
+    :raises InputError: an option says how to read a log, or `guest_memory` does not fit
     """
-    if options.memslots or options.dontneed is not None:
-        raise InputError("memory slots and the meaning of MADV_DONTNEED are fixed in this trace", lowered.source)
+    fixed = LoweringOptions(options.page_size, options.init, guest_memory=options.guest_memory)
+    if options != fixed:
+        raise InputError(
+            "memory slots, the VM's process, its addresses and the meaning of MADV_DONTNEED are fixed in this trace",
+            lowered.source,
+        )
     layout = grow(lowered.layout, options.page_size, options.guest_memory)
     init = lowered.init if options.init == "auto" else options.init
     return replace(lowered, layout=layout, init=init)

@@ -18,6 +18,7 @@ from pgemu.errors import InputError
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 __all__ = (
+    "LARGEST_RANGE",
     "SYNTHETIC_HVA",
     "GivenSlot",
     "Layout",
@@ -35,7 +36,8 @@ __all__ = (
 SYNTHETIC_HVA = 0x7F00_0000_0000
 """First host address of memory for which the log names none; a multiple of 1 GiB."""
 
-_LARGEST_RANGE = 1 << 40
+LARGEST_RANGE = 1 << 40
+"""Bytes; a longer range of guest addresses is the VMM's whole address space, no memory."""
 
 
 class GivenSlot(NamedTuple):
@@ -183,7 +185,7 @@ def inferred_slots(start: npt.NDArray[np.uint64], end: npt.NDArray[np.uint64]) -
     :param start: first guest addresses of the ranges seen, uint64[n], bytes
     :param end: the addresses behind them; a range of more than 1 TiB is the VMM's whole address space, no memory
     """
-    kept = end - start <= np.uint64(_LARGEST_RANGE)
+    kept = end - start <= np.uint64(LARGEST_RANGE)
     first, last = start[kept] >> np.uint64(21), (end[kept] - np.uint64(1)) >> np.uint64(21)
     order = np.argsort(first, kind="stable")
     first, last = first[order], np.maximum.accumulate(last[order])

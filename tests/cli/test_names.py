@@ -21,7 +21,7 @@ CONFIG = {field.name: field.default for field in fields(Config)}
 LOWERING = {field.name for field in fields(LoweringOptions)}
 
 # Where an option may be repeated its name is singular, that of what it gives is plural.
-REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots"}
+REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots", "--vm-process": "vm_processes"}
 # Of the run, not of a machine or a trace; `check` is a key of the document beside "machine".
 OF_THE_RUN = {
     *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
@@ -86,6 +86,7 @@ def test_the_document_names_the_fields(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text(
         " vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=0 gpa=0x0 size=0x200000 hva=0x7f0000000000\n"
+        " vmm-9 [000] ..... 1.000002: kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006\n"
     )
     found = CliRunner().invoke(
         main, ["compare", str(path), "--design", "pfnmap", "--page-size", "2M", "--format", "json"]

@@ -62,7 +62,9 @@ def log(name: str) -> Log:
 
 @functools.cache
 def lowered(name: str, page_size: int) -> Lowered:
-    return lower(log(name), LoweringOptions(page_size=page_size))
+    # The captures of KVM's events are of many VMs, one after the other, and no line names a process.
+    several = name.startswith("ftrace-kvm")
+    return lower(log(name), LoweringOptions(page_size=page_size, vm_processes=("all",) if several else ()))
 
 
 def counts(name: str) -> Counter[str]:

@@ -51,6 +51,7 @@ _FAILED = 1
 _LEVEL = 7  # word D of a guest fault
 _SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
 _SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
+_SHARED_BITS = 1 << 47 | 1 << 51  # TDX_SHARED_BIT_PWL_4, TDX_SHARED_BIT_PWL_5
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
@@ -394,8 +395,9 @@ class _Parser:
         position = self._faults.get(task, -1)
         if position < 0 or not 1 <= level <= 3:
             return
-        shift = 9 * (level - 1)
-        if self._rows[position + 4] >> 12 + shift == gfn >> shift:
+        # KVM prints a TD's fault with its shared bit, the entry without.
+        differ = (self._rows[position + 4] ^ gfn << 12) & ~_SHARED_BITS
+        if differ >> 12 + 9 * (level - 1) == 0:
             self._rows[position + _LEVEL] = level
 
     def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:

@@ -1,0 +1,145 @@
+"""Which process of a log is the VM's: system-wide logs hold several VMs, and what other processes do to their memory.
+
+A line names its process where the log was recorded so (ftrace's record-tgid, perf script's pid/tid). Where none does,
+two threads that fault as the same vCPU are taken for two VMs: a VMM has one thread for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pgemu.errors import InputError
+from pgemu.trace.events import Input
+from pgemu.trace.log import NO_VCPU, Log
+
+__all__ = ("OTHER_PROCESS", "Choice", "of_vm")
+
+Choice = int | Literal["all"]
+"""A process, a thread whose process no line says, or all of them."""
+
+OTHER_PROCESS = "of another process"
+_KIND, _TASK, _VCPU = 0, 2, 6
+_VM_S = (Input.GUEST_FAULT, Input.ATTRIBUTES, Input.MEMSLOT)
+_VCPU_THREAD = re.compile(r"CPU \d+/K\w*")  # as QEMU names them, also where a name is cut at 8 characters
+_SHOWN = 6
+_HELP = "choose with --vm-process, which may be repeated, or merge them with --vm-process all"
+
+
+@dataclass(frozen=True)
+class _Vm:
+    """What may be a VM: a process, or a thread whose process no line says."""
+
+    number: int
+    name: str
+    inputs: int
+    known: bool
+
+    def __str__(self) -> str:
+        return f"{'process' if self.known else 'thread'} {self.number} ({self.name}, {self.inputs} inputs)"
+
+
+def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]:
+    """Keep what one VM's process asked for.
+
+    :param chosen: processes, or threads whose process no line says; "all" merges whatever the log holds
+    :returns: the log with the rows and a note of the VM, and how many inputs were left out, by reason
+    :raises InputError: several VMs and none chosen, or a chosen one that is not there
+    """
+    vms = _vms(log)
+    if not log.tasks or "all" in chosen or not (chosen or vms):
+        merged = f"merged as asked: {_listed(vms.values())}" if len(vms) > 1 else ""
+        return replace(log, notes=log.notes + (merged,) * bool(merged)), Counter()
+    if not chosen and len(vms) > 1:
+        raise InputError(f"{_found(log, vms)}: {_HELP}", log.source)
+    numbers = {number for number in chosen if number != "all"} or set(vms)
+    _check(log, numbers, vms)
+    if not any(vm.known for vm in vms.values()) and not chosen:
+        return log, Counter()  # one VM, and no line says which process
+    task_kept = np.array([_kept(log, task, numbers, vms) for task in range(len(log.tasks))], dtype=bool)
+    kept = task_kept[log.rows[:, _TASK].astype(np.int64)]
+    left = Counter({OTHER_PROCESS: int((~kept).sum())})
+    notes = (*log.notes, f"the VM of {_listed(vm for number, vm in vms.items() if number in numbers)}")
+    others = [vm for number, vm in vms.items() if number not in numbers]
+    notes += (f"left out: {_listed(others)}",) if others else ()
+    return replace(log, rows=log.rows[kept], notes=notes), +left
+
+
+def _vms(log: Log) -> dict[int, _Vm]:
+    """What may be VMs, by process or thread: those of which there are guest faults, attributes or slots."""
+    theirs = log.rows[np.isin(log.rows[:, _KIND], np.array(_VM_S, np.uint64))]
+    inputs = Counter(theirs[:, _TASK].tolist())
+    known: Counter[int] = Counter()
+    unknown = []
+    for task, count in sorted(inputs.items()):
+        process = log.tasks[task].process if task < len(log.tasks) else None
+        if process is None:
+            unknown.append(task)
+        else:
+            known[process] += count
+    vms = {process: _Vm(process, _name(log, process), count, True) for process, count in known.items()}
+    if unknown and (len(_twice(log, theirs)) > 0 or known):
+        for task in unknown:
+            tid, _, name = log.tasks[task]
+            vms[tid] = _Vm(tid, name, inputs[task], False)
+    elif unknown:
+        first = log.tasks[unknown[0]] if unknown[0] < len(log.tasks) else None
+        if first is not None:
+            vms[first.tid] = _Vm(first.tid, first.name, sum(inputs[task] for task in unknown), False)
+    return vms
+
+
+def _twice(log: Log, rows: npt.NDArray[np.uint64]) -> dict[str, list[int]]:
+    """vCPUs that several threads of unknown process fault as, with these tasks."""
+    faults = rows[rows[:, _KIND] == Input.GUEST_FAULT]
+    threads: dict[str, set[int]] = defaultdict(set)
+    for vcpu, task in {(int(vcpu), int(task)) for vcpu, task in faults[:, [_VCPU, _TASK]].tolist()}:
+        about = log.tasks[task]
+        if about.process is None:
+            name = f"vCPU {vcpu}" if vcpu != NO_VCPU else about.name if _VCPU_THREAD.fullmatch(about.name) else ""
+            threads[name].add(task)
+    return {name: sorted(tasks) for name, tasks in threads.items() if name and len(tasks) > 1}
+
+
+def _kept(log: Log, task: int, numbers: set[int], vms: Mapping[int, _Vm]) -> bool:
+    """Whether a task is of the chosen VM. Where its process is known, a thread of unknown process that asks nothing of
+    KVM may be one of its own, and is taken for one."""
+    tid, process, _ = log.tasks[task]
+    if process is not None:
+        return process in numbers
+    return tid in numbers or (tid not in vms and any(vm.known for number, vm in vms.items() if number in numbers))
+
+
+def _name(log: Log, process: int) -> str:
+    names = [task.name for task in log.tasks if task.process == process]
+    return next((task.name for task in log.tasks if task.tid == process), names[0])
+
+
+def _check(log: Log, numbers: set[int], vms: Mapping[int, _Vm]) -> None:
+    there = {task.process if task.process is not None else task.tid for task in log.tasks}
+    if missing := sorted(numbers - there):
+        expected = f"expected one of {_listed(vms.values())}" if vms else "expected a process that the log names"
+        raise InputError(f"--vm-process {missing[0]}: not in it, {expected}", log.source)
+
+
+def _found(log: Log, vms: Mapping[int, _Vm]) -> str:
+    """What several VMs were told by."""
+    text = f"several VMs in it: {_listed(vms.values())}"
+    if any(vm.known for vm in vms.values()):
+        return text
+    theirs = log.rows[np.isin(log.rows[:, _KIND], np.array(_VM_S, np.uint64))]
+    vcpu, tasks = next(iter(sorted(_twice(log, theirs).items())))
+    where = " and ".join(str(log.tasks[task].tid) for task in tasks[:2])
+    return f"{text}; no line names a process (record-tgid, perf script -F +pid), and {vcpu} faults in {where}"
+
+
+def _listed(vms: Iterable[_Vm]) -> str:
+    names = [str(vm) for vm in vms]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

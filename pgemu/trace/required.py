@@ -1,0 +1,43 @@
+"""Whether a trace asks anything of guest memory; one that does not is refused, not compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pgemu.errors import InputError
+from pgemu.trace.lowered import Accounting, Lowered
+from pgemu_kernels.words.operations import Operation
+
+__all__ = ("require_input",)
+
+_MAKES_MEMORY = (Operation.MMAP, Operation.BIND, Operation.UNBIND)
+_SHOWN = 4
+_ARM = {"kvm_guest_fault", "kvm_access_fault", "kvm_handle_sys_reg", "kvm_set_way_flush", "kvm_toggle_cache"}
+"""arch/arm64/kvm/trace_arm.h"""
+_RECORD = (
+    "record kvm:kvm_page_fault, kvm:kvm_vm_set_mem_attributes, kvm:kvm_unmap_hva_range, exceptions:page_fault_user and "
+    "the calls madvise, munmap, mmap and fallocate of the VMM"
+)
+
+
+def require_input(lowered: Lowered) -> None:
+    """Refuse a trace of which nothing concerns guest memory.
+
+    :raises InputError: what was found instead, and what to record
+    """
+    records = lowered.records[lowered.accounting.setup :]
+    if any(operation not in _MAKES_MEMORY for operation in set(records.op.tolist())):
+        return
+    found = _found(lowered.accounting)
+    slots = "but memory slots " if len(records) else ""
+    raise InputError(f"no input {slots}in it, found {found}: {_RECORD}", lowered.source)
+
+
+def _found(accounting: Accounting) -> str:
+    """Events and inputs without an operation, the most frequent first."""
+    others = accounting.unknown + accounting.ignored + accounting.outcomes
+    told: Counter[str] = Counter()
+    for name, count in (others + accounting.without_operation).items():
+        told[f"{name} (of KVM on Arm, not read)" if name in _ARM else name] = count
+    listed = [f"{count} {name}" for name, count in told.most_common(_SHOWN)]
+    return ", ".join(listed) + (f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "") or "nothing"

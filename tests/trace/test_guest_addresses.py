@@ -1,0 +1,213 @@
+"""What the address of a guest fault is: nested guests, shadow paging, a TD's shared bit, pages that are no memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from pgemu.trace import Lowered, LoweringOptions
+from pgemu.trace.guest_addresses import APIC, BEYOND, DEVICE, IO_APIC, L2, L2_OR_L1, VIRTUAL
+from pgemu.trace.lowering import lower
+from pgemu.trace.readers.ftrace import _Parser
+from pgemu.trace.schema import Flag, Operation
+
+M, G = 1 << 20, 1 << 30
+NPT, EPT, PF = 0x100000006, 0x182, 0x6  # codes of writes under NPT and EPT, and of a page fault
+HEAD = "CPU 0/KVM-11 [000] ..... 1.000000: "
+
+
+def fault(address: int, code: int = NPT) -> str:
+    return f"kvm_page_fault: vcpu 0 rip 0x0 address {address:#018x} error_code {code:#x}"
+
+
+def attributes(first: int, end: int, private: bool) -> str:
+    return f"kvm_vm_set_mem_attributes: {first >> 12:#x} -- {end >> 12:#x} [{8 * private:#x}]"
+
+
+def slot(gpa: int, size: int) -> str:
+    return f"kvm_memslot: slot=0 flags=0 gpa={gpa:#x} size={size:#x} hva=0x7f0000000000"
+
+
+def lowered(
+    *events: str,
+    tdx_shared_bit: Literal["auto", "none", "47", "51"] = "auto",
+    fault_address: Literal["auto", "physical", "virtual"] = "auto",
+) -> Lowered:
+    parser = _Parser("log")
+    parser.feed("".join(f"{HEAD}{event}\n" for event in events))
+    options = LoweringOptions(page_size=2 * M, tdx_shared_bit=tdx_shared_bit, fault_address=fault_address)
+    found = lower(parser.finish(), options)
+    assert found.accounting.balanced()
+    return found
+
+
+def faults(found: Lowered) -> list[tuple[int, int]]:
+    """Address and flags of the guest faults that are left."""
+    kept = found.records.op == Operation.GUEST_FAULT
+    return list(zip(found.records.address[kept].tolist(), found.records.flags[kept].tolist(), strict=True))
+
+
+def left_out(found: Lowered) -> dict[str, int]:
+    return dict(found.accounting.without_operation)
+
+
+# --------------------------------------------------------------------------- a TD's shared bit
+
+W, P = int(Flag.WRITE), int(Flag.PRIVATE)
+
+
+@given(
+    bit=st.sampled_from([47, 51]),
+    pages=st.lists(st.tuples(st.integers(0, 511), st.booleans()), min_size=1, max_size=20),
+)
+def test_a_shared_bit_is_inferred_taken_out_and_said(bit: int, pages: list[tuple[int, bool]]) -> None:
+    base = 4 * G
+    events = [attributes(base, base + 2 * M, private=True)]
+    events += [fault(base | page << 12 | shared << bit, 0x782) for page, shared in pages]
+    found = lowered(*events)
+    any_shared = any(shared for _, shared in pages)
+    private = 0 if not any_shared else P  # nothing says that it is a TD
+    assert faults(found) == [(base | page << 12, W if shared else W | private) for page, shared in pages]
+    assert [(one.gpa, one.size) for one in found.layout.slots] == [(base, 2 * M)]
+    assert (found.machine == {"vm": "tdx", "stage2": "ept"}) is any_shared
+    assert len(found.notes) == any_shared
+    assert all(note.startswith(f"bit {bit} of the addresses is taken for the TD's shared bit") for note in found.notes)
+
+
+@given(page=st.integers(0, (1 << 35) - 1))
+def test_a_bit_is_no_shared_bit_where_the_address_without_it_is_no_memory(page: int) -> None:
+    address = 1 << 47 | page << 12
+    near = address ^ 1 << 47 < 2 * G  # the first GiB has memory
+    found = lowered(fault(0x1000), fault(address), tdx_shared_bit="auto")
+    assert (found.machine != {}) is (near and page >> 18 == 0)
+
+
+def test_the_shared_bit_is_by_option() -> None:
+    events = [fault(4 * G), fault(4 * G + 0x1000 | 1 << 47)]
+    assert faults(lowered(*events)) == [(4 * G, W | P), (4 * G + 0x1000, W)]
+    assert faults(lowered(*events, tdx_shared_bit="none")) == [(4 * G, W), (4 * G + 0x1000 | 1 << 47, W)]
+    given_bit = lowered(*events, tdx_shared_bit="51")
+    assert faults(given_bit) == [(4 * G, W | P), (4 * G + 0x1000 | 1 << 47, W | P)]
+    assert given_bit.notes == (
+        "bit 51 of the addresses is the TD's shared bit: 0 shared and 2 private accesses (--tdx-shared-bit)",
+    )
+
+
+def test_a_shared_fault_finds_the_level_of_its_leaf() -> None:
+    leaf = "kvm_mmu_set_spte: gfn 100010 spte 114800ee7 (rwxu) level 2 at 114287000"
+    found = lowered(fault(0x100010000), fault(0x800100010000), leaf)
+    assert found.fault_levels is not None
+    assert found.fault_levels.tolist()[-2:] == [0, 2]
+
+
+# --------------------------------------------------------------------------- nested guests
+
+ENTER = "kvm_nested_vmenter: rip: 0x0 vmcs: 0x1000 nested_rip: 0x1 event_inj: 0x0 nested_{}=y nested_eptp: 0x1e"
+NPT_OFF = "kvm_nested_vmrun: rip: 0x0 vmcb: 0x1 nrip: 0x1 int_ctl: 0x0 event_inj: 0x0 npt: off"
+VMEXIT = "kvm_nested_vmexit: vcpu 0 reason EPT_VIOLATION rip 0x1"
+INJECT = "kvm_nested_vmexit_inject: reason EPT_VIOLATION"
+KVM_ENTRY, KVM_EXIT = "kvm_entry: vcpu 0, rip 0x1", "kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0x1"
+
+
+@settings(max_examples=200)
+@given(
+    way=st.lists(st.sampled_from(["enter", "l1", "l2", "reflect"]), max_size=30),
+    recorded=st.sampled_from(["all", "no inject", "no entry", "no exit", "no nested vmexit", "no entry, no exit"]),
+    word=st.sampled_from(["ept", "npt"]),
+)
+def test_faults_of_l2_are_told_from_those_of_l1_whatever_else_is_recorded(
+    way: list[str], recorded: str, word: str
+) -> None:
+    """A vCPU's way through L1 and L2, with what KVM prints on it; events of some kinds are not recorded."""
+    events, expected, in_l2 = [fault(0x1000)], [0x1000], False
+    for number, step in enumerate(way, 2):
+        address = number << 12
+        if step == "enter" and not in_l2:
+            events += [KVM_EXIT, ENTER.format(word), KVM_ENTRY]
+            in_l2 = True
+        elif step == "l1" and not in_l2:
+            events += [KVM_EXIT, fault(address), KVM_ENTRY]
+            expected.append(address)
+        elif step == "l2" and in_l2:
+            events += [KVM_EXIT, VMEXIT, fault(address), KVM_ENTRY]
+        elif step == "reflect" and in_l2:
+            events += [KVM_EXIT, VMEXIT, INJECT, KVM_ENTRY]
+            in_l2 = False
+    missing = {
+        "no inject": (INJECT,), "no entry": (KVM_ENTRY,), "no exit": (KVM_EXIT,), "no nested vmexit": (VMEXIT,),
+        "no entry, no exit": (KVM_ENTRY, KVM_EXIT),
+    }.get(recorded, ())  # fmt: skip
+    found = lowered(*(event for event in events if event not in missing))
+    assert [address for address, _ in faults(found)] == expected
+    # Before the first event that ends L2's time, nothing says that one could be there.
+    assert left_out(found).keys() <= (
+        {L2} if recorded in ("all", "no inject", "no entry", "no exit") else {L2, L2_OR_L1}
+    )
+
+
+def test_what_does_not_tell_l2_from_l1_is_said() -> None:
+    found = lowered(fault(0x1000), ENTER.format("ept"), fault(0x2000), VMEXIT, fault(0x3000))
+    assert left_out(found) == {L2_OR_L1: 2}
+    assert found.notes == (f"guest faults left out: 2 {L2_OR_L1}",)
+
+
+@pytest.mark.parametrize("enter", [NPT_OFF, ENTER.format("ept").replace("=y", "=n")])
+def test_without_tables_of_its_own_l2_has_l1_s_addresses(enter: str) -> None:
+    found = lowered(enter, KVM_ENTRY, KVM_EXIT, VMEXIT, fault(0x2000))
+    assert faults(found) == [(0x2000, W)]
+
+
+def test_a_failed_entry_leaves_the_vcpu_in_l1() -> None:
+    found = lowered(ENTER.format("ept"), "kvm_nested_vmenter_failed: VM-entry", KVM_ENTRY, KVM_EXIT, fault(0x2000))
+    assert faults(found) == [(0x2000, W)]
+
+
+# --------------------------------------------------------------------------- shadow paging, reach, pages of devices
+
+
+@given(kernel=st.integers(0xFF << 56, (1 << 64) - 1), user=st.integers(0, (1 << 47) - 1))
+def test_addresses_of_shadow_paging_are_virtual(kernel: int, user: int) -> None:
+    code = PF
+    assert left_out(lowered(fault(kernel, code), fault(user, code), attributes(0, M, private=False))) == {VIRTUAL: 2}
+    # A code of nested paging says that the others are physical: that one address is none all the same.
+    found = lowered(fault(kernel, code), fault(0x1000), attributes(0, M, private=False))
+    assert left_out(found) == {VIRTUAL: 1}
+    assert faults(found) == [(0x1000, W)]
+
+
+def test_what_the_addresses_are_is_by_option() -> None:
+    low, high = fault(0x1000, PF), fault(0xFFFF888000000000, PF)
+    assert left_out(lowered(low, high, fault_address="physical")) == {BEYOND: 1}
+    assert left_out(lowered(low, fault(0x1000), fault_address="virtual")) == {VIRTUAL: 2}
+    assert left_out(lowered(low)) == {}
+
+
+@given(st.integers(0, (1 << 56) - 1))
+def test_what_stage_2_does_not_reach_is_left_out(address: int) -> None:
+    found = lowered(fault(0x1000), fault(address), tdx_shared_bit="none")
+    page = address >> 12
+    reason = BEYOND if address >> 48 else {0xFEE00: APIC, 0xFEC00: IO_APIC}.get(page)
+    assert left_out(found) == ({reason: 1} if reason else {})
+
+
+@pytest.mark.parametrize(("page", "reason"), [(0xFEE00, APIC), (0xFEC00, IO_APIC)])
+@given(offset=st.integers(0, 4095))
+def test_pages_of_interrupt_controllers_are_no_memory_unless_a_slot_has_them(
+    page: int, reason: str, offset: int
+) -> None:
+    address = page << 12 | offset
+    found = lowered(fault(4 * G), fault(address))
+    assert left_out(found) == {reason: 1}
+    assert [(one.gpa, one.size) for one in found.layout.slots] == [(4 * G, 2 * M)]
+    assert found.notes == (f"guest faults left out: 1 {reason}",)
+    assert faults(lowered(slot(0xFE000000, 32 * M), fault(address))) == [(address, W)]
+    beside = lowered(fault((page + 1) << 12), fault((page - 1) << 12))
+    assert left_out(beside) == {}
+
+
+def test_each_fault_has_one_reason_and_devices_are_not_said_again() -> None:
+    found = lowered(fault(0x1000), fault(0xFEE00000, NPT | 8), fault(0xFEE00000), fault(1 << 50 | 0xFEE00000))
+    assert left_out(found) == {DEVICE: 1, APIC: 1, BEYOND: 1}
+    assert found.notes == (f"guest faults left out: 1 {BEYOND}, 1 {APIC}",)

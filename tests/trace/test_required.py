@@ -1,0 +1,40 @@
+"""A trace of which nothing concerns guest memory is refused, with what it has instead and what to record."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pgemu.errors import InputError
+from pgemu.trace import load, require_input
+
+HEAD = "vmm-10 [000] ..... 1.000000: "
+SLOT = "kvm_memslot: slot=0 flags=0 gpa=0 size=0x200000 hva=0x7f0000000000"
+FAULT = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006"
+
+
+@pytest.mark.parametrize(
+    ("events", "found"),
+    [
+        (["kvm_guest_fault: ipa 0x40000000, hsr 0x92000007"], "found 1 kvm_guest_fault (of KVM on Arm, not read): "),
+        (["sched_switch: a"] * 3 + ["kvm_exit: b"], "found 3 sched_switch, 1 kvm_exit: record kvm:kvm_page_fault, "),
+        (["page_fault_user: address=0x7f00 ip=0x1 error_code=0x14"], "found 1 not guest memory (no slot line: host"),
+        (["kvm_page_fault: vcpu 0 rip 0x0 address 0xfee00000 error_code 0x182"], "found 1 page of the local APIC: "),
+        ([SLOT], "no input but memory slots in it, found nothing: record kvm:kvm_page_fault"),
+        ([f"{name}: x" for name in "abcdef"], "found 1 a, 1 b, 1 c, 1 d and 2 more: record"),
+    ],
+)  # fmt: skip
+def test_what_was_found_instead_is_said(tmp_path: Path, events: list[str], found: str) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"{HEAD}{event}\n" for event in events))
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: .*{re.escape(found)}"):
+        require_input(load(path))
+
+
+@pytest.mark.parametrize("events", [[FAULT], [SLOT, FAULT], ["kvm_vm_set_mem_attributes: 0x0 -- 0x200 [0x8]"]])
+def test_a_trace_with_an_input_is_taken(tmp_path: Path, events: list[str]) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"{HEAD}{event}\n" for event in events))
+    require_input(load(path))
