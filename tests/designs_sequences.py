@@ -17,6 +17,12 @@ INODES = 9
 WINDOWS = 60  # mappings at most, beyond which nobody forks
 PINS = 3
 some = st.sampled_from((False, False, True))
+DEFECTS = (
+    ("uptodate-unzeroed",),
+    ("merge-keeps-flag",),
+    ("hole-zeroes-from-start",),
+    ("hole-zeroes-from-start", "merge-keeps-flag"),
+)
 KINDS = {"npt": ("plain", "sw", "snp", "snp"), "ept": ("plain", "sw", "tdx", "tdx")}
 
 
@@ -61,7 +67,7 @@ class Sequences(TwoMegabytes):
             ("merge", ("now", "lazy")),
             ("flush", ("each", "batched")),
             ("merge_zero", ("none", "none", "unzeroed")),
-            ("defects", ((),) * 6 + (("uptodate-unzeroed",), ("merge-keeps-flag",))),
+            ("defects", ((),) * 5 + DEFECTS),
             ("lru_cache", (False, True)),
             ("worker", ("immediate", "queued")),
             ("punch", ("zero", "refuse")),

@@ -26,8 +26,10 @@ Array = np.ndarray[Any, Any]
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _LARGE = 32 << 20  # bytes; of less `state` a machine touches a few pages only, and a huge one costs more than these
 
-# pgemu_kernels/folios/zeroed.py:may_show_stale()
-_MAY_SHOW_STALE = {"uptodate-unzeroed", "merge-keeps-flag", "mapping-order", "huge-over-private"}
+# pgemu_kernels/folios/zeroed.py:keeps_shown()
+_KEEPS_SHOWN = {
+    "uptodate-unzeroed", "merge-keeps-flag", "mapping-order", "huge-over-private", "hole-zeroes-from-start"
+}  # fmt: skip
 _LINE = 16  # elements of an array that begin with a cache line for sure: 64 bytes of uint32, two lines of uint64
 
 
@@ -68,7 +70,7 @@ def allocate(config: Config) -> Arrays:
         W.R_ASSIGNED: (pages >> 6) + W.INODES,
         W.R_ASSIGNED_2M: (pages >> 9) + (pages >> 18) + 2 * W.INODES,
         W.R_CONTIGUOUS_MAP: W.CONTIGUOUS_FRAMES // 64,
-        W.R_SHOWN_ROWS: (pages >> 6) + W.INODES if _MAY_SHOW_STALE.intersection(config.defects) else 0,
+        W.R_SHOWN_ROWS: (pages >> 6) + W.INODES if _KEEPS_SHOWN.intersection(config.defects) else 0,
         W.R_WORK_LISTS: (pages >> 6) + W.INODES if config.order == "rfc2" else 0,
     }
     counts = {

@@ -82,7 +82,7 @@ LIKE: Mapping[str, Version] = MappingProxyType(
                 "batch": "range",
                 "split_form": "rfc2",
                 "zero": "folio",
-                "defects": ("convert-keeps-leaves", "merge-keeps-flag"),
+                "defects": ("convert-keeps-leaves", "hole-zeroes-from-start", "merge-keeps-flag"),
             },
             {"punch": "zero", "kernel": "6.18"},
             ("allocation-race", "rollback-at-zero"),

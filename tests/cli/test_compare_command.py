@@ -121,6 +121,7 @@ def test_what_comes_together_is_that_of_the_version(log: str) -> None:
     assert machines["restructure"]["defects"] == [
         "allocation-race",
         "convert-keeps-leaves",
+        "hole-zeroes-from-start",
         "merge-keeps-flag",
         "rollback-at-zero",
     ]

@@ -10,7 +10,7 @@ from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 POOL = 2 << 30
-RFC2_DEFECTS = ("convert-keeps-leaves", "merge-keeps-flag")
+RFC2_DEFECTS = ("convert-keeps-leaves", "hole-zeroes-from-start", "merge-keeps-flag")
 
 
 def configured(design: str, versions: Versions, **given: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Alone(Pair):
 
     def check_findings(self) -> None:
         memory = self.model.memory
-        assert self.model.parameters.flag_stays or not (memory.stale or memory.lost)
+        assert self.model.parameters.keeps_shown or not (memory.stale or memory.lost)
 
     def compare_gauges(self) -> None:
         """Frames are where the parts say they are."""

@@ -38,7 +38,7 @@ class Lifetime(State):
                 continue
             part = common(block, pages)
             if part != block:
-                self.memory.zero_part(folio, {index - block.start for index in part})
+                self.memory.zero_part(folio, range(part.start - block.start, part.stop - block.start))
                 continue
             if not folio.whole or not self.order:
                 self.unmap_file(inode, block)

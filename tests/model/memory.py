@@ -308,7 +308,7 @@ class Memory:
         """A new leaf of `leaf` pages shows them; what was never zeroed counts when it is shown first."""
         start = (pfn - folio.head) // leaf * leaf
         pages = range(start, start + leaf)
-        if self.parameters.flag_stays or not folio.zeroed.issuperset(pages):
+        if self.parameters.keeps_shown or not folio.zeroed.issuperset(pages):
             new = set(pages) - folio.shown
             self.stale += len(new - folio.zeroed)
             folio.shown |= new
@@ -334,11 +334,15 @@ class Memory:
         if uptodate:
             folio.uptodate |= set(pages)
 
-    def zero_part(self, folio: Folio, pages: set[int]) -> None:
+    def zero_part(self, folio: Folio, pages: range) -> None:
         """A hole: only where a flag may lie more is known of what it has zeroed than that it reads as zero."""
-        self.forget({folio.head + page for page in pages})
-        for page in pages if self.parameters.flag_stays else ():
-            folio.shown.discard(page)
+        start = pages.start
+        if "hole-zeroes-from-start" in self.parameters.defects:
+            start = folio.unit(folio.head + start)
+        self.lost |= not folio.shown.isdisjoint(range(start, pages.start))
+        folio.shown.difference_update(pages)
+        self.forget({folio.head + page for page in range(start, pages.stop)})
+        for page in range(start, pages.stop) if self.parameters.flag_stays else ():
             if self.parameters.flags_only or folio.unit(folio.head + page) in folio.uptodate:
                 folio.zeroed.add(page)
 

@@ -220,7 +220,7 @@ class Pair:
         pfn = self.inodes[inode].pfn(index * PAGE)
         assert pfn is not None
         known = self.written.get((inode, index), bytes(PAGE))
-        if self.model.parameters.flag_stays:  # what an earlier owner wrote may show, and what was written be lost
+        if self.model.parameters.keeps_shown:  # what an earlier owner wrote may show, and what was written be lost
             known = self.model.memory.contents.get(pfn, bytes(PAGE))
         assert self.machine.read_frame(pfn) == known, f"page {index}"
 

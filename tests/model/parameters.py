@@ -65,6 +65,11 @@ class Parameters:
         return lie and self.restructure and self.page_order > 0
 
     @property
+    def keeps_shown(self) -> bool:
+        """What was shown to guest or host matters: it may be stale, or be lost."""
+        return self.flag_stays or (self.page_order > 0 and "hole-zeroes-from-start" in self.defects)
+
+    @property
     def clears_first(self) -> bool:
         """The first use of a folio zeroes its first page, and sets PG_uptodate."""
         return self.flag_stays and "uptodate-unzeroed" in self.defects

@@ -5,8 +5,8 @@ they are used, not when they are freed (mm/hugetlb.c:free_huge_folio()). PG_upto
 they were zeroed. A bit per page says it of those of a folio without the flag, where zeroing goes by page or a merge has
 left some; and, on machines with a defect by which the flag lies, what happened to any page (rules/invariants.py).
 
-Another bit per page says that guest or host were shown the page since then. It is kept where they may be shown what was
-never zeroed, to count such pages once each, and to tell what zeroing loses.
+Another bit per page says that guest or host were shown the page since then. It is kept where a defect may show them
+what was never zeroed, to count such pages once each, or zero what they have, to tell what is lost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import memslot_row
 from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.words.enum_words import (
+    DEFECT_HOLE_ZEROES_FROM_START,
     DEFECT_HUGE_OVER_PRIVATE,
     DEFECT_MAPPING_ORDER,
     DEFECT_MERGE_KEEPS_FLAG,
@@ -56,12 +57,13 @@ def knows_flags_only(m):
 
 
 @kernel
-def has_stale_defect(m):
-    """Whether a flag lies, or a leaf may be larger than the folio that its fault has zeroed."""
-    return flags_lie(m) or m.state[R_DEFECTS] & (DEFECT_MAPPING_ORDER | DEFECT_HUGE_OVER_PRIVATE) != U0
+def mistakes_zeroing(m):
+    """Whether a flag lies, a leaf may be larger than the folio that its fault has zeroed, or a hole zeroes too much."""
+    others = DEFECT_MAPPING_ORDER | DEFECT_HUGE_OVER_PRIVATE | DEFECT_HOLE_ZEROES_FROM_START
+    return m.state[R_ORDER] != U0 and (flags_lie(m) or m.state[R_DEFECTS] & others != U0)
 
 
-may_show_stale = full_only(has_stale_defect, flags_lie)  # default machines have no leaves that are too large
+keeps_shown = full_only(mistakes_zeroing, flags_lie)  # default machines have none of the others
 
 
 # --------------------------------------------------------------------------- bits
@@ -69,7 +71,7 @@ may_show_stale = full_only(has_stale_defect, flags_lie)  # default machines have
 
 @kernel
 def shown_bits(state, node):
-    """Where an inode's bits of pages begin that guest or host were shown. Only where may_show_stale()."""
+    """Where an inode's bits of pages begin that guest or host were shown. Only where keeps_shown()."""
     return state[R_SHOWN_ROWS] + state[node + I_WORD] - state[R_WORD_ROWS]
 
 

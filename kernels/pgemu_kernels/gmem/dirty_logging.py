@@ -6,7 +6,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, stop, vm_row
-from pgemu_kernels.folios.zeroed import may_show_stale
+from pgemu_kernels.folios.zeroed import keeps_shown
 from pgemu_kernels.gmem.levels import folio_order_at, frame_of, level_now, page_of_slot
 from pgemu_kernels.gmem.stale_contents import count_stale
 from pgemu_kernels.gmem.zeroing import zero_folio
@@ -60,7 +60,7 @@ def zero_and_collapse(m, f, slot, gfn, spte, level):
     if collapse(m, f, spte, level) != 0:
         node, index = inode_row(state[slot + M_INODE]), page_of_slot(state, slot, gfn)
         note_leaf(state, node, index, level, state[slot + M_VM])
-        if recovers and may_show_stale(m):
+        if recovers and keeps_shown(m):
             count_stale(m, node, index, level)
 
 

@@ -28,7 +28,7 @@ from pgemu_kernels.engine.rows import (
 )
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, add_mapping, add_references, struct_page
-from pgemu_kernels.folios.zeroed import may_show_stale
+from pgemu_kernels.folios.zeroed import keeps_shown
 from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
 from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, page_slot
@@ -227,7 +227,7 @@ def map_counted(m, op):
 @kernel
 def note_shown(m, op):
     """A new leaf, of the level in the record's detail, shows its pages: count those that were never zeroed."""
-    if may_show_stale(m):
+    if keeps_shown(m):
         count_stale(m, inode_row(m.state[op + O_INODE]), m.state[op + O_INDEX], m.state[op + O_DETAIL])
 
 

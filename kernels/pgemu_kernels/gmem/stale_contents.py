@@ -44,7 +44,7 @@ def zeroed_of_folio(m, node, index):
 
 @outlined
 def count_stale(m, node, index, level):
-    """A new leaf of `level` shows the pages around page `index`, all of them allocated. Only where may_show_stale()."""
+    """A new leaf of `level` shows the pages around page `index`, all of them allocated. Only where keeps_shown()."""
     state = m.state
     shown = shown_bits(state, node)
     at = index & ~(pages_of(level) - U1)

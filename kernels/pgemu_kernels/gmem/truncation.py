@@ -12,6 +12,7 @@ from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
+    broken,
     inode_row,
     lock_exclusive,
     memslot_row,
@@ -23,7 +24,7 @@ from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.guest_folios import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
 from pgemu_kernels.folios.merging import leave_cache, merge_block
-from pgemu_kernels.folios.zeroed import flags_lie, knows_flags_only, shown_bits
+from pgemu_kernels.folios.zeroed import bits_in, flags_lie, keeps_shown, knows_flags_only, shown_bits
 from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
@@ -37,7 +38,12 @@ from pgemu_kernels.stage2.invalidate import begin_range, end_range, flush_vms, k
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.stage2.release import has_file, is_mapped_by, release_file
 from pgemu_kernels.stage2.userspace import process_of
-from pgemu_kernels.words.enum_words import DEFECT_PUNCH_KEEPS_ENTRIES, EVENT_PAGE_ZEROED
+from pgemu_kernels.words.enum_words import (
+    BROKEN_LOST_CONTENTS,
+    DEFECT_HOLE_ZEROES_FROM_START,
+    DEFECT_PUNCH_KEEPS_ENTRIES,
+    EVENT_PAGE_ZEROED,
+)
 from pgemu_kernels.words.operations import BLOCKED, EAGAIN, EBADF, EBUSY, EINVAL, GO
 from pgemu_kernels.words.registers import (
     R_FULL,
@@ -171,20 +177,44 @@ def hole_arguments(m, op):
 
 
 @outlined
-def note_hole(m, node, index, pages):
-    """Where flags lie: nothing of pages that a hole has zeroed is lost by zeroing them again, and they count as zeroed.
+def start_of_folio(m, node, index):
+    """With Defect.HOLE_ZEROES_FROM_START the first page of the folio that holds page `index`, else the page.
 
-    Not so in a folio without the flag, where the code knows which pages are: it zeroes those at their next use.
+    kvm_gmem_zero_range() of RFC v2 calls folio_zero_segment() of each folio with 0 for the start.
+    """
+    if defects(m) & DEFECT_HOLE_ZEROES_FROM_START == U0:
+        return index
+    return index & ~((U1 << folio_order_at(m, block_row(m, node, index), index)) - U1)
+
+
+@kernel
+def same_page(m, node, index):
+    return index
+
+
+zeroed_from = full_only(start_of_folio, same_page)  # default machines have no such defect
+
+
+@outlined
+def note_hole(m, node, first, index, end):
+    """A hole in pages [index, end) of a huge page zeroes [first, end): what guest or host have before it is lost.
+
+    Nothing of the hole's own is lost by zeroing it again. Where flags lie all of it counts as zeroed, but for a folio
+    without the flag where the code knows which pages are: it zeroes those at their next use.
     """
     block = block_row(m, node, index)
     shown = shown_bits(m.state, node)
-    m.state[block + B_BITS] = U1
-    for at in range(index, index + pages):
+    if bits_in(m, shown, first, index) != U0:
+        broken(m.state, BROKEN_LOST_CONTENTS, first)
+    for at in range(first, end):
         head = frame_of(m, block, at) & ~((U1 << folio_order_at(m, block, at)) - U1)
         bit = U1 << (at & U63)
-        m.state[shown + (at >> U6)] &= ~bit
-        if knows_flags_only(m) or m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
-            m.state[m.state[node + I_ZEROED] + (at >> U6)] |= bit
+        if at >= index:
+            m.state[shown + (at >> U6)] &= ~bit
+        if flags_lie(m):
+            m.state[block + B_BITS] = U1
+            if knows_flags_only(m) or m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+                m.state[m.state[node + I_ZEROED] + (at >> U6)] |= bit
 
 
 @kernel
@@ -193,10 +223,12 @@ def zero_part(m, node, index, pages):
     block = block_row(m, node, index)
     if m.state[block + B_STATE] != BLOCK_ABSENT:
         inside = (U1 << m.state[R_ORDER]) - U1
-        zero_contents(m, m.state[block + B_PFN] + (index & inside), pages)
+        first = zeroed_from(m, node, index)
+        if keeps_shown(m):
+            note_hole(m, node, first, index, index + pages)
+        pages += index - first
+        zero_contents(m, m.state[block + B_PFN] + (first & inside), pages)
         charge(m, EVENT_PAGE_ZEROED, np.int64(pages))
-        if flags_lie(m):
-            note_hole(m, node, index, pages)
 
 
 @step

@@ -16,8 +16,8 @@ from pgemu_kernels.folios.zeroed import (
     bits_in,
     charge_unreached,
     flags_lie,
+    keeps_shown,
     knows_flags_only,
-    may_show_stale,
     note_zeroed,
     shown_bits,
     zero_pages,
@@ -171,7 +171,7 @@ def clear_bits(m, bits, index):
 def clear_zeroed(m, node, index):
     """A huge page left the inode: none of its pages counts as zeroed, or shown. 4K folios have their flag."""
     block = block_row(m, node, index)
-    if m.state[R_ORDER] != U0 and may_show_stale(m):
+    if keeps_shown(m):
         clear_bits(m, shown_bits(m.state, node), index)
     if m.state[block + B_BITS] != U0:
         m.state[block + B_BITS] = U0

@@ -447,6 +447,7 @@ class Defect(IntFlag):
     UNBIND_DYING = 4096
     MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
     CONVERT_KEEPS_LEAVES = 8192  # rfc2: to private, stage 2 loses only what the notifier of a VMA's unmap takes
+    HOLE_ZEROES_FROM_START = 16384  # rfc2: a hole in a part of a huge folio zeroes from the folio's first page on
 
 
 GO = 0  # what a step returns: the next one follows,
@@ -473,7 +474,7 @@ class Broken(IntEnum):
     WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
     PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
     STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
-    LOST_CONTENTS = 15  # a first use zeroed pages that guest or host had in use
+    LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
 
 
 BROKEN_RULES = 32  # room in the table of findings
@@ -495,5 +496,5 @@ RULE_EXPLAINED_BY = {
     | Defect.HUGE_OVER_PRIVATE
     | Defect.PUNCH_KEEPS_ENTRIES
     | Defect.INSERT_UNLOCKED,
-    Broken.LOST_CONTENTS: Defect.UPTODATE_UNZEROED | Defect.MERGE_KEEPS_FLAG,
+    Broken.LOST_CONTENTS: Defect.UPTODATE_UNZEROED | Defect.MERGE_KEEPS_FLAG | Defect.HOLE_ZEROES_FROM_START,
 }

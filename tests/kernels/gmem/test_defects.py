@@ -571,6 +571,65 @@ def test_a_merge_does_not_make_stale_what_a_hole_has_zeroed() -> None:
     assert stale_pages(s) == 510
 
 
+def holed(page: int, *, split: bool = False, **parameters: Any) -> tuple[Scene, bytes]:
+    """The guest uses a 2M folio, something is written to page 3, and a hole is punched at a page behind it."""
+    s = Scene("restructure", shared=False, size=M2, punch="zero", **parameters)
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    data = b"data".ljust(PAGE, b".")
+    for written in (3, page):
+        s.machine.write_frame(s.gmem.pfn(written * PAGE) or 0, data)
+    if split:
+        assert s.gmem.convert(500 * PAGE, PAGE, shared=True) == (0, 0)
+    assert s.gmem.punch_hole(page * PAGE, PAGE) == (0, 0)
+    assert s.machine.read_frame(s.gmem.pfn(page * PAGE) or 0) == bytes(PAGE)
+    return s, data
+
+
+def test_a_hole_zeroes_a_huge_folio_from_its_first_page() -> None:
+    """RFC v2, kvm_gmem_zero_range(): folio_zero_segment(f, 0, nr_bytes), whatever page the hole begins with.
+
+    Found by reading (inference): nobody has reported it.
+    """
+    s, _ = holed(9, defects=("hole-zeroes-from-start",))
+    assert s.machine.read_frame(s.gmem.pfn(3 * PAGE) or 0) == bytes(PAGE)
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED, Operation.PUNCH_HOLE) == 10
+    assert found(s) == {"LOST_CONTENTS": ("hole-zeroes-from-start",)}
+    assert (s.machine.findings[0].count, s.machine.findings[0].index) == (1, 0)
+
+
+@pytest.mark.parametrize(("split", "defects"), [(False, ()), (True, ()), (True, ("hole-zeroes-from-start",))])
+def test_a_hole_zeroes_what_it_covers(split: bool, defects: tuple[str, ...]) -> None:
+    """The fix: from the hole's first page on. Of folios of 4K each is zeroed from its first page either way."""
+    s, data = holed(9, split=split, defects=defects)
+    assert s.machine.read_frame(s.gmem.pfn(3 * PAGE) or 0) == data
+    assert s.machine.statistics.event(W.Event.PAGE_ZEROED, Operation.PUNCH_HOLE) == 1
+    assert found(s) == {}
+
+
+def test_a_hole_from_the_start_of_a_folio_that_nobody_was_shown_loses_nothing() -> None:
+    s = Scene("restructure", shared=False, size=M2, punch="zero", defects=("hole-zeroes-from-start",))
+    assert s.gmem.allocate(0, M2) == s.gmem.punch_hole(9 * PAGE, PAGE) == (0, 0)
+    assert found(s) == {}
+
+
+def test_the_branch_of_december_2025_refuses_such_a_hole() -> None:
+    s = Scene("restructure", shared=False, size=M2, punch="refuse", defects=("hole-zeroes-from-start",))
+    s.vm.touch(0)
+    assert s.gmem.punch_hole(9 * PAGE, PAGE).status == -W.EINVAL
+    assert found(s) == {}
+
+
+def test_a_hole_from_the_start_zeroes_what_was_stale_before_it() -> None:
+    """A merge left 511 pages marked that were never zeroed; the hole at page 9 zeroes 1 to 9, before anybody sees."""
+    defects = ("hole-zeroes-from-start", "merge-keeps-flag")
+    s = Scene("restructure", shared=True, size=M2, punch="zero", defects=defects)
+    s.process.touch(VA, write=True)
+    assert s.gmem.convert(0, M2, shared=False).status == s.gmem.punch_hole(9 * PAGE, PAGE).status == 0
+    assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
+    assert stale_pages(s) == 502
+    assert found(s) == {"STALE_CONTENTS": ("merge-keeps-flag",), "LOST_CONTENTS": defects}  # page 0 was in use
+
+
 def test_the_defects_are_none_of_pfnmap() -> None:
     s = Scene("pfnmap", shared=False, size=M2, defects=("uptodate-unzeroed", "merge-keeps-flag"))
     assert s.vm.touch(5 * PAGE) == (W.RET_PF_FIXED, 2)
