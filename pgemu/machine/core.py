@@ -63,6 +63,8 @@ class Core:
     _fast_entry: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            raise TypeError(f"config {self.config!r} ({type(self.config).__name__}): expected a Config")
         self.arrays = allocate(self.config)
         self.descriptor = describe(self.arrays)
         set_registers(self.config, self.arrays)
@@ -185,7 +187,10 @@ class Core:
         offset: int = 0,
         length: int = 0,
     ) -> Result:
-        """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
+        """Run one operation; the arguments are the columns of the trace schema.
+
+        ValueError where one does not fit, TypeError where it is no number.
+        """
         single = self._single
         try:
             single.write(single.buffer, 0, op, flags, actor, vm, space, object_, address, offset, length)
