@@ -60,10 +60,9 @@ def check_fields(
         "offset": (offset, 1 << 64), "length": (length, 1 << 64),
     }  # fmt: skip
     for name, (value, limit) in limits.items():
-        expected = f"expected an integer from 0 to {limit - 1}"
         if isinstance(value, float) and not value.is_integer():  # would be cut off, and nobody told
-            raise ValueError(f"{name} {value!r}: {expected}")
+            raise ValueError(f"{name} {value!r}: expected an integer from 0 to {limit - 1}")
         if not isinstance(value, float) and not hasattr(value, "__index__"):
-            raise TypeError(f"{name} {value!r} ({type(value).__name__}): {expected}")
+            raise TypeError(f"{name} {value!r} ({type(value).__name__}): expected an integer from 0 to {limit - 1}")
         if not 0 <= value < limit:
             raise ValueError(f"{name} {value}: expected 0 to {limit - 1}")
