@@ -135,7 +135,7 @@ _GROUPS = {
     "--vary",
     multiple=True,
     metavar="OPTION=A,B",
-    help="Every combination, with every answer: --vary like=rfc2,dec2025. May be repeated.",
+    help="All answers of each combination, in any --format: like=rfc2,dec2025. May be repeated.",
 )
 @click.option("--details", is_flag=True, help="Also every table: outcomes, times, memory, limits.")
 @click.option("--sources", is_flag=True, help="Also the kernel function behind each row, and the prices.")

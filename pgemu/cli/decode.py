@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import rich_click as click
 
+from pgemu.cli._lines import folded
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu_kernels.formats.bits import RELEASES
@@ -64,17 +66,18 @@ def _summary(entry: Entry) -> str:
     return ", ".join(words)
 
 
-def _show(fmt: PageFormat, entry: Entry) -> None:
+def _show(fmt: PageFormat, entry: Entry) -> Iterator[str]:
+    """An entry in lines: what it is, and each field that is set, the highest first."""
     kind = entry.kind.value.replace("_", " ")
     size = _SIZES[entry.level - 1]
-    click.echo(f"{entry.value:#018x}  {fmt.name} level {entry.level} ({size}): {kind}{_address(entry)}")
+    yield (f"{entry.value:#018x}  {fmt.name} level {entry.level} ({size}): {kind}{_address(entry)}")
     if summary := _summary(entry):
-        click.echo(f"  {summary}")
+        yield f"  {summary}"
     lines = [(field.high, f"{field.bits:>5}  {field.name:<16}{_value(field)}") for field in entry.fields]
     for what, mask in (("reserved", entry.reserved), ("no name", entry.unknown)):
         lines += [(bit, f"{bit:>5}  ({what})") for bit in range(64) if mask >> bit & 1]
     for _, line in sorted(lines, reverse=True):
-        click.echo(f"  {line.rstrip()}")
+        yield f"  {line.rstrip()}"
 
 
 def _value(field: Field) -> str:
@@ -142,4 +145,4 @@ def decode(values: tuple[int, ...], name: str, level: int, as_json: bool, **para
     for number, entry in enumerate(entries):
         if number:
             click.echo()
-        _show(fmt, entry)
+        click.echo("\n".join(folded(_show(fmt, entry))))

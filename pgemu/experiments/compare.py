@@ -72,6 +72,12 @@ class OperationRun:
     p99: Band
     worst: Band
 
+    def __repr__(self) -> str:
+        low, high = self.total
+        return (
+            f"OperationRun({operation_name(self.operation)}: {counted(self.outcomes)}; total={low:.0f}-{high:.0f} ns)"
+        )
+
     @classmethod
     def of(cls, statistics: Statistics, op: Operation) -> OperationRun | None:
         """Collect one kind of operation; None if there was none."""

@@ -276,6 +276,10 @@ class Trial(NamedTuple):
     measures: dict[str, Measure]
     runs: tuple[DesignRun, DesignRun]
 
+    def __repr__(self) -> str:
+        removes = f", removes={self.removes!r}" if self.removes else ""
+        return f"Trial({self.rule!r}, {self.label!r}{removes})"
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -290,6 +294,10 @@ class Sensitivity:
     trials: tuple[Trial, ...]
     untouched: dict[str, str] = field(default_factory=dict)
     complete: bool = True
+
+    def __repr__(self) -> str:
+        tried = f"{len(self.trials)} alternatives tried, {len(self.untouched)} rules untouched"
+        return f"Sensitivity({tried}{'' if self.complete else ', interrupted'})"
 
 
 def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> dict[str, Line]:

@@ -53,10 +53,16 @@ def column_of(values: Any, count: int) -> Array:
 def check_fields(
     op: int, flags: int, actor: int, vm: int, space: int, object_: int, address: int, offset: int, length: int
 ) -> None:
-    """ValueError where a value does not fit its column of the trace schema."""
-    limits = {"operation": (op, 256), "flags": (flags, 256), "actor": (actor, W.ACTORS), "vm": (vm, 1 << 16),
-              "space": (space, 1 << 16), "object": (object_, 1 << 32), "address": (address, 1 << 64),
-              "offset": (offset, 1 << 64), "length": (length, 1 << 64)}  # fmt: skip
+    """ValueError where a value does not fit its column of the trace schema, TypeError where it is no number."""
+    limits: dict[str, tuple[Any, int]] = {
+        "operation": (op, 256), "flags": (flags, 256), "actor": (actor, W.ACTORS), "vm": (vm, 1 << 16),
+        "space": (space, 1 << 16), "object": (object_, 1 << 32), "address": (address, 1 << 64),
+        "offset": (offset, 1 << 64), "length": (length, 1 << 64),
+    }  # fmt: skip
     for name, (value, limit) in limits.items():
+        if isinstance(value, float) and not value.is_integer():  # would be cut off, and nobody told
+            raise ValueError(f"{name} {value!r}: expected an integer from 0 to {limit - 1}")
+        if not isinstance(value, float) and not hasattr(value, "__index__"):
+            raise TypeError(f"{name} {value!r} ({type(value).__name__}): expected an integer from 0 to {limit - 1}")
         if not 0 <= value < limit:
             raise ValueError(f"{name} {value}: expected 0 to {limit - 1}")

@@ -63,6 +63,8 @@ class Core:
     _fast_entry: Any = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            raise TypeError(f"config {self.config!r} ({type(self.config).__name__}): expected a Config")
         self.arrays = allocate(self.config)
         self.descriptor = describe(self.arrays)
         set_registers(self.config, self.arrays)
@@ -148,8 +150,8 @@ class Core:
         detail = np.empty(count, np.uint64)
         if count:
             self._run_all((*columns, status, detail), count)
-        op = int(columns[0][0]) & 0xFF if columns[0].size == 1 else -1
-        return RESULTS_OF.get(op, Results)(status, detail)
+        kind = RESULTS_OF[int(columns[0][0]) & 0xFF] if columns[0].size == 1 else Results
+        return kind(status, detail)
 
     def _run_all(self, columns: tuple[Array, ...], count: int) -> None:
         """Run `count` operations, of columns as entries take them, through one entry after the other."""
@@ -185,7 +187,10 @@ class Core:
         offset: int = 0,
         length: int = 0,
     ) -> Result:
-        """Run one operation; the arguments are the columns of the trace schema. ValueError where one does not fit."""
+        """Run one operation; the arguments are the columns of the trace schema.
+
+        ValueError where one does not fit, TypeError where it is no number.
+        """
         single = self._single
         try:
             single.write(single.buffer, 0, op, flags, actor, vm, space, object_, address, offset, length)
@@ -194,7 +199,7 @@ class Core:
             header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
             one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
             status, detail = self.run_columns(*one, count=1)
-            return RESULT_OF.get(op, Result)(int(status[0]), int(detail[0]))
+            return RESULT_OF[op](int(status[0]), int(detail[0]))
         if actor >= ACTORS:
             check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         self._run_all(single.columns, 1)
@@ -260,7 +265,7 @@ class Core:
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
         status = np.uint64(self._record(actor, W.O_STATUS)).astype(np.int64)
-        return RESULT_OF.get(self._record(actor, W.O_OP), Result)(int(status), self._record(actor, W.O_DETAIL))
+        return RESULT_OF[self._record(actor, W.O_OP)](int(status), self._record(actor, W.O_DETAIL))
 
     def _record(self, actor: int, word: np.uint64) -> int:
         if not 0 <= actor < W.ACTORS:

@@ -35,6 +35,9 @@ class PhysicalMemory:
         self._pool_start = int(state[W.R_POOL_BASE]) << 12
         self._pool_end = self._pool_start + (int(state[W.R_GUEST_PAGES]) << 12)
 
+    def __repr__(self) -> str:
+        return f"PhysicalMemory(metadata below {self._ram_end:#x}, HugeTLB {self._pool_start:#x}-{self._pool_end:#x})"
+
     def holds(self, addresses: Array) -> Array:
         """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
         start, end = np.uint64(self._pool_start), np.uint64(self._pool_end)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +95,7 @@ class Result(NamedTuple):
 
 def _again(kind: type[Result] | type[Results], op: Operation | None, values: tuple[Any, ...]) -> Any:
     """Make a result of an operation: what pickle and copy call."""
-    known: Mapping[int, Any] = RESULT_OF if kind is Result else RESULTS_OF
+    known: tuple[Any, ...] = RESULT_OF if kind is Result else RESULTS_OF
     return (kind if op is None else known[op])._make(values)
 
 
@@ -106,14 +104,12 @@ def _reduce(self: Any) -> Any:
     return _again, (kind, self.operation, tuple(self))
 
 
-def _of(kind: Any) -> Mapping[int, Any]:
+def _of(kind: Any) -> tuple[Any, ...]:
     """The results of each operation: tuples as all are, which know how their statuses are called."""
-    return MappingProxyType(
-        {
-            int(op): type(kind.__name__, (kind,), {"__slots__": (), "operation": op, "__reduce__": _reduce})
-            for op in Operation
-        }
-    )
+    found = [kind] * 256
+    for op in Operation:
+        found[op] = type(kind.__name__, (kind,), {"__slots__": (), "operation": op, "__reduce__": _reduce})
+    return tuple(found)
 
 
 def operation_name(op: Operation) -> str:
@@ -149,6 +145,6 @@ def status_name(op: Operation | None, status: int) -> str:
     return result_name(Operation.CONVERT if op is None else op, status)
 
 
-RESULT_OF: Mapping[int, type[Result]] = _of(Result)
-RESULTS_OF: Mapping[int, type[Results]] = _of(Results)
-"""By number of the operation."""
+RESULT_OF: tuple[type[Result], ...] = _of(Result)
+RESULTS_OF: tuple[type[Results], ...] = _of(Results)
+"""By number of the operation, a byte; those of a number that is none are plain."""

@@ -44,4 +44,4 @@ class Single:
 
     def result(self, op: int) -> Result:
         """What the operation, which was `op`, returned."""
-        return RESULT_OF.get(op, Result)._make(_RESULT.unpack_from(self.buffer, _OPERATION.size))
+        return RESULT_OF[op]._make(_RESULT.unpack_from(self.buffer, _OPERATION.size))

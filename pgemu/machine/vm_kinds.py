@@ -73,7 +73,7 @@ KINDS: dict[str, Row] = {
 
 def kind_row(kind: str, stage2: str) -> Row:
     """The row of a kind. ValueError for another name, or where its tables are of another format than `stage2`."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"vm {kind!r}: expected one of {', '.join(KINDS)}")
     row = KINDS[kind]
     if row.stage2 not in (None, stage2):

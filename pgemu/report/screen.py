@@ -158,7 +158,9 @@ def _values(run: DesignRun) -> Iterator[str]:
 
 
 def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> list[str]:
-    """One sentence per cause of what differs, and what both refuse or break."""
+    """One sentence per cause of what differs, or of what one design has, and what is refused or breaks."""
+    if all(run.refusal for run in comparison.runs[:2]):  # nothing ran
+        return list(_refusals(comparison))
     return [
         *_broken(comparison),
         *_splits(comparison),

@@ -51,7 +51,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-@pytest.mark.parametrize("command", ["walk", "dump", "page", "scenario"])
+@pytest.mark.parametrize("command", ["walk", "dump", "page", "scenario", "decode"])
 def test_commands_fit_the_terminal_with_every_word(
     image: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, command: str, columns: int
 ) -> None:
@@ -61,6 +61,7 @@ def test_commands_fit_the_terminal_with_every_word(
         "dump": ["dump", str(path), "--root", "vm:0"],
         "page": ["page", str(path), str(pfn)],
         "scenario": ["scenario", "smallest-pfnmap"],
+        "decode": ["decode", "0x8000000100000767", "0x8000000100000e67", "--format", "npt"],
     }[command]
     whole = CliRunner().invoke(main, arguments)
     assert whole.exit_code == 0, whole.output

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import pgemu
 from comparisons import mixed
+from pgemu.experiments.sensitivity import sensitivity
 from pgemu.machine.config import Config
 from pgemu.machine.results import RESULT_OF, RESULTS_OF, Result, result_name
 from pgemu.machine.short import column, counted
@@ -63,6 +64,9 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         "Vm": [vm],
         "Layout": [trace.layout],
         "HugetlbPool": [machine.hugetlb()],
+        "PhysicalMemory": [machine.memory],
+        "OperationRun": list(mixed().runs[0].operations),
+        "Sensitivity": [sensitivity(mixed()), *sensitivity(mixed()).trials],
     }
 
 

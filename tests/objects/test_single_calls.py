@@ -102,8 +102,27 @@ def test_arguments_may_be_numbers_of_numpy() -> None:
     for kind in (np.uint64, np.int64, np.float64):
         given = calls.operate(Operation.GUEST_FAULT, address=kind(PAGE_2M))
         assert given == columns.operate(Operation.GUEST_FAULT, address=PAGE_2M)
-    with pytest.raises(TypeError):
-        calls.operate(Operation.GUEST_FAULT, address="0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("0", TypeError), (None, TypeError), (b"0", TypeError), (1.5, ValueError), (float("nan"), ValueError)],
+)
+def test_what_is_no_integer_is_refused_by_name(name: str, value: Any, error: type[Exception]) -> None:
+    machine = build("pfnmap")
+    fields = dict.fromkeys(FIELDS, 0) | {name: value}
+    called = {"op": "operation", "object_": "object"}.get(name, name)
+    with pytest.raises(error, match=rf"^{called} .*: expected an integer from 0 to {LIMITS[name] - 1}$"):
+        machine.operate(**fields)  # type: ignore[arg-type]
+
+
+def test_what_is_no_configuration_or_kind_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"config 5 \(int\): expected a Config"):
+        Machine(5)  # type: ignore[arg-type]
+    for kind in (b"x", [], 5):
+        with pytest.raises(ValueError, match="expected one of plain, sw, snp, tdx"):
+            build("pfnmap").create_vm(kind=kind)  # type: ignore[arg-type]
 
 
 def test_two_machines_on_two_threads_do_not_meet() -> None:

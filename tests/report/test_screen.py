@@ -158,7 +158,8 @@ def test_one_design_alone_has_its_values_and_no_verdict(design: Any) -> None:
 def test_one_design_that_a_version_refuses() -> None:
     text = screen(compare(lowered(setup(), "shared"), designs=("restructure",), strict=True), {}, None)
     assert_fits(text)
-    assert "restructure: dec2025 refuses huge pages that are shared at first (-EINVAL)" in " ".join(text.split())
+    assert "- restructure: dec2025 refuses huge pages that are shared at first (-EINVAL)" in " ".join(text.split())
+    assert text.count("\n- ") == 1  # nothing ran: there is nothing else to say
 
 
 # --------------------------------------------------------------------------- defects
