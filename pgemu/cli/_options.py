@@ -14,12 +14,24 @@ import rich_click as click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "size", "vm_process")
+__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "number", "size", "vm_process")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:0x_?)?[0-9a-f]+(?:_[0-9a-f]+)*", re.IGNORECASE)
 _LARGEST = 1 << 52  # physical addresses of x86-64
 _PROGRESS_AFTER = 1.0  # seconds
+
+
+def number(text: str) -> int:
+    """Return a number as kernels and crash print it, hexadecimal with or without 0x: "0x7f0000000000", "fffea0000".
+
+    :raises click.BadParameter: anything else, or more than 64 bits
+    """
+    value = int(text.lower().removeprefix("0x").replace("_", ""), 16) if _NUMBER.fullmatch(text) else -1
+    if not 0 <= value < 1 << 64:
+        raise click.BadParameter(f"{text!r}: expected a number of 64 bits, in hexadecimal with or without 0x")
+    return value
 
 
 def size(text: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import rich_click as click
 
 from pgemu.cli._lines import folded
+from pgemu.cli._options import number
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu_kernels.formats.bits import RELEASES
@@ -19,18 +19,22 @@ from pgemu_kernels.formats.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 
-_NUMBER = re.compile(r"0x[0-9a-f]+(?:_[0-9a-f]+)*|[0-9]+(?:_[0-9]+)*", re.IGNORECASE)
 _MAKERS = {**FORMATS, **IOMMU_FORMATS}
 _SIZES = ("4K", "2M", "1G", "512G", "256T")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 
 
-def entry_value(text: str) -> int:
-    """Return an entry's value: "0x8000000000000867" or decimal. click.BadParameter for anything else."""
-    value = int(text, 16 if text[:2].lower() == "0x" else 10) if _NUMBER.fullmatch(text) else -1
-    if not 0 <= value < 1 << 64:
-        raise click.BadParameter(f"{text!r}: expected an entry of 64 bits, in decimal or with 0x in front")
-    return value
+c_bit_option = click.option(
+    "--c-bit",
+    type=int,
+    metavar="BIT",
+    help="Memory encryption bit (x86-64, npt).  [default: sme_mask of the image's VMCOREINFO, or none]",
+)
+
+
+def has_parameter(name: str, parameter: str) -> bool:
+    """Whether a format has a parameter."""
+    return parameter in inspect.signature(_MAKERS[name]).parameters
 
 
 def make_format(name: str, **parameters: Any) -> PageFormat:
@@ -100,7 +104,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
 
 
 @click.command(short_help="Name each bit of page-table entries.")
-@click.argument("values", nargs=-1, required=True, metavar="VALUE...", type=entry_value)
+@click.argument("values", nargs=-1, required=True, metavar="VALUE...", type=number)
 @click.option(
     "--format", "name", type=click.Choice(list(_MAKERS)), default="x86-64", show_default=True, help="Entry format."
 )
@@ -119,7 +123,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
 @click.option(
     "--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU.  [default: the format's]"
 )
-@click.option("--c-bit", type=int, metavar="BIT", help="Memory encryption bit (x86-64, npt).  [default: none]")
+@c_bit_option
 @click.option(
     "--l1tf-cache-bits",
     type=int,
@@ -133,7 +137,8 @@ def to_json(entry: Entry) -> dict[str, Any]:
 def decode(values: tuple[int, ...], name: str, level: int, as_json: bool, **parameters: Any) -> None:
     """Name each bit of page-table entries: kind, rights, memory type, software bits, reserved bits.
 
-    VALUE is decimal or hexadecimal with 0x. Of kernel 7.3's EPT entries bits 53 and 55 are named by inference.
+    VALUE is hexadecimal, with or without 0x, as kernels and crash print it. Of kernel 7.3's EPT entries bits 53 and
+    55 are named by inference.
     """
     fmt = make_format(name, **parameters)
     if level > fmt.levels:
@@ -142,7 +147,7 @@ def decode(values: tuple[int, ...], name: str, level: int, as_json: bool, **para
     if as_json:
         click.echo(json.dumps([to_json(entry) for entry in entries], indent=2))
         return
-    for number, entry in enumerate(entries):
-        if number:
+    for index, entry in enumerate(entries):
+        if index:
             click.echo()
         click.echo("\n".join(folded(_show(fmt, entry))))

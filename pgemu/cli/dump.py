@@ -12,7 +12,7 @@ from typing import Any
 import rich_click as click
 
 from pgemu.cli._lines import folded
-from pgemu.cli.walk import SIZES, find_root, flag_names, level_name, rights_letters, table_options
+from pgemu.cli.walk import SIZES, c_bit_of, find_root, flag_names, level_name, rights_letters, table_options
 from pgemu.tables.entries import decode as decode_entry
 from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
 from pgemu.tables.walk import rights_of, root_table
@@ -144,7 +144,9 @@ def dump(image: str, root: str | None, ignore_accessed_dirty: bool, as_json: boo
         total = _Total(mapped_ranges(opened, fmt, where, summary, ignore=ignore))
         write = sys.stdout.write
         if as_json:
-            about = json.dumps({"image": image, "root": f"{root_table(fmt, where):#x}", "format": fmt.name})
+            about = json.dumps(
+                {"image": image, "root": f"{root_table(fmt, where):#x}", "format": fmt.name, "c_bit": c_bit_of(fmt)}
+            )
             write(f'{about[:-1]}, "ranges": [')
             for number, document in enumerate(_documents(fmt, total)):
                 write(("," if number else "") + "\n" + json.dumps(document))

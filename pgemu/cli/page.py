@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import rich_click as click
 
 from pgemu.cli._lines import folded
-from pgemu.cli.walk import address, find_root
+from pgemu.cli._options import number
+from pgemu.cli.decode import c_bit_option
+from pgemu.cli.walk import c_bit_of, find_root
 from pgemu.errors import InputError
 from pgemu.images.folio import Folio, VmemmapPage
 from pgemu.images.image import Image
@@ -231,7 +233,7 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
 
 @click.command(short_help="Name every word of struct pages and their folios in a memory image.")
 @click.argument("image", metavar="IMAGE")
-@click.argument("numbers", nargs=-1, required=True, metavar="PFN...", type=address)
+@click.argument("numbers", nargs=-1, required=True, metavar="PFN...", type=number)
 @click.option(
     "--kernel",
     type=click.Choice(RELEASES),
@@ -253,20 +255,22 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
 )
 @click.option("--format", "name", type=click.Choice(["x86-64", "x86-64-5"]), help="Format of the kernel's page table.")
 @click.option(
-    "--vmemmap", type=address, metavar="ADDR", default=f"{VMEMMAP:#x}", show_default=True,
+    "--vmemmap", type=number, metavar="ADDR", default=f"{VMEMMAP:#x}", show_default=True,
     help="Virtual address of the struct page of PFN 0: vmemmap_base, which KASLR moves.",
 )  # fmt: skip
+@c_bit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def page(
     image: str, numbers: tuple[int, ...], kernel: str, configuration: str, root: str | None, name: str | None,
-    vmemmap: int, as_json: bool,
+    vmemmap: int, c_bit: int | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Name every word of struct pages, and show their folios and the page-table entries that map them.
 
     IMAGE is an ELF core of physical memory (QEMU's dump-guest-memory, an uncompressed vmcore, Machine.write_image) or
-    raw memory. PFN is a page frame number, or the address of a struct page. Each line has the offset in the struct
-    page, the field, its value and what that means; pointers are told by their address. A tail's folio is shown, too;
-    before Linux 7.1 also where a tail of an optimised folio shows the head's words. Flags ending in "?" are inference.
+    raw memory. PFN is a page frame number, or the address of a struct page, hexadecimal with or without 0x. Each line
+    has the offset in the struct page, the field, its value and what that means; pointers are told by their address. A
+    tail's folio is shown, too; before Linux 7.1 also where a tail of an optimised folio shows the head's words. Flags
+    ending in "?" are inference.
 
     Exit status: 0; 1 if a struct page is not mapped; 2 for bad input.
     """
@@ -278,7 +282,7 @@ def page(
     documents: list[dict[str, Any]] = []
     failed = False
     with open_image(image) as opened:
-        where, fmt = find_root(opened, _kernel_root(opened, root), name)
+        where, fmt = find_root(opened, _kernel_root(opened, root), name, c_bit=c_bit)
         for pfn in pfns:
             try:
                 folio = Folio(opened, pfn, layout, where, fmt=fmt, vmemmap=vmemmap)
@@ -296,6 +300,7 @@ def page(
             "root": f"{root_table(fmt, where):#x}",
             "kernel": kernel,
             "configuration": configuration,
+            "c_bit": c_bit_of(fmt),
         }
         sys.stdout.write(json.dumps(about | {"pages": documents}, indent=2) + "\n")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._lines import folded
-from pgemu.cli.decode import make_format, to_json
+from pgemu.cli._options import number
+from pgemu.cli.decode import c_bit_option, has_parameter, make_format, to_json
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, decode as decode_entry
 from pgemu.tables.walk import (
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ("walk",)
 
-_NUMBER = re.compile(r"0x_?[0-9a-f]+(?:_[0-9a-f]+)*|[0-9]+(?:_[0-9]+)*", re.IGNORECASE)
 _NAMES = {
     Family.X86: ("PTE", "PMD", "PUD", "PGD", "PGD"),
     Family.EPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
@@ -41,14 +40,6 @@ _NAMES = {
     Family.ARM64: ("L3", "L2", "L1", "L0", "L-1"),
 }
 SIZES = ("4K", "2M", "1G", "512G", "256T")
-
-
-def address(text: str) -> int:
-    """Return an address: "0x7f0000000000" or decimal. click.BadParameter for anything else."""
-    value = int(text.replace("_", ""), 16 if text[1:2] in "xX" else 10) if _NUMBER.fullmatch(text) else -1
-    if not 0 <= value < 1 << 64:
-        raise click.BadParameter(f"{text!r}: expected an address of 64 bits, in decimal or with 0x in front")
-    return value
 
 
 def level_name(fmt: PageFormat, level: int) -> str:
@@ -98,7 +89,7 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--kernel", type=click.Choice(list(RELEASES)), help="Linux that wrote the entries: software bits differ."
         ),
         click.option("--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU."),
-        click.option("--c-bit", type=int, metavar="BIT", help="Memory encryption bit (x86-64, npt)."),
+        c_bit_option,
         click.option("--ipa-bits", type=int, metavar="BITS", help="Input address bits (arm64-s2).  [default: 40]"),
         click.option(
             "--fwb/--no-fwb",
@@ -128,10 +119,13 @@ def find_root(image: Image, text: str | None, name: str | None, **parameters: An
             raise InputError(f"root {text} of format {name!r}: expected --format", image.path)
     else:
         try:
-            root = address(text)
+            root = number(text)
         except click.BadParameter:
             raise InputError(f"--root {text!r}: expected an address, or a name that the image gives{known}") from None
-    fmt = make_format(name or "x86-64", **parameters)
+    name = name or "x86-64"
+    if parameters.get("c_bit") is None and image.sme_mask and has_parameter(name, "c_bit"):
+        parameters["c_bit"] = image.sme_mask.bit_length() - 1
+    fmt = make_format(name, **parameters)
     table = root_table(fmt, root)
     try:
         image.words(table, 512 * fmt.root_tables)
@@ -140,6 +134,11 @@ def find_root(image: Image, text: str | None, name: str | None, **parameters: An
         covered = f"{image.ranges[0].start:#x} to {image.ranges[-1].end:#x} in {count} range{'s' * (count > 1)}"
         raise InputError(f"root table {table:#x}: not in the image, which covers {covered}", image.path) from None
     return root, fmt
+
+
+def c_bit_of(fmt: PageFormat) -> int | None:
+    """The position of SME's bit in a format's entries, None where it has none."""
+    return fmt.c_bit.bit_length() - 1 if fmt.c_bit else None
 
 
 # --------------------------------------------------------------------------- the command
@@ -162,8 +161,10 @@ def _reason(fmt: PageFormat, steps: list[Step], virtual: int) -> str:
     name = level_name(fmt, last.level)
     if last.kind == Kind.UNREADABLE:
         return f"the table of the {name} lies outside the image"
-    entry = decode_entry(fmt, last.level, last.entry)
-    return f"the {name} is {entry.kind.value.replace('_', ' ')}" + (f", {entry.problem}" if entry.problem else "")
+    entry = decode_entry(fmt, last.level, last.entry, virtual)
+    frame = entry.address if entry.kind is EntryKind.KERNEL_NOT_PRESENT else None
+    page = "" if frame is None else f", page {frame:#x}"
+    return f"the {name} is {entry.kind.value.replace('_', ' ')}{page}" + (f", {entry.problem}" if entry.problem else "")
 
 
 def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
@@ -173,7 +174,7 @@ def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
         if step.kind == Kind.UNREADABLE:
             lines.append(f"  {name:>5}  {step.address:#015x}  not in the image")
             continue
-        entry = decode_entry(fmt, step.level, step.entry)
+        entry = decode_entry(fmt, step.level, step.entry, virtual)
         kind = entry.kind.value.replace("_", " ")
         shown = f"  {name:>5}  {step.address:#015x}  {step.entry:#018x}  {kind:<6}"
         if entry.kind in (EntryKind.TABLE, EntryKind.LEAF) and entry.address is not None:
@@ -182,7 +183,7 @@ def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
     page = _page(fmt, steps, virtual)
     if page is None:
         return [*lines, f"  not mapped: {_reason(fmt, steps, virtual)}"]
-    entry = decode_entry(fmt, steps[-1].level, steps[-1].entry)
+    entry = decode_entry(fmt, steps[-1].level, steps[-1].entry, virtual)
     rights = rights_letters(fmt, rights_of(fmt, granted(fmt, steps)))
     type_ = f", {entry.memory_type}" if entry.memory_type else ""
     return [*lines, f"  physical {page[0]:#x}, page of {SIZES[page[1] - 1]}, {rights}{type_}"]
@@ -194,7 +195,9 @@ def _document(fmt: PageFormat, steps: list[Step], virtual: int) -> dict[str, Any
     for step in steps:
         about = {"level": step.level, "name": level_name(fmt, step.level), "entry_address": f"{step.address:#x}"}
         readable = step.kind != Kind.UNREADABLE
-        entries.append(about | (to_json(decode_entry(fmt, step.level, step.entry)) if readable else {"value": None}))
+        entries.append(
+            about | (to_json(decode_entry(fmt, step.level, step.entry, virtual)) if readable else {"value": None})
+        )
     return {
         "address": f"{virtual:#x}",
         "entries": entries,
@@ -207,12 +210,13 @@ def _document(fmt: PageFormat, steps: list[Step], virtual: int) -> dict[str, Any
 
 @click.command(short_help="Walk addresses through the page tables in a memory image.")
 @click.argument("image", metavar="IMAGE")
-@click.argument("addresses", nargs=-1, required=True, metavar="VA...", type=address)
+@click.argument("addresses", nargs=-1, required=True, metavar="VA...", type=number)
 @table_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def walk(image: str, addresses: tuple[int, ...], root: str | None, as_json: bool, **parameters: Any) -> int:
     """Walk addresses through the page tables in a memory image: the entry at every level, then the physical address.
 
+    VA is hexadecimal, with or without 0x, as kernels and crash print it.
     IMAGE is an ELF core of physical memory (QEMU's dump-guest-memory, an uncompressed vmcore, Machine.write_image) or
     raw memory. Each line has the entry's name, its physical address, its value, its kind, what it points to and its
     flags. Rights are those that all levels grant: read, write, execute (s or e: only by supervisor, EL1, or user, EL0),
@@ -226,7 +230,7 @@ def walk(image: str, addresses: tuple[int, ...], root: str | None, as_json: bool
         where, fmt = find_root(opened, root, **parameters)
         walks = [(virtual, walk_tables(opened, fmt, where, virtual)) for virtual in addresses]
     if as_json:
-        about = {"image": image, "root": f"{root_table(fmt, where):#x}", "format": fmt.name}
+        about = {"image": image, "root": f"{root_table(fmt, where):#x}", "format": fmt.name, "c_bit": c_bit_of(fmt)}
         documents = [_document(fmt, steps, virtual) for virtual, steps in walks]
         sys.stdout.write(json.dumps(about | {"walks": documents}, indent=2) + "\n")
     else:

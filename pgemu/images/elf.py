@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pgemu.errors import InputError
 
-__all__ = ("MAGIC", "Note", "Root", "Segment", "parse", "prologue")
+__all__ = ("MAGIC", "Contents", "Note", "Root", "Segment", "parse", "prologue")
 
 MAGIC = b"\x7fELF"
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -27,6 +27,7 @@ _DIRECT_MAP = 0xFFFF_8880_0000_0000  # where Linux sees physical address 0 witho
 _KERNEL_TEXT = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
 _QEMU_CR3 = struct.calcsize("<II18Q") + 10 * struct.calcsize("<IIIIQ") + 3 * 8  # offset in QEMUCPUState
 _PGEMU_ROOTS = 0x706765  # type of the note; none of those that readelf knows
+_SME_MASKS = frozenset(1 << bit for bit in range(32, 52))
 PAGE = 4096
 
 
@@ -55,11 +56,22 @@ class Root(NamedTuple):
     address: int
 
 
+class Contents(NamedTuple):
+    """What a core holds: segments in the order of the file, the top tables that its notes name, and SME's bit.
+
+    sme_mask: the bit that entries of the host's tables have for encrypted memory, 0 for none (VMCOREINFO's sme_mask).
+    """
+
+    segments: list[Segment]
+    roots: list[Root]
+    sme_mask: int = 0
+
+
 # --------------------------------------------------------------------------- reading
 
 
-def parse(data: memoryview, file: str) -> tuple[list[Segment], list[Root]]:
-    """Segments of a core in the order of the file, and the top tables that its notes name.
+def parse(data: memoryview, file: str) -> Contents:
+    """What a core holds.
 
     data: the file's bytes. InputError, naming `file`, for what is no whole little-endian ELF64 core.
     """
@@ -92,7 +104,7 @@ def parse(data: memoryview, file: str) -> tuple[list[Segment], list[Root]]:
                 where = f"PT_LOAD of physical address {address:#x} ends at {offset + file_size:#x}"
                 raise InputError(f"{where}, the file at {len(data):#x}: file truncated?", file)
             segments.append(Segment(address, max(size, file_size), offset, file_size))
-    return segments, list(_roots(notes))
+    return Contents(segments, list(_roots(notes)), _sme_mask(notes, file))
 
 
 def _notes(data: memoryview) -> Iterator[Note]:
@@ -122,12 +134,28 @@ def _roots(notes: list[Note]) -> Iterator[Root]:
             yield Root(f"cpu:{processors}", "x86-64-5" if cr4 >> 12 & 1 else "x86-64", cr3)
             processors += 1
         elif note.name == "VMCOREINFO":
-            yield from _kernel_root(note.data.decode("latin-1"))
+            yield from _kernel_root(_vmcoreinfo(note))
 
 
-def _kernel_root(text: str) -> Iterator[Root]:
+def _vmcoreinfo(note: Note) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in note.data.decode("latin-1").split("\n") if "=" in line)
+
+
+def _sme_mask(notes: list[Note], file: str) -> int:
+    """SME's bit, as a kernel's VMCOREINFO has it; 0 for none."""
+    for note in notes:
+        text = _vmcoreinfo(note).get("NUMBER(sme_mask)", "0") if note.name == "VMCOREINFO" else "0"
+        if text == "0":
+            continue
+        mask = int(text) if text.isascii() and text.isdigit() else -1
+        if mask not in _SME_MASKS:
+            raise InputError(f"VMCOREINFO's sme_mask is {text!r}: expected one of bits 32 to 51", file)
+        return mask
+    return 0
+
+
+def _kernel_root(values: dict[str, str]) -> Iterator[Root]:
     """The kernel's own top table from VMCOREINFO, whose symbols are virtual addresses of the kernel's image."""
-    values = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
     symbol = values.get("SYMBOL(init_top_pgt)", values.get("SYMBOL(swapper_pg_dir)"))
     base = values.get("NUMBER(phys_base)")
     if symbol and base:

@@ -64,12 +64,14 @@ class Image:
     """A read-only image of physical memory; made by `open_image`.
 
     path: the file's name. ranges: what it holds, ascending, as long as can be. roots: top tables that its notes
-    name (elf.Root). Not to be used after the file was made shorter: the system then ends the process.
+    name (elf.Root). sme_mask: SME's bit in entries of the host's tables, 0 for none. Not to be used after the file was
+    made shorter: the system then ends the process.
     """
 
-    def __init__(self, path: str, data: memoryview, parts: list[_Part], roots: list[Root]) -> None:
+    def __init__(self, path: str, data: memoryview, parts: list[_Part], roots: list[Root], sme_mask: int = 0) -> None:
         self.path = path
         self.roots = roots
+        self.sme_mask = sme_mask
         self._data = data
         self._parts = parts
         self._starts = [part.start for part in parts]
@@ -192,8 +194,8 @@ def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Im
                 f"neither an ELF core nor raw memory: {len(data)} bytes, expected a multiple of {elf.PAGE}", name
             )
         return Image(name, data, [_Part(0, len(data), 0)], [])
-    segments, roots = elf.parse(data, name)
-    return Image(name, data, _disjoint(segments, name), roots)
+    segments, roots, sme_mask = elf.parse(data, name)
+    return Image(name, data, _disjoint(segments, name), roots, sme_mask)
 
 
 def _map(name: str) -> memoryview:

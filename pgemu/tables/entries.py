@@ -42,6 +42,7 @@ class EntryKind(Enum):
     GUARD = "guard"  # MADV_GUARD_INSTALL
     MARKER = "marker"  # another PTE marker: userfaultfd write protection, poison
     SWAP = "swap"  # a swap or migration entry
+    KERNEL_NOT_PRESENT = "kernel_not_present"  # a page that the kernel unmapped, in its direct map or its image
 
 
 class Field(NamedTuple):
@@ -68,10 +69,11 @@ class _Name(NamedTuple):
     low: int
     shift: int | None = None  # how far down the value is moved, if not by `low`
     inverted: bool = False
+    without: int = 0  # bits between that are another field: SME's bit in a frame
 
     @property
     def mask(self) -> int:
-        return span(self.low, self.high)
+        return span(self.low, self.high) & ~self.without
 
     def field(self, entry: int) -> Field:
         value = (~entry if self.inverted else entry) & self.mask
@@ -85,7 +87,7 @@ class Entry:
     address: physical address of the page or table; of MMIO the guest physical one; None where there is none.
     read, write, user, execute, execute_user: rights of this entry alone (execute: supervisor or EL1, execute_user:
     user or EL0); all False unless it is a table, a leaf or ACCESS_TRACKED. accessed, dirty: the hardware's bits of
-    these and of a page that is PROTECTION_NONE; False where there are none. memory_type: "WB", "UC-", ...; None
+    these and of a page that may not be touched; False where there are none. memory_type: "WB", "UC-", ...; None
     unless it is a leaf. key: protection key. software: the set bits that hardware ignores and Linux has named.
     generation: memslots generation of MMIO. swap_type, swap_offset: of SWAP, MARKER and GUARD. fields: every named
     bit that is set, and every field of several bits, highest first.
@@ -147,8 +149,13 @@ def reserved_bits(fmt: PageFormat, level: int, entry: int) -> int:
     return entry & (masks[0] if sized else masks[level - 1])
 
 
-def classify(fmt: PageFormat, level: int, entry: int) -> EntryKind:
-    """The kind of an entry that lies in a table of `level`. ValueError for a level or entry that cannot be."""
+def classify(fmt: PageFormat, level: int, entry: int, address: int | None = None) -> EntryKind:
+    """The kind of an entry that lies in a table of `level`. ValueError for a level or entry that cannot be.
+
+    address: a virtual address that the entry maps. Entries of a process and of the kernel that are not present differ;
+    where no address tells whose it is, its bits do as far as they can: a swap entry has none of bits 4 to 7
+    (asm/pgtable_64.h), and the kernel unmaps pages that were accessed (mm/pat/set_memory.c:__set_pages_np()).
+    """
     if not 1 <= level <= fmt.levels:
         raise ValueError(f"{fmt.name}: level {level}: expected 1 to {fmt.levels}")
     if not 0 <= entry <= ALL:
@@ -160,7 +167,7 @@ def classify(fmt: PageFormat, level: int, entry: int) -> EntryKind:
     if fmt.mmio_value and entry & (fmt.mmio_mask | bits.MMU_PRESENT) == fmt.mmio_value:
         return EntryKind.MMIO
     if not entry & fmt.present:
-        return _classify_absent(fmt, level, entry)
+        return _classify_absent(fmt, level, entry, None if address is None else bool(address >> 63))
     if _problem(fmt, level, entry):
         return EntryKind.MISCONFIGURED if fmt.family is Family.EPT else EntryKind.RESERVED
     return EntryKind.LEAF if is_leaf(fmt, level, entry) else EntryKind.TABLE
@@ -183,10 +190,10 @@ def _problem(fmt: PageFormat, level: int, entry: int) -> str:
     return ""
 
 
-def _classify_absent(fmt: PageFormat, level: int, entry: int) -> EntryKind:
+def _classify_absent(fmt: PageFormat, level: int, entry: int, of_kernel: bool | None) -> EntryKind:
     """The kind of an entry that is not present, but not empty either."""
     if fmt.protection_none:
-        return _classify_process(fmt, level, entry)
+        return _classify_process(fmt, level, entry, of_kernel)
     if fmt.family is Family.ARM64:
         return EntryKind.ANNOTATED
     if fmt.saved_rights and entry & bits.MMU_PRESENT:
@@ -194,18 +201,31 @@ def _classify_absent(fmt: PageFormat, level: int, entry: int) -> EntryKind:
     return EntryKind.ABSENT
 
 
-def _classify_process(fmt: PageFormat, level: int, entry: int) -> EntryKind:
-    """... of a process: asm/pgtable.h:pte_present(), pmd_present(), pte_none()."""
+def _classify_process(fmt: PageFormat, level: int, entry: int, of_kernel: bool | None) -> EntryKind:
+    """... of a process: asm/pgtable.h:pte_present(), pmd_present(), pte_none(); of the kernel, or unknown whose."""
     if not entry & ~(bits.ACCESSED | bits.DIRTY):
         return EntryKind.ABSENT  # an erratum leaves these: _PAGE_KNL_ERRATUM_MASK
+    if of_kernel:
+        return EntryKind.KERNEL_NOT_PRESENT
     if entry & fmt.protection_none:
         return EntryKind.PROTECTION_NONE
     if level > 1 and entry & bits.LARGE:
         return EntryKind.SPLITTING
+    if of_kernel is None and entry & _NOT_IN_SWAP:
+        return EntryKind.KERNEL_NOT_PRESENT
     kind, marks = _swap(entry)
     if kind != leaves.SWAP_PTE_MARKER:
         return EntryKind.SWAP
     return EntryKind.GUARD if marks & leaves.MARKER_GUARD else EntryKind.MARKER
+
+
+_NOT_IN_SWAP = span(4, 7)
+
+
+def _is_inverted(fmt: PageFormat, entry: int) -> bool:
+    """Whether the frame of an unmapped page of the kernel is inverted, as it is since the fixes of L1TF (Linux 4.19,
+    asm/pgtable-invert.h): no memory lies where an address would have its highest bit."""
+    return bool(entry >> fmt.address.bit_length() - 1 & 1)
 
 
 def _swap(entry: int) -> tuple[int, int]:
@@ -226,7 +246,7 @@ def _release(fmt: PageFormat) -> tuple[int, ...]:
 
 def _frame(fmt: PageFormat, level: int) -> _Name:
     low = (fmt.frame(level) & -fmt.frame(level)).bit_length() - 1
-    return _Name("PFN", min(fmt.address.bit_length(), fmt.maxphyaddr) - 1, low, shift=12)
+    return _Name("PFN", min(fmt.address.bit_length(), fmt.maxphyaddr) - 1, low, shift=12, without=fmt.c_bit)
 
 
 def _x86_names(level: int, leaf: bool) -> list[_Name]:
@@ -310,7 +330,16 @@ def _present(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
     # A leaf above level 3 does not exist; an entry that claims to be one is named like a table.
     frame = _frame(fmt, level if leaf and not fmt.sized_leaf else 1)
     named = [*_PRESENT_NAMES[fmt.family](fmt, level, leaf), frame]
-    return named + (_bits(("ENC", fmt.c_bit.bit_length() - 1)) if fmt.c_bit else [])
+    return named + _encryption(fmt)
+
+
+def _encryption(fmt: PageFormat) -> list[_Name]:
+    return _bits(("ENC", fmt.c_bit.bit_length() - 1)) if fmt.c_bit else []
+
+
+def _absent_frame(fmt: PageFormat) -> _Name:
+    """The inverted frame of an entry that is not present. SME's bit is none of it, and is kept as it is."""
+    return _Name("~PFN", fmt.address.bit_length() - 1, 12, inverted=True, without=fmt.c_bit)
 
 
 def _mmio_names(fmt: PageFormat) -> list[_Name]:
@@ -327,13 +356,18 @@ def _mmio_names(fmt: PageFormat) -> list[_Name]:
     return [*named, _Name("MMIO", 2, 0)]
 
 
-def _absent_names(fmt: PageFormat, level: int, kind: EntryKind) -> list[_Name]:
+def _absent_names(fmt: PageFormat, level: int, kind: EntryKind, inverted: bool) -> list[_Name]:
     """Names of an entry that is not present."""
+    if kind is EntryKind.KERNEL_NOT_PRESENT:
+        frame = _absent_frame(fmt) if inverted else _absent_frame(fmt)._replace(name="PFN", inverted=False)
+        # Of a large page bit 12 is PAT, or was taken for a part of the frame.
+        named = [name for name in _process_names(fmt, level, True) if (name.name, name.high) != ("PAT", 12)]
+        return [*named, frame, *_encryption(fmt)]
     if kind is EntryKind.PROTECTION_NONE or kind is EntryKind.SPLITTING:
         named = [name for name in _process_names(fmt, level, True) if name.name not in ("GLOBAL", "PAT")]
         named += _bits(("PROTNONE", 8), *((("PAT", 7),) if level == 1 else ()))
         # The large page's PAT bit is inverted with the frame, or was taken for a part of it.
-        return [*named, _Name("~PFN", 51, 12, inverted=True)]
+        return [*named, _absent_frame(fmt), *_encryption(fmt)]
     if kind in (EntryKind.SWAP, EntryKind.MARKER, EntryKind.GUARD):
         marks = _bits(("SWP_SOFT_DIRTY", 1), ("SWP_UFFD_WP", 2), ("SWP_EXCLUSIVE", 3))
         return [*marks, _Name("SWP_TYPE", 63, 59), _Name("~SWP_OFFSET", 58, 9, inverted=True)]
@@ -347,14 +381,14 @@ def _absent_names(fmt: PageFormat, level: int, kind: EntryKind) -> list[_Name]:
 
 
 @lru_cache(maxsize=1024)
-def _names(fmt: PageFormat, level: int, kind: EntryKind, leaf: bool) -> tuple[_Name, ...]:
-    """Names of the bits of an entry of this kind, highest first."""
+def _names(fmt: PageFormat, level: int, kind: EntryKind, leaf: bool, inverted: bool = True) -> tuple[_Name, ...]:
+    """Names of the bits of an entry of this kind, highest first. inverted: see _is_inverted()."""
     if kind is EntryKind.MMIO:
         named = _mmio_names(fmt)
     elif kind in _SHAPED:
         named = _present(fmt, level, leaf)
     else:
-        named = _absent_names(fmt, level, kind)
+        named = _absent_names(fmt, level, kind, inverted)
     return tuple(sorted(named, key=lambda name: -name.high))
 
 
@@ -371,14 +405,15 @@ _SHAPED = (
 # --------------------------------------------------------------------------- decoding
 
 
-def decode(fmt: PageFormat, level: int, entry: int) -> Entry:
+def decode(fmt: PageFormat, level: int, entry: int, address: int | None = None) -> Entry:
     """Decode an entry that lies in a table of `level`. ValueError for a level or entry that cannot be.
 
-    Of SPLITTING and PROTECTION_NONE entries the address is the frame as it was before its bits were inverted, of
-    ACCESS_TRACKED ones the rights are those that the next access restores.
+    address: as of classify(). Of SPLITTING, PROTECTION_NONE and KERNEL_NOT_PRESENT entries the address is the frame as
+    it was before its bits were inverted, of ACCESS_TRACKED ones the rights are those that the next access restores.
     """
-    kind = classify(fmt, level, entry)
-    named = _names(fmt, level, kind, is_leaf(fmt, level, entry) or kind is EntryKind.ACCESS_TRACKED)
+    kind = classify(fmt, level, entry, address)
+    leaf = is_leaf(fmt, level, entry) or kind is EntryKind.ACCESS_TRACKED
+    named = _names(fmt, level, kind, leaf, kind is not EntryKind.KERNEL_NOT_PRESENT or _is_inverted(fmt, entry))
     fields = tuple(name.field(entry) for name in named if entry & name.mask or name.high > name.low)
     covered = 0
     for name in named:
@@ -406,7 +441,7 @@ def decode(fmt: PageFormat, level: int, entry: int) -> Entry:
     )
 
 
-_KEPT = (EntryKind.PROTECTION_NONE, EntryKind.SPLITTING, EntryKind.ACCESS_TRACKED)
+_KEPT = (EntryKind.PROTECTION_NONE, EntryKind.SPLITTING, EntryKind.ACCESS_TRACKED, EntryKind.KERNEL_NOT_PRESENT)
 """Kinds of pages that are mapped but may not be touched: accessed and dirty are as the last access left them."""
 _SWAPPED = (EntryKind.SWAP, EntryKind.MARKER, EntryKind.GUARD)
 _SOFTWARE = {"SPECIAL", "UFFD_WP", "SOFT_DIRTY", "SAVED_DIRTY", "SOFTW4", "SOFTW5", "DEVMAP", "NOPTISHADOW", "TDP_AD",
@@ -428,6 +463,8 @@ def _address(fmt: PageFormat, level: int, kind: EntryKind, entry: int) -> int | 
         return leaves.mmio_gfn(fmt, entry) << 12
     if kind in (EntryKind.PROTECTION_NONE, EntryKind.SPLITTING):
         return ~entry & fmt.frame(level)
+    if kind is EntryKind.KERNEL_NOT_PRESENT:
+        return (~entry if _is_inverted(fmt, entry) else entry) & fmt.frame(level)
     if kind is EntryKind.LEAF and fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf:
         return entry & fmt.address & -amd_size(entry)
     if kind is EntryKind.LEAF or kind is EntryKind.ACCESS_TRACKED:

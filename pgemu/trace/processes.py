@@ -42,7 +42,8 @@ class _Vm:
     known: bool
 
     def __str__(self) -> str:
-        return f"{'process' if self.known else 'thread'} {self.number} ({self.name}, {self.inputs} inputs)"
+        inputs = f"{self.inputs} input{'s' * (self.inputs != 1)}"
+        return f"{'process' if self.known else 'thread'} {self.number} ({self.name}, {inputs})"
 
 
 def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]:

@@ -33,7 +33,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run_it(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            main(["page", *(str(argument) for argument in arguments)], prog_name="pgemu")
+            main(
+                ["page", *(hex(argument) if isinstance(argument, int) else str(argument) for argument in arguments)],
+                prog_name="pgemu",
+            )
         return (int(end.value.code or 0), *capsys.readouterr())
 
     return run_it
@@ -245,8 +248,8 @@ def test_a_machines_own_image(run: Run, tmp_path: Path) -> None:
             (1 << 34,),
             "0x400000000: expected a PFN, or the address of a struct page in the vmemmap at 0xffffea0000000000",
         ),
-        (("0x10", "--vmemmap", "here"), "Invalid value for '--vmemmap': 'here': expected an address"),
-        (("ten",), "Invalid value for 'PFN...': 'ten': expected an address"),
+        (("0x10", "--vmemmap", "here"), "Invalid value for '--vmemmap': 'here': expected a number of 64 bits"),
+        (("ten",), "Invalid value for 'PFN...': 'ten': expected a number of 64 bits"),
         ((), "Missing argument 'PFN...'"),
         (("1", "--kernel", "5.4"), "Invalid value for '--kernel': '5.4' is not one of"),
         (("1", "--configuration", "huge"), "Invalid value for '--configuration': 'huge' is not one of"),

@@ -27,7 +27,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run_it(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments], prog_name="pgemu")
+            main(
+                [hex(argument) if isinstance(argument, int) else str(argument) for argument in arguments],
+                prog_name="pgemu",
+            )
         return (int(end.value.code or 0), *capsys.readouterr())
 
     return run_it
@@ -178,14 +181,14 @@ def test_parameters_of_formats(run: Run, tmp_path: Path) -> None:
     tree.map(7 << 39, 1 << 30, 3)
     path = image(tree, tmp_path / "core")
     arguments = ("walk", path, "--root", tree.root, hex(7 << 39), "--format", "arm64-s2")
-    assert run(*arguments, "--ipa-bits", 42)[0] == 0
+    assert run(*arguments, "--ipa-bits", "42")[0] == 0
     assert run(*arguments)[0] == 1  # wider than 40 bits
-    assert run(*arguments, "--ipa-bits", 42, "--no-fwb")[1] != run(*arguments, "--ipa-bits", 42, "--fwb")[1]
+    assert run(*arguments, "--ipa-bits", "42", "--no-fwb")[1] != run(*arguments, "--ipa-bits", "42", "--fwb")[1]
     tree = Tree(X86)
     tree.map(0, 1 << 40, 1)
     path = image(tree, tmp_path / "core")
     assert run("walk", path, "--root", tree.root, 0)[0] == 0
-    status, shown, _ = run("walk", path, "--root", tree.root, 0, "--maxphyaddr", 36)
+    status, shown, _ = run("walk", path, "--root", tree.root, 0, "--maxphyaddr", "36")
     assert status == 1
     assert "the PTE is reserved, reserved bits 0x10000000000" in shown
 
@@ -196,14 +199,14 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
      "the image names process:0 0x1000000 (x86-64)"),
     (("dump", "{}", "--root", "0x5000"),
      "{}: root table 0x5000: not in the image, which covers 0x1000000 to 0x1004000 in 1 range"),
-    (("walk", "{}", "--root", "0x1000000", "7f00"),
-     "Invalid value for 'VA...': '7f00': expected an address of 64 bits, in decimal or with 0x in front"),
+    (("walk", "{}", "--root", "0x1000000", "7g00"),
+     "Invalid value for 'VA...': '7g00': expected a number of 64 bits, in hexadecimal with or without 0x"),
     (("walk", "{}", "--root", "0x1000000", hex(1 << 64)), f"Invalid value for 'VA...': '{hex(1 << 64)}': "
-     "expected an address of 64 bits, in decimal or with 0x in front"),
+     "expected a number of 64 bits, in hexadecimal with or without 0x"),
     (("walk", "{}", "--root", "0x_", "0"), "--root '0x_': expected an address, or a name that the image gives; "
      "the image names process:0 0x1000000 (x86-64)"),
     (("walk", "{}", "--root", "0x1000000", "0x_"),
-     "Invalid value for 'VA...': '0x_': expected an address of 64 bits, in decimal or with 0x in front"),
+     "Invalid value for 'VA...': '0x_': expected a number of 64 bits, in hexadecimal with or without 0x"),
     (("walk", "{}", "--root", "0x1000000"), "Missing argument 'VA...'."),
     (("dump", "{}x", "--root", "0"), "{}x: cannot be opened: No such file or directory"),
     (("dump", "{}", "--root", "process:0", "--format", "ept", "--ipa-bits", "40"),
@@ -238,7 +241,7 @@ def test_a_reader_that_stops_reading_is_not_complained_about(tmp_path: Path, ext
     for i in range(0, 4096, 2):
         tree.map(i << 12, (1 << 30) + (i << 12), 1)
     path = image(tree, tmp_path / "core")
-    command = [sys.executable, "-m", "pgemu", "dump", str(path), "--root", str(tree.root), *extra]
+    command = [sys.executable, "-m", "pgemu", "dump", str(path), "--root", hex(tree.root), *extra]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr

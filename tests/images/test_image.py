@@ -144,6 +144,22 @@ def test_roots_of_qemu_and_of_a_crash_kernel(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("bit", [32, 47, 51])
+def test_sme_of_a_crash_kernel(tmp_path: Path, bit: int) -> None:
+    for text, mask in ((f"NUMBER(sme_mask)={1 << bit}\n", 1 << bit), ("NUMBER(sme_mask)=0\n", 0), ("", 0)):
+        info = note(b"VMCOREINFO\0", 0, f"OSRELEASE=6.18\n{text}NUMBER(phys_base)=0\n".encode())
+        with open_image(write(tmp_path / "core", core([(0, bytes(8), 8)], note=info))) as image:
+            assert image.sme_mask == mask
+
+
+@pytest.mark.parametrize("text", ["3", "-1", "4096", str(1 << 52), "0x800000000000", "none"])
+def test_an_sme_mask_that_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
+    info = note(b"VMCOREINFO\0", 0, f"NUMBER(sme_mask)={text}\n".encode())
+    path = write(tmp_path / "core", core([(0, bytes(8), 8)], note=info))
+    with pytest.raises(InputError, match=f"sme_mask is '{text}': expected one of bits 32 to 51"):
+        open_image(path)
+
+
 GOOD = core([(0x1000, bytes(PAGE), PAGE), (0x8000, bytes(PAGE), PAGE)])
 BAD = {
     "short header": (GOOD[:40], "40 bytes: expected an ELF header of 64"),

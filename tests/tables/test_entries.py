@@ -341,6 +341,49 @@ def test_swap_entries_decode(kind: int, offset: int, exclusive: bool, wp: bool, 
     assert entry.unknown == 0
 
 
+KERNEL, USER = 0xFFFF_8880_0000_0000, 0x7F00_0000_0000
+# What an unmapped page of the kernel may have: RW, PWT, PCD, accessed, dirty, GLOBAL, NX (mm/pat/set_memory.c).
+_KERNEL_BITS = st.sets(st.sampled_from([1, 3, 4, 5, 6, 8, 63])).map(lambda on: sum(1 << bit for bit in on))
+
+
+@given(level=st.integers(1, 3), frame=st.integers(1, (1 << 38) - 1), low=_KERNEL_BITS, inverted=st.booleans())
+def test_unmapped_pages_of_the_kernel_keep_their_frame(level: int, frame: int, low: int, inverted: bool) -> None:
+    """Inverted since the fixes of L1TF, before as it is; with an address of the kernel's half whatever its bits."""
+    physical = frame << 12 & -(4096 << 9 * (level - 1)) or 4096 << 9 * (level - 1)
+    large = bits.LARGE if level > 1 else 0
+    entry = (~physical & bits.ADDRESS if inverted else physical) | low | large
+    for fmt in (x86_64(), x86_64(5), x86_64(maxphyaddr=40), x86_64(c_bit=51)):
+        found = decode(fmt, level, entry & ~fmt.c_bit, KERNEL)
+        assert found.kind is EntryKind.KERNEL_NOT_PRESENT
+        assert found.address == physical & fmt.frame(level)
+        assert (found.unknown, found.swap_type, found.write) == (0, None, False)
+        assert classify(fmt, level, entry, USER) is not EntryKind.KERNEL_NOT_PRESENT
+    # Without an address: no swap entry has bits 4 to 7.
+    bare = decode(x86_64(), level, entry)
+    if not low & bits.PROTECTION_NONE and not large and low & 0x70:
+        assert (bare.kind, bare.address) == (EntryKind.KERNEL_NOT_PRESENT, physical)
+    else:
+        assert bare.kind is not EntryKind.KERNEL_NOT_PRESENT
+
+
+@given(st.integers(0, 31), st.integers(0, (1 << 49) - 1), st.sampled_from([None, 0, USER]))
+def test_no_swap_entry_is_taken_for_a_page_of_the_kernel(kind: int, offset: int, address: int | None) -> None:
+    assert classify(x86_64(), 1, K.swap_entry(kind, offset), address) is not EntryKind.KERNEL_NOT_PRESENT
+
+
+@given(st.integers(32, 51), st.integers(0, (1 << 32) - 1), st.sampled_from([1, 0x100]))
+def test_the_encryption_bit_is_no_part_of_a_frame(c_bit: int, frame: int, present: int) -> None:
+    fmt = x86_64(c_bit=c_bit)
+    frame &= ~(1 << c_bit - 12)
+    entry = frame << 12 if present == 1 else ~frame << 12 & fmt.address
+    found = decode(fmt, 1, entry | 1 << c_bit | present)
+    assert found.address == frame << 12
+    values = {field.name: field.value for field in found.fields}
+    assert values["PFN" if present == 1 else "~PFN"] == frame
+    assert values["ENC"] == 1
+    assert found.unknown == 0
+
+
 # --------------------------------------------------------------------------- kinds, against the manuals' tables
 
 
@@ -405,7 +448,7 @@ CHECKED = [
     *((arm64_stage2(ipa, maxphyaddr=width), Manual("arm", width)) for ipa in (40, 48) for width in WIDTHS),
 ]
 NOT_PRESENT = {EntryKind.ABSENT, EntryKind.FROZEN, EntryKind.ANNOTATED, EntryKind.PROTECTION_NONE, EntryKind.SPLITTING,
-               EntryKind.GUARD, EntryKind.MARKER, EntryKind.SWAP}  # fmt: skip
+               EntryKind.GUARD, EntryKind.MARKER, EntryKind.SWAP, EntryKind.KERNEL_NOT_PRESENT}  # fmt: skip
 
 
 def scattered() -> st.SearchStrategy[int]:

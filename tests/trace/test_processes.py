@@ -55,7 +55,7 @@ TWO = line(11, fault(0x1000), 10) + line(21, fault(0x40000000), 20, "other") + l
 def test_two_processes_are_refused_and_named() -> None:
     with pytest.raises(
         InputError,
-        match=r"^log: several VMs in it: process 10 \(qemu, 2 inputs\), process 20 \(other, 1 inputs\): "
+        match=r"^log: several VMs in it: process 10 \(qemu, 2 inputs\), process 20 \(other, 1 input\): "
         r"choose with --vm-process, which may be repeated, or merge them with --vm-process all$",
     ):
         lowered(TWO)
@@ -65,14 +65,14 @@ def test_the_chosen_process_alone_is_read_and_named() -> None:
     found = lowered(TWO, 20)
     assert addresses(found) == [0x40000000]
     assert found.accounting.without_operation == {OTHER_PROCESS: 2}
-    assert found.notes == ("the VM of process 20 (other, 1 inputs)", "left out: process 10 (qemu, 2 inputs)")
+    assert found.notes == ("the VM of process 20 (other, 1 input)", "left out: process 10 (qemu, 2 inputs)")
 
 
 def test_merging_is_asked_for_and_said() -> None:
     for chosen in (("all",), (10, 20)):
         assert addresses(lowered(TWO, *chosen)) == [0x1000, 0x40000000, 0x2000]
-    assert lowered(TWO, "all").notes == ("merged as asked: process 10 (qemu, 2 inputs), process 20 (other, 1 inputs)",)
-    assert lowered(TWO, 10, 20).notes == ("the VM of process 10 (qemu, 2 inputs), process 20 (other, 1 inputs)",)
+    assert lowered(TWO, "all").notes == ("merged as asked: process 10 (qemu, 2 inputs), process 20 (other, 1 input)",)
+    assert lowered(TWO, 10, 20).notes == ("the VM of process 10 (qemu, 2 inputs), process 20 (other, 1 input)",)
 
 
 def test_a_process_that_is_not_there_is_refused() -> None:
