@@ -74,7 +74,7 @@ def _show(fmt: PageFormat, entry: Entry) -> Iterator[str]:
     """An entry in lines: what it is, and each field that is set, the highest first."""
     kind = entry.kind.value.replace("_", " ")
     size = _SIZES[entry.level - 1]
-    yield (f"{entry.value:#018x}  {fmt.name} level {entry.level} ({size}): {kind}{_address(entry)}")
+    yield f"{entry.value:#018x}  {fmt.name} level {entry.level} ({size}): {kind}{_address(entry)}"
     if summary := _summary(entry):
         yield f"  {summary}"
     lines = [(field.high, f"{field.bits:>5}  {field.name:<16}{_value(field)}") for field in entry.fields]

@@ -49,7 +49,7 @@ def diff(first: str, second: str, everything: bool, form: str) -> None:
 
 def _lines(one: dict[str, Any], other: dict[str, Any], form: str, everything: bool) -> Iterator[str]:
     from pgemu.report.answers import wrapped
-    from pgemu.report.two_columns import render
+    from pgemu.report.two_columns import lacking, render
     from pgemu.report.two_documents import answer_lines, configuration_lines
 
     mark, fence = ("## ", ["```text"]) if form == "markdown" else ("", [])
@@ -62,6 +62,9 @@ def _lines(one: dict[str, Any], other: dict[str, Any], form: str, everything: bo
         yield from ("", f"{mark}{title}", "", *fence, *lines, *(["```"] if fence else []))
     for design, rows in _counted(one, other, everything):
         yield from ("", f"{mark}{design}", "")
+        for name, document in (("A", one), ("B", other)):
+            if without := lacking(document["designs"][design]):
+                yield from wrapped(f"  {name} was counted by another version of pgemu, without {'; '.join(without)}")
         yield render(rows, ("A", "B"), form).rstrip("\n") if rows else "  nothing differs"  # type: ignore[arg-type]
 
 

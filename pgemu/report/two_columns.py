@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import pgemu.report.units as units
 from pgemu.experiments.metrics import METRICS
 
-__all__ = ("Form", "Row", "differs", "render", "rows")
+__all__ = ("Form", "Row", "differs", "lacking", "render", "rows")
 
 Form = Literal["text", "markdown", "csv"]
 _WIDTHS = (33, 13, 13, 12, 7)
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
-    """Return every quantity of two runs: members of "designs" of a document."""
+    """Return every quantity that two runs have: members of "designs" of a document."""
     names = list(dict.fromkeys([*first["operations"], *second["operations"]]))
     for name in names:
         ends = [run["operations"].get(name, {"outcomes": {}}) for run in (first, second)]
@@ -42,8 +42,15 @@ def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
         one, other = (tuple(run["operations"].get(name, none)["estimate_ns"]["total"]) for run in (first, second))
         yield Row("Kernel time, an estimate", name, "ns", one, other)
     for metric in METRICS:
+        if metric.key not in first["state"] or metric.key not in second["state"]:  # another version of pgemu: lacking()
+            continue
         one, other = (run["state"][metric.key] for run in (first, second))
         yield Row(metric.group, metric.label, metric.unit, one, other)
+
+
+def lacking(run: Mapping[str, Any]) -> list[str]:
+    """Return what another version of pgemu did not count: quantities of this one."""
+    return [f"{metric.group}: {metric.label}" for metric in METRICS if metric.key not in run["state"]]
 
 
 def render(found: Iterable[Row], heads: Sequence[str], form: Form = "text") -> str:

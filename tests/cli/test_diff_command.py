@@ -126,6 +126,19 @@ def test_runs_of_other_traces_and_designs_the_other_way_round_answer_the_same(tm
     assert not any("turns from" in line for line in rows)
 
 
+def test_a_quantity_that_another_version_does_not_count_is_named(documents: tuple[str, str]) -> None:
+    older = json.loads(Path(documents[1]).read_text())
+    for design in older["designs"].values():
+        del design["state"]["vmemmap_restored"]
+    older["pgemu"] = "0.0.1"
+    Path(documents[1]).write_text(json.dumps(older))
+    result = invoke("diff", *documents)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert said.count("B was counted by another version of pgemu, without Memory for struct pages: vmemmap rest") == 2
+    assert ["pgemu", "0.0.1"] in [line.split()[::2] for line in section(result.stdout, "Configuration")]
+
+
 def test_one_design_alone_has_no_answers_and_all_else(tmp_path: Path) -> None:
     alone = compare(lowered(mixed_records()), designs=("pfnmap",))
     text = invoke("diff", *written(tmp_path, mixed(), alone)).stdout
