@@ -11,7 +11,9 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-os.environ.pop("COLUMNS", None)  # a terminal's width folds lines; tests that are about it set it
+# A terminal's width folds lines; tests that are about it set it. readline sets it, too, where os.environ does not see.
+os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
