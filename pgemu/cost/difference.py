@@ -2,7 +2,8 @@
 
 A price is one unknown number within its band, and the same one on both machines. So the difference of two machines is
 known better than their totals: per event the numbers of charges and of units are subtracted first, and each end of
-what is left is priced by its sign. Where both do the same, however uncertain it is, nothing remains.
+what is left is priced by its sign. Where both do the same, however uncertain it is, nothing remains. Two events that
+count the same work (SAME_WORK) at one price are one unknown.
 
 Nothing is run again: counts of one run are priced under any profile.
 """
@@ -23,11 +24,14 @@ from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Operation
 
-__all__ = ("Contribution", "Difference", "Estimate", "difference", "estimate")
+__all__ = ("SAME_WORK", "Contribution", "Difference", "Estimate", "difference", "estimate")
 
 Array = np.ndarray[Any, Any]
 Prices = str | os.PathLike[str] | Profile
 _PICOSECONDS = 1000.0
+SAME_WORK = ((Event.PAGE_ZEROED, Event.FOLIO_ZEROED_PAGES),)
+"""Events that count the same work, for the counts to tell who asks for it: here 4 KiB that are cleared. A profile that
+prices them differently says that they are not the same on its machine."""
 
 
 class Counted(Protocol):
@@ -45,7 +49,8 @@ class Contribution:
 
     Attributes:
         event: the event
-        units, charges: how many, and charged at how many times; of a difference those of the second less the first's
+        units, charges: how many, and charged at how many times; of a difference those of the second less the first's,
+            and of SAME_WORK at one price those of both events, under the one that differs more
         band: nanoseconds, low and high; of a difference both may be negative
         price: what one takes, with its source and basis
     """
@@ -146,7 +151,7 @@ def difference(
     prices = profile if isinstance(profile, Profile) else profile_named(profile)
     table = price_table(prices, vcpus, host_cpus)
     (units, charges), (more_units, more_charges) = counts(first, op), counts(second, op)
-    both = _estimate(more_units - units, more_charges - charges, table, prices)
+    both = _estimate(*_as_one(more_units - units, more_charges - charges, table), table, prices)
     one, other = _estimate(units, charges, table, prices), _estimate(more_units, more_charges, table, prices)
     return Difference(both.total, both.events, one, other)
 
@@ -155,6 +160,21 @@ def counts(statistics: Counted, op: Operation | None = None) -> tuple[Array, Arr
     """int64[EVENTS] each: units and charges of every event, in all or of one kind of operation."""
     units, charges = statistics.events, statistics.charges
     return (units.sum(axis=0), charges.sum(axis=0)) if op is None else (units[op], charges[op])
+
+
+def _as_one(units: Array, charges: Array, table: Array) -> tuple[Array, Array]:
+    """Units and charges of a difference, with those of SAME_WORK at one price put together.
+
+    units, charges: int64[EVENTS]. table: int64[EVENTS, PRICE_WORDS]
+    """
+    units, charges = units.copy(), charges.copy()
+    for pair in SAME_WORK:
+        less, more = sorted(pair, key=lambda event: abs(int(units[event])))
+        if (table[less] == table[more]).all():
+            for counted in (units, charges):
+                counted[more] += counted[less]
+                counted[less] = 0
+    return units, charges
 
 
 def bands(units: Array, charges: Array, table: Array) -> Array:

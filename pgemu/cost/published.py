@@ -250,6 +250,11 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.SPIN_DROPPED,
+        CARRIED + "nothing more is done",
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

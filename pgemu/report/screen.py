@@ -19,6 +19,7 @@ from pgemu.machine.results import operation_name
 from pgemu.report.answers import WIDTH, answers_of, heads, measured, points, row, value, wrapped
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
+from pgemu_kernels.words.rows import SPINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -263,6 +264,11 @@ def _refusals(comparison: Comparison) -> Iterator[str]:
             yield f"{run.design}: {run.refusal}"
         if failed := run.statistics.event(Event.SPIN_FAILED):
             yield f"{run.design}: {units.count(failed)} conversions that would spin failed when they went on"
+        if dropped := run.statistics.event(Event.SPIN_DROPPED):
+            yield (
+                f"{run.design}: {units.count(dropped)} conversions that would spin beyond {units.count(SPINS)} at a "
+                "time were dropped, a limit of this model"
+            )
     names = {
         (operation.operation, name)
         for run in comparison.runs[:2]

@@ -106,6 +106,46 @@ def test_fewer_charges_of_more_units_are_two_unknowns(lab: str) -> None:
     assert difference(first, first, lab).total == (0, 0)
 
 
+ZEROED = (Event.PAGE_ZEROED, Event.FOLIO_ZEROED_PAGES)
+
+
+def zeroing(pages: int, by_folio: int) -> Made:
+    """Pages zeroed one by one, and in folios of 512."""
+    return made((FAULT, ZEROED[0], pages, pages), (FAULT, ZEROED[1], by_folio, by_folio // 512))
+
+
+def test_the_same_work_at_one_price_is_one_unknown() -> None:
+    """600 pages one by one, or 512 of a folio: it is 88 pages more, however uncertain what a page takes is."""
+    low, high = cost.profile("published")[Event.PAGE_ZEROED].each
+    found = difference(zeroing(0, 512), zeroing(600, 0))
+    assert found.total == pytest.approx((88 * low, 88 * high))
+    assert found.cheaper == "first"
+    assert [(part.event, part.units) for part in found.events] == [(Event.PAGE_ZEROED, 88)]
+    assert (found.first.total[1], found.second.total[0]) == pytest.approx((512 * high, 600 * low))
+    assert difference(zeroing(512, 0), zeroing(0, 512)).total == (0, 0)
+    by_folio = difference(zeroing(0, 0), zeroing(1, 1024)).events
+    assert [(part.event, part.units) for part in by_folio] == [(Event.FOLIO_ZEROED_PAGES, 1025)]
+
+
+def test_prices_that_a_profile_tells_apart_are_two_unknowns(tmp_path: Path) -> None:
+    """A machine that clears whole folios faster, without going through the cache."""
+    (tmp_path / "apart.toml").write_text(
+        LAB + '\n[prices.folio_zeroed_pages]\neach = [100, 200]\nsource = "s"\nbasis = "measured"\n'
+    )
+    low, high = cost.profile("published")[Event.PAGE_ZEROED].each
+    found = difference(zeroing(0, 512), zeroing(600, 0), str(tmp_path / "apart.toml"))
+    assert found.total == pytest.approx((600 * low - 512 * 200, 600 * high - 512 * 100), rel=1e-5)
+
+
+@given(*(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)) for _ in range(2)))
+def test_zeroing_is_decided_by_who_zeroes_more(a: tuple[int, int], b: tuple[int, int]) -> None:
+    found = difference(zeroing(*a), zeroing(*b))
+    more = sum(b) - sum(a)
+    assert found.cheaper == (None if more == 0 else "first" if more > 0 else "second")
+    back = difference(zeroing(*b), zeroing(*a)).total
+    assert back == pytest.approx((-found.total[1], -found.total[0]))
+
+
 EVENTS = (Event.SYSCALL, Event.SPTE_CLEARED, Event.TLB_FLUSH_VM)
 NUMBERS = st.lists(st.integers(0, 1000), min_size=6, max_size=6)
 

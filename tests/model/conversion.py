@@ -96,9 +96,7 @@ class Conversions(State):
     def go_on(self, spin: Spin) -> None:
         """Merge what could not be merged, then convert what is left."""
         if not spin.unit.shared and self.parameters.merge == "now":
-            for _, folio in self.private_blocks(spin.unit):
-                if folio.split and not self.merge_now(spin.unit, folio):
-                    break
+            self.merge_what_waits(spin.unit)
         if self.spun is None and not self.knows_no_private(spin.vm, spin.unit.inode):
             self.convert_units(spin.unit)
         if self.spun is None:
@@ -107,6 +105,22 @@ class Conversions(State):
         start, spin.folio, spin.inner = self.spun
         spin.unit = spin.unit.part(range(start, spin.unit.pages.stop), start)
         self.spun = None
+
+    def merge_what_waits(self, unit: Unit) -> None:
+        """Merge split blocks that are all private, and private pieces, up to the first one that is held."""
+        for number in self.blocks_of(unit.pages):
+            folio = unit.node.blocks.get(number)
+            first = number << self.order
+            if folio is None:
+                continue
+            if folio.pieces is not None:
+                inner = self.merge_pieces(folio, first, unit.node.shared)
+                if inner is not None:
+                    self.spun = unit.pages.start, folio, inner
+            elif folio.split and unit.node.shared.isdisjoint(self.block_of(first)):
+                self.merge_now(unit, folio)
+            if self.spun is not None:
+                return
 
     def convert_units(self, whole: Unit) -> Outcome:
         inode, node, pages, shared, _ = whole
@@ -184,8 +198,13 @@ class Conversions(State):
             if refused:
                 return refused
         else:
-            refused = self.merge_blocks(unit)
+            refused = self.merge_blocks(unit, stored=False)
             if refused:
+                assert self.spun is not None
+                _, folio, inner = self.spun
+                start = max(unit.pages.start, folio.place[1] << self.order)
+                self.store(unit._replace(pages=range(unit.pages.start, start)))  # what is merged is private
+                self.spun = start, folio, inner
                 return refused
         self.store(unit)
         return OK
@@ -371,10 +390,11 @@ class Conversions(State):
             self.memory.split_pieces(folio, {piece})
         return 0, 0
 
-    def merge_blocks(self, unit: Unit) -> Outcome | None:
+    def merge_blocks(self, unit: Unit, stored: bool = True) -> Outcome | None:
         """To private: merge what has no shared page outside the range left and is idle, or have the worker do it.
 
-        What somebody holds would spin, the other blocks are merged all the same.
+        What somebody holds would spin. Blocks behind it are merged all the same where it is `stored` that they are
+        private.
         """
         held = None
         left = unit.node.shared.difference(unit.pages)
@@ -383,12 +403,16 @@ class Conversions(State):
             if folio is None or folio.whole:
                 continue
             if folio.pieces is not None:
-                self.merge_pieces(folio, number << self.order, left)
+                inner = self.merge_pieces(folio, number << self.order, left, stored)
+                if inner is not None:
+                    held = held or (unit.pages.start, folio, inner)
             elif left.isdisjoint(self.block_of(number << self.order)):
                 if self.parameters.merge == "lazy":
                     folio.waits = True
                 elif not self.merge_now(unit, folio):
                     held = held or self.spun
+            if held and not stored:
+                break
         self.spun = held
         if held is None:
             return None
@@ -404,12 +428,26 @@ class Conversions(State):
         self.spun = unit.pages.start, folio, next(i for i in folio.units(range(folio.pages)) if folio.busy(i))
         return False
 
-    def merge_pieces(self, folio: Folio, first: int, shared: set[int]) -> None:
-        """Merge the 2M pages that can be, and all of them to 1G if none is split any more."""
-        for piece in sorted(folio.pieces or ()):
-            inside = range(piece * PIECE, piece * PIECE + PIECE)
-            index = range(first + inside.start, first + inside.stop)
-            if shared.isdisjoint(index) and folio.idle_part(inside):
+    def merge_pieces(self, folio: Folio, first: int, shared: set[int], stored: bool = True) -> int | None:
+        """Merge the 2M pages that can be, and all of them to 1G if none is split any more.
+
+        The folio that is held of those that would be merged, by its first page in the huge page, or None. What is
+        merged has no shared page: where it is not `stored` that they are private, nothing is if anything is held.
+        """
+        inside = {piece: range(piece * PIECE, piece * PIECE + PIECE) for piece in sorted(folio.pieces or ())}
+        private = [
+            piece
+            for piece, pages in inside.items()
+            if shared.isdisjoint(range(first + pages.start, first + pages.stop))
+        ]
+        whole = shared.isdisjoint(self.block_of(first))
+        frozen = [range(folio.pages)] if whole else [inside[piece] for piece in private]
+        held = next((unit for pages in frozen for unit in folio.units(pages) if folio.busy(unit)), None)
+        if held is not None and not stored:
+            return held
+        for piece in private:
+            if folio.idle_part(inside[piece]):
                 self.memory.merge_piece(folio, piece)
-        if not folio.pieces and folio.idle and shared.isdisjoint(self.block_of(first)):
+        if not folio.pieces and folio.idle and whole:
             self.memory.join_pieces(folio, keep=True)
+        return held

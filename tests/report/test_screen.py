@@ -13,12 +13,13 @@ from comparisons import HVA, converts_nothing, lowered, mixed, mixed_records, on
 from pgemu.experiments.compare import Comparison, compare
 from pgemu.experiments.mended import with_mended
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
-from pgemu.experiments.verdict import QUESTIONS, Trial, measure, verdict
+from pgemu.experiments.verdict import QUESTIONS, Trial, measure, refused, verdict
 from pgemu.machine.config import DEFECTS
 from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu.report.screen import HEIGHT, WIDTH, mixed as by_hand, screen
-from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, load, shipped
-from pgemu_kernels.words.operations import PAGE_2M
+from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, Records, load, shipped
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
+from pgemu_kernels.words.rows import SPINS
 from random_traces import traces
 
 HUGETLB = Path(__file__).parents[1] / "data" / "traces" / "vm-boot-microvm-hugetlb.ftrace.txt.xz"
@@ -81,6 +82,23 @@ def test_what_is_broken_names_its_defect() -> None:
     assert "restructure shows guest or host stale contents of 511 pages (defect uptodate-unzeroed)" in " ".join(
         shown(mixed()).split()
     )
+
+
+def test_conversions_that_the_model_drops_are_no_refusals() -> None:
+    pages = [page % 511 * PAGE_4K for page in range(SPINS + 2)]
+    records = [
+        *setup(),
+        one(Operation.GUEST_FAULT, address=0),
+        one(Operation.GET, offset=0),
+        Records.build(len(pages), op=Operation.CONVERT, flags=Flag.SHARED, offset=pages, length=PAGE_4K),
+    ]
+    comparison = compare(lowered(records))
+    text = " ".join(shown(comparison).split())
+    assert (
+        "restructure: 2 conversions that would spin beyond 4,096 at a time were dropped, a limit of this model" in text
+    )
+    assert [refused(run) for run in comparison.runs] == [0, 0]
+    assert_fits(shown(comparison))
 
 
 def test_a_refusal_is_the_result() -> None:

@@ -109,8 +109,8 @@ def in_pieces(m):
 gate_pieces = full_only(pieces.gate_block, NONE)
 note_waiting = full_only(piece_merges.note_waiting, None)  # there are no pieces
 note_touched = full_only(piece_merges.note_touched, None)
-merge_pieces = full_only(piece_merges.merge_pieces, None)
-merge_touched = full_only(piece_merges.merge_touched, None)
+merge_pieces = full_only(piece_merges.merge_pieces, NONE)
+merge_touched = full_only(piece_merges.merge_touched, NONE)
 lru_add_pieces = full_only(lru.lru_add_pieces, None)  # there are no LRU batches
 
 

@@ -243,7 +243,8 @@ def store_item(m, op):
 
 @outlined
 def item_spins(m, op, first):
-    """The item's folio that begins at page `first` cannot be frozen. A split is tried again from the store on."""
+    """A folio of the item, at page `first` or behind it in its block, cannot be frozen. A split is tried again from the
+    store on."""
     state = m.state
     node = inode_row(state[op + O_INODE])
     block = block_row(m, node, first)
@@ -264,7 +265,7 @@ def restructure_item(m, op):
     state = m.state
     start = state[op + O_ITEM_START]
     if state[op + O_TO_PRIVATE] != U0:
-        held = merge_blocks(m, op, start, state[op + O_ITEM_END], False)
+        held = merge_blocks(m, op, start, state[op + O_ITEM_END], True)
         if held != NONE:
             return item_spins(m, op, held)
         went_on(m, op)

@@ -65,6 +65,7 @@ from pgemu_kernels.gmem.pieces import (
     PIECES,
     WHOLE,
     any_piece_split,
+    held_in_pieces,
     is_idle_block,
     is_piece_split,
     mark_piece,
@@ -156,35 +157,61 @@ def has_to_wait(m, node, block, first, low, high, start, end):
 
 
 @outlined
+def first_held(m, node, block, first, low, high, start, end):
+    """Of the folios that a merge of pages [low, high) freezes, the first page of the first one that is held, or NONE.
+
+    Where no page of the block is shared, that is all of it.
+    """
+    whole = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
+    index = first if whole else low & ~(PAGES - U1)
+    last = first + BLOCK_PAGES if whole else high
+    held = NONE
+    while index < last and held == NONE:
+        if whole or may_merge(m, node, block, index, start, end):
+            held, _ = held_in_pieces(m, block, index, index + PAGES)
+        index += PAGES
+    return held
+
+
+@outlined
 def merge_pieces(m, node, block, first, start, end):
-    """Merge what can be: the split pieces without a shared page, then the block. Fails quietly.
+    """Merge what can be: the split pieces without a shared page, then the block: first_held().
 
     Pages [start, end) count as private: a conversion may merge before it stores (order fixup). All pieces of the block
     are looked at, those too that wait because of an earlier failure. What somebody holds, or has no memory for its
     vmemmap, stays; then the block waits.
     """
+    held = first_held(m, node, block, first, first, first + BLOCK_PAGES, start, end)
     merge_split(m, node, block, first, first + BLOCK_PAGES, start, end)
     if shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0 and not any_piece_split(m, block):
         merge_whole(m, node, block, first, True, False)
     if m.state[block + B_STATE] == BLOCK_PARTLY:
         note_waiting(m, node, block, first, start, end)
+    return held
 
 
 @outlined
-def merge_touched(m, node, block, first, start, end):
+def merge_touched(m, node, block, first, start, end, stored):
     """merge_pieces() after pages [start, end) of the block, and no others, became private.
 
-    Unless the block waits no piece elsewhere can be merged: it waits as long as one can.
+    Unless the block waits no piece elsewhere can be merged: it waits as long as one can. Not `stored` as private yet:
+    then nothing is merged where a folio is held, for what is merged has no shared page.
     """
-    if m.state[block + B_WAITS] != U0:
-        merge_pieces(m, node, block, first, start, end)
-        return
+    waits = m.state[block + B_WAITS] != U0
+    low, high = (first, first + BLOCK_PAGES) if waits else (start, end)
+    held = first_held(m, node, block, first, low, high, start, end)
+    if held != NONE and not stored:
+        charge_one(m, EVENT_FREEZE_SPIN)
+        return held
+    if waits:
+        return merge_pieces(m, node, block, first, start, end)
     stays = merge_split(m, node, block, start, end, start, end)
     private = shared_besides(m, node, first, BLOCK_PAGES, start, end) == U0
     if private and not any_piece_split(m, block):
         merge_whole(m, node, block, first, True, False)
     if m.state[block + B_STATE] == BLOCK_PARTLY and (stays or private):
         start_waiting(m, block)
+    return held
 
 
 @outlined

@@ -114,31 +114,37 @@ def zeroed_bits(m, node, index):
 
 
 @outlined
+def held_in_pieces(m, block, start, end):
+    """Of a block in pieces (the first page of the first folio under [start, end) that somebody holds, or NONE; how many
+    folios were looked at)."""
+    index = start
+    checked = np.int64(0)
+    failing = NONE
+    while index < end and failing == NONE:
+        head = piece_head(m, block, index)
+        inside = index & (PAGES - U1)
+        checked += 1
+        if is_piece_split(m, block, index) == U0:
+            if reference_count(m.ram, struct_page(m, head)) != PAGES:
+                failing = index - inside
+            index += PAGES - inside
+        else:
+            if m.ram[struct_page(m, head + inside) + COUNTS] != ONE_CACHED:
+                failing = index
+            index += U1
+    return failing, checked
+
+
+@outlined
 def gate_block(m, node, block, first, start, end):
     """The first page of the first folio under [start, end) that somebody holds, or NONE: the gate, folio by folio.
 
     The block is whole or in pieces.
     """
-    ram = m.ram
     if m.state[block + B_STATE] == BLOCK_HUGE:
         charge_one(m, EVENT_FOLIO_GATE_CHECKED)
-        return NONE if reference_count(ram, struct_page(m, m.state[block + B_PFN])) == BLOCK_PAGES else first
-    index = max(start, first)
-    stop = min(end, first + BLOCK_PAGES)
-    checked = np.int64(0)
-    failing = NONE
-    while index < stop and failing == NONE:
-        head = piece_head(m, block, index)
-        inside = index & (PAGES - U1)
-        checked += 1
-        if is_piece_split(m, block, index) == U0:
-            if reference_count(ram, struct_page(m, head)) != PAGES:
-                failing = index - inside
-            index += PAGES - inside
-        else:
-            if ram[struct_page(m, head + inside) + COUNTS] != ONE_CACHED:
-                failing = index
-            index += U1
+        return NONE if reference_count(m.ram, struct_page(m, m.state[block + B_PFN])) == BLOCK_PAGES else first
+    failing, checked = held_in_pieces(m, block, max(start, first), min(end, first + BLOCK_PAGES))
     charge(m, EVENT_FOLIO_GATE_CHECKED, checked)
     return failing
 

@@ -12,7 +12,7 @@ from pgemu_kernels.engine.rows import block_row, inode_row
 from pgemu_kernels.engine.shareability import shared_in_block
 from pgemu_kernels.folios.folio import reference_count, struct_page
 from pgemu_kernels.folios.merging import merge_block
-from pgemu_kernels.gmem.conversion import merge_lazy
+from pgemu_kernels.gmem.conversion import merge_lazy, merge_pieces
 from pgemu_kernels.gmem.orders import convert
 from pgemu_kernels.gmem.spinning import is_spinning, note_block, row_before, spin_row
 from pgemu_kernels.words.enum_words import (
@@ -28,6 +28,8 @@ from pgemu_kernels.words.registers import R_COUNTER_ROW, R_ORDER, R_RESUMING, R_
 from pgemu_kernels.words.rows import (
     ACTORS,
     B_STATE,
+    B_WAITS,
+    BLOCK_PARTLY,
     BLOCK_SPLIT,
     I_LOCK,
     I_ZEROED,
@@ -59,7 +61,8 @@ AGAIN = STATE_OPS + U((ACTORS + 2) * O_WORDS)  # the record of what is tried aga
 
 @outlined
 def merge_what_waits(m, inode, start, end):
-    """Merge the split blocks of pages [start, end) that are all private: the first one that cannot be, or NONE."""
+    """Merge the split blocks of pages [start, end) that are all private, and what waits of blocks in pieces: a page of
+    the first one that cannot be, or NONE."""
     state = m.state
     node = inode_row(inode)
     order = state[R_ORDER]
@@ -69,6 +72,10 @@ def merge_what_waits(m, inode, start, end):
         if state[block + B_STATE] == BLOCK_SPLIT and shared_in_block(m, node, first) == U0:
             if merge_block(m, block, first, state[node + I_ZEROED] + (first >> U6)) != 0:
                 return first
+        elif state[block + B_STATE] == BLOCK_PARTLY and state[block + B_WAITS] != U0:
+            held = merge_pieces(m, node, block, first, first, first)
+            if held != NONE:
+                return held
         first += U1 << order
     return NONE
 

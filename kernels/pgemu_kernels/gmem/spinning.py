@@ -17,14 +17,14 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U512
-from pgemu_kernels.engine.charge import change, result
+from pgemu_kernels.engine.charge import change, charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.folios.folio import reference_count, struct_page
 from pgemu_kernels.gmem import pieces
-from pgemu_kernels.words.enum_words import GAUGE_SPINNING
+from pgemu_kernels.words.enum_words import EVENT_SPIN_DROPPED, GAUGE_SPINNING
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.operations import BLOCKED, EBUSY, WOULD_SPIN
+from pgemu_kernels.words.operations import BLOCKED, WOULD_SPIN
 from pgemu_kernels.words.registers import R_FULL, R_ORDER, R_RESUMING, R_SPINS
 from pgemu_kernels.words.rows import (
     B_PFN,
@@ -130,17 +130,33 @@ went_on = full_only(freeze_succeeded, None)  # the fast loops go no steps
 
 
 @outlined
+def forget_ended(state):
+    """Rows of conversions that have ended make room; the others stay in their order."""
+    kept = U0
+    for i in range(state[R_SPINS]):
+        if state[spin_row(i) + Q_LIVE] != U0:
+            for word in range(Q_WORDS):
+                state[spin_row(kept) + U(word)] = state[spin_row(i) + U(word)]
+            kept += U1
+    state[R_SPINS] = kept
+
+
+@outlined
 def note_spin(m, op, start, pfn, references, index):
     """Note that a conversion, or one that is tried again, has pages [start, its end) left to do: its status.
 
-    -EBUSY where there is no room for another one: nothing more is done of it then.
+    SPINS at a time, a limit of this model: of one more nothing more is done, and EVENT_SPIN_DROPPED counts it.
     """
     state = m.state
+    state[op + O_DETAIL] = index << U12
     i = state[R_RESUMING] - U1
     if state[R_RESUMING] == U0:
+        if state[R_SPINS] >= U(SPINS):
+            forget_ended(state)
         i = state[R_SPINS]
         if i >= U(SPINS):
-            return np.int64(-EBUSY)
+            charge_one(m, EVENT_SPIN_DROPPED)
+            return np.int64(-WOULD_SPIN)
         state[R_SPINS] = i + U1
         state[R_FULL] = U1  # the fast loops do not look after it
         change(m.stats, GAUGE_SPINNING, 1)
@@ -154,7 +170,6 @@ def note_spin(m, op, start, pfn, references, index):
     state[row + Q_PFN] = pfn
     state[row + Q_REFERENCES] = references
     state[row + Q_INDEX] = index
-    state[op + O_DETAIL] = index << U12
     return np.int64(-WOULD_SPIN)
 
 

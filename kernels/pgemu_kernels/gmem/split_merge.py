@@ -25,6 +25,7 @@ from pgemu_kernels.gmem.conversion import (
     merge_lazy,
     merge_touched,
     note_touched,
+    store_range,
 )
 from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.words.enum_words import EVENT_FREEZE_SPIN
@@ -176,8 +177,8 @@ def merge_now(m, node, block, first):
 
 @outlined
 def merge_failed(m, op, start, first):
-    """The block that begins at page `first` cannot be merged, for somebody holds a page; pages from `start` on are
-    left to do."""
+    """The block that has page `first` cannot be merged, for somebody holds that page's folio or one behind it; pages
+    from `start` on are left to do."""
     state = m.state
     block = block_row(m, inode_row(state[op + O_INODE]), first)
     if is_stepped(state, op):
@@ -187,20 +188,19 @@ def merge_failed(m, op, start, first):
 
 
 @step
-def merge_one(m, node, block, first, start, end):
+def merge_one(m, node, block, first, start, end, stored):
     """Merge a block, which begins at page `first`, or what pages [start, end) touch of one in pieces; lazily, it only
-    waits for the worker. Whether somebody holds it: pieces, which no posted code has, merely wait.
+    waits for the worker. The first page of what somebody holds, or NONE.
     """
     if m.state[block + B_STATE] == BLOCK_PARTLY:
-        if merge_lazy(m) != U0:
-            note_touched(m, node, block, first, start, end)
-        else:
-            merge_touched(m, node, block, first, start, end)
+        if merge_lazy(m) == U0:
+            return merge_touched(m, node, block, first, start, end, stored)
+        note_touched(m, node, block, first, start, end)
     elif merge_lazy(m) != U0:
         start_waiting(m, block)
-    else:
-        return merge_now(m, node, block, first)
-    return False
+    elif merge_now(m, node, block, first):
+        return first
+    return NONE
 
 
 @kernel
@@ -214,51 +214,69 @@ def needs_merge(m, node, block, start, end):
 
 
 @kernel
-def merge_blocks(m, op, start, end, besides):
-    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) if
-    `besides` (they are not stored as private yet). Of folios of order 0 there is nothing to merge.
+def merge_blocks(m, op, start, end, stored):
+    """Merge the split blocks that pages [start, end) touch and that have no shared page, but in [start, end) unless it
+    is `stored` that they are private. Of folios of order 0 there is nothing to merge.
 
-    The first page of the first block that somebody holds, or NONE; the others are merged all the same.
+    A page of the first folio that somebody holds, or NONE. The blocks behind it are merged all the same, but for those
+    whose pages are not stored as private yet.
     """
     held = NONE
     state = m.state
     node = inode_row(state[op + O_INODE])
     order = state[R_ORDER]
     first = start >> order << order
-    while order != U0 and first < end:
+    while order != U0 and first < end and (stored or held == NONE):
         block = block_row(m, node, first)
         low = max(start, first)
         high = min(end, first + (U1 << order))
         kind = m.state[block + B_STATE]
         if in_pieces(m) and kind == BLOCK_PARTLY:
             if needs_merge(m, node, block, low, high):
-                merge_one(m, node, block, first, low, high)
+                held = min(held, merge_one(m, node, block, first, low, high, stored))
         elif kind == BLOCK_SPLIT:
             shared = shared_in_block(m, node, first)
-            if besides:
+            if not stored:
                 shared -= shared_in_range(m, node, low, high)
-            if shared == U0 and merge_one(m, node, block, first, low, high):
-                held = min(held, first)
+            if shared == U0:
+                held = min(held, merge_one(m, node, block, first, low, high, stored))
         first += U1 << order
     return held
 
 
-def merges(besides: bool) -> Any:
+@kernel
+def late_merge_failed(m, op, held):
+    """merge_failed() after the store."""
+    return merge_failed(m, op, m.state[op + O_START], held)
+
+
+@outlined
+def early_merge_failed(m, op, held):
+    """merge_failed() before the store: blocks before the one that holds page `held` are merged, so their pages are
+    stored as private."""
+    state = m.state
+    start = max(state[op + O_START], held >> state[R_ORDER] << state[R_ORDER])
+    if start > state[op + O_START] and not is_stepped(state, op):
+        store_range(m, op, state[op + O_START], start, U0)
+    return np.int64(merge_failed(m, op, start, held))
+
+
+def merges(stored: bool, failed: Any) -> Any:
     """To private: a step that merges every touched block which holds no shared page any more, or -WOULD_SPIN.
 
-    besides: those of the unit left out, for it comes before the store.
+    stored: it comes after the store. failed: its end where somebody holds a page.
     """
 
     @kernel
     def merge_unit(m, op):
-        held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], besides)
+        held = merge_blocks(m, op, m.state[op + O_START], m.state[op + O_END], stored)
         if held != NONE:
-            return merge_failed(m, op, m.state[op + O_START], held)
+            return failed(m, op, held)
         went_on(m, op)
         return GO
 
     return merge_unit
 
 
-merge = merges(False)
-merge_early = merges(True)  # fixup
+merge = merges(True, late_merge_failed)
+merge_early = merges(False, early_merge_failed)  # fixup

@@ -74,6 +74,7 @@ class Event(IntEnum):
     SPIN_ENDED = 48  # a conversion that would spin has gone on to its end
     SPIN_FAILED = 49  # ... and that was an error
     STALE_PAGE_SHOWN = 50  # a page that a new leaf shows guest or host for the first time, and that was never zeroed
+    SPIN_DROPPED = 51  # a conversion that would spin, of which nothing more is done: SPINS are noted already
 
 
 EVENTS = 56  # room in a counter row

@@ -167,7 +167,7 @@ Q_PFN = U(6)  # first frame of the folio that cannot be frozen,
 Q_REFERENCES = U(7)  # how many references it may have,
 Q_INDEX = U(8)  # and its page of the inode
 Q_WORDS = 16
-SPINS = 256
+SPINS = 4096  # noted at once; of more than that what is left is not done
 
 VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave
 

@@ -169,11 +169,14 @@ def test_gate_names_the_folio() -> None:
     piece = gmem.get_reference(3 * M2 + 7 * PAGE).detail
     assert machine.folio(piece).refcount == 513
     assert gmem.convert(0, 8 * M2, shared=False) == (-W.EAGAIN, 3 * M2)
-    assert gmem.convert(0, M2, shared=False) == (0, 0)  # its piece merges, the block cannot
+    assert gmem.convert(0, M2, shared=False) == (-W.WOULD_SPIN, 3 * M2)  # its piece could merge, the block cannot
     assert gauge(machine, Gauge.BLOCKS_PARTLY) == 1
-    assert vm.touch(0).detail == 2
+    assert gauge(machine, Gauge.XARRAY_NODES) == 65 + 8  # order fixup: nothing is stored, or merged
+    assert vm.touch(0).detail == 1
     assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=True) == (-W.WOULD_SPIN, 3 * M2)
-    assert gmem.put_reference(piece).status == 0  # and the conversion is done
+    assert machine.broken[0] == 0
+    assert gmem.put_reference(piece).status == 0  # both conversions are done: a merge, then a split
+    assert machine.statistics.event(Event.SPIN_ENDED) == 2
     assert gmem.put_reference(piece).status == -W.ENOENT
     assert gmem.is_shared(3 * M2 + 7 * PAGE)
     assert gmem.convert(3 * M2 + 7 * PAGE, PAGE, shared=False).status == 0

@@ -13,7 +13,7 @@ from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
-from pgemu_kernels.words.events import Gauge
+from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Flag, Operation
 
 PAGE, M2, G1 = W.PAGE_4K, W.PAGE_2M, W.PAGE_1G
@@ -282,6 +282,45 @@ def test_failing_folio(order: str) -> None:
     scene.sound()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("held", "first"), [(1100, 1100), (700, 512)], ids=["in the piece", "a whole piece beside it"])
+def test_a_merge_that_meets_a_reference_would_spin(order: str, held: int, first: int) -> None:
+    """The last shared pages of the block become private. fixup stores last of all, so that nothing is merged yet."""
+    scene = Scene(order=order)
+    mixed(scene)
+    assert scene.convert(3, 7, shared=False) == (0, 0)
+    assert scene.split() == 1
+    pfn = scene.gmem.get_reference(held * PAGE).detail
+    assert scene.convert(1024, 7, shared=False) == (-W.WOULD_SPIN, first)
+    assert scene.gmem.is_shared(1030 * PAGE) == (order == "fixup")
+    assert scene.split() == (1 if order == "fixup" or held == 1100 else 0)
+    [left] = scene.machine.spinning()
+    assert left.holders == ("transient references",)
+    scene.sound()
+    assert scene.gmem.put_reference(pfn).status == 0
+    assert not scene.gmem.is_shared(1030 * PAGE)
+    assert (scene.gauge(Gauge.BLOCKS_HUGE), scene.machine.spinning()) == (2, [])
+    scene.sound()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_lazy_merge_that_meets_a_reference_waits(order: str) -> None:
+    """The conversion is done; the worker finds the piece held each time, and that counts."""
+    scene = Scene(order=order, merge="lazy", worker="queued")
+    mixed(scene)
+    pfn = scene.gmem.get_reference(1100 * PAGE).detail
+    assert scene.convert(1024, 7, shared=False) == (0, 0)
+    assert scene.machine.spinning() == []
+    spins = scene.machine.statistics.event(Event.FREEZE_SPIN)
+    assert scene.machine.work() == (0, 0)
+    assert (scene.gauge(Gauge.WORK_PENDING), scene.split()) == (1, 2)
+    assert scene.machine.statistics.event(Event.FREEZE_SPIN) > spins
+    assert scene.gmem.put_reference(pfn).status == 0
+    assert scene.machine.work() == (0, 1)
+    assert (scene.gauge(Gauge.WORK_PENDING), scene.split()) == (0, 1)
+    scene.sound()
+
+
 def test_batches_hold_the_pages_of_a_split_piece() -> None:
     """Split form rfc2: 512 pages go through the batches of 31; what the last one holds keeps the piece from merging."""
     scene = Scene(order="rfc2", split_form="rfc2", kernel="6.12", lru_cache=True)
@@ -290,10 +329,12 @@ def test_batches_hold_the_pages_of_a_split_piece() -> None:
     assert scene.gauge(Gauge.PAGES_LRU_CACHED) == 512 % 31
     assert scene.convert(512, 1, shared=True) == (0, 0)
     assert scene.gauge(Gauge.PAGES_LRU_CACHED) == 1024 % 31
-    assert scene.convert(512, 1, shared=False) == (0, 0)  # the page is in no batch, another one of its piece is
+    spins = -W.WOULD_SPIN, 1023
+    assert scene.convert(512, 1, shared=False) == spins  # the page is in no batch, another one of its piece is
     assert scene.split() == 2
     scene.sound()
     assert scene.machine.operate(Operation.LRU_DRAIN).detail == 1024 % 31
+    assert scene.split() == 1
     assert scene.convert(0, 1, shared=False) == (0, 0)
     assert scene.gauge(Gauge.BLOCKS_PARTLY) == 0
     scene.sound()

@@ -175,12 +175,56 @@ def test_what_goes_meanwhile_is_not_waited_for() -> None:
     scene.sound()
 
 
-def test_there_is_room_for_only_so_many() -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_range_is_done_up_to_the_huge_page_that_is_held(order: str) -> None:
+    """Blocks 0 and 2 can be merged, block 1 is held beside the range. fixup, which stores last of all, has stored what
+    it merged; the others have stored all of it, and merged the rest."""
+    scene = Scene(order=order, batch="range")
+    for page in (0, 600, 1024):
+        assert scene.convert(page, 1, shared=True) == (0, 0)
+    pfn = scene.hold(1000)
+    assert scene.convert(0, 601, shared=False) == (SPINS, 1000)
+    assert scene.shared(0, 600, 1024) == [False, order == "fixup", True]
+    assert scene.split() == [False, True, True, False]
+    assert scene.machine.spinning()[0].offset == {"fixup": M2, "jan2026": 0, "rfc2": 600 * PAGE}[order]  # range, item
+    scene.sound()
+    assert scene.machine.operate(Operation.PUT, address=pfn * PAGE).status == 0
+    assert scene.shared(0, 600, 1024) == [False, False, True]
+    assert scene.split() == [False, False, True, False]
+    scene.sound()
+
+
+def test_what_there_is_no_room_for_is_dropped_and_counted() -> None:
+    """A limit of the model: the conversion would spin as the others, and what is left of it is never done."""
     scene = Scene()
-    scene.hold(9)
-    for page in range(W.SPINS):
-        assert scene.convert(page, 1, shared=True) == (SPINS, 0)
-    assert scene.convert(300, 1, shared=True)[0] == -W.EBUSY
+    pfn = scene.hold(9)
+    for number in range(W.SPINS):
+        assert scene.convert(number % 500, 1, shared=True) == (SPINS, 0)
+    assert scene.event(Event.SPIN_DROPPED) == 0
+    assert scene.convert(511, 1, shared=True) == (SPINS, 0)
+    assert scene.event(Event.SPIN_DROPPED) == 1
+    assert scene.machine.statistics.results(Operation.CONVERT) == {SPINS: W.SPINS + 1}
+    assert len(scene.machine.spinning()) == W.SPINS
+    assert scene.machine.operate(Operation.PUT, address=pfn * PAGE).status == 0
+    assert scene.event(Event.SPIN_ENDED) == W.SPINS
+    assert scene.shared(0, 499, 511) == [True, True, False]
+    scene.sound()
+
+
+def test_what_has_ended_makes_room() -> None:
+    scene = Scene()
+    held = [scene.hold(9), scene.hold(600)]
+    for number in range(W.SPINS):
+        assert scene.convert(512 * (number % 2) + number % 500, 1, shared=True) == (SPINS, 512 * (number % 2))
+    assert scene.machine.operate(Operation.PUT, address=held[0] * PAGE).status == 0
+    left = scene.machine.spinning()
+    assert len(left) == W.SPINS // 2
+    assert scene.convert(1023, 1, shared=True) == (SPINS, 512)
+    assert scene.event(Event.SPIN_DROPPED) == 0
+    found = scene.machine.spinning()
+    assert (found[:-1], found[-1].offset) == (left, 1023 * PAGE)
+    assert scene.machine.operate(Operation.PUT, address=held[1] * PAGE).status == 0
+    assert scene.event(Event.SPIN_ENDED) == W.SPINS + 1
     scene.sound()
 
 
