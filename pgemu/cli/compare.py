@@ -54,7 +54,7 @@ __all__ = ("compare",)
     type=click.Choice(["private", "shared", "auto"]),
     default="auto",
     show_default=True,
-    help="Memory at first; auto: private if the trace converts, else shared.",
+    help="Memory at first; auto: private if the trace converts or is a TD's, else shared.",
 )
 @click.option(
     "--dontneed",
