@@ -14,11 +14,20 @@ from pgemu.cli._options import number
 from pgemu.cli.decode import c_bit_option
 from pgemu.cli.walk import c_bit_of, find_root
 from pgemu.errors import InputError
+from pgemu.images.flag_widths import derived_widths, given_widths
 from pgemu.images.folio import Folio, VmemmapPage
 from pgemu.images.image import Image
 from pgemu.images.struct_page import VMEMMAP_SIZE, Page, Value, is_mask, pointer_name
 from pgemu.tables.walk import root_table
-from pgemu_kernels.formats.struct_page import CONFIGURATIONS, RELEASES, STRUCT_PAGE, VMEMMAP, page_layout
+from pgemu_kernels.formats.struct_page import (
+    CONFIGURATIONS,
+    FLAG_FIELDS,
+    RELEASES,
+    STRUCT_PAGE,
+    VMEMMAP,
+    PageLayout,
+    page_layout,
+)
 
 __all__ = ("page",)
 
@@ -79,9 +88,11 @@ def _notes(folio: Folio, page: Page) -> list[str]:
     if page.unknown:
         notes.append(f"flags {page.unknown:#x} have no name in this kernel")
     if page.zone is not None and page.pfn >= _ZONE_ENDS.get(page.zone_name or "", 1 << 64):
-        notes.append(f"zone {page.zone_name} ends before this PFN: another --configuration?")
-    elif page.zone is not None and page.zone_name is None:
-        notes.append(f"zone {page.zone} is none of this configuration")
+        notes.append(f"zone {page.zone_name} ends before this PFN: another --configuration or --flag-widths?")
+    elif page.zone is not None and page.zone_name is None and layout.zones:
+        notes.append(f"zone {page.zone} is none of this configuration: other --flag-widths, or a --dump-page line?")
+    if page.type is not None and page.type.startswith("0x"):
+        notes.append(f"page type {page.type} is none of {layout.release}: another --kernel?")
     if folio.large and is_mask(info := folio.words(1)[1]) != layout.mask_tails:
         form = "a mask" if is_mask(info) else "no mask"
         notes.append(f"tails hold {form}, unlike those of {layout.release}: another --kernel?")
@@ -225,6 +236,20 @@ def _pfn(number: int, vmemmap: int) -> int:
     raise InputError(f"{number:#x}: expected a PFN, or the address of a struct page in the vmemmap at {vmemmap:#x}")
 
 
+def _layout(kernel: str, configuration: str, given: str | None, lines: tuple[str, ...]) -> PageLayout:
+    """The layout, with widths that are given or derived.
+
+    :raises InputError: both, or none that fit
+    """
+    if given and lines:
+        raise InputError("--flag-widths: expected either these or --dump-page")
+    try:
+        widths = given_widths(given, configuration) if given else derived_widths(lines) if lines else None
+        return page_layout(kernel, configuration, widths)
+    except ValueError as problem:
+        raise InputError(f"{'--flag-widths' if given else '--dump-page'}: {problem}") from None
+
+
 def _kernel_root(image: Image, root: str | None) -> str | None:
     """The --root to use: given, "kernel", or else the first root of a CPU or process, which maps the kernel, too."""
     names = [named.name for named in image.roots if named.format.startswith("x86-64")]
@@ -249,6 +274,18 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
     help="Which fields page->flags has: Debian's, or those of a kernel without NUMA and memory cgroups.",
 )
 @click.option(
+    "--flag-widths",
+    metavar="node=N,zone=N,lastcpupid=N",
+    help="How many bits of page->flags these fields have.  [default: the configuration's]",
+)
+@click.option(
+    "--dump-page",
+    metavar="LINE",
+    multiple=True,
+    help="A line of the kernel's dump_page(), 'flags: 0x...(...|node=0|zone=2|lastcpupid=0x1ffff)', from which widths "
+    "are derived; may be repeated. Fields that could be otherwise end in '?'.",
+)
+@click.option(
     "--root",
     metavar="ADDR|NAME",
     help="Physical address of the kernel's top table, or a name that the image gives.  [default: kernel, or the first]",
@@ -261,8 +298,8 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
 @c_bit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def page(
-    image: str, numbers: tuple[int, ...], kernel: str, configuration: str, root: str | None, name: str | None,
-    vmemmap: int, c_bit: int | None, as_json: bool,
+    image: str, numbers: tuple[int, ...], kernel: str, configuration: str, flag_widths: str | None,
+    dump_page: tuple[str, ...], root: str | None, name: str | None, vmemmap: int, c_bit: int | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Name every word of struct pages, and show their folios and the page-table entries that map them.
 
@@ -276,7 +313,7 @@ def page(
     """
     from pgemu.images.image import open_image
 
-    layout = page_layout(kernel, configuration)
+    layout = _layout(kernel, configuration, flag_widths, dump_page)
     pfns = [_pfn(number, vmemmap) for number in numbers]
     blocks: list[str] = []
     documents: list[dict[str, Any]] = []
@@ -300,6 +337,8 @@ def page(
             "root": f"{root_table(fmt, where):#x}",
             "kernel": kernel,
             "configuration": configuration,
+            "flag_widths": {bits.name: bits.high - bits.low + 1 for bits in layout.flags if bits.name in FLAG_FIELDS},
+            "doubtful": sorted(layout.doubtful),
             "c_bit": c_bit_of(fmt),
         }
         sys.stdout.write(json.dumps(about | {"pages": documents}, indent=2) + "\n")

@@ -240,18 +240,23 @@ class Folio:
     @property
     def flags(self) -> tuple[str, ...]:
         """Names of the head's flags and of those that the second struct page keeps for the folio."""
-        word, second = self.words()[0], self.words(1)[0] if self.large else 0
-        kept = tuple(bits.name for bits in self.layout.second_flags if second & bits.mask)
-        return flags_of(self.layout, word, False)[0] + kept
+        return flags_of(self.layout, self.words()[0], False)[0] + self._second_flags
+
+    @property
+    def _second_flags(self) -> tuple[str, ...]:
+        """Names of the flags that the second struct page keeps for the folio."""
+        second = self.words(1)[0] if self.large else 0
+        return tuple(bits.name for bits in self.layout.second_flags if second & bits.mask)
 
     @property
     def type(self) -> str | None:
         """Page type: "hugetlb", "slab", ...; None for what processes map and the page cache holds."""
         words = self.words()
-        if self.layout.order_in_flags or not words[0] & self.layout.head:
+        if not self.layout.types_cleared or not words[0] & self.layout.head:
             return type_of(self.layout, words[6] & 0xFFFF_FFFF, words[0])
-        destructor = self._field("_folio_dtor")
-        return "hugetlb" if destructor == _HUGETLB_DTOR else type_of(self.layout, words[6] & 0xFFFF_FFFF, words[0])
+        if self._field("_folio_dtor") == _HUGETLB_DTOR or "hugetlb" in self._second_flags:
+            return "hugetlb"
+        return type_of(self.layout, words[6] & 0xFFFF_FFFF, words[0])
 
     @property
     def refcount(self) -> int:
@@ -262,9 +267,9 @@ class Folio:
     def mapcount(self) -> int:
         """Page-table entries that map any part of it: mm.h:folio_mapcount(). 0 for a type that is never mapped.
 
-        6.1: its entire mappings; those of single pages of a transparent huge page are not added up.
+        6.1 to 6.8: its entire mappings; those of single pages of a transparent huge page are not added up.
         """
-        for name in ("_large_mapcount", "_total_mapcount"):
+        for name in ("_large_mapcount", "_total_mapcount", "_entire_mapcount"):
             count = self._count(name, less_one=True)
             if count is not None:
                 return count

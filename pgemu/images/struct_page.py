@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pgemu_kernels.formats.struct_page import (
+    FLAG_FIELDS,
     MAPPING_ANON,
     MAPPING_KSM,
     MEMCG_FLAGS,
@@ -194,13 +195,16 @@ def is_mask(info: int) -> bool:
 
 
 def type_of(layout: PageLayout, word: int, flags: int) -> str | None:
-    """Name of a page type. page-flags.h:page_has_type(); 6.1: PageType(), where slab is a flag."""
+    """Name of a page type. page-flags.h:page_has_type(); up to 6.11 PageType(), and up to 6.8 slab is a flag."""
     if layout.types_cleared:
         slab = layout.bits("slab")
         if slab is not None and flags & slab.mask:
             return "slab"
-        based = word & 0xF000_0000 == 0xF000_0000
-        return next((name for bit, name in layout.types_cleared.items() if based and not word & bit), None)
+        for bit, name in layout.types_cleared.items():
+            base = 0x8000_0000 if bit > 0xFFFF else 0xF000_0000  # PAGE_TYPE_BASE, 6.11's and the earlier one
+            if word & (base | bit) == base:
+                return name
+        return None
     if not 0x8000_0000 <= word < 0xFF00_0000:
         return None
     return layout.types.get(word >> 24, f"{word >> 24:#x}")
@@ -222,7 +226,7 @@ def flags_of(layout: PageLayout, word: int, second: bool) -> tuple[tuple[str, ..
     for bits in flags:
         if not word & bits.mask & ~known:
             continue
-        if bits.high == bits.low:
+        if bits.name not in FLAG_FIELDS:
             names.append(bits.name)
         if not bits.confirmed:
             unconfirmed |= word & bits.mask
@@ -231,8 +235,8 @@ def flags_of(layout: PageLayout, word: int, second: bool) -> tuple[tuple[str, ..
 
 
 def _numbers(layout: PageLayout, word: int) -> dict[str, int]:
-    """Values of the fields of page->flags that are wider than a bit."""
-    found = {bits.name: bits.value(word) for bits in layout.flags if bits.high != bits.low or bits.name == "node"}
+    """Values of the fields of page->flags."""
+    found = {bits.name: bits.value(word) for bits in layout.flags if bits.name in FLAG_FIELDS}
     if (cpupid := layout.bits("last_cpupid")) and found["last_cpupid"] == cpupid.mask >> cpupid.low:
         found["last_cpupid"] = -1
     if "lru_gen" in found:
@@ -293,7 +297,7 @@ def _values(
     found = []
     for field in fields:
         value = field.value(words)
-        typed = type_ is not None and not (type_ == "slab" and layout.types_cleared)  # a flag in 6.1
+        typed = type_ is not None and not (type_ == "slab" and layout.bits("slab"))
         name = "page_type" if field.kind is FieldKind.PAGE_TYPE and typed else field.name
         meaning = _meaning(field, value, words, layout, pfn, vmemmap, type_)
         found.append(Value(name, field.offset, field.size, value, meaning))
@@ -347,14 +351,18 @@ def hugetlb_flags(layout: PageLayout, private: int) -> tuple[str, ...]:
 
 
 def flag_text(layout: PageLayout, word: int, second: bool = False) -> str:
-    """Flags as text: "uptodate|head, zone 2 (Normal)"; names that are inference end in "?"."""
+    """Flags as text: "uptodate|head, zone 2 (Normal)"; names that are inference end in "?", as do the numbers of fields
+    that are, and of all fields where the zone is none of the configuration's: other widths."""
     names, unknown, unconfirmed = flags_of(layout, word, second)
-    certain = {bits.name: not bits.mask & unconfirmed for bits in layout.flags}
+    certain = {bits.name: not bits.mask & unconfirmed and bits.name not in layout.doubtful for bits in layout.flags}
+    zone = layout.bits("zone")
+    if zone and layout.zones and zone.value(word) >= len(layout.zones):
+        certain |= dict.fromkeys(FLAG_FIELDS, False)
     parts = ["|".join(name if certain.get(name, True) else f"{name}?" for name in names)] if names else []
     for name, value in _numbers(layout, word).items():
         if name == "zone":
-            zone = f" ({layout.zones[value]})" if value < len(layout.zones) else ""
-            parts.append(f"zone {value}{zone}")
+            named = f" ({layout.zones[value]})" if value < len(layout.zones) else ""
+            parts.append(f"zone {value}{'' if certain[name] else '?'}{named}")
         elif name == "node" or (name == "lru_refs" and value) or (name != "lru_refs" and value > 0):
             parts.append(f"{name} {value}" + ("" if certain[name] else "?"))
     if unknown:

@@ -91,8 +91,9 @@ def trace(lowered: Lowered) -> Table:
     if accounting.without_operation:
         rows.append(("not guest_memfd's", _listing(accounting.without_operation)))
     rows += [("note", text) for text in lowered.notes]
-    why = "the trace converts" if lowered.converts else "the trace converts nothing"
-    as_auto = lowered.init == ("private" if lowered.converts else "shared")
+    td = lowered.machine.get("vm") == "tdx"
+    why = "the trace converts" if lowered.converts else "the VM is a TD" if td else "the trace converts nothing"
+    as_auto = lowered.init == ("private" if lowered.converts or td else "shared")
     rows += [
         ("guest_memfd", f"{units.size(layout.inode_size)} in huge pages of {units.size(layout.page_size)}"),
         ("at first", f"all {lowered.init}, {'because ' + why if as_auto else 'as asked for'}"),

@@ -9,7 +9,7 @@ Whole columns are worked on at a time; only slot lines, of which there are few, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -70,9 +70,9 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
     layout, history = _lay_out(log, history, addresses, options)
     layout = grow(layout, options.page_size, options.guest_memory)
-    lowering = _Lowering(log, layout, history, options)
-    lowering.run(addresses.left_out)
-    return replace(lowering.result(others), machine=addresses.machine)
+    lowering = _Lowering(log, layout, history, addresses, options)
+    lowering.run()
+    return lowering.result(others)
 
 
 def _lay_out(
@@ -119,8 +119,11 @@ def _guest_flags(code: _Words) -> npt.NDArray[np.uint8]:
 class _Lowering:
     """Operations so far, each with the input row it came from, and why the other rows have none."""
 
-    def __init__(self, log: Log, layout: Layout, history: SlotHistory, options: LoweringOptions) -> None:
+    def __init__(
+        self, log: Log, layout: Layout, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions
+    ) -> None:
         self._log = log
+        self._addresses = addresses
         self._rows = log.rows
         self._layout = layout
         self._history = history
@@ -134,9 +137,9 @@ class _Lowering:
         regions = () if layout.origin == "inferred" else layout.regions
         self._regions = [(region, _mapped_from(log.rows, region)) for region in regions]
 
-    def run(self, left_out: Mapping[str, _Rows]) -> None:
-        """Lower every kind of input, but the guest faults that are left out for their reasons."""
-        for reason, rows in left_out.items():
+    def run(self) -> None:
+        """Lower every kind of input, but the guest faults whose address is none of guest memory."""
+        for reason, rows in self._addresses.left_out.items():
             self._without(rows, reason)
         self._slot_changes()
         self._host_faults()
@@ -183,7 +186,7 @@ class _Lowering:
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
             records, self._layout, self._init(converts), converts, accounting, self._log.source, levels,
-            notes=self._log.notes,
+            machine=self._addresses.machine, notes=self._log.notes,
         )  # fmt: skip
 
     def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
@@ -197,7 +200,8 @@ class _Lowering:
     def _init(self, converts: bool) -> Init:
         if self._options.init != "auto":
             return self._options.init
-        return "private" if converts else "shared"
+        # A TD's memory is private until it is converted, which the log may not show.
+        return "private" if converts or self._addresses.machine.get("vm") == "tdx" else "shared"
 
     def _setup(self) -> Records:
         regions = self._layout.regions

@@ -28,7 +28,7 @@ OTHER_PROCESS = "of another process"
 _KIND, _TASK, _VCPU = 0, 2, 6
 _VM_S = (Input.GUEST_FAULT, Input.ATTRIBUTES, Input.MEMSLOT)
 _VCPU_THREAD = re.compile(r"CPU \d+/K\w*")  # as QEMU names them, also where a name is cut at 8 characters
-_SHOWN = 6
+_SHOWN, _SAID = 6, 3  # VMs that an error and a note name
 _HELP = "choose with --vm-process, which may be repeated, or merge them with --vm-process all"
 
 
@@ -53,9 +53,9 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     :returns: the log with the rows and a note of the VM, and how many inputs were left out, by reason
     :raises InputError: several VMs and none chosen, or a chosen one that is not there
     """
-    vms = _vms(log)
+    vms = _vms(log) if log.tasks else {}
     if not log.tasks or "all" in chosen or not (chosen or vms):
-        merged = f"merged as asked: {_listed(vms.values())}" if len(vms) > 1 else ""
+        merged = f"merged as asked: {_listed(vms.values(), _SAID)}" if len(vms) > 1 else ""
         return replace(log, notes=log.notes + (merged,) * bool(merged)), Counter()
     if not chosen and len(vms) > 1:
         raise InputError(f"{_found(log, vms)}: {_HELP}", log.source)
@@ -66,9 +66,9 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     task_kept = np.array([_kept(log, task, numbers, vms) for task in range(len(log.tasks))], dtype=bool)
     kept = task_kept[log.rows[:, _TASK].astype(np.int64)]
     left = Counter({OTHER_PROCESS: int((~kept).sum())})
-    notes = (*log.notes, f"the VM of {_listed(vm for number, vm in vms.items() if number in numbers)}")
+    notes = (*log.notes, f"the VM of {_listed((vms[number] for number in vms if number in numbers), _SAID)}")
     others = [vm for number, vm in vms.items() if number not in numbers]
-    notes += (f"left out: {_listed(others)}",) if others else ()
+    notes += (f"left out: {_listed(others, _SAID)}",) if others else ()
     return replace(log, rows=log.rows[kept], notes=notes), +left
 
 
@@ -79,7 +79,7 @@ def _vms(log: Log) -> dict[int, _Vm]:
     known: Counter[int] = Counter()
     unknown = []
     for task, count in sorted(inputs.items()):
-        process = log.tasks[task].process if task < len(log.tasks) else None
+        process = log.tasks[task].process
         if process is None:
             unknown.append(task)
         else:
@@ -90,9 +90,8 @@ def _vms(log: Log) -> dict[int, _Vm]:
             tid, _, name = log.tasks[task]
             vms[tid] = _Vm(tid, name, inputs[task], False)
     elif unknown:
-        first = log.tasks[unknown[0]] if unknown[0] < len(log.tasks) else None
-        if first is not None:
-            vms[first.tid] = _Vm(first.tid, first.name, sum(inputs[task] for task in unknown), False)
+        first = log.tasks[unknown[0]]
+        vms[first.tid] = _Vm(first.tid, first.name, sum(inputs[task] for task in unknown), False)
     return vms
 
 
@@ -140,7 +139,7 @@ def _found(log: Log, vms: Mapping[int, _Vm]) -> str:
     return f"{text}; no line names a process (record-tgid, perf script -F +pid), and {vcpu} faults in {where}"
 
 
-def _listed(vms: Iterable[_Vm]) -> str:
+def _listed(vms: Iterable[_Vm], most: int = _SHOWN) -> str:
     names = [str(vm) for vm in vms]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

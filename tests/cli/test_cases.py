@@ -110,3 +110,36 @@ def test_every_command_knows_of_sme(tmp_path: Path, bit: int) -> None:
     shown = run("page", str(said), "1000", "--root", "1000000").stdout
     assert shown.startswith("PFN 0x1000: page, struct page 0xffffea0000040000 at physical 0x180301000\n")
     assert "ENC" in run("decode", hex(1 << bit | 0x1234067), "--c-bit", str(bit)).stdout
+
+
+# --------------------------------------------------------------------------- widths of page->flags
+
+
+def test_page_flags_of_another_configuration() -> None:
+    arguments = (str(CASES / "page-flags-other-config.elf"), "0x123456", "--kernel", "6.18")
+    shown = run("page", *arguments).stdout
+    assert "zone 7?, node 3?\n" in shown
+    assert "note: zone 7 is none of this configuration: other --flag-widths, or a --dump-page line?\n" in shown
+    shown = run("page", *arguments, "--flag-widths", "node=6,zone=3,lastcpupid=11").stdout
+    assert "zone 1 (DMA32), node 0\n" in shown
+    line = "flags: 0xfff200000000a9(locked|uptodate|lru|waiters|node=0|zone=1|lastcpupid=0x7ff)"
+    shown = run("page", *arguments, "--dump-page", line).stdout
+    assert "zone 1? (DMA32), node 0?\n" in shown
+    document = json.loads(run("page", *arguments, "--dump-page", line, "--json").stdout)
+    assert (document["flag_widths"]["node"], document["flag_widths"]["last_cpupid"]) == (6, 11)
+    assert document["doubtful"] == ["node", "zone"]
+    assert (document["pages"][0]["node"], document["pages"][0]["zone"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--flag-widths", "node=60"), "--flag-widths: node of 60 bits: expected at most 39"),
+        (("--flag-widths", "nodes"), "--flag-widths: 'nodes': expected widths like node=6,zone=3,lastcpupid=17"),
+        (("--dump-page", "lru"), "--dump-page: 'lru': expected a line like 'flags: 0x17ffff...(lru|node=0|zone=2)'"),
+        (("--dump-page", "x", "--flag-widths", "node=6"), "--flag-widths: expected either these or --dump-page"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(options: tuple[str, ...], complaint: str) -> None:
+    result = run("page", str(CASES / "page-flags-other-config.elf"), "0x123456", "--kernel", "6.18", *options)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"pgemu: {complaint}\n")

@@ -173,6 +173,40 @@ def test_fake_heads_are_seen_through(run: Run, tmp_path: Path) -> None:
     assert "note" not in shown
 
 
+@pytest.mark.parametrize(
+    ("kernel", "flag", "type_"),
+    [
+        ("6.6", 1 << 8, UNMAPPED),
+        ("6.8", 1 << 8, UNMAPPED),
+        ("6.6", 0, UNMAPPED & ~0x800),
+        ("6.8", 0, UNMAPPED & ~0x800),
+    ],
+)
+def test_huge_pages_of_6_6_and_6_8(run: Run, tmp_path: Path, kernel: str, flag: int, type_: int) -> None:
+    """HugeTLB's mark is a flag of the second struct page, in later point releases a page type."""
+    tree = Tree(x86_64())
+    frame, info = tree.memory.add(0x18030_1000), VMEMMAP + 64 * HEAD | 1
+    head = [DEBIAN | 0x58, 0, 0, 0xFFFF_8881_803F_8980, 0x200, 0x2, 2 << 32 | type_, 0]
+    second = [DEBIAN | 9 | flag, info, 0, 0, 512 << 32, 0, UNMAPPED, 0]
+    third = [DEBIAN, info, 0, 0xFFFF_8881_8031_5000, 0, 0, UNMAPPED, 0]
+    tails = [[DEBIAN, info, 0, TAIL, 0, 0, UNMAPPED, 0] for _ in range(3, 64)]
+    tree.memory.pages[frame][:] = [word for row in (head, second, third, *tails) for word in row]
+    for i in range(8):
+        tree.map(VMEMMAP + 64 * HEAD + 4096 * i, frame, 1, READ_ONLY if i else READ_WRITE)
+    segments = [(address, words.tobytes(), 4096) for address, words in sorted(tree.memory.pages.items())]
+    path = write(tmp_path / "core", core(segments))
+    status, shown, _ = run(path, HEAD, HEAD + 1, "--kernel", kernel, "--root", tree.root)
+    assert status == 0
+    first, other = shown.split("\n\n")
+    assert "  folio 0x180400: order 9 (2M), 512 pages, hugetlb\n" in first
+    assert "  mapcount 1, of the whole 1\n" in first
+    cached = 1 if kernel == "6.6" else 512  # mm/filemap.c:__filemap_add_folio()
+    assert f"  refcount 2, expected {cached + 1}" in first
+    assert "hugetlb migratable, cgroup 0xffff888180315000" in first
+    assert "  +0x18  _entire_mapcount               0x00000000  1\n" in other
+    assert ("order 9, hugetlb" in other) == bool(flag)
+
+
 def test_a_typed_page_is_no_folio(run: Run, debian: Path) -> None:
     status, shown, _ = run(debian, HEAD + 512)
     assert (status, shown) == (0, """\
@@ -195,7 +229,7 @@ def test_what_does_not_fit_is_noted(run: Run, debian: Path, tmp_path: Path) -> N
     assert "  note: tails hold a mask, unlike those of 6.12: another --kernel?\n" in shown
     _, shown, _ = run(debian, HEAD, "--configuration", "small")
     assert "  note: flags 0x17ffffc0000000 have no name in this kernel\n" in shown
-    assert "  note: zone DMA32 ends before this PFN: another --configuration?\n" in shown
+    assert "  note: zone DMA32 ends before this PFN: another --configuration or --flag-widths?\n" in shown
     _, shown, _ = run(image(tmp_path / "old", "6.18"), HEAD, "--json")
     assert json.loads(shown)["pages"][0]["notes"] == [
         "tails hold no mask, unlike those of 7.3: another --kernel?"

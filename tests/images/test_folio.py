@@ -38,7 +38,9 @@ def positions(layout: PageLayout) -> dict[str, tuple[int, int]]:
 
 
 def test_releases_are_those_of_entries() -> None:
-    assert tuple(formats.RELEASES) == RELEASES
+    """Struct pages are also decoded of releases whose entries are as those of the releases beside them."""
+    assert [release for release in RELEASES if release in formats.RELEASES] == list(formats.RELEASES)
+    assert [release for release in RELEASES if release not in formats.RELEASES] == ["6.6", "6.8", "6.10"]
     assert [layout.release for layout in LAYOUTS if layout.mask_tails] == ["7.3"] * 2
 
 
@@ -64,14 +66,26 @@ def test_where_debian_has_node_zone_and_lru() -> None:
     fields = {"node": (63, 54), "zone": (53, 51), "last_cpupid": (50, 30), "lru_gen": (29, 27), "lru_refs": (26, 25)}
     for release in RELEASES:
         found = positions(page_layout(release))
+        # NR_PAGEFLAGS of generated/bounds.h; 6.6 and 6.8 leave one bit for the references: LRU_REFS_WIDTH.
+        flags = {"6.12": 24, "6.6": 26, "6.8": 26}.get(release, 25)
+        fields["lru_refs"] = (26, max(flags, 25))
         assert {name: found[name] for name in fields} == fields
-        assert len(found) - len(fields) == {"6.12": 24}.get(release, 25)  # NR_PAGEFLAGS of generated/bounds.h
+        assert len(found) - len(fields) == flags
 
 
 @pytest.mark.parametrize(
     ("release", "expected"),
     [
         ("6.1", {"referenced": 1, "uptodate": 2, "slab": 9, "head": 16, "mlocked": 21, "hwpoison": 23, "arch_2": 24}),
+        (
+            "6.6",
+            {"writeback": 1, "head": 6, "error": 10, "slab": 11, "mappedtodisk": 17, "mlocked": 21, "hwpoison": 23},
+        ),
+        (
+            "6.8",
+            {"writeback": 1, "head": 6, "error": 10, "slab": 11, "mappedtodisk": 17, "mlocked": 21, "hwpoison": 23},
+        ),
+        ("6.10", {"head": 6, "error": 10, "owner_priv_1": 11, "mappedtodisk": 16, "mlocked": 20, "hwpoison": 22}),
         ("6.12", {"writeback": 1, "head": 6, "workingset": 9, "mlocked": 19, "hwpoison": 20, "idle": 22, "arch_2": 23}),
         ("6.18", {"head": 6, "dropbehind": 19, "mlocked": 20, "hwpoison": 21, "young": 22, "arch_2": 24}),
         ("7.3", {"head": 6, "dropbehind": 19, "mlocked": 20, "hwpoison": 21, "young": 22, "arch_2": 24}),
@@ -110,6 +124,10 @@ OFFSETS = {
              "_hugetlb_subpool": 208, "_hugetlb_cgroup": 216, "_hugetlb_cgroup_rsvd": 224, "_hugetlb_hwpoison": 232},
 }  # fmt: skip
 OFFSETS["7.3"] = OFFSETS["6.18"]
+OFFSETS["6.10"] = OFFSETS["6.12"]
+OFFSETS["6.6"] = OFFSETS["6.8"] = {
+    name: offset for name, offset in OFFSETS["6.12"].items() if name.startswith(("_hugetlb", "_deferred"))
+} | {"_entire_mapcount": 88, "_nr_pages_mapped": 92, "_pincount": 96, "_folio_nr_pages": 100}
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -123,7 +141,7 @@ def test_where_fields_of_a_folio_lie(release: str) -> None:
 
 
 def test_unknown_layouts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kernel '5\.4': expected one of 6\.1, 6\.12, 6\.18, 7\.3"):
+    with pytest.raises(ValueError, match=r"kernel '5\.4': expected one of 6\.1, 6\.6, 6\.8, 6\.10, 6\.12, 6\.18"):
         page_layout("5.4")
     with pytest.raises(ValueError, match="configuration 'large': expected one of debian, small"):
         page_layout("7.3", "large")
@@ -177,7 +195,13 @@ def test_mappings(word: int, kind: str) -> None:
         ("6.12", 0xF800_0000, "0xf8"), ("6.12", 0xF400_1234, "hugetlb"), ("7.3", 0x8000_0000, "0x80"),
         ("7.3", 0xFF00_0000, None), ("7.3", UNMAPPED, None), ("7.3", 0x7FFF_FFFF, None),
         ("6.1", 0xFFFF_FF7F, "buddy"), ("6.1", 0xFFFF_FEFF, "offline"), ("6.1", 0xFFFF_FDFF, "table"),
-        ("6.1", 0xFFFF_FBFF, "guard"), ("6.1", UNMAPPED, None), ("6.1", 5, None),
+        ("6.1", 0xFFFF_FBFF, "guard"), ("6.1", UNMAPPED, None), ("6.1", 5, None), ("6.1", 0xBFFF_FFFF, None),
+        *((release, UNMAPPED & ~(0x80 << i), name) for release in ("6.6", "6.8", "6.10") for i, name in enumerate(
+            ("buddy", "offline", "table", "guard", "hugetlb"))),
+        ("6.6", UNMAPPED, None), ("6.8", UNMAPPED & ~0x1000, None), ("6.10", UNMAPPED & ~0x1000, "slab"),
+        *(("6.10", UNMAPPED & ~(1 << 30 - i), name) for i, name in enumerate(  # of 6.11
+            ("buddy", "offline", "table", "guard", "hugetlb", "slab", "zsmalloc"))),
+        ("6.10", UNMAPPED, None), ("6.10", 0x7FFF_FFFF, None), ("6.10", 3, None), ("6.12", 0xBFFF_FFFF, "0xbf"),
     ],
 )  # fmt: skip
 def test_page_types(release: str, word: int, type_: str | None) -> None:
@@ -192,6 +216,10 @@ def test_words_of_typed_pages_have_their_own_names() -> None:
     assert {"pmd_huge_pte", "pt_index", "ptl"} <= {value.name for value in table.values}
     assert (meaning(table, "pmd_huge_pte"), table.mapping, table.index) == ("struct page of PFN 0x1", None, None)
     assert "buddy_list.next" in {value.name for value in page_of(type=0xF000_0000).values}
+    old = page_of("6.8", type=UNMAPPED & ~0x200)
+    assert {"pmd_huge_pte", "pt_mm", "ptl"} <= {value.name for value in old.values}
+    slab = page_of("6.6", flags=DEBIAN | 1 << 11, type=0x20_0010)
+    assert (slab.type, "memcg_data" in {value.name for value in slab.values}) == ("slab", True)
     slab = page_of("6.1", flags=DEBIAN | 1 << 9, type=0x20_0010)
     assert (slab.type, "freelist" in {value.name for value in slab.values}) == ("slab", True)
 

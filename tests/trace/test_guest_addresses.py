@@ -95,6 +95,11 @@ def test_the_shared_bit_is_by_option() -> None:
     )
 
 
+def test_memory_of_a_td_is_private_at_first_whether_or_not_the_log_converts() -> None:
+    assert lowered(fault(4 * G), fault(4 * G | 1 << 47)).init == "private"
+    assert lowered(fault(4 * G), fault(4 * G | 1 << 47), tdx_shared_bit="none").init == "shared"
+
+
 def test_a_shared_fault_finds_the_level_of_its_leaf() -> None:
     leaf = "kvm_mmu_set_spte: gfn 100010 spte 114800ee7 (rwxu) level 2 at 114287000"
     found = lowered(fault(0x100010000), fault(0x800100010000), leaf)

@@ -7,7 +7,9 @@ hugetlb.h, generated/bounds.h and .config of the headers of 6.1.176, 6.12.107 an
 gave the same offsets and shifts. 6.18: the words captured of 6.18.15; a bit that no captured word shows lies where 7.3
 has it, and is not `confirmed`. "small" is the captured 7.3.4 without NUMA, memory cgroups and MEMORY_FAILURE (its
 vmstat and meminfo say so); that it has neither PG_young and PG_idle nor multi-gen LRU is inference (both are off by
-default). "small" of another release was never seen.
+default). "small" of another release was never seen. 6.6, 6.8 and 6.10: the same headers of 6.6.63, 6.8.0 and 6.10.0,
+no binary: which flags a configuration has, and how wide fields are, is Debian's of the releases beside, by inference.
+HugeTLB's mark moved within 6.6 and 6.8, and page types after 6.10: their layouts know both.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 __all__ = (
     "CONFIGURATIONS",
+    "FLAG_FIELDS",
     "GUP_PIN_COUNTING_BIAS",
     "STRUCT_PAGE",
     "TAIL_MAPPING",
@@ -26,7 +29,9 @@ __all__ = (
     "Bits",
     "Field",
     "FieldKind",
+    "FieldWidths",
     "PageLayout",
+    "field_widths",
     "page_layout",
 )
 
@@ -54,6 +59,22 @@ class Bits(NamedTuple):
 
     def value(self, flags: int) -> int:
         return (flags & self.mask) >> self.low
+
+
+FLAG_FIELDS = ("node", "zone", "last_cpupid", "lru_gen", "lru_refs")
+"""Fields of page->flags from bit 63 downwards; the others are single bits."""
+
+
+class FieldWidths(NamedTuple):
+    """Bits of the fields of page->flags that differ from one configuration to the next; 0: there is none.
+
+    doubtful: names of those that could be otherwise.
+    """
+
+    node: int
+    zone: int
+    last_cpupid: int
+    doubtful: frozenset[str] = frozenset()
 
 
 class FieldKind(Enum):
@@ -96,9 +117,10 @@ class PageLayout:
     the order (not in 6.1). page: fields of a struct page. tail: of one beyond those that hold fields of the folio.
     folio: fields of a large folio behind its head's struct page; those that begin with _hugetlb are a HugeTLB
     folio's, and in 6.12 they lie over _deferred_list. typed: names that a page of a type has for its words.
-    types: page types by their top byte; types_cleared: by the bit that is clear (6.1).
+    types: page types by their top byte; types_cleared: by the bit that is clear (6.1 to 6.10, and 6.11).
     hugetlb_flags: names of the bits in a HugeTLB folio's private, from bit 0 on. cached_per_page: the page cache holds
-    one reference per base page of a HugeTLB folio (6.1: one).
+    one reference per base page of a HugeTLB folio (6.1 and 6.6: one). doubtful: fields of page->flags whose given
+    widths could be otherwise.
     """
 
     release: str
@@ -116,6 +138,7 @@ class PageLayout:
     types_cleared: dict[int, str]
     hugetlb_flags: tuple[str, ...]
     cached_per_page: bool
+    doubtful: frozenset[str] = frozenset()
 
     def bits(self, name: str) -> Bits | None:
         """A flag or field of page->flags by name, None where this kernel has none."""
@@ -149,12 +172,25 @@ _FLAGS = (
     "locked", "writeback", "referenced", "uptodate", "dirty", "lru", "head", "waiters", "active", "workingset",
     "owner_priv_1", "owner_2", "arch_1", "reserved", "private", "private_2", "reclaim", "swapbacked", "unevictable",
 )  # fmt: skip
+_FLAGS_6_10 = (
+    "locked", "writeback", "referenced", "uptodate", "dirty", "lru", "head", "waiters", "active", "workingset", "error",
+    "owner_priv_1", "arch_1", "reserved", "private", "private_2", "mappedtodisk", "reclaim", "swapbacked",
+    "unevictable", "mlocked",
+)  # fmt: skip
+_FLAGS_6_6 = (*_FLAGS_6_10[:11], "slab", *_FLAGS_6_10[11:])
+_UNCACHED = ("uncached",)
 _DROPBEHIND = ("dropbehind",)
 _DEBIAN = ("mlocked", "hwpoison", "young", "idle", "arch_2")
 _SMALL = ("mlocked", "arch_2")  # neither MEMORY_FAILURE nor PAGE_IDLE_FLAG
 _NAMES = {
     ("6.1", "debian"): _FLAGS_6_1,
     ("6.1", "small"): tuple(name for name in _FLAGS_6_1 if name != "hwpoison"),
+    ("6.6", "debian"): _FLAGS_6_6 + _UNCACHED + _DEBIAN[1:4],
+    ("6.6", "small"): _FLAGS_6_6 + _UNCACHED,
+    ("6.8", "debian"): _FLAGS_6_6 + _UNCACHED + _DEBIAN[1:4],
+    ("6.8", "small"): _FLAGS_6_6 + _UNCACHED,
+    ("6.10", "debian"): _FLAGS_6_10 + _UNCACHED + _DEBIAN[1:4],
+    ("6.10", "small"): _FLAGS_6_10 + _UNCACHED,
     ("6.12", "debian"): _FLAGS + _DEBIAN,
     ("6.12", "small"): _FLAGS + _SMALL,
     ("6.18", "debian"): _FLAGS + _DROPBEHIND + _DEBIAN,
@@ -176,8 +212,12 @@ _FIELDS = {
     "small": (("zone", 2),),
 }
 
-# What captured words of 6.18.15 and of the small 7.3.4 show; the rest of those two is inference.
+# What captured words of 6.18.15 and of the small 7.3.4 show, and what the headers of the others say of every
+# configuration; the rest of these is inference.
 _SEEN = {
+    ("6.6", "debian"): {*_FLAGS_6_6},
+    ("6.8", "debian"): {*_FLAGS_6_6},
+    ("6.10", "debian"): {*_FLAGS_6_10},
     ("6.18", "debian"): {"referenced", "uptodate", "dirty", "head", "zone", "last_cpupid", "lru_refs"},
     ("7.3", "small"): {*_FLAGS, *_DROPBEHIND, "mlocked", "zone"},
 }
@@ -186,22 +226,42 @@ _FROM_HEADERS = {("6.1", "debian"), ("6.12", "debian"), ("7.3", "debian")}
 # Flags of a folio that its second struct page keeps: FOLIO_SECOND_PAGE in page-flags.h.
 _SECOND = {
     "6.1": (("double_map", 6), ("has_hwpoisoned", 8)),
+    "6.6": (("hugetlb", 8), ("large_rmappable", 9), ("has_hwpoisoned", 10)),
+    "6.8": (("hugetlb", 8), ("large_rmappable", 9), ("has_hwpoisoned", 10)),
+    "6.10": (("large_rmappable", 9), ("has_hwpoisoned", 10)),
     "6.12": (("has_hwpoisoned", 8), ("large_rmappable", 9), ("partially_mapped", 16)),
 }
 
 
-def _flags(release: str, configuration: str) -> tuple[Bits, ...]:
-    """Flags from bit 0 upwards, then fields from bit 63 downwards, in ascending order."""
+def field_widths(configuration: str) -> FieldWidths:
+    """The widths that a configuration has."""
+    widths = dict(_FIELDS[configuration])
+    return FieldWidths(*(widths.get(name, 0) for name in FLAG_FIELDS[:3]))
+
+
+def _flags(release: str, configuration: str, given: FieldWidths | None) -> tuple[Bits, ...]:
+    """Flags from bit 0 upwards, then fields from bit 63 downwards, in ascending order.
+
+    ValueError for given widths that leave the flags no room.
+    """
     key = (release, configuration)
+    widths = given or field_widths(configuration)
 
     def confirmed(name: str) -> bool:
+        if given is not None and name in FLAG_FIELDS:  # that there is an LRU generation follows from no width
+            return name in FLAG_FIELDS[:3] and name not in given.doubtful
         return key in _FROM_HEADERS or name in _SEEN.get(key, ())
 
     found = [Bits(name, bit, bit, confirmed(name)) for bit, name in enumerate(_NAMES[key])]
     fields, end = [], 64
-    for name, width in _FIELDS[configuration]:
-        fields.append(Bits(name, end - 1, end - width, confirmed(name)))
+    for name, wanted in (*zip(FLAG_FIELDS, widths[:3], strict=False), *_FIELDS[configuration][3:]):
+        room = end - len(found)
+        width = min(wanted, room) if name == "lru_refs" else wanted  # LRU_REFS_WIDTH
+        if not 0 <= width <= room:
+            raise ValueError(f"{name} of {width} bits: expected at most {room}")
         end -= width
+        if width:
+            fields.append(Bits(name, end + width - 1, end, confirmed(name)))
     return tuple(found + fields[::-1])
 
 
@@ -263,7 +323,18 @@ _FOLIO_6_1 = (
     *_start(4),
     Field("_hugetlb_hwpoison", 296, 8, _F.POINTER),
 )
-# Page 2 is a list for THP and four words for HugeTLB.
+# Page 2 is a list for THP and four words for HugeTLB, here and up to 6.12.
+_FOLIO_6_6 = (
+    *_start(1),
+    Field("_folio_avail", 80, 8, _F.NUMBER),
+    Field("_entire_mapcount", 88, 4, _F.COUNT_LESS_ONE),
+    Field("_nr_pages_mapped", 92, 4, _F.COUNT),
+    Field("_pincount", 96, 4, _F.COUNT),
+    Field("_folio_nr_pages", 100, 4, _F.NUMBER),
+    *_start(2),
+    *_DEFERRED,
+    *_hugetlb(144),
+)
 _FOLIO_6_12 = (
     *_start(1),
     Field("_large_mapcount", 80, 4, _F.COUNT_LESS_ONE),
@@ -293,7 +364,10 @@ _FOLIO_6_18 = (
     *_start(3),
     *_hugetlb(208),
 )
-_FOLIO = {"6.1": _FOLIO_6_1, "6.12": _FOLIO_6_12, "6.18": _FOLIO_6_18, "7.3": _FOLIO_6_18}
+_FOLIO = {
+    "6.1": _FOLIO_6_1, "6.6": _FOLIO_6_6, "6.8": _FOLIO_6_6, "6.10": _FOLIO_6_12, "6.12": _FOLIO_6_12,
+    "6.18": _FOLIO_6_18, "7.3": _FOLIO_6_18,
+}  # fmt: skip
 
 # struct ptdesc (mm_types.h) and struct slab (mm/slab.h of 6.12; of later ones inference). A free block's private is
 # its order.
@@ -325,37 +399,63 @@ _TYPES = {
 }  # fmt: skip
 _LARGE_KMALLOC = {0xF8: "large_kmalloc"}  # not in 6.12
 _TYPES_6_1 = {0x80: "buddy", 0x100: "offline", 0x200: "table", 0x400: "guard"}
+_HUGETLB_6_6 = {0x800: "hugetlb"}  # 6.6.63; before, and in 6.8.0, a flag of the second struct page
+_SLAB_6_10 = {0x1000: "slab"}
+_TYPES_6_11 = {
+    1 << bit: name
+    for bit, name in ((30, "buddy"), (29, "offline"), (28, "table"), (27, "guard"), (26, "hugetlb"), (25, "slab"),
+                      (24, "zsmalloc"))
+}  # fmt: skip
+_TYPES_CLEARED = {
+    "6.1": _TYPES_6_1,
+    "6.6": _TYPES_6_1 | _HUGETLB_6_6,
+    "6.8": _TYPES_6_1 | _HUGETLB_6_6,
+    "6.10": _TYPES_6_1 | _HUGETLB_6_6 | _SLAB_6_10 | _TYPES_6_11,
+}
 _HUGETLB_FLAGS = ("restore_reserve", "migratable", "temporary", "freed", "vmemmap_optimized", "raw_hwp_unreliable")
 
 
-@cache
-def page_layout(release: str, configuration: str = "debian") -> PageLayout:
-    """The layout of a release ("6.1", "6.12", "6.18", "7.3") and a configuration ("debian", "small").
+def _typed(release: str) -> dict[str, tuple[Field, ...]]:
+    """Names of the words of typed pages; 6.6 and 6.8 have two other ones."""
+    if release not in ("6.6", "6.8"):
+        return _TYPED
+    names = {"pt_index": "pt_mm", "obj_exts": "memcg_data"}
+    return {
+        type_: tuple(field._replace(name=names.get(field.name, field.name)) for field in fields)
+        for type_, fields in _TYPED.items()
+    }
 
-    ValueError for another one.
+
+@cache
+def page_layout(release: str, configuration: str = "debian", widths: FieldWidths | None = None) -> PageLayout:
+    """The layout of a release (RELEASES) and a configuration ("debian", "small").
+
+    widths: of the fields of page->flags, if not the configuration's; zones have names only where theirs is the same.
+    ValueError for another release or configuration, or widths that leave no room for the flags.
     """
     if release not in RELEASES:
         raise ValueError(f"kernel {release!r}: expected one of {', '.join(RELEASES)}")
     if configuration not in CONFIGURATIONS:
         raise ValueError(f"configuration {configuration!r}: expected one of {', '.join(CONFIGURATIONS)}")
-    old = release == "6.1"
     later = release in ("6.18", "7.3")
     mask_tails = release == "7.3"
-    second = _SECOND["6.1" if old else "6.12"]
+    cleared = _TYPES_CLEARED.get(release, {})
+    same_zones = widths is None or widths.zone == field_widths(configuration).zone
     return PageLayout(
         release=release,
         configuration=configuration,
-        flags=_flags(release, configuration),
-        second_flags=tuple(Bits(name, bit, bit) for name, bit in second),
-        zones=_ZONES[configuration],
+        flags=_flags(release, configuration, widths),
+        second_flags=tuple(Bits(name, bit, bit) for name, bit in _SECOND.get(release, _SECOND["6.12"])),
+        zones=_ZONES[configuration] if same_zones else (),
         mask_tails=mask_tails,
-        order_in_flags=not old,
+        order_in_flags=release != "6.1",
         page=_page(configuration),
         tail=_tail("compound_info" if mask_tails else "compound_head", configuration),
         folio=_FOLIO[release],
-        typed=_TYPED,
-        types={} if old else _TYPES | (_LARGE_KMALLOC if later else {}),
-        types_cleared=_TYPES_6_1 if old else {},
+        typed=_typed(release),
+        types={} if cleared else _TYPES | (_LARGE_KMALLOC if later else {}),
+        types_cleared=cleared,
         hugetlb_flags=_HUGETLB_FLAGS + (("cma",) if later else ()),
-        cached_per_page=not old,
+        cached_per_page=release not in ("6.1", "6.6"),
+        doubtful=frozenset() if widths is None else widths.doubtful,
     )

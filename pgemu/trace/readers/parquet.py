@@ -51,6 +51,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "setup": lowered.accounting.setup,
         "source": lowered.source,
         "accesses": lowered.accesses,
+        "machine": dict(lowered.machine),
+        "notes": list(lowered.notes),
     }
     levels = lowered.fault_levels if batches is None else None
     columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
@@ -128,8 +130,9 @@ def read(path: str | os.PathLike[str] | Source) -> Lowered:
     accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
-        records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"]
-    )
+        records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
+        machine=about["machine"], notes=about["notes"],
+    )  # fmt: skip
 
 
 def _levels(file: pq.ParquetFile, name: str) -> npt.NDArray[np.uint8] | None:
@@ -171,6 +174,13 @@ def _open(name: str) -> pq.ParquetFile:
     return file
 
 
+def _can_bring(field: str, value: object) -> bool:
+    """Whether a stored trace can bring a field of Config with that value."""
+    if field == "vcpus":
+        return type(value) is int and 1 <= value <= 4096
+    return value in {"vm": ("plain", "sw", "snp", "tdx"), "stage2": ("ept", "npt")}.get(field, ())
+
+
 def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
     metadata = file.schema_arrow.metadata or {}
     if _KEY not in metadata:
@@ -180,6 +190,12 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
         layout, init, setup = Layout.from_json(about["layout"]), about["init"], int(about["setup"])
         if about["version"] != _VERSION or init not in ("private", "shared"):
             raise ValueError(f"version {about['version']}, init {init}")
+        machine, notes = about.get("machine", {}), about.get("notes", [])
+        if not isinstance(machine, dict) or not all(_can_bring(*item) for item in machine.items()):
+            raise ValueError(f"machine {machine}")
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError("notes, expected a list of texts")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({error})", name) from None
-    return {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
+    common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
+    return {**common, "machine": machine, "notes": tuple(notes)}

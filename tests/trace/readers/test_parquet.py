@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,26 @@ def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
         assert np.array_equal(getattr(Records.concatenate(pieces), name), getattr(records, name))
     assert (back.layout, back.init) == (BOOT.layout, BOOT.init)
     assert back.accounting.balanced()
+
+
+def test_what_a_log_said_of_its_machine_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write(dataclasses.replace(BOOT, notes=("bit 47 is taken", "left out")), path)
+    back = parquet.read(path)
+    assert (back.machine, back.notes) == (BOOT.machine, ("bit 47 is taken", "left out"))
+
+
+@pytest.mark.parametrize(
+    "machine", [{"vm": "td"}, {"stage2": ["ept"]}, {"vcpus": 0}, {"vcpus": "1"}, {"vcpus": True}, {"pool": 1}, 3]
+)
+def test_a_machine_that_cannot_be_is_refused(tmp_path: Path, machine: object) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write(BOOT, path)
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"pgemu"]) | {"machine": machine}
+    pq.write_table(table.replace_schema_metadata({b"pgemu": json.dumps(about)}), path)
+    with pytest.raises(InputError, match="metadata 'pgemu' cannot be used"):
+        parquet.read(path)
 
 
 def test_load_recognises_parquet_and_follows_the_options_it_can(tmp_path: Path) -> None:
