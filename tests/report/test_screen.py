@@ -166,7 +166,7 @@ def test_one_design_alone_has_its_values_and_no_verdict(design: Any) -> None:
     assert "one design, no verdict" in joined
     assert not {"better", "basis", "both"} & set(joined.replace(":", " ").split())
     expected = {
-        "restructure": ("stale contents (defect uptodate-unzeroed)", "refuses 1 times convert (-EAGAIN)"),
+        "restructure": ("stale contents", "(defect uptodate-unzeroed)", "refuses 1 times convert (-EAGAIN)"),
         "pfnmap": ("pfnmap refuses 1 times zap (-EINVAL)", "zeroed: pfnmap"),
     }
     for said in expected[design]:
