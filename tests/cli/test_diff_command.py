@@ -93,7 +93,7 @@ def test_what_is_configured_otherwise_is_said_once(documents: tuple[str, str]) -
         ["restructure:", "batch", "block", "range"],
         ["restructure:", "defects"],
         ["A", "uptodate-unzeroed"],
-        ["B", "convert-keeps-leaves,", "merge-keeps-flag"],
+        ["B", "convert-keeps-leaves,", "hole-zeroes-from-start,", "merge-keeps-flag"],
         ["punch", "refuse", "zero"],
     ]
 
