@@ -317,6 +317,17 @@ class Sequences(TwoMegabytes):
 
     # ------------------------------------------------------------------ processes and VMs
 
+    @precondition(lambda self: self.enabled("counted"))
+    @rule(number=numbers, space=st.integers(0, 1), address=st.sampled_from(ADDRESSES), spot=spots, length=lengths,
+          read_only=some)  # fmt: skip
+    def maps_counted(
+        self, number: int, space: int, address: int, spot: tuple[int, int], length: int, read_only: bool
+    ) -> None:
+        """As merged, by entries that folios count, beside VM_PFNMAP ones where the design has them."""
+        inode = self.open_inode(number)
+        offset = self.index(inode, spot) * PAGE
+        self.pair.mmap(space, address, inode, offset, length * PAGE, read_only, counted=True)
+
     @precondition(lambda self: self.enabled("fork"))
     @rule(number=numbers)
     def forks(self, number: int) -> None:

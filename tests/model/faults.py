@@ -118,22 +118,25 @@ class Faults(State):
         folio = self.folio(inode, index)
         if folio is None:
             return Outcome(W.VM_FAULT_OOM)
+        special = self.is_special(vma)
+        if not special and folio.size(folio.unit(folio.head + index % self.block_pages)) > 1:
+            return Outcome(W.VM_FAULT_SIGBUS)  # a large folio is a WARN in kvm_gmem_fault_user_mapping()
         level = self.host_level(vma, page)
         size = 1 << 9 * (level - 1)
         pfn = folio.head + index % self.block_pages
         self.memory.first_use(folio, pfn)
-        if not host.map(page, Entry(pfn - page % size, not self.restructure, not vma.read_only), level):
+        if not host.map(page, Entry(pfn - page % size, special, not vma.read_only), level):
             return Outcome(W.VM_FAULT_OOM)
         self.memory.first_use(folio, pfn, size)
         self.memory.show(folio, pfn, size)
-        if not self.restructure:
+        if special:
             return Outcome(W.VM_FAULT_NOPAGE, level)
         folio.mapped[folio.unit(pfn)] += 1
         return Outcome(W.VM_FAULT_LOCKED, level)
 
     def host_level(self, vma: Window, page: int) -> int:
         """pfnmap with large entries: the largest level at which all is shared, aligned and inside the VMA."""
-        if self.restructure or not self.parameters.host_huge:
+        if not self.is_special(vma) or not self.parameters.host_huge:
             return 1
         index = vma.file_page(page)
         shared = self.inodes[vma.inode].shared

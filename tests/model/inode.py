@@ -40,8 +40,9 @@ class Inode:
 class Window:
     """A VMA or a memory slot: virtual or guest pages [first, first + n) show pages of an inode from `pgoff` on.
 
-    A slot may be `released`: there, but without memory; `closed`: its file is held by mappings alone; or log dirty
-    pages. Its userspace address is `place`, as a page.
+    A VMA may be `counted`: its entries are those of folios, whatever the design. A slot may be `released`: there, but
+    without memory; `closed`: its file is held by mappings alone; or log dirty pages. Its userspace address is `place`,
+    as a page.
     """
 
     owner: int
@@ -49,6 +50,7 @@ class Window:
     inode: int
     pgoff: int
     read_only: bool = False
+    counted: bool = False
     released: bool = False
     dirty: bool = False
     closed: bool = False
@@ -76,4 +78,4 @@ class Window:
 
     def cut(self, pages: range) -> Window:
         """The part of the window over `pages`."""
-        return Window(self.owner, pages, self.inode, self.file_page(pages.start), self.read_only)
+        return Window(self.owner, pages, self.inode, self.file_page(pages.start), self.read_only, self.counted)

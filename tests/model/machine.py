@@ -49,6 +49,10 @@ class State:
         size = size or self.block_pages
         return range(pages.start // size * size, min(-(-pages.stop // size) * size, node.pages))
 
+    def is_special(self, vma: Window) -> bool:
+        """Whether a VMA is VM_PFNMAP: its entries hold no reference and count nowhere."""
+        return not self.restructure and not vma.counted
+
     def pfn(self, inode: int, index: int) -> int | None:
         """Frame of a page, or None while nothing is allocated."""
         folio = self.inodes[inode].blocks.get(index >> self.order)

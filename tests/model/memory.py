@@ -149,6 +149,7 @@ class Memory:
         folio = Folio(head, self.pages, place=place)
         self.in_use[head] = folio
         if self.order == 0:
+            self.forget({head})  # CONFIG_INIT_ON_ALLOC_DEFAULT_ON
             self.lru_add(folio, 0)
         return folio
 

@@ -68,16 +68,17 @@ class Model(Conversions, References, Lifetime):
             return None
         child = self.spaces[number]
         vmas = [vma for vma in self.vmas if vma.owner == space]
-        if not self.restructure:
-            needed = {table for table in parent.tables if any(overlap(table.span, vma.pages) for vma in vmas)}
+        special = [vma for vma in vmas if self.is_special(vma)]
+        if special:
+            needed = {table for table in parent.tables if any(overlap(table.span, vma.pages) for vma in special)}
             if not self.memory.frames.take(len(needed)):
                 self.end_process(number)
                 return None
             child.tables |= needed
-            child.entries |= parent.entries
+            child.entries |= {page: entry for page, entry in parent.entries.items() if entry.special}
             child.huge |= parent.huge
         for vma in vmas:
-            self.vmas.append(Window(number, vma.pages, vma.inode, vma.pgoff, vma.read_only))
+            self.vmas.append(Window(number, vma.pages, vma.inode, vma.pgoff, vma.read_only, vma.counted))
         return number
 
     def exit(self, space: int) -> Outcome:
@@ -100,7 +101,9 @@ class Model(Conversions, References, Lifetime):
 
     # ------------------------------------------------------------------ mappings and slots
 
-    def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool) -> Outcome:
+    def mmap(
+        self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool, counted: bool = False
+    ) -> Outcome:
         """do_mmap(), in its order."""
         pages = range(address // PAGE, address // PAGE + -(-length // PAGE))
         mine = [v.pages for v in self.vmas if v.owner == space]
@@ -116,7 +119,7 @@ class Model(Conversions, References, Lifetime):
         for refused, error in refusals:
             if refused:
                 return Outcome(-error)
-        self.vmas.append(Window(space, pages, inode, offset // PAGE, read_only))
+        self.vmas.append(Window(space, pages, inode, offset // PAGE, read_only, counted))
         for slot in self.slots:
             if slot.place is None:
                 slot.place = self.place_of(slot, self.vmas[-1:])
@@ -153,7 +156,7 @@ class Model(Conversions, References, Lifetime):
             part = common(vma.pages, pages)
             if not part:
                 continue
-            if madvise and not self.restructure:
+            if madvise and self.is_special(vma):
                 return Outcome(-W.EINVAL)  # VM_PFNMAP
             self.clear_entries(vma, part)
             if madvise and self.reclaims_tables:

@@ -144,9 +144,14 @@ class Pair:
         self.forget(inode, lambda index: index >> order in gone or offset <= index * PAGE < stop)
         return outcome
 
-    def mmap(self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool = False) -> Outcome:
-        got = self.spaces[space].mmap(self.inodes[inode], address, offset=offset, length=length, read_only=read_only)
-        return self.same(got, self.model.mmap(space, address, inode, offset, length, read_only))
+    def mmap(
+        self, space: int, address: int, inode: int, offset: int, length: int, read_only: bool = False,
+        counted: bool = False,
+    ) -> Outcome:  # fmt: skip
+        got = self.spaces[space].mmap(
+            self.inodes[inode], address, offset=offset, length=length, read_only=read_only, counted=counted
+        )
+        return self.same(got, self.model.mmap(space, address, inode, offset, length, read_only, counted))
 
     def munmap(self, space: int, address: int, length: int) -> Outcome:
         return self.same(self.spaces[space].munmap(address, length), self.model.munmap(space, address, length))

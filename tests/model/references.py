@@ -67,7 +67,7 @@ class References(Faults):
     def pin_page(self, space: int, page: int, write: bool) -> int:
         """What of a page keeps it from being pinned: check_vma_flags(), faultin_page(); 0: nothing."""
         vma = next((v for v in self.vmas if v.owner == space and page in v.pages), None)
-        if vma is None or not self.restructure or (write and vma.read_only):
+        if vma is None or self.is_special(vma) or (write and vma.read_only):
             return -W.EFAULT
         if page in self.spaces[space].entries:
             return 0
