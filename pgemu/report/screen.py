@@ -249,11 +249,11 @@ def _each(runs: Sequence[DesignRun], values: list[str]) -> str:
 def _broken(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs[:2]:
         for one in breaches(run):
-            why = f"defect {', '.join(one.explained_by)}" if one.explained_by else "no defect explains it"
+            why = ", ".join(one.explained_by) if one.explained_by else "no defect explains it"
             name = one.rule.name.lower().replace("_", " ")
             often = f"{units.count(one.count)} {one.unit[:-1]}{'s' * (one.count != 1)}"
             if one.unit == "pages":
-                yield f"{run.design} shows guest or host {name} of {often} ({why})"
+                yield f"{run.design} shows {name} of {often} ({why})"
             else:
                 yield f"{run.design} breaks a rule {often}: {name} ({why})"
 
@@ -297,7 +297,8 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     for line in lines.values():
         if line.with_defect:
             name, whole = line.with_defect
-            yield f"{_short(line)}: by how much is without {name}; with it {measured(whole, _designs(comparison)).text}"
+            then = measured(whole, _designs(comparison))
+            yield f"{_short(line)} with the defect {name}: {then.said} by {then.by}"
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
