@@ -26,18 +26,21 @@ __all__ = (
 _LINE = re.compile(
     r"(?P<prefix>\s*(?P<comm>\S.*?)[- ]\s*(?P<pid>\d+)(?:/(?P<tid>\d+))?\s+(?:\(\s*(?P<tgid>\d+|-+)\)\s+)?"
     r"(?:(?P<cpu>\[\d+\])\s+(?:(?:[^\s\d]\S{3,7}|[A-Z]{1,3})\s+)?)?)"
-    r"(?P<stamp>\d+\.(?:\d{9}|\d{6})|(?(cpu)\d+|(?!)))(?P<separator>: ?)(?P<event>.*)"
+    r"(?P<stamp>\d+\.(?:\d{9}|\d{6})|(?(cpu)\d+|(?!)))(?P<separator>: ?)"
 )
 """A line of ftrace, `trace-cmd report` (no flags) or `perf script` (system prefix, pid/tid, -F without CPU).
 
 The time stamp is in seconds, or a plain number of a clock that does not count time (counter, uptime, x86-tsc).
 """
 
+_HEAD = 512
+"""How far into a line its event begins at most, so that a long line costs no more than a short one to be looked at."""
+
 _PRINTK = r"(?:.*? kernel: ?)?(?:<\d+>)?\[\s*\d+\.\d{6}\](?:\[\s*[CT]\d+\])? ?"
 
 _LATENCY = re.compile(
     rf"(?P<prefix>(?:{_PRINTK})?\s*(?P<comm>\S.*?)-(?P<pid>\d+)\s+\d+[^\s\d]\S{{2,7}}\s+)"
-    r"(?P<stamp>\d+(?:\.\d{6})?)(?P<separator>(?:us[^\w\s]? ?)?: )(?P<event>.*)"
+    r"(?P<stamp>\d+(?:\.\d{6})?)(?P<separator>(?:us[^\w\s]? ?)?: )"
 )
 """A line of the latency format, microseconds and a mark; what the kernel dumps at an oops is in it, behind printk's."""
 
@@ -87,12 +90,13 @@ class Place(NamedTuple):
 
 def place(line: str) -> Place | None:
     """Where things stand in a line, None if it holds no event."""
-    match = _LINE.fullmatch(line)
+    head = line[:_HEAD]
+    match = _LINE.match(head)
     if match is not None:
         tid, process = match["tid"], match["pid"] if match["tid"] else match["tgid"]
         known = int(process) if process is not None and process.isdecimal() else None
         return _place(match, int(tid or match["pid"]), known)
-    match = _LATENCY.fullmatch(line)
+    match = _LATENCY.match(head)
     return None if match is None else _place(match, int(match["pid"]), None)
 
 
@@ -117,7 +121,7 @@ def stamp_of(stamp: str, start: int, microseconds: bool = False) -> tuple[int, i
 
 _NAME = r"(?![0-9a-f]{8,16}(?:\s|:|$))[A-Za-z_<\[]\S*"
 _FIRST = re.compile(_NAME)
-_BEHIND_COLUMNS = re.compile(rf"\s*(?:\S*\d\S*\s+|\(.*?\)\s+)*?(?P<event>{_NAME}(?:\s.*)?)")
+_BEHIND_COLUMNS = re.compile(rf"\s*(?:(?!\()(?=\S*\d)\S+\s+|\([^()]*\)\s+)*?(?P<event>{_NAME})(?!\S)")
 """Columns in front of an event's name hold a number: period, weight, difference to the event before."""
 
 
@@ -128,7 +132,7 @@ def is_name(token: str) -> bool:
 
 def event_start(text: str) -> int:
     """Where in the text behind a time stamp the event stands, -1 if it has none that could be a name."""
-    match = _BEHIND_COLUMNS.fullmatch(text)
+    match = _BEHIND_COLUMNS.match(text[:_HEAD])
     return -1 if match is None else match.start("event")
 
 
@@ -176,12 +180,12 @@ _FORMS = tuple(
 def form_of(line: str) -> str | None:
     """What a line that holds no event is of, with what helps, as a message says it; None for no known form."""
     for shape, name, help_ in _FORMS:
-        if shape.fullmatch(line):
+        if shape.fullmatch(line[:_HEAD]):
             return f"{name}: {help_}"
     return None
 
 
-_RAW = re.compile(r"\S+\s+(?:\w+=\S*\s*)+")
+_RAW = re.compile(r"\S+\s+(?:\w+=\S*(?:\s+|$))+")
 
 
 def raw_fields(event: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, strategies as st
@@ -186,3 +187,12 @@ def test_a_last_line_without_newline_is_whole_or_refused(cut: int) -> None:
     log = parse(text)
     assert log.events == 1 + whole
     assert log.notes == ("its last line has no newline and is taken to be whole",) * whole
+
+
+@pytest.mark.parametrize("filler", [" ", "1", "1 ", "(+1) ", "a=", "a=1 ", "-1", "x", "0x1 ", "=> "])
+@pytest.mark.parametrize("front", ["", f"{PERF} ", f"{PERF} kvm_page_fault: ", " 0) ", "     0.000 ", "vm-1 [000] "])
+def test_a_long_line_is_looked_at_as_fast_as_a_short_one(front: str, filler: str) -> None:
+    """None of these ends, where shapes can be tried in as many ways as the line is long."""
+    text = f"{PERF} {FAULT}\n{front}{filler * 100_000}!\n"
+    with suppress(InputError):
+        assert parse(text).events <= 2
