@@ -121,14 +121,14 @@ _GROUPS = {
     type=click.Choice(["auto", "none", "47", "51"]),
     default="auto",
     show_default=True,
-    help="Bit of a log's guest addresses that says shared in a TD; auto: one, if without it they lie in memory.",
+    help="Bit that says shared in guest addresses of a TD's log.",
 )
 @click.option(
     "--fault-address",
     type=click.Choice(["auto", "physical", "virtual"]),
     default="auto",
     show_default=True,
-    help="What guest faults of a log print; auto: virtual addresses if the kernel's half is among them.",
+    help="What a log's guest faults print; auto: as they look.",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(

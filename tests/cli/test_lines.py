@@ -59,7 +59,7 @@ def test_commands_fit_the_terminal_with_every_word(
     arguments = {
         "walk": ["walk", str(path), "0x7f0000000000", "--root", "process:0"],
         "dump": ["dump", str(path), "--root", "vm:0"],
-        "page": ["page", str(path), str(pfn)],
+        "page": ["page", str(path), hex(pfn)],
         "scenario": ["scenario", "smallest-pfnmap"],
         "decode": ["decode", "0x8000000100000767", "0x8000000100000e67", "--format", "npt"],
     }[command]

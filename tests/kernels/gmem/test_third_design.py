@@ -68,7 +68,10 @@ def test_it_is_compared_with_the_others() -> None:
 @pytest.mark.parametrize("form", [("--details",), ("--details", "--sources"), ("--format", "json", "--sources")])
 def test_the_command_line_knows_it_by_its_row(form: tuple[str, ...], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=4 gpa=0x0 size=0x200000 hva=0x7f0000000000\n")
+    log.write_text(
+        "vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=4 gpa=0x0 size=0x200000 hva=0x7f0000000000\n"
+        "vmm-9 [000] ..... 1.000002: kvm_page_fault: vcpu 0 rip 0x1000 address 0x0000000000001000 error_code 0x4\n"
+    )
     arguments = ["compare", str(log), "--page-size", "2M", "--design", "pfnmap", "--design", FRAMES, *form]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
