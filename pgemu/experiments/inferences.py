@@ -233,7 +233,7 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             (
                 Alternative(
                     "whole",
-                    "if pfnmap mapped only whole huge pages large",
+                    "if pfnmap mapped whole huge pages or 4K, no level between",
                     {"level_rule": "whole"},
                     ("pfnmap",),
                 ),

@@ -78,7 +78,7 @@ class Line(NamedTuple):
     """One question and its answer.
 
     with_defect: where most of a difference in time is a defect's, which counts for nobody: its name, and the answer as
-    it is with the defect. `measure.difference` is then that without it.
+    it is with the defect. `measure` is then that without it.
     """
 
     question: str
@@ -330,7 +330,7 @@ def _less_a_defect(key: str, line: Line, trials: Iterable[Trial]) -> Line:
         if not trial.removes or found.unit != "ns" or found.better not in (0, 1) or then.better != found.better:
             continue
         if middle(found.difference) > _MOSTLY * middle(then.difference):
-            return line._replace(measure=found._replace(difference=then.difference), with_defect=(trial.removes, found))
+            return line._replace(measure=then, with_defect=(trial.removes, found))
     return line
 
 

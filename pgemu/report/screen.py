@@ -177,12 +177,10 @@ def _splits(comparison: Comparison) -> Iterator[str]:
         event = run.statistics.event
         splits, merges = event(Event.FOLIO_SPLIT), event(Event.FOLIO_MERGED)
         if splits:
-            merged = f" and merges {units.count(merges)}" if merges else ""
-            yield (
-                f"{run.design} splits {units.count(splits)} huge folio{'s' * (splits != 1)}{merged}: "
-                f"in all {units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)} of vmemmap allocated again, "
-                f"{units.size(event(Event.STRUCT_PAGE_BYTES))} of struct pages written"
-            )
+            merged = f", merges {units.count(merges)}" if merges else ""
+            restored = units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)
+            folios = f"{units.count(splits)} folio{'s' * (splits != 1)}"
+            yield f"{run.design} splits {folios}{merged}: {restored} of vmemmap restored"
 
 
 def _interrupts_off(comparison: Comparison) -> Iterator[str]:
@@ -298,7 +296,9 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
         if line.with_defect:
             name, whole = line.with_defect
             then = measured(whole, _designs(comparison))
-            yield f"{_short(line)} with the defect {name}: {then.said} by {then.by}"
+            second = name in comparison.runs[1].config.defects
+            has = value(whole.second if second else whole.first, whole.unit)
+            yield f"{_short(line)} with {name}: {has}, {then.said} by {then.by}"
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
@@ -364,5 +364,5 @@ def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivi
     if sensitivity and not sensitivity.complete:
         tried += ", interrupted"
     if any(line.basis.kind == "fact" for line in lines.values()):
-        yield "fact: who is better holds under all inferred rules; by how much is an estimate"
+        yield "fact: who is better holds under all inferred rules; by: priced event by event"
     yield from wrapped(f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details")

@@ -74,7 +74,7 @@ def test_what_a_question_rests_on_is_named() -> None:
     comparison = compare(load(shipped(), LoweringOptions()))
     text = " ".join(shown(comparison, sensitivity(comparison)).split())
     assert "guest faults undecided if pfnmap zeroed whole folios (pfnmap-zeroing)" in text
-    assert "guest leaves >= 2M alike if pfnmap mapped only whole huge pages large (pfnmap-level)" in text
+    assert "guest leaves >= 2M alike if pfnmap mapped whole huge pages or 4K, no level between (pfnmap-level)" in text
 
 
 def test_what_is_broken_names_its_defect() -> None:
