@@ -1,8 +1,8 @@
 """Repeat a comparison under the alternatives of the inferred rules, to see which of its answers rest on them.
 
-Each rule is varied alone; pairs only among those that turned an answer, where together they could turn another. What
-provably touches no record is not repeated, and only the machines concerned are: a design's run under a configuration
-that it had already is that run.
+Each rule is varied alone; pairs only among those that turned an answer, where together they could turn another that
+none has turned alone until then. What provably touches no record is not repeated, and only the machines concerned are:
+a design's run under a configuration that it had already is that run.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def _tried(
     first, second = comparison.runs[:2]
     base = measure(first, second)
     turning: list[tuple[_Wanted, Mapping[str, Measure]]] = []
+    left = dict(base)  # the answers that no alternative alone has turned yet
     done = 0
     while started:
         (names, alternatives), futures = started.popleft()
@@ -131,8 +132,9 @@ def _tried(
         removed = _removed((first, second), runs) if len(alternatives) == 1 else ""
         yield Trial(" and ".join(names), label, removed, found, runs)
         if len(alternatives) == 1 and any(now.better != base[key].better for key, now in found.items()):
+            left = {key: known for key, known in left.items() if found[key].better == known.better}
             for ((name,), (other,)), known in turning:
-                if name != names[0] and _may_turn_more(base, known, found):
+                if name != names[0] and _may_turn_more(left, known, found):
                     start(((name, *names), (other, *alternatives)))
             turning.append(((names, alternatives), found))
 

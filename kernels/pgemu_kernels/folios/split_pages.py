@@ -41,6 +41,7 @@ from pgemu_kernels.words.operations import ENOMEM, WOULD_SPIN
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
     R_MASK_TAILS,
+    R_OPTIMIZE_VMEMMAP,
     R_RESET_STRUCT_PAGES,
     R_SPLIT_FORM,
     R_VMEMMAP_PAGE,
@@ -180,6 +181,19 @@ def join_list(m, head, order):
         list_add(m, hstate_of_order(order) + H_ACTIVE, head)
 
 
+@kernel
+def tail_words(m, head, order):
+    """What a 4K folio gets as a tail: rewrite()'s `kept` and `put`. Flags and private stay."""
+    kept = (NONE, U0, NONE, U0), (NONE, NONE, U0, NONE)
+    return kept, ((U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0))
+
+
+@kernel
+def gives_up(m):
+    """Whether a folio that is merged gives up its vmemmap pages but the first, if there is memory for it."""
+    return m.state[R_OPTIMIZE_VMEMMAP] != U0
+
+
 @outlined
 def join_pages(m, head, first, order):
     """Freeze the 4K folios of a huge page and make them tails.
@@ -188,15 +202,16 @@ def join_pages(m, head, first, order):
 
     Busy is one that has another reference count than 1 or is mapped: then nothing has changed. Flags and private stay
     as they are until clean_tails(). The posted code freezes all before it prepares the first; here a vmemmap page is
-    looked over and rewritten at once, and undone when a later one is busy.
+    looked over and rewritten at once, and undone when a later one is busy. What lies in a vmemmap page that is to be
+    given up is not rewritten: prepare_head() does it where that fails.
     """
     ram = m.ram
     link = ram[first + COMPOUND]
     mapping = ram[first + MAPPING]
-    kept = (NONE, U0, NONE, U0), (NONE, NONE, U0, NONE)
-    tail = (U0, compound_info(m.state, head, order), U0, TAIL_MAPPING), (U0, U0, NO_MAPCOUNT, U0)
+    kept, tail = tail_words(m, head, order)
     folio = (U0, U0, U0, mapping), (U0, U0, ONE_CACHED, U0)
     pages = U1 << order
+    stays = U64 if gives_up(m) else pages
     base = different = uptodate = end = U0
     start = pages
     following = first
@@ -213,10 +228,11 @@ def join_pages(m, head, first, order):
             start = min(start, base)
             end = base + U64
         if different == U0:
-            rewrite(ram, page, page, U64, U512, NONE, kept, tail)
+            if base < stays:
+                rewrite(ram, page, page, U64, U512, NONE, kept, tail)
             base += U64
     if different != U0:
-        rewrite_pages(m, head, head + base, kept, folio)
+        rewrite_pages(m, head, head + min(base, stays), kept, folio)
     ram[first + COMPOUND] = link
     ram[first + MAPPING] = mapping
     return different != U0, uptodate, start, end
@@ -256,7 +272,7 @@ def prepare_head(m, head, first, order, references, uptodate):
     """The head of joined pages, with `references`; then hugetlb_vmemmap_optimize_folio(), whose failure nobody minds.
 
     prep_compound_page(). `uptodate` (0 or 1): whether the folio is up to date as a whole. Vmemmap pages that are freed
-    are not cleaned before.
+    are neither rewritten nor cleaned before: nobody reads them again.
     """
     ram = m.ram
     state = m.state
@@ -272,4 +288,7 @@ def prepare_head(m, head, first, order, references, uptodate):
         unstash(m)
     optimize(m, head, order)
     if ram[struct_page(m, head) + PRIVATE] & HUGETLB_VMEMMAP_OPTIMIZED == U0:
+        if gives_up(m):
+            kept, tail = tail_words(m, head, order)
+            rewrite_pages(m, head + U64, head + (U1 << order), kept, tail)
         clean_tails(m, head, U64, U1 << order)
