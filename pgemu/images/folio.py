@@ -34,6 +34,7 @@ from pgemu.images.struct_page import (
     signed,
     type_of,
 )
+from pgemu.machine.arguments import OfMachine, argument
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
 from pgemu_kernels.formats.struct_page import (
@@ -44,7 +45,7 @@ from pgemu_kernels.formats.struct_page import (
     PageLayout,
     page_layout,
 )
-from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import ENOSPC, PAGE_4K, Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
@@ -118,7 +119,7 @@ def struct_page(core: Core, pfn: int) -> Array:
     return core.words(_struct_page_address(core, core.host_format, root, vmemmap, pfn), 8).copy()
 
 
-class Folio:
+class Folio(OfMachine, but=("of_machine",)):
     """The folio that holds a PFN, read through the kernel's page table. Made by Machine.folio(), or directly.
 
     memory: an Image, a Machine, or anything with their words(), load() and holds(). layout: page_layout(). root:
@@ -139,7 +140,7 @@ class Folio:
         self.format = x86_64() if fmt is None else fmt
         self.vmemmap_base = vmemmap
         self.machine = machine
-        self.given = pfn
+        self.given = pfn = argument("pfn", pfn)
         self.pfn, self.fake = self._find_head(pfn)
         self._order = self.order
 
@@ -455,8 +456,11 @@ class Folio:
         return self._operate(Operation.FOLIO_REFERENCE, n, Flag.WRITE | Flag.READ)
 
     def freeze(self, expected: int) -> bool:
-        """Set the refcount to 0 if it is `expected`: folio_ref_freeze()."""
-        return self._operate(Operation.FOLIO_FREEZE, expected).status == 1
+        """Set the refcount to 0 if it is `expected`: folio_ref_freeze(). OSError ENOSPC past words.FROZEN folios."""
+        status = self._operate(Operation.FOLIO_FREEZE, expected).status
+        if status == -ENOSPC:
+            raise OSError(ENOSPC, "as many folios are frozen as the machine keeps count of")
+        return status == 1
 
     def unfreeze(self, n: int) -> bool:
         """Set the refcount of a frozen folio to `n`: folio_ref_unfreeze(). False if it was not frozen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, in
 def _map_memory(words: int, huge: bool) -> Array:
     """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
     size = max(words * 8, mmap.PAGESIZE)
+    if size > sys.maxsize:
+        raise OSError(W.ENOMEM, "beyond the addresses of this computer")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, size, flags=flags)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -56,7 +59,27 @@ def _map_memory(words: int, huge: bool) -> Array:
 
 
 def allocate(config: Config) -> Arrays:
-    """The arrays of a machine, zeroed, with the registers that say where their tables begin."""
+    """The arrays of a machine, zeroed, with the registers that say where their tables begin.
+
+    OSError ENOMEM where this computer cannot hold them.
+    """
+    written = _boot_frames(config) * W.PAGE_4K
+    try:
+        arrays = _allocate(config) if written <= _physical_memory() else None
+    except (MemoryError, ValueError, OSError):  # NumPy's for too much, and for more than it can count
+        arrays = None
+    if arrays is None:
+        size = _all_frames(config) * W.PAGE_4K
+        raise OSError(W.ENOMEM, f"{size:,} bytes for the metadata of {config}: more than this computer can hold")
+    return arrays
+
+
+def _physical_memory() -> int:
+    """Bytes of memory of this computer: what boot writes has to fit; the rest is taken as it is used."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _allocate(config: Config) -> Arrays:
     frames = _frames(config)
     blocks = 4 * config.pool_pages + W.INODES
     pages = blocks << config.page_order

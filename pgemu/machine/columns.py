@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from pgemu.machine.field_rules import Rule, amount, checked
 from pgemu_kernels import words as W
 
-__all__ = ("addresses_of", "check_fields", "column_of", "integers")
+__all__ = ("FIELDS", "addresses_of", "check_fields", "column_of", "integers")
 
 Array = np.ndarray[Any, Any]
 _WORD = np.dtype(np.uint64)
@@ -33,8 +36,10 @@ def _unsigned(values: Any, what: str) -> Array:
     given = integers(values)
     if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
         raise ValueError(f"{what} of {given.dtype}: expected integers that are not negative")
+    if given.ndim > 1:
+        raise ValueError(f"{what} of {given.ndim} dimensions: expected one")
     column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
-    return column if column.flags.writeable else column.copy()
+    return column if column.flags.carray else column.copy()  # not aligned, or only to be read
 
 
 def addresses_of(values: Any) -> Array:
@@ -50,19 +55,22 @@ def column_of(values: Any, count: int) -> Array:
     return column
 
 
-def check_fields(
-    op: int, flags: int, actor: int, vm: int, space: int, object_: int, address: int, offset: int, length: int
-) -> None:
-    """ValueError where a value does not fit its column of the trace schema, TypeError where it is no number."""
-    limits: dict[str, tuple[Any, int]] = {
-        "operation": (op, 256), "flags": (flags, 256), "actor": (actor, W.ACTORS), "vm": (vm, 1 << 16),
-        "space": (space, 1 << 16), "object": (object_, 1 << 32), "address": (address, 1 << 64),
-        "offset": (offset, 1 << 64), "length": (length, 1 << 64),
-    }  # fmt: skip
-    for name, (value, limit) in limits.items():
-        if isinstance(value, float) and not value.is_integer():  # would be cut off, and nobody told
-            raise ValueError(f"{name} {value!r}: expected an integer from 0 to {limit - 1}")
-        if not isinstance(value, float) and not hasattr(value, "__index__"):
-            raise TypeError(f"{name} {value!r} ({type(value).__name__}): expected an integer from 0 to {limit - 1}")
-        if not 0 <= value < limit:
-            raise ValueError(f"{name} {value}: expected 0 to {limit - 1}")
+FIELDS: Mapping[str, Rule] = MappingProxyType(
+    {
+        name: amount(0, limit - 1, f"0 to {limit - 1}")
+        for name, limit in {
+            "operation": 256, "flags": 256, "actor": int(W.ACTORS), "vm": 1 << 16, "space": 1 << 16, "object": 1 << 32,
+            "address": 1 << 64, "offset": 1 << 64, "length": 1 << 64,
+        }.items()
+    }
+)  # fmt: skip
+"""Columns of the trace schema, as an operation's arguments."""
+
+
+def check_fields(*values: Any) -> tuple[int, ...]:
+    """The values of an operation's columns, in the order of FIELDS, as ints.
+
+    :raises TypeError: a value is no integer
+    :raises ValueError: a value does not fit its column
+    """
+    return tuple(checked(name, value, FIELDS) for name, value in zip(FIELDS, values, strict=True))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine
 from pgemu.machine.boot import allocate, node_word, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
@@ -28,6 +29,7 @@ __all__ = ("Columns", "Core")
 Array = np.ndarray[Any, Any]
 NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
 _FIRST = np.uint64(0)
+_NOBODY = np.uint64(W.ACTORS)  # no actor's operation, but those of the columns
 _FULL = int(W.R_FULL)
 
 
@@ -49,7 +51,7 @@ class Columns(Protocol):
 
 
 @dataclass(eq=False)
-class Core:
+class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry", "words", "load", "holds")):
     """What pgemu.Machine creates its objects on, and what they hold of it.
 
     Not thread-safe; two machines may run on two threads, kernels release the GIL.
@@ -82,12 +84,12 @@ class Core:
             return True
         from pgemu_kernels.run.entries import run_pooling
 
-        nothing = np.zeros(1, np.uint64)
-        columns = (nothing,) * 5
-        return int(run_pooling(self.descriptor, *columns, nothing.view(np.int64), nothing, NONE)) == 0
+        return int(run_pooling(self.descriptor, *_no_columns(), NONE, _NOBODY)) == 0
 
-    def register(self, index: Any) -> int:
-        """A named scalar of the machine (words.R_*)."""
+    def register(self, index: int | np.uint64) -> int:
+        """A named scalar of the machine (words.R_*). ValueError for another number."""
+        if index >= W.R_WORD_COUNT:
+            raise ValueError(f"register {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
         return int(self.arrays.state[index])
 
     # ------------------------------------------------------------------ formats
@@ -163,7 +165,7 @@ class Core:
             if stopped == count:
                 return
             other, done = _stopped(stopped)
-            _, done = _stopped(_entry(other)(self.descriptor, *columns, np.uint64(done)))
+            _, done = _stopped(_run_elsewhere(other, self.descriptor, *columns, np.uint64(done)))
             if done == count:
                 return
 
@@ -189,19 +191,19 @@ class Core:
     ) -> Result:
         """Run one operation; the arguments are the columns of the trace schema.
 
-        ValueError where one does not fit, TypeError where it is no number.
+        TypeError for what is no integer, ValueError where one does not fit its column.
         """
         single = self._single
+        values = (op, flags, actor, vm, space, object_, address, offset, length)
+        if bool in map(type, values):
+            check_fields(*values)
         try:
-            single.write(single.buffer, 0, op, flags, actor, vm, space, object_, address, offset, length)
-        except struct.error:  # does not fit, or is no int but perhaps a number
-            check_fields(op, flags, actor, vm, space, object_, address, offset, length)
-            header = op | flags << 8 | actor << 16 | vm << 32 | space << 48
-            one = (np.array([word], np.uint64) for word in (header, object_, address, offset, length))
-            status, detail = self.run_columns(*one, count=1)
-            return RESULT_OF[op](int(status[0]), int(detail[0]))
+            single.write(single.buffer, 0, *values)
+        except (struct.error, TypeError):
+            check_fields(*values)
+            raise
         if actor >= ACTORS:
-            check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+            check_fields(*values)
         self._run_all(single.columns, 1)
         return single.result(op)
 
@@ -222,7 +224,8 @@ class Core:
     ) -> None:
         """Begin an operation of an actor, to be advanced by `step`.
 
-        ValueError where an argument does not fit its column, or while an operation of the actor is under way.
+        What is none of the designs' is one step. TypeError for an argument that is no integer, ValueError for one that
+        does not fit its column, or while an operation of the actor is under way.
         """
         check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         if self._record(actor, W.O_ACTIVE):
@@ -248,19 +251,17 @@ class Core:
     def _step(self, actor: int, *, beginning: bool) -> int:
         from pgemu_kernels.words.requests import BEGIN, STEP
 
-        return self._call_designs(actor, BEGIN if beginning else STEP)
+        outcome = self._call_designs(actor, BEGIN if beginning else STEP)
+        other, _ = _stopped(outcome)
+        if other is Entry.NOBODY:
+            return outcome
+        return int(_kernel(other)(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor)))  # all of it in one step
 
     def _call_designs(self, actor: int, mode: int) -> int:
         """full.run_designs() without columns."""
         from pgemu_kernels.run.entries import run_designs
 
-        nothing = np.zeros(1, np.uint64)
-        columns = (nothing,) * 5
-        return int(
-            run_designs(
-                self.descriptor, *columns, nothing.view(np.int64), nothing, np.uint64(0), np.uint64(actor), mode
-            )
-        )
+        return int(run_designs(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor), mode))
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
@@ -365,17 +366,26 @@ def _stopped(returned: int) -> tuple[Entry, int]:
     return Entry(entry), index
 
 
-def _entry(entry: Entry) -> Any:
-    """The entry for what those of the designs do not run."""
+def _no_columns() -> tuple[Array, ...]:
+    """Columns for a call that looks at none."""
+    nothing = np.zeros(1, np.uint64)
+    return (*(nothing,) * 5, nothing.view(np.int64), nothing)
+
+
+def _kernel(entry: Entry) -> Any:
+    """The kernel of an entry for what is none of the designs'."""
     if entry is Entry.POOLING:
         from pgemu_kernels.run.entries import run_pooling
 
         return run_pooling
-    if entry is Entry.ORDINARY:
-        from pgemu_kernels.run.entries import run_ordinary
+    from pgemu_kernels.run.entries import run_ordinary
 
-        return run_ordinary
-    return _run_designs
+    return run_ordinary
+
+
+def _run_elsewhere(entry: Entry, *arguments: Any) -> int:
+    """Run operations of columns by the entry for what fast.run does not."""
+    return _run_designs(*arguments) if entry is Entry.FULL else int(_kernel(entry)(*arguments, _NOBODY))
 
 
 def _run_designs(*arguments: Any) -> int:

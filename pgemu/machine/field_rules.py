@@ -20,8 +20,8 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
 __all__ = (
-    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "Rule", "checked",
-    "choice", "shown",
+    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "SWITCH", "Rule",
+    "amount", "checked", "choice", "shown",
 )  # fmt: skip
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
@@ -129,16 +129,17 @@ def choice(known: Collection[str], *, optional: bool = False) -> Rule:
     return Rule(lambda: f"one of {', '.join(known)}", _text, known.__contains__, optional)
 
 
-def _amount(lowest: int, highest: int, said: str, *, optional: bool = False) -> Rule:
+def amount(lowest: int, highest: int, said: str, *, optional: bool = False) -> Rule:
+    """An integer in a range; `said` tells it in words."""
     return Rule(lambda: said, _integer, lambda value: lowest <= value <= highest, optional)
 
 
 def _cpus(most: int) -> Rule:
-    return _amount(1, most, f"an integer from 1 to {most}")
+    return amount(1, most, f"an integer from 1 to {most}")
 
 
-_SWITCH = Rule(lambda: "True or False", _switch, lambda _: True)
-BYTES = _amount(0, _MOST_BYTES, "bytes as an integer from 0 to 2**52")
+SWITCH = Rule(lambda: "True or False", _switch, lambda _: True)
+BYTES = amount(0, _MOST_BYTES, "bytes as an integer from 0 to 2**52")
 _PAGE_SIZES = (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -150,24 +151,24 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         ),
         "kernel": choice(formats.KERNELS),
         "stage2": choice(("npt", "ept")),
-        "hvo": _SWITCH,
+        "hvo": SWITCH,
         "vcpus": _cpus(MOST_VCPUS),
         "host_cpus": _cpus(MOST_HOST_CPUS),
         "zero": choice(("folio", "page")),
-        "seed": _amount(0, _MOST_SEED, "an integer from 0 to 2**63 - 1"),
-        "frames": _amount(1, _MOST_BYTES >> 12, "an integer from 1 to 2**40", optional=True),
+        "seed": amount(0, _MOST_SEED, "an integer from 0 to 2**63 - 1"),
+        "frames": amount(1, _MOST_BYTES >> 12, "an integer from 1 to 2**40", optional=True),
         "zap_filter": choice(("both", "target")),
         "vm": choice(KINDS),
         "private_level": choice(PRIVATE_LEVELS, optional=True),
-        "notifier": _SWITCH,
-        "dontneed_on_pfnmap": _SWITCH,
-        "nx_huge_pages": _SWITCH,
-        "l1tf": _SWITCH,
+        "notifier": SWITCH,
+        "dontneed_on_pfnmap": SWITCH,
+        "nx_huge_pages": SWITCH,
+        "l1tf": SWITCH,
         "profile": Rule(lambda: "the name of a cost profile, or the path of a TOML file", _path, _names_a_file),
         "memory": BYTES,
         "other_pool": BYTES,
-        "pti": _SWITCH,
-        "nodes": _amount(1, int(W.NODES), f"an integer from 1 to {W.NODES}"),
+        "pti": SWITCH,
+        "nodes": amount(1, int(W.NODES), f"an integer from 1 to {W.NODES}"),
         "buddy": BYTES,
         "reserved": BYTES,
         "configuration": choice(formats.CONFIGURATIONS),
@@ -181,14 +182,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "defects": Rule(
             lambda: f"a tuple of some of {', '.join(sorted(DEFECTS))}", _names, lambda names: {*names} <= {*DEFECTS}
         ),
-        "lru_cache": _SWITCH,
+        "lru_cache": SWITCH,
         "worker": choice(("immediate", "queued")),
         "punch": choice(("zero", "refuse")),
         "level_rule": choice(LEVEL_RULES),
-        "host_huge": _SWITCH,
-        "large_folios": _SWITCH,
-        "dirty_log_guest_memfd": _SWITCH,
-        "in_place_conversion": _SWITCH,
+        "host_huge": SWITCH,
+        "large_folios": SWITCH,
+        "dirty_log_guest_memfd": SWITCH,
+        "in_place_conversion": SWITCH,
         "zap": choice(("exact", "rounded")),
         "invalidate": choice(("rounded", "exact")),
     }

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _PIECE = 1 << 20  # frames looked at in one go
 _RANGES = 1024  # an image has at most so many: readers walk their list
 
 
-class PhysicalMemory:
+class PhysicalMemory(OfMachine):
     """Physical addresses of a machine: the metadata zone, whose frames are `ram`, and the HugeTLB zone.
 
     A frame of the HugeTLB zone that was never written holds zeroes. See Core.words() and Core.load().

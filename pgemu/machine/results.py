@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.short import column, counted
+from pgemu.machine.short import column, counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
 
@@ -68,6 +68,9 @@ class Results(NamedTuple):
     def __repr__(self) -> str:
         return f"Results({self.status.size:,}: {counted(self.outcomes)}; detail={column(self.detail)})"
 
+    def _repr_html_(self) -> str:
+        return html_table(("status", "how many"), self.outcomes.items(), len(self.outcomes))
+
 
 class Result(NamedTuple):
     """The same of one operation.
@@ -91,6 +94,9 @@ class Result(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Result(status={self.name if self.status else 0}, detail={self.detail})"
+
+    def _repr_html_(self) -> str:
+        return html_table(("status", "detail"), [(self.name, self.detail)])
 
 
 def _again(kind: type[Result] | type[Results], op: Operation | None, values: tuple[Any, ...]) -> Any:

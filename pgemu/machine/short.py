@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import IntEnum
+from html import escape
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-__all__ = ("changed", "column", "counted", "walks")
+__all__ = ("changed", "column", "counted", "html_table", "html_walks", "walks")
 
 _MOST = 4  # kinds that are named one by one
+_ROWS = 20  # of a table in a notebook
 
 
 def column(values: Any) -> str:
@@ -35,6 +38,29 @@ def walks(batch: Any, statuses: type[IntEnum]) -> str:
     names = {statuses(code).name: n for code, n in zip(codes.tolist(), counts.tolist(), strict=True)}
     physical = [hex(address) for address in batch.physical[:3].tolist()] + ["..."] * (batch.physical.size > 3)
     return f"{type(batch).__name__}({batch.status.size:,}: {counted(names)}; physical=[{' '.join(physical)}])"
+
+
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], total: int | None = None) -> str:
+    """A table as a notebook shows it, of many rows the first ones and how many there are in all (`total`)."""
+    shown = list(islice(rows, _ROWS))
+    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in shown]
+    more = "" if total is None or total <= len(shown) else f"<p>{len(shown)} of {total:,}</p>"
+    return f"<table>{''.join(lines)}</table>{more}"
+
+
+def html_walks(batch: Any, statuses: type[IntEnum], levels: Mapping[str, Any]) -> str:
+    """The same of a batch of translations: status, where it led, and `levels`, arrays by their heads."""
+    rows = (
+        (
+            i,
+            statuses(int(batch.status[i])).name,
+            hex(int(batch.physical[i])),
+            *(int(all_[i]) for all_ in levels.values()),
+        )
+        for i in range(batch.status.size)
+    )
+    return html_table(("", "status", "physical", *levels), rows, batch.status.size)
 
 
 def changed(instance: Any) -> str:

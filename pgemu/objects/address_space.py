@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine, argument
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.objects.guest_memfd import GuestMemfd
@@ -38,6 +39,7 @@ class TablePages(NamedTuple):
 
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
 _READ_WRITE = PROT_READ | PROT_WRITE
+_NO_PROCESS = 0xFFFF
 _PROTECTIONS = {PROT_READ: Flag.READ, PROT_WRITE: Flag.WRITE, PROT_EXEC: Flag.EXEC}
 
 
@@ -54,15 +56,39 @@ def _pin_flags(write: bool, longterm: bool) -> int:
 
 
 @dataclass(frozen=True)
-class AddressSpace:
+class AddressSpace(OfMachine, but=("create", "touch")):
     """A process: its page tables and its mappings.
 
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
     asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
+    Another process may get the number once this one has ended: to operations this one has still ended (-EINVAL).
     """
 
     machine: Core = field(repr=False)
     space: int
+    generation: int = field(default=-1, repr=False)
+    _now: Any = field(init=False, repr=False, compare=False)  # the generation that its row is in by now
+
+    def __post_init__(self) -> None:
+        """A process is the one that has its number now."""
+        at = int(W.STATE_SPACES) + self.space * W.S_WORDS + int(W.S_GENERATION)
+        object.__setattr__(self, "_now", self.machine.arrays.state[at : at + 1].data)
+        if self.generation < 0:
+            object.__setattr__(self, "generation", self._now[0])
+
+    @property
+    def number(self) -> int:
+        """Its number in operations: `space`, or one that no process has, once it has ended and another has that."""
+        return self.space if self._now[0] == self.generation else _NO_PROCESS
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return not self.root
+
+    def _check_alive(self) -> None:
+        if self.ended:
+            raise ValueError(f"process {self.space}: it has ended")
 
     @classmethod
     def create(cls, machine: Core) -> AddressSpace:
@@ -81,18 +107,23 @@ class AddressSpace:
 
     @staticmethod
     def _free_row(machine: Core) -> int:
-        """The row of a process that ended, or the next unused one."""
+        """The row of a process that ended and whose mm no VM holds, or the next unused one."""
+        vms = machine.arrays.state[int(W.STATE_VMS) :][: W.VMS * W.V_WORDS].reshape(-1, W.V_WORDS)
+        held = set(vms[vms[:, W.V_LIVE] != 0, W.V_SPACE].tolist())  # virt/kvm/kvm_main.c:kvm_create_vm(), mmgrab()
         for space in range(machine.register(W.R_SPACES)):
             row = int(W.STATE_SPACES) + space * W.S_WORDS
-            if not machine.arrays.state[row + int(W.S_ROOT)]:
+            if not machine.arrays.state[row + int(W.S_ROOT)] and space not in held:
                 return space
         return next_row(machine, W.R_SPACES, W.SPACES, "processes")
 
     def _word(self, name: np.uint64) -> int:
+        """A word of the process's row; 0 of one that ended, which every word is then."""
+        if self.number != self.space:
+            return 0
         return int(self.machine.arrays.state[int(W.STATE_SPACES) + self.space * W.S_WORDS + int(name)])
 
     def _operate(self, op: Operation, address: int = 0, length: int = 0, flags: int = 0) -> Result:
-        return self.machine.operate(op, flags=flags, space=self.space, address=address, length=length)
+        return self.machine.operate(op, flags=flags, space=self.number, address=address, length=length)
 
     @property
     def root(self) -> int:
@@ -138,7 +169,7 @@ class AddressSpace:
         flags |= (Flag.LOCKED if locked else 0) | (Flag.NORESERVE if noreserve else 0)
         self.machine.arrays.state[W.R_ORDINARY] = 1
         return self.machine.operate(
-            Operation.MMAP, flags=flags, space=self.space, object_=inode, address=address, offset=offset, length=length
+            Operation.MMAP, flags=flags, space=self.number, object_=inode, address=address, offset=offset, length=length
         )
 
     def mmap_anonymous(
@@ -184,7 +215,7 @@ class AddressSpace:
             own = file
             rounded = max(file.size - offset, 0) if length is None else length
         result = self._mmap(
-            own.inode,
+            own.number,
             address,
             offset,
             rounded,
@@ -214,7 +245,7 @@ class AddressSpace:
         """
         size = max(device.size - offset, 0) if length is None else length
         return self._mmap(
-            device.inode, address, offset, size, prot, shared=True, populate=False, locked=False, noreserve=False
+            device.number, address, offset, size, prot, shared=True, populate=False, locked=False, noreserve=False
         )
 
     def mmap(
@@ -244,7 +275,7 @@ class AddressSpace:
                 flags=(Flag.READ_ONLY if read_only else 0)
                 | (Flag.PRIVATE if private else 0)
                 | (Flag.COUNTED if counted else 0),
-                space=self.space,
+                space=self.number,
                 object_=gmem.inode,
                 address=address,
                 offset=offset,
@@ -252,7 +283,7 @@ class AddressSpace:
             )
         prot = PROT_READ if read_only else PROT_READ | PROT_WRITE
         return self._mmap(
-            gmem.inode,
+            gmem.number,
             address,
             offset,
             size,
@@ -297,7 +328,7 @@ class AddressSpace:
         if not length:
             return Result(0, 0)
         rows = self.machine.arrays.state[int(W.STATE_VMAS) :][: W.VMAS * W.A_WORDS].reshape(-1, W.A_WORDS)
-        mine = rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_SPACE] == self.space)]
+        mine = rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_SPACE] == self.number)]
         hit = mine[(mine[:, W.A_START] < address + length) & (mine[:, W.A_END] > address)]
         if not len(hit):
             return Result(-W.ENOMEM, 0)
@@ -321,7 +352,7 @@ class AddressSpace:
             raise ValueError(f"length {new_length}: expected less than 16 TiB")
         return self.machine.operate(
             Operation.REMAP,
-            space=self.space,
+            space=self.number,
             address=address,
             length=length,
             object_=-(-new_length // W.PAGE_4K),
@@ -364,7 +395,7 @@ class AddressSpace:
 
     def zap_many(self, addresses: Array, length: int = W.PAGE_4K) -> Results:
         """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
-        header = np.uint64(Operation.ZAP | self.space << 48)
+        header = np.uint64(Operation.ZAP | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
 
     # ------------------------------------------------------------------ accesses
@@ -376,13 +407,16 @@ class AddressSpace:
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
         """
+        if type(address) is not int or type(write) is not bool or type(execute) is not bool:
+            address = argument("address", address)
+            write, execute = argument("write", write, "bool"), argument("execute", execute, "bool")
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
         return self._operate(Operation.HOST_FAULT, address, flags=flags)
 
     def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:
         """Access the bytes at `addresses` (uint64[n]), in order."""
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
-        header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.space << 48)
+        header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
 
     # ------------------------------------------------------------------ pins
@@ -400,26 +434,31 @@ class AddressSpace:
         """
         flags = _pin_flags(write, longterm)
         return self.machine.operate(
-            Operation.PIN, flags=flags, actor=actor, space=self.space, object_=pin, address=address, length=length
+            Operation.PIN, flags=flags, actor=actor, space=self.number, object_=pin, address=address, length=length
         )
 
     def pin_many(
         self, addresses: Array, length: int = W.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
     ) -> Results:
         """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
-        header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.space << 48)
+        header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.number << 48)
         return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
     def walk(self, address: int) -> list[tuple[int, int, int]]:
-        """[(level, entry address, entry)] of a virtual address."""
+        """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended."""
         from pgemu.tables.walk import walk_page
 
+        self._check_alive()
         return walk_page(self.machine, self.machine.host_format, self.root, address >> 12)
 
     def translate(
         self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None
     ) -> Translation:
-        """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate."""
+        """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate.
+
+        ValueError once the process has ended.
+        """
         from pgemu.tables.translation import translate
 
+        self._check_alive()
         return translate(self.machine, HOST_X86_64, self.root, addresses, kinds, access)

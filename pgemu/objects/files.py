@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.operations import Operation
@@ -19,19 +20,30 @@ if TYPE_CHECKING:
 MEMORY_TYPES = {"write-back": 0, "write-combining": 1 << 3, "uncached-minus": 1 << 4, "uncached": 1 << 3 | 1 << 4}
 
 
+_NO_FILE = int(W.NO_INODE) - 1
+_MOST_BYTES = (1 << 63) - 1  # include/linux/fs.h:MAX_LFS_FILESIZE
+
+
 def _new_inode(machine: Core, size: int, unit: int, fields: dict[np.uint64, int]) -> int:
     """Number of a new inode of an ordinary kind. OSError EINVAL, ENOSPC."""
-    if size <= 0 or size % unit:
-        raise OSError(W.EINVAL, f"size {size}: expected a positive multiple of {unit}")
+    if not 0 < size <= _MOST_BYTES or size % unit:
+        raise OSError(W.EINVAL, f"size {size}: expected a positive multiple of {unit}, below 2**63")
     state = machine.arrays.state
     inode = _free_row(machine)
     row = int(W.STATE_INODES) + inode * W.I_WORDS
+    before = int(state[row + int(W.I_GENERATION)]) if inode < machine.register(W.R_INODES) else -1
     state[row : row + W.I_WORDS] = 0
-    for name, value in {W.I_PAGES: size >> 12, W.I_OPEN: 1, W.I_REFERENCES: 1, **fields}.items():
+    fields = {W.I_PAGES: size >> 12, W.I_OPEN: 1, W.I_REFERENCES: 1, W.I_GENERATION: before + 1, **fields}
+    for name, value in fields.items():
         state[row + int(name)] = value
     state[W.R_INODES] = max(machine.register(W.R_INODES), inode + 1)
     state[W.R_ORDINARY] = 1
     return inode
+
+
+def _generation(machine: Core, inode: int) -> int:
+    """How many files a row was before the one that it is."""
+    return int(machine.arrays.state[int(W.STATE_INODES) + inode * W.I_WORDS + int(W.I_GENERATION)])
 
 
 def _free_row(machine: Core) -> int:
@@ -48,15 +60,29 @@ def _free_row(machine: Core) -> int:
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of an ordinary kind; `inode` is its number, `size` in bytes."""
+class File(OfMachine):
+    """A file of an ordinary kind; `inode` is its number, `size` in bytes.
+
+    Another file may get the number once this one is closed and nobody maps it. Then this one is still closed: -EBADF.
+    """
 
     machine: Core = field(repr=False)
     inode: int
     size: int
+    generation: int = field(default=-1, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """A file is the one that has its number now."""
+        if self.generation < 0:
+            object.__setattr__(self, "generation", _generation(self.machine, self.inode))
+
+    @property
+    def number(self) -> int:
+        """Its number in operations: `inode`, or one that no file has, once another one has that."""
+        return self.inode if _generation(self.machine, self.inode) == self.generation else _NO_FILE
 
     def _operate(self, op: Operation, offset: int = 0, length: int = 0) -> Result:
-        return self.machine.operate(op, object_=self.inode, offset=offset, length=length)
+        return self.machine.operate(op, object_=self.number, offset=offset, length=length)
 
     def close(self) -> Result:
         """Close the last descriptor: 0, or -EBADF the second time. The file lives on while it is mapped."""
@@ -76,7 +102,7 @@ class HugetlbFile(File):
             raise ValueError(f"page size {page_size}: expected 2M or 1G")
         order = W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G
         inode = _new_inode(machine, size, page_size, {W.I_KIND: int(W.INODE_HUGETLB), W.I_ORDER: order})
-        return cls(machine, inode, size, page_size)
+        return cls(machine, inode, size, page_size=page_size)
 
     def punch_hole(self, offset: int, length: int) -> Result:
         """fallocate(FALLOC_FL_PUNCH_HOLE): whole huge pages of the range leave every process and the file. 0."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine, argument
+from pgemu.machine.field_rules import amount, checked, choice
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu_kernels import words as W
@@ -30,6 +32,10 @@ POLICIES = {
 }  # fmt: skip
 FALLOC_FL_KEEP_SIZE = 1  # include/uapi/linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 2
+
+
+_MODE = {"mode": choice(POLICIES)}
+_MODE_NUMBER = {"mode": amount(0, 255, f"one of {', '.join(POLICIES)}, or an integer from 0 to 255")}
 
 
 class CreateFlags(IntFlag):
@@ -157,27 +163,16 @@ def _usual(config: Config, shared: bool, form: Form) -> tuple[int, int]:
 
 def policy_mode(mode: str | int) -> int:
     """MPOL_* of a name; numbers as they are, for the kernel to refuse. ValueError for another name."""
-    if isinstance(mode, int):
-        if not 0 <= mode < 256:
-            raise ValueError(f"mode {mode}: expected 0 to 255")
-        return mode
-    if mode not in POLICIES:
-        raise ValueError(f"mode {mode!r}: expected one of {', '.join(POLICIES)}")
-    return POLICIES[mode]
+    return POLICIES[checked("mode", mode, _MODE)] if isinstance(mode, str) else int(checked("mode", mode, _MODE_NUMBER))
 
 
 def node_mask(nodes: Iterable[int]) -> int:
     """A bit per node. ValueError for a number that has no bit in 64."""
-    mask = 0
-    for node in nodes:
-        if not 0 <= node < 64:
-            raise ValueError(f"node {node}: expected 0 to 63")
-        mask |= 1 << node
-    return mask
+    return sum(1 << node for node in {int(node) for node in argument("nodes", nodes, "Iterable[int]")})
 
 
 @dataclass(frozen=True)
-class GuestMemfd:
+class GuestMemfd(OfMachine, but=("create",), signed=("offset", "length", "mode")):
     """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
     machine: Core = field(repr=False)

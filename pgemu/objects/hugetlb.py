@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine
 from pgemu.machine.results import Result
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
@@ -26,8 +27,8 @@ class NodePool(NamedTuple):
     surplus_hugepages: int
 
 
-@dataclass
-class HugetlbPool:
+@dataclass(unsafe_hash=True)
+class HugetlbPool(OfMachine, but=("of_size",)):
     """The huge pages of one size; made by Machine.hugetlb(). mm/hugetlb.c:struct hstate
 
     Errors that Linux would return are results.

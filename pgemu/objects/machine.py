@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pgemu.tables.page_table import PageTable
 
 Array = np.ndarray[Any, Any]
+# What the references of folios are not counted without: see pgemu_kernels.rules.references.
+_HOLDERS = (W.R_PINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
 
 
 @dataclass(eq=False)
@@ -267,20 +269,21 @@ class Machine(Core):
             from pgemu.objects.pins import own_nodes
 
             found[W.FOUND_NODES] += len(list(own_nodes(self, owner)))
+        held = any(self.register(word) for word in _HOLDERS)
+        if held:
+            self._hold_again(giving=False)
         if self.register(W.R_ORDINARY) or self.register(W.R_HOST_HUGE):
             from pgemu_kernels.run.entries import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
-        held = any(self.register(word) for word in (W.R_PINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M))
-        if held:
-            self._hold_again(giving=False)
         check(self.descriptor, owner, np.zeros(3, np.int64), found)
         if held:
             self._hold_again(giving=True)
         return self.register(W.R_BROKEN)
 
     def _hold_again(self, *, giving: bool) -> None:
-        """Give back or take away the references that pins, LRU batches and faults under way hold."""
+        """Give back or take away the references that pins, LRU batches and faults under way hold, and frozen folios do
+        not."""
         from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
 
         self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine, argument
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, kind_row
@@ -30,7 +31,7 @@ _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 
 
 @dataclass(frozen=True)
-class Vm:
+class Vm(OfMachine, but=("create", "touch")):
     """A virtual machine: its stage-2 tables and its memory slots."""
 
     machine: Core = field(repr=False)
@@ -42,6 +43,8 @@ class Vm:
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import STAGE2_ROOT
 
+        if process is not None and process.ended:
+            raise ValueError(f"process {process.space}: it has ended, expected one whose memory the VM can show")
         state, config = machine.arrays.state, machine.config
         kind_of_vm = kind_row(kind, config.stage2)
         level = kind_of_vm.private_level
@@ -81,6 +84,10 @@ class Vm:
         """The same of private memory: `root`, or that of the mirror of a VM that has one."""
         return self._field(W.V_PRIVATE_ROOT)
 
+    def _check_open(self) -> None:
+        if not self.root:
+            raise ValueError(f"VM {self.vm}: it is closed")
+
     def _root(self, private: bool) -> int:
         return self.private_root if private else self.root
 
@@ -112,7 +119,7 @@ class Vm:
         flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
         if gmem is not None:
             flags |= Flag.PRIVATE
-            named = self.machine.operate(Operation.BIND, vm=self.vm, object_=gmem.inode, offset=gmem_offset)
+            named = self.machine.operate(Operation.BIND, vm=self.vm, object_=gmem.number, offset=gmem_offset)
             if named.status != 0:
                 return named
         return self.machine.operate(
@@ -254,22 +261,27 @@ class Vm:
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         accept_4k: the guest accepts the page, 4K of it, which kinds of VM that know accepting map at 4K.
         """
+        if type(gpa) is not int or {type(write), type(execute), type(accept_4k)} != {bool}:
+            gpa = argument("gpa", gpa)
+            write, execute = argument("write", write, "bool"), argument("execute", execute, "bool")
+            accept_4k = argument("accept_4k", accept_4k, "bool")
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
         return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
 
-    def touch_many(self, gpas: Iterable[int] | Array, *, write: bool = False) -> Results:
+    def touch_many(self, gpas: Sequence[int] | Array, *, write: bool = False) -> Results:
         """Guest accesses to `gpas` (uint64[n]), in order."""
-        addresses = gpas if isinstance(gpas, np.ndarray | Sequence) else list(gpas)
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
-        return self.machine.run_columns(header, 0, addresses, count=len(addresses))
+        return self.machine.run_columns(header, 0, gpas, count=len(gpas))
 
     def walk(self, gpa: int, *, private: bool = False) -> list[tuple[int, int, int]]:
         """[(level, entry address, entry)] of a guest physical address.
 
-        private: here and in what follows, below the root of private memory, where that is one of its own.
+        private: here and in what follows, below the root of private memory, where that is one of its own. ValueError
+        once the VM is closed.
         """
         from pgemu.tables.walk import walk_page
 
+        self._check_open()
         return walk_page(self.machine, self.machine.stage2_format, self._root(private), gpa >> 12)
 
     def translate(
@@ -278,6 +290,7 @@ class Vm:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
         from pgemu.tables.translation import translate
 
+        self._check_open()
         stage2 = self.machine.register(W.R_STAGE2_FORMAT)
         return translate(self.machine, stage2, self._root(private), gpas, kinds, access)
 
@@ -290,6 +303,7 @@ class Vm:
         """
         from pgemu.tables.translation import translate_nested
 
+        self._check_open()
         stage2 = self.machine.register(W.R_STAGE2_FORMAT)
         return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import OfMachine
 from pgemu.machine.columns import addresses_of
 from pgemu.machine.results import Results, status_name
-from pgemu.machine.short import column, counted
+from pgemu.machine.short import column, counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
 from pgemu_kernels.words.operations import PAGE_4K
@@ -100,7 +101,7 @@ class EditResults(NamedTuple):
         return f"EditResults({about}, flush={self.flush}, records={self.records})"
 
 
-class PageTable:
+class PageTable(OfMachine, but=("create",)):
     """One tree of tables. Made by Machine.create_page_table().
 
     root: physical address of the (first) top table. format: what its entries look like.
@@ -124,6 +125,11 @@ class PageTable:
 
     def __repr__(self) -> str:
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
+
+    def _repr_html_(self) -> str:
+        pages = self.table_pages() if self.root else {}
+        rows = [(level, len(tables)) for level, tables in pages.items()]
+        return html_table((f"{self.format.name}, level", "table pages"), rows)
 
     @classmethod
     def create(cls, machine: Core, fmt: PageFormat | str) -> PageTable:
@@ -443,6 +449,8 @@ def _size(level: int) -> int:
 def _log_words(log: Array | None) -> Array:
     if log is None:
         return _NO_LOG
+    if not isinstance(log, np.ndarray):
+        raise TypeError(f"log of {type(log).__name__}: expected a writable uint64 array of shape (n, 3)")
     if log.dtype != np.uint64 or log.ndim != 2 or log.shape[1] != W.LOG_WORDS or not log.flags.carray:
         raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected a writable uint64 array of shape (n, 3)")
     if log.shape[0] == 0:

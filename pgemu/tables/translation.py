@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.columns import addresses_of
-from pgemu.machine.short import column, walks
+from pgemu.machine.short import column, html_walks, walks
 from pgemu.tables.access import Access as Access, Kind as Kind, rows_of
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import Family
@@ -77,6 +77,9 @@ class Translation(NamedTuple):
 
     def __repr__(self) -> str:
         return walks(self, WalkStatus)
+
+    def _repr_html_(self) -> str:
+        return html_walks(self, WalkStatus, {"level": self.level, "error": self.error})
 
 
 def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
@@ -196,6 +199,9 @@ class NestedTranslation(NamedTuple):
 
     def __repr__(self) -> str:
         return walks(self, WalkStatus)
+
+    def _repr_html_(self) -> str:
+        return html_walks(self, WalkStatus, {"guest level": self.guest_level, "host level": self.host_level})
 
 
 def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:

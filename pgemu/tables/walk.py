@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pgemu.machine.short import walks
+from pgemu.machine.short import html_walks, walks
 from pgemu_kernels.formats.page_format import Family, PageFormat
 
 __all__ = (
@@ -102,6 +102,9 @@ class Translation(NamedTuple):
 
     def __repr__(self) -> str:
         return walks(self, Status)
+
+    def _repr_html_(self) -> str:
+        return html_walks(self, Status, {"level": self.level})
 
 
 # --------------------------------------------------------------------------- entries

@@ -489,7 +489,7 @@ def test_pages_outside_the_zone_are_refused() -> None:
     machine = Machine(Config(pool=M2, page_size=M2))
     base = machine.register(W.R_POOL_BASE)
     for pfn in (base - 1, base + 512, 0, -1):
-        with pytest.raises(ValueError, match="expected a frame of the HugeTLB zone"):
+        with pytest.raises(ValueError, match="expected a frame"):
             machine.folio(pfn)
 
 

@@ -584,7 +584,7 @@ def test_arguments_that_no_system_call_takes() -> None:
     assert process.touch_many([PAGE, 0xFFFF_8000_0000_0000]).status.tolist() == [W.VM_FAULT_SIGSEGV] * 2
     vm = machine.create_vm(process)
     for gpas in ([1.5], [-1]):
-        with pytest.raises(ValueError, match="expected integers"):
+        with pytest.raises(ValueError, match="expected a sequence or array of integers"):
             vm.touch_many(gpas)
     assert vm.touch_many(gpa for gpa in (0, PAGE)).status.tolist() == [W.RET_PF_EMULATE] * 2
 

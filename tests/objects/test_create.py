@@ -73,7 +73,7 @@ def test_misuse() -> None:
         machine.create_guest_memfd(M2, form="v13")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="told by the flags"):
         machine.create_guest_memfd(M2, shared=True, flags=MMAP)
-    with pytest.raises(ValueError, match="64 bits"):
+    with pytest.raises(ValueError, match=r"2\*\*64 - 1"):
         machine.create_guest_memfd(M2, flags=1 << 64)
     with pytest.raises(OSError, match="HUGETLB with INIT_SHARED"):
         machine.create_guest_memfd(M2, shared=True, form="wip")

@@ -287,5 +287,5 @@ def test_frames_can_run_short_at_will() -> None:
     machine.limit_frames(3)
     machine.limit_frames(None)
     assert machine.register(W.R_FRAMES_LIMIT) == limit
-    with pytest.raises(ValueError, match="-1 free frames"):
+    with pytest.raises(ValueError, match="free -1: expected"):
         machine.limit_frames(-1)

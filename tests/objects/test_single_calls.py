@@ -99,21 +99,24 @@ def test_what_does_not_fit_is_refused_by_name(name: str, far: bool) -> None:
 
 def test_arguments_may_be_numbers_of_numpy() -> None:
     calls, columns = build("pfnmap"), build("pfnmap")
-    for kind in (np.uint64, np.int64, np.float64):
+    for kind in (np.uint64, np.int64, np.uint32):
         given = calls.operate(Operation.GUEST_FAULT, address=kind(PAGE_2M))
         assert given == columns.operate(Operation.GUEST_FAULT, address=PAGE_2M)
+    for wrong in ("0", 4096.0, np.float64(4096), True, None, np.zeros(1, np.uint64)):
+        with pytest.raises(TypeError, match=r"^address .*: expected 0 to "):
+            calls.operate(Operation.GUEST_FAULT, address=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize(
     ("value", "error"),
-    [("0", TypeError), (None, TypeError), (b"0", TypeError), (1.5, ValueError), (float("nan"), ValueError)],
+    [("0", TypeError), (None, TypeError), (b"0", TypeError), (1.5, TypeError), (float("nan"), TypeError)],
 )
 def test_what_is_no_integer_is_refused_by_name(name: str, value: Any, error: type[Exception]) -> None:
     machine = build("pfnmap")
     fields = dict.fromkeys(FIELDS, 0) | {name: value}
     called = {"op": "operation", "object_": "object"}.get(name, name)
-    with pytest.raises(error, match=rf"^{called} .*: expected an integer from 0 to {LIMITS[name] - 1}$"):
+    with pytest.raises(error, match=rf"^{called} .*: expected (an integer from )?0 to {LIMITS[name] - 1}$"):
         machine.operate(**fields)  # type: ignore[arg-type]
 
 

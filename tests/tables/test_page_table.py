@@ -449,9 +449,9 @@ def test_misuse_is_a_value_error() -> None:
             table.map(VA, 0, log=log)
     with pytest.raises(ValueError, match="2 physical addresses"):
         table.map_many(np.zeros(3, np.uint64), np.zeros(2, np.uint64))
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="each from 0"):
         table.unmap_many(np.array([-1]))
-    with pytest.raises(ValueError, match="64 bits"):
+    with pytest.raises(ValueError, match=r"2\*\*64 - 1"):
         table.map(-1, 0)
     with pytest.raises(ValueError, match="48 bits"):
         table.walk(1 << 47)

@@ -90,7 +90,7 @@ def test_addresses_of_both_halves_in_one_list(machine: Machine, process: Address
     addresses: Any = [0x1000, 0xFFFF_8000_0000_0000]
     assert table.map_many(addresses, [0x5000, 0x6000]).status.tolist() == [0, 0]  # type: ignore[arg-type]
     assert table.translate(addresses).physical.tolist() == [0x5000, 0x6000]
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(ValueError, match="expected a sequence"):
         table.translate([1.5, 2.0**63])
     table.destroy()
 

@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.folios.huge_pages import add_to_file, give_back_huge, take_huge
-from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.close import drop_page, release_inode
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
@@ -77,13 +77,14 @@ def punch_hole(m, op):
     else:
         unmap_mapping_range(m, inode, first, last)
     order = state[node + I_ORDER]
-    for index in range(first >> order, last >> order):
+    index = cache_next(m, state[node + I_CACHE], first >> order)
+    while index < last >> order:  # NONE is beyond
         word = cache_find(m, state[node + I_CACHE], index)
-        if word & ~RESERVED == U0:
-            continue
-        if small and U(m.counts[word]) & PAGE_MAPPINGS != U0:  # each by itself: mm/truncate.c:truncate_cleanup_folio()
-            unmap_mapping_range(m, inode, index, index + U1)
-        drop_page(m, inode, index, word)
+        if word & ~RESERVED != U0:
+            if small and U(m.counts[word]) & PAGE_MAPPINGS != U0:
+                unmap_mapping_range(m, inode, index, index + U1)  # each: mm/truncate.c:truncate_cleanup_folio()
+            drop_page(m, inode, index, word)
+        index = cache_next(m, state[node + I_CACHE], index + U1)
     return stop(state, op, 0)
 
 

@@ -9,7 +9,7 @@ from pgemu_kernels.engine.charge import change, change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
-from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vma_row
+from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
 from pgemu_kernels.folios.boot import process_root
 from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
@@ -42,7 +42,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_TABLES,
 )
 from pgemu_kernels.words.operations import EAGAIN, ENOMEM
-from pgemu_kernels.words.registers import R_SPACES, R_VMAS
+from pgemu_kernels.words.registers import R_SPACES, R_VMAS, R_VMS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_END,
@@ -57,14 +57,16 @@ from pgemu_kernels.words.rows import (
     O_DETAIL,
     O_SPACE,
     PAGE_EXCLUSIVE,
+    S_GENERATION,
     S_LIVE,
     S_ORDINARY,
     S_ROOT,
     S_RSS,
     S_USER_ROOT,
-    S_WORDS,
     SPACES,
     TASK_SIZE,
+    V_LIVE,
+    V_SPACE,
     VM_LOCKED,
     VM_PFNMAP,
     VM_RESERVATION_OWNER,
@@ -79,13 +81,23 @@ U = np.uint64
 # --------------------------------------------------------------------------- a process's top table
 
 
+@kernel
+def is_held(state, space):
+    """Whether a VM holds the mm of a process, which may have ended: virt/kvm/kvm_main.c:kvm_create_vm(), mmgrab()."""
+    held = False
+    for vm in range(state[R_VMS]):
+        held |= state[vm_row(vm) + V_LIVE] != U0 and state[vm_row(vm) + V_SPACE] == space
+    return held
+
+
 @outlined
 def make_space(m):
-    """A process with nothing mapped: its number, or NONE; rows of processes that ended are used again."""
+    """A process with nothing mapped: its number, or NONE; rows of processes that ended are used again, but those that a
+    VM still holds."""
     state = m.state
     space = NONE
     for i in range(state[R_SPACES]):
-        if state[space_row(i) + S_LIVE] == U0 and state[space_row(i) + S_ROOT] == U0:
+        if state[space_row(i) + S_LIVE] == U0 and state[space_row(i) + S_ROOT] == U0 and not is_held(state, i):
             space = i
             break
     if space == NONE:
@@ -93,7 +105,7 @@ def make_space(m):
             return NONE
         space = state[R_SPACES]
     row = space_row(space)
-    clear_words(state, row, U(S_WORDS))
+    clear_words(state, row, S_GENERATION)
     if process_root(m, row) != 0:
         return NONE
     state[row + S_LIVE] = U1
@@ -276,4 +288,5 @@ def end_process(m, space):
     if state[row + S_USER_ROOT] != U0:
         put_frame(m, state[row + S_USER_ROOT] >> U12)
         change(m.stats, GAUGE_HOST_TABLES, -1)
-    clear_words(state, row, U(S_WORDS))
+    clear_words(state, row, S_GENERATION)
+    state[row + S_GENERATION] += U1

@@ -50,6 +50,7 @@ from pgemu_kernels.words.enum_words import (
     BROKEN_STALE_CONTENTS,
     BROKEN_WRONG_PFN,
     BROKEN_WRONG_ROOT,
+    GAUGE_ANONYMOUS_PAGES,
     GAUGE_BLOCKS_HUGE,
     GAUGE_BLOCKS_PARTLY,
     GAUGE_BLOCKS_SPLIT,
@@ -60,6 +61,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_TABLES,
     GAUGE_HUGETLB_PAGES,
     GAUGE_KERNEL_TABLES,
+    GAUGE_PAGE_CACHE_PAGES,
     GAUGE_POOL_FREE,
     GAUGE_STAGE2_TABLES,
     GAUGE_VMEMMAP_PAGES,
@@ -72,14 +74,17 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.operations import RET_PF_FIXED
 from pgemu_kernels.words.registers import (
+    R_EDIT_FRAMES,
     R_FOLIOS_IN_HAND,
     R_HSTATE,
     R_INODES,
     R_LARGE_FOLIOS,
     R_MEMSLOTS,
     R_ORDER,
+    R_STEPPED,
     R_VMAS,
     R_VMS,
+    R_ZERO_FRAME,
 )
 from pgemu_kernels.words.rows import (
     A_INODE,
@@ -337,10 +342,9 @@ def check_guest_leaf(m, op, root):
 
 
 @outlined
-def check_operation(m, op):
-    """The rules for what one operation touched. Broken ones are counted in the registers."""
+def check_conserved(m, kind):
+    """After an operation of any kind: no frame and no huge page was lost, and every invalidation has ended."""
     state = m.state
-    kind = state[op + O_OP]
     frames = m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2]
     owned = (
         m.stats[STATS_GAUGES + GAUGE_HOST_TABLES * U2]
@@ -349,8 +353,11 @@ def check_operation(m, op):
         + m.stats[STATS_GAUGES + GAUGE_VMEMMAP_PAGES * U2]
         + m.stats[STATS_GAUGES + GAUGE_CONTENT_FRAMES * U2]
         + m.stats[STATS_GAUGES + GAUGE_CACHE_NODES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_ANONYMOUS_PAGES * U2]
+        + m.stats[STATS_GAUGES + GAUGE_PAGE_CACHE_PAGES * U2]
     )
-    expect(m, frames == owned + np.int64(object_frames(m)), BROKEN_FRAMES, kind)
+    others = object_frames(m) + state[R_EDIT_FRAMES] + (U1 if state[R_ZERO_FRAME] != U0 else U0)
+    expect(m, frames == owned + np.int64(others), BROKEN_FRAMES, kind)
     blocks = (
         m.stats[STATS_GAUGES + GAUGE_BLOCKS_HUGE * U2]
         + m.stats[STATS_GAUGES + GAUGE_BLOCKS_SPLIT * U2]
@@ -360,6 +367,17 @@ def check_operation(m, op):
         + m.stats[STATS_GAUGES + GAUGE_HUGETLB_PAGES * U2]
     )
     expect(m, U(blocks) + state[R_FOLIOS_IN_HAND] == state[state[R_HSTATE] + H_PAGES], BROKEN_FRAMES, kind)
+    if state[R_STEPPED] == U0:  # else one may be under way
+        for vm in range(state[R_VMS]):
+            expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, BROKEN_IN_PROGRESS, vm)
+
+
+@outlined
+def check_operation(m, op):
+    """The rules for what one operation of the designs touched. Broken ones are counted in the registers."""
+    state = m.state
+    kind = state[op + O_OP]
+    check_conserved(m, kind)
     if kind == OP_HOST_FAULT:
         address = state[op + O_ADDRESS]
         row = find_vma(state, state[op + O_SPACE], address)
@@ -380,5 +398,3 @@ def check_operation(m, op):
         length = state[op + O_LENGTH] >> U12
         if start < pages:
             check_range(m, state[op + O_OBJECT], start, min(start + length, pages))
-    for vm in range(state[R_VMS]):
-        expect(m, state[vm_row(vm) + V_IN_PROGRESS] == U0, BROKEN_IN_PROGRESS, vm)

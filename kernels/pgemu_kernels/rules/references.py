@@ -24,6 +24,7 @@ from pgemu_kernels.words.registers import (
     R_BLOCKS,
     R_EXTRA_REFERENCES,
     R_FAULT_REFERENCES,
+    R_FROZEN,
     R_GUEST_PAGES,
     R_LRU_CPUS,
     R_ORDER,
@@ -44,9 +45,13 @@ from pgemu_kernels.words.rows import (
     PIN_LIVE,
     PIN_PAGES,
     PIN_WORDS,
+    STATE_FROZEN,
     STATE_LRU,
     STATE_OPS,
     STATE_PINS,
+    Z_PFN,
+    Z_REFERENCES,
+    Z_WORDS,
 )
 
 U = np.uint64
@@ -101,6 +106,17 @@ def _hold_faults(m, giving):
             _hold(m, referenced - U1, U1, giving)
             faults += U1
     return faults
+
+
+@outlined
+def thaw(m, frozen):
+    """Give the folios that FOLIO_FREEZE froze the references that it took, or (`frozen`) take them again."""
+    state = m.state
+    for i in range(state[R_FROZEN]):
+        row = STATE_FROZEN + i * U(Z_WORDS)
+        n = state[row + Z_REFERENCES]
+        if n != U0:
+            add_references(m.ram, struct_page(m, state[row + Z_PFN]), U0 - n if frozen else n)
 
 
 @outlined

@@ -42,9 +42,11 @@ run_designs = declare(
     "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
 ).dispatcher
 run_ordinary = declare(
-    "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD
+    "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
-run_pooling = declare("pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD).dispatcher
+run_pooling = declare(
+    "pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
+).dispatcher
 check_ordinary = declare(
     "pgemu_kernels.rules.ordinary", "check_ordinary", descriptor=_INTS, owner=_BYTES, found=_INTS
 ).dispatcher

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U32, U511
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import stop
+from pgemu_kernels.engine.rows import free_row, stop
 from pgemu_kernels.folios.counts import (
     GUP_PIN_COUNTING_BIAS,
     expected_count,
@@ -27,8 +27,19 @@ from pgemu_kernels.folios.huge_pages import give_back_huge
 from pgemu_kernels.folios.page_allocator import is_block_free
 from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
 from pgemu_kernels.words.enum_words import EVENT_REFERENCE_CHANGED, FLAG_READ, FLAG_WRITE
-from pgemu_kernels.words.operations import EINVAL, ENOMEM
-from pgemu_kernels.words.rows import O_ADDRESS, O_DETAIL, O_FLAGS, O_LENGTH
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC
+from pgemu_kernels.words.registers import R_FROZEN
+from pgemu_kernels.words.rows import (
+    FROZEN,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_LENGTH,
+    STATE_FROZEN,
+    Z_PFN,
+    Z_REFERENCES,
+    Z_WORDS,
+)
 
 U = np.uint64
 MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
@@ -123,21 +134,39 @@ def change_references(m, op):
     return stop(state, op, 0)
 
 
+@kernel
+def forget_frozen(state, head):
+    """Nobody holds a folio's references back any more."""
+    for i in range(state[R_FROZEN]):
+        row = STATE_FROZEN + i * U(Z_WORDS)
+        if state[row + Z_PFN] == head:
+            state[row + Z_REFERENCES] = U0
+
+
 @outlined
 def change_frozen(m, op):
     """FOLIO_FREEZE: 1 if the refcount was what was expected (unfreeze: 0) and is 0 (what was asked for) now, else 0.
 
-    A folio that stays frozen in a page cache breaks the rules that Machine.check() recounts: no operation leaves one.
+    Whose references it took is noted, so that Machine.check() can count them: -ENOSPC past words.FROZEN folios.
     """
     state = m.state
     head = folio_of(m, state[op + O_ADDRESS] >> U12)
     if head == NONE or state[op + O_LENGTH] >> U32 != U0 or is_free(m, head):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
+    thawing = state[op + O_FLAGS] & FLAG_READ != U0
+    row = free_row(state, R_FROZEN, U(FROZEN), U(Z_WORDS), Z_REFERENCES, STATE_FROZEN)
+    if row == NONE and not thawing:
+        return stop(state, op, -ENOSPC)
     charge_one(m, EVENT_REFERENCE_CHANGED)
-    if state[op + O_FLAGS] & FLAG_READ != U0:
+    if thawing:
         done = unfreeze(m.ram, page, state[op + O_LENGTH])
+        if done:
+            forget_frozen(state, head)
     else:
         done = freeze(m.ram, page, state[op + O_LENGTH])
+        if done and state[op + O_LENGTH] != U0:
+            state[row + Z_PFN] = head
+            state[row + Z_REFERENCES] = state[op + O_LENGTH]
     state[op + O_DETAIL] = reference_count(m.ram, page)
     return stop(state, op, 1 if done else 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1
-from pgemu_kernels.engine.charge import begin_operation, charge_one, finish_operation, forget_last, pause, resume
+from pgemu_kernels.engine.charge import begin_operation, charge_each, finish_operation, forget_last, pause, resume
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, operation_record
@@ -17,8 +17,9 @@ from pgemu_kernels.gmem import fault_steps, orders, truncation
 from pgemu_kernels.gmem.resuming import finish_spins
 from pgemu_kernels.rules.blocks import check_blocks
 from pgemu_kernels.rules.pieces import check_in_pieces
-from pgemu_kernels.rules.references import hold_again
+from pgemu_kernels.rules.references import hold_again, thaw
 from pgemu_kernels.run.loops import run_kind, run_stretches
+from pgemu_kernels.run.routing import entry_elsewhere, note_stepped
 from pgemu_kernels.words.enum_words import (
     EVENT_CONVERT_IOCTL,
     EVENT_SYSCALL,
@@ -29,7 +30,7 @@ from pgemu_kernels.words.enum_words import (
 )
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
 from pgemu_kernels.words.operations import BLOCKED, EBUSY, GO, OPERATIONS, STOP
-from pgemu_kernels.words.registers import R_COUNTER_ROW, R_GUEST_FAULTS, R_HOLDERS_OFF, R_STEPPED
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_HOLDERS_OFF
 from pgemu_kernels.words.requests import BATCH_MODE, BEGIN, GIVE_BACK, TAKE_AWAY
 from pgemu_kernels.words.rows import O_ACTIVE, O_NEXT, O_OP, O_PHASE, O_STAGE, O_STATUS
 
@@ -44,22 +45,25 @@ def begin(m, op):
     m.state[op + O_ACTIVE] = U1
     m.state[op + O_STAGE] = U0
     begin_operation(m, op)
-    kind = m.state[op + O_OP]
-    m.state[R_STEPPED] += U1
-    if kind == OP_GUEST_FAULT:
-        m.state[R_GUEST_FAULTS] += U1
-    if kind == OP_CONVERT:
-        charge_one(m, EVENT_CONVERT_IOCTL)
-    elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
-        charge_one(m, EVENT_SYSCALL)
+    note_stepped(m.state, op, U1)
     pause(m, op)
+
+
+@kernel
+def charge_call(m, kind, n):
+    """Count the system call of an operation, or (`n` -1) do not yet."""
+    if kind == OP_CONVERT:
+        charge_each(m, EVENT_CONVERT_IOCTL, n)
+    elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
+        charge_each(m, EVENT_SYSCALL, n)
 
 
 @kernel
 def step_actor(m, actor, beginning):
     """Do the next step of an actor's operation: GO (more follow), STOP (it has ended) or BLOCKED.
 
-    `beginning`: begin it, which is no step yet: GO.
+    `beginning`: begin it, which is no step yet: GO. What is none of the designs' when it is to do its first step is
+    another entry's, for which nothing is done here: routing.entry_elsewhere().
     """
     state = m.state
     op = operation_record(actor)
@@ -69,10 +73,18 @@ def step_actor(m, actor, beginning):
     if state[op + O_ACTIVE] == U0:
         return np.int64(STOP)
     kind = state[op + O_OP]
+    first = state[op + O_STAGE] == U0
+    elsewhere = entry_elsewhere(state, op) if first else U0
+    if elsewhere != U0:
+        return np.int64(elsewhere)
     state[R_COUNTER_ROW] = STATS_COUNTERS + kind * U(EVENTS)
     phase = state[op + O_PHASE]
     resume(m, op)
+    if first:
+        charge_call(m, kind, 1)
     outcome = next_step(m, op)
+    if first and outcome == BLOCKED:
+        charge_call(m, kind, -1)
     pause(m, op)
     if outcome == BLOCKED:
         return outcome
@@ -80,9 +92,7 @@ def step_actor(m, actor, beginning):
     state[op + O_STAGE] = state[op + O_NEXT]
     if outcome != GO:
         state[op + O_ACTIVE] = U0
-        state[R_STEPPED] -= U1
-        if kind == OP_GUEST_FAULT:
-            state[R_GUEST_FAULTS] -= U1
+        note_stepped(state, op, U0 - U1)
         forget_last(m.stats)
         finish_operation(m, op)
     finish_spins(m)
@@ -117,10 +127,13 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     if mode >= TAKE_AWAY:
         if mode == GIVE_BACK:
             check_in_pieces(m)
+        else:
+            thaw(m, False)
         hold_again(m, mode == GIVE_BACK)
         m.state[R_HOLDERS_OFF] = U1 if mode == TAKE_AWAY else U0
         if mode == GIVE_BACK:
             check_blocks(m)
+            thaw(m, True)
         return np.int64(0)
     if mode != BATCH_MODE:
         return np.int64(step_actor(m, actor, mode == BEGIN))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pgemu_kernels.engine.compile import entry, kernel
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element
 from pgemu_kernels.kvm import operations as kvm
 from pgemu_kernels.process import operations as mm
-from pgemu_kernels.run.routing import in_order, is_of, is_ordinary
+from pgemu_kernels.run.routing import as_one_step, in_order, is_of, is_ordinary
 from pgemu_kernels.words.operations import OPS_OF_VM
+from pgemu_kernels.words.rows import ACTORS
+
+U = np.uint64
 
 
 @kernel
@@ -24,10 +29,16 @@ def operate(m, op, kind):
 
 
 run_ordinarily = in_order(is_of_neither, operate)
+step_ordinarily = as_one_step(operate, True)
 
 
 @entry
-def run_ordinary(descriptor, header, object_, address, offset, length, status, detail, first):
-    """Run operations from `first` on, up to one that is for `fast.run`: its index, or how many there are."""
+def run_ordinary(descriptor, header, object_, address, offset, length, status, detail, first, actor):
+    """Run operations from `first` on, up to one that is for `fast.run`: its index, or how many there are.
+
+    `actor` below words.ACTORS: do the operation that he began, as one step: STOP or BLOCKED.
+    """
+    if actor < U(ACTORS):
+        return U(step_ordinarily(open_full_machine(descriptor), actor))
     columns = Columns(header, object_, address, offset, length, status, detail)
     return run_ordinarily(open_full_machine(descriptor), columns, first)

@@ -35,7 +35,7 @@ from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
-from pgemu_kernels.run.routing import in_order, is_pooling
+from pgemu_kernels.run.routing import as_one_step, in_order, is_pooling
 from pgemu_kernels.words.enum_words import (
     EVENT_VMEMMAP_FAULT,
     OP_DISSOLVE,
@@ -62,6 +62,7 @@ from pgemu_kernels.words.registers import (
     R_VMEMMAP,
 )
 from pgemu_kernels.words.rows import (
+    ACTORS,
     CGROUP_ADDRESS,
     H_RESERVED,
     O_ADDRESS,
@@ -305,17 +306,21 @@ def is_ours(m, columns, i):
 
 
 run_in_order = in_order(is_ours, operate_pool)
+step_pool = as_one_step(operate_pool, False)  # -EBUSY is a result here: a page is in use
 
 
 @entry
-def run_pooling(descriptor, header, object_, address, offset, length, status, detail, first):
+def run_pooling(descriptor, header, object_, address, offset, length, status, detail, first, actor):
     """Run operations on huge pages from `first` on, up to one of another kind: its index, or how many there are.
 
     `first` NONE: nothing but boot_memory.prepare_memory(), 0 or -ENOMEM. It stands here because machines without such
-    memory should not wait for its compilation.
+    memory should not wait for its compilation. `actor` below words.ACTORS: the operation that he began, as one step:
+    STOP.
     """
     columns = Columns(header, object_, address, offset, length, status, detail)
     m = open_full_machine(descriptor)
     if first == NONE:
         return U(prepare_memory(m))
+    if actor < U(ACTORS):
+        return U(step_pool(m, actor))
     return run_in_order(m, columns, first)

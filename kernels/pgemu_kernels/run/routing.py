@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 
 from pgemu_kernels.engine.bits import LOW8, LOW16, NONE, U0, U1, U8, U12, U32, U48
-from pgemu_kernels.engine.charge import finish_operation, forget_last
+from pgemu_kernels.engine.charge import begin_operation, charge_each, finish_operation, forget_last
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.records import element, load, save_result
+from pgemu_kernels.engine.records import element, load, operation_record, save_result
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
-from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
+from pgemu_kernels.rules.invariants import check_conserved
+from pgemu_kernels.words.enum_words import EVENT_SYSCALL, FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
 from pgemu_kernels.words.operations import (
+    BLOCKED,
+    EBUSY,
     ENTRY_SHIFT,
     OPERATIONS,
     OPS_ALWAYS_ORDINARY,
@@ -33,13 +36,30 @@ from pgemu_kernels.words.operations import (
     OPS_BY_SLOT,
     OPS_FULL,
     OPS_POOLING,
+    STOP,
     Entry,
 )
-from pgemu_kernels.words.registers import R_FULL, R_INODES, R_ORDINARY, R_SPACES, R_VMS
+from pgemu_kernels.words.registers import (
+    R_CHECK,
+    R_FULL,
+    R_GUEST_FAULTS,
+    R_INODES,
+    R_ORDINARY,
+    R_SPACES,
+    R_STEPPED,
+    R_VMS,
+)
 from pgemu_kernels.words.rows import (
     A_KIND,
     M_KIND,
+    O_ACTIVE,
+    O_ADDRESS,
+    O_FLAGS,
+    O_OBJECT,
     O_OP,
+    O_SPACE,
+    O_STATUS,
+    O_VM,
     S_ORDINARY,
     S_WORDS,
     SLOT_GUEST_MEMFD,
@@ -71,13 +91,54 @@ def in_order(is_ours: Callable[..., Any], operate: Callable[..., Any]) -> Callab
             m.state[R_ORDINARY] = U1
             op = load(m, columns, i)
             operate(m, op, m.state[op + O_OP])
-            forget_last(m.stats)
-            finish_operation(m, op)
+            finish_other(m, op)
             save_result(m.state, op, columns, i)
             i += U1
         return i
 
     return run_in_order
+
+
+@kernel
+def finish_other(m, op):
+    """Book an operation that is none of the designs', and check it if asked to."""
+    forget_last(m.stats)
+    finish_operation(m, op)
+    if m.state[R_CHECK] != U0:
+        check_conserved(m, m.state[op + O_OP])
+
+
+@kernel
+def note_stepped(state, op, n):
+    """An actor's operation is under way (`n` 1), or no more (`n` 0 - 1)."""
+    state[R_STEPPED] += n
+    if state[op + O_OP] == OP_GUEST_FAULT:
+        state[R_GUEST_FAULTS] += n
+
+
+def as_one_step(operate: Callable[..., Any], waits: bool) -> Callable[..., Any]:
+    """A step (m, actor) that is all of an actor's operation: STOP, or where `waits` BLOCKED for what returns -EBUSY.
+
+    operate: as for in_order(). A lock that is waited for is looked at before anything is done.
+    """
+
+    @kernel
+    def step_whole(m, actor):
+        state = m.state
+        op = operation_record(actor)
+        state[R_ORDINARY] = U1
+        note_stepped(state, op, U0 - U1)
+        begin_operation(m, op)
+        operate(m, op, state[op + O_OP])
+        if waits and np.int64(state[op + O_STATUS]) == -EBUSY:
+            charge_each(m, EVENT_SYSCALL, -1)  # it is counted once, when the operation goes on
+            note_stepped(state, op, U1)
+            return np.int64(BLOCKED)
+        state[op + O_ACTIVE] = U0
+        finish_other(m, op)
+        return np.int64(STOP)
+
+    return step_whole
 
 
 @kernel
@@ -133,6 +194,16 @@ def is_ordinary(state, header, object_, address):
     if is_of(OPS_BY_FILE, kind):
         return ordinary_inode(state, object_)
     return is_of(OPS_ALWAYS_ORDINARY, kind)
+
+
+@kernel
+def entry_elsewhere(state, op):
+    """The entry for the operation in a record, as stopped_at() returns it; 0 where it is the designs'."""
+    kind = state[op + O_OP]
+    if is_pooling(kind):
+        return _POOLING
+    header = kind | state[op + O_FLAGS] << U8 | state[op + O_VM] << U32 | state[op + O_SPACE] << U48
+    return _ORDINARY if is_ordinary(state, header, state[op + O_OBJECT], state[op + O_ADDRESS]) else U0
 
 
 @outlined

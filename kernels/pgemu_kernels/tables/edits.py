@@ -54,11 +54,12 @@ from pgemu_kernels.words.enum_words import (
     EVENT_SPTE_WRITTEN,
     EVENT_TABLE_PAGE_ALLOCATED,
     EVENT_TABLE_PAGE_FREED,
+    GAUGE_FRAMES_USED,
     LOG_FILL,
     LOG_FREE,
 )
-from pgemu_kernels.words.events import STATS_COUNTERS
-from pgemu_kernels.words.registers import R_COUNTER_ROW
+from pgemu_kernels.words.events import STATS_COUNTERS, STATS_GAUGES
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_EDIT_FRAMES
 from pgemu_kernels.words.table_words import (
     E_CHANGED,
     E_CLEAR,
@@ -323,6 +324,7 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     f = format_row(state, request[E_FORMAT])
     op = request[E_OP]
     row = state[R_COUNTER_ROW]
+    used = m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2]
     state[R_COUNTER_ROW] = STATS_COUNTERS
     failure = check_request(state, f, request)
     if failure == DONE:
@@ -346,4 +348,5 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
         else:
             status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0])
     finish_edit(e, f)
+    state[R_EDIT_FRAMES] += U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2] - used)
     state[R_COUNTER_ROW] = row

@@ -140,5 +140,7 @@ R_LEVEL_RULE = U(124)  # LEVEL_*: how large stage 2 maps where the level follows
 LEVEL_UNIFORM = U(0)  # the largest block of one kind
 LEVEL_WHOLE = U(1)  # a huge page that is all of one kind, else 4K
 LEVEL_PRIVATE = U(2)  # the largest block that is all private, else 4K
+R_EDIT_FRAMES = U(128)  # frames that page tables made by edits hold
+R_FROZEN = U(129)  # rows of frozen folios in use
 R_WORD_COUNT = 144
 CONTIGUOUS_FRAMES = 1024

@@ -53,6 +53,7 @@ I_CALLS = U(25)  # how many notifier calls it is that all of them leave the proc
 I_ELSEWHERE = U(28)  # and 1 where a slot of these VMs shows other pages at a VMA's addresses, or its pages elsewhere
 I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
 I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
+I_GENERATION = U(29)  # ordinary files: how many files this row was before
 I_WORDS = 32
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -169,6 +170,12 @@ Q_INDEX = U(8)  # and its page of the inode
 Q_WORDS = 16
 SPINS = 4096  # noted at once; of more than that what is left is not done
 
+# folios that FOLIO_FREEZE froze: whose references it took
+Z_PFN = U(0)  # first frame of the folio
+Z_REFERENCES = U(1)  # 0: the row is free
+Z_WORDS = 2
+FROZEN = 64
+
 VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave
 
 # blocks: uint64 rows, one per huge page of an inode
@@ -197,7 +204,8 @@ S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
 S_MINOR_FAULTS = U(5)
 S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; HugeTLB and special ones not counted
 S_VMS = U(7)  # a bit per VM of this process
-S_WORDS = 8
+S_GENERATION = U(8)  # the last word: how many processes this row was before
+S_WORDS = 16
 
 # vmas
 A_START = U(0)
@@ -385,4 +393,5 @@ STATE_LRU = U(STATE_PINS + PINS * PIN_WORDS)
 STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
 STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
-STATE_SIZE = int(STATE_SPINS) + SPINS * Q_WORDS
+STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
+STATE_SIZE = int(STATE_FROZEN) + FROZEN * Z_WORDS

@@ -295,10 +295,10 @@ def test_the_notifier_of_a_closed_vm_is_not_called() -> None:
 
 
 def test_ordinary_slots_step_by_step() -> None:
-    """Accesses to a process's memory have no steps; everything about the slots themselves is one."""
+    """An access to a process's memory is one step, as everything about the slots themselves is."""
     s = Scene("restructure", ordinary=True, protected=True)
     gmem = s.machine.create_guest_memfd_4k(4 * PAGE, mmap=False, init_shared=False)
-    assert touch_by_steps(s.vm, FAR, 0) == (-W.EOPNOTSUPP, 0)
+    assert touch_by_steps(s.vm, FAR, 0) == (W.RET_PF_FIXED, 1)
     s.machine.begin(0, Operation.BIND, vm=s.vm.vm, object_=gmem.inode, offset=PAGE)
     assert s.machine.step(0) == W.STOP
     assert s.machine.result(0).status == 0
