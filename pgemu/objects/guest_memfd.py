@@ -196,7 +196,7 @@ class GuestMemfd(OfMachine, but=("create",), signed=("offset", "length", "mode")
         blocks = size // config.page_size
         used = machine.register(W.R_BLOCKS)
         if config.page_order and not config.pool_pages:
-            raise OSError(W.ENOMEM, f"{blocks} huge pages: the pool cannot reserve that many")
+            raise OSError(W.ENOMEM, f"{blocks} huge pages: a machine with Config(pool=0) cannot reserve any")
         if used + blocks > 4 * config.pool_pages:
             raise OSError(W.ENOSPC, "inodes, closed ones included, of more than four times the pool")
         subpool = cls._reserve(machine, blocks) if config.page_order else 0

@@ -52,8 +52,8 @@ class Answer(NamedTuple):
 
     @property
     def said(self) -> str:
-        """Who is better, in a word: what only a defect makes of a time counts for nobody."""
-        if self.basis == "defect" and self.unit == "ns":
+        """Who is better, in a word: what only a defect makes counts for nobody."""
+        if self.basis == "defect":
             return "neither"
         return self.better or "undecided"
 

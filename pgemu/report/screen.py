@@ -365,4 +365,5 @@ def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivi
         tried += ", interrupted"
     if any(line.basis.kind == "fact" for line in lines.values()):
         yield "fact: who is better holds under all inferred rules; by: priced event by event"
-    yield from wrapped(f"times: estimates, {shares['assumption']:.0%} by assumed prices; {tried}; more: --details")
+    share = f"{shares['assumption']:.0%}"
+    yield from wrapped(f'times: estimates; of "by" {share} is assumed; {tried}; more: --details')

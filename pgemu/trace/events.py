@@ -17,11 +17,15 @@ __all__ = (
     "IGNORED",
     "LEVELS",
     "OUTCOMES",
+    "TDX_SHARED_BITS",
     "Input",
     "event_name",
     "line_end",
     "pattern",
 )
+
+TDX_SHARED_BITS = (47, 51)
+"""Where a TD's guest address says that it is shared: TDX_SHARED_BIT_PWL_4 and _5 (arch/x86/kvm/vmx/tdx.c)."""
 
 
 class Input(IntEnum):

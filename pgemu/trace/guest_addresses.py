@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.trace.events import Input
+from pgemu.trace.events import TDX_SHARED_BITS, Input
 from pgemu.trace.lowered import LoweringOptions
 from pgemu.trace.memory_layout import LARGEST_RANGE, Slot
 from pgemu_kernels.words.operations import PAGE_4K
@@ -46,7 +46,6 @@ _LINEAR_VALID = 0x80  # EPT_VIOLATION_GVA_IS_VALID: the printed code is an exit 
 PRIVATE_ACCESS = 1 << 49  # PFERR_PRIVATE_ACCESS
 _KERNEL_HALF = 0xFF << 56  # of canonical virtual addresses, with four or five levels; no GPA has these bits
 _REACH = 48  # bits that four levels of stage 2 reach
-_SHARED_BITS = (47, 51)
 _NEAR = 30  # what lies in the same GiB as other memory may be memory
 _GFN_LIMIT = 1 << 51
 _APIC_PAGE, _IO_APIC_PAGE = 0xFEE00, 0xFEC00
@@ -172,7 +171,7 @@ def _under_shadow_paging(faults: _Words) -> bool:
 
 def _inferred_bit(address: _Words, rows: _Words, slots: Sequence[Slot]) -> int | None:
     """The TD's shared bit, if there are addresses with one that without it lie where the VM has memory."""
-    for bit in _SHARED_BITS:
+    for bit in TDX_SHARED_BITS:
         shared = address >> np.uint64(bit) == np.uint64(1)
         if not shared.any():
             continue

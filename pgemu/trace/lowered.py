@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
+from pgemu.trace.events import TDX_SHARED_BITS
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G
@@ -60,7 +61,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "memslots": Rule(lambda: "a tuple of GivenSlot(gpa, size, offset), bytes from 0 to 2**52", _slots, _within),
         "guest_memory": BYTES._replace(optional=True),
         "vm_processes": Rule(lambda: 'a tuple of process numbers from 0 on, or ("all",)', _processes, _are_processes),
-        "tdx_shared_bit": choice(("auto", "none", "47", "51")),
+        "tdx_shared_bit": choice(("auto", "none", *map(str, TDX_SHARED_BITS))),
         "fault_address": choice(("auto", "physical", "virtual")),
     }
 )

@@ -113,7 +113,7 @@ def test_every_answer_of_both_is_shown_as_compare_shows_it(documents: tuple[str,
         assert (f"turns from {one} to {other}" in title) == (one != other)
         assert (title.endswith(("stays better", "in both"))) == (one == other)
     # The mixed trace reads what dec2025 did not zero; rfc2 zeroes whole folios.
-    assert "broken: turns from pfnmap to alike" in said
+    assert "broken: turns from neither to alike" in said
 
 
 def test_runs_of_other_traces_and_designs_the_other_way_round_answer_the_same(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_csv_and_markdown(documents: tuple[str, str]) -> None:
     assert len({tuple(row) for row in table}) == 1
     assert [row["A"] for row in table if row["group"] == "configuration"][:3] == ["dec2025", "every", "6.18"]
     (broken,) = (row for row in table if (row["group"], row["quantity"]) == ("better", "broken"))
-    assert (broken["A"], broken["B"], broken["difference"]) == ("pfnmap", "alike", "turns from pfnmap to alike")
+    assert (broken["A"], broken["B"], broken["difference"]) == ("neither", "alike", "turns from neither to alike")
     text = invoke("diff", *documents, "--format", "markdown").stdout
     assert text.startswith("A: made by hand, restructure dec2025, ")
     assert "## restructure\n\n| | A | B |" in text

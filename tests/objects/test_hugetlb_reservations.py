@@ -54,7 +54,8 @@ class Counts:
         return True
 
     def use(self, has_reservation: bool) -> bool:
-        if self.free > (0 if has_reservation else self.reserved):  # a hole may have left a reservation without a page
+        # A hole may have left reservations without pages: the kernel's difference of the two is unsigned, and not 0.
+        if self.free and (has_reservation or self.free != self.reserved):
             self.free -= 1
         elif self.surplus < self.overcommit:
             self.total += 1
@@ -376,3 +377,43 @@ def test_gigantic_pages_can_be_surplus_since_6_19() -> None:
     assert seen(machine) == [1, 0, 0, 1]
     assert process.munmap(BASE, G1).status == 0
     assert seen(machine) == [0, 0, 0, 0]
+
+
+def test_demotion_of_a_node_asks_for_more_pages_there_than_are_reserved_anywhere() -> None:
+    """mm/hugetlb_sysfs.c:demote_store(): free pages of the node less all reserved ones, of both nodes."""
+    machine = Machine(Config(pool=6 * G1, page_size=G1, nodes=2))
+    pool = machine.hugetlb(G1)
+    machine.create_guest_memfd(3 * G1)
+    assert pool.node(0).free_hugepages == 3
+    assert tuple(pool.demote(3, 0)) == (0, 0)
+    assert tuple(pool.demote(1)) == (0, 1)  # of both, 6 are free
+
+
+def test_demotion_takes_reserved_pages_too() -> None:
+    """demote_pool_huge_page() takes as many as are asked for once one is free that is not reserved."""
+    machine = Machine(Config(pool=4 * G1, page_size=G1))
+    pool = machine.hugetlb(G1)
+    gmem, vm = machine.create_guest_memfd(3 * G1), machine.create_vm(protected=True)
+    vm.bind(gmem, gpa=0)
+    assert tuple(pool.demote(4)) == (0, 4)
+    assert (pool.nr_hugepages, pool.free_hugepages, pool.resv_hugepages) == (0, 0, 3)
+    assert vm.touch(0).status == -W.ENOMEM
+    assert tuple(pool.demote(1)) == (-W.EBUSY, 0)  # 0 less 3 is not 0
+    machine.check()
+    assert machine.broken[0] == 0
+    assert gmem.close().status == 0
+    assert pool.resv_hugepages == 0
+
+
+def test_a_pool_with_fewer_pages_than_reservations_gives_them_to_anybody() -> None:
+    """available_huge_pages() is an unsigned difference: it is not 0 where more are reserved than free."""
+    machine = Machine(Config(pool=2 * M2, page_size=M2, buddy=16 * M2))
+    pool = machine.hugetlb(M2)
+    gmem, vm = machine.create_guest_memfd(2 * M2), machine.create_vm(protected=True)
+    vm.bind(gmem, gpa=0)
+    vm.touch(0)
+    pool.resize(0)  # the page in use and the reserved one are surplus
+    gmem.punch_hole(0, M2)
+    assert seen(machine) == [1, 1, 2, 1]
+    assert pool.allocate().status == 0
+    assert vm.touch(M2).status == -W.ENOMEM

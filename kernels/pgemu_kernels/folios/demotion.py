@@ -128,19 +128,19 @@ def demote_some(m, h, count, node):
 def demote(m, h, count, node):
     """A write to `demote` of 1G pages: (0, pages demoted), as many as there are; -EINVAL for 2M pages.
 
-    -EBUSY: all free pages are poisoned. -ENOMEM: a page's vmemmap could not be restored, and it stays. Inference: as
-    many pages stay as are reserved; Linux only asks that there be more. mm/hugetlb_sysfs.c:demote_store()
+    -EBUSY: there are none, or all are poisoned. -ENOMEM: a page's vmemmap could not be restored, and it stays. Linux
+    asks only that there be another number of free pages, of the node or of all, than of reserved ones: it takes
+    reserved ones, too, and what counts as surplus goes on to. mm/hugetlb_sysfs.c:demote_store()
     """
     state = m.state
     if order_of_hstate(state, h) != ORDER_1G:
         return np.int64(-EINVAL), U0
     done = U0
     while done < count:
-        free = state[h + H_FREE] - state[h + H_RESERVED]
-        here = free if node >= state[R_NODES] else state[hstate_node(h, node) + H_NODE_FREE]
-        if min(free, here) == U0:
+        free = state[h + H_FREE] if node >= state[R_NODES] else state[hstate_node(h, node) + H_NODE_FREE]
+        if free == state[h + H_RESERVED]:
             break
-        status, demoted = demote_some(m, h, min(count - done, free), node)
+        status, demoted = demote_some(m, h, count - done, node)
         done += demoted
         if status != 0:
             return status, done

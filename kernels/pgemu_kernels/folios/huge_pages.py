@@ -61,7 +61,7 @@ def alloc_hugetlb_folio(m, order, reserved, preferred):
     state = m.state
     h = hstate_of_order(order)
     head = NONE
-    if reserved != U0 or state[h + H_RESERVED] < state[h + H_FREE]:  # available_huge_pages()
+    if reserved != U0 or state[h + H_FREE] != state[h + H_RESERVED]:  # available_huge_pages(), which wraps
         head = dequeue_any(m, h, preferred)
     if head == NONE:
         head = use_surplus(m, h, preferred, False)

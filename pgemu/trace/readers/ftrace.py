@@ -20,6 +20,7 @@ from pgemu.trace.events import (
     EXPECTED,
     IGNORED,
     OUTCOMES,
+    TDX_SHARED_BITS,
     Input,
     event_name,
     line_end,
@@ -51,7 +52,7 @@ _FAILED = 1
 _LEVEL = 7  # word D of a guest fault
 _SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
 _SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
-_SHARED_BITS = 1 << 47 | 1 << 51  # TDX_SHARED_BIT_PWL_4, TDX_SHARED_BIT_PWL_5
+_SHARED_BITS = sum(1 << bit for bit in TDX_SHARED_BITS)
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 

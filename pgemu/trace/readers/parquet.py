@@ -9,13 +9,14 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.machine.field_rules import checked
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
@@ -174,11 +175,15 @@ def _open(name: str) -> pq.ParquetFile:
     return file
 
 
-def _can_bring(field: str, value: object) -> bool:
-    """Whether a stored trace can bring a field of Config with that value."""
-    if field == "vcpus":
-        return type(value) is int and 1 <= value <= 4096
-    return value in {"vm": ("plain", "sw", "snp", "tdx"), "stage2": ("ept", "npt")}.get(field, ())
+_BROUGHT = ("vm", "stage2", "vcpus")  # fields of Config that a stored trace can bring
+
+
+def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Config, as stored. TypeError, ValueError for another field, and for what it cannot be."""
+    stored = about.get("machine", {})
+    if not isinstance(stored, dict) or not set(stored) <= set(_BROUGHT):
+        raise ValueError(f"machine {stored}, expected some of {', '.join(_BROUGHT)}")
+    return {name: checked(name, value) for name, value in stored.items()}
 
 
 def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
@@ -190,9 +195,7 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
         layout, init, setup = Layout.from_json(about["layout"]), about["init"], int(about["setup"])
         if about["version"] != _VERSION or init not in ("private", "shared"):
             raise ValueError(f"version {about['version']}, init {init}")
-        machine, notes = about.get("machine", {}), about.get("notes", [])
-        if not isinstance(machine, dict) or not all(_can_bring(*item) for item in machine.items()):
-            raise ValueError(f"machine {machine}")
+        machine, notes = _machine(about), about.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
     except (ValueError, KeyError, TypeError) as error:
