@@ -159,6 +159,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "dontneed_on_pfnmap": _SWITCH,
         "nx_huge_pages": _SWITCH,
         "l1tf": _SWITCH,
+        "protection_keys": _SWITCH,
         "profile": Rule(lambda: "the name of a cost profile, or the path of a TOML file", _path, _names_a_file),
         "memory": _BYTES,
         "other_pool": _BYTES,
