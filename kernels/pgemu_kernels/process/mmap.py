@@ -245,7 +245,8 @@ def _complete_any(m, op, row):
             gather_begin(m)
             remove_vmas(m, space, start, end)
             return np.int64(-ENOMEM)
-    vma_merge(state, row)
+    if kind != VMA_GUEST_MEMFD:  # in Linux those merge, too; the fast loops keep each as it was mapped
+        vma_merge(state, row)
     if state[op + O_FLAGS] & (FLAG_POPULATE | FLAG_LOCKED) != U0:
         mm_populate(m, space, start, end)
     return np.int64(0)
