@@ -165,6 +165,8 @@ _OF_KERNEL = {
     W.R_DONTNEED_FREES_TABLES: "dontneed_frees_tables",
     W.R_RECOVER_HUGE: "recovers_huge_pages",
     W.R_GMEM_MMAP: "guest_memfd_mmap",
+    W.R_MOVES_MANY: "remap_moves_many",
+    W.R_DIRTY_ENTRIES: "dirty_entries",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",
@@ -190,6 +192,7 @@ _OF_CONFIG = {
     W.R_DIRTY_LOG_GMEM: "dirty_log_guest_memfd",
     W.R_IN_PLACE: "in_place_conversion",
     W.R_LARGE_FOLIOS: "large_folios",
+    W.R_PROTECTION_KEYS: "protection_keys",
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {

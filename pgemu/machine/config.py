@@ -66,6 +66,7 @@ class Config:
     dontneed_on_pfnmap: let MADV_DONTNEED work on VM_PFNMAP, which no kernel does.
     nx_huge_pages: KVM's iTLB-multihit mitigation on EPT.
     l1tf: the processor has that bug, so that EPT's MMIO entries carry address bits 43:39.
+    protection_keys: the processor has them (PKU), so that execute-only mappings get one (as captured).
     profile: a cost profile (pgemu.cost): its name, or the path of a TOML file. Its prices per CPU are multiplied
     by `vcpus` or `host_cpus`, whatever machine they were taken on. InputError for a bad file.
     other_pool: bytes of a second pool, of the huge page size that `page_size` is not, for HugeTLB mappings.
@@ -120,6 +121,7 @@ class Config:
     dontneed_on_pfnmap: bool = False
     nx_huge_pages: bool = False
     l1tf: bool = False
+    protection_keys: bool = True
     profile: str | os.PathLike[str] = "published"
     memory: int = 64 << 20
     other_pool: int = 0

@@ -164,6 +164,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "dontneed_on_pfnmap": SWITCH,
         "nx_huge_pages": SWITCH,
         "l1tf": SWITCH,
+        "protection_keys": SWITCH,
         "profile": Rule(lambda: "the name of a cost profile, or the path of a TOML file", _path, _names_a_file),
         "memory": BYTES,
         "other_pool": BYTES,

@@ -174,18 +174,25 @@ class AddressSpace(OfMachine, but=("create", "touch")):
 
     def mmap_anonymous(
         self, address: int, length: int, prot: int = _READ_WRITE, *,
-        populate: bool = False, locked: bool = False, noreserve: bool = False,
+        shared: bool = False, populate: bool = False, locked: bool = False, noreserve: bool = False,
     ) -> Result:  # fmt: skip
         """mmap(MAP_PRIVATE | MAP_ANONYMOUS), without transparent huge pages. mm/mmap.c:do_mmap().
+
+        shared: MAP_SHARED, which maps a file of shmem of its own; OSError ENOSPC past words.INODES.
 
         0; -EINVAL for an unaligned address or no length, -EEXIST over another mapping, -ENOMEM beyond
         2^47 - 4096 or past words.VMAS mappings. populate, locked: MAP_POPULATE, MAP_LOCKED, whose faults may
         fail unseen.
         """
-        inode = int(W.NO_INODE)
-        return self._mmap(
-            inode, address, 0, length, prot, shared=False, populate=populate, locked=locked, noreserve=noreserve
-        )
+        options = {"populate": populate, "locked": locked, "noreserve": noreserve}
+        if not shared or length <= 0:
+            return self._mmap(int(W.NO_INODE), address, 0, length, prot, shared=False, **options)
+        from pgemu.objects.files import ShmemFile
+
+        own = ShmemFile.create(self.machine, -(-length // W.PAGE_4K) * W.PAGE_4K)
+        result = self._mmap(own.inode, address, 0, length, prot, shared=True, **options)
+        own.close()
+        return result
 
     def mmap_hugetlb(
         self, address: int, length: int | None = None, prot: int = _READ_WRITE, *, file: HugetlbFile | None = None,
@@ -257,24 +264,28 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         length: int | None = None,
         read_only: bool = False,
         populate: bool = False,
+        locked: bool = False,
         private: bool = False,
         counted: bool = False,
     ) -> Result:
         """mmap(MAP_SHARED) of a guest_memfd at a fixed address: 0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
 
-        populate: of a guest_memfd of 4K folios only. private: MAP_PRIVATE, which guest_memfd refuses (-EINVAL).
+        populate, locked: MAP_POPULATE, MAP_LOCKED, which do nothing to VM_PFNMAP. private: MAP_PRIVATE, which
+        guest_memfd refuses (-EINVAL).
         counted: map it as merged, by entries that its folios count, also where the design would be VM_PFNMAP: both
         kinds of mapping of one file were captured side by side (the parameter kvm.gmem_pfnmap decided at mmap).
         """
         size = gmem.size - offset if length is None else length
         if isinstance(gmem, GuestMemfd):
-            if populate:
-                raise ValueError("populate: expected a guest_memfd of 4K folios")
+            if populate or locked:
+                self.machine.arrays.state[W.R_FULL] = 1  # what the fast loops leave out
             return self.machine.operate(
                 Operation.MMAP,
                 flags=(Flag.READ_ONLY if read_only else 0)
                 | (Flag.PRIVATE if private else 0)
-                | (Flag.COUNTED if counted else 0),
+                | (Flag.COUNTED if counted else 0)
+                | (Flag.POPULATE if populate else 0)
+                | (Flag.LOCKED if locked else 0),
                 space=self.number,
                 object_=gmem.inode,
                 address=address,
@@ -290,7 +301,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
             prot,
             shared=not private,
             populate=populate,
-            locked=False,
+            locked=locked,
             noreserve=False,
         )
 
@@ -308,12 +319,33 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         """
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 
-    def madvise_dontneed(self, address: int, length: int) -> Result:
+    def madvise_dontneed(self, address: int, length: int, *, locked: bool = False) -> Result:
         """madvise(MADV_DONTNEED): 0, -EINVAL for PFN and locked mappings, -ENOMEM over a hole, after all was done.
+
+        locked: MADV_DONTNEED_LOCKED, of locked mappings too.
 
         From 6.14 on a last-level table that one call covers whole is freed. mm/madvise.c
         """
-        return self._operate(Operation.ZAP, address, length, Flag.MADVISE)
+        return self._operate(Operation.ZAP, address, length, Flag.MADVISE | (Flag.LOCKED_TOO if locked else 0))
+
+    def mlock(self, address: int, length: int, *, on_fault: bool = False) -> Result:
+        """mlock(), with `on_fault` mlock2(MLOCK_ONFAULT): 0, -EAGAIN, -ENOMEM over a hole or where no page can be had.
+
+        VM_PFNMAP and HugeTLB mappings are accepted and left as they are. mm/mlock.c:mlock_fixup()
+        """
+        return self._operate(Operation.LOCK, address, length, Flag.LOCKED | (0 if on_fault else Flag.POPULATE))
+
+    def munlock(self, address: int, length: int) -> Result:
+        """munlock(): 0 or -ENOMEM over a hole. mm/mlock.c"""
+        return self._operate(Operation.LOCK, address, length)
+
+    def madvise_dontfork(self, address: int, length: int) -> Result:
+        """madvise(MADV_DONTFORK): a child does not get the mapping. 0, -ENOMEM over a hole. mm/madvise.c"""
+        return self._operate(Operation.DONTFORK, address, length)
+
+    def madvise_dofork(self, address: int, length: int) -> Result:
+        """madvise(MADV_DOFORK): 0, -EINVAL for VM_PFNMAP, -ENOMEM over a hole. mm/madvise.c"""
+        return self._operate(Operation.DOFORK, address, length)
 
     def madvise_collapse(self, address: int, length: int) -> Result:
         """madvise(MADV_COLLAPSE): -EINVAL where the first mapping in the range is one of a guest_memfd.
@@ -336,17 +368,18 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         return Result(-W.EINVAL if kind in (W.VMA_GUEST_MEMFD, W.VMA_GUEST_MEMFD_4K) else -W.EOPNOTSUPP, 0)
 
     def populate(self, address: int, length: int, *, write: bool = False) -> Result:
-        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL where it is not allowed, -EFAULT. mm/madvise.c
+        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL for VM_PFNMAP or without the right, -EFAULT.
 
-        A mapping of a guest_memfd of the two designs is not populated: -EINVAL.
+        mm/madvise.c:madvise_populate()
         """
         return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
 
     def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
-        """mremap() of anonymous memory: in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
+        """mremap(): in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
 
-        0, -EINVAL, -EFAULT, -ENOMEM; -EOPNOTSUPP for other memory, which is not modelled. Tables move whole where old
-        and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
+        0, -EINVAL, -EFAULT (also for VM_PFNMAP that would grow), -ENOMEM; -EOPNOTSUPP for HugeTLB memory, which is not
+        modelled. Length 0 maps shared memory once more. Since 6.17 one call moves every mapping of a range. Tables move
+        whole where old and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
         """
         if not 0 <= new_length < 1 << 44:
             raise ValueError(f"length {new_length}: expected less than 16 TiB")
@@ -362,7 +395,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
     def guard_install(self, address: int, length: int) -> Result:
         """madvise(MADV_GUARD_INSTALL), 6.13 and later: pages go, every access ends in SIGSEGV; no mapping is cut.
 
-        0, -EINVAL for anything but anonymous memory that is not locked, -ENOMEM over a hole. mm/madvise.c
+        0, -EINVAL for VM_PFNMAP, HugeTLB and locked memory, -ENOMEM over a hole. mm/madvise.c
         """
         return self._operate(Operation.GUARD_INSTALL, address, length)
 

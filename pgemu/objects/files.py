@@ -52,7 +52,9 @@ def _free_row(machine: Core) -> int:
     used = machine.register(W.R_INODES)
     for inode in range(used):
         row = int(W.STATE_INODES) + inode * W.I_WORDS
-        if state[row + int(W.I_KIND)] in (W.INODE_HUGETLB, W.INODE_DEVICE) and not state[row + int(W.I_REFERENCES)]:
+        unused = state[row + int(W.I_KIND)] in (W.INODE_HUGETLB, W.INODE_DEVICE)
+        unused |= bool(state[row + int(W.I_FLAGS)] & W.INODE_SHMEM)
+        if unused and not state[row + int(W.I_REFERENCES)]:
             return inode
     if used >= W.INODES:
         raise OSError(W.ENOSPC, f"more than {W.INODES} inodes")
@@ -133,6 +135,18 @@ class GuestMemfd4K(File):
     def allocate(self, offset: int, length: int) -> Result:
         """fallocate(): zeroed folios now. 0, -EINVAL, -ENOMEM with what was done until then."""
         return self._operate(Operation.ALLOCATE, offset, length)
+
+
+@dataclass(frozen=True)
+class ShmemFile(File):
+    """What mmap(MAP_SHARED | MAP_ANONYMOUS) maps: a file of shmem with 4K folios. mm/shmem.c:shmem_zero_setup()"""
+
+    @classmethod
+    def create(cls, machine: Core, size: int) -> ShmemFile:
+        """OSError EINVAL, ENOSPC past the inodes."""
+        flags = int(W.INODE_MMAP) | int(W.INODE_INIT_SHARED) | int(W.INODE_SHMEM)
+        fields = {W.I_KIND: int(W.INODE_GUEST_MEMFD_4K), W.I_FLAGS: flags}
+        return cls(machine, _new_inode(machine, size, W.PAGE_4K, fields), size)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,18 @@ OF_THE_RUN = {
 # Follow from others (the pool's size from the trace), or concern no trace.
 NO_OPTION = {
     *("pool", "frames", "notifier", "dontneed_on_pfnmap"),
-    *("nx_huge_pages", "l1tf", "memory", "other_pool", "pti", "nodes", "buddy", "reserved", "configuration"),
+    *(
+        "nx_huge_pages",
+        "l1tf",
+        "protection_keys",
+        "memory",
+        "other_pool",
+        "pti",
+        "nodes",
+        "buddy",
+        "reserved",
+        "configuration",
+    ),
     *("dirty_log_guest_memfd", "in_place_conversion", "large_folios"),
 }
 

@@ -1,9 +1,8 @@
 """Captures of real kernels: `captures()` finds the files, `load(path)` reads one.
 
-The format is described in tests/data/oracle/README.md. PGEMU_ORACLE names another folder of such files;
-PGEMU_ORACLE_PFNMAP one of those of guest_memfd mapped in several ways (tests/data/oracle-pfnmap). A capture of
-324 checkpoints takes half a second to load; what `load` returned last stays in memory, so tests that go through one
-file at a time, one after the other, read each file once.
+The format is described in tests/data/oracle/README.md. PGEMU_ORACLE names other folders of such
+files, separated by os.pathsep. A capture of 324 checkpoints takes half a second to load; what `load` returned last
+stays in memory, so tests that go through one file at a time, one after the other, read each file once.
 
 Addresses and entries are Python ints here, levels are 1 (4K) to 4 (512G).
 """
@@ -22,28 +21,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DATA = Path(__file__).parents[1] / "data"
-ORACLE = "PGEMU_ORACLE", DATA / "oracle"
-PFNMAP = "PGEMU_ORACLE_PFNMAP", DATA / "oracle-pfnmap"
+SHIPPED = DATA / "oracle", DATA / "oracle-2", DATA / "oracle-pfnmap"
+VARIABLE = "PGEMU_ORACLE"
 FRAME = 0x000F_FFFF_FFFF_F000
 
 
-def folder(which: tuple[str, Path] = ORACLE) -> Path:
-    """The folder of captures: that of the variable, or the one shipped with the tests."""
-    variable, path = which
-    return Path(os.environ.get(variable) or path)
+def folders() -> list[Path]:
+    """The folders of captures: those that the variable names, or those shipped with the tests."""
+    named = [Path(name) for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+    return named or list(SHIPPED)
 
 
-def shipped(which: tuple[str, Path] = ORACLE) -> bool:
-    """Whether the captures are those shipped, whose totals are known."""
-    return folder(which).resolve() == which[1].resolve()
+def captures() -> list[Path]:
+    """Paths of all captures, folder by folder, by name. FileNotFoundError for a folder without any."""
+    found = []
+    for folder in folders():
+        paths = sorted(folder.glob("*.json.xz"))
+        if not paths:
+            raise FileNotFoundError(f"{folder}: no *.json.xz files; {VARIABLE} names folders of captures")
+        found += paths
+    return found
 
 
-def captures(which: tuple[str, Path] = ORACLE) -> list[Path]:
-    """Paths of all captures, by name; at least one."""
-    paths = sorted(folder(which).glob("*.json.xz"))
-    if not paths:
-        raise FileNotFoundError(f"{folder(which)}: no *.json.xz files; {which[0]} names a folder of captures")
-    return paths
+def name_of(path: Path) -> str:
+    """The name of a capture: its folder and its file."""
+    return f"{path.parent.name}/{path.name.removesuffix('.json.xz')}"
 
 
 class Table(NamedTuple):
@@ -240,7 +242,7 @@ class Checkpoint:
     def pagemap(self) -> tuple[PagemapRun, ...]:
         return tuple(
             PagemapRun(int(va, 16), pages, int(word, 16), int(flags, 16), _number(count))
-            for va, pages, word, flags, count in self.raw["pagemap"]
+            for va, pages, word, flags, count in self.raw.get("pagemap", ())
         )
 
     @cached_property
@@ -314,9 +316,9 @@ class Checkpoint:
 class Capture:
     """One file. `kernel` is the release as pgemu names it: "6.1", "6.12", "6.18" or "7.3".
 
-    stage2: the format of stage-2 tables, "npt" or "ept". pti: page-table isolation. nx_huge_pages: KVM maps huge
-    pages without execute permission (the iTLB-multihit mitigation, which the kernel turns on for the Haswell that the
-    EPT machine is). maxphyaddr: physical address bits, 40 as QEMU and Bochs have them by default (the captures only
+    stage2: the format of stage-2 tables, "npt" or "ept". pti: page-table isolation. haswell: the
+    processor is one, which has the bugs iTLB multihit (KVM maps huge pages without execute permission) and L1TF, and no
+    protection keys. maxphyaddr: physical address bits, 40 as QEMU and Bochs have them by default (the captures only
     show that there are fewer than 52: KVM marks MMIO entries with bit 51). replayed: whether this kernel is one that
     pgemu runs; the others are only decoded.
     """
@@ -326,13 +328,18 @@ class Capture:
     kernel: str
     stage2: str
     pti: bool
-    nx_huge_pages: bool
+    haswell: bool
     maxphyaddr: int
     checkpoints: tuple[Checkpoint, ...]
 
     @property
     def name(self) -> str:
-        return self.path.name.removesuffix(".json.xz")
+        return name_of(self.path)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one of those whose totals are known."""
+        return self.path.resolve().parent in {folder.resolve() for folder in SHIPPED}
 
     @property
     def replayed(self) -> bool:
@@ -364,7 +371,7 @@ def load(path: Path) -> Capture:
             kernel=banner[1],
             stage2="ept" if intel else "npt",
             pti=bool(machine["pti"]),
-            nx_huge_pages=intel,
+            haswell=intel,
             maxphyaddr=40,
             checkpoints=tuple(map(Checkpoint, raw["checkpoints"])),
         )

@@ -1,8 +1,8 @@
 """Runs a capture's whole history of HugeTLB memory on one machine and compares struct pages and the vmemmap.
 
 Which page a pool hands out depends on every page it got back before: so one machine runs, one after the other, every
-scenario that maps HugeTLB pages, each in a process of its own, guests included, and then 90-hvo, which changes the
-pools. At every checkpoint the HugeTLB entries of the process must be those captured, frame numbers included.
+scenario that maps HugeTLB pages or changes the pools, each in a process of its own, guests included. At every
+checkpoint the HugeTLB entries of the process must be those captured, frame numbers included.
 
 At every checkpoint marked `full` is compared:
 
@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation, StructPages
-from oracle.replay_process import ENOSYS, MismatchError, Replay, captured_entries, entries_here, number
+from oracle.operations import OPTIMIZE, MismatchError, every
+from oracle.process_tables import captured_entries, entries_here
+from oracle.replay import Done, Replay
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 
@@ -138,43 +140,18 @@ def uses_huge_pages(checkpoints: list[Checkpoint]) -> bool:
     )
 
 
+def uses_pools(checkpoints: list[Checkpoint]) -> bool:
+    """Whether a scenario maps HugeTLB memory or changes the pools."""
+    changes = any(operation.name == "pool" or operation.words[1:2] == [OPTIMIZE] for operation in every(checkpoints))
+    return changes or uses_huge_pages(checkpoints)
+
+
 class Scenario(Replay):
-    """A scenario in a process of its own; what is on mappings that pgemu does not model is left out, slots included."""
+    """A scenario in a process of its own."""
 
     def __init__(self, history: History, checkpoints: list[Checkpoint]) -> None:
         super().__init__(history.capture, checkpoints, history.machine)
         self.history = history
-        self.gone: set[tuple[str, int]] = set()  # VM and 1G of guest memory of slots left out
-
-    def is_left_out(self, operation: Operation) -> bool:
-        words = operation.words
-        if operation.name == "slot":
-            if self._is_unmodelled(words[5]):
-                self.gone.add((words[1], number(words[3]) >> 30))
-                return True
-            return False
-        if operation.name == "gtouch":
-            return (words[1], number(words[2]) >> 30) in self.gone
-        return super().is_left_out(operation)
-
-    def _is_unmodelled(self, address: str) -> bool:
-        return number(address) >> 30 in {number(at) >> 30 for at in self.left_out}
-
-    def op_poke(self, operation: Operation, address: str, data: str) -> int:
-        self.process.touch(number(address), write=True)
-        return 0
-
-    def op_dirtylog(self, operation: Operation, name: str, slot: str) -> int:
-        if name not in self.guests.vms:
-            return -ENOSYS
-        status, pages = self.guests.vms[name].dirty_log(int(slot))
-        return status or len(pages)
-
-    def op_write(self, operation: Operation, path: str, value: str) -> int:
-        if path != "/proc/sys/vm/hugetlb_optimize_vmemmap":
-            raise NotImplementedError(path)
-        self.machine.optimize_vmemmap = value == "1"
-        return 0
 
     def op_pool(self, operation: Operation, size: str, count: str, attribute: str = "nr_hugepages") -> int:
         pool = self.machine.hugetlb(SIZES[size])
@@ -185,21 +162,21 @@ class Scenario(Replay):
             grow(self.machine, blocks)
         return pool.resize(int(count)).detail
 
-    def run(self) -> int:
-        """Run to the end, compare at every checkpoint: how many `full` ones were equal."""
-        full = 0
-        for checkpoint in self.checkpoints:
-            self.at = checkpoint
-            for operation in checkpoint.ops:
-                self.operate(checkpoint, operation)
-            self.compare_huge_leaves(checkpoint)
-            if checkpoint.full:
-                self.history.compare(checkpoint)
-                full += 1
-            if broken := self.machine.check():
-                raise MismatchError(f"{checkpoint.name}: {broken} rules broken: {self.machine.broken}")
+    def operate(self, checkpoint: Checkpoint, operation: Operation) -> None:
+        self.at = checkpoint
+        super().operate(checkpoint, operation)
+
+    def run(self) -> Done:
+        """Run to the end, compare at every checkpoint."""
+        done = super().run()
         self.end()
-        return full
+        return done
+
+    def compare(self, checkpoint: Checkpoint) -> None:
+        self.compare_huge_leaves(checkpoint)
+        if checkpoint.full:
+            self.history.compare(checkpoint)
+        self.compare_rules(checkpoint)
 
     def compare_huge_leaves(self, checkpoint: Checkpoint) -> None:
         """Entries of HugeTLB pages, frame numbers included."""
@@ -216,8 +193,8 @@ class Scenario(Replay):
     def end(self) -> None:
         """The process exits: its memory goes before its files do."""
         self.process.exit()
-        for vm in self.guests.vms.values():
-            vm.close()
+        for guest in self.guests.vms.values():
+            guest.vm.close()
         for file in self.files.values():
             file.close()
 
@@ -391,11 +368,10 @@ class History:
 
     def run(self) -> int:
         """Run everything: how many `full` checkpoints were equal. MismatchError at the first difference."""
-        done = 0
-        for name, checkpoints in self.capture.scenarios().items():
-            if uses_huge_pages(checkpoints) or name == "90-hvo":
-                done += Scenario(self, checkpoints).run()
-        return done
+        for checkpoints in self.capture.scenarios().values():
+            if uses_pools(checkpoints):
+                Scenario(self, checkpoints).run()
+        return self.totals["checkpoints"]
 
     # ------------------------------------------------------------------ what is fed in
 
@@ -546,7 +522,7 @@ class History:
         """Not on Debian's 7.3.4 once it has freed a 1G page of boot ("Bad page state", README of the captures)."""
         if self.capture.kernel != "7.3" or "debian" not in self.capture.name:
             return True
-        return not (checkpoint.scenario == "90-hvo" and len(frames_of(checkpoint, W.PAGE_1G)) < 2)
+        return len(frames_of(checkpoint, W.PAGE_1G)) == len(frames_of(self.full[0], W.PAGE_1G))
 
 
 def counters(values: dict[str, int], names: Iterable[str]) -> dict[str, int]:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import pytest
 
 from oracle import capture as oracle
+from oracle.operations import MismatchError, every
 from oracle.replay_hugetlb import END, VMEMMAP, ZONE, History, frames_of, vmemmap_here
-from oracle.replay_process import MismatchError
 from pgemu_kernels import words as W
 
 
@@ -41,15 +41,21 @@ CHECKPOINTS = 15  # 2 of 04-hugetlb-2m, 3 of 05-hugetlb-1g, 10 of 90-hvo
 LEAVES = 263  # HugeTLB entries of processes, at all checkpoints on the way
 HUGE_PAGES = 1511
 SHIPPED = {
-    "linux-6.12.107-debian": Totals(138630, 56320, 132, 56, 6, 6),
-    "linux-6.18.15-debian": Totals(146310, 56320, 140, 54, 8, 8),
-    "linux-7.3.4-debian-pti": Totals(138630, 56320, 104, 28, 4, 4),
-    "linux-7.3.4-small": Totals(138630, 56320, 140, 28, 4, 0),
+    "oracle/linux-6.12.107-debian": Totals(138630, 56320, 132, 56, 6, 6),
+    "oracle/linux-6.18.15-debian": Totals(146310, 56320, 140, 54, 8, 8),
+    "oracle/linux-7.3.4-debian-pti": Totals(138630, 56320, 104, 28, 4, 4),
+    "oracle/linux-7.3.4-small": Totals(138630, 56320, 140, 28, 4, 0),
 }
 OBJECTS = ("list head in struct hstate", "struct address_space", "struct hugetlb_cgroup")
 
 
-@pytest.fixture(scope="module", params=oracle.captures(), ids=lambda path: path.name.removesuffix(".json.xz"))
+def closes_files_with_their_pages(capture: oracle.Capture) -> bool:
+    """Whether a scenario maps hugetlbfs files privately and shared, which its end gives back in one go."""
+    kinds = {op.words[4].split(":")[0] for op in every(capture.checkpoints) if op.name == "map"}
+    return {"hfile", "phfile"} <= kinds
+
+
+@pytest.fixture(scope="module", params=oracle.captures(), ids=oracle.name_of)
 def history(request: pytest.FixtureRequest) -> History:
     """A capture whose history was run to the end: MismatchError at the first difference."""
     path: Path = request.param
@@ -58,6 +64,8 @@ def history(request: pytest.FixtureRequest) -> History:
         pytest.skip(f"{capture.kernel}: entries are decoded, operations are not run")
     if not any(checkpoint.full for checkpoint in capture.checkpoints):
         pytest.skip("no checkpoint with struct pages")
+    if closes_files_with_their_pages(capture):
+        pytest.skip("in which order a process that ends gives back the pages of several files is not known")
     history = History(capture)
     assert history.run() == len(history.full)
     return history
@@ -73,7 +81,7 @@ def test_every_full_checkpoint_is_equal(history: History, capsys: pytest.Capture
         print(", ".join(f"{count} {name}" for name, count in unknown.items()))
     assert totals["checkpoints"] == len(history.full)
     assert set(unknown) <= set(OBJECTS)
-    if oracle.shipped():
+    if history.capture.shipped:
         assert (totals["checkpoints"], totals["HugeTLB entries of processes"]) == (CHECKPOINTS, LEAVES)
         assert totals["HugeTLB pages"] == HUGE_PAGES
         found = (totals["entries of the vmemmap"], totals["words of struct pages"], totals["changes of counters"])

@@ -148,6 +148,31 @@ def full_only(function: Any, otherwise: Any) -> Any:
     return chosen
 
 
+def given_later() -> tuple[Any, Any]:
+    """(call, give): kernels call `call`, a kernel that a module above hands over by `give(kernel)` before they compile.
+
+    What `->fault` of struct vm_operations_struct is to mm/memory.c, but chosen when the caller is compiled.
+    """
+    given: list[Any] = []
+
+    def later(*arguments: Any) -> Any:
+        raise NotImplementedError("only kernels call this")
+
+    class Given(AbstractTemplate):  # type: ignore[misc]
+        """Calls of it are calls of the kernel that was given."""
+
+        key = later
+
+        def generic(self, args: Any, kws: Any) -> Any:
+            return types.Dispatcher(given[0]).get_call_type(self.context, args, kws)
+
+        def get_impl_key(self, signature: Any) -> Any:
+            return types.Dispatcher(given[0]).get_impl_key(signature)
+
+    infer_global(later, types.Function(Given))
+    return later, given.append
+
+
 def parameter(register: Any, fixed: Any) -> Any:
     """parameter(register, fixed)(m): the register of a full machine; elsewhere the constant `fixed`, both uint64."""
 

@@ -50,6 +50,7 @@ PG_UPTODATE = U(1 << 3)
 PG_DIRTY = U(1 << 4)
 PG_HEAD = U(1 << 6)
 PG_WORKINGSET = U(1 << 9)
+PG_ANON_EXCLUSIVE = U(1 << 11)  # PG_owner_2: of a private page that is one mapping's alone
 FLAGS_KEPT = U(0xFFFFFFFFC0000000)  # of page->flags when a page is freed: node, zone, last_cpupid
 LOW_BYTE = U(0xFF)  # of the second struct page's flags: the folio's order
 HUGETLB_MIGRATABLE = U(1 << 1)

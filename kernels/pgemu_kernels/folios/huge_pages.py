@@ -14,6 +14,7 @@ from pgemu_kernels.folios.folio import (
     HUGETLB_MIGRATABLE,
     INDEX,
     MAPPING,
+    PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_UPTODATE,
     PGTY_HUGETLB,
@@ -26,7 +27,7 @@ from pgemu_kernels.folios.folio import (
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.hugetlb import dequeue_any, mapping_address, set_cgroup
 from pgemu_kernels.folios.pools import free_or_enqueue, use_surplus
-from pgemu_kernels.formats.bits import PTE_DIRTY
+from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SAVED_DIRTY
 from pgemu_kernels.words.enum_words import (
     EVENT_FOLIO_ZEROED_PAGES,
     EVENT_HUGE_FOLIO_ALLOCATED,
@@ -98,6 +99,8 @@ def give_back_huge(m, head):
     state = m.state
     h = hstate_of_order(order_of(m, head))
     page = struct_page(m, head)
+    if is_anonymous(m, head):
+        m.ram[page + FLAGS] &= ~PG_ANON_EXCLUSIVE
     m.ram[page + MAPPING] = U0
     m.ram[page + PRIVATE] &= ~HUGETLB_MIGRATABLE
     m.ram[page + COUNTS] = PGTY_HUGETLB
@@ -152,7 +155,7 @@ def unmap_huge(m, head, entry):
     `entry`: what it was; the page is dirty if it was.
     """
     page = struct_page(m, head)
-    if entry & PTE_DIRTY != U0:
+    if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:  # huge_pte_dirty()
         m.ram[page + FLAGS] |= PG_DIRTY
     _change_mapcounts(m, head, NONE)
     add_references(m.ram, page, NONE)
@@ -163,14 +166,33 @@ def unmap_huge(m, head, entry):
 
 
 @kernel
-def set_anonymous(m, head, anon_vma, index):
-    """hugetlb_add_new_anon_rmap(): folio->mapping names the anon_vma (a model address), bit 0 set.
-
-    `index`: vma_index() of the address.
-    """
+def move_anonymous(m, head, anon_vma):
+    """folio_move_anon_rmap(), SetPageAnonExclusive(): folio->mapping names the anon_vma (a model address), bit 0 set,
+    and the page is one mapping's alone."""
     page = struct_page(m, head)
     m.ram[page + MAPPING] = U(0xFFFF888100000000) | anon_vma << U12 | U1
-    m.ram[page + INDEX] = index
+    m.ram[page + FLAGS] |= PG_ANON_EXCLUSIVE
+
+
+@kernel
+def set_anonymous(m, head, anon_vma, index):
+    """hugetlb_add_new_anon_rmap(). `index`: vma_index() of the address."""
+    move_anonymous(m, head, anon_vma)
+    m.ram[struct_page(m, head) + INDEX] = index
+
+
+@kernel
+def is_exclusive(m, head):
+    """PageAnonExclusive() of a private page."""
+    return m.ram[struct_page(m, head) + FLAGS] & PG_ANON_EXCLUSIVE != U0
+
+
+@kernel
+def duplicate_anonymous(m, head):
+    """hugetlb_try_dup_anon_rmap(): fork maps a page once more, which is no mapping's alone any longer."""
+    if is_anonymous(m, head):
+        m.ram[struct_page(m, head) + FLAGS] &= ~PG_ANON_EXCLUSIVE
+    map_huge(m, head)
 
 
 @kernel

@@ -30,6 +30,8 @@ UFFD_WP = 1 << 10
 SOFT_DIRTY = 1 << 11
 SAVED_DIRTY = 1 << 58  # _PAGE_SAVED_DIRTY: bit 6 of a page that may not be written (it would be a shadow stack's)
 NO_EXECUTE = 1 << 63
+PROTECTION_KEY = 0xF << 59
+EXECUTE_ONLY_KEY = 1 << 59  # the first key that is free: arch/x86/mm/pkeys.c:__execute_only_pkey()
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 TABLE = PRESENT | WRITE | USER | ACCESSED | DIRTY  # pmd_populate(): 0x67
@@ -47,6 +49,8 @@ PTE_SPECIAL = U(SPECIAL)
 PTE_SOFT_DIRTY = U(SOFT_DIRTY)
 PTE_SAVED_DIRTY = U(SAVED_DIRTY)
 PTE_NO_EXECUTE = U(NO_EXECUTE)
+PTE_PROTECTION_KEY = U(PROTECTION_KEY)
+PTE_EXECUTE_ONLY_KEY = U(EXECUTE_ONLY_KEY)
 PTE_ADDRESS = U(ADDRESS)
 PTE_TABLE = U(TABLE)
 
@@ -140,6 +144,9 @@ class KernelParameters:
     `gigantic_surplus`: 1G pages may be surplus (6.19, mm/hugetlb.c:hstate_is_gigantic_no_runtime()).
     `recovers_huge_pages`: dirty logging off puts huge leaves back in place (captured for 6.18 and 7.3), else it drops
     the small ones (6.12). `guest_memfd_mmap`: guest_memfd can be mapped and serves every VM (6.18).
+    `remap_moves_many`: mremap() moves several mappings at once (6.17, mm/mremap.c:remap_move()).
+    `dirty_entries`: a dirty folio of a file is entered by a dirty entry, also for a read (mm/memory.c:set_pte_range();
+    captured for 6.18 and 7.3, not for 6.12).
     `folio_6_12` puts a folio's mapcounts and page count where 6.12 has them (mm_types.h).
     `boot_marks`: how the vmemmap of 1G pages of the boot allocator is left (captured). `boot_list_ascending`: in which
     order these pages stand in their free list (captured). `marks_zapped`: KVM calls folio_mark_accessed() not only on
@@ -183,6 +190,8 @@ class KernelParameters:
     arm_locked: int = 1 << 10
     recovers_huge_pages: bool = True
     guest_memfd_mmap: bool = True
+    remap_moves_many: bool = True
+    dirty_entries: bool = True
     merges_unfaulted: bool = True
     gigantic_surplus: bool = False
 
@@ -191,7 +200,8 @@ KERNELS: dict[str, KernelParameters] = {
     "6.12": KernelParameters(
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
         special_huge_zero=False, guards=False, recovers_huge_pages=False, merges_unfaulted=False,
-        guest_memfd_mmap=False, thp_modify_drops_dirty=True, marks_zapped=True, hwpoison=1 << 20,
+        guest_memfd_mmap=False, remap_moves_many=False, dirty_entries=False, thp_modify_drops_dirty=True,
+        marks_zapped=True, hwpoison=1 << 20,
     ),
     "6.18": KernelParameters(
         "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True

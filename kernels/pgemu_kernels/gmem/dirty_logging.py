@@ -52,16 +52,18 @@ def zero_below(m, slot, gfn, level):
 
 @kernel
 def zero_and_collapse(m, f, slot, gfn, spte, level):
-    """A large leaf in place of a table, or (6.12) none."""
+    """A large leaf in place of a table, or (6.12) none: 1 if the table went, else 0."""
     state = m.state
     recovers = state[R_RECOVER_HUGE] != U0
     if recovers and first_leaf(m, f, m.ram[spte], level) != U0:
         zero_below(m, slot, gfn, level)
-    if collapse(m, f, spte, level) != 0:
+    went = collapse(m, f, spte, level)
+    if went != 0:
         node, index = inode_row(state[slot + M_INODE]), page_of_slot(state, slot, gfn)
         note_leaf(state, node, index, level, state[slot + M_VM])
         if recovers and keeps_shown(m):
             count_stale(m, node, index, level)
+    return went
 
 
 recover_slot = recover_huge_pages(level_now, zero_and_collapse)

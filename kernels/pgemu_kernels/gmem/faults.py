@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
@@ -31,8 +31,9 @@ from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, add_mapping, add_referen
 from pgemu_kernels.folios.zeroed import keeps_shown
 from pgemu_kernels.formats.bits import PTE_DIRTY, PTE_SOFT_DIRTY
 from pgemu_kernels.gmem.allocation import allocate_folio, has_folio
-from pgemu_kernels.gmem.host_entries import insert_pfn, is_special, marks_of, page_slot
+from pgemu_kernels.gmem.host_entries import NO_ACCESS, insert_pfn, is_special, marks_of, page_slot
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of, guest_level, page_of_slot
+from pgemu_kernels.gmem.references import folio_head
 from pgemu_kernels.gmem.stale_contents import count_stale
 from pgemu_kernels.gmem.vm_kinds import is_over, kind_level
 from pgemu_kernels.gmem.zeroing import zero_folio
@@ -45,7 +46,10 @@ from pgemu_kernels.kvm.fault import (
     is_user_slot,
     load_root,
 )
+from pgemu_kernels.process.entries import GUARD
+from pgemu_kernels.process.fault import give_designs_fault
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
+from pgemu_kernels.process.tables import lookup_address, need_slot
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import (
@@ -71,6 +75,7 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
 )
+from pgemu_kernels.words.registers import R_ORDER
 from pgemu_kernels.words.rows import (
     A_INODE,
     A_PGOFF,
@@ -121,6 +126,27 @@ def has_no_rights(m, row):
 lacks_rights = full_only(has_no_rights, False)
 
 
+@outlined
+def holds_guard(m, space, address):
+    """Whether a guard stands at an address: handle_pte_marker()."""
+    slot, _level = lookup_address(m, space_root(m.state, space), address)
+    return m.ram[slot] == GUARD
+
+
+guarded = full_only(holds_guard, False)
+
+
+@outlined
+def make_upper_tables(m, space, address):
+    """__handle_mm_fault(): the tables above the last one are there by the time a fault ends in SIGBUS, if there is
+    memory for them. Of files of 4K pages, as captured: the fast loops leave none."""
+    if m.state[R_ORDER] == U0:
+        need_slot(m, space, address, U2)
+
+
+leave_tables = full_only(make_upper_tables, None)
+
+
 @kernel
 def host_begin(m, op):
     """Host access: find the VMA and the entry; if there is none it is a fault, with the invalidate_lock for reading.
@@ -140,10 +166,14 @@ def host_begin(m, op):
         m.ram[slot] |= marks_of(state, op)
         state[op + O_DETAIL] = level
         return stop(state, op, 0)
+    if guarded(m, state[op + O_SPACE], address):
+        charge_one(m, EVENT_HOST_FAULT)
+        return stop(state, op, VM_FAULT_SIGSEGV)
     inode = state[row + A_INODE]
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
     if index >= state[node + I_PAGES]:
+        leave_tables(m, state[op + O_SPACE], address)
         charge_one(m, EVENT_HOST_FAULT)
         return stop(state, op, VM_FAULT_SIGBUS)
     if not lock_shared(state, op, node):
@@ -164,6 +194,7 @@ def is_refused(m, op):
     if is_shared(m, node, state[op + O_INDEX]) != U0:
         return False
     unlock(state, op, node)
+    leave_tables(m, state[op + O_SPACE], state[op + O_ADDRESS])
     stop(state, op, VM_FAULT_SIGBUS)
     return True
 
@@ -371,10 +402,24 @@ def guest_page(m, op):
 
 
 @kernel
+def set_dirty(m, op):
+    """mmu.c:kvm_release_faultin_page(): memory that the guest may write is dirty once it is mapped, read or written.
+
+    Of pages of the page allocator; of huge pages, which merged code does not have, nobody has said so.
+    """
+    if m.state[R_ORDER] == U0:
+        m.ram[struct_page(m, folio_head(m, m.state[op + O_PFN])) + FLAGS] |= PG_DIRTY
+
+
+mark_mapped = full_only(set_dirty, None)  # the fast loops know no pages of that kind
+
+
+@kernel
 def guest_map(m, op):
     """Install the leaf, unless an invalidation came between: kvm_tdp_mmu_page_fault()."""
     outcome = install_stage2(m, op, m.state[op + O_LEVEL])
     if np.int64(m.state[op + O_STATUS]) == RET_PF_FIXED:
+        mark_mapped(m, op)
         note_shown(m, op)
     return outcome
 
@@ -417,3 +462,22 @@ def host_fault_page(m, op, address, write):
     state[INSIDE + O_ADDRESS] = address
     fault(m, INSIDE)
     return np.int64(state[INSIDE + O_STATUS])
+
+
+@outlined
+def fault_in(m, space, address, write):
+    """->fault of a mapping of the designs when the kernel itself asks for the page: no access follows it, which would
+    mark the entry. VM_FAULT_*, 0 where an entry is there; one of the batches' kind, as whoever asks runs in batches.
+    """
+    state = m.state
+    for word in (O_STATUS, O_DETAIL, O_LOCKED, O_REFERENCED, O_ACTOR):
+        state[INSIDE + word] = U0
+    state[INSIDE + O_SPACE] = space
+    state[INSIDE + O_OP] = OP_HOST_FAULT
+    state[INSIDE + O_FLAGS] = (U1 if write != U0 else U0) | NO_ACCESS
+    state[INSIDE + O_ADDRESS] = address
+    host_fault(m, INSIDE)
+    return np.int64(state[INSIDE + O_STATUS])
+
+
+give_designs_fault(fault_in)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U32
 from pgemu_kernels.engine.charge import change_value, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
@@ -42,6 +42,7 @@ from pgemu_kernels.words.rows import (
 from pgemu_kernels.words.table_words import F_SPECIAL_4K, F_SPECIAL_4K_RO
 
 host_huge = parameter(R_HOST_HUGE, U0)
+NO_ACCESS = U1 << U32  # in O_FLAGS of a fault inside another operation: nobody accesses the page now
 
 
 @kernel
@@ -62,6 +63,8 @@ def is_special(m, row):
 @kernel
 def marks_of(state, op):
     """What the processor sets in the entry of an access: accessed, and on a write dirty."""
+    if state[op + O_FLAGS] & NO_ACCESS != U0:
+        return U0
     return PTE_ACCESSED | PTE_DIRTY if state[op + O_FLAGS] & FLAG_WRITE != U0 else PTE_ACCESSED
 
 
@@ -84,7 +87,8 @@ def enter(m, op, slot, level):
     bits = F_SPECIAL_4K if state[state[op + O_ROW] + A_READ_ONLY] == U0 else F_SPECIAL_4K_RO
     entry = (state[op + O_PFN] & ~(pages_of(level) - U1)) << U12 | state[host_format(m) + bits] | marks_of(state, op)
     if level > U1:
-        entry |= PTE_LARGE | PTE_SOFT_DIRTY if state[op + O_FLAGS] & FLAG_WRITE != U0 else PTE_LARGE
+        written = state[op + O_FLAGS] & FLAG_WRITE != U0
+        entry |= PTE_LARGE | PTE_DIRTY | PTE_SOFT_DIRTY if written else PTE_LARGE
     m.ram[slot] = entry
     state[op + O_DETAIL] = level
     change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)

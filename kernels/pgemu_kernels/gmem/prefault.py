@@ -8,7 +8,8 @@ from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import find_memslot, inode_row, is_live_vm, stop, vm_row
 from pgemu_kernels.gmem.faults import end_guest_fault, enter_fault, is_released
-from pgemu_kernels.kvm.fault import page_root, prefault_by, prefault_outside
+from pgemu_kernels.kvm.fault import page_root
+from pgemu_kernels.kvm.prefault import prefault_by, prefault_outside
 from pgemu_kernels.tables.walker import find_leaf, stage2_format
 from pgemu_kernels.words.operations import (
     EBADF,

@@ -277,7 +277,8 @@ def punch(m, op):
     Whole huge pages are freed, parts only zeroed; shareability does not change; a hole past the end is
     no error. virt/kvm/guest_memfd.c:kvm_gmem_punch_hole() as in the posted 1G series. R_PUNCH_REFUSES: a hole that is
     not aligned to huge pages is -EINVAL, even past the end. What is only zeroed stays mapped by processes, in either
-    design: their entries show the zeroes. With Defect.PUNCH_KEEPS_ENTRIES the hole is not unmapped
+    design: their entries show the zeroes. Processes lose the rest when the VMs have (captured: one flush of the VM,
+    however many mappings there are). With Defect.PUNCH_KEEPS_ENTRIES the hole is not unmapped
     here, and special entries stay: their frames go back to the pool while processes still reach them.
     """
     state = m.state
@@ -292,13 +293,13 @@ def punch(m, op):
         return stop(state, op, 0)
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
-    if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
-        unmap_whole(m, inode, start, end)
     begin_range(m, inode, start, end)
     status = split_before_hole(m, inode, start, end)
     if status == 0:
         zap_range(m, inode, start, end, FILTER_BOTH)
         flush_vms(m)
+        if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
+            unmap_whole(m, inode, start, end)
         if large_folios(m) != U0:
             large_punched(m, inode, start, end)
         else:

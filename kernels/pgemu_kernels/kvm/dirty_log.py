@@ -23,6 +23,7 @@ from pgemu_kernels.stage2.tdp_mmu import collapse, split_range, write_protect_pa
 from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format, table_of
 from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_VM
 from pgemu_kernels.words.operations import EINVAL, ENOENT
+from pgemu_kernels.words.registers import R_RECOVER_HUGE
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_DIRTY,
@@ -80,7 +81,9 @@ def table_over(m, f, root, gfn, most):
 def recover_huge_pages(level_allowed: Callable[..., Any], replace: Callable[..., Any]) -> Callable[..., Any]:
     """What follows (m, slot) when dirty logging is off: `replace` tables by leaves up to the level allowed there.
 
-    mmu.c:kvm_mmu_recover_huge_pages() (6.12: kvm_mmu_zap_collapsible_sptes()).
+    replace: (m, f, slot, gfn, spte, level), 1 if the table went, else 0. Leaves in place of tables are flushed once, at
+    the end; Linux flushes before, too, whenever it lets others run. mmu.c:kvm_mmu_recover_huge_pages() (6.12:
+    kvm_mmu_zap_collapsible_sptes()), tdp_mmu.c:recover_huge_pages_range(), tdp_mmu_iter_cond_resched().
     """
 
     @outlined
@@ -90,14 +93,17 @@ def recover_huge_pages(level_allowed: Callable[..., Any], replace: Callable[...,
         root = state[vm_row(state[slot + M_VM]) + V_ROOT]
         gfn = state[slot + M_BASE_GFN]
         end = gfn + state[slot + M_PAGES]
+        went = np.int64(0)
         while gfn < end:
             spte, level = table_over(m, f, root, gfn, U3)
             if spte != NONE:
                 spte, level = table_over(m, f, root, gfn, level_allowed(m, slot, gfn))
             if spte != NONE:
-                replace(m, f, slot, gfn, spte, level)
+                went += replace(m, f, slot, gfn, spte, level)
             step = pages_of(max(level, U2))
             gfn = (gfn & ~(step - U1)) + step
+        if went != 0 and state[R_RECOVER_HUGE] != U0:
+            charge_one(m, EVENT_TLB_FLUSH_VM)
 
     return recover
 
@@ -122,7 +128,7 @@ def host_leaf(m, space, page):
 
 @kernel
 def recover_table(m, f, slot, gfn, spte, level):
-    collapse(m, f, spte, level)
+    return collapse(m, f, spte, level)
 
 
 recover_user_slot = recover_huge_pages(recoverable_level, recover_table)  # nothing is faulted in

@@ -5,15 +5,11 @@ arch/x86/kvm/mmu/mmu.c:kvm_mmu_page_fault() and what it calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import pages_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import (
     find_memslot,
@@ -25,7 +21,7 @@ from pgemu_kernels.engine.rows import (
     vm_row,
 )
 from pgemu_kernels.engine.shareability import is_shared
-from pgemu_kernels.folios.folio import mark_accessed
+from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, mark_accessed, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
@@ -39,10 +35,7 @@ from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
 from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
 from pgemu_kernels.words.operations import (
     EBADF,
-    EBUSY,
     EFAULT,
-    EINVAL,
-    ENOENT,
     ENOMEM,
     EOPNOTSUPP,
     RET_PF_EMULATE,
@@ -66,7 +59,6 @@ from pgemu_kernels.words.rows import (
     O_HOLE_MIDDLE,
     O_INDEX,
     O_INODE,
-    O_LENGTH,
     O_PFN,
     O_SEQUENCE,
     O_VM,
@@ -86,7 +78,7 @@ from pgemu_kernels.words.rows import (
 from pgemu_kernels.words.table_words import F_EMPTY, F_MMU_WRITABLE, F_WRITE
 
 U = np.uint64
-_ATTEMPTS = 4  # an access ends at the second: the first one breaks a copy on write, which drops the leaf
+ATTEMPTS = 4  # an access ends at the second: the first one breaks a copy on write, which drops the leaf
 _MAX_GFN = U(1 << 36)  # four levels reach 48 bits
 
 
@@ -133,7 +125,7 @@ def from_guest_memfd(state, slot, private):
 
 @outlined
 def find_pfn(m, row, slot, gfn, write, private):
-    """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable).
+    """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable; refcounted).
 
     A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit.
     """
@@ -142,14 +134,14 @@ def find_pfn(m, row, slot, gfn, write, private):
     page = gfn - state[slot + M_BASE_GFN]
     if from_guest_memfd(state, slot, private):
         if state[slot + M_FLAGS] & SLOT_HAS_GUEST_MEMFD == U0 or state[slot + M_INODE] == NONE:
-            return np.int64(-EFAULT), U0, U1, False
+            return np.int64(-EFAULT), U0, U1, False, False
         status, pfn = find_or_add_folio(m, inode_row(state[slot + M_INODE]), state[slot + M_PGOFF] + page)
-        return status, pfn, U1, True
+        return status, pfn, U1, True, True
     if write and read_only:
-        return np.int64(RET_PF_EMULATE), U0, U1, False
+        return np.int64(RET_PF_EMULATE), U0, U1, False, False
     address = state[slot + M_HVA] + (page << U12)
-    status, pfn, level, writable = host_fault_in(m, state[row + V_SPACE], address, write, False)
-    return status, pfn, level, writable and not read_only
+    status, pfn, level, writable, counted = host_fault_in(m, state[row + V_SPACE], address, write, False)
+    return status, pfn, level, writable and not read_only, counted
 
 
 # --------------------------------------------------------------------------- outside every slot
@@ -320,6 +312,21 @@ def install_stage2(m, op, goal):
 # --------------------------------------------------------------------------- in a slot of a process's memory
 
 
+@kernel
+def _release_page(m, pfn, host_level, writable):
+    """mmu.c:kvm_release_faultin_page() of a page that was mapped: dirty if it may be written, a HugeTLB one accessed.
+
+    A PFN mapping's page has no reference that would be released.
+    """
+    if pfn < m.state[R_FRAMES]:
+        if writable:
+            set_folio_dirty(m, pfn)
+    elif host_level > U1:
+        mark_accessed(m, pfn)
+    elif writable:
+        m.ram[struct_page(m, pfn) + FLAGS] |= PG_DIRTY
+
+
 @outlined
 def page_fault(m, vm, gfn, access, prefetch, private):
     """mmu.c:kvm_tdp_mmu_page_fault() in a slot, from kvm_mmu_faultin_pfn() on: (RET_PF_* or -errno, level of the leaf).
@@ -337,7 +344,7 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     if retry_fault(state, vm, gfn, sequence):
         return np.int64(RET_PF_RETRY), U0
     write = access & FLAG_WRITE != U0
-    status, pfn, host_level, writable = find_pfn(m, row, slot, gfn, write, private)
+    status, pfn, host_level, writable, counted = find_pfn(m, row, slot, gfn, write, private)
     if status != 0:
         return status, U0
     if retry_fault(state, vm, gfn, sequence):
@@ -354,10 +361,8 @@ def page_fault(m, vm, gfn, access, prefetch, private):
     device = is_device(state, pfn)
     root = root_of_kind(state, row, private)
     status, level = map_leaf(m, root, gfn, level, pfn, writable, access, prefetch, device)
-    if status > 0 and host_level > U1:
-        mark_accessed(m, pfn)
-    elif status > 0 and writable and pfn < state[R_FRAMES]:
-        set_folio_dirty(m, pfn)
+    if status > 0 and counted:
+        _release_page(m, pfn, host_level, writable)
     return status, level
 
 
@@ -427,72 +432,9 @@ def guest_access(m, op):
         return
     status = np.int64(RET_PF_RETRY)
     level = U0
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         status, level = access_once(m, vm, gfn, access, private)
         if status != RET_PF_RETRY:
             break
     state[op + O_DETAIL] = level if status > 0 else U0
     stop(state, op, status)
-
-
-# --------------------------------------------------------------------------- KVM_PRE_FAULT_MEMORY
-
-
-@outlined
-def prefault_outside(m, vm, gfn):
-    """Where no slot is: -ENOENT, once the MMIO entry is cached, or what kept it from that."""
-    row = vm_row(vm)
-    load_root(m.state, row)
-    status, _ = no_slot(m, row, gfn, frame_is_private(m, row, gfn))
-    return np.int64(-ENOENT) if status == RET_PF_EMULATE else status
-
-
-@kernel
-def tdp_map_page(m, op, gfn):
-    """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
-    vm = m.state[op + O_VM]
-    if find_memslot(m.state, vm, gfn) == NONE:
-        return prefault_outside(m, vm, gfn), U0
-    status = np.int64(RET_PF_RETRY)
-    level = U0
-    private = is_private(m, vm_row(vm), gfn)
-    for _ in range(_ATTEMPTS):
-        status, level = page_fault(m, vm, gfn, U0, True, private)
-        if status != RET_PF_RETRY:
-            break
-    if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
-        return np.int64(0), level
-    return np.int64(-ENOENT) if status == RET_PF_EMULATE else status, level
-
-
-def prefault_by(map_page: Callable[..., Any]) -> Callable[..., Any]:
-    """KVM_PRE_FAULT_MEMORY (m, op): 0, -EINVAL, or what the first page failed with (-ENOENT, -EFAULT, ...).
-
-    detail is how many bytes were populated. It stops at the first page that fails; if any page came before, that is
-    success, but for a lock that Linux would wait for (-EBUSY). kvm_main.c:kvm_vcpu_pre_fault_memory().
-    """
-
-    @outlined
-    def map_pages(m, op):
-        state = m.state
-        address = state[op + O_ADDRESS]
-        length = state[op + O_LENGTH]
-        if (address | length) & U4095 != U0 or address + length <= address:
-            return np.int64(-EINVAL)
-        load_root(state, vm_row(state[op + O_VM]))
-        gfn = address >> U12
-        end = gfn + (length >> U12)
-        status = np.int64(0)
-        while gfn < end:
-            status, level = map_page(m, op, gfn)
-            if status != 0:
-                break
-            gfn = (gfn & ~(pages_of(level) - U1)) + pages_of(level)
-        done = (min(gfn, end) << U12) - address
-        state[op + O_DETAIL] = done
-        return np.int64(0) if done != U0 and status != -EBUSY else status
-
-    return map_pages
-
-
-pre_fault_memory = prefault_by(tdp_map_page)

@@ -14,8 +14,9 @@ from pgemu_kernels.engine.rows import is_live_vm, stop
 from pgemu_kernels.kvm.attributes import set_attributes
 from pgemu_kernels.kvm.binding import bind, unbind
 from pgemu_kernels.kvm.dirty_log import get_dirty_log
-from pgemu_kernels.kvm.fault import guest_access, pre_fault_memory
+from pgemu_kernels.kvm.fault import guest_access
 from pgemu_kernels.kvm.memslots import close_vm, set_memory_region
+from pgemu_kernels.kvm.prefault import pre_fault_memory
 from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,
     OP_ATTRIBUTES,

@@ -17,9 +17,11 @@ from pgemu_kernels.formats.bits import (
     PRESENT,
     PTE_ADDRESS,
     PTE_DIRTY,
+    PTE_EXECUTE_ONLY_KEY,
     PTE_LARGE,
     PTE_NO_EXECUTE,
     PTE_PRESENT,
+    PTE_PROTECTION_KEY,
     PTE_PROTECTION_NONE,
     PTE_SAVED_DIRTY,
     PTE_SOFT_DIRTY,
@@ -28,6 +30,7 @@ from pgemu_kernels.formats.bits import (
     SPECIAL,
     USER,
 )
+from pgemu_kernels.words.registers import R_PROTECTION_KEYS
 from pgemu_kernels.words.rows import A_CACHE_BITS, A_FLAGS, A_PROT, PROT_EXEC, PROT_WRITE, VM_SHARED
 
 U = np.uint64
@@ -66,7 +69,8 @@ def pte_pfn(entry):
 def vm_page_prot(state, row):
     """vm_page_prot: the permission and cache bits of a VMA's entries. mm/mmap.c:protection_map, PAGE_*.
 
-    Private writable pages are mapped without write access; the fault adds it.
+    Private writable pages are mapped without write access; the fault adds it. Execute-only ones have a protection key
+    that lets no data access through, where the processor has keys: arch/x86/mm/pkeys.c:__arch_override_mprotect_pkey().
     """
     prot = state[row + A_PROT]
     if prot == U0:
@@ -76,6 +80,8 @@ def vm_page_prot(state, row):
         bits |= PTE_WRITE
     if prot & PROT_EXEC == U0:
         bits |= PTE_NO_EXECUTE
+    elif prot == PROT_EXEC and state[R_PROTECTION_KEYS] != U0:
+        bits |= PTE_EXECUTE_ONLY_KEY
     return bits
 
 
@@ -122,4 +128,6 @@ def access_allowed(entry, write, execute):
     """Whether the processor lets a user access through; `write`, `execute` are uint64 0 or 1."""
     if entry & PTE_PRESENT == U0 or (write == U1 and entry & PTE_WRITE == U0):
         return False
+    if execute != U1 and entry & PTE_PROTECTION_KEY != U0:
+        return False  # the only key there is lets no data through
     return execute != U1 or entry & PTE_NO_EXECUTE == U0

@@ -8,8 +8,9 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
+from pgemu_kernels.engine.handle import given_later
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
-from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_WRITE
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.anonymous import anonymous_fault
 from pgemu_kernels.process.entries import access_allowed, holds_page, pte_pfn
 from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
@@ -18,7 +19,16 @@ from pgemu_kernels.process.pfn import pfn_fault
 from pgemu_kernels.process.tables import lookup_address, space_row
 from pgemu_kernels.process.vma import next_vma
 from pgemu_kernels.words.enum_words import EVENT_HOST_FAULT, FLAG_EXEC, FLAG_WRITE
-from pgemu_kernels.words.operations import EFAULT, EINVAL, ENOMEM, VM_FAULT_OOM, VM_FAULT_SIGBUS, VM_FAULT_SIGSEGV
+from pgemu_kernels.words.operations import (
+    EFAULT,
+    EINVAL,
+    ENOMEM,
+    RET_PF_EMULATE,
+    VM_FAULT_OOM,
+    VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
+)
+from pgemu_kernels.words.registers import R_PROTECTION_KEYS
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
@@ -45,6 +55,9 @@ U = np.uint64
 _ERROR = np.int64(VM_FAULT_OOM | VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV)
 _PAGE = ~U(4095)
 
+# ->fault of a mapping of the designs (m, space, address, write): VM_FAULT_*, 0 where an entry is there. gmem/faults.py
+designs_fault, give_designs_fault = given_later()
+
 
 @outlined
 def handle_mm_fault(m, space, row, address, write):
@@ -55,6 +68,8 @@ def handle_mm_fault(m, space, row, address, write):
     """
     kind = m.state[row + A_KIND]
     page = address & _PAGE
+    if kind == VMA_GUEST_MEMFD:
+        return np.int64(designs_fault(m, space, address, write))
     charge_one(m, EVENT_HOST_FAULT)
     if kind == VMA_ANONYMOUS:
         status = anonymous_fault(m, row, page, write)
@@ -71,13 +86,13 @@ def handle_mm_fault(m, space, row, address, write):
 
 @kernel
 def access_permitted(state, row, write, execute):
-    """arch/x86/mm/fault.c:access_error(), without protection keys: what the VMA allows a user access."""
+    """arch/x86/mm/fault.c:access_error(): what the VMA allows a user access, the key of execute-only ones included."""
     prot = state[row + A_PROT]
     if write == U1:
         return prot & PROT_WRITE != U0
     if execute == U1:
         return prot & PROT_EXEC != U0
-    return prot != U0
+    return prot != U0 and (prot != PROT_EXEC or state[R_PROTECTION_KEYS] == U0)
 
 
 @outlined
@@ -135,23 +150,30 @@ def populate_range(m, space, row, start, end, write):
 
 @outlined
 def mm_populate(m, space, start, end):
-    """MAP_POPULATE and VM_LOCKED: errors end it unseen, PFN mappings are left out. mm/gup.c:__mm_populate().
+    """MAP_POPULATE and VM_LOCKED: 0 or the VM_FAULT error that ended it. mm/gup.c:__mm_populate().
 
-    Private writable memory is written to, so that copies are made now; all else is read.
+    PFN mappings are left out; one without rights is an error, but does not end it. Private writable memory is written
+    to, so that copies are made now; all else is read.
     """
     state = m.state
+    failed = np.int64(0)
     address = start
     while address < end:
         row = next_vma(state, space, address, end)
         if row == NONE:
-            return
+            break
         first = max(address, state[row + A_START])
         address = min(end, state[row + A_END])
-        if state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_PROT] == U0:
+        if state[row + A_FLAGS] & VM_PFNMAP != U0:
+            continue
+        if state[row + A_PROT] == U0:
+            failed = np.int64(VM_FAULT_SIGSEGV)
             continue
         write = state[row + A_PROT] & PROT_WRITE != U0 and state[row + A_FLAGS] & VM_SHARED == U0
-        if populate_range(m, space, row, first, address, U1 if write else U0) != 0:
-            return
+        status = populate_range(m, space, row, first, address, U1 if write else U0)
+        if status != 0:
+            return status
+    return failed
 
 
 @outlined
@@ -182,25 +204,61 @@ def madvise_populate(m, op, start, end, write):
     return stop(state, op, 0)
 
 
+@kernel
+def _followed(m, space, address):
+    """What KVM reads of an entry that holds a page: (0, frame, level, whether it may be written, whether a folio's).
+
+    mm/memory.c:follow_pfnmap_start(), mm/gup.c:follow_page_pte(); mmu.c:host_pfn_mapping_level().
+    """
+    slot, level = lookup_address(m, space_root(m.state, space), address)
+    entry = m.ram[slot]
+    if not holds_page(entry):
+        return np.int64(-EFAULT), U0, U0, False, False
+    inside = (address & (size_of(level) - U1)) >> U12
+    special = entry & PTE_SPECIAL != U0
+    return np.int64(0), pte_pfn(entry) + inside, level, entry & PTE_WRITE != U0, not special
+
+
+@outlined
+def _remapped(m, space, row, address, write):
+    """kvm_main.c:hva_to_pfn_remapped(): the entry as it stands, whatever the mapping allows; if there is none a fault,
+    -EFAULT where the mapping does not allow it (fixup_user_fault()). A write to an entry that may not be written is
+    emulated: KVM_PFN_ERR_RO_FAULT, here RET_PF_EMULATE."""
+    found = _followed(m, space, address)
+    if found[0] != 0:
+        needed = PROT_WRITE if write else PROT_READ
+        if m.state[row + A_PROT] & needed == U0:
+            return found
+        status = handle_mm_fault(m, space, row, address, U1 if write else U0)
+        if status & _ERROR != 0:
+            return np.int64(-ENOMEM if status == VM_FAULT_OOM else -EFAULT), U0, U0, False, False
+        found = _followed(m, space, address)
+    if found[0] == 0 and write and not found[3]:
+        return np.int64(RET_PF_EMULATE), U0, U0, False, False
+    return found
+
+
 @outlined
 def host_fault_in(m, space, address, write, execute):
-    """What KVM asks of a process's memory: (0, frame, level of the host's leaf, whether it may be written).
+    """What KVM asks of a process's memory: (0, frame, level of the host's leaf, whether it may be written, whether the
+    entry is a folio's).
 
-    -EFAULT where no mapping allows the access or the fault ends in a signal, -ENOMEM without memory; then the
-    rest is 0. `write`, `execute` are booleans (an execute needs no more than a read: KVM asks for no other).
-    virt/kvm/kvm_main.c:hva_to_pfn(), hva_to_pfn_remapped(); arch/x86/kvm/mmu/mmu.c:host_pfn_mapping_level().
+    -EFAULT where no mapping allows the access or the fault ends in a signal, -ENOMEM without memory, RET_PF_EMULATE for
+    a write that a PFN mapping's entry does not allow; then the rest is 0. `write`, `execute` are booleans (an execute
+    needs no more than a read: KVM asks for no other). virt/kvm/kvm_main.c:hva_to_pfn()
     """
     state = m.state
     row = find_vma(state, space, address)
+    if row == NONE:
+        return np.int64(-EFAULT), U0, U0, False, False
+    if state[row + A_FLAGS] & VM_PFNMAP != U0:
+        return _remapped(m, space, row, address, write)
     needed = PROT_WRITE if write else PROT_READ
-    if row == NONE or state[row + A_KIND] == VMA_GUEST_MEMFD or state[row + A_PROT] & needed == U0:
-        return np.int64(-EFAULT), U0, U0, False
+    if state[row + A_PROT] & needed == U0:
+        return np.int64(-EFAULT), U0, U0, False, False
     status = fault_in_page(m, space, row, address, U1 if write else U0)
     if status == VM_FAULT_OOM:
-        return np.int64(-ENOMEM), U0, U0, False
-    slot, level = lookup_address(m, space_root(state, space), address)
-    entry = m.ram[slot]
-    if status != 0 or not holds_page(entry):
-        return np.int64(-EFAULT), U0, U0, False
-    inside = (address & (size_of(level) - U1)) >> U12
-    return np.int64(0), pte_pfn(entry) + inside, level, entry & PTE_WRITE != U0
+        return np.int64(-ENOMEM), U0, U0, False, False
+    if status != 0:
+        return np.int64(-EFAULT), U0, U0, False, False
+    return _followed(m, space, address)

@@ -11,7 +11,7 @@ from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
 from pgemu_kernels.folios.boot import process_root
-from pgemu_kernels.folios.huge_pages import level_of_order, map_huge
+from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.entries import holds_page, protect_from_writes, pte_pfn
@@ -67,6 +67,7 @@ from pgemu_kernels.words.rows import (
     TASK_SIZE,
     V_LIVE,
     V_SPACE,
+    VM_DONTCOPY,
     VM_LOCKED,
     VM_PFNMAP,
     VM_RESERVATION_OWNER,
@@ -206,7 +207,7 @@ def _copy_huge(m, row, child):
                     entry = protect_from_writes(entry)
                     m.ram[slot] = entry
                 m.ram[target] = entry
-                map_huge(m, pte_pfn(entry))
+                duplicate_anonymous(m, pte_pfn(entry))
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
@@ -259,6 +260,9 @@ def fork(m, op):
         row = next_vma(state, parent, address, TASK_SIZE)
         if row == NONE:
             break
+        if state[row + A_FLAGS] & VM_DONTCOPY != U0:
+            address = state[row + A_END]
+            continue
         if _copy_vma(m, row, space) != 0:
             gather_flush(m, parent)
             end_process(m, space)

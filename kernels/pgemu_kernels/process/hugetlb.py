@@ -15,8 +15,10 @@ from pgemu_kernels.folios.huge_pages import (
     give_back_huge,
     huge_mapcount,
     is_anonymous,
+    is_exclusive,
     level_of_order,
     map_huge,
+    move_anonymous,
     set_anonymous,
     take_huge,
     unmap_huge,
@@ -196,6 +198,8 @@ def _write_protected(m, row, address, slot):
     entry = m.ram[slot]
     old = pte_pfn(entry)
     if is_shared_mapping(state, row) or (is_anonymous(m, old) and huge_mapcount(m, old) == U1):
+        if not is_shared_mapping(state, row) and not is_exclusive(m, old):
+            move_anonymous(m, old, state[row + A_ANON_VMA])
         m.ram[slot] = pte_mkdirty(entry) | PTE_WRITE
         charge_one(m, EVENT_LEAF_WRITTEN)
         return np.int64(VM_FAULT_NOPAGE)

@@ -18,7 +18,7 @@ from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
 from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, split_vma, vma_merge
 from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
-from pgemu_kernels.words.enum_words import FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
+from pgemu_kernels.words.enum_words import FLAG_LOCKED_TOO, FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
 from pgemu_kernels.words.operations import EACCES, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_FULL, R_GUARDS, R_VMAS
 from pgemu_kernels.words.rows import (
@@ -132,16 +132,20 @@ def mprotect(m, op):
 
 
 @kernel
-def _dontneed_end(m, row, start, end):
-    """madvise_dontneed_free_valid_vma(): where MADV_DONTNEED of [start, end) of a VMA ends; NONE: it is refused."""
-    forbidden = VM_LOCKED | VM_PFNMAP if m.state[R_DONTNEED_PFNMAP] == U0 else VM_LOCKED
+def _dontneed_end(m, row, start, end, forbidden):
+    """madvise_dontneed_free_valid_vma(): where MADV_DONTNEED of [start, end) of a VMA ends; NONE: it is refused.
+
+    forbidden: VM_LOCKED, of MADV_DONTNEED_LOCKED nothing, and VM_PFNMAP.
+    """
+    if m.state[R_DONTNEED_PFNMAP] != U0:
+        forbidden &= ~VM_PFNMAP
     return NONE if m.state[row + A_FLAGS] & forbidden != U0 else end
 
 
 @outlined
-def _dontneed_end_any(m, row, start, end):
+def _dontneed_end_any(m, row, start, end, forbidden):
     if m.state[row + A_KIND] != VMA_HUGETLB:
-        return _dontneed_end(m, row, start, end)
+        return _dontneed_end(m, row, start, end, forbidden)
     inside = (U1 << (U12 + m.state[inode_row(m.state[row + A_INODE]) + I_ORDER])) - U1
     return NONE if start & inside != U0 else end & ~inside
 
@@ -150,13 +154,13 @@ _valid_end = full_only(_dontneed_end_any, _dontneed_end)
 
 
 @kernel
-def _dontneed_vma(m, row, start, end):
+def _dontneed_vma(m, row, start, end, forbidden):
     """MADV_DONTNEED of [start, end) of one VMA: 0 or -EINVAL. mm/madvise.c:madvise_dontneed_single_vma().
 
     From 6.14 on it frees the last-level tables that it covers whole.
     """
     state = m.state
-    end = _valid_end(m, row, start, end)
+    end = _valid_end(m, row, start, end, forbidden)
     if end == NONE:
         return np.int64(-EINVAL)
     if start < end:
@@ -173,14 +177,15 @@ def _dontneed_vma(m, row, start, end):
 def _zap_vma(m, op, row, start, end):
     """The same with flag MADVISE, else the kernel's own unmapping, which may do it to anything."""
     if m.state[op + O_FLAGS] & FLAG_MADVISE != U0:
-        return _dontneed_vma(m, row, start, end)
+        locked = m.state[op + O_FLAGS] & FLAG_LOCKED_TOO != U0
+        return _dontneed_vma(m, row, start, end, VM_PFNMAP if locked else VM_PFNMAP | VM_LOCKED)
     gather_begin(m)
     zap_vma(m, row, start, end, False)
     gather_flush(m, m.state[row + A_SPACE])
     return np.int64(0)
 
 
-def _over_vmas(decorator: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
+def over_vmas(decorator: Callable[..., Any], visit: Callable[..., Any]) -> Callable[..., Any]:
     """An operation (m, op) that visits every VMA of a range, up to the first that refuses: 0, what it said, -EINVAL.
 
     -ENOMEM if there was a hole, after all else was done. Lengths are rounded up to pages:
@@ -216,7 +221,7 @@ def _over_vmas(decorator: Callable[..., Any], visit: Callable[..., Any]) -> Call
     return walk_vmas
 
 
-zap_mappings = _over_vmas(step, _zap_vma)
+zap_mappings = over_vmas(step, _zap_vma)
 
 
 @outlined
@@ -233,19 +238,21 @@ def populate(m, op):
 
 @outlined
 def _guard_vma(m, op, row, start, end):
-    """MADV_GUARD_INSTALL or _REMOVE of [start, end) of one VMA: 0, -ENOMEM, or -EINVAL for all but anonymous memory.
+    """MADV_GUARD_INSTALL or _REMOVE of [start, end) of one VMA: 0, -ENOMEM, or -EINVAL for VM_PFNMAP and HugeTLB.
 
-    Install: pages go, markers stand in their place, with tables for them. Files may have guards since 6.15; that is
-    not modelled. mm/madvise.c:madvise_guard_install(), madvise_guard_remove().
+    Install: pages go, markers stand in their place, with tables for them; files may have them since 6.15.
+    mm/madvise.c:madvise_guard_install(), madvise_guard_remove(), is_valid_guard_vma().
     """
     state = m.state
     space = state[row + A_SPACE]
     install = state[op + O_OP] == OP_GUARD_INSTALL
-    if state[R_GUARDS] == U0 or state[row + A_KIND] != VMA_ANONYMOUS:
+    if state[R_GUARDS] == U0 or state[row + A_KIND] == VMA_HUGETLB or state[row + A_FLAGS] & VM_PFNMAP != U0:
         return np.int64(-EINVAL)
     if install and state[row + A_FLAGS] & VM_LOCKED != U0:
         return np.int64(-EINVAL)
     if install:
+        if state[row + A_KIND] == VMA_GUEST_MEMFD:
+            state[R_FULL] = U1  # the fast loops know no markers
         prepare_anon_vma(state, row)
         gather_begin(m)
         zap_vma(m, row, start, end, False)
@@ -264,7 +271,7 @@ def _guard_vma(m, op, row, start, end):
     return np.int64(0)
 
 
-guard = _over_vmas(outlined, _guard_vma)
+guard = over_vmas(outlined, _guard_vma)
 
 
 @outlined

@@ -176,9 +176,9 @@ def _flags_of(m, kind, flags):
     bits = U0
     if flags & FLAG_SHARED != U0 or kind == VMA_GUEST_MEMFD:
         bits |= VM_SHARED
-    if flags & FLAG_LOCKED != U0 and kind != VMA_GUEST_MEMFD:
+    if flags & FLAG_LOCKED != U0:
         bits |= VM_LOCKED
-    if flags & FLAG_NORESERVE != U0:
+    if flags & FLAG_NORESERVE != U0 and kind != VMA_GUEST_MEMFD:
         bits |= VM_NORESERVE
     if kind == VMA_PFN_REMAP or kind == VMA_PFN_FAULT:
         bits |= VM_PFNMAP
@@ -186,7 +186,7 @@ def _flags_of(m, kind, flags):
         bits |= VM_PFNMAP if flags & FLAG_COUNTED == U0 else VM_COUNTED
     if _is_accountable(kind, flags, bits):
         bits |= VM_ACCOUNT
-    return bits
+    return bits & ~VM_LOCKED if bits & VM_PFNMAP != U0 else bits  # __mmap_complete(): VM_SPECIAL is never locked
 
 
 @kernel
@@ -237,16 +237,15 @@ def _complete_any(m, op, row):
     space = state[row + A_SPACE]
     start = state[row + A_START]
     end = state[row + A_END]
-    if kind == VMA_GUEST_MEMFD:
-        return np.int64(0)
-    state[space_row(space) + S_ORDINARY] = U1
-    if kind != VMA_ANONYMOUS:
-        state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
-    if _enter(m, row, kind) != 0:
-        gather_begin(m)
-        remove_vmas(m, space, start, end)
-        return np.int64(-ENOMEM)
-    if kind == VMA_ANONYMOUS:
+    if kind != VMA_GUEST_MEMFD:
+        state[space_row(space) + S_ORDINARY] = U1
+        if kind != VMA_ANONYMOUS:
+            state[inode_row(state[row + A_INODE]) + I_REFERENCES] += U1
+        if _enter(m, row, kind) != 0:
+            gather_begin(m)
+            remove_vmas(m, space, start, end)
+            return np.int64(-ENOMEM)
+    if kind != VMA_GUEST_MEMFD:  # in Linux those merge, too; the fast loops keep each as it was mapped
         vma_merge(state, row)
     if state[op + O_FLAGS] & (FLAG_POPULATE | FLAG_LOCKED) != U0:
         mm_populate(m, space, start, end)
@@ -260,9 +259,9 @@ _rest_of_mmap = full_only(_complete_any, np.int64(0))  # a mapping of the design
 def mmap(m, op):
     """mmap(MAP_FIXED_NOREPLACE) of a file, or of anonymous memory (object NO_INODE, PRIVATE or SHARED said).
 
-    flags: READ, WRITE, EXEC; PRIVATE or SHARED; POPULATE, LOCKED, NORESERVE. Of the designs' inodes READ_ONLY and
-    PRIVATE. 0, -EBADF, -EINVAL, -ENODEV, -EEXIST, -ENOMEM, -EOVERFLOW, -EOPNOTSUPP; -EINVAL for a process that has
-    ended.
+    flags: READ, WRITE, EXEC; PRIVATE or SHARED; POPULATE, LOCKED, NORESERVE. Of the designs' inodes READ_ONLY, PRIVATE,
+    COUNTED; POPULATE and LOCKED on a machine in full. 0, -EBADF, -EINVAL, -ENODEV, -EEXIST, -ENOMEM, -EOVERFLOW,
+    -EOPNOTSUPP; -EINVAL for a process that has ended.
     """
     state = m.state
     inode = state[op + O_OBJECT]

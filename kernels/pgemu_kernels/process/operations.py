@@ -11,6 +11,7 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
+from pgemu_kernels.process.advice import advise_fork, mlock
 from pgemu_kernels.process.fault import access
 from pgemu_kernels.process.files import close_file, fallocate, punch_hole, set_revoked
 from pgemu_kernels.process.fork import end_process, fork
@@ -23,11 +24,14 @@ from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,
     OP_ALLOCATE,
     OP_CLOSE,
+    OP_DOFORK,
+    OP_DONTFORK,
     OP_EXIT,
     OP_FORK,
     OP_GUARD_INSTALL,
     OP_GUARD_REMOVE,
     OP_HOST_FAULT,
+    OP_LOCK,
     OP_MMAP,
     OP_MUNMAP,
     OP_POPULATE,
@@ -81,6 +85,9 @@ _of_processes = by_number(
         (OP_GUARD_INSTALL, guard),
         (OP_GUARD_REMOVE, guard),
         (OP_REMAP, mremap),
+        (OP_LOCK, mlock),
+        (OP_DONTFORK, advise_fork),
+        (OP_DOFORK, advise_fork),
         (OP_FORK, fork),
         (OP_EXIT, _exit),
     ),

@@ -1,4 +1,4 @@
-"""mremap() of private anonymous memory: shrunk, grown in place, or moved with its tables. mm/mremap.c"""
+"""mremap(): entries and tables moved to another address. mm/mremap.c"""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
-from pgemu_kernels.engine.rows import space_root
+from pgemu_kernels.engine.rows import find_vma, space_root
 from pgemu_kernels.formats.bits import PTE_SOFT_DIRTY
 from pgemu_kernels.process.entries import holds_page, points_to_table
 from pgemu_kernels.process.tables import below, gather, lookup_address, need_slot
+from pgemu_kernels.process.zapping import drop_large_pfn
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.enum_words import EVENT_LEAF_CLEARED, EVENT_LEAF_WRITTEN
 from pgemu_kernels.words.operations import ENOMEM
@@ -67,6 +68,19 @@ def _move_entries(m, root, space, at, to, length):
     return np.int64(0)
 
 
+@kernel
+def _move_large(m, space, source, target, at, level, step):
+    """move_huge_pmd(): a large entry goes whole, soft-dirty set, if all of it moves to a place like its own; else it is
+    dropped as __split_huge_pmd() drops one that is not anonymous memory's."""
+    if step != size_of(level) or m.ram[target] != U0:
+        drop_large_pfn(m, find_vma(m.state, space, at), at, level)
+        return
+    m.ram[target] = m.ram[source] | PTE_SOFT_DIRTY
+    m.ram[source] = U0
+    charge_one(m, EVENT_LEAF_CLEARED)
+    charge_one(m, EVENT_LEAF_WRITTEN)
+
+
 @outlined
 def move_page_tables(m, space, at, to, length):
     """Move what [at, at + length) maps to `to`: 0, or -ENOMEM with a part moved.
@@ -86,6 +100,10 @@ def move_page_tables(m, space, at, to, length):
             target = need_slot(m, space, to, level)
             if target == NONE:
                 return np.int64(-ENOMEM)
+            if not points_to_table(m.ram[source]):
+                _move_large(m, space, source, target, at, level, step)
+                gather(m, at, level)
+                break
             if step == size_of(level) and _move_table(m, source, target):
                 gather(m, at, level)
                 break

@@ -35,6 +35,7 @@ from pgemu_kernels.words.rows import (
     I_ORDER,
     I_REFERENCES,
     I_VMAS,
+    VM_PFNMAP,
     VM_SHARED,
     VMA_ANONYMOUS,
     VMA_GUEST_MEMFD,
@@ -193,12 +194,12 @@ def _notify_split(m, row, address):
 
 @kernel
 def _continues(state, lower, upper):
-    """Whether two anonymous VMAs touch and differ in nothing but permissions. mm/vma.c:anon_vma_compatible()"""
+    """Whether two VMAs touch and differ in nothing but permissions. mm/vma.c:anon_vma_compatible()"""
     pages = (state[lower + A_END] - state[lower + A_START]) >> U12
     return (
         state[lower + A_END] == state[upper + A_START]
-        and state[lower + A_KIND] == VMA_ANONYMOUS
-        and state[upper + A_KIND] == VMA_ANONYMOUS
+        and state[lower + A_KIND] == state[upper + A_KIND]
+        and (state[lower + A_KIND] == VMA_ANONYMOUS or state[lower + A_INODE] == state[upper + A_INODE])
         and state[lower + A_FLAGS] == state[upper + A_FLAGS]
         and state[lower + A_PGOFF] + pages == state[upper + A_PGOFF]
     )
@@ -231,6 +232,10 @@ def _join(state, lower, upper):
     if state[lower + A_ANON_VMA] == U0:
         state[lower + A_ANON_VMA] = state[upper + A_ANON_VMA]
         state[lower + A_CLONED] = state[upper + A_CLONED]
+    if state[upper + A_KIND] != VMA_ANONYMOUS:
+        unlink_vma(state, upper)
+        if holds_file(state, upper):
+            state[inode_row(state[upper + A_INODE]) + I_REFERENCES] -= U1
     remove_row(state, upper)
 
 
@@ -238,10 +243,10 @@ def _join(state, lower, upper):
 def vma_merge(state, row):
     """Merge a VMA with its neighbours where Linux does: the row of the result. mm/vma.c:vma_merge_new_range().
 
-    Only anonymous memory is merged: HugeTLB and PFN mappings are VM_SPECIAL. Where both neighbours would
-    do but have different anon_vmas, the lower one wins.
+    HugeTLB and PFN mappings are VM_SPECIAL and are not merged. Where both neighbours would do but have different
+    anon_vmas, the lower one wins.
     """
-    if state[row + A_KIND] != VMA_ANONYMOUS:
+    if state[row + A_KIND] == VMA_HUGETLB or state[row + A_FLAGS] & VM_PFNMAP != U0:
         return row
     space = state[row + A_SPACE]
     lower = row_at(state, space, state[row + A_START], A_END)

@@ -264,9 +264,15 @@ _zap = full_only(_zap_any, _zap_small)
 def zap_vma(m, row, start, end, guards):
     """Clear the entries of [start, end) of a VMA after its process's VMs were told; gather_flush() is for the caller.
 
-    mm/memory.c:unmap_vmas(), zap_page_range_single()
+    mm/memory.c:zap_page_range_single()
     """
     notify(m, row, start, end)
+    _zap(m, row, start, end, guards)
+
+
+@kernel
+def clear_vma(m, row, start, end, guards):
+    """The same where the VMs have been told: mm/memory.c:unmap_single_vma()"""
     _zap(m, row, start, end, guards)
 
 

@@ -111,8 +111,8 @@ def collapse(m, f, slot, level):
     """Replace the table below `slot` by one leaf, or (R_RECOVER_HUGE = 0) drop it all: 1 if it went, else 0.
 
     Up to 6.12: tdp_mmu.c:zap_collapsible_spte_range(), the next access maps the large leaf. Later:
-    recover_huge_pages_range(), the flags are those of the first leaf below; a table without any stays. One flush for
-    each table that goes, in either (KVM's counter in the captures).
+    recover_huge_pages_range(), the flags are those of the first leaf below; a table without any stays. Up to 6.12 each
+    table that goes is flushed by itself, later all of a slot together: the caller's (KVM's counter in the captures).
     """
     state = m.state
     entry = m.ram[slot]
@@ -130,7 +130,8 @@ def collapse(m, f, slot, level):
         gained += 1
         change_value(m.stats, GAUGE_STAGE2_LEAVES_4K + level - U1, 1)
         charge_one(m, EVENT_SPTE_WRITTEN)
-    charge_one(m, EVENT_TLB_FLUSH_VM)
+    else:
+        charge_one(m, EVENT_TLB_FLUSH_VM)
     if level == U2:
         count_below(m.counts, slot & ~U511, gained - dropped)
     return np.int64(1)

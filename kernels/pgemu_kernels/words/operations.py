@@ -238,14 +238,8 @@ class Operation(IntEnum):
         34, Entry.ORDINARY, By.ALWAYS, {"object": "inode of a device"},
         _S.both(_S.main("drivers/vfio/pci/vfio_pci_core.c:vfio_pci_memory_unlock_and_restore")),
     )
-    GUARD_INSTALL = (
-        35, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE,
-        _S.both(_S.main("mm/madvise.c:madvise_guard_install")),
-    )
-    GUARD_REMOVE = (
-        36, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE,
-        _S.both(_S.main("mm/madvise.c:madvise_guard_remove")),
-    )
+    GUARD_INSTALL = (35, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_guard_install")))
+    GUARD_REMOVE = (36, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_guard_remove")))
     REMAP = (
         37, Entry.ORDINARY, By.ALWAYS,
         {**_HOST_RANGE, "object": "new length, pages", "offset": "new HVA, bytes; 0: in place"},
@@ -335,6 +329,12 @@ class Operation(IntEnum):
         56, Entry.POOLING, By.NEVER, {"object": "order: 9 or 18", "length": "pages"},
         _S.both(_S.main("mm/hugetlb.c:hugetlb_acct_memory"), _S.main("mm/hugetlb.c:gather_surplus_pages")),
     )
+    LOCK = (
+        57, Entry.ORDINARY, By.ALWAYS, {"flags": "LOCKED, with POPULATE: pages now; neither: munlock", **_HOST_RANGE},
+        _S.both(_S.main("mm/mlock.c:apply_vma_lock_flags"), _S.main("mm/gup.c:populate_vma_page_range")),
+    )
+    DONTFORK = (58, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
+    DOFORK = (59, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
     # fmt: on
 
 
@@ -378,8 +378,9 @@ class Flag(IntFlag):
     NORESERVE = 16  # of MMAP, where READ_ONLY is told by READ, WRITE and EXEC
     LOCKED = 32  # of MMAP
     ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
-    COUNTED = 32  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
+    COUNTED = 128  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
+    LOCKED_TOO = 64  # of ZAP with MADVISE: MADV_DONTNEED_LOCKED
 
 
 # --------------------------------------------------------------------------- results

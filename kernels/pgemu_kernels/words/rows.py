@@ -64,6 +64,7 @@ INODE_REMAP = U(2)  # its driver maps everything at mmap, by remap_pfn_range()
 INODE_MMAP = U(4)  # guest_memfd: GUEST_MEMFD_FLAG_MMAP
 INODE_INIT_SHARED = U(8)  # guest_memfd: GUEST_MEMFD_FLAG_INIT_SHARED
 INODE_WHOLE_MAPPINGS = U(16)  # guest_memfd as in RFC v2 with HugeTLB: its mmap wants whole huge pages
+INODE_SHMEM = U(64)  # INODE_GUEST_MEMFD_4K: no guest_memfd but a file of shmem, whose faults map what lies around
 INODE_BIND_COMMITS = U(32)  # guest_memfd as in linux-next: an overlapping binding is found by the commit
 LOCK_WRITER = U(1 << 32)
 
@@ -236,6 +237,7 @@ VM_PFNMAP = U(4)
 VM_NORESERVE = U(8)
 VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
 VM_COUNTED = U(64)  # designs: mapped as merged, by entries of folios, whatever the design is
+VM_DONTCOPY = U(128)  # MADV_DONTFORK: a child does not get it
 VM_ACCOUNT = U(32)  # counted against the commit limit, which is not modelled: VMAs that differ in it do not merge
 PROT_READ = U(1)
 PROT_WRITE = U(2)

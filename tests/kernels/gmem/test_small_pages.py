@@ -122,7 +122,7 @@ def test_struct_pages_of_a_folio_and_of_what_is_free_beside_it(kernel: str) -> N
     pfn = scene.gmem.pfn(3 * PAGE)
     assert pfn == scene.machine.register(W.R_POOL_BASE)  # the lowest page of the lowest block
     words = scene.words(pfn)
-    assert words[0] & 0xFF == 1 << 3  # up to date
+    assert words[0] & 0xFF == 1 << 3 | 1 << 4  # up to date, and dirty: the guest may write it
     assert words[1:3] == POISON
     assert words[3:7] == [0xFFFF_8880_0000_1000, 3, 0, 1 << 32 | 0xFFFF_FFFF]  # mapping, index, private, one reference
     for order in range(9):  # the rest of the block, halved and halved again
