@@ -46,10 +46,9 @@ from pgemu_kernels.kvm.fault import (
     is_user_slot,
     load_root,
 )
-from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import give_designs_fault
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
-from pgemu_kernels.process.tables import lookup_address, need_slot
+from pgemu_kernels.process.tables import holds_guard, need_slot
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import (
@@ -124,13 +123,6 @@ def has_no_rights(m, row):
 
 
 lacks_rights = full_only(has_no_rights, False)
-
-
-@outlined
-def holds_guard(m, space, address):
-    """Whether a guard stands at an address: handle_pte_marker()."""
-    slot, _level = lookup_address(m, space_root(m.state, space), address)
-    return m.ram[slot] == GUARD
 
 
 guarded = full_only(holds_guard, False)

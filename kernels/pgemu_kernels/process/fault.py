@@ -192,8 +192,6 @@ def madvise_populate(m, op, start, end, write):
             return stop(state, op, -ENOMEM)
         if state[row + A_FLAGS] & VM_PFNMAP != U0 or state[row + A_PROT] & needed == U0:
             return stop(state, op, -EINVAL)
-        if state[row + A_KIND] == VMA_GUEST_MEMFD:
-            return stop(state, op, -EINVAL)  # faults of the designs are not done from here
         last = min(end, state[row + A_END])
         status = populate_range(m, space, row, address, last, write)
         if status == VM_FAULT_OOM:

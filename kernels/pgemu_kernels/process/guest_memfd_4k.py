@@ -15,7 +15,7 @@ from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_pte_at
 from pgemu_kernels.process.close import drop_page
 from pgemu_kernels.process.entries import pte_mkdirty, vm_page_prot
-from pgemu_kernels.process.tables import need_slot, space_row
+from pgemu_kernels.process.tables import holds_guard, need_slot, space_row
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import (
@@ -25,6 +25,7 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
     VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
 )
 from pgemu_kernels.words.registers import R_DIRTY_ENTRIES
 from pgemu_kernels.words.rows import (
@@ -130,7 +131,8 @@ def fault_around(m, row, address):
 
 @outlined
 def guest_memfd_fault(m, row, address, write):
-    """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM.
+    """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM;
+    SIGSEGV at a guard page.
 
     The entry is dirty after a write, or where the folio is dirty already: set_pte_range(). A fault that fails leaves no
     last-level table behind: Linux links the one it has ready at the very end.
@@ -142,6 +144,8 @@ def guest_memfd_fault(m, row, address, write):
     index = page_offset(state, row, address)
     if need_slot(m, space, address, U2) == NONE:
         return np.int64(VM_FAULT_OOM)
+    if holds_guard(m, space, address):
+        return np.int64(VM_FAULT_SIGSEGV)
     if index >= state[node + I_PAGES] or state[node + I_FLAGS] & INODE_INIT_SHARED == U0:
         return np.int64(VM_FAULT_SIGBUS)
     if state[node + I_FLAGS] & INODE_SHMEM != U0 and write == U0:

@@ -14,7 +14,7 @@ from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.formats.bits import PTE_ADDRESS
-from pgemu_kernels.process.entries import points_to_table
+from pgemu_kernels.process.entries import GUARD, points_to_table
 from pgemu_kernels.tables.walker import free_table, host_format, new_table
 from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_MM, EVENT_TLB_FLUSH_PAGE, GAUGE_HOST_TABLES
 from pgemu_kernels.words.registers import R_FLUSHES_HELD, R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_PTI
@@ -56,6 +56,13 @@ def lookup_address(m, root, address):
     if not points_to_table(m.ram[slot]):
         return slot, U2
     return below(m, slot) + index_at(address >> U12, U1), U1
+
+
+@outlined
+def holds_guard(m, space, address):
+    """Whether a guard stands at an address: mm/memory.c:handle_pte_marker()."""
+    slot, _level = lookup_address(m, space_root(m.state, space), address)
+    return m.ram[slot] == GUARD
 
 
 @kernel

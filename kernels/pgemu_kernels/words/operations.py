@@ -329,8 +329,7 @@ class Operation(IntEnum):
         56, Entry.POOLING, By.NEVER, {"object": "order: 9 or 18", "length": "pages"},
         _S.both(_S.main("mm/hugetlb.c:hugetlb_acct_memory"), _S.main("mm/hugetlb.c:gather_surplus_pages")),
     )
-    LOCK = (
-        57, Entry.ORDINARY, By.ALWAYS, {"flags": "LOCKED, with POPULATE: pages now; neither: munlock", **_HOST_RANGE},
+    LOCK = (57, Entry.ORDINARY, By.ALWAYS, {"flags": "LOCKED; POPULATE: at once; neither: munlock", **_HOST_RANGE},
         _S.both(_S.main("mm/mlock.c:apply_vma_lock_flags"), _S.main("mm/gup.c:populate_vma_page_range")),
     )
     DONTFORK = (58, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
