@@ -23,7 +23,7 @@ __all__ = ("OfMachine", "argument", "guarded", "guards_methods")
 
 _Class = TypeVar("_Class", bound=type)
 _WORD = amount(0, (1 << 64) - 1, "an integer from 0 to 2**64 - 1")
-_SIGNED = amount(-(1 << 63), (1 << 63) - 1, "an integer from -2**63 to 2**63 - 1")
+_SIGNED = amount(-(1 << 63), (1 << 64) - 1, "an integer from -2**63 to 2**64 - 1")
 _FRAME = amount(0, (1 << 52) - 1, "a frame or page number as an integer from 0 to 2**52 - 1")
 _NUMBER = amount(0, (1 << 32) - 1, "an integer from 0 to 2**32 - 1")
 

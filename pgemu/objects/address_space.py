@@ -277,8 +277,6 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         """
         size = gmem.size - offset if length is None else length
         if isinstance(gmem, GuestMemfd):
-            if populate or locked:
-                self.machine.arrays.state[W.R_FULL] = 1  # what the fast loops leave out
             return self.machine.operate(
                 Operation.MMAP,
                 flags=(Flag.READ_ONLY if read_only else 0)

@@ -260,7 +260,7 @@ def mmap(m, op):
     """mmap(MAP_FIXED_NOREPLACE) of a file, or of anonymous memory (object NO_INODE, PRIVATE or SHARED said).
 
     flags: READ, WRITE, EXEC; PRIVATE or SHARED; POPULATE, LOCKED, NORESERVE. Of the designs' inodes READ_ONLY, PRIVATE,
-    COUNTED; POPULATE and LOCKED on a machine in full. 0, -EBADF, -EINVAL, -ENODEV, -EEXIST, -ENOMEM, -EOVERFLOW,
+    COUNTED, POPULATE, LOCKED. 0, -EBADF, -EINVAL, -ENODEV, -EEXIST, -ENOMEM, -EOVERFLOW,
     -EOPNOTSUPP; -EINVAL for a process that has ended.
     """
     state = m.state

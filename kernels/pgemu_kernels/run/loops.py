@@ -189,6 +189,21 @@ def last_of_kind(header, kind, first, count):
 
 
 @kernel
+def is_others(m, header):
+    """Whether a default machine leaves an operation to the loops that know every parameter, and is none any more."""
+    return is_full(m.state, header)
+
+
+@kernel
+def is_nobodys(m, header):
+    """Those loops are the last ones."""
+    return False
+
+
+leaves = full_only(is_nobodys, is_others)
+
+
+@kernel
 def end_of_stretch(m, columns, kind, first, count):
     """The end of a stretch of operations of one kind that are the designs': `first` where there is none."""
     header = columns.header
@@ -196,25 +211,11 @@ def end_of_stretch(m, columns, kind, first, count):
         return count if U(header.size) <= U1 else last_of_kind(header, kind, first, count)
     last = first
     while last < count and element(header, last) & LOW8 == kind:
-        if is_ordinary(m.state, element(header, last), element(columns.object, last), element(columns.address, last)):
+        word = element(header, last)
+        if leaves(m, word) or is_ordinary(m.state, word, element(columns.object, last), element(columns.address, last)):
             break
         last += U1
     return last
-
-
-@kernel
-def is_others(m, kind):
-    """Whether a default machine leaves an operation to the loops that know every parameter, and is none any more."""
-    return is_full(m.state, kind)
-
-
-@kernel
-def is_nobodys(m, kind):
-    """Those loops are the last ones."""
-    return False
-
-
-leaves = full_only(is_nobodys, is_others)
 
 
 @kernel
@@ -262,7 +263,7 @@ def run_stretches(m, columns, first, loops):
     count = U(columns.status.size)
     while first < count:
         kind = element(columns.header, first) & LOW8
-        if is_pooling(kind) or leaves(m, kind):
+        if is_pooling(kind) or leaves(m, element(columns.header, first)):
             break
         last = end_of_stretch(m, columns, kind, first, count)
         if last == first:

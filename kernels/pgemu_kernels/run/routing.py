@@ -22,7 +22,15 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.records import element, load, operation_record, save_result
 from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
 from pgemu_kernels.rules.invariants import check_conserved
-from pgemu_kernels.words.enum_words import EVENT_SYSCALL, FLAG_PRIVATE, FLAG_SHARED, OP_GUEST_FAULT
+from pgemu_kernels.words.enum_words import (
+    EVENT_SYSCALL,
+    FLAG_LOCKED,
+    FLAG_POPULATE,
+    FLAG_PRIVATE,
+    FLAG_SHARED,
+    OP_GUEST_FAULT,
+    OP_MMAP,
+)
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EBUSY,
@@ -75,6 +83,7 @@ _POOLING = U(Entry.POOLING << ENTRY_SHIFT)
 _S_WORDS = U(S_WORDS)
 _OPERATIONS = U(OPERATIONS)
 _PRIVATE_OR_SHARED = FLAG_PRIVATE | FLAG_SHARED
+_POPULATE_OR_LOCKED = FLAG_POPULATE | FLAG_LOCKED
 
 
 def in_order(is_ours: Callable[..., Any], operate: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,8 +175,11 @@ def is_pooling(kind):
 
 
 @kernel
-def is_full(state, kind):
+def is_full(state, header):
     """Whether an operation of the designs is one for `full.run_designs` rather than `fast.run`."""
+    kind = header & LOW8
+    if kind == OP_MMAP and header >> U8 & _POPULATE_OR_LOCKED != U0:
+        return True
     return state[R_FULL] != U0 or is_of(OPS_FULL, kind)
 
 

@@ -205,7 +205,7 @@ def test_a_page_of_a_file_may_be_held_by_others() -> None:
     machine = machine_of()
     file = machine.create_hugetlb_file(2 * M2)
     process = machine.create_process()
-    assert process.mmap(file, VA).status == 0
+    assert process.mmap_hugetlb(VA, file=file).status == 0
     assert process.touch(VA).detail == 2
     folio = machine.folio(machine.register(W.R_POOL_BASE))
     assert folio.refcount == 513
