@@ -74,13 +74,13 @@ def _check(output: str) -> None:
 
 def _progress() -> Callable[[str], None]:
     """Show on a terminal what is measured."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return lambda _: None
     return lambda what: print(f"\r\x1b[Kmeasuring: {what}", end="", file=sys.stderr, flush=True)
 
 
 def _erase() -> None:
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
