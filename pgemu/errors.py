@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ("InputError",)
+__all__ = ("InputError", "printable")
 
 
 class InputError(Exception):
     """An input that pgemu refuses: a file, a line of it, or an option.
 
-    `str()` is one line, `file:line: what`, which the command line prints before it exits with status 2.
+    `str()` is one line of printable text, `file:line: what`, which the command line prints before it exits with
+    status 2.
 
     :param what: what is wrong and what was expected, without a full stop
     :param file: name of the file, or None where an option is at fault
@@ -20,4 +21,16 @@ class InputError(Exception):
         self.file = file
         self.line = line
         where = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
-        super().__init__(" ".join(f"{where}{what}".split("\n")))
+        super().__init__(printable(f"{where}{' '.join(what.split(chr(10)))}"))
+
+
+def printable(text: str) -> str:
+    r"""Return text with everything escaped that is no printable character: what a terminal would obey, bytes of a name
+    that are no text, line breaks.
+
+    >>> printable("a\x1b[2Jb\udcff")
+    'a\\x1b[2Jb\\udcff'
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pkgutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
 from typing import Any, NoReturn
 
 import rich_click as click
 
+from pgemu.cli._output import escaped_output, say, tolerant
 from pgemu.errors import InputError
 
 __all__ = ("main",)
@@ -40,20 +44,21 @@ class _Group(click.RichGroup):
         """The command of a name, None for no such one."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
-        return command
+        command = copy.copy(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
+        command.callback = _escaped(command.callback)  # not its help, whose colours are escapes
+        return command  # type: ignore[no-any-return]
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
         extra["standalone_mode"] = False
         if sys.stdout is None:
             _fail("standard output is closed")
+        tolerant(sys.stdout)
         try:
             status = super().main(*args, **extra)
             sys.stdout.flush()  # here, where a failure is one line: the interpreter's own comes too late
         except BrokenPipeError:
-            _discard_output()
-            sys.exit(_BROKEN_PIPE)
+            _broken_pipe()
         except click.NoSuchOption as error:
             new = _RENAMED.get(error.option_name)
             _fail(f"{error.option_name} is called {new}" if new else error.format_message())
@@ -62,20 +67,43 @@ class _Group(click.RichGroup):
         except InputError as error:
             _fail(str(error))
         except (click.Abort, KeyboardInterrupt):
-            print("pgemu: interrupted", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+            _fail("interrupted", _INTERRUPTED)
+        except MemoryError:
+            _fail("out of memory")
         except OSError as error:
             _discard_output()
-            _fail(f"{error.filename or 'standard output'}: {error.strerror}")
+            _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
         sys.exit(status if isinstance(status, int) else 0)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the arguments, which prints help; as of invoke(), whoever reads it may stop."""
+        try:
+            return super().make_context(*args, **extra)
+        except BrokenPipeError:
+            _broken_pipe()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; whoever reads its output may stop reading, quietly."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            _discard_output()
-            sys.exit(_BROKEN_PIPE)
+            _broken_pipe()
+
+
+def _escaped(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A command's function, with what it prints escaped."""
+
+    @wraps(callback)
+    def run(*args: Any, **options: Any) -> Any:
+        with escaped_output():
+            return callback(*args, **options)
+
+    return run
+
+
+def _broken_pipe() -> NoReturn:
+    _discard_output()
+    sys.exit(_BROKEN_PIPE)
 
 
 def _discard_output() -> None:
@@ -84,14 +112,13 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     try:
-        if sys.stderr is not None:
-            print(f"pgemu: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        say(message)
     except (OSError, ValueError):  # full: the status tells, and the interpreter must not try once more
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

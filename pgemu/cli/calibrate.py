@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from pgemu.errors import InputError
+from pgemu.whole_file import kept_mode
 
 if TYPE_CHECKING:
     from pgemu.cost.calibrate import Calibration
@@ -64,8 +65,10 @@ def calibrate(output: str | None, seconds: float) -> None:
 def _check(output: str) -> None:
     """Refuse before measuring what could not be written afterwards."""
     folder = os.path.dirname(output) or os.curdir
-    if os.path.isdir(output):
-        raise InputError("cannot be written: Is a directory", output)
+    try:
+        kept_mode(output)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", output) from None
     if not os.path.isdir(folder):
         raise InputError(f"cannot be written: {folder} is no directory", output)
     if not os.access(folder, os.W_OK):
@@ -74,13 +77,13 @@ def _check(output: str) -> None:
 
 def _progress() -> Callable[[str], None]:
     """Show on a terminal what is measured."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return lambda _: None
     return lambda what: print(f"\r\x1b[Kmeasuring: {what}", end="", file=sys.stderr, flush=True)
 
 
 def _erase() -> None:
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 

@@ -10,6 +10,7 @@ import rich_click as click
 
 from pgemu.cli._groups import grouped
 from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size, vm_process
+from pgemu.cli._output import say
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def compare(trace: str | None, **options: Any) -> int:
     if not comparison.broken:
         return 0
     for line in report.findings(comparison, explained=False):
-        print(f"pgemu: broken invariant: {line}", file=sys.stderr)
+        say(f"broken invariant: {line}")
     return 1
 
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from datetime import date, datetime
 from typing import Any, NoReturn
 
 from pgemu.cost.prices import BASES, Band, Basis, Price, Profile
 from pgemu.errors import InputError
+from pgemu.whole_file import whole_file
 from pgemu_kernels.words.events import Event
 
 __all__ = ("LARGEST", "read_profile", "to_toml", "write_profile")
@@ -189,15 +189,8 @@ def write_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     """
     name = os.fspath(path)
     data = to_toml(profile).encode()
-    part = os.path.join(os.path.dirname(name), f".pgemu-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        try:
-            with open(part, "xb") as file:
-                file.write(data)
-            os.replace(part, name)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(part)
-            raise
+        with whole_file(name) as file:
+            file.write(data)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror or error}", name) from None

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import stat
 from bisect import bisect_right
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.images import elf
 from pgemu.images.elf import Root
+from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -293,21 +292,11 @@ def write_image(core: Core, roots: list[Root], path: str | os.PathLike[str], for
 
 
 def _write(name: str, size: int, pieces: Callable[[], Iterable[tuple[int, Any]]]) -> None:
-    """Write (offset, bytes) pieces to a sparse file under a temporary name beside it, then rename it."""
-    part = os.path.join(os.path.dirname(name), f".pgemu-{os.getpid()}-{secrets.token_hex(4)}")
-    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            os.ftruncate(file, size)
-            for offset, piece in pieces():
-                _write_all(file, offset, piece)
-        finally:
-            os.close(file)  # some file systems tell only now that the disk is full
-        os.replace(part, name)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
+    """Write (offset, bytes) pieces to a sparse file."""
+    with whole_file(name) as file:
+        os.ftruncate(file.fileno(), size)
+        for offset, piece in pieces():
+            _write_all(file.fileno(), offset, piece)
 
 
 def _write_all(file: int, offset: int, piece: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pgemu.report.units as units
 from pgemu.cost import profile
 from pgemu.cost.difference import estimate
+from pgemu.errors import printable
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import QUESTIONS, Line, breaches, mapped, measure, middle, paired
 from pgemu.machine.config import PARAMETERS
@@ -68,7 +69,7 @@ def _cut(lines: list[str], most: int) -> list[str]:
 def _head(comparison: Comparison) -> Iterator[str]:
     lowered, versions = comparison.lowered, comparison.versions
     config = comparison.runs[0].config
-    source = lowered.source.rsplit("/", 1)[-1]
+    source = printable(lowered.source.rsplit("/", 1)[-1])
     size, page = units.size(lowered.layout.inode_size), units.size(lowered.layout.page_size)
     yield from wrapped(f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}")
     names = {

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pgemu.report.units as units
+from pgemu.errors import printable
 from pgemu.experiments.metrics import METRICS, Metric
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
@@ -75,7 +76,7 @@ def trace(lowered: Lowered) -> Table:
     accounting, layout = lowered.accounting, lowered.layout
     totals = {name: getattr(accounting, name).total() for name in ("inputs", "outcomes", "ignored", "unknown")}
     rows = [
-        ("trace", lowered.source),
+        ("trace", printable(lowered.source)),
         (
             "events",
             f"{units.count(accounting.events)}: {', '.join(f'{units.count(n)} {k}' for k, n in totals.items())}",
@@ -118,7 +119,7 @@ def memory_slots(lowered: Lowered) -> Group:
     for slot in layout.slots:
         table.add_row(f"{slot.gpa:#x}", units.size(slot.size), f"{slot.offset:#x}", f"{slot.hva:#x}", "")
     for refused in layout.refused:
-        table.add_row(f"{refused.gpa:#x}", units.size(refused.size), "-", "-", f"left out: {refused.reason}")
+        table.add_row(f"{refused.gpa:#x}", units.size(refused.size), "-", "-", Text(f"left out: {refused.reason}"))
     return _titled(f"Memory slots, {origin}", table)
 
 

@@ -1,7 +1,8 @@
 """Open a trace, compressed or not, and hand out its text in whole lines.
 
-The compression is told by the first bytes, not by the name. Memory stays bounded: text leaves in blocks of
-some hundred kilobytes.
+The compression is told by the first bytes, not by the name. Memory stays bounded whatever the file holds: text leaves
+in blocks of some hundred kilobytes, a line is at most 1 MiB, decoders give what they decode in pieces, and data that
+grows as no log does is refused.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ from typing import BinaryIO, Protocol
 
 from pgemu.errors import InputError
 
-__all__ = ("Match", "Source", "open_source")
+__all__ = ("LONGEST_LINE", "MOST_GROWTH", "Match", "Source", "open_source")
+
+LONGEST_LINE = 1 << 20
+"""Bytes; the kernel's lines have a page at most (kernel/trace/trace.h: TRACE_SEQ_BUFFER_SIZE, 8 KiB)."""
+
+MOST_GROWTH = 200
+"""How much larger than its compressed form a text may be; each line of a log has a time stamp of its own, so that logs
+grow 10 to 60 times."""
 
 _CHUNK = 1 << 16
+_FEED = 1 << 12  # compressed bytes at once: what follows a stream is copied, and a file may be many short ones
+_BLOCK = 1 << 18  # bytes that leave at once, at most
+_FREE_GROWTH = 64 << 20  # bytes of text that need no reason
+_DECODER_MEMORY = 256 << 20  # xz -9 takes 65 MiB
+_ZSTD_WINDOW = 128 << 20  # zstd -19 --long, what its own program takes without being told
+_ZSTD_PIECE = 1 << 10  # bytes; at most 256 blocks, of 128 KiB each (RFC 8878, 3.1.1.2)
 
 
-class _Decompressor(Protocol):
-    """What lzma, zlib and zstandard have in common: decodes one stream, remembers what follows it."""
+class _Decoder(Protocol):
+    """Decodes one stream, and remembers what follows it."""
 
     @property
     def eof(self) -> bool: ...
@@ -31,23 +45,77 @@ class _Decompressor(Protocol):
     @property
     def unused_data(self) -> bytes: ...
 
-    def decompress(self, data: bytes, /) -> bytes: ...
+    def decode(self, data: bytes, /) -> Iterator[bytes]:
+        """Yield what some bytes of the stream decode to, in pieces of bounded size."""
 
 
-def _zstd() -> _Decompressor:
-    import zstandard
+class _Xz:
+    def __init__(self) -> None:
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
 
-    return zstandard.ZstdDecompressor().decompressobj()
+    @property
+    def eof(self) -> bool:
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decoder.unused_data
+
+    def decode(self, data: bytes, /) -> Iterator[bytes]:
+        yield self._decoder.decompress(data, _BLOCK)
+        while not (self._decoder.eof or self._decoder.needs_input):
+            yield self._decoder.decompress(b"", _BLOCK)
 
 
-def _gzip() -> _Decompressor:
-    return zlib.decompressobj(zlib.MAX_WBITS | 16)
+class _Gzip:
+    def __init__(self) -> None:
+        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
+
+    @property
+    def eof(self) -> bool:
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decoder.unused_data
+
+    def decode(self, data: bytes, /) -> Iterator[bytes]:
+        while data and not self._decoder.eof:
+            yield self._decoder.decompress(data, _BLOCK)
+            data = self._decoder.unconsumed_tail
+        while not self._decoder.eof and (piece := self._decoder.decompress(b"", _BLOCK)):
+            yield piece
 
 
-_FORMATS: tuple[tuple[bytes, str, Callable[[], _Decompressor]], ...] = (
-    (b"\xfd7zXZ\x00", "xz", lzma.LZMADecompressor),
-    (b"\x1f\x8b", "gzip", _gzip),
-    (b"\x28\xb5\x2f\xfd", "zstd", _zstd),
+class _Zstd:
+    """Its decoder knows no most of what it gives, so it gets little at a time."""
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+        self._rest = b""
+
+    @property
+    def eof(self) -> bool:
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decoder.unused_data + self._rest
+
+    def decode(self, data: bytes, /) -> Iterator[bytes]:
+        for number, piece in enumerate(_sliced(data, _ZSTD_PIECE), 1):
+            yield self._decoder.decompress(piece)
+            if self._decoder.eof:
+                self._rest = data[number * _ZSTD_PIECE :]
+                return
+
+
+_FORMATS: tuple[tuple[bytes, str, Callable[[], _Decoder]], ...] = (
+    (b"\xfd7zXZ\x00", "xz", _Xz),
+    (b"\x1f\x8b", "gzip", _Gzip),
+    (b"\x28\xb5\x2f\xfd", "zstd", _Zstd),
 )
 
 
@@ -83,24 +151,39 @@ class Source:
     def blocks(self) -> Iterator[str]:
         """Yield the text in blocks that end with a newline; only the last one may lack it.
 
-        :raises InputError: the compressed stream is damaged or ends early, or the data is no text
+        :raises InputError: the compressed stream is damaged, ends early or grows too much, the data is no text, or a
+            line is longer than LONGEST_LINE
         """
-        rest = b""
+        parts: list[bytes] = []  # of a line whose end is yet to come
+        waiting = lines = 0
         with self._stream:
-            for data in chain((self.head,), self._pieces):
+            for data in self._slices():
                 if b"\0" in data:
                     raise InputError("binary data, expected text of ftrace or trace-cmd", self.name)
+                first = data.find(b"\n")
+                if waiting + (len(data) if first < 0 else first) > LONGEST_LINE:
+                    raise InputError(
+                        f"a line of more than {LONGEST_LINE} bytes, expected a log's", self.name, lines + 1
+                    )
+                if first < 0:
+                    parts.append(data)
+                    waiting += len(data)
+                    continue
                 cut = data.rfind(b"\n") + 1
-                if cut:
-                    yield _text(rest + data[:cut])
-                    rest = data[cut:]
-                else:
-                    rest += data
-        if rest:
-            yield _text(rest)
+                lines += data.count(b"\n")
+                yield _text(b"".join([*parts, data[:cut]]))
+                parts = [data[cut:]]
+                waiting = len(data) - cut
+        if waiting:
+            yield _text(b"".join(parts))
+
+    def _slices(self) -> Iterator[bytes]:
+        """The data in slices of at most _BLOCK bytes."""
+        for data in chain((self.head,), self._pieces):
+            yield from _sliced(data, _BLOCK)
 
     @property
-    def _compression(self) -> tuple[str, Callable[[], _Decompressor]] | None:
+    def _compression(self) -> tuple[str, Callable[[], _Decoder]] | None:
         return next(((name, make) for magic, name, make in _FORMATS if self._start.startswith(magic)), None)
 
     def _decoded(self) -> Iterator[bytes]:
@@ -111,25 +194,35 @@ class Source:
         while data := self._read():
             yield data
 
-    def _decompressed(self, name: str, make: Callable[[], _Decompressor]) -> Iterator[bytes]:
-        decoder: _Decompressor | None = make()
-        data = self._start
-        while data:
+    def _decompressed(self, name: str, make: Callable[[], _Decoder]) -> Iterator[bytes]:
+        decoder: _Decoder | None = make()
+        taken = given = 0
+        for data in self._compressed():
+            taken += len(data)
             while data:
                 decoder = decoder or make()
-                yield self._decompress(decoder, data, name)
+                for piece in self._pieces_of(decoder, data, name):
+                    given += len(piece)
+                    if given > _FREE_GROWTH and given > MOST_GROWTH * taken:
+                        raise InputError(f"grows to more than {MOST_GROWTH} times its size, as no log does", self.name)
+                    yield piece
                 data = b""
                 if decoder.eof:
                     # Streams may follow one another; xz pads between them with zeros.
                     data = decoder.unused_data.lstrip(b"\0")
                     decoder = None
-            data = self._read()
         if decoder is not None:
             raise InputError(f"truncated: the {name} stream ends early", self.name)
 
-    def _decompress(self, decoder: _Decompressor, data: bytes, name: str) -> bytes:
+    def _compressed(self) -> Iterator[bytes]:
+        """What the file holds, in pieces of at most _FEED bytes."""
+        yield from _sliced(self._start, _FEED)
+        while data := self._read():
+            yield from _sliced(data, _FEED)
+
+    def _pieces_of(self, decoder: _Decoder, data: bytes, name: str) -> Iterator[bytes]:
         try:
-            return decoder.decompress(data)
+            yield from decoder.decode(data)
         except (lzma.LZMAError, zlib.error, EOFError) as error:
             raise InputError(f"damaged {name} stream ({error})", self.name) from None
         except Exception as error:
@@ -143,6 +236,12 @@ class Source:
             return self._stream.read(_CHUNK)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", self.name) from None
+
+
+def _sliced(data: bytes, most: int) -> Iterator[bytes]:
+    """The data in slices of at most `most` bytes."""
+    for first in range(0, len(data), most):
+        yield data[first : first + most]
 
 
 def _text(data: bytes) -> str:

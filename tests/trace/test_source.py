@@ -6,13 +6,16 @@ import gzip
 import io
 import lzma
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given, strategies as st
 
 from pgemu.errors import InputError
+from pgemu.trace import source
 from pgemu.trace.source import open_source
 
 TEXT = b"".join(b"line %06d of a log\n" % number for number in range(20_000))
@@ -22,6 +25,7 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "zstd": zstandard.ZstdCompressor().compress,
 }
+NAMES = st.sampled_from([name for name in COMPRESSORS if name != "plain"])
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
@@ -73,9 +77,9 @@ def test_thread_names_of_any_bytes_pass(tmp_path: Path) -> None:
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lzma.compress(b"a\nb\n"))))
-    source = open_source("-")
-    assert source.name == "<stdin>"
-    assert list(source.blocks()) == ["a\nb\n"]
+    opened = open_source("-")
+    assert opened.name == "<stdin>"
+    assert list(opened.blocks()) == ["a\nb\n"]
 
 
 def test_missing_directory_empty_and_binary_are_refused(tmp_path: Path) -> None:
@@ -102,7 +106,58 @@ def test_messages_are_one_line(tmp_path: Path) -> None:
 def test_the_beginning_is_known_before_anything_is_read(tmp_path: Path, compressor: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "log.txt"
     path.write_bytes(compressor(TEXT))
-    source = open_source(path)
-    assert source.head.startswith(b"line 000000 of a log\n")
-    assert source.path == (str(path) if compressor is bytes else None)
-    source.close()
+    opened = open_source(path)
+    assert opened.head.startswith(b"line 000000 of a log\n")
+    assert opened.path == (str(path) if compressor is bytes else None)
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_data_that_grows_as_no_log_does_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_FREE_GROWTH", 1 << 20)
+    path = tmp_path / "log"
+    path.write_bytes(COMPRESSORS[name](b"the same\n" * (1 << 20)))
+    seen: list[str] = []
+    with pytest.raises(InputError, match="log: grows to more than 200 times its size, as no log does"):
+        seen.extend(open_source(path).blocks())
+    assert sum(map(len, seen)) <= max(1 << 20, source.MOST_GROWTH * path.stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_decoders_give_pieces_of_bounded_size(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(COMPRESSORS[name](b"the same\n" * (6 << 20)))  # 54 MiB: less than what needs no reason
+    blocks = [len(block) for block in open_source(path).blocks()]
+    assert sum(blocks) == 54 << 20
+    assert max(blocks) <= source.LONGEST_LINE + source._BLOCK
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_line_is_1_mib_at_most(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "log"
+    longest = b"a" * source.LONGEST_LINE + b"\n"
+    path.write_bytes(COMPRESSORS[name](b"one\ntwo\n" + longest + longest))
+    assert "".join(open_source(path).blocks()) == "one\ntwo\n" + 2 * longest.decode()
+    path.write_bytes(COMPRESSORS[name](b"one\ntwo\n" + longest + b"a" + longest))
+    with pytest.raises(InputError, match="log:4: a line of more than 1048576 bytes, expected a log's"):
+        list(open_source(path).blocks())
+
+
+def test_an_xz_stream_that_needs_much_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_DECODER_MEMORY", 1 << 20)  # -6 takes 9 MiB
+    path = tmp_path / "log"
+    path.write_bytes(lzma.compress(TEXT))
+    with pytest.raises(InputError, match=r"log: damaged xz stream.*Memory usage limit"):
+        list(open_source(path).blocks())
+
+
+@given(pieces=st.lists(st.binary(max_size=9).map(lambda data: data.replace(b"\0", b"\n")), max_size=30), name=NAMES)
+def test_many_streams_are_one_text(pieces: list[bytes], name: str) -> None:
+    data = b"".join(COMPRESSORS[name](piece) for piece in [b"x", *pieces])
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        blocks = list(open_source(file.name).blocks())
+    text = b"".join([b"x", *pieces]).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+    assert "".join(blocks).replace("\r\n", "\n") == text
+    assert all(block.endswith("\n") for block in blocks[:-1])

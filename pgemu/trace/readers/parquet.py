@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
+from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,11 +61,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         [pa.field(column, pa.from_numpy_dtype(dtype), nullable=False) for column, dtype in columns.items()],
         metadata={_KEY: json.dumps(about).encode()},
     )
-    part = ""
     try:
-        handle, part = tempfile.mkstemp(prefix=".pgemu-", dir=os.path.dirname(name) or ".")
-        os.close(handle)
-        with pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        with whole_file(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for records in (lowered.records,) if batches is None else batches:
                 for first in range(0, len(records), ROW_GROUP):
                     piece = records[first : first + ROW_GROUP]
@@ -73,12 +70,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
                     if levels is not None:
                         arrays.append(pa.array(levels[first : first + ROW_GROUP]))
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
-        os.replace(part, name)
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror or error}", name) from None
-    finally:
-        if part and os.path.exists(part):
-            os.unlink(part)
 
 
 def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
