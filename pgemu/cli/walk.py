@@ -39,6 +39,7 @@ _NAMES = {
     Family.NPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
     Family.ARM64: ("L3", "L2", "L1", "L0", "L-1"),
 }
+_PROBLEMS, _ROOTS = 10, 16  # that are shown
 SIZES = ("4K", "2M", "1G", "512G", "256T")
 
 
@@ -104,12 +105,17 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def find_root(image: Image, text: str | None, name: str | None, **parameters: Any) -> tuple[int, PageFormat]:
-    """Return the top table that --root says and the format of its entries.
+    """Return the top table that --root says and the format of its entries; say what of the image was left out.
 
     :raises InputError: no such root, or it lies outside the image, or the format cannot have such parameters
     """
-    named = {root.name: root for root in image.roots}
-    known = ", ".join(f"{root.name} {root.address:#x} ({root.format})" for root in image.roots)
+    for problem in image.problems[:_PROBLEMS]:
+        click.echo(f"pgemu: {image.path}: {problem}", err=True)
+    if (more := len(image.problems) - _PROBLEMS) > 0:
+        click.echo(f"pgemu: {image.path}: ... and {more} more like these", err=True)
+    named = {root.name: root for root in reversed(image.roots)}  # of one name the first
+    known = ", ".join(f"{root.name} {root.address:#x} ({root.format})" for root in image.roots[:_ROOTS])
+    known += f", ... and {more} more" if (more := len(image.roots) - _ROOTS) > 0 else ""
     known = f"; the image names {known}" if known else ""
     if text is None:
         raise InputError(f"--root is missing{known}")

@@ -82,6 +82,23 @@ def test_walk_prints_every_level(run: Run, process: Path) -> None:
 """, "")  # fmt: skip
 
 
+def test_what_of_an_image_was_left_out_is_said(run: Run, tmp_path: Path) -> None:
+    """A line each, at most ten; of the roots that it names the first sixteen."""
+    tree = Tree(X86)
+    lines = b"".join(b"vm:0 ept 0x%x000\n" % i for i in range(20)) + b"p:0 x86-64 0x1000000\n"
+    note = struct.pack("<III", 6, len(lines), 0) + b"pgemu\0\0\0" + lines.ljust(len(lines) + 3 & ~3, b"\0")
+    path = image(tree, tmp_path / "core", note)
+    status, _, said = run("walk", path, "--root", "p:0", VA)
+    assert status == 1
+    assert said.splitlines() == [
+        *(f"pgemu: {path}: root vm:0 {i << 12:#x}: another of its name is 0x0" for i in range(1, 11)),
+        f"pgemu: {path}: ... and 9 more like these",
+    ]
+    status, _, said = run("dump", path, "--root", "p:1")
+    assert status == 2
+    assert said.splitlines()[-1].endswith("vm:0 0xf000 (ept), ... and 5 more")
+
+
 def test_walk_tells_why_nothing_is_mapped(run: Run, process: Path) -> None:
     addresses = (VA + (5 << 12), VA + (3 << 12), VA + (4 << 20), 1 << 47)
     status, shown, complaint = run("walk", process, "--root", "process:0", *addresses)
