@@ -6,10 +6,12 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pgemu.cli import main
@@ -266,3 +268,71 @@ def test_a_reader_that_stops_reading_is_not_complained_about(tmp_path: Path, ext
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# --------------------------------------------------------------------------- many leaves
+
+
+def scattered(path: Path, tables: int) -> Path:
+    """An image of so many full tables, whose leaves map frames in disorder with four kinds of flags."""
+    random = np.random.default_rng(tables)
+    above, base = 2 + -(-tables // 512), 0x100_0000
+    memory = np.zeros((above + tables, 512), np.uint64)
+    memory[0, 0] = base + 4096 | 0x67
+    memory[1, : above - 2] = base + 4096 * np.arange(2, above) | 0x67
+    memory[2:above].reshape(-1)[:tables] = base + 4096 * np.arange(above, above + tables) | 0x67
+    flags = np.array([0x67, 0x25, 1 << 63 | 0x67, 1 << 63 | 0x865], np.uint64)
+    leaves = random.permutation(tables * 512).astype(np.uint64) << np.uint64(12) | random.choice(flags, tables * 512)
+    memory[above:] = leaves.reshape(-1, 512)
+    return write(path, core([(base, memory.tobytes(), memory.nbytes)]))
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
+def test_a_dump_has_no_loop_over_leaves(run: Run, tmp_path: Path, form: tuple[str, ...]) -> None:
+    """Calls grow with tables and with what is made in one go; memory does not grow."""
+    calls, peaks = [], []
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        calls[-1] += event.endswith("call")
+
+    for tables in (128, 384, 1024):
+        path = scattered(tmp_path / "core", tables)
+        calls.append(0)
+        sys.setprofile(count)
+        try:
+            status, shown, _ = run("dump", path, "--root", 0x100_0000, *form)
+        finally:
+            sys.setprofile(None)
+        assert status == 0
+        assert f"{tables * 512} of 4K" in shown or f'"leaves": {{"1": {tables * 512}}}' in shown
+        tracemalloc.start()
+        try:
+            assert discarded(path, form) > tables * 512 * 40
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    first, second, third = calls
+    assert third - second < 20 * (1024 - 384) < (1024 - 384) * 512 / 20
+    assert second - first < 20 * (384 - 128)
+    assert peaks[2] < 1.5 * peaks[1] < 200 << 20
+
+
+def discarded(path: Path, form: tuple[str, ...]) -> int:
+    """Characters that a dump writes, none of them kept."""
+    written = 0
+
+    class Nowhere:
+        def write(self, text: str) -> int:
+            nonlocal written
+            written += len(text)
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    before, sys.stdout = sys.stdout, Nowhere()  # type: ignore[assignment]
+    try:
+        with pytest.raises(SystemExit):
+            main(["dump", str(path), "--root", "1000000", *form], prog_name="pgemu")
+    finally:
+        sys.stdout = before
+    return written
