@@ -49,12 +49,17 @@ def level_name(fmt: PageFormat, level: int) -> str:
 
 
 def flag_names(entry: Entry) -> str:
-    """Return the names of an entry's flags, lowest first: "PRESENT|RW|USER", fields of several bits with values."""
+    """Return the names of an entry's flags, lowest first: "PRESENT|RW|USER", fields of several bits with values.
+
+    Every set bit is in one of them, but for those of a frame that is the entry's address.
+    """
     names = []
     for field in reversed(entry.fields):
         if field.high == field.low:
             names.append(field.name)
-        elif field.value and not field.name.endswith("PFN"):
+        elif field.name.endswith("PFN") and entry.address == field.value << 12:
+            continue
+        elif field.value or entry.value >> field.low & (1 << field.high - field.low + 1) - 1:  # of "~" 0 is all ones
             names.append(f"{field.name}={field.value:#x}")
     names += [f"RESERVED={entry.reserved:#x}"] if entry.reserved else []
     names += [f"UNKNOWN={entry.unknown:#x}"] if entry.unknown else []
@@ -183,7 +188,7 @@ def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
         entry = decode_entry(fmt, step.level, step.entry, virtual)
         kind = entry.kind.value.replace("_", " ")
         shown = f"  {name:>5}  {step.address:#015x}  {step.entry:#018x}  {kind:<6}"
-        if entry.kind in (EntryKind.TABLE, EntryKind.LEAF) and entry.address is not None:
+        if entry.address is not None:
             shown += f" {entry.address:#015x}"
         lines.append(f"{shown}  {flag_names(entry)}".rstrip())
     page = _page(fmt, steps, virtual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from pgemu.cli import main
+from pgemu.cli import main, walk as walk_module
+from pgemu.tables.walk import in_range, walk as walk_tables
 from pgemu_kernels.formats import page_format as pf
 from trees import Tree, core, write
 
 X86 = pf.x86_64()
 VA = 0x7F00_0000_0000
+ALL = (1 << 64) - 1
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -336,3 +340,62 @@ def discarded(path: Path, form: tuple[str, ...]) -> int:
     finally:
         sys.stdout = before
     return written
+
+
+# --------------------------------------------------------------------------- text and JSON
+
+
+WALKED = [
+    *(maker() for maker in pf.FORMATS.values()),
+    *(pf.FORMATS[name](**given) for name, given in (
+        ("x86-64", {"c_bit": 47}), ("npt", {"c_bit": 51, "kernel": "6.1"}), ("ept", {"kernel": "6.1"}),
+        ("x86-64", {"maxphyaddr": 36, "kernel": "6.12"}), ("arm64-s2", {"kernel": "6.12", "ipa_bits": 48}),
+    )),
+]  # fmt: skip
+PLACES = (VA, 0xFFFF_8880_0000_0000, 0x40_0000)
+
+
+@st.composite
+def walked(draw: st.DrawFn) -> tuple[pf.PageFormat, int, int, int]:
+    """A format, an address of it, the level of its last entry, and what that is: a few bits, all but a few, a leaf."""
+    fmt = draw(st.sampled_from(WALKED))
+    level = draw(st.integers(1, fmt.levels))
+    few = st.sets(st.integers(0, 63), max_size=8).map(lambda on: sum(1 << bit for bit in on))
+    entry = draw(few | few.map(lambda some: some ^ ALL) | st.integers(0, ALL))
+    if level <= fmt.largest_leaf:
+        entry ^= draw(st.sampled_from([0, fmt.leaf[level - 1]]))
+    return fmt, draw(st.sampled_from([va for va in PLACES if in_range(fmt, va)])), level, entry
+
+
+@given(case=walked())
+@settings(max_examples=500)
+def test_text_and_json_name_the_same_bits(case: tuple[pf.PageFormat, int, int, int]) -> None:
+    fmt, virtual, level, entry = case
+    tree = Tree(fmt)
+    tree.memory.store(tree.slot(virtual, level), entry)
+    steps = walk_tables(tree.memory, fmt, tree.root, virtual)
+    lines, document = walk_module._show(fmt, steps, virtual), walk_module._document(fmt, steps, virtual)
+    at = fmt.levels - level
+    columns, as_json = re.split(r"  +", lines[1 + at].strip()), document["entries"][at]
+    name, where, value, kind = columns[:4]
+    kind, _, address = kind.partition(" 0x")
+    rest = columns[4:]
+    if not address and rest and rest[0].startswith("0x"):
+        address = rest.pop(0).removeprefix("0x")
+    shown = dict(flag.partition("=")[::2] for flag in rest[0].split("|")) if rest else {}
+    assert (name, where, value) == (as_json["name"], f"{int(as_json['entry_address'], 16):#015x}", as_json["value"])
+    assert kind == as_json["kind"].replace("_", " ")
+    assert (int(address, 16) if address else None) == (as_json["address"] and int(as_json["address"], 16))
+    named = {}
+    for field in as_json["fields"]:
+        high, _, low = field["bits"].partition(":")
+        mask = (1 << int(high) + 1) - (1 << int(low or high))
+        frame = field["name"] in ("PFN", "~PFN") and address and int(address, 16) == int(field["value"], 16) << 12
+        if (entry & mask or int(field["value"], 16)) and not frame:
+            named[field["name"]] = field["value"] if low else ""
+    named |= {name.upper(): as_json[name] for name in ("reserved", "unknown") if as_json[name] != "0x0"}
+    assert shown == named
+    # No set bit is without a name in either.
+    bits = [field["bits"].partition(":") for field in as_json["fields"]]
+    covered = sum({1 << bit for high, _, low in bits for bit in range(int(low or high), int(high) + 1)})
+    assert entry & ~(covered | int(as_json["reserved"], 16) | int(as_json["unknown"], 16)) == 0
