@@ -93,7 +93,7 @@ class Bar:
             self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show how much of something is done."""
+        """Show how much of something is done; `total` 0: nobody knows of how much."""
         if not self._shown or time.monotonic() - self._began < _PROGRESS_AFTER:
             return
         if self._bar is None:
@@ -103,7 +103,7 @@ class Bar:
             self._bar = Progress(console=Console(stderr=True), transient=True)
             self._bar.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
+            self._tasks[what] = self._bar.add_task(what, total=total or None)
         self._bar.update(self._tasks[what], completed=done)
 
 
@@ -174,7 +174,7 @@ _OPTIONS = (
         type=click.Choice(_DEFECTS),
         metavar="NAME",
         multiple=True,
-        help="A mistake of posted code; a name that is none lists them. May be repeated.",
+        help=f"One of {len(_DEFECTS)} defects of posted code; a name that is none lists them. May be repeated.",
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -233,6 +234,7 @@ def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensit
     from pgemu.experiments.mended import with_mended
     from pgemu.experiments.sensitivity import compare_and_vary
     from pgemu.machine.presets import Versions
+    from pgemu.trace.watching import watched
 
     try:
         host_cpus = options["host_cpus"] or cost_profile(options["profile"]).host_cpus or 1
@@ -248,7 +250,8 @@ def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensit
         **given,
     }
     with Bar() as progress:
-        lowered = _load(trace, options)
+        with watched(partial(progress, "reading")):
+            lowered = _load(trace, options)
         if options["no_sensitivity"]:
             return run(lowered, designs, progress=progress, **arguments), None
         if len(designs) < 2:

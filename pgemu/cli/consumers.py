@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
+from pgemu.cli._lines import terminal_width
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -32,19 +34,34 @@ def _columns(lines: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _table(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
-    lines: list[tuple[str, ...]] = [("consumer", "how", "access", "convert", "access", "convert")]
-    for consumer, outcomes in rows:
-        cells = [cell for outcome in outcomes.values() for cell in _cells(outcome)]
-        lines.append((consumer.name, consumer.access.value, *cells))
-    head, *table = _columns(lines)
+def _table(rows: list[tuple[Consumer, dict[Design, Outcome]]], width: int) -> list[str]:
+    """A line for each consumer, or where that is too long its outcomes on a line of their own."""
+    cells = [tuple(cell for outcome in outcomes.values() for cell in _cells(outcome)) for _, outcomes in rows]
+    about = [(consumer.name, consumer.access.value) for consumer, _ in rows]
+    heads = ("access", "convert", "access", "convert")
+    head, *table = _columns([("consumer", "how", *heads), *((*a, *c) for a, c in zip(about, cells, strict=True))])
+    above = []
+    if max(map(len, (head, *table))) > width:
+        above = ["consumer, how"]
+        head, *table = _columns([("  access", *heads[1:]), *((f"  {one}", *more) for one, *more in cells)])
+        table = [line for (name, how), row in zip(about, table, strict=True) for line in (f"{name}, {how}", row)]
     first = head.index("access")
     designs = f"{'restructure':{head.index('access', first + 1) - first}}pfnmap"
-    return [f"{'':{first}}{designs}", head, *table]
+    return [*above, f"{'':{first}}{designs}", head, *table]
 
 
-def _sources(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
-    return _columns([("consumer", "gets at memory by"), *((consumer.name, consumer.source) for consumer, _ in rows)])
+def _sources(rows: list[tuple[Consumer, dict[Design, Outcome]]], width: int) -> list[str]:
+    """A line for each consumer, or where that is too long its source on lines of their own."""
+    head = ("consumer", "gets at memory by")
+    lines = _columns([head, *((consumer.name, consumer.source) for consumer, _ in rows)])
+    if max(map(len, lines)) <= width:
+        return lines
+    lines = [", ".join(head)]
+    for consumer, _ in rows:
+        file, colon, function = consumer.source.partition(":")
+        whole = [f"  {file}{colon}{function}"]
+        lines += [consumer.name, *(whole if len(whole[0]) <= width else (f"  {file}{colon}", f"    {function}"))]
+    return lines
 
 
 def _offsets(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
@@ -63,7 +80,7 @@ def _breaks(outcomes: Mapping[Design, Outcome]) -> bool:
     return outcomes["restructure"].status == 0 > outcomes["pfnmap"].status
 
 
-def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
+def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]], width: int) -> list[str]:
     from pgemu.report.answers import wrapped
 
     broken = [consumer.name for consumer, outcomes in rows if _breaks(outcomes)]
@@ -75,7 +92,7 @@ def _summary(rows: list[tuple[Consumer, dict[Design, Outcome]]]) -> list[str]:
         f"{who} keep restructure from converting while they hold the page{'; not afterwards' if waits else ''}.",
     ]
     lines += _offsets(rows) + [f"{consumer.name}: {consumer.note}." for consumer, _ in rows if consumer.note]
-    return [part for line in lines for part in wrapped(line)]
+    return [part for line in lines for part in wrapped(line, width)]
 
 
 @click.command(short_help="Who uses a process's memory from within the kernel, tried on each design.")
@@ -94,6 +111,7 @@ def consumers(page_size: str, order: str, as_json: bool) -> int:
     Devices are not modelled here: of VFIO and iommufd only the pin decides.
     """
     from pgemu.experiments.consumers import document, try_all
+    from pgemu.report.answers import WIDTH
 
     size = _SIZES[page_size]
     rows = try_all(page_size=size, order=order)
@@ -101,6 +119,8 @@ def consumers(page_size: str, order: str, as_json: bool) -> int:
         about = {"page_size": size, "order": order}
         sys.stdout.write(json.dumps(about | {"consumers": document(rows)}, indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join([*_table(rows), "", *_summary(rows), "", *_sources(rows)]) + "\n")
+        width = terminal_width() or WIDTH
+        parts = (_table(rows, width), _summary(rows, min(width, WIDTH)), _sources(rows, width))
+        sys.stdout.write("\n\n".join("\n".join(lines) for lines in parts) + "\n")
     sys.stdout.flush()
     return 0

@@ -9,17 +9,22 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import rich_click as click
 
-from pgemu.cli._lines import folded
+from pgemu.cli._lines import folded, terminal_width
+from pgemu.cli._rows import hexadecimal, joined, looked_up
 from pgemu.cli.walk import SIZES, c_bit_of, find_root, flag_names, level_name, rights_letters, table_options
 from pgemu.tables.entries import decode as decode_entry
-from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
+from pgemu.tables.ranges import Summary, range_arrays
 from pgemu.tables.walk import rights_of, root_table
 from pgemu_kernels.formats.page_format import PageFormat
 
 __all__ = ("dump",)
 
+Array = np.ndarray[Any, Any]
+
+_AT_ONCE = 1 << 14  # lines made in one go
 _UNITS = ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K"))
 _PROBLEMS = {
     "loop": "points to a table that it is below: not followed",
@@ -45,27 +50,42 @@ def _rights(fmt: PageFormat, rights: int) -> str:
     return rights_letters(fmt, rights_of(fmt, rights))
 
 
-def _lines(fmt: PageFormat, ranges: Iterable[MappedRange]) -> Iterator[str]:
-    for r in ranges:
-        again = "" if r.step else f" ({r.length >> 9 * r.level + 3} times the same page)"
-        yield (
-            f"{r.address:016x}-{r.address + r.length - 1:016x}  {_size(r.length):>6}  {r.physical:#015x}  "
-            f"{SIZES[r.level - 1]:>2}  {_rights(fmt, r.rights)}  {_flags(fmt, r.level, r.flags)}{again}"
-        )
+def _lines(fmt: PageFormat, ranges: Array) -> str:
+    """Lines of ranges (as range_arrays() has them)."""
+    address, length, physical, *others = ranges
+
+    def rest(length: int, level: int, flags: int, rights: int, step: int) -> str:
+        again = "" if step else f" ({length >> 9 * level + 3} times the same page)"
+        return f"  {SIZES[level - 1]:>2}  {_rights(fmt, rights)}  {_flags(fmt, level, flags)}{again}\n"
+
+    return joined(
+        hexadecimal(address, 16), "-", hexadecimal(address + length - np.uint64(1), 16),
+        looked_up([length], lambda length: f"  {_size(length):>6}  0x"), hexadecimal(physical, 13),
+        looked_up([np.where(others[-1] == 0, length, 0), *others], rest),
+    )  # fmt: skip
 
 
-def _documents(fmt: PageFormat, ranges: Iterable[MappedRange]) -> Iterator[dict[str, Any]]:
-    for r in ranges:
-        yield {
-            "address": f"{r.address:#x}",
-            "length": r.length,
-            "physical": f"{r.physical:#x}",
-            "level": r.level,
-            "same_page": r.step == 0,
-            "entry_bits": f"{r.flags:#x}",
-            "flags": _flags(fmt, r.level, r.flags).split("|"),
-            "rights": _rights(fmt, r.rights),
+def _documents(fmt: PageFormat, ranges: Array) -> str:
+    """JSON objects of ranges, a line each that ends in a comma."""
+    address, length, physical, level, flags, rights, step = ranges
+
+    def start(length: int) -> str:
+        return f'", "length": {length}, "physical": "0x'
+
+    def rest(level: int, flags: int, rights: int, step: int) -> str:
+        about = {
+            "level": level,
+            "same_page": step == 0,
+            "entry_bits": f"{flags:#x}",
+            "flags": _flags(fmt, level, flags).split("|"),
+            "rights": _rights(fmt, rights),
         }
+        return f'", {json.dumps(about)[1:]},\n'
+
+    return joined(
+        '{"address": "0x', hexadecimal(address), looked_up([length], start), hexadecimal(physical),
+        looked_up([level, flags, rights, step], rest),
+    )  # fmt: skip
 
 
 def _counts(fmt: PageFormat, counts: Counter[int]) -> str:
@@ -108,16 +128,24 @@ def _summary_document(summary: Summary, mapped: int) -> dict[str, Any]:
 
 
 class _Total:
-    """Passes ranges on and adds up their lengths."""
+    """Ranges some at a time, and the bytes that they have in all."""
 
-    def __init__(self, ranges: Iterable[MappedRange]) -> None:
-        self._ranges = ranges
+    def __init__(self, arrays: Iterable[Array]) -> None:
+        self._arrays = arrays
         self.bytes = 0
 
-    def __iter__(self) -> Iterator[MappedRange]:
-        for r in self._ranges:
-            self.bytes += r.length
-            yield r
+    def __iter__(self) -> Iterator[Array]:
+        for ranges in self._arrays:
+            self.bytes += int(ranges[1].sum())
+            for first in range(0, ranges.shape[1], _AT_ONCE):
+                yield ranges[:, first : first + _AT_ONCE]
+
+
+def _fitted(text: str, width: int | None) -> str:
+    """Lines folded to the width, if there is one and some do not fit it."""
+    if width is None or not text:
+        return text
+    return "".join(f"{line}\n" for line in folded(text.splitlines(), width))
 
 
 @click.command(short_help="List what page tables in a memory image map.")
@@ -141,19 +169,21 @@ def dump(image: str, root: str | None, ignore_accessed_dirty: bool, as_json: boo
     with open_image(image) as opened:
         where, fmt = find_root(opened, root, **parameters)
         ignore = fmt.accessed | fmt.dirty & ~fmt.write if ignore_accessed_dirty else 0
-        total = _Total(mapped_ranges(opened, fmt, where, summary, ignore=ignore))
+        total = _Total(range_arrays(opened, fmt, where, summary, ignore=ignore))
         write = sys.stdout.write
         if as_json:
             about = json.dumps(
                 {"image": image, "root": f"{root_table(fmt, where):#x}", "format": fmt.name, "c_bit": c_bit_of(fmt)}
             )
             write(f'{about[:-1]}, "ranges": [')
-            for number, document in enumerate(_documents(fmt, total)):
-                write(("," if number else "") + "\n" + json.dumps(document))
+            between = "\n"
+            for ranges in total:
+                write(between + _documents(fmt, ranges)[:-2])
+                between = ",\n"
             write(f'\n], "summary": {json.dumps(_summary_document(summary, total.bytes))}}}\n')
         else:
-            for line in folded(_lines(fmt, total)):
-                write(line + "\n")
-            for line in folded(_summary_lines(fmt, summary, total.bytes)):
-                write(line + "\n")
+            width = terminal_width()
+            for ranges in total:
+                write(_fitted(_lines(fmt, ranges), width))
+            write(_fitted("".join(f"{line}\n" for line in _summary_lines(fmt, summary, total.bytes)), width))
     sys.stdout.flush()

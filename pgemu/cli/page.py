@@ -103,9 +103,9 @@ def _title(folio: Folio, page: Page) -> str:
     where = folio.vmemmap_base + STRUCT_PAGE * page.pfn
     index = page.pfn - folio.pfn
     what = f"tail of {folio.pfn:#x}" if index else page.kind
-    if (shown := folio.shown(index)) != index:
+    if not folio.problem and (shown := folio.shown(index)) != index:
         what += f" (shows {folio.pfn + shown:#x})"
-    return f"PFN {page.pfn:#x}: {what}, struct page {where:#x} at physical {folio.physical(index):#x}"
+    return f"PFN {page.pfn:#x}: {what}, struct page {where:#x} at physical {folio.given_physical:#x}"
 
 
 def _references(folio: Folio) -> str:
@@ -155,9 +155,11 @@ def _vmemmap_lines(folio: Folio) -> Iterator[str]:
 
 
 def _show(folio: Folio) -> list[str]:
-    page = folio.page(folio.given - folio.pfn)
+    page = folio.given_page
     lines = [_title(folio, page), *map(_value_line, page.values)]
     lines += [f"  note: {note}" for note in _notes(folio, page)]
+    if problem := folio.problem:
+        return [*lines, f"  problem: {problem}"]
     kind = f", {folio.type}" if folio.type else ""
     if not folio.large and folio.type not in (None, "hugetlb"):
         return [*lines, f"  order 0{kind}"]
@@ -171,12 +173,12 @@ def _show(folio: Folio) -> list[str]:
 
 
 def _document(folio: Folio) -> dict[str, Any]:
-    page = folio.page(folio.given - folio.pfn)
+    page = folio.given_page
     plain = ("kind", "node", "zone", "zone_name", "last_cpupid", "lru_gen", "lru_refs", "type", "refcount", "mapcount")
     return {
         "pfn": f"{page.pfn:#x}",
         "address": f"{folio.vmemmap_base + STRUCT_PAGE * page.pfn:#x}",
-        "physical": f"{folio.physical(page.pfn - folio.pfn):#x}",
+        "physical": f"{folio.given_physical:#x}",
         "words": [f"{word:#018x}" for word in page.words],
         "shows_another_head": folio.fake,
         "flags": list(page.flags),
@@ -185,7 +187,8 @@ def _document(folio: Folio) -> dict[str, Any]:
         **{name: getattr(page, name) for name in plain},
         "values": [value._asdict() | {"value": f"{value.value:#x}"} for value in page.values],
         "notes": _notes(folio, page),
-        "folio": _folio_document(folio),
+        **({"problem": str(folio.problem)} if folio.problem else {}),
+        "folio": None if folio.problem else _folio_document(folio),
     }
 
 
@@ -309,7 +312,7 @@ def page(
     tail's folio is shown, too; before Linux 7.1 also where a tail of an optimised folio shows the head's words. Flags
     ending in "?" are inference.
 
-    Exit status: 0; 1 if a struct page is not mapped; 2 for bad input.
+    Exit status: 0; 1 if a struct page is not mapped or belongs to no folio that can be; 2 for bad input.
     """
     from pgemu.images.image import open_image
 
@@ -323,6 +326,7 @@ def page(
         for pfn in pfns:
             try:
                 folio = Folio(opened, pfn, layout, where, fmt=fmt, vmemmap=vmemmap)
+                failed |= folio.problem is not None
                 if as_json:
                     documents.append(_document(folio))
                 else:

@@ -39,6 +39,7 @@ _NAMES = {
     Family.NPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
     Family.ARM64: ("L3", "L2", "L1", "L0", "L-1"),
 }
+_PROBLEMS, _ROOTS = 10, 16  # that are shown
 SIZES = ("4K", "2M", "1G", "512G", "256T")
 
 
@@ -48,12 +49,17 @@ def level_name(fmt: PageFormat, level: int) -> str:
 
 
 def flag_names(entry: Entry) -> str:
-    """Return the names of an entry's flags, lowest first: "PRESENT|RW|USER", fields of several bits with values."""
+    """Return the names of an entry's flags, lowest first: "PRESENT|RW|USER", fields of several bits with values.
+
+    Every set bit is in one of them, but for those of a frame that is the entry's address.
+    """
     names = []
     for field in reversed(entry.fields):
         if field.high == field.low:
             names.append(field.name)
-        elif field.value and not field.name.endswith("PFN"):
+        elif field.name.endswith("PFN") and entry.address == field.value << 12:
+            continue
+        elif field.value or entry.value >> field.low & (1 << field.high - field.low + 1) - 1:  # of "~" 0 is all ones
             names.append(f"{field.name}={field.value:#x}")
     names += [f"RESERVED={entry.reserved:#x}"] if entry.reserved else []
     names += [f"UNKNOWN={entry.unknown:#x}"] if entry.unknown else []
@@ -104,12 +110,17 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def find_root(image: Image, text: str | None, name: str | None, **parameters: Any) -> tuple[int, PageFormat]:
-    """Return the top table that --root says and the format of its entries.
+    """Return the top table that --root says and the format of its entries; say what of the image was left out.
 
     :raises InputError: no such root, or it lies outside the image, or the format cannot have such parameters
     """
-    named = {root.name: root for root in image.roots}
-    known = ", ".join(f"{root.name} {root.address:#x} ({root.format})" for root in image.roots)
+    for problem in image.problems[:_PROBLEMS]:
+        click.echo(f"pgemu: {image.path}: {problem}", err=True)
+    if (more := len(image.problems) - _PROBLEMS) > 0:
+        click.echo(f"pgemu: {image.path}: ... and {more} more like these", err=True)
+    named = {root.name: root for root in reversed(image.roots)}  # of one name the first
+    known = ", ".join(f"{root.name} {root.address:#x} ({root.format})" for root in image.roots[:_ROOTS])
+    known += f", ... and {more} more" if (more := len(image.roots) - _ROOTS) > 0 else ""
     known = f"; the image names {known}" if known else ""
     if text is None:
         raise InputError(f"--root is missing{known}")
@@ -177,7 +188,7 @@ def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
         entry = decode_entry(fmt, step.level, step.entry, virtual)
         kind = entry.kind.value.replace("_", " ")
         shown = f"  {name:>5}  {step.address:#015x}  {step.entry:#018x}  {kind:<6}"
-        if entry.kind in (EntryKind.TABLE, EntryKind.LEAF) and entry.address is not None:
+        if entry.address is not None:
             shown += f" {entry.address:#015x}"
         lines.append(f"{shown}  {flag_names(entry)}".rstrip())
     page = _page(fmt, steps, virtual)

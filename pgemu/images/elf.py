@@ -7,6 +7,7 @@ arch/x86/kernel/vmcore_info_64.c:arch_crash_save_vmcoreinfo().
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,6 +30,12 @@ _QEMU_CR3 = struct.calcsize("<II18Q") + 10 * struct.calcsize("<IIIIQ") + 3 * 8  
 _PGEMU_ROOTS = 0x706765  # type of the note; none of those that readelf knows
 _SME_MASKS = frozenset(1 << bit for bit in range(32, 52))
 PAGE = 4096
+# What no core needs, and what a damaged one may say: a number of segments (makedumpfile leaves out runs of 256 pages:
+# so many are 1 TiB), bytes of notes (of 8192 processors QEMU writes 7 MiB) and of a note that is text (a page).
+_MOST_HEADERS = 1 << 20
+_MOST_NOTES = 16 << 20
+_LONGEST_TEXT = 1 << 20
+_ROOT = re.compile(r"([!-~]{1,64}) ([!-~]{1,64}) 0x([0-9a-f]{1,16})")
 
 
 class Segment(NamedTuple):
@@ -41,11 +48,11 @@ class Segment(NamedTuple):
 
 
 class Note(NamedTuple):
-    """An entry of a PT_NOTE."""
+    """An entry of a PT_NOTE; its data lie in the file."""
 
     name: str
     kind: int
-    data: bytes
+    data: memoryview
 
 
 class Root(NamedTuple):
@@ -60,11 +67,13 @@ class Contents(NamedTuple):
     """What a core holds: segments in the order of the file, the top tables that its notes name, and SME's bit.
 
     sme_mask: the bit that entries of the host's tables have for encrypted memory, 0 for none (VMCOREINFO's sme_mask).
+    problems: what of the notes was not understood, a line each.
     """
 
     segments: list[Segment]
     roots: list[Root]
-    sme_mask: int = 0
+    sme_mask: int
+    problems: list[str]
 
 
 # --------------------------------------------------------------------------- reading
@@ -73,8 +82,31 @@ class Contents(NamedTuple):
 def parse(data: memoryview, file: str) -> Contents:
     """What a core holds.
 
-    data: the file's bytes. InputError, naming `file`, for what is no whole little-endian ELF64 core.
+    data: the file's bytes. InputError, naming `file`, for what is no whole little-endian ELF64 core, or has more
+    segments or notes than any core.
     """
+    segments, notes_at, note_bytes = [], [], 0
+    for kind, _, offset, _, address, file_size, size, _ in _PROGRAM.iter_unpack(_program_headers(data, file)):
+        if kind not in (_LOAD, _NOTES) or not file_size:
+            continue
+        if offset + file_size > len(data):
+            what = "PT_NOTE" if kind == _NOTES else f"PT_LOAD of physical address {address:#x}"
+            where = f"{what} ends at {offset + file_size:#x}"
+            raise InputError(f"{where}, the file at {len(data):#x}: file truncated?", file)
+        if kind == _LOAD:
+            segments.append(Segment(address, max(size, file_size), offset, file_size))
+            continue
+        notes_at.append((offset, offset + file_size))
+        note_bytes += file_size
+    if note_bytes > _MOST_NOTES:
+        raise InputError(f"notes of {note_bytes} bytes: expected at most {_MOST_NOTES}", file)
+    problems: list[str] = []
+    notes = [note for start, end in notes_at for note in _notes(data[start:end], start, problems)]
+    return Contents(segments, list(_roots(notes, file, problems)), _sme_mask(notes, file), problems)
+
+
+def _program_headers(data: memoryview, file: str) -> memoryview:
+    """The bytes of the program headers."""
     if len(data) < _HEADER.size:
         raise InputError(f"{len(data)} bytes: expected an ELF header of {_HEADER.size}", file)
     header = _HEADER.unpack_from(data)
@@ -95,76 +127,90 @@ def parse(data: memoryview, file: str) -> Contents:
     end = headers_at + count * _PROGRAM.size
     if end > len(data):
         raise InputError(f"program headers end at {end:#x}, the file at {len(data):#x}: file truncated?", file)
-    segments, notes = [], []
-    for kind, _, offset, _, address, file_size, size, _ in _PROGRAM.iter_unpack(data[headers_at:end]):
-        if kind == _NOTES:
-            notes += list(_notes(data[offset : offset + file_size]))
-        elif kind == _LOAD and file_size:
-            if offset + file_size > len(data):
-                where = f"PT_LOAD of physical address {address:#x} ends at {offset + file_size:#x}"
-                raise InputError(f"{where}, the file at {len(data):#x}: file truncated?", file)
-            segments.append(Segment(address, max(size, file_size), offset, file_size))
-    return Contents(segments, list(_roots(notes)), _sme_mask(notes, file))
+    if count > _MOST_HEADERS:
+        raise InputError(f"{count} program headers: expected at most {_MOST_HEADERS}", file)
+    return data[headers_at:end]
 
 
-def _notes(data: memoryview) -> Iterator[Note]:
-    """Entries of a note segment, up to the first that is not whole."""
+def _notes(data: memoryview, start: int, problems: list[str]) -> Iterator[Note]:
+    """Entries of a note segment at `start` of the file, as far as they are whole, that have a name."""
     at = 0
     while at + _NOTE.size <= len(data):
         name_size, size, kind = _NOTE.unpack_from(data, at)
         begin = at + _NOTE.size + (name_size + 3 & ~3)
-        at = begin + (size + 3 & ~3)
         if begin + size > len(data):
+            end = f"ends at {start + begin + size:#x}, its segment at {start + len(data):#x}"
+            problems.append(f"the note at {start + at:#x} {end}: it and what follows are left out")
             return
-        name = bytes(data[begin - (name_size + 3 & ~3) :][:name_size]).rstrip(b"\0").decode("latin-1")
-        yield Note(name, kind, bytes(data[begin : begin + size]))
+        if name_size:
+            name = bytes(data[at + _NOTE.size : at + _NOTE.size + min(name_size, 64)]).decode("latin-1")
+            yield Note(name.partition("\0")[0], kind, data[begin : begin + size])
+        at = begin + (size + 3 & ~3)
+    if any(data[at:]):
+        problems.append(f"{len(data) - at} bytes at {start + at:#x}, behind the last note, are left out")
 
 
-def _roots(notes: list[Note]) -> Iterator[Root]:
+def _text(note: Note, file: str) -> str:
+    if len(note.data) > _LONGEST_TEXT:
+        raise InputError(f"{note.name}'s note of {len(note.data)} bytes: expected at most {_LONGEST_TEXT}", file)
+    return bytes(note.data).decode("latin-1")
+
+
+def _roots(notes: list[Note], file: str, problems: list[str]) -> Iterator[Root]:
     """Top tables named by pgemu's own note, by QEMU's processors (CR3) and by a kernel's VMCOREINFO."""
     processors = 0
     for note in notes:
         if note.name == "pgemu":
-            for line in note.data.decode("latin-1").split("\n"):
-                words = line.split()
-                if len(words) == 3 and words[2].startswith("0x"):
-                    yield Root(words[0], words[1], int(words[2], 16))
+            for line in filter(None, _text(note, file).rstrip("\0").split("\n")):
+                if (match := _ROOT.fullmatch(line)) is None:
+                    raise InputError(f"pgemu's note has {line[:80]!a}: expected a name, a format, 0x...", file)
+                yield Root(match[1], match[2], int(match[3], 16))
         elif note.name == "QEMU" and len(note.data) >= _QEMU_CR3 + 16:
             cr3, cr4 = struct.unpack_from("<QQ", note.data, _QEMU_CR3)
             yield Root(f"cpu:{processors}", "x86-64-5" if cr4 >> 12 & 1 else "x86-64", cr3)
             processors += 1
+        elif note.name == "QEMU":
+            problems.append(f"QEMU's note of {len(note.data)} bytes has no CR3: it is left out")
         elif note.name == "VMCOREINFO":
-            yield from _kernel_root(_vmcoreinfo(note))
+            yield from _kernel_root(_vmcoreinfo(note, file), problems)
 
 
-def _vmcoreinfo(note: Note) -> dict[str, str]:
-    return dict(line.split("=", 1) for line in note.data.decode("latin-1").split("\n") if "=" in line)
+def _vmcoreinfo(note: Note, file: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in _text(note, file).split("\n") if "=" in line)
+
+
+def _decimal(text: str) -> int | None:
+    """A number of 64 bits as VMCOREINFO has it, None for what is none."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
 
 
 def _sme_mask(notes: list[Note], file: str) -> int:
     """SME's bit, as a kernel's VMCOREINFO has it; 0 for none."""
     for note in notes:
-        text = _vmcoreinfo(note).get("NUMBER(sme_mask)", "0") if note.name == "VMCOREINFO" else "0"
+        text = _vmcoreinfo(note, file).get("NUMBER(sme_mask)", "0") if note.name == "VMCOREINFO" else "0"
         if text == "0":
             continue
-        mask = int(text) if text.isascii() and text.isdigit() else -1
+        mask = _decimal(text)
         if mask not in _SME_MASKS:
-            raise InputError(f"VMCOREINFO's sme_mask is {text!r}: expected one of bits 32 to 51", file)
+            raise InputError(f"VMCOREINFO's sme_mask is {text[:80]!a}: expected one of bits 32 to 51", file)
         return mask
     return 0
 
 
-def _kernel_root(values: dict[str, str]) -> Iterator[Root]:
+def _kernel_root(values: dict[str, str], problems: list[str]) -> Iterator[Root]:
     """The kernel's own top table from VMCOREINFO, whose symbols are virtual addresses of the kernel's image."""
     symbol = values.get("SYMBOL(init_top_pgt)", values.get("SYMBOL(swapper_pg_dir)"))
     base = values.get("NUMBER(phys_base)")
-    if symbol and base:
-        try:
-            address = int(symbol, 16) - _KERNEL_TEXT + int(base)
-        except ValueError:
-            return
-        if address >= 0:
-            yield Root("kernel", "x86-64-5" if values.get("NUMBER(pgtable_l5_enabled)") == "1" else "x86-64", address)
+    if not symbol or not base:
+        return
+    address = int(symbol, 16) - _KERNEL_TEXT if re.fullmatch(r"[0-9a-f]{1,16}", symbol) else None
+    offset = _decimal(base)
+    if address is None or offset is None or not 0 <= address + offset < 1 << 52:
+        where = f"init_top_pgt {symbol[:80]!a} and phys_base {base[:80]!a}"
+        problems.append(f"VMCOREINFO's {where} are no physical address: the kernel's root is left out")
+        return
+    format_ = "x86-64-5" if values.get("NUMBER(pgtable_l5_enabled)") == "1" else "x86-64"
+    yield Root("kernel", format_, address + offset)
 
 
 # --------------------------------------------------------------------------- writing

@@ -16,11 +16,11 @@ compiler is involved except by the operations of a machine's folios.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.images.folio_problems import FolioProblem, check_order, folio_problem
 from pgemu.images.struct_page import (
     VMEMMAP_SIZE,
     Mapping,
@@ -34,6 +34,7 @@ from pgemu.images.struct_page import (
     signed,
     type_of,
 )
+from pgemu.images.vmemmap import VmemmapPage, vmemmap_pages
 from pgemu.machine.arguments import OfMachine, argument
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
@@ -51,31 +52,11 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
     from pgemu.machine.results import Result
 
-__all__ = ("Folio", "Hugetlb", "Mapping", "MmIds", "Page", "Value", "VmemmapPage", "decode_page")
+__all__ = ("Folio", "FolioProblem", "Hugetlb", "Mapping", "MmIds", "Page", "Value", "VmemmapPage", "decode_page")
 
 Array = np.ndarray[Any, Any]
 _HUGETLB_DTOR = 2  # 6.1: HUGETLB_PAGE_DTOR
 _MM_ID_BITS = 31  # mm_types.h: MM_ID_BITS; bit 31 of the first ID is a lock, of the second "mapped shared"
-_LONGEST_LIST = 1 << 18  # entries of a list of poisoned pages that are followed
-
-
-class VmemmapPage(NamedTuple):
-    """What maps one 4K page of a folio's struct pages.
-
-    address: virtual. level, entry_address, entry: the last entry of the walk; level 2 or 3: part of a large leaf.
-    frame: PFN, or None where nothing is mapped. shared: another page of the folio's vmemmap shows the same frame.
-    """
-
-    address: int
-    level: int
-    entry_address: int
-    entry: int
-    frame: int | None
-    writable: bool
-    shared: bool
-
-
-_Mapped = tuple[int, int, int, int, int | None, bool]  # a VmemmapPage without `shared`
 
 
 class Hugetlb(NamedTuple):
@@ -191,6 +172,18 @@ class Folio(OfMachine, but=("of_machine",)):
             index=self.shown(index),
         )  # fmt: skip
 
+    @property
+    def given_page(self) -> Page:
+        """The struct page of `given`, decoded: as of its folio, or where that cannot be, by its own words."""
+        if self.problem is None:
+            return self.page(self.given - self.pfn)
+        return decode_page(self._words(self.given), self.given, self.layout, vmemmap=self.vmemmap_base)
+
+    @property
+    def given_physical(self) -> int:
+        """Physical address of the struct page of `given`."""
+        return self._physical(self.given)
+
     def _find_head(self, pfn: int) -> tuple[int, bool]:
         """PFN of the head, and whether the page shows a head that is not its own: page-flags.h:_compound_head()."""
         words = self._words(pfn)
@@ -228,8 +221,13 @@ class Folio(OfMachine, but=("of_machine",)):
 
     @property
     def order(self) -> int:
-        """0 for a page of 4K, 9 for 2M, 18 for 1G."""
+        """0 for a page of 4K, 9 for 2M, 18 for 1G; of a damaged one anything up to 255, see `problem`."""
         return second_order(self.layout, self.words(1)) if self.large else 0
+
+    @property
+    def problem(self) -> FolioProblem | None:
+        """Why it cannot be a folio of `given`, as of garbage; None where it can."""
+        return folio_problem(self.given, self.pfn, self.large, self.order)
 
     @property
     def nr_pages(self) -> int:
@@ -333,13 +331,14 @@ class Folio(OfMachine, but=("of_machine",)):
         """References that the page cache, the swap cache, private data and mappings hold: folio_expected_ref_count().
 
         Every other one is a pin, a fault under way, or somebody's transient reference. 0 for a type other than
-        "hugetlb". 6.1 has no such function: its page cache holds one reference of a HugeTLB folio.
+        "hugetlb". 6.1 has no such function: its page cache holds one reference of a HugeTLB folio. ValueError for an
+        order that no page has.
         """
         if self.type not in (None, "hugetlb"):
             return 0
         words, layout = self.words(), self.layout
         flags = set(flags_of(layout, words[0], False)[0])
-        pages = 1 << self.order
+        pages = 1 << check_order(self.pfn, self.order)
         expected = self.mapcount
         if {"swapbacked", "owner_priv_1"} <= flags:  # PG_swapcache
             expected += pages
@@ -374,14 +373,16 @@ class Folio(OfMachine, but=("of_machine",)):
     def poisoned_pages(self) -> list[int] | None:
         """PFNs on its list of poisoned pages (mm/memory-failure.c: raw_hwp_page), None where that cannot be read.
 
-        In the order of the list; a machine's objects lie at model addresses: ascending.
+        In the order of the list; a machine's objects lie at model addresses: ascending. A list that leads out of the
+        folio, or has more entries than the folio has pages, is damaged and cannot be read.
         """
         hugetlb = self.hugetlb
         node = hugetlb.hwpoison if hugetlb is not None else 0
         if node and self.machine is not None:
             return self._poisoned_rows(self.machine)
-        found: list[int] = []
-        while node and len(found) < _LONGEST_LIST:
+        found: dict[int, None] = {}
+        end = self.pfn + (1 << check_order(self.pfn, self.order))
+        while node:
             steps = self._walk(node)
             if not steps or steps[-1].kind is not Kind.LEAF:
                 return None
@@ -390,8 +391,11 @@ class Folio(OfMachine, but=("of_machine",)):
                 node, page = self.memory.words(where, 2).tolist()
             except ValueError:
                 return None
-            found.append((page - self.vmemmap_base) // STRUCT_PAGE)
-        return found
+            pfn = (page - self.vmemmap_base) // STRUCT_PAGE
+            if pfn in found or not self.pfn <= pfn < end:
+                return None
+            found[pfn] = None
+        return list(found)
 
     def _poisoned_rows(self, machine: Core) -> list[int]:
         from pgemu_kernels.words.rows import POISONED, STATE_POISONED
@@ -401,36 +405,13 @@ class Folio(OfMachine, but=("of_machine",)):
 
     @property
     def vmemmap(self) -> list[VmemmapPage]:
-        """What maps its struct pages, one VmemmapPage for each 4K of them: 8 for 2M, 4096 for 1G, 1 up to 256K."""
-        address = self.vmemmap_base + STRUCT_PAGE * self.pfn
-        end = address + (STRUCT_PAGE << self.order)
-        address &= -PAGE_4K
-        found: list[_Mapped] = []
-        while address < end:
-            stop = min(end, (address >> 21) + 1 << 21)
-            found += self._mapped(address, stop)
-            address = stop
-        times = Counter(mapped[4] for mapped in found)
-        return [VmemmapPage(*mapped, mapped[4] is not None and times[mapped[4]] > 1) for mapped in found]
+        """What maps its struct pages, one VmemmapPage for each 4K of them: 8 for 2M, 4096 for 1G, 1 up to 256K.
 
-    def _mapped(self, address: int, end: int) -> list[_Mapped]:
-        """Vmemmap pages of addresses that share a last-level table, or the entry that stands in its place."""
-        steps = self._walk(address)
-        if not steps:
-            raise ValueError(f"{address:#x}: not an address of the vmemmap")
-        fmt, last, pages = self.format, steps[-1], range(address, end, PAGE_4K)
-        if last.level > 1 or last.kind is Kind.UNREADABLE:
-            slots = [(last.address, last.entry, last.kind is Kind.LEAF)] * len(pages)
-        else:
-            entries = self.memory.words(last.address, len(pages)).tolist()
-            slots = [(last.address + 8 * i, entry, entry & fmt.present != 0) for i, entry in enumerate(entries)]
-        return [
-            (
-                page, last.level, where, entry, leaf_address(fmt, last.level, entry, page) >> 12 if leaf else None,
-                leaf and entry & fmt.write != 0,
-            )
-            for page, (where, entry, leaf) in zip(pages, slots, strict=True)
-        ]  # fmt: skip
+        ValueError for an order that no page has.
+        """
+        address = self.vmemmap_base + STRUCT_PAGE * self.pfn
+        end = address + (STRUCT_PAGE << check_order(self.pfn, self.order))
+        return list(vmemmap_pages(self.memory, self.format, self.root, address & -PAGE_4K, end))
 
     # ------------------------------------------------------------------ operations of a machine's folio
 

@@ -63,14 +63,19 @@ class Image:
     """A read-only image of physical memory; made by `open_image`.
 
     path: the file's name. ranges: what it holds, ascending, as long as can be. roots: top tables that its notes
-    name (elf.Root). sme_mask: SME's bit in entries of the host's tables, 0 for none. Not to be used after the file was
-    made shorter: the system then ends the process.
+    name (elf.Root). sme_mask: SME's bit in entries of the host's tables, 0 for none. problems: what of the file was
+    left out because it was not understood, a line each. Not to be used after the file was made shorter: the system then
+    ends the process.
     """
 
-    def __init__(self, path: str, data: memoryview, parts: list[_Part], roots: list[Root], sme_mask: int = 0) -> None:
+    def __init__(
+        self, path: str, data: memoryview, parts: list[_Part], roots: list[Root] | None = None, sme_mask: int = 0,
+        problems: list[str] | None = None,
+    ) -> None:  # fmt: skip
         self.path = path
-        self.roots = roots
+        self.roots = roots or []
         self.sme_mask = sme_mask
+        self.problems = problems or []
         self._data = data
         self._parts = parts
         self._starts = [part.start for part in parts]
@@ -192,9 +197,12 @@ def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Im
             raise InputError(
                 f"neither an ELF core nor raw memory: {len(data)} bytes, expected a multiple of {elf.PAGE}", name
             )
-        return Image(name, data, [_Part(0, len(data), 0)], [])
-    segments, roots, sme_mask = elf.parse(data, name)
-    return Image(name, data, _disjoint(segments, name), roots, sme_mask)
+        return Image(name, data, [_Part(0, len(data), 0)])
+    segments, roots, sme_mask, problems = elf.parse(data, name)
+    problems += _repeated(roots)
+    if beyond := sum(s.address + s.size > 1 << 64 for s in segments):
+        problems.append(f"{beyond} PT_LOAD{'s' * (beyond > 1)} without a physical address: left out")
+    return Image(name, data, _disjoint(segments, name), roots, sme_mask, problems)
 
 
 def _map(name: str) -> memoryview:
@@ -213,6 +221,16 @@ def _map(name: str) -> memoryview:
         raise InputError(f"cannot be mapped: {error.strerror}", name) from None
     finally:
         os.close(file)
+
+
+def _repeated(roots: list[Root]) -> list[str]:
+    """Roots of one name that are not the same."""
+    named = {root.name: root for root in reversed(roots)}
+    return [
+        f"root {root.name} {root.address:#x}: another of its name is {named[root.name].address:#x}"
+        for root in roots
+        if root != named[root.name]
+    ]
 
 
 def _disjoint(segments: list[elf.Segment], name: str) -> list[_Part]:

@@ -328,7 +328,7 @@ def _meaning(
         case FieldKind.MAPPING:
             mapping = _mapping(value)
             kind = f"{mapping.kind}, " if mapping and mapping.kind != "tail" else ""
-            return kind + pointer_name(value & ~MAPPING_KSM if kind else value, vmemmap)
+            return (kind + pointer_name(value & ~MAPPING_KSM if kind else value, vmemmap)).removesuffix(", ")
         case FieldKind.MEMCG:
             kinds = [name for bit, name in MEMCG_FLAGS.items() if value & bit]
             return " ".join([*kinds, pointer_name(value & ~sum(MEMCG_FLAGS), vmemmap)]).strip()

@@ -170,6 +170,6 @@ def points(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
-def wrapped(text: str) -> list[str]:
-    """A sentence in lines, all but the first indented."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+def wrapped(text: str, width: int = WIDTH) -> list[str]:
+    """A sentence in lines of at most `width` columns, all but the first indented."""
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)

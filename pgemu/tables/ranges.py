@@ -12,11 +12,11 @@ import numpy as np
 from pgemu.tables.walk import Kind, Memory, kinds_of, permissions, root_table
 from pgemu_kernels.formats.page_format import PageFormat
 
-__all__ = ("MappedRange", "Problem", "Summary", "mapped_ranges")
+__all__ = ("MappedRange", "Problem", "Summary", "mapped_ranges", "range_arrays")
 
 Array = np.ndarray[Any, Any]
 
-_TABLES = 512  # tables looked at in one go
+_TABLES = 128  # looked at in one go: 65536 leaves, which with all that is made of them take some 20 MB
 _REPEATS = 512  # how often mapped_ranges() goes through one table
 _PROBLEMS = 1000  # that a summary lists; all are counted
 _U64 = (1 << 64) - 1
@@ -95,47 +95,63 @@ def mapped_ranges(
     ranges that differ only in them are one. What leads into a loop, out of the memory, or again and again through
     the same table is noted in the summary and not followed: the work is bounded by the number of distinct tables.
     """
-    run: MappedRange | None = None
+    for ranges in range_arrays(memory, fmt, root, summary, ignore=ignore):
+        yield from map(MappedRange._make, zip(*ranges.tolist(), strict=True))
+
+
+def range_arrays(
+    memory: Memory, fmt: PageFormat, root: int, summary: Summary | None = None, *, ignore: int = 0
+) -> Iterator[Array]:
+    """The same many at a time: uint64[7, n], n ranges with the fields of a MappedRange as rows."""
+    run = np.zeros((7, 0), np.uint64)
     for leaves in _Survey(memory, fmt, ignore, Summary() if summary is None else summary).run(root):
-        # The last run of some leaves may go on in the next ones.
-        *runs, run = _merge(leaves, run)
-        yield from runs
-    if run is not None:
+        # The last range of some leaves may go on in the next ones.
+        ranges = _merge(leaves, run)
+        run = ranges[:, -1:]
+        if ranges.shape[1] > 1:
+            yield ranges[:, :-1]
+    if run.size:
         yield run
 
 
-# Leaves travel as uint64[5, n]: address, physical, level, flags, rights.
+# Leaves travel as uint64[5, n]: address, physical, level, flags, rights; ranges with the fields of MappedRange.
 _ADDRESS, _PHYSICAL, _LEVEL = 0, 1, 2
+_LENGTH, _STEP = 1, 6
+_OF_LEAVES = (0, 2, 3, 4, 5)
 _APART, _NEXT_FRAME, _SAME_FRAME = 0, 1, 2
 
 
-def _page_size(level: int) -> int:
-    return 1 << 9 * level + 3
+def _sizes(levels: Array) -> Array:
+    """uint64[n]: bytes of a page of each level."""
+    sizes: Array = np.uint64(1) << levels * np.uint64(9) + np.uint64(3)
+    return sizes
 
 
-def _merge(leaves: Array, run: MappedRange | None) -> list[MappedRange]:
-    """Ranges of ascending leaves that come after `run`, which is the first of them, longer if they continue it."""
-    way, pages = _APART, 1
-    if run is not None:
-        size = _page_size(run.level)
-        pages = run.length // size
-        physical = run.physical + run.step * (pages - 1)
-        tail = (run.address + run.length - size, physical, run.level, run.flags, run.rights)
-        leaves = np.concatenate([np.array(tail, np.uint64)[:, None], leaves], axis=1)
-        if pages > 1:
-            way = _NEXT_FRAME if run.step else _SAME_FRAME
+def _merge(leaves: Array, run: Array) -> Array:
+    """Ranges of ascending leaves that come after `run` (a range or none): it is the first, longer if they continue it.
+
+    The last leaf of `run` stands for it among them.
+    """
+    way, before = _APART, np.uint64(0)  # bytes of `run` before that leaf
+    if run.size:
+        size = _sizes(run[3])
+        before = run[_LENGTH, 0] - size[0]
+        last = run[_OF_LEAVES, :]
+        last[_ADDRESS] += before
+        if before:
+            way = _NEXT_FRAME if run[_STEP, 0] else _SAME_FRAME
+            last[_PHYSICAL] += before if run[_STEP, 0] else np.uint64(0)
+        leaves = np.concatenate([last, leaves], axis=1)
     joins = _joins(leaves, way)
     begins = np.flatnonzero(np.concatenate([[True], _breaks(joins)[1:]]))
     counts = np.diff(begins, append=leaves.shape[1])
     found = leaves[:, begins]
-    size = np.uint64(1) << found[_LEVEL] * np.uint64(9) + np.uint64(3)
+    size = _sizes(found[_LEVEL])
     same = (counts > 1) & (joins[np.minimum(begins + 1, joins.size - 1)] == _SAME_FRAME)
-    columns = (found[0], size * counts.astype(np.uint64), *found[1:], np.where(same, np.uint64(0), size))
-    ranges = list(map(MappedRange._make, zip(*(column.tolist() for column in columns), strict=True)))
-    if run is not None:
-        first = ranges[0]
-        step = run.step if pages > 1 else first.step
-        ranges[0] = run._replace(length=run.length + first.length - _page_size(run.level), step=step)
+    ranges = np.stack([found[0], size * counts.astype(np.uint64), *found[1:], np.where(same, np.uint64(0), size)])
+    if before:
+        ranges[:_LEVEL, 0] = run[_ADDRESS, 0], ranges[_LENGTH, 0] + before
+        ranges[[2, _STEP], 0] = run[[2, _STEP], 0]
     return ranges
 
 
@@ -143,7 +159,7 @@ def _joins(leaves: Array, way: int) -> Array:
     """int8[n]: how each leaf goes on from the one before; `way` is that of the first one."""
     joins = np.full(leaves.shape[1], _APART, np.int8)
     joins[0] = way
-    size = np.uint64(1) << leaves[_LEVEL, :-1] * np.uint64(9) + np.uint64(3)
+    size = _sizes(leaves[_LEVEL, :-1])
     like = (leaves[_LEVEL:, 1:] == leaves[_LEVEL:, :-1]).all(axis=0)
     like &= leaves[_ADDRESS, :-1] + size == leaves[_ADDRESS, 1:]
     moved = leaves[_PHYSICAL, 1:] - leaves[_PHYSICAL, :-1]

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import BinaryIO, Protocol
 
 from pgemu.errors import InputError
+from pgemu.trace.watching import tell_of
 
 __all__ = ("LONGEST_LINE", "MOST_GROWTH", "Match", "Source", "open_source")
 
@@ -233,6 +234,7 @@ class Source:
 
     def _read(self) -> bytes:
         try:
+            tell_of(self._stream)
             return self._stream.read(_CHUNK)
         except OSError as error:
             raise InputError(f"cannot be read: {error.strerror or error}", self.name) from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from click.testing import CliRunner
 
 from pgemu.cli import main
-from pgemu.experiments.consumers import CONSUMERS
+from pgemu.experiments.consumers import CONSUMERS, try_all
 
 
 def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -31,7 +33,7 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Every conversion that fails does so at offset 0x5000." in said
 
 
-@pytest.mark.parametrize("columns", ["40", "80"])
+@pytest.mark.parametrize("columns", ["", "80", "200"])
 def test_lines_are_those_of_a_mail_and_name_every_source(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
@@ -42,6 +44,19 @@ def test_lines_are_those_of_a_mail_and_name_every_source(
     assert {(line.split("  ")[0], line.split()[-1]) for line in sources[1:]} == {
         (consumer.name, consumer.source) for consumer in CONSUMERS
     }
+
+
+def test_it_fits_its_terminal_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 40 columns on: where lines become too long, what stands beside each other is on lines of its own."""
+    rows = try_all(page_size=2 << 20, order="fixup")
+    monkeypatch.setattr("pgemu.experiments.consumers.try_all", lambda **_: rows)
+    said = {}
+    for columns in range(40, 201):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = CliRunner().invoke(main, ["consumers"]).output.splitlines()
+        assert max(map(len, lines)) <= columns
+        said[columns] = sorted(re.findall(r"[^\s,]+", " ".join(lines).replace(":", ": ")))
+    assert all(words == said[200] for words in said.values())
 
 
 def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:

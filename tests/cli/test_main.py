@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import pty
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import rich_click as click
@@ -17,6 +19,7 @@ from pgemu.cli import main
 
 HELP = """\
 import sys
+from pathlib import Path
 from pgemu.cli import main
 try:
     main({args}, prog_name="pgemu")
@@ -165,8 +168,47 @@ def test_progress_stays_away_from_pipes() -> None:
     assert (result.stdout, result.stderr) == ("done\n", "")
 
 
+READING = """
+from importlib import import_module
+command = import_module("pgemu.cli._options")
+command._PROGRESS_AFTER = 0
+shown = []
+tell = command.Bar.__call__
+def telling(self, what, done, total):
+    shown.append((what, done > 0, total > 0))
+    tell(self, what, done, total)
+command.Bar.__call__ = telling
+from pgemu.cli import main
+try:
+    main(["compare", "--no-sensitivity", {path!r}], prog_name="pgemu")
+except SystemExit as end:
+    print("shown:", *dict.fromkeys(what for what, *_ in shown), end.code)
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "xz", "parquet"])
+def test_reading_a_trace_is_shown_on_a_terminal_before_what_follows(tmp_path: Path, form: str) -> None:
+    from pgemu import trace
+    from pgemu.trace.readers import parquet
+
+    path = trace.shipped()
+    if form == "text":
+        path = tmp_path / "log"
+        path.write_bytes(lzma.decompress(trace.shipped().read_bytes()))
+    elif form == "parquet":
+        path = tmp_path / "log.parquet"
+        parquet.write(trace.load(trace.shipped()), path)
+    code = READING.format(path=str(path))
+    printed, shown = on_a_terminal(code)
+    assert printed.splitlines()[-1] == "shown: reading restructure pfnmap 0"
+    assert shown.index("reading") < shown.index("restructure")
+    piped = python("-c", code)
+    assert (piped.stdout, piped.stderr) == (printed, "")
+
+
 SECOND = """
 import sys
+from pathlib import Path
 from pgemu.cli import main
 try:
     main(["compare", *{args}], prog_name="pgemu")

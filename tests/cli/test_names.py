@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,9 +13,10 @@ import rich_click as click
 from click.testing import CliRunner
 
 from pgemu.cli import main
-from pgemu.machine.config import Config
+from pgemu.machine.config import DEFECTS, Config
 from pgemu.trace import LoweringOptions
 
+ROOT = Path(__file__).parents[2]
 CONTEXT = click.Context(main)
 COMMANDS = {name: main.get_command(CONTEXT, name) for name in main.list_commands(CONTEXT)}
 CONFIG = {field.name: field.default for field in fields(Config)}
@@ -141,3 +143,17 @@ def test_an_old_option_fails_with_the_new_one(
         main(arguments, prog_name="pgemu")
     assert end.value.code == 2
     assert capsys.readouterr() == ("", f"pgemu: {message}\n")
+
+
+def test_the_number_of_defects_is_everywhere_the_same() -> None:
+    """In README, CHANGELOG and --help, and each lists only those that are."""
+    option = options("compare")["defects"]
+    assert isinstance(option.type, click.Choice)
+    assert sorted(option.type.choices) == sorted(DEFECTS)
+    texts = [(ROOT / name).read_text() for name in ("README.md", "CHANGELOG.md")] + [option.help or ""]
+    for text in texts:
+        numbers = re.findall(r"(\d+)\W+defects", text)
+        assert numbers == [str(len(DEFECTS))] * len(numbers) != []
+    listed = re.search(r"the defects\s+((?:`[a-z-]+`,?\s*)+)", texts[1])
+    assert listed is not None
+    assert set(re.findall(r"`([a-z-]+)`", listed[1])) <= set(DEFECTS)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from pgemu.cli import main
+from pgemu.cli import main, walk as walk_module
+from pgemu.tables.walk import in_range, walk as walk_tables
 from pgemu_kernels.formats import page_format as pf
 from trees import Tree, core, write
 
 X86 = pf.x86_64()
 VA = 0x7F00_0000_0000
+ALL = (1 << 64) - 1
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -80,6 +86,23 @@ def test_walk_prints_every_level(run: Run, process: Path) -> None:
     PMD  0x0000001002008  0x00000000c00000e7  leaf   0x00000c0000000  PRESENT|RW|USER|ACCESSED|DIRTY|PSE
   physical 0xc0000005, page of 2M, rwxu, WB
 """, "")  # fmt: skip
+
+
+def test_what_of_an_image_was_left_out_is_said(run: Run, tmp_path: Path) -> None:
+    """A line each, at most ten; of the roots that it names the first sixteen."""
+    tree = Tree(X86)
+    lines = b"".join(b"vm:0 ept 0x%x000\n" % i for i in range(20)) + b"p:0 x86-64 0x1000000\n"
+    note = struct.pack("<III", 6, len(lines), 0) + b"pgemu\0\0\0" + lines.ljust(len(lines) + 3 & ~3, b"\0")
+    path = image(tree, tmp_path / "core", note)
+    status, _, said = run("walk", path, "--root", "p:0", VA)
+    assert status == 1
+    assert said.splitlines() == [
+        *(f"pgemu: {path}: root vm:0 {i << 12:#x}: another of its name is 0x0" for i in range(1, 11)),
+        f"pgemu: {path}: ... and 9 more like these",
+    ]
+    status, _, said = run("dump", path, "--root", "p:1")
+    assert status == 2
+    assert said.splitlines()[-1].endswith("vm:0 0xf000 (ept), ... and 5 more")
 
 
 def test_walk_tells_why_nothing_is_mapped(run: Run, process: Path) -> None:
@@ -249,3 +272,130 @@ def test_a_reader_that_stops_reading_is_not_complained_about(tmp_path: Path, ext
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# --------------------------------------------------------------------------- many leaves
+
+
+def scattered(path: Path, tables: int) -> Path:
+    """An image of so many full tables, whose leaves map frames in disorder with four kinds of flags."""
+    random = np.random.default_rng(tables)
+    above, base = 2 + -(-tables // 512), 0x100_0000
+    memory = np.zeros((above + tables, 512), np.uint64)
+    memory[0, 0] = base + 4096 | 0x67
+    memory[1, : above - 2] = base + 4096 * np.arange(2, above) | 0x67
+    memory[2:above].reshape(-1)[:tables] = base + 4096 * np.arange(above, above + tables) | 0x67
+    flags = np.array([0x67, 0x25, 1 << 63 | 0x67, 1 << 63 | 0x865], np.uint64)
+    leaves = random.permutation(tables * 512).astype(np.uint64) << np.uint64(12) | random.choice(flags, tables * 512)
+    memory[above:] = leaves.reshape(-1, 512)
+    return write(path, core([(base, memory.tobytes(), memory.nbytes)]))
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
+def test_a_dump_has_no_loop_over_leaves(run: Run, tmp_path: Path, form: tuple[str, ...]) -> None:
+    """Calls grow with tables and with what is made in one go; memory does not grow."""
+    calls, peaks = [], []
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        calls[-1] += event.endswith("call")
+
+    for tables in (128, 384, 1024):
+        path = scattered(tmp_path / "core", tables)
+        calls.append(0)
+        sys.setprofile(count)
+        try:
+            status, shown, _ = run("dump", path, "--root", 0x100_0000, *form)
+        finally:
+            sys.setprofile(None)
+        assert status == 0
+        assert f"{tables * 512} of 4K" in shown or f'"leaves": {{"1": {tables * 512}}}' in shown
+        tracemalloc.start()
+        try:
+            assert discarded(path, form) > tables * 512 * 40
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    first, second, third = calls
+    assert third - second < 20 * (1024 - 384) < (1024 - 384) * 512 / 20
+    assert second - first < 20 * (384 - 128)
+    assert peaks[2] < 1.5 * peaks[1] < 200 << 20
+
+
+def discarded(path: Path, form: tuple[str, ...]) -> int:
+    """Characters that a dump writes, none of them kept."""
+    written = 0
+
+    class Nowhere:
+        def write(self, text: str) -> int:
+            nonlocal written
+            written += len(text)
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    before, sys.stdout = sys.stdout, Nowhere()  # type: ignore[assignment]
+    try:
+        with pytest.raises(SystemExit):
+            main(["dump", str(path), "--root", "1000000", *form], prog_name="pgemu")
+    finally:
+        sys.stdout = before
+    return written
+
+
+# --------------------------------------------------------------------------- text and JSON
+
+
+WALKED = [
+    *(maker() for maker in pf.FORMATS.values()),
+    *(pf.FORMATS[name](**given) for name, given in (
+        ("x86-64", {"c_bit": 47}), ("npt", {"c_bit": 51, "kernel": "6.1"}), ("ept", {"kernel": "6.1"}),
+        ("x86-64", {"maxphyaddr": 36, "kernel": "6.12"}), ("arm64-s2", {"kernel": "6.12", "ipa_bits": 48}),
+    )),
+]  # fmt: skip
+PLACES = (VA, 0xFFFF_8880_0000_0000, 0x40_0000)
+
+
+@st.composite
+def walked(draw: st.DrawFn) -> tuple[pf.PageFormat, int, int, int]:
+    """A format, an address of it, the level of its last entry, and what that is: a few bits, all but a few, a leaf."""
+    fmt = draw(st.sampled_from(WALKED))
+    level = draw(st.integers(1, fmt.levels))
+    few = st.sets(st.integers(0, 63), max_size=8).map(lambda on: sum(1 << bit for bit in on))
+    entry = draw(few | few.map(lambda some: some ^ ALL) | st.integers(0, ALL))
+    if level <= fmt.largest_leaf:
+        entry ^= draw(st.sampled_from([0, fmt.leaf[level - 1]]))
+    return fmt, draw(st.sampled_from([va for va in PLACES if in_range(fmt, va)])), level, entry
+
+
+@given(case=walked())
+@settings(max_examples=500)
+def test_text_and_json_name_the_same_bits(case: tuple[pf.PageFormat, int, int, int]) -> None:
+    fmt, virtual, level, entry = case
+    tree = Tree(fmt)
+    tree.memory.store(tree.slot(virtual, level), entry)
+    steps = walk_tables(tree.memory, fmt, tree.root, virtual)
+    lines, document = walk_module._show(fmt, steps, virtual), walk_module._document(fmt, steps, virtual)
+    at = fmt.levels - level
+    columns, as_json = re.split(r"  +", lines[1 + at].strip()), document["entries"][at]
+    name, where, value, kind = columns[:4]
+    kind, _, address = kind.partition(" 0x")
+    rest = columns[4:]
+    if not address and rest and rest[0].startswith("0x"):
+        address = rest.pop(0).removeprefix("0x")
+    shown = dict(flag.partition("=")[::2] for flag in rest[0].split("|")) if rest else {}
+    assert (name, where, value) == (as_json["name"], f"{int(as_json['entry_address'], 16):#015x}", as_json["value"])
+    assert kind == as_json["kind"].replace("_", " ")
+    assert (int(address, 16) if address else None) == (as_json["address"] and int(as_json["address"], 16))
+    named = {}
+    for field in as_json["fields"]:
+        high, _, low = field["bits"].partition(":")
+        mask = (1 << int(high) + 1) - (1 << int(low or high))
+        frame = field["name"] in ("PFN", "~PFN") and address and int(address, 16) == int(field["value"], 16) << 12
+        if (entry & mask or int(field["value"], 16)) and not frame:
+            named[field["name"]] = field["value"] if low else ""
+    named |= {name.upper(): as_json[name] for name in ("reserved", "unknown") if as_json[name] != "0x0"}
+    assert shown == named
+    # No set bit is without a name in either.
+    bits = [field["bits"].partition(":") for field in as_json["fields"]]
+    covered = sum({1 << bit for high, _, low in bits for bit in range(int(low or high), int(high) + 1)})
+    assert entry & ~(covered | int(as_json["reserved"], 16) | int(as_json["unknown"], 16)) == 0

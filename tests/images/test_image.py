@@ -142,6 +142,11 @@ def test_roots_of_qemu_and_of_a_crash_kernel(tmp_path: Path) -> None:
             ("cpu:1", "x86-64-5", 0x1AB000),
             ("kernel", "x86-64", 0x1A10000),
         ]
+        last = 64 + 2 * 56 + len(notes) - 12
+        assert image.problems == [
+            f"the note at {last:#x} ends at {last + 20 + (1 << 30):#x}, its segment at {last + 12:#x}: it and what "
+            "follows are left out"
+        ]
 
 
 @pytest.mark.parametrize("bit", [32, 47, 51])
@@ -160,6 +165,79 @@ def test_an_sme_mask_that_cannot_be_is_refused(tmp_path: Path, text: str) -> Non
         open_image(path)
 
 
+@pytest.mark.parametrize(
+    ("notes", "complaint"),
+    [
+        (note(b"pgemu", 1, b"kernel x86-64 0x1x00\n"), "pgemu's note has 'kernel x86-64 0x1x00': expected a name, a"),
+        (note(b"pgemu", 1, b"\x1b[2J x86-64 0x1000\n"), r"pgemu's note has '\x1b[2J x86-64 0x1000': expected a name"),
+        (note(b"pgemu", 1, b"kernel x86-64 0x" + b"1" * 17), "pgemu's note has 'kernel x86-64 0x11111111111111111'"),
+        (
+            note(b"VMCOREINFO", 0, b"NUMBER(sme_mask)=" + b"9" * 9999),
+            f"VMCOREINFO's sme_mask is '{'9' * 80}': expected",
+        ),
+        (note(b"VMCOREINFO", 0, bytes((1 << 20) + 1)), "VMCOREINFO's note of 1048577 bytes: expected at most 1048576"),
+        (note(b"pgemu", 0, bytes((1 << 20) + 1)), "pgemu's note of 1048577 bytes: expected at most 1048576"),
+        (bytes((16 << 20) + 1), "notes of 16777217 bytes: expected at most 16777216"),
+    ],
+    ids=["address", "escape", "wide", "digits", "long", "long of pgemu", "many"],
+)
+def test_notes_that_cannot_be_are_refused(tmp_path: Path, notes: bytes, complaint: str) -> None:
+    path = write(tmp_path / "core", core([(0, bytes(8), 8)], note=notes))
+    with pytest.raises(InputError) as error:
+        open_image(path)
+    assert str(error.value).startswith(f"{path}: {complaint}")
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("info", "left_out"),
+    [
+        (b"SYMBOL(init_top_pgt)=g\nNUMBER(phys_base)=0\n", "init_top_pgt 'g' and phys_base '0'"),
+        (b"SYMBOL(swapper_pg_dir)=ffffffff82a10000\nNUMBER(phys_base)=1e9\n", "phys_base '1e9'"),
+        (b"SYMBOL(init_top_pgt)=0\nNUMBER(phys_base)=0\n", "init_top_pgt '0' and phys_base '0'"),
+        (b"SYMBOL(init_top_pgt)=ffffffff82a10000\nNUMBER(phys_base)=" + b"7" * 5000, f"phys_base '{'7' * 80}'"),
+    ],
+)
+def test_what_of_notes_is_not_understood_is_said(tmp_path: Path, info: bytes, left_out: str) -> None:
+    notes = note(b"VMCOREINFO\0", 0, info) + note(b"QEMU\0", 0, bytes(8)) + b"rest"
+    with open_image(write(tmp_path / "core", core([(0, bytes(8), 8)], note=notes))) as image:
+        assert image.roots == []
+        rest, kernel, cpu = image.problems
+    assert kernel.startswith("VMCOREINFO's init_top_pgt ")
+    assert kernel.endswith(f"{left_out} are no physical address: the kernel's root is left out")
+    assert cpu == "QEMU's note of 8 bytes has no CR3: it is left out"
+    assert rest == f"4 bytes at {64 + 2 * 56 + len(notes) - 4:#x}, behind the last note, are left out"
+
+
+def test_of_roots_with_one_name_the_first_counts_and_the_other_is_named(tmp_path: Path) -> None:
+    notes = note(b"pgemu\0", 1, b"vm:0 ept 0x1000\nvm:0 ept 0x1000\nvm:0 npt 0x2000\n")
+    segments = [(0, bytes(PAGE), PAGE), ((1 << 64) - 8, b"12345678", 64)]
+    with open_image(write(tmp_path / "core", core(segments, note=notes))) as image:
+        assert image.problems == [
+            "root vm:0 0x2000: another of its name is 0x1000",
+            "1 PT_LOAD without a physical address: left out",
+        ]
+
+
+def test_notes_and_headers_that_overlap_do_not_multiply(tmp_path: Path) -> None:
+    """A thousand segments of notes that are the same 64 KiB; more program headers than a core can need."""
+    notes = note(b"x", 0, bytes(1 << 16))
+    at = 64 + 1000 * 56
+    headers = struct.pack("<IIQQQQQQ", 4, 0, at, 0, 0, len(notes), 0, 4) * 1000
+    path = write(tmp_path / "core", core([(0, bytes(8), 8)] * 1000)[:64] + headers + notes)
+    with pytest.raises(InputError, match=f"notes of {1000 * len(notes)} bytes: expected at most 16777216"):
+        open_image(path)
+    count = (1 << 20) + 1
+    many = bytearray(core([(0, bytes(8), 8)], many=True))
+    struct.pack_into("<I", many, 64 + 56 + 44, count)
+    write(path, bytes(many))
+    with path.open("r+b") as file:
+        file.truncate(64 + count * 56)
+    with pytest.raises(InputError, match=f"{count} program headers: expected at most 1048576"):
+        open_image(path)
+
+
 GOOD = core([(0x1000, bytes(PAGE), PAGE), (0x8000, bytes(PAGE), PAGE)])
 BAD = {
     "short header": (GOOD[:40], "40 bytes: expected an ELF header of 64"),
@@ -174,6 +252,10 @@ BAD = {
     "many headers, no section": (
         core([(0, bytes(8), 8)], count=0xFFFF),
         "no section header for the number of program headers: expected one, file truncated?",
+    ),
+    "notes cut off": (
+        core([(0, bytes(8), 8)], note=b"notes")[:180],
+        "PT_NOTE ends at 0xb5, the file at 0xb4: file truncated?",
     ),
     "a process": (
         core([(0, bytes(8), 8), (0, bytes(16), 16)]),

@@ -20,6 +20,7 @@ from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
+from pgemu.trace.watching import tell
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Re
                 records = Records(*(piece.column(column).to_numpy(zero_copy_only=False) for column in DTYPES))
                 records.check(name, first)
                 first += len(records)
+                tell(first, file.metadata.num_rows)
                 yield records
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"damaged Parquet file ({error})", name) from None
