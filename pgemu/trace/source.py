@@ -20,6 +20,8 @@ from pgemu.errors import InputError
 __all__ = ("Match", "Source", "open_source")
 
 _CHUNK = 1 << 16
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # as PowerShell's > writes
+_BOM = b"\xef\xbb\xbf"
 
 
 class _Decompressor(Protocol):
@@ -74,7 +76,9 @@ class Source:
         self._start = start
         self.path = None if self._compression else path
         self._pieces = self._decoded()
-        self.head = next((piece for piece in self._pieces if piece), b"")
+        self.head = next((piece for piece in self._pieces if piece), b"").removeprefix(_BOM)
+        if self.head.startswith(_UTF_16):
+            raise InputError("text in UTF-16, expected UTF-8: convert it with iconv -f UTF-16 -t UTF-8", name)
 
     def close(self) -> None:
         """Close the file, of which nothing more is wanted."""
