@@ -149,13 +149,18 @@ LEVELS = frozenset({"kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"})
 
 IGNORED = frozenset(
     {
+        "<function>",
         "<stack trace>",
         "<user stack trace>",
-        "PERF_RECORD_LOST",
+        "bpf_trace_printk",
         "bprint",
         "bputs",
         "check_mmio_spte",
+        "funcgraph_entry",
+        "funcgraph_exit",
+        "function",
         "handle_mmio_page_fault",
+        "kernel_stack",
         "kvm_ack_irq",
         "kvm_age_hva",
         "kvm_apic",
@@ -221,7 +226,9 @@ IGNORED = frozenset(
         "sys_mprotect",
         "sys_mremap",
         "tlb_flush",
+        "tracing_mark_raw_write",
         "tracing_mark_write",
+        "user_stack",
     }
 )
 
@@ -264,6 +271,6 @@ def event_name(token: str) -> str:
         return "sys_" + bare.removeprefix("sys_enter_")
     if bare.startswith("sys_exit_"):
         return "sys_" + bare.removeprefix("sys_exit_") + " return"
-    if bare.startswith("sys_") and "(" not in token:
+    if bare.startswith("sys_") and token.isidentifier():  # with a colon it is raw_syscalls' sys_enter or sys_exit
         return bare + " return"
     return bare

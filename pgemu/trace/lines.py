@@ -1,7 +1,7 @@
-"""Shapes of a log's lines: where task, time and event stand, what lines hold no event, and forms that have no events.
+"""Shapes of a log's lines: where task, time and event stand, and what lines hold no event.
 
 Sources: kernel/trace/trace_output.c (trace_print_context(), trace_print_lat_context()), trace-cmd's
-tracecmd/trace-read.c, tools/perf/builtin-script.c (process_event()).
+tracecmd/trace-read.c:trace_show_data(), tools/perf/builtin-script.c (perf_sample__fprintf_start(), process_event()).
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ import re
 from typing import NamedTuple
 
 __all__ = (
+    "FUNCTION",
     "HEADER",
     "KERNEL_LOG",
     "LOST",
     "STACK",
+    "TAIL",
     "Place",
     "event_start",
-    "form_of",
     "is_name",
     "place",
-    "raw_fields",
     "stamp_of",
 )
 
 _LINE = re.compile(
-    r"(?P<prefix>\s*(?P<comm>\S.*?)[- ]\s*(?P<pid>\d+)(?:/(?P<tid>\d+))?\s+(?:\(\s*(?P<tgid>\d+|-+)\)\s+)?"
-    r"(?:(?P<cpu>\[\d+\])\s+(?:(?:[^\s\d]\S{3,7}|[A-Z]{1,3})\s+)?)?)"
+    r"(?P<prefix>\s*(?:(?P<comm>(?:\S.*?)?)(?:(?P<dash>-)| )\s*)?(?P<pid>\d+|(?:(?<=\s)|(?<=>-))-1)"
+    r"(?(dash)|(?:/(?P<tid>-?\d+))?)\s+(?:\(\s*(?P<tgid>\d+|-+)\)\s+)?"
+    r"(?:(?P<cpu>\[\d+\])\s+(?:(?:[^\s\d]\S{3,7}|[KUHGgMESp]{1,6})\s+)?)?)"
     r"(?P<stamp>\d+\.(?:\d{9}|\d{6})|(?(cpu)\d+|(?!)))(?P<separator>: ?)"
 )
-"""A line of ftrace, `trace-cmd report` (no flags) or `perf script` (system prefix, pid/tid, -F without CPU).
+"""A line of ftrace, `trace-cmd report` (no flags) or `perf script` (system prefix, pid/tid, misc; -F without the task's
+name or CPU). A thread whose number is not known has -1.
 
 The time stamp is in seconds, or a plain number of a clock that does not count time (counter, uptime, x86-tsc).
 """
@@ -36,20 +38,29 @@ The time stamp is in seconds, or a plain number of a clock that does not count t
 _HEAD = 512
 """How far into a line its event begins at most, so that a long line costs no more than a short one to be looked at."""
 
+_GUEST = re.compile(r"VM:\s*\d+ ")
+_TASK_COMM_LEN = 16  # with its end; in perf's lines names of kernel threads are longer
+
 _PRINTK = r"(?:.*? kernel: ?)?(?:<\d+>)?\[\s*\d+\.\d{6}\](?:\[\s*[CT]\d+\])? ?"
 
 _LATENCY = re.compile(
-    rf"(?P<prefix>(?:{_PRINTK})?\s*(?P<comm>\S.*?)-(?P<pid>\d+)\s+\d+[^\s\d]\S{{2,7}}\s+)"
-    r"(?P<stamp>\d+(?:\.\d{6})?)(?P<separator>(?:us[^\w\s]? ?)?: )"
+    rf"(?P<prefix>(?:{_PRINTK})?\s*(?P<comm>(?:\S.*?)?)(?P<dash>-)(?P<pid>\d+)\s+\d+[^\s\d]\S{{2,7}}\s+)"
+    r"(?P<stamp>\d+(?:\.(?:\d{9}|\d{6}))?)(?P<separator>(?:us[^\w\s]? ?)?: )"
 )
 """A line of the latency format, microseconds and a mark; what the kernel dumps at an oops is in it, behind printk's."""
+
+_PERF_LATENCY = re.compile(
+    r"(?P<prefix>(?P<comm>.{8}) (?P<pid>[ \d]{6}\d)(?:/(?P<tid>\d[\d ]{6}))? [ \d]{2}\d \s*)"
+    r"(?P<stamp>\d+\.(?:\d{9}|\d{6}))(?P<separator>: ?)"
+)
+"""A line of `perf script --Latency`: eight characters of the task's name, and the CPU without brackets."""
 
 KERNEL_LOG = re.compile(rf"{_PRINTK}.*|Dumping ftrace buffer:|-{{20,}}")
 """A line of the kernel's log, among which an oops dumps the trace."""
 
-LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(\d+) EVENTS DROPPED)\]\s*")
+LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(?:(\d+) )?EVENTS DROPPED)\]\s*")
 
-HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty)?")
+HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty|CPU:\s*\d+ \[SUBBUFFER START\].*)?")
 
 STACK = re.compile(r"\s+(?:[0-9a-f]{3,16}(?:\s.*)?|\S+:\d+|\S+\+0x[0-9a-f]+(?:\s.*)?|\S+ \(inlined\))| ?=> .*")
 """A line of a call chain, below its event."""
@@ -89,21 +100,30 @@ class Place(NamedTuple):
 
 
 def place(line: str) -> Place | None:
-    """Where things stand in a line, None if it holds no event."""
+    """Where things stand in a line, None if it holds no event.
+
+    ValueError where a task's name is longer than the kernel's are: another program put something in front of it.
+    """
     head = line[:_HEAD]
-    match = _LINE.match(head)
-    if match is not None:
-        tid, process = match["tid"], match["pid"] if match["tid"] else match["tgid"]
-        known = int(process) if process is not None and process.isdecimal() else None
-        return _place(match, int(tid or match["pid"]), known)
-    match = _LATENCY.match(head)
-    return None if match is None else _place(match, int(match["pid"]), None)
-
-
-def _place(match: re.Match[str], tid: int, process: int | None) -> Place:
+    match = _PERF_LATENCY.match(head) or _LINE.match(head) or _LATENCY.match(head)
+    if match is None:
+        return None
+    found = match.groupdict()
+    comm = (found["comm"] or "").strip()
+    if found.get("dash") and len(comm.encode("utf-8", "surrogateescape")) >= _TASK_COMM_LEN:
+        raise ValueError(
+            f"something stands in front of the task's name: {comm[:60]!r}; print one trace alone (trace-cmd report of "
+            "one file and no instances), or cut it off"
+        )
+    if _GUEST.match(comm):
+        raise ValueError(f"an event of a guest's own kernel (perf's machine_pid): {comm[:60]!r}, expected the host's")
+    # ftrace's column of the process, or perf's pid/tid
+    process = found["pid"] if found.get("tid") else found.get("tgid")
+    known = int(process) if process is not None and process.strip().isdecimal() else None
     stamp, separator = match["stamp"], match["separator"]
     point, end, whole, unit, ticks = stamp_of(stamp, match.start("stamp"), separator.startswith("us"))
-    return Place(match["prefix"], match["comm"], tid, process, point, end, whole, unit, ticks, separator)
+    tid = int(found.get("tid") or match["pid"])
+    return Place(match["prefix"], comm or "<...>", tid, known, point, end, whole, unit, ticks, separator)
 
 
 def stamp_of(stamp: str, start: int, microseconds: bool = False) -> tuple[int, int, int, int, bool]:
@@ -119,10 +139,17 @@ def stamp_of(stamp: str, start: int, microseconds: bool = False) -> tuple[int, i
     return max(start, end - 6), end, int(stamp[:-6] or 0) * 10**6 * unit, unit, not microseconds
 
 
-_NAME = r"(?![0-9a-f]{8,16}(?:\s|:|$))[A-Za-z_<\[]\S*"
+# "name:", "sys_name(field: ...", "sys_name -> ...", and what has no colon; not an address of a call chain.
+_NAME = r"(?:(?![0-9a-f]{8,16}:)[A-Za-z_\[][^\s(]*:|[A-Za-z_]\w*\(\S*|sys_\w+|PERF_RECORD_\w+|<stack|<user)"
 _FIRST = re.compile(_NAME)
 _BEHIND_COLUMNS = re.compile(rf"\s*(?:(?!\()(?=\S*\d)\S+\s+|\([^()]*\)\s+)*?(?P<event>{_NAME})(?!\S)")
 """Columns in front of an event's name hold a number: period, weight, difference to the event before."""
+
+TAIL = re.compile(r"(?:[0-9a-f]{1,16}|\[unknown\]|unknown|/\S*|0x[0-9a-f]+/\S*|ABI:\d|ilen:|insn:)(?:\s.*)?")
+"""Columns that perf prints behind an event's fields: address, weight, control group, ip, sym, branches, registers."""
+
+FUNCTION = re.compile(r"\S+ <-\S+.*")
+"""A line of the function tracer: print_fn_trace()."""
 
 
 def is_name(token: str) -> bool:
@@ -134,62 +161,3 @@ def event_start(text: str) -> int:
     """Where in the text behind a time stamp the event stands, -1 if it has none that could be a name."""
     match = _BEHIND_COLUMNS.match(text[:_HEAD])
     return -1 if match is None else match.start("event")
-
-
-# --------------------------------------------------------------------------- forms that have no events in lines
-
-_SCRIPT = "print with perf script -F comm,pid,tid,cpu,time,event,trace"
-_FORMS = tuple(
-    (re.compile(shape), name, help_)
-    for shape, name, help_ in (
-        (
-            r"(?:\s*[\d.]+ \|)?\s*\d+\)(?:\s.*)?[|=>].*| ?-{20,}",
-            "output of the function_graph tracer",
-            "select no tracer: echo nop > current_tracer",
-        ),
-        (
-            r"\s*(?:\d+\.\d{3}|\?) \(.*?\): .*|\s*\d+\.\d{3} .*[\w:]+\(.*\)(?: = .*)?",
-            "output of perf trace",
-            "record with perf record -a -e 'kvm:*', print with perf script",
-        ),
-        (r"\s*\[?\d*\]?\s*\d+\.\d{6,9}:\s+\S.*", "output of perf script without its task", _SCRIPT),
-        (
-            r"\s*\S.*?\s+\d+(?:/\d+)?\s+(?:\[\d+\]\s+)?[\w-]+:[\w-]+:\s.*",
-            "output of perf script without its time stamps",
-            _SCRIPT,
-        ),
-        (
-            r"\s*\S.*\s\d+\s+\d+ \d+ [0-9a-f]{8} [0-9a-f]{8,} \[[0-9a-f]{8,16}\] .*",
-            "the verbose latency format",
-            "print without it: echo noverbose > trace_options",
-        ),
-        (
-            r"(?:\[pid\s+\d+\] |\d+ +)?(?:[\d:.]+ )?\w+\(.*(?:\) += .*|<unfinished \.\.\.>)",
-            "output of strace, which has system calls only",
-            "record the events of KVM with ftrace, trace-cmd or perf",
-        ),
-        (
-            r"(?:kvm|sys|page_fault|hugetlbfs|tlb)_\w+(?::|\().*",
-            "ftrace's events without task and time",
-            "print them: echo context-info > trace_options",
-        ),
-    )
-)
-
-
-def form_of(line: str) -> str | None:
-    """What a line that holds no event is of, with what helps, as a message says it; None for no known form."""
-    for shape, name, help_ in _FORMS:
-        if shape.fullmatch(line[:_HEAD]):
-            return f"{name}: {help_}"
-    return None
-
-
-_RAW = re.compile(r"\S+\s+(?:\w+=\S*(?:\s+|$))+")
-
-
-def raw_fields(event: str) -> str | None:
-    """What an event is whose fields are not printed as the kernel's format says, with what helps; None if they are."""
-    if len(event.split()) < 2:
-        return "an event without its fields: print them (perf script -F +trace)"
-    return "raw fields: print without -R, or echo noraw > trace_options" if _RAW.fullmatch(event) else None

@@ -62,7 +62,7 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     numbers = {number for number in chosen if number != "all"} or set(vms)
     _check(log, numbers, vms)
     if not any(vm.known for vm in vms.values()) and not chosen:
-        return log, Counter()  # one VM, and no line says which process
+        return _taken_for_one(log), Counter()  # one VM, and no line says which process
     task_kept = np.array([_kept(log, task, numbers, vms) for task in range(len(log.tasks))], dtype=bool)
     kept = task_kept[log.rows[:, _TASK].astype(np.int64)]
     left = Counter({OTHER_PROCESS: int((~kept).sum())})
@@ -70,6 +70,17 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     others = [vm for number, vm in vms.items() if number not in numbers]
     notes += (f"left out: {_listed(others, _SAID)}",) if others else ()
     return replace(log, rows=log.rows[kept], notes=notes), +left
+
+
+def _taken_for_one(log: Log) -> Log:
+    """A log in which no line names a process: where none names a vCPU either, its threads may be of several VMs."""
+    faults = log.rows[log.rows[:, _KIND] == Input.GUEST_FAULT]
+    tasks = set(faults[faults[:, _VCPU] == np.uint64(NO_VCPU), _TASK].tolist())
+    threads = [log.tasks[task].tid for task in tasks if not _VCPU_THREAD.fullmatch(log.tasks[task].name)]
+    if len(threads) < 2:
+        return log
+    note = f"no line names a process or vCPU: {len(threads)} threads that fault are taken for one VM (--vm-process)"
+    return replace(log, notes=(*log.notes, note))
 
 
 def _vms(log: Log) -> dict[int, _Vm]:

@@ -35,6 +35,8 @@ _FREE_GROWTH = 64 << 20  # bytes of text that need no reason
 _DECODER_MEMORY = 256 << 20  # xz -9 takes 65 MiB
 _ZSTD_WINDOW = 128 << 20  # zstd -19 --long, what its own program takes without being told
 _ZSTD_PIECE = 1 << 10  # bytes; at most 256 blocks, of 128 KiB each (RFC 8878, 3.1.1.2)
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # as PowerShell's > writes
+_BOM = b"\xef\xbb\xbf"
 
 
 class _Decoder(Protocol):
@@ -143,7 +145,9 @@ class Source:
         self._start = start
         self.path = None if self._compression else path
         self._pieces = self._decoded()
-        self.head = next((piece for piece in self._pieces if piece), b"")
+        self.head = next((piece for piece in self._pieces if piece), b"").removeprefix(_BOM)
+        if self.head.startswith(_UTF_16):
+            raise InputError("text in UTF-16, expected UTF-8: convert it with iconv -f UTF-16 -t UTF-8", name)
 
     def close(self) -> None:
         """Close the file, of which nothing more is wanted."""

@@ -24,8 +24,10 @@ def word_of(widths: FieldWidths, values: tuple[int, int, int], low: int = 0) -> 
     return word
 
 
-def numbers(word: int, widths: FieldWidths, release: str = "6.18") -> tuple[int, int, int | None]:
-    page = decode_page([word, 0, 0, 0, 0, 0, 0xFFFF_FFFF, 0], 1, page_layout(release, "debian", widths))
+def numbers(
+    word: int, widths: FieldWidths, release: str = "6.18", configuration: str = "debian"
+) -> tuple[int, int, int | None]:
+    page = decode_page([word, 0, 0, 0, 0, 0, 0xFFFF_FFFF, 0], 1, page_layout(release, configuration, widths))
     assert page.zone is not None
     return page.node or 0, page.zone, page.last_cpupid
 
@@ -38,9 +40,9 @@ def pages(draw: st.DrawFn) -> tuple[FieldWidths, list[tuple[int, int, int]]]:
     return widths, draw(st.lists(values, min_size=1, max_size=5))
 
 
-@given(pages(), st.integers(0, (1 << 25) - 1))
+@given(pages(), st.integers(0, (1 << 25) - 1), st.sampled_from(RELEASES), st.sampled_from(CONFIGURATIONS))
 def test_derived_widths_mean_what_every_line_says(
-    case: tuple[FieldWidths, list[tuple[int, int, int]]], low: int
+    case: tuple[FieldWidths, list[tuple[int, int, int]]], low: int, release: str, configuration: str
 ) -> None:
     widths, values = case
     words = [word_of(widths, value, low) for value in values]
@@ -48,11 +50,11 @@ def test_derived_widths_mean_what_every_line_says(
     derived = derived_widths(lines)
     for word, (node, zone, cpupid) in zip(words, values, strict=True):
         last = -1 if cpupid == (1 << derived.last_cpupid) - 1 else cpupid
-        assert numbers(word, derived) == (node, zone, last)
+        assert numbers(word, derived, release, configuration) == (node, zone, last)
     # What is not doubtful is the kernel's.
     if not derived.doubtful:
         assert derived == widths
-    layout = page_layout("6.18", "debian", derived)
+    layout = page_layout(release, configuration, derived)
     for bits in layout.flags:
         if bits.name in ("node", "zone", "last_cpupid"):
             assert bits.confirmed == (bits.name not in derived.doubtful)

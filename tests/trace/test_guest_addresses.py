@@ -216,3 +216,30 @@ def test_each_fault_has_one_reason_and_devices_are_not_said_again() -> None:
     found = lowered(fault(0x1000), fault(0xFEE00000, NPT | 8), fault(0xFEE00000), fault(1 << 50 | 0xFEE00000))
     assert left_out(found) == {DEVICE: 1, APIC: 1, BEYOND: 1}
     assert found.notes == (f"guest faults left out: 1 {BEYOND}, 1 {APIC}",)
+
+
+_KINDS = {
+    DEVICE: st.integers(0, 0xFFFFF).map(lambda page: fault(page << 12, NPT | 8)),
+    BEYOND: st.integers(1 << 48, (1 << 56) - 1).map(fault),
+    APIC: st.integers(0xFEE00000, 0xFEE00FFF).map(fault),
+    IO_APIC: st.integers(0xFEC00000, 0xFEC00FFF).map(fault),
+    VIRTUAL: st.integers(0xFF << 56, (1 << 64) - 1).map(fault),
+    L2: st.integers(0, 0xFFFFF).map(lambda page: f"{ENTER.format('ept')}\n{VMEXIT}\n{fault(page << 12)}\n{INJECT}"),
+    "": st.integers(0, 0xFFFFF).map(lambda page: fault(page << 12)),
+}  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.sampled_from(sorted(_KINDS)).flatmap(lambda kind: st.tuples(st.just(kind), _KINDS[kind])), max_size=30)
+)
+def test_every_fault_is_kept_or_left_out_for_one_reason_that_is_counted_and_named(drawn: list[tuple[str, str]]) -> None:
+    events = [("", fault(0x1000)), *drawn]
+    lines = [line for _, text in events for line in text.split("\n")]
+    found = lowered(*lines, tdx_shared_bit="none")
+    counts = {kind: sum(one == kind for one, _ in events) for kind in _KINDS if kind}
+    assert left_out(found) == {kind: count for kind, count in counts.items() if count}
+    assert len(faults(found)) == sum(kind == "" for kind, _ in events)
+    named = [kind for kind in counts if counts[kind] and kind != DEVICE]
+    assert len(found.notes) == bool(named)
+    assert all(f"{counts[kind]} {kind}" in found.notes[0] for kind in named)

@@ -119,6 +119,15 @@ def test_two_vcpus_without_a_process_are_one_vm() -> None:
     assert OTHER_PROCESS not in found.accounting.without_operation
 
 
+def test_threads_that_nothing_tells_apart_are_taken_for_one_vm_and_that_is_said() -> None:
+    old = "kvm_page_fault: address 84d000 error_code 4"
+    one, two = line(11, old, form="plain"), line(12, old, form="plain")
+    assert lowered(one * 2).notes == ()
+    said = "no line names a process or vCPU: 2 threads that fault are taken for one VM (--vm-process)"
+    assert lowered(one + two).notes == (said,)
+    assert len(addresses(lowered(one + two, 12))) == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     form=st.sampled_from(["tgid", "perf"]),

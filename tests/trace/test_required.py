@@ -6,9 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 
 from pgemu.errors import InputError
-from pgemu.trace import load, require_input
+from pgemu.trace import LoweringOptions, load, require_input
+from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES
+from pgemu.trace.lowering import lower
+from pgemu.trace.readers.ftrace import _Parser
 
 HEAD = "vmm-10 [000] ..... 1.000000: "
 SLOT = "kvm_memslot: slot=0 flags=0 gpa=0 size=0x200000 hva=0x7f0000000000"
@@ -38,3 +42,21 @@ def test_a_trace_with_an_input_is_taken(tmp_path: Path, events: list[str]) -> No
     path = tmp_path / "log"
     path.write_text("".join(f"{HEAD}{event}\n" for event in events))
     require_input(load(path))
+
+
+_NO_INPUTS = sorted(
+    {name for name in (OUTCOMES - LEVELS) | IGNORED if name[0] != "<" and name[:4] != "sys_"}
+    | {"kvm_guest_fault", "kvm_access_fault", "kvm_exit_riscv", "sched_switch", "ept_violation", "page_faults"}
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(_NO_INPUTS), min_size=1, max_size=12))
+def test_other_events_alone_are_no_input_and_the_most_frequent_are_named(events: list[str]) -> None:
+    parser = _Parser("log")
+    parser.feed("".join(f"{HEAD}{event}: x\n" for event in events))
+    with pytest.raises(InputError, match=r"no input in it, found .*record kvm:kvm_page_fault") as caught:
+        require_input(lower(parser.finish(), LoweringOptions()))
+    most = max(events.count(event) for event in set(events))
+    first = re.search(r"found (\d+) (\w+)", str(caught.value))
+    assert first is not None
+    assert (int(first[1]), events.count(first[2])) == (most, most)

@@ -26,17 +26,18 @@ from pgemu.trace.events import (
     line_end,
     pattern,
 )
+from pgemu.trace.forms import form_of, raw_fields
 from pgemu.trace.lines import (
+    FUNCTION,
     HEADER,
     KERNEL_LOG,
     LOST,
     STACK,
+    TAIL,
     Place,
     event_start,
-    form_of,
     is_name,
     place,
-    raw_fields,
     stamp_of,
 )
 from pgemu.trace.log import NO_VCPU, Log, Task
@@ -106,7 +107,7 @@ class _Handlers(dict[str, _Handler | None]):
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
             _SET_SPTE: parser.kvm_mmu_set_spte,
             _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
-            "PERF_RECORD_LOST": parser.perf_record_lost,
+            **dict.fromkeys(("PERF_RECORD_LOST", "PERF_RECORD_LOST_SAMPLES"), parser.perf_record_lost),
             **dict.fromkeys(NESTED, parser.nested),
         }
         self._call_return = parser.call_return
@@ -138,11 +139,19 @@ class _Handlers(dict[str, _Handler | None]):
 
 
 def _fields(name: str, event: str) -> tuple[str, ...]:
-    match = pattern(name).fullmatch(event)
-    if match is None:
-        raw = raw_fields(event)
+    match = pattern(name).match(event)
+    if match is None or (match.end() < len(event) and not _is_tail(event, match.end())):
+        # Some events' own fields look like raw ones.
+        raw = None if "=" in EXPECTED[name] else raw_fields(event)
         raise _MalformedLineError(f"malformed {name}, {raw or f'expected {EXPECTED[name]}'}: {event[:120]!r}")
     return match.groups()
+
+
+def _is_tail(event: str, at: int) -> bool:
+    """Whether what stands at a position behind the fields of an event are other columns: perf prints them there, and it
+    alone prints the event's system."""
+    token = event.partition(" ")[0]
+    return ":" in token[:-1] and event[at - 1].isspace() and TAIL.fullmatch(event, at) is not None
 
 
 class _Parser:
@@ -158,12 +167,8 @@ class _Parser:
         self._about: list[Task] = []
         self._tasks: dict[str, int] = {}  # text before the time stamp -> task
         self._beginnings: dict[str, tuple[int, int]] = {}  # text before the digits that change -> task, whole (ns)
-        self._columns = (
-            0,
-            0,
-            0,
-            ": ",
-        )  # where these digits of the last event begin and end, ns in the last, what is next
+        # Where these digits of the last event begin and end, ns in the last one, what is next.
+        self._columns = 0, 0, 0, ": "
         self._ticks = self._no_newline = False
         self._nameless = 0, 0  # lines without an event's name, and which is the first
         self._nested = NestedGuests()
@@ -223,7 +228,7 @@ class _Parser:
             name = event_name(token)
             if name in OUTCOMES or name.endswith(" return"):
                 self._outcomes[name] += count
-            elif name in IGNORED:
+            elif name in IGNORED or name.startswith("PERF_RECORD_"):
                 self._ignored[name] += count
             else:
                 unknown[name] += count
@@ -240,7 +245,8 @@ class _Parser:
         """What of the text was taken to mean something."""
         count, first = self._nameless
         if count:
-            yield f"{count} line{'s have' if count > 1 else ' has'} no event name, the first is line {first}"
+            lines = f"{count} line{'s have' if count > 1 else ' has'} no event name"
+            yield f"{lines}, the first is line {first} (perf script -F +event prints it)"
         if self._ticks:
             yield "its time stamps are ticks of a clock, only their order counts"
         if self._no_newline:
@@ -312,13 +318,20 @@ class _Parser:
         at = max(event_start(event), 0)
         token, blank, _ = event[at:].partition(" ")
         ends = line_end(event_name(token))
-        whole = ends.fullmatch(event[at:]) is not None if ends else bool(blank) or token.endswith((":", ")"))
+        match = ends.match(event[at:]) if ends else None
+        if match:
+            whole = match.end() == len(event) - at or _is_tail(event[at:], match.end())
+        else:
+            whole = ends is None and (bool(blank) or token.endswith((":", ")")))
         if not whole:
             raise InputError(f"the last line is cut off: {line[-80:]!r}", self._source, number)
         self._no_newline = True
 
     def displaced(self, event: str, task: int, time: int, line: int) -> None:
         """An event behind padding or other columns; a line where none has a name is counted."""
+        if FUNCTION.fullmatch(event):
+            self._ignored["<function>"] += 1
+            return
         at = event_start(event)
         if at < 0:
             self._nameless = self._nameless[0] + 1, self._nameless[1] or line
@@ -332,10 +345,10 @@ class _Parser:
             handler(event, task, time, line)
 
     def perf_record_lost(self, event: str, task: int, time: int, line: int) -> None:
-        """tools/perf/util/event.c:perf_event__fprintf_lost()."""
+        """tools/perf/util/event.c:perf_event__fprintf_lost(), also of PERF_RECORD_LOST_SAMPLES."""
         count = event.rpartition(" ")[2]
         self._lost += int(count) if count.isdecimal() else 1
-        self._ignored["PERF_RECORD_LOST"] += 1
+        self._ignored[event_name(event.partition(" ")[0])] += 1
 
     def nested(self, event: str, task: int, time: int, line: int) -> None:
         """What a vCPU does on its way to and from an L2 guest."""
