@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pgemu.trace.events import TDX_SHARED_BITS, Input
 from pgemu.trace.lowered import LoweringOptions
 from pgemu.trace.memory_layout import LARGEST_RANGE, Slot
+from pgemu.trace.range_index import covered
 from pgemu_kernels.words.operations import PAGE_4K
 
 __all__ = (
@@ -177,8 +178,7 @@ def _inferred_bit(address: _Words, rows: _Words, slots: Sequence[Slot]) -> int |
             continue
         bare = address[shared] & ~np.uint64(1 << bit)
         near = np.isin(bare >> np.uint64(_NEAR), address[~shared] >> np.uint64(_NEAR))
-        for first, end in _memory(rows, slots):
-            near |= (bare >= np.uint64(first)) & (bare < np.uint64(end))
+        near |= covered(bare, [(first, end - 1) for first, end in _memory(rows, slots)])
         if near.any():
             return bit
     return None

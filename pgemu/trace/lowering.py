@@ -3,15 +3,15 @@
 The logs are those of VMs over other memory, or of VMs whose shared memory was elsewhere. Lowering says what the
 same requests are when one guest_memfd holds all guest memory, private and shared: a host fault in a memory
 slot's host range is one on guest_memfd, MADV_DONTNEED is a hole, a changed attribute is a conversion.
-Whole columns are worked on at a time; only slot lines, of which there are few, are played one by one.
+Whole columns are worked on at a time; only slot lines are played one by one.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from pgemu.trace.memory_layout import (
     ram_ranges,
 )
 from pgemu.trace.processes import of_vm
+from pgemu.trace.range_index import ALWAYS, RangeIndex
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
@@ -78,14 +79,14 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
 def _lay_out(
     log: Log, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions
 ) -> tuple[Layout, SlotHistory]:
-    refused = sorted(history.epochs[-1].refused, key=lambda slot: (slot.slot, slot.gpa))
+    refused = sorted((slot for slot, _ in history.refused(last=True)), key=lambda slot: (slot.slot, slot.gpa))
     if options.memslots:
         layout = given_layout(options.memslots, history.accepted, refused, options.page_size)
         return layout, history.with_slots(layout.slots, "memory slots were given")
     if history.accepted:
         regions = place_regions(ram_ranges(history.accepted), history.accepted, options.page_size)
         placed = history.placed(regions)
-        last = sorted(placed.epochs[-1].bound, key=lambda slot: slot.gpa)
+        last = sorted((slot for slot, _ in placed.bound(last=True)), key=lambda slot: slot.gpa)
         return Layout(0, options.page_size, tuple(regions), tuple(last), tuple(refused)), placed
     if history.without_operation:
         raise InputError(
@@ -135,7 +136,8 @@ class _Lowering:
         self._host_actor = FIRST_HOST_ACTOR + tasks % (ACTOR_LIMIT - FIRST_HOST_ACTOR)
         # Guest memory by host address: unknown where the log has no slot lines.
         regions = () if layout.origin == "inferred" else layout.regions
-        self._regions = [(region, _mapped_from(log.rows, region)) for region in regions]
+        self._regions = regions
+        self._mapped = [(first, ALWAYS[1]) for first in _mapped_from(log.rows, regions)]
 
     def run(self) -> None:
         """Lower every kind of input, but the guest faults whose address is none of guest memory."""
@@ -143,9 +145,8 @@ class _Lowering:
             self._without(rows, reason)
         self._slot_changes()
         self._host_faults()
-        for epoch, first, end in self._epochs():
-            self._guest_faults(epoch, first, end)
-            self._attributes(epoch, first, end)
+        self._guest_faults()
+        self._attributes()
         self._without(self._of(Input.MMAP, failed=True), "mmap")
         for kind in (Input.MADVISE, Input.MUNMAP, Input.FALLOCATE, Input.HUGETLBFS_FALLOCATE):
             rows = self._of(kind, failed=True)
@@ -217,7 +218,8 @@ class _Lowering:
             length=[region.size for region in regions],
         )
         slots = () if self._layout.origin == "trace" else self._layout.slots
-        return Records.concatenate([maps, *(_bind(slot, time, actor) for slot in slots)])
+        binds = Records.build(len(slots), time=time, op=Operation.BIND, actor=actor, **_bind_columns(slots))
+        return Records.concatenate([maps, binds])
 
     def _of(self, kind: Input, failed: bool = False) -> _Rows:
         """Rows of a kind; without those whose call failed unless asked for."""
@@ -234,29 +236,22 @@ class _Lowering:
         columns = {"actor": self._host_actor[rows], **columns}
         self._pieces.append((rows, Records.build(len(rows), time=self._rows[rows, _TIME], op=op, **columns)))
 
-    def _epochs(self) -> Iterator[tuple[int, int, int]]:
-        firsts = [epoch.first for epoch in self._history.epochs] + [len(self._rows)]
-        for number, (first, end) in enumerate(pairwise(firsts)):
-            if first < end:
-                yield number, first, end
-
     def _slot_changes(self) -> None:
-        for row, op, slot in self._history.changes:
-            time, actor = int(self._rows[row, _TIME]), int(self._host_actor[row])
-            if op is Operation.BIND:
-                record = _bind(slot, time, actor)
-            else:
-                record = Records.build(1, time=time, op=op, actor=actor, address=slot.gpa)
-            self._pieces.append((np.array([row]), record))
-        for row, reason in self._history.without_operation:
-            self._without(np.array([row]), reason)
+        for kind in (Operation.UNBIND, Operation.BIND):  # of a row that does both, in this order
+            changes = [(row, slot) for row, op, slot in self._history.changes if op is kind]
+            rows = np.array([row for row, _ in changes], np.intp)
+            columns = _bind_columns([slot for _, slot in changes])
+            self._emit(rows, kind, **(columns if kind is Operation.BIND else {"address": columns["address"]}))
+        for reason in {reason: None for _, reason in self._history.without_operation}:
+            rows = np.array([row for row, why in self._history.without_operation if why == reason], np.intp)
+            self._without(rows, reason)
 
     def _host_faults(self) -> None:
         rows = self._of(Input.HOST_FAULT)
         address, code = self._rows[rows, _A], self._rows[rows, _B]
         inside = np.zeros(len(rows), dtype=bool)
-        for region, first in self._regions:
-            inside |= (rows >= first) & (address >= np.uint64(region.address)) & (address < np.uint64(region.end))
+        for _, found in RangeIndex(rows, address, address).meetings(_ends(self._regions), self._mapped):
+            inside[found] = True
         self._without(rows[~inside], self._elsewhere())
         flags = _bit(code, 1, Flag.WRITE) | _bit(code, 4, Flag.EXEC)
         self._emit(rows[inside], Operation.HOST_FAULT, flags=flags[inside], address=address[inside])
@@ -264,20 +259,21 @@ class _Lowering:
     def _elsewhere(self) -> str:
         return NO_HOST_ADDRESSES if self._layout.origin == "inferred" else NOT_GUEST_MEMORY
 
-    def _guest_faults(self, number: int, first: int, end: int) -> None:
-        epoch = self._history.epochs[number]
-        rows = self._slice(Input.GUEST_FAULT, first, end)
+    def _guest_faults(self) -> None:
+        rows = self._of(Input.GUEST_FAULT)
+        rows = rows[self._reason[rows] < 0]
         address, code, vcpu = (self._rows[rows, word] for word in (_A, _B, _C))
-        left = self._reason[rows] < 0
-        bound = np.zeros(len(rows), dtype=bool)
-        for slot in epoch.bound:
-            bound |= left & (address >= np.uint64(slot.gpa)) & (address < np.uint64(slot.gpa + slot.size))
+        index = RangeIndex(rows, address, address)
+        bound, left = np.zeros(len(rows), dtype=bool), np.ones(len(rows), dtype=bool)
+        slots, stand = self._bound()
+        for _, found in index.meetings([(slot.gpa, slot.gpa + slot.size - 1) for slot in slots], stand):
+            bound[found] = True
         left &= ~bound
-        for refused in epoch.refused:
-            gpa, size = np.uint64(refused.gpa), np.uint64(refused.size)
-            inside = left & (address >= gpa) & (address - gpa < size)
-            self._without(rows[inside], f"{NOT_GUEST_MEMORY}: {refused.reason}")
-            left &= ~inside
+        refused = self._history.refused()
+        ranges = [(slot.gpa, slot.gpa + slot.size - 1) for slot, _ in refused]
+        for number, found in index.meetings(ranges, [span for _, span in refused]):
+            self._without(rows[found[left[found]]], f"{NOT_GUEST_MEMORY}: {refused[number][0].reason}")
+            left[found] = False
         if left.any() and self._layout.origin == "given":
             row = rows[left][0]
             raise InputError(
@@ -295,21 +291,21 @@ class _Lowering:
             address=address[bound],
         )
 
-    def _attributes(self, number: int, first: int, end: int) -> None:
-        rows = self._slice(Input.ATTRIBUTES, first, end)
+    def _bound(self) -> tuple[list[Slot], list[tuple[int, int]]]:
+        """Slots that are bound, and the rows for which they are."""
+        found = self._history.bound()
+        return [slot for slot, _ in found], [span for _, span in found]
+
+    def _attributes(self) -> None:
+        rows = self._of(Input.ATTRIBUTES)
         start, stop = gfn_range(self._rows[rows])
         private = (self._rows[rows, _C] & np.uint64(_PRIVATE_ATTRIBUTE)) != 0
         flags = np.where(private, np.uint8(Flag.PRIVATE), np.uint8(Flag.SHARED))
-        reached = np.zeros(len(rows), dtype=bool)
-        for slot in self._history.epochs[number].bound:
-            low, high, hit = _clip(start, stop, slot.gpa, slot.gpa + slot.size)
-            offset = low - np.uint64(slot.gpa) + np.uint64(slot.offset)
-            reached |= hit
-            self._emit(rows[hit], Operation.CONVERT, flags=flags[hit], offset=offset[hit], length=(high - low)[hit])
-        self._without(rows[~reached], NO_SLOT)
-
-    def _slice(self, kind: Input, first: int, end: int) -> _Rows:
-        return first + np.flatnonzero(self._rows[first:end, _KIND] == kind)
+        slots, stand = self._bound()
+        at, low, high, number = _pieces(rows, start, stop, [(slot.gpa, slot.gpa + slot.size) for slot in slots], stand)
+        move = np.array([(slot.offset - slot.gpa) % (1 << 64) for slot in slots], np.uint64)[number]
+        self._emit(rows[at], Operation.CONVERT, flags=flags[at], offset=low + move, length=high - low)
+        self._without(np.delete(rows, at), NO_SLOT)
 
     def _host_ranges(self) -> None:
         """madvise, munmap, and unmaps that no call asked for."""
@@ -327,19 +323,17 @@ class _Lowering:
 
     def _host_range(self, rows: _Rows, start: _Words, end: _Words, choice: str, flags: int) -> None:
         """Lower ranges of host addresses, clipped to the host mappings of guest memory."""
-        reached = np.zeros(len(rows), dtype=bool)
-        for region, first in self._regions:
-            low, high, hit = _clip(start, end, region.address, region.end)
-            hit &= rows >= first
-            reached |= hit
-            low, length = low[hit], (high - low)[hit]
-            if choice == "punch":
-                offset = low - np.uint64(region.address) + np.uint64(region.offset)
-                self._emit(rows[hit], Operation.PUNCH_HOLE, offset=offset, length=length)
-            else:
-                op = Operation.MUNMAP if choice == "munmap" else Operation.ZAP
-                self._emit(rows[hit], op, flags=flags, address=low, length=length)
-        self._without(rows[~reached], self._elsewhere())
+        ranges = [(region.address, region.end) for region in self._regions]
+        at, low, high, number = _pieces(rows, start, end, ranges, self._mapped)
+        if choice == "punch":
+            move = np.array([(region.offset - region.address) % (1 << 64) for region in self._regions], np.uint64)[
+                number
+            ]
+            self._emit(rows[at], Operation.PUNCH_HOLE, offset=low + move, length=high - low)
+        else:
+            op = Operation.MUNMAP if choice == "munmap" else Operation.ZAP
+            self._emit(rows[at], op, flags=flags, address=low, length=high - low)
+        self._without(np.delete(rows, at), self._elsewhere())
 
     def _fallocates(self, kind: Input) -> None:
         """Holes in the file behind guest memory; which file that is shows in the unmaps or the sizes."""
@@ -347,57 +341,82 @@ class _Lowering:
         punched = (self._rows[rows, _B] & np.uint64(_PUNCH)) != 0
         self._without(rows[~punched], "allocate")
         rows = rows[punched]
-        for file in np.unique(self._rows[rows, _A]):
-            chosen = rows[self._rows[rows, _A] == file]
-            base = self._file_base(chosen)
-            if base is None:
-                self._without(chosen, "fallocate of another file")
-                continue
-            # Only whole pages become a hole; what the kernel zeroes at the ends changes no mapping.
-            page = np.uint64(PAGE_4K - 1)
-            start = (self._rows[chosen, _C] + page) & ~page
-            end = np.maximum((self._rows[chosen, _C] + self._rows[chosen, _D]) & ~page, start)
-            self._host_range(chosen, start + np.uint64(base), end + np.uint64(base), "punch", 0)
+        bases = np.zeros(len(rows), np.uint64)
+        known = np.zeros(len(rows), dtype=bool)
+        for places in _alike(self._rows[rows, _A]):
+            base = self._file_base(rows[places])
+            known[places], bases[places] = base is not None, base or 0
+        self._without(rows[~known], "fallocate of another file")
+        rows, bases = rows[known], bases[known]
+        # Only whole pages become a hole; what the kernel zeroes at the ends changes no mapping.
+        page = np.uint64(PAGE_4K - 1)
+        start = (self._rows[rows, _C] + page) & ~page
+        end = np.maximum((self._rows[rows, _C] + self._rows[rows, _D]) & ~page, start)
+        self._host_range(rows, start + bases, end + bases, "punch", 0)
 
     def _file_base(self, rows: _Rows) -> int | None:
         """Host address of a file's first byte, None if the file is not behind guest memory."""
-        regions = [region for region, _ in self._regions]
+        starts = [region.address for region in self._regions]
         for hva, offset in self._rows[rows][:, [_E, _C]].tolist():
-            if any(region.address <= hva < region.end for region in regions):
-                return int(hva - offset)
+            place = bisect_right(starts, hva) - 1
+            if place >= 0 and hva < self._regions[place].end:
+                return int(hva - offset) % (1 << 64)
         needed = int((self._rows[rows, _C] + self._rows[rows, _D]).max())
-        fitting = [region for region in regions if region.size >= needed]
+        largest = sorted(self._regions, key=lambda region: -region.size)[:2]
+        fitting = [region for region in largest if region.size >= needed]
         return fitting[0].address if len(fitting) == 1 else None
 
 
-def _mapped_from(rows: _Words, region: Region) -> int:
-    """First row at which the region's addresses are guest memory: its last mmap before a slot names it.
+def _mapped_from(rows: _Words, regions: Sequence[Region]) -> list[int]:
+    """Of each region the row at which its addresses are guest memory: its last mmap before a slot names it.
 
     A VMM uses host addresses for other things before guest memory lies there.
     """
     slots = np.flatnonzero((rows[:, _KIND] == Input.MEMSLOT) & (rows[:, _D] > 0))
-    start, end = rows[slots, _E], rows[slots, _E] + rows[slots, _D]
-    naming = slots[(start < np.uint64(region.end)) & (end > np.uint64(region.address))]
-    if len(naming) == 0:
-        return 0
-    before = rows[: naming[0]]
-    maps = np.flatnonzero((before[:, _KIND] == Input.MMAP) & (before[:, _STATE] == 0))
-    address, length = before[maps, _A], before[maps, _B]
-    covering = maps[(address <= np.uint64(region.address)) & (np.uint64(region.address) < address + length)]
-    return int(covering[-1]) if len(covering) else 0
+    named = RangeIndex(slots, rows[slots, _E], rows[slots, _E] + rows[slots, _D] - np.uint64(1))
+    before = dict.fromkeys(range(len(regions)), 0)
+    before |= {number: int(slots[found[0]]) for number, found in named.meetings(_ends(regions))}
+    maps = np.flatnonzero((rows[:, _KIND] == Input.MMAP) & (rows[:, _STATE] == 0) & (rows[:, _B] > 0))
+    mapped = RangeIndex(maps, rows[maps, _A], rows[maps, _A] + rows[maps, _B] - np.uint64(1))
+    begins = [(region.address, region.address) for region in regions]
+    firsts = [0] * len(regions)
+    for number, found in mapped.meetings(begins, [(0, row) for row in before.values()]):
+        firsts[number] = int(maps[found[-1]])
+    return firsts
 
 
-def _bind(slot: Slot, time: int, actor: int) -> Records:
-    return Records.build(
-        1, time=time, op=Operation.BIND, actor=actor, address=slot.gpa, offset=slot.offset, length=slot.size
-    )
+def _ends(regions: Sequence[Region]) -> list[tuple[int, int]]:
+    """First and last address of each."""
+    return [(region.address, region.end - 1) for region in regions]
 
 
-def _clip(start: _Words, end: _Words, low: int, high: int) -> tuple[_Words, _Words, _Mask]:
-    """Intersect ranges with [low, high); the third array says which are not empty."""
-    first = np.maximum(start, np.uint64(low))
-    last = np.minimum(end, np.uint64(high))
-    return first, last, last > first
+def _bind_columns(slots: Sequence[Slot]) -> dict[str, npt.ArrayLike]:
+    """What BIND reads of slots."""
+    columns = {"address": "gpa", "offset": "offset", "length": "size"}
+    return {name: np.array([getattr(slot, of) for slot in slots], np.uint64) for name, of in columns.items()}
+
+
+def _alike(words: _Words) -> Iterator[_Rows]:
+    """Positions of words, those of each value together."""
+    order = np.argsort(words, kind="stable")
+    breaks = np.flatnonzero(words[order][1:] != words[order][:-1]) + 1
+    return (piece for piece in np.split(order, breaks) if len(piece))
+
+
+def _pieces(
+    rows: _Rows, start: _Words, end: _Words, ranges: Sequence[tuple[int, int]], stand: Sequence[tuple[int, int]]
+) -> tuple[_Rows, _Words, _Words, _Rows]:
+    """Intersect what is asked for, from `start` to before `end`, with each of `ranges` at the rows where it stands.
+
+    :returns: of each piece the position in `rows`, its first address, the one behind its last, the number of the range
+    """
+    some = np.flatnonzero(end > start)
+    index = RangeIndex(rows[some], start[some], end[some] - np.uint64(1))
+    found = list(index.meetings([(low, high - 1) for low, high in ranges], stand))
+    at = some[np.concatenate([np.zeros(0, np.intp), *(places for _, places in found)])]
+    number = np.repeat([number for number, _ in found], [len(places) for _, places in found]).astype(np.intp)
+    low, high = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
+    return at, np.maximum(start[at], low), np.minimum(end[at], high), number
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

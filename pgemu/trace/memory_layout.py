@@ -6,6 +6,7 @@ offset is congruent to the GPA modulo the huge page wherever that is possible: o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -151,16 +152,28 @@ def place_regions(ranges: Sequence[tuple[int, int]], slots: Sequence[Slot], page
     """
     regions = []
     end = 0
+    largest_in = _largest_slots(ranges, slots)
     for start, stop in sorted(ranges, key=lambda item: (item[0] - item[1], item[0])):
         offset = end
         if stop - start >= PAGE_2M:
-            inside = [slot for slot in slots if start <= slot.hva < stop]
-            largest = max(inside, key=lambda slot: (slot.size, -slot.gpa))
+            largest = largest_in[start]
             wanted = (largest.gpa - (largest.hva - start)) % page_size
             offset = align_up(end - wanted, page_size) + wanted
         regions.append(Region(start, offset, stop - start))
         end = offset + stop - start
     return sorted(regions, key=lambda region: region.address)
+
+
+def _largest_slots(ranges: Sequence[tuple[int, int]], slots: Sequence[Slot]) -> dict[int, Slot]:
+    """The largest slot of each range, of several the one of the lowest GPA, by the range's first address."""
+    starts = sorted(start for start, _ in ranges)
+    found: dict[int, Slot] = {}
+    for slot in slots:
+        start = starts[bisect_right(starts, slot.hva) - 1]
+        best = found.get(start)
+        if best is None or (slot.size, -slot.gpa) > (best.size, -best.gpa):
+            found[start] = slot
+    return found
 
 
 def grow(layout: Layout, page_size: int, guest_memory: int | None) -> Layout:
@@ -242,10 +255,11 @@ def given_layout(
 
 
 def bind_slots(slots: Iterable[Slot], regions: Sequence[Region]) -> list[Slot]:
-    """Return the slots with the offsets that their host addresses have in the regions."""
+    """Return the slots with the offsets that their host addresses have in the regions, which are by address."""
     bound = []
+    starts = [region.address for region in regions]
     for slot in slots:
-        region = next(r for r in regions if r.address <= slot.hva < r.end)
+        region = regions[bisect_right(starts, slot.hva) - 1]
         bound.append(replace(slot, offset=region.offset + slot.hva - region.address))
     return bound
 

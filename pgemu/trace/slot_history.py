@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pgemu.trace.memory_layout import RefusedSlot, Region, Slot, bind_slots
+from pgemu.trace.range_index import ALWAYS
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 
-__all__ = ("Epoch", "SlotHistory", "SlotLine")
+__all__ = ("SlotHistory", "SlotLine", "Stand")
 
 _READ_ONLY = 2  # KVM_MEM_READONLY
 _ADDRESS_SPACE = 1 << 16  # KVM_SET_USER_MEMORY_REGION2: the slot's upper half
@@ -31,13 +33,18 @@ class SlotLine:
     hva: int
 
 
-@dataclass
-class Epoch:
-    """Slots that stand from input row `first` on, until the next epoch."""
+@dataclass(frozen=True)
+class Stand:
+    """A slot as long as it stands: for input rows from `first` to before `end`."""
 
-    first: int
-    bound: list[Slot]
-    refused: list[RefusedSlot]
+    slot: Slot | RefusedSlot
+    first: int = ALWAYS[0]
+    end: int = ALWAYS[1]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row, and the one behind the last."""
+        return self.first, self.end
 
 
 @dataclass
@@ -45,54 +52,62 @@ class SlotHistory:
     """What became of the slot lines.
 
     Attributes:
-        epochs: the slots that stand, by row; the first epoch begins at row 0
+        stands: what stood when, in the order in which the lines named it
         changes: BIND and UNBIND at their rows, in order
         without_operation: rows that change nothing of guest_memfd, with the reason
         accepted: every slot that was ever bound
     """
 
-    epochs: list[Epoch] = field(default_factory=lambda: [Epoch(0, [], [])])
+    stands: list[Stand] = field(default_factory=list)
     changes: list[tuple[int, Operation, Slot]] = field(default_factory=list)
     without_operation: list[tuple[int, str]] = field(default_factory=list)
     accepted: list[Slot] = field(default_factory=list)
 
     @classmethod
     def build(cls, lines: Iterable[SlotLine]) -> SlotHistory:
-        """Play the slot lines, in their order."""
+        """Play the slot lines, in their order; work grows with their number, and hardly more."""
         history = cls()
-        live: dict[int, Slot | RefusedSlot] = {}
+        live = _Live()
         for line in lines:
             history._apply(line, live)
-            history.epochs.append(
-                Epoch(
-                    line.row,
-                    [slot for slot in live.values() if isinstance(slot, Slot)],
-                    [slot for slot in live.values() if isinstance(slot, RefusedSlot)],
-                )
-            )
         return history
+
+    def bound(self, last: bool = False) -> list[tuple[Slot, tuple[int, int]]]:
+        """Slots that are bound, with the rows for which they stand; only those that stand at the end if asked for."""
+        return [(one.slot, one.rows) for one in self._standing(last) if isinstance(one.slot, Slot)]
+
+    def refused(self, last: bool = False) -> list[tuple[RefusedSlot, tuple[int, int]]]:
+        """The same of slots that are refused."""
+        return [(one.slot, one.rows) for one in self._standing(last) if isinstance(one.slot, RefusedSlot)]
+
+    def _standing(self, last: bool) -> Iterator[Stand]:
+        return (one for one in self.stands if not last or one.end == ALWAYS[1])
 
     def placed(self, regions: Sequence[Region]) -> SlotHistory:
         """Return the same history with the offsets that the regions give."""
-        changes = [(row, op, bind_slots([slot], regions)[0]) for row, op, slot in self.changes]
-        epochs = [replace(epoch, bound=bind_slots(epoch.bound, regions)) for epoch in self.epochs]
-        return replace(self, epochs=epochs, changes=changes, accepted=bind_slots(self.accepted, regions))
+        bound = iter(bind_slots([slot for slot, _ in self.bound()], regions))
+        stands = [replace(one, slot=next(bound)) if isinstance(one.slot, Slot) else one for one in self.stands]
+        changed = bind_slots([slot for _, _, slot in self.changes], regions)
+        changes = [(row, op, slot) for (row, op, _), slot in zip(self.changes, changed, strict=True)]
+        return replace(self, stands=stands, changes=changes, accepted=bind_slots(self.accepted, regions))
 
     def with_slots(self, slots: Sequence[Slot], reason: str) -> SlotHistory:
         """Return a history in which `slots` stand all the time and slot lines change nothing, for `reason`."""
         rows = sorted({row for row, _, _ in self.changes} | {row for row, _ in self.without_operation})
         return replace(
             self,
-            epochs=[replace(epoch, bound=list(slots)) for epoch in self.epochs],
+            stands=[*map(Stand, slots), *(Stand(slot, *rows) for slot, rows in self.refused())],
             changes=[],
             without_operation=[(row, reason) for row in rows],
             accepted=list(slots),
         )
 
-    def _apply(self, line: SlotLine, live: dict[int, Slot | RefusedSlot]) -> None:
-        old = live.pop(line.slot, None)
+    def _apply(self, line: SlotLine, live: _Live) -> None:
+        number, old = live.take(line.slot)
+        if number is not None:
+            self.stands[number] = replace(self.stands[number], end=line.row)
         if line.size and old is not None and (old.gpa, old.size) == (line.gpa, line.size):
-            live[line.slot] = old
+            self._stand(old, line, live)
             self.without_operation.append((line.row, "flags of a memory slot"))
             return
         if isinstance(old, Slot):
@@ -101,19 +116,52 @@ class SlotHistory:
             if not isinstance(old, Slot):
                 self.without_operation.append((line.row, old.reason if old else "memory slot that was not there"))
             return
-        reason = _refusal(line, (slot for slot in live.values() if isinstance(slot, Slot)))
+        reason = _refusal(line, live)
         if reason is None:
             slot = Slot(line.slot, line.gpa, line.size, line.hva)
-            live[line.slot] = slot
+            self._stand(slot, line, live)
             self.accepted.append(slot)
             self.changes.append((line.row, Operation.BIND, slot))
             return
-        live[line.slot] = RefusedSlot(line.slot, line.gpa, line.size, reason)
+        self._stand(RefusedSlot(line.slot, line.gpa, line.size, reason), line, live)
         if not isinstance(old, Slot):
             self.without_operation.append((line.row, reason))
 
+    def _stand(self, slot: Slot | RefusedSlot, line: SlotLine, live: _Live) -> None:
+        live.put(line.slot, len(self.stands), slot)
+        self.stands.append(Stand(slot, line.row))
 
-def _refusal(line: SlotLine, bound: Iterable[Slot]) -> str | None:
+
+class _Live:
+    """Slots that stand, by number, and the host memory of those that are bound, which do not overlap, by address."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, tuple[int, Slot | RefusedSlot]] = {}
+        self._host: list[tuple[int, int]] = []  # first address, end
+
+    def take(self, number: int) -> tuple[int, Slot | RefusedSlot] | tuple[None, None]:
+        """Remove a slot; return where it is among the stands, and itself."""
+        found = self._slots.pop(number, None)
+        if found is None:
+            return None, None
+        if isinstance(slot := found[1], Slot):
+            del self._host[bisect_left(self._host, (slot.hva, slot.hva + slot.size))]
+        return found
+
+    def put(self, number: int, stand: int, slot: Slot | RefusedSlot) -> None:
+        """Add a slot that is the stand of that position."""
+        self._slots[number] = stand, slot
+        if isinstance(slot, Slot):
+            range_ = slot.hva, slot.hva + slot.size
+            self._host.insert(bisect_left(self._host, range_), range_)
+
+    def aliases(self, first: int, end: int) -> bool:
+        """Whether a bound slot has host memory in a range."""
+        after = bisect_left(self._host, (end,))
+        return after > 0 and self._host[after - 1][1] > first
+
+
+def _refusal(line: SlotLine, live: _Live) -> str | None:
     """Why guest_memfd would not take the slot, None if it would."""
     if line.slot >= _ADDRESS_SPACE:
         return SMM_SLOT
@@ -121,6 +169,6 @@ def _refusal(line: SlotLine, bound: Iterable[Slot]) -> str | None:
         return READ_ONLY_SLOT
     if (line.gpa | line.size | line.hva) % PAGE_4K:
         return UNALIGNED_SLOT
-    if any(slot.hva < line.hva + line.size and line.hva < slot.hva + slot.size for slot in bound):
+    if live.aliases(line.hva, line.hva + line.size):
         return ALIASED_SLOT
     return None

@@ -55,6 +55,7 @@ _SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.1
 _SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
 _SHARED_BITS = sum(1 << bit for bit in TDX_SHARED_BITS)
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
+_ADDRESSES = 1 << 64
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
@@ -214,7 +215,9 @@ class _Parser:
                 else:
                     handler(line[start:], task, time + int(decimals) * unit, number)
                 events += 1
-        except (ValueError, OverflowError) as error:
+        except OverflowError:
+            raise InputError(f"a number of more than 64 bits: {line[:120]!r}", self._source, number) from None
+        except ValueError as error:
             raise InputError(str(error), self._source, number) from None
         self._line = number
         self._events += events
@@ -433,8 +436,11 @@ class _Parser:
     def kvm_memslot(self, event: str, task: int, time: int, line: int) -> None:
         hexadecimal, decimal, *rest = _fields("kvm_memslot", event)
         slot = int(hexadecimal, 16) if hexadecimal else int(decimal)
+        flags, gpa, size, hva = (int(field, 16) for field in rest)
+        if max(gpa, hva) + size > _ADDRESSES:
+            raise _MalformedLineError(f"memory slot that ends beyond 64 bits: {event[:120]!r}")
         self._calls.pop(task, None)
-        self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, *(int(field, 16) for field in rest))
+        self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, flags, gpa, size, hva)
 
     def sys_madvise(self, event: str, task: int, time: int, line: int) -> None:
         start, length, behavior = _fields("sys_madvise", event)
