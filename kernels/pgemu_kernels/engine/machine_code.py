@@ -2,15 +2,18 @@
 
 A file is one entry, in a folder named after the stamp of what it was compiled from: `folder/stamp/name`. It is valid
 by its contents, a digest is in front of them. One that is damaged, or was half written when somebody pulled the plug,
-is as if it were not there. Files come into being by renaming, so that no process ever sees the half of one.
+or cannot be read, is as if it were not there, but for a line on stderr. Files come into being by renaming, so that no
+process ever sees the half of one.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -67,12 +70,31 @@ def read(stamp: str, name: str) -> bytes | None:
     """What was written under a name, by whomever; None if it is nowhere, or damaged wherever it is."""
     for folder in folders():
         path = folder / stamp / name
-        with suppress(OSError):
-            contents = unsealed(path.read_bytes())
-            if contents is not None:
-                _touch(path.parent)
-                return contents
+        try:
+            contents = unsealed(_bytes(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            say_once(f"compiled kernels cannot be read: {error.strerror}", path)
+            continue
+        if contents is None:
+            say_once("compiled kernels are damaged, and not used", path)
+            continue
+        _touch(path.parent)
+        return contents
     return None
+
+
+def _bytes(path: Path) -> bytes:
+    """What a regular file holds; a pipe in its place is not waited for."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(number, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(number)
 
 
 def write(stamp: str, name: str, contents: bytes) -> bool:
@@ -87,7 +109,7 @@ def write(stamp: str, name: str, contents: bytes) -> bool:
             _clean(folder, stamp)
             return True
     if failure:
-        _say_once(f"compiled kernels are not kept: {failure.strerror}")
+        say_once(f"compiled kernels are not kept: {failure.strerror}")
     return False
 
 
@@ -116,9 +138,10 @@ def unsealed(data: bytes) -> bytes | None:
 
 
 def _touch(folder: Path) -> None:
-    """What is in use stays: once a day is enough to say so."""
-    if time.time() - folder.stat().st_mtime > _DAY:
-        os.utime(folder)
+    """What is in use stays: once a day is enough to say so. Whoever may not say so uses it all the same."""
+    with suppress(OSError):
+        if time.time() - folder.stat().st_mtime > _DAY:
+            os.utime(folder)
 
 
 def _clean(folder: Path, stamp: str) -> None:
@@ -140,8 +163,9 @@ def _older(folder: Path, stamp: str) -> Iterator[Path]:
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def say_once(what: str, path: Path | None = None) -> None:
+    """Say what befell machine code, with the file, on stderr; the same of another file is not said again."""
+    if what not in _said:
+        _said.add(what)
         with suppress(OSError, ValueError):
-            print(f"pgemu: {message}", file=sys.stderr, flush=True)
+            print(f"pgemu: {what}" + (f": {path}" if path else ""), file=sys.stderr, flush=True)

@@ -66,7 +66,8 @@ class KernelCache(caching._Cache):  # type: ignore[misc]
             return None
         try:
             return rebuilt(target_context, *pickle.loads(contents))
-        except Exception:  # whole, but no machine code of ours
+        except Exception as error:  # whole, but no machine code of ours
+            machine_code.say_once(f"compiled kernels are not understood, and not used ({type(error).__name__})")
             return None
 
     def has(self, sig: Any, target_context: Any) -> bool:

@@ -165,25 +165,118 @@ def nothing(data: bytes) -> bytes:
     return b""
 
 
+def zeroed(data: bytes) -> bytes:
+    """A sector's part that a file system lost, in the code."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(64) + data[middle + 64 :]
+
+
 def no_code(data: bytes) -> bytes:
     """Whole, but not what was to be there."""
     return machine_code.sealed(b"\x80\x04N.")
 
 
-@pytest.mark.parametrize("damage", [cut, flipped, nothing, no_code])
-def test_damaged_files_are_replaced(warm: Package, damage: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "arguments"),
+    [
+        (cut, ()),
+        (flipped, ()),
+        (nothing, ()),
+        (zeroed, ()),
+        (no_code, ()),
+        (zeroed, ("needed",)),
+        (no_code, ("needed",)),
+    ],
+)
+def test_damaged_files_are_said_once_and_replaced(
+    warm: Package, damage: Callable[[bytes], bytes], arguments: tuple[str, ...]
+) -> None:
     package = warm
+    first = package.files()[-1]
     for path in package.files():
         path.write_bytes(damage(path.read_bytes()))
-    assert package.run() == Outcome(4, True, COMPILES)
+    found = package.run("", *arguments)
+    assert (found.value, found.compiled) == (4, True)
+    said = f"pgemu: compiled kernels are damaged, and not used: {first}\n"
+    if damage is no_code:
+        said = "pgemu: compiled kernels are not understood, and not used (TypeError)\n"
+    assert found.stderr == said + COMPILES
     assert package.is_whole()
+    assert package.run() == WARM
 
 
-def test_a_folder_in_a_files_place_is_no_harm(warm: Package) -> None:
+def test_a_damaged_file_does_not_hide_a_whole_one_elsewhere(warm: Package) -> None:
+    shutil.copytree(warm.cache, warm.package / "machine_code")
+    for path in warm.files():
+        path.write_bytes(zeroed(path.read_bytes()))
+    found = warm.run()
+    assert (found.value, found.compiled, found.stderr.count("\n")) == (4, False, 1)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_in_a_files_place_is_no_harm(warm: Package, make: Callable[[Path], None]) -> None:
     for path in warm.files():
         path.unlink()
-        path.mkdir()
-    assert warm.run(HOME="/proc/none").value == 4
+        make(path)
+    found = warm.run(HOME="/proc/none")
+    assert found.value == 4
+    assert "pgemu: compiled kernels cannot be read: not a regular file: " in found.stderr
+
+
+def test_a_file_that_may_not_be_read_is_said_once_and_no_harm(warm: Package) -> None:
+    first = warm.files()[-1]
+    for path in warm.files():
+        path.chmod(0)
+    found = warm.run(NOBODY, HOME="/proc/none")
+    assert found == Outcome(4, True, f"pgemu: compiled kernels cannot be read: Permission denied: {first}\n{COMPILES}")
+    assert warm.run(NOBODY, HOME="/proc/none") == WARM
+
+
+def test_old_files_that_nobody_may_touch_are_used(warm: Package, no_home: dict[str, str]) -> None:
+    """A read-only installation, older than the day after which use is noted."""
+    installed = warm.package / "machine_code"
+    shutil.copytree(warm.cache, installed)
+    for folder in installed.iterdir():
+        os.utime(folder, (0, 0))
+        shutil.chown(folder, 1)
+    assert warm.run(NOBODY, **no_home) == WARM
+
+
+OTHERS = {
+    "processor": "import os; os.environ['NUMBA_CPU_NAME'] = 'generic'; os.environ['NUMBA_CPU_FEATURES'] = ''",
+    "numba": "import numba; numba.__version__ = '0.68.99'",
+    "llvmlite": "import numba, llvmlite; llvmlite.__version__ = '0.99'",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_compiler_or_processor_has_machine_code_of_its_own(warm: Package, other: str) -> None:
+    assert warm.run(OTHERS[other]) == Outcome(4, True, COMPILES)
+    assert warm.is_whole(files=4)
+    assert warm.run(OTHERS[other]) == WARM
+    assert warm.run() == WARM
+
+
+def test_two_processes_at_once_over_damaged_files(warm: Package) -> None:
+    for path in warm.files():
+        path.write_bytes(cut(path.read_bytes()))
+    both = [warm.start("", "needed") for _ in range(3)]
+    assert [outcome(process).value for process in both] == [4, 4, 4]
+    assert warm.is_whole()
+
+
+COUNTED = """
+from pgemu_kernels.engine import machine_code
+sealed, hashed = machine_code.sealed, []
+machine_code.sealed = lambda contents: hashed.append(len(contents)) or sealed(contents)
+import atexit
+atexit.register(lambda: print("hashed:", *sorted(hashed), file=__import__("sys").stderr))
+"""
+
+
+def test_contents_are_checked_once_for_each_file_that_is_loaded(warm: Package) -> None:
+    sizes = [path.stat().st_size - len(machine_code.sealed(b"")) for path in warm.files()]
+    assert warm.run(COUNTED) == Outcome(4, False, f"hashed: {' '.join(map(str, sorted(sizes)))}\n")
 
 
 def test_the_cache_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
