@@ -174,7 +174,7 @@ _OPTIONS = (
         type=click.Choice(_DEFECTS),
         metavar="NAME",
         multiple=True,
-        help=f"One of {len(_DEFECTS)} defects of posted code; a name that is none lists them. May be repeated.",
+        help=f"One of {len(_DEFECTS)} defects of posted code (pgemu defects lists them). May be repeated.",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -230,8 +231,8 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
 
 def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensitivity | None]:
     from pgemu.cost import profile as cost_profile
-    from pgemu.experiments.compare import DESIGNS, compare as run
-    from pgemu.experiments.mended import with_mended
+    from pgemu.experiments.compare import DESIGNS, WithoutEffect, compare as run
+    from pgemu.experiments.effects import with_effects
     from pgemu.experiments.sensitivity import compare_and_vary
     from pgemu.machine.presets import Versions
     from pgemu.trace.watching import watched
@@ -252,9 +253,59 @@ def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensit
     with Bar() as progress:
         with watched(partial(progress, "reading")):
             lowered = _load(trace, options)
+        _announce(lowered, options["check"])
         if options["no_sensitivity"]:
             return run(lowered, designs, progress=progress, **arguments), None
+        sensitivity: Sensitivity | None = None
         if len(designs) < 2:
-            return with_mended(run(lowered, designs, progress=progress, **arguments), progress), None
-        comparison, sensitivity = compare_and_vary(lowered, designs, progress=progress, **arguments)
-        return with_mended(comparison, progress), sensitivity
+            comparison = run(lowered, designs, progress=progress, **arguments)
+        else:
+            comparison, sensitivity = compare_and_vary(lowered, designs, progress=progress, **arguments)
+        if options["vary"]:  # a sweep has no line that would say so
+            return comparison, sensitivity
+        found = with_effects(comparison, progress, sensitivity)
+        idle = (*found.without_effect.options, *_idle_options(trace, options, found))
+        return replace(found, without_effect=WithoutEffect(found.without_effect.defects, idle)), sensitivity
+
+
+_MANY_RECOUNTS = 1000
+
+
+def _announce(lowered: Lowered, check: Any) -> None:
+    """Say before it takes long that a machine is recounted often."""
+    if isinstance(check, int) and (recounts := len(lowered.records) // check) >= _MANY_RECOUNTS:
+        text = f"each machine is recounted {recounts:,} times; --check every looks at what an operation touched only"
+        print(f"pgemu: --check {check}: {text}", file=sys.stderr, flush=True)
+
+
+_OF_THE_TRACE = {"dontneed": None, "tdx_shared_bit": "auto", "fault_address": "auto"}
+"""Options that say how a log is read, and what they are without being asked for."""
+
+
+def _idle_options(trace: str | None, options: dict[str, Any], comparison: Comparison) -> Iterator[str]:
+    """Those options that are no fields of a machine and change nothing here."""
+    from pgemu.machine.presets import LIKE
+
+    designs = [run.design for run in comparison.runs]
+    if options["as_posted"] and not ("restructure" in designs and LIKE[options["like"]].fixed):
+        yield "as_posted"
+    if options["strict"] and not any(run.refusal for run in comparison.runs):
+        yield "strict"
+    for name, default in _OF_THE_TRACE.items():
+        if options[name] == default or trace == "-":  # which is read once
+            continue
+        try:
+            other = _load(trace, {**options, name: default})
+        except InputError:
+            continue
+        if _alike(comparison.lowered, other):
+            yield name
+
+
+def _alike(one: Lowered, other: Lowered) -> bool:
+    """Whether two readings of a log ask for the same."""
+    from pgemu.trace.schema import DTYPES
+
+    rows = [[getattr(lowered.records, name).tobytes() for name in DTYPES] for lowered in (one, other)]
+    rest = [(lowered.layout, lowered.init, dict(lowered.machine)) for lowered in (one, other)]
+    return rows[0] == rows[1] and rest[0] == rest[1]

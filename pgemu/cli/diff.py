@@ -77,7 +77,7 @@ def _csv(one: dict[str, Any], other: dict[str, Any], everything: bool) -> str:
     from pgemu.report.two_documents import answers, configuration
 
     counted = [
-        row._replace(group=f"{design}: {row.group}")
+        row._replace(group=f"{design}: {row.group}", key=f"{design}.{row.key}")
         for design, rows in _counted(one, other, everything)
         for row in rows
     ]
@@ -85,12 +85,15 @@ def _csv(one: dict[str, Any], other: dict[str, Any], everything: bool) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for name, a, b in configuration(one, other):
-        writer.writerow(("configuration", name, "", a, b, ""))
-    for changed in answers(one, other).values():
-        question = changed.first.question
-        writer.writerow(("better", question, "", changed.first.said, changed.second.said, changed.text))
-        writer.writerow(("by", question, "", changed.first.by, changed.second.by, ""))
-        writer.writerow(("basis", question, "", changed.first.basis, changed.second.basis, ""))
+        writer.writerow((f"configuration.{name.replace(' ', '_')}", "configuration", name, "", a, b, ""))
+    for key, changed in answers(one, other).items():
+        first, second = changed.first, changed.second
+        for name, cells in (
+            ("better", (first.said, second.said, changed.text)),
+            ("by", (first.by, second.by, "")),
+            ("basis", (first.basis, second.basis, "")),
+        ):
+            writer.writerow((f"{name}.{key}", name, first.question, "", *cells))
     return "".join([head, out.getvalue(), *numbers])
 
 

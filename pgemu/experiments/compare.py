@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,8 +34,8 @@ __all__ = (
     "DesignRun",
     "EndOfLife",
     "Finding",
-    "Mended",
     "OperationRun",
+    "WithoutEffect",
     "compare",
     "configuration",
     "explained",
@@ -101,7 +101,7 @@ class Finding:
     Attributes:
         count: how often a rule was found broken
         rule: the first one, a name of words.Broken
-        index: page of the inode, or the count, that the first one is about
+        index: what the first one is about, as pgemu.machine.findings.INDEX says of each rule
         after: records that had run when it was noticed; more than the trace has: after the inode was closed
         rules: every rule that was broken, with the defects of the machine that explain it
     """
@@ -146,11 +146,16 @@ class EndOfLife:
     vmemmap_at_boot: int
 
 
-class Mended(NamedTuple):
-    """A version without mistakes that it was asked to have: which, and whether it counts the same on the trace."""
+class WithoutEffect(NamedTuple):
+    """What changes nothing that is counted, returned or broken on the trace.
 
-    without: tuple[str, ...]
-    same: bool
+    Attributes:
+        defects: of each design's machine
+        options: fields of Config given by hand
+    """
+
+    defects: Mapping[Design, tuple[str, ...]]
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ class Comparison:
         versions: of the designs
         given: fields of Config by hand
         instead: what a version refuses and was done all the same, as another one does it
-        mended: of designs with mistakes that were asked for, what is without them; empty where nobody tried (mended.py)
+        without_effect: what changes nothing; empty where nobody tried (effects.py)
     """
 
     lowered: Lowered
@@ -229,7 +234,7 @@ class Comparison:
     versions: Versions = field(default_factory=Versions)
     given: dict[str, Any] = field(default_factory=dict)
     instead: tuple[str, ...] = ()
-    mended: Mapping[Design, Mended] = field(default_factory=dict)
+    without_effect: WithoutEffect = field(default_factory=lambda: WithoutEffect({}, ()))
 
     def __repr__(self) -> str:
         designs = ", ".join(run.design for run in self.runs)
@@ -263,7 +268,10 @@ class Comparison:
             },
             "versions": asdict(self.versions),
             "instead": list(self.instead),
-            "mended": {design: {"without": list(names), "same": same} for design, (names, same) in self.mended.items()},
+            "without_effect": {
+                "defects": {design: list(names) for design, names in self.without_effect.defects.items()},
+                "options": list(self.without_effect.options),
+            },
             "machines": machines,
             "check": self.check,
             "designs": {run.design: run.to_json() for run in self.runs},
@@ -365,9 +373,11 @@ def run(
     booted = machine.statistics
     if check == "every":
         machine.check_each()
-    finding = None
+    finding, before = None, 0
     for done in _replay_unseen(machine, lowered) if unseen else _replay(machine, lowered, check):
-        finding = finding or _finding(machine, done)
+        if not finding and (finding := _finding(machine, done)) and check == "every":
+            finding = replace(finding, after=_noticed(lowered, config, before, done))
+        before = done
         if progress:
             progress(config.design, done, len(lowered.records))
     machine.check()
@@ -437,6 +447,19 @@ def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
         piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
         done = last
         yield done
+
+
+def _noticed(lowered: Lowered, config: Config, before: int, after: int) -> int:
+    """After which record a finding is there, of those behind the first `before`: a second machine runs one by one."""
+    machine = _boot(lowered, config)
+    machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
+    machine.check_each()
+    machine.run(lowered.records[:before])
+    for done in range(before + 1, after):
+        machine.run(lowered.records[done - 1 : done])
+        if machine.broken[0]:
+            return done
+    return after
 
 
 def _replay_unseen(machine: Machine, lowered: Lowered) -> Iterator[int]:

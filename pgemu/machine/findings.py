@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,28 @@ import numpy as np
 from pgemu.machine.config import DEFECTS
 from pgemu_kernels import words as W
 
-__all__ = ("BrokenRule", "explained_by", "findings_of", "note_broken")
+__all__ = ("INDEX", "BrokenRule", "explained_by", "findings_of", "note_broken")
+
+_PAGE = "page {} of the guest_memfd"
+INDEX: Mapping[W.Broken, str] = MappingProxyType(
+    {
+        W.Broken.FRAMES: "frame, or count of frames, {}",
+        W.Broken.HOST_PRIVATE: _PAGE,
+        W.Broken.MIXED_LEAF: _PAGE,
+        W.Broken.LEAF_OVER_FOLIO: _PAGE,
+        W.Broken.BLOCK_STATE: _PAGE,
+        W.Broken.WRONG_PFN: "page {} of the guest, the process or the guest_memfd",
+        W.Broken.COUNTS: "count, or what it is of, {}",
+        W.Broken.VMEMMAP: "{} pages of vmemmap counted",
+        W.Broken.IN_PROGRESS: "VM {}",
+        W.Broken.REFERENCES: "page, or frame, {}",
+        W.Broken.WRONG_ROOT: "guest page {}",
+        W.Broken.PRIVATE_LEVEL: "page {} of the guest or the guest_memfd",
+        W.Broken.STALE_CONTENTS: _PAGE,
+        W.Broken.LOST_CONTENTS: _PAGE,
+    }
+)
+"""What the index of a finding is, by its rule; pages are of 4K (pgemu_kernels.rules)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +43,7 @@ class BrokenRule:
     Attributes:
         rule: which
         count: how often
-        index: the page of the inode, or the count, that the first finding is about
+        index: what the first finding is about, as INDEX says
         explained_by: names of the machine's defects that explain it, in alphabetical order; empty: none does
     """
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 import pgemu.report.tables as tables
 from pgemu.report.fit import show
-from pgemu.report.sentences import findings, notes
+from pgemu.report.sentences import defects, findings, notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def write(comparison: Comparison, console: Console) -> None:
         show(console, block)
         console.print()
     _paragraphs(console, "Notes", notes(comparison))
+    _paragraphs(console, "Defects", defects(comparison))
     _paragraphs(console, "Broken invariants", findings(comparison))
 
 

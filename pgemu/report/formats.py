@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, verdict
 from pgemu.report.answers import WIDTH, answers_of
 from pgemu.report.screen import screen
-from pgemu.report.two_columns import Form, render, rows
+from pgemu.report.two_columns import Row, render, rows
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
     from pgemu.experiments.sensitivity import Sensitivity
 
 __all__ = ("document",)
-
-_TABLES: dict[str, Form] = {"csv": "csv", "markdown": "markdown"}
 
 
 def document(
@@ -38,11 +37,19 @@ def document(
     if form == "text":
         return _text(comparison, lines, sensitivity, details=details, sources=sources)
     designs = [*comparison.to_json()["designs"].items()][:2]
-    table = render(rows(designs[0][1], designs[-1][1]), tuple(name for name, _ in designs), _TABLES[form])
+    heads = tuple(name for name, _ in designs)
+    counted = rows(designs[0][1], designs[-1][1])
     if form == "csv":
-        return table
+        return render([*_answers(lines, heads), *counted], heads, "csv")
+    table = render(counted, heads, "markdown")
     head = [f"    {text}" if text else "" for text in screen(comparison, lines, sensitivity).splitlines()]
     return "\n".join([*head, "", table])
+
+
+def _answers(lines: dict[str, Line], designs: tuple[str, ...]) -> Iterator[Row]:
+    for key, one in answers_of(lines, designs).items():
+        said = one.difference, one.said, one.basis
+        yield Row("Answers", one.question, one.unit, one.first, one.second, f"answers.{key}", said)
 
 
 def _text(

@@ -91,16 +91,17 @@ def _head(comparison: Comparison) -> Iterator[str]:
         yield from wrapped(text)
     if by_hand := mixed(comparison, defects=False):  # those are in the line above
         yield from wrapped(f"mixed by hand: {by_hand}")
+    if idle := comparison.without_effect.options:
+        yield from wrapped(f"without effect here: {', '.join('--' + name.replace('_', '-') for name in idle)}")
     for text in comparison.instead:
         yield from wrapped(text)
 
 
 def _defects(comparison: Comparison) -> Iterator[str]:
-    """The mistakes that the machines have, and those that a version has which change nothing here."""
+    """The mistakes that the machines have, and those that change nothing here."""
     active, idle = [], []
     for run in comparison.runs[:2]:
-        mended = comparison.mended.get(run.design)
-        without = mended.without if mended and mended.same else ()
+        without = comparison.without_effect.defects.get(run.design, ())
         if names := [name for name in run.config.defects if name not in without]:
             active.append(f"{run.design} {', '.join(names)}")
         if without:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pgemu.machine.defects import TEXTS
+from pgemu.machine.findings import INDEX
+from pgemu_kernels.words.operations import Broken
+
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
 
-__all__ = ("findings", "notes")
+__all__ = ("defects", "findings", "notes")
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -34,6 +38,19 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
+def defects(comparison: Comparison) -> list[str]:
+    """Return one line per defect that a machine has: what it does, and whether it changes nothing here."""
+    idle = comparison.without_effect.defects
+    lines = []
+    for name, text in TEXTS.items():
+        has = [run.design for run in comparison.runs if name in run.config.defects]
+        without = [design for design in has if name in idle.get(design, ())]
+        nothing = f" (without effect here: {', '.join(without)})" if without else ""
+        if has:
+            lines.append(f"{name}, of {' and '.join(has)}: {text.does}{nothing}")
+    return lines
+
+
 def findings(comparison: Comparison, *, explained: bool = True) -> list[str]:
     """Return one line per design that broke a rule; without `explained` only of those whose defects do not say why."""
     lines = []
@@ -41,10 +58,9 @@ def findings(comparison: Comparison, *, explained: bool = True) -> list[str]:
     for run in comparison.runs:
         if run.finding and (explained or not run.finding.explained):
             rule = run.finding.rule.lower().replace("_", " ")
+            where = INDEX[Broken[run.finding.rule]].format(f"{run.finding.index:#x}")
             when = f"noticed after {run.finding.after:,} of {total:,} operations"
             if run.finding.after > total:
                 when = "noticed after closing"
-            lines.append(
-                f"{run.design}: {run.finding.count:,} findings, the first: {rule}, at {run.finding.index:#x}, {when}"
-            )
+            lines.append(f"{run.design}: {run.finding.count:,} findings, the first: {rule}, {where}, {when}")
     return lines

@@ -71,17 +71,17 @@ def _csv(runs: Sequence[Combination], designs: list[str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = [f"{name}_{end}" for name in (*designs, "difference") for end in ("low", "high")]
-    columns = ("question", "unit", *ends, "better", "basis", "rests_on", "not_run")
+    columns = ("key", "question", "unit", *ends, "better", "basis", "rests_on", "not_run")
     writer.writerow((*runs[0].labels, *columns))
     for run in runs:
         if run.reason is not None:
             writer.writerow((*run.labels.values(), *[""] * (len(columns) - 1), run.reason))
-        for answer in run.answers.values():
+        for key, answer in run.answers.items():
             numbers = [end for value in (answer.first, answer.second, answer.difference) for end in _band(value)]
             rests = "; ".join(
                 f"{rest.rule}: {rest.alternative}: {rest.then or 'undecided'}" for rest in answer.rests_on
             )
-            cells = (answer.question, answer.unit, *numbers, answer.said, answer.basis, rests, "")
+            cells = (key, answer.question, answer.unit, *numbers, answer.said, answer.basis, rests, "")
             writer.writerow((*run.labels.values(), *cells))
     return out.getvalue()
 

@@ -20,13 +20,22 @@ _WIDTHS = (33, 13, 13, 12, 7)
 
 
 class Row(NamedTuple):
-    """One quantity of both runs; bands are (low, high). unit: "count", "bytes" or "ns"."""
+    """One quantity of both runs; bands are (low, high).
+
+    Attributes:
+        group, label: as people read it
+        unit: "count", "bytes", "ns" or "share"
+        key: as a program looks for it: no blank, comma or quote is in it
+        answer: of the answer to a question: the difference, who is better, and the basis
+    """
 
     group: str
     label: str
     unit: str
     first: float | tuple[float, float]
     second: float | tuple[float, float]
+    key: str = ""
+    answer: tuple[float | tuple[float, float], str, str] | None = None
 
 
 def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
@@ -36,16 +45,20 @@ def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
         ends = [run["operations"].get(name, {"outcomes": {}}) for run in (first, second)]
         for outcome in dict.fromkeys(outcome for end in ends for outcome in end["outcomes"]):
             one, other = (end["outcomes"].get(outcome, 0) for end in ends)
-            yield Row("Operations", f"{name}: {outcome}", "count", one, other)
+            yield Row("Operations", f"{name}: {outcome}", "count", one, other, _key("outcomes", name, outcome))
     for name in names:
         none = {"estimate_ns": {"total": [0, 0]}}
         one, other = (tuple(run["operations"].get(name, none)["estimate_ns"]["total"]) for run in (first, second))
-        yield Row("Kernel time, an estimate", name, "ns", one, other)
+        yield Row("Kernel time, an estimate", name, "ns", one, other, _key("estimate_ns", name))
     for metric in METRICS:
         if metric.key not in first["state"] or metric.key not in second["state"]:  # another version of pgemu: lacking()
             continue
         one, other = (run["state"][metric.key] for run in (first, second))
-        yield Row(metric.group, metric.label, metric.unit, one, other)
+        yield Row(metric.group, metric.label, metric.unit, one, other, metric.key)
+
+
+def _key(*parts: str) -> str:
+    return ".".join(part.replace(" ", "_") for part in parts)
 
 
 def lacking(run: Mapping[str, Any]) -> list[str]:
@@ -123,16 +136,22 @@ def _markdown(found: list[Row], heads: Sequence[str]) -> str:
 
 
 def _csv(found: list[Row], heads: Sequence[str]) -> str:
+    """A band has a row for each end; where there are answers, they have columns of their own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = 3 + (3 if len(heads) > 1 else 1)
-    writer.writerow(("group", "quantity", "unit", *heads, "difference")[:columns])
+    columns = 4 + (3 if len(heads) > 1 else 1)
+    more = ("better", "basis") if any(row.answer for row in found) else ()
+    writer.writerow((*("key", "group", "quantity", "unit", *heads, "difference")[:columns], *more))
     for row in found:
+        said = row.answer[1:] if row.answer else ("",) * len(more)
+        less = row.answer[0] if row.answer else None
         if isinstance(row.first, tuple) and isinstance(row.second, tuple):
             for end, name in enumerate(("low", "high")):
-                cells = (row.group, f"{row.label}, {name}", row.unit, row.first[end], row.second[end], "")
-                writer.writerow(cells[:columns])
+                named = f"{row.key}.{name}", row.group, f"{row.label}, {name}", row.unit
+                apart = less[end] if isinstance(less, tuple) else ""
+                writer.writerow((*(*named, row.first[end], row.second[end], apart)[:columns], *said))
         else:
-            less = row.second - row.first  # type: ignore[operator]
-            writer.writerow((row.group, row.label, row.unit, row.first, row.second, less)[:columns])
+            less = row.second - row.first if less is None else less  # type: ignore[operator]
+            cells = row.key, row.group, row.label, row.unit, row.first, row.second, less
+            writer.writerow((*cells[:columns], *said))
     return out.getvalue()

@@ -289,3 +289,38 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter, match="expected a size"):
         command.size(text)
+
+
+def test_options_without_effect_are_named_whether_of_the_machine_the_trace_or_the_run(log: str) -> None:
+    options = "--page-size 2M --worker queued --strict --dontneed zap --tdx-shared-bit none --as-posted --like next"
+    text = invoke(log, *options.replace("2M", "4K").split()).stdout
+    line = next(line for line in text.splitlines() if line.startswith("without effect here: "))
+    assert line == "without effect here: --worker, --as-posted, --strict, --dontneed,"
+    assert "\n  --tdx-shared-bit\n" in text
+    assert "without effect here: --" not in invoke(log, "--page-size", "2M", "--no-hvo").stdout
+
+
+def test_what_a_log_s_options_change_is_not_without_effect(tmp_path: Path) -> None:
+    path = tmp_path / "td.txt"
+    fault = "kvm_page_fault: vcpu 0 rip 0x0 address {:#x} error_code 0x782"
+    lines = [fault.format(1 << 32), fault.format(1 << 47 | 1 << 32)]
+    path.write_text("".join(f"a-1 [000] ..... 1.000000: {line}\n" for line in lines))
+    for bit, idle in (("47", True), ("51", False), ("none", False)):
+        text = invoke(str(path), "--page-size", "2M", "--tdx-shared-bit", bit).stdout
+        assert ("without effect here: --tdx-shared-bit" in text) == idle, bit
+
+
+@pytest.mark.parametrize(
+    ("check", "said"), [("1", True), ("10", True), ("100", False), ("every", False), ("end", False)]
+)
+def test_many_recounts_are_announced(tmp_path: Path, check: str, said: bool) -> None:
+    path = tmp_path / "log.txt"
+    lines = [
+        f"a-1 [000] ..... 1.000000: kvm_page_fault: vcpu 0 rip 0x0 address {n << 12:#x} error_code 0x782\n"
+        for n in range(500)
+    ]
+    path.write_text("".join(lines * 24))
+    result = invoke(str(path), "--page-size", "2M", "--no-sensitivity", "--check", check)
+    assert result.exit_code == 0
+    assert (f"pgemu: --check {check}: each machine is recounted 12,0" in result.stderr) == (said and check == "1")
+    assert ("each machine is recounted" in result.stderr) == said

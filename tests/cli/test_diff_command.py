@@ -176,6 +176,7 @@ def test_csv_and_markdown(documents: tuple[str, str]) -> None:
     assert {row["group"] for row in table} >= {"configuration", "better", "by", "basis", "restructure: Zeroed"}
     assert len({tuple(row) for row in table}) == 1
     assert [row["A"] for row in table if row["group"] == "configuration"][:3] == ["dec2025", "every", "6.18"]
+    assert len({row["key"] for row in table}) == len(table)
     (broken,) = (row for row in table if (row["group"], row["quantity"]) == ("better", "broken"))
     assert (broken["A"], broken["B"], broken["difference"]) == ("neither", "alike", "turns from neither to alike")
     text = invoke("diff", *documents, "--format", "markdown").stdout
@@ -249,6 +250,7 @@ def test_every_combination_is_one_row_in_order(log: str) -> None:
         low, high = answer.first if isinstance(answer.first, tuple) else (answer.first, answer.first)
         assert (float(line["restructure_low"]), float(line["restructure_high"])) == (low, high)
         assert (line["better"], line["basis"], line["question"]) == (answer.said, answer.basis, answer.question)
+        assert QUESTIONS[line["key"]].text == line["question"]
     markdown = varied(log, *options, "markdown").splitlines()
     assert markdown[0] == "| like | page-size | question | restructure | pfnmap | better | by | basis |"
     assert len(markdown) == 2 + len(table)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from comparisons import HVA, INODE, converts_nothing, lowered, mixed, mixed_records, one, setup
 from pgemu.errors import InputError
@@ -181,6 +182,18 @@ def test_a_broken_machine_is_found(monkeypatch: pytest.MonkeyPatch, check: int |
         assert design.finding.rule == "COUNTS"
         assert design.finding.index == W.Gauge.STAGE2_LEAVES_4K
         assert design.finding.after == (1 if check == 1 else 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(ahead=st.integers(0, 700), behind=st.integers(0, 300))
+def test_a_finding_is_noticed_after_the_operation_that_made_it(ahead: int, behind: int) -> None:
+    """Whichever way it is looked for; a first use of which 4K are zeroed shows another page of the folio."""
+    nothing = one(Operation.HOST_FAULT, address=HVA)  # of a private page: SIGBUS
+    records = [*setup(), *[nothing] * ahead, one(Operation.GUEST_FAULT, address=PAGE_2M + PAGE_4K), *[nothing] * behind]
+    for check in ("every", 1):
+        found = compare(lowered(records), ["restructure"], check=check).runs[0].finding  # type: ignore[arg-type]
+        assert found is not None
+        assert found.after == ahead + 3, check
 
 
 def test_guest_memory_that_cannot_be_modelled_is_refused() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from comparisons import mixed
 from pgemu.experiments.metrics import METRICS
 from pgemu.experiments.sensitivity import sensitivity
-from pgemu.experiments.verdict import QUESTIONS
+from pgemu.experiments.verdict import QUESTIONS, verdict
+from pgemu.report.answers import answers_of
 from pgemu.report.formats import document
 from pgemu.report.two_columns import Row, render, rows
 
@@ -43,18 +46,47 @@ def test_json_has_the_verdict_and_on_what_it_rests() -> None:
 
 
 def test_csv_has_plain_numbers() -> None:
-    head, *table = csv.reader(io.StringIO(document(mixed(), None, "csv")))
-    assert head == ["group", "quantity", "unit", "restructure", "pfnmap", "difference"]
-    assert {len(row) for row in table} == {6}
+    head, *lines = csv.reader(io.StringIO(document(mixed(), None, "csv")))
+    assert head == ["key", "group", "quantity", "unit", "restructure", "pfnmap", "difference", "better", "basis"]
+    assert {len(row) for row in lines} == {9}
+    table = [row[:7] for row in lines if row[1] != "Answers"]
+    assert all(row[7:] == ["", ""] for row in lines if row[1] != "Answers")
     for *_, first, second, difference in table:
         assert float(first) >= 0 <= float(second)
         assert difference == "" or float(difference) == float(second) - float(first)
-    found = {row[1]: row[3:] for row in table}
+    found = {row[2]: row[4:] for row in table}
     assert found["vmemmap restored"] == ["28672", "0", "-28672"]
     assert found["convert: -EAGAIN"] == ["1", "0", "-1"]
-    assert len([row for row in table if row[1].endswith((", low", ", high"))]) == 2 * len(
+    assert len([row for row in table if row[2].endswith((", low", ", high"))]) == 2 * len(
         DESIGNS["pfnmap"]["operations"]
     )
+
+
+def test_csv_has_a_key_in_every_row_that_plain_tools_find() -> None:
+    text = document(mixed(), None, "csv")
+    table = list(csv.DictReader(io.StringIO(text)))
+    keys = [row["key"] for row in table]
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch(r"[\w.>=-]+", key) for key in keys)
+    # The key stands before the first cell that may be quoted.
+    assert [line.split(",")[0] for line in text.splitlines()[1:]] == keys
+    assert {"outcomes.convert.-EAGAIN", "estimate_ns.guest_fault.low", *(metric.key for metric in METRICS)} <= set(keys)
+
+
+def test_csv_has_the_answers_of_the_verdict() -> None:
+    known = answers_of(verdict(mixed(), None), ["restructure", "pfnmap"])
+    table = {row["key"]: row for row in csv.DictReader(io.StringIO(document(mixed(), None, "csv")))}
+    for key, answer in known.items():
+        for end, name in enumerate((".low", ".high") if answer.unit == "ns" else ("",)):
+            row = table.pop(f"answers.{key}{name}")
+            values = answer.first, answer.second, answer.difference
+            numbers = [value[end] if isinstance(value, tuple) else value for value in values]
+            assert [float(row[cell]) for cell in ("restructure", "pfnmap", "difference")] == numbers
+            assert (row["better"], row["basis"], row["unit"]) == (answer.said, answer.basis, answer.unit)
+            assert row["quantity"].startswith(answer.question)
+    assert not [key for key in table if key.startswith("answers.")]
+    alone = csv.DictReader(io.StringIO(document(replace(mixed(), runs=mixed().runs[:1]), None, "csv")))
+    assert alone.fieldnames == ["key", "group", "quantity", "unit", "restructure"]
 
 
 def test_markdown_is_one_table_under_the_first_screen() -> None:

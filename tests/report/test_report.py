@@ -184,8 +184,9 @@ def test_broken_invariants_are_one_line_each() -> None:
     closed = replace(runs[1], finding=Finding(1, "FRAMES", 3, 19))
     broken = replace(mixed(), runs=(runs[0], closed))
     assert report.findings(broken) == [
-        "restructure: 2 findings, the first: host private, at 0x200, noticed after 5 of 18 operations",
-        "pfnmap: 1 findings, the first: frames, at 0x3, noticed after closing",
+        "restructure: 2 findings, the first: host private, page 0x200 of the guest_memfd, noticed after 5 of 18 "
+        "operations",
+        "pfnmap: 1 findings, the first: frames, frame, or count of frames, 0x3, noticed after closing",
     ]
     # The guest reads 4K of the folio that the branch marked after it had zeroed another: the version's own defect.
     assert [line.split(",")[0] for line in report.findings(mixed())] == ["restructure: 2 findings"]

@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from comparisons import HVA, converts_nothing, lowered, mixed, mixed_records, one, setup
 from pgemu.experiments.compare import Comparison, compare
-from pgemu.experiments.mended import with_mended
+from pgemu.experiments.effects import with_effects
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
 from pgemu.experiments.verdict import QUESTIONS, Trial, measure, refused, verdict
 from pgemu.machine.config import DEFECTS
-from pgemu.machine.presets import LIKE, PFNMAP, Versions
+from pgemu.machine.presets import PFNMAP, Versions
 from pgemu.report.screen import HEIGHT, WIDTH, mixed as by_hand, screen
 from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, Records, load, shipped
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
@@ -196,21 +197,36 @@ def test_a_version_whose_defects_change_nothing_says_so(hole: bool) -> None:
         one(Operation.HOST_FAULT, address=HVA),
         *[one(Operation.PUNCH_HOLE, offset=0, length=PAGE_2M)] * hole,
     ]
-    comparison = with_mended(compare(lowered(records), versions=Versions(pfnmap="slides2025")))
+    comparison = with_effects(compare(lowered(records), versions=Versions(pfnmap="slides2025")))
     names = PFNMAP["slides2025"].defects
-    assert comparison.mended["pfnmap"] == (names, not hole)
-    assert comparison.to_json()["mended"] == {"pfnmap": {"without": list(names), "same": not hole}}
+    idle = {"restructure": ("uptodate-unzeroed",), "pfnmap": names[:1] if hole else names}
+    assert comparison.without_effect == (idle, ())
+    shown_names = {design: list(found) for design, found in idle.items()}
+    assert comparison.to_json()["without_effect"] == {"defects": shown_names, "options": []}
     text = " ".join(shown(comparison).split())
-    assert (f"without effect here: pfnmap {', '.join(names)}" in text) == (not hole)
-    assert (f"; pfnmap {', '.join(names)}" in text) == hole
-    assert "defects: restructure uptodate-unzeroed" in text
+    said = f"without effect here: restructure uptodate-unzeroed; pfnmap {', '.join(idle['pfnmap'])}"
+    assert ("defects: pfnmap punch-keeps-entries; " * hole or "defects: ") + said in text
     assert_fits(shown(comparison))
 
 
-def test_what_was_not_asked_for_is_not_tried() -> None:
-    assert with_mended(mixed()).mended == {}
+def test_what_changes_something_is_not_said_to_change_nothing() -> None:
+    assert with_effects(mixed()).without_effect == ({}, ())
     refused = compare(lowered(setup(), "shared"), versions=Versions(as_posted=True), strict=True)
-    assert with_mended(refused).mended == {}
+    assert with_effects(refused).without_effect == ({}, ())
+
+
+def test_options_that_change_nothing_are_named_and_others_are_not() -> None:
+    given: dict[str, Any] = {"zap": "rounded", "flush": "batched", "worker": "queued", "order": "fixup", "hvo": False}
+    comparison = with_effects(compare(lowered(mixed_records()), **given))
+    text = " ".join(shown(comparison).split())
+    idle = comparison.without_effect.options
+    assert f"without effect here: {', '.join('--' + name for name in idle)}" in text
+    assert not {"hvo", "order"} & set(idle)  # one changes much, the other is the version's own
+    for name in ("zap", "flush", "worker"):
+        without = compare(lowered(mixed_records()), **{key: value for key, value in given.items() if key != name})
+        pairs = zip(comparison.runs, without.runs, strict=True)
+        alike = all(np.array_equal(one.statistics.words, other.statistics.words) for one, other in pairs)
+        assert (name in idle) == alike
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -225,7 +241,7 @@ def test_every_screen_fits_and_names_its_defects_or_how_many(
 ) -> None:
     records = lowered(mixed_records(), source=source)
     options = {"order": "jan2026", "zap_filter": "target", "merge_zero": "unzeroed", "level_rule": "whole"}
-    comparison = with_mended(
+    comparison = with_effects(
         compare(records, designs, versions=versions, defects=tuple(defects), kernel="7.3", **options)  # type: ignore[arg-type]
     )
     text = shown(comparison) if len(designs) > 1 else screen(comparison, {}, None)
@@ -234,6 +250,5 @@ def test_every_screen_fits_and_names_its_defects_or_how_many(
     for run in comparison.runs:
         every = all(name in joined for name in run.config.defects)
         assert every or f"{run.design} {len(run.config.defects)}" in joined
-    fixed = set(LIKE[versions.like].fixed) if versions.as_posted else set()
-    tried = {name for mended in comparison.mended.values() for name in mended.without}
-    assert tried <= fixed | set(PFNMAP[versions.pfnmap].defects)
+    for run in comparison.runs:
+        assert set(comparison.without_effect.defects.get(run.design, ())) <= set(run.config.defects)
