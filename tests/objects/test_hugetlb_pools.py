@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.hugetlb import STRUCT_PAGES, VMEMMAP, Model, Outcome
+from model.hugetlb import Model
+from model.outcome import Outcome
+from model.struct_pages import STRUCT_PAGES, VMEMMAP
 from pgemu.objects.machine import Config, Machine, Result
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge

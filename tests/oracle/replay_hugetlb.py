@@ -22,7 +22,7 @@ What the kernel alone can choose is fed in: the order of the first free list whe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -448,11 +448,11 @@ class History:
                     f"{where}: {at:#x} and {wrong.size - 1} more: frame {'kept' if kept[wrong[0]] else 'changed'} there"
                 )
 
-    def words(self, vmemmap: Vmemmap, pfns: Array) -> Array:
-        """uint64[n, 8]: struct pages of frames, through the entries of the vmemmap."""
+    def words(self, vmemmap: Vmemmap, pfns: Array, words: Sequence[int] = range(8)) -> Array:
+        """uint64[n, 8]: struct pages of frames, or these words of them, through the entries of the vmemmap."""
         index = pfns - ZONE
         at = (vmemmap.frame[index >> 6] << np.uint64(9)) + (index.astype(np.uint64) & np.uint64(63)) * np.uint64(8)
-        return self.machine.arrays.ram[at[:, None] + np.arange(8, dtype=np.uint64)]
+        return self.machine.arrays.ram[at[:, None] + np.array(words, np.uint64)]
 
     def compare_huge_pages(self, where: str, checkpoint: Checkpoint, here: Vmemmap) -> None:
         """Every head in the zone, its order and its map count, read from struct pages alone."""
@@ -470,8 +470,8 @@ class History:
         expect(f"{where}: HugeTLB pages", found, [tuple(page) for page in checkpoint.huge_pages])
         self.totals["HugeTLB pages"] += len(found)
         if "heads_in_kpageflags" in checkpoint.raw:
-            every = self.words(here, np.arange(ZONE, END))
-            marked = (every[:, 0] & np.uint64(1 << 6) != 0) & (every[:, 6] & np.uint64(0xFF00_0000) == 0xF400_0000)
+            every = self.words(here, np.arange(ZONE, END), (0, 6))
+            marked = (every[:, 0] & np.uint64(1 << 6) != 0) & (every[:, 1] & np.uint64(0xFF00_0000) == 0xF400_0000)
             # 6.18's kpageflags takes a page of tails that is mapped to the head's for one more head.
             count = int(marked.sum()) if self.capture.kernel == "6.18" else len(found)
             expect(f"{where}: heads in kpageflags", count, checkpoint.raw["heads_in_kpageflags"])

@@ -23,8 +23,9 @@ class GuestFrames:
     """Which frame here is which frame of the capture, as long as neither is freed. Arrays are uint64[n] or int64[n]."""
 
     def __init__(self) -> None:
-        self.ours = np.full(FRAMES, -1)
-        self.theirs = np.full(FRAMES, -1)
+        # Frame and one more, 0: none yet. Memory of zeros costs nothing until it is used.
+        self.ours = np.zeros(FRAMES, np.int64)
+        self.theirs = np.zeros(FRAMES, np.int64)
         self.seen: list[tuple[str, Array, Array]] = []
 
     def match(self, captured: Array, here: Array, sources: Sources) -> Array:
@@ -32,23 +33,23 @@ class GuestFrames:
 
         sources: (kind of memory, positions, addresses in it).
         """
-        fresh = self.ours[captured] < 0
-        self.ours[captured[fresh]] = here[fresh]
-        unknown = self.theirs[here] < 0
-        self.theirs[here[unknown]] = captured[unknown]
+        fresh = self.ours[captured] == 0
+        self.ours[captured[fresh]] = here[fresh] + 1
+        unknown = self.theirs[here] == 0
+        self.theirs[here[unknown]] = captured[unknown] + 1
         for kind, positions, addresses in sources:
             chosen = fresh[positions]
             self.seen.append((kind, addresses[chosen], captured[positions[chosen]]))
-        return np.flatnonzero((self.ours[captured] != here) | (self.theirs[here] != captured))
+        return np.flatnonzero((self.ours[captured] != here + 1) | (self.theirs[here] != captured + 1))
 
     def forget(self, kind: str, start: int, length: int) -> None:
         """The memory of a range is freed: its frames may come back as anything."""
         for name, addresses, captured in self.seen:
             if name == kind:
                 gone = captured[(addresses >= start) & (addresses < start + length)]
-                gone = gone[self.ours[gone] >= 0]
-                self.theirs[self.ours[gone]] = -1
-                self.ours[gone] = -1
+                gone = gone[self.ours[gone] > 0]
+                self.theirs[self.ours[gone] - 1] = 0
+                self.ours[gone] = 0
 
 
 def compare_tree(where: str, here: Stage2, tree: Tree, empty_value: int) -> tuple[Array, Array]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 import pytest
 
-from oracle.capture import FRAME, SHIPPED, Capture, Checkpoint, Run, Table, Tree, captures, load, name_of
+from oracle.capture import FRAME, SHIPPED, Capture, Checkpoint, Run, Table, Tree, load, name_of
 from pgemu.tables.entries import Entry, EntryKind, classify, decode
 from pgemu_kernels.formats import bits, leaves as K
 from pgemu_kernels.formats.page_format import PageFormat, ept, npt, x86_64
@@ -34,10 +35,9 @@ GUARD = 0xFFFF_FFFF_FFFF_F600
 LEVELS = {4: "pud", 3: "pmd", 2: "pte"}  # an entry of this level points to a table counted there
 
 
-@pytest.fixture(scope="module", params=captures(), ids=name_of)
-def capture(request: pytest.FixtureRequest) -> Capture:
-    """Each file in turn: all tests of one run before the next is read."""
-    return load(request.param)
+@pytest.fixture(scope="module")
+def capture(path: Path) -> Capture:
+    return load(path)
 
 
 def formats(capture: Capture) -> tuple[PageFormat, PageFormat, PageFormat]:

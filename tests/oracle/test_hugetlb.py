@@ -55,10 +55,9 @@ def closes_files_with_their_pages(capture: oracle.Capture) -> bool:
     return {"hfile", "phfile"} <= kinds
 
 
-@pytest.fixture(scope="module", params=oracle.captures(), ids=oracle.name_of)
-def history(request: pytest.FixtureRequest) -> History:
+@pytest.fixture(scope="module")
+def history(path: Path) -> History:
     """A capture whose history was run to the end: MismatchError at the first difference."""
-    path: Path = request.param
     capture = oracle.load(path)
     if not capture.replayed:
         pytest.skip(f"{capture.kernel}: entries are decoded, operations are not run")

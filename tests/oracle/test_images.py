@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oracle.capture import FRAME, Capture, Checkpoint, Tree, captures, load, name_of
+from oracle.capture import FRAME, Capture, Checkpoint, Tree, load
 from oracle.rebuilt import Leaves, Rebuilt, expand, shift_of
 from oracle.replay_pfnmap import kind_of
 from pgemu.images.image import open_image
@@ -185,10 +185,9 @@ def through_a_file(memory: Rebuilt, capture: Capture, checkpoint: Checkpoint, le
             assert entry & FRAME == int(memory.words(checkpoint.root + 8 * address, 1)[0]) & FRAME
 
 
-@pytest.fixture(scope="module", params=captures(), ids=name_of)
-def capture(request: pytest.FixtureRequest) -> Capture:
-    """Each file once, for all tests."""
-    capture = load(request.param)
+@pytest.fixture(scope="module")
+def capture(path: Path) -> Capture:
+    capture = load(path)
     told = all("pagemap" in checkpoint.raw for checkpoint in capture.checkpoints)
     if not told or kind_of(list(capture.checkpoints)).pfnmap:
         pytest.skip("without what pagemap said, which hides guest_memfd that is mapped as VM_PFNMAP")

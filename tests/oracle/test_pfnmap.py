@@ -11,7 +11,6 @@ from oracle.operations import MismatchError, every
 from oracle.replay_pfnmap import ReplayPfnmap, kind_of
 
 
-@pytest.mark.parametrize("path", oracle.captures(), ids=oracle.name_of)
 def test_a_preset_does_not_replay_the_other_ones_holes(path: Path) -> None:
     """Holes over memory that the process sees again: the preset of the other kind of file fails there."""
     capture = oracle.load(path)

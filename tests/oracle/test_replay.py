@@ -43,7 +43,6 @@ def replayed(capture: oracle.Capture, checkpoints: list[oracle.Checkpoint]) -> t
     return replay.run(), replay.guests.trees
 
 
-@pytest.mark.parametrize("path", oracle.captures(), ids=oracle.name_of)
 def test_every_checkpoint_is_equal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture = oracle.load(path)
     whole = in_part = trees = 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from oracle.capture import Capture, Checkpoint, captures, load, name_of
+from oracle.capture import Capture, Checkpoint, load
 from oracle.rebuilt import Rebuilt, expand
 from pgemu.images.folio import Folio
 from pgemu.images.struct_page import Page, decode_page
@@ -75,10 +76,9 @@ class Memory:
     load = holds
 
 
-@pytest.fixture(scope="module", params=captures(), ids=name_of)
-def capture(request: pytest.FixtureRequest) -> Capture:
-    """Each file in turn."""
-    capture = load(request.param)
+@pytest.fixture(scope="module")
+def capture(path: Path) -> Capture:
+    capture = load(path)
     if not any(checkpoint.full for checkpoint in capture.checkpoints):
         pytest.skip("no checkpoint with struct pages")
     return capture
