@@ -119,7 +119,7 @@ def stamp_of(stamp: str, start: int, microseconds: bool = False) -> tuple[int, i
     return max(start, end - 6), end, int(stamp[:-6] or 0) * 10**6 * unit, unit, not microseconds
 
 
-_NAME = r"(?![0-9a-f]{8,16}(?:\s|:|$))[A-Za-z_<\[]\S*"
+_NAME = r"(?![0-9a-f]{8,16}(?:\s|:|$))[A-Za-z_<\[]\S{0,127}"
 _FIRST = re.compile(_NAME)
 _BEHIND_COLUMNS = re.compile(rf"\s*(?:(?!\()(?=\S*\d)\S+\s+|\([^()]*\)\s+)*?(?P<event>{_NAME})(?!\S)")
 """Columns in front of an event's name hold a number: period, weight, difference to the event before."""
