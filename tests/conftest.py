@@ -17,11 +17,15 @@ os.unsetenv("COLUMNS")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many steps test_designs_machine.py does."""
+    """How many steps test_designs_machine.py does, how long test_damaged_files.py goes on."""
     parser.addoption("--designs-steps", type=int, metavar="N", help="random steps of both designs against the model")
+    parser.addoption("--fuzz-seconds", type=float, metavar="N", help="damaged files of each kind, as long as this")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     steps = config.getoption("--designs-steps", None)
     if steps is not None:
         os.environ["PGEMU_STEPS"] = str(steps)
+    seconds = config.getoption("--fuzz-seconds", None)
+    if seconds is not None:
+        os.environ["PGEMU_FUZZ_SECONDS"] = str(seconds)

@@ -22,6 +22,7 @@ from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
+from pgemu.trace.unplaced import Unplaced, place
 
 __all__ = (
     "COLUMNS",
@@ -71,6 +72,8 @@ def load(
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name))
+    if isinstance(found, Unplaced):
+        return place(found, options)
     return lower(found, options) if isinstance(found, Log) else adapt(found, options)
 
 

@@ -140,7 +140,7 @@ def stamp_of(stamp: str, start: int, microseconds: bool = False) -> tuple[int, i
 
 
 # "name:", "sys_name(field: ...", "sys_name -> ...", and what has no colon; not an address of a call chain.
-_NAME = r"(?:(?![0-9a-f]{8,16}:)[A-Za-z_\[][^\s(]*:|[A-Za-z_]\w*\(\S*|sys_\w+|PERF_RECORD_\w+|<stack|<user)"
+_NAME = r"(?:(?![0-9a-f]{8,16}:)[A-Za-z_\[][^\s(]{0,126}:|[A-Za-z_]\w{0,126}\(\S*|sys_\w+|PERF_RECORD_\w+|<stack|<user)"
 _FIRST = re.compile(_NAME)
 _BEHIND_COLUMNS = re.compile(rf"\s*(?:(?!\()(?=\S*\d)\S+\s+|\([^()]*\)\s+)*?(?P<event>{_NAME})(?!\S)")
 """Columns in front of an event's name hold a number: period, weight, difference to the event before."""

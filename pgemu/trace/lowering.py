@@ -37,7 +37,7 @@ from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
 
-__all__ = ("adapt", "lower")
+__all__ = ("NOT_GUEST_MEMORY", "NO_HOST_ADDRESSES", "adapt", "initial", "lower", "setup_records")
 
 _Words = npt.NDArray[np.uint64]
 _Rows = npt.NDArray[np.intp]
@@ -184,9 +184,10 @@ class _Lowering:
             + Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
         )
         converts = bool((records.op == Operation.CONVERT).any())
+        init = initial(self._options, converts, self._addresses.machine.get("vm"))
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
-            records, self._layout, self._init(converts), converts, accounting, self._log.source, levels,
+            records, self._layout, init, converts, accounting, self._log.source, levels,
             machine=self._addresses.machine, notes=self._log.notes,
         )  # fmt: skip
 
@@ -198,28 +199,10 @@ class _Lowering:
         levels = np.where(rows[:, _KIND] == Input.GUEST_FAULT, rows[:, _D], 0)
         return np.concatenate([np.zeros(setup), levels]).astype(np.uint8)
 
-    def _init(self, converts: bool) -> Init:
-        if self._options.init != "auto":
-            return self._options.init
-        # A TD's memory is private until it is converted, which the log may not show.
-        return "private" if converts or self._addresses.machine.get("vm") == "tdx" else "shared"
-
     def _setup(self) -> Records:
-        regions = self._layout.regions
         time = int(self._rows[0, _TIME]) if len(self._rows) else 0
-        actor = FIRST_HOST_ACTOR
-        maps = Records.build(
-            len(regions),
-            time=time,
-            op=Operation.MMAP,
-            actor=actor,
-            address=[region.address for region in regions],
-            offset=[region.offset for region in regions],
-            length=[region.size for region in regions],
-        )
         slots = () if self._layout.origin == "trace" else self._layout.slots
-        binds = Records.build(len(slots), time=time, op=Operation.BIND, actor=actor, **_bind_columns(slots))
-        return Records.concatenate([maps, binds])
+        return setup_records(self._layout.regions, slots, time)
 
     def _of(self, kind: Input, failed: bool = False) -> _Rows:
         """Rows of a kind; without those whose call failed unless asked for."""
@@ -417,6 +400,30 @@ def _pieces(
     number = np.repeat([number for number, _ in found], [len(places) for _, places in found]).astype(np.intp)
     low, high = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
     return at, np.maximum(start[at], low), np.minimum(end[at], high), number
+
+
+def setup_records(regions: Sequence[Region], slots: Sequence[Slot], time: int) -> Records:
+    """Records that map guest memory and bind it, before anything is asked; time in ns."""
+    maps = Records.build(
+        len(regions),
+        time=time,
+        op=Operation.MMAP,
+        actor=FIRST_HOST_ACTOR,
+        address=np.array([region.address for region in regions], np.uint64),
+        offset=np.array([region.offset for region in regions], np.uint64),
+        length=np.array([region.size for region in regions], np.uint64),
+    )
+    columns = _bind_columns(slots)
+    binds = Records.build(len(slots), time=time, op=Operation.BIND, actor=FIRST_HOST_ACTOR, **columns)
+    return Records.concatenate([maps, binds])
+
+
+def initial(options: LoweringOptions, converts: bool, vm: str | None = None) -> Init:
+    """What memory is at first: as asked for, else private if the trace converts, or is a TD's."""
+    if options.init != "auto":
+        return options.init
+    # A TD's memory is private until it is converted, which the log may not show.
+    return "private" if converts or vm == "tdx" else "shared"
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

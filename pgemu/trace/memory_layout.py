@@ -117,15 +117,63 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Layout:
-        """Return what `to_json` was given; KeyError or TypeError if it is something else."""
-        return cls(
-            int(data["inode_size"]),
-            int(data["page_size"]),
-            tuple(Region(**region) for region in data["regions"]),
-            tuple(Slot(**slot) for slot in data["slots"]),
-            tuple(RefusedSlot(**slot) for slot in data["refused"]),
-            str(data["origin"]),
+        """Return what `to_json` was given.
+
+        :raises ValueError, KeyError, TypeError: it is something else, or no memory lies so
+        """
+        regions = tuple(Region(*_ranges(one, _REGION)) for one in data["regions"])
+        slots = tuple(Slot(*_ranges(one, _SLOT)) for one in data["slots"])
+        refused = tuple(_refused(one) for one in data["refused"])
+        if data["origin"] not in ORIGINS:
+            raise ValueError(f"origin {str(data['origin'])[:40]!r}, expected one of {', '.join(ORIGINS)}")
+        for what, ranges in (
+            ("regions overlap", [(region.address, region.size) for region in regions]),
+            ("regions overlap in the inode", [(region.offset, region.size) for region in regions]),
+        ):
+            for (start, size), (following, _) in pairwise(sorted(ranges)):
+                if start + size > following:
+                    raise ValueError(f"{what} at {following:#x}")
+        size, page = (
+            _number(data, name, limit) for name, limit in (("inode_size", _MOST_BYTES), ("page_size", PAGE_1G))
         )
+        if page not in (PAGE_4K, PAGE_2M, PAGE_1G):
+            raise ValueError(f"page_size {page}, expected 4096, {PAGE_2M} or {PAGE_1G}")
+        return cls(size, page, regions, slots, refused, data["origin"])
+
+
+_MOST_BYTES = 1 << 52  # physical addresses of x86-64
+_MOST_HOST = 1 << 56  # user addresses with five levels
+ORIGINS = ("trace", "inferred", "given", "workload")
+_REGION = (("address", _MOST_HOST), ("offset", _MOST_BYTES), ("size", _MOST_BYTES))
+_SLOT = (("slot", 1 << 32), ("gpa", _MOST_BYTES), ("size", _MOST_BYTES), ("hva", _MOST_HOST), ("offset", _MOST_BYTES))
+"""Fields of a stored layout, and below what each is."""
+
+
+def _number(data: dict[str, Any], name: str, limit: int) -> int:
+    """A number of a stored layout: pages, but for a slot's number. KeyError, TypeError or ValueError for another."""
+    value = data[name]
+    if type(value) is not int:
+        raise TypeError(f"{name} {str(value)[:40]!r}, expected a number")
+    if not 0 <= value <= limit or (name != "slot" and value % PAGE_4K) or (name == "size" and not value):
+        raise ValueError(f"{name} {value}, expected a number of whole pages up to {limit:#x}")
+    return value
+
+
+def _ranges(data: Any, fields: tuple[tuple[str, int], ...]) -> list[int]:
+    """Numbers of a stored region or slot."""
+    if not isinstance(data, dict) or set(data) != {name for name, _ in fields}:
+        raise TypeError(f"{str(data)[:60]}, expected {', '.join(name for name, _ in fields)}")
+    return [_number(data, name, limit) for name, limit in fields]
+
+
+def _refused(data: Any) -> RefusedSlot:
+    """A stored slot that was left out: of any size and place, it is only shown."""
+    if not isinstance(data, dict) or set(data) != {"slot", "gpa", "size", "reason"}:
+        raise TypeError(f"{str(data)[:60]}, expected slot, gpa, size, reason")
+    numbers = [data[name] for name in ("slot", "gpa", "size")]
+    if any(type(one) is not int or not 0 <= one < 1 << 64 for one in numbers) or not isinstance(data["reason"], str):
+        raise TypeError(f"{str(data)[:60]}, expected numbers of 64 bits and a text")
+    return RefusedSlot(data["slot"], data["gpa"], data["size"], data["reason"])
 
 
 def align_up(value: int, step: int) -> int:
@@ -176,12 +224,14 @@ def _largest_slots(ranges: Sequence[tuple[int, int]], slots: Sequence[Slot]) -> 
     return found
 
 
-def grow(layout: Layout, page_size: int, guest_memory: int | None) -> Layout:
+def grow(layout: Layout, page_size: int, guest_memory: int | None, least: int = 0) -> Layout:
     """Round the inode up to huge pages, or make it as large as asked.
 
+    :param least: bytes that it has to have beside what is mapped
     :raises InputError: `guest_memory` is not a multiple of the page size or smaller than what the slots need
     """
     needed = max((region.offset + region.size for region in layout.regions), default=0)
+    needed = max(needed, least)
     size = max(align_up(needed, page_size), page_size)
     if guest_memory is not None:
         if guest_memory <= 0 or guest_memory % page_size:

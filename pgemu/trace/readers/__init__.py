@@ -1,7 +1,8 @@
 """Formats of traces: a module each, with `sniff()` and `read()`; this is the one place that asks them.
 
     def sniff(head: bytes) -> Match    whether a file that begins so, decompressed, is of this format
-    def read(source: Source) -> Log    what it asks for, yet to be laid over guest_memfd; or what is so already: Lowered
+    def read(source: Source) -> Log    what it asks for, yet to be laid over guest_memfd; what is so already: Lowered;
+                                       or operations of which it is not said where their memory lies: Unplaced
 
 Every module of this folder is asked, so none imports at its top what only `read` needs.
 """
@@ -17,6 +18,7 @@ from pgemu.errors import InputError
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Lowered
 from pgemu.trace.source import Match, Source
+from pgemu.trace.unplaced import Unplaced
 
 __all__ = ("read", "readers")
 
@@ -33,7 +35,7 @@ def readers() -> Iterator[Any]:
         yield import_module(f"{__name__}.{found.name}")
 
 
-def read(source: Source) -> Log | Lowered:
+def read(source: Source) -> Log | Lowered | Unplaced:
     """Read a trace by the reader that is the surest to know its format.
 
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
@@ -45,5 +47,5 @@ def read(source: Source) -> Log | Lowered:
             if source.head.startswith(magic):
                 raise InputError(what, source.name)
         raise InputError("binary data, expected text of ftrace or trace-cmd, or Parquet", source.name)
-    found: Log | Lowered = reader.read(source)
+    found: Log | Lowered | Unplaced = reader.read(source)
     return found

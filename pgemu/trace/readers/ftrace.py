@@ -336,11 +336,11 @@ class _Parser:
             self._ignored["<function>"] += 1
             return
         at = event_start(event)
-        if at < 0:
+        token = event[at:].split(None, 1)[0] if at >= 0 else ""
+        if not is_name(token):
             self._nameless = self._nameless[0] + 1, self._nameless[1] or line
             return
         event = event[at:]
-        token = event.partition(" ")[0]
         handler = self._handlers[token]
         if handler is None:
             self._tokens[token] += 1
@@ -487,7 +487,9 @@ class _Parser:
         try:
             value = int(text, 16)
         except ValueError:
-            raise _MalformedLineError(f"malformed return of a system call, expected a number: {event!r}") from None
+            raise _MalformedLineError(
+                f"malformed return of a system call, expected a number: {event[:120]!r}"
+            ) from None
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
         call, position = self._calls.pop(task, ("", -1))

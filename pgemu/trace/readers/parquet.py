@@ -1,5 +1,8 @@
 """Traces as Parquet: zstd, row groups of about a million records, and the memory layout in the file's metadata.
 
+Files of others (polars, pandas, ...) need only the schema's columns, as pgemu.trace.columns says; of what has no layout
+pgemu.trace.unplaced says where it lies.
+
 pyarrow is imported inside the functions, so that only those who store or load a trace pay for it.
 """
 
@@ -9,22 +12,24 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.errors import InputError
+from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
+from pgemu.trace.columns import CONTRACT, numbers, records_of
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
+from pgemu.trace.unplaced import Unplaced
 from pgemu.trace.watching import tell
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
 __all__ = ("ROW_GROUP", "iterate", "read", "sniff", "write")
@@ -34,6 +39,8 @@ _MAGIC = b"PAR1"
 _LEVEL = "fault_level"  # of a log that told levels
 _KEY = b"pgemu"
 _VERSION = 1
+_LONGEST, _LONGEST_NAME = 200, 40  # of a message, of a column's name
+_SHOWN = 6  # columns that a note names
 
 
 def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Records] | None = None) -> None:
@@ -78,25 +85,46 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
 def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
     """Yield a stored trace in batches of at most `batch` records, checked.
 
-    :raises InputError: not Parquet, a column is missing or has another type, or a record is invalid (with its row)
+    :raises InputError: not Parquet, a column that cannot be a trace's or is missing, or a record that none can be (with
+        its row)
     """
+    name = os.fspath(path)
+    with _open(name) as file:
+        yield from (records for records, _ in _batches(file, name, batch))
+
+
+def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
+    """Records and recorded levels of faults, None if the trace has none."""
+    first = 0
+    wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == _LEVEL]
+    pieces = file.iter_batches(batch_size=batch, columns=wanted)
+    while True:
+        with _damage(name, "damaged"):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        with _damage(name, "damaged"):
+            records = records_of(piece, name, first)
+            levels = None
+            if _LEVEL in wanted:
+                levels = numbers(piece.column(_LEVEL), _LEVEL, np.dtype(np.uint8), name, first)
+                if levels.size and levels.max() > 3:
+                    raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
+        first += len(records)
+        tell(first, file.metadata.num_rows)
+        yield records, levels
+
+
+@contextmanager
+def _damage(name: str, what: str) -> Iterator[None]:
+    """What the library says of a file that is no whole one."""
     import pyarrow as pa
 
-    name = os.fspath(path)
-    first = 0
-    with _open(name) as file:
-        try:
-            for piece in file.iter_batches(batch_size=batch, columns=list(DTYPES)):
-                for column in DTYPES:
-                    if piece.column(column).null_count:
-                        raise InputError(f"column {column!r} has a null value, expected none", name)
-                records = Records(*(piece.column(column).to_numpy(zero_copy_only=False) for column in DTYPES))
-                records.check(name, first)
-                first += len(records)
-                tell(first, file.metadata.num_rows)
-                yield records
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"damaged Parquet file ({error})", name) from None
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} Parquet file ({text[:_LONGEST]})", name) from None
 
 
 def sniff(head: bytes) -> Match:
@@ -104,10 +132,10 @@ def sniff(head: bytes) -> Match:
     return Match.SURE if head.startswith(_MAGIC) else Match.NO
 
 
-def read(path: str | os.PathLike[str] | Source) -> Lowered:
-    """Load a trace that `write` stored.
+def read(path: str | os.PathLike[str] | Source) -> Lowered | Unplaced:
+    """Load a trace: placed, if `write` stored it, else as its columns are.
 
-    :raises InputError: as `iterate`, or the file does not say where guest memory lies
+    :raises InputError: as `iterate`, the metadata of `write` cannot be used, or the records do not fit into memory
     """
     if isinstance(path, Source):
         path.close()
@@ -117,56 +145,62 @@ def read(path: str | os.PathLike[str] | Source) -> Lowered:
     name = os.fspath(path)
     with _open(name) as file:
         about = _about(file, name)
-        levels = _levels(file, name)
-    records = Records.concatenate(iterate(name))
+        others = _others(file)
+        _check_size(file.metadata.num_rows, name)
+        pieces = list(_batches(file, name, ROW_GROUP))
+    records = Records.concatenate(records for records, _ in pieces)
+    told = [levels for _, levels in pieces if levels is not None]
+    levels = np.concatenate(told) if told else None
+    if about is None:
+        return Unplaced(records, name, levels, others)
     setup = about["setup"]
-    if not 0 <= setup <= len(records):
+    if setup > len(records):
         raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
     inputs = Counter({"record": len(records) - setup} if len(records) > setup else {})
     accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"],
+        machine=about["machine"], notes=about["notes"] + others,
     )  # fmt: skip
 
 
-def _levels(file: pq.ParquetFile, name: str) -> npt.NDArray[np.uint8] | None:
-    """The recorded levels of faults, if the trace has them."""
-    import pyarrow as pa
+def _check_size(rows: int, name: str) -> None:
+    """Refuse what would not fit into memory: a column of one value takes no room in a file."""
+    need = 2 * rows * sum(dtype.itemsize for dtype in DTYPES.values())
+    if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise InputError(
+            f"{rows} records take {need >> 20} MiB of memory, more than the {memory >> 20} there are", name
+        )
 
-    if _LEVEL not in file.schema_arrow.names:
-        return None
-    try:
-        column = file.read([_LEVEL]).column(_LEVEL)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"damaged Parquet file ({error})", name) from None
-    if column.type != pa.uint8() or column.null_count:
-        raise InputError(f"column {_LEVEL!r} holds {column.type}, expected uint8 without null", name)
-    levels = np.asarray(column.to_numpy(), np.uint8)
-    if levels.size and levels.max() > 3:
-        raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
-    return levels
+
+def _others(file: pq.ParquetFile) -> tuple[str, ...]:
+    """A note of the columns that are none of a trace's, and of those that are missing."""
+    names = file.schema_arrow.names
+    others = [printable(one)[:_LONGEST_NAME] for one in names if one not in DTYPES and one != _LEVEL]
+    missing = [one for one in DTYPES if one not in names]
+    notes = []
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        count = f"{len(others)} column{'s are' if len(others) > 1 else ' is'}"
+        notes.append(f"{count} not read: {', '.join(others[:_SHOWN])}{more}")
+    if missing:
+        notes.append(f"columns that it does not have hold 0: {', '.join(missing)}")
+    return tuple(notes)
 
 
 def _open(name: str) -> pq.ParquetFile:
-    """Open and check the columns."""
-    import pyarrow as pa
+    """Open and check which columns there are."""
     import pyarrow.parquet as pq
 
-    try:
+    with _damage(name, "not a whole"):
         file = pq.ParquetFile(name)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"not a whole Parquet file ({str(error).splitlines()[0]})", name) from None
-    schema: pa.Schema = file.schema_arrow
-    for column, dtype in DTYPES.items():
-        if column not in schema.names:
-            file.close()
-            raise InputError(f"column {column!r} is missing, expected {', '.join(DTYPES)}", name)
-        field = schema.field(column)
-        if field.type != pa.from_numpy_dtype(dtype):
-            file.close()
-            raise InputError(f"column {column!r} holds {field.type}, expected {dtype}", name)
+        names = file.schema_arrow.names
+    twice = [column for column, count in Counter(names).items() if count > 1 and (column in DTYPES or column == _LEVEL)]
+    if twice or "op" not in names:
+        file.close()
+        what = f"column {twice[0]!r} is there twice" if twice else "column 'op' is missing"
+        raise InputError(f"{what}, expected {CONTRACT}", name)
     return file
 
 
@@ -181,19 +215,24 @@ def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: checked(name, value) for name, value in stored.items()}
 
 
-def _about(file: pq.ParquetFile, name: str) -> dict[str, Any]:
+def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
+    """What `write` stored beside the records, None if it did not write the file."""
     metadata = file.schema_arrow.metadata or {}
     if _KEY not in metadata:
-        raise InputError("no memory layout in the file's metadata, expected a trace stored by pgemu", name)
+        return None
     try:
         about = json.loads(metadata[_KEY])
-        layout, init, setup = Layout.from_json(about["layout"]), about["init"], int(about["setup"])
+        layout, init, setup = Layout.from_json(about["layout"]), about["init"], about["setup"]
         if about["version"] != _VERSION or init not in ("private", "shared"):
             raise ValueError(f"version {about['version']}, init {init}")
+        if type(setup) is not int or setup < 0:
+            raise ValueError(f"setup {setup}, expected a number of records")
         machine, notes = _machine(about), about.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"metadata 'pgemu' cannot be used ({error})", name) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
+    except RecursionError:
+        raise InputError("metadata 'pgemu' cannot be used (too deep)", name) from None
     common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
-    return {**common, "machine": machine, "notes": tuple(notes)}
+    return {**common, "machine": machine, "notes": tuple(map(printable, notes))}

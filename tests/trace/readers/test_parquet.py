@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from pgemu import workload
 from pgemu.errors import InputError
-from pgemu.trace import GivenSlot, LoweringOptions, Operation, Records, load
+from pgemu.trace import GivenSlot, Lowered, LoweringOptions, Operation, Records, load
 from pgemu.trace.readers import parquet
 from pgemu.trace.schema import ACTOR_LIMIT, DTYPES
 
@@ -36,13 +37,20 @@ def some_records(draw: st.DrawFn) -> Records:
     return Records(**columns)
 
 
+def stored(path: Path) -> Lowered:
+    """A trace that pgemu stored."""
+    found = parquet.read(path)
+    assert isinstance(found, Lowered)
+    return found
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(records=some_records(), batch=st.integers(1, 50))
 def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
     path = tmp_path / "a.parquet"
     accounting = dataclasses.replace(BOOT.accounting, setup=0)
     parquet.write(dataclasses.replace(BOOT, records=records, accounting=accounting), path)
-    back = parquet.read(path)
+    back = stored(path)
     pieces = list(parquet.iterate(path, batch))
     assert all(len(piece) <= batch for piece in pieces)
     for name in DTYPES:
@@ -55,7 +63,7 @@ def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
 def test_what_a_log_said_of_its_machine_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write(dataclasses.replace(BOOT, notes=("bit 47 is taken", "left out")), path)
-    back = parquet.read(path)
+    back = stored(path)
     assert (back.machine, back.notes) == (BOOT.machine, ("bit 47 is taken", "left out"))
 
 
@@ -88,7 +96,7 @@ def test_load_recognises_parquet_and_follows_the_options_it_can(tmp_path: Path) 
 def test_batches_are_stored_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     parquet.write(BOOT, path, batches=(BOOT.records[first : first + 5000] for first in range(0, 15000, 5000)))
-    assert np.array_equal(parquet.read(path).records.address, BOOT.records.address)
+    assert np.array_equal(stored(path).records.address, BOOT.records.address)
     assert pq.ParquetFile(path).metadata.num_row_groups == 3
 
 
@@ -107,20 +115,6 @@ def test_nothing_half_written_remains(tmp_path: Path) -> None:
         parquet.write(BOOT, tmp_path / "no" / "trace")
 
 
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "trace"
-    columns = {name: np.zeros(1, dtype) for name, dtype in DTYPES.items()}
-    pq.write_table(pa.table({**columns, "op": np.ones(1, np.uint8)}), path)
-    with pytest.raises(InputError, match="trace: no memory layout"):
-        load(path)
-    pq.write_table(pa.table({name: column for name, column in columns.items() if name != "vm"}), path)
-    with pytest.raises(InputError, match="trace: column 'vm' is missing"):
-        load(path)
-    pq.write_table(pa.table({**columns, "object": np.zeros(1, np.int64)}), path)
-    with pytest.raises(InputError, match="trace: column 'object' holds int64, expected uint32"):
-        load(path)
-
-
 def test_bad_records_and_cut_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     records = BOOT.records[:7]
@@ -137,13 +131,13 @@ def test_recorded_levels_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     levels = np.arange(len(BOOT.records), dtype=np.uint64).astype(np.uint8) % 4
     parquet.write(dataclasses.replace(BOOT, fault_levels=levels, accesses=False), path)
-    back = parquet.read(path)
+    back = stored(path)
     assert back.fault_levels is not None
     assert np.array_equal(back.fault_levels, levels)
     assert not back.accesses
-    assert np.array_equal(parquet.read(path).records.address, BOOT.records.address)
+    assert np.array_equal(stored(path).records.address, BOOT.records.address)
     parquet.write(BOOT, path)
-    back = parquet.read(path)
+    back = stored(path)
     assert back.fault_levels is None
     assert back.accesses
 
@@ -157,5 +151,71 @@ def test_levels_that_no_leaf_has_are_refused(tmp_path: Path) -> None:
     number = table.schema.get_field_index("fault_level")
     wide = table.set_column(number, "fault_level", table.column(number).cast(pa.int64()))
     pq.write_table(wide.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(InputError, match="column 'fault_level' holds int64, expected uint8"):
-        parquet.read(path)
+    with pytest.raises(InputError, match="column 'fault_level' holds 4, expected at most 3"):
+        parquet.read(path)  # of any width
+
+
+def damaged(path: Path, **changes: Any) -> Path:
+    """BOOT as a file whose metadata has other values, by their path: `layout__regions__0__size=-1`."""
+    parquet.write(BOOT, path)
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"pgemu"])
+    for where, value in changes.items():
+        *steps, last = [int(step) if step.isdigit() else step for step in where.split("__")]
+        place = about
+        for step in steps:
+            place = place[step]
+        place[last] = value
+    pq.write_table(table.replace_schema_metadata({b"pgemu": json.dumps(about)}), path)
+    return path
+
+
+WRONG = [None, True, "x", "4096", 1.5, -1, -4096, 4097, 1 << 60, 1 << 63, 1 << 64, 10**400, [], {}, [4096]]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    "where",
+    ["layout__inode_size", "layout__regions__0__address", "layout__regions__0__offset", "layout__regions__1__size"]
+    + [f"layout__slots__0__{name}" for name in ("gpa", "size", "hva", "offset")],
+)
+def test_a_layout_that_no_memory_has_is_refused(tmp_path: Path, where: str, value: Any) -> None:
+    with pytest.raises(InputError, match="metadata 'pgemu' cannot be used") as caught:
+        load(damaged(tmp_path / "trace", **{where: value}))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout__regions__0__size": 0},
+        {"layout__regions__1__offset": 0},  # where the other one is
+        {"layout__regions": [1]},
+        {"layout__slots": [{"gpa": 0}]},
+        {"layout__refused": [{"slot": 0, "gpa": 0, "size": 4096, "reason": 1}]},
+        {"layout__origin": "[/red]"},
+        {"layout__page_size": 8192},
+        {"layout": []},
+        {"setup": -1},
+        {"setup": True},
+        {"setup": 1.5},
+        {"notes": ["a", 1]},
+        {"init": ["private"]},
+    ],
+)
+def test_metadata_of_other_shapes_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="metadata 'pgemu' cannot be used"):
+        load(damaged(tmp_path / "trace", **changes))
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+@pytest.mark.parametrize("ends", ["[]", "{}"])
+def test_metadata_nested_however_deep_is_refused(tmp_path: Path, depth: int, ends: str) -> None:
+    path = tmp_path / "trace"
+    parquet.write(BOOT, path)
+    opening = '{"a":' if ends == "{}" else "["
+    text = opening * depth + "1" + ends[1] * depth
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"pgemu": text.encode()}), path)
+    with pytest.raises(InputError, match="trace: metadata 'pgemu' cannot be used"):
+        load(path)
