@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pgemu.experiments.sensitivity import Sensitivity
     from pgemu.machine.config import Config
 
-__all__ = ("HEIGHT", "WIDTH", "causes", "mixed", "screen", "zeroes")
+__all__ = ("HEIGHT", "WIDTH", "about", "causes", "mixed", "screen", "zeroes")
 
 HEIGHT = 24
 _LEVELS = "recorded-levels"
@@ -41,17 +41,17 @@ _NAMES, _VALUES = 18, 14  # widths of the columns for one design
 def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivity | None) -> str:
     """Return the first screen."""
     table, foot = list(_table(comparison, lines)), list(_foot(comparison, lines, sensitivity))
-    head = _cut(list(_head(comparison)), HEIGHT - len(table) - len(foot) - 2)
+    head = _cut([line for text in about(comparison) for line in wrapped(text)], HEIGHT - len(table) - len(foot) - 2)
     found = [*head, "", *table, ""]
     room = HEIGHT - len(found) - len(foot)
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
-    first = [*_broken(comparison), *_splits(comparison)]
+    first = [*_broken(comparison), *_splits(comparison), *_waits(comparison)]
     for text in dict.fromkeys((*first, *rests, *_refusals(comparison), *why)):  # where room ends, the last ones go
-        wrapped = points(text)
-        if len(wrapped) <= room:
+        needed = len(points(text))
+        if needed <= room:
             kept.append(text)
-            room -= len(wrapped)
+            room -= needed
     for text in (*why, *rests):
         found += points(text) if text in kept else []
     found += foot
@@ -66,35 +66,44 @@ def _cut(lines: list[str], most: int) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], "  ... more of what was run: --details"]
 
 
-def _head(comparison: Comparison) -> Iterator[str]:
+def about(comparison: Comparison) -> Iterator[str]:
+    """What was compared: the trace, the versions, the machine, and what was taken to be so; a sentence each."""
     lowered, versions = comparison.lowered, comparison.versions
     config = comparison.runs[0].config
     source = printable(lowered.source.rsplit("/", 1)[-1])
     size, page = units.size(lowered.layout.inode_size), units.size(lowered.layout.page_size)
-    yield from wrapped(f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}")
+    yield f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}"
     names = {
         "restructure": f"restructure like {versions.like} ({LIKE[versions.like].text})",
         "pfnmap": f"pfnmap {versions.pfnmap} ({PFNMAP[versions.pfnmap].text})",
     }
-    yield from wrapped("; ".join(names.get(run.design, run.design) for run in comparison.runs[:2]))
+    yield "; ".join(names.get(run.design, run.design) for run in comparison.runs[:2])
+    yield from _rules_of_like(comparison)
     cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"
     both = "both: " if len(comparison.runs) > 1 else ""
-    yield from wrapped(
-        f"{both}{config.vm} VM, memory {lowered.init} at first, {config.stage2.upper()}, {cpus}, Linux {config.kernel}"
-    )
+    tables = f"{config.stage2.upper()}, {cpus}, Linux {config.kernel}"
+    yield f"{both}{config.vm} VM, memory {lowered.init} at first, {tables}"
     yield from _defects(comparison)
     if not len(lowered.records) - lowered.accounting.setup:
-        yield from wrapped("nothing to replay: no event of this log concerns guest memory (see --details)")
+        yield "nothing to replay: no event of this log concerns guest memory (see --details)"
     if lowered.layout.origin == "inferred":
-        yield from wrapped("the log has no memory slots: inferred from the addresses seen (--memslot)")
-    for text in lowered.notes:
-        yield from wrapped(text)
+        yield "the log has no memory slots: inferred from the addresses seen (--memslot)"
+    yield from lowered.notes
     if by_hand := mixed(comparison, defects=False):  # those are in the line above
-        yield from wrapped(f"mixed by hand: {by_hand}")
+        yield f"mixed by hand: {by_hand}"
     if idle := comparison.without_effect.options:
-        yield from wrapped(f"without effect here: {', '.join('--' + name.replace('_', '-') for name in idle)}")
-    for text in comparison.instead:
-        yield from wrapped(text)
+        yield f"without effect here: {', '.join('--' + name.replace('_', '-') for name in idle)}"
+    yield from comparison.instead
+
+
+def _rules_of_like(comparison: Comparison) -> Iterator[str]:
+    """What a design has of a version of restructure that is not there to be seen."""
+    versions = comparison.versions
+    if any(run.design == "restructure" for run in comparison.runs[:2]):
+        return
+    rules = [f"{name} {value}" for name, value in LIKE[versions.like].common.items() if name not in comparison.given]
+    if rules:
+        yield f"as {versions.like} has it (--like): {', '.join(rules)}"
 
 
 def _defects(comparison: Comparison) -> Iterator[str]:
@@ -107,11 +116,12 @@ def _defects(comparison: Comparison) -> Iterator[str]:
         if without:
             idle.append(f"{run.design} {', '.join(without)}")
     parts = [*active, f"without effect here: {'; '.join(idle)}"] if idle else active
-    found = wrapped(f"defects: {'; '.join(parts)}") if parts else []
-    if len(found) > _MOST_DEFECTS:
+    text = f"defects: {'; '.join(parts)}"
+    if len(wrapped(text)) > _MOST_DEFECTS:
         counts = ", ".join(f"{run.design} {len(run.config.defects)}" for run in comparison.runs[:2])
-        found = [f"defects: {counts}; their names: --details"]
-    yield from found
+        text = f"defects: {counts}; their names: --details"
+    if parts:
+        yield text
 
 
 def mixed(comparison: Comparison, *, defects: bool = True) -> str:
@@ -167,6 +177,7 @@ def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> li
     return [
         *_broken(comparison),
         *_splits(comparison),
+        *_waits(comparison),
         *_zeroing(comparison),
         *_levels(comparison, sensitivity),
         *_refusals(comparison),
@@ -183,6 +194,22 @@ def _splits(comparison: Comparison) -> Iterator[str]:
             restored = units.size(event(Event.VMEMMAP_PAGE_RESTORED) * PAGE_4K)
             folios = f"{units.count(splits)} folio{'s' * (splits != 1)}"
             yield f"{run.design} splits {folios}{merged}: {restored} of vmemmap restored"
+
+
+def _waits(comparison: Comparison) -> Iterator[str]:
+    """Waits for RCU where they make most of a difference in time: HVO waits before it restores or frees a vmemmap."""
+    if len(comparison.runs) < 2:
+        return
+    found: dict[str, list[str]] = {}
+    for op, what in ((Operation.CONVERT, "conversions"), (Operation.GUEST_FAULT, "guest faults")):
+        events = paired(*comparison.runs[:2], op).events
+        waited = next((one for one in events if one.event is Event.RCU_SYNCHRONIZED), None)
+        if waited and 2 * waited.size >= sum(one.size for one in events):
+            run = comparison.runs[waited.units > 0]
+            times = units.count(run.statistics.event(Event.RCU_SYNCHRONIZED, op))
+            found.setdefault(run.design, []).append(f"{times} times in {what}")
+    for design, counts in found.items():
+        yield f"most of the difference: {design} waits for RCU (HVO) {', '.join(counts)}"
 
 
 def _interrupts_off(comparison: Comparison) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgemu.experiments.verdict import verdict
 from pgemu.report.answers import WIDTH, Answer, answers_of, heads, row, wrapped
+from pgemu.report.screen import about
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
@@ -105,8 +106,22 @@ def _text(runs: Sequence[Combination], designs: list[str]) -> str:
     return "\n".join(line.rstrip() for line in _lines(runs, designs)) + "\n"
 
 
+def _about(runs: Sequence[Combination]) -> Iterator[str]:
+    """What varies, and what of the first screen's head is the same wherever there is a comparison."""
+    compared = [run.comparison for run in runs if not isinstance(run.comparison, str)]
+    sources = dict.fromkeys(comparison.lowered.source.rsplit("/", 1)[-1] for comparison in compared)
+    count = f"{len(runs)} combination{'s' * (len(runs) != 1)}"
+    yield f"{', '.join(sources)}: {count} of {', '.join(runs[0].labels)}"
+    # Of the line of versions the one that does not vary.
+    first, *others = ([part for text in about(one) for part in text.split("; ")] for one in compared)
+    yield from (text for text in first if all(text in other for other in others))
+
+
 def _lines(runs: Sequence[Combination], designs: list[str]) -> Iterator[str]:
     """One combination after the other under one head, each with the rules that turn its answers."""
+    for text in _about(runs):
+        yield from wrapped(text)
+    yield ""
     yield from heads(designs)
     for run in runs:
         yield from wrapped(", ".join(f"{name} {value}" for name, value in run.labels.items()))

@@ -66,6 +66,16 @@ _FORMS = tuple(
             "print without -D",
         ),
         (
+            r"Attaching \d+ probes?\.\.\.",
+            "output of bpftrace, which is whatever its script prints",
+            "record the events of KVM with ftrace, trace-cmd or perf",
+        ),
+        (
+            r"(?:\d+@\d+\.\d+:)?kvm_(?:convert_memory|set_user_memory)\b.*",
+            "output of QEMU's -trace",
+            "record kvm:kvm_vm_set_mem_attributes with ftrace, trace-cmd or perf",
+        ),
+        (
             r"\[\d+:\d+:\d+\.\d+\] \(\+.*",
             "output of babeltrace",
             "record the events of KVM with ftrace, trace-cmd or perf",

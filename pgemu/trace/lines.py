@@ -24,7 +24,7 @@ __all__ = (
 )
 
 _LINE = re.compile(
-    r"(?P<prefix>\s*(?:(?P<comm>(?:\S.*?)?)(?:(?P<dash>-)| )\s*)?(?P<pid>\d+|(?:(?<=\s)|(?<=>-))-1)"
+    r"(?P<prefix>\s*(?:(?P<comm>(?:\S.*?)?)(?:(?P<dash>-)|\s)\s*)?(?P<pid>\d+|(?:(?<=\s)|(?<=>-))-1)"
     r"(?(dash)|(?:/(?P<tid>-?\d+))?)\s+(?:\(\s*(?P<tgid>\d+|-+)\)\s+)?"
     r"(?:(?P<cpu>\[\d+\])\s+(?:(?:[^\s\d]\S{3,7}|[KUHGgMESp]{1,6})\s+)?)?)"
     r"(?P<stamp>\d+\.(?:\d{9}|\d{6})|(?(cpu)\d+|(?!)))(?P<separator>: ?)"

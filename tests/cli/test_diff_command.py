@@ -255,8 +255,14 @@ def test_every_combination_is_one_row_in_order(log: str) -> None:
     assert markdown[0] == "| like | page-size | question | restructure | pfnmap | better | by | basis |"
     assert len(markdown) == 2 + len(table)
     lines = varied(log, *options, "text").splitlines()
-    assert lines[0].split() == ["restructure", "pfnmap", "better", "by", "basis"]
-    assert lines[2] == "like rfc2, page-size 2M"
+    at = lines.index("")
+    assert lines[0] == "small.txt: 4 combinations of like, page-size"
+    assert lines[1:at] == [
+        "pfnmap corrected (slides, mended)",
+        "both: sw VM, memory private at first, NPT, 1 vCPU, Linux 6.18",
+    ]
+    assert lines[at + 1].split() == ["restructure", "pfnmap", "better", "by", "basis"]
+    assert lines[at + 3] == "like rfc2, page-size 2M"
     assert max(map(len, lines)) <= 80
     for question, data in found[0]["verdict"].items():
         assert row(QUESTIONS[question].text, *Answer.from_json(data).cells) in lines

@@ -14,11 +14,12 @@ from comparisons import HVA, converts_nothing, lowered, mixed, mixed_records, on
 from pgemu.experiments.compare import Comparison, compare
 from pgemu.experiments.effects import with_effects
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
-from pgemu.experiments.verdict import QUESTIONS, Trial, measure, refused, verdict
+from pgemu.experiments.verdict import QUESTIONS, Trial, measure, paired, refused, verdict
 from pgemu.machine.config import DEFECTS
-from pgemu.machine.presets import PFNMAP, Versions
-from pgemu.report.screen import HEIGHT, WIDTH, mixed as by_hand, screen
+from pgemu.machine.presets import LIKE, PFNMAP, Versions
+from pgemu.report.screen import HEIGHT, WIDTH, causes, mixed as by_hand, screen
 from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, Records, load, shipped
+from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 from pgemu_kernels.words.rows import SPINS
 from random_traces import traces
@@ -252,3 +253,47 @@ def test_every_screen_fits_and_names_its_defects_or_how_many(
         assert every or f"{run.design} {len(run.config.defects)}" in joined
     for run in comparison.runs:
         assert set(comparison.without_effect.defects.get(run.design, ())) <= set(run.config.defects)
+
+
+@settings(max_examples=15, deadline=None)
+@given(hvo=st.booleans(), pages=st.integers(1, 4), back=st.booleans(), kernel=st.sampled_from(["6.12", "6.18", "7.3"]))
+def test_waits_for_rcu_are_named_where_they_make_most_of_a_difference(
+    hvo: bool, pages: int, back: bool, kernel: Any
+) -> None:
+    """HVO waits before it restores a vmemmap; without it nobody waits."""
+    records = [*setup()]
+    for page in range(pages):
+        place = {"offset": page * PAGE_2M, "length": PAGE_4K}
+        records.append(one(Operation.GUEST_FAULT, address=page * PAGE_2M))
+        records.append(one(Operation.CONVERT, Flag.SHARED, **place))
+        records += [one(Operation.CONVERT, Flag.PRIVATE, **place)] * back
+    comparison = compare(lowered(records), hvo=hvo, kernel=kernel)
+    run = comparison.runs[0]
+    waits = {
+        what: run.statistics.event(Event.RCU_SYNCHRONIZED, op)
+        for op, what in ((Operation.CONVERT, "conversions"), (Operation.GUEST_FAULT, "guest faults"))
+    }
+    line = next((text for text in causes(comparison) if "waits for RCU" in text), "")
+    assert hvo or not (line or any(waits.values()))
+    for what, op in (("conversions", Operation.CONVERT), ("guest faults", Operation.GUEST_FAULT)):
+        events = paired(*comparison.runs, op).events
+        most = sum(one.size for one in events if one.event is Event.RCU_SYNCHRONIZED) * 2 >= sum(
+            one.size for one in events
+        )
+        assert (f"{waits[what]} times in {what}" in line) == (bool(waits[what]) and most)
+
+
+@pytest.mark.parametrize("like", ["rfc2", "dec2025", "next"])
+def test_a_screen_of_pfnmap_alone_names_what_it_has_of_a_version_of_restructure(like: str) -> None:
+    common = LIKE[like].common
+    records = lowered(mixed_records())
+    if like == "next":
+        records = replace(records, layout=replace(records.layout, page_size=PAGE_4K))
+    alone = compare(records, ["pfnmap"], versions=Versions(like))
+    text = screen(alone, {}, None)
+    assert f"\nas {like} has it (--like): punch {common['punch']}, kernel {common['kernel']}\n" in text
+    by_hand_too = screen(compare(records, ["pfnmap"], versions=Versions(like), kernel="7.3"), {}, None)
+    assert f"\nas {like} has it (--like): punch {common['punch']}\n" in by_hand_too
+    both = compare(records, versions=Versions(like))
+    assert "(--like)" not in shown(both)
+    assert_fits(text)

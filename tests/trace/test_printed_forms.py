@@ -261,6 +261,8 @@ def test_events_of_a_guest_s_own_kernel_are_refused() -> None:
         ("6a7c0000 03 ffff8881 00", "ftrace's hex format", "nohex > trace_options"),
         ("0x7f8 [0x60]: PERF_RECORD_SAMPLE(IP, 0x1)", "raw dump of perf", "without -D"),
         ("[10:00:00.123456789] (+?.?????????) a kvm_page_fault: { cpu_id = 3 }", "babeltrace", "ftrace, trace-cmd"),
+        ("Attaching 3 probes...", "bpftrace", "ftrace, trace-cmd or perf"),
+        ("kvm_convert_memory start 0x0 size 0x1000 shared_to_private", "QEMU's -trace", "kvm_vm_set_mem_attributes"),
         (f"kvm:{FAULT}", "perf script with other columns", "-F comm,pid,tid,cpu,time,event,trace"),
         (f"CPU 3/KVM [003] 12481.879123: kvm:{FAULT}", "perf script without its task", "-F comm,pid,tid,cpu,time"),
         (f"qemu 1 [000] 2026-11-30 08:00:00.123456 1.0: kvm:{FAULT}", "perf script", "-F comm,pid,tid,cpu,time"),
@@ -275,6 +277,14 @@ def test_events_of_a_guest_s_own_kernel_are_refused() -> None:
 def test_other_forms_are_named_with_what_helps(line: str, name: str, help_: str) -> None:
     with pytest.raises(InputError, match=rf"^log:2: .*{re.escape(name)}.*{re.escape(help_)}"):
         parse(f"{HEAD}{FAULT}\n{line}\n")
+
+
+@pytest.mark.parametrize("blank", ["\t", "\xa0", "\u2003"])
+def test_other_blanks_of_a_copied_log_are_blanks(blank: str) -> None:
+    for line in (f"{HEAD}{FAULT}", f"qemu 1/1 [000] 1.000000:  1 kvm:{FAULT}"):
+        log = parse(f"{line.replace(' ', blank)}\n{line}\n")
+        assert (log.unknown, log.inputs) == ({}, {"kvm_page_fault": 2})
+        assert log.rows[0, 4:].tolist() == log.rows[1, 4:].tolist()
 
 
 @given(found=events(), end=st.sampled_from(["\n", "\r\n"]), bom=st.booleans(), packed=st.booleans())

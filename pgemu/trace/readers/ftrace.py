@@ -7,6 +7,7 @@ until its event's name says that it is an input; only inputs meet a regular expr
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
 _NAMELESS = "(no event name)"
 _NO_TASK = -1, 0
+_BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
 
 _Handler = Callable[[str, int, int, int], None]
@@ -336,11 +338,11 @@ class _Parser:
             self._ignored["<function>"] += 1
             return
         at = event_start(event)
-        token = event[at:].split(None, 1)[0] if at >= 0 else ""
+        event = " ".join(_BLANK.split(event[at:])) if at >= 0 else ""
+        token = event.partition(" ")[0]
         if not is_name(token):
             self._nameless = self._nameless[0] + 1, self._nameless[1] or line
             return
-        event = event[at:]
         handler = self._handlers[token]
         if handler is None:
             self._tokens[token] += 1
