@@ -34,7 +34,7 @@ from pgemu.images.struct_page import (
     signed,
     type_of,
 )
-from pgemu.machine.arguments import OfMachine, argument
+from pgemu.machine.arguments import OfMachine
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
 from pgemu_kernels.formats.struct_page import (
@@ -119,7 +119,7 @@ def struct_page(core: Core, pfn: int) -> Array:
     return core.words(_struct_page_address(core, core.host_format, root, vmemmap, pfn), 8).copy()
 
 
-class Folio(OfMachine, but=("of_machine",)):
+class Folio(OfMachine):
     """The folio that holds a PFN, read through the kernel's page table. Made by Machine.folio(), or directly.
 
     memory: an Image, a Machine, or anything with their words(), load() and holds(). layout: page_layout(). root:
@@ -140,7 +140,7 @@ class Folio(OfMachine, but=("of_machine",)):
         self.format = x86_64() if fmt is None else fmt
         self.vmemmap_base = vmemmap
         self.machine = machine
-        self.given = pfn = argument("pfn", pfn)
+        self.given = pfn
         self.pfn, self.fake = self._find_head(pfn)
         self._order = self.order
 
@@ -417,7 +417,7 @@ class Folio(OfMachine, but=("of_machine",)):
         """Vmemmap pages of addresses that share a last-level table, or the entry that stands in its place."""
         steps = self._walk(address)
         if not steps:
-            raise ValueError(f"{address:#x}: not an address of the vmemmap")
+            raise ValueError(f"address {address:#x}: expected one of the vmemmap, which is mapped")
         fmt, last, pages = self.format, steps[-1], range(address, end, PAGE_4K)
         if last.level > 1 or last.kind is Kind.UNREADABLE:
             slots = [(last.address, last.entry, last.kind is Kind.LEAF)] * len(pages)
