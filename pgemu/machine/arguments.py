@@ -304,15 +304,15 @@ def guarded(function: Any, rules: Mapping[str, Rule] = MappingProxyType({}), *, 
         count = len(arguments)
         owner = arguments[owner_at] if owner_at < count else named.get(owner_name)
         given: Any = arguments
-        for i, name, check in places:
-            if i < count:
-                value = given[i]
-                kept = check(owner, value)
-                if kept is not value:
-                    given = [*given[:i], kept, *given[i + 1 :]]
-            elif name in named:
-                named[name] = check(owner, named[name])
         try:
+            for i, name, check in places:
+                if i < count:
+                    value = given[i]
+                    kept = check(owner, value)
+                    if kept is not value:
+                        given = [*given[:i], kept, *given[i + 1 :]]
+                elif name in named:
+                    named[name] = check(owner, named[name])
             return function(*given, **named)
         except MemoryError:
             told = f"{function.__qualname__}({', '.join(map(shown, arguments[1:]))})"

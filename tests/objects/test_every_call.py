@@ -267,3 +267,42 @@ def test_no_sequence_of_calls_harms_a_machine(design: str, folder: Path, data: s
             world.of[call.owner] = world.of[call.owner][which:] + world.of[call.owner][:which]
         attempt(world, call, arguments)
     assert world.machine.check() == 0, world.machine.broken
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+def test_what_no_computer_holds_is_one_error() -> None:
+    calls = [
+        lambda: OTHER.create_process().touch_many(range(1 << 45)), lambda: OTHER.run_columns(1, count=1 << 50),
+        lambda: OTHER.run_columns(1, count=1 << 63), lambda: pgemu.Records.build(1 << 45),
+        lambda: pgemu.Records.build((1 << 64) - 1),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(OSError, match="more than this computer can hold") as told:
+            call()
+        assert told.value.errno == W.ENOMEM
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_largest_mapping_is_looked_through_by_its_tables(design: Any) -> None:
+    """Of 64 TiB mapped there are four table pages."""
+    machine = Machine(Config(design, pool=W.PAGE_2M, page_size=W.PAGE_2M, defects=("punch-keeps-entries",)))
+    gmem, process = machine.create_guest_memfd(W.PAGE_2M, shared=True), machine.create_process()
+    assert process.mmap(gmem, 1 << 30, length=1 << 46).status == 0
+    process.touch((1 << 30) + 5 * 4096)
+    assert gmem.stale_entries() == []
+    pfn = gmem.pfn(5 * 4096)
+    assert gmem.punch_hole(0, W.PAGE_2M).status == 0
+    found = [(entry.space, entry.address, entry.pfn) for entry in gmem.stale_entries()]
+    assert found == ([] if design == "restructure" else [(process.space, (1 << 30) + 5 * 4096, pfn)])
+
+
+def test_a_system_call_of_the_largest_length_is_a_result() -> None:
+    """mm/mmap.c:do_mmap(): a length that is none when it is rounded up, or past TASK_SIZE, is -ENOMEM or -EINVAL."""
+    process = OTHER.create_process()
+    for length in ((1 << 64) - 1, 1 << 63, (1 << 63) - 1):
+        for call in (process.mmap_anonymous, process.mmap_hugetlb):
+            for shared in (False, True):
+                assert call(0x40000000, length, shared=shared).status in (-W.ENOMEM, -W.EINVAL)
+    assert OTHER.check() == 0
