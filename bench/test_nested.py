@@ -14,6 +14,7 @@ import pytest
 
 from control import walk_one_by_one
 from pgemu.objects.machine import Config, Machine
+from pgemu.tables.access import rows_of
 from pgemu.tables.translation import Access, Kind, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
@@ -89,8 +90,8 @@ def test_nested(guest: Scene, timed: Callable[..., None]) -> None:
 
 def test_control(guest: Scene, timed: Callable[..., None]) -> None:
     machine = guest.machine
-    rows = [Access().rows(machine.format_row(0), 1 << 52)]
-    rows.append(Access().rows(machine.format_row(guest.stage2), machine.arrays.ram.nbytes))
+    rows = [rows_of(machine.format_row(0), 1 << 52, Access(), plain=False)]
+    rows.append(rows_of(machine.format_row(guest.stage2), machine.arrays.ram.nbytes, Access(), plain=False))
     access = np.concatenate(rows)
 
     def walk() -> Array:

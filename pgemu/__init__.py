@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Image, open_image
     from pgemu.machine.config import Config
-    from pgemu.machine.results import Result, Results
+    from pgemu.machine.results import Errno, Result, Results, RetPf, VmFault
     from pgemu.machine.statistics import Statistics
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.guest_memfd import GuestMemfd
@@ -39,6 +39,7 @@ __all__ = (
     "Config",
     "EditResult",
     "EditResults",
+    "Errno",
     "Flush",
     "Folio",
     "GuestMemfd",
@@ -52,9 +53,11 @@ __all__ = (
     "Records",
     "Result",
     "Results",
+    "RetPf",
     "Statistics",
     "Translation",
     "Vm",
+    "VmFault",
     "__version__",
     "load",
     "open_image",
@@ -69,6 +72,7 @@ _HOMES = {
     "Config": "machine.config",
     "EditResult": "tables.page_table",
     "EditResults": "tables.page_table",
+    "Errno": "machine.results",
     "Flush": "tables.page_table",
     "Folio": "images.folio",
     "GuestMemfd": "objects.guest_memfd",
@@ -82,9 +86,11 @@ _HOMES = {
     "Records": "trace",
     "Result": "machine.results",
     "Results": "machine.results",
+    "RetPf": "machine.results",
     "Statistics": "machine.statistics",
     "Translation": "tables.translation",
     "Vm": "objects.vm",
+    "VmFault": "machine.results",
     "load": "trace",
     "open_image": "images.image",
     "translate": "tables.translation",

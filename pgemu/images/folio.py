@@ -35,7 +35,7 @@ from pgemu.images.struct_page import (
     type_of,
 )
 from pgemu.images.vmemmap import VmemmapPage, vmemmap_pages
-from pgemu.machine.arguments import OfMachine, argument
+from pgemu.machine.arguments import OfMachine
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
 from pgemu_kernels.formats.struct_page import (
@@ -100,7 +100,7 @@ def struct_page(core: Core, pfn: int) -> Array:
     return core.words(_struct_page_address(core, core.host_format, root, vmemmap, pfn), 8).copy()
 
 
-class Folio(OfMachine, but=("of_machine",)):
+class Folio(OfMachine):
     """The folio that holds a PFN, read through the kernel's page table. Made by Machine.folio(), or directly.
 
     memory: an Image, a Machine, or anything with their words(), load() and holds(). layout: page_layout(). root:
@@ -121,7 +121,7 @@ class Folio(OfMachine, but=("of_machine",)):
         self.format = x86_64() if fmt is None else fmt
         self.vmemmap_base = vmemmap
         self.machine = machine
-        self.given = pfn = argument("pfn", pfn)
+        self.given = pfn
         self.pfn, self.fake = self._find_head(pfn)
         self._order = self.order
 

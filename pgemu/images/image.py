@@ -10,13 +10,14 @@ import mmap
 import os
 import stat
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
 from pgemu.errors import InputError
 from pgemu.images import elf
 from pgemu.images.elf import Root
+from pgemu.machine.arguments import guards, guards_methods
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class _Part(NamedTuple):
     offset: int
 
 
+@guards_methods
 class Image:
     """A read-only image of physical memory; made by `open_image`.
 
@@ -91,18 +93,20 @@ class Image:
     def __repr__(self) -> str:
         return f"Image({self.path!r}, {len(self.ranges)} ranges, {sum(e - s for s, e in self.ranges):#x} bytes)"
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """TypeError: what copy, deepcopy and pickle call."""
+        raise TypeError(f"Image cannot be copied or pickled: it stands on a mapped file; open {self.path} again")
+
     # ------------------------------------------------------------------ reading
 
     def read(self, address: int, count: int) -> bytes:
         """`count` bytes at a physical address. ValueError if the image does not hold them all."""
-        if address < 0 or count < 0:
-            raise ValueError(f"{count} bytes at {address:#x}: expected no negative number")
         pieces = []
         end = address + count
         while address < end:
             part = self._part_of(address)
             if part is None:
-                raise ValueError(f"physical address {address:#x}: not in {self.path}")
+                raise ValueError(f"address {address:#x}: not in {self.path}, expected a physical address that it holds")
             upto = min(end, part.end)
             at = address - part.start + part.offset
             zero = part.offset == _ZEROES
@@ -124,8 +128,7 @@ class Image:
     def load(self, addresses: Array) -> Array:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all."""
         if not self._parts:
-            raise ValueError(f"{self.path}: closed")
-        addresses = np.asarray(addresses, np.uint64)
+            raise ValueError(f"image {self.path}: it is closed, expected one that is not")
         part, inside = self._find(addresses, self._part_starts, self._part_sizes)
         found = np.zeros(addresses.shape, np.uint64)
         stored = inside & ~self._part_zero[part]
@@ -172,18 +175,17 @@ class Image:
 # --------------------------------------------------------------------------- opening
 
 
+@guards()
 def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Image:
     """Map an image of physical memory read-only.
 
     format: "elf", "raw", or None to look at the file's first bytes. Where PT_LOADs overlap, the one that begins
     first counts; memory past a segment's bytes in the file is zero, and a segment without bytes in the file is a hole.
-    ValueError for another format.
+    TypeError or ValueError for another format and for what names no file.
 
     :raises InputError: the file cannot be read, is no image, or is not whole
     """
     name = os.fspath(path)
-    if format not in (None, "elf", "raw"):
-        raise ValueError(f"format {format!r}: expected elf or raw")
     data = _map(name)
     if format is None:
         for magic, what in _FOREIGN.items():
@@ -289,8 +291,6 @@ def _merged(parts: list[_Part]) -> list[Range]:
 
 def write_image(core: Core, roots: list[Root], path: str | os.PathLike[str], format: Format = "elf") -> None:
     """Write a machine's physical memory, with the top tables that the note names; see Machine.write_image."""
-    if format not in ("elf", "raw"):
-        raise ValueError(f"format {format!r}: expected elf or raw")
     name = os.fspath(path)
     ranges = core.memory.ranges()
     if format == "elf":

@@ -14,9 +14,10 @@ Layouts are data: pgemu_kernels.formats.struct_page.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from pgemu.machine.short import html_table
 from pgemu_kernels.formats.struct_page import (
     FLAG_FIELDS,
     MAPPING_ANON,
@@ -122,6 +123,15 @@ class Page:
     index: int | None
     private: int | None
     values: tuple[Value, ...]
+
+    def __repr__(self) -> str:
+        order = "" if self.order is None else f", order={self.order}"
+        return f"Page(pfn={self.pfn:#x}, {self.kind!r}{order}, refcount={self.refcount}, type={self.type!r})"
+
+    def _repr_html_(self) -> str:
+        names = [one.name for one in fields(self) if one.name not in ("values", "words")]
+        rows = [(name, getattr(self, name)) for name in names]
+        return html_table(("field", "value"), rows, len(rows))
 
 
 def signed(value: int, bits: int = 32) -> int:

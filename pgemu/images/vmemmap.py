@@ -50,7 +50,7 @@ def _mapped(memory: Memory, fmt: PageFormat, root: int, address: int, end: int) 
     """Vmemmap pages of addresses that share a last-level table, or the entry that stands in its place."""
     steps = walk(memory, fmt, root, address)
     if not steps:
-        raise ValueError(f"{address:#x}: not an address of the vmemmap")
+        raise ValueError(f"address {address:#x}: expected one of the vmemmap, which is mapped")
     last, pages = steps[-1], range(address, end, PAGE_4K)
     if last.level > 1 or last.kind is Kind.UNREADABLE:
         slots = [(last.address, last.entry, last.kind is Kind.LEAF)] * len(pages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from pgemu.machine.field_rules import Rule, amount, checked
 from pgemu_kernels import words as W
 
-__all__ = ("FIELDS", "addresses_of", "check_fields", "column_of", "integers")
+__all__ = ("EACH", "FIELDS", "as_column", "check_fields", "column_of", "each", "integers", "unsigned")
 
 Array = np.ndarray[Any, Any]
 _WORD = np.dtype(np.uint64)
+_NO_ARRAYS = (str, bytes, bytearray, dict, set, frozenset, np.ma.MaskedArray)  # though they can be gone through
 
 
 def integers(values: Any) -> Array:
@@ -27,31 +28,82 @@ def integers(values: Any) -> Array:
     return given
 
 
-def _unsigned(values: Any, what: str) -> Array:
-    """uint64[n], C order, writeable, as entries are compiled for. ValueError for what are no numbers of that kind."""
-    if type(values) is np.ndarray and values.dtype == _WORD and values.ndim == 1 and values.flags.carray:
-        return values
+def as_column(values: Any) -> Array | None:
+    """uint64[n], C order, writeable, as entries are compiled for, of what needs no second look; None of all else."""
+    if type(values) is np.ndarray:
+        ready = values.dtype == _WORD and values.ndim == 1 and values.flags.carray
+        return values if ready else None
     if type(values) is list and len(values) == 1 and type(values[0]) is int and 0 <= values[0] < 1 << 64:
         return np.array(values, _WORD)
-    given = integers(values)
-    if given.size and (given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0)):
-        raise ValueError(f"{what} of {given.dtype}: expected integers that are not negative")
-    if given.ndim > 1:
-        raise ValueError(f"{what} of {given.ndim} dimensions: expected one")
-    column = np.ascontiguousarray(given, dtype=np.uint64).reshape(-1)
+    return None
+
+
+def unsigned(given: Array, dtype: np.dtype[Any] = _WORD) -> Array:
+    """The same of any array of integers in one dimension that `dtype`, an unsigned one, can hold."""
+    column = np.ascontiguousarray(given, dtype=dtype).reshape(-1)
     return column if column.flags.carray else column.copy()  # not aligned, or only to be read
 
 
-def addresses_of(values: Any) -> Array:
-    """uint64[n]. ValueError for what are no addresses."""
-    return _unsigned(values, "addresses")
+def _array(value: Any) -> Array:
+    """`value` as an array; TypeError for what is no array and no sequence."""
+    if isinstance(value, _NO_ARRAYS) or not hasattr(value, "__iter__"):
+        raise TypeError
+    if not hasattr(value, "__len__"):
+        value = list(value)
+    if not isinstance(value, np.ndarray | range) and any(isinstance(one, bool | np.bool_) for one in value):
+        raise TypeError
+    try:
+        return integers(value)
+    except (ValueError, OverflowError):  # rows of several lengths, numbers beyond every type
+        raise TypeError from None
 
 
-def column_of(values: Any, count: int) -> Array:
-    """uint64[count], or of one element for all. ValueError for another number of elements."""
-    column = _unsigned(values, "column")
+def _one_or_array(value: Any) -> Array:
+    """The same, or of a single integer an array of one."""
+    if hasattr(value, "__index__") and not isinstance(value, np.ndarray):
+        return integers([FIELDS["address"].plain(value)])
+    return _array(value)
+
+
+def _up_to(most: int) -> Callable[[Array], bool]:
+    def holds(given: Array) -> bool:
+        """Whether an array is one of integers, in one dimension, none of them negative or beyond `most`."""
+        if given.ndim != 1:
+            return False
+        if given.dtype == np.uint64 and most == (1 << 64) - 1:
+            return True
+        if not given.size:
+            return given.dtype.kind in "uif"  # of an empty list NumPy makes floats
+        return given.dtype.kind in "ui" and int(given.min()) >= 0 and int(given.max()) <= most
+
+    return holds
+
+
+def each(bits: int) -> Rule:
+    """A sequence or array of integers of so many bits."""
+    said = f"a sequence or array of integers, one dimension, each from 0 to 2**{bits} - 1"
+    return Rule(lambda: said, _array, _up_to((1 << bits) - 1))
+
+
+def _or_one(rule: Rule) -> Rule:
+    """Such a sequence, or one such integer."""
+    return rule._replace(expected=lambda: f"an integer, or {rule.expected()}", plain=_one_or_array)
+
+
+EACH = each(64)
+_COLUMNS = {size: _or_one(each(8 * size)) for size in (1, 2, 4, 8)}  # by bytes of an element
+
+
+def column_of(values: Any, count: int, name: str, dtype: np.dtype[Any] = _WORD) -> Array:
+    """An array of `dtype`, of uint64 if not told, with `count` elements, or with one for all.
+
+    TypeError and ValueError, with the name, for all else.
+    """
+    column = as_column(values) if dtype == _WORD else None
+    if column is None:
+        column = unsigned(checked(name, values, {name: _COLUMNS[dtype.itemsize]}), dtype)
     if column.size not in (1, count):
-        raise ValueError(f"column of {column.size} elements: expected {count} or 1")
+        raise ValueError(f"{name} of {column.size} elements: expected {count} or 1")
     return column
 
 
@@ -59,7 +111,7 @@ FIELDS: Mapping[str, Rule] = MappingProxyType(
     {
         name: amount(0, limit - 1, f"0 to {limit - 1}")
         for name, limit in {
-            "operation": 256, "flags": 256, "actor": int(W.ACTORS), "vm": 1 << 16, "space": 1 << 16, "object": 1 << 32,
+            "op": 256, "flags": 256, "actor": int(W.ACTORS), "vm": 1 << 16, "space": 1 << 16, "object_": 1 << 32,
             "address": 1 << 64, "offset": 1 << 64, "length": 1 << 64,
         }.items()
     }

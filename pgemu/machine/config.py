@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from pgemu import cost
+from pgemu.machine.arguments import guards
 from pgemu.machine.designs import DEFAULTS, ROWS, Design
 from pgemu.machine.field_rules import DEFECTS, LEVEL_RULES, RULES, SPLIT_FORMS, checked
 from pgemu.machine.vm_kinds import Kind, kind_row
@@ -263,8 +264,14 @@ class Config:
         """Huge pages in the second pool."""
         return self.other_pool // self.other_page_size
 
+    @guards()
     def node(self, number: int) -> Node:
-        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB."""
+        """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB.
+
+        ValueError for one that the machine has not.
+        """
+        if number >= self.nodes:
+            raise ValueError(f"number {number}: expected a node of the machine, 0 to {self.nodes - 1}")
         small = self.pool if self.page_order == 0 else 0
         sizes = {W.ORDER_2M: self.other_pool_pages, W.ORDER_1G: self.other_pool_pages, self.page_order: self.pool_pages}
 
@@ -320,6 +327,7 @@ class Node(NamedTuple):
         """4K pages up to the next node."""
         return -(-self.pages >> 18) << 18
 
+    @guards()
     def boot_frames(self, hvo: bool) -> int:
         """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
 

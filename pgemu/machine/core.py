@@ -13,6 +13,7 @@ from pgemu.machine.arguments import OfMachine
 from pgemu.machine.boot import allocate, node_word, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
+from pgemu.machine.field_rules import shown
 from pgemu.machine.findings import BrokenRule, findings_of
 from pgemu.machine.physical import PhysicalMemory
 from pgemu.machine.results import RESULT_OF, RESULTS_OF, Result, Results
@@ -24,13 +25,15 @@ from pgemu_kernels.formats import bits as formats, page_format
 from pgemu_kernels.formats.page_format import PageFormat
 from pgemu_kernels.words.operations import Entry
 
-__all__ = ("Columns", "Core")
+__all__ = ("Columns", "Core", "row_of_format", "run_all", "run_one")
 
 Array = np.ndarray[Any, Any]
 NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
 _FIRST = np.uint64(0)
 _NOBODY = np.uint64(W.ACTORS)  # no actor's operation, but those of the columns
 _FULL = int(W.R_FULL)
+_PLAIN = {int, W.Operation, W.Flag}
+_FORMATS, _FORMAT_WORDS = int(W.STATE_FORMATS), int(W.F_WORDS)
 
 
 class Columns(Protocol):
@@ -51,7 +54,7 @@ class Columns(Protocol):
 
 
 @dataclass(eq=False)
-class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry", "words", "load", "holds")):
+class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     """What pgemu.Machine creates its objects on, and what they hold of it.
 
     Not thread-safe; two machines may run on two threads, kernels release the GIL.
@@ -61,12 +64,13 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
     arrays: Arrays = field(init=False, repr=False)
     descriptor: Array = field(init=False, repr=False)
     _frames_limit: int = field(init=False, repr=False, default=0)
-    _single: Single = field(init=False, repr=False, default_factory=Single)
-    _fast_entry: Any = field(init=False, repr=False, default=None)
+    single: Single = field(init=False, repr=False, default_factory=Single)
+    entry: Any = field(init=False, repr=False, default=None)
+    tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
-            raise TypeError(f"config {self.config!r} ({type(self.config).__name__}): expected a Config")
+            raise TypeError(f"config {shown(self.config)} ({type(self.config).__name__}): expected a Config")
         self.arrays = allocate(self.config)
         self.descriptor = describe(self.arrays)
         set_registers(self.config, self.arrays)
@@ -89,7 +93,7 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
     def register(self, index: int | np.uint64) -> int:
         """A named scalar of the machine (words.R_*). ValueError for another number."""
         if index >= W.R_WORD_COUNT:
-            raise ValueError(f"register {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
+            raise ValueError(f"index {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
         return int(self.arrays.state[index])
 
     # ------------------------------------------------------------------ formats
@@ -99,10 +103,7 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
 
         Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
         """
-        if not 0 <= index < self.register(W.R_FORMATS):
-            raise ValueError(f"format row {index}: expected 0 to {self.register(W.R_FORMATS) - 1}")
-        begin = int(W.STATE_FORMATS) + index * W.F_WORDS
-        return self.arrays.state[begin : begin + W.F_WORDS]
+        return row_of_format(self, "index", index)
 
     def add_format(self, fmt: PageFormat) -> int:
         """The row of an entry format, added if the machine has none that is equal. ValueError past words.FORMATS."""
@@ -112,7 +113,7 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
             if np.array_equal(self.format_row(index), row):
                 return index
         if used == W.FORMATS:
-            raise ValueError(f"format {fmt.name}: the machine has {W.FORMATS} formats already")
+            raise ValueError(f"fmt {fmt.name}: the machine has {W.FORMATS} formats already, expected one of those")
         self.arrays.state[W.R_FORMATS] = used + 1
         self.format_row(used)[:] = row
         return used
@@ -145,35 +146,25 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
     ) -> Results:
         """Run `count` operations given as columns: uint64 arrays of `count` elements, or of one for all.
 
-        header: op | flags << 8 | actor << 16 | vm << 32 | space << 48.
+        header: op | flags << 8 | actor << 16 | vm << 32 | space << 48. OSError ENOMEM where this computer cannot hold
+        the results.
         """
-        columns = [column_of(c, count) for c in (header, object_, address, offset, length)]
+        if count >> 60:
+            raise MemoryError  # NumPy's own for less
+        given = {"header": header, "object_": object_, "address": address, "offset": offset, "length": length}
+        columns = [column_of(values, count, name) for name, values in given.items()]
         status = np.empty(count, np.int64)
         detail = np.empty(count, np.uint64)
         if count:
-            self._run_all((*columns, status, detail), count)
+            run_all(self, (*columns, status, detail), count)
         kind = RESULTS_OF[int(columns[0][0]) & 0xFF] if columns[0].size == 1 else Results
         return kind(status, detail)
-
-    def _run_all(self, columns: tuple[Array, ...], count: int) -> None:
-        """Run `count` operations, of columns as entries take them, through one entry after the other."""
-        done = 0
-        while True:
-            # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
-            entry = _run_designs if self.arrays.state[_FULL] else self._fast_entry or self.fast_entry()
-            stopped = entry(self.descriptor, *columns, np.uint64(done) if done else _FIRST)
-            if stopped == count:
-                return
-            other, done = _stopped(stopped)
-            _, done = _stopped(_run_elsewhere(other, self.descriptor, *columns, np.uint64(done)))
-            if done == count:
-                return
 
     def fast_entry(self) -> Any:
         """The entry of default machines, which stops at the first operation that is for another one."""
         from pgemu_kernels.run.entries import run
 
-        self._fast_entry = run
+        self.entry = run
         return run
 
     def operate(
@@ -193,19 +184,10 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
 
         TypeError for what is no integer, ValueError where one does not fit its column.
         """
-        single = self._single
         values = (op, flags, actor, vm, space, object_, address, offset, length)
-        if bool in map(type, values):
-            check_fields(*values)
-        try:
-            single.write(single.buffer, 0, *values)
-        except (struct.error, TypeError):
-            check_fields(*values)
-            raise
-        if actor >= ACTORS:
-            check_fields(*values)
-        self._run_all(single.columns, 1)
-        return single.result(op)
+        if {*map(type, values)} <= _PLAIN and actor < ACTORS:
+            return run_one(self, *values)
+        return run_one(self, *check_fields(*values))
 
     # ------------------------------------------------------------------ step by step
 
@@ -229,7 +211,7 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
         """
         check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         if self._record(actor, W.O_ACTIVE):
-            raise ValueError(f"actor {actor} is in the middle of an operation")
+            raise ValueError(f"actor {actor} is in the middle of an operation: expected one that has ended its own")
         words = {
             W.O_OP: op, W.O_FLAGS: flags, W.O_ACTOR: actor, W.O_VM: vm, W.O_SPACE: space, W.O_OBJECT: object_,
             W.O_ADDRESS: address, W.O_OFFSET: offset, W.O_LENGTH: length,
@@ -245,7 +227,7 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
         ValueError if the actor has no operation under way.
         """
         if not self._record(actor, W.O_ACTIVE):
-            raise ValueError(f"actor {actor} has no operation under way")
+            raise ValueError(f"actor {actor} has no operation under way: expected one that began one")
         return self._step(actor, beginning=False)
 
     def _step(self, actor: int, *, beginning: bool) -> int:
@@ -320,11 +302,9 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
     def limit_frames(self, free: int | None) -> None:
         """Let only `free` more metadata frames be taken before -ENOMEM; frames given back meanwhile add to them.
 
-        None: as configured (Config.frames). A number beyond what was configured changes nothing. ValueError for a
-        negative one. Injection of failures, as fail_page_alloc of mm/fail_page_alloc.c does it.
+        None: as configured (Config.frames). A number beyond what was configured changes nothing. Injection of failures,
+        as fail_page_alloc of mm/fail_page_alloc.c does it.
         """
-        if free is not None and free < 0:
-            raise ValueError(f"{free} free frames: expected no negative number")
         limit = self._frames_limit
         if free is not None:
             limit = min(limit, int(self.arrays.stats[int(W.STATS_GAUGES) + 2 * W.Gauge.FRAMES_USED]) + free)
@@ -342,8 +322,8 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import CONTENTS
 
-        if offset < 0 or offset + len(data) > W.PAGE_4K:
-            raise ValueError(f"{len(data)} bytes at {offset}: expected to lie within {W.PAGE_4K}")
+        if offset + len(data) > W.PAGE_4K:
+            raise ValueError(f"offset {offset} of {len(data)} bytes of data: expected to lie within {W.PAGE_4K}")
         self.guest_frame(pfn)
         frame = int(provide(self.descriptor, CONTENTS, np.uint64(pfn)))
         if frame < 0:
@@ -357,7 +337,47 @@ class Core(OfMachine, but=("operate", "begin", "run", "run_columns", "fast_entry
             base = int(self.arrays.state[node_word(number, W.N_BASE)])
             if base <= pfn < base + int(self.arrays.state[node_word(number, W.N_PAGES)]):
                 return pfn - self.register(W.R_POOL_BASE)
-        raise ValueError(f"frame {pfn:#x}: expected a frame of the HugeTLB zone")
+        raise ValueError(f"pfn {pfn:#x}: expected a frame of the HugeTLB zone")
+
+
+def row_of_format(machine: Core, name: str, index: int) -> Array:
+    """Core.format_row() of an argument of that name."""
+    state = machine.arrays.state
+    used = int(state[W.R_FORMATS])
+    if not 0 <= index < used:
+        raise ValueError(f"{name} {index}: expected a row of the machine's formats, 0 to {used - 1}")
+    begin = _FORMATS + index * _FORMAT_WORDS
+    return state[begin : begin + _FORMAT_WORDS]
+
+
+def run_one(
+    machine: Core, op: int, flags: int, actor: int, vm: int, space: int, object_: int, address: int, offset: int,
+    length: int,
+) -> Result:  # fmt: skip
+    """Core.operate() of what are integers, none of them a bool, the actor one of words.ACTORS: the shortest way."""
+    single = machine.single
+    try:
+        single.write(single.buffer, 0, op, flags, actor, vm, space, object_, address, offset, length)
+    except (struct.error, TypeError):
+        check_fields(op, flags, actor, vm, space, object_, address, offset, length)
+        raise
+    run_all(machine, single.columns, 1)
+    return single.result(op)
+
+
+def run_all(machine: Core, columns: tuple[Array, ...], count: int) -> None:
+    """Run `count` operations, of columns as entries take them, through one entry after the other."""
+    done = 0
+    while True:
+        # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
+        entry = _run_designs if machine.arrays.state[_FULL] else machine.entry or machine.fast_entry()
+        stopped = entry(machine.descriptor, *columns, np.uint64(done) if done else _FIRST)
+        if stopped == count:
+            return
+        other, done = _stopped(stopped)
+        _, done = _stopped(_run_elsewhere(other, machine.descriptor, *columns, np.uint64(done)))
+        if done == count:
+            return
 
 
 def _stopped(returned: int) -> tuple[Entry, int]:

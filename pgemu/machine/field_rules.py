@@ -20,8 +20,8 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
 __all__ = (
-    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "SWITCH", "Rule",
-    "amount", "checked", "choice", "shown",
+    "BYTES", "DEFECTS", "FILE_NAME", "HUGE_PAGE", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS",
+    "SWITCH", "TEXT", "Rule", "amount", "checked", "choice", "number_of", "one_of", "shown",
 )  # fmt: skip
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
@@ -30,8 +30,6 @@ SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 MOST_VCPUS = 4096  # arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS
 MOST_HOST_CPUS = 8192  # arch/x86/Kconfig: NR_CPUS_RANGE_END
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _MOST_BYTES = 1 << 52  # physical addresses of x86-64
 _MOST_SEED = (1 << 63) - 1
 
@@ -44,12 +42,29 @@ class Rule(NamedTuple):
         plain: a value as the field keeps it; TypeError for another type
         holds: whether such a value is one of those expected
         optional: whether None is one
+        between: the lowest and the highest of a range of integers
     """
 
     expected: Callable[[], str]
     plain: Callable[[Any], Any]
     holds: Callable[[Any], bool]
     optional: bool = False
+    between: tuple[int, int] | None = None
+
+
+class _Short(reprlib.Repr):
+    """Values in a few words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write the longest ones in decimal."""
+        return super().repr_int(x, level) if x.bit_length() < 1 << 10 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 
 
 def checked(name: str, value: Any, rules: Mapping[str, Rule] | None = None) -> Any:
@@ -124,6 +139,11 @@ def _names_a_file(value: Any) -> bool:
         return False
 
 
+def one_of(known: Collection[int]) -> Rule:
+    """One of a few integers."""
+    return Rule(lambda: " or ".join(map(str, known)), _integer, known.__contains__)
+
+
 def choice(known: Collection[str], *, optional: bool = False) -> Rule:
     """One of a few words; `known` may grow: designs are rows."""
     return Rule(lambda: f"one of {', '.join(known)}", _text, known.__contains__, optional)
@@ -131,7 +151,12 @@ def choice(known: Collection[str], *, optional: bool = False) -> Rule:
 
 def amount(lowest: int, highest: int, said: str, *, optional: bool = False) -> Rule:
     """An integer in a range; `said` tells it in words."""
-    return Rule(lambda: said, _integer, lambda value: lowest <= value <= highest, optional)
+    return Rule(lambda: said, _integer, lambda value: lowest <= value <= highest, optional, (lowest, highest))
+
+
+def number_of(what: str, limit: int | np.uint64) -> Rule:
+    """A number of a row of a kind, of which there are `limit`."""
+    return amount(0, int(limit) - 1, f"a number of {what}, an integer from 0 to {int(limit) - 1}")
 
 
 def _cpus(most: int) -> Rule:
@@ -140,6 +165,9 @@ def _cpus(most: int) -> Rule:
 
 SWITCH = Rule(lambda: "True or False", _switch, lambda _: True)
 BYTES = amount(0, _MOST_BYTES, "bytes as an integer from 0 to 2**52")
+TEXT = Rule(lambda: "text", _text, lambda _: True)
+FILE_NAME = Rule(lambda: "the path of a file", _path, _names_a_file)
+HUGE_PAGE = one_of((W.PAGE_2M, W.PAGE_1G))
 _PAGE_SIZES = (W.PAGE_4K, W.PAGE_2M, W.PAGE_1G)
 
 RULES: Mapping[str, Rule] = MappingProxyType(

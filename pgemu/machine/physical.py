@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.field_rules import shown
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
@@ -47,22 +48,22 @@ class PhysicalMemory(OfMachine):
 
     def words(self, address: int, count: int) -> Array:
         """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory."""
-        if address & 7 or count < 0:
-            raise ValueError(f"{count} words at {address:#x}: expected a multiple of 8 and no negative number")
+        if address & 7:
+            raise ValueError(f"address {address:#x}: expected a multiple of 8")
         end = address + count * 8
-        if address >= 0 and end <= self._ram_end:
+        if end <= self._ram_end:
             found = self._arrays.ram[address >> 3 : end >> 3]
         elif self._pool_start <= address and end <= self._pool_end:
             found = self._guest_words(np.arange(address, end, 8, dtype=np.uint64))
         else:
-            raise ValueError(f"{count} words at {address:#x}: expected memory of the machine")
+            raise ValueError(f"address {address:#x} and count {count}: expected memory of the machine")
         found.flags.writeable = False
         return found
 
     def load(self, addresses: Array) -> Array:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory."""
         if (addresses & np.uint64(7)).any() or not self.holds(addresses).all():
-            raise ValueError("physical addresses: expected multiples of 8 within the machine's memory")
+            raise ValueError(f"addresses {shown(addresses)}: expected multiples of 8 within the machine's memory")
         ram = addresses < np.uint64(self._ram_end)
         found: Array = np.empty(addresses.shape, np.uint64)
         found[ram] = self._arrays.ram[addresses[ram] >> np.uint64(3)]
@@ -121,7 +122,16 @@ class PhysicalMemory(OfMachine):
             yield written + first + (self._pool_start >> 12)
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
-        """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending."""
+        """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending.
+
+        ValueError for what is no range of frames of one zone.
+        """
+        inside = start <= end <= self._ram_end or self._pool_start <= start <= end <= self._pool_end
+        if not inside or (start | end) & 0xFFF:
+            raise ValueError(f"start {start:#x} and end {end:#x}: expected a range of ranges(), or frames of one")
+        return self._pieces(start, end)
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
         for first in range(start, end, _PIECE << 12):
             last = min(first + (_PIECE << 12), end)
             if start < self._ram_end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,35 +12,64 @@ from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
 
 __all__ = (
-    "RESULTS_OF", "RESULT_OF", "Result", "Results", "errno_name", "operation_name", "result_name", "status_name",
+    "RESULTS_OF", "RESULT_OF", "Errno", "Result", "Results", "RetPf", "VmFault", "errno_name", "operation_name",
+    "result_name", "status_name",
 )  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
-_RET_PF = {value: name for name, value in vars(W).items() if name.startswith("RET_PF_")}
-_VM_FAULT = {value: name for name, value in vars(W).items() if name.startswith("VM_FAULT_")}
-# The standard library's errno would be that of the system pgemu runs on; these are Linux's.
-_ERRNO = {
-    getattr(W, name): name
-    for name in (
-        "ENOENT",
-        "EBADF",
-        "EBADFD",
-        "EAGAIN",
-        "ENOMEM",
-        "EACCES",
-        "EFAULT",
-        "EBUSY",
-        "EEXIST",
-        "ENODEV",
-        "EINVAL",
-        "ENOSPC",
-        "ERANGE",
-        "ENOTTY",
-        "EOVERFLOW",
-        "EOPNOTSUPP",
-    )
-}
+
+class RetPf(IntEnum):
+    """What a guest fault returns: arch/x86/kvm/mmu/mmu_internal.h, RET_PF_*."""
+
+    CONTINUE = W.RET_PF_CONTINUE
+    RETRY = W.RET_PF_RETRY
+    EMULATE = W.RET_PF_EMULATE
+    WRITE_PROTECTED = W.RET_PF_WRITE_PROTECTED
+    INVALID = W.RET_PF_INVALID
+    FIXED = W.RET_PF_FIXED
+    SPURIOUS = W.RET_PF_SPURIOUS
+
+
+class VmFault(IntEnum):
+    """What a host fault returns: include/linux/mm_types.h, VM_FAULT_*. PRESENT is none of them: there was no fault."""
+
+    PRESENT = 0
+    OOM = W.VM_FAULT_OOM
+    SIGBUS = W.VM_FAULT_SIGBUS
+    SIGSEGV = W.VM_FAULT_SIGSEGV
+    NOPAGE = W.VM_FAULT_NOPAGE
+    LOCKED = W.VM_FAULT_LOCKED
+    RETRY = W.VM_FAULT_RETRY
+
+
+class Errno(IntEnum):
+    """Errors as Linux numbers them, whatever system pgemu runs on: a status is `-Errno.EAGAIN`."""
+
+    ENOENT = W.ENOENT
+    EBADF = W.EBADF
+    EAGAIN = W.EAGAIN
+    ENOMEM = W.ENOMEM
+    EACCES = W.EACCES
+    EFAULT = W.EFAULT
+    EBUSY = W.EBUSY
+    EEXIST = W.EEXIST
+    ENODEV = W.ENODEV
+    EINVAL = W.EINVAL
+    ENOTTY = W.ENOTTY
+    ENOSPC = W.ENOSPC
+    ERANGE = W.ERANGE
+    EOVERFLOW = W.EOVERFLOW
+    EBADFD = W.EBADFD
+    EOPNOTSUPP = W.EOPNOTSUPP
+
+
+def _names(kind: type[IntEnum], prefix: str) -> dict[int, str]:
+    """Names as kernel sources spell them, by value."""
+    return {int(member): f"{prefix}{member.name}" for member in kind}
+
+
+_RET_PF, _VM_FAULT, _ERRNO = _names(RetPf, "RET_PF_"), _names(VmFault, "VM_FAULT_"), _names(Errno, "")
 
 
 class Results(NamedTuple):
@@ -92,11 +122,27 @@ class Result(NamedTuple):
         """What it returned, by name: "RET_PF_FIXED", "VM_FAULT_SIGBUS", "-EAGAIN", "ok"."""
         return status_name(self.operation, self.status)
 
+    @property
+    def code(self) -> RetPf | VmFault | Errno | None:
+        """What it returned, as a member: RetPf of a guest fault, VmFault of a host fault, Errno (positive) of an error.
+
+        None where there is none: success of other operations, "would spin".
+        """
+        if self.status < 0:
+            return Errno(-self.status) if -self.status in _ERRNO else None
+        return _CODES.get(self.operation, {}).get(self.status)
+
     def __repr__(self) -> str:
         return f"Result(status={self.name if self.status else 0}, detail={self.detail})"
 
     def _repr_html_(self) -> str:
         return html_table(("status", "detail"), [(self.name, self.detail)])
+
+
+_CODES: dict[Operation | None, dict[int, RetPf | VmFault]] = {
+    Operation.GUEST_FAULT: {int(member): member for member in RetPf},
+    Operation.HOST_FAULT: {int(member): member for member in VmFault},
+}
 
 
 def _again(kind: type[Result] | type[Results], op: Operation | None, values: tuple[Any, ...]) -> Any:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import guards_methods
+from pgemu.machine.field_rules import shown
 from pgemu.machine.results import operation_name
-from pgemu.machine.short import counted
+from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
@@ -26,15 +28,34 @@ class Worst(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
+@guards_methods
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """`words` is a copy of a machine's `stats`, int64[words.STATS_SIZE]."""
 
     words: Array
 
+    def __post_init__(self) -> None:
+        words: Any = self.words
+        expected = f"expected int64[{W.STATS_SIZE}], a machine's stats"
+        if not isinstance(words, np.ndarray):
+            raise TypeError(f"words {shown(words)} ({type(words).__name__}): {expected}")
+        if words.dtype != np.int64 or words.shape != (W.STATS_SIZE,):
+            raise ValueError(f"words of {words.dtype}{list(words.shape)}: {expected}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Statistics) and np.array_equal(self.words, other.words)
+
+    def __hash__(self) -> int:
+        return hash(self.words.tobytes())
+
     def __repr__(self) -> str:
         counts = {operation_name(op): n for op in Operation if (n := self.count(op))}
         return f"Statistics({counted(counts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(operation_name(op), n, *map(round, self.cost(op))) for op in Operation if (n := self.count(op))]
+        return html_table(("operation", "how many", "ns from", "ns to"), rows, len(rows))
 
     def gauge(self, gauge: Gauge) -> int:
         """Value of a gauge now."""

@@ -71,11 +71,15 @@ KINDS: dict[str, Row] = {
 }
 
 
-def kind_row(kind: str, stage2: str) -> Row:
-    """The row of a kind. ValueError for another name, or where its tables are of another format than `stage2`."""
+def kind_row(kind: str, stage2: str, name: str = "vm") -> Row:
+    """The row of a kind. ValueError for another name, or where its tables are of another format than `stage2`.
+
+    `name`: of the argument or field that says it.
+    """
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"vm {kind!r}: expected one of {', '.join(KINDS)}")
+        raise ValueError(f"{name} {kind!r}: expected one of {', '.join(KINDS)}")
     row = KINDS[kind]
     if row.stage2 not in (None, stage2):
-        raise ValueError(f"vm {kind!r} with stage 2 {stage2!r}: expected {row.stage2}, which its processors have")
+        told = f"{name} {kind!r} with stage 2 {stage2!r}"
+        raise ValueError(f"{told}: expected {row.stage2}, which its processors have")
     return row

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine, argument
+from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.core import run_one
+from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.tables.translation import translated
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.words.operations import Flag, Operation
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 _WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
+_HOST_FAULT = Operation.HOST_FAULT
 
 
 class TablePages(NamedTuple):
@@ -40,13 +44,12 @@ class TablePages(NamedTuple):
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
 _READ_WRITE = PROT_READ | PROT_WRITE
 _NO_PROCESS = 0xFFFF
+_MOST_BYTES = (1 << 63) - W.PAGE_1G  # of a file, rounded up: include/linux/fs.h:MAX_LFS_FILESIZE
 _PROTECTIONS = {PROT_READ: Flag.READ, PROT_WRITE: Flag.WRITE, PROT_EXEC: Flag.EXEC}
 
 
 def _protection(prot: int) -> int:
     """Flags of a record for PROT_* bits."""
-    if not 0 <= prot <= PROT_READ | PROT_WRITE | PROT_EXEC:
-        raise ValueError(f"protection {prot}: expected PROT_READ 1, PROT_WRITE 2, PROT_EXEC 4 or a sum of them")
     return sum(flag for bit, flag in _PROTECTIONS.items() if prot & bit)
 
 
@@ -55,8 +58,9 @@ def _pin_flags(write: bool, longterm: bool) -> int:
     return (Flag.WRITE if write else 0) | (Flag.LONGTERM if longterm else 0)
 
 
+@guards_creation(space=number_of("a process", W.SPACES))
 @dataclass(frozen=True)
-class AddressSpace(OfMachine, but=("create", "touch")):
+class AddressSpace(OfMachine, but=("touch",)):
     """A process: its page tables and its mappings.
 
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
@@ -88,7 +92,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
 
     def _check_alive(self) -> None:
         if self.ended:
-            raise ValueError(f"process {self.space}: it has ended")
+            raise ValueError(f"process {self.space}: it has ended, expected one that has not")
 
     @classmethod
     def create(cls, machine: Core) -> AddressSpace:
@@ -185,7 +189,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         fail unseen.
         """
         options = {"populate": populate, "locked": locked, "noreserve": noreserve}
-        if not shared or length <= 0:
+        if not shared or not 0 < length <= _MOST_BYTES:
             return self._mmap(int(W.NO_INODE), address, 0, length, prot, shared=False, **options)
         from pgemu.objects.files import ShmemFile
 
@@ -208,12 +212,14 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         """
         if file is None:
             if length is None:
-                raise ValueError("mmap_hugetlb: expected a length or a file")
-            if length == 0:
-                return self._mmap(
-                    int(W.NO_INODE), address, 0, 0, prot, shared=shared, populate=False, locked=False, noreserve=False
-                )
+                raise ValueError("length None and file None: expected one of them")
             rounded = -(-length // page_size) * page_size
+            if not 0 < rounded <= _MOST_BYTES:  # there is no such file, and nothing is mapped
+                none = int(W.NO_INODE)
+                rounded %= 1 << 64
+                return self._mmap(
+                    none, address, 0, rounded, prot, shared=shared, populate=False, locked=False, noreserve=False
+                )
             from pgemu.objects.files import HugetlbFile
 
             own = HugetlbFile.create(self.machine, rounded, page_size)
@@ -353,7 +359,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         -EOPNOTSUPP for other memory, whose transparent huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
         """
         length = -(-length // W.PAGE_4K) * W.PAGE_4K
-        if address % W.PAGE_4K or address < 0 or length < 0:
+        if address % W.PAGE_4K:
             return Result(-W.EINVAL, 0)
         if not length:
             return Result(0, 0)
@@ -379,8 +385,6 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         modelled. Length 0 maps shared memory once more. Since 6.17 one call moves every mapping of a range. Tables move
         whole where old and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
         """
-        if not 0 <= new_length < 1 << 44:
-            raise ValueError(f"length {new_length}: expected less than 16 TiB")
         return self.machine.operate(
             Operation.REMAP,
             space=self.number,
@@ -438,11 +442,11 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
         """
-        if type(address) is not int or type(write) is not bool or type(execute) is not bool:
-            address = argument("address", address)
-            write, execute = argument("write", write, "bool"), argument("execute", execute, "bool")
+        if type(address) is not int or address >> 64 or type(write) is not bool or type(execute) is not bool:
+            given = {"address": address, "write": write, "execute": execute}
+            address, write, execute = plain(AddressSpace.touch, self, **given)
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
-        return self._operate(Operation.HOST_FAULT, address, flags=flags)
+        return run_one(self.machine, _HOST_FAULT, flags, 0, 0, self.number, 0, address, 0, 0)
 
     def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:
         """Access the bytes at `addresses` (uint64[n]), in order."""
@@ -472,6 +476,8 @@ class AddressSpace(OfMachine, but=("create", "touch")):
         self, addresses: Array, length: int = W.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
     ) -> Results:
         """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
+        if len(pins) not in (1, len(addresses)):
+            raise ValueError(f"pins of {len(pins)} elements: expected {len(addresses)} or 1, as of addresses")
         header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.number << 48)
         return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
@@ -489,7 +495,7 @@ class AddressSpace(OfMachine, but=("create", "touch")):
 
         ValueError once the process has ended.
         """
-        from pgemu.tables.translation import translate
-
-        self._check_alive()
-        return translate(self.machine, HOST_X86_64, self.root, addresses, kinds, access)
+        root = self.root
+        if not root:
+            self._check_alive()
+        return translated(self.machine, HOST_X86_64, root, np.asarray(addresses), kinds, access)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arguments import OfMachine, guards_creation
+from pgemu.machine.field_rules import number_of
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.operations import Operation
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 # Page attribute bits of a 4K entry by Linux's PAT: bit 3 is PWT, bit 4 PCD. arch/x86/mm/pat/memtype.c
 MEMORY_TYPES = {"write-back": 0, "write-combining": 1 << 3, "uncached-minus": 1 << 4, "uncached": 1 << 3 | 1 << 4}
-
+MemoryType = Literal["write-back", "write-combining", "uncached-minus", "uncached"]
 
 _NO_FILE = int(W.NO_INODE) - 1
+_INODE = number_of("a file", W.INODES)
 _MOST_BYTES = (1 << 63) - 1  # include/linux/fs.h:MAX_LFS_FILESIZE
 
 
@@ -61,6 +63,7 @@ def _free_row(machine: Core) -> int:
     return used
 
 
+@guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class File(OfMachine):
     """A file of an ordinary kind; `inode` is its number, `size` in bytes.
@@ -72,9 +75,14 @@ class File(OfMachine):
     inode: int
     size: int
     generation: int = field(default=-1, repr=False, kw_only=True)
+    _kind: ClassVar[int]
 
     def __post_init__(self) -> None:
         """A file is the one that has its number now."""
+        row = int(W.STATE_INODES) + self.inode * W.I_WORDS
+        kind, pages = (int(self.machine.arrays.state[row + int(word)]) for word in (W.I_KIND, W.I_PAGES))
+        if kind != self._kind or self.size != pages << 12:
+            raise ValueError(f"inode {self.inode} and size {self.size}: expected those of a {type(self).__name__}")
         if self.generation < 0:
             object.__setattr__(self, "generation", _generation(self.machine, self.inode))
 
@@ -91,17 +99,17 @@ class File(OfMachine):
         return self._operate(Operation.CLOSE)
 
 
+@guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class HugetlbFile(File):
     """A file of hugetlbfs. fs/hugetlbfs/inode.c"""
 
     page_size: int
+    _kind = int(W.INODE_HUGETLB)
 
     @classmethod
     def create(cls, machine: Core, size: int, page_size: int) -> HugetlbFile:
         """See Machine.create_hugetlb_file."""
-        if page_size not in (W.PAGE_2M, W.PAGE_1G):
-            raise ValueError(f"page size {page_size}: expected 2M or 1G")
         order = W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G
         inode = _new_inode(machine, size, page_size, {W.I_KIND: int(W.INODE_HUGETLB), W.I_ORDER: order})
         return cls(machine, inode, size, page_size=page_size)
@@ -115,9 +123,12 @@ class HugetlbFile(File):
         return self._operate(Operation.ALLOCATE, offset, length)
 
 
+@guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class GuestMemfd4K(File):
     """A guest_memfd of order-0 folios, as merged. virt/kvm/guest_memfd.c"""
+
+    _kind = int(W.INODE_GUEST_MEMFD_4K)
 
     @classmethod
     def create(cls, machine: Core, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
@@ -137,9 +148,12 @@ class GuestMemfd4K(File):
         return self._operate(Operation.ALLOCATE, offset, length)
 
 
+@guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class ShmemFile(File):
     """What mmap(MAP_SHARED | MAP_ANONYMOUS) maps: a file of shmem with 4K folios. mm/shmem.c:shmem_zero_setup()"""
+
+    _kind = int(W.INODE_GUEST_MEMFD_4K)
 
     @classmethod
     def create(cls, machine: Core, size: int) -> ShmemFile:
@@ -149,19 +163,19 @@ class ShmemFile(File):
         return cls(machine, _new_inode(machine, size, W.PAGE_4K, fields), size)
 
 
+@guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class Device(File):
     """Memory of a device, such as a PCI BAR: frames without struct pages, mapped as VM_PFNMAP."""
 
     pfn: int
+    _kind = int(W.INODE_DEVICE)
 
     @classmethod
-    def create(cls, machine: Core, pfn: int, pages: int, remap: bool, memory_type: str) -> Device:
+    def create(cls, machine: Core, pfn: int, pages: int, remap: bool, memory_type: MemoryType) -> Device:
         """See Machine.create_device."""
-        if memory_type not in MEMORY_TYPES:
-            raise ValueError(f"memory type {memory_type!r}: expected one of {', '.join(MEMORY_TYPES)}")
-        if pfn < 0 or pfn + pages > 1 << 40:
-            raise ValueError(f"frames {pfn:#x} to {pfn + pages:#x}: expected to lie below 2^52 bytes")
+        if pfn + pages > 1 << 40:
+            raise ValueError(f"pfn {pfn:#x} and pages {pages:#x}: expected frames below 2**40, which is 2**52 bytes")
         fields = {
             W.I_KIND: int(W.INODE_DEVICE),
             W.I_BASE: pfn,

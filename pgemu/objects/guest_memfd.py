@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine, argument
-from pgemu.machine.field_rules import amount, checked, choice
+from pgemu.machine.arguments import OfMachine, argument, guards_creation, plain
+from pgemu.machine.core import run_one
+from pgemu.machine.field_rules import amount, checked, choice, number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu_kernels import words as W
@@ -26,7 +27,9 @@ __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "
 
 Array = np.ndarray[Any, Any]
 Form = Literal["main", "next", "rfc2", "wip"]
-FORMS = ("main", "next", "rfc2", "wip")
+# Flag's members take as long to look up as the rest of a call.
+_CONVERT, _SHARED, _PRIVATE = Operation.CONVERT, int(Flag.SHARED), int(Flag.PRIVATE)
+_NUMBERS = {int}
 POLICIES = {
     "default": W.MPOL_DEFAULT, "preferred": W.MPOL_PREFERRED, "bind": W.MPOL_BIND, "interleave": W.MPOL_INTERLEAVE,
 }  # fmt: skip
@@ -94,7 +97,7 @@ def _checked_order(config: Config, order: int) -> None:
         raise _invalid(f"huge pages of order {order}: expected 9 or 18")
     if order != config.page_order:
         raise ValueError(
-            f"huge pages of order {order}: expected {config.page_order}, the order of the machine's page_size"
+            f"flags and page_order of order {order}: expected {config.page_order}, the order of the machine's page_size"
         )
 
 
@@ -136,12 +139,8 @@ def check_creation(config: Config, size: int, flags: int, form: Form = "main", p
 
     OSError EINVAL: an unknown flag; rfc2: INIT_PRIVATE without SUPPORT_SHARED, a size that no hstate has; wip: a
     page order without HUGETLB, HUGETLB with INIT_SHARED; a size that is no positive multiple of the page. ValueError
-    for another form, or huge pages that are not the machine's. Files have no numbers here, so there is no EMFILE.
+    for huge pages that are not the machine's. Files have no numbers here, so there is no EMFILE.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    if flags < 0 or flags >> 64:
-        raise ValueError(f"flags {flags}: expected 64 bits")
     rfc2 = form == "rfc2"
     creation = _check_rfc2(config, flags) if rfc2 else _check_main(config, form, flags, page_order)
     if size <= 0 or size % config.page_size:
@@ -171,14 +170,20 @@ def node_mask(nodes: Iterable[int]) -> int:
     return sum(1 << node for node in {int(node) for node in argument("nodes", nodes, "Iterable[int]")})
 
 
+@guards_creation(inode=number_of("a file", W.INODES))
 @dataclass(frozen=True)
-class GuestMemfd(OfMachine, but=("create",), signed=("offset", "length", "mode")):
+class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
     """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
 
     machine: Core = field(repr=False)
     inode: int
     size: int
     form: Form = "main"
+
+    def __post_init__(self) -> None:
+        """An inode has a row."""
+        if self._field(W.I_KIND) != W.INODE_GUEST_MEMFD or self.size != self._field(W.I_PAGES) << 12:
+            raise ValueError(f"inode {self.inode} and size {self.size}: expected those of a GuestMemfd")
 
     @classmethod
     def create(
@@ -189,7 +194,7 @@ class GuestMemfd(OfMachine, but=("create",), signed=("offset", "length", "mode")
         if flags is None:
             flags, page_order = _usual(config, shared, form)
         elif shared:
-            raise ValueError("shared: expected to be told by the flags, as they are given")
+            raise ValueError(f"shared True with flags {flags:#x}: expected to be told by the flags")
         creation = check_creation(config, size, flags, form, page_order)
         inode = next_row(machine, W.R_INODES, W.INODES, "inodes")
         state = machine.arrays.state
@@ -288,10 +293,12 @@ class GuestMemfd(OfMachine, but=("create",), signed=("offset", "length", "mode")
         vm: the number of the VM whose file of the inode is asked. -EINVAL, too, if it has one and knows no private
         memory (Machine.create_vm).
         """
-        flags = Flag.SHARED if shared else Flag.PRIVATE
-        return self.machine.operate(
-            Operation.CONVERT, flags=flags, actor=actor, vm=vm, object_=self.inode, offset=offset, length=length
-        )
+        numbers = (offset, length, actor, vm)
+        if {*map(type, numbers)} != _NUMBERS or offset >> 64 or length >> 64 or actor or vm or type(shared) is not bool:
+            given = {"offset": offset, "length": length, "shared": shared, "actor": actor, "vm": vm}
+            offset, length, shared, actor, vm = plain(GuestMemfd.convert, self, **given)
+        flags = _SHARED if shared else _PRIVATE
+        return run_one(self.machine, _CONVERT, flags, actor, vm, 0, self.inode, 0, offset, length)
 
     def convert_many(self, offsets: Array, length: int = W.PAGE_4K, *, shared: bool) -> Results:
         """Convert `length` bytes at each of `offsets` (uint64[n]), in order."""

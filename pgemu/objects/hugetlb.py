@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arguments import OfMachine, guards_creation
+from pgemu.machine.field_rules import one_of
 from pgemu.machine.results import Result
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ("HugetlbPool", "NodePool", "meminfo", "vmstat")
 
 
+_COUNTS = ("nr", "free", "resv", "surplus")
+
+
 class NodePool(NamedTuple):
     """One node's part of a pool: /sys/devices/system/node/nodeN/hugepages."""
 
@@ -27,8 +31,9 @@ class NodePool(NamedTuple):
     surplus_hugepages: int
 
 
-@dataclass(unsafe_hash=True)
-class HugetlbPool(OfMachine, but=("of_size",)):
+@guards_creation(order=one_of((W.ORDER_2M, W.ORDER_1G)))
+@dataclass(unsafe_hash=True, repr=False)
+class HugetlbPool(OfMachine):
     """The huge pages of one size; made by Machine.hugetlb(). mm/hugetlb.c:struct hstate
 
     Errors that Linux would return are results.
@@ -37,11 +42,19 @@ class HugetlbPool(OfMachine, but=("of_size",)):
     machine: Core = field(repr=False)
     order: int
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}_hugepages={getattr(self, f'{name}_hugepages')}" for name in _COUNTS)
+        return f"HugetlbPool(page_size={self.page_size >> 20} << 20, {counts})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What can be written are the files of sysfs that this class has setters for."""
+        if name not in ("machine", "order", "nr_overcommit_hugepages") or name in self.__dict__:
+            raise AttributeError(f"HugetlbPool has no {name!r} to be written: expected nr_overcommit_hugepages")
+        super().__setattr__(name, value)
+
     @classmethod
     def of_size(cls, machine: Core, page_size: int) -> HugetlbPool:
         """See Machine.hugetlb."""
-        if page_size not in (W.PAGE_2M, W.PAGE_1G):
-            raise ValueError(f"page size {page_size}: expected {W.PAGE_2M} or {W.PAGE_1G}")
         return cls(machine, W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G)
 
     @property
@@ -87,13 +100,11 @@ class HugetlbPool(OfMachine, but=("of_size",)):
     def nr_overcommit_hugepages(self, count: int) -> None:
         if self.order == W.ORDER_1G and not self.machine.register(W.R_GIGANTIC_SURPLUS):
             raise OSError(W.EINVAL, "gigantic pages cannot be surplus before 6.19")
-        if not 0 <= count < 1 << 63:
-            raise ValueError(f"{count} pages: expected no negative number")
         self.machine.arrays.state[self._row + int(W.H_OVERCOMMIT)] = count
 
     def node(self, number: int) -> NodePool:
         """The counts of a NUMA node. ValueError if the machine has no such node."""
-        row = self._row + int(W.H_NODE) + self._node(number) * W.H_NODE_WORDS
+        row = self._row + int(W.H_NODE) + self._node("number", number) * W.H_NODE_WORDS
         words = (W.H_NODE_PAGES, W.H_NODE_FREE, W.H_NODE_SURPLUS)
         return NodePool(*(int(self.machine.arrays.state[row + int(word)]) for word in words))
 
@@ -101,7 +112,7 @@ class HugetlbPool(OfMachine, but=("of_size",)):
         """Frames of a node's free pages in the order in which they are taken, off the links in their struct pages."""
         from pgemu.images.folio import struct_page
 
-        row = self._row + int(W.H_NODE) + self._node(node) * W.H_NODE_WORDS + int(W.H_NODE_FREE_LIST)
+        row = self._row + int(W.H_NODE) + self._node("node", node) * W.H_NODE_WORDS + int(W.H_NODE_FREE_LIST)
         vmemmap = self.machine.register(W.R_VMEMMAP)
         link = int(self.machine.arrays.state[row])
         found = []
@@ -110,13 +121,13 @@ class HugetlbPool(OfMachine, but=("of_size",)):
             link = int(struct_page(self.machine, found[-1])[1])
         return found
 
-    def _node(self, number: int) -> int:
-        if not 0 <= number < self.machine.config.nodes:
-            raise ValueError(f"node {number}: expected 0 to {self.machine.config.nodes - 1}")
+    def _node(self, name: str, number: int) -> int:
+        if number >= self.machine.config.nodes:
+            raise ValueError(f"{name} {number}: expected a node of the machine, 0 to {self.machine.config.nodes - 1}")
         return number
 
     def _space(self, node: int | None) -> int:
-        return 0 if node is None else self._node(node) + 1
+        return 0 if node is None else self._node("node", node) + 1
 
     # ------------------------------------------------------------------ operations
 

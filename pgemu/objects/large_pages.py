@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class LargePage(NamedTuple):
         return self.word == 0
 
 
-def lpage_info(machine: Core, vm: int, gpa: int, level: int) -> LargePage | None:
+def lpage_info(machine: Core, vm: int, gpa: int, level: Literal[2, 3]) -> LargePage | None:
     """The element for guest address `gpa` at `level` 2 (2M) or 3 (1G); None where the VM has no slot.
 
     The count is that of arch/x86/kvm/x86.c:kvm_alloc_memslot_metadata(): 1 where the aligned block reaches out of the
@@ -44,10 +44,8 @@ def lpage_info(machine: Core, vm: int, gpa: int, level: int) -> LargePage | None
     modulo the block's size, and it is not added up. Write tracking, which could add to it, is not modelled. The flag
     is that of mmu.c:kvm_arch_post_set_memory_attributes(), kept only for blocks that the slot holds whole and only in
     VMs with private memory. Inference: in the designs' slots, whose attributes the inode has, Linux keeps no flag; it
-    is what it would be. ValueError for another level.
+    is what it would be.
     """
-    if level not in (2, 3):
-        raise ValueError(f"level {level}: expected 2 or 3")
     slot = _find_slot(machine, vm, gpa >> 12)
     if slot is None:
         return None

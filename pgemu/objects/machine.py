@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ from pgemu.machine.core import Core
 from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
 from pgemu.machine.vm_kinds import KINDS, Kind
+from pgemu.objects.files import MemoryType
+from pgemu.objects.guest_memfd import Form
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import PageFormat
 from pgemu_kernels.words.operations import Operation
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
-    from pgemu.objects.guest_memfd import Form, GuestMemfd
+    from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool
     from pgemu.objects.spinning import Spinning
     from pgemu.objects.vm import Vm
@@ -50,8 +52,6 @@ class Machine(Core):
     Errors that a kernel returns are results. OSError (ENOMEM, EINVAL, ENOSPC) comes only from creating
     something, ValueError from misuse.
     """
-
-    _page_tables: list[PageTable] = field(init=False, repr=False, default_factory=list)
 
     # ------------------------------------------------------------------ objects
 
@@ -89,7 +89,7 @@ class Machine(Core):
         return HugetlbFile.create(self, size, page_size)
 
     def create_device(
-        self, pfn: int, pages: int, *, remap: bool = False, memory_type: str = "uncached-minus"
+        self, pfn: int, pages: int, *, remap: bool = False, memory_type: MemoryType = "uncached-minus"
     ) -> Device:
         """Create a device's region of `pages` 4K frames from `pfn` on, without struct pages.
 
@@ -130,7 +130,7 @@ class Machine(Core):
         from pgemu.objects.vm import Vm
 
         if kind is not None and protected is not None:
-            raise ValueError(f"kind {kind!r} and protected {protected}: expected one of them")
+            raise ValueError(f"kind {kind!r} and protected {protected}: expected one of them, or none")
         if kind is None:
             kind = self.config.vm
         if protected is not None and protected != KINDS[kind].private:
@@ -145,15 +145,13 @@ class Machine(Core):
         """
         from pgemu.tables.page_table import PageTable
 
-        table = PageTable.create(self, fmt)
-        self._page_tables.append(table)
-        return table
+        return PageTable.create(self, fmt)
 
     @property
     def page_tables(self) -> list[PageTable]:
         """Those of create_page_table() that were not destroyed, in the order of their creation."""
-        self._page_tables = [table for table in self._page_tables if table.root]
-        return self._page_tables
+        self.tables_made = [table for table in self.tables_made if table.root]
+        return list(self.tables_made)
 
     # ------------------------------------------------------------------ huge pages
 

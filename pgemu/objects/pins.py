@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 def _root(machine: Core, pin: int) -> int:
     """Root word of a pin's tree. ValueError past words.PINS."""
     if not 0 <= pin < W.PINS:
-        raise ValueError(f"pin {pin}: expected 0 to {W.PINS - 1}")
+        raise ValueError(f"pin {pin}: expected a number of a pin, 0 to {W.PINS - 1}")
     return int(machine.arrays.state[int(W.STATE_PINS) + pin * W.PIN_WORDS + int(W.PIN_FRAMES)])
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
@@ -31,6 +32,16 @@ class Stage2(NamedTuple):
     leaves: Array
     others: Array
     empty: int
+
+    def __repr__(self) -> str:
+        sizes = dict(zip(("4K", "2M", "1G"), self.leaf_counts(), strict=True))
+        leaves = counted({f"of {size}": n for size, n in sizes.items() if n})
+        about = f"{len(self.tables):,} tables, leaves: {leaves}, {len(self.others):,} others, {self.empty:,} empty"
+        return f"Stage2(root={self.root:#x}, {about})"
+
+    def _repr_html_(self) -> str:
+        rows = ((hex(one["gpa"]), one["level"], hex(one["entry"])) for one in self.leaves)
+        return html_table(("gpa", "level", "entry"), rows, len(self.leaves))
 
     def leaf_counts(self) -> tuple[int, int, int]:
         """Leaves of 4K, 2M and 1G."""

@@ -39,9 +39,10 @@ def stale_entries(machine: Core, inode: int) -> list[StaleEntry]:
     for row in rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_INODE] == inode)]:
         space = int(row[W.A_SPACE])
         root = int(state[int(W.STATE_SPACES) + space * W.S_WORDS + int(W.S_ROOT)])
-        pages = np.arange(int(row[W.A_START]) >> 12, int(row[W.A_END]) >> 12, dtype=np.uint64)
+        start = int(row[W.A_START]) >> 12
+        pages = mapped(machine.arrays.ram, root, start, int(row[W.A_END]) >> 12)
         here = entered(machine.arrays.ram, root, pages)
-        index = np.arange(len(pages)) + int(row[W.A_PGOFF])
+        index = pages.astype(np.int64) - start + int(row[W.A_PGOFF])
         inside = index < len(have)
         own = np.zeros(len(pages), np.uint64)
         own[inside] = have[index[inside]]
@@ -51,6 +52,35 @@ def stale_entries(machine: Core, inode: int) -> list[StaleEntry]:
             for i in wrong
         ]
     return found
+
+
+def mapped(ram: Array, root: int, first: int, last: int) -> Array:
+    """uint64[n], ascending: the virtual page numbers in [first, last) that x86-64 tables of four levels map.
+
+    As many entries are read as there are tables, however large the range is.
+    """
+    found = [np.zeros(0, np.uint64)]
+    blocks = np.arange(first >> 27, (max(last, 1) - 1 >> 27) + 1, dtype=np.uint64)
+    tables = np.full(len(blocks), root >> 3, np.uint64)
+    for level in range(4, 0, -1):
+        shift = np.uint64(9 * (level - 1))
+        inside = (blocks + np.uint64(1) << shift > first) & (blocks << shift < last)
+        blocks, tables = blocks[inside], tables[inside]
+        entries = ram[tables + (blocks & np.uint64(511))]
+        blocks, entries = blocks[entries & np.uint64(1) != 0], entries[entries & np.uint64(1) != 0]
+        leaf = np.full(len(blocks), level == 1) | (entries & np.uint64(LARGE) != 0)
+        found.append(_spread(blocks[leaf], 1 << int(shift)))
+        blocks = _spread(blocks[~leaf], 512)
+        tables = np.repeat((entries[~leaf] & _ADDRESS) >> np.uint64(3), 512)
+    pages = np.sort(np.concatenate(found))
+    return pages[(pages >= first) & (pages < last)]
+
+
+def _spread(blocks: Array, parts: int) -> Array:
+    """Numbers of the `parts` parts of each block."""
+    if not blocks.size:
+        return blocks
+    return np.asarray(blocks[:, None] * np.uint64(parts) + np.arange(parts, dtype=np.uint64)).reshape(-1)
 
 
 def entered(ram: Array, root: int, pages: Array) -> Array:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine, argument
+from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.core import run_one
+from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
-from pgemu.machine.vm_kinds import PRIVATE_LEVELS, kind_row
+from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind as VmKind, kind_row
+from pgemu.tables.translation import translated
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
@@ -28,17 +31,21 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
 _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
+_GUEST_FAULT = Operation.GUEST_FAULT
+_SWITCHES = {bool}
+_MOST = (1 << 64) - 1
 
 
+@guards_creation(vm=number_of("a VM", W.VMS))
 @dataclass(frozen=True)
-class Vm(OfMachine, but=("create", "touch")):
+class Vm(OfMachine, but=("touch",)):
     """A virtual machine: its stage-2 tables and its memory slots."""
 
     machine: Core = field(repr=False)
     vm: int
 
     @classmethod
-    def create(cls, machine: Core, process: AddressSpace | None, kind: str) -> Vm:
+    def create(cls, machine: Core, process: AddressSpace | None, kind: VmKind) -> Vm:
         """See Machine.create_vm."""
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import STAGE2_ROOT
@@ -46,7 +53,7 @@ class Vm(OfMachine, but=("create", "touch")):
         if process is not None and process.ended:
             raise ValueError(f"process {process.space}: it has ended, expected one whose memory the VM can show")
         state, config = machine.arrays.state, machine.config
-        kind_of_vm = kind_row(kind, config.stage2)
+        kind_of_vm = kind_row(kind, config.stage2, "kind")
         level = kind_of_vm.private_level
         if kind_of_vm.private and config.private_level is not None:
             level = PRIVATE_LEVELS[config.private_level]
@@ -86,7 +93,7 @@ class Vm(OfMachine, but=("create", "touch")):
 
     def _check_open(self) -> None:
         if not self.root:
-            raise ValueError(f"VM {self.vm}: it is closed")
+            raise ValueError(f"VM {self.vm}: it is closed, expected one that is not")
 
     def _root(self, private: bool) -> int:
         return self.private_root if private else self.root
@@ -205,7 +212,8 @@ class Vm(OfMachine, but=("create", "touch")):
             return Result(-W.EINVAL, 0)
         if userspace_addr is not None:
             row = int(W.STATE_VMS) + self.vm * W.V_WORDS
-            self.machine.arrays.state[row + int(W.V_BIND_HVA)] = userspace_addr + 1
+            # The last one there is is as little aligned as the one before it.
+            self.machine.arrays.state[row + int(W.V_BIND_HVA)] = min(userspace_addr, _MOST - 1) + 1
         return self.machine.operate(
             Operation.BIND,
             vm=self.vm,
@@ -261,12 +269,12 @@ class Vm(OfMachine, but=("create", "touch")):
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         accept_4k: the guest accepts the page, 4K of it, which kinds of VM that know accepting map at 4K.
         """
-        if type(gpa) is not int or {type(write), type(execute), type(accept_4k)} != {bool}:
-            gpa = argument("gpa", gpa)
-            write, execute = argument("write", write, "bool"), argument("execute", execute, "bool")
-            accept_4k = argument("accept_4k", accept_4k, "bool")
+        switches = (write, execute, accept_4k)
+        if type(gpa) is not int or gpa >> 64 or type(actor) is not int or actor or {*map(type, switches)} != _SWITCHES:
+            given = {"gpa": gpa, "write": write, "execute": execute, "accept_4k": accept_4k, "actor": actor}
+            gpa, write, execute, accept_4k, actor = plain(Vm.touch, self, **given)
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
-        return self.machine.operate(Operation.GUEST_FAULT, flags=flags, actor=actor, vm=self.vm, address=gpa)
+        return run_one(self.machine, _GUEST_FAULT, flags, actor, self.vm, 0, 0, gpa, 0, 0)
 
     def touch_many(self, gpas: Sequence[int] | Array, *, write: bool = False) -> Results:
         """Guest accesses to `gpas` (uint64[n]), in order."""
@@ -288,11 +296,9 @@ class Vm(OfMachine, but=("create", "touch")):
         self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
     ) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
-        from pgemu.tables.translation import translate
-
         self._check_open()
-        stage2 = self.machine.register(W.R_STAGE2_FORMAT)
-        return translate(self.machine, stage2, self._root(private), gpas, kinds, access)
+        stage2 = int(self.machine.arrays.state[W.R_STAGE2_FORMAT])
+        return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
 
     def translate_virtual(
         self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
@@ -309,7 +315,7 @@ class Vm(OfMachine, but=("create", "touch")):
 
     # ------------------------------------------------------------------ looking
 
-    def lpage_info(self, gpa: int, level: int) -> LargePage | None:
+    def lpage_info(self, gpa: int, level: Literal[2, 3]) -> LargePage | None:
         """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.objects.large_pages."""
         from pgemu.objects.large_pages import lpage_info
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import guards_creation
+from pgemu.machine.field_rules import amount
 from pgemu.machine.short import changed
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits
@@ -27,6 +29,7 @@ ARM_EL0_EXECUTE = 1 << 54
 ARM_WNR = 1 << 6  # of the fault word: a write
 ARM_S1PTW = 1 << 7  # ... while reading a table of stage 1
 ARM_ACCESS_FLAG = 1 << 10
+_KEYS = amount(0, (1 << 32) - 1, "two bits for each of 16 keys, an integer from 0 to 2**32 - 1")
 PF_WRITE, PF_USER, PF_FETCH = 1 << 1, 1 << 2, 1 << 4
 
 
@@ -77,6 +80,7 @@ class _Format:
         self.leaf_4k = words[int(W.F_LEAF_4K)]
 
 
+@guards_creation(pkru=_KEYS, pkrs=_KEYS)
 @dataclass(frozen=True)
 class Access:
     """Control registers that decide what an access may do; defaults are those of Linux on a current processor.
@@ -107,7 +111,7 @@ class Access:
     def __repr__(self) -> str:
         return changed(self)
 
-    def rows(self, format_row: Array, ram_bytes: int) -> Array:
+    def _rows(self, format_row: Array, ram_bytes: int) -> Array:
         """uint64[ACCESS_ROWS * X_WORDS]: the access rows of a format (uint64[F_WORDS]), by `Kind`.
 
         The last two are a nested walk's reading and writing of guest tables (zero for a process's format).
@@ -116,7 +120,7 @@ class Access:
         fmt = _Format(format_row)
         asks = {Family.X86: self._x86, Family.NPT: self._npt, Family.EPT: self._ept, Family.ARM64: self._arm64}
         if fmt.family not in asks:
-            raise ValueError(f"accesses through {fmt.family.name} tables: not modelled, expected no kinds of access")
+            raise ValueError(f"kinds of access through {fmt.family.name} tables: not modelled, expected None")
         rows = np.zeros((W.ACCESS_ROWS, W.X_WORDS), np.uint64)
         for row, ask in zip(rows, asks[fmt.family](fmt), strict=False):
             self._fill(row, fmt, ask)
@@ -224,11 +228,14 @@ _ROWS_KEPT = 256
 
 
 def rows_of(format_row: Array, ram_bytes: int, access: Access | None, *, plain: bool) -> Array:
-    """Access rows, made once for each format and `access`; entries only read them."""
+    """uint64[ACCESS_ROWS * X_WORDS]: access rows, made once for each format (uint64[F_WORDS]) and `access`, by `Kind`.
+
+    Entries only read them. `plain`: one row that asks for nothing, whatever `access` is. `ram_bytes`: see Access._rows.
+    """
     key = format_row.tobytes(), ram_bytes, plain, access
     rows = _rows_made.get(key)
     if rows is None:
-        rows = _plain_rows(format_row, ram_bytes) if plain else (access or Access()).rows(format_row, ram_bytes)
+        rows = _plain_rows(format_row, ram_bytes) if plain else (access or Access())._rows(format_row, ram_bytes)
         if len(_rows_made) >= _ROWS_KEPT:
             _rows_made.clear()
         _rows_made[key] = rows

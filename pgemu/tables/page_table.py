@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
-from pgemu.machine.columns import addresses_of
+from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
 from pgemu_kernels import words as W
@@ -43,6 +43,7 @@ Tables = Literal["munmap", "madvise", "zap"]
 
 _TABLE_FLAGS = {"munmap": int(W.EDIT_FREE), "madvise": int(W.EDIT_FREE_COVERED), "zap": 0}
 _REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
+_LOG = "a writable uint64 array of shape (n, 3)"
 _NO_LOG = np.zeros(0, np.uint64)
 _NO_ADDRESS = np.zeros(1, np.uint64)
 
@@ -86,6 +87,9 @@ class EditResult(NamedTuple):
         status = self.name if self.status else 0
         return f"EditResult(status={status}, detail={self.detail}, flush={self.flush}, records={self.records})"
 
+    def _repr_html_(self) -> str:
+        return html_table(("status", "detail", "flush"), [(self.name, self.detail, self.flush)])
+
 
 class EditResults(NamedTuple):
     """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
@@ -100,8 +104,12 @@ class EditResults(NamedTuple):
         about = f"{self.status.size:,}: {counted(results.outcomes)}; detail={column(self.detail)}"
         return f"EditResults({about}, flush={self.flush}, records={self.records})"
 
+    def _repr_html_(self) -> str:
+        outcomes = Results(self.status, self.detail).outcomes
+        return html_table(("status", "how many"), outcomes.items(), len(outcomes))
 
-class PageTable(OfMachine, but=("create",)):
+
+class PageTable(OfMachine):
     """One tree of tables. Made by Machine.create_page_table().
 
     root: physical address of the (first) top table. format: what its entries look like.
@@ -114,6 +122,8 @@ class PageTable(OfMachine, but=("create",)):
     """
 
     def __init__(self, machine: Core, fmt: PageFormat) -> None:
+        if fmt.table_level_shift:
+            raise ValueError(f"fmt {fmt.name}: expected one whose tables do not say their level: not edited here")
         self.machine = machine
         self.format = fmt
         self._request = np.zeros(W.E_WORDS, np.uint64)
@@ -122,6 +132,7 @@ class PageTable(OfMachine, but=("create",)):
         if self._one(Edit.CREATE, 0).status != 0:
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
         self.root = int(self._request[W.E_ROOT])
+        machine.tables_made.append(self)
 
     def __repr__(self) -> str:
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
@@ -136,10 +147,8 @@ class PageTable(OfMachine, but=("create",)):
         """See Machine.create_page_table."""
         if isinstance(fmt, str):
             if fmt not in FORMATS:
-                raise ValueError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
+                raise ValueError(f"fmt {shown(fmt)}: expected one of {', '.join(FORMATS)}")
             fmt = FORMATS[fmt]()
-        if fmt.table_level_shift:
-            raise ValueError(f"format {fmt.name}: expected one whose tables do not say their level: not edited here")
         return cls(machine, fmt)
 
     def destroy(self, *, log: Array | None = None) -> EditResult:
@@ -309,7 +318,8 @@ class PageTable(OfMachine, but=("create",)):
         sign = 1 if fmt.sign_extended else 0
         high = address >> fmt.input_bits - sign
         if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
-            raise ValueError(f"address {address:#x}: expected {fmt.input_bits} bits")
+            canonical = "a canonical one" if sign else "one"
+            raise ValueError(f"address {address:#x}: expected {canonical} of {fmt.input_bits} bits")
         address &= (1 << fmt.input_bits) - 1
         ram = self.machine.arrays.ram
         at = self.root + (address >> 3 + 9 * fmt.levels) * 8
@@ -359,6 +369,9 @@ class PageTable(OfMachine, but=("create",)):
         A frame that has an owner already, and a table whose kept count is not that of its present entries.
         """
         tables = self.machine.arrays.ram.reshape(-1, 512)
+        given: Any = owner
+        if not isinstance(given, np.ndarray) or given.dtype != np.uint8 or given.shape != tables.shape[:1]:
+            raise TypeError(f"owner {shown(owner)} ({type(given).__name__}): expected uint8[{len(tables)}]")
         found = []
         for pages in self.table_pages().values():
             frames = (pages >> np.uint64(12)).astype(np.int64)
@@ -373,7 +386,7 @@ class PageTable(OfMachine, but=("create",)):
 
     def _check_root(self) -> None:
         if self.root == 0:
-            raise ValueError("the page table was destroyed")
+            raise ValueError("the page table was destroyed: expected one that was not")
 
     def _bits(self, attributes: int | None) -> int:
         return self.format.leaf[0] if attributes is None else attributes
@@ -381,15 +394,11 @@ class PageTable(OfMachine, but=("create",)):
     def _partial(self, partial: Partial | None) -> int:
         if partial is None:
             partial = "split" if self.format.flush == FlushRule.PROCESS else "whole"
-        if partial not in ("split", "whole"):
-            raise ValueError(f"partial {partial!r}: expected split or whole")
         return int(W.EDIT_SPLIT) if partial == "split" else 0
 
     def _tables(self, tables: Tables | None) -> int:
         if tables is None:
             tables = "zap" if self.format.flush == FlushRule.WHOLE_VM else "munmap"
-        if tables not in _TABLE_FLAGS:
-            raise ValueError(f"tables {tables!r}: expected one of {', '.join(_TABLE_FLAGS)}")
         return _TABLE_FLAGS[tables]
 
     def _one(
@@ -397,9 +406,6 @@ class PageTable(OfMachine, but=("create",)):
         clear_bits: int = 0, flags: int = 0, log: Array | None = None,
     ) -> EditResult:  # fmt: skip
         """One edit at one address."""
-        for name, value in (("address", address), ("physical address", physical)):
-            if not 0 <= value < 1 << 64:
-                raise ValueError(f"{name} {value:#x}: expected 64 bits")
         at, to = np.array([address], np.uint64), np.array([physical], np.uint64)
         status, detail, flush, records = self._run(op, at, to, length, level, set_bits, clear_bits, flags, log)
         return EditResult(int(status[0]), int(detail[0]), flush, records)
@@ -413,12 +419,8 @@ class PageTable(OfMachine, but=("create",)):
 
         if op != Edit.CREATE:
             self._check_root()
-        addresses, physical = addresses_of(addresses), addresses_of(physical)
         if physical.size not in (1, addresses.size):
-            raise ValueError(f"{physical.size} physical addresses: expected {addresses.size}")
-        for name, value in (("length", length), ("set_bits", set_bits), ("clear_bits", clear_bits)):
-            if not 0 <= value < 1 << 64:
-                raise ValueError(f"{name} {value}: expected 64 bits")
+            raise ValueError(f"physical of {physical.size} elements: expected {addresses.size} or 1, as of addresses")
         request = self._request
         request[:] = 0
         words = (op, self._row, self.root, length, level if 0 <= level < 8 else 0, set_bits, clear_bits, flags)
@@ -450,9 +452,9 @@ def _log_words(log: Array | None) -> Array:
     if log is None:
         return _NO_LOG
     if not isinstance(log, np.ndarray):
-        raise TypeError(f"log of {type(log).__name__}: expected a writable uint64 array of shape (n, 3)")
+        raise TypeError(f"log {shown(log)} ({type(log).__name__}): expected {_LOG}")
     if log.dtype != np.uint64 or log.ndim != 2 or log.shape[1] != W.LOG_WORDS or not log.flags.carray:
-        raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected a writable uint64 array of shape (n, 3)")
+        raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected {_LOG}")
     if log.shape[0] == 0:
-        raise ValueError("log without room: expected at least one record")
+        raise ValueError(f"log without room: expected {_LOG}, at least one record")
     return log.reshape(-1)

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.columns import addresses_of
+from pgemu.machine.arguments import guards
+from pgemu.machine.columns import column_of
+from pgemu.machine.core import row_of_format
+from pgemu.machine.field_rules import amount, shown
 from pgemu.machine.short import column, html_walks, walks
 from pgemu.tables.access import Access as Access, Kind as Kind, rows_of
 from pgemu_kernels import words as W
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "WalkStage", "WalkStatus",
-           "translate", "translate_nested")  # fmt: skip
+           "translate", "translate_nested", "translated")  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
@@ -83,23 +86,30 @@ class Translation(NamedTuple):
 
 
 def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
-    """The codes as uint8[1] or uint8[n]. ValueError for others."""
+    """The codes as uint8[1] or uint8[n]. TypeError and ValueError for others."""
     if type(kinds) is Kind:
         return _CODES[kinds]
-    given = np.atleast_1d(np.asarray(kinds))
-    if given.size not in (1, count):
-        raise ValueError(f"{given.size} kinds of access: expected {count} or 1")
-    if given.size and given.dtype.kind not in "ui":
-        raise ValueError(f"kinds of access of {given.dtype}: expected integers")
-    if given.size and not (given.min() >= Kind.READ and given.max() <= Kind.USER_FETCH):
-        raise ValueError(f"kind of access {given.max()}: expected {int(Kind.READ)} to {int(Kind.USER_FETCH)}")
-    return np.ascontiguousarray(given, np.uint8)
+    given = column_of(kinds, count, "kinds")
+    if given.size and given.max() > Kind.USER_FETCH:
+        raise ValueError(f"kinds {shown(kinds)}: expected members of Kind, {int(Kind.READ)} to {int(Kind.USER_FETCH)}")
+    return given.astype(np.uint8)
 
 
-def _checked_root(root: int) -> np.uint64:
-    if not 0 <= root < 1 << 52 or root % W.PAGE_4K:
-        raise ValueError(f"root {root:#x}: expected the physical address of a page")
+def _checked_root(name: str, root: int) -> np.uint64:
+    if root >> 52 or root % W.PAGE_4K:
+        raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
+
+
+def _checked_out(out: Any, count: int) -> tuple[Array, Array, Array, Array]:
+    """The arrays of an earlier translation, to be filled again."""
+    if not isinstance(out, Translation):
+        raise TypeError(f"out {shown(out)} ({type(out).__name__}): expected a Translation")
+    for array, dtype in zip(out[:4], (_WORD, _BYTE, _BYTE, _WORD), strict=True):
+        fits = isinstance(array, np.ndarray) and array.shape == (count,) and array.dtype == dtype
+        if not fits or not array.flags.carray:
+            raise ValueError(f"out {shown(out)}: expected arrays of {count} elements, as an earlier call gave them")
+    return out[:4]
 
 
 def _outputs(count: int, reads: int, writes: int, wanted: bool) -> tuple[Array, Array, Array]:
@@ -133,6 +143,7 @@ def _entry() -> Any:
     return entry
 
 
+@guards()
 def translate(
     machine: Core,
     format_row: int,
@@ -151,23 +162,36 @@ def translate(
     dirty bits are set where a walk succeeds. None: a plain walk, present or not, nothing checked, nothing set.
     references: also list the entries read and written, at most 5 of each. out: arrays of an earlier call with as
     many addresses, to be filled again. Tables may lie in the metadata zone or in guest frames.
-    ValueError for a format row or kind that is not there, a root that is no page, or arrays that do not fit.
+    TypeError and ValueError for what is none of that: a format row or kind that is not there, a root that is no page,
+    arrays that do not fit.
     """
-    given = addresses_of(addresses)
+    return translated(machine, format_row, root, np.asarray(addresses), kinds, access, references, out)
+
+
+def translated(
+    machine: Core,
+    format_row: int,
+    root: int,
+    given: Array,
+    kinds: Kind | Sequence[int] | Array | None = None,
+    access: Access | None = None,
+    references: bool = False,
+    out: Translation | None = None,
+) -> Translation:
+    """translate() of arguments that were checked, the addresses a column; but `root`, the row, `kinds` and `out`."""
     count = given.size
     plain = kinds is None
-    rows = rows_of(machine.format_row(format_row), machine.arrays.ram.nbytes, None if plain else access, plain=plain)
+    row = row_of_format(machine, "format_row", format_row)
+    rows = rows_of(row, machine.arrays.ram.nbytes, None if plain else access, plain=plain)
     codes = _CODES[0] if kinds is None else _kinds(kinds, count)
     if out is None:
         physical, error = np.empty(count, _WORD), np.zeros(count, _WORD)
         status, level = np.empty(count, _BYTE), np.empty(count, _BYTE)
     else:
-        physical, status, level, error = out[:4]
-        if any(array.shape != (count,) for array in out[:4]):
-            raise ValueError(f"out: expected arrays of {count} elements")
+        physical, status, level, error = _checked_out(out, count)
     reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references)
     _entry()(
-        machine.descriptor, np.uint64(format_row), _checked_root(root), given, codes, rows,
+        machine.descriptor, np.uint64(format_row), _checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
@@ -206,15 +230,19 @@ class NestedTranslation(NamedTuple):
 
 def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
     """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
-    guest, stage2 = (machine.format_row(row) for row in rows)
+    names = ("guest_format", "stage2_format")
+    guest, stage2 = (row_of_format(machine, name, row) for name, row in zip(names, rows, strict=True))
     if guest[W.F_FAMILY] != Family.X86 or stage2[W.F_FAMILY] == Family.X86:
-        raise ValueError("nested walk: expected a guest with x86-64 tables over EPT, NPT or Arm stage 2")
+        raise ValueError(
+            f"guest_format {rows[0]} and stage2_format {rows[1]}: expected x86-64 tables over EPT, NPT or Arm stage 2"
+        )
     # Where a guest's table may lie is for stage 2 to say.
     anywhere = 1 << 52
     stage2_rows = rows_of(stage2, machine.arrays.ram.nbytes, accesses[1], plain=False)
     return np.concatenate([rows_of(guest, anywhere, accesses[0], plain=False), stage2_rows])
 
 
+@guards(together=amount(1, W.WALK_BLOCK, f"an integer from 1 to {W.WALK_BLOCK}"))
 def translate_nested(
     machine: Core,
     guest_format: int,
@@ -236,14 +264,12 @@ def translate_nested(
     access: the guest's control registers; stage2_access: those of stage 2, where they matter (default: the same).
     references: also list every entry read and written. together: how many walks are interleaved, at most 64;
     1 walks one after the other (to see what interleaving brings).
-    ValueError for formats, kinds, roots or `together` that cannot be.
+    TypeError and ValueError for formats, kinds, roots or `together` that cannot be.
     """
     from pgemu_kernels.run.entries import translate_nested as entry
 
-    given = addresses_of(addresses)
+    given = np.asarray(addresses)
     count = given.size
-    if not 1 <= together <= W.WALK_BLOCK:
-        raise ValueError(f"{together} walks together: expected 1 to {W.WALK_BLOCK}")
     access = access or Access()
     rows = _nested_rows(machine, (guest_format, stage2_format), (access, stage2_access or access))
     physical, error, fault = (np.empty(count, np.uint64) for _ in range(3))
@@ -252,9 +278,10 @@ def translate_nested(
     reads, writes, counts = _outputs(count, W.NESTED_READS, W.NESTED_WRITES, references)
     counts = np.zeros(count * 2, np.uint64)
     entry(
-        machine.descriptor, np.uint64(guest_format), _checked_root(guest_root), np.uint64(stage2_format),
-        _checked_root(stage2_root), given, _kinds(kinds, count), rows, physical, status, stage, levels.reshape(-1),
-        error, fault, reads, writes, counts, np.zeros(W.NESTED_SCRATCH, np.uint64), np.uint64(together),
+        machine.descriptor, np.uint64(guest_format), _checked_root("guest_root", guest_root), np.uint64(stage2_format),
+        _checked_root("stage2_root", stage2_root), given, _kinds(kinds, count), rows, physical, status, stage,
+        levels.reshape(-1), error, fault, reads, writes, counts, np.zeros(W.NESTED_SCRATCH, np.uint64),
+        np.uint64(together),
     )  # fmt: skip
     return NestedTranslation(
         physical, status, stage, levels[:, 0], levels[:, 1], error, fault, counts[0::2], counts[1::2],

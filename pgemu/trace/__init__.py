@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pgemu.errors import InputError
-from pgemu.machine.field_rules import checked
+from pgemu.machine.arguments import guards
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
@@ -47,6 +48,7 @@ __all__ = (
 _WORKLOAD = "workload:"
 
 
+@guards()
 def load(
     name_or_path: str | os.PathLike[str], options: LoweringOptions | None = None, seed: int = 0, **parameters: float
 ) -> Lowered:
@@ -56,19 +58,16 @@ def load(
         compressed with xz, gzip or zstd; "-" for text from standard input
     :param seed: of a workload; logs have none
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
+    :raises TypeError, ValueError: an argument that is no such thing
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
     """
     options = options or LoweringOptions()
-    seed = checked("seed", seed)
     name = os.fspath(name_or_path)
     if name.startswith(_WORKLOAD):
         from pgemu import workload
 
-        def again(**changed: float) -> Lowered:
-            return load(name, options, seed, **{**parameters, **changed})
-
         made = workload.open(name.removeprefix(_WORKLOAD), seed, **parameters)
-        return replace(adapt(made, options), again=again)
+        return replace(adapt(made, options), again=partial(load, name, options, seed, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name))

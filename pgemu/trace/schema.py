@@ -17,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.machine.arguments import guards_methods
+from pgemu.machine.columns import column_of
+from pgemu.machine.field_rules import shown
 from pgemu.machine.short import counted
 from pgemu_kernels.words.operations import PAGE_4K, Entry, Flag, Operation
 from pgemu_kernels.words.rows import ACTORS
@@ -74,6 +77,7 @@ def columns_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+@guards_methods
 @dataclass(frozen=True, slots=True, eq=False)
 class Records:
     """A piece of a trace: ten arrays of equal length, dtypes as in `DTYPES`, column meanings as in `COLUMNS`."""
@@ -91,9 +95,13 @@ class Records:
 
     def __post_init__(self) -> None:
         for name, dtype in DTYPES.items():
-            column = getattr(self, name)
+            column: Any = getattr(self, name)
+            if not isinstance(column, np.ndarray) or isinstance(column, np.ma.MaskedArray):
+                raise TypeError(f"{name} {shown(column)} ({type(column).__name__}): expected an array of {dtype}")
             if column.dtype != dtype or column.shape != self.time.shape or column.ndim != 1:
-                raise ValueError(f"column {name}: {column.dtype}{column.shape}, expected {dtype}{self.time.shape}")
+                raise ValueError(
+                    f"{name} of {column.dtype}{list(column.shape)}: expected {dtype}[n], as many as of time"
+                )
 
     def __repr__(self) -> str:
         names = {int(op): op.name.lower().replace("_", " ") for op in Operation}
@@ -117,16 +125,17 @@ class Records:
 
     @classmethod
     def build(cls, count: int, **columns: npt.ArrayLike) -> Records:
-        """Make `count` records from columns or scalars; columns that are not given hold 0."""
+        """Make `count` records from columns or scalars; columns that are not given hold 0.
+
+        TypeError or ValueError, with the column's name, for what is none, or does not fit it.
+        """
         unknown = set(columns) - set(DTYPES)
         if unknown:
-            raise ValueError(f"no such column: {', '.join(sorted(unknown))}")
-        return cls(
-            *(
-                np.array(np.broadcast_to(np.asarray(columns.get(name, 0), dtype=dtype), (count,)))
-                for name, dtype in DTYPES.items()
-            )
-        )
+            raise TypeError(f"column {', '.join(sorted(unknown))}: expected some of {', '.join(DTYPES)}")
+        if count >> 60:
+            raise MemoryError  # NumPy's own for less
+        given = {name: column_of(columns.get(name, 0), count, name, dtype) for name, dtype in DTYPES.items()}
+        return cls(**{name: np.array(np.broadcast_to(column, (count,))) for name, column in given.items()})
 
     @classmethod
     def concatenate(cls, pieces: Iterable[Records]) -> Records:
@@ -135,7 +144,9 @@ class Records:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in DTYPES))
 
     def take(self, order: npt.NDArray[np.intp]) -> Records:
-        """Return the records at the given positions, in that order."""
+        """Return the records at the given positions, in that order. ValueError past the last one."""
+        if order.size and int(order.max()) >= len(self):
+            raise ValueError(f"order {shown(order)}: expected positions below {len(self)}")
         return Records(*(getattr(self, name)[order] for name in DTYPES))
 
     def check(self, source: str, first: int = 0) -> None:

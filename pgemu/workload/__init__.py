@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from pgemu.errors import InputError
@@ -14,7 +15,7 @@ WORKLOADS: dict[str, Callable[..., Lowered]] = {"tdx-boot": tdx_boot.build}
 """Name (without `workload:`) -> what makes it from a seed and parameters of its own."""
 
 
-def open(name: str, seed: int = 0, **parameters: float) -> Lowered:
+def open(name: str, /, seed: int = 0, **parameters: float) -> Lowered:
     """Make a workload; equal seeds and parameters make equal traces.
 
     :param parameters: of "tdx-boot": overlap
@@ -23,4 +24,7 @@ def open(name: str, seed: int = 0, **parameters: float) -> Lowered:
     if name not in WORKLOADS:
         known = ", ".join(f"workload:{known}" for known in sorted(WORKLOADS))
         raise InputError(f"no such workload, there is {known}", f"workload:{name}")
+    of_its_own = list(inspect.signature(WORKLOADS[name]).parameters)[1:]
+    if unknown := sorted({*parameters} - {*of_its_own}):
+        raise InputError(f"{', '.join(unknown)}: expected some of {', '.join(of_its_own)}", f"workload:{name}")
     return WORKLOADS[name](seed, **parameters)

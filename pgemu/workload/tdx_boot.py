@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.machine.field_rules import shown
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
@@ -97,7 +98,7 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     :raises InputError: another share
     """
     if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap <= 1:
-        raise InputError(f"overlap {overlap}: expected a share from 0 to 1", "workload:tdx-boot")
+        raise InputError(f"overlap {shown(overlap)}: expected a share from 0 to 1", "workload:tdx-boot")
     random = np.random.Generator(np.random.PCG64(seed))
     firmware = np.arange(FIRMWARE_GFN, FIRMWARE_GFN + FIRMWARE_PAGES)
     setup = _setup()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ import pgemu
 from comparisons import mixed
 from pgemu.experiments.sensitivity import sensitivity
 from pgemu.machine.config import Config
-from pgemu.machine.results import RESULT_OF, RESULTS_OF, Result, result_name
+from pgemu.machine.results import RESULT_OF, RESULTS_OF, Errno, Result, RetPf, VmFault, result_name
 from pgemu.machine.short import column, counted
 from pgemu.objects.machine import Machine
 from pgemu.tables.translation import Access, translate, translate_nested
 from pgemu.trace import GivenSlot, LoweringOptions, load
 from pgemu_kernels import words as W
+from pgemu_kernels.words import operations
 from pgemu_kernels.words.operations import PAGE_2M, Operation
 
 VA = 0x7F00_0000_0000
@@ -71,7 +73,7 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 def test_every_object_is_one_short_line(instances: dict[str, list[Any]]) -> None:
-    enums = {"Kind", "InputError", "Flush"}  # a name, a message, four numbers
+    enums = {"Errno", "Kind", "InputError", "Flush", "RetPf", "VmFault"}  # a name, a message, four numbers
     public = {name for name in pgemu.__all__ if isinstance(getattr(pgemu, name), type)}
     assert public - enums <= instances.keys()
     for name, objects in instances.items():
@@ -126,6 +128,39 @@ def test_results_of_no_known_operation_are_numbers() -> None:
     assert pickle.loads(pickle.dumps(Result(4, 1))) == (4, 1)
     machine = Machine(Config("pfnmap", pool=PAGE_2M, page_size=PAGE_2M))
     assert repr(machine.operate(255)) == "Result(status=-EOPNOTSUPP, detail=0)"  # type: ignore[arg-type]
+
+
+def test_statuses_are_members_of_what_the_kernel_calls_them() -> None:
+    words = {name: value for name, value in vars(W).items() if name.startswith(("RET_PF_", "VM_FAULT_"))}
+    words |= {name: value for name, value in vars(operations).items() if re.fullmatch(r"E[A-Z]+", name)}
+    members = {f"RET_PF_{one.name}": one for one in RetPf} | {f"VM_FAULT_{one.name}": one for one in VmFault if one}
+    assert {name: int(one) for name, one in (members | {one.name: one for one in Errno}).items()} == words
+    machine = Machine(Config("pfnmap", pool=PAGE_2M, page_size=PAGE_2M))
+    process, vm = machine.create_process(), machine.create_vm()
+    assert process.mmap_anonymous(VA, 4096).code is None
+    assert process.touch(VA, write=True).code is VmFault.NOPAGE
+    assert process.touch(VA).code is VmFault.PRESENT
+    assert process.touch(0).code is VmFault.SIGSEGV
+    assert vm.touch(0).code is RetPf.EMULATE
+    assert (process.munmap(1, 1).code, process.munmap(1, 1).status) == (Errno.EINVAL, -Errno.EINVAL)
+    assert Result(5, 0).code is Result(-W.WOULD_SPIN, 0).code is None
+
+
+@pytest.mark.parametrize("op", Operation)
+def test_a_member_and_a_name_say_the_same(op: Operation) -> None:
+    for status in (*range(8), *(1 << bit for bit in range(3, 12)), *(-n for n in range(1, 130))):
+        code, name = RESULT_OF[op](status, 0).code, RESULT_OF[op](status, 0).name
+        if code is None:
+            assert status >= 0 or name.startswith("-errno ")
+            assert (
+                status < 0
+                or op not in (Operation.HOST_FAULT, Operation.GUEST_FAULT)
+                or str(status) in name
+                or "x" in name
+            )
+        else:
+            assert abs(status) == code
+            assert name in (f"RET_PF_{code.name}", f"VM_FAULT_{code.name}", f"-{code.name}", code.name.lower())
 
 
 def test_a_stepped_operation_is_named_as_a_whole_one_is() -> None:

@@ -51,11 +51,11 @@ def test_the_kind_of_a_vm(default: Any, given: dict[str, Any], kind: str) -> Non
 
 @pytest.mark.parametrize(("kind", "stage2"), [("tdx", "npt"), ("snp", "ept")])
 def test_a_kind_has_the_stage_2_of_its_processors(kind: Any, stage2: Any) -> None:
-    said = f"vm '{kind}' with stage 2 '{stage2}': expected {KINDS[kind].stage2}"
-    with pytest.raises(ValueError, match=re.escape(said)):
+    said = f" '{kind}' with stage 2 '{stage2}': expected {KINDS[kind].stage2}"
+    with pytest.raises(ValueError, match=re.escape(f"vm{said}")):
         Config(vm=kind, stage2=stage2)
     machine = Machine(Config(stage2=stage2))
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(f"kind{said}")):
         machine.create_vm(kind=kind)
     assert machine.register(W.R_VMS) == 0
     assert machine.check() == 0

@@ -447,7 +447,7 @@ def test_misuse_is_a_value_error() -> None:
     for log in (np.zeros((4, 2), np.uint64), np.zeros((4, 3), np.int64), np.zeros((0, 3), np.uint64)):
         with pytest.raises(ValueError, match="log"):
             table.map(VA, 0, log=log)
-    with pytest.raises(ValueError, match="2 physical addresses"):
+    with pytest.raises(ValueError, match="physical of 2 elements: expected 3 or 1"):
         table.map_many(np.zeros(3, np.uint64), np.zeros(2, np.uint64))
     with pytest.raises(ValueError, match="each from 0"):
         table.unmap_many(np.array([-1]))

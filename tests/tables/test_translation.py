@@ -11,6 +11,7 @@ import pytest
 import pgemu.tables.translation
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.machine import Config, Machine
+from pgemu.tables.access import rows_of
 from pgemu.tables.translation import Access, Kind, WalkStatus, translate, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats, page_format
@@ -41,7 +42,7 @@ def test_the_example_of_the_module() -> None:
 def test_the_fixed_rows_know_what_a_walker_needs(machine: Machine) -> None:
     for index, fmt in enumerate((page_format.x86_64(), page_format.npt(), page_format.ept())):
         assert machine.format_row(index)[16:].tolist() == fmt.row()[16:].tolist()
-    with pytest.raises(ValueError, match="format row"):
+    with pytest.raises(ValueError, match="index 3: expected a row"):
         Machine(Config("pfnmap", pool=W.PAGE_2M, page_size=W.PAGE_2M)).format_row(3)
 
 
@@ -120,12 +121,12 @@ def test_scattered_addresses_keep_their_order(machine: Machine, process: Address
     ("arguments", "match"),
     [
         ((0, 0x1001, [0]), "root"),
-        ((9, 0x1000, [0]), "format row"),
-        ((0, 0x1000, [-1]), "negative"),
-        ((0, 0x1000, [1.5]), "integers"),
-        ((0, 0x1000, [0], 6), "kind of access"),
-        ((0, 0x1000, [0], [1.5]), "kinds of access of float64"),
-        ((0, 0x1000, [0, 1, 2], [0, 1]), "kinds of access"),
+        ((9, 0x1000, [0]), "format_row 9: expected a row of the machine's formats, 0 to "),
+        ((0, 0x1000, [-1]), r"addresses \[-1\]: expected"),
+        ((0, 0x1000, [1.5]), r"addresses \[1.5\]: expected .* integers"),
+        ((0, 0x1000, [0], 6), "kinds 6: expected members of Kind, 0 to 5"),
+        ((0, 0x1000, [0], [1.5]), r"kinds \[1.5\]: expected"),
+        ((0, 0x1000, [0, 1, 2], [0, 1]), "kinds of 2 elements: expected 3 or 1"),
     ],
 )
 def test_misuse_is_refused(machine: Machine, arguments: tuple[Any, ...], match: str) -> None:
@@ -152,7 +153,7 @@ def test_entries_that_pass_at_one_look_are_what_linux_writes(machine: Machine) -
         for kind in Kind:
             if fmt.family == page_format.Family.X86 and kind in (Kind.READ, Kind.WRITE, Kind.FETCH):
                 continue  # a user page: SMAP, SMEP
-            x = Access().rows(row, 1 << 40).reshape(W.ACCESS_ROWS, W.X_WORDS)[kind]
+            x = rows_of(row, 1 << 40, Access(), plain=False).reshape(W.ACCESS_ROWS, W.X_WORDS)[kind]
             accessed = fmt.accessed if fmt.family != page_format.Family.ARM64 else 0
             for level in range(2, fmt.levels + 1):
                 mask, value = x[int(W.X_TABLE_MASK) + level], x[int(W.X_TABLE_VALUE) + level]

@@ -51,11 +51,11 @@ def test_slices_are_views_and_pieces_join_in_order() -> None:
 
 def test_wrong_dtype_length_or_name_is_refused() -> None:
     columns: dict[str, Any] = {name: np.zeros(2, dtype) for name, dtype in DTYPES.items()}
-    with pytest.raises(ValueError, match="column actor"):
+    with pytest.raises(ValueError, match="actor of uint64"):
         Records(**{**columns, "actor": np.zeros(2, np.uint64)})
-    with pytest.raises(ValueError, match="column length"):
+    with pytest.raises(ValueError, match="length of "):
         Records(**{**columns, "length": np.zeros(3, np.uint64)})
-    with pytest.raises(ValueError, match="no such column: colour"):
+    with pytest.raises(TypeError, match="column colour: expected some of time"):
         Records.build(1, colour=1)
 
 

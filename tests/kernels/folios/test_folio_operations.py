@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
@@ -212,4 +213,36 @@ def test_a_page_of_a_file_may_be_held_by_others() -> None:
     assert folio.pin(2).detail == 515
     assert machine.check() == 0, machine.broken
     assert folio.unpin(2).detail == 513
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("size", [PAGE, M2])
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+@settings(max_examples=40)
+@given(todo=st.lists(st.tuples(st.sampled_from(("get", "put", "freeze", "unfreeze", "touch")), st.integers(0, 3))))
+def test_a_frozen_folio_is_no_broken_rule(design: Any, size: int, todo: list[tuple[str, int]]) -> None:
+    """Whenever it is looked: freezes nest with references, mappings and conversions of a folio in the page cache."""
+    machine = Machine(Config(design, pool=4 * M2, page_size=size))
+    gmem, process = machine.create_guest_memfd(M2, shared=True), machine.create_process()
+    assert gmem.allocate(0, M2).status == process.mmap(gmem, VA).status == 0
+    folio = machine.folio(gmem.pfn(0) or 0)
+    frozen = held = 0
+    for what, n in todo:
+        if what == "get" and n:
+            held += n if folio.get(n).status == 0 else 0
+        elif what == "put" and 0 < n <= held and not frozen:
+            assert folio.put(n).status == 0
+            held -= n
+        elif what == "freeze" and not frozen:
+            expected = folio.refcount - (n == 0)
+            if folio.freeze(expected):
+                frozen = expected
+        elif what == "unfreeze" and frozen:
+            assert folio.unfreeze(frozen)
+            frozen = 0
+        elif what == "touch" and not frozen:
+            process.touch(VA)
+        assert (folio.refcount == 0) == bool(frozen)
+        assert machine.check() == 0, machine.broken
+    assert not frozen or folio.unfreeze(frozen)
     assert machine.check() == 0, machine.broken
