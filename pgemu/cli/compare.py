@@ -156,6 +156,10 @@ def compare(trace: str | None, **options: Any) -> int:
     TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
     workload:tdx-boot. Without it: a software-protected VM's life, which comes with pgemu.
 
+    Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
+    length (bytes) where an operation reads them; time (ns), actor, vm, space and object hold 0 where missing. Integers
+    of any width, without nulls. Memory slots are pgemu's metadata, its bind records, --memslot, or inferred.
+
     Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input.
     """
     for name in ("details", "sources"):

@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pgemu.errors import InputError
 from pgemu.machine.arguments import guards
 from pgemu.trace.log import Log
@@ -24,6 +26,7 @@ from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 from pgemu.trace.unplaced import Unplaced, place
+from pgemu_kernels.words.rows import MEMSLOTS, SLOT_IDS
 
 __all__ = (
     "COLUMNS",
@@ -72,8 +75,19 @@ def load(
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name))
     if isinstance(found, Unplaced):
-        return place(found, options)
-    return lower(found, options) if isinstance(found, Log) else adapt(found, options)
+        return _told(place(found, options))
+    return _told(lower(found, options) if isinstance(found, Log) else adapt(found, options))
+
+
+def _told(lowered: Lowered) -> Lowered:
+    """The trace with a note of what no machine has room for, where KVM has."""
+    op = lowered.records.op
+    standing = np.cumsum((op == Operation.BIND).astype(np.int64) - (op == Operation.UNBIND))
+    most = int(standing.max(initial=0))
+    if most <= MEMSLOTS:
+        return lowered
+    text = f"{most} memory slots at once: a machine has room for {MEMSLOTS} (KVM: {SLOT_IDS}), the others are -ENOSPC"
+    return replace(lowered, notes=(*lowered.notes, text))
 
 
 def shipped() -> Path:

@@ -285,9 +285,10 @@ class _Lowering:
         private = (self._rows[rows, _C] & np.uint64(_PRIVATE_ATTRIBUTE)) != 0
         flags = np.where(private, np.uint8(Flag.PRIVATE), np.uint8(Flag.SHARED))
         slots, stand = self._bound()
-        at, low, high, number = _pieces(rows, start, stop, [(slot.gpa, slot.gpa + slot.size) for slot in slots], stand)
+        ranges = [(slot.gpa, slot.gpa + slot.size - 1) for slot in slots]
+        at, low, length, number = _pieces(rows, start, stop, ranges, stand)
         move = np.array([(slot.offset - slot.gpa) % (1 << 64) for slot in slots], np.uint64)[number]
-        self._emit(rows[at], Operation.CONVERT, flags=flags[at], offset=low + move, length=high - low)
+        self._emit(rows[at], Operation.CONVERT, flags=flags[at], offset=low + move, length=length)
         self._without(np.delete(rows, at), NO_SLOT)
 
     def _host_ranges(self) -> None:
@@ -306,16 +307,15 @@ class _Lowering:
 
     def _host_range(self, rows: _Rows, start: _Words, end: _Words, choice: str, flags: int) -> None:
         """Lower ranges of host addresses, clipped to the host mappings of guest memory."""
-        ranges = [(region.address, region.end) for region in self._regions]
-        at, low, high, number = _pieces(rows, start, end, ranges, self._mapped)
+        at, low, length, number = _pieces(rows, start, end, _ends(self._regions), self._mapped)
         if choice == "punch":
             move = np.array([(region.offset - region.address) % (1 << 64) for region in self._regions], np.uint64)[
                 number
             ]
-            self._emit(rows[at], Operation.PUNCH_HOLE, offset=low + move, length=high - low)
+            self._emit(rows[at], Operation.PUNCH_HOLE, offset=low + move, length=length)
         else:
             op = Operation.MUNMAP if choice == "munmap" else Operation.ZAP
-            self._emit(rows[at], op, flags=flags, address=low, length=high - low)
+            self._emit(rows[at], op, flags=flags, address=low, length=length)
         self._without(np.delete(rows, at), self._elsewhere())
 
     def _fallocates(self, kind: Input) -> None:
@@ -391,15 +391,17 @@ def _pieces(
 ) -> tuple[_Rows, _Words, _Words, _Rows]:
     """Intersect what is asked for, from `start` to before `end`, with each of `ranges` at the rows where it stands.
 
-    :returns: of each piece the position in `rows`, its first address, the one behind its last, the number of the range
+    :param ranges: first and last address of each
+    :returns: of each piece the position in `rows`, its first address, its length, the number of the range
     """
     some = np.flatnonzero(end > start)
     index = RangeIndex(rows[some], start[some], end[some] - np.uint64(1))
-    found = list(index.meetings([(low, high - 1) for low, high in ranges], stand))
+    found = list(index.meetings(ranges, stand))
     at = some[np.concatenate([np.zeros(0, np.intp), *(places for _, places in found)])]
     number = np.repeat([number for number, _ in found], [len(places) for _, places in found]).astype(np.intp)
-    low, high = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
-    return at, np.maximum(start[at], low), np.minimum(end[at], high), number
+    first, last = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
+    low = np.maximum(start[at], first)
+    return at, low, np.minimum(end[at] - np.uint64(1), last) - low + np.uint64(1), number
 
 
 def setup_records(regions: Sequence[Region], slots: Sequence[Slot], time: int) -> Records:

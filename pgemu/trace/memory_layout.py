@@ -37,6 +37,8 @@ __all__ = (
 SYNTHETIC_HVA = 0x7F00_0000_0000
 """First host address of memory for which the log names none; a multiple of 1 GiB."""
 
+_MOST_BYTES = 1 << 52  # physical addresses of x86-64
+
 LARGEST_RANGE = 1 << 40
 """Bytes; a longer range of guest addresses is the VMM's whole address space, no memory."""
 
@@ -141,7 +143,6 @@ class Layout:
         return cls(size, page, regions, slots, refused, data["origin"])
 
 
-_MOST_BYTES = 1 << 52  # physical addresses of x86-64
 _MOST_HOST = 1 << 56  # user addresses with five levels
 ORIGINS = ("trace", "inferred", "given", "workload")
 _REGION = (("address", _MOST_HOST), ("offset", _MOST_BYTES), ("size", _MOST_BYTES))
@@ -228,10 +229,13 @@ def grow(layout: Layout, page_size: int, guest_memory: int | None, least: int = 
     """Round the inode up to huge pages, or make it as large as asked.
 
     :param least: bytes that it has to have beside what is mapped
-    :raises InputError: `guest_memory` is not a multiple of the page size or smaller than what the slots need
+    :raises InputError: `guest_memory` is not a multiple of the page size or smaller than what the slots need, which is
+        more than physical addresses reach
     """
     needed = max((region.offset + region.size for region in layout.regions), default=0)
     needed = max(needed, least)
+    if needed > _MOST_BYTES:
+        raise InputError(f"memory slots that need {needed} bytes of guest memory, expected at most {_MOST_BYTES}")
     size = max(align_up(needed, page_size), page_size)
     if guest_memory is not None:
         if guest_memory <= 0 or guest_memory % page_size:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.errors import InputError
+from pgemu.errors import InputError, printable
 from pgemu.trace.events import Input
 from pgemu.trace.log import NO_VCPU, Log
 
@@ -43,7 +43,7 @@ class _Vm:
 
     def __str__(self) -> str:
         inputs = f"{self.inputs} input{'s' * (self.inputs != 1)}"
-        return f"{'process' if self.known else 'thread'} {self.number} ({self.name}, {inputs})"
+        return f"{'process' if self.known else 'thread'} {self.number} ({printable(self.name)}, {inputs})"
 
 
 def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,29 @@ def test_a_log_without_events_is_refused(tmp_path: Path) -> None:
     path.write_text("# tracer: nop\n#\n")
     with pytest.raises(InputError, match="no event in it"):
         read(path)
+
+
+@given(
+    blanks=st.text(" \t\v\f\x85\u3000", max_size=6),
+    name=st.one_of(st.just("kvm_page_fault:"), st.text("a_:([<\x1b\xe9", min_size=1, max_size=300)),
+    blank=st.sampled_from(" \t\v\f\x85\u2003"),
+    fields=st.text("abc =:0x\t", max_size=40),
+)
+def test_an_event_behind_any_blanks_is_read_or_counted(blanks: str, name: str, blank: str, fields: str) -> None:
+    """Whatever blank follows a name, it is looked at once; what is no name, however long, is told by its line."""
+    try:
+        log = parse(f"{HEAD}{FAULT}\n{HEAD}{blanks}{name}{blank}{fields}\n")
+    except InputError as error:
+        assert "log:2: malformed " in str(error) or "log:2: a number of more" in str(error)  # noqa: PT017
+        return
+    assert log.events == 2
+    assert log.events == sum(map(Counter.total, (log.inputs, log.outcomes, log.ignored, log.unknown)))
+    assert all(len(event) <= 128 for event in log.unknown)
+
+
+@given(st.integers(0, 200_000), st.sampled_from(["sys_mmap -> ", "sys_exit_munmap: ", "kvm_memslot: slot=1 ", "x"]))
+def test_a_message_is_short_however_long_the_line(length: int, event: str) -> None:
+    try:
+        parse(f"{HEAD}{FAULT}\n{HEAD}{event}{'z' * length}\n")
+    except InputError as error:
+        assert len(str(error)) < 400  # noqa: PT017
