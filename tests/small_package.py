@@ -99,10 +99,15 @@ class Package:
     def is_whole(self, files: int = 2) -> bool:
         """Whether the cache has the files of both entries, whole, and no others."""
         found = self.files()
-        return len(found) == files and all(machine_code.unsealed(path.read_bytes()) for path in found)
+        return len(found) == files and all(map(whole, found))
 
     def files(self, folder: Path | None = None) -> list[Path]:
         return sorted(path for path in (folder or self.cache).rglob("*") if path.is_file())
+
+
+def whole(path: Path) -> bool:
+    """Whether a file of a cache is."""
+    return machine_code.unsealed(path.read_bytes(), path.parent.name, path.name) is not None
 
 
 REMOVED = ("PGEMU_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "NUMBA_BOUNDSCHECK", "PYTHONPATH")

@@ -52,6 +52,17 @@ def test_it_compiles_for_all_users_of_the_installation(package: Package) -> None
     assert package.run(PGEMU_CACHE_DIR="/proc/none", HOME="/proc/none") == WARM
 
 
+DYING = "import sys; sys.executable = '/bin/true'"
+
+
+def test_it_compiles_itself_what_others_died_over(package: Package) -> None:
+    process = package.start_python(DYING + WARMUP, ROOT, "--all")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert stdout.startswith("2 of 2 entries compiled")
+    assert package.is_whole()
+
+
 def test_it_says_where_it_could_not_keep_anything(package: Package) -> None:
     status, stdout, stderr = warmup(package, PGEMU_CACHE_DIR="/proc/none", HOME="/proc/none")
     assert (status, stdout) == (2, "")

@@ -190,6 +190,8 @@ def compile_ahead(entries: Iterable[Declared]) -> list[Declared]:
     jobs = Jobs(missing, _helpers(len(missing)))
     for entry in missing:
         jobs.until(entry)
+        if entry.missing(in_cache=True) and not entry.compiled_here():  # who was to compile it died
+            entry.compile_here()
     return missing
 
 

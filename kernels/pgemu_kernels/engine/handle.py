@@ -148,12 +148,17 @@ def full_only(function: Any, otherwise: Any) -> Any:
     return chosen
 
 
+gifts: list[list[Any]] = []  # what each call of given_later() has been given
+
+
 def given_later() -> tuple[Any, Any]:
     """(call, give): kernels call `call`, a kernel that a module above hands over by `give(kernel)` before they compile.
 
-    What `->fault` of struct vm_operations_struct is to mm/memory.c, but chosen when the caller is compiled.
+    What `->fault` of struct vm_operations_struct is to mm/memory.c, but chosen when the caller is compiled. An entry's
+    module sees to it that the module above is imported, whichever entries are compiled elsewhere.
     """
     given: list[Any] = []
+    gifts.append(given)
 
     def later(*arguments: Any) -> Any:
         raise NotImplementedError("only kernels call this")

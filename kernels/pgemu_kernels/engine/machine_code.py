@@ -1,9 +1,9 @@
 """Where machine code is kept from one process to the next. Needs no compiler.
 
 A file is one entry, in a folder named after the stamp of what it was compiled from: `folder/stamp/name`. It is valid
-by its contents, a digest is in front of them. One that is damaged, or was half written when somebody pulled the plug,
-or cannot be read, is as if it were not there, but for a line on stderr. Files come into being by renaming, so that no
-process ever sees the half of one.
+by its contents, a digest of them and its name is in front. One that is damaged, or was half written when somebody
+pulled the plug, or cannot be read, is as if it were not there, but for a line on stderr. Files come into being by
+renaming, so that no process ever sees the half of one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parents[1]
 INSTALLED = SOURCES / "machine_code"  # what came with the installation: `pgemu warmup --installation` fills it
 
-_MAGIC = b"pgemu machine code 1\n"
+_MAGIC = b"pgemu machine code 2\n"
 _DIGEST = hashlib.sha256().digest_size
 _DAY = 86400.0
 _STAMPS_KEPT = 6  # of as many versions (or kinds: bounds-checked ones) of the kernels machine code is kept
@@ -71,7 +71,7 @@ def read(stamp: str, name: str) -> bytes | None:
     for folder in folders():
         path = folder / stamp / name
         try:
-            contents = unsealed(_bytes(path))
+            contents = unsealed(_bytes(path), stamp, name)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -118,7 +118,7 @@ def _write_file(folder: Path, name: str, contents: bytes) -> None:
     temporary = folder / f".{name}.{os.getpid()}.{time.monotonic_ns()}"
     try:
         with open(temporary, "xb") as file:
-            file.write(sealed(contents))
+            file.write(sealed(contents, folder.name, name))
         os.replace(temporary, folder / name)
     except BaseException:
         with suppress(OSError):
@@ -126,15 +126,17 @@ def _write_file(folder: Path, name: str, contents: bytes) -> None:
         raise
 
 
-def sealed(contents: bytes) -> bytes:
-    """A file's bytes."""
-    return _MAGIC + hashlib.sha256(contents).digest() + contents
+def sealed(contents: bytes, stamp: str, name: str) -> bytes:
+    """The bytes of the file of a name: whole under that name only, for other entries take other arguments."""
+    digest = hashlib.sha256(f"{stamp}/{name}\n".encode())
+    digest.update(contents)
+    return _MAGIC + digest.digest() + contents
 
 
-def unsealed(data: bytes) -> bytes | None:
+def unsealed(data: bytes, stamp: str, name: str) -> bytes | None:
     """What `sealed` was given, None if these bytes are not whole."""
     contents = data[len(_MAGIC) + _DIGEST :]
-    return contents if data == sealed(contents) else None
+    return contents if data == sealed(contents, stamp, name) else None
 
 
 def _touch(folder: Path) -> None:

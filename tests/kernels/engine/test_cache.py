@@ -16,7 +16,7 @@ import pytest
 
 from pgemu_kernels.engine import ahead, machine_code
 from pgemu_kernels.engine.progress import Progress, progress
-from small_package import COMPILES, INTO_MEMORY, WARM, Outcome, Package, outcome
+from small_package import COMPILES, INTO_MEMORY, WARM, Outcome, Package, outcome, whole
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_kill_before_a_file_has_its_name_leaves_none(package: Package) -> None
     assert process.returncode == -signal.SIGKILL
     assert all(path.name.startswith(".") for path in package.files())
     assert package.run() == Outcome(4, True, COMPILES)
-    assert all(machine_code.unsealed(path.read_bytes()) for path in package.files() if path.name[0] != ".")
+    assert all(whole(path) for path in package.files() if path.name[0] != ".")
 
 
 FULL = """
@@ -153,27 +153,27 @@ def test_a_file_that_cannot_be_written_is_said_and_no_harm(package: Package, bef
     assert package.files() == []
 
 
-def cut(data: bytes) -> bytes:
+def cut(data: bytes, *_: str) -> bytes:
     return data[: len(data) // 2]
 
 
-def flipped(data: bytes) -> bytes:
+def flipped(data: bytes, *_: str) -> bytes:
     return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
 
 
-def nothing(data: bytes) -> bytes:
+def nothing(data: bytes, *_: str) -> bytes:
     return b""
 
 
-def zeroed(data: bytes) -> bytes:
+def zeroed(data: bytes, *_: str) -> bytes:
     """A sector's part that a file system lost, in the code."""
     middle = len(data) // 2
     return data[:middle] + bytes(64) + data[middle + 64 :]
 
 
-def no_code(data: bytes) -> bytes:
+def no_code(data: bytes, stamp: str, name: str) -> bytes:
     """Whole, but not what was to be there."""
-    return machine_code.sealed(b"\x80\x04N.")
+    return machine_code.sealed(b"\x80\x04N.", stamp, name)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def no_code(data: bytes) -> bytes:
     ],
 )
 def test_damaged_files_are_said_once_and_replaced(
-    warm: Package, damage: Callable[[bytes], bytes], arguments: tuple[str, ...]
+    warm: Package, damage: Callable[..., bytes], arguments: tuple[str, ...]
 ) -> None:
     package = warm
     first = package.files()[-1]
     for path in package.files():
-        path.write_bytes(damage(path.read_bytes()))
+        path.write_bytes(damage(path.read_bytes(), path.parent.name, path.name))
     found = package.run("", *arguments)
     assert (found.value, found.compiled) == (4, True)
     said = f"pgemu: compiled kernels are damaged, and not used: {first}\n"
@@ -203,6 +203,16 @@ def test_damaged_files_are_said_once_and_replaced(
     assert found.stderr == said + COMPILES
     assert package.is_whole()
     assert package.run() == WARM
+
+
+def test_a_file_of_another_name_is_none(warm: Package) -> None:
+    """Two entries' files that were exchanged: the one would be called with the other's arguments."""
+    one, other = warm.files()
+    contents = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(contents)
+    assert warm.run().compiled
+    assert warm.run() == WARM
 
 
 def test_a_damaged_file_does_not_hide_a_whole_one_elsewhere(warm: Package) -> None:
@@ -268,14 +278,14 @@ def test_two_processes_at_once_over_damaged_files(warm: Package) -> None:
 COUNTED = """
 from pgemu_kernels.engine import machine_code
 sealed, hashed = machine_code.sealed, []
-machine_code.sealed = lambda contents: hashed.append(len(contents)) or sealed(contents)
+machine_code.sealed = lambda contents, *name: hashed.append(len(contents)) or sealed(contents, *name)
 import atexit
 atexit.register(lambda: print("hashed:", *sorted(hashed), file=__import__("sys").stderr))
 """
 
 
 def test_contents_are_checked_once_for_each_file_that_is_loaded(warm: Package) -> None:
-    sizes = [path.stat().st_size - len(machine_code.sealed(b"")) for path in warm.files()]
+    sizes = [path.stat().st_size - len(machine_code.sealed(b"", "", "")) for path in warm.files()]
     assert warm.run(COUNTED) == Outcome(4, False, f"hashed: {' '.join(map(str, sorted(sizes)))}\n")
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
 from pgemu_kernels.engine.numba_internals import EntryCompiler, library_of
+from pgemu_kernels.run import entries as entries_module
 
 U = np.uint64
 SEVEN = U(7)
@@ -336,3 +339,23 @@ def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
         names = re.findall(rb"_ZN[0-9A-Za-z_]+", library_of(result)._get_compiled_object())
         assert result.fndesc.llvm_func_name.encode() in names
         assert [name for name in names if b"add_chosen" in name and not name.startswith(b"_ZN08NumbaEnv")] == []
+
+
+ALONE = """
+import sys
+from importlib import import_module
+from pgemu_kernels.engine.handle import gifts
+module = sys.argv[1]
+import_module(module)
+needed = "pgemu_kernels.process.operations" in sys.modules  # whose faults are those of the designs, too
+print(module, not needed or all(len(given) == 1 for given in gifts))
+"""
+
+
+def test_every_entry_can_be_compiled_where_no_other_is() -> None:
+    """As by a process that finds the others in the cache: what its kernels call is there with its module alone."""
+    modules = sorted({one.module for one in entries_module.declared if one.module.startswith("pgemu_kernels.")})
+    assert len(modules) > 5
+    for module in modules:
+        done = subprocess.run([sys.executable, "-c", ALONE, module], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{module} True\n"

@@ -60,7 +60,7 @@ def test_damaged_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         for folder in (first, second):
             shutil.rmtree(folder, ignore_errors=True)
         contents = chance.randbytes(chance.choice((0, 1, 100, 5000)))
-        others = [machine_code.sealed(contents), machine_code.sealed(b"other"), b""]
+        others = [machine_code.sealed(b"other", *name) for name in ((STAMP, "run-4567"), ("b" * 64, NAME))]
         with attacked("cache", number):
             assert machine_code.write(STAMP, NAME, contents)
             path = first / STAMP / NAME
