@@ -202,6 +202,15 @@ def test_what_perf_script_prints(
     check("\n".join(lines) + "\n", found, digits, process=ids == "pid,tid")
 
 
+@given(tail=st.sampled_from(["", *_TAILS]), value=st.sampled_from([0, 0x7F0000200000, (1 << 64) - 22]))
+def test_a_call_s_return_is_read_in_front_of_perf_s_other_columns(tail: str, value: int) -> None:
+    head = "qemu 1/1 [000] 1.000000: syscalls:"
+    call = "sys_enter_mmap: addr: 0x00000000, len: 0x00002000, prot: 0x3, flags: 0x22, fd: 0xffffffff, off: 0x00000000"
+    log = parse(f"{head}{call}{tail}\n{head}sys_exit_mmap: {value:#x}{tail}\n")
+    assert log.outcomes == {"sys_mmap return": 1}
+    assert (log.rows[0, 4], log.rows[0, 9]) == ((0, 1) if value > 1 << 63 else (value, 0))
+
+
 @given(st.text("ghijklxyz!?=", min_size=1, max_size=20))
 def test_what_no_column_of_perf_is_is_refused_behind_fields(tail: str) -> None:
     event = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x181"

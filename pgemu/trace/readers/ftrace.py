@@ -331,15 +331,18 @@ class _Parser:
 
     def displaced(self, event: str, task: int, time: int, line: int) -> None:
         """An event behind padding or other columns; a line where none has a name is counted."""
-        if FUNCTION.fullmatch(event):
+        if "<-" in event and FUNCTION.fullmatch(event):
             self._ignored["<function>"] += 1
             return
         at = event_start(event)
         if at < 0:
             self._nameless = self._nameless[0] + 1, self._nameless[1] or line
             return
-        event = " ".join(_BLANK.split(event[at:]))
+        event = event[at:]
         token = event.partition(" ")[0]
+        if _BLANK.search(token):
+            event = _BLANK.sub(" ", event)
+            token = event.partition(" ")[0]
         handler = self._handlers[token]
         if handler is None:
             self._tokens[token] += 1
@@ -479,10 +482,10 @@ class _Parser:
             self._rows[position + _STATE] = _FAILED
 
     def call_return(self, event: str, task: int, time: int, line: int) -> None:
-        text = event.rpartition(" ")[2]
+        # "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has.
         try:
-            value = int(text, 16)
-        except ValueError:
+            value = int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
+        except (ValueError, IndexError):
             raise _MalformedLineError(f"malformed return of a system call, expected a number: {event!r}") from None
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
