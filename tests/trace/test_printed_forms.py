@@ -109,7 +109,10 @@ def test_what_trace_and_trace_pipe_print(found: list[Event], tgid: bool, irq: bo
 
 @given(
     found=events(), ticks=st.booleans(), mark=st.sampled_from(" +!#*@$"),
-    printk=st.sampled_from(["", "[   12.345678] ", "<4>[    2.000000][  T33] ", "Nov 30 a kernel: [1.000000] "]),
+    printk=st.sampled_from(
+        ["", "[   12.345678] ", "<4>[    2.000000][  T33] ", "Nov 30 10:00:00 a kernel: [1.000000] ",
+         "Nov 30 10:00:00 host kernel: ", "[Mon Nov 30 08:00:00 2026] ", "[Nov30 10:00] ", "[  +0.000012] "]
+    ),
 )  # fmt: skip
 def test_what_the_latency_format_and_an_oops_print(found: list[Event], ticks: bool, mark: str, printk: str) -> None:
     lines = []
