@@ -41,7 +41,7 @@ from pgemu.trace.lines import (
     place,
     stamp_of,
 )
-from pgemu.trace.log import NO_VCPU, Log, Task
+from pgemu.trace.log import NAMELESS, NO_VCPU, Log, Task
 from pgemu.trace.nested import NESTED, NestedGuests
 from pgemu.trace.source import Match, Source, open_source
 
@@ -59,7 +59,6 @@ _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
-_NAMELESS = "(no event name)"
 _NO_TASK = -1, 0
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
@@ -236,7 +235,7 @@ class _Parser:
                 unknown[name] += count
         rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS)
         if self._nameless[0]:
-            unknown[_NAMELESS] = self._nameless[0]
+            unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
