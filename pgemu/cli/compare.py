@@ -265,10 +265,14 @@ def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensit
             comparison = run(lowered, designs, progress=progress, **arguments)
         else:
             comparison, sensitivity = compare_and_vary(lowered, designs, progress=progress, **arguments)
-        if options["vary"]:  # a sweep has no line that would say so
+        interrupted = sensitivity and not sensitivity.complete
+        if interrupted or options["vary"]:  # a sweep has no line that would say so
             return comparison, sensitivity
-        found = with_effects(comparison, progress, sensitivity)
-        idle = (*found.without_effect.options, *_idle_options(trace, options, found))
+        try:
+            found = with_effects(comparison, progress, sensitivity)
+            idle = (*found.without_effect.options, *_idle_options(trace, options, found))
+        except KeyboardInterrupt:  # what is known is shown
+            return comparison, sensitivity
         return replace(found, without_effect=WithoutEffect(found.without_effect.defects, idle)), sensitivity
 
 

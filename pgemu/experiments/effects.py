@@ -21,7 +21,7 @@ __all__ = ("with_effects",)
 
 _Same = Callable[["DesignRun", "Config"], bool]
 # Prices alone, or given without being asked for.
-_NOT_TRIED = ("defects", "profile", "host_cpus", "seed")
+_NOT_TRIED = ("defects", "profile", "host_cpus")
 
 
 def with_effects(
@@ -81,7 +81,7 @@ def _idle_defects(known: DesignRun, same: _Same) -> Iterator[str]:
 
 def _idle_options(comparison: Comparison, runs: list[DesignRun], same: _Same) -> Iterator[str]:
     for name in comparison.given:
-        if name in _NOT_TRIED:
+        if name in _NOT_TRIED or (name == "seed" and comparison.lowered.again):  # a workload's is of its trace, too
             continue
         fewer = {key: value for key, value in comparison.given.items() if key != name}
         try:

@@ -200,12 +200,13 @@ def _waits(comparison: Comparison) -> Iterator[str]:
     """Waits for RCU where they make most of a difference in time: HVO waits before it restores or frees a vmemmap."""
     if len(comparison.runs) < 2:
         return
+    first, second = comparison.runs[:2]
     found: dict[str, list[str]] = {}
     for op, what in ((Operation.CONVERT, "conversions"), (Operation.GUEST_FAULT, "guest faults")):
-        events = paired(*comparison.runs[:2], op).events
+        events = paired(first, second, op).events
         waited = next((one for one in events if one.event is Event.RCU_SYNCHRONIZED), None)
         if waited and 2 * waited.size >= sum(one.size for one in events):
-            run = comparison.runs[waited.units > 0]
+            run = second if waited.units > 0 else first
             times = units.count(run.statistics.event(Event.RCU_SYNCHRONIZED, op))
             found.setdefault(run.design, []).append(f"{times} times in {what}")
     for design, counts in found.items():

@@ -238,7 +238,7 @@ _LINE_ENDS = {
     "hugetlbfs_evict_inode": r" seals \d+ blocks \d+",
     "hugetlbfs_free_inode": r" seals \d+ blocks \d+",
     "hugetlbfs_setattr": r" old_size \d+ size \d+",
-    "kvm_exit": r" error_code 0x[0-9a-f]+(?: requests 0x[0-9a-f]+)?",
+    "kvm_exit": r" (?:error_code 0x[0-9a-f]+(?: requests 0x[0-9a-f]+)?|info [0-9a-f]+ [0-9a-f]+)",  # up to 5.10
     "kvm_hypercall": r" a3 0x[0-9a-f]+",
     "kvm_mmu_set_spte": r" level \d at [0-9a-f]+",
     "kvm_mmu_split_huge_page": r" level \d errno -?\d+",

@@ -41,10 +41,13 @@ _HEAD = 512
 _GUEST = re.compile(r"VM:\s*\d+ ")
 _TASK_COMM_LEN = 16  # with its end; in perf's lines names of kernel threads are longer
 
-_PRINTK = r"(?:.*? kernel: ?)?(?:<\d+>)?\[\s*\d+\.\d{6}\](?:\[\s*[CT]\d+\])? ?"
+# Of printk(), dmesg -T, -H and -d.
+_LOG_TIME = r"\[(?:\s*\+?\d+\.\d{6}|\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4}|\w{3} ?\d+ \d\d:\d\d)\]"
+_PRINTK = rf"(?:<\d+>)?{_LOG_TIME}(?:\[\s*[CT]\d+\])? ?"
+_JOURNAL = r".*? kernel: ?"  # what syslog and the journal print, which keep printk's time or not
 
 _LATENCY = re.compile(
-    rf"(?P<prefix>(?:{_PRINTK})?\s*(?P<comm>(?:\S.*?)?)(?P<dash>-)(?P<pid>\d+)\s+\d+[^\s\d]\S{{2,7}}\s+)"
+    rf"(?P<prefix>(?:{_JOURNAL})?(?:{_PRINTK})?\s*(?P<comm>(?:\S.*?)?)(?P<dash>-)(?P<pid>\d+)\s+\d+[^\s\d]\S{{2,7}}\s+)"
     r"(?P<stamp>\d+(?:\.(?:\d{9}|\d{6}))?)(?P<separator>(?:us[^\w\s]? ?)?: )"
 )
 """A line of the latency format, microseconds and a mark; what the kernel dumps at an oops is in it, behind printk's."""
@@ -55,7 +58,7 @@ _PERF_LATENCY = re.compile(
 )
 """A line of `perf script --Latency`: eight characters of the task's name, and the CPU without brackets."""
 
-KERNEL_LOG = re.compile(rf"{_PRINTK}.*|Dumping ftrace buffer:|-{{20,}}")
+KERNEL_LOG = re.compile(rf"{_PRINTK}.*|{_JOURNAL}.*|Dumping ftrace buffer:|-{{20,}}")
 """A line of the kernel's log, among which an oops dumps the trace."""
 
 LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(?:(\d+) )?EVENTS DROPPED)\]\s*")

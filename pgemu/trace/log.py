@@ -9,10 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NO_VCPU", "Log", "Task")
+__all__ = ("NAMELESS", "NO_VCPU", "Log", "Task")
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
+
+NAMELESS = "(no event name)"
+"""What an event is counted as that has no name."""
 
 
 class Task(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pgemu.errors import InputError
+from pgemu.trace.log import NAMELESS
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu_kernels.words.operations import Operation
 
@@ -12,8 +13,12 @@ __all__ = ("require_input",)
 
 _MAKES_MEMORY = (Operation.MMAP, Operation.BIND, Operation.UNBIND)
 _SHOWN = 4
-_ARM = {"kvm_guest_fault", "kvm_access_fault", "kvm_handle_sys_reg", "kvm_set_way_flush", "kvm_toggle_cache"}
+_ARM = ("kvm_guest_fault", "kvm_access_fault", "kvm_handle_sys_reg", "kvm_set_way_flush", "kvm_toggle_cache")
 """arch/arm64/kvm/trace_arm.h"""
+_HINTS = {
+    **dict.fromkeys(_ARM, " (of KVM on Arm, not read)"),
+    NAMELESS: " (perf script -F +event prints it)",
+}
 _RECORD = (
     "record kvm:kvm_page_fault, kvm:kvm_vm_set_mem_attributes, kvm:kvm_unmap_hva_range, exceptions:page_fault_user and "
     "the calls madvise, munmap, mmap and fallocate of the VMM"
@@ -38,6 +43,6 @@ def _found(accounting: Accounting) -> str:
     others = accounting.unknown + accounting.ignored + accounting.outcomes
     told: Counter[str] = Counter()
     for name, count in (others + accounting.without_operation).items():
-        told[f"{name} (of KVM on Arm, not read)" if name in _ARM else name] = count
+        told[name + _HINTS.get(name, "")] = count
     listed = [f"{count} {name}" for name, count in told.most_common(_SHOWN)]
     return ", ".join(listed) + (f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "") or "nothing"

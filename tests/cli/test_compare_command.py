@@ -291,6 +291,21 @@ def test_sizes_that_are_none(text: str) -> None:
         command.size(text)
 
 
+def test_an_interrupt_while_effects_are_looked_for_shows_what_is_known(
+    log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = invoke(log, "--page-size", "2M", "--strict").stdout
+    monkeypatch.setattr("pgemu.experiments.effects.run", interrupt)
+    result = invoke(log, "--page-size", "2M", "--strict", "--like", "rfc2", "--design", "restructure")
+    assert result.exit_code == 0
+    assert "without effect here" in whole
+    assert "without effect here" not in result.stdout
+    assert "conversions, time" in result.stdout
+
+
 def test_options_without_effect_are_named_whether_of_the_machine_the_trace_or_the_run(log: str) -> None:
     options = "--page-size 2M --worker queued --strict --dontneed zap --tdx-shared-bit none --as-posted --like next"
     text = invoke(log, *options.replace("2M", "4K").split()).stdout

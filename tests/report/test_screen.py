@@ -218,12 +218,13 @@ def test_what_changes_something_is_not_said_to_change_nothing() -> None:
 
 def test_options_that_change_nothing_are_named_and_others_are_not() -> None:
     given: dict[str, Any] = {"zap": "rounded", "flush": "batched", "worker": "queued", "order": "fixup", "hvo": False}
+    given |= {"seed": 3, "profile": "published", "host_cpus": 1}
     comparison = with_effects(compare(lowered(mixed_records()), **given))
     text = " ".join(shown(comparison).split())
     idle = comparison.without_effect.options
     assert f"without effect here: {', '.join('--' + name for name in idle)}" in text
     assert not {"hvo", "order"} & set(idle)  # one changes much, the other is the version's own
-    for name in ("zap", "flush", "worker"):
+    for name in ("zap", "flush", "worker", "seed"):
         without = compare(lowered(mixed_records()), **{key: value for key, value in given.items() if key != name})
         pairs = zip(comparison.runs, without.runs, strict=True)
         alike = all(np.array_equal(one.statistics.words, other.statistics.words) for one, other in pairs)

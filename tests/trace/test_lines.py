@@ -134,11 +134,21 @@ def test_call_chains_are_skipped_and_counted(line: str) -> None:
     assert (log.events, log.skipped) == (2, {"lines of call chains": 2})
 
 
-def test_lines_of_the_kernel_s_log_around_a_dump_are_skipped_and_counted() -> None:
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        "[   12.000000] ",
+        "[Mon Nov 30 08:00:00 2026] ",
+        "[  +0.000012] ",
+        "Nov 30 10:00:00 host kernel: ",
+        "[Nov30 10:00] ",
+    ],
+)
+def test_lines_of_the_kernel_s_log_around_a_dump_are_skipped_and_counted(stamp: str) -> None:
     log = parse(
-        "[   12.000000] BUG: kernel NULL pointer dereference, address: 0000000000000000\n"
-        "[   12.000001] Dumping ftrace buffer:\n[   12.000002] ---------------------------------\n"
-        f"[   12.000003] CPU 3/KV-4145       2..... 346278084us : {FAULT}\n"
+        f"{stamp}BUG: kernel NULL pointer dereference, address: 0000000000000000\n"
+        f"{stamp}Dumping ftrace buffer:\n{stamp}---------------------------------\n"
+        f"{stamp}CPU 3/KV-4145       2..... 346278084us : {FAULT}\n"
     )
     assert (log.events, log.skipped) == (1, {"lines of the kernel's log": 3})
 

@@ -109,7 +109,10 @@ def test_what_trace_and_trace_pipe_print(found: list[Event], tgid: bool, irq: bo
 
 @given(
     found=events(), ticks=st.booleans(), mark=st.sampled_from(" +!#*@$"),
-    printk=st.sampled_from(["", "[   12.345678] ", "<4>[    2.000000][  T33] ", "Nov 30 a kernel: [1.000000] "]),
+    printk=st.sampled_from(
+        ["", "[   12.345678] ", "<4>[    2.000000][  T33] ", "Nov 30 10:00:00 a kernel: [1.000000] ",
+         "Nov 30 10:00:00 host kernel: ", "[Mon Nov 30 08:00:00 2026] ", "[Nov30 10:00] ", "[  +0.000012] "]
+    ),
 )  # fmt: skip
 def test_what_the_latency_format_and_an_oops_print(found: list[Event], ticks: bool, mark: str, printk: str) -> None:
     lines = []
@@ -200,6 +203,15 @@ def test_what_perf_script_prints(
                 "",
             ]
     check("\n".join(lines) + "\n", found, digits, process=ids == "pid,tid")
+
+
+@given(tail=st.sampled_from(["", *_TAILS]), value=st.sampled_from([0, 0x7F0000200000, (1 << 64) - 22]))
+def test_a_call_s_return_is_read_in_front_of_perf_s_other_columns(tail: str, value: int) -> None:
+    head = "qemu 1/1 [000] 1.000000: syscalls:"
+    call = "sys_enter_mmap: addr: 0x00000000, len: 0x00002000, prot: 0x3, flags: 0x22, fd: 0xffffffff, off: 0x00000000"
+    log = parse(f"{head}{call}{tail}\n{head}sys_exit_mmap: {value:#x}{tail}\n")
+    assert log.outcomes == {"sys_mmap return": 1}
+    assert (log.rows[0, 4], log.rows[0, 9]) == ((0, 1) if value > 1 << 63 else (value, 0))
 
 
 @given(st.text("ghijklxyz!?=", min_size=1, max_size=20))

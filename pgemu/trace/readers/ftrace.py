@@ -41,7 +41,7 @@ from pgemu.trace.lines import (
     place,
     stamp_of,
 )
-from pgemu.trace.log import NO_VCPU, Log, Task
+from pgemu.trace.log import NAMELESS, NO_VCPU, Log, Task
 from pgemu.trace.nested import NESTED, NestedGuests
 from pgemu.trace.source import Match, Source, open_source
 
@@ -60,7 +60,6 @@ _ADDRESSES = 1 << 64
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
-_NAMELESS = "(no event name)"
 _NO_TASK = -1, 0
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
@@ -239,7 +238,7 @@ class _Parser:
                 unknown[name] += count
         rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS)
         if self._nameless[0]:
-            unknown[_NAMELESS] = self._nameless[0]
+            unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
@@ -334,12 +333,15 @@ class _Parser:
 
     def displaced(self, event: str, task: int, time: int, line: int) -> None:
         """An event behind padding or other columns; a line where none has a name is counted."""
-        if FUNCTION.fullmatch(event):
+        if "<-" in event and FUNCTION.fullmatch(event):
             self._ignored["<function>"] += 1
             return
         at = event_start(event)
-        event = " ".join(_BLANK.split(event[at:])) if at >= 0 else ""
+        event = event[at:] if at >= 0 else ""
         token = event.partition(" ")[0]
+        if _BLANK.search(token):
+            event = _BLANK.sub(" ", event)
+            token = event.partition(" ")[0]
         if not is_name(token):
             self._nameless = self._nameless[0] + 1, self._nameless[1] or line
             return
@@ -485,10 +487,10 @@ class _Parser:
             self._rows[position + _STATE] = _FAILED
 
     def call_return(self, event: str, task: int, time: int, line: int) -> None:
-        text = event.rpartition(" ")[2]
+        # "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has.
         try:
-            value = int(text, 16)
-        except ValueError:
+            value = int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
+        except (ValueError, IndexError):
             raise _MalformedLineError(
                 f"malformed return of a system call, expected a number: {event[:120]!r}"
             ) from None
