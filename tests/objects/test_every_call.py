@@ -306,3 +306,38 @@ def test_a_system_call_of_the_largest_length_is_a_result() -> None:
             for shared in (False, True):
                 assert call(0x40000000, length, shared=shared).status in (-W.ENOMEM, -W.EINVAL)
     assert OTHER.check() == 0
+
+
+FORMS = {
+    "list": list, "tuple": tuple, "an iterator": iter, "int64": lambda v: np.array(v, np.int64),
+    "big-endian": lambda v: np.array(v, ">u8"), "every second": lambda v: np.repeat(np.array(v, np.uint64), 2)[::2],
+    "misaligned": lambda v: np.frombuffer(b"x" + np.array(v, np.uint64).tobytes(), np.uint64, len(v), offset=1),
+    "read-only": lambda v: np.frombuffer(np.array(v, np.uint64).tobytes(), np.uint64),
+    "backwards": lambda v: np.array(v[::-1], np.uint64)[::-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=20)
+@given(pages=st.lists(st.integers(0, 1023), max_size=20))
+def test_an_array_is_what_is_in_it(form: str, pages: list[int]) -> None:
+    """However it lies in memory: the same results, the same machine."""
+    told = []
+    for make in (FORMS[form], lambda values: np.array(values, np.uint64)):
+        machine = Machine(Config("pfnmap", pool=2 * W.PAGE_2M, page_size=W.PAGE_2M))
+        gmem, process = machine.create_guest_memfd(2 * W.PAGE_2M, shared=True), machine.create_process()
+        vm, table = machine.create_vm(process, protected=True), machine.create_page_table("x86-64")
+        assert process.mmap(gmem, 0).status == vm.bind(gmem, 0).status == 0
+        at = [page << 12 for page in pages]
+        results = [
+            process.touch_many(make(at)), vm.touch_many(make(at)), gmem.convert_many(make(at), shared=False),
+            vm.translate(make(at)), process.translate(make(at)), gmem.get_reference_many(make(at)),
+            table.map_many(make(at), make(at)), table.translate(make(at), make([1] * len(at))),
+            machine.load(make(at)), process.zap_many(make(at)),
+            machine.run_columns(make([int(W.Operation.GUEST_FAULT)] * len(at)), 0, make(at), count=len(at)),
+        ]  # fmt: skip
+        arrays = [array for one in results for array in (one if isinstance(one, tuple) else (one,))]
+        told.append([array.tolist() for array in arrays if isinstance(array, np.ndarray)])
+        assert len(told[-1]) > 25
+        assert machine.check() == 0, machine.broken
+    assert told[0] == told[1]
