@@ -13,7 +13,6 @@ from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.objects.guest_memfd import GuestMemfd
-from pgemu.tables.translation import translated
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.words.operations import Flag, Operation
@@ -498,4 +497,6 @@ class AddressSpace(OfMachine, but=("touch",)):
         root = self.root
         if not root:
             self._check_alive()
+        from pgemu.tables.translation import translated
+
         return translated(self.machine, HOST_X86_64, root, np.asarray(addresses), kinds, access)

@@ -14,7 +14,6 @@ from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind as VmKind, kind_row
-from pgemu.tables.translation import translated
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
@@ -298,6 +297,8 @@ class Vm(OfMachine, but=("touch",)):
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
         self._check_open()
         stage2 = int(self.machine.arrays.state[W.R_STAGE2_FORMAT])
+        from pgemu.tables.translation import translated
+
         return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
 
     def translate_virtual(

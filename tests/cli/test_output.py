@@ -43,6 +43,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "calibrate": ["--seconds", "0.1"],
         "compare": [*COMPARE[1:], str(LOG)],
         "consumers": [],
+        "defects": [],
         "decode": ["1"],
         "diff": [str(document), str(document)],
         "dump": [str(folder / "image"), "--root", "vm:0"],
