@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -25,3 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
     steps = config.getoption("--designs-steps", None)
     if steps is not None:
         os.environ["PGEMU_STEPS"] = str(steps)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What reads kernels' types must compile all of them in this process, and goes first: the others load them."""
+    items.sort(key=lambda item: "compiled_entries" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: the collector of garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -137,6 +137,9 @@ def overloads_of(dispatcher: Any) -> Iterator[Overload]:
 def compiled_entries() -> dict[str, Any]:
     if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         pytest.skip("types and calls are those of the code without bounds checks")
+    for entry in declared:
+        if entry.missing(in_cache=True):
+            entry.compile_here()  # with annotations; another process would keep them to itself
     for design in DESIGNS:
         exercise(Machine(Config(design, pool=4 * W.PAGE_2M, page_size=W.PAGE_2M)))
     never_run = [entry.name for entry in declared if not entry.ready()]
