@@ -117,7 +117,7 @@ def test_what_is_no_integer_is_refused_by_name(name: str, value: Any, error: typ
     fields = dict.fromkeys(FIELDS, 0) | {name: value}
     called = {"op": "operation", "object_": "object"}.get(name, name)
     with pytest.raises(error, match=rf"^{called} .*: expected (an integer from )?0 to {LIMITS[name] - 1}$"):
-        machine.operate(**fields)  # type: ignore[arg-type]
+        machine.operate(**fields)
 
 
 def test_what_is_no_configuration_or_kind_is_refused_by_name() -> None:
