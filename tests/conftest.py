@@ -1,4 +1,4 @@
-"""Hypothesis profiles: no deadline, since first runs compile kernels; CI always draws the same examples."""
+"""How tests run; Hypothesis profiles: no deadline, first runs compile kernels; CI always draws the same examples."""
 
 from __future__ import annotations
 

@@ -28,9 +28,10 @@ from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Kind, translate, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
-from pgemu_kernels.engine.ahead import Declared, declared
+from pgemu_kernels.engine.ahead import Declared
 from pgemu_kernels.engine.inner_functions import StepCompiler
 from pgemu_kernels.engine.numba_internals import EntryCompiler
+from pgemu_kernels.run.entries import declared
 
 ENTRY_LIMIT = 13  # what one and the next have in common is compiled twice
 
