@@ -1,7 +1,8 @@
-"""Hypothesis profiles: no deadline, since first runs compile kernels; CI always draws the same examples."""
+"""How tests run; Hypothesis profiles: no deadline, first runs compile kernels; CI always draws the same examples."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -29,3 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     seconds = config.getoption("--fuzz-seconds", None)
     if seconds is not None:
         os.environ["PGEMU_FUZZ_SECONDS"] = str(seconds)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What reads kernels' types must compile all of them in this process, and goes first: the others load them."""
+    items.sort(key=lambda item: "compiled_entries" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: the collector of garbage need not go through it again and again."""
+    gc.collect()
+    gc.freeze()

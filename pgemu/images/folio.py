@@ -135,7 +135,7 @@ class Folio(OfMachine):
 
         layout = page_layout(machine.config.kernel, machine.config.configuration)
         root, vmemmap = machine.register(W.R_KERNEL_ROOT), machine.register(W.R_VMEMMAP)
-        return cls(machine, pfn, layout, root, fmt=machine.host_format, vmemmap=vmemmap, machine=machine)
+        return cls(machine.memory, pfn, layout, root, fmt=machine.host_format, vmemmap=vmemmap, machine=machine)
 
     # ------------------------------------------------------------------ words
 

@@ -77,14 +77,18 @@ def checked(name: str, value: Any, rules: Mapping[str, Rule] | None = None) -> A
     rule = (rules or RULES)[name]
     if value is None and rule.optional:
         return None
-    expected = f"{'None or ' * rule.optional}{rule.expected()}"
     try:
         plain = rule.plain(value)
     except TypeError:
-        raise TypeError(f"{name} {shown(value)} ({type(value).__name__}): expected {expected}") from None
+        raise TypeError(f"{name} {shown(value)} ({type(value).__name__}): expected {_expected(rule)}") from None
     if not rule.holds(plain):
-        raise ValueError(f"{name} {shown(value)}: expected {expected}")
+        raise ValueError(f"{name} {shown(value)}: expected {_expected(rule)}")
     return plain
+
+
+def _expected(rule: Rule) -> str:
+    """What is expected, in words. Only where something else came: every argument of every call is checked."""
+    return f"{'None or ' * rule.optional}{rule.expected()}"
 
 
 def shown(value: Any) -> str:

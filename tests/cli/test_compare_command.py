@@ -68,7 +68,7 @@ def test_both_designs_and_all_records_are_in_the_document(log: str) -> None:
     assert found["trace"]["records"] == 6
     for design in found["designs"].values():
         assert design["count"] == 6
-        assert sum(op["count"] for op in design["operations"].values()) == 6  # type: ignore[attr-defined]
+        assert sum(op["count"] for op in design["operations"].values()) == 6
 
 
 def test_the_document_is_the_same_each_time(log: str) -> None:
@@ -111,7 +111,7 @@ def test_a_split_form_does_the_same_to_pages_in_another_way(log: str) -> None:
     )
     assert {name for name, value in first.items() if second[name] != value} == {"struct_page_bytes", "stores_irq_off"}
     assert (first["stores_irq_off"], second["stores_irq_off"]) == (0, 512)
-    assert second["struct_page_bytes"] - first["struct_page_bytes"] == 511 * (44 - 24)  # type: ignore[operator]
+    assert second["struct_page_bytes"] - first["struct_page_bytes"] == 511 * (44 - 24)
 
 
 def test_what_comes_together_is_that_of_the_version(log: str) -> None:

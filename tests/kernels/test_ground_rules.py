@@ -28,9 +28,10 @@ from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Kind, translate, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
-from pgemu_kernels.engine.ahead import Declared, declared
+from pgemu_kernels.engine.ahead import Declared
 from pgemu_kernels.engine.inner_functions import StepCompiler
 from pgemu_kernels.engine.numba_internals import EntryCompiler
+from pgemu_kernels.run.entries import declared
 
 ENTRY_LIMIT = 13  # what one and the next have in common is compiled twice
 
@@ -137,6 +138,9 @@ def overloads_of(dispatcher: Any) -> Iterator[Overload]:
 def compiled_entries() -> dict[str, Any]:
     if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         pytest.skip("types and calls are those of the code without bounds checks")
+    for entry in declared:
+        if entry.missing(in_cache=True):
+            entry.compile_here()  # with annotations; another process would keep them to itself
     for design in DESIGNS:
         exercise(Machine(Config(design, pool=4 * W.PAGE_2M, page_size=W.PAGE_2M)))
     never_run = [entry.name for entry in declared if not entry.ready()]

@@ -122,7 +122,7 @@ FORMATS = [
     Arm("arm64-s2-39", 3, 39, 0x7DB, **ARM),
     Arm("arm64-s2-43", 3, 43, 0x7DB, **ARM, roots=16),
     Arm("arm64-s2-48", 4, 48, 0x7DB, **ARM),
-]  # fmt: skip
+]
 
 
 class Table(NamedTuple):

@@ -125,7 +125,7 @@ class Guests:
             return self.change_design_slot(guest, int(slot), length)
         status = guest.vm.set_memory_region(
             int(slot), at, length, host, log_dirty_pages=logs, read_only=read_only
-        ).status  # fmt: skip
+        ).status
         if status == 0:
             if int(slot) in guest.slots and length and not logs:
                 self.recovered += max(0, tables - len(guest.vm.stage2().tables) - 1)

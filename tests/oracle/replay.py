@@ -77,7 +77,7 @@ def machine_like(capture: Capture) -> Machine:
     return Machine(
         Config("restructure", pool=64 * W.PAGE_2M, page_size=W.PAGE_2M, other_pool=2 * W.PAGE_1G,
                kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti, nx_huge_pages=capture.haswell,
-               l1tf=capture.haswell, protection_keys=not capture.haswell)  # type: ignore[arg-type]
+               l1tf=capture.haswell, protection_keys=not capture.haswell)
     )  # fmt: skip
 
 

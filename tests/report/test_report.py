@@ -30,7 +30,7 @@ def text(comparison: Comparison, width: int = 80, sources: bool = False, encodin
     out = StringIO()
     console = Console(file=out, width=width, highlight=False)
     if encoding != "utf-8":
-        console = Console(file=_Encoded(encoding), width=width, highlight=False)  # type: ignore[arg-type]
+        console = Console(file=_Encoded(encoding), width=width, highlight=False)
         out = console.file  # type: ignore[assignment]
     write(comparison, console)
     if sources:

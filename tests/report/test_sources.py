@@ -56,7 +56,7 @@ def test_what_is_in_the_tree_names_a_function() -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_limit_names_a_function(design: str) -> None:
-    for limit in LIMITS[design]:  # type: ignore[index]
+    for limit in LIMITS[design]:
         assert FUNCTION.fullmatch(limit.function)
         assert limit.tag in TAGS
 

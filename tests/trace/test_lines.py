@@ -77,7 +77,7 @@ def test_a_line_without_an_event_s_name_is_counted_and_said(tokens: list[str]) -
     mark=st.sampled_from(" +!#*@$"),
     flags=st.sampled_from(["d...", ".....", "d..2.", "dNh1.", "bl..."]),
     printk=st.sampled_from(["", "[   12.345678] ", "<4>[   12.345678] ", "[ 2.345678][ T3] ", "a kernel: [1.000000] "]),
-)  # fmt: skip
+)
 def test_every_form_says_task_time_and_event(
     tid: int, pid: int, micros: int, mark: str, flags: str, printk: str
 ) -> None:
@@ -183,7 +183,7 @@ def test_what_perf_lost_is_counted(count: int) -> None:
         (f"{PERF} kvm_page_fault: vcpu_id=3 guest_rip=0x10 fault_address=541 error_code=6", "raw fields", "without -R"),
         (f"{PERF} kvm:kvm_page_fault: ", "without its fields", "-F +trace"),
     ],
-)  # fmt: skip
+)
 def test_forms_that_are_not_read_are_named_with_what_helps(line: str, name: str, help_: str) -> None:
     with pytest.raises(InputError, match=rf"^log:2: .*{re.escape(name)}.*{re.escape(help_)}"):
         parse(f"{PERF} {FAULT}\n{line}\n")

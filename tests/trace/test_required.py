@@ -30,7 +30,7 @@ FAULT = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006"
         ([SLOT], "no input but memory slots in it, found nothing: record kvm:kvm_page_fault"),
         ([f"{name}: x" for name in "abcdef"], "found 1 a, 1 b, 1 c, 1 d and 2 more: record"),
     ],
-)  # fmt: skip
+)
 def test_what_was_found_instead_is_said(tmp_path: Path, events: list[str], found: str) -> None:
     path = tmp_path / "log"
     path.write_text("".join(f"{HEAD}{event}\n" for event in events))

@@ -145,7 +145,7 @@ def test_where_a_kernel_is_for_full_machines_others_have_a_value() -> None:
 
 
 def test_inner_functions_link_into_functions_that_numba_compiles_by_itself() -> None:
-    @njit(**OPTIONS)  # type: ignore[untyped-decorator]
+    @njit(**OPTIONS)
     def plain(descriptor):  # type: ignore[no-untyped-def]
         m = open_full_machine(descriptor)
         return add_chosen(m, U1) + for_full(m, U0, U1, U1)

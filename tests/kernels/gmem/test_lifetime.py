@@ -532,7 +532,7 @@ def test_the_full_entry_gives_the_machine_that_the_fast_loops_give(design: str) 
             (Operation.GET, {**inode, "offset": page}),
             (Operation.PUT, {**inode, "address": held[0] << 12 if held else 0}),
         ][int(random.integers(6))]
-        results = [scene.machine.operate(kind, **columns) for scene in (fast, full)]  # type: ignore[arg-type]
+        results = [scene.machine.operate(kind, **columns) for scene in (fast, full)]
         assert results[0] == results[1]
         if kind == Operation.GET and results[0].status == 0:
             held.append(results[0].detail)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -27,9 +28,10 @@ def entries(process: Any) -> dict[int, int]:
     ram = process.machine.arrays.ram
 
     def walk(table: int, level: int, base: int) -> None:
-        for index, word in enumerate(ram[table >> 3 : (table >> 3) + 512].tolist()):
-            va = base + (index << 12 + 9 * (level - 1))
-            if level == 1 and word:
+        words = ram[table >> 3 : (table >> 3) + 512]
+        for index in np.flatnonzero(words).tolist():
+            word, va = int(words[index]), base + (index << 12 + 9 * (level - 1))
+            if level == 1:
                 shown = word if word & 1 else ~word  # protection-none inverts the frame
                 found[va] = word & ~FRAME if shown & FRAME else word
             elif word & 1:

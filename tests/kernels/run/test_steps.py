@@ -117,7 +117,7 @@ CASES: list[tuple[str, bool, Callable[[Setup], None], Arguments]] = [
     ("to private, held", True, held, convert(590, 20, shared=False)),
     ("nothing to convert", True, touched, convert(0, 1024, shared=True)),
     ("beyond the end", True, touched, convert(1000, 100, shared=False)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("design", DESIGNS)
