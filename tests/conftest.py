@@ -18,9 +18,9 @@ os.unsetenv("COLUMNS")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many steps test_designs_machine.py does, how long test_damaged_files.py goes on."""
+    """How many steps test_designs_machine.py does, how long random attacks go on (fuzzing.py)."""
     parser.addoption("--designs-steps", type=int, metavar="N", help="random steps of both designs against the model")
-    parser.addoption("--fuzz-seconds", type=float, metavar="N", help="damaged files of each kind, as long as this")
+    parser.addoption("--fuzz-seconds", type=float, metavar="N", help="random attacks of each kind, as long as this")
 
 
 def pytest_configure(config: pytest.Config) -> None:

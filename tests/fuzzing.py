@@ -1,4 +1,4 @@
-"""Rounds of random attacks: some seconds in CI, as long as PGEMU_FUZZ_SECONDS says elsewhere.
+"""Rounds of random attacks: some seconds in CI, as long as `--fuzz-seconds` (PGEMU_FUZZ_SECONDS) says elsewhere.
 
 Rounds are numbered and each has its own random numbers: PGEMU_FUZZ_FIRST begins at another one, and a failure names its
 round. Long runs begin wherever they like; CI always does the same.
@@ -20,14 +20,15 @@ _LEAST = 20  # rounds, however slow
 _LARGE = [0, 1, 7, 0x7F, 0x80, 0xFF, 0xFFFF, 0x10000, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 52, 1 << 63, (1 << 64) - 1]
 
 
-def rounds(name: str, seconds: float = _SECONDS) -> Iterator[tuple[int, Random]]:
+def rounds(name: str, seconds: float = _SECONDS, least: int = _LEAST) -> Iterator[tuple[int, Random]]:
     """Yield the number and the random numbers of each round, until time is up; at least some.
 
     :param seconds: without PGEMU_FUZZ_SECONDS
+    :param least: rounds, however long they take
     """
     first = number = int(os.environ.get("PGEMU_FUZZ_FIRST", "0"))
     end = time.monotonic() + float(os.environ.get("PGEMU_FUZZ_SECONDS", seconds))
-    while number < first + _LEAST or time.monotonic() < end:
+    while number < first + least or time.monotonic() < end:
         yield number, Random(f"{name} {number}")
         number += 1
     print(f"{name}: {number - first} rounds")

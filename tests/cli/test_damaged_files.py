@@ -1,18 +1,16 @@
 """Damaged logs and tables: read or refused in one line, by every door, in bounded memory, and nothing else.
 
-A run is one seed after the other, the same ones each time; `--fuzz-seconds=N` (or PGEMU_FUZZ_SECONDS) goes on with new
-ones for N seconds a kind. What fails names its seed: `mutations.log(Random(seed))` is the file.
+A run is one round after the other, the same ones each time; see fuzzing.py for more of them.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -20,6 +18,7 @@ import pytest
 
 import mutations
 from announcement import complaints
+from fuzzing import attacked, rounds
 from pgemu.cli import main
 from pgemu.errors import InputError
 from pgemu.trace import GivenSlot, LoweringOptions, load, require_input
@@ -34,19 +33,6 @@ OPTIONS = [
     LoweringOptions(vm_processes=("all",)),
     LoweringOptions(page_size=2 << 20, memslots=(GivenSlot(0, 1 << 40),), vm_processes=("all",)),
 ]
-
-
-def seeds(count: int) -> Iterator[int]:
-    """The first ones, or as many as there is time for."""
-    seconds = float(os.environ.get("PGEMU_FUZZ_SECONDS", 0))
-    if not seconds:
-        yield from range(count)
-        return
-    seed = int(os.environ.get("PGEMU_FUZZ_SEED", 0))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield seed
-        seed += 1
 
 
 def read(path: Path, random: Random) -> str:
@@ -94,19 +80,15 @@ def test_a_damaged_file_is_read_or_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged"
     ends: Counter[str] = Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed in seeds(count):
-        random = Random(seed)
-        path.write_bytes(make(random))
-        began = time.process_time()
-        try:
+    for number, random in rounds(kind, 0, count):
+        with attacked(kind, number):
+            path.write_bytes(make(random))
+            began = time.process_time()
             ends[read(path, random)] += 1
-            if seed % WHOLE == 0:
+            if number % WHOLE == 0:
                 ends[compared(path, random)] += 1
-        except BaseException as error:
-            error.add_note(f"{kind} of seed {seed}")
-            raise
-        took = time.process_time() - began
-        assert took < SLOWEST, f"{kind} of seed {seed}: {took:.0f} s"
+            took = time.process_time() - began
+            assert took < SLOWEST, f"{took:.0f} s"
     print(kind, dict(ends))
     assert ends["read"] > 0
     assert ends["refused"] > 0

@@ -18,23 +18,21 @@ from pgemu.errors import InputError
 from pgemu.trace.events import (
     ADVICE,
     CALLS,
-    EXPECTED,
     IGNORED,
     OUTCOMES,
     TDX_SHARED_BITS,
     Input,
     event_name,
     line_end,
-    pattern,
 )
-from pgemu.trace.forms import form_of, raw_fields
+from pgemu.trace.fields import MalformedLineError, fields_of, is_tail
+from pgemu.trace.forms import form_of
 from pgemu.trace.lines import (
     FUNCTION,
     HEADER,
     KERNEL_LOG,
     LOST,
     STACK,
-    TAIL,
     Place,
     event_start,
     is_name,
@@ -83,10 +81,6 @@ def read(path: str | os.PathLike[str] | Source) -> Log:
     for block in source.blocks():
         parser.feed(block)
     return parser.finish()
-
-
-class _MalformedLineError(ValueError):
-    """A line whose shape or fields do not parse; the reader adds where it is."""
 
 
 class _Handlers(dict[str, _Handler | None]):
@@ -138,22 +132,6 @@ class _Handlers(dict[str, _Handler | None]):
     def _forget(self, name: str) -> None:
         for token in [token for token in self if event_name(token) == name]:
             del self[token]
-
-
-def _fields(name: str, event: str) -> tuple[str, ...]:
-    match = pattern(name).match(event)
-    if match is None or (match.end() < len(event) and not _is_tail(event, match.end())):
-        # Some events' own fields look like raw ones.
-        raw = None if "=" in EXPECTED[name] else raw_fields(event)
-        raise _MalformedLineError(f"malformed {name}, {raw or f'expected {EXPECTED[name]}'}: {event[:120]!r}")
-    return match.groups()
-
-
-def _is_tail(event: str, at: int) -> bool:
-    """Whether what stands at a position behind the fields of an event are other columns: perf prints them there, and it
-    alone prints the event's system."""
-    token = event.partition(" ")[0]
-    return ":" in token[:-1] and event[at - 1].isspace() and TAIL.fullmatch(event, at) is not None
 
 
 class _Parser:
@@ -302,14 +280,14 @@ class _Parser:
             self._lost += int(lost[1] or lost[2] or 1)
         elif HEADER.fullmatch(line) is None:
             if any("\udc80" <= character <= "\udcff" for character in line):
-                raise _MalformedLineError("binary data, expected text of ftrace or trace-cmd")
+                raise MalformedLineError("binary data, expected text of ftrace or trace-cmd")
             if STACK.fullmatch(line):
                 self._skipped["lines of call chains"] += 1
             elif KERNEL_LOG.fullmatch(line):
                 self._skipped["lines of the kernel's log"] += 1
             else:
                 form = form_of(line)
-                raise _MalformedLineError(
+                raise MalformedLineError(
                     form or f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}"
                 )
 
@@ -324,7 +302,7 @@ class _Parser:
         ends = line_end(event_name(token))
         match = ends.match(event[at:]) if ends else None
         if match:
-            whole = match.end() == len(event) - at or _is_tail(event[at:], match.end())
+            whole = match.end() == len(event) - at or is_tail(event[at:], match.end())
         else:
             whole = ends is None and (bool(blank) or token.endswith((":", ")")))
         if not whole:
@@ -373,12 +351,12 @@ class _Parser:
         return position
 
     def page_fault_user(self, event: str, task: int, time: int, line: int) -> None:
-        address, code = _fields("page_fault_user", event)
+        address, code = fields_of("page_fault_user", event)
         self._calls.pop(task, None)  # the task is in user mode, so its call is over
         self._add("page_fault_user", Input.HOST_FAULT, time, task, line, int(address, 16), int(code, 16))
 
     def kvm_page_fault(self, event: str, task: int, time: int, line: int) -> None:
-        vcpu, address, code = _fields("kvm_page_fault", event)
+        vcpu, address, code = fields_of("kvm_page_fault", event)
         self._calls.pop(task, None)
         self._faults[task] = len(self._rows)
         number = NO_VCPU if vcpu is None else int(vcpu)
@@ -422,12 +400,12 @@ class _Parser:
             self._rows[position + _LEVEL] = level
 
     def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
-        words = [int(field, 16) for field in _fields("kvm_vm_set_mem_attributes", event)]
+        words = [int(field, 16) for field in fields_of("kvm_vm_set_mem_attributes", event)]
         self._calls.pop(task, None)
         self._add("kvm_vm_set_mem_attributes", Input.ATTRIBUTES, time, task, line, *words)
 
     def kvm_unmap_hva_range(self, event: str, task: int, time: int, line: int) -> None:
-        start, end = (int(field, 16) for field in _fields("kvm_unmap_hva_range", event))
+        start, end = (int(field, 16) for field in fields_of("kvm_unmap_hva_range", event))
         call = self._calls.get(task)
         if call is None:
             self._add("kvm_unmap_hva_range", Input.UNMAP, time, task, line, start, end)
@@ -438,16 +416,16 @@ class _Parser:
             self._rows[position + 8] = start
 
     def kvm_memslot(self, event: str, task: int, time: int, line: int) -> None:
-        hexadecimal, decimal, *rest = _fields("kvm_memslot", event)
+        hexadecimal, decimal, *rest = fields_of("kvm_memslot", event)
         slot = int(hexadecimal, 16) if hexadecimal else int(decimal)
         flags, gpa, size, hva = (int(field, 16) for field in rest)
         if max(gpa, hva) + size > _ADDRESSES:
-            raise _MalformedLineError(f"memory slot that ends beyond 64 bits: {event[:120]!r}")
+            raise MalformedLineError(f"memory slot that ends beyond 64 bits: {event[:120]!r}")
         self._calls.pop(task, None)
         self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, flags, gpa, size, hva)
 
     def sys_madvise(self, event: str, task: int, time: int, line: int) -> None:
-        start, length, behavior = _fields("sys_madvise", event)
+        start, length, behavior = fields_of("sys_madvise", event)
         advice = int(behavior, 16)
         position = -1
         if advice in _DISCARDING:
@@ -458,11 +436,11 @@ class _Parser:
         self._calls[task] = "sys_madvise", position
 
     def sys_munmap(self, event: str, task: int, time: int, line: int) -> None:
-        start, length = (int(field, 16) for field in _fields("sys_munmap", event))
+        start, length = (int(field, 16) for field in fields_of("sys_munmap", event))
         self._calls[task] = "sys_munmap", self._add("sys_munmap", Input.MUNMAP, time, task, line, start, length)
 
     def sys_mmap(self, event: str, task: int, time: int, line: int) -> None:
-        address, length, flags, fd, offset = (int(field, 16) for field in _fields("sys_mmap", event))
+        address, length, flags, fd, offset = (int(field, 16) for field in fields_of("sys_mmap", event))
         position = self._add("sys_mmap", Input.MMAP, time, task, line, address, length, fd, offset, flags)
         self._calls[task] = "sys_mmap", position
 
@@ -473,11 +451,11 @@ class _Parser:
         self._calls[task] = name, -1
 
     def sys_fallocate(self, event: str, task: int, time: int, line: int) -> None:
-        words = [int(field, 16) for field in _fields("sys_fallocate", event)]
+        words = [int(field, 16) for field in fields_of("sys_fallocate", event)]
         self._calls[task] = "sys_fallocate", self._add("sys_fallocate", Input.FALLOCATE, time, task, line, *words)
 
     def hugetlbfs_fallocate(self, event: str, task: int, time: int, line: int) -> None:
-        inode, mode, offset, length, _, result = _fields("hugetlbfs_fallocate", event)
+        inode, mode, offset, length, _, result = fields_of("hugetlbfs_fallocate", event)
         if self._calls.get(task, ("", -1))[0] == "sys_fallocate":
             self._outcomes["hugetlbfs_fallocate"] += 1
             return
@@ -491,9 +469,7 @@ class _Parser:
         try:
             value = int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
         except (ValueError, IndexError):
-            raise _MalformedLineError(
-                f"malformed return of a system call, expected a number: {event[:120]!r}"
-            ) from None
+            raise MalformedLineError(f"malformed return of a system call, expected a number: {event[:120]!r}") from None
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
         call, position = self._calls.pop(task, ("", -1))
