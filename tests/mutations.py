@@ -61,7 +61,7 @@ def _joined(lines: list[bytes], at: int, random: Random) -> None:
 
 
 def _repeated(lines: list[bytes], at: int, random: Random) -> None:
-    lines[at:at] = [lines[at]] * random.choice([1, 2, 300])
+    lines[at:at] = [lines[at]] * (random.choice([1, 2, 300]) if len(lines[at]) < 10_000 else 1)
 
 
 def _moved(lines: list[bytes], at: int, random: Random) -> None:
