@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fuzzing import Random, attacked, rounds
 from machines import assert_same
@@ -44,8 +45,14 @@ EDGES = (
     (1 << 64) - PAGE,
     (1 << 64) - 1,
 )
-CODES = [int(op) for op in Operation]
-CHECKED_EVERY = 4  # batches
+# Reserving alone is the half of creating an inode: whose the reservation is nobody would know. Guards in shared files:
+# see test_guards_in_a_shared_file_are_forked().
+LEFT_OUT = (Operation.POOL_RESERVE, Operation.GUARD_INSTALL)
+CODES = [int(op) for op in Operation if op not in LEFT_OUT]
+# As in test_one_gate.py: a VM does not wait for the conversion that has begun to invalidate it.
+STEPPED = [op for op in CODES if op != Operation.VM_EXIT]
+NO_CODES = sorted({0, 62, 63, 64, 100, 255} - {int(op) for op in Operation})
+BATCHES, CHECKED_EVERY = 16, 4
 
 
 def chosen(chance: Random) -> Config:
@@ -114,10 +121,10 @@ def value(chance: Random, mostly: tuple[int, ...]) -> int:
     return chance.choice(EDGES) if draw < 0.92 else chance.getrandbits(chance.choice((12, 21, 33, 48, 64)))
 
 
-def operation(chance: Random) -> dict[str, int]:
+def operation(chance: Random, codes: list[int] = CODES) -> dict[str, int]:
     """One operation's columns."""
     return {
-        "op": chance.choice(CODES) if chance.random() < 0.98 else chance.randrange(256),
+        "op": chance.choice(codes if chance.random() < 0.98 else NO_CODES),
         "flags": chance.choice((0, 1, 4, 8, 133, 128)) if chance.random() < 0.7 else chance.randrange(256),
         "actor": chance.randrange(8) if chance.random() < 0.9 else chance.randrange(int(W.ACTORS)),
         "vm": chance.choice((0, 0, 1, 2, 7, 65535)),
@@ -143,17 +150,18 @@ def run_at_once(machine: Machine, batch: list[dict[str, int]]) -> list[tuple[int
 def attack_columns(chance: Random, one: Machine, other: Machine | None) -> int:
     """Batches at once on one machine, on the other one operation after the other: how many operations."""
     done = 0
-    for number in range(16):
+    for number in range(BATCHES):
         batch = [operation(chance) for _ in range(chance.choice((1, 5, 40, 150)))]
         found = run_at_once(one, batch)
         done += len(batch)
         if other is not None:
-            assert found == [other.operate(**single)[:2] for single in batch]  # type: ignore[arg-type]
-        if number % CHECKED_EVERY == 0:
-            assert one.check() == 0, one.broken
-    assert one.check() == 0, one.broken
+            whole = [other.operate(**single) for single in batch]  # type: ignore[arg-type]
+            assert found == [(result.status, result.detail) for result in whole]
+        if number % CHECKED_EVERY == 0 or number == BATCHES - 1:
+            assert [machine.check() for machine in (one, other) if machine] == [0] * (1 + (other is not None)), (
+                one.broken
+            )
     if other is not None:
-        other.check()
         assert_same(one, other)
     return done
 
@@ -166,13 +174,13 @@ def attack_steps(chance: Random, machine: Machine) -> int:
         what, actor = chance.random(), chance.randrange(4)
         done += 1
         if what < 0.35 and actor not in active:
-            machine.begin(actor, **{**operation(chance), "actor": actor})  # type: ignore[arg-type]
+            machine.begin(**{**operation(chance, STEPPED), "actor": actor})  # type: ignore[arg-type]
             active.add(actor)
         elif what < 0.9 and actor in active:
             if machine.step(actor) == W.STOP:
                 active.discard(actor)
         elif what > 0.97:
-            run_at_once(machine, [operation(chance) | {"actor": 5}])
+            run_at_once(machine, [operation(chance, STEPPED) | {"actor": 5}])
     for _ in range(300):
         active = {actor for actor in active if machine.step(actor) != W.STOP}
     if not active:  # a conversion may wait for a reference that nobody gives back
@@ -195,3 +203,16 @@ def test_random_operations() -> None:
     print(f"{operations} operations, {steps} steps")
     assert operations > 0
     assert steps > 0
+
+
+@pytest.mark.xfail(strict=True, reason="fork() copies entries of a shared file with guards, but counts no mappings")
+@pytest.mark.parametrize("design", DESIGNS)
+def test_guards_in_a_shared_file_are_forked(design: Any) -> None:
+    """A guard gives the mapping an anon_vma, so that its entries are copied: mm/memory.c:vma_needs_copy()."""
+    machine = Machine(Config(design, pool=2 * M2, page_size=M2))
+    process = machine.create_process()
+    assert process.mmap(machine.create_guest_memfd_4k(M2), SMALL).status == 0
+    assert process.guard_install(SMALL, PAGE).status == 0
+    assert process.populate(SMALL + PAGE, PAGE).status == 0
+    process.fork()
+    assert machine.check() == 0, machine.broken
