@@ -443,8 +443,7 @@ class Defect(IntFlag):
     HUGE_OVER_PRIVATE = 32  # 2022: a shared fault takes its level from the host alone and maps over private 4K pages
     # Dec 2025: a first use zeroes the folio's first 4K and marks all of it up to date; its merges as MERGE_KEEPS_FLAG
     UPTODATE_UNZEROED = 1024
-    # Before kvm-x86 0ee2c883b62d: a slot of a file that is dying is unbound without the invalidate_lock
-    UNBIND_DYING = 4096
+    UNBIND_DYING = 4096  # before kvm-x86 0ee2c883b62d: a dying file's slot is unbound without the invalidate_lock
     MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
     CONVERT_KEEPS_LEAVES = 8192  # rfc2: to private, stage 2 loses only what the notifier of a VMA's unmap takes
     HOLE_ZEROES_FROM_START = 16384  # rfc2: a hole in a part of a huge folio zeroes from the folio's first page on
