@@ -22,18 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.images.struct_page import (
-    VMEMMAP_SIZE,
-    Mapping,
-    Page,
-    Value,
-    decode_page,
-    flags_of,
-    head_of,
-    hugetlb_flags,
-    second_order,
-    signed,
-    type_of,
-)
+    VMEMMAP_SIZE, Mapping, Page, Value, decode_page, flags_of, head_of, hugetlb_flags, second_order, signed, type_of,
+)  # fmt: skip
 from pgemu.machine.arguments import OfMachine
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64

@@ -371,7 +371,7 @@ def guards_creation(**rules: Rule) -> Callable[[_Class], _Class]:
 
 
 class OfMachine:
-    """What holds a machine: its methods' arguments are checked, nothing is written past them, and there is no copy of it.
+    """What holds a machine: its methods' arguments are checked, nothing is written past them, it cannot be copied.
 
     Kernels know a machine's arrays by their addresses: what a copy or a pickle did would be done in the original, or in
     memory that is gone.
