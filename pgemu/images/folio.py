@@ -22,8 +22,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.images.struct_page import (
-    VMEMMAP_SIZE, Mapping, Page, Value, decode_page, flags_of, head_of, hugetlb_flags, second_order, signed, type_of,
-)  # fmt: skip
+    VMEMMAP_SIZE,
+    Mapping,
+    Page,
+    Value,
+    decode_page,
+    flags_of,
+    head_of,
+    hugetlb_flags,
+    second_order,
+    signed,
+    type_of,
+)
 from pgemu.machine.arguments import OfMachine
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
@@ -134,9 +144,7 @@ class Folio(OfMachine):
         self, memory: Memory, pfn: int, layout: PageLayout, root: int, *, fmt: PageFormat | None = None,
         vmemmap: int = VMEMMAP, machine: Core | None = None,
     ) -> None:  # fmt: skip
-        self.memory = memory
-        self.layout = layout
-        self.root = root
+        self.memory, self.layout, self.root = memory, layout, root
         self.format = x86_64() if fmt is None else fmt
         self.vmemmap_base = vmemmap
         self.machine = machine
