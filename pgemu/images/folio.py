@@ -111,13 +111,21 @@ class Folio(OfMachine):
     happens to the machine; `pfn` stays. ValueError, now or then, where a struct page is not mapped or not in memory.
     """
 
+    memory: Memory
+    layout: PageLayout
+    root: int
+    format: PageFormat
+    vmemmap_base: int
+    machine: Core | None
+    given: int
+    pfn: int
+    fake: bool
+
     def __init__(
         self, memory: Memory, pfn: int, layout: PageLayout, root: int, *, fmt: PageFormat | None = None,
         vmemmap: int = VMEMMAP, machine: Core | None = None,
     ) -> None:  # fmt: skip
-        self.memory = memory
-        self.layout = layout
-        self.root = root
+        self.memory, self.layout, self.root = memory, layout, root
         self.format = x86_64() if fmt is None else fmt
         self.vmemmap_base = vmemmap
         self.machine = machine

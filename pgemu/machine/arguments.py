@@ -371,7 +371,7 @@ def guards_creation(**rules: Rule) -> Callable[[_Class], _Class]:
 
 
 class OfMachine:
-    """What holds a machine: its methods' arguments are checked, and there is no copy of it.
+    """What holds a machine: its methods' arguments are checked, nothing is written past them, it cannot be copied.
 
     Kernels know a machine's arrays by their addresses: what a copy or a pickle did would be done in the original, or in
     memory that is gone.
@@ -381,6 +381,15 @@ class OfMachine:
         """Guard the methods that the class defines; see guards_methods()."""
         super().__init_subclass__(**others)
         guards_methods(cls, but, signed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """AttributeError for what was set when it was made, and for what it does not have."""
+        known = hasattr(type(self), name) or any(
+            name in vars(base).get("__annotations__", ()) for base in type(self).__mro__
+        )
+        if not name.startswith("_") and (name in vars(self) or not known):
+            raise AttributeError(f"{type(self).__name__} has no {name!r} that can be written")
+        object.__setattr__(self, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """TypeError: what copy, deepcopy and pickle call."""

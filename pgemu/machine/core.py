@@ -65,7 +65,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     descriptor: Array = field(init=False, repr=False)
     _frames_limit: int = field(init=False, repr=False, default=0)
     single: Single = field(init=False, repr=False, default_factory=Single)
-    entry: Any = field(init=False, repr=False, default=None)
+    _entry: Any = field(init=False, repr=False, default=None)
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """The entry of default machines, which stops at the first operation that is for another one."""
         from pgemu_kernels.run.entries import run
 
-        self.entry = run
+        self._entry = run
         return run
 
     def operate(
@@ -370,7 +370,7 @@ def run_all(machine: Core, columns: tuple[Array, ...], count: int) -> None:
     done = 0
     while True:
         # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
-        entry = _run_designs if machine.arrays.state[_FULL] else machine.entry or machine.fast_entry()
+        entry = _run_designs if machine.arrays.state[_FULL] else machine._entry or machine.fast_entry()
         stopped = entry(machine.descriptor, *columns, np.uint64(done) if done else _FIRST)
         if stopped == count:
             return

@@ -226,17 +226,8 @@ class AddressSpace(OfMachine, but=("touch",)):
         else:
             own = file
             rounded = max(file.size - offset, 0) if length is None else length
-        result = self._mmap(
-            own.number,
-            address,
-            offset,
-            rounded,
-            prot,
-            shared=shared,
-            populate=populate,
-            locked=locked,
-            noreserve=noreserve,
-        )
+        options = {"shared": shared, "populate": populate, "locked": locked, "noreserve": noreserve}
+        result = self._mmap(own.number, address, offset, rounded, prot, **options)
         if file is None:
             own.close()
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -45,12 +45,6 @@ class HugetlbPool(OfMachine):
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}_hugepages={getattr(self, f'{name}_hugepages')}" for name in _COUNTS)
         return f"HugetlbPool(page_size={self.page_size >> 20} << 20, {counts})"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What can be written are the files of sysfs that this class has setters for."""
-        if name not in ("machine", "order", "nr_overcommit_hugepages") or name in self.__dict__:
-            raise AttributeError(f"HugetlbPool has no {name!r} to be written: expected nr_overcommit_hugepages")
-        super().__setattr__(name, value)
 
     @classmethod
     def of_size(cls, machine: Core, page_size: int) -> HugetlbPool:

@@ -150,7 +150,7 @@ class Machine(Core):
     @property
     def page_tables(self) -> list[PageTable]:
         """Those of create_page_table() that were not destroyed, in the order of their creation."""
-        self.tables_made = [table for table in self.tables_made if table.root]
+        self.tables_made[:] = [table for table in self.tables_made if table.root]
         return list(self.tables_made)
 
     # ------------------------------------------------------------------ huge pages

@@ -112,7 +112,7 @@ class EditResults(NamedTuple):
 class PageTable(OfMachine):
     """One tree of tables. Made by Machine.create_page_table().
 
-    root: physical address of the (first) top table. format: what its entries look like.
+    format: what its entries look like.
     A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
     an exchange of an entry is one WRITE. An edit walks down from the root for each run of entries within a table.
     `partial` tells what happens to a leaf that a range covers in part: "split" it, or edit it "whole" as a zap of
@@ -121,6 +121,9 @@ class PageTable(OfMachine):
     munmap, KVM on x86 goes whole and frees none, on Arm it goes whole and frees.
     """
 
+    machine: Core
+    format: PageFormat
+
     def __init__(self, machine: Core, fmt: PageFormat) -> None:
         if fmt.table_level_shift:
             raise ValueError(f"fmt {fmt.name}: expected one whose tables do not say their level: not edited here")
@@ -128,11 +131,16 @@ class PageTable(OfMachine):
         self.format = fmt
         self._request = np.zeros(W.E_WORDS, np.uint64)
         self._row = machine.add_format(fmt)
-        self.root = 0
+        self._root = 0
         if self._one(Edit.CREATE, 0).status != 0:
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
-        self.root = int(self._request[W.E_ROOT])
+        self._root = int(self._request[W.E_ROOT])
         machine.tables_made.append(self)
+
+    @property
+    def root(self) -> int:
+        """Physical address of the (first) top table; 0 once it is destroyed."""
+        return self._root
 
     def __repr__(self) -> str:
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
@@ -154,7 +162,7 @@ class PageTable(OfMachine):
     def destroy(self, *, log: Array | None = None) -> EditResult:
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
         result = self._one(Edit.DESTROY, 0, log=log)
-        self.root = 0
+        self._root = 0
         return result
 
     # ------------------------------------------------------------------ map

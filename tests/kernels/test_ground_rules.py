@@ -248,7 +248,7 @@ def test_bounds_checks_are_on() -> None:
     machine = Machine(Config("pfnmap", pool=W.PAGE_2M, page_size=W.PAGE_2M))
     vm = machine.create_vm(protected=True)
     vm.bind(machine.create_guest_memfd(W.PAGE_2M), gpa=0)
-    machine.descriptor = describe(machine.arrays._replace(ram=machine.arrays.ram[:1]))
+    vars(machine)["descriptor"] = describe(machine.arrays._replace(ram=machine.arrays.ram[:1]))
     with pytest.raises(IndexError):
         vm.touch(0)
 

@@ -206,3 +206,32 @@ def test_an_operation_takes_no_number_for_a_truth() -> None:
     for wrong in (1, 0, "no", None):
         with pytest.raises(TypeError, match="expected True or False"):
             process.touch(VA, write=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_written_past_the_methods(kind: str) -> None:
+    """What an object was made with stays, and a name with a mistake in it is no new one."""
+    mine = objects(build())
+    for name in [*(name for name in vars(mine[kind]) if not name.startswith("_")), "root", "optimise_vmemmap"]:
+        before = getattr(mine[kind], name, None)
+        with pytest.raises(AttributeError):
+            setattr(mine[kind], name, 5)
+        assert getattr(mine[kind], name, None) is before or name == "root"
+    assert mine["machine"].check() == 0
+
+
+def test_what_has_a_setter_is_written() -> None:
+    machine = build()
+    machine.optimize_vmemmap = False
+    pool = machine.hugetlb()
+    pool.nr_overcommit_hugepages = 3
+    assert (machine.optimize_vmemmap, pool.nr_overcommit_hugepages) == (False, 3)
+    for wrong in (-1, 1.5, True, None, 1 << 64):
+        with pytest.raises((TypeError, ValueError), match=r"^count .*: expected an integer from 0 to 2\*\*64 - 1$"):
+            pool.nr_overcommit_hugepages = wrong  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"^on 1 \(int\): expected True or False$"):
+        machine.optimize_vmemmap = 1  # type: ignore[assignment]
+    assert repr(pool) == (
+        "HugetlbPool(page_size=2 << 20, nr_hugepages=4, free_hugepages=4, resv_hugepages=0, surplus_hugepages=0)"
+    )
+    assert (pool == machine.hugetlb(), machine.check()) == (True, 0)
