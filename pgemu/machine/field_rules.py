@@ -20,12 +20,13 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 
 __all__ = (
-    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "SWITCH", "Rule",
+    "BYTES", "DEFECTS", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS", "SWITCH", "THP", "Rule",
     "amount", "checked", "choice", "shown",
 )  # fmt: skip
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
 LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
+THP = {"never": W.THP_NEVER, "madvise": W.THP_MADVISE, "always": W.THP_ALWAYS}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 MOST_VCPUS = 4096  # arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS
@@ -193,6 +194,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "in_place_conversion": SWITCH,
         "zap": choice(("exact", "rounded")),
         "invalidate": choice(("rounded", "exact")),
+        "thp": choice(THP),
     }
 )
 """By field, in Config's order."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from oracle import huge_folios
 from oracle.capture import Capture, Checkpoint, Operation
 from oracle.guests import Guests, makes_protected_vms
 from oracle.operations import (
@@ -76,8 +77,8 @@ def machine_like(capture: Capture) -> Machine:
     """The captured machine, with pools that are large enough."""
     return Machine(
         Config("restructure", pool=64 * W.PAGE_2M, page_size=W.PAGE_2M, other_pool=2 * W.PAGE_1G,
-               kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti, nx_huge_pages=capture.haswell,
-               l1tf=capture.haswell, protection_keys=not capture.haswell)  # type: ignore[arg-type]
+               buddy=64 * W.PAGE_2M, thp="always", kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti,
+               nx_huge_pages=capture.haswell, l1tf=capture.haswell, protection_keys=not capture.haswell)  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -101,6 +102,9 @@ class Replay:
         self.partial = ""  # what memory the scenario has by now that is left out
         self.ranges = list(self._ranges())
         self.guests = Guests(self)
+        self.huge_counted = huge_folios.Counted()
+        self.huge_pages = 0  # pages of transparent huge pages whose struct pages were compared
+        self.hugetlb: list[Span] = []  # mappings of HugeTLB memory
         self.file_pages: list[Span] = []  # mappings whose pages stay when they leave the process
 
     def _ranges(self) -> Iterator[Span]:
@@ -244,6 +248,8 @@ class Replay:
             result = self.process.mmap(self.gmems[rest[0]], at, offset=number(rest[1]), length=size)
         else:
             raise NotModelledError(f"map {name}")
+        if name.removeprefix("s") in HUGE or name in ("hfile", "phfile"):
+            self.hugetlb.append(Span(at, at + size))
         if name not in ("anon", "huge2m", "huge1g"):
             self.file_pages.append(Span(at, at + size))
         return at if result.status == 0 else result.status
@@ -293,7 +299,8 @@ class Replay:
         if advice == "collapse":
             return self.process.madvise_collapse(at, size).status
         if advice in ("nohugepage", "hugepage"):
-            return None  # of memory that has no room for a transparent huge page
+            act = self.process.madvise_hugepage if advice == "hugepage" else self.process.madvise_nohugepage
+            return act(at, size).status
         raise NotModelledError(f"adv {advice}")
 
     def op_lock(self, operation: Operation, address: str, length: str) -> int:
@@ -385,6 +392,9 @@ class Replay:
         same_flags(f"{where}: tables", tables, tables_here)
         self.compare_frames(where, (leaves, tables), (leaves_here, tables_here))
         self.compare_user_root(where, checkpoint)
+        if not away:
+            self.huge_pages += huge_folios.compare_pages(where, self.process, checkpoint, self.ranges)
+            self.huge_counted.compare(where, self.machine, checkpoint)
         if not away and not self.guests.made:
             self.compare_counts(where, tables)
 
@@ -401,7 +411,7 @@ class Replay:
             ours = here[0][va, level]
             if self.is_device(va) and frame(entry) != frame(ours):
                 raise MismatchError(f"{where}: {va:#x}: device frame {frame(ours):#x}, captured {frame(entry):#x}")
-            if level > 1 and not self.is_device(va):
+            if level > 1 and any(span.start <= va < span.end for span in self.hugetlb):
                 self.frames.compare_huge(where, frame(entry), frame(ours))
         self.frames.compare(where, self.process.space, snapshot(there, here))
 

@@ -75,7 +75,7 @@ def machine_of(kind: Kind, capture: Capture) -> Machine:
     common: dict[str, Any] = {
         "pool": 32 * W.PAGE_2M, "page_size": W.PAGE_4K, "kernel": capture.kernel, "stage2": capture.stage2,
         "pti": capture.pti, "nx_huge_pages": capture.haswell, "l1tf": capture.haswell,
-        "protection_keys": not capture.haswell, "large_folios": kind.huge,
+        "protection_keys": not capture.haswell, "large_folios": kind.huge, "thp": "always",
     }  # fmt: skip
     if not kind.pfnmap and kind.huge:
         raise NotModelledError("large folios of the page allocator that entries count")

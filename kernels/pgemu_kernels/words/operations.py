@@ -335,6 +335,14 @@ class Operation(IntEnum):
     )
     DONTFORK = (58, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
     DOFORK = (59, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
+    ADVISE_HUGE = (
+        60, Entry.ORDINARY, By.ALWAYS, {"flags": "WRITE: MADV_HUGEPAGE, else MADV_NOHUGEPAGE", **_HOST_RANGE},
+        _S.both(_S.main("mm/khugepaged.c:hugepage_madvise")),
+    )
+    COLLAPSE = (
+        61, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE,
+        _S.both(_S.main("mm/khugepaged.c:madvise_collapse"), _S.main("mm/khugepaged.c:collapse_huge_page")),
+    )
     # fmt: on
 
 
