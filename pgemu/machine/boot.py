@@ -173,6 +173,7 @@ _OF_KERNEL = {
     W.R_THP_LOSES_DIRTY: "thp_modify_drops_dirty",
     W.R_COLLAPSES_READ_ONLY: "collapses_read_only",
     W.R_COLLAPSE_SKIPS_HOLES: "collapse_skips_holes",
+    W.R_COLLAPSE_BATCHES: "collapse_batches",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",

@@ -65,7 +65,7 @@ def compare_run(where: str, process: AddressSpace, run: PagemapRun) -> None:
     """The first and the last page of a run of like ones."""
     for va in {run.va, run.va + (run.pages - 1) * PAGE}:
         level, _, entry = process.walk(va)[-1]
-        flags, count = page_here(process.machine, frame(entry) + ((va & size_of(level) - 1) >> 12))
+        flags, count = page_here(process.machine, frame(entry, level) + ((va & size_of(level) - 1) >> 12))
         if flags != run.kpageflags & COMPARED or count != run.kpagecount:
             raise MismatchError(
                 f"{where}: {va:#x}: kpageflags {flags:#x}, kpagecount {count}, captured "

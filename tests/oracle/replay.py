@@ -57,6 +57,7 @@ from pgemu_kernels import words as W
 
 PAGE = 4096
 ENOTTY = 25
+ACCESSED = 1 << 5
 HUGE = {"huge2m": W.PAGE_2M, "huge1g": W.PAGE_1G}
 SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
 
@@ -102,6 +103,8 @@ class Replay:
         self.partial = ""  # what memory the scenario has by now that is left out
         self.ranges = list(self._ranges())
         self.guests = Guests(self)
+        self.leaves_before: dict[int, Entries] = {}  # as captured at a process's last checkpoint
+        self.aged = 0
         self.huge_counted = huge_folios.Counted()
         self.huge_pages = 0  # pages of transparent huge pages whose struct pages were compared
         self.hugetlb: list[Span] = []  # mappings of HugeTLB memory
@@ -385,6 +388,7 @@ class Replay:
         where = f"{self.capture.name} {checkpoint.scenario} {checkpoint.name}"
         away = list(self.left_out)
         leaves, tables = captured_entries(checkpoint, self.ranges)
+        self.age(checkpoint, leaves)
         leaves_here, tables_here = entries_here(self.process, self.ranges)
         tables, tables_here = without(tables, away), without(tables_here, away)
         tables = self.without_own(checkpoint, tables, tables_here)
@@ -398,6 +402,21 @@ class Replay:
         if not away and not self.guests.made:
             self.compare_counts(where, tables)
 
+    def age(self, checkpoint: Checkpoint, leaves: Entries) -> None:
+        """Clear the accessed bit where it went there though no operation was about the leaf: the kernel aged it, which
+        nobody can foresee (mm/vmscan.c). How many were is in `aged`."""
+        before = self.leaves_before.get(self.process.space, {})
+        self.leaves_before[self.process.space] = leaves
+        spans = [span for operation in checkpoint.ops if (span := span_of(operation)) is not None]
+        for key, entry in leaves.items():
+            if before.get(key) != entry | ACCESSED or entry & ACCESSED:
+                continue
+            level, at, ours = self.process.walk(key[0])[-1]
+            own = span_at(*key)
+            if (level, ours) == (key[1], ours | ACCESSED) and not any(own.meets(span) for span in spans):
+                self.machine.arrays.ram[at >> 3] = ours & ~ACCESSED
+                self.aged += 1
+
     def without_own(self, checkpoint: Checkpoint, tables: Entries, here: Entries) -> Entries:
         """Tables but for those that only the program's own mappings need, which are not made here."""
         only = [key for key in tables if key not in here]
@@ -409,10 +428,11 @@ class Replay:
     def compare_frames(self, where: str, there: tuple[Entries, Entries], here: tuple[Entries, Entries]) -> None:
         for (va, level), entry in there[0].items():
             ours = here[0][va, level]
-            if self.is_device(va) and frame(entry) != frame(ours):
-                raise MismatchError(f"{where}: {va:#x}: device frame {frame(ours):#x}, captured {frame(entry):#x}")
+            first, first_here = frame(entry, level), frame(ours, level)
+            if self.is_device(va) and first != first_here:
+                raise MismatchError(f"{where}: {va:#x}: device frame {first_here:#x}, captured {first:#x}")
             if level > 1 and any(span.start <= va < span.end for span in self.hugetlb):
-                self.frames.compare_huge(where, frame(entry), frame(ours))
+                self.frames.compare_huge(where, first, first_here)
         self.frames.compare(where, self.process.space, snapshot(there, here))
 
     def compare_user_root(self, where: str, checkpoint: Checkpoint) -> None:

@@ -225,7 +225,7 @@ class ReplayPfnmap(Replay):
 
     def pfn_at(self, address: int) -> int:
         level, _, entry = self.process.walk(address)[-1]
-        return frame(entry) + ((address & size_of(level) - 1) >> 12)
+        return frame(entry, level) + ((address & size_of(level) - 1) >> 12)
 
     def guest_pfn(self, vm: str, gpa: int) -> int:
         """The frame behind a guest physical address, as stage 2 has it."""

@@ -44,7 +44,7 @@ from pgemu_kernels.words.operations import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
-from pgemu_kernels.words.registers import R_BOOT_FRAMES, R_FRAMES, R_GUEST_PAGES, R_POOL_BASE
+from pgemu_kernels.words.registers import R_BOOT_FRAMES, R_FRAMES, R_GUEST_PAGES, R_MARKS_ZAPPED, R_POOL_BASE
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_DIRTY,
@@ -323,7 +323,7 @@ def _release_page(m, pfn, host_level, writable):
         if writable:
             set_folio_dirty(m, pfn)
     elif is_of_anonymous_folio(m, pfn):
-        if writable:
+        if writable and m.state[R_MARKS_ZAPPED] == U0:  # 6.12 marks it when the leaf goes
             set_large_dirty(m, pfn)
     elif host_level > U1:
         mark_accessed(m, pfn)

@@ -20,15 +20,15 @@ from pgemu_kernels.folios.anonymous_folios import (
     take_large_anonymous,
 )
 from pgemu_kernels.folios.folio import add_references, reference_count, struct_page
-from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.anonymous import anonymous_fault, zero_page
 from pgemu_kernels.process.entries import (
+    leaf_pfn,
     make_writable,
     modify,
     points_to_table,
     protect_from_writes,
     pte_mkdirty,
-    pte_pfn,
     vm_page_prot,
 )
 from pgemu_kernels.process.huge_pmd import deposit_new_table, is_huge_zero, split_huge_pmd
@@ -198,7 +198,7 @@ def _write_protected(m, row, address, slot):
             status = _replace_zero(m, row, address, slot)
             if status != _FALLBACK:
                 return status
-    elif _can_reuse(m, row, pte_pfn(entry)):
+    elif _can_reuse(m, row, leaf_pfn(entry, U2)):
         m.ram[slot] = make_writable(pte_mkdirty(entry | PTE_ACCESSED))
         charge_one(m, EVENT_LEAF_WRITTEN)
         return _DONE
@@ -252,7 +252,7 @@ def copy_huge_pmd(m, row, child, slot, target):
     if not deposit_new_table(m, space):
         return np.int64(-ENOMEM)
     if not is_huge_zero(state, entry):
-        head = pte_pfn(entry)
+        head = leaf_pfn(entry, U2)
         add_references(m.ram, struct_page(m, head), U1)
         set_page_exclusive(m, head, False)
         add_rmap_pmd(m, head, space)
@@ -274,9 +274,9 @@ def change_huge_pmd(m, row, slot):
     entry = m.ram[slot]
     if state[R_THP_LOSES_DIRTY] != U0:
         entry &= ~PTE_DIRTY
-    value = modify(entry, vm_page_prot(state, row), PTE_LARGE)
+    value = modify(entry, vm_page_prot(state, row), PTE_LARGE, PTE_ADDRESS & ~_INSIDE)
     if state[row + A_PROT] & PROT_WRITE != U0 and not is_huge_zero(state, value):
-        if is_page_exclusive(m, pte_pfn(value)):
+        if is_page_exclusive(m, leaf_pfn(value, U2)):
             value = make_writable(value)
     m.ram[slot] = value
     charge_one(m, EVENT_LEAF_WRITTEN)

@@ -33,10 +33,10 @@ from pgemu_kernels.formats.bits import (
 )
 from pgemu_kernels.process.entries import (
     is_protnone,
+    leaf_pfn,
     make_writable,
     points_to_table,
     pte_mkdirty,
-    pte_pfn,
     vm_page_prot,
 )
 from pgemu_kernels.process.tables import gather, space_row
@@ -67,7 +67,7 @@ def is_huge_anonymous(state, row, entry, level):
 @kernel
 def is_huge_zero(state, entry):
     """is_huge_zero_pmd()"""
-    return pte_pfn(entry) == state[R_HUGE_ZERO_FRAME]
+    return leaf_pfn(entry, U2) == state[R_HUGE_ZERO_FRAME]
 
 
 # --------------------------------------------------------------------------- the table kept for a split
@@ -144,7 +144,7 @@ def split_huge_pmd(m, row, slot):
         pfn = state[R_ZERO_FRAME]
         following = U0
     else:
-        pfn = pte_pfn(entry)
+        pfn = leaf_pfn(entry, U2)
         following = U1
         bits = _split_entry(entry, bits)
         if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
@@ -174,8 +174,8 @@ def zap_huge_pmd(m, row, slot, address):
     m.ram[slot] = U0
     free_table(m, withdraw_table(m, space), GAUGE_HOST_TABLES)
     if not is_huge_zero(state, entry):
-        remove_rmap_pmd(m, pte_pfn(entry), space)
-        put_large(m, pte_pfn(entry), U1)
+        remove_rmap_pmd(m, leaf_pfn(entry, U2), space)
+        put_large(m, leaf_pfn(entry, U2), U1)
         state[space_row(space) + S_RSS] -= U512
     change_value(m.stats, GAUGE_HOST_LEAVES_2M, -1)
     charge_one(m, EVENT_LEAF_CLEARED)

@@ -37,6 +37,7 @@ from pgemu_kernels.words.enum_words import (
 )
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, PAGE_2M
 from pgemu_kernels.words.registers import (
+    R_COLLAPSE_BATCHES,
     R_COLLAPSE_SKIPS_HOLES,
     R_COLLAPSES_READ_ONLY,
     R_HUGE_ANONYMOUS,
@@ -111,6 +112,8 @@ def _copy_pages(m, row, table, head):
         _copy_contents(m, head + i, frame)
         if is_large_anonymous(m.state, frame):
             forget_large(m, space, frame)
+            if m.state[R_COLLAPSE_BATCHES] == U0:
+                defer_unmapped(m)
         else:
             unmap_page(m, space, frame)
     defer_unmapped(m)

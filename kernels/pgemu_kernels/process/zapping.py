@@ -49,7 +49,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER, R_UNMAPPING
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER, R_THP_SPLIT_PMD, R_UNMAPPING
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
@@ -174,8 +174,16 @@ def _clear_large(m, row, page, end):
         return part
     if part:
         notify(m, row, first << U12, (first + size) << U12)
+        _count_split(m.state, level)
     _drop_large(m, row, slot, page << U12, level)
     return False
+
+
+@kernel
+def _count_split(state, level):
+    """THP_SPLIT_PMD counts every kind of 2M leaf."""
+    if level == U2:
+        state[R_THP_SPLIT_PMD] += U1
 
 
 @kernel
@@ -360,6 +368,7 @@ def drop_large_pfn(m, row, address, level):
     slot, at = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), address)
     if at >= level and m.ram[slot] & PTE_LARGE != U0 and holds_page(m.ram[slot]):
         notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
+        _count_split(m.state, at)
         _drop_large(m, row, slot, address, at)
 
 
@@ -367,14 +376,14 @@ def drop_large_pfn(m, row, address, level):
 
 
 @kernel
-def _changed(m, row, entry, bits, large):
+def _changed(m, row, entry, bits, level):
     """An entry with the VMA's new rights; a private page of this mapping alone becomes writable at once.
 
     mm/mprotect.c:change_pte_range(), can_change_pte_writable().
     """
-    value = modify(entry, bits, large)
+    value = modify(entry, bits, PTE_LARGE if level > U1 else U0, PTE_ADDRESS & ~(size_of(level) - U1))
     state = m.state
-    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and large == U0:
+    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and level == U1:
         if value & PTE_SPECIAL == U0 and is_exclusive(m, pte_pfn(value)):
             return make_writable(value)
     return value
@@ -404,7 +413,7 @@ def _protect_small(m, row, start, end):
                 elif part:
                     drop_large_pfn(m, row, address, level)
                 else:
-                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, PTE_LARGE)
+                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, level)
                     changed += 1
                     gather(m, address, level)
             address = first + size
@@ -413,7 +422,7 @@ def _protect_small(m, row, start, end):
         while address < stop:
             entry = m.ram[slot]
             if entry != U0 and holds_page(entry):
-                m.ram[slot] = _changed(m, row, entry, bits, U0)
+                m.ram[slot] = _changed(m, row, entry, bits, U1)
                 changed += 1
                 gather(m, address, U1)
             slot += U1
@@ -423,7 +432,7 @@ def _protect_small(m, row, start, end):
 
 @kernel
 def _protect_huge_entry(m, row, slot, level):
-    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE)
+    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE, PTE_ADDRESS)
     charge_one(m, EVENT_LEAF_WRITTEN)
 
 

@@ -20,7 +20,7 @@ from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
+from pgemu_kernels.process.entries import holds_page, leaf_pfn, points_to_table, pte_pfn
 from pgemu_kernels.process.tables import below, space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
 from pgemu_kernels.rules.anonymous_folios import check_anonymous_folios
@@ -144,7 +144,7 @@ def _is_in_place(m, row, address, pfn):
 @outlined
 def _check_large(m, row, address, level, entry, found):
     """An entry of 2M, or of 4K of a large folio, of anonymous memory; the huge zero page is nobody's to write."""
-    pfn = pte_pfn(entry)
+    pfn = leaf_pfn(entry, level)
     writable = entry & PTE_PRESENT != U0 and entry & PTE_WRITE != U0
     if level == U2:
         found[FOUND_HUGE_ANONYMOUS] += 1
@@ -180,7 +180,7 @@ def _check_leaf(m, space, address, level, entry, owner, found):
         _check_huge(m, row, address, level, entry, found)
     elif state[row + A_FLAGS] & VM_PFNMAP != U0:
         pfn = state[inode_row(state[row + A_INODE]) + I_BASE] + page_offset(state, row, address)
-        expect(m, pte_pfn(entry) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
+        expect(m, leaf_pfn(entry, level) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
     elif kind == VMA_ANONYMOUS and (level != U1 or is_large_anonymous(state, pte_pfn(entry))):
         _check_large(m, row, address, level, entry, found)
     else:

@@ -153,6 +153,7 @@ R_HUGE_ZERO_REPLACED = U(137)  # 1: a write to it gets a transparent huge page, 
 R_REUSES_LARGE = U(138)  # 1: a page of a large folio of one process alone is reused by a write (6.15)
 R_THP_LOSES_DIRTY = U(139)  # 1: mprotect loses the dirty bit of a 2M leaf (6.12, 6.18)
 R_COLLAPSES_READ_ONLY = U(140)  # 1: MADV_COLLAPSE works where no page may be written (6.18)
+R_COLLAPSE_BATCHES = U(150)  # 1: ... unmaps pages of a large folio together, so that it need not wait for its split
 R_COLLAPSE_SKIPS_HOLES = U(148)  # 1: ... goes on behind 2M of which nothing is there, 0: it ends (before 7.0)
 R_THP_FAULT_ALLOC = U(141)  # /proc/vmstat: thp_fault_alloc,
 R_THP_FAULT_FALLBACK = U(142)  # ... thp_fault_fallback,
