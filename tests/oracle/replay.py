@@ -329,6 +329,7 @@ class Replay:
         if self.child is None:
             self.parent, self.child = self.process, self.process.fork()
             self.process = self.child
+            self.guests.write_own_memory(self.child)
         else:
             self.op_childwait(operation)
 

@@ -70,7 +70,7 @@ def is_large_anonymous(state, pfn):
 
 
 @kernel
-def head_of(m, pfn):
+def compound_head(m, pfn):
     """compound_head() of a page of a large folio."""
     head, _order = head_and_order(m, pfn)
     return head
@@ -373,7 +373,7 @@ def set_page_exclusive(m, pfn, exclusive):
 @kernel
 def set_large_dirty(m, pfn):
     """folio_set_dirty() of the folio around a page."""
-    m.ram[struct_page(m, head_of(m, pfn)) + FLAGS] |= PG_DIRTY
+    m.ram[struct_page(m, compound_head(m, pfn)) + FLAGS] |= PG_DIRTY
 
 
 @kernel

@@ -9,9 +9,9 @@ from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
 from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
     copy_from_large,
     defer_split,
-    head_of,
     is_large_anonymous,
     is_page_exclusive,
     large_mapcount,
@@ -72,7 +72,7 @@ def new_page(m):
 @outlined
 def unmap_large(m, space, frame, n):
     """The same of `n` pages in a row of a large folio: folio_remove_rmap_ptes(), folio_put_refs()."""
-    head = head_of(m, frame)
+    head = compound_head(m, frame)
     m.state[space_row(space) + S_RSS] -= n
     if remove_rmap_ptes(m, head, frame, n, space):
         defer_split(m, head)
@@ -172,7 +172,7 @@ def _copy_on_write(m, row, address, slot):
 
 
 @kernel
-def is_exclusive(m, frame):
+def is_anon_exclusive(m, frame):
     """PageAnonExclusive(): whether a page of anonymous memory, or the head of a 2M leaf's, is one mapping's alone."""
     if is_large_anonymous(m.state, frame):
         return is_page_exclusive(m, frame)
@@ -185,7 +185,7 @@ def _can_reuse_large(m, frame):
     reference: __wp_can_reuse_large_anon_folio(), 6.15. Before none is, so that the folio may go sooner."""
     if is_page_exclusive(m, frame):
         return True
-    head = head_of(m, frame)
+    head = compound_head(m, frame)
     page = struct_page(m, head)
     mapped = large_mapcount(m.ram, page)
     if m.state[R_REUSES_LARGE] == U0 or mapped <= U1 or maybe_mapped_shared(m.ram, page):

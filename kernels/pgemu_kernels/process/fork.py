@@ -10,7 +10,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
-from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, head_of, is_large_anonymous
+from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, compound_head, is_large_anonymous
 from pgemu_kernels.folios.boot import process_root
 from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
@@ -126,7 +126,7 @@ def make_space(m):
 def _duplicate(m, frame, space):
     """folio_try_dup_anon_rmap_pte(): a process maps a page once more, which is no mapping's alone any longer."""
     if is_large_anonymous(m.state, frame):
-        head = head_of(m, frame)
+        head = compound_head(m, frame)
         add_references(m.ram, struct_page(m, head), U1)
         add_rmap_ptes(m, head, frame, U1, space, False)
         return

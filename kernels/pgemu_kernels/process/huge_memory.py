@@ -23,6 +23,7 @@ from pgemu_kernels.folios.folio import add_references, reference_count, struct_p
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.anonymous import anonymous_fault, zero_page
 from pgemu_kernels.process.entries import (
+    is_protnone,
     leaf_pfn,
     make_writable,
     modify,
@@ -96,8 +97,9 @@ def _is_allowed(state, row):
 def make_huge_leaf(m, row, slot, head):
     """map_anon_folio_pmd(): a 2M leaf for a new folio where nothing is, which may be written if the VMA may."""
     state = m.state
-    entry = head << U12 | vm_page_prot(state, row) | PTE_LARGE
-    entry = pte_mkdirty(entry)
+    bits = vm_page_prot(state, row)
+    inverted = PTE_ADDRESS & ~_INSIDE if is_protnone(bits) else U0
+    entry = pte_mkdirty(head << U12 ^ inverted | bits | PTE_LARGE)
     if state[row + A_PROT] & PROT_WRITE != U0:
         entry = make_writable(entry)
     m.ram[slot] = entry

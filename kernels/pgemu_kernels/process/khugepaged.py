@@ -18,9 +18,9 @@ from pgemu_kernels.folios.anonymous_folios import (
     put_contents,
     take_large_anonymous,
 )
-from pgemu_kernels.formats.bits import PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.formats.bits import PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.anonymous import unmap_page
-from pgemu_kernels.process.entries import points_to_table, pte_pfn
+from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
 from pgemu_kernels.process.huge_memory import make_huge_leaf
 from pgemu_kernels.process.huge_pmd import deposit_table
 from pgemu_kernels.process.madvise import over_vmas
@@ -69,15 +69,15 @@ _END = np.int64(2)  # ... none is
 @kernel
 def _is_suitable(m, table):
     """hpage_collapse_scan_pmd() of a table for madvise(): whether it may be collapsed. The zero page and what is not
-    there count as holes, of which there may be any number; a page without any access, and before 6.18 none that may be
-    written, is against it."""
+    there count as holes, of which there may be any number; a guard page, and before 6.18 that none may be written, is
+    against it."""
     writable = m.state[R_COLLAPSES_READ_ONLY] != U0
     for i in range(U512):
         entry = m.ram[table + i]
-        if entry == U0 or (entry & PTE_PRESENT != U0 and entry & PTE_SPECIAL != U0):
-            continue
-        if entry & PTE_PRESENT == U0:
+        if entry != U0 and not holds_page(entry):
             return False
+        if entry == U0 or entry & PTE_SPECIAL != U0:
+            continue
         writable = writable or entry & PTE_WRITE != U0
     return writable
 
@@ -193,4 +193,4 @@ def _collapse_vma(m, op, row, start, end):
     return failed
 
 
-collapse = over_vmas(outlined, _collapse_vma)
+madvise_collapse = over_vmas(outlined, _collapse_vma)

@@ -15,7 +15,7 @@ from pgemu_kernels.process.advice import advise_fork, advise_huge, mlock
 from pgemu_kernels.process.fault import access
 from pgemu_kernels.process.files import close_file, fallocate, punch_hole, set_revoked
 from pgemu_kernels.process.fork import end_process, fork
-from pgemu_kernels.process.khugepaged import collapse
+from pgemu_kernels.process.khugepaged import madvise_collapse
 from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps, zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
@@ -92,7 +92,7 @@ _of_processes = by_number(
         (OP_DONTFORK, advise_fork),
         (OP_DOFORK, advise_fork),
         (OP_ADVISE_HUGE, advise_huge),
-        (OP_COLLAPSE, collapse),
+        (OP_COLLAPSE, madvise_collapse),
         (OP_FORK, fork),
         (OP_EXIT, _exit),
     ),

@@ -16,12 +16,18 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
-from pgemu_kernels.folios.anonymous_folios import defer_split, head_of, is_large_anonymous, put_large, remove_rmap_ptes
+from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
+    defer_split,
+    is_large_anonymous,
+    put_large,
+    remove_rmap_ptes,
+)
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, remove_mapping, struct_page
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
-from pgemu_kernels.process.anonymous import is_exclusive, unmap_page
+from pgemu_kernels.process.anonymous import is_anon_exclusive, unmap_page
 from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
 from pgemu_kernels.process.guest_memfd_4k import set_folio_dirty
 from pgemu_kernels.process.huge_memory import change_huge_pmd, split_and_notify
@@ -114,7 +120,7 @@ def defer_unmapped(m):
 @outlined
 def forget_large(m, space, frame):
     """A 4K entry of a page of a large folio is gone, one of a batch that ends with defer_unmapped()."""
-    head = head_of(m, frame)
+    head = compound_head(m, frame)
     if m.state[R_UNMAPPING] != head + U1:
         defer_unmapped(m)
     m.state[space_row(space) + S_RSS] -= U1
@@ -384,7 +390,7 @@ def _changed(m, row, entry, bits, level):
     value = modify(entry, bits, PTE_LARGE if level > U1 else U0, PTE_ADDRESS & ~(size_of(level) - U1))
     state = m.state
     if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and level == U1:
-        if value & PTE_SPECIAL == U0 and is_exclusive(m, pte_pfn(value)):
+        if value & PTE_SPECIAL == U0 and is_anon_exclusive(m, pte_pfn(value)):
             return make_writable(value)
     return value
 

@@ -12,7 +12,12 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U3
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
-from pgemu_kernels.folios.anonymous_folios import head_of, is_large_anonymous, is_of_anonymous_folio, is_page_exclusive
+from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
+    is_large_anonymous,
+    is_of_anonymous_folio,
+    is_page_exclusive,
+)
 from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, struct_page
 from pgemu_kernels.folios.guest_folios import subpool_row
 from pgemu_kernels.folios.hstate import hstate_of_order, order_of_hstate
@@ -136,7 +141,7 @@ def _check_huge(m, row, address, level, entry, found):
 @kernel
 def _is_in_place(m, row, address, pfn):
     """Whether a page of a large folio is the one that its index says for an address: linear_page_index()."""
-    head = head_of(m, pfn)
+    head = compound_head(m, pfn)
     index = m.ram[struct_page(m, head) + INDEX] + (pfn - head)
     return index == page_offset(m.state, row, address)
 
