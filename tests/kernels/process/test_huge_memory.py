@@ -261,11 +261,14 @@ def test_a_part_that_is_unmapped_keeps_the_folio_and_waits_for_its_split() -> No
 
 
 def test_a_whole_folio_of_4k_entries_that_goes_at_once_waits_for_nothing() -> None:
-    machine, process = made()
-    process.touch(BASE, write=True)
-    process.protect(BASE, PAGE, 1)
-    assert process.munmap(BASE, M2).status == 0
-    assert machine.vmstat()["thp_deferred_split_page"] == 0
+    """mm/memory.c:zap_present_folio_ptes(): a batch is of one VMA, so two of them are two."""
+    for vmas, waited in ((1, 0), (2, 1)):
+        machine, process = made()
+        process.touch(BASE, write=True)
+        process.protect(BASE, PAGE, 1)
+        process.protect(BASE, PAGE, 3 if vmas == 1 else 1)
+        assert process.munmap(BASE, M2).status == 0
+        assert machine.vmstat()["thp_deferred_split_page"] == waited
     assert machine.check() == 0
 
 
