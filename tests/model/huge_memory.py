@@ -219,9 +219,8 @@ class Memory:
                 space.areas[page] = replace(space.areas[page], prot=prot)
             for leaves, unit in ((space.entries, 1), (space.huge, BLOCK)):
                 for key in [key for key in leaves if start <= key * unit < stop]:
-                    page = leaves[key].page
-                    alone = page.number in page.owner.alone
-                    leaves[key] = Leaf(page, bool(prot & WRITE) and alone)
+                    of = leaves[key].page
+                    leaves[key] = Leaf(of, bool(prot & WRITE) and of.number in of.owner.alone)
         return OK if end == first + count else -ENOMEM
 
     def advise(self, space: Space, first: int, count: int, advice: str) -> int:

@@ -51,21 +51,23 @@ def page_here(machine: Machine, pfn: int) -> tuple[int, int]:
     return found, ((int(own[6]) + 1) & LOW) + entire
 
 
-def compare_pages(where: str, process: AddressSpace, checkpoint: Checkpoint, ranges: list[Span]) -> int:
+def compare_pages(
+    where: str, machine: Machine, process: AddressSpace, checkpoint: Checkpoint, ranges: list[Span]
+) -> int:
     """MismatchError unless flags and mapcounts of all transparent huge pages are as captured: how many pages are."""
     count = 0
     for run in checkpoint.pagemap:
         if run.kpageflags & KPF_THP and any(start <= run.va < end for start, end in ranges):
-            compare_run(where, process, run)
+            compare_run(where, machine, process, run)
             count += run.pages
     return count
 
 
-def compare_run(where: str, process: AddressSpace, run: PagemapRun) -> None:
+def compare_run(where: str, machine: Machine, process: AddressSpace, run: PagemapRun) -> None:
     """The first and the last page of a run of like ones."""
     for va in {run.va, run.va + (run.pages - 1) * PAGE}:
         level, _, entry = process.walk(va)[-1]
-        flags, count = page_here(process.machine, frame(entry, level) + ((va & size_of(level) - 1) >> 12))
+        flags, count = page_here(machine, frame(entry, level) + ((va & size_of(level) - 1) >> 12))
         if flags != run.kpageflags & COMPARED or count != run.kpagecount:
             raise MismatchError(
                 f"{where}: {va:#x}: kpageflags {flags:#x}, kpagecount {count}, captured "

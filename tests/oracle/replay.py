@@ -10,6 +10,8 @@ one, and from one checkpoint of a process to its next an address keeps its frame
 That a freed page comes back is the allocator's choice and is not compared, except for HugeTLB pages, whose pool
 is a stack in both.
 
+Of transparent huge pages the struct pages and what /proc/vmstat counts are compared, too: huge_folios.py.
+
 Which operations are run goes by what they need (operations.py), not by the names of scenarios or files. Memory of a
 kind that pgemu does not have is left out with all that is done to it, and checkpoints from there on count as replayed
 in part: stage 2 is not compared in them. Any other operation that pgemu does not have ends the replay.
@@ -66,12 +68,15 @@ SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
 class Done:
     """Checkpoints of a scenario that were replayed: wholly, and but for memory that is left out.
 
-    left: how many were not, or only in part, by what pgemu would need.
+    left: how many were not, or only in part, by what pgemu would need. aged: entries whose accessed bit the kernel
+    cleared without being asked. huge_pages: pages of transparent huge pages whose struct pages were compared.
     """
 
     whole: int = 0
     in_part: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    aged: int = 0
+    huge_pages: int = 0
 
 
 def machine_like(capture: Capture) -> Machine:
@@ -103,10 +108,9 @@ class Replay:
         self.partial = ""  # what memory the scenario has by now that is left out
         self.ranges = list(self._ranges())
         self.guests = Guests(self)
+        self.done = Done()
         self.leaves_before: dict[int, Entries] = {}  # as captured at a process's last checkpoint
-        self.aged = 0
         self.huge_counted = huge_folios.Counted()
-        self.huge_pages = 0  # pages of transparent huge pages whose struct pages were compared
         self.hugetlb: list[Span] = []  # mappings of HugeTLB memory
         self.file_pages: list[Span] = []  # mappings whose pages stay when they leave the process
 
@@ -134,7 +138,7 @@ class Replay:
 
     def run(self) -> Done:
         """Replay to the end, or to what pgemu does not have. MismatchError at the first checkpoint that differs."""
-        done = Done()
+        done = self.done
         for i, checkpoint in enumerate(self.checkpoints):
             try:
                 for operation in self.new_ones(checkpoint.ops):
@@ -398,14 +402,16 @@ class Replay:
         self.compare_frames(where, (leaves, tables), (leaves_here, tables_here))
         self.compare_user_root(where, checkpoint)
         if not away:
-            self.huge_pages += huge_folios.compare_pages(where, self.process, checkpoint, self.ranges)
+            self.done.huge_pages += huge_folios.compare_pages(
+                where, self.machine, self.process, checkpoint, self.ranges
+            )
             self.huge_counted.compare(where, self.machine, checkpoint)
         if not away and not self.guests.made:
             self.compare_counts(where, tables)
 
     def age(self, checkpoint: Checkpoint, leaves: Entries) -> None:
         """Clear the accessed bit where it went there though no operation was about the leaf: the kernel aged it, which
-        nobody can foresee (mm/vmscan.c). How many were is in `aged`."""
+        nobody can foresee (mm/vmscan.c). How many were is in `done.aged`."""
         before = self.leaves_before.get(self.process.space, {})
         self.leaves_before[self.process.space] = leaves
         spans = [span for operation in checkpoint.ops if (span := span_of(operation)) is not None]
@@ -416,7 +422,7 @@ class Replay:
             own = span_at(*key)
             if (level, ours) == (key[1], ours | ACCESSED) and not any(own.meets(span) for span in spans):
                 self.machine.arrays.ram[at >> 3] = ours & ~ACCESSED
-                self.aged += 1
+                self.done.aged += 1
 
     def without_own(self, checkpoint: Checkpoint, tables: Entries, here: Entries) -> Entries:
         """Tables but for those that only the program's own mappings need, which are not made here."""

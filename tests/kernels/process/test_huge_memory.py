@@ -162,10 +162,10 @@ class Pair:
         mapped = {
             Page(leaf.page.owner, leaf.page.number) for space in self.model.spaces for leaf in space.entries.values()
         }
-        for page, value in self.model.contents.items():
-            whole = any(leaf.page.owner is page.owner for space in self.model.spaces for leaf in space.huge.values())
-            if whole or page in mapped:
-                assert self.load(firsts[page.owner] + page.number) == value
+        for shown, value in self.model.contents.items():
+            whole = any(leaf.page.owner is shown.owner for space in self.model.spaces for leaf in space.huge.values())
+            if whole or shown in mapped:
+                assert self.load(firsts[shown.owner] + shown.number) == value
         assert self.machine.check() == 0, self.machine.broken
 
 
