@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu import cost
-from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS
+from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS, THP
 from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
@@ -167,6 +167,13 @@ _OF_KERNEL = {
     W.R_GMEM_MMAP: "guest_memfd_mmap",
     W.R_MOVES_MANY: "remap_moves_many",
     W.R_DIRTY_ENTRIES: "dirty_entries",
+    W.R_SPECIAL_HUGE_ZERO: "special_huge_zero",
+    W.R_HUGE_ZERO_REPLACED: "huge_zero_replaced",
+    W.R_REUSES_LARGE: "reuses_large_folios",
+    W.R_THP_LOSES_DIRTY: "thp_modify_drops_dirty",
+    W.R_COLLAPSES_READ_ONLY: "collapses_read_only",
+    W.R_COLLAPSE_SKIPS_HOLES: "collapse_skips_holes",
+    W.R_COLLAPSE_BATCHES: "collapse_batches",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",
@@ -256,6 +263,8 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
         W.R_CONVERT_BY_BLOCK: config.batch == "block" and config.page_order != 0,
         W.R_DEFECTS: sum(DEFECTS[name] for name in set(config.defects)),
         W.R_LRU_CPUS: min(config.host_cpus, W.LRU_CPUS),
+        W.R_THP: THP[config.thp],
+        W.R_HUGE_ANONYMOUS: config.thp != "never",
     }
 
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 from pgemu import cost
 from pgemu.machine.arguments import guards
 from pgemu.machine.designs import DEFAULTS, ROWS, Design
-from pgemu.machine.field_rules import DEFECTS, LEVEL_RULES, RULES, SPLIT_FORMS, checked
+from pgemu.machine.field_rules import DEFECTS, LEVEL_RULES, RULES, SPLIT_FORMS, THP, checked
 from pgemu.machine.vm_kinds import Kind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.words.properties import Property
 
-__all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "Config", "Node")
+__all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "THP", "Config", "Node")
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form",
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
@@ -102,6 +102,9 @@ class Config:
     the range rounded out to huge pages (a what-if, of the orders that round anything).
     invalidate: "rounded": the orders of restructure begin and end an invalidation over the range rounded out to huge
     pages, as RFC v2 and the branch of December 2025 do; "exact": over the range, as in-place conversion of 4K does.
+    thp: /sys/kernel/mm/transparent_hugepage/enabled, of anonymous memory: faults get 2M where they fit, "always" or
+    where MADV_HUGEPAGE said so. Huge pages come from `buddy` memory (with a `page_size` of 4 KiB from the pool), and
+    where there is none left faults get 4K.
     """
 
     design: Design = "restructure"
@@ -149,6 +152,7 @@ class Config:
     in_place_conversion: bool = True
     zap: Literal["exact", "rounded"] = "exact"
     invalidate: Literal["rounded", "exact"] = "rounded"
+    thp: Literal["never", "madvise", "always"] = "never"
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""
@@ -163,7 +167,7 @@ class Config:
             given = getattr(self, name)
             value = row.default(name) if given is None and name in DEFAULTS else checked(name, given)
             object.__setattr__(self, name, value)
-        for holds, complaint in chain(self._of_pages(), self._together(), self._amounts()):
+        for holds, complaint in chain(self._of_pages(), self._together(), self._of_thp(), self._amounts()):
             if not holds:
                 raise ValueError(complaint)
         kind_row(self.vm, self.stage2)  # ValueError for what is none
@@ -221,6 +225,14 @@ class Config:
                 "zap 'rounded' with invalidate 'exact': expected invalidate 'rounded', for nobody drops what is not "
                 "being invalidated",
             ),
+        )
+
+    def _of_thp(self) -> Iterator[tuple[bool, str]]:
+        """Whether transparent huge pages could come from anywhere."""
+        source = self.pool if self.page_size == W.PAGE_4K else self.buddy
+        yield (
+            self.thp == "never" or source > 0,
+            f"thp {self.thp!r} with no memory for huge pages: expected buddy memory, or a pool of page_size 4096",
         )
 
     def _amounts(self) -> Iterator[tuple[bool, str]]:

@@ -21,11 +21,12 @@ from pgemu_kernels.formats import bits as formats
 
 __all__ = (
     "BYTES", "DEFECTS", "FILE_NAME", "HUGE_PAGE", "LEVEL_RULES", "MOST_HOST_CPUS", "MOST_VCPUS", "RULES", "SPLIT_FORMS",
-    "SWITCH", "TEXT", "Rule", "amount", "checked", "choice", "number_of", "one_of", "shown",
+    "SWITCH", "TEXT", "THP", "Rule", "amount", "checked", "choice", "number_of", "one_of", "shown",
 )  # fmt: skip
 
 DEFECTS = {defect.name.lower().replace("_", "-"): defect for defect in W.Defect if defect.name}
 LEVEL_RULES = {"uniform": W.LEVEL_UNIFORM, "whole": W.LEVEL_WHOLE, "private": W.LEVEL_PRIVATE}
+THP = {"never": W.THP_NEVER, "madvise": W.THP_MADVISE, "always": W.THP_ALWAYS}
 SPLIT_FORMS = {"rfc2": W.SPLIT_FORM_RFC2, "jan2026": W.SPLIT_FORM_LATER}
 
 MOST_VCPUS = 4096  # arch/x86/kvm/Kconfig: KVM_MAX_NR_VCPUS
@@ -225,6 +226,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "in_place_conversion": SWITCH,
         "zap": choice(("exact", "rounded")),
         "invalidate": choice(("rounded", "exact")),
+        "thp": choice(THP),
     }
 )
 """By field, in Config's order."""

@@ -179,7 +179,7 @@ class AddressSpace(OfMachine, but=("touch",)):
         self, address: int, length: int, prot: int = _READ_WRITE, *,
         shared: bool = False, populate: bool = False, locked: bool = False, noreserve: bool = False,
     ) -> Result:  # fmt: skip
-        """mmap(MAP_PRIVATE | MAP_ANONYMOUS), without transparent huge pages. mm/mmap.c:do_mmap().
+        """mmap(MAP_PRIVATE | MAP_ANONYMOUS), whose faults get huge pages by Config.thp. mm/mmap.c:do_mmap().
 
         shared: MAP_SHARED, which maps a file of shmem of its own; OSError ENOSPC past words.INODES.
 
@@ -341,25 +341,25 @@ class AddressSpace(OfMachine, but=("touch",)):
         """madvise(MADV_DOFORK): 0, -EINVAL for VM_PFNMAP, -ENOMEM over a hole. mm/madvise.c"""
         return self._operate(Operation.DOFORK, address, length)
 
-    def madvise_collapse(self, address: int, length: int) -> Result:
-        """madvise(MADV_COLLAPSE): -EINVAL where the first mapping in the range is one of a guest_memfd.
+    def madvise_hugepage(self, address: int, length: int) -> Result:
+        """madvise(MADV_HUGEPAGE): faults may get huge pages where Config.thp is "madvise". 0, -ENOMEM over a hole.
 
-        Its inode is anonymous, which THP of files excludes, and VM_PFNMAP is VM_NO_KHUGEPAGED:
-        mm/huge_memory.c:__thp_vma_allowable_orders(). -EINVAL if not aligned, 0 if empty, -ENOMEM without a mapping;
-        -EOPNOTSUPP for other memory, whose transparent huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
+        mm/khugepaged.c:hugepage_madvise()
         """
-        length = -(-length // W.PAGE_4K) * W.PAGE_4K
-        if address % W.PAGE_4K:
-            return Result(-W.EINVAL, 0)
-        if not length:
-            return Result(0, 0)
-        rows = self.machine.arrays.state[int(W.STATE_VMAS) :][: W.VMAS * W.A_WORDS].reshape(-1, W.A_WORDS)
-        mine = rows[(rows[:, W.A_LIVE] != 0) & (rows[:, W.A_SPACE] == self.number)]
-        hit = mine[(mine[:, W.A_START] < address + length) & (mine[:, W.A_END] > address)]
-        if not len(hit):
-            return Result(-W.ENOMEM, 0)
-        kind = hit[np.argmin(hit[:, W.A_START])][W.A_KIND]
-        return Result(-W.EINVAL if kind in (W.VMA_GUEST_MEMFD, W.VMA_GUEST_MEMFD_4K) else -W.EOPNOTSUPP, 0)
+        return self._operate(Operation.ADVISE_HUGE, address, length, Flag.WRITE)
+
+    def madvise_nohugepage(self, address: int, length: int) -> Result:
+        """madvise(MADV_NOHUGEPAGE): no fault gets a huge page; those that are there stay. 0, -ENOMEM over a hole."""
+        return self._operate(Operation.ADVISE_HUGE, address, length)
+
+    def madvise_collapse(self, address: int, length: int) -> Result:
+        """madvise(MADV_COLLAPSE): what each 2M of anonymous memory has becomes a huge page, whatever Config.thp says.
+
+        0; -EINVAL where not all could be, or the mapping cannot have huge pages (too short, MADV_NOHUGEPAGE, never
+        written, a guest_memfd, HugeTLB, VM_PFNMAP); -ENOMEM without a huge page, frames for its contents, or over a
+        hole; -EOPNOTSUPP for shmem, whose huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
+        """
+        return self._operate(Operation.COLLAPSE, address, length)
 
     def populate(self, address: int, length: int, *, write: bool = False) -> Result:
         """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL for VM_PFNMAP or without the right, -EFAULT.

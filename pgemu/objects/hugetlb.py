@@ -186,7 +186,8 @@ def meminfo(machine: Core) -> dict[str, int]:
     default = HugetlbPool.of_size(machine, max(machine.config.page_size, W.PAGE_2M))
     pools = _both(machine)
     return {
-        "AnonPages": gauge(W.Gauge.ANONYMOUS_PAGES) * 4,
+        "AnonPages": (gauge(W.Gauge.ANONYMOUS_PAGES) + machine.register(W.R_LARGE_MAPPED)) * 4,
+        "AnonHugePages": gauge(W.Gauge.ANON_HUGE_PAGES) * 2048,
         "PageTables": gauge(W.Gauge.HOST_TABLES) * 4,
         "SecPageTables": gauge(W.Gauge.STAGE2_TABLES) * 4,
         "HugePages_Total": default.nr_hugepages,
@@ -198,16 +199,29 @@ def meminfo(machine: Core) -> dict[str, int]:
     }
 
 
+THP_COUNTERS = {
+    "thp_fault_alloc": W.R_THP_FAULT_ALLOC,
+    "thp_fault_fallback": W.R_THP_FAULT_FALLBACK,
+    "thp_collapse_alloc": W.R_THP_COLLAPSE_ALLOC,
+    "thp_deferred_split_page": W.R_THP_DEFERRED_SPLIT,
+    "thp_split_pmd": W.R_THP_SPLIT_PMD,
+    "thp_zero_page_alloc": W.R_THP_ZERO_PAGE_ALLOC,
+}
+"""Names in /proc/vmstat of what is counted of transparent huge pages, and the registers."""
+
+
 def vmstat(machine: Core) -> dict[str, int]:
     """What /proc/vmstat shows of what pgemu models, with its names: pages."""
     gauge = machine.statistics.gauge
     return {
-        "nr_anon_pages": gauge(W.Gauge.ANONYMOUS_PAGES),
+        "nr_anon_pages": gauge(W.Gauge.ANONYMOUS_PAGES) + machine.register(W.R_LARGE_MAPPED),
+        "nr_anon_transparent_hugepages": gauge(W.Gauge.ANON_HUGE_PAGES),
         "nr_page_table_pages": gauge(W.Gauge.HOST_TABLES),
         "nr_sec_page_table_pages": gauge(W.Gauge.STAGE2_TABLES),
         "nr_hugetlb": _in_use(machine),
         "nr_memmap_pages": gauge(W.Gauge.MEMMAP_PAGES),
         "nr_memmap_boot_pages": gauge(W.Gauge.MEMMAP_BOOT_PAGES),
+        **{name: machine.register(register) for name, register in THP_COUNTERS.items()},
     }
 
 

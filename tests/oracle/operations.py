@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 from oracle.capture import Checkpoint, Operation
 
-PAGE, PMD = 4096, 2 << 20
+PAGE = 4096
 SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 RIGHTS = {"r": 1, "w": 2, "x": 4}
-THP = "transparent huge pages"
 TMPFS = "files of tmpfs"
 
 KINDS = {
@@ -108,26 +107,11 @@ def every(checkpoints: Iterable[Checkpoint]) -> Iterator[Operation]:
 
 
 def left_out(checkpoints: list[Checkpoint]) -> dict[Span, str]:
-    """Mappings of memory that pgemu does not have, and what it is.
-
-    An anonymous mapping may have transparent huge pages if an aligned 2M lies in it, unless it was advised not to: the
-    captured kernels have them always on.
-    """
+    """Mappings of memory that pgemu does not have, and what it is."""
     found: dict[Span, str] = {}
-    advised: list[Span] = []
     for operation in every(checkpoints):
-        if operation.name == "adv" and operation.words[3] == "nohugepage":
-            advised += filter(None, [span_of(operation)])
-    for operation in every(checkpoints):
-        span = span_of(operation)
-        if operation.name != "map" or span is None:
-            continue
-        kind = operation.words[4].split(":")[0]
-        if kind in ("file", "pfile"):
+        if operation.name == "map" and operation.words[4].split(":")[0] in ("file", "pfile"):
+            span = span_of(operation)
+            assert span is not None
             found[span] = TMPFS
-        elif kind == "anon":
-            block = -(-span.start // PMD) * PMD
-            whole = block + PMD <= span.end
-            if whole and not any(other.holds(span) for other in advised):
-                found[span] = THP
     return found

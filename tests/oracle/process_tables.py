@@ -12,10 +12,10 @@ PRESENT, LARGE, PROTNONE = 1, 1 << 7, 1 << 8
 Entries = dict[tuple[int, int], int]  # (address, level): entry
 
 
-def frame(entry: int) -> int:
-    """Frame number of a leaf; its bits are inverted where it is protection-none."""
+def frame(entry: int, level: int = 1) -> int:
+    """First frame number of a leaf; its bits are inverted where it is protection-none."""
     word = entry if entry & PRESENT or not entry & PROTNONE else ~entry
-    return (word & FRAME) >> 12
+    return (word & FRAME & -size_of(level)) >> 12
 
 
 def flags(entry: int) -> int:
@@ -98,7 +98,11 @@ def snapshot(there: tuple[Entries, Entries], here: tuple[Entries, Entries]) -> S
     """Frames of leaves and tables of both sides."""
     return Snapshot(
         *(
-            {(va, level, table): frame(entry) for table in (False, True) for (va, level), entry in side[table].items()}
+            {
+                (va, level, table): frame(entry, 1 if table else level)
+                for table in (False, True)
+                for (va, level), entry in side[table].items()
+            }
             for side in (there, here)
         )
     )

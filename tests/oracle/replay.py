@@ -10,6 +10,8 @@ one, and from one checkpoint of a process to its next an address keeps its frame
 That a freed page comes back is the allocator's choice and is not compared, except for HugeTLB pages, whose pool
 is a stack in both.
 
+Of transparent huge pages the struct pages and what /proc/vmstat counts are compared, too: huge_folios.py.
+
 Which operations are run goes by what they need (operations.py), not by the names of scenarios or files. Memory of a
 kind that pgemu does not have is left out with all that is done to it, and checkpoints from there on count as replayed
 in part: stage 2 is not compared in them. Any other operation that pgemu does not have ends the replay.
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from oracle import huge_folios
 from oracle.capture import Capture, Checkpoint, Operation
 from oracle.guests import Guests, makes_protected_vms
 from oracle.operations import (
@@ -56,6 +59,7 @@ from pgemu_kernels import words as W
 
 PAGE = 4096
 ENOTTY = 25
+ACCESSED = 1 << 5
 HUGE = {"huge2m": W.PAGE_2M, "huge1g": W.PAGE_1G}
 SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
 
@@ -64,20 +68,23 @@ SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
 class Done:
     """Checkpoints of a scenario that were replayed: wholly, and but for memory that is left out.
 
-    left: how many were not, or only in part, by what pgemu would need.
+    left: how many were not, or only in part, by what pgemu would need. aged: entries whose accessed bit the kernel
+    cleared without being asked. huge_pages: pages of transparent huge pages whose struct pages were compared.
     """
 
     whole: int = 0
     in_part: int = 0
     left: dict[str, int] = field(default_factory=dict)
+    aged: int = 0
+    huge_pages: int = 0
 
 
 def machine_like(capture: Capture) -> Machine:
     """The captured machine, with pools that are large enough."""
     return Machine(
         Config("restructure", pool=64 * W.PAGE_2M, page_size=W.PAGE_2M, other_pool=2 * W.PAGE_1G,
-               kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti, nx_huge_pages=capture.haswell,
-               l1tf=capture.haswell, protection_keys=not capture.haswell)
+               buddy=64 * W.PAGE_2M, thp="always", kernel=capture.kernel, stage2=capture.stage2, pti=capture.pti,
+               nx_huge_pages=capture.haswell, l1tf=capture.haswell, protection_keys=not capture.haswell)
     )  # fmt: skip
 
 
@@ -101,6 +108,10 @@ class Replay:
         self.partial = ""  # what memory the scenario has by now that is left out
         self.ranges = list(self._ranges())
         self.guests = Guests(self)
+        self.done = Done()
+        self.leaves_before: dict[int, Entries] = {}  # as captured at a process's last checkpoint
+        self.huge_counted = huge_folios.Counted()
+        self.hugetlb: list[Span] = []  # mappings of HugeTLB memory
         self.file_pages: list[Span] = []  # mappings whose pages stay when they leave the process
 
     def _ranges(self) -> Iterator[Span]:
@@ -127,7 +138,7 @@ class Replay:
 
     def run(self) -> Done:
         """Replay to the end, or to what pgemu does not have. MismatchError at the first checkpoint that differs."""
-        done = Done()
+        done = self.done
         for i, checkpoint in enumerate(self.checkpoints):
             try:
                 for operation in self.new_ones(checkpoint.ops):
@@ -244,6 +255,8 @@ class Replay:
             result = self.process.mmap(self.gmems[rest[0]], at, offset=number(rest[1]), length=size)
         else:
             raise NotModelledError(f"map {name}")
+        if name.removeprefix("s") in HUGE or name in ("hfile", "phfile"):
+            self.hugetlb.append(Span(at, at + size))
         if name not in ("anon", "huge2m", "huge1g"):
             self.file_pages.append(Span(at, at + size))
         return at if result.status == 0 else result.status
@@ -293,7 +306,8 @@ class Replay:
         if advice == "collapse":
             return self.process.madvise_collapse(at, size).status
         if advice in ("nohugepage", "hugepage"):
-            return None  # of memory that has no room for a transparent huge page
+            act = self.process.madvise_hugepage if advice == "hugepage" else self.process.madvise_nohugepage
+            return act(at, size).status
         raise NotModelledError(f"adv {advice}")
 
     def op_lock(self, operation: Operation, address: str, length: str) -> int:
@@ -319,6 +333,7 @@ class Replay:
         if self.child is None:
             self.parent, self.child = self.process, self.process.fork()
             self.process = self.child
+            self.guests.write_own_memory(self.child)
         else:
             self.op_childwait(operation)
 
@@ -378,6 +393,7 @@ class Replay:
         where = f"{self.capture.name} {checkpoint.scenario} {checkpoint.name}"
         away = list(self.left_out)
         leaves, tables = captured_entries(checkpoint, self.ranges)
+        self.age(checkpoint, leaves)
         leaves_here, tables_here = entries_here(self.process, self.ranges)
         tables, tables_here = without(tables, away), without(tables_here, away)
         tables = self.without_own(checkpoint, tables, tables_here)
@@ -385,8 +401,28 @@ class Replay:
         same_flags(f"{where}: tables", tables, tables_here)
         self.compare_frames(where, (leaves, tables), (leaves_here, tables_here))
         self.compare_user_root(where, checkpoint)
+        if not away:
+            self.done.huge_pages += huge_folios.compare_pages(
+                where, self.machine, self.process, checkpoint, self.ranges
+            )
+            self.huge_counted.compare(where, self.machine, checkpoint)
         if not away and not self.guests.made:
             self.compare_counts(where, tables)
+
+    def age(self, checkpoint: Checkpoint, leaves: Entries) -> None:
+        """Clear the accessed bit where it went there though no operation was about the leaf: the kernel aged it, which
+        nobody can foresee (mm/vmscan.c). How many were is in `done.aged`."""
+        before = self.leaves_before.get(self.process.space, {})
+        self.leaves_before[self.process.space] = leaves
+        spans = [span for operation in checkpoint.ops if (span := span_of(operation)) is not None]
+        for key, entry in leaves.items():
+            if before.get(key) != entry | ACCESSED or entry & ACCESSED:
+                continue
+            level, at, ours = self.process.walk(key[0])[-1]
+            own = span_at(*key)
+            if (level, ours) == (key[1], ours | ACCESSED) and not any(own.meets(span) for span in spans):
+                self.machine.arrays.ram[at >> 3] = ours & ~ACCESSED
+                self.done.aged += 1
 
     def without_own(self, checkpoint: Checkpoint, tables: Entries, here: Entries) -> Entries:
         """Tables but for those that only the program's own mappings need, which are not made here."""
@@ -399,10 +435,11 @@ class Replay:
     def compare_frames(self, where: str, there: tuple[Entries, Entries], here: tuple[Entries, Entries]) -> None:
         for (va, level), entry in there[0].items():
             ours = here[0][va, level]
-            if self.is_device(va) and frame(entry) != frame(ours):
-                raise MismatchError(f"{where}: {va:#x}: device frame {frame(ours):#x}, captured {frame(entry):#x}")
-            if level > 1 and not self.is_device(va):
-                self.frames.compare_huge(where, frame(entry), frame(ours))
+            first, first_here = frame(entry, level), frame(ours, level)
+            if self.is_device(va) and first != first_here:
+                raise MismatchError(f"{where}: {va:#x}: device frame {first_here:#x}, captured {first:#x}")
+            if level > 1 and any(span.start <= va < span.end for span in self.hugetlb):
+                self.frames.compare_huge(where, first, first_here)
         self.frames.compare(where, self.process.space, snapshot(there, here))
 
     def compare_user_root(self, where: str, checkpoint: Checkpoint) -> None:

@@ -75,7 +75,7 @@ def machine_of(kind: Kind, capture: Capture) -> Machine:
     common: dict[str, Any] = {
         "pool": 32 * W.PAGE_2M, "page_size": W.PAGE_4K, "kernel": capture.kernel, "stage2": capture.stage2,
         "pti": capture.pti, "nx_huge_pages": capture.haswell, "l1tf": capture.haswell,
-        "protection_keys": not capture.haswell, "large_folios": kind.huge,
+        "protection_keys": not capture.haswell, "large_folios": kind.huge, "thp": "always",
     }  # fmt: skip
     if not kind.pfnmap and kind.huge:
         raise NotModelledError("large folios of the page allocator that entries count")
@@ -225,7 +225,7 @@ class ReplayPfnmap(Replay):
 
     def pfn_at(self, address: int) -> int:
         level, _, entry = self.process.walk(address)[-1]
-        return frame(entry) + ((address & size_of(level) - 1) >> 12)
+        return frame(entry, level) + ((address & size_of(level) - 1) >> 12)
 
     def guest_pfn(self, vm: str, gpa: int) -> int:
         """The frame behind a guest physical address, as stage 2 has it."""

@@ -161,6 +161,14 @@ class KernelParameters:
     `guards`: MADV_GUARD_INSTALL exists (6.13). `huge_pfn`: vmf_insert_pfn_pmd() and _pud() serve VFIO (6.12).
     `thp_modify_drops_dirty`: mprotect of a transparent huge page loses its dirty bit (captured for 6.12 and 6.18:
     pmd_modify() masked it out before it could be saved). `thp_split_drops_dirty`: the pages of a split one are clean.
+    `huge_zero_replaced`: a write to the huge zero page gets a huge page (captured for 6.18 and 7.3:
+    mm/huge_memory.c:do_huge_zero_wp_pmd()), else it is split (captured for 6.12). `reuses_large_folios`: a write to a
+    page of a large folio that is one process's alone makes it writable (captured for 6.18 and 7.3), else it is copied
+    (captured for 6.12). `collapses_read_only`: MADV_COLLAPSE works where no page may be written (6.18, "mm: enable
+    khugepaged anonymous collapse on non-writable regions"). `collapse_skips_holes`: it goes on behind 2M of which
+    nothing is there (SCAN_NO_PTE_TABLE of mm/khugepaged.c:madvise_collapse()), else it ends (SCAN_PMD_NONE).
+    `collapse_batches`: it unmaps the pages of a large folio together (captured for 6.18 and 7.3), else one by one, so
+    that the folio is deferred for its split (captured for 6.12).
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
     `arm_two_bit_xn`: KVM writes XN[1:0] of FEAT_XNX (arm64/kvm/hyp/pgtable.c:stage2_set_xn_attr()), else bit 54.
     `arm_locked`: an Arm entry between break and make (KVM_INVALID_PTE_LOCKED; a type in bits 63:60 from 7.1 on).
@@ -194,6 +202,11 @@ class KernelParameters:
     dirty_entries: bool = True
     merges_unfaulted: bool = True
     gigantic_surplus: bool = False
+    huge_zero_replaced: bool = True
+    reuses_large_folios: bool = True
+    collapses_read_only: bool = True
+    collapse_skips_holes: bool = False
+    collapse_batches: bool = True
 
 
 KERNELS: dict[str, KernelParameters] = {
@@ -201,7 +214,8 @@ KERNELS: dict[str, KernelParameters] = {
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
         special_huge_zero=False, guards=False, recovers_huge_pages=False, merges_unfaulted=False,
         guest_memfd_mmap=False, remap_moves_many=False, dirty_entries=False, thp_modify_drops_dirty=True,
-        marks_zapped=True, hwpoison=1 << 20,
+        marks_zapped=True, hwpoison=1 << 20, huge_zero_replaced=False, reuses_large_folios=False,
+        collapses_read_only=False, collapse_batches=False,
     ),
     "6.18": KernelParameters(
         "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True
@@ -209,6 +223,7 @@ KERNELS: dict[str, KernelParameters] = {
     "7.3": KernelParameters(
         "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, False, BootMarks.ALL, False,
         arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True, gigantic_surplus=True,
+        collapse_skips_holes=True,
     ),
 }  # fmt: skip
 """The kernels that pgemu runs."""

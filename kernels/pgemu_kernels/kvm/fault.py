@@ -21,6 +21,7 @@ from pgemu_kernels.engine.rows import (
     vm_row,
 )
 from pgemu_kernels.engine.shareability import is_shared
+from pgemu_kernels.folios.anonymous_folios import is_of_anonymous_folio, set_large_dirty
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, mark_accessed, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
@@ -43,7 +44,7 @@ from pgemu_kernels.words.operations import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
-from pgemu_kernels.words.registers import R_BOOT_FRAMES, R_FRAMES, R_GUEST_PAGES, R_POOL_BASE
+from pgemu_kernels.words.registers import R_BOOT_FRAMES, R_FRAMES, R_GUEST_PAGES, R_MARKS_ZAPPED, R_POOL_BASE
 from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_DIRTY,
@@ -321,6 +322,9 @@ def _release_page(m, pfn, host_level, writable):
     if pfn < m.state[R_FRAMES]:
         if writable:
             set_folio_dirty(m, pfn)
+    elif is_of_anonymous_folio(m, pfn):
+        if writable and m.state[R_MARKS_ZAPPED] == U0:  # 6.12 marks it when the leaf goes
+            set_large_dirty(m, pfn)
     elif host_level > U1:
         mark_accessed(m, pfn)
     elif writable:

@@ -18,6 +18,7 @@ from pgemu_kernels.folios.page_cache import cache_free
 from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
 from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
+from pgemu_kernels.stage2.tdp_mmu import mark_range
 from pgemu_kernels.tables.walker import free_table
 from pgemu_kernels.words.enum_words import (
     EVENT_TLB_FLUSH_VM,
@@ -87,6 +88,7 @@ _S_WORDS = U(S_WORDS)
 _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 USER_END = U((1 << 47) - 4096)
 _MOST_PAGES = U((1 << 31) - 1)  # KVM_MEM_MAX_NR_PAGES
+_ALL_GFNS = U(1 << 36)  # four levels reach 48 bits
 _GENERATIONS = U((1 << 19) - 1)  # MMIO_SPTE_GEN_MASK
 _NOTHING, _CREATE, _MOVE, _FLAGS_ONLY = 0, 1, 2, 3
 
@@ -100,6 +102,7 @@ def drop_tree(m, row):
 
     The frame of the root is kept for the new one. A mirror stays (KVM_DIRECT_ROOTS): only its leaves can be dropped.
     """
+    mark_range(m, m.state[row + V_ROOT], U0, _ALL_GFNS)
     dropped = drop_stage2_tree(m, m.state[row + V_ROOT])
     m.state[row + V_UNLOADED] = U1
     if dropped != 0:
@@ -133,6 +136,7 @@ def drop_slot_leaves(m, slot):
         drop_tree(m, row)
         return
     base = state[slot + M_BASE_GFN]
+    mark_range(m, state[row + V_ROOT], base, base + state[slot + M_PAGES])
     zap_slot(m, slot, base, base + state[slot + M_PAGES], FILTER_BOTH)
     flush_vm(m, state[slot + M_VM])
 
@@ -363,6 +367,7 @@ def set_memory_region(m, op):
 @kernel
 def free_tree(m, root):
     """A stage-2 root goes with all below it."""
+    mark_range(m, root, U0, _ALL_GFNS)
     drop_stage2_tree(m, root)
     free_table(m, root >> U12, GAUGE_STAGE2_TABLES)
 

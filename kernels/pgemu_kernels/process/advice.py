@@ -1,4 +1,7 @@
-"""Flags of mappings that a process sets: mlock() and munlock(), MADV_DONTFORK and _DOFORK. mm/mlock.c, mm/madvise.c"""
+"""Flags of mappings that a process sets: mlock(), MADV_DONTFORK, MADV_HUGEPAGE, and their opposites.
+
+mm/mlock.c, mm/madvise.c, mm/khugepaged.c
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pgemu_kernels.process.fault import mm_populate
 from pgemu_kernels.process.madvise import over_vmas
 from pgemu_kernels.process.record import has_ended
 from pgemu_kernels.process.vma import next_vma, split_vma, vma_merge
-from pgemu_kernels.words.enum_words import FLAG_LOCKED, FLAG_POPULATE, OP_DONTFORK
+from pgemu_kernels.words.enum_words import FLAG_LOCKED, FLAG_POPULATE, FLAG_WRITE, OP_DONTFORK
 from pgemu_kernels.words.operations import EAGAIN, EINVAL, ENOMEM, VM_FAULT_OOM
 from pgemu_kernels.words.rows import (
     A_END,
@@ -24,7 +27,9 @@ from pgemu_kernels.words.rows import (
     O_OP,
     O_SPACE,
     VM_DONTCOPY,
+    VM_HUGEPAGE,
     VM_LOCKED,
+    VM_NOHUGEPAGE,
     VM_PFNMAP,
     VMA_HUGETLB,
 )
@@ -103,3 +108,14 @@ def _advise_fork(m, op, row, start, end):
 
 
 advise_fork = over_vmas(outlined, _advise_fork)
+
+
+@outlined
+def _advise_huge(m, op, row, start, end):
+    """MADV_HUGEPAGE with flag WRITE, else MADV_NOHUGEPAGE; of any mapping: mm/khugepaged.c:hugepage_madvise()."""
+    flags = m.state[row + A_FLAGS] & ~(VM_HUGEPAGE | VM_NOHUGEPAGE)
+    wanted = m.state[op + O_FLAGS] & FLAG_WRITE != U0
+    return np.int64(set_flags(m, row, start, end, flags | (VM_HUGEPAGE if wanted else VM_NOHUGEPAGE)))
+
+
+advise_huge = over_vmas(outlined, _advise_huge)

@@ -8,6 +8,19 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
+from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
+    copy_from_large,
+    defer_split,
+    is_large_anonymous,
+    is_page_exclusive,
+    large_mapcount,
+    maybe_mapped_shared,
+    put_large,
+    remove_rmap_ptes,
+    set_page_exclusive,
+)
+from pgemu_kernels.folios.folio import reference_count, struct_page
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.entries import holds_page, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
@@ -24,8 +37,16 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_ANONYMOUS_PAGES,
 )
 from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
-from pgemu_kernels.words.registers import R_ZERO_FRAME
-from pgemu_kernels.words.rows import A_PROT, A_SPACE, PAGE_CACHED, PAGE_EXCLUSIVE, PAGE_MAPPINGS, PROT_WRITE, S_RSS
+from pgemu_kernels.words.registers import R_REUSES_LARGE, R_ZERO_FRAME
+from pgemu_kernels.words.rows import (
+    A_PROT,
+    A_SPACE,
+    PAGE_CACHED,
+    PAGE_EXCLUSIVE,
+    PAGE_MAPPINGS,
+    PROT_WRITE,
+    S_RSS,
+)
 
 U = np.uint64
 
@@ -48,9 +69,22 @@ def new_page(m):
     return frame
 
 
+@outlined
+def unmap_large(m, space, frame, n):
+    """The same of `n` pages in a row of a large folio: folio_remove_rmap_ptes(), folio_put_refs()."""
+    head = compound_head(m, frame)
+    m.state[space_row(space) + S_RSS] -= n
+    if remove_rmap_ptes(m, head, frame, n, space):
+        defer_split(m, head)
+    put_large(m, head, n)
+
+
 @kernel
 def unmap_page(m, space, frame):
     """folio_remove_rmap_pte() and put_page(): one mapping less; the page goes with its last one if no file holds it."""
+    if is_large_anonymous(m.state, frame):
+        unmap_large(m, space, frame, U1)
+        return
     word = U(m.counts[frame]) - U1
     m.counts[frame] = np.uint32(word)
     m.state[space_row(space) + S_RSS] -= U1
@@ -102,6 +136,14 @@ def _fill_new_page(m, row, slot):
 
 
 @kernel
+def _copy_page(m, frame, old):
+    if is_large_anonymous(m.state, old):
+        copy_from_large(m, frame, old)
+    else:
+        copy_frame(m.ram, frame, old)
+
+
+@kernel
 def _copy_on_write(m, row, address, slot):
     """wp_page_copy(): a new page with the contents of the old one, or of zeroes for the zero page."""
     state = m.state
@@ -115,7 +157,7 @@ def _copy_on_write(m, row, address, slot):
         fill_frame(m.ram, frame, U0)
         charge_one(m, EVENT_PAGE_ZEROED)
     else:
-        copy_frame(m.ram, frame, pte_pfn(old))
+        _copy_page(m, frame, pte_pfn(old))
         charge_one(m, EVENT_PAGE_COPIED)
     notify_range(m, space, address, address + U(4096))
     if old & PTE_SPECIAL == U0:
@@ -130,14 +172,48 @@ def _copy_on_write(m, row, address, slot):
 
 
 @kernel
+def is_anon_exclusive(m, frame):
+    """PageAnonExclusive(): whether a page of anonymous memory, or the head of a 2M leaf's, is one mapping's alone."""
+    if is_large_anonymous(m.state, frame):
+        return is_page_exclusive(m, frame)
+    return U(m.counts[frame]) & PAGE_EXCLUSIVE != U0
+
+
+@outlined
+def _can_reuse_large(m, frame):
+    """wp_can_reuse_anon_folio() of a page of a large folio: all its mappings are one process's, and nobody else has a
+    reference: __wp_can_reuse_large_anon_folio(), 6.15. Before none is, so that the folio may go sooner."""
+    if is_page_exclusive(m, frame):
+        return True
+    head = compound_head(m, frame)
+    page = struct_page(m, head)
+    mapped = large_mapcount(m.ram, page)
+    if m.state[R_REUSES_LARGE] == U0 or mapped <= U1 or maybe_mapped_shared(m.ram, page):
+        return False
+    if reference_count(m.ram, page) != mapped:
+        return False
+    set_page_exclusive(m, frame, True)
+    return True
+
+
+@kernel
+def _can_reuse(m, frame):
+    """wp_can_reuse_anon_folio(), after which the page is this mapping's alone."""
+    if is_large_anonymous(m.state, frame):
+        return _can_reuse_large(m, frame)
+    word = U(m.counts[frame])
+    if word & PAGE_EXCLUSIVE == U0 and word & (PAGE_MAPPINGS | PAGE_CACHED) != U1:
+        return False
+    m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
+    return True
+
+
+@kernel
 def _write_protected(m, row, address, slot):
     """do_wp_page(): a page of this mapping alone is made writable, any other is copied."""
     entry = m.ram[slot]
     if entry & PTE_SPECIAL == U0:
-        frame = pte_pfn(entry)
-        word = U(m.counts[frame])
-        if word & PAGE_EXCLUSIVE != U0 or word & (PAGE_MAPPINGS | PAGE_CACHED) == U1:
-            m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
+        if _can_reuse(m, pte_pfn(entry)):
             m.ram[slot] = make_writable(pte_mkdirty(entry | PTE_ACCESSED))
             charge_one(m, EVENT_LEAF_WRITTEN)
             return np.int64(VM_FAULT_NOPAGE)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U12
 from pgemu_kernels.engine.compile import kernel
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.formats.bits import (
     ACCESSED,
     ADDRESS,
@@ -66,6 +67,12 @@ def pte_pfn(entry):
 
 
 @kernel
+def leaf_pfn(entry, level):
+    """The same of a leaf of any level: pmd_pfn(), pud_pfn(). Only the bits of the frame's own number are inverted."""
+    return pte_pfn(entry) & ~((size_of(level) >> U12) - U1)
+
+
+@kernel
 def vm_page_prot(state, row):
     """vm_page_prot: the permission and cache bits of a VMA's entries. mm/mmap.c:protection_map, PAGE_*.
 
@@ -110,11 +117,14 @@ def protect_from_writes(entry):
 
 
 @kernel
-def modify(entry, bits, large):
-    """pte_modify(): other permissions for an entry that holds a page. `large`: bit 7 or 0."""
+def modify(entry, bits, large, inverted):
+    """pte_modify(), pmd_modify(): other permissions for an entry that holds a page. `large`: bit 7 or 0.
+
+    `inverted`: the address bits that are inverted where nobody may access the page.
+    """
     value = (entry & _KEPT) | (bits & ~_KEPT) | large
     if is_protnone(entry) != is_protnone(value):
-        value ^= PTE_ADDRESS
+        value ^= inverted
     if entry & PTE_WRITE != U0 and entry & PTE_PRESENT != U0:
         if value & PTE_WRITE == U0 and value & PTE_DIRTY != U0:
             return (value & ~PTE_DIRTY) | PTE_SAVED_DIRTY

@@ -11,9 +11,9 @@ from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import given_later
 from pgemu_kernels.engine.rows import find_vma, space_root, stop
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.anonymous import anonymous_fault
-from pgemu_kernels.process.entries import access_allowed, holds_page, pte_pfn
+from pgemu_kernels.process.entries import access_allowed, holds_page, leaf_pfn
 from pgemu_kernels.process.guest_memfd_4k import guest_memfd_fault
+from pgemu_kernels.process.huge_memory import private_fault
 from pgemu_kernels.process.hugetlb import hugetlb_fault
 from pgemu_kernels.process.pfn import pfn_fault
 from pgemu_kernels.process.tables import lookup_address, space_row
@@ -72,7 +72,7 @@ def handle_mm_fault(m, space, row, address, write):
         return np.int64(designs_fault(m, space, address, write))
     charge_one(m, EVENT_HOST_FAULT)
     if kind == VMA_ANONYMOUS:
-        status = anonymous_fault(m, row, page, write)
+        status = private_fault(m, row, page, write)
     elif kind == VMA_HUGETLB:
         status = hugetlb_fault(m, row, page, write)
     elif kind == VMA_GUEST_MEMFD_4K:
@@ -214,7 +214,7 @@ def _followed(m, space, address):
         return np.int64(-EFAULT), U0, U0, False, False
     inside = (address & (size_of(level) - U1)) >> U12
     special = entry & PTE_SPECIAL != U0
-    return np.int64(0), pte_pfn(entry) + inside, level, entry & PTE_WRITE != U0, not special
+    return np.int64(0), leaf_pfn(entry, level) + inside, level, entry & PTE_WRITE != U0, not special
 
 
 @outlined

@@ -10,11 +10,15 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
+from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, compound_head, is_large_anonymous
 from pgemu_kernels.folios.boot import process_root
+from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.entries import holds_page, protect_from_writes, pte_pfn
+from pgemu_kernels.process.huge_memory import copy_huge_pmd
+from pgemu_kernels.process.huge_pmd import is_huge_anonymous
 from pgemu_kernels.process.tables import (
     free_pgtables,
     gather,
@@ -119,15 +123,25 @@ def make_space(m):
 
 
 @kernel
-def _copied(m, row, slot):
+def _duplicate(m, frame, space):
+    """folio_try_dup_anon_rmap_pte(): a process maps a page once more, which is no mapping's alone any longer."""
+    if is_large_anonymous(m.state, frame):
+        head = compound_head(m, frame)
+        add_references(m.ram, struct_page(m, head), U1)
+        add_rmap_ptes(m, head, frame, U1, space, False)
+        return
+    m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
+    charge_one(m, EVENT_RMAP_CHANGED)
+
+
+@kernel
+def _copied(m, row, space, slot):
     """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
     state = m.state
     entry = m.ram[slot]
     if state[row + A_FLAGS] & VM_SHARED == U0:
         if entry & PTE_SPECIAL == U0:
-            frame = pte_pfn(entry)
-            m.counts[frame] = np.uint32((U(m.counts[frame]) & ~PAGE_EXCLUSIVE) + U1)
-            charge_one(m, EVENT_RMAP_CHANGED)
+            _duplicate(m, pte_pfn(entry), space)
         if entry & U1 != U0 and entry & PTE_WRITE != U0:
             entry = protect_from_writes(entry)
             m.ram[slot] = entry
@@ -148,7 +162,7 @@ def _copy_level1(m, row, child, address, stop_, slot):
         entry = m.ram[slot]
         if entry != U0:
             if holds_page(entry):
-                m.ram[target] = _copied(m, row, slot)
+                m.ram[target] = _copied(m, row, space, slot)
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, U1)
@@ -180,7 +194,11 @@ def _copy_small(m, row, child):
         target = need_slot(m, state[child + A_SPACE], address, level)
         if target == NONE:
             return np.int64(-ENOMEM)
-        if holds_page(m.ram[slot]):
+        if is_huge_anonymous(state, row, m.ram[slot], level):
+            if copy_huge_pmd(m, row, child, slot, target) != 0:
+                return np.int64(-ENOMEM)
+            gather(m, address, level)
+        elif holds_page(m.ram[slot]):
             m.ram[target] = m.ram[slot] & ~PTE_ACCESSED  # special: copy_huge_pmd(), copy_huge_pud()
             change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
             charge_one(m, EVENT_LEAF_WRITTEN)

@@ -11,10 +11,11 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
-from pgemu_kernels.process.advice import advise_fork, mlock
+from pgemu_kernels.process.advice import advise_fork, advise_huge, mlock
 from pgemu_kernels.process.fault import access
 from pgemu_kernels.process.files import close_file, fallocate, punch_hole, set_revoked
 from pgemu_kernels.process.fork import end_process, fork
+from pgemu_kernels.process.khugepaged import madvise_collapse
 from pgemu_kernels.process.madvise import guard, mprotect, populate, read_smaps, zap_mappings
 from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import mremap, munmap
@@ -22,8 +23,10 @@ from pgemu_kernels.process.record import has_ended
 from pgemu_kernels.stage2.release import waits_for_release
 from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,
+    OP_ADVISE_HUGE,
     OP_ALLOCATE,
     OP_CLOSE,
+    OP_COLLAPSE,
     OP_DOFORK,
     OP_DONTFORK,
     OP_EXIT,
@@ -88,6 +91,8 @@ _of_processes = by_number(
         (OP_LOCK, mlock),
         (OP_DONTFORK, advise_fork),
         (OP_DOFORK, advise_fork),
+        (OP_ADVISE_HUGE, advise_huge),
+        (OP_COLLAPSE, madvise_collapse),
         (OP_FORK, fork),
         (OP_EXIT, _exit),
     ),

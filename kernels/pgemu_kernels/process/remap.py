@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import find_vma, space_root
 from pgemu_kernels.formats.bits import PTE_SOFT_DIRTY
 from pgemu_kernels.process.entries import holds_page, points_to_table
-from pgemu_kernels.process.tables import below, gather, lookup_address, need_slot
+from pgemu_kernels.process.huge_memory import split_and_notify
+from pgemu_kernels.process.huge_pmd import is_huge_anonymous
+from pgemu_kernels.process.tables import gather, lookup_address, need_slot, slot_of_level
 from pgemu_kernels.process.zapping import drop_large_pfn
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.words.enum_words import EVENT_LEAF_CLEARED, EVENT_LEAF_WRITTEN
@@ -24,19 +26,6 @@ def _extent(at, to, end, level):
     size = size_of(level)
     left = min(size - (at & (size - U1)), end - at)
     return min(left, size - (to & (size - U1)))
-
-
-@kernel
-def _slot_of(m, root, address, level):
-    """Slot of a level for an address, or NONE where the tables do not reach that far down."""
-    slot = (root >> U3) + index_at(address >> U12, U4)
-    at = U4
-    while at > level:
-        if not points_to_table(m.ram[slot]):
-            return NONE
-        at -= U1
-        slot = below(m, slot) + (address >> shift_of(at) & U511)
-    return slot
 
 
 @kernel
@@ -71,7 +60,7 @@ def _move_entries(m, root, space, at, to, length):
 @kernel
 def _move_large(m, space, source, target, at, level, step):
     """move_huge_pmd(): a large entry goes whole, soft-dirty set, if all of it moves to a place like its own; else it is
-    dropped as __split_huge_pmd() drops one that is not anonymous memory's."""
+    dropped as __split_huge_pmd() drops one that is not anonymous memory's. A table deposited for it stays so."""
     if step != size_of(level) or m.ram[target] != U0:
         drop_large_pfn(m, find_vma(m.state, space, at), at, level)
         return
@@ -79,6 +68,16 @@ def _move_large(m, space, source, target, at, level, step):
     m.ram[source] = U0
     charge_one(m, EVENT_LEAF_CLEARED)
     charge_one(m, EVENT_LEAF_WRITTEN)
+
+
+@kernel
+def _split_unaligned(m, space, source, target, at, level, step):
+    """Whether a large entry that cannot move whole is a huge page of anonymous memory, which is split then."""
+    row = find_vma(m.state, space, at)
+    if (step == size_of(level) and m.ram[target] == U0) or not is_huge_anonymous(m.state, row, m.ram[source], level):
+        return False
+    split_and_notify(m, row, source, at)
+    return True
 
 
 @outlined
@@ -94,13 +93,13 @@ def move_page_tables(m, space, at, to, length):
         step = U0
         for level in (U3, U2):
             step = _extent(at, to, end, level)
-            source = _slot_of(m, root, at, level)
+            source = slot_of_level(m, root, at, level)
             if source == NONE or m.ram[source] == U0:
                 break
             target = need_slot(m, space, to, level)
             if target == NONE:
                 return np.int64(-ENOMEM)
-            if not points_to_table(m.ram[source]):
+            if not points_to_table(m.ram[source]) and not _split_unaligned(m, space, source, target, at, level, step):
                 _move_large(m, space, source, target, at, level, step)
                 gather(m, at, level)
                 break

@@ -66,6 +66,19 @@ def holds_guard(m, space, address):
 
 
 @kernel
+def slot_of_level(m, root, address, level):
+    """Slot of a level for an address, or NONE where the tables do not reach that far down."""
+    slot = (root >> U3) + index_at(address >> U12, U4)
+    at = U4
+    while at > level:
+        if not points_to_table(m.ram[slot]):
+            return NONE
+        at -= U1
+        slot = below(m, slot) + (address >> shift_of(at) & U511)
+    return slot
+
+
+@kernel
 def level1_table(m, root, page):
     """The last-level table that covers `page` and 512, or NONE and how many pages an entry of the level covers that
     points to no table."""

@@ -11,6 +11,7 @@ from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import clear_words, find_vma, free_row, inode_row, space_root, vma_row
 from pgemu_kernels.folios.huge_pages import level_of_order
 from pgemu_kernels.process.entries import holds_page, points_to_table
+from pgemu_kernels.process.huge_pmd import is_huge_anonymous, split_huge_pmd
 from pgemu_kernels.process.tables import below, lookup_address
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
@@ -173,9 +174,18 @@ notify = full_only(_notify, _notify_pages)
 
 
 @outlined
+def _split_any(m, row, slot):
+    if is_huge_anonymous(m.state, row, m.ram[slot], U2):
+        split_huge_pmd(m, row, slot)
+
+
+_split_huge = full_only(_split_any, None)  # the fast loops know no huge pages of anonymous memory
+
+
+@outlined
 def _notify_split(m, row, address):
     """A VMA is about to be cut at an address: if that lies inside a 2M block which the VMA holds whole, VMs lose what
-    lies over the block, although it holds no huge page.
+    lies over the block, although it may hold no huge page; one that it holds is split.
 
     mm/huge_memory.c:split_huge_pmd_if_needed(), __split_huge_pmd(): the notifier runs before anybody looks whether
     the entry is a huge one; only a table of 2M entries must be there (captured: mprotect of two pages).
@@ -187,6 +197,7 @@ def _notify_split(m, row, address):
     slot, level = _slot_of_level3(m, row, address)
     if level == U3 and points_to_table(m.ram[slot]):
         notify(m, row, first, last)
+        _split_huge(m, row, below(m, slot) + index_at(address >> U12, U2))
 
 
 # --------------------------------------------------------------------------- anon_vma and merging

@@ -16,13 +16,22 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row, space_root, vma_overlap
+from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
+    defer_split,
+    is_large_anonymous,
+    put_large,
+    remove_rmap_ptes,
+)
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, remove_mapping, struct_page
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
-from pgemu_kernels.process.anonymous import unmap_page
+from pgemu_kernels.process.anonymous import is_anon_exclusive, unmap_page
 from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
 from pgemu_kernels.process.guest_memfd_4k import set_folio_dirty
+from pgemu_kernels.process.huge_memory import change_huge_pmd, split_and_notify
+from pgemu_kernels.process.huge_pmd import is_huge_anonymous, zap_huge_pmd
 from pgemu_kernels.process.tables import (
     gather,
     gather_begin,
@@ -46,7 +55,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER, R_THP_SPLIT_PMD, R_UNMAPPING
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
@@ -63,7 +72,6 @@ from pgemu_kernels.words.rows import (
     I_PAGES,
     I_TOLD,
     INODE_GUEST_MEMFD,
-    PAGE_EXCLUSIVE,
     PROT_WRITE,
     S_RSS,
     VM_RESERVATION_OWNER,
@@ -102,9 +110,33 @@ def _forget_folio(m, row, entry):
 
 
 @kernel
+def defer_unmapped(m):
+    """What zap_present_folio_ptes() does per batch of pages of a large folio: it waits to be split if some are left."""
+    if m.state[R_UNMAPPING] != U0:
+        defer_split(m, m.state[R_UNMAPPING] - U1)
+        m.state[R_UNMAPPING] = U0
+
+
+@outlined
+def forget_large(m, space, frame):
+    """A 4K entry of a page of a large folio is gone, one of a batch that ends with defer_unmapped()."""
+    head = compound_head(m, frame)
+    if m.state[R_UNMAPPING] != head + U1:
+        defer_unmapped(m)
+    m.state[space_row(space) + S_RSS] -= U1
+    if remove_rmap_ptes(m, head, frame, U1, space):
+        m.state[R_UNMAPPING] = head + U1
+    if put_large(m, head, U1):
+        m.state[R_UNMAPPING] = U0
+
+
+@kernel
 def _forget_page(m, row, entry):
     if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
         return _forget_folio(m, row, pte_pfn(entry) << U12)
+    if is_large_anonymous(m.state, pte_pfn(entry)):
+        forget_large(m, m.state[row + A_SPACE], pte_pfn(entry))
+        return np.int64(0)
     if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
         set_folio_dirty(m, pte_pfn(entry))
     unmap_page(m, m.state[row + A_SPACE], pte_pfn(entry))
@@ -131,16 +163,33 @@ def _owe_designs(m, row, cleared):
 @outlined
 def _clear_large(m, row, page, end):
     """The entry of 2M or 1G over `page`, if there is one, goes whole. If only a part of it lies in [page, end) VMs are
-    told of all of it: huge_memory.c:__split_huge_pmd(), __split_huge_pud() of an entry that is not anonymous memory's.
+    told of all of it: huge_memory.c:__split_huge_pmd(), __split_huge_pud(). Then one of anonymous memory is split; that
+    is what is returned: 4K entries are there to be cleared.
     """
     slot, level = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), page << U12)
     if m.ram[slot] == U0:
-        return
+        return False
     size = size_of(level) >> U12
     first = page & ~(size - U1)
-    if first < page or first + size > end:
+    part = first < page or first + size > end
+    if is_huge_anonymous(m.state, row, m.ram[slot], level):
+        if part:
+            split_and_notify(m, row, slot, page << U12)
+        else:
+            zap_huge_pmd(m, row, slot, page << U12)
+        return part
+    if part:
         notify(m, row, first << U12, (first + size) << U12)
+        _count_split(m.state, level)
     _drop_large(m, row, slot, page << U12, level)
+    return False
+
+
+@kernel
+def _count_split(state, level):
+    """THP_SPLIT_PMD counts every kind of 2M leaf."""
+    if level == U2:
+        state[R_THP_SPLIT_PMD] += U1
 
 
 @kernel
@@ -158,7 +207,8 @@ _holds_page = full_only(_holds, _present)  # entries of the designs are present 
 _forget = full_only(_forget_page, _forget_folio)
 _gather = full_only(_gather_page, None)  # it is counted how many of the designs' entries went, not where
 _owe_flush = full_only(_owe_designs, _owe)
-_large_cleared = full_only(_clear_large, None)  # the fast loops know none
+_large_cleared = full_only(_clear_large, False)  # the fast loops know none
+_batch_ended = full_only(defer_unmapped, None)
 
 
 @kernel
@@ -178,8 +228,8 @@ def _zap_small(m, row, start, end, guards):
         table, pages = level1_table(m, root, page)
         stop = min(last, (page & ~(pages - U1)) + pages)
         if table == NONE:
-            _large_cleared(m, row, page, last)
-            page = stop
+            if not _large_cleared(m, row, page, last):
+                page = stop
             continue
         for index in range(page & U511, (stop - U1 & U511) + U1):
             entry = ram[table + index]
@@ -192,6 +242,7 @@ def _zap_small(m, row, start, end, guards):
             elif guards and entry != U0:
                 ram[table + index] = U0
         page = stop
+    _batch_ended(m)
     if cleared != 0:
         count_host_leaf(m, -cleared)
         charge(m, EVENT_LEAF_CLEARED, cleared)
@@ -323,6 +374,7 @@ def drop_large_pfn(m, row, address, level):
     slot, at = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), address)
     if at >= level and m.ram[slot] & PTE_LARGE != U0 and holds_page(m.ram[slot]):
         notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
+        _count_split(m.state, at)
         _drop_large(m, row, slot, address, at)
 
 
@@ -330,22 +382,23 @@ def drop_large_pfn(m, row, address, level):
 
 
 @kernel
-def _changed(m, row, entry, bits, large):
+def _changed(m, row, entry, bits, level):
     """An entry with the VMA's new rights; a private page of this mapping alone becomes writable at once.
 
     mm/mprotect.c:change_pte_range(), can_change_pte_writable().
     """
-    value = modify(entry, bits, large)
+    value = modify(entry, bits, PTE_LARGE if level > U1 else U0, PTE_ADDRESS & ~(size_of(level) - U1))
     state = m.state
-    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and large == U0:
-        if value & PTE_SPECIAL == U0 and U(m.counts[pte_pfn(value)]) & PAGE_EXCLUSIVE != U0:
+    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and level == U1:
+        if value & PTE_SPECIAL == U0 and is_anon_exclusive(m, pte_pfn(value)):
             return make_writable(value)
     return value
 
 
 @outlined
 def _protect_small(m, row, start, end):
-    """change_protection_range() of a VMA that is not HugeTLB; a large entry of which only a part changes is dropped."""
+    """change_protection_range() of a VMA that is not HugeTLB; a large entry of which only a part changes is dropped,
+    one of anonymous memory split."""
     root = space_root(m.state, m.state[row + A_SPACE])
     bits = vm_page_prot(m.state, row)
     changed = np.int64(0)
@@ -356,10 +409,17 @@ def _protect_small(m, row, start, end):
             size = size_of(level)
             first = address & ~(size - U1)
             if holds_page(m.ram[slot]):
-                if address != first or first + size > end:
+                part = address != first or first + size > end
+                if is_huge_anonymous(m.state, row, m.ram[slot], level):
+                    if part:
+                        split_and_notify(m, row, slot, address)
+                        continue
+                    change_huge_pmd(m, row, slot)
+                    gather(m, address, level)
+                elif part:
                     drop_large_pfn(m, row, address, level)
                 else:
-                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, PTE_LARGE)
+                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, level)
                     changed += 1
                     gather(m, address, level)
             address = first + size
@@ -368,7 +428,7 @@ def _protect_small(m, row, start, end):
         while address < stop:
             entry = m.ram[slot]
             if entry != U0 and holds_page(entry):
-                m.ram[slot] = _changed(m, row, entry, bits, U0)
+                m.ram[slot] = _changed(m, row, entry, bits, U1)
                 changed += 1
                 gather(m, address, U1)
             slot += U1
@@ -378,7 +438,7 @@ def _protect_small(m, row, start, end):
 
 @kernel
 def _protect_huge_entry(m, row, slot, level):
-    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE)
+    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE, PTE_ADDRESS)
     charge_one(m, EVENT_LEAF_WRITTEN)
 
 

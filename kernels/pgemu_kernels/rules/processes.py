@@ -8,20 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U32, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U18, U32, U511, U512
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.rows import broken, find_vma, inode_row, space_root, vma_row
-from pgemu_kernels.folios.folio import COUNTS, MAPPING, struct_page
+from pgemu_kernels.folios.anonymous_folios import (
+    compound_head,
+    is_large_anonymous,
+    is_of_anonymous_folio,
+    is_page_exclusive,
+)
+from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, struct_page
 from pgemu_kernels.folios.guest_folios import subpool_row
 from pgemu_kernels.folios.hstate import hstate_of_order, order_of_hstate
 from pgemu_kernels.folios.huge_pages import huge_mapcount, level_of_order
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
+from pgemu_kernels.process.entries import holds_page, leaf_pfn, points_to_table, pte_pfn
 from pgemu_kernels.process.tables import below, space_row
 from pgemu_kernels.process.vma import RESERVED, huge_order, page_offset
+from pgemu_kernels.rules.anonymous_folios import check_anonymous_folios
 from pgemu_kernels.rules.invariants import check_host_leaf, expect, expect_gauge
 from pgemu_kernels.rules.pools import check_pools
 from pgemu_kernels.words.enum_words import (
@@ -34,7 +41,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
     GAUGE_PAGE_CACHE_PAGES,
 )
-from pgemu_kernels.words.registers import R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
+from pgemu_kernels.words.registers import R_HUGE_ZERO_FRAME, R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_INODE,
@@ -43,7 +50,9 @@ from pgemu_kernels.words.rows import (
     A_RESERVED,
     FOUND_ANONYMOUS,
     FOUND_CACHED,
+    FOUND_HUGE_ANONYMOUS,
     FOUND_HUGE_MAPPED,
+    FOUND_LARGE_MAPPED,
     FOUND_MAPCOUNTS,
     FOUND_MAPPED,
     FOUND_NODES,
@@ -66,6 +75,7 @@ from pgemu_kernels.words.rows import (
     PAGE_DIRTY,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
+    S_DEPOSITED,
     S_RSS,
     S_USER_ROOT,
     VM_PFNMAP,
@@ -128,6 +138,34 @@ def _check_huge(m, row, address, level, entry, found):
         expect(m, (word & PTE_ADDRESS) >> U12 == head, BROKEN_WRONG_PFN, address >> U12)
 
 
+@kernel
+def _is_in_place(m, row, address, pfn):
+    """Whether a page of a large folio is the one that its index says for an address: linear_page_index()."""
+    head = compound_head(m, pfn)
+    index = m.ram[struct_page(m, head) + INDEX] + (pfn - head)
+    return index == page_offset(m.state, row, address)
+
+
+@outlined
+def _check_large(m, row, address, level, entry, found):
+    """An entry of 2M, or of 4K of a large folio, of anonymous memory; the huge zero page is nobody's to write."""
+    pfn = leaf_pfn(entry, level)
+    writable = entry & PTE_PRESENT != U0 and entry & PTE_WRITE != U0
+    if level == U2:
+        found[FOUND_HUGE_ANONYMOUS] += 1
+        expect(m, pfn & U511 == U0, BROKEN_WRONG_PFN, address >> U12)
+    if level == U2 and pfn == m.state[R_HUGE_ZERO_FRAME]:
+        expect(m, not writable, BROKEN_WRONG_PFN, address >> U12)
+        return
+    if not is_large_anonymous(m.state, pfn) or not is_of_anonymous_folio(m, pfn):
+        broken(m.state, BROKEN_WRONG_PFN, address >> U12)
+        return
+    found[FOUND_LARGE_MAPPED] += 1
+    found[FOUND_RSS] += np.int64(U512 if level == U2 else U1)
+    expect(m, _is_in_place(m, row, address, pfn), BROKEN_WRONG_PFN, address >> U12)
+    expect(m, not writable or is_page_exclusive(m, pfn), BROKEN_WRONG_PFN, address >> U12)
+
+
 @outlined
 def _check_leaf(m, space, address, level, entry, owner, found):
     """One entry that is neither empty nor a table."""
@@ -147,7 +185,9 @@ def _check_leaf(m, space, address, level, entry, owner, found):
         _check_huge(m, row, address, level, entry, found)
     elif state[row + A_FLAGS] & VM_PFNMAP != U0:
         pfn = state[inode_row(state[row + A_INODE]) + I_BASE] + page_offset(state, row, address)
-        expect(m, pte_pfn(entry) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
+        expect(m, leaf_pfn(entry, level) == pfn and entry & PTE_SPECIAL != U0, BROKEN_WRONG_PFN, address >> U12)
+    elif kind == VMA_ANONYMOUS and (level != U1 or is_large_anonymous(state, pte_pfn(entry))):
+        _check_large(m, row, address, level, entry, found)
     else:
         _check_page(m, row, address, entry, owner, found)
 
@@ -170,6 +210,23 @@ def _own_table(m, owner, slot, found):
 @kernel
 def _no_table(m, space, table, base, owner, found):
     """Below level 1."""
+
+
+@kernel
+def _check_deposited(m, space, owner, found):
+    """The tables kept for splits: empty ones, as many as 2M leaves of anonymous memory were found of the process."""
+    kept = np.int64(0)
+    frame = m.state[space_row(space) + S_DEPOSITED]
+    while frame != U0 and owner[frame] == np.uint8(0):
+        owner[frame] = _TABLE
+        found[FOUND_TABLES] += 1
+        kept += 1
+        empty = True
+        for i in range(U512):
+            empty = empty and m.ram[(frame << U9) + i] == U0
+        expect(m, empty, BROKEN_FRAMES, frame)
+        frame = U(m.counts[frame])
+    expect(m, frame == U0 and kept == found[FOUND_HUGE_ANONYMOUS], BROKEN_COUNTS, space)
 
 
 def recount_of_process(check_leaf: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +265,9 @@ def recount_of_process(check_leaf: Callable[..., Any]) -> Callable[..., Any]:
                 owner[frame] = _TABLE
                 found[FOUND_TABLES] += 1
         found[FOUND_RSS] = 0
+        found[FOUND_HUGE_ANONYMOUS] = 0
         walk_tables(m, space, root >> U3, U0, owner, found)
+        _check_deposited(m, space, owner, found)
         expect(m, state[space_row(space) + S_RSS] == U(found[FOUND_RSS]), BROKEN_COUNTS, space)
 
     return walk_process
@@ -313,6 +372,7 @@ def check_processes(m, owner, found):
     check_pools(m, found)
     expect(m, found[FOUND_HUGE_MAPPED] == 0, BROKEN_REFERENCES, U(found[FOUND_HUGE_MAPPED]))
     expect(m, found[FOUND_MAPPED] == found[FOUND_MAPCOUNTS], BROKEN_COUNTS, U(found[FOUND_MAPPED]))
+    check_anonymous_folios(m, found[FOUND_LARGE_MAPPED])
     expect_gauge(m, GAUGE_ANONYMOUS_PAGES, found[FOUND_ANONYMOUS])
     expect_gauge(m, GAUGE_PAGE_CACHE_PAGES, found[FOUND_CACHED])
     for level in range(U2):

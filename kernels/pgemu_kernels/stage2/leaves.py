@@ -12,6 +12,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import broken
+from pgemu_kernels.folios.anonymous_folios import is_large_anonymous, is_of_anonymous_folio, set_large_dirty
 from pgemu_kernels.folios.folio import mark_accessed
 from pgemu_kernels.stage2.entries import (
     TOP,
@@ -47,7 +48,7 @@ from pgemu_kernels.words.rows import (
     V_PRIVATE_ROOT,
     V_ROOT,
 )
-from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_EMPTY, F_MMU_PRESENT
+from pgemu_kernels.words.table_words import F_ACCESSED, F_ADDRESS, F_DIRTY, F_EMPTY, F_MMU_PRESENT
 
 U = np.uint64
 
@@ -127,11 +128,26 @@ def drop_stage2_tree(m, root):
 
 
 @kernel
+def _set_dirty(m, pfn):
+    if is_large_anonymous(m.state, pfn) and is_of_anonymous_folio(m, pfn):
+        set_large_dirty(m, pfn)
+
+
+_mark_dirty = full_only(_set_dirty, None)  # the fast loops know no transparent huge pages
+
+
+@kernel
 def mark_dropped(m, f, entry):
-    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes or is split counts as accessed."""
+    """6.12's tdp_mmu.c:handle_changed_spte(): the page of an accessed leaf that goes or is split counts as accessed, a
+    transparent huge page of a dirty one as dirty."""
     state = m.state
-    if state[R_MARKS_ZAPPED] != U0 and entry & state[f + F_ACCESSED] != U0:
-        mark_accessed(m, (entry & state[f + F_ADDRESS]) >> U12)
+    if state[R_MARKS_ZAPPED] == U0:
+        return
+    pfn = (entry & state[f + F_ADDRESS]) >> U12
+    if entry & state[f + F_ACCESSED] != U0:
+        mark_accessed(m, pfn)
+    if entry & state[f + F_DIRTY] != U0:
+        _mark_dirty(m, pfn)
 
 
 @kernel

@@ -22,12 +22,12 @@ from pgemu_kernels.words.table_words import F_ACCESSED, F_DIRTY, F_EMPTY, F_WRIT
 
 @outlined
 def mark_range(m, root, gfn, end):
-    """The leaves over guest frames [gfn, end) are about to go because the host's mapping does: mark_dropped() of each.
-
-    Leaves that go with a slot or a whole tree are not marked here, which 6.12 does, too.
-    """
+    """The leaves over guest frames [gfn, end) are about to go, with the host's mapping, a slot or the whole tree:
+    mark_dropped() of each."""
+    if m.state[R_MARKS_ZAPPED] == U0:
+        return
     f = stage2_format(m)
-    while m.state[R_MARKS_ZAPPED] != U0 and gfn < end:
+    while gfn < end:
         _, level, entry = last_spte(m, f, root, gfn)
         if is_present(m.state, f, entry):
             mark_dropped(m, f, entry)

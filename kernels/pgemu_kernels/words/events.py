@@ -129,6 +129,7 @@ class Gauge(IntEnum):
     # Stores to the page cache, and nodes that one frees, under one xa_lock_irq(); the peak is the longest section that
     # split and merge have interrupts off for.
     STORES_IRQ_OFF = 30
+    ANON_HUGE_PAGES = 31  # transparent huge pages that a 2M leaf maps (nr_anon_transparent_hugepages)
 
 
 GAUGES = 32

@@ -257,10 +257,7 @@ class Operation(IntEnum):
         40, Entry.POOLING, By.NEVER, {**_POOL, "space": "node + 1 that is preferred; 0: none"},
         _S.both(_S.main("mm/hugetlb.c:alloc_hugetlb_folio")),
     )
-    FOLIO_FREE = (
-        41, Entry.POOLING, By.NEVER, _FOLIO,
-        _S.both(_S.main("mm/hugetlb.c:free_huge_folio")),
-    )
+    FOLIO_FREE = (41, Entry.POOLING, By.NEVER, _FOLIO, _S.both(_S.main("mm/hugetlb.c:free_huge_folio")))
     VMEMMAP_OPTIMIZE = (
         42, Entry.POOLING, By.NEVER, {**_FOLIO, "length": "bytes; all huge pages whose heads lie there, in one batch"},
         _S.both(_S.OPTIMIZE_FOLIO, _S.main("mm/hugetlb_vmemmap.c:hugetlb_vmemmap_optimize_folios")),
@@ -287,14 +284,8 @@ class Operation(IntEnum):
         {**_FOLIO, "flags": "READ: unfreeze", "length": "references expected, or given back"},
         _S.both(_S.main("include/linux/page_ref.h:folio_ref_freeze")),
     )
-    DISSOLVE = (
-        48, Entry.POOLING, By.NEVER, _FOLIO,
-        _S.both(_S.main("mm/hugetlb.c:dissolve_free_hugetlb_folio")),
-    )
-    POISON = (
-        49, Entry.POOLING, By.NEVER, _FOLIO,
-        _S.both(_S.main("mm/hugetlb.c:folio_set_hugetlb_hwpoison")),
-    )
+    DISSOLVE = (48, Entry.POOLING, By.NEVER, _FOLIO, _S.both(_S.main("mm/hugetlb.c:dissolve_free_hugetlb_folio")))
+    POISON = (49, Entry.POOLING, By.NEVER, _FOLIO, _S.both(_S.main("mm/hugetlb.c:folio_set_hugetlb_hwpoison")))
     VMEMMAP_STORE = (
         50, Entry.POOLING, By.NEVER, {"address": "virtual address in the vmemmap", "offset": "value, of memcg_data"},
         _S.both(_S.main("mm/hugetlb_vmemmap.c:vmemmap_remap_pte")),
@@ -334,6 +325,11 @@ class Operation(IntEnum):
     )
     DONTFORK = (58, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
     DOFORK = (59, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/madvise.c:madvise_vma_behavior")))
+    ADVISE_HUGE = (
+        60, Entry.ORDINARY, By.ALWAYS, {"flags": "WRITE: MADV_HUGEPAGE, else MADV_NOHUGEPAGE", **_HOST_RANGE},
+        _S.both(_S.main("mm/khugepaged.c:hugepage_madvise")),
+    )
+    COLLAPSE = (61, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/khugepaged.c:madvise_collapse")))
     # fmt: on
 
 

@@ -21,6 +21,8 @@ FOUND_NODES = U(9)
 FOUND_RSS = U(10)
 FOUND_RESERVED = U(11)  # of the pool of 2M pages
 FOUND_RESERVED_1G = U(12)
+FOUND_HUGE_ANONYMOUS = U(13)  # 2M leaves of anonymous memory, the huge zero page's too
+FOUND_LARGE_MAPPED = U(14)  # entries that map anonymous memory's large folios, 4K or 2M
 FOUND_WORDS = 16
 
 # inodes: uint64 rows
@@ -205,7 +207,8 @@ S_USER_ROOT = U(4)  # page-table isolation: the user half's top table
 S_MINOR_FAULTS = U(5)
 S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; HugeTLB and special ones not counted
 S_VMS = U(7)  # a bit per VM of this process
-S_GENERATION = U(8)  # the last word: how many processes this row was before
+S_DEPOSITED = U(8)  # frame of the last table kept for the split of a 2M leaf of anonymous memory, 0: none; chained
+S_GENERATION = U(9)  # the last word: how many processes this row was before
 S_WORDS = 16
 
 # vmas
@@ -238,6 +241,8 @@ VM_NORESERVE = U(8)
 VM_RESERVATION_OWNER = U(16)  # HPAGE_RESV_OWNER: the process that reserved, not its children
 VM_COUNTED = U(64)  # designs: mapped as merged, by entries of folios, whatever the design is
 VM_DONTCOPY = U(128)  # MADV_DONTFORK: a child does not get it
+VM_HUGEPAGE = U(256)  # MADV_HUGEPAGE
+VM_NOHUGEPAGE = U(512)  # MADV_NOHUGEPAGE
 VM_ACCOUNT = U(32)  # counted against the commit limit, which is not modelled: VMAs that differ in it do not merge
 PROT_READ = U(1)
 PROT_WRITE = U(2)
