@@ -29,7 +29,6 @@ Array = np.ndarray[Any, Any]
 Form = Literal["main", "next", "rfc2", "wip"]
 # Flag's members take as long to look up as the rest of a call.
 _CONVERT, _SHARED, _PRIVATE = Operation.CONVERT, int(Flag.SHARED), int(Flag.PRIVATE)
-_NUMBERS = {int}
 POLICIES = {
     "default": W.MPOL_DEFAULT, "preferred": W.MPOL_PREFERRED, "bind": W.MPOL_BIND, "interleave": W.MPOL_INTERLEAVE,
 }  # fmt: skip
@@ -293,8 +292,10 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         vm: the number of the VM whose file of the inode is asked. -EINVAL, too, if it has one and knows no private
         memory (Machine.create_vm).
         """
-        numbers = (offset, length, actor, vm)
-        if {*map(type, numbers)} != _NUMBERS or offset >> 64 or length >> 64 or actor or vm or type(shared) is not bool:
+        if (
+            type(offset) is not int or type(length) is not int or type(actor) is not int or type(vm) is not int
+            or offset >> 64 or length >> 64 or actor or vm or type(shared) is not bool
+        ):  # fmt: skip
             given = {"offset": offset, "length": length, "shared": shared, "actor": actor, "vm": vm}
             offset, length, shared, actor, vm = plain(GuestMemfd.convert, self, **given)
         flags = _SHARED if shared else _PRIVATE

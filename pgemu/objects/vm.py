@@ -31,7 +31,6 @@ Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
 _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 _GUEST_FAULT = Operation.GUEST_FAULT
-_SWITCHES = {bool}
 _MOST = (1 << 64) - 1
 
 
@@ -268,8 +267,10 @@ class Vm(OfMachine, but=("touch",)):
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         accept_4k: the guest accepts the page, 4K of it, which kinds of VM that know accepting map at 4K.
         """
-        switches = (write, execute, accept_4k)
-        if type(gpa) is not int or gpa >> 64 or type(actor) is not int or actor or {*map(type, switches)} != _SWITCHES:
+        if (
+            type(gpa) is not int or gpa >> 64 or type(actor) is not int or actor
+            or type(write) is not bool or type(execute) is not bool or type(accept_4k) is not bool
+        ):  # fmt: skip
             given = {"gpa": gpa, "write": write, "execute": execute, "accept_4k": accept_4k, "actor": actor}
             gpa, write, execute, accept_4k, actor = plain(Vm.touch, self, **given)
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
