@@ -12,7 +12,7 @@ from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
 from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, compound_head, is_large_anonymous
 from pgemu_kernels.folios.boot import process_root
-from pgemu_kernels.folios.folio import add_references, struct_page
+from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
@@ -77,6 +77,7 @@ from pgemu_kernels.words.rows import (
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_ANONYMOUS,
+    VMA_GUEST_MEMFD,
     VMA_HUGETLB,
 )
 
@@ -135,6 +136,18 @@ def _duplicate(m, frame, space):
 
 
 @kernel
+def _duplicate_file(m, row, frame):
+    """folio_dup_file_rmap_pte(): a process maps a page of a file once more."""
+    if m.state[row + A_KIND] == VMA_GUEST_MEMFD:
+        page = struct_page(m, frame)
+        add_references(m.ram, page, U1)
+        add_mapping(m.ram, page)
+    else:
+        m.counts[frame] = np.uint32(U(m.counts[frame]) + U1)
+    charge_one(m, EVENT_RMAP_CHANGED)
+
+
+@kernel
 def _copied(m, row, space, slot):
     """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
     state = m.state
@@ -147,6 +160,8 @@ def _copied(m, row, space, slot):
             m.ram[slot] = entry
             charge_one(m, EVENT_LEAF_WRITTEN)
     else:
+        if entry & PTE_SPECIAL == U0:
+            _duplicate_file(m, row, pte_pfn(entry))
         entry &= ~(PTE_DIRTY | PTE_SAVED_DIRTY)
     return entry & ~PTE_ACCESSED
 

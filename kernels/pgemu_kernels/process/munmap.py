@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import find_vma, inode_row, mapping_limits, space_root, stop
+from pgemu_kernels.engine.rows import find_vma, inode_row, mapping_limits, stop
 from pgemu_kernels.process.close import close_vma
 from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
-from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush, lookup_address
-from pgemu_kernels.process.vma import copy_vma, first_vma, holds_file, link_vma, next_vma, notify, split_vma, vma_merge
-from pgemu_kernels.process.zapping import clear_vma, drop_large_pfn
+from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush
+from pgemu_kernels.process.vma import copy_vma, first_vma, holds_file, link_vma, next_vma, notify, vma_merge
+from pgemu_kernels.process.zapping import clear_vma, cut_vma
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.release import waits_for_release
 from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
@@ -105,37 +104,21 @@ def _cut_ends(m, space, start, end):
     state = m.state
     row = next_vma(state, space, start, end)
     if row != NONE and state[row + A_START] < start:
-        status, _ = split_vma(m, row, start)
+        status, _ = cut_vma(m, row, start)
         if status != 0:
             return status
     row = next_vma(state, space, end - U1, end)
     if row != NONE and state[row + A_END] > end:
-        status, _upper = split_vma(m, row, end)
+        status, _upper = cut_vma(m, row, end)
         if status != 0:
             return status
     return np.int64(0)
 
 
 @outlined
-def _drop_cut_leaves(m, space, start, end):
-    """Large PFN entries across the ends of a range go whole, also the part outside: __split_huge_pmd_locked()."""
-    state = m.state
-    for address in (start, end):
-        row = next_vma(state, space, address - U1, address + U1)
-        if row != NONE and state[row + A_FLAGS] & VM_PFNMAP != U0 and address < state[row + A_END]:
-            _slot, level = lookup_address(m, space_root(state, space), address)
-            if level > U1 and address & (size_of(level) - U1) != U0:
-                drop_large_pfn(m, row, address, U2)
-
-
-_large_ends = full_only(_drop_cut_leaves, None)  # the fast loops know no large entries of processes
-
-
-@outlined
 def _unmap_range(m, space, start, end):
     """do_munmap() of an aligned range: 0, -EINVAL, -ENOMEM."""
     gather_begin(m)
-    _large_ends(m, space, start, end)
     status = _cut_ends(m, space, start, end)
     if status == 0:
         remove_vmas(m, space, start, end)

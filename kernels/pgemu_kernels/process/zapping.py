@@ -42,7 +42,7 @@ from pgemu_kernels.process.tables import (
     note_unflushed,
     space_row,
 )
-from pgemu_kernels.process.vma import first_vma, huge_order, notify, unshare_table
+from pgemu_kernels.process.vma import first_vma, huge_order, notify, split_vma, unshare_table
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.stage2.userspace import goes_by_address
@@ -74,6 +74,7 @@ from pgemu_kernels.words.rows import (
     INODE_GUEST_MEMFD,
     PROT_WRITE,
     S_RSS,
+    VM_PFNMAP,
     VM_RESERVATION_OWNER,
     VM_SHARED,
     VMA_GUEST_MEMFD,
@@ -376,6 +377,28 @@ def drop_large_pfn(m, row, address, level):
         notify(m, row, address & ~(size_of(at) - U1), (address | (size_of(at) - U1)) + U1)
         _count_split(m.state, at)
         _drop_large(m, row, slot, address, at)
+
+
+@outlined
+def _drop_cut_pfn(m, row, address):
+    """A large PFN entry across an address goes whole, also the part outside: __split_huge_pmd_locked()."""
+    if m.state[row + A_FLAGS] & VM_PFNMAP != U0:
+        _slot, level = lookup_address(m, space_root(m.state, m.state[row + A_SPACE]), address)
+        if level > U1 and address & (size_of(level) - U1) != U0:
+            drop_large_pfn(m, row, address, U2)
+
+
+_drop_cut = full_only(_drop_cut_pfn, None)  # the fast loops know no large entries of processes
+
+
+@outlined
+def cut_vma(m, row, address):
+    """split_vma() of a mapping that may hold a large PFN entry across the address: mm/vma.c:__split_vma() with
+    mm/huge_memory.c:vma_adjust_trans_huge(). The caller's gather_begin() and gather_flush() are around it."""
+    status, upper = split_vma(m, row, address)
+    if status == 0:
+        _drop_cut(m, row, address)
+    return status, upper
 
 
 # --------------------------------------------------------------------------- other rights

@@ -46,8 +46,8 @@ EDGES = (
     (1 << 64) - 1,
 )
 # Reserving alone is the half of creating an inode: whose the reservation is nobody would know. Whoever freezes a folio
-# holds its lock, for which a kernel's close would wait. The others break what the expected failures below say.
-LEFT_OUT = (Operation.POOL_RESERVE, Operation.FOLIO_FREEZE, Operation.GUARD_INSTALL, Operation.DONTFORK)
+# holds its lock, for which a kernel's close would wait.
+LEFT_OUT = (Operation.POOL_RESERVE, Operation.FOLIO_FREEZE)
 CODES = [int(op) for op in Operation if op not in LEFT_OUT]
 # As in test_one_gate.py: a VM does not wait for the conversion that has begun to invalidate it.
 STEPPED = [op for op in CODES if op != Operation.VM_EXIT]
@@ -205,7 +205,6 @@ def test_random_operations() -> None:
     assert steps > 0
 
 
-@pytest.mark.xfail(strict=True, reason="fork() copies entries of a shared file with guards, but counts no mappings")
 @pytest.mark.parametrize("design", DESIGNS)
 def test_guards_in_a_shared_file_are_forked(design: Any) -> None:
     """A guard gives the mapping an anon_vma, so that its entries are copied: mm/memory.c:vma_needs_copy()."""
@@ -218,7 +217,6 @@ def test_guards_in_a_shared_file_are_forked(design: Any) -> None:
     assert machine.check() == 0, machine.broken
 
 
-@pytest.mark.xfail(strict=True, reason="a VMA is split within a 2M entry of a device, which stays")
 @pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
 def test_a_devices_large_entry_goes_where_its_mapping_is_split(kernel: str) -> None:
     """madvise(MADV_DONTFORK) of a page: mm/huge_memory.c:vma_adjust_trans_huge() clears entries that have no rmap."""
