@@ -2,7 +2,9 @@
 
 import gc
 import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
 from pgemu_kernels.engine.numba_internals import EntryCompiler, library_of
+from pgemu_kernels.run import entries
 
 U = np.uint64
 SEVEN = U(7)
@@ -336,3 +339,11 @@ def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
         names = re.findall(rb"_ZN[0-9A-Za-z_]+", library_of(result)._get_compiled_object())
         assert result.fndesc.llvm_func_name.encode() in names
         assert [name for name in names if b"add_chosen" in name and not name.startswith(b"_ZN08NumbaEnv")] == []
+
+
+def test_an_entry_of_a_module_that_another_thread_imports_is_not_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = entries.check
+    monkeypatch.setitem(sys.modules, one.module, ModuleType(one.module))  # as it is before its first definition
+    assert one.compiled_here() is False
+    monkeypatch.delitem(sys.modules, one.module)
+    assert one.compiled_here() is False
