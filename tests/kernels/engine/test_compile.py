@@ -14,7 +14,7 @@ from numba.core import config
 from numba.core.errors import NumbaError, TypingError
 from numba.core.types.functions import BaseFunction
 
-from pgemu_kernels.engine import inner_functions
+from pgemu_kernels.engine import ahead, inner_functions
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
@@ -342,7 +342,7 @@ def test_functions_of_one_name_in_two_entries_stay_apart() -> None:
 
 
 def test_an_entry_of_a_module_that_another_thread_imports_is_not_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = entries.check
+    one = next(one for one in ahead.declared if one.dispatcher is entries.check)
     monkeypatch.setitem(sys.modules, one.module, ModuleType(one.module))  # as it is before its first definition
     assert one.compiled_here() is False
     monkeypatch.delitem(sys.modules, one.module)
