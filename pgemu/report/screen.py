@@ -208,7 +208,7 @@ def _waits(comparison: Comparison) -> Iterator[str]:
         if waited and 2 * waited.size >= sum(one.size for one in events):
             run = second if waited.units > 0 else first
             times = units.count(run.statistics.event(Event.RCU_SYNCHRONIZED, op))
-            found.setdefault(run.design, []).append(f"{times} times in {what}")
+            found.setdefault(run.design, []).append(f"{times} time{'s' * (times != '1')} in {what}")
     for design, counts in found.items():
         yield f"most of the difference: {design} waits for RCU (HVO) {', '.join(counts)}"
 

@@ -281,7 +281,8 @@ def test_waits_for_rcu_are_named_where_they_make_most_of_a_difference(
         most = sum(one.size for one in events if one.event is Event.RCU_SYNCHRONIZED) * 2 >= sum(
             one.size for one in events
         )
-        assert (f"{waits[what]} times in {what}" in line) == (bool(waits[what]) and most)
+        times = f"{waits[what]} time{'s' * (waits[what] != 1)} in {what}"
+        assert (times in line) == (bool(waits[what]) and most)
 
 
 @pytest.mark.parametrize("like", ["rfc2", "dec2025", "next"])

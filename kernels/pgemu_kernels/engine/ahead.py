@@ -64,8 +64,9 @@ class Declared:
 
     def compiled_here(self) -> bool:
         """Whether this process has compiled it, so that it is there even if it could not be kept."""
-        module = sys.modules.get(self.module)
-        return module is not None and normalize_signature(self.signature)[0] in getattr(module, self.name).overloads
+        # Another thread may be about to import the module: then it has no entry yet.
+        dispatcher = getattr(sys.modules.get(self.module), self.name, None)
+        return dispatcher is not None and normalize_signature(self.signature)[0] in dispatcher.overloads
 
     def compile_here(self, arguments: Any = None) -> Any:
         """The result of compiling it in this process."""

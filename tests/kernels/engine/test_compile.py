@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from numba.core import config
 from numba.core.errors import NumbaError, TypingError
 from numba.core.types.functions import BaseFunction
 
-from pgemu_kernels.engine import inner_functions
+from pgemu_kernels.engine import ahead, inner_functions
 from pgemu_kernels.engine.bits import U0, U1
 from pgemu_kernels.engine.compile import OPTIONS
 from pgemu_kernels.engine.handle import Machine, describe, full_only, open_full_machine, open_machine, parameter
 from pgemu_kernels.engine.numba_internals import EntryCompiler, library_of
-from pgemu_kernels.run import entries as entries_module
+from pgemu_kernels.run import entries
 
 U = np.uint64
 SEVEN = U(7)
@@ -354,8 +355,16 @@ print(module, not needed or all(len(given) == 1 for given in gifts))
 
 def test_every_entry_can_be_compiled_where_no_other_is() -> None:
     """As by a process that finds the others in the cache: what its kernels call is there with its module alone."""
-    modules = sorted({one.module for one in entries_module.declared if one.module.startswith("pgemu_kernels.")})
+    modules = sorted({one.module for one in entries.declared if one.module.startswith("pgemu_kernels.")})
     assert len(modules) > 5
     for module in modules:
         done = subprocess.run([sys.executable, "-c", ALONE, module], capture_output=True, text=True, check=True)
         assert done.stdout == f"{module} True\n"
+
+
+def test_an_entry_of_a_module_that_another_thread_imports_is_not_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(one for one in ahead.declared if one.dispatcher is entries.check)
+    monkeypatch.setitem(sys.modules, one.module, ModuleType(one.module))  # as it is before its first definition
+    assert one.compiled_here() is False
+    monkeypatch.delitem(sys.modules, one.module)
+    assert one.compiled_here() is False
