@@ -37,6 +37,7 @@ NO_OPTION = {
         "nx_huge_pages",
         "l1tf",
         "protection_keys",
+        "thp",
         "memory",
         "other_pool",
         "pti",

@@ -384,6 +384,9 @@ class Replay:
     def op_gclose(self, operation: Operation, name: str) -> int:
         return self.gmems.pop(name).close().status if name in self.gmems else -W.EBADF
 
+    def is_hugetlb(self, address: int) -> bool:
+        return any(start <= address < end for start, end in self.hugetlb)
+
     def is_device(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self.devices)
 
@@ -438,7 +441,7 @@ class Replay:
             first, first_here = frame(entry, level), frame(ours, level)
             if self.is_device(va) and first != first_here:
                 raise MismatchError(f"{where}: {va:#x}: device frame {first_here:#x}, captured {first:#x}")
-            if level > 1 and any(span.start <= va < span.end for span in self.hugetlb):
+            if level > 1 and self.is_hugetlb(va):
                 self.frames.compare_huge(where, first, first_here)
         self.frames.compare(where, self.process.space, snapshot(there, here))
 

@@ -182,8 +182,14 @@ class Scenario(Replay):
         """Entries of HugeTLB pages, frame numbers included."""
         there, _ = captured_entries(checkpoint, self.ranges)
         here, _ = entries_here(self.process, self.ranges)
-        large = {key: entry for key, entry in there.items() if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END}
-        ours = {key: entry for key, entry in here.items() if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END}
+        large, ours = (
+            {
+                key: entry
+                for key, entry in entries.items()
+                if key[1] > 1 and ZONE <= (entry & FRAME) >> 12 < END and self.is_hugetlb(key[0])
+            }
+            for entries in (there, here)
+        )
         expect(f"{self.where(checkpoint)}: HugeTLB entries", shown(ours), shown(large))
         self.history.totals["HugeTLB entries of processes"] += len(large)
 

@@ -211,7 +211,7 @@ def test_every_entry_and_count_is_the_model_s(kernel: str, thp: str, operations:
 
 
 def made(**more: Any) -> tuple[Machine, AddressSpace]:
-    machine = Machine(Config("restructure", **{"buddy": 4 * M2, "thp": "always", **more}))  # type: ignore[arg-type]
+    machine = Machine(Config("restructure", **{"buddy": 4 * M2, "thp": "always", **more}))
     process = machine.create_process()
     assert process.mmap_anonymous(BASE, 4 * M2).status == 0
     return machine, process
