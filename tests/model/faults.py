@@ -114,6 +114,8 @@ class Faults(State):
         index = vma.file_page(page)
         inode = self.inodes[vma.inode]
         if index >= inode.pages or index not in inode.shared:
+            if self.order == 0:  # as captured
+                host.link(page, 2)
             return Outcome(W.VM_FAULT_SIGBUS)
         folio = self.folio(inode, index)
         if folio is None:
