@@ -88,8 +88,12 @@ class Answer(NamedTuple):
         return self._replace(first=self.second, second=self.first, difference=less)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers, with the names of the attributes."""
-        return {**self._asdict(), "rests_on": [rest._asdict() for rest in self.rests_on]}
+        """Return plain dicts, lists, strings and numbers, with the names of the attributes.
+
+        Whom a defect alone makes better is not in it: "better" is "neither" then, as everywhere.
+        """
+        better = self.said if self.basis == "defect" else self.better
+        return {**self._asdict(), "better": better, "rests_on": [rest._asdict() for rest in self.rests_on]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:

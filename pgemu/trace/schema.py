@@ -149,6 +149,13 @@ class Records:
             raise ValueError(f"order {shown(order)}: expected positions below {len(self)}")
         return Records(*(getattr(self, name)[order] for name in DTYPES))
 
+    def _bytes(self, column: str) -> npt.NDArray[np.uint64]:
+        """A column where its operation reads bytes in it, else 0."""
+        counts = np.zeros(256, np.uint64)
+        counts[[int(op) for op, means in COLUMNS.items() if means.get(column, "").startswith("bytes")]] = 1
+        found: npt.NDArray[np.uint64] = getattr(self, column) * counts[self.op]
+        return found
+
     def check(self, source: str, first: int = 0) -> None:
         """Raise InputError with the row (`first` is added) of the first record no machine can read."""
         known = np.zeros(256, dtype=bool)
@@ -157,8 +164,8 @@ class Records:
         rules = (
             (~known[self.op], "unknown operation code {0.op}"),
             (self.actor >= ACTOR_LIMIT, f"actor {{0.actor}}, expected less than {ACTOR_LIMIT}"),
-            ((self.offset & page) != 0, "offset {0.offset:#x}, expected a multiple of 4096"),
-            ((self.length & page) != 0, "length {0.length:#x}, expected a multiple of 4096"),
+            (self._bytes("offset") & page != 0, "offset {0.offset:#x}, expected a multiple of 4096"),
+            (self._bytes("length") & page != 0, "length {0.length:#x}, expected a multiple of 4096"),
         )
         for broken, text in rules:
             if broken.any():

@@ -119,6 +119,7 @@ _FORMATS: tuple[tuple[bytes, str, Callable[[], _Decoder]], ...] = (
     (b"\xfd7zXZ\x00", "xz", _Xz),
     (b"\x1f\x8b", "gzip", _Gzip),
     (b"\x28\xb5\x2f\xfd", "zstd", _Zstd),
+    *((bytes([low]) + b"\x2a\x4d\x18", "zstd", _Zstd) for low in range(0x50, 0x60)),  # a frame to be skipped
 )
 
 

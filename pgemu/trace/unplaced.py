@@ -29,7 +29,8 @@ from pgemu.trace.memory_layout import (
 )
 from pgemu.trace.range_index import covered
 from pgemu.trace.schema import COLUMNS, Operation, Records
-from pgemu_kernels.words.operations import PAGE_4K
+from pgemu_kernels.words.operations import PAGE_4K, Flag
+from pgemu_kernels.words.rows import NO_INODE
 
 __all__ = ("Unplaced", "place")
 
@@ -72,6 +73,7 @@ def place(found: Unplaced, options: LoweringOptions) -> Lowered:
         raise InputError("the VM's process, its addresses and the meaning of MADV_DONTNEED are fixed", found.source)
     records = found.records
     reading = {name: np.isin(records.op, codes) for name, codes in (("gpa", _GPA), ("hva", _HVA), ("in", _INTO_INODE))}
+    _check_numbers(found)
     _check_ranges(found, reading["gpa"], reading["in"])
     maps = [Region(*one) for one in _columns(records, Operation.MMAP, "address", "offset", "length") if one[2]]
     if (records.op == Operation.BIND).any():
@@ -100,6 +102,24 @@ def _all_make(records: Records) -> bool:
 def _columns(records: Records, op: Operation, *names: str) -> list[tuple[int, ...]]:
     chosen = records.op == op
     return list(zip(*(getattr(records, name)[chosen].tolist() for name in names), strict=True))
+
+
+def _check_numbers(found: Unplaced) -> None:
+    """Refuse other VMs and inodes than the one that there is, and a kind of memory that is none or both."""
+    records = found.records
+    both = np.uint64(Flag.PRIVATE | Flag.SHARED)
+    kind = records.flags & both
+    converts = records.op == Operation.CONVERT
+    known = (records.object == 0) | (records.object == NO_INODE)
+    for name, bad, expected in (
+        ("vm", np.isin(records.op, _reading("vm", "VM")) & (records.vm != 0), "0, the only VM of a trace"),
+        ("object", np.isin(records.op, _reading("object", "inode")) & ~known, "0, the only guest_memfd of a trace"),
+        ("flags", converts & (kind == 0), "PRIVATE or SHARED"),
+        ("flags", (converts | (records.op == Operation.GUEST_FAULT)) & (kind == both), "PRIVATE or SHARED, not both"),
+    ):
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise InputError(f"row {row}: {name} {int(getattr(records, name)[row])}, expected {expected}", found.source)
 
 
 def _check_ranges(found: Unplaced, gpa: npt.NDArray[np.bool_], inode: npt.NDArray[np.bool_]) -> None:

@@ -103,8 +103,18 @@ def test_every_form_says_task_time_and_event(
 @given(ticks=st.lists(st.integers(0, 2**63), min_size=1, max_size=9))
 def test_ticks_of_a_clock_keep_their_order_and_are_said(ticks: list[int]) -> None:
     log = parse("".join(f"vm-1 [000] ..... {tick}: {FAULT}\n" for tick in ticks))
-    assert log.rows[:, 1].tolist() == ticks
-    assert log.notes == ("its time stamps are ticks of a clock, only their order counts",)
+    assert log.rows[:, 1].tolist() == sorted(ticks)
+    assert "its time stamps are ticks of a clock, only their order counts" in log.notes
+
+
+def test_what_stands_behind_something_later_is_taken_by_time_and_said() -> None:
+    """As `cat per_cpu/cpu*/trace` prints; equal times keep the order of the lines."""
+    times = [5, 7, 7, 2, 6, 1]
+    lines = [f"vm-1 [000] ..... 1.00000{time}: {FAULT.replace('vcpu 3', f'vcpu {i}')}" for i, time in enumerate(times)]
+    log = parse("\n".join(lines) + "\n")
+    assert log.rows[:, 6].tolist() == [5, 3, 0, 4, 1, 2]
+    (note,) = log.notes
+    assert note.startswith("its time goes back 2 times, first at line 4: inputs are taken by time")
 
 
 def test_what_tasks_are_called_is_learned_from_later_lines() -> None:

@@ -75,3 +75,15 @@ def test_records_from_outside_are_checked(column: str, value: int, message: str)
     getattr(records, column)[2] = value
     with pytest.raises(InputError, match="^a.parquet: " + message):
         records.check("a.parquet", 10)
+
+
+@pytest.mark.parametrize("op", Operation)
+@pytest.mark.parametrize("column", ["offset", "length"])
+def test_only_bytes_that_an_operation_reads_must_be_whole_pages(op: Operation, column: str) -> None:
+    records = Records.build(1, op=op)
+    getattr(records, column)[0] = 5
+    if COLUMNS[op].get(column, "").startswith("bytes"):
+        with pytest.raises(InputError, match=f"row 0: {column} 0x5, expected a multiple of 4096"):
+            records.check("a.parquet")
+    else:
+        records.check("a.parquet")

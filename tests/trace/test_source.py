@@ -45,6 +45,14 @@ def test_streams_may_follow_one_another(tmp_path: Path, name: str) -> None:
     assert "".join(open_source(path).blocks()).encode() == TEXT + b"tail\n"
 
 
+@pytest.mark.parametrize("low", [0x50, 0x5F])
+def test_a_frame_to_be_skipped_may_come_first(tmp_path: Path, low: int) -> None:
+    """As pzstd writes them: RFC 8878, 3.1.2."""
+    path = tmp_path / "log"
+    path.write_bytes(bytes([low]) + b"\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size" + COMPRESSORS["zstd"](TEXT))
+    assert "".join(open_source(path).blocks()).encode() == TEXT
+
+
 @pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
 def test_truncated_stream_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "log"

@@ -181,6 +181,11 @@ def test_an_offset_that_may_be_any_memory_is_refused(tmp_path: Path) -> None:
         ("offset", [0, 0, 0, 0, 5], "row 4: offset 0x5, expected a multiple of 4096"),
         ("address", [HVA, 0, 1 << 60, HVA, 0], "row 2: address 0x1000000000000000, expected guest memory below 2.52"),
         ("length", [4 * M, 4 * M, 0, 0, 1 << 60], "row 4: length 0x1000000000000000, expected guest memory"),
+        ("vm", [0, 0, 1, 0, 0], "row 2: vm 1, expected 0, the only VM of a trace"),
+        ("object", [0, 5, 0, 0, 0], "row 1: object 5, expected 0, the only guest_memfd of a trace"),
+        ("flags", [0, 0, 0, 0, 0], "row 4: flags 0, expected PRIVATE or SHARED"),
+        ("flags", ["", "", "", "", "PRIVATE|SHARED"], "row 4: flags 12, expected PRIVATE or SHARED, not both"),
+        ("time", [0, 1, 2, 1, 3], "row 3: time 1 is before the row above, expected rows by time"),
     ],
 )
 def test_what_cannot_be_a_trace_s_column_is_named(tmp_path: Path, column: str, values: Any, complaint: str) -> None:

@@ -10,9 +10,11 @@ from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_WRITE
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd
+from pgemu_kernels.process.entries import holds_page, leaf_pfn
+from pgemu_kernels.process.tables import lookup_address
 from pgemu_kernels.rules.invariants import check_kind, check_stage2_leaf, expect
 from pgemu_kernels.rules.processes import own_nodes
-from pgemu_kernels.tables.walker import find_leaf, host_format, stage2_format
+from pgemu_kernels.tables.walker import stage2_format
 from pgemu_kernels.words.enum_words import BROKEN_LEAF_OVER_FOLIO, BROKEN_MIXED_LEAF, BROKEN_WRONG_PFN
 from pgemu_kernels.words.registers import R_MEMSLOTS, R_NOTIFIER, R_VMS
 from pgemu_kernels.words.rows import (
@@ -68,12 +70,14 @@ def check_user_leaf(m, vm, slot, gfn, level, entry):
     if state[R_NOTIFIER] == U0:
         return  # nobody tells KVM what the process does
     address = state[slot + M_HVA] + (page << U12)
-    host, host_level = find_leaf(m, host_format(m), space_root(state, state[row + V_SPACE]), address >> U12)
-    expect(m, host != NONE and level <= host_level, BROKEN_LEAF_OVER_FOLIO, gfn)
-    if host != NONE:
-        inside = address >> U12 & (pages_of(host_level) - U1)
-        expect(m, ((m.ram[host] & PTE_ADDRESS) >> U12) + inside == pfn, BROKEN_WRONG_PFN, gfn)
-        expect(m, not writable or m.ram[host] & PTE_WRITE != U0, BROKEN_WRONG_PFN, gfn)
+    slot, host_level = lookup_address(m, space_root(state, state[row + V_SPACE]), address)
+    host = m.ram[slot]
+    # Of VM_PFNMAP KVM takes entries without any access, too: kvm_main.c:hva_to_pfn_remapped(), follow_pfnmap_start().
+    expect(m, holds_page(host) and level <= host_level, BROKEN_LEAF_OVER_FOLIO, gfn)
+    if holds_page(host):
+        inside = pages_of(host_level) - U1
+        expect(m, leaf_pfn(host, host_level) + (address >> U12 & inside) == pfn, BROKEN_WRONG_PFN, gfn)
+        expect(m, not writable or host & PTE_WRITE != U0, BROKEN_WRONG_PFN, gfn)
 
 
 @outlined

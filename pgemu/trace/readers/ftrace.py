@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.events import (
@@ -46,6 +47,7 @@ from pgemu.trace.source import Match, Source, open_source
 __all__ = ("read", "sniff")
 
 _WORDS = 10
+_TIME, _LINE = 1, 3
 _STATE = 9
 _GUEST_FAULT = int(Input.GUEST_FAULT)
 _FAILED = 1
@@ -150,6 +152,7 @@ class _Parser:
         # Where these digits of the last event begin and end, ns in the last one, what is next.
         self._columns = 0, 0, 0, ": "
         self._ticks = self._no_newline = False
+        self._back = 0, 0  # how often time goes back, and the first line where it does
         self._nameless = 0, 0  # lines without an event's name, and which is the first
         self._nested = NestedGuests()
         self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
@@ -214,7 +217,7 @@ class _Parser:
                 self._ignored[name] += count
             else:
                 unknown[name] += count
-        rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS)
+        rows = self._in_order(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS))
         if self._nameless[0]:
             unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
@@ -223,8 +226,21 @@ class _Parser:
             self._nested.told, tuple(self._notes()),
         )  # fmt: skip
 
+    def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """The inputs by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
+        times = rows[:, _TIME]
+        back = np.flatnonzero(times[1:] < times[:-1])
+        if not back.size:
+            return rows
+        self._back = len(back), int(rows[back[0] + 1, _LINE])
+        return rows[np.argsort(times, kind="stable")]
+
     def _notes(self) -> Iterator[str]:
         """What of the text was taken to mean something."""
+        count, first = self._back
+        if count:
+            times = f"{count} times, first" if count > 1 else "once,"
+            yield f"its time goes back {times} at line {first}: inputs are taken by time (of two logs, cut one off)"
         count, first = self._nameless
         if count:
             lines = f"{count} line{'s have' if count > 1 else ' has'} no event name"

@@ -95,7 +95,7 @@ def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Re
 
 def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
     """Records and recorded levels of faults, None if the trace has none."""
-    first = 0
+    first = last = 0
     wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == _LEVEL]
     pieces = file.iter_batches(batch_size=batch, columns=wanted)
     while True:
@@ -110,9 +110,21 @@ def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Reco
                 levels = numbers(piece.column(_LEVEL), _LEVEL, np.dtype(np.uint8), name, first)
                 if levels.size and levels.max() > 3:
                     raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
+        last = _check_order(records.time, last, name, first)
         first += len(records)
         tell(first, file.metadata.num_rows)
         yield records, levels
+
+
+def _check_order(times: npt.NDArray[np.uint64], last: int, name: str, first: int) -> int:
+    """The time of the last record; InputError with the row where time goes back."""
+    if not times.size:
+        return last
+    back = np.flatnonzero(times < np.concatenate([np.array([last], np.uint64), times[:-1]]))
+    if back.size:
+        row = int(back[0])
+        raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", name)
+    return int(times[-1])
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def some_records(draw: st.DrawFn) -> Records:
     columns = {name: draw(arrays.arrays(dtype, count)) for name, dtype in DTYPES.items()}
     columns["op"] = draw(arrays.arrays(np.uint8, count, elements=CODES))
     columns["flags"] &= np.uint8(63)
+    columns["time"].sort()
     columns["actor"] %= np.uint16(ACTOR_LIMIT)
     columns["offset"] &= ~np.uint64(4095)
     columns["length"] &= ~np.uint64(4095)
@@ -219,3 +220,15 @@ def test_metadata_nested_however_deep_is_refused(tmp_path: Path, depth: int, end
     pq.write_table(table.replace_schema_metadata({b"pgemu": text.encode()}), path)
     with pytest.raises(InputError, match="trace: metadata 'pgemu' cannot be used"):
         load(path)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 50])
+def test_records_that_are_not_by_time_are_refused(tmp_path: Path, batch: int) -> None:
+    path = tmp_path / "a.parquet"
+    times = np.array([3, 3, 9, 8, 10], np.uint64)
+    records = Records.build(5, time=times, op=int(Operation.WORK))
+    parquet.write(
+        dataclasses.replace(BOOT, records=records, accounting=dataclasses.replace(BOOT.accounting, setup=0)), path
+    )
+    with pytest.raises(InputError, match="row 3: time 8 is before the row above, expected rows by time"):
+        list(parquet.iterate(path, batch))
