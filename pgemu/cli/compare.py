@@ -157,8 +157,9 @@ def compare(trace: str | None, **options: Any) -> int:
     workload:tdx-boot. Without it: a software-protected VM's life, which comes with pgemu.
 
     Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
-    length (bytes) where an operation reads them; time (ns), actor, vm, space and object hold 0 where missing. Integers
-    of any width, without nulls. Memory slots are pgemu's metadata, its bind records, --memslot, or inferred.
+    length (bytes) where an operation reads them; time (ns; rows are in its order), actor, vm, space and object hold 0
+    where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's metadata, its
+    bind records, --memslot, or inferred.
 
     Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input.
     """
