@@ -133,7 +133,10 @@ class Model(Conversions, References, Lifetime):
         for page in (pages.start, pages.stop):
             for vma in [v for v in self.vmas if v.owner == space and v.pages.start < page < v.pages.stop]:
                 self.split_vma(vma, page)
-        self.remove_vmas([(v, v.pages) for v in self.vmas if v.owner == space and overlap(v.pages, pages)])
+        gone = [(v, v.pages) for v in self.vmas if v.owner == space and overlap(v.pages, pages)]
+        if gone:
+            self.notify(gone[0][0], pages)  # unmap_vmas(): once, of the whole range, holes too
+        self.remove_vmas(gone)
         return OK
 
     def split_vma(self, vma: Window, page: int) -> None:

@@ -45,13 +45,13 @@ U = np.uint64
 
 @outlined
 def _notify_all(m, space, start, end):
-    """unmap_vmas(): the process's VMs are told once, of the whole range, however many VMAs there are."""
+    """unmap_vmas(): the process's VMs are told once, of the whole range, holes too, however many VMAs there are."""
     state = m.state
     row = next_vma(state, space, start, end)
     if row == NONE:
         return
-    if state[row + A_END] >= end or next_vma(state, space, state[row + A_END], end) == NONE:
-        notify(m, row, state[row + A_START], state[row + A_END])
+    if state[row + A_START] == start and state[row + A_END] == end:
+        notify(m, row, start, end)
     else:
         notify_range(m, space, start, end)
 
