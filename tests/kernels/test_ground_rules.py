@@ -138,6 +138,7 @@ def overloads_of(dispatcher: Any) -> Iterator[Overload]:
 def compiled_entries() -> dict[str, Any]:
     if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         pytest.skip("types and calls are those of the code without bounds checks")
+    kernel_modules()  # all of them: machine code from the cache is used without its module
     for entry in declared:
         if entry.missing(in_cache=True):
             entry.compile_here()  # with annotations; another process would keep them to itself
