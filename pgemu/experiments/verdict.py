@@ -6,7 +6,7 @@ repeated under the rule's alternatives), or the defect without which it would no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -188,16 +188,24 @@ def refused(run: DesignRun) -> int:
     return sum(n for op in run.operations for name, n in op.outcomes.items() if name.startswith(("-", "VM_FAULT_SIG")))
 
 
-def breaches(run: DesignRun) -> tuple[Breach, ...]:
-    """What a machine broke, in the order of the rules' numbers."""
+def breaches(run: DesignRun, idle: Collection[str] = ()) -> tuple[Breach, ...]:
+    """What a machine broke, in the order of the rules' numbers.
+
+    :param idle: defects without effect on the trace (WithoutEffect), which explain nothing
+    """
+
+    def why(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name not in idle)
+
     found = [
-        Breach(rule.rule, rule.count, "times", rule.explained_by) for rule in (run.finding.rules if run.finding else ())
+        Breach(rule.rule, rule.count, "times", why(rule.explained_by))
+        for rule in (run.finding.rules if run.finding else ())
     ]
     shown = run.statistics.event(Event.STALE_PAGE_SHOWN)
     if shown:
         stale = Broken.STALE_CONTENTS
         found = [one for one in found if one.rule is not stale]
-        found.append(Breach(stale, shown, "pages", explained_by(stale, run.config.defects)))
+        found.append(Breach(stale, shown, "pages", why(explained_by(stale, run.config.defects))))
     return tuple(sorted(found))
 
 
@@ -311,8 +319,11 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
     for key, found in measure(first, second).items():
         captured = QUESTIONS[key].captured(first, second)
         if key == "broken" and not captured and found.better in (0, 1) and _explained((second, first)[found.better]):
-            names = {name for rule in breaches((second, first)[found.better]) for name in rule.explained_by}
-            lines[key] = Line(QUESTIONS[key].text, found, Basis("defect", ((", ".join(sorted(names)), "without", -1),)))
+            worse = (second, first)[found.better]
+            idle = comparison.without_effect.defects.get(worse.design, ())
+            names = {name for rule in breaches(worse, idle) for name in rule.explained_by}
+            rests = ((" or ".join(sorted(names)), "without", -1),)
+            lines[key] = Line(QUESTIONS[key].text, found, Basis("defect", rests))
         else:
             basis = _basis(key, found, trials, captured)
             if basis.kind == "fact" and sensitivity and not sensitivity.complete:  # what was not reached may turn it

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
     from pgemu.machine.config import Config
+    from pgemu.trace.lowered import Accounting
 
 __all__ = ("HEIGHT", "WIDTH", "about", "causes", "mixed", "screen", "zeroes")
 
@@ -84,6 +85,8 @@ def about(comparison: Comparison) -> Iterator[str]:
     tables = f"{config.stage2.upper()}, {cpus}, Linux {config.kernel}"
     yield f"{both}{config.vm} VM, memory {lowered.init} at first, {tables}"
     yield from _defects(comparison)
+    if parts := list(_left_out(lowered.accounting, lowered.notes)):
+        yield f"left out: {', '.join(parts)} (--details)"
     if not len(lowered.records) - lowered.accounting.setup:
         yield "nothing to replay: no event of this log concerns guest memory (see --details)"
     if lowered.layout.origin == "inferred":
@@ -94,6 +97,20 @@ def about(comparison: Comparison) -> Iterator[str]:
     if idle := comparison.without_effect.options:
         yield f"without effect here: {', '.join('--' + name.replace('_', '-') for name in idle)}"
     yield from comparison.instead
+
+
+def _left_out(accounting: Accounting, notes: Sequence[str]) -> Iterator[str]:
+    """What the log lost, what of it is not known, and inputs that no note says why they ask nothing of guest memory."""
+    if accounting.lost:
+        yield f"{units.count(accounting.lost)} event{'s' * (accounting.lost > 1)} lost by the ring buffer"
+    if unknown := accounting.unknown.most_common(2):
+        names = ", ".join(f"{units.count(n)} {printable(name)}" for name, n in unknown)
+        more = f", {len(accounting.unknown) - 2} more names" if len(accounting.unknown) > 2 else ""
+        yield f"not known {names}{more}"
+    said = " ".join(notes)
+    others = sum(n for reason, n in accounting.without_operation.items() if reason not in said)
+    if others:
+        yield f"{units.count(others)} input{'s' * (others > 1)} not of guest memory"
 
 
 def _rules_of_like(comparison: Comparison) -> Iterator[str]:
@@ -223,7 +240,7 @@ def _interrupts_off(comparison: Comparison) -> Iterator[str]:
 
 def zeroes(config: Config) -> str:
     """How a first use zeroes."""
-    if "uptodate-unzeroed" in config.defects:
+    if "uptodate-unzeroed" in config.defects and config.zero == "folio":
         return "first 4K of each folio: uptodate-unzeroed"
     return {"page": "by page", "folio": "by folio"}[config.zero]
 
@@ -276,8 +293,8 @@ def _each(runs: Sequence[DesignRun], values: list[str]) -> str:
 
 def _broken(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs[:2]:
-        for one in breaches(run):
-            why = ", ".join(one.explained_by) if one.explained_by else "no defect explains it"
+        for one in breaches(run, comparison.without_effect.defects.get(run.design, ())):
+            why = " or ".join(one.explained_by) if one.explained_by else "no defect explains it"
             name = one.rule.name.lower().replace("_", " ")
             often = f"{units.count(one.count)} {one.unit[:-1]}{'s' * (one.count != 1)}"
             if one.unit == "pages":
