@@ -6,7 +6,7 @@ from pgemu.trace.events import EXPECTED, pattern
 from pgemu.trace.forms import raw_fields
 from pgemu.trace.lines import TAIL
 
-__all__ = ("MalformedLineError", "fields_of", "is_tail")
+__all__ = ("MalformedLineError", "cut_off", "fields_of", "is_tail")
 
 
 class MalformedLineError(ValueError):
@@ -28,3 +28,10 @@ def is_tail(event: str, at: int) -> bool:
     alone prints the event's system."""
     token = event.partition(" ")[0]
     return ":" in token[:-1] and event[at - 1].isspace() and TAIL.fullmatch(event, at) is not None
+
+
+def cut_off(first: bool, last: bool) -> str:
+    """What helps against a malformed line that may be the rest of one, or the beginning of one without its newline."""
+    if last:
+        return "; if it is cut off: leave it out (head -n -1)"
+    return "; if it is the rest of one: cut it off (tail -n +2)" if first else ""

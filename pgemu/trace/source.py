@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from itertools import chain
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pgemu.errors import InputError
 from pgemu.trace.watching import tell_of
@@ -52,17 +52,23 @@ class _Decoder(Protocol):
         """Yield what some bytes of the stream decode to, in pieces of bounded size."""
 
 
-class _Xz:
-    def __init__(self) -> None:
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
+class _OfLibrary:
+    """What the decoders of lzma and zlib have in common."""
+
+    _decoder: Any
 
     @property
     def eof(self) -> bool:
-        return self._decoder.eof
+        return bool(self._decoder.eof)
 
     @property
     def unused_data(self) -> bytes:
-        return self._decoder.unused_data
+        return bytes(self._decoder.unused_data)
+
+
+class _Xz(_OfLibrary):
+    def __init__(self) -> None:
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DECODER_MEMORY)
 
     def decode(self, data: bytes, /) -> Iterator[bytes]:
         yield self._decoder.decompress(data, _BLOCK)
@@ -70,17 +76,9 @@ class _Xz:
             yield self._decoder.decompress(b"", _BLOCK)
 
 
-class _Gzip:
+class _Gzip(_OfLibrary):
     def __init__(self) -> None:
         self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
-
-    @property
-    def eof(self) -> bool:
-        return self._decoder.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._decoder.unused_data
 
     def decode(self, data: bytes, /) -> Iterator[bytes]:
         while data and not self._decoder.eof:
@@ -210,7 +208,8 @@ class Source:
                 for piece in self._pieces_of(decoder, data, name):
                     given += len(piece)
                     if given > _FREE_GROWTH and given > MOST_GROWTH * taken:
-                        raise InputError(f"grows to more than {MOST_GROWTH} times its size, as no log does", self.name)
+                        text = f"grows to more than {MOST_GROWTH} times its size, as no log does"
+                        raise InputError(f"{text}; if it is one, give what it decompresses to", self.name)
                     yield piece
                 data = b""
                 if decoder.eof:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,41 @@ def test_what_a_question_rests_on_is_named() -> None:
 def test_what_is_broken_names_its_defect() -> None:
     # One page of the 2M folio is zeroed; the guest's leaf shows it whole.
     assert "restructure shows stale contents of 511 pages (uptodate-unzeroed)" in " ".join(shown(mixed()).split())
+
+
+def test_a_defect_without_effect_explains_nothing() -> None:
+    """Until that is tried each of those that could explain it may be the one."""
+    comparison = compare(lowered(mixed_records()), defects=("uptodate-unzeroed", "punch-keeps-entries"))
+    text = " ".join(shown(comparison).split())
+    assert "restructure shows stale contents of 511 pages (punch-keeps-entries or uptodate-unzeroed)" in text
+    tried = with_effects(comparison)
+    text = " ".join(shown(tried).split())
+    assert "restructure shows stale contents of 511 pages (uptodate-unzeroed)" in text
+    assert verdict(tried)["broken"].basis.rules == (("uptodate-unzeroed", "without", -1),)
+
+
+def test_a_design_that_zeroes_by_page_does_not_zero_by_folio_for_a_defect() -> None:
+    comparison = compare(lowered(mixed_records()), defects=("uptodate-unzeroed",))
+    text = " ".join(shown(comparison).split())
+    assert "restructure 4 KiB (first 4K of each folio: uptodate-unzeroed), pfnmap 2 MiB (by page)" in text
+
+
+@pytest.mark.parametrize("unknown", [{}, {"kvm_guest_fault": 2}, {"a": 3, "b": 2, "c": 1, "d": 1}])
+@pytest.mark.parametrize(("lost", "others"), [(0, 0), (1, 1), (900_000, 12)])
+def test_what_is_left_out_is_on_the_first_screen(unknown: dict[str, int], lost: int, others: int) -> None:
+    comparison = mixed()
+    accounting = replace(
+        comparison.lowered.accounting, lost=lost, unknown=Counter(unknown), without_operation=Counter({"why": others})
+    )
+    comparison = replace(comparison, lowered=replace(comparison.lowered, accounting=accounting))
+    text = " ".join(shown(comparison).split())
+    assert ("left out: " in text) == bool(unknown or lost or others)
+    assert (f"{lost:,} event{'s' * (lost > 1)} lost by the ring buffer" in text) == bool(lost)
+    assert (f"{others} input{'s' * (others > 1)} not of guest memory" in text) == bool(others)
+    for name, count in list(unknown.items())[:2]:
+        assert f"{count} {name}" in text
+    assert ("2 more names" in text) == (len(unknown) == 4)
+    assert_fits(shown(comparison))
 
 
 def test_conversions_that_the_model_drops_are_no_refusals() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
 from pgemu.errors import InputError
+from pgemu.trace import load
 from pgemu.trace.events import IGNORED, OUTCOMES, event_name
 from pgemu.trace.lines import event_start, is_name
 from pgemu.trace.log import Log, Task
@@ -221,3 +223,27 @@ def test_a_long_line_is_looked_at_as_fast_as_a_short_one(front: str, filler: str
     text = f"{PERF} {FAULT}\n{front}{filler * 100_000}!\n"
     with suppress(InputError):
         assert parse(text).events <= 2
+
+
+def complaint(path: Path) -> str:
+    """What reading a log complains of; nothing if it is read."""
+    try:
+        load(path)
+    except InputError as refused:
+        return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("at", range(1, 120))
+def test_a_line_that_was_cut_off_is_told_how_to_leave_out(tmp_path: Path, at: int) -> None:
+    whole = f"vm-1 [000] ..... 1.000000: {FAULT}\n"
+    path = tmp_path / "log"
+    hints = "; if it is the rest of one: cut it off (tail -n +2)", "; if it is cut off: leave it out (head -n -1)"
+    texts = whole[at:] + whole, whole + whole[at:] + whole, whole + whole[:at]
+    for text, number, hint in zip(texts, (1, 2, 2), (hints[0], "", hints[1]), strict=True):
+        path.write_text(text)
+        said = complaint(path)
+        assert said or at not in (20, 70)
+        if said:
+            assert said.startswith(f"{path}:{number}: ")
+            assert [other for other in hints if said.endswith(other)] == [hint] * bool(hint)

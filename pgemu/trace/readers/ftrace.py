@@ -26,7 +26,7 @@ from pgemu.trace.events import (
     event_name,
     line_end,
 )
-from pgemu.trace.fields import MalformedLineError, fields_of, is_tail
+from pgemu.trace.fields import MalformedLineError, cut_off, fields_of, is_tail
 from pgemu.trace.forms import form_of
 from pgemu.trace.lines import (
     FUNCTION,
@@ -200,7 +200,7 @@ class _Parser:
         except OverflowError:
             raise InputError(f"a number of more than 64 bits: {line[:120]!r}", self._source, number) from None
         except ValueError as error:
-            raise InputError(str(error), self._source, number) from None
+            raise InputError(f"{error}{cut_off(number == 1, line is last)}", self._source, number) from None
         self._line = number
         self._events += events
 
@@ -322,7 +322,8 @@ class _Parser:
         else:
             whole = ends is None and (bool(blank) or token.endswith((":", ")")))
         if not whole:
-            raise InputError(f"the last line is cut off: {line[-80:]!r}", self._source, number)
+            text = f"malformed line: {line[-80:]!r}{cut_off(False, True)}"
+            raise InputError(text, self._source, number)
         self._no_newline = True
 
     def displaced(self, event: str, task: int, time: int, line: int) -> None:
