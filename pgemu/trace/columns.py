@@ -91,7 +91,7 @@ def _named(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, first
         which = codes.index(None)
         row = first + int(np.argmax(places == which))
         raise InputError(
-            f"row {row}: column {name!r} holds {words[which][:_SHOWN]!r}, expected names of the schema", source
+            f"row {row}: column {name!r} holds {words[which][:_SHOWN]!r}, expected {_EXPECTED[name]}", source
         )
     return np.array(codes, dtype)[places] if words else np.zeros(0, dtype)
 
@@ -114,3 +114,7 @@ def _flags(word: str) -> int | None:
 
 _NAMES: Mapping[str, Callable[[str], int | None]] = {"op": _operation, "flags": _flags}
 """Columns whose numbers have names."""
+_EXPECTED = {
+    "op": f"names of operations, {', '.join(list(_TITLES.values())[:9])}, ... (pgemu.trace.COLUMNS has them all)",
+    "flags": f"names of flags, joined by |: {', '.join(name for name in Flag.__members__)}",
+}
