@@ -129,11 +129,14 @@ guarded = full_only(holds_guard, False)
 
 
 @outlined
-def leave_tables(m, space, address):
+def make_upper_tables(m, space, address):
     """__handle_mm_fault(): the tables above the last one are there by the time a fault ends in SIGBUS, if there is
     memory for them. As captured of files of 4K pages; those of huge pages have not been."""
     if m.state[R_ORDER] == U0:
         need_slot(m, space, address, U2)
+
+
+leave_tables = full_only(make_upper_tables, None)  # the fast loops know no files of that kind
 
 
 @kernel

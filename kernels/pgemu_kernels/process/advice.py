@@ -13,16 +13,14 @@ from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.process.fault import mm_populate
 from pgemu_kernels.process.madvise import over_vmas
 from pgemu_kernels.process.record import has_ended
-from pgemu_kernels.process.tables import gather_begin, gather_flush
 from pgemu_kernels.process.vma import next_vma, vma_merge
-from pgemu_kernels.process.zapping import cut_vma
+from pgemu_kernels.process.zapping import cut_range
 from pgemu_kernels.words.enum_words import FLAG_LOCKED, FLAG_POPULATE, FLAG_WRITE, OP_DONTFORK
 from pgemu_kernels.words.operations import EAGAIN, EINVAL, ENOMEM, VM_FAULT_OOM
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
     A_KIND,
-    A_SPACE,
     A_START,
     O_ADDRESS,
     O_FLAGS,
@@ -46,14 +44,7 @@ def set_flags(m, row, start, end, flags):
     state = m.state
     if state[row + A_FLAGS] == flags:
         return np.int64(0)
-    gather_begin(m)
-    status = np.int64(0)
-    if state[row + A_START] < start:
-        status, upper = cut_vma(m, row, start)
-        row = upper if status == 0 else row
-    if status == 0 and state[row + A_END] > end:
-        status, _upper = cut_vma(m, row, end)
-    gather_flush(m, state[row + A_SPACE])
+    status, row = cut_range(m, row, start, end)
     if status != 0:
         return status
     state[row + A_FLAGS] = flags

@@ -16,8 +16,8 @@ from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import madvise_populate, mm_populate
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
-from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, split_vma, vma_merge
-from pgemu_kernels.process.zapping import change_protection, drop_large_pfn, zap_vma
+from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, vma_merge
+from pgemu_kernels.process.zapping import change_protection, cut_range, drop_large_pfn, zap_vma
 from pgemu_kernels.words.enum_words import FLAG_LOCKED_TOO, FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
 from pgemu_kernels.words.operations import EACCES, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_FULL, R_GUARDS, R_VMAS
@@ -79,15 +79,9 @@ def _protect_vma(m, row, start, end, prot):
         if prot & PROT_EXEC != U0:
             return np.int64(-EACCES)  # no VM_MAYEXEC: guest_memfd's mount is SB_I_NOEXEC
         state[R_FULL] = U1  # the fast loops know no entries without rights
-    if state[row + A_START] < start:
-        status, upper = split_vma(m, row, start)
-        if status != 0:
-            return status
-        row = upper
-    if state[row + A_END] > end:
-        status, upper = split_vma(m, row, end)
-        if status != 0:
-            return status
+    status, row = cut_range(m, row, start, end)
+    if status != 0:
+        return status
     state[row + A_FLAGS] = _account(state, row, prot)
     state[row + A_PROT] = prot
     state[row + A_READ_ONLY] = U1 if prot & PROT_WRITE == U0 else U0

@@ -57,12 +57,14 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_NOTIFIER, R_THP_SPLIT_PMD, R_UNMAPPING
 from pgemu_kernels.words.rows import (
+    A_END,
     A_FLAGS,
     A_KIND,
     A_NEXT,
     A_PROT,
     A_RESERVED,
     A_SPACE,
+    A_START,
     H_RESERVED,
     H_SURPLUS,
     I_ALL_END,
@@ -399,6 +401,21 @@ def cut_vma(m, row, address):
     if status == 0:
         _drop_cut(m, row, address)
     return status, upper
+
+
+@outlined
+def cut_range(m, row, start, end):
+    """vma_modify(): [start, end) of a VMA becomes a VMA of its own, if it is none: 0 and its row, or -EINVAL, -ENOMEM
+    and the row of what there is."""
+    status = np.int64(0)
+    gather_begin(m)
+    if m.state[row + A_START] < start:
+        status, upper = cut_vma(m, row, start)
+        row = upper if status == 0 else row
+    if status == 0 and m.state[row + A_END] > end:
+        status, _upper = cut_vma(m, row, end)
+    gather_flush(m, m.state[row + A_SPACE])
+    return status, row
 
 
 # --------------------------------------------------------------------------- other rights
