@@ -329,7 +329,7 @@ def _checks(function: Any) -> dict[str, _Check]:
 def plain(function: Any, owner: Any, /, **arguments: Any) -> tuple[Any, ...]:
     """Arguments of a function that is not guarded, as it takes them: what one that is called often looks at itself."""
     checks = _checks(function)
-    return tuple(checks[name](owner, value) for name, value in arguments.items())
+    return tuple(checks[name](owner, value) if name in checks else value for name, value in arguments.items())
 
 
 def guards(**rules: Rule) -> Callable[[_Function], _Function]:

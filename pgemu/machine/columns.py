@@ -99,7 +99,10 @@ def column_of(values: Any, count: int, name: str, dtype: np.dtype[Any] = _WORD) 
 
     TypeError and ValueError, with the name, for all else.
     """
-    column = as_column(values) if dtype == _WORD else None
+    column = None
+    if dtype is _WORD:
+        plain = type(values) is np.uint64 or (type(values) is int and 0 <= values < 1 << 64)
+        column = np.array([values], _WORD) if plain else as_column(values)
     if column is None:
         column = unsigned(checked(name, values, {name: _COLUMNS[dtype.itemsize]}), dtype)
     if column.size not in (1, count):

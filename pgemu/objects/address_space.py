@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
@@ -59,7 +60,7 @@ def _pin_flags(write: bool, longterm: bool) -> int:
 
 @guards_creation(space=number_of("a process", W.SPACES))
 @dataclass(frozen=True)
-class AddressSpace(OfMachine, but=("touch",)):
+class AddressSpace(OfMachine, but=("touch", "translate")):
     """A process: its page tables and its mappings.
 
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
@@ -485,9 +486,12 @@ class AddressSpace(OfMachine, but=("touch",)):
 
         ValueError once the process has ended.
         """
-        root = self.root
+        column = as_column(addresses)
+        if column is None or kinds is not None or access is not None:
+            column, kinds, access = plain(AddressSpace.translate, self, addresses=addresses, kinds=kinds, access=access)
+        root = self._word(W.S_ROOT)
         if not root:
             self._check_alive()
         from pgemu.tables.translation import translated
 
-        return translated(self.machine, HOST_X86_64, root, np.asarray(addresses), kinds, access)
+        return translated(self.machine, HOST_X86_64, root, column, kinds, access)
