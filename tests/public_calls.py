@@ -98,7 +98,7 @@ def public_calls() -> list[Call]:
         if inspect.isfunction(one):
             found.append(_call("", name, one))
     for kind in public_classes():
-        if not issubclass(kind, tuple | int):  # those of numbers and tuples are Python's
+        if not issubclass(kind, tuple | int | list):  # those of numbers, tuples and lists are Python's
             found.append(_call(kind.__name__, "__init__", vars(kind).get("__init__", kind.__init__)))  # type: ignore[misc]
         for name in _public(kind):
             member = inspect.getattr_static(kind, name)

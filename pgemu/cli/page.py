@@ -265,16 +265,13 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
 @click.option(
     "--kernel",
     type=click.Choice(RELEASES),
-    default="7.3",
-    show_default=True,
-    help="Linux whose struct pages these are.",
+    help="Linux whose struct pages these are.  [default: as the image's notes say, else 7.3]",
 )
 @click.option(
     "--configuration",
     type=click.Choice(CONFIGURATIONS),
-    default="debian",
-    show_default=True,
-    help="Which fields page->flags has: Debian's, or those of a kernel without NUMA and memory cgroups.",
+    help="Which fields page->flags has: Debian's, or those of a kernel without NUMA and memory cgroups.  [default: as "
+    "Machine.write_image notes it, else debian]",
 )
 @click.option(
     "--flag-widths",
@@ -301,7 +298,7 @@ def _kernel_root(image: Image, root: str | None) -> str | None:
 @c_bit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def page(
-    image: str, numbers: tuple[int, ...], kernel: str, configuration: str, flag_widths: str | None,
+    image: str, numbers: tuple[int, ...], kernel: str | None, configuration: str | None, flag_widths: str | None,
     dump_page: tuple[str, ...], root: str | None, name: str | None, vmemmap: int, c_bit: int | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Name every word of struct pages, and show their folios and the page-table entries that map them.
@@ -314,14 +311,16 @@ def page(
 
     Exit status: 0; 1 if a struct page is not mapped or belongs to no folio that can be; 2 for bad input.
     """
-    from pgemu.images.image import open_image
+    from pgemu.images.image import open_image, release_of
 
-    layout = _layout(kernel, configuration, flag_widths, dump_page)
     pfns = [_pfn(number, vmemmap) for number in numbers]
     blocks: list[str] = []
     documents: list[dict[str, Any]] = []
     failed = False
     with open_image(image) as opened:
+        kernel = kernel or release_of(opened, RELEASES) or "7.3"
+        configuration = configuration or (opened.configuration if opened.configuration in CONFIGURATIONS else "debian")
+        layout = _layout(kernel, configuration, flag_widths, dump_page)
         where, fmt = find_root(opened, _kernel_root(opened, root), name, c_bit=c_bit)
         for pfn in pfns:
             try:

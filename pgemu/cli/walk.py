@@ -92,7 +92,9 @@ def table_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Entry format.  [default: that of the named root, else x86-64]",
         ),
         click.option(
-            "--kernel", type=click.Choice(list(RELEASES)), help="Linux that wrote the entries: software bits differ."
+            "--kernel",
+            type=click.Choice(list(RELEASES)),
+            help="Linux that wrote the entries: software bits differ.  [default: the image's, else 7.3]",
         ),
         click.option("--maxphyaddr", type=int, metavar="BITS", help="Physical address bits of the CPU."),
         c_bit_option,
@@ -136,6 +138,10 @@ def find_root(image: Image, text: str | None, name: str | None, **parameters: An
     name = name or "x86-64"
     if parameters.get("c_bit") is None and image.sme_mask and has_parameter(name, "c_bit"):
         parameters["c_bit"] = image.sme_mask.bit_length() - 1
+    if parameters.get("kernel") is None and has_parameter(name, "kernel"):
+        from pgemu.images.image import release_of
+
+        parameters["kernel"] = release_of(image, list(RELEASES))
     fmt = make_format(name, **parameters)
     table = root_table(fmt, root)
     try:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -149,7 +149,7 @@ def _pages(start: int, length: int) -> np.ndarray[Any, Any]:
     return np.arange(start & ~(_PAGE - 1), start + length, _PAGE, dtype=np.uint64)
 
 
-def _leaf(steps: list[tuple[int, int, int]]) -> int:
+def _leaf(steps: Sequence[tuple[int, int, int]]) -> int:
     return steps[-1][2]
 
 

@@ -35,6 +35,8 @@ PAGE = 4096
 _MOST_HEADERS = 1 << 20
 _MOST_NOTES = 16 << 20
 _LONGEST_TEXT = 1 << 20
+_LONGEST_RELEASE = 64  # include/uapi/linux/utsname.h:__NEW_UTS_LEN
+_TOLD = re.compile(r"[A-Z]{1,16}=[!-~]{1,64}")
 _ROOT = re.compile(r"([!-~]{1,64}) ([!-~]{1,64}) 0x([0-9a-f]{1,16})")
 
 
@@ -67,13 +69,16 @@ class Contents(NamedTuple):
     """What a core holds: segments in the order of the file, the top tables that its notes name, and SME's bit.
 
     sme_mask: the bit that entries of the host's tables have for encrypted memory, 0 for none (VMCOREINFO's sme_mask).
-    problems: what of the notes was not understood, a line each.
+    problems: what of the notes was not understood, a line each. kernel: release of the kernel that wrote it, as
+    VMCOREINFO's OSRELEASE or pgemu's note has it, "" where none says; configuration: pgemu's note, too.
     """
 
     segments: list[Segment]
     roots: list[Root]
     sme_mask: int
     problems: list[str]
+    kernel: str
+    configuration: str
 
 
 # --------------------------------------------------------------------------- reading
@@ -102,7 +107,11 @@ def parse(data: memoryview, file: str) -> Contents:
         raise InputError(f"notes of {note_bytes} bytes: expected at most {_MOST_NOTES}", file)
     problems: list[str] = []
     notes = [note for start, end in notes_at for note in _notes(data[start:end], start, problems)]
-    return Contents(segments, list(_roots(notes, file, problems)), _sme_mask(notes, file), problems)
+    roots = list(_roots(notes, file, problems))
+    return Contents(
+        segments, roots, _sme_mask(notes, file), problems, _told(notes, file, "OSRELEASE"),
+        _told(notes, file, "CONFIGURATION"),
+    )  # fmt: skip
 
 
 def _program_headers(data: memoryview, file: str) -> memoryview:
@@ -162,6 +171,8 @@ def _roots(notes: list[Note], file: str, problems: list[str]) -> Iterator[Root]:
     for note in notes:
         if note.name == "pgemu":
             for line in filter(None, _text(note, file).rstrip("\0").split("\n")):
+                if _TOLD.fullmatch(line):
+                    continue
                 if (match := _ROOT.fullmatch(line)) is None:
                     raise InputError(f"pgemu's note has {line[:80]!a}: expected a name, a format, 0x...", file)
                 yield Root(match[1], match[2], int(match[3], 16))
@@ -177,6 +188,14 @@ def _roots(notes: list[Note], file: str, problems: list[str]) -> Iterator[Root]:
 
 def _vmcoreinfo(note: Note, file: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in _text(note, file).split("\n") if "=" in line)
+
+
+def _told(notes: list[Note], file: str, key: str) -> str:
+    """What VMCOREINFO or pgemu's own note says of the kernel under `key`, "" where neither does."""
+    for note in notes:
+        if note.name in ("VMCOREINFO", "pgemu") and (value := _vmcoreinfo(note, file).get(key)):
+            return value.rstrip("\0")[:_LONGEST_RELEASE]
+    return ""
 
 
 def _decimal(text: str) -> int | None:
@@ -216,12 +235,16 @@ def _kernel_root(values: dict[str, str], problems: list[str]) -> Iterator[Root]:
 # --------------------------------------------------------------------------- writing
 
 
-def prologue(ranges: list[tuple[int, int]], roots: list[Root]) -> tuple[bytes, list[int]]:
+def prologue(
+    ranges: list[tuple[int, int]], roots: list[Root], kernel: str, configuration: str
+) -> tuple[bytes, list[int]]:
     """What stands before the memory in a core with one PT_LOAD for each range, and the file offset of each range.
 
-    ranges: (start, end) of physical memory, multiples of 4096, fewer than PN_XNUM of them. roots go into a note.
+    ranges: (start, end) of physical memory, multiples of 4096, fewer than PN_XNUM of them. The others go into a note.
     """
-    text = "".join(f"{root.name} {root.format} {root.address:#x}\n" for root in roots).encode()
+    lines = [f"OSRELEASE={kernel}", f"CONFIGURATION={configuration}"]
+    lines += [f"{root.name} {root.format} {root.address:#x}" for root in roots]
+    text = "".join(f"{line}\n" for line in lines).encode()
     note = _NOTE.pack(6, len(text), _PGEMU_ROOTS) + b"pgemu\0\0\0" + text + bytes(-len(text) % 4)
     count = len(ranges) + 1
     note_at = _HEADER.size + count * _PROGRAM.size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import stat
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
@@ -21,12 +22,12 @@ from pgemu.machine.arguments import guards, guards_methods
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from pgemu.machine.core import Core
 
-__all__ = ("Format", "Image", "Range", "Root", "open_image", "write_image")
+__all__ = ("Format", "Image", "Range", "Root", "open_image", "release_of", "write_image")
 
 Array = np.ndarray[Any, Any]
 Format = Literal["elf", "raw"]
@@ -66,8 +67,9 @@ class Image:
 
     path: the file's name. ranges: what it holds, ascending, as long as can be. roots: top tables that its notes
     name (elf.Root). sme_mask: SME's bit in entries of the host's tables, 0 for none. problems: what of the file was
-    left out because it was not understood, a line each. Not to be used after the file was made shorter: the system then
-    ends the process.
+    left out because it was not understood, a line each. kernel, configuration: of the kernel whose memory it is, where
+    its notes say ("6.12.107-amd64"; "7.3" and "debian" of a machine's), else "". Not to be used after the file was made
+    shorter: the system then ends the process.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Image:
         self.roots = roots or []
         self.sme_mask = sme_mask
         self.problems = problems or []
+        self.kernel = self.configuration = ""
         self._data = data
         self._parts = parts
         self._starts = [part.start for part in parts]
@@ -200,11 +203,30 @@ def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Im
                 f"neither an ELF core nor raw memory: {len(data)} bytes, expected a multiple of {elf.PAGE}", name
             )
         return Image(name, data, [_Part(0, len(data), 0)])
-    segments, roots, sme_mask, problems = elf.parse(data, name)
-    problems += _repeated(roots)
+    contents = elf.parse(data, name)
+    segments, problems = contents.segments, contents.problems
+    problems += _repeated(contents.roots)
     if beyond := sum(s.address + s.size > 1 << 64 for s in segments):
         problems.append(f"{beyond} PT_LOAD{'s' * (beyond > 1)} without a physical address: left out")
-    return Image(name, data, _disjoint(segments, name), roots, sme_mask, problems)
+    image = Image(name, data, _disjoint(segments, name), contents.roots, contents.sme_mask, problems)
+    image.kernel, image.configuration = contents.kernel, contents.configuration
+    return image
+
+
+def release_of(image: Image, known: Sequence[str]) -> str | None:
+    """Which of `known` ("6.12", ..., ascending) is the image's kernel, or the last one before it.
+
+    None where the notes name no kernel; the first one of an older kernel.
+    """
+    numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", image.kernel)
+    if numbers is None:
+        return None
+    mine = int(numbers[1]), int(numbers[2])
+    return max((one for one in known if _numbers(one) <= mine), key=_numbers, default=known[0])
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
 
 
 def _map(name: str) -> memoryview:
@@ -294,7 +316,7 @@ def write_image(core: Core, roots: list[Root], path: str | os.PathLike[str], for
     name = os.fspath(path)
     ranges = core.memory.ranges()
     if format == "elf":
-        head, offsets = elf.prologue(ranges, roots)
+        head, offsets = elf.prologue(ranges, roots, core.config.kernel, core.config.configuration)
         size = offsets[-1] + ranges[-1][1] - ranges[-1][0]
     else:
         head, offsets = b"", [start for start, _ in ranges]

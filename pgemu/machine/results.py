@@ -89,6 +89,13 @@ class Results(NamedTuple):
         return None
 
     @property
+    def names(self) -> list[str]:
+        """What each returned, by name, in their order: ["RET_PF_FIXED", "-EAGAIN"]."""
+        values, of = np.unique(self.status, return_inverse=True)
+        named = [status_name(self.operation, status) for status in values.tolist()]
+        return [named[i] for i in of.tolist()]
+
+    @property
     def outcomes(self) -> dict[str, int]:
         """How many returned what, by name, the smallest status first: {"-EAGAIN": 1, "ok": 3}."""
         values, counts = np.unique(self.status, return_counts=True)

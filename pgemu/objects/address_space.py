@@ -11,7 +11,7 @@ from pgemu.machine.arguments import OfMachine, guards_creation, plain
 from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
-from pgemu.machine.results import Result, Results
+from pgemu.machine.results import Result, Results, errno_name
 from pgemu.machine.rows import next_row
 from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu_kernels import words as W
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.tables.translation import Access, Kind, Translation
+    from pgemu.tables.walked import Walk
 
 Array = np.ndarray[Any, Any]
 _WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
@@ -404,11 +405,13 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
         """fork(): the child. Private pages are shared until written; shared memory is faulted in anew, but entries of
         VM_PFNMAP are copied: those of pfnmap's guest_memfd too, writable as they are.
 
-        OSError: EAGAIN past words.SPACES processes, ENOMEM. kernel/fork.c:dup_mmap(), mm/memory.c:copy_page_range()
+        OSError: EAGAIN past words.SPACES processes, ENOMEM, EINVAL once it has ended. kernel/fork.c:dup_mmap(),
+        mm/memory.c:copy_page_range()
         """
         result = self._operate(Operation.FORK)
         if result.status:
-            raise OSError(-result.status, "fork")
+            why = "it has ended" if self.ended else errno_name(-result.status)
+            raise OSError(-result.status, f"fork() of process {self.space}: {why}")
         return AddressSpace(self.machine, result.detail)
 
     def exit(self) -> Result:
@@ -429,7 +432,7 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
     def touch(self, address: int, *, write: bool = False, execute: bool = False) -> Result:
         """Access a byte from user mode: 0 if its entry allowed it, else the fault's result; detail is the leaf's level.
 
-        VM_FAULT_NOPAGE or VM_FAULT_LOCKED after a fault that succeeded; VM_FAULT_SIGSEGV, SIGBUS or OOM.
+        VM_FAULT_NOPAGE or _LOCKED after a fault that succeeded; VM_FAULT_SIGSEGV (once it ended, too), SIGBUS, OOM.
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
         """
@@ -472,7 +475,7 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
         header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.number << 48)
         return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
-    def walk(self, address: int) -> list[tuple[int, int, int]]:
+    def walk(self, address: int) -> Walk:
         """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended."""
         from pgemu.tables.walk import walk_page
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pgemu.objects.spinning import Spinning
     from pgemu.objects.vm import Vm
     from pgemu.tables.page_table import PageTable
+    from pgemu.tables.walked import Walk
 
 Array = np.ndarray[Any, Any]
 # What the references of folios are not counted without: see pgemu_kernels.rules.references.
@@ -286,7 +287,7 @@ class Machine(Core):
 
         self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)
 
-    def walk(self, root: int, page: int) -> list[tuple[int, int, int]]:
+    def walk(self, root: int, page: int) -> Walk:
         """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].
 
         Ends at the leaf or at the entry that is neither leaf nor table; reads `ram` and nothing else. A VM's root is

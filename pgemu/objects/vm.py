@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pgemu.objects.large_pages import LargePage
     from pgemu.objects.stage2 import Stage2
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
+    from pgemu.tables.walked import Walk
 
 Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
@@ -281,7 +282,7 @@ class Vm(OfMachine, but=("touch",)):
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
         return self.machine.run_columns(header, 0, gpas, count=len(gpas))
 
-    def walk(self, gpa: int, *, private: bool = False) -> list[tuple[int, int, int]]:
+    def walk(self, gpa: int, *, private: bool = False) -> Walk:
         """[(level, entry address, entry)] of a guest physical address.
 
         private: here and in what follows, below the root of private memory, where that is one of its own. ValueError

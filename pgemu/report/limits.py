@@ -41,7 +41,7 @@ LIMITS: Mapping[str, tuple[Limit, ...]] = MappingProxyType(
                 "posted",
             ),
             Limit(
-                "15.996 MiB must be at hand for every 1G huge page that may be split",
+                "15.996 MiB (1G) or 28 KiB (2M) of vmemmap must be at hand for every huge page that may be split",
                 "mm/hugetlb_vmemmap.c:alloc_vmemmap_page_list",
                 "posted",
             ),

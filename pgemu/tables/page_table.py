@@ -26,6 +26,7 @@ from pgemu.machine.arguments import OfMachine
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
+from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
 from pgemu_kernels.words.operations import PAGE_4K
@@ -316,7 +317,7 @@ class PageTable(OfMachine):
         """
         return self._one(Edit.STORE, address & -PAGE_4K, 0, PAGE_4K, level, entry, log=log)
 
-    def walk(self, address: int) -> list[tuple[int, int, int]]:
+    def walk(self, address: int) -> Walk:
         """[(level, entry address, entry)] from the top table to a leaf or to what is not present.
 
         ValueError for an address beyond the input addresses.
@@ -339,7 +340,7 @@ class PageTable(OfMachine):
             if level == 1 or not entry & fmt.present or leaf:
                 break
             at = (entry & fmt.address) + (address >> 3 + 9 * (level - 1) & 511) * 8
-        return steps
+        return walked(steps, fmt)
 
     def translate(
         self,

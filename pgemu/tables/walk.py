@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pgemu.machine.short import html_walks, walks
+from pgemu.tables.walked import Walk, walked
 from pgemu_kernels.formats.page_format import Family, PageFormat
 
 __all__ = (
@@ -236,12 +237,12 @@ def leaf_address(fmt: PageFormat, level: int, entry: int, address: int) -> int:
 # --------------------------------------------------------------------------- many addresses
 
 
-def walk_page(memory: Memory, fmt: PageFormat, root: int, page: int) -> list[tuple[int, int, int]]:
+def walk_page(memory: Memory, fmt: PageFormat, root: int, page: int) -> Walk:
     """walk() to a page number: [(level, entry address, entry)]; bits beyond the input addresses are the sign's."""
     address = page << 12
     if fmt.sign_extended and address >> fmt.input_bits - 1 & 1:
         address |= (1 << 64) - (1 << fmt.input_bits)
-    return [step[:3] for step in walk(memory, fmt, root, address)]
+    return walked((step[:3] for step in walk(memory, fmt, root, address)), fmt)
 
 
 def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> Translation:

@@ -266,8 +266,10 @@ def test_a_machines_own_image(run: Run, tmp_path: Path) -> None:
     machine = Machine(Config(pool=W.PAGE_1G, hvo=False, kernel="6.18"))
     machine.write_image(tmp_path / "core")
     base = machine.register(W.R_POOL_BASE)
-    status, shown, _ = run(tmp_path / "core", base + 70_000, "--kernel", "6.18")
+    status, shown, _ = run(tmp_path / "core", base + 70_000)
     assert status == 0
+    assert (status, shown, "") == run(tmp_path / "core", base + 70_000, "--kernel", "6.18", "--configuration", "debian")
+    assert shown != run(tmp_path / "core", base + 70_000, "--kernel", "7.3")[1]
     assert shown.startswith(f"PFN {base + 70_000:#x}: tail of {base:#x}, struct page ")
     assert f"  folio {base:#x}: order 18 (1G), 262144 pages, hugetlb\n" in shown
     *_, line = shown.splitlines()

@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 import pgemu
 from pgemu.errors import InputError
 from pgemu.images import image as image_module
-from pgemu.images.image import Root, open_image
+from pgemu.images.image import Root, open_image, release_of
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.ranges import MappedRange, Summary, mapped_ranges
 from pgemu.tables.walk import Kind, walk
@@ -147,6 +147,21 @@ def test_roots_of_qemu_and_of_a_crash_kernel(tmp_path: Path) -> None:
             f"the note at {last:#x} ends at {last + 20 + (1 << 30):#x}, its segment at {last + 12:#x}: it and what "
             "follows are left out"
         ]
+        assert (image.kernel, image.configuration) == ("6.18", "")
+
+
+@pytest.mark.parametrize(
+    ("release", "chosen"),
+    [
+        ("6.12.107+deb13-amd64", "6.12"), ("6.13.0", "6.12"), ("7.3.4", "7.3"), ("8.0", "7.3"), ("5.4.0-42", "6.1"),
+        ("6", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_kernel_is_the_last_known_one(tmp_path: Path, release: str, chosen: str | None) -> None:
+    info = note(b"VMCOREINFO\0", 0, f"OSRELEASE={release}\nPAGESIZE=4096\n".encode())
+    with open_image(write(tmp_path / "core", core([(0, bytes(8), 8)], note=info))) as image:
+        assert image.kernel == release
+        assert release_of(image, ["6.1", "6.12", "7.3"]) == chosen
 
 
 @pytest.mark.parametrize("bit", [32, 47, 51])

@@ -98,6 +98,9 @@ def test_what_they_say(instances: dict[str, list[Any]]) -> None:
         "Results(16,384: 16,353 RET_PF_SPURIOUS, 31 RET_PF_FIXED; detail=[2 2 2 ... 2 2 2])"
     )
     assert instances["Results"][0].outcomes == {"RET_PF_FIXED": 31, "RET_PF_SPURIOUS": 16353}
+    names = instances["Results"][0].names
+    assert len(names) == 16384
+    assert [i for i, name in enumerate(names) if name == "RET_PF_FIXED"] == [512 * i for i in range(1, 32)]
     assert repr(instances["Machine"][0]) == "Machine(config=Config('pfnmap', pool=64 << 20, page_size=2 << 20))"
     assert repr(instances["GuestMemfd"][0]) == "GuestMemfd(inode=0, size=67108864, form='main')"
     assert repr(instances["Access"][1]) == "Access(smep=False, pkru=5)"
@@ -182,3 +185,17 @@ def test_counts_lose_nothing_and_columns_stay_short(counts: dict[str, int], valu
     text = column(np.array(values, np.uint64))
     assert "\n" not in text
     assert len(text) <= 7 * 22
+
+
+def test_a_walk_says_what_its_entries_are() -> None:
+    machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    gmem, process = machine.create_guest_memfd(2 << 20, shared=True), machine.create_process()
+    assert process.mmap(gmem, 0x7000_0000_0000).status == 0
+    *_, absent = process.walk(0x7000_0000_0000)
+    process.touch(0x7000_0000_0000, write=True)
+    walk = process.walk(0x7000_0000_0000)
+    level, address, entry = walk[-1]
+    assert (absent.entry, level) == (0, 1)
+    assert repr(walk[-1]) == f"(1, {address:#x}, {entry:#x})"
+    assert repr(walk).endswith(f"{walk[-1]} PRESENT RW USER ACCESSED DIRTY SPECIAL NX]")
+    assert "<td>PRESENT RW USER ACCESSED DIRTY SPECIAL NX</td>" in walk._repr_html_()
