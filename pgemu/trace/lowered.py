@@ -73,7 +73,8 @@ class LoweringOptions:
 
     Attributes:
         page_size: bytes of a huge page, 2 MiB or 1 GiB
-        init: shareability at the start; "auto" is private if the trace converts or its VM is a TD, else shared
+        init: shareability at the start; "auto" is private if the trace converts, has
+            private faults or is a TD's, else shared
         dontneed: what gives memory back: "punch" a hole or "zap" the page tables; None punches for madvise and
             zaps for an unmap that no system call asked for
         memslots: memory slots that replace those of the log

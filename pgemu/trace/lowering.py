@@ -184,7 +184,7 @@ class _Lowering:
             + Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
         )
         converts = bool((records.op == Operation.CONVERT).any())
-        init = initial(self._options, converts, self._addresses.machine.get("vm"))
+        init = initial(self._options, records, self._addresses.machine.get("vm"))
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
             records, self._layout, init, converts, accounting, self._log.source, levels,
@@ -420,12 +420,14 @@ def setup_records(regions: Sequence[Region], slots: Sequence[Slot], time: int) -
     return Records.concatenate([maps, binds])
 
 
-def initial(options: LoweringOptions, converts: bool, vm: str | None = None) -> Init:
-    """What memory is at first: as asked for, else private if the trace converts, or is a TD's."""
+def initial(options: LoweringOptions, records: Records, vm: str | None = None) -> Init:
+    """What memory is at first: as asked for, else private if the trace converts, has private faults, or is a TD's."""
     if options.init != "auto":
         return options.init
     # A TD's memory is private until it is converted, which the log may not show.
-    return "private" if converts or vm == "tdx" else "shared"
+    faults = records.flags[records.op == Operation.GUEST_FAULT]
+    private = bool((records.op == Operation.CONVERT).any() or (faults & np.uint8(Flag.PRIVATE)).any())
+    return "private" if private or vm == "tdx" else "shared"
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

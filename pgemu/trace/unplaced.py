@@ -212,5 +212,5 @@ def _lowered(
         without_operation=reasons,
     )  # fmt: skip
     converts = bool((records.op == Operation.CONVERT).any())
-    init: Init = initial(options, converts)
+    init: Init = initial(options, records)
     return Lowered(records, layout, init, converts, accounting, found.source, levels, notes=found.notes)

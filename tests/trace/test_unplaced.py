@@ -131,6 +131,25 @@ def test_without_slots_memory_is_inferred_as_for_logs(tmp_path: Path) -> None:
             assert np.array_equal(getattr(found.records, name), getattr(expected.records, name))
 
 
+@pytest.mark.parametrize(
+    ("op", "flags", "init"),
+    [
+        (Operation.GUEST_FAULT, Flag.PRIVATE | Flag.WRITE, "private"), (Operation.CONVERT, Flag.SHARED, "private"),
+        (Operation.GUEST_FAULT, Flag.SHARED, "shared"), (Operation.GUEST_FAULT, Flag.WRITE, "shared"),
+        (Operation.ZAP, Flag.MADVISE, "shared"),
+    ],
+)  # fmt: skip
+def test_memory_begins_private_where_a_record_needs_private_memory(
+    tmp_path: Path, op: Operation, flags: int, init: str
+) -> None:
+    columns = {name: values[:3] + [values[3]] for name, values in ROWS.items()}
+    columns["op"][2], columns["flags"][2], columns["address"][2] = op, flags, HVA if op is Operation.ZAP else 0
+    columns["length"][2] = 0 if op is Operation.GUEST_FAULT else 4096
+    found = load(store(tmp_path / "trace.parquet", pa.table(columns)), SMALL)
+    assert found.init == init
+    assert load(tmp_path / "trace.parquet", LoweringOptions(page_size=2 * M, init="shared")).init == "shared"
+
+
 def test_host_addresses_without_a_mapping_are_left_out_and_counted(tmp_path: Path) -> None:
     columns = {name: values[2:] for name, values in ROWS.items()}
     path = store(tmp_path / "a", pa.table(columns))
