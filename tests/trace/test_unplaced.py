@@ -142,7 +142,7 @@ def test_without_slots_memory_is_inferred_as_for_logs(tmp_path: Path) -> None:
 def test_memory_begins_private_where_a_record_needs_private_memory(
     tmp_path: Path, op: Operation, flags: int, init: str
 ) -> None:
-    columns = {name: values[:3] + [values[3]] for name, values in ROWS.items()}
+    columns = {name: values[:4] for name, values in ROWS.items()}
     columns["op"][2], columns["flags"][2], columns["address"][2] = op, flags, HVA if op is Operation.ZAP else 0
     columns["length"][2] = 0 if op is Operation.GUEST_FAULT else 4096
     found = load(store(tmp_path / "trace.parquet", pa.table(columns)), SMALL)
