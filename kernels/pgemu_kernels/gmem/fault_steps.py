@@ -93,7 +93,8 @@ def step_page(m, op, host):
         if outcome == GO and not is_special(m, state[op + O_ROW]):
             hold(state, op, state[op + O_PFN])
         return outcome
-    guest_page(m, op)
+    if guest_page(m, op) != GO:
+        return np.int64(STOP)
     if not entries_are_special(m):
         index = state[op + O_INDEX]
         order = folio_order_at(m, block_row(m, inode_row(state[op + O_INODE]), index), index)

@@ -15,7 +15,8 @@ from pgemu.machine.designs import DESIGNS
 from pgemu.machine.findings import explained_by
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
-from pgemu_kernels.words.operations import Broken, Flag, Operation
+from pgemu_kernels.words.broken import Broken
+from pgemu_kernels.words.operations import Flag, Operation
 
 PAGE, M2 = W.PAGE_4K, W.PAGE_2M
 VA = 0x7F00_0000_0000
