@@ -281,11 +281,23 @@ class Sequences(TwoMegabytes):
         index = self.index(inode, spot)
         if use:
             self.shares_and_touches(number, spot, length, True)
+        blocks = sorted(self.pair.model.inodes[inode].blocks)
+        if blocks and number % 4:  # often one that is allocated
+            index = (blocks[number % len(blocks)] << self.pair.model.order) + index % self.pair.model.block_pages
         self.pair.memory_failure(inode, index * PAGE)
         if use:
             self.host_touches(number, spot, write=True, store=1)
             self.guest_touches(number, spot, None, 1)
             self.pair.convert(inode, index * PAGE, length * PAGE, shared)
+
+    @precondition(lambda self: self.fails)
+    @rule(number=numbers, spot=spots, length=lengths, shared=st.booleans(), whole=st.booleans())
+    def converts_what_is_bad(self, number: int, spot: tuple[int, int], length: int, shared: bool, whole: bool) -> None:
+        bad = [folio for folio in self.pair.model.memory.in_use.values() if folio.bad and folio.cached]
+        if bad:
+            inode, block = bad[number % len(bad)].place
+            start = block * self.page_size if whole else self.index(inode, spot) * PAGE
+            self.pair.convert(inode, start, self.page_size if whole else length * PAGE, shared)
 
     @precondition(lambda self: self.fails)
     @rule(number=numbers, spot=spots, hole=st.booleans())

@@ -39,8 +39,7 @@ TEXTS: Mapping[str, Text] = MappingProxyType(
             "RFC v2: unmap_mapping_pages() without a zap of stage 2",
         ),
         "cut-huge-pfn": Text(
-            "cutting a VMA inside a 1G PFN entry, off 2M, takes the entry for that of a table: a crash, or a lock in RAM's "
-            "struct page",
+            "cutting a VMA inside a 1G PFN entry, off 2M, takes the entry for a table: a crash, or a hang on RAM",
             "mainline, mm/huge_memory.c:split_huge_pmd_address() and mm_find_pmd(); captured on 6.12, 6.18 and 7.3",
         ),
         "hole-zeroes-from-start": Text(

@@ -70,9 +70,7 @@ def last_failure(machine: Core) -> MemoryFailure:
     status = words[int(W.MF_STATUS)]
     replaced, dropped, stage2 = (words[int(word)] for word in (W.MF_REPLACED, W.MF_DROPPED, W.MF_STAGE2))
     status -= (status >> 63) << 64
-    return MemoryFailure(
-        status, words[int(W.MF_PFN)], action, page, replaced, dropped, stage2, tuple(signals), sent
-    )
+    return MemoryFailure(status, words[int(W.MF_PFN)], action, page, replaced, dropped, stage2, tuple(signals), sent)
 
 
 def fail_page(machine: Core, inode: int, offset: int, hardware: bool, early_kill: bool) -> MemoryFailure:

@@ -134,8 +134,8 @@ def find_pfn(m, row, slot, gfn, write, private):
     """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable; refcounted).
 
     A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit. A poisoned
-    page is -EHWPOISON, a memory fault exit, of guest_memfd (kvm_gmem_get_pfn()); of a process's memory the vCPU's task gets
-    SIGBUS and KVM_RUN is interrupted, -EINTR (mmu.c:kvm_send_hwpoison_signal()).
+    page of guest_memfd is -EHWPOISON, a memory fault exit (kvm_gmem_get_pfn()); of a process's memory the vCPU's task
+    gets SIGBUS and KVM_RUN is interrupted, -EINTR (mmu.c:kvm_send_hwpoison_signal()).
     """
     state = m.state
     read_only = state[slot + M_FLAGS] & SLOT_READ_ONLY != U0

@@ -104,8 +104,8 @@ def access(m, op):
     """A user access of a process, and the fault it takes if its entry is not there or does not allow it.
 
     0 with the leaf's level if the processor found what it needs; VM_FAULT_NOPAGE or VM_FAULT_LOCKED after a fault;
-    VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_HWPOISON (_LARGE), VM_FAULT_OOM. The processor sets accessed and, on a write,
-    dirty.
+    VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_HWPOISON (_LARGE), VM_FAULT_OOM. The processor sets accessed and, on a
+    write, dirty.
     """
     state = m.state
     space = state[op + O_SPACE]

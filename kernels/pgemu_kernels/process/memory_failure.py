@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U2, U12, U21, U30
-from pgemu_kernels.engine.charge import change_value, charge_one
+from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import space_root, vma_overlap, vma_row
@@ -129,6 +129,29 @@ def unmap_file_page(m, inode, index, pfn):
             slot, level = lookup_address(m, space_root(state, state[row + A_SPACE]), address)
             if level == U1:
                 _unmap_small(m, row, slot, address, pfn)
+        row = state[row + A_NEXT]
+
+
+@outlined
+def try_to_migrate(m, inode, index, pfn):
+    """A 4K folio of a file that cannot be migrated after all: VMs are told of each entry, which comes back as it was.
+
+    mm/rmap.c:try_to_migrate(), mm/migrate.c:remove_migration_ptes()
+    """
+    state = m.state
+    row = first_vma(state, inode)
+    while row != U0:
+        address, end = vma_overlap(state, row, inode, index, index + U1)
+        slot, level = lookup_address(m, space_root(state, state[row + A_SPACE]), address)
+        entry = m.ram[slot]
+        counted = address < end and level == U1 and holds_page(entry) and entry & PTE_SPECIAL == U0
+        if counted and pte_pfn(entry) == pfn:
+            notify(m, row, address, end)
+            charge_one(m, EVENT_LEAF_CLEARED)
+            charge(m, EVENT_LEAF_WRITTEN, 2)
+            charge(m, EVENT_RMAP_CHANGED, 2)
+            charge_one(m, EVENT_TLB_FLUSH_MM)
+            charge_one(m, EVENT_TLB_FLUSH_PAGE)
         row = state[row + A_NEXT]
 
 

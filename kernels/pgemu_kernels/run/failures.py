@@ -13,7 +13,7 @@ from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import block_row, find_vma, inode_row, space_root, stop
 from pgemu_kernels.folios.folio import FLAGS, MAPPING, PG_DIRTY, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
-from pgemu_kernels.folios.hugetlb import head_of
+from pgemu_kernels.folios.hugetlb import head_of, inode_at
 from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.folios.poison import is_folio_poisoned
@@ -23,6 +23,7 @@ from pgemu_kernels.gmem.memory_failure import NOBODY, cached_at, memory_failure,
 from pgemu_kernels.gmem.references import is_designs
 from pgemu_kernels.process.entries import holds_page, leaf_pfn
 from pgemu_kernels.process.fault import fault_in_page
+from pgemu_kernels.process.memory_failure import try_to_migrate
 from pgemu_kernels.process.record import has_ended
 from pgemu_kernels.process.tables import lookup_address
 from pgemu_kernels.words.enum_words import (
@@ -35,7 +36,7 @@ from pgemu_kernels.words.enum_words import (
     OP_UNPOISON,
 )
 from pgemu_kernels.words.operations import EBADF, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, VM_FAULT_OOM
-from pgemu_kernels.words.registers import R_HW_FAILURE, R_HWPOISON, R_INODES, R_ORDER
+from pgemu_kernels.words.registers import R_FAILURE_HUGE, R_HW_FAILURE, R_HWPOISON, R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
@@ -96,15 +97,20 @@ def page_of_file(m, inode, index):
 # --------------------------------------------------------------------------- soft offline
 
 
-@kernel
+@outlined
 def offline_designs(m, pfn, mine):
     """Of a 4K page of the designs' files: it cannot be migrated (kvm_gmem_migrate_folio()), and leaves the file
-    only if it is clean, unmapped and nobody's. `mine`: references of whoever asks."""
+    only if it is clean, unmapped and nobody's; one that is mapped leaves the tables for as long as that is tried
+    (captured). `mine`: whoever asks has a reference."""
     head, order = head_and_order(m, pfn) if m.state[R_ORDER] == U0 else (pfn, U0)
     page = struct_page(m, head)
     idle = mappings(m.ram, page) == U0 and reference_count(m.ram, page) == U(1) << order
-    dropped = m.ram[page + FLAGS] & PG_DIRTY == U0 and idle and not mine
-    return np.int64(-EOPNOTSUPP if dropped else -EBUSY)
+    if m.ram[page + FLAGS] & PG_DIRTY == U0 and idle and not mine:
+        return np.int64(-EOPNOTSUPP)
+    on_list = m.state[R_ORDER] == U0 or m.state[R_FAILURE_HUGE] != U0
+    if mappings(m.ram, page) != U0 and on_list:
+        try_to_migrate(m, inode_at(m, head), m.ram[page + INDEX], pfn)
+    return np.int64(-EBUSY)
 
 
 @outlined
@@ -118,12 +124,14 @@ def soft_offline(m, pfn, mapped):
     if state[R_HWPOISON] == U0:
         return np.int64(-EOPNOTSUPP)
     if not in_zone(state, pfn):
-        inode, _ = cached_at(m, pfn)
+        inode, index = cached_at(m, pfn)
         word = U(m.counts[pfn])
         if inode == NONE:
             return np.int64(-EOPNOTSUPP)
         if word & PAGE_POISONED != U0:
             return np.int64(0)
+        if word & PAGE_MAPPINGS != U0:
+            try_to_migrate(m, inode, index, pfn)
         held = mapped or word & (PAGE_DIRTY | PAGE_MAPPINGS) != U0
         return np.int64(-EBUSY if held else -EOPNOTSUPP)
     head = head_of(m, pfn)
