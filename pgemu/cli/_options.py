@@ -112,7 +112,8 @@ class Bar:
 # The names of pgemu.machine.config.DEFECTS, which would have to import numpy.
 _DEFECTS = (
     "allocation-race", "convert-keeps-leaves", "cut-huge-pfn", "hole-zeroes-from-start", "huge-over-private",
-    "insert-unlocked", "mapping-order", "merge-keeps-flag", "punch-keeps-entries", "rollback-at-zero", "unbind-dying", "uptodate-unzeroed",
+    "insert-unlocked", "mapping-order", "merge-keeps-flag", "punch-keeps-entries", "rollback-at-zero", "unbind-dying",
+    "uptodate-unzeroed",
 )  # fmt: skip
 _OF_VERSION = "  [default: the version's]"
 

@@ -11,7 +11,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import block_row, find_vma, inode_row, space_root, stop
-from pgemu_kernels.folios.folio import FLAGS, MAPPING, PG_DIRTY, mappings, reference_count, struct_page
+from pgemu_kernels.folios.folio import FLAGS, INDEX, MAPPING, PG_DIRTY, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.hugetlb import head_of, inode_at
 from pgemu_kernels.folios.large_folios import head_and_order
