@@ -76,6 +76,9 @@ class Sequences(TwoMegabytes):
             ("in_place_conversion", (True,) * 30 + (False,)),
             ("zap", ("exact", "exact", "rounded")),
             ("nodes", (1, 1, 2)),
+            ("memory_failure", ("handled", "handled", "marked")),
+            ("poisoned_blocks", ("refuse", "move")),
+            ("mf_delayed", (False, True)),
         ):
             value = draw(st.sampled_from(values))
             if name not in self.disabled:
@@ -98,6 +101,7 @@ class Sequences(TwoMegabytes):
         self.two_nodes = found.get("nodes") == 2
         self.logs = found.get("dirty_log_guest_memfd", False)
         # Pieces of a 1G page and split leaves are not modelled where memory runs short.
+        self.fails = found.get("split_to", "4K") == "4K" and "failures" not in self.disabled
         self.short = found.get("split_to", "4K") == "4K" and "shortage" not in self.disabled
         for _ in range(2):
             self.pair.create_process()
@@ -253,6 +257,59 @@ class Sequences(TwoMegabytes):
     @rule()
     def drains(self) -> None:
         self.pair.drain_lru()
+
+    # ------------------------------------------------------------------ memory failure
+
+    def page_in_use(self, number: int, spot: tuple[int, int]) -> int | None:
+        """A page of memory that an inode has or had, bad ones often."""
+        memory = self.pair.model.memory
+        bad = [folio.head + page for folio in memory.in_use.values() for page in sorted(folio.bad)]
+        bad += [head + page for head, pages in memory.bad.items() for page in sorted(pages)]
+        if bad and number % 4:
+            return bad[number % len(bad)]
+        inode = self.open_inode(number)
+        return self.pair.model.pfn(inode, self.index(inode, spot))
+
+    @precondition(lambda self: self.fails and self.operations > 4)
+    @rule(number=numbers, spot=spots, use=st.booleans(), length=lengths, shared=st.booleans())
+    def fails_memory(self, number: int, spot: tuple[int, int], use: bool, length: int, shared: bool) -> None:
+        """A page goes bad, then host and guest use it, and what is around it is converted."""
+        memory = self.pair.model.memory
+        if sum(len(folio.bad) for folio in memory.in_use.values()) + sum(map(len, memory.bad.values())) >= 8:
+            return
+        inode = self.open_inode(number)
+        index = self.index(inode, spot)
+        if use:
+            self.shares_and_touches(number, spot, length, True)
+        blocks = sorted(self.pair.model.inodes[inode].blocks)
+        if blocks and number % 4:  # often one that is allocated
+            index = (blocks[number % len(blocks)] << self.pair.model.order) + index % self.pair.model.block_pages
+        self.pair.memory_failure(inode, index * PAGE)
+        if use:
+            self.host_touches(number, spot, write=True, store=1)
+            self.guest_touches(number, spot, None, 1)
+            self.pair.convert(inode, index * PAGE, length * PAGE, shared)
+
+    @precondition(lambda self: self.fails)
+    @rule(number=numbers, spot=spots, length=lengths, shared=st.booleans(), whole=st.booleans())
+    def converts_what_is_bad(self, number: int, spot: tuple[int, int], length: int, shared: bool, whole: bool) -> None:
+        bad = [folio for folio in self.pair.model.memory.in_use.values() if folio.bad and folio.cached]
+        if bad:
+            inode, block = bad[number % len(bad)].place
+            start = block * self.page_size if whole else self.index(inode, spot) * PAGE
+            self.pair.convert(inode, start, self.page_size if whole else length * PAGE, shared)
+
+    @precondition(lambda self: self.fails)
+    @rule(number=numbers, spot=spots, hole=st.booleans())
+    def unpoisons(self, number: int, spot: tuple[int, int], hole: bool) -> None:
+        pfn = self.page_in_use(number, spot)
+        if hole and pfn is not None:
+            folio = self.pair.model.memory.folio_of(pfn)
+            if folio is not None and folio.cached:
+                inode, block = folio.place
+                self.pair.punch_hole(inode, block * self.page_size, self.page_size)
+        if pfn is not None:
+            self.pair.unpoison(pfn)
 
     # ------------------------------------------------------------------ lifetime
 

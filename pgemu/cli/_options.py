@@ -111,8 +111,9 @@ class Bar:
 
 # The names of pgemu.machine.config.DEFECTS, which would have to import numpy.
 _DEFECTS = (
-    "allocation-race", "convert-keeps-leaves", "hole-zeroes-from-start", "huge-over-private", "insert-unlocked",
-    "mapping-order", "merge-keeps-flag", "punch-keeps-entries", "rollback-at-zero", "unbind-dying", "uptodate-unzeroed",
+    "allocation-race", "convert-keeps-leaves", "cut-huge-pfn", "hole-zeroes-from-start", "huge-over-private",
+    "insert-unlocked", "mapping-order", "merge-keeps-flag", "punch-keeps-entries", "rollback-at-zero", "unbind-dying",
+    "uptodate-unzeroed",
 )  # fmt: skip
 _OF_VERSION = "  [default: the version's]"
 
@@ -164,6 +165,9 @@ _OPTIONS = (
         "Guest leaves of pfnmap: largest block of one kind, whole pages, private only.",
     ),
     click.option("--host-huge", is_flag=True, default=None, help="pfnmap also maps 2M and 1G pages into processes."),
+    _choice("memory-failure", "handled|marked", "What memory failure does to huge folios of guest_memfd."),
+    _choice("poisoned-blocks", "refuse|move", "Converting a poisoned huge page: -EHWPOISON, or its page alone is bad."),
+    click.option("--mf-delayed", is_flag=True, default=None, help="MF_DELAYED of guest_memfd is success (v6, 2026)."),
     _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
     click.option(
         "--lru-cache", is_flag=True, default=None, help="4K folios wait in LRU batches, which hold references."
@@ -187,7 +191,8 @@ MACHINE_GROUPS = {
         "--zap-filter", "--invalidate",
     ),
     "Both designs, and pfnmap": (
-        "--zero", "--punch", "--level-rule", "--host-huge", "--worker", "--lru-cache", "--defect",
+        "--zero", "--punch", "--level-rule", "--host-huge", "--memory-failure", "--poisoned-blocks", "--mf-delayed",
+        "--worker", "--lru-cache", "--defect",
     ),
 }  # fmt: skip
 """These options by heading, for --help."""
@@ -195,7 +200,7 @@ MACHINE_GROUPS = {
 FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
     "split_form", "split_to", "merge", "flush", "zap", "zap_filter", "invalidate", "zero", "merge_zero", "punch",
-    "level_rule", "host_huge", "worker", "lru_cache",
+    "level_rule", "host_huge", "memory_failure", "poisoned_blocks", "mf_delayed", "worker", "lru_cache",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 

@@ -334,6 +334,24 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             (Alternative("1", "if another page of the GiB stayed shared all the time", trace={"overlap": 1.0}),),
             lambda comparison: "" if comparison.lowered.again else "no workload with that parameter",
         ),
+        "memory-failure-huge": Inference(
+            "memory failure handles huge folios of guest_memfd, and the pieces of split ones",
+            "mainline's code for pages that are migratable and in an LRU list; RFC v2 says of it: not implemented",
+            (
+                Alternative("handled", "if they were handled", {"memory_failure": "handled"}),
+                Alternative("marked", "if they were only marked", {"memory_failure": "marked"}),
+            ),
+            _without(Operation.MEMORY_FAILURE, "memory failure"),
+        ),
+        "poisoned-blocks": Inference(
+            "a conversion that would split or merge a poisoned huge page is refused with -EHWPOISON",
+            "drafts of the conversion have that error; posted split and merge say TODO",
+            (
+                Alternative("refuse", "if it were refused", {"poisoned_blocks": "refuse"}, ("restructure",)),
+                Alternative("move", "if the poison went with its page", {"poisoned_blocks": "move"}, ("restructure",)),
+            ),
+            _without(Operation.MEMORY_FAILURE, "memory failure"),
+        ),
         "slot-reach": Inference(
             "zeroing of memory that no slot reaches is charged to no design",
             "a guest_memfd is as large as its huge pages, the VM's memory may be smaller",

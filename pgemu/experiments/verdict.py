@@ -14,8 +14,9 @@ import numpy as np
 
 from pgemu.cost.difference import Difference, difference
 from pgemu.machine.findings import explained_by
+from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Broken, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun

@@ -14,7 +14,7 @@ from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS, THP
 from pgemu.machine.designs import row_of
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
-from pgemu_kernels.formats import bits as formats, page_format
+from pgemu_kernels.formats import bits as formats, leaves, page_format
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -174,6 +174,7 @@ _OF_KERNEL = {
     W.R_COLLAPSES_READ_ONLY: "collapses_read_only",
     W.R_COLLAPSE_SKIPS_HOLES: "collapse_skips_holes",
     W.R_COLLAPSE_BATCHES: "collapse_batches",
+    W.R_FAILURE_PFN: "failure_pfn",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",
@@ -199,6 +200,7 @@ _OF_CONFIG = {
     W.R_DIRTY_LOG_GMEM: "dirty_log_guest_memfd",
     W.R_IN_PLACE: "in_place_conversion",
     W.R_LARGE_FOLIOS: "large_folios",
+    W.R_MF_DELAYED: "mf_delayed",
     W.R_PROTECTION_KEYS: "protection_keys",
 }
 # 1 where a field of the configuration has the value.
@@ -211,6 +213,8 @@ _CHOICES = {
     W.R_WORK_QUEUED: ("worker", "queued"),
     W.R_PUNCH_REFUSES: ("punch", "refuse"),
     W.R_ZAP_ROUNDED: ("zap", "rounded"),
+    W.R_FAILURE_HUGE: ("memory_failure", "handled"),
+    W.R_POISON_MOVES: ("poisoned_blocks", "move"),
 }
 _ALIKE = {
     W.R_VMEMMAP: 0xFFFF_EA00_0000_0000,
@@ -252,6 +256,7 @@ def _derived(config: Config, base: int) -> dict[np.uint64, Any]:
         W.R_HSTATE: int(W.STATE_HSTATES) + W.H_WORDS * hstate,
         W.R_STAGE2_FORMAT: formats.STAGE2_EPT if config.stage2 == "ept" else formats.STAGE2_NPT,
         W.R_HWPOISON: kernel.hwpoison if formats.CONFIGURATIONS[config.configuration].memory_failure else 0,
+        W.R_HWPOISON_ENTRY: leaves.swap_entry(kernel.hwpoison_type, 0),
         W.R_VMEMMAP_PAGE: formats.VMEMMAP_PAGE & shown,
         W.R_VMEMMAP_READ_ONLY: formats.VMEMMAP_READ_ONLY & shown,
         W.R_VMEMMAP_LARGE: formats.VMEMMAP_LARGE & shown,

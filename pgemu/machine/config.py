@@ -105,6 +105,13 @@ class Config:
     thp: /sys/kernel/mm/transparent_hugepage/enabled, of anonymous memory: faults get 2M where they fit, "always" or
     where MADV_HUGEPAGE said so. Huge pages come from `buddy` memory (with a `page_size` of 4 KiB from the pool), and
     where there is none left faults get 4K.
+    memory_failure: what memory_failure() makes of guest_memfd's huge folios and of the pieces of a split one: "handled"
+    as a page of hugetlbfs and as merged 4K folios are; "marked": the flag is set and nothing else done, as of a HugeTLB
+    page that is not migratable and of a folio that is in no LRU list (RFC v2 keeps its pieces off them).
+    poisoned_blocks: a conversion that would split or merge a poisoned huge page: "refuse": -EHWPOISON; "move": the
+    poison goes with its 4K page.
+    mf_delayed: memory_failure() takes guest_memfd's MF_DELAYED for success, as v6 of "Fix MF_DELAYED handling on
+    truncation during failure" (October 2026) does; kernels up to 7.3 take it for a failure (captured).
     """
 
     design: Design = "restructure"
@@ -153,6 +160,9 @@ class Config:
     zap: Literal["exact", "rounded"] = "exact"
     invalidate: Literal["rounded", "exact"] = "rounded"
     thp: Literal["never", "madvise", "always"] = "never"
+    memory_failure: Literal["handled", "marked"] = "handled"
+    poisoned_blocks: Literal["refuse", "move"] = "refuse"
+    mf_delayed: bool = False
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from pgemu.machine.presets import LIKE, PFNMAP
+from pgemu.machine.presets import LIKE, MAINLINE, PFNMAP
 
 __all__ = ("TEXTS", "Text", "versions_of")
 
@@ -37,6 +37,10 @@ TEXTS: Mapping[str, Text] = MappingProxyType(
         "convert-keeps-leaves": Text(
             "a conversion to private keeps guest leaves where no process maps the page: only the notifier drops them",
             "RFC v2: unmap_mapping_pages() without a zap of stage 2",
+        ),
+        "cut-huge-pfn": Text(
+            "cutting a VMA inside a 1G PFN entry, off 2M, takes the entry for a table: a crash, or a hang on RAM",
+            "mainline, mm/huge_memory.c:split_huge_pmd_address() and mm_find_pmd(); captured on 6.12, 6.18 and 7.3",
         ),
         "hole-zeroes-from-start": Text(
             "a hole in a part of a huge folio zeroes from the folio's first page on, also what is in use",
@@ -85,5 +89,5 @@ def versions_of(defect: str) -> str:
     """Which posted version has a defect, and whether by itself or with --as-posted only."""
     always = [name for name, version in LIKE.items() if defect in version.fields.get("defects", ())]
     always += [name for name, pfnmap in PFNMAP.items() if defect in pfnmap.defects]
-    asked = [f"{name} --as-posted" for name, version in LIKE.items() if defect in version.fixed]
+    asked = [f"{name} --as-posted" for name, version in LIKE.items() if defect in (*version.fixed, *MAINLINE)]
     return ", ".join([*always, *asked]) or TEXTS[defect].reported

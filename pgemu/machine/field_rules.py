@@ -227,6 +227,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "zap": choice(("exact", "rounded")),
         "invalidate": choice(("rounded", "exact")),
         "thp": choice(THP),
+        "memory_failure": choice(("handled", "marked")),
+        "poisoned_blocks": choice(("refuse", "move")),
+        "mf_delayed": SWITCH,
     }
 )
 """By field, in Config's order."""

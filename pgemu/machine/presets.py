@@ -26,7 +26,7 @@ from pgemu.machine.designs import ROWS
 from pgemu.machine.field_rules import checked, shown
 from pgemu_kernels import words as W
 
-__all__ = ("LIKE", "PFNMAP", "Pfnmap", "Version", "Versions")
+__all__ = ("LIKE", "MAINLINE", "PFNMAP", "Pfnmap", "Version", "Versions")
 
 Form = Literal["main", "next", "rfc2", "wip"]
 _SIZES = {W.PAGE_4K: "4K", W.PAGE_2M: "2M", W.PAGE_1G: "1G"}
@@ -130,6 +130,10 @@ PFNMAP: Mapping[str, Pfnmap] = MappingProxyType(
 """Versions of pfnmap by name."""
 
 
+MAINLINE = ("cut-huge-pfn",)
+"""Defects of every kernel that the versions are of, 6.12 to 7.3, which are off unless they are asked for."""
+
+
 @dataclass(frozen=True)
 class Versions:
     """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.
@@ -157,11 +161,12 @@ class Versions:
         """Return the fields of Config that these versions give a design."""
         version = LIKE[self.like]
         if design == "pfnmap":
-            return {**version.common, "defects": PFNMAP[self.pfnmap].defects}
+            own = PFNMAP[self.pfnmap].defects
+            return {**version.common, "defects": (*own, *(MAINLINE if self.as_posted else ()))}
         if design not in ROWS or ROWS[design].order is not None:  # what such a design does is in its row
             return dict(version.common)
         fields = {"defects": (), **version.common, **version.fields}
-        return {**fields, "defects": (*fields["defects"], *(version.fixed if self.as_posted else ()))}
+        return {**fields, "defects": (*fields["defects"], *((*version.fixed, *MAINLINE) if self.as_posted else ()))}
 
     def configuration(self, design: str, defects: Iterable[str] = (), **given: Any) -> Config:
         """Return a design's configuration; what is given by hand and is not None wins.

@@ -37,6 +37,8 @@ class VmFault(IntEnum):
     PRESENT = 0
     OOM = W.VM_FAULT_OOM
     SIGBUS = W.VM_FAULT_SIGBUS
+    HWPOISON = W.VM_FAULT_HWPOISON
+    HWPOISON_LARGE = W.VM_FAULT_HWPOISON_LARGE
     SIGSEGV = W.VM_FAULT_SIGSEGV
     NOPAGE = W.VM_FAULT_NOPAGE
     LOCKED = W.VM_FAULT_LOCKED
@@ -47,6 +49,8 @@ class Errno(IntEnum):
     """Errors as Linux numbers them, whatever system pgemu runs on: a status is `-Errno.EAGAIN`."""
 
     ENOENT = W.ENOENT
+    EINTR = W.EINTR
+    ENXIO = W.ENXIO
     EBADF = W.EBADF
     EAGAIN = W.EAGAIN
     ENOMEM = W.ENOMEM
@@ -62,6 +66,7 @@ class Errno(IntEnum):
     EOVERFLOW = W.EOVERFLOW
     EBADFD = W.EBADFD
     EOPNOTSUPP = W.EOPNOTSUPP
+    EHWPOISON = W.EHWPOISON
 
 
 def _names(kind: type[IntEnum], prefix: str) -> dict[int, str]:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.arguments import guards_creation, plain
 from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results, errno_name
 from pgemu.machine.rows import next_row
+from pgemu.objects.advice import Advice
 from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
@@ -61,7 +62,7 @@ def _pin_flags(write: bool, longterm: bool) -> int:
 
 @guards_creation(space=number_of("a process", W.SPACES))
 @dataclass(frozen=True)
-class AddressSpace(OfMachine, but=("touch", "translate")):
+class AddressSpace(Advice, but=("touch", "translate")):
     """A process: its page tables and its mappings.
 
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
@@ -315,15 +316,6 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
         """
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 
-    def madvise_dontneed(self, address: int, length: int, *, locked: bool = False) -> Result:
-        """madvise(MADV_DONTNEED): 0, -EINVAL for PFN and locked mappings, -ENOMEM over a hole, after all was done.
-
-        locked: MADV_DONTNEED_LOCKED, of locked mappings too.
-
-        From 6.14 on a last-level table that one call covers whole is freed. mm/madvise.c
-        """
-        return self._operate(Operation.ZAP, address, length, Flag.MADVISE | (Flag.LOCKED_TOO if locked else 0))
-
     def mlock(self, address: int, length: int, *, on_fault: bool = False) -> Result:
         """mlock(), with `on_fault` mlock2(MLOCK_ONFAULT): 0, -EAGAIN, -ENOMEM over a hole or where no page can be had.
 
@@ -334,41 +326,6 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
     def munlock(self, address: int, length: int) -> Result:
         """munlock(): 0 or -ENOMEM over a hole. mm/mlock.c"""
         return self._operate(Operation.LOCK, address, length)
-
-    def madvise_dontfork(self, address: int, length: int) -> Result:
-        """madvise(MADV_DONTFORK): a child does not get the mapping. 0, -ENOMEM over a hole. mm/madvise.c"""
-        return self._operate(Operation.DONTFORK, address, length)
-
-    def madvise_dofork(self, address: int, length: int) -> Result:
-        """madvise(MADV_DOFORK): 0, -EINVAL for VM_PFNMAP, -ENOMEM over a hole. mm/madvise.c"""
-        return self._operate(Operation.DOFORK, address, length)
-
-    def madvise_hugepage(self, address: int, length: int) -> Result:
-        """madvise(MADV_HUGEPAGE): faults may get huge pages where Config.thp is "madvise". 0, -ENOMEM over a hole.
-
-        mm/khugepaged.c:hugepage_madvise()
-        """
-        return self._operate(Operation.ADVISE_HUGE, address, length, Flag.WRITE)
-
-    def madvise_nohugepage(self, address: int, length: int) -> Result:
-        """madvise(MADV_NOHUGEPAGE): no fault gets a huge page; those that are there stay. 0, -ENOMEM over a hole."""
-        return self._operate(Operation.ADVISE_HUGE, address, length)
-
-    def madvise_collapse(self, address: int, length: int) -> Result:
-        """madvise(MADV_COLLAPSE): what each 2M of anonymous memory has becomes a huge page, whatever Config.thp says.
-
-        0; -EINVAL where not all could be, or the mapping cannot have huge pages (too short, MADV_NOHUGEPAGE, never
-        written, a guest_memfd, HugeTLB, VM_PFNMAP); -ENOMEM without a huge page, frames for its contents, or over a
-        hole; -EOPNOTSUPP for shmem, whose huge pages are not modelled. mm/khugepaged.c:madvise_collapse()
-        """
-        return self._operate(Operation.COLLAPSE, address, length)
-
-    def populate(self, address: int, length: int, *, write: bool = False) -> Result:
-        """madvise(MADV_POPULATE_READ) or _WRITE: 0, -ENOMEM, -EINVAL for VM_PFNMAP or without the right, -EFAULT.
-
-        mm/madvise.c:madvise_populate()
-        """
-        return self._operate(Operation.POPULATE, address, length, Flag.WRITE if write else 0)
 
     def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
         """mremap(): in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
@@ -385,17 +342,6 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
             object_=-(-new_length // W.PAGE_4K),
             offset=new_address,
         )
-
-    def guard_install(self, address: int, length: int) -> Result:
-        """madvise(MADV_GUARD_INSTALL), 6.13 and later: pages go, every access ends in SIGSEGV; no mapping is cut.
-
-        0, -EINVAL for VM_PFNMAP, HugeTLB and locked memory, -ENOMEM over a hole. mm/madvise.c
-        """
-        return self._operate(Operation.GUARD_INSTALL, address, length)
-
-    def guard_remove(self, address: int, length: int) -> Result:
-        """madvise(MADV_GUARD_REMOVE): guards go, the pages are empty. 0, -EINVAL, -ENOMEM. mm/madvise.c"""
-        return self._operate(Operation.GUARD_REMOVE, address, length)
 
     def read_smaps(self) -> Result:
         """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c"""

@@ -9,6 +9,7 @@ import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation
 from pgemu.machine.field_rules import number_of
+from pgemu.objects.failures import MemoryFailure, fail_page
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.operations import Operation
@@ -93,6 +94,11 @@ class File(OfMachine):
 
     def _operate(self, op: Operation, offset: int = 0, length: int = 0) -> Result:
         return self.machine.operate(op, object_=self.number, offset=offset, length=length)
+
+    def memory_failure(self, offset: int, *, hardware: bool = False, early_kill: bool = False) -> MemoryFailure:
+        """Machine.memory_failure() of the page at an offset. -ENOENT where none is there, -EINVAL past the end and of
+        a device."""
+        return fail_page(self.machine, self.number, offset, hardware, early_kill)
 
     def close(self) -> Result:
         """Close the last descriptor: 0, or -EBADF the second time. The file lives on while it is mapped."""

@@ -14,6 +14,7 @@ from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import amount, checked, choice, number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import next_row
+from pgemu.objects.failures import MemoryFailure, fail_page
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Flag, Operation
 
@@ -387,6 +388,10 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
             states = self.machine.arrays.state[rows]
             used = int(np.count_nonzero((states != W.BLOCK_ABSENT) & (states != W.BLOCK_ZOMBIE)))
         return Stat(self.inode + 1, self.size, W.PAGE_4K, used * self.machine.config.page_size // 512)
+
+    def memory_failure(self, offset: int, *, hardware: bool = False, early_kill: bool = False) -> MemoryFailure:
+        """Machine.memory_failure() of the page at an offset. -ENOENT where none is allocated, -EINVAL past the end."""
+        return fail_page(self.machine, self.inode, offset, hardware, early_kill)
 
     def get_reference(self, offset: int) -> Result:
         """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""

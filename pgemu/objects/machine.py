@@ -18,12 +18,13 @@ from pgemu.objects.files import MemoryType
 from pgemu.objects.guest_memfd import Form
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import PageFormat
-from pgemu_kernels.words.operations import Operation
+from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
+    from pgemu.objects.failures import MemoryFailure
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool
@@ -188,6 +189,48 @@ class Machine(Core):
         A poisoned free page is not handed out; when it leaves its pool, the 2M block of the bad page stays out.
         """
         return self.operate(Operation.POISON, address=pfn << 12)
+
+    def memory_failure(self, address: int, *, hardware: bool = False, early_kill: bool = False) -> MemoryFailure:
+        """memory_failure() of the page at a physical address, by the path that the kernel takes for its kind.
+
+        hardware: an error that the machine reports; without it one is injected (MF_SW_SIMULATED, as debugfs's
+        corrupt-pfn does), and unpoison() works. early_kill: vm.memory_failure_early_kill: processes that map a dirty
+        page get SIGBUS at once (BUS_MCEERR_AO), else as they touch it (touch() is then VM_FAULT_HWPOISON).
+        status: 0 of what was recovered or delayed; -EBUSY: failed or ignored; -EHWPOISON: poisoned before, or a large
+        folio that cannot be split; -ENXIO where no memory is, before 6.19; -EOPNOTSUPP without CONFIG_MEMORY_FAILURE,
+        of transparent huge pages of anonymous memory, and of frames of ordinary memory that are no process's or file's;
+        -ENOMEM past words.POISONED pages of huge pages. ValueError for address 0.
+        """
+        if address >> 12 == 0:
+            raise ValueError(f"address {address:#x}: expected one of a page that can be in use, above 4095")
+        flags = (Flag.HARDWARE if hardware else 0) | (Flag.EARLY_KILL if early_kill else 0)
+        self.operate(Operation.MEMORY_FAILURE, flags=flags, address=address)
+        return self.last_failure
+
+    @property
+    def last_failure(self) -> MemoryFailure:
+        """What the last memory failure did, AddressSpace.madvise_hwpoison()'s, too; and the signals of guests' accesses
+        that ended in -EINTR since."""
+        from pgemu.objects.failures import last_failure
+
+        return last_failure(self)
+
+    def soft_offline(self, address: int) -> Result:
+        """soft_offline_page() of the page at a physical address: 0 if it is poisoned, -EBUSY of guest_memfd, whose
+        pages cannot be migrated; -EOPNOTSUPP of others: migration is not modelled. ValueError for address 0."""
+        if address >> 12 == 0:
+            raise ValueError(f"address {address:#x}: expected one of a page that can be in use, above 4095")
+        return self.operate(Operation.MEMORY_FAILURE, flags=Flag.SOFT, address=address)
+
+    def unpoison(self, address: int) -> Result:
+        """unpoison_memory() of the page at a physical address: 0, -EBUSY if it is not poisoned or somebody has it,
+        -EOPNOTSUPP after a failure that was not injected, -ENXIO without a struct page."""
+        return self.operate(Operation.UNPOISON, address=address)
+
+    @property
+    def poisoned_pages(self) -> int:
+        """num_poisoned_pages, HardwareCorrupted of /proc/meminfo in 4K pages."""
+        return self.register(W.R_POISONED_PAGES)
 
     def store_vmemmap(self, address: int, value: int) -> Result:
         """Store a word at a virtual address of the vmemmap: 0, or -EFAULT through a read-only entry (in Linux an oops);

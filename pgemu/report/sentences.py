@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pgemu.machine.defects import TEXTS
 from pgemu.machine.findings import INDEX
-from pgemu_kernels.words.operations import Broken
+from pgemu_kernels.words.broken import Broken
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison

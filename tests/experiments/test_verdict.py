@@ -25,7 +25,8 @@ from pgemu.experiments.verdict import (
 )
 from pgemu.machine.presets import Versions
 from pgemu.trace import Lowered, LoweringOptions, Operation, load, shipped
-from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Broken
+from pgemu_kernels.words.broken import Broken
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 from random_traces import traces
 
 # Rules whose alternative no version has: what they would change is not held against an answer.

@@ -127,6 +127,9 @@ class Conversions(State):
         order = self.parameters.order if self.restructure else "pfnmap"
         if not self.differing(whole):
             return OK
+        bad = self.bad_page(whole)
+        if bad is not None:
+            return Outcome(-W.EHWPOISON, bad * PAGE)
         if order != "rfc2" and not self.memory.frames.left:
             return Outcome(-W.ENOMEM, pages.start * PAGE)
         for part in self.units(pages):
@@ -138,6 +141,22 @@ class Conversions(State):
                 return outcome
             self.need_no_merge(unit)
         return OK
+
+    def bad_page(self, unit: Unit) -> int | None:
+        """The first bad page of a huge page that would be split or merged, where that is refused."""
+        if not self.restructure or not self.order or self.parameters.poisoned_blocks == "move":
+            return None
+        for number in self.blocks_of(unit.pages):
+            folio = unit.node.blocks.get(number)
+            block = self.block_of(number << self.order)
+            if folio is None or not folio.bad:
+                continue
+            if folio.whole and unit.shared:
+                return max(block.start, unit.pages.start)
+            left = unit.node.shared.difference(unit.pages)
+            if not folio.whole and not unit.shared and left.isdisjoint(block):
+                return block.start + min(folio.bad)
+        return None
 
     def units(self, pages: range) -> list[range]:
         """All at once, or one huge page at a time. Pages of 4K are no huge ones."""

@@ -111,6 +111,8 @@ class Faults(State):
         present = host.find(page)
         if present:
             return Outcome(0, present[0])
+        if page in host.poisoned:
+            return Outcome(W.VM_FAULT_HWPOISON)
         index = vma.file_page(page)
         inode = self.inodes[vma.inode]
         if index >= inode.pages or index not in inode.shared:
@@ -123,6 +125,8 @@ class Faults(State):
         special = self.is_special(vma)
         if not special and folio.size(folio.unit(folio.head + index % self.block_pages)) > 1:
             return Outcome(W.VM_FAULT_SIGBUS)  # a large folio is a WARN in kvm_gmem_fault_user_mapping()
+        if not special and folio.poisoned(folio.unit(folio.head + index % self.block_pages)):
+            return Outcome(W.VM_FAULT_HWPOISON)
         level = self.host_level(vma, page)
         size = 1 << 9 * (level - 1)
         pfn = folio.head + index % self.block_pages
@@ -182,6 +186,8 @@ class Faults(State):
         if folio is None:
             return Outcome(-W.ENOMEM)
         pfn = folio.head + index % self.block_pages
+        if folio.poisoned(folio.unit(pfn)):
+            return Outcome(-W.EHWPOISON)
         level = self.stage2_level(slot, gfn, folio)
         if self.kinds[vm] == "snp" and index not in inode.shared:
             inode.assign(index, min(level, self.private_level(vm)))

@@ -35,6 +35,12 @@ class Folio:
     mapped: Counter[int] = field(default_factory=Counter)
     pinned: Counter[int] = field(default_factory=Counter)
     cached_by_cpu: set[int] = field(default_factory=set)
+    bad: set[int] = field(default_factory=set)  # pages that memory failure was told of
+    failed: set[int] = field(default_factory=set)  # folios of which it keeps a reference
+
+    def poisoned(self, unit: int) -> bool:
+        """Whether a folio has a bad page."""
+        return not self.bad.isdisjoint(range(unit, unit + self.size(unit)))
 
     @property
     def whole(self) -> bool:
@@ -70,22 +76,23 @@ class Folio:
     def busy(self, unit: int) -> bool:
         """Whether anybody but the page cache refers to a folio."""
         others = self.held[unit] or self.mapped[unit] or self.pinned[unit]
-        return bool(others) or unit in self.cached_by_cpu
+        return bool(others) or unit in self.cached_by_cpu or unit in self.failed
 
     @property
     def idle(self) -> bool:
         """Whether nobody but the page cache refers to any part of it."""
         counts = (self.held, self.mapped, self.pinned)
-        return not self.cached_by_cpu and not any(count.total() for count in counts)
+        held = self.cached_by_cpu or self.failed
+        return not held and not any(count.total() for count in counts)
 
     def idle_part(self, pages: range) -> bool:
         """The same of folios that begin in a part of it."""
         used = (unit for count in (self.held, self.mapped, self.pinned) for unit, n in count.items() if n)
-        return not any(unit in pages for unit in used) and not any(unit in pages for unit in self.cached_by_cpu)
+        return not any(unit in pages for unit in (*used, *self.cached_by_cpu, *self.failed))
 
     def references(self, pfn: int) -> int:
         """Refcount of the folio that a frame belongs to."""
         unit = self.unit(pfn)
         cache = self.size(unit) if self.cached else 0
         own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit]
-        return cache + own + (unit in self.cached_by_cpu)
+        return cache + own + (unit in self.cached_by_cpu) + (unit in self.failed)

@@ -85,8 +85,9 @@ class State:
 
     # ------------------------------------------------------------------ unmapping
 
-    def clear_entries(self, vma: Window, pages: range) -> None:
-        """Unmap part of a VMA: KVM's MMU notifier first, then the entries with what they hold.
+    def clear_entries(self, vma: Window, pages: range, truncates: bool = False) -> None:
+        """Unmap part of a VMA: KVM's MMU notifier first, then the entries with what they hold. Those of bad pages stay
+        where a file `truncates`.
 
         A large entry goes whole: __split_huge_pmd() tells the notifier about all of it.
         """
@@ -94,6 +95,8 @@ class State:
         spans = [Table(level - 1, number).span for level, number in host.huge_over(pages)]
         for span in [pages, *spans]:
             self.notify(vma, span)
+        if not truncates:
+            host.poisoned.difference_update(pages)
         for entry in host.unmap(pages):
             if not entry.special:
                 folio = self.memory.folio_of(entry.pfn)
@@ -123,7 +126,7 @@ class State:
         for vma in self.vmas:
             part = vma.showing(inode, pages)
             if part:
-                self.clear_entries(vma, part)
+                self.clear_entries(vma, part, truncates=True)
 
     def zap_file(self, inode: int, pages: range, kinds: str = "both") -> None:
         """Drop the stage-2 leaves over pages of an inode, in every VM that has them bound."""

@@ -53,6 +53,7 @@ class Memory:
         self.free = [heads[:] if ascending else heads[::-1] for heads in self.heads]
         self.choose: Callable[[int, int], int | None] | None = None  # which page the page allocator gave (order 0)
         self.in_use: dict[int, Folio] = {}
+        self.bad: dict[int, set[int]] = {}  # free huge pages that are poisoned, which nobody gets
         self.batch: list[tuple[Folio, int]] = []  # folios that wait for an LRU list
         self.optimized = {head for heads in self.heads for head in heads} if self.hvo else set()
         self.contents: dict[int, bytes] = {}
@@ -139,10 +140,11 @@ class Memory:
 
         Which 4K page the page allocator gives is not modelled: `choose` tells, and it must be a free one.
         """
-        node = next((node for node in nodes if self.free[node]), None)
+        good = {node: [head for head in self.free[node] if head not in self.bad] for node in nodes}
+        node = next((node for node in nodes if good[node]), None)
         if node is None:
             return None
-        head = self.choose(*place) if self.order == 0 and self.choose else self.free[node][-1]
+        head = self.choose(*place) if self.order == 0 and self.choose else good[node][-1]
         assert head is not None
         assert head in self.free[node], f"page {head:#x} is no free one of node {node}"
         self.free[node].remove(head)
@@ -180,6 +182,8 @@ class Memory:
         elif folio.pieces is not None:
             self.join_pieces(folio)
         del self.in_use[folio.head]
+        if folio.bad:
+            self.bad[folio.head] = folio.bad
         self.free[next(n for n, heads in enumerate(self.heads) if folio.head in heads)].append(folio.head)
 
     # ------------------------------------------------------------------ LRU batches

@@ -7,6 +7,7 @@ results. Results are those of pgemu.Result: status and detail.
 from __future__ import annotations
 
 from model.conversion import Conversions
+from model.failures import Failures
 from model.inode import Inode, Window
 from model.lifetime import Lifetime
 from model.machine import TASK_PAGES
@@ -22,7 +23,7 @@ RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
 
 
-class Model(Conversions, References, Lifetime):
+class Model(Conversions, References, Lifetime, Failures):
     """A machine of one design. Processes, VMs and inodes are numbered in order of creation."""
 
     # ------------------------------------------------------------------ making

@@ -86,8 +86,11 @@ class Pair:
 
     # ------------------------------------------------------------------ operations
 
-    def same(self, got: Result, expected: Outcome) -> Outcome:
+    def agree(self, got: Result, expected: Outcome) -> None:
         assert tuple(got) == tuple(expected), f"the machine returned {got}, the model {expected}"
+
+    def same(self, got: Result, expected: Outcome) -> Outcome:
+        self.agree(got, expected)
         self.model.settle()
         return expected
 
@@ -194,6 +197,16 @@ class Pair:
         got = self.machine.operate(W.Operation.RELEASE, vm=vm, object_=inode)
         return self.same(got, self.model.release(vm, inode))
 
+    def memory_failure(self, inode: int, offset: int) -> Outcome:
+        got = self.machine.operate(W.Operation.MEMORY_FAILURE, object_=inode, offset=offset)
+        return self.same(got, self.model.memory_failure(inode, offset))
+
+    def unpoison(self, pfn: int) -> Outcome:
+        """What spins for the reference goes on with the next operation of the designs."""
+        got, expected = self.machine.unpoison(pfn * PAGE), self.model.unpoison(pfn)
+        self.agree(got, expected)
+        return expected
+
     def exit(self, space: int) -> Outcome:
         return self.same(self.spaces[space].exit(), self.model.exit(space))
 
@@ -241,6 +254,8 @@ class Pair:
         found = self.model.spaces[space].find(address // PAGE)
         level, _, value = self.spaces[space].walk(address)[-1]
         assert value & 1 == (found is not None)
+        bad = address // PAGE in self.model.spaces[space].poisoned
+        assert (value != 0 and not value & 1) == bad, f"{value:#x}"
         if found is None:
             return
         wanted, entry = found

@@ -39,6 +39,9 @@ class Parameters:
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
     zap: str = "exact"
+    memory_failure: str = "handled"
+    poisoned_blocks: str = "refuse"
+    mf_delayed: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Parameters:

@@ -16,7 +16,7 @@ TREE_NODE = 512  # frames that one node of a pin's list holds
 class References(Faults):
     """GET and PUT, PIN and UNPIN, the draining of LRU caches."""
 
-    FAULT_ERRORS: ClassVar = {W.VM_FAULT_SIGBUS: -W.EFAULT, W.VM_FAULT_OOM: -W.ENOMEM}
+    FAULT_ERRORS: ClassVar = {W.VM_FAULT_SIGBUS: -W.EFAULT, W.VM_FAULT_HWPOISON: -W.EFAULT, W.VM_FAULT_OOM: -W.ENOMEM}
 
     def get(self, inode: int, offset: int) -> Outcome:
         if not self.inodes[inode].open:

@@ -89,6 +89,7 @@ class HostTables(Tree):
 
     entries: dict[int, Entry] = field(default_factory=dict)
     huge: dict[tuple[int, int], Entry] = field(default_factory=dict)
+    poisoned: set[int] = field(default_factory=set)  # pages whose entries say that a page is bad
     live: bool = True
 
     def find(self, page: int) -> tuple[int, Entry] | None:

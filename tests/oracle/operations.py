@@ -24,13 +24,15 @@ KINDS = {
 ADVICE = {
     "dontneed", "populate_read", "populate_write", "guard_install", "guard_remove", "hugepage", "nohugepage",
     "dontfork", "dofork", "collapse", "dontneed_locked", "free", "cold", "pageout", "willneed", "remove", "normal",
-    "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork",
+    "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork", "hwpoison",
+    "soft_offline",
 }  # fmt: skip
 MODELLED = {
     "trace", "kvmcap", "vmcap", "pool", "vfioopen", "vfiomem", "pcibar", "map", "touch", "unmap", "prot", "adv",
     "remap", "fork", "childwait", "childend", "vm", "vmclose", "slot", "slot2", "gmem", "gpunch", "galloc", "gclose",
     "attr", "gtouch", "prefault", "dirtylog", "poke", "unlink", "write", "pfnof", "peek", "store", "storeif", "mincore",
-    "gpfnof", "gpeek", "lock", "unlock", "lockonfault", "msync",
+    "gpfnof", "gpeek", "lock", "unlock", "lockonfault", "msync", "hwpoison", "unpoison", "softoffline", "pvm",
+    "selfmem", "copy", "direct", "uring", "uringclose", "guptest", "pinlong", "pinstop", "futex",
 }  # fmt: skip
 PARAMETER = "/sys/module/kvm/parameters/gmem_pfnmap"
 CLEAR_REFS = "/proc/self/clear_refs"

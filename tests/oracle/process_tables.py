@@ -12,14 +12,22 @@ PRESENT, LARGE, PROTNONE = 1, 1 << 7, 1 << 8
 Entries = dict[tuple[int, int], int]  # (address, level): entry
 
 
+def is_poison(entry: int) -> bool:
+    """Whether an entry stands for a poisoned page: a swap entry of type SWP_HWPOISON of 7.3."""
+    return entry >> 59 == 24 and not entry & (PRESENT | PROTNONE)
+
+
 def frame(entry: int, level: int = 1) -> int:
-    """First frame number of a leaf; its bits are inverted where it is protection-none."""
+    """First frame number of a leaf; its bits are inverted where it is protection-none. Of a poisoned page, its own."""
+    if is_poison(entry):
+        return ~entry >> 9 & (1 << 50) - 1
     word = entry if entry & PRESENT or not entry & PROTNONE else ~entry
     return (word & FRAME & -size_of(level)) >> 12
 
 
 def flags(entry: int) -> int:
-    return entry & ~FRAME
+    """All but the frame number."""
+    return entry & ~((1 << 59) - (1 << 9)) if is_poison(entry) else entry & ~FRAME
 
 
 def size_of(level: int) -> int:

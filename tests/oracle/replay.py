@@ -61,7 +61,8 @@ PAGE = 4096
 ENOTTY = 25
 ACCESSED = 1 << 5
 HUGE = {"huge2m": W.PAGE_2M, "huge1g": W.PAGE_1G}
-SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV
+POISONED = W.VM_FAULT_HWPOISON | W.VM_FAULT_HWPOISON_LARGE
+SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV | POISONED
 
 
 @dataclass
@@ -273,6 +274,7 @@ class Replay:
             status = self.process.touch(at, write=how == "w", execute=how == "x").status
             if status & SIGNALS:
                 note = f"stopped at touch {i} by signal {11 if status & W.VM_FAULT_SIGSEGV else 7}"
+                note += " code 4" if status & POISONED else ""  # BUS_MCEERR_AR
                 if not any(text.startswith(note) for text in operation.notes):
                     raise MismatchError(f"{operation.text}: {note}, captured {operation.notes}")
                 return -W.EFAULT

@@ -5,7 +5,7 @@ slides2025 of pfnmap, "unmap" is corrected. A scenario named "both" maps one fil
 "plain" is also run by the ordinary kind of guest_memfd, on the machine that replays the other captures.
 
 Compared: what replay_process compares; the frames that the scenario named, by what else has the same frame; their
-struct pages (references, mapcount, uptodate, dirty, mapping, index) and first words; what loads return.
+struct pages (references, mapcount, uptodate, dirty, poison, mapping, index) and first words; what loads return.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from oracle.capture import FRAME, Capture, Checkpoint, Operation
 from oracle.operations import PARAMETER, MismatchError, NotModelledError, every, number, protection, returned
 from oracle.process_tables import Entries, frame, size_of
-from oracle.replay import Replay
+from oracle.replay import SIGNALS, Replay
 from pgemu.machine.presets import PFNMAP
 from pgemu.objects.files import GuestMemfd4K
 from pgemu.objects.machine import Config, Machine
@@ -24,9 +24,10 @@ from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
 
 FLAG_PFNMAP, FLAG_UNMAP, FLAG_HUGE = 1 << 16, 1 << 17, 1 << 18  # of creation, in the kernel that was captured
-ESTALE, EPERM = 116, 1
+ESTALE, EPERM, EIO = 116, 1, 5
 VMEMMAP = 0xFFFF_EA00_0000_0000
-UPTODATE, DIRTY, ON_LRU = 1 << 3, 1 << 4, 1 << 5
+UPTODATE, DIRTY, ON_LRU, HWPOISON = 1 << 3, 1 << 4, 1 << 5, 1 << 21
+COMPARED = UPTODATE | DIRTY | HWPOISON
 BUDDY = 0xF000_0000
 TOUCHED, GUEST_TOUCHED = 0x5A5A_0000_0000_0000, 0xA5A5_0000_0000_0000  # what the i-th store writes, plus i
 
@@ -218,6 +219,67 @@ class ReplayPfnmap(Replay):
         if stored is not None:
             self.write_word(self.guest_pfn(vm, gpa), GUEST_TOUCHED + stored)
 
+    # ------------------------------------------------------------------ memory failure
+
+    def op_hwpoison(self, operation: Operation, name: str) -> int:
+        return self.machine.memory_failure(self.named[name].here << 12).status
+
+    def op_unpoison(self, operation: Operation, name: str) -> int:
+        return self.machine.unpoison(self.named[name].here << 12).status
+
+    def op_softoffline(self, operation: Operation, name: str) -> int:
+        return self.machine.soft_offline(self.named[name].here << 12).status
+
+    def op_adv(self, operation: Operation, address: str, length: str, advice: str) -> int | None:
+        at, size = number(address), number(length)
+        if advice == "soft_offline":
+            return self.process.madvise_soft_offline(at, size).status
+        if advice != "hwpoison":
+            return super().op_adv(operation, address, length, advice)
+        status = self.process.madvise_hwpoison(at, size).status
+        self.signals_told(operation)
+        return status
+
+    def signals_told(self, operation: Operation) -> None:
+        """The program wrote down the signals that came while it did not touch memory."""
+        signals = self.machine.last_failure.signals
+        here = [f"signal 7 code {one.code} address {one.address:#x} while not touching" for one in signals]
+        if here != [note for note in operation.notes if note.startswith("signal ")]:
+            raise MismatchError(f"{operation.text}: {here}, captured {operation.notes}")
+
+    # Users of the page go through GUP, but for write(2) and what looks at the entry only.
+
+    def op_pvm(self, operation: Operation, address: str, length: str, how: str) -> int:
+        got = self.process.pin(number(address), int(length), pin=0, write=how == "w")
+        if got.status == 0:
+            self.machine.unpin(0)
+        return got.status or got.detail * W.PAGE_4K
+
+    op_direct = op_pvm
+
+    def refused(self, operation: Operation, address: str, length: str, *rest: str) -> int:
+        """Users that hold the page: here they get none."""
+        if self.process.pin(number(address), number(length), pin=0).status != -W.EFAULT:
+            raise NotModelledError(operation.name)
+        return -W.EFAULT
+
+    op_uring = op_pinlong = refused
+
+    def op_guptest(self, operation: Operation, kind: str, address: str, length: str, how: str = "") -> int:
+        return 0 if self.refused(operation, address, length) else number(length)
+
+    def op_futex(self, operation: Operation, address: str, wait: str = "") -> int:
+        return self.refused(operation, address, str(W.PAGE_4K))
+
+    op_uringclose = op_pinstop = Replay.op_trace
+
+    def op_selfmem(self, operation: Operation, address: str, length: str, how: str) -> int:
+        return -EIO if self.op_pvm(operation, address, length, how) < 0 else int(length)
+
+    def op_copy(self, operation: Operation, address: str, length: str, how: str) -> int:
+        status = self.process.touch(number(address), write=how == "w").status
+        return -W.EFAULT if status & SIGNALS else int(length)
+
     def op_mincore(self, operation: Operation, *words: str) -> None:
         """Not an operation of pgemu: it changes nothing."""
 
@@ -289,11 +351,12 @@ class ReplayPfnmap(Replay):
             if theirs != found:
                 raise MismatchError(f"{where}: tail {row['name']}: {found}, captured {theirs}")
             return
-        waits = not free and not words[0] & ON_LRU  # for the LRU list, in a batch that holds a reference
+        # For the LRU list, in a batch that holds a reference; a poisoned page was taken off it.
+        waits = not free and not words[0] & (ON_LRU | HWPOISON)
         theirs = [
-            words[0] & (UPTODATE | DIRTY), words[3] != 0, words[4], words[5], words[6] - ((1 << 32) if waits else 0),
+            words[0] & COMPARED, words[3] != 0, words[4], words[5], words[6] - ((1 << 32) if waits else 0),
         ]  # fmt: skip
-        found = [ours[0] & (UPTODATE | DIRTY), ours[3] != 0, ours[4], ours[5], ours[6]]
+        found = [ours[0] & COMPARED, ours[3] != 0, ours[4], ours[5], ours[6]]
         in_buddy = any(word & 0xFFFF_FFFF == BUDDY for word in (words[6], ours[6]))
         if free and in_buddy:  # in which list a free page waits, and joined to how many, is the allocator's choice
             theirs, found = theirs[:3], found[:3]

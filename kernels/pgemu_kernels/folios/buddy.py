@@ -38,7 +38,14 @@ from pgemu_kernels.folios.hstate import (
     node_of,
     page_of,
 )
-from pgemu_kernels.folios.page_allocator import PGTY_BUDDY, count_small, mark_free, take_block
+from pgemu_kernels.folios.page_allocator import (
+    PGTY_BUDDY,
+    count_small,
+    is_block_free,
+    mark_free,
+    take_block,
+    take_block_at,
+)
 from pgemu_kernels.folios.vmemmap import rewrite_pages
 from pgemu_kernels.words.registers import R_HWPOISON, R_INIT_ON_ALLOC, R_NODES
 from pgemu_kernels.words.rows import (
@@ -160,6 +167,35 @@ def take_page_of(m, node):
     m.ram[struct_page(m, pfn) + COUNTS] = ONE_CACHED
     count_small(m, np.int64(0), np.int64(-1))
     return pfn
+
+
+@outlined
+def take_page_off_buddy(m, pfn):
+    """A free 4K page leaves the lists, the blocks around it stay: whether it was free. mm/page_alloc.c
+
+    It ends with one reference. The per-CPU lists are emptied before (zone_pcp_disable()).
+    """
+    drain_all(m)
+    order = U0
+    while order < _ORDERS and not is_buddy(m, pfn & ~((U1 << order) - U1), order):
+        order += U1
+    first = pfn & ~((U1 << order) - U1)
+    if order < _ORDERS:
+        remove_free_block(m, first)
+    elif is_block_free(m.state, pfn):
+        take_block_at(m, pfn)
+        count_small(m, _BLOCK, _BLOCK)
+    else:
+        return False
+    while order > U0:  # break_down_buddy_pages()
+        order -= U1
+        half = U1 << order
+        other = first if pfn >= first + half else first + half
+        add_free_block(m, node_of(m.state, pfn), other, order)
+        first = first + half if other == first else first
+    m.ram[struct_page(m, pfn) + COUNTS] = ONE_CACHED
+    count_small(m, np.int64(0), np.int64(-1))
+    return True
 
 
 @outlined

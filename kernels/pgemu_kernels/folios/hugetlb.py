@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U3, U4, U6, U7, U8, U12, U18
+from pgemu_kernels.engine.bits import ALL, LOW32, NONE, U0, U1, U2, U3, U4, U6, U7, U8, U12, U18, U511
 from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import (
@@ -22,10 +22,12 @@ from pgemu_kernels.folios.folio import (
     SUBPOOL,
     SUBPOOL_6_12,
     TAIL_MAPPING,
+    is_huge_page,
+    order_of,
     struct_page,
     vmemmap_address,
 )
-from pgemu_kernels.folios.hstate import first_page, hstate_node, list_move, node_of, skip_poisoned
+from pgemu_kernels.folios.hstate import first_page, hstate_node, in_zone, list_move, node_of, skip_poisoned
 from pgemu_kernels.folios.vmemmap import compound_info, rewrite_pages
 from pgemu_kernels.words.enum_words import (
     GAUGE_OTHER_POOL_FREE,
@@ -186,3 +188,13 @@ def dequeue_any(m, h, preferred):
     if head == NONE and m.state[R_NODES] > U1:
         head = dequeue(m, h, U1 - preferred)
     return head
+
+
+@outlined
+def head_of(m, pfn):
+    """Head of the HugeTLB page that holds a frame, or NONE."""
+    if in_zone(m.state, pfn):
+        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U511):
+            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << order_of(m, head):
+                return head
+    return NONE

@@ -183,6 +183,17 @@ def release_large(m, node, head, order):
 
 
 @outlined
+def split_to_pages(m, head, order):
+    """Split a folio to 4K ones: mm/huge_memory.c:split_huge_page(); nobody but the page cache refers to it."""
+    page = struct_page(m, head)
+    flags = m.ram[page + FLAGS] & INHERITED
+    mapping = m.ram[page + MAPPING]
+    index = m.ram[page + INDEX]
+    for i in range(U1 << order):
+        make_folio(m, head + i, U0, flags, mapping, index + i)
+
+
+@outlined
 def split_by_halves(m, head, order, at):
     """Split a folio so that page `at` of it is one of order 0, the others as large as can be: pieces by halves.
 

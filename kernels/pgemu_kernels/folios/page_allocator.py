@@ -131,6 +131,19 @@ def take_block(m, node):
 
 
 @outlined
+def take_block_at(m, pfn):
+    """The free 2M block of a frame is taken. Its first page is no buddy any more."""
+    state = m.state
+    node = node_of(state, pfn)
+    block = (pfn - state[node_row(node) + N_BASE]) >> U9
+    state[_bits(state, node, block)] &= ~(U1 << (block & U63))
+    page = struct_page(m, pfn & ~U511)
+    m.ram[page + PRIVATE] = U0
+    m.ram[page + COUNTS] |= LOW32
+    count_blocks(m, np.int64(-1))
+
+
+@outlined
 def take_gigantic(m, node):
     """First frame of the lowest 1G of a node that is free throughout, taken; NONE. alloc_contig_pages()."""
     state = m.state

@@ -5,22 +5,162 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import U0, U1, U8, U16
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.folios.folio import (
     FLAGS,
     HWPOISON,
     HWPOISON_6_12,
+    is_huge_page,
     struct_page,
 )
 from pgemu_kernels.words.operations import EBUSY, ENOMEM, EOPNOTSUPP
-from pgemu_kernels.words.registers import R_FOLIO_6_12, R_HWPOISON, R_POISONED
+from pgemu_kernels.words.registers import (
+    R_EXTRA_REFERENCES,
+    R_FOLIO_6_12,
+    R_FULL,
+    R_HWPOISON,
+    R_POISONED,
+    R_POISONED_FRAMES,
+    R_POISONED_PAGES,
+    R_POOL_BASE,
+    R_TRANSIENT,
+)
 from pgemu_kernels.words.rows import (
+    MF_SIGNAL,
+    MF_SIGNAL_WORDS,
+    MF_SIGNALS,
+    PAGE_POISONED,
     POISONED,
     POISONED_ADDRESS,
+    SIGNALS,
+    STATE_FAILURE,
     STATE_POISONED,
 )
 
 U = np.uint64
+_HELD = U(1 << 31)  # in a frame's transient references: memory failure has one
+
+
+# --------------------------------------------------------------------------- pages
+
+
+@kernel
+def is_folio_poisoned(m, head):
+    """folio_test_hwpoison() of the folio with this first frame, or PageHWPoison() of a page."""
+    return m.ram[struct_page(m, head) + FLAGS] & m.state[R_HWPOISON] != U0
+
+
+@kernel
+def count_poisoned(state, n):
+    """num_poisoned_pages changes by `n` (uint64). Faults look for poison from now on, which the fast loops do not."""
+    state[R_POISONED_PAGES] += n
+    state[R_FULL] = U1
+
+
+@kernel
+def free_unless_poisoned(m, frame, word):
+    """The last reference of a page of ordinary memory is gone, but for memory failure's, if that has one: then the page
+    stays out. `word`: its counts.
+    """
+    if word & PAGE_POISONED != U0:
+        m.counts[frame] = np.uint32(PAGE_POISONED)
+        m.state[R_POISONED_FRAMES] += U1
+    else:
+        put_frame(m, frame)
+
+
+@kernel
+def is_held_by_failure(m, pfn):
+    """Whether memory failure keeps a reference of the designs' folio with this first frame."""
+    return U(m.counts[m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]]) & _HELD != U0
+
+
+@kernel
+def hold_by_failure(m, pfn, holds):
+    """Note that it does (1, uint64) or does not any more (0)."""
+    at = m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]
+    m.counts[at] = np.uint32(U(m.counts[at]) & ~_HELD | (_HELD if holds != U0 else U0))
+    m.state[R_EXTRA_REFERENCES] += U1 if holds != U0 else ~U0
+
+
+@kernel
+def note_signal(state, space, address, code, shift):
+    """kill_proc(), force_sig_mceerr(): a process gets SIGBUS of a page of 2^shift bytes."""
+    i = state[STATE_FAILURE + MF_SIGNALS]
+    state[STATE_FAILURE + MF_SIGNALS] = i + U1
+    if i < U(SIGNALS):
+        row = STATE_FAILURE + MF_SIGNAL + i * U(MF_SIGNAL_WORDS)
+        state[row] = space
+        state[row + U1] = address
+        state[row + U(2)] = U(code) | shift << U8
+
+
+# --------------------------------------------------------------------------- folios of HugeTLB
+
+
+@kernel
+def _note(m, head, row):
+    """A folio is poisoned, and names the row of a page that is."""
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] |= m.state[R_HWPOISON]
+    word = U8 + (HWPOISON_6_12 if m.state[R_FOLIO_6_12] != U0 else HWPOISON)
+    m.ram[page + word] = U(POISONED_ADDRESS) + row * U16
+
+
+@kernel
+def _new_row(state):
+    """A row for one more poisoned page, or POISONED."""
+    row = U0
+    while row < state[R_POISONED] and state[STATE_POISONED + row] != U0:
+        row += U1
+    if row != U(POISONED):
+        state[R_POISONED] = max(state[R_POISONED], row + U1)
+    return row
+
+
+@outlined
+def collect_poison(m, head, pages):
+    """The 4K folios from `head` on are about to be one: those that are poisoned are noted, and lose their flag.
+
+    Past the room for rows they keep it (a limit of this model): then the merged folio does not know of them.
+    """
+    state = m.state
+    if state[R_POISONED_PAGES] == U0:
+        return
+    for pfn in range(head, head + pages):
+        if is_folio_poisoned(m, pfn):
+            row = _new_row(state)
+            if row != U(POISONED):
+                state[STATE_POISONED + row] = pfn
+                m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
+
+
+@outlined
+def settle_poison(m, head, pages):
+    """The poison noted of frames [head, head + pages), which a split or a merge has rewritten: of a huge page it is
+    that page's, of 4K folios each one's own.
+    """
+    state = m.state
+    if state[R_POISONED_PAGES] == U0:
+        return
+    whole = is_huge_page(m, head)
+    first = True
+    for row in range(state[R_POISONED]):
+        pfn = state[STATE_POISONED + row]
+        if pfn == U0 or pfn - head >= pages:
+            continue
+        if whole:
+            _note(m, head, row)
+            continue
+        if first:
+            m.ram[struct_page(m, head) + FLAGS] &= ~state[R_HWPOISON]
+        first = False
+    for row in range(U0 if whole else state[R_POISONED]):
+        pfn = state[STATE_POISONED + row]
+        if pfn != U0 and pfn - head < pages:
+            m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
+            state[STATE_POISONED + row] = U0
 
 
 @outlined
@@ -35,18 +175,27 @@ def poison(m, head, pfn):
     for i in range(state[R_POISONED]):
         if state[STATE_POISONED + i] == pfn:
             return np.int64(-EBUSY)
-    row = U0
-    while row < state[R_POISONED] and state[STATE_POISONED + row] != U0:
-        row += U1
+    row = _new_row(state)
     if row == U(POISONED):
         return np.int64(-ENOMEM)
-    state[R_POISONED] = max(state[R_POISONED], row + U1)
     state[STATE_POISONED + row] = pfn
-    page = struct_page(m, head)
-    m.ram[page + FLAGS] |= state[R_HWPOISON]
-    word = U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)
-    m.ram[page + word] = U(POISONED_ADDRESS) + row * U16
+    _note(m, head, row)
+    count_poisoned(state, U1)
     return np.int64(0)
+
+
+@outlined
+def forget_poison(m, head, pages):
+    """folio_free_raw_hwp() and folio_clear_hwpoison(): the folio is poisoned no more, its pages' notes are freed."""
+    state = m.state
+    page = struct_page(m, head)
+    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
+    m.ram[page + U8 + (HWPOISON_6_12 if state[R_FOLIO_6_12] != U0 else HWPOISON)] = U0
+    for row in range(state[R_POISONED]):
+        pfn = state[STATE_POISONED + row]
+        if pfn != U0 and pfn - head < pages:
+            state[STATE_POISONED + row] = U0
+            count_poisoned(state, ~U0)
 
 
 @outlined

@@ -23,6 +23,7 @@ from pgemu_kernels.folios.folio import (
     struct_page,
 )
 from pgemu_kernels.folios.hvo import end_restore
+from pgemu_kernels.folios.merging import poison_settled
 from pgemu_kernels.folios.split_pages import (
     HELD,
     NO_MEMORY,
@@ -141,6 +142,7 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
     if status == 0:
         charge_one(m, EVENT_FOLIO_FROZEN)
         charge_one(m, EVENT_FOLIO_SPLIT)
+        poison_settled(m, head, U1 << order)
     return status
 
 
@@ -154,7 +156,8 @@ def split_folio(m, head, order, index, references):
     a tail's; rfc2 puts it back from its stash.
 
     Form rfc2 as posted stashed the flag vmemmap_optimized too, which kept a merge from optimising and made the next
-    split hit a BUG(); here the flag is what the follow-up patch makes it. No posted page is HWPoison (a TODO there).
+    split hit a BUG(); here the flag is what the follow-up patch makes it. What posted code does with a
+    poisoned page is a TODO there; here each piece has its own poison afterwards (folios/poison.py).
     """
     return split_folio_from(m, head, order, index, references, NONE)
 

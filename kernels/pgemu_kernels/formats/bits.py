@@ -152,7 +152,9 @@ class KernelParameters:
     order these pages stand in their free list (captured). `marks_zapped`: KVM calls folio_mark_accessed() not only on
     what a guest's fault maps, but also on what it drops or splits an accessed leaf of (6.12's handle_changed_spte()).
     `virtual_index`: folio->index of a private HugeTLB page is its address' page number (captured for 7.3).
-    `hwpoison`: PG_hwpoison (page-flags.h).
+    `hwpoison`: PG_hwpoison (page-flags.h). `hwpoison_type`: the swap type of a poisoned page's entry (SWP_HWPOISON,
+    captured for 7.3; 6.12 has one more type of device memory above it: include/linux/swap.h). `failure_pfn`: pages
+    without a struct page have a memory failure of their own (6.19, mm/memory-failure.c:memory_failure_pfn()).
 
     `saved_dirty`: dirty of a read-only leaf is kept in bit 58, since 6.6 (asm/pgtable.h:pte_mksaveddirty()).
     `special_huge_zero`: the huge zero page's leaf is special (captured for 6.18, not for 6.12).
@@ -187,6 +189,8 @@ class KernelParameters:
     marks_zapped: bool = False
     virtual_index: bool = False
     hwpoison: int = 1 << 21
+    hwpoison_type: int = 24
+    failure_pfn: bool = False
     saved_dirty: bool = True
     special_huge_zero: bool = True
     guards: bool = True
@@ -214,7 +218,7 @@ KERNELS: dict[str, KernelParameters] = {
         "6.12", 1 << 57 | 1 << 58, 0, False, 3, False, True, BootMarks.NONE, True,
         special_huge_zero=False, guards=False, recovers_huge_pages=False, merges_unfaulted=False,
         guest_memfd_mmap=False, remap_moves_many=False, dirty_entries=False, thp_modify_drops_dirty=True,
-        marks_zapped=True, hwpoison=1 << 20, huge_zero_replaced=False, reuses_large_folios=False,
+        marks_zapped=True, hwpoison=1 << 20, hwpoison_type=23, huge_zero_replaced=False, reuses_large_folios=False,
         collapses_read_only=False, collapse_batches=False,
     ),
     "6.18": KernelParameters(
@@ -223,7 +227,7 @@ KERNELS: dict[str, KernelParameters] = {
     "7.3": KernelParameters(
         "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, False, BootMarks.ALL, False,
         arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True, gigantic_surplus=True,
-        collapse_skips_holes=True,
+        collapse_skips_holes=True, failure_pfn=True,
     ),
 }  # fmt: skip
 """The kernels that pgemu runs."""

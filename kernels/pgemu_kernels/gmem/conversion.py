@@ -28,6 +28,7 @@ from pgemu_kernels.folios.guest_folios import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
+from pgemu_kernels.gmem.poisoned_blocks import poisoned_block
 from pgemu_kernels.gmem.spinning import is_spinning, is_stepped, waits_behind, went_on
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
@@ -40,6 +41,7 @@ from pgemu_kernels.words.operations import (
     BLOCKED,
     EAGAIN,
     EBUSY,
+    EHWPOISON,
     ENOMEM,
     GO,
     STOP,
@@ -176,7 +178,7 @@ def first_unit(m, op):
 @kernel
 def prepare(m, op):
     """Check the arguments, take the invalidate_lock for writing, see whether anything is to be done, preallocate, and
-    choose the first unit. BLOCKED (-EBUSY) where the lock is held.
+    choose the first unit. BLOCKED (-EBUSY) where the lock is held; -EHWPOISON as poisoned_blocks.py tells.
 
     virt/kvm/guest_memfd.c:kvm_gmem_set_attributes(). Linux preallocates the nodes of its attribute tree, and without
     a frame that fails, at the range's start (inference: they come from a slab page). A bit per page needs none.
@@ -203,6 +205,11 @@ def prepare(m, op):
     if shared == (U0 if to_private else end - start):
         unlock(state, op, node)
         return stop(state, op, 0)
+    poisoned = poisoned_block(m, node, start, end, to_private)
+    if poisoned != NONE:
+        unlock(state, op, node)
+        state[op + O_DETAIL] = poisoned << U12
+        return stop(state, op, -EHWPOISON)
     if preallocates(m) and frames_left(m) == U0:
         unlock(state, op, node)
         state[op + O_DETAIL] = start << U12

@@ -26,7 +26,16 @@ from pgemu_kernels.gmem.allocation import (
     take,
     unlock_block,
 )
-from pgemu_kernels.gmem.faults import guest_begin, guest_map, guest_page, host_begin, host_map, host_page, is_refused
+from pgemu_kernels.gmem.faults import (
+    guest_begin,
+    guest_map,
+    guest_page,
+    host_begin,
+    host_map,
+    host_page,
+    is_poisoned,
+    is_refused,
+)
 from pgemu_kernels.gmem.host_entries import is_special
 from pgemu_kernels.gmem.levels import folio_order_at, is_logged
 from pgemu_kernels.gmem.references import drop
@@ -93,7 +102,8 @@ def step_page(m, op, host):
         if outcome == GO and not is_special(m, state[op + O_ROW]):
             hold(state, op, state[op + O_PFN])
         return outcome
-    guest_page(m, op)
+    if guest_page(m, op) != GO:
+        return np.int64(STOP)
     if not entries_are_special(m):
         index = state[op + O_INDEX]
         order = folio_order_at(m, block_row(m, inode_row(state[op + O_INODE]), index), index)
@@ -117,14 +127,14 @@ def shows_page(state, op):
 
 @outlined
 def step_host_map(m, op):
-    """host_map(), unless the VMA changed or the folio left its inode: Linux keeps it locked, so that truncation waits
-    and unmaps it. The fault may have held the last reference.
+    """host_map(), unless the VMA changed, the folio left its inode or went bad: Linux keeps it locked, so that
+    truncation and memory failure wait and unmap it. The fault may have held the last reference.
     """
     state = m.state
     pfn = state[op + O_PFN]
     page = struct_page(m, pfn)
     held = state[op + O_REFERENCED] != U0
-    gone = not shows_page(state, op) or (held and m.ram[page + MAPPING] == U0)
+    gone = not shows_page(state, op) or (held and (m.ram[page + MAPPING] == U0 or is_poisoned(m, pfn)))
     if held:
         let_go(state, op)
     if gone:

@@ -48,7 +48,7 @@ from pgemu_kernels.kvm.fault import (
 )
 from pgemu_kernels.process.fault import give_designs_fault
 from pgemu_kernels.process.guest_memfd_4k import map_file_page
-from pgemu_kernels.process.tables import holds_guard, need_slot
+from pgemu_kernels.process.tables import marker_fault, need_slot
 from pgemu_kernels.stage2.invalidate import retry_fault
 from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import (
@@ -63,10 +63,12 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import (
     BLOCKED,
     EFAULT,
+    EHWPOISON,
     GO,
     RET_PF_FIXED,
     RET_PF_RETRY,
     STOP,
+    VM_FAULT_HWPOISON,
     VM_FAULT_LOCKED,
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
@@ -74,7 +76,7 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
 )
-from pgemu_kernels.words.registers import R_ORDER
+from pgemu_kernels.words.registers import R_HWPOISON, R_ORDER, R_POISONED_PAGES
 from pgemu_kernels.words.rows import (
     A_INODE,
     A_PGOFF,
@@ -125,7 +127,7 @@ def has_no_rights(m, row):
 lacks_rights = full_only(has_no_rights, False)
 
 
-guarded = full_only(holds_guard, False)
+found_marker = full_only(marker_fault, np.int64(0))
 
 
 @outlined
@@ -158,9 +160,10 @@ def host_begin(m, op):
         m.ram[slot] |= marks_of(state, op)
         state[op + O_DETAIL] = level
         return stop(state, op, 0)
-    if guarded(m, state[op + O_SPACE], address):
+    marker = found_marker(m, state[op + O_SPACE], address)
+    if marker != 0:
         charge_one(m, EVENT_HOST_FAULT)
-        return stop(state, op, VM_FAULT_SIGSEGV)
+        return stop(state, op, marker)
     inode = state[row + A_INODE]
     node = inode_row(inode)
     index = state[row + A_PGOFF] + ((address - state[row + A_START]) >> U12)
@@ -191,13 +194,24 @@ def is_refused(m, op):
     return True
 
 
+@outlined
+def is_poisoned(m, pfn):
+    """folio_test_hwpoison() of the folio of a frame."""
+    poisoned = m.state[R_POISONED_PAGES] != U0
+    return poisoned and m.ram[struct_page(m, folio_head(m, pfn)) + FLAGS] & m.state[R_HWPOISON] != U0
+
+
+poisoned = full_only(is_poisoned, False)  # a machine that has had a memory failure is none for the fast loops
+
+
 @kernel
 def host_page(m, op):
     """The frame, zeroed as far as an entry of 4K will show; what is to be counted gets a reference; then unlock.
 
     kvm_gmem_fault_user_mapping(). There a large folio is a WARN and SIGBUS: with folios that are split it is there only
     where a fault met one that another fault had not split yet (Defect.ALLOCATION_RACE). A frame that no reference
-    protects is inserted with the lock held (inference; Defect.INSERT_UNLOCKED: without).
+    protects is inserted with the lock held (inference; Defect.INSERT_UNLOCKED: without). A counted entry maps no
+    poisoned folio (mm/memory.c:__do_fault(), of RFC v2 the handler itself); vmf_insert_pfn() does not look (captured).
     """
     state = m.state
     node = inode_row(state[op + O_INODE])
@@ -209,6 +223,9 @@ def host_page(m, op):
         unlock(state, op, node)
         return stop(state, op, VM_FAULT_SIGBUS)
     pfn = frame_of(m, block, index)
+    if counted and poisoned(m, pfn):
+        unlock(state, op, node)
+        return stop(state, op, VM_FAULT_HWPOISON)
     page = zero_folio(m, node, index, pfn, U1, order)
     if counted:
         add_references(m.ram, page, U1)
@@ -375,7 +392,8 @@ def guest_begin(m, op):
 
 @kernel
 def guest_page(m, op):
-    """kvm_gmem_get_pfn(): the frame, what its leaf will show zeroed, and the level; then unlock.
+    """kvm_gmem_get_pfn(): the frame, what its leaf will show zeroed, and the level; then unlock. -EHWPOISON of a
+    poisoned folio: a memory fault exit.
 
     KVM finds the level later, under its mmu_lock; the invalidate sequence that `guest_map` checks makes that the same.
     """
@@ -384,6 +402,9 @@ def guest_page(m, op):
     index = state[op + O_INDEX]
     block = block_row(m, node, index)
     pfn = frame_of(m, block, index)
+    if poisoned(m, pfn):
+        unlock(state, op, node)
+        return stop(state, op, -EHWPOISON)
     level = guest_level(m, state[op + O_ROW], node, index, state[op + O_ADDRESS] >> U12)
     level = U1 if fetches_small(m, op) else kind_level(m, op, node, index, level)
     zero_folio(m, node, index, pfn, level, folio_order_at(m, block, index))

@@ -52,7 +52,7 @@ def unmap_folio(m, inode, head, first, pages):
     """What a split does to the entry of a folio that nobody counts: mm/rmap.c:try_to_unmap() walks the file's VMAs.
 
     The walk ends where the folio is not mapped, which is after the first VMA already (inference from
-    rmap_walk_control.done): another one keeps its large entry. 4K entries stay.
+    rmap_walk_control.done): another one keeps its large entry. 4K entries stay. Returns how many entries went.
     """
     state = m.state
     row = first_vma(state, inode)
@@ -64,8 +64,10 @@ def unmap_folio(m, inode, head, first, pages):
                 gather_begin(m)
                 drop_large_pfn(m, row, start, U2)
                 gather_flush(m, state[row + A_SPACE])
-            return
+                return U1
+            return U0
         row = state[row + A_NEXT]
+    return U0
 
 
 @outlined

@@ -30,6 +30,7 @@ from pgemu_kernels.words.operations import (
     ENOENT,
     ENOMEM,
     EOPNOTSUPP,
+    VM_FAULT_HWPOISON,
     VM_FAULT_OOM,
     VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
@@ -95,7 +96,7 @@ def fault_error(status):
     """
     if status == VM_FAULT_OOM:
         return np.int64(-ENOMEM)
-    if status == VM_FAULT_SIGBUS or status == VM_FAULT_SIGSEGV:
+    if status & (VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV | VM_FAULT_HWPOISON) != 0:
         return np.int64(-EFAULT)
     return np.int64(-EAGAIN if status == VM_FAULT_RETRY else 0)
 

@@ -62,6 +62,7 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
+_TRANSIENT = U((1 << 31) - 1)  # the bit above is memory failure's reference: folios/poison.py
 
 
 @kernel
@@ -153,7 +154,7 @@ def is_designs(m, head, page):
 @kernel
 def transient(m, pfn):
     """Transient references on the folio whose first frame is `pfn`."""
-    return U(m.counts[m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]])
+    return U(m.counts[m.state[R_TRANSIENT] + pfn - m.state[R_POOL_BASE]]) & _TRANSIENT
 
 
 @kernel

@@ -24,6 +24,7 @@ from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.anonymous_folios import is_of_anonymous_folio, set_large_dirty
 from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, mark_accessed, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.folios.poison import note_signal
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
 from pgemu_kernels.process.fault import host_fault_in
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio, set_folio_dirty
@@ -34,9 +35,12 @@ from pgemu_kernels.stage2.regions import note_leaf
 from pgemu_kernels.stage2.tdp_mmu import set_accessed_dirty
 from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
 from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
+from pgemu_kernels.words.failures import BUS_MCEERR_AR
 from pgemu_kernels.words.operations import (
     EBADF,
     EFAULT,
+    EHWPOISON,
+    EINTR,
     ENOMEM,
     EOPNOTSUPP,
     RET_PF_EMULATE,
@@ -63,6 +67,7 @@ from pgemu_kernels.words.rows import (
     O_PFN,
     O_SEQUENCE,
     O_VM,
+    PAGE_POISONED,
     SLOT_GMEM_ONLY,
     SLOT_GUEST_MEMFD,
     SLOT_HAS_GUEST_MEMFD,
@@ -128,7 +133,9 @@ def from_guest_memfd(state, slot, private):
 def find_pfn(m, row, slot, gfn, write, private):
     """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable; refcounted).
 
-    A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit.
+    A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit. A poisoned
+    page of guest_memfd is -EHWPOISON, a memory fault exit (kvm_gmem_get_pfn()); of a process's memory the vCPU's task
+    gets SIGBUS and KVM_RUN is interrupted, -EINTR (mmu.c:kvm_send_hwpoison_signal()).
     """
     state = m.state
     read_only = state[slot + M_FLAGS] & SLOT_READ_ONLY != U0
@@ -137,11 +144,16 @@ def find_pfn(m, row, slot, gfn, write, private):
         if state[slot + M_FLAGS] & SLOT_HAS_GUEST_MEMFD == U0 or state[slot + M_INODE] == NONE:
             return np.int64(-EFAULT), U0, U1, False, False
         status, pfn = find_or_add_folio(m, inode_row(state[slot + M_INODE]), state[slot + M_PGOFF] + page)
+        if status == 0 and U(m.counts[pfn]) & PAGE_POISONED != U0:
+            status = np.int64(-EHWPOISON)
         return status, pfn, U1, True, True
     if write and read_only:
         return np.int64(RET_PF_EMULATE), U0, U1, False, False
     address = state[slot + M_HVA] + (page << U12)
     status, pfn, level, writable, counted = host_fault_in(m, state[row + V_SPACE], address, write, False)
+    if status == -EHWPOISON:
+        note_signal(state, state[row + V_SPACE], address, BUS_MCEERR_AR, U12)
+        status = np.int64(-EINTR)
     return status, pfn, level, writable and not read_only, counted
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import copy_frame, fill_frame, put_frame, take_frame
+from pgemu_kernels.engine.frames import copy_frame, fill_frame, take_frame
 from pgemu_kernels.folios.anonymous_folios import (
     compound_head,
     copy_from_large,
@@ -21,8 +21,9 @@ from pgemu_kernels.folios.anonymous_folios import (
     set_page_exclusive,
 )
 from pgemu_kernels.folios.folio import reference_count, struct_page
+from pgemu_kernels.folios.poison import free_unless_poisoned
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import holds_page, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
+from pgemu_kernels.process.entries import holds_page, is_hwpoison, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
@@ -36,7 +37,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_TLB_FLUSH_PAGE,
     GAUGE_ANONYMOUS_PAGES,
 )
-from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
+from pgemu_kernels.words.operations import VM_FAULT_HWPOISON, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
 from pgemu_kernels.words.registers import R_REUSES_LARGE, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_PROT,
@@ -90,8 +91,8 @@ def unmap_page(m, space, frame):
     m.state[space_row(space) + S_RSS] -= U1
     charge_one(m, EVENT_RMAP_CHANGED)
     if word & (PAGE_MAPPINGS | PAGE_CACHED) == U0:
-        put_frame(m, frame)
         change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
+        free_unless_poisoned(m, frame, word)
 
 
 @kernel
@@ -222,7 +223,7 @@ def _write_protected(m, row, address, slot):
 
 @outlined
 def anonymous_fault(m, row, address, write):
-    """handle_pte_fault() of a private anonymous VMA: VM_FAULT_NOPAGE, OOM, or SIGSEGV at a guard page.
+    """handle_pte_fault() of a private anonymous VMA: VM_FAULT_NOPAGE, OOM, SIGSEGV at a guard, or HWPOISON.
 
     Linux returns 0 where this returns VM_FAULT_NOPAGE; 0 stands for an access that was no fault. `address` is
     that of the page, `write` uint64 0 or 1; the VMA allows the access.
@@ -236,7 +237,7 @@ def anonymous_fault(m, row, address, write):
             return _map_zero_page(m, row, slot)
         return _fill_new_page(m, row, slot)
     if not holds_page(entry):
-        return np.int64(VM_FAULT_SIGSEGV)
+        return np.int64(VM_FAULT_HWPOISON if is_hwpoison(m.state, entry) else VM_FAULT_SIGSEGV)
     if write == U1 and entry & PTE_WRITE == U0:
         return _write_protected(m, row, address, slot)
     return np.int64(VM_FAULT_NOPAGE)

@@ -7,12 +7,12 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import outlined
-from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.huge_pages import remove_from_file
 from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store, charge_page_freed
+from pgemu_kernels.folios.poison import free_unless_poisoned
 from pgemu_kernels.folios.pools import reserve_pages, return_reserved
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.process.vma import RESERVED, holds_file, huge_order, is_shared_mapping, remove_row, unlink_vma
@@ -100,7 +100,7 @@ def drop_page(m, inode, index, word):
     held = U(m.counts[word]) & ~(PAGE_CACHED | PAGE_DIRTY)
     m.counts[word] = np.uint32(held)
     if held & PAGE_MAPPINGS == U0:
-        put_frame(m, word)
+        free_unless_poisoned(m, word, held)
         charge_page_freed(m)
 
 

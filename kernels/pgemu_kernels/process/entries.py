@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U12
+from pgemu_kernels.engine.bits import U0, U1, U9, U12
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.formats.bits import (
@@ -31,15 +31,29 @@ from pgemu_kernels.formats.bits import (
     SPECIAL,
     USER,
 )
-from pgemu_kernels.words.registers import R_PROTECTION_KEYS
+from pgemu_kernels.words.registers import R_HWPOISON_ENTRY, R_PROTECTION_KEYS
 from pgemu_kernels.words.rows import A_CACHE_BITS, A_FLAGS, A_PROT, PROT_EXEC, PROT_WRITE, VM_SHARED
 
 U = np.uint64
 GUARD = U(0xFFFF_FFFF_FFFF_F600)  # make_pte_marker(PTE_MARKER_GUARD), 6.13 and later, as captured
+_TYPE = U(59)  # where the type of a swap entry begins
 _READABLE = U(PRESENT | USER | ACCESSED)
 _NONE = U(GLOBAL | ACCESSED)  # PAGE_NONE
 # What pte_modify() keeps, _PAGE_CHG_MASK: frame, cache bits, special, accessed, dirty (three kinds), uffd-wp.
 _KEPT = U(ADDRESS | 1 << 3 | 1 << 4 | SPECIAL | ACCESSED | DIRTY | SOFT_DIRTY | 1 << 10 | 1 << 58)
+
+
+@kernel
+def hwpoison_entry(state, pfn):
+    """make_hwpoison_entry() of a frame: a swap entry, whose offset is inverted. include/linux/swapops.h"""
+    return state[R_HWPOISON_ENTRY] ^ pfn << U9
+
+
+@kernel
+def is_hwpoison(state, entry):
+    """Whether an entry of any level stands for a poisoned page: is_hwpoison_entry()."""
+    same_type = (entry ^ state[R_HWPOISON_ENTRY]) >> _TYPE == U0
+    return same_type and entry & (PTE_PRESENT | PTE_PROTECTION_NONE) == U0
 
 
 @kernel

@@ -21,9 +21,12 @@ from pgemu_kernels.process.vma import next_vma
 from pgemu_kernels.words.enum_words import EVENT_HOST_FAULT, FLAG_EXEC, FLAG_WRITE
 from pgemu_kernels.words.operations import (
     EFAULT,
+    EHWPOISON,
     EINVAL,
     ENOMEM,
     RET_PF_EMULATE,
+    VM_FAULT_HWPOISON,
+    VM_FAULT_HWPOISON_LARGE,
     VM_FAULT_OOM,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
@@ -52,7 +55,8 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
-_ERROR = np.int64(VM_FAULT_OOM | VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV)
+_POISONED = np.int64(VM_FAULT_HWPOISON | VM_FAULT_HWPOISON_LARGE)
+_ERROR = np.int64(VM_FAULT_OOM | VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV) | _POISONED
 _PAGE = ~U(4095)
 
 # ->fault of a mapping of the designs (m, space, address, write): VM_FAULT_*, 0 where an entry is there. gmem/faults.py
@@ -100,7 +104,8 @@ def access(m, op):
     """A user access of a process, and the fault it takes if its entry is not there or does not allow it.
 
     0 with the leaf's level if the processor found what it needs; VM_FAULT_NOPAGE or VM_FAULT_LOCKED after a fault;
-    VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_OOM. The processor sets accessed and, on a write, dirty.
+    VM_FAULT_SIGSEGV, VM_FAULT_SIGBUS, VM_FAULT_HWPOISON (_LARGE), VM_FAULT_OOM. The processor sets accessed and, on a
+    write, dirty.
     """
     state = m.state
     space = state[op + O_SPACE]
@@ -178,7 +183,8 @@ def mm_populate(m, space, start, end):
 
 @outlined
 def madvise_populate(m, op, start, end, write):
-    """MADV_POPULATE_READ or _WRITE: 0, -ENOMEM over a hole or without memory, -EINVAL where not allowed, -EFAULT.
+    """MADV_POPULATE_READ or _WRITE: 0, -ENOMEM over a hole or without memory, -EINVAL where not allowed, -EFAULT,
+    -EHWPOISON.
 
     mm/madvise.c:madvise_populate(), mm/gup.c:faultin_page_range().
     """
@@ -197,7 +203,7 @@ def madvise_populate(m, op, start, end, write):
         if status == VM_FAULT_OOM:
             return stop(state, op, -ENOMEM)
         if status != 0:
-            return stop(state, op, -EFAULT)
+            return stop(state, op, -EHWPOISON if status & _POISONED != 0 else -EFAULT)
         address = last
     return stop(state, op, 0)
 
@@ -241,7 +247,8 @@ def host_fault_in(m, space, address, write, execute):
     """What KVM asks of a process's memory: (0, frame, level of the host's leaf, whether it may be written, whether the
     entry is a folio's).
 
-    -EFAULT where no mapping allows the access or the fault ends in a signal, -ENOMEM without memory, RET_PF_EMULATE for
+    -EFAULT where no mapping allows the access or the fault ends in a signal, -EHWPOISON where that tells of a poisoned
+    page, -ENOMEM without memory, RET_PF_EMULATE for
     a write that a PFN mapping's entry does not allow; then the rest is 0. `write`, `execute` are booleans (an execute
     needs no more than a read: KVM asks for no other). virt/kvm/kvm_main.c:hva_to_pfn()
     """
@@ -258,5 +265,5 @@ def host_fault_in(m, space, address, write, execute):
     if status == VM_FAULT_OOM:
         return np.int64(-ENOMEM), U0, U0, False, False
     if status != 0:
-        return np.int64(-EFAULT), U0, U0, False, False
+        return np.int64(-EHWPOISON if status & _POISONED != 0 else -EFAULT), U0, U0, False, False
     return _followed(m, space, address)

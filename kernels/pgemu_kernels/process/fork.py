@@ -16,7 +16,7 @@ from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
 from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.close import close_vma
-from pgemu_kernels.process.entries import holds_page, protect_from_writes, pte_pfn
+from pgemu_kernels.process.entries import holds_page, is_hwpoison, protect_from_writes, pte_pfn
 from pgemu_kernels.process.huge_memory import copy_huge_pmd
 from pgemu_kernels.process.huge_pmd import is_huge_anonymous
 from pgemu_kernels.process.tables import (
@@ -37,7 +37,7 @@ from pgemu_kernels.process.vma import (
     link_vma,
     next_vma,
 )
-from pgemu_kernels.process.zapping import zap_vma
+from pgemu_kernels.process.zapping import UNMAP, zap_vma
 from pgemu_kernels.stage2.notifier import notify_range, notify_release
 from pgemu_kernels.words.enum_words import (
     EVENT_LEAF_WRITTEN,
@@ -244,6 +244,8 @@ def _copy_huge(m, row, child):
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
+            elif is_hwpoison(m.state, m.ram[slot]):
+                m.ram[target] = m.ram[slot]
         address = (address & ~(size_of(at) - U1)) + size_of(at)
     return np.int64(0)
 
@@ -316,7 +318,7 @@ def end_process(m, space):
     for i in range(state[R_VMAS]):
         vma = vma_row(i)
         if state[vma + A_LIVE] != U0 and state[vma + A_SPACE] == space:
-            zap_vma(m, vma, state[vma + A_START], state[vma + A_END], True)
+            zap_vma(m, vma, state[vma + A_START], state[vma + A_END], UNMAP)
             close_vma(m, vma)
     free_pgtables(m, space, U0, TASK_SIZE, U0, U1 << U(47))
     gather_flush(m, space)

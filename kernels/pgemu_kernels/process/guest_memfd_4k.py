@@ -15,17 +15,17 @@ from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_pte_at
 from pgemu_kernels.process.close import drop_page
 from pgemu_kernels.process.entries import pte_mkdirty, vm_page_prot
-from pgemu_kernels.process.tables import holds_guard, need_slot, space_row
+from pgemu_kernels.process.tables import marker_fault, need_slot, space_row
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import (
     EFAULT,
     ENOMEM,
+    VM_FAULT_HWPOISON,
     VM_FAULT_LOCKED,
     VM_FAULT_NOPAGE,
     VM_FAULT_OOM,
     VM_FAULT_SIGBUS,
-    VM_FAULT_SIGSEGV,
 )
 from pgemu_kernels.words.registers import R_DIRTY_ENTRIES
 from pgemu_kernels.words.rows import (
@@ -41,6 +41,7 @@ from pgemu_kernels.words.rows import (
     INODE_SHMEM,
     PAGE_CACHED,
     PAGE_DIRTY,
+    PAGE_POISONED,
     S_RSS,
 )
 
@@ -116,7 +117,7 @@ def fault_around(m, row, address):
     while begin < end:
         index = page_offset(state, row, begin)
         pfn = cache_find(m, state[node + I_CACHE], index) if index < state[node + I_PAGES] else U0
-        if pfn != U0:
+        if pfn != U0 and U(m.counts[pfn]) & PAGE_POISONED == U0:
             slot = need_slot(m, space, begin, U1)
             if slot == NONE:
                 return np.int64(VM_FAULT_OOM)
@@ -132,7 +133,7 @@ def fault_around(m, row, address):
 @outlined
 def guest_memfd_fault(m, row, address, write):
     """kvm_gmem_fault_user_mapping(): VM_FAULT_LOCKED, SIGBUS past the end or where memory starts out private, OOM;
-    SIGSEGV at a guard page.
+    SIGSEGV at a guard page, HWPOISON of a poisoned page (mm/memory.c:__do_fault(), shmem_fault()) or at its entry.
 
     The entry is dirty after a write, or where the folio is dirty already: set_pte_range(). A fault that fails leaves no
     last-level table behind: Linux links the one it has ready at the very end.
@@ -144,8 +145,9 @@ def guest_memfd_fault(m, row, address, write):
     index = page_offset(state, row, address)
     if need_slot(m, space, address, U2) == NONE:
         return np.int64(VM_FAULT_OOM)
-    if holds_guard(m, space, address):
-        return np.int64(VM_FAULT_SIGSEGV)
+    marker = marker_fault(m, space, address)
+    if marker != 0:
+        return marker
     if index >= state[node + I_PAGES] or state[node + I_FLAGS] & INODE_INIT_SHARED == U0:
         return np.int64(VM_FAULT_SIGBUS)
     if state[node + I_FLAGS] & INODE_SHMEM != U0 and write == U0:
@@ -156,6 +158,8 @@ def guest_memfd_fault(m, row, address, write):
     status, pfn = find_or_add_folio(m, node, index)
     if status != 0:
         return np.int64(VM_FAULT_OOM)
+    if U(m.counts[pfn]) & PAGE_POISONED != U0:
+        return np.int64(VM_FAULT_HWPOISON)
     slot = need_slot(m, space, address, U1)
     if slot == NONE:
         if not known:

@@ -24,8 +24,9 @@ from pgemu_kernels.folios.huge_pages import (
     unmap_huge,
 )
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
+from pgemu_kernels.folios.poison import is_folio_poisoned
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
-from pgemu_kernels.process.entries import pte_mkdirty, pte_pfn, vm_page_prot
+from pgemu_kernels.process.entries import is_hwpoison, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import level3_slot, lookup_address, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
@@ -36,7 +37,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_TLB_FLUSH_PAGE,
     GAUGE_HOST_LEAVES_4K,
 )
-from pgemu_kernels.words.operations import VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGBUS
+from pgemu_kernels.words.operations import VM_FAULT_HWPOISON_LARGE, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGBUS
 from pgemu_kernels.words.registers import R_VIRTUAL_INDEX, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
@@ -167,6 +168,8 @@ def _first_access(m, row, address, slot):
     index = page >> order
     word = cache_find(m, state[node + I_CACHE], index)
     head = (word & PTE_ADDRESS) >> U12
+    if head != U0 and is_folio_poisoned(m, head):
+        return np.int64(VM_FAULT_HWPOISON_LARGE)
     if head == U0:
         if not is_shared_mapping(state, row):
             prepare_anon_vma(state, row)
@@ -225,7 +228,9 @@ def _write_protected(m, row, address, slot):
 
 @outlined
 def hugetlb_fault(m, row, address, write):
-    """A fault in HugeTLB memory: VM_FAULT_NOPAGE, SIGBUS without a page or past the file's end, OOM."""
+    """A fault in HugeTLB memory: VM_FAULT_NOPAGE, SIGBUS without a page or past the file's end, OOM, HWPOISON_LARGE.
+
+    That names the hstate, too (VM_FAULT_SET_HINDEX()), which is left out here."""
     size = size_of(level_of_order(huge_order(m.state, row)))
     address = address & ~(size - U1)
     slot = huge_slot(m, row, address)
@@ -234,6 +239,8 @@ def hugetlb_fault(m, row, address, write):
     status = np.int64(VM_FAULT_NOPAGE)
     if m.ram[slot] == U0:
         status = _first_access(m, row, address, slot)
+    elif is_hwpoison(m.state, m.ram[slot]):
+        return np.int64(VM_FAULT_HWPOISON_LARGE)
     if status == VM_FAULT_NOPAGE and write == U1 and m.ram[slot] & PTE_WRITE == U0:
         status = _write_protected(m, row, address, slot)
     return status

@@ -17,7 +17,7 @@ from pgemu_kernels.process.fault import madvise_populate, mm_populate
 from pgemu_kernels.process.record import has_ended, protection, rounded
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
 from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, vma_merge
-from pgemu_kernels.process.zapping import change_protection, cut_range, drop_large_pfn, zap_vma
+from pgemu_kernels.process.zapping import KEEPS_GUARDS, change_protection, cut_range, drop_large_pfn, zap_vma
 from pgemu_kernels.words.enum_words import FLAG_LOCKED_TOO, FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
 from pgemu_kernels.words.operations import EACCES, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_FULL, R_GUARDS, R_VMAS
@@ -159,7 +159,7 @@ def _dontneed_vma(m, row, start, end, forbidden):
         return np.int64(-EINVAL)
     if start < end:
         gather_begin(m)
-        zap_vma(m, row, start, end, False)
+        zap_vma(m, row, start, end, KEEPS_GUARDS)
         if state[R_DONTNEED_FREES_TABLES] != U0 and end - start >= size_of(U2):
             if state[row + A_KIND] != VMA_HUGETLB:
                 reclaim_level1_tables(m, state[row + A_SPACE], start, end)
@@ -174,7 +174,7 @@ def _zap_vma(m, op, row, start, end):
         locked = m.state[op + O_FLAGS] & FLAG_LOCKED_TOO != U0
         return _dontneed_vma(m, row, start, end, VM_PFNMAP if locked else VM_PFNMAP | VM_LOCKED)
     gather_begin(m)
-    zap_vma(m, row, start, end, False)
+    zap_vma(m, row, start, end, KEEPS_GUARDS)
     gather_flush(m, m.state[row + A_SPACE])
     return np.int64(0)
 
@@ -249,7 +249,7 @@ def _guard_vma(m, op, row, start, end):
             state[R_FULL] = U1  # the fast loops know no markers
         prepare_anon_vma(state, row)
         gather_begin(m)
-        zap_vma(m, row, start, end, False)
+        zap_vma(m, row, start, end, KEEPS_GUARDS)
         gather_flush(m, space)
     address = start
     while address < end:

@@ -13,7 +13,7 @@ from pgemu_kernels.process.record import has_ended, rounded
 from pgemu_kernels.process.remap import move_page_tables
 from pgemu_kernels.process.tables import free_pgtables, gather_begin, gather_flush
 from pgemu_kernels.process.vma import copy_vma, first_vma, holds_file, link_vma, next_vma, notify, vma_merge
-from pgemu_kernels.process.zapping import clear_vma, cut_vma
+from pgemu_kernels.process.zapping import UNMAP, clear_vma, cut_vma
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.release import waits_for_release
 from pgemu_kernels.words.operations import EBUSY, EFAULT, EINVAL, ENOMEM, EOPNOTSUPP
@@ -77,7 +77,7 @@ def remove_vmas(m, space, start, end):
         last = state[row + A_END]
         flags |= state[row + A_FLAGS]
         address = last
-        clear_vma(m, row, state[row + A_START], last, True)
+        clear_vma(m, row, state[row + A_START], last, UNMAP)
         close_vma(m, row)
     if first != NONE:
         if flags & VM_PFNMAP != U0:

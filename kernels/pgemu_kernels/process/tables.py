@@ -14,9 +14,10 @@ from pgemu_kernels.engine.geometry import index_at, shift_of, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import space_root
 from pgemu_kernels.formats.bits import PTE_ADDRESS
-from pgemu_kernels.process.entries import GUARD, points_to_table
+from pgemu_kernels.process.entries import GUARD, is_hwpoison, points_to_table
 from pgemu_kernels.tables.walker import free_table, host_format, new_table
 from pgemu_kernels.words.enum_words import EVENT_TLB_FLUSH_MM, EVENT_TLB_FLUSH_PAGE, GAUGE_HOST_TABLES
+from pgemu_kernels.words.operations import VM_FAULT_HWPOISON, VM_FAULT_SIGSEGV
 from pgemu_kernels.words.registers import R_FLUSHES_HELD, R_GATHER_END, R_GATHER_SHIFT, R_GATHER_START, R_PTI
 from pgemu_kernels.words.rows import S_UNFLUSHED, S_USER_ROOT, S_WORDS, STATE_SPACES
 from pgemu_kernels.words.table_words import F_TABLE, F_TABLE_TOP
@@ -59,10 +60,13 @@ def lookup_address(m, root, address):
 
 
 @outlined
-def holds_guard(m, space, address):
-    """Whether a guard stands at an address: mm/memory.c:handle_pte_marker()."""
+def marker_fault(m, space, address):
+    """What a fault ends in where an entry stands that is no page: VM_FAULT_SIGSEGV of a guard, VM_FAULT_HWPOISON of a
+    poisoned page, 0 of none. mm/memory.c:handle_pte_marker(), do_swap_page()"""
     slot, _level = lookup_address(m, space_root(m.state, space), address)
-    return m.ram[slot] == GUARD
+    if m.ram[slot] == GUARD:
+        return np.int64(VM_FAULT_SIGSEGV)
+    return np.int64(VM_FAULT_HWPOISON if is_hwpoison(m.state, m.ram[slot]) else 0)
 
 
 @kernel

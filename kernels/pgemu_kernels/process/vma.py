@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U9, U12, U30
+from pgemu_kernels.engine.bits import LOW32, NONE, U0, U1, U2, U3, U4, U9, U12, U30
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.rows import clear_words, find_vma, free_row, inode_row, space_root, vma_row
+from pgemu_kernels.folios.folio import PRIVATE, struct_page
+from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import level_of_order
-from pgemu_kernels.process.entries import holds_page, points_to_table
+from pgemu_kernels.process.entries import holds_page, leaf_pfn, points_to_table
 from pgemu_kernels.process.huge_pmd import is_huge_anonymous, split_huge_pmd
 from pgemu_kernels.process.tables import below, lookup_address
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.userspace import goes_by_address
-from pgemu_kernels.words.operations import EINVAL, ENOMEM
-from pgemu_kernels.words.registers import R_ANON_VMAS, R_MAPPINGS, R_MERGES_UNFAULTED, R_VMAS
+from pgemu_kernels.words.enum_words import DEFECT_CUT_HUGE_PFN
+from pgemu_kernels.words.operations import EINVAL, ENOMEM, NEVER
+from pgemu_kernels.words.registers import R_ANON_VMAS, R_DEFECTS, R_MAPPINGS, R_MERGES_UNFAULTED, R_VMAS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
     A_CLONED,
@@ -367,14 +370,41 @@ _open_upper = full_only(_divide, None)  # a mapping of the designs holds nothing
 
 
 @outlined
+def locks_of_no_table(m, row, address):
+    """Defect.CUT_HUGE_PFN: whether cutting a VMA at an address inside a 1G PFN entry, off 2M, never ends.
+
+    mm/huge_memory.c:split_huge_pmd_address() takes what mm_find_pmd() returns for a table of 2M entries, which under a
+    leaf of 1G is the page's memory, and its lock for one that lies in the struct page. A device's memory has none: a
+    crash (captured of 6.12, 6.18 and 7.3). Of RAM the word holds page->private, from which flags of a HugeTLB page look
+    like a lock that is held; where it is 0 the lock is taken and given back (inference from pmd_lockptr()).
+    """
+    if m.state[R_DEFECTS] & DEFECT_CUT_HUGE_PFN == U0 or m.state[row + A_FLAGS] & VM_PFNMAP == U0:
+        return False
+    first = address & ~(size_of(U2) - U1)
+    if first == address or first < m.state[row + A_START] or first + size_of(U2) > m.state[row + A_END]:
+        return False
+    slot, level = _slot_of_level3(m, row, address)
+    entry = m.ram[slot]
+    if level != U3 or points_to_table(entry) or not holds_page(entry):
+        return False
+    pfn = leaf_pfn(entry, U3)
+    return not in_zone(m.state, pfn) or m.ram[struct_page(m, pfn) + PRIVATE] & LOW32 != U0
+
+
+cut_never_ends = full_only(locks_of_no_table, False)  # the fast loops know no large entries of processes
+
+
+@outlined
 def split_vma(m, row, address):
-    """Cut a VMA in two at an address inside it: 0 and the row of the upper part, or -EINVAL, -ENOMEM and NONE.
+    """Cut a VMA in two at an address inside it: 0 and the row of the upper part, or -EINVAL, -ENOMEM, -NEVER and NONE.
 
     mm/vma.c:__split_vma()
     """
     state = m.state
     if not _may_split(m, row, address):
         return np.int64(-EINVAL), NONE
+    if cut_never_ends(m, row, address):
+        return np.int64(-NEVER), NONE
     upper = copy_vma(state, row)
     if upper == NONE:
         return np.int64(-ENOMEM), NONE

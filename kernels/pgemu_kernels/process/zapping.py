@@ -28,7 +28,7 @@ from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
 from pgemu_kernels.process.anonymous import is_anon_exclusive, unmap_page
-from pgemu_kernels.process.entries import holds_page, make_writable, modify, pte_pfn, vm_page_prot
+from pgemu_kernels.process.entries import holds_page, is_hwpoison, make_writable, modify, pte_pfn, vm_page_prot
 from pgemu_kernels.process.guest_memfd_4k import set_folio_dirty
 from pgemu_kernels.process.huge_memory import change_huge_pmd, split_and_notify
 from pgemu_kernels.process.huge_pmd import is_huge_anonymous, zap_huge_pmd
@@ -84,6 +84,7 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
+KEEPS_GUARDS, UNMAP, TRUNCATES = U0, U1, U2  # why entries go
 
 
 # --------------------------------------------------------------------------- clearing
@@ -215,11 +216,23 @@ _batch_ended = full_only(defer_unmapped, None)
 
 
 @kernel
+def _drops_marker(m, entry, guards):
+    """Whether an entry that holds no page goes: zap_nonpresent_ptes()."""
+    if is_hwpoison(m.state, entry):
+        return guards != TRUNCATES
+    return guards != KEEPS_GUARDS
+
+
+_is_dropped = full_only(_drops_marker, False)  # the fast loops meet none
+
+
+@kernel
 def _zap_small(m, row, start, end, guards):
     """zap_pte_range() and above: entries of [start, end) of a VMA that is not HugeTLB; a large one goes whole.
 
     An ordinary entry gives back its page's mapcount and reference; a special one has neither: vm_normal_page().
-    `guards`: drop guard markers too (munmap does, MADV_DONTNEED does not).
+    `guards`: UNMAP drops guard markers, too, MADV_DONTNEED (KEEPS_GUARDS) does not; a file that is cut (TRUNCATES)
+    leaves the entries of poisoned pages: should_zap_cows().
     """
     ram = m.ram
     root = space_root(m.state, m.state[row + A_SPACE])
@@ -242,7 +255,7 @@ def _zap_small(m, row, start, end, guards):
                 if entry & PTE_SPECIAL == U0:
                     counted += _forget(m, row, entry)
                 _gather(m, row, (page & ~U511) | index)
-            elif guards and entry != U0:
+            elif entry != U0 and _is_dropped(m, entry, guards):
                 ram[table + index] = U0
         page = stop
     _batch_ended(m)
@@ -265,8 +278,11 @@ def _is_reserved_again(m, row, h, head):
     return owned and m.state[h + H_SURPLUS] == U0
 
 
-def _over_huge_pages(visit: Callable[..., Any]) -> Callable[..., Any]:
-    """A walk (m, row, start, end) over the entries of a HugeTLB VMA that hold a page; a shared table is let go of."""
+def _over_huge_pages(visit: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """A walk (m, row, start, end) over the entries of a HugeTLB VMA that hold a page; a shared table is let go of.
+
+    other: (m, slot) for entries of poisoned pages.
+    """
 
     @outlined
     def walk_huge_pages(m, row, start, end):
@@ -281,6 +297,8 @@ def _over_huge_pages(visit: Callable[..., Any]) -> Callable[..., Any]:
             elif at == level and holds_page(m.ram[slot]):
                 visit(m, row, slot, level)
                 gather(m, address, level)
+            elif at == level and is_hwpoison(m.state, m.ram[slot]):
+                other(m, slot)
             size = size_of(max(at, level))
             address = (address & ~(size - U1)) + size
 
@@ -300,7 +318,12 @@ def _zap_huge_entry(m, row, slot, level):
     charge_one(m, EVENT_LEAF_CLEARED)
 
 
-_zap_huge = _over_huge_pages(_zap_huge_entry)  # __unmap_hugepage_range()
+@kernel
+def _clear_poison(m, slot):
+    m.ram[slot] = U0
+
+
+_zap_huge = _over_huge_pages(_zap_huge_entry, _clear_poison)  # __unmap_hugepage_range()
 
 
 @kernel
@@ -366,7 +389,7 @@ def unmap_mapping_range(m, inode, first, last):
         start, end = vma_overlap(state, row, inode, first, last)
         if start < end:
             gather_begin(m)
-            zap_vma(m, row, start, end, True)
+            zap_vma(m, row, start, end, TRUNCATES)
             gather_flush(m, state[row + A_SPACE])
         row = state[row + A_NEXT]
 
@@ -477,13 +500,18 @@ def _protect_small(m, row, start, end):
 
 
 @kernel
+def _leave_poison(m, slot):
+    """hugetlb_change_protection() changes nothing of it."""
+
+
+@kernel
 def _protect_huge_entry(m, row, slot, level):
     m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE, PTE_ADDRESS)
     charge_one(m, EVENT_LEAF_WRITTEN)
 
 
 # hugetlb_change_protection(): where a table was shared the next access builds one with the new rights.
-_protect_huge = _over_huge_pages(_protect_huge_entry)
+_protect_huge = _over_huge_pages(_protect_huge_entry, _leave_poison)
 
 
 @outlined

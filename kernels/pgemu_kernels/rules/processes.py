@@ -34,6 +34,7 @@ from pgemu_kernels.rules.pools import check_pools
 from pgemu_kernels.words.enum_words import (
     BROKEN_COUNTS,
     BROKEN_FRAMES,
+    BROKEN_POISON_MAPPED,
     BROKEN_REFERENCES,
     BROKEN_WRONG_PFN,
     GAUGE_ANONYMOUS_PAGES,
@@ -41,7 +42,15 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_HOST_LEAVES_4K,
     GAUGE_PAGE_CACHE_PAGES,
 )
-from pgemu_kernels.words.registers import R_HUGE_ZERO_FRAME, R_INODES, R_SUBPOOLS, R_VMAS, R_ZERO_FRAME
+from pgemu_kernels.words.registers import (
+    R_FRAMES,
+    R_HUGE_ZERO_FRAME,
+    R_INODES,
+    R_POISONED_FRAMES,
+    R_SUBPOOLS,
+    R_VMAS,
+    R_ZERO_FRAME,
+)
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_INODE,
@@ -75,6 +84,7 @@ from pgemu_kernels.words.rows import (
     PAGE_DIRTY,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
+    PAGE_POISONED,
     S_DEPOSITED,
     S_RSS,
     S_USER_ROOT,
@@ -106,6 +116,7 @@ def _check_page(m, row, address, entry, owner, found):
         expect(m, entry & PTE_WRITE == U0, BROKEN_WRONG_PFN, address >> U12)
         return
     word = U(m.counts[frame])
+    expect(m, word & PAGE_POISONED == U0, BROKEN_POISON_MAPPED, address >> U12)
     found[FOUND_MAPPED] += 1
     found[FOUND_RSS] += 1
     if owner[frame] == np.uint8(0):
@@ -308,7 +319,7 @@ def _check_cached_pages(m, node, owner, found):
         found[FOUND_CACHED] += 1
         if owner[frame] == np.uint8(0):
             owner[frame] = _PAGE
-            expect(m, U(m.counts[frame]) & ~PAGE_DIRTY == PAGE_CACHED, BROKEN_COUNTS, frame)
+            expect(m, U(m.counts[frame]) & ~(PAGE_DIRTY | PAGE_POISONED) == PAGE_CACHED, BROKEN_COUNTS, frame)
         expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, BROKEN_FRAMES, frame)
         index = cache_next(m, m.state[node + I_CACHE], index + U1)
 
@@ -342,6 +353,18 @@ def _reserve(found, order, pages):
     found[FOUND_RESERVED if order == U9 else FOUND_RESERVED_1G] += np.int64(pages)
 
 
+@kernel
+def _own_poisoned(m, owner):
+    """Poisoned pages of ordinary memory that nobody but memory failure holds: as many as are counted."""
+    state = m.state
+    alone = U0
+    for frame in range(state[R_FRAMES] if state[R_POISONED_FRAMES] != U0 else U0):
+        if m.counts[frame] == np.uint32(PAGE_POISONED) and owner[frame] == np.uint8(0):
+            owner[frame] = _PAGE
+            alone += U1
+    expect(m, alone == state[R_POISONED_FRAMES], BROKEN_FRAMES, alone)
+
+
 @outlined
 def check_processes(m, owner, found):
     """What was found of all processes, and the page caches, against what the machine keeps."""
@@ -359,6 +382,7 @@ def check_processes(m, owner, found):
             _check_cached_pages(m, node, owner, found)
         elif kind == INODE_HUGETLB:
             _reserve(found, state[node + I_ORDER], _check_huge_file(m, inode))
+    _own_poisoned(m, owner)
     for i in range(state[R_VMAS]):
         row = vma_row(i)
         if state[row + A_LIVE] != U0 and state[row + A_KIND] == VMA_HUGETLB:

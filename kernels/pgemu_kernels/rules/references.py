@@ -1,8 +1,9 @@
 """The recount's part of references: every one of a folio of the designs has its holder.
 
-Holders are the page cache, page-table entries, pins, LRU batches, faults under way, and transient ones (GET), which
-are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put back after it
-(full.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
+Holders are the page cache, page-table entries, pins, LRU batches, faults under way, memory failure, and transient ones
+(GET), which are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put
+back after it (full.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more,
+no less.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.folio import COUNTS, add_references, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.page_cache import cache_find
+from pgemu_kernels.folios.poison import is_held_by_failure
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.references import transient
 from pgemu_kernels.rules.invariants import expect
-from pgemu_kernels.words.enum_words import BROKEN_COUNTS, BROKEN_REFERENCES, GAUGE_PAGES_LRU_CACHED, GAUGE_PAGES_PINNED
+from pgemu_kernels.words.enum_words import (
+    BROKEN_COUNTS,
+    BROKEN_POISON_MAPPED,
+    BROKEN_REFERENCES,
+    GAUGE_PAGES_LRU_CACHED,
+    GAUGE_PAGES_PINNED,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
@@ -55,6 +63,13 @@ from pgemu_kernels.words.rows import (
 )
 
 U = np.uint64
+_TRANSIENT = U((1 << 31) - 1)
+
+
+@kernel
+def by_failure(m, pfn):
+    """Memory failure's references of the folio whose first frame is `pfn`: one or none."""
+    return U1 if is_held_by_failure(m, pfn) else U0
 
 
 @outlined
@@ -135,8 +150,9 @@ def hold_again(m, giving):
 def check_folio(m, head, cached):
     """A folio's references, less what was taken off: `cached` of the page cache's, its mappings', transient ones."""
     page = struct_page(m, head)
-    held = cached + mappings(m.ram, page) + transient(m, head)
+    held = cached + mappings(m.ram, page) + transient(m, head) + by_failure(m, head)
     expect(m, reference_count(m.ram, page) == held, BROKEN_REFERENCES, head)
+    expect(m, by_failure(m, head) == U0 or mappings(m.ram, page) == U0, BROKEN_POISON_MAPPED, head)
 
 
 @outlined
@@ -145,8 +161,9 @@ def check_pieces(m, head, pages, cached):
     for base in range(U0, pages, U64):
         page = struct_page(m, head + base)
         for pfn in range(head + base, head + base + U64):
-            held = cached + mappings(m.ram, page) + transient(m, pfn)
+            held = cached + mappings(m.ram, page) + transient(m, pfn) + by_failure(m, pfn)
             expect(m, m.ram[page + COUNTS] >> U32 == held, BROKEN_REFERENCES, pfn)
+            expect(m, by_failure(m, pfn) == U0 or mappings(m.ram, page) == U0, BROKEN_POISON_MAPPED, pfn)
             page += U8
 
 
@@ -161,5 +178,5 @@ def check_outside(m):
     if state[R_EXTRA_REFERENCES] != U0:
         total = U0
         for at in range(state[R_TRANSIENT], state[R_TRANSIENT] + state[R_GUEST_PAGES]):
-            total += U(m.counts[at])
+            total += (U(m.counts[at]) & _TRANSIENT) + (U(m.counts[at]) >> U(31))
         expect(m, total == state[R_EXTRA_REFERENCES], BROKEN_REFERENCES, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U32, U511
+from pgemu_kernels.engine.bits import NONE, U0, U12, U32
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import free_row, stop
@@ -20,10 +20,11 @@ from pgemu_kernels.folios.counts import (
     unfreeze,
     unpin,
 )
-from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, is_huge_page, order_of, reference_count, struct_page
+from pgemu_kernels.folios.folio import HUGETLB_FREED, PRIVATE, is_huge_page, reference_count, struct_page
 from pgemu_kernels.folios.guest_folios import subpool_of
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge
+from pgemu_kernels.folios.hugetlb import head_of
 from pgemu_kernels.folios.page_allocator import is_block_free
 from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
 from pgemu_kernels.words.enum_words import EVENT_REFERENCE_CHANGED, FLAG_READ, FLAG_WRITE
@@ -43,16 +44,6 @@ from pgemu_kernels.words.rows import (
 
 U = np.uint64
 MOST = U(1 << 20)  # references in one operation: the counts are 32 bits wide
-
-
-@outlined
-def head_of(m, pfn):
-    """Head of the HugeTLB page that holds a frame, or NONE."""
-    if in_zone(m.state, pfn):
-        for head in (pfn & ~U((1 << 18) - 1), pfn & ~U511):
-            if in_zone(m.state, head) and is_huge_page(m, head) and pfn - head < U1 << order_of(m, head):
-                return head
-    return NONE
 
 
 @kernel

@@ -10,8 +10,9 @@ from pgemu_kernels.engine.records import Columns, element
 from pgemu_kernels.gmem import faults as _gives_process_fault  # noqa: F401
 from pgemu_kernels.kvm import operations as kvm
 from pgemu_kernels.process import operations as mm
+from pgemu_kernels.run.failures import operate_failure
 from pgemu_kernels.run.routing import as_one_step, in_order, is_of, is_ordinary
-from pgemu_kernels.words.operations import OPS_OF_VM
+from pgemu_kernels.words.operations import OPS_OF_VM, OPS_TRYING
 from pgemu_kernels.words.rows import ACTORS
 
 U = np.uint64
@@ -25,7 +26,9 @@ def is_of_neither(m, columns, i):
 
 @kernel
 def operate(m, op, kind):
-    """Run one, of a VM or of a process."""
+    """Run one, of a page, of a VM or of a process."""
+    if is_of(OPS_TRYING, kind):
+        return operate_failure(m, op, kind)
     return kvm.operate_vm(m, op) if is_of(OPS_OF_VM, kind) else mm.operate_process(m, op)
 
 

@@ -17,7 +17,7 @@ from pgemu_kernels.folios.folio import COUNTS, FLAGS, MAPPING, ONE_REFERENCE, or
 from pgemu_kernels.folios.guest_folios import subpool_of
 from pgemu_kernels.folios.hstate import ORDER_1G, hstate_of_order, in_zone
 from pgemu_kernels.folios.huge_pages import alloc_hugetlb_folio, give_back_huge
-from pgemu_kernels.folios.hugetlb import set_cgroup
+from pgemu_kernels.folios.hugetlb import head_of, set_cgroup
 from pgemu_kernels.folios.hvo import (
     is_optimized,
     next_huge_page,
@@ -34,7 +34,7 @@ from pgemu_kernels.folios.pools import reserve_pages, resize
 from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
-from pgemu_kernels.run.folio_operations import change_frozen, change_references, head_of, is_free
+from pgemu_kernels.run.folio_operations import change_frozen, change_references, is_free
 from pgemu_kernels.run.routing import as_one_step, in_order, is_pooling
 from pgemu_kernels.words.enum_words import (
     EVENT_VMEMMAP_FAULT,

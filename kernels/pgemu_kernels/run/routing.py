@@ -44,6 +44,7 @@ from pgemu_kernels.words.operations import (
     OPS_BY_SLOT,
     OPS_FULL,
     OPS_POOLING,
+    OPS_TRYING,
     STOP,
     Entry,
 )
@@ -139,7 +140,8 @@ def as_one_step(operate: Callable[..., Any], waits: bool) -> Callable[..., Any]:
         note_stepped(state, op, U0 - U1)
         begin_operation(m, op)
         operate(m, op, state[op + O_OP])
-        if waits and np.int64(state[op + O_STATUS]) == -EBUSY:
+        busy = waits and np.int64(state[op + O_STATUS]) == -EBUSY
+        if busy and not is_of(OPS_TRYING, state[op + O_OP]):
             charge_each(m, EVENT_SYSCALL, -1)  # it is counted once, when the operation goes on
             note_stepped(state, op, U1)
             return np.int64(BLOCKED)

@@ -5,8 +5,10 @@ of a 64-bit word inside row X; rows of one kind lie one after the other. Fields 
 kernel that adds an int to a uint64 gets an int64.
 """
 
+from pgemu_kernels.words.broken import *  # noqa: F403
 from pgemu_kernels.words.enum_words import *  # noqa: F403
 from pgemu_kernels.words.events import *  # noqa: F403
+from pgemu_kernels.words.failures import *  # noqa: F403
 from pgemu_kernels.words.operations import *  # noqa: F403
 from pgemu_kernels.words.properties import *  # noqa: F403
 from pgemu_kernels.words.registers import *  # noqa: F403

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import Broken, Defect, Flag, Operation
+from pgemu_kernels.words.failures import MfPage, MfResult
+from pgemu_kernels.words.operations import Defect, Flag, Operation
 from pgemu_kernels.words.properties import VmProperty
 from pgemu_kernels.words.table_words import Edit, LogKind, WalkStage, WalkStatus
 
@@ -32,6 +34,8 @@ PREFIXES: dict[str, type[IntEnum] | type[Flag] | type[Defect] | type[VmProperty]
     "WALK": WalkStatus,
     "STAGE": WalkStage,
     "VM": VmProperty,
+    "MF_RESULT": MfResult,
+    "MF_PAGE": MfPage,
 }
 
 for _prefix, _enum in PREFIXES.items():

@@ -175,7 +175,13 @@ class Operation(IntEnum):
         19, Entry.NOBODY, By.NEVER, {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "length": "bytes"},
     )
     MEMORY_FAILURE = (
-        20, Entry.NOBODY, By.NEVER, _FILE_PAGE,
+        20, Entry.ORDINARY, By.ALWAYS,
+        {"flags": "SOFT: soft_offline_page(); HARDWARE: not injected; EARLY_KILL: the policy of all processes",
+         **_FILE_PAGE, "address": "physical address of the page, in place of object and offset; or 0"},
+        {"restructure": (_S.main("mm/memory-failure.c:memory_failure"), _S.ERROR_FOLIO,
+                         _S.inferred("memory-failure-huge", "huge folios and their pieces are handled")),
+         "pfnmap": (_S.Source("mm/memory-failure.c:hwpoison_user_mappings, nobody is found", "captured"),
+                    _S.ERROR_FOLIO, _S.inferred("memory-failure-huge", "huge folios are handled"))},
     )
     CLOSE = (
         21, Entry.FAST, By.FILE, {"object": "inode"},
@@ -330,6 +336,14 @@ class Operation(IntEnum):
         _S.both(_S.main("mm/khugepaged.c:hugepage_madvise")),
     )
     COLLAPSE = (61, Entry.ORDINARY, By.ALWAYS, _HOST_RANGE, _S.both(_S.main("mm/khugepaged.c:madvise_collapse")))
+    INJECT = (
+        62, Entry.ORDINARY, By.ALWAYS, {"flags": "SOFT: MADV_SOFT_OFFLINE, else MADV_HWPOISON", **_HOST_RANGE},
+        _S.both(_S.main("mm/madvise.c:madvise_inject_error")),
+    )
+    UNPOISON = (
+        63, Entry.ORDINARY, By.ALWAYS, {"address": "physical address of the page"},
+        _S.both(_S.main("mm/memory-failure.c:unpoison_memory")),
+    )
     # fmt: on
 
 
@@ -350,6 +364,8 @@ OPS_BY_FILE = _codes(op for op in Operation if op.ordinary is By.FILE)
 OPS_BY_MMAP = _codes(op for op in Operation if op.ordinary is By.MMAP)
 OPS_BY_PROCESS = _codes(op for op in Operation if op.ordinary is By.PROCESS)
 OPS_ALWAYS_ORDINARY = _codes(op for op in Operation if op.ordinary is By.ALWAYS)
+# Those that try locks and wait for none: -EBUSY is a result.
+OPS_TRYING = _codes((Operation.MEMORY_FAILURE, Operation.INJECT, Operation.UNPOISON))
 # Those that bring ordinary memory into being, whatever a machine has had so far.
 OPS_FOUNDING = OPS_ALWAYS_ORDINARY | OPS_BY_MMAP
 # Of ordinary memory, those of a VM; the others are of a process or a file.
@@ -376,6 +392,9 @@ class Flag(IntFlag):
     COUNTED = 128  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
     LOCKED_TOO = 64  # of ZAP with MADVISE: MADV_DONTNEED_LOCKED
+    SOFT = 1  # of MEMORY_FAILURE and INJECT: soft offline
+    HARDWARE = 2  # of MEMORY_FAILURE: without MF_SW_SIMULATED
+    EARLY_KILL = 4  # of MEMORY_FAILURE: vm.memory_failure_early_kill is set
 
 
 # --------------------------------------------------------------------------- results
@@ -392,12 +411,16 @@ RET_PF_SPURIOUS = 6
 # Host faults: include/linux/mm_types.h, enum vm_fault_reason. 0 = the entry was there already.
 VM_FAULT_OOM = 0x1
 VM_FAULT_SIGBUS = 0x2
+VM_FAULT_HWPOISON = 0x10
+VM_FAULT_HWPOISON_LARGE = 0x20
 VM_FAULT_SIGSEGV = 0x40
 VM_FAULT_NOPAGE = 0x100
 VM_FAULT_LOCKED = 0x200
 VM_FAULT_RETRY = 0x400
 
 ENOENT = 2
+EINTR = 4
+ENXIO = 6
 EBADF = 9
 EAGAIN = 11
 ENOMEM = 12
@@ -413,6 +436,7 @@ ENOTTY = 25
 EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
+EHWPOISON = 133
 WOULD_SPIN = (
     140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is that high)
 )
@@ -443,53 +467,9 @@ class Defect(IntFlag):
     MERGE_KEEPS_FLAG = 2048  # rfc2: the flag of the first 4K folio is the merged folio's, whatever the others were
     CONVERT_KEEPS_LEAVES = 8192  # rfc2: to private, stage 2 loses only what the notifier of a VMA's unmap takes
     HOLE_ZEROES_FROM_START = 16384  # rfc2: a hole in a part of a huge folio zeroes from the folio's first page on
+    CUT_HUGE_PFN = 64  # mainline: cutting a VMA inside a 1G PFN entry, off 2M, takes the entry for that of a table
 
 
 GO = 0  # what a step returns: the next one follows,
 STOP = 1  # ... the operation has ended, its result is in the record,
 BLOCKED = 2  # ... or a lock is held by another actor and nothing was done
-
-# --------------------------------------------------------------------------- invariants
-
-
-class Broken(IntEnum):
-    """Which rule was found broken."""
-
-    NONE = 0
-    FRAMES = 1  # a frame is lost, owned twice, or counted wrongly
-    HOST_PRIVATE = 2  # a host leaf to a private page
-    MIXED_LEAF = 3  # a stage-2 leaf over mixed shareability
-    LEAF_OVER_FOLIO = 4  # restructure: a leaf larger than its folio
-    BLOCK_STATE = 5  # restructure: huge and shared, or split and all private
-    WRONG_PFN = 6  # a leaf names another page than the inode does
-    COUNTS = 7  # a kept count differs from the recount
-    VMEMMAP = 8  # vmemmap pages do not match the folios' state
-    IN_PROGRESS = 9  # an invalidation was begun and never ended
-    REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
-    WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
-    PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
-    STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
-    LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
-
-
-BROKEN_RULES = 32  # room in the table of findings
-
-# Defects that explain a rule found broken. ALLOCATION_RACE breaks none: the loser's fault fails.
-RULE_EXPLAINED_BY = {
-    Broken.HOST_PRIVATE: Defect.INSERT_UNLOCKED,
-    Broken.MIXED_LEAF: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
-    Broken.LEAF_OVER_FOLIO: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE,
-    # Of what a leaf is too large by, or of what a conversion left.
-    Broken.WRONG_ROOT: Defect.MAPPING_ORDER | Defect.HUGE_OVER_PRIVATE | Defect.CONVERT_KEEPS_LEAVES,
-    Broken.WRONG_PFN: Defect.PUNCH_KEEPS_ENTRIES | Defect.INSERT_UNLOCKED,
-    Broken.IN_PROGRESS: Defect.ROLLBACK_AT_ZERO | Defect.UNBIND_DYING,
-    # A leaf that is too large shows pages that the fault did not zero; an entry that a hole left may come to show the
-    # page that its inode got next.
-    Broken.STALE_CONTENTS: Defect.UPTODATE_UNZEROED
-    | Defect.MERGE_KEEPS_FLAG
-    | Defect.MAPPING_ORDER
-    | Defect.HUGE_OVER_PRIVATE
-    | Defect.PUNCH_KEEPS_ENTRIES
-    | Defect.INSERT_UNLOCKED,
-    Broken.LOST_CONTENTS: Defect.UPTODATE_UNZEROED | Defect.MERGE_KEEPS_FLAG | Defect.HOLE_ZEROES_FROM_START,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.words.operations import BROKEN_RULES
+from pgemu_kernels.words.broken import BROKEN_RULES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import F_WORDS
 
@@ -126,6 +126,20 @@ POISONED_ADDRESS = 0xFFFF_8880_0031_0000  # a model address: raw_hwp_page object
 
 # poisoned pages: raw_hwp_page of mm/hugetlb.c
 POISONED = 64
+
+# what the last memory failure did: mm/memory-failure.c:action_result() and what led to it
+MF_PFN = U(0)
+MF_ACTION = U(1)  # MfResult
+MF_TYPE = U(2)  # MfPage
+MF_REPLACED = U(3)  # entries that became hwpoison entries
+MF_DROPPED = U(4)  # large entries that a split dropped, and shared tables that were let go of
+MF_STAGE2 = U(5)  # stage-2 leaves dropped
+MF_SIGNALS = U(6)  # SIGBUS sent,
+MF_STATUS = U(7)  # what memory_failure() returned
+MF_SIGNAL = U(8)  # ... and of each: process, address, code | log2 of the size << 8
+MF_SIGNAL_WORDS = 3
+SIGNALS = 64  # of the others only the number is known
+MF_WORDS = 8 + MF_SIGNAL_WORDS * SIGNALS
 
 SPLIT_FORM_RFC2 = U(0)
 SPLIT_FORM_LATER = U(1)
@@ -254,7 +268,8 @@ NO_INODE = U(0xFFFFFFFF)  # object of an anonymous mapping
 PAGE_EXCLUSIVE = U(1 << 31)  # PageAnonExclusive: of this mapping alone, it may be written without asking
 PAGE_CACHED = U(1 << 30)  # a page cache holds it
 PAGE_DIRTY = U(1 << 29)  # PG_dirty of a page of guest_memfd: entries made by later faults are dirty, too
-PAGE_MAPPINGS = U((1 << 29) - 1)
+PAGE_POISONED = U(1 << 28)  # PG_hwpoison, with the reference that memory failure keeps
+PAGE_MAPPINGS = U((1 << 28) - 1)
 
 # vms
 V_ROOT = U(0)
@@ -401,4 +416,5 @@ STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
 STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
 STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
-STATE_SIZE = int(STATE_FROZEN) + FROZEN * Z_WORDS
+STATE_FAILURE = U(STATE_FROZEN + FROZEN * Z_WORDS)
+STATE_SIZE = int(STATE_FAILURE) + MF_WORDS

@@ -15,7 +15,8 @@ from pgemu.machine.designs import DESIGNS
 from pgemu.machine.findings import explained_by
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
-from pgemu_kernels.words.operations import Broken, Flag, Operation
+from pgemu_kernels.words.broken import Broken
+from pgemu_kernels.words.operations import Flag, Operation
 
 PAGE, M2 = W.PAGE_4K, W.PAGE_2M
 VA = 0x7F00_0000_0000
@@ -701,3 +702,61 @@ def test_a_finding_that_no_active_defect_explains() -> None:
     assert s.machine.findings[0].index == 0
     assert explained_by(Broken.WRONG_PFN, ["insert-unlocked", "mapping-order"]) == ("insert-unlocked",)
     assert explained_by(Broken.COUNTS, ["insert-unlocked"]) == ()
+
+
+# --------------------------------------------------------------------------- mainline: a leaf of 1G taken for a table
+
+G1 = W.PAGE_1G
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_cut_inside_a_1g_entry_of_a_device(kernel: str, has: bool, aligned: bool) -> None:
+    """split_huge_pmd_address() off 2M: a crash, as captured of each kernel; a cut at a multiple of 2M is fine."""
+    machine = Machine(Config(kernel=kernel, defects=("cut-huge-pfn",) if has else ()))
+    device = machine.create_device(4 << 18, 2 << 18)
+    process = machine.create_process()
+    va = 0x7F00_0000_0000
+    assert process.mmap_device(device, va).status == 0
+    assert process.touch(va).detail == process.touch(va + G1).detail == 3
+    at = va + (M2 if aligned else M2 + PAGE)
+    never = has and not aligned
+    for cut in (process.munmap(at, M2), process.protect(at, M2, 1)):
+        assert cut.status in ((-W.NEVER,) if never else (0, -W.ENOMEM))  # what was unmapped is a hole
+    assert process.walk(va)[-1][0] == (3 if never else 2)
+    assert process.touch(va).detail == (3 if never else 2)
+    assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize(("hvo", "has"), [(True, True), (False, True), (True, False)])
+def test_a_cut_inside_a_1g_entry_of_guest_memory(hvo: bool, has: bool) -> None:
+    """Over RAM the lock is a word of a struct page: of an optimised huge page page->private is not 0, which looks like
+    a lock that is held; where it is 0 the lock is taken and given back, and nothing is to be seen."""
+    defects = ("cut-huge-pfn",) if has else ()
+    machine = Machine(Config("pfnmap", pool=2 * G1, host_huge=True, hvo=hvo, defects=defects))
+    gmem = machine.create_guest_memfd(G1, shared=True)
+    process = machine.create_process()
+    va = 0x7F00_0000_0000
+    assert process.mmap(gmem, va).status == 0
+    assert process.touch(va).detail == 3
+    pfn = gmem.pfn(0)
+    assert pfn is not None
+    word = int(machine.struct_page(pfn)[5])
+    assert (word & 0xFFFF_FFFF != 0) == hvo
+    cut = process.munmap(va + PAGE, PAGE)
+    assert cut.status == (-W.NEVER if hvo and has else 0)
+    assert process.touch(va).detail == (3 if hvo and has else 1)
+    assert int(machine.struct_page(pfn)[5]) == word
+    assert machine.check() == 0, machine.broken
+
+
+def test_mappings_of_folios_are_cut_anywhere() -> None:
+    machine = Machine(Config("restructure", pool=2 * G1, buddy=4 * M2, thp="always", defects=("cut-huge-pfn",)))
+    process = machine.create_process()
+    va = 0x7F00_0000_0000
+    assert process.mmap_anonymous(va, 2 * M2).status == 0
+    assert process.touch(va, write=True).detail == 2
+    assert process.munmap(va + PAGE, PAGE).status == 0
+    assert process.touch(va).detail == 1
+    assert machine.check() == 0, machine.broken

@@ -14,8 +14,9 @@ from pgemu.objects.large_pages import MIXED, LargePage
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
+from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import Broken, Operation
+from pgemu_kernels.words.operations import Operation
 
 PAGE, M2, G1 = W.PAGE_4K, W.PAGE_2M, W.PAGE_1G
 VA = 0x7F00_0000_0000

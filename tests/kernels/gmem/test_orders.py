@@ -15,8 +15,9 @@ from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
+from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import Broken, Flag, Operation
+from pgemu_kernels.words.operations import Flag, Operation
 
 M2 = W.PAGE_2M
 PAGE = W.PAGE_4K
