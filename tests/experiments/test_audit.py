@@ -34,6 +34,8 @@ TURNED: dict[str, dict[str, Any]] = {
     "cannot-gup": RESTRUCTURE,
     "vfio-maps-ram": RESTRUCTURE,
     "iommufd-cannot": RESTRUCTURE,
+    "no-memory-failure-race": RESTRUCTURE,
+    "poison-inside-1g": {**RESTRUCTURE, "shared": True},
 }
 
 
