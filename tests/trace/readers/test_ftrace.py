@@ -305,5 +305,5 @@ def test_a_last_line_that_is_none_and_lacks_its_newline_is_named(tmp_path: Path)
     path = tmp_path / "cut"
     line = " CPU 1/KVM-127 [119] ...1 2.769275: kvm_entry: vcpu 0"
     path.write_text(f" CPU 1/KVM-127 [119] ...1 1.769275: kvm_entry: vcpu 0\n{'0' * 90}{line}")
-    with pytest.raises(InputError, match=r"cut:2: something stands in front of the task's name: '0+'.* head -n -1"):
+    with pytest.raises(InputError, match=r"cut:2: something stands in front of the task's name: '0+'.*\(head -n -1\)"):
         load(path)
