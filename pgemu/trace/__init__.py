@@ -26,7 +26,7 @@ from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 from pgemu.trace.unplaced import Unplaced, place
-from pgemu_kernels.words.rows import MEMSLOTS, SLOT_IDS
+from pgemu_kernels.words.rows import SLOT_IDS
 
 __all__ = (
     "COLUMNS",
@@ -80,13 +80,13 @@ def load(
 
 
 def _told(lowered: Lowered) -> Lowered:
-    """The trace with a note of what no machine has room for, where KVM has."""
+    """The trace with a note of slots for which KVM has no number."""
     op = lowered.records.op
     standing = np.cumsum((op == Operation.BIND).astype(np.int64) - (op == Operation.UNBIND))
     most = int(standing.max(initial=0))
-    if most <= MEMSLOTS:
+    if most <= SLOT_IDS:
         return lowered
-    text = f"{most} memory slots at once: a machine has room for {MEMSLOTS} (KVM: {SLOT_IDS}), the others are -ENOSPC"
+    text = f"{most} memory slots at once: KVM has {SLOT_IDS} for a VM, the others are -EINVAL"
     return replace(lowered, notes=(*lowered.notes, text))
 
 
