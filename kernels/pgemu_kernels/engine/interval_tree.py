@@ -13,7 +13,7 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import U0
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.words.rows import T_END, T_LEFT, T_MOST, T_PARENT, T_RIGHT, T_START
+from pgemu_kernels.words.rows import T_END, T_LEFT, T_MOST, T_MOST_LEFT, T_PARENT, T_RIGHT, T_START
 
 U = np.uint64
 _MIX = U(0xD6E8_FEB8_6659_FD93)  # an odd number without a pattern
@@ -31,11 +31,11 @@ def _priority(node):
 @kernel
 def _measure(state, node):
     """The farthest end below a node, from those of its children."""
-    most = state[node + T_END]
     left = state[node + T_LEFT]
     right = state[node + T_RIGHT]
-    if left != U0:
-        most = max(most, state[left + T_MOST])
+    below = state[left + T_MOST] if left != U0 else U0
+    state[node + T_MOST_LEFT] = below
+    most = max(state[node + T_END], below)
     if right != U0:
         most = max(most, state[right + T_MOST])
     state[node + T_MOST] = most
@@ -75,6 +75,7 @@ def link_range(state, root, node, start, end):
     state[node + T_START] = start
     state[node + T_END] = end
     state[node + T_MOST] = end
+    state[node + T_MOST_LEFT] = U0
     state[node + T_LEFT] = U0
     state[node + T_RIGHT] = U0
     place = root
@@ -83,7 +84,10 @@ def link_range(state, root, node, start, end):
         parent = state[place]
         state[parent + T_MOST] = max(state[parent + T_MOST], end)
         at = state[parent + T_START]
-        place = parent + (T_LEFT if start < at or (start == at and node < parent) else T_RIGHT)
+        place = parent + T_RIGHT
+        if start < at or (start == at and node < parent):
+            place = parent + T_LEFT
+            state[parent + T_MOST_LEFT] = max(state[parent + T_MOST_LEFT], end)
     state[place] = node
     state[node + T_PARENT] = parent
     while state[node + T_PARENT] != U0 and _priority(state[node + T_PARENT]) < _priority(node):
@@ -113,9 +117,8 @@ def first_below(state, node, start, end):
     """The first range at a node and below that shares something with [start, end), or 0. INTERVAL_TREE_DEFINE():
     subtree_search()"""
     while node != U0 and state[node + T_MOST] > start:
-        left = state[node + T_LEFT]
-        if left != U0 and state[left + T_MOST] > start:
-            node = left
+        if state[node + T_MOST_LEFT] > start:
+            node = state[node + T_LEFT]
             continue
         if state[node + T_START] >= end:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.interval_tree import first_range, next_range
+from pgemu_kernels.engine.memslots import node_of, slot_of
 from pgemu_kernels.engine.rows import inode_row, memslot_row, vm_row
 from pgemu_kernels.rules.invariants import expect
 from pgemu_kernels.words.enum_words import BROKEN_SLOTS
@@ -12,10 +13,6 @@ from pgemu_kernels.words.registers import R_FREE_MEMSLOT, R_INODES, R_MEMSLOTS, 
 from pgemu_kernels.words.rows import (
     I_SLOTS,
     M_BASE_GFN,
-    M_BY_GFN,
-    M_BY_HVA,
-    M_BY_ID,
-    M_BY_INODE,
     M_HVA,
     M_ID,
     M_INODE,
@@ -26,9 +23,14 @@ from pgemu_kernels.words.rows import (
     M_PGOFF,
     M_VM,
     SLOT_USER,
+    STATE_BY_GFN,
+    STATE_BY_HVA,
+    STATE_BY_ID,
+    STATE_BY_INODE,
     T_END,
     T_LEFT,
     T_MOST,
+    T_MOST_LEFT,
     T_PARENT,
     T_RIGHT,
     T_START,
@@ -40,18 +42,19 @@ from pgemu_kernels.words.rows import (
 
 
 @kernel
-def _farthest(state, node):
-    """The farthest end below a node, by what its children say."""
+def _knows_ends(state, node):
+    """Whether a node has the farthest ends below it, by what its children say."""
     most = state[node + T_END]
-    for side in (T_LEFT, T_RIGHT):
-        child = state[node + side]
-        if child != U0:
-            most = max(most, state[child + T_MOST])
-    return most
+    left = state[node + T_LEFT]
+    right = state[node + T_RIGHT]
+    below = state[left + T_MOST] if left != U0 else U0
+    if right != U0:
+        most = max(most, state[right + T_MOST])
+    return state[node + T_MOST] == max(most, below) and state[node + T_MOST_LEFT] == below
 
 
 @outlined
-def count_tree(m, root, owner, owner_word, node_word, start_word):
+def count_tree(m, root, owner, owner_word, nodes, start_word):
     """How many slots a tree leads to. Each is live, its owner's, in the order of where it begins (`start_word` of its
     row), and what its node says of the nodes around it is so."""
     state = m.state
@@ -59,7 +62,7 @@ def count_tree(m, root, owner, owner_word, node_word, start_word):
     before = U0
     node = first_range(state, root, U0, NONE)
     while node != U0:
-        slot = node - node_word
+        slot = slot_of(node, nodes)
         start = state[slot + start_word]
         ordered = before == U0 or state[before + T_START] <= state[node + T_START]
         parent = state[node + T_PARENT]
@@ -67,7 +70,7 @@ def count_tree(m, root, owner, owner_word, node_word, start_word):
             state[root] == node if parent == U0 else state[parent + T_LEFT] == node or state[parent + T_RIGHT] == node
         )
         own = state[slot + M_LIVE] != U0 and state[slot + owner_word] == owner
-        right = state[node + T_START] == start and state[node + T_MOST] == _farthest(state, node)
+        right = state[node + T_START] == start and _knows_ends(state, node)
         expect(m, ordered and known and own and right, BROKEN_SLOTS, start)
         found += U1
         before = node
@@ -81,11 +84,11 @@ def count_tree(m, root, owner, owner_word, node_word, start_word):
 def _ends_right(state, slot):
     """Whether the nodes of a slot end where its pages do."""
     pages = state[slot + M_PAGES]
-    right = state[slot + M_BY_GFN + T_END] == state[slot + M_BASE_GFN] + pages
+    right = state[node_of(slot, STATE_BY_GFN) + T_END] == state[slot + M_BASE_GFN] + pages
     if state[slot + M_INODE] != NONE:
-        right &= state[slot + M_BY_INODE + T_END] == state[slot + M_PGOFF] + pages
+        right &= state[node_of(slot, STATE_BY_INODE) + T_END] == state[slot + M_PGOFF] + pages
     if state[slot + M_HVA] != NONE:
-        right &= state[slot + M_BY_HVA + T_END] == state[slot + M_HVA] + (pages << U12)
+        right &= state[node_of(slot, STATE_BY_HVA) + T_END] == state[slot + M_HVA] + (pages << U12)
     return right
 
 
@@ -108,13 +111,13 @@ def check_slots(m):
             expect(m, _ends_right(state, slot), BROKEN_SLOTS, state[slot + M_BASE_GFN])
     for vm in range(state[R_VMS]):
         row = vm_row(vm)
-        slots = count_tree(m, row + V_SLOTS, vm, M_VM, M_BY_GFN, M_BASE_GFN)
+        slots = count_tree(m, row + V_SLOTS, vm, M_VM, STATE_BY_GFN, M_BASE_GFN)
         expect(m, slots == state[row + V_SLOT_COUNT], BROKEN_SLOTS, vm)
         live -= slots
-        shown -= count_tree(m, row + V_SLOTS_BY_HVA, vm, M_VM, M_BY_HVA, M_HVA)
-        numbered -= count_tree(m, row + V_SLOT_IDS, vm, M_VM, M_BY_ID, M_ID)
+        shown -= count_tree(m, row + V_SLOTS_BY_HVA, vm, M_VM, STATE_BY_HVA, M_HVA)
+        numbered -= count_tree(m, row + V_SLOT_IDS, vm, M_VM, STATE_BY_ID, M_ID)
     for inode in range(state[R_INODES]):
-        bound -= count_tree(m, inode_row(inode) + I_SLOTS, inode, M_INODE, M_BY_INODE, M_PGOFF)
+        bound -= count_tree(m, inode_row(inode) + I_SLOTS, inode, M_INODE, STATE_BY_INODE, M_PGOFF)
     expect(m, live | shown | numbered | bound == U0, BROKEN_SLOTS, live)
     free = U0
     slot = state[R_FREE_MEMSLOT]

@@ -300,7 +300,8 @@ T_MOST = U(2)  # the farthest T_END at the node and below
 T_LEFT = U(3)  # nodes, 0 = none
 T_RIGHT = U(4)
 T_PARENT = U(5)
-T_WORDS = 6
+T_MOST_LEFT = U(6)  # T_MOST of the left one, 0 = none: so that a search looks at one cache line for each node
+T_WORDS = 8
 
 # memslots
 M_BASE_GFN = U(0)
@@ -315,12 +316,7 @@ M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
 M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
 M_ID = U(10)  # SLOT_USER: userspace's number of the slot
 M_NEXT_FREE = U(11)  # of a row that is no slot's: the next such row, 0 = none (R_FREE_MEMSLOT)
-# Nodes (T_*) in the trees of its VM and of its inode: engine/memslots.py
-M_BY_GFN = U(16)
-M_BY_INODE = U(22)
-M_BY_HVA = U(28)
-M_BY_ID = U(34)
-M_WORDS = 40
+M_WORDS = 16
 SLOT_GUEST_MEMFD = U(0)  # over an inode of the two designs
 SLOT_USER = U(1)  # a process's memory; with SLOT_HAS_GUEST_MEMFD private pages come from M_INODE
 SLOT_LOG_DIRTY_PAGES = U(1)
@@ -419,5 +415,11 @@ STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
 STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
 STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
-STATE_MEMSLOTS = U(STATE_FROZEN + FROZEN * Z_WORDS)
-STATE_SIZE = int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS
+STATE_MEMSLOTS = U(-(-(int(STATE_FROZEN) + FROZEN * Z_WORDS) // 8) * 8)  # a cache line for each node
+# Nodes (T_*) of every slot's row in the trees of its VM and of its inode: engine/memslots.py. Those of one kind of tree
+# lie close to each other, as a search goes through many.
+STATE_BY_GFN = U(int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS)
+STATE_BY_INODE = U(int(STATE_BY_GFN) + MEMSLOTS * T_WORDS)
+STATE_BY_HVA = U(int(STATE_BY_INODE) + MEMSLOTS * T_WORDS)
+STATE_BY_ID = U(int(STATE_BY_HVA) + MEMSLOTS * T_WORDS)
+STATE_SIZE = int(STATE_BY_ID) + MEMSLOTS * T_WORDS

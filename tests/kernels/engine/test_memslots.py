@@ -250,9 +250,9 @@ def test_numbered_slots_count_with_the_others() -> None:
 
 
 def test_rows_that_nobody_uses_take_no_memory() -> None:
-    """The rows of slots are pages of the machine's `state` that were never written."""
+    """The rows of slots and their nodes are pages of the machine's `state` that were never written."""
     machine = Machine(Config("pfnmap", pool=8 * M2, page_size=M2))
-    rows = machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS]
+    rows = machine.arrays.state[int(W.STATE_MEMSLOTS) : W.STATE_SIZE]
     first = -(-rows.ctypes.data // PAGE)
     last = (rows.ctypes.data + rows.nbytes) // PAGE
     with open("/proc/self/pagemap", "rb") as file:
