@@ -335,11 +335,8 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
         return self._operate(Operation.LOCK, address, length)
 
     def madvise_dontfork(self, address: int, length: int) -> Result:
-        """madvise(MADV_DONTFORK): a child does not get the mapping. Of any mapping, VM_PFNMAP too.
-
-        0; -EINVAL for an unaligned address, a range that wraps, a cut through a HugeTLB page; -ENOMEM over a hole,
-        after all was done, and for one mapping too many. mm/madvise.c:madvise_vma_behavior(), is_madvise_valid()
-        """
+        """madvise(MADV_DONTFORK): a child does not get the mapping, also VM_PFNMAP. 0; -ENOMEM over a hole, all done;
+        -EINVAL: address unaligned, range wraps, cut through a HugeTLB page. mm/madvise.c:is_madvise_valid()"""
         return self._operate(Operation.DONTFORK, address, length)
 
     def madvise_dofork(self, address: int, length: int) -> Result:

@@ -53,13 +53,13 @@ _SLOT_IDS = U(SLOT_IDS)
 
 
 @kernel
-def node_of(slot, nodes):
+def tree_node(slot, nodes):
     """The node of a slot in the trees whose nodes begin at word `nodes`."""
     return nodes + (slot - STATE_MEMSLOTS) // _ROW_PER_NODE
 
 
 @kernel
-def slot_of(node, nodes):
+def slot_at_node(node, nodes):
     """The slot of a node, or 0 of none."""
     return STATE_MEMSLOTS + (node - nodes) * _ROW_PER_NODE if node != U0 else U0
 
@@ -69,44 +69,44 @@ def first_slot(state, vm, gfn, end):
     """The first slot of a VM over some of guest frames [gfn, end), or 0: kvm_for_each_memslot_in_gfn_range()."""
     if vm >= state[R_VMS]:
         return U0
-    return slot_of(first_range(state, vm_row(vm) + V_SLOTS, gfn, end), STATE_BY_GFN)
+    return slot_at_node(first_range(state, vm_row(vm) + V_SLOTS, gfn, end), STATE_BY_GFN)
 
 
 @kernel
 def next_slot(state, slot, gfn, end):
     """The one after it, or 0."""
-    return slot_of(next_range(state, node_of(slot, STATE_BY_GFN), gfn, end), STATE_BY_GFN)
+    return slot_at_node(next_range(state, tree_node(slot, STATE_BY_GFN), gfn, end), STATE_BY_GFN)
 
 
 @kernel
 def first_shown(state, vm, start, end):
     """The first slot of a VM with some of userspace addresses [start, end), or 0: kvm_main.c:kvm_handle_hva_range()."""
-    return slot_of(first_range(state, vm_row(vm) + V_SLOTS_BY_HVA, start, end), STATE_BY_HVA)
+    return slot_at_node(first_range(state, vm_row(vm) + V_SLOTS_BY_HVA, start, end), STATE_BY_HVA)
 
 
 @kernel
 def next_shown(state, slot, start, end):
     """The one after it, or 0."""
-    return slot_of(next_range(state, node_of(slot, STATE_BY_HVA), start, end), STATE_BY_HVA)
+    return slot_at_node(next_range(state, tree_node(slot, STATE_BY_HVA), start, end), STATE_BY_HVA)
 
 
 @kernel
 def first_binding(state, inode, start, end):
     """The first slot, of whatever VM, over some of pages [start, end) of an inode, or 0."""
-    return slot_of(first_range(state, inode_row(inode) + I_SLOTS, start, end), STATE_BY_INODE)
+    return slot_at_node(first_range(state, inode_row(inode) + I_SLOTS, start, end), STATE_BY_INODE)
 
 
 @kernel
 def next_binding(state, slot, start, end):
     """The one after it, or 0."""
-    return slot_of(next_range(state, node_of(slot, STATE_BY_INODE), start, end), STATE_BY_INODE)
+    return slot_at_node(next_range(state, tree_node(slot, STATE_BY_INODE), start, end), STATE_BY_INODE)
 
 
 @outlined
 def find_slot_id(state, vm, number):
     """The row of a VM's slot by userspace's number, or NONE. kvm_host.h:id_to_memslot()"""
     node = first_below(state, state[vm_row(vm) + V_SLOT_IDS], number, number + U1) if vm < state[R_VMS] else U0
-    return slot_of(node, STATE_BY_ID) if node != U0 else NONE
+    return slot_at_node(node, STATE_BY_ID) if node != U0 else NONE
 
 
 @outlined
@@ -157,14 +157,14 @@ def _take_row(state):
 def _link_gfn(state, slot):
     base = state[slot + M_BASE_GFN]
     root = vm_row(state[slot + M_VM]) + V_SLOTS
-    link_range(state, root, node_of(slot, STATE_BY_GFN), base, base + state[slot + M_PAGES])
+    link_range(state, root, tree_node(slot, STATE_BY_GFN), base, base + state[slot + M_PAGES])
 
 
 @kernel
 def _link_binding(state, slot):
     pgoff = state[slot + M_PGOFF]
     root = inode_row(state[slot + M_INODE]) + I_SLOTS
-    link_range(state, root, node_of(slot, STATE_BY_INODE), pgoff, pgoff + state[slot + M_PAGES])
+    link_range(state, root, tree_node(slot, STATE_BY_INODE), pgoff, pgoff + state[slot + M_PAGES])
 
 
 @outlined
@@ -193,7 +193,7 @@ def new_memslot(state, vm, gfn, pages, kind, inode, pgoff):
 def number_slot(state, slot, number):
     """Userspace gives a new slot its number."""
     state[slot + M_ID] = number
-    link_range(state, vm_row(state[slot + M_VM]) + V_SLOT_IDS, node_of(slot, STATE_BY_ID), number, number + U1)
+    link_range(state, vm_row(state[slot + M_VM]) + V_SLOT_IDS, tree_node(slot, STATE_BY_ID), number, number + U1)
 
 
 @outlined
@@ -201,16 +201,16 @@ def place_slot(state, slot, hva):
     """A slot gets a userspace address, or none (NONE)."""
     root = vm_row(state[slot + M_VM]) + V_SLOTS_BY_HVA
     if state[slot + M_HVA] != NONE:
-        unlink_range(state, root, node_of(slot, STATE_BY_HVA))
+        unlink_range(state, root, tree_node(slot, STATE_BY_HVA))
     state[slot + M_HVA] = hva
     if hva != NONE:
-        link_range(state, root, node_of(slot, STATE_BY_HVA), hva, hva + (state[slot + M_PAGES] << U12))
+        link_range(state, root, tree_node(slot, STATE_BY_HVA), hva, hva + (state[slot + M_PAGES] << U12))
 
 
 @outlined
 def move_slot(state, slot, gfn):
     """A slot's pages are at other guest frames."""
-    unlink_range(state, vm_row(state[slot + M_VM]) + V_SLOTS, node_of(slot, STATE_BY_GFN))
+    unlink_range(state, vm_row(state[slot + M_VM]) + V_SLOTS, tree_node(slot, STATE_BY_GFN))
     state[slot + M_BASE_GFN] = gfn
     _link_gfn(state, slot)
 
@@ -218,7 +218,7 @@ def move_slot(state, slot, gfn):
 @outlined
 def rebind_slot(state, slot, inode, pgoff):
     """A slot stands for other pages, of the same inode or of none (NONE) any more."""
-    unlink_range(state, inode_row(state[slot + M_INODE]) + I_SLOTS, node_of(slot, STATE_BY_INODE))
+    unlink_range(state, inode_row(state[slot + M_INODE]) + I_SLOTS, tree_node(slot, STATE_BY_INODE))
     state[slot + M_INODE] = inode
     state[slot + M_PGOFF] = pgoff
     if inode != NONE:
@@ -229,11 +229,11 @@ def rebind_slot(state, slot, inode, pgoff):
 def free_memslot(state, slot):
     """A slot is no more, and its row may be another's."""
     row = vm_row(state[slot + M_VM])
-    unlink_range(state, row + V_SLOTS, node_of(slot, STATE_BY_GFN))
+    unlink_range(state, row + V_SLOTS, tree_node(slot, STATE_BY_GFN))
     if state[slot + M_INODE] != NONE:
-        unlink_range(state, inode_row(state[slot + M_INODE]) + I_SLOTS, node_of(slot, STATE_BY_INODE))
+        unlink_range(state, inode_row(state[slot + M_INODE]) + I_SLOTS, tree_node(slot, STATE_BY_INODE))
     if state[slot + M_KIND] == SLOT_USER:
-        unlink_range(state, row + V_SLOT_IDS, node_of(slot, STATE_BY_ID))
+        unlink_range(state, row + V_SLOT_IDS, tree_node(slot, STATE_BY_ID))
     place_slot(state, slot, NONE)
     state[row + V_SLOT_COUNT] -= U1
     clear_words(state, slot, _M_WORDS)

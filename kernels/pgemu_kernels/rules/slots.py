@@ -5,7 +5,7 @@ from __future__ import annotations
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.interval_tree import first_range, next_range
-from pgemu_kernels.engine.memslots import node_of, slot_of
+from pgemu_kernels.engine.memslots import slot_at_node, tree_node
 from pgemu_kernels.engine.rows import inode_row, memslot_row, vm_row
 from pgemu_kernels.rules.invariants import expect
 from pgemu_kernels.words.enum_words import BROKEN_SLOTS
@@ -62,7 +62,7 @@ def count_tree(m, root, owner, owner_word, nodes, start_word):
     before = U0
     node = first_range(state, root, U0, NONE)
     while node != U0:
-        slot = slot_of(node, nodes)
+        slot = slot_at_node(node, nodes)
         start = state[slot + start_word]
         ordered = before == U0 or state[before + T_START] <= state[node + T_START]
         parent = state[node + T_PARENT]
@@ -84,11 +84,11 @@ def count_tree(m, root, owner, owner_word, nodes, start_word):
 def _ends_right(state, slot):
     """Whether the nodes of a slot end where its pages do."""
     pages = state[slot + M_PAGES]
-    right = state[node_of(slot, STATE_BY_GFN) + T_END] == state[slot + M_BASE_GFN] + pages
+    right = state[tree_node(slot, STATE_BY_GFN) + T_END] == state[slot + M_BASE_GFN] + pages
     if state[slot + M_INODE] != NONE:
-        right &= state[node_of(slot, STATE_BY_INODE) + T_END] == state[slot + M_PGOFF] + pages
+        right &= state[tree_node(slot, STATE_BY_INODE) + T_END] == state[slot + M_PGOFF] + pages
     if state[slot + M_HVA] != NONE:
-        right &= state[node_of(slot, STATE_BY_HVA) + T_END] == state[slot + M_HVA] + (pages << U12)
+        right &= state[tree_node(slot, STATE_BY_HVA) + T_END] == state[slot + M_HVA] + (pages << U12)
     return right
 
 
