@@ -470,6 +470,7 @@ class Broken(IntEnum):
     PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
     STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
+    SLOTS = 16  # a memory slot that its VM or its inode does not find, or finds elsewhere
 
 
 BROKEN_RULES = 32  # room in the table of findings
