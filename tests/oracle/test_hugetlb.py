@@ -117,7 +117,6 @@ def spoiled(history: History) -> dict[str, Callable[[], tuple[int, int]]]:
     }
 
 
-@pytest.mark.same_with_checks
 def test_a_changed_word_is_found(history: History) -> None:
     """The comparison of the last checkpoint passes once more, and fails after any one change."""
     last = history.full[-1]
@@ -131,7 +130,6 @@ def test_a_changed_word_is_found(history: History) -> None:
     history.compare_memory(last)
 
 
-@pytest.mark.same_with_checks
 def test_a_changed_count_is_found(history: History) -> None:
     state = history.machine.arrays.state
     for word in (W.H_PAGES, W.H_FREE, W.H_RESERVED, W.H_SURPLUS):
