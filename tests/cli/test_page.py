@@ -326,6 +326,7 @@ except SystemExit as end:
 """
 
 
+@pytest.mark.same_with_checks
 def test_no_compiler_is_loaded(debian: Path) -> None:
     code = CODE.format(arguments=["page", str(debian), hex(HEAD)])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

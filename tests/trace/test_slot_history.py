@@ -15,6 +15,8 @@ from pgemu.trace import LoweringOptions, Operation, load
 from pgemu.trace.memory_layout import RefusedSlot, Slot
 from pgemu.trace.slot_history import SlotHistory, SlotLine
 
+pytestmark = pytest.mark.same_with_checks
+
 M = 1 << 20
 VMM, VCPU = "vmm-10 [000] ..... 1.000000: ", "CPU 0/KVM-11 [000] ..... 1.000000: "
 LINES = st.lists(

@@ -18,6 +18,8 @@ from pgemu.errors import InputError
 from pgemu.trace import source
 from pgemu.trace.source import open_source
 
+pytestmark = pytest.mark.same_with_checks
+
 TEXT = b"".join(b"line %06d of a log\n" % number for number in range(20_000))
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,

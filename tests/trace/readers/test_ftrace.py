@@ -15,6 +15,8 @@ from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES, Input
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.readers.ftrace import _Parser, read
 
+pytestmark = pytest.mark.same_with_checks
+
 FAULT = "kvm_page_fault: vcpu 3 rip 0x10 address 0x0000000000084123 error_code 0x100000006"
 HEAD = "  CPU 3/KVM-61883   [078] .....     5.250001: "
 
