@@ -62,7 +62,7 @@ def test_as_many_slots_as_kvm_has_are_replayed(tmp_path: Path) -> None:
 
 
 def test_work_grows_with_the_number_of_slots(tmp_path: Path) -> None:
-    """Eight times as many, so at most 2.5 times the work for each doubling: of each slot with each other it would be 64."""
+    """Eight times as many: at most 2.5 times the work for each doubling."""
     few, many = (slots_log(tmp_path / str(count), count) for count in (1000, 8000))
     compared(few)  # what is loaded once
     assert seconds(many) < 2.5**3 * seconds(few)
