@@ -8,6 +8,12 @@ import os
 import pytest
 from hypothesis import settings
 
+from bounds_checks import (
+    pytest_runtest_call as pytest_runtest_call,
+    pytest_runtest_setup as pytest_runtest_setup,
+    pytest_runtest_teardown as pytest_runtest_teardown,
+)
+
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.same_with_checks
+
 ROOT = Path(__file__).parent.parent
 
 # From the ground up; what stands in one line stands beside each other and does not import each other.

@@ -13,6 +13,7 @@ from pgemu_kernels import words as W
 WORDS = 2 * SMALL // 8
 
 
+@pytest.mark.same_with_checks
 @settings(deadline=None)
 @given(offset=st.integers(0, PAGE // 8), at=st.lists(st.integers(0, WORDS - 1), max_size=3), flip=st.booleans())
 def test_one_word_makes_arrays_unequal(offset: int, at: list[int], flip: bool) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from designs_sequences import Gigantic, Sequences, Small
 from model.alone import Alone
 from model.parameters import Parameters
+
+pytestmark = pytest.mark.same_with_checks
 
 KNOWN = Parameters.__dataclass_fields__
 

@@ -53,6 +53,7 @@ def sources(package: Path) -> set[str]:
     return {path.relative_to(package.parent).as_posix() for path in kept}
 
 
+@pytest.mark.same_with_checks
 def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -62,6 +63,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert len(licences) == 1
 
 
+@pytest.mark.same_with_checks
 def test_the_installed_wheel_works_without_the_sources(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip("install", "--no-deps", "--target", target, wheel)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.same_with_checks
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"pgemu": ROOT / "pgemu", "pgemu_kernels": ROOT / "kernels" / "pgemu_kernels"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500

@@ -74,7 +74,7 @@ _GROUPS = {
     type=click.Choice(["private", "shared", "auto"]),
     default="auto",
     show_default=True,
-    help="Memory at first; auto: private if the trace converts, has private faults or is a TD's.",
+    help="Memory at first; auto: private if it converts or is used as such, or of a TD.",
 )
 @click.option(
     "--dontneed",

@@ -233,7 +233,11 @@ def _pfn(number: int, vmemmap: int) -> int:
     :raises InputError: it is neither
     """
     if 0 <= number - vmemmap < VMEMMAP_SIZE:
-        return (number - vmemmap) // STRUCT_PAGE
+        pfn, inside = divmod(number - vmemmap, STRUCT_PAGE)
+        if inside:
+            first = f"{number - inside:#x}, of which PFN {pfn:#x} is"
+            raise InputError(f"{number:#x}: within the struct page at {first}; expected the address that one begins at")
+        return pfn
     if number < VMEMMAP_SIZE // STRUCT_PAGE:
         return number
     raise InputError(f"{number:#x}: expected a PFN, or the address of a struct page in the vmemmap at {vmemmap:#x}")

@@ -123,7 +123,7 @@ def find_root(image: Image, text: str | None, name: str | None, **parameters: An
     named = {root.name: root for root in reversed(image.roots)}  # of one name the first
     known = ", ".join(f"{root.name} {root.address:#x} ({root.format})" for root in image.roots[:_ROOTS])
     known += f", ... and {more} more" if (more := len(image.roots) - _ROOTS) > 0 else ""
-    known = f"; the image names {known}" if known else ""
+    known = f"; the image names {known}" if known else "; the image names no top table: expected an address"
     if text is None:
         raise InputError(f"--root is missing{known}")
     if text in named:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ("SCENARIOS", "Phase", "SmallestPfnmap", "smallest_pfnmap")
 
 _PAGE = W.PAGE_4K
+_MOST_MEMORY = 64 << 30  # every page of 4K is one of the page allocator's, with a struct page of its own
 
 # Where kvmtool puts things (x86/kvm.c, x86/include/kvm/kvm-arch.h, x86/include/kvm/bios.h): guest addresses.
 KVMTOOL_HVA = 0x7F00_0000_0000  # a model address: kvmtool takes what mmap gives it
@@ -173,6 +174,8 @@ def smallest_pfnmap(
     :param options: further fields of pgemu.Config: kernel, stage2, seed, ...
     :raises ValueError: guest memory too small, or a parameter that Config refuses
     """
+    if guest_memory > _MOST_MEMORY:
+        raise ValueError(f"guest memory of {guest_memory} bytes: expected at most {_MOST_MEMORY}, which is 64 GiB")
     if guest_memory < DECOMPRESSED + 2 * kernel_image + initrd + (2 << 20):
         raise ValueError(
             f"guest memory of {guest_memory} bytes: expected room for the kernel, decompressed as well, and the initrd"
@@ -219,8 +222,9 @@ def _scene(guest_memory: int, options: dict[str, Any]) -> tuple[Machine, GuestMe
     gmem = machine.create_guest_memfd(guest_memory, flags=CreateFlags.MMAP | CreateFlags.INIT_SHARED)
     process = machine.create_process()
     vm = machine.create_vm(process)
-    for result in (process.mmap(gmem, KVMTOOL_HVA), vm.bind(gmem, 0)):
-        assert result.status == 0, result
+    for what, result in (("mmap()", process.mmap(gmem, KVMTOOL_HVA)), ("memory slot", vm.bind(gmem, 0))):
+        if result.status:
+            raise ValueError(f"guest memory of {guest_memory} bytes: its {what} is {result.name}")
     return machine, gmem, process, vm
 
 

@@ -25,6 +25,7 @@ Array = np.ndarray[Any, Any]
 
 # Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_SLOTS = slice(int(W.STATE_MEMSLOTS), W.STATE_SIZE)  # rows of which most machines use a few
 _LARGE = 32 << 20  # bytes; of less `state` a machine touches a few pages only, and a huge one costs more than these
 
 # pgemu_kernels/folios/zeroed.py:keeps_shown()
@@ -46,8 +47,8 @@ def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, in
     return begin
 
 
-def _map_memory(words: int, huge: bool) -> Array:
-    """uint64[words] of zeroes, not reserved; `huge` asks the host for transparent huge pages."""
+def _map_memory(words: int, huge: bool, sparse: slice = slice(0, 0)) -> Array:
+    """uint64[words] of zeroes, not reserved; `huge` asks the host for huge pages, but for words `sparse`."""
     size = max(words * 8, mmap.PAGESIZE)
     if size > sys.maxsize:
         raise OSError(W.ENOMEM, "beyond the addresses of this computer")
@@ -55,6 +56,9 @@ def _map_memory(words: int, huge: bool) -> Array:
     memory = mmap.mmap(-1, size, flags=flags)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
+        first, last = (word * 8 // mmap.PAGESIZE * mmap.PAGESIZE for word in (sparse.start, sparse.stop))
+        if first < last:
+            memory.madvise(mmap.MADV_NOHUGEPAGE, first, last - first)
     return np.frombuffer(memory, dtype=np.uint64, count=words)
 
 
@@ -109,7 +113,7 @@ def _allocate(config: Config) -> Arrays:
     arrays = Arrays(
         # Frames in a seed's order are scattered: each would cost the host a huge page.
         ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
-        state=_map_memory(state_size, huge=state_size * 8 >= _LARGE),
+        state=_map_memory(state_size, (state_size - _SLOTS.stop + _SLOTS.start) * 8 >= _LARGE, _SLOTS),
         stats=np.zeros(W.STATS_SIZE, DTYPES["stats"]),
         counts=np.zeros(counts_size, DTYPES["counts"]),
     )

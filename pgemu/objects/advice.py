@@ -29,7 +29,8 @@ class Advice(OfMachine):
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE | (Flag.LOCKED_TOO if locked else 0))
 
     def madvise_dontfork(self, address: int, length: int) -> Result:
-        """madvise(MADV_DONTFORK): a child does not get the mapping. 0, -ENOMEM over a hole. mm/madvise.c"""
+        """madvise(MADV_DONTFORK): a child does not get the mapping, also VM_PFNMAP. 0; -ENOMEM over a hole, all done;
+        -EINVAL: address unaligned, range wraps, cut through a HugeTLB page. mm/madvise.c:is_madvise_valid()"""
         return self._operate(Operation.DONTFORK, address, length)
 
     def madvise_dofork(self, address: int, length: int) -> Result:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.rows import memslot_rows
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def lpage_info(machine: Core, vm: int, gpa: int, level: Literal[2, 3]) -> LargeP
 
 def _find_slot(machine: Core, vm: int, gfn: int) -> Array | None:
     """The row of the VM's slot that holds a guest frame, uint64[M_WORDS]."""
-    rows = machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS].reshape(-1, W.M_WORDS)
+    rows = memslot_rows(machine)
     inside = np.uint64(gfn) - rows[:, W.M_BASE_GFN] < rows[:, W.M_PAGES]
     found = np.flatnonzero(inside & (rows[:, W.M_VM] == vm) & (rows[:, W.M_LIVE] != 0))
     return rows[found[0]] if found.size else None

@@ -12,7 +12,7 @@ from pgemu.machine.arguments import OfMachine, guards_creation, plain
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
-from pgemu.machine.rows import next_row
+from pgemu.machine.rows import memslot_rows, next_row
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind as VmKind, kind_row
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
@@ -116,10 +116,11 @@ class Vm(OfMachine, but=("touch",)):
         The slot shows the process's memory from `userspace_addr` on; with `gmem`, private pages (or all, if the file
         can be mapped) come from there. 0; -EINVAL for what is not aligned, too large, past 48 bits of guest address
         or the process's addresses, for a change of size, userspace address or read-only, for deleting what is not
-        there, for a VM without a process; -EEXIST over another slot; -EBADF for a closed file or VM; -ENOSPC past
-        words.MEMSLOTS. Deleting or moving one drops the whole stage-2 tree, of a protected VM only the slot's
-        leaves. Dirty logging switched on splits large leaves to 4K and write-protects; switched off, large leaves
-        come back (6.12: at the next access). virt/kvm/kvm_main.c:kvm_set_memory_region()
+        there, for a VM without a process; -EEXIST over another slot; -EBADF for a closed file or VM; -EINVAL for a
+        number from words.SLOT_IDS on; -ENOSPC past words.MEMSLOTS of all VMs, which KVM does not know. Deleting or
+        moving one drops the whole stage-2 tree, of a protected VM only the slot's leaves. Dirty logging switched on
+        splits large leaves to 4K and write-protects; switched off, large leaves come back (6.12: at the next access).
+        virt/kvm/kvm_main.c:kvm_set_memory_region()
         """
         flags = Flag.READ_ONLY if read_only else 0
         flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
@@ -169,8 +170,7 @@ class Vm(OfMachine, but=("touch",)):
         """Guest physical addresses in a slot's dirty bitmap."""
         from pgemu.objects.stage2 import radix_tree
 
-        rows = self.machine.arrays.state[int(W.STATE_MEMSLOTS) :][: W.MEMSLOTS * W.M_WORDS]
-        rows = rows.reshape(-1, W.M_WORDS)
+        rows = memslot_rows(self.machine)
         kind = (rows[:, W.M_LIVE] != 0) & (rows[:, W.M_KIND] == W.SLOT_USER)
         found = np.flatnonzero(kind & (rows[:, W.M_VM] == self.vm) & (rows[:, W.M_ID] == slot))
         if found.size == 0:

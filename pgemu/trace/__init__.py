@@ -26,7 +26,7 @@ from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
 from pgemu.trace.unplaced import Unplaced, place
-from pgemu_kernels.words.rows import MEMSLOTS, SLOT_IDS
+from pgemu_kernels.words.rows import SLOT_IDS, VMAS
 
 __all__ = (
     "COLUMNS",
@@ -80,14 +80,18 @@ def load(
 
 
 def _told(lowered: Lowered) -> Lowered:
-    """The trace with a note of what no machine has room for, where KVM has."""
-    op = lowered.records.op
-    standing = np.cumsum((op == Operation.BIND).astype(np.int64) - (op == Operation.UNBIND))
-    most = int(standing.max(initial=0))
-    if most <= MEMSLOTS:
-        return lowered
-    text = f"{most} memory slots at once: a machine has room for {MEMSLOTS} (KVM: {SLOT_IDS}), the others are -ENOSPC"
-    return replace(lowered, notes=(*lowered.notes, text))
+    """The trace with notes of what there is no room for: slots, in KVM; mappings, in a machine."""
+    notes = []
+    if (most := _most(lowered.records.op, Operation.BIND, Operation.UNBIND)) > SLOT_IDS:
+        notes.append(f"{most} memory slots at once: KVM has {SLOT_IDS} for a VM, the others are -EINVAL")
+    if (most := _most(lowered.records.op, Operation.MMAP, Operation.MUNMAP)) > VMAS:
+        notes.append(f"up to {most} mappings at once: a machine has room for {VMAS}, the others are -ENOMEM")
+    return replace(lowered, notes=(*lowered.notes, *notes)) if notes else lowered
+
+
+def _most(op: np.ndarray, more: Operation, less: Operation) -> int:
+    """How many of what one operation makes and another one ends there are at once."""
+    return int(np.cumsum((op == more).astype(np.int64) - (op == less)).max(initial=0))
 
 
 def shipped() -> Path:

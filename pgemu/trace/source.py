@@ -200,11 +200,17 @@ class Source:
 
     def _decompressed(self, name: str, make: Callable[[], _Decoder]) -> Iterator[bytes]:
         decoder: _Decoder | None = make()
-        taken = given = 0
+        taken = given = padding = 0
         for data in self._compressed():
             taken += len(data)
             while data:
-                decoder = decoder or make()
+                if decoder is None:  # streams may follow one another, with zeros between them
+                    behind = data.lstrip(b"\0")
+                    padding += len(data) - len(behind)
+                    if not behind:
+                        break
+                    self._check_padding(name, padding)
+                    data, padding, decoder = behind, 0, make()
                 for piece in self._pieces_of(decoder, data, name):
                     given += len(piece)
                     if given > _FREE_GROWTH and given > MOST_GROWTH * taken:
@@ -213,11 +219,16 @@ class Source:
                     yield piece
                 data = b""
                 if decoder.eof:
-                    # Streams may follow one another; xz pads between them with zeros.
-                    data = decoder.unused_data.lstrip(b"\0")
+                    data = decoder.unused_data
                     decoder = None
         if decoder is not None:
             raise InputError(f"truncated: the {name} stream ends early", self.name)
+        self._check_padding(name, padding)
+
+    def _check_padding(self, name: str, size: int) -> None:
+        """Refuse zeros behind an xz stream that are no multiple of four bytes (The .xz File Format, 2.2)."""
+        if name == "xz" and size % 4:
+            raise InputError(f"damaged xz stream ({size} bytes of padding, expected a multiple of 4)", self.name)
 
     def _compressed(self) -> Iterator[bytes]:
         """What the file holds, in pieces of at most _FEED bytes."""

@@ -16,6 +16,8 @@ from pgemu.cli._options import number
 from pgemu_kernels.formats.page_format import x86_64
 from trees import Tree, core, write
 
+pytestmark = pytest.mark.same_with_checks
+
 CASES = Path(__file__).parents[1] / "data" / "cases"
 
 

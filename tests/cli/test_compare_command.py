@@ -195,6 +195,7 @@ def test_a_workload_runs_by_its_name() -> None:
     assert found["designs"]["pfnmap"]["operations"]["convert"]["count"] > 1000
 
 
+@pytest.mark.same_with_checks
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [

@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from pgemu.cli import main
 
+pytestmark = pytest.mark.same_with_checks
+
 
 def run(*args: str) -> Result:
     return CliRunner().invoke(main, ["decode", *args])

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 from click.testing import CliRunner
 
 from pgemu.cli import main
 from pgemu.cli._options import _DEFECTS
 from pgemu.machine.defects import TEXTS, versions_of
+
+pytestmark = pytest.mark.same_with_checks
 
 
 def test_each_has_what_it_does_its_versions_and_its_source() -> None:

@@ -15,6 +15,7 @@ from pgemu.cli._lines import folded, terminal_width
 WORDS = st.text("ab0|x", min_size=1, max_size=30)
 
 
+@pytest.mark.same_with_checks
 @given(st.lists(st.tuples(st.integers(0, 6), st.lists(WORDS, max_size=8)), max_size=4), st.integers(1, 120))
 def test_folding_keeps_every_word_and_the_width_where_it_can(parts: list[tuple[int, list[str]]], width: int) -> None:
     lines = [" " * blanks + "  ".join(words) for blanks, words in parts]

@@ -35,6 +35,7 @@ def python(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.same_with_checks
 @pytest.mark.parametrize("args", [["--help"], ["compare", "--help"], ["--version"], []])
 def test_help_and_version_load_no_compiler_and_no_arrow(args: list[str]) -> None:
     result = python("-c", HELP.format(args=args))
@@ -43,6 +44,7 @@ def test_help_and_version_load_no_compiler_and_no_arrow(args: list[str]) -> None
     assert "pgemu" in result.stdout
 
 
+@pytest.mark.same_with_checks
 @pytest.mark.parametrize(
     "module",
     [
@@ -97,6 +99,7 @@ def test_help_explains_every_option_once_in_one_or_two_lines() -> None:
     assert "Options" not in headings  # those that stand under no heading
 
 
+@pytest.mark.same_with_checks
 def test_names_of_the_package_resolve() -> None:
     code = "import pgemu; print(all(hasattr(pgemu, name) for name in pgemu.__all__), hasattr(pgemu, 'nothing'))"
     assert python("-c", code).stdout == "True False\n"
@@ -246,6 +249,7 @@ def test_a_second_run_compiles_nothing_and_loads_only_what_it_needs(args: list[s
     assert second.stderr == "compiled:\nloaded:\n"
 
 
+@pytest.mark.same_with_checks
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
 @pytest.mark.parametrize(
     ("output", "complaint"),

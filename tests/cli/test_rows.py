@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from pgemu.cli._rows import hexadecimal, joined, looked_up
@@ -13,6 +14,8 @@ from pgemu.cli.walk import SIZES, flag_names, rights_letters
 from pgemu.tables.entries import decode
 from pgemu.tables.walk import rights_of
 from pgemu_kernels.formats.page_format import FORMATS
+
+pytestmark = pytest.mark.same_with_checks
 
 words = st.one_of(st.integers(0, (1 << 64) - 1), st.integers(0, 255), st.sampled_from([0, 1 << 63, 1 << 32]))
 

@@ -21,6 +21,8 @@ from pgemu.tables.walk import in_range, walk as walk_tables
 from pgemu_kernels.formats import page_format as pf
 from trees import Tree, core, write
 
+pytestmark = pytest.mark.same_with_checks
+
 X86 = pf.x86_64()
 VA = 0x7F00_0000_0000
 ALL = (1 << 64) - 1

@@ -12,6 +12,8 @@ import pytest
 import pgemu
 from small_package import WARM, Package
 
+pytestmark = pytest.mark.same_with_checks
+
 WARMUP = """
 import sys
 sys.path.append(sys.argv.pop(1))

@@ -182,6 +182,7 @@ def test_a_touched_page_stands_in_for_a_populated_one() -> None:
     assert (calibration.priced("touch"), calibration.priced("populate")) == (users, [])
 
 
+@pytest.mark.same_with_checks
 @given(
     st.dictionaries(
         st.sampled_from(list(WHAT)),

@@ -441,6 +441,7 @@ def profiles(draw: st.DrawFn) -> cost.Profile:
     )
 
 
+@pytest.mark.same_with_checks
 @given(profiles())
 @settings(max_examples=30)
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, profile: cost.Profile) -> None:

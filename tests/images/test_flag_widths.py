@@ -9,6 +9,8 @@ from pgemu.images.flag_widths import derived_widths, given_widths
 from pgemu.images.struct_page import decode_page, flag_text
 from pgemu_kernels.formats.struct_page import CONFIGURATIONS, RELEASES, FieldWidths, field_widths, page_layout
 
+pytestmark = pytest.mark.same_with_checks
+
 
 def line(word: int, node: int, zone: int, cpupid: int | None) -> str:
     """As __dump_page() prints it; without NUMA balancing there is no CPU and PID."""

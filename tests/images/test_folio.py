@@ -313,6 +313,7 @@ def test_a_struct_page_has_eight_words() -> None:
         decode_page([0] * 7, 0, page_layout("7.3"))
 
 
+@pytest.mark.same_with_checks
 @given(
     layout=st.sampled_from(LAYOUTS),
     words=st.lists(st.integers(0, ALL), min_size=8, max_size=8),

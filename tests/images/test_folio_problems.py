@@ -17,6 +17,8 @@ from pgemu_kernels.formats.page_format import x86_64
 from pgemu_kernels.formats.struct_page import RELEASES, page_layout
 from trees import Array, Tree, core, write
 
+pytestmark = pytest.mark.same_with_checks
+
 VMEMMAP = 0xFFFF_EA00_0000_0000
 UNMAPPED = 0xFFFF_FFFF
 HUGETLB = 0xF400_0000

@@ -19,6 +19,8 @@ from pgemu_kernels.formats.page_format import FORMATS, x86_64
 from pgemu_kernels.formats.struct_page import RELEASES
 from trees import PAGE, Array, Tree, core
 
+pytestmark = pytest.mark.same_with_checks
+
 VMEMMAP = 0xFFFF_EA00_0000_0000
 VA = 0x7F00_0000_0000
 HEAD = 0x1_0200

@@ -102,6 +102,7 @@ def test_reads_what_the_segments_say(
         path.unlink()
 
 
+@pytest.mark.same_with_checks
 def test_more_segments_than_the_header_has_room_for(tmp_path: Path) -> None:
     segments = [(i * 64, struct.pack("<Q", i), 8) for i in range(66_000)]
     with open_image(write(tmp_path / "core", core(segments, many=True))) as image:

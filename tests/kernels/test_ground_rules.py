@@ -322,6 +322,7 @@ class SmallPackage:
             "NUMBA_BOUNDSCHECK": boundscheck,
             "PGEMU_CACHE_DIR": str(self.folder / "cache"),
             "PYTHONPATH": str(self.folder),
+            "NUMBA_DISABLE_JIT": "0",  # it is compiled as `boundscheck` says whatever tests run with
         }
         command = [sys.executable, "-P", "-m", "pgemu_kernels.caller"]
         done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True)
@@ -329,6 +330,7 @@ class SmallPackage:
         return Outcome(**json.loads(done.stdout), stderr=done.stderr)
 
 
+@pytest.mark.same_with_checks
 def test_an_edited_callee_is_seen_and_the_compilation_is_announced_once(tmp_path: Path) -> None:
     package = SmallPackage(tmp_path)
     cold = package.run()
@@ -345,6 +347,7 @@ def test_an_edited_callee_is_seen_and_the_compilation_is_announced_once(tmp_path
     assert edited.hits == [0, 0]
 
 
+@pytest.mark.same_with_checks
 def test_bounds_checks_do_not_run_unchecked_code_from_the_cache(tmp_path: Path) -> None:
     package = SmallPackage(tmp_path)
     assert package.run(boundscheck="0").stored
@@ -394,6 +397,7 @@ print(len(before), {name for name in before | after if before.get(name) != after
     assert changed.strip() == "unchanged"
 
 
+@pytest.mark.same_with_checks
 @pytest.mark.parametrize("module", ["pgemu", "pgemu.cli", "pgemu.trace", "pgemu.workload", "pgemu_kernels.words"])
 def test_no_compiler_and_no_arrow_until_they_are_used(module: str) -> None:
     file, *loaded = run_python(f"""

@@ -24,6 +24,8 @@ from pgemu.machine.field_rules import DEFECTS, MOST_HOST_CPUS, MOST_VCPUS, RULES
 from pgemu.machine.presets import Versions
 from pgemu.trace import GivenSlot as GivenSlot, LoweringOptions
 
+pytestmark = pytest.mark.same_with_checks
+
 HINTS = get_type_hints(Config)
 NAMES = tuple(field.name for field in fields(Config))
 

@@ -9,6 +9,7 @@ Addresses and entries are Python ints here, levels are 1 (4K) to 4 (512G).
 
 from __future__ import annotations
 
+import gc
 import json
 import lzma
 import os
@@ -353,12 +354,23 @@ class Capture:
         return found
 
 
+def _read(path: Path) -> Any:
+    """What a file says: many objects that all stay, which the collector of garbage would go through as it grows."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with lzma.open(path) as file:
+            return json.load(file)
+    finally:
+        if collecting:
+            gc.enable()
+
+
 @lru_cache(maxsize=2)
 def load(path: Path) -> Capture:
     """Read a capture. ValueError naming the file if it is not one."""
     try:
-        with lzma.open(path) as file:
-            raw = json.load(file)
+        raw = _read(path)
         banner = re.match(r"Linux version (\d+\.\d+)", raw["kernel"])
         if banner is None:
             raise ValueError(f"kernel {raw['kernel'][:40]!r}: expected 'Linux version ...'")

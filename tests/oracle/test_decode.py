@@ -13,6 +13,8 @@ from pgemu.tables.entries import Entry, EntryKind, classify, decode
 from pgemu_kernels.formats import bits, leaves as K
 from pgemu_kernels.formats.page_format import PageFormat, ept, npt, x86_64
 
+pytestmark = pytest.mark.same_with_checks
+
 CHECKPOINTS = {
     "oracle/linux-6.1.192-debian": 324,
     "oracle/linux-6.12.107-debian": 324,

@@ -22,6 +22,8 @@ from pgemu.tables.walk import Kind, Status, translate, walk
 from pgemu_kernels.formats import bits, page_format
 from pgemu_kernels.formats.page_format import PageFormat
 
+pytestmark = pytest.mark.same_with_checks
+
 Array = np.ndarray[Any, Any]
 U = np.uint64
 PRESENT = 1 << 63  # of a pagemap word

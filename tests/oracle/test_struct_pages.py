@@ -17,6 +17,8 @@ from pgemu.images.struct_page import Page, decode_page
 from pgemu_kernels.formats.page_format import x86_64
 from pgemu_kernels.formats.struct_page import PageLayout, page_layout
 
+pytestmark = pytest.mark.same_with_checks
+
 Array = np.ndarray[Any, Any]
 VMEMMAP = 0xFFFF_EA00_0000_0000
 FOLIOS = {"oracle": 55, "oracle-2": 50}  # in the 15 or 14 full checkpoints of a file

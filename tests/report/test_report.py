@@ -94,6 +94,7 @@ def test_no_name_of_a_function_is_broken(width: int) -> None:
     assert {word for price in cost.profile("published").values() for word in price.source.split()} <= printed
 
 
+@pytest.mark.same_with_checks
 @given(
     cells=st.lists(
         st.lists(st.text("ab -", max_size=30).map(str.strip), min_size=3, max_size=3), min_size=1, max_size=6

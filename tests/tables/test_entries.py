@@ -21,6 +21,8 @@ from pgemu_kernels.formats.iommu import (
 )
 from pgemu_kernels.formats.page_format import FORMATS, Family, PageFormat, arm64_stage2, ept, npt, x86_64
 
+pytestmark = pytest.mark.same_with_checks
+
 NX = 1 << 63
 SAVED = 1 << 58
 P61, P612, P618, P73 = (K.ProcessLeaves(kernel) for kernel in ("6.1", "6.12", "6.18", "7.3"))

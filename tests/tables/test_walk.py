@@ -51,6 +51,7 @@ def highest(fmt: pf.PageFormat) -> int:
 # --------------------------------------------------------------------------- kinds of entries
 
 
+@pytest.mark.same_with_checks
 @named_formats
 @given(data=st.data())
 @settings(max_examples=15)
@@ -116,6 +117,7 @@ def runs(leaves: list[Leaf]) -> list[tuple[int, int, int, int, int, int]]:
     return [tuple(run) for run in found]  # type: ignore[misc]
 
 
+@pytest.mark.same_with_checks
 @named_formats
 @given(data=st.data())
 @settings(max_examples=15)
@@ -284,6 +286,7 @@ def test_loops_are_reported_and_not_followed(fmt: pf.PageFormat) -> None:
     assert steps[1].address & ~4095 == tree.root
 
 
+@pytest.mark.same_with_checks
 def test_one_table_in_many_places_is_not_gone_through_for_ever() -> None:
     """512 entries onto the same table at every level, as KASAN's early shadow: 2^36 pages."""
     tree = Tree(X86)

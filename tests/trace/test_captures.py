@@ -18,6 +18,8 @@ from pgemu.trace.log import Log
 from pgemu.trace.lowering import lower
 from pgemu.trace.readers.ftrace import read
 
+pytestmark = pytest.mark.same_with_checks
+
 FOLDER = Path(os.environ.get("PGEMU_TRACES", Path(__file__).parents[1] / "data" / "traces"))
 FILES = sorted(path.name for pattern in ("ftrace-*.txt.xz", "vm-*.txt.xz") for path in FOLDER.glob(pattern))
 PAGE_2M, PAGE_1G = 1 << 21, 1 << 30

@@ -13,6 +13,8 @@ from pgemu.trace.lowering import lower
 from pgemu.trace.readers.ftrace import _Parser
 from pgemu.trace.schema import Flag, Operation
 
+pytestmark = pytest.mark.same_with_checks
+
 M, G = 1 << 20, 1 << 30
 NPT, EPT, PF = 0x100000006, 0x182, 0x6  # codes of writes under NPT and EPT, and of a page fault
 HEAD = "CPU 0/KVM-11 [000] ..... 1.000000: "

@@ -16,6 +16,8 @@ from pgemu.trace.lines import event_start, is_name
 from pgemu.trace.log import Log, Task
 from pgemu.trace.readers.ftrace import _Parser
 
+pytestmark = pytest.mark.same_with_checks
+
 FAULT = "kvm_page_fault: vcpu 3 rip 0x10 address 0x0000000000084123 error_code 0x100000006"
 PERF = " CPU 3/KVM 27004 [003] 12481.879123:"
 WORDS = [0x84123, 0x100000006, 3]

@@ -19,6 +19,8 @@ from pgemu.errors import InputError
 from pgemu.trace.log import Log
 from pgemu.trace.readers.ftrace import _Parser, read
 
+pytestmark = pytest.mark.same_with_checks
+
 FLAGS = ["....", "d..1.", ".....", "dNh1.", "D.s..", "bL.2.", "d..2..", "..Zff"]
 
 

@@ -14,6 +14,8 @@ from pgemu.trace.processes import OTHER_PROCESS, Choice
 from pgemu.trace.readers.ftrace import _Parser
 from pgemu.trace.schema import Operation
 
+pytestmark = pytest.mark.same_with_checks
+
 M = 1 << 20
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 
 from pgemu.trace.range_index import ALWAYS, RangeIndex, covered
+
+pytestmark = pytest.mark.same_with_checks
 
 TOP = (1 << 64) - 1
 ADDRESS = st.one_of(st.integers(0, 40), st.integers(TOP - 40, TOP), st.integers(0, TOP))

@@ -14,6 +14,8 @@ from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES
 from pgemu.trace.lowering import lower
 from pgemu.trace.readers.ftrace import _Parser
 
+pytestmark = pytest.mark.same_with_checks
+
 HEAD = "vmm-10 [000] ..... 1.000000: "
 SLOT = "kvm_memslot: slot=0 flags=0 gpa=0 size=0x200000 hva=0x7f0000000000"
 FAULT = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006"

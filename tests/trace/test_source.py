@@ -18,6 +18,8 @@ from pgemu.errors import InputError
 from pgemu.trace import source
 from pgemu.trace.source import open_source
 
+pytestmark = pytest.mark.same_with_checks
+
 TEXT = b"".join(b"line %06d of a log\n" % number for number in range(20_000))
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
@@ -43,6 +45,21 @@ def test_streams_may_follow_one_another(tmp_path: Path, name: str) -> None:
     padding = bytes(4) if name == "xz" else b""
     path.write_bytes(COMPRESSORS[name](TEXT) + padding + COMPRESSORS[name](b"tail\n"))
     assert "".join(open_source(path).blocks()).encode() == TEXT + b"tail\n"
+
+
+@given(st.integers(0, 9), st.integers(0, 9000), st.booleans())
+def test_padding_of_xz_is_a_multiple_of_four_bytes(small: int, size: int, goes_on: bool) -> None:
+    """The .xz File Format, 2.2: between streams and behind the last, of any size, wherever reading is cut."""
+    for padding in (small, size):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(lzma.compress(b"head\n") + bytes(padding) + (lzma.compress(b"tail\n") if goes_on else b""))
+            file.flush()
+            if padding % 4:
+                text = rf"damaged xz stream \({padding} bytes of padding, expected a multiple of 4\)"
+                with pytest.raises(InputError, match=text):
+                    list(open_source(file.name).blocks())
+            else:
+                assert "".join(open_source(file.name).blocks()) == ("head\ntail\n" if goes_on else "head\n")
 
 
 @pytest.mark.parametrize("low", [0x50, 0x5F])

@@ -18,6 +18,8 @@ from pgemu.trace import GivenSlot, LoweringOptions, load
 from pgemu.trace.readers import parquet
 from pgemu.trace.schema import DTYPES, Flag, Operation
 
+pytestmark = pytest.mark.same_with_checks
+
 M, G = 1 << 20, 1 << 30
 HVA = 0x7F00_0000_0000
 SMALL = LoweringOptions(page_size=2 * M)

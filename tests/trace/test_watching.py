@@ -16,6 +16,8 @@ from pgemu.trace.readers import parquet
 from pgemu.trace.source import open_source
 from pgemu.trace.watching import watched
 
+pytestmark = pytest.mark.same_with_checks
+
 LINE = "qemu-1 [000] 1.0: kvm_exit: vcpu {}\n"
 TEXT = "".join(LINE.format(i * 7919 % 100_003) for i in range(100_000)).encode()
 STEP = 1 << 16  # bytes that are read at once

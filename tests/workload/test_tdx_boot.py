@@ -13,6 +13,8 @@ from pgemu.errors import InputError
 from pgemu.trace import Flag, LoweringOptions, Operation, Records, load
 from pgemu.trace.schema import DTYPES
 
+pytestmark = pytest.mark.same_with_checks
+
 PAGE = 4096
 
 

@@ -20,7 +20,6 @@ from pgemu_kernels.words.registers import (
     R_BROKEN,
     R_BROKEN_FIRST,
     R_INODES,
-    R_LAST_MEMSLOT,
     R_LAST_VMA,
     R_ORDER,
     R_VMAS,
@@ -47,10 +46,8 @@ from pgemu_kernels.words.rows import (
     LOCK_WRITER,
     M_BASE_GFN,
     M_INODE,
-    M_NEXT,
     M_PAGES,
     M_PGOFF,
-    M_VM,
     M_WORDS,
     O_LENGTH,
     O_LOCKED,
@@ -68,7 +65,6 @@ from pgemu_kernels.words.rows import (
     V_PRIVATE_ROOT,
     V_PROPERTIES,
     V_ROOT,
-    V_SLOTS,
     V_WORDS,
 )
 
@@ -145,27 +141,6 @@ def find_vma(state, space, address):
         if state[row + A_START] <= address < state[row + A_END] and state[row + A_SPACE] == space:
             state[R_LAST_VMA] = row
             return row
-    return NONE
-
-
-@kernel
-def first_slot(state, vm):
-    """Row of a VM's slot from which M_NEXT leads to the others; 0 if it has none."""
-    return state[vm_row(vm) + V_SLOTS] if vm < state[R_VMS] else U0
-
-
-@kernel
-def find_memslot(state, vm, gfn):
-    """Row of the memory slot of a VM that holds a guest frame, or NONE."""
-    row = state[R_LAST_MEMSLOT]
-    if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES] and state[row + M_VM] == vm:
-        return row
-    row = first_slot(state, vm)
-    while row != U0:
-        if gfn - state[row + M_BASE_GFN] < state[row + M_PAGES]:
-            state[R_LAST_MEMSLOT] = row
-            return row
-        row = state[row + M_NEXT]
     return NONE
 
 

@@ -18,8 +18,8 @@ from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import drop_contents
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import first_binding, next_binding
 from pgemu_kernels.engine.properties import splits_folios
-from pgemu_kernels.engine.rows import memslot_row
 from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.words.enum_words import (
     DEFECT_HOLE_ZEROES_FROM_START,
@@ -32,8 +32,8 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_CONTENT_FRAMES,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
-from pgemu_kernels.words.registers import R_DEFECTS, R_MEMSLOTS, R_ORDER, R_SHOWN_ROWS, R_WORD_ROWS, R_ZERO_PAGE
-from pgemu_kernels.words.rows import I_WORD, M_INODE, M_LIVE, M_PAGES, M_PGOFF
+from pgemu_kernels.words.registers import R_DEFECTS, R_ORDER, R_SHOWN_ROWS, R_WORD_ROWS, R_ZERO_PAGE
+from pgemu_kernels.words.rows import I_WORD, M_PAGES, M_PGOFF
 
 U = np.uint64
 
@@ -150,17 +150,11 @@ def slots_from(m, inode, at, end):
     """(up to where memory slots of an inode reach from page `at` on, `at` if none does; where the next slot begins)."""
     state = m.state
     reach = at
-    following = end
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
-            low = state[slot + M_PGOFF]
-            high = low + state[slot + M_PAGES]
-            if low <= at < high:
-                reach = max(reach, high)
-            elif at < low < following:
-                following = low
-    return min(reach, end), following
+    slot = first_binding(state, inode, at, end)
+    while slot != U0 and state[slot + M_PGOFF] <= at:
+        reach = max(reach, state[slot + M_PGOFF] + state[slot + M_PAGES])
+        slot = next_binding(state, slot, at, end)
+    return min(reach, end), state[slot + M_PGOFF] if slot != U0 else end
 
 
 @outlined

@@ -7,12 +7,13 @@ import numpy as np
 from pgemu_kernels.engine.bits import U0, U1, U12
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.handle import parameter
-from pgemu_kernels.engine.rows import first_slot, inode_row, is_live_vm, range_arguments, vm_row
+from pgemu_kernels.engine.memslots import first_binding, next_binding
+from pgemu_kernels.engine.rows import inode_row, is_live_vm, range_arguments, vm_row
 from pgemu_kernels.stage2.release import has_file
 from pgemu_kernels.words.enum_words import FLAG_PRIVATE, FLAG_SHARED
 from pgemu_kernels.words.operations import EBADF, EINVAL, ENOTTY
 from pgemu_kernels.words.registers import R_IN_PLACE
-from pgemu_kernels.words.rows import I_PAGES, M_NEXT, O_FLAGS, O_LENGTH, O_OBJECT, O_OFFSET, O_VM, V_PROTECTED
+from pgemu_kernels.words.rows import I_PAGES, O_FLAGS, O_LENGTH, O_OBJECT, O_OFFSET, O_VM, RELEASED_PGOFF, V_PROTECTED
 
 in_place = parameter(R_IN_PLACE, U1)
 
@@ -26,11 +27,11 @@ def knows_no_private(state, vm, inode):
     """
     if not is_live_vm(state, vm) or state[vm_row(vm) + V_PROTECTED] != U0:
         return False
-    slot = first_slot(state, vm)
+    slot = first_binding(state, inode, U0, RELEASED_PGOFF)
     while slot != U0:
         if has_file(state, slot, vm, inode):
             return True
-        slot = state[slot + M_NEXT]
+        slot = next_binding(state, slot, U0, RELEASED_PGOFF)
     return False
 
 

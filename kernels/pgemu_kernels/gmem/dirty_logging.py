@@ -5,7 +5,8 @@ from __future__ import annotations
 from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import block_row, find_memslot, inode_row, stop, vm_row
+from pgemu_kernels.engine.memslots import find_memslot
+from pgemu_kernels.engine.rows import block_row, inode_row, stop, vm_row
 from pgemu_kernels.folios.zeroed import keeps_shown
 from pgemu_kernels.gmem.levels import folio_order_at, frame_of, level_now, page_of_slot
 from pgemu_kernels.gmem.stale_contents import count_stale

@@ -14,10 +14,10 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import charge_one, result
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import find_memslot
 from pgemu_kernels.engine.properties import inserts_locked
 from pgemu_kernels.engine.rows import (
     block_row,
-    find_memslot,
     find_vma,
     inode_row,
     lock_shared,

@@ -6,7 +6,8 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U12
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import find_memslot, inode_row, is_live_vm, stop, vm_row
+from pgemu_kernels.engine.memslots import find_memslot
+from pgemu_kernels.engine.rows import inode_row, is_live_vm, stop, vm_row
 from pgemu_kernels.gmem.faults import end_guest_fault, enter_fault, is_released
 from pgemu_kernels.kvm.fault import page_root
 from pgemu_kernels.kvm.prefault import prefault_by, prefault_outside

@@ -9,16 +9,17 @@ from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import zero_contents
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import first_binding, next_binding
 from pgemu_kernels.engine.properties import holes_unmap
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
     inode_row,
     lock_exclusive,
-    memslot_row,
     range_arguments,
     stop,
     unlock,
+    vm_row,
 )
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.guest_folios import make_zombie, release_block, subpool_release, subpool_row
@@ -49,7 +50,6 @@ from pgemu_kernels.words.registers import (
     R_FULL,
     R_HSTATE,
     R_INODES,
-    R_MEMSLOTS,
     R_ORDER,
     R_PUNCH_REFUSES,
     R_SPLIT_FORM,
@@ -73,8 +73,6 @@ from pgemu_kernels.words.rows import (
     I_ZEROED,
     INODE_GUEST_MEMFD,
     M_FLAGS,
-    M_INODE,
-    M_LIVE,
     O_DETAIL,
     O_LENGTH,
     O_OBJECT,
@@ -84,6 +82,7 @@ from pgemu_kernels.words.rows import (
     SLOT_CLOSED,
     SLOT_DYING,
     SPLIT_FORM_RFC2,
+    V_CLOSED_FILES,
 )
 
 # --------------------------------------------------------------------------- blocks
@@ -322,16 +321,21 @@ def begin_release(m, op):
         return np.int64(stop(state, op, -EBADF))
     vm = state[op + O_VM]
     bound = False
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        bound |= has_file(state, slot, vm, inode) and state[slot + M_FLAGS] & (SLOT_CLOSED | SLOT_DYING) == U0
+    slot = first_binding(state, inode, U0, NONE)
+    while slot != U0 and not bound:
+        bound = has_file(state, slot, vm, inode) and state[slot + M_FLAGS] & (SLOT_CLOSED | SLOT_DYING) == U0
+        slot = next_binding(state, slot, U0, NONE)
     if not bound or state[inode_row(inode) + I_KIND] != INODE_GUEST_MEMFD:
         return np.int64(stop(state, op, -EBADF))
     state[R_FULL] = U1
     held = is_mapped_by(state, process_of(state, vm), inode, U0, U0)
-    for i in range(state[R_MEMSLOTS]):
-        if has_file(state, memslot_row(i), vm, inode):
-            state[memslot_row(i) + M_FLAGS] |= SLOT_CLOSED if held else SLOT_DYING
+    if held:
+        state[vm_row(vm) + V_CLOSED_FILES] = U1
+    slot = first_binding(state, inode, U0, NONE)
+    while slot != U0:
+        if has_file(state, slot, vm, inode):
+            state[slot + M_FLAGS] |= SLOT_CLOSED if held else SLOT_DYING
+        slot = next_binding(state, slot, U0, NONE)
     return np.int64(stop(state, op, 0) if held else GO)
 
 
@@ -382,10 +386,10 @@ def leave_inode(m, inode):
     """exit_mmap() of the inode's mappings, and its memory slots, released ones too."""
     state = m.state
     unmap_inode(m, inode)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] != U0 and state[slot + M_INODE] == inode:
-            delete_slot(m, slot)
+    slot = first_binding(state, inode, U0, NONE)
+    while slot != U0:
+        delete_slot(m, slot)
+        slot = first_binding(state, inode, U0, NONE)
 
 
 @kernel

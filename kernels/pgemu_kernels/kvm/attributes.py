@@ -12,7 +12,8 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.engine.rows import first_slot, vm_row
+from pgemu_kernels.engine.memslots import first_slot, next_slot
+from pgemu_kernels.engine.rows import vm_row
 from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.stage2.invalidate import flush_vms, zap_slot
@@ -22,7 +23,6 @@ from pgemu_kernels.words.rows import (
     FILTER_PRIVATE,
     FILTER_SHARED,
     M_BASE_GFN,
-    M_NEXT,
     M_PAGES,
     O_ADDRESS,
     O_FLAGS,
@@ -98,13 +98,12 @@ def drop_range(m, vm, gfn, end, kinds):
     """
     state = m.state
     dropped = np.int64(0)
-    slot = first_slot(state, vm)
+    slot = first_slot(state, vm, gfn, end)
     while slot != U0:
         first = max(gfn, state[slot + M_BASE_GFN])
         last = min(end, state[slot + M_BASE_GFN] + state[slot + M_PAGES])
-        if first < last:
-            dropped += zap_slot(m, slot, first, last, kinds)
-        slot = state[slot + M_NEXT]
+        dropped += zap_slot(m, slot, first, last, kinds)
+        slot = next_slot(state, slot, gfn, end)
     state[vm_row(vm) + V_SEQUENCE] += U1
     if dropped != 0:
         flush_vms(m)

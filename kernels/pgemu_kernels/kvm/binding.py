@@ -7,8 +7,8 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import find_memslot, has_slot_left, place_slot
 from pgemu_kernels.engine.rows import (
-    find_memslot,
     inode_row,
     is_live_vm,
     lock_exclusive,
@@ -26,7 +26,7 @@ from pgemu_kernels.kvm.memslots import (
     delete_slot,
     overlaps_other,
 )
-from pgemu_kernels.stage2.userspace import find_place
+from pgemu_kernels.stage2.userspace import find_place, survey_slot
 from pgemu_kernels.words.enum_words import DEFECT_UNBIND_DYING
 from pgemu_kernels.words.operations import EBADF, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_DEFECTS
@@ -35,7 +35,6 @@ from pgemu_kernels.words.rows import (
     INODE_GUEST_MEMFD,
     M_BASE_GFN,
     M_FLAGS,
-    M_HVA,
     M_INODE,
     M_KIND,
     O_ADDRESS,
@@ -77,8 +76,8 @@ def check_bind(state, op, named):
     named: V_BIND_HVA.
     """
     status = check_addresses(state, op)
-    if status != 0 or state[op + O_LENGTH] == U0:
-        return np.int64(-EINVAL)  # no length: there is no such slot to delete
+    if status != 0 or state[op + O_LENGTH] == U0 or not has_slot_left(state, vm_row(state[op + O_VM])):
+        return np.int64(-EINVAL)  # no length: there is no such slot to delete; no number left: none is valid
     hva = named - U1
     if named != U0 and (hva & U4095 != U0 or hva > USER_END or state[op + O_LENGTH] > USER_END - hva):
         return np.int64(-EINVAL)
@@ -93,9 +92,10 @@ def check_bind(state, op, named):
 def bind(m, op):
     """BIND: show an inode's range to guest frames of a VM, a memory slot with guest_memfd.
 
-    0; -EINVAL for bad alignment, no length, a wrap, a range past the file's end or past 48 bits of guest address, or
-    pages that the VM has bound already; -EEXIST for guest frames that a slot holds, and in linux-next for pages bound
-    already; -EBADF of a closed VM or inode; -ENOSPC; -EBUSY where Linux would wait for the lock.
+    0; -EINVAL for bad alignment, no length, a wrap, a range past the file's end or past 48 bits of guest address,
+    pages that the VM has bound already, or a VM that has SLOT_IDS slots; -EEXIST for guest frames that a slot holds,
+    and in linux-next for pages bound already; -EBADF of a closed VM or inode; -ENOSPC past MEMSLOTS of all VMs; -EBUSY
+    where Linux would wait for the lock.
     The slot's userspace address is V_BIND_HVA's, else see stage2/userspace.py; what lies there nobody checks.
     Of files of other kinds it only names what the next slot of a process's memory takes its private pages from.
     """
@@ -116,7 +116,8 @@ def bind(m, op):
     slot = create_slot(m, op, SLOT_GUEST_MEMFD, inode, state[op + O_OFFSET])
     if slot == NONE:
         return stop(state, op, -ENOSPC)
-    state[slot + M_HVA] = find_place(state, slot) if named == U0 else named - U1
+    place_slot(state, slot, find_place(state, slot) if named == U0 else named - U1)
+    survey_slot(state, slot)
     return stop(state, op, 0)
 
 

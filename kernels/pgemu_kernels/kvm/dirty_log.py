@@ -14,7 +14,8 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U6, U12, U64, po
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
-from pgemu_kernels.engine.rows import first_slot, space_root, vm_row
+from pgemu_kernels.engine.memslots import find_slot_id
+from pgemu_kernels.engine.rows import space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find, cache_free, cache_next, cache_store
 from pgemu_kernels.kvm.attributes import is_private
 from pgemu_kernels.kvm.fault import from_guest_memfd, max_level
@@ -29,9 +30,6 @@ from pgemu_kernels.words.rows import (
     M_DIRTY,
     M_FLAGS,
     M_HVA,
-    M_ID,
-    M_KIND,
-    M_NEXT,
     M_PAGES,
     M_VM,
     O_DETAIL,
@@ -40,23 +38,11 @@ from pgemu_kernels.words.rows import (
     SLOT_IDS,
     SLOT_LOG_DIRTY_PAGES,
     SLOT_READ_ONLY,
-    SLOT_USER,
     V_ROOT,
     V_SPACE,
 )
 
 U = np.uint64
-
-
-@kernel
-def find_slot_id(state, vm, number):
-    """The row of a VM's slot by userspace's number, or NONE."""
-    slot = first_slot(state, vm)
-    while slot != U0:
-        if state[slot + M_KIND] == SLOT_USER and state[slot + M_ID] == number:
-            return slot
-        slot = state[slot + M_NEXT]
-    return NONE
 
 
 @kernel

@@ -11,8 +11,8 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U6, U12, U63
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import find_memslot
 from pgemu_kernels.engine.rows import (
-    find_memslot,
     inode_row,
     is_live_vm,
     root_of_kind,

@@ -13,12 +13,26 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import clear_words, first_slot, free_row, inode_row, memslot_row, overlap, vm_row
+from pgemu_kernels.engine.memslots import (
+    find_slot_id,
+    first_binding,
+    first_slot,
+    free_memslot,
+    has_slot_left,
+    move_slot,
+    new_memslot,
+    next_binding,
+    next_slot,
+    number_slot,
+    place_slot,
+)
+from pgemu_kernels.engine.rows import inode_row, vm_row
 from pgemu_kernels.folios.page_cache import cache_free
-from pgemu_kernels.kvm.dirty_log import apply_flags, find_slot_id
+from pgemu_kernels.kvm.dirty_log import apply_flags
 from pgemu_kernels.stage2.invalidate import flush_vm, zap_slot
 from pgemu_kernels.stage2.leaves import drop_stage2_tree
 from pgemu_kernels.stage2.tdp_mmu import mark_range
+from pgemu_kernels.stage2.userspace import survey_slot
 from pgemu_kernels.tables.walker import free_table
 from pgemu_kernels.words.enum_words import (
     EVENT_TLB_FLUSH_VM,
@@ -28,7 +42,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_STAGE2_TABLES,
 )
 from pgemu_kernels.words.operations import EBADF, EEXIST, EINVAL, ENOSPC
-from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.words.registers import R_GMEM_MMAP, R_INODES, R_MAPPINGS, R_SPACES
 from pgemu_kernels.words.rows import (
     FILTER_BOTH,
     I_FLAGS,
@@ -43,16 +57,8 @@ from pgemu_kernels.words.rows import (
     M_DIRTY,
     M_FLAGS,
     M_HVA,
-    M_ID,
-    M_INODE,
-    M_KIND,
-    M_LIVE,
-    M_NEXT,
     M_PAGES,
-    M_PGOFF,
     M_VM,
-    M_WORDS,
-    MEMSLOTS,
     O_ADDRESS,
     O_FLAGS,
     O_LENGTH,
@@ -77,13 +83,11 @@ from pgemu_kernels.words.rows import (
     V_PROTECTED,
     V_ROOT,
     V_SEQUENCE,
-    V_SLOTS,
     V_SPACE,
     V_UNLOADED,
 )
 
 U = np.uint64
-_M_WORDS = U(M_WORDS)
 _S_WORDS = U(S_WORDS)
 _GUEST_FRAMES = U(1 << 36)  # what four levels of stage 2 reach: 48 bits
 USER_END = U((1 << 47) - 4096)
@@ -158,11 +162,7 @@ def delete_slot(m, slot):
     drop_slot_leaves(m, slot)
     next_generation(m, row)
     bitmap_freed(m, slot)
-    before = row + V_SLOTS
-    while state[before] != slot:
-        before = state[before] + M_NEXT
-    state[before] = state[slot + M_NEXT]
-    clear_words(state, slot, _M_WORDS)
+    free_memslot(state, slot)
 
 
 # --------------------------------------------------------------------------- checks
@@ -182,12 +182,10 @@ def check_addresses(state, op):
 @kernel
 def overlaps_other(state, vm, old, gfn, end):
     """kvm_main.c:kvm_check_memslot_overlap(): whether another slot of the VM has some of the guest frames."""
-    slot = first_slot(state, vm)
-    while slot != U0:
-        if gfn < state[slot + M_BASE_GFN] + state[slot + M_PAGES] and state[slot + M_BASE_GFN] < end and slot != old:
-            return True
-        slot = state[slot + M_NEXT]
-    return False
+    slot = first_slot(state, vm, gfn, end)
+    if slot != U0 and slot == old:
+        slot = next_slot(state, slot, gfn, end)
+    return slot != U0
 
 
 @kernel
@@ -205,11 +203,11 @@ def check_binding(state, op, kind, inode, offset):
     end = start + (state[op + O_LENGTH] >> U12)
     if state[node + I_KIND] != kind or offset & U4095 != U0 or end > state[node + I_PAGES]:
         return np.int64(-EINVAL)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        first, last = overlap(state, slot, inode, start, end)
-        if first < last and (kind != INODE_GUEST_MEMFD or state[slot + M_VM] == state[op + O_VM]):
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
+        if kind != INODE_GUEST_MEMFD or state[slot + M_VM] == state[op + O_VM]:
             return np.int64(-EEXIST if state[node + I_FLAGS] & INODE_BIND_COMMITS != U0 else -EINVAL)
+        slot = next_binding(state, slot, start, end)
     return np.int64(0)
 
 
@@ -223,23 +221,13 @@ def check_reach(state, op):
 @kernel
 def create_slot(m, op, kind, inode, offset):
     """KVM_MR_CREATE: the row of a slot that shows an inode's pages from byte `offset` on, or NONE where the machine's
-    table of slots is full."""
+    table of slots is full. Its userspace address is yet to come."""
     state = m.state
-    slot = free_row(state, R_MEMSLOTS, U(MEMSLOTS), _M_WORDS, M_LIVE, memslot_row(U0))
-    if slot == NONE:
-        return NONE
-    state[slot + M_KIND] = kind
-    state[slot + M_VM] = state[op + O_VM]
-    state[slot + M_BASE_GFN] = state[op + O_ADDRESS] >> U12
-    state[slot + M_PAGES] = state[op + O_LENGTH] >> U12
-    state[slot + M_INODE] = inode
-    state[slot + M_PGOFF] = offset >> U12
-    state[slot + M_LIVE] = U1
-    row = vm_row(state[op + O_VM])
-    state[slot + M_NEXT] = state[row + V_SLOTS]
-    state[row + V_SLOTS] = slot
-    state[R_MAPPINGS] += U1
-    next_generation(m, row)
+    vm = state[op + O_VM]
+    gfn = state[op + O_ADDRESS] >> U12
+    slot = new_memslot(state, vm, gfn, state[op + O_LENGTH] >> U12, kind, inode, offset >> U12)
+    if slot != NONE:
+        next_generation(m, vm_row(vm))
     return slot
 
 
@@ -311,8 +299,9 @@ def create_user_slot(m, op, flags, inode, offset):
     slot = create_slot(m, op, SLOT_USER, inode if private else NONE, offset if private else U0)
     if slot == NONE:
         return np.int64(-ENOSPC)
-    state[slot + M_ID] = state[op + O_OBJECT]
-    state[slot + M_HVA] = state[op + O_OFFSET]
+    number_slot(state, slot, state[op + O_OBJECT])
+    place_slot(state, slot, state[op + O_OFFSET])
+    survey_slot(state, slot)
     state[slot + M_FLAGS] = flags
     if private and state[inode_row(inode) + I_FLAGS] & INODE_MMAP != U0:
         state[slot + M_FLAGS] |= SLOT_GMEM_ONLY
@@ -347,10 +336,12 @@ def set_memory_region(m, op):
         if status != 0:
             return status
     if change == _CREATE:
+        if not has_slot_left(state, row):
+            return np.int64(-EINVAL)  # all numbers are taken, by slots of the designs' inodes
         return create_user_slot(m, op, flags, inode, state[row + V_BIND_OFFSET])
     if change == _MOVE:
         drop_slot_leaves(m, old)
-        state[old + M_BASE_GFN] = state[op + O_ADDRESS] >> U12
+        move_slot(state, old, state[op + O_ADDRESS] >> U12)
         state[old + M_FLAGS] = flags
         if flags & SLOT_LOG_DIRTY_PAGES == U0:
             cache_free(m, old + M_DIRTY)
@@ -381,11 +372,11 @@ def close_vm(m, op):
     free_tree(m, state[row + V_ROOT])
     if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:
         free_tree(m, state[row + V_PRIVATE_ROOT])
-    while state[row + V_SLOTS] != U0:
-        slot = state[row + V_SLOTS]
-        state[row + V_SLOTS] = state[slot + M_NEXT]
+    slot = first_slot(state, vm, U0, NONE)
+    while slot != U0:
         cache_free(m, slot + M_DIRTY)
-        clear_words(state, slot, _M_WORDS)
+        free_memslot(state, slot)
+        slot = first_slot(state, vm, U0, NONE)
     cache_free(m, row + V_ATTRIBUTES)
     space = state[row + V_SPACE]
     if space < state[R_SPACES]:

@@ -10,7 +10,8 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.engine.rows import find_memslot, vm_row
+from pgemu_kernels.engine.memslots import find_memslot
+from pgemu_kernels.engine.rows import vm_row
 from pgemu_kernels.kvm.attributes import is_private
 from pgemu_kernels.kvm.fault import ATTEMPTS, frame_is_private, load_root, no_slot, page_fault
 from pgemu_kernels.words.operations import (

@@ -12,15 +12,14 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U6, U9, U12, U63
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
+from pgemu_kernels.engine.memslots import find_memslot, first_binding, next_binding
 from pgemu_kernels.engine.properties import level_is_folios, splits_folios
 from pgemu_kernels.engine.rows import (
     block_row,
     broken,
-    find_memslot,
     find_vma,
     has_vm_property,
     inode_row,
-    memslot_row,
     root_of_kind,
     space_root,
     vm_row,
@@ -79,7 +78,6 @@ from pgemu_kernels.words.registers import (
     R_HSTATE,
     R_INODES,
     R_LARGE_FOLIOS,
-    R_MEMSLOTS,
     R_ORDER,
     R_POISONED_FRAMES,
     R_STEPPED,
@@ -106,7 +104,6 @@ from pgemu_kernels.words.rows import (
     M_BASE_GFN,
     M_FLAGS,
     M_INODE,
-    M_LIVE,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -291,11 +288,10 @@ def check_range(m, inode, start, end):
             slot, level = find_leaf(m, host_format(m), root, address >> U12)
             if slot != NONE:
                 check_host_leaf(m, row, address, level, m.ram[slot])
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] == U0 or state[slot + M_INODE] != inode:
-            continue
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
         check_slot_range(m, slot, start, end)
+        slot = next_binding(state, slot, start, end)
 
 
 @kernel

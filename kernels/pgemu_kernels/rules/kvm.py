@@ -5,7 +5,8 @@ from __future__ import annotations
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import pages_of
-from pgemu_kernels.engine.rows import find_memslot, inode_row, memslot_row, space_root, vm_row
+from pgemu_kernels.engine.memslots import find_memslot
+from pgemu_kernels.engine.rows import inode_row, memslot_row, space_root, vm_row
 from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_WRITE
 from pgemu_kernels.kvm.attributes import is_mixed, is_private

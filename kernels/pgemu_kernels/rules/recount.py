@@ -25,6 +25,7 @@ from pgemu_kernels.rules.invariants import check_block, check_host_leaf, expect,
 from pgemu_kernels.rules.kvm import check_leaf
 from pgemu_kernels.rules.processes import recount_of_process
 from pgemu_kernels.rules.references import check_folio, check_outside, check_pieces
+from pgemu_kernels.rules.slots import check_slots
 from pgemu_kernels.stage2.leaves import leaves_below
 from pgemu_kernels.tables.walker import is_large, is_present, stage2_format, table_of
 from pgemu_kernels.words.enum_words import (
@@ -348,6 +349,7 @@ def check(descriptor, owner, leaves, found):
         for space in range(state[R_SPACES]):
             check_space(m, space, owner, found)
         expect_gauge(m, GAUGE_CACHE_NODES, found[FOUND_NODES])
+    check_slots(m)
     stage2_tables = np.int64(0)
     for vm in range(state[R_VMS]):
         stage2_tables += check_vm(m, vm, owner, leaves)

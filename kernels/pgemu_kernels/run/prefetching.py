@@ -11,11 +11,11 @@ from pgemu_kernels.engine.bits import LOW16, NONE, U0, U1, U2, U3, U4, U6, U8, U
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.geometry import index_at
 from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.memslots import find_memslot
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.records import element, is_scattered
 from pgemu_kernels.engine.rows import (
     block_row,
-    find_memslot,
     find_vma,
     inode_row,
     overlap,

@@ -19,8 +19,9 @@ import numpy as np
 from pgemu_kernels.engine.bits import LOW8, LOW16, NONE, U0, U1, U8, U12, U32, U48
 from pgemu_kernels.engine.charge import begin_operation, charge_each, finish_operation, forget_last
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.memslots import find_memslot
 from pgemu_kernels.engine.records import element, load, operation_record, save_result
-from pgemu_kernels.engine.rows import find_memslot, find_vma, ordinary_inode, vm_row
+from pgemu_kernels.engine.rows import find_vma, ordinary_inode, vm_row
 from pgemu_kernels.rules.invariants import check_conserved
 from pgemu_kernels.words.enum_words import (
     EVENT_SYSCALL,

@@ -11,7 +11,8 @@ from pgemu_kernels.engine.bits import U0, U1, U2, U4, U512, population, trailing
 from pgemu_kernels.engine.charge import charge, charge_each, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import first_slot, inode_row, is_mirrored, memslot_row, overlap, vm_row
+from pgemu_kernels.engine.memslots import first_binding, next_binding
+from pgemu_kernels.engine.rows import inode_row, is_mirrored, overlap, vm_row
 from pgemu_kernels.stage2.leaves import split_cross_boundary_leafs, zap_roots
 from pgemu_kernels.stage2.regions import forget_pages, forget_zapped, vms_with_leaves
 from pgemu_kernels.words.enum_words import (
@@ -26,7 +27,6 @@ from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     R_FLUSHES_HELD,
     R_GUEST_FAULTS,
-    R_MEMSLOTS,
     R_NOTIFIER,
     R_STEPPED,
     R_UNFLUSHED_VMS,
@@ -36,7 +36,6 @@ from pgemu_kernels.words.rows import (
     FILTER_BOTH,
     FILTER_SHARED,
     I_PAGES,
-    M_NEXT,
     M_VM,
     S_VMS,
     S_WORDS,
@@ -88,22 +87,21 @@ def is_watched(state):
 def begin_slots(m, inode, start, end):
     """Begin an invalidation in every slot bound to pages [start, end)."""
     state = m.state
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
         gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last:
-            kvm_mmu_invalidate_begin(state, state[slot + M_VM], gfn, last)
+        kvm_mmu_invalidate_begin(state, state[slot + M_VM], gfn, last)
+        slot = next_binding(state, slot, start, end)
 
 
 @outlined
 def end_slots(m, inode, start, end):
     """End it, with the bindings that `begin_slots` saw: the invalidate_lock keeps them."""
     state = m.state
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last:
-            kvm_mmu_invalidate_end(state, state[slot + M_VM])
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
+        kvm_mmu_invalidate_end(state, state[slot + M_VM])
+        slot = next_binding(state, slot, start, end)
 
 
 @kernel
@@ -153,12 +151,12 @@ def zap_vm(m, vm, inode, start, end, kinds):
     """Drop a VM's leaves over pages [start, end) of an inode, to be flushed: how many."""
     state = m.state
     dropped = np.int64(0)
-    slot = first_slot(state, vm)
+    slot = first_binding(state, inode, start, end)
     while slot != U0:
-        gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last:
+        if state[slot + M_VM] == vm:
+            gfn, last = overlap(state, slot, inode, start, end)
             dropped += zap_slot(m, slot, gfn, last, kinds)
-        slot = state[slot + M_NEXT]
+        slot = next_binding(state, slot, start, end)
     if not leaves_some(m, U1 << vm, kinds):
         forget_zapped(m, vm, inode, start, end, dropped)
     return dropped
@@ -223,14 +221,14 @@ def split_of_vms(m, vms, inode, start, end):
     state = m.state
     while vms != U0:
         vm = trailing_zeros(vms)
-        slot = first_slot(state, vm) if is_mirrored(state, vm) else U0
+        slot = first_binding(state, inode, start, end) if is_mirrored(state, vm) else U0
         while slot != U0:
-            gfn, last = overlap(state, slot, inode, start, end)
-            if gfn < last:
+            if state[slot + M_VM] == vm:
+                gfn, last = overlap(state, slot, inode, start, end)
                 status = split_cross_boundary_leafs(m, state[vm_row(vm) + V_PRIVATE_ROOT], gfn, last)
                 if status != 0:
                     return status
-            slot = state[slot + M_NEXT]
+            slot = next_binding(state, slot, start, end)
         vms &= vms - U1
     return np.int64(0)
 
@@ -271,11 +269,12 @@ def flush_vm(m, vm):
 def retry_faults(m, space, inode, start, end):
     """An invalidation of pages [start, end) in a process's VMs begins and ends: faults in flight come again."""
     state = m.state
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last and state[vm_row(state[slot + M_VM]) + V_SPACE] == space:
-            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
+        row = vm_row(state[slot + M_VM])
+        if state[row + V_SPACE] == space:
+            state[row + V_SEQUENCE] += U1
+        slot = next_binding(state, slot, start, end)
 
 
 @kernel

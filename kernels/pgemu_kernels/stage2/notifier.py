@@ -6,13 +6,22 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095, population, trailing_zeros
 from pgemu_kernels.engine.charge import charge_each, charge_one
-from pgemu_kernels.engine.compile import outlined
-from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, overlap, vm_row
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.memslots import (
+    first_binding,
+    first_shown,
+    first_slot,
+    next_binding,
+    next_shown,
+    next_slot,
+    rebind_slot,
+)
+from pgemu_kernels.engine.rows import inode_row, overlap, vm_row
 from pgemu_kernels.stage2.invalidate import flush_vms, leaves_some, zap_slot
 from pgemu_kernels.stage2.regions import forget_zapped, vms_with_leaves
 from pgemu_kernels.stage2.tdp_mmu import mark_range
 from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL
-from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_MEMSLOTS, R_NOTIFIER
+from pgemu_kernels.words.registers import R_GUEST_FAULTS, R_MAPPINGS, R_NOTIFIER
 from pgemu_kernels.words.rows import (
     FILTER_BOTH,
     FILTER_PRIVATE,
@@ -23,7 +32,6 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_INODE,
     M_KIND,
-    M_NEXT,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -57,6 +65,23 @@ def leave_pages(m, slot, gfn, end):
     return dropped
 
 
+@kernel
+def leave_addresses(m, slot, start, end):
+    """Drop what a slot has over userspace addresses [start, end), to be flushed: how many leaves."""
+    state = m.state
+    base = state[slot + M_HVA]
+    first = max(start, base)
+    last = min(end, base + (state[slot + M_PAGES] << U12))
+    gfn = state[slot + M_BASE_GFN] + ((first - base) >> U12)
+    stop = state[slot + M_BASE_GFN] + ((last - base + U4095) >> U12)
+    if state[slot + M_KIND] != SLOT_USER:
+        return leave_pages(m, slot, gfn, stop)
+    row = vm_row(state[slot + M_VM])
+    state[row + V_SEQUENCE] += U1
+    mark_range(m, state[row + V_ROOT], gfn, stop)
+    return zap_slot(m, slot, gfn, stop, FILTER_SHARED)
+
+
 @outlined
 def notify_range(m, space, start, end):
     """A process is about to change its mapping of virtual addresses [start, end): its VMs drop what lies over them.
@@ -71,22 +96,13 @@ def notify_range(m, space, start, end):
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
     charge_each(m, EVENT_NOTIFIER_CALL, np.int64(population(vms)))
     dropped = np.int64(0)
-    for i in range(state[R_MEMSLOTS] if vms != U0 else U0):
-        slot = memslot_row(i)
-        if vms >> state[slot + M_VM] & U1 == U0:
-            continue
-        base = state[slot + M_HVA]
-        first = max(start, base)
-        last = min(end, base + (state[slot + M_PAGES] << U12))
-        if first < last:
-            gfn = state[slot + M_BASE_GFN] + ((first - base) >> U12)
-            stop = state[slot + M_BASE_GFN] + ((last - base + U4095) >> U12)
-            if state[slot + M_KIND] == SLOT_USER:
-                state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
-                mark_range(m, state[vm_row(state[slot + M_VM]) + V_ROOT], gfn, stop)
-                dropped += zap_slot(m, slot, gfn, stop, FILTER_SHARED)
-            else:
-                dropped += leave_pages(m, slot, gfn, stop)
+    while vms != U0:
+        vm = trailing_zeros(vms)
+        slot = first_shown(state, vm, start, end)
+        while slot != U0:
+            dropped += leave_addresses(m, slot, start, end)
+            slot = next_shown(state, slot, start, end)
+        vms &= vms - U1
     if dropped != 0:
         flush_vms(m)
 
@@ -103,11 +119,11 @@ def notify_release(m, space):
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
     while vms != U0:
         charge_one(m, EVENT_NOTIFIER_CALL)
-        slot = first_slot(state, trailing_zeros(vms))
+        slot = first_slot(state, trailing_zeros(vms), U0, NONE)
         while slot != U0:
             gfn = state[slot + M_BASE_GFN]
             zap_slot(m, slot, gfn, gfn + state[slot + M_PAGES], FILTER_BOTH)
-            slot = state[slot + M_NEXT]
+            slot = next_slot(state, slot, U0, NONE)
         vms &= vms - U1
     flush_vms(m)
     state[STATE_SPACES + space * _S_WORDS + S_VMS] = U0
@@ -125,12 +141,12 @@ def notify_inode(m, inode, start, end):
     state = m.state
     kinds = FILTER_SHARED if state[inode_row(inode) + I_FLAGS] & INODE_INIT_SHARED != U0 else FILTER_PRIVATE
     dropped = np.int64(0)
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
+    slot = first_binding(state, inode, start, end)
+    while slot != U0:
         gfn, last = overlap(state, slot, inode, start, end)
-        if gfn < last:
-            state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
-            dropped += zap_slot(m, slot, gfn, last, kinds)
+        state[vm_row(state[slot + M_VM]) + V_SEQUENCE] += U1
+        dropped += zap_slot(m, slot, gfn, last, kinds)
+        slot = next_binding(state, slot, start, end)
     if dropped != 0:
         flush_vms(m)
 
@@ -143,7 +159,7 @@ def unbind_inode(m, inode):
     """
     state = m.state
     notify_inode(m, inode, U0, U1 << U(52))
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_KIND] == SLOT_USER and state[slot + M_INODE] == inode:
-            state[slot + M_INODE] = NONE
+    slot = first_binding(state, inode, U0, NONE)
+    while slot != U0:
+        rebind_slot(state, slot, NONE, U0)
+        slot = first_binding(state, inode, U0, NONE)

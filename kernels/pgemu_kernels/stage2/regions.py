@@ -13,11 +13,12 @@ from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U4, U6, U9, U18
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import index_at, pages_of
 from pgemu_kernels.engine.handle import full_only
-from pgemu_kernels.engine.rows import first_slot, inode_row, overlap, vm_row
+from pgemu_kernels.engine.memslots import first_binding, next_binding
+from pgemu_kernels.engine.rows import inode_row, overlap, vm_row
 from pgemu_kernels.engine.shareability import mask_at
 from pgemu_kernels.stage2.leaves import leaves_below
 from pgemu_kernels.tables.walker import find_leaf, stage2_format, table_of
-from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_NEXT, V_PRIVATE_ROOT, V_ROOT
+from pgemu_kernels.words.rows import I_GIGABYTES, I_GUEST_BITS, I_PAGES, I_REGIONS, M_VM, V_PRIVATE_ROOT, V_ROOT
 
 U = np.uint64
 _INSIDE_1G = U((1 << 18) - 1)
@@ -156,12 +157,12 @@ any_root_may = full_only(either_root_may, only_root_may)
 def forget_region(m, vm, inode, first):
     """Clear a VM's bit of the region that begins at page `first` of an inode, if it has no leaf there."""
     state = m.state
-    slot = first_slot(state, vm)
+    slot = first_binding(state, inode, first, first + U512)
     while slot != U0:
         gfn, last = overlap(state, slot, inode, first, first + U512)
-        if gfn < last and any_root_may(m, vm_row(vm), gfn, last):
+        if state[slot + M_VM] == vm and any_root_may(m, vm_row(vm), gfn, last):
             return
-        slot = state[slot + M_NEXT]
+        slot = next_binding(state, slot, first, first + U512)
     state[state[inode_row(inode) + I_REGIONS] + (first >> U9)] &= ~(U1 << vm)
 
 

@@ -6,16 +6,24 @@ close() of the descriptor is not the end: a mapping holds its file, so .release 
 
 from __future__ import annotations
 
-from pgemu_kernels.engine.bits import NONE, U0
+from pgemu_kernels.engine.bits import NONE, U0, U1, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import inode_row, memslot_row, vm_row
+from pgemu_kernels.engine.memslots import (
+    first_binding,
+    first_slot,
+    next_binding,
+    next_slot,
+    place_slot,
+    rebind_slot,
+)
+from pgemu_kernels.engine.rows import inode_row, vm_row
 from pgemu_kernels.stage2.invalidate import (
     flush_vms,
     kvm_mmu_invalidate_begin,
     kvm_mmu_invalidate_end,
     zap_slot,
 )
-from pgemu_kernels.words.registers import R_MEMSLOTS
+from pgemu_kernels.words.registers import R_VMS
 from pgemu_kernels.words.rows import (
     A_END,
     A_NEXT,
@@ -26,17 +34,16 @@ from pgemu_kernels.words.rows import (
     I_VMAS,
     M_BASE_GFN,
     M_FLAGS,
-    M_HVA,
     M_INODE,
     M_KIND,
     M_LIVE,
     M_PAGES,
-    M_PGOFF,
     M_VM,
     RELEASED_PGOFF,
     SLOT_CLOSED,
     SLOT_GUEST_MEMFD,
     SLOT_RELEASED,
+    V_CLOSED_FILES,
     V_SPACE,
 )
 
@@ -68,16 +75,19 @@ def release_slot(m, slot):
     flush_vms(m)
     kvm_mmu_invalidate_end(state, vm)
     state[slot + M_FLAGS] |= SLOT_RELEASED
-    state[slot + M_PGOFF] = RELEASED_PGOFF
-    state[slot + M_HVA] = NONE
+    rebind_slot(state, slot, state[slot + M_INODE], RELEASED_PGOFF)
+    place_slot(state, slot, NONE)
 
 
 @outlined
 def release_file(m, vm, inode):
     """kvm_gmem_release() of a VM's file of an inode."""
-    for i in range(m.state[R_MEMSLOTS]):
-        if has_file(m.state, memslot_row(i), vm, inode):
-            release_slot(m, memslot_row(i))
+    slot = first_binding(m.state, inode, U0, RELEASED_PGOFF)
+    while slot != U0:
+        following = next_binding(m.state, slot, U0, RELEASED_PGOFF)
+        if has_file(m.state, slot, vm, inode):
+            release_slot(m, slot)
+        slot = following
 
 
 @outlined
@@ -92,29 +102,42 @@ def is_mapped_by(state, space, inode, start, end):
     return False
 
 
+@kernel
+def closed_by(state, space):
+    """The VMs of a process, a bit each, that closed a file while mappings held it."""
+    vms = U0
+    for vm in range(state[R_VMS]):
+        if state[vm_row(vm) + V_CLOSED_FILES] != U0 and state[vm_row(vm) + V_SPACE] == space:
+            vms |= U1 << vm
+    return vms
+
+
 @outlined
 def release_unmapped(m, space, inode):
     """A process's VMA of an inode is gone: files of its VMs that only it held are released."""
     state = m.state
-    if is_mapped_by(state, space, inode, U0, U0):
+    vms = closed_by(state, space)
+    if vms == U0 or is_mapped_by(state, space, inode, U0, U0):
         return
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if (
-            is_closed(state, slot)
-            and state[slot + M_INODE] == inode
-            and state[vm_row(state[slot + M_VM]) + V_SPACE] == space
-        ):
+    slot = first_binding(state, inode, U0, RELEASED_PGOFF)
+    while slot != U0:
+        following = next_binding(state, slot, U0, RELEASED_PGOFF)
+        if vms >> state[slot + M_VM] & U1 != U0 and is_closed(state, slot):
             release_slot(m, slot)
+        slot = following
 
 
 @outlined
 def waits_for_release(state, space, start, end):
     """Whether unmapping [start, end) of a process would release a file whose invalidate_lock somebody holds."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if is_closed(state, slot) and state[vm_row(state[slot + M_VM]) + V_SPACE] == space:
+    vms = closed_by(state, space)
+    while vms != U0:
+        slot = first_slot(state, trailing_zeros(vms), U0, NONE)
+        while slot != U0:
             inode = state[slot + M_INODE]
-            if state[inode_row(inode) + I_LOCK] != U0 and not is_mapped_by(state, space, inode, start, end):
+            locked = is_closed(state, slot) and state[inode_row(inode) + I_LOCK] != U0
+            if locked and not is_mapped_by(state, space, inode, start, end):
                 return True
+            slot = next_slot(state, slot, U0, NONE)
+        vms &= vms - U1
     return False

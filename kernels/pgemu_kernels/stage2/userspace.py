@@ -11,11 +11,13 @@ import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, population, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import first_slot, inode_row, memslot_row, vm_row, vma_overlap
-from pgemu_kernels.words.registers import R_MAPPINGS, R_MEMSLOTS, R_SPACES
+from pgemu_kernels.engine.memslots import first_binding, first_shown, next_binding, next_shown, place_slot
+from pgemu_kernels.engine.rows import inode_row, vm_row, vma_overlap, vma_row
+from pgemu_kernels.words.registers import R_INODES, R_MAPPINGS, R_SPACES, R_VMAS
 from pgemu_kernels.words.rows import (
     A_END,
     A_INODE,
+    A_LIVE,
     A_NEXT,
     A_PGOFF,
     A_SPACE,
@@ -30,8 +32,6 @@ from pgemu_kernels.words.rows import (
     M_HVA,
     M_INODE,
     M_KIND,
-    M_LIVE,
-    M_NEXT,
     M_PAGES,
     M_PGOFF,
     M_VM,
@@ -62,6 +62,13 @@ def place_in(state, row, slot):
 
 
 @kernel
+def pages_shown(state, row):
+    """Pages of its file that a VMA shows: (first, the one behind the last)."""
+    first = state[row + A_PGOFF]
+    return first, first + ((state[row + A_END] - state[row + A_START]) >> U12)
+
+
+@kernel
 def process_of(state, vm):
     """The process whose mm a VM watches, while both are alive; else NONE."""
     space = state[vm_row(vm) + V_SPACE]
@@ -85,13 +92,13 @@ def find_place(state, slot):
 @outlined
 def give_places(state, row):
     """A process maps pages of an inode: slots of its VMs over them that have no userspace address yet get theirs."""
-    for i in range(state[R_MEMSLOTS]):
-        slot = memslot_row(i)
-        if state[slot + M_LIVE] == U0 or state[slot + M_KIND] != SLOT_GUEST_MEMFD or state[slot + M_HVA] != NONE:
-            continue
+    start, end = pages_shown(state, row)
+    slot = first_binding(state, state[row + A_INODE], start, end)
+    while slot != U0:
         ours = process_of(state, state[slot + M_VM]) == state[row + A_SPACE]
-        if ours and state[slot + M_INODE] == state[row + A_INODE]:
-            state[slot + M_HVA] = place_in(state, row, slot)
+        if ours and state[slot + M_KIND] == SLOT_GUEST_MEMFD and state[slot + M_HVA] == NONE:
+            place_slot(state, slot, place_in(state, row, slot))
+        slot = next_binding(state, slot, start, end)
 
 
 # --------------------------------------------------------------------------- whom unmapping concerns
@@ -116,20 +123,38 @@ def shows_other_pages(state, row, slot):
 
 @kernel
 def shows_elsewhere(state, row, vms):
-    """The same of the slots of some VMs, a bit each."""
-    elsewhere = False
+    """The same of any slot of some VMs, a bit each: of those at its addresses, and of those of its pages."""
+    start, end = pages_shown(state, row)
+    slot = first_binding(state, state[row + A_INODE], start, end)
+    while slot != U0:
+        if vms >> state[slot + M_VM] & U1 != U0 and shows_other_pages(state, row, slot):
+            return True
+        slot = next_binding(state, slot, start, end)
     while vms != U0:
-        slot = first_slot(state, trailing_zeros(vms))
+        vm = trailing_zeros(vms)
+        slot = first_shown(state, vm, state[row + A_START], state[row + A_END])
         while slot != U0:
-            elsewhere |= shows_other_pages(state, row, slot)
-            slot = state[slot + M_NEXT]
+            if shows_other_pages(state, row, slot):
+                return True
+            slot = next_shown(state, slot, state[row + A_START], state[row + A_END])
         vms &= vms - U1
-    return elsewhere
+    return False
+
+
+@outlined
+def survey_slot(state, slot):
+    """A slot came, with its userspace address: surveys made before hear of it."""
+    space = process_of(state, state[slot + M_VM])
+    for i in range(state[R_VMAS] if space != NONE else U0):
+        row = vma_row(i)
+        of_file = state[row + A_LIVE] != U0 and state[row + A_INODE] < state[R_INODES]
+        if of_file and state[row + A_SPACE] == space and shows_other_pages(state, row, slot):
+            state[inode_row(state[row + A_INODE]) + I_ELSEWHERE] = U1
 
 
 @outlined
 def survey(state, inode):
-    """Find out anew whom it concerns that pages leave every process: VMAs, VMs or slots are not those of before."""
+    """Find out anew whom it concerns that pages leave every process: VMAs or VMs are not those of before."""
     node = inode_row(inode)
     first = U0
     last = NONE
@@ -138,10 +163,11 @@ def survey(state, inode):
     elsewhere = False
     row = state[node + I_VMAS]
     while row != U0:
-        first = max(first, state[row + A_PGOFF])
-        last = min(last, state[row + A_PGOFF] + ((state[row + A_END] - state[row + A_START]) >> U12))
+        start, end = pages_shown(state, row)
+        first = max(first, start)
+        last = min(last, end)
         vms = state[STATE_SPACES + state[row + A_SPACE] * _S_WORDS + S_VMS]
-        elsewhere |= shows_elsewhere(state, row, vms)
+        elsewhere = elsewhere or shows_elsewhere(state, row, vms)
         told |= vms
         calls += population(vms)
         row = state[row + A_NEXT]

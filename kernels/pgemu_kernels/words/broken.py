@@ -23,9 +23,10 @@ class Broken(IntEnum):
     REFERENCES = 10  # restructure: refcount or mapcount differs from the mappings
     WRONG_ROOT = 11  # a leaf to a page of the other kind than its root is for
     PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
-    STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     POISON_MAPPED = 13  # an entry counts a page that memory failure has unmapped
+    STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
+    SLOTS = 16  # a memory slot that its VM or its inode does not find, or finds elsewhere
 
 
 BROKEN_RULES = 32  # room in the table of findings

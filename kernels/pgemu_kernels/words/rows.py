@@ -56,6 +56,7 @@ I_ELSEWHERE = U(28)  # and 1 where a slot of these VMs shows other pages at a VM
 I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
 I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
 I_GENERATION = U(29)  # ordinary files: how many files this row was before
+I_SLOTS = U(30)  # memory slots bound to its pages, by these: a tree (engine/memslots.py)
 I_WORDS = 32
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
@@ -278,7 +279,7 @@ V_SEQUENCE = U(2)  # mmu_invalidate_seq
 V_IN_PROGRESS = U(3)  # mmu_invalidate_in_progress
 V_RANGE_START = U(4)  # gfn
 V_RANGE_END = U(5)
-V_SLOTS = U(6)  # row of the slot made last, from which the others follow; 0 = none
+V_SLOTS = U(6)  # its slots by guest frame: a tree (engine/memslots.py)
 V_PROTECTED = U(7)  # 1: the VM has private memory: deleting a slot drops its leaves only
 V_BIND_HVA = U(8)  # userspace address + 1 of the slot that the next BIND makes; 0: see stage2/userspace.py
 V_ATTRIBUTES = U(9)  # root of the memory attributes, a radix tree by guest frame; 0 = none
@@ -291,6 +292,10 @@ V_BIND_OFFSET = U(14)
 V_PRIVATE_ROOT = U(16)  # root of private memory: V_ROOT, or that of the mirror (VmProperty.MIRRORED)
 V_PROPERTIES = U(17)  # VmProperty
 V_PRIVATE_LEVEL = U(18)  # of the largest leaf over private memory
+V_SLOTS_BY_HVA = U(19)  # its slots that have a userspace address, by that: a tree
+V_SLOT_IDS = U(20)  # its slots that have a number, by that: a tree
+V_SLOT_COUNT = U(21)
+V_CLOSED_FILES = U(22)  # 1: a file of its was closed while mappings held it: stage2/release.py
 V_WORDS = 32
 
 # counts[frame] of a stage-2 table, beside how many leaves are below: bits of what KVM keeps in kvm_mmu_page
@@ -302,6 +307,16 @@ TABLE_LEAVES = U((1 << 30) - 1)
 FILTER_SHARED = U(1)
 FILTER_PRIVATE = U(2)
 FILTER_BOTH = U(3)
+
+# nodes of interval trees: engine/interval_tree.py
+T_START = U(0)
+T_END = U(1)
+T_MOST = U(2)  # the farthest T_END at the node and below
+T_LEFT = U(3)  # nodes, 0 = none
+T_RIGHT = U(4)
+T_PARENT = U(5)
+T_MOST_LEFT = U(6)  # T_MOST of the left one, 0 = none: so that a search looks at one cache line for each node
+T_WORDS = 8
 
 # memslots
 M_BASE_GFN = U(0)
@@ -315,7 +330,7 @@ M_HVA = U(7)  # userspace address of the first page; SLOT_GUEST_MEMFD: for the n
 M_FLAGS = U(8)  # SLOT_LOG_DIRTY_PAGES, SLOT_READ_ONLY, SLOT_HAS_GUEST_MEMFD
 M_DIRTY = U(9)  # root of the dirty bitmap, a radix tree by page of the slot; 0 = none
 M_ID = U(10)  # SLOT_USER: userspace's number of the slot
-M_NEXT = U(11)  # row of the VM's next slot; 0 = none
+M_NEXT_FREE = U(11)  # of a row that is no slot's: the next such row, 0 = none (R_FREE_MEMSLOT)
 M_WORDS = 16
 SLOT_GUEST_MEMFD = U(0)  # over an inode of the two designs
 SLOT_USER = U(1)  # a process's memory; with SLOT_HAS_GUEST_MEMFD private pages come from M_INODE
@@ -391,7 +406,7 @@ INODES = 64
 SPACES = 64
 VMS = 64  # a bit each in a word of I_REGIONS
 VMAS = 1024
-MEMSLOTS = 1024
+MEMSLOTS = SLOT_IDS + 1024  # all that KVM has for one VM, and some for others; rows that nobody uses take no memory
 
 STATE_FORMATS = U(R_WORD_COUNT)
 STATE_OPS = U(STATE_FORMATS + FORMATS * F_WORDS)
@@ -401,8 +416,7 @@ STATE_INODES = U(
 STATE_SPACES = U(STATE_INODES + INODES * I_WORDS)
 STATE_VMS = U(STATE_SPACES + SPACES * S_WORDS)
 STATE_VMAS = U(STATE_VMS + VMS * V_WORDS)
-STATE_MEMSLOTS = U(STATE_VMAS + VMAS * A_WORDS)
-STATE_HSTATES = U(STATE_MEMSLOTS + MEMSLOTS * M_WORDS)
+STATE_HSTATES = U(STATE_VMAS + VMAS * A_WORDS)
 STATE_SMALL = U(STATE_HSTATES + HSTATES * H_WORDS)
 STATE_FREE_AREAS = U(STATE_SMALL + H_WORDS)  # [node][order]: next, prev of zone->free_area[order].free_list
 STATE_PCP = U(STATE_FREE_AREAS + NODES * FREE_ORDERS * 2)  # [node]: next, prev of a zone's per_cpu_pages list
@@ -417,4 +431,11 @@ STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, 
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
 STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
 STATE_FAILURE = U(STATE_FROZEN + FROZEN * Z_WORDS)
-STATE_SIZE = int(STATE_FAILURE) + MF_WORDS
+STATE_MEMSLOTS = U(-(-(int(STATE_FAILURE) + MF_WORDS) // 8) * 8)  # a cache line for each node
+# Nodes (T_*) of every slot's row in the trees of its VM and of its inode: engine/memslots.py. Those of one kind of tree
+# lie close to each other, as a search goes through many.
+STATE_BY_GFN = U(int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS)
+STATE_BY_INODE = U(int(STATE_BY_GFN) + MEMSLOTS * T_WORDS)
+STATE_BY_HVA = U(int(STATE_BY_INODE) + MEMSLOTS * T_WORDS)
+STATE_BY_ID = U(int(STATE_BY_HVA) + MEMSLOTS * T_WORDS)
+STATE_SIZE = int(STATE_BY_ID) + MEMSLOTS * T_WORDS

@@ -171,12 +171,13 @@ class _Parser:
         handlers, tokens, beginnings = self._handlers, self._tokens, self._beginnings
         point, end, unit, separator = self._columns
         width = len(separator)
-        number = self._line
+        line, number = last, self._line + len(lines) + 1
         events = 0
         try:
             if last:
-                self._check_last(last, self._line + len(lines) + 1)
+                self._check_last(last, number)
                 lines.append(last)
+            number = self._line
             for line in lines:
                 number += 1
                 task, time = beginnings.get(line[:point], _NO_TASK)

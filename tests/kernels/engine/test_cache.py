@@ -18,6 +18,8 @@ from pgemu_kernels.engine import ahead, machine_code
 from pgemu_kernels.engine.progress import Progress, progress
 from small_package import COMPILES, INTO_MEMORY, WARM, Outcome, Package, outcome, whole
 
+pytestmark = pytest.mark.same_with_checks
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Package:

@@ -13,6 +13,8 @@ import pytest
 from fuzzing import Random, attacked, mutated, rounds
 from pgemu_kernels.engine import machine_code
 
+pytestmark = pytest.mark.same_with_checks
+
 STAMP = "a" * 64
 NAME = "run-0123"
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE, errno.ESTALE)

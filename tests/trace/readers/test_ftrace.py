@@ -10,9 +10,12 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from pgemu.errors import InputError
+from pgemu.trace import load
 from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES, Input
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.readers.ftrace import _Parser, read
+
+pytestmark = pytest.mark.same_with_checks
 
 FAULT = "kvm_page_fault: vcpu 3 rip 0x10 address 0x0000000000084123 error_code 0x100000006"
 HEAD = "  CPU 3/KVM-61883   [078] .....     5.250001: "
@@ -297,3 +300,12 @@ def test_a_message_is_short_however_long_the_line(length: int, event: str) -> No
         parse(f"{HEAD}{FAULT}\n{HEAD}{event}{'z' * length}\n")
     except InputError as error:
         assert len(str(error)) < 400  # noqa: PT017
+
+
+def test_a_last_line_that_is_none_and_lacks_its_newline_is_named(tmp_path: Path) -> None:
+    """What is wrong is found before the first line is read."""
+    path = tmp_path / "cut"
+    line = " CPU 1/KVM-127 [119] ...1 2.769275: kvm_entry: vcpu 0"
+    path.write_text(f" CPU 1/KVM-127 [119] ...1 1.769275: kvm_entry: vcpu 0\n{'0' * 90}{line}")
+    with pytest.raises(InputError, match=r"cut:2: something stands in front of the task's name: '0+'.*\(head -n -1\)"):
+        load(path)

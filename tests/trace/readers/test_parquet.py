@@ -20,6 +20,8 @@ from pgemu.trace import GivenSlot, Lowered, LoweringOptions, Operation, Records,
 from pgemu.trace.readers import parquet
 from pgemu.trace.schema import ACTOR_LIMIT, DTYPES
 
+pytestmark = pytest.mark.same_with_checks
+
 BOOT = workload.open("tdx-boot")
 
 CODES = st.sampled_from([int(operation) for operation in Operation])
