@@ -53,12 +53,9 @@ def _array(value: Any) -> Array:
     if not isinstance(value, np.ndarray | range) and any(isinstance(one, bool | np.bool_) for one in value):
         raise TypeError
     try:
-        found = integers(value)
+        return integers(value)
     except (ValueError, OverflowError):  # rows of several lengths, numbers beyond every type
         raise TypeError from None
-    if found.size and found.dtype.kind not in "uiO":  # of an empty list NumPy makes floats; O: numbers past 64 bits
-        raise TypeError
-    return found
 
 
 def _one_or_array(value: Any) -> Array:
