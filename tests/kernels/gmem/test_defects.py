@@ -724,7 +724,7 @@ def test_a_cut_inside_a_1g_entry_of_a_device(kernel: str, has: bool, aligned: bo
     never = has and not aligned
     for cut in (process.munmap(at, M2), process.protect(at, M2, 1)):
         assert cut.status in ((-W.NEVER,) if never else (0, -W.ENOMEM))  # what was unmapped is a hole
-    assert process.walk(va)[-1][0] == (3 if never else 2)
+    assert process.walk(va)[-1][2] & 1 == never  # a large entry that is cut goes whole
     assert process.touch(va).detail == (3 if never else 2)
     assert machine.check() == 0, machine.broken
 
