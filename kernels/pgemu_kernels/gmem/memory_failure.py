@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.rows import clear_words, inode_row
 from pgemu_kernels.folios.anonymous_folios import is_of_anonymous_folio
 from pgemu_kernels.folios.buddy import take_page_off_buddy
@@ -23,7 +22,6 @@ from pgemu_kernels.folios.folio import (
     HUGETLB_MIGRATABLE,
     INDEX,
     MAPPING,
-    NO_MAPCOUNT,
     ONE_CACHED,
     PG_DIRTY,
     PRIVATE,
@@ -37,19 +35,17 @@ from pgemu_kernels.folios.hstate import hstate_of_order, in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge, huge_mapcount, is_anonymous, level_of_order
 from pgemu_kernels.folios.hugetlb import head_of, inode_at
 from pgemu_kernels.folios.large_folios import head_and_order, split_to_pages
-from pgemu_kernels.folios.page_allocator import has_poison, is_block_free, mark_free, take_block_at
+from pgemu_kernels.folios.page_allocator import is_block_free, take_block_at
 from pgemu_kernels.folios.page_cache import cache_find, cache_next
 from pgemu_kernels.folios.poison import (
     count_poisoned,
-    forget_poison,
     hold_by_failure,
     is_folio_poisoned,
-    is_held_by_failure,
     poison,
 )
 from pgemu_kernels.gmem.large_holes import unmap_folio
 from pgemu_kernels.gmem.lru import lru_drain_all
-from pgemu_kernels.gmem.references import drop, is_designs
+from pgemu_kernels.gmem.references import is_designs
 from pgemu_kernels.process.memory_failure import (
     count_failure,
     kill_procs_of_file,
@@ -87,7 +83,6 @@ from pgemu_kernels.words.registers import (
     R_FAILURE_HUGE,
     R_FAILURE_PFN,
     R_FRAMES,
-    R_HW_FAILURE,
     R_HWPOISON,
     R_INODES,
     R_MF_DELAYED,
@@ -467,76 +462,3 @@ def memory_failure(m, pfn, required, early, counted):
     status = np.int64(by_kind(m, pfn, required, early, counted))
     m.state[STATE_FAILURE + MF_STATUS] = U(status)
     return status
-
-
-# --------------------------------------------------------------------------- and back
-
-
-@outlined
-def unpoison_huge(m, head):
-    """The same of a HugeTLB page: 0 or -EBUSY."""
-    page = struct_page(m, head)
-    pages = U1 << order_of(m, head)
-    ours = is_designs(m, head, page)
-    if not is_folio_poisoned(m, head):
-        return np.int64(-EBUSY)
-    free = m.ram[page + PRIVATE] & HUGETLB_FREED != U0
-    if not free and (reference_count(m.ram, page) > U1 or m.ram[page + MAPPING] != U0):
-        return np.int64(-EBUSY)
-    forget_poison(m, head, pages)
-    if not free and ours and is_held_by_failure(m, head):
-        hold_by_failure(m, head, U0)
-        drop(m, head, U1)
-    elif not free and not ours and reference_count(m.ram, page) == U1:
-        add_references(m.ram, page, ~U0)
-        give_back_huge(m, head)
-    return np.int64(0)
-
-
-@outlined
-def unpoison_in_zone(m, pfn):
-    """The same of a frame with a struct page: 0 or -EBUSY."""
-    state = m.state
-    head = head_of(m, pfn)
-    if head != NONE:
-        return unpoison_huge(m, head)
-    page = struct_page(m, pfn)
-    if not is_folio_poisoned(m, pfn) or reference_count(m.ram, page) > U1:
-        return np.int64(-EBUSY)
-    if mappings(m.ram, page) != U0 or m.ram[page + MAPPING] != U0:
-        return np.int64(-EBUSY)
-    m.ram[page + FLAGS] &= ~state[R_HWPOISON]
-    count_poisoned(state, ~U0)
-    if is_held_by_failure(m, pfn):
-        hold_by_failure(m, pfn, U0)
-        drop(m, pfn, U1)
-    elif state[R_ORDER] != U0 and m.ram[page + COUNTS] == ONE_CACHED and not has_poison(m, pfn & ~U511):
-        m.ram[page + COUNTS] = NO_MAPCOUNT
-        mark_free(m, pfn & ~U511)
-    return np.int64(0)
-
-
-@outlined
-def unpoison_ordinary(m, pfn):
-    """The same of a frame of ordinary memory."""
-    state = m.state
-    word = U(m.counts[pfn])
-    if state[R_POISONED_FRAMES] == U0 or word != PAGE_POISONED:
-        return np.int64(-EBUSY)
-    m.counts[pfn] = np.uint32(0)
-    state[R_POISONED_FRAMES] -= U1
-    count_poisoned(state, ~U0)
-    put_frame(m, pfn)
-    return np.int64(0)
-
-
-@outlined
-def unpoison_memory(m, pfn):
-    """unpoison_memory(): 0; -EBUSY of a page that is not poisoned, or that anybody but memory failure holds;
-    -EOPNOTSUPP after a failure that was not injected; -ENXIO without a struct page."""
-    state = m.state
-    if not in_zone(state, pfn) and pfn >= state[R_FRAMES]:
-        return np.int64(-ENXIO)
-    if state[R_HWPOISON] == U0 or state[R_HW_FAILURE] != U0:
-        return np.int64(-EOPNOTSUPP)
-    return unpoison_in_zone(m, pfn) if in_zone(state, pfn) else unpoison_ordinary(m, pfn)

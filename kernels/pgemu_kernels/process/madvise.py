@@ -15,9 +15,10 @@ from pgemu_kernels.engine.rows import inode_row, space_root, stop, vma_row
 from pgemu_kernels.process.entries import GUARD
 from pgemu_kernels.process.fault import madvise_populate, mm_populate
 from pgemu_kernels.process.record import has_ended, protection, rounded
+from pgemu_kernels.process.rights import change_protection
 from pgemu_kernels.process.tables import gather_begin, gather_flush, lookup_address, need_slot, reclaim_level1_tables
 from pgemu_kernels.process.vma import next_vma, prepare_anon_vma, vma_merge
-from pgemu_kernels.process.zapping import KEEPS_GUARDS, change_protection, cut_range, drop_large_pfn, zap_vma
+from pgemu_kernels.process.zapping import KEEPS_GUARDS, cut_range, drop_large_pfn, zap_vma
 from pgemu_kernels.words.enum_words import FLAG_LOCKED_TOO, FLAG_MADVISE, FLAG_WRITE, OP_GUARD_INSTALL
 from pgemu_kernels.words.operations import EACCES, EINVAL, ENOMEM
 from pgemu_kernels.words.registers import R_DONTNEED_FREES_TABLES, R_DONTNEED_PFNMAP, R_FULL, R_GUARDS, R_VMAS

@@ -1,4 +1,4 @@
-"""Entries of a process cleared or given other rights: munmap, MADV_DONTNEED, mprotect, truncation.
+"""Entries of a process cleared: munmap, MADV_DONTNEED, truncation. Other rights are rights.py's.
 
 What the designs' mappings have is all that the fast loops compile; other kinds are for a machine in full.
 """
@@ -27,10 +27,10 @@ from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, remove_mapping, struct_p
 from pgemu_kernels.folios.hstate import hstate_of_order
 from pgemu_kernels.folios.huge_pages import is_anonymous, level_of_order, unmap_huge
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_PRESENT, PTE_SAVED_DIRTY, PTE_SPECIAL
-from pgemu_kernels.process.anonymous import is_anon_exclusive, unmap_page
-from pgemu_kernels.process.entries import holds_page, is_hwpoison, make_writable, modify, pte_pfn, vm_page_prot
+from pgemu_kernels.process.anonymous import unmap_page
+from pgemu_kernels.process.entries import holds_page, is_hwpoison, pte_pfn
 from pgemu_kernels.process.guest_memfd_4k import set_folio_dirty
-from pgemu_kernels.process.huge_memory import change_huge_pmd, split_and_notify
+from pgemu_kernels.process.huge_memory import split_and_notify
 from pgemu_kernels.process.huge_pmd import is_huge_anonymous, zap_huge_pmd
 from pgemu_kernels.process.tables import (
     gather,
@@ -43,13 +43,11 @@ from pgemu_kernels.process.tables import (
     space_row,
 )
 from pgemu_kernels.process.vma import first_vma, huge_order, notify, split_vma, unshare_table
-from pgemu_kernels.stage2.notifier import notify_range
 from pgemu_kernels.stage2.regions import vms_with_leaves
 from pgemu_kernels.stage2.userspace import goes_by_address
 from pgemu_kernels.tables.walker import count_host_leaf
 from pgemu_kernels.words.enum_words import (
     EVENT_LEAF_CLEARED,
-    EVENT_LEAF_WRITTEN,
     EVENT_NOTIFIER_CALL,
     EVENT_RMAP_CHANGED,
     GAUGE_HOST_LEAVES_4K,
@@ -61,7 +59,6 @@ from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
     A_NEXT,
-    A_PROT,
     A_RESERVED,
     A_SPACE,
     A_START,
@@ -74,11 +71,9 @@ from pgemu_kernels.words.rows import (
     I_PAGES,
     I_TOLD,
     INODE_GUEST_MEMFD,
-    PROT_WRITE,
     S_RSS,
     VM_PFNMAP,
     VM_RESERVATION_OWNER,
-    VM_SHARED,
     VMA_GUEST_MEMFD,
     VMA_HUGETLB,
 )
@@ -278,7 +273,7 @@ def _is_reserved_again(m, row, h, head):
     return owned and m.state[h + H_SURPLUS] == U0
 
 
-def _over_huge_pages(visit: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+def over_huge_pages(visit: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
     """A walk (m, row, start, end) over the entries of a HugeTLB VMA that hold a page; a shared table is let go of.
 
     other: (m, slot) for entries of poisoned pages.
@@ -323,7 +318,7 @@ def _clear_poison(m, slot):
     m.ram[slot] = U0
 
 
-_zap_huge = _over_huge_pages(_zap_huge_entry, _clear_poison)  # __unmap_hugepage_range()
+_zap_huge = over_huge_pages(_zap_huge_entry, _clear_poison)  # __unmap_hugepage_range()
 
 
 @kernel
@@ -439,86 +434,3 @@ def cut_range(m, row, start, end):
         status, _upper = cut_vma(m, row, end)
     gather_flush(m, m.state[row + A_SPACE])
     return status, row
-
-
-# --------------------------------------------------------------------------- other rights
-
-
-@kernel
-def _changed(m, row, entry, bits, level):
-    """An entry with the VMA's new rights; a private page of this mapping alone becomes writable at once.
-
-    mm/mprotect.c:change_pte_range(), can_change_pte_writable().
-    """
-    value = modify(entry, bits, PTE_LARGE if level > U1 else U0, PTE_ADDRESS & ~(size_of(level) - U1))
-    state = m.state
-    if state[row + A_FLAGS] & VM_SHARED == U0 and state[row + A_PROT] & PROT_WRITE != U0 and level == U1:
-        if value & PTE_SPECIAL == U0 and is_anon_exclusive(m, pte_pfn(value)):
-            return make_writable(value)
-    return value
-
-
-@outlined
-def _protect_small(m, row, start, end):
-    """change_protection_range() of a VMA that is not HugeTLB; a large entry of which only a part changes is dropped,
-    one of anonymous memory split."""
-    root = space_root(m.state, m.state[row + A_SPACE])
-    bits = vm_page_prot(m.state, row)
-    changed = np.int64(0)
-    address = start
-    while address < end:
-        slot, level = lookup_address(m, root, address)
-        if level > U1:
-            size = size_of(level)
-            first = address & ~(size - U1)
-            if holds_page(m.ram[slot]):
-                part = address != first or first + size > end
-                if is_huge_anonymous(m.state, row, m.ram[slot], level):
-                    if part:
-                        split_and_notify(m, row, slot, address)
-                        continue
-                    change_huge_pmd(m, row, slot)
-                    gather(m, address, level)
-                elif part:
-                    drop_large_pfn(m, row, address, level)
-                else:
-                    m.ram[slot] = _changed(m, row, m.ram[slot], bits, level)
-                    changed += 1
-                    gather(m, address, level)
-            address = first + size
-            continue
-        stop = min(end, (address & ~(size_of(U2) - U1)) + size_of(U2))
-        while address < stop:
-            entry = m.ram[slot]
-            if entry != U0 and holds_page(entry):
-                m.ram[slot] = _changed(m, row, entry, bits, U1)
-                changed += 1
-                gather(m, address, U1)
-            slot += U1
-            address += U(4096)
-    charge(m, EVENT_LEAF_WRITTEN, changed)
-
-
-@kernel
-def _leave_poison(m, slot):
-    """hugetlb_change_protection() changes nothing of it."""
-
-
-@kernel
-def _protect_huge_entry(m, row, slot, level):
-    m.ram[slot] = modify(m.ram[slot], vm_page_prot(m.state, row), PTE_LARGE, PTE_ADDRESS)
-    charge_one(m, EVENT_LEAF_WRITTEN)
-
-
-# hugetlb_change_protection(): where a table was shared the next access builds one with the new rights.
-_protect_huge = _over_huge_pages(_protect_huge_entry, _leave_poison)
-
-
-@outlined
-def change_protection(m, row, start, end):
-    """Give the entries of [start, end) of a VMA the rights that its row has by now, after KVM was told."""
-    notify_range(m, m.state[row + A_SPACE], start, end)
-    if m.state[row + A_KIND] == VMA_HUGETLB:
-        _protect_huge(m, row, start, end)
-    else:
-        _protect_small(m, row, start, end)

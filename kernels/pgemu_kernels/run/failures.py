@@ -19,8 +19,9 @@ from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.folios.poison import is_folio_poisoned
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.host_entries import counted_view
-from pgemu_kernels.gmem.memory_failure import NOBODY, cached_at, memory_failure, unpoison_memory
+from pgemu_kernels.gmem.memory_failure import NOBODY, cached_at, memory_failure
 from pgemu_kernels.gmem.references import is_designs
+from pgemu_kernels.gmem.unpoison import unpoison_memory
 from pgemu_kernels.process.entries import holds_page, leaf_pfn
 from pgemu_kernels.process.fault import fault_in_page
 from pgemu_kernels.process.memory_failure import try_to_migrate

@@ -684,11 +684,11 @@ def test_numbers_are_no_aliases() -> None:
     assert max(W.Broken) < W.BROKEN_RULES
 
 
-def test_every_defect_but_one_explains_a_broken_rule() -> None:
+def test_every_defect_but_two_explains_a_broken_rule() -> None:
     explained = W.Defect(0)
     for defects in W.RULE_EXPLAINED_BY.values():
         explained |= defects
-    assert {defect.name for defect in W.Defect if not defect & explained} == {"ALLOCATION_RACE"}
+    assert {defect.name for defect in W.Defect if not defect & explained} == {"ALLOCATION_RACE", "CUT_HUGE_PFN"}
 
 
 def test_a_finding_that_no_active_defect_explains() -> None:
@@ -724,7 +724,7 @@ def test_a_cut_inside_a_1g_entry_of_a_device(kernel: str, has: bool, aligned: bo
     never = has and not aligned
     for cut in (process.munmap(at, M2), process.protect(at, M2, 1)):
         assert cut.status in ((-W.NEVER,) if never else (0, -W.ENOMEM))  # what was unmapped is a hole
-    assert process.walk(va)[-1][0] == (3 if never else 2)
+    assert process.walk(va)[-1][2] & 1 == never  # a large entry that is cut goes whole
     assert process.touch(va).detail == (3 if never else 2)
     assert machine.check() == 0, machine.broken
 
