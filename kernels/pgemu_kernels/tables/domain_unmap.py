@@ -12,7 +12,7 @@ from pgemu_kernels.tables.domain_entries import clear_entry, clear_leaf, drop_ta
 from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_valid, leaf_shift
 from pgemu_kernels.tables.edit_tree import descend, find, load_entry, owe_flush, release_table
 from pgemu_kernels.tables.walker import table_of
-from pgemu_kernels.words.table_words import F_LEVELS, F_PAGE_SIZES, F_UNMAP_RULE
+from pgemu_kernels.words.table_words import E_CHANGED, E_CLEARED, F_LEVELS, F_PAGE_SIZES, F_UNMAP_RULE
 
 U = np.uint64
 RULE_STOPS = U(UnmapRule.STOPS)
@@ -70,9 +70,15 @@ def unmap_until_hole(e, f, address, length):
             if address + went & (U1 << shift) - U1 != U0:
                 stopped = True
                 break
-            clear_leaf(e, f, slot, level, value)
+            entries = U1 << shift - shift_of(level)
+            if entries == U1:
+                clear_entry(e, slot, level)
+                e.request[E_CLEARED] += U1
+                e.request[E_CHANGED] += U1
+            else:
+                clear_leaf(e, f, slot, level, value)
             went += U1 << shift
-            slot += U1 << shift - shift_of(level)
+            slot += entries
             if went >= length or slot & U511 == U0:
                 break
             value = load_entry(e, slot, level)
