@@ -189,6 +189,11 @@ def arm_fault(status, level):
 
 
 @kernel
+def is_vtd(state, f):
+    return state[f + F_FAMILY] == _VTD
+
+
+@kernel
 def vtd_reason(status, denied):
     """Fault reason of legacy mode; `denied` is that of an access which an entry does not let through.
 
@@ -224,7 +229,7 @@ def fault_code(state, f, access, x, status, level, rights, denied):
         return error | (rights & _LOW3) << U3 | user >> U4
     if family == _ARM64:
         return error | arm_fault(status, level)
-    if family == _VTD:
+    if is_vtd(state, f):
         return vtd_reason(status, error)
     if family == _AMD_IOMMU:
         return error | amd_flags(status)
