@@ -148,3 +148,81 @@ class Domains(RuleBasedStateMachine):
 
 TestDomains = Domains.TestCase
 TestDomains.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+# --------------------------------------------------------------------------- many mappings, every format
+
+MAPPINGS = 100_000
+FORMATS: list[tuple[str, dict[str, Any]]] = [
+    ("vtd-s2", {"levels": levels, "kernel": kernel}) for levels, kernel in ((3, "7.3"), (4, "6.12"), (5, "6.18"))
+]
+FORMATS += [("vtd-s2", {"superpages": 0}), ("amd-v1", {}), ("amd-v1", {"kernel": "6.12"}), ("amd-v1", {"levels": 6})]
+
+
+def read_physical(table: PageTable, addresses: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Any]:
+    """Physical addresses and sizes of the pages that addresses are mapped by, each walked in the words; 0 for none."""
+    u = np.uint64
+    ram, levels, vtd = table.machine.arrays.ram, table.format.levels, table.format.name.startswith("vtd")
+    tables = np.full(addresses.size, table.root, u)
+    physical, sizes = np.zeros(addresses.size, u), np.zeros(addresses.size, u)
+    rest = np.arange(addresses.size)
+    for level in range(levels, 0, -1):
+        index = addresses[rest] >> u(12 + 9 * (level - 1)) & u(511)
+        entries = ram[(tables[rest] // u(8) + index).astype(np.int64)]
+        present = entries & u(3 if vtd else 1) != 0
+        rest, entries = rest[present], entries[present]
+        field = entries >> u(9) & u(7)
+        leaf = np.full(rest.size, level == 1) | (entries & u(0x80) != 0 if vtd else (field == 0) | (field == 7))
+        size = np.full(rest.size, size_of(level), u)
+        if not vtd:
+            for bits in range(13, 52):
+                # Ones from bit 12 on below the half of the size, and a zero there.
+                half = 1 << bits - 1
+                coded = entries & u(half | (half - 1) & ADDRESS) == u((half - 1) & ADDRESS)
+                size[(field == 7) & coded] = 1 << bits
+        at = rest[leaf]
+        sizes[at] = size[leaf]
+        inside = size[leaf] - u(1)
+        physical[at] = entries[leaf] & u(ADDRESS) & ~inside | addresses[at] & inside
+        tables[rest[~leaf]] = entries[~leaf] & u(ADDRESS)
+        rest = rest[~leaf]
+    return physical, sizes
+
+
+def test_many_mappings_translate_alike_in_every_format() -> None:
+    rng = np.random.default_rng(7)
+    pages = np.where(rng.random(MAPPINGS) < 0.9, rng.integers(1, 9, MAPPINGS), 1 << rng.integers(3, 11, MAPPINGS))
+    gaps = rng.integers(0, 3, MAPPINGS)
+    align = np.minimum(1 << rng.integers(0, 10, MAPPINGS), 512)
+    starts, physical, at, to = [], [], 1, 1
+    for count, gap, unit in zip(pages.tolist(), gaps.tolist(), align.tolist(), strict=True):
+        at, to = -(-(at + gap) // unit) * unit, -(-to // unit) * unit
+        starts.append(at * PAGE)
+        physical.append(to * PAGE)
+        at, to = at + count, to + count
+    addresses = np.array(starts, np.uint64)
+    frames = np.array(physical, np.uint64)
+    lengths = pages.astype(np.uint64) * np.uint64(PAGE)
+    probes = addresses + rng.integers(0, 1 << 62, MAPPINGS).astype(np.uint64) % lengths
+    expected = frames + probes - addresses
+    around = np.concatenate(
+        [probes, addresses + lengths, rng.integers(0, int(at) * PAGE * 2, 20_000).astype(np.uint64)]
+    )
+    seen = []
+    for name, parameters in FORMATS:
+        table = Machine(Config()).create_page_table(name, **parameters)
+        for length in np.unique(lengths).tolist():
+            these = lengths == length
+            assert not table.map_range_many(addresses[these], frames[these], length).status.any()
+        found = table.translate(around, Kind.READ)
+        read, sizes = read_physical(table, around)
+        assert np.array_equal(found.physical[:MAPPINGS], expected), name
+        assert np.array_equal(found.physical, read), name
+        assert np.array_equal(found.status == WalkStatus.OK, sizes != 0), name
+        levels = np.array([0, *(size_of(level) for level in range(1, 6))], np.uint64)
+        assert np.array_equal(levels[found.level[sizes != 0]] <= sizes[sizes != 0], np.ones((sizes != 0).sum(), bool))
+        seen.append(set(sizes.tolist()))
+        plain = table.translate(around)
+        assert np.array_equal(plain.physical, found.physical)
+    assert [len(sizes) for sizes in seen[:4]] == [3, 3, 3, 2]  # none, 4K and 2M; without superpages 4K alone
+    assert all(len(sizes) > 8 for sizes in seen[4:])

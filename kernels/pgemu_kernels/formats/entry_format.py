@@ -66,6 +66,14 @@ class UnmapRule(IntEnum):
     WHOLE = 3  # whole leaves; no table goes: drivers/iommu/amd/io_pgtable.c:iommu_v1_unmap_pages()
 
 
+class Gather(IntEnum):
+    """Which unmaps wait for one flush: include/linux/iommu.h:iommu_iotlb_gather_add_page(), _is_disjoint()."""
+
+    ALL = 0
+    ADJACENT = 1  # a gap flushes what was gathered so far
+    LIKE = 2  # ... and so does a range of another length
+
+
 @dataclass(frozen=True)
 class Execute:
     """How a leaf says who may execute, by supervisor (EL1) and user (EL0).
@@ -130,7 +138,8 @@ class PageFormat:
     For edits of an IOMMU's domain: page_sizes: bitmap of sizes that a map chooses from (iommu_pgsize()), 0 where every
     level has one. most_levels: up to which tables are put on top for higher addresses, 0: never. map_rule,
     unmap_rule: what Linux does with what is in the way. largest_flush: an invalidation by pages covers 2 ** this pages
-    at most. map_flushes: what is not present is cached, too, so that a map is flushed.
+    at most. map_flushes: what is not present is cached, too, so that a map is flushed. gather: which unmaps wait for
+    one flush.
     """
 
     name: str
@@ -200,6 +209,7 @@ class PageFormat:
     unmap_rule: UnmapRule = UnmapRule.EVERY_LEAF
     largest_flush: int = 0
     map_flushes: bool = False
+    gather: Gather = Gather.ALL
 
     @property
     def root_bits(self) -> int:
@@ -402,7 +412,7 @@ class PageFormat:
         return one | {W.F_SIZED_MASK: mask}
 
 
-_NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule")
+_NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule", "Gather")
 # Words that hold what the field of their name says: F_PRESENT is `present`. row() makes the others.
 WORDS_OF_FIELDS = {
     field.name: vars(W)[f"F_{field.name.upper()}"]

@@ -15,6 +15,7 @@ from pgemu_kernels.formats.entry_format import (
     Execute,
     Family,
     FlushRule,
+    Gather,
     MapRule,
     PageFormat,
     UnmapRule,
@@ -120,6 +121,7 @@ def vtd_second_stage(
         map_rule=MapRule.IN_USE if generic else MapRule.CLEAR_LARGE,
         unmap_rule=UnmapRule.STOPS if generic else UnmapRule.COVERED,
         largest_flush=max_address_mask,
+        gather=Gather.ALL if generic else Gather.LIKE,
         map_flushes=caching_mode,
         **second_stage,
     )
@@ -178,6 +180,7 @@ def amd_iommu_v1(
         map_rule=MapRule.IN_USE if generic else MapRule.REPLACE,
         unmap_rule=UnmapRule.STOPS if generic else UnmapRule.WHOLE,
         largest_flush=_AMD_ALL_PAGES,
+        gather=Gather.ADJACENT if caching_mode else Gather.ALL,
         map_flushes=caching_mode,
         **second_stage,
     )

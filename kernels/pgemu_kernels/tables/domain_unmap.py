@@ -10,9 +10,19 @@ from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.formats.entry_format import UnmapRule
 from pgemu_kernels.tables.domain_entries import clear_entry, clear_leaf, drop_table, page_size
 from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_valid, leaf_shift
-from pgemu_kernels.tables.edit_tree import descend, find, load_entry, owe_flush, release_table
+from pgemu_kernels.tables.edit_tree import descend, find, flush_pending, give_back, load_entry, owe_flush, release_table
 from pgemu_kernels.tables.walker import table_of
-from pgemu_kernels.words.table_words import E_CHANGED, E_CLEARED, F_LEVELS, F_PAGE_SIZES, F_UNMAP_RULE
+from pgemu_kernels.words.table_words import (
+    E_CHANGED,
+    E_CLEARED,
+    E_GATHERED,
+    E_PENDING_END,
+    E_PENDING_START,
+    F_GATHER,
+    F_LEVELS,
+    F_PAGE_SIZES,
+    F_UNMAP_RULE,
+)
 
 U = np.uint64
 RULE_STOPS = U(UnmapRule.STOPS)
@@ -50,6 +60,20 @@ def domain_unmap(e, f, address, length):
     return done
 
 
+@kernel
+def gather(e, f, address, length):
+    """Leave a range to the flush at the end, or flush first what does not wait together with it: formats.Gather."""
+    request = e.request
+    rule = e.state[f + F_GATHER]
+    if rule != U0 and request[E_PENDING_END] != U0:
+        apart = address > request[E_PENDING_END] or address + length < request[E_PENDING_START]
+        if apart or (rule != U1 and request[E_GATHERED] != length):
+            flush_pending(e, f)
+            give_back(e)
+    request[E_GATHERED] = length
+    owe_flush(e, address, address + length, U1)
+
+
 @outlined
 def unmap_until_hole(e, f, address, length):
     """Leaves one by one, up to a hole or one that begins before; tables covered whole: iommu_pt.h:__unmap_range().
@@ -84,7 +108,7 @@ def unmap_until_hole(e, f, address, length):
             value = load_entry(e, slot, level)
         if not stopped:
             free_covered(e, f, address, went, length, level + U1)
-    owe_flush(e, address, address + length, U1)
+    gather(e, f, address, length)
     return went
 
 
@@ -139,7 +163,7 @@ def unmap_covered(e, f, address, length):
             if went == length or slot & U511 == U0:
                 break
             value = load_entry(e, slot, level)
-    owe_flush(e, address, last + U1, U1)
+    gather(e, f, address, length)
     return length
 
 
@@ -173,5 +197,5 @@ def unmap_whole_leaves(e, f, address, length):
         if at & ~input_mask(state, f) != U0:
             break
     if went != U0:
-        owe_flush(e, address, address + went, U1)
+        gather(e, f, address, went)
     return went

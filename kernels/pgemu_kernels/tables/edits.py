@@ -91,6 +91,7 @@ from pgemu_kernels.words.table_words import (
     F_ADDRESS,
     F_DIRTY,
     F_EMPTY,
+    F_GATHER,
     F_INPUT_BITS,
     F_LARGEST_LEAF,
     F_LEAF_MASK,
@@ -129,7 +130,7 @@ def prepare_batch(state, f, request):
     request[E_QUICK] = U0
     request[E_QUICK_DETAIL] = U1
     if state[f + F_UNMAP_RULE] != U0 and request[E_OP] == EDIT_OP_UNMAP:
-        request[E_QUICK_DETAIL] = size_of(U1)
+        request[E_QUICK_DETAIL] = size_of(U1) if state[f + F_GATHER] == U0 else U0
     sizes = state[f + F_PAGE_SIZES]
     if (
         request[E_OP] == EDIT_OP_MAP
@@ -327,7 +328,8 @@ def edit_one(e, f, op, given, physical):
     if not logged(e):
         if request[E_QUICK] != U0 and quick_map(e, f, address, physical):
             return DONE, U1
-        if op == EDIT_OP_UNMAP and length == size_of(U1) and quick_unmap(e, f, address):
+        quick = op == EDIT_OP_UNMAP and length == size_of(U1) and request[E_QUICK_DETAIL] != U0
+        if quick and quick_unmap(e, f, address):
             return DONE, request[E_QUICK_DETAIL]
     request[E_FOUND] = U0
     request[E_CHANGED] = U0

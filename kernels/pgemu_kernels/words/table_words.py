@@ -72,6 +72,7 @@ F_LARGEST_FLUSH = U(77)  # an invalidation by pages covers 2 ** this pages at mo
 F_MAP_FLUSHES = U(78)  # 1: what was not present is cached, too (VT-d's caching mode): a map is flushed
 F_READ = U(79)  # the bit without which the hardware refuses a read; 0: none
 F_LEAF_BITS = U(47)  # what every leaf has whatever its rights
+F_GATHER = U(53)  # formats.Gather
 F_WORDS = 80
 
 # edits: the one row that `edits.edit` takes, uint64. Words below 16 are the request, the others the answer and scratch.
@@ -99,7 +100,8 @@ E_CHANGED = U(28)
 E_OFFSET = U(29)  # address up to which an edit came
 E_QUICK = U(30)  # map: bits of a leaf where nothing but the addresses is left to check; 0: everything is
 E_QUICK_PHYSICAL = U(31)  # ... and the bits that its physical address may have
-E_QUICK_DETAIL = U(15)  # unmap: what is told of one 4K leaf cleared
+E_GATHERED = U(14)  # bytes of the last range that was left to the flush
+E_QUICK_DETAIL = U(15)  # unmap: what is told of one 4K leaf cleared; 0: each one takes the long way
 E_CURSOR = U(32)  # + level: next slot of a table being torn down
 E_CURSOR_END = U(40)
 E_SCAN = U(48)  # + level: the same of a table that is searched for leaves
