@@ -14,13 +14,12 @@ from pgemu.cli._options import number
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu_kernels.formats.bits import RELEASES
-from pgemu_kernels.formats.iommu import IOMMU_FORMATS
 from pgemu_kernels.formats.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 
-_MAKERS = {**FORMATS, **IOMMU_FORMATS}
-_SIZES = ("4K", "2M", "1G", "512G", "256T")
+_MAKERS = FORMATS
+_SIZES = ("4K", "2M", "1G", "512G", "256T", "128P")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 
 
@@ -110,10 +109,10 @@ def to_json(entry: Entry) -> dict[str, Any]:
 )
 @click.option(
     "--level",
-    type=click.IntRange(1, 5),
+    type=click.IntRange(1, 6),
     default=1,
     show_default=True,
-    help="Level of the table that the entry lies in: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T.",
+    help="Level of the table that the entry lies in: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T, 6 = 128P.",
 )
 @click.option(
     "--kernel",
