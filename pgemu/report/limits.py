@@ -55,6 +55,12 @@ LIMITS: Mapping[str, tuple[Limit, ...]] = MappingProxyType(
                 "virt/kvm/guest_memfd.c:kvm_gmem_truncate_inode_range",
                 "posted",
             ),
+            Limit(
+                "a 4K page that memory failure holds cannot become private, and its huge page not be merged",
+                "mm/memory-failure.c:memory_failure",
+                "inference",
+                "memory-failure-huge",
+            ),
         ),
         "pfnmap": (
             Limit(
@@ -78,6 +84,12 @@ LIMITS: Mapping[str, tuple[Limit, ...]] = MappingProxyType(
                 "no rmap: memory failure cannot find the processes that map a poisoned page",
                 "mm/memory-failure.c:hwpoison_user_mappings",
                 "captured",
+            ),
+            Limit(
+                "one bad 4K page takes its whole huge page from the guest, and nothing from the process",
+                "mm/memory-failure.c:try_memory_failure_hugetlb",
+                "inference",
+                "memory-failure-huge",
             ),
             Limit(
                 "stale PTEs if the owner forgets to unmap before it punches: truncation looks at mapcounts only",

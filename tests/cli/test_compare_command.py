@@ -121,11 +121,12 @@ def test_what_comes_together_is_that_of_the_version(log: str) -> None:
     assert machines["restructure"]["defects"] == [
         "allocation-race",
         "convert-keeps-leaves",
+        "cut-huge-pfn",
         "hole-zeroes-from-start",
         "merge-keeps-flag",
         "rollback-at-zero",
     ]
-    assert machines["pfnmap"]["defects"] == ["insert-unlocked", "punch-keeps-entries"]
+    assert machines["pfnmap"]["defects"] == ["cut-huge-pfn", "insert-unlocked", "punch-keeps-entries"]
     assert machines["pfnmap"]["punch"] == "zero"
 
 
