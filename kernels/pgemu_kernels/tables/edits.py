@@ -82,7 +82,6 @@ from pgemu_kernels.words.table_words import (
     E_OFFSET,
     E_OP,
     E_QUICK,
-    E_QUICK_DETAIL,
     E_QUICK_PHYSICAL,
     E_ROOT,
     E_SET,
@@ -129,9 +128,6 @@ def prepare_batch(state, f, request):
     """Check once what the leaves of a batch have in common."""
     level = request[E_LEVEL]
     request[E_QUICK] = U0
-    request[E_QUICK_DETAIL] = U1
-    if state[f + F_UNMAP_RULE] != U0 and request[E_OP] == EDIT_OP_UNMAP:
-        request[E_QUICK_DETAIL] = size_of(U1) if state[f + F_GATHER] == U0 else U0
     sizes = state[f + F_PAGE_SIZES]
     if (
         request[E_OP] == EDIT_OP_MAP
@@ -145,6 +141,14 @@ def prepare_batch(state, f, request):
             request[E_QUICK] = bits
             usable = state[f + F_ADDRESS] & ~state[f + F_RESERVED_LEAF + U1]
             request[E_QUICK_PHYSICAL] = usable & ~(size_of(level) - U1)
+
+
+@kernel
+def quick_detail(state, f, request):
+    """What is told of a 4K leaf that quick_unmap() clears: a leaf, or bytes; 0 where each unmap takes the long way."""
+    if request[E_OP] != EDIT_OP_UNMAP or request[E_LENGTH] != size_of(U1) or state[f + F_GATHER] != U0:
+        return U0
+    return U1 if state[f + F_UNMAP_RULE] == U0 else size_of(U1)
 
 
 @kernel
@@ -316,8 +320,8 @@ def edit_domain(e, f, op, address, physical):
 
 
 @kernel
-def edit_one(e, f, op, given, physical, sized):
-    """One edit at one address: status, and what is told beside it."""
+def edit_one(e, f, op, given, physical, sized, told):
+    """One edit at one address: status, and what is told beside it. sized, told: has_sized(), quick_detail()."""
     state = e.state
     request = e.request
     length = request[E_LENGTH]
@@ -329,9 +333,8 @@ def edit_one(e, f, op, given, physical, sized):
     if not logged(e):
         if request[E_QUICK] != U0 and quick_map(e, f, address, physical, sized):
             return DONE, U1
-        quick = op == EDIT_OP_UNMAP and length == size_of(U1) and request[E_QUICK_DETAIL] != U0
-        if quick and quick_unmap(e, f, address, sized):
-            return DONE, request[E_QUICK_DETAIL]
+        if told != U0 and quick_unmap(e, f, address, sized):
+            return DONE, told
     request[E_FOUND] = U0
     request[E_CHANGED] = U0
     request[E_OFFSET] = address
@@ -408,6 +411,8 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
         prepare_batch(state, f, request)
     several = physical.size > 1
     sized = has_sized(state, f)
+    told = quick_detail(state, f, request)
+    grows = op == EDIT_OP_MAP and state[f + F_TALLER] != U0
     count = U(addresses.size)
     looks_ahead = not logged(e) and (op == EDIT_OP_UNMAP or request[E_QUICK] != U0)
     for i in range(count):
@@ -424,9 +429,9 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
             destroy(e, f)
             status[i] = DONE
         else:
-            if state[f + F_TALLER] != U0 and op == EDIT_OP_MAP:
+            if grows:
                 f = taller_row(e, f, addresses[i])
-            status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0], sized)
+            status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0], sized, told)
     finish_edit(e, f)
     state[R_EDIT_FRAMES] += U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2] - used)
     state[R_COUNTER_ROW] = row

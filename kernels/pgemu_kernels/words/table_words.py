@@ -99,7 +99,6 @@ E_OFFSET = U(29)  # address up to which an edit came
 E_QUICK = U(30)  # map: bits of a leaf where nothing but the addresses is left to check; 0: everything is
 E_QUICK_PHYSICAL = U(31)  # ... and the bits that its physical address may have
 E_GATHERED = U(14)  # bytes of the last range that was left to the flush
-E_QUICK_DETAIL = U(15)  # unmap: what is told of one 4K leaf cleared; 0: each one takes the long way
 E_CURSOR = U(32)  # + level: next slot of a table being torn down
 E_CURSOR_END = U(40)
 E_SCAN = U(48)  # + level: the same of a table that is searched for leaves
