@@ -389,9 +389,8 @@ class PageFormat:
             W.F_MMIO_VALUE: self.mmio_value | self.mmio_rights,
             W.F_MMIO_GUARD: self.mmio_moved,
             W.F_TABLE_LEVEL: self.table_level_shift,
+            W.F_SIZED_MASK: self.leaf_mask if self.sized_leaf else 0,
         }
-        if self.sized_leaf:
-            words |= self._two_leaves()
         row = np.zeros(W.F_WORDS, np.uint64)
         for word, value in words.items():
             row[int(word)] = value
@@ -400,16 +399,6 @@ class PageFormat:
         for level, mask in enumerate(self.reserved_table[1:], 2):
             row[int(W.F_RESERVED_TABLE) + level] = mask
         return row
-
-    def _two_leaves(self) -> dict[np.uint64, int]:
-        """Words of a format whose leaves have one of two values of a field: all zeroes, or all ones."""
-        mask = self.leaf_mask
-        low = mask & -mask
-        if self.leaf_value or self.page_value or self.page_mask != mask or self.sized_leaf != mask:
-            raise ValueError(f"{self.name}: expected leaves with all zeroes or all ones in {mask:#x}")
-        # With one more, both have zeroes in all but the lowest bit.
-        one = {W.F_LEAF_ADD: low, W.F_LEAF_MASK: mask & ~low, W.F_PAGE_MASK: mask & ~low}
-        return one | {W.F_SIZED_MASK: mask}
 
 
 _NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule", "Gather")

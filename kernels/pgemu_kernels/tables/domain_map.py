@@ -27,7 +27,7 @@ from pgemu_kernels.tables.domain_entries import (
     sizes_up_to,
 )
 from pgemu_kernels.tables.domain_unmap import domain_unmap
-from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_sized, is_valid
+from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_sized, is_valid
 from pgemu_kernels.tables.edit_tree import (
     count_entry,
     count_in_table,
@@ -93,7 +93,7 @@ def any_leaf(e, f, table, level):
         request[E_SCAN + level] = slot + U1
         value = load_entry(e, slot, level)
         if is_valid(state, f, value):
-            if is_leaf(state, f, level, value):
+            if is_any_leaf(state, f, level, value):
                 return True
             level -= U1
             below = table_of(state, f, value)
@@ -160,7 +160,7 @@ def link_path(e, f, address, target):
     slot, level, value = find(e, f, address, target)
     replaced = False
     while level > target:
-        if is_valid(state, f, value) and is_leaf(state, f, level, value):
+        if is_valid(state, f, value) and is_any_leaf(state, f, level, value):
             status = pass_leaf(e, f, slot, level, value)
             if status != DONE:
                 return status, slot, replaced
@@ -185,7 +185,7 @@ def make_way(e, f, slot, level, value, address):
     rule = state[f + F_MAP_RULE]
     size = size_of(level)
     base = address & ~(size - U1)
-    if is_leaf(state, f, level, value):
+    if is_any_leaf(state, f, level, value):
         if rule == RULE_IN_USE:
             return IN_USE, False
         if rule == RULE_CLEAR_LARGE and level == U1:

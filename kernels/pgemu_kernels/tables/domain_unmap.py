@@ -9,8 +9,17 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.formats.entry_format import UnmapRule
 from pgemu_kernels.tables.domain_entries import clear_entry, clear_leaf, drop_table, page_size
-from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_valid, leaf_shift
-from pgemu_kernels.tables.edit_tree import descend, find, flush_pending, give_back, load_entry, owe_flush, release_table
+from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_valid, leaf_shift
+from pgemu_kernels.tables.edit_tree import (
+    descend,
+    find,
+    flush_pending,
+    give_back,
+    has_sized,
+    load_entry,
+    owe_flush,
+    release_table,
+)
 from pgemu_kernels.tables.walker import table_of
 from pgemu_kernels.words.table_words import (
     E_CHANGED,
@@ -87,7 +96,7 @@ def unmap_until_hole(e, f, address, length):
         slot, level, value = find(e, f, address + went, U1)
         while True:
             shift = leaf_shift(state, f, level, value)
-            if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
+            if not is_valid(state, f, value) or not is_any_leaf(state, f, level, value):
                 # A table beside what was cleared so far is walked down to; a hole ends it.
                 stopped = not is_valid(state, f, value)
                 break
@@ -133,14 +142,14 @@ def unmap_covered(e, f, address, length):
     The range is at least the leaf, or the hole, that it begins in. Returns its length, or NONE: see domain_unmap().
     """
     state = e.state
-    _, level, value = descend(e, f, address, U1, False)
+    _, level, value = descend(e, f, address, U1, False, has_sized(state, f))
     length = max(length, size_of(level))
     last = address + length - U1
     if last & ~input_mask(state, f) != U0 or last < address:
         return length  # a warning, and nothing is cleared
     if level > U1 and is_valid(state, f, value) and address & (size_of(level) - U1) != U0:
         return NONE
-    _, level, value = descend(e, f, last, U1, False)
+    _, level, value = descend(e, f, last, U1, False, has_sized(state, f))
     if level > U1 and is_valid(state, f, value):
         if last & (size_of(level) - U1) != size_of(level) - U1:
             return NONE
@@ -154,7 +163,7 @@ def unmap_covered(e, f, address, length):
             if is_valid(state, f, value):
                 if not covered:
                     break
-                if is_leaf(state, f, level, value):
+                if is_any_leaf(state, f, level, value):
                     clear_leaf(e, f, slot, level, value)
                 else:
                     drop_table(e, f, slot, level, value)

@@ -40,7 +40,6 @@ from pgemu_kernels.words.table_words import (
     F_INVERT,
     F_KEY_SHIFT,
     F_LARGEST_LEAF,
-    F_LEAF_ADD,
     F_LEAF_MASK,
     F_LEAF_VALUE,
     F_LEVELS,
@@ -113,10 +112,11 @@ def slot_of(m, physical):
 @kernel
 def has_leaf_form(state, f, entry, level):
     """Whether a present entry has the form of a leaf; at level 1, of a page."""
-    kind = entry + state[f + F_LEAF_ADD]
+    if is_sized(state, f, entry):
+        return True
     if level == U1:
-        return kind & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
-    return kind & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
+        return entry & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
+    return entry & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
 
 
 @kernel
