@@ -43,15 +43,21 @@ def size(text: str) -> int:
     return value
 
 
-def memslot(text: str) -> tuple[int, int, int | None]:
-    """Return GPA, size and offset (None: wherever it fits) of "0x0:512M" or "4G:1G:1G".
+def memslot(text: str) -> tuple[int, int, int | None, int | None]:
+    """Return GPA, size, offset (None: wherever it fits) and host address (None: not known) of "0x0:512M", "4G:1G:1G",
+    "0:1G::0x7f3a40000000".
 
     :raises click.BadParameter: anything else, or what is no multiple of 4096
     """
-    numbers = [size(part) for part in text.split(":")]
-    if len(numbers) not in (2, 3) or any(number % 4096 for number in numbers) or numbers[1] == 0:
-        raise click.BadParameter(f"{text!r}: expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K")
-    return numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None
+    gpa, *others = text.split(":")
+    parts = [size(gpa), *(size(part) if part or not place else None for place, part in enumerate(others))]
+    given = [part for part in parts if part is not None]
+    if len(parts) not in (2, 3, 4) or parts[-1] is None or any(part % 4096 for part in given) or parts[1] == 0:
+        raise click.BadParameter(
+            f"{text!r}: expected GPA:SIZE or GPA:SIZE:OFFSET or GPA:SIZE:[OFFSET]:HVA, multiples of 4K"
+        )
+    offset, hva = [*parts[2:], None, None][:2]
+    return given[0], given[1], offset, hva
 
 
 def vm_process(text: str) -> int | Literal["all"]:

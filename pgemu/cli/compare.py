@@ -28,7 +28,7 @@ _GROUPS = {
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
     "The trace and its memory": (
         *("--guest-memory", "--init", "--dontneed", "--memslot", "--overlap", "--seed"),
-        *("--vm-process", "--tdx-shared-bit", "--fault-address"),
+        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots"),
     ),
     **MACHINE_GROUPS,
 }
@@ -107,9 +107,9 @@ _GROUPS = {
     "--memslot",
     "memslots",
     type=memslot,
-    metavar="GPA:SIZE(:OFFSET)",
+    metavar="GPA:SIZE(:(OFFSET)(:HVA))",
     multiple=True,
-    help="A memory slot, in place of the trace's. May be repeated.",
+    help="A memory slot, in place of the trace's; HVA tells host addresses. May be repeated.",
 )
 @click.option(
     "--vm-process",
@@ -132,6 +132,20 @@ _GROUPS = {
     default="auto",
     show_default=True,
     help="What a log's guest faults print; auto: as they look.",
+)
+@click.option(
+    "--requests",
+    type=click.Choice(["done", "ignored"]),
+    default="done",
+    show_default=True,
+    help="Conversions that the guest asks for, in a log without kvm_vm_set_mem_attributes.",
+)
+@click.option(
+    "--early-slots",
+    type=click.Choice(["stand", "absent"]),
+    default="stand",
+    show_default=True,
+    help="Slots that the guest uses before a log's first slot line.",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
@@ -157,9 +171,17 @@ def compare(trace: str | None, **options: Any) -> int:
     workload:tdx-boot. Without it: a software-protected VM's life, which comes with pgemu.
 
     Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
-    length (bytes) where an operation reads them; time (ns; rows are in its order), actor, vm, space and object hold 0
-    where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's metadata, its
-    bind records, --memslot, or inferred.
+    length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm, space and
+    object hold 0 where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's
+    metadata, its bind records, --memslot, or inferred.
+
+    A log tells host addresses of guest memory by kvm_memslot, which is a probe on kvm_set_memory_region, before Linux
+    6.14 on __kvm_set_memory_region:
+
+    \b
+    P='p:kvm_memslot kvm_set_memory_region slot=+0(%si):u32 flags=+4(%si):x32'
+    P="$P gpa=+8(%si):x64 size=+16(%si):x64 hva=+24(%si):x64"
+    echo "$P" >> /sys/kernel/tracing/kprobe_events
 
     Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input.
     """
@@ -227,6 +249,8 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
         vm_processes=options["vm_processes"],
         tdx_shared_bit=options["tdx_shared_bit"],
         fault_address=options["fault_address"],
+        requests=options["requests"],
+        early_slots=options["early_slots"],
     )
     parameters = {} if options["overlap"] is None else {"overlap": options["overlap"]}
     lowered = load(shipped() if trace is None else trace, lowering, options["seed"], **parameters)
@@ -287,7 +311,13 @@ def _announce(lowered: Lowered, check: Any) -> None:
         print(f"pgemu: --check {check}: {text}", file=sys.stderr, flush=True)
 
 
-_OF_THE_TRACE = {"dontneed": None, "tdx_shared_bit": "auto", "fault_address": "auto"}
+_OF_THE_TRACE = {
+    "dontneed": None,
+    "tdx_shared_bit": "auto",
+    "fault_address": "auto",
+    "requests": "done",
+    "early_slots": "stand",
+}
 """Options that say how a log is read, and what they are without being asked for."""
 
 

@@ -25,6 +25,7 @@ CONTRACT = (
     "object else hold 0"
 )
 _TOLD = ("flags", "address", "offset", "length")  # none of them means something that a trace need not say
+_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}  # of a timestamp, in ns
 _TITLES = {int(op): op.name.lower().replace("_", " ") for op in Operation}
 _SHOWN = 60
 
@@ -67,6 +68,8 @@ def numbers(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, firs
     is_text = any(is_(column.type) for is_ in (kinds.is_string, kinds.is_large_string, kinds.is_string_view))
     if is_text and name in _NAMES:
         return _named(column, name, dtype, source, first)
+    if name == "time" and (kinds.is_timestamp(column.type) or kinds.is_duration(column.type)):
+        return _nanoseconds(column, dtype, source, first)
     if not kinds.is_integer(column.type):
         expected = "integers or names" if name in _NAMES else "integers"
         raise InputError(f"column {name!r} holds {printable(str(column.type))[:_SHOWN]}, expected {expected}", source)
@@ -78,6 +81,21 @@ def numbers(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, firs
             row = int(np.argmax(beyond))
             raise InputError(f"row {first + row}: column {name!r} holds {found[row]}, expected 0 to {most}", source)
     return found.astype(dtype, copy=False)
+
+
+def _nanoseconds(column: pa.Array, dtype: np.dtype[Any], source: str, first: int) -> npt.NDArray[Any]:
+    """Timestamps or durations as nanoseconds, exactly: of a timestamp those since 1970."""
+    import pyarrow as pa
+
+    unit = _UNITS[column.type.unit]
+    found: npt.NDArray[np.int64] = column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    beyond = (found < 0) | (found > int(np.iinfo(dtype).max) // unit)
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        what = f"{found[row]} {column.type.unit}"
+        raise InputError(f"row {first + row}: column 'time' holds {what}, expected 0 to 2^64 - 1 ns", source)
+    times: npt.NDArray[Any] = found.astype(dtype) * dtype.type(unit)
+    return times
 
 
 def _named(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, first: int) -> npt.NDArray[Any]:

@@ -43,6 +43,7 @@ class Input(IntEnum):
     MMAP = 8  # address asked for, length, fd, offset, flags
     FALLOCATE = 9  # fd, mode, offset, length, HVA of the unmap inside it (0: none)
     HUGETLBFS_FALLOCATE = 10  # inode, mode, offset, length
+    MAP_GPA_RANGE = 11  # GPA, pages, attributes (what the guest asks for, not what is done)
 
 
 _HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
@@ -58,11 +59,14 @@ _FIELDS: dict[str, tuple[str, str]] = {
             "vcpu, rip, address, error_code",
         ),
         ("kvm_vm_set_mem_attributes", rf"{_HEX} -- {_HEX} \[{_HEX}\]", "START -- END [ATTRIBUTES]"),
+        ("kvm_hypercall", rf"nr 0xc a0 {_HEX} a1 {_HEX} a2 {_HEX} a3 {_HEX}", "nr, a0, a1, a2, a3"),
         ("kvm_unmap_hva_range", rf"mmu notifier unmap range: {_HEX} -- {_HEX}", "START -- END"),
         (
+            # A probe of virt/kvm/kvm_main.c:kvm_set_memory_region() that prints struct kvm_userspace_memory_region2
+            # (include/uapi/linux/kvm.h), no event of the kernel's own: `pgemu compare --help`.
             "kvm_memslot",
             rf"(?:\(.*\) )?slot=(?:(0x[0-9a-f]+)|(\d+)) flags={_HEX} gpa={_HEX} size={_HEX} hva={_HEX}",
-            "slot=, flags=, gpa=, size=, hva=",
+            "slot=, flags=, gpa=, size=, hva= (a probe: pgemu compare --help)",
         ),
         ("sys_madvise", rf"start: {_HEX}, len(?:_in)?: {_HEX}, behavior: {_HEX}\)?", "start:, len_in:, behavior:"),
         ("sys_munmap", rf"addr: {_HEX}, len: {_HEX}\)?", "addr:, len:"),

@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import re
 
-__all__ = ("form_of", "raw_fields")
+__all__ = ("WHOLE", "form_of", "is_quoted", "raw_fields")
 
 _HEAD = 512
 """How much of a line is looked at, so that a long one costs no more than a short one."""
 
+_QUOTED_TEXT, _TABLE = "text quoted as in a mail", "a table as text (CSV), which is not read"
+WHOLE = _QUOTED_TEXT, _TABLE
+"""Forms of which no line is the rest of a log's."""
+_QUOTED = r">(?: ?>)*(?:\s|$)"
 _SCRIPT = "print with perf script -F comm,pid,tid,cpu,time,event,trace"
 _FORMS = tuple(
     (re.compile(shape), name, help_)
     for shape, name, help_ in (
+        (
+            rf"{_QUOTED}.*",
+            _QUOTED_TEXT,
+            "cut the marks off: sed -E 's/^(> ?)+//'",
+        ),
+        (
+            r'"?\w+"?(?:[,;\t]"?[\w.|+-]*"?)+',
+            _TABLE,
+            "Parquet of the same columns is: pandas.read_csv(FILE).to_parquet(FILE)",
+        ),
         (
             r"(?:\s*[\d.]+ \|)?\s*\d+\)(?:\s.*)?[|=>].*| ?-{20,}",
             "output of the function_graph tracer",
@@ -91,6 +105,11 @@ def form_of(line: str) -> str | None:
         if shape.fullmatch(line[:_HEAD]):
             return f"{name}: {help_}"
     return None
+
+
+def is_quoted(line: str) -> bool:
+    """Whether a line begins with a mail's mark of quoted text; the kernel's begin with blanks or a task's name."""
+    return line[:1] == ">" and re.match(_QUOTED, line[:_HEAD]) is not None
 
 
 _RAW = re.compile(r"\S+\s+(?:\w+=\S*(?:\s+\(\S*\))?(?:\s+|$))+")

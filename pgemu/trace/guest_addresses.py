@@ -30,7 +30,7 @@ __all__ = (
     "IO_APIC",
     "L2",
     "L2_OR_L1",
-    "PRIVATE_ACCESS",
+    "SAYS_PRIVATE",
     "VIRTUAL",
     "GuestAddresses",
     "gfn_range",
@@ -44,7 +44,10 @@ _KIND, _A, _B, _E = 0, 4, 5, 8
 _RESERVED = 8  # PFERR_RSVD_MASK: a cached MMIO entry
 _NESTED_STAGE = 3 << 32  # PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK
 _LINEAR_VALID = 0x80  # EPT_VIOLATION_GVA_IS_VALID: the printed code is an exit qualification
-PRIVATE_ACCESS = 1 << 49  # PFERR_PRIVATE_ACCESS
+# PFERR_GUEST_ENC_MASK, what SEV-SNP's hardware says, and PFERR_PRIVATE_ACCESS, what KVM makes of it:
+# arch/x86/include/asm/kvm_host.h, arch/x86/kvm/svm/svm.c:npf_interception()
+PRIVATE_ACCESS = 1 << 49
+SAYS_PRIVATE = (1 << 34) | PRIVATE_ACCESS
 _KERNEL_HALF = 0xFF << 56  # of canonical virtual addresses, with four or five levels; no GPA has these bits
 _REACH = 48  # bits that four levels of stage 2 reach
 _NEAR = 30  # what lies in the same GiB as other memory may be memory
@@ -88,12 +91,15 @@ class GuestAddresses:
         left_out: positions of the faults left out, by reason, in the order in which reasons are looked for
         notes: what was taken to mean something, and what was left out, in words
         machine: fields of Config that the addresses tell: a shared bit makes the VM a TD
+        tells_kind: accesses say whether they are private or shared, by their code or a TD's shared bit; in another VM
+            an access is of the kind that memory is (attributes)
     """
 
     rows: _Words
     left_out: dict[str, npt.NDArray[np.intp]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
+    tells_kind: bool = False
 
     @classmethod
     def of(cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions) -> GuestAddresses:
@@ -110,6 +116,7 @@ class GuestAddresses:
             if out.any():
                 found.left_out[reason] = left[out]
                 left = left[~out]
+        found.tells_kind = bool((found.rows[found.inside(), _B] & np.uint64(SAYS_PRIVATE)).any()) or bool(found.machine)
         named = [f"{len(out)} {reason}" for reason, out in found.left_out.items() if reason != DEVICE]
         if named:
             found.notes += (f"guest faults left out: {', '.join(named)}",)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from pgemu.trace.forms import form_of, is_quoted
+
 __all__ = (
     "FUNCTION",
     "HEADER",
@@ -105,9 +107,12 @@ class Place(NamedTuple):
 def place(line: str) -> Place | None:
     """Where things stand in a line, None if it holds no event.
 
-    ValueError where a task's name is longer than the kernel's are: another program put something in front of it.
+    ValueError where a task's name is longer than the kernel's are: another program put something in front of it, or a
+    mailer did.
     """
     head = line[:_HEAD]
+    if is_quoted(head):
+        raise ValueError(form_of(head))
     match = _PERF_LATENCY.match(head) or _LINE.match(head) or _LATENCY.match(head)
     if match is None:
         return None

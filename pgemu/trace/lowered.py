@@ -30,10 +30,10 @@ def _slots(value: Any) -> tuple[GivenSlot, ...]:
         raise TypeError
     found = []
     for one in value:
-        if not isinstance(one, tuple) or len(one) != 3 or any(isinstance(part, bool) for part in one):
+        if not isinstance(one, tuple) or len(one) not in (3, 4) or any(isinstance(part, bool) for part in one):
             raise TypeError
-        gpa, size, offset = one
-        found.append(GivenSlot(index(gpa), index(size), None if offset is None else index(offset)))
+        gpa, size, *places = one
+        found.append(GivenSlot(index(gpa), index(size), *(None if part is None else index(part) for part in places)))
     return tuple(found)
 
 
@@ -58,11 +58,15 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "page_size": RULES["page_size"],
         "init": choice(("private", "shared", "auto")),
         "dontneed": choice(("punch", "zap"), optional=True),
-        "memslots": Rule(lambda: "a tuple of GivenSlot(gpa, size, offset), bytes from 0 to 2**52", _slots, _within),
+        "memslots": Rule(
+            lambda: "a tuple of GivenSlot(gpa, size, offset, hva), bytes from 0 to 2**52", _slots, _within
+        ),
         "guest_memory": BYTES._replace(optional=True),
         "vm_processes": Rule(lambda: 'a tuple of process numbers from 0 on, or ("all",)', _processes, _are_processes),
         "tdx_shared_bit": choice(("auto", "none", *map(str, TDX_SHARED_BITS))),
         "fault_address": choice(("auto", "physical", "virtual")),
+        "requests": choice(("done", "ignored")),
+        "early_slots": choice(("stand", "absent")),
     }
 )
 
@@ -72,7 +76,7 @@ class LoweringOptions:
     """How a log is laid over guest_memfd.
 
     Attributes:
-        page_size: bytes of a huge page, 2 MiB or 1 GiB
+        page_size: bytes of a page of guest_memfd: 4 KiB, 2 MiB or 1 GiB
         init: shareability at the start; "auto" is private if the trace converts, has
             private faults or is a TD's, else shared
         dontneed: what gives memory back: "punch" a hole or "zap" the page tables; None punches for madvise and
@@ -85,6 +89,10 @@ class LoweringOptions:
             five); "auto": one of them, if an address without it lies where there is memory
         fault_address: what the log's guest faults print; "auto": physical addresses, but virtual ones (shadow paging)
             if the kernel's half of the virtual addresses is among them and no code is one of nested paging
+        requests: what the guest asks for (KVM_HC_MAP_GPA_RANGE) in a log that has no kvm_vm_set_mem_attributes: taken
+            as "done" by the VMM, or "ignored"; a log that has these says what was done, and requests ask for nothing
+        early_slots: memory slots that the guest uses before the log's first slot line, and that a line names later:
+            they "stand" from the start, for KVM maps nothing where no slot is, or are "absent" until their line
 
     TypeError for a field of another type, ValueError for a value that it does not take.
     """
@@ -97,6 +105,8 @@ class LoweringOptions:
     vm_processes: tuple[int | Literal["all"], ...] = ()
     tdx_shared_bit: Literal["auto", "none", "47", "51"] = "auto"
     fault_address: Literal["auto", "physical", "virtual"] = "auto"
+    requests: Literal["done", "ignored"] = "done"
+    early_slots: Literal["stand", "absent"] = "stand"
 
     def __post_init__(self) -> None:
         for name in _RULES:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.conversions import PRIVATE_ATTRIBUTE, REQUEST, contradictions, with_requests
 from pgemu.trace.events import LEVELS, Input
-from pgemu.trace.guest_addresses import PRIVATE_ACCESS, GuestAddresses, gfn_range, is_qualification
+from pgemu.trace.guest_addresses import SAYS_PRIVATE, GuestAddresses, gfn_range, is_qualification
 from pgemu.trace.log import NO_VCPU, Log
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
 from pgemu.trace.memory_layout import (
@@ -30,11 +31,12 @@ from pgemu.trace.memory_layout import (
     inferred_slots,
     place_regions,
     ram_ranges,
+    with_host_addresses,
 )
 from pgemu.trace.processes import of_vm
 from pgemu.trace.range_index import ALWAYS, RangeIndex
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
-from pgemu.trace.slot_history import SlotHistory, SlotLine
+from pgemu.trace.slot_history import SlotHistory, SlotLine, standing_before
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
 
 __all__ = ("NOT_GUEST_MEMORY", "NO_HOST_ADDRESSES", "adapt", "initial", "lower", "setup_records")
@@ -46,13 +48,12 @@ _Mask = npt.NDArray[np.bool_]
 _KIND, _TIME, _TASK, _LINE, _A, _B, _C, _D, _E, _STATE = range(10)
 _PUNCH = 2  # FALLOC_FL_PUNCH_HOLE
 _REMOVE = 9  # MADV_REMOVE
-_PRIVATE_ATTRIBUTE = 8  # KVM_MEMORY_ATTRIBUTE_PRIVATE
-# PFERR_GUEST_ENC_MASK (SEV-SNP) and PFERR_PRIVATE_ACCESS, arch/x86/include/asm/kvm_host.h
-_PRIVATE_ACCESS = (1 << 34) | PRIVATE_ACCESS
 
 NO_SLOT = "no memory slot"
+NO_SLOT_YET = "no memory slot (before the log's first slot line)"
 NOT_GUEST_MEMORY = "not guest memory"
 NO_HOST_ADDRESSES = "not guest memory (no slot line: host addresses unknown)"
+NOT_STATED = "not guest memory (--memslot without a host address)"
 
 
 def lower(log: Log, options: LoweringOptions) -> Lowered:
@@ -62,6 +63,7 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
         guest fault (with its line), or `guest_memory` does not fit
     """
     log, others = of_vm(log, options.vm_processes)
+    log = with_requests(log, options.requests)
     lines = [
         SlotLine(row, *(int(word) for word in log.rows[row, _A : _E + 1]))
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
@@ -69,25 +71,41 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
     history = SlotHistory.build(lines)
     addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options)
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
-    layout, history = _lay_out(log, history, addresses, options)
+    first_line = lines[0].row if lines and not options.memslots else 0
+    if first_line and options.early_slots == "stand":
+        inside = addresses.inside()
+        early = standing_before(lines, addresses.rows[inside[inside < first_line], _A])
+        history = SlotHistory.build(lines, early)
+        log = replace(log, notes=log.notes + _early_note(early))
+    layout, history, known = _lay_out(log, history, addresses, options)
     layout = grow(layout, options.page_size, options.guest_memory)
-    lowering = _Lowering(log, layout, history, addresses, options)
+    lowering = _Lowering(log, layout, history, addresses, options, known, first_line)
     lowering.run()
     return lowering.result(others)
 
 
+def _early_note(early: Sequence[SlotLine]) -> tuple[str, ...]:
+    if not early:
+        return ()
+    what = "a memory slot is" if len(early) == 1 else f"{len(early)} memory slots are"
+    return (f"the guest uses memory before the first slot line: {what} taken to stand before (--early-slots)",)
+
+
 def _lay_out(
     log: Log, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions
-) -> tuple[Layout, SlotHistory]:
+) -> tuple[Layout, SlotHistory, tuple[Region, ...]]:
+    """Where guest memory lies, its slots over time, and those host mappings whose addresses are the VMM's."""
     refused = sorted((slot for slot, _ in history.refused(last=True)), key=lambda slot: (slot.slot, slot.gpa))
     if options.memslots:
         layout = given_layout(options.memslots, history.accepted, refused, options.page_size)
-        return layout, history.with_slots(layout.slots, "memory slots were given")
+        known = {slot.hva for slot in with_host_addresses(options.memslots, history.accepted)}
+        regions = [region for region in layout.regions if region.address in known]
+        return layout, history.with_slots(layout.slots, "memory slots were given"), tuple(regions)
     if history.accepted:
         regions = place_regions(ram_ranges(history.accepted), history.accepted, options.page_size)
         placed = history.placed(regions)
         last = sorted((slot for slot, _ in placed.bound(last=True)), key=lambda slot: slot.gpa)
-        return Layout(0, options.page_size, tuple(regions), tuple(last), tuple(refused)), placed
+        return Layout(0, options.page_size, tuple(regions), tuple(last), tuple(refused)), placed, tuple(regions)
     if history.without_operation:
         raise InputError(
             f"guest_memfd can back no memory slot of this log ({history.without_operation[0][1]})", log.source
@@ -95,7 +113,7 @@ def _lay_out(
     slots = inferred_slots(*_guest_ranges(addresses))
     regions = place_regions(ram_ranges(slots), slots, options.page_size)
     placed = history.with_slots(slots, "").placed(regions)
-    return Layout(0, options.page_size, tuple(regions), tuple(placed.accepted), (), "inferred"), placed
+    return Layout(0, options.page_size, tuple(regions), tuple(placed.accepted), (), "inferred"), placed, ()
 
 
 def _guest_ranges(addresses: GuestAddresses) -> tuple[_Words, _Words]:
@@ -111,18 +129,21 @@ def _bit(words: _Words, bit: int, flag: Flag) -> npt.NDArray[np.uint8]:
     return (((words >> np.uint64(bit)) & np.uint64(1)) * np.uint64(flag)).astype(np.uint8)
 
 
-def _guest_flags(code: _Words) -> npt.NDArray[np.uint8]:
+def _guest_flags(code: _Words, tells_kind: bool) -> npt.NDArray[np.uint8]:
     fetch = np.where(is_qualification(code), _bit(code, 2, Flag.EXEC), _bit(code, 4, Flag.EXEC))
-    private = np.where((code & np.uint64(_PRIVATE_ACCESS)) != 0, np.uint8(Flag.PRIVATE), np.uint8(0))
-    return _bit(code, 1, Flag.WRITE) | fetch | private
+    other = np.uint8(Flag.SHARED if tells_kind else 0)
+    kind = np.where((code & np.uint64(SAYS_PRIVATE)) != 0, np.uint8(Flag.PRIVATE), other)
+    return _bit(code, 1, Flag.WRITE) | fetch | kind
 
 
 class _Lowering:
     """Operations so far, each with the input row it came from, and why the other rows have none."""
 
     def __init__(
-        self, log: Log, layout: Layout, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions
-    ) -> None:
+        self, log: Log, layout: Layout, history: SlotHistory, addresses: GuestAddresses, options: LoweringOptions,
+        regions: Sequence[Region], first_line: int,
+    ) -> None:  # fmt: skip
+        """`regions`: guest memory by host address, where that is known; `first_line`: row of the first slot line."""
         self._log = log
         self._addresses = addresses
         self._rows = log.rows
@@ -134,9 +155,8 @@ class _Lowering:
         self._reason = np.full(len(log.rows), -1, dtype=np.int64)
         tasks = np.asarray(log.rows[:, _TASK], dtype=np.int64)
         self._host_actor = FIRST_HOST_ACTOR + tasks % (ACTOR_LIMIT - FIRST_HOST_ACTOR)
-        # Guest memory by host address: unknown where the log has no slot lines.
-        regions = () if layout.origin == "inferred" else layout.regions
         self._regions = regions
+        self._first_line = first_line
         self._mapped = [(first, ALWAYS[1]) for first in _mapped_from(log.rows, regions)]
 
     def run(self) -> None:
@@ -184,11 +204,12 @@ class _Lowering:
             + Counter({name: int(n) for name, n in zip(self._reasons, reasons, strict=True) if n}),
         )
         converts = bool((records.op == Operation.CONVERT).any())
-        init = initial(self._options, records, self._addresses.machine.get("vm"))
+        init = initial(self._options, records, self._addresses.machine.get("vm"), self._log.ignored[REQUEST] > 0)
+        notes = self._log.notes + contradictions(records, init) + _unplaced(accounting.without_operation)
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
             records, self._layout, init, converts, accounting, self._log.source, levels,
-            machine=self._addresses.machine, notes=self._log.notes,
+            machine=self._addresses.machine, notes=notes,
         )  # fmt: skip
 
     def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
@@ -201,7 +222,7 @@ class _Lowering:
 
     def _setup(self) -> Records:
         time = int(self._rows[0, _TIME]) if len(self._rows) else 0
-        slots = () if self._layout.origin == "trace" else self._layout.slots
+        slots = self._history.early if self._layout.origin == "trace" else self._layout.slots
         return setup_records(self._layout.regions, slots, time)
 
     def _of(self, kind: Input, failed: bool = False) -> _Rows:
@@ -240,7 +261,13 @@ class _Lowering:
         self._emit(rows[inside], Operation.HOST_FAULT, flags=flags[inside], address=address[inside])
 
     def _elsewhere(self) -> str:
-        return NO_HOST_ADDRESSES if self._layout.origin == "inferred" else NOT_GUEST_MEMORY
+        if self._regions:
+            return NOT_GUEST_MEMORY
+        return NOT_STATED if self._layout.origin == "given" else NO_HOST_ADDRESSES
+
+    def _no_slot(self, rows: _Rows) -> None:
+        self._without(rows[rows < self._first_line], NO_SLOT_YET)
+        self._without(rows[rows >= self._first_line], NO_SLOT)
 
     def _guest_faults(self) -> None:
         rows = self._of(Input.GUEST_FAULT)
@@ -264,12 +291,12 @@ class _Lowering:
                 self._log.source,
                 int(self._rows[row, _LINE]),
             )
-        self._without(rows[left], NO_SLOT)
+        self._no_slot(rows[left])
         actor = np.where(vcpu == np.uint64(NO_VCPU), self._rows[rows, _TASK], vcpu) % np.uint64(FIRST_HOST_ACTOR)
         self._emit(
             rows[bound],
             Operation.GUEST_FAULT,
-            flags=_guest_flags(code)[bound],
+            flags=_guest_flags(code, self._addresses.tells_kind)[bound],
             actor=actor[bound],
             address=address[bound],
         )
@@ -282,14 +309,14 @@ class _Lowering:
     def _attributes(self) -> None:
         rows = self._of(Input.ATTRIBUTES)
         start, stop = gfn_range(self._rows[rows])
-        private = (self._rows[rows, _C] & np.uint64(_PRIVATE_ATTRIBUTE)) != 0
+        private = (self._rows[rows, _C] & np.uint64(PRIVATE_ATTRIBUTE)) != 0
         flags = np.where(private, np.uint8(Flag.PRIVATE), np.uint8(Flag.SHARED))
         slots, stand = self._bound()
         ranges = [(slot.gpa, slot.gpa + slot.size - 1) for slot in slots]
         at, low, length, number = _pieces(rows, start, stop, ranges, stand)
         move = np.array([(slot.offset - slot.gpa) % (1 << 64) for slot in slots], np.uint64)[number]
         self._emit(rows[at], Operation.CONVERT, flags=flags[at], offset=low + move, length=length)
-        self._without(np.delete(rows, at), NO_SLOT)
+        self._no_slot(np.delete(rows, at))
 
     def _host_ranges(self) -> None:
         """madvise, munmap, and unmaps that no call asked for."""
@@ -329,7 +356,7 @@ class _Lowering:
         for places in _alike(self._rows[rows, _A]):
             base = self._file_base(rows[places])
             known[places], bases[places] = base is not None, base or 0
-        self._without(rows[~known], "fallocate of another file")
+        self._without(rows[~known], "fallocate of another file" if self._regions else self._elsewhere())
         rows, bases = rows[known], bases[known]
         # Only whole pages become a hole; what the kernel zeroes at the ends changes no mapping.
         page = np.uint64(PAGE_4K - 1)
@@ -348,6 +375,13 @@ class _Lowering:
         largest = sorted(self._regions, key=lambda region: -region.size)[:2]
         fitting = [region for region in largest if region.size >= needed]
         return fitting[0].address if len(fitting) == 1 else None
+
+
+def _unplaced(without: Counter[str]) -> tuple[str, ...]:
+    """A note of what asks for memory by host addresses that are not known, and of what tells them."""
+    found = [f"{count} {reason}" for reason, count in without.items() if reason in (NO_HOST_ADDRESSES, NOT_STATED)]
+    help_ = "--memslot GPA:SIZE::HVA, or record kvm_memslot (pgemu compare --help)"
+    return (f"left out: {', '.join(found)}; {help_}",) * bool(found)
 
 
 def _mapped_from(rows: _Words, regions: Sequence[Region]) -> list[int]:
@@ -420,14 +454,15 @@ def setup_records(regions: Sequence[Region], slots: Sequence[Slot], time: int) -
     return Records.concatenate([maps, binds])
 
 
-def initial(options: LoweringOptions, records: Records, vm: str | None = None) -> Init:
-    """What memory is at first: as asked for, else private if the trace converts, has private faults, or is a TD's."""
+def initial(options: LoweringOptions, records: Records, vm: str | None = None, asked: bool = False) -> Init:
+    """What memory is at first: as asked for, else private if the trace converts, has private faults, or is a TD's, or
+    the guest `asked` for conversions."""
     if options.init != "auto":
         return options.init
     # A TD's memory is private until it is converted, which the log may not show.
     faults = records.flags[records.op == Operation.GUEST_FAULT]
     private = bool((records.op == Operation.CONVERT).any() or (faults & np.uint8(Flag.PRIVATE)).any())
-    return "private" if private or vm == "tdx" else "shared"
+    return "private" if private or asked or vm == "tdx" else "shared"
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

@@ -32,6 +32,7 @@ __all__ = (
     "inferred_slots",
     "place_regions",
     "ram_ranges",
+    "with_host_addresses",
 )
 
 SYNTHETIC_HVA = 0x7F00_0000_0000
@@ -44,11 +45,13 @@ LARGEST_RANGE = 1 << 40
 
 
 class GivenSlot(NamedTuple):
-    """A memory slot that the user states, bytes; `offset` into the guest_memfd, None: wherever it fits."""
+    """A memory slot that the user states, bytes; `offset` into the guest_memfd, None: wherever it fits; `hva`, the host
+    address of its memory, None: that of the log's slot there, else not known."""
 
     gpa: int
     size: int
     offset: int | None = None
+    hva: int | None = None
 
 
 @dataclass(frozen=True)
@@ -266,13 +269,32 @@ def inferred_slots(start: npt.NDArray[np.uint64], end: npt.NDArray[np.uint64]) -
 
 
 def _synthetic(given: Sequence[GivenSlot]) -> list[Slot]:
-    """Invent host addresses: congruent to the GPA modulo 1 GiB, never adjacent."""
+    """Host addresses as stated; others are invented: congruent to the GPA modulo 1 GiB, never adjacent to others."""
     slots = []
     base = SYNTHETIC_HVA
-    for number, (gpa, size, offset) in enumerate(given):
-        slots.append(Slot(number, gpa, size, base + gpa % PAGE_1G, offset or 0))
-        base = align_up(base + gpa % PAGE_1G + size, PAGE_1G) + PAGE_1G
+    stated = sorted((slot.hva, slot.hva + slot.size) for slot in given if slot.hva is not None)
+    for number, (gpa, size, offset, hva) in enumerate(given):
+        if hva is None:
+            for first, end in stated:
+                if first <= base + PAGE_1G + gpa % PAGE_1G + size and base < end + PAGE_1G:
+                    base = align_up(end, PAGE_1G) + PAGE_1G
+            hva = base + gpa % PAGE_1G
+            base = align_up(hva + size, PAGE_1G) + PAGE_1G
+        slots.append(Slot(number, gpa, size, hva, offset or 0))
     return slots
+
+
+def with_host_addresses(given: Sequence[GivenSlot], seen: Sequence[Slot]) -> list[GivenSlot]:
+    """The slots that the user states with the host addresses that are known.
+
+    :param seen: slots of the log; they lend their host addresses where they cover a given one
+    """
+    found = []
+    for slot in given:
+        match = next((s for s in seen if s.gpa <= slot.gpa and slot.gpa + slot.size <= s.gpa + s.size), None)
+        lent = None if match is None else match.hva + slot.gpa - match.gpa
+        found.append(slot if slot.hva is not None else slot._replace(hva=lent))
+    return found
 
 
 def given_layout(
@@ -280,22 +302,20 @@ def given_layout(
 ) -> Layout:
     """Lay out the slots that the user states, each a host mapping of its own.
 
-    :param seen: slots of the log; they lend their host addresses where they cover a given one
+    :param seen: slots of the log, as in with_host_addresses()
     :raises InputError: not in whole pages, or two of them overlap in GPA, host address or offset
     """
-    slots = []
-    for slot in _synthetic(given):
-        if slot.size <= 0 or (slot.gpa | slot.size | slot.offset) % PAGE_4K:
+    slots = _synthetic(with_host_addresses(given, seen))
+    for slot in slots:
+        if slot.size <= 0 or (slot.gpa | slot.size | slot.offset | slot.hva) % PAGE_4K:
             raise InputError(f"memory slot {slot.gpa:#x}:{slot.size:#x} is not made of whole 4 KiB pages")
-        match = next((s for s in seen if s.gpa <= slot.gpa and slot.gpa + slot.size <= s.gpa + s.size), None)
-        slots.append(slot if match is None else replace(slot, hva=match.hva + slot.gpa - match.gpa))
     _refuse_overlap("guest addresses", [(slot.gpa, slot.size) for slot in slots])
     _refuse_overlap("host addresses", [(slot.hva, slot.size) for slot in slots])
-    free = [slot for slot, (_, _, offset) in zip(slots, given, strict=True) if offset is None]
+    free = [slot for slot, one in zip(slots, given, strict=True) if one.offset is None]
     fixed = [
         Region(slot.hva, slot.offset, slot.size)
-        for slot, (_, _, offset) in zip(slots, given, strict=True)
-        if offset is not None
+        for slot, one in zip(slots, given, strict=True)
+        if one.offset is not None
     ]
     behind = align_up(max((region.offset + region.size for region in fixed), default=0), page_size)
     placed = place_regions([(slot.hva, slot.hva + slot.size) for slot in free], free, page_size)

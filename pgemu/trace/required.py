@@ -20,8 +20,9 @@ _HINTS = {
     NAMELESS: " (perf script -F +event prints it)",
 }
 _RECORD = (
-    "record kvm:kvm_page_fault, kvm:kvm_vm_set_mem_attributes, kvm:kvm_unmap_hva_range, exceptions:page_fault_user and "
-    "the calls madvise, munmap, mmap and fallocate of the VMM"
+    "record kvm:kvm_page_fault (address, error_code), kvm:kvm_vm_set_mem_attributes (START -- END [ATTRIBUTES]), "
+    "kvm:kvm_unmap_hva_range (START -- END), exceptions:page_fault_user (address, error_code), the calls madvise, "
+    "munmap, mmap and fallocate of the VMM, and kvm_memslot (slot, flags, gpa, size, hva; pgemu compare --help)"
 )
 
 

@@ -6,11 +6,14 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from pgemu.trace.memory_layout import RefusedSlot, Region, Slot, bind_slots
-from pgemu.trace.range_index import ALWAYS
+from pgemu.trace.range_index import ALWAYS, RangeIndex
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 
-__all__ = ("SlotHistory", "SlotLine", "Stand")
+__all__ = ("SlotHistory", "SlotLine", "Stand", "standing_before")
 
 _READ_ONLY = 2  # KVM_MEM_READONLY
 _ADDRESS_SPACE = 1 << 16  # KVM_SET_USER_MEMORY_REGION2: the slot's upper half
@@ -56,18 +59,27 @@ class SlotHistory:
         changes: BIND and UNBIND at their rows, in order
         without_operation: rows that change nothing of guest_memfd, with the reason
         accepted: every slot that was ever bound
+        early: slots that are bound before the first row
     """
 
     stands: list[Stand] = field(default_factory=list)
     changes: list[tuple[int, Operation, Slot]] = field(default_factory=list)
     without_operation: list[tuple[int, str]] = field(default_factory=list)
     accepted: list[Slot] = field(default_factory=list)
+    early: list[Slot] = field(default_factory=list)
 
     @classmethod
-    def build(cls, lines: Iterable[SlotLine]) -> SlotHistory:
-        """Play the slot lines, in their order; work grows with their number, and hardly more."""
+    def build(cls, lines: Iterable[SlotLine], early: Iterable[SlotLine] = ()) -> SlotHistory:
+        """Play the slot lines, in their order; work grows with their number, and hardly more.
+
+        :param early: what stands before the first row, as the lines that name it later (standing_before())
+        """
         history = cls()
         live = _Live()
+        for line in early:
+            history._apply(replace(line, row=ALWAYS[0]), live)
+        history.early = [slot for _, _, slot in history.changes]
+        history.changes, history.without_operation = [], []
         for line in lines:
             history._apply(line, live)
         return history
@@ -89,7 +101,8 @@ class SlotHistory:
         stands = [replace(one, slot=next(bound)) if isinstance(one.slot, Slot) else one for one in self.stands]
         changed = bind_slots([slot for _, _, slot in self.changes], regions)
         changes = [(row, op, slot) for (row, op, _), slot in zip(self.changes, changed, strict=True)]
-        return replace(self, stands=stands, changes=changes, accepted=bind_slots(self.accepted, regions))
+        accepted, early = (bind_slots(slots, regions) for slots in (self.accepted, self.early))
+        return replace(self, stands=stands, changes=changes, accepted=accepted, early=early)
 
     def with_slots(self, slots: Sequence[Slot], reason: str) -> SlotHistory:
         """Return a history in which `slots` stand all the time and slot lines change nothing, for `reason`."""
@@ -100,6 +113,7 @@ class SlotHistory:
             changes=[],
             without_operation=[(row, reason) for row in rows],
             accepted=list(slots),
+            early=[],
         )
 
     def _apply(self, line: SlotLine, live: _Live) -> None:
@@ -159,6 +173,34 @@ class _Live:
         """Whether a bound slot has host memory in a range."""
         after = bisect_left(self._host, (end,))
         return after > 0 and self._host[after - 1][1] > first
+
+
+def standing_before(lines: Sequence[SlotLine], used: npt.NDArray[np.uint64]) -> list[SlotLine]:
+    """Slots that the first line of a log cannot have created: the guest used them before it.
+
+    KVM maps nothing where no slot is (arch/x86/kvm/mmu/mmu.c:kvm_handle_noslot_fault() makes it MMIO). A log that
+    begins while a VM runs names a slot when its flags change or it is made again; where it lay before is what its
+    first line says, if no slot of another number lay there meanwhile.
+
+    :param lines: in their order
+    :param used: uint64[n], the GPAs of guest faults before the first line
+    """
+    found: list[SlotLine] = []
+    seen: set[int] = set()
+    ranges = [(one.gpa, one.gpa + max(one.size, 1) - 1) for one in lines]
+    low, high = np.array(ranges, np.uint64).reshape(-1, 2).T
+    made = np.array([one.size > 0 and one.slot < _ADDRESS_SPACE for one in lines], dtype=bool)
+    touched = {number for number, _ in RangeIndex(np.arange(len(used)), used, used).meetings(ranges)}
+    for number, line in enumerate(lines):
+        if line.slot in seen:
+            continue
+        seen.add(line.slot)
+        if not made[number] or number not in touched:
+            continue
+        before = made[:number] & (low[:number] <= high[number]) & (high[:number] >= low[number])
+        if not before.any():
+            found.append(line)
+    return found
 
 
 def _refusal(line: SlotLine, live: _Live) -> str | None:

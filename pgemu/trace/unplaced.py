@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.conversions import contradictions
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
 from pgemu.trace.lowering import NO_HOST_ADDRESSES, NOT_GUEST_MEMORY, initial, setup_records
 from pgemu.trace.memory_layout import (
@@ -213,4 +214,5 @@ def _lowered(
     )  # fmt: skip
     converts = bool((records.op == Operation.CONVERT).any())
     init: Init = initial(options, records)
-    return Lowered(records, layout, init, converts, accounting, found.source, levels, notes=found.notes)
+    notes = found.notes + contradictions(records, init)
+    return Lowered(records, layout, init, converts, accounting, found.source, levels, notes=notes)

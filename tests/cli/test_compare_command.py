@@ -177,6 +177,13 @@ def test_given_slots_replace_the_traces(log: str) -> None:
     ]
 
 
+def test_given_slots_may_say_where_their_host_memory_is(log: str) -> None:
+    memory = document(log, "--memslot", "0:2M::0x7f3a40000000")["trace"]["memory"]
+    assert [(slot["gpa"], slot["offset"], slot["hva"]) for slot in memory["slots"]] == [  # type: ignore[index]
+        (0, 0, 0x7F3A40000000)
+    ]
+
+
 def test_sources_are_in_the_document_when_asked_for(log: str) -> None:
     assert "sources" not in document(log)
     assert "prices_ns" in document(log, "--sources")["sources"]
@@ -209,7 +216,11 @@ def test_a_workload_runs_by_its_name() -> None:
         (["--guest-memory", "4000T"], "more than this computer can model"),
         (["--memslot", "0"], "'0': expected GPA:SIZE or GPA:SIZE:OFFSET"),
         (["--memslot", "0:0"], "'0:0': expected GPA:SIZE"),
-        (["--memslot", "1:4K"], "'1:4K': expected GPA:SIZE or GPA:SIZE:OFFSET, multiples of 4K"),
+        (["--memslot", "1:4K"], "GPA:SIZE:[OFFSET]:HVA, multiples of 4K"),
+        (["--memslot", "0:4K:"], "'0:4K:': expected GPA:SIZE or GPA:SIZE:OFFSET or GPA:SIZE:[OFFSET]:HVA"),
+        (["--memslot", "0:4K::1"], "'0:4K::1': expected GPA:SIZE"),
+        (["--memslot", "0:4K:::4K"], "'0:4K:::4K': expected GPA:SIZE"),
+        (["--memslot", "0:"], "'': expected a size"),
         (["--memslot", "0:1M"], "lies outside the given memory slots"),
         (["--check", "0"], "'0': expected end, every, or a number"),
         (["--check", "-1"], "'-1': expected end, every, or a number"),

@@ -179,6 +179,34 @@ def test_an_offset_that_may_be_any_memory_is_refused(tmp_path: Path) -> None:
     assert found.layout.inode_size == 6 * G
 
 
+_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+
+
+@given(
+    unit=st.sampled_from(list(_UNITS)), values=st.lists(st.integers(-3, (1 << 63) - 1), min_size=5, max_size=5),
+    zone=st.sampled_from([None, "UTC", "Asia/Tokyo"]), duration=st.booleans(),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_timestamps_of_any_unit_are_nanoseconds_exactly(
+    tmp_path: Path, unit: str, values: list[int], zone: str | None, duration: bool
+) -> None:
+    """Of a timestamp those since 1970; what 64 bits do not hold is refused."""
+    values.sort()
+    type_ = pa.duration(unit) if duration else pa.timestamp(unit, zone)
+    table = pa.table({**ROWS, "time": pa.array(values, pa.int64()).cast(type_)})
+    path = tmp_path / "a"
+    try:
+        pq.write_table(table, path)  # Parquet has no seconds
+    except pa.ArrowInvalid:
+        return
+    wanted = [value * _UNITS[unit] for value in values]
+    if wanted[0] >= 0 and wanted[-1] < 1 << 64:
+        assert load(path, SMALL).records.time.tolist() == wanted
+    else:
+        with pytest.raises(InputError, match=r"row \d: column 'time' holds -?\d+ m?u?n?s, expected 0 to 2\^64 - 1 ns"):
+            load(path, SMALL)
+
+
 @pytest.mark.parametrize(
     ("column", "values", "complaint"),
     [
@@ -197,7 +225,9 @@ def test_an_offset_that_may_be_any_memory_is_refused(tmp_path: Path) -> None:
         ("address", ["0"] * 5, "column 'address' holds string, expected integers"),
         ("address", [0.0] * 5, "column 'address' holds double, expected integers"),
         ("op", [True] * 5, "column 'op' holds bool, expected integers or names"),
-        ("time", [datetime.datetime(2026, 1, 1)] * 5, r"column 'time' holds timestamp\[us\], expected integers"),
+        ("time", [datetime.date(2026, 1, 1)] * 5, r"column 'time' holds date32\[day\], expected integers"),
+        ("actor", [datetime.datetime(2026, 1, 1)] * 5, r"column 'actor' holds timestamp\[us\], expected integers"),
+        ("time", [datetime.datetime(1969, 1, 1)] * 5, r"row 0: column 'time' holds -31536000000000 us, expected 0 to"),
         ("offset", [[0]] * 5, "column 'offset' holds list<.*>, expected integers"),
         ("offset", [0, 0, 0, 0, 5], "row 4: offset 0x5, expected a multiple of 4096"),
         ("address", [HVA, 0, 1 << 60, HVA, 0], "row 2: address 0x1000000000000000, expected guest memory below 2.52"),

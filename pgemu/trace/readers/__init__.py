@@ -23,7 +23,7 @@ from pgemu.trace.unplaced import Unplaced
 __all__ = ("read", "readers")
 
 _RECORDINGS = {
-    b"PERFILE2": "a recording of perf: print it with perf script -F comm,pid,tid,cpu,time,event,trace",
+    b"PERFILE2": "a recording of perf: print it with perf script -i FILE -F comm,pid,tid,cpu,time,event,trace",
     b"\x17\x08\x44tracing": "a recording of trace-cmd: print it with trace-cmd report",
 }
 """Binary files of those whose text is read, by how they begin: tools/perf/util/header.c, trace-cmd.dat(5)."""
@@ -40,12 +40,13 @@ def read(source: Source) -> Log | Lowered | Unplaced:
 
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
     """
+    for magic, what in _RECORDINGS.items():
+        if source.head.startswith(magic):
+            source.close()
+            raise InputError(what, source.name)
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
     if sure is Match.NO:
         source.close()
-        for magic, what in _RECORDINGS.items():
-            if source.head.startswith(magic):
-                raise InputError(what, source.name)
         raise InputError("binary data, expected text of ftrace or trace-cmd, or Parquet", source.name)
     found: Log | Lowered | Unplaced = reader.read(source)
     return found

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.beside import belongs_to, complaint
 from pgemu.trace.events import (
     ADVICE,
     CALLS,
@@ -27,13 +28,10 @@ from pgemu.trace.events import (
     line_end,
 )
 from pgemu.trace.fields import MalformedLineError, cut_off, fields_of, is_tail
-from pgemu.trace.forms import form_of
 from pgemu.trace.lines import (
     FUNCTION,
     HEADER,
-    KERNEL_LOG,
     LOST,
-    STACK,
     Place,
     event_start,
     is_name,
@@ -61,6 +59,7 @@ _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
 _NO_TASK = -1, 0
+_MAP_GPA_RANGE = " nr 0xc "  # KVM_HC_MAP_GPA_RANGE, include/uapi/linux/kvm_para.h
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
 
@@ -94,6 +93,7 @@ class _Handlers(dict[str, _Handler | None]):
             "page_fault_user": parser.page_fault_user,
             "kvm_page_fault": parser.kvm_page_fault,
             "kvm_vm_set_mem_attributes": parser.kvm_vm_set_mem_attributes,
+            "kvm_hypercall": parser.kvm_hypercall,
             "kvm_unmap_hva_range": parser.kvm_unmap_hva_range,
             "kvm_memslot": parser.kvm_memslot,
             "sys_madvise": parser.sys_madvise,
@@ -201,7 +201,8 @@ class _Parser:
         except OverflowError:
             raise InputError(f"a number of more than 64 bits: {line[:120]!r}", self._source, number) from None
         except ValueError as error:
-            raise InputError(f"{error}{cut_off(number == 1, line is last)}", self._source, number) from None
+            text = complaint(str(error), lines, number - self._line - 1, number == 1, line is last)
+            raise InputError(text, self._source, number) from None
         self._line = number
         self._events += events
 
@@ -296,17 +297,7 @@ class _Parser:
         if lost is not None:
             self._lost += int(lost[1] or lost[2] or 1)
         elif HEADER.fullmatch(line) is None:
-            if any("\udc80" <= character <= "\udcff" for character in line):
-                raise MalformedLineError("binary data, expected text of ftrace or trace-cmd")
-            if STACK.fullmatch(line):
-                self._skipped["lines of call chains"] += 1
-            elif KERNEL_LOG.fullmatch(line):
-                self._skipped["lines of the kernel's log"] += 1
-            else:
-                form = form_of(line)
-                raise MalformedLineError(
-                    form or f"malformed line, expected 'task-pid [cpu] seconds: event: fields': {line[:120]!r}"
-                )
+            self._skipped[belongs_to(line)] += 1
 
     def _check_last(self, line: str, number: int) -> None:
         """The last line lacks its newline: it is taken to be whole unless it is seen to be cut off."""
@@ -421,6 +412,13 @@ class _Parser:
         words = [int(field, 16) for field in fields_of("kvm_vm_set_mem_attributes", event)]
         self._calls.pop(task, None)
         self._add("kvm_vm_set_mem_attributes", Input.ATTRIBUTES, time, task, line, *words)
+
+    def kvm_hypercall(self, event: str, task: int, time: int, line: int) -> None:
+        if _MAP_GPA_RANGE not in event:
+            self._ignored["kvm_hypercall"] += 1
+            return
+        gpa, pages, attributes, _ = (int(field, 16) for field in fields_of("kvm_hypercall", event))
+        self._add("kvm_hypercall", Input.MAP_GPA_RANGE, time, task, line, gpa, pages, attributes)
 
     def kvm_unmap_hva_range(self, event: str, task: int, time: int, line: int) -> None:
         start, end = (int(field, 16) for field in fields_of("kvm_unmap_hva_range", event))

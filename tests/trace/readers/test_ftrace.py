@@ -225,7 +225,7 @@ def test_no_name_has_two_classes() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("what is this", "malformed line, expected 'task-pid"),
+        ("what is this", "text that is no log's: 'what is this'"),
         ("vm-126 [000] ..... 12.34567: kvm_exit: x", "malformed line"),
         ("vm-126 ..... 12.345678: kvm_exit: x", "malformed line"),
         (HEAD + "kvm_page_fault: vcpu 0 rip 0x0 address 0xZZ error_code 0x6", "malformed kvm_page_fault, expected"),

@@ -68,7 +68,12 @@ def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "helps"), [(b"PERFILE2\0\0", "perf script -F"), (b"\x17\x08\x44tracing6\0", "trace-cmd report")]
+    ("head", "helps"),
+    [
+        (b"PERFILE2\0\0", "perf script -i FILE -F"),
+        (b"PERFILE2xxxx", "perf script -i FILE -F"),  # of which one buffer has no binary zero
+        (b"\x17\x08\x44tracing6\0", "trace-cmd report"),
+    ],
 )
 def test_recordings_are_named_with_what_prints_them(tmp_path: Path, head: bytes, helps: str) -> None:
     path = tmp_path / "a.dat"
