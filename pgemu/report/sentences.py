@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pgemu.machine.defects import TEXTS
 from pgemu.machine.findings import INDEX
+from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Broken
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if "-EOPNOTSUPP" in outcomes:
         found.append("-EOPNOTSUPP: this version does not simulate the operation.")
+    if any(run.statistics.event(Event.ZEROED_UNREACHED) for run in runs):
+        found.append(
+            "Kernel times of these tables, and of --format markdown and csv, are whole: with zeroing that no slot "
+            "reaches, which the answers of the first screen leave out (slot-reach)."
+        )
     if any(run.end_of_life.zombies for run in runs):
         found.append(
             "Huge pages are missing from the pool at the end: references that the trace never drops keep them."

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.doubts import mostly_left_out
 from pgemu.trace.events import LEVELS, Input
 from pgemu.trace.guest_addresses import PRIVATE_ACCESS, GuestAddresses, gfn_range, is_qualification
-from pgemu.trace.log import NO_VCPU, Log
-from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
+from pgemu.trace.log import NO_VCPU, Doubt, Log
+from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions, private_because
 from pgemu.trace.memory_layout import (
     Layout,
     Region,
@@ -188,8 +189,11 @@ class _Lowering:
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
             records, self._layout, init, converts, accounting, self._log.source, levels,
-            machine=self._addresses.machine, notes=self._log.notes,
+            machine=self._addresses.machine, notes=self._log.notes, doubts=self._doubts(),
         )  # fmt: skip
+
+    def _doubts(self) -> tuple[Doubt, ...]:
+        return (*self._log.doubts, *mostly_left_out(self._rows, self._reason, self._reasons, NO_HOST_ADDRESSES))
 
     def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
         """uint8[setup + len(origin)]: the recorded level of each record's fault; None if the log tells none."""
@@ -424,10 +428,7 @@ def initial(options: LoweringOptions, records: Records, vm: str | None = None) -
     """What memory is at first: as asked for, else private if the trace converts, has private faults, or is a TD's."""
     if options.init != "auto":
         return options.init
-    # A TD's memory is private until it is converted, which the log may not show.
-    faults = records.flags[records.op == Operation.GUEST_FAULT]
-    private = bool((records.op == Operation.CONVERT).any() or (faults & np.uint8(Flag.PRIVATE)).any())
-    return "private" if private or vm == "tdx" else "shared"
+    return "private" if private_because(records, vm) else "shared"
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

@@ -77,7 +77,7 @@ def test_what_a_question_rests_on_is_named() -> None:
     comparison = compare(load(shipped(), LoweringOptions()))
     text = " ".join(shown(comparison, sensitivity(comparison)).split())
     assert "guest faults undecided if pfnmap zeroed whole folios (pfnmap-zeroing)" in text
-    assert "guest leaves >= 2M alike if pfnmap mapped whole huge pages or 4K, no level between (pfnmap-level)" in text
+    assert "leaves >= 2M alike if pfnmap mapped whole huge pages or 4K, no level between (pfnmap-level)" in text
 
 
 def test_what_is_broken_names_its_defect() -> None:
@@ -94,6 +94,18 @@ def test_a_defect_without_effect_explains_nothing() -> None:
     text = " ".join(shown(tried).split())
     assert "restructure shows stale contents of 511 pages (uptodate-unzeroed)" in text
     assert verdict(tried)["broken"].basis.rules == (("uptodate-unzeroed", "without", -1),)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(traces(), st.sampled_from(["rfc2", "dec2025"]), st.sets(st.sampled_from(sorted(DEFECTS)), max_size=4))
+def test_no_defect_without_effect_is_named_as_a_cause(trace: Lowered, like: Any, names: set[str]) -> None:
+    comparison = with_effects(compare(trace, versions=Versions(like), defects=tuple(names)))
+    idle = comparison.without_effect.defects
+    for name in {name for run in comparison.runs for name in run.config.defects}:
+        if all(name in idle.get(run.design, ()) for run in comparison.runs if name in run.config.defects):
+            found = sensitivity(comparison)
+            assert not [text for text in causes(comparison, found) if name in text]
+            assert name not in shown(comparison, found).partition("-" * WIDTH)[2]
 
 
 def test_a_design_that_zeroes_by_page_does_not_zero_by_folio_for_a_defect() -> None:

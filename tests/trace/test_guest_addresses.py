@@ -157,7 +157,7 @@ def test_faults_of_l2_are_told_from_those_of_l1_whatever_else_is_recorded(
 def test_what_does_not_tell_l2_from_l1_is_said() -> None:
     found = lowered(fault(0x1000), ENTER.format("ept"), fault(0x2000), VMEXIT, fault(0x3000))
     assert left_out(found) == {L2_OR_L1: 2}
-    assert found.notes == (f"guest faults left out: 2 {L2_OR_L1}",)
+    assert found.notes == (f"guest faults left out: 2 at an {L2_OR_L1}",)
 
 
 @pytest.mark.parametrize("enter", [NPT_OFF, ENTER.format("ept").replace("=y", "=n")])
@@ -217,7 +217,7 @@ def test_pages_of_interrupt_controllers_are_no_memory_unless_a_slot_has_them(
 def test_each_fault_has_one_reason_and_devices_are_not_said_again() -> None:
     found = lowered(fault(0x1000), fault(0xFEE00000, NPT | 8), fault(0xFEE00000), fault(1 << 50 | 0xFEE00000))
     assert left_out(found) == {DEVICE: 1, APIC: 1, BEYOND: 1}
-    assert found.notes == (f"guest faults left out: 1 {BEYOND}, 1 {APIC}",)
+    assert found.notes == (f"guest faults left out: 1 at an {BEYOND}, 1 at the {APIC}",)
 
 
 _KINDS = {
