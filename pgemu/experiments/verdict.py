@@ -6,8 +6,9 @@ repeated under the rule's alternatives), or the defect without which it would no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ class Basis(NamedTuple):
     """On what a line rests.
 
     kind: see the module. rules: of "inference", the rules that turn it, each with the alternative and what it is
-    then; of "defect" its name.
+    then; of "defect" its name; of "untested" the names of those that may make the difference.
     """
 
     kind: Kind
@@ -347,9 +348,45 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
             if basis.kind in ("fact", "captured") and _in_doubt(key, comparison.lowered.doubts):
                 basis = Basis("doubtful")
             line = Line(QUESTIONS[key].text, found, basis)
-            line = _less_a_defect(key, line, trials or ())
+            line = _untried(key, _less_a_defect(key, line, trials or ()), comparison)
             lines[key] = line._replace(without=rules[key])
     return lines
+
+
+_ANY = ("conversions", "guest_faults", "memory", "level", "refused")
+_MAY_MAKE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "allocation-race": ("guest_faults", "refused"),
+        "hole-zeroes-from-start": (),
+        "insert-unlocked": ("conversions",),
+        "merge-keeps-flag": ("conversions", "guest_faults"),
+        "punch-keeps-entries": ("conversions", "memory"),
+        "rollback-at-zero": ("conversions", "refused"),
+        "unbind-dying": ("conversions", "refused"),
+        "uptodate-unzeroed": ("guest_faults",),
+    }
+)
+"""Questions whose answer a defect may make; of those that are not named any. What it breaks is told by findings."""
+_SAVES = ("uptodate-unzeroed",)  # what its machine should have done: only where that is better may it be the reason
+
+
+def _untried(key: str, line: Line, comparison: Comparison) -> Line:
+    """A line without a winner if that may be the work of a defect, which nobody has left out yet."""
+    better = line.measure.better
+    if line.basis.kind != "untested" or better not in (0, 1):
+        return line
+    names = [
+        name
+        for index, run in enumerate(comparison.runs[:2])
+        for name in run.config.defects
+        if key in _MAY_MAKE.get(name, _ANY)
+        and name not in comparison.without_effect.defects.get(run.design, ())
+        and (index == better or name not in _SAVES)
+    ]
+    if not names:
+        return line
+    rules = tuple((name, "without", None) for name in dict.fromkeys(names))
+    return line._replace(measure=line.measure._replace(better=None), basis=Basis("untested", rules))
 
 
 _RESTS_ON = {"host faults": ("conversions", "memory"), "unmaps and holes": ("guest_faults", "level")}

@@ -358,6 +358,11 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
+        if line.basis.kind == "untested" and line.basis.rules:
+            names = [rule for rule, *_ in line.basis.rules]
+            on = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} on"
+            yield f"{_short(line)} untested: {on} and may make the difference"
+            continue
         if key == "broken" and line.basis.kind == "defect":  # a defect named above: without it nothing breaks
             continue
         alone = [one for one in line.basis.rules if " and " not in one[0]]

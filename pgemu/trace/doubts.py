@@ -44,5 +44,6 @@ def mostly_left_out(
         kept = int((theirs < 0).sum())
         if 2 * kept < len(theirs):
             some = f"only {kept:,}" if kept else "none"
-            why = ": there is no slot line to tell by" if host else ""
-            yield Doubt(f"{some} of {len(theirs):,} {name} {'are' if kept != 1 else 'is'} of this memory{why}", name)
+            are = "is" if kept == 1 else "are"
+            tells = "known to be of this memory: there is no slot line" if host else "of this memory"
+            yield Doubt(f"{some} of {len(theirs):,} {name} {are} {tells}", name)

@@ -27,7 +27,7 @@ class Task(NamedTuple):
 
 
 class Doubt(NamedTuple):
-    """Why a trace is not, or not all, of one VM's memory: a sentence, and the kind of input that it is about ("": all)."""
+    """Why a trace is not, or not all, of one VM's memory: a sentence, and the kind of input it is about ("": all)."""
 
     text: str
     about: str = ""

@@ -96,9 +96,7 @@ def _shared_pages(log: Log, vms: Mapping[int, _Vm]) -> int:
     some = (faults | attributes) & (first < end)
     found = [_united(first[some & (theirs == number)], end[some & (theirs == number)]) for number in vms]
     points = np.concatenate([part for ends in found for part in ends])
-    steps = np.concatenate(
-        [np.full(len(part), step) for ends in found for part, step in zip(ends, (1, -1), strict=True)]
-    )
+    steps = np.repeat([1, -1] * len(found), [len(part) for ends in found for part in ends])
     order = np.argsort(points, kind="stable")
     several = np.cumsum(steps[order])[:-1] > 1
     return int(np.diff(points[order])[several].sum())

@@ -20,9 +20,7 @@ _HINTS = {
     **dict.fromkeys(_ARM, " (of KVM on Arm, not read)"),
     NAMELESS: " (perf script -F +event prints it)",
 }
-_ROWS = (
-    "expected rows that ask something of guest memory: guest fault, host fault, convert, punch hole, ..., by columns"
-)
+_ROWS = "expected rows of guest fault, host fault, convert, punch hole, ..., in columns"
 _RECORD = (
     "record kvm:kvm_page_fault, kvm:kvm_vm_set_mem_attributes, kvm:kvm_unmap_hva_range, exceptions:page_fault_user and "
     "the calls madvise, munmap, mmap and fallocate of the VMM"

@@ -20,6 +20,7 @@ from pgemu.machine.config import DEFECTS
 from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu.report.screen import HEIGHT, WIDTH, causes, mixed as by_hand, screen
 from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, Records, load, shipped
+from pgemu.trace.log import Doubt
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 from pgemu_kernels.words.rows import SPINS
@@ -130,6 +131,30 @@ def test_what_is_left_out_is_on_the_first_screen(unknown: dict[str, int], lost: 
         assert f"{count} {name}" in text
     assert ("2 more names" in text) == (len(unknown) == 4)
     assert_fits(shown(comparison))
+
+
+def test_what_is_doubted_and_what_is_assumed_is_on_the_first_screen() -> None:
+    trace = lowered(mixed_records())
+    text = shown(compare(trace))
+    assert "both: sw VM, memory private at first, Linux 6.18; assumed: NPT, 1 vCPU\n" in text
+    text = shown(compare(replace(trace, machine={"vcpus": 3}), vm="snp"))  # whose stage 2 can only be NPT
+    assert "both: snp VM, memory private at first, NPT, 3 vCPUs, Linux 6.18\n" in text
+    text = shown(compare(trace, stage2="ept"))
+    assert "both: sw VM, memory private at first, EPT, Linux 6.18; assumed: 1 vCPU\n" in text
+    assert compare(trace, vcpus=1).to_json()["assumed"] == ["stage2"]
+    doubted = replace(trace, doubts=(Doubt("only 1 of 9 guest faults is of this memory", "guest faults"),))
+    text = shown(compare(doubted))
+    assert text.splitlines()[1] == "doubtful: only 1 of 9 guest faults is of this memory"
+    assert_fits(text)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_table_is_no_log(table: bool) -> None:
+    trace = lowered([*setup(), one(Operation.GUEST_FAULT, address=0)])
+    trace = replace(trace, table=table, layout=replace(trace.layout, origin="inferred"))
+    text = " ".join(shown(compare(trace)).split())
+    assert f"the {'table' if table else 'log'} has no memory slots: inferred from the addresses seen" in text
+    assert ("the log" in text) != table
 
 
 def test_conversions_that_the_model_drops_are_no_refusals() -> None:
