@@ -100,15 +100,18 @@ class GuestAddresses:
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions) -> GuestAddresses:
+    def of(
+        cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions, stage2: str | None = None
+    ) -> GuestAddresses:
         """Classify.
 
         :param rows: uint64[n, 10] as in Log
         :param slots: that the log's VMM made, at any time
         :param nested_told: as in Log
+        :param stage2: as in Log
         """
         faults = rows[rows[:, _KIND] == Input.GUEST_FAULT]
-        found = cls(rows, machine=_stage2_of(faults[:, _B]) | _vcpus_of(faults[:, _C]))
+        found = cls(rows, machine=_stage2_of(faults[:, _B], stage2) | _vcpus_of(faults[:, _C]))
         left = np.flatnonzero(rows[:, _KIND] == Input.GUEST_FAULT)
         for reason, mask in found._reasons(slots, nested_told, options):
             out = mask[left]
@@ -170,12 +173,14 @@ class GuestAddresses:
         self.notes += (f"bit {bit} of the addresses {is_} the TD's shared bit: {counts} (--tdx-shared-bit)",)
 
 
-def _stage2_of(code: _Words) -> dict[str, Any]:
-    """Which processor's fault codes these are; nothing where none of them tells, or they are of both.
+def _stage2_of(code: _Words, told_by_exits: str | None) -> dict[str, Any]:
+    """What exits say, else which processor's fault codes these are; nothing where none tells, or they are of both.
 
     VMX prints its exit qualification (arch/x86/kvm/vmx/vmx.c:handle_ept_violation()), SVM an error code that says at
     which stage of nested paging the fault was (arch/x86/kvm/svm/svm.c:npf_interception()).
     """
+    if told_by_exits:
+        return {"stage2": told_by_exits}
     told = {"ept": is_qualification(code).any(), "npt": ((code & np.uint64(_NESTED_STAGE)) != 0).any()}
     names = [name for name, is_ in told.items() if is_]
     return {"stage2": names[0]} if len(names) == 1 else {}

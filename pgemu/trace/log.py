@@ -49,6 +49,7 @@ class Log:
         tasks: by dense index
         nested_told: the log has what tells faults of an L2 guest from those of L1
         notes: what of the text was taken to mean something, in words
+        stage2: "ept" or "npt" if an exit says so, else None
         doubts: why it is not, or not all, of one VM
     """
 
@@ -65,3 +66,4 @@ class Log:
     nested_told: bool = True
     notes: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
+    stage2: str | None = None

@@ -68,7 +68,7 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
     ]
     history = SlotHistory.build(lines)
-    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options)
+    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options, log.stage2)
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
     layout, history = _lay_out(log, history, addresses, options)
     layout = grow(layout, options.page_size, options.guest_memory)

@@ -273,3 +273,17 @@ def test_more_vcpus_than_a_vm_has_are_no_vcpus() -> None:
     events = [fault(0x1000).replace("vcpu 0", f"vcpu {number}") for number in range(4097)]
     assert lowered(*events[:-1]).machine["vcpus"] == 4096
     assert "vcpus" not in lowered(*events).machine
+
+
+_EXITS = {"EPT_VIOLATION": "ept", "EPT_MISCONFIG": "ept", "npf": "npt", "HLT": None, "hlt": None, "1": None}
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(sorted(_EXITS)), max_size=8), st.sampled_from([NPT, PF]), st.booleans())
+def test_the_first_exit_for_the_sake_of_stage_2_says_whose_it_is(reasons: list[str], code: int, nested: bool) -> None:
+    """Whatever the codes look like, and also after an L2 guest; every exit is counted."""
+    exits = [f"kvm_exit: vcpu 0 reason {reason} rip 0x0 info1 0x0 info2 0x0" for reason in reasons]
+    found = lowered(*[VMEXIT, INJECT] * nested, *exits, fault(0x1000, code))
+    told = [_EXITS[reason] for reason in reasons if _EXITS[reason]]
+    assert found.machine.get("stage2") == (told[0] if told else "npt" if code == NPT else None)
+    assert found.accounting.ignored["kvm_exit"] == len(reasons)
