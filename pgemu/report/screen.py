@@ -83,7 +83,7 @@ def about(comparison: Comparison) -> Iterator[str]:
     vm = {"stage2": config.stage2.upper(), "vcpus": f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"}
     told = "".join(f", {text}" for name, text in vm.items() if name not in comparison.assumed)
     both = "both: " if len(comparison.runs) > 1 else ""
-    guessed = f"; assumed: {', '.join(vm[name] for name in comparison.assumed)}" if comparison.assumed else ""
+    guessed = f" (assumed: {', '.join(vm[name] for name in comparison.assumed)})" if comparison.assumed else ""
     yield f"{both}{config.vm} VM, memory {lowered.init} at first{told}, Linux {config.kernel}{guessed}"
     yield from _defects(comparison)
     if parts := list(_left_out(lowered.accounting, lowered.notes)):

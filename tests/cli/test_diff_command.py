@@ -264,7 +264,7 @@ def test_every_combination_is_one_row_in_order(log: str) -> None:
     assert lines[0] == "small.txt: 4 combinations of like, page-size"
     assert lines[1:at] == [
         "pfnmap corrected (slides, mended)",
-        "both: sw VM, memory private at first, 1 vCPU, Linux 6.18; assumed: NPT",
+        "both: sw VM, memory private at first, 1 vCPU, Linux 6.18 (assumed: NPT)",
     ]
     assert lines[at + 1].split() == ["restructure", "pfnmap", "better", "by", "basis"]
     assert lines[at + 3] == "like rfc2, page-size 2M"

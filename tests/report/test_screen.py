@@ -136,11 +136,11 @@ def test_what_is_left_out_is_on_the_first_screen(unknown: dict[str, int], lost: 
 def test_what_is_doubted_and_what_is_assumed_is_on_the_first_screen() -> None:
     trace = lowered(mixed_records())
     text = shown(compare(trace))
-    assert "both: sw VM, memory private at first, Linux 6.18; assumed: NPT, 1 vCPU\n" in text
+    assert "both: sw VM, memory private at first, Linux 6.18 (assumed: NPT, 1 vCPU)\n" in text
     text = shown(compare(replace(trace, machine={"vcpus": 3}), vm="snp"))  # whose stage 2 can only be NPT
     assert "both: snp VM, memory private at first, NPT, 3 vCPUs, Linux 6.18\n" in text
     text = shown(compare(trace, stage2="ept"))
-    assert "both: sw VM, memory private at first, EPT, Linux 6.18; assumed: 1 vCPU\n" in text
+    assert "both: sw VM, memory private at first, EPT, Linux 6.18 (assumed: 1 vCPU)\n" in text
     assert compare(trace, vcpus=1).to_json()["assumed"] == ["stage2"]
     doubted = replace(trace, doubts=(Doubt("only 1 of 9 guest faults is of this memory", "guest faults"),))
     text = shown(compare(doubted))
