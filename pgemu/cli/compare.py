@@ -210,11 +210,10 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
     """Run every combination of --vary and print them."""
     if options["designs"] and len(set(options["designs"])) < 2:
         raise InputError("--vary: expected two designs to compare")
-    from pgemu.experiments.vary import combinations
     from pgemu.report.sweep import Combination, sweep
 
     runs: list[Combination] = []
-    for labels, changed in combinations(options["vary"], _varied(options)):
+    for labels, changed in _combinations(options):
         try:
             comparison, sensitivity = _run(trace, {**options, **changed})
         except InputError as error:  # a combination that is none does not keep the others from being shown
@@ -227,6 +226,23 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
         raise InputError(str(runs[0].reason))
     sys.stdout.write(sweep(runs, options["form"]))
     return int(any(not isinstance(run.comparison, str) and run.comparison.broken for run in runs))
+
+
+def _combinations(options: dict[str, Any]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """What --vary asks for; an option that varies is refused beside it, for one of both would count for nothing."""
+    from click.core import ParameterSource
+
+    from pgemu.experiments.vary import combinations
+
+    varied = _varied(options)
+    found = list(combinations(options["vary"], varied))
+    context = click.get_current_context()
+    for name, option in varied.items():
+        source = context.get_parameter_source(str(option.name)) if context else ParameterSource.DEFAULT
+        label = name.replace("_", "-")
+        if label in found[0][0] and source is not ParameterSource.DEFAULT:
+            raise InputError(f"--vary {label}=...: expected no {option.opts[0]} beside it")
+    return found
 
 
 def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:

@@ -93,8 +93,12 @@ def _csv(one: dict[str, Any], other: dict[str, Any], everything: bool) -> str:
             ("by", (first.by, second.by, "")),
             ("basis", (first.basis, second.basis, "")),
         ):
-            writer.writerow((f"{name}.{key}", name, first.question, "", *cells))
+            writer.writerow((f"{name}.{key}", name, _same(first.named, second.named), "", *cells))
     return "".join([head, out.getvalue(), *numbers])
+
+
+def _same(first: str, second: str) -> str:
+    return first if first == second else f"{first} / {second}"
 
 
 def _counted(one: dict[str, Any], other: dict[str, Any], everything: bool) -> Iterator[tuple[str, list[Row]]]:

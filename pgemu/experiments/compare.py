@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.errors import InputError
+from pgemu.experiments.configuration import assumed, configuration
 from pgemu.experiments.metrics import METRICS
 from pgemu.experiments.worst import WorstOperation, explain, worst_operations
 from pgemu.machine.designs import DESIGNS, Design
@@ -18,10 +19,9 @@ from pgemu.machine.presets import LIKE, Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.short import counted
 from pgemu.machine.statistics import Statistics
-from pgemu.machine.vm_kinds import KINDS
 from pgemu.trace.lowered import Lowered
 from pgemu_kernels.words.events import Event, Gauge
-from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -243,6 +243,11 @@ class Comparison:
         )
 
     @property
+    def assumed(self) -> tuple[str, ...]:
+        """Fields of Config that are the recorded VM's, and that neither the trace tells nor anybody gave."""
+        return assumed(self.lowered, self.runs[0].config, self.given)
+
+    @property
     def broken(self) -> bool:
         """Whether any machine broke a rule that none of its defects explains."""
         return any(run.finding and not run.finding.explained for run in self.runs)
@@ -264,6 +269,7 @@ class Comparison:
                 "converts": lowered.converts,
                 "accounting": lowered.accounting.to_json(),
                 "notes": list(lowered.notes),
+                "doubts": [doubt.text for doubt in lowered.doubts],
                 "memory": lowered.layout.to_json(),
             },
             "versions": asdict(self.versions),
@@ -273,6 +279,7 @@ class Comparison:
                 "options": list(self.without_effect.options),
             },
             "machines": machines,
+            "assumed": list(self.assumed),
             "check": self.check,
             "designs": {run.design: run.to_json() for run in self.runs},
         }
@@ -300,7 +307,8 @@ def compare(
     :param versions: of the designs; what Versions() says without it
     :param strict: what a version refuses stays refused, though the trace needs it
     :param given: fields of pgemu.Config other than design, pool and page_size; None is as without it
-    :raises InputError: an option that Config refuses, or guest memory that this computer cannot model
+    :raises InputError: an option that Config refuses, a VM without private memory for a trace that begins with it, or
+        guest memory that this computer cannot model
     :raises TypeError: an argument of another type, or a field that follows from the trace
     """
     versions = versions or Versions()
@@ -330,23 +338,6 @@ def _check_arguments(lowered: Any, designs: Any, check: Any, versions: Any, give
     for name in ("design", "pool", "page_size"):
         if name in given:
             raise TypeError(f"{name} {shown(given[name])}: expected no such argument, for it follows from the trace")
-
-
-def configuration(lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any]) -> Config:
-    """What a design's machine is made of for a trace.
-
-    :raises InputError: an option that Config refuses, a page size that the version does not know
-    """
-    layout = lowered.layout
-    pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
-    fields = {"vm": "sw" if lowered.init == "private" or lowered.converts else "plain", **lowered.machine, **given}
-    kind = KINDS.get(fields["vm"])
-    if kind and kind.stage2 and "stage2" not in given:
-        fields["stage2"] = kind.stage2
-    try:
-        return versions.configuration(design, pool=pool, page_size=layout.page_size, **fields)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def run(

@@ -154,7 +154,9 @@ def _few_large_entries(comparison: Comparison) -> str:
     most = sum(prices[event].total(512, cpus)[1] for event in (Event.LEAF_CLEARED, Event.TLB_FLUSH_PAGE))
     most += prices[Event.TLB_FLUSH_MM].total(1, cpus)[1] + prices[Event.NOTIFIER_CALL].total(1)[1]
     time, memory = base["conversions"], base["memory"]
-    if time.better not in (0, 1) or not isinstance(time.difference, tuple) or isinstance(memory.difference, tuple):
+    if memory.difference is None or isinstance(memory.difference, tuple):
+        return ""
+    if time.better not in (0, 1) or not isinstance(time.difference, tuple):
         return ""
     enough = min(map(abs, time.difference)) > count * most and abs(memory.difference) > count * 3 * PAGE_4K
     return f"{count} host faults could have a larger entry, too few to turn an answer" if enough else ""
@@ -164,8 +166,9 @@ _Measures = Mapping[str, Measure]
 
 
 def _ends(one: Measure) -> tuple[float, float]:
-    """The difference as a band."""
-    return one.difference if isinstance(one.difference, tuple) else (one.difference, one.difference)
+    """The difference as a band; where there is none, that of nothing."""
+    less = 0.0 if one.difference is None else one.difference
+    return less if isinstance(less, tuple) else (less, less)
 
 
 def _may_turn_more(base: _Measures, a: _Measures, b: _Measures) -> bool:

@@ -6,8 +6,9 @@ repeated under the rule's alternatives), or the defect without which it would no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,9 +21,11 @@ from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison, DesignRun
+    from pgemu.trace.log import Doubt
 
 __all__ = (
     "QUESTIONS",
+    "SLOT_REACH",
     "Basis",
     "Breach",
     "Line",
@@ -37,14 +40,16 @@ __all__ = (
     "paired",
     "refused",
     "verdict",
+    "without",
 )
 
 Array = np.ndarray[Any, Any]
 Band = tuple[float, float]
 _Measured = Callable[["DesignRun", "DesignRun", bool], "Measure"]
-Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even", "untested"]
+Kind = Literal["captured", "fact", "inference", "defect", "undecided", "even", "untested", "doubtful"]
 
 _XARRAY_NODE = 576
+SLOT_REACH = "slot-reach"  # the rule of INFERENCES
 _MOSTLY = 3  # times what is left
 _ALIKE = 0.02  # shares nearer than this are the same
 
@@ -52,15 +57,17 @@ _ALIKE = 0.02  # shares nearer than this are the same
 class Measure(NamedTuple):
     """The answer to one question on two machines.
 
-    better: the index of the run that is better; -1: they are alike; None: the bands of the estimate overlap.
-    first, second: the two values, and `difference`: second less first. Bands where `unit` is "ns".
+    better: the index of the run that is better; -1: they are alike; None: the bands of the estimate overlap, or only
+    one of them has something of it.
+    first, second: the two values, and `difference`: second less first. Bands where `unit` is "ns"; None: a share of
+    nothing, and what differs from that.
     unit: "ns", "bytes", "count" or "share".
     """
 
     better: int | None
-    first: float | Band
-    second: float | Band
-    difference: float | Band
+    first: float | Band | None
+    second: float | Band | None
+    difference: float | Band | None
     unit: str
 
 
@@ -68,7 +75,7 @@ class Basis(NamedTuple):
     """On what a line rests.
 
     kind: see the module. rules: of "inference", the rules that turn it, each with the alternative and what it is
-    then; of "defect" its name.
+    then; of "defect" its name; of "untested" the names of those that may make the difference.
     """
 
     kind: Kind
@@ -80,12 +87,14 @@ class Line(NamedTuple):
 
     with_defect: where most of a difference in time is a defect's, which counts for nobody: its name, and the answer as
     it is with the defect. `measure` is then that without it.
+    without: the rule by which values and difference leave something out that the machines counted (slot-reach), or "".
     """
 
     question: str
     measure: Measure
     basis: Basis
     with_defect: tuple[str, Measure] | None = None
+    without: str = ""
 
 
 @dataclass(frozen=True, order=True)
@@ -150,11 +159,10 @@ def paired(first: DesignRun, second: DesignRun, op: Operation | None = None, *, 
 
 def _time(op: Operation) -> _Measured:
     def measured(first: DesignRun, second: DesignRun, unreached: bool) -> Measure:
-        found = [run.operation(op) for run in (first, second)]
-        one, other = (run.total if run else (0.0, 0.0) for run in found)
-        low, high = paired(first, second, op, unreached=unreached).total
+        found = paired(first, second, op, unreached=unreached)  # both values as the difference counts them
+        low, high = found.total
         better = -1 if low == high == 0 else 0 if low > 0 else 1 if high < 0 else None
-        return Measure(better, one, other, (low, high), "ns")
+        return Measure(better, found.first.total, found.second.total, (low, high), "ns")
 
     return measured
 
@@ -177,9 +185,11 @@ def mapped(run: DesignRun) -> tuple[int, int]:
 
 
 def _level(first: DesignRun, second: DesignRun, _: bool) -> Measure:
-    shares = [large / total if total else 0.0 for total, large in (mapped(run) for run in (first, second))]
-    better = -1 if abs(shares[0] - shares[1]) < _ALIKE else int(shares[1] > shares[0])
-    return Measure(better, shares[0], shares[1], shares[1] - shares[0], "share")
+    one, other = (large / total if total else None for total, large in (mapped(run) for run in (first, second)))
+    if one is None or other is None:  # of nothing no share is better
+        return Measure(-1 if one is other else None, one, other, None, "share")
+    better = -1 if abs(one - other) < _ALIKE else int(other > one)
+    return Measure(better, one, other, other - one, "share")
 
 
 def refused(run: DesignRun) -> int:
@@ -244,7 +254,7 @@ QUESTIONS: dict[str, Question] = {
     "conversions": Question("conversions, time", _time(Operation.CONVERT)),
     "guest_faults": Question("guest faults, time", _time(Operation.GUEST_FAULT)),
     "memory": Question("metadata, peak", _memory),
-    "level": Question("guest leaves >= 2M", _level),
+    "level": Question("leaves >= 2M, end", _level),
     "refused": Question("refused", lambda a, b, _: _less(refused(a), refused(b), "count"), _refused_zaps),
     "broken": Question("broken", lambda a, b, _: _less(broken(a), broken(b), "count"), _captured_defects),
 }
@@ -263,6 +273,12 @@ def measure(first: DesignRun, second: DesignRun, *, unreached: bool = False) -> 
         if not all(refusing):
             found["refused"] = found["refused"]._replace(better=refusing.index(False))
     return found
+
+
+def without(first: DesignRun, second: DesignRun) -> dict[str, str]:
+    """By question: the rule by which measure() leaves something out that a machine counted, or ""."""
+    found, whole = measure(first, second), measure(first, second, unreached=True)
+    return {key: SLOT_REACH if found[key][1:] != whole[key][1:] else "" for key in found}
 
 
 # --------------------------------------------------------------------------- what it rests on
@@ -317,6 +333,7 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
     first, second = comparison.runs[:2]
     trials = sensitivity.trials if sensitivity else None
     lines = {}
+    rules = without(first, second)
     for key, found in measure(first, second).items():
         captured = QUESTIONS[key].captured(first, second)
         if key == "broken" and not captured and found.better in (0, 1) and _explained((second, first)[found.better]):
@@ -329,9 +346,57 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
             basis = _basis(key, found, trials, captured)
             if basis.kind == "fact" and sensitivity and not sensitivity.complete:  # what was not reached may turn it
                 basis = Basis("untested")
+            if basis.kind in ("fact", "captured") and _in_doubt(key, comparison.lowered.doubts):
+                basis = Basis("doubtful")
             line = Line(QUESTIONS[key].text, found, basis)
-            lines[key] = _less_a_defect(key, line, trials or ())
+            line = _untried(key, _less_a_defect(key, line, trials or ()), comparison)
+            lines[key] = line._replace(without=rules[key])
     return lines
+
+
+_ANY = ("conversions", "guest_faults", "memory", "level", "refused")
+_MAY_MAKE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "allocation-race": ("guest_faults", "refused"),
+        "hole-zeroes-from-start": (),
+        "insert-unlocked": ("conversions",),
+        "merge-keeps-flag": ("conversions", "guest_faults"),
+        "punch-keeps-entries": ("conversions", "memory"),
+        "rollback-at-zero": ("conversions", "refused"),
+        "unbind-dying": ("conversions", "refused"),
+        "uptodate-unzeroed": ("guest_faults",),
+    }
+)
+"""Questions whose answer a defect may make; of those that are not named any. What it breaks is told by findings."""
+_SAVES = ("uptodate-unzeroed",)  # what its machine should have done: only where that is better may it be the reason
+
+
+def _untried(key: str, line: Line, comparison: Comparison) -> Line:
+    """A line without a winner if that may be the work of a defect, which nobody has left out yet."""
+    better = line.measure.better
+    if line.basis.kind != "untested" or better not in (0, 1):
+        return line
+    names = [
+        name
+        for index, run in enumerate(comparison.runs[:2])
+        for name in run.config.defects
+        if key in _MAY_MAKE.get(name, _ANY)
+        and name not in comparison.without_effect.defects.get(run.design, ())
+        and (index == better or name not in _SAVES)
+    ]
+    if not names:
+        return line
+    rules = tuple((name, "without", None) for name in dict.fromkeys(names))
+    return line._replace(measure=line.measure._replace(better=None), basis=Basis("untested", rules))
+
+
+_RESTS_ON = {"host faults": ("conversions", "memory"), "unmaps and holes": ("guest_faults", "level")}
+"""Questions that rest on inputs of a kind; all do on those that are not named."""
+
+
+def _in_doubt(key: str, doubts: Iterable[Doubt]) -> bool:
+    """Whether the answer to a question rests on input that was left out, or that is of several VMs."""
+    return any(key in _RESTS_ON.get(doubt.about, (key,)) for doubt in doubts)
 
 
 def _less_a_defect(key: str, line: Line, trials: Iterable[Trial]) -> Line:
@@ -346,8 +411,10 @@ def _less_a_defect(key: str, line: Line, trials: Iterable[Trial]) -> Line:
     return line
 
 
-def middle(difference: float | Band) -> float:
+def middle(difference: float | Band | None) -> float:
     """The size of a difference, of a band that of its middle."""
+    if difference is None:
+        return 0.0
     return abs(sum(difference)) / 2 if isinstance(difference, tuple) else abs(difference)
 
 

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pgemu.report.units as units
+from pgemu.experiments.verdict import SLOT_REACH
 
 if TYPE_CHECKING:
     from pgemu.experiments.verdict import Line, Measure
 
-__all__ = ("WIDTH", "Answer", "Rest", "answers_of", "heads", "measured", "points", "row", "value", "wrapped")
+__all__ = (
+    "WIDTH",
+    "Answer",
+    "Rest",
+    "answers_of",
+    "heads",
+    "left_out",
+    "measured",
+    "points",
+    "row",
+    "value",
+    "wrapped",
+)
 
 WIDTH = 80
 _NAME = 18
 _ENDS = (31, 44)  # of both values
 _STARTS = (44, 56, 69)  # of who is better, by how much, and the basis, behind a gap
 
-Value = float | tuple[float, float]
+Value = float | tuple[float, float] | None
 
 
 class Rest(NamedTuple):
@@ -35,10 +48,12 @@ class Answer(NamedTuple):
     Attributes:
         question: in words
         better: the design that is better, "alike", or None: the bands of the estimate overlap
-        first, second: what both designs have, and `difference`: second less first. (low, high) where `unit` is "ns"
+        first, second: what both designs have, and `difference`: second less first. (low, high) where `unit` is "ns";
+            None: a share of nothing, or a difference to that
         unit: "ns", "bytes", "count" or "share"
         basis: what it rests on, a kind of verdict.Basis
         rests_on: the rules or defects that turn it
+        without: the rule by which both values and the difference leave out what the machines counted, or ""
     """
 
     question: str
@@ -49,6 +64,7 @@ class Answer(NamedTuple):
     unit: str
     basis: str
     rests_on: tuple[Rest, ...] = ()
+    without: str = ""
 
     @property
     def said(self) -> str:
@@ -65,7 +81,7 @@ class Answer(NamedTuple):
         if isinstance(self.difference, tuple):
             low, high = sorted(abs(end) for end in self.difference)
             return units.band(low, high)
-        if isinstance(self.first, tuple) or isinstance(self.second, tuple) or self.unit == "share":
+        if not isinstance(self.first, int | float) or not isinstance(self.second, int | float) or self.unit == "share":
             return ""
         low, high = sorted((self.first, self.second))
         return f"{high / low:,.3g}x" if low and high < 1000 * low else f"{high / low:,.0f}x" if low else ""
@@ -76,6 +92,11 @@ class Answer(NamedTuple):
         return f"{self.said} {self.by}".rstrip()
 
     @property
+    def named(self) -> str:
+        """The question, and the rule by which its values leave something out."""
+        return f"{self.question} ({self.without})" if self.without else self.question
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """Both values, who is better, by how much, and the basis, as people read them."""
         basis = "" if self.basis == "even" else self.basis
@@ -83,8 +104,9 @@ class Answer(NamedTuple):
 
     def swapped(self) -> Answer:
         """The same with the designs the other way round."""
-        low, high = self.difference if isinstance(self.difference, tuple) else (self.difference, self.difference)
-        less: Value = (-high, -low) if isinstance(self.difference, tuple) else -low
+        less = self.difference
+        if less is not None:
+            less = (-less[1], -less[0]) if isinstance(less, tuple) else -less
         return self._replace(first=self.second, second=self.first, difference=less)
 
     def to_json(self) -> dict[str, Any]:
@@ -100,12 +122,13 @@ class Answer(NamedTuple):
         """Return what to_json() gave; KeyError or TypeError for something else."""
         rests = tuple(Rest(one["rule"], one["alternative"], one["then"]) for one in data["rests_on"])
         first, second, less = (_value(data[name]) for name in ("first", "second", "difference"))
-        return cls(
-            str(data["question"]), data["better"], first, second, less, str(data["unit"]), str(data["basis"]), rests
-        )
+        question, unit, basis, without = (str(data.get(name, "")) for name in ("question", "unit", "basis", "without"))
+        return cls(question, data["better"], first, second, less, unit, basis, rests, without)
 
 
 def _value(found: Any) -> Value:
+    if found is None:
+        return None
     if isinstance(found, list):
         low, high = found
         return float(low), float(high)
@@ -128,7 +151,8 @@ def answers_of(lines: Mapping[str, Line], designs: Sequence[str]) -> dict[str, A
     """The answers of a verdict, in its order."""
     return {
         key: measured(line.measure, designs, line.question, line.basis.kind)._replace(
-            rests_on=tuple(Rest(rule, label, _name(better, designs)) for rule, label, better in line.basis.rules)
+            rests_on=tuple(Rest(rule, label, _name(better, designs)) for rule, label, better in line.basis.rules),
+            without=line.without,
         )
         for key, line in lines.items()
     }
@@ -136,14 +160,23 @@ def answers_of(lines: Mapping[str, Line], designs: Sequence[str]) -> dict[str, A
 
 def value(found: Value, unit: str) -> str:
     """A value or a difference as people read it."""
+    if found is None:
+        return "none"
     if isinstance(found, tuple):
         return units.band(*found) if any(found) else "none"
     if unit == "bytes":
         return units.size(int(found))
-    return f"{found:.0%}" if unit == "share" else units.count(int(found))
+    return units.share(found) if unit == "share" else units.count(int(found))
 
 
 # --------------------------------------------------------------------------- lines of a mail
+
+
+def left_out(rules: Iterable[str]) -> Iterator[str]:
+    """What values and differences of answers leave out, a sentence for each rule (`Answer.without`)."""
+    for rule in dict.fromkeys(filter(None, rules)):
+        what = {SLOT_REACH: "zeroing that no slot reaches"}[rule]
+        yield f"times of both designs are without {what} ({rule})"
 
 
 def heads(designs: Sequence[str]) -> Iterator[str]:

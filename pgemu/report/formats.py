@@ -49,7 +49,7 @@ def document(
 def _answers(lines: dict[str, Line], designs: tuple[str, ...]) -> Iterator[Row]:
     for key, one in answers_of(lines, designs).items():
         said = one.difference, one.said, one.basis
-        yield Row("Answers", one.question, one.unit, one.first, one.second, f"answers.{key}", said)
+        yield Row("Answers", one.named, one.unit, one.first, one.second, f"answers.{key}", said)
 
 
 def _text(

@@ -13,11 +13,11 @@ from pgemu.cost import profile
 from pgemu.cost.difference import estimate
 from pgemu.errors import printable
 from pgemu.experiments.inferences import INFERENCES
-from pgemu.experiments.verdict import QUESTIONS, Line, breaches, mapped, measure, middle, paired
+from pgemu.experiments.verdict import QUESTIONS, Line, breaches, mapped, measure, middle, paired, without
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
-from pgemu.report.answers import WIDTH, answers_of, heads, measured, points, row, value, wrapped
+from pgemu.report.answers import WIDTH, answers_of, heads, left_out, measured, points, row, value, wrapped
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 from pgemu_kernels.words.rows import SPINS
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
-    from pgemu.machine.config import Config
-    from pgemu.trace.lowered import Accounting
+    from pgemu.trace.lowered import Accounting, Lowered
 
 __all__ = ("HEIGHT", "WIDTH", "about", "causes", "mixed", "screen", "zeroes")
 
@@ -74,29 +73,35 @@ def about(comparison: Comparison) -> Iterator[str]:
     source = printable(lowered.source.rsplit("/", 1)[-1])
     size, page = units.size(lowered.layout.inode_size), units.size(lowered.layout.page_size)
     yield f"{source}: {units.count(len(lowered.records))} operations, {size} in pages of {page}"
+    yield from (f"doubtful: {doubt.text}" for doubt in lowered.doubts)
     names = {
         "restructure": f"restructure like {versions.like} ({LIKE[versions.like].text})",
         "pfnmap": f"pfnmap {versions.pfnmap} ({PFNMAP[versions.pfnmap].text})",
     }
     yield "; ".join(names.get(run.design, run.design) for run in comparison.runs[:2])
     yield from _rules_of_like(comparison)
-    cpus = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"
+    vm = {"stage2": config.stage2.upper(), "vcpus": f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}"}
+    told = "".join(f", {text}" for name, text in vm.items() if name not in comparison.assumed)
     both = "both: " if len(comparison.runs) > 1 else ""
-    tables = f"{config.stage2.upper()}, {cpus}, Linux {config.kernel}"
-    yield f"{both}{config.vm} VM, memory {lowered.init} at first, {tables}"
+    guessed = f" (assumed: {', '.join(vm[name] for name in comparison.assumed)})" if comparison.assumed else ""
+    yield f"{both}{config.vm} VM, memory {lowered.init} at first{told}, Linux {config.kernel}{guessed}"
     yield from _defects(comparison)
     if parts := list(_left_out(lowered.accounting, lowered.notes)):
         yield f"left out: {', '.join(parts)} (--details)"
     if not len(lowered.records) - lowered.accounting.setup:
         yield "nothing to replay: no event of this log concerns guest memory (see --details)"
     if lowered.layout.origin == "inferred":
-        yield "the log has no memory slots: inferred from the addresses seen (--memslot)"
+        yield f"{_recording(lowered)} has no memory slots: inferred from the addresses seen (--memslot)"
     yield from lowered.notes
     if by_hand := mixed(comparison, defects=False):  # those are in the line above
         yield f"mixed by hand: {by_hand}"
     if idle := comparison.without_effect.options:
         yield f"without effect here: {', '.join('--' + name.replace('_', '-') for name in idle)}"
     yield from comparison.instead
+
+
+def _recording(lowered: Lowered) -> str:
+    return "the table" if lowered.table else "the log"
 
 
 def _left_out(accounting: Accounting, notes: Sequence[str]) -> Iterator[str]:
@@ -238,9 +243,11 @@ def _interrupts_off(comparison: Comparison) -> Iterator[str]:
             yield f"{run.design} has interrupts off for {units.count(stores)} stores at once, {taken} (estimate)"
 
 
-def zeroes(config: Config) -> str:
-    """How a first use zeroes."""
-    if "uptodate-unzeroed" in config.defects and config.zero == "folio":
+def zeroes(run: DesignRun, comparison: Comparison) -> str:
+    """How a first use zeroes; a defect that changes nothing on this trace is not what makes it do so."""
+    config = run.config
+    defects = {*config.defects} - {*comparison.without_effect.defects.get(run.design, ())}
+    if "uptodate-unzeroed" in defects and config.zero == "folio":
         return "first 4K of each folio: uptodate-unzeroed"
     return {"page": "by page", "folio": "by folio"}[config.zero]
 
@@ -253,7 +260,9 @@ def _zeroing(comparison: Comparison) -> Iterator[str]:
     runs = comparison.runs[:2]
     zeroed = [_zeroed(run) for run in runs]
     if _tells(zeroed):
-        parts = [f"{run.design} {units.size(n)} ({zeroes(run.config)})" for run, n in zip(runs, zeroed, strict=True)]
+        parts = [
+            f"{run.design} {units.size(n)} ({zeroes(run, comparison)})" for run, n in zip(runs, zeroed, strict=True)
+        ]
         yield f"zeroed: {', '.join(parts)}"
 
 
@@ -277,7 +286,7 @@ def _levels(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator
         sizes = sorted({mapped(run)[0], mapped(more)[0]})
         faults.append("-".join(map(units.count, counts)))
         ends.append("-".join(map(units.size, sizes)))
-    bounds = " (upper: all was used that the log had mapped)" if upper is not runs else ""
+    bounds = f" (upper: all was used that {_recording(comparison.lowered)} had mapped)" if upper is not runs else ""
     if _tells(faults):
         yield f"guest faults that map: {_each(runs, faults)}{bounds}"
     if _tells(ends):
@@ -349,6 +358,11 @@ def _rests(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     moves = list(_moves(comparison, lines, sensitivity))
     yield from moves[:1]
     for key, line in lines.items():
+        if line.basis.kind == "untested" and line.basis.rules:
+            names = [rule for rule, *_ in line.basis.rules]
+            on = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} on"
+            yield f"{_short(line)} untested: {on} and may make the difference"
+            continue
         if key == "broken" and line.basis.kind == "defect":  # a defect named above: without it nothing breaks
             continue
         alone = [one for one in line.basis.rules if " and " not in one[0]]
@@ -402,15 +416,16 @@ def _foot(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitivi
         run = comparison.runs[0]
         config = run.config
         shares = estimate(run.statistics, config.profile, config.vcpus, config.host_cpus).shares
-        yield from wrapped(
-            f"one design, no verdict; times: estimates, {shares['assumption']:.0%} by assumed prices; more: --details"
-        )
+        share = units.share(shares["assumption"])
+        yield from left_out(without(run, run).values())
+        yield from wrapped(f"one design, no verdict; times: estimates, {share} by assumed prices; more: --details")
         return
     shares = paired(comparison.runs[0], comparison.runs[1]).shares
     tried = f"{len(sensitivity.trials)} alternatives tried" if sensitivity else "no alternatives tried"
     if sensitivity and not sensitivity.complete:
         tried += ", interrupted"
+    yield from left_out(line.without for line in lines.values())
     if any(line.basis.kind == "fact" for line in lines.values()):
         yield "fact: who is better holds under all inferred rules; by: priced event by event"
-    share = f"{shares['assumption']:.0%}"
+    share = units.share(shares["assumption"])
     yield from wrapped(f'times: estimates; of "by" {share} is assumed; {tried}; more: --details')

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from pgemu.machine.defects import TEXTS
 from pgemu.machine.findings import INDEX
+from pgemu.trace.events import REQUEST
 from pgemu_kernels.words.broken import Broken
+from pgemu_kernels.words.events import Event
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Comparison
@@ -18,7 +20,7 @@ def notes(comparison: Comparison) -> list[str]:
     """Return what a reader of the tables must know to read them right."""
     found = []
     runs = comparison.runs
-    if not comparison.lowered.converts:
+    if not comparison.lowered.converts and not comparison.lowered.accounting.ignored[REQUEST]:
         found.append(
             "This trace converts nothing, so no folio is split or merged by a conversion. The built-in workload of a "
             "confidential guest's boot converts: pgemu compare workload:tdx-boot"
@@ -31,6 +33,11 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if "-EOPNOTSUPP" in outcomes:
         found.append("-EOPNOTSUPP: this version does not simulate the operation.")
+    if any(run.statistics.event(Event.ZEROED_UNREACHED) for run in runs):
+        found.append(
+            "Kernel times of these tables, and of --format markdown and csv, are whole: with zeroing that no slot "
+            "reaches, which the answers of the first screen leave out (slot-reach)."
+        )
     if any(run.end_of_life.zombies for run in runs):
         found.append(
             "Huge pages are missing from the pool at the end: references that the trace never drops keep them."

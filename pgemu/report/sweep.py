@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgemu.experiments.verdict import verdict
-from pgemu.report.answers import WIDTH, Answer, answers_of, heads, row, wrapped
+from pgemu.report.answers import WIDTH, Answer, answers_of, heads, left_out, row, wrapped
 from pgemu.report.screen import about
 
 if TYPE_CHECKING:
@@ -82,13 +82,13 @@ def _csv(runs: Sequence[Combination], designs: list[str]) -> str:
             rests = "; ".join(
                 f"{rest.rule}: {rest.alternative}: {rest.then or 'undecided'}" for rest in answer.rests_on
             )
-            cells = (key, answer.question, answer.unit, *numbers, answer.said, answer.basis, rests, "")
+            cells = (key, answer.named, answer.unit, *numbers, answer.said, answer.basis, rests, "")
             writer.writerow((*run.labels.values(), *cells))
     return out.getvalue()
 
 
-def _band(value: Any) -> tuple[float, float]:
-    return value if isinstance(value, tuple) else (value, value)
+def _band(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else ("" if value is None else value,) * 2
 
 
 def _markdown(runs: Sequence[Combination], designs: list[str]) -> str:
@@ -98,7 +98,7 @@ def _markdown(runs: Sequence[Combination], designs: list[str]) -> str:
         labels = list(run.labels.values())
         if run.reason is not None:
             lines.append([*labels, f"not run: {run.reason}", *[""] * 5])
-        lines += [[*labels, answer.question, *answer.cells] for answer in run.answers.values()]
+        lines += [[*labels, answer.named, *answer.cells] for answer in run.answers.values()]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
@@ -132,3 +132,4 @@ def _lines(runs: Sequence[Combination], designs: list[str]) -> Iterator[str]:
         if rules:
             yield from wrapped(f"  rests on {', '.join(sorted(rules))}")
     yield "-" * WIDTH
+    yield from left_out(answer.without for run in runs for answer in run.answers.values())

@@ -92,12 +92,12 @@ def trace(lowered: Lowered) -> Table:
     if accounting.without_operation:
         rows.append(("not guest_memfd's", _listing(accounting.without_operation)))
     rows += [("note", text) for text in lowered.notes]
-    td = lowered.machine.get("vm") == "tdx"
-    why = "the trace converts" if lowered.converts else "the VM is a TD" if td else "the trace converts nothing"
-    as_auto = lowered.init == ("private" if lowered.converts or td else "shared")
+    private = lowered.private_because
+    inferred = private or "the trace neither converts nor has private guest faults"
+    why = f"inferred: {inferred}" if lowered.init == ("private" if private else "shared") else "as asked for"
     rows += [
         ("guest_memfd", f"{units.size(layout.inode_size)} in huge pages of {units.size(layout.page_size)}"),
-        ("at first", f"all {lowered.init}, {'because ' + why if as_auto else 'as asked for'}"),
+        ("at first", f"all {lowered.init}, {why}"),
     ]
     return _facts(rows)
 
@@ -114,6 +114,8 @@ def memory_slots(lowered: Lowered) -> Group:
     """Memory slots, where each lies in the guest_memfd, and those that it cannot back."""
     layout = lowered.layout
     origin = _ORIGINS.get(layout.origin, layout.origin)
+    if lowered.table:
+        origin = origin.replace("slot lines", "slot rows").replace("the trace", "the table")
     numbers = ("GPA", "size", "offset", "host address")
     table = _table(*numbers, "", right=numbers, fold=("",))
     for slot in layout.slots:
@@ -130,7 +132,7 @@ def machine(comparison: Comparison) -> Table:
     text = (
         f"Linux {config.kernel}, {config.stage2.upper()}, HVO {'on' if config.hvo else 'off'}, {config.vm} VM, {cpus}"
     )
-    zeroing = ", ".join(f"{run.design} {zeroes(run.config)}" for run in comparison.runs)
+    zeroing = ", ".join(f"{run.design} {zeroes(run, comparison)}" for run in comparison.runs)
     checked = {"end": "at the end", "every": "after every operation and at the end"}
     when = checked.get(str(comparison.check), f"every {comparison.check} operations and at the end")
     result = "broken, see below" if any(run.finding for run in comparison.runs) else "none broken"
@@ -139,6 +141,7 @@ def machine(comparison: Comparison) -> Table:
         result += f" any more, stale contents were shown by {', '.join(stale)}"
     rows = [
         ("machine", text),
+        ("assumed", ", ".join(comparison.assumed)),
         *_versions(comparison),
         ("zeroing", zeroing),
         ("by hand", mixed(comparison)),
@@ -236,7 +239,7 @@ def _assumed(comparison: Comparison) -> Table:
         for run in comparison.runs:
             config = run.config
             found = estimate(run.statistics, config.profile, config.vcpus, config.host_cpus, op)
-            cells.append(f"{found.shares['assumption']:.0%}")
+            cells.append(units.share(found.shares["assumption"]))
         table.add_row("all" if op is None else operation_name(op), *cells)
     return table
 

@@ -20,7 +20,7 @@ _WIDTHS = (33, 13, 13, 12, 7)
 
 
 class Row(NamedTuple):
-    """One quantity of both runs; bands are (low, high).
+    """One quantity of both runs; bands are (low, high), None is a share of nothing.
 
     Attributes:
         group, label: as people read it
@@ -32,10 +32,10 @@ class Row(NamedTuple):
     group: str
     label: str
     unit: str
-    first: float | tuple[float, float]
-    second: float | tuple[float, float]
+    first: float | tuple[float, float] | None
+    second: float | tuple[float, float] | None
     key: str = ""
-    answer: tuple[float | tuple[float, float], str, str] | None = None
+    answer: tuple[float | tuple[float, float] | None, str, str] | None = None
 
 
 def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
@@ -74,7 +74,9 @@ def render(found: Iterable[Row], heads: Sequence[str], form: Form = "text") -> s
     return {"text": _text, "markdown": _markdown, "csv": _csv}[form](list(found), heads)
 
 
-def _value(value: float | tuple[float, float], unit: str) -> str:
+def _value(value: float | tuple[float, float] | None, unit: str) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
         return units.band(*value)
     return units.size(int(value)) if unit == "bytes" else units.count(int(value))
@@ -82,13 +84,13 @@ def _value(value: float | tuple[float, float], unit: str) -> str:
 
 def _difference(row: Row) -> tuple[str, str]:
     """The difference in words, and the change in percent; both empty where a band is not beside the other one."""
-    if isinstance(row.first, tuple) or isinstance(row.second, tuple):
+    if not isinstance(row.first, int | float) or not isinstance(row.second, int | float):
         return "", ""
     less = row.second - row.first
     if not less:
         return "0", ""
     text = ("-" if less < 0 else "+") + _value(abs(less), row.unit)
-    return text, f"{less / row.first:+.0%}" if row.first else "new"
+    return text, units.change(row.first, row.second) if row.first else "new"
 
 
 def differs(row: Row) -> bool:
@@ -135,8 +137,13 @@ def _markdown(found: list[Row], heads: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _plain(value: Any) -> Any:
+    return "" if value is None else value
+
+
 def _csv(found: list[Row], heads: Sequence[str]) -> str:
-    """A band has a row for each end; where there are answers, they have columns of their own."""
+    """A band has a row for each end, and so has the difference of two, which is no difference of such ends: in its rows
+    both values are empty. Where there are answers, they have columns of their own."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = 4 + (3 if len(heads) > 1 else 1)
@@ -148,8 +155,13 @@ def _csv(found: list[Row], heads: Sequence[str]) -> str:
         if isinstance(row.first, tuple) and isinstance(row.second, tuple):
             for end, name in enumerate(("low", "high")):
                 named = f"{row.key}.{name}", row.group, f"{row.label}, {name}", row.unit
-                apart = less[end] if isinstance(less, tuple) else ""
-                writer.writerow((*(*named, row.first[end], row.second[end], apart)[:columns], *said))
+                writer.writerow((*(*named, row.first[end], row.second[end], "")[:columns], *said))
+            for name, apart in zip(("low", "high"), less if isinstance(less, tuple) else (), strict=False):
+                named = f"{row.key}.difference.{name}", row.group, f"{row.label}, difference, {name}", row.unit
+                writer.writerow((*named, "", "", apart, *said))
+        elif row.first is None or row.second is None:
+            cells = row.key, row.group, row.label, row.unit, *(_plain(one) for one in (row.first, row.second, less))
+            writer.writerow((*cells[:columns], *said))
         else:
             less = row.second - row.first if less is None else less  # type: ignore[operator]
             cells = row.key, row.group, row.label, row.unit, row.first, row.second, less

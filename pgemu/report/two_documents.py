@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pgemu.report.units as units
-from pgemu.report.answers import WIDTH, Answer, heads, row, wrapped
+from pgemu.report.answers import WIDTH, Answer, heads, left_out, row, wrapped
 
 __all__ = ("Changed", "Differing", "answer_lines", "answers", "configuration", "configuration_lines", "unanswered")
 
@@ -83,10 +83,12 @@ def answer_lines(one: Document, other: Document) -> Iterator[str]:
         yield from wrapped(f"no answers beside each other: {why}")
         return
     yield from heads(_compared(one))
-    for changed in answers(one, other).values():
+    found = answers(one, other)
+    for changed in found.values():
         yield f"{changed.first.question}: {changed.text}"
         yield row("  A", *changed.first.cells)
         yield row("  B", *changed.second.cells)
+    yield from left_out(answer.without for changed in found.values() for answer in changed)
 
 
 # --------------------------------------------------------------------------- configuration

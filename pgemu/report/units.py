@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import floor, log10
 
-__all__ = ("band", "count", "size")
+__all__ = ("band", "change", "count", "share", "size")
 
 _TIMES = (("s", 1e9), ("ms", 1e6), ("us", 1e3), ("ns", 1.0))
 _SIZES = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
@@ -22,6 +22,20 @@ def size(n: int) -> str:
             digits = max(0, 2 - floor(log10(n / factor)))
             return f"{n // factor:,} {unit}" if n % factor == 0 else f"{n / factor:,.{digits}f} {unit}"
     return f"{n} B" if n else "0"
+
+
+def share(part: float) -> str:
+    """Return a part of a whole, 0 to 1, in percent; only nothing is "0%", and only all of it "100%"."""
+    if 0 < part < 1 and f"{part:.0%}" in ("0%", "100%"):
+        return "<1%" if part < 0.5 else ">99%"
+    return f"{part:.0%}"
+
+
+def change(first: float, second: float) -> str:
+    """Return how `second` differs from `first`, which is not 0, in percent: "-75%", "+1200%"; "+0%" only if equal."""
+    ratio = (second - first) / first
+    sign = "-" if ratio < 0 else "+"
+    return sign + (share(abs(ratio)) if ratio < 0.5 else f"{ratio:.0%}")
 
 
 def band(low: float, high: float) -> str:

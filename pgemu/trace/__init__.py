@@ -74,9 +74,10 @@ def load(
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name))
-    if isinstance(found, Unplaced):
-        return _told(place(found, options))
-    return _told(lower(found, options) if isinstance(found, Log) else adapt(found, options))
+    if isinstance(found, Log):
+        return _told(lower(found, options))
+    placed = place(found, options) if isinstance(found, Unplaced) else adapt(found, options)
+    return _told(replace(placed, table=True))
 
 
 def _told(lowered: Lowered) -> Lowered:

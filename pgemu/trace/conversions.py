@@ -14,16 +14,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.trace.events import Input
+from pgemu.trace.events import REQUEST, Input
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Init
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
 
-__all__ = ("REFUSED_REQUEST", "REQUEST", "contradictions", "with_requests")
+__all__ = ("REFUSED_REQUEST", "contradictions", "with_requests")
 
-REQUEST = "kvm_hypercall (KVM_HC_MAP_GPA_RANGE)"
-"""What a request is counted as that is not taken for a conversion."""
 REFUSED_REQUEST = f"{REQUEST}, refused by KVM"
 PRIVATE_ATTRIBUTE = 8  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 

@@ -17,6 +17,7 @@ __all__ = (
     "IGNORED",
     "LEVELS",
     "OUTCOMES",
+    "REQUEST",
     "TDX_SHARED_BITS",
     "Input",
     "event_name",
@@ -26,6 +27,8 @@ __all__ = (
 
 TDX_SHARED_BITS = (47, 51)
 """Where a TD's guest address says that it is shared: TDX_SHARED_BIT_PWL_4 and _5 (arch/x86/kvm/vmx/tdx.c)."""
+REQUEST = "kvm_hypercall (KVM_HC_MAP_GPA_RANGE)"
+"""What a guest's request to convert is counted as that is not taken for a conversion."""
 
 
 class Input(IntEnum):

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.machine.field_rules import MOST_VCPUS
 from pgemu.trace.events import TDX_SHARED_BITS, Input
+from pgemu.trace.log import NO_VCPU
 from pgemu.trace.lowered import LoweringOptions
 from pgemu.trace.memory_layout import LARGEST_RANGE, Slot
 from pgemu.trace.range_index import covered
@@ -40,7 +42,7 @@ __all__ = (
 _Words = npt.NDArray[np.uint64]
 _Mask = npt.NDArray[np.bool_]
 
-_KIND, _A, _B, _E = 0, 4, 5, 8
+_KIND, _A, _B, _C, _E = 0, 4, 5, 6, 8
 _RESERVED = 8  # PFERR_RSVD_MASK: a cached MMIO entry
 _NESTED_STAGE = 3 << 32  # PFERR_GUEST_FINAL_MASK, PFERR_GUEST_PAGE_MASK
 _LINEAR_VALID = 0x80  # EPT_VIOLATION_GVA_IS_VALID: the printed code is an exit qualification
@@ -61,6 +63,7 @@ VIRTUAL = "guest virtual address (shadow paging)"
 BEYOND = f"address beyond the reach of stage 2 ({_REACH} bits)"
 APIC = "page of the local APIC"
 IO_APIC = "page of the I/O APIC"
+_ARTICLES = {L2: "an", L2_OR_L1: "an", VIRTUAL: "a", BEYOND: "an", APIC: "the", IO_APIC: "the"}
 
 
 def is_qualification(code: _Words) -> _Mask:
@@ -90,7 +93,8 @@ class GuestAddresses:
             shared bit, and private accesses of a TD have PRIVATE_ACCESS in their code
         left_out: positions of the faults left out, by reason, in the order in which reasons are looked for
         notes: what was taken to mean something, and what was left out, in words
-        machine: fields of Config that the addresses tell: a shared bit makes the VM a TD
+        machine: fields of Config that the faults tell: a shared bit makes the VM a TD, codes are of EPT or of NPT, and
+            there are as many vCPUs as fault
         tells_kind: accesses say whether they are private or shared, by their code or a TD's shared bit; in another VM
             an access is of the kind that memory is (attributes)
     """
@@ -102,22 +106,29 @@ class GuestAddresses:
     tells_kind: bool = False
 
     @classmethod
-    def of(cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions) -> GuestAddresses:
+    def of(
+        cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions, stage2: str | None = None
+    ) -> GuestAddresses:
         """Classify.
 
         :param rows: uint64[n, 10] as in Log
         :param slots: that the log's VMM made, at any time
         :param nested_told: as in Log
+        :param stage2: as in Log
         """
-        found = cls(rows)
+        faults = rows[rows[:, _KIND] == Input.GUEST_FAULT]
+        found = cls(rows, machine=_stage2_of(faults[:, _B], stage2) | _vcpus_of(faults[:, _C]))
         left = np.flatnonzero(rows[:, _KIND] == Input.GUEST_FAULT)
         for reason, mask in found._reasons(slots, nested_told, options):
             out = mask[left]
             if out.any():
                 found.left_out[reason] = left[out]
                 left = left[~out]
-        found.tells_kind = bool((found.rows[found.inside(), _B] & np.uint64(SAYS_PRIVATE)).any()) or bool(found.machine)
-        named = [f"{len(out)} {reason}" for reason, out in found.left_out.items() if reason != DEVICE]
+        is_td = found.machine.get("vm") == "tdx"
+        found.tells_kind = is_td or bool((found.rows[found.inside(), _B] & np.uint64(SAYS_PRIVATE)).any())
+        named = [
+            f"{len(out)} at {_ARTICLES[reason]} {reason}" for reason, out in found.left_out.items() if reason != DEVICE
+        ]
         if named:
             found.notes += (f"guest faults left out: {', '.join(named)}",)
         return found
@@ -164,10 +175,29 @@ class GuestAddresses:
         self.rows = self.rows.copy()
         self.rows[faults, _A] = address & ~np.uint64(1 << bit)
         self.rows[faults[~shared], _B] |= np.uint64(PRIVATE_ACCESS)
-        self.machine = {"vm": "tdx", "stage2": "ept"}
+        self.machine = {**self.machine, "vm": "tdx", "stage2": "ept"}
         is_ = "is" if wanted != "auto" else "is taken for"
         counts = f"{int(shared.sum())} shared and {int((~shared).sum())} private accesses"
         self.notes += (f"bit {bit} of the addresses {is_} the TD's shared bit: {counts} (--tdx-shared-bit)",)
+
+
+def _stage2_of(code: _Words, told_by_exits: str | None) -> dict[str, Any]:
+    """What exits say, else which processor's fault codes these are; nothing where none tells, or they are of both.
+
+    VMX prints its exit qualification (arch/x86/kvm/vmx/vmx.c:handle_ept_violation()), SVM an error code that says at
+    which stage of nested paging the fault was (arch/x86/kvm/svm/svm.c:npf_interception()).
+    """
+    if told_by_exits:
+        return {"stage2": told_by_exits}
+    told = {"ept": is_qualification(code).any(), "npt": ((code & np.uint64(_NESTED_STAGE)) != 0).any()}
+    names = [name for name, is_ in told.items() if is_]
+    return {"stage2": names[0]} if len(names) == 1 else {}
+
+
+def _vcpus_of(numbers: _Words) -> dict[str, Any]:
+    """How many vCPUs there are, of which each faults; nothing where no line names one, or more than a VM can have."""
+    count = len(np.unique(numbers[numbers != np.uint64(NO_VCPU)]))
+    return {"vcpus": count} if 0 < count <= MOST_VCPUS else {}
 
 
 def _under_shadow_paging(faults: _Words) -> bool:

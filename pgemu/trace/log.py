@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NAMELESS", "NO_VCPU", "Log", "Task")
+__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "Log", "Task")
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
@@ -24,6 +24,13 @@ class Task(NamedTuple):
     tid: int
     process: int | None
     name: str
+
+
+class Doubt(NamedTuple):
+    """Why a trace is not, or not all, of one VM's memory: a sentence, and the kind of input it is about ("": all)."""
+
+    text: str
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Log:
         tasks: by dense index
         nested_told: the log has what tells faults of an L2 guest from those of L1
         notes: what of the text was taken to mean something, in words
+        stage2: "ept" or "npt" if an exit says so, else None
+        doubts: why it is not, or not all, of one VM
     """
 
     source: str
@@ -56,3 +65,5 @@ class Log:
     tasks: tuple[Task, ...] = ()
     nested_told: bool = True
     notes: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    stage2: str | None = None

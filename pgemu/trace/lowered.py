@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
-from pgemu.trace.events import TDX_SHARED_BITS
+from pgemu.trace.events import REQUEST, TDX_SHARED_BITS
+from pgemu.trace.log import Doubt
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
-from pgemu_kernels.words.operations import PAGE_1G
+from pgemu_kernels.words.operations import PAGE_1G, Flag, Operation
 
-__all__ = ("Accounting", "Init", "Lowered", "LoweringOptions")
+__all__ = ("Accounting", "Init", "Lowered", "LoweringOptions", "private_because")
 
 Init = Literal["private", "shared"]
 
@@ -163,6 +164,19 @@ class Accounting:
         return {**totals, **counts}
 
 
+def private_because(records: Records, vm: str | None = None, asked: bool = False) -> str:
+    """What shows that memory is private at first, a sentence, or "": conversions, private faults, that it is a TD's, or
+    that the guest asked for conversions."""
+    if (records.op == Operation.CONVERT).any():
+        return "the trace converts"
+    if (records.flags[records.op == Operation.GUEST_FAULT] & np.uint8(Flag.PRIVATE)).any():
+        return "the trace has private guest faults"
+    # A TD's memory is private until it is converted, which a log may not show.
+    if vm == "tdx":
+        return "the VM is a TD"
+    return "the guest asks for conversions" if asked else ""
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A trace ready for replay.
@@ -179,7 +193,9 @@ class Lowered:
         accesses: the guest faults are all accesses of the guest that matter, not only those that faulted: no log
         machine: fields of Config that the trace or workload brings: its stage 2, its vCPUs
         notes: what of the trace was taken to mean something, or left out, in words
+        doubts: why the trace is not, or not all, of one VM's memory
         again: of a workload with parameters: makes it with other ones
+        table: it was no log, but rows of operations (Parquet)
     """
 
     records: Records
@@ -192,7 +208,14 @@ class Lowered:
     accesses: bool = False
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
     again: Callable[..., Lowered] | None = field(default=None, compare=False)
+    table: bool = False
+
+    @property
+    def private_because(self) -> str:
+        """What shows that memory is private at first, "" where nothing does."""
+        return private_because(self.records, self.machine.get("vm"), self.accounting.ignored[REQUEST] > 0)
 
     def __repr__(self) -> str:
         return f"Lowered({self.source!r}, init={self.init!r}, {self.records!r}, {self.layout!r})"

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.conversions import PRIVATE_ATTRIBUTE, REQUEST, contradictions, with_requests
-from pgemu.trace.events import LEVELS, Input
+from pgemu.trace.conversions import PRIVATE_ATTRIBUTE, contradictions, with_requests
+from pgemu.trace.doubts import mostly_left_out
+from pgemu.trace.events import LEVELS, REQUEST, Input
 from pgemu.trace.guest_addresses import SAYS_PRIVATE, GuestAddresses, gfn_range, is_qualification
-from pgemu.trace.log import NO_VCPU, Log
-from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
+from pgemu.trace.log import NO_VCPU, Doubt, Log
+from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions, private_because
 from pgemu.trace.memory_layout import (
     Layout,
     Region,
@@ -69,7 +70,7 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
     ]
     history = SlotHistory.build(lines)
-    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options)
+    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options, log.stage2)
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
     first_line = lines[0].row if lines and not options.memslots else 0
     if first_line and options.early_slots == "stand":
@@ -209,8 +210,11 @@ class _Lowering:
         levels = self._fault_levels(origin[order], len(setup))
         return Lowered(
             records, self._layout, init, converts, accounting, self._log.source, levels,
-            machine=self._addresses.machine, notes=notes,
+            machine=self._addresses.machine, notes=notes, doubts=self._doubts(),
         )  # fmt: skip
+
+    def _doubts(self) -> tuple[Doubt, ...]:
+        return (*self._log.doubts, *mostly_left_out(self._rows, self._reason, self._reasons, NO_HOST_ADDRESSES))
 
     def _fault_levels(self, origin: _Rows, setup: int) -> npt.NDArray[np.uint8] | None:
         """uint8[setup + len(origin)]: the recorded level of each record's fault; None if the log tells none."""
@@ -459,10 +463,7 @@ def initial(options: LoweringOptions, records: Records, vm: str | None = None, a
     the guest `asked` for conversions."""
     if options.init != "auto":
         return options.init
-    # A TD's memory is private until it is converted, which the log may not show.
-    faults = records.flags[records.op == Operation.GUEST_FAULT]
-    private = bool((records.op == Operation.CONVERT).any() or (faults & np.uint8(Flag.PRIVATE)).any())
-    return "private" if private or asked or vm == "tdx" else "shared"
+    return "private" if private_because(records, vm, asked) else "shared"
 
 
 def adapt(lowered: Lowered, options: LoweringOptions) -> Lowered:

@@ -1,4 +1,4 @@
-"""Which guest faults are those of an L2 guest: what tasks tell of their vCPU's way between L1 and L2.
+"""Which guest faults are those of an L2 guest: what tasks tell of their vCPU's way between L1 and L2, why they exit.
 
 Every exit from L2 prints kvm_nested_vmexit before it is handled, also one that KVM handles itself
 (arch/x86/kvm/vmx/nested.c:nested_vmx_reflect_vmexit(), svm/svm.c:svm_handle_exit()); only kvm_nested_vmexit_inject
@@ -9,6 +9,7 @@ Where L1 gave L2 no tables of its own (nested_ept=n, npt: off), L2's addresses a
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 __all__ = ("NESTED", "NestedGuests")
 
@@ -23,6 +24,10 @@ NESTED = frozenset(
 )
 """Events that tell; kvm_entry and kvm_exit, too, once one of these was seen."""
 
+# arch/x86/include/uapi/asm/vmx.h:VMX_EXIT_REASONS, svm.h:SVM_EXIT_REASONS
+_STAGE2: dict[str, Literal["ept", "npt"]] = {"EPT_VIOLATION": "ept", "EPT_MISCONFIG": "ept", "npf": "npt"}
+_REASON = re.compile(r".*\breason (\w+)\b.*")
+
 _ENTERED, _EXITED = 1, 2
 _NO_TABLES = re.compile(r".*\b(?:nested_(?:ept|npt)=n|npt: off)\b.*")
 
@@ -34,9 +39,14 @@ class NestedGuests:
         self._states: dict[int, int] = {}
         self._without_tables: set[int] = set()  # tasks whose last L2 guest has L1's addresses
         self._seen: set[str] = set()
+        self.stage2: Literal["ept", "npt"] | None = None  # of the first exit for its sake
 
     def event(self, name: str, text: str, task: int) -> None:
         """Note an event of NESTED, or kvm_entry or kvm_exit."""
+        if name == "kvm_exit" and self.stage2 is None and (reason := _REASON.fullmatch(text)):
+            self.stage2 = _STAGE2.get(reason[1])
+        if not self._seen and name not in NESTED:  # until there is an L2 guest an exit tells nothing else
+            return
         self._seen.add(name)
         if name in ("kvm_nested_vmenter", "kvm_nested_vmrun"):
             self._states[task] = _ENTERED
@@ -51,6 +61,11 @@ class NestedGuests:
     def is_l2(self, task: int) -> bool:
         """Whether the address of a guest fault that the task prints now is one of L2's own."""
         return task in self._states and task not in self._without_tables
+
+    @property
+    def wanted(self) -> dict[str, bool]:
+        """Whether the events that are none of NESTED are still to be noted."""
+        return {"kvm_entry": bool(self._seen), "kvm_exit": bool(self._seen) or self.stage2 is None}
 
     @property
     def told(self) -> bool:

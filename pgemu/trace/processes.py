@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pgemu.errors import InputError, printable
 from pgemu.trace.events import Input
-from pgemu.trace.log import NO_VCPU, Log
+from pgemu.trace.log import NO_VCPU, Doubt, Log
 
 __all__ = ("OTHER_PROCESS", "Choice", "of_vm")
 
@@ -25,7 +25,7 @@ Choice = int | Literal["all"]
 """A process, a thread whose process no line says, or all of them."""
 
 OTHER_PROCESS = "of another process"
-_KIND, _TASK, _VCPU = 0, 2, 6
+_KIND, _TASK, _A, _B, _VCPU, _L2 = 0, 2, 4, 5, 6, 8
 _VM_S = (Input.GUEST_FAULT, Input.ATTRIBUTES, Input.MEMSLOT)
 _VCPU_THREAD = re.compile(r"CPU \d+/K\w*")  # as QEMU names them, also where a name is cut at 8 characters
 _SHOWN, _SAID = 6, 3  # VMs that an error and a note name
@@ -56,7 +56,7 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     vms = _vms(log) if log.tasks else {}
     if not log.tasks or "all" in chosen or not (chosen or vms):
         merged = f"merged as asked: {_listed(vms.values(), _SAID)}" if len(vms) > 1 else ""
-        return replace(log, notes=log.notes + (merged,) * bool(merged)), Counter()
+        return _collided(replace(log, notes=log.notes + (merged,) * bool(merged)), vms), Counter()
     if not chosen and len(vms) > 1:
         raise InputError(f"{_found(log, vms)}: {_HELP}", log.source)
     numbers = {number for number in chosen if number != "all"} or set(vms)
@@ -69,7 +69,46 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     notes = (*log.notes, f"the VM of {_listed((vms[number] for number in vms if number in numbers), _SAID)}")
     others = [vm for number, vm in vms.items() if number not in numbers]
     notes += (f"left out: {_listed(others, _SAID)}",) if others else ()
-    return replace(log, rows=log.rows[kept], notes=notes), +left
+    merged_vms = {number: vm for number, vm in vms.items() if number in numbers}
+    return _collided(replace(log, rows=log.rows[kept], notes=notes), merged_vms), +left
+
+
+def _collided(log: Log, vms: Mapping[int, _Vm]) -> Log:
+    """The log of VMs that are merged, with a doubt if what they touch or convert lies at the same addresses."""
+    count = _shared_pages(log, vms) if len(vms) > 1 else 0
+    if not count:
+        return log
+    most = "" if all(vm.known for vm in vms.values()) else "up to "  # threads may be of one VM
+    pages = "page is" if count == 1 else "pages are"
+    text = f"{most}{count:,} {pages} at addresses of several VMs: what these did is laid over each other"
+    return replace(log, doubts=(*log.doubts, Doubt(text)))
+
+
+def _shared_pages(log: Log, vms: Mapping[int, _Vm]) -> int:
+    """How many 4K pages several VMs touch or convert."""
+    vm_of = np.array([task.process if task.process in vms else task.tid for task in log.tasks], np.int64)
+    rows = log.rows
+    faults, attributes = rows[:, _KIND] == Input.GUEST_FAULT, rows[:, _KIND] == Input.ATTRIBUTES
+    faults &= rows[:, _L2] == 0
+    first = np.where(faults, rows[:, _A] >> np.uint64(12), rows[:, _A])
+    end = np.where(faults, first + np.uint64(1), rows[:, _B])
+    theirs = vm_of[rows[:, _TASK].astype(np.int64)]
+    some = (faults | attributes) & (first < end)
+    found = [_united(first[some & (theirs == number)], end[some & (theirs == number)]) for number in vms]
+    points = np.concatenate([part for ends in found for part in ends])
+    steps = np.repeat([1, -1] * len(found), [len(part) for ends in found for part in ends])
+    order = np.argsort(points, kind="stable")
+    several = np.cumsum(steps[order])[:-1] > 1
+    return int(np.diff(points[order])[several].sum())
+
+
+def _united(first: npt.NDArray[np.uint64], end: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], ...]:
+    """Ranges as few that do not overlap: their firsts and ends."""
+    order = np.argsort(first, kind="stable")
+    first, reach = first[order], np.maximum.accumulate(end[order])
+    begins = np.ones(len(first), dtype=bool)
+    begins[1:] = first[1:] > reach[:-1]
+    return first[begins], reach[np.append(begins[1:], True)] if len(first) else reach
 
 
 def _taken_for_one(log: Log) -> Log:

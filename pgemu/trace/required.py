@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pgemu.errors import InputError
+from pgemu.trace.columns import CONTRACT
 from pgemu.trace.log import NAMELESS
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu_kernels.words.operations import Operation
@@ -19,6 +20,7 @@ _HINTS = {
     **dict.fromkeys(_ARM, " (of KVM on Arm, not read)"),
     NAMELESS: " (perf script -F +event prints it)",
 }
+_ROWS = "expected rows of guest fault, host fault, convert, punch hole, ..., in columns"
 _RECORD = (
     "record kvm:kvm_page_fault (address, error_code), kvm:kvm_vm_set_mem_attributes (START -- END [ATTRIBUTES]), "
     "kvm:kvm_unmap_hva_range (START -- END), exceptions:page_fault_user (address, error_code), the calls madvise, "
@@ -29,13 +31,15 @@ _RECORD = (
 def require_input(lowered: Lowered) -> None:
     """Refuse a trace of which nothing concerns guest memory.
 
-    :raises InputError: what was found instead, and what to record
+    :raises InputError: what was found instead, and what to record, or which rows a table needs
     """
     records = lowered.records[lowered.accounting.setup :]
     if any(operation not in _MAKES_MEMORY for operation in set(records.op.tolist())):
         return
     found = _found(lowered.accounting)
     slots = "but memory slots " if len(records) else ""
+    if lowered.table:
+        raise InputError(f"no input {slots}in it, found {found}: {_ROWS} {CONTRACT}", lowered.source)
     raise InputError(f"no input {slots}in it, found {found}: {_RECORD}", lowered.source)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pgemu.errors import InputError
 from pgemu.trace.conversions import contradictions
 from pgemu.trace.lowered import Accounting, Init, Lowered, LoweringOptions
-from pgemu.trace.lowering import NO_HOST_ADDRESSES, NOT_GUEST_MEMORY, initial, setup_records
+from pgemu.trace.lowering import NOT_GUEST_MEMORY, initial, setup_records
 from pgemu.trace.memory_layout import (
     Layout,
     Region,
@@ -35,6 +35,7 @@ from pgemu_kernels.words.rows import NO_INODE
 
 __all__ = ("Unplaced", "place")
 
+NO_HOST_ADDRESSES = f"{NOT_GUEST_MEMORY} (no mmap row: host addresses unknown)"
 _MAKES_MEMORY = (Operation.MMAP, Operation.BIND)
 _GPA_LIMIT = 1 << 52  # physical addresses of x86-64
 

@@ -240,6 +240,7 @@ def test_a_workload_runs_by_its_name() -> None:
         (["--vary", "like=rfc2,v3"], "--vary like=rfc2,v3: 'v3' is not one of"),
         (["--vary", "like=rfc2,"], "--vary like=rfc2,: expected a value behind each comma"),
         (["--vary", "like=rfc2", "--vary", "like=next"], "--vary like=next: like varies already"),
+        (["--vary", "vcpus=1,2", "--vcpus", "3"], "--vary vcpus=...: expected no --vcpus beside it"),
         (["--vary", "seed=" + ",".join(map(str, range(65)))], "--vary: 65 combinations, expected at most 64"),
         (["--nonsense"], "No such option"),
         (["a", "b"], "unexpected extra argument"),
@@ -352,3 +353,32 @@ def test_many_recounts_are_announced(tmp_path: Path, check: str, said: bool) -> 
     assert result.exit_code == 0
     assert (f"pgemu: --check {check}: each machine is recounted 12,0" in result.stderr) == (said and check == "1")
     assert ("each machine is recounted" in result.stderr) == said
+
+
+def test_an_option_that_varies_is_refused_beside_it(log: str) -> None:
+    """Whatever its value, also that which it has without being asked for."""
+    varied = command._varied({one.name: None for one in command.compare.params})
+    values = {"guest_memory": "4M", "memslot": "0:4M", "vm_process": "9", "overlap": "0", "seed": "0", "vcpus": "1"}
+    values |= {"profile": "published", "host_cpus": "1", "init": "auto", "like": "dec2025", "tdx_shared_bit": "auto"}
+    tried = 0
+    for name, option in varied.items():
+        choices = getattr(option.type, "choices", ())
+        value = values.get(name) or (choices[0] if choices else "true")
+        label = name.replace("_", "-")
+        beside = [f"--{label}"] if option.is_flag else [f"--{label}", value]  # type: ignore[attr-defined]
+        result = invoke(log, "--vary", f"{label}={value}", *beside)
+        assert (result.exit_code, result.stdout) == (2, ""), label
+        assert result.stderr == f"pgemu: --vary {label}=...: expected no {option.opts[0]} beside it\n"
+        tried += 1
+    assert tried > 30
+
+
+@pytest.mark.parametrize("more", [[], ["--no-sensitivity"], ["--init", "private"], ["--format", "json"]])
+def test_a_vm_without_private_memory_is_refused_where_the_trace_has_it(log: str, more: list[str]) -> None:
+    result = invoke(log, "--vm", "plain", *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "pgemu: vm plain: it has no private memory, and the trace converts: expected one of sw, snp, tdx, or memory "
+        "that is shared at first (--init shared)\n"
+    )
+    assert invoke(log, "--vm", "plain", "--init", "shared", "--page-size", "2M").exit_code == 0

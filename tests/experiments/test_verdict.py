@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from comparisons import converts_nothing, lowered, mixed, mixed_records, one, setup
-from pgemu.experiments.compare import DESIGNS, Comparison, DesignRun, compare, configuration, run
+from pgemu.experiments.compare import DESIGNS, Comparison, DesignRun, WithoutEffect, compare, configuration, run
 from pgemu.experiments.inferences import INFERENCES, Alternative
 from pgemu.experiments.sensitivity import Sensitivity, sensitivity
 from pgemu.experiments.verdict import (
@@ -23,8 +25,11 @@ from pgemu.experiments.verdict import (
     paired,
     verdict,
 )
+from pgemu.machine.config import DEFECTS
 from pgemu.machine.presets import Versions
+from pgemu.report.screen import screen
 from pgemu.trace import Lowered, LoweringOptions, Operation, load, shipped
+from pgemu.trace.log import Doubt
 from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 from random_traces import traces
@@ -123,6 +128,51 @@ def test_without_alternatives_nothing_is_an_inference() -> None:
     for comparison in (mixed(), converts_nothing()):
         kinds = {line.basis.kind for line in verdict(comparison).values()}
         assert kinds <= {"untested", "captured", "even", "undecided", "defect"}
+
+
+@pytest.mark.parametrize("about", ["", "guest faults", "conversions", "host faults", "unmaps and holes"])
+def test_what_rests_on_input_in_doubt_is_no_fact(about: str) -> None:
+    """Everything but the basis stays; a rule that turns an answer is named as before."""
+    trace = lowered(mixed_records())
+    sure = compare(trace)
+    doubtful = replace(sure, lowered=replace(trace, doubts=(Doubt("only 1 of 9", about),)))
+    found = sensitivity(sure)
+    rests = {"host faults": {"conversions", "memory"}, "unmaps and holes": {"guest_faults", "level"}}
+    facts = 0
+    for key, line in verdict(sure, found).items():
+        other = verdict(doubtful, found)[key]
+        turns = line.basis.kind in ("fact", "captured") and key in rests.get(about, {key})
+        assert other == (line._replace(basis=Basis("doubtful")) if turns else line)
+        facts += turns
+    assert facts or about == "unmaps and holes"
+    assert all(line.basis.kind != "doubtful" for line in verdict(sure, found).values())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(traces(), st.sets(st.sampled_from(sorted(DEFECTS)), max_size=3), st.sampled_from(["rfc2", "dec2025"]))
+def test_where_nothing_was_tried_no_winner_rests_on_a_defect(trace: Lowered, names: set[str], like: Any) -> None:
+    """Without any one defect the winner stays, unless the line names the defect and no winner."""
+    comparison = compare(trace, versions=Versions(like), defects=tuple(names))
+    lines = verdict(comparison)
+    for name in {name for known in comparison.runs for name in known.config.defects}:
+        fewer = [replace(known.config, defects=tuple({*known.config.defects} - {name})) for known in comparison.runs]
+        without = measure(*(run(trace, config, comparison.versions) for config in fewer))
+        for key, line in lines.items():
+            if line.basis.kind == "untested" and name not in [rule for rule, *_ in line.basis.rules]:
+                assert line.measure.better is None or without[key].better == line.measure.better
+            if line.basis.kind == "untested" and line.basis.rules:
+                assert line.measure.better is None
+
+
+def test_a_defect_that_is_on_is_named_where_it_may_make_the_difference() -> None:
+    found = verdict(mixed())
+    assert found["guest_faults"].basis == Basis("untested", (("uptodate-unzeroed", "without", None),))
+    assert (found["guest_faults"].measure.better, found["memory"].measure.better) == (None, 1)
+    assert found["memory"].basis == Basis("untested")
+    text = " ".join(screen(mixed(), found, None).split())
+    assert "- guest faults untested: uptodate-unzeroed is on and may make the difference" in text
+    idle = WithoutEffect({"restructure": ("uptodate-unzeroed",)}, ())
+    assert verdict(replace(mixed(), without_effect=idle))["guest_faults"].measure.better == 0
 
 
 def test_equal_machines_are_even() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from comparisons import INODE, converts_nothing, lowered, mixed, mixed_records, setup
+from comparisons import INODE, converts_nothing, lowered, mixed, mixed_records, one, setup
 from pgemu import cost, report
 from pgemu.experiments.compare import Comparison, Finding, compare
 from pgemu.experiments.metrics import METRICS
@@ -23,7 +23,7 @@ from pgemu.report.details import write, write_sources
 from pgemu.report.fit import show
 from pgemu.report.limits import LIMITS
 from pgemu.report.sources import METRIC_SOURCES, OPERATION_SOURCES
-from pgemu.trace import Layout, RefusedSlot
+from pgemu.trace import Flag, Layout, Operation, RefusedSlot
 
 
 def text(comparison: Comparison, width: int = 80, sources: bool = False, encoding: str = "utf-8") -> str:
@@ -149,10 +149,17 @@ def test_one_design_has_one_column() -> None:
 
 
 def test_memory_is_told_with_its_reason() -> None:
-    assert "all private, because the trace converts" in words(text(mixed()))
-    assert "all shared, because the trace converts nothing" in words(text(converts_nothing()))
+    assert "all private, inferred: the trace converts" in words(text(mixed()))
+    assert "all shared, inferred: the trace neither converts nor has private guest faults" in words(
+        text(converts_nothing())
+    )
     asked = compare(lowered(mixed_records(), "shared"))
     assert "all shared, as asked for" in words(text(asked))
+    faults = lowered([*setup(), one(Operation.GUEST_FAULT, Flag.PRIVATE, address=0)])
+    assert "all private, inferred: the trace has private guest faults" in words(text(compare(faults)))
+    td = replace(lowered(setup()), machine={"vm": "tdx"})
+    assert "all private, inferred: the VM is a TD" in words(text(compare(td)))
+    assert "all private, as asked for" in words(text(compare(lowered(setup()))))
     assert f"{units.size(INODE)} in huge pages of 2 MiB" in words(text(mixed()))
 
 

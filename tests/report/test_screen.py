@@ -20,6 +20,7 @@ from pgemu.machine.config import DEFECTS
 from pgemu.machine.presets import LIKE, PFNMAP, Versions
 from pgemu.report.screen import HEIGHT, WIDTH, causes, mixed as by_hand, screen
 from pgemu.trace import Flag, Lowered, LoweringOptions, Operation, Records, load, shipped
+from pgemu.trace.log import Doubt
 from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 from pgemu_kernels.words.rows import SPINS
@@ -77,7 +78,7 @@ def test_what_a_question_rests_on_is_named() -> None:
     comparison = compare(load(shipped(), LoweringOptions()))
     text = " ".join(shown(comparison, sensitivity(comparison)).split())
     assert "guest faults undecided if pfnmap zeroed whole folios (pfnmap-zeroing)" in text
-    assert "guest leaves >= 2M alike if pfnmap mapped whole huge pages or 4K, no level between (pfnmap-level)" in text
+    assert "leaves >= 2M alike if pfnmap mapped whole huge pages or 4K, no level between (pfnmap-level)" in text
 
 
 def test_what_is_broken_names_its_defect() -> None:
@@ -96,9 +97,21 @@ def test_a_defect_without_effect_explains_nothing() -> None:
     assert verdict(tried)["broken"].basis.rules == (("uptodate-unzeroed", "without", -1),)
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(traces(), st.sampled_from(["rfc2", "dec2025"]), st.sets(st.sampled_from(sorted(DEFECTS)), max_size=4))
+def test_no_defect_without_effect_is_named_as_a_cause(trace: Lowered, like: Any, names: set[str]) -> None:
+    comparison = with_effects(compare(trace, versions=Versions(like), defects=tuple(names)))
+    idle = comparison.without_effect.defects
+    for name in {name for run in comparison.runs for name in run.config.defects}:
+        if all(name in idle.get(run.design, ()) for run in comparison.runs if name in run.config.defects):
+            found = sensitivity(comparison)
+            assert not [text for text in causes(comparison, found) if name in text]
+            assert name not in shown(comparison, found).partition("-" * WIDTH)[2]
+
+
 def test_a_design_that_zeroes_by_page_does_not_zero_by_folio_for_a_defect() -> None:
     comparison = compare(lowered(mixed_records()), defects=("uptodate-unzeroed",))
-    text = " ".join(shown(comparison).split())
+    text = " ".join(causes(comparison))  # what is untested takes its room on the screen
     assert "restructure 4 KiB (first 4K of each folio: uptodate-unzeroed), pfnmap 2 MiB (by page)" in text
 
 
@@ -118,6 +131,30 @@ def test_what_is_left_out_is_on_the_first_screen(unknown: dict[str, int], lost: 
         assert f"{count} {name}" in text
     assert ("2 more names" in text) == (len(unknown) == 4)
     assert_fits(shown(comparison))
+
+
+def test_what_is_doubted_and_what_is_assumed_is_on_the_first_screen() -> None:
+    trace = lowered(mixed_records())
+    text = shown(compare(trace))
+    assert "both: sw VM, memory private at first, Linux 6.18 (assumed: NPT, 1 vCPU)\n" in text
+    text = shown(compare(replace(trace, machine={"vcpus": 3}), vm="snp"))  # whose stage 2 can only be NPT
+    assert "both: snp VM, memory private at first, NPT, 3 vCPUs, Linux 6.18\n" in text
+    text = shown(compare(trace, stage2="ept"))
+    assert "both: sw VM, memory private at first, EPT, Linux 6.18 (assumed: 1 vCPU)\n" in text
+    assert compare(trace, vcpus=1).to_json()["assumed"] == ["stage2"]
+    doubted = replace(trace, doubts=(Doubt("only 1 of 9 guest faults is of this memory", "guest faults"),))
+    text = shown(compare(doubted))
+    assert text.splitlines()[1] == "doubtful: only 1 of 9 guest faults is of this memory"
+    assert_fits(text)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_table_is_no_log(table: bool) -> None:
+    trace = lowered([*setup(), one(Operation.GUEST_FAULT, address=0)])
+    trace = replace(trace, table=table, layout=replace(trace.layout, origin="inferred"))
+    text = " ".join(shown(compare(trace)).split())
+    assert f"the {'table' if table else 'log'} has no memory slots: inferred from the addresses seen" in text
+    assert ("the log" in text) != table
 
 
 def test_conversions_that_the_model_drops_are_no_refusals() -> None:

@@ -55,3 +55,18 @@ def test_sizes(n: int, text: str) -> None:
 
 def test_counts_are_exact() -> None:
     assert units.count(16825) == "16,825"
+
+
+@given(st.floats(0, 1))
+def test_only_nothing_is_0_percent_and_only_all_of_it_is_100(part: float) -> None:
+    assert (units.share(part) == "0%") == (part == 0)
+    assert (units.share(part) == "100%") == (part == 1)
+    assert abs(float(units.share(part).strip("<>%")) - 100 * part) <= 1
+
+
+@given(st.integers(1, 10**12), st.integers(0, 10**12))
+def test_only_what_is_gone_falls_by_100_percent_and_only_equals_by_0(first: int, second: int) -> None:
+    shown = units.change(first, second)
+    assert (shown == "-100%") == (second == 0)
+    assert (shown == "+0%") == (first == second)
+    assert shown.startswith("-") == (second < first)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pgemu.trace import Lowered, LoweringOptions
-from pgemu.trace.conversions import REFUSED_REQUEST, REQUEST
+from pgemu.trace.conversions import REFUSED_REQUEST
+from pgemu.trace.events import REQUEST
 from pgemu.trace.lowering import lower
 from pgemu.trace.readers.ftrace import _Parser
 from pgemu.trace.schema import Flag, Operation, Records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
@@ -73,7 +74,8 @@ def test_a_shared_bit_is_inferred_taken_out_and_said(bit: int, pages: list[tuple
     private = 0 if not any_shared else P  # nothing says that it is a TD
     assert faults(found) == [(base | page << 12, W | S if shared else W | private) for page, shared in pages]
     assert [(one.gpa, one.size) for one in found.layout.slots] == [(base, 2 * M)]
-    assert (found.machine == {"vm": "tdx", "stage2": "ept"}) is any_shared
+    assert (found.machine.get("vm") == "tdx") is any_shared
+    assert found.machine["stage2"] == "ept"
     assert len(found.notes) == any_shared  # it converts, so that both kinds may be there
     assert all(note.startswith(f"bit {bit} of the addresses is taken for the TD's shared bit") for note in found.notes)
 
@@ -83,7 +85,7 @@ def test_a_bit_is_no_shared_bit_where_the_address_without_it_is_no_memory(page: 
     address = 1 << 47 | page << 12
     near = address ^ 1 << 47 < 2 * G  # the first GiB has memory
     found = lowered(fault(0x1000), fault(address), tdx_shared_bit="auto")
-    assert (found.machine != {}) is (near and page >> 18 == 0)
+    assert ("vm" in found.machine) is (near and page >> 18 == 0)
 
 
 def test_the_shared_bit_is_by_option() -> None:
@@ -157,7 +159,7 @@ def test_faults_of_l2_are_told_from_those_of_l1_whatever_else_is_recorded(
 def test_what_does_not_tell_l2_from_l1_is_said() -> None:
     found = lowered(fault(0x1000), ENTER.format("ept"), fault(0x2000), VMEXIT, fault(0x3000))
     assert left_out(found) == {L2_OR_L1: 2}
-    assert found.notes == (f"guest faults left out: 2 {L2_OR_L1}",)
+    assert found.notes == (f"guest faults left out: 2 at an {L2_OR_L1}",)
 
 
 @pytest.mark.parametrize("enter", [NPT_OFF, ENTER.format("ept").replace("=y", "=n")])
@@ -208,7 +210,7 @@ def test_pages_of_interrupt_controllers_are_no_memory_unless_a_slot_has_them(
     found = lowered(fault(4 * G), fault(address))
     assert left_out(found) == {reason: 1}
     assert [(one.gpa, one.size) for one in found.layout.slots] == [(4 * G, 2 * M)]
-    assert found.notes == (f"guest faults left out: 1 {reason}",)
+    assert found.notes == (f"guest faults left out: 1 at the {reason}",)
     assert faults(lowered(slot(0xFE000000, 32 * M), fault(address))) == [(address, W)]
     beside = lowered(fault((page + 1) << 12), fault((page - 1) << 12))
     assert left_out(beside) == {}
@@ -217,7 +219,7 @@ def test_pages_of_interrupt_controllers_are_no_memory_unless_a_slot_has_them(
 def test_each_fault_has_one_reason_and_devices_are_not_said_again() -> None:
     found = lowered(fault(0x1000), fault(0xFEE00000, NPT | 8), fault(0xFEE00000), fault(1 << 50 | 0xFEE00000))
     assert left_out(found) == {DEVICE: 1, APIC: 1, BEYOND: 1}
-    assert found.notes == (f"guest faults left out: 1 {BEYOND}, 1 {APIC}",)
+    assert found.notes == (f"guest faults left out: 1 at an {BEYOND}, 1 at the {APIC}",)
 
 
 _KINDS = {
@@ -244,4 +246,44 @@ def test_every_fault_is_kept_or_left_out_for_one_reason_that_is_counted_and_name
     assert len(faults(found)) == sum(kind == "" for kind, _ in events)
     named = [kind for kind in counts if counts[kind] and kind != DEVICE]
     assert len(found.notes) == bool(named)
-    assert all(f"{counts[kind]} {kind}" in found.notes[0] for kind in named)
+    assert all(re.search(rf"\b{counts[kind]} at (an?|the) {re.escape(kind)}", found.notes[0]) for kind in named)
+
+
+# --------------------------------------------------------------------------- what faults tell of the VM
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 7), st.sampled_from([NPT, EPT, PF])), min_size=1, max_size=20))
+def test_codes_tell_whose_stage_2_it_is_and_numbers_how_many_vcpus(drawn: list[tuple[int, int]]) -> None:
+    """A page fault's code tells nothing, nor do codes of both processors together."""
+    events = [fault(0x1000, code).replace("vcpu 0", f"vcpu {vcpu}") for vcpu, code in drawn]
+    codes = {code for _, code in drawn} - {PF}
+    told = {"stage2": "npt" if codes == {NPT} else "ept"} if len(codes) == 1 else {}
+    assert lowered(*events).machine == {**told, "vcpus": len({vcpu for vcpu, _ in drawn})}
+
+
+def test_a_log_that_names_no_vcpu_tells_of_none() -> None:
+    old = "kvm_page_fault: address {:x} error_code {:x}"  # before Linux 6.0
+    assert lowered(old.format(0x1000, NPT), old.format(0x2000, PF)).machine == {"stage2": "npt"}
+    assert lowered(old.format(0x1000, PF)).machine == {}
+    assert lowered(attributes(0, M, True)).machine == {}
+
+
+def test_more_vcpus_than_a_vm_has_are_no_vcpus() -> None:
+    events = [fault(0x1000).replace("vcpu 0", f"vcpu {number}") for number in range(4097)]
+    assert lowered(*events[:-1]).machine["vcpus"] == 4096
+    assert "vcpus" not in lowered(*events).machine
+
+
+_EXITS = {"EPT_VIOLATION": "ept", "EPT_MISCONFIG": "ept", "npf": "npt", "HLT": None, "hlt": None, "1": None}
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(sorted(_EXITS)), max_size=8), st.sampled_from([NPT, PF]), st.booleans())
+def test_the_first_exit_for_the_sake_of_stage_2_says_whose_it_is(reasons: list[str], code: int, nested: bool) -> None:
+    """Whatever the codes look like, and also after an L2 guest; every exit is counted."""
+    exits = [f"kvm_exit: vcpu 0 reason {reason} rip 0x0 info1 0x0 info2 0x0" for reason in reasons]
+    found = lowered(*[VMEXIT, INJECT] * nested, *exits, fault(0x1000, code))
+    told = [_EXITS[reason] for reason in reasons if _EXITS[reason]]
+    assert found.machine.get("stage2") == (told[0] if told else "npt" if code == NPT else None)
+    assert found.accounting.ignored["kvm_exit"] == len(reasons)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, strategies as st
 
@@ -13,6 +15,7 @@ from pgemu.trace import LoweringOptions, load, require_input
 from pgemu.trace.events import IGNORED, LEVELS, OUTCOMES
 from pgemu.trace.lowering import lower
 from pgemu.trace.readers.ftrace import _Parser
+from pgemu.trace.schema import Operation
 
 pytestmark = pytest.mark.same_with_checks
 
@@ -66,3 +69,15 @@ def test_other_events_alone_are_no_input_and_the_most_frequent_are_named(events:
     first = re.search(r"found (\d+) (\w+)", str(caught.value))
     assert first is not None
     assert (int(first[1]), events.count(first[2])) == (most, most)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_table_without_an_input_is_told_what_rows_it_needs(tmp_path: Path, rows: int) -> None:
+    path = str(tmp_path / "table.parquet")
+    columns = {"op": [int(Operation.BIND)] * rows, "address": [0] * rows, "offset": [0] * rows, "length": [4096] * rows}
+    pq.write_table(pa.table({name: pa.array(values, "uint64") for name, values in columns.items()}), path)
+    found = load(path)
+    assert found.table
+    with pytest.raises(InputError, match=r"expected rows of guest fault, .* in columns op; flags, address") as caught:
+        require_input(found)
+    assert "record kvm" not in str(caught.value)

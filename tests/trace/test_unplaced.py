@@ -156,7 +156,7 @@ def test_host_addresses_without_a_mapping_are_left_out_and_counted(tmp_path: Pat
     columns = {name: values[2:] for name, values in ROWS.items()}
     path = store(tmp_path / "a", pa.table(columns))
     found = load(path, SMALL)
-    assert found.accounting.without_operation == {"not guest memory (no slot line: host addresses unknown)": 1}
+    assert found.accounting.without_operation == {"not guest memory (no mmap row: host addresses unknown)": 1}
     assert [Operation(op).name for op in found.records.op] == ["MMAP", "BIND", "GUEST_FAULT", "CONVERT"]
     assert found.layout.inode_size == 2 * M
     given = LoweringOptions(page_size=2 * M, memslots=(GivenSlot(0, 4 * M, 0),))

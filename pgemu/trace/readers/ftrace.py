@@ -89,7 +89,7 @@ class _Handlers(dict[str, _Handler | None]):
 
     def __init__(self, parser: _Parser) -> None:
         super().__init__()
-        self._by_name: dict[str, _Handler] = {
+        self._by_name: dict[str, _Handler | None] = {
             "page_fault_user": parser.page_fault_user,
             "kvm_page_fault": parser.kvm_page_fault,
             "kvm_vm_set_mem_attributes": parser.kvm_vm_set_mem_attributes,
@@ -106,7 +106,7 @@ class _Handlers(dict[str, _Handler | None]):
             _SET_SPTE: parser.kvm_mmu_set_spte,
             _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
             **dict.fromkeys(("PERF_RECORD_LOST", "PERF_RECORD_LOST_SAMPLES"), parser.perf_record_lost),
-            **dict.fromkeys(NESTED, parser.nested),
+            **dict.fromkeys((*NESTED, "kvm_exit"), parser.nested),
         }
         self._call_return = parser.call_return
         self._displaced = parser.displaced
@@ -125,8 +125,8 @@ class _Handlers(dict[str, _Handler | None]):
         self._by_name.pop(name, None)
         self._forget(name)
 
-    def parse(self, name: str, handler: _Handler) -> None:
-        """From now on an event is parsed."""
+    def parse(self, name: str, handler: _Handler | None) -> None:
+        """From now on an event is parsed, or only counted (None)."""
         if self._by_name.get(name) is not handler:
             self._by_name[name] = handler
             self._forget(name)
@@ -225,7 +225,7 @@ class _Parser:
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
-            self._nested.told, tuple(self._notes()),
+            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2,
         )  # fmt: skip
 
     def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -345,12 +345,12 @@ class _Parser:
         self._ignored[event_name(event.partition(" ")[0])] += 1
 
     def nested(self, event: str, task: int, time: int, line: int) -> None:
-        """What a vCPU does on its way to and from an L2 guest."""
+        """What a vCPU does on its way to and from an L2 guest, and exits until one told whose stage 2 there is."""
         name = event_name(event.partition(" ")[0])
         self._ignored[name] += 1
         self._nested.event(name, event, task)
-        for other in ("kvm_entry", "kvm_exit"):
-            self._handlers.parse(other, self.nested)
+        for other, wanted in self._nested.wanted.items():
+            self._handlers.parse(other, self.nested if wanted else None)
 
     def _add(self, name: str, kind: Input, time: int, task: int, line: int, *words: int) -> int:
         """Append an input row; return its position."""

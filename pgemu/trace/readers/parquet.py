@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
 from pgemu.trace.columns import CONTRACT, numbers, records_of
+from pgemu.trace.log import Doubt
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
@@ -62,6 +63,7 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "accesses": lowered.accesses,
         "machine": dict(lowered.machine),
         "notes": list(lowered.notes),
+        "doubts": [list(doubt) for doubt in lowered.doubts],
     }
     levels = lowered.fault_levels if batches is None else None
     columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
@@ -173,7 +175,7 @@ def read(path: str | os.PathLike[str] | Source) -> Lowered | Unplaced:
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"] + others,
+        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"],
     )  # fmt: skip
 
 
@@ -242,9 +244,16 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
         machine, notes = _machine(about), about.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
+        doubts = about.get("doubts", [])
+        if not all(
+            isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str)
+            for one in doubts
+        ):
+            raise ValueError("doubts, expected a list of pairs of texts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
     except RecursionError:
         raise InputError("metadata 'pgemu' cannot be used (too deep)", name) from None
     common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
-    return {**common, "machine": machine, "notes": tuple(map(printable, notes))}
+    told = tuple(Doubt(printable(text), printable(of)) for text, of in doubts)
+    return {**common, "machine": machine, "notes": tuple(map(printable, notes)), "doubts": told}

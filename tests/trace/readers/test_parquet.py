@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from pgemu import workload
 from pgemu.errors import InputError
 from pgemu.trace import GivenSlot, Lowered, LoweringOptions, Operation, Records, load
+from pgemu.trace.log import Doubt
 from pgemu.trace.readers import parquet
 from pgemu.trace.schema import ACTOR_LIMIT, DTYPES
 
@@ -65,9 +66,11 @@ def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
 
 def test_what_a_log_said_of_its_machine_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write(dataclasses.replace(BOOT, notes=("bit 47 is taken", "left out")), path)
+    doubts = (Doubt("none of 9 conversions are of this memory", "conversions"), Doubt("addresses collide"))
+    parquet.write(dataclasses.replace(BOOT, notes=("bit 47 is taken", "left out"), doubts=doubts), path)
     back = stored(path)
     assert (back.machine, back.notes) == (BOOT.machine, ("bit 47 is taken", "left out"))
+    assert back.doubts == doubts
 
 
 @pytest.mark.parametrize(
