@@ -70,7 +70,7 @@ def domain_unmap(e, f, address, length):
 
 
 @kernel
-def gather_iotlb(e, f, address, length):
+def gather_range(e, f, address, length):
     """Leave a range to the flush at the end, or flush first what does not wait together with it: formats.Gather."""
     request = e.request
     rule = e.state[f + F_GATHER]
@@ -117,7 +117,7 @@ def unmap_until_hole(e, f, address, length):
             value = load_entry(e, slot, level)
         if not stopped:
             free_covered(e, f, address, went, length, level + U1)
-    gather_iotlb(e, f, address, length)
+    gather_range(e, f, address, length)
     return went
 
 
@@ -172,7 +172,7 @@ def unmap_covered(e, f, address, length):
             if went == length or slot & U511 == U0:
                 break
             value = load_entry(e, slot, level)
-    gather_iotlb(e, f, address, length)
+    gather_range(e, f, address, length)
     return length
 
 
@@ -206,5 +206,5 @@ def unmap_whole_leaves(e, f, address, length):
         if at & ~input_mask(state, f) != U0:
             break
     if went != U0:
-        gather_iotlb(e, f, address, went)
+        gather_range(e, f, address, went)
     return went
