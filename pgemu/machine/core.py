@@ -239,11 +239,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
             return outcome
         return int(_kernel(other)(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor)))  # all of it in one step
 
-    def _call_designs(self, actor: int, mode: int) -> int:
-        """full.run_designs() without columns."""
+    def _call_designs(self, actor: int, mode: int, columns: tuple[Array, ...] = ()) -> int:
+        """full.run_designs() without columns, or with the first of them."""
         from pgemu_kernels.run.entries import run_designs
 
-        return int(run_designs(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor), mode))
+        given = (*columns, *_no_columns()[len(columns) :])
+        return int(run_designs(self.descriptor, *given, _FIRST, np.uint64(actor), mode))
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""

@@ -264,28 +264,32 @@ class Machine(Core):
         for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
             note_broken(self.arrays.state, kind, frame)
         found = np.zeros(W.FOUND_WORDS, np.int64)
+        pages = pins = np.zeros(0, np.uint64)
         if self.register(W.R_PINS):
-            from pgemu.objects.pins import own_nodes
+            from pgemu.objects.pins import own_nodes, pinned
 
             found[W.FOUND_NODES] += len(list(own_nodes(self, owner)))
+            pages, pins = pinned(self)
         held = any(self.register(word) for word in _HOLDERS)
         if held:
-            self._hold_again(giving=False)
+            self._hold_again(pages, pins, giving=False)
         if self.register(W.R_ORDINARY) or self.register(W.R_HOST_HUGE):
+            from pgemu.objects.pins import own_pages
             from pgemu_kernels.run.entries import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
+            own_pages(self, pages, owner)
         check(self.descriptor, owner, np.zeros(3, np.int64), found)
         if held:
-            self._hold_again(giving=True)
+            self._hold_again(pages, pins, giving=True)
         return self.register(W.R_BROKEN)
 
-    def _hold_again(self, *, giving: bool) -> None:
+    def _hold_again(self, pages: Array, pins: Array, *, giving: bool) -> None:
         """Give back or take away the references that pins, LRU batches and faults under way hold, and frozen folios do
-        not."""
+        not. pages, pins: of pins.pinned()."""
         from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
 
-        self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)
+        self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY, (pages, pages, pins))
 
     def walk(self, root: int, page: int) -> Walk:
         """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].

@@ -75,6 +75,7 @@ from pgemu_kernels.words.rows import (
     PAGE_DIRTY,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
+    PAGE_PINNED,
     S_DEPOSITED,
     S_RSS,
     S_USER_ROOT,
@@ -308,7 +309,7 @@ def _check_cached_pages(m, node, owner, found):
         found[FOUND_CACHED] += 1
         if owner[frame] == np.uint8(0):
             owner[frame] = _PAGE
-            expect(m, U(m.counts[frame]) & ~PAGE_DIRTY == PAGE_CACHED, BROKEN_COUNTS, frame)
+            expect(m, U(m.counts[frame]) & ~(PAGE_DIRTY | PAGE_PINNED) == PAGE_CACHED, BROKEN_COUNTS, frame)
         expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, BROKEN_FRAMES, frame)
         index = cache_next(m, m.state[node + I_CACHE], index + U1)
 

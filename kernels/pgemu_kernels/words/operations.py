@@ -142,7 +142,7 @@ class Operation(IntEnum):
         _S.both(_S.MEMSLOT_DELETED),
     )
     PIN = (
-        11, Entry.FULL, By.NEVER, {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
+        11, Entry.FULL, By.PROCESS, {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
         _S.both(_S.main("mm/gup.c:pin_user_pages"), _S.main("mm/gup.c:check_vma_flags")),
     )
     UNPIN = (
