@@ -70,7 +70,7 @@ class Tree:
                 return where
             entry = self.memory.word(where)
             if not entry & self.fmt.present:
-                entry = self._table() | self.fmt.table
+                entry = self.fmt.table_entry(self._table(), at)
                 self.memory.store(where, entry)
             table = entry & self.fmt.address
         raise AssertionError(level)

@@ -14,12 +14,11 @@ from pgemu.cli._options import number
 from pgemu.errors import InputError
 from pgemu.tables.entries import Entry, EntryKind, Field, decode as decode_entry
 from pgemu_kernels.formats.bits import RELEASES
-from pgemu_kernels.formats.iommu import IOMMU_FORMATS
 from pgemu_kernels.formats.page_format import FORMATS, PageFormat
 
 __all__ = ("decode",)
 
-_MAKERS = {**FORMATS, **IOMMU_FORMATS}
+_MAKERS = FORMATS
 _SIZES = ("4K", "2M", "1G", "512G", "256T")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 

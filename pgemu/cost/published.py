@@ -255,6 +255,36 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.IOPTE_WRITTEN,
+        "assumption: as LEAF_WRITTEN",
+        each=(20, 40),
+        basis="assumption",
+    ),
+    Price(
+        Event.IOPTE_CLEARED,
+        "assumption: as LEAF_WRITTEN",
+        each=(20, 40),
+        basis="assumption",
+    ),
+    Price(
+        Event.IOTLB_FLUSH_PAGES,
+        "assumption: a command in the IOMMU's queue and the wait for it: some hundred ns to a few us",
+        each=(300, 3000),
+        basis="assumption",
+    ),
+    Price(
+        Event.IOTLB_FLUSH_DOMAIN,
+        "assumption: as IOTLB_FLUSH_PAGES",
+        each=(300, 3000),
+        basis="assumption",
+    ),
+    Price(
+        Event.DEVICE_TABLE_UPDATED,
+        "assumption: the entry of one device written, and a command and its wait as IOTLB_FLUSH_PAGES",
+        each=(300, 3000),
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

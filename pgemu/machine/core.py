@@ -105,9 +105,13 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """
         return row_of_format(self, "index", index)
 
-    def add_format(self, fmt: PageFormat) -> int:
-        """The row of an entry format, added if the machine has none that is equal. ValueError past words.FORMATS."""
+    def add_format(self, fmt: PageFormat, taller: int = 0) -> int:
+        """The row of an entry format, added if the machine has none that is equal. ValueError past words.FORMATS.
+
+        taller: row of the format that its tables go over to for higher addresses, 0 for none.
+        """
         row = fmt.row()
+        row[W.F_TALLER] = taller
         used = self.register(W.R_FORMATS)
         for index in range(used):
             if np.array_equal(self.format_row(index), row):

@@ -62,6 +62,7 @@ class Errno(IntEnum):
     EOVERFLOW = W.EOVERFLOW
     EBADFD = W.EBADFD
     EOPNOTSUPP = W.EOPNOTSUPP
+    EADDRINUSE = W.EADDRINUSE
 
 
 def _names(kind: type[IntEnum], prefix: str) -> dict[int, str]:

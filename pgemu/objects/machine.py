@@ -138,15 +138,14 @@ class Machine(Core):
             kind = "sw" if protected else "plain"
         return Vm.create(self, process, kind)
 
-    def create_page_table(self, fmt: PageFormat | str) -> PageTable:
-        """Create an empty page table of a format, or of the format of a name (page_format.FORMATS).
+    def create_page_table(self, fmt: PageFormat | str, **parameters: Any) -> PageTable:
+        """Create an empty page table of a format, or of the format of a name (page_format.FORMATS) and its parameters.
 
-        OSError ENOMEM. ValueError for another name, past words.FORMATS formats, or for AMD's IOMMU format, whose
-        tables this does not edit.
+        OSError ENOMEM. ValueError for another name or parameter, or past words.FORMATS formats.
         """
         from pgemu.tables.page_table import PageTable
 
-        return PageTable.create(self, fmt)
+        return PageTable.create(self, fmt, **parameters)
 
     @property
     def page_tables(self) -> list[PageTable]:

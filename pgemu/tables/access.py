@@ -30,6 +30,8 @@ ARM_WNR = 1 << 6  # of the fault word: a write
 ARM_S1PTW = 1 << 7  # ... while reading a table of stage 1
 ARM_ACCESS_FLAG = 1 << 10
 _KEYS = amount(0, (1 << 32) - 1, "two bits for each of 16 keys, an integer from 0 to 2**32 - 1")
+VTD_NO_WRITE, VTD_NO_READ = 5, 6  # drivers/iommu/intel/dmar.c:dma_remap_fault_reasons[]
+AMD_RW = 1 << 5  # drivers/iommu/amd/amd_iommu_types.h:EVENT_FLAG_RW
 PF_WRITE, PF_USER, PF_FETCH = 1 << 1, 1 << 2, 1 << 4
 
 
@@ -68,7 +70,10 @@ class _Format:
         self.leaf = words[int(W.F_LEAF_MASK)], words[int(W.F_LEAF_VALUE)]
         self.page = words[int(W.F_PAGE_MASK)], words[int(W.F_PAGE_VALUE)]
         self.reserved_leaf = [words[int(W.F_RESERVED_LEAF) + level] for level in range(6)]
-        self.reserved_table = [words[int(W.F_RESERVED_TABLE) + level] if level > 1 else 0 for level in range(6)]
+        self.reserved_table = [words[int(W.F_RESERVED_TABLE) + level] if level > 1 else 0 for level in range(7)]
+        self.sized = words[int(W.F_SIZED_MASK)]
+        self.table_level = words[int(W.F_TABLE_LEVEL)]
+        self.rights = words[int(W.F_READ)], words[int(W.F_WRITE)]
         self.invert = words[int(W.F_INVERT)]
         self.fold = words[int(W.F_FOLD)]
         self.table_rights = words[int(W.F_TABLE_RIGHTS)]
@@ -118,9 +123,10 @@ class Access:
         `ram_bytes`: size of the machine's metadata zone; an entry that points beyond it gets a closer look.
         """
         fmt = _Format(format_row)
-        asks = {Family.X86: self._x86, Family.NPT: self._npt, Family.EPT: self._ept, Family.ARM64: self._arm64}
-        if fmt.family not in asks:
-            raise ValueError(f"kinds of access through {fmt.family.name} tables: not modelled, expected None")
+        asks = {
+            Family.X86: self._x86, Family.NPT: self._npt, Family.EPT: self._ept, Family.ARM64: self._arm64,
+            Family.VTD: self._device, Family.AMD_IOMMU: self._device,
+        }  # fmt: skip
         rows = np.zeros((W.ACCESS_ROWS, W.X_WORDS), np.uint64)
         for row, ask in zip(rows, asks[fmt.family](fmt), strict=False):
             self._fill(row, fmt, ask)
@@ -222,6 +228,11 @@ class Access:
         table_write = _Ask(ARM_WRITE, error=ARM_WNR | ARM_S1PTW, writes=True)
         return [*asks, _Ask(ARM_READ, error=ARM_S1PTW), table_write]
 
+    def _device(self, fmt: _Format) -> list[_Ask]:
+        """A device reads and writes; nothing else is known of it. VT-d: fault reasons; AMD: RW of the event's flags."""
+        read, write = (VTD_NO_READ, VTD_NO_WRITE) if fmt.family == Family.VTD else (0, AMD_RW)
+        return [_Ask(fmt.rights[0], error=read), _Ask(fmt.rights[1], error=write, writes=True)]
+
 
 _rows_made: dict[tuple[bytes, int, bool, Access | None], Array] = {}
 _ROWS_KEPT = 256
@@ -261,13 +272,16 @@ def _fill_masks(row: Array, fmt: _Format, ram_bytes: int) -> None:
     if fmt.family == Family.EPT and need & (EPT_FETCH | bits.EPT_USER_EXECUTE):
         # Which of the two counts is known only after the guest's walk.
         need |= EPT_FETCH | bits.EPT_USER_EXECUTE & fmt.present
-    for level in range(2, fmt.levels + 1):
+    for level in range(2, min(fmt.levels, 5) + 1):
         rights = need & ~fmt.table_rights
         ones = present | rights & ~fmt.invert | int(row[W.X_SET_TABLE]) | fmt.leaf[0] & ~fmt.leaf[1]
+        if fmt.table_level:
+            # Which level a table is of tells it from a leaf.
+            ones = ones & ~fmt.sized | level - 1 << fmt.table_level
         far = fmt.address & ALL << (ram_bytes.bit_length() - 1)
-        zeroes = rights & fmt.invert | fmt.leaf[1] | fmt.reserved_table[level] & reserved | far
+        zeroes = rights & fmt.invert | fmt.leaf[1] | fmt.reserved_table[level] & reserved | far | fmt.sized & ~ones
         _set_mask(row, int(W.X_TABLE_MASK) + level, int(W.X_TABLE_VALUE) + level, ones, zeroes)
-    for level in range(1, fmt.largest_leaf + 1):
+    for level in range(1, min(fmt.largest_leaf, 3) + 1):
         ones, zeroes = _leaf_bits(row, fmt, level, need)
         ones |= present
         _set_mask(row, int(W.X_LEAF_MASK) + level, int(W.X_LEAF_VALUE) + level, ones, zeroes)
@@ -280,6 +294,7 @@ def _leaf_bits(row: Array, fmt: _Format, level: int, need: int) -> tuple[int, in
     mask, value = fmt.page if level == 1 else fmt.leaf
     reserved = int(row[W.X_RESERVED])
     ones = need & ~fmt.invert | int(row[W.X_SET_LEAF]) | int(row[W.X_FLAG]) | value
+    mask |= fmt.sized  # a leaf whose size is in its address gets a closer look
     zeroes = need & fmt.invert | int(row[W.X_FORBID]) | fmt.reserved_leaf[level] & reserved | mask & ~value
     if need & fmt.invert & (fmt.fold | fmt.fold << 1):
         zeroes |= fmt.fold | fmt.fold << 1

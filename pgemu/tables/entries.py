@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pgemu_kernels.formats import bits, leaves
-from pgemu_kernels.formats.iommu import amd_size
 from pgemu_kernels.formats.page_format import ALL, Family, PageFormat, span
 
 __all__ = ("Entry", "EntryKind", "Field", "classify", "decode")
@@ -134,19 +133,15 @@ class Entry:
 
 def is_leaf(fmt: PageFormat, level: int, entry: int) -> bool:
     """Whether a present entry of `level` has the shape of a leaf."""
-    if fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf:
-        return level <= fmt.largest_leaf
-    if level == 1:
-        return entry & fmt.page_mask == fmt.page_value
-    return level <= fmt.largest_leaf and entry & fmt.leaf_mask == fmt.leaf_value
+    return level <= fmt.largest_leaf and fmt.has_leaf_form(level, entry)
 
 
 def reserved_bits(fmt: PageFormat, level: int, entry: int) -> int:
     """Reserved bits that a present entry has set."""
+    if fmt.is_sized(entry):
+        return fmt.reserved_in(level, entry)
     masks = fmt.reserved_leaf if level == 1 or is_leaf(fmt, level, entry) else fmt.reserved_table
-    # Address bits below a leaf's own size are not there to be zero where they say its size.
-    sized = fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf
-    return entry & (masks[0] if sized else masks[level - 1])
+    return entry & masks[level - 1]
 
 
 def classify(fmt: PageFormat, level: int, entry: int, address: int | None = None) -> EntryKind:
@@ -185,7 +180,7 @@ def _problem(fmt: PageFormat, level: int, entry: int) -> str:
     # Arm: a page above level 1 or a block where there are none; others have a reserved bit for that.
     if not leaf and (level == 1 or entry & fmt.leaf_mask == fmt.leaf_value):
         return f"no leaf of this type at level {level}"
-    if fmt.table_level_shift and not leaf and entry >> fmt.table_level_shift & 7 != level - 1:
+    if not leaf and fmt.skips_level(level, entry):
         return f"next level {entry >> fmt.table_level_shift & 7} at level {level}"
     return ""
 
@@ -306,7 +301,7 @@ def _arm_names(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
 def _vtd_names(fmt: PageFormat, level: int, leaf: bool) -> list[_Name]:
     named = _bits(("R", 0), ("W", 1), ("X", 2), ("ACCESSED", 8))
     if not leaf:
-        return named
+        return named + (_bits(("CACHE_FLUSH_DONE", 10)) if _release(fmt) >= (6, 19) else [])
     named += [_Name("EMT", 5, 3), *_bits(("IPAT", 6), ("DIRTY", 9), ("SNP", 11), ("TM", 62))]
     return named + (_bits(("PS", 7)) if level > 1 else [])
 
@@ -446,7 +441,7 @@ _KEPT = (EntryKind.PROTECTION_NONE, EntryKind.SPLITTING, EntryKind.ACCESS_TRACKE
 _SWAPPED = (EntryKind.SWAP, EntryKind.MARKER, EntryKind.GUARD)
 _SOFTWARE = {"SPECIAL", "UFFD_WP", "SOFT_DIRTY", "SAVED_DIRTY", "SOFTW4", "SOFTW5", "DEVMAP", "NOPTISHADOW", "TDP_AD",
              "MMU_PRESENT", "HOST_WRITABLE", "MMU_WRITABLE", "SAVED_R", "SAVED_X", "TDP_AD_DISABLED",
-             "SW0", "SW1", "SW2", "SW3"}  # fmt: skip
+             "SW0", "SW1", "SW2", "SW3", "CACHE_FLUSH_DONE"}  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -465,8 +460,8 @@ def _address(fmt: PageFormat, level: int, kind: EntryKind, entry: int) -> int | 
         return ~entry & fmt.frame(level)
     if kind is EntryKind.KERNEL_NOT_PRESENT:
         return (~entry if _is_inverted(fmt, entry) else entry) & fmt.frame(level)
-    if kind is EntryKind.LEAF and fmt.sized_leaf and entry & fmt.leaf_mask == fmt.sized_leaf:
-        return entry & fmt.address & -amd_size(entry)
+    if kind is EntryKind.LEAF and fmt.is_sized(entry):
+        return fmt.leaf_address(level, entry)
     if kind is EntryKind.LEAF or kind is EntryKind.ACCESS_TRACKED:
         return entry & fmt.frame(level)
     return entry & fmt.address if kind is EntryKind.TABLE else None
@@ -492,9 +487,9 @@ def _rights(fmt: PageFormat, kind: EntryKind, entry: int) -> dict[str, bool]:
 
 
 def _memory_type(fmt: PageFormat, level: int, entry: int) -> str | None:
-    value = entry & fmt.memory_type_mask[level - 1]
+    value = entry & fmt.memory_type_mask[min(level, 3) - 1]
     return (
         None
         if len(fmt.memory_types) == 1
-        else next((name for name, values in fmt.memory_types if values[level - 1] == value), None)
+        else next((name for name, values in fmt.memory_types if values[min(level, 3) - 1] == value), None)
     )

@@ -28,7 +28,8 @@ from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
-from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat
+from pgemu_kernels.formats.iommu import taller
+from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat, UnmapRule
 from pgemu_kernels.words.operations import PAGE_4K
 from pgemu_kernels.words.table_words import Edit
 
@@ -113,7 +114,6 @@ class EditResults(NamedTuple):
 class PageTable(OfMachine):
     """One tree of tables. Made by Machine.create_page_table().
 
-    format: what its entries look like.
     A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
     an exchange of an entry is one WRITE. An edit walks down from the root for each run of entries within a table.
     `partial` tells what happens to a leaf that a range covers in part: "split" it, or edit it "whole" as a zap of
@@ -123,15 +123,12 @@ class PageTable(OfMachine):
     """
 
     machine: Core
-    format: PageFormat
 
     def __init__(self, machine: Core, fmt: PageFormat) -> None:
-        if fmt.table_level_shift:
-            raise ValueError(f"fmt {fmt.name}: expected one whose tables do not say their level: not edited here")
         self.machine = machine
-        self.format = fmt
         self._request = np.zeros(W.E_WORDS, np.uint64)
-        self._row = machine.add_format(fmt)
+        self._formats = _add_formats(machine, fmt)
+        self._row = next(iter(self._formats))
         self._root = 0
         if self._one(Edit.CREATE, 0).status != 0:
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
@@ -140,8 +137,13 @@ class PageTable(OfMachine):
 
     @property
     def root(self) -> int:
-        """Physical address of the (first) top table; 0 once it is destroyed."""
+        """Physical address of the (first) top table; 0 once it is destroyed. Of a domain that grows it changes."""
         return self._root
+
+    @property
+    def format(self) -> PageFormat:
+        """What its entries look like, and how many levels there are."""
+        return self._formats[self._row]
 
     def __repr__(self) -> str:
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
@@ -152,12 +154,14 @@ class PageTable(OfMachine):
         return html_table((f"{self.format.name}, level", "table pages"), rows)
 
     @classmethod
-    def create(cls, machine: Core, fmt: PageFormat | str) -> PageTable:
+    def create(cls, machine: Core, fmt: PageFormat | str, **parameters: Any) -> PageTable:
         """See Machine.create_page_table."""
         if isinstance(fmt, str):
             if fmt not in FORMATS:
                 raise ValueError(f"fmt {shown(fmt)}: expected one of {', '.join(FORMATS)}")
-            fmt = FORMATS[fmt]()
+            fmt = FORMATS[fmt](**parameters)
+        elif parameters:
+            raise ValueError(f"{', '.join(parameters)}: expected none beside a format that is made")
         return cls(machine, fmt)
 
     def destroy(self, *, log: Array | None = None) -> EditResult:
@@ -336,7 +340,7 @@ class PageTable(OfMachine):
         for level in range(fmt.levels, 0, -1):
             entry = int(ram[at // 8])
             steps.append((level, at, entry))
-            leaf = level <= fmt.largest_leaf and entry & fmt.leaf_mask == fmt.leaf_value
+            leaf = level <= fmt.largest_leaf and fmt.has_leaf_form(level, entry)
             if level == 1 or not entry & fmt.present or leaf:
                 break
             at = (entry & fmt.address) + (address >> 3 + 9 * (level - 1) & 511) * 8
@@ -367,7 +371,7 @@ class PageTable(OfMachine):
             entries = tables[(pages >> np.uint64(12)).astype(np.int64)].reshape(-1)
             below = entries & np.uint64(fmt.present) != 0
             if level <= fmt.largest_leaf:
-                below &= entries & np.uint64(fmt.leaf_mask) != np.uint64(fmt.leaf_value)
+                below &= ~fmt.have_leaf_form(level, entries)
             pages = entries[below] & np.uint64(fmt.address)
             found[level - 1] = pages
         return found
@@ -401,11 +405,17 @@ class PageTable(OfMachine):
         return self.format.leaf[0] if attributes is None else attributes
 
     def _partial(self, partial: Partial | None) -> int:
+        self._check_rule("partial", partial)
         if partial is None:
             partial = "split" if self.format.flush == FlushRule.PROCESS else "whole"
         return int(W.EDIT_SPLIT) if partial == "split" else 0
 
+    def _check_rule(self, name: str, given: str | None) -> None:
+        if given is not None and self.format.unmap_rule != UnmapRule.EVERY_LEAF:
+            raise ValueError(f"{name} {given!r}: expected None, for a domain's kernel has a rule of its own")
+
     def _tables(self, tables: Tables | None) -> int:
+        self._check_rule("tables", tables)
         if tables is None:
             tables = "zap" if self.format.flush == FlushRule.WHOLE_VM else "munmap"
         return _TABLE_FLAGS[tables]
@@ -437,6 +447,8 @@ class PageTable(OfMachine):
         status = np.empty(addresses.size, np.int64)
         detail = np.zeros(addresses.size, np.uint64)
         edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
+        if request[W.E_ROOT] != self._root and self._root:
+            self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
         return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
 
     def _flush(self) -> Flush | None:
@@ -450,6 +462,16 @@ class PageTable(OfMachine):
         first = start + offset if start >> bits - 1 else start
         last = end + offset if end - 1 >> bits - 1 else end
         return Flush(first, last, int(request[W.E_FLUSH_LEVEL]), bool(request[W.E_FREED]))
+
+
+def _add_formats(machine: Core, fmt: PageFormat) -> dict[int, PageFormat]:
+    """The rows of a format and of those that it grows to, the least first."""
+    rows: dict[int, PageFormat] = {}
+    above = 0
+    for one in reversed([fmt, *taller(fmt)]):
+        above = machine.add_format(one, above)
+        rows[above] = one
+    return dict(reversed(rows.items()))
 
 
 def _size(level: int) -> int:

@@ -264,11 +264,15 @@ class _Survey:
         """uint64[5, n]: leaves as they travel."""
         fmt = self._fmt
         table, address = self._place(level, tables, at)
-        frame = np.uint64(fmt.frame(level))
+        size = np.uint64(4096 << 9 * (level - 1))
+        inside = fmt.sizes_of_leaves(level, entries) - np.uint64(1)
+        frame = np.uint64(fmt.address) & ~np.minimum(inside, size - np.uint64(1))
+        # Of a leaf whose size is in its address each entry maps the part at its own place.
+        physical = entries & np.uint64(fmt.address) & ~inside | address & inside & ~(size - np.uint64(1))
         folded = entries ^ (entries >> np.uint64(1) & np.uint64(fmt.fold))
         rights = tables.rights[table] & (folded ^ np.uint64(fmt.invert)) & self._permissions
         flags = entries & ~frame & self._kept
-        return np.stack([address, entries & frame, np.full(at.size, level, np.uint64), flags, rights])
+        return np.stack([address, physical, np.full(at.size, level, np.uint64), flags, rights])
 
     def _below(self, level: int, tables: _Tables, at: Array, entries: Array) -> _Tables:
         """Tables of the next level, without those that are not to be followed."""

@@ -39,6 +39,7 @@ __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "
 Array = np.ndarray[Any, Any]
 _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
 _CODES = [np.array([kind], _BYTE) for kind in Kind]
+_OF_DEVICES = (Family.VTD, Family.AMD_IOMMU)
 _NO_WORDS = np.zeros(0, np.uint64)
 _SCRATCH = int(W.WALK_SCRATCH)
 
@@ -68,7 +69,8 @@ class Translation(NamedTuple):
 
     physical: uint64[n], 0 on failure. status: uint8[n], `WalkStatus`. level: uint8[n], of the leaf or of the
     entry at fault (the top level where the address itself is refused). error: uint64[n], the error word: x86
-    page-fault error code; EPT exit qualification; NPT EXITINFO1; Arm DFSC[5:0], WnR in bit 6, S1PTW in bit 7;
+    page-fault error code; EPT exit qualification; NPT EXITINFO1; Arm DFSC[5:0], WnR in bit 6, S1PTW in bit 7; VT-d
+    fault reason of legacy mode; AMD's IOMMU the flags of IO_PAGE_FAULT (PR 0x10, RW 0x20, PE 0x40, RZ 0x80);
     0 for a general protection fault, an EPT misconfiguration and OUTSIDE_MEMORY. references: if asked for.
     """
 
@@ -160,7 +162,7 @@ def translate(
     format_row: row of the machine's formats (Machine.add_format; 0 host, 1 NPT, 2 EPT).
     kinds: `Kind` codes, one for each address or one for all, checked under `access`; the hardware's accessed and
     dirty bits are set where a walk succeeds. None: a plain walk, present or not, nothing checked, nothing set.
-    references: also list the entries read and written, at most 5 of each. out: arrays of an earlier call with as
+    references: also list the entries read and written, at most 6 of each. out: arrays of an earlier call with as
     many addresses, to be filled again. Tables may lie in the metadata zone or in guest frames.
     TypeError and ValueError for what is none of that: a format row or kind that is not there, a root that is no page,
     arrays that do not fit.
@@ -184,6 +186,8 @@ def translated(
     row = row_of_format(machine, "format_row", format_row)
     rows = rows_of(row, machine.arrays.ram.nbytes, None if plain else access, plain=plain)
     codes = _CODES[0] if kinds is None else _kinds(kinds, count)
+    if not plain and row[W.F_FAMILY] in _OF_DEVICES and codes.max(initial=0) > Kind.WRITE:
+        raise ValueError(f"kinds {shown(kinds)}: expected READ and WRITE, which is what devices do")
     if out is None:
         physical, error = np.empty(count, _WORD), np.zeros(count, _WORD)
         status, level = np.empty(count, _BYTE), np.empty(count, _BYTE)

@@ -116,11 +116,9 @@ def kind_of(fmt: PageFormat, level: int, entry: int) -> Kind:
     if not entry & fmt.present:
         return Kind.ABSENT
     bad = Kind.MISCONFIGURED if fmt.family == Family.EPT else Kind.RESERVED
-    mask, value = (fmt.page_mask, fmt.page_value) if level == 1 else (fmt.leaf_mask, fmt.leaf_value)
-    leaf = entry & mask == value
-    misplaced = not leaf if level == 1 else leaf and level > fmt.largest_leaf
-    reserved = fmt.reserved_leaf[level - 1] if leaf else fmt.reserved_table[level - 1]
-    if misplaced or entry & reserved or fmt.bad_low >> (entry & 7) & 1:
+    leaf = fmt.has_leaf_form(level, entry)
+    misplaced = level > fmt.largest_leaf if leaf else level == 1 or fmt.skips_level(level, entry)
+    if misplaced or fmt.reserved_in(level, entry) or fmt.bad_low >> (entry & 7) & 1:
         return bad
     if leaf and fmt.bad_memory_type >> (entry >> 3 & 7) & 1:
         return bad
@@ -129,10 +127,16 @@ def kind_of(fmt: PageFormat, level: int, entry: int) -> Kind:
 
 def kinds_of(fmt: PageFormat, level: int, entries: Array) -> Array:
     """uint8[n]: the Kind of each entry (uint64[n]) of a level."""
-    mask, value = (fmt.page_mask, fmt.page_value) if level == 1 else (fmt.leaf_mask, fmt.leaf_value)
-    leaf = (entries & np.uint64(mask)) == np.uint64(value)
-    reserved = np.where(leaf, np.uint64(fmt.reserved_leaf[level - 1]), np.uint64(fmt.reserved_table[level - 1]))
+    leaf = fmt.have_leaf_form(level, entries)
+    of_leaf = fmt.reserved_leaf[min(level, len(fmt.reserved_leaf)) - 1]
+    reserved = np.where(leaf, np.uint64(of_leaf), np.uint64(fmt.reserved_table[level - 1]))
+    if fmt.sized_leaf:
+        sized = entries & np.uint64(fmt.leaf_mask) == np.uint64(fmt.sized_leaf)
+        reserved[sized] = fmt.reserved_leaf[0]
     bad = entries & reserved != 0
+    if fmt.table_level_shift:
+        below = entries >> np.uint64(fmt.table_level_shift) & np.uint64(7)
+        bad |= ~leaf & (below != np.uint64(level - 1))
     if level == 1:
         bad |= ~leaf
     elif level > fmt.largest_leaf:
@@ -231,7 +235,7 @@ def walk(memory: Memory, fmt: PageFormat, root: int, address: int) -> list[Step]
 
 def leaf_address(fmt: PageFormat, level: int, entry: int, address: int) -> int:
     """Where an input address lies in the page of a leaf: its physical address."""
-    return entry & fmt.frame(level) | address & (1 << 9 * level + 3) - 1
+    return fmt.leaf_address(level, entry) | address & fmt.size_of_leaf(level, entry) - 1
 
 
 # --------------------------------------------------------------------------- many addresses
@@ -270,8 +274,8 @@ def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> T
         for kind, outcome in _STATUS.items():
             status[rest[kinds == kind]] = outcome
         leaf = kinds == Kind.LEAF
-        inside = addresses[rest[leaf]] & (np.uint64(1) << shift) - np.uint64(1)
-        physical[rest[leaf]] = entries[leaf] & np.uint64(fmt.frame(level)) | inside
+        inside = fmt.sizes_of_leaves(level, entries[leaf]) - np.uint64(1)
+        physical[rest[leaf]] = entries[leaf] & np.uint64(fmt.address) & ~inside | addresses[rest[leaf]] & inside
         table = kinds == Kind.TABLE
         rest = rest[table]
         tables = entries[table] & np.uint64(fmt.address)

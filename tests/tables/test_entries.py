@@ -12,10 +12,7 @@ from pgemu.tables.entries import EntryKind, classify, decode
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits, leaves as K
 from pgemu_kernels.formats.iommu import (
-    AMD_FORCE_COHERENT,
-    IOMMU_FORMATS,
     amd_iommu_v1,
-    amd_size,
     amd_sized_leaf,
     vtd_second_stage,
 )
@@ -30,7 +27,7 @@ EPT_71_NX = ept(kernel="6.18", nx_huge_pages=True)
 EPT_73 = ept()
 HASWELL = ept(maxphyaddr=40, nx_huge_pages=True, l1tf_cache_bits=44)
 NPT = npt(maxphyaddr=40)
-VTD, AMD = vtd_second_stage(), amd_iommu_v1()
+VTD, AMD = vtd_second_stage(), amd_iommu_v1(6)
 RO, RW = P73.protection(write=False), P73.protection(write=True)
 ANON = P73.anonymous()
 NOT_PRESENT_FRAME = bits.ADDRESS  # frame 0, inverted
@@ -102,9 +99,11 @@ REFERENCE = [
     ("VT-d 2M", 0x83, VTD.encode(2, 0)),
     ("VT-d 1G", 0x83, VTD.encode(3, 0)),
     ("VT-d 2M, coherence forced", 0x883, vtd_second_stage(force_snoop=True).encode(2, 0)),
-    ("VT-d table", 0x3, VTD.table_entry(0)),
-    ("AMD IOMMU leaf", 0x6000_0000_0000_0001, AMD.encode(2, 0)),
-    ("AMD IOMMU leaf, FC", 0x7000_0000_0000_0001, AMD.encode(2, 0, extra=AMD_FORCE_COHERENT)),
+    ("VT-d table", 0x403, VTD.table_entry(0)),
+    ("VT-d table, coherent unit", 0x3, vtd_second_stage(coherent=True).table_entry(0)),
+    ("VT-d table before generic tables", 0x3, vtd_second_stage(kernel="6.18").table_entry(0)),
+    ("AMD IOMMU leaf", 0x6000_0000_0000_0001, amd_iommu_v1(force_coherent=False).encode(2, 0)),
+    ("AMD IOMMU leaf, FC", 0x7000_0000_0000_0001, AMD.encode(2, 0)),
     ("AMD IOMMU 64K", 0x6000_0000_0000_7E01, amd_sized_leaf(0, 64 << 10)),
     ("AMD IOMMU 32M", 0x6000_0000_00FF_FE01, amd_sized_leaf(0, 32 << 20)),
     ("AMD IOMMU table, 2M", 0x6000_0000_0000_0201, AMD.table_entry(0, level=2)),
@@ -234,7 +233,7 @@ def variants() -> list[PageFormat]:
     made += [ept(mode_based_execute=True), ept(mode_based_execute=True, kernel="6.12"), ept(accessed_dirty=False)]
     made += [ept(accessed_dirty=False, kernel="6.12"), ept(execute_only=False), ept(pages_1g=False), HASWELL]
     made += [arm64_stage2(size) for size in (32, 35, 39, 43, 44)]
-    made += [maker(**options) for maker in IOMMU_FORMATS.values() for options in ({}, {"accessed_dirty": True})]
+    made += [maker(accessed_dirty=True) for maker in (vtd_second_stage, amd_iommu_v1)]
     made += [vtd_second_stage(5, superpages=0, maxphyaddr=46), vtd_second_stage(3, superpages=1, force_snoop=True)]
     made += [arm64_stage2(fwb=False, kernel="6.12"), arm64_stage2(hardware_access_flag=False, maxphyaddr=40)]
     return made
@@ -526,7 +525,8 @@ def test_kinds_are_those_of_the_manuals(checked: tuple[PageFormat, Manual], data
     (vtd_second_stage(superpages=1), 3, 0x83, EntryKind.RESERVED),
     (AMD, 3, 0x6000_0000_0000_0401, EntryKind.TABLE),
     (AMD, 3, 0x6000_0000_0000_0201, EntryKind.RESERVED),  # tables skip no level
-    (AMD, 4, 0x6000_0000_0000_0001, EntryKind.RESERVED),  # no 512G leaves
+    (AMD, 4, 0x6000_0000_0000_0001, EntryKind.LEAF),  # 512G: the manual has it, Linux makes none
+    (AMD, 6, 0x6000_0000_0000_0001, EntryKind.RESERVED),
     (AMD, 1, 0x6000_0000_0000_0201, EntryKind.RESERVED),
 ])  # fmt: skip
 def test_kind(fmt: PageFormat, level: int, entry: int, kind: EntryKind) -> None:
@@ -540,7 +540,7 @@ def test_amd_leaves_whose_size_is_in_their_address(order: int, data: st.DataObje
     entry = amd_sized_leaf(address, 1 << order, write=False)
     level = 1 + (order - 12) // 9
     decoded = decode(AMD, level, entry)
-    assert (decoded.kind, decoded.address, amd_size(entry)) == (EntryKind.LEAF, address, 1 << order)
+    assert (decoded.kind, decoded.address, AMD.size_of_leaf(level, entry)) == (EntryKind.LEAF, address, 1 << order)
     assert (decoded.read, decoded.write, decoded.unknown) == (True, False, 0)
 
 
@@ -643,7 +643,10 @@ def test_who_executes_on_arm() -> None:
     (arm64_stage2, {"ipa_bits": 49}, "expected 32 to 48"),
     (arm64_stage2, {"maxphyaddr": 52}, "expected 13 to 48"),
     (vtd_second_stage, {"superpages": 3}, "superpages 3: expected 0, 1 or 2"),
-    (amd_iommu_v1, {"levels": 6}, "6 levels: expected 3 to 5"),
+    (amd_iommu_v1, {"levels": 7}, "7 levels: expected 3 to 6"),
+    (amd_iommu_v1, {"levels": 4, "most_levels": 3}, "most_levels 3: expected 4 to 6"),
+    (amd_iommu_v1, {"page_sizes": 1 << 21}, "page_sizes 0x200000: expected some of"),
+    (vtd_second_stage, {"max_address_mask": 64}, "max_address_mask 64: expected 0 to 63"),
 ])  # fmt: skip
 def test_formats_that_cannot_be(maker: Any, arguments: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

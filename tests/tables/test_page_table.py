@@ -16,7 +16,7 @@ from pgemu.objects.machine import Config, Machine
 from pgemu.tables.page_table import EditResult, Flush, PageTable
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import page_format
-from pgemu_kernels.formats.iommu import IOMMU_FORMATS
+from pgemu_kernels.formats.page_format import FORMATS as FORMATS_BY_NAME
 from pgemu_kernels.words.events import Gauge
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
@@ -486,13 +486,19 @@ def test_the_example_of_the_documentation() -> None:
 
 def test_what_cannot_be_asked_is_refused() -> None:
     machine = Machine(Config())
-    with pytest.raises(ValueError, match="amd-v1"):
-        machine.create_page_table(IOMMU_FORMATS["amd-v1"]())
-    table = machine.create_page_table(IOMMU_FORMATS["vtd-s2"]())
+    with pytest.raises(ValueError, match="levels"):
+        machine.create_page_table(FORMATS_BY_NAME["ept"](), levels=4)
+    table = machine.create_page_table("vtd-s2", levels=3, kernel="6.18")
+    assert table.format.levels == 3
     assert table.map(0, PAGE_4K).status == 0
     assert table.translate([5]).physical.tolist() == [PAGE_4K + 5]
-    with pytest.raises(ValueError, match="VTD tables: not modelled"):
-        table.translate([5], 0)
+    with pytest.raises(ValueError, match="READ and WRITE"):
+        table.translate([5], 2)
+    with pytest.raises(ValueError, match="tables 'zap': expected None"):
+        table.unmap(0, tables="zap")
+    with pytest.raises(ValueError, match="partial 'whole': expected None"):
+        table.unmap(0, partial="whole")
+    table = machine.create_page_table("x86-64")
     wrong: Any = "some"
     with pytest.raises(ValueError, match="partial 'some'"):
         table.unmap(0, partial=wrong)

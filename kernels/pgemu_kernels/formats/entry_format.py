@@ -1,21 +1,22 @@
 """What an entry format is: as a walker must know it, one row of uint64 words (words.F_*), and how entries are told.
 
-Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T. Plain Python: no numba here. pgemu.tables.entries decodes
-entries; leaves.py has those that Linux writes.
+Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T, 6 = 128P. Plain Python: no numba here.
+pgemu.tables.entries decodes entries; leaves.py has those that Linux writes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits
 
+Words = np.ndarray[Any, Any]
 ALL = (1 << 64) - 1
-LEVELS = (1, 2, 3, 4, 5)
 WIDEST_ADDRESS = 52  # bits of a physical address that an entry has room for
 
 
@@ -31,16 +32,38 @@ class Family(IntEnum):
     NPT = 1  # EXITINFO1 of a nested page fault
     EPT = 2  # exit qualification, or EPT misconfiguration
     ARM64 = 3  # fault status code
-    VTD = 4  # fault recording registers: not modelled
-    AMD_IOMMU = 5  # event log: not modelled
+    VTD = 4  # fault reason of the fault recording registers
+    AMD_IOMMU = 5  # flags of the event log's IO_PAGE_FAULT
 
 
 class FlushRule(IntEnum):
-    """What an edit of a tree has flushed: arch/x86/mm/tlb.c, virt/kvm/kvm_main.c, arch/arm64/kvm/hyp/pgtable.c."""
+    """What an edit of a tree has flushed.
+
+    arch/x86/mm/tlb.c, virt/kvm/kvm_main.c, arch/arm64/kvm/hyp/pgtable.c, drivers/iommu/intel/cache.c.
+    """
 
     PROCESS = 0  # page by page up to 33 pages, then everything
     WHOLE_VM = 1
     RANGE = 2
+    IOTLB = 3  # pages, a power of two of them, up to F_LARGEST_FLUSH, then the domain
+
+
+class MapRule(IntEnum):
+    """What a map does where something is mapped."""
+
+    REFUSE = 0  # -EEXIST, unless it is to replace
+    IN_USE = 1  # -EADDRINUSE: drivers/iommu/generic_pt/iommu_pt.h:clear_contig()
+    CLEAR_LARGE = 2  # a large leaf replaces, a 4K leaf stays: drivers/iommu/intel/iommu.c:switch_to_super_page()
+    REPLACE = 3  # all goes: drivers/iommu/amd/io_pgtable.c:alloc_pte(), free_clear_pte()
+
+
+class UnmapRule(IntEnum):
+    """What an unmap does at leaves that it covers in part, at holes, and with tables."""
+
+    EVERY_LEAF = 0  # every leaf that the range touches, and what the request says of tables
+    STOPS = 1  # at a hole and inside a leaf; frees covered tables: drivers/iommu/generic_pt/iommu_pt.h:__unmap_range()
+    COVERED = 2  # what the range covers, with the tables: drivers/iommu/intel/iommu.c:dma_pte_clear_level()
+    WHOLE = 3  # whole leaves; no table goes: drivers/iommu/amd/io_pgtable.c:iommu_v1_unmap_pages()
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,11 @@ class PageFormat:
     of a valid leaf that change only by break-before-make. software: bits that the hardware ignores and Linux uses,
     whose change needs no flush. range_invalidation: the TLB is invalidated by range where more than one entry
     changes; defers_unmap: an unmap, too, invalidates once, by range.
+
+    For edits of an IOMMU's domain: page_sizes: bitmap of sizes that a map chooses from (iommu_pgsize()), 0 where every
+    level has one. most_levels: up to which tables are put on top for higher addresses, 0: never. map_rule,
+    unmap_rule: what Linux does with what is in the way. largest_flush: an invalidation by pages covers 2 ** this pages
+    at most. map_flushes: what is not present is cached, too, so that a map is flushed.
     """
 
     name: str
@@ -166,11 +194,66 @@ class PageFormat:
     software: int = 0
     range_invalidation: bool = False
     defers_unmap: bool = False
+    page_sizes: int = 0
+    most_levels: int = 0
+    map_rule: MapRule = MapRule.REFUSE
+    unmap_rule: UnmapRule = UnmapRule.EVERY_LEAF
+    largest_flush: int = 0
+    map_flushes: bool = False
 
     @property
     def root_bits(self) -> int:
         """Index bits of the top table."""
         return 9 + (self.root_tables - 1).bit_length()
+
+    def has_leaf_form(self, level: int, entry: int) -> bool:
+        """Whether a present entry of `level` looks like a leaf, wherever leaves may be; at level 1 like a page."""
+        if self.is_sized(entry):
+            return True
+        mask, value = (self.page_mask, self.page_value) if level == 1 else (self.leaf_mask, self.leaf_value)
+        return entry & mask == value
+
+    def have_leaf_form(self, level: int, entries: Words) -> Any:
+        """bool[n]: the same of each entry (uint64[n])."""
+        mask, value = (self.page_mask, self.page_value) if level == 1 else (self.leaf_mask, self.leaf_value)
+        leaf = entries & np.uint64(mask) == np.uint64(value)
+        return leaf | (entries & np.uint64(mask) == np.uint64(self.sized_leaf)) if self.sized_leaf else leaf
+
+    def is_sized(self, entry: int) -> bool:
+        """Whether the size of a leaf is in its address, so that entries beside it are equal to it."""
+        return bool(self.sized_leaf) and entry & self.leaf_mask == self.sized_leaf
+
+    def size_of_leaf(self, level: int, entry: int) -> int:
+        """Bytes that a leaf in a table of `level` maps; a sized leaf has ones in its address below half of them."""
+        if not self.is_sized(entry):
+            return 4096 << 9 * (level - 1)
+        zero = ~(entry & self.address) >> 12
+        return 2 << 12 + (zero & -zero).bit_length() - 1
+
+    def sizes_of_leaves(self, level: int, entries: Words) -> Any:
+        """uint64[n]: size_of_leaf() of each entry (uint64[n])."""
+        sizes = np.full(entries.size, 4096 << 9 * (level - 1), np.uint64)
+        if self.sized_leaf:
+            sized = entries & np.uint64(self.leaf_mask) == np.uint64(self.sized_leaf)
+            # Adding one to ones carries to the zero above them; the size is twice that.
+            ones = (entries[sized] & np.uint64(self.address)) + np.uint64(4096)
+            sizes[sized] = (ones & ~(ones - np.uint64(1))) << np.uint64(1)
+        return sizes
+
+    def leaf_address(self, level: int, entry: int) -> int:
+        """Physical address that a leaf begins at."""
+        return entry & self.address & -self.size_of_leaf(level, entry)
+
+    def reserved_in(self, level: int, entry: int) -> int:
+        """Reserved bits that a present entry has, as a leaf or as a table entry."""
+        if self.has_leaf_form(level, entry):
+            # Address bits below its level's size are no reserved ones of a leaf that has its size there.
+            return entry & self.reserved_leaf[0 if self.is_sized(entry) else min(level, len(self.reserved_leaf)) - 1]
+        return entry & self.reserved_table[level - 1]
+
+    def skips_level(self, level: int, entry: int) -> bool:
+        """Whether a table entry says that the table below is of another level than the next: Linux makes none."""
+        return bool(self.table_level_shift) and entry >> self.table_level_shift & 7 != level - 1
 
     def frame(self, level: int) -> int:
         """Bits of a leaf of `level` that hold its physical address."""
@@ -255,7 +338,7 @@ class PageFormat:
     def _memory_type(self, level: int, name: str) -> int:
         for known, values in self.memory_types:
             if known == name:
-                return values[level - 1]
+                return values[min(level, 3) - 1]
         known_names = ", ".join(dict.fromkeys(known for known, _ in self.memory_types))
         raise ValueError(f"{self.name}: memory type {name!r}: expected one of {known_names}")
 
@@ -275,7 +358,7 @@ class PageFormat:
         rights = self.read | self.write | self.user | self.execute.mask | self.present | self.global_ | key
         kind = self.page_mask if level == 1 else self.leaf_mask
         return (
-            rights | kind | self.memory_type_mask[level - 1] | self.accessed | self.dirty | self.c_bit
+            rights | kind | self.memory_type_mask[min(level, 3) - 1] | self.accessed | self.dirty | self.c_bit
             | self.frame(level) | self.reserved_leaf[level - 1] | self.leaf_bits
         )  # fmt: skip
 
@@ -295,22 +378,36 @@ class PageFormat:
             W.F_MEMORY_TYPE: self.leaf[0] & (self.memory_type_mask[0] | self.ignore_pat),
             W.F_MMIO_VALUE: self.mmio_value | self.mmio_rights,
             W.F_MMIO_GUARD: self.mmio_moved,
+            W.F_TABLE_LEVEL: self.table_level_shift,
         }
+        if self.sized_leaf:
+            words |= self._two_leaves()
         row = np.zeros(W.F_WORDS, np.uint64)
         for word, value in words.items():
             row[int(word)] = value
-        for level in LEVELS:
-            row[int(W.F_RESERVED_LEAF) + level] = self.reserved_leaf[level - 1]
-            if level > 1:
-                row[int(W.F_RESERVED_TABLE) + level] = self.reserved_table[level - 1]
+        for level, mask in enumerate(self.reserved_leaf, 1):
+            row[int(W.F_RESERVED_LEAF) + level] = mask
+        for level, mask in enumerate(self.reserved_table[1:], 2):
+            row[int(W.F_RESERVED_TABLE) + level] = mask
         return row
 
+    def _two_leaves(self) -> dict[np.uint64, int]:
+        """Words of a format whose leaves have one of two values of a field: all zeroes, or all ones."""
+        mask = self.leaf_mask
+        low = mask & -mask
+        if self.leaf_value or self.page_value or self.page_mask != mask or self.sized_leaf != mask:
+            raise ValueError(f"{self.name}: expected leaves with all zeroes or all ones in {mask:#x}")
+        # With one more, both have zeroes in all but the lowest bit.
+        one = {W.F_LEAF_ADD: low, W.F_LEAF_MASK: mask & ~low, W.F_PAGE_MASK: mask & ~low}
+        return one | {W.F_SIZED_MASK: mask}
 
+
+_NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule")
 # Words that hold what the field of their name says: F_PRESENT is `present`. row() makes the others.
 WORDS_OF_FIELDS = {
     field.name: vars(W)[f"F_{field.name.upper()}"]
     for field in fields(PageFormat)
-    if f"F_{field.name.upper()}" in vars(W) and field.type in ("int", "bool", "Family", "FlushRule")
+    if f"F_{field.name.upper()}" in vars(W) and field.type in _NUMBERS
 }
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits
 from pgemu_kernels.formats.arm64 import ARM_DIRTY_MODIFIER, ARM_WRITE, arm64_stage2
-from pgemu_kernels.formats.entry_format import ALL, Family, FlushRule, PageFormat, span
+from pgemu_kernels.formats.entry_format import ALL, Family, FlushRule, MapRule, PageFormat, UnmapRule, span
 from pgemu_kernels.formats.ept import ept
+from pgemu_kernels.formats.iommu import amd_iommu_v1, vtd_second_stage
 from pgemu_kernels.formats.npt import npt
 from pgemu_kernels.formats.x86_64 import X86_MEMORY_TYPES, x86_64
 
@@ -23,13 +24,17 @@ __all__ = (
     "X86_MEMORY_TYPES",
     "Family",
     "FlushRule",
+    "MapRule",
     "PageFormat",
+    "UnmapRule",
+    "amd_iommu_v1",
     "arm64_stage2",
     "ept",
     "format_table",
     "machine_formats",
     "npt",
     "span",
+    "vtd_second_stage",
     "x86_64",
 )
 
@@ -80,5 +85,7 @@ FORMATS: dict[str, Callable[..., PageFormat]] = {
     "npt-5": partial(npt, 5),
     "arm64-s2": arm64_stage2,
     "arm64-s2-48": partial(arm64_stage2, 48),
+    "vtd-s2": vtd_second_stage,
+    "amd-v1": amd_iommu_v1,
 }
 """Makers of the formats by the name that --format takes; parameters are the maker's keywords."""

@@ -11,7 +11,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import U0, U1, U3, U4, U5, U12
 from pgemu_kernels.engine.compile import kernel
 from pgemu_kernels.engine.geometry import index_at, pages_of
-from pgemu_kernels.tables.edit_tree import leaf_attributes
+from pgemu_kernels.tables.edit_entries import leaf_attributes
 from pgemu_kernels.tables.walker import is_large, is_present, table_of
 from pgemu_kernels.words.enum_words import FLAG_EXEC, FLAG_WRITE
 from pgemu_kernels.words.table_words import (

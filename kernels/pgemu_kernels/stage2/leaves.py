@@ -24,7 +24,7 @@ from pgemu_kernels.stage2.entries import (
     make_spte,
     nx_huge_pages,
 )
-from pgemu_kernels.tables.edit_tree import child_attributes
+from pgemu_kernels.tables.edit_entries import child_attributes
 from pgemu_kernels.tables.walker import free_table, is_large, is_present, new_table, stage2_format, table_of
 from pgemu_kernels.words.enum_words import (
     BROKEN_WRONG_PFN,

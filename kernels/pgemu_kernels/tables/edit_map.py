@@ -9,30 +9,32 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U511, U512, U409
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.geometry import shift_of, size_of
-from pgemu_kernels.tables.edit_tree import (
-    WHOLE_VM,
+from pgemu_kernels.tables.edit_entries import (
     attributes,
     breaks,
     child_attributes,
-    count_entry,
-    count_in_table,
-    empty_table,
-    find,
-    holds_leaf,
     is_frozen,
     is_leaf,
     is_valid,
     leaf_address,
     leaf_attributes,
+    sticky_bits,
+    well_formed,
+)
+from pgemu_kernels.tables.edit_tree import (
+    WHOLE_VM,
+    count_entry,
+    count_in_table,
+    empty_table,
+    find,
+    holds_leaf,
     load_entry,
     release_table,
-    sticky_bits,
     store_entry,
     swap,
     table_entry,
     take_table,
     tear_down,
-    well_formed,
 )
 from pgemu_kernels.tables.walker import table_of
 from pgemu_kernels.words.table_words import (

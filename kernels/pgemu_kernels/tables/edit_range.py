@@ -8,23 +8,25 @@ from pgemu_kernels import words
 from pgemu_kernels.engine.bits import ALL, U0, U1, U2, U3, U9, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
-from pgemu_kernels.tables.edit_map import split_entry
-from pgemu_kernels.tables.edit_tree import (
+from pgemu_kernels.tables.edit_entries import (
     breaks,
-    count_entry,
-    find,
-    flush,
     is_leaf,
     is_process,
     is_valid,
-    load_entry,
     moved_mask,
     needs_flush,
+    well_formed,
+)
+from pgemu_kernels.tables.edit_map import split_entry
+from pgemu_kernels.tables.edit_tree import (
+    count_entry,
+    find,
+    flush,
+    load_entry,
     owe_flush,
     release_table,
     store_entry,
     swap,
-    well_formed,
 )
 from pgemu_kernels.tables.walker import table_of
 from pgemu_kernels.words.enum_words import (

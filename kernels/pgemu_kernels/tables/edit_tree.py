@@ -11,15 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pgemu_kernels import words
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U2, U3, U7, U8, U9, U12, U511, U512
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U8, U9, U12, U64, U511, U512, leading_zeros
 from pgemu_kernels.engine.charge import charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.engine.handle import Words
 from pgemu_kernels.formats.page_format import FlushRule
+from pgemu_kernels.tables.edit_entries import breaks, is_leaf, is_process, is_valid, needs_flush, sign_extended
 from pgemu_kernels.tables.walker import table_of
 from pgemu_kernels.words.enum_words import (
+    EVENT_IOTLB_FLUSH_DOMAIN,
+    EVENT_IOTLB_FLUSH_PAGES,
     EVENT_TABLE_PAGE_ALLOCATED,
     EVENT_TABLE_PAGE_FREED,
     EVENT_TLB_FLUSH_MM,
@@ -45,43 +48,25 @@ from pgemu_kernels.words.table_words import (
     E_PENDING_START,
     E_RECORDS,
     E_ROOT,
-    F_ACCESSED,
     F_ADDRESS,
-    F_BAD_LOW,
-    F_BAD_MEMORY_TYPE,
-    F_BREAK_BEFORE_MAKE,
     F_BREAK_BITS,
-    F_DIRTY,
     F_EMPTY,
     F_FLUSH,
     F_FROZEN,
-    F_INPUT_BITS,
-    F_LARGEST_LEAF,
-    F_LEAF_2M,
-    F_LEAF_4K,
-    F_LEAF_MASK,
-    F_LEAF_VALUE,
+    F_LARGEST_FLUSH,
     F_LEVELS,
-    F_PAGE_MASK,
-    F_PAGE_VALUE,
-    F_PAT_LARGE,
-    F_PAT_PAGE,
-    F_PRESENT,
     F_RANGE_FLUSH,
-    F_RESERVED_LEAF,
-    F_SIGN_EXTENDED,
-    F_SOFTWARE,
     F_TABLE,
+    F_TABLE_LEVEL,
     F_TABLE_TOP,
 )
 
 U = np.uint64
 LOG_WORDS = U(words.LOG_WORDS)
 FULL_FLUSH_PAGES = U(33)  # arch/x86/mm/tlb.c:tlb_single_page_flush_ceiling
-
-
 PROCESS = U(FlushRule.PROCESS)
 WHOLE_VM = U(FlushRule.WHOLE_VM)
+IOTLB = U(FlushRule.IOTLB)
 
 
 class Tree(NamedTuple):
@@ -130,126 +115,7 @@ def store_entry(e, slot, level, value):
         log_record(e, LOG_WRITE, level, slot << U3, value)
 
 
-# --------------------------------------------------------------------------- addresses and entries
-
-
-@kernel
-def is_valid(state, f, value):
-    """Whether an entry is present to the hardware: what a table of any format is edited by."""
-    return value & state[f + F_PRESENT] != U0
-
-
-@kernel
-def is_leaf(state, f, level, value):
-    """Whether a present entry is a leaf."""
-    if level == U1:
-        return True
-    return level <= state[f + F_LARGEST_LEAF] and value & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
-
-
-@kernel
-def is_frozen(state, f, value):
-    """Whether somebody is changing this entry: KVM's frozen value, Arm's locked one."""
-    return state[f + F_FROZEN] != U0 and value == state[f + F_FROZEN]
-
-
-@kernel
-def breaks(state, f):
-    return state[f + F_BREAK_BEFORE_MAKE] != U0
-
-
-@kernel
-def is_process(state, f):
-    return state[f + F_FLUSH] == PROCESS
-
-
-@kernel
-def sticky_bits(state, f):
-    """Bits that the hardware sets by itself. Arm's dirty bit is the right to write, so it is none of them."""
-    if breaks(state, f):
-        return state[f + F_ACCESSED]
-    return state[f + F_ACCESSED] | state[f + F_DIRTY]
-
-
-@kernel
-def leaf_address(state, f, level, value):
-    return value & state[f + F_ADDRESS] & ~(size_of(level) - U1)
-
-
-@kernel
-def attributes(state, f, level, value):
-    """A leaf without its address."""
-    if level == U1:
-        return value & ~state[f + F_ADDRESS]
-    return value & ~(state[f + F_ADDRESS] & ~state[f + F_PAT_LARGE])
-
-
-@kernel
-def page_only(state, f):
-    """Bits that a 4K leaf has and a larger one has not: Arm's page type, execute under the NX mitigation."""
-    return state[f + F_LEAF_4K] & ~state[f + F_LEAF_2M]
-
-
-@kernel
-def large_only(state, f):
-    return state[f + F_LEAF_2M] & ~state[f + F_LEAF_4K]
-
-
-@kernel
-def moved_mask(state, f, level, bits):
-    """Bits of a 4K leaf as a leaf of `level` has them, without those that tell the two apart."""
-    if level == U1:
-        return bits
-    pat = state[f + F_PAT_PAGE]
-    moved = bits & ~(pat | page_only(state, f))
-    if bits & pat != U0:
-        moved |= state[f + F_PAT_LARGE]
-    return moved
-
-
-@kernel
-def leaf_attributes(state, f, level, bits):
-    """Attributes of a leaf of `level` from those of a 4K leaf.
-
-    x86: pgprot_4k_2_large() moves PAT from bit 7 to 12; KVM: make_huge_spte(); Arm: a block's type.
-    """
-    if level == U1:
-        return bits
-    return moved_mask(state, f, level, bits) | large_only(state, f)
-
-
-@kernel
-def child_attributes(state, f, level, bits):
-    """Attributes of a child of `level` from those of a larger leaf: make_small_spte(), pgprot_large_2_4k()."""
-    if level != U1:
-        return bits
-    child = bits & ~(large_only(state, f) | state[f + F_PAT_LARGE]) | page_only(state, f)
-    if bits & state[f + F_PAT_LARGE] != U0:
-        child |= state[f + F_PAT_PAGE]
-    return child
-
-
-@kernel
-def well_formed(state, f, level, value):
-    """Whether a walk takes the value for a present leaf of this level that is neither reserved nor misconfigured."""
-    if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
-        return False
-    if level == U1 and value & state[f + F_PAGE_MASK] != state[f + F_PAGE_VALUE]:
-        return False
-    return (
-        value & state[f + F_RESERVED_LEAF + level] == U0
-        and state[f + F_BAD_LOW] >> (value & U7) & U1 == U0
-        and state[f + F_BAD_MEMORY_TYPE] >> (value >> U3 & U7) & U1 == U0
-    )
-
-
-@kernel
-def needs_flush(state, f, old, new):
-    """Whether a TLB may hold `old` to harm: not if only software bits changed or the hardware's bits were set.
-
-    arch/x86/include/asm/tlbflush.h:pte_flags_need_flush().
-    """
-    return (old ^ new) & ~state[f + F_SOFTWARE] & ~(new & sticky_bits(state, f)) != U0
+# --------------------------------------------------------------------------- entries in their tables
 
 
 @kernel
@@ -288,14 +154,6 @@ def count_in_table(e, frame, n):
 
 
 @kernel
-def sign_extended(state, f, address):
-    bits = state[f + F_INPUT_BITS]
-    if state[f + F_SIGN_EXTENDED] != U0 and address >> (bits - U1) & U1 != U0:
-        return address | ALL << bits
-    return address
-
-
-@kernel
 def note(e, word, start, end, level):
     """Widen the range kept in three words of the request from `word` on."""
     request = e.request
@@ -315,12 +173,21 @@ def owe_flush(e, start, end, level):
     note(e, E_PENDING_START, start, end, level)
 
 
+@kernel
+def flush_order(start, end):
+    """Log 2 of the pages of the smallest block, of a power of two and aligned, that [start, end) lies in.
+
+    drivers/iommu/intel/cache.c:calculate_psi_aligned_address(), drivers/iommu/amd/iommu.c:build_inv_address().
+    """
+    return U64 - leading_zeros((start ^ end - U1) >> U12)
+
+
 @outlined
 def flush(e, f, start, end, level):
     """Flush a range at once by the format's rule, charge it, and add it to what the edit reports.
 
     arch/x86/mm/tlb.c:get_flush_tlb_info(); virt/kvm/kvm_main.c:kvm_flush_remote_tlbs_range(), which x86 has not;
-    arch/arm64/kvm/hyp/vhe/tlb.c.
+    arch/arm64/kvm/hyp/vhe/tlb.c; an IOMMU's domain: flush_order().
     """
     state = e.state
     note(e, E_FLUSH_START, start, end, level)
@@ -333,6 +200,12 @@ def flush(e, f, start, end, level):
             kind = LOG_FLUSH_ALL
         else:
             charge(e, EVENT_TLB_FLUSH_PAGE, np.int64(pages))
+    elif rule == IOTLB:
+        if flush_order(start, end) > state[f + F_LARGEST_FLUSH]:
+            charge_one(e, EVENT_IOTLB_FLUSH_DOMAIN)
+            kind = LOG_FLUSH_ALL
+        else:
+            charge_one(e, EVENT_IOTLB_FLUSH_PAGES)
     elif rule == WHOLE_VM or (end - start > size_of(level) and state[f + F_RANGE_FLUSH] & U1 == U0):
         charge_one(e, EVENT_TLB_FLUSH_VM)
         kind = LOG_FLUSH_ALL
@@ -381,6 +254,9 @@ def empty_table(e, f):
 def table_entry(state, f, level, table):
     """The entry of `level` that points to a table."""
     bits = state[f + F_TABLE_TOP] if level == state[f + F_LEVELS] else state[f + F_TABLE]
+    where = state[f + F_TABLE_LEVEL]
+    if where != U0:
+        bits |= level - U1 << where
     return table << U3 | bits
 
 

@@ -16,6 +16,17 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, put_run, take_frame, take_run
 from pgemu_kernels.engine.geometry import index_at, size_of
 from pgemu_kernels.engine.handle import open_machine
+from pgemu_kernels.tables.domain_map import FAULT, RULE_CLEAR_LARGE, domain_map, grow
+from pgemu_kernels.tables.domain_unmap import domain_unmap
+from pgemu_kernels.tables.edit_entries import (
+    input_mask,
+    is_frozen,
+    is_leaf,
+    is_process,
+    is_valid,
+    leaf_attributes,
+    well_formed,
+)
 from pgemu_kernels.tables.edit_map import collapse_table, map_one
 from pgemu_kernels.tables.edit_range import edit_range, free_tables, store_raw, unmap_leaf, unmap_tail
 from pgemu_kernels.tables.edit_tree import (
@@ -25,15 +36,9 @@ from pgemu_kernels.tables.edit_tree import (
     flush,
     flush_pending,
     give_back,
-    is_frozen,
-    is_leaf,
-    is_process,
-    is_valid,
-    leaf_attributes,
     log_record,
     logged,
     tear_down,
-    well_formed,
 )
 from pgemu_kernels.tables.walker import format_row, table_of
 from pgemu_kernels.words.enum_words import (
@@ -48,6 +53,8 @@ from pgemu_kernels.words.enum_words import (
     EDIT_OP_SPLIT,
     EDIT_OP_STORE,
     EDIT_OP_UNMAP,
+    EVENT_IOPTE_CLEARED,
+    EVENT_IOPTE_WRITTEN,
     EVENT_LEAF_CLEARED,
     EVENT_LEAF_WRITTEN,
     EVENT_SPTE_CLEARED,
@@ -73,6 +80,7 @@ from pgemu_kernels.words.table_words import (
     E_OFFSET,
     E_OP,
     E_QUICK,
+    E_QUICK_DETAIL,
     E_QUICK_PHYSICAL,
     E_ROOT,
     E_SET,
@@ -87,12 +95,18 @@ from pgemu_kernels.words.table_words import (
     F_LARGEST_LEAF,
     F_LEAF_MASK,
     F_LEVELS,
+    F_MAP_FLUSHES,
+    F_MAP_RULE,
     F_PAGE_MASK,
+    F_PAGE_SIZES,
     F_PAT_PAGE,
     F_PRESENT,
     F_RESERVED_LEAF,
     F_ROOT_BITS,
     F_SIGN_EXTENDED,
+    F_SIZED_MASK,
+    F_TALLER,
+    F_UNMAP_RULE,
 )
 
 U = np.uint64
@@ -113,10 +127,16 @@ def prepare_batch(state, f, request):
     """Check once what the leaves of a batch have in common."""
     level = request[E_LEVEL]
     request[E_QUICK] = U0
+    request[E_QUICK_DETAIL] = U1
+    if state[f + F_UNMAP_RULE] != U0 and request[E_OP] == EDIT_OP_UNMAP:
+        request[E_QUICK_DETAIL] = size_of(U1)
+    sizes = state[f + F_PAGE_SIZES]
     if (
         request[E_OP] == EDIT_OP_MAP
         and request[E_FLAGS] & EDIT_EXACT != U0
         and request[E_SET] & state[f + F_ADDRESS] == U0
+        and (sizes == U0 or sizes & size_of(level) != U0)
+        and state[f + F_MAP_FLUSHES] == U0
     ):
         bits = leaf_attributes(state, f, level, request[E_SET])
         if well_formed(state, f, level, bits):
@@ -142,9 +162,11 @@ def quick_map(e, f, address, physical):
 
 @kernel
 def quick_unmap(e, f, address):
-    """Clear one 4K leaf that is not the last one of its table: whether that was so."""
+    """Clear one 4K leaf that is not the last one of its table, nor a part of one: whether that was so."""
     slot, level, value = descend(e, f, address, U1, False)
     if level != U1 or not is_valid(e.state, f, value) or e.counts[slot >> U9] == np.uint32(1):
+        return False
+    if value & e.state[f + F_SIZED_MASK] != U0:
         return False
     unmap_leaf(e, f, slot, U1, address)
     return True
@@ -153,7 +175,7 @@ def quick_unmap(e, f, address):
 @kernel
 def look_ahead(e, f, given):
     """Ask for the cache line of the last-level entry over an address that comes later in a batch."""
-    address = given & ((U1 << e.state[f + F_INPUT_BITS]) - U1)
+    address = given & input_mask(e.state, f)
     _, level, value = descend(e, f, address, U2, False)
     if level == U2 and is_valid(e.state, f, value) and not is_leaf(e.state, f, level, value):
         prefetch(e.ram, table_of(e.state, f, value) + index_at(address >> U12, U1))
@@ -188,7 +210,7 @@ def destroy(e, f):
     for i in range(tables):
         tear_down(e, f, (frame + i) << U9, e.state[f + F_LEVELS], False)
     if is_process(e.state, f):
-        flush(e, f, U0, U1 << e.state[f + F_INPUT_BITS], U1)
+        flush(e, f, U0, input_mask(e.state, f) + U1, U1)
         e.request[E_FREED] = U1
     give_back(e)
     for i in range(tables):
@@ -211,14 +233,13 @@ def check_input(state, f, address, length):
     if (address | length) & U4095 != U0 or length == U0:
         return INVALID
     last = address + length - U1
-    bits = state[f + F_INPUT_BITS]
     if last < address:
         return OUT_OF_RANGE
     if state[f + F_SIGN_EXTENDED] != U0:
-        high = ALL << (bits - U1)
+        high = ALL << (state[f + F_INPUT_BITS] - U1)
         if address & high != last & high or (address & high != U0 and address & high != high):
             return OUT_OF_RANGE
-    elif last >> bits != U0:
+    elif last & ~input_mask(state, f) != U0:
         return OUT_OF_RANGE
     return DONE
 
@@ -236,6 +257,14 @@ def check_bits(state, f, request):
 
 
 @kernel
+def edits_domain(op):
+    """Whether drivers/iommu has such an edit of a domain's tables, or it is one of an entry as it is."""
+    return (
+        op == EDIT_OP_CREATE or op == EDIT_OP_DESTROY or op == EDIT_OP_MAP or op == EDIT_OP_UNMAP or op == EDIT_OP_STORE
+    )
+
+
+@kernel
 def check_request(state, f, request):
     """What does not depend on the address: 0, -EINVAL, -EOPNOTSUPP."""
     op = request[E_OP]
@@ -249,6 +278,8 @@ def check_request(state, f, request):
         return INVALID
     if op == EDIT_OP_STORE and (level == U0 or level > state[f + F_LEVELS]):
         return INVALID
+    if state[f + F_MAP_RULE] != U0 and not edits_domain(op):
+        return NOT_SUPPORTED
     if op == EDIT_OP_PROTECT:
         return check_bits(state, f, request)
     if (op == EDIT_OP_CLEAR_ACCESSED and state[f + F_ACCESSED] == U0) or (
@@ -259,6 +290,30 @@ def check_request(state, f, request):
 
 
 @kernel
+def refusal(state, f, op, status):
+    """What an edit of a range returns that is refused: intel/iommu.c:intel_iommu_map() has -EFAULT for -ERANGE."""
+    if status == OUT_OF_RANGE and op == EDIT_OP_MAP and state[f + F_MAP_RULE] == RULE_CLEAR_LARGE:
+        return FAULT
+    return status
+
+
+@outlined
+def edit_domain(e, f, op, address, physical):
+    """Map or unmap in an IOMMU's domain: status, and leaves mapped, how far a map came, or bytes unmapped."""
+    request = e.request
+    length = request[E_LENGTH]
+    if op == EDIT_OP_UNMAP:
+        went = domain_unmap(e, f, address, length)
+        return (INVALID, U0) if went == NONE else (DONE, went)
+    if physical & U4095 != U0:
+        return INVALID, U0
+    if request[E_FLAGS] & EDIT_EXACT != U0 and (address | physical) & (length - U1) != U0:
+        return INVALID, U0
+    status = domain_map(e, f, address, physical, length)
+    return status, request[E_CHANGED] if status == DONE else request[E_OFFSET] - address
+
+
+@kernel
 def edit_one(e, f, op, given, physical):
     """One edit at one address: status, and what is told beside it."""
     state = e.state
@@ -266,17 +321,19 @@ def edit_one(e, f, op, given, physical):
     length = request[E_LENGTH]
     status = check_input(state, f, given, length)
     if status != DONE:
-        return status, U0
-    address = given & ((U1 << state[f + F_INPUT_BITS]) - U1)
+        return refusal(state, f, op, status), U0
+    address = given & input_mask(state, f)
     end = address + length
     if not logged(e):
         if request[E_QUICK] != U0 and quick_map(e, f, address, physical):
             return DONE, U1
         if op == EDIT_OP_UNMAP and length == size_of(U1) and quick_unmap(e, f, address):
-            return DONE, U1
+            return DONE, request[E_QUICK_DETAIL]
     request[E_FOUND] = U0
     request[E_CHANGED] = U0
     request[E_OFFSET] = address
+    if state[f + F_MAP_RULE] != U0 and op != EDIT_OP_STORE:
+        return edit_domain(e, f, op, address, physical)
     if op == EDIT_OP_MAP:
         status = map_one(e, f, address, physical)
     elif op == EDIT_OP_COLLAPSE:
@@ -297,6 +354,20 @@ def edit_one(e, f, op, given, physical):
 
 
 @kernel
+def taller_row(e, f, address):
+    """Where the format begins of a domain that was made to take a map at an address; where it cannot, as it was.
+
+    The map then says what is wrong.
+    """
+    last = address + e.request[E_LENGTH] - U1
+    if last & ~input_mask(e.state, f) == U0 or check_input(e.state, f, address, e.request[E_LENGTH]) == INVALID:
+        return f
+    if last < address or grow(e, last) != DONE:
+        return f
+    return format_row(e.state, e.request[E_FORMAT])
+
+
+@kernel
 def finish_edit(e, f):
     """The flush that is owed, the frames of freed tables, and the price of the leaves."""
     flush_pending(e, f)
@@ -305,6 +376,9 @@ def finish_edit(e, f):
     if is_process(e.state, f):
         charge(e, EVENT_LEAF_WRITTEN, np.int64(request[E_WRITTEN]))
         charge(e, EVENT_LEAF_CLEARED, np.int64(request[E_CLEARED]))
+    elif e.state[f + F_MAP_RULE] != U0:
+        charge(e, EVENT_IOPTE_WRITTEN, np.int64(request[E_WRITTEN]))
+        charge(e, EVENT_IOPTE_CLEARED, np.int64(request[E_CLEARED]))
     else:
         charge(e, EVENT_SPTE_WRITTEN, np.int64(request[E_WRITTEN]))
         charge(e, EVENT_SPTE_CLEARED, np.int64(request[E_CLEARED]))
@@ -346,6 +420,8 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
             destroy(e, f)
             status[i] = DONE
         else:
+            if state[f + F_TALLER] != U0 and op == EDIT_OP_MAP:
+                f = taller_row(e, f, addresses[i])
             status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0])
     finish_edit(e, f)
     state[R_EDIT_FRAMES] += U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2] - used)

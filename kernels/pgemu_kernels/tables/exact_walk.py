@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U3, U4, U8, U9, U12, U32, U511
+from pgemu_kernels.engine.bits import ALL, NONE, U0, U1, U3, U4, U8, U9, U12, U16, U32, U64, U511
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.geometry import shift_of, size_of
+from pgemu_kernels.engine.geometry import shift_of
 from pgemu_kernels.formats.page_format import Family
+from pgemu_kernels.tables.edit_entries import is_sized, leaf_shift
 from pgemu_kernels.words.enum_words import (
     WALK_ACCESS_FLAG,
     WALK_ADDRESS_SIZE,
@@ -39,6 +40,7 @@ from pgemu_kernels.words.table_words import (
     F_INVERT,
     F_KEY_SHIFT,
     F_LARGEST_LEAF,
+    F_LEAF_ADD,
     F_LEAF_MASK,
     F_LEAF_VALUE,
     F_LEVELS,
@@ -49,6 +51,7 @@ from pgemu_kernels.words.table_words import (
     F_RESERVED_TABLE,
     F_ROOT_BITS,
     F_SIGN_EXTENDED,
+    F_TABLE_LEVEL,
     F_TABLE_RIGHTS,
     W_COUNT,
     W_ENTRY,
@@ -75,6 +78,9 @@ from pgemu_kernels.words.table_words import (
 U = np.uint64
 _EPT = U(Family.EPT)
 _ARM64 = U(Family.ARM64)
+_VTD = U(Family.VTD)
+_AMD_IOMMU = U(Family.AMD_IOMMU)
+U128 = U(128)
 _LOW3 = U(7)
 _KEY = U(15)
 _USER_EXECUTE = U(1 << 10)
@@ -85,7 +91,7 @@ def translates(state, f, address):
     """Whether an address is one the format takes: canonical, or not beyond its input bits."""
     bits = state[f + F_INPUT_BITS]
     half = state[f + F_SIGN_EXTENDED] << (bits - U1)
-    return (address + half) >> bits == U0
+    return (address + half) & ~(ALL >> (U64 - bits)) == U0
 
 
 @kernel
@@ -107,9 +113,17 @@ def slot_of(m, physical):
 @kernel
 def has_leaf_form(state, f, entry, level):
     """Whether a present entry has the form of a leaf; at level 1, of a page."""
+    kind = entry + state[f + F_LEAF_ADD]
     if level == U1:
-        return entry & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
-    return entry & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
+        return kind & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
+    return kind & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
+
+
+@kernel
+def skips_level(state, f, entry, level):
+    """Whether a table entry says another level than the next one: Linux makes none, and reads none."""
+    shift = state[f + F_TABLE_LEVEL]
+    return shift != U0 and entry >> shift & _LOW3 != level - U1
 
 
 @kernel
@@ -118,8 +132,10 @@ def judge_entry(state, f, entry, level, checked):
     if entry & state[f + F_PRESENT] == U0:
         return WALK_NOT_PRESENT
     leaf = has_leaf_form(state, f, entry, level)
-    reserved = state[f + F_RESERVED_LEAF + level] if leaf else state[f + F_RESERVED_TABLE + level]
-    wrong = level > state[f + F_LARGEST_LEAF] if leaf else level == U1
+    # Address bits below its level's size are no reserved ones of a leaf that has its size there.
+    own = U1 if is_sized(state, f, entry) else level
+    reserved = state[f + F_RESERVED_LEAF + own] if leaf else state[f + F_RESERVED_TABLE + level]
+    wrong = level > state[f + F_LARGEST_LEAF] if leaf else level == U1 or skips_level(state, f, entry, level)
     if state[f + F_FAMILY] == _EPT:
         type_bit = state[f + F_BAD_MEMORY_TYPE] >> (entry >> U3 & _LOW3) if leaf else U0
         if (state[f + F_BAD_LOW] >> (entry & _LOW3) | type_bit) & U1 != U0 and checked != U0:
@@ -172,6 +188,25 @@ def arm_fault(status, level):
     return U4 | U4 - level
 
 
+@kernel
+def vtd_reason(status, denied):
+    """Fault reason of legacy mode; `denied` is that of an access which an entry does not let through.
+
+    VT-d specification, "Fault Reason Encodings"; drivers/iommu/intel/dmar.c:dma_remap_fault_reasons[].
+    """
+    if status == WALK_ADDRESS_SIZE:
+        return U4
+    return U12 if status == WALK_RESERVED else denied
+
+
+@kernel
+def amd_flags(status):
+    """Flags of an IO_PAGE_FAULT beside RW: PR, PE, RZ, as drivers/iommu/amd/iommu.c prints them (bits 27:16)."""
+    if status == WALK_PERMISSION:
+        return U16 | U64
+    return U16 | U128 if status == WALK_RESERVED else U0
+
+
 @outlined
 def fault_code(state, f, access, x, status, level, rights, denied):
     """The error word of a fault: page-fault error code, EXITINFO1, exit qualification or fault status.
@@ -189,6 +224,10 @@ def fault_code(state, f, access, x, status, level, rights, denied):
         return error | (rights & _LOW3) << U3 | user >> U4
     if family == _ARM64:
         return error | arm_fault(status, level)
+    if family == _VTD:
+        return vtd_reason(status, error)
+    if family == _AMD_IOMMU:
+        return error | amd_flags(status)
     if status != WALK_NOT_PRESENT and status != WALK_ADDRESS_SIZE:
         error |= U1
     if status == WALK_RESERVED:
@@ -231,7 +270,7 @@ def record(w, at, status, level, rights, count):
 @kernel
 def output_address(state, f, entry, level, address):
     """Where a leaf of `level` maps an address to."""
-    inside = size_of(level) - U1
+    inside = (U1 << leaf_shift(state, f, level, entry)) - U1
     return entry & state[f + F_ADDRESS] & ~inside | address & inside
 
 

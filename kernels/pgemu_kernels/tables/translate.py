@@ -73,7 +73,7 @@ class Outputs(NamedTuple):
     status: np.ndarray[Any, Any]  # uint8[n]: words.WalkStatus
     levels: np.ndarray[Any, Any]  # uint8[n]: of the leaf, or of the entry at fault
     error: np.ndarray[Any, Any]  # uint64[n]
-    reads: np.ndarray[Any, Any]  # uint64[n * 5], or of no elements
+    reads: np.ndarray[Any, Any]  # uint64[n * 6], or of no elements
     writes: np.ndarray[Any, Any]
     counts: np.ndarray[Any, Any]  # uint64[n * 2]: reads, writes
 
@@ -100,8 +100,8 @@ def open_tree(m, format_index, root):
 
 @kernel
 def can_pass(m, tree):
-    """Whether the passing walk may be tried: three levels or more, and all of the top table in `ram`."""
-    return tree.levels >= U3 and (tree.root >> U3) + tree.mask < U(m.ram.size)
+    """Whether the passing walk may be tried: three to five levels, and all of the top table in `ram`."""
+    return tree.levels >= U3 and tree.levels <= U5 and (tree.root >> U3) + tree.mask < U(m.ram.size)
 
 
 @kernel

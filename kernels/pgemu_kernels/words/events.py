@@ -75,9 +75,14 @@ class Event(IntEnum):
     SPIN_FAILED = 49  # ... and that was an error
     STALE_PAGE_SHOWN = 50  # a page that a new leaf shows guest or host for the first time, and that was never zeroed
     SPIN_DROPPED = 51  # a conversion that would spin, of which nothing more is done: SPINS are noted already
+    IOPTE_WRITTEN = 52  # entries of an IOMMU's leaves; a leaf whose size is in its address has several
+    IOPTE_CLEARED = 53
+    IOTLB_FLUSH_PAGES = 54  # an invalidation of pages of a domain, a power of two of them
+    IOTLB_FLUSH_DOMAIN = 55  # ... of all of it, for that would be too many
+    DEVICE_TABLE_UPDATED = 56  # a domain has another root: the entries of its devices are written and flushed
 
 
-EVENTS = 56  # room in a counter row
+EVENTS = 64  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.

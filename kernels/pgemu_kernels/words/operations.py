@@ -413,6 +413,7 @@ ENOTTY = 25
 EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
+EADDRINUSE = 98
 WOULD_SPIN = (
     140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is that high)
 )

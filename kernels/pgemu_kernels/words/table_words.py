@@ -9,7 +9,7 @@ import numpy as np
 U = np.uint64
 
 # formats: uint64 rows. Words below 16 are what the operations of processes and VMs write; the others are
-# what a walker needs to know, filled from pgemu_kernels.formats.PageFormat. Levels: 1 = 4K .. 5.
+# what a walker needs to know, filled from pgemu_kernels.formats.PageFormat. Levels: 1 = 4K .. 6.
 F_PRESENT = U(0)  # an entry is present if any of these bits is set
 F_LARGE = U(1)  # above level 1, an entry with this bit is a leaf (x86 families; others: F_LEAF_MASK)
 F_ADDRESS = U(2)  # bits of an entry that hold a physical address
@@ -22,17 +22,17 @@ F_SPECIAL_4K = U(8)  # host only: vmf_insert_pfn() into a writable VMA
 F_SPECIAL_4K_RO = U(9)
 F_LEAF_4K_RO = U(10)
 F_TABLE_TOP = U(11)  # bits of a table entry in the top table (page-table isolation adds no-execute)
-F_LEVELS = U(16)  # level of the top table: 3, 4 or 5
+F_LEVELS = U(16)  # level of the top table: 3 to 6
 F_ROOT_BITS = U(17)  # index bits of the top table: 9, more where root tables are concatenated
 F_INPUT_BITS = U(18)  # bits of an input address
 F_SIGN_EXTENDED = U(19)  # 1: the bits above F_INPUT_BITS repeat the highest one (canonical addresses)
-F_LEAF_MASK = U(20)  # at levels 2 .. F_LARGEST_LEAF a present entry is a leaf if entry & mask == value
+# At levels 2 .. F_LARGEST_LEAF a present entry is a leaf if entry + F_LEAF_ADD & mask == value.
+F_LEAF_MASK = U(20)
 F_LEAF_VALUE = U(21)
-F_PAGE_MASK = U(22)  # at level 1 a present entry is a leaf if entry & mask == value, else reserved
+F_PAGE_MASK = U(22)  # at level 1 a present entry is a leaf if entry + F_LEAF_ADD & mask == value, else reserved
 F_PAGE_VALUE = U(23)
 F_LARGEST_LEAF = U(24)
 F_RESERVED_LEAF = U(24)  # + level (1 .. 5): bits that a leaf of this level must not have
-F_RESERVED_TABLE = U(29)  # + level (2 .. 5): the same of a table entry
 F_INVERT = U(35)  # rights = (entry ^ invert), ANDed over the levels
 F_FOLD = U(36)  # before that, in a leaf: entry ^= entry >> 1 & fold (Arm's two-bit XN)
 F_TABLE_RIGHTS = U(37)  # rights that table entries never take away (all, where only leaves have permissions)
@@ -45,6 +45,7 @@ F_FROZEN = U(43)  # what an entry holds while its subtree is torn down or replac
 F_BREAK_BEFORE_MAKE = U(44)  # 1: a valid entry may not be replaced by another valid one without a flush between
 F_FLUSH = U(45)  # formats.FlushRule
 F_KEY_SHIFT = U(46)  # where a leaf's protection key begins; 0: no keys
+F_RESERVED_TABLE = U(46)  # + level (2 .. 6): bits that a table entry of this level must not have
 # Present as Linux sees it: KVM's own mark (bit 11) in stage 2, so that a cached MMIO entry is none; else F_PRESENT.
 F_MMU_PRESENT = U(55)
 F_WRITE = U(56)  # stage 2: the bit without which the hardware refuses a write
@@ -59,6 +60,18 @@ F_PAT_LARGE = U(65)  # ... and where they have it
 F_BREAK_BITS = U(66)  # bits of a valid leaf whose change needs break-before-make
 F_SOFTWARE = U(67)  # bits that the hardware ignores and Linux uses: their change needs no flush
 F_RANGE_FLUSH = U(68)  # bit 0: there is an invalidation by range; bit 1: an unmap defers to one of them
+F_LEAF_ADD = U(69)  # 0, or what has two values of a field (AMD's next level 0 and 7) become one
+F_SIZED_LEAF = U(70)  # what a leaf has of F_SIZED_MASK if its size is in its address; all entries of it are equal
+F_SIZED_MASK = U(71)  # ... 0: no leaves have
+F_TABLE_LEVEL = U(72)  # where a table entry holds the level of the table it points to; 0: nowhere
+F_PAGE_SIZES = U(73)  # bitmap of the sizes of leaves that a map chooses from; 0: a leaf of each level
+F_TALLER = U(74)  # row of the format with one level more, which a map of higher addresses goes over to; 0: none
+F_MAP_RULE = U(75)  # formats.MapRule
+F_UNMAP_RULE = U(76)  # formats.UnmapRule
+F_LARGEST_FLUSH = U(77)  # an invalidation by pages covers 2 ** this pages at most; beyond, the whole domain's
+F_MAP_FLUSHES = U(78)  # 1: what was not present is cached, too (VT-d's caching mode): a map is flushed
+F_READ = U(79)  # the bit without which the hardware refuses a read; 0: none
+F_LEAF_BITS = U(47)  # what every leaf has whatever its rights
 F_WORDS = 80
 
 # edits: the one row that `edits.edit` takes, uint64. Words below 16 are the request, the others the answer and scratch.
@@ -86,9 +99,12 @@ E_CHANGED = U(28)
 E_OFFSET = U(29)  # address up to which an edit came
 E_QUICK = U(30)  # map: bits of a leaf where nothing but the addresses is left to check; 0: everything is
 E_QUICK_PHYSICAL = U(31)  # ... and the bits that its physical address may have
+E_QUICK_DETAIL = U(15)  # unmap: what is told of one 4K leaf cleared
 E_CURSOR = U(32)  # + level: next slot of a table being torn down
 E_CURSOR_END = U(40)
-E_WORDS = 48
+E_SCAN = U(48)  # + level: the same of a table that is searched for leaves
+E_SCAN_END = U(56)
+E_WORDS = 64
 
 
 class Edit(IntEnum):
@@ -183,9 +199,9 @@ W_PHYSICAL = U(3)
 W_RIGHTS = U(4)
 W_COUNT = U(5)  # entries read
 W_SLOT = U(6)  # + n: index in `ram` of the n-th
-W_ENTRY = U(11)  # + n: its physical address
-W_WORDS = 16
-WALK_READS = 5  # room per address in the lists of references
+W_ENTRY = U(12)  # + n: its physical address
+W_WORDS = 18
+WALK_READS = 6  # room per address in the lists of references
 NESTED_READS = 35
 NESTED_WRITES = 60
 WALK_BLOCK = 64  # walks that go step by step together
