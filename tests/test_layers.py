@@ -28,6 +28,7 @@ KERNELS = (
     ("process",),
     ("kvm",),
     ("gmem",),
+    ("iommu",),
     ("rules",),
     ("run",),
 )

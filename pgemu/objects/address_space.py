@@ -458,9 +458,8 @@ class AddressSpace(OfMachine, but=("touch", "translate")):
         0 with the pages pinned in `detail`, fewer than asked for where a later one failed; else the first page's
         error: -EFAULT without a mapping, for VM_PFNMAP (design pfnmap), for `write` to a read-only mapping and where
         the page is private; -EINVAL for what is not aligned, empty or a number past words.PINS; -EEXIST for a number
-        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock. Absent pages are faulted in, and copied where others
-        have them, too; a pin outlives the mapping. longterm is FOLL_LONGTERM: nothing has to move for it, and where a
-        private mapping shows the zero page it gets one of its own. mm/gup.c
+        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock. Absent pages are faulted in, shared ones
+        copied; a pin outlives the mapping. longterm: FOLL_LONGTERM, for which the zero page is replaced. mm/gup.c
         """
         flags = _pin_flags(write, longterm)
         return self.machine.operate(

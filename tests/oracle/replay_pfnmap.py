@@ -88,9 +88,12 @@ def machine_of(kind: Kind, capture: Capture) -> Machine:
 class ReplayPfnmap(Replay):
     """One scenario of guest_memfd, as the designs' kinds. like: the kind whose machine it is, if not its own."""
 
-    def __init__(self, capture: Capture, checkpoints: list[Checkpoint], *, like: Kind | None = None) -> None:
+    def __init__(
+        self, capture: Capture, checkpoints: list[Checkpoint], *, like: Kind | None = None,
+        machine: Machine | None = None,
+    ) -> None:  # fmt: skip
         self.kind = like or kind_of(checkpoints)
-        super().__init__(capture, checkpoints, machine_of(self.kind, capture))
+        super().__init__(capture, checkpoints, machine or machine_of(self.kind, capture))
         self.named: dict[str, Named] = {}
         self.pfnmap: set[str] = set()  # files that are mapped as VM_PFNMAP
         self.closed: dict[str, Any] = {}  # files without a descriptor that are still mapped

@@ -31,7 +31,7 @@ _INSIDE_1G = U((1 << 18) - 1)
 
 
 @outlined
-def head_of(m, pfn):
+def head_in_zone(m, pfn):
     """compound_head() of a frame of the zone; of optimised huge pages some tails look like their heads."""
     head = pfn & ~U511
     if is_huge_page(m, head):
@@ -78,7 +78,7 @@ def pin_pages(m, pfn, n):
     """Pin `n` pages of one folio, from frame `pfn` on, which is mapped: whether its count allowed it."""
     if not in_zone(m.state, pfn):
         return _pin_frame(m, pfn)
-    return try_pin(m.ram, struct_page(m, head_of(m, pfn)), n)
+    return try_pin(m.ram, struct_page(m, head_in_zone(m, pfn)), n)
 
 
 @outlined
@@ -118,7 +118,7 @@ def has_pins(m, pfn):
     """Whether the folio of a frame of anonymous memory has pins: references that are no mappings'."""
     if not in_zone(m.state, pfn):
         return U(m.counts[pfn]) & PAGE_PINNED != U0
-    return pin_count(m.ram, struct_page(m, head_of(m, pfn))) != U0
+    return pin_count(m.ram, struct_page(m, head_in_zone(m, pfn))) != U0
 
 
 @outlined
@@ -126,4 +126,4 @@ def maybe_pinned(m, pfn):
     """folio_maybe_dma_pinned() of the folio of a frame: 1024 references of any kind make a small one look pinned."""
     if not in_zone(m.state, pfn):
         return frame_references(m, pfn) >= GUP_PIN_COUNTING_BIAS
-    return maybe_dma_pinned(m.ram, struct_page(m, head_of(m, pfn)))
+    return maybe_dma_pinned(m.ram, struct_page(m, head_in_zone(m, pfn)))

@@ -22,8 +22,8 @@ from pgemu_kernels.folios.counts import unpin
 from pgemu_kernels.folios.folio import FLAGS, MAPPING, PG_DIRTY, is_huge_page, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge, is_anonymous, is_exclusive
-from pgemu_kernels.folios.pinning import head_of, is_transparent, pin_pages, unpin_frame, unpin_large_anonymous
-from pgemu_kernels.formats.bits import PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.folios.pinning import head_in_zone, is_transparent, pin_pages, unpin_frame, unpin_large_anonymous
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_PRESENT, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.gmem.host_entries import counted_view
 from pgemu_kernels.gmem.references import is_designs, last_reference
 from pgemu_kernels.process.anonymous import UNSHARE, is_anon_exclusive
@@ -62,6 +62,7 @@ U = np.uint64
 _TAKE = U0  # what is to be done with an entry: its page is pinned,
 _FAULT = U1  # ... or it is faulted in first,
 _UNSHARE = U2  # ... or made this mapping's alone
+TOUCH = U(1 << 8)  # beside a record's flags: FOLL_TOUCH, as pin_user_pages_remote() has it
 _TRIES = U(4)  # a fault may put in the zero page, which is to be unshared, or split a huge page
 
 
@@ -192,6 +193,8 @@ def pinning(fault: Callable[..., Any], must_unshare: Callable[..., Any], is_zero
         inside = (address >> U12) & (pages_of(level) - U1)
         n = min(pages, pages_of(level) - inside)
         pfn = leaf_pfn(entry, level) + inside
+        if level == U2 and flags & TOUCH != U0 and entry & PTE_SPECIAL == U0:
+            touch_pmd(m, space, address, access == U1)
         if not is_zero(m, row, entry, level):
             if not pin_pages(m, pfn, n):
                 return np.int64(-ENOMEM), U0, U0
@@ -199,6 +202,13 @@ def pinning(fault: Callable[..., Any], must_unshare: Callable[..., Any], is_zero
         return np.int64(0), pfn, n
 
     return pin_run
+
+
+@outlined
+def touch_pmd(m, space, address, write):
+    """mm/huge_memory.c:touch_pmd(): a 2M leaf that is pinned with FOLL_TOUCH is accessed, and dirty if for writing."""
+    slot, _level = lookup_address(m, space_root(m.state, space), address)
+    m.ram[slot] |= PTE_ACCESSED | PTE_DIRTY if write else PTE_ACCESSED
 
 
 @kernel
@@ -226,7 +236,7 @@ def unpin_run(m, pfn, n, dirty):
     if not in_zone(m.state, pfn):
         unpin_frame(m, pfn, dirty)
         return
-    head = head_of(m, pfn)
+    head = head_in_zone(m, pfn)
     if head == m.state[R_HUGE_ZERO_FRAME]:
         return
     page = struct_page(m, head)

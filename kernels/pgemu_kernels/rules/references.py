@@ -21,7 +21,7 @@ from pgemu_kernels.folios.folio import (
     struct_page,
 )
 from pgemu_kernels.folios.hstate import in_zone
-from pgemu_kernels.folios.pinning import head_of
+from pgemu_kernels.folios.pinning import head_in_zone
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.references import transient
 from pgemu_kernels.rules.invariants import expect
@@ -81,7 +81,7 @@ def _hold_pin(m, pfn, n, giving):
         expect(m, giving or U(m.counts[at]) >= n, BROKEN_REFERENCES, pfn)
         m.counts[at] = np.uint32(U(m.counts[at]) + (n if giving else U0 - n) & LOW32)
         return
-    page = struct_page(m, head_of(m, pfn))
+    page = struct_page(m, head_in_zone(m, pfn))
     large = folio_test_large(m.ram, page)
     references = n if large else n * GUP_PIN_COUNTING_BIAS
     if large:

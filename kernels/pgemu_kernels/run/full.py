@@ -121,8 +121,8 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     """Run operations from `first` on, up to one that is for another entry: routing.stopped_at().
 
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
-    the columns are not looked at. TAKE_AWAY, GIVE_BACK: references.hold_again() of the frames in `object_`, each with as
-    many pins as `address` says.
+    the columns are not looked at. TAKE_AWAY, GIVE_BACK: references.hold_again() of the frames in `object_`, as many
+    pins of each as `address` says.
     """
     m = open_full_machine(descriptor)
     if mode >= TAKE_AWAY:
