@@ -24,7 +24,7 @@ KINDS = {
 ADVICE = {
     "dontneed", "populate_read", "populate_write", "guard_install", "guard_remove", "hugepage", "nohugepage",
     "dontfork", "dofork", "collapse", "dontneed_locked", "free", "cold", "pageout", "willneed", "remove", "normal",
-    "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork",
+    "soft_offline", "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork",
 }  # fmt: skip
 MODELLED = {
     "trace", "kvmcap", "vmcap", "pool", "vfioopen", "vfiomem", "pcibar", "map", "touch", "unmap", "prot", "adv",
@@ -33,7 +33,8 @@ MODELLED = {
     "gpfnof", "gpeek", "lock", "unlock", "lockonfault", "msync", "dmainfo", "dmamap", "dmaunmap", "vfioclose",
     "vfiomaster", "edu", "iommufd", "iommufdclose", "ioas", "iodestroy", "ioranges", "iobind", "ioattach", "iodetach",
     "iomap", "iounmap", "iocopy", "iomapfile", "pfnset", "pvm", "direct", "vmsplice", "uring", "futex", "selfmem",
-    "ptpeek", "copy", "zerocopy", "xdpumem", "aio",
+    "ptpeek", "copy", "zerocopy", "xdpumem", "aio", "ptpoke", "vmsplicegift", "splicedrop", "uringclose", "guptest",
+    "pinlong", "pinstop", "uffd", "uffdclose", "mbind", "movepages", "migratepages", "udmabuf",
 }  # fmt: skip
 PARAMETER = "/sys/module/kvm/parameters/gmem_pfnmap"
 CLEAR_REFS = "/proc/self/clear_refs"

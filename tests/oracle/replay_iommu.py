@@ -24,8 +24,10 @@ from pgemu.objects.devices import Accounts, Ioas, IoDevice, IoSpace, VfioContain
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.pins import leaves_of
 from pgemu_kernels import words as W
+from pgemu_kernels.formats.iommu import AMD_PAGE_SIZES
 
 ON_LRU = 1 << 5
+PG_HEAD = 1 << 6
 PAGE = 4096
 ADDRESS = 0x000F_FFFF_FFFF_F000
 EDU_MASK = (1 << 28) - 1  # QEMU's edu reaches 28 bits: edu_clamp_addr()
@@ -108,6 +110,8 @@ class ReplayIommu(ReplayPfnmap):
         self.parameters: dict[str, Any] = {}
         if self.unit == "amd":
             self.parameters["most_levels"] = iommu_domains.QEMU_AMD_LEVELS if capture.kernel == "7.3" else 6
+            if capture.kernel == "7.3":  # those that four levels have room for
+                self.parameters["page_sizes"] = AMD_PAGE_SIZES & (1 << 47) - 1
         self.container: VfioContainer | None = None
         self.iommufd = self.machine.create_iommufd()
         self.ioases: dict[str, Ioas] = {}
@@ -143,7 +147,9 @@ class ReplayIommu(ReplayPfnmap):
                 if op.name == "dmamap" and checkpoint.scenario == "04-bar" and checkpoint.name == "map_64K":
                     leaves = checkpoint.raw["iommu"][0]["leaves"]
                     at = hex(number(op.words[1]))
-                    return next(int(entry, 16) & ADDRESS for va, _, entry, _, _ in leaves if va == at) >> 12
+                    return (
+                        next(int(entry, 16) & ADDRESS & -(64 << 10) for va, _, entry, _, _ in leaves if va == at) >> 12
+                    )
         return 1 << 24
 
     def op_vfioclose(self, operation: Operation) -> int:
@@ -280,13 +286,14 @@ class ReplayIommu(ReplayPfnmap):
     def op_pfnset(self, operation: Operation, name: str, pfn: str) -> None:
         """Names a frame that no mapping has."""
 
-    def refused(self, operation: Operation, *words: str) -> None:
-        """A user of pages that VM_PFNMAP refuses, or that copies: it leaves nothing behind."""
-        if self.kind.pfnmap or not any(self.is_device(number(word)) for word in words[:1]):
-            raise NotModelledError(operation.name)
+    def op_selfmem(self, operation: Operation, address: str, length: str, how: str) -> int:
+        """/proc/self/mem and ptrace reach a device's memory by vm_ops->access: generic_access_phys()."""
+        return (
+            number(length) if self.is_device(number(address)) else super().op_selfmem(operation, address, length, how)
+        )
 
-    op_pvm = op_direct = op_vmsplice = op_uring = op_futex = op_selfmem = op_ptpeek = op_copy = refused
-    op_zerocopy = op_xdpumem = op_aio = refused
+    def op_ptpeek(self, operation: Operation, address: str) -> int:
+        return 0 if self.is_device(number(address)) else super().op_ptpeek(operation, address)
 
     # ------------------------------------------------------------------ comparing
 
@@ -337,18 +344,36 @@ class ReplayIommu(ReplayPfnmap):
         pairs = np.unique(np.stack([there.frame, here.frame], axis=1), axis=0)
         if len({*pairs[:, 0].tolist()}) != len(pairs) or len({*pairs[:, 1].tolist()}) != len(pairs):
             raise MismatchError(f"{where}: frames stand for other pages than captured")
-        pool = np.uint64(self.machine.register(W.R_POOL_BASE))
-        whole = np.full(len(here.page), True) if self.unit == "vtd" else here.frame >= pool
-        different = whole & (there.size != here.size)
+        ours, theirs = (np.minimum(pages.size, self.joined(here)) for pages in (here, there))
+        different = ours != theirs
         if different.any():
             i = int(np.flatnonzero(different)[0])
             raise MismatchError(
                 f"{where}: page {int(here.page[i]):#x} in a leaf of 2^{here.size[i]}, captured 2^{there.size[i]}"
             )
-        if whole.all() and not self.scattered:
+        if self.unit == "vtd" and not self.scattered:
             tables = sum(len(pages) for pages in space.table.table_pages().values()) - 1
             if tables != len(row["tables"]):
                 raise MismatchError(f"{where}: {tables} tables, captured {len(row['tables'])}")
+
+    def joined(self, pages: Pages) -> Array:
+        """Up to which size (log 2 of 4K pages) the leaf over each page is not the allocator's choice: which small
+        pages, or transparent huge pages, follow one another is. Only AMD's leaves join them."""
+        if self.unit == "vtd":
+            return np.full(len(pages.page), 64)
+        heads, inverse = np.unique(pages.frame >> np.uint64(9), return_inverse=True)
+        found = [self.joined_at(int(head) << 9) for head in heads]
+        return np.array(found, np.int64)[inverse]
+
+    def joined_at(self, pfn: int) -> int:
+        """The same of 2M of frames."""
+        if self.is_ordinary(pfn):
+            return 0
+        if not self.machine.memory.holds(np.array([pfn << 12], np.uint64))[0]:
+            return 64
+        words = [int(word) for word in self.machine.struct_page(pfn)]
+        large = bool(words[0] & PG_HEAD) or bool(words[1] & 1)
+        return (9 if words[3] & 1 and not words[1] & 1 else 64) if large else 0
 
     def compare_frame(self, where: str, row: dict[str, Any], pfn: int) -> None:
         """References and pins of a frame that was named; of guest_memfd its struct page, too."""

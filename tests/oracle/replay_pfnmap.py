@@ -14,6 +14,7 @@ import struct
 from typing import Any, NamedTuple
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation
+from oracle.consumers import Consumers
 from oracle.operations import PARAMETER, MismatchError, NotModelledError, every, number, protection, returned
 from oracle.process_tables import Entries, frame, size_of
 from oracle.replay import Replay
@@ -85,7 +86,7 @@ def machine_of(kind: Kind, capture: Capture) -> Machine:
     return Machine(Config("pfnmap", defects=PFNMAP[preset].defects, host_huge=kind.huge, **common))
 
 
-class ReplayPfnmap(Replay):
+class ReplayPfnmap(Consumers, Replay):
     """One scenario of guest_memfd, as the designs' kinds. like: the kind whose machine it is, if not its own."""
 
     def __init__(
@@ -220,6 +221,12 @@ class ReplayPfnmap(Replay):
     def accessed(self, vm: str, gpa: int, stored: int | None) -> None:
         if stored is not None:
             self.write_word(self.guest_pfn(vm, gpa), GUEST_TOUCHED + stored)
+
+    def op_adv(self, operation: Operation, address: str, length: str, advice: str) -> int | None:
+        if advice == "soft_offline":
+            self._use(address, "4096")  # madvise_inject_error() takes the page; what it does then is refused
+            return None
+        return super().op_adv(operation, address, length, advice)
 
     def op_mincore(self, operation: Operation, *words: str) -> None:
         """Not an operation of pgemu: it changes nothing."""

@@ -25,8 +25,8 @@ REPLAYED = {  # checkpoints: all, replayed, replayed in part
     "oracle-2/linux-6.12.107-debian": (304, 288, 10),
     "oracle-2/linux-7.3.4-small": (304, 288, 10),
     "oracle-2/linux-7.3.4-small-ept": (95, 95, 0),
-    "oracle-pfnmap/linux-7.3.4-debian-pfnmap": (979, 892, 0),
-    "oracle-pfnmap/linux-7.3.4-debian-pfnmap-2m": (177, 91, 0),
+    "oracle-pfnmap/linux-7.3.4-debian-pfnmap": (979, 912, 0),
+    "oracle-pfnmap/linux-7.3.4-debian-pfnmap-2m": (177, 95, 0),
 }
 AGED = {"oracle/linux-7.3.4-debian-pti": 1}  # entries whose accessed bit the kernel cleared by itself
 ONLY_DECODED = "this kernel's tables are decoded, its operations are not run"
