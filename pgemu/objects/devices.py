@@ -38,6 +38,7 @@ Unit = Literal["vtd", "amd"]
 Policy = Literal["linux", "naive", "tracked"]
 _POLICIES = {"linux": W.POLICY_LINUX, "naive": W.POLICY_NAIVE, "tracked": W.POLICY_TRACKED}
 _NONE = (1 << 64) - 1
+_OLD = ("6.1", "6.12")
 _FORMATS = {"vtd": "vtd-s2", "amd": "amd-v1"}
 INTERRUPTS = 0xFEE0_0000, 0xFEF0_0000  # where a write is an interrupt: reserved by both units
 HYPERTRANSPORT = 0xFD_0000_0000, 0x100_0000_0000  # drivers/iommu/amd/iommu.c:amd_iommu_get_resv_regions()
@@ -84,7 +85,7 @@ def _unit(unit: Unit, kernel: str) -> _Unit:
     """As captured; AMD's of 6.12 and before have no end."""
     if unit == "vtd":
         return _Unit((1 << 48) - 1, (INTERRUPTS,))
-    return _Unit(_NONE if kernel in ("6.1", "6.12") else (1 << 48) - 1, (INTERRUPTS, HYPERTRANSPORT))
+    return _Unit(_NONE if kernel in _OLD else (1 << 48) - 1, (INTERRUPTS, HYPERTRANSPORT))
 
 
 class _Table(PageTable, but=("__init__",)):
@@ -235,7 +236,8 @@ class VfioContainer(IoSpace):
         super().__init__(
             machine, unit, int(W.DOMAIN_TYPE1 if version == 1 else W.DOMAIN_TYPE1V2), parameters, D_LIMIT=limit,
             D_MEMLOCK=_NONE if memlock is None else memlock >> 12, D_POLICY=int(_POLICIES[policy]),
-            D_WRAP_ERROR=W.EINVAL if machine.config.kernel in ("6.1", "6.12") else W.EOVERFLOW,
+            D_WRAP_ERROR=W.EINVAL if machine.config.kernel in _OLD else W.EOVERFLOW,
+            D_TRIAL=machine.config.kernel in _OLD,
         )  # fmt: skip
 
     def map(

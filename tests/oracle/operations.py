@@ -24,7 +24,8 @@ KINDS = {
 ADVICE = {
     "dontneed", "populate_read", "populate_write", "guard_install", "guard_remove", "hugepage", "nohugepage",
     "dontfork", "dofork", "collapse", "dontneed_locked", "free", "cold", "pageout", "willneed", "remove", "normal",
-    "soft_offline", "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork",
+    "soft_offline",
+    "random", "sequential", "mergeable", "unmergeable", "dontdump", "dodump", "wipeonfork", "keeponfork",
 }  # fmt: skip
 MODELLED = {
     "trace", "kvmcap", "vmcap", "pool", "vfioopen", "vfiomem", "pcibar", "map", "touch", "unmap", "prot", "adv",

@@ -27,7 +27,6 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats.iommu import AMD_PAGE_SIZES
 
 ON_LRU = 1 << 5
-PG_HEAD = 1 << 6
 PAGE = 4096
 ADDRESS = 0x000F_FFFF_FFFF_F000
 EDU_MASK = (1 << 28) - 1  # QEMU's edu reaches 28 bits: edu_clamp_addr()
@@ -317,11 +316,13 @@ class ReplayIommu(ReplayPfnmap):
                 self.compare_frame(f"{checkpoint.scenario} {checkpoint.name}", row, self.named[str(row["name"])].here)
 
     def age(self, checkpoint: Checkpoint, leaves: Entries) -> None:
-        """The first checkpoint, too, may come after the kernel aged a huge page."""
+        """Entries may be aged between two checkpoints, and what is made of them then, and before the first one."""
         super().age(checkpoint, leaves)
         for key, entry in leaves.items():
+            if entry & ACCESSED:
+                continue
             level, at, ours = self.process.walk(key[0])[-1]
-            if key[1] == level == 2 and not entry & ACCESSED and ours & ACCESSED:
+            if key[1] == level and ours & ACCESSED:
                 self.machine.arrays.ram[at >> 3] = ours & ~ACCESSED
                 self.done.aged += 1
 
@@ -358,7 +359,7 @@ class ReplayIommu(ReplayPfnmap):
 
     def joined(self, pages: Pages) -> Array:
         """Up to which size (log 2 of 4K pages) the leaf over each page is not the allocator's choice: which small
-        pages, or transparent huge pages, follow one another is. Only AMD's leaves join them."""
+        pages, or huge ones, follow one another is. Only AMD's leaves join them."""
         if self.unit == "vtd":
             return np.full(len(pages.page), 64)
         heads, inverse = np.unique(pages.frame >> np.uint64(9), return_inverse=True)
@@ -371,9 +372,7 @@ class ReplayIommu(ReplayPfnmap):
             return 0
         if not self.machine.memory.holds(np.array([pfn << 12], np.uint64))[0]:
             return 64
-        words = [int(word) for word in self.machine.struct_page(pfn)]
-        large = bool(words[0] & PG_HEAD) or bool(words[1] & 1)
-        return (9 if words[3] & 1 and not words[1] & 1 else 64) if large else 0
+        return int(self.machine.folio(pfn).order)
 
     def compare_frame(self, where: str, row: dict[str, Any], pfn: int) -> None:
         """References and pins of a frame that was named; of guest_memfd its struct page, too."""

@@ -23,7 +23,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_CONTENT_FRAMES,
 )
 from pgemu_kernels.words.operations import EFAULT, EINVAL
-from pgemu_kernels.words.registers import R_CONTENTS, R_INODES, R_POOL_BASE
+from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_POOL_BASE
 from pgemu_kernels.words.rows import (
     D_FORMAT,
     D_ROOT,
@@ -60,7 +60,7 @@ def staleness(m, pfn):
 
 @kernel
 def _note_stale(m, pfn):
-    if in_zone(m.state, pfn):
+    if m.state[R_BLOCKS] != U0 and in_zone(m.state, pfn):  # else there was no guest_memfd
         stale = staleness(m, pfn)
         if stale == STALE_PRIVATE:
             charge_one(m, EVENT_IOMMU_STALE_PRIVATE)

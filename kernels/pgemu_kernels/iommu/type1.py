@@ -352,6 +352,13 @@ def type1_replay(m, d):
 
 
 @outlined
+def try_domain(m, d):
+    """vfio_test_domain_fgsp(): two pages are mapped together and unmapped one by one, in each new domain up to 6.12."""
+    if map_run(m, d, U0, U0, U(8192), AREA_READ | AREA_WRITE) == 0 and unmap_run(m, d, U0, U(4096)) == U(4096):
+        unmap_run(m, d, U(4096), U(4096))
+
+
+@outlined
 def type1_clear(m, d):
     """vfio_iommu_unmap_unpin_all(): every mapping goes."""
     key = area_from(m, d, U0)

@@ -17,7 +17,7 @@ from pgemu_kernels.gmem import faults as _gives_process_fault  # noqa: F401
 from pgemu_kernels.iommu.access import operate_access
 from pgemu_kernels.iommu.domain import domain_row, free_table_of, make_table
 from pgemu_kernels.iommu.ioas import ioas_fill, ioas_map, ioas_unfill, ioas_unmap, remove_range
-from pgemu_kernels.iommu.type1 import type1_clear, type1_map, type1_replay, type1_unmap
+from pgemu_kernels.iommu.type1 import try_domain, type1_clear, type1_map, type1_replay, type1_unmap
 from pgemu_kernels.run.routing import finish_other, note_stepped
 from pgemu_kernels.words.enum_words import EVENT_SYSCALL, OP_DMA_ACCESS, OP_DMA_MAP, OP_DMA_UNMAP
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENODEV, EOPNOTSUPP, STOP
@@ -28,6 +28,7 @@ from pgemu_kernels.words.rows import (
     D_DEVICES,
     D_KIND,
     D_ROOT,
+    D_TRIAL,
     D_WORDS,
     DOMAIN_IOAS,
     NO_INODE,
@@ -142,6 +143,8 @@ def _attach(m, d):
     if state[d + D_ROOT] == U0:
         status = make_table(m, d)
         if status == 0:
+            if state[d + D_TRIAL] != U0:
+                try_domain(m, d)
             status = ioas_fill(m, d) if state[d + D_KIND] == DOMAIN_IOAS else type1_replay(m, d)
             if status != 0:
                 _empty(m, d)

@@ -156,6 +156,7 @@ D_LAST = U(10)  # the highest address,
 D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
 D_POLICY = U(15)  # POLICY_*
 D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
+D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
 D_WORDS = 24
 DOMAINS = 64
 DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU

@@ -340,7 +340,8 @@ class DevicesMachine(RuleBasedStateMachine):
                 found = int.from_bytes(device.read(IOVA + at * PAGE, 8), "little")
             done = True
         except OSError as error:
-            assert error.errno == W.EFAULT
+            if error.errno != W.EFAULT:
+                raise
             done = False
         assert done == allowed
         if not done:
