@@ -19,7 +19,7 @@ from pgemu_kernels.formats.page_format import FORMATS, PageFormat
 __all__ = ("decode",)
 
 _MAKERS = FORMATS
-_SIZES = ("4K", "2M", "1G", "512G", "256T")
+_SIZES = ("4K", "2M", "1G", "512G", "256T", "128P")
 _RIGHTS = ("read", "write", "user", "execute", "execute_user")
 
 
@@ -109,10 +109,10 @@ def to_json(entry: Entry) -> dict[str, Any]:
 )
 @click.option(
     "--level",
-    type=click.IntRange(1, 5),
+    type=click.IntRange(1, 6),
     default=1,
     show_default=True,
-    help="Level of the table that the entry lies in: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T.",
+    help="Level of the table that the entry lies in: 1 = 4K, 2 = 2M, 3 = 1G, 4 = 512G, 5 = 256T, 6 = 128P.",
 )
 @click.option(
     "--kernel",

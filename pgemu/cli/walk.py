@@ -38,14 +38,25 @@ _NAMES = {
     Family.EPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
     Family.NPT: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
     Family.ARM64: ("L3", "L2", "L1", "L0", "L-1"),
+    Family.VTD: ("PTE", "PDE", "PDPTE", "PML4E", "PML5E"),
+    Family.AMD_IOMMU: ("L1", "L2", "L3", "L4", "L5", "L6"),
 }
 _PROBLEMS, _ROOTS = 10, 16  # that are shown
-SIZES = ("4K", "2M", "1G", "512G", "256T")
+SIZES = ("4K", "2M", "1G", "512G", "256T", "128P")
 
 
 def level_name(fmt: PageFormat, level: int) -> str:
-    """The name of an entry of a level: PGD to PTE (Linux's), PML4E to PTE (the manuals'), L0 to L3 (Arm's)."""
+    """The name of an entry of a level: PGD to PTE (Linux's), PML4E to PTE (the manuals'), L0 to L3 (Arm's), ..."""
     return "P4D" if fmt.family is Family.X86 and level == 4 < fmt.levels else _NAMES[fmt.family][level - 1]
+
+
+def page_size(fmt: PageFormat, level: int, entry: int) -> str:
+    """The size of the page that a leaf maps: "2M"; "16M" of one that has its size in its address."""
+    if not fmt.is_sized(entry):
+        return SIZES[level - 1]
+    size = fmt.size_of_leaf(level, entry)
+    unit = (size.bit_length() - 1) // 10
+    return f"{size >> 10 * unit}{' KMGTP'[unit]}"
 
 
 def flag_names(entry: Entry) -> str:
@@ -203,7 +214,8 @@ def _show(fmt: PageFormat, steps: list[Step], virtual: int) -> list[str]:
     entry = decode_entry(fmt, steps[-1].level, steps[-1].entry, virtual)
     rights = rights_letters(fmt, rights_of(fmt, granted(fmt, steps)))
     type_ = f", {entry.memory_type}" if entry.memory_type else ""
-    return [*lines, f"  physical {page[0]:#x}, page of {SIZES[page[1] - 1]}, {rights}{type_}"]
+    size = page_size(fmt, steps[-1].level, steps[-1].entry)
+    return [*lines, f"  physical {page[0]:#x}, page of {size}, {rights}{type_}"]
 
 
 def _document(fmt: PageFormat, steps: list[Step], virtual: int) -> dict[str, Any]:

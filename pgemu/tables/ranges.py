@@ -265,8 +265,9 @@ class _Survey:
         fmt = self._fmt
         table, address = self._place(level, tables, at)
         size = np.uint64(4096 << 9 * (level - 1))
-        inside = fmt.sizes_of_leaves(level, entries) - np.uint64(1)
-        frame = np.uint64(fmt.address) & ~np.minimum(inside, size - np.uint64(1))
+        sizes = fmt.sizes_of_leaves(level, entries)
+        inside = sizes - np.uint64(1)
+        frame = np.where(sizes == size, np.uint64(fmt.frame(level)), np.uint64(fmt.address))
         # Of a leaf whose size is in its address each entry maps the part at its own place.
         physical = entries & np.uint64(fmt.address) & ~inside | address & inside & ~(size - np.uint64(1))
         folded = entries ^ (entries >> np.uint64(1) & np.uint64(fmt.fold))

@@ -91,12 +91,12 @@ def test_json_has_every_field() -> None:
     (["\u0663"], "expected a number of 64 bits"),
     ([], "Missing argument 'VALUE...'"),
     (["--level", "5", "1"], "--level 5: x86-64 has levels 1 to 4"),
-    (["--level", "0", "1"], "'--level': 0 is not in the range 1<=x<=5"),
+    (["--level", "0", "1"], "'--level': 0 is not in the range 1<=x<=6"),
     (["--format", "ia32", "1"], "'ia32' is not one of 'x86-64'"),
     (["--kernel", "5.10", "1"], "'5.10' is not one of '6.1'"),
     (["--maxphyaddr", "60", "1"], "60 bits of physical address: expected 13 to 52"),
     (["--format", "ept", "--c-bit", "47", "1"], "--c-bit: ept has no such parameter"),
-    (["--format", "vtd-s2", "--kernel", "6.12", "1"], "--kernel: vtd-s2 has no such parameter"),
+    (["--format", "vtd-s2", "--fwb", "1"], "--fwb: vtd-s2 has no such parameter"),
     (["--format", "ept", "--l1tf-cache-bits", "3", "1"], "3 bits of L1 cache address"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(args: list[str], complaint: str) -> None:

@@ -66,6 +66,14 @@ class UnmapRule(IntEnum):
     WHOLE = 3  # whole leaves; no table goes: drivers/iommu/amd/io_pgtable.c:iommu_v1_unmap_pages()
 
 
+class Gather(IntEnum):
+    """Which unmaps wait for one flush: include/linux/iommu.h:iommu_iotlb_gather_add_page(), _is_disjoint()."""
+
+    ALL = 0
+    ADJACENT = 1  # a gap flushes what was gathered so far
+    LIKE = 2  # ... and so does a range of another length
+
+
 @dataclass(frozen=True)
 class Execute:
     """How a leaf says who may execute, by supervisor (EL1) and user (EL0).
@@ -130,7 +138,8 @@ class PageFormat:
     For edits of an IOMMU's domain: page_sizes: bitmap of sizes that a map chooses from (iommu_pgsize()), 0 where every
     level has one. most_levels: up to which tables are put on top for higher addresses, 0: never. map_rule,
     unmap_rule: what Linux does with what is in the way. largest_flush: an invalidation by pages covers 2 ** this pages
-    at most. map_flushes: what is not present is cached, too, so that a map is flushed.
+    at most. map_flushes: what is not present is cached, too, so that a map is flushed. gather: which unmaps wait for
+    one flush.
     """
 
     name: str
@@ -200,6 +209,7 @@ class PageFormat:
     unmap_rule: UnmapRule = UnmapRule.EVERY_LEAF
     largest_flush: int = 0
     map_flushes: bool = False
+    gather: Gather = Gather.ALL
 
     @property
     def root_bits(self) -> int:
@@ -379,9 +389,8 @@ class PageFormat:
             W.F_MMIO_VALUE: self.mmio_value | self.mmio_rights,
             W.F_MMIO_GUARD: self.mmio_moved,
             W.F_TABLE_LEVEL: self.table_level_shift,
+            W.F_SIZED_MASK: self.leaf_mask if self.sized_leaf else 0,
         }
-        if self.sized_leaf:
-            words |= self._two_leaves()
         row = np.zeros(W.F_WORDS, np.uint64)
         for word, value in words.items():
             row[int(word)] = value
@@ -391,18 +400,8 @@ class PageFormat:
             row[int(W.F_RESERVED_TABLE) + level] = mask
         return row
 
-    def _two_leaves(self) -> dict[np.uint64, int]:
-        """Words of a format whose leaves have one of two values of a field: all zeroes, or all ones."""
-        mask = self.leaf_mask
-        low = mask & -mask
-        if self.leaf_value or self.page_value or self.page_mask != mask or self.sized_leaf != mask:
-            raise ValueError(f"{self.name}: expected leaves with all zeroes or all ones in {mask:#x}")
-        # With one more, both have zeroes in all but the lowest bit.
-        one = {W.F_LEAF_ADD: low, W.F_LEAF_MASK: mask & ~low, W.F_PAGE_MASK: mask & ~low}
-        return one | {W.F_SIZED_MASK: mask}
 
-
-_NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule")
+_NUMBERS = ("int", "bool", "Family", "FlushRule", "MapRule", "UnmapRule", "Gather")
 # Words that hold what the field of their name says: F_PRESENT is `present`. row() makes the others.
 WORDS_OF_FIELDS = {
     field.name: vars(W)[f"F_{field.name.upper()}"]

@@ -15,6 +15,7 @@ from pgemu_kernels.formats.entry_format import (
     Execute,
     Family,
     FlushRule,
+    Gather,
     MapRule,
     PageFormat,
     UnmapRule,
@@ -65,6 +66,11 @@ def _second_stage(levels: int, most: int, maxphyaddr: int, kernel: str) -> dict[
     }
 
 
+def _named(name: str, levels: int, usual: int) -> str:
+    """The name of a format with so many levels in page_format.FORMATS."""
+    return name if levels == usual else f"{name}-{levels}"
+
+
 def vtd_second_stage(
     levels: int = 4,
     *,
@@ -97,7 +103,7 @@ def vtd_second_stage(
     page = VTD_READ | VTD_WRITE | always
     no_2m, no_1g = (0 if superpages >= size else VTD_LARGE for size in (1, 2))
     return PageFormat(
-        name="vtd-s2",
+        name=_named("vtd-s2", levels, 4),
         family=Family.VTD,
         present=VTD_READ | VTD_WRITE,
         leaf_mask=VTD_LARGE,
@@ -115,6 +121,7 @@ def vtd_second_stage(
         map_rule=MapRule.IN_USE if generic else MapRule.CLEAR_LARGE,
         unmap_rule=UnmapRule.STOPS if generic else UnmapRule.COVERED,
         largest_flush=max_address_mask,
+        gather=Gather.ALL if generic else Gather.LIKE,
         map_flushes=caching_mode,
         **second_stage,
     )
@@ -150,7 +157,7 @@ def amd_iommu_v1(
     page = always | AMD_READ | AMD_WRITE
     generic = kernel == "7.3"
     return PageFormat(
-        name="amd-v1",
+        name=_named("amd-v1", levels, 3),
         family=Family.AMD_IOMMU,
         present=AMD_PRESENT,
         leaf_mask=AMD_NEXT_LEVEL,
@@ -173,6 +180,7 @@ def amd_iommu_v1(
         map_rule=MapRule.IN_USE if generic else MapRule.REPLACE,
         unmap_rule=UnmapRule.STOPS if generic else UnmapRule.WHOLE,
         largest_flush=_AMD_ALL_PAGES,
+        gather=Gather.ADJACENT if caching_mode else Gather.ALL,
         map_flushes=caching_mode,
         **second_stage,
     )
@@ -181,7 +189,7 @@ def amd_iommu_v1(
 def taller(fmt: PageFormat) -> list[PageFormat]:
     """The formats that a domain's tables go over to as they grow, one level more each."""
     return [
-        replace(fmt, levels=levels, input_bits=min(12 + 9 * levels, 64))
+        replace(fmt, name=_named("amd-v1", levels, 3), levels=levels, input_bits=min(12 + 9 * levels, 64))
         for levels in range(fmt.levels + 1, fmt.most_levels + 1)
     ]
 

@@ -86,6 +86,11 @@ FORMATS: dict[str, Callable[..., PageFormat]] = {
     "arm64-s2": arm64_stage2,
     "arm64-s2-48": partial(arm64_stage2, 48),
     "vtd-s2": vtd_second_stage,
+    "vtd-s2-3": partial(vtd_second_stage, 3),
+    "vtd-s2-5": partial(vtd_second_stage, 5),
     "amd-v1": amd_iommu_v1,
+    "amd-v1-4": partial(amd_iommu_v1, 4),
+    "amd-v1-5": partial(amd_iommu_v1, 5),
+    "amd-v1-6": partial(amd_iommu_v1, 6),
 }
 """Makers of the formats by the name that --format takes; parameters are the maker's keywords."""

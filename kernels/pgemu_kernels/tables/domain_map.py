@@ -13,7 +13,7 @@ import numpy as np
 from pgemu_kernels import words
 from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U511, U512, U4095
 from pgemu_kernels.engine.charge import charge_one
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.formats.entry_format import MapRule
@@ -27,7 +27,7 @@ from pgemu_kernels.tables.domain_entries import (
     sizes_up_to,
 )
 from pgemu_kernels.tables.domain_unmap import domain_unmap
-from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_sized, is_valid
+from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_sized, is_valid
 from pgemu_kernels.tables.edit_tree import (
     count_entry,
     count_in_table,
@@ -93,7 +93,7 @@ def any_leaf(e, f, table, level):
         request[E_SCAN + level] = slot + U1
         value = load_entry(e, slot, level)
         if is_valid(state, f, value):
-            if is_leaf(state, f, level, value):
+            if is_any_leaf(state, f, level, value):
                 return True
             level -= U1
             below = table_of(state, f, value)
@@ -160,7 +160,7 @@ def link_path(e, f, address, target):
     slot, level, value = find(e, f, address, target)
     replaced = False
     while level > target:
-        if is_valid(state, f, value) and is_leaf(state, f, level, value):
+        if is_valid(state, f, value) and is_any_leaf(state, f, level, value):
             status = pass_leaf(e, f, slot, level, value)
             if status != DONE:
                 return status, slot, replaced
@@ -185,7 +185,7 @@ def make_way(e, f, slot, level, value, address):
     rule = state[f + F_MAP_RULE]
     size = size_of(level)
     base = address & ~(size - U1)
-    if is_leaf(state, f, level, value):
+    if is_any_leaf(state, f, level, value):
         if rule == RULE_IN_USE:
             return IN_USE, False
         if rule == RULE_CLEAR_LARGE and level == U1:
@@ -206,47 +206,82 @@ def make_way(e, f, slot, level, value, address):
 
 
 @outlined
+def clear_way(e, f, slot, level, entries, address):
+    """Deal with what is where a leaf is to be: 0 or -errno, whether its entries are empty now, whether tables went."""
+    room = True
+    freed = e.request[E_FREED_LIST]
+    for at in range(slot, slot + entries):
+        value = load_entry(e, at, level)
+        if is_valid(e.state, f, value):
+            status, room = make_way(e, f, at, level, value, address + ((at - slot) << shift_of(level)))
+            if status != DONE:
+                return status, False, freed != e.request[E_FREED_LIST]
+    return DONE, room, freed != e.request[E_FREED_LIST]
+
+
+@kernel
+def fill_pages(e, f, slot, behind, level, new, size):
+    """Write leaves of one entry each into what is empty, up to the first entry that is not: the slot it came to."""
+    first = slot
+    while slot != behind and not is_valid(e.state, f, load_entry(e, slot, level)):
+        store_entry(e, slot, level, new)
+        new += size
+        slot += U1
+    count_in_table(e, first >> U9, slot - first)
+    e.request[E_WRITTEN] += slot - first
+    e.request[E_CHANGED] += slot - first
+    return slot
+
+
+@outlined
+def fill_table(e, f, address, slot, level, shift, here, new):
+    """Write `here` leaves in a row of one table: 0 or -errno, how many are done, whether tables went for them."""
+    entries = U1 << shift - shift_of(level)
+    size = U1 << shift
+    request = e.request
+    replaced = False
+    done = U0
+    while done < here:
+        if entries == U1:
+            done += fill_pages(e, f, slot + done, slot + here, level, new + done * size, size) - slot - done
+            if done == here:
+                break
+        at = slot + done * entries
+        status, room, went = clear_way(e, f, at, level, entries, address + done * size)
+        replaced |= went
+        if status != DONE:
+            return status, done, replaced
+        if room:
+            for one in range(at, at + entries):
+                store_entry(e, one, level, new + done * size)
+            count_in_table(e, at >> U9, entries)
+            request[E_WRITTEN] += entries
+            request[E_CHANGED] += U1
+        done += U1
+    return DONE, done, replaced
+
+
+@outlined
 def map_pages(e, f, address, physical, shift, count):
     """Map `count` pages of 2 ** shift bytes: iommu_domain_ops.map_pages(). 0 or -errno; E_OFFSET is how far it came."""
     state = e.state
-    request = e.request
     level = level_of_size(shift)
-    size = U1 << shift
     entries = U1 << shift - shift_of(level)
-    new = domain_leaf(state, f, level, shift, physical, request[E_SET])
+    new = domain_leaf(state, f, level, shift, physical, e.request[E_SET])
     start = address
     end = address + (count << shift)
     replaced = False
     status = DONE
-    while count != U0 and status == DONE:
+    while address != end and status == DONE:
         status, slot, gave_way = link_path(e, f, address, level)
         replaced |= gave_way
-        if status != DONE:
-            break
-        here = min(count, (U512 - (slot & U511)) // entries)
-        for _ in range(here):
-            room = True
-            for at in range(slot, slot + entries):
-                value = load_entry(e, at, level)
-                if is_valid(state, f, value):
-                    freed = request[E_FREED_LIST]
-                    status, room = make_way(e, f, at, level, value, address + ((at - slot) << shift_of(level)))
-                    replaced |= freed != request[E_FREED_LIST]
-                    if status != DONE:
-                        break
-            if status != DONE:
-                break
-            if room:
-                for at in range(slot, slot + entries):
-                    store_entry(e, at, level, new)
-                count_in_table(e, slot >> U9, entries)
-                request[E_WRITTEN] += entries
-                request[E_CHANGED] += U1
-            slot += entries
-            new += size
-            address += size
-            count -= U1
-            request[E_OFFSET] = address
+        if status == DONE:
+            here = min((end - address) >> shift, (U512 - (slot & U511)) // entries)
+            status, done, gave_way = fill_table(e, f, address, slot, level, shift, here, new)
+            replaced |= gave_way
+            new += done << shift
+            address += done << shift
+        e.request[E_OFFSET] = address
     if replaced and state[f + F_MAP_RULE] == RULE_REPLACE:
         owe_flush(e, start, end, U1)
     flush_pending(e, f)

@@ -9,10 +9,29 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.formats.entry_format import UnmapRule
 from pgemu_kernels.tables.domain_entries import clear_entry, clear_leaf, drop_table, page_size
-from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_valid, leaf_shift
-from pgemu_kernels.tables.edit_tree import descend, find, load_entry, owe_flush, release_table
+from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_valid, leaf_shift
+from pgemu_kernels.tables.edit_tree import (
+    descend,
+    find,
+    flush_pending,
+    give_back,
+    has_sized,
+    load_entry,
+    owe_flush,
+    release_table,
+)
 from pgemu_kernels.tables.walker import table_of
-from pgemu_kernels.words.table_words import F_LEVELS, F_PAGE_SIZES, F_UNMAP_RULE
+from pgemu_kernels.words.table_words import (
+    E_CHANGED,
+    E_CLEARED,
+    E_GATHERED,
+    E_PENDING_END,
+    E_PENDING_START,
+    F_GATHER,
+    F_LEVELS,
+    F_PAGE_SIZES,
+    F_UNMAP_RULE,
+)
 
 U = np.uint64
 RULE_STOPS = U(UnmapRule.STOPS)
@@ -50,6 +69,20 @@ def domain_unmap(e, f, address, length):
     return done
 
 
+@kernel
+def gather_range(e, f, address, length):
+    """Leave a range to the flush at the end, or flush first what does not wait together with it: formats.Gather."""
+    request = e.request
+    rule = e.state[f + F_GATHER]
+    if rule != U0 and request[E_PENDING_END] != U0:
+        apart = address > request[E_PENDING_END] or address + length < request[E_PENDING_START]
+        if apart or (rule != U1 and request[E_GATHERED] != length):
+            flush_pending(e, f)
+            give_back(e)
+    request[E_GATHERED] = length
+    owe_flush(e, address, address + length, U1)
+
+
 @outlined
 def unmap_until_hole(e, f, address, length):
     """Leaves one by one, up to a hole or one that begins before; tables covered whole: iommu_pt.h:__unmap_range().
@@ -63,22 +96,28 @@ def unmap_until_hole(e, f, address, length):
         slot, level, value = find(e, f, address + went, U1)
         while True:
             shift = leaf_shift(state, f, level, value)
-            if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
+            if not is_valid(state, f, value) or not is_any_leaf(state, f, level, value):
                 # A table beside what was cleared so far is walked down to; a hole ends it.
                 stopped = not is_valid(state, f, value)
                 break
             if address + went & (U1 << shift) - U1 != U0:
                 stopped = True
                 break
-            clear_leaf(e, f, slot, level, value)
+            entries = U1 << shift - shift_of(level)
+            if entries == U1:
+                clear_entry(e, slot, level)
+                e.request[E_CLEARED] += U1
+                e.request[E_CHANGED] += U1
+            else:
+                clear_leaf(e, f, slot, level, value)
             went += U1 << shift
-            slot += U1 << shift - shift_of(level)
+            slot += entries
             if went >= length or slot & U511 == U0:
                 break
             value = load_entry(e, slot, level)
         if not stopped:
             free_covered(e, f, address, went, length, level + U1)
-    owe_flush(e, address, address + length, U1)
+    gather_range(e, f, address, length)
     return went
 
 
@@ -103,14 +142,14 @@ def unmap_covered(e, f, address, length):
     The range is at least the leaf, or the hole, that it begins in. Returns its length, or NONE: see domain_unmap().
     """
     state = e.state
-    _, level, value = descend(e, f, address, U1, False)
+    _, level, value = descend(e, f, address, U1, False, has_sized(state, f))
     length = max(length, size_of(level))
     last = address + length - U1
     if last & ~input_mask(state, f) != U0 or last < address:
         return length  # a warning, and nothing is cleared
     if level > U1 and is_valid(state, f, value) and address & (size_of(level) - U1) != U0:
         return NONE
-    _, level, value = descend(e, f, last, U1, False)
+    _, level, value = descend(e, f, last, U1, False, has_sized(state, f))
     if level > U1 and is_valid(state, f, value):
         if last & (size_of(level) - U1) != size_of(level) - U1:
             return NONE
@@ -124,7 +163,7 @@ def unmap_covered(e, f, address, length):
             if is_valid(state, f, value):
                 if not covered:
                     break
-                if is_leaf(state, f, level, value):
+                if is_any_leaf(state, f, level, value):
                     clear_leaf(e, f, slot, level, value)
                 else:
                     drop_table(e, f, slot, level, value)
@@ -133,7 +172,7 @@ def unmap_covered(e, f, address, length):
             if went == length or slot & U511 == U0:
                 break
             value = load_entry(e, slot, level)
-    owe_flush(e, address, last + U1, U1)
+    gather_range(e, f, address, length)
     return length
 
 
@@ -167,5 +206,5 @@ def unmap_whole_leaves(e, f, address, length):
         if at & ~input_mask(state, f) != U0:
             break
     if went != U0:
-        owe_flush(e, address, address + went, U1)
+        gather_range(e, f, address, went)
     return went

@@ -21,7 +21,6 @@ from pgemu_kernels.words.table_words import (
     F_LARGEST_LEAF,
     F_LEAF_2M,
     F_LEAF_4K,
-    F_LEAF_ADD,
     F_LEAF_MASK,
     F_LEAF_VALUE,
     F_PAGE_MASK,
@@ -49,11 +48,10 @@ def is_valid(state, f, value):
 
 @kernel
 def is_leaf(state, f, level, value):
-    """Whether a present entry is a leaf."""
+    """Whether a present entry is a leaf, of its level's size."""
     if level == U1:
         return True
-    kind = value + state[f + F_LEAF_ADD] & state[f + F_LEAF_MASK]
-    return level <= state[f + F_LARGEST_LEAF] and kind == state[f + F_LEAF_VALUE]
+    return level <= state[f + F_LARGEST_LEAF] and value & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
 
 
 @kernel
@@ -61,6 +59,12 @@ def is_sized(state, f, value):
     """Whether a leaf's size is in its address (AMD's IOMMU), so that entries beside it are parts of it."""
     mask = state[f + F_SIZED_MASK]
     return mask != U0 and value & mask == state[f + F_SIZED_LEAF]
+
+
+@kernel
+def is_any_leaf(state, f, level, value):
+    """Whether a present entry is a leaf, of its level's size or of that in its address."""
+    return is_leaf(state, f, level, value) or (level <= state[f + F_LARGEST_LEAF] and is_sized(state, f, value))
 
 
 @kernel
@@ -162,10 +166,10 @@ def well_formed(state, f, level, value):
     """Whether a walk takes the value for a present leaf of this level that is neither reserved nor misconfigured."""
     if not is_valid(state, f, value) or not is_leaf(state, f, level, value):
         return False
-    if level == U1 and value + state[f + F_LEAF_ADD] & state[f + F_PAGE_MASK] != state[f + F_PAGE_VALUE]:
+    if level == U1 and value & state[f + F_PAGE_MASK] != state[f + F_PAGE_VALUE]:
         return False
     return (
-        value & state[f + F_RESERVED_LEAF + (U1 if is_sized(state, f, value) else level)] == U0
+        value & state[f + F_RESERVED_LEAF + level] == U0
         and state[f + F_BAD_LOW] >> (value & U7) & U1 == U0
         and state[f + F_BAD_MEMORY_TYPE] >> (value >> U3 & U7) & U1 == U0
     )

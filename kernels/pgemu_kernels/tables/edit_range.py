@@ -10,6 +10,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.tables.edit_entries import (
     breaks,
+    is_any_leaf,
     is_leaf,
     is_process,
     is_valid,
@@ -248,8 +249,8 @@ def store_raw(e, f, address, level, new):
         return NO_ENTRY, old
     was = is_valid(state, f, old)
     present = is_valid(state, f, new)
-    linked = was and not is_leaf(state, f, level, old)
-    if present and not is_leaf(state, f, level, new):
+    linked = was and not is_any_leaf(state, f, level, old)
+    if present and not is_any_leaf(state, f, level, new):
         return INVALID, old
     if breaks(state, f) and was and present and (linked or (old ^ new) & state[f + F_BREAK_BITS] != U0):
         return INVALID, old

@@ -18,7 +18,15 @@ from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.engine.handle import Words
 from pgemu_kernels.formats.page_format import FlushRule
-from pgemu_kernels.tables.edit_entries import breaks, is_leaf, is_process, is_valid, needs_flush, sign_extended
+from pgemu_kernels.tables.edit_entries import (
+    breaks,
+    is_any_leaf,
+    is_leaf,
+    is_process,
+    is_valid,
+    needs_flush,
+    sign_extended,
+)
 from pgemu_kernels.tables.walker import table_of
 from pgemu_kernels.words.enum_words import (
     EVENT_IOTLB_FLUSH_DOMAIN,
@@ -56,6 +64,7 @@ from pgemu_kernels.words.table_words import (
     F_LARGEST_FLUSH,
     F_LEVELS,
     F_RANGE_FLUSH,
+    F_SIZED_MASK,
     F_TABLE,
     F_TABLE_LEVEL,
     F_TABLE_TOP,
@@ -119,13 +128,24 @@ def store_entry(e, slot, level, value):
 
 
 @kernel
-def descend(e, f, address, target, watched):
-    """Walk to the entry over `address` at level `target`, or to the leaf or hole above it: slot, level, entry."""
+def has_sized(state, f):
+    """Whether leaves of the format can have their size in their address."""
+    return state[f + F_SIZED_MASK] != U0
+
+
+@kernel
+def descend(e, f, address, target, watched, sized):
+    """Walk to the entry over `address` at level `target`, or to the leaf or hole above it: slot, level, entry.
+
+    sized: has_sized() of the format, known to those who walk often.
+    """
     state = e.state
     level = state[f + F_LEVELS]
     slot = (e.request[E_ROOT] >> U3) + (address >> shift_of(level))
     value = load_entry(e, slot, level) if watched else e.ram[slot]
     while level > target and is_valid(state, f, value) and not is_leaf(state, f, level, value):
+        if sized and is_any_leaf(state, f, level, value):
+            break
         level -= U1
         slot = table_of(state, f, value) + (address >> shift_of(level) & U511)
         value = load_entry(e, slot, level) if watched else e.ram[slot]
@@ -135,7 +155,7 @@ def descend(e, f, address, target, watched):
 @outlined
 def find(e, f, address, target):
     """The same, with each read in the log."""
-    return descend(e, f, address, target, True)
+    return descend(e, f, address, target, True, has_sized(e.state, f))
 
 
 @kernel
@@ -324,7 +344,7 @@ def tear_down(e, f, table, level, shared):
         if is_valid(state, f, value):
             if freezes:
                 store_entry(e, slot, level, frozen)
-            if is_leaf(state, f, level, value):
+            if is_any_leaf(state, f, level, value):
                 request[E_CLEARED] += U1
             else:
                 level -= U1

@@ -23,6 +23,7 @@ from pgemu_kernels.tables.edit_entries import (
     is_frozen,
     is_leaf,
     is_process,
+    is_sized,
     is_valid,
     leaf_attributes,
     well_formed,
@@ -36,6 +37,7 @@ from pgemu_kernels.tables.edit_tree import (
     flush,
     flush_pending,
     give_back,
+    has_sized,
     log_record,
     logged,
     tear_down,
@@ -80,7 +82,6 @@ from pgemu_kernels.words.table_words import (
     E_OFFSET,
     E_OP,
     E_QUICK,
-    E_QUICK_DETAIL,
     E_QUICK_PHYSICAL,
     E_ROOT,
     E_SET,
@@ -91,6 +92,7 @@ from pgemu_kernels.words.table_words import (
     F_ADDRESS,
     F_DIRTY,
     F_EMPTY,
+    F_GATHER,
     F_INPUT_BITS,
     F_LARGEST_LEAF,
     F_LEAF_MASK,
@@ -104,7 +106,6 @@ from pgemu_kernels.words.table_words import (
     F_RESERVED_LEAF,
     F_ROOT_BITS,
     F_SIGN_EXTENDED,
-    F_SIZED_MASK,
     F_TALLER,
     F_UNMAP_RULE,
 )
@@ -127,9 +128,6 @@ def prepare_batch(state, f, request):
     """Check once what the leaves of a batch have in common."""
     level = request[E_LEVEL]
     request[E_QUICK] = U0
-    request[E_QUICK_DETAIL] = U1
-    if state[f + F_UNMAP_RULE] != U0 and request[E_OP] == EDIT_OP_UNMAP:
-        request[E_QUICK_DETAIL] = size_of(U1)
     sizes = state[f + F_PAGE_SIZES]
     if (
         request[E_OP] == EDIT_OP_MAP
@@ -146,12 +144,20 @@ def prepare_batch(state, f, request):
 
 
 @kernel
-def quick_map(e, f, address, physical):
+def quick_detail(state, f, request):
+    """What is told of a 4K leaf that quick_unmap() clears: a leaf, or bytes; 0 where each unmap takes the long way."""
+    if request[E_OP] != EDIT_OP_UNMAP or request[E_LENGTH] != size_of(U1) or state[f + F_GATHER] != U0:
+        return U0
+    return U1 if state[f + F_UNMAP_RULE] == U0 else size_of(U1)
+
+
+@kernel
+def quick_map(e, f, address, physical, sized):
     """Map one leaf where the tables are there and the entry is empty: whether that was so."""
     request = e.request
     if physical & ~request[E_QUICK_PHYSICAL] != U0 or address & (request[E_LENGTH] - U1) != U0:
         return False
-    slot, level, value = descend(e, f, address, request[E_LEVEL], False)
+    slot, level, value = descend(e, f, address, request[E_LEVEL], False, sized)
     if level != request[E_LEVEL] or is_valid(e.state, f, value) or is_frozen(e.state, f, value):
         return False
     e.ram[slot] = physical | request[E_QUICK]
@@ -161,22 +167,22 @@ def quick_map(e, f, address, physical):
 
 
 @kernel
-def quick_unmap(e, f, address):
+def quick_unmap(e, f, address, sized):
     """Clear one 4K leaf that is not the last one of its table, nor a part of one: whether that was so."""
-    slot, level, value = descend(e, f, address, U1, False)
+    slot, level, value = descend(e, f, address, U1, False, sized)
     if level != U1 or not is_valid(e.state, f, value) or e.counts[slot >> U9] == np.uint32(1):
         return False
-    if value & e.state[f + F_SIZED_MASK] != U0:
+    if sized and is_sized(e.state, f, value):
         return False
     unmap_leaf(e, f, slot, U1, address)
     return True
 
 
 @kernel
-def look_ahead(e, f, given):
+def look_ahead(e, f, given, sized):
     """Ask for the cache line of the last-level entry over an address that comes later in a batch."""
     address = given & input_mask(e.state, f)
-    _, level, value = descend(e, f, address, U2, False)
+    _, level, value = descend(e, f, address, U2, False, sized)
     if level == U2 and is_valid(e.state, f, value) and not is_leaf(e.state, f, level, value):
         prefetch(e.ram, table_of(e.state, f, value) + index_at(address >> U12, U1))
 
@@ -314,8 +320,8 @@ def edit_domain(e, f, op, address, physical):
 
 
 @kernel
-def edit_one(e, f, op, given, physical):
-    """One edit at one address: status, and what is told beside it."""
+def edit_one(e, f, op, given, physical, sized, told):
+    """One edit at one address: status, and what is told beside it. sized, told: has_sized(), quick_detail()."""
     state = e.state
     request = e.request
     length = request[E_LENGTH]
@@ -325,10 +331,10 @@ def edit_one(e, f, op, given, physical):
     address = given & input_mask(state, f)
     end = address + length
     if not logged(e):
-        if request[E_QUICK] != U0 and quick_map(e, f, address, physical):
+        if request[E_QUICK] != U0 and quick_map(e, f, address, physical, sized):
             return DONE, U1
-        if op == EDIT_OP_UNMAP and length == size_of(U1) and quick_unmap(e, f, address):
-            return DONE, request[E_QUICK_DETAIL]
+        if told != U0 and quick_unmap(e, f, address, sized):
+            return DONE, told
     request[E_FOUND] = U0
     request[E_CHANGED] = U0
     request[E_OFFSET] = address
@@ -404,13 +410,16 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     if failure == DONE:
         prepare_batch(state, f, request)
     several = physical.size > 1
+    sized = has_sized(state, f)
+    told = quick_detail(state, f, request)
+    grows = op == EDIT_OP_MAP and state[f + F_TALLER] != U0
     count = U(addresses.size)
     looks_ahead = not logged(e) and (op == EDIT_OP_UNMAP or request[E_QUICK] != U0)
     for i in range(count):
         later = i + AHEAD
         # Neighbours are in the same line, or the processor has seen to them.
         if looks_ahead and later < count and addresses[later] - addresses[later - U1] != size_of(U1):
-            look_ahead(e, f, addresses[later])
+            look_ahead(e, f, addresses[later], sized)
         if failure != DONE:
             status[i] = failure
             detail[i] = U0
@@ -420,9 +429,9 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
             destroy(e, f)
             status[i] = DONE
         else:
-            if state[f + F_TALLER] != U0 and op == EDIT_OP_MAP:
+            if grows:
                 f = taller_row(e, f, addresses[i])
-            status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0])
+            status[i], detail[i] = edit_one(e, f, op, addresses[i], physical[i if several else U0], sized, told)
     finish_edit(e, f)
     state[R_EDIT_FRAMES] += U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2] - used)
     state[R_COUNTER_ROW] = row

@@ -40,7 +40,6 @@ from pgemu_kernels.words.table_words import (
     F_INVERT,
     F_KEY_SHIFT,
     F_LARGEST_LEAF,
-    F_LEAF_ADD,
     F_LEAF_MASK,
     F_LEAF_VALUE,
     F_LEVELS,
@@ -113,10 +112,11 @@ def slot_of(m, physical):
 @kernel
 def has_leaf_form(state, f, entry, level):
     """Whether a present entry has the form of a leaf; at level 1, of a page."""
-    kind = entry + state[f + F_LEAF_ADD]
+    if is_sized(state, f, entry):
+        return True
     if level == U1:
-        return kind & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
-    return kind & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
+        return entry & state[f + F_PAGE_MASK] == state[f + F_PAGE_VALUE]
+    return entry & state[f + F_LEAF_MASK] == state[f + F_LEAF_VALUE]
 
 
 @kernel
@@ -189,6 +189,11 @@ def arm_fault(status, level):
 
 
 @kernel
+def is_vtd(state, f):
+    return state[f + F_FAMILY] == _VTD
+
+
+@kernel
 def vtd_reason(status, denied):
     """Fault reason of legacy mode; `denied` is that of an access which an entry does not let through.
 
@@ -224,7 +229,7 @@ def fault_code(state, f, access, x, status, level, rights, denied):
         return error | (rights & _LOW3) << U3 | user >> U4
     if family == _ARM64:
         return error | arm_fault(status, level)
-    if family == _VTD:
+    if is_vtd(state, f):
         return vtd_reason(status, error)
     if family == _AMD_IOMMU:
         return error | amd_flags(status)

@@ -26,10 +26,9 @@ F_LEVELS = U(16)  # level of the top table: 3 to 6
 F_ROOT_BITS = U(17)  # index bits of the top table: 9, more where root tables are concatenated
 F_INPUT_BITS = U(18)  # bits of an input address
 F_SIGN_EXTENDED = U(19)  # 1: the bits above F_INPUT_BITS repeat the highest one (canonical addresses)
-# At levels 2 .. F_LARGEST_LEAF a present entry is a leaf if entry + F_LEAF_ADD & mask == value.
-F_LEAF_MASK = U(20)
+F_LEAF_MASK = U(20)  # at levels 2 .. F_LARGEST_LEAF a present entry is a leaf if entry & mask == value
 F_LEAF_VALUE = U(21)
-F_PAGE_MASK = U(22)  # at level 1 a present entry is a leaf if entry + F_LEAF_ADD & mask == value, else reserved
+F_PAGE_MASK = U(22)  # at level 1 a present entry is a leaf if entry & mask == value, else reserved
 F_PAGE_VALUE = U(23)
 F_LARGEST_LEAF = U(24)
 F_RESERVED_LEAF = U(24)  # + level (1 .. 5): bits that a leaf of this level must not have
@@ -60,8 +59,7 @@ F_PAT_LARGE = U(65)  # ... and where they have it
 F_BREAK_BITS = U(66)  # bits of a valid leaf whose change needs break-before-make
 F_SOFTWARE = U(67)  # bits that the hardware ignores and Linux uses: their change needs no flush
 F_RANGE_FLUSH = U(68)  # bit 0: there is an invalidation by range; bit 1: an unmap defers to one of them
-F_LEAF_ADD = U(69)  # 0, or what has two values of a field (AMD's next level 0 and 7) become one
-F_SIZED_LEAF = U(70)  # what a leaf has of F_SIZED_MASK if its size is in its address; all entries of it are equal
+F_SIZED_LEAF = U(70)  # a leaf with its size in its address has this of F_SIZED_MASK; all entries of it are equal
 F_SIZED_MASK = U(71)  # ... 0: no leaves have
 F_TABLE_LEVEL = U(72)  # where a table entry holds the level of the table it points to; 0: nowhere
 F_PAGE_SIZES = U(73)  # bitmap of the sizes of leaves that a map chooses from; 0: a leaf of each level
@@ -72,6 +70,7 @@ F_LARGEST_FLUSH = U(77)  # an invalidation by pages covers 2 ** this pages at mo
 F_MAP_FLUSHES = U(78)  # 1: what was not present is cached, too (VT-d's caching mode): a map is flushed
 F_READ = U(79)  # the bit without which the hardware refuses a read; 0: none
 F_LEAF_BITS = U(47)  # what every leaf has whatever its rights
+F_GATHER = U(53)  # formats.Gather
 F_WORDS = 80
 
 # edits: the one row that `edits.edit` takes, uint64. Words below 16 are the request, the others the answer and scratch.
@@ -99,7 +98,7 @@ E_CHANGED = U(28)
 E_OFFSET = U(29)  # address up to which an edit came
 E_QUICK = U(30)  # map: bits of a leaf where nothing but the addresses is left to check; 0: everything is
 E_QUICK_PHYSICAL = U(31)  # ... and the bits that its physical address may have
-E_QUICK_DETAIL = U(15)  # unmap: what is told of one 4K leaf cleared
+E_GATHERED = U(14)  # bytes of the last range that was left to the flush
 E_CURSOR = U(32)  # + level: next slot of a table being torn down
 E_CURSOR_END = U(40)
 E_SCAN = U(48)  # + level: the same of a table that is searched for leaves
