@@ -1,27 +1,19 @@
-"""The I/O page table of an address space: mapped, unmapped, read. Its edits are those of tables/domain_*.py."""
+"""The I/O page table of an address space: mapped, unmapped, read. Its edits are those of tables/domain.py."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U511
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9, U12, U511
 from pgemu_kernels.engine.charge import charge
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import shift_of
-from pgemu_kernels.engine.rows import clear_words
-from pgemu_kernels.tables.domain_entries import device_rights
-from pgemu_kernels.tables.domain_map import DONE, domain_map, grow
-from pgemu_kernels.tables.domain_unmap import domain_unmap
-from pgemu_kernels.tables.edit_entries import input_mask, is_leaf, is_valid, leaf_shift
-from pgemu_kernels.tables.edit_tree import Tree, empty_table, flush_pending, give_back, tear_down
+from pgemu_kernels.tables.domain import map_frames, open_domain, sync_domain, unmap_frames
+from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_valid, leaf_shift
+from pgemu_kernels.tables.edit_tree import empty_table, tear_down
 from pgemu_kernels.tables.walker import format_row, table_of
-from pgemu_kernels.words.enum_words import (
-    EVENT_IOPTE_CLEARED,
-    EVENT_IOPTE_WRITTEN,
-    EVENT_TABLE_PAGE_FREED,
-    GAUGE_FRAMES_USED,
-)
+from pgemu_kernels.words.enum_words import EVENT_TABLE_PAGE_FREED, GAUGE_FRAMES_USED
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.registers import R_EDIT_FRAMES
@@ -35,24 +27,9 @@ from pgemu_kernels.words.rows import (
     STATE_DOMAINS,
     STATE_IO_REQUEST,
 )
-from pgemu_kernels.words.table_words import (
-    E_CLEARED,
-    E_FORMAT,
-    E_LENGTH,
-    E_LEVEL,
-    E_ROOT,
-    E_SET,
-    E_WORDS,
-    E_WRITTEN,
-    F_ADDRESS,
-    F_LARGEST_LEAF,
-    F_LEVELS,
-    F_READ,
-    F_WRITE,
-)
+from pgemu_kernels.words.table_words import E_FORMAT, E_ROOT, E_WORDS, F_ADDRESS, F_LEVELS, F_READ, F_WRITE
 
 U = np.uint64
-_WORDS = U(E_WORDS)
 
 
 @kernel
@@ -62,13 +39,9 @@ def domain_row(number):
 
 @kernel
 def begin_edit(m, row):
-    """The machine with an empty request for the table of an address space, and where its format begins."""
-    state = m.state
-    clear_words(state, STATE_IO_REQUEST, _WORDS)
-    request = state[STATE_IO_REQUEST : STATE_IO_REQUEST + _WORDS]
-    request[E_FORMAT] = state[row + D_FORMAT]
-    request[E_ROOT] = state[row + D_ROOT]
-    return Tree(m.ram, state, m.stats, m.counts, request, state[U0:U0]), format_row(state, state[row + D_FORMAT])
+    """The tree of an address space's I/O page table."""
+    request = m.state[STATE_IO_REQUEST : STATE_IO_REQUEST + U(E_WORDS)]
+    return open_domain(m, request, m.state[row + D_FORMAT], m.state[row + D_ROOT])
 
 
 @kernel
@@ -77,12 +50,9 @@ def frames_used(m):
 
 
 @kernel
-def end_edit(m, e, row, f, used):
-    """The flush that is owed, the frames of freed tables, the price of the leaves; the root that there is now."""
-    flush_pending(e, f)
-    give_back(e)
-    charge(e, EVENT_IOPTE_WRITTEN, np.int64(e.request[E_WRITTEN]))
-    charge(e, EVENT_IOPTE_CLEARED, np.int64(e.request[E_CLEARED]))
+def end_edit(m, e, row, used):
+    """iommu_iotlb_sync(), and the root that there is now. `used`: frames_used() before."""
+    sync_domain(e)
     m.state[row + D_FORMAT] = e.request[E_FORMAT]
     m.state[row + D_ROOT] = e.request[E_ROOT]
     m.state[R_EDIT_FRAMES] += U(frames_used(m) - used)
@@ -91,15 +61,14 @@ def end_edit(m, e, row, f, used):
 @outlined
 def make_table(m, row):
     """An empty root for an address space that has none: 0 or -ENOMEM."""
-    state = m.state
-    state[row + D_FORMAT] = state[row + D_EMPTY_FORMAT]
+    m.state[row + D_FORMAT] = m.state[row + D_EMPTY_FORMAT]
     used = frames_used(m)
-    e, f = begin_edit(m, row)
-    table = empty_table(e, f)
+    e = begin_edit(m, row)
+    table = empty_table(e, format_row(m.state, m.state[row + D_FORMAT]))
     if table == NONE:
         return np.int64(-ENOMEM)
-    e.request[E_ROOT] = table << U(3)
-    end_edit(m, e, row, f, used)
+    e.request[E_ROOT] = table << U3
+    end_edit(m, e, row, used)
     return np.int64(0)
 
 
@@ -108,10 +77,11 @@ def free_table_of(m, row):
     """Free the table of an address space, whatever it maps."""
     state = m.state
     used = frames_used(m)
-    e, f = begin_edit(m, row)
-    frame = e.request[E_ROOT] >> U(12)
-    tear_down(e, f, frame << U(9), state[f + F_LEVELS], False)
-    end_edit(m, e, row, f, used)
+    e = begin_edit(m, row)
+    f = format_row(state, state[row + D_FORMAT])
+    frame = e.request[E_ROOT] >> U12
+    tear_down(e, f, frame << U9, state[f + F_LEVELS], False)
+    end_edit(m, e, row, used)
     m.counts[frame] = np.uint32(0)
     put_frame(m, frame)
     charge(m, EVENT_TABLE_PAGE_FREED, np.int64(1))
@@ -122,19 +92,10 @@ def free_table_of(m, row):
 @outlined
 def map_run(m, row, iova, physical, length, rights):
     """iommu_map() of memory that follows one another: 0 or -errno with nothing mapped. rights: AREA_READ, _WRITE."""
-    state = m.state
     used = frames_used(m)
-    e, f = begin_edit(m, row)
-    status = DONE
-    last = iova + length - U1
-    if last & ~input_mask(state, f) != U0:
-        grow(e, last)  # the map says what is wrong if it cannot
-        f = format_row(state, e.request[E_FORMAT])
-    e.request[E_LENGTH] = length
-    e.request[E_LEVEL] = state[f + F_LARGEST_LEAF]
-    e.request[E_SET] = device_rights(state, f, rights & AREA_READ != U0, rights & AREA_WRITE != U0)
-    status = domain_map(e, f, iova, physical, length)
-    end_edit(m, e, row, f, used)
+    e = begin_edit(m, row)
+    status = map_frames(e, iova, physical, length, rights & AREA_READ != U0, rights & AREA_WRITE != U0)
+    end_edit(m, e, row, used)
     return status
 
 
@@ -142,9 +103,9 @@ def map_run(m, row, iova, physical, length, rights):
 def unmap_run(m, row, iova, length):
     """iommu_unmap(): how many bytes went."""
     used = frames_used(m)
-    e, f = begin_edit(m, row)
-    went = domain_unmap(e, f, iova, length)
-    end_edit(m, e, row, f, used)
+    e = begin_edit(m, row)
+    went = unmap_frames(e, iova, length)
+    end_edit(m, e, row, used)
     return U0 if went == NONE else went
 
 
@@ -154,10 +115,10 @@ def walk_domain(m, root, f, iova):
     state = m.state
     ram = m.ram
     if iova & ~input_mask(state, f) != U0:
-        return U0, U(12)
+        return U0, U12
     level = state[f + F_LEVELS]
-    value = ram[(root >> U(3)) + (iova >> shift_of(level))]
-    while is_valid(state, f, value) and not is_leaf(state, f, level, value):
+    value = ram[(root >> U3) + (iova >> shift_of(level))]
+    while is_valid(state, f, value) and not is_any_leaf(state, f, level, value):
         level -= U1
         value = ram[table_of(state, f, value) + (iova >> shift_of(level) & U511)]
     if not is_valid(state, f, value):
