@@ -169,6 +169,7 @@ class World:
             "HugetlbPool": [machine.hugetlb(), machine.hugetlb(W.PAGE_1G)], "Folio": [machine.folio(gmem.pfn(0) or 0)],
             "VfioContainer": [container, closed_container], "Iommufd": [iommufd], "Ioas": [ioas, destroyed_ioas],
             "IoDevice": [one_device, detached], "ContainerInfo": [container.info()], "Range": container.ranges()[:1],
+            "IoSpace": [container],
             "PhysicalMemory": [machine.memory], "Statistics": [machine.statistics], "Config": [machine.config],
         }  # fmt: skip
 
@@ -218,6 +219,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "unit": ("vtd", "amd"),
     "version": (1, 2),
     "policy": ("linux", "tracked"),
+    "parameters": ({},),
     "memlock": (None, PAGE),
     "address": (*VA.values(), 0, PAGE),
     "gpas": ([0, PAGE], [1 << 30]),

@@ -50,6 +50,9 @@ class Range(NamedTuple):
     start: int
     last: int
 
+    def __repr__(self) -> str:
+        return f"Range({self.start:#x}, {self.last:#x})"
+
 
 class ContainerInfo(NamedTuple):
     """VFIO_IOMMU_GET_INFO: page_sizes is a bitmap, available how many mappings more there may be, ranges the usable
@@ -58,6 +61,10 @@ class ContainerInfo(NamedTuple):
     page_sizes: int
     available: int
     ranges: tuple[Range, ...]
+
+    def __repr__(self) -> str:
+        ranges = ", ".join(map(repr, self.ranges))
+        return f"ContainerInfo(page_sizes={self.page_sizes:#x}, available={self.available}, ranges=({ranges}))"
 
 
 class Accounts(NamedTuple):
@@ -158,7 +165,8 @@ class IoSpace(OfMachine):
         return status
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(number={self.number}, {self.unit!r}, mappings={self.mappings})"
+        closed = ", closed" if self._closed else ""
+        return f"{type(self).__name__}(number={self.number}, {self.unit!r}, mappings={self.mappings}{closed})"
 
     @property
     def mappings(self) -> int:
@@ -255,6 +263,8 @@ class VfioContainer(IoSpace):
         self, iovas: Array, size: int, process: AddressSpace, vaddrs: Array, *, read: bool = True, write: bool = True
     ) -> Results:
         """map() of `size` bytes at each of `iovas` (uint64[n]) from `vaddrs` (uint64[n])."""
+        if len(vaddrs) not in (1, len(iovas)):
+            raise ValueError(f"vaddrs of {len(vaddrs)} elements: expected {len(iovas)} or 1, as of iovas")
         flags = _rights(read, write)
         header = np.uint64(Operation.DMA_MAP | flags << 8 | process.number << 32 | self.number << 48)
         return self.machine.run_columns(header, W.NO_INODE, iovas, vaddrs, size, count=len(iovas))
@@ -326,6 +336,9 @@ class Iommufd(OfMachine):
     def __init__(self, machine: Core) -> None:
         self.machine = machine
 
+    def __repr__(self) -> str:
+        return "Iommufd()"
+
     def create_ioas(self, unit: Unit = "vtd", **parameters: Any) -> Ioas:
         """IOMMU_IOAS_ALLOC: an address space for devices of one unit; parameters: of the unit's format.
 
@@ -342,6 +355,9 @@ class IoDevice(OfMachine, but=("__init__",)):
     def __init__(self, space: IoSpace) -> None:
         self.machine = space.machine
         self._space: IoSpace | None = space
+
+    def __repr__(self) -> str:
+        return f"IoDevice({self._space or 'detached'})"
 
     def detach(self) -> None:
         """Detach it: the last one takes the domain along, and the pins. ValueError if it is not attached."""

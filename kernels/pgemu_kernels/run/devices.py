@@ -20,8 +20,9 @@ from pgemu_kernels.iommu.ioas import ioas_fill, ioas_map, ioas_unfill, ioas_unma
 from pgemu_kernels.iommu.type1 import try_domain, type1_clear, type1_map, type1_replay, type1_unmap
 from pgemu_kernels.run.routing import finish_other, note_stepped
 from pgemu_kernels.words.enum_words import EVENT_SYSCALL, OP_DMA_ACCESS, OP_DMA_MAP, OP_DMA_UNMAP
+from pgemu_kernels.words.events import STATS_COUNTERS
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENODEV, EOPNOTSUPP, STOP
-from pgemu_kernels.words.registers import R_DOMAINS, R_SPACES, R_SPINS
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_DOMAINS, R_SPACES, R_SPINS
 from pgemu_kernels.words.requests import ATTACH, CLOSE_DOMAIN, DETACH
 from pgemu_kernels.words.rows import (
     ACTORS,
@@ -179,13 +180,8 @@ def _close(m, d):
     return np.int64(0)
 
 
-@entry
-def arrange(descriptor, what, number):
-    """Attach a device to an address space, detach one, close it (requests.ATTACH, ...): 0 or -errno."""
-    m = open_full_machine(descriptor)
-    d = domain_row(number)
-    if number >= m.state[R_DOMAINS] or m.state[d + D_KIND] == U0:
-        return np.int64(-ENODEV)
+@outlined
+def _arrange(m, what, d):
     if what == ATTACH:
         return np.int64(_attach(m, d))
     if what == CLOSE_DOMAIN:
@@ -196,3 +192,20 @@ def arrange(descriptor, what, number):
     if m.state[d + D_DEVICES] == U0:
         _empty(m, d)
     return np.int64(0)
+
+
+@entry
+def arrange(descriptor, what, number):
+    """Attach a device to an address space, detach one, close it (requests.ATTACH, ...): 0 or -errno.
+
+    Charged to counter row 0, which no operation of a trace has.
+    """
+    m = open_full_machine(descriptor)
+    d = domain_row(number)
+    if number >= m.state[R_DOMAINS] or m.state[d + D_KIND] == U0:
+        return np.int64(-ENODEV)
+    row = m.state[R_COUNTER_ROW]
+    m.state[R_COUNTER_ROW] = STATS_COUNTERS
+    status = _arrange(m, what, d)
+    m.state[R_COUNTER_ROW] = row
+    return np.int64(status)

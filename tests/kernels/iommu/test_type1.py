@@ -155,6 +155,18 @@ def test_two_devices_share_a_domain_and_the_last_one_takes_it_along(unit: str) -
     s.sound()
 
 
+@pytest.mark.parametrize(("unit", "tables"), [("vtd", 3), ("amd", 2)])
+@pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
+def test_6_12_tries_a_new_domain_whose_tables_stay(unit: Any, tables: int, kernel: Any) -> None:
+    """As captured. The first thing that a machine does counts in no gauge that it should not."""
+    machine = Machine(Config(pool=M2, page_size=M2, kernel=kernel))
+    container = machine.create_vfio_container(unit)
+    container.attach()
+    pages = sum(len(found) for found in container.table.table_pages().values())
+    assert pages == 1 + (tables if kernel == "6.12" else 0)
+    assert machine.check() == 0, machine.findings
+
+
 def test_what_is_mapped_before_a_device_is_pinned_with_it() -> None:
     s = Scene()
     container = s.machine.create_vfio_container()
