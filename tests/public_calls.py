@@ -151,6 +151,15 @@ class World:
         table, destroyed = machine.create_page_table("x86-64"), machine.create_page_table("ept")
         table.map_range(0, 0, 2 * M2)
         destroyed.destroy()
+        container, closed_container = machine.create_vfio_container(), machine.create_vfio_container("amd", version=1)
+        closed_container.close()
+        iommufd = machine.create_iommufd()
+        ioas, destroyed_ioas = iommufd.create_ioas(), iommufd.create_ioas("amd")
+        destroyed_ioas.destroy()
+        one_device, detached = container.attach(), ioas.attach()
+        ioas.map(None, PAGE, process, VA["anonymous"])
+        container.map(PAGE, PAGE, process, VA["anonymous"])
+        detached.detach()
         shut = machine.create_device(0x9000, 4)
         shut.close()
         self.of |= {
@@ -158,6 +167,9 @@ class World:
             "Device": [device, shut], "AddressSpace": [process, ended], "Vm": [vm, gone],
             "PageTable": [table, destroyed],
             "HugetlbPool": [machine.hugetlb(), machine.hugetlb(W.PAGE_1G)], "Folio": [machine.folio(gmem.pfn(0) or 0)],
+            "VfioContainer": [container, closed_container], "Iommufd": [iommufd], "Ioas": [ioas, destroyed_ioas],
+            "IoDevice": [one_device, detached], "ContainerInfo": [container.info()], "Range": container.ranges()[:1],
+            "IoSpace": [container],
             "PhysicalMemory": [machine.memory], "Statistics": [machine.statistics], "Config": [machine.config],
         }  # fmt: skip
 
@@ -200,6 +212,15 @@ TRACE: list[Any] = []  # made once
 # Good values by name of a parameter, where those of its type do not do.
 NAMED: dict[str, tuple[Any, ...]] = {
     "gpa": (0, PAGE, 1 << 30),
+    "iova": (PAGE, 1 << 30, 1 << 30 | PAGE),
+    "iovas": (np.array([PAGE, 1 << 30], np.uint64), [0]),
+    "vaddr": (VA["anonymous"], VA["huge"]),
+    "vaddrs": ([VA["anonymous"]],),
+    "unit": ("vtd", "amd"),
+    "version": (1, 2),
+    "policy": ("linux", "tracked"),
+    "parameters": ({},),
+    "memlock": (None, PAGE),
     "address": (*VA.values(), 0, PAGE),
     "gpas": ([0, PAGE], [1 << 30]),
     "addresses": (np.array([VA["gmem"]], np.uint64), [0], np.zeros(0, np.uint64)),

@@ -30,6 +30,7 @@ KERNELS = (
     ("process",),
     ("kvm",),
     ("gmem",),
+    ("iommu",),
     ("rules",),
     ("run",),
 )

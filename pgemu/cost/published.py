@@ -285,6 +285,16 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.IOMMU_STALE_PRIVATE,
+        CARRIED + "the access is a device's",
+        basis="assumption",
+    ),
+    Price(
+        Event.IOMMU_STALE_FREED,
+        CARRIED + "the access is a device's",
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

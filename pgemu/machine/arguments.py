@@ -135,6 +135,7 @@ BY_NAME: Mapping[str, Rule] = MappingProxyType(
 _CLASSES: Mapping[str, str] = MappingProxyType(
     {
         "AddressSpace": "", "Vm": "", "GuestMemfd": "", "GuestMemfd4K": "", "HugetlbFile": "", "Device": "",
+        "IoSpace": "", "Ioas": "",
         "PageFormat": "", "PageLayout": "", "Access": "", "Config": "", "LoweringOptions": "", "Core": "Machine",
     }
 )  # fmt: skip

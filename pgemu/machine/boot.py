@@ -103,6 +103,7 @@ def _allocate(config: Config) -> Arrays:
     counts = {
         W.R_CONTENTS: config.guest_pages,
         W.R_TRANSIENT: config.guest_pages,
+        W.R_PINNED: _all_frames(config),
         W.R_SHARED: (pages >> 9) + (pages >> 18) + 3 * W.INODES,
     }
     begins: dict[np.uint64, int] = {}

@@ -32,6 +32,7 @@ NONE = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # "no operation" of run_pooling()
 _FIRST = np.uint64(0)
 _NOBODY = np.uint64(W.ACTORS)  # no actor's operation, but those of the columns
 _FULL = int(W.R_FULL)
+_SPINS = int(W.R_SPINS)
 _PLAIN = {int, W.Operation, W.Flag}
 _FORMATS, _FORMAT_WORDS = int(W.STATE_FORMATS), int(W.F_WORDS)
 
@@ -243,11 +244,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
             return outcome
         return int(_kernel(other)(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor)))  # all of it in one step
 
-    def _call_designs(self, actor: int, mode: int) -> int:
-        """full.run_designs() without columns."""
+    def _call_designs(self, actor: int, mode: int, columns: tuple[Array, ...] = ()) -> int:
+        """full.run_designs() without columns, or with the first of them."""
         from pgemu_kernels.run.entries import run_designs
 
-        return int(run_designs(self.descriptor, *_no_columns(), _FIRST, np.uint64(actor), mode))
+        given = (*columns, *_no_columns()[len(columns) :])
+        return int(run_designs(self.descriptor, *given, _FIRST, np.uint64(actor), mode))
 
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
@@ -380,6 +382,8 @@ def run_all(machine: Core, columns: tuple[Array, ...], count: int) -> None:
             return
         other, done = _stopped(stopped)
         _, done = _stopped(_run_elsewhere(other, machine.descriptor, *columns, np.uint64(done)))
+        if other is Entry.DEVICES and machine.arrays.state[_SPINS]:  # what was unpinned may be what a conversion awaits
+            _run_designs(machine.descriptor, *_no_columns(), np.uint64(1))
         if done == count:
             return
 
@@ -402,6 +406,10 @@ def _kernel(entry: Entry) -> Any:
         from pgemu_kernels.run.entries import run_pooling
 
         return run_pooling
+    if entry is Entry.DEVICES:
+        from pgemu_kernels.run.entries import run_devices
+
+        return run_devices
     from pgemu_kernels.run.entries import run_ordinary
 
     return run_ordinary

@@ -404,8 +404,8 @@ class AddressSpace(Advice, but=("touch", "translate")):
         0 with the pages pinned in `detail`, fewer than asked for where a later one failed; else the first page's
         error: -EFAULT without a mapping, for VM_PFNMAP (design pfnmap), for `write` to a read-only mapping and where
         the page is private; -EINVAL for what is not aligned, empty or a number past words.PINS; -EEXIST for a number
-        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock; -EOPNOTSUPP for ordinary memory. Absent pages are
-        faulted in. longterm is FOLL_LONGTERM, which guest_memfd grants without moving anything. mm/gup.c
+        in use; -ENOMEM; -EAGAIN where Linux would wait for a lock. Absent pages are faulted in, shared ones
+        copied; a pin outlives the mapping. longterm: FOLL_LONGTERM, for which the zero page is replaced. mm/gup.c
         """
         flags = _pin_flags(write, longterm)
         return self.machine.operate(

@@ -14,6 +14,7 @@ from pgemu.machine.core import Core
 from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
 from pgemu.machine.vm_kinds import KINDS, Kind
+from pgemu.objects.devices import Policy, Unit
 from pgemu.objects.files import MemoryType
 from pgemu.objects.guest_memfd import Form
 from pgemu_kernels import words as W
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
+    from pgemu.objects.devices import Iommufd, VfioContainer
     from pgemu.objects.failures import MemoryFailure
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
     from pgemu.objects.guest_memfd import GuestMemfd
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 # What the references of folios are not counted without: see pgemu_kernels.rules.references.
-_HOLDERS = (W.R_PINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
+_HOLDERS = (W.R_PINS, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
 
 
 @dataclass(eq=False)
@@ -102,6 +104,28 @@ class Machine(Core):
         from pgemu.objects.files import Device
 
         return Device.create(self, pfn, pages, remap, memory_type)
+
+    def create_vfio_container(
+        self, unit: Unit = "vtd", *, version: Literal[1, 2] = 2, dma_entry_limit: int = 65535,
+        memlock: int | None = None, policy: Policy = "linux", **parameters: Any,
+    ) -> VfioContainer:  # fmt: skip
+        """Create a container of VFIO type1 (version 2: VFIO_TYPE1v2_IOMMU), to which devices of one IOMMU attach.
+
+        unit: "vtd" (second stage) or "amd" (version 1 tables), by the machine's kernel; parameters: of its format (see
+        create_page_table). dma_entry_limit: of the module, when the container is made. memlock: RLIMIT_MEMLOCK in
+        bytes, None with CAP_IPC_LOCK. policy: what becomes of RAM under VM_PFNMAP: "linux" refuses it (-EFAULT),
+        "naive" is that check removed, so that an unmap unpins what was never pinned, "tracked" accepts it without a
+        reference and remembers. OSError ENOMEM past words.DOMAINS of them.
+        """
+        from pgemu.objects.devices import VfioContainer
+
+        return VfioContainer(self, unit, version, dma_entry_limit, memlock, policy, parameters)
+
+    def create_iommufd(self) -> Iommufd:
+        """Open /dev/iommu: create_ioas() of it makes address spaces."""
+        from pgemu.objects.devices import Iommufd
+
+        return Iommufd(self)
 
     def create_guest_memfd_4k(self, size: int, *, mmap: bool = True, init_shared: bool = True) -> GuestMemfd4K:
         """Create a guest_memfd as merged in Linux 6.8, of 4K folios; the flags are those of 6.18.
@@ -306,28 +330,32 @@ class Machine(Core):
         for kind, frame in [finding for table in self.page_tables for finding in table.recount(owner)]:
             note_broken(self.arrays.state, kind, frame)
         found = np.zeros(W.FOUND_WORDS, np.int64)
-        if self.register(W.R_PINS):
-            from pgemu.objects.pins import own_nodes
+        pages = pins = np.zeros(0, np.uint64)
+        if self.register(W.R_PINS) or self.register(W.R_DOMAINS):
+            from pgemu.objects.pins import own_nodes, pinned
 
             found[W.FOUND_NODES] += len(list(own_nodes(self, owner)))
+            pages, pins = pinned(self)
         held = any(self.register(word) for word in _HOLDERS)
         if held:
-            self._hold_again(giving=False)
+            self._hold_again(pages, pins, giving=False)
         if self.register(W.R_ORDINARY) or self.register(W.R_HOST_HUGE):
+            from pgemu.objects.pins import own_pages
             from pgemu_kernels.run.entries import check_ordinary
 
             check_ordinary(self.descriptor, owner, found)
+            own_pages(self, pages, owner)
         check(self.descriptor, owner, np.zeros(3, np.int64), found)
         if held:
-            self._hold_again(giving=True)
+            self._hold_again(pages, pins, giving=True)
         return self.register(W.R_BROKEN)
 
-    def _hold_again(self, *, giving: bool) -> None:
+    def _hold_again(self, pages: Array, pins: Array, *, giving: bool) -> None:
         """Give back or take away the references that pins, LRU batches and faults under way hold, and frozen folios do
-        not."""
+        not. pages, pins: of pins.pinned()."""
         from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
 
-        self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY)
+        self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY, (pages, pages, pins))
 
     def walk(self, root: int, page: int) -> Walk:
         """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].

@@ -31,11 +31,16 @@ MODELLED = {
     "trace", "kvmcap", "vmcap", "pool", "vfioopen", "vfiomem", "pcibar", "map", "touch", "unmap", "prot", "adv",
     "remap", "fork", "childwait", "childend", "vm", "vmclose", "slot", "slot2", "gmem", "gpunch", "galloc", "gclose",
     "attr", "gtouch", "prefault", "dirtylog", "poke", "unlink", "write", "pfnof", "peek", "store", "storeif", "mincore",
-    "gpfnof", "gpeek", "lock", "unlock", "lockonfault", "msync", "hwpoison", "unpoison", "softoffline", "pvm",
-    "selfmem", "copy", "direct", "uring", "uringclose", "guptest", "pinlong", "pinstop", "futex",
+    "gpfnof", "gpeek", "lock", "unlock", "lockonfault", "msync", "hwpoison", "unpoison", "softoffline", "dmainfo",
+    "dmamap", "dmaunmap", "vfioclose",
+    "vfiomaster", "edu", "iommufd", "iommufdclose", "ioas", "iodestroy", "ioranges", "iobind", "ioattach", "iodetach",
+    "iomap", "iounmap", "iocopy", "iomapfile", "pfnset", "pvm", "direct", "vmsplice", "uring", "futex", "selfmem",
+    "ptpeek", "copy", "zerocopy", "xdpumem", "aio", "ptpoke", "vmsplicegift", "splicedrop", "uringclose", "guptest",
+    "pinlong", "pinstop", "uffd", "uffdclose", "mbind", "movepages", "migratepages", "udmabuf",
 }  # fmt: skip
 PARAMETER = "/sys/module/kvm/parameters/gmem_pfnmap"
 CLEAR_REFS = "/proc/self/clear_refs"
+ENTRY_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit"
 OPTIMIZE = "/proc/sys/vm/hugetlb_optimize_vmemmap"
 
 
@@ -99,7 +104,7 @@ def missing(operation: Operation) -> str:
         return f"map {kind}"
     if operation.name == "adv" and words[3] not in ADVICE:
         return f"adv {words[3]}"
-    if operation.name == "write" and words[1] not in (OPTIMIZE, PARAMETER, CLEAR_REFS):
+    if operation.name == "write" and words[1] not in (OPTIMIZE, PARAMETER, CLEAR_REFS, ENTRY_LIMIT):
         return f"write {words[1]}"
     return ""
 

@@ -14,9 +14,10 @@ import struct
 from typing import Any, NamedTuple
 
 from oracle.capture import FRAME, Capture, Checkpoint, Operation
+from oracle.consumers import Consumers
 from oracle.operations import PARAMETER, MismatchError, NotModelledError, every, number, protection, returned
 from oracle.process_tables import Entries, frame, size_of
-from oracle.replay import SIGNALS, Replay
+from oracle.replay import Replay
 from pgemu.machine.presets import PFNMAP
 from pgemu.objects.files import GuestMemfd4K
 from pgemu.objects.machine import Config, Machine
@@ -86,12 +87,15 @@ def machine_of(kind: Kind, capture: Capture) -> Machine:
     return Machine(Config("pfnmap", defects=PFNMAP[preset].defects, host_huge=kind.huge, **common))
 
 
-class ReplayPfnmap(Replay):
+class ReplayPfnmap(Consumers, Replay):
     """One scenario of guest_memfd, as the designs' kinds. like: the kind whose machine it is, if not its own."""
 
-    def __init__(self, capture: Capture, checkpoints: list[Checkpoint], *, like: Kind | None = None) -> None:
+    def __init__(
+        self, capture: Capture, checkpoints: list[Checkpoint], *, like: Kind | None = None,
+        machine: Machine | None = None,
+    ) -> None:  # fmt: skip
         self.kind = like or kind_of(checkpoints)
-        super().__init__(capture, checkpoints, machine_of(self.kind, capture))
+        super().__init__(capture, checkpoints, machine or machine_of(self.kind, capture))
         self.named: dict[str, Named] = {}
         self.pfnmap: set[str] = set()  # files that are mapped as VM_PFNMAP
         self.closed: dict[str, Any] = {}  # files without a descriptor that are still mapped
@@ -246,39 +250,6 @@ class ReplayPfnmap(Replay):
         here = [f"signal 7 code {one.code} address {one.address:#x} while not touching" for one in signals]
         if here != [note for note in operation.notes if note.startswith("signal ")]:
             raise MismatchError(f"{operation.text}: {here}, captured {operation.notes}")
-
-    # Users of the page go through GUP, but for write(2) and what looks at the entry only.
-
-    def op_pvm(self, operation: Operation, address: str, length: str, how: str) -> int:
-        got = self.process.pin(number(address), int(length), pin=0, write=how == "w")
-        if got.status == 0:
-            self.machine.unpin(0)
-        return got.status or got.detail * W.PAGE_4K
-
-    op_direct = op_pvm
-
-    def refused(self, operation: Operation, address: str, length: str, *rest: str) -> int:
-        """Users that hold the page: here they get none."""
-        if self.process.pin(number(address), number(length), pin=0).status != -W.EFAULT:
-            raise NotModelledError(operation.name)
-        return -W.EFAULT
-
-    op_uring = op_pinlong = refused
-
-    def op_guptest(self, operation: Operation, kind: str, address: str, length: str, how: str = "") -> int:
-        return 0 if self.refused(operation, address, length) else number(length)
-
-    def op_futex(self, operation: Operation, address: str, wait: str = "") -> int:
-        return self.refused(operation, address, str(W.PAGE_4K))
-
-    op_uringclose = op_pinstop = Replay.op_trace
-
-    def op_selfmem(self, operation: Operation, address: str, length: str, how: str) -> int:
-        return -EIO if self.op_pvm(operation, address, length, how) < 0 else int(length)
-
-    def op_copy(self, operation: Operation, address: str, length: str, how: str) -> int:
-        status = self.process.touch(number(address), write=how == "w").status
-        return -W.EFAULT if status & SIGNALS else int(length)
 
     def op_mincore(self, operation: Operation, *words: str) -> None:
         """Not an operation of pgemu: it changes nothing."""

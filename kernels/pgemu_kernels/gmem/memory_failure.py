@@ -109,6 +109,7 @@ from pgemu_kernels.words.rows import (
     MF_WORDS,
     PAGE_DIRTY,
     PAGE_MAPPINGS,
+    PAGE_PINNED,
     PAGE_POISONED,
     STATE_FAILURE,
 )
@@ -425,8 +426,10 @@ def fail_ordinary(m, pfn, required, early):
 @kernel
 def leave_anonymous(m, pfn):
     """The page that was anonymous memory is memory failure's alone: me_pagecache_clean() of an anonymous folio."""
-    m.counts[pfn] = np.uint32(PAGE_POISONED)
-    m.state[R_POISONED_FRAMES] += U1
+    pinned = U(m.counts[pfn]) & PAGE_PINNED
+    m.counts[pfn] = np.uint32(PAGE_POISONED | pinned)
+    if pinned == U0:  # else it is when the last pin goes
+        m.state[R_POISONED_FRAMES] += U1
     change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
 
 

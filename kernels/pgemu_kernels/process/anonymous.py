@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, take_frame
@@ -22,7 +22,7 @@ from pgemu_kernels.folios.anonymous_folios import (
 )
 from pgemu_kernels.folios.folio import reference_count, struct_page
 from pgemu_kernels.folios.poison import free_unless_poisoned
-from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SOFT_DIRTY, PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.entries import holds_page, is_hwpoison, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import prepare_anon_vma
@@ -44,12 +44,15 @@ from pgemu_kernels.words.rows import (
     A_SPACE,
     PAGE_CACHED,
     PAGE_EXCLUSIVE,
+    PAGE_HELD,
     PAGE_MAPPINGS,
+    PAGE_PINNED,
     PROT_WRITE,
     S_RSS,
 )
 
 U = np.uint64
+UNSHARE = U2  # in place of 1 or 0 for a write: FAULT_FLAG_UNSHARE, a page is to be this mapping's alone
 
 
 @kernel
@@ -82,7 +85,8 @@ def unmap_large(m, space, frame, n):
 
 @kernel
 def unmap_page(m, space, frame):
-    """folio_remove_rmap_pte() and put_page(): one mapping less; the page goes with its last one if no file holds it."""
+    """folio_remove_rmap_pte() and put_page(): one mapping less; the page goes with its last one if no file holds it and
+    no pin."""
     if is_large_anonymous(m.state, frame):
         unmap_large(m, space, frame, U1)
         return
@@ -92,7 +96,8 @@ def unmap_page(m, space, frame):
     charge_one(m, EVENT_RMAP_CHANGED)
     if word & (PAGE_MAPPINGS | PAGE_CACHED) == U0:
         change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
-        free_unless_poisoned(m, frame, word)
+        if word & PAGE_PINNED == U0:
+            free_unless_poisoned(m, frame, word)
 
 
 @kernel
@@ -137,7 +142,8 @@ def _fill_new_page(m, row, slot):
 
 
 @kernel
-def _copy_page(m, frame, old):
+def copy_page(m, frame, old):
+    """The contents of a page of anonymous memory into a frame of ordinary memory."""
     if is_large_anonymous(m.state, old):
         copy_from_large(m, frame, old)
     else:
@@ -145,8 +151,11 @@ def _copy_page(m, frame, old):
 
 
 @kernel
-def _copy_on_write(m, row, address, slot):
-    """wp_page_copy(): a new page with the contents of the old one, or of zeroes for the zero page."""
+def _copy_on_write(m, row, address, slot, unshare):
+    """wp_page_copy(): a new page with the contents of the old one, or of zeroes for the zero page.
+
+    `unshare`: FAULT_FLAG_UNSHARE, the page is only to be this mapping's alone: its entry is neither writable nor dirty.
+    """
     state = m.state
     space = state[row + A_SPACE]
     old = m.ram[slot]
@@ -158,13 +167,14 @@ def _copy_on_write(m, row, address, slot):
         fill_frame(m.ram, frame, U0)
         charge_one(m, EVENT_PAGE_ZEROED)
     else:
-        _copy_page(m, frame, pte_pfn(old))
+        copy_page(m, frame, pte_pfn(old))
         charge_one(m, EVENT_PAGE_COPIED)
     notify_range(m, space, address, address + U(4096))
     if old & PTE_SPECIAL == U0:
         unmap_page(m, space, pte_pfn(old))
     state[space_row(space) + S_RSS] += U1
-    m.ram[slot] = make_writable(pte_mkdirty(frame << U12 | vm_page_prot(state, row)))
+    entry = frame << U12 | vm_page_prot(state, row)
+    m.ram[slot] = entry | old & PTE_SOFT_DIRTY if unshare else make_writable(pte_mkdirty(entry))
     charge_one(m, EVENT_LEAF_WRITTEN)
     charge_one(m, EVENT_RMAP_CHANGED)
     charge_one(m, EVENT_TLB_FLUSH_MM)
@@ -203,22 +213,24 @@ def _can_reuse(m, frame):
     if is_large_anonymous(m.state, frame):
         return _can_reuse_large(m, frame)
     word = U(m.counts[frame])
-    if word & PAGE_EXCLUSIVE == U0 and word & (PAGE_MAPPINGS | PAGE_CACHED) != U1:
+    if word & PAGE_EXCLUSIVE == U0 and word & PAGE_HELD != U1:
         return False
     m.counts[frame] = np.uint32(word | PAGE_EXCLUSIVE)
     return True
 
 
 @kernel
-def _write_protected(m, row, address, slot):
+def _write_protected(m, row, address, slot, unshare):
     """do_wp_page(): a page of this mapping alone is made writable, any other is copied."""
     entry = m.ram[slot]
     if entry & PTE_SPECIAL == U0:
         if _can_reuse(m, pte_pfn(entry)):
+            if unshare:
+                return np.int64(VM_FAULT_NOPAGE)
             m.ram[slot] = make_writable(pte_mkdirty(entry | PTE_ACCESSED))
             charge_one(m, EVENT_LEAF_WRITTEN)
             return np.int64(VM_FAULT_NOPAGE)
-    return _copy_on_write(m, row, address, slot)
+    return _copy_on_write(m, row, address, slot, unshare)
 
 
 @outlined
@@ -226,18 +238,18 @@ def anonymous_fault(m, row, address, write):
     """handle_pte_fault() of a private anonymous VMA: VM_FAULT_NOPAGE, OOM, SIGSEGV at a guard, or HWPOISON.
 
     Linux returns 0 where this returns VM_FAULT_NOPAGE; 0 stands for an access that was no fault. `address` is
-    that of the page, `write` uint64 0 or 1; the VMA allows the access.
+    that of the page, `write` uint64 0 or 1, or UNSHARE; the VMA allows the access.
     """
     slot = need_slot(m, m.state[row + A_SPACE], address, U1)
     if slot == NONE:
         return np.int64(VM_FAULT_OOM)
     entry = m.ram[slot]
     if entry == U0:
-        if write == U0:
+        if write != U1:
             return _map_zero_page(m, row, slot)
         return _fill_new_page(m, row, slot)
     if not holds_page(entry):
         return np.int64(VM_FAULT_HWPOISON if is_hwpoison(m.state, entry) else VM_FAULT_SIGSEGV)
-    if write == U1 and entry & PTE_WRITE == U0:
-        return _write_protected(m, row, address, slot)
+    if write != U0 and entry & PTE_WRITE == U0:
+        return _write_protected(m, row, address, slot, write == UNSHARE)
     return np.int64(VM_FAULT_NOPAGE)

@@ -38,7 +38,7 @@ from pgemu_kernels.words.rows import (
     INODE_HUGETLB,
     PAGE_CACHED,
     PAGE_DIRTY,
-    PAGE_MAPPINGS,
+    PAGE_HELD,
     VM_RESERVATION_OWNER,
     VMA_ANONYMOUS,
     VMA_GUEST_MEMFD,
@@ -99,7 +99,7 @@ def drop_page(m, inode, index, word):
     change(m.stats, GAUGE_PAGE_CACHE_PAGES, -1)
     held = U(m.counts[word]) & ~(PAGE_CACHED | PAGE_DIRTY)
     m.counts[word] = np.uint32(held)
-    if held & PAGE_MAPPINGS == U0:
+    if held & PAGE_HELD == U0:
         free_unless_poisoned(m, word, held)
         charge_page_freed(m)
 

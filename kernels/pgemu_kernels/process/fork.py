@@ -10,15 +10,37 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import clear_words, inode_row, space_root, stop, vm_row, vma_row
-from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, compound_head, is_large_anonymous
+from pgemu_kernels.folios.anonymous_folios import add_rmap_ptes, compound_head, is_large_anonymous, is_page_exclusive
 from pgemu_kernels.folios.boot import process_root
 from pgemu_kernels.folios.folio import add_mapping, add_references, struct_page
-from pgemu_kernels.folios.huge_pages import duplicate_anonymous, level_of_order
+from pgemu_kernels.folios.huge_pages import (
+    copy_huge,
+    duplicate_anonymous,
+    give_back_huge,
+    is_anonymous,
+    is_exclusive,
+    level_of_order,
+    map_huge,
+    set_anonymous,
+    take_huge,
+)
+from pgemu_kernels.folios.pinning import maybe_pinned
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_DIRTY, PTE_SAVED_DIRTY, PTE_SPECIAL, PTE_WRITE
+from pgemu_kernels.process.anonymous import copy_page, is_anon_exclusive, new_page
 from pgemu_kernels.process.close import close_vma
-from pgemu_kernels.process.entries import holds_page, is_hwpoison, protect_from_writes, pte_pfn
-from pgemu_kernels.process.huge_memory import copy_huge_pmd
-from pgemu_kernels.process.huge_pmd import is_huge_anonymous
+from pgemu_kernels.process.entries import (
+    holds_page,
+    is_hwpoison,
+    leaf_pfn,
+    make_writable,
+    protect_from_writes,
+    pte_mkdirty,
+    pte_pfn,
+    vm_page_prot,
+)
+from pgemu_kernels.process.huge_memory import copy_huge_pmd, split_and_notify
+from pgemu_kernels.process.huge_pmd import is_huge_anonymous, is_huge_zero
+from pgemu_kernels.process.hugetlb import new_entry, vma_index
 from pgemu_kernels.process.tables import (
     free_pgtables,
     gather,
@@ -41,11 +63,12 @@ from pgemu_kernels.process.zapping import UNMAP, zap_vma
 from pgemu_kernels.stage2.notifier import notify_range, notify_release
 from pgemu_kernels.words.enum_words import (
     EVENT_LEAF_WRITTEN,
+    EVENT_PAGE_COPIED,
     EVENT_RMAP_CHANGED,
     GAUGE_HOST_LEAVES_4K,
     GAUGE_HOST_TABLES,
 )
-from pgemu_kernels.words.operations import EAGAIN, ENOMEM
+from pgemu_kernels.words.operations import EAGAIN, ENOMEM, ENOSPC
 from pgemu_kernels.words.registers import R_SPACES, R_VMAS, R_VMS
 from pgemu_kernels.words.rows import (
     A_ANON_VMA,
@@ -54,6 +77,7 @@ from pgemu_kernels.words.rows import (
     A_INODE,
     A_KIND,
     A_LIVE,
+    A_PROT,
     A_RESERVED,
     A_SPACE,
     A_START,
@@ -61,7 +85,9 @@ from pgemu_kernels.words.rows import (
     O_DETAIL,
     O_SPACE,
     PAGE_EXCLUSIVE,
+    PROT_WRITE,
     S_GENERATION,
+    S_HAS_PINNED,
     S_LIVE,
     S_ORDINARY,
     S_ROOT,
@@ -148,11 +174,35 @@ def _duplicate_file(m, row, frame):
 
 
 @kernel
-def _copied(m, row, space, slot):
-    """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes()."""
+def _needs_copy_now(m, row, frame):
+    """folio_needs_cow_for_dma(), of a page of one mapping alone: the parent keeps what a device may write to."""
+    return m.state[space_row(m.state[row + A_SPACE]) + S_HAS_PINNED] != U0 and maybe_pinned(m, frame)
+
+
+@outlined
+def _copy_present_page(m, child, old):
+    """copy_present_page(): the child's word for a page of its own with the contents of a pinned one; NONE."""
+    frame = new_page(m)
+    if frame == NONE:
+        return NONE
+    copy_page(m, frame, old)
+    charge_one(m, EVENT_PAGE_COPIED)
+    charge_one(m, EVENT_RMAP_CHANGED)
+    entry = pte_mkdirty(frame << U12 | vm_page_prot(m.state, child))
+    return make_writable(entry) if m.state[child + A_PROT] & PROT_WRITE != U0 else entry
+
+
+@kernel
+def _copied(m, row, child, slot):
+    """The child's word for a 4K entry of the parent, which may lose its write access: copy_present_ptes(). NONE
+    without memory."""
     state = m.state
+    space = state[child + A_SPACE]
     entry = m.ram[slot]
     if state[row + A_FLAGS] & VM_SHARED == U0:
+        frame = pte_pfn(entry)
+        if entry & PTE_SPECIAL == U0 and is_anon_exclusive(m, frame) and _needs_copy_now(m, row, frame):
+            return _copy_present_page(m, child, frame)
         if entry & PTE_SPECIAL == U0:
             _duplicate(m, pte_pfn(entry), space)
         if entry & U1 != U0 and entry & PTE_WRITE != U0:
@@ -177,7 +227,10 @@ def _copy_level1(m, row, child, address, stop_, slot):
         entry = m.ram[slot]
         if entry != U0:
             if holds_page(entry):
-                m.ram[target] = _copied(m, row, space, slot)
+                copied = _copied(m, row, child, slot)
+                if copied == NONE:
+                    return np.int64(-ENOMEM)
+                m.ram[target] = copied
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, U1)
@@ -189,6 +242,15 @@ def _copy_level1(m, row, child, address, stop_, slot):
         target += U1
         address += U(4096)
     return np.int64(0)
+
+
+@kernel
+def _is_huge_to_copy(m, row, entry):
+    """folio_try_dup_anon_rmap_pmd() of a 2M leaf: whether it refuses."""
+    if is_huge_zero(m.state, entry):
+        return False
+    head = leaf_pfn(entry, U2)
+    return is_page_exclusive(m, head) and _needs_copy_now(m, row, head)
 
 
 @outlined
@@ -210,6 +272,9 @@ def _copy_small(m, row, child):
         if target == NONE:
             return np.int64(-ENOMEM)
         if is_huge_anonymous(state, row, m.ram[slot], level):
+            if _is_huge_to_copy(m, row, m.ram[slot]):
+                split_and_notify(m, row, slot, address)  # then page by page
+                continue
             if copy_huge_pmd(m, row, child, slot, target) != 0:
                 return np.int64(-ENOMEM)
             gather(m, address, level)
@@ -222,8 +287,25 @@ def _copy_small(m, row, child):
 
 
 @outlined
+def _install_copy(m, row, child, address, head):
+    """hugetlb_install_folio(): the child's word for a huge page of its own with the contents of a pinned one; NONE."""
+    state = m.state
+    order = huge_order(state, row)
+    own = take_huge(m, order, U0)
+    if own == NONE:
+        return NONE
+    if copy_huge(m, own, head, order) != 0:
+        give_back_huge(m, own)
+        return NONE
+    set_anonymous(m, own, state[child + A_ANON_VMA], vma_index(state, child, address))
+    map_huge(m, own)
+    return new_entry(state, child, own, state[child + A_PROT] & PROT_WRITE != U0)
+
+
+@outlined
 def _copy_huge(m, row, child):
-    """copy_hugetlb_page_range() of a private mapping: both lose write access. 0 or -ENOMEM."""
+    """copy_hugetlb_page_range() of a private mapping: both lose write access. 0, -ENOMEM, or -ENOSPC without a huge
+    page for the copy of one that is pinned."""
     state = m.state
     root = space_root(state, state[row + A_SPACE])
     level = level_of_order(huge_order(state, row))
@@ -236,11 +318,17 @@ def _copy_huge(m, row, child):
                 return np.int64(-ENOMEM)
             if holds_page(m.ram[slot]):
                 entry = m.ram[slot]
-                if entry & U1 != U0 and entry & PTE_WRITE != U0:
-                    entry = protect_from_writes(entry)
-                    m.ram[slot] = entry
+                head = pte_pfn(entry)
+                if is_anonymous(m, head) and is_exclusive(m, head) and _needs_copy_now(m, row, head):
+                    entry = _install_copy(m, row, child, address, head)
+                    if entry == NONE:
+                        return np.int64(-ENOSPC)
+                else:
+                    if entry & U1 != U0 and entry & PTE_WRITE != U0:
+                        entry = protect_from_writes(entry)
+                        m.ram[slot] = entry
+                    duplicate_anonymous(m, head)
                 m.ram[target] = entry
-                duplicate_anonymous(m, pte_pfn(entry))
                 change_value(m.stats, GAUGE_HOST_LEAVES_4K + level - U1, 1)
                 charge_one(m, EVENT_LEAF_WRITTEN)
                 gather(m, address, level)
@@ -258,7 +346,7 @@ def _needs_copy(state, row):
 
 @outlined
 def _copy_vma(m, row, space):
-    """Give a new process a copy of a VMA and of its entries: 0 or -ENOMEM."""
+    """Give a new process a copy of a VMA and of its entries: 0, -ENOMEM, -ENOSPC."""
     state = m.state
     child = copy_vma(state, row)
     if child == NONE:
@@ -282,7 +370,8 @@ def _copy_vma(m, row, space):
 
 @outlined
 def fork(m, op):
-    """fork(): 0 with the number of the new process; -EAGAIN past words.SPACES processes, -ENOMEM."""
+    """fork(): 0 with the number of the new process; -EAGAIN past words.SPACES processes, -ENOMEM; -ENOSPC where a
+    pinned huge page cannot be copied."""
     state = m.state
     parent = state[op + O_SPACE]
     space = make_space(m)
@@ -298,10 +387,11 @@ def fork(m, op):
         if state[row + A_FLAGS] & VM_DONTCOPY != U0:
             address = state[row + A_END]
             continue
-        if _copy_vma(m, row, space) != 0:
+        status = _copy_vma(m, row, space)
+        if status != 0:
             gather_flush(m, parent)
             end_process(m, space)
-            return stop(state, op, -ENOMEM)
+            return stop(state, op, status)
         address = state[row + A_END]
     gather_flush(m, parent)
     state[op + O_DETAIL] = space

@@ -21,7 +21,7 @@ from pgemu_kernels.folios.anonymous_folios import (
 )
 from pgemu_kernels.folios.folio import add_references, reference_count, struct_page
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.anonymous import anonymous_fault, zero_page
+from pgemu_kernels.process.anonymous import UNSHARE, anonymous_fault, zero_page
 from pgemu_kernels.process.entries import (
     is_protnone,
     leaf_pfn,
@@ -191,7 +191,7 @@ def _can_reuse(m, row, head):
 
 
 @kernel
-def _write_protected(m, row, address, slot):
+def _write_protected(m, row, address, slot, unshare):
     """do_huge_pmd_wp_page(): made writable where the huge page is this mapping's alone, else split; pages of it are
     copied one by one."""
     entry = m.ram[slot]
@@ -201,6 +201,8 @@ def _write_protected(m, row, address, slot):
             if status != _FALLBACK:
                 return status
     elif _can_reuse(m, row, leaf_pfn(entry, U2)):
+        if unshare:
+            return _DONE
         m.ram[slot] = make_writable(pte_mkdirty(entry | PTE_ACCESSED))
         charge_one(m, EVENT_LEAF_WRITTEN)
         return _DONE
@@ -218,13 +220,13 @@ def _huge_fault(m, row, address, write):
     if points_to_table(entry):
         return _FALLBACK
     if entry != U0:
-        if write == U1 and entry & PTE_WRITE == U0:
-            return _write_protected(m, row, address, slot)
+        if write != U0 and entry & PTE_WRITE == U0:
+            return _write_protected(m, row, address, slot, write == UNSHARE)
         return _DONE
     if not _is_allowed(m.state, row) or not fits_huge(m.state, row, address):
         return _FALLBACK
     prepare_anon_vma(m.state, row)
-    if write == U0:
+    if write != U1:
         return _map_zero(m, row, slot)
     return _fill(m, row, address, slot)
 
@@ -246,7 +248,7 @@ def private_fault(m, row, address, write):
 def copy_huge_pmd(m, row, child, slot, target):
     """copy_huge_pmd(): the child maps the huge page too, and both lose write access. 0 or -ENOMEM.
 
-    `row`, `child`: the VMAs; the slots are those of parent and child. A huge page has no pins here.
+    `row`, `child`: the VMAs; the slots are those of parent and child. One that must be copied is split before.
     """
     state = m.state
     entry = m.ram[slot]

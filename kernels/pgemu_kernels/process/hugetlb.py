@@ -26,6 +26,7 @@ from pgemu_kernels.folios.huge_pages import (
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.folios.poison import is_folio_poisoned
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
+from pgemu_kernels.process.anonymous import UNSHARE
 from pgemu_kernels.process.entries import is_hwpoison, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import level3_slot, lookup_address, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
@@ -120,7 +121,7 @@ def huge_slot(m, row, address):
 
 
 @kernel
-def _new_entry(state, row, head, writable):
+def new_entry(state, row, head, writable):
     """make_huge_pte(): a writable entry is dirty from the start."""
     entry = head << U12 | vm_page_prot(state, row) | PTE_LARGE
     if writable:
@@ -186,12 +187,12 @@ def _first_access(m, row, address, slot):
             set_anonymous(m, head, state[row + A_ANON_VMA], vma_index(state, row, address))
     map_huge(m, head)
     writable = is_shared_mapping(state, row) and state[row + A_PROT] & PROT_WRITE != U0
-    _set_huge(m, row, slot, _new_entry(state, row, head, writable))
+    _set_huge(m, row, slot, new_entry(state, row, head, writable))
     return np.int64(VM_FAULT_NOPAGE)
 
 
 @outlined
-def _write_protected(m, row, address, slot):
+def _write_protected(m, row, address, slot, unshare):
     """hugetlb_wp(): make a page writable that is this mapping's alone or shared on purpose, copy any other.
 
     Without a page left the fault ends in SIGBUS. Linux would first take the page from the children of the
@@ -203,6 +204,8 @@ def _write_protected(m, row, address, slot):
     if is_shared_mapping(state, row) or (is_anonymous(m, old) and huge_mapcount(m, old) == U1):
         if not is_shared_mapping(state, row) and not is_exclusive(m, old):
             move_anonymous(m, old, state[row + A_ANON_VMA])
+        if unshare:
+            return np.int64(VM_FAULT_NOPAGE)
         m.ram[slot] = pte_mkdirty(entry) | PTE_WRITE
         charge_one(m, EVENT_LEAF_WRITTEN)
         return np.int64(VM_FAULT_NOPAGE)
@@ -218,7 +221,7 @@ def _write_protected(m, row, address, slot):
     notify_range(m, state[row + A_SPACE], address, address + size)
     set_anonymous(m, head, state[row + A_ANON_VMA], vma_index(state, row, address))
     map_huge(m, head)
-    m.ram[slot] = _new_entry(state, row, head, True)
+    m.ram[slot] = new_entry(state, row, head, not unshare)
     unmap_huge(m, old, U0)
     charge_one(m, EVENT_LEAF_WRITTEN)
     charge_one(m, EVENT_TLB_FLUSH_MM)
@@ -241,6 +244,6 @@ def hugetlb_fault(m, row, address, write):
         status = _first_access(m, row, address, slot)
     elif is_hwpoison(m.state, m.ram[slot]):
         return np.int64(VM_FAULT_HWPOISON_LARGE)
-    if status == VM_FAULT_NOPAGE and write == U1 and m.ram[slot] & PTE_WRITE == U0:
-        status = _write_protected(m, row, address, slot)
+    if status == VM_FAULT_NOPAGE and write != U0 and m.ram[slot] & PTE_WRITE == U0:
+        status = _write_protected(m, row, address, slot, write == UNSHARE)
     return status

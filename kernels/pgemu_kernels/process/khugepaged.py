@@ -18,6 +18,7 @@ from pgemu_kernels.folios.anonymous_folios import (
     put_contents,
     take_large_anonymous,
 )
+from pgemu_kernels.folios.pinning import has_pins
 from pgemu_kernels.formats.bits import PTE_SPECIAL, PTE_WRITE
 from pgemu_kernels.process.anonymous import unmap_page
 from pgemu_kernels.process.entries import holds_page, points_to_table, pte_pfn
@@ -35,7 +36,7 @@ from pgemu_kernels.words.enum_words import (
     EVENT_TLB_FLUSH_MM,
     GAUGE_HOST_LEAVES_2M,
 )
-from pgemu_kernels.words.operations import EINVAL, ENOMEM, EOPNOTSUPP, PAGE_2M
+from pgemu_kernels.words.operations import EAGAIN, EINVAL, ENOMEM, EOPNOTSUPP, PAGE_2M
 from pgemu_kernels.words.registers import (
     R_COLLAPSE_BATCHES,
     R_COLLAPSE_SKIPS_HOLES,
@@ -64,6 +65,7 @@ _INSIDE = _SIZE - U1
 _COLLAPSED = np.int64(0)
 _NOT_THIS = np.int64(1)  # of what it fails with others are tried
 _END = np.int64(2)  # ... none is
+_REFERENCED = np.int64(3)  # SCAN_PAGE_COUNT: others are tried
 
 
 @kernel
@@ -80,6 +82,16 @@ def _is_suitable(m, table):
             continue
         writable = writable or entry & PTE_WRITE != U0
     return writable
+
+
+@kernel
+def _is_pinned(m, table):
+    """is_refcount_suitable(): whether somebody but mappings has a page of a table."""
+    for i in range(U512):
+        entry = m.ram[table + i]
+        if entry != U0 and entry & PTE_SPECIAL == U0 and holds_page(entry) and has_pins(m, pte_pfn(entry)):
+            return True
+    return False
 
 
 @kernel
@@ -157,6 +169,8 @@ def _collapse_one(m, row, address):
         return _COLLAPSED
     if not _is_suitable(m, below(m, slot)):
         return _NOT_THIS
+    if _is_pinned(m, below(m, slot)):
+        return _REFERENCED
     return _collapse_huge_page(m, row, address, slot)
 
 
@@ -175,7 +189,8 @@ def _can_have_huge_pages(state, row):
 
 @outlined
 def _collapse_vma(m, op, row, start, end):
-    """madvise_collapse() of [start, end) of one VMA: 0, -EINVAL, -ENOMEM, -EOPNOTSUPP."""
+    """madvise_collapse() of [start, end) of one VMA: 0, -EINVAL, -ENOMEM, -EOPNOTSUPP; -EAGAIN if the last one that
+    failed did so because a page of it is pinned: madvise_collapse_errno()."""
     refused = _can_have_huge_pages(m.state, row)
     if refused != 0:
         return refused
@@ -186,7 +201,7 @@ def _collapse_vma(m, op, row, start, end):
         if status < 0:
             return status
         if status != _COLLAPSED:
-            failed = np.int64(-EINVAL)
+            failed = np.int64(-EAGAIN if status == _REFERENCED else -EINVAL)
         if status == _END:
             break
         address += _SIZE

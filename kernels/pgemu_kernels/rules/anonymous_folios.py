@@ -22,6 +22,7 @@ from pgemu_kernels.rules.invariants import expect, expect_gauge
 from pgemu_kernels.words.enum_words import BROKEN_COUNTS, BROKEN_REFERENCES, GAUGE_ANON_HUGE_PAGES
 from pgemu_kernels.words.registers import (
     R_FOLIO_6_12,
+    R_HOLDERS_OFF,
     R_HUGE_ANONYMOUS,
     R_HUGE_ZERO_FRAME,
     R_LARGE_MAPPED,
@@ -60,7 +61,9 @@ def _check_folio(m, head):
     entire = entire_mapcount(m, page)
     mappings = large_mapcount(ram, page)
     total, mapped = _count_pages(m, head, entire)
-    expect(m, mappings == total + entire and mappings != U0, BROKEN_COUNTS, head)
+    expect(m, mappings == total + entire, BROKEN_COUNTS, head)
+    # What pins alone hold has no references while those are taken off.
+    expect(m, mappings != U0 or m.state[R_HOLDERS_OFF] != U0, BROKEN_COUNTS, head)
     whole = ENTIRELY_MAPPED if entire != U0 else U0
     expect(m, pages_mapped(m, page) == mapped + whole, BROKEN_COUNTS, head)
     expect(m, reference_count(ram, page) == mappings, BROKEN_REFERENCES, head)

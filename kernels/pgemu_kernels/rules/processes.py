@@ -84,6 +84,7 @@ from pgemu_kernels.words.rows import (
     PAGE_DIRTY,
     PAGE_EXCLUSIVE,
     PAGE_MAPPINGS,
+    PAGE_PINNED,
     PAGE_POISONED,
     S_DEPOSITED,
     S_RSS,
@@ -319,7 +320,8 @@ def _check_cached_pages(m, node, owner, found):
         found[FOUND_CACHED] += 1
         if owner[frame] == np.uint8(0):
             owner[frame] = _PAGE
-            expect(m, U(m.counts[frame]) & ~(PAGE_DIRTY | PAGE_POISONED) == PAGE_CACHED, BROKEN_COUNTS, frame)
+            kept = U(m.counts[frame]) & ~(PAGE_DIRTY | PAGE_POISONED | PAGE_PINNED)
+            expect(m, kept == PAGE_CACHED, BROKEN_COUNTS, frame)
         expect(m, owner[frame] == _PAGE and U(m.counts[frame]) & PAGE_CACHED != U0, BROKEN_FRAMES, frame)
         index = cache_next(m, m.state[node + I_CACHE], index + U1)
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U2, U8, U32, U64
+from pgemu_kernels.engine.bits import LOW32, U0, U1, U2, U8, U32, U64, U511, U512
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.folios.folio import COUNTS, add_references, mappings, reference_count, struct_page
+from pgemu_kernels.folios.counts import PINCOUNT, pin_count
+from pgemu_kernels.folios.folio import (
+    COUNTS,
+    add_references,
+    folio_test_large,
+    mappings,
+    reference_count,
+    struct_page,
+)
 from pgemu_kernels.folios.hstate import in_zone
-from pgemu_kernels.folios.page_cache import cache_find
+from pgemu_kernels.folios.pinning import head_in_zone
 from pgemu_kernels.folios.poison import is_held_by_failure
 from pgemu_kernels.folios.xarray import has_pieces
 from pgemu_kernels.gmem.references import transient
@@ -34,10 +42,12 @@ from pgemu_kernels.words.registers import (
     R_FAULT_REFERENCES,
     R_FROZEN,
     R_GUEST_PAGES,
+    R_HUGE_ZERO_FRAME,
     R_LRU_CPUS,
     R_ORDER,
-    R_PINS,
+    R_PINNED,
     R_TRANSIENT,
+    R_ZERO_FRAME,
 )
 from pgemu_kernels.words.rows import (
     ACTORS,
@@ -49,14 +59,9 @@ from pgemu_kernels.words.rows import (
     LRU_WORDS,
     O_REFERENCED,
     O_WORDS,
-    PIN_FRAMES,
-    PIN_LIVE,
-    PIN_PAGES,
-    PIN_WORDS,
     STATE_FROZEN,
     STATE_LRU,
     STATE_OPS,
-    STATE_PINS,
     Z_PFN,
     Z_REFERENCES,
     Z_WORDS,
@@ -84,16 +89,31 @@ def _hold(m, pfn, n, giving):
 
 
 @kernel
-def _hold_pins(m, giving):
-    """What all pins hold: how many pages, each as often as it is pinned."""
-    state = m.state
+def _hold_pin(m, pfn, n, giving):
+    """The same of `n` pins of a page: their references, and what counts them."""
+    if not in_zone(m.state, pfn):
+        at = m.state[R_PINNED] + pfn
+        expect(m, giving or U(m.counts[at]) >= n, BROKEN_REFERENCES, pfn)
+        m.counts[at] = np.uint32(U(m.counts[at]) + (n if giving else U0 - n) & LOW32)
+        return
+    page = struct_page(m, head_in_zone(m, pfn))
+    large = folio_test_large(m.ram, page)
+    references = n if large else n * GUP_PIN_COUNTING_BIAS
+    if large:
+        expect(m, giving or pin_count(m.ram, page) >= n, BROKEN_REFERENCES, pfn)
+        m.ram[page + PINCOUNT] += (n if giving else U0 - n) << U32
+    expect(m, giving or reference_count(m.ram, page) >= references, BROKEN_REFERENCES, pfn)
+    add_references(m.ram, page, references if giving else U0 - references)
+
+
+@kernel
+def _hold_pins(m, pages, pins, giving):
+    """What pins hold of `pages` (frame numbers), each as often as `pins` says: how many that are."""
     pinned = U0
-    for pin in range(state[R_PINS]):
-        row = STATE_PINS + pin * U(PIN_WORDS)
-        if state[row + PIN_LIVE] != U0:
-            for index in range(state[row + PIN_PAGES]):
-                _hold(m, cache_find(m, state[row + PIN_FRAMES], index), GUP_PIN_COUNTING_BIAS, giving)
-            pinned += state[row + PIN_PAGES]
+    for i in range(U(pages.size)):
+        pinned += pins[i]
+        if pages[i] != m.state[R_ZERO_FRAME] and (pages[i] & ~U511 != m.state[R_HUGE_ZERO_FRAME] or pages[i] < U512):
+            _hold_pin(m, pages[i], pins[i], giving)
     return pinned
 
 
@@ -135,9 +155,9 @@ def thaw(m, frozen):
 
 
 @outlined
-def hold_again(m, giving):
+def hold_again(m, giving, pages, pins):
     """Give the references of pins, LRU batches and faults back, or take them away, and compare with what is kept."""
-    pinned = _hold_pins(m, giving)
+    pinned = _hold_pins(m, pages, pins, giving)
     cached = _hold_batches(m, giving)
     faults = _hold_faults(m, giving)
     if not giving:

@@ -12,7 +12,19 @@ import numpy as np
 from pgemu_kernels.engine.ahead import declare, declared as declared
 
 __all__ = (
-    *("check", "check_ordinary", "declared", "edit", "provide", "run", "run_designs", "run_ordinary", "run_pooling"),
+    *(
+        "arrange",
+        "check",
+        "check_ordinary",
+        "declared",
+        "edit",
+        "provide",
+        "run",
+        "run_designs",
+        "run_devices",
+        "run_ordinary",
+        "run_pooling",
+    ),
     *("translate", "translate_nested"),
 )
 
@@ -44,6 +56,10 @@ run_designs = declare(
 run_ordinary = declare(
     "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
+run_devices = declare(
+    "pgemu_kernels.run.devices", "run_devices", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
+).dispatcher
+arrange = declare("pgemu_kernels.run.devices", "arrange", descriptor=_INTS, what=_INT, number=_WORD).dispatcher
 run_pooling = declare(
     "pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher

@@ -121,7 +121,8 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
     """Run operations from `first` on, up to one that is for another entry: routing.stopped_at().
 
     With `mode` BEGIN or STEP it is the operation of `actor` that is begun or does its next step: GO, STOP or BLOCKED;
-    the columns are not looked at. Nor are they with TAKE_AWAY and GIVE_BACK: reference_recount.hold_again().
+    the columns are not looked at. TAKE_AWAY, GIVE_BACK: references.hold_again() of the frames in `object_`, as many
+    pins of each as `address` says.
     """
     m = open_full_machine(descriptor)
     if mode >= TAKE_AWAY:
@@ -129,7 +130,7 @@ def run_designs(descriptor, header, object_, address, offset, length, status, de
             check_in_pieces(m)
         else:
             thaw(m, False)
-        hold_again(m, mode == GIVE_BACK)
+        hold_again(m, mode == GIVE_BACK, object_, address)
         m.state[R_HOLDERS_OFF] = U1 if mode == TAKE_AWAY else U0
         if mode == GIVE_BACK:
             check_blocks(m)

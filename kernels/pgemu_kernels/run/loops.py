@@ -261,6 +261,7 @@ def run_stretches(m, columns, first, loops):
     addresses of the entries that run stretches. Where one is missing: the index and 1 + its number << LOOP_SHIFT.
     """
     count = U(columns.status.size)
+    finish_spins(m)  # a device may have let go of what one waits for
     while first < count:
         kind = element(columns.header, first) & LOW8
         if is_pooling(kind) or leaves(m, element(columns.header, first)):

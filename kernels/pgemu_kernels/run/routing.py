@@ -43,6 +43,7 @@ from pgemu_kernels.words.operations import (
     OPS_BY_MMAP,
     OPS_BY_PROCESS,
     OPS_BY_SLOT,
+    OPS_DEVICES,
     OPS_FULL,
     OPS_POOLING,
     OPS_TRYING,
@@ -82,6 +83,7 @@ U = np.uint64
 _FULL = U(Entry.FULL << ENTRY_SHIFT)
 _ORDINARY = U(Entry.ORDINARY << ENTRY_SHIFT)
 _POOLING = U(Entry.POOLING << ENTRY_SHIFT)
+_DEVICES = U(Entry.DEVICES << ENTRY_SHIFT)
 _S_WORDS = U(S_WORDS)
 _OPERATIONS = U(OPERATIONS)
 _PRIVATE_OR_SHARED = FLAG_PRIVATE | FLAG_SHARED
@@ -173,8 +175,14 @@ def is_of(operations, kind):
 
 @kernel
 def is_pooling(kind):
-    """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`."""
-    return is_of(OPS_POOLING, kind)
+    """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`, or of a device."""
+    return is_of(OPS_POOLING | OPS_DEVICES, kind)
+
+
+@kernel
+def entry_of(kind):
+    """The entry of such an operation, as stopped_at() returns it."""
+    return _DEVICES if is_of(OPS_DEVICES, kind) else _POOLING
 
 
 @kernel
@@ -216,7 +224,7 @@ def entry_elsewhere(state, op):
     """The entry for the operation in a record, as stopped_at() returns it; 0 where it is the designs'."""
     kind = state[op + O_OP]
     if is_pooling(kind):
-        return _POOLING
+        return entry_of(kind)
     header = kind | state[op + O_FLAGS] << U8 | state[op + O_VM] << U32 | state[op + O_SPACE] << U48
     return _ORDINARY if is_ordinary(state, header, state[op + O_OBJECT], state[op + O_ADDRESS]) else U0
 
@@ -230,7 +238,7 @@ def stopped_at(state, columns, i):
         return i
     kind = element(columns.header, i) & LOW8
     if is_pooling(kind):
-        return i | _POOLING
+        return i | entry_of(kind)
     if is_ordinary(state, element(columns.header, i), element(columns.object, i), element(columns.address, i)):
         return i | _ORDINARY
     return i | _FULL

@@ -80,6 +80,8 @@ class Event(IntEnum):
     IOTLB_FLUSH_PAGES = 54  # an invalidation of pages of a domain, a power of two of them
     IOTLB_FLUSH_DOMAIN = 55  # ... of all of it, for that would be too many
     DEVICE_TABLE_UPDATED = 56  # a domain has another root: the entries of its devices are written and flushed
+    IOMMU_STALE_PRIVATE = 57  # a device reached a page through an entry that outlived its conversion to private
+    IOMMU_STALE_FREED = 58  # ... or its page cache
 
 
 EVENTS = 64  # room in a counter row
@@ -135,9 +137,10 @@ class Gauge(IntEnum):
     # split and merge have interrupts off for.
     STORES_IRQ_OFF = 30
     ANON_HUGE_PAGES = 31  # transparent huge pages that a 2M leaf maps (nr_anon_transparent_hugepages)
+    IOMMU_PAGES = 32  # 4K pages that I/O page tables of VFIO and iommufd map
 
 
-GAUGES = 32
+GAUGES = 40
 
 CLOCK_LOW = U(0)  # int64 picoseconds, low and high end of the estimate
 CLOCK_HIGH = U(1)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 import pgemu_kernels.words.sources as _S
+from pgemu_kernels.words.errnos import *  # noqa: F403
 
 U = np.uint64
 
@@ -31,6 +32,7 @@ class Entry(IntEnum):
     FULL = 2  # full.run_designs
     ORDINARY = 3  # ordinary.run_ordinary: of neither design
     POOLING = 4  # pooling.run_pooling: done to huge pages themselves
+    DEVICES = 5  # devices.run_devices: what devices reach
 
 
 ENTRY_SHIFT = 56  # from this bit on, what an entry returns that stopped tells which one goes on
@@ -142,7 +144,7 @@ class Operation(IntEnum):
         _S.both(_S.MEMSLOT_DELETED),
     )
     PIN = (
-        11, Entry.FULL, By.NEVER, {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
+        11, Entry.FULL, By.PROCESS, {"flags": "WRITE, LONGTERM", "object": "pin, below 256", **_HOST_RANGE},
         _S.both(_S.main("mm/gup.c:pin_user_pages"), _S.main("mm/gup.c:check_vma_flags")),
     )
     UNPIN = (
@@ -159,13 +161,22 @@ class Operation(IntEnum):
         _S.both(_S.main("mm/swap.c:__folio_put")),
     )
     DMA_MAP = (
-        15, Entry.NOBODY, By.NEVER, {**_DMA_RANGE, **_FILE_PAGE},
+        15, Entry.DEVICES, By.NEVER,
+        {"flags": "READ, WRITE; of an IOAS IOVA_ANY: the address is chosen; COPY: of what the IOAS `object` has "
+         "from address `offset` on", "vm": "process whose memory it is, or that accounts for it", **_DMA_RANGE,
+         "object": "inode; 0xffffffff: memory of the process", "offset": "bytes into the inode; or HVA, bytes"},
+        _S.both(_S.main("drivers/vfio/vfio_iommu_type1.c:vfio_dma_do_map"),
+                _S.main("drivers/iommu/iommufd/io_pagetable.c:iopt_map_pages")),
     )
     DMA_UNMAP = (
-        16, Entry.NOBODY, By.NEVER, _DMA_RANGE,
+        16, Entry.DEVICES, By.NEVER, {**_DMA_RANGE, "length": "bytes; all ones: everything"},
+        _S.both(_S.main("drivers/vfio/vfio_iommu_type1.c:vfio_dma_do_unmap"),
+                _S.main("drivers/iommu/iommufd/io_pagetable.c:iopt_unmap_iova")),
     )
     DMA_ACCESS = (
-        17, Entry.NOBODY, By.NEVER, {"flags": "WRITE", **_DMA_RANGE, "object": "device"},
+        17, Entry.DEVICES, By.NEVER,
+        {"flags": "WRITE", **_DMA_RANGE, "object": "device", "offset": "word that a write stores there, not 0"},
+        _S.both(_S.main("drivers/iommu/iommu.c:iommu_iova_to_phys")),
     )
     NESTED_MAP = (
         18, Entry.NOBODY, By.NEVER,
@@ -357,6 +368,7 @@ def _codes(operations: Iterable[Operation]) -> np.uint64:
 
 # Classes of operations, for routing.py.
 OPS_FULL = _codes(op for op in Operation if op.entry is Entry.FULL)
+OPS_DEVICES = _codes(op for op in Operation if op.entry is Entry.DEVICES)
 OPS_POOLING = _codes(op for op in Operation if op.entry is Entry.POOLING)
 OPS_BY_MAPPING = _codes(op for op in Operation if op.ordinary is By.MAPPING)
 OPS_BY_SLOT = _codes(op for op in Operation if op.ordinary is By.SLOT)
@@ -391,6 +403,8 @@ class Flag(IntFlag):
     ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
     COUNTED = 128  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
+    IOVA_ANY = 32  # of DMA_MAP: without IOMMU_IOAS_MAP_FIXED_IOVA
+    COPY = 16  # of DMA_MAP: IOMMU_IOAS_COPY
     LOCKED_TOO = 64  # of ZAP with MADVISE: MADV_DONTNEED_LOCKED
     SOFT = 1  # of MEMORY_FAILURE and INJECT: soft offline
     HARDWARE = 2  # of MEMORY_FAILURE: without MF_SW_SIMULATED
@@ -418,26 +432,6 @@ VM_FAULT_NOPAGE = 0x100
 VM_FAULT_LOCKED = 0x200
 VM_FAULT_RETRY = 0x400
 
-ENOENT = 2
-EINTR = 4
-ENXIO = 6
-EBADF = 9
-EAGAIN = 11
-ENOMEM = 12
-EACCES = 13
-EFAULT = 14
-EBUSY = 16
-EEXIST = 17
-ENODEV = 19
-EINVAL = 22
-ENOSPC = 28
-ERANGE = 34
-ENOTTY = 25
-EOVERFLOW = 75
-EBADFD = 77
-EOPNOTSUPP = 95
-EADDRINUSE = 98
-EHWPOISON = 133
 WOULD_SPIN = (
     140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is that high)
 )

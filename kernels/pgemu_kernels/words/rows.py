@@ -6,7 +6,7 @@ import numpy as np
 
 from pgemu_kernels.words.broken import BROKEN_RULES
 from pgemu_kernels.words.registers import R_WORD_COUNT
-from pgemu_kernels.words.table_words import F_WORDS
+from pgemu_kernels.words.table_words import E_WORDS, F_WORDS
 
 U = np.uint64
 
@@ -156,6 +156,45 @@ PIN_WORDS = 8
 PINS = 256
 GUP_PIN_COUNTING_BIAS = U(1024)  # include/linux/mm.h: references that a pin of an order-0 folio is
 
+# address spaces of devices: a container of VFIO type1, or an IOAS of iommufd
+D_KIND = U(0)  # DOMAIN_*; 0: the row is free
+D_DEVICES = U(1)  # devices attached
+D_ROOT = U(2)  # physical address of the I/O page table's root; 0: there is no domain, nothing is pinned
+D_FORMAT = U(3)  # row of its format
+D_EMPTY_FORMAT = U(4)  # ... and of that of a domain without tables
+D_AREAS = U(5)  # root of a radix tree by the last page of each mapping: its first address, and AREA_*
+D_MEMORY = U(6)  # ... of where its memory lies: address and process of type1, page and io_pages of iommufd
+D_COUNT = U(7)  # mappings
+D_LIMIT = U(8)  # type1: dma_entry_limit when the container was made
+D_MEMLOCK = U(9)  # RLIMIT_MEMLOCK in pages; NONE: none, CAP_IPC_LOCK
+D_LAST = U(10)  # the highest address,
+D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
+D_POLICY = U(15)  # POLICY_*
+D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
+D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
+D_WORDS = 24
+DOMAINS = 64
+DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU
+DOMAIN_TYPE1V2 = U(3)  # VFIO_TYPE1v2_IOMMU
+DOMAIN_IOAS = U(4)
+AREA_READ = U(1)
+AREA_WRITE = U(2)
+AREA_TRACKED = U(4)  # frames of VM_PFNMAP that are remembered and not referenced (POLICY_TRACKED)
+POLICY_LINUX = U(0)  # frames of VM_PFNMAP that are RAM are refused: vfio_iommu_type1.c:is_invalid_reserved_pfn()
+POLICY_NAIVE = U(1)  # what-if: that check removed
+POLICY_TRACKED = U(2)  # what-if: accepted, and known to be without a reference
+
+# io_pages: struct iopt_pages of iommufd, rows of words in a radix tree (R_IO_PAGES)
+IP_SOURCE = U(0)  # process + 1; 0: a file
+IP_START = U(1)  # address, or inode
+IP_OFFSET = U(2)  # of a file, in pages
+IP_PAGES = U(3)
+IP_AREAS = U(4)  # areas over it
+IP_WRITABLE = U(5)
+IP_PROCESS = U(6)  # whose VmPin it is, + 1
+IP_SHIFT = U(3)  # log 2 of the words of a row
+IP_INDEX = U(28)  # bits of a page's number in the tree of what is pinned
+
 # per-CPU batches of folios on their way to an LRU list: word 0 how many, then PFNs. include/linux/pagevec.h
 LRU_BATCH = U(31)  # PAGEVEC_SIZE
 LRU_WORDS = 32
@@ -223,7 +262,10 @@ S_MINOR_FAULTS = U(5)
 S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; HugeTLB and special ones not counted
 S_VMS = U(7)  # a bit per VM of this process
 S_DEPOSITED = U(8)  # frame of the last table kept for the split of a 2M leaf of anonymous memory, 0: none; chained
-S_GENERATION = U(9)  # the last word: how many processes this row was before
+S_HAS_PINNED = U(9)  # MMF_HAS_PINNED: a page was pinned through it, ever
+S_PINNED_VM = U(10)  # mm->pinned_vm: VmPin, pages
+S_LOCKED_VM = U(11)  # mm->locked_vm: of VmLck what devices have locked, pages
+S_GENERATION = U(12)  # the last word: how many processes this row was before
 S_WORDS = 16
 
 # vmas
@@ -270,7 +312,9 @@ PAGE_EXCLUSIVE = U(1 << 31)  # PageAnonExclusive: of this mapping alone, it may 
 PAGE_CACHED = U(1 << 30)  # a page cache holds it
 PAGE_DIRTY = U(1 << 29)  # PG_dirty of a page of guest_memfd: entries made by later faults are dirty, too
 PAGE_POISONED = U(1 << 28)  # PG_hwpoison, with the reference that memory failure keeps
-PAGE_MAPPINGS = U((1 << 28) - 1)
+PAGE_PINNED = U(1 << 27)  # it has pins: how many is in the row of R_PINNED
+PAGE_MAPPINGS = U((1 << 27) - 1)
+PAGE_HELD = PAGE_MAPPINGS | PAGE_CACHED | PAGE_PINNED  # it is nobody's without any of these
 
 # vms
 V_ROOT = U(0)
@@ -431,7 +475,9 @@ STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, 
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
 STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
 STATE_FAILURE = U(STATE_FROZEN + FROZEN * Z_WORDS)
-STATE_MEMSLOTS = U(-(-(int(STATE_FAILURE) + MF_WORDS) // 8) * 8)  # a cache line for each node
+STATE_DOMAINS = U(STATE_FAILURE + MF_WORDS)
+STATE_IO_REQUEST = U(STATE_DOMAINS + DOMAINS * D_WORDS)  # the request of an edit of an I/O page table
+STATE_MEMSLOTS = U(-(-(int(STATE_IO_REQUEST) + E_WORDS) // 8) * 8)  # a cache line for each node
 # Nodes (T_*) of every slot's row in the trees of its VM and of its inode: engine/memslots.py. Those of one kind of tree
 # lie close to each other, as a search goes through many.
 STATE_BY_GFN = U(int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS)

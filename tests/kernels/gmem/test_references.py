@@ -382,12 +382,12 @@ def test_outsiders_cannot_drop_a_pin() -> None:
 
 
 def test_pins_of_ordinary_memory() -> None:
-    """A device's mapping is VM_PFNMAP; pins of anonymous memory are not modelled."""
+    """A device's mapping is VM_PFNMAP; a range may go from one kind of memory to another: test_pins_of_memory.py."""
     s = Scene()
     assert s.process.mmap_anonymous(VA + GIB, PAGE).status == 0
     device = s.machine.create_device(0x100000000, 2, remap=True)
     assert s.process.mmap_device(device, VA + 2 * GIB).status == 0
-    assert s.process.pin(VA + GIB, PAGE, pin=0).status == -W.EOPNOTSUPP
+    assert s.process.pin(VA + GIB, PAGE, pin=1) == (0, 1)
     assert s.process.pin(VA + 2 * GIB, PAGE, pin=0).status == -W.EFAULT
     assert s.process.pin(VA + 8 * PAGE, 2 * PAGE, pin=0) == (0, 2)
     s.sound()  # with the pin's list among the nodes of ordinary memory

@@ -50,7 +50,7 @@ def test_an_operation_that_one_entry_runs_alone_is_always_or_never_ordinary() ->
     for operation in Operation:
         if operation.entry is Entry.ORDINARY:
             assert operation.ordinary is By.ALWAYS, operation.name
-        elif operation.entry in (Entry.POOLING, Entry.NOBODY):
+        elif operation.entry in (Entry.POOLING, Entry.DEVICES, Entry.NOBODY):
             assert operation.ordinary is By.NEVER, operation.name
         else:
             assert operation.ordinary is not By.ALWAYS, operation.name
@@ -87,7 +87,7 @@ def modules() -> list[object]:
     return [events, registers, rows, table_words]
 
 
-@pytest.mark.parametrize("code", [0, 15, 16, 23, 64, 65, 128, 200, 255])
+@pytest.mark.parametrize("code", [0, 18, 19, 23, 64, 65, 128, 200, 255])
 def test_what_nobody_runs_is_not_supported(code: int) -> None:
     """Codes past the table, and past the 64 bits of a class, are of no class."""
     machine = Machine(Config(pool=W.PAGE_2M, page_size=W.PAGE_2M))

@@ -1,0 +1,121 @@
+"""What devices read and write through an I/O page table: DMA_ACCESS, one by one and in batches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U32, U511, U4095
+from pgemu_kernels.engine.charge import charge_one
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.frames import empty_frame
+from pgemu_kernels.engine.rows import inode_row, stop
+from pgemu_kernels.engine.shareability import is_shared
+from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, struct_page
+from pgemu_kernels.folios.hstate import in_zone
+from pgemu_kernels.folios.hugetlb import mapping_address
+from pgemu_kernels.folios.pinning import head_in_zone
+from pgemu_kernels.iommu.domain import allows, physical_of, walk_domain
+from pgemu_kernels.tables.walker import format_row
+from pgemu_kernels.words.enum_words import (
+    EVENT_IOMMU_STALE_FREED,
+    EVENT_IOMMU_STALE_PRIVATE,
+    FLAG_WRITE,
+    GAUGE_CONTENT_FRAMES,
+)
+from pgemu_kernels.words.operations import EFAULT, EINVAL
+from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_POOL_BASE
+from pgemu_kernels.words.rows import (
+    D_FORMAT,
+    D_ROOT,
+    I_KIND,
+    INODE_GUEST_MEMFD,
+    O_ADDRESS,
+    O_DETAIL,
+    O_FLAGS,
+    O_LENGTH,
+    O_OFFSET,
+)
+
+U = np.uint64
+NOT_STALE, STALE_PRIVATE, STALE_FREED = U0, U1, U(2)
+
+
+@outlined
+def staleness(m, pfn):
+    """What a device reaches that still has an entry for a frame of the pool: memory that is private now, or is free or
+    somebody else's. A frame that is pinned is neither: its conversion and its end wait."""
+    head = head_in_zone(m, pfn)
+    page = struct_page(m, head)
+    mapping = m.ram[page + MAPPING]
+    if mapping == U0:
+        return STALE_FREED if m.ram[page + COUNTS] >> U32 == U0 else NOT_STALE
+    inode = (mapping - mapping_address(U0)) >> U12
+    if mapping & U1 != U0 or inode >= m.state[R_INODES]:
+        return NOT_STALE
+    node = inode_row(inode)
+    if m.state[node + I_KIND] != INODE_GUEST_MEMFD:
+        return NOT_STALE
+    return NOT_STALE if is_shared(m, node, m.ram[page + INDEX] + (pfn - head)) != U0 else STALE_PRIVATE
+
+
+@kernel
+def _note_stale(m, pfn):
+    if m.state[R_BLOCKS] != U0 and in_zone(m.state, pfn):  # else there was no guest_memfd
+        stale = staleness(m, pfn)
+        if stale == STALE_PRIVATE:
+            charge_one(m, EVENT_IOMMU_STALE_PRIVATE)
+        elif stale == STALE_FREED:
+            charge_one(m, EVENT_IOMMU_STALE_FREED)
+
+
+@outlined
+def _store(m, physical, value):
+    """A device writes a word: into the frame that the entry names, whoever has it by now."""
+    pfn = physical >> U12
+    if not in_zone(m.state, pfn):
+        if pfn << U9 < U(m.ram.size):
+            m.ram[physical >> U3] = value
+        return
+    at = m.state[R_CONTENTS] + pfn - m.state[R_POOL_BASE]
+    frame = U(m.counts[at])
+    if frame == U0:
+        if value == U0:
+            return
+        frame = empty_frame(m, U0, GAUGE_CONTENT_FRAMES)
+        if frame == NONE:
+            return
+        m.counts[at] = np.uint32(frame)
+    m.ram[frame << U9 | physical >> U3 & U511] = value
+
+
+@kernel
+def operate_access(m, op, d):
+    """DMA_ACCESS: 0 with the physical address of the first byte; -EFAULT where the unit refuses, with how many bytes
+    came before; -EINVAL for a word that is not aligned. A write stores the word of `offset` at the address, if not 0.
+    """
+    state = m.state
+    iova = state[op + O_ADDRESS]
+    write = state[op + O_FLAGS] & FLAG_WRITE != U0
+    root = state[d + D_ROOT]
+    last = iova + (max(state[op + O_LENGTH], U1) - U1)
+    f = format_row(state, state[d + D_FORMAT])
+    first = NONE
+    at = iova
+    while True:
+        entry, shift = walk_domain(m, root, f, at) if root != U0 else (U0, U12)
+        if entry == U0 or not allows(state, f, entry, write):
+            state[op + O_DETAIL] = at - iova
+            return stop(state, op, -EFAULT)
+        physical = physical_of(state, f, entry, shift, at)
+        _note_stale(m, physical >> U12)
+        if first == NONE:
+            first = physical
+        at = (at | U4095) + U1
+        if at > last or at == U0:
+            break
+    if write and state[op + O_OFFSET] != U0:
+        if first & U(7) != U0:
+            return stop(state, op, -EINVAL)
+        _store(m, first, state[op + O_OFFSET])
+    state[op + O_DETAIL] = first
+    return stop(state, op, 0)
