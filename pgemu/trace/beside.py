@@ -21,6 +21,7 @@ _FIELD = re.compile(r".*(?:\b0x[0-9a-f]|\w=\w|\b\w+: [0-9a-f]+(?:[,)]|$))", re.I
 _OF_EVENT = re.compile(r"\w_\w+:|\[\d+\]")
 _WORD = re.compile(r"[a-z]{2}|[a-z',.] [a-z',.]", re.I)
 _SHOWN = 120
+_LOOKED_AT = 1000  # characters of a line: more than an event has, and shapes may be tried in as many ways as it is long
 
 
 def belongs_to(line: str) -> str:
@@ -43,9 +44,7 @@ def complaint(error: str, lines: Sequence[str], at: int, first: bool, last: bool
     :param lines: of the text, the line at index `at` among them
     :param first, last: whether the line is the text's
     """
-    line = lines[at] if at < len(lines) else ""
-    before = lines[at - 1] if 0 < at < len(lines) else ""
-    after = lines[at + 1] if at + 1 < len(lines) else ""
+    line, before, after = (lines[i][:_LOOKED_AT] if 0 <= i < len(lines) else "" for i in (at, at - 1, at + 1))
     if _wrapped(line, before, after):
         return (
             f"a line that was wrapped, as mailers do: join it to the next one, or send logs attached: {line[:_SHOWN]!r}"

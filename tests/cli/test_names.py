@@ -65,8 +65,8 @@ def name(option: click.Option) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_functions_call_their_options_as_the_command_line_does(command: str) -> None:
-    # json is a module, format and all are functions
-    builtins = {"as_json": "json", "name": "format", "form": "format", "everything": "all"}
+    # json is a module, format, all and list are functions
+    builtins = {"as_json": "json", "name": "format", "form": "format", "everything": "all", "listed": "list"}
     for spelled, option in options(command).items():
         assert builtins.get(str(option.name), option.name) == spelled
 

@@ -40,6 +40,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     document = folder / "a.json"
     document.write_text(in_process(*COMPARE, str(LOG), "--format", "json")[1])
     return {
+        "audit": ["--only", "vfio-maps-ram"],
         "calibrate": ["--seconds", "0.1"],
         "compare": [*COMPARE[1:], str(LOG)],
         "consumers": [],

@@ -365,7 +365,7 @@ def walked(draw: st.DrawFn) -> tuple[pf.PageFormat, int, int, int]:
     few = st.sets(st.integers(0, 63), max_size=8).map(lambda on: sum(1 << bit for bit in on))
     entry = draw(few | few.map(lambda some: some ^ ALL) | st.integers(0, ALL))
     if level <= fmt.largest_leaf:
-        entry ^= draw(st.sampled_from([0, fmt.leaf[level - 1]]))
+        entry ^= draw(st.sampled_from([0, fmt.leaf[min(level, 3) - 1]]))
     return fmt, draw(st.sampled_from([va for va in PLACES if in_range(fmt, va)])), level, entry
 
 
