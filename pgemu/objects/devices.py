@@ -155,12 +155,11 @@ class IoSpace(OfMachine):
         return int(self.machine.arrays.state[int(W.STATE_DOMAINS) + self.number * W.D_WORDS + int(word)])
 
     def _arrange(self, what: int) -> int:
-        from pgemu_kernels.run.entries import arrange
         from pgemu_kernels.words.requests import CLOSE_DOMAIN
 
         if self._closed:
             return -W.EBADF
-        status = int(arrange(self.machine.descriptor, what, np.uint64(self.number)))
+        status = self.machine._call_devices(what, self.number)
         self._closed = what == CLOSE_DOMAIN and status == 0
         return status
 
