@@ -81,6 +81,7 @@ from pgemu_kernels.words.registers import (
     R_LARGE_FOLIOS,
     R_MEMSLOTS,
     R_ORDER,
+    R_PINNED_ALONE,
     R_STEPPED,
     R_VMAS,
     R_VMS,
@@ -356,7 +357,7 @@ def check_conserved(m, kind):
         + m.stats[STATS_GAUGES + GAUGE_ANONYMOUS_PAGES * U2]
         + m.stats[STATS_GAUGES + GAUGE_PAGE_CACHE_PAGES * U2]
     )
-    others = object_frames(m) + state[R_EDIT_FRAMES] + (U1 if state[R_ZERO_FRAME] != U0 else U0)
+    others = object_frames(m) + state[R_EDIT_FRAMES] + state[R_PINNED_ALONE] + (U1 if state[R_ZERO_FRAME] != U0 else U0)
     expect(m, frames == owned + np.int64(others), BROKEN_FRAMES, kind)
     blocks = (
         m.stats[STATS_GAUGES + GAUGE_BLOCKS_HUGE * U2]
