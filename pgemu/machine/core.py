@@ -251,6 +251,14 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         given = (*columns, *_no_columns()[len(columns) :])
         return int(run_designs(self.descriptor, *given, _FIRST, np.uint64(actor), mode))
 
+    def _call_devices(self, what: int, number: int) -> int:
+        """devices.run_devices() for an address space by its number (words.requests.ATTACH, ...): 0 or -errno."""
+        from pgemu_kernels.run.entries import run_devices
+
+        asked = np.uint64(W.ACTORS + 1 + what)
+        done = run_devices(self.descriptor, *_no_columns(), np.uint64(number), asked)
+        return int(np.uint64(done).astype(np.int64))
+
     def result(self, actor: int) -> Result:
         """What the operation in an actor's record returned."""
         status = np.uint64(self._record(actor, W.O_STATUS)).astype(np.int64)

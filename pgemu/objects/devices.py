@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Result, Results
 from pgemu.tables.page_table import PageTable
 from pgemu_kernels import words as W
@@ -155,12 +156,11 @@ class IoSpace(OfMachine):
         return int(self.machine.arrays.state[int(W.STATE_DOMAINS) + self.number * W.D_WORDS + int(word)])
 
     def _arrange(self, what: int) -> int:
-        from pgemu_kernels.run.entries import arrange
         from pgemu_kernels.words.requests import CLOSE_DOMAIN
 
         if self._closed:
             return -W.EBADF
-        status = int(arrange(self.machine.descriptor, what, np.uint64(self.number)))
+        status = self.machine._call_devices(what, self.number)
         self._closed = what == CLOSE_DOMAIN and status == 0
         return status
 
@@ -238,8 +238,8 @@ class VfioContainer(IoSpace):
     """A container of VFIO type1. drivers/vfio/vfio_iommu_type1.c. Made by Machine.create_vfio_container()."""
 
     def __init__(
-        self, machine: Core, unit: Unit, version: int, limit: int, memlock: int | None, policy: Policy,
-        parameters: Mapping[str, Any],
+        self, machine: Core, unit: Unit, version: Literal[1, 2], limit: int, memlock: int | None, policy: Policy,
+        **parameters: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             machine, unit, int(W.DOMAIN_TYPE1 if version == 1 else W.DOMAIN_TYPE1V2), parameters, D_LIMIT=limit,
@@ -287,7 +287,7 @@ class Ioas(IoSpace):
     drivers/iommu/iommufd/ioas.c. Addresses are whole pages, also without a device.
     """
 
-    def __init__(self, machine: Core, unit: Unit, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, machine: Core, unit: Unit, **parameters: Any) -> None:
         super().__init__(machine, unit, int(W.DOMAIN_IOAS), parameters)
 
     def map(
@@ -344,7 +344,7 @@ class Iommufd(OfMachine):
 
         OSError ENOMEM past words.DOMAINS of them.
         """
-        return Ioas(self.machine, unit, parameters)
+        return Ioas(self.machine, unit, **parameters)
 
 
 class IoDevice(OfMachine, but=("__init__",)):
@@ -353,6 +353,8 @@ class IoDevice(OfMachine, but=("__init__",)):
     machine: Core
 
     def __init__(self, space: IoSpace) -> None:
+        if not isinstance(space, IoSpace):
+            raise TypeError(f"space {shown(space)} ({type(space).__name__}): expected an address space of devices")
         self.machine = space.machine
         self._space: IoSpace | None = space
 

@@ -119,7 +119,7 @@ class Machine(Core):
         """
         from pgemu.objects.devices import VfioContainer
 
-        return VfioContainer(self, unit, version, dma_entry_limit, memlock, policy, parameters)
+        return VfioContainer(self, unit, version, dma_entry_limit, memlock, policy, **parameters)
 
     def create_iommufd(self) -> Iommufd:
         """Open /dev/iommu: create_ioas() of it makes address spaces."""

@@ -16,7 +16,7 @@ from pgemu_kernels.folios.folio import ORDER_1G, is_huge_page, order_of, struct_
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.poison import free_unless_poisoned
-from pgemu_kernels.words.registers import R_PINNED
+from pgemu_kernels.words.registers import R_PINNED, R_PINNED_ALONE
 from pgemu_kernels.words.rows import (
     GUP_PIN_COUNTING_BIAS,
     PAGE_CACHED,
@@ -92,6 +92,7 @@ def unpin_frame(m, frame, dirty):
         m.counts[frame] = np.uint32(word | PAGE_DIRTY)
     if word & PAGE_HELD == U0:
         free_unless_poisoned(m, frame, word)
+        m.state[R_PINNED_ALONE] -= U1
 
 
 @outlined

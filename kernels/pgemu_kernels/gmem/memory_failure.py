@@ -87,6 +87,7 @@ from pgemu_kernels.words.registers import (
     R_INODES,
     R_MF_DELAYED,
     R_ORDER,
+    R_PINNED_ALONE,
     R_POISONED_FRAMES,
     R_ZERO_FRAME,
 )
@@ -428,8 +429,7 @@ def leave_anonymous(m, pfn):
     """The page that was anonymous memory is memory failure's alone: me_pagecache_clean() of an anonymous folio."""
     pinned = U(m.counts[pfn]) & PAGE_PINNED
     m.counts[pfn] = np.uint32(PAGE_POISONED | pinned)
-    if pinned == U0:  # else it is when the last pin goes
-        m.state[R_POISONED_FRAMES] += U1
+    m.state[R_POISONED_FRAMES if pinned == U0 else R_PINNED_ALONE] += U1  # else it is when the last pin goes
     change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
 
 

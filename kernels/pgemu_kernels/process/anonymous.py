@@ -38,7 +38,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_ANONYMOUS_PAGES,
 )
 from pgemu_kernels.words.operations import VM_FAULT_HWPOISON, VM_FAULT_NOPAGE, VM_FAULT_OOM, VM_FAULT_SIGSEGV
-from pgemu_kernels.words.registers import R_REUSES_LARGE, R_ZERO_FRAME
+from pgemu_kernels.words.registers import R_PINNED_ALONE, R_REUSES_LARGE, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_PROT,
     A_SPACE,
@@ -98,6 +98,8 @@ def unmap_page(m, space, frame):
         change(m.stats, GAUGE_ANONYMOUS_PAGES, -1)
         if word & PAGE_PINNED == U0:
             free_unless_poisoned(m, frame, word)
+        else:
+            m.state[R_PINNED_ALONE] += U1
 
 
 @kernel

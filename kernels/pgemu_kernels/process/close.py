@@ -20,6 +20,7 @@ from pgemu_kernels.stage2.notifier import unbind_inode
 from pgemu_kernels.stage2.release import release_unmapped
 from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, GAUGE_PAGE_CACHE_PAGES
 from pgemu_kernels.words.operations import ENOMEM
+from pgemu_kernels.words.registers import R_PINNED_ALONE
 from pgemu_kernels.words.rows import (
     A_END,
     A_FLAGS,
@@ -39,6 +40,7 @@ from pgemu_kernels.words.rows import (
     PAGE_CACHED,
     PAGE_DIRTY,
     PAGE_HELD,
+    PAGE_MAPPINGS,
     VM_RESERVATION_OWNER,
     VMA_ANONYMOUS,
     VMA_GUEST_MEMFD,
@@ -102,6 +104,8 @@ def drop_page(m, inode, index, word):
     if held & PAGE_HELD == U0:
         free_unless_poisoned(m, word, held)
         charge_page_freed(m)
+    elif held & PAGE_MAPPINGS == U0:
+        state[R_PINNED_ALONE] += U1
 
 
 @outlined

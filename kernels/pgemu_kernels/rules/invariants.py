@@ -79,6 +79,7 @@ from pgemu_kernels.words.registers import (
     R_INODES,
     R_LARGE_FOLIOS,
     R_ORDER,
+    R_PINNED_ALONE,
     R_POISONED_FRAMES,
     R_STEPPED,
     R_VMAS,
@@ -354,7 +355,7 @@ def check_conserved(m, kind):
         + m.stats[STATS_GAUGES + GAUGE_PAGE_CACHE_PAGES * U2]
     )
     others = object_frames(m) + state[R_EDIT_FRAMES] + (U1 if state[R_ZERO_FRAME] != U0 else U0)
-    others += state[R_POISONED_FRAMES]
+    others += state[R_POISONED_FRAMES] + state[R_PINNED_ALONE]
     expect(m, frames == owned + np.int64(others), BROKEN_FRAMES, kind)
     blocks = (
         m.stats[STATS_GAUGES + GAUGE_BLOCKS_HUGE * U2]

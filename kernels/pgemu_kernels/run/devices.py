@@ -111,31 +111,6 @@ def step_device(m, actor):
     return np.int64(STOP)
 
 
-@entry
-def run_devices(descriptor, header, object_, address, offset, length, status, detail, first, actor):
-    """Run operations from `first` on, up to one that is for another entry, or after one that released what a conversion
-    spins for: its index, or how many there are.
-
-    `actor` below words.ACTORS: do the operation that he began, as one step: STOP.
-    """
-    m = open_full_machine(descriptor)
-    if actor < U(ACTORS):
-        return U(step_device(m, actor))
-    columns = Columns(header, object_, address, offset, length, status, detail)
-    count = U(status.size)
-    i = first
-    forget_last(m.stats)
-    while i < count and is_of_devices(element(header, i) & LOW8):
-        op = load(m, columns, i)
-        operate_device(m, op)
-        finish_operation(m, op)
-        save_result(m.state, op, columns, i)
-        i += U1
-        if m.state[R_SPINS] != U0:
-            break
-    return i
-
-
 @outlined
 def _attach(m, d):
     """The first device brings the domain, which gets what is mapped."""
@@ -182,11 +157,11 @@ def _close(m, d):
 
 @outlined
 def _arrange(m, what, d):
-    if what == ATTACH:
+    if what == U(ATTACH):
         return np.int64(_attach(m, d))
-    if what == CLOSE_DOMAIN:
+    if what == U(CLOSE_DOMAIN):
         return np.int64(_close(m, d))
-    if what != DETACH or m.state[d + D_DEVICES] == U0:
+    if what != U(DETACH) or m.state[d + D_DEVICES] == U0:
         return np.int64(-EINVAL)
     m.state[d + D_DEVICES] -= U1
     if m.state[d + D_DEVICES] == U0:
@@ -194,13 +169,12 @@ def _arrange(m, what, d):
     return np.int64(0)
 
 
-@entry
-def arrange(descriptor, what, number):
+@outlined
+def arrange(m, what, number):
     """Attach a device to an address space, detach one, close it (requests.ATTACH, ...): 0 or -errno.
 
     Charged to counter row 0, which no operation of a trace has.
     """
-    m = open_full_machine(descriptor)
     d = domain_row(number)
     if number >= m.state[R_DOMAINS] or m.state[d + D_KIND] == U0:
         return np.int64(-ENODEV)
@@ -209,3 +183,31 @@ def arrange(descriptor, what, number):
     status = _arrange(m, what, d)
     m.state[R_COUNTER_ROW] = row
     return np.int64(status)
+
+
+@entry
+def run_devices(descriptor, header, object_, address, offset, length, status, detail, first, actor):
+    """Run operations from `first` on, up to one that is for another entry, or after one that released what a conversion
+    spins for: its index, or how many there are.
+
+    `actor` below words.ACTORS: do the operation that he began, as one step: STOP. Above: arrange() the address space
+    `first`, where words.ACTORS + 1 is requests.ATTACH: what that returns, two's complement.
+    """
+    m = open_full_machine(descriptor)
+    if actor > U(ACTORS):
+        return U(arrange(m, actor - U(ACTORS + 1), first))
+    if actor < U(ACTORS):
+        return U(step_device(m, actor))
+    columns = Columns(header, object_, address, offset, length, status, detail)
+    count = U(status.size)
+    i = first
+    forget_last(m.stats)
+    while i < count and is_of_devices(element(header, i) & LOW8):
+        op = load(m, columns, i)
+        operate_device(m, op)
+        finish_operation(m, op)
+        save_result(m.state, op, columns, i)
+        i += U1
+        if m.state[R_SPINS] != U0:
+            break
+    return i

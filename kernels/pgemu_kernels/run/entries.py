@@ -59,7 +59,6 @@ run_ordinary = declare(
 run_devices = declare(
     "pgemu_kernels.run.devices", "run_devices", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
-arrange = declare("pgemu_kernels.run.devices", "arrange", descriptor=_INTS, what=_INT, number=_WORD).dispatcher
 run_pooling = declare(
     "pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher

@@ -12,7 +12,7 @@ BEGIN = 1  # ... the beginning of an actor's operation
 STEP = 2  # ... or its next step,
 TAKE_AWAY = 3  # ... or, around recount.check(), that what pins, LRU batches and faults hold is taken off the references
 GIVE_BACK = 4  # ... and put back
-# devices.arrange():
+# run/devices.py:run_devices
 ATTACH = 0
 DETACH = 1
 CLOSE_DOMAIN = 2

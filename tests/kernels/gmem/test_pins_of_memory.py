@@ -23,6 +23,7 @@ class Scene:
 
     def __init__(self, **parameters: Any) -> None:
         self.machine = Machine(Config(pool=8 * M2, page_size=M2, buddy=16 * M2, **parameters))
+        self.machine.check_each()
         self.process: AddressSpace = self.machine.create_process()
 
     def entry(self, address: int, process: AddressSpace | None = None) -> int:
