@@ -1,4 +1,4 @@
-"""`pgemu audit`: every claim that was made about pfnmap, tried on both designs."""
+"""`pgemu audit`: claims that were made about pfnmap, tried on both designs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgemu.errors import InputError
 __all__ = ("audit",)
 
 
-@click.command(short_help="Try every claim that was made about pfnmap, and judge it.")
+@click.command(short_help="Try the claims that were made about pfnmap, and judge them.")
 @click.option("--only", multiple=True, metavar="NAME", help="Try this claim alone; may be repeated.")
 @click.option("--list", "listed", is_flag=True, help="Print the claims' names and what they say, and try none.")
 @click.option(
@@ -24,7 +24,8 @@ def audit(only: tuple[str, ...], listed: bool, form: str, as_json: bool) -> int:
 
     Each has an experiment that runs on a machine of each design: what is claimed, what is done, what was measured on
     both, the verdict (holds, holds at a price, in part, does not hold, or depends on a parameter, with both outcomes),
-    and what the weakest step rests on. Verdicts follow from the figures.
+    and what the weakest step rests on. Verdicts follow from the figures. Not tried: what a device does with a mapping
+    that outlived its page, who must unmap it, nested virtualisation.
 
     Exit status: 0; 1 if a verdict is not the documented one; 2 for bad input.
     """

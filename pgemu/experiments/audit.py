@@ -1,4 +1,7 @@
-"""The audit: every claim that was made about pfnmap, its experiment run on both designs, and what came of it."""
+"""The audit: claims that were made about pfnmap, their experiments run on both designs, and what came of them.
+
+Those about devices are tried as far as a pin decides them.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,7 @@ def document(audited: Iterable[Audited]) -> list[dict[str, Any]]:
             "as_documented": one.as_documented,
             "evidence": one.claim.evidence.value,
             "note": one.claim.note or None,
+            "switches": {switch.name: switch.source or None for switch in one.claim.switches},
             "outcomes": [
                 {
                     "switch": outcome.switch or None,

@@ -240,7 +240,8 @@ class Machine(Core):
 
     def soft_offline(self, address: int) -> Result:
         """soft_offline_page() of the page at a physical address: 0 if it is poisoned, -EBUSY of guest_memfd, whose
-        pages cannot be migrated; -EOPNOTSUPP of others: migration is not modelled. ValueError for address 0."""
+        pages cannot be migrated; -ENXIO without a struct page; -EOPNOTSUPP of others: migration is not modelled.
+        ValueError for address 0."""
         if address >> 12 == 0:
             raise ValueError(f"address {address:#x}: expected one of a page that can be in use, above 4095")
         return self.operate(Operation.MEMORY_FAILURE, flags=Flag.SOFT, address=address)

@@ -56,6 +56,9 @@ def _claim(one: Audited) -> Iterator[str]:
     yield from _paragraph(f"{first.found.verdict}{label}", first.found.why)
     for outcome in others:
         yield from _paragraph(f"{outcome.found.verdict} ({_setting(outcome)})", outcome.found.why)
+    for switch in claim.switches:
+        if switch.source:
+            yield from _paragraph(switch.name, switch.source)
     if claim.note:
         yield from _paragraph("note", claim.note)
     yield f"  rests on: {claim.evidence}"

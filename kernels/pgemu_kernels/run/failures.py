@@ -36,8 +36,8 @@ from pgemu_kernels.words.enum_words import (
     OP_MEMORY_FAILURE,
     OP_UNPOISON,
 )
-from pgemu_kernels.words.operations import EBADF, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, VM_FAULT_OOM
-from pgemu_kernels.words.registers import R_FAILURE_HUGE, R_HW_FAILURE, R_HWPOISON, R_INODES, R_ORDER
+from pgemu_kernels.words.operations import EBADF, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, ENXIO, EOPNOTSUPP, VM_FAULT_OOM
+from pgemu_kernels.words.registers import R_FAILURE_HUGE, R_FRAMES, R_HW_FAILURE, R_HWPOISON, R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_KIND,
@@ -118,17 +118,19 @@ def offline_designs(m, pfn, mine):
 def soft_offline(m, pfn, mapped):
     """soft_offline_page(): 0 of a page that is poisoned already, -EBUSY of guest_memfd, whose pages cannot be migrated.
 
-    -EOPNOTSUPP of what would be: migration is not modelled, nor that a clean page which nobody maps is dropped from its
-    file. `mapped`: a process maps it, and whoever asks has a reference.
+    -ENXIO without a struct page. -EOPNOTSUPP of what would be: migration is not modelled, nor that a clean page which
+    nobody maps is dropped from its file. `mapped`: a process maps it, and whoever asks has a reference.
     """
     state = m.state
     if state[R_HWPOISON] == U0:
         return np.int64(-EOPNOTSUPP)
     if not in_zone(state, pfn):
+        if pfn >= state[R_FRAMES]:
+            return np.int64(-ENXIO)  # pfn_valid()
         inode, index = cached_at(m, pfn)
-        word = U(m.counts[pfn])
         if inode == NONE:
             return np.int64(-EOPNOTSUPP)
+        word = U(m.counts[pfn])
         if word & PAGE_POISONED != U0:
             return np.int64(0)
         if word & PAGE_MAPPINGS != U0:

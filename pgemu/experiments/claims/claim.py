@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
 
-__all__ = ("HVA", "Claim", "Evidence", "Figure", "Figures", "Found", "Pair", "Scene", "Setting", "Switch", "Verdict")
+__all__ = ("HVA", "Claim", "Evidence", "Figure", "Figures", "Found", "Scene", "Setting", "Switch", "Verdict")
 
 Value = int | float | str
 HVA = 0x7F00_0000_0000
@@ -134,22 +134,11 @@ class Scene(NamedTuple):
     vm: Vm
 
 
-class Pair(NamedTuple):
-    """What one quantity is on both machines."""
-
-    trial: Any
-    other: Any
-
-    def figure(self, what: str, unit: str = "") -> Figure:
-        """The same as a figure."""
-        return Figure(what, self.trial, self.other, unit)
-
-
 @dataclass(frozen=True)
 class Switch:
     """A parameter that a verdict may follow. name: in a word; settings: by label, what each changes (Setting.changed).
 
-    The first is that of the first run.
+    The first is that of the first run. source: why there is more than one.
     """
 
     name: str
@@ -188,7 +177,3 @@ class Claim:
     setting: Setting = Setting()
     note: str = ""
     kind: Literal["claim", "remark", "question"] = "claim"
-
-    def both(self, setting: Setting, measured: Callable[[Design], Any]) -> Pair:
-        """What a measurement gives on both machines."""
-        return Pair(measured(setting.on_trial), measured(setting.other))

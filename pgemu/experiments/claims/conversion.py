@@ -195,7 +195,7 @@ CLAIMS = (
     Claim(
         "conversion-not-refused", "No conversion fails because somebody holds a reference.", _SLIDES,
         "each of the users of `pgemu consumers` gets a page, and its huge page is converted meanwhile", _refused,
-        _none_refused, Evidence.CAPTURED, Verdict.PRICE, setting=Setting(page_size=W.PAGE_2M),
+        _none_refused, Evidence.POSTED, Verdict.PRICE, setting=Setting(page_size=W.PAGE_2M),
     ),
     Claim(
         "transient-references", "Transient references remain.", "D. Hildenbrand, remark on the slides",

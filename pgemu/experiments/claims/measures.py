@@ -9,10 +9,10 @@ import numpy as np
 from pgemu.experiments.claims.claim import HVA, Scene
 from pgemu.machine.statistics import Statistics
 from pgemu_kernels import words as W
-from pgemu_kernels.words.events import Event, Gauge
+from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Operation
 
-__all__ = ("PAGE", "Flip", "flip", "levels", "metadata", "page_types", "pages")
+__all__ = ("PAGE", "Flip", "flip", "levels", "page_types", "pages")
 
 PAGE = 0x1234 * W.PAGE_4K  # offset of the page that is made shared: in the first huge page, of 2M pages in the tenth
 NODE_BYTES = 576  # struct xa_node
@@ -58,12 +58,6 @@ def flip(scene: Scene, times: int = 1) -> Flip:
 def _done(result: Any) -> None:
     if result.status:
         raise RuntimeError(f"a conversion that nothing is in the way of: {result.name}")
-
-
-def metadata(statistics: Statistics) -> int:
-    """Bytes of struct pages, page-cache nodes and page tables."""
-    frames = (Gauge.VMEMMAP_PAGES, Gauge.HOST_TABLES, Gauge.STAGE2_TABLES)
-    return sum(map(statistics.gauge, frames)) * W.PAGE_4K + statistics.gauge(Gauge.XARRAY_NODES) * NODE_BYTES
 
 
 def levels(scene: Scene) -> dict[int, int]:

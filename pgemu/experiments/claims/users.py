@@ -69,13 +69,13 @@ CLAIMS = (
     Claim(
         "cannot-gup", "Nobody can take references or pins of the memory through its mapping (GUP).", _SLIDES,
         "each user of `pgemu consumers` that pins or references gets at a shared page", _gup, _all_fail,
-        Evidence.CAPTURED, Verdict.HOLDS, setting=_SMALL,
+        Evidence.MAIN, Verdict.HOLDS, setting=_SMALL,
     ),
     Claim(
         "copies-work", "Whoever copies through the process's entries, and KVM, go on as before.",
         "what follows from the slides",
         "copy_{to,from}_user(), KVM slots and caches over the mapping get at a shared page", _copies, _works,
-        Evidence.CAPTURED, Verdict.HOLDS, setting=_SMALL, kind="remark",
+        Evidence.MAIN, Verdict.HOLDS, setting=_SMALL, kind="remark",
     ),
     Claim(
         "vfio-maps-ram", "VFIO type1 can map it already.", _SLIDES, "VFIO type1 maps a shared page of RAM", _vfio,

@@ -217,7 +217,9 @@ def test_a_page_of_guest_memfd_as_merged() -> None:
     assert vm.touch(0).status == W.RET_PF_FIXED
     sound(machine)
     assert machine.unpoison(at).status == 0
-    assert machine.soft_offline(frame(process, VA) or at).status in (-W.EBUSY, -W.EOPNOTSUPP)
+    assert machine.soft_offline(at).status in (-W.EBUSY, -W.EOPNOTSUPP)
+    for beyond in (machine.register(W.R_FRAMES), 1 << 30, (1 << 52) - 1):  # no struct page
+        assert machine.soft_offline(beyond << 12).status == -W.ENXIO
     sound(machine)
 
 
