@@ -30,14 +30,21 @@ __all__ = (
     "Iommufd",
     "Policy",
     "Range",
+    "Revocations",
     "Unit",
+    "Unmaps",
     "VfioContainer",
 )
 
 Array = np.ndarray[Any, Any]
 Unit = Literal["vtd", "amd"]
 Policy = Literal["linux", "naive", "tracked"]
+Unmaps = Literal["refused", "none", "notifier", "revoke", "mirror"]
 _POLICIES = {"linux": W.POLICY_LINUX, "naive": W.POLICY_NAIVE, "tracked": W.POLICY_TRACKED}
+_UNMAPS = {
+    "refused": W.POLICY_LINUX, "none": W.POLICY_NONE, "notifier": W.POLICY_NOTIFIER, "revoke": W.POLICY_REVOKE,
+    "mirror": W.POLICY_MIRROR,
+}  # fmt: skip
 _NONE = (1 << 64) - 1
 _OLD = ("6.1", "6.12")
 _FORMATS = {"vtd": "vtd-s2", "amd": "amd-v1"}
@@ -80,6 +87,25 @@ class Accounts(NamedTuple):
         row = int(W.STATE_SPACES) + process.space * W.S_WORDS
         state = process.machine.arrays.state
         return cls(*(int(state[row + int(word)]) for word in (W.S_LOCKED_VM, W.S_PINNED_VM)))
+
+
+class Revocations(NamedTuple):
+    """What conversions and holes did to I/O entries over guest_memfd, 4K pages: see Iommufd.create_ioas().
+
+    revoked: unmapped; widened: of them, pages that stay the device's, under a large entry that went whole; returned:
+    entered by the kernel, again or because they became shared; lost: to be entered without memory for a table. cut,
+    joined: large entries cut, and put together. windows: how often a device faulted meanwhile on pages that it had
+    before and after, window_ns: low and high end of how long they were together.
+    """
+
+    revoked: int
+    widened: int
+    returned: int
+    lost: int
+    cut: int
+    joined: int
+    windows: int
+    window_ns: tuple[float, float]
 
 
 class _Unit(NamedTuple):
@@ -287,8 +313,15 @@ class Ioas(IoSpace):
     drivers/iommu/iommufd/ioas.c. Addresses are whole pages, also without a device.
     """
 
-    def __init__(self, machine: Core, unit: Unit, **parameters: Any) -> None:
-        super().__init__(machine, unit, int(W.DOMAIN_IOAS), parameters)
+    def __init__(self, machine: Core, unit: Unit, guest_memfd: Unmaps, **parameters: Any) -> None:
+        if guest_memfd not in _UNMAPS:
+            raise ValueError(f"guest_memfd {guest_memfd!r}: expected one of {', '.join(_UNMAPS)}")
+        if guest_memfd != "refused":
+            from pgemu_kernels.engine.handle import TELL_DEVICES
+            from pgemu_kernels.run.entries import tell_devices
+
+            machine.descriptor[TELL_DEVICES] = tell_devices.address()
+        super().__init__(machine, unit, int(W.DOMAIN_IOAS), parameters, D_POLICY=int(_UNMAPS[guest_memfd]))
 
     def map(
         self, iova: int | None, size: int, process: AddressSpace, vaddr: int, *, read: bool = True, write: bool = True
@@ -303,7 +336,10 @@ class Ioas(IoSpace):
         self, iova: int | None, size: int, process: AddressSpace, file: GuestMemfd | GuestMemfd4K | HugetlbFile,
         offset: int, *, read: bool = True, write: bool = True,
     ) -> Result:  # fmt: skip
-        """IOMMU_IOAS_MAP_FILE of shmem or hugetlbfs: as map(); -EINVAL for others (a guest_memfd), and past its end."""
+        """IOMMU_IOAS_MAP_FILE of shmem or hugetlbfs: as map(); -EINVAL for others (a guest_memfd), and past its end.
+
+        A guest_memfd of the designs where create_ioas() says so: what is backed and shared, without pins or accounts.
+        """
         return self._place(process, iova, size, offset, _rights(read, write), file.inode)
 
     def copy(
@@ -317,6 +353,13 @@ class Ioas(IoSpace):
         return self._operate(
             Operation.DMA_MAP, flags=flags, address=iova or 0, length=size, object_=source.number, offset=source_iova
         )
+
+    @property
+    def revocations(self) -> Revocations:
+        """What conversions and holes of guest_memfd did to its entries so far."""
+        names = ("REVOKED", "WIDENED", "RETURNED", "LOST", "CUT", "JOINED", "WINDOWS", "WINDOW_LOW", "WINDOW_HIGH")
+        *counts, low, high = (self._word(getattr(W, f"D_{name}")) for name in names)
+        return Revocations(*counts, (low / 1000, high / 1000))
 
     def _place(self, process: AddressSpace, iova: int | None, size: int, start: int, flags: int, inode: int) -> Result:
         return self._map(process, iova or 0, size, start, flags | (Flag.IOVA_ANY if iova is None else 0), inode)
@@ -339,12 +382,19 @@ class Iommufd(OfMachine):
     def __repr__(self) -> str:
         return "Iommufd()"
 
-    def create_ioas(self, unit: Unit = "vtd", **parameters: Any) -> Ioas:
+    def create_ioas(self, unit: Unit = "vtd", *, guest_memfd: Unmaps = "refused", **parameters: Any) -> Ioas:
         """IOMMU_IOAS_ALLOC: an address space for devices of one unit; parameters: of the unit's format.
 
-        OSError ENOMEM past words.DOMAINS of them.
+        guest_memfd: whether map_file() takes a guest_memfd of the designs, and who unmaps it from devices when pages
+        are converted to private, or go with a hole or their file. "refused": Linux. What-ifs, all without references:
+        "none": nobody but user space. "notifier": the kernel unmaps what goes, with all of a large I/O entry that it is
+        a part of. "revoke": and enters again at the end what of it is still backed and shared, and what became shared
+        (iommufd with revocable providers, RFCs of 2026). "mirror": the same, but large entries are cut first, so that
+        nothing else goes, and put together again where all of one is shared (asked for in 2026, posted by nobody).
+        One flush for each address space and operation. Ioas.revocations counts.
+        OSError ENOMEM past words.DOMAINS of them. ValueError for another word.
         """
-        return Ioas(self.machine, unit, **parameters)
+        return Ioas(self.machine, unit, guest_memfd, **parameters)
 
 
 class IoDevice(OfMachine, but=("__init__",)):

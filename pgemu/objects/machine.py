@@ -231,6 +231,12 @@ class Machine(Core):
         return self.last_failure
 
     @property
+    def machine_checks(self) -> int:
+        """Accesses of devices to private memory of a TDX VM, through I/O entries that outlived its conversion: the
+        first one that the guest notices ends the host. Of an SNP VM they are faults of the IOMMU (-EFAULT)."""
+        return self.register(W.R_MACHINE_CHECKS)
+
+    @property
     def last_failure(self) -> MemoryFailure:
         """What the last memory failure did, AddressSpace.madvise_hwpoison()'s, too; and the signals of guests' accesses
         that ended in -EINTR since."""

@@ -37,10 +37,14 @@ DTYPES: dict[str, type[np.generic]] = {"ram": np.uint64, "state": np.uint64, "st
 _ARRAY_TYPES = {name: types.Array(from_dtype(np.dtype(dtype)), 1, "C") for name, dtype in DTYPES.items()}
 
 
+TELL_DEVICES = 2 * len(DTYPES)  # word of a descriptor: where the entry run/revocations.py:tell_devices begins, or 0
+_DESCRIPTOR_WORDS = TELL_DEVICES + 1
+
+
 def describe(machine: Machine) -> Words:
-    """int64 array: address and length of each array. The caller keeps the arrays alive."""
+    """int64 array: address and length of each array, and TELL_DEVICES. The caller keeps the arrays alive."""
     words = [word for array in machine for word in (array.ctypes.data, array.size)]
-    return np.array(words, dtype=np.int64)
+    return np.array([*words, 0], dtype=np.int64)
 
 
 _WORD = ir.IntType(64)
@@ -106,6 +110,17 @@ def open_full_machine(typingctx: Any, descriptor: Any) -> Any:
 
 def _open(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+
+@intrinsic
+def descriptor_of(typingctx: Any, machine: Any) -> Any:
+    """descriptor_of(m): the descriptor that a machine was opened by, to call another entry with it."""
+    kind = types.Array(types.int64, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return array_value(context, builder, kind, arguments[0], ir.Constant(_WORD, _DESCRIPTOR_WORDS))
+
+    return kind(machine), generate
 
 
 def full_only(function: Any, otherwise: Any) -> Any:

@@ -29,6 +29,7 @@ from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
 from pgemu_kernels.gmem.poisoned_blocks import poisoned_block
+from pgemu_kernels.gmem.revocation import return_converted, take_converted
 from pgemu_kernels.gmem.spinning import is_spinning, is_stepped, waits_behind, went_on
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
@@ -244,6 +245,7 @@ pay_flushes = full_only(flush_owed, None)  # no flush is put off
 def leave(m, op):
     """Unlock, with what the record says as the result; the checked range is all of the conversion's."""
     state = m.state
+    return_converted(m, op, U0, U0)  # what a failure left
     if flush_batched(m) != U0:
         state[R_FLUSHES_HELD] = U0
         pay_flushes(m)
@@ -293,6 +295,7 @@ def finish(m, op):
     """The unit is done: GO with the next one, or unlock and STOP."""
     if merge_lazy(m) != U0 and m.state[op + O_TO_PRIVATE] == U0:
         stop_waiting_for_unit(m, op)
+    return_converted(m, op, m.state[op + O_START], m.state[op + O_END])
     if next_unit(m, op):
         return GO
     return leave(m, op)
@@ -432,6 +435,7 @@ def zap(m, op):
     R_ZAP_ROUNDED: over the rounded unit, a what-if.
     """
     state = m.state
+    take_converted(m, op, state[op + O_START], state[op + O_END])
     rounded = zap_rounded(m)
     start = state[op + (O_ROUND_START if rounded else O_START)]
     end = state[op + (O_ROUND_END if rounded else O_END)]

@@ -26,6 +26,7 @@ from pgemu_kernels.gmem.conversion import (
     unmaps,
     zap_rounded,
 )
+from pgemu_kernels.gmem.revocation import take_converted
 from pgemu_kernels.gmem.spinning import blocked, is_stepped, note_block, went_on
 from pgemu_kernels.gmem.split_merge import merge_blocks, merge_now, split_blocks
 from pgemu_kernels.gmem.zap_filter import split_before_zap, zap_kind
@@ -186,6 +187,7 @@ def zap_item(m, op):
     state = m.state
     start = state[op + O_ITEM_START]
     end = state[op + O_ITEM_END]
+    take_converted(m, op, start, end)
     if zap_rounded(m):
         start, end = rounded_item(m, start, end)
     vms = vms_with_leaves(state, inode_row(state[op + O_INODE]), start, end)

@@ -29,6 +29,7 @@ from pgemu_kernels.folios.zeroed import bits_in, flags_lie, keeps_shown, knows_f
 from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
+from pgemu_kernels.gmem.revocation import return_to_devices, take_from_devices
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed
@@ -78,6 +79,7 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    O_WIDE_END,
     P_LIVE,
     SLOT_CLOSED,
     SLOT_DYING,
@@ -295,6 +297,7 @@ def punch(m, op):
     begin_range(m, inode, start, end)
     status = split_before_hole(m, inode, start, end)
     if status == 0:
+        take_from_devices(m, op, inode, start, end)
         zap_range(m, inode, start, end, FILTER_BOTH)
         flush_vms(m)
         if holes_unmap(m) and defects(m) & DEFECT_PUNCH_KEEPS_ENTRIES == U0:
@@ -303,6 +306,7 @@ def punch(m, op):
             large_punched(m, inode, start, end)
         else:
             status = punch_blocks(m, op, inode, start, end)
+    return_to_devices(m, op, inode, start, end)
     end_range(m, inode, start, end)
     unlock(state, op, node)
     return stop(state, op, status)
@@ -418,6 +422,8 @@ def close(m, op):
     if not lock_exclusive(state, op, node):
         return stop(state, op, -EBUSY)
     leave_inode(m, inode)
+    take_from_devices(m, op, inode, U0, state[node + I_PAGES])
+    state[op + O_WIDE_END] = U0
     forget_spins(m, inode)
     forget_policies(m, inode, U0, ALL)
     if large_folios(m) != U0:

@@ -8,12 +8,14 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U3, U9, U12, U32, U511, U409
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import empty_frame
-from pgemu_kernels.engine.rows import inode_row, stop
+from pgemu_kernels.engine.memslots import first_binding, next_binding
+from pgemu_kernels.engine.rows import inode_row, is_mirrored, stop
 from pgemu_kernels.engine.shareability import is_shared
 from pgemu_kernels.folios.folio import COUNTS, INDEX, MAPPING, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.pinning import head_in_zone
+from pgemu_kernels.gmem.vm_kinds import is_assigned
 from pgemu_kernels.iommu.domain import allows, physical_of, walk_domain
 from pgemu_kernels.tables.walker import format_row
 from pgemu_kernels.words.enum_words import (
@@ -21,14 +23,17 @@ from pgemu_kernels.words.enum_words import (
     EVENT_IOMMU_STALE_PRIVATE,
     FLAG_WRITE,
     GAUGE_CONTENT_FRAMES,
+    VM_MIRRORED,
+    VM_RMP,
 )
 from pgemu_kernels.words.operations import EFAULT, EINVAL
-from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_POOL_BASE
+from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_MACHINE_CHECKS, R_POOL_BASE, R_VM_PROPERTIES
 from pgemu_kernels.words.rows import (
     D_FORMAT,
     D_ROOT,
     I_KIND,
     INODE_GUEST_MEMFD,
+    M_VM,
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
@@ -58,14 +63,43 @@ def staleness(m, pfn):
     return NOT_STALE if is_shared(m, node, m.ram[page + INDEX] + (pfn - head)) != U0 else STALE_PRIVATE
 
 
+@outlined
+def _refuses_private(m, pfn):
+    """What a VM's kind makes of a device that reaches private memory: whether the unit refuses it.
+
+    SNP: the IOMMU looks in the RMP, and the page is a guest's: a fault. TDX: the page is written without its key, and
+    whoever reads it gets a machine check, which ends the host (R_MACHINE_CHECKS). Others: nothing notices.
+    """
+    state = m.state
+    if state[R_VM_PROPERTIES] & (VM_RMP | VM_MIRRORED) == U0:
+        return False
+    head = head_in_zone(m, pfn)
+    page = struct_page(m, head)
+    inode = (m.ram[page + MAPPING] - mapping_address(U0)) >> U12
+    index = m.ram[page + INDEX] + (pfn - head)
+    if state[R_VM_PROPERTIES] & VM_RMP != U0 and is_assigned(state, inode_row(inode), index):
+        return True
+    slot = first_binding(state, inode, index, index + U1)
+    while slot != U0:
+        if is_mirrored(state, state[slot + M_VM]):
+            state[R_MACHINE_CHECKS] += U1
+            break
+        slot = next_binding(state, slot, index, index + U1)
+    return False
+
+
 @kernel
-def _note_stale(m, pfn):
-    if m.state[R_BLOCKS] != U0 and in_zone(m.state, pfn):  # else there was no guest_memfd
-        stale = staleness(m, pfn)
-        if stale == STALE_PRIVATE:
-            charge_one(m, EVENT_IOMMU_STALE_PRIVATE)
-        elif stale == STALE_FREED:
-            charge_one(m, EVENT_IOMMU_STALE_FREED)
+def _refuses_stale(m, pfn):
+    """Count a stale access: whether the unit refuses it."""
+    if m.state[R_BLOCKS] == U0 or not in_zone(m.state, pfn):  # there was no guest_memfd
+        return False
+    stale = staleness(m, pfn)
+    if stale == STALE_FREED:
+        charge_one(m, EVENT_IOMMU_STALE_FREED)
+    if stale != STALE_PRIVATE:
+        return False
+    charge_one(m, EVENT_IOMMU_STALE_PRIVATE)
+    return _refuses_private(m, pfn)
 
 
 @outlined
@@ -107,7 +141,9 @@ def operate_access(m, op, d):
             state[op + O_DETAIL] = at - iova
             return stop(state, op, -EFAULT)
         physical = physical_of(state, f, entry, shift, at)
-        _note_stale(m, physical >> U12)
+        if _refuses_stale(m, physical >> U12):
+            state[op + O_DETAIL] = at - iova
+            return stop(state, op, -EFAULT)
         if first == NONE:
             first = physical
         at = (at | U4095) + U1

@@ -22,7 +22,7 @@ from pgemu_kernels.iommu.areas import (
     is_usable,
     remove_area,
 )
-from pgemu_kernels.iommu.domain import domain_row, map_run, unmap_run
+from pgemu_kernels.iommu.domain import begin_edit, domain_row, end_edit, frames_used, map_run, unmap_run
 from pgemu_kernels.iommu.io_pages import (
     drop_run,
     hold_pages,
@@ -32,17 +32,24 @@ from pgemu_kernels.iommu.io_pages import (
     pin_io_pages,
 )
 from pgemu_kernels.iommu.type1 import area_rights
+from pgemu_kernels.iommu.unpinned import enter_pages, first_page, is_unpinned, remove_entries
 from pgemu_kernels.words.enum_words import FLAG_COPY, FLAG_IOVA_ANY, GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.operations import EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
-from pgemu_kernels.words.registers import R_DOMAINS
+from pgemu_kernels.words.registers import R_DOMAINS, R_FULL, R_INODES
 from pgemu_kernels.words.rows import (
     AREA_WRITE,
     D_HOLES,
     D_KIND,
     D_LAST,
+    D_POLICY,
     D_ROOT,
+    D_WORDS,
     DOMAIN_IOAS,
+    I_DOMAINS,
+    I_KIND,
+    I_OPEN,
     I_PAGES,
+    INODE_GUEST_MEMFD,
     IP_INDEX,
     IP_OFFSET,
     IP_SOURCE,
@@ -56,6 +63,8 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    POLICY_LINUX,
+    STATE_DOMAINS,
 )
 
 U = np.uint64
@@ -72,9 +81,32 @@ def memory_of(pages, index):
 
 
 @outlined
+def _fill_unpinned(m, d, end, pages):
+    """Enter what an area shows of a guest_memfd, without pins: 0."""
+    used = frames_used(m)
+    e = begin_edit(m, d)
+    key = (end >> U12) - U1
+    start = first_page(m, d, key)
+    count = (end - area_start(m, d, key)) >> U12
+    enter_pages(m, e, d, key, pages_word(m, pages, IP_START), start, start + count)
+    end_edit(m, e, d, used)
+    return np.int64(0)
+
+
+@outlined
+def _unfill_unpinned(m, d, start, end):
+    used = frames_used(m)
+    e = begin_edit(m, d)
+    remove_entries(m, e, start, end)
+    end_edit(m, e, d, used)
+
+
+@outlined
 def fill_area(m, d, iova, length, flags, memory):
     """iopt_area_fill_domain(): pins and maps an area: 0, or -errno with all undone."""
     pages = memory >> IP_INDEX
+    if is_unpinned(m, pages):
+        return _fill_unpinned(m, d, iova + length, pages)
     first = memory & _INDEX
     count = length >> U12
     done = U0
@@ -102,6 +134,9 @@ def fill_area(m, d, iova, length, flags, memory):
 @outlined
 def unfill_area(m, d, iova, length, memory):
     """iopt_area_unfill_domain(): the I/O entries go, and the pins that no other area needs."""
+    if is_unpinned(m, memory >> IP_INDEX):
+        _unfill_unpinned(m, d, iova, iova + length)
+        return
     done = U0
     while done < length:
         went = unmap_run(m, d, iova + done, length - done)
@@ -144,7 +179,10 @@ def _insert(m, d, iova, length, rights, memory):
     """An area, filled where there is a domain: 0 or -errno."""
     if add_area(m, d, iova, length, rights, memory) != 0:
         return np.int64(-ENOMEM)
-    hold_pages(m, memory >> IP_INDEX, U1)
+    pages = memory >> IP_INDEX
+    hold_pages(m, pages, U1)
+    if is_unpinned(m, pages):
+        note_device(m.state, d, pages_word(m, pages, IP_START))
     status = np.int64(0)
     if m.state[d + D_ROOT] != U0:
         status = fill_area(m, d, iova, length, rights, memory)
@@ -220,6 +258,21 @@ def _place(m, op, d, iova, length, memory):
     return check_iova(m, d, iova, length), iova
 
 
+@kernel
+def takes_guest_memfd(state, d, inode):
+    """Whether an IOAS maps a file because it is a guest_memfd of the designs: what-ifs do (POLICY_*)."""
+    if state[d + D_POLICY] == POLICY_LINUX or inode >= state[R_INODES]:
+        return False
+    return state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD
+
+
+@kernel
+def note_device(state, d, inode):
+    """An address space may map a guest_memfd without holding it: its conversions and holes have to know."""
+    state[inode_row(inode) + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
+    state[R_FULL] = U1
+
+
 @outlined
 def _map_new(m, op, d):
     """IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE."""
@@ -234,7 +287,8 @@ def _map_new(m, op, d):
     if start + length < start:
         return stop(state, op, -EOVERFLOW)
     if of_file:
-        pages_there = state[inode_row(inode) + I_PAGES] if is_mappable_file(state, inode) else U0
+        mappable = is_mappable_file(state, inode) or takes_guest_memfd(state, d, inode)
+        pages_there = state[inode_row(inode) + I_PAGES] if mappable else U0
         if (start + length + U4095) >> U12 > pages_there:
             return stop(state, op, -EINVAL)
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, start)
@@ -303,6 +357,8 @@ def _copy(m, op, d):
     )
     where += ((memory & _INDEX) << U12) + (at - area_start(m, s, key))
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, where)
+    if status == 0 and is_unpinned(m, pages) and state[d + D_POLICY] == POLICY_LINUX:
+        status = np.int64(-EINVAL)
     if status == 0 and rights & AREA_WRITE != U0 and not _may_write(m, s, at, at + length - U1):
         status = np.int64(-EPERM)
     done = U0

@@ -12,7 +12,7 @@ from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_las
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, operation_record, save_result
-from pgemu_kernels.engine.rows import clear_words, stop
+from pgemu_kernels.engine.rows import clear_words, inode_row, stop
 from pgemu_kernels.gmem import faults as _gives_process_fault  # noqa: F401
 from pgemu_kernels.iommu.access import operate_access
 from pgemu_kernels.iommu.domain import domain_row, free_table_of, make_table
@@ -22,7 +22,7 @@ from pgemu_kernels.run.routing import finish_other, note_stepped
 from pgemu_kernels.words.enum_words import EVENT_SYSCALL, OP_DMA_ACCESS, OP_DMA_MAP, OP_DMA_UNMAP
 from pgemu_kernels.words.events import STATS_COUNTERS
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENODEV, EOPNOTSUPP, STOP
-from pgemu_kernels.words.registers import R_COUNTER_ROW, R_DOMAINS, R_SPACES, R_SPINS
+from pgemu_kernels.words.registers import R_COUNTER_ROW, R_DOMAINS, R_INODES, R_SPACES, R_SPINS
 from pgemu_kernels.words.requests import ATTACH, CLOSE_DOMAIN, DETACH
 from pgemu_kernels.words.rows import (
     ACTORS,
@@ -32,12 +32,14 @@ from pgemu_kernels.words.rows import (
     D_TRIAL,
     D_WORDS,
     DOMAIN_IOAS,
+    I_DOMAINS,
     NO_INODE,
     O_ACTIVE,
     O_OBJECT,
     O_OP,
     O_SPACE,
     O_VM,
+    STATE_DOMAINS,
 )
 
 U = np.uint64
@@ -151,6 +153,9 @@ def _close(m, d):
     else:
         type1_clear(m, d)
         _empty(m, d)
+    bit = U1 << (d - STATE_DOMAINS) // U(D_WORDS)
+    for inode in range(state[R_INODES]):
+        state[inode_row(inode) + I_DOMAINS] &= ~bit
     clear_words(state, d, U(D_WORDS))
     return np.int64(0)
 

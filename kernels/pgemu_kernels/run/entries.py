@@ -24,6 +24,7 @@ __all__ = (
         "run_devices",
         "run_ordinary",
         "run_pooling",
+        "tell_devices",
     ),
     *("translate", "translate_nested"),
 )
@@ -59,6 +60,10 @@ run_ordinary = declare(
 run_devices = declare(
     "pgemu_kernels.run.devices", "run_devices", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
+tell_devices = declare(
+    "pgemu_kernels.run.revocations", "tell_devices", descriptor=_INTS, what=_WORD, op=_WORD, inode=_WORD, start=_WORD,
+    end=_WORD,
+)  # fmt: skip
 run_pooling = declare(
     "pgemu_kernels.run.pooling", "run_pooling", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher

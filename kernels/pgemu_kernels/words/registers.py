@@ -181,5 +181,6 @@ R_IO_PAGES = U(162)  # root of the radix tree of the rows of io_pages, by number
 R_IO_PAGES_MADE = U(163)  # how many there have been
 R_IO_PINNED = U(164)  # ... of their pinned pages, by number << IP_INDEX | page: frame << 12 | areas that need it
 R_PINNED_ALONE = U(165)  # 4K pages of memory that nothing but pins has
+R_MACHINE_CHECKS = U(166)  # accesses of devices to private memory of a TDX VM
 R_WORD_COUNT = 176
 CONTIGUOUS_FRAMES = 1024

@@ -16,3 +16,6 @@ GIVE_BACK = 4  # ... and put back
 ATTACH = 0
 DETACH = 1
 CLOSE_DOMAIN = 2
+# run/revocations.py:tell_devices
+TAKE_PAGES = 0  # a conversion or a hole takes pages from devices,
+RETURN_PAGES = 1  # ... gives them what it took besides, and what they may have now

@@ -55,6 +55,7 @@ I_CALLS = U(25)  # how many notifier calls it is that all of them leave the proc
 I_ELSEWHERE = U(28)  # and 1 where a slot of these VMs shows other pages at a VMA's addresses, or its pages elsewhere
 I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
 I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
+I_DOMAINS = U(31)  # a bit per address space of devices that may map its pages without holding them
 I_GENERATION = U(29)  # ordinary files: how many files this row was before
 I_SLOTS = U(30)  # memory slots bound to its pages, by these: a tree (engine/memslots.py)
 I_WORDS = 32
@@ -172,7 +173,17 @@ D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
 D_POLICY = U(15)  # POLICY_*
 D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
 D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
-D_WORDS = 24
+# What conversions and holes did to I/O entries of a guest_memfd that are there without references, in 4K pages:
+D_REVOKED = U(18)  # unmapped, those beyond what was asked for too,
+D_WIDENED = U(19)  # ... of them: for a large entry goes whole
+D_RETURNED = U(20)  # entered again, or for the first time
+D_LOST = U(21)  # to be entered, and no frame for a table
+D_CUT = U(22)  # large entries cut,
+D_JOINED = U(23)  # ... and put together
+D_WINDOWS = U(24)  # times in which a device faulted on pages that were its all along,
+D_WINDOW_LOW = U(25)  # ... picoseconds of them together, low and high end of the estimate
+D_WINDOW_HIGH = U(26)
+D_WORDS = 32
 DOMAINS = 64
 DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU
 DOMAIN_TYPE1V2 = U(3)  # VFIO_TYPE1v2_IOMMU
@@ -183,6 +194,11 @@ AREA_TRACKED = U(4)  # frames of VM_PFNMAP that are remembered and not reference
 POLICY_LINUX = U(0)  # frames of VM_PFNMAP that are RAM are refused: vfio_iommu_type1.c:is_invalid_reserved_pfn()
 POLICY_NAIVE = U(1)  # what-if: that check removed
 POLICY_TRACKED = U(2)  # what-if: accepted, and known to be without a reference
+# An IOAS: files of guest_memfd are refused (POLICY_LINUX), or, what-ifs, mapped without references:
+POLICY_NONE = U(3)  # nobody unmaps but user space
+POLICY_NOTIFIER = U(4)  # the kernel unmaps what a conversion or a hole takes, and whatever a large entry has beside it
+POLICY_REVOKE = U(5)  # ... and maps again what is still backed and shared
+POLICY_MIRROR = U(6)  # ... cuts large entries for it, and puts them together again
 
 # io_pages: struct iopt_pages of iommufd, rows of words in a radix tree (R_IO_PAGES)
 IP_SOURCE = U(0)  # process + 1; 0: a file
@@ -431,6 +447,10 @@ O_MUTEX = U(37)  # row of the block whose mutex the fault holds; 0: none
 # What a fault that nobody interrupts still knows:
 O_HOLE = U(38)  # the 4K entry where its walk ended, empty; NONE: it ended above
 O_HOLE_MIDDLE = U(39)  # ... and the entry of the table around it
+O_WIDE_START = U(40)  # pages that devices lost to it and get back at its end; O_WIDE_END 0: none
+O_WIDE_END = U(41)
+O_WIDE_LOW = U(42)  # clock when they lost them
+O_WIDE_HIGH = U(43)
 O_WORDS = 48
 
 
