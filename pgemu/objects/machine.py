@@ -115,7 +115,8 @@ class Machine(Core):
         create_page_table). dma_entry_limit: of the module, when the container is made. memlock: RLIMIT_MEMLOCK in
         bytes, None with CAP_IPC_LOCK. policy: what becomes of RAM under VM_PFNMAP: "linux" refuses it (-EFAULT),
         "naive" is that check removed, so that an unmap unpins what was never pinned, "tracked" accepts it without a
-        reference and remembers. OSError ENOMEM past words.DOMAINS of them.
+        reference and remembers whose it is: a map of more than one file, or of other memory beside, is -EFAULT.
+        OSError ENOMEM past words.DOMAINS of them.
         """
         from pgemu.objects.devices import VfioContainer
 

@@ -16,7 +16,10 @@ from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.hugetlb import mapping_address
 from pgemu_kernels.folios.pinning import head_in_zone
 from pgemu_kernels.gmem.vm_kinds import is_assigned
+from pgemu_kernels.iommu.areas import area_flags, area_from, area_memory, area_start
 from pgemu_kernels.iommu.domain import allows, physical_of, walk_domain
+from pgemu_kernels.iommu.io_pages import pages_word
+from pgemu_kernels.iommu.unpinned import first_page, is_unpinned
 from pgemu_kernels.tables.walker import format_row
 from pgemu_kernels.words.enum_words import (
     EVENT_IOMMU_STALE_FREED,
@@ -29,16 +32,23 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EFAULT, EINVAL
 from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_MACHINE_CHECKS, R_POOL_BASE, R_VM_PROPERTIES
 from pgemu_kernels.words.rows import (
+    AREA_FILE,
     D_FORMAT,
+    D_KIND,
+    D_POLICY,
     D_ROOT,
+    DOMAIN_IOAS,
     I_KIND,
     INODE_GUEST_MEMFD,
+    IP_INDEX,
+    IP_START,
     M_VM,
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
     O_OFFSET,
+    POLICY_LINUX,
 )
 
 U = np.uint64
@@ -46,21 +56,49 @@ NOT_STALE, STALE_PRIVATE, STALE_FREED = U0, U1, U(2)
 
 
 @outlined
-def staleness(m, pfn):
-    """What a device reaches that still has an entry for a frame of the pool: memory that is private now, or is free or
-    somebody else's. A frame that is pinned is neither: its conversion and its end wait."""
+def owner_of(m, pfn):
+    """Whose page cache a frame of the pool is in: (inode, page), or (NONE, 0)."""
     head = head_in_zone(m, pfn)
     page = struct_page(m, head)
     mapping = m.ram[page + MAPPING]
-    if mapping == U0:
-        return STALE_FREED if m.ram[page + COUNTS] >> U32 == U0 else NOT_STALE
     inode = (mapping - mapping_address(U0)) >> U12
-    if mapping & U1 != U0 or inode >= m.state[R_INODES]:
-        return NOT_STALE
+    if mapping == U0 or mapping & U1 != U0 or inode >= m.state[R_INODES]:
+        return NONE, U0
+    return inode, m.ram[page + INDEX] + (pfn - head)
+
+
+@outlined
+def left_its_file(m, d, iova, inode, index):
+    """Whether what an entry without a reference names is by now page `index` of `inode`, and was another one when it
+    was entered. Of type1 (POLICY_TRACKED) the file is known, of an IOAS its page, too."""
+    key = area_from(m, d, iova)
+    if m.state[d + D_POLICY] == POLICY_LINUX or key == NONE or iova < area_start(m, d, key):
+        return False
+    if m.state[d + D_KIND] != DOMAIN_IOAS:
+        file = area_flags(m, d, key) >> AREA_FILE
+        return file != U0 and inode != file - U1
+    pages = area_memory(m, d, key) >> IP_INDEX
+    if not is_unpinned(m, pages):
+        return False
+    page = first_page(m, d, key) + (iova - area_start(m, d, key) >> U12)
+    return inode != pages_word(m, pages, IP_START) or index != page
+
+
+@outlined
+def staleness(m, d, iova, pfn):
+    """What a device reaches that still has an entry for a frame of the pool: memory that is private now, or is free or
+    somebody else's. A frame that is pinned is neither: its conversion and its end wait."""
+    inode, index = owner_of(m, pfn)
+    if left_its_file(m, d, iova, inode, index):
+        return STALE_FREED
+    if inode == NONE:
+        page = struct_page(m, head_in_zone(m, pfn))
+        free = m.ram[page + MAPPING] == U0 and m.ram[page + COUNTS] >> U32 == U0
+        return STALE_FREED if free else NOT_STALE
     node = inode_row(inode)
     if m.state[node + I_KIND] != INODE_GUEST_MEMFD:
         return NOT_STALE
-    return NOT_STALE if is_shared(m, node, m.ram[page + INDEX] + (pfn - head)) != U0 else STALE_PRIVATE
+    return NOT_STALE if is_shared(m, node, index) != U0 else STALE_PRIVATE
 
 
 @outlined
@@ -71,13 +109,13 @@ def _refuses_private(m, pfn):
     whoever reads it gets a machine check, which ends the host (R_MACHINE_CHECKS). Others: nothing notices.
     """
     state = m.state
-    if state[R_VM_PROPERTIES] & (VM_RMP | VM_MIRRORED) == U0:
+    inode, index = owner_of(m, pfn)
+    if state[R_VM_PROPERTIES] & (VM_RMP | VM_MIRRORED) == U0 or inode == NONE:
         return False
-    head = head_in_zone(m, pfn)
-    page = struct_page(m, head)
-    inode = (m.ram[page + MAPPING] - mapping_address(U0)) >> U12
-    index = m.ram[page + INDEX] + (pfn - head)
-    if state[R_VM_PROPERTIES] & VM_RMP != U0 and is_assigned(state, inode_row(inode), index):
+    node = inode_row(inode)
+    if state[node + I_KIND] != INODE_GUEST_MEMFD or is_shared(m, node, index) != U0:
+        return False
+    if state[R_VM_PROPERTIES] & VM_RMP != U0 and is_assigned(state, node, index):
         return True
     slot = first_binding(state, inode, index, index + U1)
     while slot != U0:
@@ -89,16 +127,14 @@ def _refuses_private(m, pfn):
 
 
 @kernel
-def _refuses_stale(m, pfn):
-    """Count a stale access: whether the unit refuses it."""
+def _refuses_stale(m, d, iova, pfn):
+    """Count a stale access: whether the unit refuses it, for whose memory it is by now."""
     if m.state[R_BLOCKS] == U0 or not in_zone(m.state, pfn):  # there was no guest_memfd
         return False
-    stale = staleness(m, pfn)
-    if stale == STALE_FREED:
-        charge_one(m, EVENT_IOMMU_STALE_FREED)
-    if stale != STALE_PRIVATE:
+    stale = staleness(m, d, iova, pfn)
+    if stale == NOT_STALE:
         return False
-    charge_one(m, EVENT_IOMMU_STALE_PRIVATE)
+    charge_one(m, EVENT_IOMMU_STALE_FREED if stale == STALE_FREED else EVENT_IOMMU_STALE_PRIVATE)
     return _refuses_private(m, pfn)
 
 
@@ -141,7 +177,7 @@ def operate_access(m, op, d):
             state[op + O_DETAIL] = at - iova
             return stop(state, op, -EFAULT)
         physical = physical_of(state, f, entry, shift, at)
-        if _refuses_stale(m, physical >> U12):
+        if _refuses_stale(m, d, at, physical >> U12):
             state[op + O_DETAIL] = at - iova
             return stop(state, op, -EFAULT)
         if first == NONE:

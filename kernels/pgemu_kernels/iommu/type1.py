@@ -38,7 +38,9 @@ from pgemu_kernels.words.operations import EEXIST, EFAULT, EINVAL, ENOMEM, ENOSP
 from pgemu_kernels.words.registers import R_SPACES
 from pgemu_kernels.words.rows import (
     A_FLAGS,
+    A_INODE,
     A_KIND,
+    AREA_FILE,
     AREA_READ,
     AREA_TRACKED,
     AREA_WRITE,
@@ -102,10 +104,24 @@ def is_reserved(m, pfn):
     return pfn << U9 >= U(m.ram.size) and not in_zone(m.state, pfn)
 
 
+@kernel
+def marks_of_file(m, row):
+    """AREA_TRACKED and AREA_FILE of a mapping of RAM under VM_PFNMAP; 0 of another."""
+    if row == NONE or m.state[row + A_KIND] != VMA_GUEST_MEMFD or not is_special(m, row):
+        return U0
+    return AREA_TRACKED | (m.state[row + A_INODE] + U1) << AREA_FILE
+
+
 @outlined
-def frames_at(m, d, space, address, pages, flags):
-    """vaddr_get_pfns(): (0 or -errno; first frame; how many follow one another; 1 where no reference was taken)."""
+def frames_at(m, d, space, address, pages, flags, marks):
+    """vaddr_get_pfns(): (0 or -errno; first frame; how many follow one another; 1 where no reference was taken).
+
+    POLICY_TRACKED: an unmap must know what it finds, so all of a mapping is of the file of `marks`, or nothing is.
+    """
     status, pfn, n = pin_run_of_any(m, space, address, pages, flags | FLAG_LONGTERM | TOUCH)
+    if status == 0 and marks != U0:
+        unpin_range(m, pfn, n, False)
+        return np.int64(-EFAULT), U0, U0, U0
     if status == 0:
         return status, pfn, n, U0
     row = find_vma(m.state, space, address)
@@ -114,7 +130,9 @@ def frames_at(m, d, space, address, pages, flags):
     status, pfn, n = follow_pfnmap(m, space, row, address, flags & FLAG_WRITE != U0)
     if status != 0:
         return status, U0, U0, U0
-    if not is_reserved(m, pfn) and m.state[d + D_POLICY] == POLICY_LINUX:
+    policy = m.state[d + D_POLICY]
+    refused = policy == POLICY_LINUX or (policy == POLICY_TRACKED and marks_of_file(m, row) != marks)
+    if refused and not is_reserved(m, pfn):
         return np.int64(-EFAULT), U0, U0, U0
     return status, pfn, min(n, pages), U1
 
@@ -167,6 +185,7 @@ def is_counted(m, d, pfn, flags):
 def map_area(m, d, iova, length, flags, space, address):
     """vfio_pin_map_dma(): 0, or -errno with all undone. What follows one another is mapped at once."""
     access = FLAG_WRITE if flags & AREA_WRITE != U0 else U0
+    marks = flags & ~(AREA_READ | AREA_WRITE)
     pages = length >> U12
     done = U0
     locked = U0
@@ -177,7 +196,7 @@ def map_area(m, d, iova, length, flags, space, address):
         free = U0
         while done + run < pages and status == 0:
             at = address + ((done + run) << U12)
-            status, pfn, n, without = frames_at(m, d, space, at, pages - done - run, access)
+            status, pfn, n, without = frames_at(m, d, space, at, pages - done - run, access, marks)
             if status != 0:
                 break
             if run != U0 and (pfn != first + run or without != free):
@@ -276,8 +295,8 @@ def type1_map(m, op, d):
     if not is_usable(state, d, iova, iova + length - U1):
         return stop(state, op, -EINVAL)
     tracked = U0
-    if state[d + D_POLICY] == POLICY_TRACKED and is_pfnmap(m, find_vma(state, space, address)):
-        tracked = AREA_TRACKED
+    if state[d + D_POLICY] == POLICY_TRACKED:
+        tracked = marks_of_file(m, find_vma(state, space, address))
     if add_area(m, d, iova, length, rights | tracked, address | space) != 0:
         return stop(state, op, -ENOMEM)
     status = np.int64(0)

@@ -190,10 +190,11 @@ DOMAIN_TYPE1V2 = U(3)  # VFIO_TYPE1v2_IOMMU
 DOMAIN_IOAS = U(4)
 AREA_READ = U(1)
 AREA_WRITE = U(2)
-AREA_TRACKED = U(4)  # frames of VM_PFNMAP that are remembered and not referenced (POLICY_TRACKED)
+AREA_TRACKED = U(4)  # frames of VM_PFNMAP that are remembered and not referenced (POLICY_TRACKED),
+AREA_FILE = U(4)  # ... from this bit on: of which guest_memfd, + 1
 POLICY_LINUX = U(0)  # frames of VM_PFNMAP that are RAM are refused: vfio_iommu_type1.c:is_invalid_reserved_pfn()
 POLICY_NAIVE = U(1)  # what-if: that check removed
-POLICY_TRACKED = U(2)  # what-if: accepted, and known to be without a reference
+POLICY_TRACKED = U(2)  # what-if: accepted, and known to be without a reference; a mapping is of one file
 # An IOAS: files of guest_memfd are refused (POLICY_LINUX), or, what-ifs, mapped without references:
 POLICY_NONE = U(3)  # nobody unmaps but user space
 POLICY_NOTIFIER = U(4)  # the kernel unmaps what a conversion or a hole takes, and whatever a large entry has beside it

@@ -300,6 +300,23 @@ def test_tracked_memory_is_neither_pinned_nor_unpinned_and_goes_stale() -> None:
     assert s.machine.check() == 0, s.machine.findings
 
 
+@pytest.mark.parametrize("start", [-4, M2 // PAGE - 4], ids=["anonymous memory first", "guest_memfd first"])
+def test_tracked_memory_is_all_of_one_mapping_or_none(start: int) -> None:
+    """An unmap could not tell what it has to unpin."""
+    s = Slides("tracked")
+    s.process.mmap_anonymous(VA - M2, M2, READ_WRITE)
+    s.process.mmap_anonymous(VA + M2, M2, READ_WRITE)
+    at = VA + start * PAGE
+    assert s.container.map(IOVA, 8 * PAGE, s.process, at).status == -W.EFAULT
+    assert [s.container.map(IOVA + i * M2, 4 * PAGE, s.process, at + 4 * i * PAGE).status for i in range(2)] == [0, 0]
+    assert (Accounts.of(s.process).locked, s.machine.statistics.gauge(Gauge.PAGES_PINNED)) == (4, 4)
+    assert s.references() == 512
+    assert s.container.unmap_all() == (0, 8 * PAGE)
+    assert s.references() == 512
+    assert (Accounts.of(s.process).locked, s.machine.statistics.gauge(Gauge.PAGES_PINNED)) == (0, 0)
+    assert s.machine.check() == 0, s.machine.findings
+
+
 def test_pins_of_a_container_make_conversions_wait() -> None:
     machine = Machine(Config(pool=2 * M2, page_size=M2))
     gmem = machine.create_guest_memfd(M2, shared=True)
