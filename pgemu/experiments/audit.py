@@ -1,7 +1,4 @@
-"""The audit: claims that were made about pfnmap, their experiments run on both designs, and what came of them.
-
-Those about devices are tried as far as a pin decides them.
-"""
+"""The audit: claims that were made about pfnmap, their experiments run on both designs, and what came of them."""
 
 from __future__ import annotations
 
@@ -9,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pgemu.experiments.claims import conversion, life, poison, structure, users
+from pgemu.experiments.claims import conversion, devices, io_entries, life, poison, structure, users
 from pgemu.experiments.claims.claim import Claim, Figure, Found, Setting, Switch, Verdict
 
 __all__ = ("CLAIMS", "Audited", "Outcome", "audit", "document", "try_claim")
 
-CLAIMS: tuple[Claim, ...] = (*structure.CLAIMS, *conversion.CLAIMS, *life.CLAIMS, *users.CLAIMS, *poison.CLAIMS)
+CLAIMS: tuple[Claim, ...] = tuple(
+    claim for part in (structure, conversion, life, users, devices, io_entries, poison) for claim in part.CLAIMS
+)
 """In the order in which they are printed."""
 
 

@@ -359,7 +359,7 @@ class Ioas(IoSpace):
         """What conversions and holes of guest_memfd did to its entries so far."""
         names = ("REVOKED", "WIDENED", "RETURNED", "LOST", "CUT", "JOINED", "WINDOWS", "WINDOW_LOW", "WINDOW_HIGH")
         *counts, low, high = (self._word(getattr(W, f"D_{name}")) for name in names)
-        return Revocations(*counts, (low / 1000, high / 1000))
+        return Revocations._make((*counts, (low / 1000, high / 1000)))
 
     def _place(self, process: AddressSpace, iova: int | None, size: int, start: int, flags: int, inode: int) -> Result:
         return self._map(process, iova or 0, size, start, flags | (Flag.IOVA_ANY if iova is None else 0), inode)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.machine.designs import DESIGNS, Design
 from pgemu.machine.presets import Versions
+from pgemu.machine.vm_kinds import KINDS
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
@@ -114,14 +115,15 @@ class Setting:
             **own,
         }
         machine = Machine(versions.configuration(design, **fields))
-        gmem = machine.create_guest_memfd(pages * self.page_size)
+        always = shared and not KINDS[machine.config.vm].private  # such a VM converts nothing
+        gmem = machine.create_guest_memfd(pages * self.page_size, shared=always)
         process = machine.create_process()
         vm = machine.create_vm(process)
         for what, result in (("mmap", process.mmap(gmem, HVA)), ("bind", vm.bind(gmem, 0))):
             if result.status:
                 raise RuntimeError(f"{what} of the guest_memfd: {result.name}")
-        if shared:
-            gmem.convert(0, gmem.size, shared=True)
+        if shared and KINDS[machine.config.vm].private and (done := gmem.convert(0, gmem.size, shared=True)).status:
+            raise RuntimeError(f"conversion of all to shared: {done.name}")
         return Scene(machine, gmem, process, vm)
 
 
