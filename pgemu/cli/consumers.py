@@ -108,7 +108,7 @@ def consumers(page_size: str, order: str, as_json: bool) -> int:
     Each gets at a shared page of a guest_memfd through the mapping, and while it holds the page its huge page is
     converted to private: "access" is what the user gets, "convert" what the conversion returns. GUP on VM_PFNMAP is
     -EFAULT, so with pfnmap whoever pins or references pages breaks, and nobody keeps a conversion from going through.
-    Devices are not modelled here: of VFIO and iommufd only the pin decides.
+    What devices do through entries that nobody holds pages for: pgemu audit.
     """
     from pgemu.experiments.consumers import document, try_all
     from pgemu.report.answers import WIDTH

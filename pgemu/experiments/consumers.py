@@ -1,17 +1,18 @@
 """Who reads and writes a process's memory from within the kernel, and what each design lets them do.
 
 Every consumer is tried on a small machine of each design: it gets at a shared page through the process's mapping, and
-while it holds what it got the page's huge page is converted to private. Nothing here knows a result: it comes from
-the machine (pgemu_kernels.gmem.pins, restructure, pfnmap). What is told of each consumer is how it gets at memory:
+while it holds what it got the page's huge page is converted to private. Results come from the machine: its pins, slots,
+containers of VFIO, address spaces of iommufd. What is told of each consumer is how it gets at memory:
 
 - copy: by the process's own entries, as copy_{to,from}_user() does; a fault if there is none.
 - pin, long-term pin: pin_user_pages*(), without or with FOLL_LONGTERM, until it is done.
 - reference: get_user_pages*(), one reference in place of a pin.
-- KVM: virt/kvm/kvm_main.c:hva_to_pfn(): get_user_pages() and, for VM_PFNMAP, the entry itself. Nothing is held: KVM's
-  MMU notifier takes the frame away.
+- peek: mm/memory.c:__access_remote_vm(): a reference while it copies, else vm_ops->access, which a guest_memfd has not.
+- KVM: a slot over the mapping, virt/kvm/kvm_main.c:hva_to_pfn(): get_user_pages() and, for VM_PFNMAP, the entry itself.
+  Nothing is held: KVM's MMU notifier takes the frame away.
 - KVM pin: the same for kvm_vcpu_map(), which holds a pin and therefore refuses VM_PFNMAP.
-- VFIO type1: a long-term pin and, for VM_PFNMAP, drivers/vfio/vfio_iommu_type1.c:follow_fault_pfn(), whose frame is
-  accepted only if it is invalid or reserved (is_invalid_reserved_pfn()). Devices are not modelled here.
+- VFIO type1, iommufd, iommufd file: a device is attached, and the page mapped for it: VFIO_IOMMU_MAP_DMA,
+  IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE.
 - memfd: memfd_pin_folios() and its callers name a file and an offset, and the file must be one of shmem or hugetlbfs.
 
 >>> outcome = try_consumer(CONSUMERS[0], "pfnmap")
@@ -32,11 +33,13 @@ from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
     from pgemu.machine.results import Result
+    from pgemu.objects.devices import Ioas
 
 __all__ = ("CONSUMERS", "Access", "Consumer", "Outcome", "Scene", "document", "try_all", "try_consumer", "use")
 
 _ADDRESS = 0x7F00_0000_0000
 _OFFSET = 5 * W.PAGE_4K  # of the page that is used
+_IOVA = 1 << 32
 _PIN = 0  # number of the consumer's pin
 
 
@@ -47,9 +50,12 @@ class Access(StrEnum):
     PIN = "pin"
     LONGTERM = "long-term pin"
     REFERENCE = "reference"
+    PEEK = "peek"
     KVM = "KVM"
     KVM_PIN = "KVM pin"
     VFIO = "VFIO type1"
+    IOMMUFD = "iommufd"
+    MAP_FILE = "iommufd file"
     MEMFD = "memfd"
 
 
@@ -75,16 +81,20 @@ CONSUMERS = (
     Consumer("vhost-vdpa", Access.LONGTERM, "drivers/vhost/vdpa.c:vhost_vdpa_pa_map()"),
     Consumer("RDMA ibv_reg_mr()", Access.LONGTERM, "drivers/infiniband/core/umem.c:ib_umem_get()"),
     Consumer("AF_XDP umem", Access.LONGTERM, "net/xdp/xdp_umem.c:xdp_umem_pin_pages()"),
-    Consumer("iommufd", Access.LONGTERM, "drivers/iommu/iommufd/pages.c:pfn_reader_user_pin()"),
+    Consumer("iommufd", Access.IOMMUFD, "drivers/iommu/iommufd/pages.c:pfn_reader_user_pin()"),
+    Consumer(
+        "iommufd, by the file", Access.MAP_FILE, "drivers/iommu/iommufd/pages.c:iopt_alloc_file_pages()",
+        note="a guest_memfd is refused, in either design",
+    ),
     Consumer(
         "VFIO type1", Access.VFIO, "drivers/vfio/vfio_iommu_type1.c:vaddr_get_pfns()",
         note="takes PFNs without a struct page, or reserved ones",
     ),
     Consumer("process_vm_readv()", Access.PIN, "mm/process_vm_access.c:process_vm_rw_single_vec()", write=False),
     Consumer(
-        "ptrace() peeks", Access.REFERENCE, "mm/memory.c:__access_remote_vm()", write=False,
-        note="ptrace() itself returns -EIO",
+        "ptrace() peeks", Access.PEEK, "kernel/ptrace.c:generic_ptrace_peekdata()", write=False, note="for the copy"
     ),
+    Consumer("/proc/PID/mem", Access.PEEK, "fs/proc/base.c:mem_rw()", note="for the copy"),
     Consumer(
         "vmsplice()", Access.REFERENCE, "fs/splice.c:iter_to_pipe()", write=False, note="while it is in the pipe"
     ),
@@ -195,18 +205,20 @@ def _reference(scene: Scene, write: bool) -> Held:
     return 0, lambda: scene.gmem.put_reference(pfn)
 
 
-def _follow(scene: Scene, write: bool) -> int | None:
-    """follow_pfnmap_start(), after fixup_user_fault() where there is no entry: the frame, or None."""
-    return scene.frame() if _copy(scene, write)[0] == 0 else None
+def _peek(scene: Scene, write: bool) -> Held:
+    """Nothing copied is -EIO."""
+    status, let_go = _reference(scene, write)
+    return -W.EIO if status else 0, let_go
 
 
 def _kvm(scene: Scene, write: bool) -> Held:
-    """hva_to_pfn(): the reference of get_user_pages() is dropped once the frame is mapped (or cached)."""
-    status, let_go = _reference(scene, write)
-    let_go()
-    if status == -W.EFAULT and scene.design == "pfnmap":  # vma->vm_flags & VM_PFNMAP
-        status = 0 if _follow(scene, write) is not None else -W.EFAULT
-    return status, _nothing
+    """A guest's access through a slot over the mapping."""
+    vm = scene.machine.create_vm(scene.process, kind="plain")
+    status = vm.set_memory_region(0, 0, scene.page_size, _ADDRESS).status
+    if status == 0:
+        done = vm.touch(_OFFSET, write=write).status
+        status = 0 if done in (W.RET_PF_FIXED, W.RET_PF_SPURIOUS) else min(done, -W.EFAULT)
+    return status, vm.close
 
 
 def _kvm_pin(scene: Scene, write: bool) -> Held:
@@ -215,21 +227,32 @@ def _kvm_pin(scene: Scene, write: bool) -> Held:
     return -W.EINVAL if status else 0, let_go
 
 
-def _is_invalid_or_reserved(scene: Scene, pfn: int) -> bool:
-    """drivers/vfio/vfio_iommu_type1.c:is_invalid_reserved_pfn()."""
-    try:
-        folio = scene.machine.folio(pfn)
-    except ValueError:  # no struct page
-        return True
-    return "reserved" in folio.page(pfn - folio.pfn).flags
-
-
 def _vfio(scene: Scene, write: bool) -> Held:
-    status, let_go = _longterm(scene, write)
-    if status == 0 or scene.design != "pfnmap":
-        return status, let_go
-    pfn = _follow(scene, write)
-    return 0 if pfn is not None and _is_invalid_or_reserved(scene, pfn) else -W.EFAULT, _nothing
+    container = scene.machine.create_vfio_container()
+    container.attach()
+    return container.map(_IOVA, W.PAGE_4K, scene.process, scene.address, write=write).status, container.close
+
+
+def _ioas(scene: Scene) -> tuple[Ioas, Callable[[], object]]:
+    ioas = scene.machine.create_iommufd().create_ioas()
+    device = ioas.attach()
+
+    def close() -> None:
+        device.detach()
+        ioas.unmap_all()
+        ioas.destroy()
+
+    return ioas, close
+
+
+def _iommufd(scene: Scene, write: bool) -> Held:
+    ioas, close = _ioas(scene)
+    return ioas.map(_IOVA, W.PAGE_4K, scene.process, scene.address, write=write).status, close
+
+
+def _map_file(scene: Scene, write: bool) -> Held:
+    ioas, close = _ioas(scene)
+    return ioas.map_file(_IOVA, W.PAGE_4K, scene.process, scene.gmem, _OFFSET, write=write).status, close
 
 
 def _memfd(scene: Scene, _write: bool) -> Held:
@@ -241,7 +264,8 @@ def _memfd(scene: Scene, _write: bool) -> Held:
 
 _ACCESSES: Mapping[Access, Callable[[Scene, bool], Held]] = {
     Access.COPY: _copy, Access.PIN: _pin, Access.LONGTERM: _longterm, Access.REFERENCE: _reference, Access.KVM: _kvm,
-    Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio, Access.MEMFD: _memfd,
+    Access.PEEK: _peek, Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio, Access.IOMMUFD: _iommufd,
+    Access.MAP_FILE: _map_file, Access.MEMFD: _memfd,
 }  # fmt: skip
 
 

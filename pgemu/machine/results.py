@@ -50,6 +50,7 @@ class Errno(IntEnum):
 
     ENOENT = W.ENOENT
     EINTR = W.EINTR
+    EIO = W.EIO
     ENXIO = W.ENXIO
     EBADF = W.EBADF
     EAGAIN = W.EAGAIN

@@ -23,12 +23,12 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys).splitlines()
     assert lines[0].split() == ["restructure", "pfnmap"]
-    rows = {line.split("  ")[0]: line.split() for line in lines[2:22]}
+    rows = {line.split("  ")[0]: line.split() for line in lines[2:24]}
     assert rows["RDMA ibv_reg_mr()"][-4:] == ["ok", "-EAGAIN", "-EFAULT", "ok"]
     assert rows["kvm_{read,write}_guest()"][1:6] == ["copy", "ok", "ok", "ok", "ok"]
     assert lines[0].index("pfnmap") == lines[1].rindex("access")
     said = " ".join(" ".join(lines).split())
-    assert "15 of 20 work with restructure and not with pfnmap: O_DIRECT," in said
+    assert "16 of 22 work with restructure and not with pfnmap: O_DIRECT," in said
     assert "The same keep restructure from converting while they hold the page; not afterwards." in said
     assert "Every conversion that fails does so at offset 0x5000." in said
 
@@ -64,7 +64,7 @@ def test_json_twice_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(text)
     assert (document["page_size"], document["order"]) == (2 << 20, "fixup")
     named = {row["consumer"]: row for row in document["consumers"]}
-    assert len(named) == 20
+    assert len(named) == 22
     assert named["VFIO type1"]["pfnmap"]["status"] == "-EFAULT"
     assert named["udmabuf"]["restructure"]["status"] == "-EBADFD"
     assert output(capsys, "--json") == text

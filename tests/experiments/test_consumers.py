@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from pgemu.experiments.consumers import CONSUMERS, Access, Outcome, Scene, document, try_all, try_consumer, use
-from pgemu.machine.designs import DESIGNS
+from pgemu.machine.designs import DESIGNS, Design
 from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Gauge
 
 AT = 5 * W.PAGE_4K
 COPIED = Outcome(0, 0, 0, None, 0)
@@ -19,9 +19,12 @@ EXPECTED = {
     Access.PIN: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),
     Access.LONGTERM: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),
     Access.REFERENCE: (Outcome(0, 1, -W.EAGAIN, AT, 0), REFUSED),
+    Access.PEEK: (Outcome(0, 1, -W.EAGAIN, AT, 0), Outcome(-W.EIO, 0, 0, None, 0)),
     Access.KVM: (COPIED, COPIED),  # by the entry; nothing is held
     Access.KVM_PIN: (Outcome(0, 1024, -W.EAGAIN, AT, 0), Outcome(-W.EINVAL, 0, 0, None, 0)),
     Access.VFIO: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),  # HugeTLB memory is neither invalid nor reserved
+    Access.IOMMUFD: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),
+    Access.MAP_FILE: (Outcome(-W.EINVAL, 0, 0, None, 0),) * 2,
     Access.MEMFD: (Outcome(-W.EBADFD, 0, 0, None, 0),) * 2,
 }
 
@@ -64,20 +67,30 @@ def test_a_private_page_gives_nobody_anything(design: str, access: Access) -> No
     assert scene.machine.check() == 0
 
 
-def test_vfio_takes_a_reserved_frame_and_holds_nothing() -> None:
-    """follow_fault_pfn() as for MMIO: the entry survives a conversion without any record of it."""
+def test_vfio_takes_a_device_s_memory_and_holds_nothing() -> None:
+    """follow_fault_pfn() of a BAR: what is mapped beside RAM that is refused keeps no conversion waiting."""
     scene = Scene("pfnmap")
-    assert scene.process.touch(scene.address).status == W.VM_FAULT_NOPAGE
-    pfn = scene.frame()
-    assert pfn is not None
     assert use(scene, Access.VFIO)[0] == -W.EFAULT
-    folio = scene.machine.folio(pfn)
-    reserved = next(bits.mask for bits in folio.layout.flags if bits.name == "reserved")
-    where = folio.physical(pfn - folio.pfn)
-    assert where is not None
-    scene.machine.arrays.ram[where // 8] |= np.uint64(reserved)
-    assert use(scene, Access.VFIO)[0] == 0
+    scene.address = 0x7E00_0000_0000
+    scene.process.mmap_device(scene.machine.create_device(1 << 30, 512), scene.address, W.PAGE_2M, 3)
+    status, let_go = use(scene, Access.VFIO)
+    assert status == 0
+    assert scene.machine.statistics.gauge(Gauge.PAGES_PINNED) == 0
     assert scene.convert().status == 0
+    let_go()
+    assert scene.machine.check() == 0
+
+
+@pytest.mark.parametrize("access", [Access.VFIO, Access.IOMMUFD, Access.MAP_FILE])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_devices_are_gone_when_a_consumer_has_let_go(design: Design, access: Access) -> None:
+    scene = Scene(design)
+    for _ in range(2 * W.DOMAINS):  # more than there may be at once
+        status, let_go = use(scene, access)
+        assert scene.references() == (1024 if status == 0 else 0)
+        let_go()
+        assert scene.references() == 0
+    assert scene.machine.check() == 0
 
 
 def test_a_1g_page_too() -> None:

@@ -19,8 +19,9 @@ from pgemu_kernels.gmem.vm_kinds import is_assigned
 from pgemu_kernels.iommu.areas import area_flags, area_from, area_memory, area_start
 from pgemu_kernels.iommu.domain import allows, physical_of, walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
-from pgemu_kernels.iommu.unpinned import first_page, is_unpinned
+from pgemu_kernels.iommu.unpinned import first_page_shown, is_unpinned
 from pgemu_kernels.tables.walker import format_row
+from pgemu_kernels.words.device_words import AREA_FILE, IP_INDEX, IP_START, POLICY_LINUX
 from pgemu_kernels.words.enum_words import (
     EVENT_IOMMU_STALE_FREED,
     EVENT_IOMMU_STALE_PRIVATE,
@@ -32,7 +33,6 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EFAULT, EINVAL
 from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_MACHINE_CHECKS, R_POOL_BASE, R_VM_PROPERTIES
 from pgemu_kernels.words.rows import (
-    AREA_FILE,
     D_FORMAT,
     D_KIND,
     D_POLICY,
@@ -40,15 +40,12 @@ from pgemu_kernels.words.rows import (
     DOMAIN_IOAS,
     I_KIND,
     INODE_GUEST_MEMFD,
-    IP_INDEX,
-    IP_START,
     M_VM,
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
     O_OFFSET,
-    POLICY_LINUX,
 )
 
 U = np.uint64
@@ -80,7 +77,7 @@ def left_its_file(m, d, iova, inode, index):
     pages = area_memory(m, d, key) >> IP_INDEX
     if not is_unpinned(m, pages):
         return False
-    page = first_page(m, d, key) + (iova - area_start(m, d, key) >> U12)
+    page = first_page_shown(m, d, key) + (iova - area_start(m, d, key) >> U12)
     return inode != pages_word(m, pages, IP_START) or index != page
 
 

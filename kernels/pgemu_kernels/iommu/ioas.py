@@ -32,12 +32,20 @@ from pgemu_kernels.iommu.io_pages import (
     pin_io_pages,
 )
 from pgemu_kernels.iommu.type1 import area_rights
-from pgemu_kernels.iommu.unpinned import enter_pages, first_page, is_unpinned, remove_entries
+from pgemu_kernels.iommu.unpinned import enter_pages, first_page_shown, is_unpinned, remove_entries
+from pgemu_kernels.words.device_words import (
+    AREA_WRITE,
+    IP_INDEX,
+    IP_OFFSET,
+    IP_SOURCE,
+    IP_START,
+    IP_WRITABLE,
+    POLICY_LINUX,
+)
 from pgemu_kernels.words.enum_words import FLAG_COPY, FLAG_IOVA_ANY, GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.operations import EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
 from pgemu_kernels.words.registers import R_DOMAINS, R_FULL, R_INODES
 from pgemu_kernels.words.rows import (
-    AREA_WRITE,
     D_HOLES,
     D_KIND,
     D_LAST,
@@ -50,11 +58,6 @@ from pgemu_kernels.words.rows import (
     I_OPEN,
     I_PAGES,
     INODE_GUEST_MEMFD,
-    IP_INDEX,
-    IP_OFFSET,
-    IP_SOURCE,
-    IP_START,
-    IP_WRITABLE,
     NO_INODE,
     O_ADDRESS,
     O_DETAIL,
@@ -63,7 +66,6 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
-    POLICY_LINUX,
     STATE_DOMAINS,
 )
 
@@ -86,7 +88,7 @@ def _fill_unpinned(m, d, end, pages):
     used = frames_used(m)
     e = begin_edit(m, d)
     key = (end >> U12) - U1
-    start = first_page(m, d, key)
+    start = first_page_shown(m, d, key)
     count = (end - area_start(m, d, key)) >> U12
     enter_pages(m, e, d, key, pages_word(m, pages, IP_START), start, start + count)
     end_edit(m, e, d, used)

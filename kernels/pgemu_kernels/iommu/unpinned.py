@@ -19,11 +19,10 @@ from pgemu_kernels.iommu.domain import walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
 from pgemu_kernels.tables.domain import map_frames, unmap_frames
 from pgemu_kernels.tables.walker import format_row
+from pgemu_kernels.words.device_words import AREA_READ, AREA_WRITE, IP_INDEX, IP_OFFSET, IP_SOURCE, IP_START
 from pgemu_kernels.words.enum_words import GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.registers import R_ORDER
 from pgemu_kernels.words.rows import (
-    AREA_READ,
-    AREA_WRITE,
     B_STATE,
     BLOCK_ABSENT,
     BLOCK_ZOMBIE,
@@ -32,10 +31,6 @@ from pgemu_kernels.words.rows import (
     I_OPEN,
     I_WORD,
     INODE_GUEST_MEMFD,
-    IP_INDEX,
-    IP_OFFSET,
-    IP_SOURCE,
-    IP_START,
 )
 from pgemu_kernels.words.table_words import E_FORMAT, E_ROOT
 
@@ -59,7 +54,7 @@ def shows(m, d, key, inode):
 
 
 @kernel
-def first_page(m, d, key):
+def first_page_shown(m, d, key):
     """The page of the file that an area begins with."""
     memory = area_memory(m, d, key)
     return pages_word(m, memory >> IP_INDEX, IP_OFFSET) + (memory & _INDEX)
@@ -68,7 +63,7 @@ def first_page(m, d, key):
 @kernel
 def part_of_area(m, d, key, start, end):
     """Pages [start, end) of a file as I/O addresses of an area over it: (from, to), both the same where it has none."""
-    page = first_page(m, d, key)
+    page = first_page_shown(m, d, key)
     iova = area_start(m, d, key)
     first = max(start, page)
     last = min(end, page + (area_end(key) - iova >> U12))
@@ -135,7 +130,7 @@ def enter_pages(m, e, d, key, inode, start, end):
     """Enter what is backed and shared of pages [start, end), which an area shows: how many pages."""
     state = m.state
     node = inode_row(inode)
-    page = first_page(m, d, key)
+    page = first_page_shown(m, d, key)
     base = area_start(m, d, key)
     inside = (U1 << state[R_ORDER]) - U1
     entered = U0

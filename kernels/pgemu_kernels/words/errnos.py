@@ -5,6 +5,7 @@ from __future__ import annotations
 EPERM = 1
 ENOENT = 2
 EINTR = 4
+EIO = 5
 ENXIO = 6
 EBADF = 9
 EAGAIN = 11

@@ -44,9 +44,9 @@ def _used(setting: Setting, design: Design) -> Reach:
 
 def _beside(reach: Reach) -> Array:
     """uint64[n]: all that the device has but the page that is converted."""
-    every: Array = pages(reach.scene)
+    every = pages(reach.scene)
     size = reach.scene.gmem.size - reach.scene.machine.config.page_size
-    return every[(every != np.uint64(OFFSET)) & (every < np.uint64(size))]
+    return np.asarray(every[(every != np.uint64(OFFSET)) & (every < np.uint64(size))])
 
 
 def _there_and_back(setting: Setting, design: Design) -> Measured:

@@ -12,7 +12,7 @@ __all__ = ("CLAIMS",)
 
 _SLIDES = "slides of 2025-08-07"
 _SMALL = Setting(page_size=W.PAGE_2M)
-_GUP = {Access.PIN, Access.LONGTERM, Access.REFERENCE}
+_GUP = {Access.PIN, Access.LONGTERM, Access.REFERENCE, Access.PEEK, Access.IOMMUFD}
 
 
 def _named(*names: str) -> list[Consumer]:
