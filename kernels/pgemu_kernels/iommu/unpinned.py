@@ -28,12 +28,15 @@ from pgemu_kernels.words.rows import (
     BLOCK_ABSENT,
     BLOCK_ZOMBIE,
     D_LOST,
+    I_BASE,
     I_KIND,
     I_OPEN,
     I_WORD,
+    INODE_DEVICE,
     INODE_GUEST_MEMFD,
     IP_INDEX,
     IP_OFFSET,
+    IP_REVOKED,
     IP_SOURCE,
     IP_START,
 )
@@ -44,11 +47,18 @@ _INDEX = (U1 << IP_INDEX) - U1
 
 
 @kernel
-def is_unpinned(m, pages):
-    """Whether a row of io_pages is a guest_memfd of the designs."""
+def kind_of(m, pages):
+    """The kind of the file (INODE_*) of a row of io_pages; ALL of a process's memory."""
     if pages_word(m, pages, IP_SOURCE) != U0:
-        return False
-    return m.state[inode_row(pages_word(m, pages, IP_START)) + I_KIND] == INODE_GUEST_MEMFD
+        return ALL
+    return m.state[inode_row(pages_word(m, pages, IP_START)) + I_KIND]
+
+
+@kernel
+def is_unpinned(m, pages):
+    """Whether a row of io_pages is a guest_memfd of the designs, or a dma-buf: nothing of it is pinned."""
+    kind = kind_of(m, pages)
+    return kind == INODE_GUEST_MEMFD or kind == INODE_DEVICE
 
 
 @kernel
@@ -131,11 +141,24 @@ def is_backed(m, block):
 
 
 @outlined
+def _enter_device(m, e, d, key, start, end):
+    """The same of a dma-buf, all of which is there unless it was revoked: pages.c:iopt_dmabuf_revoked()."""
+    pages = area_memory(m, d, key) >> IP_INDEX
+    if pages_word(m, pages, IP_REVOKED) != U0:
+        return U0
+    base = m.state[inode_row(pages_word(m, pages, IP_START)) + I_BASE]
+    at = area_start(m, d, key) + (start - first_page(m, d, key) << U12)
+    return enter_run(m, e, d, at, base + start << U12, end - start << U12, area_flags(m, d, key))
+
+
+@outlined
 def enter_pages(m, e, d, key, inode, start, end):
     """Enter what is backed and shared of pages [start, end), which an area shows: how many pages."""
     state = m.state
     node = inode_row(inode)
     page = first_page(m, d, key)
+    if state[node + I_KIND] == INODE_DEVICE:
+        return _enter_device(m, e, d, key, start, end)
     base = area_start(m, d, key)
     inside = (U1 << state[R_ORDER]) - U1
     entered = U0
