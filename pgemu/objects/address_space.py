@@ -21,7 +21,7 @@ from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
-    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
+    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.tables.translation import Access, Kind, Translation
     from pgemu.tables.walked import Walk
 
@@ -256,7 +256,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
 
     def mmap(
         self,
-        gmem: GuestMemfd | GuestMemfd4K,
+        gmem: GuestMemfd | GuestMemfd4K | ShmemFile,
         address: int,
         *,
         offset: int = 0,
@@ -267,7 +267,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         private: bool = False,
         counted: bool = False,
     ) -> Result:
-        """mmap(MAP_SHARED) of a guest_memfd at a fixed address: 0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
+        """mmap(MAP_SHARED) of a guest_memfd, or a memfd, at a fixed address.
+
+        0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
 
         populate, locked: MAP_POPULATE, MAP_LOCKED, which do nothing to VM_PFNMAP. private: MAP_PRIVATE, which
         guest_memfd refuses (-EINVAL).

@@ -18,7 +18,7 @@ from pgemu_kernels.words.operations import Flag, Operation
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
     from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.files import GuestMemfd4K, HugetlbFile
+    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.objects.guest_memfd import GuestMemfd
 
 __all__ = (
@@ -316,12 +316,14 @@ class Ioas(IoSpace):
     def __init__(self, machine: Core, unit: Unit, guest_memfd: Unmaps, **parameters: Any) -> None:
         if guest_memfd not in _UNMAPS:
             raise ValueError(f"guest_memfd {guest_memfd!r}: expected one of {', '.join(_UNMAPS)}")
-        if guest_memfd != "refused":
-            from pgemu_kernels.engine.handle import TELL_DEVICES
-            from pgemu_kernels.run.entries import tell_devices
+        from pgemu_kernels.engine.handle import TELL_DEVICES
+        from pgemu_kernels.run.entries import tell_devices
 
-            machine.descriptor[TELL_DEVICES] = tell_devices.address()
-        super().__init__(machine, unit, int(W.DOMAIN_IOAS), parameters, D_POLICY=int(_UNMAPS[guest_memfd]))
+        machine.descriptor[TELL_DEVICES] = tell_devices.address()
+        super().__init__(
+            machine, unit, int(W.DOMAIN_IOAS), parameters, D_POLICY=int(_UNMAPS[guest_memfd]),
+            D_TAKES_DMABUF=machine.config.kernel not in (*_OLD, "6.18"),
+        )  # fmt: skip
 
     def map(
         self, iova: int | None, size: int, process: AddressSpace, vaddr: int, *, read: bool = True, write: bool = True
@@ -333,12 +335,15 @@ class Ioas(IoSpace):
         return self._place(process, iova, size, vaddr, _rights(read, write), int(W.NO_INODE))
 
     def map_file(
-        self, iova: int | None, size: int, process: AddressSpace, file: GuestMemfd | GuestMemfd4K | HugetlbFile,
-        offset: int, *, read: bool = True, write: bool = True,
+        self, iova: int | None, size: int, process: AddressSpace,
+        file: GuestMemfd | GuestMemfd4K | HugetlbFile | ShmemFile | Device, offset: int, *, read: bool = True,
+        write: bool = True,
     ) -> Result:  # fmt: skip
         """IOMMU_IOAS_MAP_FILE of shmem or hugetlbfs: as map(); -EINVAL for others (a guest_memfd), and past its end.
 
-        A guest_memfd of the designs where create_ioas() says so: what is backed and shared, without pins or accounts.
+        A device's memory (kernel 7.3) is its dma-buf: no pins, -ENODEV while it is revoked; Device.revoke() takes it
+        from every domain, for good: restore() brings no entry back, user space unmaps and maps again. A guest_memfd of
+        the designs where create_ioas() says so: what is backed and shared, without pins or accounts.
         """
         return self._place(process, iova, size, offset, _rights(read, write), file.inode)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pgemu.objects.address_space import AddressSpace
     from pgemu.objects.devices import Iommufd, VfioContainer
     from pgemu.objects.failures import MemoryFailure
-    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile
+    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool
     from pgemu.objects.spinning import Spinning
@@ -138,6 +138,12 @@ class Machine(Core):
         from pgemu.objects.files import GuestMemfd4K
 
         return GuestMemfd4K.create(self, size, mmap, init_shared)
+
+    def create_memfd(self, size: int) -> ShmemFile:
+        """memfd_create(): a file of shmem with 4K folios, all absent. OSError: EINVAL for no size, ENOSPC."""
+        from pgemu.objects.files import ShmemFile
+
+        return ShmemFile.create(self, size)
 
     def create_process(self) -> AddressSpace:
         """Create a process: an empty page table. OSError ENOMEM or ENOSPC."""

@@ -21,6 +21,7 @@ from pgemu_kernels.engine.rows import (
     unlock,
     vm_row,
 )
+from pgemu_kernels.engine.telling import return_to_devices, take_from_devices
 from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, mappings, struct_page
 from pgemu_kernels.folios.guest_folios import make_zombie, release_block, subpool_release, subpool_row
 from pgemu_kernels.folios.large_folios import large_folios
@@ -29,7 +30,6 @@ from pgemu_kernels.folios.zeroed import bits_in, flags_lie, keeps_shown, knows_f
 from pgemu_kernels.gmem import large_holes, piece_merges, spinning
 from pgemu_kernels.gmem.levels import defects, folio_order_at, frame_of
 from pgemu_kernels.gmem.mbind import cut
-from pgemu_kernels.gmem.revocation import return_to_devices, take_from_devices
 from pgemu_kernels.gmem.vm_kinds import make_shared
 from pgemu_kernels.gmem.workers import note_return
 from pgemu_kernels.gmem.zeroing import clear_zeroed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U12, U4095
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
@@ -16,6 +16,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.folios.pinning import pin_pages
 from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.gup import count_pinned, pin_run_of_any, unpin_run
+from pgemu_kernels.process.close import release_inode
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.process.vma import RESERVED
@@ -25,6 +26,7 @@ from pgemu_kernels.words.device_words import (
     IP_OFFSET,
     IP_PAGES,
     IP_PROCESS,
+    IP_REVOKED,
     IP_SHIFT,
     IP_SOURCE,
     IP_START,
@@ -40,6 +42,8 @@ from pgemu_kernels.words.rows import (
     I_OPEN,
     I_ORDER,
     I_PAGES,
+    I_REFERENCES,
+    INODE_GUEST_MEMFD,
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
     INODE_SHMEM,
@@ -60,12 +64,29 @@ def _set(m, pages, word, value):
     return cache_store(m, R_IO_PAGES, pages << IP_SHIFT | word, value)
 
 
+@kernel
+def revoke_pages(m, pages):
+    """iopt_revoke_notify(): nothing of them is entered any more. The word has its place: a row is one node."""
+    _set(m, pages, IP_REVOKED, U1)
+
+
 @outlined
 def hold_pages(m, pages, n):
-    """`n` (uint64, two's complement to take away) areas more show them; they go with the last one."""
-    areas = pages_word(m, pages, IP_AREAS) + n
+    """`n` (uint64, two's complement to take away) areas more show them; they go with the last one.
+
+    They hold their file, fget() of map_file: all but a guest_memfd of the designs, of whose maps nothing holds any.
+    """
+    before = pages_word(m, pages, IP_AREAS)
+    areas = before + n
     _set(m, pages, IP_AREAS, areas)
+    inode = pages_word(m, pages, IP_START)
+    if pages_word(m, pages, IP_SOURCE) != U0 or m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
+        inode = NONE
+    if before == U0 and inode != NONE:
+        m.state[inode_row(inode) + I_REFERENCES] += U1
     if areas == U0:
+        if inode != NONE:
+            release_inode(m, inode)
         for word in range(U1 << IP_SHIFT):
             _set(m, pages, word, U0)
 

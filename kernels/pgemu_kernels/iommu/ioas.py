@@ -32,7 +32,7 @@ from pgemu_kernels.iommu.io_pages import (
     pin_io_pages,
 )
 from pgemu_kernels.iommu.type1 import area_rights
-from pgemu_kernels.iommu.unpinned import enter_pages, first_page_shown, is_unpinned, remove_entries
+from pgemu_kernels.iommu.unpinned import enter_pages, first_page_shown, is_unpinned, kind_of, remove_entries
 from pgemu_kernels.words.device_words import (
     AREA_WRITE,
     IP_INDEX,
@@ -43,7 +43,7 @@ from pgemu_kernels.words.device_words import (
     POLICY_LINUX,
 )
 from pgemu_kernels.words.enum_words import FLAG_COPY, FLAG_IOVA_ANY, GAUGE_IOMMU_PAGES
-from pgemu_kernels.words.operations import EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
+from pgemu_kernels.words.operations import EEXIST, EINVAL, ENODEV, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
 from pgemu_kernels.words.registers import R_DOMAINS, R_FULL, R_INODES
 from pgemu_kernels.words.rows import (
     D_HOLES,
@@ -51,13 +51,17 @@ from pgemu_kernels.words.rows import (
     D_LAST,
     D_POLICY,
     D_ROOT,
+    D_TAKES_DMABUF,
     D_WORDS,
     DOMAIN_IOAS,
     I_DOMAINS,
+    I_FLAGS,
     I_KIND,
     I_OPEN,
     I_PAGES,
+    INODE_DEVICE,
     INODE_GUEST_MEMFD,
+    INODE_REVOKED,
     NO_INODE,
     O_ADDRESS,
     O_DETAIL,
@@ -179,9 +183,10 @@ def ioas_unfill(m, d, end):
 @outlined
 def _insert(m, d, iova, length, rights, memory):
     """An area, filled where there is a domain: 0 or -errno."""
-    if add_area(m, d, iova, length, rights, memory) != 0:
-        return np.int64(-ENOMEM)
     pages = memory >> IP_INDEX
+    if add_area(m, d, iova, length, rights, memory) != 0:
+        hold_pages(m, pages, U0)  # new ones go
+        return np.int64(-ENOMEM)
     hold_pages(m, pages, U1)
     if is_unpinned(m, pages):
         note_device(m.state, d, pages_word(m, pages, IP_START))
@@ -269,10 +274,19 @@ def takes_guest_memfd(state, d, inode):
 
 
 @kernel
+def takes_dmabuf(state, d, inode):
+    """Whether an IOAS maps a file because it is the dma-buf of a device's memory: pages.c:iopt_map_dmabuf(), 6.19."""
+    if state[d + D_TAKES_DMABUF] == U0 or inode >= state[R_INODES]:
+        return False
+    return state[inode_row(inode) + I_OPEN] != U0 and state[inode_row(inode) + I_KIND] == INODE_DEVICE
+
+
+@kernel
 def note_device(state, d, inode):
-    """An address space may map a guest_memfd without holding it: its conversions and holes have to know."""
+    """An address space may map a file without holding its pages: its conversions, holes and end have to know."""
     state[inode_row(inode) + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
-    state[R_FULL] = U1
+    if state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
+        state[R_FULL] = U1
 
 
 @outlined
@@ -289,10 +303,13 @@ def _map_new(m, op, d):
     if start + length < start:
         return stop(state, op, -EOVERFLOW)
     if of_file:
-        mappable = is_mappable_file(state, inode) or takes_guest_memfd(state, d, inode)
+        dmabuf = takes_dmabuf(state, d, inode)
+        mappable = is_mappable_file(state, inode) or takes_guest_memfd(state, d, inode) or dmabuf
         pages_there = state[inode_row(inode) + I_PAGES] if mappable else U0
         if (start + length + U4095) >> U12 > pages_there:
             return stop(state, op, -EINVAL)
+        if dmabuf and state[inode_row(inode) + I_FLAGS] & INODE_REVOKED != U0:
+            return stop(state, op, -ENODEV)
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, start)
     if status != 0:
         return stop(state, op, status)
@@ -359,7 +376,7 @@ def _copy(m, op, d):
     )
     where += ((memory & _INDEX) << U12) + (at - area_start(m, s, key))
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, where)
-    if status == 0 and is_unpinned(m, pages) and state[d + D_POLICY] == POLICY_LINUX:
+    if status == 0 and kind_of(m, pages) == INODE_GUEST_MEMFD and state[d + D_POLICY] == POLICY_LINUX:
         status = np.int64(-EINVAL)
     if status == 0 and rights & AREA_WRITE != U0 and not _may_write(m, s, at, at + length - U1):
         status = np.int64(-EPERM)

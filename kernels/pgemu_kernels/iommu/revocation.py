@@ -12,8 +12,9 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.engine.shareability import shared_in_range
-from pgemu_kernels.iommu.areas import area_end, area_from, area_start
+from pgemu_kernels.iommu.areas import area_end, area_from, area_memory, area_start
 from pgemu_kernels.iommu.domain import begin_edit, domain_row, end_edit, frames_used, physical_of
+from pgemu_kernels.iommu.io_pages import revoke_pages
 from pgemu_kernels.iommu.unpinned import (
     after,
     enter_pages,
@@ -26,7 +27,7 @@ from pgemu_kernels.iommu.unpinned import (
 )
 from pgemu_kernels.tables.domain_cut import cut_at, page_attributes, put_together
 from pgemu_kernels.tables.walker import format_row
-from pgemu_kernels.words.device_words import POLICY_MIRROR, POLICY_NONE, POLICY_NOTIFIER
+from pgemu_kernels.words.device_words import IP_INDEX, POLICY_MIRROR, POLICY_NONE, POLICY_NOTIFIER
 from pgemu_kernels.words.events import CLOCK_HIGH, CLOCK_LOW
 from pgemu_kernels.words.rows import (
     D_CUT,
@@ -130,6 +131,31 @@ def take_from_domains(m, op, inode, start, end):
         domains &= domains - U1
         if state[d + D_POLICY] > POLICY_NONE and state[d + D_ROOT] != U0:
             _take_from(m, op, d, inode, start, end)
+
+
+@outlined
+def _revoke_from(m, d, inode):
+    used = frames_used(m)
+    e = begin_edit(m, d)
+    key = area_from(m, d, U0)
+    while key != NONE:
+        if shows(m, d, key, inode):
+            revoke_pages(m, area_memory(m, d, key) >> IP_INDEX)
+            if m.state[d + D_ROOT] != U0:
+                m.state[d + D_REVOKED] += remove_entries(m, e, area_start(m, d, key), area_end(key))
+        key = area_from(m, d, area_end(key))
+    end_edit(m, e, d, used)
+
+
+@outlined
+def revoke_dmabuf(m, inode):
+    """drivers/iommu/iommufd/pages.c:iopt_revoke_notify(): every domain loses a device's memory; the areas stay, and
+    nothing is entered in them again."""
+    state = m.state
+    domains = state[inode_row(inode) + I_DOMAINS]
+    while domains != U0:
+        _revoke_from(m, domain_row(trailing_zeros(domains)), inode)
+        domains &= domains - U1
 
 
 # --------------------------------------------------------------------------- giving back

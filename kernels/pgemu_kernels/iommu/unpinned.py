@@ -19,7 +19,7 @@ from pgemu_kernels.iommu.domain import walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
 from pgemu_kernels.tables.domain import map_frames, unmap_frames
 from pgemu_kernels.tables.walker import format_row
-from pgemu_kernels.words.device_words import AREA_READ, AREA_WRITE, IP_INDEX, IP_OFFSET, IP_SOURCE, IP_START
+from pgemu_kernels.words.device_words import AREA_READ, AREA_WRITE, IP_INDEX, IP_OFFSET, IP_REVOKED, IP_SOURCE, IP_START
 from pgemu_kernels.words.enum_words import GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.registers import R_ORDER
 from pgemu_kernels.words.rows import (
@@ -27,9 +27,11 @@ from pgemu_kernels.words.rows import (
     BLOCK_ABSENT,
     BLOCK_ZOMBIE,
     D_LOST,
+    I_BASE,
     I_KIND,
     I_OPEN,
     I_WORD,
+    INODE_DEVICE,
     INODE_GUEST_MEMFD,
 )
 from pgemu_kernels.words.table_words import E_FORMAT, E_ROOT
@@ -39,11 +41,18 @@ _INDEX = (U1 << IP_INDEX) - U1
 
 
 @kernel
-def is_unpinned(m, pages):
-    """Whether a row of io_pages is a guest_memfd of the designs."""
+def kind_of(m, pages):
+    """The kind of the file (INODE_*) of a row of io_pages; ALL of a process's memory."""
     if pages_word(m, pages, IP_SOURCE) != U0:
-        return False
-    return m.state[inode_row(pages_word(m, pages, IP_START)) + I_KIND] == INODE_GUEST_MEMFD
+        return ALL
+    return m.state[inode_row(pages_word(m, pages, IP_START)) + I_KIND]
+
+
+@kernel
+def is_unpinned(m, pages):
+    """Whether a row of io_pages is a guest_memfd of the designs, or a dma-buf: nothing of it is pinned."""
+    kind = kind_of(m, pages)
+    return kind == INODE_GUEST_MEMFD or kind == INODE_DEVICE
 
 
 @kernel
@@ -126,11 +135,24 @@ def is_backed(m, block):
 
 
 @outlined
+def _enter_device(m, e, d, key, start, end):
+    """The same of a dma-buf, all of which is there unless it was revoked: pages.c:iopt_dmabuf_revoked()."""
+    pages = area_memory(m, d, key) >> IP_INDEX
+    if pages_word(m, pages, IP_REVOKED) != U0:
+        return U0
+    base = m.state[inode_row(pages_word(m, pages, IP_START)) + I_BASE]
+    at = area_start(m, d, key) + (start - first_page_shown(m, d, key) << U12)
+    return enter_run(m, e, d, at, base + start << U12, end - start << U12, area_flags(m, d, key))
+
+
+@outlined
 def enter_pages(m, e, d, key, inode, start, end):
     """Enter what is backed and shared of pages [start, end), which an area shows: how many pages."""
     state = m.state
     node = inode_row(inode)
     page = first_page_shown(m, d, key)
+    if state[node + I_KIND] == INODE_DEVICE:
+        return _enter_device(m, e, d, key, start, end)
     base = area_start(m, d, key)
     inside = (U1 << state[R_ORDER]) - U1
     entered = U0

@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
+from pgemu_kernels.engine.telling import invalidate_mappings
 from pgemu_kernels.folios.huge_pages import add_to_file, give_back_huge, take_huge
 from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
 from pgemu_kernels.formats.bits import PTE_ADDRESS
@@ -137,7 +138,7 @@ def close_file(m, op):
 def set_revoked(m, op):
     """A device's memory goes off, and its entries from every process, or comes back on. 0 or -EINVAL.
 
-    drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock().
+    drivers/vfio/pci/vfio_pci_core.c:vfio_pci_zap_and_down_write_memory_lock(), vfio_pci_dma_buf_move().
     """
     state = m.state
     node = inode_row(state[op + O_OBJECT])
@@ -146,6 +147,7 @@ def set_revoked(m, op):
     if state[op + O_OP] == OP_REVOKE:
         state[node + I_FLAGS] |= INODE_REVOKED
         unmap_mapping_range(m, state[op + O_OBJECT], U0, state[node + I_PAGES])
+        invalidate_mappings(m, op, state[op + O_OBJECT])
     else:
         state[node + I_FLAGS] &= ~INODE_REVOKED
     return stop(state, op, 0)

@@ -9,16 +9,18 @@ import numpy as np
 
 from pgemu_kernels.engine.compile import entry
 from pgemu_kernels.engine.handle import open_full_machine
-from pgemu_kernels.iommu.revocation import return_to_domains, take_from_domains
-from pgemu_kernels.words.requests import TAKE_PAGES
+from pgemu_kernels.iommu.revocation import return_to_domains, revoke_dmabuf, take_from_domains
+from pgemu_kernels.words.requests import REVOKE_PAGES, TAKE_PAGES
 
 
 @entry
 def tell_devices(descriptor, what, op, inode, start, end):
-    """TAKE_PAGES, RETURN_PAGES: of an operation's record, pages [start, end) of an inode. 0."""
+    """TAKE_PAGES, RETURN_PAGES, REVOKE_PAGES: of an operation's record, pages [start, end) of an inode. 0."""
     m = open_full_machine(descriptor)
     if what == np.uint64(TAKE_PAGES):
         take_from_domains(m, op, inode, start, end)
+    elif what == np.uint64(REVOKE_PAGES):
+        revoke_dmabuf(m, inode)
     else:
         return_to_domains(m, op, inode, start, end)
     return np.int64(0)

@@ -27,5 +27,6 @@ IP_PAGES = U(3)
 IP_AREAS = U(4)  # areas over it
 IP_WRITABLE = U(5)
 IP_PROCESS = U(6)  # whose VmPin it is, + 1
+IP_REVOKED = U(7)  # 1: a dma-buf whose memory was taken away: nothing is entered any more
 IP_SHIFT = U(3)  # log 2 of the words of a row
 IP_INDEX = U(28)  # bits of a page's number in the tree of what is pinned

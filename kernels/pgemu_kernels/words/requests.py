@@ -19,3 +19,4 @@ CLOSE_DOMAIN = 2
 # run/revocations.py:tell_devices
 TAKE_PAGES = 0  # a conversion or a hole takes pages from devices,
 RETURN_PAGES = 1  # ... gives them what it took besides, and what they may have now
+REVOKE_PAGES = 2  # a device takes its memory from those that imported it, for good

@@ -172,6 +172,7 @@ D_LAST = U(10)  # the highest address,
 D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
 D_POLICY = U(15)  # POLICY_*
 D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
+D_TAKES_DMABUF = U(27)  # 1: IOMMU_IOAS_MAP_FILE takes the dma-buf of a device's memory (6.19)
 D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
 # What conversions and holes did to I/O entries of a guest_memfd that are there without references, in 4K pages:
 D_REVOKED = U(18)  # unmapped, those beyond what was asked for too,
