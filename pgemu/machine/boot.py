@@ -178,6 +178,7 @@ _OF_KERNEL = {
     W.R_COLLAPSES_READ_ONLY: "collapses_read_only",
     W.R_COLLAPSE_SKIPS_HOLES: "collapse_skips_holes",
     W.R_COLLAPSE_BATCHES: "collapse_batches",
+    W.R_PINS_MAPPED: "pins_mapped_pages",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",
@@ -204,6 +205,7 @@ _OF_CONFIG = {
     W.R_IN_PLACE: "in_place_conversion",
     W.R_LARGE_FOLIOS: "large_folios",
     W.R_PROTECTION_KEYS: "protection_keys",
+    W.R_UNSAFE_MAPPINGS: "allow_unsafe_mappings",
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {

@@ -227,6 +227,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "zap": choice(("exact", "rounded")),
         "invalidate": choice(("rounded", "exact")),
         "thp": choice(THP),
+        "allow_unsafe_mappings": SWITCH,
     }
 )
 """By field, in Config's order."""

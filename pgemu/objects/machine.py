@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 # What the references of folios are not counted without: see pgemu_kernels.rules.references.
-_HOLDERS = (W.R_PINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
+_HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
 
 
 @dataclass(eq=False)

@@ -12,14 +12,15 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U4095
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import clear_words, find_vma, space_root, stop
 from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
-from pgemu_kernels.formats.bits import PTE_ADDRESS
 from pgemu_kernels.gmem.faults import host_fault_page
 from pgemu_kernels.gmem.host_entries import counted_view
 from pgemu_kernels.gmem.references import drop
+from pgemu_kernels.process.entries import leaf_pfn
 from pgemu_kernels.tables.walker import find_leaf, host_format
 from pgemu_kernels.words.enum_words import EVENT_PAGE_PINNED, FLAG_WRITE, GAUGE_PAGES_PINNED
 from pgemu_kernels.words.operations import (
@@ -101,10 +102,27 @@ def fault_error(status):
 
 
 @kernel
-def mapped_frame(m, space, address):
-    """The frame that a process maps at an address, or NONE."""
-    slot, _ = find_leaf(m, host_format(m), space_root(m.state, space), address >> U12)
-    return NONE if slot == NONE else (m.ram[slot] & PTE_ADDRESS) >> U12
+def mapped_page(m, space, address):
+    """The frame that a process maps at an address and the entry, or NONE and 0."""
+    slot, level = find_leaf(m, host_format(m), space_root(m.state, space), address >> U12)
+    if slot == NONE:
+        return NONE, U0
+    inside = (address & (size_of(level) - U1)) >> U12
+    return leaf_pfn(m.ram[slot], level) + inside, m.ram[slot]
+
+
+@outlined
+def faulted_page(m, op, address, write):
+    """(0 or -errno, frame, entry) of what the process of a record maps at an address, faulted in if it is absent."""
+    space = m.state[op + O_SPACE]
+    pfn, entry = mapped_page(m, space, address)
+    if pfn != NONE:
+        return np.int64(0), pfn, entry
+    status = fault_error(host_fault_page(m, op, address, write))
+    if status != 0:
+        return status, U0, U0
+    pfn, entry = mapped_page(m, space, address)
+    return np.int64(0), pfn, entry
 
 
 @outlined
@@ -120,12 +138,9 @@ def pin_page(m, op, row, index):
     status = check_vma(m, find_vma(state, space, address), write)
     if status != 0:
         return status
-    pfn = mapped_frame(m, space, address)
-    if pfn == NONE:
-        status = fault_error(host_fault_page(m, op, address, write))
-        if status != 0:
-            return status
-        pfn = mapped_frame(m, space, address)
+    status, pfn, _ = faulted_page(m, op, address, write)
+    if status != 0:
+        return status
     if cache_store(m, row + PIN_FRAMES, index, pfn) != 0:
         return np.int64(-ENOMEM)
     add_references(m.ram, struct_page(m, pfn), GUP_PIN_COUNTING_BIAS)

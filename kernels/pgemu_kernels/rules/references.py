@@ -1,8 +1,9 @@
 """The recount's part of references: every one of a folio of the designs has its holder.
 
-Holders are the page cache, page-table entries, pins, LRU batches, faults under way, and transient ones (GET), which
-are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put back after it
-(full.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more, no less.
+Holders are the page cache, page-table entries, pins, pages that KVM itself maps, LRU batches, faults under way, and
+transient ones (GET), which are counted by folio. What the third to sixth hold is taken off the counts before
+recount.check() and put back after it (full.run_designs, where there is any); the rest of a folio's count must be what
+the others hold, no more, no less.
 """
 
 from __future__ import annotations
@@ -15,9 +16,17 @@ from pgemu_kernels.folios.folio import COUNTS, add_references, mappings, referen
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.folios.xarray import has_pieces
-from pgemu_kernels.gmem.references import transient
+from pgemu_kernels.gmem.mapped_pages import is_usable, left_behind
+from pgemu_kernels.gmem.references import folio_head, transient
 from pgemu_kernels.rules.invariants import expect
-from pgemu_kernels.words.enum_words import BROKEN_COUNTS, BROKEN_REFERENCES, GAUGE_PAGES_LRU_CACHED, GAUGE_PAGES_PINNED
+from pgemu_kernels.stage2.pfn_caches import mapped_row
+from pgemu_kernels.words.enum_words import (
+    BROKEN_COUNTS,
+    BROKEN_REFERENCES,
+    BROKEN_STALE_MAPPING,
+    GAUGE_PAGES_LRU_CACHED,
+    GAUGE_PAGES_PINNED,
+)
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
@@ -27,6 +36,7 @@ from pgemu_kernels.words.registers import (
     R_FROZEN,
     R_GUEST_PAGES,
     R_LRU_CPUS,
+    R_MAPPED,
     R_ORDER,
     R_PINS,
     R_TRANSIENT,
@@ -38,6 +48,9 @@ from pgemu_kernels.words.rows import (
     B_WORDS,
     BLOCK_ZOMBIE,
     GUP_PIN_COUNTING_BIAS,
+    K_INDEX,
+    K_PFN,
+    K_REFERENCES,
     LRU_WORDS,
     O_REFERENCED,
     O_WORDS,
@@ -83,6 +96,23 @@ def _hold_pins(m, giving):
 
 
 @kernel
+def _hold_mapped(m, giving):
+    """What KVM itself holds of pages that it has mapped: how many pins. No mapping that it may use shows a page that is
+    private, or its inode's no more."""
+    state = m.state
+    pinned = U0
+    for i in range(state[R_MAPPED]):
+        row = mapped_row(i)
+        if state[row + K_REFERENCES] != U0:
+            _hold(m, folio_head(m, state[row + K_PFN]), state[row + K_REFERENCES], giving)
+            pinned += U1 if state[row + K_REFERENCES] == GUP_PIN_COUNTING_BIAS else U0
+        if not giving and is_usable(state, row):
+            private, freed = left_behind(m, row)
+            expect(m, not (private or freed), BROKEN_STALE_MAPPING, state[row + K_INDEX])
+    return pinned
+
+
+@kernel
 def _hold_batches(m, giving):
     """What the LRU batches hold: how many folios."""
     state = m.state
@@ -121,8 +151,9 @@ def thaw(m, frozen):
 
 @outlined
 def hold_again(m, giving):
-    """Give the references of pins, LRU batches and faults back, or take them away, and compare with what is kept."""
-    pinned = _hold_pins(m, giving)
+    """Give back, or take away, the references of pins, KVM's mappings, LRU batches and faults; compare with what is
+    kept."""
+    pinned = _hold_pins(m, giving) + _hold_mapped(m, giving)
     cached = _hold_batches(m, giving)
     faults = _hold_faults(m, giving)
     if not giving:

@@ -7,7 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.compile import entry, kernel
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element
-from pgemu_kernels.gmem import faults as _gives_process_fault  # noqa: F401
+from pgemu_kernels.gmem import faults as _gives_process_fault, mapped_pages as _gives_unmap  # noqa: F401
 from pgemu_kernels.kvm import operations as kvm
 from pgemu_kernels.process import operations as mm
 from pgemu_kernels.run.routing import as_one_step, in_order, is_of, is_ordinary

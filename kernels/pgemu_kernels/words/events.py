@@ -75,9 +75,11 @@ class Event(IntEnum):
     SPIN_FAILED = 49  # ... and that was an error
     STALE_PAGE_SHOWN = 50  # a page that a new leaf shows guest or host for the first time, and that was never zeroed
     SPIN_DROPPED = 51  # a conversion that would spin, of which nothing more is done: SPINS are noted already
+    MAPPED_STALE_PRIVATE = 60  # KVM accessed a page by a mapping of its own (NESTED_MAP), and the page is private now
+    MAPPED_STALE_FREED = 61  # ... or is its inode's no more, and nobody held it for KVM
 
 
-EVENTS = 56  # room in a counter row
+EVENTS = 64  # room in a counter row
 
 # One price row: picoseconds. An event charged n times costs fixed + each * n; per-CPU parts are
 # folded into fixed when the machine is made. Every price is a band, low and high.

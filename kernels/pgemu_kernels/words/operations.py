@@ -168,11 +168,14 @@ class Operation(IntEnum):
         17, Entry.NOBODY, By.NEVER, {"flags": "WRITE", **_DMA_RANGE, "object": "device"},
     )
     NESTED_MAP = (
-        18, Entry.NOBODY, By.NEVER,
-        {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "offset": "L1 GPA, bytes", "length": "bytes"},
+        18, Entry.FULL, By.NEVER,
+        {"flags": "WRITE; CACHED: a gfn_to_pfn_cache, activated, or refreshed if it is active; THROUGH: an access by "
+         "the mapping that is there, which reads no address", "vm": "VM", "object": "mapping, below 256",
+         "address": "GPA, bytes", "length": "of a cache, in bytes: it ends within the page"},
+        _S.both(_S.VCPU_MAP, _S.main("virt/kvm/kvm_main.c:hva_to_pfn"), _S.PFN_CACHE),
     )
     NESTED_UNMAP = (
-        19, Entry.NOBODY, By.NEVER, {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "length": "bytes"},
+        19, Entry.FULL, By.NEVER, {"object": "mapping"}, _S.both(_S.VCPU_UNMAP, _S.PFN_CACHE_DEACTIVATE),
     )
     MEMORY_FAILURE = (
         20, Entry.NOBODY, By.NEVER, _FILE_PAGE,
@@ -375,6 +378,8 @@ class Flag(IntFlag):
     ACCEPT_4K = 16  # of GUEST_FAULT: the guest accepts the page at 4K, or it is added so, where a VM's kind knows that
     COUNTED = 128  # of MMAP of the designs' inodes: entries of folios, as merged, whatever the design
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
+    CACHED = 32  # of NESTED_MAP: a gfn_to_pfn_cache;
+    THROUGH = 64  # ... an access by the mapping, which is there already
     LOCKED_TOO = 64  # of ZAP with MADVISE: MADV_DONTNEED_LOCKED
 
 
@@ -413,9 +418,7 @@ ENOTTY = 25
 EOVERFLOW = 75
 EBADFD = 77
 EOPNOTSUPP = 95
-WOULD_SPIN = (
-    140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is that high)
-)
+WOULD_SPIN = 140  # status -WOULD_SPIN: the kernel's function would spin until a reference is gone (no errno is so high)
 NEVER = 127  # status -NEVER: the kernel's function would not return (no errno; one defect does that)
 
 # --------------------------------------------------------------------------- steps
@@ -470,6 +473,7 @@ class Broken(IntEnum):
     PRIVATE_LEVEL = 12  # a leaf to private memory larger than its kind of VM maps
     STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
+    STALE_MAPPING = 17  # a page that KVM itself maps is private now, or its inode's no more and nobody holds it
     SLOTS = 16  # a memory slot that its VM or its inode does not find, or finds elsewhere
 
 

@@ -142,6 +142,26 @@ PIN_WORDS = 8
 PINS = 256
 GUP_PIN_COUNTING_BIAS = U(1024)  # include/linux/mm.h: references that a pin of an order-0 folio is
 
+# pages that KVM itself maps: struct kvm_host_map of kvm_vcpu_map(), struct gfn_to_pfn_cache
+K_KIND = U(0)  # MAPPED_*; 0: the row is free
+K_VM = U(1)
+K_GPA = U(2)
+K_LENGTH = U(3)  # bytes
+K_WRITE = U(4)  # 1: for writing
+K_PFN = U(5)
+K_REFERENCES = U(6)  # on its folio that are held: a pin's, one, or none
+K_VALID = U(7)  # a cache's frame can be used, as far as notifiers say
+K_HVA = U(8)  # of the page; NONE: KVM_HVA_ERR_BAD
+K_SPACE = U(9)
+K_SLOTS = U(10)  # V_GENERATION of the memory slots that a cache was looked up in
+K_INODE = U(11)  # whose page it was when it was mapped
+K_INDEX = U(12)
+K_LIVES = U(15)  # the last word: how many mappings this row was before
+K_WORDS = 16
+MAPPED_PAGES = 256
+MAPPED_MAP = U(1)
+MAPPED_CACHE = U(2)
+
 # per-CPU batches of folios on their way to an LRU list: word 0 how many, then PFNs. include/linux/pagevec.h
 LRU_BATCH = U(31)  # PAGEVEC_SIZE
 LRU_WORDS = 32
@@ -415,7 +435,8 @@ STATE_POLICIES = U(STATE_LRU + LRU_CPUS * LRU_WORDS)
 STATE_FINDINGS = U(STATE_POLICIES + POLICIES * MP_WORDS)  # [Broken]: how many, what the first one is about
 STATE_SPINS = U(STATE_FINDINGS + BROKEN_RULES * FINDING_WORDS)
 STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
-STATE_MEMSLOTS = U(-(-(int(STATE_FROZEN) + FROZEN * Z_WORDS) // 8) * 8)  # a cache line for each node
+STATE_MAPPED = U(STATE_FROZEN + FROZEN * Z_WORDS)
+STATE_MEMSLOTS = U(-(-(int(STATE_MAPPED) + MAPPED_PAGES * K_WORDS) // 8) * 8)  # a cache line for each node
 # Nodes (T_*) of every slot's row in the trees of its VM and of its inode: engine/memslots.py. Those of one kind of tree
 # lie close to each other, as a search goes through many.
 STATE_BY_GFN = U(int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS)
