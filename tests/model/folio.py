@@ -15,7 +15,8 @@ class Folio:
     """A huge page of the pool while it is in use: one folio, or (split) one per base page.
 
     `pieces`, if not None: it is split to 2M folios, and those named here to 4K folios. Pages are numbered from the
-    head; a folio has the number of its first page. By folio, `held` counts transient references and `pinned` pins,
+    head; a folio has the number of its first page. By folio, `held` counts transient references, `pinned` pins, `kept`
+    what KVM holds of pages that it maps (before 6.13),
     `cached_by_cpu` has those that a per-CPU batch holds; `mapped` counts ordinary page-table entries.
     """
 
@@ -34,6 +35,7 @@ class Folio:
     held: Counter[int] = field(default_factory=Counter)
     mapped: Counter[int] = field(default_factory=Counter)
     pinned: Counter[int] = field(default_factory=Counter)
+    kept: Counter[int] = field(default_factory=Counter)
     cached_by_cpu: set[int] = field(default_factory=set)
 
     @property
@@ -69,23 +71,23 @@ class Folio:
 
     def busy(self, unit: int) -> bool:
         """Whether anybody but the page cache refers to a folio."""
-        others = self.held[unit] or self.mapped[unit] or self.pinned[unit]
+        others = self.held[unit] or self.mapped[unit] or self.pinned[unit] or self.kept[unit]
         return bool(others) or unit in self.cached_by_cpu
 
     @property
     def idle(self) -> bool:
         """Whether nobody but the page cache refers to any part of it."""
-        counts = (self.held, self.mapped, self.pinned)
+        counts = (self.held, self.mapped, self.pinned, self.kept)
         return not self.cached_by_cpu and not any(count.total() for count in counts)
 
     def idle_part(self, pages: range) -> bool:
         """The same of folios that begin in a part of it."""
-        used = (unit for count in (self.held, self.mapped, self.pinned) for unit, n in count.items() if n)
+        used = (unit for count in (self.held, self.mapped, self.pinned, self.kept) for unit, n in count.items() if n)
         return not any(unit in pages for unit in used) and not any(unit in pages for unit in self.cached_by_cpu)
 
     def references(self, pfn: int) -> int:
         """Refcount of the folio that a frame belongs to."""
         unit = self.unit(pfn)
         cache = self.size(unit) if self.cached else 0
-        own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit]
+        own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit] + self.kept[unit]
         return cache + own + (unit in self.cached_by_cpu)

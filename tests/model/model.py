@@ -10,6 +10,7 @@ from model.conversion import Conversions
 from model.inode import Inode, Window
 from model.lifetime import Lifetime
 from model.machine import TASK_PAGES
+from model.mapped import Mappings
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
@@ -22,7 +23,7 @@ RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
 
 
-class Model(Conversions, References, Lifetime):
+class Model(Conversions, References, Mappings, Lifetime):
     """A machine of one design. Processes, VMs and inodes are numbered in order of creation."""
 
     # ------------------------------------------------------------------ making
@@ -182,6 +183,7 @@ class Model(Conversions, References, Lifetime):
             return Outcome(-W.EINVAL)
         slot.place = self.place_of(slot, self.vmas)
         self.slots.append(slot)
+        self.slot_changes[vm] += 1
         return OK
 
     def unbind(self, vm: int, gpa: int) -> Outcome:
@@ -221,7 +223,8 @@ class Model(Conversions, References, Lifetime):
             W.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
             W.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
             W.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
-            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
+            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values())
+            + sum(mapped.held == "pin" for mapped in self.mapped.values()),
             W.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
             W.Gauge.SPINNING: len(self.spins),
             W.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),
