@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pgemu.machine.arguments import OfMachine, guards_creation
 from pgemu.machine.field_rules import number_of
@@ -12,24 +12,25 @@ from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pgemu.machine.core import Core
     from pgemu.machine.results import Result
 
 __all__ = ("MappedPage", "PfnCache")
 
-_Made = TypeVar("_Made", bound="_Mapped")
 _NONE = W.MAPPED_PAGES  # the number of one that is no more
 _NUMBER = number_of("a page that KVM maps", W.MAPPED_PAGES)
 
 
-def _word_at(machine: Core, number: int, name: int) -> int:
+def _word_at(machine: Core, number: int, name: np.uint64) -> int:
     """A word of a row."""
     return int(machine.arrays.state[int(W.STATE_MAPPED) + number * W.K_WORDS + int(name)])
 
 
 def _free_number(machine: Core) -> int:
     """The first number that no mapping has. OSError ENOSPC past words.MAPPED_PAGES, which Linux does not know."""
-    number = next((i for i in range(W.MAPPED_PAGES) if not _word_at(machine, i, int(W.K_KIND))), None)
+    number = next((i for i in range(W.MAPPED_PAGES) if not _word_at(machine, i, W.K_KIND)), None)
     if number is None:
         raise OSError(W.ENOSPC, f"more than {W.MAPPED_PAGES} pages that KVM maps")
     return number
@@ -53,7 +54,7 @@ class _Mapped(OfMachine):
         if self.generation < 0:
             object.__setattr__(self, "generation", self._word(W.K_LIVES))
 
-    def _word(self, name: int) -> int:
+    def _word(self, name: np.uint64) -> int:
         return _word_at(self.machine, self.number, name)
 
     @property
@@ -61,7 +62,7 @@ class _Mapped(OfMachine):
         """Whether it is there still: not unmapped, nor gone with its VM."""
         return bool(self._word(W.K_KIND)) and self._word(W.K_LIVES) == self.generation
 
-    def _of(self, name: int) -> int:
+    def _of(self, name: np.uint64) -> int:
         """A word of what is there. ValueError of what is no more."""
         if not self.live:
             raise ValueError(f"{self._what} {self.number}: it is gone, expected one that is not")

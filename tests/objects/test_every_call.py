@@ -115,7 +115,7 @@ def attempt(world: World, call: Call, arguments: dict[str, Any], bad: str = "") 
             assert "expected" in said, about
             names = [parameter.name for parameter in call.parameters]
             names += [name.removesuffix("es") for name in names]  # one of them
-            states = ("process", "VM", "image", "page table")
+            states = ("process", "VM", "image", "page table", "mapped page", "pfn cache")
             assert any(re.search(rf"\b{name}\b", said) for name in (*names, *states)), about
             if isinstance(error, TypeError) and bad:
                 assert re.match(rf"{bad} ", said), about
