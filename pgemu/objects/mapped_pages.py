@@ -63,14 +63,16 @@ class _Mapped(OfMachine):
         return bool(self._word(W.K_KIND)) and self._word(W.K_LIVES) == self.generation
 
     def _of(self, name: np.uint64) -> int:
-        """A word of what is there. ValueError of what is no more."""
+        """A word of its row; 0 when it is gone, and the row perhaps another's."""
+        return self._word(name) if self.live else 0
+
+    def _check_live(self) -> None:
         if not self.live:
             raise ValueError(f"{self._what} {self.number}: it is gone, expected one that is not")
-        return self._word(name)
 
     @property
     def vm(self) -> int:
-        """Number of the VM. ValueError, here and below, when it is gone."""
+        """Number of the VM; 0, here and below, when it is gone."""
         return self._of(W.K_VM)
 
     @property
@@ -97,7 +99,9 @@ class _Mapped(OfMachine):
         return 0, W.PAGE_4K
 
     def _place(self, offset: int, length: int) -> int:
-        """Where in the page `length` bytes from `offset` of the mapping on are. ValueError outside the mapping."""
+        """Where in the page `length` bytes from `offset` of the mapping on are. ValueError outside it, or when it is
+        gone."""
+        self._check_live()
         begin, size = self._extent()
         if offset > size or length > size - offset:
             raise ValueError(f"offset {offset} of {length} bytes: expected to lie within {size}")
@@ -105,9 +109,8 @@ class _Mapped(OfMachine):
 
     def _access(self, flags: int) -> int:
         """KVM accesses the page: its frame. OSError: EFAULT where a cache has to be refreshed."""
-        vm = self._of(W.K_VM)
         result = self.machine.operate(
-            Operation.NESTED_MAP, flags=Flag.THROUGH | flags, vm=vm, object_=self.number, address=self.gpa
+            Operation.NESTED_MAP, flags=Flag.THROUGH | flags, vm=self.vm, object_=self.number, address=self.gpa
         )
         if result.status:
             raise OSError(-result.status, f"{self._what} {self.number}: {errno_name(-result.status)}")
@@ -120,6 +123,7 @@ class _Mapped(OfMachine):
         MAPPED_STALE_PRIVATE or MAPPED_STALE_FREED. ValueError when it is gone, or outside it; OSError EFAULT of a cache
         that is not valid (check(), refresh()).
         """
+        self._check_live()
         size = max(self._extent()[1] - offset, 0) if length is None else length
         place = self._place(offset, size)
         return self.machine.read_frame(self._access(0))[place : place + size]
@@ -193,10 +197,11 @@ class PfnCache(_Mapped):
     def refresh(self) -> Result:
         """kvm_gpc_refresh(): 0 with the frame, -EFAULT where none can be had, and the cache is invalid; -EBUSY where
         Linux would wait for a conversion; -EOPNOTSUPP over memory of other kinds. ValueError when it is gone."""
-        return _activate(self.machine, self.vm, self.number, self.gpa, self.length)
+        return self.activate(self.gpa, self.length)
 
     def activate(self, gpa: int, length: int) -> Result:
         """kvm_gpc_activate() at another guest address: as refresh(); -EINVAL past the page, and all is as before."""
+        self._check_live()
         return _activate(self.machine, self.vm, self.number, gpa, length)
 
     def deactivate(self) -> Result:

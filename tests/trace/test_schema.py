@@ -29,8 +29,6 @@ def test_operations_without_a_machine_are_not_called_simulated() -> None:
         "DMA_MAP",
         "DMA_UNMAP",
         "DMA_ACCESS",
-        "NESTED_MAP",
-        "NESTED_UNMAP",
         "MEMORY_FAILURE",
         "GUEST_ACCESS",
     }

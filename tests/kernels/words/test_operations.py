@@ -37,6 +37,7 @@ def test_codes_are_those_of_stored_traces() -> None:
 def test_classes_hold_what_the_rows_say() -> None:
     assert names(operations.OPS_FULL) == {
         *("ALLOCATE", "PIN", "UNPIN", "PREFAULT", "RELEASE", "LRU_DRAIN", "WORK", "MEMORY_POLICY", "DIRTY_LOGGING"),
+        *("NESTED_MAP", "NESTED_UNMAP"),
     }
     assert names(operations.OPS_POOLING) == {*CODES[37:50], "POOL_RESERVE"}
     assert names(operations.OPS_BY_FILE) == {"CONVERT", "PUNCH_HOLE", "ALLOCATE", "BIND", "GET", "PUT", "CLOSE"}
