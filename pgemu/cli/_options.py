@@ -164,6 +164,12 @@ _OPTIONS = (
         "Guest leaves of pfnmap: largest block of one kind, whole pages, private only.",
     ),
     click.option("--host-huge", is_flag=True, default=None, help="pfnmap also maps 2M and 1G pages into processes."),
+    click.option(
+        "--allow-unsafe-mappings",
+        is_flag=True,
+        default=None,
+        help="KVM's parameter: nested maps of pfnmap take frames that nothing holds.",
+    ),
     _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
     click.option(
         "--lru-cache", is_flag=True, default=None, help="4K folios wait in LRU batches, which hold references."
@@ -187,7 +193,8 @@ MACHINE_GROUPS = {
         "--zap-filter", "--invalidate",
     ),
     "Both designs, and pfnmap": (
-        "--zero", "--punch", "--level-rule", "--host-huge", "--worker", "--lru-cache", "--defect",
+        "--zero", "--punch", "--level-rule", "--host-huge", "--allow-unsafe-mappings", "--worker", "--lru-cache",
+        "--defect",
     ),
 }  # fmt: skip
 """These options by heading, for --help."""
@@ -195,7 +202,7 @@ MACHINE_GROUPS = {
 FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
     "split_form", "split_to", "merge", "flush", "zap", "zap_filter", "invalidate", "zero", "merge_zero", "punch",
-    "level_rule", "host_huge", "worker", "lru_cache",
+    "level_rule", "host_huge", "allow_unsafe_mappings", "worker", "lru_cache",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 

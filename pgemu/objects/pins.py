@@ -14,7 +14,7 @@ from pgemu_kernels.formats import bits as formats
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
-__all__ = ("frames", "own_nodes")
+__all__ = ("frames", "held_for_kvm", "own_nodes")
 
 Array = np.ndarray[Any, Any]
 
@@ -29,6 +29,14 @@ def _root(machine: Core, pin: int) -> int:
 def frames(machine: Core, pin: int) -> Array:
     """See Machine.pinned_frames."""
     return radix_tree(machine.arrays.ram, _root(machine, pin))[1]
+
+
+def held_for_kvm(machine: Core, first: int, last: int) -> list[int]:
+    """Numbers of the pages that KVM itself maps (Vm.map_page) and holds, of frames [first, last)."""
+    used = machine.register(W.R_MAPPED)
+    rows = machine.arrays.state[int(W.STATE_MAPPED) :][: used * W.K_WORDS].reshape(-1, W.K_WORDS)
+    inside = (rows[:, W.K_PFN] >= np.uint64(first)) & (rows[:, W.K_PFN] < np.uint64(last))
+    return [int(number) for number in np.flatnonzero(inside & (rows[:, W.K_REFERENCES] != 0))]
 
 
 def own_nodes(machine: Core, owner: Array) -> Iterator[int]:

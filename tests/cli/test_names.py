@@ -46,7 +46,7 @@ NO_OPTION = {
         "reserved",
         "configuration",
     ),
-    *("dirty_log_guest_memfd", "in_place_conversion", "large_folios", "allow_unsafe_mappings"),
+    *("dirty_log_guest_memfd", "in_place_conversion", "large_folios"),
 }
 
 
