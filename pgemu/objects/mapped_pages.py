@@ -109,9 +109,8 @@ class _Mapped(OfMachine):
 
     def _access(self, flags: int) -> int:
         """KVM accesses the page: its frame. OSError: EFAULT where a cache has to be refreshed."""
-        result = self.machine.operate(
-            Operation.NESTED_MAP, flags=Flag.THROUGH | flags, vm=self.vm, object_=self.number, address=self.gpa
-        )
+        flags |= Flag.THROUGH
+        result = self.machine.operate(Operation.NESTED_MAP, flags=flags, vm=self.vm, object_=self.number)
         if result.status:
             raise OSError(-result.status, f"{self._what} {self.number}: {errno_name(-result.status)}")
         return result.detail

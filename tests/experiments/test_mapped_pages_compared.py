@@ -84,3 +84,18 @@ def test_what_each_design_makes_of_it(tmp_path: Path, unsafe: bool) -> None:
     assert [state[design]["mapped_freed"] for design in ("restructure", "pfnmap")] == [0, 0]
     told = f"pfnmap makes {PAGES} uses of a stale mapping"
     assert (told in " ".join(found["screen"].split())) == unsafe
+
+
+def test_a_use_names_no_address(tmp_path: Path) -> None:
+    """Memory is where it is mapped, and stated slots need not have address 0, for a use reads no address."""
+    moved = [
+        {**one, "address": one["address"] + (1 << 30)} if one["op"] == Operation.NESTED_MAP and not one["flags"] & 64
+        else {**one, "address": one["address"] + (1 << 30)} if one["op"] == Operation.GUEST_FAULT else one
+        for one in records()
+    ]  # fmt: skip
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(moved), path)
+    asked = ["compare", str(path), "--page-size", "2M", "--no-sensitivity", "--memslot", "0x40000000:2M:0"]
+    found = CliRunner().invoke(main, [*asked, "--format", "json"])
+    assert found.exit_code == 0, found.stderr
+    assert outcomes(json.loads(found.stdout), "restructure", "nested map") == {"ok": 3 * PAGES, "-EFAULT": PAGES}

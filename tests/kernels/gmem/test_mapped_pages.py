@@ -10,6 +10,7 @@ import pytest
 from pgemu.machine.designs import DESIGNS
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.mapped_pages import MappedPage, PfnCache
+from pgemu.objects.spinning import holders_of
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Flag, Operation
@@ -409,6 +410,14 @@ def test_a_process_that_ends_takes_its_caches_along() -> None:
     assert s.refused() == W.EINVAL
     assert page.unmap().status == 0
     s.sound()
+
+
+def test_who_holds_a_folio_is_named() -> None:
+    s = Scene()
+    page, _ = s.vm.map_page(GPA), s.vm.pfn_cache(GPA, 8)
+    assert holders_of(s.machine, page.pfn) == [f"page that KVM maps, {page.number}"]
+    assert page.unmap().status == 0
+    assert holders_of(s.machine, s.gmem.pfn(GPA) or 0) == []
 
 
 def test_the_recount_finds_a_reference_that_nobody_holds() -> None:
