@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pgemu.experiments.claims import conversion, life, poison, structure, users
+from pgemu.experiments.claims import conversion, life, nested, poison, structure, users
 from pgemu.experiments.claims.claim import Claim, Figure, Found, Setting, Switch, Verdict
 
 __all__ = ("CLAIMS", "Audited", "Outcome", "audit", "document", "try_claim")
 
-CLAIMS: tuple[Claim, ...] = (*structure.CLAIMS, *conversion.CLAIMS, *life.CLAIMS, *users.CLAIMS, *poison.CLAIMS)
+CLAIMS: tuple[Claim, ...] = (
+    *structure.CLAIMS, *conversion.CLAIMS, *life.CLAIMS, *users.CLAIMS, *nested.CLAIMS, *poison.CLAIMS,
+)  # fmt: skip
 """In the order in which they are printed."""
 
 

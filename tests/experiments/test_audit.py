@@ -34,6 +34,9 @@ TURNED: dict[str, dict[str, Any]] = {
     "cannot-gup": RESTRUCTURE,
     "vfio-maps-ram": RESTRUCTURE,
     "iommufd-cannot": RESTRUCTURE,
+    "nested-references": RESTRUCTURE,
+    "nested-structures": RESTRUCTURE,
+    "nested-caches": {"own": {"pfnmap": {"notifier": False}}},
     "no-memory-failure-race": RESTRUCTURE,
     "poison-inside-1g": {**RESTRUCTURE, "shared": True},
 }
