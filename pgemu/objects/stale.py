@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.objects.pins import mapped_by_kvm
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, LARGE
 
@@ -51,9 +52,8 @@ def stale_mappings(machine: Core, inode: int, is_shared: Callable[[int], bool]) 
     owners = _owners(machine)
     have = _frames(machine, inode)
     generations = state[int(W.STATE_VMS) :][: W.VMS * W.V_WORDS].reshape(-1, W.V_WORDS)[:, W.V_GENERATION]
-    rows = state[int(W.STATE_MAPPED) :][: machine.register(W.R_MAPPED) * W.K_WORDS].reshape(-1, W.K_WORDS)
     found: list[StaleMapping] = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(mapped_by_kvm(machine)):
         kind, vm, gpa, pfn, index = (int(row[word]) for word in (W.K_KIND, W.K_VM, W.K_GPA, W.K_PFN, W.K_INDEX))
         cached = row[W.K_VALID] and row[W.K_SLOTS] == generations[vm]
         if row[W.K_INODE] != inode or not (kind == W.MAPPED_MAP or (kind == W.MAPPED_CACHE and cached)):
