@@ -61,7 +61,7 @@ def mixed_records() -> list[Records]:
         one(Operation.PUNCH_HOLE, offset=PAGE_2M, length=PAGE_2M),  # ok
         one(Operation.MUNMAP, address=HVA, length=PAGE_2M),  # ok
         one(Operation.UNBIND, address=0),  # ok
-        one(Operation.NESTED_MAP, address=0, length=PAGE_4K),  # -EOPNOTSUPP: not simulated
+        one(Operation.GUEST_ACCESS, address=0),  # -EOPNOTSUPP: not simulated
     ]
 
 

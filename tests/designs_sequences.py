@@ -16,6 +16,7 @@ SPACES = 5  # processes at most
 INODES = 9
 WINDOWS = 60  # mappings at most, beyond which nobody forks
 PINS = 3
+MAPPINGS = 3
 some = st.sampled_from((False, False, True))
 DEFECTS = (
     ("uptodate-unzeroed",),
@@ -75,6 +76,7 @@ class Sequences(TwoMegabytes):
             ("dirty_log_guest_memfd", (False, True)),
             ("in_place_conversion", (True,) * 30 + (False,)),
             ("zap", ("exact", "exact", "rounded")),
+            ("allow_unsafe_mappings", (False, True) if found["kernel"] != "6.12" else (False,)),
             ("nodes", (1, 1, 2)),
             ("memory_failure", ("handled", "handled", "marked")),
             ("poisoned_blocks", ("refuse", "move")),
@@ -310,6 +312,72 @@ class Sequences(TwoMegabytes):
                 self.pair.punch_hole(inode, block * self.page_size, self.page_size)
         if pfn is not None:
             self.pair.unpoison(pfn)
+
+    # ------------------------------------------------------------------ what KVM itself maps
+
+    def mappable(self, number: int, spot: tuple[int, int]) -> tuple[int, int] | None:
+        """A VM and a guest address, often of a page that is shared and that its process maps."""
+        model = self.pair.model
+        placed = [slot for slot in model.slots if slot.place is not None]
+        found = self.page_of(placed if number % 4 else model.slots, number, spot)
+        if found is None:
+            return None
+        slot, gfn = found
+        if number % 3 and not slot.released:
+            self.pair.convert(slot.inode, slot.file_page(gfn) * PAGE, PAGE, True)
+        return slot.owner, gfn * PAGE
+
+    @precondition(lambda self: self.enabled("mapped"))
+    @rule(number=numbers, spot=spots, mapping=st.integers(0, MAPPINGS), write=st.booleans(), cached=st.booleans(),
+          at=st.sampled_from((0, 0, 16, 4090)))  # fmt: skip
+    def maps_for_kvm(
+        self, number: int, spot: tuple[int, int], mapping: int, write: bool, cached: bool, at: int
+    ) -> None:
+        found = self.mappable(number, spot)
+        if found is None:
+            return
+        vm, gpa = found
+        mapping = 256 if mapping == MAPPINGS and number % 8 == 0 else mapping
+        if cached:
+            self.pair.refresh(vm, gpa + at, 16, mapping)
+        else:
+            self.pair.map_page(vm, gpa + at, mapping, write)
+
+    @precondition(lambda self: self.enabled("mapped") and (self.pair.model.mapped or self.operations % 8 == 0))
+    @rule(mapping=st.integers(0, MAPPINGS), write=st.booleans(), last=st.booleans())
+    def kvm_accesses(self, mapping: int, write: bool, last: bool) -> None:
+        self.pair.access(mapping, write)
+        if last:
+            self.pair.unmap_page(mapping)
+
+    @precondition(lambda self: self.enabled("mapped"))
+    @rule(number=numbers, spot=spots, mapping=st.integers(0, MAPPINGS), cached=st.booleans(), hole=some, close=some)
+    def converts_what_kvm_maps(
+        self, number: int, spot: tuple[int, int], mapping: int, cached: bool, hole: bool, close: bool
+    ) -> None:
+        """It becomes private, or leaves the inode, while KVM maps it; a cache is looked up again."""
+        found = self.mappable(number, spot)
+        if found is None:
+            return
+        vm, gpa = found
+        model = self.pair.model
+        slot = next(slot for slot in model.slots if slot.owner == vm and gpa // PAGE in slot.pages)
+        inode, offset = slot.inode, slot.file_page(gpa // PAGE) * PAGE
+        again = self.pair.refresh if cached else None
+        if cached:
+            self.pair.refresh(vm, gpa, 8, mapping)
+        else:
+            self.pair.map_page(vm, gpa, mapping, True)
+        self.pair.convert(inode, offset, PAGE, False)
+        self.pair.access(mapping, True)
+        if again:
+            again(vm, gpa, 8, mapping)
+        if hole:
+            self.pair.punch_hole(inode, offset - offset % self.page_size, self.page_size)
+        if close and len(self.pair.inodes) < INODES:
+            self.pair.close(inode)
+            self.pair.create_guest_memfd(self.page_size * self.unit, cached)
+        self.pair.access(mapping, False)
 
     # ------------------------------------------------------------------ lifetime
 

@@ -122,7 +122,9 @@ class World:
     """A machine in use, another one, and instances of every public class by name, those that have ended last."""
 
     def __init__(self, design: Any, folder: Path) -> None:
-        self.machine = Machine(Config(design, pool=8 * M2, page_size=M2, buddy=4 * M2, frames=4000))
+        self.machine = Machine(
+            Config(design, pool=8 * M2, page_size=M2, buddy=4 * M2, frames=4000, allow_unsafe_mappings=True)
+        )
         self.folder = folder
         self.of: dict[str, list[Any]] = {}
         self._inhabit(self.machine)
@@ -148,6 +150,9 @@ class World:
             process.touch(place, write=True)
         vm.touch(0)
         vm.touch(1 << 30, write=True)
+        mapped, unmapped = vm.map_page(0), vm.map_page(PAGE, write=False)
+        cache, deactivated = vm.pfn_cache(8, 8), vm.pfn_cache(PAGE, 8)
+        assert unmapped.unmap().status == deactivated.deactivate().status == 0
         table, destroyed = machine.create_page_table("x86-64"), machine.create_page_table("ept")
         table.map_range(0, 0, 2 * M2)
         destroyed.destroy()
@@ -166,6 +171,7 @@ class World:
             "Machine": [machine], "GuestMemfd": [gmem, closed], "GuestMemfd4K": [small], "HugetlbFile": [huge],
             "ShmemFile": [machine.create_memfd(M2)],
             "Device": [device, shut], "AddressSpace": [process, ended], "Vm": [vm, gone],
+            "MappedPage": [mapped, unmapped], "PfnCache": [cache, deactivated],
             "PageTable": [table, destroyed],
             "HugetlbPool": [machine.hugetlb(), machine.hugetlb(W.PAGE_1G)], "Folio": [machine.folio(gmem.pfn(0) or 0)],
             "VfioContainer": [container, closed_container], "Iommufd": [iommufd], "Ioas": [ioas, destroyed_ioas],
@@ -233,6 +239,8 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "physical": (0, M2),
     "Array physical": ([0], [M2]),
     "level": (1, 2),
+    "number": (0, 1),
+    "PfnCache.length": (8, 0),
     "count": (1, 2),
     "prot": (0, 1, 3),
     "new_length": (PAGE, 2 * M2),

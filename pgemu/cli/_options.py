@@ -171,6 +171,12 @@ _OPTIONS = (
         "Guest leaves of pfnmap: largest block of one kind, whole pages, private only.",
     ),
     click.option("--host-huge", is_flag=True, default=None, help="pfnmap also maps 2M and 1G pages into processes."),
+    click.option(
+        "--allow-unsafe-mappings",
+        is_flag=True,
+        default=None,
+        help="KVM's parameter: nested maps of pfnmap take frames that nothing holds.",
+    ),
     _choice("memory-failure", "handled|marked", "What memory failure does to huge folios of guest_memfd."),
     _choice("poisoned-blocks", "refuse|move", "Converting a poisoned huge page: -EHWPOISON, or its page alone is bad."),
     click.option("--mf-delayed", is_flag=True, default=None, help="MF_DELAYED of guest_memfd is success (v6, 2026)."),
@@ -197,8 +203,8 @@ MACHINE_GROUPS = {
         "--zap-filter", "--invalidate",
     ),
     "Both designs, and pfnmap": (
-        "--zero", "--punch", "--level-rule", "--host-huge", "--memory-failure", "--poisoned-blocks", "--mf-delayed",
-        "--worker", "--lru-cache", "--defect",
+        "--zero", "--punch", "--level-rule", "--host-huge", "--allow-unsafe-mappings", "--memory-failure",
+        "--poisoned-blocks", "--mf-delayed", "--worker", "--lru-cache", "--defect",
     ),
 }  # fmt: skip
 """These options by heading, for --help."""
@@ -206,7 +212,8 @@ MACHINE_GROUPS = {
 FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
     "split_form", "split_to", "merge", "flush", "zap", "zap_filter", "invalidate", "zero", "merge_zero", "punch",
-    "level_rule", "host_huge", "memory_failure", "poisoned_blocks", "mf_delayed", "worker", "lru_cache",
+    "level_rule", "host_huge", "allow_unsafe_mappings", "memory_failure", "poisoned_blocks", "mf_delayed", "worker",
+    "lru_cache",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 

@@ -295,6 +295,16 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.MAPPED_STALE_PRIVATE,
+        CARRIED + "the access goes through a mapping that is there",
+        basis="assumption",
+    ),
+    Price(
+        Event.MAPPED_STALE_FREED,
+        CARRIED + "the access goes through a mapping that is there",
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pgemu.experiments.claims import conversion, devices, io_entries, life, poison, structure, users
+from pgemu.experiments.claims import conversion, devices, io_entries, life, nested, poison, structure, users
 from pgemu.experiments.claims.claim import Claim, Figure, Found, Setting, Switch, Verdict
 
 __all__ = ("CLAIMS", "Audited", "Outcome", "audit", "document", "try_claim")
 
 CLAIMS: tuple[Claim, ...] = tuple(
-    claim for part in (structure, conversion, life, users, devices, io_entries, poison) for claim in part.CLAIMS
+    claim for part in (structure, conversion, life, users, nested, devices, io_entries, poison) for claim in part.CLAIMS
 )
 """In the order in which they are printed."""
 

@@ -10,7 +10,9 @@ containers of VFIO, address spaces of iommufd. What is told of each consumer is 
 - peek: mm/memory.c:__access_remote_vm(): a reference while it copies, else vm_ops->access, which a guest_memfd has not.
 - KVM: a slot over the mapping, virt/kvm/kvm_main.c:hva_to_pfn(): get_user_pages() and, for VM_PFNMAP, the entry itself.
   Nothing is held: KVM's MMU notifier takes the frame away.
-- KVM pin: the same for kvm_vcpu_map(), which holds a pin and therefore refuses VM_PFNMAP.
+- KVM cache: a gfn_to_pfn_cache of a VM whose slot shows the page (Vm.pfn_cache): the same, tried on the object itself.
+- KVM pin: kvm_vcpu_map() of that VM (Vm.map_page), which holds a pin and therefore refuses VM_PFNMAP, unless the
+  machine is made with allow_unsafe_mappings.
 - VFIO type1, iommufd, iommufd file: a device is attached, and the page mapped for it: VFIO_IOMMU_MAP_DMA,
   IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE.
 - memfd: memfd_pin_folios() and its callers name a file and an offset, and the file must be one of shmem or hugetlbfs.
@@ -34,6 +36,7 @@ from pgemu_kernels import words as W
 if TYPE_CHECKING:
     from pgemu.machine.results import Result
     from pgemu.objects.devices import Ioas
+    from pgemu.objects.vm import Vm
 
 __all__ = ("CONSUMERS", "Access", "Consumer", "Outcome", "Scene", "document", "try_all", "try_consumer", "use")
 
@@ -52,6 +55,7 @@ class Access(StrEnum):
     REFERENCE = "reference"
     PEEK = "peek"
     KVM = "KVM"
+    KVM_CACHE = "KVM cache"
     KVM_PIN = "KVM pin"
     VFIO = "VFIO type1"
     IOMMUFD = "iommufd"
@@ -101,7 +105,7 @@ CONSUMERS = (
     Consumer("shared futex", Access.REFERENCE, "kernel/futex/core.c:get_futex_key()", note="for the lookup"),
     Consumer("kvm_{read,write}_guest()", Access.COPY, "virt/kvm/kvm_main.c:__kvm_read_guest_page()"),
     Consumer("KVM slot over the mapping", Access.KVM, "virt/kvm/kvm_main.c:hva_to_pfn()"),
-    Consumer("gfn_to_pfn_cache", Access.KVM, "virt/kvm/pfncache.c:hva_to_pfn_retry()"),
+    Consumer("gfn_to_pfn_cache", Access.KVM_CACHE, "virt/kvm/pfncache.c:hva_to_pfn_retry()"),
     Consumer(
         "kvm_vcpu_map()", Access.KVM_PIN, "virt/kvm/kvm_main.c:hva_to_pfn_remapped()",
         note="allow_unsafe_mappings lifts that",
@@ -151,6 +155,13 @@ class Scene:
         self.address = _ADDRESS + _OFFSET
         if self.process.mmap(self.gmem, _ADDRESS).status != 0:
             raise RuntimeError("mmap() of the guest_memfd failed")
+
+    def vm(self) -> Vm:
+        """A VM of the process, whose memory begins with the page's huge page."""
+        vm = self.machine.create_vm(self.process, protected=True)
+        if vm.bind(self.gmem, 0).status != 0:
+            raise RuntimeError("a memory slot over the guest_memfd failed")
+        return vm
 
     def frame(self) -> int | None:
         """The frame that the process's entry names, or None without one."""
@@ -221,10 +232,19 @@ def _kvm(scene: Scene, write: bool) -> Held:
     return status, vm.close
 
 
+def _kvm_cache(scene: Scene, _write: bool) -> Held:
+    """kvm_gpc_activate(), always for writing; the cache stays until it is deactivated, whatever it holds."""
+    cache = scene.vm().pfn_cache(_OFFSET, 64)
+    return 0 if cache.check() else cache.refresh().status, cache.deactivate
+
+
 def _kvm_pin(scene: Scene, write: bool) -> Held:
-    """kvm_vcpu_map(): what cannot be pinned is an error frame, for which it returns -EINVAL."""
-    status, let_go = _pin(scene, write)
-    return -W.EINVAL if status else 0, let_go
+    """kvm_vcpu_map()"""
+    try:
+        page = scene.vm().map_page(_OFFSET, write=write)
+    except OSError as error:
+        return -(error.errno or W.EINVAL), _nothing
+    return 0, page.unmap
 
 
 def _vfio(scene: Scene, write: bool) -> Held:
@@ -264,7 +284,7 @@ def _memfd(scene: Scene, _write: bool) -> Held:
 
 _ACCESSES: Mapping[Access, Callable[[Scene, bool], Held]] = {
     Access.COPY: _copy, Access.PIN: _pin, Access.LONGTERM: _longterm, Access.REFERENCE: _reference, Access.KVM: _kvm,
-    Access.PEEK: _peek, Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio, Access.IOMMUFD: _iommufd,
+    Access.PEEK: _peek, Access.KVM_CACHE: _kvm_cache, Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio, Access.IOMMUFD: _iommufd,
     Access.MAP_FILE: _map_file, Access.MEMFD: _memfd,
 }  # fmt: skip
 

@@ -65,6 +65,7 @@ _VMEMMAP = "Memory for struct pages"
 _FOLIOS = "Folios and their struct pages"
 _ZEROED = "Zeroed"
 _BEYOND = "Dropped from stage 2 beyond the range"
+_STALE = "Used by KVM by its own mappings"
 _IRQ_OFF = "With interrupts off"
 _FLUSHES = "TLB flushes"
 _REFUSED = "Refused"
@@ -95,6 +96,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("zeroed_unreached", _ZEROED, "of it reached by no slot", "bytes", _event(Event.ZEROED_UNREACHED, PAGE_4K)),
     Metric("stale_shown", _ZEROED, "shown without, once each", "bytes", _event(Event.STALE_PAGE_SHOWN, PAGE_4K)),
     Metric("stage2_beyond", _BEYOND, "by conversions", "bytes", _beyond),
+    Metric("mapped_private", _STALE, "private by then", "count", _event(Event.MAPPED_STALE_PRIVATE)),
+    Metric("mapped_freed", _STALE, "not the inode's by then", "count", _event(Event.MAPPED_STALE_FREED)),
     Metric("stores_irq_off", _IRQ_OFF, "stores to an xarray, most at once", "count", _peak(Gauge.STORES_IRQ_OFF)),
     Metric("flushes_mm", _FLUSHES, "of a process", "count", _event(Event.TLB_FLUSH_MM)),
     Metric("flushes_vm", _FLUSHES, "of a VM", "count", _event(Event.TLB_FLUSH_VM)),

@@ -102,12 +102,13 @@ class Breach:
     """A rule that a machine broke: how often, in what unit, and its defects that explain it (empty: none does).
 
     unit: "times" that a check found it broken; "pages" with stale contents that guest or host were shown, each counted
-    once, when a leaf first showed it, whenever the rule is checked.
+    once, when a leaf first showed it, whenever the rule is checked; "uses" by KVM of a mapping of its own that is
+    stale, whether or not it is there when the rule is checked.
     """
 
     rule: Broken
     count: int
-    unit: Literal["times", "pages"]
+    unit: Literal["times", "pages", "uses"]
     explained_by: tuple[str, ...]
 
 
@@ -212,11 +213,15 @@ def breaches(run: DesignRun, idle: Collection[str] = ()) -> tuple[Breach, ...]:
         Breach(rule.rule, rule.count, "times", why(rule.explained_by))
         for rule in (run.finding.rules if run.finding else ())
     ]
-    shown = run.statistics.event(Event.STALE_PAGE_SHOWN)
-    if shown:
-        stale = Broken.STALE_CONTENTS
-        found = [one for one in found if one.rule is not stale]
-        found.append(Breach(stale, shown, "pages", why(explained_by(stale, run.config.defects))))
+    told: tuple[tuple[Broken, Literal["pages", "uses"], tuple[Event, ...]], ...] = (
+        (Broken.STALE_CONTENTS, "pages", (Event.STALE_PAGE_SHOWN,)),
+        (Broken.STALE_MAPPING, "uses", (Event.MAPPED_STALE_PRIVATE, Event.MAPPED_STALE_FREED)),
+    )
+    for rule, unit, events in told:  # counted as it happened
+        count = sum(map(run.statistics.event, events))
+        if count:
+            found = [one for one in found if one.rule is not rule]
+            found.append(Breach(rule, count, unit, why(explained_by(rule, run.config.defects))))
     return tuple(sorted(found))
 
 
@@ -225,7 +230,7 @@ def _spins(run: DesignRun) -> int:
 
 
 def broken(run: DesignRun) -> int:
-    """Rules found broken, pages shown with stale contents, and operations that would not have returned."""
+    """Rules found broken, pages shown with stale contents, uses of what is stale, operations that would not return."""
     return _spins(run) + sum(one.count for one in breaches(run))
 
 

@@ -180,6 +180,7 @@ _OF_KERNEL = {
     W.R_COLLAPSE_SKIPS_HOLES: "collapse_skips_holes",
     W.R_COLLAPSE_BATCHES: "collapse_batches",
     W.R_FAILURE_PFN: "failure_pfn",
+    W.R_PINS_MAPPED: "pins_mapped_pages",
 }
 _OF_KERNEL_CONFIGURATION = {
     W.R_PAGE_FLAGS: "page_flags",
@@ -207,6 +208,7 @@ _OF_CONFIG = {
     W.R_LARGE_FOLIOS: "large_folios",
     W.R_MF_DELAYED: "mf_delayed",
     W.R_PROTECTION_KEYS: "protection_keys",
+    W.R_UNSAFE_MAPPINGS: "allow_unsafe_mappings",
 }
 # 1 where a field of the configuration has the value.
 _CHOICES = {

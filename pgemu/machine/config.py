@@ -14,6 +14,7 @@ from pgemu.machine.designs import DEFAULTS, ROWS, Design
 from pgemu.machine.field_rules import DEFECTS, LEVEL_RULES, RULES, SPLIT_FORMS, THP, checked
 from pgemu.machine.vm_kinds import Kind, kind_row
 from pgemu_kernels import words as W
+from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.properties import Property
 
 __all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "THP", "Config", "Node")
@@ -102,6 +103,8 @@ class Config:
     the range rounded out to huge pages (a what-if, of the orders that round anything).
     invalidate: "rounded": the orders of restructure begin and end an invalidation over the range rounded out to huge
     pages, as RFC v2 and the branch of December 2025 do; "exact": over the range, as in-place conversion of 4K does.
+    allow_unsafe_mappings: KVM's module parameter (since 6.13): kvm_vcpu_map() takes frames of VM_PFNMAP, without a
+    reference and without a notifier (Vm.map_page); without it it refuses them.
     thp: /sys/kernel/mm/transparent_hugepage/enabled, of anonymous memory: faults get 2M where they fit, "always" or
     where MADV_HUGEPAGE said so. Huge pages come from `buddy` memory (with a `page_size` of 4 KiB from the pool), and
     where there is none left faults get 4K.
@@ -163,6 +166,7 @@ class Config:
     memory_failure: Literal["handled", "marked"] = "handled"
     poisoned_blocks: Literal["refuse", "move"] = "refuse"
     mf_delayed: bool = False
+    allow_unsafe_mappings: bool = False
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""
@@ -229,6 +233,11 @@ class Config:
             (
                 self.order != "next4k" or self.design != "restructure" or self.page_size == W.PAGE_4K,
                 f"order 'next4k' with page_size {self.page_size}: expected page_size 4096, which it is for",
+            ),
+            (
+                not self.allow_unsafe_mappings or formats.KERNELS[self.kernel].pins_mapped_pages,
+                f"allow_unsafe_mappings True with kernel {self.kernel!r}: expected one that has the parameter, 6.13 or "
+                "later",
             ),
             (
                 self.zap == "exact" or self.invalidate == "rounded",

@@ -230,6 +230,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "memory_failure": choice(("handled", "marked")),
         "poisoned_blocks": choice(("refuse", "move")),
         "mf_delayed": SWITCH,
+        "allow_unsafe_mappings": SWITCH,
     }
 )
 """By field, in Config's order."""

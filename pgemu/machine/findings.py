@@ -31,6 +31,7 @@ INDEX: Mapping[W.Broken, str] = MappingProxyType(
         W.Broken.PRIVATE_LEVEL: "page {} of the guest or the guest_memfd",
         W.Broken.STALE_CONTENTS: _PAGE,
         W.Broken.LOST_CONTENTS: _PAGE,
+        W.Broken.STALE_MAPPING: _PAGE,
         W.Broken.SLOTS: "guest page, address, number or page of a memory slot, or VM, {}",
     }
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pgemu.machine.config import Config
     from pgemu.machine.core import Core
     from pgemu.objects.numa import MemoryPolicy
-    from pgemu.objects.stale import StaleEntry
+    from pgemu.objects.stale import StaleEntry, StaleMapping
 
 __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
 
@@ -437,6 +437,16 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         from pgemu.objects.stale import stale_entries
 
         return stale_entries(self.machine, self.inode)
+
+    def stale_mappings(self) -> list[StaleMapping]:
+        """Pages of the inode that KVM itself maps (Vm.map_page, Vm.pfn_cache) and may not use: private by now, or gone.
+
+        In order of their numbers. With Config.allow_unsafe_mappings, and before Linux 6.13, pfnmap leaves them behind;
+        check() counts them as STALE_MAPPING, accesses by them as MAPPED_STALE_PRIVATE and MAPPED_STALE_FREED.
+        """
+        from pgemu.objects.stale import stale_mappings
+
+        return stale_mappings(self.machine, self.inode, self.is_shared)
 
     def _field(self, name: np.uint64) -> int:
         """A word of the inode's row."""

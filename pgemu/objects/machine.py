@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 # What the references of folios are not counted without: see pgemu_kernels.rules.references.
-_HOLDERS = (W.R_PINS, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
+_HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
 
 
 @dataclass(eq=False)
@@ -345,7 +345,7 @@ class Machine(Core):
             note_broken(self.arrays.state, kind, frame)
         found = np.zeros(W.FOUND_WORDS, np.int64)
         pages = pins = np.zeros(0, np.uint64)
-        if self.register(W.R_PINS) or self.register(W.R_DOMAINS):
+        if self.register(W.R_PINS) or self.register(W.R_MAPPED) or self.register(W.R_DOMAINS):
             from pgemu.objects.pins import own_nodes, pinned
 
             found[W.FOUND_NODES] += len(list(own_nodes(self, owner)))
@@ -365,8 +365,8 @@ class Machine(Core):
         return self.register(W.R_BROKEN)
 
     def _hold_again(self, pages: Array, pins: Array, *, giving: bool) -> None:
-        """Give back or take away the references that pins, LRU batches and faults under way hold, and frozen folios do
-        not. pages, pins: of pins.pinned()."""
+        """Give back or take away the references that pins, KVM's mappings, LRU batches and faults under way hold, and
+        frozen folios do not. pages, pins: of pins.pinned()."""
         from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
 
         self._call_designs(0, GIVE_BACK if giving else TAKE_AWAY, (pages, pages, pins))

@@ -16,7 +16,7 @@ from pgemu_kernels.formats.page_format import PageFormat
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
-__all__ = ("frames", "own_nodes", "own_pages", "pinned")
+__all__ = ("frames", "held_for_kvm", "mapped_by_kvm", "own_nodes", "own_pages", "pinned")
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +31,19 @@ def _root(machine: Core, pin: int) -> int:
 def frames(machine: Core, pin: int) -> Array:
     """See Machine.pinned_frames."""
     return radix_tree(machine.arrays.ram, _root(machine, pin))[1]
+
+
+def mapped_by_kvm(machine: Core) -> Array:
+    """uint64[n, K_WORDS]: the rows of pages that KVM itself maps."""
+    words = machine.arrays.state[int(W.STATE_MAPPED) :][: machine.register(W.R_MAPPED) * W.K_WORDS]
+    return words.reshape(-1, W.K_WORDS)
+
+
+def held_for_kvm(machine: Core, first: int, last: int) -> list[int]:
+    """Numbers of the pages that KVM itself maps (Vm.map_page) and holds, of frames [first, last)."""
+    rows = mapped_by_kvm(machine)
+    inside = (rows[:, W.K_PFN] >= np.uint64(first)) & (rows[:, W.K_PFN] < np.uint64(last))
+    return [int(number) for number in np.flatnonzero(inside & (rows[:, W.K_REFERENCES] != 0))]
 
 
 def own_nodes(machine: Core, owner: Array) -> Iterator[int]:
@@ -112,6 +125,8 @@ def pinned(machine: Core) -> tuple[Array, Array]:
     held = [frames(machine, pin)[: int(row[W.PIN_PAGES])] for pin, row in enumerate(rows)]
     held += [radix_tree(machine.arrays.ram, machine.register(W.R_IO_PINNED))[1] >> np.uint64(12)]
     held += _of_containers(machine)
+    mapped = mapped_by_kvm(machine)
+    held += [mapped[mapped[:, W.K_REFERENCES] == W.GUP_PIN_COUNTING_BIAS, W.K_PFN]]
     pages, pins = np.unique(np.concatenate([np.zeros(0, np.uint64), *held]), return_counts=True)
     return pages, pins.astype(np.uint64)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pgemu.objects.pins import frames
+from pgemu.objects.pins import frames, held_for_kvm
 from pgemu_kernels import words as W
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Spinning(NamedTuple):
         shared: whether they become shared
         page: offset, in bytes, of the folio that cannot be frozen
         pfn: its first frame
-        holders: what holds it: "transient references", "pin 3", "LRU batch of CPU 0", "fault of actor 2"
+        holders: what holds it: "transient references", "pin 3", "page that KVM maps, 1", "LRU batch of CPU
+            0", "fault of actor 2"
     """
 
     inode: int
@@ -62,6 +63,7 @@ def holders_of(machine: Core, pfn: int) -> list[str]:
         pinned = frames(machine, pin)
         if ((pinned >= np.uint64(first)) & (pinned < np.uint64(last))).any():
             found.append(f"pin {pin}")
+    found += [f"page that KVM maps, {number}" for number in held_for_kvm(machine, first, last)]
     batches = state[int(W.STATE_LRU) :][: W.LRU_CPUS * W.LRU_WORDS].reshape(-1, W.LRU_WORDS)
     for cpu, batch in enumerate(batches):
         if np.uint64(pfn) in batch[1 : 1 + int(batch[0])]:

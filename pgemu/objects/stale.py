@@ -1,11 +1,13 @@
-"""Entries of processes to frames that their guest_memfd inode does not have at that page."""
+"""What is left behind: entries of processes, and pages that KVM itself maps, to frames that are not theirs any more."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.objects.pins import mapped_by_kvm
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, LARGE
 
@@ -27,6 +29,41 @@ class StaleEntry(NamedTuple):
     address: int
     pfn: int
     owner: int | None
+
+
+class StaleMapping(NamedTuple):
+    """A page that KVM itself maps (Vm.map_page, Vm.pfn_cache) and may not use any more.
+
+    number: of the mapping. vm: of the VM. gpa: guest physical address, bytes. pfn: frame that KVM uses. why: "private",
+    or "freed": it is not at that page of the inode any more, and nobody holds it for KVM. owner: as in StaleEntry.
+    """
+
+    number: int
+    vm: int
+    gpa: int
+    pfn: int
+    why: Literal["private", "freed"]
+    owner: int | None
+
+
+def stale_mappings(machine: Core, inode: int, is_shared: Callable[[int], bool]) -> list[StaleMapping]:
+    """See GuestMemfd.stale_mappings. is_shared: GuestMemfd.is_shared."""
+    state = machine.arrays.state
+    owners = _owners(machine)
+    have = _frames(machine, inode)
+    generations = state[int(W.STATE_VMS) :][: W.VMS * W.V_WORDS].reshape(-1, W.V_WORDS)[:, W.V_GENERATION]
+    found: list[StaleMapping] = []
+    for number, row in enumerate(mapped_by_kvm(machine)):
+        kind, vm, gpa, pfn, index = (int(row[word]) for word in (W.K_KIND, W.K_VM, W.K_GPA, W.K_PFN, W.K_INDEX))
+        cached = row[W.K_VALID] and row[W.K_SLOTS] == generations[vm]
+        if row[W.K_INODE] != inode or not (kind == W.MAPPED_MAP or (kind == W.MAPPED_CACHE and cached)):
+            continue
+        moved = int(have[index]) != pfn
+        if row[W.K_REFERENCES] if moved else is_shared(index << 12):
+            continue
+        owner = owners.get(pfn >> machine.config.page_order)
+        found.append(StaleMapping(number, vm, gpa, pfn, "freed" if moved else "private", owner))
+    return found
 
 
 def stale_entries(machine: Core, inode: int) -> list[StaleEntry]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pgemu.objects.files import GuestMemfd4K
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.large_pages import LargePage
+    from pgemu.objects.mapped_pages import MappedPage, PfnCache
     from pgemu.objects.stage2 import Stage2
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
     from pgemu.tables.walked import Walk
@@ -315,6 +316,34 @@ class Vm(OfMachine, but=("touch",)):
         self._check_open()
         stage2 = self.machine.register(W.R_STAGE2_FORMAT)
         return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
+
+    # ------------------------------------------------------------------ what KVM itself maps
+
+    def map_page(self, gpa: int, *, write: bool = True) -> MappedPage:
+        """kvm_vcpu_map() of the page at `gpa`, as nested virtualisation does it: pinned until it is unmapped.
+
+        It goes by the slot's userspace address, also of a slot over a guest_memfd, and faults the page in there.
+        OSError EINVAL: no slot or no mapping there, a page that userspace may not have (a private one), `write` where
+        nothing may be written, and VM_PFNMAP (design pfnmap) but for Config.allow_unsafe_mappings: then the frame is
+        taken as it is, without a reference, and no notifier takes it away. Linux 6.12 takes one reference in place of
+        a pin, of VM_PFNMAP only on a folio's first page. EBADF of a closed VM, ENOSPC past words.MAPPED_PAGES, EBUSY
+        where Linux would wait for a conversion, EOPNOTSUPP over memory of other kinds than the designs' guest_memfd.
+        virt/kvm/kvm_main.c:__kvm_vcpu_map(), arch/x86/kvm/vmx/nested.c:nested_get_vmcs12_pages()
+        """
+        from pgemu.objects.mapped_pages import MappedPage
+
+        return MappedPage.create(self.machine, self.vm, gpa, write)
+
+    def pfn_cache(self, gpa: int, length: int) -> PfnCache:
+        """Activate a gfn_to_pfn_cache of `length` bytes at `gpa`: no reference, and the MMU notifier invalidates it.
+
+        Always for writing. Where no frame can be had (kvm_gpc_activate(): -EFAULT) it is active and not valid
+        (PfnCache.check), until a refresh finds one; of VM_PFNMAP it takes the entry's frame. OSError: EINVAL for what
+        reaches past the page, EBADF, ENOSPC, EBUSY, EOPNOTSUPP as map_page. virt/kvm/pfncache.c
+        """
+        from pgemu.objects.mapped_pages import PfnCache
+
+        return PfnCache.create(self.machine, self.vm, gpa, length)
 
     # ------------------------------------------------------------------ looking
 

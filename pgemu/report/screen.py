@@ -306,7 +306,10 @@ def _broken(comparison: Comparison) -> Iterator[str]:
             why = " or ".join(one.explained_by) if one.explained_by else "no defect explains it"
             name = one.rule.name.lower().replace("_", " ")
             often = f"{units.count(one.count)} {one.unit[:-1]}{'s' * (one.count != 1)}"
-            if one.unit == "pages":
+            if one.unit == "uses":
+                why = "allow_unsafe_mappings" if run.config.allow_unsafe_mappings else why
+                yield f"pages that KVM maps: {run.design} makes {often} of a {name} ({why})"
+            elif one.unit == "pages":
                 yield f"{run.design} shows {name} of {often} ({why})"
             else:
                 yield f"{run.design} breaks a rule {often}: {name} ({why})"

@@ -80,6 +80,8 @@ METRIC_SOURCES: Mapping[str, Mapping[str, _Sources]] = MappingProxyType(
         "zeroed_unreached": _ZEROED,
         "stale_shown": _ZEROED,
         "stage2_beyond": S.both(S.ZAP),
+        "mapped_private": S.both(S.VCPU_MAP, S.PFN_CACHE),
+        "mapped_freed": S.both(S.VCPU_MAP, S.PFN_CACHE),
         "stores_irq_off": {"restructure": (S.SPLIT, S.MERGE), "pfnmap": (_WHOLE,)},
         "flushes_mm": S.both(S.main("mm/mmu_gather.c:tlb_finish_mmu")),
         "flushes_vm": S.both(S.main("virt/kvm/kvm_main.c:kvm_flush_remote_tlbs")),

@@ -75,6 +75,8 @@ def place(found: Unplaced, options: LoweringOptions) -> Lowered:
         raise InputError("the VM's process, its addresses and the meaning of MADV_DONTNEED are fixed", found.source)
     records = found.records
     reading = {name: np.isin(records.op, codes) for name, codes in (("gpa", _GPA), ("hva", _HVA), ("in", _INTO_INODE))}
+    # An access by a mapping that is there names no address of its own.
+    reading["gpa"] &= (records.op != Operation.NESTED_MAP) | (records.flags & np.uint8(Flag.THROUGH) == 0)
     _check_numbers(found)
     _check_ranges(found, reading["gpa"], reading["in"])
     maps = [Region(*one) for one in _columns(records, Operation.MMAP, "address", "offset", "length") if one[2]]

@@ -42,6 +42,9 @@ TURNED: dict[str, dict[str, Any]] = {
     "not-unmapping-is-a-policy": {"fields": {"vm": "snp", "stage2": "npt"}, "unit": "amd"},
     "large-entries-follow": {"door": "iommufd revoke"},
     "revoke-is-exact": {"door": "iommufd mirror"},
+    "nested-references": RESTRUCTURE,
+    "nested-structures": RESTRUCTURE,
+    "nested-caches": {"own": {"pfnmap": {"notifier": False}}},
     "no-memory-failure-race": RESTRUCTURE,
     "poison-inside-1g": {**RESTRUCTURE, "shared": True},
 }

@@ -33,7 +33,7 @@ def test_both_designs_return_what_the_kernel_returns() -> None:
         Operation.UNBIND: {"ok": 1},
         Operation.GET: {"ok": 1},
         Operation.PUT: {"ok": 1},
-        Operation.NESTED_MAP: {"-EOPNOTSUPP": 1},
+        Operation.GUEST_ACCESS: {"-EOPNOTSUPP": 1},
     }
     assert found["restructure"] == common | {
         Operation.HOST_FAULT: host | {"VM_FAULT_LOCKED": 1},

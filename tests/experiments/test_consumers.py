@@ -21,6 +21,7 @@ EXPECTED = {
     Access.REFERENCE: (Outcome(0, 1, -W.EAGAIN, AT, 0), REFUSED),
     Access.PEEK: (Outcome(0, 1, -W.EAGAIN, AT, 0), Outcome(-W.EIO, 0, 0, None, 0)),
     Access.KVM: (COPIED, COPIED),  # by the entry; nothing is held
+    Access.KVM_CACHE: (COPIED, COPIED),  # the same, by a cache
     Access.KVM_PIN: (Outcome(0, 1024, -W.EAGAIN, AT, 0), Outcome(-W.EINVAL, 0, 0, None, 0)),
     Access.VFIO: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),  # HugeTLB memory is neither invalid nor reserved
     Access.IOMMUFD: (Outcome(0, 1024, -W.EAGAIN, AT, 0), REFUSED),
@@ -91,6 +92,12 @@ def test_devices_are_gone_when_a_consumer_has_let_go(design: Design, access: Acc
         let_go()
         assert scene.references() == 0
     assert scene.machine.check() == 0
+
+
+def test_the_switch_of_kvm_s_module_lets_a_map_of_pfnmap_hold_nothing() -> None:
+    consumer = next(one for one in CONSUMERS if one.access is Access.KVM_PIN)
+    assert try_consumer(consumer, "pfnmap", allow_unsafe_mappings=True) == COPIED
+    assert try_consumer(consumer, "restructure", allow_unsafe_mappings=True) == EXPECTED[Access.KVM_PIN][0]
 
 
 def test_a_1g_page_too() -> None:

@@ -15,8 +15,9 @@ class Folio:
     """A huge page of the pool while it is in use: one folio, or (split) one per base page.
 
     `pieces`, if not None: it is split to 2M folios, and those named here to 4K folios. Pages are numbered from the
-    head; a folio has the number of its first page. By folio, `held` counts transient references and `pinned` pins,
-    `cached_by_cpu` has those that a per-CPU batch holds; `mapped` counts ordinary page-table entries.
+    head; a folio has the number of its first page. By folio, `held` counts transient references, `pinned` pins, `kept`
+    what KVM holds of pages that it maps (before 6.13), `mapped` ordinary page-table entries; `cached_by_cpu` has those
+    that a per-CPU batch holds.
     """
 
     head: int
@@ -34,6 +35,7 @@ class Folio:
     held: Counter[int] = field(default_factory=Counter)
     mapped: Counter[int] = field(default_factory=Counter)
     pinned: Counter[int] = field(default_factory=Counter)
+    kept: Counter[int] = field(default_factory=Counter)
     cached_by_cpu: set[int] = field(default_factory=set)
     bad: set[int] = field(default_factory=set)  # pages that memory failure was told of
     failed: set[int] = field(default_factory=set)  # folios of which it keeps a reference
@@ -75,24 +77,28 @@ class Folio:
 
     def busy(self, unit: int) -> bool:
         """Whether anybody but the page cache refers to a folio."""
-        others = self.held[unit] or self.mapped[unit] or self.pinned[unit]
+        others = self.held[unit] or self.mapped[unit] or self.pinned[unit] or self.kept[unit]
         return bool(others) or unit in self.cached_by_cpu or unit in self.failed
+
+    @property
+    def counts(self) -> tuple[Counter[int], ...]:
+        """Who refers to its folios, how often."""
+        return self.held, self.mapped, self.pinned, self.kept
 
     @property
     def idle(self) -> bool:
         """Whether nobody but the page cache refers to any part of it."""
-        counts = (self.held, self.mapped, self.pinned)
         held = self.cached_by_cpu or self.failed
-        return not held and not any(count.total() for count in counts)
+        return not held and not any(count.total() for count in self.counts)
 
     def idle_part(self, pages: range) -> bool:
         """The same of folios that begin in a part of it."""
-        used = (unit for count in (self.held, self.mapped, self.pinned) for unit, n in count.items() if n)
+        used = (unit for count in self.counts for unit, n in count.items() if n)
         return not any(unit in pages for unit in (*used, *self.cached_by_cpu, *self.failed))
 
     def references(self, pfn: int) -> int:
         """Refcount of the folio that a frame belongs to."""
         unit = self.unit(pfn)
         cache = self.size(unit) if self.cached else 0
-        own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit]
+        own = self.held[unit] + self.mapped[unit] + PIN * self.pinned[unit] + self.kept[unit]
         return cache + own + (unit in self.cached_by_cpu) + (unit in self.failed)

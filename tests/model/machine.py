@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from model.folio import Folio
@@ -32,6 +33,8 @@ class State:
         self.vmas: list[Window] = []
         self.slots: list[Window] = []
         self.pins: dict[int, list[tuple[Folio, int]]] = {}
+        self.mapped: dict[int, Any] = {}  # pages that KVM itself maps, by number
+        self.slot_changes: Counter[int] = Counter()  # by VM
         self.task_policy = (0, 0)  # mode, nodes
         self.spins: list[Any] = []  # conversions that would spin, in the order in which they began
 
@@ -109,6 +112,9 @@ class State:
         what is private by its root."""
         if not self.parameters.notifier:
             return
+        for mapped in self.mapped.values():
+            if mapped.cache and self.vm_space[mapped.vm] == vma.owner and mapped.place in pages:
+                mapped.valid = False
         for slot in self.slots:
             if self.vm_space[slot.owner] == vma.owner and slot.place is not None:
                 part = common(range(slot.place, slot.place + len(slot.pages)), pages)
@@ -167,3 +173,4 @@ class State:
         else:
             self.vms[slot.owner].drop_all()
         self.slots.remove(slot)
+        self.slot_changes[slot.owner] += 1

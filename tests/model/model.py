@@ -11,6 +11,7 @@ from model.failures import Failures
 from model.inode import Inode, Window
 from model.lifetime import Lifetime
 from model.machine import TASK_PAGES
+from model.mapped import Mappings
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
 from model.references import References
@@ -23,7 +24,7 @@ RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
 
 
-class Model(Conversions, References, Lifetime, Failures):
+class Model(Conversions, References, Mappings, Lifetime, Failures):
     """A machine of one design. Processes, VMs and inodes are numbered in order of creation."""
 
     # ------------------------------------------------------------------ making
@@ -183,6 +184,7 @@ class Model(Conversions, References, Lifetime, Failures):
             return Outcome(-W.EINVAL)
         slot.place = self.place_of(slot, self.vmas)
         self.slots.append(slot)
+        self.slot_changes[vm] += 1
         return OK
 
     def unbind(self, vm: int, gpa: int) -> Outcome:
@@ -222,7 +224,8 @@ class Model(Conversions, References, Lifetime, Failures):
             W.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
             W.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
             W.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
-            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values()),
+            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values())
+            + sum(mapped.held == "pin" for mapped in self.mapped.values()),
             W.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
             W.Gauge.SPINNING: len(self.spins),
             W.Gauge.WORK_PENDING: sum((folio.waits and lazy) or folio.ready for folio in folios),

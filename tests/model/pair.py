@@ -187,6 +187,26 @@ class Pair:
     def unpin(self, pin: int) -> Outcome:
         return self.same(self.machine.operate(W.Operation.UNPIN, object_=pin), self.model.unpin(pin))
 
+    def map_page(self, vm: int, gpa: int, number: int, write: bool) -> Outcome:
+        flags = W.Flag.WRITE if write else 0
+        got = self.machine.operate(W.Operation.NESTED_MAP, flags=flags, vm=vm, object_=number, address=gpa)
+        return self.same(got, self.model.map_page(vm, gpa, number, write))
+
+    def refresh(self, vm: int, gpa: int, length: int, number: int) -> Outcome:
+        got = self.machine.operate(
+            W.Operation.NESTED_MAP, flags=W.Flag.CACHED, vm=vm, object_=number, address=gpa, length=length
+        )
+        return self.same(got, self.model.refresh(vm, gpa, length, number))
+
+    def access(self, number: int, write: bool) -> Outcome:
+        flags = W.Flag.THROUGH | (W.Flag.WRITE if write else 0)
+        got = self.machine.operate(W.Operation.NESTED_MAP, flags=flags, object_=number)
+        return self.same(got, self.model.access(number, write))
+
+    def unmap_page(self, number: int) -> Outcome:
+        got = self.machine.operate(W.Operation.NESTED_UNMAP, object_=number)
+        return self.same(got, self.model.unmap_page(number))
+
     def drain_lru(self) -> Outcome:
         return self.same(self.machine.operate(W.Operation.LRU_DRAIN), self.model.drain_lru())
 
@@ -293,7 +313,12 @@ class Pair:
             got = int(stats[int(W.STATS_GAUGES) + 2 * gauge])
             assert got == expected, gauge.name
         rows = stats[int(W.STATS_COUNTERS) :][: W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
-        assert int(rows[:, W.Event.STALE_PAGE_SHOWN].sum()) == self.model.memory.stale
+        for event, expected in (
+            (W.Event.STALE_PAGE_SHOWN, self.model.memory.stale),
+            (W.Event.MAPPED_STALE_PRIVATE, self.model.stale_private),
+            (W.Event.MAPPED_STALE_FREED, self.model.stale_freed),
+        ):
+            assert int(rows[:, event].sum()) == expected, event.name
 
     def compare_everything(self) -> None:
         """Every leaf, every folio, every page's shareability, and the machine's own recount."""
@@ -310,12 +335,13 @@ class Pair:
         for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
             self.compare_shareability(memfd, inode.pages, inode.shared)
         for folio in self.model.memory.in_use.values():
-            for page in {0, *folio.held, *folio.pinned, *folio.cached_by_cpu}:
+            for page in {0, *folio.held, *folio.pinned, *folio.kept, *folio.cached_by_cpu}:
                 self.compare_folio(folio.head + page)
         for inode, memfd in zip(self.model.inodes, self.inodes, strict=True):
             if inode.open and self.model.order:
                 self.compare_zeroed(memfd.inode, inode.blocks)
         self.machine.check()
+        self.model.note_stale()
         self.check_findings()
         if self.model.parameters.flag_stays and rules.is_stale(rules.view_of_model(self.model), self.model):
             assert W.Broken.STALE_CONTENTS in [finding.rule for finding in self.machine.findings]
@@ -325,7 +351,8 @@ class Pair:
         memory = self.model.memory
         found = {finding.rule for finding in self.machine.findings}
         lost = {W.Broken.LOST_CONTENTS} if memory.lost else set()
-        assert found - {W.Broken.STALE_CONTENTS} == lost, self.machine.broken
+        stale = {W.Broken.STALE_MAPPING} if self.model.was_stale else set()
+        assert found - {W.Broken.STALE_CONTENTS} == lost | stale, self.machine.broken
         assert W.Broken.STALE_CONTENTS not in found or (memory.stale and self.model.parameters.flag_stays)
 
     def compare_zeroed(self, inode: int, blocks: dict[int, Folio]) -> None:

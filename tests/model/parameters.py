@@ -39,6 +39,7 @@ class Parameters:
     dirty_log_guest_memfd: bool = False
     in_place_conversion: bool = True
     zap: str = "exact"
+    allow_unsafe_mappings: bool = False
     memory_failure: str = "handled"
     poisoned_blocks: str = "refuse"
     mf_delayed: bool = False
@@ -50,6 +51,11 @@ class Parameters:
     @property
     def restructure(self) -> bool:
         return self.design == "restructure"
+
+    @property
+    def pins_mapped(self) -> bool:
+        """kvm_vcpu_map() pins, since 6.13."""
+        return self.kernel != "6.12"
 
     @property
     def page_order(self) -> int:

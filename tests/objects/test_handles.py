@@ -18,16 +18,20 @@ M2, PAGE, VA = W.PAGE_2M, W.PAGE_4K, 0x400000
 
 
 def build() -> Machine:
-    return Machine(Config("pfnmap", pool=4 * M2, page_size=M2))
+    return Machine(Config("pfnmap", pool=4 * M2, page_size=M2, allow_unsafe_mappings=True))
 
 
 def objects(machine: Machine) -> dict[str, Any]:
     gmem = machine.create_guest_memfd(M2, shared=True)
     assert gmem.allocate(0, M2).status == 0
+    process = machine.create_process()
+    vm = machine.create_vm(process)
+    assert process.mmap(gmem, VA).status == vm.bind(gmem, 0).status == 0
     return {
-        "machine": machine, "gmem": gmem, "small": machine.create_guest_memfd_4k(M2),
+        "machine": machine, "gmem": gmem, "mapped": vm.map_page(0), "cache": vm.pfn_cache(0, 8),
+        "small": machine.create_guest_memfd_4k(M2),
         "huge": machine.create_hugetlb_file(M2), "device": machine.create_device(0x1000, 512),
-        "process": machine.create_process(), "vm": machine.create_vm(), "pool": machine.hugetlb(),
+        "process": process, "vm": vm, "pool": machine.hugetlb(),
         "table": machine.create_page_table("ept"), "folio": machine.folio(gmem.pfn(0) or 0), "memory": machine.memory,
     }  # fmt: skip
 
@@ -143,6 +147,36 @@ def test_a_file_that_was_closed_is_not_the_next_one(kind: str) -> None:
     closing += [file.revoke, file.restore] if kind == "device" else [lambda: file.allocate(0, M2)]
     assert {call().status for call in closing} == {-W.EBADF}
     assert following.allocate(0, M2).status == following.close().status == 0
+    assert machine.check() == 0
+
+
+@pytest.mark.parametrize("kind", ["mapped", "cache"])
+def test_a_mapping_that_is_gone_is_not_the_next_one(kind: str) -> None:
+    machine = build()
+    mapping = objects(machine)[kind]
+    end = mapping.unmap if kind == "mapped" else mapping.deactivate
+    assert (mapping.live, end().status, mapping.live) == (True, 0, False)
+    process = machine.create_process()
+    vm = machine.create_vm(process)
+    gmem = machine.create_guest_memfd(M2, shared=True)
+    assert process.mmap(gmem, VA).status == vm.bind(gmem, 0).status == 0
+    following = vm.map_page(0) if kind == "mapped" else vm.pfn_cache(0, 8)
+    assert following.number == mapping.number
+    assert following != mapping
+    assert end().status == -W.ENOENT
+    assert [mapping.pfn, mapping.gpa, mapping.vm, mapping.references] == [0] * 4
+    calls = [mapping.read, lambda: mapping.write(b"")]
+    if kind == "cache":
+        assert not mapping.check()
+        calls += [mapping.refresh, lambda: mapping.activate(0, 8)]
+    for call in calls:
+        with pytest.raises(ValueError, match="it is gone, expected one that is not"):
+            call()
+    assert following.live
+    assert vm.close().status == 0
+    assert not following.live
+    with pytest.raises(ValueError, match=r"^number [01]: expected that of a (MappedPage|PfnCache)$"):
+        type(mapping)(machine, 1 - mapping.number)  # of the other kind
     assert machine.check() == 0
 
 

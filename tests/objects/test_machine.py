@@ -106,8 +106,8 @@ def test_the_example_in_the_documentation_runs() -> None:
 
 def test_operations_of_later_versions_are_refused_and_counted() -> None:
     machine = machine_in_use("pfnmap")
-    assert machine.operate(Operation.NESTED_MAP).status == -W.EOPNOTSUPP
-    assert machine.statistics.results(Operation.NESTED_MAP) == {-W.EOPNOTSUPP: 1}
+    assert machine.operate(Operation.GUEST_ACCESS).status == -W.EOPNOTSUPP
+    assert machine.statistics.results(Operation.GUEST_ACCESS) == {-W.EOPNOTSUPP: 1}
 
 
 def test_an_actor_beyond_the_records_is_misuse() -> None:

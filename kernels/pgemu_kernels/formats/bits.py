@@ -171,6 +171,8 @@ class KernelParameters:
     nothing is there (SCAN_NO_PTE_TABLE of mm/khugepaged.c:madvise_collapse()), else it ends (SCAN_PMD_NONE).
     `collapse_batches`: it unmaps the pages of a large folio together (captured for 6.18 and 7.3), else one by one, so
     that the folio is deferred for its split (captured for 6.12).
+    `pins_mapped_pages`: kvm_vcpu_map() pins, and refuses VM_PFNMAP but for kvm.allow_unsafe_mappings (6.13, "KVM: Pin
+    (as in FOLL_PIN) pages during kvm_vcpu_map()"), else it takes one reference (kvm_try_get_pfn()).
     `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
     `arm_two_bit_xn`: KVM writes XN[1:0] of FEAT_XNX (arm64/kvm/hyp/pgtable.c:stage2_set_xn_attr()), else bit 54.
     `arm_locked`: an Arm entry between break and make (KVM_INVALID_PTE_LOCKED; a type in bits 63:60 from 7.1 on).
@@ -211,6 +213,7 @@ class KernelParameters:
     collapses_read_only: bool = True
     collapse_skips_holes: bool = False
     collapse_batches: bool = True
+    pins_mapped_pages: bool = True
 
 
 KERNELS: dict[str, KernelParameters] = {
@@ -219,7 +222,7 @@ KERNELS: dict[str, KernelParameters] = {
         special_huge_zero=False, guards=False, recovers_huge_pages=False, merges_unfaulted=False,
         guest_memfd_mmap=False, remap_moves_many=False, dirty_entries=False, thp_modify_drops_dirty=True,
         marks_zapped=True, hwpoison=1 << 20, hwpoison_type=23, huge_zero_replaced=False, reuses_large_folios=False,
-        collapses_read_only=False, collapse_batches=False,
+        collapses_read_only=False, collapse_batches=False, pins_mapped_pages=False,
     ),
     "6.18": KernelParameters(
         "6.18", 1 << 57 | 1 << 58, 0, False, 4, True, False, BootMarks.FIRST_64, True, thp_modify_drops_dirty=True

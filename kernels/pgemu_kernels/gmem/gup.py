@@ -28,21 +28,11 @@ from pgemu_kernels.gmem.host_entries import counted_view
 from pgemu_kernels.gmem.references import is_designs, last_reference
 from pgemu_kernels.process.anonymous import UNSHARE, is_anon_exclusive
 from pgemu_kernels.process.entries import leaf_pfn, points_to_table
-from pgemu_kernels.process.fault import designs_fault, handle_mm_fault
+from pgemu_kernels.process.fault import fault_error, fault_of_designs, handle_mm_fault
 from pgemu_kernels.process.huge_pmd import is_huge_zero
 from pgemu_kernels.process.tables import lookup_address, space_row
 from pgemu_kernels.words.enum_words import EVENT_PAGE_PINNED, FLAG_LONGTERM, FLAG_WRITE, GAUGE_PAGES_PINNED
-from pgemu_kernels.words.operations import (
-    EAGAIN,
-    EFAULT,
-    ENOMEM,
-    VM_FAULT_HWPOISON,
-    VM_FAULT_HWPOISON_LARGE,
-    VM_FAULT_OOM,
-    VM_FAULT_RETRY,
-    VM_FAULT_SIGBUS,
-    VM_FAULT_SIGSEGV,
-)
+from pgemu_kernels.words.operations import EAGAIN, EFAULT, ENOMEM
 from pgemu_kernels.words.registers import R_HUGE_ZERO_FRAME, R_ZERO_FRAME
 from pgemu_kernels.words.rows import (
     A_FLAGS,
@@ -83,19 +73,6 @@ def check_vma(m, row, write):
     return np.int64(-EFAULT if state[row + A_PROT] & needed == U0 else 0)
 
 
-@kernel
-def fault_error(status):
-    """The error that GUP makes of a fault's result, 0 for a fault that succeeded: mm/gup.c:vm_fault_to_errno().
-
-    VM_FAULT_RETRY stands for an invalidate_lock that another actor holds; Linux would wait for it.
-    """
-    if status & VM_FAULT_OOM != 0:
-        return np.int64(-ENOMEM)
-    if status & (VM_FAULT_SIGBUS | VM_FAULT_SIGSEGV | VM_FAULT_HWPOISON | VM_FAULT_HWPOISON_LARGE) != 0:
-        return np.int64(-EFAULT)
-    return np.int64(-EAGAIN if status & VM_FAULT_RETRY != 0 else 0)
-
-
 # --------------------------------------------------------------------------- by kind of mapping
 
 
@@ -103,11 +80,6 @@ def fault_error(status):
 def _needs_no_more(m, row, entry, level, longterm):
     """Entries of the designs' files are shared: nothing is copied."""
     return _TAKE
-
-
-@kernel
-def _fault_designs(m, space, row, address, access):
-    return np.int64(designs_fault(m, space, address, access))
 
 
 @kernel
@@ -185,7 +157,7 @@ def pinning(fault: Callable[..., Any], must_unshare: Callable[..., Any], is_zero
         for _ in range(_TRIES):
             if todo == _TAKE:
                 break
-            status = fault_error(fault(m, space, row, address, UNSHARE if todo == _UNSHARE else access))
+            status = fault_error(fault(m, space, row, address, UNSHARE if todo == _UNSHARE else access), False)
             if status != 0:
                 return status, U0, U0
             todo, entry, level = look(m, row, address, flags)
@@ -220,7 +192,7 @@ def count_pinned(m, n):
     change(m.stats, GAUGE_PAGES_PINNED, n)
 
 
-pin_run_of_designs = pinning(_fault_designs, _needs_no_more, _no_zero_page)
+pin_run_of_designs = pinning(fault_of_designs, _needs_no_more, _no_zero_page)
 pin_run_of_any = pinning(handle_mm_fault, _must_unshare, is_zero_page)
 
 

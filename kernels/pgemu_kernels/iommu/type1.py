@@ -16,7 +16,7 @@ from pgemu_kernels.folios.folio import folio_order, struct_page
 from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.pinning import head_in_zone
 from pgemu_kernels.formats.bits import PTE_PRESENT, PTE_WRITE
-from pgemu_kernels.gmem.gup import TOUCH, count_pinned, fault_error, pin_run_of_any, unpin_run
+from pgemu_kernels.gmem.gup import TOUCH, count_pinned, pin_run_of_any, unpin_run
 from pgemu_kernels.gmem.host_entries import is_special
 from pgemu_kernels.iommu.areas import (
     add_area,
@@ -31,7 +31,7 @@ from pgemu_kernels.iommu.areas import (
 )
 from pgemu_kernels.iommu.domain import iova_to_phys, map_run, unmap_run
 from pgemu_kernels.process.entries import leaf_pfn, points_to_table
-from pgemu_kernels.process.fault import handle_mm_fault
+from pgemu_kernels.process.fault import fault_error, handle_mm_fault
 from pgemu_kernels.process.tables import lookup_address, space_row
 from pgemu_kernels.words.device_words import (
     AREA_FILE,
@@ -95,7 +95,7 @@ def follow_pfnmap(m, space, row, address, write):
                 return np.int64(-EFAULT), U0, U0
             inside = (address >> U12) & (pages_of(level) - U1)
             return np.int64(0), leaf_pfn(entry, level) + inside, pages_of(level) - inside
-        if fault_error(handle_mm_fault(m, space, row, address, U1 if write else U0)) != 0:
+        if fault_error(handle_mm_fault(m, space, row, address, U1 if write else U0), False) != 0:
             break
     return np.int64(-EFAULT), U0, U0
 

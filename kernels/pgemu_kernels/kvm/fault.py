@@ -26,7 +26,7 @@ from pgemu_kernels.folios.folio import FLAGS, PG_DIRTY, mark_accessed, struct_pa
 from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.folios.poison import note_signal
 from pgemu_kernels.kvm.attributes import is_mixed, is_private
-from pgemu_kernels.process.fault import host_fault_in
+from pgemu_kernels.process.fault import follow_any
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio, set_folio_dirty
 from pgemu_kernels.stage2.entries import LARGEST, is_access_allowed, last_spte, make_mmio_spte, nx_huge_pages
 from pgemu_kernels.stage2.invalidate import retry_fault
@@ -37,6 +37,7 @@ from pgemu_kernels.tables.walker import find_entry, is_present, stage2_format
 from pgemu_kernels.words.enum_words import EVENT_GUEST_FAULT, FLAG_EXEC, FLAG_PRIVATE, FLAG_SHARED, FLAG_WRITE
 from pgemu_kernels.words.failures import BUS_MCEERR_AR
 from pgemu_kernels.words.operations import (
+    EAGAIN,
     EBADF,
     EFAULT,
     EHWPOISON,
@@ -131,7 +132,8 @@ def from_guest_memfd(state, slot, private):
 
 @outlined
 def find_pfn(m, row, slot, gfn, write, private):
-    """mmu.c:__kvm_mmu_faultin_pfn(): (0, -EFAULT, -ENOMEM or RET_PF_EMULATE; pfn; host's level; writable; refcounted).
+    """mmu.c:__kvm_mmu_faultin_pfn(): (status, pfn, host's level, writable, refcounted). The status is 0, -EFAULT,
+    -ENOMEM, RET_PF_EMULATE, or RET_PF_RETRY while a conversion holds the invalidate_lock.
 
     A write to a read-only slot is emulated. Private memory without a guest_memfd is a memory fault exit. A poisoned
     page of guest_memfd is -EHWPOISON, a memory fault exit (kvm_gmem_get_pfn()); of a process's memory the vCPU's task
@@ -150,10 +152,12 @@ def find_pfn(m, row, slot, gfn, write, private):
     if write and read_only:
         return np.int64(RET_PF_EMULATE), U0, U1, False, False
     address = state[slot + M_HVA] + (page << U12)
-    status, pfn, level, writable, counted = host_fault_in(m, state[row + V_SPACE], address, write, False)
+    status, pfn, level, writable, counted = follow_any(m, state[row + V_SPACE], address, write)
     if status == -EHWPOISON:
         note_signal(state, state[row + V_SPACE], address, BUS_MCEERR_AR, U12)
         status = np.int64(-EINTR)
+    if status == -EAGAIN:  # a conversion is under way
+        status = np.int64(RET_PF_RETRY)
     return status, pfn, level, writable and not read_only, counted
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.handle import full_only
+from pgemu_kernels.engine.handle import full_only, given_later
 from pgemu_kernels.engine.memslots import (
     find_slot_id,
     first_binding,
@@ -363,11 +363,17 @@ def free_tree(m, root):
     free_table(m, root >> U12, GAUGE_STAGE2_TABLES)
 
 
+# What KVM itself has mapped of a VM's pages (m, vm) goes with its vCPUs: gmem/mapped_pages.py
+mapped_pages_end, give_mapped_pages_end = given_later()
+
+
 @outlined
 def close_vm(m, op):
-    """The last reference to a VM goes: its slots, its tables, its attributes. 0. kvm_main.c:kvm_destroy_vm()."""
+    """The last reference to a VM goes: its slots, its tables, its attributes, what KVM has mapped. 0.
+    kvm_main.c:kvm_destroy_vm()"""
     state = m.state
     vm = state[op + O_VM]
+    mapped_pages_end(m, vm)
     row = vm_row(vm)
     free_tree(m, state[row + V_ROOT])
     if state[row + V_PRIVATE_ROOT] != state[row + V_ROOT]:

@@ -37,7 +37,7 @@ def prefault_outside(m, vm, gfn):
 
 @kernel
 def tdp_map_page(m, op, gfn):
-    """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level)."""
+    """x86/kvm/mmu/mmu.c:kvm_tdp_map_page() with prefetch: (0 or -errno, level). -EBUSY: Linux goes on trying."""
     vm = m.state[op + O_VM]
     if find_memslot(m.state, vm, gfn) == NONE:
         return prefault_outside(m, vm, gfn), U0
@@ -50,6 +50,8 @@ def tdp_map_page(m, op, gfn):
             break
     if status == RET_PF_FIXED or status == RET_PF_SPURIOUS:
         return np.int64(0), level
+    if status == RET_PF_RETRY:
+        return np.int64(-EBUSY), level
     return np.int64(-ENOENT) if status == RET_PF_EMULATE else status, level
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1, U12
@@ -20,6 +23,7 @@ from pgemu_kernels.process.tables import lookup_address, space_row
 from pgemu_kernels.process.vma import next_vma
 from pgemu_kernels.words.enum_words import EVENT_HOST_FAULT, FLAG_EXEC, FLAG_WRITE
 from pgemu_kernels.words.operations import (
+    EAGAIN,
     EFAULT,
     EHWPOISON,
     EINVAL,
@@ -28,6 +32,7 @@ from pgemu_kernels.words.operations import (
     VM_FAULT_HWPOISON,
     VM_FAULT_HWPOISON_LARGE,
     VM_FAULT_OOM,
+    VM_FAULT_RETRY,
     VM_FAULT_SIGBUS,
     VM_FAULT_SIGSEGV,
 )
@@ -89,6 +94,28 @@ def handle_mm_fault(m, space, row, address, write):
 
 
 @kernel
+def fault_of_designs(m, space, row, address, write):
+    """handle_mm_fault() of a mapping of the designs, for who meets no others."""
+    return np.int64(designs_fault(m, space, address, write))
+
+
+@kernel
+def fault_error(status, tells_poison):
+    """The error that GUP makes of a fault's result, 0 for a fault that succeeded: mm/gup.c:vm_fault_to_errno().
+
+    A poisoned page is -EFAULT, or where `tells_poison` -EHWPOISON (FOLL_HWPOISON). VM_FAULT_RETRY stands for an
+    invalidate_lock that another actor holds: -EAGAIN; Linux would wait for it.
+    """
+    if status & VM_FAULT_OOM != 0:
+        return np.int64(-ENOMEM)
+    if tells_poison and status & _POISONED != 0:
+        return np.int64(-EHWPOISON)
+    if status & _ERROR != 0:
+        return np.int64(-EFAULT)
+    return np.int64(-EAGAIN if status & VM_FAULT_RETRY != 0 else 0)
+
+
+@kernel
 def access_permitted(state, row, write, execute):
     """arch/x86/mm/fault.c:access_error(): what the VMA allows a user access, the key of execute-only ones included."""
     prot = state[row + A_PROT]
@@ -130,12 +157,18 @@ def access(m, op):
     return stop(state, op, status)
 
 
+@kernel
+def is_there(m, space, address, write):
+    """Whether a process's entry holds the page at an address, for an access that is a write or (uint64 0) is none."""
+    slot, _level = lookup_address(m, space_root(m.state, space), address)
+    entry = m.ram[slot]
+    return holds_page(entry) and (write == U0 or entry & PTE_WRITE != U0)
+
+
 @outlined
 def fault_in_page(m, space, row, address, write):
     """faultin_page() until the page is there: 0 or a VM_FAULT error. The processor accesses nothing."""
-    slot, _level = lookup_address(m, space_root(m.state, space), address)
-    entry = m.ram[slot]
-    if holds_page(entry) and (write == U0 or entry & PTE_WRITE != U0):
+    if is_there(m, space, address, write):
         return np.int64(0)
     return handle_mm_fault(m, space, row, address, write) & _ERROR
 
@@ -223,47 +256,55 @@ def _followed(m, space, address):
     return np.int64(0), leaf_pfn(entry, level) + inside, level, entry & PTE_WRITE != U0, not special
 
 
-@outlined
-def _remapped(m, space, row, address, write):
-    """kvm_main.c:hva_to_pfn_remapped(): the entry as it stands, whatever the mapping allows; if there is none a fault,
-    -EFAULT where the mapping does not allow it (fixup_user_fault()). A write to an entry that may not be written is
-    emulated: KVM_PFN_ERR_RO_FAULT, here RET_PF_EMULATE."""
-    found = _followed(m, space, address)
-    if found[0] != 0:
-        needed = PROT_WRITE if write else PROT_READ
-        if m.state[row + A_PROT] & needed == U0:
-            return found
-        status = handle_mm_fault(m, space, row, address, U1 if write else U0)
-        if status & _ERROR != 0:
-            return np.int64(-ENOMEM if status == VM_FAULT_OOM else -EFAULT), U0, U0, False, False
-        found = _followed(m, space, address)
-    if found[0] == 0 and write and not found[3]:
-        return np.int64(RET_PF_EMULATE), U0, U0, False, False
-    return found
-
-
-@outlined
-def host_fault_in(m, space, address, write, execute):
-    """What KVM asks of a process's memory: (0, frame, level of the host's leaf, whether it may be written, whether the
-    entry is a folio's).
+def following(fault: Callable[..., Any]) -> Any:
+    """A step (m, space, address, write) that finds what KVM asks of a process's memory: (0, frame, level of the host's
+    leaf, whether it may be written, whether the entry is a folio's). No reference is held.
 
     -EFAULT where no mapping allows the access or the fault ends in a signal, -EHWPOISON where that tells of a poisoned
-    page, -ENOMEM without memory, RET_PF_EMULATE for
-    a write that a PFN mapping's entry does not allow; then the rest is 0. `write`, `execute` are booleans (an execute
-    needs no more than a read: KVM asks for no other). virt/kvm/kvm_main.c:hva_to_pfn()
+    page, -ENOMEM without memory, -EAGAIN where Linux would wait for the invalidate_lock, RET_PF_EMULATE for a write
+    that a PFN mapping's entry does not allow; then the rest is 0. `write` is a boolean (an execute needs no more than a
+    read: KVM asks for no other). fault: as handle_mm_fault(), of the kinds of mappings there are.
+    virt/kvm/kvm_main.c:hva_to_pfn()
     """
-    state = m.state
-    row = find_vma(state, space, address)
-    if row == NONE:
-        return np.int64(-EFAULT), U0, U0, False, False
-    if state[row + A_FLAGS] & VM_PFNMAP != U0:
-        return _remapped(m, space, row, address, write)
-    needed = PROT_WRITE if write else PROT_READ
-    if state[row + A_PROT] & needed == U0:
-        return np.int64(-EFAULT), U0, U0, False, False
-    status = fault_in_page(m, space, row, address, U1 if write else U0)
-    if status == VM_FAULT_OOM:
-        return np.int64(-ENOMEM), U0, U0, False, False
-    if status != 0:
-        return np.int64(-EHWPOISON if status & _POISONED != 0 else -EFAULT), U0, U0, False, False
-    return _followed(m, space, address)
+
+    @outlined
+    def remapped(m, space, row, address, write):
+        """kvm_main.c:hva_to_pfn_remapped(): the entry as it stands, whatever the mapping allows; if there is none a
+        fault, -EFAULT where the mapping does not allow it (fixup_user_fault()). A write to an entry that may not be
+        written is emulated: KVM_PFN_ERR_RO_FAULT, here RET_PF_EMULATE."""
+        found = _followed(m, space, address)
+        if found[0] != 0:
+            needed = PROT_WRITE if write else PROT_READ
+            if m.state[row + A_PROT] & needed == U0:
+                return found
+            status = fault_error(fault(m, space, row, address, U1 if write else U0), False)
+            if status != 0:
+                return status, U0, U0, False, False
+            found = _followed(m, space, address)
+        if found[0] == 0 and write and not found[3]:
+            return np.int64(RET_PF_EMULATE), U0, U0, False, False
+        return found
+
+    @outlined
+    def follow(m, space, address, write):
+        state = m.state
+        row = find_vma(state, space, address)
+        if row == NONE:
+            return np.int64(-EFAULT), U0, U0, False, False
+        if state[row + A_FLAGS] & VM_PFNMAP != U0:
+            return remapped(m, space, row, address, write)
+        needed = PROT_WRITE if write else PROT_READ
+        if state[row + A_PROT] & needed == U0:
+            return np.int64(-EFAULT), U0, U0, False, False
+        access = U1 if write else U0
+        if not is_there(m, space, address, access):
+            status = fault_error(fault(m, space, row, address, access), True)
+            if status != 0:
+                return status, U0, U0, False, False
+        return _followed(m, space, address)
+
+    return follow
+
+
+follow_designs = following(fault_of_designs)
+follow_any = following(handle_mm_fault)

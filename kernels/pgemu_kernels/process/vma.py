@@ -17,6 +17,7 @@ from pgemu_kernels.process.huge_pmd import is_huge_anonymous, split_huge_pmd
 from pgemu_kernels.process.tables import below, lookup_address
 from pgemu_kernels.stage2.invalidate import notify_unmap
 from pgemu_kernels.stage2.notifier import notify_range
+from pgemu_kernels.stage2.pfn_caches import invalidate_caches
 from pgemu_kernels.stage2.userspace import goes_by_address
 from pgemu_kernels.words.enum_words import DEFECT_CUT_HUGE_PFN
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, NEVER
@@ -160,6 +161,7 @@ def _notify_pages(m, row, start, end):
     if goes_by_address(m.state, m.state[row + A_INODE]):
         notify_range(m, m.state[row + A_SPACE], start, end)
         return
+    invalidate_caches(m, m.state[row + A_SPACE], start, end)
     index = page_offset(m.state, row, start)
     notify_unmap(m, m.state[row + A_SPACE], m.state[row + A_INODE], index, index + ((end - start) >> U12))
 

@@ -1,9 +1,9 @@
 """The recount's part of references: every one of a folio of the designs has its holder.
 
-Holders are the page cache, page-table entries, pins, LRU batches, faults under way, memory failure, and transient ones
-(GET), which are counted by folio. What the third to fifth hold is taken off the counts before recount.check() and put
-back after it (full.run_designs, where there is any); the rest of a folio's count must be what the others hold, no more,
-no less.
+Holders are the page cache, page-table entries, pins, pages that KVM itself maps, LRU batches, faults under way, memory
+failure, and transient ones (GET), which are counted by folio. What the third to sixth hold is taken off the counts
+before recount.check() and put back after it (full.run_designs, where there is any); the rest of a folio's count must be
+what the others hold, no more, no less.
 """
 
 from __future__ import annotations
@@ -25,16 +25,24 @@ from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.pinning import head_in_zone
 from pgemu_kernels.folios.poison import is_held_by_failure
 from pgemu_kernels.folios.xarray import has_pieces
-from pgemu_kernels.gmem.references import transient
+from pgemu_kernels.gmem.mapped_pages import left_behind, may_be_used
+from pgemu_kernels.gmem.references import folio_head, transient
 from pgemu_kernels.rules.invariants import expect
+from pgemu_kernels.stage2.pfn_caches import mapped_row
 from pgemu_kernels.words.enum_words import (
     BROKEN_COUNTS,
     BROKEN_POISON_MAPPED,
     BROKEN_REFERENCES,
+    BROKEN_STALE_MAPPING,
     GAUGE_PAGES_LRU_CACHED,
     GAUGE_PAGES_PINNED,
 )
 from pgemu_kernels.words.events import STATS_GAUGES
+from pgemu_kernels.words.mapped_pages import (
+    K_INDEX,
+    K_PFN,
+    K_REFERENCES,
+)
 from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
     R_BLOCKS,
@@ -44,6 +52,7 @@ from pgemu_kernels.words.registers import (
     R_GUEST_PAGES,
     R_HUGE_ZERO_FRAME,
     R_LRU_CPUS,
+    R_MAPPED,
     R_ORDER,
     R_PINNED,
     R_TRANSIENT,
@@ -118,6 +127,21 @@ def _hold_pins(m, pages, pins, giving):
 
 
 @kernel
+def _hold_mapped(m, giving):
+    """What KVM itself holds of pages that it has mapped, but for pins. No mapping that it may use shows a page that is
+    private, or its inode's no more."""
+    state = m.state
+    for i in range(state[R_MAPPED]):
+        row = mapped_row(i)
+        held = state[row + K_REFERENCES]
+        if held != U0 and held != GUP_PIN_COUNTING_BIAS:
+            _hold(m, folio_head(m, state[row + K_PFN]), held, giving)
+        if not giving and may_be_used(state, row):
+            private, freed = left_behind(m, row)
+            expect(m, not (private or freed), BROKEN_STALE_MAPPING, state[row + K_INDEX])
+
+
+@kernel
 def _hold_batches(m, giving):
     """What the LRU batches hold: how many folios."""
     state = m.state
@@ -156,8 +180,10 @@ def thaw(m, frozen):
 
 @outlined
 def hold_again(m, giving, pages, pins):
-    """Give the references of pins, LRU batches and faults back, or take them away, and compare with what is kept."""
+    """Give back, or take away, the references of pins, KVM's mappings, LRU batches and faults; compare with what is
+    kept."""
     pinned = _hold_pins(m, pages, pins, giving)
+    _hold_mapped(m, giving)
     cached = _hold_batches(m, giving)
     faults = _hold_faults(m, giving)
     if not giving:

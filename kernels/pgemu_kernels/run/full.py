@@ -26,6 +26,8 @@ from pgemu_kernels.words.enum_words import (
     OP_CONVERT,
     OP_GUEST_FAULT,
     OP_HOST_FAULT,
+    OP_NESTED_MAP,
+    OP_NESTED_UNMAP,
     OP_RELEASE,
 )
 from pgemu_kernels.words.events import EVENTS, STATS_COUNTERS
@@ -54,7 +56,7 @@ def charge_call(m, kind, n):
     """Count the system call of an operation, or (`n` -1) do not yet."""
     if kind == OP_CONVERT:
         charge_each(m, EVENT_CONVERT_IOCTL, n)
-    elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT:
+    elif kind != OP_HOST_FAULT and kind != OP_GUEST_FAULT and kind != OP_NESTED_MAP and kind != OP_NESTED_UNMAP:
         charge_each(m, EVENT_SYSCALL, n)
 
 

@@ -23,7 +23,18 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.records import BATCH, element, load, save_result
-from pgemu_kernels.gmem import dirty_logging, fallocate, lru, orders, pins, prefault, references, truncation, workers
+from pgemu_kernels.gmem import (
+    dirty_logging,
+    fallocate,
+    lru,
+    mapped_pages,
+    orders,
+    pins,
+    prefault,
+    references,
+    truncation,
+    workers,
+)
 from pgemu_kernels.gmem.faults import guest_fault, host_fault
 from pgemu_kernels.gmem.mbind import operate_policy
 from pgemu_kernels.gmem.resuming import finish_spins
@@ -49,6 +60,8 @@ from pgemu_kernels.words.enum_words import (
     OP_MEMORY_POLICY,
     OP_MMAP,
     OP_MUNMAP,
+    OP_NESTED_MAP,
+    OP_NESTED_UNMAP,
     OP_PIN,
     OP_PREFAULT,
     OP_PUNCH_HOLE,
@@ -135,6 +148,8 @@ run_beyond = full_only(
             (OP_WORK, workers.operate_work),
             (OP_PIN, pins.operate_pin),
             (OP_UNPIN, pins.operate_unpin),
+            (OP_NESTED_MAP, mapped_pages.operate_map),
+            (OP_NESTED_UNMAP, mapped_pages.operate_unmap),
             (OP_LRU_DRAIN, lru.operate_drain),
             (OP_PREFAULT, prefault.prefault),
             (OP_DIRTY_LOGGING, dirty_logging.set_dirty_logging),
@@ -167,11 +182,22 @@ def run_kind(m, op):
     run_any(m, op, m.state[op + O_OP])
 
 
+@kernel
+def is_asked_for(m, op):
+    """Whether a system call asks for an operation: what KVM maps for itself comes of a guest's exit."""
+    kind = m.state[op + O_OP]
+    return kind != OP_NESTED_MAP and kind != OP_NESTED_UNMAP
+
+
+is_call = full_only(is_asked_for, True)  # the fast loops know no others
+
+
 @outlined
 def others(m, columns, first, last):
     for i in range(first, last):
         op = load(m, columns, i)
-        charge_one(m, EVENT_SYSCALL)
+        if is_call(m, op):
+            charge_one(m, EVENT_SYSCALL)
         run_kind(m, op)
         save(m, op, columns, i)
 

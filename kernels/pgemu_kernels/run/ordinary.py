@@ -9,7 +9,7 @@ from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element
 from pgemu_kernels.engine.rows import stop
-from pgemu_kernels.gmem import faults as _gives_process_fault  # noqa: F401
+from pgemu_kernels.gmem import faults as _gives_process_fault, mapped_pages as _gives_unmap  # noqa: F401
 from pgemu_kernels.gmem.pins import operate_pin_of_any
 from pgemu_kernels.kvm import operations as kvm
 from pgemu_kernels.process import operations as mm

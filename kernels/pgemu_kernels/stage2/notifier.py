@@ -18,6 +18,7 @@ from pgemu_kernels.engine.memslots import (
 )
 from pgemu_kernels.engine.rows import inode_row, overlap, vm_row
 from pgemu_kernels.stage2.invalidate import flush_vms, leaves_some, zap_slot
+from pgemu_kernels.stage2.pfn_caches import invalidate_caches
 from pgemu_kernels.stage2.regions import forget_zapped, vms_with_leaves
 from pgemu_kernels.stage2.tdp_mmu import mark_range
 from pgemu_kernels.words.enum_words import EVENT_NOTIFIER_CALL
@@ -93,6 +94,7 @@ def notify_range(m, space, start, end):
     state = m.state
     if state[R_NOTIFIER] == U0:
         return
+    invalidate_caches(m, space, start, end)
     vms = state[STATE_SPACES + space * _S_WORDS + S_VMS]
     charge_each(m, EVENT_NOTIFIER_CALL, np.int64(population(vms)))
     dropped = np.int64(0)

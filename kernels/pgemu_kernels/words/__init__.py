@@ -10,6 +10,7 @@ from pgemu_kernels.words.device_words import *  # noqa: F403
 from pgemu_kernels.words.enum_words import *  # noqa: F403
 from pgemu_kernels.words.events import *  # noqa: F403
 from pgemu_kernels.words.failures import *  # noqa: F403
+from pgemu_kernels.words.mapped_pages import *  # noqa: F403
 from pgemu_kernels.words.operations import *  # noqa: F403
 from pgemu_kernels.words.properties import *  # noqa: F403
 from pgemu_kernels.words.registers import *  # noqa: F403

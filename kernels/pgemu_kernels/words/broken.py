@@ -27,6 +27,7 @@ class Broken(IntEnum):
     STALE_CONTENTS = 14  # a leaf shows a page that was not zeroed since it is the inode's
     LOST_CONTENTS = 15  # a first use, or a hole beside them, zeroed pages that guest or host had in use
     SLOTS = 16  # a memory slot that its VM or its inode does not find, or finds elsewhere
+    STALE_MAPPING = 17  # a page that KVM itself maps is private now, or its inode's no more and nobody holds it
 
 
 BROKEN_RULES = 32  # room in the table of findings

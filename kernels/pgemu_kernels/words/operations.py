@@ -179,11 +179,14 @@ class Operation(IntEnum):
         _S.both(_S.main("drivers/iommu/iommu.c:iommu_iova_to_phys")),
     )
     NESTED_MAP = (
-        18, Entry.NOBODY, By.NEVER,
-        {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "offset": "L1 GPA, bytes", "length": "bytes"},
+        18, Entry.FULL, By.NEVER,
+        {"flags": "WRITE; CACHED: a gfn_to_pfn_cache, activated, or refreshed if it is active; THROUGH: an access by "
+         "the mapping that is there, which reads no address", "vm": "VM", "object": "mapping, below 256",
+         "address": "GPA, bytes", "length": "of a cache, in bytes: it ends within the page"},
+        _S.both(_S.VCPU_MAP, _S.main("virt/kvm/kvm_main.c:hva_to_pfn"), _S.PFN_CACHE),
     )
     NESTED_UNMAP = (
-        19, Entry.NOBODY, By.NEVER, {"vm": "VM", "object": "L1 memslot", "address": "L2 GPA, bytes", "length": "bytes"},
+        19, Entry.FULL, By.NEVER, {"object": "mapping"}, _S.both(_S.VCPU_UNMAP, _S.PFN_CACHE_DEACTIVATE),
     )
     MEMORY_FAILURE = (
         20, Entry.ORDINARY, By.ALWAYS,
@@ -405,6 +408,8 @@ class Flag(IntFlag):
     LONGTERM = 64  # of PIN: FOLL_LONGTERM
     IOVA_ANY = 32  # of DMA_MAP: without IOMMU_IOAS_MAP_FIXED_IOVA
     COPY = 16  # of DMA_MAP: IOMMU_IOAS_COPY
+    CACHED = 32  # of NESTED_MAP: a gfn_to_pfn_cache;
+    THROUGH = 64  # ... an access by the mapping, which is there already
     LOCKED_TOO = 64  # of ZAP with MADVISE: MADV_DONTNEED_LOCKED
     SOFT = 1  # of MEMORY_FAILURE and INJECT: soft offline
     HARDWARE = 2  # of MEMORY_FAILURE: without MF_SW_SIMULATED

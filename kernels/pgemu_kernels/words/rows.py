@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.words.broken import BROKEN_RULES
+from pgemu_kernels.words.mapped_pages import K_WORDS, MAPPED_PAGES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import E_WORDS, F_WORDS
 
@@ -476,7 +477,8 @@ STATE_FROZEN = U(STATE_SPINS + SPINS * Q_WORDS)
 STATE_FAILURE = U(STATE_FROZEN + FROZEN * Z_WORDS)
 STATE_DOMAINS = U(STATE_FAILURE + MF_WORDS)
 STATE_IO_REQUEST = U(STATE_DOMAINS + DOMAINS * D_WORDS)  # the request of an edit of an I/O page table
-STATE_MEMSLOTS = U(-(-(int(STATE_IO_REQUEST) + E_WORDS) // 8) * 8)  # a cache line for each node
+STATE_MAPPED = U(STATE_IO_REQUEST + E_WORDS)
+STATE_MEMSLOTS = U(-(-(int(STATE_MAPPED) + MAPPED_PAGES * K_WORDS) // 8) * 8)  # a cache line for each node
 # Nodes (T_*) of every slot's row in the trees of its VM and of its inode: engine/memslots.py. Those of one kind of tree
 # lie close to each other, as a search goes through many.
 STATE_BY_GFN = U(int(STATE_MEMSLOTS) + MEMSLOTS * M_WORDS)

@@ -62,7 +62,7 @@ def _iommufd(setting: Setting) -> dict[str, Figure]:
 
 
 def _copies(setting: Setting) -> dict[str, Figure]:
-    return _statuses(setting, [one for one in CONSUMERS if one.access in (Access.COPY, Access.KVM)])
+    return _statuses(setting, [one for one in CONSUMERS if one.access in (Access.COPY, Access.KVM, Access.KVM_CACHE)])
 
 
 CLAIMS = (
