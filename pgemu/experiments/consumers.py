@@ -284,8 +284,8 @@ def _memfd(scene: Scene, _write: bool) -> Held:
 
 _ACCESSES: Mapping[Access, Callable[[Scene, bool], Held]] = {
     Access.COPY: _copy, Access.PIN: _pin, Access.LONGTERM: _longterm, Access.REFERENCE: _reference, Access.KVM: _kvm,
-    Access.PEEK: _peek, Access.KVM_CACHE: _kvm_cache, Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio, Access.IOMMUFD: _iommufd,
-    Access.MAP_FILE: _map_file, Access.MEMFD: _memfd,
+    Access.PEEK: _peek, Access.KVM_CACHE: _kvm_cache, Access.KVM_PIN: _kvm_pin, Access.VFIO: _vfio,
+    Access.IOMMUFD: _iommufd, Access.MAP_FILE: _map_file, Access.MEMFD: _memfd,
 }  # fmt: skip
 
 
