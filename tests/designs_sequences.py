@@ -16,6 +16,8 @@ SPACES = 5  # processes at most
 INODES = 9
 WINDOWS = 60  # mappings at most, beyond which nobody forks
 PINS = 3
+AREAS = 3  # of devices
+WAYS = ("", "", "", "refused", "none", "notifier", "revoke", "mirror")
 MAPPINGS = 3
 some = st.sampled_from((False, False, True))
 DEFECTS = (
@@ -88,6 +90,9 @@ class Sequences(TwoMegabytes):
         if found.get("zap") != "rounded":
             found["invalidate"] = draw(st.sampled_from(("rounded", "exact")))
         self.more_parameters(draw, found)
+        self.way = draw(st.sampled_from(WAYS)) if self.enabled("devices") else ""
+        if self.way:  # frames of I/O page tables are not the model's
+            found.pop("frames", None)
         return found
 
     def more_parameters(self, draw: Any, found: dict[str, Any]) -> None:
@@ -104,9 +109,11 @@ class Sequences(TwoMegabytes):
         self.logs = found.get("dirty_log_guest_memfd", False)
         # Pieces of a 1G page and split leaves are not modelled where memory runs short.
         self.fails = found.get("split_to", "4K") == "4K" and "failures" not in self.disabled
-        self.short = found.get("split_to", "4K") == "4K" and "shortage" not in self.disabled
+        self.short = found.get("split_to", "4K") == "4K" and "shortage" not in self.disabled and not self.way
         for _ in range(2):
             self.pair.create_process()
+        if self.way:
+            self.pair.open_devices(self.way)
         pages = draw(st.integers(1, self.pool_pages - 1))
         self.pair.create_guest_memfd(pages * self.page_size * self.unit, draw(st.booleans()))
         if pages < self.pool_pages - 1:
@@ -259,6 +266,49 @@ class Sequences(TwoMegabytes):
     @rule()
     def drains(self) -> None:
         self.pair.drain_lru()
+
+    # ------------------------------------------------------------------ devices
+
+    @precondition(lambda self: self.way)
+    @rule(number=numbers, spot=spots, pages=st.sampled_from((1, 2, 3, 512)), area=st.integers(0, AREAS - 1),
+          write=st.booleans(), share=st.booleans())  # fmt: skip
+    def devices_map(self, number: int, spot: tuple[int, int], pages: int, area: int, write: bool, share: bool) -> None:
+        """VFIO: memory of a process, often shared before."""
+        found = self.page_of(self.pair.model.vmas, number, spot)
+        if found is None:
+            return
+        vma, page = found
+        if share:
+            self.pair.convert(vma.inode, vma.file_page(page) * PAGE, pages * PAGE, True)
+        self.pair.map_for_device(area, vma.owner, page * PAGE, pages * PAGE, write and not vma.read_only)
+
+    @precondition(lambda self: self.way)
+    @rule(area=st.integers(0, AREAS - 1), then=st.booleans(), number=numbers, spot=spots, length=lengths)
+    def devices_unmap(self, area: int, then: bool, number: int, spot: tuple[int, int], length: int) -> None:
+        self.pair.unmap_for_device(area)
+        if then:
+            self.takes_back(number, spot, length)
+
+    @precondition(lambda self: self.way)
+    @rule(number=numbers, spot=spots, pages=st.sampled_from((1, 3, 512, 1 << 20)), area=st.integers(0, AREAS - 1))
+    def devices_map_files(self, number: int, spot: tuple[int, int], pages: int, area: int) -> None:
+        """iommufd: pages of a guest_memfd, without references; all of it often."""
+        inode = number % len(self.pair.inodes)
+        first = self.index(inode, spot) if pages < 1 << 20 else 0
+        self.pair.map_file(area, inode, first, min(pages, self.pair.model.inodes[inode].pages - first))
+
+    @precondition(lambda self: self.way and self.pair.areas)
+    @rule(area=st.integers(0, AREAS - 1), number=numbers, spot=spots, length=lengths, shared=st.booleans())
+    def converts_under_devices(self, area: int, number: int, spot: tuple[int, int], length: int, shared: bool) -> None:
+        """A part of what an IOAS maps is converted, or no more mapped."""
+        if area not in self.pair.areas:
+            return
+        _, inode, first, pages = self.pair.areas[area]
+        if number % 8 == 0:
+            self.pair.unmap_file(area)
+            return
+        page = first + (spot[0] * 512 + spot[1]) % pages
+        self.pair.convert(inode, page * PAGE, min(length, self.pair.model.inodes[inode].pages - page) * PAGE, shared)
 
     # ------------------------------------------------------------------ memory failure
 

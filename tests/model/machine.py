@@ -33,6 +33,7 @@ class State:
         self.vmas: list[Window] = []
         self.slots: list[Window] = []
         self.pins: dict[int, list[tuple[Folio, int]]] = {}
+        self.device_pins: dict[int, list[tuple[Folio, int]]] = {}  # by area
         self.mapped: dict[int, Any] = {}  # pages that KVM itself maps, by number
         self.slot_changes: Counter[int] = Counter()  # by VM
         self.task_policy = (0, 0)  # mode, nodes

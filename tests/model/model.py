@@ -7,6 +7,7 @@ results. Results are those of pgemu.Result: status and detail.
 from __future__ import annotations
 
 from model.conversion import Conversions
+from model.devices import Devices
 from model.failures import Failures
 from model.inode import Inode, Window
 from model.lifetime import Lifetime
@@ -14,7 +15,6 @@ from model.machine import TASK_PAGES
 from model.mapped import Mappings
 from model.outcome import OK, Outcome
 from model.parameters import PAGE
-from model.references import References
 from model.tables import HostTables, Stage2, Table, common, overlap
 from pgemu_kernels import words as W
 
@@ -24,7 +24,7 @@ RESTRUCTURE = "restructure"
 PFNMAP = "pfnmap"
 
 
-class Model(Conversions, References, Mappings, Lifetime, Failures):
+class Model(Conversions, Devices, Mappings, Lifetime, Failures):
     """A machine of one design. Processes, VMs and inodes are numbered in order of creation."""
 
     # ------------------------------------------------------------------ making
@@ -224,7 +224,7 @@ class Model(Conversions, References, Mappings, Lifetime, Failures):
             W.Gauge.BLOCKS_SPLIT: sum(folio.split for folio in cached),
             W.Gauge.BLOCKS_PARTLY: sum(folio.pieces is not None for folio in cached),
             W.Gauge.BLOCKS_ZOMBIE: len(folios) - len(cached),
-            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in self.pins.values())
+            W.Gauge.PAGES_PINNED: sum(len(frames) for frames in (*self.pins.values(), *self.device_pins.values()))
             + sum(mapped.held == "pin" for mapped in self.mapped.values()),
             W.Gauge.PAGES_LRU_CACHED: len(self.memory.batch),
             W.Gauge.SPINNING: len(self.spins),

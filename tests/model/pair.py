@@ -16,12 +16,17 @@ from model.tables import Stage2
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.guest_memfd import GuestMemfd
 from pgemu.objects.machine import Config, Machine, Result
+from pgemu.objects.pins import leaves_of
 from pgemu.objects.vm import Vm
 from pgemu_kernels import words as W
+
+IOVA, AREA, BLOCK = 0x40_0000_0000, 1 << 31, 1 << 18  # areas of devices, as far apart as large entries need
 
 
 class Pair:
     """Objects are addressed by number, in order of creation; offsets, addresses and lengths are in bytes."""
+
+    way = ""  # how an IOAS takes guest_memfd; "": there are no devices
 
     def __init__(self, config: Config) -> None:
         self.machine = self.boot(config)
@@ -33,6 +38,7 @@ class Pair:
         self.spaces: list[AddressSpace] = []
         self.vms: list[Vm] = []
         self.written: dict[tuple[int, int], bytes] = {}
+        self.areas: dict[int, tuple[int, int, int, int]] = {}  # of files: I/O page, inode, first page, pages
 
     @staticmethod
     def boot(config: Config) -> Machine:
@@ -187,6 +193,66 @@ class Pair:
     def unpin(self, pin: int) -> Outcome:
         return self.same(self.machine.operate(W.Operation.UNPIN, object_=pin), self.model.unpin(pin))
 
+    # ------------------------------------------------------------------ devices
+
+    def open_devices(self, way: str) -> None:
+        """A VFIO container and an IOAS that takes guest_memfd in some way, each with a device."""
+        self.way = way
+        self.container = self.machine.create_vfio_container()
+        self.container.attach()
+        self.ioas = self.machine.create_iommufd().create_ioas("amd", guest_memfd=way)
+        self.ioas.attach()
+
+    def map_for_device(self, area: int, space: int, address: int, length: int, write: bool) -> Outcome:
+        got = self.container.map(IOVA + area * AREA, length, self.spaces[space], address, write=write)
+        expected = self.model.map_for_device(area, space, address, length, write)
+        return self.same(got, expected)
+
+    def unmap_for_device(self, area: int) -> Outcome:
+        got = self.container.unmap(IOVA + area * AREA, AREA)
+        return self.same(got, self.model.unmap_for_device(area))
+
+    def map_file(self, area: int, inode: int, first: int, pages: int) -> None:
+        """Aligned as the file is, so that large entries are made."""
+        memfd, model = self.inodes[inode], self.model.inodes[inode]
+        iova = IOVA + area * AREA + first % BLOCK * PAGE
+        got = self.ioas.map_file(iova, pages * PAGE, self.spaces[0], memfd, first * PAGE)
+        refused = self.way == "refused" or not model.open
+        expected = -W.EINVAL if refused else -W.EEXIST if area in self.areas else 0
+        self.agree(Result(got.status, 0), Outcome(expected))
+        if not expected:
+            self.areas[area] = iova // PAGE, inode, first, pages
+
+    def unmap_file(self, area: int) -> None:
+        if area in self.areas:
+            start, _, _, pages = self.areas.pop(area)
+            self.agree(self.ioas.unmap(start * PAGE, pages * PAGE), Outcome(0, pages * PAGE))
+
+    @property
+    def io_frames(self) -> int:
+        """Frames of I/O page tables and of trees of areas: what the model does not know of those in use."""
+        if not self.way:
+            return 0
+        nodes = int(self.machine.arrays.stats[int(W.STATS_GAUGES) + 2 * W.Gauge.CACHE_NODES])
+        own = sum(self.model.pin_nodes(len(frames)) for frames in self.model.pins.values())
+        return self.machine.register(W.R_EDIT_FRAMES) + nodes - own
+
+    def compare_devices(self) -> None:
+        """What a device reaches of files that the kernel takes from it is shared, and where it says."""
+        if self.way not in ("notifier", "revoke", "mirror"):
+            return
+        starts, sizes = leaves_of(self.machine.arrays.ram, self.ioas.table.format, self.ioas.root)
+        for (iova, pfn), count in zip(starts.tolist(), sizes.tolist(), strict=True):
+            start, inode, first, pages = next(a for a in self.areas.values() if a[0] <= iova < a[0] + a[3])
+            assert iova + count <= start + pages
+            model = self.model.inodes[inode]
+            assert model.open
+            assert model.shared.issuperset(range(first + iova - start, first + iova - start + count))
+            for i in {0, count - 1}:
+                assert self.model.pfn(inode, first + iova - start + i) == pfn + i
+
+    # ------------------------------------------------------------------ pages that KVM itself maps
+
     def map_page(self, vm: int, gpa: int, number: int, write: bool) -> Outcome:
         flags = W.Flag.WRITE if write else 0
         got = self.machine.operate(W.Operation.NESTED_MAP, flags=flags, vm=vm, object_=number, address=gpa)
@@ -311,7 +377,8 @@ class Pair:
         stats = self.machine.arrays.stats
         for gauge, expected in self.model.gauges.items():
             got = int(stats[int(W.STATS_GAUGES) + 2 * gauge])
-            assert got == expected, gauge.name
+            assert got == expected + (self.io_frames if gauge == W.Gauge.FRAMES_USED else 0), gauge.name
+        self.compare_devices()
         rows = stats[int(W.STATS_COUNTERS) :][: W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
         for event, expected in (
             (W.Event.STALE_PAGE_SHOWN, self.model.memory.stale),
