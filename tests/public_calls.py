@@ -164,10 +164,12 @@ class World:
         shut.close()
         self.of |= {
             "Machine": [machine], "GuestMemfd": [gmem, closed], "GuestMemfd4K": [small], "HugetlbFile": [huge],
+            "ShmemFile": [machine.create_memfd(M2)],
             "Device": [device, shut], "AddressSpace": [process, ended], "Vm": [vm, gone],
             "PageTable": [table, destroyed],
             "HugetlbPool": [machine.hugetlb(), machine.hugetlb(W.PAGE_1G)], "Folio": [machine.folio(gmem.pfn(0) or 0)],
             "VfioContainer": [container, closed_container], "Iommufd": [iommufd], "Ioas": [ioas, destroyed_ioas],
+            "Revocations": [ioas.revocations],
             "IoDevice": [one_device, detached], "ContainerInfo": [container.info()], "Range": container.ranges()[:1],
             "IoSpace": [container],
             "PhysicalMemory": [machine.memory], "Statistics": [machine.statistics], "Config": [machine.config],
@@ -219,6 +221,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "unit": ("vtd", "amd"),
     "version": (1, 2),
     "policy": ("linux", "tracked"),
+    "guest_memfd": ("refused", "revoke"),
     "parameters": ({},),
     "memlock": (None, PAGE),
     "address": (*VA.values(), 0, PAGE),

@@ -134,8 +134,8 @@ BY_NAME: Mapping[str, Rule] = MappingProxyType(
 # others than their names.
 _CLASSES: Mapping[str, str] = MappingProxyType(
     {
-        "AddressSpace": "", "Vm": "", "GuestMemfd": "", "GuestMemfd4K": "", "HugetlbFile": "", "Device": "",
-        "IoSpace": "", "Ioas": "",
+        "AddressSpace": "", "Vm": "", "GuestMemfd": "", "GuestMemfd4K": "", "HugetlbFile": "", "ShmemFile": "",
+        "Device": "", "IoSpace": "", "Ioas": "",
         "PageFormat": "", "PageLayout": "", "Access": "", "Config": "", "LoweringOptions": "", "Core": "Machine",
     }
 )  # fmt: skip

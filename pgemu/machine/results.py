@@ -48,6 +48,7 @@ class VmFault(IntEnum):
 class Errno(IntEnum):
     """Errors as Linux numbers them, whatever system pgemu runs on: a status is `-Errno.EAGAIN`."""
 
+    EPERM = W.EPERM
     ENOENT = W.ENOENT
     EINTR = W.EINTR
     EIO = W.EIO

@@ -87,6 +87,7 @@ def exercise(machine: Machine) -> None:
     container = machine.create_vfio_container()
     container.attach()
     assert container.unmap_all().status == 0
+    machine.create_iommufd().create_ioas()
     table = machine.create_page_table("ept")
     assert table.map(0, 0, level=2).status == 0
     assert table.unmap(0).status == 0

@@ -12,6 +12,8 @@ from oracle.operations import number
 from pgemu_kernels import words as W
 
 PAGE = 4096
+# What a fault ends in that is a signal of a process, and -EFAULT of the kernel's own access.
+SIGNALS = W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV | W.VM_FAULT_HWPOISON | W.VM_FAULT_HWPOISON_LARGE
 EIO = 5
 SPLICED, FIXED_BUFFER, HELD, AT_ONCE = range(4)  # numbers of pins
 FOLL_WRITE = 1  # of PIN_LONGTERM_TEST_START
@@ -68,7 +70,7 @@ class Consumers:
         """copy_to_user(), copy_from_user(): accesses like any other."""
         first, size = number(address), number(length)
         statuses = [self.process.touch(at, write=how == "w").status for at in range(first, first + size, PAGE)]
-        return -W.EFAULT if any(status & (W.VM_FAULT_SIGBUS | W.VM_FAULT_SIGSEGV) for status in statuses) else size
+        return -W.EFAULT if any(status & SIGNALS for status in statuses) else size
 
     def op_vmsplice(self, operation: Operation, address: str, length: str) -> int:
         return self._pin(address, length, SPLICED)

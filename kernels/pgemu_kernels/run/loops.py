@@ -33,7 +33,7 @@ from pgemu_kernels.process.mmap import mmap
 from pgemu_kernels.process.munmap import munmap
 from pgemu_kernels.rules.invariants import check_operation
 from pgemu_kernels.run.prefetching import prefetch_converts, prefetch_guests, prefetch_hosts
-from pgemu_kernels.run.routing import is_full, is_of, is_ordinary, is_pooling, stopped_at
+from pgemu_kernels.run.routing import has_own_entry, is_full, is_of, is_ordinary, stopped_at
 from pgemu_kernels.words.enum_words import (
     EVENT_CONVERT_IOCTL,
     EVENT_SYSCALL,
@@ -264,7 +264,7 @@ def run_stretches(m, columns, first, loops):
     finish_spins(m)  # a device may have let go of what one waits for
     while first < count:
         kind = element(columns.header, first) & LOW8
-        if is_pooling(kind) or leaves(m, element(columns.header, first)):
+        if has_own_entry(kind) or leaves(m, element(columns.header, first)):
             break
         last = end_of_stretch(m, columns, kind, first, count)
         if last == first:

@@ -35,7 +35,7 @@ from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, is_free
-from pgemu_kernels.run.routing import as_one_step, in_order, is_pooling
+from pgemu_kernels.run.routing import as_one_step, in_order, is_of
 from pgemu_kernels.words.enum_words import (
     EVENT_VMEMMAP_FAULT,
     OP_DISSOLVE,
@@ -53,7 +53,7 @@ from pgemu_kernels.words.enum_words import (
     OP_VMEMMAP_RESTORE,
     OP_VMEMMAP_STORE,
 )
-from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM
+from pgemu_kernels.words.operations import EBUSY, EINVAL, ENOMEM, OPS_POOLING
 from pgemu_kernels.words.registers import (
     R_GUEST_PAGES,
     R_HWPOISON,
@@ -302,7 +302,7 @@ operate_pool = by_number(
 @kernel
 def is_ours(m, columns, i):
     """Whether an operation is one on huge pages."""
-    return is_pooling(element(columns.header, i) & LOW8)
+    return is_of(OPS_POOLING, element(columns.header, i) & LOW8)
 
 
 run_in_order = in_order(is_ours, operate_pool)

@@ -174,8 +174,8 @@ def is_of(operations, kind):
 
 
 @kernel
-def is_pooling(kind):
-    """Whether an operation is one on huge pages themselves, for `pooling.run_pooling`, or of a device."""
+def has_own_entry(kind):
+    """Whether an operation is for `pooling.run_pooling`, one on huge pages themselves, or for `devices.run_devices`."""
     return is_of(OPS_POOLING | OPS_DEVICES, kind)
 
 
@@ -223,7 +223,7 @@ def is_ordinary(state, header, object_, address):
 def entry_elsewhere(state, op):
     """The entry for the operation in a record, as stopped_at() returns it; 0 where it is the designs'."""
     kind = state[op + O_OP]
-    if is_pooling(kind):
+    if has_own_entry(kind):
         return entry_of(kind)
     header = kind | state[op + O_FLAGS] << U8 | state[op + O_VM] << U32 | state[op + O_SPACE] << U48
     return _ORDINARY if is_ordinary(state, header, state[op + O_OBJECT], state[op + O_ADDRESS]) else U0
@@ -237,7 +237,7 @@ def stopped_at(state, columns, i):
     if i >= U(columns.status.size):
         return i
     kind = element(columns.header, i) & LOW8
-    if is_pooling(kind):
+    if has_own_entry(kind):
         return i | entry_of(kind)
     if is_ordinary(state, element(columns.header, i), element(columns.object, i), element(columns.address, i)):
         return i | _ORDINARY
