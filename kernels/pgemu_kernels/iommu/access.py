@@ -21,7 +21,6 @@ from pgemu_kernels.iommu.domain import allows, physical_of, walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
 from pgemu_kernels.iommu.unpinned import first_page_shown, is_unpinned
 from pgemu_kernels.tables.walker import format_row
-from pgemu_kernels.words.device_words import AREA_FILE, IP_INDEX, IP_START, POLICY_LINUX
 from pgemu_kernels.words.enum_words import (
     EVENT_IOMMU_STALE_FREED,
     EVENT_IOMMU_STALE_PRIVATE,
@@ -33,6 +32,7 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EFAULT, EINVAL
 from pgemu_kernels.words.registers import R_BLOCKS, R_CONTENTS, R_INODES, R_MACHINE_CHECKS, R_POOL_BASE, R_VM_PROPERTIES
 from pgemu_kernels.words.rows import (
+    AREA_FILE,
     D_FORMAT,
     D_KIND,
     D_POLICY,
@@ -40,12 +40,15 @@ from pgemu_kernels.words.rows import (
     DOMAIN_IOAS,
     I_KIND,
     INODE_GUEST_MEMFD,
+    IP_INDEX,
+    IP_START,
     M_VM,
     O_ADDRESS,
     O_DETAIL,
     O_FLAGS,
     O_LENGTH,
     O_OFFSET,
+    POLICY_LINUX,
 )
 
 U = np.uint64

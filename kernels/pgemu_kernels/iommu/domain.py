@@ -13,12 +13,20 @@ from pgemu_kernels.tables.domain import map_frames, open_domain, sync_domain, un
 from pgemu_kernels.tables.edit_entries import input_mask, is_any_leaf, is_valid, leaf_shift
 from pgemu_kernels.tables.edit_tree import empty_table, tear_down
 from pgemu_kernels.tables.walker import format_row, table_of
-from pgemu_kernels.words.device_words import AREA_READ, AREA_WRITE
 from pgemu_kernels.words.enum_words import EVENT_TABLE_PAGE_FREED, GAUGE_FRAMES_USED
 from pgemu_kernels.words.events import STATS_GAUGES
 from pgemu_kernels.words.operations import ENOMEM
 from pgemu_kernels.words.registers import R_EDIT_FRAMES
-from pgemu_kernels.words.rows import D_EMPTY_FORMAT, D_FORMAT, D_ROOT, D_WORDS, STATE_DOMAINS, STATE_IO_REQUEST
+from pgemu_kernels.words.rows import (
+    AREA_READ,
+    AREA_WRITE,
+    D_EMPTY_FORMAT,
+    D_FORMAT,
+    D_ROOT,
+    D_WORDS,
+    STATE_DOMAINS,
+    STATE_IO_REQUEST,
+)
 from pgemu_kernels.words.table_words import E_FORMAT, E_ROOT, E_WORDS, F_ADDRESS, F_LEVELS, F_READ, F_WRITE
 
 U = np.uint64

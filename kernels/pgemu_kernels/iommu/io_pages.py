@@ -20,18 +20,6 @@ from pgemu_kernels.process.close import release_inode
 from pgemu_kernels.process.guest_memfd_4k import find_or_add_folio
 from pgemu_kernels.process.tables import space_row
 from pgemu_kernels.process.vma import RESERVED
-from pgemu_kernels.words.device_words import (
-    IP_AREAS,
-    IP_INDEX,
-    IP_OFFSET,
-    IP_PAGES,
-    IP_PROCESS,
-    IP_REVOKED,
-    IP_SHIFT,
-    IP_SOURCE,
-    IP_START,
-    IP_WRITABLE,
-)
 from pgemu_kernels.words.enum_words import EVENT_PAGE_CACHE_STORED, FLAG_LONGTERM, FLAG_WRITE
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC
 from pgemu_kernels.words.registers import R_INODES, R_IO_PAGES, R_IO_PAGES_MADE, R_IO_PINNED
@@ -47,6 +35,16 @@ from pgemu_kernels.words.rows import (
     INODE_GUEST_MEMFD_4K,
     INODE_HUGETLB,
     INODE_SHMEM,
+    IP_AREAS,
+    IP_INDEX,
+    IP_OFFSET,
+    IP_PAGES,
+    IP_PROCESS,
+    IP_REVOKED,
+    IP_SHIFT,
+    IP_SOURCE,
+    IP_START,
+    IP_WRITABLE,
     S_PINNED_VM,
 )
 

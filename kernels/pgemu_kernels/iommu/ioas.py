@@ -33,19 +33,11 @@ from pgemu_kernels.iommu.io_pages import (
 )
 from pgemu_kernels.iommu.type1 import area_rights
 from pgemu_kernels.iommu.unpinned import enter_pages, first_page_shown, is_unpinned, kind_of, remove_entries
-from pgemu_kernels.words.device_words import (
-    AREA_WRITE,
-    IP_INDEX,
-    IP_OFFSET,
-    IP_SOURCE,
-    IP_START,
-    IP_WRITABLE,
-    POLICY_LINUX,
-)
 from pgemu_kernels.words.enum_words import FLAG_COPY, FLAG_IOVA_ANY, GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.operations import EEXIST, EINVAL, ENODEV, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
 from pgemu_kernels.words.registers import R_DOMAINS, R_FULL, R_INODES
 from pgemu_kernels.words.rows import (
+    AREA_WRITE,
     D_HOLES,
     D_KIND,
     D_LAST,
@@ -62,6 +54,11 @@ from pgemu_kernels.words.rows import (
     INODE_DEVICE,
     INODE_GUEST_MEMFD,
     INODE_REVOKED,
+    IP_INDEX,
+    IP_OFFSET,
+    IP_SOURCE,
+    IP_START,
+    IP_WRITABLE,
     NO_INODE,
     O_ADDRESS,
     O_DETAIL,
@@ -70,6 +67,7 @@ from pgemu_kernels.words.rows import (
     O_OBJECT,
     O_OFFSET,
     O_VM,
+    POLICY_LINUX,
     STATE_DOMAINS,
 )
 

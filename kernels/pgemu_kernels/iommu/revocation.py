@@ -27,7 +27,6 @@ from pgemu_kernels.iommu.unpinned import (
 )
 from pgemu_kernels.tables.domain_cut import cut_at, page_attributes, put_together
 from pgemu_kernels.tables.walker import format_row
-from pgemu_kernels.words.device_words import IP_INDEX, POLICY_MIRROR, POLICY_NONE, POLICY_NOTIFIER
 from pgemu_kernels.words.events import CLOCK_HIGH, CLOCK_LOW
 from pgemu_kernels.words.rows import (
     D_CUT,
@@ -41,10 +40,14 @@ from pgemu_kernels.words.rows import (
     D_WINDOW_LOW,
     D_WINDOWS,
     I_DOMAINS,
+    IP_INDEX,
     O_WIDE_END,
     O_WIDE_HIGH,
     O_WIDE_LOW,
     O_WIDE_START,
+    POLICY_MIRROR,
+    POLICY_NONE,
+    POLICY_NOTIFIER,
 )
 from pgemu_kernels.words.table_words import E_FORMAT, F_PAGE_SIZES
 

@@ -33,14 +33,6 @@ from pgemu_kernels.iommu.domain import iova_to_phys, map_run, unmap_run
 from pgemu_kernels.process.entries import leaf_pfn, points_to_table
 from pgemu_kernels.process.fault import fault_error, handle_mm_fault
 from pgemu_kernels.process.tables import lookup_address, space_row
-from pgemu_kernels.words.device_words import (
-    AREA_FILE,
-    AREA_READ,
-    AREA_TRACKED,
-    AREA_WRITE,
-    POLICY_LINUX,
-    POLICY_TRACKED,
-)
 from pgemu_kernels.words.enum_words import FLAG_LONGTERM, FLAG_READ, FLAG_WRITE, GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.operations import EEXIST, EFAULT, EINVAL, ENOMEM, ENOSPC
 from pgemu_kernels.words.registers import R_SPACES
@@ -48,6 +40,10 @@ from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_INODE,
     A_KIND,
+    AREA_FILE,
+    AREA_READ,
+    AREA_TRACKED,
+    AREA_WRITE,
     D_COUNT,
     D_KIND,
     D_LIMIT,
@@ -62,6 +58,8 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     O_OFFSET,
     O_VM,
+    POLICY_LINUX,
+    POLICY_TRACKED,
     S_LOCKED_VM,
     VM_PFNMAP,
     VMA_GUEST_MEMFD,

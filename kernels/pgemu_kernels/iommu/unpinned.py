@@ -19,10 +19,11 @@ from pgemu_kernels.iommu.domain import walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
 from pgemu_kernels.tables.domain import map_frames, unmap_frames
 from pgemu_kernels.tables.walker import format_row
-from pgemu_kernels.words.device_words import AREA_READ, AREA_WRITE, IP_INDEX, IP_OFFSET, IP_REVOKED, IP_SOURCE, IP_START
 from pgemu_kernels.words.enum_words import GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.registers import R_ORDER
 from pgemu_kernels.words.rows import (
+    AREA_READ,
+    AREA_WRITE,
     B_STATE,
     BLOCK_ABSENT,
     BLOCK_ZOMBIE,
@@ -33,6 +34,11 @@ from pgemu_kernels.words.rows import (
     I_WORD,
     INODE_DEVICE,
     INODE_GUEST_MEMFD,
+    IP_INDEX,
+    IP_OFFSET,
+    IP_REVOKED,
+    IP_SOURCE,
+    IP_START,
 )
 from pgemu_kernels.words.table_words import E_FORMAT, E_ROOT
 

@@ -6,7 +6,6 @@ kernel that adds an int to a uint64 gets an int64.
 """
 
 from pgemu_kernels.words.broken import *  # noqa: F403
-from pgemu_kernels.words.device_words import *  # noqa: F403
 from pgemu_kernels.words.enum_words import *  # noqa: F403
 from pgemu_kernels.words.events import *  # noqa: F403
 from pgemu_kernels.words.failures import *  # noqa: F403

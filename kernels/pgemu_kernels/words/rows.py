@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.words.broken import BROKEN_RULES
+from pgemu_kernels.words.io_rows import *  # noqa: F403
+from pgemu_kernels.words.io_rows import D_WORDS, DOMAINS
 from pgemu_kernels.words.mapped_pages import K_WORDS, MAPPED_PAGES
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import E_WORDS, F_WORDS
@@ -157,39 +159,6 @@ PIN_ADDRESS = U(5)
 PIN_WORDS = 8
 PINS = 256
 GUP_PIN_COUNTING_BIAS = U(1024)  # include/linux/mm.h: references that a pin of an order-0 folio is
-
-# address spaces of devices: a container of VFIO type1, or an IOAS of iommufd
-D_KIND = U(0)  # DOMAIN_*; 0: the row is free
-D_DEVICES = U(1)  # devices attached
-D_ROOT = U(2)  # physical address of the I/O page table's root; 0: there is no domain, nothing is pinned
-D_FORMAT = U(3)  # row of its format
-D_EMPTY_FORMAT = U(4)  # ... and of that of a domain without tables
-D_AREAS = U(5)  # root of a radix tree by the last page of each mapping: its first address, and AREA_*
-D_MEMORY = U(6)  # ... of where its memory lies: address and process of type1, page and io_pages of iommufd
-D_COUNT = U(7)  # mappings
-D_LIMIT = U(8)  # type1: dma_entry_limit when the container was made
-D_MEMLOCK = U(9)  # RLIMIT_MEMLOCK in pages; NONE: none, CAP_IPC_LOCK
-D_LAST = U(10)  # the highest address,
-D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
-D_POLICY = U(15)  # POLICY_*
-D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
-D_TAKES_DMABUF = U(27)  # 1: IOMMU_IOAS_MAP_FILE takes the dma-buf of a device's memory (6.19)
-D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
-# What conversions and holes did to I/O entries of a guest_memfd that are there without references, in 4K pages:
-D_REVOKED = U(18)  # unmapped, those beyond what was asked for too,
-D_WIDENED = U(19)  # ... of them: for a large entry goes whole
-D_RETURNED = U(20)  # entered again, or for the first time
-D_LOST = U(21)  # to be entered, and no frame for a table
-D_CUT = U(22)  # large entries cut,
-D_JOINED = U(23)  # ... and put together
-D_WINDOWS = U(24)  # times in which a device faulted on pages that were its all along,
-D_WINDOW_LOW = U(25)  # ... picoseconds of them together, low and high end of the estimate
-D_WINDOW_HIGH = U(26)
-D_WORDS = 32
-DOMAINS = 64
-DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU
-DOMAIN_TYPE1V2 = U(3)  # VFIO_TYPE1v2_IOMMU
-DOMAIN_IOAS = U(4)
 
 # per-CPU batches of folios on their way to an LRU list: word 0 how many, then PFNs. include/linux/pagevec.h
 LRU_BATCH = U(31)  # PAGEVEC_SIZE
