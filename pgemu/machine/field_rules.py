@@ -230,6 +230,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "memory_failure": choice(("handled", "marked")),
         "poisoned_blocks": choice(("refuse", "move")),
         "mf_delayed": SWITCH,
+        "iommu": choice(("vtd", "amd"), optional=True),
+        "dma": choice(("vfio", "iommufd"), optional=True),
+        "iommu_unmaps": choice(("refused", "none", "vmm", "vmm-late", "notifier", "revoke", "mirror")),
     }
 )
 """By field, in Config's order."""

@@ -26,9 +26,6 @@ def test_table_has_a_row_per_operation_and_a_dash_for_unread_columns() -> None:
 def test_operations_without_a_machine_are_not_called_simulated() -> None:
     missing = set(Operation) - SIMULATED
     assert {operation.name for operation in missing} == {
-        "DMA_MAP",
-        "DMA_UNMAP",
-        "DMA_ACCESS",
         "NESTED_MAP",
         "NESTED_UNMAP",
         "GUEST_ACCESS",

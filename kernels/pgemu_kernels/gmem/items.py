@@ -15,6 +15,7 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
 from pgemu_kernels.engine.shareability import shared_in_block, store_shareability
+from pgemu_kernels.gmem.busy import note_pins
 from pgemu_kernels.gmem.conversion import (
     busy_folio,
     fail,
@@ -228,6 +229,7 @@ def gate_item(m, op):
     node = inode_row(state[op + O_INODE])
     busy = busy_folio(m, node, state[op + O_ITEM_START], state[op + O_ITEM_END])
     if busy != NONE:
+        note_pins(m, op, busy)
         end_items(m, op)
         return fail(m, op, -EAGAIN, busy)
     return GO

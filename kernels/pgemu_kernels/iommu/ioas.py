@@ -32,7 +32,7 @@ from pgemu_kernels.iommu.io_pages import (
     pin_io_pages,
 )
 from pgemu_kernels.iommu.type1 import area_rights
-from pgemu_kernels.iommu.unpinned import enter_pages, first_page, is_unpinned, remove_entries
+from pgemu_kernels.iommu.unpinned import enter_pages, is_unpinned, page_of_area, remove_entries
 from pgemu_kernels.words.enum_words import FLAG_COPY, FLAG_IOVA_ANY, GAUGE_IOMMU_PAGES
 from pgemu_kernels.words.operations import EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, EOVERFLOW, EPERM, PAGE_2M
 from pgemu_kernels.words.registers import R_DOMAINS, R_FULL, R_INODES
@@ -45,6 +45,8 @@ from pgemu_kernels.words.rows import (
     D_ROOT,
     D_WORDS,
     DOMAIN_IOAS,
+    I_DMA_END,
+    I_DMA_FIRST,
     I_DOMAINS,
     I_KIND,
     I_OPEN,
@@ -86,7 +88,7 @@ def _fill_unpinned(m, d, end, pages):
     used = frames_used(m)
     e = begin_edit(m, d)
     key = (end >> U12) - U1
-    start = first_page(m, d, key)
+    start = page_of_area(m, d, key)
     count = (end - area_start(m, d, key)) >> U12
     enter_pages(m, e, d, key, pages_word(m, pages, IP_START), start, start + count)
     end_edit(m, e, d, used)
@@ -182,7 +184,8 @@ def _insert(m, d, iova, length, rights, memory):
     pages = memory >> IP_INDEX
     hold_pages(m, pages, U1)
     if is_unpinned(m, pages):
-        note_device(m.state, d, pages_word(m, pages, IP_START))
+        first = pages_word(m, pages, IP_OFFSET) + (memory & _INDEX)
+        note_device(m.state, d, pages_word(m, pages, IP_START), first, first + (length >> U12))
     status = np.int64(0)
     if m.state[d + D_ROOT] != U0:
         status = fill_area(m, d, iova, length, rights, memory)
@@ -267,9 +270,15 @@ def takes_guest_memfd(state, d, inode):
 
 
 @kernel
-def note_device(state, d, inode):
-    """An address space may map a guest_memfd without holding it: its conversions and holes have to know."""
-    state[inode_row(inode) + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
+def note_device(state, d, inode, first, end):
+    """An address space may map pages [first, end) of a guest_memfd without holding them: conversions have to know."""
+    node = inode_row(inode)
+    if state[node + I_DOMAINS] == U0:
+        state[node + I_DMA_FIRST] = first
+        state[node + I_DMA_END] = end
+    state[node + I_DMA_FIRST] = min(state[node + I_DMA_FIRST], first)
+    state[node + I_DMA_END] = max(state[node + I_DMA_END], end)
+    state[node + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
     state[R_FULL] = U1
 
 

@@ -18,8 +18,8 @@ from pgemu_kernels.iommu.unpinned import (
     after,
     enter_pages,
     entry_over,
-    first_page,
     mapped_pages,
+    page_of_area,
     part_of_area,
     remove_entries,
     shows,
@@ -103,7 +103,7 @@ def _take_run(m, e, op, d, key, first, last):
     state[d + D_REVOKED] += gone
     state[d + D_WIDENED] += gone - inside
     if state[d + D_POLICY] > POLICY_NOTIFIER:
-        page = first_page(m, d, key) - (area_start(m, d, key) >> U12)
+        page = page_of_area(m, d, key) - (area_start(m, d, key) >> U12)
         _note_wide(m, op, page + (start >> U12), page + (end >> U12))
 
 
@@ -123,7 +123,7 @@ def _take_from(m, op, d, inode, start, end):
 
 
 @outlined
-def take_pages(m, op, inode, start, end):
+def take_from_domains(m, op, inode, start, end):
     """Pages [start, end) are about to be private, or their inode's no more: devices lose them as their policy says."""
     state = m.state
     domains = state[inode_row(inode) + I_DOMAINS]
@@ -169,7 +169,7 @@ def _largest_leaf(m, e, d, key, inode, iova):
     physical = physical_of(state, f, entry, shift, iova)
     attributes = page_attributes(state, f, entry)
     start = area_start(m, d, key)
-    pages = first_page(m, d, key)
+    pages = page_of_area(m, d, key)
     following = _next_size(state[f + F_PAGE_SIZES], shift)
     while following != U0:
         size = U1 << following
@@ -213,7 +213,7 @@ def _return_to(m, op, d, inode, start, end):
         if shows(m, d, key, inode):
             first, last = part_of_area(m, d, key, start, end)
             if first != last:
-                page = first_page(m, d, key)
+                page = page_of_area(m, d, key)
                 base = area_start(m, d, key)
                 from_page = page + (first - base >> U12)
                 entered += enter_pages(m, e, d, key, inode, from_page, page + (last - base >> U12))
@@ -235,7 +235,7 @@ def _note_window(m, op, d):
 
 
 @outlined
-def return_pages(m, op, inode, start, end):
+def give_to_domains(m, op, inode, start, end):
     """What an operation took besides is given back, and pages [start, end), which are shared now, are entered."""
     state = m.state
     wide_start = state[op + O_WIDE_START]

@@ -59,7 +59,7 @@ def shows(m, d, key, inode):
 
 
 @kernel
-def first_page(m, d, key):
+def page_of_area(m, d, key):
     """The page of the file that an area begins with."""
     memory = area_memory(m, d, key)
     return pages_word(m, memory >> IP_INDEX, IP_OFFSET) + (memory & _INDEX)
@@ -68,7 +68,7 @@ def first_page(m, d, key):
 @kernel
 def part_of_area(m, d, key, start, end):
     """Pages [start, end) of a file as I/O addresses of an area over it: (from, to), both the same where it has none."""
-    page = first_page(m, d, key)
+    page = page_of_area(m, d, key)
     iova = area_start(m, d, key)
     first = max(start, page)
     last = min(end, page + (area_end(key) - iova >> U12))
@@ -135,7 +135,7 @@ def enter_pages(m, e, d, key, inode, start, end):
     """Enter what is backed and shared of pages [start, end), which an area shows: how many pages."""
     state = m.state
     node = inode_row(inode)
-    page = first_page(m, d, key)
+    page = page_of_area(m, d, key)
     base = area_start(m, d, key)
     inside = (U1 << state[R_ORDER]) - U1
     entered = U0

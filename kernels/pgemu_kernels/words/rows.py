@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.words.broken import BROKEN_RULES
+from pgemu_kernels.words.device_rows import *  # noqa: F403
+from pgemu_kernels.words.device_rows import D_WORDS, DOMAINS
 from pgemu_kernels.words.registers import R_WORD_COUNT
 from pgemu_kernels.words.table_words import E_WORDS, F_WORDS
 
@@ -55,10 +57,12 @@ I_CALLS = U(25)  # how many notifier calls it is that all of them leave the proc
 I_ELSEWHERE = U(28)  # and 1 where a slot of these VMs shows other pages at a VMA's addresses, or its pages elsewhere
 I_ASSIGNED = U(26)  # where its bits of pages that the RMP assigns to a guest begin in `state`,
 I_ASSIGNED_2M = U(27)  # ... and of the 2M that one entry assigns
-I_DOMAINS = U(31)  # a bit per address space of devices that may map its pages without holding them
+I_DOMAINS = U(31)  # a bit per address space of devices that may map its pages without holding them,
+I_DMA_FIRST = U(32)  # ... the first of these pages,
+I_DMA_END = U(33)  # ... and the one behind the last
 I_GENERATION = U(29)  # ordinary files: how many files this row was before
 I_SLOTS = U(30)  # memory slots bound to its pages, by these: a tree (engine/memslots.py)
-I_WORDS = 32
+I_WORDS = 40
 INODE_GUEST_MEMFD = U(0)  # over HugeTLB pages, what the two designs are about
 INODE_HUGETLB = U(1)  # a file of hugetlbfs, or what mmap(MAP_HUGETLB) makes
 INODE_GUEST_MEMFD_4K = U(2)  # guest_memfd as merged: order-0 folios
@@ -156,60 +160,6 @@ PIN_ADDRESS = U(5)
 PIN_WORDS = 8
 PINS = 256
 GUP_PIN_COUNTING_BIAS = U(1024)  # include/linux/mm.h: references that a pin of an order-0 folio is
-
-# address spaces of devices: a container of VFIO type1, or an IOAS of iommufd
-D_KIND = U(0)  # DOMAIN_*; 0: the row is free
-D_DEVICES = U(1)  # devices attached
-D_ROOT = U(2)  # physical address of the I/O page table's root; 0: there is no domain, nothing is pinned
-D_FORMAT = U(3)  # row of its format
-D_EMPTY_FORMAT = U(4)  # ... and of that of a domain without tables
-D_AREAS = U(5)  # root of a radix tree by the last page of each mapping: its first address, and AREA_*
-D_MEMORY = U(6)  # ... of where its memory lies: address and process of type1, page and io_pages of iommufd
-D_COUNT = U(7)  # mappings
-D_LIMIT = U(8)  # type1: dma_entry_limit when the container was made
-D_MEMLOCK = U(9)  # RLIMIT_MEMLOCK in pages; NONE: none, CAP_IPC_LOCK
-D_LAST = U(10)  # the highest address,
-D_HOLES = U(11)  # ... and two ranges that are nobody's: first address, end
-D_POLICY = U(15)  # POLICY_*
-D_WRAP_ERROR = U(16)  # type1: errno of a range that wraps
-D_TRIAL = U(17)  # type1: 1: a new domain is tried with two pages, whose tables stay (6.12)
-# What conversions and holes did to I/O entries of a guest_memfd that are there without references, in 4K pages:
-D_REVOKED = U(18)  # unmapped, those beyond what was asked for too,
-D_WIDENED = U(19)  # ... of them: for a large entry goes whole
-D_RETURNED = U(20)  # entered again, or for the first time
-D_LOST = U(21)  # to be entered, and no frame for a table
-D_CUT = U(22)  # large entries cut,
-D_JOINED = U(23)  # ... and put together
-D_WINDOWS = U(24)  # times in which a device faulted on pages that were its all along,
-D_WINDOW_LOW = U(25)  # ... picoseconds of them together, low and high end of the estimate
-D_WINDOW_HIGH = U(26)
-D_WORDS = 32
-DOMAINS = 64
-DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU
-DOMAIN_TYPE1V2 = U(3)  # VFIO_TYPE1v2_IOMMU
-DOMAIN_IOAS = U(4)
-AREA_READ = U(1)
-AREA_WRITE = U(2)
-AREA_TRACKED = U(4)  # frames of VM_PFNMAP that are remembered and not referenced (POLICY_TRACKED)
-POLICY_LINUX = U(0)  # frames of VM_PFNMAP that are RAM are refused: vfio_iommu_type1.c:is_invalid_reserved_pfn()
-POLICY_NAIVE = U(1)  # what-if: that check removed
-POLICY_TRACKED = U(2)  # what-if: accepted, and known to be without a reference
-# An IOAS: files of guest_memfd are refused (POLICY_LINUX), or, what-ifs, mapped without references:
-POLICY_NONE = U(3)  # nobody unmaps but user space
-POLICY_NOTIFIER = U(4)  # the kernel unmaps what a conversion or a hole takes, and whatever a large entry has beside it
-POLICY_REVOKE = U(5)  # ... and maps again what is still backed and shared
-POLICY_MIRROR = U(6)  # ... cuts large entries for it, and puts them together again
-
-# io_pages: struct iopt_pages of iommufd, rows of words in a radix tree (R_IO_PAGES)
-IP_SOURCE = U(0)  # process + 1; 0: a file
-IP_START = U(1)  # address, or inode
-IP_OFFSET = U(2)  # of a file, in pages
-IP_PAGES = U(3)
-IP_AREAS = U(4)  # areas over it
-IP_WRITABLE = U(5)
-IP_PROCESS = U(6)  # whose VmPin it is, + 1
-IP_SHIFT = U(3)  # log 2 of the words of a row
-IP_INDEX = U(28)  # bits of a page's number in the tree of what is pinned
 
 # per-CPU batches of folios on their way to an LRU list: word 0 how many, then PFNs. include/linux/pagevec.h
 LRU_BATCH = U(31)  # PAGEVEC_SIZE
