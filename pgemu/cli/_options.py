@@ -174,14 +174,13 @@ _OPTIONS = (
     _choice("memory-failure", "handled|marked", "What memory failure does to huge folios of guest_memfd."),
     _choice("poisoned-blocks", "refuse|move", "Converting a poisoned huge page: -EHWPOISON, or its page alone is bad."),
     click.option("--mf-delayed", is_flag=True, default=None, help="MF_DELAYED of guest_memfd is success (v6, 2026)."),
-    _choice("iommu", "vtd|amd", "Unit of the trace's devices.  [default: vtd with EPT, amd with NPT]"),
-    _choice("dma", "vfio|iommufd", "What maps for them.  [default: what the trace's maps and --iommu-unmaps need]"),
+    _choice("iommu", "vtd|amd", "Unit of the trace's devices.  [default: vtd with EPT, else amd]"),
+    _choice("dma", "vfio|iommufd", "What maps for them.  [default: what trace and WHO need, or vfio]"),
     click.option(
         "--iommu-unmaps",
         type=click.Choice(("refused", "none", "vmm", "vmm-late", "notifier", "revoke", "mirror")),
-        help="Who takes private pages from devices. refused: as Linux, which pins, or refuses. Else what-ifs, without "
-        "pins of a guest_memfd: nobody; the VMM before or after a conversion; iommufd: the kernel, for good, with what "
-        "stays shared back at its end, or exactly.  [default: refused]",
+        metavar="WHO",
+        help="Who takes from devices what becomes private: above.  [default: refused]",
     ),
     _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
     click.option(

@@ -201,6 +201,12 @@ def compare(trace: str | None, **options: Any) -> int:
     object hold 0 where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's
     metadata, its bind records, --memslot, or inferred.
 
+    Devices that the trace names: --iommu-unmaps says who takes pages from them that become private. refused: nobody, as
+    in Linux, which pins what devices map, or refuses it. What-ifs, in which what it refuses is mapped without
+    references: none: nobody; vmm, vmm-late: user space, before or behind the conversion; of iommufd, by the conversion
+    itself, notifier: for good; revoke: what stays shared is back at its end; mirror: large entries are cut, and nothing
+    else goes.
+
     A log tells host addresses of guest memory by kvm_memslot, which is a probe on kvm_set_memory_region, before Linux
     6.14 on __kvm_set_memory_region:
 

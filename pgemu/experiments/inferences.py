@@ -190,9 +190,11 @@ def _host_maps_large(comparison: Comparison) -> str:
 
 def _has_parameter(comparison: Comparison, name: str) -> bool:
     """Whether the trace is a workload's that has a parameter of that name."""
+    if comparison.lowered.again is None:
+        return False
     from pgemu.workload import parameters_of
 
-    return comparison.lowered.again is not None and name in parameters_of(comparison.lowered.source)
+    return name in parameters_of(comparison.lowered.source)
 
 
 _LARGE = (Alternative("huge", "if pfnmap mapped processes by 2M and 1G", {"host_huge": True}, ("pfnmap",)),)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 import pgemu.report.units as units
 from pgemu.experiments.devices import COUNTS
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.devices import DeviceRun
     from pgemu.experiments.sensitivity import Sensitivity
@@ -120,6 +117,11 @@ def table(comparison: Comparison, sensitivity: Sensitivity | None) -> Iterator[G
     found = _of(comparison.runs)
     if not found:
         return
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     columns = {found[0].how.iommu_unmaps: comparison.runs} | dict(ways(sensitivity))
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for head in ("", "design", *columns):

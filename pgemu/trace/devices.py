@@ -226,7 +226,7 @@ def with_unmaps(lowered: Lowered, *, late: bool) -> tuple[Lowered, ByUserSpace]:
     """A trace in which user space follows the conversions: before a conversion to private it unmaps what devices have
     of the range, behind one to shared it maps that again. A map is unmapped whole, and the rest of it mapped again.
 
-    :param late: it unmaps behind the conversion
+    :param late: it unmaps behind the conversion, at once: no record of the trace comes between
     :returns: the trace, and how many records were added
     """
     vmm = _UserSpace(lowered, late)

@@ -234,7 +234,7 @@ def test_a_workload_runs_by_its_name() -> None:
         (["workload:tdx-boot", "--overlap", "1.5"], "1.5 is not in the range 0<=x<=1"),
         (["--overlap", "0.5"], "overlap"),
         (["--vary", "like"], "--vary like: expected a value behind each comma"),
-        (["--vary", "design=pfnmap"], "--vary design=pfnmap: expected OPTION=A,B with one of batch, "),
+        (["--vary", "design=pfnmap"], "--vary design=pfnmap: expected OPTION=A,B with one of accesses, batch, "),
         (["--vary", "like=rfc2", "--design", "pfnmap"], "--vary: expected two designs to compare"),
         (["--vary", "speed=1,2"], "--vary speed=1,2: expected OPTION=A,B with one of "),
         (["--vary", "like=rfc2,v3"], "--vary like=rfc2,v3: 'v3' is not one of"),
@@ -359,6 +359,7 @@ def test_an_option_that_varies_is_refused_beside_it(log: str) -> None:
     """Whatever its value, also that which it has without being asked for."""
     varied = command._varied({one.name: None for one in command.compare.params})
     values = {"guest_memory": "4M", "memslot": "0:4M", "vm_process": "9", "overlap": "0", "seed": "0", "vcpus": "1"}
+    values |= {"late": "0", "flips": "1", "accesses": "1", "buffers": "0.5", "mapping": "4K"}
     values |= {"profile": "published", "host_cpus": "1", "init": "auto", "like": "dec2025", "tdx_shared_bit": "auto"}
     tried = 0
     for name, option in varied.items():

@@ -15,6 +15,7 @@ from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.sensitivity import sensitivity
 from pgemu.experiments.verdict import verdict
 from pgemu.machine.config import Config
+from pgemu.machine.presets import Versions
 from pgemu.report import document
 from pgemu.trace import Flag, Lowered, Operation, Records
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
@@ -136,6 +137,16 @@ def test_a_large_entry_goes_whole_and_its_rest_comes_back() -> None:
     # pages 0-6 and 8-511, and then page 7: put together again
     mirrored = {"accesses": 2, "revoked": 1, "returned": 1, "cut": 1, "joined": 1}
     assert counts(ran(trace, iommu_unmaps="mirror")) == [mirrored] * 2
+
+
+@pytest.mark.parametrize("as_posted", [False, True])
+@pytest.mark.parametrize("like", ["rfc2", "dec2025", "jan2026"])
+@pytest.mark.parametrize("unmaps", ["notifier", "revoke", "mirror"])
+def test_conversions_take_from_devices_in_every_version(like: Any, as_posted: bool, unmaps: Any) -> None:
+    """Whatever the order of its steps, and what posted code forgets of KVM's leaves."""
+    versions = Versions(like, as_posted=as_posted)
+    comparison = compare(lowered(records()), versions=versions, iommu_unmaps=unmaps, iommu="vtd")
+    assert counts(comparison) == EXPECTED["iommufd" if unmaps == "mirror" else None, unmaps]
 
 
 def test_address_spaces_are_those_that_the_records_name() -> None:

@@ -209,7 +209,9 @@ def zap_left_item(m, op):
 
     Defect.CONVERT_KEEPS_LEAVES: posted code leaves it at the notifier. The zap, and its place, are inference.
     """
-    if m.state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
+    state = m.state
+    if state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
+        take_converted(m, op, state[op + O_ITEM_START], state[op + O_ITEM_END])  # devices' entries are not KVM's
         return GO
     return zap_item(m, op)
 
