@@ -180,6 +180,14 @@ _OPTIONS = (
     _choice("memory-failure", "handled|marked", "What memory failure does to huge folios of guest_memfd."),
     _choice("poisoned-blocks", "refuse|move", "Converting a poisoned huge page: -EHWPOISON, or its page alone is bad."),
     click.option("--mf-delayed", is_flag=True, default=None, help="MF_DELAYED of guest_memfd is success (v6, 2026)."),
+    _choice("iommu", "vtd|amd", "Unit of the trace's devices.  [default: vtd with EPT, else amd]"),
+    _choice("dma", "vfio|iommufd", "What maps for them.  [default: what trace and WHO need, or vfio]"),
+    click.option(
+        "--iommu-unmaps",
+        type=click.Choice(("refused", "none", "vmm", "vmm-late", "notifier", "revoke", "mirror")),
+        metavar="WHO",
+        help="Who takes from devices what becomes private: above.  [default: refused]",
+    ),
     _choice("worker", "immediate|queued", "Work items run at once, or wait for a record of the trace."),
     click.option(
         "--lru-cache", is_flag=True, default=None, help="4K folios wait in LRU batches, which hold references."
@@ -206,6 +214,7 @@ MACHINE_GROUPS = {
         "--zero", "--punch", "--level-rule", "--host-huge", "--allow-unsafe-mappings", "--memory-failure",
         "--poisoned-blocks", "--mf-delayed", "--worker", "--lru-cache", "--defect",
     ),
+    "Devices of the trace": ("--iommu", "--dma", "--iommu-unmaps"),
 }  # fmt: skip
 """These options by heading, for --help."""
 
@@ -213,7 +222,7 @@ FIELDS = (
     "kernel", "vm", "private_level", "stage2", "hvo", "vcpus", "host_cpus", "profile", "order", "batch",
     "split_form", "split_to", "merge", "flush", "zap", "zap_filter", "invalidate", "zero", "merge_zero", "punch",
     "level_rule", "host_huge", "allow_unsafe_mappings", "memory_failure", "poisoned_blocks", "mf_delayed", "worker",
-    "lru_cache",
+    "lru_cache", "iommu", "dma", "iommu_unmaps",
 )  # fmt: skip
 """Fields of Config that the options give as they are; None is what the version or the trace says."""
 

@@ -27,9 +27,10 @@ _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
     "The trace and its memory": (
-        *("--guest-memory", "--init", "--dontneed", "--memslot", "--overlap", "--seed"),
-        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots"),
+        *("--guest-memory", "--init", "--dontneed", "--memslot", "--seed"),
+        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
     ),
+    "Parameters of workloads": ("--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
     **MACHINE_GROUPS,
 }
 
@@ -85,8 +86,25 @@ _GROUPS = {
     "--overlap",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Of workload:tdx-boot: flips under a page that stays shared, 0 to 1.  [default: 0]",
+    help="Of the boots: flips under a page that stays shared, 0 to 1.  [default: 0]",
 )
+@click.option(
+    "--late",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Flips in which a device still uses what is private, 0 to 1.  [default: the workload's]",
+)
+@click.option(
+    "--flips", type=click.IntRange(0), metavar="N", help="Of workload:dma-steady: pages that flip.  [default: 1000]"
+)
+@click.option("--accesses", type=click.IntRange(0), metavar="N", help="... of the device in each flip.  [default: 64]")
+@click.option(
+    "--buffers",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="... share of memory that the device uses.  [default: 0.06, 64M to 1G]",
+)
+@click.option("--mapping", type=size, metavar="SIZE", help="... size of each map for the device.  [default: 2M]")
 @click.option(
     "--seed",
     type=click.IntRange(0, (1 << 63) - 1),
@@ -147,6 +165,13 @@ _GROUPS = {
     show_default=True,
     help="Slots that the guest uses before a log's first slot line.",
 )
+@click.option(
+    "--iova",
+    type=click.Choice(["ignored", "guest"]),
+    default="ignored",
+    show_default=True,
+    help="What a log's iommu:map names: nobody knows whose, or the guest's addresses.",
+)
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
     "--vary",
@@ -168,12 +193,19 @@ def compare(trace: str | None, **options: Any) -> int:
     """Run one trace on both designs: which is better at what, by how much, and on what that rests.
 
     TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
-    workload:tdx-boot. Without it: a software-protected VM's life, which comes with pgemu.
+    a workload: workload:tdx-boot, workload:assigned-boot, workload:dma-steady. Without it: a software-protected VM's
+    life, which comes with pgemu.
 
     Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
     length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm, space and
     object hold 0 where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's
     metadata, its bind records, --memslot, or inferred.
+
+    Devices that the trace names: --iommu-unmaps says who takes pages from them that become private. refused: nobody, as
+    in Linux, which pins what devices map, or refuses it. What-ifs, in which what it refuses is mapped without
+    references: none: nobody; vmm, vmm-late: user space, before or behind the conversion; of iommufd, by the conversion
+    itself, notifier: for good; revoke: what stays shared is back at its end; mirror: large entries are cut, and nothing
+    else goes.
 
     A log tells host addresses of guest memory by kvm_memslot, which is a probe on kvm_set_memory_region, before Linux
     6.14 on __kvm_set_memory_region:
@@ -253,6 +285,9 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 
 
+_OF_WORKLOADS = ("overlap", "late", "flips", "accesses", "buffers", "mapping")
+
+
 def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
     from pgemu.trace import GivenSlot, LoweringOptions, load, require_input, shipped
 
@@ -267,8 +302,9 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
         fault_address=options["fault_address"],
         requests=options["requests"],
         early_slots=options["early_slots"],
+        iova=options["iova"],
     )
-    parameters = {} if options["overlap"] is None else {"overlap": options["overlap"]}
+    parameters = {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
     lowered = load(shipped() if trace is None else trace, lowering, options["seed"], **parameters)
     require_input(lowered)
     return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
@@ -333,6 +369,7 @@ _OF_THE_TRACE = {
     "fault_address": "auto",
     "requests": "done",
     "early_slots": "stand",
+    "iova": "ignored",
 }
 """Options that say how a log is read, and what they are without being asked for."""
 

@@ -305,6 +305,11 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.CONVERT_PINNED,
+        CARRIED + "what the conversion did until then is events of its own",
+        basis="assumption",
+    ),
+    Price(
         Event.NOTIFIER_CALL,
         "assumption: SRCU, an interval tree lookup, mmu_lock",
         each=(100, 1000),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.experiments.configuration import assumed, configuration
+from pgemu.experiments.devices import DeviceRun, DevicesOfRun, arranged
 from pgemu.experiments.metrics import METRICS
 from pgemu.experiments.worst import WorstOperation, explain, worst_operations
 from pgemu.machine.designs import DESIGNS, Design
@@ -163,7 +164,8 @@ class DesignRun:
     """One design's machine after the trace.
 
     refusal: why the guest_memfd was not created, so that nothing of the trace ran; None where it was. worst: the
-    operation of each kind that took the most. asked: records that a refusal kept from running.
+    operation of each kind that took the most. asked: records that a refusal kept from running. devices: what the
+    trace's devices did, None where it has none.
     """
 
     design: Design
@@ -175,6 +177,7 @@ class DesignRun:
     refusal: str | None = None
     worst: Mapping[Operation, WorstOperation] = field(default_factory=dict)
     asked: int = 0
+    devices: DeviceRun | None = None
 
     def __repr__(self) -> str:
         counts = {operation_name(run.operation): run.count for run in self.operations}
@@ -187,7 +190,7 @@ class DesignRun:
 
     @property
     def count(self) -> int:
-        """Operations that ended: as many as the trace has records."""
+        """Operations that ended: as many as the trace has records, and user space adds for devices."""
         return sum(run.count for run in self.operations)
 
     def to_json(self) -> dict[str, Any]:
@@ -211,6 +214,7 @@ class DesignRun:
             "end_of_life": {**asdict(self.end_of_life), "cost": list(self.end_of_life.cost)},
             "broken": self.finding.to_json() if self.finding else None,
             "refusal": self.refusal,
+            "devices": self.devices.to_json() if self.devices else None,
         }
 
 
@@ -354,13 +358,14 @@ def run(
 
     unseen: with accesses to whatever the recorded VM may have used without a fault (recorded.py).
     """
+    lowered, added = arranged(lowered, config)
     machine = _boot(lowered, config)
     booted = machine.statistics
     refusal = _refused(lowered, config, versions) if strict else ""
     if refusal:
         nothing = EndOfLife("not created", (0.0, 0.0), config.pool_pages, config.pool_pages, 0, 0, 0)
         return DesignRun(config.design, config, booted, (), nothing, None, refusal, asked=len(lowered.records))
-    gmem = machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
+    gmem, devices = _fill(machine, lowered)
     booted = machine.statistics
     if check == "every":
         machine.check_each()
@@ -374,6 +379,9 @@ def run(
     machine.check()
     finding = finding or _finding(machine, len(lowered.records))
     statistics = machine.statistics
+    did = DeviceRun.of(machine, devices, added) if devices else None
+    if devices:
+        devices.close()
     end_of_life = _close(machine, gmem, booted)
     machine.check()
     finding = finding or _finding(machine, len(lowered.records) + 1)
@@ -383,19 +391,22 @@ def run(
     operations = tuple(run for run in collected if run)
     # Accesses that were added are no records of the trace.
     worst = {} if unseen else worst_operations(lowered, statistics, booted)
-    return DesignRun(config.design, machine.config, statistics, operations, end_of_life, finding, None, worst)
+    return DesignRun(
+        config.design, machine.config, statistics, operations, end_of_life, finding, None, worst, devices=did
+    )
 
 
 def explained(comparison: Comparison) -> dict[Design, Mapping[Operation, WorstOperation]]:
     """The worst operations of each design with what they are made of, for which the trace runs again up to them."""
 
-    def boot(config: Config) -> Machine:
-        machine = _boot(comparison.lowered, config)
-        machine.create_guest_memfd(comparison.lowered.layout.inode_size, shared=comparison.lowered.init == "shared")
+    def boot(lowered: Lowered, config: Config) -> Machine:
+        machine = _boot(lowered, config)
+        _fill(machine, lowered)
         return machine
 
+    traces = {run.design: arranged(comparison.lowered, run.config)[0] for run in comparison.runs}
     return {
-        run.design: explain(comparison.lowered, run.worst.values(), partial(boot, run.config))
+        run.design: explain(traces[run.design], run.worst.values(), partial(boot, traces[run.design], run.config))
         for run in comparison.runs
     }
 
@@ -421,6 +432,12 @@ def _boot(lowered: Lowered, config: Config) -> Machine:
     return machine
 
 
+def _fill(machine: Machine, lowered: Lowered) -> tuple[GuestMemfd, DevicesOfRun | None]:
+    """The inode and the address spaces of devices that a trace names."""
+    gmem = machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
+    return gmem, DevicesOfRun.create(machine, lowered)
+
+
 def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
     """Run the records piece by piece, each about `_PIECE_SECONDS` long, and yield how many have run."""
     records = lowered.records
@@ -443,7 +460,7 @@ def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
 def _noticed(lowered: Lowered, config: Config, before: int, after: int) -> int:
     """After which record a finding is there, of those behind the first `before`: a second machine runs one by one."""
     machine = _boot(lowered, config)
-    machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
+    _fill(machine, lowered)
     machine.check_each()
     machine.run(lowered.records[:before])
     for done in range(before + 1, after):

@@ -188,6 +188,15 @@ def _host_maps_large(comparison: Comparison) -> str:
     return "" if large_host_faults(comparison) else "no host fault is in a 2M block that is all shared"
 
 
+def _has_parameter(comparison: Comparison, name: str) -> bool:
+    """Whether the trace is a workload's that has a parameter of that name."""
+    if comparison.lowered.again is None:
+        return False
+    from pgemu.workload import parameters_of
+
+    return name in parameters_of(comparison.lowered.source)
+
+
 _LARGE = (Alternative("huge", "if pfnmap mapped processes by 2M and 1G", {"host_huge": True}, ("pfnmap",)),)
 
 INFERENCES: Mapping[str, Inference] = MappingProxyType(
@@ -332,7 +341,7 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
             "flips of the workload do not overlap with a page that stays shared",
             "the published counters have no times",
             (Alternative("1", "if another page of the GiB stayed shared all the time", trace={"overlap": 1.0}),),
-            lambda comparison: "" if comparison.lowered.again else "no workload with that parameter",
+            lambda comparison: "" if _has_parameter(comparison, "overlap") else "no workload with that parameter",
         ),
         "memory-failure-huge": Inference(
             "memory failure handles huge folios of guest_memfd, and the pieces of split ones",
@@ -351,6 +360,19 @@ INFERENCES: Mapping[str, Inference] = MappingProxyType(
                 Alternative("move", "if the poison went with its page", {"poisoned_blocks": "move"}, ("restructure",)),
             ),
             _without(Operation.MEMORY_FAILURE, "memory failure"),
+        ),
+        "iommu-unmaps": Inference(
+            "devices map guest memory as Linux lets them: pinned, or refused, and nobody unmaps for a conversion",
+            "VFIO type1 and iommufd take no guest_memfd; who unmaps it is an open question of 2026",
+            (
+                Alternative("none", "if devices mapped without pins and nobody unmapped", {"iommu_unmaps": "none"}),
+                Alternative("vmm", "if user space unmapped before a conversion", {"iommu_unmaps": "vmm"}),
+                Alternative("vmm-late", "if user space unmapped after a conversion", {"iommu_unmaps": "vmm-late"}),
+                Alternative("revoke", "if conversions revoked pages of devices", {"iommu_unmaps": "revoke"}),
+                Alternative("mirror", "if I/O entries mirrored what is shared", {"iommu_unmaps": "mirror"}),
+                Alternative("refused", "if devices pinned, or were refused", {"iommu_unmaps": "refused"}),
+            ),
+            _without(Operation.DMA_MAP, "map for devices"),
         ),
         "slot-reach": Inference(
             "zeroing of memory that no slot reaches is charged to no design",

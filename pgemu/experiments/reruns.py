@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pgemu.errors import InputError
 from pgemu.experiments.compare import configuration, run
+from pgemu.experiments.devices import arrangement, has_devices
 from pgemu.experiments.inferences import Alternative
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Reruns:
         self._given = given
         self._known: dict[tuple[int, Config, bool], Future[DesignRun]] = {}
         self._traces: dict[tuple[tuple[str, float], ...], Lowered] = {(): lowered}
-        self._compiled: set[bool] = set()
+        self._compiled: set[tuple[bool, bool]] = set()
         self._pool = ThreadPoolExecutor(_WORKERS)
         self._alone = Event()
         self._stopped = Event()
@@ -62,18 +63,18 @@ class Reruns:
     def begin(self, alternatives: Iterable[Alternative]) -> None:
         """Start those that will be wanted, beside the first design's run. Its machine code is there by now."""
         self._pool.submit(self._alone.wait)
-        self._compiled.add(self._configuration(self._lowered, self._designs[0], ()).full)
+        self._compiled.add(self._kind(self._configuration(self._lowered, self._designs[0], ())))
         for alternative in alternatives:
             with suppress(InputError):
                 for lowered, config in self._machines((alternative,)):
-                    if config.full in self._compiled:
+                    if self._kind(config) in self._compiled:
                         self._start(lowered, config, alternative.unseen)
 
     def done(self, comparison: Comparison) -> None:
         """The comparison is there."""
         for known in comparison.runs[:2]:
             self._known[id(self._lowered), known.config, False] = _done(known)
-            self._compiled.add(known.config.full)
+            self._compiled.add(self._kind(known.config))
         self._alone.set()
 
     def start(self, alternatives: tuple[Alternative, ...]) -> list[Future[DesignRun]]:
@@ -109,12 +110,16 @@ class Reruns:
     def _start(self, lowered: Lowered, config: Config, unseen: bool) -> Future[DesignRun]:
         key = id(lowered), config, unseen
         if key not in self._known:
-            if config.full in self._compiled:
+            if self._kind(config) in self._compiled:
                 self._known[key] = self._pool.submit(self._run, lowered, config, unseen)
             else:  # the first run of such a machine compiles what runs it: that is not for two threads at once
                 self._known[key] = _done(self._run(lowered, config, unseen))
-                self._compiled.add(config.full)
+                self._compiled.add(self._kind(config))
         return self._known[key]
+
+    def _kind(self, config: Config) -> tuple[bool, bool]:
+        """Machines of one kind run by the same machine code: parameters, and devices that conversions tell."""
+        return config.full, has_devices(self._lowered) and arrangement(self._lowered, config).by_file
 
     def _run(self, lowered: Lowered, config: Config, unseen: bool) -> DesignRun:
         def go_on(*_: object) -> None:

@@ -230,8 +230,13 @@ def _spins(run: DesignRun) -> int:
 
 
 def broken(run: DesignRun) -> int:
-    """Rules found broken, pages shown with stale contents, uses of what is stale, operations that would not return."""
-    return _spins(run) + sum(one.count for one in breaches(run))
+    """Rules found broken, pages shown with stale contents, uses of what is stale, pages that devices reached and should
+    not have, and operations that would not have returned."""
+    return _spins(run) + sum(one.count for one in breaches(run)) + _stale(run)
+
+
+def _stale(run: DesignRun) -> int:
+    return run.devices.stale if run.devices else 0
 
 
 def _refused_zaps(first: DesignRun, second: DesignRun) -> bool:
@@ -425,7 +430,7 @@ def middle(difference: float | Band | None) -> float:
 
 def _explained(run: DesignRun) -> bool:
     """Whether defects explain all that a machine broke."""
-    return not _spins(run) and all(one.explained_by for one in breaches(run))
+    return not _spins(run) and not _stale(run) and all(one.explained_by for one in breaches(run))
 
 
 def _basis(key: str, found: Measure, trials: Iterable[Trial] | None, captured: bool) -> Basis:

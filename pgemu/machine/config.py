@@ -17,7 +17,7 @@ from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.words.properties import Property
 
-__all__ = ("DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "THP", "Config", "Node")
+__all__ = ("BY_KERNEL", "DEFECTS", "LEVEL_RULES", "PARAMETERS", "SPLIT_FORMS", "THP", "Config", "Node")
 
 _RENAMED = {"convert_order": "order", "convert_batch": "batch", "series": "split_form",
             "rounded_zap_drops_both_kinds": "zap_filter"}  # fmt: skip
@@ -29,6 +29,9 @@ _FOR_FULL = (
 )  # fmt: skip
 _BYTES = ("pool", "page_size", "memory", "other_pool", "buddy", "reserved")
 _OF_DESIGN: Any = None  # the default of a field that the design's row or `DEFAULTS` has
+
+BY_KERNEL = ("notifier", "revoke", "mirror")
+"""Of `iommu_unmaps` those in which conversions themselves unmap what an IOAS has."""
 
 PARAMETERS = ("order", "batch", "punch", "zap", "invalidate", "merge_zero", "level_rule", "defects", *_FOR_FULL)
 """Fields that say how the designs do what they do. Another value than the default of `order` or of one of the last
@@ -115,6 +118,13 @@ class Config:
     poison goes with its 4K page.
     mf_delayed: memory_failure() takes guest_memfd's MF_DELAYED for success, as v6 of "Fix MF_DELAYED handling on
     truncation during failure" (October 2026) does; kernels up to 7.3 take it for a failure (captured).
+    iommu, dma, iommu_unmaps: of the devices that a trace names (experiments/devices.py); objects have such parameters
+    of their own. iommu: the unit, "vtd" or "amd"; None: Intel's with EPT, AMD's with NPT. dma: "vfio": a container of
+    type1; "iommufd": an IOAS; None: what the trace's maps and `iommu_unmaps` are for.
+    iommu_unmaps: who takes pages from devices that become private. "refused": nobody, as Linux is: what a device maps
+    is pinned, and what has no references is refused. What-ifs, in which that is mapped without: "none"; "vmm",
+    "vmm-late": user space, before or after the conversion; of an IOAS "notifier", "revoke", "mirror": the kernel, by
+    itself, with what stays shared entered again, or cut out exactly (Iommufd.create_ioas()).
     """
 
     design: Design = "restructure"
@@ -167,6 +177,9 @@ class Config:
     poisoned_blocks: Literal["refuse", "move"] = "refuse"
     mf_delayed: bool = False
     allow_unsafe_mappings: bool = False
+    iommu: Literal["vtd", "amd"] | None = None
+    dma: Literal["vfio", "iommufd"] | None = None
+    iommu_unmaps: Literal["refused", "none", "vmm", "vmm-late", "notifier", "revoke", "mirror"] = "refused"
 
     def __new__(cls, *values: Any, **fields: Any) -> Config:
         """Make one. TypeError for a name that a field had once, with the one that it has now."""
@@ -243,6 +256,11 @@ class Config:
                 self.zap == "exact" or self.invalidate == "rounded",
                 "zap 'rounded' with invalidate 'exact': expected invalidate 'rounded', for nobody drops what is not "
                 "being invalidated",
+            ),
+            (
+                self.dma != "vfio" or self.iommu_unmaps not in BY_KERNEL,
+                f"iommu_unmaps {self.iommu_unmaps!r} with dma 'vfio': expected dma 'iommufd', for nobody tells VFIO of "
+                "conversions",
             ),
         )
 

@@ -231,6 +231,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "poisoned_blocks": choice(("refuse", "move")),
         "mf_delayed": SWITCH,
         "allow_unsafe_mappings": SWITCH,
+        "iommu": choice(("vtd", "amd"), optional=True),
+        "dma": choice(("vfio", "iommufd"), optional=True),
+        "iommu_unmaps": choice(("refused", "none", "vmm", "vmm-late", "notifier", "revoke", "mirror")),
     }
 )
 """By field, in Config's order."""

@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 import pgemu.report.tables as tables
+from pgemu.report.devices import table as devices
 from pgemu.report.fit import show
 from pgemu.report.sentences import defects, findings, notes
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pgemu.experiments.compare import Comparison
+    from pgemu.experiments.sensitivity import Sensitivity
 
 __all__ = ("write", "write_sources")
 
 
-def write(comparison: Comparison, console: Console) -> None:
+def write(comparison: Comparison, console: Console, sensitivity: Sensitivity | None = None) -> None:
     """Print every table, and notes to them."""
     blocks = [
         tables.trace(comparison.lowered),
@@ -29,6 +31,7 @@ def write(comparison: Comparison, console: Console) -> None:
         tables.times(comparison),
         tables.worst(comparison),
         tables.state(comparison),
+        *devices(comparison, sensitivity),
         tables.limits(comparison),
     ]
     for block in blocks:

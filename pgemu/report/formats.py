@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pgemu.experiments.inferences import INFERENCES
 from pgemu.experiments.verdict import Line, verdict
 from pgemu.report.answers import WIDTH, answers_of
+from pgemu.report.devices import ways
 from pgemu.report.screen import screen
 from pgemu.report.two_columns import Row, render, rows
 
@@ -66,7 +67,7 @@ def _text(
     console.width = max(console.width, WIDTH)  # what is narrower breaks lines by itself, where it likes
     with console.capture() as captured:
         if details:
-            write(comparison, console)
+            write(comparison, console, sensitivity)
         if sources:
             write_sources(comparison, console)
     tables = "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip("\n") + "\n"
@@ -84,6 +85,10 @@ def _json(
             "complete": sensitivity.complete,
             "tried": [{"rule": trial.rule, "alternative": trial.label} for trial in sensitivity.trials],
             "untouched": sensitivity.untouched,
+            "iommu_unmaps": {
+                label: {run.design: run.devices.to_json() for run in runs if run.devices}
+                for label, runs in ways(sensitivity)
+            },
             "rules": {rule: {"text": one.text, "source": one.source} for rule, one in INFERENCES.items()},
         }
     if sources:

@@ -61,8 +61,8 @@ def defects(comparison: Comparison) -> list[str]:
 def findings(comparison: Comparison, *, explained: bool = True) -> list[str]:
     """Return one line per design that broke a rule; without `explained` only of those whose defects do not say why."""
     lines = []
-    total = len(comparison.lowered.records)
     for run in comparison.runs:
+        total = run.count  # user space may have added some
         if run.finding and (explained or not run.finding.explained):
             rule = run.finding.rule.lower().replace("_", " ")
             where = INDEX[Broken[run.finding.rule]].format(f"{run.finding.index:#x}")

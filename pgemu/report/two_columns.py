@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pgemu.report.units as units
+from pgemu.experiments.devices import COUNTS
 from pgemu.experiments.metrics import METRICS
 
 __all__ = ("Form", "Row", "differs", "lacking", "render", "rows")
@@ -55,6 +56,10 @@ def rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Row]:
             continue
         one, other = (run["state"][metric.key] for run in (first, second))
         yield Row(metric.group, metric.label, metric.unit, one, other, metric.key)
+    did = [run.get("devices") or {} for run in (first, second)]
+    for name, label in COUNTS.items():
+        if all(name in one for one in did):
+            yield Row("Devices", label, "count", did[0][name], did[1][name], f"devices.{name}")
 
 
 def _key(*parts: str) -> str:

@@ -1,7 +1,8 @@
 """Which events of a Linux log are inputs, which are outcomes, which do not matter, and how inputs are printed.
 
 Sources: include/trace/events/kvm.h, arch/x86/kvm/mmu/mmutrace.h, arch/x86/include/asm/trace/exceptions.h,
-include/trace/events/hugetlbfs.h, kernel/trace/trace_syscalls.c; the shapes are those of Linux 6.1 to 7.3.
+include/trace/events/hugetlbfs.h, include/trace/events/iommu.h, kernel/trace/trace_syscalls.c; the shapes are those of
+Linux 6.1 to 7.3.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Input(IntEnum):
     FALLOCATE = 9  # fd, mode, offset, length, HVA of the unmap inside it (0: none)
     HUGETLBFS_FALLOCATE = 10  # inode, mode, offset, length
     MAP_GPA_RANGE = 11  # GPA, pages, attributes (what the guest asks for, not what is done)
+    IOMMU_MAP = 12  # first IOVA, length, physical address
+    IOMMU_UNMAP = 13  # first IOVA, length
 
 
 _HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
@@ -87,6 +90,13 @@ _FIELDS: dict[str, tuple[str, str]] = {
             "hugetlbfs_fallocate",
             rf"dev \d+,\d+ ino (\d+) mode 0([0-7]*) offset {_SIGNED} len {_SIGNED} size {_SIGNED} ret {_SIGNED}",
             "dev, ino, mode, offset, len, size, ret",
+        ),
+        # Until Linux 6.1 without the end; what went is `unmapped_size`, what was asked for `size`.
+        ("map", rf"IOMMU: iova={_HEX}(?: - {_HEX})? paddr={_HEX} size=(\d+)", "IOMMU: iova=, paddr=, size="),
+        (
+            "unmap",
+            rf"IOMMU: iova={_HEX}(?: - {_HEX})? size=\d+ unmapped_size=(\d+)",
+            "IOMMU: iova=, size=, unmapped_size=",
         ),
     )
 }
@@ -138,6 +148,7 @@ OUTCOMES = frozenset(
         "hugetlbfs_evict_inode",
         "hugetlbfs_free_inode",
         "hugetlbfs_setattr",
+        "io_page_fault",
         "kvm_mmu_get_page",
         "kvm_mmu_prepare_zap_page",
         "kvm_mmu_set_spte",
@@ -159,10 +170,13 @@ IGNORED = frozenset(
         "<function>",
         "<stack trace>",
         "<user stack trace>",
+        "add_device_to_group",
+        "attach_device_to_domain",
         "bpf_trace_printk",
         "bprint",
         "bputs",
         "check_mmio_spte",
+        "detach_device_from_domain",
         "funcgraph_entry",
         "funcgraph_exit",
         "function",
@@ -228,6 +242,7 @@ IGNORED = frozenset(
         "kvm_write_tsc_offset",
         "page_fault_kernel",
         "print",
+        "remove_device_from_group",
         "sys_brk",
         "sys_ioctl",
         "sys_mprotect",

@@ -68,6 +68,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "fault_address": choice(("auto", "physical", "virtual")),
         "requests": choice(("done", "ignored")),
         "early_slots": choice(("stand", "absent")),
+        "iova": choice(("ignored", "guest")),
     }
 )
 
@@ -94,6 +95,8 @@ class LoweringOptions:
             as "done" by the VMM, or "ignored"; a log that has these says what was done, and requests ask for nothing
         early_slots: memory slots that the guest uses before the log's first slot line, and that a line names later:
             they "stand" from the start, for KVM maps nothing where no slot is, or are "absent" until their line
+        iova: what the log's iommu:map and iommu:unmap are: no line says of which device, so they are "ignored", or
+            "guest": of the VM's device, at the guest's physical addresses (VFIO of a guest that sees no IOMMU)
 
     TypeError for a field of another type, ValueError for a value that it does not take.
     """
@@ -108,6 +111,7 @@ class LoweringOptions:
     fault_address: Literal["auto", "physical", "virtual"] = "auto"
     requests: Literal["done", "ignored"] = "done"
     early_slots: Literal["stand", "absent"] = "stand"
+    iova: Literal["ignored", "guest"] = "ignored"
 
     def __post_init__(self) -> None:
         for name in _RULES:

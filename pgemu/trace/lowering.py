@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,10 +35,11 @@ from pgemu.trace.memory_layout import (
     with_host_addresses,
 )
 from pgemu.trace.processes import of_vm
-from pgemu.trace.range_index import ALWAYS, RangeIndex
+from pgemu.trace.range_index import ALWAYS, RangeIndex, alike, pieces
 from pgemu.trace.schema import ACTOR_LIMIT, FIRST_HOST_ACTOR, Records
 from pgemu.trace.slot_history import SlotHistory, SlotLine, standing_before
 from pgemu_kernels.words.operations import PAGE_4K, Flag, Operation
+from pgemu_kernels.words.rows import NO_INODE
 
 __all__ = ("NOT_GUEST_MEMORY", "NO_HOST_ADDRESSES", "adapt", "initial", "lower", "setup_records")
 
@@ -55,6 +56,9 @@ NO_SLOT_YET = "no memory slot (before the log's first slot line)"
 NOT_GUEST_MEMORY = "not guest memory"
 NO_HOST_ADDRESSES = "not guest memory (no slot line: host addresses unknown)"
 NOT_STATED = "not guest memory (--memslot without a host address)"
+NO_DEVICE = "iommu:map and unmap of an unknown device"
+NOT_GUEST_IOVA = "not guest memory (IOVA outside the memory slots)"
+NO_PAGES = "iommu:map and unmap of parts of pages"
 
 
 def lower(log: Log, options: LoweringOptions) -> Lowered:
@@ -168,6 +172,7 @@ class _Lowering:
         self._host_faults()
         self._guest_faults()
         self._attributes()
+        self._iommu()
         self._without(self._of(Input.MMAP, failed=True), "mmap")
         for kind in (Input.MADVISE, Input.MUNMAP, Input.FALLOCATE, Input.HUGETLBFS_FALLOCATE):
             rows = self._of(kind, failed=True)
@@ -317,10 +322,40 @@ class _Lowering:
         flags = np.where(private, np.uint8(Flag.PRIVATE), np.uint8(Flag.SHARED))
         slots, stand = self._bound()
         ranges = [(slot.gpa, slot.gpa + slot.size - 1) for slot in slots]
-        at, low, length, number = _pieces(rows, start, stop, ranges, stand)
+        at, low, length, number = pieces(rows, start, stop, ranges, stand)
         move = np.array([(slot.offset - slot.gpa) % (1 << 64) for slot in slots], np.uint64)[number]
         self._emit(rows[at], Operation.CONVERT, flags=flags[at], offset=low + move, length=length)
         self._no_slot(np.delete(rows, at))
+
+    def _iommu(self) -> None:
+        """iommu:map and iommu:unmap, which say neither device nor domain: of a VM's device if that is said
+        (LoweringOptions.iova). The physical address is another machine's: which memory it is follows from the IOVA."""
+        maps, unmaps = self._of(Input.IOMMU_MAP), self._of(Input.IOMMU_UNMAP)
+        if self._options.iova == "ignored":
+            for rows in (maps, unmaps):
+                self._without(rows, NO_DEVICE)
+            return
+        slots, stand = self._bound()
+        ranges = [(slot.gpa, slot.gpa + slot.size - 1) for slot in slots]
+        page = np.uint64(PAGE_4K - 1)
+        for rows, op in ((maps, Operation.DMA_MAP), (unmaps, Operation.DMA_UNMAP)):
+            start, length = self._rows[rows, _A], self._rows[rows, _B]
+            whole = ((start | length) & page == 0) & (start + length >= start)
+            self._without(rows[~whole], NO_PAGES)
+            rows, start, length = rows[whole], start[whole], length[whole]
+            at, low, size, number = pieces(rows, start, start + length, ranges, stand)
+            columns: dict[str, npt.ArrayLike] = {"address": low, "length": size}
+            if op is Operation.DMA_MAP:
+                move = np.array([(self._hva(slot) - slot.gpa) % (1 << 64) for slot in slots], np.uint64)[number]
+                columns |= {"offset": low + move, "object": int(NO_INODE), "flags": int(Flag.READ | Flag.WRITE)}
+            self._emit(rows[at], op, **columns)
+            self._without(np.delete(rows, at), NOT_GUEST_IOVA)
+
+    def _hva(self, slot: Slot) -> int:
+        """Where the process has a slot's memory here."""
+        regions = self._layout.regions
+        region = next(one for one in regions if one.offset <= slot.offset < one.offset + one.size)
+        return region.address + slot.offset - region.offset
 
     def _host_ranges(self) -> None:
         """madvise, munmap, and unmaps that no call asked for."""
@@ -338,7 +373,7 @@ class _Lowering:
 
     def _host_range(self, rows: _Rows, start: _Words, end: _Words, choice: str, flags: int) -> None:
         """Lower ranges of host addresses, clipped to the host mappings of guest memory."""
-        at, low, length, number = _pieces(rows, start, end, _ends(self._regions), self._mapped)
+        at, low, length, number = pieces(rows, start, end, _ends(self._regions), self._mapped)
         if choice == "punch":
             move = np.array([(region.offset - region.address) % (1 << 64) for region in self._regions], np.uint64)[
                 number
@@ -357,7 +392,7 @@ class _Lowering:
         rows = rows[punched]
         bases = np.zeros(len(rows), np.uint64)
         known = np.zeros(len(rows), dtype=bool)
-        for places in _alike(self._rows[rows, _A]):
+        for places in alike(self._rows[rows, _A]):
             base = self._file_base(rows[places])
             known[places], bases[places] = base is not None, base or 0
         self._without(rows[~known], "fallocate of another file" if self._regions else self._elsewhere())
@@ -385,7 +420,10 @@ def _unplaced(without: Counter[str]) -> tuple[str, ...]:
     """A note of what asks for memory by host addresses that are not known, and of what tells them."""
     found = [f"{count} {reason}" for reason, count in without.items() if reason in (NO_HOST_ADDRESSES, NOT_STATED)]
     help_ = "--memslot GPA:SIZE::HVA, or record kvm_memslot (pgemu compare --help)"
-    return (f"left out: {', '.join(found)}; {help_}",) * bool(found)
+    notes = (f"left out: {', '.join(found)}; {help_}",) * bool(found)
+    if devices := without[NO_DEVICE]:
+        notes += (f"left out: {devices} {NO_DEVICE}; --iova guest takes them for the VM's, at its addresses",)
+    return notes
 
 
 def _mapped_from(rows: _Words, regions: Sequence[Region]) -> list[int]:
@@ -415,31 +453,6 @@ def _bind_columns(slots: Sequence[Slot]) -> dict[str, npt.ArrayLike]:
     """What BIND reads of slots."""
     columns = {"address": "gpa", "offset": "offset", "length": "size"}
     return {name: np.array([getattr(slot, of) for slot in slots], np.uint64) for name, of in columns.items()}
-
-
-def _alike(words: _Words) -> Iterator[_Rows]:
-    """Positions of words, those of each value together."""
-    order = np.argsort(words, kind="stable")
-    breaks = np.flatnonzero(words[order][1:] != words[order][:-1]) + 1
-    return (piece for piece in np.split(order, breaks) if len(piece))
-
-
-def _pieces(
-    rows: _Rows, start: _Words, end: _Words, ranges: Sequence[tuple[int, int]], stand: Sequence[tuple[int, int]]
-) -> tuple[_Rows, _Words, _Words, _Rows]:
-    """Intersect what is asked for, from `start` to before `end`, with each of `ranges` at the rows where it stands.
-
-    :param ranges: first and last address of each
-    :returns: of each piece the position in `rows`, its first address, its length, the number of the range
-    """
-    some = np.flatnonzero(end > start)
-    index = RangeIndex(rows[some], start[some], end[some] - np.uint64(1))
-    found = list(index.meetings(ranges, stand))
-    at = some[np.concatenate([np.zeros(0, np.intp), *(places for _, places in found)])]
-    number = np.repeat([number for number, _ in found], [len(places) for _, places in found]).astype(np.intp)
-    first, last = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
-    low = np.maximum(start[at], first)
-    return at, low, np.minimum(end[at] - np.uint64(1), last) - low + np.uint64(1), number
 
 
 def setup_records(regions: Sequence[Region], slots: Sequence[Slot], time: int) -> Records:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("ALWAYS", "RangeIndex", "covered")
+__all__ = ("ALWAYS", "RangeIndex", "alike", "covered", "pieces")
 
 ALWAYS = (0, 1 << 62)
 """First row, and the row behind the last, of what stands all the time."""
@@ -77,3 +77,28 @@ def covered(address: _Words, ranges: Sequence[tuple[int, int]]) -> npt.NDArray[n
     place = np.searchsorted(first, address, "right")
     result: npt.NDArray[np.bool_] = (place > 0) & (np.maximum.accumulate(last)[place - 1] >= address)
     return result
+
+
+def alike(words: _Words) -> Iterator[_Rows]:
+    """Positions of words, those of each value together."""
+    order = np.argsort(words, kind="stable")
+    breaks = np.flatnonzero(words[order][1:] != words[order][:-1]) + 1
+    return (piece for piece in np.split(order, breaks) if len(piece))
+
+
+def pieces(
+    rows: _Rows, start: _Words, end: _Words, ranges: Sequence[tuple[int, int]], stand: Sequence[tuple[int, int]]
+) -> tuple[_Rows, _Words, _Words, _Rows]:
+    """Intersect what is asked for, from `start` to before `end`, with each of `ranges` at the rows where it stands.
+
+    :param ranges: first and last address of each
+    :returns: of each piece the position in `rows`, its first address, its length, the number of the range
+    """
+    some = np.flatnonzero(end > start)
+    index = RangeIndex(rows[some], start[some], end[some] - np.uint64(1))
+    found = list(index.meetings(ranges, stand))
+    at = some[np.concatenate([np.zeros(0, np.intp), *(places for _, places in found)])]
+    number = np.repeat([number for number, _ in found], [len(places) for _, places in found]).astype(np.intp)
+    first, last = np.array(ranges, np.uint64).reshape(-1, 2)[number].T
+    low = np.maximum(start[at], first)
+    return at, low, np.minimum(end[at] - np.uint64(1), last) - low + np.uint64(1), number

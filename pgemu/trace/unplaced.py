@@ -77,6 +77,7 @@ def place(found: Unplaced, options: LoweringOptions) -> Lowered:
     reading = {name: np.isin(records.op, codes) for name, codes in (("gpa", _GPA), ("hva", _HVA), ("in", _INTO_INODE))}
     # An access by a mapping that is there names no address of its own.
     reading["gpa"] &= (records.op != Operation.NESTED_MAP) | (records.flags & np.uint8(Flag.THROUGH) == 0)
+    reading["in"] &= ~_of_other_memory(records)
     _check_numbers(found)
     _check_ranges(found, reading["gpa"], reading["in"])
     maps = [Region(*one) for one in _columns(records, Operation.MMAP, "address", "offset", "length") if one[2]]
@@ -99,6 +100,13 @@ def place(found: Unplaced, options: LoweringOptions) -> Lowered:
     return _lowered(found, options, layout, setup, first, kept, reasons)
 
 
+def _of_other_memory(records: Records) -> npt.NDArray[np.bool_]:
+    """Maps for devices whose `offset` is no place in the guest_memfd: a host address, or what another IOAS has."""
+    copies = records.flags & np.uint8(int(Flag.COPY)) != 0
+    found: npt.NDArray[np.bool_] = (records.op == Operation.DMA_MAP) & (copies | (records.object == NO_INODE))
+    return found
+
+
 def _all_make(records: Records) -> bool:
     return bool(np.isin(records.op, _MAKES_MEMORY).all())
 
@@ -114,7 +122,7 @@ def _check_numbers(found: Unplaced) -> None:
     both = np.uint64(Flag.PRIVATE | Flag.SHARED)
     kind = records.flags & both
     converts = records.op == Operation.CONVERT
-    known = (records.object == 0) | (records.object == NO_INODE)
+    known = (records.object == 0) | (records.object == NO_INODE) | _of_other_memory(records)
     for name, bad, expected in (
         ("vm", np.isin(records.op, _reading("vm", "VM")) & (records.vm != 0), "0, the only VM of a trace"),
         ("object", np.isin(records.op, _reading("object", "inode")) & ~known, "0, the only guest_memfd of a trace"),
@@ -195,7 +203,10 @@ def _kept(
     if mapped:
         return np.ones(len(records), dtype=bool), Counter()
     known = layout.regions if layout.origin == "given" else ()
-    kept = ~hva | covered(records.address, [(region.address, region.end - 1) for region in known])
+    ranges = [(region.address, region.end - 1) for region in known]
+    kept = ~hva | covered(records.address, ranges)
+    copies = records.flags & np.uint8(int(Flag.COPY)) != 0
+    kept &= ~_of_other_memory(records) | copies | covered(records.offset, ranges)
     reason = NOT_GUEST_MEMORY if layout.origin == "given" else NO_HOST_ADDRESSES
     return kept, +Counter({reason: int((~kept).sum())})
 

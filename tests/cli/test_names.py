@@ -28,7 +28,7 @@ REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots
 OF_THE_RUN = {
     *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
     *("like", "pfnmap", "as_posted", "strict"),  # of Versions; what they mean for a machine is in its fields
-    "overlap",  # of a workload
+    *("overlap", "late", "flips", "accesses", "buffers", "mapping"),  # of workloads
 }
 # Follow from others (the pool's size from the trace), or concern no trace.
 NO_OPTION = {

@@ -296,3 +296,52 @@ def test_records_know_the_level_of_the_recorded_leaf(case: Case) -> None:
     assert not lowered.accesses
     # A log that tells no level knows none, which is not the same as no leaf.
     assert case(ram + guest(0x1000)).fault_levels is None
+
+
+# --------------------------------------------------------------------------- devices
+
+
+def iommu(name: str, iova: int, size: int) -> str:
+    rest = f"paddr=0x77000 size={size}" if name == "map" else f"size={size} unmapped_size={size}"
+    return f"{VMM}{name}: IOMMU: iova={iova:#018x} - {iova + size:#018x} {rest}\n"
+
+
+IOMMU = (
+    slot(0, 0, 16 * M, HVA) + slot(1, G, 16 * M, HVA + G) + guest(0)
+    + iommu("map", 2 * M, 2 * M) + iommu("map", G - M, 2 * M) + iommu("map", 1 << 40, M) + iommu("map", 5 * M, 100)
+    + iommu("unmap", 2 * M, 2 * M)
+)  # fmt: skip
+
+
+def test_iommu_lines_name_no_device_and_are_not_used_unasked(case: Case) -> None:
+    found = case(IOMMU)
+    assert [name for name, *_ in operations(found)] == ["BIND", "BIND", "GUEST_FAULT"]
+    assert found.accounting.without_operation == {"iommu:map and unmap of an unknown device": 5}
+    note = (
+        "left out: 5 iommu:map and unmap of an unknown device; --iova guest takes them for the VM's, at its addresses"
+    )
+    assert note in found.notes
+
+
+def test_iommu_lines_of_the_vm_map_what_the_guest_has_at_the_address(case: Case) -> None:
+    """What lies outside the slots is cut off or left out, and so are parts of pages."""
+    found = case(IOMMU, LoweringOptions(iova="guest"))
+    rights = int(Flag.READ | Flag.WRITE)
+    assert operations(found)[3:] == [
+        ("DMA_MAP", rights, 2 * M, HVA + 2 * M, 2 * M),
+        ("DMA_MAP", rights, G, HVA + G, M),
+        ("DMA_UNMAP", 0, 2 * M, 0, 2 * M),
+    ]
+    assert found.accounting.without_operation == {
+        "not guest memory (IOVA outside the memory slots)": 1,
+        "iommu:map and unmap of parts of pages": 1,
+    }
+
+
+def test_iommu_lines_of_other_processes_are_not_the_vm_s(case: Case) -> None:
+    text = slot(0, 0, 16 * M, HVA) + guest(0) + iommu("map", 2 * M, M)
+    vm = text.replace("vmm-10 [", "vmm-10 (10) [").replace("KVM-11 [", "KVM-11 (10) [")
+    other = iommu("map", 4 * M, M).replace("vmm-10 [", "kworker-99 (99) [")
+    found = case(vm + other, LoweringOptions(iova="guest"))
+    assert [row[2] for row in operations(found) if row[0] == "DMA_MAP"] == [2 * M]
+    assert found.accounting.without_operation == {"of another process": 1}

@@ -298,3 +298,53 @@ def test_pandas(tmp_path: Path) -> None:
         pandas.DataFrame({**ROWS, "op": op}, index=list("abcde")).to_parquet(path)
         assert operations(path) == rows(ROWS)
         assert any("1 column is not read: __index_level_0__" in note for note in load(path, SMALL).notes)
+
+
+# --------------------------------------------------------------------------- devices
+
+
+def of_devices(**columns: list[int]) -> dict[str, list[int]]:
+    """ROWS, and rows of devices behind them; columns that are not given hold 0."""
+    count = len(columns["op"])
+    names = dict.fromkeys([*ROWS, *columns])
+    return {name: ROWS.get(name, [0] * len(ROWS["op"])) + columns.get(name, [0] * count) for name in names}
+
+
+NONE = (1 << 32) - 1  # no inode: memory of the process
+DEVICES = of_devices(
+    op=[Operation.DMA_MAP, Operation.DMA_MAP, Operation.DMA_ACCESS, Operation.DMA_UNMAP, Operation.DMA_UNMAP],
+    flags=[3, 3, 0, 0, 0],
+    object=[NONE, 0, 7, 0, 0],
+    space=[0, 1, 0, 0, 0],
+    address=[0x1000, 0x1000, 0x1234, 0x1000, 0],
+    offset=[HVA + 4096, 4096, 0, 0, 0],
+    length=[4096, 4096, 8, 4096, (1 << 64) - 1],
+)
+
+
+def table_of(columns: dict[str, list[int]]) -> pa.Table:
+    return pa.table({name: pa.array(values, pa.uint64()) for name, values in columns.items()})
+
+
+def test_rows_of_devices_are_read(tmp_path: Path) -> None:
+    """Host addresses are no places in the guest_memfd, an access has any length, and all ones are everything."""
+    path = store(tmp_path / "a.parquet", table_of(DEVICES))
+    found = load(path, SMALL)
+    assert found.layout.inode_size == 4 * M
+    assert found.records.length.tolist()[-5:] == DEVICES["length"][-5:]
+    assert found.records.space.tolist()[-5:] == [0, 1, 0, 0, 0]
+    assert found.records.offset.tolist()[-5:-3] == [HVA + 4096, 4096]
+
+
+def test_maps_by_host_addresses_that_nothing_tells_are_left_out(tmp_path: Path) -> None:
+    kept = [i for i, op in enumerate(DEVICES["op"]) if op not in (Operation.MMAP, Operation.HOST_FAULT)]
+    columns = {name: [values[i] for i in kept] for name, values in DEVICES.items()}
+    found = load(store(tmp_path / "a.parquet", table_of(columns)), SMALL)
+    assert sum(found.accounting.without_operation.values()) == 1
+    assert int((found.records.op == Operation.DMA_MAP).sum()) == 1
+
+
+def test_a_copy_names_an_address_space(tmp_path: Path) -> None:
+    columns = of_devices(op=[Operation.DMA_MAP], flags=[3 | Flag.COPY], object=[5], offset=[1 << 60], length=[4096])
+    found = load(store(tmp_path / "a.parquet", table_of(columns)), SMALL)
+    assert found.records.object.tolist()[-1] == 5

@@ -96,7 +96,8 @@ def test_load_by_name_and_page_size() -> None:
 
 
 def test_unknown_workload_lists_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"^workload:tdx: no such workload, there is workload:tdx-boot$"):
+    known = "workload:assigned-boot, workload:dma-steady, workload:tdx-boot"
+    with pytest.raises(InputError, match=rf"^workload:tdx: no such workload, there is {known}$"):
         load("workload:tdx")
 
 

@@ -14,7 +14,7 @@ from pgemu_kernels.engine.handle import TELL_DEVICES, descriptor_of, full_only
 from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.words.requests import RETURN_PAGES, REVOKE_PAGES, TAKE_PAGES
-from pgemu_kernels.words.rows import I_DOMAINS, I_PAGES, O_WIDE_END
+from pgemu_kernels.words.rows import I_DMA_END, I_DMA_FIRST, I_DOMAINS, I_PAGES, O_WIDE_END
 
 U = np.uint64
 _TAKE, _RETURN, _REVOKE = U(TAKE_PAGES), U(RETURN_PAGES), U(REVOKE_PAGES)
@@ -27,14 +27,23 @@ def _tell(m, what, op, inode, start, end):
 
 
 @kernel
+def _may_have(m, inode, start, end):
+    """Whether devices may have some of pages [start, end)."""
+    node = inode_row(inode)
+    if m.state[node + I_DOMAINS] == U0:
+        return False
+    return max(start, m.state[node + I_DMA_FIRST]) < min(end, m.state[node + I_DMA_END])
+
+
+@kernel
 def _take(m, op, inode, start, end):
-    if m.state[inode_row(inode) + I_DOMAINS] != U0:
+    if _may_have(m, inode, start, end):
         _tell(m, _TAKE, op, inode, start, end)
 
 
 @kernel
 def _give_back(m, op, inode, start, end):
-    if m.state[inode_row(inode) + I_DOMAINS] != U0 and (start < end or m.state[op + O_WIDE_END] != U0):
+    if _may_have(m, inode, start, end) or m.state[op + O_WIDE_END] != U0:
         _tell(m, _RETURN, op, inode, start, end)
 
 

@@ -71,25 +71,35 @@ def cache_find(m, root, index):
     return U0 if slot == NONE else m.ram[slot]
 
 
+@kernel
+def _first_word(m, node, at):
+    """Place of the first word that is not 0 in a node, from one on; 512 for none."""
+    base = node >> U3
+    while at <= U511 and m.ram[base + at] == U0:
+        at += U1
+    return at
+
+
 @outlined
 def cache_next(m, root, index):
-    """The first index from `index` on that has a value, or NONE."""
+    """The first index from `index` on that has a value, or NONE. Each node on the way is read once."""
     height = root & _HEIGHT
-    while height != U0 and _fits(height, index):
+    while height != U0 and _fits(height, index) and index >> U63 == U0:
         node = root & PTE_ADDRESS
         level = height
-        while level > U1 and node != U0:
-            node = m.ram[_slot(node, index, level)]
+        while True:
+            at = index_at(index, level)
+            found = _first_word(m, node, at)
+            below = U9 * (level - U1)
+            if found > U511:  # the next node beside this one
+                index = ((index >> below >> U9) + U1) << U9 << below
+                break
+            if found != at:
+                index = ((index >> below) - at + found) << below
+            if level == U1:
+                return index
+            node = m.ram[(node >> U3) + found]
             level -= U1
-        if node != U0:
-            while True:
-                if m.ram[_slot(node, index, U1)] != U0:
-                    return index
-                index += U1
-                if index & U511 == U0:
-                    break
-        else:
-            index = ((index >> (U9 * level)) + U1) << (U9 * level)
     return NONE
 
 

@@ -28,6 +28,7 @@ from pgemu_kernels.folios.guest_folios import start_waiting, stop_waiting
 from pgemu_kernels.folios.vmemmap import flush_kernel_range
 from pgemu_kernels.gmem import lru, piece_merges, pieces
 from pgemu_kernels.gmem.arguments import arguments
+from pgemu_kernels.gmem.busy import note_pins
 from pgemu_kernels.gmem.poisoned_blocks import poisoned_block
 from pgemu_kernels.gmem.revocation import return_converted, take_converted
 from pgemu_kernels.gmem.spinning import is_spinning, is_stepped, waits_behind, went_on
@@ -390,6 +391,7 @@ def gate(m, op):
     """To private: every folio of the unit must be idle, else -EAGAIN with the failing offset."""
     busy = busy_folio(m, inode_row(m.state[op + O_INODE]), m.state[op + O_START], m.state[op + O_END])
     if busy != NONE:
+        note_pins(m, op, busy)
         return fail(m, op, -EAGAIN, busy)
     return GO
 

@@ -15,6 +15,7 @@ from pgemu_kernels.engine.compile import kernel, outlined, step
 from pgemu_kernels.engine.frames import frames_left
 from pgemu_kernels.engine.rows import block_row, inode_row, stop
 from pgemu_kernels.engine.shareability import shared_in_block, store_shareability
+from pgemu_kernels.gmem.busy import note_pins
 from pgemu_kernels.gmem.conversion import (
     busy_folio,
     fail,
@@ -208,7 +209,9 @@ def zap_left_item(m, op):
 
     Defect.CONVERT_KEEPS_LEAVES: posted code leaves it at the notifier. The zap, and its place, are inference.
     """
-    if m.state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
+    state = m.state
+    if state[R_DEFECTS] & DEFECT_CONVERT_KEEPS_LEAVES != U0:
+        take_converted(m, op, state[op + O_ITEM_START], state[op + O_ITEM_END])  # devices' entries are not KVM's
         return GO
     return zap_item(m, op)
 
@@ -228,6 +231,7 @@ def gate_item(m, op):
     node = inode_row(state[op + O_INODE])
     busy = busy_folio(m, node, state[op + O_ITEM_START], state[op + O_ITEM_END])
     if busy != NONE:
+        note_pins(m, op, busy)
         end_items(m, op)
         return fail(m, op, -EAGAIN, busy)
     return GO

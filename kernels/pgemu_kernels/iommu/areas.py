@@ -8,7 +8,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12, U4095
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.folios.page_cache import cache_find, cache_next, cache_store
 from pgemu_kernels.words.operations import ENOMEM
-from pgemu_kernels.words.rows import D_AREAS, D_COUNT, D_HOLES, D_LAST, D_MEMORY
+from pgemu_kernels.words.rows import D_AREAS, D_COUNT, D_HOLES, D_LAST, D_MEMORY, D_TOP
 
 U = np.uint64
 
@@ -16,6 +16,8 @@ U = np.uint64
 @kernel
 def area_from(m, row, iova):
     """Key of the first mapping that ends at or behind an address, or NONE."""
+    if iova >> U12 > m.state[row + D_TOP]:  # as of each map behind all others
+        return NONE
     return cache_next(m, m.state[row + D_AREAS], iova >> U12)
 
 
@@ -60,6 +62,7 @@ def add_area(m, row, iova, length, flags, memory):
         cache_store(m, row + D_AREAS, key, U0)
         return np.int64(-ENOMEM)
     m.state[row + D_COUNT] += U1
+    m.state[row + D_TOP] = max(m.state[row + D_TOP], key)
     return np.int64(0)
 
 
@@ -68,6 +71,8 @@ def remove_area(m, row, key):
     cache_store(m, row + D_AREAS, key, U0)
     cache_store(m, row + D_MEMORY, key, U0)
     m.state[row + D_COUNT] -= U1
+    if m.state[row + D_COUNT] == U0:
+        m.state[row + D_TOP] = U0
 
 
 @kernel

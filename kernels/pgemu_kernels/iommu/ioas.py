@@ -46,6 +46,8 @@ from pgemu_kernels.words.rows import (
     D_TAKES_DMABUF,
     D_WORDS,
     DOMAIN_IOAS,
+    I_DMA_END,
+    I_DMA_FIRST,
     I_DOMAINS,
     I_FLAGS,
     I_KIND,
@@ -187,7 +189,8 @@ def _insert(m, d, iova, length, rights, memory):
         return np.int64(-ENOMEM)
     hold_pages(m, pages, U1)
     if is_unpinned(m, pages):
-        note_device(m.state, d, pages_word(m, pages, IP_START))
+        first = pages_word(m, pages, IP_OFFSET) + (memory & _INDEX)
+        note_device(m.state, d, pages_word(m, pages, IP_START), first, first + (length >> U12))
     status = np.int64(0)
     if m.state[d + D_ROOT] != U0:
         status = fill_area(m, d, iova, length, rights, memory)
@@ -280,10 +283,17 @@ def takes_dmabuf(state, d, inode):
 
 
 @kernel
-def note_device(state, d, inode):
-    """An address space may map a file without holding its pages: its conversions, holes and end have to know."""
-    state[inode_row(inode) + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
-    if state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
+def note_device(state, d, inode, first, end):
+    """An address space may map pages [first, end) of a file without holding them: its conversions, holes and end have
+    to know."""
+    node = inode_row(inode)
+    if state[node + I_DOMAINS] == U0:
+        state[node + I_DMA_FIRST] = first
+        state[node + I_DMA_END] = end
+    state[node + I_DMA_FIRST] = min(state[node + I_DMA_FIRST], first)
+    state[node + I_DMA_END] = max(state[node + I_DMA_END], end)
+    state[node + I_DOMAINS] |= U1 << (d - STATE_DOMAINS) // U(D_WORDS)
+    if state[node + I_KIND] == INODE_GUEST_MEMFD:
         state[R_FULL] = U1
 
 

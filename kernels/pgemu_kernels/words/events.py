@@ -84,6 +84,7 @@ class Event(IntEnum):
     IOMMU_STALE_FREED = 58  # ... or its page cache
     MAPPED_STALE_PRIVATE = 60  # KVM accessed a page by a mapping of its own (NESTED_MAP), and the page is private now
     MAPPED_STALE_FREED = 61  # ... or is its inode's no more, and nobody held it for KVM
+    CONVERT_PINNED = 59  # a conversion that ended with -EAGAIN at a folio that may be pinned
 
 
 EVENTS = 64  # room in a counter row

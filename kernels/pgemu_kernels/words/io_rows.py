@@ -33,6 +33,7 @@ D_JOINED = U(23)  # ... and put together
 D_WINDOWS = U(24)  # times in which a device faulted on pages that were its all along,
 D_WINDOW_LOW = U(25)  # ... picoseconds of them together, low and high end of the estimate
 D_WINDOW_HIGH = U(26)
+D_TOP = U(28)  # no mapping has a last page above this
 D_WORDS = 32
 DOMAINS = 64
 DOMAIN_TYPE1 = U(1)  # VFIO_TYPE1_IOMMU

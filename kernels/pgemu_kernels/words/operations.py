@@ -169,13 +169,14 @@ class Operation(IntEnum):
                 _S.main("drivers/iommu/iommufd/io_pagetable.c:iopt_map_pages")),
     )
     DMA_UNMAP = (
-        16, Entry.DEVICES, By.NEVER, {**_DMA_RANGE, "length": "bytes; all ones: everything"},
+        16, Entry.DEVICES, By.NEVER, {**_DMA_RANGE, "length": "all ones: everything; else bytes"},
         _S.both(_S.main("drivers/vfio/vfio_iommu_type1.c:vfio_dma_do_unmap"),
                 _S.main("drivers/iommu/iommufd/io_pagetable.c:iopt_unmap_iova")),
     )
     DMA_ACCESS = (
         17, Entry.DEVICES, By.NEVER,
-        {"flags": "WRITE", **_DMA_RANGE, "object": "device", "offset": "word that a write stores there, not 0"},
+        {"flags": "WRITE", **_DMA_RANGE, "length": "any number of bytes", "object": "device",
+         "offset": "word that a write stores there, not 0"},
         _S.both(_S.main("drivers/iommu/iommu.c:iommu_iova_to_phys")),
     )
     NESTED_MAP = (

@@ -45,21 +45,23 @@ from pgemu.trace.source import Match, Source, open_source
 __all__ = ("read", "sniff")
 
 _WORDS = 10
-_TIME, _LINE = 1, 3
-_STATE = 9
+_TIME, _LINE, _LEVEL, _STATE = 1, 3, 7, 9  # _LEVEL: word D of a guest fault
 _GUEST_FAULT = int(Input.GUEST_FAULT)
 _FAILED = 1
-_LEVEL = 7  # word D of a guest fault
 _SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
 _SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
 _SHARED_BITS = sum(1 << bit for bit in TDX_SHARED_BITS)
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
-_ADDRESSES = 1 << 64
-_FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
+_ADDRESSES, _FIRST_ERROR = 1 << 64, (1 << 64) - 4095  # IS_ERR_VALUE()
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
 _NO_TASK = -1, 0
 _MAP_GPA_RANGE = " nr 0xc "  # KVM_HC_MAP_GPA_RANGE, include/uapi/linux/kvm_para.h
+_IOMMU = " IOMMU: "
+_PARSED = (
+    "page_fault_user", "kvm_page_fault", "kvm_vm_set_mem_attributes", "kvm_hypercall", "kvm_unmap_hva_range",
+    "kvm_memslot", "sys_madvise", "sys_munmap", "sys_mmap", "sys_fallocate", "hugetlbfs_fallocate",
+)  # fmt: skip
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
 
@@ -90,19 +92,9 @@ class _Handlers(dict[str, _Handler | None]):
     def __init__(self, parser: _Parser) -> None:
         super().__init__()
         self._by_name: dict[str, _Handler | None] = {
-            "page_fault_user": parser.page_fault_user,
-            "kvm_page_fault": parser.kvm_page_fault,
-            "kvm_vm_set_mem_attributes": parser.kvm_vm_set_mem_attributes,
-            "kvm_hypercall": parser.kvm_hypercall,
-            "kvm_unmap_hva_range": parser.kvm_unmap_hva_range,
-            "kvm_memslot": parser.kvm_memslot,
-            "sys_madvise": parser.sys_madvise,
-            "sys_munmap": parser.sys_munmap,
-            "sys_mmap": parser.sys_mmap,
-            "sys_mprotect": parser.other_call,
-            "sys_mremap": parser.other_call,
-            "sys_fallocate": parser.sys_fallocate,
-            "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
+            **{name: getattr(parser, name) for name in _PARSED},
+            **dict.fromkeys(("sys_mprotect", "sys_mremap"), parser.other_call),
+            **dict.fromkeys(("map", "unmap"), parser.iommu),
             _SET_SPTE: parser.kvm_mmu_set_spte,
             _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
             **dict.fromkeys(("PERF_RECORD_LOST", "PERF_RECORD_LOST_SAMPLES"), parser.perf_record_lost),
@@ -479,6 +471,17 @@ class _Parser:
         position = self._add("hugetlbfs_fallocate", Input.HUGETLBFS_FALLOCATE, time, task, line, *words)
         if int(result) < 0:
             self._rows[position + _STATE] = _FAILED
+
+    def iommu(self, event: str, task: int, time: int, line: int) -> None:
+        """iommu:map, iommu:unmap; other systems may have events of these names, too."""
+        name = event_name(event.partition(" ")[0])
+        if _IOMMU not in event:
+            self._tokens[name] += 1
+            return
+        iova, _, *rest, size = fields_of(name, event)
+        kind = Input.IOMMU_MAP if name == "map" else Input.IOMMU_UNMAP
+        words = int(iova, 16), int(size), *(int(field, 16) for field in rest)
+        self._add(f"iommu:{name}", kind, time, task, line, *words)
 
     def call_return(self, event: str, task: int, time: int, line: int) -> None:
         # "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has.

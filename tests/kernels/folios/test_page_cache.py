@@ -52,6 +52,21 @@ def test_it_holds_what_was_stored(edits: list[tuple[bool, int]]) -> None:
     assert machine.check() == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sets(indexes, min_size=1, max_size=20), st.lists(st.tuples(indexes, indexes), min_size=1, max_size=5))
+def test_a_hole_finds_all_that_is_in_it(kept: set[int], holes: list[tuple[int, int]]) -> None:
+    """However far apart: from any index on the next one is found, whatever nodes lie between them."""
+    machine, file = make()
+    for index in kept:
+        assert file.allocate(index * PAGE, PAGE).status == 0
+    for ends in holes:
+        start, last = sorted(ends)
+        assert file.punch_hole(start * PAGE, (last + 1 - start) * PAGE).status == 0
+        kept = {index for index in kept if not start <= index <= last}
+        assert stored(machine, file) == kept
+    assert machine.check() == 0
+
+
 def test_without_memory_nothing_is_stored_and_nothing_lost() -> None:
     used = make()[0].statistics.gauge(W.Gauge.FRAMES_USED)
     for limit in range(used, used + 16):

@@ -106,12 +106,35 @@ def test_old_form_names_no_vcpu() -> None:
             Input.HUGETLBFS_FALLOCATE,
             [98636, 3, 4194304, 2097152],
         ),
+        (
+            "map: IOMMU: iova=0x0000000000100000 - 0x0000000000200000 paddr=0x0000000123400000 size=1048576",
+            Input.IOMMU_MAP,
+            [0x100000, 0x100000, 0x123400000],
+        ),
+        ("iommu:map: IOMMU: iova=0x1000 paddr=0x2000 size=4096", Input.IOMMU_MAP, [0x1000, 0x1000, 0x2000]),
+        (
+            "unmap: IOMMU: iova=0x0000000000100000 - 0x0000000000103000 size=12288 unmapped_size=8192",
+            Input.IOMMU_UNMAP,
+            [0x100000, 0x2000],
+        ),
+        ("iommu:unmap: IOMMU: iova=0x1000 size=4096 unmapped_size=4096", Input.IOMMU_UNMAP, [0x1000, 0x1000]),
     ],
 )
 def test_fields_of_inputs(event: str, kind: Input, expected: list[int]) -> None:
     log = parse(HEAD + event + "\n")
     assert log.rows[0, 0] == kind
     assert words(log)[0] == expected + [0] * (5 - len(expected))
+
+
+def test_what_iommus_say_beside() -> None:
+    """A fault of a device is an outcome; events of other systems that are called map are not known."""
+    fault = "io_page_fault: IOMMU:intel-iommu 0000:01:00.0 iova=0x00000000fee00000 flags=0x0001\n"
+    log = parse(HEAD + fault + HEAD + "attach_device_to_domain: IOMMU: device=0000:01:00.0\n" + HEAD + "map: x=1\n")
+    assert log.outcomes == {"io_page_fault": 1}
+    assert log.ignored == {"attach_device_to_domain": 1}
+    assert log.unknown == {"map": 1}
+    with pytest.raises(InputError, match="malformed map, expected IOMMU: iova=, paddr=, size="):
+        parse(HEAD + "map: IOMMU: iova=0x1000 paddr=0x2000\n")
 
 
 def test_unmap_inside_a_call_is_its_outcome() -> None:

@@ -1,0 +1,163 @@
+"""What devices ask for: DMA mappings of 4K beside EPT edits, accesses, conversions beside an empty domain.
+
+The control of mappings is an EPT edit of the same pages, that of a conversion the same machine without devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pgemu.objects.devices import IoDevice, VfioContainer
+from pgemu.objects.machine import Config, Machine
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
+
+VA = 0x7200_0000_0000
+IOVA = 1 << 39
+PAGES = 1 << 15  # of 4K: half of what dma_entry_limit allows
+OFFSETS = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE_4K)
+UNITS = ["vtd", "amd"]
+FORMATS = {"vtd": "vtd-s2", "amd": "amd-v1"}
+PARAMETERS = {"amd-v1": {"levels": 4, "page_sizes": PAGE_4K}}  # every leaf one of 4K, as of the others
+POLICIES = ["none", "revoke", "mirror"]
+
+
+def measure(
+    benchmark: Any, group: str, call: Callable[[], object], prepare: Callable[[], object], count: int = PAGES
+) -> None:
+    benchmark.group = f"devices, {group}"
+    benchmark.extra_info["operations"] = count
+    benchmark.pedantic(call, setup=lambda: prepare() and None, rounds=7, warmup_rounds=1)
+
+
+class Scene:
+    """A container with a device over memory of a process that is there: 4K frames, at the same distance in both."""
+
+    def __init__(self, unit: Any) -> None:
+        machine = Machine(Config(pool=PAGE_2M, page_size=PAGE_2M, memory=2 * PAGES * PAGE_4K))
+        self.process = machine.create_process()
+        assert self.process.mmap_anonymous(VA, PAGES * PAGE_4K, 3).status == 0
+        self.process.touch_many(VA + OFFSETS)
+        self.container: VfioContainer = machine.create_vfio_container(unit)
+        self.device: IoDevice = self.container.attach()
+
+    def map(self) -> None:
+        done = self.container.map_many(IOVA + OFFSETS, PAGE_4K, self.process, VA + OFFSETS)
+        assert not done.status.any()
+
+    def unmap(self) -> None:
+        header = np.uint64(16 | self.container.number << 48)
+        done = self.container.machine.run_columns(header, 0, IOVA + OFFSETS, 0, PAGE_4K, count=PAGES)
+        assert not done.status.any()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_dma_map(benchmark: Any, unit: str) -> None:
+    scene = Scene(unit)
+    measure(benchmark, f"map, {unit}", scene.map, scene.container.unmap_all)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_dma_unmap(benchmark: Any, unit: str) -> None:
+    scene = Scene(unit)
+    measure(benchmark, f"unmap, {unit}", scene.unmap, scene.map)
+
+
+def edits(fmt: str) -> dict[str, Callable[[], object]]:
+    """The same pages as edits of a table of a format: an EPT, or what DMA mappings do to an I/O page table."""
+    table = Machine(Config()).create_page_table(fmt, **PARAMETERS.get(fmt, {}))
+    assert table.map_range(IOVA, 0, PAGES * PAGE_4K, max_level=1).status == 0
+    tables: Any = "zap" if fmt == "ept" else None
+    calls: dict[str, Callable[[], object]] = {
+        "map": lambda: table.map_many(IOVA + OFFSETS, OFFSETS),
+        "unmap": lambda: table.unmap_many(IOVA + OFFSETS, tables=tables),
+    }
+    calls["unmap"]()
+    return calls
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("edit", ["map", "unmap"])
+def test_io_table(benchmark: Any, edit: str, unit: str) -> None:
+    measure_edit(benchmark, edit, unit, edits(FORMATS[unit]))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("edit", ["map", "unmap"])
+def test_control(benchmark: Any, edit: str, unit: str) -> None:
+    """An EPT whose tables stand."""
+    measure_edit(benchmark, edit, unit, edits("ept"))
+
+
+def measure_edit(benchmark: Any, edit: str, unit: str, calls: dict[str, Callable[[], object]]) -> None:
+    if edit == "unmap":
+        calls["map"]()
+    other = "unmap" if edit == "map" else "map"
+    measure(benchmark, f"{edit}, {unit}", calls[edit], calls[other])
+
+
+@pytest.mark.parametrize("order", ["sequential", "random"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_access(benchmark: Any, unit: str, order: str) -> None:
+    scene = Scene(unit)
+    scene.map()
+    iovas = IOVA + (np.random.default_rng(1).permutation(OFFSETS) if order == "random" else OFFSETS)
+    call = scene.device.access_many
+    measure(benchmark, f"access, {unit}, {order}", lambda: call(iovas, write=True), lambda: None)
+    assert not call(iovas, write=True).status.any()
+
+
+@pytest.mark.parametrize("order", ["sequential", "random"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_control_of_access(benchmark: Any, unit: str, order: str) -> None:
+    """The same walks without what an operation of a machine is: translations of the table."""
+    scene = Scene(unit)
+    scene.map()
+    iovas = IOVA + (np.random.default_rng(1).permutation(OFFSETS) if order == "random" else OFFSETS)
+    measure(benchmark, f"access, {unit}, {order}", lambda: scene.container.table.translate(iovas), lambda: None)
+
+
+def converting(
+    design: Any, policy: str | None, mapped: bool = False
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Conversions of every other page to private, and what makes them shared again.
+
+    With an IOAS, in which nothing is mapped, or 2 MiB of pages that are not converted.
+    """
+    machine = Machine(Config(design, pool=PAGE_1G, page_size=PAGE_1G))
+    gmem = machine.create_guest_memfd(PAGE_1G)
+    process = machine.create_process()
+    vm = machine.create_vm(process, protected=True)
+    assert vm.bind(gmem, 0).status == 0
+    offsets = OFFSETS * np.uint64(2)
+    assert not gmem.convert_many(offsets, shared=True).status.any()
+    start = PAGE_1G - PAGE_2M
+    vm.touch(start)
+    assert gmem.convert(start, PAGE_2M, shared=True).status == 0
+    if policy:
+        ioas = machine.create_iommufd().create_ioas(guest_memfd=policy)
+        ioas.attach()
+        assert not mapped or ioas.map_file(start, PAGE_2M, process, gmem, start).status == 0
+    return (
+        lambda: gmem.convert_many(offsets[1:], shared=False),
+        lambda: gmem.convert_many(offsets[1:], shared=True),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_convert_beside_mapped(benchmark: Any, design: str, policy: str) -> None:
+    measure(benchmark, f"convert to private, {design}", *converting(design, policy, True), count=PAGES - 1)
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_convert(benchmark: Any, design: str) -> None:
+    measure(benchmark, f"convert to private, {design}", *converting(design, "revoke"), count=PAGES - 1)
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_control_of_convert(benchmark: Any, design: str) -> None:
+    measure(benchmark, f"convert to private, {design}", *converting(design, None), count=PAGES - 1)
