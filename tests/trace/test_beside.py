@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pgemu.errors import InputError
-from pgemu.trace.lines import STACK
+from pgemu.trace.forms import form_of
 from pgemu.trace.readers.ftrace import _Parser
 
 pytestmark = pytest.mark.same_with_checks
@@ -51,7 +51,7 @@ def test_a_line_that_a_mailer_wrapped_is_named(line: str, at: int, before: int, 
     before=st.integers(0, 2), behind=st.integers(1, 2),
 )  # fmt: skip
 def test_prose_is_named_as_what_it_is(text: str, before: int, behind: int) -> None:
-    if re.search("snip|trim|omit|elide|skip|cut", text, re.I) or STACK.fullmatch(text):  # "aa a": of a call chain
+    if re.search("snip|trim|omit|elide|skip|cut", text, re.I) or form_of(text):  # "aa a" may be hex
         return
     found = complaint([FAULT] * before + [text] + [FAULT] * behind)
     assert found.startswith(f"log:{before + 1}: ")
