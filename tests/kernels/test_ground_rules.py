@@ -82,6 +82,9 @@ def exercise(machine: Machine) -> None:
     process.munmap(base, gmem.size)
     vm.unbind(0)
     machine.operate(W.Operation.PROTECT, space=process.space, address=base, length=W.PAGE_4K)
+    ioas = machine.create_iommufd().create_ioas(guest_memfd="revoke")
+    ioas.attach()
+    assert ioas.map_file(0, W.PAGE_4K, process, gmem, 0).status == 0
     assert gmem.close().status == 0
     assert machine.hugetlb(W.PAGE_2M).resize(1).detail == 1
     container = machine.create_vfio_container()
