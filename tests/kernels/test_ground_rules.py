@@ -33,7 +33,7 @@ from pgemu_kernels.engine.inner_functions import StepCompiler
 from pgemu_kernels.engine.numba_internals import EntryCompiler
 from pgemu_kernels.run.entries import declared
 
-ENTRY_LIMIT = 14  # what one and the next have in common is compiled twice
+ENTRY_LIMIT = 15  # what one and the next have in common is compiled twice
 
 # Arguments and variables of these names hold page-table values or index arrays of them.
 NUMBERS = {"gfn", "pfn", "frame", "page", "index", "start", "end", "level", "slot"}
