@@ -22,7 +22,6 @@ from pgemu.trace.events import (
     CALLS,
     IGNORED,
     OUTCOMES,
-    TDX_SHARED_BITS,
     Input,
     event_name,
     line_end,
@@ -40,6 +39,7 @@ from pgemu.trace.lines import (
 )
 from pgemu.trace.log import NAMELESS, NO_VCPU, Log, Task
 from pgemu.trace.nested import NESTED, NestedGuests
+from pgemu.trace.outcomes import SET_SPTE, SPTE_CHANGED, Outcomes
 from pgemu.trace.source import Match, Source, open_source
 
 __all__ = ("read", "sniff")
@@ -49,10 +49,6 @@ _TIME, _LINE = 1, 3
 _STATE = 9
 _GUEST_FAULT = int(Input.GUEST_FAULT)
 _FAILED = 1
-_LEVEL = 7  # word D of a guest fault
-_SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
-_SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
-_SHARED_BITS = sum(1 << bit for bit in TDX_SHARED_BITS)
 _PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
 _ADDRESSES = 1 << 64
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
@@ -71,14 +67,15 @@ def sniff(head: bytes) -> Match:
     return Match.NO if b"\0" in head else Match.POSSIBLE
 
 
-def read(path: str | os.PathLike[str] | Source) -> Log:
+def read(path: str | os.PathLike[str] | Source, *, keep_outcomes: bool = False) -> Log:
     """Read a log.
 
     :param path: plain or compressed text, or an opened source
+    :param keep_outcomes: whether the entries of stage 2 that KVM says it wrote are wanted (`Log.sptes`)
     :raises InputError: unreadable, no event in it, or a line that is malformed (with its number)
     """
     source = path if isinstance(path, Source) else open_source(path)
-    parser = _Parser(source.name)
+    parser = _Parser(source.name, keep_outcomes)
     for block in source.blocks():
         parser.feed(block)
     return parser.finish()
@@ -103,8 +100,8 @@ class _Handlers(dict[str, _Handler | None]):
             "sys_mremap": parser.other_call,
             "sys_fallocate": parser.sys_fallocate,
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
-            _SET_SPTE: parser.kvm_mmu_set_spte,
-            _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
+            SET_SPTE: parser.kvm_mmu_set_spte,
+            **parser.outcomes(),
             **dict.fromkeys(("PERF_RECORD_LOST", "PERF_RECORD_LOST_SAMPLES"), parser.perf_record_lost),
             **dict.fromkeys((*NESTED, "kvm_exit"), parser.nested),
         }
@@ -139,8 +136,9 @@ class _Handlers(dict[str, _Handler | None]):
 class _Parser:
     """State while a log is read: tasks seen, calls that have not returned, rows and counts so far."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, keep: bool = False) -> None:
         self._source = source
+        self._keep = keep
         self._rows = array("Q")
         self._line = 0
         self._events = 0
@@ -162,6 +160,7 @@ class _Parser:
         self._outcomes: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
+        self._of_stage2 = Outcomes(self._rows, self._faults, self._outcomes, keep=keep)
         self._handlers = _Handlers(self)
 
     def feed(self, block: str) -> None:
@@ -225,7 +224,7 @@ class _Parser:
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
-            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2,
+            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
         )  # fmt: skip
 
     def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -318,6 +317,18 @@ class _Parser:
             raise InputError(text, self._source, number)
         self._no_newline = True
 
+    def outcomes(self) -> dict[str, _Handler]:
+        """Who parses which outcomes: most of them only where they are kept."""
+        of_stage2 = self._of_stage2
+        handlers: dict[str, _Handler] = {SPTE_CHANGED: of_stage2.spte_changed}
+        if self._keep:
+            handlers |= {
+                "kvm_mmu_zap_all_fast": of_stage2.zap_all,
+                "fast_page_fault": of_stage2.fast_page_fault,
+                "kvm_mmu_get_page": of_stage2.get_page,
+            }
+        return handlers
+
     def displaced(self, event: str, task: int, time: int, line: int) -> None:
         """An event behind padding or other columns; a line where none has a name is counted."""
         if "<-" in event and FUNCTION.fullmatch(event):
@@ -375,38 +386,8 @@ class _Parser:
         self._inputs["kvm_page_fault"] += 1
 
     def kvm_mmu_set_spte(self, event: str, task: int, time: int, line: int) -> None:
-        """An entry that KVM wrote: "gfn G spte S (rwxu) level L at A"."""
-        words = event.split()
-        try:
-            gfn, level = int(words[2], 16), int(words[7])
-        except (ValueError, IndexError):
-            self._outcomes[f"{_SET_SPTE} (not understood)"] += 1
-            return
-        self._outcomes[_SET_SPTE] += 1
-        self._handlers.only_count(_SPTE_CHANGED)  # which says the same of a fault, and more that nobody asks for
-        self._mapped(task, gfn, level)
-
-    def kvm_tdp_mmu_spte_changed(self, event: str, task: int, time: int, line: int) -> None:
-        """An entry that became another: "as id N gfn G level L old_spte S new_spte S"."""
-        words = event.split()
-        try:
-            gfn, level, new = int(words[5], 16), int(words[7]), int(words[11], 16)
-        except (ValueError, IndexError):
-            self._outcomes[f"{_SPTE_CHANGED} (not understood)"] += 1
-            return
-        self._outcomes[_SPTE_CHANGED] += 1
-        if new & _SPTE_PRESENT and (level == 1 or new & _SPTE_LARGE):
-            self._mapped(task, gfn, level)
-
-    def _mapped(self, task: int, gfn: int, level: int) -> None:
-        """A leaf was written: note its level at the task's guest fault, if it is the fault's."""
-        position = self._faults.get(task, -1)
-        if position < 0 or not 1 <= level <= 3:
-            return
-        # KVM prints a TD's fault with its shared bit, the entry without.
-        differ = (self._rows[position + 4] ^ gfn << 12) & ~_SHARED_BITS
-        if differ >> 12 + 9 * (level - 1) == 0:
-            self._rows[position + _LEVEL] = level
+        if self._of_stage2.set_spte(event, task, time, line) and not self._keep:
+            self._handlers.only_count(SPTE_CHANGED)  # which says the same of a fault, and more that nobody asks for
 
     def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
         words = [int(field, 16) for field in fields_of("kvm_vm_set_mem_attributes", event)]
