@@ -22,6 +22,22 @@ _FLAGS = ~ADDRESS & (1 << 64) - 1
 _SHOWN = 1000  # differences that are kept; all are counted
 
 
+GENERATION = "generation of the slots"
+"""Kind of a difference of cached MMIO entries, which hold how often slots changed: where the log has no slot lines."""
+
+_GENERATION_BITS = 0xFF << 3 | 0x7FF << 52  # spte.h:MMIO_SPTE_GEN_LOW_MASK, MMIO_SPTE_GEN_HIGH_MASK
+
+
+def _is_mmio(one: int, other: int) -> bool:
+    """Whether two entries are MMIO entries of one page, of two generations."""
+    return one & ADDRESS != 0 and one & ~_GENERATION_BITS == other & ~_GENERATION_BITS
+
+
+UNTOLD_SLOTS = "how often the slots changed is not told (no slot lines)"
+UNTOLD_MEMORY = "what memory the slots show, and who may write there, is not told (no slot lines)"
+UNTOLD_UNMAP = "no event says why it was unmapped (attributes and guest_memfd were not recorded)"
+
+
 class Line(NamedTuple):
     """A kvm_tdp_mmu_spte_changed of the log."""
 
@@ -40,6 +56,8 @@ class Difference(NamedTuple):
     log: tuple[int, int] | None
     model: tuple[int, int] | None
     why: str = ""
+    event: str = "kvm_tdp_mmu_spte_changed"
+    vm: str = ""
 
 
 @dataclass
@@ -80,6 +98,11 @@ class Frames:
         for place in range(start, end) if few else [place for place in self.places if start <= place < end]:
             self.leave(place)
 
+    def clear(self) -> None:
+        """Nothing is known any more."""
+        for known in (self.ours, self.theirs, self.places, self.users):
+            known.clear()
+
     def forget(self, model: int) -> None:
         """A frame of the model is freed."""
         log = self.theirs.pop(model, None)
@@ -90,15 +113,17 @@ class Frames:
 class Matching:
     """Matches lines with changes, both in the order in which they come."""
 
-    def __init__(self, fmt: Format) -> None:
+    def __init__(self, fmt: Format, *, slots_known: bool = True) -> None:
         self._fmt = fmt
+        self._slots_known = slots_known
         self._live: dict[Key, deque[Change]] = {}
         self._late: dict[Key, list[Change]] = {}
         self.printed: dict[Key, int | None] = {}  # what the log printed last of an entry that is there
         self.pages, self.tables = Frames(), Frames()
         self.agreed: Counter[str] = Counter()
-        self.differences: Counter[tuple[str, str]] = Counter()
+        self.differences: Counter[tuple[str, str, str]] = Counter()
         self.first: list[Difference] = []
+        self._untold: dict[tuple[int, int], str] = {}  # 2M of an address space -> why entries there differ
 
     # ------------------------------------------------------------------ what the model did
 
@@ -142,7 +167,8 @@ class Matching:
         for log, model, which in ((line.new, change.new, ""), (line.old, change.old, "old ")):
             if not fmt.is_present(model) or not fmt.is_present(log):
                 if log != model:
-                    return f"{which}entry"
+                    cached = not self._slots_known and _is_mmio(log, model)
+                    return GENERATION if cached else f"{which}entry"
             elif (log ^ model) & _FLAGS:
                 return f"{which}flags"
         if fmt.is_present(line.old) and change.before is not None and line.old & ADDRESS != change.before & ADDRESS:
@@ -194,9 +220,37 @@ class Matching:
 
     def note(self, difference: Difference) -> None:
         """Count a difference, and keep the first ones."""
-        self.differences[difference.kind, difference.why] += 1
+        if not self._slots_known and not difference.why:
+            difference = difference._replace(why=self._cause(difference))
+        self.differences[difference.event, difference.kind, difference.why] += 1
         if len(self.first) < _SHOWN:
             self.first.append(difference)
+
+    def _cause(self, difference: Difference) -> str:
+        """Why an entry differs in a log without slot lines, "" if nothing is known to explain it.
+
+        What such a log does not tell shows at one entry first; others of the same 2M follow from it.
+        """
+        block = difference.key[0], difference.key[2] >> 9
+        cause = self._seed(difference)
+        if cause:
+            self._untold.setdefault(block, cause)
+        return cause or self._untold.get(block, "")
+
+    def _seed(self, difference: Difference) -> str:
+        fmt, level, log, model = self._fmt, difference.key[1], difference.log, difference.model
+        if difference.kind == GENERATION:
+            return UNTOLD_SLOTS
+        if difference.kind in ("frame", "old frame"):
+            return UNTOLD_MEMORY
+        if log is not None and model is None and fmt.is_leaf(log[0], level) and not fmt.is_present(log[1]):
+            return UNTOLD_UNMAP
+        if log is not None and model is not None and difference.kind == "flags":
+            if fmt.is_leaf(log[1], level) != fmt.is_leaf(model[1], level):
+                return UNTOLD_MEMORY
+            if fmt.is_leaf(log[1], level) and not (log[1] ^ model[1]) & _FLAGS & ~fmt.rights:
+                return UNTOLD_MEMORY
+        return ""
 
     def finish(self) -> None:
         """The log has ended: what the model did and no line says."""

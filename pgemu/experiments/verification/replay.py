@@ -1,54 +1,55 @@
-"""Replays what a log says went into KVM, and compares what it says came out with what the model did."""
+"""A recorded VM on a machine: what went into KVM is done to the model, and what changed is what the log should have.
+
+One process has the memory behind the slots, and each address space of KVM is a VM of it, since both have trees of their
+own over the same memory (x86: system management mode). What KVM does to both at once is done to both here.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgemu.experiments.verification.host import GMEM, Host, Slot
-from pgemu.experiments.verification.matching import Difference, Line, Matching
-from pgemu.experiments.verification.tree import Change, Format, Tree
-from pgemu.trace.events import Input
+from pgemu.experiments.verification.matching import Difference, Matching
+from pgemu.experiments.verification.tree import Change, Format, Key, Tree
 from pgemu.trace.guest_addresses import is_qualification
-from pgemu.trace.outcomes import Kept
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS
-from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Flag
+from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
 
 if TYPE_CHECKING:
     from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
 
+__all__ = ("SMM_SLOTS", "Replay", "Side")
+
 SMM_SLOTS = 1 << 16
-_LOG_DIRTY, _READ_ONLY, _GUEST_MEMFD = 1, 2, 4
-_PUNCH = 2
-_PRIVATE = 8
+"""Slots from this number on are those of the second address space: as_id in the upper half of the number."""
+
+_LOG_DIRTY, _READ_ONLY, _GUEST_MEMFD = 1, 2, 4  # KVM_MEM_*, include/uapi/linux/kvm.h
+_PRIVATE = 8  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 _MAPPED = W.RET_PF_FIXED, W.RET_PF_SPURIOUS
-_ALL = 1 << 36
+_SPARE_SLOT, _SPARE_GPA = 32000, 1 << 47
+_BLOCK = 512  # pages of 2M
 
 
 @dataclass
 class Side:
-    """One address space of a VM: the VM that stands for it, its tree as last seen, its slots."""
+    """An address space: the VM that stands for it, its tree as last seen, its slots."""
 
-    space: int
     vm: Vm
     tree: Tree
     slots: dict[int, Slot] = field(default_factory=dict)
 
-    def place(self, gfn: int, private: bool = False) -> int | None:
-        """The page of memory behind a guest frame."""
-        gpa = gfn << 12
-        for slot in self.slots.values():
-            if slot.gpa <= gpa < slot.gpa + slot.size:
-                return GMEM + gfn - (slot.gpa >> 12) if private else (slot.hva + gpa - slot.gpa) >> 12
-        return None
+    def slot_at(self, gpa: int) -> Slot | None:
+        """The slot that has a guest address."""
+        return next((slot for slot in self.slots.values() if slot.gpa <= gpa < slot.gpa + slot.size), None)
 
-    def shown(self, start: int, end: int) -> Iterable[tuple[int, int]]:
+    def shown(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Guest frames [first, end) that show userspace addresses [start, end)."""
         for slot in self.slots.values():
             low, high = max(start, slot.hva), min(end, slot.hva + slot.size)
@@ -57,222 +58,280 @@ class Side:
 
 
 class Replay:
-    """A VM of a log on a machine."""
+    """A VM of a log on a machine.
 
-    def __init__(self, machine: Machine, host: Host, *, protected: bool, prove: bool, sets: bool, two: bool) -> None:
+    :param host: the memory behind its slots
+    :param sides: how many address spaces it has
+    :param prove: CONFIG_KVM_PROVE_MMU
+    :param sets: whether the log has kvm_mmu_set_spte
+    """
+
+    def __init__(
+        self, machine: Machine, host: Host, matching: Matching, *, sides: int, protected: bool, prove: bool, sets: bool
+    ) -> None:
         self.machine = machine
         self.host = host
-        self.fmt = Format.of(machine)
-        self.match = Matching(self.fmt)
-        self.prove = prove
-        self.sets = sets
-        self.protected = protected
-        self.sides = [self._side(space) for space in range(2 if two else 1)]
+        self.matching = matching
         self.ended = False
-        self.private: set[tuple[int, int]] = set()
-        self.attributes: list[tuple[int, int, bool]] = []
-        self.done: Counter[str] = Counter()
-        self.wanted: dict[int, list[tuple[int, int, int, int]]] = {}  # task -> set_spte lines that are to come
-        self.space_of: dict[int, int] = {}
-        self.faulted: dict[int, int] = {}  # task -> userspace address of its last fault
-        self.guessed: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._fmt = Format.of(machine)
+        self._prove = prove
+        self._sets = sets
+        self._protected = protected
+        self.sides = [self._side(space) for space in range(sides)]
+        self._attributes: list[tuple[int, int, bool]] = []
+        self._wanted: dict[int, list[tuple[Key, int]]] = {}  # task -> leaves whose kvm_mmu_set_spte is to come
+        self._space_of: dict[int, int] = {}  # task -> address space of its last fault
+        self._faulted: dict[int, int] = {}  # task -> userspace address of its last fault, -1: none
 
     def _side(self, space: int) -> Side:
-        vm = self.machine.create_vm(self.host.process, kind="sw" if self.protected else "plain")
-        if space:
-            # include/linux/kvm_host.h: generations of address spaces begin with their number
-            self.machine.arrays.state[int(W.STATE_VMS) + vm.vm * W.V_WORDS + int(W.V_GENERATION)] = space
-        return Side(space, vm, Tree(self.machine, self.fmt, space, self.match.printed))
+        vm = self.machine.create_vm(self.host.process, kind="sw" if self._protected else "plain")
+        if space:  # generations of address spaces begin with their number: kvm_main.c:kvm_create_vm()
+            self.machine.arrays.state[self._generation(vm)] = space
+        return Side(vm, Tree(self.machine, self._fmt, space, self.matching.printed))
+
+    @staticmethod
+    def _generation(vm: Vm) -> int:
+        return int(W.STATE_VMS) + vm.vm * W.V_WORDS + int(W.V_GENERATION)
 
     # ------------------------------------------------------------------ what changed
 
-    def _expect(self, side: Side, changes: list[Change]) -> None:
+    def _look(self, side: Side, gfn: int, end: int) -> list[Change]:
+        """What became other over guest frames [gfn, end): expected in the log from now on."""
+        changes = side.tree.changes(side.vm.root, gfn, end)
         placed = [
-            change._replace(place=side.place(change.key[2], self._is_private(change.key[2])))
-            if self.fmt.is_leaf(change.new, change.key[1])
+            change._replace(place=self._place(side, change.key[2]))
+            if self._fmt.is_leaf(change.new, change.key[1])
             else change
             for change in changes
         ]
-        self.match.expect(placed)
-
-    def look(self, side: Side, gfn: int, end: int) -> list[Change]:
-        changes = side.tree.changes(side.vm.root, gfn, end)
-        self._expect(side, changes)
+        self.matching.expect(placed)
         return changes
 
-    def look_everywhere(self, start: int, end: int) -> None:
-        """What became of leaves over userspace addresses [start, end)."""
+    def _look_everywhere(self, start: int, end: int) -> None:
+        """The same of whatever shows userspace addresses [start, end), by whole leaves."""
         for side in self.sides:
             for gfn, last in side.shown(start, end):
-                self.look(side, gfn, last)
+                self._look(side, gfn & -_BLOCK, -(-last // _BLOCK) * _BLOCK)
+
+    def _place(self, side: Side, gfn: int) -> int | None:
+        """The page of memory that a guest frame shows."""
+        slot = side.slot_at(gfn << 12)
+        if slot is None:
+            return None
+        page = gfn - (slot.gpa >> 12)
+        return GMEM + page if self._is_private(gfn) else (slot.hva >> 12) + page
 
     def _is_private(self, gfn: int) -> bool:
-        return self.protected and any(low <= gfn < high and kind for low, high, kind in reversed(self.attributes[-1:])) if False else self._kind(gfn)
+        changes = reversed(self._attributes)
+        return next((private for start, end, private in changes if start <= gfn < end), False)
 
-    def _kind(self, gfn: int) -> bool:
-        if not self.protected:
-            return False
-        for low, high, private in reversed(self.attributes):
-            if low <= gfn < high:
-                return private
-        return False
-
-    # ------------------------------------------------------------------ inputs
-
-    def is_copy(self, row: list[int]) -> bool:
-        """Whether an unmap is that of the page which its task has just faulted on: it is copied (wp_page_copy())."""
-        fault = self.faulted.get(row[2], -1)
-        for size in (PAGE_4K, PAGE_2M):
-            if row[4] == fault & -size and row[5] == row[4] + size:
-                return True
-        return False
-
-    def read_log(self, key: tuple[int, int, int]) -> None:
-        """KVM_GET_DIRTY_LOG, or KVM_CLEAR_DIRTY_LOG: the dirty pages of the slot of an entry are write-protected."""
-        side = self.sides[key[0]]
-        for slot in side.slots.values():
-            if slot.flags & _LOG_DIRTY and slot.gpa <= key[2] << 12 < slot.gpa + slot.size:
-                side.vm.dirty_log(slot.number)
-                self.look(side, slot.gpa >> 12, slot.gpa + slot.size >> 12)
-                self.guessed["dirty log"] += 1
+    # ------------------------------------------------------------------ accesses
 
     def guest_fault(self, row: list[int], space: int) -> None:
-        _, _, task, _, address, code, *_ = row
+        """kvm_page_fault, in an address space."""
+        task, address, code = row[2], row[4], row[5]
         side = self.sides[space]
-        fetch = code >> 2 & 1 if bool(is_qualification(np.array([code], np.uint64))[0]) else code >> 4 & 1
+        self._space_of[task] = space
+        fetch = code >> (2 if bool(is_qualification(np.uint64(code))) else 4) & 1
         result = side.vm.touch(address, write=bool(code & 2), execute=bool(fetch))
         gfn = address >> 12
-        block = gfn & ~511
-        changes = self.look(side, block, block + 512)
-        place = side.place(gfn)
-        self.faulted[task] = -1 if place is None else place << 12
-        if place is not None:
-            hva = place << 12
-            for other in self.sides:
-                for low, high in other.shown(hva, hva + PAGE_4K):
-                    if other is not side or low != gfn:
-                        self.look(other, low & ~511, (low & ~511) + 512)
-        if self.sets and result.status in _MAPPED:
-            for change in changes:
-                if self.fmt.is_leaf(change.new, change.key[1]) :
-                    self.wanted.setdefault(task, []).append((*change.key[1:], change.new, space))
+        changes = self._look(side, gfn & -_BLOCK, (gfn & -_BLOCK) + _BLOCK)
+        slot = side.slot_at(address)
+        self._faulted[task] = -1
+        if slot is not None:
+            self._faulted[task] = hva = (slot.hva + address - slot.gpa) & -PAGE_4K
+            if changes:  # a page that was copied goes wherever else it is shown
+                self._look_everywhere(hva, hva + PAGE_4K)
+        if self._sets and result.status in _MAPPED:
+            made = [(change.key, change.new) for change in changes if self._fmt.is_leaf(change.new, change.key[1])]
+            self._wanted.setdefault(task, []).extend(made)
 
     def host_fault(self, row: list[int]) -> None:
-        address, code = row[4], row[5]
-        self.faulted[row[2]] = address
-        if not self.host.holds(address, address + 1):
-            return
-        self.host.process.touch(address, write=bool(code & 2), execute=bool(code & 16))
-        self.look_everywhere(address & -PAGE_2M, (address & -PAGE_2M) + PAGE_2M)
+        """page_fault_user."""
+        task, address, code = row[2], row[4], row[5]
+        self._faulted[task] = address & -PAGE_4K
+        if self.host.holds(address, address + 1):
+            self.host.process.touch(address, write=bool(code & 2), execute=bool(code & 16))
+            self._look_everywhere(address & -PAGE_2M, (address & -PAGE_2M) + PAGE_2M)
+
+    def is_copy(self, row: list[int]) -> bool:
+        """Whether an unmap is that of the page on which its task has just faulted: it is copied, wp_page_copy()."""
+        fault = self._faulted.get(row[2], -1)
+        sizes = (PAGE_4K, PAGE_2M) if self.host.is_thp(fault) else (PAGE_4K,)
+        return any(row[4] == fault & -size and row[5] == row[4] + size for size in sizes)
+
+    # ------------------------------------------------------------------ memory that goes
 
     def unmap(self, start: int, end: int, *, advised: bool = False) -> None:
+        """Userspace addresses [start, end) are unmapped: by a system call, or kvm_unmap_hva_range says so."""
         for low, high in self.host.clipped(start, end):
             self.host.process.zap(low, high - low, madvise=advised)
-            self.look_everywhere(low & -PAGE_2M, -(-high // PAGE_2M) * PAGE_2M)
-            self.match.pages.leave_range(low >> 12, high >> 12)
+            self._unmapped(low, high)
 
     def collapse(self, start: int, end: int) -> None:
+        """khugepaged puts a huge page in the place of small ones: mm/khugepaged.c:collapse_huge_page()."""
         for low, high in self.host.clipped(start, end):
             self.host.process.madvise_collapse(low, high - low)
-            self.look_everywhere(low, high)
-            self.match.pages.leave_range(low >> 12, high >> 12)
-
-    def memslot(self, row: list[int]) -> None:
-        number, flags, gpa, size, hva = row[4:9]
-        side = self.sides[number >= SMM_SLOTS] if len(self.sides) > 1 else self.sides[0]
-        number %= SMM_SLOTS
-        gmem = None
-        if flags & _GUEST_MEMFD:
-            gmem = self.host.gmem or self.machine.create_guest_memfd_4k(size, mmap=False, init_shared=False)
-            self.host.gmem = gmem
-        old = side.slots.get(number)
-        result = side.vm.set_memory_region(
-            number, gpa, size, hva, read_only=bool(flags & _READ_ONLY), log_dirty_pages=bool(flags & _LOG_DIRTY),
-            gmem=gmem,
-        )  # fmt: skip
-        if result.status:
-            self.done[f"memory slot refused ({result.status})"] += 1
-            return
-        if size == 0 or (old and old.gpa != gpa):
-            side.slots.pop(number, None)
-            if self.protected:
-                assert old is not None
-                self.look(side, old.gpa >> 12, old.gpa + old.size >> 12)
-            else:
-                self.drop_trees(side)
-        if size:
-            side.slots[number] = Slot(number, gpa, size, hva, flags)
-            self.look(side, gpa >> 12, gpa + size >> 12)
-
-    def drop_trees(self, side: Side) -> None:
-        """kvm_mmu_zap_all_fast(): the trees of both address spaces go."""
-        for one in self.sides:
-            self.match.expect(one.tree.drop(shared=True, prove=self.prove), late=True)
-            if one is not side:
-                self._drop_other(one)
-
-    def _drop_other(self, side: Side) -> None:
-        state = self.machine.arrays.state
-        row = int(W.STATE_VMS) + side.vm.vm * W.V_WORDS
-        generation = int(state[row + int(W.V_GENERATION)])
-        at = (1 << 47)
-        assert side.vm.set_memory_region(32000, at, PAGE_4K, self.host.spans[0][0]).status == 0
-        assert side.vm.set_memory_region(32000, at, 0, 0).status == 0
-        state[row + int(W.V_GENERATION)] = generation
-
-    def set_attributes(self, row: list[int]) -> None:
-        gfn, end, attributes = row[4:7]
-        private = bool(attributes & _PRIVATE)
-        (side,) = self.sides
-        status = side.vm.set_attributes(gfn << 12, end - gfn << 12, private=private).status
-        if status:
-            self.done[f"attributes refused ({status})"] += 1
-            return
-        self.attributes.append((gfn, end, private))
-        self.look(side, gfn & ~511, end + 511 & ~511)
+            self._unmapped(low, high)
 
     def punch(self, offset: int, length: int, hva: int) -> None:
-        if hva and (found := self.host.file_at(hva)):
+        """A hole in the file that is mapped at `hva`, or (0) in the guest_memfd."""
+        found = self.host.file_at(hva) if hva else None
+        if found is not None:
             start, file = found
             file.punch_hole(offset, length)
-            self.look_everywhere(start + offset, start + offset + length)
-            self.match.pages.leave_range(start + offset >> 12, start + offset + length >> 12)
-        elif self.host.gmem is not None:
+            self._unmapped(start + offset, start + offset + length)
+        elif not hva and self.host.gmem is not None:
             self.host.gmem.punch_hole(offset, length)
             for side in self.sides:
                 for slot in side.slots.values():
                     if slot.flags & _GUEST_MEMFD:
-                        self.look(side, slot.gpa + offset >> 12, slot.gpa + offset + length >> 12)
-            self.match.pages.leave_range(GMEM + (offset >> 12), GMEM + (offset + length >> 12))
+                        first = slot.gpa + offset
+                        self._look(side, first >> 12, first + length >> 12)
+            self.matching.pages.leave_range(GMEM + (offset >> 12), GMEM + (offset + length >> 12))
+
+    def _unmapped(self, start: int, end: int) -> None:
+        self._look_everywhere(start, end)
+        self.matching.pages.leave_range(start >> 12, end >> 12)
+
+    # ------------------------------------------------------------------ what userspace asks of KVM
+
+    def log_dirty(self, key: Key, on: bool) -> bool:
+        """Dirty logging of the slot over an entry is switched on or off."""
+        side = self.sides[key[0]]
+        slot = side.slot_at(key[2] << 12)
+        if slot is None or bool(slot.flags & _LOG_DIRTY) == on:
+            return False
+        self.memslot(slot._replace(flags=slot.flags ^ _LOG_DIRTY))
+        return True
+
+    def write(self, space: int, address: int) -> bool:
+        """A guest page is written by the kernel, or was before the log began: whether that makes a difference."""
+        slot = self.sides[space].slot_at(address)
+        if slot is None:
+            return False
+        hva = (slot.hva + address - slot.gpa) & -PAGE_4K
+        done = self.host.process.touch(hva, write=True).status
+        self._look_everywhere(hva, hva + PAGE_4K)
+        return done >= 0
+
+    def is_writable(self, space: int, address: int) -> bool:
+        """Whether the process has a page behind a guest address that can be written."""
+        slot = self.sides[space].slot_at(address)
+        if slot is None:
+            return False
+        return self.host.is_writable((slot.hva + address - slot.gpa) & -PAGE_4K)
+
+    def memslot(self, slot: Slot) -> None:
+        """KVM_SET_USER_MEMORY_REGION2."""
+        side = self.sides[slot.number // SMM_SLOTS]
+        number = slot.number % SMM_SLOTS
+        gmem = None
+        if slot.flags & _GUEST_MEMFD and slot.size:
+            size = slot.size
+            gmem = self.host.gmem or self.machine.create_guest_memfd_4k(size, mmap=False, init_shared=False)
+            self.host.gmem = gmem
+        old = side.slots.get(number)
+        status = side.vm.set_memory_region(
+            number, slot.gpa, slot.size, slot.hva, read_only=bool(slot.flags & _READ_ONLY),
+            log_dirty_pages=bool(slot.flags & _LOG_DIRTY), gmem=gmem,
+        ).status  # fmt: skip
+        if status:
+            self.refused[f"memory slot, errno {-status}"] += 1
+            return
+        if old is not None and (slot.size == 0 or old.gpa != slot.gpa):
+            del side.slots[number]
+            if self._protected:
+                self._look(side, old.gpa >> 12, old.gpa + old.size >> 12)
+            else:
+                self.drop_trees(side)
+        if slot.size:
+            side.slots[number] = slot
+            self._look(side, slot.gpa >> 12, slot.gpa + slot.size >> 12)
+
+    def drop_trees(self, done: Side | None = None) -> None:
+        """kvm_mmu_zap_all_fast(): the trees of all address spaces go; of `done` the model has dropped it by now."""
+        for side in self.sides:
+            self.matching.expect(side.tree.drop(shared=True, prove=self._prove), late=True)
+            if side is not done:
+                self._drop(side)
+
+    def _drop(self, side: Side) -> None:
+        """Drop a tree: a slot comes and goes, which is not to count as a change of slots."""
+        generation = self._generation(side.vm)
+        state = self.machine.arrays.state
+        kept = int(state[generation])
+        for size in (PAGE_4K, 0):
+            status = side.vm.set_memory_region(_SPARE_SLOT, _SPARE_GPA, size, self.host.spans[0].start).status
+            assert status == 0, status
+        state[generation] = kept
+
+    def set_attributes(self, gfn: int, end: int, attributes: int) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        private = bool(attributes & _PRIVATE)
+        for side in self.sides:
+            status = side.vm.set_attributes(gfn << 12, end - gfn << 12, private=private).status
+            if status:
+                self.refused[f"memory attributes, errno {-status}"] += 1
+            self._look(side, gfn & -_BLOCK, -(-end // _BLOCK) * _BLOCK)
+        self._attributes.append((gfn, end, private))
+
+    def read_dirty_log(self, key: Key) -> bool:
+        """KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG: dirty pages of the slot over an entry are write-protected again."""
+        side = self.sides[key[0]]
+        slot = side.slot_at(key[2] << 12)
+        if slot is None or not slot.flags & _LOG_DIRTY:
+            return False
+        side.vm.dirty_log(slot.number % SMM_SLOTS)
+        self._look(side, slot.gpa >> 12, slot.gpa + slot.size >> 12)
+        return True
+
+    def prefault(self, key: Key) -> bool:
+        """KVM_PRE_FAULT_MEMORY of a page."""
+        side = self.sides[key[0]]
+        gpa = key[2] << 12
+        if side.slot_at(gpa) is None:
+            return False
+        side.vm.prefault(gpa, PAGE_4K)
+        self._look(side, key[2] & -_BLOCK, (key[2] & -_BLOCK) + _BLOCK)
+        return True
 
     def end(self) -> None:
         """The VM goes: kvm_mmu_zap_all()."""
         for side in self.sides:
-            self.match.expect(side.tree.drop(shared=False, prove=self.prove), late=True)
+            self.matching.expect(side.tree.drop(shared=False, prove=self._prove), late=True)
             side.vm.close()
         self.ended = True
 
-    # ------------------------------------------------------------------ outcomes
+    # ------------------------------------------------------------------ what the log says of a fault's end
 
     def set_spte(self, row: list[int]) -> None:
-        _, _, task, line, _, gfn, level, entry, at = row
-        wanted = self.wanted.get(task, [])
-        found = next((one for one in wanted if one[:2] == (level, gfn)), None)
-        if found is not None:
-            wanted.remove(found)
-            model, space = found[2], found[3]
+        """Compare a kvm_mmu_set_spte: the leaf that the task's fault ended at."""
+        task, line, gfn, level, entry = row[2], row[3], row[5], row[6], row[7]
+        wanted = self._wanted.get(task, [])
+        position = next((i for i, (key, _) in enumerate(wanted) if key[1:] == (level, gfn)), -1)
+        if position >= 0:
+            key, model = wanted.pop(position)
+        else:  # nothing had to change
+            key = (self._space_of.get(task, 0), level, gfn)
+            there = self.sides[key[0]].tree.entry(level, gfn)
+            model = there if there is not None and self._fmt.is_leaf(there, level) else 0
+        kind = "not in the model"
+        if model:
+            ours = self.matching.pages.ours.get((entry & ADDRESS) >> 12)
+            flags = (entry ^ model) & ~(ADDRESS | self._fmt.marks)
+            kind = "flags" if flags else "" if ours == (model & ADDRESS) >> 12 else "frame"
+        if kind:
+            found = Difference(kind, line, key, (0, entry), (0, model) if model else None, event="kvm_mmu_set_spte")
+            self.matching.note(found)
         else:
-            space = self.space_of.get(task, 0)
-            model = self.sides[space].tree.entry(level, gfn)
-        key = (space, level, gfn)
-        if model is None:
-            self.match.note(Difference("not in the model", line, key, (0, entry), None, "kvm_mmu_set_spte"))
-            return
-        frames = self.match.pages
-        flags = (entry ^ model) & ~ADDRESS
-        ours = frames.ours.get((entry & ADDRESS) >> 12)
-        if flags or ours != (model & ADDRESS) >> 12:
-            kind = "flags" if flags else "frame"
-            self.match.note(Difference(kind, line, key, (0, entry), (0, model), "kvm_mmu_set_spte"))
-            return
-        self.match.agreed["kvm_mmu_set_spte"] += 1
+            self.matching.agreed["kvm_mmu_set_spte"] += 1
+
+    def finish(self) -> None:
+        """The log has ended: which leaves no kvm_mmu_set_spte named."""
+        for wanted in self._wanted.values():
+            for key, model in wanted:
+                self.matching.note(
+                    Difference("not in the log", 0, key, None, (0, model), event="kvm_mmu_set_spte")
+                )

@@ -51,6 +51,8 @@ class Format:
     marks: int
     write: int
     mmu_writable: int
+    accessed: int
+    rights: int
 
     @classmethod
     def of(cls, machine: Machine) -> Format:
@@ -58,11 +60,12 @@ class Format:
         row = int(W.STATE_FORMATS) + machine.register(W.R_STAGE2_FORMAT) * W.F_WORDS
         word = {
             name: int(machine.arrays.state[row + int(getattr(W, f"F_{name}"))])
-            for name in ("EMPTY", "FROZEN", "MMU_PRESENT", "ACCESSED", "DIRTY", "WRITE", "MMU_WRITABLE")
+            for name in ("EMPTY", "FROZEN", "MMU_PRESENT", "ACCESSED", "DIRTY", "WRITE", "MMU_WRITABLE", "WRITABLE_MARKS")
         }
         marks = word["ACCESSED"] | word["DIRTY"]
-        bits = (word["WRITE"], word["MMU_WRITABLE"])
-        return cls(word["EMPTY"], word["FROZEN"], word["MMU_PRESENT"], marks, *bits)
+        bits = (word["WRITE"], word["MMU_WRITABLE"], word["ACCESSED"])
+        rights = bits[0] | bits[1] | word["DIRTY"] | word["WRITABLE_MARKS"]
+        return cls(word["EMPTY"], word["FROZEN"], word["MMU_PRESENT"], marks, *bits, rights)
 
     def is_present(self, entry: int) -> bool:
         """Whether KVM takes an entry for one that maps or points to a table."""
