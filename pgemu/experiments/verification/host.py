@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pgemu.errors import InputError
+from pgemu.machine.results import errno_name
 from pgemu_kernels.formats.bits import WRITE
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
@@ -16,6 +18,7 @@ __all__ = ("Backing", "Host", "Slot", "Span", "spans_of")
 
 Backing = Literal["4K", "thp", "hugetlb-2M", "hugetlb-1G"]
 _HUGE: dict[str, int] = {"hugetlb-2M": PAGE_2M, "hugetlb-1G": PAGE_1G}
+TASK_SIZE_MAX = (1 << 47) - PAGE_4K
 GMEM = 1 << 60  # pages of a guest_memfd among the places
 
 
@@ -40,7 +43,7 @@ class Span(NamedTuple):
 def spans_of(slots: Sequence[Slot], backings: dict[int, Backing]) -> list[Span]:
     """The ranges of userspace addresses that slots show, joined where they touch. backings: by position."""
     spans: list[Span] = []
-    found = ((slot.hva, slot.hva + slot.size, backings[i]) for i, slot in enumerate(slots) if slot.size)
+    found = ((slot.hva, slot.hva + slot.size, backings[i]) for i, slot in enumerate(slots) if _is_mappable(slot))
     for start, end, backing in sorted(found):
         if spans and (start < spans[-1].end or (start == spans[-1].end and backing == spans[-1].backing)):
             spans[-1] = Span(spans[-1].start, max(end, spans[-1].end), spans[-1].backing)
@@ -49,10 +52,17 @@ def spans_of(slots: Sequence[Slot], backings: dict[int, Backing]) -> list[Span]:
     return spans
 
 
+def _is_mappable(slot: Slot) -> bool:
+    """Whether KVM would take a slot's userspace addresses."""
+    return slot.size > 0 and (slot.hva | slot.size) % PAGE_4K == 0 and slot.hva + slot.size <= TASK_SIZE_MAX
+
+
 class Host:
     """A process whose mappings are what the slots show: anonymous memory, or hugetlbfs where that fits."""
 
-    def __init__(self, machine: Machine, spans: Sequence[Span], holes: Sequence[int] = ()) -> None:
+    def __init__(self, machine: Machine, spans: Sequence[Span], holes: Sequence[int], source: str) -> None:
+        """`holes`: addresses of 2M without memory; `source`: the log, for messages. InputError for bad addresses."""
+        self._source = source
         self.machine = machine
         self.process = machine.create_process()
         self.files: list[tuple[int, int, HugetlbFile]] = []
@@ -74,7 +84,8 @@ class Host:
             if backing == "4K":
                 self.process.madvise_nohugepage(start, end - start)
         if status:
-            raise AssertionError(f"memory [{start:#x}, {end:#x}): {status}")
+            what = f"the memory of slots at userspace addresses [{start:#x}, {end:#x}) cannot be mapped"
+            raise InputError(f"{what} ({errno_name(-status)})", self._source)
 
     def holds(self, start: int, end: int) -> bool:
         """Whether some of a range is memory of the slots."""

@@ -9,7 +9,7 @@ What the log prints as the old entry has the frame that it printed when the entr
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from pgemu_kernels.formats.bits import ADDRESS
 __all__ = ("Difference", "Frames", "Line", "Matching")
 
 _FLAGS = ~ADDRESS & (1 << 64) - 1
+_ROOT = 4  # level of the entries of a root
 _SHOWN = 1000  # differences that are kept; all are counted
 
 
@@ -48,7 +49,7 @@ class Line(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What differs: the kind, the line of the log (0: it has none), the entry, values of the log and of the model."""
+    """What differs: the kind, the line of the log (of what it lacks, that of the input), the entry, both values."""
 
     kind: str
     line: int
@@ -120,6 +121,8 @@ class Matching:
         self._late: dict[Key, list[Change]] = {}
         self.printed: dict[Key, int | None] = {}  # what the log printed last of an entry that is there
         self.pages, self.tables = Frames(), Frames()
+        self._last = Change((0, 0, 0), 0, 0)  # of the last line
+        self.now = 0  # line of the input that the model is at
         self.agreed: Counter[str] = Counter()
         self.differences: Counter[tuple[str, str, str]] = Counter()
         self.first: list[Difference] = []
@@ -129,7 +132,8 @@ class Matching:
 
     def expect(self, changes: Iterable[Change], *, late: bool = False) -> None:
         """The model made changes; `late`: to a tree that is dropped, which KVM takes apart at leisure."""
-        for change in changes:
+        for one in changes:
+            change = one._replace(since=self.now)
             if late:
                 self._late.setdefault(change.key, []).append(change)
             else:
@@ -184,6 +188,7 @@ class Matching:
 
     def _take(self, line: Line, change: Change, live: deque[Change] | None, kind: str = "") -> str:
         """A line and a change are of one another."""
+        self._last = change
         level = line.key[1]
         if self._fmt.is_present(change.old) and not self._fmt.is_leaf(change.old, level):
             self.tables.forget((change.old & ADDRESS) >> 12)
@@ -216,7 +221,7 @@ class Matching:
         return "not in the model"
 
     def _missing(self, change: Change) -> None:
-        self.note(Difference("not in the log", 0, change.key, None, (change.old, change.new)))
+        self.note(Difference("not in the log", change.since, change.key, None, (change.old, change.new)))
 
     def note(self, difference: Difference) -> None:
         """Count a difference, and keep the first ones."""
@@ -252,13 +257,25 @@ class Matching:
                 return UNTOLD_MEMORY
         return ""
 
-    def finish(self) -> None:
-        """The log has ended: what the model did and no line says."""
-        for change in self._left():
-            self._missing(change)
+    def _is_under_way(self, change: Change, last: int) -> bool:
+        """Whether KVM may not have come to a change when the log ended: it goes through a range by ascending gfn."""
+        if change.since == self._last.since:
+            (space, _, gfn), (last_space, _, last_gfn) = change.key, self._last.key
+            return (space, gfn) >= (last_space, last_gfn)
+        return change.since == last
 
-    def _left(self) -> Iterator[Change]:
-        for live in self._live.values():
-            yield from live
-        for late in self._late.values():
-            yield from late
+    def finish(self, last: int) -> int:
+        """The log has ended: what the model did and no line says is a difference, but for what was under way.
+
+        :param last: line of the last input
+        :returns: how many changes were under way: those of the last input, of the one that the last line is of, and of
+            trees whose root entry still stood
+        """
+        late = [change for changes in self._late.values() for change in changes]
+        standing = {change.since for change in late if change.key[1] == _ROOT}
+        live = (change for changes in self._live.values() for change in changes)
+        left = [change for change in live if not self._is_under_way(change, last)]
+        left += [change for change in late if change.since not in standing]
+        for change in sorted(left, key=lambda change: change.since):
+            self._missing(change)
+        return sum(map(len, self._live.values())) + len(late) - len(left)

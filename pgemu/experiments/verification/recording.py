@@ -1,9 +1,8 @@
 """A log taken apart for verification: its VMs, what went in and came out in order, and what has to be inferred.
 
 What a log does not say is inferred, once for the whole of it and in words (`Recording.said`): the kernel by its frozen
-entry, the format by its tables, the memory behind the slots by the largest leaf, where there are no slot lines the slots
-by what was mapped and unmapped. Each is an option (`Options`). Nothing of that is inferred from what is compared line by
-line.
+entry, the format by its tables, the memory behind the slots by the largest leaf; without slot lines, the slots by what
+was mapped and unmapped. Each but the last is an option (`Options`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pgemu.trace.outcomes import SPTE_CHANGED, Kept
 from pgemu.trace.processes import Choice, of_vm
 from pgemu_kernels.formats.bits import EMPTY_SPTE, KERNELS, LARGE, MMU_PRESENT
 
-__all__ = ("Options", "Part", "Recording", "take_apart")
+__all__ = ("Options", "Part", "Recording", "slot_of", "take_apart")
 
 Rows = np.ndarray[Any, Any]
 _KIND, _TASK, _LINE = 0, 2, 3
@@ -178,7 +177,7 @@ def _parts(log: Log, options: Options, said: list[str]) -> Iterator[Part]:
             others = np.setdiff1d(log.rows[:, _TASK], tasks)
             sptes = sptes[~np.isin(sptes[:, _TASK], others)]
             said.append(f"{sum(left.values()):,} inputs of other processes are left out")
-        slots = [_slot(row) for row in rows[rows[:, _KIND] == Input.MEMSLOT].tolist()]
+        slots = [slot_of(row) for row in rows[rows[:, _KIND] == Input.MEMSLOT].tolist()]
         backing = options.backing or _backing(sptes, log, said)
         protected = any(slot.flags & GUEST_MEMFD for slot in slots) or bool((rows[:, _KIND] == Input.ATTRIBUTES).any())
         if protected:
@@ -206,7 +205,8 @@ def _without_slots(log: Log, options: Options, said: list[str]) -> Iterator[Part
         yield Part(f"{number}", events, slots, True, False, backings, holes)
 
 
-def _slot(row: list[int]) -> Slot:
+def slot_of(row: list[int]) -> Slot:
+    """The slot of a row of inputs."""
     number, flags, gpa, size, hva = row[4:9]
     return Slot(number, gpa, size, hva, flags)
 

@@ -33,7 +33,9 @@ SMM_SLOTS = 1 << 16
 _LOG_DIRTY, _READ_ONLY, _GUEST_MEMFD = 1, 2, 4  # KVM_MEM_*, include/uapi/linux/kvm.h
 _PRIVATE = 8  # KVM_MEMORY_ATTRIBUTE_PRIVATE
 _MAPPED = W.RET_PF_FIXED, W.RET_PF_SPURIOUS
-_SPARE_SLOT, _SPARE_GPA = 32000, 1 << 47
+_TOP_GPA = 1 << 48
+_MOST_BYTES = 1 << 52
+_LEVELS = 4
 _BLOCK = 512  # pages of 2M
 
 
@@ -80,7 +82,7 @@ class Replay:
         self._protected = protected
         self.sides = [self._side(space) for space in range(sides)]
         self._attributes: list[tuple[int, int, bool]] = []
-        self._wanted: dict[int, list[tuple[Key, int]]] = {}  # task -> leaves whose kvm_mmu_set_spte is to come
+        self._wanted: dict[int, list[tuple[Key, int, int]]] = {}  # task -> leaves whose kvm_mmu_set_spte is to come
         self._space_of: dict[int, int] = {}  # task -> address space of its last fault
         self._faulted: dict[int, int] = {}  # task -> userspace address of its last fault, -1: none
 
@@ -109,10 +111,11 @@ class Replay:
         return changes
 
     def _look_everywhere(self, start: int, end: int) -> None:
-        """The same of whatever shows userspace addresses [start, end), by whole leaves."""
+        """The same of whatever shows userspace addresses [start, end); of huge pages, which may be split, all of it."""
+        unit = _BLOCK if self.host.is_thp(start) else 1
         for side in self.sides:
             for gfn, last in side.shown(start, end):
-                self._look(side, gfn & -_BLOCK, -(-last // _BLOCK) * _BLOCK)
+                self._look(side, gfn & -unit, -(-last // unit) * unit)
 
     def _place(self, side: Side, gfn: int) -> int | None:
         """The page of memory that a guest frame shows."""
@@ -133,7 +136,7 @@ class Replay:
         task, address, code = row[2], row[4], row[5]
         side = self.sides[space]
         self._space_of[task] = space
-        fetch = code >> (2 if bool(is_qualification(np.uint64(code))) else 4) & 1
+        fetch = code >> (2 if bool(is_qualification(np.array([code], np.uint64))[0]) else 4) & 1
         result = side.vm.touch(address, write=bool(code & 2), execute=bool(fetch))
         gfn = address >> 12
         changes = self._look(side, gfn & -_BLOCK, (gfn & -_BLOCK) + _BLOCK)
@@ -144,7 +147,8 @@ class Replay:
             if changes:  # a page that was copied goes wherever else it is shown
                 self._look_everywhere(hva, hva + PAGE_4K)
         if self._sets and result.status in _MAPPED:
-            made = [(change.key, change.new) for change in changes if self._fmt.is_leaf(change.new, change.key[1])]
+            leaves = (change for change in changes if self._fmt.is_leaf(change.new, change.key[1]))
+            made = [(change.key, change.new, row[3]) for change in leaves]
             self._wanted.setdefault(task, []).extend(made)
 
     def host_fault(self, row: list[int]) -> None:
@@ -177,6 +181,9 @@ class Replay:
 
     def punch(self, offset: int, length: int, hva: int) -> None:
         """A hole in the file that is mapped at `hva`, or (0) in the guest_memfd."""
+        if not 0 < length <= _MOST_BYTES or offset > _MOST_BYTES:
+            self.refused[f"hole, errno {W.EINVAL}"] += 1
+            return
         found = self.host.file_at(hva) if hva else None
         if found is not None:
             start, file = found
@@ -225,6 +232,9 @@ class Replay:
 
     def memslot(self, slot: Slot) -> None:
         """KVM_SET_USER_MEMORY_REGION2."""
+        if slot.number // SMM_SLOTS >= len(self.sides):
+            self.refused[f"memory slot, errno {W.EINVAL}"] += 1
+            return
         side = self.sides[slot.number // SMM_SLOTS]
         number = slot.number % SMM_SLOTS
         gmem = None
@@ -262,14 +272,20 @@ class Replay:
         generation = self._generation(side.vm)
         state = self.machine.arrays.state
         kept = int(state[generation])
+        number = next(number for number in range(int(W.SLOT_IDS) - 1, -1, -1) if number not in side.slots)
+        gpas = range(_TOP_GPA - PAGE_4K, 0, -PAGE_4K)
+        gpa = next(gpa for gpa in gpas if side.slot_at(gpa) is None)
         for size in (PAGE_4K, 0):
-            status = side.vm.set_memory_region(_SPARE_SLOT, _SPARE_GPA, size, self.host.spans[0].start).status
+            status = side.vm.set_memory_region(number, gpa, size, self.host.spans[0].start).status
             assert status == 0, status
         state[generation] = kept
 
     def set_attributes(self, gfn: int, end: int, attributes: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES."""
         private = bool(attributes & _PRIVATE)
+        if not gfn < end <= _TOP_GPA // PAGE_4K:
+            self.refused[f"memory attributes, errno {W.EINVAL}"] += 1
+            return
         for side in self.sides:
             status = side.vm.set_attributes(gfn << 12, end - gfn << 12, private=private).status
             if status:
@@ -310,28 +326,38 @@ class Replay:
         """Compare a kvm_mmu_set_spte: the leaf that the task's fault ended at."""
         task, line, gfn, level, entry = row[2], row[3], row[5], row[6], row[7]
         wanted = self._wanted.get(task, [])
-        position = next((i for i, (key, _) in enumerate(wanted) if key[1:] == (level, gfn)), -1)
+        position = next((i for i, (key, _, _) in enumerate(wanted) if key[1:] == (level, gfn)), -1)
         if position >= 0:
-            key, model = wanted.pop(position)
+            key, model, _ = wanted.pop(position)
         else:  # nothing had to change
             key = (self._space_of.get(task, 0), level, gfn)
-            there = self.sides[key[0]].tree.entry(level, gfn)
+            there = self.sides[key[0]].tree.entry(level, gfn) if 1 <= level <= _LEVELS else None
             model = there if there is not None and self._fmt.is_leaf(there, level) else 0
-        kind = "not in the model"
-        if model:
-            ours = self.matching.pages.ours.get((entry & ADDRESS) >> 12)
-            flags = (entry ^ model) & ~(ADDRESS | self._fmt.marks)
-            kind = "flags" if flags else "" if ours == (model & ADDRESS) >> 12 else "frame"
+        kind = self._how(key, entry, model, row[8])
         if kind:
             found = Difference(kind, line, key, (0, entry), (0, model) if model else None, event="kvm_mmu_set_spte")
             self.matching.note(found)
         else:
             self.matching.agreed["kvm_mmu_set_spte"] += 1
 
-    def finish(self) -> None:
-        """The log has ended: which leaves no kvm_mmu_set_spte named."""
+    def _how(self, key: Key, entry: int, model: int, at: int) -> str:
+        """How what kvm_mmu_set_spte says differs from a leaf of the model, "" if it does not; `at`: where it stands."""
+        if not model:
+            return "not in the model"
+        if (entry ^ model) & ~(ADDRESS | self._fmt.marks):
+            return "flags"
+        if self.matching.pages.ours.get((entry & ADDRESS) >> 12) != (model & ADDRESS) >> 12:
+            return "frame"
+        space, level, gfn = key
+        shift = 9 * level
+        table = self.matching.printed.get((space, level + 1, gfn >> shift << shift))
+        index = gfn >> shift - 9 & 511
+        return "" if table is None or at == (table & ADDRESS) + 8 * index else "address"
+
+    def finish(self, last: int) -> None:
+        """The log has ended: which leaves no kvm_mmu_set_spte named; `last`: line of the last input."""
         for wanted in self._wanted.values():
-            for key, model in wanted:
-                self.matching.note(
-                    Difference("not in the log", 0, key, None, (0, model), event="kvm_mmu_set_spte")
-                )
+            for key, model, since in wanted:
+                if since == last:
+                    continue
+                self.matching.note(Difference("not in the log", since, key, None, (0, model), event="kvm_mmu_set_spte"))

@@ -6,28 +6,33 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Any
 
 from pgemu.errors import InputError
 from pgemu.experiments.verification.host import Host, Span, spans_of
 from pgemu.experiments.verification.matching import Difference, Line, Matching
-from pgemu.experiments.verification.recording import Options, Part, Recording, take_apart
+from pgemu.experiments.verification.recording import Options, Part, Recording, slot_of, take_apart
 from pgemu.experiments.verification.replay import SMM_SLOTS, Replay
 from pgemu.experiments.verification.tree import Format
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.events import Input
 from pgemu.trace.log import Log
 from pgemu.trace.outcomes import SET_SPTE, SPTE_CHANGED, Kept
-from pgemu.trace.readers.ftrace import read
-from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M
+from pgemu.trace.readers import read_log
+from pgemu.trace.source import open_source
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
-__all__ = ("Verification", "verify", "verify_log")
+__all__ = ("Verification", "document", "verify", "verify_log")
 
 _AHEAD = 64  # events in which the end of a fault is looked for
+_TOP = 4  # level of the entries of a root
 _PUNCH = 2  # FALLOC_FL_PUNCH_HOLE
 _TABLES = 256 << 20  # bytes for page tables, beside what guests use
 _KHUGEPAGED = "khugepaged"
+_ELSEWHERE = 1 << 45  # where a VM without a slot has memory
+_ENDED = "entries that KVM was yet to write when the log ended"
+_L2 = "faults of L2 guests"
 _WRITES = "writes to memory by the kernel, or before the log began"
 
 
@@ -47,6 +52,7 @@ class Verification:
         first: the first of them
         inferred: inputs that the log has no event for and that were taken to have happened
         refused: inputs that KVM would have refused
+        left_out: lines that were neither replayed nor compared, by reason
     """
 
     source: str
@@ -59,6 +65,12 @@ class Verification:
     first: list[Difference] = field(default_factory=list)
     inferred: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def entries(self) -> int:
+        """How many entries were compared: lines of the log, and what the model wrote that the log lacks."""
+        return sum(self.agreed.values()) + self.differing
 
     @property
     def differing(self) -> int:
@@ -67,7 +79,9 @@ class Verification:
 
 
 def verify(
-    path: str | os.PathLike[str], options: Options | None = None, progress: Callable[[str, int, int], None] | None = None
+    path: str | os.PathLike[str],
+    options: Options | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Replay a log of KVM's events, and compare every entry that it says KVM wrote with the model's.
 
@@ -75,12 +89,10 @@ def verify(
     :param progress: called with what is done, and how many events of how many are
     :raises InputError: unreadable, malformed, or without these events
     """
-    return verify_log(read(path, keep_outcomes=True), options or Options(), progress)
+    return verify_log(read_log(open_source(path)), options or Options(), progress)
 
 
-def verify_log(
-    log: Log, options: Options, progress: Callable[[str, int, int], None] | None = None
-) -> Verification:
+def verify_log(log: Log, options: Options, progress: Callable[[str, int, int], None] | None = None) -> Verification:
     """The same of a log that was read with its outcomes."""
     recording = take_apart(log, options)
     names = ("kernel", "stage2", "prove_mmu", "nx_huge_pages", "l1tf")
@@ -92,9 +104,14 @@ def verify_log(
     done = 0
     for part in recording.parts:
         run = _Run(recording, part, options)
-        run.replay(None if progress is None else lambda n, before=done: progress("verify", before + n, total))
+        run.replay(partial(_progress, progress, done, total))
         run.add_to(found)
         done += len(part.events)
+    for name in (SPTE_CHANGED, SET_SPTE):
+        found.left_out[f"lines of {name} that were not understood"] += log.outcomes[f"{name} (not understood)"]
+    others = sum((found.lines - found.compared).values()) - found.left_out["lines of an address space without slots"]
+    found.left_out["lines of VMs of which no fault is in the log"] += others
+    found.left_out = +found.left_out
     return found
 
 
@@ -105,26 +122,35 @@ class _Run:
         self._recording = recording
         self._part = part
         self._options = options
-        spans = spans_of(part.slots, part.backings) or [Span(1 << 45, (1 << 45) + PAGE_2M, "4K")]
-        machine = _machine(recording, spans, recording.log.source)
+        spans = spans_of(part.slots, part.backings) or [Span(_ELSEWHERE, _ELSEWHERE + PAGE_2M, "4K")]
+        faults = sum(1 for kept, row in part.events if not kept and row[0] in (Input.GUEST_FAULT, Input.HOST_FAULT))
+        machine = _machine(recording, spans, faults + len(part.slots))
         fmt = Format.of(machine)
         self._fmt = fmt
         self.matching = Matching(fmt, slots_known=not part.inferred)
         two = any(slot.number >= SMM_SLOTS for slot in part.slots)
+        host = Host(machine, spans, part.holes, recording.log.source)
         self._replay = Replay(
-            machine, Host(machine, spans, part.holes), self.matching, sides=2 if two else 1, protected=part.protected,
-            prove=recording.prove_mmu, sets=recording.sets,
+            machine, host, self.matching, sides=2 if two else 1, protected=part.protected, prove=recording.prove_mmu,
+            sets=recording.sets,
         )  # fmt: skip
         self._inferred: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
         self._done: set[int] = set()  # unmaps that were done with the one before
         self._compared: Counter[str] = Counter()
         self._last_input = max(
-            (i for i, (kept, row) in enumerate(part.events) if not kept and row[0] in (Input.GUEST_FAULT, Input.MEMSLOT)),
+            (
+                i
+                for i, (kept, row) in enumerate(part.events)
+                if not kept and row[0] in (Input.GUEST_FAULT, Input.MEMSLOT)
+            ),
             default=-1,
         )
+        roots = (i for i, (kept, row) in enumerate(part.events) if kept and row[0] == Kept.CHANGED and row[6] == _TOP)
+        self._last_root = max((i for i in roots if not part.events[i][1][8] & fmt.present), default=-1)
         self._names = [task.name for task in recording.log.tasks]
 
-    def replay(self, progress: Callable[[int], None] | None) -> None:
+    def replay(self, progress: Callable[[int], None]) -> None:
         """Go through the VM's events."""
         if self._part.inferred:
             for slot in self._part.slots:
@@ -134,10 +160,12 @@ class _Run:
                 self._outcome(i, row)
             else:
                 self._input(i, row)
-            if progress is not None and i % 4096 == 0:
+            if i % 4096 == 0:
                 progress(i)
-        self._replay.finish()
-        self.matching.finish()
+        inputs = (row[3] for kept, row in reversed(self._part.events) if not kept)
+        last = next(inputs, 0)
+        self._replay.finish(last)
+        self._left_out[_ENDED] += self.matching.finish(last)
 
     def add_to(self, found: Verification) -> None:
         """Add what was found."""
@@ -146,21 +174,23 @@ class _Run:
         found.differences += self.matching.differences
         found.first += [one._replace(vm=self._part.name) for one in self.matching.first]
         found.inferred += self._inferred
+        found.left_out += self._left_out
         found.refused += self._replay.refused
 
     # ------------------------------------------------------------------ inputs
 
     def _input(self, i: int, row: list[int]) -> None:
         replay, kind, failed = self._replay, row[0], row[9]
+        self.matching.now = row[3]
         if kind == Input.GUEST_FAULT:
-            if not row[8]:
+            if row[8]:
+                self._left_out[_L2] += 1
+            else:
                 self._guest_fault(i, row)
         elif kind == Input.HOST_FAULT:
             replay.host_fault(row)
         elif kind == Input.MEMSLOT:
-            slot = _slot_of(row)
-            if slot.number // SMM_SLOTS < len(replay.sides):
-                replay.memslot(slot)
+            replay.memslot(slot_of(row))
         elif kind == Input.ATTRIBUTES:
             replay.set_attributes(*row[4:7])
         elif kind == Input.UNMAP:
@@ -214,7 +244,9 @@ class _Run:
     def _made(self, i: int, task: int) -> list[int] | None:
         """The last entry that a task's fault made, None: none."""
         found = None
-        for kept, row in islice(self._part.events, i + 1, i + _AHEAD):
+        events = self._part.events
+        for j in range(i + 1, min(i + _AHEAD, len(events))):
+            kept, row = events[j]
             if row[2] == task:
                 if not kept:
                     break
@@ -237,7 +269,8 @@ class _Run:
     def _changed(self, i: int, row: list[int]) -> None:
         line = Line(row[3], (row[4], row[6], row[5]), row[7], row[8])
         if row[4] >= len(self._replay.sides):
-            return  # an address space of which the log has no slots
+            self._left_out["lines of an address space without slots"] += 1
+            return
         self._compared[SPTE_CHANGED] += 1
         if not self.matching.is_expected(line) and self._options.inferred_inputs:
             self._infer(i, line)
@@ -247,7 +280,7 @@ class _Run:
         """An entry that nothing so far explains: what has no event may have happened."""
         fmt, replay = self._fmt, self._replay
         level = line.key[1]
-        if not fmt.is_present(line.new) and i > self._last_input and not replay.ended:
+        if not fmt.is_present(line.new) and self._last_input < i <= self._last_root and not replay.ended:
             replay.end()
             self._inferred["the end of a VM"] += 1
         elif fmt.is_leaf(line.old, level) and line.old & ~line.new == fmt.write and not line.new & ~line.old:
@@ -265,23 +298,62 @@ class _Run:
             self._inferred["dirty logging switched off"] += replay.log_dirty(line.key, False)
 
 
+def document(found: Verification) -> dict[str, Any]:
+    """What was found, as JSON has it. Addresses and entries are numbers."""
+    return {
+        "source": found.source,
+        "configuration": found.configuration,
+        "said": list(found.said),
+        "inferred_inputs": dict(found.inferred),
+        "refused": dict(found.refused),
+        "left_out": dict(found.left_out),
+        "compared": found.entries,
+        "agreed": sum(found.agreed.values()),
+        "events": {
+            name: {"lines": found.lines[name], "compared": found.compared[name], "agreed": found.agreed[name]}
+            for name in found.lines
+        },
+        "differences": [
+            {"event": event, "kind": kind, "cause": cause or None, "entries": count}
+            for (event, kind, cause), count in found.differences.most_common()
+        ],
+        "first": [_shown(one) for one in found.first],
+    }
+
+
+def _shown(one: Difference) -> dict[str, Any]:
+    space, level, gfn = one.key
+    values = {
+        name: None if pair is None else {"old": pair[0], "new": pair[1]}
+        for name, pair in (("log", one.log), ("model", one.model))
+    }
+    about = {
+        "vm": one.vm or None,
+        "line": one.line or None,
+        "event": one.event,
+        "kind": one.kind,
+        "cause": one.why or None,
+    }
+    return about | {"address_space": space, "level": level, "gfn": gfn} | values
+
+
+def _progress(progress: Callable[[str, int, int], None] | None, before: int, total: int, done: int) -> None:
+    if progress is not None:
+        progress("verify", before + done, total)
+
+
 def _near(i: int, step: int, count: int) -> range:
     return range(i + step, min(max(i + 16 * step, -1), count), step)
 
 
-def _slot_of(row: list[int]) -> Any:
-    from pgemu.experiments.verification.host import Slot
-
-    number, flags, gpa, size, hva = row[4:9]
-    return Slot(number, gpa, size, hva, flags)
-
-
-def _machine(recording: Recording, spans: list[Span], source: str) -> Machine:
-    """A machine as the recorded one, with memory for all that the slots show."""
+def _machine(recording: Recording, spans: list[Span], faults: int) -> Machine:
+    """A machine as the recorded one, with memory for what so many faults can need of what the slots show."""
     size: Counter[str] = Counter()
     for start, end, backing in spans:
         size[backing] += end - start
-    fields: dict[str, Any] = {"memory": sum(size.values()) + _TABLES}
+    tables = _TABLES + 8 * PAGE_4K * faults  # of the process and of each tree, for pages far from each other
+    fields: dict[str, Any] = {"memory": min(sum(size.values()), 2 * PAGE_4K * faults) + tables}
+    size["thp"] = min(size["thp"], 2 * PAGE_2M * faults)
     if size["hugetlb-1G"]:
         fields |= {"pool": size["hugetlb-1G"], "page_size": PAGE_1G}
         if size["hugetlb-2M"]:
@@ -295,5 +367,5 @@ def _machine(recording: Recording, spans: list[Span], source: str) -> Machine:
             Config("restructure", kernel=recording.kernel, stage2=recording.stage2,
                    nx_huge_pages=recording.nx_huge_pages, l1tf=recording.l1tf, **fields)
         )  # fmt: skip
-    except ValueError as error:
-        raise InputError(str(error), source) from None
+    except (ValueError, OSError) as error:
+        raise InputError(str(error), recording.log.source) from None

@@ -31,14 +31,18 @@ _TOP = 4
 
 
 class Change(NamedTuple):
-    """An entry that became another; `before`: what the log printed as it became what it was, None: nothing; `place`: the
-    page of memory that a leaf shows."""
+    """An entry that became another.
+
+    before: what the log printed as it became what it was, None: nothing. place: the page of memory that a leaf shows.
+    since: the line of the input that did it.
+    """
 
     key: Key
     old: int
     new: int
     before: int | None = None
     place: int | None = None
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,16 @@ class Format:
         row = int(W.STATE_FORMATS) + machine.register(W.R_STAGE2_FORMAT) * W.F_WORDS
         word = {
             name: int(machine.arrays.state[row + int(getattr(W, f"F_{name}"))])
-            for name in ("EMPTY", "FROZEN", "MMU_PRESENT", "ACCESSED", "DIRTY", "WRITE", "MMU_WRITABLE", "WRITABLE_MARKS")
+            for name in (
+                "EMPTY",
+                "FROZEN",
+                "MMU_PRESENT",
+                "ACCESSED",
+                "DIRTY",
+                "WRITE",
+                "MMU_WRITABLE",
+                "WRITABLE_MARKS",
+            )
         }
         marks = word["ACCESSED"] | word["DIRTY"]
         bits = (word["WRITE"], word["MMU_WRITABLE"], word["ACCESSED"])
@@ -133,15 +146,23 @@ class Tree:
         shift = 9 * (level - 1)
         low = max(gfn - base, 0) >> shift
         high = min((end - 1 - base) >> shift, 511) + 1
+        if high - low == 1:
+            old, new = node.seen.item(low), self._ram.item(node.at + low)
+            if old != new:
+                node.seen[low] = new
+                self._changed(level, base + (low << shift), old, new)
+            if self._fmt.is_table(new, level):
+                self._look(level - 1, base + (low << shift), gfn, end)
+            return
         now = self._ram[node.at + low : node.at + high]
-        for i in np.flatnonzero(now != node.seen[low:high]).tolist():
+        for i in (now != node.seen[low:high]).nonzero()[0].tolist():
             old, new = int(node.seen[low + i]), int(now[i])
             node.seen[low + i] = new
             self._changed(level, base + (low + i << shift), old, new)
         if level > 1:
             entries = node.seen[low:high]
             tables = (entries & np.uint64(self._fmt.present) != 0) & (entries & np.uint64(LARGE) == 0)
-            for i in np.flatnonzero(tables).tolist():
+            for i in tables.nonzero()[0].tolist():
                 self._look(level - 1, base + (low + i << shift), gfn, end)
 
     def _changed(self, level: int, gfn: int, old: int, new: int) -> None:
