@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.trace.events import TDX_SHARED_BITS
+from pgemu.trace.task_calls import TaskCalls
 
 __all__ = ("OUTCOME_WORDS", "SET_SPTE", "SPTE_CHANGED", "Kept", "Outcomes")
 
@@ -34,18 +35,18 @@ class Kept(IntEnum):
 class Outcomes:
     """What the lines of outcomes said so far; `rows` are those of inputs, whose guest faults get their level."""
 
-    def __init__(self, rows: array[int], faults: dict[int, int], counts: Counter[str], *, keep: bool) -> None:
+    def __init__(self, rows: array[int], calls: TaskCalls, counts: Counter[str], *, keep: bool) -> None:
         self._rows = rows
-        self._faults = faults  # task -> where the row of its last guest fault is
+        self._calls = calls
         self._counts = counts
-        self._kept = array("Q") if keep else None
+        self.kept = array("Q") if keep else None
 
     @property
     def rows(self) -> npt.NDArray[np.uint64] | None:
         """uint64[n, 9] in the order of the lines: kind (`Kept`), time (ns), task, line, and what the kind says."""
-        if self._kept is None:
+        if self.kept is None:
             return None
-        return np.frombuffer(self._kept, dtype=np.uint64).reshape(-1, OUTCOME_WORDS)
+        return np.frombuffer(self.kept, dtype=np.uint64).reshape(-1, OUTCOME_WORDS)
 
     def set_spte(self, event: str, task: int, time: int, line: int) -> bool:
         """An entry that KVM wrote: "gfn G spte S (rwxu) level L at A". Whether it was understood."""
@@ -57,8 +58,8 @@ class Outcomes:
             return False
         self._counts[SET_SPTE] += 1
         self._mapped(task, gfn, level)
-        if self._kept is not None:
-            self._kept.extend((Kept.SET, time, task, line, 0, gfn, level, spte, at))
+        if self.kept is not None:
+            self.kept.extend((Kept.SET, time, task, line, 0, gfn, level, spte, at))
         return True
 
     def spte_changed(self, event: str, task: int, time: int, line: int) -> None:
@@ -73,14 +74,14 @@ class Outcomes:
         self._counts[SPTE_CHANGED] += 1
         if new & _SPTE_PRESENT and (level == 1 or new & _SPTE_LARGE):
             self._mapped(task, gfn, level)
-        if self._kept is not None:
-            self._kept.extend((Kept.CHANGED, time, task, line, space, gfn, level, old, new))
+        if self.kept is not None:
+            self.kept.extend((Kept.CHANGED, time, task, line, space, gfn, level, old, new))
 
     def zap_all(self, event: str, task: int, time: int, line: int) -> None:
         """A VM's whole tree was dropped."""
         self._counts["kvm_mmu_zap_all_fast"] += 1
-        if self._kept is not None:
-            self._kept.extend((Kept.ZAP_ALL, time, task, line, 0, 0, 0, 0, 0))
+        if self.kept is not None:
+            self.kept.extend((Kept.ZAP_ALL, time, task, line, 0, 0, 0, 0, 0))
 
     def fast_page_fault(self, event: str, task: int, time: int, line: int) -> None:
         """A fault that was or was not mended without the lock: "... old S new S spurious N fixed N"."""
@@ -90,18 +91,18 @@ class Outcomes:
             fixed, old, new = int(words[-1]), int(words[-7], 16), int(words[-5], 16)
         except (ValueError, IndexError):
             return
-        if self._kept is not None:
-            self._kept.extend((Kept.FAST, time, task, line, fixed, 0, 0, old, new))
+        if self.kept is not None:
+            self.kept.extend((Kept.FAST, time, task, line, fixed, 0, 0, old, new))
 
     def get_page(self, event: str, task: int, time: int, line: int) -> None:
         """A table was made; of a top one a VM begins, or goes on after its tree was dropped."""
         self._counts["kvm_mmu_get_page"] += 1
-        if self._kept is not None and (" l4 " in event or " l5 " in event) and event.rstrip().endswith(" new"):
-            self._kept.extend((Kept.ROOT, time, task, line, 0, 0, 0, 0, 0))
+        if self.kept is not None and (" l4 " in event or " l5 " in event) and event.rstrip().endswith(" new"):
+            self.kept.extend((Kept.ROOT, time, task, line, 0, 0, 0, 0, 0))
 
     def _mapped(self, task: int, gfn: int, level: int) -> None:
         """A leaf was written: note its level at the task's guest fault, if it is the fault's."""
-        position = self._faults.get(task, -1)
+        position = self._calls.fault(task)
         if position < 0 or not 1 <= level <= 3:
             return
         # KVM prints a TD's fault with its shared bit, the entry without.

@@ -26,6 +26,7 @@ from pgemu.trace.events import (
     event_name,
     line_end,
 )
+from pgemu.trace.fast_lines import FastLines, wanted
 from pgemu.trace.fields import MalformedLineError, cut_off, fields_of, is_tail
 from pgemu.trace.lines import (
     FUNCTION,
@@ -40,7 +41,9 @@ from pgemu.trace.lines import (
 from pgemu.trace.log import NAMELESS, NO_VCPU, Log, Task
 from pgemu.trace.nested import NESTED, NestedGuests
 from pgemu.trace.outcomes import SET_SPTE, SPTE_CHANGED, Outcomes
-from pgemu.trace.source import Match, Source, open_source
+from pgemu.trace.source import Match, Source, open_source, text_of
+from pgemu.trace.task_calls import TaskCalls
+from pgemu_kernels.words.log_words import EventCode
 
 __all__ = ("read", "sniff")
 
@@ -76,8 +79,8 @@ def read(path: str | os.PathLike[str] | Source, *, keep_outcomes: bool = False) 
     """
     source = path if isinstance(path, Source) else open_source(path)
     parser = _Parser(source.name, keep_outcomes)
-    for block in source.blocks():
-        parser.feed(block)
+    for block in source.byte_blocks():
+        parser.read(block)
     return parser.finish()
 
 
@@ -86,6 +89,7 @@ class _Handlers(dict[str, _Handler | None]):
 
     def __init__(self, parser: _Parser) -> None:
         super().__init__()
+        self._parser = parser
         self._by_name: dict[str, _Handler | None] = {
             "page_fault_user": parser.page_fault_user,
             "kvm_page_fault": parser.kvm_page_fault,
@@ -115,12 +119,13 @@ class _Handlers(dict[str, _Handler | None]):
         is_return = name.removesuffix(" return") in CALLS and name.endswith(" return")
         handler = self._by_name.get(name, self._call_return if is_return else None)
         self[token] = handler
+        self._parser.token(token, handler is not None)
         return handler
 
     def only_count(self, name: str) -> None:
         """From now on an event is counted, and not parsed."""
-        self._by_name.pop(name, None)
-        self._forget(name)
+        if self._by_name.pop(name, None) is not None:
+            self._forget(name)
 
     def parse(self, name: str, handler: _Handler | None) -> None:
         """From now on an event is parsed, or only counted (None)."""
@@ -129,8 +134,10 @@ class _Handlers(dict[str, _Handler | None]):
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        for token in [token for token in self if event_name(token) == name]:
+        forgotten = [token for token in self if event_name(token) == name]
+        for token in forgotten:
             del self[token]
+        self._parser.forget(forgotten)
 
 
 class _Parser:
@@ -140,8 +147,8 @@ class _Parser:
         self._source = source
         self._keep = keep
         self._rows = array("Q")
-        self._line = 0
-        self._events = 0
+        self.line = 0
+        self.events = 0
         self._lost = 0
         self._by_tid: dict[int, int] = {}  # thread -> task
         self._about: list[Task] = []
@@ -153,30 +160,59 @@ class _Parser:
         self._back = 0, 0  # how often time goes back, and the first line where it does
         self._nameless = 0, 0  # lines without an event's name, and which is the first
         self._nested = NestedGuests()
-        self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
-        self._faults: dict[int, int] = {}  # task -> where the row of its last guest fault is
+        self._calls = TaskCalls()
+        self._fast: FastLines | None = None
+        self._block = b"", 0  # what is read, and the number of the line before it
+        self._advices: set[int] = set()  # that madvise() was given
         self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
         self._inputs: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
-        self._of_stage2 = Outcomes(self._rows, self._faults, self._outcomes, keep=keep)
+        self._of_stage2 = Outcomes(self._rows, self._calls, self._outcomes, keep=keep)
         self._handlers = _Handlers(self)
 
-    def feed(self, block: str) -> None:
+    def read(self, block: bytes) -> None:
         """Read lines; a block ends with a newline unless the file's last line lacks it."""
+        if self._fast is None and wanted(self.line):
+            self._fast = self._begin_fast()
+        if self._fast is None or not block.endswith(b"\n"):
+            self.feed_slow(block, block, self.line)
+        else:
+            self._fast.feed(block.replace(b"\r\n", b"\n") if b"\r" in block else block)
+
+    def _begin_fast(self) -> FastLines:
+        """A kernel's reader, with what was seen so far."""
+        fast = FastLines(self, self._rows, self._of_stage2.kept, self._calls.words)
+        for prefix, task in self._tasks.items():
+            fast.add_prefix(prefix, task)
+        for token, handler in self._handlers.items():
+            fast.add_token(token, handler is not None)
+        for advice in self._advices:
+            fast.add_advice(advice)
+        for counter in (self._inputs, self._outcomes):
+            if counter["kvm_unmap_hva_range"]:
+                fast.add_unmap(is_input=counter is self._inputs)
+        return fast
+
+    def feed_slow(self, piece: bytes, block: bytes, before: int) -> None:
+        """Read lines of a block line by line; `before`: the number of the line before the block."""
+        self._block = block, before
+        self._feed(text_of(piece))
+
+    def _feed(self, block: str) -> None:
         lines = block.split("\n")
         last = lines.pop()
         handlers, tokens, beginnings = self._handlers, self._tokens, self._beginnings
         point, end, unit, separator = self._columns
         width = len(separator)
-        line, number = last, self._line + len(lines) + 1
+        line, number = last, self.line + len(lines) + 1
         events = 0
         try:
             if last:
                 self._check_last(last, number)
                 lines.append(last)
-            number = self._line
+            number = self.line
             for line in lines:
                 number += 1
                 task, time = beginnings.get(line[:point], _NO_TASK)
@@ -200,15 +236,18 @@ class _Parser:
         except OverflowError:
             raise InputError(f"a number of more than 64 bits: {line[:120]!r}", self._source, number) from None
         except ValueError as error:
-            text = complaint(str(error), lines, number - self._line - 1, number == 1, line is last)
+            whole, before = self._block
+            around = text_of(whole).split("\n")
+            text = complaint(str(error), around, number - before - 1, number == 1, line is last)
             raise InputError(text, self._source, number) from None
-        self._line = number
-        self._events += events
+        self.line = number
+        self.events += events
 
     def finish(self) -> Log:
         """Classify the events that were only counted."""
-        if self._events == 0:
+        if self.events == 0:
             raise InputError("no event in it, expected text of ftrace or trace-cmd", self._source)
+        self._add_fast()
         unknown: Counter[str] = Counter()
         for token, count in self._tokens.items():
             name = event_name(token)
@@ -223,9 +262,30 @@ class _Parser:
             unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
-            self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
+            self._source, rows, self.events, *counters, self._lost, self._skipped, tuple(self._about),
             self._nested.told, tuple(self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
         )  # fmt: skip
+
+    def _add_fast(self) -> None:
+        """Add what a kernel counted."""
+        if self._fast is None:
+            return
+        for token, code, count, outcomes in self._fast.counted():
+            if not count + outcomes:
+                continue
+            name = event_name(token)
+            if code == EventCode.COUNTED:
+                self._tokens[token] += count
+            elif code in (EventCode.RETURN, EventCode.SET_SPTE, EventCode.SPTE_CHANGED):
+                self._outcomes[name] += count
+            else:
+                self._inputs[name] += count
+                self._outcomes[name] += outcomes
+        for advice, count in self._fast.advices().items():
+            self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += count
+        for counter in (self._inputs, self._outcomes):
+            for name in [name for name, count in counter.items() if not count]:
+                del counter[name]
 
     def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """The inputs by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
@@ -282,12 +342,15 @@ class _Parser:
         task = self._by_tid.setdefault(found.tid, len(self._about))
         if task == len(self._about):
             self._about.append(Task(found.tid, found.process, found.comm))
+            self._calls.add_task()
         seen = self._about[task]
         if seen.process is None or seen.name == "<...>":
             name = found.comm if seen.name == "<...>" else seen.name
             self._about[task] = Task(found.tid, found.process if seen.process is None else seen.process, name)
         if found.prefix.endswith(" "):
             self._tasks[found.prefix[:-1]] = task
+            if self._fast is not None:
+                self._fast.add_prefix(found.prefix[:-1], task)
         return task
 
     def _no_event(self, line: str) -> None:
@@ -316,6 +379,16 @@ class _Parser:
             text = f"malformed line: {line[-80:]!r}{cut_off(False, True)}"
             raise InputError(text, self._source, number)
         self._no_newline = True
+
+    def token(self, token: str, is_parsed: bool) -> None:
+        """An event's first word was seen."""
+        if self._fast is not None:
+            self._fast.add_token(token, is_parsed)
+
+    def forget(self, tokens: list[str]) -> None:
+        """What is done with events has changed."""
+        if self._fast is not None:
+            self._fast.drop_tokens(tokens)
 
     def outcomes(self) -> dict[str, _Handler]:
         """Who parses which outcomes: most of them only where they are kept."""
@@ -360,8 +433,9 @@ class _Parser:
         name = event_name(event.partition(" ")[0])
         self._ignored[name] += 1
         self._nested.event(name, event, task)
-        for other, wanted in self._nested.wanted.items():
-            self._handlers.parse(other, self.nested if wanted else None)
+        self._calls.note_l2(task, self._nested.is_l2(task))
+        for other, is_wanted in self._nested.wanted.items():
+            self._handlers.parse(other, self.nested if is_wanted else None)
 
     def _add(self, name: str, kind: Input, time: int, task: int, line: int, *words: int) -> int:
         """Append an input row; return its position."""
@@ -372,13 +446,12 @@ class _Parser:
 
     def page_fault_user(self, event: str, task: int, time: int, line: int) -> None:
         address, code = fields_of("page_fault_user", event)
-        self._calls.pop(task, None)  # the task is in user mode, so its call is over
+        self._calls.end(task)  # the task is in user mode, so its call is over
         self._add("page_fault_user", Input.HOST_FAULT, time, task, line, int(address, 16), int(code, 16))
 
     def kvm_page_fault(self, event: str, task: int, time: int, line: int) -> None:
         vcpu, address, code = fields_of("kvm_page_fault", event)
-        self._calls.pop(task, None)
-        self._faults[task] = len(self._rows)
+        self._calls.note_fault(task, len(self._rows))
         number = NO_VCPU if vcpu is None else int(vcpu)
         # As _add() does it, written out: most inputs of a log are these.
         l2 = self._nested.is_l2(task)
@@ -391,7 +464,7 @@ class _Parser:
 
     def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
         words = [int(field, 16) for field in fields_of("kvm_vm_set_mem_attributes", event)]
-        self._calls.pop(task, None)
+        self._calls.end(task)
         self._add("kvm_vm_set_mem_attributes", Input.ATTRIBUTES, time, task, line, *words)
 
     def kvm_hypercall(self, event: str, task: int, time: int, line: int) -> None:
@@ -403,12 +476,13 @@ class _Parser:
 
     def kvm_unmap_hva_range(self, event: str, task: int, time: int, line: int) -> None:
         start, end = (int(field, 16) for field in fields_of("kvm_unmap_hva_range", event))
-        call = self._calls.get(task)
-        if call is None:
+        name, position = self._calls.current(task)
+        if self._fast is not None:
+            self._fast.add_unmap(is_input=not name)
+        if not name:
             self._add("kvm_unmap_hva_range", Input.UNMAP, time, task, line, start, end)
             return
         self._outcomes["kvm_unmap_hva_range"] += 1
-        name, position = call
         if name == "sys_fallocate" and self._rows[position + 8] == 0:
             self._rows[position + 8] = start
 
@@ -418,7 +492,7 @@ class _Parser:
         flags, gpa, size, hva = (int(field, 16) for field in rest)
         if max(gpa, hva) + size > _ADDRESSES:
             raise MalformedLineError(f"memory slot that ends beyond 64 bits: {event[:120]!r}")
-        self._calls.pop(task, None)
+        self._calls.end(task)
         self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, flags, gpa, size, hva)
 
     def sys_madvise(self, event: str, task: int, time: int, line: int) -> None:
@@ -430,30 +504,35 @@ class _Parser:
             position = self._add("sys_madvise", Input.MADVISE, time, task, line, *words)
         else:
             self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += 1
-        self._calls[task] = "sys_madvise", position
+        self._calls.begin(task, "sys_madvise", position)
+        self._advices.add(advice)
+        if self._fast is not None:
+            self._fast.add_advice(advice)
 
     def sys_munmap(self, event: str, task: int, time: int, line: int) -> None:
         start, length = (int(field, 16) for field in fields_of("sys_munmap", event))
-        self._calls[task] = "sys_munmap", self._add("sys_munmap", Input.MUNMAP, time, task, line, start, length)
+        position = self._add("sys_munmap", Input.MUNMAP, time, task, line, start, length)
+        self._calls.begin(task, "sys_munmap", position)
 
     def sys_mmap(self, event: str, task: int, time: int, line: int) -> None:
         address, length, flags, fd, offset = (int(field, 16) for field in fields_of("sys_mmap", event))
         position = self._add("sys_mmap", Input.MMAP, time, task, line, address, length, fd, offset, flags)
-        self._calls[task] = "sys_mmap", position
+        self._calls.begin(task, "sys_mmap", position)
 
     def other_call(self, event: str, task: int, time: int, line: int) -> None:
         """sys_mprotect, sys_mremap: not inputs, but what they unmap is their outcome."""
         name = event_name(event.partition(" ")[0])
         self._ignored[name] += 1
-        self._calls[task] = name, -1
+        self._calls.begin(task, name, -1)
 
     def sys_fallocate(self, event: str, task: int, time: int, line: int) -> None:
         words = [int(field, 16) for field in fields_of("sys_fallocate", event)]
-        self._calls[task] = "sys_fallocate", self._add("sys_fallocate", Input.FALLOCATE, time, task, line, *words)
+        position = self._add("sys_fallocate", Input.FALLOCATE, time, task, line, *words)
+        self._calls.begin(task, "sys_fallocate", position)
 
     def hugetlbfs_fallocate(self, event: str, task: int, time: int, line: int) -> None:
         inode, mode, offset, length, _, result = fields_of("hugetlbfs_fallocate", event)
-        if self._calls.get(task, ("", -1))[0] == "sys_fallocate":
+        if self._calls.current(task)[0] == "sys_fallocate":
             self._outcomes["hugetlbfs_fallocate"] += 1
             return
         words = int(inode), int(mode or "0", 8), int(offset), int(length)
@@ -469,7 +548,7 @@ class _Parser:
             raise MalformedLineError(f"malformed return of a system call, expected a number: {event[:120]!r}") from None
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
-        call, position = self._calls.pop(task, ("", -1))
+        call, position = self._calls.end(task)
         if position < 0 or not name.startswith(call):
             return
         if value < 0 or value >= _FIRST_ERROR:
