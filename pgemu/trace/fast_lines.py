@@ -1,7 +1,8 @@
 """Long logs, read as bytes by a kernel: every line that looks like one before, the others as ever.
 
-Loading a kernel takes about as long as Python takes for some 100,000 lines, and compiling one as long as for a million.
-So a log is read by Python until it has turned out to be long (`wanted`), and short ones never load numba.
+Loading numba and the kernel takes about as long as Python takes for 200,000 lines, and compiling it as long as for a
+million. So a log is read by Python until it has turned out to be long (`wanted`), and short ones never load numba.
+Where that is loaded anyway, and the kernel was compiled before, the kernel reads from the first line on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ("FastLines", "wanted")
 
+LEAST_BYTES = 1 << 16  # of a block: of less nobody waits
 LINES_TO_LOAD = 1 << 19  # read by Python before numba is loaded, which takes a second
 LINES_TO_COMPILE = 1 << 21  # ... before the kernel is compiled
 
@@ -65,9 +67,9 @@ class Parser(Protocol):
         """Read lines of a block; `before`: the number of the line before the block."""
 
 
-def wanted(lines: int) -> bool:
-    """Whether the kernel is worth its loading, or its compilation, after so many lines."""
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+def wanted(lines: int, size: int) -> bool:
+    """Whether the kernel is worth its loading, or its compilation, after so many lines, for a block of some bytes."""
+    if size < LEAST_BYTES or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return False
     if "numba" not in sys.modules and lines < LINES_TO_LOAD:
         return False
