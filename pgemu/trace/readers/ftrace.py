@@ -90,6 +90,10 @@ class _Parser(EventRows):
         self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
         self._skipped: Counter[str] = Counter()
 
+    def feed(self, block: str) -> None:
+        """The same of text."""
+        self.read(block.encode("utf-8", "surrogateescape"))
+
     def read(self, block: bytes) -> None:
         """Read lines; a block ends with a newline unless the file's last line lacks it."""
         if self._fast is None and wanted(self.line, len(block)):
