@@ -135,7 +135,17 @@ LINE = st.tuples(TASKS, st.sampled_from(["[000] .....", "[001] d....", "[000]"])
     lambda parts: f" {parts[0]} {parts[1]} {parts[2]}: {parts[3]}"
 )
 OTHER = st.sampled_from(
-    ["# tracer: nop", "", "CPU:0 [LOST 3 EVENTS]", " => do_syscall_64", "    ffffffff81 x+0x1 ([k])"]
+    [
+        " vmm-9 [000] ..... 1.000001: ",
+        " vmm-9 [000] ..... 1.000001:  x",
+        "1.000001: ",
+        ": ",
+        "# tracer: nop",
+        "",
+        "CPU:0 [LOST 3 EVENTS]",
+        " => do_syscall_64",
+        "    ffffffff81 x+0x1 ([k])",
+    ]
 )
 
 

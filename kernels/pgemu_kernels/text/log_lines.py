@@ -133,6 +133,8 @@ def is_same(r, at, where, length):
 @kernel
 def find(r, table, at, end):
     """The row of the text [at, end) in a table of what was seen before, or NONE."""
+    if at == end:
+        return NONE
     hashed = end - at
     for i in range(_SAMPLES):  # what differs is found by comparing
         hashed = (hashed ^ U(r.text[at + (end - at - U1) * i // (_SAMPLES - U1)])) * _HASH_FACTOR
