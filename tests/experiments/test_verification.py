@@ -225,6 +225,32 @@ def test_a_large_vm_of_which_little_is_used_needs_little(tmp_path: Path) -> None
     assert found.agreed[CHANGED] == 1
 
 
+NUMBER = re.compile(r"(?<=[ =x])[0-9a-f]+(?=[ ,)]|$)")
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), name=st.sampled_from(["vm-boot-q35-4k", "ftrace-kvm-ept", "vm-boot-microvm-hugetlb"]))
+def test_whatever_numbers_a_log_has(data: st.DataObject, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It is verified, or refused in one line."""
+    first = next(i for i, line in enumerate(lines(name)) if CHANGED in line)
+    text = list(lines(name)[: first + 600])
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(max(first - 400, 0), len(text) - 1))
+        head, colon, event = text[at].rstrip("\n").partition(": ")
+        found = list(NUMBER.finditer(event))
+        if not found:
+            continue
+        one = data.draw(st.sampled_from(found))
+        number = data.draw(
+            st.sampled_from(["0", "3", "f" * 16, "8" + "0" * 15]) | st.integers(0, 2**64).map("{:x}".format)
+        )
+        text[at] = f"{head}{colon}{event[: one.start()]}{number}{event[one.end() :]}\n"
+    try:
+        document(verified(tmp_path_factory.mktemp("numbers") / "log", text))
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (it may also be verified)
+
+
 def test_the_document_adds_up() -> None:
     found, _ = whole("ftrace-kvm-ept")
     shown = document(found)
