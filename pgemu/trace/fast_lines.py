@@ -1,8 +1,8 @@
 """Long logs, read as bytes by a kernel: every line that looks like one before, the others as ever.
 
-Loading numba and the kernel takes about as long as Python takes for 200,000 lines, and compiling it as long as for a
-million. So a log is read by Python until it has turned out to be long (`wanted`), and short ones never load numba.
-Where that is loaded anyway, and the kernel was compiled before, the kernel reads from the first line on.
+Loading numba and the kernel takes about as long as Python takes for 200,000 lines, compiling it as long as for 800,000.
+So a log is read by Python until it has turned out to be long (`wanted`), and short ones never load numba. Where that is
+loaded anyway, and the kernel was compiled before, the kernel reads from the first line on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ("FastLines", "wanted")
 
 LEAST_BYTES = 1 << 16  # of a block: of less nobody waits
-LINES_TO_LOAD = 1 << 19  # read by Python before numba is loaded, which takes a second
-LINES_TO_COMPILE = 1 << 21  # ... before the kernel is compiled
+LINES_TO_LOAD = 1 << 18  # read by Python before numba and the kernel are loaded, which takes a second
+LINES_TO_COMPILE = 1 << 20  # ... before the kernel is compiled, which takes three
 
 _ROOM = 1 << 14  # rows of each kind that one call can make
 _MOST_SLOW = 1 << 10  # lines that Python reads at once where the kernel read none
