@@ -24,7 +24,7 @@ KERNELS = (
     ("words",),
     ("formats",),
     ("engine",),
-    ("tables",),
+    ("tables", "text"),
     ("folios",),
     ("stage2",),
     ("process",),

@@ -51,6 +51,7 @@ class Log:
         notes: what of the text was taken to mean something, in words
         stage2: "ept" or "npt" if an exit says so, else None
         doubts: why it is not, or not all, of one VM
+        sptes: uint64[n, 9], what KVM said it wrote to stage 2 (pgemu.trace.outcomes); None where nobody asked for it
     """
 
     source: str
@@ -67,3 +68,4 @@ class Log:
     notes: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
     stage2: str | None = None
+    sptes: npt.NDArray[np.uint64] | None = None

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 from pgemu.errors import InputError
 from pgemu.trace.watching import tell_of
 
-__all__ = ("LONGEST_LINE", "MOST_GROWTH", "Match", "Source", "open_source")
+__all__ = ("LONGEST_LINE", "MOST_GROWTH", "Match", "Source", "open_source", "text_of")
 
 LONGEST_LINE = 1 << 20
 """Bytes; the kernel's lines have a page at most (kernel/trace/trace.h: TRACE_SEQ_BUFFER_SIZE, 8 KiB)."""
@@ -153,6 +153,10 @@ class Source:
         self._stream.close()
 
     def blocks(self) -> Iterator[str]:
+        """The same as text."""
+        return map(text_of, self.byte_blocks())
+
+    def byte_blocks(self) -> Iterator[bytes]:
         """Yield the text in blocks that end with a newline; only the last one may lack it.
 
         :raises InputError: the compressed stream is damaged, ends early or grows too much, the data is no text, or a
@@ -175,11 +179,11 @@ class Source:
                     continue
                 cut = data.rfind(b"\n") + 1
                 lines += data.count(b"\n")
-                yield _text(b"".join([*parts, data[:cut]]))
+                yield b"".join([*parts, data[:cut]])
                 parts = [data[cut:]]
                 waiting = len(data) - cut
         if waiting:
-            yield _text(b"".join(parts))
+            yield b"".join(parts)
 
     def _slices(self) -> Iterator[bytes]:
         """The data in slices of at most _BLOCK bytes."""
@@ -261,7 +265,7 @@ def _sliced(data: bytes, most: int) -> Iterator[bytes]:
         yield data[first : first + most]
 
 
-def _text(data: bytes) -> str:
+def text_of(data: bytes) -> str:
     """Decode; thread names may hold any byte (the kernel cuts them at 15), so none is an error here."""
     text = data.decode("utf-8", errors="surrogateescape")
     return text.replace("\r\n", "\n") if "\r" in text else text

@@ -37,6 +37,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     vm.bind(gmem, gpa=0)
     vm.touch(0)
     machine.write_image(folder / "image")
+    (folder / "log").write_text(
+        " vmm-9 [000] ..... 1.000000: kvm_memslot: slot=0 flags=0 gpa=0x0 size=0x200000 hva=0x7f0000000000\n"
+        " vmm-9 [000] ..... 1.000001: kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006\n"
+        " vmm-9 [000] ..... 1.000002: kvm_tdp_mmu_spte_changed: as id 0 gfn 0 level 4 "
+        "old_spte 8000000000000000 new_spte 1000827\n"
+    )
     document = folder / "a.json"
     document.write_text(in_process(*COMPARE, str(LOG), "--format", "json")[1])
     return {
@@ -51,6 +57,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "page": [str(folder / "image"), "0", "--root", "kernel"],
         "scenario": ["smallest-pfnmap"],
         "walk": [str(folder / "image"), "--root", "vm:0", "0"],
+        "verify": [str(folder / "log")],
         "warmup": [],
     }
 

@@ -13,6 +13,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import pgemu_kernels
 from pgemu.machine.designs import DESIGNS
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Kind, translate, translate_nested
+from pgemu.trace.fast_lines import FastLines
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
 from pgemu_kernels.engine.ahead import Declared
@@ -33,7 +35,7 @@ from pgemu_kernels.engine.inner_functions import StepCompiler
 from pgemu_kernels.engine.numba_internals import EntryCompiler
 from pgemu_kernels.run.entries import declared
 
-ENTRY_LIMIT = 15  # what one and the next have in common is compiled twice
+ENTRY_LIMIT = 16  # what one and the next have in common is compiled twice
 
 # Arguments and variables of these names hold page-table values or index arrays of them.
 NUMBERS = {"gfn", "pfn", "frame", "page", "index", "start", "end", "level", "slot"}
@@ -95,6 +97,16 @@ def exercise(machine: Machine) -> None:
     assert table.map(0, 0, level=2).status == 0
     assert table.unmap(0).status == 0
     assert machine.check() == 0
+    FastLines(NoLines(), array("Q"), None, array("Q")).feed(b"\n")
+
+
+class NoLines:
+    """Who reads the lines that the kernel does not."""
+
+    line = events = 0
+
+    def feed_slow(self, piece: bytes, block: bytes, before: int) -> None:
+        assert piece == block
 
 
 def freshly_compiled(declared: Declared) -> Any:

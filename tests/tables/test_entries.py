@@ -78,9 +78,9 @@ REFERENCE = [
     ("EPT 2M, 7.3, NX mitigation", 0x80A0_0000_0000_0BF3, K.stage2_leaf(HASWELL, 2)),
     ("EPT table, 7.3", 0x8000_0000_0000_0D07, EPT_73.table_entry(0)),
     ("empty SPTE", NX, EPT_73.empty),
-    ("frozen SPTE", NX | 0x5A0, EPT_73.frozen),
+    ("frozen SPTE", NX | 0x1A0, EPT_73.frozen),
     ("empty SPTE, NPT", NX, NPT.empty),
-    ("frozen SPTE, NPT", NX | 0x5A0, NPT.frozen),
+    ("frozen SPTE, NPT", NX | 0x1A0, NPT.frozen),
     ("NPT 4K", 0xE67, K.stage2_leaf(NPT, 1)),
     ("NPT 2M", 0xEE7, K.stage2_leaf(NPT, 2)),
     ("NPT 1G", 0xEE7, K.stage2_leaf(NPT, 3)),
@@ -497,7 +497,7 @@ def test_kinds_are_those_of_the_manuals(checked: tuple[PageFormat, Manual], data
     (x86_64(maxphyaddr=52, amd=True), 3, 0x167, EntryKind.TABLE),  # reserved at level 4 alone
     (x86_64(maxphyaddr=52, amd=True), 4, 0x167, EntryKind.RESERVED),
     (NPT, 1, NX, EntryKind.ABSENT),
-    (NPT, 1, NX | 0x5A0, EntryKind.FROZEN),
+    (NPT, 1, NX | 0x1A0, EntryKind.FROZEN),
     (npt(kernel="6.1"), 1, 0x5A0, EntryKind.FROZEN),
     (npt(maxphyaddr=52), 1, 0x8_0001_0400_0027, EntryKind.LEAF),  # no reserved bits: KVM caches none
     (npt(c_bit=47, reduced=43), 1, 0xF_F801_0400_0027, EntryKind.MMIO),

@@ -226,7 +226,7 @@ def test_concatenated_roots_are_one_table() -> None:
     ("x86-64", 1, 0xFFFF_FFFF_FFFF_F600, Kind.ABSENT),  # a guard page
     ("npt", 1, 0x8000104000027, Kind.RESERVED),  # KVM's MMIO
     ("ept", 1, 0xF8104000026, Kind.MISCONFIGURED),
-    ("ept", 2, 0x80000000000005A0, Kind.ABSENT),  # frozen
+    ("ept", 2, 0x80000000000001A0, Kind.ABSENT),  # frozen
     ("ept", 1, 0b010, Kind.MISCONFIGURED),
     ("ept", 1, 0b111 | 2 << 3, Kind.MISCONFIGURED),  # memory type 2
     ("arm64-s2", 1, 0x7D9, Kind.RESERVED),  # a block where only pages are

@@ -69,8 +69,6 @@ VMEMMAP_READ_ONLY = PRESENT | ACCESSED | GLOBAL | NO_EXECUTE  # 8..121
 # KVM's stage 2: arch/x86/kvm/mmu/spte.h
 EMPTY_SPTE = 1 << 63  # SHADOW_NONPRESENT_VALUE
 MMU_PRESENT = 1 << 11
-FROZEN_LOW = 0x5A0
-FROZEN_SPTE = EMPTY_SPTE | FROZEN_LOW
 HOST_WRITABLE = 1 << 9  # of NPT; EPT has them in KernelParameters.ept_writable
 MMU_WRITABLE = 1 << 10
 NPT_TABLE = PRESENT | WRITE | USER | ACCESSED | MMU_PRESENT  # 827
@@ -173,7 +171,8 @@ class KernelParameters:
     that the folio is deferred for its split (captured for 6.12).
     `pins_mapped_pages`: kvm_vcpu_map() pins, and refuses VM_PFNMAP but for kvm.allow_unsafe_mappings (6.13, "KVM: Pin
     (as in FOLL_PIN) pages during kvm_vcpu_map()"), else it takes one reference (kvm_try_get_pfn()).
-    `empty_spte`: KVM's value of an empty entry, and with 0x5a0 the frozen one (spte.h:SHADOW_NONPRESENT_VALUE).
+    `empty_spte`: KVM's value of an empty entry (spte.h:SHADOW_NONPRESENT_VALUE), and with `frozen_low` the frozen one
+    (spte.h:FROZEN_SPTE; captured for 6.12 and 7.3).
     `arm_two_bit_xn`: KVM writes XN[1:0] of FEAT_XNX (arm64/kvm/hyp/pgtable.c:stage2_set_xn_attr()), else bit 54.
     `arm_locked`: an Arm entry between break and make (KVM_INVALID_PTE_LOCKED; a type in bits 63:60 from 7.1 on).
     `arm_two_bit_xn` of 6.18 and `arm_locked` of 6.18 are inference: only 6.12 and 7.1 were read.
@@ -200,6 +199,7 @@ class KernelParameters:
     thp_modify_drops_dirty: bool = False
     thp_split_drops_dirty: bool = False
     empty_spte: int = EMPTY_SPTE
+    frozen_low: int = 0x5A0
     arm_two_bit_xn: bool = False
     arm_locked: int = 1 << 10
     recovers_huge_pages: bool = True
@@ -230,7 +230,7 @@ KERNELS: dict[str, KernelParameters] = {
     "7.3": KernelParameters(
         "7.3", 1 << 53 | 1 << 55, EPT_USER_EXECUTE, True, 4, True, False, BootMarks.ALL, False,
         arm_two_bit_xn=True, arm_locked=1 << 60, virtual_index=True, gigantic_surplus=True,
-        collapse_skips_holes=True, failure_pfn=True,
+        collapse_skips_holes=True, failure_pfn=True, frozen_low=0x1A0,
     ),
 }  # fmt: skip
 """The kernels that pgemu runs."""

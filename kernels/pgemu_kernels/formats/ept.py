@@ -85,7 +85,7 @@ def ept(
         table=bits.EPT_RWX | kvm | parameters.ept_extra | (bits.EPT_ACCESSED if accessed_dirty else 0),
         leaf=(base, large, large),
         empty=parameters.empty_spte,
-        frozen=parameters.empty_spte | bits.FROZEN_LOW,
+        frozen=parameters.empty_spte | parameters.frozen_low,
         kernel=parameters.release,
         maxphyaddr=maxphyaddr,
         read=1 << 0,

@@ -58,7 +58,7 @@ def npt(
         table=bits.NPT_TABLE | encrypted,
         leaf=(small, small | bits.LARGE, small | bits.LARGE),
         empty=parameters.empty_spte,
-        frozen=parameters.empty_spte | bits.FROZEN_LOW,
+        frozen=parameters.empty_spte | parameters.frozen_low,
         kernel=parameters.release,
         kvm_leaf=bits.MMU_PRESENT,
         host_writable=bits.HOST_WRITABLE,

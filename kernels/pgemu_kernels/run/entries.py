@@ -26,7 +26,7 @@ __all__ = (
         "run_pooling",
         "tell_devices",
     ),
-    *("translate", "translate_nested"),
+    *("read_lines", "translate", "translate_nested"),
 )
 
 _INTS, _WORDS, _BYTES = "int64[::1]", "uint64[::1]", "uint8[::1]"
@@ -84,6 +84,11 @@ translate_nested = declare(
     "pgemu_kernels.tables.nested", "translate_nested", descriptor=_INTS, guest_format=_WORD, guest_root=_WORD,
     stage2_format=_WORD, stage2_root=_WORD, addresses=_WORDS, kinds=_BYTES, access=_WORDS, physical=_WORDS,
     status=_BYTES, stage=_BYTES, **_WALKS, fault=_WORDS, **_LISTS, block=_WORD,
+).dispatcher  # fmt: skip
+
+read_lines = declare(
+    "pgemu_kernels.text.log_lines", "read_lines", text=_BYTES, control=_WORDS, prefixes=_WORDS, tokens=_WORDS,
+    names=_BYTES, shapes=_BYTES, counts=_WORDS, advices=_WORDS, tasks=_WORDS, older=_WORDS, rows=_WORDS, kept=_WORDS,
 ).dispatcher  # fmt: skip
 
 _addresses = np.zeros(len(_LOOPS), np.uint64)  # of the loops' machine code, as far as they were called

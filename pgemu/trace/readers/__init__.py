@@ -20,7 +20,7 @@ from pgemu.trace.lowered import Lowered
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 
-__all__ = ("read", "readers")
+__all__ = ("read", "read_log", "readers")
 
 _RECORDINGS = {
     b"PERFILE2": "a recording of perf: print it with perf script -i FILE -F comm,pid,tid,cpu,time,event,trace",
@@ -35,15 +35,33 @@ def readers() -> Iterator[Any]:
         yield import_module(f"{__name__}.{found.name}")
 
 
+def _refuse_recording(source: Source) -> None:
+    for magic, what in _RECORDINGS.items():
+        if source.head.startswith(magic):
+            source.close()
+            raise InputError(what, source.name)
+
+
+def read_log(source: Source) -> Log:
+    """Read the text of a log with what KVM said it wrote (`Log.sptes`).
+
+    :raises InputError: no text, no event in it, or a malformed line (with its number)
+    """
+    from pgemu.trace.readers import ftrace
+
+    _refuse_recording(source)
+    if ftrace.sniff(source.head) is Match.NO:
+        source.close()
+        raise InputError("binary data, expected text of ftrace or trace-cmd", source.name)
+    return ftrace.read(source, keep_outcomes=True)
+
+
 def read(source: Source) -> Log | Lowered | Unplaced:
     """Read a trace by the reader that is the surest to know its format.
 
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
     """
-    for magic, what in _RECORDINGS.items():
-        if source.head.startswith(magic):
-            source.close()
-            raise InputError(what, source.name)
+    _refuse_recording(source)
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
     if sure is Match.NO:
         source.close()

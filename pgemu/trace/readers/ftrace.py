@@ -1,33 +1,32 @@
 """Text of ftrace, `trace-cmd report` and `perf script`: from lines to input rows and counts.
 
 Most lines of a log are outcomes, and begin as the one before: a line costs three slices and two dictionary look-ups
-until its event's name says that it is an input; only inputs meet a regular expression.
+until its event's name says that it is an input; only inputs meet a regular expression. Of long logs a kernel reads
+those lines that look like one before (pgemu.trace.fast_lines): what a line means is said here alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.beside import belongs_to, complaint
+from pgemu.trace.event_rows import EventRows
 from pgemu.trace.events import (
     ADVICE,
-    CALLS,
     IGNORED,
     OUTCOMES,
-    TDX_SHARED_BITS,
-    Input,
     event_name,
     line_end,
 )
-from pgemu.trace.fields import MalformedLineError, cut_off, fields_of, is_tail
+from pgemu.trace.fast_lines import FastLines, wanted
+from pgemu.trace.fields import cut_off, is_tail
 from pgemu.trace.lines import (
     FUNCTION,
     HEADER,
@@ -38,34 +37,17 @@ from pgemu.trace.lines import (
     place,
     stamp_of,
 )
-from pgemu.trace.log import NAMELESS, NO_VCPU, Log, Task
-from pgemu.trace.nested import NESTED, NestedGuests
-from pgemu.trace.source import Match, Source, open_source
+from pgemu.trace.log import NAMELESS, Log, Task
+from pgemu.trace.source import Match, Source, open_source, text_of
+from pgemu_kernels.words.log_words import ROW_WORDS, EventCode
 
 __all__ = ("read", "sniff")
 
-_WORDS = 10
-_TIME, _LINE, _LEVEL, _STATE = 1, 3, 7, 9  # _LEVEL: word D of a guest fault
-_GUEST_FAULT = int(Input.GUEST_FAULT)
-_FAILED = 1
-_SPTE_PRESENT, _SPTE_LARGE = 1 << 11, 1 << 7  # SPTE_MMU_PRESENT_MASK (Linux 5.13), PT_PAGE_SIZE_MASK
-_SET_SPTE, _SPTE_CHANGED = "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed"
-_SHARED_BITS = sum(1 << bit for bit in TDX_SHARED_BITS)
-_PADDING = tuple((0,) * (_WORDS - 4 - words) for words in range(_WORDS - 4))
-_ADDRESSES, _FIRST_ERROR = 1 << 64, (1 << 64) - 4095  # IS_ERR_VALUE()
+_TIME, _LINE = 1, 3
 
-_DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
 _NO_TASK = -1, 0
-_MAP_GPA_RANGE = " nr 0xc "  # KVM_HC_MAP_GPA_RANGE, include/uapi/linux/kvm_para.h
-_IOMMU = " IOMMU: "
-_PARSED = (
-    "page_fault_user", "kvm_page_fault", "kvm_vm_set_mem_attributes", "kvm_hypercall", "kvm_unmap_hva_range",
-    "kvm_memslot", "sys_madvise", "sys_munmap", "sys_mmap", "sys_fallocate", "hugetlbfs_fallocate",
-)  # fmt: skip
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
 _BEGINNINGS = 1 << 16  # remembered; there is one for each task and second
-
-_Handler = Callable[[str, int, int, int], None]
 
 
 def sniff(head: bytes) -> Match:
@@ -73,70 +55,28 @@ def sniff(head: bytes) -> Match:
     return Match.NO if b"\0" in head else Match.POSSIBLE
 
 
-def read(path: str | os.PathLike[str] | Source) -> Log:
+def read(path: str | os.PathLike[str] | Source, *, keep_outcomes: bool = False) -> Log:
     """Read a log.
 
     :param path: plain or compressed text, or an opened source
+    :param keep_outcomes: whether the entries of stage 2 that KVM says it wrote are wanted (`Log.sptes`)
     :raises InputError: unreadable, no event in it, or a line that is malformed (with its number)
     """
     source = path if isinstance(path, Source) else open_source(path)
-    parser = _Parser(source.name)
-    for block in source.blocks():
-        parser.feed(block)
+    parser = _Parser(source.name, keep_outcomes)
+    for block in source.byte_blocks():
+        parser.read(block)
     return parser.finish()
 
 
-class _Handlers(dict[str, _Handler | None]):
-    """First word of an event -> who parses it; None for events that are only counted."""
+class _Parser(EventRows):
+    """State while a log is read: tasks seen, where things stand in lines, counts so far."""
 
-    def __init__(self, parser: _Parser) -> None:
-        super().__init__()
-        self._by_name: dict[str, _Handler | None] = {
-            **{name: getattr(parser, name) for name in _PARSED},
-            **dict.fromkeys(("sys_mprotect", "sys_mremap"), parser.other_call),
-            **dict.fromkeys(("map", "unmap"), parser.iommu),
-            _SET_SPTE: parser.kvm_mmu_set_spte,
-            _SPTE_CHANGED: parser.kvm_tdp_mmu_spte_changed,
-            **dict.fromkeys(("PERF_RECORD_LOST", "PERF_RECORD_LOST_SAMPLES"), parser.perf_record_lost),
-            **dict.fromkeys((*NESTED, "kvm_exit"), parser.nested),
-        }
-        self._call_return = parser.call_return
-        self._displaced = parser.displaced
-
-    def __missing__(self, token: str) -> _Handler | None:
-        if not is_name(token):  # and the next one may be another number, so it is not kept
-            return self._displaced
-        name = event_name(token)
-        is_return = name.removesuffix(" return") in CALLS and name.endswith(" return")
-        handler = self._by_name.get(name, self._call_return if is_return else None)
-        self[token] = handler
-        return handler
-
-    def only_count(self, name: str) -> None:
-        """From now on an event is counted, and not parsed."""
-        self._by_name.pop(name, None)
-        self._forget(name)
-
-    def parse(self, name: str, handler: _Handler | None) -> None:
-        """From now on an event is parsed, or only counted (None)."""
-        if self._by_name.get(name) is not handler:
-            self._by_name[name] = handler
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        for token in [token for token in self if event_name(token) == name]:
-            del self[token]
-
-
-class _Parser:
-    """State while a log is read: tasks seen, calls that have not returned, rows and counts so far."""
-
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, keep: bool = False) -> None:
+        super().__init__(keep)
         self._source = source
-        self._rows = array("Q")
-        self._line = 0
-        self._events = 0
-        self._lost = 0
+        self.line = 0
+        self.events = 0
         self._by_tid: dict[int, int] = {}  # thread -> task
         self._about: list[Task] = []
         self._tasks: dict[str, int] = {}  # text before the time stamp -> task
@@ -146,30 +86,54 @@ class _Parser:
         self._ticks = self._no_newline = False
         self._back = 0, 0  # how often time goes back, and the first line where it does
         self._nameless = 0, 0  # lines without an event's name, and which is the first
-        self._nested = NestedGuests()
-        self._calls: dict[int, tuple[str, int]] = {}  # task -> call it is in, and where its row is (-1: none)
-        self._faults: dict[int, int] = {}  # task -> where the row of its last guest fault is
-        self._tokens: Counter[str] = Counter()  # events that are only counted, by their first word
-        self._inputs: Counter[str] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self._ignored: Counter[str] = Counter()
+        self._block = b"", 0  # what is read, and the number of the line before it
         self._skipped: Counter[str] = Counter()
-        self._handlers = _Handlers(self)
 
     def feed(self, block: str) -> None:
+        """The same of text."""
+        self.read(block.encode("utf-8", "surrogateescape"))
+
+    def read(self, block: bytes) -> None:
         """Read lines; a block ends with a newline unless the file's last line lacks it."""
+        if self._fast is None and wanted(self.line, len(block)):
+            self._fast = self._begin_fast()
+        if self._fast is None or not block.endswith(b"\n"):
+            self.feed_slow(block, block, self.line)
+        else:
+            self._fast.feed(block.replace(b"\r\n", b"\n") if b"\r" in block else block)
+
+    def _begin_fast(self) -> FastLines:
+        """A kernel's reader, with what was seen so far."""
+        fast = FastLines(self, self._rows, self._of_stage2.kept, self._calls.words)
+        for prefix, task in self._tasks.items():
+            fast.add_prefix(prefix, task)
+        for token, handler in self._handlers.items():
+            fast.add_token(token, handler is not None)
+        for advice in self._advices:
+            fast.add_advice(advice)
+        for counter in (self._inputs, self._outcomes):
+            if counter["kvm_unmap_hva_range"]:
+                fast.add_unmap(is_input=counter is self._inputs)
+        return fast
+
+    def feed_slow(self, piece: bytes, block: bytes, before: int) -> None:
+        """Read lines of a block line by line; `before`: the number of the line before the block."""
+        self._block = block, before
+        self._feed(text_of(piece))
+
+    def _feed(self, block: str) -> None:
         lines = block.split("\n")
         last = lines.pop()
         handlers, tokens, beginnings = self._handlers, self._tokens, self._beginnings
         point, end, unit, separator = self._columns
         width = len(separator)
-        line, number = last, self._line + len(lines) + 1
+        line, number = last, self.line + len(lines) + 1
         events = 0
         try:
             if last:
                 self._check_last(last, number)
                 lines.append(last)
-            number = self._line
+            number = self.line
             for line in lines:
                 number += 1
                 task, time = beginnings.get(line[:point], _NO_TASK)
@@ -193,15 +157,18 @@ class _Parser:
         except OverflowError:
             raise InputError(f"a number of more than 64 bits: {line[:120]!r}", self._source, number) from None
         except ValueError as error:
-            text = complaint(str(error), lines, number - self._line - 1, number == 1, line is last)
+            whole, before = self._block
+            around = text_of(whole).split("\n")
+            text = complaint(str(error), around, number - before - 1, number == 1, line is last)
             raise InputError(text, self._source, number) from None
-        self._line = number
-        self._events += events
+        self.line = number
+        self.events += events
 
     def finish(self) -> Log:
         """Classify the events that were only counted."""
-        if self._events == 0:
+        if self.events == 0:
             raise InputError("no event in it, expected text of ftrace or trace-cmd", self._source)
+        self._add_fast()
         unknown: Counter[str] = Counter()
         for token, count in self._tokens.items():
             name = event_name(token)
@@ -211,14 +178,35 @@ class _Parser:
                 self._ignored[name] += count
             else:
                 unknown[name] += count
-        rows = self._in_order(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, _WORDS))
+        rows = self._in_order(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, ROW_WORDS))
         if self._nameless[0]:
             unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
-            self._source, rows, self._events, *counters, self._lost, self._skipped, tuple(self._about),
-            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2,
+            self._source, rows, self.events, *counters, self._lost, self._skipped, tuple(self._about),
+            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
         )  # fmt: skip
+
+    def _add_fast(self) -> None:
+        """Add what a kernel counted."""
+        if self._fast is None:
+            return
+        for token, code, count, outcomes in self._fast.counted():
+            if not count + outcomes:
+                continue
+            name = event_name(token)
+            if code == EventCode.COUNTED:
+                self._tokens[token] += count
+            elif code in (EventCode.RETURN, EventCode.SET_SPTE, EventCode.SPTE_CHANGED):
+                self._outcomes[name] += count
+            else:
+                self._inputs[name] += count
+                self._outcomes[name] += outcomes
+        for advice, count in self._fast.advices().items():
+            self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += count
+        for counter in (self._inputs, self._outcomes):
+            for name in [name for name, count in counter.items() if not count]:
+                del counter[name]
 
     def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """The inputs by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
@@ -275,12 +263,15 @@ class _Parser:
         task = self._by_tid.setdefault(found.tid, len(self._about))
         if task == len(self._about):
             self._about.append(Task(found.tid, found.process, found.comm))
+            self._calls.add_task()
         seen = self._about[task]
         if seen.process is None or seen.name == "<...>":
             name = found.comm if seen.name == "<...>" else seen.name
             self._about[task] = Task(found.tid, found.process if seen.process is None else seen.process, name)
         if found.prefix.endswith(" "):
             self._tasks[found.prefix[:-1]] = task
+            if self._fast is not None:
+                self._fast.add_prefix(found.prefix[:-1], task)
         return task
 
     def _no_event(self, line: str) -> None:
@@ -329,172 +320,3 @@ class _Parser:
             self._tokens[token] += 1
         else:
             handler(event, task, time, line)
-
-    def perf_record_lost(self, event: str, task: int, time: int, line: int) -> None:
-        """tools/perf/util/event.c:perf_event__fprintf_lost(), also of PERF_RECORD_LOST_SAMPLES."""
-        count = event.rpartition(" ")[2]
-        self._lost += int(count) if count.isdecimal() else 1
-        self._ignored[event_name(event.partition(" ")[0])] += 1
-
-    def nested(self, event: str, task: int, time: int, line: int) -> None:
-        """What a vCPU does on its way to and from an L2 guest, and exits until one told whose stage 2 there is."""
-        name = event_name(event.partition(" ")[0])
-        self._ignored[name] += 1
-        self._nested.event(name, event, task)
-        for other, wanted in self._nested.wanted.items():
-            self._handlers.parse(other, self.nested if wanted else None)
-
-    def _add(self, name: str, kind: Input, time: int, task: int, line: int, *words: int) -> int:
-        """Append an input row; return its position."""
-        position = len(self._rows)
-        self._rows.extend((kind, time, task, line, *words, *_PADDING[len(words)]))
-        self._inputs[name] += 1
-        return position
-
-    def page_fault_user(self, event: str, task: int, time: int, line: int) -> None:
-        address, code = fields_of("page_fault_user", event)
-        self._calls.pop(task, None)  # the task is in user mode, so its call is over
-        self._add("page_fault_user", Input.HOST_FAULT, time, task, line, int(address, 16), int(code, 16))
-
-    def kvm_page_fault(self, event: str, task: int, time: int, line: int) -> None:
-        vcpu, address, code = fields_of("kvm_page_fault", event)
-        self._calls.pop(task, None)
-        self._faults[task] = len(self._rows)
-        number = NO_VCPU if vcpu is None else int(vcpu)
-        # As _add() does it, written out: most inputs of a log are these.
-        l2 = self._nested.is_l2(task)
-        self._rows.extend((_GUEST_FAULT, time, task, line, int(address, 16), int(code, 16), number, 0, l2, 0))
-        self._inputs["kvm_page_fault"] += 1
-
-    def kvm_mmu_set_spte(self, event: str, task: int, time: int, line: int) -> None:
-        """An entry that KVM wrote: "gfn G spte S (rwxu) level L at A"."""
-        words = event.split()
-        try:
-            gfn, level = int(words[2], 16), int(words[7])
-        except (ValueError, IndexError):
-            self._outcomes[f"{_SET_SPTE} (not understood)"] += 1
-            return
-        self._outcomes[_SET_SPTE] += 1
-        self._handlers.only_count(_SPTE_CHANGED)  # which says the same of a fault, and more that nobody asks for
-        self._mapped(task, gfn, level)
-
-    def kvm_tdp_mmu_spte_changed(self, event: str, task: int, time: int, line: int) -> None:
-        """An entry that became another: "as id N gfn G level L old_spte S new_spte S"."""
-        words = event.split()
-        try:
-            gfn, level, new = int(words[5], 16), int(words[7]), int(words[11], 16)
-        except (ValueError, IndexError):
-            self._outcomes[f"{_SPTE_CHANGED} (not understood)"] += 1
-            return
-        self._outcomes[_SPTE_CHANGED] += 1
-        if new & _SPTE_PRESENT and (level == 1 or new & _SPTE_LARGE):
-            self._mapped(task, gfn, level)
-
-    def _mapped(self, task: int, gfn: int, level: int) -> None:
-        """A leaf was written: note its level at the task's guest fault, if it is the fault's."""
-        position = self._faults.get(task, -1)
-        if position < 0 or not 1 <= level <= 3:
-            return
-        # KVM prints a TD's fault with its shared bit, the entry without.
-        differ = (self._rows[position + 4] ^ gfn << 12) & ~_SHARED_BITS
-        if differ >> 12 + 9 * (level - 1) == 0:
-            self._rows[position + _LEVEL] = level
-
-    def kvm_vm_set_mem_attributes(self, event: str, task: int, time: int, line: int) -> None:
-        words = [int(field, 16) for field in fields_of("kvm_vm_set_mem_attributes", event)]
-        self._calls.pop(task, None)
-        self._add("kvm_vm_set_mem_attributes", Input.ATTRIBUTES, time, task, line, *words)
-
-    def kvm_hypercall(self, event: str, task: int, time: int, line: int) -> None:
-        if _MAP_GPA_RANGE not in event:
-            self._ignored["kvm_hypercall"] += 1
-            return
-        gpa, pages, attributes, _ = (int(field, 16) for field in fields_of("kvm_hypercall", event))
-        self._add("kvm_hypercall", Input.MAP_GPA_RANGE, time, task, line, gpa, pages, attributes)
-
-    def kvm_unmap_hva_range(self, event: str, task: int, time: int, line: int) -> None:
-        start, end = (int(field, 16) for field in fields_of("kvm_unmap_hva_range", event))
-        call = self._calls.get(task)
-        if call is None:
-            self._add("kvm_unmap_hva_range", Input.UNMAP, time, task, line, start, end)
-            return
-        self._outcomes["kvm_unmap_hva_range"] += 1
-        name, position = call
-        if name == "sys_fallocate" and self._rows[position + 8] == 0:
-            self._rows[position + 8] = start
-
-    def kvm_memslot(self, event: str, task: int, time: int, line: int) -> None:
-        hexadecimal, decimal, *rest = fields_of("kvm_memslot", event)
-        slot = int(hexadecimal, 16) if hexadecimal else int(decimal)
-        flags, gpa, size, hva = (int(field, 16) for field in rest)
-        if max(gpa, hva) + size > _ADDRESSES:
-            raise MalformedLineError(f"memory slot that ends beyond 64 bits: {event[:120]!r}")
-        self._calls.pop(task, None)
-        self._add("kvm_memslot", Input.MEMSLOT, time, task, line, slot, flags, gpa, size, hva)
-
-    def sys_madvise(self, event: str, task: int, time: int, line: int) -> None:
-        start, length, behavior = fields_of("sys_madvise", event)
-        advice = int(behavior, 16)
-        position = -1
-        if advice in _DISCARDING:
-            words = int(start, 16), int(length, 16), advice
-            position = self._add("sys_madvise", Input.MADVISE, time, task, line, *words)
-        else:
-            self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += 1
-        self._calls[task] = "sys_madvise", position
-
-    def sys_munmap(self, event: str, task: int, time: int, line: int) -> None:
-        start, length = (int(field, 16) for field in fields_of("sys_munmap", event))
-        self._calls[task] = "sys_munmap", self._add("sys_munmap", Input.MUNMAP, time, task, line, start, length)
-
-    def sys_mmap(self, event: str, task: int, time: int, line: int) -> None:
-        address, length, flags, fd, offset = (int(field, 16) for field in fields_of("sys_mmap", event))
-        position = self._add("sys_mmap", Input.MMAP, time, task, line, address, length, fd, offset, flags)
-        self._calls[task] = "sys_mmap", position
-
-    def other_call(self, event: str, task: int, time: int, line: int) -> None:
-        """sys_mprotect, sys_mremap: not inputs, but what they unmap is their outcome."""
-        name = event_name(event.partition(" ")[0])
-        self._ignored[name] += 1
-        self._calls[task] = name, -1
-
-    def sys_fallocate(self, event: str, task: int, time: int, line: int) -> None:
-        words = [int(field, 16) for field in fields_of("sys_fallocate", event)]
-        self._calls[task] = "sys_fallocate", self._add("sys_fallocate", Input.FALLOCATE, time, task, line, *words)
-
-    def hugetlbfs_fallocate(self, event: str, task: int, time: int, line: int) -> None:
-        inode, mode, offset, length, _, result = fields_of("hugetlbfs_fallocate", event)
-        if self._calls.get(task, ("", -1))[0] == "sys_fallocate":
-            self._outcomes["hugetlbfs_fallocate"] += 1
-            return
-        words = int(inode), int(mode or "0", 8), int(offset), int(length)
-        position = self._add("hugetlbfs_fallocate", Input.HUGETLBFS_FALLOCATE, time, task, line, *words)
-        if int(result) < 0:
-            self._rows[position + _STATE] = _FAILED
-
-    def iommu(self, event: str, task: int, time: int, line: int) -> None:
-        """iommu:map, iommu:unmap; other systems may have events of these names, too."""
-        name = event_name(event.partition(" ")[0])
-        if _IOMMU not in event:
-            self._tokens[name] += 1
-            return
-        iova, _, *rest, size = fields_of(name, event)
-        kind = Input.IOMMU_MAP if name == "map" else Input.IOMMU_UNMAP
-        words = int(iova, 16), int(size), *(int(field, 16) for field in rest)
-        self._add(f"iommu:{name}", kind, time, task, line, *words)
-
-    def call_return(self, event: str, task: int, time: int, line: int) -> None:
-        # "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has.
-        try:
-            value = int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
-        except (ValueError, IndexError):
-            raise MalformedLineError(f"malformed return of a system call, expected a number: {event[:120]!r}") from None
-        name = event_name(event.partition(" ")[0])
-        self._outcomes[name] += 1
-        call, position = self._calls.pop(task, ("", -1))
-        if position < 0 or not name.startswith(call):
-            return
-        if value < 0 or value >= _FIRST_ERROR:
-            self._rows[position + _STATE] = _FAILED
-        elif call == "sys_mmap":
-            self._rows[position + 4] = value

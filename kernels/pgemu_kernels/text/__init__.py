@@ -1,0 +1,1 @@
+"""Text of logs, read as bytes."""
