@@ -1,4 +1,4 @@
-"""Reading the text of a log: by Python, by the kernel, and as control a plain read that counts the same bytes' lines."""
+"""Reading the text of a log: by Python, by the kernel, and as control a plain read that counts the same lines."""
 
 from __future__ import annotations
 
