@@ -80,7 +80,7 @@ def wanted(lines: int, size: int) -> bool:
 
 
 def hash_of(name: bytes) -> int:
-    """What a name is looked up by: the kernel's find()."""
+    """What a name is looked up by: the kernel's find_name()."""
     found = len(name)
     for i in range(L.HASH_SAMPLES):
         found = (found ^ name[(len(name) - 1) * i // (L.HASH_SAMPLES - 1)]) * L.HASH_FACTOR & _MASK
@@ -148,7 +148,7 @@ class FastLines:
         self._events: list[tuple[str, EventCode]] = []  # of each pair of counts: first word, what is done
         self._known: set[str] = set()
         self._counts = np.zeros(1 << 8, np.uint64)
-        self._advices = np.zeros(L.ADVICES * L.A_WORDS, np.uint64)
+        self._advices = np.zeros(L.ADVICES * L.ADVICE_WORDS, np.uint64)
         self._control = np.zeros(L.C_WORDS, np.uint64)
         self._control[L.C_KEEP] = kept is not None
         self._made = np.zeros(_ROOM * L.ROW_WORDS, np.uint64), np.zeros(_ROOM * L.KEPT_WORDS, np.uint64)
@@ -190,7 +190,7 @@ class FastLines:
     def add_advice(self, advice: int) -> None:
         """An advice of madvise() that was seen."""
         if advice < L.ADVICES:
-            self._advices[advice * L.A_WORDS + int(L.A_KNOWN)] = 1
+            self._advices[advice * L.ADVICE_WORDS + int(L.A_KNOWN)] = 1
 
     def _shape(self, parts: tuple[str, ...] | None) -> int:
         """Where a shape begins among the shapes; None: one that no line has."""
@@ -253,7 +253,7 @@ class FastLines:
 
     def advices(self) -> Mapping[int, int]:
         """How often an advice was given that is only counted."""
-        counts = self._advices.reshape(-1, L.A_WORDS)[:, int(L.A_COUNT)].tolist()
+        counts = self._advices.reshape(-1, L.ADVICE_WORDS)[:, int(L.A_COUNT)].tolist()
         return {advice: count for advice, count in enumerate(counts) if count}
 
 

@@ -260,3 +260,21 @@ def test_a_parser_that_is_no_reader_gets_what_is_not_known() -> None:
     FastLines(slow, array("Q"), None, array("Q")).feed(text)
     assert (slow.got, slow.line) == (text, 3000)
     assert np.all(np.frombuffer(slow.got, np.uint8) > 0)
+
+
+def test_the_kernel_has_the_numbers_of_the_trace() -> None:
+    from pgemu.trace.events import TDX_SHARED_BITS, Input
+    from pgemu.trace.outcomes import OUTCOME_WORDS, Kept
+    from pgemu.trace.task_calls import CALL_CODES
+    from pgemu_kernels.text import log_lines
+    from pgemu_kernels.words import log_words
+
+    rows = ("HOST_FAULT", "GUEST_FAULT", "ATTRIBUTES", "UNMAP", "MADVISE")
+    assert {name: int(getattr(log_lines, f"_ROW_{name}")) for name in rows} == {name: Input[name] for name in rows}
+    kept = ("CHANGED", "SET")
+    assert {name: int(getattr(log_lines, f"_KEPT_{name}")) for name in kept} == {name: Kept[name] for name in kept}
+    calls = ("madvise", "mmap", "fallocate")
+    codes = {f"sys_{name}": int(getattr(log_lines, f"_CALL_{name.upper()}")) for name in calls}
+    assert codes == {name: CALL_CODES[name] for name in codes}
+    assert int(log_lines._SHARED_BITS) == sum(1 << bit for bit in TDX_SHARED_BITS)
+    assert log_words.KEPT_WORDS == OUTCOME_WORDS

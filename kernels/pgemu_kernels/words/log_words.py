@@ -48,7 +48,7 @@ KEPT_WORDS = 9  # of an outcome
 ADVICES = 64  # of madvise() that can be counted
 A_KNOWN = U(0)  # of an advice: whether it was seen before,
 A_COUNT = U(1)  # ... and how often since
-A_WORDS = 2
+ADVICE_WORDS = 2
 
 
 class EventCode(IntEnum):
