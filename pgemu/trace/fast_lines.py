@@ -31,7 +31,7 @@ LINES_TO_COMPILE = 1 << 20  # ... before the kernel is compiled, which takes thr
 _ROOM = 1 << 14  # rows of each kind that one call can make
 _MOST_SLOW = 1 << 10  # lines that Python reads at once where the kernel read none
 _MASK = (1 << 64) - 1
-_WIDTH = L.K_WORDS
+_WIDTH = L.SEEN_WORDS
 
 _H, _D, _W = "H", "D", "W"  # a hexadecimal number, a decimal one, a word
 _SHAPES: dict[str, tuple[EventCode, tuple[str, ...]]] = {
@@ -88,7 +88,7 @@ def hash_of(name: bytes) -> int:
 
 
 class _Table:
-    """What was seen before, by its bytes: rows of K_WORDS words, at most half of them used."""
+    """What was seen before, by its bytes: rows of SEEN_WORDS words, at most half of them used."""
 
     def __init__(self, names: bytearray, size: int) -> None:
         self._names = names
@@ -101,7 +101,7 @@ class _Table:
             self._grow()
         hashed = hash_of(name)
         row = self._find(name, hashed)
-        if not self.rows[row + int(L.K_LENGTH)]:
+        if not self.rows[row + int(L.SEEN_LENGTH)]:
             self._used += 1
             self.rows[row : row + 3] = hashed, len(self._names), len(name)
             self._names += name
@@ -121,7 +121,7 @@ class _Table:
     def _grow(self) -> None:
         old = self.rows.reshape(-1, _WIDTH)
         self.rows = np.zeros(2 * old.size, np.uint64)
-        for words in old[old[:, int(L.K_LENGTH)] != 0].tolist():
+        for words in old[old[:, int(L.SEEN_LENGTH)] != 0].tolist():
             at, length = words[1], words[2]
             row = self._find(bytes(self._names[at : at + length]), words[0])
             self.rows[row : row + _WIDTH] = words

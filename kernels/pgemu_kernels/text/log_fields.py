@@ -12,10 +12,10 @@ from pgemu_kernels.words.log_words import (
     C_VALUES,
     HASH_FACTOR,
     HASH_SAMPLES,
-    K_AT,
-    K_HASH,
-    K_LENGTH,
-    K_WORDS,
+    SEEN_AT,
+    SEEN_HASH,
+    SEEN_LENGTH,
+    SEEN_WORDS,
     Shape,
 )
 
@@ -27,7 +27,7 @@ _LOWER = B(0x20)  # what tells small letters from capital ones
 _LAST = B(126)  # of the visible characters
 _SAMPLES = U(HASH_SAMPLES)
 _HASH_FACTOR = U(HASH_FACTOR)
-_K_WORDS = U(K_WORDS)
+_K_WORDS = U(SEEN_WORDS)
 _U6, _U10 = U(6), U(10)
 _END, _LITERAL, _HEXADECIMAL, _DECIMAL = (
     B(part) for part in (Shape.END, Shape.LITERAL, Shape.HEXADECIMAL, Shape.DECIMAL)
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     text: Any  # uint8[n]
     control: Any  # uint64[C_WORDS]
-    prefixes: Any  # uint64[a power of two * K_WORDS]
+    prefixes: Any  # uint64[a power of two * SEEN_WORDS]
     tokens: Any  # the same
     names: Any  # uint8[n]
     shapes: Any  # uint8[n]
@@ -81,10 +81,10 @@ def find_name(r, table, at, end):
     place = hashed & mask
     while True:
         row = place * _K_WORDS
-        length = table[row + K_LENGTH]
+        length = table[row + SEEN_LENGTH]
         if length == U0:
             return NONE
-        if table[row + K_HASH] == hashed and length == end - at and is_same(r, at, table[row + K_AT], length):
+        if table[row + SEEN_HASH] == hashed and length == end - at and is_same(r, at, table[row + SEEN_AT], length):
             return row
         place = (place + U1) & mask
 

@@ -27,13 +27,6 @@ from pgemu_kernels.words.log_words import (
     C_ROWS,
     C_UNMAPS,
     C_VALUES,
-    K_AT,
-    K_CALL,
-    K_CODE,
-    K_LENGTH,
-    K_SHAPE,
-    K_VALUE,
-    K_WORDS,
     KEPT_WORDS,
     L_CALL,
     L_FAULT,
@@ -42,6 +35,13 @@ from pgemu_kernels.words.log_words import (
     L_WORDS,
     NO_ROW,
     ROW_WORDS,
+    SEEN_AT,
+    SEEN_CALL,
+    SEEN_CODE,
+    SEEN_LENGTH,
+    SEEN_SHAPE,
+    SEEN_VALUE,
+    SEEN_WORDS,
     UNMAP_INPUT,
     UNMAP_OUTCOME,
     EventCode,
@@ -49,7 +49,7 @@ from pgemu_kernels.words.log_words import (
 
 U = np.uint64
 _BLANK = np.uint8(ord(" "))
-_K_WORDS, _L_WORDS, _A_WORDS = U(K_WORDS), U(L_WORDS), U(ADVICE_WORDS)
+_K_WORDS, _L_WORDS, _A_WORDS = U(SEEN_WORDS), U(L_WORDS), U(ADVICE_WORDS)
 _ROW_WORDS, _KEPT_WORDS = U(ROW_WORDS), U(KEPT_WORDS)
 _ADVICES = U(ADVICES)
 _U5, _U6, _U7, _U10, _U52 = U(5), U(6), U(7), U(10), U(52)
@@ -147,7 +147,7 @@ def note_level(r, task, gfn, level):
 @kernel
 def do_unmap(r, known, time, task, line):
     """An unmap: whether there was one before that was an input, or an outcome, as this one is."""
-    count = r.tokens[known + K_VALUE] * U2
+    count = r.tokens[known + SEEN_VALUE] * U2
     own = task * _L_WORDS
     call = r.tasks[own + L_CALL]
     seen = r.control[C_UNMAPS]
@@ -175,7 +175,7 @@ def do_madvise(r, known, time, task, line):
     row = NO_ROW
     if advice <= U(24) and (_DISCARDING >> advice) & U1 != U0:
         row = add_row(r, _ROW_MADVISE, time, task, line, U3)
-        r.counts[r.tokens[known + K_VALUE] * U2] += U1
+        r.counts[r.tokens[known + SEEN_VALUE] * U2] += U1
     else:
         r.advices[advice * _A_WORDS + A_COUNT] += U1
     r.tasks[task * _L_WORDS + L_CALL] = _CALL_MADVISE
@@ -188,9 +188,9 @@ def do_return(r, known, task):
     own = task * _L_WORDS
     call = r.tasks[own + L_CALL]
     row = r.tasks[own + L_ROW]
-    r.counts[r.tokens[known + K_VALUE] * U2] += U1
+    r.counts[r.tokens[known + SEEN_VALUE] * U2] += U1
     r.tasks[own + L_CALL] = U0
-    if call == U0 or row == NO_ROW or call != r.tokens[known + K_CALL]:
+    if call == U0 or row == NO_ROW or call != r.tokens[known + SEEN_CALL]:
         return
     result = r.control[C_VALUES]
     if result >= _FIRST_ERROR:
@@ -234,7 +234,7 @@ def do_outcome(r, code, time, task, line):
 @kernel
 def do_event(r, known, time, task, line):
     """What an event with its fields means: whether it could be done."""
-    code = r.tokens[known + K_CODE]
+    code = r.tokens[known + SEEN_CODE]
     if code == _UNMAP:
         return do_unmap(r, known, time, task, line)
     if code == _MADVISE:
@@ -242,7 +242,7 @@ def do_event(r, known, time, task, line):
     if code == _RETURN:
         do_return(r, known, task)
         return True
-    r.counts[r.tokens[known + K_VALUE] * U2] += U1
+    r.counts[r.tokens[known + SEEN_VALUE] * U2] += U1
     if code == _SET or code == _CHANGED:
         do_outcome(r, code, time, task, line)
     else:
@@ -257,14 +257,14 @@ def do_event(r, known, time, task, line):
 def task_of(r, at, end):
     """The task of the text in front of a time stamp, or NONE if it was not seen before."""
     last = r.control[C_PREFIX]
-    length = r.prefixes[last + K_LENGTH]
-    if length == end - at and length != U0 and is_same(r, at, r.prefixes[last + K_AT], length):
-        return r.prefixes[last + K_VALUE]
+    length = r.prefixes[last + SEEN_LENGTH]
+    if length == end - at and length != U0 and is_same(r, at, r.prefixes[last + SEEN_AT], length):
+        return r.prefixes[last + SEEN_VALUE]
     row = find_name(r, r.prefixes, at, end)
     if row == NONE:
         return NONE
     r.control[C_PREFIX] = row
-    return r.prefixes[row + K_VALUE]
+    return r.prefixes[row + SEEN_VALUE]
 
 
 @kernel
@@ -289,10 +289,10 @@ def read_line(r, at, stop, line):
     known = find_name(r, r.tokens, event, end)
     if known == NONE:
         return False
-    if r.tokens[known + K_CODE] == _COUNTED:
-        r.counts[r.tokens[known + K_VALUE] * U2] += U1
+    if r.tokens[known + SEEN_CODE] == _COUNTED:
+        r.counts[r.tokens[known + SEEN_VALUE] * U2] += U1
         return True
-    return has_shape(r, end, stop, r.tokens[known + K_SHAPE]) and do_event(r, known, time, task, line)
+    return has_shape(r, end, stop, r.tokens[known + SEEN_SHAPE]) and do_event(r, known, time, task, line)
 
 
 @entry

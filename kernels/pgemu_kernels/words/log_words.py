@@ -9,14 +9,14 @@ import numpy as np
 U = np.uint64
 
 # A row of what was seen before: the text in front of a time stamp, or the first word of an event.
-K_HASH = U(0)
-K_AT = U(1)  # where its bytes begin among the names
-K_LENGTH = U(2)  # how many there are; 0: the row is free
-K_VALUE = U(3)  # the task, or which counts are the event's
-K_CODE = U(4)  # EventCode
-K_SHAPE = U(5)  # where the shape of its fields begins
-K_CALL = U(6)  # of a system call's return: which call
-K_WORDS = 8
+SEEN_HASH = U(0)
+SEEN_AT = U(1)  # where its bytes begin among the names
+SEEN_LENGTH = U(2)  # how many there are; 0: the row is free
+SEEN_VALUE = U(3)  # the task, or which counts are the event's
+SEEN_CODE = U(4)  # EventCode
+SEEN_SHAPE = U(5)  # where the shape of its fields begins
+SEEN_CALL = U(6)  # of a system call's return: which call
+SEEN_WORDS = 8
 HASH_SAMPLES = 8  # bytes that a name is looked up by, the first and the last among them
 HASH_FACTOR = 0x100000001B3  # of FNV-1a
 
