@@ -9,7 +9,7 @@ What the log prints as the old entry has the frame that it printed when the entr
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -121,6 +121,7 @@ class Matching:
         self._late: dict[Key, list[Change]] = {}
         self.printed: dict[Key, int | None] = {}  # what the log printed last of an entry that is there
         self.pages, self.tables = Frames(), Frames()
+        self._reached: dict[int, tuple[int, int]] = {}  # line of an input that may wait -> how far KVM has come
         self._last = Change((0, 0, 0), 0, 0)  # of the last line
         self.now = 0  # line of the input that the model is at
         self.agreed: Counter[str] = Counter()
@@ -189,6 +190,8 @@ class Matching:
     def _take(self, line: Line, change: Change, live: deque[Change] | None, kind: str = "") -> str:
         """A line and a change are of one another."""
         self._last = change
+        if change.since in self._reached:
+            self._reached[change.since] = change.key[0], change.key[2]
         level = line.key[1]
         if self._fmt.is_present(change.old) and not self._fmt.is_leaf(change.old, level):
             self.tables.forget((change.old & ADDRESS) >> 12)
@@ -257,24 +260,35 @@ class Matching:
                 return UNTOLD_MEMORY
         return ""
 
-    def _is_under_way(self, change: Change, last: int) -> bool:
+    def _is_under_way(self, change: Change, unanswered: Collection[int]) -> bool:
         """Whether KVM may not have come to a change when the log ended: it goes through a range by ascending gfn."""
+        space, _, gfn = change.key
+        if change.since in self._reached:
+            return (space, gfn) >= self._reached[change.since]
         if change.since == self._last.since:
-            (space, _, gfn), (last_space, _, last_gfn) = change.key, self._last.key
-            return (space, gfn) >= (last_space, last_gfn)
-        return change.since == last
+            return (space, gfn) >= (self._last.key[0], self._last.key[2])
+        return change.since in unanswered
 
-    def finish(self, last: int) -> int:
+    def is_last(self, since: int) -> bool:
+        """Whether the last line is of an input."""
+        return self._last.since == since
+
+    def may_wait(self) -> None:
+        """KVM may do what the input asks for later: dirty logging whose bitmap is set initially protects a page as its
+        bit is cleared (KVM_DIRTY_LOG_INITIALLY_SET)."""
+        self._reached[self.now] = -1, -1
+
+    def finish(self, unanswered: Collection[int]) -> int:
         """The log has ended: what the model did and no line says is a difference, but for what was under way.
 
-        :param last: line of the last input
-        :returns: how many changes were under way: those of the last input, of the one that the last line is of, and of
+        :param unanswered: lines of inputs behind which their task has no line
+        :returns: how many changes were under way: those of such inputs, of the one that the last line is of, and of
             trees whose root entry still stood
         """
         late = [change for changes in self._late.values() for change in changes]
         standing = {change.since for change in late if change.key[1] == _ROOT}
         live = (change for changes in self._live.values() for change in changes)
-        left = [change for change in live if not self._is_under_way(change, last)]
+        left = [change for change in live if not self._is_under_way(change, unanswered)]
         left += [change for change in late if change.since not in standing]
         for change in sorted(left, key=lambda change: change.since):
             self._missing(change)

@@ -214,7 +214,7 @@ def slot_of(row: list[int]) -> Slot:
 def _backing(sptes: Rows, log: Log, said: list[str]) -> Backing:
     """What memory is behind the slots, by the largest leaf that KVM made."""
     new = sptes[sptes[:, _KIND] == Kept.CHANGED]
-    large = _present(new[:, _NEW]) & (new[:, _NEW] & np.uint64(LARGE) != 0)
+    large = _present(new[:, _NEW]) & (new[:, _NEW] & np.uint64(LARGE) != 0) & np.isin(new[:, _LEVEL], (2, 3))
     most = int(new[large, _LEVEL].max(initial=1))
     file = log.inputs["hugetlbfs_fallocate"] + log.outcomes["hugetlbfs_fallocate"] > 0
     found: Backing = "4K" if most == 1 else "hugetlb-1G" if most == 3 else "hugetlb-2M" if file else "thp"

@@ -7,7 +7,7 @@ own over the same memory (x86: system management mode). What KVM does to both at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -257,6 +257,8 @@ class Replay:
             else:
                 self.drop_trees(side)
         if slot.size:
+            if slot.flags & _LOG_DIRTY:
+                self.matching.may_wait()
             side.slots[number] = slot
             self._look(side, slot.gpa >> 12, slot.gpa + slot.size >> 12)
 
@@ -354,10 +356,10 @@ class Replay:
         index = gfn >> shift - 9 & 511
         return "" if table is None or at == (table & ADDRESS) + 8 * index else "address"
 
-    def finish(self, last: int) -> None:
-        """The log has ended: which leaves no kvm_mmu_set_spte named; `last`: line of the last input."""
+    def finish(self, unanswered: Collection[int]) -> None:
+        """The log has ended: which leaves no kvm_mmu_set_spte named; `unanswered`: as in matching."""
         for wanted in self._wanted.values():
             for key, model, since in wanted:
-                if since == last:
+                if since in unanswered or self.matching.is_last(since):
                     continue
                 self.matching.note(Difference("not in the log", since, key, None, (0, model), event="kvm_mmu_set_spte"))

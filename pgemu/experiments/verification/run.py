@@ -164,10 +164,10 @@ class _Run:
                 self._input(i, row)
             if i % 4096 == 0:
                 progress(i)
-        inputs = (row[3] for kept, row in reversed(self._part.events) if not kept)
-        last = next(inputs, 0)
-        self._replay.finish(last)
-        self._left_out[_ENDED] += self.matching.finish(last)
+        behind = {row[2]: (kept, row[3]) for kept, row in self._part.events}  # what each task has last
+        unanswered = {line for kept, line in behind.values() if not kept}
+        self._replay.finish(unanswered)
+        self._left_out[_ENDED] += self.matching.finish(unanswered)
 
     def add_to(self, found: Verification) -> None:
         """Add what was found."""

@@ -19,6 +19,7 @@ from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 __all__ = ("Inferred", "inferred_slots")
 
+_LEVELS = 4
 _MADE_UP = 1 << 45  # where memory is put whose userspace address is not known
 _BACKINGS: dict[int, Backing] = {0: "4K", 1: "4K", 2: "thp", 3: "hugetlb-1G"}
 _Events = Sequence[tuple[bool, list[int]]]
@@ -82,6 +83,8 @@ def _votes(events: _Events, runs: Sequence[tuple[int, int, int]]) -> dict[int, l
         if row[0] != Kept.CHANGED or task not in unmaps or row[8] & MMU_PRESENT or not row[7] & MMU_PRESENT:
             continue
         start, end, slot = unmaps[task]
+        if not 1 <= row[6] <= _LEVELS:
+            continue
         gpa, size = row[5] << 12, PAGE_4K << 9 * (row[6] - 1)
         at = next((i for i, (low, high, _) in enumerate(runs) if low <= gpa < high), -1)
         if at < 0 or slot not in (-1, at):
