@@ -295,6 +295,11 @@ _PUBLISHED = (
         basis="assumption",
     ),
     Price(
+        Event.CONVERT_PINNED,
+        CARRIED + "what the conversion did until then is events of its own",
+        basis="assumption",
+    ),
+    Price(
         Event.MAPPED_STALE_PRIVATE,
         CARRIED + "the access goes through a mapping that is there",
         basis="assumption",
@@ -302,11 +307,6 @@ _PUBLISHED = (
     Price(
         Event.MAPPED_STALE_FREED,
         CARRIED + "the access goes through a mapping that is there",
-        basis="assumption",
-    ),
-    Price(
-        Event.CONVERT_PINNED,
-        CARRIED + "what the conversion did until then is events of its own",
         basis="assumption",
     ),
     Price(

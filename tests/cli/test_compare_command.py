@@ -234,10 +234,7 @@ def test_a_workload_runs_by_its_name() -> None:
         (["workload:tdx-boot", "--overlap", "1.5"], "1.5 is not in the range 0<=x<=1"),
         (["--overlap", "0.5"], "overlap"),
         (["--vary", "like"], "--vary like: expected a value behind each comma"),
-        (
-            ["--vary", "design=pfnmap"],
-            "--vary design=pfnmap: expected OPTION=A,B with one of allow-",
-        ),
+        (["--vary", "design=pfnmap"], "--vary design=pfnmap: expected OPTION=A,B with one of accesses, allow-"),
         (["--vary", "like=rfc2", "--design", "pfnmap"], "--vary: expected two designs to compare"),
         (["--vary", "speed=1,2"], "--vary speed=1,2: expected OPTION=A,B with one of "),
         (["--vary", "like=rfc2,v3"], "--vary like=rfc2,v3: 'v3' is not one of"),

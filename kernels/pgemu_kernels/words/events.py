@@ -82,9 +82,9 @@ class Event(IntEnum):
     DEVICE_TABLE_UPDATED = 56  # a domain has another root: the entries of its devices are written and flushed
     IOMMU_STALE_PRIVATE = 57  # a device reached a page through an entry that outlived its conversion to private
     IOMMU_STALE_FREED = 58  # ... or its page cache
+    CONVERT_PINNED = 59  # a conversion that ended with -EAGAIN at a folio that may be pinned
     MAPPED_STALE_PRIVATE = 60  # KVM accessed a page by a mapping of its own (NESTED_MAP), and the page is private now
     MAPPED_STALE_FREED = 61  # ... or is its inode's no more, and nobody held it for KVM
-    CONVERT_PINNED = 59  # a conversion that ended with -EAGAIN at a folio that may be pinned
 
 
 EVENTS = 64  # room in a counter row
