@@ -43,6 +43,13 @@ def area_end(key):
     return (key + U1) << U12
 
 
+@kernel
+def area_after(m, row, key):
+    """Key of the next mapping, or NONE."""
+    end = area_end(key)
+    return NONE if end == U0 else area_from(m, row, end)
+
+
 @outlined
 def area_overlapping(m, row, iova, last):
     """Key of the first mapping that has an address of [iova, last], or NONE."""

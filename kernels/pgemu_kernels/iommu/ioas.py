@@ -13,6 +13,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row, stop
 from pgemu_kernels.iommu.areas import (
     add_area,
+    area_after,
     area_end,
     area_flags,
     area_from,
@@ -163,7 +164,7 @@ def ioas_fill(m, d):
         if status != 0:
             ioas_unfill(m, d, iova)
             return status
-        key = area_from(m, d, area_end(key))
+        key = area_after(m, d, key)
     return np.int64(0)
 
 
@@ -174,7 +175,7 @@ def ioas_unfill(m, d, end):
     while key != NONE and area_start(m, d, key) < end:
         iova = area_start(m, d, key)
         unfill_area(m, d, iova, area_end(key) - iova, area_memory(m, d, key))
-        key = area_from(m, d, area_end(key))
+        key = area_after(m, d, key)
 
 
 # --------------------------------------------------------------------------- areas
@@ -239,6 +240,8 @@ def find_iova(m, d, length, memory):
             if key == NONE:
                 return np.int64(0), iova
             free = area_end(key)
+            if free == U0:
+                break
         iova = (free + alignment - U1) & ~(alignment - U1)
     return np.int64(-ENOSPC), U0
 
@@ -316,6 +319,8 @@ def _map_new(m, op, d):
         pages_there = state[inode_row(inode) + I_PAGES] if mappable else U0
         if (start + length + U4095) >> U12 > pages_there:
             return stop(state, op, -EINVAL)
+        if not is_mappable_file(state, inode) and state[op + O_ADDRESS] + length == U0:
+            return stop(state, op, -EINVAL)  # what-ifs end before the last address
         if dmabuf and state[inode_row(inode) + I_FLAGS] & INODE_REVOKED != U0:
             return stop(state, op, -ENODEV)
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, start)
@@ -384,6 +389,8 @@ def _copy(m, op, d):
     )
     where += ((memory & _INDEX) << U12) + (at - area_start(m, s, key))
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, where)
+    if status == 0 and is_unpinned(m, pages) and iova + length == U0:
+        status = np.int64(-EINVAL)
     if status == 0 and kind_of(m, pages) == INODE_GUEST_MEMFD and state[d + D_POLICY] == POLICY_LINUX:
         status = np.int64(-EINVAL)
     if status == 0 and rights & AREA_WRITE != U0 and not _may_write(m, s, at, at + length - U1):

@@ -12,7 +12,7 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U12, trailing_zeros
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import inode_row
 from pgemu_kernels.engine.shareability import shared_in_range
-from pgemu_kernels.iommu.areas import area_end, area_from, area_memory, area_start
+from pgemu_kernels.iommu.areas import area_after, area_end, area_from, area_memory, area_start
 from pgemu_kernels.iommu.domain import begin_edit, domain_row, end_edit, frames_used, physical_of
 from pgemu_kernels.iommu.io_pages import revoke_pages
 from pgemu_kernels.iommu.unpinned import (
@@ -120,7 +120,7 @@ def _take_from(m, op, d, inode, start, end):
             first, last = part_of_area(m, d, key, start, end)
             if first != last:
                 _take_run(m, e, op, d, key, first, last)
-        key = area_from(m, d, area_end(key))
+        key = area_after(m, d, key)
     end_edit(m, e, d, used)
 
 
@@ -146,7 +146,7 @@ def _revoke_from(m, d, inode):
             revoke_pages(m, area_memory(m, d, key) >> IP_INDEX)
             if m.state[d + D_ROOT] != U0:
                 m.state[d + D_REVOKED] += remove_entries(m, e, area_start(m, d, key), area_end(key))
-        key = area_from(m, d, area_end(key))
+        key = area_after(m, d, key)
     end_edit(m, e, d, used)
 
 
@@ -246,7 +246,7 @@ def _return_to(m, op, d, inode, start, end):
                 entered += enter_pages(m, e, d, key, inode, from_page, page + (last - base >> U12))
                 if m.state[d + D_POLICY] == POLICY_MIRROR:
                     _put_together(m, e, d, key, inode, first, last)
-        key = area_from(m, d, area_end(key))
+        key = area_after(m, d, key)
     end_edit(m, e, d, used)
     m.state[d + D_RETURNED] += entered
     return entered

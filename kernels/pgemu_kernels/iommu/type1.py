@@ -20,6 +20,7 @@ from pgemu_kernels.gmem.gup import TOUCH, count_pinned, pin_run_of_any, unpin_ru
 from pgemu_kernels.gmem.host_entries import is_special
 from pgemu_kernels.iommu.areas import (
     add_area,
+    area_after,
     area_end,
     area_flags,
     area_from,
@@ -366,7 +367,7 @@ def type1_replay(m, d):
         memory = area_memory(m, d, key)
         flags = area_flags(m, d, key)
         status = map_area(m, d, iova, area_end(key) - iova, flags, memory & U4095, memory & ~U4095)
-        key = area_from(m, d, area_end(key)) if area_end(key) != U0 else NONE
+        key = area_after(m, d, key)
     return status
 
 

@@ -207,3 +207,28 @@ def test_ram_under_pfnmap_and_bars_are_refused() -> None:
         assert ioas.map(IOVA, PAGE, process, at) == (-W.EFAULT, 0)
     assert ioas.map_file(IOVA, PAGE, process, gmem, 0) == (-W.EINVAL, 0)
     assert machine.check() == 0, machine.findings
+
+
+def test_an_area_may_end_at_the_last_address() -> None:
+    """6.12's AMD units take any; behind such an area there is none."""
+    machine = Machine(Config(pool=8 * M2, page_size=M2, kernel="6.12"))
+    process = machine.create_process()
+    assert process.mmap_anonymous(VA, M2, 3).status == 0
+    ioas = machine.create_iommufd().create_ioas("amd", guest_memfd="mirror")
+    device = ioas.attach()
+    top = (1 << 64) - PAGE
+    assert ioas.map(top, PAGE, process, VA) == (0, top)
+    assert ioas.map(None, PAGE, process, VA).status == 0
+    gmem = machine.create_guest_memfd(M2, shared=True)
+    assert gmem.allocate(0, M2).status == 0
+    assert ioas.map_file(1 << 40, M2, process, gmem, 0).status == 0
+    assert ioas.map_file(top - PAGE, 2 * PAGE, process, gmem, 0).status == -W.EEXIST
+    assert device.access(top).status == device.access(1 << 40).status == 0
+    assert gmem.convert(0, PAGE, shared=False).status == 0
+    device.detach()
+    device = ioas.attach()
+    assert device.access(top).status == 0
+    assert ioas.unmap(top, PAGE) == (0, PAGE)
+    assert ioas.map_file(top - PAGE, 2 * PAGE, process, gmem, 0).status == -W.EINVAL  # a what-if's may not
+    assert ioas.unmap_all().status == 0
+    assert machine.check() == 0, machine.findings
