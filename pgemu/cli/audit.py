@@ -24,7 +24,7 @@ def audit(only: tuple[str, ...], listed: bool, form: str, as_json: bool) -> int:
 
     Each has an experiment that runs on a machine of each design: what is claimed, what is done, what was measured on
     both, the verdict (holds, holds at a price, in part, does not hold, or depends on a parameter, with both outcomes),
-    and what the weakest step rests on. Verdicts follow from the figures. Not tried: nested virtualisation.
+    and what the weakest step rests on. Verdicts follow from the figures.
 
     Exit status: 0; 1 if a verdict is not the documented one; 2 for bad input.
     """
