@@ -224,7 +224,9 @@ class IoSpace(OfMachine):
         return IoDevice(self)
 
     def ranges(self) -> tuple[Range, ...]:
-        """Usable I/O addresses: VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, IOMMU_IOAS_IOVA_RANGES."""
+        """Usable I/O addresses: VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, IOMMU_IOAS_IOVA_RANGES; none once closed."""
+        if self._closed:
+            return ()
         last = self._word(W.D_LAST)
         found, start = [], 0
         for i in range(2):

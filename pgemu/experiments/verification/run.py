@@ -357,7 +357,7 @@ def _machine(recording: Recording, spans: list[Span], faults: int) -> Machine:
     fields: dict[str, Any] = {"memory": min(sum(size.values()), 2 * PAGE_4K * faults) + tables}
     size["thp"] = min(size["thp"], 2 * PAGE_2M * faults)
     if size["hugetlb-1G"]:
-        fields |= {"pool": size["hugetlb-1G"], "page_size": PAGE_1G}
+        fields |= {"pool": -(-size["hugetlb-1G"] // PAGE_1G) * PAGE_1G, "page_size": PAGE_1G}
         if size["hugetlb-2M"]:
             fields["other_pool"] = -(-size["hugetlb-2M"] // PAGE_2M) * PAGE_2M
     elif size["hugetlb-2M"]:
