@@ -113,12 +113,13 @@ class AddressSpace(Advice, but=("touch", "translate")):
 
     @staticmethod
     def _free_row(machine: Core) -> int:
-        """The row of a process that ended and whose mm no VM holds, or the next unused one."""
+        """The row of a process that ended and whose mm no VM and no device holds, or the next unused one."""
         vms = machine.arrays.state[int(W.STATE_VMS) :][: W.VMS * W.V_WORDS].reshape(-1, W.V_WORDS)
         held = set(vms[vms[:, W.V_LIVE] != 0, W.V_SPACE].tolist())  # virt/kvm/kvm_main.c:kvm_create_vm(), mmgrab()
         for space in range(machine.register(W.R_SPACES)):
             row = int(W.STATE_SPACES) + space * W.S_WORDS
-            if not machine.arrays.state[row + int(W.S_ROOT)] and space not in held:
+            words = machine.arrays.state[row : row + W.S_WORDS]
+            if not words[W.S_ROOT] and not words[W.S_DEVICES] and space not in held:
                 return space
         return next_row(machine, W.R_SPACES, W.SPACES, "processes")
 

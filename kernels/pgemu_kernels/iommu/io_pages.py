@@ -45,6 +45,7 @@ from pgemu_kernels.words.rows import (
     IP_SOURCE,
     IP_START,
     IP_WRITABLE,
+    S_DEVICES,
     S_PINNED_VM,
 )
 
@@ -80,6 +81,9 @@ def hold_pages(m, pages, n):
     inode = pages_word(m, pages, IP_START)
     if pages_word(m, pages, IP_SOURCE) != U0 or m.state[inode_row(inode) + I_KIND] == INODE_GUEST_MEMFD:
         inode = NONE
+    process = pages_word(m, pages, IP_PROCESS)
+    if process != U0 and (before == U0) != (areas == U0):  # mmgrab(), mmdrop()
+        m.state[space_row(process - U1) + S_DEVICES] += U1 if before == U0 else U0 - U1
     if before == U0 and inode != NONE:
         m.state[inode_row(inode) + I_REFERENCES] += U1
     if areas == U0:

@@ -61,6 +61,7 @@ from pgemu_kernels.words.rows import (
     O_VM,
     POLICY_LINUX,
     POLICY_TRACKED,
+    S_DEVICES,
     S_LOCKED_VM,
     VM_PFNMAP,
     VMA_GUEST_MEMFD,
@@ -300,11 +301,13 @@ def type1_map(m, op, d):
         tracked = marks_of_file(m, find_vma(state, space, address))
     if add_area(m, d, iova, length, rights | tracked, address | space) != 0:
         return stop(state, op, -ENOMEM)
+    state[space_row(space) + S_DEVICES] += U1  # mmgrab()
     status = np.int64(0)
     if state[d + D_ROOT] != U0:
         status = map_area(m, d, iova, length, rights | tracked, space, address)
         if status != 0:
             remove_area(m, d, (iova + length - U1) >> U12)
+            state[space_row(space) + S_DEVICES] -= U1
     return stop(state, op, status)
 
 
@@ -315,6 +318,7 @@ def drop_area(m, d, key):
     length = area_end(key) - iova
     if m.state[d + D_ROOT] != U0:
         unmap_area(m, d, iova, length, area_flags(m, d, key), area_memory(m, d, key) & U4095)
+    m.state[space_row(area_memory(m, d, key) & U4095) + S_DEVICES] -= U1
     remove_area(m, d, key)
     return length
 

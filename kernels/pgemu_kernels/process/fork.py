@@ -86,6 +86,7 @@ from pgemu_kernels.words.rows import (
     O_SPACE,
     PAGE_EXCLUSIVE,
     PROT_WRITE,
+    S_DEVICES,
     S_GENERATION,
     S_HAS_PINNED,
     S_LIVE,
@@ -119,13 +120,13 @@ def is_held(state, space):
     held = False
     for vm in range(state[R_VMS]):
         held |= state[vm_row(vm) + V_LIVE] != U0 and state[vm_row(vm) + V_SPACE] == space
-    return held
+    return held or state[space_row(space) + S_DEVICES] != U0
 
 
 @outlined
 def make_space(m):
     """A process with nothing mapped: its number, or NONE; rows of processes that ended are used again, but those that a
-    VM still holds."""
+    VM or a device still holds."""
     state = m.state
     space = NONE
     for i in range(state[R_SPACES]):

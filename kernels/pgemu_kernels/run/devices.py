@@ -124,7 +124,9 @@ def _attach(m, d):
             if state[d + D_TRIAL] != U0:
                 try_domain(m, d)
             status = ioas_fill(m, d) if state[d + D_KIND] == DOMAIN_IOAS else type1_replay(m, d)
-            if status != 0:
+            if status != 0 and state[d + D_KIND] == DOMAIN_IOAS:
+                free_table_of(m, d)  # ioas_fill() has undone the rest
+            elif status != 0:
                 _empty(m, d)
     if status == 0:
         state[d + D_DEVICES] += U1

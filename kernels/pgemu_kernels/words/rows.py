@@ -230,9 +230,11 @@ S_RSS = U(6)  # 4K pages of memory that are mapped, folios of guest_memfd too; H
 S_VMS = U(7)  # a bit per VM of this process
 S_DEPOSITED = U(8)  # frame of the last table kept for the split of a 2M leaf of anonymous memory, 0: none; chained
 S_HAS_PINNED = U(9)  # MMF_HAS_PINNED: a page was pinned through it, ever
-S_PINNED_VM = U(10)  # mm->pinned_vm: VmPin, pages
-S_LOCKED_VM = U(11)  # mm->locked_vm: of VmLck what devices have locked, pages
-S_GENERATION = U(12)  # the last word: how many processes this row was before
+S_GENERATION = U(12)  # the last word that goes with the process: how many this row was before
+# Behind it what devices keep of an mm whose process has ended:
+S_DEVICES = U(13)  # VFIO's mappings and io_pages that hold it; until there is none the row is nobody else's
+S_PINNED_VM = U(14)  # mm->pinned_vm: VmPin, pages
+S_LOCKED_VM = U(15)  # mm->locked_vm: of VmLck what devices have locked, pages
 S_WORDS = 16
 
 # vmas

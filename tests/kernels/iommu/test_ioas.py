@@ -231,3 +231,50 @@ def test_an_area_may_end_at_the_last_address() -> None:
     assert ioas.map_file(top - PAGE, 2 * PAGE, process, gmem, 0).status == -W.EINVAL  # a what-if's may not
     assert ioas.unmap_all().status == 0
     assert machine.check() == 0, machine.findings
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
+@pytest.mark.parametrize("unit", ["vtd", "amd"])
+def test_an_attach_that_fails_counts_nothing(unit: Any, kernel: Any) -> None:
+    machine = Machine(Config(pool=8 * M2, page_size=M2, kernel=kernel))
+    process = machine.create_process()
+    ioas = machine.create_iommufd().create_ioas(unit)
+    assert ioas.map(4 << 20, PAGE, process, VA).status == 0  # where no memory is
+    with pytest.raises(OSError, match="attaching"):
+        ioas.attach()
+    assert process.mmap_anonymous(VA, 8 << 20, 3).status == 0
+    assert ioas.map(8 << 20, M2, process, VA).status == 0
+    for free in (0, 1, 50):
+        machine.limit_frames(free)
+        with pytest.raises(OSError, match="attaching"):
+            ioas.attach()
+        machine.limit_frames(None)
+        assert machine.statistics.gauge(Gauge.IOMMU_PAGES) == 0
+        assert Accounts.of(process) == (0, 0)
+    assert ioas.attach().access(4 << 20).status == 0
+    assert machine.statistics.gauge(Gauge.IOMMU_PAGES) == 513
+    assert machine.check() == 0, machine.findings
+
+
+@pytest.mark.parametrize("door", ["vfio", "iommufd"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_device_holds_the_mm_of_a_process_that_ended(door: str, attached: bool) -> None:
+    """Another process gets another row, and begins without what the first one's devices have."""
+    machine = Machine(Config(pool=M2, page_size=M2))
+    process = machine.create_process()
+    assert process.mmap_anonymous(VA, 1 << 20, 3).status == 0
+    space = machine.create_vfio_container() if door == "vfio" else machine.create_iommufd().create_ioas()
+    device = space.attach() if attached else None
+    assert space.map(1 << 20, 1 << 16, process, VA).status == 0
+    ended = process.space
+    assert process.exit().status == 0
+    other = machine.create_process()
+    assert other.space != ended
+    assert other.mmap_anonymous(VA, 1 << 20, 3).status == 0
+    if device is None:
+        with pytest.raises(OSError, match="attaching"):
+            space.attach()
+    assert space.unmap_all().status == 0
+    assert Accounts.of(other) == (0, 0)
+    assert machine.create_process().space == ended
+    assert machine.check() == 0, machine.findings
