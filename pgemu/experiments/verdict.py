@@ -346,8 +346,9 @@ def verdict(comparison: Comparison, sensitivity: Sensitivity | None = None) -> d
     rules = without(first, second)
     for key, found in measure(first, second).items():
         captured = QUESTIONS[key].captured(first, second)
-        if key == "broken" and not captured and found.better in (0, 1) and _explained((second, first)[found.better]):
-            worse = (second, first)[found.better]
+        pair = ((first, second), (second, first))[found.better] if found.better in (0, 1) else None
+        if key == "broken" and not captured and pair and _unexplained(pair[1]) <= _unexplained(pair[0]):
+            worse = pair[1]
             idle = comparison.without_effect.defects.get(worse.design, ())
             names = {name for rule in breaches(worse, idle) for name in rule.explained_by}
             rests = ((" or ".join(sorted(names)), "without", -1),)
@@ -428,9 +429,9 @@ def middle(difference: float | Band | None) -> float:
     return abs(sum(difference)) / 2 if isinstance(difference, tuple) else abs(difference)
 
 
-def _explained(run: DesignRun) -> bool:
-    """Whether defects explain all that a machine broke."""
-    return not _spins(run) and not _stale(run) and all(one.explained_by for one in breaches(run))
+def _unexplained(run: DesignRun) -> int:
+    """What a machine broke that no defect explains."""
+    return _spins(run) + _stale(run) + sum(one.count for one in breaches(run) if not one.explained_by)
 
 
 def _basis(key: str, found: Measure, trials: Iterable[Trial] | None, captured: bool) -> Basis:
