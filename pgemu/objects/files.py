@@ -157,7 +157,7 @@ class GuestMemfd4K(File):
 @guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class ShmemFile(File):
-    """What mmap(MAP_SHARED | MAP_ANONYMOUS) maps: a file of shmem with 4K folios. mm/shmem.c:shmem_zero_setup()"""
+    """A file of shmem with 4K folios: of memfd_create(), or what mmap(MAP_SHARED | MAP_ANONYMOUS) maps. mm/shmem.c"""
 
     _kind = int(W.INODE_GUEST_MEMFD_4K)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,30 @@ def test_stale_contents_are_broken_by_the_page_though_their_leaf_is_gone(check: 
         line = verdict(comparison, found)["broken"]
         assert (line.measure.first, line.measure.better) == (511, 1)
         assert line.basis == Basis("defect", (("uptodate-unzeroed", "without", -1),))
+
+
+@cache
+def _stale_contents() -> Comparison:
+    records = [*setup(), one(Operation.GUEST_FAULT, address=0), one(Operation.PUNCH_HOLE, offset=0, length=PAGE_2M)]
+    return compare(lowered(records))
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000))
+def test_what_a_defect_breaks_decides_nothing_beside_what_none_does(first: int, second: int) -> None:
+    """511 pages of restructure's are the defect's; what devices reach of private memory is no defect's."""
+    known = _stale_contents()
+    runs = [
+        replace(run, devices=SimpleNamespace(stale=stale))  # type: ignore[arg-type]
+        for run, stale in zip(known.runs, (first, second), strict=True)
+    ]
+    line = verdict(replace(known, runs=tuple(runs)))["broken"]
+    assert (line.measure.first, line.measure.second) == (511 + first, second)
+    if first <= second < 511 + first:
+        assert line.basis.kind == "defect"
+    elif second == 511 + first:
+        assert line.basis.kind == "even"
+    else:
+        assert line.basis.kind == "untested"
 
 
 def test_without_alternatives_nothing_is_an_inference() -> None:
