@@ -17,6 +17,7 @@ import numpy as np
 
 from pgemu.errors import InputError
 from pgemu.machine.arguments import guards
+from pgemu.trace.accesses import AccessStream
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
@@ -53,13 +54,18 @@ _WORKLOAD = "workload:"
 
 @guards()
 def load(
-    name_or_path: str | os.PathLike[str], options: LoweringOptions | None = None, seed: int = 0, **parameters: float
+    name_or_path: str | os.PathLike[str],
+    options: LoweringOptions | None = None,
+    seed: int = 0,
+    form: str | None = None,
+    **parameters: float,
 ) -> Lowered:
     """Load a trace, whatever holds it.
 
     :param name_or_path: `workload:NAME`; a path to Parquet or to text of ftrace, trace-cmd or perf script, plain or
         compressed with xz, gzip or zstd; "-" for text from standard input
     :param seed: of a workload; logs have none
+    :param form: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
     :raises TypeError, ValueError: an argument that is no such thing
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
@@ -76,7 +82,9 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    found = read(open_source(name))
+    found = read(open_source(name), form)
+    if isinstance(found, AccessStream):
+        raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
     if isinstance(found, Log):
         return _told(lower(found, options))
     placed = place(found, options) if isinstance(found, Unplaced) else adapt(found, options)

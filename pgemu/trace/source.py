@@ -10,8 +10,10 @@ from __future__ import annotations
 import lzma
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from itertools import chain
 from typing import Any, BinaryIO, Protocol
@@ -35,6 +37,7 @@ _FREE_GROWTH = 64 << 20  # bytes of text that need no reason
 _DECODER_MEMORY = 256 << 20  # xz -9 takes 65 MiB
 _ZSTD_WINDOW = 128 << 20  # zstd -19 --long, what its own program takes without being told
 _ZSTD_PIECE = 1 << 10  # bytes; at most 256 blocks, of 128 KiB each (RFC 8878, 3.1.1.2)
+_MOST_COPIED = 16 << 30  # bytes of what is compressed or piped and has to be read at any place
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # as PowerShell's > writes
 _BOM = b"\xef\xbb\xbf"
 
@@ -184,6 +187,41 @@ class Source:
                 waiting = len(data) - cut
         if waiting:
             yield b"".join(parts)
+
+    def raw_blocks(self) -> Iterator[bytes]:
+        """Yield the data as it is, decompressed, in blocks of bounded size that end anywhere.
+
+        :raises InputError: the compressed stream is damaged, ends early or grows too much
+        """
+        with self._stream:
+            yield from self._slices()
+
+    @contextmanager
+    def whole(self) -> Iterator[BinaryIO]:
+        """Open the data to be read at any place: the file, or a copy of what is compressed or comes from a pipe.
+
+        :raises InputError: as of raw_blocks(); the copy is larger than _MOST_COPIED bytes, or has no room
+        """
+        if self.path is not None:
+            self.close()
+            with self._failing(), open(self.path, "rb") as file:
+                yield file
+            return
+        with self._failing(), tempfile.TemporaryFile() as copy:
+            for block in self.raw_blocks():
+                if copy.tell() > _MOST_COPIED:
+                    raise InputError(f"more than {_MOST_COPIED >> 30} GiB, give the file itself", self.name)
+                copy.write(block)
+            copy.seek(0)
+            yield copy
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Name the trace where its file or a copy fails."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror or error}", self.name) from None
 
     def _slices(self) -> Iterator[bytes]:
         """The data in slices of at most _BLOCK bytes."""

@@ -1,8 +1,12 @@
-"""Formats of traces: a module each, with `sniff()` and `read()`; this is the one place that asks them.
+"""Formats of traces: a module each; this is the one place that asks them.
 
+    FORMATS: Mapping[str, str]         the names of its formats, as --format has them, and what a message calls them
     def sniff(head: bytes) -> Match    whether a file that begins so, decompressed, is of this format
-    def read(source: Source) -> Log    what it asks for, yet to be laid over guest_memfd; what is so already: Lowered;
-                                       or operations of which it is not said where their memory lies: Unplaced
+    def read(source: Source, form: str | None) -> Found
+                                       `form`: one of FORMATS that the user names, None: as its content says. A log's
+                                       requests, yet to be laid over guest_memfd (Log); what is so already (Lowered);
+                                       operations of which it is not said where their memory lies (Unplaced); a
+                                       program's accesses (AccessStream)
 
 Every module of this folder is asked, so none imports at its top what only `read` needs.
 """
@@ -15,12 +19,15 @@ from importlib import import_module
 from typing import Any
 
 from pgemu.errors import InputError
+from pgemu.trace.accesses import AccessStream
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Lowered
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 
-__all__ = ("read", "read_log", "readers")
+__all__ = ("Found", "formats", "read", "read_log", "readers")
+
+Found = Log | Lowered | Unplaced | AccessStream
 
 _RECORDINGS = {
     b"PERFILE2": "a recording of perf: print it with perf script -i FILE -F comm,pid,tid,cpu,time,event,trace",
@@ -33,6 +40,11 @@ def readers() -> Iterator[Any]:
     """Yield the module of each format."""
     for found in pkgutil.iter_modules(__path__):
         yield import_module(f"{__name__}.{found.name}")
+
+
+def formats() -> dict[str, str]:
+    """Every format by name, and what messages call it."""
+    return {name: title for module in readers() for name, title in module.FORMATS.items()}
 
 
 def _refuse_recording(source: Source) -> None:
@@ -50,21 +62,38 @@ def read_log(source: Source) -> Log:
     from pgemu.trace.readers import ftrace
 
     _refuse_recording(source)
+    sure, name = _surest(source)
+    if sure is Match.SURE and name not in ftrace.FORMATS:
+        source.close()
+        raise InputError(f"this is {formats()[name]}, expected text of ftrace or trace-cmd", source.name)
     if ftrace.sniff(source.head) is Match.NO:
         source.close()
         raise InputError("binary data, expected text of ftrace or trace-cmd", source.name)
     return ftrace.read(source, keep_outcomes=True)
 
 
-def read(source: Source) -> Log | Lowered | Unplaced:
-    """Read a trace by the reader that is the surest to know its format.
+def _surest(source: Source) -> tuple[Match, str]:
+    """How sure the surest reader is, and the name of its first format."""
+    return max((module.sniff(source.head), next(iter(module.FORMATS))) for module in readers())
 
+
+def read(source: Source, form: str | None = None) -> Found:
+    """Read a trace by the reader that is the surest to know its format, or by the one that is named.
+
+    :param form: a name of formats(), None: as the content says
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
     """
+    if form is not None:
+        reader = next((module for module in readers() if form in module.FORMATS), None)
+        if reader is None:
+            source.close()
+            raise InputError(f"format {form!r}: expected one of {', '.join(sorted(formats()))}", source.name)
+        named: Found = reader.read(source, form)
+        return named
     _refuse_recording(source)
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
     if sure is Match.NO:
         source.close()
         raise InputError("binary data, expected text of ftrace or trace-cmd, or Parquet", source.name)
-    found: Log | Lowered | Unplaced = reader.read(source)
+    found: Found = reader.read(source, None)
     return found

@@ -41,7 +41,9 @@ from pgemu.trace.log import NAMELESS, Log, Task
 from pgemu.trace.source import Match, Source, open_source, text_of
 from pgemu_kernels.words.log_words import ROW_WORDS, EventCode
 
-__all__ = ("read", "sniff")
+__all__ = ("FORMATS", "read", "sniff")
+
+FORMATS = {"ftrace": "text of ftrace, trace-cmd or perf script"}
 
 _TIME, _LINE = 1, 3
 
@@ -55,10 +57,11 @@ def sniff(head: bytes) -> Match:
     return Match.NO if b"\0" in head else Match.POSSIBLE
 
 
-def read(path: str | os.PathLike[str] | Source, *, keep_outcomes: bool = False) -> Log:
+def read(path: str | os.PathLike[str] | Source, form: str | None = None, *, keep_outcomes: bool = False) -> Log:
     """Read a log.
 
     :param path: plain or compressed text, or an opened source
+    :param form: there is one
     :param keep_outcomes: whether the entries of stage 2 that KVM says it wrote are wanted (`Log.sptes`)
     :raises InputError: unreadable, no event in it, or a line that is malformed (with its number)
     """

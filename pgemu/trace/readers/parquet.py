@@ -33,7 +33,9 @@ from pgemu.whole_file import whole_file
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = ("ROW_GROUP", "iterate", "read", "sniff", "write")
+__all__ = ("FORMATS", "ROW_GROUP", "iterate", "read", "sniff", "write")
+
+FORMATS = {"parquet": "Parquet"}
 
 ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
@@ -146,7 +148,7 @@ def sniff(head: bytes) -> Match:
     return Match.SURE if head.startswith(_MAGIC) else Match.NO
 
 
-def read(path: str | os.PathLike[str] | Source) -> Lowered | Unplaced:
+def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowered | Unplaced:
     """Load a trace: placed, if `write` stored it, else as its columns are.
 
     :raises InputError: as `iterate`, the metadata of `write` cannot be used, or the records do not fit into memory

@@ -41,7 +41,9 @@ def test_the_surest_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "a"
     path.write_bytes(b"binary\0 log")
     read: list[Source] = []
-    other = SimpleNamespace(sniff=lambda head: Match.SURE, read=read.append)
+    other = SimpleNamespace(
+        FORMATS={"other": ""}, sniff=lambda head: Match.SURE, read=lambda one, form: read.append(one)
+    )
     known = tuple(readers.readers())
     monkeypatch.setattr(readers, "readers", lambda: (*known, other))
     readers.read(source := open_source(path))
