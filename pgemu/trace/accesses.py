@@ -62,7 +62,7 @@ class AccessStream:
         batches: records of GUEST_ACCESS in their order, taken once; InputError, with line or record, where they cannot
             be read on
         tally: of what was taken so far
-        v2p: uint64[n, 3], first virtual address, first physical address and bytes of each translation that was recorded,
+        v2p: uint64[n, 3], first virtual and first physical address and bytes of each translation that was recorded,
             by virtual address; None where none was
     """
 
