@@ -79,7 +79,7 @@ def load(
         of_options = {one: getattr(options, one) for one in ("guest_memory",) if one in known}
         given = {**{one: value for one, value in of_options.items() if value is not None}, **parameters}
         made = workload.open(name.removeprefix(_WORKLOAD), seed, **given)
-        return replace(adapt(made, options), again=partial(load, name, options, seed, **parameters))
+        return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name), form)
