@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._groups import grouped
-from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size, vm_process
+from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, size
 from pgemu.cli._output import say
+from pgemu.cli._trace_options import OF_LOGS, TRACE_GROUP, lowering, trace_options
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,11 +27,8 @@ __all__ = ("compare",)
 _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
-    "The trace and its memory": (
-        *("--guest-memory", "--init", "--dontneed", "--memslot", "--seed"),
-        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
-    ),
-    "Parameters of workloads": ("--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
+    **TRACE_GROUP,
+    "Parameters of workloads": ("--seed", "--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
     **MACHINE_GROUPS,
 }
 
@@ -57,31 +55,14 @@ _GROUPS = {
 @click.option("--as-posted", is_flag=True, help="With those mistakes of the version, too, that have a known fix.")
 @click.option("--strict", is_flag=True, help="What the version refuses stays refused, though the trace needs it.")
 @click.option(
-    "--page-size", type=click.Choice(["4K", "2M", "1G"]), help="Size of the pages.  [default: 1G, of --like next 4K]"
-)
-@click.option(
-    "--guest-memory", type=size, metavar="SIZE", help="Size of the guest_memfd.  [default: what the trace needs]"
-)
-@click.option(
     "--design",
     "designs",
     metavar="restructure|pfnmap",
     multiple=True,
     help="One design alone: what it has, without a verdict. May be repeated.",
 )
+@trace_options
 @machine_options
-@click.option(
-    "--init",
-    type=click.Choice(["private", "shared", "auto"]),
-    default="auto",
-    show_default=True,
-    help="Memory at first; auto: private if it converts or is used as such, or of a TD.",
-)
-@click.option(
-    "--dontneed",
-    type=click.Choice(["punch", "zap"]),
-    help="What gives memory back.  [default: punch for madvise, else zap]",
-)
 @click.option(
     "--overlap",
     type=click.FloatRange(0, 1),
@@ -120,57 +101,6 @@ _GROUPS = {
     default="end",
     show_default=True,
     help="Check invariants at the end, every N operations, or what each one touched.",
-)
-@click.option(
-    "--memslot",
-    "memslots",
-    type=memslot,
-    metavar="GPA:SIZE(:(OFFSET)(:HVA))",
-    multiple=True,
-    help="A memory slot, in place of the trace's; HVA tells host addresses. May be repeated.",
-)
-@click.option(
-    "--vm-process",
-    "vm_processes",
-    type=vm_process,
-    metavar="PID|all",
-    multiple=True,
-    help="Process of a log's VM; may be repeated, all merges what it holds.  [default: the only one]",
-)
-@click.option(
-    "--tdx-shared-bit",
-    type=click.Choice(["auto", "none", "47", "51"]),
-    default="auto",
-    show_default=True,
-    help="Bit that says shared in guest addresses of a TD's log.",
-)
-@click.option(
-    "--fault-address",
-    type=click.Choice(["auto", "physical", "virtual"]),
-    default="auto",
-    show_default=True,
-    help="What a log's guest faults print; auto: as they look.",
-)
-@click.option(
-    "--requests",
-    type=click.Choice(["done", "ignored"]),
-    default="done",
-    show_default=True,
-    help="Conversions that the guest asks for, in a log without kvm_vm_set_mem_attributes.",
-)
-@click.option(
-    "--early-slots",
-    type=click.Choice(["stand", "absent"]),
-    default="stand",
-    show_default=True,
-    help="Slots that the guest uses before a log's first slot line.",
-)
-@click.option(
-    "--iova",
-    type=click.Choice(["ignored", "guest"]),
-    default="ignored",
-    show_default=True,
-    help="What a log's iommu:map names: nobody knows whose, or the guest's addresses.",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
@@ -281,6 +211,7 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
     own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
+    own.add("input_format")
     varied = [one for one in command.params if one.name in options and one.name not in own]
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 
@@ -289,23 +220,11 @@ _OF_WORKLOADS = ("overlap", "late", "flips", "accesses", "buffers", "mapping")
 
 
 def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
-    from pgemu.trace import GivenSlot, LoweringOptions, load, require_input, shipped
+    from pgemu.trace import load, require_input, shipped
 
-    lowering = LoweringOptions(
-        page_size=size(options["page_size"] or ("4K" if options["like"] == "next" else "1G")),
-        init=options["init"],
-        dontneed=options["dontneed"],
-        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
-        guest_memory=options["guest_memory"],
-        vm_processes=options["vm_processes"],
-        tdx_shared_bit=options["tdx_shared_bit"],
-        fault_address=options["fault_address"],
-        requests=options["requests"],
-        early_slots=options["early_slots"],
-        iova=options["iova"],
-    )
+    asked = lowering(options, "4K" if options["like"] == "next" else "1G")
     parameters = {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
-    lowered = load(shipped() if trace is None else trace, lowering, options["seed"], **parameters)
+    lowered = load(shipped() if trace is None else trace, asked, options["seed"], options["input_format"], **parameters)
     require_input(lowered)
     return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
 
@@ -363,17 +282,6 @@ def _announce(lowered: Lowered, check: Any) -> None:
         print(f"pgemu: --check {check}: {text}", file=sys.stderr, flush=True)
 
 
-_OF_THE_TRACE = {
-    "dontneed": None,
-    "tdx_shared_bit": "auto",
-    "fault_address": "auto",
-    "requests": "done",
-    "early_slots": "stand",
-    "iova": "ignored",
-}
-"""Options that say how a log is read, and what they are without being asked for."""
-
-
 def _idle_options(trace: str | None, options: dict[str, Any], comparison: Comparison) -> Iterator[str]:
     """Those options that are no fields of a machine and change nothing here."""
     from pgemu.machine.presets import LIKE
@@ -383,7 +291,7 @@ def _idle_options(trace: str | None, options: dict[str, Any], comparison: Compar
         yield "as_posted"
     if options["strict"] and not any(run.refusal for run in comparison.runs):
         yield "strict"
-    for name, default in _OF_THE_TRACE.items():
+    for name, default in OF_LOGS.items():
         if options[name] == default or trace == "-":  # which is read once
             continue
         try:
