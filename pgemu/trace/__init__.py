@@ -57,7 +57,7 @@ def load(
     name_or_path: str | os.PathLike[str],
     options: LoweringOptions | None = None,
     seed: int = 0,
-    form: str | None = None,
+    input_format: str | None = None,
     **parameters: float,
 ) -> Lowered:
     """Load a trace, whatever holds it.
@@ -65,7 +65,7 @@ def load(
     :param name_or_path: `workload:NAME`; a path to Parquet or to text of ftrace, trace-cmd or perf script, plain or
         compressed with xz, gzip or zstd; "-" for text from standard input
     :param seed: of a workload; logs have none
-    :param form: of a file, one of pgemu.trace.readers.formats(); None: as its content says
+    :param input_format: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
     :raises TypeError, ValueError: an argument that is no such thing
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
@@ -82,7 +82,7 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    found = read(open_source(name), form)
+    found = read(open_source(name), input_format)
     if isinstance(found, AccessStream):
         raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
     if isinstance(found, Log):

@@ -26,6 +26,7 @@ LOWERING = {field.name for field in fields(LoweringOptions)}
 REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots", "--vm-process": "vm_processes"}
 # Of the run, not of a machine or a trace; `check` is a key of the document beside "machine".
 OF_THE_RUN = {
+    "input_format",
     *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
     *("like", "pfnmap", "as_posted", "strict"),  # of Versions; what they mean for a machine is in its fields
     *("overlap", "late", "flips", "accesses", "buffers", "mapping"),  # of workloads
