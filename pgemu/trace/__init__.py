@@ -45,6 +45,7 @@ __all__ = (
     "Slot",
     "columns_table",
     "load",
+    "opened",
     "require_input",
     "shipped",
 )
@@ -82,9 +83,25 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    found = read(open_source(name), input_format)
+    found = opened(name, options, input_format)
     if isinstance(found, AccessStream):
         raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
+    return found
+
+
+def opened(
+    path: str | os.PathLike[str], options: LoweringOptions | None = None, input_format: str | None = None
+) -> Lowered | AccessStream:
+    """Open a file, whatever it holds: what can be replayed, or a stream of a program's accesses.
+
+    :param path: as of load(), but for workloads
+    :param input_format: as of load()
+    :raises InputError: as of load()
+    """
+    options = options or LoweringOptions()
+    found = read(open_source(path), input_format)
+    if isinstance(found, AccessStream):
+        return found
     if isinstance(found, Log):
         return _told(lower(found, options))
     placed = place(found, options) if isinstance(found, Unplaced) else adapt(found, options)

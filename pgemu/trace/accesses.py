@@ -73,7 +73,14 @@ class AccessStream:
     v2p: npt.NDArray[np.uint64] | None = None
 
     @classmethod
-    def of(cls, source: str, format: str, batches: Iterable[Records], tally: Tally) -> AccessStream:
+    def of(
+        cls,
+        source: str,
+        format: str,
+        batches: Iterable[Records],
+        tally: Tally,
+        v2p: npt.NDArray[np.uint64] | None = None,
+    ) -> AccessStream:
         """A stream whose records are counted as they are taken."""
 
         def counted() -> Iterator[Records]:
@@ -82,7 +89,7 @@ class AccessStream:
                 if len(records):
                     yield records
 
-        return cls(source, format, counted(), tally)
+        return cls(source, format, counted(), tally, v2p)
 
 
 def accesses(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import index
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,17 @@ from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G, Flag, Operation
 
-__all__ = ("Accounting", "Init", "Lowered", "LoweringOptions", "private_because")
+__all__ = ("Accounting", "Guest", "Init", "Kind", "Lowered", "LoweringOptions", "private_because")
 
 Init = Literal["private", "shared"]
+Kind = Literal["guest", "process"]
+
+
+class Guest(NamedTuple):
+    """Guest memory of one VM of several: where it lies, and its shareability at first."""
+
+    layout: Layout
+    init: Init
 
 
 def _slots(value: Any) -> tuple[GivenSlot, ...]:
@@ -200,6 +208,8 @@ class Lowered:
         doubts: why the trace is not, or not all, of one VM's memory
         again: of a workload with parameters: makes it with other ones
         table: it was no log, but rows of operations (Parquet)
+        kind: whose memory it is: a VM's over guest_memfd, or that of ordinary processes
+        guests: of a merged trace of VMs, each VM's guest memory, inode n for VM n; () of one VM's
     """
 
     records: Records
@@ -215,6 +225,8 @@ class Lowered:
     doubts: tuple[Doubt, ...] = ()
     again: Callable[..., Lowered] | None = field(default=None, compare=False)
     table: bool = False
+    kind: Kind = "guest"
+    guests: tuple[Guest, ...] = ()
 
     @property
     def private_because(self) -> str:

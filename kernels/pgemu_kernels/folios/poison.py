@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import U0, U1, U8, U16
+from pgemu_kernels.engine.bits import U0, U1, U8, U16, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import put_frame
 from pgemu_kernels.folios.folio import (
@@ -12,6 +12,7 @@ from pgemu_kernels.folios.folio import (
     HWPOISON,
     HWPOISON_6_12,
     is_huge_page,
+    order_of,
     struct_page,
 )
 from pgemu_kernels.words.operations import EBUSY, ENOMEM, EOPNOTSUPP
@@ -136,29 +137,45 @@ def collect_poison(m, head, pages):
                 m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
 
 
+@kernel
+def _is_noted(state, head, pages):
+    """Whether a page of frames [head, head + pages) is noted to be poisoned."""
+    for row in range(state[R_POISONED]):
+        pfn = state[STATE_POISONED + row]
+        if pfn != U0 and pfn - head < pages:
+            return True
+    return False
+
+
+@kernel
+def _huge_page_of(m, head, pfn):
+    """The huge page with a frame, of what was one huge page from `head` on: that, or a 2M piece; else the frame."""
+    if is_huge_page(m, head) and pfn - head < U1 << order_of(m, head):
+        return head
+    piece = pfn & ~U511
+    return piece if piece - head <= pfn - head and is_huge_page(m, piece) else pfn
+
+
 @outlined
 def settle_poison(m, head, pages):
     """The poison noted of frames [head, head + pages), which a split or a merge has rewritten: of a huge page it is
     that page's, of 4K folios each one's own.
     """
     state = m.state
-    if state[R_POISONED_PAGES] == U0:
+    if state[R_POISONED_PAGES] == U0 or not _is_noted(state, head, pages):
         return
-    whole = is_huge_page(m, head)
-    first = True
+    frame = head
+    while frame - head < pages:  # a split page by page hands the huge page's flag to every piece
+        m.ram[struct_page(m, frame) + FLAGS] &= ~state[R_HWPOISON]
+        frame += U1 << order_of(m, frame)
     for row in range(state[R_POISONED]):
         pfn = state[STATE_POISONED + row]
         if pfn == U0 or pfn - head >= pages:
             continue
-        if whole:
-            _note(m, head, row)
-            continue
-        if first:
-            m.ram[struct_page(m, head) + FLAGS] &= ~state[R_HWPOISON]
-        first = False
-    for row in range(U0 if whole else state[R_POISONED]):
-        pfn = state[STATE_POISONED + row]
-        if pfn != U0 and pfn - head < pages:
+        folio = _huge_page_of(m, head, pfn)
+        if is_huge_page(m, folio):
+            _note(m, folio, row)
+        else:
             m.ram[struct_page(m, pfn) + FLAGS] |= state[R_HWPOISON]
             state[STATE_POISONED + row] = U0
 

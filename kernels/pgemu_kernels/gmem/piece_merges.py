@@ -36,7 +36,7 @@ from pgemu_kernels.folios.guest_folios import (
 from pgemu_kernels.folios.hstate import hstate_node, hstate_of_order, node_of
 from pgemu_kernels.folios.hugetlb import inode_at, prep_folio
 from pgemu_kernels.folios.hvo import fill_tail_page, optimize, restore_batch, split_directory
-from pgemu_kernels.folios.merging import merge_zeroed
+from pgemu_kernels.folios.merging import merge_zeroed, poison_settled
 from pgemu_kernels.folios.split_pages import (
     HELD,
     NO_MEMORY,
@@ -88,7 +88,7 @@ from pgemu_kernels.words.enum_words import (
     GAUGE_VMEMMAP_PAGES,
 )
 from pgemu_kernels.words.operations import EAGAIN
-from pgemu_kernels.words.registers import R_MASK_TAILS, R_MERGE_ZEROES, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY
+from pgemu_kernels.words.registers import R_HWPOISON, R_MASK_TAILS, R_MERGE_ZEROES, R_SPLIT_FORM, R_VMEMMAP_READ_ONLY
 from pgemu_kernels.words.rows import (
     B_BITS,
     B_PFN,
@@ -272,7 +272,7 @@ def clean_heads(m, head):
     for piece in range(head + PAGES, head + BLOCK_PAGES, PAGES):
         page = struct_page(m, piece)
         for _ in range(OWN_WORDS):
-            ram[page + FLAGS] &= ~PAGE_FLAGS
+            ram[page + FLAGS] &= ~(PAGE_FLAGS | m.state[R_HWPOISON])
             ram[page + U2] = U0
             ram[page + INDEX] = U0
             ram[page + COUNTS] = NO_MAPCOUNT
@@ -396,6 +396,7 @@ def merge_whole(m, node, block, first, keep, must):
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
     optimize(m, head, WHOLE)
+    poison_settled(m, head, BLOCK_PAGES)
     join_list(m, head, WHOLE)
     own_merged(m, block, struct_page(m, head))
     m.state[block + B_STATE] = BLOCK_HUGE

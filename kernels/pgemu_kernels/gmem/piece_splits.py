@@ -24,6 +24,7 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.hugetlb import inode_at, prep_compound
 from pgemu_kernels.folios.hvo import optimize_batch, restore
+from pgemu_kernels.folios.merging import poison_settled
 from pgemu_kernels.folios.split_pages import (
     HELD,
     INHERITED,
@@ -135,6 +136,7 @@ def split_whole(m, block, first):
     make_pieces(m, head, first)
     mark_pieces(m, block, head, first)
     optimize_batch(m, head, head + BLOCK_PAGES)
+    poison_settled(m, head, BLOCK_PAGES)
     m.state[block + B_STATE] = BLOCK_PARTLY
     change(m.stats, GAUGE_BLOCKS_HUGE, -1)
     change(m.stats, GAUGE_BLOCKS_PARTLY, 1)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import NONE, U0, U1
-from pgemu_kernels.engine.compile import outlined
+from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.handle import full_only
 from pgemu_kernels.engine.properties import splits_folios
 from pgemu_kernels.engine.rows import block_row
 from pgemu_kernels.engine.shareability import shared_in_range
 from pgemu_kernels.folios.poison import is_folio_poisoned
+from pgemu_kernels.gmem.pieces import BLOCK_PAGES, PAGES, is_piece_split, piece_head
 from pgemu_kernels.words.registers import R_ORDER, R_POISON_MOVES, R_POISONED_PAGES
 from pgemu_kernels.words.rows import B_PFN, B_STATE, BLOCK_HUGE, BLOCK_PARTLY, BLOCK_SPLIT
 
@@ -31,6 +32,31 @@ def poisoned_piece(m, head, first, last):
     return NONE
 
 
+@kernel
+def shared_left(m, node, first, last, start, end):
+    """Shared pages of [first, last), those in [start, end) left out."""
+    low = max(first, start)
+    high = min(last, end)
+    return shared_in_range(m, node, first, last) - shared_in_range(m, node, low, high)
+
+
+@outlined
+def find_in_pieces(m, node, block, first, start, end, to_private):
+    """The first poisoned page of a 2M piece of a block that converting pages [start, end) splits or merges, or NONE."""
+    found = NONE
+    index = max(first, start) & ~(PAGES - U1)
+    last = min(first + BLOCK_PAGES, end)
+    while index < last and found == NONE:
+        split = is_piece_split(m, block, index) != U0
+        head = piece_head(m, block, index)
+        if not to_private and not split and is_folio_poisoned(m, head):
+            found = max(index, start)
+        if to_private and split and shared_left(m, node, index, index + PAGES, start, end) == U0:
+            found = poisoned_piece(m, head, index, index + PAGES)
+        index += PAGES
+    return found
+
+
 @outlined
 def find_poisoned(m, node, start, end, to_private):
     """The first poisoned page of a huge page that converting pages [start, end) would split or merge, or NONE."""
@@ -39,22 +65,21 @@ def find_poisoned(m, node, start, end, to_private):
     if state[R_POISONED_PAGES] == U0 or state[R_POISON_MOVES] != U0 or order == U0 or not splits_folios(m):
         return NONE
     first = start >> order << order
-    while first < end:
+    found = NONE
+    while first < end and found == NONE:
         block = block_row(m, node, first)
         last = first + (U1 << order)
         kind = state[block + B_STATE]
         head = state[block + B_PFN]
         if kind == BLOCK_HUGE and not to_private and is_folio_poisoned(m, head):
-            return max(first, start)
-        if (kind == BLOCK_SPLIT or kind == BLOCK_PARTLY) and to_private:
-            low = max(first, start)
-            high = min(last, end)
-            left = shared_in_range(m, node, first, last) - shared_in_range(m, node, low, high)
-            found = poisoned_piece(m, head, first, last) if left == U0 else NONE
-            if found != NONE:
-                return found
+            found = max(first, start)
+        if kind == BLOCK_PARTLY:
+            found = find_in_pieces(m, node, block, first, start, end, to_private)
+        whole = (kind == BLOCK_SPLIT or kind == BLOCK_PARTLY) and to_private and found == NONE
+        if whole and shared_left(m, node, first, last, start, end) == U0:
+            found = poisoned_piece(m, head, first, last)
         first = last
-    return NONE
+    return found
 
 
 poisoned_block = full_only(find_poisoned, NONE)

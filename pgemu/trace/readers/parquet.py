@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +21,10 @@ import numpy.typing as npt
 
 from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
+from pgemu.trace.accesses import AccessStream, Tally
 from pgemu.trace.columns import CONTRACT, numbers, records_of
 from pgemu.trace.log import Doubt
-from pgemu.trace.lowered import Accounting, Lowered
+from pgemu.trace.lowered import Accounting, Guest, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
@@ -33,13 +35,14 @@ from pgemu.whole_file import whole_file
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = ("FORMATS", "ROW_GROUP", "iterate", "read", "sniff", "write")
+__all__ = ("FORMATS", "ROW_GROUP", "iterate", "read", "sniff", "write", "write_accesses")
 
 FORMATS = {"parquet": "Parquet"}
 
 ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
 _LEVEL = "fault_level"  # of a log that told levels
+_OF_ACCESSES = ("time", "op", "flags", "actor", "space", "address")
 _KEY = b"pgemu"
 _VERSION = 1
 _LONGEST, _LONGEST_NAME = 200, 40  # of a message, of a column's name
@@ -66,6 +69,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "machine": dict(lowered.machine),
         "notes": list(lowered.notes),
         "doubts": [list(doubt) for doubt in lowered.doubts],
+        "kind": lowered.kind,
+        "guests": [{"layout": guest.layout.to_json(), "init": guest.init} for guest in lowered.guests],
     }
     levels = lowered.fault_levels if batches is None else None
     columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
@@ -84,6 +89,64 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror or error}", name) from None
+
+
+def write_accesses(stream: AccessStream, path: str | os.PathLike[str]) -> None:
+    """Store a program's accesses, a row group at a time; the file appears whole or not at all.
+
+    :raises InputError: the file cannot be written, or what the stream raises
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = os.fspath(path)
+    columns = [column for column in DTYPES if column in _OF_ACCESSES]
+    schema = pa.schema([pa.field(one, pa.from_numpy_dtype(DTYPES[one]), nullable=False) for one in columns])
+    try:
+        with whole_file(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for records in stream.batches:
+                for first in range(0, len(records), ROW_GROUP):
+                    piece = records[first : first + ROW_GROUP]
+                    arrays = [pa.array(getattr(piece, column)) for column in columns]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
+            about = {
+                "version": _VERSION,
+                "kind": "accesses",
+                "source": stream.source,
+                "format": stream.format,
+                "threads": stream.tally.threads,
+                "inputs": dict(stream.tally.inputs),
+                "ignored": dict(stream.tally.ignored),
+                "rejected": stream.tally.rejected,
+                "notes": stream.tally.notes,
+                "v2p": [] if stream.v2p is None else stream.v2p.tolist(),
+            }
+            writer.add_key_value_metadata({_KEY.decode(): json.dumps(about)})
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror or error}", name) from None
+
+
+def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> AccessStream:
+    """What `write_accesses` stored; the file is closed behind the last batch."""
+
+    def batches() -> Iterator[Records]:
+        with file:
+            for records, _ in _batches(file, name, ROW_GROUP):
+                if (records.op != Operation.GUEST_ACCESS).any():
+                    row = int(np.argmax(records.op != Operation.GUEST_ACCESS))
+                    raise InputError(f"operation {records.op[row]} among guest accesses", name)
+                yield records
+
+    try:
+        counts = [Counter({str(one): index(n) for one, n in about[of].items()}) for of in ("inputs", "ignored")]
+        notes = [printable(note) for note in about["notes"]]
+        tally = Tally(0, counts[0], 0, counts[1], index(about["rejected"]), [], index(about["threads"]), notes)
+        v2p = np.array(about["v2p"], dtype=np.uint64).reshape(-1, 3) if about["v2p"] else None
+        form = printable(about["format"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        file.close()
+        raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
+    return AccessStream.of(name, form, batches(), tally, v2p)
 
 
 def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
@@ -148,7 +211,7 @@ def sniff(head: bytes) -> Match:
     return Match.SURE if head.startswith(_MAGIC) else Match.NO
 
 
-def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowered | Unplaced:
+def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowered | Unplaced | AccessStream:
     """Load a trace: placed, if `write` stored it, else as its columns are.
 
     :raises InputError: as `iterate`, the metadata of `write` cannot be used, or the records do not fit into memory
@@ -159,8 +222,12 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
             raise InputError("Parquet cannot be read compressed or from standard input, give its path", path.name)
         path = path.path
     name = os.fspath(path)
-    with _open(name) as file:
-        about = _about(file, name)
+    file = _open(name)
+    stored = _stored(file, name)
+    if stored is not None and stored.get("kind") == "accesses":
+        return _stored_accesses(file, stored, name)
+    with file:
+        about = _about(stored, name)
         others = _others(file)
         _check_size(file.metadata.num_rows, name)
         pieces = list(_batches(file, name, ROW_GROUP))
@@ -177,7 +244,8 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"],
+        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"], kind=about["kind"],
+        guests=about["guests"],
     )  # fmt: skip
 
 
@@ -231,21 +299,43 @@ def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: checked(name, value) for name, value in stored.items()}
 
 
-def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
-    """What `write` stored beside the records, None if it did not write the file."""
-    metadata = file.schema_arrow.metadata or {}
+def _stored(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
+    """What was stored beside the records, None if pgemu did not write the file."""
+    metadata = {**(file.metadata.metadata or {}), **(file.schema_arrow.metadata or {})}
     if _KEY not in metadata:
         return None
     try:
         about = json.loads(metadata[_KEY])
+        if about["version"] != _VERSION:
+            raise ValueError(f"version {about['version']}, expected {_VERSION}")
+        if not isinstance(about, dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        file.close()
+        raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
+    except RecursionError:
+        file.close()
+        raise InputError("metadata 'pgemu' cannot be used (too deep)", name) from None
+    return about
+
+
+def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """What `write` stored beside the records, checked; None if it did not write the file."""
+    if about is None:
+        return None
+    try:
         layout, init, setup = Layout.from_json(about["layout"]), about["init"], about["setup"]
-        if about["version"] != _VERSION or init not in ("private", "shared"):
-            raise ValueError(f"version {about['version']}, init {init}")
+        if init not in ("private", "shared"):
+            raise ValueError(f"init {init}")
         if type(setup) is not int or setup < 0:
             raise ValueError(f"setup {setup}, expected a number of records")
         machine, notes = _machine(about), about.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
+        kind = about.get("kind", "guest")
+        guests = tuple(Guest(Layout.from_json(one["layout"]), one["init"]) for one in about.get("guests", []))
+        if kind not in ("guest", "process") or any(guest.init not in ("private", "shared") for guest in guests):
+            raise ValueError(f"kind {kind} of {len(guests)} guests")
         doubts = about.get("doubts", [])
         if not all(
             isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str)
@@ -254,8 +344,13 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
             raise ValueError("doubts, expected a list of pairs of texts")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
-    except RecursionError:
-        raise InputError("metadata 'pgemu' cannot be used (too deep)", name) from None
     common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
     told = tuple(Doubt(printable(text), printable(of)) for text, of in doubts)
-    return {**common, "machine": machine, "notes": tuple(map(printable, notes)), "doubts": told}
+    return {
+        **common,
+        "kind": kind,
+        "guests": guests,
+        "machine": machine,
+        "notes": tuple(map(printable, notes)),
+        "doubts": told,
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pgemu.machine.designs import DESIGNS
 from pgemu.objects.failures import MfPage, MfResult, Signal
@@ -28,9 +29,10 @@ class Scene:
     def __init__(self, design: str, page_size: int = PAGE, *, shared: bool = True, **parameters: Any) -> None:
         if design == "restructure" and page_size == PAGE:
             parameters.setdefault("order", "next4k")
-        config = Config(design, pool=8 * M2, page_size=page_size, **parameters)  # type: ignore[arg-type]
+        pages = 2 if page_size > M2 else 8
+        config = Config(design, pool=pages * max(page_size, M2), page_size=page_size, **parameters)  # type: ignore[arg-type]
         self.machine = Machine(config)
-        self.gmem = self.machine.create_guest_memfd(4 * M2, shared=shared)
+        self.gmem = self.machine.create_guest_memfd(pages // 2 * max(page_size, M2), shared=shared)
         self.process = self.machine.create_process()
         self.vm = self.machine.create_vm(self.process, protected=True)
         assert self.process.mmap(self.gmem, VA).status == 0
@@ -345,10 +347,12 @@ def test_a_bad_piece_cannot_become_private() -> None:
     s.sound()
 
 
+@pytest.mark.parametrize("split_form", ["rfc2", "jan2026"])
 @pytest.mark.parametrize("moves", [False, True])
-def test_a_poisoned_huge_page_that_is_to_be_split(moves: bool) -> None:
+def test_a_poisoned_huge_page_that_is_to_be_split(moves: bool, split_form: str) -> None:
     """Refused, before anything is done; or the poison goes with its page."""
-    s = Scene("restructure", M2, shared=False, memory_failure="marked", poisoned_blocks="move" if moves else "refuse")
+    blocks = "move" if moves else "refuse"
+    s = Scene("restructure", M2, shared=False, memory_failure="marked", poisoned_blocks=blocks, split_form=split_form)
     s.vm.touch(0)
     s.gmem.memory_failure(5 * PAGE)
     result = s.gmem.convert(0, PAGE, shared=True)
@@ -363,6 +367,53 @@ def test_a_poisoned_huge_page_that_is_to_be_split(moves: bool) -> None:
         assert s.gmem.convert(0, PAGE, shared=False).status == 0  # and back
         assert s.machine.folio(s.pfn()).poisoned_pages == [s.pfn(5)]
         assert s.vm.touch(9 * PAGE).status in (-W.EHWPOISON, W.RET_PF_SPURIOUS)
+    s.sound()
+
+
+def order_at(s: Scene, index: int) -> int:
+    """The order of the folio of a page, by the levels that exist of its block."""
+    for order in (18, 9):
+        if s.machine.folio(s.pfn(index >> order << order)).order == order:
+            return order
+    return 0
+
+
+@pytest.mark.parametrize("split_form", ["rfc2", "jan2026"])
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(bad=st.sets(st.sampled_from((0, 3, 511, 600, 1024, 262143)), min_size=1, max_size=3), data=st.data())
+def test_poison_stays_where_it_was_through_pieces(split_form: str, bad: set[int], data: st.DataObject) -> None:
+    """A 1G page goes to 2M and 4K and back: what is bad is what is noted, and what has it."""
+    s = Scene(
+        "restructure", 1 << 30, shared=False, memory_failure="marked", poisoned_blocks="move",
+        split_form=split_form, split_to="2M",
+    )  # fmt: skip
+    s.vm.touch(0)
+    for page in bad:
+        s.gmem.memory_failure(page * PAGE)
+    for _ in range(4):
+        page = data.draw(st.sampled_from((1, 512, 700, 2000, 262100)))
+        pages = data.draw(st.sampled_from((1, 3, 512, 1500)))
+        shared = data.draw(st.booleans())
+        s.gmem.convert(page * PAGE, min(pages, 262144 - page) * PAGE, shared=shared)
+        for index in (0, 3, 4, 511, 512, 600, 601, 1024, 1536, 262143, 262100):
+            order = order_at(s, index)
+            head = index >> order << order
+            assert bool(s.flags(s.pfn(head)) & HWPOISON) == bool(bad & {*range(head, head + (1 << order))}), index
+    s.gmem.convert(0, 1 << 30, shared=False)
+    assert sorted(s.machine.folio(s.pfn()).poisoned_pages) == sorted(s.pfn() + page for page in bad)
+    s.sound()
+
+
+def test_a_poisoned_piece_is_neither_split_nor_merged_where_that_is_refused() -> None:
+    s = Scene("restructure", 1 << 30, shared=False, memory_failure="marked", split_to="2M")
+    s.vm.touch(0)
+    s.gmem.convert(1000 * PAGE, PAGE, shared=True)  # in pieces, the second at 4K
+    s.gmem.memory_failure(5 * PAGE)
+    s.gmem.memory_failure(1010 * PAGE)
+    assert s.gmem.convert(9 * PAGE, PAGE, shared=True) == (-W.EHWPOISON, 9 * PAGE)
+    assert s.gmem.convert(1500 * PAGE, PAGE, shared=True).status == 0  # the third is whole and good
+    assert s.gmem.convert(1000 * PAGE, PAGE, shared=False) == (-W.EHWPOISON, 1010 * PAGE)
+    assert s.gmem.convert(1500 * PAGE, PAGE, shared=False).status == 0
     s.sound()
 
 
