@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.accesses import AccessStream, Tally
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.schema import COLUMNS, Operation, Records
 from pgemu_kernels.words.operations import Flag
 
-__all__ = ("cut",)
+__all__ = ("cut", "cut_accesses")
 
+_TITLES = {int(op): op.name.lower().replace("_", " ") for op in Operation}
 _MAKES_STATE = frozenset(
     (
         *(Operation.MMAP, Operation.MUNMAP, Operation.BIND, Operation.UNBIND, Operation.MEMSLOT, Operation.ATTRIBUTES),
@@ -52,8 +55,13 @@ def cut(lowered: Lowered, first: int | None = None, end: int | None = None, vm: 
     made = Records.concatenate([records.take(np.flatnonzero(kept)), folded, records.take(np.flatnonzero(inside))])
     ahead = int(np.count_nonzero(kept)) + len(folded)
     if ahead and ahead < len(made):
-        made.time[:ahead] = np.minimum(made.time[:ahead], made.time[ahead])
-    dropped = Counter(Operation(int(op)).name.lower().replace("_", " ") for op in records.op[early & ~kept])
+        made.time[:ahead] = made.time[ahead]
+    dropped = Counter(
+        {
+            _TITLES[op]: n
+            for op, n in Counter(records.op[early & ~kept & (records.op != Operation.CONVERT)].tolist()).items()
+        }
+    )
     notes = list(lowered.notes)
     if early.any():
         what = ", ".join(f"{count:,} {name}" for name, count in dropped.most_common(4)) or "none"
@@ -69,6 +77,27 @@ def cut(lowered: Lowered, first: int | None = None, end: int | None = None, vm: 
     if levels is not None:
         levels = np.concatenate([levels[kept], np.zeros(len(folded), np.uint8), levels[inside]])
     return replace(lowered, records=made, accounting=accounting, fault_levels=levels, notes=tuple(notes), again=None)
+
+
+def cut_accesses(stream: AccessStream, first: tuple[bool, int] | None, end: tuple[bool, int] | None) -> AccessStream:
+    """A stream's accesses of a time.
+
+    :param first, end: whether it counts from the first access, and nanoseconds; None: no limit
+    """
+    began: int | None = None
+
+    def inside() -> Iterator[Records]:
+        nonlocal began
+        for records in stream.batches:
+            if began is None:
+                began = int(records.time[0])
+            low, high = (0 if one is None else one[1] + (began if one[0] else 0) for one in (first, end))
+            wanted = (records.time >= np.uint64(low)) & (records.time < np.uint64(high) if end is not None else True)
+            if wanted.any():
+                yield records.take(np.flatnonzero(wanted))
+
+    tally = Tally(threads=stream.tally.threads, notes=[*stream.tally.notes, "cut by time"])
+    return AccessStream.of(stream.source, stream.format, inside(), tally, stream.v2p)
 
 
 def _of_vms(records: Records) -> npt.NDArray[np.bool_]:

@@ -129,6 +129,10 @@ class LoweringOptions:
         return changed(self)
 
 
+_COUNTS = ("inputs", "outcomes", "ignored", "unknown", "skipped", "without_operation")
+_TOTALS = ("events", "lost", "operations", "setup", "extra_pieces")
+
+
 @dataclass
 class Accounting:
     """Where every event of a log went, and every operation came from.
@@ -168,12 +172,19 @@ class Accounting:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and ints, names sorted."""
-        counts = {
-            name: dict(sorted(getattr(self, name).items()))
-            for name in ("inputs", "outcomes", "ignored", "unknown", "skipped", "without_operation")
-        }
-        totals = {name: getattr(self, name) for name in ("events", "lost", "operations", "setup", "extra_pieces")}
+        counts = {name: dict(sorted(getattr(self, name).items())) for name in _COUNTS}
+        totals = {name: getattr(self, name) for name in _TOTALS}
         return {**totals, **counts}
+
+    @classmethod
+    def from_json(cls, found: Any) -> Accounting:
+        """What to_json() returned. TypeError, ValueError, KeyError for anything else."""
+        totals = {name: index(found[name]) for name in _TOTALS}
+        counts = {name: Counter({str(one): index(n) for one, n in dict(found[name]).items()}) for name in _COUNTS}
+        if min(totals.values()) < 0 or any(n < 0 for count in counts.values() for n in count.values()):
+            raise ValueError("a count below 0")
+        given: dict[str, Any] = {**totals, **counts}
+        return cls(**given)
 
 
 def private_because(records: Records, vm: str | None = None, asked: bool = False) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pgemu.errors import InputError
+from pgemu.trace.accesses import AccessStream, Tally
 from pgemu.trace.lowered import Accounting, Guest, Lowered
-from pgemu.trace.schema import COLUMNS, DTYPES, Operation, Records
+from pgemu.trace.schema import COLUMNS, DTYPES, Records
 from pgemu_kernels.words.rows import NO_INODE
 
-__all__ = ("merge",)
+__all__ = ("merge", "merge_accesses")
 
 _NUMBERED = {
     "VM": "vm",
@@ -28,6 +29,9 @@ _NUMBERED = {
     "guest process": "guest process",
 }
 """What is numbered by the trace, by how the meaning of a column begins; other numbers are the machine's own."""
+
+
+_MEANINGS = {int(op): means for op, means in COLUMNS.items()}
 
 
 def _kind_of(meaning: str) -> str | None:
@@ -91,12 +95,12 @@ def merge(traces: Sequence[Lowered], *, from_zero: bool = False) -> Lowered:
 def _renumbered(lowered: Lowered, behind: Counter[str]) -> tuple[Records, Counter[str]]:
     """A trace's records with numbers behind those of the traces before, and how many there are with it."""
     records = lowered.records
-    columns: dict[str, npt.NDArray[np.generic]] = {}
-    most: Counter[str] = Counter({kind: 1 for kind in ("vm", "process", "inode")} if lowered.kind == "guest" else {})
+    columns: dict[str, Any] = {}
+    most: Counter[str] = Counter(dict.fromkeys(("vm", "process", "inode"), 1) if lowered.kind == "guest" else {})
     for column in ("vm", "space", "object"):
         found = getattr(records, column).astype(np.uint64)
         for op in np.unique(records.op).tolist():
-            kind = _kind_of(COLUMNS[Operation(op)].get(column, ""))
+            kind = _kind_of(_MEANINGS[op].get(column, ""))
             rows = np.flatnonzero(records.op == op)
             if column == "object" and kind == "inode":
                 rows = rows[records.object[rows] != NO_INODE]
@@ -108,3 +112,55 @@ def _renumbered(lowered: Lowered, behind: Counter[str]) -> tuple[Records, Counte
             raise InputError(f"column {column!r} of the merged trace holds {int(found.max())}", lowered.source)
         columns[column] = found.astype(DTYPES[column])
     return replace(records, **columns), behind + most
+
+
+def merge_accesses(streams: Sequence[AccessStream], *, from_zero: bool = False) -> AccessStream:
+    """Streams of several programs as one, by time, in bounded memory; each one's processes are numbered behind those of
+    the ones before, which a stream has one of (InputError: more).
+
+    :param from_zero: as of merge()
+    """
+    if len(streams) < 2:
+        raise InputError("expected two traces or more to merge")
+    tally = Tally(threads=sum(one.tally.threads for one in streams))
+    tally.notes += [f"{one.source}: {note}" for one in streams for note in one.tally.notes]
+    title = " + ".join(dict.fromkeys(one.format for one in streams))
+    return AccessStream.of(" + ".join(one.source for one in streams), title, _by_time(streams, from_zero), tally)
+
+
+def _by_time(streams: Sequence[AccessStream], from_zero: bool) -> Iterator[Records]:
+    """Batches by time: up to the earliest of the last times that the streams' waiting batches have."""
+    waiting = [_shifted(one, number, from_zero) for number, one in enumerate(streams)]
+    heads: list[Records | None] = [next(one, None) for one in waiting]
+    while any(head is not None for head in heads):
+        until = min(int(head.time[-1]) for head in heads if head is not None)
+        pieces = []
+        for number, head in enumerate(heads):
+            if head is None:
+                continue
+            head = _through(head, waiting[number], until)
+            count = int(np.searchsorted(head.time, np.uint64(until), side="right"))
+            pieces.append(head[:count])
+            heads[number] = head[count:] if count < len(head) else next(waiting[number], None)
+        joined = Records.concatenate(pieces)
+        yield joined.take(np.argsort(joined.time, kind="stable"))
+
+
+def _through(head: Records, more: Iterator[Records], until: int) -> Records:
+    """A batch with those behind it, until none that follows is of time `until`."""
+    pieces = [head]
+    while int(pieces[-1].time[-1]) == until and (following := next(more, None)) is not None:
+        pieces.append(following)
+    return Records.concatenate(pieces) if len(pieces) > 1 else head
+
+
+def _shifted(stream: AccessStream, number: int, from_zero: bool) -> Iterator[Records]:
+    """A stream's batches with the process that it is, and its time."""
+    began: int | None = None
+    for records in stream.batches:
+        if records.space.any():
+            raise InputError("several processes, expected one to merge", stream.source)
+        if began is None:
+            began = int(records.time[0]) if from_zero else 0
+        space = np.full(len(records), number, DTYPES["space"])
+        yield replace(records, space=space, time=records.time - np.uint64(began))

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import BinaryIO
 
-__all__ = ("tell", "tell_of", "watched")
+from pgemu.errors import InputError
+
+__all__ = ("limited", "tell", "tell_of", "watched")
 
 _watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("_watcher", default=None)
 
@@ -25,6 +27,23 @@ def watched(watcher: Callable[[int, int], None]) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
+
+
+def limited(watcher: Callable[[int, int], None], most: int | None) -> Callable[[int, int], None]:
+    """The same watcher, which stops whoever reads when this process takes more memory.
+
+    :param most: bytes of resident memory; None: as much as there is
+    """
+    if most is None:
+        return watcher
+    import resource
+
+    def watching(done: int, total: int) -> None:
+        if (taken := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) > most:
+            raise InputError(f"reading takes more than --max-memory {most >> 20} MiB ({taken >> 20} MiB so far)")
+        watcher(done, total)
+
+    return watching
 
 
 def tell(done: int, total: int) -> None:

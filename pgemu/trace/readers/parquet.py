@@ -72,6 +72,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "kind": lowered.kind,
         "guests": [{"layout": guest.layout.to_json(), "init": guest.init} for guest in lowered.guests],
     }
+    if batches is None and lowered.accounting.operations == len(lowered.records):
+        about["accounting"] = lowered.accounting.to_json()
     levels = lowered.fault_levels if batches is None else None
     columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
     schema = pa.schema(
@@ -239,14 +241,21 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     setup = about["setup"]
     if setup > len(records):
         raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
-    inputs = Counter({"record": len(records) - setup} if len(records) > setup else {})
-    accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
+    accounting = about["accounting"] or _of_records(len(records), setup)
+    if (accounting.operations, accounting.setup) != (len(records), setup):
+        raise InputError(f"accounts of {accounting.operations} records, the trace has {len(records)}", name)
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
         machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"], kind=about["kind"],
         guests=about["guests"],
     )  # fmt: skip
+
+
+def _of_records(count: int, setup: int) -> Accounting:
+    """The account of a trace that says nothing of what it was made from."""
+    inputs = Counter({"record": count - setup} if count > setup else {})
+    return Accounting(events=count - setup, inputs=inputs, operations=count, setup=setup)
 
 
 def _check_size(rows: int, name: str) -> None:
@@ -332,6 +341,7 @@ def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
         machine, notes = _machine(about), about.get("notes", [])
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
+        accounting = Accounting.from_json(about["accounting"]) if "accounting" in about else None
         kind = about.get("kind", "guest")
         guests = tuple(Guest(Layout.from_json(one["layout"]), one["init"]) for one in about.get("guests", []))
         if kind not in ("guest", "process") or any(guest.init not in ("private", "shared") for guest in guests):
@@ -348,6 +358,7 @@ def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
     told = tuple(Doubt(printable(text), printable(of)) for text, of in doubts)
     return {
         **common,
+        "accounting": accounting,
         "kind": kind,
         "guests": guests,
         "machine": machine,
