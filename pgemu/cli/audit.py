@@ -28,6 +28,8 @@ def audit(only: tuple[str, ...], listed: bool, form: str, as_json: bool) -> int:
 
     Exit status: 0; 1 if a verdict is not the documented one; 2 for bad input.
     """
+    if as_json and form == "markdown":
+        raise InputError("--json: expected no --format markdown beside it")
     from pgemu.experiments.audit import CLAIMS, audit as run
     from pgemu.report.audit import write
 
