@@ -44,9 +44,7 @@ class _Group(click.RichGroup):
         """The command of a name, None for no such one."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        command = copy.copy(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
-        command.callback = _escaped(command.callback)  # not its help, whose colours are escapes
-        return command  # type: ignore[no-any-return]
+        return _escaped_command(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
@@ -88,6 +86,16 @@ class _Group(click.RichGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             _broken_pipe()
+
+
+def _escaped_command(command: click.Command) -> click.Command:
+    """A command, or all of a group's, with what it prints escaped; not its help, whose colours are escapes."""
+    command = copy.copy(command)
+    if isinstance(command, click.RichGroup):
+        command.commands = {name: _escaped_command(one) for name, one in command.commands.items()}
+    elif command.callback:
+        command.callback = _escaped(command.callback)
+    return command
 
 
 def _escaped(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -120,14 +120,16 @@ def _flags(random: np.random.Generator, op: _Column, written: float) -> _Column:
     """What each operation asks, in its flags."""
     writes = (random.random(len(op)) < written) * _WRITE
     target = np.where(random.integers(2, size=len(op)) == 1, int(Flag.SHARED), int(Flag.PRIVATE))
-    asked = {
+    asked: dict[Operation, npt.ArrayLike] = {
         Operation.CONVERT: target,
         Operation.ZAP: int(Flag.MADVISE),
         Operation.PIN: writes | int(Flag.LONGTERM),
         Operation.DMA_MAP: _READ | _WRITE,
     }
     plain = (Operation.GUEST_FAULT, Operation.HOST_FAULT, Operation.NESTED_MAP)
-    return np.select([op == one for one in asked], list(asked.values()), np.where(np.isin(op, plain), writes, 0))
+    otherwise = np.where(np.isin(op, plain), writes, 0)
+    choices = [np.broadcast_to(flags, op.shape) for flags in asked.values()]
+    return np.select([op == one for one in asked], choices, otherwise)
 
 
 def _begun(op: _Column, pages: Pages, ranges: npt.NDArray[np.bool_], flags: _Column, random: np.random.Generator) -> (

@@ -29,7 +29,7 @@ OF_THE_RUN = {
     "input_format",
     *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
     *("like", "pfnmap", "as_posted", "strict"),  # of Versions; what they mean for a machine is in its fields
-    *("overlap", "late", "flips", "accesses", "buffers", "mapping"),  # of workloads
+    *("overlap", "late", "flips", "accesses", "buffers", "mapping", "set"),  # of workloads
 }
 # Follow from others (the pool's size from the trace), or concern no trace.
 NO_OPTION = {
