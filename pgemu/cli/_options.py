@@ -51,8 +51,12 @@ def parameter(text: str) -> tuple[str, float]:
     """
     name, _, given = text.partition("=")
     name = name.strip().replace("-", "_")
-    if not name.isidentifier() or not given.strip():
+    if not name or not given.strip():
         raise click.BadParameter(f"{text!r}: expected KEY=VALUE")
+    from pgemu.workload import WORKLOADS, parameters_of
+
+    if not any(name in parameters_of(one) for one in WORKLOADS):
+        raise click.BadParameter(f"{name!r}: no workload has such a parameter (pgemu workload list)")
     for kind in (int, float):
         with suppress(ValueError):
             return name, kind(given)
