@@ -85,9 +85,9 @@ def _recorded(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) 
                 [way.tool, *(part.format(file=file) for part in way.show)], stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
-            with _ending(printing):
-                assert printing.stdout
-                while data := printing.stdout.read(_PIECE):
+            assert printing.stdout
+            with printing.stdout as text, _ending(printing):
+                while data := text.read(_PIECE):
                     sink.write(data)
             if printing.wait():
                 errors.seek(0)

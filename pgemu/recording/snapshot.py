@@ -10,8 +10,8 @@ Members, deflated:
                       frame number), mappings, present (pages), and skipped: mappings that could not be scanned
 
 The ranges are the mappings of maps in their order, empty pages included; of a mapping above 64 GiB they are what is
-populated (PAGEMAP_SCAN, Linux 6.7 and later; before that it is skipped, unless none of it is resident). The vsyscall
-page is nobody's memory and has no entries. Entries: Documentation/admin-guide/mm/pagemap.rst.
+populated (PAGEMAP_SCAN, Linux 6.7 and later; before that it is skipped, unless smaps says that nothing is there). The
+vsyscall page is nobody's memory and has no entries. Entries: Documentation/admin-guide/mm/pagemap.rst.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _MANY = 64 << 30  # bytes of a mapping whose empty pages are stored, too
 _PIECE = 1 << 17  # entries read at once
 _PRESENT, _PFN = np.uint64(1 << 63), np.uint64((1 << 55) - 1)
 _MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
-_RSS = re.compile(rb"Rss:\s+(\d+) kB")
+_SOME = re.compile(rb"(?:Rss|Swap|Shared_Hugetlb|Private_Hugetlb):\s+(\d+) kB")
 
 # include/uapi/linux/fs.h: PAGEMAP_SCAN is _IOWR('f', 16, struct pm_scan_arg), which has 12 words.
 _PAGEMAP_SCAN = 0xC0606610
-_POPULATED = 1 << 3 | 1 << 4 | 1 << 2  # PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_FILE
+_POPULATED = 1 << 3 | 1 << 4  # PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 _REGIONS = 1 << 12
 
 
@@ -59,7 +59,7 @@ class Snapshot(NamedTuple):
 class _Mapping(NamedTuple):
     start: int
     end: int
-    resident: bool
+    populated: bool
 
 
 def take(pid: int, path: str) -> Snapshot:
@@ -117,18 +117,18 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _mappings(maps: bytes, smaps: bytes) -> Iterator[_Mapping]:
-    """Mappings of maps but the vsyscall page; whether any of it is resident is what smaps says."""
-    resident: set[bytes] = set()
+    """Mappings of maps but the vsyscall page; whether anything of one is in memory or swapped is what smaps says."""
+    populated: set[bytes] = set()
     head = b""
     for line in smaps.splitlines():
         if match := _MAPPING.fullmatch(line):
             head = match[1]
-        elif (match := _RSS.match(line)) and int(match[1]):
-            resident.add(head)
+        elif (match := _SOME.match(line)) and int(match[1]):
+            populated.add(head)
     for line in maps.splitlines():
         match = _MAPPING.fullmatch(line)
         if match and match[3] != b"[vsyscall]":
-            yield _Mapping(int(match[1], 16), int(match[2], 16), match[1] in resident)
+            yield _Mapping(int(match[1], 16), int(match[2], 16), match[1] in populated)
 
 
 class _Ranges(NamedTuple):
@@ -144,11 +144,11 @@ def _ranges(pagemap: IO[bytes], mappings: list[_Mapping], page: int) -> _Ranges:
     for one in mappings:
         if one.end - one.start <= _MANY:
             ranges.append((one.start, one.end))
-        elif one.resident:
-            populated = _scan(pagemap, one, page)
-            if populated is None:
+        elif one.populated:
+            found = _scan(pagemap, one, page)
+            if found is None:
                 skipped.append(f"{one.start:x}-{one.end:x}")
-            ranges += populated or []
+            ranges += found or []
     return _Ranges(ranges, len(mappings), skipped)
 
 
