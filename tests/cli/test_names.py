@@ -23,7 +23,13 @@ CONFIG = {field.name: field.default for field in fields(Config)}
 LOWERING = {field.name for field in fields(LoweringOptions)}
 
 # Where an option may be repeated its name is singular, that of what it gives is plural.
-REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots", "--vm-process": "vm_processes"}
+REPEATED = {
+    "--design": "designs",
+    "--defect": "defects",
+    "--memslot": "memslots",
+    "--vm-process": "vm_processes",
+    "--task": "tasks",
+}
 # Of the run, not of a machine or a trace; `check` is a key of the document beside "machine".
 OF_THE_RUN = {
     "input_format",
