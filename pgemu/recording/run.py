@@ -20,6 +20,7 @@ __all__ = ("Ran", "run")
 
 _PIECE = 1 << 16
 _WAIT = 0.2  # seconds
+_PATIENCE = 3  # signals until a command is killed that ignores them
 
 
 class Ran(NamedTuple):
@@ -37,8 +38,8 @@ class Ran(NamedTuple):
 def run(way: Way, command: Sequence[str], sink: Sink) -> Ran:
     """Run a command under a tool and copy what it recorded; the command's own input and output are this process's.
 
-    Ctrl-C reaches the command and the tool as it would without pgemu, and what they recorded is kept; a second one ends
-    both.
+    Ctrl-C reaches the command and the tool as it would without pgemu, and what they recorded is kept; a second one
+    terminates the command, a third one kills it.
 
     :raises InputError: the tool recorded nothing, or cannot print what it recorded
     """
@@ -89,6 +90,8 @@ def _recorded(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) 
             with printing.stdout as text, _ending(printing):
                 while data := text.read(_PIECE):
                     sink.write(data)
+                    if stopping.count > 1:  # the first one ended the command
+                        raise KeyboardInterrupt
             if printing.wait():
                 errors.seek(0)
                 raise InputError(f"{way.tool} cannot print what it recorded: {said(errors.read())}")
@@ -117,7 +120,19 @@ def _waited(process: subprocess.Popen[bytes], stopping: Stopping) -> int:
 
 
 def _pass_on(process: subprocess.Popen[bytes], stopping: Stopping) -> None:
-    """A terminal's Ctrl-C has reached the tool itself; other signals, and a second one, are passed on."""
-    if stopping.count > 1 or (stopping.count and stopping.signal is not signal.SIGINT):
+    """A terminal's Ctrl-C has reached command and tool itself; other signals, and more of it, are passed on."""
+    if not stopping.news() or (stopping.count == 1 and stopping.signal is signal.SIGINT):
+        return
+    number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
+    for pid in _children(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
         with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+            os.kill(pid, number)
+
+
+def _children(pid: int) -> list[int]:
+    """The children of a tool: the command."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []

@@ -23,6 +23,7 @@ class Stopping:
     def __init__(self) -> None:
         self.count = 0
         self.signal: signal.Signals | None = None
+        self._told = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stopping:
@@ -35,6 +36,11 @@ class Stopping:
     ) -> None:
         for one, before in self._before.items():
             signal.signal(one, before)
+
+    def news(self) -> bool:
+        """Whether one has come since this was asked last."""
+        before, self._told = self._told, self.count
+        return self.count > before
 
     def _came(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
