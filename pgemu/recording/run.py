@@ -121,7 +121,11 @@ def _waited(process: subprocess.Popen[bytes], stopping: Stopping) -> int:
 
 def _pass_on(process: subprocess.Popen[bytes], stopping: Stopping) -> None:
     """A terminal's Ctrl-C has reached command and tool itself; other signals, and more of it, are passed on."""
-    if not stopping.news() or (stopping.count == 1 and stopping.signal is signal.SIGINT):
+    if (
+        process.returncode is not None
+        or not stopping.news()
+        or (stopping.count == 1 and stopping.signal is signal.SIGINT)
+    ):
         return
     number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
     for pid in _children(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
