@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pgemu.recording.tools import PERF_FIELDS
-from pgemu.trace.events import PROBE, PROBED, RECORDED
+from pgemu.trace.events import PERF_FIELDS, PROBE, PROBED, RECORDED
 
 __all__ = ("WITH", "shell_lines")
 

@@ -15,12 +15,9 @@ from typing import NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.recording.tracefs import events_here, tracefs
-from pgemu.trace.events import Event
+from pgemu.trace.events import PERF_FIELDS, Event
 
-__all__ = ("PERF_FIELDS", "TOOLS", "Way", "check_command", "choose", "said", "ways_of")
-
-PERF_FIELDS = "comm,pid,tid,cpu,time,event,trace"
-"""What `perf script -F` prints of tracepoints."""
+__all__ = ("TOOLS", "Way", "check_command", "choose", "said", "ways_of")
 
 _FAULT_FIELDS = "comm,pid,tid,time,event,addr,ip,sym"  # of page-faults, which have no fields and no CPU
 _CALLS = "%memory,ioctl,fallocate,ftruncate,memfd_create,execve,exit_group,clone,?clone3,?fork,?vfork"

@@ -19,6 +19,7 @@ __all__ = (
     "IGNORED",
     "LEVELS",
     "OUTCOMES",
+    "PERF_FIELDS",
     "PROBE",
     "PROBED",
     "RECORDED",
@@ -287,6 +288,9 @@ RECORDED = (
 )  # fmt: skip
 """What to record of a VM: every input, and the outcomes that say at which level KVM maps, and what it zaps. Not every
 kernel has all of them (kvm_vm_set_mem_attributes: 6.8 and later)."""
+
+PERF_FIELDS = "comm,pid,tid,cpu,time,event,trace"
+"""What `perf script -F` is to print of them."""
 
 PROBED = ("__kvm_set_memory_region", "kvm_set_memory_region")
 """Functions of virt/kvm/kvm_main.c to put the probe on: the first one that a kernel has (6.14 renamed it)."""
