@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from pgemu.cli._groups import grouped
 from pgemu.cli._options import size
 from pgemu.cli._output import check_output
 from pgemu.errors import InputError
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ("record",)
 
+_GROUPS = {
+    "What is recorded": ("--with", "--pid", "--kvm", "--task", "--buffer", "--output"),
+    "On another machine": ("--events", "--for", "--help"),
+}
+
 
 @click.command(
     short_help="Record a command, a process's memory or all VMs; or print how to elsewhere.",
-    context_settings={"allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False, **grouped(_GROUPS)},
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [COMMAND]...")
 @click.option(
