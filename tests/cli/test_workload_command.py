@@ -85,3 +85,17 @@ def test_the_list_loads_no_compiler_and_no_arrow() -> None:
         "except SystemExit: print(*{'numba', 'llvmlite', 'pyarrow'} & set(sys.modules), file=sys.stderr)"
     )
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.strip()
+
+
+def test_compare_takes_the_same_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--set", "late=1", "--late", "1"], "--set late=...: expected no --late beside it"),
+        (["--set", "unit=4K"], "workload:dma-steady: unit: expected some of guest_memory, flips, "),
+        (["--set", "seed=1"], "Invalid value for '--set': 'seed': no workload has such a parameter"),
+        (["--vary", "set=flips=1"], "--vary set=flips=1: expected OPTION=A,B with one of "),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["compare", "workload:dma-steady", *arguments], prog_name="pgemu")
+        said = capsys.readouterr().err
+        assert (end.value.code, said.count("\n")) == (2, 1)
+        assert message in said
