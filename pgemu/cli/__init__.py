@@ -44,7 +44,7 @@ class _Group(click.RichGroup):
         """The command of a name, None for no such one."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        return _escaped_command(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
+        return _with_escapes(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
@@ -88,12 +88,12 @@ class _Group(click.RichGroup):
             _broken_pipe()
 
 
-def _escaped_command(command: click.Command) -> click.Command:
-    """A command, or all of a group's, with what it prints escaped; not its help, whose colours are escapes."""
+def _with_escapes(command: click.Command) -> click.Command:
+    """A command, or a group of them, that escapes what it prints; not its help, whose colours are escapes."""
     command = copy.copy(command)
-    if isinstance(command, click.RichGroup):
-        command.commands = {name: _escaped_command(one) for name, one in command.commands.items()}
-    elif command.callback:
+    if isinstance(command, click.Group):
+        command.commands = {name: _with_escapes(one) for name, one in command.commands.items()}
+    elif command.callback is not None:
         command.callback = _escaped(command.callback)
     return command
 
