@@ -42,7 +42,7 @@ PACKAGE = (
     ("images",),
     ("objects",),
     ("trace",),
-    ("workload",),
+    ("workload", "recording"),
     ("trace door",),
     ("experiments",),
     ("report",),

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import rich_click as click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "number", "size", "vm_process")
+__all__ = ("FIELDS", "Bar", "check", "machine_options", "memslot", "number", "parameter", "size", "vm_process")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -41,6 +42,28 @@ def size(text: str) -> int:
     if not 0 <= value <= _LARGEST:
         raise click.BadParameter(f"{text!r}: expected a size or an address like 16G, 512M or 0x80000000")
     return value
+
+
+def parameter(text: str) -> tuple[str, float]:
+    """Return name and value of a workload's parameter: "flips=1000", "late=0.5", "guest_memory=64M".
+
+    :raises click.BadParameter: anything else
+    """
+    name, _, given = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not name or not given.strip():
+        raise click.BadParameter(f"{text!r}: expected KEY=VALUE")
+    from pgemu.workload import WORKLOADS, parameters_of
+
+    if not any(name in parameters_of(one) for one in WORKLOADS):
+        raise click.BadParameter(f"{name!r}: no workload has such a parameter (pgemu workload list)")
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(given)
+    try:
+        return name, size(given)
+    except click.BadParameter:
+        raise click.BadParameter(f"{text!r}: expected a number, or a size like 64M, for {name}") from None
 
 
 def memslot(text: str) -> tuple[int, int, int | None, int | None]:

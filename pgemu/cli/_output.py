@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from pgemu.errors import printable
+from pgemu.errors import InputError, printable
+from pgemu.whole_file import kept_mode
 
-__all__ = ("escaped_output", "say", "tolerant")
+__all__ = ("check_output", "escaped_output", "say", "tolerant")
 
 # Control characters but tab and line feed, halves of surrogate pairs, what turns the direction of a line or ends it.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -57,3 +59,16 @@ def say(message: str) -> None:
     """Print a message on stderr in one printable line; closed or full, there is nobody to tell."""
     if sys.stderr is not None:
         print(f"pgemu: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+def check_output(output: str) -> None:
+    """Refuse before something takes long what could not be written afterwards. InputError that names the file."""
+    folder = os.path.dirname(output) or os.curdir
+    try:
+        kept_mode(output)
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", output) from None
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot be written: {folder} is no directory", output)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot be written: no permission in {folder}", output)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
+from pgemu.cli._output import check_output
 from pgemu.errors import InputError
-from pgemu.whole_file import kept_mode
 
 if TYPE_CHECKING:
     from pgemu.cost.calibrate import Calibration
@@ -45,7 +45,7 @@ def calibrate(output: str | None, seconds: float) -> None:
 
     name = "calibrated"
     if output is not None:
-        _check(output)
+        check_output(output)
         stem = os.path.splitext(os.path.basename(output))[0]
         name = stem if stem.isprintable() and stem.strip() and stem not in PROFILES else name
     if sys.platform != "linux":
@@ -60,19 +60,6 @@ def calibrate(output: str | None, seconds: float) -> None:
     if output is not None:
         write_profile(calibration.profile, output)
         click.echo(f"\nwritten: {output}")
-
-
-def _check(output: str) -> None:
-    """Refuse before measuring what could not be written afterwards."""
-    folder = os.path.dirname(output) or os.curdir
-    try:
-        kept_mode(output)
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", output) from None
-    if not os.path.isdir(folder):
-        raise InputError(f"cannot be written: {folder} is no directory", output)
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot be written: no permission in {folder}", output)
 
 
 def _progress() -> Callable[[str], None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._groups import grouped
-from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, size
+from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, parameter, size
 from pgemu.cli._output import say
 from pgemu.cli._trace_options import OF_LOGS, TRACE_GROUP, lowering, trace_options
 from pgemu.errors import InputError
@@ -28,7 +28,9 @@ _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
     **TRACE_GROUP,
-    "Parameters of workloads": ("--seed", "--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
+    "Parameters of workloads": (
+        *("--seed", "--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping", "--set"),
+    ),
     **MACHINE_GROUPS,
 }
 
@@ -87,6 +89,14 @@ _GROUPS = {
 )
 @click.option("--mapping", type=size, metavar="SIZE", help="... size of each map for the device.  [default: 2M]")
 @click.option(
+    "--set",
+    "set",
+    type=parameter,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Any parameter of a workload (pgemu workload list). May be repeated.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, (1 << 63) - 1),
     metavar="N",
@@ -123,8 +133,8 @@ def compare(trace: str | None, **options: Any) -> int:
     """Run one trace on both designs: which is better at what, by how much, and on what that rests.
 
     TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
-    a workload: workload:tdx-boot, workload:assigned-boot, workload:dma-steady. Without it: a software-protected VM's
-    life, which comes with pgemu.
+    a workload: workload:tdx-boot, workload:random, ... (pgemu workload list). Without it: a software-protected VM's
+    life, which comes with pgemu. What to record: pgemu record --events.
 
     Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
     length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm, space and
@@ -211,7 +221,7 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
     own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
-    own |= {"input_format"}
+    own |= {"input_format", "set"}
     varied = [one for one in command.params if one.name in options and one.name not in own]
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 
@@ -224,6 +234,9 @@ def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
 
     asked = lowering(options, "4K" if options["like"] == "next" else "1G")
     parameters = {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
+    if twice := sorted(parameters.keys() & dict(options["set"])):
+        raise InputError(f"--set {twice[0]}=...: expected no --{twice[0]} beside it")
+    parameters |= dict(options["set"])
     lowered = load(shipped() if trace is None else trace, asked, options["seed"], options["input_format"], **parameters)
     require_input(lowered)
     return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered

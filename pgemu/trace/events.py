@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from enum import IntEnum
+from typing import NamedTuple
 
 __all__ = (
     "ADVICE",
@@ -18,8 +19,13 @@ __all__ = (
     "IGNORED",
     "LEVELS",
     "OUTCOMES",
+    "PERF_FIELDS",
+    "PROBE",
+    "PROBED",
+    "RECORDED",
     "REQUEST",
     "TDX_SHARED_BITS",
+    "Event",
     "Input",
     "event_name",
     "line_end",
@@ -253,6 +259,44 @@ IGNORED = frozenset(
         "user_stack",
     }
 )
+
+
+class Event(NamedTuple):
+    """A tracepoint: events/SYSTEM/NAME of tracefs; `str()` is SYSTEM:NAME, as trace-cmd and perf call it."""
+
+    system: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.system}:{self.name}"
+
+
+RECORDED = (
+    *(Event("kvm", name) for name in (
+        "kvm_page_fault", "kvm_vm_set_mem_attributes", "kvm_hypercall", "kvm_unmap_hva_range",
+    )),
+    *(Event("kvmmmu", name) for name in (
+        "kvm_mmu_set_spte", "kvm_tdp_mmu_spte_changed", "kvm_mmu_split_huge_page", "kvm_mmu_zap_all_fast",
+        "fast_page_fault", "mark_mmio_spte",
+    )),
+    Event("exceptions", "page_fault_user"),
+    *(Event("syscalls", f"sys_{end}_{call.removeprefix('sys_')}") for call in sorted(CALLS) for end in (
+        "enter", "exit",
+    )),
+    Event("hugetlbfs", "hugetlbfs_fallocate"),
+    *(Event("iommu", name) for name in ("map", "unmap")),
+)  # fmt: skip
+"""What to record of a VM: every input, and the outcomes that say at which level KVM maps, and what it zaps. Not every
+kernel has all of them (kvm_vm_set_mem_attributes: 6.8 and later)."""
+
+PERF_FIELDS = "comm,pid,tid,cpu,time,event,trace"
+"""What `perf script -F` is to print of them."""
+
+PROBED = ("__kvm_set_memory_region", "kvm_set_memory_region")
+"""Functions of virt/kvm/kvm_main.c to put the probe on: the first one that a kernel has (6.14 renamed it)."""
+
+PROBE = "slot=+0(%si):u32 flags=+4(%si):x32 gpa=+8(%si):x64 size=+16(%si):x64 hva=+24(%si):x64"
+"""What the probe `kvm_memslot` prints, as kprobe_events takes it (Documentation/trace/kprobetrace.rst), on x86-64."""
 
 _LINE_ENDS = {
     "fast_page_fault": r" spurious \d fixed \d",

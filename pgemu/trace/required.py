@@ -24,7 +24,8 @@ _ROWS = "expected rows of guest fault, host fault, convert, punch hole, ..., in 
 _RECORD = (
     "record kvm:kvm_page_fault (address, error_code), kvm:kvm_vm_set_mem_attributes (START -- END [ATTRIBUTES]), "
     "kvm:kvm_unmap_hva_range (START -- END), exceptions:page_fault_user (address, error_code), the calls madvise, "
-    "munmap, mmap and fallocate of the VMM, and kvm_memslot (slot, flags, gpa, size, hva; pgemu compare --help)"
+    "munmap, mmap and fallocate of the VMM, and kvm_memslot (slot, flags, gpa, size, hva; pgemu compare --help): "
+    "pgemu record --events prints how"
 )
 
 

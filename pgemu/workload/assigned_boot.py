@@ -19,7 +19,8 @@ import numpy.typing as npt
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
-from pgemu.workload.dma_steady import DEVICE, checked_share
+from pgemu.workload.dma_steady import DEVICE
+from pgemu.workload.parts import checked_share
 from pgemu.workload.tdx_boot import build as build_boot
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_4K, Flag, Operation
 from pgemu_kernels.words.rows import NO_INODE
@@ -40,7 +41,7 @@ def build(seed: int = 0, overlap: float = 0.0, late: float = 0.01) -> Lowered:
     :param late: share of flips in which the device still writes to the page when it is private, 0 to 1
     :raises InputError: another share
     """
-    share = checked_share("late", late, NAME)
+    share = checked_share("late", late, source=NAME)
     boot = build_boot(seed, overlap)
     records = boot.records
     to_shared = np.flatnonzero((records.op == Operation.CONVERT) & (records.flags & np.uint8(int(Flag.SHARED)) != 0))

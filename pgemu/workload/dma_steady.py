@@ -20,49 +20,38 @@ Chosen here, and a parameter where it could be another number:
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.machine.field_rules import shown
-from pgemu.trace.lowered import Accounting, Lowered
-from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot, align_up
+from pgemu.trace.lowered import Lowered
+from pgemu.trace.memory_layout import SYNTHETIC_HVA, align_up
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
+from pgemu.workload.parts import (
+    LARGEST,
+    Pages,
+    checked_number,
+    checked_share,
+    in_turn,
+    made,
+    one_slot,
+    setup,
+    vcpu_uses,
+)
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 from pgemu_kernels.words.rows import NO_INODE
 
-__all__ = ("DEVICE", "NAME", "build", "checked_number", "checked_share")
+__all__ = ("DEVICE", "NAME", "build")
 
 NAME = "workload:dma-steady"
 DEVICE = FIRST_HOST_ACTOR + 1
 MACHINE = {"vcpus": 8}
-_STEP_NS = 10_000
 _SHARE = 0.06  # of swiotlb
 _LEAST, _MOST = 64 << 20, 1 << 30
-_LARGEST = 1 << 40  # of memory; a record takes 44 bytes
 _MANY = 1 << 22  # flips, and accesses in all
 _RIGHTS = int(Flag.READ | Flag.WRITE)
-
-_Pages = npt.NDArray[np.int64]
-
-
-def checked_number(name: str, value: Any, least: int, most: int, unit: int = 1, source: str = NAME) -> int:
-    """A parameter that is a whole number in a range. InputError for another one."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not whole or not least <= value <= most or int(value) % unit:
-        multiple = f"a multiple of {unit} " if unit > 1 else "a whole number "
-        raise InputError(f"{name} {shown(value)}: expected {multiple}from {least} to {most}", source)
-    return int(value)
-
-
-def checked_share(name: str, value: Any, source: str = NAME) -> float:
-    """A parameter that is a share. InputError for another one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{name} {shown(value)}: expected a share from 0 to 1", source)
-    return float(value)
 
 
 def build(
@@ -79,36 +68,23 @@ def build(
     :param mapping: bytes of each map for the device, a multiple of 4096
     :raises InputError: another number, with what was expected
     """
-    size = checked_number("guest_memory", guest_memory, 2 * PAGE_2M, _LARGEST, PAGE_2M)
-    count = checked_number("flips", flips, 0, _MANY)
-    each = checked_number("accesses", accesses, 0, _MANY // max(count, 1))
-    piece = checked_number("mapping", mapping, PAGE_4K, _LARGEST, PAGE_4K)
+    size = checked_number("guest_memory", guest_memory, 2 * PAGE_2M, LARGEST, PAGE_2M, source=NAME)
+    count = checked_number("flips", flips, 0, _MANY, source=NAME)
+    each = checked_number("accesses", accesses, 0, _MANY // max(count, 1), source=NAME)
+    piece = checked_number("mapping", mapping, PAGE_4K, LARGEST, PAGE_4K, source=NAME)
     used = _buffers(size, buffers)
     random = np.random.Generator(np.random.PCG64(seed))
     start = min(size, 2 * PAGE_1G) - used  # as high as it fits below 2 GiB
-    layout = Layout(
-        align_up(size, PAGE_1G), PAGE_1G, (Region(SYNTHETIC_HVA, 0, size),), (Slot(0, 0, size, SYNTHETIC_HVA, 0),), (),
-        "workload",
-    )  # fmt: skip
     pages = np.arange(start // PAGE_4K, (start + used) // PAGE_4K)
-    setup = [
-        Records.build(1, op=Operation.MMAP, actor=FIRST_HOST_ACTOR, address=SYNTHETIC_HVA, length=size),
-        Records.build(1, op=Operation.BIND, actor=FIRST_HOST_ACTOR, length=size),
+    layout = one_slot(size)
+    pieces = [
+        _guest(_others(random, size, start, used), Flag.PRIVATE, random),
+        Records.build(1, op=Operation.CONVERT, flags=int(Flag.SHARED), offset=start, length=used),
+        _guest(pages, Flag.SHARED, random),
+        _maps(start, used, piece),
+        _flips(random, pages, count, each, checked_share("late", late, source=NAME)),
     ]
-    records = Records.concatenate(
-        [
-            *setup,
-            _guest(_others(random, size, start, used), Flag.PRIVATE, random),
-            Records.build(1, op=Operation.CONVERT, flags=int(Flag.SHARED), offset=start, length=used),
-            _guest(pages, Flag.SHARED, random),
-            _maps(start, used, piece),
-            _flips(random, pages, count, each, checked_share("late", late)),
-        ]
-    )
-    records.time[:] = np.arange(len(records), dtype=np.uint64) * np.uint64(_STEP_NS)
-    made = len(records) - len(setup)
-    accounting = Accounting(made, Counter({"record": made}), operations=len(records), setup=len(setup))
-    return Lowered(records, layout, "private", True, accounting, NAME, accesses=True, machine=MACHINE)
+    return made(setup(layout), pieces, layout, NAME, machine=MACHINE)
 
 
 def _buffers(memory: int, share: Any) -> int:
@@ -116,7 +92,7 @@ def _buffers(memory: int, share: Any) -> int:
     if share is None:
         wanted = min(max(int(memory * _SHARE), _LEAST), _MOST)
     else:
-        wanted = int(memory * checked_share("buffers", share))
+        wanted = int(memory * checked_share("buffers", share, source=NAME))
     size = align_up(max(wanted, PAGE_2M), PAGE_2M)
     if size > min(memory, 2 * PAGE_1G) - PAGE_2M:
         what = f"buffers of {size} bytes in {memory} of memory"
@@ -124,19 +100,16 @@ def _buffers(memory: int, share: Any) -> int:
     return size
 
 
-def _others(random: np.random.Generator, size: int, start: int, used: int) -> _Pages:
+def _others(random: np.random.Generator, size: int, start: int, used: int) -> Pages:
     """A page of each 2 MiB that are no buffers, in any order."""
     blocks = np.arange(size // PAGE_2M)
     blocks = blocks[(blocks < start // PAGE_2M) | (blocks >= (start + used) // PAGE_2M)]
     return random.permutation(blocks) * 512 + random.integers(512, size=len(blocks))
 
 
-def _guest(pages: _Pages, kind: Flag, random: np.random.Generator) -> Records:
+def _guest(pages: Pages, kind: Flag, random: np.random.Generator) -> Records:
     """The guest writes to each page."""
-    return Records.build(
-        len(pages), op=Operation.GUEST_FAULT, flags=int(Flag.WRITE | kind),
-        actor=random.integers(MACHINE["vcpus"], size=len(pages)), address=pages * PAGE_4K,
-    )  # fmt: skip
+    return vcpu_uses(pages, int(Flag.WRITE | kind), random.integers(MACHINE["vcpus"], size=len(pages)))
 
 
 def _maps(start: int, used: int, piece: int) -> Records:
@@ -149,7 +122,7 @@ def _maps(start: int, used: int, piece: int) -> Records:
     )  # fmt: skip
 
 
-def _flips(random: np.random.Generator, pages: _Pages, count: int, each: int, late: float) -> Records:
+def _flips(random: np.random.Generator, pages: Pages, count: int, each: int, late: float) -> Records:
     """Each flip is a row: private, half of the accesses, the guest's use; shared, the guest's use, the others."""
     page = pages[random.integers(len(pages), size=count)]
     used = pages[random.integers(len(pages), size=(count, each))]
@@ -174,10 +147,10 @@ def _flips(random: np.random.Generator, pages: _Pages, count: int, each: int, la
         Records.build(count, flags=int(Flag.WRITE | Flag.SHARED), **touch),
         *(_access(used[:, i], writes[:, i]) for i in range(before, each)),
     ]
-    return Records.concatenate(steps).take(np.arange(len(steps) * count).reshape(len(steps), count).T.reshape(-1))
+    return in_turn(steps)
 
 
-def _access(pages: _Pages, flags: _Pages) -> Records:
+def _access(pages: Pages, flags: Pages) -> Records:
     return Records.build(
         len(pages), op=Operation.DMA_ACCESS, flags=flags, actor=DEVICE, address=pages * PAGE_4K, length=PAGE_4K
     )

@@ -29,19 +29,18 @@ Inferred here:
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.errors import InputError
-from pgemu.machine.field_rules import shown
-from pgemu.trace.lowered import Accounting, Lowered
+from pgemu.trace.lowered import Lowered
 from pgemu.trace.memory_layout import SYNTHETIC_HVA, Layout, Region, Slot
 from pgemu.trace.schema import FIRST_HOST_ACTOR, Records
+from pgemu.workload.parts import checked_share, in_turn, made, setup
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 
-__all__ = ("CONVERSIONS", "GUEST_FAULTS", "HOST_FAULTS", "LAYOUT", "build")
+__all__ = ("CONVERSIONS", "GUEST_FAULTS", "HOST_FAULTS", "LAYOUT", "NAME", "build")
+
+NAME = "workload:tdx-boot"
 
 VCPUS = 8
 FIRMWARE_GFN = 0xFFC00
@@ -62,7 +61,6 @@ CONVERSIONS = 2 * FLIPS + 1
 HOST_FAULTS = FLIPS + SWIOTLB_TOUCHES
 GUEST_FAULTS = FIRMWARE_PAGES + ACCEPTS + RARE + SWIOTLB_TOUCHES + FIRST_TOUCHES
 
-_STEP_NS = 10_000
 _ACCEPTED = Flag.PRIVATE | Flag.ACCEPT_4K
 _LOW_PAGES = 0x80000
 _HIGH_GFN = 0x100000
@@ -97,48 +95,18 @@ def build(seed: int = 0, overlap: float = 0.0) -> Lowered:
     :param overlap: share of the hot flips that happen while another page of their GiB stays shared, 0 to 1
     :raises InputError: another share
     """
-    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0 <= overlap <= 1:
-        raise InputError(f"overlap {shown(overlap)}: expected a share from 0 to 1", "workload:tdx-boot")
+    checked_share("overlap", overlap, source=NAME)
     random = np.random.Generator(np.random.PCG64(seed))
     firmware = np.arange(FIRMWARE_GFN, FIRMWARE_GFN + FIRMWARE_PAGES)
-    setup = _setup()
-    records = Records.concatenate(
-        [
-            setup,
-            _touch(firmware, _ACCEPTED),
-            _touch(np.array(FIRMWARE_ACCEPTS), _ACCEPTED),
-            _hot_flips(random, overlap),
-            _touch(np.array(KERNEL_ACCEPTS), _ACCEPTED),
-            _swiotlb(random),
-            _first_touches(random),
-        ]
-    )
-    records.time[:] = np.arange(len(records), dtype=np.uint64) * np.uint64(_STEP_NS)
-    made = len(records) - len(setup)
-    inputs = Counter({"record": made})
-    accounting = Accounting(events=made, inputs=inputs, operations=len(records), setup=len(setup))
-    return Lowered(records, LAYOUT, "private", True, accounting, "workload:tdx-boot", accesses=True, machine=MACHINE)
-
-
-def _setup() -> Records:
-    maps = [
-        Records.build(
-            1,
-            op=Operation.MMAP,
-            actor=FIRST_HOST_ACTOR,
-            address=region.address,
-            offset=region.offset,
-            length=region.size,
-        )
-        for region in LAYOUT.regions
+    pieces = [
+        _touch(firmware, _ACCEPTED),
+        _touch(np.array(FIRMWARE_ACCEPTS), _ACCEPTED),
+        _hot_flips(random, overlap),
+        _touch(np.array(KERNEL_ACCEPTS), _ACCEPTED),
+        _swiotlb(random),
+        _first_touches(random),
     ]
-    binds = [
-        Records.build(
-            1, op=Operation.BIND, actor=FIRST_HOST_ACTOR, address=slot.gpa, offset=slot.offset, length=slot.size
-        )
-        for slot in LAYOUT.slots
-    ]
-    return Records.concatenate(maps + binds)
+    return made(setup(LAYOUT), pieces, LAYOUT, NAME, machine=MACHINE)
 
 
 def _offset(gfns: _Gfns) -> _Gfns:
@@ -170,7 +138,7 @@ def _flip(gfns: _Gfns, vcpus: _Gfns) -> Records:
         Records.build(count, flags=int(Flag.PRIVATE), **convert),
         _touch(gfns, _ACCEPTED, vcpus),
     ]
-    return Records.concatenate(steps).take(np.arange(4 * count).reshape(4, count).T.reshape(-1))
+    return in_turn(steps)
 
 
 def _hot_pages(random: np.random.Generator) -> _Gfns:

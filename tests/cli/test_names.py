@@ -23,13 +23,19 @@ CONFIG = {field.name: field.default for field in fields(Config)}
 LOWERING = {field.name for field in fields(LoweringOptions)}
 
 # Where an option may be repeated its name is singular, that of what it gives is plural.
-REPEATED = {"--design": "designs", "--defect": "defects", "--memslot": "memslots", "--vm-process": "vm_processes"}
+REPEATED = {
+    "--design": "designs",
+    "--defect": "defects",
+    "--memslot": "memslots",
+    "--vm-process": "vm_processes",
+    "--task": "tasks",
+}
 # Of the run, not of a machine or a trace; `check` is a key of the document beside "machine".
 OF_THE_RUN = {
     "input_format",
     *("designs", "check", "format", "details", "sources", "vary", "no_sensitivity"),
     *("like", "pfnmap", "as_posted", "strict"),  # of Versions; what they mean for a machine is in its fields
-    *("overlap", "late", "flips", "accesses", "buffers", "mapping"),  # of workloads
+    *("overlap", "late", "flips", "accesses", "buffers", "mapping", "set"),  # of workloads
 }
 # Follow from others (the pool's size from the trace), or concern no trace.
 NO_OPTION = {

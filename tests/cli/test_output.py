@@ -55,10 +55,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "diff": [str(document), str(document)],
         "dump": [str(folder / "image"), "--root", "vm:0"],
         "page": [str(folder / "image"), "0", "--root", "kernel"],
+        "record": ["--events"],
         "scenario": ["smallest-pfnmap"],
         "walk": [str(folder / "image"), "--root", "vm:0", "0"],
         "verify": [str(folder / "log")],
         "warmup": [],
+        "workload": ["list"],
     }
 
 

@@ -96,7 +96,7 @@ def test_load_by_name_and_page_size() -> None:
 
 
 def test_unknown_workload_lists_those_there_are() -> None:
-    known = "workload:assigned-boot, workload:dma-steady, workload:tdx-boot"
+    known = ", ".join(f"workload:{name}" for name in sorted(workload.WORKLOADS))
     with pytest.raises(InputError, match=rf"^workload:tdx: no such workload, there is {known}$"):
         load("workload:tdx")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from pgemu.errors import InputError
 from pgemu.trace.accesses import AccessStream
+from pgemu.trace.events import PERF_FIELDS
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Lowered
 from pgemu.trace.source import Match, Source
@@ -30,7 +31,7 @@ __all__ = ("Found", "formats", "read", "read_log", "readers")
 Found = Log | Lowered | Unplaced | AccessStream
 
 _RECORDINGS = {
-    b"PERFILE2": "a recording of perf: print it with perf script -i FILE -F comm,pid,tid,cpu,time,event,trace",
+    b"PERFILE2": f"a recording of perf: print it with perf script -i FILE -F {PERF_FIELDS}",
     b"\x17\x08\x44tracing": "a recording of trace-cmd: print it with trace-cmd report",
 }
 """Binary files of those whose text is read, by how they begin: tools/perf/util/header.c, trace-cmd.dat(5)."""

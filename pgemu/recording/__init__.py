@@ -1,0 +1,1 @@
+"""What other tools and the kernel record, as the files that pgemu reads."""

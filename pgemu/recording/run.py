@@ -1,0 +1,142 @@
+"""Run a command under a tool, and write what the tool recorded as text."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from pgemu.errors import InputError
+from pgemu.recording.sink import Sink
+from pgemu.recording.stopping import Stopping
+from pgemu.recording.tools import Way, said
+
+__all__ = ("Ran", "run")
+
+_PIECE = 1 << 16
+_WAIT = 0.2  # seconds
+_PATIENCE = 3  # signals until a command is killed that ignores them
+
+
+class Ran(NamedTuple):
+    """How it went.
+
+    Attributes:
+        status: as subprocess has it: the command's exit status, or minus the signal that ended it; None: not told
+        stopped: Ctrl-C or its like came
+    """
+
+    status: int | None
+    stopped: bool
+
+
+def run(way: Way, command: Sequence[str], sink: Sink) -> Ran:
+    """Run a command under a tool and copy what it recorded; the command's own input and output are this process's.
+
+    Ctrl-C reaches the command and the tool as it would without pgemu, and what they recorded is kept; a second one
+    terminates the command, a third one kills it.
+
+    :raises InputError: the tool recorded nothing, or cannot print what it recorded
+    """
+    with Stopping() as stopping:
+        status = _recorded(way, command, sink, stopping) if way.show else _streamed(way, command, sink, stopping)
+    if not sink.lines:
+        raise InputError(f"{way.tool} recorded nothing (exit status {status})")
+    return Ran(status if way.tells_status else None, stopping.count > 0)
+
+
+def _streamed(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) -> int:
+    """The tool writes text to a pipe: of a program's accesses there is too much for a file between."""
+    out, end = os.pipe()
+    try:
+        arguments = [part.format(fd=end, file="") for part in way.record]
+        process = subprocess.Popen([way.tool, *arguments, *command], pass_fds=(end,))
+    finally:
+        os.close(end)
+    with _ending(process), os.fdopen(out, "rb", buffering=0) as pipe:
+        while True:
+            _pass_on(process, stopping)
+            if select.select([pipe], [], [], _WAIT)[0]:
+                data = pipe.read(_PIECE)
+                if not data:
+                    break
+                sink.write(data)
+            elif process.poll() is not None:  # a child that lives on holds the pipe, and is none of this
+                break
+        return _waited(process, stopping)
+
+
+def _recorded(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) -> int:
+    """The tool writes a recording, which it prints afterwards."""
+    with tempfile.TemporaryDirectory(prefix="pgemu-") as folder:
+        file = os.path.join(folder, "recording")
+        arguments = [part.format(file=file, fd="") for part in way.record]
+        process = subprocess.Popen([way.tool, *arguments, *command])
+        with _ending(process):
+            status = _waited(process, stopping)
+        if not os.path.exists(file):
+            raise InputError(f"{way.tool} recorded nothing (exit status {status})")
+        with tempfile.TemporaryFile() as errors:
+            printing = subprocess.Popen(
+                [way.tool, *(part.format(file=file) for part in way.show)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            assert printing.stdout
+            with printing.stdout as text, _ending(printing):
+                while data := text.read(_PIECE):
+                    sink.write(data)
+                    if stopping.count > 1:  # the first one ended the command
+                        raise KeyboardInterrupt
+            if printing.wait():
+                errors.seek(0)
+                raise InputError(f"{way.tool} cannot print what it recorded: {said(errors.read())}")
+    return status
+
+
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process that an exception would leave behind."""
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        process.kill()
+        process.wait()
+        raise
+
+
+def _waited(process: subprocess.Popen[bytes], stopping: Stopping) -> int:
+    while True:
+        _pass_on(process, stopping)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_WAIT)
+
+
+def _pass_on(process: subprocess.Popen[bytes], stopping: Stopping) -> None:
+    """A terminal's Ctrl-C has reached command and tool itself; other signals, and more of it, are passed on."""
+    if (
+        process.returncode is not None
+        or not stopping.news()
+        or (stopping.count == 1 and stopping.signal is signal.SIGINT)
+    ):
+        return
+    number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
+    for pid in _children(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _children(pid: int) -> list[int]:
+    """The children of a tool: the command."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
