@@ -57,6 +57,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "page": [str(folder / "image"), "0", "--root", "kernel"],
         "record": ["--events"],
         "scenario": ["smallest-pfnmap"],
+        "trace": ["formats"],
         "walk": [str(folder / "image"), "--root", "vm:0", "0"],
         "verify": [str(folder / "log")],
         "warmup": [],
