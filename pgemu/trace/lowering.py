@@ -74,7 +74,9 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
     ]
     history = SlotHistory.build(lines)
-    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options, log.stage2)
+    addresses = GuestAddresses.of(
+        log.rows, history.accepted, log.nested_told, options, log.stage2, kinds_told=log.kinds_told
+    )
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
     first_line = lines[0].row if lines and not options.memslots else 0
     if first_line and options.early_slots == "stand":
