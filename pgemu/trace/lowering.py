@@ -107,7 +107,8 @@ def _lay_out(
         layout = given_layout(options.memslots, history.accepted, refused, options.page_size)
         known = {slot.hva for slot in with_host_addresses(options.memslots, history.accepted)}
         regions = [region for region in layout.regions if region.address in known]
-        return layout, history.with_slots(layout.slots, "memory slots were given"), tuple(regions)
+        history = history.with_slots(layout.slots, "memory slots were given", options.other_ranges)
+        return layout, history, tuple(regions)
     if history.accepted:
         regions = place_regions(ram_ranges(history.accepted), history.accepted, options.page_size)
         placed = history.placed(regions)

@@ -11,10 +11,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from pgemu.errors import InputError
 from pgemu.trace.source import Source

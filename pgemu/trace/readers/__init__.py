@@ -63,7 +63,7 @@ def read_log(source: Source) -> Log:
     if sure is Match.SURE and name not in ftrace.FORMATS:
         source.close()
         raise InputError(f"this is {formats()[name]}, {_TEXT}", source.name)
-    if sure is not Match.SURE and foreign(source.head) or ftrace.sniff(source.head) is Match.NO:
+    if (sure is not Match.SURE and foreign(source.head)) or ftrace.sniff(source.head) is Match.NO:
         raise _refused(source, f"binary data, {_TEXT}")
     return ftrace.read(source, keep_outcomes=True)
 
@@ -88,7 +88,7 @@ def read(source: Source, form: str | None = None) -> Found:
         named: Found = reader.read(source, form)
         return named
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
-    if sure is not Match.SURE and foreign(source.head) or sure is Match.NO:
+    if (sure is not Match.SURE and foreign(source.head)) or sure is Match.NO:
         raise _refused(source, f"binary data, {_TEXT}, or Parquet")
     found: Found = reader.read(source, None)
     return found

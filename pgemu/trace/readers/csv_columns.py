@@ -126,7 +126,7 @@ class _Stream(io.RawIOBase):
         """A block without its blank lines; each row has to be a line."""
         block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
         if block[:1] == b"\n" or b"\n\n" in block:
-            kept = []
+            kept: list[bytes] = []
             for line in block.splitlines(keepends=True):
                 if line == b"\n":
                     self.blank.append(self._rows + len(kept))

@@ -14,7 +14,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
@@ -158,11 +158,11 @@ class _Parser:
         fields = shape.match(line, match.end())
         if fields is None:
             text = line[match.start("name") :][:_SHOWN]
-            self._fail(f"malformed {name}, expected {expected}: {text!r}")
+            raise self._wrong(f"malformed {name}, expected {expected}: {text!r}")
         getattr(self, f"_{name}")(fields.groups(), task)
 
-    def _fail(self, text: str) -> None:
-        raise InputError(f"{text}{cut_off(False, not self._whole)}", self._source, self._line)
+    def _wrong(self, text: str) -> InputError:
+        return InputError(f"{text}{cut_off(False, not self._whole)}", self._source, self._line)
 
     def _place(self, line: str, match: re.Match[str]) -> int:
         """The task of an event; what its line says of the time."""
@@ -179,7 +179,7 @@ class _Parser:
 
     def _take_date(self, text: str) -> None:
         try:
-            since = datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=timezone.utc)
+            since = datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)
         except ValueError:
             return  # a day or an hour that there is not
         self._time, self._timed = max(since // timedelta(microseconds=1), 0) * 1000, True
@@ -198,7 +198,7 @@ class _Parser:
     def _kvm_convert_memory(self, fields: tuple[str, ...], task: int) -> None:
         start, size = int(fields[0], 16), int(fields[1], 16)
         if start + size > _ADDRESSES:
-            self._fail(f"kvm_convert_memory of {size:#x} bytes at {start:#x}, which ends beyond 64 bits")
+            raise self._wrong(f"kvm_convert_memory of {size:#x} bytes at {start:#x}, which ends beyond 64 bits")
         if not size or (start | size) % _PAGE:
             self._ignored["kvm_convert_memory of no whole pages"] += 1  # QEMU refuses it
             return
@@ -218,7 +218,7 @@ class _Parser:
             return
         flags, gpa, size, hva = (int(field, 16) for field in rest)
         if max(gpa, hva) + size > _ADDRESSES:
-            self._fail(f"memory slot that ends beyond 64 bits: {size:#x} bytes at {gpa:#x}, {hva:#x}")
+            raise self._wrong(f"memory slot that ends beyond 64 bits: {size:#x} bytes at {gpa:#x}, {hva:#x}")
         number = int(slot) | int(space or 0) << 16
         self._add("kvm_set_user_memory", Input.MEMSLOT, task, number, flags, gpa, size, hva)
 
