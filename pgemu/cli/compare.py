@@ -211,6 +211,7 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
     own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
+    own.add("memslots_from")
     own |= {"input_format"}
     varied = [one for one in command.params if one.name in options and one.name not in own]
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}

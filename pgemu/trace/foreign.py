@@ -69,7 +69,7 @@ _TEXTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\A\s*<\?xml\b", "an XML document", _READ),
         (r"\A\s*\{\s*\"linux-perf-json-version\"", "what perf data convert --to-json makes", "give perf.data itself"),
         (r"\A\s*\{\s*\"traceEvents\"", "a trace of Chrome's format (JSON)", _RECORD),
-        (r"\A\s*(?:\{\s*(?:\"|\}|\Z)|\[\s*(?:[\[{\"\]-]|\d[\d.]*\s*[,\]]|\Z))", "JSON", _CONVERT),
+        (r"\A\s*(?:\{\s*(?:\"|\}|\Z)|\[\s*(?:[\[{\"\]]|-?\d[\d.]*\s*,|\Z))", "JSON", _CONVERT),
         (r"\A(?:(?:#[^\n]*)?\n)*\s*Performance counter stats for ", "counts of perf stat", _RECORD),
         (r"\A# started on \w{3} \w{3} ", "counts of perf stat", _RECORD),
         (

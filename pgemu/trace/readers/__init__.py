@@ -62,7 +62,7 @@ def read_log(source: Source) -> Log:
     sure, name = _surest(source)
     if sure is Match.SURE and name not in ftrace.FORMATS:
         source.close()
-        raise InputError(f"this is {formats()[name]}, {_TEXT}", source.name)
+        raise InputError(f"this is {formats()[name]}, {_TEXT} with KVM's events", source.name)
     if (sure is not Match.SURE and foreign(source.head)) or ftrace.sniff(source.head) is Match.NO:
         raise _refused(source, f"binary data, {_TEXT}")
     return ftrace.read(source, keep_outcomes=True)

@@ -166,7 +166,9 @@ class _Parser(EventRows):
     def finish(self) -> Log:
         """Classify the events that were only counted."""
         if self.events == 0:
-            raise InputError("no event in it, expected text of ftrace or trace-cmd", self._source)
+            told = ", ".join(f"{count} {what}" for what, count in self._skipped.items())
+            found = f", but {told}" if told else ""
+            raise InputError(f"no event in it{found}, expected text of ftrace or trace-cmd", self._source)
         self._add_fast()
         unknown: Counter[str] = Counter()
         for token, count in self._tokens.items():
