@@ -35,7 +35,7 @@ _HELP = "expected events of qemu -trace kvm_convert_memory -trace kvm_set_user_m
 _HEX = r"0x([0-9a-f]{1,16})(?![0-9a-f])"
 _STAMP = r"(?P<thread>\d{1,10})@(?P<seconds>\d{1,10})\.(?P<micro>\d{6}):"
 _EVENT = re.compile(
-    rf"(?:{_STAMP})?(?<![A-Za-z_])(?P<name>kvm_convert_memory|kvm_memory_fault|kvm_set_user_memory)"
+    rf"(?:{_STAMP})?(?P<name>kvm_convert_memory|kvm_memory_fault|kvm_set_user_memory)"
     r"(?= (?:start 0x|gfn 0x|Slot#\d|AddrSpace#\d)) "
 )
 _FIELDS = {
