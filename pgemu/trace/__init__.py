@@ -25,7 +25,7 @@ from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Sl
 from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
-from pgemu.trace.source import open_source
+from pgemu.trace.source import Source, open_source
 from pgemu.trace.unplaced import Unplaced, place
 from pgemu_kernels.words.rows import SLOT_IDS, VMAS
 
@@ -83,8 +83,10 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    found = opened(name, options, input_format)
+    source = open_source(name)
+    found = _read(source, options, input_format)
     if isinstance(found, AccessStream):
+        source.close()
         raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
     return found
 
@@ -98,8 +100,11 @@ def opened(
     :param input_format: as of load()
     :raises InputError: as of load()
     """
-    options = options or LoweringOptions()
-    found = read(open_source(path), input_format)
+    return _read(open_source(path), options or LoweringOptions(), input_format)
+
+
+def _read(source: Source, options: LoweringOptions, input_format: str | None) -> Lowered | AccessStream:
+    found = read(source, input_format)
     if isinstance(found, AccessStream):
         return found
     if isinstance(found, Log):

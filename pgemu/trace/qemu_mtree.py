@@ -1,11 +1,13 @@
 """What QEMU's monitor prints of a VM's memory (info mtree, -f or not): its memory slots, as pgemu is told of them.
 
 Sources: QEMU's system/memory.c (mtree_print_flatview(), mtree_print_mr(), render_memory_region(),
-memory_region_type()), accel/kvm/kvm-all.c (kvm_align_section()). Output of QEMU 7.2 was read, of q35 and pc.
+memory_region_type()), accel/kvm/kvm-all.c (kvm_align_section(), kvm_mem_flags()). Output of QEMU 7.2 was read, of q35
+and pc.
 
 The flat view says what the guest sees; " KVM" stands where KVM has a slot. The tree is rendered here as QEMU does:
 what has the higher priority lies above, aliases show a part of another region, what follows is joined. It does not say
-which aliases are read-only, nor of regions of one priority at one place which one is above: the first one printed is.
+of regions of one priority at one place which one is above: the first one printed is. Of memory that is shown read-only
+in places the slots are not (QEMU 7.2 was seen to make them so).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _OFFSET = re.compile(rf" @({_HEX})(?= |$)")
 _OWNER = re.compile(r" (?:owner|parent):\{[^}]*\}")
 _NEARLY = re.compile(rf"\s+{_HEX}-")
 _VIEW, _TREE, _SPACE = "FlatView #", "memory-region: ", "address-space: "
-_RAM = ("ram", "nv-ram")
+_RAM, _ROM = ("ram", "nv-ram"), ("rom", "nv-rom")
 _REASONS = {
     "rom": READ_ONLY_SLOT, "nv-rom": READ_ONLY_SLOT, "romd": "memory of a ROM device", "ramd": "memory of a device",
     "i/o": "device",
@@ -76,6 +78,7 @@ class _Region:
     target: str | None = None
     first: int = 0  # in its block of memory, or in what it is an alias of
     has_slot: bool = False
+    is_container: bool = False  # what is disabled is below, too
     below: list[_Region] = field(default_factory=list)
 
 
@@ -104,9 +107,12 @@ def memory_of(path: str | os.PathLike[str] | Source) -> Memory:
     others: list[RefusedSlot] = []
     taken: dict[str, list[tuple[int, int]]] = {}
     told = any(one.has_slot for one in ranges)
+    blocks = {one.block for one in ranges if one.kind in _RAM}
     for one in sorted(ranges, key=lambda one: one.start):
         start, end = -(-one.start // PAGE_4K) * PAGE_4K, min(one.end, _LIMIT) // PAGE_4K * PAGE_4K
-        reason = _reason(one, start, end, told, taken.get(one.block, ()))
+        # Whether a slot is read-only follows from its block, not from an alias of it: kvm_mem_flags().
+        of_memory = one.kind in _RAM or (one.kind in _ROM and one.block in blocks)
+        reason = _reason(one, start, end, of_memory, told, taken.get(one.block, ()))
         if reason is None:
             taken.setdefault(one.block, []).append((one.first, one.first + one.end - one.start))
             slots.append(GivenSlot(start, end - start))
@@ -118,9 +124,11 @@ def memory_of(path: str | os.PathLike[str] | Source) -> Memory:
     return Memory(tuple(slots), tuple(others))
 
 
-def _reason(one: _Range, start: int, end: int, told: bool, taken: Iterable[tuple[int, int]]) -> str | None:
+def _reason(
+    one: _Range, start: int, end: int, of_memory: bool, told: bool, taken: Iterable[tuple[int, int]]
+) -> str | None:
     """Why a range is no slot that guest_memfd could back, None if it is one."""
-    if one.kind not in _RAM:
+    if not of_memory:
         return _REASONS.get(one.kind, f"memory of kind {one.kind}")
     if told and not one.has_slot:
         return _NO_SLOT
@@ -143,12 +151,11 @@ class _Sections:
         self._open: list[tuple[int, _Region]] = []  # by indent
         number = count = 0
         for block in source.blocks():
-            for line in block.split("\n"):
+            for line in block.removesuffix("\n").split("\n"):
                 number += 1
                 count += self._read(line.rstrip("\r "), number)
                 if count > _MOST:
                     raise InputError(f"more than {_MOST} regions, {_EXPECTED}", self._source, number)
-            number -= block.endswith("\n")
         if self.view is None and self._space is None:
             raise InputError(f"no address space of memory in it, {_EXPECTED}", self._source)
 
@@ -196,6 +203,7 @@ class _Sections:
         while self._open and self._open[-1][0] >= indent:
             self._open.pop()
         if self._open:
+            self._open[-1][1].is_container = True
             if not disabled:
                 self._open[-1][1].below.append(region)
         elif self._section.startswith(_SPACE):
@@ -244,7 +252,7 @@ class _Rendered:
             return
         for one in sorted(region.below, key=lambda one: -one.priority):
             self.add(one, move, (start, end), depth + 1)
-        if region.kind != "i/o" or not (region.below or region.end - region.start >= _LIMIT):
+        if region.kind != "i/o" or not (region.is_container or region.end - region.start >= _LIMIT):
             self._take(region.kind, region.name, -region.start - move, start, end)
 
     def _take(self, kind: str, block: str, first: int, start: int, end: int) -> None:

@@ -69,7 +69,9 @@ def printed(source: Source) -> Source:
     with source.whole() as file:
         stream = _Output(source.name, recording, tool, file, source.path)
     try:
-        start = stream.read(_START)
+        start = b""
+        while len(start) < _START and (data := stream.read(_START - len(start))):  # it may write in small pieces
+            start += data
         if not start:
             raise InputError(f"{recording.name}: {stream.command} prints nothing of it{stream.said(': ')}", source.name)
         return Source(f"{source.name} ({stream.command})", None, cast(BinaryIO, stream), start)

@@ -130,7 +130,9 @@ def test_other_lines_are_counted_by_name() -> None:
     assert log.inputs == {"kvm_convert_memory": 1}
     assert log.ignored == {"kvm_run_exit": 1, "kvm_ioctl": 1, "kvm_convert_memory of no whole pages": 2}
     assert log.unknown == {
-        **{"vfio_dma_map": 1, "kvm_new_event": 1, "virtio_notify": 1},
+        "vfio_dma_map": 1,
+        "kvm_new_event": 1,
+        "virtio_notify": 1,
         "kvm_memory_fault (gfn, operation)": 1,
     }
     assert log.skipped == {"messages of QEMU": 2, "other lines": 2}
@@ -140,7 +142,10 @@ def test_other_lines_are_counted_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (SHARE + "kvm_convert_memory start 0x1000 size 0x1000\n", "log:2: malformed kvm_convert_memory, expected start"),
+        (
+            SHARE + "kvm_convert_memory start 0x1000 size 0x1000\n",
+            "log:2: malformed kvm_convert_memory, expected start",
+        ),
         (SHARE + "kvm_convert_memory start 0x1000 si", "if it is cut off: leave it out (head -n -1)"),
         ("kvm_convert_memory start 0x1000 size 0x1000 both\n", "shared_to_private or private_to_shared"),
         ("kvm_convert_memory start 0x" + "1" * 17 + " size 0x1000 shared_to_private\n", "malformed"),
@@ -149,7 +154,10 @@ def test_other_lines_are_counted_by_name() -> None:
         (SLOT.replace("ret=0", "ret="), "expected Slot#, flags=, gpa=, size=, ua=, ret="),
         (SLOT.replace("0x40000000", "0xffff900000000000"), "ends beyond 64 bits"),
         ("", "found no event"),
-        ("7@1.000001:kvm_run_exit cpu_index 0, reason 39\n", "no conversion, memory slot or memory fault in it, found 1 "),
+        (
+            "7@1.000001:kvm_run_exit cpu_index 0, reason 39\n",
+            "no conversion, memory slot or memory fault in it, found 1 ",
+        ),
     ],
 )
 def test_what_is_refused(text: str, expected: str) -> None:
