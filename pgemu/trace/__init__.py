@@ -87,7 +87,9 @@ def load(
     found = _read(source, options, input_format)
     if isinstance(found, AccessStream):
         source.close()
-        raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
+        raise InputError(
+            f"this is {found.format}, a program's addresses, expected what a VM does (pgemu trace info)", name
+        )
     return found
 
 

@@ -133,15 +133,25 @@ class _Stream(io.RawIOBase):
                 else:
                     kept.append(line)
             block = b"".join(kept)
-        if b"\r" in block or b'"' in block:
+        if b"\r" in block or b'"' in block or not block.isascii():
             for number, line in enumerate(block.split(b"\n")):
-                if b"\r" in line or line.count(b'"') % 2:
-                    what = "a carriage return" if b"\r" in line else "a quote that does not end"
+                if wrong := _wrong(line):
                     shown = line.decode("utf-8", "replace")[:_SHOWN]
-                    text = f"{what} in a line, expected each row in a line of its own: {shown!r}"
-                    raise InputError(text, self._name, self.line(self._rows + number))
+                    raise InputError(f"{wrong}: {shown!r}", self._name, self.line(self._rows + number))
         self._rows += block.count(b"\n")
         return block
+
+
+def _wrong(line: bytes) -> str:
+    """Why a line can be no row, nothing if it can."""
+    if b"\r" in line or line.count(b'"') % 2:
+        what = "a carriage return" if b"\r" in line else "a quote that does not end"
+        return f"{what} in a line, expected each row in a line of its own"
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "text that is not in UTF-8"
+    return ""
 
 
 class _Table:

@@ -222,7 +222,7 @@ def _region(time: int, target: str, start: Any, end: Any, count: Any) -> _Region
         low, high, many = (_number(value) for value in (start, end, count))
     except (ValueError, TypeError):
         return None
-    return _Region(time, target, low, high, many) if 0 <= low < high <= _ADDRESSES else None
+    return _Region(time, target, low, high, many) if 0 <= low < high <= _ADDRESSES and time < _ADDRESSES else None
 
 
 def _number(value: Any) -> int:
@@ -265,7 +265,10 @@ def _count(one: dict[str, Any]) -> Any:
         return count
     if count.get("samples") is not None or count.get("percent") is None:
         return count.get("samples")
-    return int(float(str(count["percent"]).rstrip("% ")) > 0)
+    try:
+        return int(float(str(count["percent"]).rstrip("% ")) > 0)
+    except ValueError:
+        return None
 
 
 def _snapshots(data: Any, source: str) -> Iterator[tuple[int, str, list[Any]]]:
