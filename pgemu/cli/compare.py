@@ -122,14 +122,15 @@ _GROUPS = {
 def compare(trace: str | None, **options: Any) -> int:
     """Run one trace on both designs: which is better at what, by how much, and on what that rests.
 
-    TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
-    a workload: workload:tdx-boot, workload:assigned-boot, workload:dma-steady. Without it: a software-protected VM's
-    life, which comes with pgemu.
+    TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), their recordings (if the tool that
+    prints them is installed), QEMU's trace output (qemu -trace kvm_convert_memory -trace kvm_set_user_memory -trace
+    kvm_memory_fault), Parquet or CSV, "-" for standard input, or a workload: workload:tdx-boot, workload:assigned-boot,
+    workload:dma-steady. Without it: a software-protected VM's life, which comes with pgemu.
 
-    Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
-    length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm, space and
-    object hold 0 where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's
-    metadata, its bind records, --memslot, or inferred.
+    Parquet and CSV of any writer will do. Their columns: op (code or name); flags (bits or names joined by |), address,
+    offset, length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm,
+    space and object hold 0 where missing, vm and object are 0. Integers of any width, in CSV also with 0x, without
+    nulls. Memory slots are pgemu's metadata, its bind records, --memslot, or inferred.
 
     Devices that the trace names: --iommu-unmaps says who takes pages from them that become private. refused: nobody, as
     in Linux, which pins what devices map, or refuses it. What-ifs, in which what it refuses is mapped without

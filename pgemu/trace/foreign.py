@@ -42,7 +42,6 @@ _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xc1\x1f\xfc\xc1", "a trace in the Common Trace Format (CTF)", _RECORD),
     (0, b"\x75\xd1\x1f\xc1", "metadata of a trace in the Common Trace Format (CTF)", _RECORD),
     (0, b"\x57\x13\xa2\xa5", "metadata of a trace in the Common Trace Format (CTF)", _RECORD),
-    (0, b"/* CTF 1.8 */", "metadata of a trace in the Common Trace Format (CTF)", _RECORD),
     (
         0, b"\xff" * 8 + (0xF2B177CB0AA429B4).to_bytes(8, "little"), "QEMU's binary trace",
         "print it with QEMU's scripts/simpletrace.py",
@@ -55,7 +54,6 @@ _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"FEA1", "a Feather file", "write it as Parquet: pandas.read_feather(FILE).to_parquet(FILE)"),
     (0, b"ORC", "an ORC file", _CONVERT),
     (0, b"Obj\x01", "an Avro file", _CONVERT),
-    (0, b"%PDF-", "a PDF document", _READ),
     (0, b"\x89PNG\r\n", "a picture (PNG)", _READ),
     (0, b"\xff\xd8\xff", "a picture (JPEG)", _READ),
     (0, b"GIF8", "a picture (GIF)", _READ),
@@ -102,6 +100,8 @@ _TEXTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "a program's addresses, no VM's",
         ),
         (r"\A(?:diff --git |--- [^\n]*\n\+\+\+ )", "a patch", _READ),
+        (r"\A/\* CTF \d", "metadata of a trace in the Common Trace Format (CTF)", _RECORD),
+        (r"\A%PDF-\d", "a PDF document", _READ),
         (r"\A%!PS", "a PostScript document", _READ),
         (r"\A#!\s*/", "a script", _READ),
         (r"\A\{\\rtf", "a document (RTF)", "save it as plain text"),
@@ -109,6 +109,8 @@ _TEXTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )  # fmt: skip
 
 _HEAD = 4096  # of a text, that is looked at
+_LOOKED_AT = 256  # bytes in which binary data shows itself
+_PRINTABLE = bytes([*range(7, 14), 27, *range(32, 127)])
 _ORACLE = np.dtype([("time", "<u4"), ("object", "<u8"), ("size", "<u4"), ("next", "<i8")])
 
 
@@ -134,8 +136,10 @@ def foreign(head: bytes) -> str | None:
 
     :param head: decompressed
     """
+    is_text = not head[:_LOOKED_AT].translate(None, _PRINTABLE)
     for at, magic, name, help_ in _MAGICS:
-        if head.startswith(magic, at):
+        # What begins like this may be a task's name.
+        if head.startswith(magic, at) and not is_text:
             return f"this is {name}: {help_}"
     if b"\0" not in head[:_HEAD]:
         text = head[:_HEAD].decode("utf-8", "replace")

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -67,7 +66,7 @@ def printed(source: Source) -> Source:
         source.close()
         raise InputError(f"{recording.name}: {recording.help}", source.name)
     with source.whole() as file:
-        stream = _Output(source.name, recording, tool, file, source.path)
+        stream = _Output(source.name, recording, *_started(source, recording, tool, file))
     try:
         start = b""
         while len(start) < _START and (data := stream.read(_START - len(start))):  # it may write in small pieces
@@ -80,6 +79,30 @@ def printed(source: Source) -> Source:
         raise
 
 
+def _started(
+    source: Source, recording: _Recording, tool: str, file: BinaryIO
+) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """The tool, which prints a file, and what it says beside that."""
+    # A copy has no name: the tool opens what it inherits.
+    copy = file.fileno() if source.path is None else None
+    where = os.path.abspath(source.path) if source.path is not None else f"/proc/self/fd/{copy}"
+    errors = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (closed with the output)
+    try:
+        process = subprocess.Popen(
+            [tool, *recording.command[1:], where],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "LC_ALL": "C", "DEBUGINFOD_URLS": ""},  # symbols are fetched from nowhere
+            pass_fds=() if copy is None else (copy,),
+        )
+    except OSError as error:
+        errors.close()
+        text = f"{recording.name}: {tool} cannot be run: {error.strerror or error}"
+        raise InputError(text, source.name) from None
+    return process, errors
+
+
 class _Output(io.RawIOBase):
     """What a tool prints of a recording: the file's end is where the tool ended well.
 
@@ -87,29 +110,14 @@ class _Output(io.RawIOBase):
         command: what runs, as messages name it
     """
 
-    def __init__(self, source: str, recording: _Recording, tool: str, file: BinaryIO, path: str | None) -> None:
+    def __init__(self, source: str, recording: _Recording, process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
         super().__init__()
         self.command = " ".join(recording.command[:2])
         self._source = source
         self._name = recording.name
+        self._process = process
+        self._errors = errors
         self._ended = False
-        with ExitStack() as opened:
-            errors = opened.enter_context(tempfile.TemporaryFile())
-            # A copy has no name: the tool opens what it inherits.
-            where = f"/proc/self/fd/{file.fileno()}" if path is None else os.path.abspath(path)
-            try:
-                self._process = subprocess.Popen(
-                    [tool, *recording.command[1:], where],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env={**os.environ, "LC_ALL": "C", "DEBUGINFOD_URLS": ""},
-                    pass_fds=(file.fileno(),) if path is None else (),
-                )
-            except OSError as error:
-                raise InputError(f"{self._name}: {tool} cannot be run: {error.strerror or error}", source) from None
-            self._errors = errors
-            self._opened = opened.pop_all()
 
     def readable(self) -> bool:
         return True
@@ -148,5 +156,5 @@ class _Output(io.RawIOBase):
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._process.wait()
-        self._opened.close()
+        self._errors.close()
         super().close()

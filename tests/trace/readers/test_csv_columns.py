@@ -118,7 +118,7 @@ def test_what_is_refused_and_where(text: str, expected: str) -> None:
 
 def test_lines_are_named_in_every_block() -> None:
     """Blank lines count, wherever the text is cut into pieces."""
-    rows = 700_000
+    rows = 500_000
     text = "op,address,flags\n" + "\n2,4096,1\n" * rows
     assert refused(text + "\n2,z,1\n").startswith(f"t.csv:{2 * rows + 3}: column 'address' holds 'z'")
     assert refused(text + "\n2,1\n").startswith(f"t.csv:{2 * rows + 3}: 2 columns")

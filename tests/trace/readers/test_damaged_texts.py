@@ -70,7 +70,7 @@ RECORDS = [
     }
 ]
 DAMON = [REGIONS, json.dumps(RECORDS).encode(), zlib.compress(json.dumps(RECORDS).encode())]
-MTREES = [path.read_bytes()[-5000:] for path in (DATA / "qemu").glob("mtree-*.txt")]
+MTREES = [path.read_bytes()[-3000:] for path in (DATA / "qemu").glob("mtree-*.txt")]
 MTREES += [(DATA / "qemu" / "mtree-flat-q35.txt").read_bytes()[:1800]]
 
 
