@@ -64,8 +64,8 @@ def load(
     """Load a trace, whatever holds it.
 
     :param name_or_path: `workload:NAME`; a path to Parquet, or to text of ftrace, trace-cmd or perf script, QEMU's
-        trace output or CSV, plain or compressed with xz, gzip or zstd; to a recording of perf or trace-cmd, whose tool is
-        run; "-" for standard input
+        trace output or CSV, plain or compressed with xz, gzip or zstd; to a recording of perf or trace-cmd, whose tool
+        is run; "-" for standard input
     :param seed: of a workload; logs have none
     :param input_format: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none

@@ -43,6 +43,7 @@ _EVENT = "damon_aggregated"
 _REGION = re.compile(
     r"\S*damon_aggregated: target_id=(\d{1,20}) nr_regions=\d{1,10} (\d{1,20})-(\d{1,20}): (\d{1,10})(?: \d{1,10})?\s*"
 )
+_LINE = re.compile(rf"[^\n:]* (\d{{1,10}})\.(\d{{6}}): +{_REGION.pattern}")  # as nearly all are printed
 _ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _KEY = re.compile(rb"\s*\[\s*\{[^{\[]*\"(?:kdamond_idx|snapshots)\"")
 _HEAD = 4096  # bytes in which JSON shows what it is
@@ -198,22 +199,38 @@ def _regions_of_text(source: Source, tally: Tally) -> Iterator[_Region]:
     for block in source.blocks():
         for line in block.split("\n"):
             number += 1
-            time, event = _event(line)
-            name = event_name(event.partition(" ")[0])
-            if name == _EVENT:
-                match = _REGION.fullmatch(event)
-                region = None if match is None else _region(time, match[1], match[2], match[3], match[4])
-                if region is None:
-                    tally.reject(number, line)
-                elif _wanted(region, tally):
+            fields = _fields(line)
+            region = None if fields is None else _region(*fields)
+            if region is not None:
+                if _wanted(region, tally):
                     yield region
-            elif name:
-                tally.ignored[printable(name)[:_SHOWN]] += 1
-            elif lost := LOST.fullmatch(line):
-                tally.ignored["events lost"] += int(lost[1] or lost[2] or 1)
-            elif HEADER.fullmatch(line) is None:
+            elif fields is not None or not _is_other(line, tally):
                 tally.reject(number, line)
         number -= block.endswith("\n")
+
+
+def _fields(line: str) -> tuple[int, str, str, str, str] | None:
+    """Time (ns) and what stands in a region's line; None for another line."""
+    match = _LINE.fullmatch(line)
+    if match is not None:
+        return int(match[1]) * 10**9 + int(match[2]) * 1000, match[3], match[4], match[5], match[6]
+    time, event = _event(line)
+    match = _REGION.fullmatch(event)
+    return None if match is None else (time, match[1], match[2], match[3], match[4])
+
+
+def _is_other(line: str, tally: Tally) -> bool:
+    """Count what is no region: whether it is known to be none."""
+    name = event_name(_event(line)[1].partition(" ")[0])
+    if name == _EVENT:
+        return False
+    if name:
+        tally.ignored[printable(name)[:_SHOWN]] += 1
+    elif lost := LOST.fullmatch(line):
+        tally.ignored["events lost"] += int(lost[1] or lost[2] or 1)
+    else:
+        return HEADER.fullmatch(line) is not None
+    return True
 
 
 def _region(time: int, target: str, start: Any, end: Any, count: Any) -> _Region | None:

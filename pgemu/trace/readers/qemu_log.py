@@ -114,6 +114,16 @@ def read(source: Source, form: str | None = None) -> Log:
     return parser.finish()
 
 
+def _events(line: str) -> list[re.Match[str]]:
+    """The events of a line; nearly all lines have one at most."""
+    if "kvm_" not in line or not any(name in line for name in _FIELDS):
+        return []
+    match = _EVENT.match(line)
+    if match is None or line.find("kvm_", match.end()) >= 0:
+        return list(_EVENT.finditer(line))
+    return [match]
+
+
 class _Parser:
     """State while a log is read."""
 
@@ -140,13 +150,11 @@ class _Parser:
             lines.append(last)
         for line in lines:
             self._line += 1
-            if "kvm_" in line:
-                matches = list(_EVENT.finditer(line))
-                if matches:
-                    for match in matches:
-                        self._event(line, match)
-                    continue
-            self._other(line)
+            matches = _events(line)
+            for match in matches:
+                self._event(line, match)
+            if not matches:
+                self._other(line)
 
     def _event(self, line: str, match: re.Match[str]) -> None:
         name = match["name"]
