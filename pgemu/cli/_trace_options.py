@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._options import memslot, size, vm_process
+from pgemu.cli._output import say
+from pgemu.errors import InputError
 
 if TYPE_CHECKING:
     from pgemu.trace.lowered import LoweringOptions
+    from pgemu.trace.qemu_mtree import Memory
 
 __all__ = ("OF_LOGS", "TRACE_GROUP", "input_format", "lowering", "trace_options")
 
@@ -22,6 +25,17 @@ def input_format(text: str) -> str:
     if text not in (known := sorted(formats())):
         raise click.BadParameter(f"{text!r}: expected one of {', '.join(known)}")
     return text
+
+
+def memslots_from(text: str) -> Memory:
+    """Return the memory that a file of QEMU's info mtree tells of, and say on stderr what of it is no slot."""
+    from pgemu.trace.qemu_mtree import memory_of
+
+    found = memory_of(text)
+    others = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
+    slots = f"{len(found.slots)} memory slot{'s' * (len(found.slots) != 1)}"
+    say(f"--memslots-from {text}: {slots}{f'; left out: {others}' if others else ''}")
+    return found
 
 
 _OPTIONS = (
@@ -59,6 +73,12 @@ _OPTIONS = (
         metavar="GPA:SIZE(:(OFFSET)(:HVA))",
         multiple=True,
         help="A memory slot, in place of the trace's; HVA tells host addresses. May be repeated.",
+    ),
+    click.option(
+        "--memslots-from",
+        type=memslots_from,
+        metavar="FILE",
+        help="Memory slots as QEMU's monitor prints them: info mtree -f.",
     ),
     click.option(
         "--vm-process",
@@ -107,7 +127,7 @@ _OPTIONS = (
 
 TRACE_GROUP = {
     "The trace and its memory": (
-        *("--input-format", "--guest-memory", "--init", "--dontneed", "--memslot"),
+        *("--input-format", "--guest-memory", "--init", "--dontneed", "--memslot", "--memslots-from"),
         *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
     ),
 }
@@ -138,11 +158,15 @@ def lowering(options: Mapping[str, Any], page_size: str = "1G") -> LoweringOptio
     """
     from pgemu.trace import GivenSlot, LoweringOptions
 
+    memory: Memory | None = options["memslots_from"]
+    if memory is not None and options["memslots"]:
+        raise InputError("--memslots-from: expected no --memslot beside it")
     return LoweringOptions(
         page_size=size(options["page_size"] or page_size),
         init=options["init"],
         dontneed=options["dontneed"],
-        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
+        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]) if memory is None else memory.slots,
+        other_ranges=() if memory is None else memory.others,
         guest_memory=options["guest_memory"],
         vm_processes=options["vm_processes"],
         tdx_shared_bit=options["tdx_shared_bit"],

@@ -136,10 +136,10 @@ def compare(trace: str | None, **options: Any) -> int:
     a workload: workload:tdx-boot, workload:random, ... (pgemu workload list). Without it: a software-protected VM's
     life, which comes with pgemu. What to record: pgemu record --events.
 
-    Parquet of any writer will do. Its columns: op (code or name); flags (bits or names joined by |), address, offset,
-    length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm, space and
-    object hold 0 where missing, vm and object are 0. Integers of any width, without nulls. Memory slots are pgemu's
-    metadata, its bind records, --memslot, or inferred.
+    Parquet and CSV of any writer will do. Their columns: op (code or name); flags (bits or names joined by |), address,
+    offset, length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm,
+    space and object hold 0 where missing, vm and object are 0. Integers of any width, in CSV also with 0x, without
+    nulls. Memory slots are pgemu's metadata, its bind records, --memslot, or inferred.
 
     Devices that the trace names: --iommu-unmaps says who takes pages from them that become private. refused: nobody, as
     in Linux, which pins what devices map, or refuses it. What-ifs, in which what it refuses is mapped without
@@ -221,7 +221,7 @@ def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
     """The options that --vary may name, by name."""
     command: click.Command = compare
     own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
-    own |= {"input_format", "set"}
+    own |= {"input_format", "memslots_from", "set"}
     varied = [one for one in command.params if one.name in options and one.name not in own]
     return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
 

@@ -45,11 +45,12 @@ __all__ = ("verify",)
 def verify(trace: str, first: int, as_json: bool, **options: Any) -> int:
     """Replay what a log says went into KVM, and compare what it says came out with what the model did.
 
-    TRACE is text of ftrace, trace-cmd or perf script with kvm_page_fault and kvm_tdp_mmu_spte_changed. Inputs are these
-    faults, slot lines (kvm_memslot, a probe: pgemu compare --help), kvm_unmap_hva_range, kvm_vm_set_mem_attributes,
-    page_fault_user, and the VMM's madvise, munmap and fallocate. Each kvm_tdp_mmu_spte_changed and kvm_mmu_set_spte is
-    compared: address space, level, gfn, every bit of the old and the new entry; frames by what they are, not by number.
-    What the model wrote and the log lacks is a difference, too. The order of lines counts where they are of one entry.
+    TRACE is text of ftrace, trace-cmd or perf script, or their recording, with kvm_page_fault and
+    kvm_tdp_mmu_spte_changed. Inputs are these faults, slot lines (kvm_memslot, a probe: pgemu compare --help),
+    kvm_unmap_hva_range, kvm_vm_set_mem_attributes, page_fault_user, and the VMM's madvise, munmap and fallocate. Each
+    kvm_tdp_mmu_spte_changed and kvm_mmu_set_spte is compared: address space, level, gfn, every bit of the old and the
+    new entry; frames by what they are, not by number. What the model wrote and the log lacks is a difference, too. The
+    order of lines counts where they are of one entry.
     What the log does not say is inferred, and said; --no-inferred-inputs replays what has an event alone.
 
     Not modelled: several vCPUs of a VM at once, TDs, SEV-SNP, L2 guests, shadow paging.

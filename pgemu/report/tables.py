@@ -105,7 +105,7 @@ def trace(lowered: Lowered) -> Table:
 _ORIGINS = {
     "trace": "as the trace's slot lines leave them at the end",
     "inferred": "the trace has no slot lines: inferred from the guest addresses seen",
-    "given": "as given with --memslot",
+    "given": "as given with --memslot or --memslots-from",
     "workload": "of the workload",
 }
 

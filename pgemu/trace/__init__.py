@@ -25,7 +25,7 @@ from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Sl
 from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
-from pgemu.trace.source import open_source
+from pgemu.trace.source import Source, open_source
 from pgemu.trace.unplaced import Unplaced, place
 from pgemu_kernels.words.rows import SLOT_IDS, VMAS
 
@@ -63,8 +63,9 @@ def load(
 ) -> Lowered:
     """Load a trace, whatever holds it.
 
-    :param name_or_path: `workload:NAME`; a path to Parquet or to text of ftrace, trace-cmd or perf script, plain or
-        compressed with xz, gzip or zstd; "-" for text from standard input
+    :param name_or_path: `workload:NAME`; a path to Parquet, or to text of ftrace, trace-cmd or perf script, QEMU's
+        trace output or CSV, plain or compressed with xz, gzip or zstd; to a recording of perf or trace-cmd, whose tool
+        is run; "-" for standard input
     :param seed: of a workload; logs have none
     :param input_format: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
@@ -83,9 +84,13 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    found = opened(name, options, input_format)
+    source = open_source(name)
+    found = _read(source, options, input_format)
     if isinstance(found, AccessStream):
-        raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
+        source.close()
+        raise InputError(
+            f"this is {found.format}, a program's addresses, expected what a VM does (pgemu trace info)", name
+        )
     return found
 
 
@@ -98,8 +103,11 @@ def opened(
     :param input_format: as of load()
     :raises InputError: as of load()
     """
-    options = options or LoweringOptions()
-    found = read(open_source(path), input_format)
+    return _read(open_source(path), options or LoweringOptions(), input_format)
+
+
+def _read(source: Source, options: LoweringOptions, input_format: str | None) -> Lowered | AccessStream:
+    found = read(source, input_format)
     if isinstance(found, AccessStream):
         return found
     if isinstance(found, Log):

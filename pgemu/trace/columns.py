@@ -6,7 +6,9 @@ Which columns there have to be is read off the operations (`Operation.columns`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +20,88 @@ from pgemu.trace.schema import COLUMNS, DTYPES, Flag, Operation, Records
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ("CONTRACT", "numbers", "records_of")
+__all__ = (
+    "CONTRACT",
+    "LEVEL",
+    "check_names",
+    "check_order",
+    "check_size",
+    "levels_of",
+    "numbers",
+    "others",
+    "records_of",
+)
 
 CONTRACT = (
     "op; flags, address, offset and length where an operation of the trace reads them; time, actor, vm, space and "
     "object else hold 0"
 )
+LEVEL = "fault_level"
+"""Column of a log that told levels: of the leaf that answered each guest fault."""
 _TOLD = ("flags", "address", "offset", "length")  # none of them means something that a trace need not say
+_LONGEST_CODE = 8
 _UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}  # of a timestamp, in ns
 _TITLES = {int(op): op.name.lower().replace("_", " ") for op in Operation}
-_SHOWN = 60
+_SHOWN, _LONGEST_NAME = 60, 40  # characters of a value, of a column's name
+_NAMED = 6  # columns that a note names
+
+
+def check_names(names: Sequence[str], source: str) -> None:
+    """Refuse a table whose columns cannot be a trace's.
+
+    :raises InputError: no `op`, or a column twice
+    """
+    twice = [column for column, count in Counter(names).items() if count > 1 and (column in DTYPES or column == LEVEL)]
+    if twice or "op" not in names:
+        what = f"column {twice[0]!r} is there twice" if twice else "column 'op' is missing"
+        raise InputError(f"{what}, expected {CONTRACT}", source)
+
+
+def others(names: Sequence[str]) -> tuple[str, ...]:
+    """A note of the columns that are none of a trace's, and of those that are missing."""
+    unread = [printable(one)[:_LONGEST_NAME] for one in names if one not in DTYPES and one != LEVEL]
+    missing = [one for one in DTYPES if one not in names]
+    notes = []
+    if unread:
+        more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
+        count = f"{len(unread)} column{'s are' if len(unread) > 1 else ' is'}"
+        notes.append(f"{count} not read: {', '.join(unread[:_NAMED])}{more}")
+    if missing:
+        notes.append(f"columns that it does not have hold 0: {', '.join(missing)}")
+    return tuple(notes)
+
+
+def check_size(rows: int, source: str) -> None:
+    """Refuse what would not fit into memory: a column of one value takes no room in a file."""
+    need = 2 * rows * sum(dtype.itemsize for dtype in DTYPES.values())
+    if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise InputError(
+            f"{rows} records take {need >> 20} MiB of memory, more than the {memory >> 20} there are", source
+        )
+
+
+def check_order(times: npt.NDArray[np.uint64], last: int, source: str, first: int) -> int:
+    """The time of the last record; InputError with the row where time goes back.
+
+    :param last: time of the record before
+    """
+    if not times.size:
+        return last
+    back = np.flatnonzero(times < np.concatenate([np.array([last], np.uint64), times[:-1]]))
+    if back.size:
+        row = int(back[0])
+        raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", source)
+    return int(times[-1])
+
+
+def levels_of(batch: pa.RecordBatch, source: str, first: int) -> npt.NDArray[np.uint8] | None:
+    """Recorded levels of faults, None if the table has none; InputError for what is none."""
+    if LEVEL not in batch.schema.names:
+        return None
+    levels = numbers(batch.column(LEVEL), LEVEL, np.dtype(np.uint8), source, first)
+    if levels.size and levels.max() > 3:
+        raise InputError(f"column {LEVEL!r} holds {levels.max()}, expected at most 3", source)
+    return levels
 
 
 def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
@@ -114,13 +188,31 @@ def _named(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, first
     return np.array(codes, dtype)[places] if words else np.zeros(0, dtype)
 
 
+def _code(word: str) -> int | None:
+    """The code that a word is: decimal, or hexadecimal with 0x; None for a name, and for what no column holds."""
+    digits = word.lower().removeprefix("0x")
+    if not word.isascii() or not digits.isalnum() or len(word) > _LONGEST_CODE:
+        return None
+    try:
+        code = int(digits, 10 if digits == word.lower() else 16)
+    except ValueError:
+        return None
+    return code if code <= int(np.iinfo(np.uint8).max) else None
+
+
 def _operation(word: str) -> int | None:
+    code = _code(word.strip())
+    if code is not None:
+        return code
     found = Operation.__members__.get(word.strip().upper().replace(" ", "_"))
     return None if found is None else int(found)
 
 
 def _flags(word: str) -> int | None:
     """Names joined by "|", none for no flag."""
+    whole = _code(word.strip())
+    if whole is not None:
+        return whole
     code = 0
     for part in word.split("|") if word.strip() else ():
         found = Flag.__members__.get(part.strip().upper())

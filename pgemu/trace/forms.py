@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 
+from pgemu.trace.events import PERF_FIELDS
+
 __all__ = ("WHOLE", "form_of", "is_quoted", "raw_fields")
 
 _HEAD = 512
 """How much of a line is looked at, so that a long one costs no more than a short one."""
 
-_QUOTED_TEXT, _TABLE = "text quoted as in a mail", "a table as text (CSV), which is not read"
+_QUOTED_TEXT, _TABLE = "text quoted as in a mail", "a table as text (CSV) without a header that names the column op"
 WHOLE = _QUOTED_TEXT, _TABLE
 """Forms of which no line is the rest of a log's."""
 _QUOTED = r">(?: ?>)*(?:\s|$)"
-_SCRIPT = "print with perf script -F comm,pid,tid,cpu,time,event,trace"
+_SCRIPT = f"print with perf script -F {PERF_FIELDS}"
 _FORMS = tuple(
     (re.compile(shape), name, help_)
     for shape, name, help_ in (
@@ -30,7 +32,7 @@ _FORMS = tuple(
         (
             r'"?\w+"?(?:[,;\t]"?[\w.|+-]*"?)+',
             _TABLE,
-            "Parquet of the same columns is: pandas.read_csv(FILE).to_parquet(FILE)",
+            "its columns are those of pgemu compare --help",
         ),
         (
             r"(?:\s*[\d.]+ \|)?\s*\d+\)(?:\s.*)?[|=>].*| ?-{20,}",
@@ -87,7 +89,7 @@ _FORMS = tuple(
         (
             r"(?:\d+@\d+\.\d+:)?kvm_(?:convert_memory|set_user_memory)\b.*",
             "output of QEMU's -trace",
-            "record kvm:kvm_vm_set_mem_attributes with ftrace, trace-cmd or perf",
+            "give it alone (--input-format qemu-log)",
         ),
         (
             r"\[\d+:\d+:\d+\.\d+\] \(\+.*",

@@ -32,6 +32,7 @@ __all__ = (
     "IO_APIC",
     "L2",
     "L2_OR_L1",
+    "PRIVATE_ACCESS",
     "SAYS_PRIVATE",
     "VIRTUAL",
     "GuestAddresses",
@@ -107,14 +108,15 @@ class GuestAddresses:
 
     @classmethod
     def of(
-        cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions, stage2: str | None = None
-    ) -> GuestAddresses:
+        cls, rows: _Words, slots: Sequence[Slot], nested_told: bool, options: LoweringOptions,
+        stage2: str | None = None, kinds_told: bool = False,
+    ) -> GuestAddresses:  # fmt: skip
         """Classify.
 
         :param rows: uint64[n, 10] as in Log
         :param slots: that the log's VMM made, at any time
         :param nested_told: as in Log
-        :param stage2: as in Log
+        :param stage2, kinds_told: as in Log
         """
         faults = rows[rows[:, _KIND] == Input.GUEST_FAULT]
         found = cls(rows, machine=_stage2_of(faults[:, _B], stage2) | _vcpus_of(faults[:, _C]))
@@ -125,7 +127,7 @@ class GuestAddresses:
                 found.left_out[reason] = left[out]
                 left = left[~out]
         is_td = found.machine.get("vm") == "tdx"
-        found.tells_kind = is_td or bool((found.rows[found.inside(), _B] & np.uint64(SAYS_PRIVATE)).any())
+        found.tells_kind = kinds_told or is_td or bool((found.rows[found.inside(), _B] & np.uint64(SAYS_PRIVATE)).any())
         named = [
             f"{len(out)} at {_ARTICLES[reason]} {reason}" for reason, out in found.left_out.items() if reason != DEVICE
         ]

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "Log", "Task")
+__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "Log", "Task", "by_time")
+
+_TIME, _LINE = 1, 3
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
@@ -52,6 +54,7 @@ class Log:
         stage2: "ept" or "npt" if an exit says so, else None
         doubts: why it is not, or not all, of one VM
         sptes: uint64[n, 9], what KVM said it wrote to stage 2 (pgemu.trace.outcomes); None where nobody asked for it
+        kinds_told: each guest fault says whether it is private; else they do if one of them says that it is
     """
 
     source: str
@@ -69,3 +72,17 @@ class Log:
     doubts: tuple[Doubt, ...] = ()
     stage2: str | None = None
     sptes: npt.NDArray[np.uint64] | None = None
+    kinds_told: bool = False
+
+
+def by_time(rows: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], tuple[str, ...]]:
+    """The rows of a log by time, and a note if they were not: buffers of several CPUs may follow one another
+    (per_cpu/cpu*/trace), threads overtake each other."""
+    times = rows[:, _TIME]
+    back = np.flatnonzero(times[1:] < times[:-1])
+    if not back.size:
+        return rows, ()
+    first = int(rows[back[0] + 1, _LINE])
+    count = f"{len(back)} times, first" if len(back) > 1 else "once,"
+    note = f"its time goes back {count} at line {first}: inputs are taken by time (of two logs, cut one off)"
+    return rows[np.argsort(times, kind="stable")], (note,)

@@ -16,7 +16,7 @@ from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
 from pgemu.trace.events import REQUEST, TDX_SHARED_BITS
 from pgemu.trace.log import Doubt
-from pgemu.trace.memory_layout import GivenSlot, Layout
+from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G, Flag, Operation
 
@@ -50,6 +50,12 @@ def _within(slots: tuple[GivenSlot, ...]) -> bool:
     return all(0 <= part <= 1 << 52 for slot in slots for part in slot if part is not None)
 
 
+def _refused_slots(value: Any) -> tuple[RefusedSlot, ...]:
+    if not isinstance(value, tuple | list) or not all(isinstance(one, RefusedSlot) for one in value):
+        raise TypeError
+    return tuple(value)
+
+
 def _processes(value: Any) -> tuple[int | str, ...]:
     if not isinstance(value, tuple | list):
         raise TypeError
@@ -70,6 +76,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "memslots": Rule(
             lambda: "a tuple of GivenSlot(gpa, size, offset, hva), bytes from 0 to 2**52", _slots, _within
         ),
+        "other_ranges": Rule(lambda: "a tuple of RefusedSlot", _refused_slots, lambda value: True),
         "guest_memory": BYTES._replace(optional=True),
         "vm_processes": Rule(lambda: 'a tuple of process numbers from 0 on, or ("all",)', _processes, _are_processes),
         "tdx_shared_bit": choice(("auto", "none", *map(str, TDX_SHARED_BITS))),
@@ -92,6 +99,8 @@ class LoweringOptions:
         dontneed: what gives memory back: "punch" a hole or "zap" the page tables; None punches for madvise and
             zaps for an unmap that no system call asked for
         memslots: memory slots that replace those of the log
+        other_ranges: guest addresses that are known to be no memory that guest_memfd could back, with the reason:
+            what the guest does there is left out, and no mistake beside given memory slots
         guest_memory: bytes of the guest_memfd; None: as much as the slots need
         vm_processes: the VM's processes, or threads of a log whose lines name no process; "all" merges all VMs; none:
             the only one, and several are refused
@@ -113,6 +122,7 @@ class LoweringOptions:
     init: Literal["private", "shared", "auto"] = "auto"
     dontneed: Literal["punch", "zap"] | None = None
     memslots: tuple[GivenSlot, ...] = ()
+    other_ranges: tuple[RefusedSlot, ...] = ()
     guest_memory: int | None = None
     vm_processes: tuple[int | Literal["all"], ...] = ()
     tdx_shared_bit: Literal["auto", "none", "47", "51"] = "auto"

@@ -74,7 +74,9 @@ def lower(log: Log, options: LoweringOptions) -> Lowered:
         for row in np.flatnonzero(log.rows[:, _KIND] == Input.MEMSLOT).tolist()
     ]
     history = SlotHistory.build(lines)
-    addresses = GuestAddresses.of(log.rows, history.accepted, log.nested_told, options, log.stage2)
+    addresses = GuestAddresses.of(
+        log.rows, history.accepted, log.nested_told, options, log.stage2, kinds_told=log.kinds_told
+    )
     log = replace(log, rows=addresses.rows, notes=log.notes + addresses.notes)
     first_line = lines[0].row if lines and not options.memslots else 0
     if first_line and options.early_slots == "stand":
@@ -105,7 +107,8 @@ def _lay_out(
         layout = given_layout(options.memslots, history.accepted, refused, options.page_size)
         known = {slot.hva for slot in with_host_addresses(options.memslots, history.accepted)}
         regions = [region for region in layout.regions if region.address in known]
-        return layout, history.with_slots(layout.slots, "memory slots were given"), tuple(regions)
+        history = history.with_slots(layout.slots, "memory slots were given", options.other_ranges)
+        return layout, history, tuple(regions)
     if history.accepted:
         regions = place_regions(ram_ranges(history.accepted), history.accepted, options.page_size)
         placed = history.placed(regions)

@@ -104,12 +104,13 @@ class SlotHistory:
         accepted, early = (bind_slots(slots, regions) for slots in (self.accepted, self.early))
         return replace(self, stands=stands, changes=changes, accepted=accepted, early=early)
 
-    def with_slots(self, slots: Sequence[Slot], reason: str) -> SlotHistory:
-        """Return a history in which `slots` stand all the time and slot lines change nothing, for `reason`."""
+    def with_slots(self, slots: Sequence[Slot], reason: str, others: Sequence[RefusedSlot] = ()) -> SlotHistory:
+        """Return a history in which `slots` and `others` stand all the time and slot lines change nothing, for
+        `reason`."""
         rows = sorted({row for row, _, _ in self.changes} | {row for row, _ in self.without_operation})
         return replace(
             self,
-            stands=[*map(Stand, slots), *(Stand(slot, *rows) for slot, rows in self.refused())],
+            stands=[*map(Stand, slots), *map(Stand, others), *(Stand(slot, *rows) for slot, rows in self.refused())],
             changes=[],
             without_operation=[(row, reason) for row in rows],
             accepted=list(slots),

@@ -70,7 +70,9 @@ def place(found: Unplaced, options: LoweringOptions) -> Lowered:
 
     :raises InputError: an option that only logs follow, or slots that are at odds with the records (with the row)
     """
-    logs_only = replace(options, page_size=LoweringOptions().page_size, init="auto", memslots=(), guest_memory=None)
+    logs_only = replace(
+        options, page_size=LoweringOptions().page_size, init="auto", memslots=(), other_ranges=(), guest_memory=None
+    )
     if logs_only != LoweringOptions():
         raise InputError("the VM's process, its addresses and the meaning of MADV_DONTNEED are fixed", found.source)
     records = found.records

@@ -84,4 +84,6 @@ def test_a_first_line_whose_beginning_is_missing_is_no_other_form(at: int, line:
 
 def test_a_table_as_text_is_named() -> None:
     for head in ("op,address,flags", '"op";"address"', "op\taddress\tflags"):
-        assert "(CSV), which is not read: Parquet of the same columns is" in complaint([head, "guest_fault,1,write"])
+        assert "(CSV) without a header that names the column op: its columns" in complaint(
+            [head, "guest_fault,1,write"]
+        )

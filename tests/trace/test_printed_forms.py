@@ -283,7 +283,7 @@ def test_events_of_a_guest_s_own_kernel_are_refused() -> None:
         ("0x7f8 [0x60]: PERF_RECORD_SAMPLE(IP, 0x1)", "raw dump of perf", "without -D"),
         ("[10:00:00.123456789] (+?.?????????) a kvm_page_fault: { cpu_id = 3 }", "babeltrace", "ftrace, trace-cmd"),
         ("Attaching 3 probes...", "bpftrace", "ftrace, trace-cmd or perf"),
-        ("kvm_convert_memory start 0x0 size 0x1000 shared_to_private", "QEMU's -trace", "kvm_vm_set_mem_attributes"),
+        ("kvm_convert_memory start 0x0 size 0x1000 shared_to_private", "QEMU's -trace", "--input-format qemu-log"),
         (f"kvm:{FAULT}", "perf script with other columns", "-F comm,pid,tid,cpu,time,event,trace"),
         (f"CPU 3/KVM [003] 12481.879123: kvm:{FAULT}", "perf script without its task", "-F comm,pid,tid,cpu,time"),
         (f"qemu 1 [000] 2026-11-30 08:00:00.123456 1.0: kvm:{FAULT}", "perf script", "-F comm,pid,tid,cpu,time"),

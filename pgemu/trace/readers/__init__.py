@@ -20,9 +20,10 @@ from typing import Any
 
 from pgemu.errors import InputError
 from pgemu.trace.accesses import AccessStream
-from pgemu.trace.events import PERF_FIELDS
+from pgemu.trace.foreign import foreign
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Lowered
+from pgemu.trace.recordings import printed
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 
@@ -30,11 +31,7 @@ __all__ = ("Found", "formats", "read", "read_log", "readers")
 
 Found = Log | Lowered | Unplaced | AccessStream
 
-_RECORDINGS = {
-    b"PERFILE2": f"a recording of perf: print it with perf script -i FILE -F {PERF_FIELDS}",
-    b"\x17\x08\x44tracing": "a recording of trace-cmd: print it with trace-cmd report",
-}
-"""Binary files of those whose text is read, by how they begin: tools/perf/util/header.c, trace-cmd.dat(5)."""
+_TEXT = "expected text of ftrace or trace-cmd"
 
 
 def readers() -> Iterator[Any]:
@@ -48,11 +45,10 @@ def formats() -> dict[str, str]:
     return {name: title for module in readers() for name, title in module.FORMATS.items()}
 
 
-def _refuse_recording(source: Source) -> None:
-    for magic, what in _RECORDINGS.items():
-        if source.head.startswith(magic):
-            source.close()
-            raise InputError(what, source.name)
+def _refused(source: Source, what: str) -> InputError:
+    """What is said of a file that none reads."""
+    source.close()
+    return InputError(foreign(source.head) or what, source.name)
 
 
 def read_log(source: Source) -> Log:
@@ -62,14 +58,13 @@ def read_log(source: Source) -> Log:
     """
     from pgemu.trace.readers import ftrace
 
-    _refuse_recording(source)
+    source = printed(source)
     sure, name = _surest(source)
     if sure is Match.SURE and name not in ftrace.FORMATS:
         source.close()
-        raise InputError(f"this is {formats()[name]}, expected text of ftrace or trace-cmd", source.name)
-    if ftrace.sniff(source.head) is Match.NO:
-        source.close()
-        raise InputError("binary data, expected text of ftrace or trace-cmd", source.name)
+        raise InputError(f"this is {formats()[name]}, {_TEXT} with KVM's events", source.name)
+    if (sure is not Match.SURE and foreign(source.head)) or ftrace.sniff(source.head) is Match.NO:
+        raise _refused(source, f"binary data, {_TEXT}")
     return ftrace.read(source, keep_outcomes=True)
 
 
@@ -84,6 +79,7 @@ def read(source: Source, form: str | None = None) -> Found:
     :param form: a name of formats(), None: as the content says
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
     """
+    source = printed(source)
     if form is not None:
         reader = next((module for module in readers() if form in module.FORMATS), None)
         if reader is None:
@@ -91,10 +87,8 @@ def read(source: Source, form: str | None = None) -> Found:
             raise InputError(f"format {form!r}: expected one of {', '.join(sorted(formats()))}", source.name)
         named: Found = reader.read(source, form)
         return named
-    _refuse_recording(source)
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
-    if sure is Match.NO:
-        source.close()
-        raise InputError("binary data, expected text of ftrace or trace-cmd, or Parquet", source.name)
+    if (sure is not Match.SURE and foreign(source.head)) or sure is Match.NO:
+        raise _refused(source, f"binary data, {_TEXT}, or Parquet")
     found: Found = reader.read(source, None)
     return found

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from pgemu.errors import InputError
 from pgemu.trace.beside import belongs_to, complaint
@@ -37,15 +36,13 @@ from pgemu.trace.lines import (
     place,
     stamp_of,
 )
-from pgemu.trace.log import NAMELESS, Log, Task
+from pgemu.trace.log import NAMELESS, Log, Task, by_time
 from pgemu.trace.source import Match, Source, open_source, text_of
 from pgemu_kernels.words.log_words import ROW_WORDS, EventCode
 
 __all__ = ("FORMATS", "read", "sniff")
 
 FORMATS = {"ftrace": "text of ftrace, trace-cmd or perf script"}
-
-_TIME, _LINE = 1, 3
 
 _NO_TASK = -1, 0
 _BLANK = re.compile(r"\s")  # tabs, and what web pages have for a blank
@@ -87,7 +84,6 @@ class _Parser(EventRows):
         # Where these digits of the last event begin and end, ns in the last one, what is next.
         self._columns = 0, 0, 0, ": "
         self._ticks = self._no_newline = False
-        self._back = 0, 0  # how often time goes back, and the first line where it does
         self._nameless = 0, 0  # lines without an event's name, and which is the first
         self._block = b"", 0  # what is read, and the number of the line before it
         self._skipped: Counter[str] = Counter()
@@ -170,7 +166,9 @@ class _Parser(EventRows):
     def finish(self) -> Log:
         """Classify the events that were only counted."""
         if self.events == 0:
-            raise InputError("no event in it, expected text of ftrace or trace-cmd", self._source)
+            told = ", ".join(f"{count} {what}" for what, count in self._skipped.items())
+            found = f", but {told}" if told else ""
+            raise InputError(f"no event in it{found}, expected text of ftrace or trace-cmd", self._source)
         self._add_fast()
         unknown: Counter[str] = Counter()
         for token, count in self._tokens.items():
@@ -181,13 +179,13 @@ class _Parser(EventRows):
                 self._ignored[name] += count
             else:
                 unknown[name] += count
-        rows = self._in_order(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, ROW_WORDS))
+        rows, back = by_time(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, ROW_WORDS))
         if self._nameless[0]:
             unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self.events, *counters, self._lost, self._skipped, tuple(self._about),
-            self._nested.told, tuple(self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
+            self._nested.told, (*back, *self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
         )  # fmt: skip
 
     def _add_fast(self) -> None:
@@ -211,21 +209,8 @@ class _Parser(EventRows):
             for name in [name for name, count in counter.items() if not count]:
                 del counter[name]
 
-    def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """The inputs by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
-        times = rows[:, _TIME]
-        back = np.flatnonzero(times[1:] < times[:-1])
-        if not back.size:
-            return rows
-        self._back = len(back), int(rows[back[0] + 1, _LINE])
-        return rows[np.argsort(times, kind="stable")]
-
     def _notes(self) -> Iterator[str]:
         """What of the text was taken to mean something."""
-        count, first = self._back
-        if count:
-            times = f"{count} times, first" if count > 1 else "once,"
-            yield f"its time goes back {times} at line {first}: inputs are taken by time (of two logs, cut one off)"
         count, first = self._nameless
         if count:
             lines = f"{count} line{'s have' if count > 1 else ' has'} no event name"

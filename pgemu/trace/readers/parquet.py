@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
 from pgemu.trace.accesses import AccessStream, Tally
-from pgemu.trace.columns import CONTRACT, numbers, records_of
+from pgemu.trace.columns import LEVEL, check_names, check_order, check_size, levels_of, others, records_of
 from pgemu.trace.log import Doubt
 from pgemu.trace.lowered import Accounting, Guest, Lowered
 from pgemu.trace.memory_layout import Layout
@@ -41,12 +41,10 @@ FORMATS = {"parquet": "Parquet"}
 
 ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
-_LEVEL = "fault_level"  # of a log that told levels
 _OF_ACCESSES = ("time", "op", "flags", "actor", "space", "address")
 _KEY = b"pgemu"
 _VERSION = 1
-_LONGEST, _LONGEST_NAME = 200, 40  # of a message, of a column's name
-_SHOWN = 6  # columns that a note names
+_LONGEST = 200  # characters of a message
 
 
 def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Records] | None = None) -> None:
@@ -75,7 +73,7 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
     if batches is None and lowered.accounting.operations == len(lowered.records):
         about["accounting"] = lowered.accounting.to_json()
     levels = lowered.fault_levels if batches is None else None
-    columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
+    columns = DTYPES if levels is None else {**DTYPES, LEVEL: np.dtype(np.uint8)}
     schema = pa.schema(
         [pa.field(column, pa.from_numpy_dtype(dtype), nullable=False) for column, dtype in columns.items()],
         metadata={_KEY: json.dumps(about).encode()},
@@ -165,7 +163,7 @@ def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Re
 def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
     """Records and recorded levels of faults, None if the trace has none."""
     first = last = 0
-    wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == _LEVEL]
+    wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == LEVEL]
     pieces = file.iter_batches(batch_size=batch, columns=wanted)
     while True:
         with _damage(name, "damaged"):
@@ -174,26 +172,11 @@ def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Reco
             return
         with _damage(name, "damaged"):
             records = records_of(piece, name, first)
-            levels = None
-            if _LEVEL in wanted:
-                levels = numbers(piece.column(_LEVEL), _LEVEL, np.dtype(np.uint8), name, first)
-                if levels.size and levels.max() > 3:
-                    raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
-        last = _check_order(records.time, last, name, first)
+            levels = levels_of(piece, name, first)
+        last = check_order(records.time, last, name, first)
         first += len(records)
         tell(first, file.metadata.num_rows)
         yield records, levels
-
-
-def _check_order(times: npt.NDArray[np.uint64], last: int, name: str, first: int) -> int:
-    """The time of the last record; InputError with the row where time goes back."""
-    if not times.size:
-        return last
-    back = np.flatnonzero(times < np.concatenate([np.array([last], np.uint64), times[:-1]]))
-    if back.size:
-        row = int(back[0])
-        raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", name)
-    return int(times[-1])
 
 
 @contextmanager
@@ -230,14 +213,14 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
         return _stored_accesses(file, stored, name)
     with file:
         about = _about(stored, name)
-        others = _others(file)
-        _check_size(file.metadata.num_rows, name)
+        notes = others(file.schema_arrow.names)
+        check_size(file.metadata.num_rows, name)
         pieces = list(_batches(file, name, ROW_GROUP))
     records = Records.concatenate(records for records, _ in pieces)
     told = [levels for _, levels in pieces if levels is not None]
     levels = np.concatenate(told) if told else None
     if about is None:
-        return Unplaced(records, name, levels, others)
+        return Unplaced(records, name, levels, notes)
     setup = about["setup"]
     if setup > len(records):
         raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
@@ -247,7 +230,7 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"], kind=about["kind"],
+        machine=about["machine"], notes=about["notes"] + notes, doubts=about["doubts"], kind=about["kind"],
         guests=about["guests"],
     )  # fmt: skip
 
@@ -258,30 +241,6 @@ def _of_records(count: int, setup: int) -> Accounting:
     return Accounting(events=count - setup, inputs=inputs, operations=count, setup=setup)
 
 
-def _check_size(rows: int, name: str) -> None:
-    """Refuse what would not fit into memory: a column of one value takes no room in a file."""
-    need = 2 * rows * sum(dtype.itemsize for dtype in DTYPES.values())
-    if need > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        raise InputError(
-            f"{rows} records take {need >> 20} MiB of memory, more than the {memory >> 20} there are", name
-        )
-
-
-def _others(file: pq.ParquetFile) -> tuple[str, ...]:
-    """A note of the columns that are none of a trace's, and of those that are missing."""
-    names = file.schema_arrow.names
-    others = [printable(one)[:_LONGEST_NAME] for one in names if one not in DTYPES and one != _LEVEL]
-    missing = [one for one in DTYPES if one not in names]
-    notes = []
-    if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        count = f"{len(others)} column{'s are' if len(others) > 1 else ' is'}"
-        notes.append(f"{count} not read: {', '.join(others[:_SHOWN])}{more}")
-    if missing:
-        notes.append(f"columns that it does not have hold 0: {', '.join(missing)}")
-    return tuple(notes)
-
-
 def _open(name: str) -> pq.ParquetFile:
     """Open and check which columns there are."""
     import pyarrow.parquet as pq
@@ -289,11 +248,11 @@ def _open(name: str) -> pq.ParquetFile:
     with _damage(name, "not a whole"):
         file = pq.ParquetFile(name)
         names = file.schema_arrow.names
-    twice = [column for column, count in Counter(names).items() if count > 1 and (column in DTYPES or column == _LEVEL)]
-    if twice or "op" not in names:
+    try:
+        check_names(names, name)
+    except InputError:
         file.close()
-        what = f"column {twice[0]!r} is there twice" if twice else "column 'op' is missing"
-        raise InputError(f"{what}, expected {CONTRACT}", name)
+        raise
     return file
 
 
