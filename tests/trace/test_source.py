@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from pgemu.errors import InputError
 from pgemu.trace import source
@@ -177,6 +177,7 @@ def test_an_xz_stream_that_needs_much_memory_is_refused(tmp_path: Path, monkeypa
 
 
 @given(pieces=st.lists(st.binary(max_size=9).map(lambda data: data.replace(b"\0", b"\n")), max_size=30), name=NAMES)
+@example(pieces=[b"\r\r\n"], name="gzip")
 def test_many_streams_are_one_text(pieces: list[bytes], name: str) -> None:
     data = b"".join(COMPRESSORS[name](piece) for piece in [b"x", *pieces])
     with tempfile.NamedTemporaryFile() as file:
@@ -184,5 +185,5 @@ def test_many_streams_are_one_text(pieces: list[bytes], name: str) -> None:
         file.flush()
         blocks = list(open_source(file.name).blocks())
     text = b"".join([b"x", *pieces]).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
-    assert "".join(blocks).replace("\r\n", "\n") == text
+    assert "".join(blocks) == text
     assert all(block.endswith("\n") for block in blocks[:-1])
