@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.errors import InputError
 from pgemu.trace.schema import Flag, Operation, Records
 from pgemu_kernels.words.operations import PAGE_4K
 
@@ -19,6 +20,7 @@ THREADS = 256
 
 _MOST_SHOWN = 3
 _LONGEST = 80
+_MANY_REJECTED = 100_000
 
 
 @dataclass
@@ -50,6 +52,21 @@ class Tally:
         self.rejected += count
         if len(self.first_rejected) < _MOST_SHOWN:
             self.first_rejected.append((number, what[:_LONGEST]))
+
+    def refuse_foreign(self, source: str, unit: str, expected: str, *, at_end: bool = False) -> None:
+        """Refuse a file of which more is rejected than understood: at its end, or once that is many.
+
+        :param unit: what the numbers count, "line" or "record"
+        :raises InputError: with the first of what was rejected
+        """
+        understood = sum(self.inputs.values())
+        if self.rejected <= understood or not (at_end or self.rejected > _MANY_REJECTED):
+            if at_end and not understood:
+                raise InputError(f"no access in it, expected {expected}", source)
+            return
+        number, what = self.first_rejected[0]
+        many = f"{self.rejected:,} of {self.rejected + understood:,} {unit}s are not understood"
+        raise InputError(f"{many}, the first is {unit} {number:,}: {what!r}, expected {expected}", source)
 
 
 @dataclass(frozen=True)
