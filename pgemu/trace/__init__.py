@@ -84,6 +84,7 @@ def load(
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
     found = read(open_source(name), input_format)
     if isinstance(found, AccessStream):
+        found.close()
         raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
     if isinstance(found, Log):
         return _told(lower(found, options))

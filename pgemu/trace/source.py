@@ -21,7 +21,17 @@ from typing import Any, BinaryIO, Protocol
 from pgemu.errors import InputError
 from pgemu.trace.watching import tell_of
 
-__all__ = ("LONGEST_LINE", "MOST_GROWTH", "MOST_RECORD_GROWTH", "Match", "Source", "gathered", "open_source", "text_of")
+__all__ = (
+    "LONGEST_LINE",
+    "MOST_GROWTH",
+    "MOST_RECORD_GROWTH",
+    "Match",
+    "Source",
+    "gathered",
+    "open_source",
+    "records",
+    "text_of",
+)
 
 LONGEST_LINE = 1 << 20
 """Bytes; the kernel's lines have a page at most (kernel/trace/trace.h: TRACE_SEQ_BUFFER_SIZE, 8 KiB)."""
@@ -36,6 +46,7 @@ MOST_RECORD_GROWTH = 1 << 14
 _CHUNK = 1 << 16
 _FEED = 1 << 12  # compressed bytes at once: what follows a stream is copied, and a file may be many short ones
 _BLOCK = 1 << 18  # bytes that leave at once, at most
+_RECORD_BLOCK = 1 << 20  # bytes of records at once
 _FREE_GROWTH = 64 << 20  # bytes of text that need no reason
 _DECODER_MEMORY = 256 << 20  # xz -9 takes 65 MiB
 _ZSTD_WINDOW = 128 << 20  # zstd -19 --long, what its own program takes without being told
@@ -323,6 +334,22 @@ def gathered(blocks: Iterable[bytes], least: int, multiple: int = 1) -> Iterator
             parts, waiting = [whole[cut:]], waiting - cut
     if waiting:
         yield b"".join(parts)
+
+
+def records(blocks: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
+    """Yield blocks of whole records of a size, some thousand at a time.
+
+    :param name: of the trace
+    :raises InputError: the last record is cut (with its number), after those before it
+    """
+    done = 0
+    for block in gathered(blocks, _RECORD_BLOCK, size):
+        left = len(block) % size
+        done += len(block) // size
+        if len(block) >= size:
+            yield block[: len(block) - left] if left else block
+        if left:
+            raise InputError(f"truncated: record {done + 1:,} has {left} bytes, expected {size}", name)
 
 
 def text_of(data: bytes) -> str:

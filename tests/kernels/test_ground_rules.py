@@ -100,7 +100,7 @@ def exercise(machine: Machine) -> None:
     assert table.unmap(0).status == 0
     assert machine.check() == 0
     FastLines(NoLines(), array("Q"), None, array("Q")).feed(b"\n")
-    assert len(list(lackey._KernelLines(Tally()).read(b" L 04032e58,8\n", 0))) == 1
+    assert len(list(lackey._KernelLines(Tally(), 0).read(b" L 04032e58,8\n"))) == 1
 
 
 class NoLines:

@@ -34,7 +34,8 @@ def test_every_module_of_the_folder_is_asked() -> None:
     ],
 )
 def test_what_a_beginning_looks_like_to_each(head: bytes, expected: dict[str, Match]) -> None:
-    assert {module.__name__.rpartition(".")[2]: module.sniff(head) for module in readers.readers()} == expected
+    found = {module.__name__.rpartition(".")[2]: module.sniff(head) for module in readers.readers()}
+    assert found == {**dict.fromkeys(found, Match.NO), **expected}
 
 
 def test_the_surest_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +66,7 @@ def test_a_log_is_told_by_its_lines_and_parquet_by_its_magic(tmp_path: Path) -> 
 def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\x7fELF\0\0\0\n")
-    with pytest.raises(InputError, match=r"a\.txt: binary data, expected text of ftrace or trace-cmd, or Parquet"):
+    with pytest.raises(InputError, match=r"a\.txt: binary data, expected .*, text of ftrace, .*, Parquet"):
         trace.load(path)
 
 
