@@ -72,7 +72,7 @@ class Tally:
         raise InputError(f"{many}, the first is {unit} {number:,}: {what!r}, expected {expected}", source)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AccessStream:
     """A recording of addresses.
 
@@ -83,7 +83,7 @@ class AccessStream:
             be read on
         tally: of what was taken so far
         v2p: uint64[n, 3], first virtual and first physical address and bytes of each translation that was recorded,
-            by virtual address; None where none was
+            by virtual address, those in the recording itself once its last batch was taken; None where none was
         close: of a stream of which nothing is taken; the last batch closes the file, too
     """
 
