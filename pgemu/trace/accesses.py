@@ -22,6 +22,7 @@ THREADS = 256
 
 _MOST_SHOWN = 3
 _LONGEST = 80
+_LAST_PAGE = np.uint64((1 << 64) - PAGE_4K)
 _LEAST_CONSTANT = 1 << 16
 _MANY_REJECTED = 100_000
 _MOST_THREADS = 1 << 16
@@ -135,18 +136,20 @@ def accesses(
     if size is None:
         return _records(address, flags, actor, time)
     page = np.uint64(PAGE_4K)
-    last = address + np.maximum(size, np.uint64(1)) - np.uint64(1)
-    last = np.maximum(last, address)  # an access does not wrap around the end of the address space
-    crosses = (address ^ last) >= page
-    beyond = int(np.count_nonzero(last // page - address // page > 1))
+    end = (address & (page - np.uint64(1))) + size  # seen from the beginning of its page
+    crossing = np.flatnonzero(end > page)
+    if crossing.size:  # an access does not wrap around the end of the address space
+        crossing = crossing[address[crossing] < _LAST_PAGE]
+    if not crossing.size:
+        return _records(address, flags, actor, time)
+    beyond = int(np.count_nonzero(end[crossing] > page + page))
     if beyond:
         tally.ignored["pages of accesses beyond the second"] += beyond
-    several = int(np.count_nonzero(crosses))
-    tally.crossing += several
-    if not several:
-        return _records(address, flags, actor, time)
-    order = np.repeat(np.arange(len(address)), 1 + crosses.astype(np.intp))
-    second = np.concatenate([[False], order[1:] == order[:-1]])
+    tally.crossing += crossing.size
+    second = crossing + np.arange(1, crossing.size + 1)
+    before = np.zeros(len(address) + crossing.size, np.intp)  # of each record: how many are a second one
+    before[second] = 1
+    order = np.arange(len(before)) - np.cumsum(before)
     where = address[order]
     where[second] = (where[second] | (page - np.uint64(1))) + np.uint64(1)
     actors = actor if isinstance(actor, int) else actor[order]

@@ -138,7 +138,8 @@ def _batches(source: Source, form: str, tally: Tally) -> Iterator[Records]:
 def _placed(words: Words, layout: _Layout, tally: Tally) -> tuple[Words, npt.NDArray[np.uint8], npt.NDArray[np.intp]]:
     """Address and flags of the accesses of some instructions in their order, and where those of each begin."""
     count = np.ones(len(words), np.intp)
-    used = [(word, flag, np.flatnonzero(words[:, word])) for flag in (READ, WRITE) for word in layout.of(flag)]
+    is_used = words != 0
+    used = [(word, flag, np.flatnonzero(is_used[:, word])) for flag in (READ, WRITE) for word in layout.of(flag)]
     for _, _, rows in used:
         count[rows] += 1
     after = np.cumsum(count)
@@ -150,7 +151,7 @@ def _placed(words: Words, layout: _Layout, tally: Tally) -> tuple[Words, npt.NDA
     free = first + 1
     for word, flag, rows in used:
         at = free[rows]
-        address[at], flags[at] = words[rows, word], flag
+        address[at], flags[at] = words[:, word][rows], flag
         free[rows] = at + 1
         tally.inputs["write" if flag == WRITE else "read"] += len(rows)
     return address, flags, first

@@ -70,6 +70,8 @@ _MOST_VERSION = 255
 _RECORD = np.dtype([("type", "<u2"), ("size", "<u2"), ("value", "<u8")])
 _ACCESS = np.zeros(1 << 16, np.bool_)
 _ACCESS[[_READ, _WRITE, *_FETCHES]] = True
+_OF_PAGES = np.zeros(1 << 16, np.bool_)
+_OF_PAGES[[_PHYSICAL, _VIRTUAL, _PAGE_SIZE]] = True
 _FLAGS = np.full(len(_TYPES), EXEC)
 _FLAGS[[_READ, _WRITE]] = READ, WRITE
 
@@ -178,34 +180,32 @@ class _Trace:
         """The accesses of some records."""
         types = rows["type"].astype(np.intp)
         values: Words = rows["value"]
+        counts = np.bincount(types, minlength=len(_TYPES))
         where = np.flatnonzero(_ACCESS[types])
         address, size, kind = values[where], rows["size"][where], types[where]
         empty = (size == 0) & (address == 0)
-        unknown = np.flatnonzero(types >= len(_TYPES)) if types.max() >= len(_TYPES) else types[:0]
-        if unknown.size or empty.any():
-            self._reject(rows, np.sort(np.concatenate([unknown, where[empty]])))
-        if empty.any():
+        if len(counts) > len(_TYPES) or empty.any():
+            self._reject(rows, np.sort(np.concatenate([np.flatnonzero(types >= len(_TYPES)), where[empty]])))
+            counts = counts[: len(_TYPES)] - np.bincount(kind[empty], minlength=len(_TYPES))
             where, address, size, kind = (column[~empty] for column in (where, address, size, kind))
-        self._count(types, kind)
+        self._count(counts)
+        self._last = int(types[-1])
         self._no_size += int(np.count_nonzero(size == 0))
-        if len(self._processes) < 2:
+        if counts[_PROCESS] and len(self._processes) < 2:
             self._processes.update(np.unique(values[types == _PROCESS])[:2].tolist())
-        actor = self._actor_of(np.flatnonzero(types == _THREAD), values, where)
+        actor = self._actor_of(np.flatnonzero(types == _THREAD), values, where) if counts[_THREAD] else self._actor
         time = self._time_of(rows, np.flatnonzero(types == _MARKER), where)
         self._number += len(where)
         return accesses(address, size.astype(np.uint64), _FLAGS[kind], actor, time, self._tally)
 
-    def _count(self, types: Places, kind: Places) -> None:
+    def _count(self, counts: Places) -> None:
         """Count accesses, and by name what is none."""
         tally = self._tally
-        for code, count in enumerate(np.bincount(kind).tolist()):
-            if count:
-                tally.inputs["read" if code == _READ else "write" if code == _WRITE else "fetch"] += count
-        counts = np.bincount(types)
-        for code in np.flatnonzero(counts[: len(_TYPES)]).tolist():
-            if not _ACCESS[code] and code != _MARKER:
+        for code in np.flatnonzero(counts).tolist():
+            if _ACCESS[code]:
+                tally.inputs["read" if code == _READ else "write" if code == _WRITE else "fetch"] += int(counts[code])
+            elif code != _MARKER:
                 tally.ignored[_TYPES[code]] += int(counts[code])
-        self._last = int(types[-1])
 
     def _reject(self, rows: npt.NDArray[Any], which: Places) -> None:
         for row in which[:4].tolist():
@@ -215,9 +215,9 @@ class _Trace:
 
     def _actor_of(self, places: Places, values: Words, where: Places) -> npt.NDArray[np.uint16]:
         """The actors of the accesses at `where`: that of the last record of a thread."""
-        actors = self._actors.of(values[places]) if places.size else np.zeros(0, np.uint16)
+        actors = self._actors.of(values[places])
         found = np.repeat(np.concatenate([[np.uint16(self._actor)], actors]), _spans(places, where))
-        self._actor = int(actors[-1]) if actors.size else self._actor
+        self._actor = int(actors[-1])
         return found
 
     def _time_of(self, rows: npt.NDArray[Any], markers: Places, where: Places) -> Words:
@@ -227,8 +227,9 @@ class _Trace:
             if count:
                 known = _MARKERS[kind] if kind < len(_MARKERS) else "users'" if kind >= _FIRST_OF_USERS else "unknown"
                 self._tally.ignored[f"marker: {known}"] += count
-        if np.isin(kinds, (_PHYSICAL, _VIRTUAL, _PAGE_SIZE)).any():
-            self._translate(kinds.tolist(), values.tolist())
+        of_pages = _OF_PAGES[kinds]
+        if of_pages.any():
+            self._translate(kinds[of_pages].tolist(), values[of_pages].tolist())
         for bits in values[kinds == _FILE_TYPE].tolist():
             self._note_file_type(bits)
         stamps = kinds == _TIMESTAMP
