@@ -33,7 +33,7 @@ _COUNTS = {"read": W.Y_READS, "write": W.Y_WRITES, "modify": W.Y_MODIFIES, "fetc
 
 _SNIFFED = 1 << 14  # bytes
 _ONE_IN = 8  # lines of what is Lackey's beside the program's own
-_BLOCK = 1 << 20  # bytes read at once
+_BLOCK = 1 << 19  # bytes read at once
 _ROOM = 1 << 16  # accesses and lines that are none that one call of the kernel makes
 _PACE = 4  # how much faster than a log's Python reads these lines
 
