@@ -23,7 +23,7 @@ __all__ = ("FORMATS", "read", "sniff")
 
 FORMATS = {
     "champsim": "an instruction trace of ChampSim",
-    "cloudsuite": "an instruction trace of ChampSim, CloudSuite's records",
+    "cloudsuite": "an instruction trace of ChampSim with CloudSuite's records",
 }
 
 

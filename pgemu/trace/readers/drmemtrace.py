@@ -81,6 +81,7 @@ _ZIP, _EMPTY_ZIP = b"PK\3\4", b"PK\5\6"
 _SNAPPY, _LZ4 = b"\xff\x06\0\0sNaPpY", b"\x04\x22\x4d\x18"
 _CHUNK = re.compile(r"chunk\.([0-9]{1,9})")
 _PIECE = 1 << 18
+_SHOWN = 120  # characters of an error that may hold names of members
 _MOST_PAGES = 1 << 24  # whose translations are kept
 
 Words = npt.NDArray[np.uint64]
@@ -342,7 +343,7 @@ def _archive_errors(name: str) -> Iterator[None]:
         zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error,
         OverflowError,
     ) as error:  # fmt: skip
-        raise InputError(f"damaged zip archive ({error})", name) from None
+        raise InputError(f"damaged zip archive ({str(error)[:_SHOWN]})", name) from None
 
 
 def _lz4(name: str) -> Any:

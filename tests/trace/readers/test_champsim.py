@@ -125,7 +125,7 @@ def test_other_binary_data_is_not_taken_for_it() -> None:
 
 
 def test_what_only_the_user_can_know_is_asked_for() -> None:
-    with pytest.raises(InputError, match=r"may be .*CloudSuite's records: nothing in it says so, --input-format cloud"):
+    with pytest.raises(InputError, match=r"may be .* with CloudSuite's records: nothing in it says so, --input-"):
         taken(program(200, asid=1))
     assert taken(program(200, asid=1), "cloudsuite").tally.inputs["fetch"] == 200
 

@@ -288,6 +288,17 @@ def test_what_cannot_be_read_is_refused_in_one_line(data: bytes, says: str) -> N
     assert "\n" not in refused
 
 
+def test_names_of_an_archive_that_are_long_are_cut() -> None:
+    data = archive({"chunk.0000": SMALL})
+    at = data.index(b"PK\1\2")
+    size = 2000  # in the local header alone
+    head = data[:26] + struct.pack("<H", size) + data[28:30] + b"x" * size + data[40:at]
+    end = struct.pack("<I", len(head))
+    refused = taken(head + data[at:-6] + end + data[-2:], "drmemtrace").refused
+    assert "damaged zip archive (File name in directory" in refused
+    assert len(refused) < 300
+
+
 def test_an_archive_that_grows_beyond_all_reason_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drmemtrace, "MOST_RECORD_GROWTH", 20)
     data = archive({"chunk.0000": made(*[(INSTRUCTION, 4, 0x401000)] * 10_000)})
