@@ -94,6 +94,6 @@ def read(source: Source, form: str | None = None) -> Found:
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
     if sure is Match.NO:
         source.close()
-        raise InputError(f"binary data, expected {', '.join(formats().values())}", source.name)
+        raise InputError(f"binary data, expected {'; '.join(formats().values())}", source.name)
     found: Found = reader.read(source, None)
     return found

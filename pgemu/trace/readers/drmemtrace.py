@@ -75,14 +75,14 @@ _OF_PAGES[[_PHYSICAL, _VIRTUAL, _PAGE_SIZE]] = True
 _FLAGS = np.full(len(_TYPES), EXEC)
 _FLAGS[[_READ, _WRITE]] = READ, WRITE
 
-_TO_1970 = 11_644_473_600_000_000  # microseconds from 1601
-_MOST_TIME = (1 << 64) // 1000
+_FIRST_TIME = np.uint64(11_644_473_600_000_000)  # 1970, microseconds from 1601
+_LAST_TIME = _FIRST_TIME + np.uint64(((1 << 64) - 1) // 1000)
 _ZIP, _EMPTY_ZIP = b"PK\3\4", b"PK\5\6"
 _SNAPPY, _LZ4 = b"\xff\x06\0\0sNaPpY", b"\x04\x22\x4d\x18"
 _CHUNK = re.compile(r"chunk\.([0-9]{1,9})")
 _PIECE = 1 << 18
 _SHOWN = 120  # characters of an error that may hold names of members
-_MOST_PAGES = 1 << 24  # whose translations are kept
+_MOST_PAGES = 1 << 22  # whose translations are kept
 
 Words = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.intp]
@@ -147,10 +147,10 @@ class _Trace:
         self._done = self._number = 0
         self._processes: set[int] = set()
         self._last = -1
-        self._no_size = 0
+        self._no_size = self._outside = 0
         self._page = 1 << 12
         self._physical: int | None = None
-        self._pages: dict[tuple[int, int], int] = {}
+        self._pages: dict[int, int] = {}  # virtual address and logarithm of the page's size -> physical address
         self._moved = 0
 
     def batches(self) -> Iterator[Records]:
@@ -234,15 +234,20 @@ class _Trace:
         for bits in values[kinds == _FILE_TYPE].tolist():
             self._note_file_type(bits)
         stamps = kinds == _TIMESTAMP
-        micro = np.minimum(values[stamps], np.uint64(_MOST_TIME - 1))
-        since = np.where(micro >= np.uint64(_TO_1970), micro - np.uint64(_TO_1970), micro)
-        times = since * np.uint64(1000)
+        times = self._nanoseconds(values[stamps])
         spans = _spans(markers[stamps], where)
         found = np.repeat(np.concatenate([[np.uint64(self._time or 0)], times]), spans)
         if self._time is None:
             found[: spans[0]] = np.arange(self._number, self._number + int(spans[0]), dtype=np.uint64)
         self._time = int(times[-1]) if times.size else self._time
         return found
+
+    def _nanoseconds(self, micro: Words) -> Words:
+        """Nanoseconds since 1970 of microseconds since 1601; what is outside is moved to the end, and counted."""
+        since = np.clip(micro, _FIRST_TIME, _LAST_TIME)
+        self._outside += int(np.count_nonzero(since != micro))
+        times: Words = (since - _FIRST_TIME) * np.uint64(1000)
+        return times
 
     def _note_file_type(self, bits: int) -> None:
         notes = self._tally.notes
@@ -259,7 +264,7 @@ class _Trace:
             if kind == _PHYSICAL:
                 self._physical = value
             elif kind == _VIRTUAL and self._physical is not None:
-                page = value & -self._page, self._page
+                page = value & -self._page | self._page.bit_length() - 1
                 frame = self._physical & -self._page
                 if len(self._pages) < _MOST_PAGES or page in self._pages:
                     self._moved += self._pages.get(page, frame) != frame
@@ -279,11 +284,13 @@ class _Trace:
             notes.append("it is of several processes, whose addresses are taken to be of one")
         if self._no_size:
             notes.append(f"{self._no_size:,} accesses whose size it does not tell are taken to have one byte")
+        if self._outside:
+            notes.append(f"{self._outside:,} of its timestamps are before 1970, or past 2554: taken to be its ends")
         if self._moved:
             notes.append(f"{self._moved:,} translations differ from that page's before: the last one stays")
         if self._pages:
-            found = table(((page, frame, size) for (page, size), frame in self._pages.items()), self._source.name)
-            self.stream.v2p = merged(self.stream.v2p, found)
+            rows = ((page & -(1 << 12), frame, 1 << (page & 0xFFF)) for page, frame in self._pages.items())
+            self.stream.v2p = merged(self.stream.v2p, table(rows, self._source.name))
 
 
 def _spans(places: Places, where: Places) -> Places:

@@ -153,6 +153,8 @@ def test_actors_stay_below_those_of_the_host() -> None:
     ("found", "note"),
     [
         ([(READS, 0, 0x1000)], "1 accesses whose size it does not tell are taken to have one byte"),
+        ([(MARKER, TIME, 5)], "1 of its timestamps are before 1970, or past 2554: taken to be its ends"),
+        ([(MARKER, TIME, (1 << 64) - 1)], "1 of its timestamps are before 1970, or past 2554: taken to be its ends"),
         ([(PROCESS, 4, 8)], "it is of several processes, whose addresses are taken to be of one"),
         ([(MARKER, FILE_TYPE, 0x140)], "it was filtered while it was recorded: accesses that hit the filter's cache "),
         ([(MARKER, FILE_TYPE, 0x44)], "it was recorded without data accesses"),
