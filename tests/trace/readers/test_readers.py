@@ -66,9 +66,7 @@ def test_a_log_is_told_by_its_lines_and_parquet_by_its_magic(tmp_path: Path) -> 
 def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\x7fELF\0\0\0\n")
-    with pytest.raises(
-        InputError, match=r"a\.txt: binary data, expected .*; text of ftrace, .*; Parquet; "
-    ):
+    with pytest.raises(InputError, match=r"a\.txt: binary data, expected .*; text of ftrace, .*; Parquet; "):
         trace.load(path)
 
 
