@@ -25,7 +25,7 @@ from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Sl
 from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
-from pgemu.trace.source import Source, open_source
+from pgemu.trace.source import open_source
 from pgemu.trace.unplaced import Unplaced, place
 from pgemu_kernels.words.rows import SLOT_IDS, VMAS
 
@@ -84,10 +84,9 @@ def load(
         return replace(adapt(made, options), again=partial(load, name, options, seed, None, **parameters))
     if parameters:
         raise InputError(f"no workload, which alone has {' and '.join(parameters)}", name)
-    source = open_source(name)
-    found = _read(source, options, input_format)
+    found = opened(name, options, input_format)
     if isinstance(found, AccessStream):
-        source.close()
+        found.close()
         raise InputError(
             f"this is {found.format}, a program's addresses, expected what a VM does (pgemu trace info)", name
         )
@@ -103,11 +102,8 @@ def opened(
     :param input_format: as of load()
     :raises InputError: as of load()
     """
-    return _read(open_source(path), options or LoweringOptions(), input_format)
-
-
-def _read(source: Source, options: LoweringOptions, input_format: str | None) -> Lowered | AccessStream:
-    found = read(source, input_format)
+    options = options or LoweringOptions()
+    found = read(open_source(path), input_format)
     if isinstance(found, AccessStream):
         return found
     if isinstance(found, Log):

@@ -22,7 +22,7 @@ from pgemu_kernels.words.log_words import EventCode, Shape
 if TYPE_CHECKING:
     from array import array
 
-__all__ = ("FastLines", "wanted")
+__all__ = ("FastLines", "wanted", "writable")
 
 LEAST_BYTES = 1 << 16  # of a block: of less nobody waits
 LINES_TO_LOAD = 1 << 18  # read by Python before numba and the kernel are loaded, which takes a second
@@ -67,15 +67,18 @@ class Parser(Protocol):
         """Read lines of a block; `before`: the number of the line before the block."""
 
 
-def wanted(lines: int, size: int) -> bool:
-    """Whether the kernel is worth its loading, or its compilation, after so many lines, for a block of some bytes."""
+def wanted(lines: int, size: int, name: str = "read_lines") -> bool:
+    """Whether the kernel is worth its loading, or its compilation, after so many lines, for a block of some bytes.
+
+    :param name: the kernel's in pgemu_kernels.run.entries
+    """
     if size < LEAST_BYTES or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return False
     if "numba" not in sys.modules and lines < LINES_TO_LOAD:
         return False
     from pgemu_kernels.run import entries
 
-    declared = next(entry for entry in entries.declared if entry.dispatcher is entries.read_lines)
+    declared = next(entry for entry in entries.declared if entry.dispatcher is getattr(entries, name))
     return lines >= LINES_TO_COMPILE or not declared.missing()
 
 
@@ -209,7 +212,7 @@ class FastLines:
 
     def feed(self, block: bytes) -> None:
         """Read a block of whole lines."""
-        text = _writable(block)
+        text = writable(block)
         before, at, slow = self._parser.line, 0, 1
         while at < len(block):
             stopped, is_full = self._call(text, at)
@@ -228,7 +231,7 @@ class FastLines:
         """Have the kernel read from a byte on: where it stopped, and whether there was no more room."""
         control, (rows, kept) = self._control, self._made
         if self._fresh:
-            self._bytes = _writable(self._names), _writable(self._shapes)
+            self._bytes = writable(self._names), writable(self._shapes)
             self._fresh = False
         control[[L.C_AT, L.C_END, L.C_LINE, L.C_ROWS, L.C_KEPT, L.C_OLDER]] = (
             at, len(text) - 1, self._parser.line, 0, 0, len(self._older),
@@ -275,7 +278,7 @@ def _words_of(words: array[int]) -> Any:
     return np.frombuffer(words, np.uint64) if words else np.zeros(0, np.uint64)
 
 
-def _writable(data: bytes | bytearray) -> Any:
+def writable(data: bytes | bytearray) -> Any:
     """uint8[n + 1]: a copy, with a byte more so that there is one; kernels take no array that cannot be written."""
     return np.frombuffer(bytearray(data) + b"\0", np.uint8)
 

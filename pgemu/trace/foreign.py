@@ -32,7 +32,7 @@ _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (0, b"Rar!\x1a\x07", "a rar archive", _UNPACK),
     (0, b"BZh", "compressed with bzip2, which is not read", "xz, gzip and zstd are: bunzip2 first"),
-    (0, b"\x04\x22\x4d\x18", "compressed with lz4, which is not read", "xz, gzip and zstd are: lz4 -d first"),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d first, or --input-format drmemtrace if it is that"),
     (0, b"\x89LZO", "compressed with lzop, which is not read", "xz, gzip and zstd are: lzop -d first"),
     (0, b"\x1f\x9d", "compressed with compress, which is not read", "xz, gzip and zstd are: uncompress first"),
     (0, b"\xd4\xc3\xb2\xa1", "captured packets (pcap)", _READ),
@@ -96,10 +96,6 @@ _TEXTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (
             r"\A(?:[RW] \d+(?:,\d+){2,}\s*\n){2}", "a trace of Ramulator (reads and writes)",
             "places in DRAM, no VM's addresses",
-        ),
-        (
-            r"\A(?:#[^\n]*\n)*(?:0x[0-9a-f]+: [RW] 0x[0-9a-f]+[^\n]*\n){2}", "a trace of Pin's pinatrace",
-            "a program's addresses, no VM's",
         ),
         (r"\A(?:diff --git |--- [^\n]*\n\+\+\+ )", "a patch", _READ),
         (r"\A/\* CTF \d", "metadata of a trace in the Common Trace Format (CTF)", _RECORD),

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import chain
@@ -21,7 +21,17 @@ from typing import Any, BinaryIO, Protocol
 from pgemu.errors import InputError
 from pgemu.trace.watching import tell_of
 
-__all__ = ("LONGEST_LINE", "MOST_GROWTH", "Match", "Source", "open_source", "text_of")
+__all__ = (
+    "LONGEST_LINE",
+    "MOST_GROWTH",
+    "MOST_RECORD_GROWTH",
+    "Match",
+    "Source",
+    "gathered",
+    "open_source",
+    "records",
+    "text_of",
+)
 
 LONGEST_LINE = 1 << 20
 """Bytes; the kernel's lines have a page at most (kernel/trace/trace.h: TRACE_SEQ_BUFFER_SIZE, 8 KiB)."""
@@ -30,9 +40,13 @@ MOST_GROWTH = 200
 """How much larger than its compressed form a text may be; each line of a log has a time stamp of its own, so that logs
 grow 10 to 60 times."""
 
+MOST_RECORD_GROWTH = 1 << 14
+"""The same of records of fixed size, mostly zeros and repetitions; behind it is a reader that refuses what is none."""
+
 _CHUNK = 1 << 16
 _FEED = 1 << 12  # compressed bytes at once: what follows a stream is copied, and a file may be many short ones
 _BLOCK = 1 << 18  # bytes that leave at once, at most
+_RECORD_BLOCK = 1 << 20  # bytes of records at once
 _FREE_GROWTH = 64 << 20  # bytes of text that need no reason
 _DECODER_MEMORY = 256 << 20  # xz -9 takes 65 MiB
 _ZSTD_WINDOW = 128 << 20  # zstd -19 --long, what its own program takes without being told
@@ -143,6 +157,7 @@ class Source:
 
     def __init__(self, name: str, path: str | None, stream: BinaryIO, start: bytes) -> None:
         self.name = name
+        self._most_growth = MOST_GROWTH
         self._stream = stream
         self._start = start
         self.path = None if self._compression else path
@@ -159,9 +174,10 @@ class Source:
         """The same as text."""
         return map(text_of, self.byte_blocks())
 
-    def byte_blocks(self) -> Iterator[bytes]:
+    def byte_blocks(self, expected: str = "text of ftrace or trace-cmd") -> Iterator[bytes]:
         """Yield the text in blocks that end with a newline; only the last one may lack it.
 
+        :param expected: what messages say that it should be
         :raises InputError: the compressed stream is damaged, ends early or grows too much, the data is no text, or a
             line is longer than LONGEST_LINE
         """
@@ -170,7 +186,7 @@ class Source:
         with self._stream:
             for data in self._slices():
                 if b"\0" in data:
-                    raise InputError("binary data, expected text of ftrace or trace-cmd", self.name)
+                    raise InputError(f"binary data, expected {expected}", self.name)
                 first = data.find(b"\n")
                 if waiting + (len(data) if first < 0 else first) > LONGEST_LINE:
                     raise InputError(
@@ -193,6 +209,7 @@ class Source:
 
         :raises InputError: the compressed stream is damaged, ends early or grows too much
         """
+        self._most_growth = MOST_RECORD_GROWTH
         with self._stream:
             yield from self._slices()
 
@@ -255,8 +272,8 @@ class Source:
                     data, padding, decoder = behind, 0, make()
                 for piece in self._pieces_of(decoder, data, name):
                     given += len(piece)
-                    if given > _FREE_GROWTH and given > MOST_GROWTH * taken:
-                        text = f"grows to more than {MOST_GROWTH} times its size, as no log does"
+                    if given > _FREE_GROWTH and given > self._most_growth * taken:
+                        text = f"grows to more than {self._most_growth} times its size, as no log does"
                         raise InputError(f"{text}; if it is one, give what it decompresses to", self.name)
                     yield piece
                 data = b""
@@ -301,6 +318,38 @@ def _sliced(data: bytes, most: int) -> Iterator[bytes]:
     """The data in slices of at most `most` bytes."""
     for first in range(0, len(data), most):
         yield data[first : first + most]
+
+
+def gathered(blocks: Iterable[bytes], least: int, multiple: int = 1) -> Iterator[bytes]:
+    """Yield blocks joined to at least `least` bytes each, a multiple of `multiple`; the last one is what is left."""
+    parts: list[bytes] = []
+    waiting = 0
+    for block in blocks:
+        parts.append(block)
+        waiting += len(block)
+        if waiting >= least:
+            whole = b"".join(parts)
+            cut = waiting - waiting % multiple
+            yield whole[:cut] if cut < waiting else whole
+            parts, waiting = [whole[cut:]], waiting - cut
+    if waiting:
+        yield b"".join(parts)
+
+
+def records(blocks: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
+    """Yield blocks of whole records of a size, some thousand at a time.
+
+    :param name: of the trace
+    :raises InputError: the last record is cut (with its number), after those before it
+    """
+    done = 0
+    for block in gathered(blocks, _RECORD_BLOCK, size):
+        left = len(block) % size
+        done += len(block) // size
+        if len(block) >= size:
+            yield block[: len(block) - left] if left else block
+        if left:
+            raise InputError(f"truncated: record {done + 1:,} has {left} bytes, expected {size}", name)
 
 
 def text_of(data: bytes) -> str:

@@ -114,7 +114,6 @@ FOREIGN: dict[str, tuple[bytes, str, str]] = {
     "meminfo": (b"MemTotal:       16316412 kB\nMemFree: 1 kB\n", "/proc/meminfo", "ftrace, trace-cmd or perf"),
     "ramulator": (b"LD 0x12340\nST 4096\n", "a trace of Ramulator (loads and stores)", "no VM's"),
     "ramulator dram": (b"R 0,0,1,2,345,6\nW 0,0,1,2,345,7\n", "a trace of Ramulator (reads and writes)", "no VM's"),
-    "pinatrace": (b"0x7f01: R 0x7ffc10\n0x7f05: W 0x7ffc18\n#eof\n", "a trace of Pin's pinatrace", "no VM's"),
     "oracleGeneral": (oracle_general(), "requests of libCacheSim (oracleGeneral)", "Parquet or CSV"),
     "mtree": ((DATA / "qemu" / "mtree-q35.txt").read_bytes(), "QEMU's info mtree", "--memslots-from FILE"),
     "mtree -f": ((DATA / "qemu" / "mtree-flat-pc.txt").read_bytes(), "QEMU's info mtree", "--memslots-from FILE"),
@@ -125,6 +124,7 @@ FOREIGN: dict[str, tuple[bytes, str, str]] = {
 
 # Which of the commands reads no such file, and what they say.
 DAMON = " kdamond.0-9 [000] ..... 1.000001: damon_aggregated: target_id=1 nr_regions=1 4096-8192: 1 0\n"
+_STREAMS = {"damon", "damon-counted", "lackey", "pinatrace", "champsim", "drmemtrace"}
 SAMPLES: dict[str, bytes] = {
     "ftrace": LOG.encode(),
     "parquet": b"PAR1....",
@@ -132,6 +132,14 @@ SAMPLES: dict[str, bytes] = {
     "qemu-log": b"7@1.000002:kvm_convert_memory start 0x0 size 0x1000 shared_to_private\n",
     "damon": DAMON.encode(),
     "damon-counted": zlib.compress(b'[{"snapshots": []}]'),
+    "lackey": b"==7== Lackey, an example Valgrind tool\nI  0401ab70,3\n S 1fff000768,8\n",
+    "pinatrace": b"0x401000: R 0x7fff0010\n0x401004: W 0x7fff0018\n" * 4,
+    "champsim": b"".join(
+        struct.pack("<Q2B2s4s2Q4Q", 0x401000 + i, 0, 0, b"\1\2", b"\3\4\0\0", *6 * [0x7F0000]) for i in range(200)
+    ),
+    "drmemtrace": b"".join(
+        struct.pack("<HHQ", *row) for row in ((25, 0, 6), (28, 12, 6), (22, 4, 7), (24, 4, 7), (10, 4, 1), (26, 0, 0))
+    ),
 }
 
 
@@ -159,7 +167,7 @@ def test_foreign_files_are_named_with_what_helps(tmp_path: Path, command: str, n
 
 
 def test_there_is_a_sample_of_every_format() -> None:
-    assert SAMPLES.keys() == formats().keys()
+    assert SAMPLES.keys() | {"cloudsuite"} == formats().keys()  # which nothing in a file tells
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -172,7 +180,7 @@ def test_files_of_a_format_that_is_not_wanted_are_named(tmp_path: Path, name: st
     if name != "ftrace":
         said = complaint("verify", path)
         assert said.startswith(f"pgemu: {path}: this is {title}, expected text of ftrace or trace-cmd")
-    if name.startswith("damon"):
+    if name in _STREAMS:
         said = complaint("compare", path)
         assert said.startswith(f"pgemu: {path}: this is {title}, a program's addresses")
 

@@ -26,7 +26,7 @@ __all__ = (
         "run_pooling",
         "tell_devices",
     ),
-    *("read_lines", "translate", "translate_nested"),
+    *("read_accesses", "read_lines", "translate", "translate_nested"),
 )
 
 _INTS, _WORDS, _BYTES = "int64[::1]", "uint64[::1]", "uint8[::1]"
@@ -89,6 +89,11 @@ translate_nested = declare(
 read_lines = declare(
     "pgemu_kernels.text.log_lines", "read_lines", text=_BYTES, control=_WORDS, prefixes=_WORDS, tokens=_WORDS,
     names=_BYTES, shapes=_BYTES, counts=_WORDS, advices=_WORDS, tasks=_WORDS, older=_WORDS, rows=_WORDS, kept=_WORDS,
+).dispatcher  # fmt: skip
+
+read_accesses = declare(
+    "pgemu_kernels.text.access_lines", "read_accesses", text=_BYTES, control=_WORDS, address=_WORDS, size=_WORDS,
+    flags=_BYTES, foreign=_WORDS,
 ).dispatcher  # fmt: skip
 
 _addresses = np.zeros(len(_LOOPS), np.uint64)  # of the loops' machine code, as far as they were called

@@ -122,7 +122,7 @@ def read(source: Source, form: str | None = None, *, pages: Pages | None = None,
     is_text = not source.head.startswith(_ZLIB) and not _KEY.match(source.head[:_HEAD])
     regions = _regions_of_text(source, tally) if is_text else _regions_of_json(source, tally)
     batches = _Accesses(source.name, tally, chosen, seed).batches(regions)
-    return AccessStream.of(source.name, "DAMON's regions", batches, tally)
+    return AccessStream.of(source.name, "DAMON's regions", batches, tally, close=source.close)
 
 
 class _Accesses:

@@ -146,7 +146,7 @@ def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> 
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         file.close()
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
-    return AccessStream.of(name, form, batches(), tally, v2p)
+    return AccessStream.of(name, form, batches(), tally, v2p, file.close)
 
 
 def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
