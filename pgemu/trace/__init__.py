@@ -22,6 +22,7 @@ from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
+from pgemu.trace.process_lowering import is_of_processes, lower_processes
 from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
@@ -86,7 +87,9 @@ def load(
     if isinstance(found, AccessStream):
         raise InputError(f"this is {found.format}, a program's addresses, expected what a VM does", name)
     if isinstance(found, Log):
-        return _told(lower(found, options))
+        return lower_processes(found, options) if is_of_processes(found, options) else _told(lower(found, options))
+    if isinstance(found, Lowered) and found.kind == "process":
+        return found
     placed = place(found, options) if isinstance(found, Unplaced) else adapt(found, options)
     return _told(replace(placed, table=True))
 

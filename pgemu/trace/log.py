@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,12 @@ class Log:
         notes: what of the text was taken to mean something, in words
         stage2: "ept" or "npt" if an exit says so, else None
         doubts: why it is not, or not all, of one VM
+        calls: uint64[n, 10], rows as above of what concerns a process's own memory and no VM's, in the order of the
+            file (pgemu.trace.process_calls)
+        called: what these are counted as, among `ignored` and `outcomes`
+        files: what is known of files by the numbers that rows of mmap and fallocate have for them: a FileKind of
+            pgemu.trace.lowered; none where these are descriptors
+        sizes: bytes of inodes of hugetlbfs by their numbers
         sptes: uint64[n, 9], what KVM said it wrote to stage 2 (pgemu.trace.outcomes); None where nobody asked for it
     """
 
@@ -69,3 +76,7 @@ class Log:
     doubts: tuple[Doubt, ...] = ()
     stage2: str | None = None
     sptes: npt.NDArray[np.uint64] | None = None
+    calls: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 10), np.uint64))
+    called: Counter[str] = field(default_factory=Counter)
+    files: Mapping[int, Literal["shmem", "hugetlb-2M", "hugetlb-1G"]] = field(default_factory=dict)
+    sizes: Mapping[int, int] = field(default_factory=dict)

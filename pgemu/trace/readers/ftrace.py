@@ -98,12 +98,16 @@ class _Parser(EventRows):
 
     def read(self, block: bytes) -> None:
         """Read lines; a block ends with a newline unless the file's last line lacks it."""
-        if self._fast is None and wanted(self.line, len(block)):
+        if self._fast is None and self._is_of_vm() and wanted(self.line, len(block)):
             self._fast = self._begin_fast()
         if self._fast is None or not block.endswith(b"\n"):
             self.feed_slow(block, block, self.line)
         else:
             self._fast.feed(block.replace(b"\r\n", b"\n") if b"\r" in block else block)
+
+    def _is_of_vm(self) -> bool:
+        """Whether an event of KVM was seen: a kernel does not read what concerns a process alone."""
+        return any("kvm" in token for token in self._handlers)
 
     def _begin_fast(self) -> FastLines:
         """A kernel's reader, with what was seen so far."""
@@ -181,13 +185,17 @@ class _Parser(EventRows):
                 self._ignored[name] += count
             else:
                 unknown[name] += count
-        rows = self._in_order(np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, ROW_WORDS))
+        rows = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, ROW_WORDS)
+        self._note_order(rows)
+        rows = self._in_order(rows)
         if self._nameless[0]:
             unknown[NAMELESS] = self._nameless[0]
         counters = self._inputs, self._outcomes, self._ignored, unknown
         return Log(
             self._source, rows, self.events, *counters, self._lost, self._skipped, tuple(self._about),
             self._nested.told, tuple(self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
+            calls=self._in_order(self._of_process.rows()), called=self._of_process.called,
+            sizes=self._of_process.sizes,
         )  # fmt: skip
 
     def _add_fast(self) -> None:
@@ -211,14 +219,15 @@ class _Parser(EventRows):
             for name in [name for name, count in counter.items() if not count]:
                 del counter[name]
 
+    def _note_order(self, rows: npt.NDArray[np.uint64]) -> None:
+        """Remember where the inputs' time goes back."""
+        back = np.flatnonzero(rows[1:, _TIME] < rows[:-1, _TIME])
+        if back.size:
+            self._back = len(back), int(rows[back[0] + 1, _LINE])
+
     def _in_order(self, rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """The inputs by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
-        times = rows[:, _TIME]
-        back = np.flatnonzero(times[1:] < times[:-1])
-        if not back.size:
-            return rows
-        self._back = len(back), int(rows[back[0] + 1, _LINE])
-        return rows[np.argsort(times, kind="stable")]
+        """Rows by time: buffers of several CPUs may follow one another (per_cpu/cpu*/trace)."""
+        return rows[np.argsort(rows[:, _TIME], kind="stable")]
 
     def _notes(self) -> Iterator[str]:
         """What of the text was taken to mean something."""
