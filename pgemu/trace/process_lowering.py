@@ -210,8 +210,8 @@ class _Replay(Player):
         )
         layout = Layout(0, PAGE_4K, (), ())
         return Lowered(
-            records, layout, "shared", False, accounting, self.log.source, notes=self._notes(), kind="process",
-            processes=self.processes, files=self.files.listed(),
+            records, layout, "shared", False, accounting, self.log.source, notes=self._notes(), doubts=self.log.doubts,
+            kind="process", processes=self.processes, files=self.files.listed(),
         )  # fmt: skip
 
     def _records(self, made: npt.NDArray[np.object_], at: npt.NDArray[np.int64]) -> Records:

@@ -250,8 +250,10 @@ class Player:
         areas = self.areas[memory]
         if not len(areas) or (which and not which & _CURRENT):
             return "nothing to be locked now"
-        flags = 0 if not which else int(Flag.LOCKED) if which & _ONFAULT else int(Flag.LOCKED | Flag.POPULATE)
         for area in list(areas):
+            # mlockall() ignores what cannot be populated: mm/mlock.c, mm_populate().
+            populate = not which & _ONFAULT and area.rights != 0
+            flags = int(Flag.LOCKED | (Flag.POPULATE if populate else 0)) if which else 0
             self.emit(at, Operation.LOCK, memory, flags=flags, address=area.start, length=area.end - area.start)
         return None
 

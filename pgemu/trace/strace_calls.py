@@ -16,7 +16,7 @@ __all__ = ("KVM_REQUESTS", "fields_of", "fields_named", "flags_of", "number_of",
 _OPENING, _CLOSING = "([{", ")]}"
 _COMMENT = re.compile(r"\s*/\*.*?\*/")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20})")
-_DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)(?:<(.*)>)?")
+_DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
 _IOC = re.compile(r"_IOC\([A-Z_|0x]+, (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+)\)")
 _SHIFTED = re.compile(r"(\d+)<<(\w+)")
 
@@ -47,7 +47,7 @@ _CONSTANTS: Mapping[str, int] = MappingProxyType(
 _SHIFTS = {"MAP_HUGE_SHIFT": 26, "MFD_HUGE_SHIFT": 26}
 _HUGE = re.compile(r"M(?:AP|FD)_HUGE_(\d+)([KMG])B")
 # What says nothing that is read here: a clone's other flags, and the signal of its end.
-_OTHER = re.compile(r"(?:CLONE|SIG)_?[A-Z0-9]+|[A-Z]+_\?\?\?")
+_OTHER = re.compile(r"(?:CLONE_|SIG)[A-Z0-9_]+|[A-Z]+_\?\?\?")
 
 KVM_REQUESTS: Mapping[int, str] = MappingProxyType(
     {

@@ -61,6 +61,7 @@ class Rows:
         rows, calls: as Log's, in no order
         inputs, ignored, unknown, called: as Log's
         files: as Log's
+        pointers: requests of KVM of which strace knows only the number
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class Rows:
         self.ignored: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         self.called: Counter[str] = Counter()
+        self.pointers: Counter[str] = Counter()
         self.files: dict[int, Literal["shmem", "hugetlb-2M", "hugetlb-1G"]] = {}
         self._descriptors: dict[tuple[int, int], int] = {}  # of a table of descriptors -> number of the file
         self._table: dict[int, int] = {}  # task -> whose table of descriptors it has
@@ -195,9 +197,10 @@ class Rows:
     def _file(self, task: int, text: str) -> int:
         """The number of the file of a descriptor: one of its own if its name is known, else the descriptor."""
         descriptor, path = path_of(text)
-        if path:
+        known = self._descriptors.get((self._table.get(task, task), descriptor))
+        if known is None and path:
             return self._named(path)
-        return self._descriptors.get((self._table.get(task, task), descriptor), descriptor)
+        return descriptor if known is None else known
 
     def _named(self, path: str, kind: Literal["shmem", "hugetlb-2M", "hugetlb-1G"] = "shmem") -> int:
         """The number of the file of that name."""
@@ -244,10 +247,11 @@ class Rows:
         request = request_of(given[1])
         argument = given[2] if len(given) > 2 else ""
         if request in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2", "KVM_SET_MEMORY_ATTRIBUTES"):
-            if not argument.startswith("{"):
-                self.unknown[f"{name} {request}, of which only a pointer is printed"] += 1
-            elif call.failed:
+            if call.failed:
                 self.ignored[f"{name} {request} that failed"] += 1
+            elif not argument.startswith("{"):
+                self.unknown[f"{name} {request}, of which only a pointer is printed"] += 1
+                self.pointers[request] += 1
             else:
                 self._of_kvm(f"{name} {request}", task, call, fields_of(argument))
             return

@@ -22,13 +22,15 @@ from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
 from pgemu.trace.columns import CONTRACT, numbers, records_of
 from pgemu.trace.log import Doubt
-from pgemu.trace.lowered import Accounting, Lowered
+from pgemu.trace.lowered import Accounting, Lowered, ProcessFile
 from pgemu.trace.memory_layout import Layout
+from pgemu.trace.process_files import PAGE_OF
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 from pgemu.trace.watching import tell
 from pgemu.whole_file import whole_file
+from pgemu_kernels.words.rows import INODES, SPACES
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -66,6 +68,9 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "machine": dict(lowered.machine),
         "notes": list(lowered.notes),
         "doubts": [list(doubt) for doubt in lowered.doubts],
+        "kind": lowered.kind,
+        "processes": lowered.processes,
+        "files": [list(file) for file in lowered.files],
     }
     levels = lowered.fault_levels if batches is None else None
     columns = DTYPES if levels is None else {**DTYPES, _LEVEL: np.dtype(np.uint8)}
@@ -177,7 +182,7 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"],
+        machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"], **_processes(about),
     )  # fmt: skip
 
 
@@ -231,6 +236,23 @@ def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: checked(name, value) for name, value in stored.items()}
 
 
+def _processes(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose memory it is, and what stands before the first record. TypeError, ValueError for what cannot be."""
+    kind, processes, files = about.get("kind", "guest"), about.get("processes", 1), about.get("files", [])
+    if kind not in ("guest", "process"):
+        raise ValueError(f"kind {str(kind)[:40]!r}, expected guest or process")
+    if type(processes) is not int or not 0 <= processes <= SPACES:
+        raise ValueError(f"processes {str(processes)[:40]}, expected a number up to {SPACES}")
+    found = tuple(ProcessFile(*file) for file in files)
+    if len(found) > INODES:
+        raise ValueError(f"{len(found)} files, expected at most {INODES}")
+    for file in found:
+        page = PAGE_OF.get(file.kind) if isinstance(file.kind, str) else None
+        if page is None or type(file.size) is not int or not 0 < file.size < 1 << 63 or file.size % page:
+            raise ValueError(f"file {str(tuple(file))[:60]}, expected its kind and a size in whole pages")
+    return {"kind": kind, "processes": processes, "files": found}
+
+
 def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
     """What `write` stored beside the records, None if it did not write the file."""
     metadata = file.schema_arrow.metadata or {}
@@ -252,10 +274,12 @@ def _about(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
             for one in doubts
         ):
             raise ValueError("doubts, expected a list of pairs of texts")
+        of_processes = _processes(about)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
     except RecursionError:
         raise InputError("metadata 'pgemu' cannot be used (too deep)", name) from None
     common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
     told = tuple(Doubt(printable(text), printable(of)) for text, of in doubts)
+    common |= of_processes
     return {**common, "machine": machine, "notes": tuple(map(printable, notes)), "doubts": told}

@@ -16,7 +16,7 @@ import numpy as np
 
 from pgemu.errors import InputError, printable
 from pgemu.trace.events import Input
-from pgemu.trace.log import Log, Task
+from pgemu.trace.log import Doubt, Log, Task
 from pgemu.trace.source import Match, Source, open_source
 from pgemu.trace.strace_rows import Call, Rows
 
@@ -25,18 +25,19 @@ __all__ = ("FORMATS", "read", "sniff")
 FORMATS = {"strace": "text of strace"}
 
 _HEAD = re.compile(
-    r"(?:\[pid\s+(?P<bracketed>\d+)\] |(?P<pid>\d+)(?:<[^>]*>)? +(?=\S))?"
-    r"(?:\[[0-9a-f?]{8,16}\] )?"
+    r"(?:\[pid\s+(?P<bracketed>\d+)(?:<[^>]*>)?\] |(?P<pid>\d+)(?:<[^>]*>)? +(?=\S))?"
     r"(?: *(?:(?P<clock>\d\d:\d\d:\d\d)(?P<parts>\.\d{1,9})?|(?P<seconds>\d{1,12})\.(?P<decimals>\d{3,9}))"
     r"(?: \(\+ *[\d.]+\))? )?"
+    r"(?:\[[0-9a-f?]{8,16}\] )?"
     r"(?P<rest>[a-z_][a-z0-9_]*\(.*|<\.\.\. .*|(?:---|\+\+\+) .*)"
 )
 _CALL = re.compile(r"(?P<name>[a-z_][a-z0-9_]*)\((?P<rest>.*)")
-_END = re.compile(r"(?P<arguments>.*)\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?P<more>(?:<.*>)?(?: .*)?)")
+_END = re.compile(r"(?P<arguments>.*)\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?P<more>(?:<.*>(?:\(deleted\))?)?(?: .*)?)")
 _UNFINISHED = re.compile(r"(?P<arguments>.*?),? ?<(?:unfinished|detached) \.\.\.>")
 _RESUMED = re.compile(r"<\.\.\. (?P<name>[a-z_][a-z0-9_]*) resumed>,? ?(?P<rest>.*)")
 _GONE = re.compile(r"\+\+\+ (?:exited with \d+|killed by \S+(?: \(core dumped\))?|superseded by execve in pid \d+) \+\+\+")
 _SIGNAL = re.compile(r"--- .* ---")
+_ATTACHED = re.compile(r"(?P<before>.*?)strace: Process (?P<pid>\d+) attached")
 _CHATTER = re.compile(r"(?:strace: Process \d+ (?:attached|detached).*|strace: .*|\[ Process PID=\d+ runs in .*|\s*)")
 _LIKE = re.compile(r"[a-z_][a-z0-9_]*\(.*(?:\)\s+= (?:-?\d|0x|\?).*|<unfinished \.\.\.>)|<\.\.\. \w+ resumed>.*")
 _LINES_SEEN = 40  # of a beginning, to say whether it is strace's
@@ -90,8 +91,12 @@ class _Parser:
         self._rows = Rows()
         self._number = 0
         self._clock = _Clock()
-        self._tasks: dict[int, int] = {}
+        self._tasks: dict[int, int] = {}  # number of a thread -> task
+        self._threads = 0
         self._open: dict[int, _Open] = {}
+        self._cut = ""  # the beginning of a line into which a message came
+        self._alive: set[int] = set()  # threads that are there, by number
+        self._children: set[int] = set()  # threads that were said to be new
         self._skipped: Counter[str] = Counter()
         self._first: list[str] = []
         self._outcomes: Counter[str] = Counter()
@@ -100,26 +105,47 @@ class _Parser:
     def line(self, line: str) -> None:
         """Read a line."""
         self._number += 1
+        if attached := _ATTACHED.fullmatch(line):
+            self._children.add(int(attached["pid"]))
+            self._alive.add(int(attached["pid"]))
+            self._cut += attached["before"]
+            return
         head = _HEAD.fullmatch(line)
+        if head is None and self._cut:
+            line = self._cut + line
+            head = _HEAD.fullmatch(line)
+            self._cut = ""
         if head is None:
             if not _CHATTER.fullmatch(line):
                 self._skip("lines that are not understood", line)
             return
-        tid = int(head["bracketed"] or head["pid"] or _NO_TID)
-        if tid >= 1 << 32:
-            self._skip("lines that are not understood", line)
-            return
+        task = self._task(head)
         time = self._clock.time(head, self._number)
-        task = self._tasks.setdefault(tid, len(self._tasks))
         rest = head["rest"]
         if rest.startswith("<... "):
             self._resumed(rest, task, time, line)
         elif rest.startswith("+++ ") and _GONE.fullmatch(rest):
             self._rows.add("exited", Input.EXIT, time, task, self._number, 0)
+            self._alive -= {tid for tid, number in self._tasks.items() if number == task}
         elif rest.startswith("---") and _SIGNAL.fullmatch(rest):
             self._ignored["<signal>"] += 1
         else:
             self._begins(rest, task, time, line)
+
+    def _task(self, head: re.Match[str]) -> int:
+        """Whose line it is: without a number that of the only thread there is, which was the first one at first."""
+        tid = int(head["bracketed"] or head["pid"] or _NO_TID) % (1 << 32)
+        if tid == _NO_TID and _NO_TID in self._tasks and len(self._alive) == 1:
+            (tid,) = self._alive
+        elif head["bracketed"] and tid not in self._tasks and tid not in self._children and _NO_TID in self._tasks:
+            self._tasks[tid] = self._tasks[_NO_TID]
+            self._alive.discard(_NO_TID)
+        if tid != _NO_TID or tid not in self._tasks:
+            self._alive.add(tid)
+        if tid not in self._tasks:
+            self._tasks[tid] = self._threads
+            self._threads += 1
+        return self._tasks[tid]
 
     def _skip(self, what: str, line: str) -> None:
         self._skipped[what] += 1
@@ -183,9 +209,14 @@ class _Parser:
         notes = [*self._clock.notes()]
         if self._first:
             notes.append(f"not understood: {'; '.join(self._first)}")
-        tasks = tuple(Task(tid, None, "") for tid in self._tasks)
+        doubts: tuple[Doubt, ...] = ()
+        if rows.pointers:
+            which = ", ".join(f"{count} {name}" for name, count in rows.pointers.items())
+            doubts = (Doubt(f"only a pointer is printed of {which}: what they ask for is not known (a newer strace)"),)
+        tids = {task: tid for tid, task in self._tasks.items()}
+        tasks = tuple(Task(tids[task], None, "") for task in range(len(tids)))
         return Log(
-            self._source, _array(rows.rows), events, *counters, 0, self._skipped, tasks, notes=tuple(notes),
+            self._source, _array(rows.rows), events, *counters, 0, self._skipped, tasks, notes=tuple(notes), doubts=doubts,
             calls=_array(rows.calls), called=rows.called, files=rows.files,
         )  # fmt: skip
 
