@@ -77,7 +77,8 @@ class Areas:
 
     def cuts(self, start: int, end: int) -> int:
         """How many areas become more than one by a change of a range alone."""
-        return sum(any(area.start < at < area.end for area in self.parts(at, at + 1)) for at in (start, end))
+        spans = ((at, *self._span(at, at + 1)) for at in (start, end))
+        return sum(first < last and self._areas[first].start < at for at, first, last in spans)
 
     def remove(self, start: int, end: int) -> None:
         """Unmap a range."""

@@ -1,0 +1,45 @@
+"""A machine for a log of processes, and what its records do there."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pgemu import Config, Machine
+from pgemu.machine.results import Results
+from pgemu.trace import Lowered, Operation
+from pgemu_kernels.words.operations import PAGE_2M
+
+__all__ = ("boot", "outcomes", "run")
+
+
+def boot(lowered: Lowered, **fields: object) -> Machine:
+    """A machine with the processes and files that stand before the first record."""
+    huge = sum(file.size for file in lowered.files if file.kind == "hugetlb-2M")
+    given: dict[str, object] = {"memory": 256 << 20, **fields}
+    if huge:
+        given |= {"pool": huge, "page_size": PAGE_2M}
+    machine = Machine(Config(**given))  # type: ignore[arg-type]
+    for _ in range(lowered.processes):
+        machine.create_process()
+    for file in lowered.files:
+        if file.kind == "shmem":
+            machine.create_memfd(file.size)
+        else:
+            machine.create_hugetlb_file(file.size, PAGE_2M)
+    return machine
+
+
+def run(lowered: Lowered, **fields: object) -> tuple[Machine, Results]:
+    """The machine after all records, with no rule broken, and their results."""
+    machine = boot(lowered, **fields)
+    results = machine.run(lowered.records)
+    assert machine.check() == 0, machine.findings
+    return machine, results
+
+
+def outcomes(lowered: Lowered, results: Results) -> dict[Operation, Counter[int]]:
+    """What each kind of operation returned, how often."""
+    found: dict[Operation, Counter[int]] = {}
+    for op, status in zip(lowered.records.op.tolist(), results.status.tolist(), strict=True):
+        found.setdefault(Operation(op), Counter())[status] += 1
+    return found
