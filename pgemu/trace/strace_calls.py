@@ -17,6 +17,8 @@ _OPENING, _CLOSING = "([{", ")]}"
 _COMMENT = re.compile(r"\s*/\*.*?\*/")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20})")
 _DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
+_PATH = re.compile(r"(?<=\d)<(?!<).*?>(?=\(deleted\)|,|$)")
+"""What strace -y prints behind a descriptor."""
 _IOC = re.compile(r"_IOC\([A-Z_|0x]+, (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+)\)")
 _SHIFTED = re.compile(r"(\d+)<<(\w+)")
 
@@ -67,6 +69,9 @@ def split_arguments(text: str) -> list[str]:
         character = text[at]
         if character == '"':
             at = _end_of_string(text, at)
+            continue
+        if path := _PATH.match(text, at):
+            at = path.end()
             continue
         if character in _OPENING:
             depth += 1
