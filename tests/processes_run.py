@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
+from types import SimpleNamespace
+
+import pytest
 
 from pgemu import Config, Machine
+from pgemu.errors import InputError
 from pgemu.machine.results import Results
-from pgemu.trace import Lowered, Operation
+from pgemu.trace import Lowered, Operation, load
 from pgemu_kernels.words.operations import PAGE_2M
 
-__all__ = ("boot", "outcomes", "run")
+__all__ = ("boot", "outcomes", "read_or_refused", "run")
 
 
 def boot(lowered: Lowered, **fields: object) -> Machine:
@@ -42,4 +47,18 @@ def outcomes(lowered: Lowered, results: Results) -> dict[Operation, Counter[int]
     found: dict[Operation, Counter[int]] = {}
     for op, status in zip(lowered.records.op.tolist(), results.status.tolist(), strict=True):
         found.setdefault(Operation(op), Counter())[status] += 1
+    return found
+
+
+def read_or_refused(monkeypatch: pytest.MonkeyPatch, data: bytes, input_format: str | None = None) -> Lowered | None:
+    """A trace from standard input, None where it is refused in one line; every event of it is accounted for."""
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    try:
+        found = load("-", input_format=input_format)
+    except InputError as refused:
+        assert str(refused).isprintable()
+        return None
+    assert found.accounting.balanced()
+    assert all(note.isprintable() for note in found.notes)
+    found.records.check("fuzz")
     return found

@@ -14,7 +14,14 @@ __all__ = ("FORMS", "Scene", "play")
 PAGE = 4096
 BASE = 0x7F00_0000_0000
 _PROT = ("PROT_NONE", "PROT_READ", "PROT_WRITE", "PROT_READ|PROT_WRITE", "PROT_EXEC", "PROT_READ|PROT_EXEC")
-_RIGHTS = {"PROT_NONE": 0, "PROT_READ": 1, "PROT_WRITE": 2, "PROT_READ|PROT_WRITE": 3, "PROT_EXEC": 4, "PROT_READ|PROT_EXEC": 5}
+_RIGHTS = {
+    "PROT_NONE": 0,
+    "PROT_READ": 1,
+    "PROT_WRITE": 2,
+    "PROT_READ|PROT_WRITE": 3,
+    "PROT_EXEC": 4,
+    "PROT_READ|PROT_EXEC": 5,
+}
 
 
 @dataclass
@@ -47,7 +54,9 @@ def play(seed: int, count: int) -> Scene:
     for number in range(count):
         process = chance.choice(scene.processes)
         thread = chance.choice(process.threads)
-        what: Callable[..., None] = chance.choice((_mmap, _mmap, _munmap, _mprotect, _mremap, _brk, _advice, _made, _failed))
+        what: Callable[..., None] = chance.choice(
+            (_mmap, _mmap, _munmap, _mprotect, _mremap, _brk, _advice, _made, _failed)
+        )
         what(scene, chance, process, thread, 200 + number)
         if len(scene.processes) > 1 and chance.random() < 0.05:
             _exit(scene, chance)
@@ -107,7 +116,9 @@ def _mremap(scene: Scene, chance: random.Random, process: Process, thread: int, 
     rights = process.pages[start]
     target = BASE // PAGE + 100 + chance.randrange(20)
     wanted = chance.randint(1, 6)
-    call = f"mremap({start * PAGE:#x}, {pages * PAGE}, {wanted * PAGE}, MREMAP_MAYMOVE|MREMAP_FIXED, {target * PAGE:#x})"
+    call = (
+        f"mremap({start * PAGE:#x}, {pages * PAGE}, {wanted * PAGE}, MREMAP_MAYMOVE|MREMAP_FIXED, {target * PAGE:#x})"
+    )
     scene.lines.append((thread, call, hex(target * PAGE)))
     if start < target + wanted and target < start + pages:
         scene.lines.pop()
@@ -146,12 +157,21 @@ def _exit(scene: Scene, chance: random.Random) -> None:
 
 
 def _failed(scene: Scene, chance: random.Random, process: Process, thread: int, _: int) -> None:
-    call = chance.choice(("munmap(0x7f0000000001, 4096)", "mprotect(0x1000, 4096, PROT_READ)", "mmap(NULL, 0, PROT_READ, MAP_PRIVATE, -1, 0)"))
+    call = chance.choice(
+        (
+            "munmap(0x7f0000000001, 4096)",
+            "mprotect(0x1000, 4096, PROT_READ)",
+            "mmap(NULL, 0, PROT_READ, MAP_PRIVATE, -1, 0)",
+        )
+    )
     scene.lines.append((thread, call, "-1 EINVAL (Invalid argument)"))
 
 
 def _plain(lines: list[tuple[int, str, str]], front: Callable[[int, int], str]) -> str:
-    return "".join(f"{front(at, thread)}{call}{f' = {result}' if result else ''}\n" for at, (thread, call, result) in enumerate(lines))
+    return "".join(
+        f"{front(at, thread)}{call}{f' = {result}' if result else ''}\n"
+        for at, (thread, call, result) in enumerate(lines)
+    )
 
 
 def _interleaved(lines: list[tuple[int, str, str]]) -> str:

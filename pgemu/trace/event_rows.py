@@ -54,7 +54,9 @@ class Handlers(dict[str, Handler | None]):
             "sys_munmap": parser.sys_munmap,
             "sys_mmap": parser.sys_mmap,
             **dict.fromkeys(CALLS_OF_PROCESSES, parser.process_call),
-            **dict.fromkeys((f"{name} return" for name in CALLS_OF_PROCESSES if name not in CALLS), parser.process_return),
+            **dict.fromkeys(
+                (f"{name} return" for name in CALLS_OF_PROCESSES if name not in CALLS), parser.process_return
+            ),
             **dict.fromkeys(("page-faults", "minor-faults", "major-faults"), parser.perf_fault),
             "sys_fallocate": parser.sys_fallocate,
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,

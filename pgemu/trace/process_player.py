@@ -434,4 +434,3 @@ class Player:
 
     def end(self, at: int, memory: int) -> None:
         """A process has ended."""
-

@@ -11,7 +11,16 @@ from types import MappingProxyType
 
 from pgemu.trace.events import ADVICE
 
-__all__ = ("KVM_REQUESTS", "fields_of", "fields_named", "flags_of", "number_of", "path_of", "request_of", "split_arguments")
+__all__ = (
+    "KVM_REQUESTS",
+    "fields_of",
+    "fields_named",
+    "flags_of",
+    "number_of",
+    "path_of",
+    "request_of",
+    "split_arguments",
+)
 
 _OPENING, _CLOSING = "([{", ")]}"
 _COMMENT = re.compile(r"\s*/\*.*?\*/")

@@ -26,7 +26,9 @@ def pages(areas: Areas) -> dict[int, tuple[int, int, int]]:
 
 
 @given(st.lists(STEPS, max_size=20), RANGES)
-def test_areas_are_what_a_dict_of_pages_says(steps: list[tuple[str, tuple[int, int], int, int]], asked: tuple[int, int]) -> None:
+def test_areas_are_what_a_dict_of_pages_says(
+    steps: list[tuple[str, tuple[int, int], int, int]], asked: tuple[int, int]
+) -> None:
     areas, model = Areas(), {}
     for what, (start, end), rights, file in steps:
         if what == "map":

@@ -32,10 +32,14 @@ _HEAD = re.compile(
     r"(?P<rest>[a-z_][a-z0-9_]*\(.*|<\.\.\. .*|(?:---|\+\+\+) .*)"
 )
 _CALL = re.compile(r"(?P<name>[a-z_][a-z0-9_]*)\((?P<rest>.*)")
-_END = re.compile(r"(?P<arguments>.*)\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?P<more>(?:<.*>(?:\(deleted\))?)?(?: .*)?)")
+_END = re.compile(
+    r"(?P<arguments>.*)\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?P<more>(?:<.*>(?:\(deleted\))?)?(?: .*)?)"
+)
 _UNFINISHED = re.compile(r"(?P<arguments>.*?),? *<(?:unfinished|detached) \.\.\.>")
 _RESUMED = re.compile(r"<\.\.\. (?P<name>[a-z_][a-z0-9_]*) resumed>,? *(?P<rest>.*)")
-_GONE = re.compile(r"\+\+\+ (?:exited with \d+|killed by \S+(?: \(core dumped\))?|superseded by execve in pid \d+) \+\+\+")
+_GONE = re.compile(
+    r"\+\+\+ (?:exited with \d+|killed by \S+(?: \(core dumped\))?|superseded by execve in pid \d+) \+\+\+"
+)
 _SIGNAL = re.compile(r"--- .* ---")
 _ATTACHED = re.compile(r"(?P<before>.*?)strace: Process (?P<pid>\d+) attached")
 _CHATTER = re.compile(r"(?:strace: Process \d+ (?:attached|detached).*|strace: .*|\[ Process PID=\d+ runs in .*|\s*)")
