@@ -56,9 +56,11 @@ def read_or_refused(monkeypatch: pytest.MonkeyPatch, data: bytes, input_format: 
     try:
         found = load("-", input_format=input_format)
     except InputError as refused:
-        assert str(refused).isprintable()
-        return None
-    assert found.accounting.balanced()
-    assert all(note.isprintable() for note in found.notes)
-    found.records.check("fuzz")
-    return found
+        complaint = str(refused)
+    else:
+        assert found.accounting.balanced()
+        assert all(note.isprintable() for note in found.notes)
+        found.records.check("fuzz")
+        return found
+    assert complaint.isprintable()
+    return None

@@ -10,7 +10,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "Log", "Task")
+__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "FileKind", "Log", "Task")
+
+FileKind = Literal["shmem", "hugetlb-2M", "hugetlb-1G"]
+"""Files that processes map, as a machine has them."""
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
@@ -55,8 +58,8 @@ class Log:
         calls: uint64[n, 10], rows as above of what concerns a process's own memory and no VM's, in the order of the
             file (pgemu.trace.process_calls)
         called: what these are counted as, among `ignored` and `outcomes`
-        files: what is known of files by the numbers that rows of mmap and fallocate have for them: a FileKind of
-            pgemu.trace.lowered; none where these are descriptors
+        files: the kinds of files by the numbers that rows of mmap and fallocate have for them; none where these are
+            descriptors
         sizes: bytes of inodes of hugetlbfs by their numbers
         sptes: uint64[n, 9], what KVM said it wrote to stage 2 (pgemu.trace.outcomes); None where nobody asked for it
     """
@@ -78,5 +81,5 @@ class Log:
     sptes: npt.NDArray[np.uint64] | None = None
     calls: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 10), np.uint64))
     called: Counter[str] = field(default_factory=Counter)
-    files: Mapping[int, Literal["shmem", "hugetlb-2M", "hugetlb-1G"]] = field(default_factory=dict)
+    files: Mapping[int, FileKind] = field(default_factory=dict)
     sizes: Mapping[int, int] = field(default_factory=dict)

@@ -15,18 +15,17 @@ import numpy.typing as npt
 from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
 from pgemu.trace.events import REQUEST, TDX_SHARED_BITS
-from pgemu.trace.log import Doubt
+from pgemu.trace.log import Doubt, FileKind
 from pgemu.trace.memory_layout import GivenSlot, Layout
 from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, Flag, Operation
 
 __all__ = (
-    "Accounting", "FileKind", "Init", "Kind", "Lowered", "LoweringOptions", "ProcessFile", "private_because",
+    "Accounting", "Init", "Kind", "Lowered", "LoweringOptions", "ProcessFile", "private_because",
 )  # fmt: skip
 
 Init = Literal["private", "shared"]
 Kind = Literal["guest", "process"]
-FileKind = Literal["shmem", "hugetlb-2M", "hugetlb-1G"]
 
 
 class ProcessFile(NamedTuple):
@@ -112,8 +111,8 @@ class LoweringOptions:
             they "stand" from the start, for KVM maps nothing where no slot is, or are "absent" until their line
         iova: what the log's iommu:map and iommu:unmap are: no line says of which device, so they are "ignored", or
             "guest": of the VM's device, at the guest's physical addresses (VFIO of a guest that sees no IOMMU)
-        memory: whose memory a log is about, a "guest"'s or a "process"'s; "auto": a process's if nothing in it is KVM's,
-            or is said of a VM (memslots, vm_processes), and system calls or faults of processes are
+        memory: whose memory a log is about, a "guest"'s or a "process"'s; "auto": a process's if nothing in it is
+            KVM's or said of a VM (memslots, vm_processes), and faults or system calls of processes are in it
         area_gap: of a process: bytes between faults that are in no area that the log makes, up to which they are taken
             to be in one area, which stands before the log
         fault_kind: of a process: what a fault is of which no line says whether it was a write (perf's page-faults), in

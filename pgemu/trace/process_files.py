@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple, get_args
 
-from pgemu.trace.lowered import FileKind, ProcessFile
+from pgemu.trace.log import FileKind
+from pgemu.trace.lowered import ProcessFile
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 from pgemu_kernels.words.rows import INODES
 

@@ -149,19 +149,23 @@ class Memories:
 
     def _exec(self, position: int, task: int, memory: int) -> int:
         made = self._new_memory(Memory(task, before=memory, begins=position))
-        if any([self._leave(one) for one in self._threads(task)]):
+        if self._all_leave(self._threads(task)):
             self.ended[position] = memory
         self._enter(task, made)
         self.made[position] = made
         return made
 
     def _exit(self, position: int, task: int, memory: int, *, whole: bool) -> None:
-        if any([self._leave(one) for one in (self._threads(task) if whole else [task])]):
+        if self._all_leave(self._threads(task) if whole else [task]):
             self.ended[position] = memory
 
     def _threads(self, task: int) -> list[int]:
         """Tasks of the same process, itself among them."""
         return [one for one in self._memory_of if self._group[one] == self._group[task]]
+
+    def _all_leave(self, tasks: list[int]) -> bool:
+        """Tasks do without their memory: whether they were its last ones."""
+        return [self._leave(task) for task in tasks][-1:] == [True]
 
     def _leave(self, task: int) -> bool:
         """A task does without its memory: whether that was the last one."""

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.trace.events import ADVICE, Input
-from pgemu.trace.log import Log
-from pgemu.trace.lowered import FileKind, LoweringOptions
+from pgemu.trace.log import FileKind, Log
+from pgemu.trace.lowered import LoweringOptions
 from pgemu.trace.process_areas import ANONYMOUS, Area, Areas
 from pgemu.trace.process_files import PAGE_OF, Files
 from pgemu.trace.process_memories import NONE, Memories

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.trace.lowered import Accounting, FileKind, Lowered
+from pgemu.trace.log import FileKind
+from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
 from pgemu.trace.process_areas import ANONYMOUS
 from pgemu.trace.process_files import PAGE_OF, Files
@@ -295,7 +296,8 @@ def _of(pages: Pages, start: int, end: int) -> Pages:
 
 
 def _anonymous(entry: Words) -> npt.NDArray[np.bool_]:
-    return (entry & PRESENT != 0) & (entry & FILE == 0)
+    found: npt.NDArray[np.bool_] = (entry & PRESENT != 0) & (entry & FILE == 0)
+    return found
 
 
 def _runs(address: Words) -> list[tuple[int, int]]:

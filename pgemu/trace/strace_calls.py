@@ -13,8 +13,8 @@ from pgemu.trace.events import ADVICE
 
 __all__ = (
     "KVM_REQUESTS",
-    "fields_of",
     "fields_named",
+    "fields_of",
     "flags_of",
     "number_of",
     "path_of",
@@ -25,38 +25,78 @@ __all__ = (
 _OPENING, _CLOSING = "([{", ")]}"
 _COMMENT = re.compile(r"\s*/\*.*?\*/")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20})")
-_DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
+_DESCRIPTOR = re.compile(r"(-?\d{1,10}|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
 _PATH = re.compile(r"(?<=\d)<(?!<).*?>(?=\(deleted\)|,|$)")
 """What strace -y prints behind a descriptor."""
 _IOC = re.compile(r"_IOC\([A-Z_|0x]+, (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+)\)")
-_SHIFTED = re.compile(r"(\d+)<<(\w+)")
+_SHIFTED = re.compile(r"(\d{1,3})<<(\w+)")
 
 _CONSTANTS: Mapping[str, int] = MappingProxyType(
     {
         "NULL": 0,
-        **{"PROT_NONE": 0, "PROT_READ": 1, "PROT_WRITE": 2, "PROT_EXEC": 4, "PROT_SEM": 8},
-        **{"PROT_GROWSDOWN": 0x01000000, "PROT_GROWSUP": 0x02000000},
-        **{"MAP_FILE": 0, "MAP_SHARED": 1, "MAP_PRIVATE": 2, "MAP_SHARED_VALIDATE": 3, "MAP_DROPPABLE": 8},
-        **{"MAP_FIXED": 0x10, "MAP_ANONYMOUS": 0x20, "MAP_ANON": 0x20, "MAP_32BIT": 0x40, "MAP_GROWSDOWN": 0x100},
-        **{"MAP_DENYWRITE": 0x800, "MAP_EXECUTABLE": 0x1000, "MAP_LOCKED": 0x2000, "MAP_NORESERVE": 0x4000},
-        **{"MAP_POPULATE": 0x8000, "MAP_NONBLOCK": 0x10000, "MAP_STACK": 0x20000, "MAP_HUGETLB": 0x40000},
-        **{"MAP_SYNC": 0x80000, "MAP_FIXED_NOREPLACE": 0x100000, "MAP_UNINITIALIZED": 0x4000000},
-        **{"MREMAP_MAYMOVE": 1, "MREMAP_FIXED": 2, "MREMAP_DONTUNMAP": 4},
-        **{"MCL_CURRENT": 1, "MCL_FUTURE": 2, "MCL_ONFAULT": 4, "MLOCK_ONFAULT": 1},
-        **{"MFD_CLOEXEC": 1, "MFD_ALLOW_SEALING": 2, "MFD_HUGETLB": 4, "MFD_NOEXEC_SEAL": 8, "MFD_EXEC": 16},
-        **{"FALLOC_FL_KEEP_SIZE": 1, "FALLOC_FL_PUNCH_HOLE": 2, "FALLOC_FL_NO_HIDE_STALE": 4},
-        **{"FALLOC_FL_COLLAPSE_RANGE": 8, "FALLOC_FL_ZERO_RANGE": 16, "FALLOC_FL_INSERT_RANGE": 32},
-        **{"FALLOC_FL_UNSHARE_RANGE": 64},
-        **{"CLONE_VM": 0x100, "CLONE_FS": 0x200, "CLONE_FILES": 0x400, "CLONE_VFORK": 0x4000, "CLONE_THREAD": 0x10000},
-        **{"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2, "KVM_MEM_GUEST_MEMFD": 4},
-        **{"KVM_MEMORY_ATTRIBUTE_PRIVATE": 8},
+        "PROT_NONE": 0,
+        "PROT_READ": 1,
+        "PROT_WRITE": 2,
+        "PROT_EXEC": 4,
+        "PROT_SEM": 8,
+        "PROT_GROWSDOWN": 0x01000000,
+        "PROT_GROWSUP": 0x02000000,
+        "MAP_FILE": 0,
+        "MAP_SHARED": 1,
+        "MAP_PRIVATE": 2,
+        "MAP_SHARED_VALIDATE": 3,
+        "MAP_DROPPABLE": 8,
+        "MAP_FIXED": 0x10,
+        "MAP_ANONYMOUS": 0x20,
+        "MAP_ANON": 0x20,
+        "MAP_32BIT": 0x40,
+        "MAP_GROWSDOWN": 0x100,
+        "MAP_DENYWRITE": 0x800,
+        "MAP_EXECUTABLE": 0x1000,
+        "MAP_LOCKED": 0x2000,
+        "MAP_NORESERVE": 0x4000,
+        "MAP_POPULATE": 0x8000,
+        "MAP_NONBLOCK": 0x10000,
+        "MAP_STACK": 0x20000,
+        "MAP_HUGETLB": 0x40000,
+        "MAP_SYNC": 0x80000,
+        "MAP_FIXED_NOREPLACE": 0x100000,
+        "MAP_UNINITIALIZED": 0x4000000,
+        "MREMAP_MAYMOVE": 1,
+        "MREMAP_FIXED": 2,
+        "MREMAP_DONTUNMAP": 4,
+        "MCL_CURRENT": 1,
+        "MCL_FUTURE": 2,
+        "MCL_ONFAULT": 4,
+        "MLOCK_ONFAULT": 1,
+        "MFD_CLOEXEC": 1,
+        "MFD_ALLOW_SEALING": 2,
+        "MFD_HUGETLB": 4,
+        "MFD_NOEXEC_SEAL": 8,
+        "MFD_EXEC": 16,
+        "FALLOC_FL_KEEP_SIZE": 1,
+        "FALLOC_FL_PUNCH_HOLE": 2,
+        "FALLOC_FL_NO_HIDE_STALE": 4,
+        "FALLOC_FL_COLLAPSE_RANGE": 8,
+        "FALLOC_FL_ZERO_RANGE": 16,
+        "FALLOC_FL_INSERT_RANGE": 32,
+        "FALLOC_FL_UNSHARE_RANGE": 64,
+        "CLONE_VM": 0x100,
+        "CLONE_FS": 0x200,
+        "CLONE_FILES": 0x400,
+        "CLONE_VFORK": 0x4000,
+        "CLONE_THREAD": 0x10000,
+        "KVM_MEM_LOG_DIRTY_PAGES": 1,
+        "KVM_MEM_READONLY": 2,
+        "KVM_MEM_GUEST_MEMFD": 4,
+        "KVM_MEMORY_ATTRIBUTE_PRIVATE": 8,
         **{f"MADV_{name}": advice for advice, name in ADVICE.items()},
         "MADV_POPULATE_READ": 22,
     }
 )
 """Values of x86-64: include/uapi/asm-generic/mman-common.h, mman.h, linux/mman.h, memfd.h, falloc.h, sched.h, kvm.h."""
 _SHIFTS = {"MAP_HUGE_SHIFT": 26, "MFD_HUGE_SHIFT": 26}
-_HUGE = re.compile(r"M(?:AP|FD)_HUGE_(\d+)([KMG])B")
+_HUGE = re.compile(r"M(?:AP|FD)_HUGE_(\d{1,4})([KMG])B")
 # What says nothing that is read here: a clone's other flags, and the signal of its end.
 _OTHER = re.compile(r"(?:CLONE_|SIG)[A-Z0-9_]+|[A-Z]+_\?\?\?")
 

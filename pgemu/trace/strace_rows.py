@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pgemu.trace.events import ADVICE, Input
+from pgemu.trace.log import FileKind
 from pgemu.trace.strace_calls import (
     fields_named,
     fields_of,
@@ -72,7 +73,7 @@ class Rows:
         self.unknown: Counter[str] = Counter()
         self.called: Counter[str] = Counter()
         self.pointers: Counter[str] = Counter()
-        self.files: dict[int, Literal["shmem", "hugetlb-2M", "hugetlb-1G"]] = {}
+        self.files: dict[int, FileKind] = {}
         self._descriptors: dict[tuple[int, int], int] = {}  # of a table of descriptors -> number of the file
         self._table: dict[int, int] = {}  # task -> whose table of descriptors it has
         self._by_path: dict[str, int] = {}
@@ -202,7 +203,7 @@ class Rows:
             return self._named(path)
         return descriptor if known is None else known
 
-    def _named(self, path: str, kind: Literal["shmem", "hugetlb-2M", "hugetlb-1G"] = "shmem") -> int:
+    def _named(self, path: str, kind: FileKind = "shmem") -> int:
         """The number of the file of that name."""
         if path not in self._by_path:
             self._by_path[path] = FILE + len(self._by_path)
@@ -223,7 +224,7 @@ class Rows:
             number = self._named(path)
         else:
             flags = flags_of(given[1])
-            huge = "hugetlb-1G" if flags >> _HUGE_SHIFT & 63 == 30 else "hugetlb-2M"
+            huge: FileKind = "hugetlb-1G" if flags >> _HUGE_SHIFT & 63 == 30 else "hugetlb-2M"
             number = self._named(f"memfd {len(self._by_path)} {path}", huge if flags & _MFD_HUGETLB else "shmem")
         self._descriptors[table, call.value] = number
 

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import IO, Any
 
 import numpy as np
@@ -205,7 +206,7 @@ class _Text:
         if not self._vmas:
             raise InputError("no mapping in it, expected lines of /proc/PID/maps or smaps", self._source)
         found = sorted(self._vmas, key=lambda vma: vma.start)
-        for vma, other in zip(found, found[1:], strict=False):
+        for vma, other in pairwise(found):
             if other.start < vma.end:
                 raise InputError(f"areas overlap at {other.start:#x}, expected those of one process", self._source)
         return found

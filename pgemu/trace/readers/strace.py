@@ -25,7 +25,7 @@ __all__ = ("FORMATS", "read", "sniff")
 FORMATS = {"strace": "text of strace"}
 
 _HEAD = re.compile(
-    r"(?:\[pid\s+(?P<bracketed>\d+)(?:<[^>]*>)?\] |(?P<pid>\d+)(?:<[^>]*>)? +(?=\S))?"
+    r"(?:\[pid\s+(?P<bracketed>\d{1,10})(?:<[^>]*>)?\] |(?P<pid>\d{1,10})(?:<[^>]*>)? +(?=\S))?"
     r"(?: *(?:(?P<clock>\d\d:\d\d:\d\d)(?P<parts>\.\d{1,9})?|(?P<seconds>\d{1,12})\.(?P<decimals>\d{3,9}))"
     r"(?: \(\+ *[\d.]+\))? )?"
     r"(?:\[[0-9a-f?]{8,16}\] )?"
@@ -41,7 +41,7 @@ _GONE = re.compile(
     r"\+\+\+ (?:exited with \d+|killed by \S+(?: \(core dumped\))?|superseded by execve in pid \d+) \+\+\+"
 )
 _SIGNAL = re.compile(r"--- .* ---")
-_ATTACHED = re.compile(r"(?P<before>.*?)strace: Process (?P<pid>\d+) attached")
+_ATTACHED = re.compile(r"(?P<before>.*?)strace: Process (?P<pid>\d{1,10}) attached")
 _CHATTER = re.compile(r"(?:strace: Process \d+ (?:attached|detached).*|strace: .*|\[ Process PID=\d+ runs in .*|\s*)")
 _LIKE = re.compile(r"[a-z_][a-z0-9_]*\(.*(?:\)\s+= (?:-?\d|0x|\?).*|<unfinished \.\.\.>)|<\.\.\. \w+ resumed>.*")
 _LINES_SEEN = 40  # of a beginning, to say whether it is strace's
@@ -220,8 +220,8 @@ class _Parser:
         tids = {task: tid for tid, task in self._tasks.items()}
         tasks = tuple(Task(tids[task], None, "") for task in range(len(tids)))
         return Log(
-            self._source, _array(rows.rows), events, *counters, 0, self._skipped, tasks, notes=tuple(notes), doubts=doubts,
-            calls=_array(rows.calls), called=rows.called, files=rows.files,
+            self._source, _array(rows.rows), events, *counters, 0, self._skipped, tasks, notes=tuple(notes),
+            doubts=doubts, calls=_array(rows.calls), called=rows.called, files=rows.files,
         )  # fmt: skip
 
 
@@ -232,8 +232,7 @@ def _joined(first: str, second: str) -> str:
 
 def _array(rows: list[tuple[int, ...]]) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
     """Rows in the order of their lines."""
-    found = np.array(sorted(rows, key=lambda row: row[3]), np.uint64).reshape(-1, 10)
-    return found
+    return np.array(sorted(rows, key=lambda row: row[3]), np.uint64).reshape(-1, 10)
 
 
 class _Clock:

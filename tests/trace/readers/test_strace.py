@@ -44,11 +44,27 @@ def words(log: Log) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f1000", (Input.MMAP, 0x7F1000, 8192, 0xFFFFFFFF, 0, 0x22 | 3 << 32, 0)),
-        ("mmap(0x1000, 1, PROT_NONE, MAP_SHARED|MAP_FIXED, 3</a, b (c)>, 0x26000) = -1 EINVAL (Invalid argument)", (Input.MMAP, 0x1000, 1, 1 << 32, 0x26000, 0x11, 1)),
-        ("mmap(NULL, 4096, 0x3 /* PROT_??? */, 0x40022, 9, 0) = 0x2000 <0.000010>", (Input.MMAP, 0x2000, 4096, 9, 0, 0x40022 | 3 << 32, 0)),
-        ("mmap(NULL, 1, PROT_READ, MAP_PRIVATE|MAP_HUGETLB|30<<MAP_HUGE_SHIFT, -1, 0) = 0x40000000", (Input.MMAP, 0x40000000, 1, 0xFFFFFFFF, 0, 0x40002 | 30 << 26 | 1 << 32, 0)),
-        ("mmap(NULL, 1, PROT_READ, MAP_PRIVATE|MAP_HUGETLB|MAP_HUGE_2MB, -1, 0) = 0x40000000", (Input.MMAP, 0x40000000, 1, 0xFFFFFFFF, 0, 0x40002 | 21 << 26 | 1 << 32, 0)),
+        (
+            "mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f1000",
+            (Input.MMAP, 0x7F1000, 8192, 0xFFFFFFFF, 0, 0x22 | 3 << 32, 0),
+        ),
+        (
+            "mmap(0x1000, 1, PROT_NONE, MAP_SHARED|MAP_FIXED, 3</a, b (c)>, 0x26000) = -1 EINVAL (Invalid "
+            "argument)",
+            (Input.MMAP, 0x1000, 1, 1 << 32, 0x26000, 0x11, 1),
+        ),
+        (
+            "mmap(NULL, 4096, 0x3 /* PROT_??? */, 0x40022, 9, 0) = 0x2000 <0.000010>",
+            (Input.MMAP, 0x2000, 4096, 9, 0, 0x40022 | 3 << 32, 0),
+        ),
+        (
+            "mmap(NULL, 1, PROT_READ, MAP_PRIVATE|MAP_HUGETLB|30<<MAP_HUGE_SHIFT, -1, 0) = 0x40000000",
+            (Input.MMAP, 0x40000000, 1, 0xFFFFFFFF, 0, 0x40002 | 30 << 26 | 1 << 32, 0),
+        ),
+        (
+            "mmap(NULL, 1, PROT_READ, MAP_PRIVATE|MAP_HUGETLB|MAP_HUGE_2MB, -1, 0) = 0x40000000",
+            (Input.MMAP, 0x40000000, 1, 0xFFFFFFFF, 0, 0x40002 | 21 << 26 | 1 << 32, 0),
+        ),
         ("munmap(0x7f1000, 37243)     = 0", (Input.MUNMAP, 0x7F1000, 37243, 0, 0, 0, 0)),
         ("madvise(0x7f1000, 4096, MADV_DONTNEED) = 0", (Input.MADVISE, 0x7F1000, 4096, 4, 0, 0, 0)),
         ("madvise(0x7f1000, 4096, MADV_GUARD_INSTALL) = 0", (Input.MADVISE, 0x7F1000, 4096, 102, 0, 0, 0)),
@@ -65,14 +81,33 @@ def words(log: Log) -> list[tuple[Any, ...]]:
         ("fork() = 77", (Input.FORK, 77, 0, 0, 0, 0, 0)),
         ("vfork() = 77", (Input.FORK, 77, 0x4100, 0, 0, 0, 0)),
         ("clone(child_stack=0x7f0, flags=CLONE_VM|CLONE_THREAD|SIGCHLD) = 77", (Input.FORK, 77, 0x10100, 0, 0, 0, 0)),
-        ("clone3({flags=CLONE_VM|CLONE_PIDFD, exit_signal=SIGCHLD} => {parent_tid=[77]}, 88) = 77", (Input.FORK, 77, 0x100, 0, 0, 0, 0)),
+        (
+            "clone3({flags=CLONE_VM|CLONE_PIDFD, exit_signal=SIGCHLD} => {parent_tid=[77]}, 88) = 77",
+            (Input.FORK, 77, 0x100, 0, 0, 0, 0),
+        ),
         ('execve("/bin/a b", ["a", "(", ", "], 0x7ffc /* 35 vars */) = 0', (Input.EXEC, 0, 0, 0, 0, 0, 0)),
         ("exit_group(0) = ?", (Input.EXIT, 1, 0, 0, 0, 0, 0)),
         ("+++ killed by SIGSEGV (core dumped) +++", (Input.EXIT, 0, 0, 0, 0, 0, 0)),
-        ("fallocate(5, FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE, 0, 268435456) = 0", (Input.FALLOCATE, 5, 3, 0, 1 << 28, 0, 0)),
-        ("ioctl(4, KVM_SET_USER_MEMORY_REGION, {slot=0, flags=KVM_MEM_READONLY, guest_phys_addr=0x1000, memory_size=65536, userspace_addr=0x7facdd5c9000}) = 0", (Input.MEMSLOT, 0, 2, 0x1000, 65536, 0x7FACDD5C9000, 0)),
-        ("ioctl(4, KVM_SET_USER_MEMORY_REGION2, {slot=65537, flags=KVM_MEM_GUEST_MEMFD, guest_phys_addr=0, memory_size=65536, userspace_addr=0x7f0000, guest_memfd_offset=0, guest_memfd=5}) = 0", (Input.MEMSLOT, 65537, 4, 0, 65536, 0x7F0000, 0)),
-        ("ioctl(4, KVM_SET_MEMORY_ATTRIBUTES, {address=0x200000, size=0x1000, attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE, flags=0}) = 0", (Input.ATTRIBUTES, 0x200, 0x201, 8, 0, 0, 0)),
+        (
+            "fallocate(5, FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE, 0, 268435456) = 0",
+            (Input.FALLOCATE, 5, 3, 0, 1 << 28, 0, 0),
+        ),
+        (
+            "ioctl(4, KVM_SET_USER_MEMORY_REGION, {slot=0, flags=KVM_MEM_READONLY, guest_phys_addr=0x1000, "
+            "memory_size=65536, userspace_addr=0x7facdd5c9000}) = 0",
+            (Input.MEMSLOT, 0, 2, 0x1000, 65536, 0x7FACDD5C9000, 0),
+        ),
+        (
+            "ioctl(4, KVM_SET_USER_MEMORY_REGION2, {slot=65537, flags=KVM_MEM_GUEST_MEMFD, "
+            "guest_phys_addr=0, memory_size=65536, userspace_addr=0x7f0000, guest_memfd_offset=0, "
+            "guest_memfd=5}) = 0",
+            (Input.MEMSLOT, 65537, 4, 0, 65536, 0x7F0000, 0),
+        ),
+        (
+            "ioctl(4, KVM_SET_MEMORY_ATTRIBUTES, {address=0x200000, size=0x1000, "
+            "attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE, flags=0}) = 0",
+            (Input.ATTRIBUTES, 0x200, 0x201, 8, 0, 0, 0),
+        ),
     ],
 )  # fmt: skip
 def test_calls_are_rows(line: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
@@ -84,7 +119,10 @@ def test_calls_are_rows(line: str, expected: tuple[Any, ...], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("line", "name"),
     [
-        ("ioctl(4, _IOC(_IOC_READ|_IOC_WRITE, 0xae, 0xd4, 0x40), 0x7ffe8be9eeb0) = 5", "ignored KVM_CREATE_GUEST_MEMFD"),
+        (
+            "ioctl(4, _IOC(_IOC_READ|_IOC_WRITE, 0xae, 0xd4, 0x40), 0x7ffe8be9eeb0) = 5",
+            "ignored KVM_CREATE_GUEST_MEMFD",
+        ),
         ("ioctl(4, KVM_CREATE_GUEST_MEMFD, {size=4096, flags=0}) = 5", "ignored KVM_CREATE_GUEST_MEMFD"),
         ("ioctl(4, _IOC(_IOC_WRITE, 0xae, 0xd2, 0x20), 0x7ffe7ae53340) = 0", "unknown KVM_SET_MEMORY_ATTRIBUTES"),
         ("ioctl(4, _IOC(_IOC_WRITE, 0xae, 0x49, 0xa0), 0x7ffe7ae53340) = 0", "unknown KVM_SET_USER_MEMORY_REGION2"),
@@ -225,7 +263,8 @@ def test_a_captured_program_is_the_same_in_every_form(name: str) -> None:
     ("name", "processes", "operations"),
     [
         ("strace-gcc.txt.xz", 5, {"MMAP": 204, "MUNMAP": 109, "PROTECT": 33, "EXIT": 5}),
-        ("strace-python-numpy.txt.xz", 1, {"MMAP": 202, "MUNMAP": 133, "PROTECT": 37, "EXIT": 1, "ZAP": 1, "ADVISE_HUGE": 3}),
+        ("strace-python-numpy.txt.xz", 1, {"MMAP": 202, "MUNMAP": 133, "PROTECT": 37, "EXIT": 1, "ZAP": 1,
+                                        "ADVISE_HUGE": 3}),
     ],
 )  # fmt: skip
 def test_captured_programs_are_accepted_whole(name: str, processes: int, operations: dict[str, int]) -> None:
