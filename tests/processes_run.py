@@ -8,35 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from pgemu import Config, Machine
+from pgemu import Machine
 from pgemu.errors import InputError
+from pgemu.experiments.process_machine import machine_of_processes
 from pgemu.machine.results import Results
 from pgemu.trace import Lowered, Operation, load
-from pgemu_kernels.words.operations import PAGE_2M
 
-__all__ = ("boot", "outcomes", "read_or_refused", "run")
-
-
-def boot(lowered: Lowered, **fields: object) -> Machine:
-    """A machine with the processes and files that stand before the first record."""
-    huge = sum(file.size for file in lowered.files if file.kind == "hugetlb-2M")
-    given: dict[str, object] = {"memory": 256 << 20, **fields}
-    if huge:
-        given |= {"pool": huge, "page_size": PAGE_2M}
-    machine = Machine(Config(**given))  # type: ignore[arg-type]
-    for _ in range(lowered.processes):
-        machine.create_process()
-    for file in lowered.files:
-        if file.kind == "shmem":
-            machine.create_memfd(file.size)
-        else:
-            machine.create_hugetlb_file(file.size, PAGE_2M)
-    return machine
+__all__ = ("outcomes", "read_or_refused", "run")
 
 
 def run(lowered: Lowered, **fields: object) -> tuple[Machine, Results]:
     """The machine after all records, with no rule broken, and their results."""
-    machine = boot(lowered, **fields)
+    machine = machine_of_processes(lowered, **fields)
     results = machine.run(lowered.records)
     assert machine.check() == 0, machine.findings
     return machine, results

@@ -63,8 +63,10 @@ def load(
 ) -> Lowered:
     """Load a trace, whatever holds it.
 
-    :param name_or_path: `workload:NAME`; a path to Parquet or to text of ftrace, trace-cmd or perf script, plain or
-        compressed with xz, gzip or zstd; "-" for text from standard input
+    :param name_or_path: `workload:NAME`; a path to Parquet, to text of ftrace, trace-cmd, perf script or strace, or to
+        a snapshot of a process (text of /proc/PID/maps or smaps, or a zip file of these with pagemap), plain or
+        compressed with xz, gzip or zstd; "-" for standard input. Of a log without a VM, and of a snapshot, it is the
+        memory of processes (`Lowered.kind`)
     :param seed: of a workload; logs have none
     :param input_format: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none

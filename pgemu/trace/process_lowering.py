@@ -121,7 +121,7 @@ class _Replay(Player):
         if self.memories.ended.get(about.begins) == about.before:
             self._space[memory] = self._space.pop(about.before)
             self.areas.pop(about.before, None)
-        elif not self.fork(at, about.before, memory):
+        elif not self.has_room(len(self.areas[about.before])) or not self.fork(at, about.before, memory):
             return False
         self.areas[memory] = Areas()
         self.emit(at, Operation.MUNMAP, memory, address=0, length=int(TASK_SIZE))
@@ -139,7 +139,7 @@ class _Replay(Player):
     def emit(self, at: int, op: Operation, memory: int, **columns: int) -> None:
         """An operation."""
         names = ("flags", "address", "length", "offset", "object")
-        self._made.append((at, int(op), self._space[memory], *(columns.get(name, 0) for name in names)))
+        self._made.append((at, int(op), self._space.get(memory, 0), *(columns.get(name, 0) for name in names)))
 
     def emit_map(self, at: int, memory: int, area: Area, flags: int) -> None:
         """mmap() of an area."""
@@ -232,16 +232,16 @@ class _Replay(Player):
         mib = self._inferred["bytes"] >> 20
         if count := self._inferred["before"]:
             gap = f"gaps up to {self.options.area_gap >> 10} KiB are theirs (area_gap)"
-            told.append(f"{count} areas, of {mib} MiB, are inferred from what is touched and no line maps: {gap}")
+            told.append(f"areas inferred from what is touched and no line maps, {mib:,} MiB: {count}; {gap}")
         if count := self._inferred["later"]:
-            told.append(f"{count} areas are inferred where the log unmapped what it uses later")
-        told += [f"{count} {what}" for what, count in self._told.items()]
+            told.append(f"areas inferred where the log unmapped what it uses later: {count:,}")
+        told += [f"{what}: {count:,}" for what, count in self._told.items()]
         if count := self.files.beyond:
-            told.append(f"{count} mappings of files left out: a machine has room for {len(self.files.listed())} files")
+            told.append(f"mappings left out as a machine has room for {len(self.files.listed())} files: {count:,}")
         rooms = sum(reason == NO_ROOM for reason in self._reasons.values())
         if rooms:
             room = f"a machine has room for {SPACES} processes at once and {VMAS} areas of all of them"
-            told.append(f"{rooms} events left out: {room}")
+            told.append(f"events left out: {rooms:,}; {room}")
         return tuple(told)
 
 

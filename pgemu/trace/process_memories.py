@@ -74,11 +74,9 @@ class Memories:
         """What was taken to be so."""
         told = []
         if count := self._guessed["process"]:
-            what = "1 thread is taken for a process" if count == 1 else f"{count} threads are taken for processes"
-            told.append(f"{what} of {'its' if count == 1 else 'their'} own: no line says of which they are (new_tasks)")
+            told.append(f"threads of which no line names the process, taken for one each (new_tasks): {count}")
         if count := self._guessed["thread"]:
-            what = "1 task is taken for a thread" if count == 1 else f"{count} tasks are taken for threads"
-            told.append(f"{what} of the process before it, for no line says what made it (new_tasks)")
+            told.append(f"tasks that no line makes, taken for threads of the process before (new_tasks): {count}")
         return tuple(told)
 
     def _event(self, position: int, kind: int, task: int, a: int, b: int, state: int) -> None:

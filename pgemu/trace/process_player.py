@@ -31,7 +31,7 @@ _ANONYMOUS_MAP, _LOCKED, _NORESERVE, _POPULATE, _HUGETLB = 0x20, 0x2000, 0x4000,
 _HUGE_SHIFT = 26  # log2 of the size of the huge pages, in the flags
 _DONTUNMAP = 4
 _FUTURE, _CURRENT, _ONFAULT = 2, 1, 4  # MCL_*
-_PUNCH = 2
+_PUNCH, _KNOWN_MODES = 2, 3  # FALLOC_FL_PUNCH_HOLE; with FALLOC_FL_KEEP_SIZE
 _END = int(TASK_SIZE)
 
 FAILED = "the call failed"
@@ -116,6 +116,8 @@ class Player:
         play = self._play.get(kind)
         if play is None:
             return "of a VM"
+        if kind == Input.HUGETLBFS_EVICT:  # which may come behind the end of the process
+            return self._evict(at, memory, row)
         if memory == NONE:
             return ENDED
         if state:
@@ -343,6 +345,8 @@ class Player:
         file = self.files.number(key)
         if file is None:
             return "fallocate of a file that is not known to be mapped"
+        if mode & ~_KNOWN_MODES:
+            return "fallocate in a mode that is not modelled"
         page = self.files.page(file)
         op = Operation.PUNCH_HOLE if mode & _PUNCH else Operation.ALLOCATE
         if op is Operation.PUNCH_HOLE:

@@ -272,12 +272,12 @@ class _Making:
             if outside > 0:
                 self._inputs["page"] += outside
                 self._without["pages outside the areas"] += outside
-        told = [f"{count} {what}" for what, count in self._told.items() if count]
+        told = [f"{what}: {count:,}" for what, count in self._told.items() if count]
         if pages is None:
             rss = sum(vma.sizes.get("Rss", 0) for vma in vmas)
             told.append(f"which pages are present is not in it{f': {rss >> 10} KiB are' if rss else ''}")
         if self.files.beyond:
-            told.append(f"{self.files.beyond} areas of files left out: a machine has no room for their files")
+            told.append(f"areas left out as a machine has no room for their files: {self.files.beyond}")
         inputs = self._inputs
         accounting = Accounting(
             inputs.total(), +inputs, operations=len(records), extra_pieces=self._extra,

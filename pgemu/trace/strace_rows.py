@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pgemu.trace.events import ADVICE, Input
@@ -32,7 +32,9 @@ _NO_MEMORY = frozenset({"mbind", "msync", "mincore", "set_mempolicy", "get_mempo
 _NOT_READ = frozenset({"shmat", "shmdt", "remap_file_pages", "userfaultfd", "process_madvise", "mmap2", "mseal"})
 """Calls that change a process's memory and that are not read."""
 
+_CLONE_FILES = 0x400
 _Where = tuple[int, int]
+_Table = dict[int, int]  # of descriptors: number of the file
 
 
 class Call(NamedTuple):
@@ -47,7 +49,8 @@ class Call(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return self.result.startswith("-")
+        """Whether it was not done: an error, or it is restarted (linux/errno.h: ERESTARTSYS and others)."""
+        return self.result.startswith("-") or self.more.startswith(" ERESTART")
 
     @property
     def value(self) -> int:
@@ -65,7 +68,8 @@ class Rows:
         pointers: requests of KVM of which strace knows only the number
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task_of: Mapping[int, int]) -> None:
+        """task_of: tasks by the numbers of their threads, as far as they have lines."""
         self.rows: list[tuple[int, ...]] = []
         self.calls: list[tuple[int, ...]] = []
         self.inputs: Counter[str] = Counter()
@@ -74,8 +78,9 @@ class Rows:
         self.called: Counter[str] = Counter()
         self.pointers: Counter[str] = Counter()
         self.files: dict[int, FileKind] = {}
-        self._descriptors: dict[tuple[int, int], int] = {}  # of a table of descriptors -> number of the file
-        self._table: dict[int, int] = {}  # task -> whose table of descriptors it has
+        self._task_of = task_of
+        self._tables: dict[int, _Table] = {}  # of a task
+        self._inherited: dict[int, _Table] = {}  # of a thread that has no line yet, by its number
         self._by_path: dict[str, int] = {}
         self._by_name: dict[str, Callable[[str, int, Call, list[str]], None]] = {
             "mmap": self._mmap,
@@ -99,8 +104,10 @@ class Rows:
             **dict.fromkeys(("dup", "dup2", "dup3"), self._dup),
         }
 
-    def call(self, task: int, call: Call) -> str:
-        """Add a call; what was not understood of it, "" if nothing was."""
+    def call(self, task: int, tid: int, call: Call) -> str:
+        """Add a call of a thread; what was not understood of it, "" if nothing was."""
+        if task not in self._tables:
+            self._tables[task] = self._inherited.pop(tid, {})
         handler = self._by_name.get(call.name)
         name = f"sys_{call.name}"
         if handler is None:
@@ -182,8 +189,8 @@ class Rows:
         if given and given[0].startswith("{"):
             fields = fields_of(given[0].partition("=>")[0].strip() if "=>" in given[0] else given[0])
         flags = 0x4100 if call.name == "vfork" else flags_of(fields["flags"]) if "flags" in fields else 0
-        if not call.failed and flags & 0x400:  # CLONE_FILES
-            self._table[call.value] = self._table.get(task, task)
+        if not call.failed:
+            self._share_files(task, call.value, shared=bool(flags & _CLONE_FILES))
         time, line = call.begins
         self.add(name, Input.FORK, time, task, line, call.value, flags, failed=call.failed or not call.value)
 
@@ -195,10 +202,23 @@ class Rows:
 
     # ------------------------------------------------------------------ files
 
+    def _share_files(self, task: int, child: int, *, shared: bool) -> None:
+        """A child has its parent's descriptors, or a copy; it may have opened some before its parent's line."""
+        table = self._tables[task]
+        number = self._task_of.get(child)
+        own = self._tables.get(number, {}) if number is not None else {}
+        if shared:
+            table.update(own)
+        inherited = table if shared else {**table, **own}
+        if number is None:
+            self._inherited[child] = inherited
+        else:
+            self._tables[number] = inherited
+
     def _file(self, task: int, text: str) -> int:
         """The number of the file of a descriptor: one of its own if its name is known, else the descriptor."""
         descriptor, path = path_of(text)
-        known = self._descriptors.get((self._table.get(task, task), descriptor))
+        known = self._tables[task].get(descriptor)
         if known is None and path:
             return self._named(path)
         return descriptor if known is None else known
@@ -215,9 +235,9 @@ class Rows:
         self.ignored[name] += 1
         if call.failed:
             return
-        table = self._table.get(task, task)
+        table = self._tables[task]
         if call.name == "close":
-            self._descriptors.pop((table, path_of(given[0])[0]), None)
+            table.pop(path_of(given[0])[0], None)
             return
         path = given[1 if call.name.startswith("openat") else 0].strip('"')
         if call.name != "memfd_create":
@@ -226,14 +246,14 @@ class Rows:
             flags = flags_of(given[1])
             huge: FileKind = "hugetlb-1G" if flags >> _HUGE_SHIFT & 63 == 30 else "hugetlb-2M"
             number = self._named(f"memfd {len(self._by_path)} {path}", huge if flags & _MFD_HUGETLB else "shmem")
-        self._descriptors[table, call.value] = number
+        table[call.value] = number
 
     def _dup(self, name: str, task: int, call: Call, given: list[str]) -> None:
         self.ignored[name] += 1
         if not call.failed:
             table, number = self._table.get(task, task), self._file(task, given[0])
             if number >= FILE:
-                self._descriptors[table, call.value] = number
+                table[call.value] = number
             else:
                 self._descriptors.pop((table, call.value), None)
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from pgemu import Machine
+from pgemu.errors import InputError
 from pgemu.experiments.compare import compare
 from pgemu.experiments.configuration import configuration
+from pgemu.experiments.process_machine import machine_of_processes
 from pgemu.machine.designs import DESIGNS, Design
 from pgemu.machine.presets import Versions
 from pgemu.objects.vm import Vm
 from pgemu.trace import Lowered, LoweringOptions, Operation, load
 from pgemu_kernels.words.broken import Broken
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
-from processes_run import boot
 
 BASE = 0x7F8B_FDE0_0000
 FILE = 16 * PAGE_2M
@@ -42,7 +43,7 @@ def test_a_hugetlb_file_ends_with_the_pages_that_the_log_counts(tmp_path: Path) 
     names = [Operation(op).name for op in found.records.op.tolist()]
     assert names == ["MMAP"] + ["HOST_FAULT"] * 16 + ["PUNCH_HOLE", "MUNMAP", "CLOSE"]
     assert (found.kind, found.files, found.accounting.balanced()) == ("process", (("hugetlb-2M", FILE),), True)
-    machine = boot(found)
+    machine = machine_of_processes(found)
     pool = machine.hugetlb(PAGE_2M)
     results = machine.run(found.records[:17])
     assert results.status.tolist() == [0] + [256] * 16
@@ -52,6 +53,28 @@ def test_a_hugetlb_file_ends_with_the_pages_that_the_log_counts(tmp_path: Path) 
     assert machine.check() == 0
     assert machine.run(found.records[18:]).status.tolist() == [0, 0]
     assert (pool.nr_hugepages - pool.free_hugepages, machine.check()) == (0, 0)
+
+
+def test_a_file_that_goes_with_its_process_is_closed_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    lines = HUGETLB.splitlines(keepends=True)
+    path.write_text(
+        "".join(lines[:-1])
+        + lines[-2][:46]
+        + "1660.511800: sched_process_exit: comm=ht pid=3460 prio=120\n"
+        + lines[-1]
+    )
+    found = load(path)
+    assert [Operation(op).name for op in found.records.op[-3:].tolist()] == ["PUNCH_HOLE", "EXIT", "CLOSE"]
+    machine = machine_of_processes(found)
+    assert machine.run(found.records).status[-3:].tolist() == [0, 0, 0]
+    pool = machine.hugetlb(PAGE_2M)
+    assert (pool.nr_hugepages - pool.free_hugepages, machine.check()) == (0, 0)
+
+
+def test_a_guest_s_trace_has_no_machine_of_processes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a guest's memory, expected a process's"):
+        machine_of_processes(history(tmp_path))
 
 
 # A guest uses frames 0x800 to 0x9ff as private memory, makes 0x84d to 0x86d shared, goes on using the others, and

@@ -92,10 +92,11 @@ class _Parser:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._rows = Rows()
         self._number = 0
         self._clock = _Clock()
         self._tasks: dict[int, int] = {}  # number of a thread -> task
+        self._tid = _NO_TID  # of the line that is read
+        self._rows = Rows(self._tasks)
         self._threads = 0
         self._open: dict[int, _Open] = {}
         self._cut = ""  # the beginning of a line into which a message came
@@ -146,6 +147,7 @@ class _Parser:
             self._alive.discard(_NO_TID)
         if tid != _NO_TID or tid not in self._tasks:
             self._alive.add(tid)
+        self._tid = tid
         if tid not in self._tasks:
             self._tasks[tid] = self._threads
             self._threads += 1
@@ -189,7 +191,7 @@ class _Parser:
         arguments = _joined(begun.arguments, end["arguments"])
         result = end["result"]
         call = Call(begun.name, arguments, result, end["more"], (begun.time, begun.line), (time, self._number))
-        if problem := self._rows.call(task, call):
+        if problem := self._rows.call(task, self._tid, call):
             self._first += [f"line {self._number}: {problem}"][: _SHOWN - len(self._first)]
         return True
 

@@ -12,9 +12,10 @@ import pytest
 
 from fuzzing import attacked, mutated, rounds
 from pgemu.errors import InputError
+from pgemu.experiments.process_machine import machine_of_processes
 from pgemu.trace import Flag, Lowered, Operation, load
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K
-from processes_run import boot, outcomes, read_or_refused, run
+from processes_run import outcomes, read_or_refused, run
 
 CAPTURE = Path(__file__).parents[2] / "data" / "traces" / "proc-snapshot.zip"
 MAPS = (
@@ -143,7 +144,7 @@ def test_a_captured_process_is_made_page_for_page() -> None:
     anonymous = sum(1 for entry in pagemap if entry & PRESENT and not entry & FILE)
     files = sum(1 for entry in pagemap if entry & PRESENT and entry & FILE)
     rss = sum(int(line.split()[1]) for line in smaps.splitlines() if line.startswith("Rss:")) // 4
-    private_files = int(next(note for note in found.notes if "as the zero page" in note).split()[0])
+    private_files = int(next(note for note in found.notes if "as the zero page" in note).split()[-1])
     # Of the pages that are not a file's one is the zero page; vDSO pages are in Rss and left out.
     vdso = found.accounting.without_operation["pages of areas of the kernel's own pages ([vdso], [vvar])"]
     assert (anonymous + files - 1, vdso, machine.check()) == (rss, 1, 0)
@@ -160,7 +161,7 @@ def test_a_captured_process_is_made_page_for_page() -> None:
 
 def test_without_room_for_huge_pages_the_same_pages_are_small() -> None:
     found = load(CAPTURE)
-    machine = boot(found)
+    machine = machine_of_processes(found)
     machine.run(found.records)
     from pgemu.objects.address_space import AddressSpace
 

@@ -72,6 +72,7 @@ def words(log: Log) -> list[tuple[Any, ...]]:
         ("mprotect(0x1000, 4096, PROT_READ|PROT_EXEC) = 0", (Input.PROTECT, 0x1000, 4096, 5, 0, 0, 0)),
         ("pkey_mprotect(0x1000, 4096, PROT_READ, 2) = 0", (Input.PROTECT, 0x1000, 4096, 1, 0, 0, 0)),
         ("mremap(0x1000, 4096, 8192, MREMAP_MAYMOVE) = 0x9000", (Input.REMAP, 0x1000, 4096, 8192, 1, 0x9000, 0)),
+        ("munlock(0x1000, 5) = ? ERESTARTSYS (To be restarted)", (Input.LOCK, 0x1000, 5, 0, 0, 0, 1)),
         ("brk(NULL)                         = 0x22ec1000", (Input.BREAK, 0, 0x22EC1000, 0, 0, 0, 0)),
         ("mlock(0x1000, 5) = 0", (Input.LOCK, 0x1000, 5, 1, 0, 0, 0)),
         ("mlock2(0x1000, 5, MLOCK_ONFAULT) = 0", (Input.LOCK, 0x1000, 5, 2, 0, 0, 0)),
@@ -315,7 +316,32 @@ def test_tasks_that_nothing_makes_are_what_is_asked_for(tmp_path: Path) -> None:
         "1  brk(NULL) = 0x1000\n2  mmap(NULL, 4096, PROT_READ, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x9000\n"
     )
     assert [load(path, LoweringOptions(new_tasks=one)).processes for one in ("auto", "thread", "process")] == [1, 1, 2]
-    assert any("taken for a thread" in note for note in load(path).notes)
+    assert any("taken for threads" in note for note in load(path).notes)
+
+
+@pytest.mark.same_with_checks
+def test_a_file_is_known_by_whatever_descriptor_it_has(tmp_path: Path) -> None:
+    """Through dup, threads and children; not behind close."""
+    shared = "mmap(NULL, 4096, PROT_READ, MAP_SHARED, {}, 0) = {:#x}\n"
+    text = (
+        '1 memfd_create("m", 0) = 3\n1 dup2(3, 9) = 9\n1 ' + shared.format(3, 0x10000)
+        + "1 clone(flags=CLONE_VM|CLONE_FILES|CLONE_THREAD <unfinished ...>\n"
+        + "2 " + shared.format(9, 0x20000) + '2 memfd_create("n", MFD_HUGETLB) = 4\n'
+        + "1 <... clone resumed>) = 2\n1 fork() = 5\n1 close(3) = 0\n"
+        + "5 " + shared.format(3, 0x30000) + "5 mmap(NULL, 2097152, PROT_READ, MAP_SHARED, 4, 0) = 0x40000000\n"
+        + "1 " + shared.format(3, 0x50000)
+    )  # fmt: skip
+    path = tmp_path / "a"
+    path.write_text(text)
+    found = load(path)
+    maps = [
+        (int(o), hex(at))
+        for op, o, at in zip(found.records.op, found.records.object, found.records.address, strict=True)
+        if op == Operation.MMAP
+    ]
+    # The thread's line comes before its clone ends: of descriptor 9 it only knows the number.
+    assert maps == [(0, "0x10000"), (1, "0x20000"), (0, "0x30000"), (2, "0x40000000"), (3, "0x50000")]
+    assert [file.kind for file in found.files] == ["shmem", "shmem", "hugetlb-2M", "shmem"]
 
 
 @pytest.mark.same_with_checks
