@@ -251,11 +251,10 @@ class Rows:
     def _dup(self, name: str, task: int, call: Call, given: list[str]) -> None:
         self.ignored[name] += 1
         if not call.failed:
-            table, number = self._table.get(task, task), self._file(task, given[0])
+            table, number = self._tables[task], self._file(task, given[0])
+            table.pop(call.value, None)
             if number >= FILE:
                 table[call.value] = number
-            else:
-                self._descriptors.pop((table, call.value), None)
 
     def _fallocate(self, name: str, task: int, call: Call, given: list[str]) -> None:
         file, mode = self._file(task, given[0]), flags_of(given[1])

@@ -58,12 +58,8 @@ def test_a_hugetlb_file_ends_with_the_pages_that_the_log_counts(tmp_path: Path) 
 def test_a_file_that_goes_with_its_process_is_closed_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "a"
     lines = HUGETLB.splitlines(keepends=True)
-    path.write_text(
-        "".join(lines[:-1])
-        + lines[-2][:46]
-        + "1660.511800: sched_process_exit: comm=ht pid=3460 prio=120\n"
-        + lines[-1]
-    )
+    exit_ = lines[-2].partition("1660.")[0] + "1660.511800: sched_process_exit: comm=ht pid=3460 prio=120\n"
+    path.write_text("".join((*lines[:-1], exit_, lines[-1])))
     found = load(path)
     assert [Operation(op).name for op in found.records.op[-3:].tolist()] == ["PUNCH_HOLE", "EXIT", "CLOSE"]
     machine = machine_of_processes(found)
