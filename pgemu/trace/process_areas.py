@@ -61,6 +61,11 @@ class Areas:
             first += 1
         return first, max(first, bisect_left(self._areas, (end,)))
 
+    def at(self, address: int) -> Area | None:
+        """What is mapped at an address."""
+        before = bisect_right(self._areas, (address, 1 << 65)) - 1
+        return self._areas[before] if before >= 0 and address < self._areas[before].end else None
+
     def parts(self, start: int, end: int) -> list[Area]:
         """What of a range is mapped, by address."""
         first, last = self._span(start, end)

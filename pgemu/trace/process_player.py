@@ -135,15 +135,15 @@ class Player:
         page = address & -PAGE_4K
         flags = _WRITE * (code >> 1 & 1) | _EXEC * (code >> 4 & 1)
         rights = _READ | flags
-        found = self.areas[memory].parts(page, page + PAGE_4K)
+        areas = self.areas[memory]
+        found = areas.at(page)
         if untold:
-            rights = found[0].rights if found else ANYTHING
+            rights = found.rights if found else ANYTHING
             is_write = self.options.fault_kind == "write" and not self.faults_again(memory, page)
             flags = _WRITE if is_write and rights & _WRITE else flags
-        if not self.need(at, memory, page, page + PAGE_4K, rights):
+        if found is None and not self.need(at, memory, page, page + PAGE_4K, rights):
             return NO_ROOM
-        found = self.areas[memory].parts(page, page + PAGE_4K)
-        if found and (not found[0].rights or flags & ~found[0].rights):
+        if found and (not found.rights or flags & ~found.rights):
             self.told(FORBIDDEN)
         self.emit(at, Operation.HOST_FAULT, memory, flags=flags, address=address)
         return None

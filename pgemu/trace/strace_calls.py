@@ -28,6 +28,8 @@ _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20})")
 _DESCRIPTOR = re.compile(r"(-?\d{1,10}|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
 _PATH = re.compile(r"(?<=\d)<(?!<).*?>(?=\(deleted\)|,|$)")
 """What strace -y prints behind a descriptor."""
+_PLAIN = re.compile(r"[\w\s,|.*-]*")
+"""Arguments of which none has a comma in it."""
 _IOC = re.compile(r"_IOC\([A-Z_|0x]+, (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+)\)")
 _SHIFTED = re.compile(r"(\d{1,3})<<(\w+)")
 
@@ -113,6 +115,8 @@ _KVM = 0xAE
 
 def split_arguments(text: str) -> list[str]:
     """Arguments of a call, or members of a structure, without the brackets around them."""
+    if _PLAIN.fullmatch(text):
+        return [part.strip() for part in text.split(",")] if text else []
     found, depth, start, at = [], 0, 0, 0
     while at < len(text):
         character = text[at]
