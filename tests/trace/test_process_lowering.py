@@ -248,7 +248,8 @@ def test_captured_faults_of_small_programs_install_pages() -> None:
 
 
 def test_captured_faults_of_a_program_without_kinds_install_pages() -> None:
-    """All but 15 of 4103: pages that the log has three times, of which one is taken for a write too early."""
+    """All but 15 of 4103. Eight are the second of three faults of a page; the others are of pages that something
+    unmapped in between (a library's parts over its whole), of which the log has no line."""
     found = load(TRACES / "perf-page-faults-numpy-import.txt.xz")
     _, results = run(found)
     assert outcomes(found, results)[Operation.HOST_FAULT] == {256: 4088, 0: 15}
