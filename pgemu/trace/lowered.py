@@ -79,7 +79,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "requests": choice(("done", "ignored")),
         "early_slots": choice(("stand", "absent")),
         "iova": choice(("ignored", "guest")),
-        "memory": choice(("auto", "guest", "process")),
+        "kind": choice(("auto", "guest", "process")),
         "area_gap": BYTES,
         "fault_kind": choice(("write", "read")),
         "new_tasks": choice(("auto", "process", "thread")),
@@ -111,7 +111,7 @@ class LoweringOptions:
             they "stand" from the start, for KVM maps nothing where no slot is, or are "absent" until their line
         iova: what the log's iommu:map and iommu:unmap are: no line says of which device, so they are "ignored", or
             "guest": of the VM's device, at the guest's physical addresses (VFIO of a guest that sees no IOMMU)
-        memory: whose memory a log is about, a "guest"'s or a "process"'s; "auto": a process's if nothing in it is
+        kind: whose memory a log is about, a "guest"'s or a "process"'s; "auto": a process's if nothing in it is
             KVM's or said of a VM (memslots, vm_processes), and faults or system calls of processes are in it
         area_gap: of a process: bytes between faults that are in no area that the log makes, up to which they are taken
             to be in one area, which stands before the log
@@ -135,7 +135,7 @@ class LoweringOptions:
     requests: Literal["done", "ignored"] = "done"
     early_slots: Literal["stand", "absent"] = "stand"
     iova: Literal["ignored", "guest"] = "ignored"
-    memory: Literal["auto", "guest", "process"] = "auto"
+    kind: Literal["auto", "guest", "process"] = "auto"
     area_gap: int = PAGE_2M
     fault_kind: Literal["write", "read"] = "write"
     new_tasks: Literal["auto", "process", "thread"] = "auto"

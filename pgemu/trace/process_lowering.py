@@ -35,9 +35,9 @@ _SETUP = -1  # position of what is done before the first event
 
 
 def is_of_processes(log: Log, options: LoweringOptions) -> bool:
-    """Whether a log is lowered as that of processes: LoweringOptions.memory."""
-    if options.memory != "auto":
-        return options.memory == "process"
+    """Whether a log is lowered as that of processes: LoweringOptions.kind."""
+    if options.kind != "auto":
+        return options.kind == "process"
     if options.memslots or options.vm_processes:
         return False
     events = (log.inputs, log.outcomes, log.ignored, log.unknown)

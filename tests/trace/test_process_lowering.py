@@ -198,11 +198,11 @@ def test_a_process_s_memory_is_no_guest_s(tmp_path: Path) -> None:
     path.write_text(fault(HVA))
     with pytest.raises(InputError, match="a process's memory, no VM's: pgemu replay runs it"):
         require_input(load(path))
-    assert load(path, LoweringOptions(memory="guest")).kind == "guest"
+    assert load(path, LoweringOptions(kind="guest")).kind == "guest"
     assert load(path, LoweringOptions(vm_processes=(9,))).kind == "guest"
     path.write_text(fault(HVA) + line("kvm_exit: vcpu 0 reason npf"))
     assert load(path).kind == "guest"
-    assert load(path, LoweringOptions(memory="process")).kind == "process"
+    assert load(path, LoweringOptions(kind="process")).kind == "process"
 
 
 @pytest.mark.same_with_checks
