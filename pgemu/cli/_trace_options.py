@@ -123,12 +123,42 @@ _OPTIONS = (
         show_default=True,
         help="What a log's iommu:map names: nobody knows whose, or the guest's addresses.",
     ),
+    click.option(
+        "--kind",
+        type=click.Choice(["auto", "guest", "process"]),
+        default="auto",
+        show_default=True,
+        help="Whose memory a log is about; auto: a process's if nothing in it is KVM's.",
+    ),
+    click.option(
+        "--area-gap",
+        type=size,
+        default="2M",
+        show_default=True,
+        metavar="SIZE",
+        help="Of a process: up to which gap what it touches, and no line maps, is one area.",
+    ),
+    click.option(
+        "--fault-kind",
+        type=click.Choice(["write", "read"]),
+        default="write",
+        show_default=True,
+        help="Of a process: what a fault is that does not say it, where memory can be written.",
+    ),
+    click.option(
+        "--new-tasks",
+        type=click.Choice(["auto", "process", "thread"]),
+        default="auto",
+        show_default=True,
+        help="Of a process: what a task is that nothing in the log makes.",
+    ),
 )
 
 TRACE_GROUP = {
     "The trace and its memory": (
         *("--input-format", "--guest-memory", "--init", "--dontneed", "--memslot", "--memslots-from"),
         *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
+        *("--kind", "--area-gap", "--fault-kind", "--new-tasks"),
     ),
 }
 """These options by heading, for --help."""
@@ -140,6 +170,10 @@ OF_LOGS = {
     "requests": "done",
     "early_slots": "stand",
     "iova": "ignored",
+    "kind": "auto",
+    "area_gap": 2 << 20,
+    "fault_kind": "write",
+    "new_tasks": "auto",
 }
 """Options that say how a log is read, and what they are without being asked for."""
 
@@ -174,4 +208,8 @@ def lowering(options: Mapping[str, Any], page_size: str = "1G") -> LoweringOptio
         requests=options["requests"],
         early_slots=options["early_slots"],
         iova=options["iova"],
+        kind=options["kind"],
+        area_gap=options["area_gap"],
+        fault_kind=options["fault_kind"],
+        new_tasks=options["new_tasks"],
     )

@@ -132,9 +132,9 @@ _GROUPS = {
 def compare(trace: str | None, **options: Any) -> int:
     """Run one trace on both designs: which is better at what, by how much, and on what that rests.
 
-    TRACE is text of ftrace, trace-cmd or perf script (plain, .xz, .gz or .zst), Parquet, "-" for standard input, or
-    a workload: workload:tdx-boot, workload:random, ... (pgemu workload list). Without it: a software-protected VM's
-    life, which comes with pgemu. What to record: pgemu record --events.
+    TRACE is text of ftrace, trace-cmd, perf script or a VMM's strace (plain, .xz, .gz or .zst), Parquet, "-" for
+    standard input, or a workload: workload:tdx-boot, workload:random, ... (pgemu workload list). Without it: a
+    software-protected VM's life, which comes with pgemu. What to record: pgemu record --events.
 
     Parquet and CSV of any writer will do. Their columns: op (code or name); flags (bits or names joined by |), address,
     offset, length (bytes) where an operation reads them; time (ns, or timestamps; rows are in its order), actor, vm,

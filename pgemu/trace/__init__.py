@@ -22,6 +22,7 @@ from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
+from pgemu.trace.process_lowering import is_of_processes, lower_processes
 from pgemu.trace.readers import read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
@@ -63,9 +64,10 @@ def load(
 ) -> Lowered:
     """Load a trace, whatever holds it.
 
-    :param name_or_path: `workload:NAME`; a path to Parquet, or to text of ftrace, trace-cmd or perf script, QEMU's
-        trace output or CSV, plain or compressed with xz, gzip or zstd; to a recording of perf or trace-cmd, whose tool
-        is run; "-" for standard input
+    :param name_or_path: `workload:NAME`; a path to Parquet, to text of ftrace, trace-cmd, perf script or strace, QEMU's
+        trace output or CSV, or to a snapshot of a process (text of /proc/PID/maps or smaps, or a zip file of these with
+        pagemap), plain or compressed with xz, gzip or zstd; to a recording of perf or trace-cmd, whose tool is run; "-"
+        for standard input. Of a log without a VM, and of a snapshot, it is the memory of processes (`Lowered.kind`)
     :param seed: of a workload; logs have none
     :param input_format: of a file, one of pgemu.trace.readers.formats(); None: as its content says
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
@@ -107,7 +109,9 @@ def opened(
     if isinstance(found, AccessStream):
         return found
     if isinstance(found, Log):
-        return _told(lower(found, options))
+        return lower_processes(found, options) if is_of_processes(found, options) else _told(lower(found, options))
+    if isinstance(found, Lowered) and found.kind == "process":
+        return found
     placed = place(found, options) if isinstance(found, Unplaced) else adapt(found, options)
     return _told(replace(placed, table=True))
 

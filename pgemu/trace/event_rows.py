@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
 
-from pgemu.trace.events import ADVICE, CALLS, Input, event_name
+from pgemu.trace.events import ADVICE, CALLS, OUTCOMES, Input, event_name
 from pgemu.trace.fast_lines import FastLines
 from pgemu.trace.fields import MalformedLineError, fields_of
 from pgemu.trace.lines import is_name
 from pgemu.trace.log import NO_VCPU
 from pgemu.trace.nested import NESTED, NestedGuests
 from pgemu.trace.outcomes import SET_SPTE, SPTE_CHANGED, Outcomes
+from pgemu.trace.process_calls import CALLS_OF_PROCESSES, ProcessCalls
 from pgemu.trace.task_calls import TaskCalls
 from pgemu_kernels.words.log_words import ROW_WORDS
 
@@ -24,6 +26,9 @@ _FAILED = 1
 _PADDING = tuple((0,) * (ROW_WORDS - 4 - words) for words in range(ROW_WORDS - 4))
 _ADDRESSES = 1 << 64
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
+_LOW = (1 << 32) - 1
+_FETCH = 0x14  # X86_PF_USER | X86_PF_INSTR
+_PERF_FAULT = re.compile(r"\S+\s+(?:0x)?([0-9a-f]{1,16})(?:\s.*?)?\s(?:0x)?([0-9a-f]{5,16})(?:\s|$)")
 
 _DISCARDING = {4, 9, 24}  # MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED
 _IOMMU = " IOMMU: "
@@ -48,8 +53,11 @@ class Handlers(dict[str, Handler | None]):
             "sys_madvise": parser.sys_madvise,
             "sys_munmap": parser.sys_munmap,
             "sys_mmap": parser.sys_mmap,
-            "sys_mprotect": parser.other_call,
-            "sys_mremap": parser.other_call,
+            **dict.fromkeys(CALLS_OF_PROCESSES, parser.process_call),
+            **dict.fromkeys(
+                (f"{name} return" for name in CALLS_OF_PROCESSES if name not in CALLS), parser.process_return
+            ),
+            **dict.fromkeys(("page-faults", "minor-faults", "major-faults"), parser.perf_fault),
             "sys_fallocate": parser.sys_fallocate,
             "hugetlbfs_fallocate": parser.hugetlbfs_fallocate,
             **dict.fromkeys(("map", "unmap"), parser.iommu),
@@ -98,6 +106,7 @@ class EventRows:
         self._lost = 0
         self._nested = NestedGuests()
         self._calls = TaskCalls()
+        self._of_process = ProcessCalls()
         self._fast: FastLines | None = None
         self._advices: set[int] = set()  # that madvise() was given
         self._inputs: Counter[str] = Counter()
@@ -214,7 +223,9 @@ class EventRows:
             words = int(start, 16), int(length, 16), advice
             position = self._add("sys_madvise", Input.MADVISE, time, task, line, *words)
         else:
-            self._ignored[f"sys_madvise {ADVICE.get(advice, advice)}"] += 1
+            name = f"sys_madvise {ADVICE.get(advice, advice)}"
+            self._ignored[name] += 1
+            self._of_process.add(name, Input.MADVISE, time, task, line, int(start, 16), int(length, 16), advice)
         self._calls.begin(task, "sys_madvise", position)
         self._advices.add(advice)
         if self._fast is not None:
@@ -226,15 +237,37 @@ class EventRows:
         self._calls.begin(task, "sys_munmap", position)
 
     def sys_mmap(self, event: str, task: int, time: int, line: int) -> None:
-        address, length, flags, fd, offset = (int(field, 16) for field in fields_of("sys_mmap", event))
-        position = self._add("sys_mmap", Input.MMAP, time, task, line, address, length, fd, offset, flags)
+        address, length, prot, flags, fd, offset = (int(field, 16) for field in fields_of("sys_mmap", event))
+        words = address, length, fd, offset, flags & _LOW | (prot & _LOW) << 32
+        position = self._add("sys_mmap", Input.MMAP, time, task, line, *words)
         self._calls.begin(task, "sys_mmap", position)
 
-    def other_call(self, event: str, task: int, time: int, line: int) -> None:
-        """sys_mprotect, sys_mremap: not inputs, but what they unmap is their outcome."""
+    def process_call(self, event: str, task: int, time: int, line: int) -> None:
+        """What concerns a process's own memory: no inputs of a VM, but what sys_mprotect and sys_mremap unmap is their
+        outcome."""
         name = event_name(event.partition(" ")[0])
-        self._ignored[name] += 1
-        self._calls.begin(task, name, -1)
+        (self._outcomes if name in OUTCOMES else self._ignored)[name] += 1
+        if name in CALLS:
+            self._calls.begin(task, name, -1)
+        self._of_process.event(name, event, task, time, line)
+
+    def process_return(self, event: str, task: int, time: int, line: int) -> None:
+        """The return of such a call."""
+        name = event_name(event.partition(" ")[0])
+        self._outcomes[name] += 1
+        self._of_process.returned(task, name.removesuffix(" return"), _returned(event))
+
+    def perf_fault(self, event: str, task: int, time: int, line: int) -> None:
+        """perf's own events of faults: with the address, if they were recorded and printed with it, and no kind."""
+        name = event_name(event.partition(" ")[0])
+        found = _PERF_FAULT.match(event)
+        if found is None:
+            self._ignored[f"{name} without an address (perf record -d, perf script -F +addr)"] += 1
+            return
+        self._calls.end(task)
+        address, instruction = int(found[1], 16), int(found[2], 16)
+        code = _FETCH if address == instruction else 0
+        self._add(name, Input.HOST_FAULT, time, task, line, address, code, int(not code))
 
     def sys_fallocate(self, event: str, task: int, time: int, line: int) -> None:
         words = [int(field, 16) for field in fields_of("sys_fallocate", event)]
@@ -242,7 +275,8 @@ class EventRows:
         self._calls.begin(task, "sys_fallocate", position)
 
     def hugetlbfs_fallocate(self, event: str, task: int, time: int, line: int) -> None:
-        inode, mode, offset, length, _, result = fields_of("hugetlbfs_fallocate", event)
+        inode, mode, offset, length, size, result = fields_of("hugetlbfs_fallocate", event)
+        self._of_process.sizes[int(inode)] = int(size)
         if self._calls.current(task)[0] == "sys_fallocate":
             self._outcomes["hugetlbfs_fallocate"] += 1
             return
@@ -263,13 +297,10 @@ class EventRows:
         self._add(f"iommu:{name}", kind, time, task, line, *words)
 
     def call_return(self, event: str, task: int, time: int, line: int) -> None:
-        # "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has.
-        try:
-            value = int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
-        except (ValueError, IndexError):
-            raise MalformedLineError(f"malformed return of a system call, expected a number: {event[:120]!r}") from None
+        value = _returned(event)
         name = event_name(event.partition(" ")[0])
         self._outcomes[name] += 1
+        self._of_process.returned(task, name.removesuffix(" return"), value)
         call, position = self._calls.end(task)
         if position < 0 or not name.startswith(call):
             return
@@ -277,3 +308,11 @@ class EventRows:
             self._rows[position + _STATE] = _FAILED
         elif call == "sys_mmap":
             self._rows[position + 4] = value
+
+
+def _returned(event: str) -> int:
+    """What a system call returned: "sys_x -> 0x0" or "sys_exit_x: 0x0", and behind it what columns perf has."""
+    try:
+        return int(event.replace(" -> ", " ", 1).split(maxsplit=2)[1], 16)
+    except (ValueError, IndexError):
+        raise MalformedLineError(f"malformed return of a system call, expected a number: {event[:120]!r}") from None

@@ -41,7 +41,7 @@ REQUEST = "kvm_hypercall (KVM_HC_MAP_GPA_RANGE)"
 class Input(IntEnum):
     """Kinds of input rows; what the words A to E of a row hold."""
 
-    HOST_FAULT = 1  # HVA, error code
+    HOST_FAULT = 1  # HVA, error code, 1: no line says whether it was a write
     # address (of which kind: pgemu.trace.guest_addresses), error code, vCPU, level of the leaf that KVM then wrote (0:
     # none was seen), 1 where it is an L2 guest's
     GUEST_FAULT = 2
@@ -50,12 +50,22 @@ class Input(IntEnum):
     MEMSLOT = 5  # slot, flags, GPA, size, HVA
     MADVISE = 6  # HVA, length, advice
     MUNMAP = 7  # HVA, length
-    MMAP = 8  # address asked for, length, fd, offset, flags
+    MMAP = 8  # address asked for, length, fd, offset, flags | prot << 32
     FALLOCATE = 9  # fd, mode, offset, length, HVA of the unmap inside it (0: none)
     HUGETLBFS_FALLOCATE = 10  # inode, mode, offset, length
     MAP_GPA_RANGE = 11  # GPA, pages, attributes (what the guest asks for, not what is done)
     IOMMU_MAP = 12  # first IOVA, length, physical address
     IOMMU_UNMAP = 13  # first IOVA, length
+    # Of a process alone (Log.calls; pgemu.trace.process_calls). MADVISE, too, of any advice.
+    PROTECT = 14  # HVA, length, prot
+    REMAP = 15  # HVA, length, new length, flags, address it returned
+    BREAK = 16  # address asked for, the one it returned
+    LOCK = 17  # HVA, length, 0: unlock, 1: lock, 2: on fault
+    LOCK_ALL = 18  # MCL_*, 0: unlock
+    FORK = 19  # thread of the child, CLONE_*; all ones: not told
+    EXEC = 20
+    EXIT = 21  # 1: of the process with all its threads
+    HUGETLBFS_EVICT = 22  # inode, size, blocks of 512 bytes
 
 
 _HEX = r"(?:0x)?([0-9a-fA-F]{1,16})"
@@ -84,7 +94,7 @@ _FIELDS: dict[str, tuple[str, str]] = {
         ("sys_munmap", rf"addr: {_HEX}, len: {_HEX}\)?", "addr:, len:"),
         (
             "sys_mmap",
-            rf"addr: {_HEX}, len: {_HEX}, prot: \w+, flags: {_HEX}, fd: {_HEX}, (?:off|pgoff): {_HEX}\)?",
+            rf"addr: {_HEX}, len: {_HEX}, prot: {_HEX}, flags: {_HEX}, fd: {_HEX}, (?:off|pgoff): {_HEX}\)?",
             "addr:, len:, prot:, flags:, fd:, off:",
         ),
         (
@@ -141,6 +151,10 @@ ADVICE = {
     23: "POPULATE_WRITE",
     24: "DONTNEED_LOCKED",
     25: "COLLAPSE",
+    100: "HWPOISON",
+    101: "SOFT_OFFLINE",
+    102: "GUARD_INSTALL",
+    103: "GUARD_REMOVE",
 }
 """include/uapi/asm-generic/mman-common.h"""
 
@@ -249,10 +263,18 @@ IGNORED = frozenset(
         "page_fault_kernel",
         "print",
         "remove_device_from_group",
+        "sched_process_exec",
+        "sched_process_exit",
+        "sched_process_fork",
         "sys_brk",
         "sys_ioctl",
+        "sys_mlock",
+        "sys_mlock2",
+        "sys_mlockall",
         "sys_mprotect",
         "sys_mremap",
+        "sys_munlock",
+        "sys_munlockall",
         "tlb_flush",
         "tracing_mark_raw_write",
         "tracing_mark_write",

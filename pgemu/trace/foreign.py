@@ -83,10 +83,6 @@ _TEXTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "QEMU's info mtree, which has memory slots and no accesses",
             "give it beside a trace: --memslots-from FILE",
         ),
-        (
-            r"\A[0-9a-f]{8,16}-[0-9a-f]{8,16} [r-][w-][x-][ps] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+",
-            "a process's memory map (/proc/PID/maps, smaps)", _RECORD,
-        ),
         (r"\AMemTotal: +\d+ kB", "/proc/meminfo", _RECORD),
         (r"\A==\d+== Lackey, an example Valgrind tool", "text of Valgrind's Lackey", "a program's addresses, no VM's"),
         (

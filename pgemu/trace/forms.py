@@ -66,8 +66,8 @@ _FORMS = tuple(
         ),
         (
             r"(?:\[pid\s+\d+\] |\d+ +)?(?:[\d:.]+ )?\w+\(.*(?:\) += .*|<unfinished \.\.\.>)",
-            "output of strace, which has system calls only",
-            "record the events of KVM with ftrace, trace-cmd or perf",
+            "output of strace among events",
+            "give each as a file of its own",
         ),
         (
             r"(?:kvm|sys|page_fault|hugetlbfs|tlb)_\w+(?::|\().*",

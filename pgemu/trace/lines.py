@@ -67,7 +67,10 @@ LOST = re.compile(r"CPU:\s*\d+ \[(?:LOST(?: (\d+))? EVENTS|(?:(\d+) )?EVENTS DRO
 
 HEADER = re.compile(r"\s*(?:#.*|(?:cpus|version)\s*=.*|CPU \d+ is empty|CPU:\s*\d+ \[SUBBUFFER START\].*)?")
 
-STACK = re.compile(r"\s+(?:[0-9a-f]{3,16}(?:\s.*)?|\S+:\d+|\S+\+0x[0-9a-f]+(?:\s.*)?|\S+ \(inlined\))| ?=> .*")
+STACK = re.compile(
+    r"\s+(?:[0-9a-f]{3,16}(?:\s.*)?|[0-9a-f]{1,2} \[unknown\] .*|\S+:\d+|\S+\+0x[0-9a-f]+(?:\s.*)?|"
+    r"\S+ \(inlined\))| ?=> .*"
+)
 """A line of a call chain, below its event."""
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "Log", "Task", "by_time")
+__all__ = ("NAMELESS", "NO_VCPU", "Doubt", "FileKind", "Log", "Task", "by_time")
 
 _TIME, _LINE = 1, 3
+
+FileKind = Literal["shmem", "hugetlb-2M", "hugetlb-1G"]
+"""Files that processes map, as a machine has them."""
 
 NO_VCPU = (1 << 64) - 1
 """vCPU of a guest fault whose line names none (before Linux 6.0)."""
@@ -53,6 +57,12 @@ class Log:
         notes: what of the text was taken to mean something, in words
         stage2: "ept" or "npt" if an exit says so, else None
         doubts: why it is not, or not all, of one VM
+        calls: uint64[n, 10], rows as above of what concerns a process's own memory and no VM's, in the order of the
+            file (pgemu.trace.process_calls)
+        called: what these are counted as, among `ignored` and `outcomes`
+        files: the kinds of files by the numbers that rows of mmap and fallocate have for them; none where these are
+            descriptors
+        sizes: bytes of inodes of hugetlbfs by their numbers
         sptes: uint64[n, 9], what KVM said it wrote to stage 2 (pgemu.trace.outcomes); None where nobody asked for it
         kinds_told: each guest fault says whether it is private; else they do if one of them says that it is
     """
@@ -73,6 +83,10 @@ class Log:
     stage2: str | None = None
     sptes: npt.NDArray[np.uint64] | None = None
     kinds_told: bool = False
+    calls: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 10), np.uint64))
+    called: Counter[str] = field(default_factory=Counter)
+    files: Mapping[int, FileKind] = field(default_factory=dict)
+    sizes: Mapping[int, int] = field(default_factory=dict)
 
 
 def by_time(rows: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], tuple[str, ...]]:

@@ -15,12 +15,21 @@ import numpy.typing as npt
 from pgemu.machine.field_rules import BYTES, RULES, Rule, checked, choice
 from pgemu.machine.short import changed
 from pgemu.trace.events import REQUEST, TDX_SHARED_BITS
-from pgemu.trace.log import Doubt
+from pgemu.trace.log import Doubt, FileKind
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot
 from pgemu.trace.schema import Records
-from pgemu_kernels.words.operations import PAGE_1G, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, Flag, Operation
 
-__all__ = ("Accounting", "Guest", "Init", "Kind", "Lowered", "LoweringOptions", "private_because")
+__all__ = (
+    "Accounting",
+    "Guest",
+    "Init",
+    "Kind",
+    "Lowered",
+    "LoweringOptions",
+    "ProcessFile",
+    "private_because",
+)
 
 Init = Literal["private", "shared"]
 Kind = Literal["guest", "process"]
@@ -31,6 +40,13 @@ class Guest(NamedTuple):
 
     layout: Layout
     init: Init
+
+
+class ProcessFile(NamedTuple):
+    """A file that processes map: memory of shmem or of hugetlbfs, and its size in bytes."""
+
+    kind: FileKind
+    size: int
 
 
 def _slots(value: Any) -> tuple[GivenSlot, ...]:
@@ -84,6 +100,10 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "requests": choice(("done", "ignored")),
         "early_slots": choice(("stand", "absent")),
         "iova": choice(("ignored", "guest")),
+        "kind": choice(("auto", "guest", "process")),
+        "area_gap": BYTES,
+        "fault_kind": choice(("write", "read")),
+        "new_tasks": choice(("auto", "process", "thread")),
     }
 )
 
@@ -114,6 +134,15 @@ class LoweringOptions:
             they "stand" from the start, for KVM maps nothing where no slot is, or are "absent" until their line
         iova: what the log's iommu:map and iommu:unmap are: no line says of which device, so they are "ignored", or
             "guest": of the VM's device, at the guest's physical addresses (VFIO of a guest that sees no IOMMU)
+        kind: whose memory a log is about, a "guest"'s or a "process"'s; "auto": a process's if nothing in it is
+            KVM's or said of a VM (memslots, vm_processes), and faults or system calls of processes are in it
+        area_gap: of a process: bytes between faults that are in no area that the log makes, up to which they are taken
+            to be in one area, which stands before the log
+        fault_kind: of a process: what a fault is of which no line says whether it was a write (perf's page-faults), in
+            an area that can be written
+        new_tasks: of a process: what a task is that nothing in the log makes, and whose process no line tells: a
+            "process", a "thread" of the process before it, or "auto": of a log that names tasks, and where it begins as
+            a program does (execve, brk(NULL)), a process, else a thread
 
     TypeError for a field of another type, ValueError for a value that it does not take.
     """
@@ -130,6 +159,10 @@ class LoweringOptions:
     requests: Literal["done", "ignored"] = "done"
     early_slots: Literal["stand", "absent"] = "stand"
     iova: Literal["ignored", "guest"] = "ignored"
+    kind: Literal["auto", "guest", "process"] = "auto"
+    area_gap: int = PAGE_2M
+    fault_kind: Literal["write", "read"] = "write"
+    new_tasks: Literal["auto", "process", "thread"] = "auto"
 
     def __post_init__(self) -> None:
         for name in _RULES:
@@ -229,8 +262,10 @@ class Lowered:
         doubts: why the trace is not, or not all, of one VM's memory
         again: of a workload with parameters: makes it with other ones
         table: it was no log, but rows of operations (Parquet)
-        kind: whose memory it is: a VM's over guest_memfd, or that of ordinary processes
+        kind: whose memory it is: a "guest"'s, in a guest_memfd, or a "process"'s, ordinary memory of processes
         guests: of a merged trace of VMs, each VM's guest memory, inode n for VM n; () of one VM's
+        processes: of kind "process", how many there are before the first record: `space` 0 on; FORK makes others
+        files: of kind "process", the files that there are before the first record: `object` 0 on
     """
 
     records: Records
@@ -248,6 +283,8 @@ class Lowered:
     table: bool = False
     kind: Kind = "guest"
     guests: tuple[Guest, ...] = ()
+    processes: int = 1
+    files: tuple[ProcessFile, ...] = ()
 
     @property
     def private_because(self) -> str:

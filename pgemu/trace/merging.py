@@ -89,6 +89,8 @@ def merge(traces: Sequence[Lowered], *, from_zero: bool = False) -> Lowered:
         doubts=tuple(doubt for one in traces for doubt in one.doubts),
         kind=first.kind,
         guests=tuple(guests),
+        processes=sum(one.processes for one in traces),
+        files=tuple(file for one in traces for file in one.files),
     )
 
 
@@ -96,7 +98,10 @@ def _renumbered(lowered: Lowered, behind: Counter[str]) -> tuple[Records, Counte
     """A trace's records with numbers behind those of the traces before, and how many there are with it."""
     records = lowered.records
     columns: dict[str, Any] = {}
-    most: Counter[str] = Counter(dict.fromkeys(("vm", "process", "inode"), 1) if lowered.kind == "guest" else {})
+    made = {"vm": 1, "process": 1, "inode": 1}
+    if lowered.kind == "process":
+        made = {"process": lowered.processes, "inode": len(lowered.files)}
+    most: Counter[str] = Counter(made)
     for column in ("vm", "space", "object"):
         found = getattr(records, column).astype(np.uint64)
         for op in np.unique(records.op).tolist():

@@ -34,6 +34,8 @@ def require_input(lowered: Lowered) -> None:
 
     :raises InputError: what was found instead, and what to record, or which rows a table needs
     """
+    if lowered.kind == "process":
+        raise InputError("a process's memory, no VM's: pgemu replay runs it", lowered.source)
     records = lowered.records[lowered.accounting.setup :]
     if any(operation not in _MAKES_MEMORY for operation in set(records.op.tolist())):
         return

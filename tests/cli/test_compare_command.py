@@ -358,7 +358,15 @@ def test_many_recounts_are_announced(tmp_path: Path, check: str, said: bool) -> 
 def test_an_option_that_varies_is_refused_beside_it(log: str) -> None:
     """Whatever its value, also that which it has without being asked for."""
     varied = command._varied({one.name: None for one in command.compare.params})
-    values = {"guest_memory": "4M", "memslot": "0:4M", "vm_process": "9", "overlap": "0", "seed": "0", "vcpus": "1"}
+    values = {
+        "guest_memory": "4M",
+        "memslot": "0:4M",
+        "vm_process": "9",
+        "overlap": "0",
+        "seed": "0",
+        "vcpus": "1",
+        "area_gap": "1M",
+    }
     values |= {"late": "0", "flips": "1", "accesses": "1", "buffers": "0.5", "mapping": "4K"}
     values |= {"profile": "published", "host_cpus": "1", "init": "auto", "like": "dec2025", "tdx_shared_bit": "auto"}
     tried = 0

@@ -107,10 +107,6 @@ FOREIGN: dict[str, tuple[bytes, str, str]] = {
     ),
     "perf stat -o": (b"# started on Mon Nov 30 10:00:00 2026\n\n", "counts of perf stat", "ftrace, trace-cmd or perf"),
     "perf report": (b"# To display the perf.data header info, please use --header\n#\n", "perf report", "perf script"),
-    "maps": (
-        b"564494331000-564494332000 r-xp 00001000 fe:00 26723   /usr/bin/true\n", "a process's memory map",
-        "ftrace, trace-cmd or perf",
-    ),
     "meminfo": (b"MemTotal:       16316412 kB\nMemFree: 1 kB\n", "/proc/meminfo", "ftrace, trace-cmd or perf"),
     "ramulator": (b"LD 0x12340\nST 4096\n", "a trace of Ramulator (loads and stores)", "no VM's"),
     "ramulator dram": (b"R 0,0,1,2,345,6\nW 0,0,1,2,345,7\n", "a trace of Ramulator (reads and writes)", "no VM's"),
@@ -133,6 +129,8 @@ SAMPLES: dict[str, bytes] = {
     "damon": DAMON.encode(),
     "damon-counted": zlib.compress(b'[{"snapshots": []}]'),
     "lackey": b"==7== Lackey, an example Valgrind tool\nI  0401ab70,3\n S 1fff000768,8\n",
+    "strace": b"1.000001 mmap(NULL, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n",
+    "proc-snapshot": b"00400000-00401000 r--p 00000000 fe:00 2195570  /opt/s\n",
     "pinatrace": b"0x401000: R 0x7fff0010\n0x401004: W 0x7fff0018\n" * 4,
     "champsim": b"".join(
         struct.pack("<Q2B2s4s2Q4Q", 0x401000 + i, 0, 0, b"\1\2", b"\3\4\0\0", *6 * [0x7F0000]) for i in range(200)

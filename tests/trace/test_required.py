@@ -32,7 +32,7 @@ FAULT = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006"
             ["sched_switch: a"] * 3 + ["kvm_exit: b"],
             "found 3 sched_switch, 1 kvm_exit: record kvm:kvm_page_fault (address, error",
         ),
-        (["page_fault_user: address=0x7f00 ip=0x1 error_code=0x14"], "found 1 not guest memory (no slot line: host"),
+        (["page_fault_user: address=0x7f00 ip=0x1 error_code=0x14"], "a process's memory, no VM's: pgemu replay"),
         (["kvm_page_fault: vcpu 0 rip 0x0 address 0xfee00000 error_code 0x182"], "found 1 page of the local APIC: "),
         (["vcpu 0 rip 0x0 address 0x1000"], "found 1 (no event name) (perf script -F +event prints it): record"),
         ([SLOT], "no input but memory slots in it, found nothing: record kvm:kvm_page_fault"),

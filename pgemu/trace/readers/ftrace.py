@@ -94,12 +94,16 @@ class _Parser(EventRows):
 
     def read(self, block: bytes) -> None:
         """Read lines; a block ends with a newline unless the file's last line lacks it."""
-        if self._fast is None and wanted(self.line, len(block)):
+        if self._fast is None and self._is_of_vm() and wanted(self.line, len(block)):
             self._fast = self._begin_fast()
         if self._fast is None or not block.endswith(b"\n"):
             self.feed_slow(block, block, self.line)
         else:
             self._fast.feed(block.replace(b"\r\n", b"\n") if b"\r" in block else block)
+
+    def _is_of_vm(self) -> bool:
+        """Whether an event of KVM was seen: a kernel does not read what concerns a process alone."""
+        return any("kvm" in token for token in self._handlers)
 
     def _begin_fast(self) -> FastLines:
         """A kernel's reader, with what was seen so far."""
@@ -186,6 +190,7 @@ class _Parser(EventRows):
         return Log(
             self._source, rows, self.events, *counters, self._lost, self._skipped, tuple(self._about),
             self._nested.told, (*back, *self._notes()), stage2=self._nested.stage2, sptes=self._of_stage2.rows,
+            calls=by_time(self._of_process.rows())[0], called=self._of_process.called, sizes=self._of_process.sizes,
         )  # fmt: skip
 
     def _add_fast(self) -> None:

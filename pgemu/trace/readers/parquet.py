@@ -24,13 +24,15 @@ from pgemu.machine.field_rules import checked
 from pgemu.trace.accesses import AccessStream, Tally
 from pgemu.trace.columns import LEVEL, check_names, check_order, check_size, levels_of, others, records_of
 from pgemu.trace.log import Doubt
-from pgemu.trace.lowered import Accounting, Guest, Lowered
+from pgemu.trace.lowered import Accounting, Guest, Lowered, ProcessFile
 from pgemu.trace.memory_layout import Layout
+from pgemu.trace.process_files import PAGE_OF
 from pgemu.trace.schema import DTYPES, Operation, Records
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 from pgemu.trace.watching import tell
 from pgemu.whole_file import whole_file
+from pgemu_kernels.words.rows import INODES, SPACES
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -69,6 +71,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         "doubts": [list(doubt) for doubt in lowered.doubts],
         "kind": lowered.kind,
         "guests": [{"layout": guest.layout.to_json(), "init": guest.init} for guest in lowered.guests],
+        "processes": lowered.processes,
+        "files": [list(file) for file in lowered.files],
     }
     if batches is None and lowered.accounting.operations == len(lowered.records):
         about["accounting"] = lowered.accounting.to_json()
@@ -230,8 +234,8 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     converts = bool((records.op == Operation.CONVERT).any())
     return Lowered(
         records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
-        machine=about["machine"], notes=about["notes"] + notes, doubts=about["doubts"], kind=about["kind"],
-        guests=about["guests"],
+        machine=about["machine"], notes=about["notes"] + notes, doubts=about["doubts"],
+        guests=about["guests"], **about["of_processes"],
     )  # fmt: skip
 
 
@@ -265,6 +269,23 @@ def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(stored, dict) or not set(stored) <= set(_BROUGHT):
         raise ValueError(f"machine {stored}, expected some of {', '.join(_BROUGHT)}")
     return {name: checked(name, value) for name, value in stored.items()}
+
+
+def _processes(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose memory it is, and what stands before the first record. TypeError, ValueError for what cannot be."""
+    kind, processes, files = about.get("kind", "guest"), about.get("processes", 1), about.get("files", [])
+    if kind not in ("guest", "process"):
+        raise ValueError(f"kind {str(kind)[:40]!r}, expected guest or process")
+    if type(processes) is not int or not 0 <= processes <= SPACES:
+        raise ValueError(f"processes {str(processes)[:40]}, expected a number up to {SPACES}")
+    found = tuple(ProcessFile(*file) for file in files)
+    if len(found) > INODES:
+        raise ValueError(f"{len(found)} files, expected at most {INODES}")
+    for file in found:
+        page = PAGE_OF.get(file.kind) if isinstance(file.kind, str) else None
+        if page is None or type(file.size) is not int or not 0 < file.size < 1 << 63 or file.size % page:
+            raise ValueError(f"file {str(tuple(file))[:60]}, expected its kind and a size in whole pages")
+    return {"kind": kind, "processes": processes, "files": found}
 
 
 def _stored(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
@@ -301,16 +322,16 @@ def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
         if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             raise ValueError("notes, expected a list of texts")
         accounting = Accounting.from_json(about["accounting"]) if "accounting" in about else None
-        kind = about.get("kind", "guest")
         guests = tuple(Guest(Layout.from_json(one["layout"]), one["init"]) for one in about.get("guests", []))
-        if kind not in ("guest", "process") or any(guest.init not in ("private", "shared") for guest in guests):
-            raise ValueError(f"kind {kind} of {len(guests)} guests")
+        if any(guest.init not in ("private", "shared") for guest in guests):
+            raise ValueError("a guest that is neither private nor shared at first")
         doubts = about.get("doubts", [])
         if not all(
             isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str)
             for one in doubts
         ):
             raise ValueError("doubts, expected a list of pairs of texts")
+        of_processes = _processes(about)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
     common = {"layout": layout, "init": init, "setup": setup, "accesses": about.get("accesses") is True}
@@ -318,7 +339,7 @@ def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
     return {
         **common,
         "accounting": accounting,
-        "kind": kind,
+        "of_processes": of_processes,
         "guests": guests,
         "machine": machine,
         "notes": tuple(map(printable, notes)),

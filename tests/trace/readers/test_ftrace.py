@@ -98,7 +98,7 @@ def test_old_form_names_no_vcpu() -> None:
         (
             "sys_mmap(addr: 0, len: 0x2000, prot: 3, flags: 0x22, fd: 0xffffffff, off: 0)",
             Input.MMAP,
-            [0, 0x2000, 0xFFFFFFFF, 0, 0x22],
+            [0, 0x2000, 0xFFFFFFFF, 0, 0x22 | 3 << 32],
         ),
         ("sys_fallocate(fd: 0xf, mode: 3, offset: 0x400000, len: 0x1000)", Input.FALLOCATE, [15, 3, 0x400000, 0x1000]),
         (

@@ -49,6 +49,10 @@ DAMO = b'[{"kdamond_idx": 0, "snapshots": []}]'
         (DAMON + DAMON.replace(b"damon_aggregated", b"sched_switch") * 2, {"ftrace": Match.POSSIBLE}),
         (DAMO, {"ftrace": Match.POSSIBLE, "damon": Match.SURE}),
         (b"[{}]", {"ftrace": Match.POSSIBLE}),
+        (b"brk(NULL) = 0x1000\n", {"ftrace": Match.POSSIBLE, "strace": Match.SURE}),
+        (b"00400000-00401000 r--p 00000000 fe:00 2195570  /opt/s\n", {"ftrace": 1, "proc_snapshot": Match.SURE}),
+        (b"PK\x03\x04" + bytes(22) + b"\4\0\0\0maps", {"proc_snapshot": Match.SURE, "drmemtrace": Match.POSSIBLE}),
+        (b"PK\x03\x04" + bytes(22) + b"\4\0\0\0else", {"drmemtrace": Match.POSSIBLE}),
     ],
 )
 def test_what_a_beginning_looks_like_to_each(head: bytes, expected: dict[str, Match]) -> None:
