@@ -176,7 +176,7 @@ class DeviceRun:
         accesses, faulted: DMA_ACCESS, and those that the unit refused
         stale_private, stale_freed: 4K pages that an access reached through an entry that outlived their conversion to
             private, or their page cache
-        machine_checks: of stale_private those of a TDX VM, which end the host
+        machine_checks: of stale_private the writes to a TDX VM's, which end the host
         maps_refused: DMA_MAP that ended in an error
         conversions_pinned: conversions that ended with -EAGAIN at a folio that may be pinned
         revoked, widened, returned, lost, cut, joined, windows, window_ns: objects.devices.Revocations, of all spaces

@@ -397,7 +397,9 @@ class Iommufd(OfMachine):
         "none": nobody but user space. "notifier": the kernel unmaps what goes, with all of a large I/O entry that it is
         a part of. "revoke": and enters again at the end what of it is still backed and shared, and what became shared
         (iommufd with revocable providers, RFCs of 2026). "mirror": the same, but large entries are cut first, so that
-        nothing else goes, and put together again where all of one is shared (asked for in 2026, posted by nobody).
+        nothing else goes, and put together again where all of one is shared (asked for in 2026, posted for no
+        guest_memfd).
+        What is entered is zeroed before, unless it was used: an inference, as whoever hands pages out has to.
         One flush for each address space and operation. Ioas.revocations counts.
         OSError ENOMEM past words.DOMAINS of them. ValueError for another word.
         """

@@ -239,8 +239,8 @@ class Machine(Core):
 
     @property
     def machine_checks(self) -> int:
-        """Accesses of devices to private memory of a TDX VM, through I/O entries that outlived its conversion: the
-        first one that the guest notices ends the host. Of an SNP VM they are faults of the IOMMU (-EFAULT)."""
+        """Writes of devices to private memory of a TDX VM, through I/O entries that outlived its conversion: the first
+        of these pages that the guest uses ends the host. Of an SNP VM they are faults of the IOMMU (-EFAULT)."""
         return self.register(W.R_MACHINE_CHECKS)
 
     @property

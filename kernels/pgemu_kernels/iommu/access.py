@@ -102,11 +102,12 @@ def staleness(m, d, iova, pfn):
 
 
 @outlined
-def _refuses_private(m, pfn):
+def _refuses_private(m, pfn, write):
     """What a VM's kind makes of a device that reaches private memory: whether the unit refuses it.
 
-    SNP: the IOMMU looks in the RMP, and the page is a guest's: a fault. TDX: the page is written without its key, and
-    whoever reads it gets a machine check, which ends the host (R_MACHINE_CHECKS). Others: nothing notices.
+    SNP: the IOMMU looks in the RMP, and the page is a guest's: a fault. TDX: a page that is written without its
+    key is poisoned, and whoever uses it gets a machine check, which ends the host (R_MACHINE_CHECKS); a read shows
+    nothing and marks nothing. Others: nothing notices.
     """
     state = m.state
     inode, index = owner_of(m, pfn)
@@ -117,6 +118,8 @@ def _refuses_private(m, pfn):
         return False
     if state[R_VM_PROPERTIES] & VM_RMP != U0 and is_assigned(state, node, index):
         return True
+    if not write:
+        return False
     slot = first_binding(state, inode, index, index + U1)
     while slot != U0:
         if is_mirrored(state, state[slot + M_VM]):
@@ -127,7 +130,7 @@ def _refuses_private(m, pfn):
 
 
 @kernel
-def _refuses_stale(m, d, iova, pfn):
+def _refuses_stale(m, d, iova, pfn, write):
     """Count a stale access: whether the unit refuses it, for whose memory it is by now."""
     if m.state[R_BLOCKS] == U0 or not in_zone(m.state, pfn):  # there was no guest_memfd
         return False
@@ -135,7 +138,7 @@ def _refuses_stale(m, d, iova, pfn):
     if stale == NOT_STALE:
         return False
     charge_one(m, EVENT_IOMMU_STALE_FREED if stale == STALE_FREED else EVENT_IOMMU_STALE_PRIVATE)
-    return _refuses_private(m, pfn)
+    return _refuses_private(m, pfn, write)
 
 
 @outlined
@@ -177,7 +180,7 @@ def operate_access(m, op, d):
             state[op + O_DETAIL] = at - iova
             return stop(state, op, -EFAULT)
         physical = physical_of(state, f, entry, shift, at)
-        if _refuses_stale(m, d, at, physical >> U12):
+        if _refuses_stale(m, d, at, physical >> U12, write):
             state[op + O_DETAIL] = at - iova
             return stop(state, op, -EFAULT)
         if first == NONE:

@@ -1,7 +1,8 @@
 """Areas of an IOAS over a guest_memfd of the two designs: I/O entries without pins, of what is backed and shared.
 
 What-ifs, for Linux refuses such files. A page that is private or that has no folio is not entered, so that a device
-faults there; nothing that is allocated later is entered by itself.
+faults there; nothing that is allocated later is entered by itself. What is entered is zeroed before, unless it was
+used.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from pgemu_kernels.engine.bits import ALL, U0, U1, U12
 from pgemu_kernels.engine.charge import change
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.rows import block_row, inode_row
+from pgemu_kernels.folios.folio import FLAGS, PG_UPTODATE, order_of, struct_page
 from pgemu_kernels.gmem.items import find_bit
 from pgemu_kernels.gmem.levels import frame_of
+from pgemu_kernels.gmem.references import folio_head
+from pgemu_kernels.gmem.zeroing import zero_folio
 from pgemu_kernels.iommu.areas import area_end, area_flags, area_memory, area_start
 from pgemu_kernels.iommu.domain import walk_domain
 from pgemu_kernels.iommu.io_pages import pages_word
@@ -152,6 +156,25 @@ def _enter_device(m, e, d, key, start, end):
 
 
 @outlined
+def _prepare(m, node, start, end, frame):
+    """Zero what of pages [start, end), frame `frame` on, was never used: a device is a user like any other.
+
+    Inference: no provider of a guest_memfd to devices was posted; whoever hands pages out has to prepare them, as
+    kvm_gmem_get_folio() and the host's fault do.
+    """
+    index = start
+    while index < end:
+        pfn = frame + (index - start)
+        head = folio_head(m, pfn)
+        order = order_of(m, head)
+        if m.ram[struct_page(m, head) + FLAGS] & PG_UPTODATE != U0:
+            index = (index | (U1 << order) - U1) + U1
+        else:
+            zero_folio(m, node, index, pfn, U1, order)
+            index += U1
+
+
+@outlined
 def enter_pages(m, e, d, key, inode, start, end):
     """Enter what is backed and shared of pages [start, end), which an area shows: how many pages."""
     state = m.state
@@ -180,6 +203,7 @@ def enter_pages(m, e, d, key, inode, start, end):
             border = min(end, (border | inside) + U1)
             last = find_bit(state, state[node + I_WORD], last, border, ALL)
         at = base + (index - page << U12)
+        _prepare(m, node, index, last, frame)
         entered += enter_run(m, e, d, at, frame << U12, last - index << U12, area_flags(m, d, key))
         index = last
     return entered

@@ -158,7 +158,7 @@ _CUT = Switch(
         "cuts and joins (VT-d)": _by("mirror"), "cuts and joins (AMD)": _by("mirror", "amd"),
         "maps again (VT-d)": _by("revoke"), "maps again (AMD)": _by("revoke", "amd"),
     },
-    "nobody has posted cutting",
+    "no posted code cuts them for a guest_memfd",
 )  # fmt: skip
 
 CLAIMS = (
