@@ -26,10 +26,10 @@ __all__ = (
         "run_pooling",
         "tell_devices",
     ),
-    *("read_lines", "translate", "translate_nested"),
+    *("collapse", "look_up", "loops_of", "read_lines", "run_address", "translate", "translate_nested"),
 )
 
-_INTS, _WORDS, _BYTES = "int64[::1]", "uint64[::1]", "uint8[::1]"
+_INTS, _WORDS, _BYTES, _HALVES = "int64[::1]", "uint64[::1]", "uint8[::1]", "uint16[::1]"
 _INT, _WORD = "int64", "uint64"
 _COLUMNS = {
     "header": _WORDS, "object_": _WORDS, "address": _WORDS, "offset": _WORDS, "length": _WORDS, "status": _INTS,
@@ -48,9 +48,10 @@ check = declare(
 provide = declare(
     "pgemu_kernels.folios.boot", "provide", True, descriptor=_INTS, what=_INT, where=_WORD
 ).dispatcher  # fmt: skip
-_run = declare(
+_run_declared = declare(
     "pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD
-).dispatcher
+)
+_run = _run_declared.dispatcher
 run_designs = declare(
     "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
 ).dispatcher
@@ -91,6 +92,18 @@ read_lines = declare(
     names=_BYTES, shapes=_BYTES, counts=_WORDS, advices=_WORDS, tasks=_WORDS, older=_WORDS, rows=_WORDS, kept=_WORDS,
 ).dispatcher  # fmt: skip
 
+collapse = declare(
+    "pgemu_kernels.guest.collapse", "collapse", descriptor=_INTS, control=_WORDS, access_row=_WORDS, roots=_WORDS,
+    addresses=_WORDS, flags=_BYTES, actors=_HALVES, spaces=_HALVES, physical=_WORDS, pages=_WORDS, blocks=_WORDS,
+    memo=_WORDS, at=_WORDS, header=_WORDS, address=_WORDS, offset=_WORDS, length=_WORDS,
+).dispatcher  # fmt: skip
+look_up = declare(
+    "pgemu_kernels.guest.tlb", "look_up", guest_descriptor=_INTS, descriptor=_INTS, tlb=_WORDS, control=_WORDS,
+    counts=_WORDS, access_row=_WORDS, stage2_access=_WORDS, roots=_WORDS, addresses=_WORDS, flags=_BYTES,
+    actors=_HALVES, spaces=_HALVES, found=_BYTES, levels=_BYTES, references=_BYTES, at=_WORDS, **_COLUMNS,
+    loops=_WORDS,
+).dispatcher  # fmt: skip
+
 _addresses = np.zeros(len(_LOOPS), np.uint64)  # of the loops' machine code, as far as they were called
 _LOOP_SHIFT = 60  # loops.LOOP_SHIFT
 
@@ -105,3 +118,13 @@ def run(descriptor: Any, *columns_and_first: Any) -> int:
         loop = (stopped >> _LOOP_SHIFT) - 1
         _addresses[loop] = _LOOPS[loop].address()
         first = np.uint64(stopped & (1 << _LOOP_SHIFT) - 1)
+
+
+def run_address() -> int:
+    """Where the entry behind run() begins, for kernels that run operations between others."""
+    return _run_declared.address()
+
+
+def loops_of() -> Any:
+    """uint64[3]: what that entry takes as its loops, those that were called by now."""
+    return _addresses

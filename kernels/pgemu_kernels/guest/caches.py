@@ -1,0 +1,141 @@
+"""Set-associative caches with the least recently used entry as the next to go, all in one array of words.
+
+A word for each entry is its tag, 0 for none; behind all tags of a cache is a stamp for each: the clock of its last use,
+and in the two low bits the level of the leaf that it was made from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.words.guest_words import (
+    A_PAGE,
+    G_BEGIN,
+    G_ENTRIES,
+    G_KINDS,
+    G_SETS,
+    G_SIZES,
+    G_WAYS,
+    G_WORDS,
+    H_AREA,
+    H_AREA_WORDS,
+    H_CLOCK,
+    H_FLUSHES,
+    H_ROWS,
+    H_VCPUS,
+    TAG_LEVEL,
+)
+
+U = np.uint64
+_G_WORDS = U(G_WORDS)
+
+
+@kernel
+def row_at(number):
+    """Where a cache's row begins."""
+    return H_ROWS + number * _G_WORDS
+
+
+@kernel
+def tag_of(page, space, level):
+    """Tag of the entry of a level that covers a 4K page; `space` stands where it has its place in a tag."""
+    return page >> (U9 * (level - U1)) | space | level << TAG_LEVEL
+
+
+@kernel
+def first_way(tlb, row, area, page, level):
+    """Where the set begins that an entry of a level over a page belongs to. The index is the low bits of its number."""
+    number = page >> (U9 * (level - U1)) & tlb[row + G_SETS]
+    return area + tlb[row + G_BEGIN] + number * tlb[row + G_WAYS]
+
+
+@kernel
+def use(tlb, row, at, level):
+    """Make an entry the most recently used one."""
+    clock = tlb[H_CLOCK] + U1
+    tlb[H_CLOCK] = clock
+    tlb[at + tlb[row + G_ENTRIES]] = clock << U2 | level
+
+
+@kernel
+def find(tlb, row, area, page, level, tag):
+    """Where an entry is, NONE: nowhere."""
+    first = first_way(tlb, row, area, page, level)
+    for at in range(first, first + tlb[row + G_WAYS]):
+        if tlb[at] == tag:
+            return at
+    return NONE
+
+
+@kernel
+def put(tlb, row, area, page, level, tag, leaf):
+    """Enter what is not there in place of the least recently used entry; nothing where there is no cache."""
+    ways = tlb[row + G_WAYS]
+    if ways == U0:
+        return
+    first = first_way(tlb, row, area, page, level)
+    stamps = tlb[row + G_ENTRIES]
+    oldest = first
+    for at in range(first + U1, first + ways):
+        if tlb[at + stamps] < tlb[oldest + stamps]:
+            oldest = at
+    tlb[oldest] = tag
+    use(tlb, row, oldest, leaf)
+
+
+@outlined
+def look_through(tlb, first, last, area, kind, page, space):
+    """An entry for a page in the caches of rows first to last - 1: (its level, the level of its leaf), or zeroes."""
+    for number in range(first, last):
+        row = row_at(number)
+        if tlb[row + G_KINDS] & kind == U0:
+            continue
+        sizes = tlb[row + G_SIZES]
+        level = U1
+        while level <= U3:
+            if sizes >> level & U1 != U0:
+                at = find(tlb, row, area, page, level, tag_of(page, space, level))
+                if at != NONE:
+                    leaf = tlb[at + tlb[row + G_ENTRIES]] & U3
+                    use(tlb, row, at, leaf)
+                    return level, leaf
+            level += U1
+    return U0, U0
+
+
+@outlined
+def enter(tlb, first, last, area, kind, page, space, leaf):
+    """Enter a translation with a leaf of a level in the cache that holds the largest part of it: the entry's level.
+
+    What no cache holds whole is entered in the largest pieces that one does; 0: none does.
+    """
+    best = row = U0
+    for number in range(first, last):
+        at = row_at(number)
+        if tlb[at + G_KINDS] & kind != U0 and tlb[at + G_WAYS] != U0:
+            level = leaf
+            while level > best:
+                if tlb[at + G_SIZES] >> level & U1 != U0:
+                    best = level
+                    row = at
+                level -= U1
+    if best != U0:
+        put(tlb, row, area, page, best, tag_of(page, space, best), leaf)
+    return best
+
+
+@outlined
+def flush_all(tlb):
+    """Forget everything, on every vCPU: global INVEPT, or an ASID flush, after which all its entries are strange."""
+    for i in range(tlb[H_AREA], tlb[H_AREA] + tlb[H_VCPUS] * tlb[H_AREA_WORDS]):
+        tlb[i] = U0
+    tlb[H_FLUSHES] += U1
+
+
+@kernel
+def forget_last(tlb, area):
+    """What was used last is not known any more."""
+    tlb[area + A_PAGE] = U0
+    tlb[area + A_PAGE + U1] = U0

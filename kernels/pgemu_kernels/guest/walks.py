@@ -1,0 +1,189 @@
+"""Walks after a miss in the TLBs, and which entries they read past the paging-structure caches.
+
+What a walk finds is read off the tables as they stand, always; the caches only say which entries need not be read. An
+entry of the guest's tables that is cached has the host's address of the table it leads to: the first entry below it
+needs no walk of stage 2 (Intel SDM volume 3, "Information That May Be Cached": combined paging-structure-cache
+entries). Guest physical addresses, of tables and of the data, are looked up in a cache of their own, then in those of
+stage 2's tables (guest-physical mappings). Of several cached entries the one nearest to the leaf is used, and only it
+counts as used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
+from pgemu_kernels.engine.compile import kernel, outlined
+from pgemu_kernels.engine.geometry import shift_of, size_of
+from pgemu_kernels.guest.caches import find, put, row_at, tag_of, use
+from pgemu_kernels.tables.exact_walk import slot_of
+from pgemu_kernels.tables.nested import host_of
+from pgemu_kernels.tables.translate import (
+    LARGE_LEAF,
+    LOOK,
+    directory,
+    find_below,
+    leaf_level,
+    load_masks,
+    passes_leaf,
+    passes_table,
+)
+from pgemu_kernels.words.guest_words import G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+
+U = np.uint64
+
+
+class Tables(NamedTuple):
+    """What the walks of a batch go through."""
+
+    guest: Any  # Tree, of which the root is another one for each space
+    stage2: Any  # Tree
+    private: Any  # Tree of private memory
+    access: Any  # uint64: the access row of the guest's format, which asks for nothing
+    stage2_access: Any
+    is_nested: Any  # bool
+    has_private: Any  # bool: private memory has another root
+    is_direct: Any  # bool: the guest's tables lie at their guest physical addresses of the guest's memory
+
+
+class Found(NamedTuple):
+    """What a walk found and read."""
+
+    level: Any  # of the leaf, the smaller one of both stages; 0: none
+    guest: Any  # entries of the guest's tables read
+    stage2: Any  # ... of stage 2
+    full: Any  # entries of both that would have been read without caches
+    nested: Any  # guest physical addresses looked up
+    hits: Any  # ... and found in their cache
+
+
+@kernel
+def leaf_in(m, access, tree, gpa):
+    """A guest physical address in a tree of stage 2: (level of its leaf, host physical address), or (0, NONE)."""
+    table = directory(m.ram, access, U0, tree, gpa)
+    found = find_below(m.ram, access, U0, load_masks(access, U0), tree.address_bits, table, gpa)
+    host = host_of(m, access, U0, tree, found, gpa)
+    if found == LOOK or host == NONE:
+        return U0, NONE
+    return (U1 if found & LARGE_LEAF == U0 else leaf_level(found)), host
+
+
+@outlined
+def stage2_leaf(m, t, gpa):
+    """The same in the VM's tables: those of private memory first, for where a page is mapped there it is private."""
+    if t.has_private:
+        level, host = leaf_in(m, t.stage2_access, t.private, gpa)
+        if level != U0:
+            return level, host
+    return leaf_in(m, t.stage2_access, t.stage2, gpa)
+
+
+@outlined
+def read_stage2(tlb, area, levels, leaf, gpa):
+    """How many entries of stage 2 a walk to a leaf reads; those that lead to tables are cached."""
+    page = gpa >> U12
+    top = levels
+    level = leaf + U1
+    while level <= U4:
+        row = row_at(ROW_STAGE2 + level - U2)
+        at = find(tlb, row, area, page, level, tag_of(page, U0, level))
+        if at != NONE:
+            use(tlb, row, at, level & U3)
+            top = level - U1
+            break
+        level += U1
+    for level in range(leaf + U1, min(top, U4) + U1):
+        put(tlb, row_at(ROW_STAGE2 + level - U2), area, page, level, tag_of(page, U0, level), level & U3)
+    return top - leaf + U1
+
+
+@outlined
+def translate_gpa(m, t, tlb, area, gpa):
+    """Translate a guest physical address: (level of its leaf or 0, entries read, entries without caches, hit)."""
+    leaf, _ = stage2_leaf(m, t, gpa)
+    if leaf == U0:
+        return U0, U0, U0, U0
+    row = row_at(ROW_NESTED)
+    page = gpa >> U12
+    tag = tag_of(page, U0, leaf)
+    full = t.stage2.levels - leaf + U1
+    at = find(tlb, row, area, page, leaf, tag)
+    if at != NONE:
+        use(tlb, row, at, leaf)
+        return leaf, U0, full, U1
+    read = read_stage2(tlb, area, t.stage2.levels, leaf, gpa)
+    put(tlb, row, area, page, leaf, tag, leaf)
+    return leaf, read, full, U0
+
+
+@kernel
+def guest_entry(g, m, t, gpa):
+    """An entry of the guest's tables; 0 where there is no memory."""
+    if t.is_direct:
+        slot = slot_of(g, gpa)
+    else:
+        _, host = stage2_leaf(m, t, gpa)
+        slot = NONE if host == NONE else slot_of(m, host)
+    return U0 if slot == NONE else g.ram[slot] if t.is_direct else m.ram[slot]
+
+
+@outlined
+def lowest_cached(tlb, area, page, space):
+    """The level of the lowest cached entry of the guest's tables over a page that leads to a table, 0: none."""
+    level = U2
+    while level <= U4:
+        row = row_at(ROW_GUEST + level - U2)
+        if tlb[row + G_WAYS] != U0:
+            at = find(tlb, row, area, page, level, tag_of(page, space, level))
+            if at != NONE:
+                use(tlb, row, at, level & U3)
+                return level
+        level += U1
+    return U0
+
+
+@outlined
+def walk_after_miss(g, m, t, tlb, area, root, address, page, space):
+    """Walk one address: Found."""
+    level = t.guest.levels
+    table = root
+    cached = lowest_cached(tlb, area, page, space)
+    guest = stage2 = full = nested = hits = U0
+    while True:
+        gpa = table + ((address >> shift_of(level) & U511) << U3)
+        is_read = cached == U0 or level < cached
+        full += U1
+        if is_read:
+            guest += U1
+        if t.is_nested:
+            # The table's address as the host has it comes with the cached entry above.
+            if is_read and level != cached - U1:
+                leaf, read, whole, hit = translate_gpa(m, t, tlb, area, gpa)
+                stage2 += read
+                nested += U1
+                hits += hit
+            else:
+                leaf, _ = stage2_leaf(m, t, gpa)
+                whole = t.stage2.levels - leaf + U1
+            if leaf == U0:
+                return Found(U0, guest, stage2, full, nested, hits)
+            full += whole
+        value = guest_entry(g, m, t, gpa)
+        if level > U1 and passes_table(t.access, U0, level, value):
+            if is_read and level <= U4:
+                put(tlb, row_at(ROW_GUEST + level - U2), area, page, level, tag_of(page, space, level), level & U3)
+            table = value & t.guest.address_bits
+            level -= U1
+            continue
+        if level > U3 or not passes_leaf(t.access, U0, level, value):
+            return Found(U0, guest, stage2, full, nested, hits)
+        break
+    if t.is_nested:
+        inside = size_of(level) - U1
+        leaf, read, whole, hit = translate_gpa(
+            m, t, tlb, area, value & t.guest.address_bits & ~inside | address & inside
+        )
+        return Found(min(level, leaf), guest, stage2 + read, full + whole, nested + U1, hits + hit)
+    return Found(level, guest, stage2, full, nested, hits)
