@@ -116,7 +116,8 @@ class DesignRun:
         control = lookup_control(
             (0, self.machine.register(W.R_STAGE2_FORMAT)), (self.vm.root, self.vm.private_root), direct=True
         )
-        control[G.L_RUN] = 0 if self.machine.register(W.R_FULL) else run_address()
+        full = bool(self.machine.register(W.R_FULL))
+        control[G.L_FULL if full else G.L_RUN] = run_address(full)
         accesses = batch.accesses
         columns = [np.ascontiguousarray(getattr(accesses, name)) for name in ("address", "flags", "actor", "space")]
         status = np.zeros(len(records), np.int64)

@@ -36,6 +36,7 @@ from pgemu_kernels.words.guest_words import (
     KIND_FETCH,
     L_AT,
     L_DIRECT,
+    L_FULL,
     L_GUEST_FORMAT,
     L_PRIVATE_ROOT,
     L_RECORD,
@@ -56,11 +57,13 @@ from pgemu_kernels.words.guest_words import (
 )
 from pgemu_kernels.words.operations import OPERATIONS
 from pgemu_kernels.words.registers import R_FULL
+from pgemu_kernels.words.requests import BATCH_MODE
 
 U = np.uint64
 _PAGES = U((1 << 45) - 1)  # page numbers of 57 bits of address
 _N_FOUND, _N_LEVELS, _S_WORDS = U(N_FOUND), U(N_LEVELS), U(S_WORDS)
 _OPERATIONS, _EVENTS = U(OPERATIONS), U(EVENTS)
+_BATCH_MODE = np.int64(BATCH_MODE)
 
 
 class Accesses(NamedTuple):
@@ -183,17 +186,23 @@ def look_for_flushes(m, tlb):
 
 
 @outlined
-def run_record(m, tlb, b, i, run, descriptor, loops):
-    """Run one operation by the entry of default machines: whether it was one for that entry."""
-    if run == U0 or m.state[R_FULL] != U0:
+def run_record(m, tlb, b, i, control, descriptor, loops):
+    """Run one operation by the entry of the designs' operations: whether it was one for that entry."""
+    is_full = m.state[R_FULL] != U0
+    run = control[L_FULL] if is_full else control[L_RUN]
+    if run == U0:
         return False
     counter = STATS_COUNTERS + (b.header[i] & LOW8) * _EVENTS + EVENT_TLB_FLUSH_VM
     before = m.stats[counter]
     first, last = np.int64(i), np.int64(i + U1)
-    done = call_address(run, (
-        descriptor, loops, b.header[first:last], b.object[first:last], b.address[first:last], b.offset[first:last],
-        b.length[first:last], b.status[first:last], b.detail[first:last], U0,
-    ))  # fmt: skip
+    one = (
+        b.header[first:last], b.object[first:last], b.address[first:last], b.offset[first:last], b.length[first:last],
+        b.status[first:last], b.detail[first:last],
+    )  # fmt: skip
+    if is_full:
+        done = call_address(run, (descriptor, *one, U0, U0, _BATCH_MODE))
+    else:
+        done = call_address(run, (descriptor, loops, *one, U0))
     if m.stats[counter] != before:
         tlb[H_SEEN] += U(m.stats[counter] - before)
         flush_all(tlb)
@@ -225,7 +234,7 @@ def look_up(
     record = control[L_RECORD]
     while True:
         while record < U(b.at.size) and b.at[record] <= i:
-            if not run_record(m, tlb, b, record, control[L_RUN], descriptor, loops):
+            if not run_record(m, tlb, b, record, control, descriptor, loops):
                 control[L_AT] = i
                 control[L_RECORD] = record
                 return np.int64(1)

@@ -52,9 +52,10 @@ _run_declared = declare(
     "pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD
 )
 _run = _run_declared.dispatcher
-run_designs = declare(
+_designs = declare(
     "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
-).dispatcher
+)
+run_designs = _designs.dispatcher
 run_ordinary = declare(
     "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
@@ -120,9 +121,9 @@ def run(descriptor: Any, *columns_and_first: Any) -> int:
         first = np.uint64(stopped & (1 << _LOOP_SHIFT) - 1)
 
 
-def run_address() -> int:
-    """Where the entry behind run() begins, for kernels that run operations between others."""
-    return _run_declared.address()
+def run_address(full: bool) -> int:
+    """Where the entry behind run(), or run_designs() begins, for kernels that run operations between accesses."""
+    return (_designs if full else _run_declared).address()
 
 
 def loops_of() -> Any:
