@@ -80,7 +80,7 @@ class GuestMemory:
             np.full(len(records), _NO_TABLE, np.uint8),
             np.zeros(len(records), np.uint64),
         )
-        self._translate(records, np.arange(len(records)), found)
+        self._translate(records, None, found)
         status, level, physical = found
         missing = np.flatnonzero(status == WalkStatus.NOT_PRESENT)
         if missing.size and not self._is_out:
@@ -90,15 +90,20 @@ class GuestMemory:
         self.counts["no memory"] += int(np.count_nonzero(status == WalkStatus.NOT_PRESENT))
         return physical, status == WalkStatus.OK
 
-    def _translate(self, records: Records, which: Array, found: tuple[Array, Array, Array]) -> None:
-        """Status, level and guest physical address of accesses `which`, where there are tables."""
-        spaces = records.space[which]
-        for space in np.unique(spaces).tolist():
-            if space in self.tables:
-                rows = which[spaces == space]
-                walks = self.tables[space].translate(records.address[rows])
-                for array, given in zip(found, (walks.status, walks.level, walks.physical), strict=True):
-                    array[rows] = given
+    def _translate(self, records: Records, which: Array | None, found: tuple[Array, Array, Array]) -> None:
+        """Status, level and guest physical address of accesses (of those `which`), where there are tables."""
+        spaces = records.space if which is None else records.space[which]
+        alone = len(spaces) > 0 and bool((spaces == spaces[0]).all())
+        for space in [int(spaces[0])] if alone else np.flatnonzero(np.bincount(spaces)).tolist():
+            if space not in self.tables:
+                continue
+            rows: Any = slice(None) if which is None else which
+            if not alone:
+                mine = np.flatnonzero(spaces == space)
+                rows = mine if which is None else which[mine]
+            walks = self.tables[space].translate(records.address[rows])
+            for array, given in zip(found, (walks.status, walks.level, walks.physical), strict=True):
+                array[rows] = given
 
     # ------------------------------------------------------------------ first touches
 

@@ -73,8 +73,8 @@ class TlbCounts:
     Attributes:
         accesses: int64[3, 3, 4], by what was accessed (reads, writes, fetches), where it was found (first level,
             second level, missed) and level of the entry (0: no translation, 4K, 2M, 1G)
-        sums: int64[3, 5], by what was accessed: entries of the guest's tables read, of stage 2 read, of both without
-            paging-structure caches; guest physical addresses found in their cache, and looked up
+        sums: int64[3, 4], by what was accessed: entries of the guest's tables read, of stage 2 read; guest physical
+            addresses found in their cache, and looked up
         flushes: how many times everything was flushed
     """
 
@@ -102,11 +102,6 @@ class TlbCounts:
         """Entries of tables read by walks, of both stages."""
         return int(self.sums[:, :2].sum())
 
-    @property
-    def references_uncached(self) -> int:
-        """What the same walks would read without paging-structure caches."""
-        return int(self.sums[:, 2].sum())
-
     def share(self, size: str) -> float:
         """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none."""
         translated = self.total - self.untranslated
@@ -119,14 +114,14 @@ class TlbCounts:
             rows = self.accesses[number]
             names = ("none", *LEVELS)
             found = {where: dict(zip(names, (int(n) for n in rows[i]), strict=True)) for i, where in enumerate(FOUND)}
-            guest, stage2, uncached, hits, nested = (int(n) for n in self.sums[number])
+            guest, stage2, hits, nested = (int(n) for n in self.sums[number])
             by_kind[what] = {
-                **found, "guest_references": guest, "stage2_references": stage2, "references_uncached": uncached,
+                **found, "guest_references": guest, "stage2_references": stage2,
                 "nested_hits": hits, "nested_lookups": nested,
             }  # fmt: skip
         totals = {
             "accesses": self.total, "missed": self.missed, "untranslated": self.untranslated,
-            "references": self.references, "references_uncached": self.references_uncached, "flushes": self.flushes,
+            "references": self.references, "flushes": self.flushes,
         }  # fmt: skip
         return {**totals, **{f"share_{size}": self.share(size) for size in LEVELS}, "by_kind": by_kind}
 
@@ -269,13 +264,13 @@ def _lay_out(processor: Processor, vcpus: int) -> Array:
     ]  # fmt: skip
     rows = np.zeros((len(caching), G.G_WORDS), np.uint64)
     begin = G.A_CACHES
-    for row, cache in zip(rows, caching, strict=True):
+    for number, (row, cache) in enumerate(zip(rows, caching, strict=True)):
         sizes, kinds = (cache.sizes, cache.kinds) if isinstance(cache, TlbCache) else ((), ())
         row[G.G_SETS] = cache.entries // cache.ways - 1 if cache.ways else 0
         row[G.G_WAYS], row[G.G_ENTRIES], row[G.G_BEGIN] = cache.ways, cache.entries, begin
         row[G.G_SIZES] = sum(1 << LEVELS[size] for size in sizes)
         row[G.G_KINDS] = sum(_KINDS[kind] for kind in kinds)
-        begin += 2 * cache.entries
+        begin += (3 if number < G.ROW_STAGE2 else 2) * cache.entries
     area = -(-begin // 8) * 8
     first = int(G.H_ROWS) + rows.size
     words = np.zeros(first + vcpus * area, np.uint64)

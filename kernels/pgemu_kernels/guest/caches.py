@@ -11,7 +11,6 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.words.guest_words import (
-    A_PAGE,
     G_BEGIN,
     G_ENTRIES,
     G_KINDS,
@@ -71,10 +70,10 @@ def find(tlb, row, area, page, level, tag):
 
 @kernel
 def put(tlb, row, area, page, level, tag, leaf):
-    """Enter what is not there in place of the least recently used entry; nothing where there is no cache."""
+    """Enter what is not there in place of the least recently used entry: where; NONE where there is no cache."""
     ways = tlb[row + G_WAYS]
     if ways == U0:
-        return
+        return NONE
     first = first_way(tlb, row, area, page, level)
     stamps = tlb[row + G_ENTRIES]
     oldest = first
@@ -83,6 +82,15 @@ def put(tlb, row, area, page, level, tag, leaf):
             oldest = at
     tlb[oldest] = tag
     use(tlb, row, oldest, leaf)
+    return oldest
+
+
+@kernel
+def put_table(tlb, row, area, page, level, tag, table):
+    """Enter an entry of a level that leads to a table, whose address stands behind the stamps."""
+    at = put(tlb, row, area, page, level, tag, level & U3)
+    if at != NONE:
+        tlb[at + tlb[row + G_ENTRIES] * U2] = table
 
 
 @outlined
@@ -132,10 +140,3 @@ def flush_all(tlb):
     for i in range(tlb[H_AREA], tlb[H_AREA] + tlb[H_VCPUS] * tlb[H_AREA_WORDS]):
         tlb[i] = U0
     tlb[H_FLUSHES] += U1
-
-
-@kernel
-def forget_last(tlb, area):
-    """What was used last is not known any more."""
-    tlb[area + A_PAGE] = U0
-    tlb[area + A_PAGE + U1] = U0

@@ -47,7 +47,6 @@ from pgemu_kernels.words.guest_words import (
     N_LEVELS,
     N_SUMS,
     ROW_TLBS,
-    S_FULL,
     S_GUEST,
     S_NESTED,
     S_NESTED_HITS,
@@ -106,7 +105,6 @@ def add_up(counts, what, walk):
     first = N_SUMS + what * _S_WORDS
     counts[first + S_GUEST] += walk.guest
     counts[first + S_STAGE2] += walk.stage2
-    counts[first + S_FULL] += walk.full
     counts[first + S_NESTED] += walk.nested
     counts[first + S_NESTED_HITS] += walk.hits
 

@@ -1,7 +1,6 @@
 """Walks after a miss in the TLBs, and which entries they read past the paging-structure caches.
 
-What a walk finds is read off the tables as they stand, always; the caches only say which entries need not be read. An
-entry of the guest's tables that is cached has the host's address of the table it leads to: the first entry below it
+An entry of the guest's tables that is cached has the host's address of the table it leads to: the first entry below it
 needs no walk of stage 2 (Intel SDM volume 3, "Information That May Be Cached": combined paging-structure-cache
 entries). Guest physical addresses, of tables and of the data, are looked up in a cache of their own, then in those of
 stage 2's tables (guest-physical mappings). Of several cached entries the one nearest to the leaf is used, and only it
@@ -17,7 +16,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import shift_of, size_of
-from pgemu_kernels.guest.caches import find, put, row_at, tag_of, use
+from pgemu_kernels.guest.caches import find, put, put_table, row_at, tag_of, use
 from pgemu_kernels.tables.exact_walk import slot_of
 from pgemu_kernels.tables.nested import host_of
 from pgemu_kernels.tables.translate import (
@@ -30,7 +29,7 @@ from pgemu_kernels.tables.translate import (
     passes_leaf,
     passes_table,
 )
-from pgemu_kernels.words.guest_words import G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+from pgemu_kernels.words.guest_words import G_ENTRIES, G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
 
 U = np.uint64
 
@@ -54,7 +53,6 @@ class Found(NamedTuple):
     level: Any  # of the leaf, the smaller one of both stages; 0: none
     guest: Any  # entries of the guest's tables read
     stage2: Any  # ... of stage 2
-    full: Any  # entries of both that would have been read without caches
     nested: Any  # guest physical addresses looked up
     hits: Any  # ... and found in their cache
 
@@ -101,21 +99,23 @@ def read_stage2(tlb, area, levels, leaf, gpa):
 
 @outlined
 def translate_gpa(m, t, tlb, area, gpa):
-    """Translate a guest physical address: (level of its leaf or 0, entries read, entries without caches, hit)."""
-    leaf, _ = stage2_leaf(m, t, gpa)
-    if leaf == U0:
-        return U0, U0, U0, U0
+    """Translate a guest physical address: (level of its leaf, 0: none; entries read; whether it was cached)."""
     row = row_at(ROW_NESTED)
     page = gpa >> U12
-    tag = tag_of(page, U0, leaf)
-    full = t.stage2.levels - leaf + U1
-    at = find(tlb, row, area, page, leaf, tag)
-    if at != NONE:
-        use(tlb, row, at, leaf)
-        return leaf, U0, full, U1
+    if tlb[row + G_WAYS] != U0:
+        leaf = U1
+        while leaf <= U3:
+            at = find(tlb, row, area, page, leaf, tag_of(page, U0, leaf))
+            if at != NONE:
+                use(tlb, row, at, leaf)
+                return leaf, U0, U1
+            leaf += U1
+    leaf, _ = stage2_leaf(m, t, gpa)
+    if leaf == U0:
+        return U0, U0, U0
     read = read_stage2(tlb, area, t.stage2.levels, leaf, gpa)
-    put(tlb, row, area, page, leaf, tag, leaf)
-    return leaf, read, full, U0
+    put(tlb, row, area, page, leaf, tag_of(page, U0, leaf), leaf)
+    return leaf, read, U0
 
 
 @kernel
@@ -123,15 +123,15 @@ def guest_entry(g, m, t, gpa):
     """An entry of the guest's tables; 0 where there is no memory."""
     if t.is_direct:
         slot = slot_of(g, gpa)
-    else:
-        _, host = stage2_leaf(m, t, gpa)
-        slot = NONE if host == NONE else slot_of(m, host)
-    return U0 if slot == NONE else g.ram[slot] if t.is_direct else m.ram[slot]
+        return U0 if slot == NONE else g.ram[slot]
+    _, host = stage2_leaf(m, t, gpa)
+    slot = NONE if host == NONE else slot_of(m, host)
+    return U0 if slot == NONE else m.ram[slot]
 
 
 @outlined
 def lowest_cached(tlb, area, page, space):
-    """The level of the lowest cached entry of the guest's tables over a page that leads to a table, 0: none."""
+    """The lowest cached entry of the guest's tables over a page that leads to a table: (its level, that table), or 0s."""
     level = U2
     while level <= U4:
         row = row_at(ROW_GUEST + level - U2)
@@ -139,51 +139,45 @@ def lowest_cached(tlb, area, page, space):
             at = find(tlb, row, area, page, level, tag_of(page, space, level))
             if at != NONE:
                 use(tlb, row, at, level & U3)
-                return level
+                return level, tlb[at + tlb[row + G_ENTRIES] * U2]
         level += U1
-    return U0
+    return U0, U0
 
 
 @outlined
 def walk_after_miss(g, m, t, tlb, area, root, address, page, space):
     """Walk one address: Found."""
-    level = t.guest.levels
-    table = root
-    cached = lowest_cached(tlb, area, page, space)
-    guest = stage2 = full = nested = hits = U0
+    cached, table = lowest_cached(tlb, area, page, space)
+    level = cached - U1
+    if cached == U0:
+        level = t.guest.levels
+        table = root
+    # The table's address as the host has it comes with a cached entry; else it is the first to be translated.
+    is_known = cached != U0 or not t.is_nested
+    guest = stage2 = nested = hits = U0
     while True:
         gpa = table + ((address >> shift_of(level) & U511) << U3)
-        is_read = cached == U0 or level < cached
-        full += U1
-        if is_read:
-            guest += U1
-        if t.is_nested:
-            # The table's address as the host has it comes with the cached entry above.
-            if is_read and level != cached - U1:
-                leaf, read, whole, hit = translate_gpa(m, t, tlb, area, gpa)
-                stage2 += read
-                nested += U1
-                hits += hit
-            else:
-                leaf, _ = stage2_leaf(m, t, gpa)
-                whole = t.stage2.levels - leaf + U1
+        if not is_known:
+            leaf, read, hit = translate_gpa(m, t, tlb, area, gpa)
+            stage2 += read
+            nested += U1
+            hits += hit
             if leaf == U0:
-                return Found(U0, guest, stage2, full, nested, hits)
-            full += whole
+                return Found(U0, guest, stage2, nested, hits)
+        is_known = not t.is_nested
+        guest += U1
         value = guest_entry(g, m, t, gpa)
-        if level > U1 and passes_table(t.access, U0, level, value):
-            if is_read and level <= U4:
-                put(tlb, row_at(ROW_GUEST + level - U2), area, page, level, tag_of(page, space, level), level & U3)
-            table = value & t.guest.address_bits
-            level -= U1
-            continue
-        if level > U3 or not passes_leaf(t.access, U0, level, value):
-            return Found(U0, guest, stage2, full, nested, hits)
-        break
+        if level == U1 or not passes_table(t.access, U0, level, value):
+            break
+        table = value & t.guest.address_bits
+        if level <= U4:
+            put_table(tlb, row_at(ROW_GUEST + level - U2), area, page, level, tag_of(page, space, level), table)
+        level -= U1
+    if level > U3 or not passes_leaf(t.access, U0, level, value):
+        return Found(U0, guest, stage2, nested, hits)
     if t.is_nested:
         inside = size_of(level) - U1
-        leaf, read, whole, hit = translate_gpa(
-            m, t, tlb, area, value & t.guest.address_bits & ~inside | address & inside
-        )
-        return Found(min(level, leaf), guest, stage2 + read, full + whole, nested + U1, hits + hit)
-    return Found(level, guest, stage2, full, nested, hits)
+        gpa = value & t.guest.address_bits & ~inside | address & inside
+        leaf, read, hit = translate_gpa(m, t, tlb, area, gpa)
+        return Found(min(level, leaf), guest, stage2 + read, nested + U1, hits + hit)
+    return Found(level, guest, stage2, nested, hits)

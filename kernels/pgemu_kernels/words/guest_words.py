@@ -11,7 +11,7 @@ U = np.uint64
 # A cache of translations or entries: sets of ways, least recently used first to go.
 G_SETS = U(0)  # how many, less 1: a mask
 G_WAYS = U(1)  # 0: there is none
-G_BEGIN = U(2)  # word of a vCPU's area where the tags begin; a stamp for each follows behind them
+G_BEGIN = U(2)  # word of a vCPU's area where the tags begin; a stamp for each follows, of tables then their addresses
 G_ENTRIES = U(3)  # sets * ways
 G_SIZES = U(4)  # a bit for each level of the leaves that it holds
 G_KINDS = U(5)  # KIND_DATA, KIND_FETCH: whose it is
@@ -55,10 +55,9 @@ N_KINDS = 3
 N_SUMS = U(N_KINDS * N_FOUND * N_LEVELS)  # then by what was accessed: the sums below
 S_GUEST = U(0)  # entries of the guest's tables read by walks,
 S_STAGE2 = U(1)  # ... of stage 2,
-S_FULL = U(2)  # ... and what the walks would read without paging-structure caches
-S_NESTED_HITS = U(3)  # guest physical addresses found in their cache,
-S_NESTED = U(4)  # ... of so many
-S_WORDS = 5
+S_NESTED_HITS = U(2)  # guest physical addresses found in their cache,
+S_NESTED = U(3)  # ... of so many
+S_WORDS = 4
 COUNT_WORDS = int(N_SUMS) + N_KINDS * S_WORDS
 
 # --------------------------------------------------------------------------- looking up a batch
