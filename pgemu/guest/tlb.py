@@ -165,6 +165,8 @@ class Tlb:
         """Forget every translation and cached entry, of all vCPUs."""
         first = int(self.words[G.H_AREA])
         self.words[first:] = 0
+        rows = self.words[int(G.H_ROWS) : int(G.H_ROWS) + int(self.words[G.H_LAST]) * G.G_WORDS]
+        rows.reshape(-1, G.G_WORDS)[:, G.G_HELD] = 0
         self.words[G.H_FLUSHES] += np.uint64(1)
 
     def translate(

@@ -13,6 +13,7 @@ from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.words.guest_words import (
     G_BEGIN,
     G_ENTRIES,
+    G_HELD,
     G_KINDS,
     G_SETS,
     G_SIZES,
@@ -22,6 +23,7 @@ from pgemu_kernels.words.guest_words import (
     H_AREA_WORDS,
     H_CLOCK,
     H_FLUSHES,
+    H_LAST,
     H_ROWS,
     H_VCPUS,
     TAG_LEVEL,
@@ -62,10 +64,11 @@ def use(tlb, row, at, level):
 def find(tlb, row, area, page, level, tag):
     """Where an entry is, NONE: nowhere."""
     first = first_way(tlb, row, area, page, level)
+    # A tag is in one place at most. A loop that does not end early is one of vectors.
+    found = U0
     for at in range(first, first + tlb[row + G_WAYS]):
-        if tlb[at] == tag:
-            return at
-    return NONE
+        found |= at if tlb[at] == tag else U0
+    return found if found != U0 else NONE
 
 
 @kernel
@@ -76,11 +79,14 @@ def put(tlb, row, area, page, level, tag, leaf):
         return NONE
     first = first_way(tlb, row, area, page, level)
     stamps = tlb[row + G_ENTRIES]
+    least = NONE
+    for at in range(first + stamps, first + stamps + ways):
+        least = min(least, tlb[at])
     oldest = first
-    for at in range(first + U1, first + ways):
-        if tlb[at + stamps] < tlb[oldest + stamps]:
-            oldest = at
+    while tlb[oldest + stamps] != least:
+        oldest += U1
     tlb[oldest] = tag
+    tlb[row + G_HELD] |= U1 << level
     use(tlb, row, oldest, leaf)
     return oldest
 
@@ -100,7 +106,7 @@ def look_through(tlb, first, last, area, kind, page, space):
         row = row_at(number)
         if tlb[row + G_KINDS] & kind == U0:
             continue
-        sizes = tlb[row + G_SIZES]
+        sizes = tlb[row + G_HELD]
         level = U1
         while level <= U3:
             if sizes >> level & U1 != U0:
@@ -139,4 +145,6 @@ def flush_all(tlb):
     """Forget everything, on every vCPU: global INVEPT, or an ASID flush, after which all its entries are strange."""
     for i in range(tlb[H_AREA], tlb[H_AREA] + tlb[H_VCPUS] * tlb[H_AREA_WORDS]):
         tlb[i] = U0
+    for number in range(tlb[H_LAST]):
+        tlb[row_at(number) + G_HELD] = U0
     tlb[H_FLUSHES] += U1

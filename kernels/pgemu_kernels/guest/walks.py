@@ -29,7 +29,7 @@ from pgemu_kernels.tables.translate import (
     passes_leaf,
     passes_table,
 )
-from pgemu_kernels.words.guest_words import G_ENTRIES, G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+from pgemu_kernels.words.guest_words import G_ENTRIES, G_HELD, G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
 
 U = np.uint64
 
@@ -103,12 +103,14 @@ def translate_gpa(m, t, tlb, area, gpa):
     row = row_at(ROW_NESTED)
     page = gpa >> U12
     if tlb[row + G_WAYS] != U0:
+        held = tlb[row + G_HELD]
         leaf = U1
         while leaf <= U3:
-            at = find(tlb, row, area, page, leaf, tag_of(page, U0, leaf))
-            if at != NONE:
-                use(tlb, row, at, leaf)
-                return leaf, U0, U1
+            if held >> leaf & U1 != U0:
+                at = find(tlb, row, area, page, leaf, tag_of(page, U0, leaf))
+                if at != NONE:
+                    use(tlb, row, at, leaf)
+                    return leaf, U0, U1
             leaf += U1
     leaf, _ = stage2_leaf(m, t, gpa)
     if leaf == U0:
@@ -131,7 +133,7 @@ def guest_entry(g, m, t, gpa):
 
 @outlined
 def lowest_cached(tlb, area, page, space):
-    """The lowest cached entry of the guest's tables over a page that leads to a table: (its level, that table), or 0s."""
+    """The lowest cached entry of the guest's tables over a page: (its level, the table it leads to), or zeroes."""
     level = U2
     while level <= U4:
         row = row_at(ROW_GUEST + level - U2)

@@ -15,7 +15,8 @@ G_BEGIN = U(2)  # word of a vCPU's area where the tags begin; a stamp for each f
 G_ENTRIES = U(3)  # sets * ways
 G_SIZES = U(4)  # a bit for each level of the leaves that it holds
 G_KINDS = U(5)  # KIND_DATA, KIND_FETCH: whose it is
-G_WORDS = 6
+G_HELD = U(6)  # a bit for each level that entries were made of since the last flush
+G_WORDS = 7
 
 KIND_DATA = U(1)
 KIND_FETCH = U(2)
