@@ -119,6 +119,9 @@ class GuestMemory:
         # Whether a page is the first one that needs the table of a level 1, 2, 3, below what is there.
         needs = [_is_first(key >> np.uint64(9 * n), level > n) for n in range(1, _LEVELS)]
         spaces, pages = records.space[rows], records.address[rows] & ~np.uint64(PAGE_4K - 1)
+        tables = sum(need.astype(np.int64) for need in needs)
+        _, region = np.unique(key >> _NINE, return_inverse=True)
+        is_huge = np.zeros(len(region), bool)  # by region, of those that get their huge page now
         edges = np.concatenate([[0], np.flatnonzero(np.diff(spaces)) + 1, [len(spaces)]])
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             space = int(spaces[start])
@@ -126,9 +129,9 @@ class GuestMemory:
                 return
             part = slice(start, stop)
             if self._huge:
-                self._map_regions(self.tables[space], pages[part], [need[part] for need in needs], key[part])
+                self._map_regions(self.tables[space], pages[part], tables[part], needs[0][part], region[part], is_huge)
             else:
-                self._map_pages(self.tables[space], pages[part], sum(need[part].astype(np.int64) for need in needs))
+                self._map_pages(self.tables[space], pages[part], tables[part])
             if self._is_out:
                 return
 
@@ -170,13 +173,15 @@ class GuestMemory:
         self.counts["tables"] += len(tables)
         self.counts[f"pages {'4K' if level == 1 else '2M'}"] += len(pages)
 
-    def _map_regions(self, table: PageTable, pages: Array, needs: list[Array], key: Array) -> None:
-        """The same with huge pages: a 2M range in which nothing is mapped gets one, where there is one."""
-        _, region = np.unique(key >> _NINE, return_inverse=True)
-        is_huge = np.zeros(len(region), bool)
-        tables = sum(need.astype(np.int64) for need in needs)
+    def _map_regions(
+        self, table: PageTable, pages: Array, tables: Array, is_first: Array, region: Array, is_huge: Array
+    ) -> None:
+        """The same with huge pages: a 2M range in which nothing is mapped gets one, where there is one.
+
+        is_first: whether it is the first page of such a range; region: of each page, a number of its range.
+        """
         begin = 0
-        for at in [*np.flatnonzero(needs[0]).tolist(), len(pages)]:
+        for at in [*np.flatnonzero(is_first).tolist(), len(pages)]:
             rest = begin + np.flatnonzero(~is_huge[region[begin:at]])
             if rest.size:
                 self._map_pages(table, pages[rest], tables[rest])

@@ -1,9 +1,9 @@
 """TLBs and paging-structure caches of processors: sizes, and where each number is from.
 
 Manuals state how many translations a processor holds, and of which sizes. Of its paging-structure caches Intel's only
-say what they may hold (SDM volume 3, "Caching Translation Information" and "Information That May Be Cached"): such a number
-is `assumed`, and so is that the least recently used entry goes, and that a set is chosen by the low bits of the page
-number.
+say what they may hold (SDM volume 3, "Caching Translation Information" and "Information That May Be Cached"): such a
+number is `assumed`, and so is that the least recently used entry goes, and that a set is chosen by the low bits of the
+page number.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ check = declare(
 provide = declare(
     "pgemu_kernels.folios.boot", "provide", True, descriptor=_INTS, what=_INT, where=_WORD
 ).dispatcher  # fmt: skip
-_run_declared = declare(
-    "pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD
-)
+_run_declared = declare("pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD)
 _run = _run_declared.dispatcher
 _designs = declare(
     "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
