@@ -66,7 +66,7 @@ class GuestMemory:
     @property
     def access_row(self) -> Array:
         """The access row of a walk of its tables that asks for nothing."""
-        return rows_of(self.machine.format_row(0), self.machine.arrays.ram.nbytes, None, plain=True)
+        return rows_of(self.machine.format_row(0), 1 << 52, None, plain=True)
 
     def place(self, records: Records) -> tuple[Array, Array]:
         """Give each page that is touched for the first time a frame: (guest physical addresses, whether there is one).

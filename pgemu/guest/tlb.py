@@ -29,6 +29,7 @@ from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
 from pgemu.tables.access import rows_of
 from pgemu.tables.page_table import PageTable
+from pgemu_kernels import words as W
 from pgemu_kernels.words import guest_words as G
 
 __all__ = ("Tlb", "TlbCounts", "TlbFound", "TlbLookups")
@@ -227,9 +228,11 @@ class Tlb:
         nothing = np.zeros(0, np.uint8)
         columns = between or (*(_NO_WORDS,) * 6, np.zeros(0, np.int64), _NO_WORDS)
         own, stage2 = (
-            rows_of(core.format_row(int(control[word])), core.arrays.ram.nbytes, None, plain=True)
-            for core, word in ((guest, G.L_GUEST_FORMAT), (machine, G.L_STAGE2_FORMAT))
-        )
+            rows_of(core.format_row(int(control[word])), size, None, plain=True)
+            for core, word, size in (
+                (guest, G.L_GUEST_FORMAT, ANYWHERE), (machine, G.L_STAGE2_FORMAT, machine.arrays.ram.nbytes),
+            )
+        )  # fmt: skip
         return bool(
             look_up(
                 guest.descriptor, machine.descriptor, self.words, control, self._counts, own, stage2, roots, *accesses,
@@ -239,11 +242,12 @@ class Tlb:
 
 
 _MOST_VCPUS = 1 << 10
+ANYWHERE = 1 << 52  # bytes of memory, for access rows of tables whose words are looked for in both zones
 
 
 def lookup_control(rows: tuple[int, int], stage2: tuple[int, int], *, direct: bool) -> Array:
     """uint64[L_WORDS] for a batch: rows of the guest's format and stage 2's, roots of shared and private memory."""
-    control = np.zeros(G.L_WORDS, np.uint64)
+    control = np.zeros(int(G.L_WORDS) + int(W.WALK_SCRATCH), np.uint64)
     words = (G.L_GUEST_FORMAT, G.L_STAGE2_FORMAT, G.L_ROOT, G.L_PRIVATE_ROOT, G.L_DIRECT)
     for word, value in zip(words, (*rows, *stage2, direct), strict=True):
         control[word] = value
@@ -252,8 +256,6 @@ def lookup_control(rows: tuple[int, int], stage2: tuple[int, int], *, direct: bo
 
 def flushes_of(machine: Core) -> int:
     """How many times a machine has flushed VMs."""
-    from pgemu_kernels import words as W
-
     first = int(W.STATS_COUNTERS) + int(W.Event.TLB_FLUSH_VM)
     return int(machine.arrays.stats[first : first + W.OPERATIONS * W.EVENTS : W.EVENTS].sum())
 

@@ -226,7 +226,8 @@ def look_up(
     private = open_tree(m, control[L_STAGE2_FORMAT], control[L_PRIVATE_ROOT])
     is_nested = control[L_ROOT] != U0
     has_private = control[L_PRIVATE_ROOT] != control[L_ROOT]
-    t = Tables(guest, stage2, private, access_row, stage2_access, is_nested, has_private, control[L_DIRECT] != U0)
+    is_direct = control[L_DIRECT] != U0
+    t = Tables(guest, stage2, private, access_row, stage2_access, is_nested, has_private, is_direct, control)
     look_for_flushes(m, tlb)
     i = control[L_AT]
     record = control[L_RECORD]

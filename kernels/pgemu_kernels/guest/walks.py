@@ -17,11 +17,10 @@ from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import shift_of, size_of
 from pgemu_kernels.guest.caches import find, put, put_table, row_at, tag_of, use
-from pgemu_kernels.tables.exact_walk import slot_of
+from pgemu_kernels.tables.exact_walk import slot_of, walk
 from pgemu_kernels.tables.nested import host_of
 from pgemu_kernels.tables.translate import (
     LARGE_LEAF,
-    LOOK,
     directory,
     find_below,
     leaf_level,
@@ -29,7 +28,9 @@ from pgemu_kernels.tables.translate import (
     passes_leaf,
     passes_table,
 )
-from pgemu_kernels.words.guest_words import G_ENTRIES, G_HELD, G_WAYS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+from pgemu_kernels.words.enum_words import WALK_OK
+from pgemu_kernels.words.guest_words import G_ENTRIES, G_HELD, G_WAYS, L_WORDS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+from pgemu_kernels.words.table_words import W_LEVEL, W_PHYSICAL
 
 U = np.uint64
 
@@ -45,6 +46,7 @@ class Tables(NamedTuple):
     is_nested: Any  # bool
     has_private: Any  # bool: private memory has another root
     is_direct: Any  # bool: the guest's tables lie at their guest physical addresses of the guest's memory
+    scratch: Any  # uint64: from L_WORDS on the record of a walk
 
 
 class Found(NamedTuple):
@@ -58,24 +60,32 @@ class Found(NamedTuple):
 
 
 @kernel
-def leaf_in(m, access, tree, gpa):
+def leaf_in(m, access, tree, gpa, w):
     """A guest physical address in a tree of stage 2: (level of its leaf, host physical address), or (0, NONE)."""
     table = directory(m.ram, access, U0, tree, gpa)
     found = find_below(m.ram, access, U0, load_masks(access, U0), tree.address_bits, table, gpa)
     host = host_of(m, access, U0, tree, found, gpa)
-    if found == LOOK or host == NONE:
+    if host != NONE:
+        return (U1 if found & LARGE_LEAF == U0 else leaf_level(found)), host
+    return look_closer(m, access, tree, gpa, w)
+
+
+@outlined
+def look_closer(m, access, tree, gpa, w):
+    """The same of what does not pass at one look: it is not there, or its tables lie far up in memory."""
+    if walk(m, tree.f, access, U0, tree.root, gpa, w, L_WORDS) != WALK_OK:
         return U0, NONE
-    return (U1 if found & LARGE_LEAF == U0 else leaf_level(found)), host
+    return w[L_WORDS + W_LEVEL], w[L_WORDS + W_PHYSICAL]
 
 
 @outlined
 def stage2_leaf(m, t, gpa):
     """The same in the VM's tables: those of private memory first, for where a page is mapped there it is private."""
     if t.has_private:
-        level, host = leaf_in(m, t.stage2_access, t.private, gpa)
+        level, host = leaf_in(m, t.stage2_access, t.private, gpa, t.scratch)
         if level != U0:
             return level, host
-    return leaf_in(m, t.stage2_access, t.stage2, gpa)
+    return leaf_in(m, t.stage2_access, t.stage2, gpa, t.scratch)
 
 
 @outlined

@@ -72,7 +72,7 @@ L_PRIVATE_ROOT = U(5)  # of private memory, where that is another one
 L_DIRECT = U(6)  # the guest's tables lie at guest physical addresses of a memory of their own
 L_RUN = U(7)  # where the entry that runs operations of default machines begins; 0: Python runs them
 L_FULL = U(8)  # ... and the one for others
-L_WORDS = 9
+L_WORDS = U(9)  # the record of a walk follows (table_words.W_*)
 
 # --------------------------------------------------------------------------- which accesses to run
 
