@@ -21,7 +21,6 @@ from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Operation, Records
 from pgemu_kernels import words as W
 from pgemu_kernels.words import guest_words as G
-from pgemu_kernels.words.operations import PAGE_4K
 
 __all__ = ("DesignRun", "GuestComparison", "GuestRun", "run_accesses")
 
@@ -161,7 +160,7 @@ class DesignRun:
         for table in guest.tables.values():
             for pages in table.table_pages().values():
                 for gpa in pages.tolist():
-                    pfn = self.gmem.pfn(gpa // PAGE_4K)
+                    pfn = self.gmem.pfn(gpa)
                     if pfn is not None:
                         self.machine.write_frame(pfn, guest.machine.words(gpa, 512).tobytes())
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from pgemu.guest.processors import LEVELS, PROCESSORS, Cache, Processor, TlbCache
 from pgemu.machine.arguments import guards_methods
+from pgemu.machine.columns import column_of
 from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
 from pgemu.tables.access import rows_of
@@ -171,43 +172,48 @@ class Tlb:
         self.words[G.H_FLUSHES] += np.uint64(1)
 
     def translate(
-        self, table: PageTable, addresses: Sequence[int] | Array, flags: int | Array = 0, *, space: int = 0,
-        actors: int | Array = 0,
+        self, table: PageTable, addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *,
+        space: int = 0, actors: Sequence[int] | Array = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) to a table of one stage, in order.
 
-        flags: of each access or of all: Flag.WRITE, Flag.EXEC or none. space: the tag of the table's entries, 0 to
-        65535. actors: vCPU of each access or of all.
+        flags: Flag.WRITE, Flag.EXEC or none, of each access, or one for all. space: the tag of the table's entries,
+        below 65536. actors: the vCPU of each access, or one for all. ValueError for what does not fit.
         """
-        given = np.asarray(addresses, np.uint64)
-        roots = np.zeros(space + 1, np.uint64)
+        given = np.array(addresses, np.uint64)
+        roots = _roots(space)
         roots[space] = table.root
         control = lookup_control((table.row, 0), (0, 0), direct=True)
         return self._look_up(table.machine, control, roots, given, flags, space, actors)
 
     def translate_nested(
         self, machine: Core, guest_format: int, guest_root: int, stage2_format: int, stage2_root: int,
-        addresses: Sequence[int] | Array, flags: int | Array = 0, *, space: int = 0, actors: int | Array = 0,
+        addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *, space: int = 0,
+        actors: Sequence[int] | Array = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) of a guest whose tables lie in its memory, through stage 2, in order.
 
         The formats and roots are those of pgemu.tables.translation.translate_nested, the rest as of translate().
         """
-        given = np.asarray(addresses, np.uint64)
-        roots = np.zeros(space + 1, np.uint64)
+        given = np.array(addresses, np.uint64)
+        roots = _roots(space)
         roots[space] = guest_root
         control = lookup_control((guest_format, stage2_format), (stage2_root, stage2_root), direct=False)
         return self._look_up(machine, control, roots, given, flags, space, actors)
 
     def _look_up(
-        self, machine: Core, control: Array, roots: Array, addresses: Array, flags: int | Array, space: int,
-        actors: int | Array,
+        self, machine: Core, control: Array, roots: Array, addresses: Array, flags: Any, space: int, actors: Any,
     ) -> TlbLookups:  # fmt: skip
         count = len(addresses)
+        given = (("flags", flags, np.uint8), ("actors", actors, np.uint16))
         columns = (
-            addresses, np.broadcast_to(np.asarray(flags, np.uint8), count).copy(),
-            np.broadcast_to(np.asarray(actors, np.uint16), count).copy(), np.full(count, space, np.uint16),
-        )  # fmt: skip
+            addresses,
+            *(
+                np.broadcast_to(column_of(values, count, name, np.dtype(kind)), count).copy()
+                for name, values, kind in given
+            ),
+            np.full(count, space, np.uint16),
+        )
         told = tuple(np.zeros(count, np.uint8) for _ in range(3))
         # Flushes of the machine are for the caller to make.
         self.words[G.H_SEEN] = flushes_of(machine)
@@ -241,8 +247,14 @@ class Tlb:
         )  # fmt: skip
 
 
-_MOST_VCPUS = 1 << 10
+_MOST_VCPUS, _SPACES = 1 << 10, 1 << 16
 ANYWHERE = 1 << 52  # bytes of memory, for access rows of tables whose words are looked for in both zones
+
+
+def _roots(space: int) -> Array:
+    if space >= _SPACES:
+        raise ValueError(f"space {space}: expected a tag below {_SPACES}")
+    return np.zeros(space + 1, np.uint64)
 
 
 def lookup_control(rows: tuple[int, int], stage2: tuple[int, int], *, direct: bool) -> Array:
