@@ -133,7 +133,7 @@ class Model:
             for cache, lines in self.levels[where]:
                 for level in (1, 2, 3):
                     number = page >> 9 * (level - 1)
-                    if kind in cache.kinds and any(SIZES[size] == level for size in cache.sizes):
+                    if kind in cache.serves and any(SIZES[size] == level for size in cache.sizes):
                         leaf = lines.get(number, (level, number, space))
                         if leaf is not None:
                             if where == 1:
@@ -150,7 +150,7 @@ class Model:
             (SIZES[size], lines)
             for cache, lines in self.levels[where]
             for size in cache.sizes
-            if kind in cache.kinds and SIZES[size] <= leaf
+            if kind in cache.serves and SIZES[size] <= leaf
         ]
         if fitting:
             level, lines = max(fitting, key=lambda one: one[0])

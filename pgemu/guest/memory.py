@@ -119,7 +119,7 @@ class GuestMemory:
         # Whether a page is the first one that needs the table of a level 1, 2, 3, below what is there.
         needs = [_is_first(key >> np.uint64(9 * n), level > n) for n in range(1, _LEVELS)]
         spaces, pages = records.space[rows], records.address[rows] & ~np.uint64(PAGE_4K - 1)
-        tables = sum(need.astype(np.int64) for need in needs)
+        tables = np.add.reduce([need.astype(np.int64) for need in needs])
         _, region = np.unique(key >> _NINE, return_inverse=True)
         is_huge = np.zeros(len(region), bool)  # by region, of those that get their huge page now
         edges = np.concatenate([[0], np.flatnonzero(np.diff(spaces)) + 1, [len(spaces)]])

@@ -57,12 +57,12 @@ def _values(value: Any) -> tuple[str, ...]:
 
 
 _SIZES = Rule(lambda: 'some of ("4K", "2M", "1G")', _values, lambda given: bool(given) and set(given) <= {*LEVELS})
-_KINDS = Rule(
+_SERVES = Rule(
     lambda: 'some of ("data", "fetch")', _values, lambda given: bool(given) and set(given) <= {"data", "fetch"}
 )
 
 
-@guards_creation(entries=_ENTRIES, ways=_ENTRIES, sizes=_SIZES, kinds=_KINDS)
+@guards_creation(entries=_ENTRIES, ways=_ENTRIES, sizes=_SIZES, serves=_SERVES)
 @dataclass(frozen=True)
 class TlbCache:
     """A TLB, or the part of one that holds translations of some sizes, for data accesses, fetches, or both.
@@ -73,7 +73,7 @@ class TlbCache:
     entries: int
     ways: int
     sizes: tuple[Size, ...]
-    kinds: tuple[Kind, ...]
+    serves: tuple[Kind, ...]
 
     def __post_init__(self) -> None:
         _checked_sets(self.entries, self.ways)

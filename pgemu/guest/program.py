@@ -63,12 +63,12 @@ class GuestProgram:
         self._pages = np.zeros(options.guest_memory // PAGE_4K, np.uint64)
         self._blocks = np.zeros(align_up(options.guest_memory, PAGE_1G) // PAGE_1G, np.uint64)
         self._memo = np.zeros(2 * int(G.MEMO), np.uint64)
-        self._control = np.zeros(G.K_WORDS, np.uint64)
+        self._control = np.zeros(G.STREAM_WORDS, np.uint64)
         bounce = options.bounce
-        words = {
-            G.K_RATE: round(options.io_rate * (1 << 32)), G.K_MODE: _IO[options.io], G.K_HVA: SYNTHETIC_HVA,
-            G.K_BOUNCE: bounce.start // PAGE_4K, G.K_BUFFERS: len(bounce) // PAGE_4K,
-            G.K_FLAGS: int(Flag.PRIVATE) if options.private else 0,
+        words: dict[Any, int] = {
+            G.STREAM_RATE: round(options.io_rate * (1 << 32)), G.STREAM_MODE: int(_IO[options.io]),
+            G.STREAM_HVA: SYNTHETIC_HVA, G.STREAM_BOUNCE: bounce.start // PAGE_4K, G.STREAM_BUFFERS: len(bounce) // PAGE_4K,
+            G.STREAM_FLAGS: int(Flag.PRIVATE) if options.private else 0,
         }  # fmt: skip
         for word, value in words.items():
             self._control[word] = value
@@ -100,8 +100,8 @@ class GuestProgram:
     def operations(self) -> dict[str, int]:
         """What was written by now: I/O, and operations by what they are for."""
         names = {
-            "io": G.K_IO, "touches": G.K_TOUCHES, "table touches": G.K_TABLES, "buffer touches": G.K_BUFFER,
-            "conversions": G.K_CONVERSIONS, "host touches": G.K_HOST,
+            "io": G.STREAM_IO, "touches": G.STREAM_TOUCHES, "table touches": G.STREAM_TABLES,
+            "buffer touches": G.STREAM_BUFFER, "conversions": G.STREAM_CONVERSIONS, "host touches": G.STREAM_HOST,
         }  # fmt: skip
         return {name: int(self._control[word]) for name, word in names.items()}
 
@@ -121,21 +121,21 @@ class GuestProgram:
 
     def _collapse(self, records: Records, physical: Array) -> GuestBatch:
         """The operations of accesses that have memory."""
-        from pgemu_kernels.run.entries import collapse
+        from pgemu_kernels.run.entries import collapse_accesses
 
         machine = self.memory.machine
         control = self._control
-        control[G.K_AT] = 0
+        control[G.STREAM_AT] = 0
         columns = [np.ascontiguousarray(getattr(records, name)) for name in ("address", "flags", "actor", "space")]
         pieces, more = [], True
         while more:
-            control[G.K_OUT] = 0
+            control[G.STREAM_OUT] = 0
             out = tuple(np.zeros(_ROOM, np.uint64) for _ in range(5))
-            more = collapse(
+            more = collapse_accesses(
                 machine.descriptor, control, self.memory.access_row, self.memory.roots, *columns, physical,
                 self._pages, self._blocks, self._memo, *out,
             )  # fmt: skip
-            made = int(control[G.K_OUT])
+            made = int(control[G.STREAM_OUT])
             pieces.append([column[:made] for column in out])
         at, header, address, offset, length = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
         return GuestBatch(records, physical, _records(records, at, header, address, offset, length), at)

@@ -16,7 +16,7 @@ from pgemu.guest.options import GuestOptions
 from pgemu.guest.processors import Processor
 from pgemu.guest.program import GuestBatch, GuestProgram
 from pgemu.guest.tlb import Tlb, TlbCounts, lookup_control
-from pgemu.machine.results import RESULTS_OF
+from pgemu.machine.results import RESULTS_OF, operation_name
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Operation, Records
 from pgemu_kernels import words as W
@@ -25,6 +25,7 @@ from pgemu_kernels.words import guest_words as G
 __all__ = ("DesignRun", "GuestComparison", "GuestRun", "run_accesses")
 
 Array = np.ndarray[Any, Any]
+_OPERATIONS = {int(op): op for op in Operation}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class DesignRun:
             (0, self.machine.register(W.R_STAGE2_FORMAT)), (self.vm.root, self.vm.private_root), direct=True
         )
         full = bool(self.machine.register(W.R_FULL))
-        control[G.L_FULL if full else G.L_RUN] = run_address(full)
+        control[G.LOOK_FULL if full else G.LOOK_RUN] = run_address(full)
         accesses = batch.accesses
         columns = [np.ascontiguousarray(getattr(accesses, name)) for name in ("address", "flags", "actor", "space")]
         status = np.zeros(len(records), np.int64)
@@ -125,15 +126,15 @@ class DesignRun:
             records.length, status, np.zeros(len(records), np.uint64),
         )  # fmt: skip
         while self.tlb.run(memory.machine, self.machine, control, memory.roots, tuple(columns), (), between):
-            first = int(control[G.L_RECORD])
-            last = int(np.searchsorted(batch.at, control[G.L_AT], "right"))
+            first = int(control[G.LOOK_RECORD])
+            last = int(np.searchsorted(batch.at, control[G.LOOK_AT], "right"))
             status[first:last] = self.machine.run(records[first:last]).status
-            control[G.L_RECORD] = last
+            control[G.LOOK_RECORD] = last
         self._note(records, status)
 
     def _note(self, records: Records, status: Array) -> None:
         for op in np.unique(records.op).tolist():
-            name = Operation(op).name.lower().replace("_", " ")
+            name = operation_name(_OPERATIONS[op])
             mine = status[records.op == op]
             self.operations[name] += len(mine)
             bad = mine < 0 if op != Operation.HOST_FAULT else (mine & _VM_FAULT_ERROR) != 0

@@ -160,16 +160,16 @@ class Tlb:
         """What was counted by now (a copy)."""
         words = self._counts.astype(np.int64)
         accesses = words[: int(G.N_SUMS)].reshape(G.N_KINDS, G.N_FOUND, G.N_LEVELS)
-        sums = words[int(G.N_SUMS) :].reshape(G.N_KINDS, G.S_WORDS)
-        return TlbCounts(accesses, sums, int(self.words[G.H_FLUSHES]))
+        sums = words[int(G.N_SUMS) :].reshape(G.N_KINDS, G.SUM_WORDS)
+        return TlbCounts(accesses, sums, int(self.words[G.TLB_FLUSHES]))
 
     def flush(self) -> None:
         """Forget every translation and cached entry, of all vCPUs."""
-        first = int(self.words[G.H_AREA])
+        first = int(self.words[G.TLB_AREA])
         self.words[first:] = 0
-        rows = self.words[int(G.H_ROWS) : int(G.H_ROWS) + int(self.words[G.H_LAST]) * G.G_WORDS]
-        rows.reshape(-1, G.G_WORDS)[:, G.G_HELD] = 0
-        self.words[G.H_FLUSHES] += np.uint64(1)
+        rows = self.words[int(G.TLB_ROWS) : int(G.TLB_ROWS) + int(self.words[G.TLB_LAST]) * G.CACHE_WORDS]
+        rows.reshape(-1, G.CACHE_WORDS)[:, G.CACHE_HELD] = 0
+        self.words[G.TLB_FLUSHES] += np.uint64(1)
 
     def translate(
         self, table: PageTable, addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *,
@@ -216,7 +216,7 @@ class Tlb:
         )
         told = tuple(np.zeros(count, np.uint8) for _ in range(3))
         # Flushes of the machine are for the caller to make.
-        self.words[G.H_SEEN] = flushes_of(machine)
+        self.words[G.TLB_SEEN] = flushes_of(machine)
         self.run(machine, machine, control, roots, columns, told)
         return TlbLookups(*told)
 
@@ -224,7 +224,7 @@ class Tlb:
         self, guest: Core, machine: Core, control: Array, roots: Array, accesses: tuple[Array, ...],
         told: tuple[Array, ...] = (), between: tuple[Array, ...] = (),
     ) -> bool:  # fmt: skip
-        """The kernel, from where `control` (guest_words.L_*) says: whether an operation is for the caller to run.
+        """The kernel, from where `control` (guest_words.LOOK_*) says: whether an operation is for the caller to run.
 
         accesses: addresses, flags, actors, spaces. told: arrays of TlbLookups, to be filled, or none. between:
         operations with the place of each, as guest/tlb.py has them, or none.
@@ -236,7 +236,7 @@ class Tlb:
         own, stage2 = (
             rows_of(core.format_row(int(control[word])), size, None, plain=True)
             for core, word, size in (
-                (guest, G.L_GUEST_FORMAT, ANYWHERE), (machine, G.L_STAGE2_FORMAT, machine.arrays.ram.nbytes),
+                (guest, G.LOOK_GUEST_FORMAT, ANYWHERE), (machine, G.LOOK_STAGE2_FORMAT, machine.arrays.ram.nbytes),
             )
         )  # fmt: skip
         return bool(
@@ -258,9 +258,9 @@ def _roots(space: int) -> Array:
 
 
 def lookup_control(rows: tuple[int, int], stage2: tuple[int, int], *, direct: bool) -> Array:
-    """uint64[L_WORDS] for a batch: rows of the guest's format and stage 2's, roots of shared and private memory."""
-    control = np.zeros(int(G.L_WORDS) + int(W.WALK_SCRATCH), np.uint64)
-    words = (G.L_GUEST_FORMAT, G.L_STAGE2_FORMAT, G.L_ROOT, G.L_PRIVATE_ROOT, G.L_DIRECT)
+    """uint64[LOOK_WORDS] for a batch: rows of the guest's format and stage 2's, roots of shared and private memory."""
+    control = np.zeros(int(G.LOOK_WORDS) + int(W.WALK_SCRATCH), np.uint64)
+    words = (G.LOOK_GUEST_FORMAT, G.LOOK_STAGE2_FORMAT, G.LOOK_ROOT, G.LOOK_PRIVATE_ROOT, G.LOOK_DIRECT)
     for word, value in zip(words, (*rows, *stage2, direct), strict=True):
         control[word] = value
     return control
@@ -278,22 +278,22 @@ def _lay_out(processor: Processor, vcpus: int) -> Array:
         processor.pde, processor.pdpte, processor.pml4e, processor.stage2_pde, processor.stage2_pdpte,
         processor.stage2_pml4e, processor.nested, *processor.first, *processor.second,
     ]  # fmt: skip
-    rows = np.zeros((len(caching), G.G_WORDS), np.uint64)
-    begin = G.A_CACHES
+    rows = np.zeros((len(caching), G.CACHE_WORDS), np.uint64)
+    begin = G.AREA_CACHES
     for number, (row, cache) in enumerate(zip(rows, caching, strict=True)):
-        sizes, kinds = (cache.sizes, cache.kinds) if isinstance(cache, TlbCache) else ((), ())
-        row[G.G_SETS] = cache.entries // cache.ways - 1 if cache.ways else 0
-        row[G.G_WAYS], row[G.G_ENTRIES], row[G.G_BEGIN] = cache.ways, cache.entries, begin
-        row[G.G_SIZES] = sum(1 << LEVELS[size] for size in sizes)
-        row[G.G_KINDS] = sum(_KINDS[kind] for kind in kinds)
+        sizes, kinds = (cache.sizes, cache.serves) if isinstance(cache, TlbCache) else ((), ())
+        row[G.CACHE_SETS] = cache.entries // cache.ways - 1 if cache.ways else 0
+        row[G.CACHE_WAYS], row[G.CACHE_ENTRIES], row[G.CACHE_BEGIN] = cache.ways, cache.entries, begin
+        row[G.CACHE_SIZES] = sum(1 << LEVELS[size] for size in sizes)
+        row[G.CACHE_KINDS] = sum(_KINDS[kind] for kind in kinds)
         begin += (3 if number < G.ROW_STAGE2 else 2) * cache.entries
     area = -(-begin // 8) * 8
-    first = int(G.H_ROWS) + rows.size
+    first = int(G.TLB_ROWS) + rows.size
     words = np.zeros(first + vcpus * area, np.uint64)
-    words[int(G.H_ROWS) : first] = rows.reshape(-1)
+    words[int(G.TLB_ROWS) : first] = rows.reshape(-1)
     header = {
-        G.H_SECOND: int(G.ROW_TLBS) + len(processor.first), G.H_LAST: len(caching), G.H_VCPUS: vcpus, G.H_AREA: first,
-        G.H_AREA_WORDS: area,
+        G.TLB_SECOND: int(G.ROW_TLBS) + len(processor.first), G.TLB_LAST: len(caching), G.TLB_VCPUS: vcpus,
+        G.TLB_AREA: first, G.TLB_AREA_WORDS: area,
     }  # fmt: skip
     for word, value in header.items():
         words[word] = value

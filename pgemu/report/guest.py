@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ("text",)
 
 _INDENT, _CELL = 2, 16
+_PAGES = {
+    "pages 4K": "4K pages", "pages 2M": "2M pages", "tables": "pages of tables", "fallback": "ranges without a 2M page",
+}  # fmt: skip
 
 
 def text(found: GuestComparison) -> str:
@@ -27,7 +30,7 @@ def _lines(found: GuestComparison) -> Iterator[str]:
     for name in ("no memory", "not canonical"):
         if accesses.get(name):
             yield f"  left out: {count(accesses[name])} ({name})"
-    pages = [f"{count(accesses[name])} {name}" for name in ("pages 4K", "pages 2M", "tables") if accesses.get(name)]
+    pages = [f"{count(accesses[name])} {said}" for name, said in _PAGES.items() if accesses.get(name)]
     yield from _wrapped(f"first touches: {', '.join(pages) or 'none'}", _INDENT)
     runs = list(found.runs.items())
     room = max(1, (WIDTH - 32) // _CELL)

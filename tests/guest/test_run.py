@@ -25,11 +25,10 @@ def tree(run: DesignRun) -> list[list[Any]]:
 def every_access(program: GuestProgram, batch: Any) -> Records:
     """The batch's operations, and every access with the tables before it as a guest fault in its place."""
     walked = []
-    for i, (address, space) in enumerate(
-        zip(batch.accesses.address.tolist(), batch.accesses.space.tolist(), strict=True)
-    ):
+    columns = zip(*(getattr(batch.accesses, name).tolist() for name in ("address", "space", "flags")), strict=True)
+    for i, (address, space, flags) in enumerate(columns):
         tables = [at & -4096 for _, at, _ in program.memory.tables[space].walk(address)]
-        walked.append((i, 1, [*((gpa, 1) for gpa in tables), (int(batch.physical[i]), int(batch.accesses.flags[i]))]))
+        walked.append((i, 1, [*((gpa, 1) for gpa in tables), (int(batch.physical[i]), flags)]))
     private = int(Flag.PRIVATE)
     rows = [
         (i, order, Records.build(1, op=Operation.GUEST_FAULT, flags=flags | private, address=gpa))
@@ -41,8 +40,9 @@ def every_access(program: GuestProgram, batch: Any) -> Records:
 
 
 @given(
-    streams(most=30), st.sampled_from(DESIGNS), st.sampled_from(KINDS), st.sampled_from(("sequential", "random", "thp")),
-    st.sampled_from(("bounce", "convert")), st.sampled_from((0.0, 0.1, 0.4)),
+    streams(most=30), st.sampled_from(DESIGNS), st.sampled_from(KINDS),
+    st.sampled_from(("sequential", "random", "thp")), st.sampled_from(("bounce", "convert")),
+    st.sampled_from((0.0, 0.1, 0.4)),
 )  # fmt: skip
 @settings(max_examples=60)
 def test_what_is_left_out_changes_nothing(

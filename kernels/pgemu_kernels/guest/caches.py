@@ -11,32 +11,32 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U9
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.words.guest_words import (
-    G_BEGIN,
-    G_ENTRIES,
-    G_HELD,
-    G_KINDS,
-    G_SETS,
-    G_SIZES,
-    G_WAYS,
-    G_WORDS,
-    H_AREA,
-    H_AREA_WORDS,
-    H_CLOCK,
-    H_FLUSHES,
-    H_LAST,
-    H_ROWS,
-    H_VCPUS,
+    CACHE_BEGIN,
+    CACHE_ENTRIES,
+    CACHE_HELD,
+    CACHE_KINDS,
+    CACHE_SETS,
+    CACHE_SIZES,
+    CACHE_WAYS,
+    CACHE_WORDS,
     TAG_LEVEL,
+    TLB_AREA,
+    TLB_AREA_WORDS,
+    TLB_CLOCK,
+    TLB_FLUSHES,
+    TLB_LAST,
+    TLB_ROWS,
+    TLB_VCPUS,
 )
 
 U = np.uint64
-_G_WORDS = U(G_WORDS)
+_CACHE_WORDS = U(CACHE_WORDS)
 
 
 @kernel
-def row_at(number):
+def cache_row(number):
     """Where a cache's row begins."""
-    return H_ROWS + number * _G_WORDS
+    return TLB_ROWS + number * _CACHE_WORDS
 
 
 @kernel
@@ -48,37 +48,37 @@ def tag_of(page, space, level):
 @kernel
 def first_way(tlb, row, area, page, level):
     """Where the set begins that an entry of a level over a page belongs to. The index is the low bits of its number."""
-    number = page >> (U9 * (level - U1)) & tlb[row + G_SETS]
-    return area + tlb[row + G_BEGIN] + number * tlb[row + G_WAYS]
+    number = page >> (U9 * (level - U1)) & tlb[row + CACHE_SETS]
+    return area + tlb[row + CACHE_BEGIN] + number * tlb[row + CACHE_WAYS]
 
 
 @kernel
 def use(tlb, row, at, level):
     """Make an entry the most recently used one."""
-    clock = tlb[H_CLOCK] + U1
-    tlb[H_CLOCK] = clock
-    tlb[at + tlb[row + G_ENTRIES]] = clock << U2 | level
+    clock = tlb[TLB_CLOCK] + U1
+    tlb[TLB_CLOCK] = clock
+    tlb[at + tlb[row + CACHE_ENTRIES]] = clock << U2 | level
 
 
 @kernel
-def find(tlb, row, area, page, level, tag):
+def find_tag(tlb, row, area, page, level, tag):
     """Where an entry is, NONE: nowhere."""
     first = first_way(tlb, row, area, page, level)
     # A tag is in one place at most. A loop that does not end early is one of vectors.
     found = U0
-    for at in range(first, first + tlb[row + G_WAYS]):
+    for at in range(first, first + tlb[row + CACHE_WAYS]):
         found |= at if tlb[at] == tag else U0
     return found if found != U0 else NONE
 
 
 @kernel
-def put(tlb, row, area, page, level, tag, leaf):
+def put_entry(tlb, row, area, page, level, tag, leaf):
     """Enter what is not there in place of the least recently used entry: where; NONE where there is no cache."""
-    ways = tlb[row + G_WAYS]
+    ways = tlb[row + CACHE_WAYS]
     if ways == U0:
         return NONE
     first = first_way(tlb, row, area, page, level)
-    stamps = tlb[row + G_ENTRIES]
+    stamps = tlb[row + CACHE_ENTRIES]
     least = NONE
     for at in range(first + stamps, first + stamps + ways):
         least = min(least, tlb[at])
@@ -86,7 +86,7 @@ def put(tlb, row, area, page, level, tag, leaf):
     while tlb[oldest + stamps] != least:
         oldest += U1
     tlb[oldest] = tag
-    tlb[row + G_HELD] |= U1 << level
+    tlb[row + CACHE_HELD] |= U1 << level
     use(tlb, row, oldest, leaf)
     return oldest
 
@@ -94,25 +94,25 @@ def put(tlb, row, area, page, level, tag, leaf):
 @kernel
 def put_table(tlb, row, area, page, level, tag, table):
     """Enter an entry of a level that leads to a table, whose address stands behind the stamps."""
-    at = put(tlb, row, area, page, level, tag, level & U3)
+    at = put_entry(tlb, row, area, page, level, tag, level & U3)
     if at != NONE:
-        tlb[at + tlb[row + G_ENTRIES] * U2] = table
+        tlb[at + tlb[row + CACHE_ENTRIES] * U2] = table
 
 
 @outlined
 def look_through(tlb, first, last, area, kind, page, space):
     """An entry for a page in the caches of rows first to last - 1: (its level, the level of its leaf), or zeroes."""
     for number in range(first, last):
-        row = row_at(number)
-        if tlb[row + G_KINDS] & kind == U0:
+        row = cache_row(number)
+        if tlb[row + CACHE_KINDS] & kind == U0:
             continue
-        sizes = tlb[row + G_HELD]
+        sizes = tlb[row + CACHE_HELD]
         level = U1
         while level <= U3:
             if sizes >> level & U1 != U0:
-                at = find(tlb, row, area, page, level, tag_of(page, space, level))
+                at = find_tag(tlb, row, area, page, level, tag_of(page, space, level))
                 if at != NONE:
-                    leaf = tlb[at + tlb[row + G_ENTRIES]] & U3
+                    leaf = tlb[at + tlb[row + CACHE_ENTRIES]] & U3
                     use(tlb, row, at, leaf)
                     return level, leaf
             level += U1
@@ -120,31 +120,31 @@ def look_through(tlb, first, last, area, kind, page, space):
 
 
 @outlined
-def enter(tlb, first, last, area, kind, page, space, leaf):
+def enter_translation(tlb, first, last, area, kind, page, space, leaf):
     """Enter a translation with a leaf of a level in the cache that holds the largest part of it: the entry's level.
 
     What no cache holds whole is entered in the largest pieces that one does; 0: none does.
     """
     best = row = U0
     for number in range(first, last):
-        at = row_at(number)
-        if tlb[at + G_KINDS] & kind != U0 and tlb[at + G_WAYS] != U0:
+        at = cache_row(number)
+        if tlb[at + CACHE_KINDS] & kind != U0 and tlb[at + CACHE_WAYS] != U0:
             level = leaf
             while level > best:
-                if tlb[at + G_SIZES] >> level & U1 != U0:
+                if tlb[at + CACHE_SIZES] >> level & U1 != U0:
                     best = level
                     row = at
                 level -= U1
     if best != U0:
-        put(tlb, row, area, page, best, tag_of(page, space, best), leaf)
+        put_entry(tlb, row, area, page, best, tag_of(page, space, best), leaf)
     return best
 
 
 @outlined
 def flush_all(tlb):
     """Forget everything, on every vCPU: global INVEPT, or an ASID flush, after which all its entries are strange."""
-    for i in range(tlb[H_AREA], tlb[H_AREA] + tlb[H_VCPUS] * tlb[H_AREA_WORDS]):
+    for i in range(tlb[TLB_AREA], tlb[TLB_AREA] + tlb[TLB_VCPUS] * tlb[TLB_AREA_WORDS]):
         tlb[i] = U0
-    for number in range(tlb[H_LAST]):
-        tlb[row_at(number) + G_HELD] = U0
-    tlb[H_FLUSHES] += U1
+    for number in range(tlb[TLB_LAST]):
+        tlb[cache_row(number) + CACHE_HELD] = U0
+    tlb[TLB_FLUSHES] += U1

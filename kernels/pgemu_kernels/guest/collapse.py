@@ -32,25 +32,25 @@ from pgemu_kernels.words.guest_words import (
     EXECUTED,
     IO_BOUNCE,
     IO_CONVERT,
-    K_AT,
-    K_BOUNCE,
-    K_BUFFER,
-    K_BUFFERS,
-    K_CONVERSIONS,
-    K_DUE,
-    K_EPOCH,
-    K_FLAGS,
-    K_FORMAT,
-    K_HOST,
-    K_HVA,
-    K_IO,
-    K_MODE,
-    K_NEXT,
-    K_OUT,
-    K_RATE,
-    K_TABLES,
-    K_TOUCHES,
     MOST_AN_ACCESS,
+    STREAM_AT,
+    STREAM_BOUNCE,
+    STREAM_BUFFER,
+    STREAM_BUFFERS,
+    STREAM_CONVERSIONS,
+    STREAM_DUE,
+    STREAM_EPOCH,
+    STREAM_FLAGS,
+    STREAM_FORMAT,
+    STREAM_HOST,
+    STREAM_HVA,
+    STREAM_IO,
+    STREAM_MODE,
+    STREAM_NEXT,
+    STREAM_OUT,
+    STREAM_RATE,
+    STREAM_TABLES,
+    STREAM_TOUCHES,
     USED,
     USED_BY_HOST,
     USES,
@@ -69,7 +69,7 @@ _MEMO_SHIFT = U(52)  # the upper 12 bits: MEMO
 class Stream(NamedTuple):
     """What is known of the guest's memory, and where the operations go."""
 
-    control: np.ndarray[Any, Any]  # K_*
+    control: np.ndarray[Any, Any]  # STREAM_*
     pages: np.ndarray[Any, Any]  # uint64, for each 4K page: its uses, above them the epoch that they are of
     blocks: np.ndarray[Any, Any]  # uint64, for each GiB: its epoch
     memo: np.ndarray[Any, Any]  # uint64[2 * MEMO]
@@ -81,15 +81,15 @@ class Stream(NamedTuple):
 
 
 @kernel
-def write(s, i, op, flags, actor, address, offset, length):
+def write_operation(s, i, op, flags, actor, address, offset, length):
     """Append an operation."""
-    out = s.control[K_OUT]
+    out = s.control[STREAM_OUT]
     s.at[out] = i
     s.header[out] = op | flags << U8 | actor << U16
     s.address[out] = address
     s.offset[out] = offset
     s.length[out] = length
-    s.control[K_OUT] = out + U1
+    s.control[STREAM_OUT] = out + U1
 
 
 @kernel
@@ -113,8 +113,8 @@ def touch_tables(g, s, tree, access, i, root, address, actor):
     level = tree.levels
     while True:
         if is_new(s, table, USED | WRITTEN):
-            write(s, i, OP_GUEST_FAULT, FLAG_WRITE | s.control[K_FLAGS], actor, table, U0, U0)
-            s.control[K_TABLES] += U1
+            write_operation(s, i, OP_GUEST_FAULT, FLAG_WRITE | s.control[STREAM_FLAGS], actor, table, U0, U0)
+            s.control[STREAM_TABLES] += U1
         slot = slot_of(g, table + ((address >> shift_of(level) & U511) << U3))
         value = g.ram[slot]
         # A table's own bits: large leaves and what is absent lead nowhere.
@@ -134,84 +134,85 @@ def touch(g, s, tree, access, i, root, address, flags, actor, space, gpa):
         uses |= EXECUTED
     region = (address >> U21 << U16 | space) + U1
     place = (region * _MIX >> _MEMO_SHIFT) << U1
-    if s.memo[place] != region or s.memo[place + U1] != s.control[K_EPOCH]:
+    if s.memo[place] != region or s.memo[place + U1] != s.control[STREAM_EPOCH]:
         s.memo[place] = region
-        s.memo[place + U1] = s.control[K_EPOCH]
+        s.memo[place + U1] = s.control[STREAM_EPOCH]
         touch_tables(g, s, tree, access, i, root, address, actor)
     if is_new(s, gpa, uses):
-        write(s, i, OP_GUEST_FAULT, flags & (FLAG_WRITE | FLAG_EXEC) | s.control[K_FLAGS], actor, gpa, U0, U0)
-        s.control[K_TOUCHES] += U1
+        flags = flags & (FLAG_WRITE | FLAG_EXEC) | s.control[STREAM_FLAGS]
+        write_operation(s, i, OP_GUEST_FAULT, flags, actor, gpa, U0, U0)
+        s.control[STREAM_TOUCHES] += U1
 
 
 @kernel
 def touch_by_host(s, i, gpa):
     """The host writes to a page; its entry stays until a conversion in the GiB."""
     if is_new(s, gpa, USED_BY_HOST):
-        write(s, i, OP_HOST_FAULT, FLAG_WRITE, _HOST, s.control[K_HVA] + (gpa & ~_OFFSET), U0, U0)
-        s.control[K_HOST] += U1
+        write_operation(s, i, OP_HOST_FAULT, FLAG_WRITE, _HOST, s.control[STREAM_HVA] + (gpa & ~_OFFSET), U0, U0)
+        s.control[STREAM_HOST] += U1
 
 
 @kernel
-def convert(s, i, gpa, flag, actor):
+def convert_page(s, i, gpa, flag, actor):
     """A conversion of a page: all that is known of its GiB is void."""
-    write(s, i, OP_CONVERT, flag, actor, U0, gpa & ~_OFFSET, _PAGE)
+    write_operation(s, i, OP_CONVERT, flag, actor, U0, gpa & ~_OFFSET, _PAGE)
     s.blocks[gpa >> U30] += U1
-    s.control[K_EPOCH] += U1
-    s.control[K_CONVERSIONS] += U1
+    s.control[STREAM_EPOCH] += U1
+    s.control[STREAM_CONVERSIONS] += U1
 
 
 @outlined
 def do_io(s, i, gpa, actor):
     """A page of I/O, after the access that asks for it."""
-    s.control[K_IO] += U1
-    if s.control[K_MODE] == IO_BOUNCE:
+    s.control[STREAM_IO] += U1
+    if s.control[STREAM_MODE] == IO_BOUNCE:
         # kernel/dma/swiotlb.c:swiotlb_search_pool_area(): the search for a free slot goes on behind the last one.
-        number = s.control[K_NEXT]
-        s.control[K_NEXT] = number + U1 if number + U1 < s.control[K_BUFFERS] else U0
-        buffer = (s.control[K_BOUNCE] + number) << U12
+        number = s.control[STREAM_NEXT]
+        s.control[STREAM_NEXT] = number + U1 if number + U1 < s.control[STREAM_BUFFERS] else U0
+        buffer = (s.control[STREAM_BOUNCE] + number) << U12
         if is_new(s, buffer, USED | WRITTEN):
-            write(s, i, OP_GUEST_FAULT, FLAG_WRITE | FLAG_SHARED, actor, buffer, U0, U0)
-            s.control[K_BUFFER] += U1
+            write_operation(s, i, OP_GUEST_FAULT, FLAG_WRITE | FLAG_SHARED, actor, buffer, U0, U0)
+            s.control[STREAM_BUFFER] += U1
         touch_by_host(s, i, buffer)
-    elif s.control[K_MODE] == IO_CONVERT:
-        convert(s, i, gpa, FLAG_SHARED, actor)
+    elif s.control[STREAM_MODE] == IO_CONVERT:
+        convert_page(s, i, gpa, FLAG_SHARED, actor)
         touch_by_host(s, i, gpa)
-        convert(s, i, gpa, FLAG_PRIVATE, actor)
+        convert_page(s, i, gpa, FLAG_PRIVATE, actor)
         # arch/x86/coco/tdx/tdx.c:tdx_enc_status_changed(): the guest accepts the page at once.
         if is_new(s, gpa, USED | WRITTEN):
             flags = FLAG_WRITE | FLAG_PRIVATE | FLAG_ACCEPT_4K
-            write(s, i, OP_GUEST_FAULT, flags, actor, gpa & ~_OFFSET, U0, U0)
-            s.control[K_BUFFER] += U1
+            write_operation(s, i, OP_GUEST_FAULT, flags, actor, gpa & ~_OFFSET, U0, U0)
+            s.control[STREAM_BUFFER] += U1
     else:
         touch_by_host(s, i, gpa)
 
 
 @entry
-def collapse(
+def collapse_accesses(
     descriptor, control, access_row, roots, addresses, flags, actors, spaces, physical, pages, blocks, memo, at, header,
     address, offset, length,
 ):  # fmt: skip
-    """Write the operations of accesses from control[K_AT] on: 0 at the end, 1 where there is no room for more.
+    """Write the operations of accesses from control[STREAM_AT] on: 0 at the end, 1 where there is no room for more.
 
     physical: uint64[n], guest physical addresses. The operations are columns, uint64, as many as the shortest holds.
     """
     g = open_machine(descriptor)
     s = Stream(control, pages, blocks, memo, at, header, address, offset, length)
-    tree = open_tree(g, control[K_FORMAT], U0)
+    tree = open_tree(g, control[STREAM_FORMAT], U0)
     room = U(at.size)
-    i = control[K_AT]
+    i = control[STREAM_AT]
     while i < U(addresses.size):
-        if control[K_OUT] + MOST_AN_ACCESS > room:
-            control[K_AT] = i
+        if control[STREAM_OUT] + MOST_AN_ACCESS > room:
+            control[STREAM_AT] = i
             return np.int64(1)
         space = U(spaces[i])
         actor = U(actors[i])
         touch(g, s, tree, access_row, i, roots[space], addresses[i], U(flags[i]), actor, space, physical[i])
-        due = control[K_DUE] + control[K_RATE]
-        control[K_DUE] = due & ((U1 << U32) - U1)
+        due = control[STREAM_DUE] + control[STREAM_RATE]
+        control[STREAM_DUE] = due & ((U1 << U32) - U1)
         if due >> U32 != U0:
             # Behind the access, that is before the next one.
             do_io(s, i + U1, physical[i], actor)
         i += U1
-    control[K_AT] = i
+    control[STREAM_AT] = i
     return np.int64(0)

@@ -16,7 +16,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U3, U4, U12, U511
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import shift_of, size_of
-from pgemu_kernels.guest.caches import find, put, put_table, row_at, tag_of, use
+from pgemu_kernels.guest.caches import cache_row, find_tag, put_entry, put_table, tag_of, use
 from pgemu_kernels.tables.exact_walk import slot_of, walk
 from pgemu_kernels.tables.nested import host_of
 from pgemu_kernels.tables.translate import (
@@ -29,7 +29,15 @@ from pgemu_kernels.tables.translate import (
     passes_table,
 )
 from pgemu_kernels.words.enum_words import WALK_OK
-from pgemu_kernels.words.guest_words import G_ENTRIES, G_HELD, G_WAYS, L_WORDS, ROW_GUEST, ROW_NESTED, ROW_STAGE2
+from pgemu_kernels.words.guest_words import (
+    CACHE_ENTRIES,
+    CACHE_HELD,
+    CACHE_WAYS,
+    LOOK_WORDS,
+    ROW_GUEST,
+    ROW_NESTED,
+    ROW_STAGE2,
+)
 from pgemu_kernels.words.table_words import W_LEVEL, W_PHYSICAL
 
 U = np.uint64
@@ -46,7 +54,7 @@ class Tables(NamedTuple):
     is_nested: Any  # bool
     has_private: Any  # bool: private memory has another root
     is_direct: Any  # bool: the guest's tables lie at their guest physical addresses of the guest's memory
-    scratch: Any  # uint64: from L_WORDS on the record of a walk
+    scratch: Any  # uint64: from LOOK_WORDS on the record of a walk
 
 
 class Found(NamedTuple):
@@ -73,13 +81,13 @@ def leaf_in(m, access, tree, gpa, w):
 @outlined
 def look_closer(m, access, tree, gpa, w):
     """The same of what does not pass at one look: it is not there, or its tables lie far up in memory."""
-    if walk(m, tree.f, access, U0, tree.root, gpa, w, L_WORDS) != WALK_OK:
+    if walk(m, tree.f, access, U0, tree.root, gpa, w, LOOK_WORDS) != WALK_OK:
         return U0, NONE
-    return w[L_WORDS + W_LEVEL], w[L_WORDS + W_PHYSICAL]
+    return w[LOOK_WORDS + W_LEVEL], w[LOOK_WORDS + W_PHYSICAL]
 
 
 @outlined
-def stage2_leaf(m, t, gpa):
+def leaf_of_gpa(m, t, gpa):
     """The same in the VM's tables: those of private memory first, for where a page is mapped there it is private."""
     if t.has_private:
         level, host = leaf_in(m, t.stage2_access, t.private, gpa, t.scratch)
@@ -95,38 +103,38 @@ def read_stage2(tlb, area, levels, leaf, gpa):
     top = levels
     level = leaf + U1
     while level <= U4:
-        row = row_at(ROW_STAGE2 + level - U2)
-        at = find(tlb, row, area, page, level, tag_of(page, U0, level))
+        row = cache_row(ROW_STAGE2 + level - U2)
+        at = find_tag(tlb, row, area, page, level, tag_of(page, U0, level))
         if at != NONE:
             use(tlb, row, at, level & U3)
             top = level - U1
             break
         level += U1
     for level in range(leaf + U1, min(top, U4) + U1):
-        put(tlb, row_at(ROW_STAGE2 + level - U2), area, page, level, tag_of(page, U0, level), level & U3)
+        put_entry(tlb, cache_row(ROW_STAGE2 + level - U2), area, page, level, tag_of(page, U0, level), level & U3)
     return top - leaf + U1
 
 
 @outlined
 def translate_gpa(m, t, tlb, area, gpa):
     """Translate a guest physical address: (level of its leaf, 0: none; entries read; whether it was cached)."""
-    row = row_at(ROW_NESTED)
+    row = cache_row(ROW_NESTED)
     page = gpa >> U12
-    if tlb[row + G_WAYS] != U0:
-        held = tlb[row + G_HELD]
+    if tlb[row + CACHE_WAYS] != U0:
+        held = tlb[row + CACHE_HELD]
         leaf = U1
         while leaf <= U3:
             if held >> leaf & U1 != U0:
-                at = find(tlb, row, area, page, leaf, tag_of(page, U0, leaf))
+                at = find_tag(tlb, row, area, page, leaf, tag_of(page, U0, leaf))
                 if at != NONE:
                     use(tlb, row, at, leaf)
                     return leaf, U0, U1
             leaf += U1
-    leaf, _ = stage2_leaf(m, t, gpa)
+    leaf, _ = leaf_of_gpa(m, t, gpa)
     if leaf == U0:
         return U0, U0, U0
     read = read_stage2(tlb, area, t.stage2.levels, leaf, gpa)
-    put(tlb, row, area, page, leaf, tag_of(page, U0, leaf), leaf)
+    put_entry(tlb, row, area, page, leaf, tag_of(page, U0, leaf), leaf)
     return leaf, read, U0
 
 
@@ -136,7 +144,7 @@ def guest_entry(g, m, t, gpa):
     if t.is_direct:
         slot = slot_of(g, gpa)
         return U0 if slot == NONE else g.ram[slot]
-    _, host = stage2_leaf(m, t, gpa)
+    _, host = leaf_of_gpa(m, t, gpa)
     slot = NONE if host == NONE else slot_of(m, host)
     return U0 if slot == NONE else m.ram[slot]
 
@@ -146,12 +154,12 @@ def lowest_cached(tlb, area, page, space):
     """The lowest cached entry of the guest's tables over a page: (its level, the table it leads to), or zeroes."""
     level = U2
     while level <= U4:
-        row = row_at(ROW_GUEST + level - U2)
-        if tlb[row + G_WAYS] != U0:
-            at = find(tlb, row, area, page, level, tag_of(page, space, level))
+        row = cache_row(ROW_GUEST + level - U2)
+        if tlb[row + CACHE_WAYS] != U0:
+            at = find_tag(tlb, row, area, page, level, tag_of(page, space, level))
             if at != NONE:
                 use(tlb, row, at, level & U3)
-                return level, tlb[at + tlb[row + G_ENTRIES] * U2]
+                return level, tlb[at + tlb[row + CACHE_ENTRIES] * U2]
         level += U1
     return U0, U0
 
@@ -183,7 +191,7 @@ def walk_after_miss(g, m, t, tlb, area, root, address, page, space):
             break
         table = value & t.guest.address_bits
         if level <= U4:
-            put_table(tlb, row_at(ROW_GUEST + level - U2), area, page, level, tag_of(page, space, level), table)
+            put_table(tlb, cache_row(ROW_GUEST + level - U2), area, page, level, tag_of(page, space, level), table)
         level -= U1
     if level > U3 or not passes_leaf(t.access, U0, level, value):
         return Found(U0, guest, stage2, nested, hits)

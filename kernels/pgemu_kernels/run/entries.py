@@ -26,7 +26,7 @@ __all__ = (
         "run_pooling",
         "tell_devices",
     ),
-    *("collapse", "look_up", "loops_of", "read_lines", "run_address", "translate", "translate_nested"),
+    *("collapse_accesses", "look_up", "loops_of", "read_lines", "run_address", "translate", "translate_nested"),
 )
 
 _INTS, _WORDS, _BYTES, _HALVES = "int64[::1]", "uint64[::1]", "uint8[::1]", "uint16[::1]"
@@ -91,10 +91,10 @@ read_lines = declare(
     names=_BYTES, shapes=_BYTES, counts=_WORDS, advices=_WORDS, tasks=_WORDS, older=_WORDS, rows=_WORDS, kept=_WORDS,
 ).dispatcher  # fmt: skip
 
-collapse = declare(
-    "pgemu_kernels.guest.collapse", "collapse", descriptor=_INTS, control=_WORDS, access_row=_WORDS, roots=_WORDS,
-    addresses=_WORDS, flags=_BYTES, actors=_HALVES, spaces=_HALVES, physical=_WORDS, pages=_WORDS, blocks=_WORDS,
-    memo=_WORDS, at=_WORDS, header=_WORDS, address=_WORDS, offset=_WORDS, length=_WORDS,
+collapse_accesses = declare(
+    "pgemu_kernels.guest.collapse", "collapse_accesses", descriptor=_INTS, control=_WORDS, access_row=_WORDS,
+    roots=_WORDS, addresses=_WORDS, flags=_BYTES, actors=_HALVES, spaces=_HALVES, physical=_WORDS, pages=_WORDS,
+    blocks=_WORDS, memo=_WORDS, at=_WORDS, header=_WORDS, address=_WORDS, offset=_WORDS, length=_WORDS,
 ).dispatcher  # fmt: skip
 look_up = declare(
     "pgemu_kernels.guest.tlb", "look_up", guest_descriptor=_INTS, descriptor=_INTS, tlb=_WORDS, control=_WORDS,
