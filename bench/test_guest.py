@@ -39,7 +39,7 @@ def offsets(pattern: str) -> Array:
 
 
 @pytest.fixture(scope="module", params=["sequential", "random 4M", "random 1G"])
-def scene(request: Any) -> tuple[str, DesignRun, Records]:
+def stream(request: Any) -> tuple[str, DesignRun, Records]:
     """Every page was touched before."""
     records = Records.build(COUNT, op=Operation.GUEST_ACCESS, address=offsets(request.param) + BASE)
     run = DesignRun(Config("pfnmap", vm="sw"), GuestProgram(GuestOptions()), Tlb("skylake-sp"))
@@ -48,9 +48,9 @@ def scene(request: Any) -> tuple[str, DesignRun, Records]:
 
 
 @pytest.fixture
-def timed(benchmark: Any, scene: tuple[str, DesignRun, Records]) -> Callable[[str, Callable[[], object]], None]:
+def timed(benchmark: Any, stream: tuple[str, DesignRun, Records]) -> Callable[[str, Callable[[], object]], None]:
     def timed(path: str, call: Callable[[], object]) -> None:
-        benchmark.group = f"{path}, {scene[0]}"
+        benchmark.group = f"{path}, {stream[0]}"
         benchmark.extra_info.update(operations=COUNT)
         benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
 
@@ -58,14 +58,14 @@ def timed(benchmark: Any, scene: tuple[str, DesignRun, Records]) -> Callable[[st
 
 
 @pytest.mark.parametrize("path", ["look up", "collapse"])
-def test_guest(scene: tuple[str, DesignRun, Records], timed: Callable[..., None], path: str) -> None:
-    _, run, records = scene
+def test_guest(stream: tuple[str, DesignRun, Records], timed: Callable[..., None], path: str) -> None:
+    _, run, records = stream
     batch = run.program.feed(records)
     assert len(batch.records) == 0
     timed(path, (lambda: run.feed(batch)) if path == "look up" else lambda: run.program.feed(records))
 
 
 @pytest.mark.parametrize("path", ["look up", "collapse"])
-def test_control(scene: tuple[str, DesignRun, Records], timed: Callable[..., None], path: str) -> None:
-    addresses, counters = scene[2].address, np.zeros(64, np.uint64)
+def test_control(stream: tuple[str, DesignRun, Records], timed: Callable[..., None], path: str) -> None:
+    addresses, counters = stream[2].address, np.zeros(64, np.uint64)
     timed(path, lambda: tally(addresses, counters))

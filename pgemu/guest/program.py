@@ -67,8 +67,8 @@ class GuestProgram:
         bounce = options.bounce
         words: dict[Any, int] = {
             G.STREAM_RATE: round(options.io_rate * (1 << 32)), G.STREAM_MODE: int(_IO[options.io]),
-            G.STREAM_HVA: SYNTHETIC_HVA, G.STREAM_BOUNCE: bounce.start // PAGE_4K, G.STREAM_BUFFERS: len(bounce) // PAGE_4K,
-            G.STREAM_FLAGS: int(Flag.PRIVATE) if options.private else 0,
+            G.STREAM_HVA: SYNTHETIC_HVA, G.STREAM_BOUNCE: bounce.start // PAGE_4K,
+            G.STREAM_BUFFERS: len(bounce) // PAGE_4K, G.STREAM_FLAGS: int(Flag.PRIVATE) if options.private else 0,
         }  # fmt: skip
         for word, value in words.items():
             self._control[word] = value

@@ -51,9 +51,7 @@ def test_without_caches_only_tlbs_are_left() -> None:
     assert {bare.pml4e, bare.pdpte, bare.pde, bare.stage2_pde, bare.nested} == {Cache()}
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"sizes": ("8K",)}, {"sizes": ()}, {"serves": ("store",)}, {"serves": "data"}]
-)
+@pytest.mark.parametrize("wrong", [{"sizes": ("8K",)}, {"sizes": ()}, {"serves": ("store",)}, {"serves": "data"}])
 def test_sizes_and_kinds_are_those_there_are(wrong: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match="expected some of"):
         TlbCache(**{"entries": 4, "ways": 4, "sizes": ("4K",), "serves": ("data",), **wrong})
