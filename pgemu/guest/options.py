@@ -94,6 +94,8 @@ class GuestOptions:
             f"guest: {self.guest_memory} bytes from guest physical address 0 on; {rules[self.allocation]}",
             "guest: a page gets its frame at its first access; nothing is freed; its kernel's own accesses are in no "
             "recording, and none are added",
+            "operations: the first use, write and fetch of a page and of the tables on its way, and again after a "
+            "conversion in its GiB; any other access finds its leaf, whatever the design, and only the TLBs see it",
         ]
         if self.fragmentation:
             found.append(f"guest: {self.fragmentation:g} of its 2M blocks have a page in use (a parameter, no source)")

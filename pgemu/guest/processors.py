@@ -171,6 +171,7 @@ def _zen(data_entries: int, data_ways: int, manual: str) -> Processor:
             "the 64 entries of the page directory cache are 16 of PML4 and 48 of PDP entries, and stage 2 has as many",
             "page directory entries, which the second-level data TLB holds beside translations, have 64 entries of "
             "their own, and those of stage 2, too; 64 guest physical addresses are cached",
+            "a cached entry of the guest's tables leads to the host's address of the next table, as Intel's does",
             "the data TLB of the second level is no skewed one; neighbouring 4K pages do not share an entry",
             _REPLACEMENT,
             _ASSOCIATED,

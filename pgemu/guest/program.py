@@ -50,6 +50,10 @@ class GuestBatch(NamedTuple):
 class GuestProgram:
     """A guest; equal options and accesses make equal addresses and operations, however the accesses are cut.
 
+    Of the accesses only those become operations that can change a machine of any design: the first use, write and fetch
+    of each page, and of the tables that a walk to it reads, and again after a conversion in the same GiB, which is all
+    that a conversion can take leaves of. All accesses come back, for TLBs.
+
     Attributes:
         options: what it is
         memory: its page tables and frames

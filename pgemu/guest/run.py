@@ -15,7 +15,7 @@ import numpy as np
 from pgemu.guest.options import GuestOptions
 from pgemu.guest.processors import Processor
 from pgemu.guest.program import GuestBatch, GuestProgram
-from pgemu.guest.tlb import Tlb, TlbCounts, lookup_control
+from pgemu.guest.tlb import Tlb, TlbCounts, flushes_of, lookup_control
 from pgemu.machine.results import RESULTS_OF, operation_name
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Operation, Records
@@ -107,6 +107,7 @@ class DesignRun:
         setup = program.setup()
         done = self.machine.run(setup)
         self._note(setup, done.status)
+        tlb.words[G.TLB_SEEN] = flushes_of(self.machine)  # nothing was looked up yet
 
     def feed(self, batch: GuestBatch) -> None:
         """Run a batch's operations, and look its accesses up between them."""

@@ -31,6 +31,7 @@ from pgemu.machine.field_rules import shown
 from pgemu.tables.access import rows_of
 from pgemu.tables.page_table import PageTable
 from pgemu_kernels import words as W
+from pgemu_kernels.formats.page_format import Family
 from pgemu_kernels.words import guest_words as G
 
 __all__ = ("Tlb", "TlbCounts", "TlbFound", "TlbLookups")
@@ -178,8 +179,11 @@ class Tlb:
         """Look up accesses (uint64[n]) to a table of one stage, in order.
 
         flags: Flag.WRITE, Flag.EXEC or none, of each access, or one for all. space: the tag of the table's entries,
-        below 65536. actors: the vCPU of each access, or one for all. ValueError for what does not fit.
+        below 65536. actors: the vCPU of each access, or one for all. ValueError for what does not fit, and for a table
+        of another format than x86-64, EPT and NPT.
         """
+        if table.format.family not in (Family.X86, Family.EPT, Family.NPT):
+            raise ValueError(f"table {table!r}: expected one of format x86-64, EPT or NPT")
         given = np.array(addresses, np.uint64)
         roots = _roots(space)
         roots[space] = table.root

@@ -56,14 +56,21 @@ def _references(run: GuestRun) -> str:
     return f"{run.counts.references / missed:.2f}" if missed else "-"
 
 
+def _found(run: GuestRun, where: int) -> str:
+    return f"{int(run.counts.accesses[:, where].sum()) / max(run.counts.total, 1):.2%}"
+
+
 def _of_accesses(size: str) -> Callable[[GuestRun], str]:
     return lambda run: f"{run.counts.share(size):.1%}"
 
 
 _ROWS: tuple[tuple[str, Callable[[GuestRun], str]], ...] = (
+    ("found in first-level TLBs", lambda run: _found(run, 0)),
+    ("found in second-level TLBs", lambda run: _found(run, 1)),
     ("missed by all TLBs", lambda run: count(run.counts.missed)),
     ("... of all accesses", lambda run: f"{run.counts.missed / max(run.counts.total, 1):.2%}"),
     ("entries read a miss", _references),
+    ("entries read an access", lambda run: f"{run.counts.references / max(run.counts.total, 1):.3f}"),
     ("through 4K entries", _of_accesses("4K")),
     ("through 2M entries", _of_accesses("2M")),
     ("through 1G entries", _of_accesses("1G")),

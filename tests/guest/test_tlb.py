@@ -142,6 +142,17 @@ def test_what_is_not_mapped_is_counted_and_not_kept() -> None:
     assert tlb.counts.missed == 0
 
 
+def test_an_address_that_is_not_canonical_has_no_translation() -> None:
+    tlb = Tlb("skylake-sp")
+    assert tlb.translate(TABLE, [0, 1 << 60, 1 << 47, 0]).levels.tolist() == [1, 0, 0, 1]
+    assert tlb.counts.untranslated == 2
+
+
+def test_tables_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of format x86-64, EPT or NPT"):
+        Tlb("zen").translate(Machine(Config()).create_page_table("arm64-stage2"), [0])
+
+
 @pytest.mark.parametrize("cache", [(3, 2), (6, 2), (4, 0), (0, 4)])
 def test_sets_are_a_power_of_two(cache: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="expected a power of two of sets"):

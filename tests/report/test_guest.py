@@ -19,6 +19,8 @@ def test_designs_stand_beside_each_other_with_all_that_is_assumed() -> None:
     rows = {line[2:32].strip(): line[32:].split() for line in lines if line.startswith("  ")}
     assert rows["missed by all TLBs"] == ["10", "10"]
     # The first miss reads 4 entries of the guest's tables and 2 of stage 2, with a 1G leaf; the others 1 each.
+    assert rows["found in first-level TLBs"] == ["90.00%", "90.00%"]
+    assert rows["entries read an access"] == ["0.150", "0.150"]
     assert rows["entries read a miss"] == ["1.50", "1.50"]
     assert rows["through 4K entries"] == ["100.0%", "100.0%"]
     said = " ".join(line.strip() for line in lines)
