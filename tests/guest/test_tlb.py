@@ -150,7 +150,7 @@ def test_an_address_that_is_not_canonical_has_no_translation() -> None:
 
 def test_tables_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of format x86-64, EPT or NPT"):
-        Tlb("zen").translate(Machine(Config()).create_page_table("arm64-stage2"), [0])
+        Tlb("zen").translate(Machine(Config()).create_page_table("arm64-s2"), [0])
 
 
 @pytest.mark.parametrize("cache", [(3, 2), (6, 2), (4, 0), (0, 4)])

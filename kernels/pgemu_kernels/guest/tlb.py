@@ -141,6 +141,11 @@ def look_up_access(g, m, t, tlb, counts, a, i):
     flags = U(a.flags[i])
     what = U2 if flags & FLAG_EXEC != U0 else (U1 if flags & FLAG_WRITE != U0 else U0)
     kind = KIND_FETCH if what == U2 else KIND_DATA
+    if (a.address[i] + t.guest.half) >> t.guest.bits != U0:
+        # Not canonical: a general protection fault, and no walk.
+        count(counts, what, FOUND_NONE, U0)
+        tell_lookup(a, i, FOUND_NONE, U0, U0)
+        return
     area = tlb[TLB_AREA] + U(a.actor[i]) % tlb[TLB_VCPUS] * tlb[TLB_AREA_WORDS]
     page = a.address[i] >> U12 & _PAGES
     space = U(a.space[i]) << TAG_SPACE
