@@ -1,7 +1,7 @@
 """A guest's accesses through TLBs over a design's stage 2, and what makes operations of them.
 
-The control sums the addresses of the same batch of accesses into as many counters as a first-level TLB has entries: a
-load, an index and a store each.
+The controls walk the same addresses without TLBs: through both stages (translate_nested), and through the guest's tables
+alone (translate).
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit
 
 from pgemu import Config
 from pgemu.guest import DesignRun, GuestOptions, GuestProgram, Tlb
+from pgemu.tables.translation import Kind, translate_nested
 from pgemu.trace.schema import Operation, Records
+from pgemu_kernels import words as W
 
 COUNT = 1 << 20
 BASE = np.uint64(0x7F00_0000_0000)
 ROUNDS = 7
 Array = np.ndarray[Any, Any]
-
-
-@njit(nogil=True, _nrt=False)
-def tally(addresses, counters):
-    """counters[page % 64] += 1 for each address."""
-    for address in addresses:
-        counters[address >> np.uint64(12) & np.uint64(63)] += np.uint64(1)
 
 
 def offsets(pattern: str) -> Array:
@@ -67,5 +61,12 @@ def test_guest(stream: tuple[str, DesignRun, Records], timed: Callable[..., None
 
 @pytest.mark.parametrize("path", ["look up", "collapse"])
 def test_control(stream: tuple[str, DesignRun, Records], timed: Callable[..., None], path: str) -> None:
-    addresses, counters = stream[2].address, np.zeros(64, np.uint64)
-    timed(path, lambda: tally(addresses, counters))
+    _, run, records = stream
+    table, address = run.program.memory.tables[0], records.address
+    if path == "collapse":
+        timed(path, lambda: table.translate(address))
+        return
+    run.write_tables()
+    places = 0, table.root, run.machine.register(W.R_STAGE2_FORMAT), run.vm.root
+    assert (translate_nested(run.machine, *places, address, Kind.USER_READ).status == 0).all()
+    timed(path, lambda: translate_nested(run.machine, *places, address, Kind.USER_READ))

@@ -5,7 +5,7 @@
 >>> program = GuestProgram(GuestOptions(guest_memory=1 << 30))
 >>> batch = program.feed(Records.build(3, op=Operation.GUEST_ACCESS, address=[0x1000, 0x1008, 0x2000]))
 >>> [hex(gpa) for gpa in batch.physical.tolist()], batch.at.tolist()  # four tables and the page; the second page
-(['0x7000', '0x7008', '0x8000'], [0, 0, 0, 0, 0, 2])
+(['0x6000', '0x6008', '0x7000'], [0, 0, 0, 0, 0, 2])
 
 The guest's memory is a machine of its own, of which only `ram` is used: guest physical addresses are its physical ones,
 so that the tables are edited and walked as any others are. It is the same for all designs.
