@@ -1,7 +1,7 @@
 """A guest's accesses through TLBs over a design's stage 2, and what makes operations of them.
 
-The controls walk the same addresses without TLBs: through both stages (translate_nested), and through the guest's tables
-alone (translate).
+The controls walk the same addresses without TLBs: through both stages (translate_nested), and through the tables of the
+guest alone (translate).
 """
 
 from __future__ import annotations
