@@ -141,6 +141,11 @@ class PageTable(OfMachine):
         return self._root
 
     @property
+    def row(self) -> int:
+        """Row of its format among the machine's formats."""
+        return self._row
+
+    @property
     def format(self) -> PageFormat:
         """What its entries look like, and how many levels there are."""
         return self._formats[self._row]

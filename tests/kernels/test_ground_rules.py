@@ -24,12 +24,14 @@ from numba.core import ir
 from numba.core.dispatcher import Dispatcher
 
 import pgemu_kernels
+from pgemu.guest import GuestOptions, run_accesses
 from pgemu.machine.designs import DESIGNS
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Kind, translate, translate_nested
 from pgemu.trace.accesses import Tally
 from pgemu.trace.fast_lines import FastLines
 from pgemu.trace.readers import lackey
+from pgemu.trace.schema import Records
 from pgemu_kernels import words as W
 from pgemu_kernels.engine import compile as kernel_compile
 from pgemu_kernels.engine.ahead import Declared
@@ -37,7 +39,7 @@ from pgemu_kernels.engine.inner_functions import StepCompiler
 from pgemu_kernels.engine.numba_internals import EntryCompiler
 from pgemu_kernels.run.entries import declared
 
-ENTRY_LIMIT = 17  # what one and the next have in common is compiled twice
+ENTRY_LIMIT = 19  # what one and the next have in common is compiled twice
 
 # Arguments and variables of these names hold page-table values or index arrays of them.
 NUMBERS = {"gfn", "pfn", "frame", "page", "index", "start", "end", "level", "slot"}
@@ -101,6 +103,8 @@ def exercise(machine: Machine) -> None:
     assert machine.check() == 0
     FastLines(NoLines(), array("Q"), None, array("Q")).feed(b"\n")
     assert len(list(lackey._KernelLines(Tally(), 0).read(b" L 04032e58,8\n"))) == 1
+    access = Records.build(1, op=W.Operation.GUEST_ACCESS)
+    run_accesses([access], {"one": Config("pfnmap")}, GuestOptions(1 << 30, private=False))
 
 
 class NoLines:

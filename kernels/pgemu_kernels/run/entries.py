@@ -26,10 +26,11 @@ __all__ = (
         "run_pooling",
         "tell_devices",
     ),
-    *("read_accesses", "read_lines", "translate", "translate_nested"),
+    *("collapse_accesses", "look_up", "loops_of", "read_accesses", "read_lines", "run_address"),
+    *("translate", "translate_nested"),
 )
 
-_INTS, _WORDS, _BYTES = "int64[::1]", "uint64[::1]", "uint8[::1]"
+_INTS, _WORDS, _BYTES, _HALVES = "int64[::1]", "uint64[::1]", "uint8[::1]", "uint16[::1]"
 _INT, _WORD = "int64", "uint64"
 _COLUMNS = {
     "header": _WORDS, "object_": _WORDS, "address": _WORDS, "offset": _WORDS, "length": _WORDS, "status": _INTS,
@@ -48,12 +49,12 @@ check = declare(
 provide = declare(
     "pgemu_kernels.folios.boot", "provide", True, descriptor=_INTS, what=_INT, where=_WORD
 ).dispatcher  # fmt: skip
-_run = declare(
-    "pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD
-).dispatcher
-run_designs = declare(
+_run_declared = declare("pgemu_kernels.run.fast", "run", True, descriptor=_INTS, loops=_WORDS, **_COLUMNS, first=_WORD)
+_run = _run_declared.dispatcher
+_designs = declare(
     "pgemu_kernels.run.full", "run_designs", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD, mode=_INT
-).dispatcher
+)
+run_designs = _designs.dispatcher
 run_ordinary = declare(
     "pgemu_kernels.run.ordinary", "run_ordinary", descriptor=_INTS, **_COLUMNS, first=_WORD, actor=_WORD
 ).dispatcher
@@ -95,6 +96,17 @@ read_accesses = declare(
     "pgemu_kernels.text.access_lines", "read_accesses", text=_BYTES, control=_WORDS, address=_WORDS, size=_WORDS,
     flags=_BYTES, foreign=_WORDS,
 ).dispatcher  # fmt: skip
+collapse_accesses = declare(
+    "pgemu_kernels.guest.collapse", "collapse_accesses", descriptor=_INTS, control=_WORDS, access_row=_WORDS,
+    roots=_WORDS, addresses=_WORDS, flags=_BYTES, actors=_HALVES, spaces=_HALVES, physical=_WORDS, pages=_WORDS,
+    blocks=_WORDS, memo=_WORDS, at=_WORDS, header=_WORDS, address=_WORDS, offset=_WORDS, length=_WORDS,
+).dispatcher  # fmt: skip
+look_up = declare(
+    "pgemu_kernels.guest.tlb", "look_up", guest_descriptor=_INTS, descriptor=_INTS, tlb=_WORDS, control=_WORDS,
+    counts=_WORDS, access_row=_WORDS, stage2_access=_WORDS, roots=_WORDS, addresses=_WORDS, flags=_BYTES,
+    actors=_HALVES, spaces=_HALVES, found=_BYTES, levels=_BYTES, references=_BYTES, at=_WORDS, **_COLUMNS,
+    loops=_WORDS,
+).dispatcher  # fmt: skip
 
 _addresses = np.zeros(len(_LOOPS), np.uint64)  # of the loops' machine code, as far as they were called
 _LOOP_SHIFT = 60  # loops.LOOP_SHIFT
@@ -110,3 +122,13 @@ def run(descriptor: Any, *columns_and_first: Any) -> int:
         loop = (stopped >> _LOOP_SHIFT) - 1
         _addresses[loop] = _LOOPS[loop].address()
         first = np.uint64(stopped & (1 << _LOOP_SHIFT) - 1)
+
+
+def run_address(full: bool) -> int:
+    """Where the entry behind run(), or run_designs() begins, for kernels that run operations between accesses."""
+    return (_designs if full else _run_declared).address()
+
+
+def loops_of() -> Any:
+    """uint64[3]: what that entry takes as its loops, those that were called by now."""
+    return _addresses
