@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._groups import grouped
-from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, memslot, size, vm_process
+from pgemu.cli._options import MACHINE_GROUPS, Bar, check, machine_options
 from pgemu.cli._output import say
+from pgemu.cli._trace import (
+    TRACE_GROUPS,
+    combinations_of,
+    given_fields,
+    load_trace,
+    trace_options,
+    version_options,
+    versions,
+)
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,11 +35,7 @@ __all__ = ("compare",)
 _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
-    "The trace and its memory": (
-        *("--guest-memory", "--init", "--dontneed", "--memslot", "--seed"),
-        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
-    ),
-    "Parameters of workloads": ("--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
+    **TRACE_GROUPS,
     **MACHINE_GROUPS,
 }
 
@@ -40,28 +45,7 @@ _GROUPS = {
     context_settings=grouped(_GROUPS),
 )
 @click.argument("trace", required=False)
-@click.option(
-    "--like",
-    type=click.Choice(["rfc2", "dec2025", "jan2026", "next"]),
-    default="dec2025",
-    show_default=True,
-    help="Version of restructure; Python's Config() alone is none of them.",
-)
-@click.option(
-    "--pfnmap",
-    type=click.Choice(["corrected", "slides2025"]),
-    default="corrected",
-    show_default=True,
-    help="Version of pfnmap: mended, or as the slides' change does.",
-)
-@click.option("--as-posted", is_flag=True, help="With those mistakes of the version, too, that have a known fix.")
-@click.option("--strict", is_flag=True, help="What the version refuses stays refused, though the trace needs it.")
-@click.option(
-    "--page-size", type=click.Choice(["4K", "2M", "1G"]), help="Size of the pages.  [default: 1G, of --like next 4K]"
-)
-@click.option(
-    "--guest-memory", type=size, metavar="SIZE", help="Size of the guest_memfd.  [default: what the trace needs]"
-)
+@version_options
 @click.option(
     "--design",
     "designs",
@@ -70,49 +54,7 @@ _GROUPS = {
     help="One design alone: what it has, without a verdict. May be repeated.",
 )
 @machine_options
-@click.option(
-    "--init",
-    type=click.Choice(["private", "shared", "auto"]),
-    default="auto",
-    show_default=True,
-    help="Memory at first; auto: private if it converts or is used as such, or of a TD.",
-)
-@click.option(
-    "--dontneed",
-    type=click.Choice(["punch", "zap"]),
-    help="What gives memory back.  [default: punch for madvise, else zap]",
-)
-@click.option(
-    "--overlap",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="Of the boots: flips under a page that stays shared, 0 to 1.  [default: 0]",
-)
-@click.option(
-    "--late",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="Flips in which a device still uses what is private, 0 to 1.  [default: the workload's]",
-)
-@click.option(
-    "--flips", type=click.IntRange(0), metavar="N", help="Of workload:dma-steady: pages that flip.  [default: 1000]"
-)
-@click.option("--accesses", type=click.IntRange(0), metavar="N", help="... of the device in each flip.  [default: 64]")
-@click.option(
-    "--buffers",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="... share of memory that the device uses.  [default: 0.06, 64M to 1G]",
-)
-@click.option("--mapping", type=size, metavar="SIZE", help="... size of each map for the device.  [default: 2M]")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, (1 << 63) - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Of a workload, and of the order of frames; 0: ascending.",
-)
+@trace_options
 @click.option(
     "--check",
     type=check,
@@ -120,57 +62,6 @@ _GROUPS = {
     default="end",
     show_default=True,
     help="Check invariants at the end, every N operations, or what each one touched.",
-)
-@click.option(
-    "--memslot",
-    "memslots",
-    type=memslot,
-    metavar="GPA:SIZE(:(OFFSET)(:HVA))",
-    multiple=True,
-    help="A memory slot, in place of the trace's; HVA tells host addresses. May be repeated.",
-)
-@click.option(
-    "--vm-process",
-    "vm_processes",
-    type=vm_process,
-    metavar="PID|all",
-    multiple=True,
-    help="Process of a log's VM; may be repeated, all merges what it holds.  [default: the only one]",
-)
-@click.option(
-    "--tdx-shared-bit",
-    type=click.Choice(["auto", "none", "47", "51"]),
-    default="auto",
-    show_default=True,
-    help="Bit that says shared in guest addresses of a TD's log.",
-)
-@click.option(
-    "--fault-address",
-    type=click.Choice(["auto", "physical", "virtual"]),
-    default="auto",
-    show_default=True,
-    help="What a log's guest faults print; auto: as they look.",
-)
-@click.option(
-    "--requests",
-    type=click.Choice(["done", "ignored"]),
-    default="done",
-    show_default=True,
-    help="Conversions that the guest asks for, in a log without kvm_vm_set_mem_attributes.",
-)
-@click.option(
-    "--early-slots",
-    type=click.Choice(["stand", "absent"]),
-    default="stand",
-    show_default=True,
-    help="Slots that the guest uses before a log's first slot line.",
-)
-@click.option(
-    "--iova",
-    type=click.Choice(["ignored", "guest"]),
-    default="ignored",
-    show_default=True,
-    help="What a log's iommu:map names: nobody knows whose, or the guest's addresses.",
 )
 @click.option("--no-sensitivity", is_flag=True, help="Try no alternatives of inferred rules: quicker, bases untested.")
 @click.option(
@@ -245,7 +136,7 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
     from pgemu.report.sweep import Combination, sweep
 
     runs: list[Combination] = []
-    for labels, changed in _combinations(options):
+    for labels, changed in combinations_of(compare, options, _OF_THE_RUN):
         try:
             comparison, sensitivity = _run(trace, {**options, **changed})
         except InputError as error:  # a combination that is none does not keep the others from being shown
@@ -260,80 +151,28 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
     return int(any(not isinstance(run.comparison, str) and run.comparison.broken for run in runs))
 
 
-def _combinations(options: dict[str, Any]) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """What --vary asks for; an option that varies is refused beside it, for one of both would count for nothing."""
-    from click.core import ParameterSource
-
-    from pgemu.experiments.vary import combinations
-
-    varied = _varied(options)
-    found = list(combinations(options["vary"], varied))
-    context = click.get_current_context()
-    for name, option in varied.items():
-        source = context.get_parameter_source(str(option.name)) if context else ParameterSource.DEFAULT
-        label = name.replace("_", "-")
-        if label in found[0][0] and source is not ParameterSource.DEFAULT:
-            raise InputError(f"--vary {label}=...: expected no {option.opts[0]} beside it")
-    return found
-
-
-def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
-    """The options that --vary may name, by name."""
-    command: click.Command = compare
-    own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
-    varied = [one for one in command.params if one.name in options and one.name not in own]
-    return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
-
-
-_OF_WORKLOADS = ("overlap", "late", "flips", "accesses", "buffers", "mapping")
-
-
-def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
-    from pgemu.trace import GivenSlot, LoweringOptions, load, require_input, shipped
-
-    lowering = LoweringOptions(
-        page_size=size(options["page_size"] or ("4K" if options["like"] == "next" else "1G")),
-        init=options["init"],
-        dontneed=options["dontneed"],
-        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
-        guest_memory=options["guest_memory"],
-        vm_processes=options["vm_processes"],
-        tdx_shared_bit=options["tdx_shared_bit"],
-        fault_address=options["fault_address"],
-        requests=options["requests"],
-        early_slots=options["early_slots"],
-        iova=options["iova"],
-    )
-    parameters = {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
-    lowered = load(shipped() if trace is None else trace, lowering, options["seed"], **parameters)
-    require_input(lowered)
-    return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
+# Options of the run and of what is printed: no sweep is over them.
+_OF_THE_RUN = {
+    "vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs",
+}  # fmt: skip
 
 
 def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensitivity | None]:
-    from pgemu.cost import profile as cost_profile
     from pgemu.experiments.compare import DESIGNS, WithoutEffect, compare as run
     from pgemu.experiments.effects import with_effects
     from pgemu.experiments.sensitivity import compare_and_vary
-    from pgemu.machine.presets import Versions
     from pgemu.trace.watching import watched
 
-    try:
-        host_cpus = options["host_cpus"] or cost_profile(options["profile"]).host_cpus or 1
-    except ValueError as error:
-        raise InputError(f"--profile: {error}") from None
-    given = {name: options[name] for name in FIELDS} | {"host_cpus": host_cpus, "seed": options["seed"]}
     designs = tuple(dict.fromkeys(options["designs"])) or DESIGNS
     arguments: dict[str, Any] = {
         "check": options["check"],
-        "versions": Versions(options["like"], options["pfnmap"], options["as_posted"]),
+        "versions": versions(options),
         "strict": options["strict"],
-        "defects": options["defects"],
-        **given,
+        **given_fields(options),
     }
     with Bar() as progress:
         with watched(partial(progress, "reading")):
-            lowered = _load(trace, options)
+            lowered = load_trace(trace, options)
         _announce(lowered, options["check"])
         if options["no_sensitivity"]:
             return run(lowered, designs, progress=progress, **arguments), None
@@ -387,7 +226,7 @@ def _idle_options(trace: str | None, options: dict[str, Any], comparison: Compar
         if options[name] == default or trace == "-":  # which is read once
             continue
         try:
-            other = _load(trace, {**options, name: default})
+            other = load_trace(trace, {**options, name: default})
         except InputError:
             continue
         if _alike(comparison.lowered, other):

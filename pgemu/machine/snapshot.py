@@ -111,7 +111,8 @@ def _touched(array: Array) -> Runs:
     if told.size != count:
         return everything
     pages = _runs(told & _TOUCHED != 0) + first
-    return np.clip((pages * _PAGE - array.ctypes.data) // array.itemsize, 0, array.size)
+    found: Runs = np.clip((pages * _PAGE - array.ctypes.data) // array.itemsize, 0, array.size)
+    return found
 
 
 def _written(array: Array) -> Iterator[tuple[int, int]]:
@@ -121,7 +122,7 @@ def _written(array: Array) -> Iterator[tuple[int, int]]:
         start = first // unit * unit
         whole = (end - start) // unit * unit
         pages = array[start : start + whole].reshape(-1, unit)
-        for begin, stop in _runs(pages.any(axis=1)).tolist():
+        for begin, stop in _runs(np.asarray(pages.any(axis=1))).tolist():
             yield start + begin * unit, start + stop * unit
         if array[start + whole : end].any():
             yield start + whole, end

@@ -394,7 +394,8 @@ def _of_row(machine: Core, number: int) -> IoSpace:
         least = int(machine.format_row(least)[W.F_TALLER])
     space = object.__new__(kind)
     space.machine, space.number, space._closed = machine, number, False
-    space.unit = next(unit for unit, name in _FORMATS.items() if next(iter(formats.values())).name.startswith(name))  # type: ignore[assignment]
+    name = next(iter(formats.values())).name
+    space.unit = "vtd" if name.startswith(_FORMATS["vtd"]) else "amd"
     space.table = _Table(space, formats)
     return space
 

@@ -490,7 +490,7 @@ class Machine(Core):
         return cast("Machine", restored(cls, read(path), os.fspath(path)))
 
     def copy(self) -> Machine:
-        """Another machine that is as this one, and goes on by itself. OSError ENOMEM where there is no memory for it."""
+        """Another machine, which is as this one and goes on by itself. OSError ENOMEM where there is no memory."""
         from pgemu.machine.snapshot import copied
         from pgemu.objects.saved import beside, made_of
 

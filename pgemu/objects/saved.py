@@ -74,7 +74,9 @@ def restored(kind: type[Any], snapshot: Snapshot, name: str) -> Any:
     try:
         return made_of(kind, snapshot.config, snapshot.arrays, snapshot.header[KEY])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"what the machine keeps beside its arrays cannot be used ({str(error)[:100]})", name) from None
+        raise InputError(
+            f"what the machine keeps beside its arrays cannot be used ({str(error)[:100]})", name
+        ) from None
 
 
 def _format(document: dict[str, Any]) -> PageFormat:

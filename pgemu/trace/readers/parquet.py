@@ -8,12 +8,14 @@ pyarrow is imported inside the functions, so that only those who store or load a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,7 @@ from pgemu.whole_file import whole_file
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = ("FORMATS", "ROW_GROUP", "iterate", "read", "sniff", "write")
+__all__ = ("FORMATS", "ROW_GROUP", "Glance", "glance", "iterate", "narrow", "read", "sniff", "write")
 
 FORMATS = {"parquet": "Parquet"}
 
@@ -86,22 +88,95 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         raise InputError(f"cannot be written: {error.strerror or error}", name) from None
 
 
-def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
-    """Yield a stored trace in batches of at most `batch` records, checked.
+class Glance(NamedTuple):
+    """What a stored trace tells without its records.
+
+    Attributes:
+        lowered: the trace, with no records; whether it converts nobody has looked
+        records: how many there are
+        fingerprint: of the file's footer, which has the size and the extremes of every column of every row group
+    """
+
+    lowered: Lowered
+    records: int
+    fingerprint: str
+
+
+def glance(path: str | os.PathLike[str]) -> Glance | None:
+    """What a trace that `write` stored tells without its records; None of another file of Parquet.
+
+    :raises InputError: as `read`
+    """
+    name = os.fspath(path)
+    with _open(name) as file:
+        about, rows = _about(file, name), file.metadata.num_rows
+        if about is None:
+            return None
+        if about["setup"] > rows:
+            raise InputError(f"setup of {about['setup']} records, the trace has {rows}", name)
+        lowered = _lowered(about, Records.build(0), rows, name, _others(file))
+        return Glance(lowered, rows, _fingerprint(file, name))
+
+
+def _fingerprint(file: pq.ParquetFile, name: str) -> str:
+    size = file.metadata.serialized_size
+    with open(name, "rb") as raw:
+        raw.seek(-min(size + 8, os.path.getsize(name)), os.SEEK_END)
+        return hashlib.sha256(raw.read()).hexdigest()[:32]
+
+
+def narrow(path: str | os.PathLike[str], columns: Iterable[str], batch: int = ROW_GROUP) -> Iterator[dict[str, Any]]:
+    """Yield some columns of a stored trace, in batches: arrays by name, zeroes of what it does not have.
+
+    :raises InputError: as `iterate`, of these columns
+    """
+    name = os.fspath(path)
+    wanted = list(columns)
+    with _open(name) as file:
+        there = [column for column in wanted if column in file.schema_arrow.names]
+        pieces = file.iter_batches(batch_size=batch, columns=there)
+        first = 0
+        while True:
+            with _damage(name, "damaged"):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            with _damage(name, "damaged"):
+                found = {one: numbers(piece.column(one), one, DTYPES[one], name, first) for one in there}
+            first += piece.num_rows
+            yield {one: found.get(one, np.zeros(piece.num_rows, DTYPES[one])) for one in wanted}
+
+
+def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP, first: int = 0) -> Iterator[Records]:
+    """Yield a stored trace in batches of at most `batch` records, from record `first` on, checked.
 
     :raises InputError: not Parquet, a column that cannot be a trace's or is missing, or a record that none can be (with
         its row)
     """
     name = os.fspath(path)
     with _open(name) as file:
-        yield from (records for records, _ in _batches(file, name, batch))
+        yield from (records for records, _ in _batches(file, name, batch, first))
 
 
-def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
-    """Records and recorded levels of faults, None if the trace has none."""
-    first = last = 0
+def _row_groups(file: pq.ParquetFile, first: int) -> tuple[list[int], int]:
+    """The row groups that hold record `first` and those behind it, and the first record of these."""
+    begin, groups = 0, file.metadata.num_row_groups
+    for group in range(groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if end > first:
+            return list(range(group, groups)), begin
+        begin = end
+    return [], begin
+
+
+def _batches(
+    file: pq.ParquetFile, name: str, batch: int, begin: int = 0
+) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
+    """Records from number `begin` on and recorded levels of faults, None if the trace has none."""
+    last = 0
+    groups, first = _row_groups(file, begin)
     wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == _LEVEL]
-    pieces = file.iter_batches(batch_size=batch, columns=wanted)
+    pieces = file.iter_batches(batch_size=batch, columns=wanted, row_groups=groups)
     while True:
         with _damage(name, "damaged"):
             piece = next(pieces, None)
@@ -115,8 +190,11 @@ def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Reco
                 if levels.size and levels.max() > 3:
                     raise InputError(f"column {_LEVEL!r} holds {levels.max()}, expected at most 3", name)
         last = _check_order(records.time, last, name, first)
+        skipped = min(max(begin - first, 0), len(records))
         first += len(records)
         tell(first, file.metadata.num_rows)
+        if skipped:
+            records, levels = records[skipped:], None if levels is None else levels[skipped:]
         yield records, levels
 
 
@@ -169,14 +247,19 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     levels = np.concatenate(told) if told else None
     if about is None:
         return Unplaced(records, name, levels, others)
+    if about["setup"] > len(records):
+        raise InputError(f"setup of {about['setup']} records, the trace has {len(records)}", name)
+    lowered = _lowered(about, records, len(records), name, others)
+    return replace(lowered, converts=bool((records.op == Operation.CONVERT).any()), fault_levels=levels)
+
+
+def _lowered(about: Mapping[str, Any], records: Records, rows: int, name: str, others: tuple[str, ...]) -> Lowered:
+    """The trace of what `write` stored beside its records."""
     setup = about["setup"]
-    if setup > len(records):
-        raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
-    inputs = Counter({"record": len(records) - setup} if len(records) > setup else {})
-    accounting = Accounting(events=len(records) - setup, inputs=inputs, operations=len(records), setup=setup)
-    converts = bool((records.op == Operation.CONVERT).any())
+    inputs = Counter({"record": rows - setup} if rows > setup else {})
+    accounting = Accounting(events=rows - setup, inputs=inputs, operations=rows, setup=setup)
     return Lowered(
-        records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
+        records, about["layout"], about["init"], False, accounting, name, accesses=about["accesses"],
         machine=about["machine"], notes=about["notes"] + others, doubts=about["doubts"],
     )  # fmt: skip
 

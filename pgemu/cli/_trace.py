@@ -1,0 +1,256 @@
+"""What commands take that run a trace: versions of the designs, the trace and how it is read, its machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from pgemu.cli._options import FIELDS, memslot, size, vm_process
+from pgemu.errors import InputError
+
+if TYPE_CHECKING:
+    from pgemu.machine.presets import Versions
+    from pgemu.trace.lowered import Lowered, LoweringOptions
+
+__all__ = (
+    "TRACE_GROUPS",
+    "combinations_of", "given_fields", "load_trace", "lowering_options", "trace_options", "version_options", "versions",
+    "workload_parameters",
+)  # fmt: skip
+
+_VERSION = (
+    click.option(
+        "--like",
+        type=click.Choice(["rfc2", "dec2025", "jan2026", "next"]),
+        default="dec2025",
+        show_default=True,
+        help="Version of restructure; Python's Config() alone is none of them.",
+    ),
+    click.option(
+        "--pfnmap",
+        type=click.Choice(["corrected", "slides2025"]),
+        default="corrected",
+        show_default=True,
+        help="Version of pfnmap: mended, or as the slides' change does.",
+    ),
+    click.option("--as-posted", is_flag=True, help="With those mistakes of the version, too, that have a known fix."),
+    click.option("--strict", is_flag=True, help="What the version refuses stays refused, though the trace needs it."),
+    click.option(
+        "--page-size",
+        type=click.Choice(["4K", "2M", "1G"]),
+        help="Size of the pages.  [default: 1G, of --like next 4K]",
+    ),
+    click.option(
+        "--guest-memory", type=size, metavar="SIZE", help="Size of the guest_memfd.  [default: what the trace needs]"
+    ),
+)
+
+_TRACE = (
+    click.option(
+        "--init",
+        type=click.Choice(["private", "shared", "auto"]),
+        default="auto",
+        show_default=True,
+        help="Memory at first; auto: private if it converts or is used as such, or of a TD.",
+    ),
+    click.option(
+        "--dontneed",
+        type=click.Choice(["punch", "zap"]),
+        help="What gives memory back.  [default: punch for madvise, else zap]",
+    ),
+    click.option(
+        "--overlap",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Of the boots: flips under a page that stays shared, 0 to 1.  [default: 0]",
+    ),
+    click.option(
+        "--late",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Flips in which a device still uses what is private, 0 to 1.  [default: the workload's]",
+    ),
+    click.option(
+        "--flips", type=click.IntRange(0), metavar="N", help="Of workload:dma-steady: pages that flip.  [default: 1000]"
+    ),
+    click.option(
+        "--accesses", type=click.IntRange(0), metavar="N", help="... of the device in each flip.  [default: 64]"
+    ),
+    click.option(
+        "--buffers",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="... share of memory that the device uses.  [default: 0.06, 64M to 1G]",
+    ),
+    click.option("--mapping", type=size, metavar="SIZE", help="... size of each map for the device.  [default: 2M]"),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, (1 << 63) - 1),
+        metavar="N",
+        default=0,
+        show_default=True,
+        help="Of a workload, and of the order of frames; 0: ascending.",
+    ),
+    click.option(
+        "--memslot",
+        "memslots",
+        type=memslot,
+        metavar="GPA:SIZE(:(OFFSET)(:HVA))",
+        multiple=True,
+        help="A memory slot, in place of the trace's; HVA tells host addresses. May be repeated.",
+    ),
+    click.option(
+        "--vm-process",
+        "vm_processes",
+        type=vm_process,
+        metavar="PID|all",
+        multiple=True,
+        help="Process of a log's VM; may be repeated, all merges what it holds.  [default: the only one]",
+    ),
+    click.option(
+        "--tdx-shared-bit",
+        type=click.Choice(["auto", "none", "47", "51"]),
+        default="auto",
+        show_default=True,
+        help="Bit that says shared in guest addresses of a TD's log.",
+    ),
+    click.option(
+        "--fault-address",
+        type=click.Choice(["auto", "physical", "virtual"]),
+        default="auto",
+        show_default=True,
+        help="What a log's guest faults print; auto: as they look.",
+    ),
+    click.option(
+        "--requests",
+        type=click.Choice(["done", "ignored"]),
+        default="done",
+        show_default=True,
+        help="Conversions that the guest asks for, in a log without kvm_vm_set_mem_attributes.",
+    ),
+    click.option(
+        "--early-slots",
+        type=click.Choice(["stand", "absent"]),
+        default="stand",
+        show_default=True,
+        help="Slots that the guest uses before a log's first slot line.",
+    ),
+    click.option(
+        "--iova",
+        type=click.Choice(["ignored", "guest"]),
+        default="ignored",
+        show_default=True,
+        help="What a log's iommu:map names: nobody knows whose, or the guest's addresses.",
+    ),
+)
+
+TRACE_GROUPS = {
+    "The trace and its memory": (
+        *("--guest-memory", "--init", "--dontneed", "--memslot", "--seed"),
+        *("--vm-process", "--tdx-shared-bit", "--fault-address", "--requests", "--early-slots", "--iova"),
+    ),
+    "Parameters of workloads": ("--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping"),
+}
+"""Headings of --help."""
+
+
+def _all(options: Iterable[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(list(options)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+version_options = _all(_VERSION)
+"""Give a command the options that choose versions of the designs, and the size of pages."""
+trace_options = _all(_TRACE)
+"""Give a command the options that say what a trace is and how it is read."""
+
+_OF_WORKLOADS = ("overlap", "late", "flips", "accesses", "buffers", "mapping")
+
+
+def workload_parameters(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that are given."""
+    return {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
+
+
+def lowering_options(options: dict[str, Any]) -> LoweringOptions:
+    """How the trace is laid over guest_memfd."""
+    from pgemu.trace import GivenSlot, LoweringOptions
+
+    return LoweringOptions(
+        page_size=size(options["page_size"] or ("4K" if options["like"] == "next" else "1G")),
+        init=options["init"],
+        dontneed=options["dontneed"],
+        memslots=tuple(GivenSlot(*slot) for slot in options["memslots"]),
+        guest_memory=options["guest_memory"],
+        vm_processes=options["vm_processes"],
+        tdx_shared_bit=options["tdx_shared_bit"],
+        fault_address=options["fault_address"],
+        requests=options["requests"],
+        early_slots=options["early_slots"],
+        iova=options["iova"],
+    )
+
+
+def load_trace(trace: str | None, options: dict[str, Any]) -> Lowered:
+    """Load a trace, or without one that which comes with pgemu."""
+    from pgemu.trace import load, require_input, shipped
+
+    lowering = lowering_options(options)
+    name = shipped() if trace is None else trace
+    lowered = load(name, lowering, options["seed"], **workload_parameters(options))
+    require_input(lowered)
+    return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
+
+
+def versions(options: dict[str, Any]) -> Versions:
+    """Versions of the designs."""
+    from pgemu.machine.presets import Versions
+
+    return Versions(options["like"], options["pfnmap"], options["as_posted"])
+
+
+def given_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the machine that the options give; None is what the version or the trace says."""
+    from pgemu.cost import profile as cost_profile
+
+    try:
+        host_cpus = options["host_cpus"] or cost_profile(options["profile"]).host_cpus or 1
+    except ValueError as error:
+        raise InputError(f"--profile: {error}") from None
+    given = {name: options[name] for name in FIELDS}
+    return {**given, "host_cpus": host_cpus, "seed": options["seed"], "defects": options["defects"]}
+
+
+def combinations_of(
+    command: click.Command, options: dict[str, Any], own: set[str]
+) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """What --vary asks for, labels and options of each run; without it one with none.
+
+    An option that varies is refused beside it, for one of both would count for nothing.
+
+    :param own: options of the command that do not vary
+    """
+    from click.core import ParameterSource
+
+    from pgemu.experiments.vary import combinations
+
+    varied = {
+        one.opts[0].lstrip("-").replace("-", "_"): one
+        for one in command.params
+        if one.name in options and one.name not in own
+    }
+    found = list(combinations(options["vary"], varied))
+    context = click.get_current_context()
+    for name, option in varied.items():
+        source = context.get_parameter_source(str(option.name)) if context else ParameterSource.DEFAULT
+        label = name.replace("_", "-")
+        if label in found[0][0] and source is not ParameterSource.DEFAULT:
+            raise InputError(f"--vary {label}=...: expected no {option.opts[0]} beside it")
+    return found
