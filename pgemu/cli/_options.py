@@ -86,8 +86,9 @@ class Bar:
     unit: of what is counted, to show how many of it are done in a second.
     """
 
-    def __init__(self, after: float = _PROGRESS_AFTER, unit: str = "") -> None:
-        self._after, self._unit = after, unit
+    def __init__(self, after: float | None = None, unit: str = "") -> None:
+        self._after = _PROGRESS_AFTER if after is None else after
+        self._unit = unit
         self._began = time.monotonic()
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._bar: Progress | None = None

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = (
     "TRACE_GROUPS",
-    "combinations_of", "given_fields", "load_trace", "lowering_options", "trace_options", "version_options", "versions",
+    "combinations_of",
+    "given_fields",
+    "load_trace",
+    "lowering_options",
+    "trace_options",
+    "varied_options",
+    "version_options",
+    "versions",
     "workload_parameters",
-)  # fmt: skip
+)
 
 _VERSION = (
     click.option(
@@ -228,6 +235,12 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
     return {**given, "host_cpus": host_cpus, "seed": options["seed"], "defects": options["defects"]}
 
 
+def varied_options(command: click.Command, options: dict[str, Any], own: set[str]) -> dict[str, click.Parameter]:
+    """The options that --vary may name, by name; `own` are those that do not vary."""
+    varied = [one for one in command.params if one.name in options and one.name not in own]
+    return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
+
+
 def combinations_of(
     command: click.Command, options: dict[str, Any], own: set[str]
 ) -> list[tuple[dict[str, str], dict[str, Any]]]:
@@ -241,11 +254,7 @@ def combinations_of(
 
     from pgemu.experiments.vary import combinations
 
-    varied = {
-        one.opts[0].lstrip("-").replace("-", "_"): one
-        for one in command.params
-        if one.name in options and one.name not in own
-    }
+    varied = varied_options(command, options, own)
     found = list(combinations(options["vary"], varied))
     context = click.get_current_context()
     for name, option in varied.items():

@@ -157,7 +157,8 @@ def _one(job: Job, options: dict[str, Any]) -> int:
 
     with _progress(options) as progress, Interrupt() as interrupt, watched(partial(progress, "reading")):
         replayed = run_job(job, partial(progress, job.design), interrupt)
-    _show([(job, replayed)], options)
+    if replayed.complete or replayed.shards == 1:  # else machines counted more than the file has
+        _show([(job, replayed)], options)
     if not replayed.complete and not replayed.refusal:
         more = "; --resume goes on" if job.checkpoint else ""
         say(f"interrupted after {replayed.records:,} of {replayed.total:,} records, which {job.out} has{more}")
@@ -166,16 +167,16 @@ def _one(job: Job, options: dict[str, Any]) -> int:
 
 
 def _several(jobs: list[Job], options: dict[str, Any]) -> int:
-    from pgemu.experiments.replaying.jobs import on_cluster, run_all, run_job
+    from pgemu.experiments.replaying.jobs import on_cluster, run_all, run_alone
 
     os.makedirs(options["output"], exist_ok=True)
     done: list[tuple[Job, Replayed]] = []
     failed = 0
     with _progress(options) as progress, Interrupt() as interrupt:
         if options["scheduler"]:
-            results = on_cluster(options["scheduler"], run_job, jobs)
+            results = on_cluster(options["scheduler"], run_alone, jobs)
         else:
-            results = run_all(run_job, jobs, options["jobs"], interrupt)
+            results = run_all(run_alone, jobs, options["jobs"], interrupt)
         for ended, (number, result) in enumerate(results, 1):
             progress("runs", ended, len(jobs))
             if isinstance(result, InputError):

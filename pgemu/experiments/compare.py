@@ -317,8 +317,8 @@ def compare(
     given = {name: value for name, value in given.items() if value is not None}
     configs = [configuration(lowered, design, versions, given) for design in designs]
     runs = tuple(run(lowered, config, versions, check, progress, strict=strict) for config in configs)
-    refused = () if strict else tuple(refused(lowered, config, versions) for config in configs)
-    instead = tuple(f"{text}: created as rfc2 does" for text in refused if text)
+    texts = () if strict else tuple(refused(lowered, config, versions) for config in configs)
+    instead = tuple(f"{text}: created as rfc2 does" for text in texts if text)
     return Comparison(lowered, check, runs, versions, given, instead)
 
 

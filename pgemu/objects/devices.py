@@ -378,28 +378,6 @@ class Ioas(IoSpace):
         return Result(self._arrange(CLOSE_DOMAIN), 0)
 
 
-def io_spaces(machine: Core) -> list[IoSpace]:
-    """The address spaces that a machine has, by number, whoever made them."""
-    rows = machine.arrays.state[int(W.STATE_DOMAINS) :][: machine.register(W.R_DOMAINS) * W.D_WORDS]
-    return [_of_row(machine, i) for i, row in enumerate(rows.reshape(-1, W.D_WORDS)) if row[W.D_KIND]]
-
-
-def _of_row(machine: Core, number: int) -> IoSpace:
-    row = machine.arrays.state[int(W.STATE_DOMAINS) + number * W.D_WORDS :]
-    kind: type[IoSpace] = Ioas if row[W.D_KIND] == W.DOMAIN_IOAS else VfioContainer
-    formats: dict[int, Any] = {}
-    least = int(row[W.D_EMPTY_FORMAT])
-    while least and least not in formats:
-        formats[least] = machine.formats_made[least]
-        least = int(machine.format_row(least)[W.F_TALLER])
-    space = object.__new__(kind)
-    space.machine, space.number, space._closed = machine, number, False
-    name = next(iter(formats.values())).name
-    space.unit = "vtd" if name.startswith(_FORMATS["vtd"]) else "amd"
-    space.table = _Table(space, formats)
-    return space
-
-
 class Iommufd(OfMachine):
     """/dev/iommu: a file of which address spaces are made. Made by Machine.create_iommufd()."""
 

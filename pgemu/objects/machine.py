@@ -210,7 +210,7 @@ class Machine(Core):
     @property
     def io_spaces(self) -> list[IoSpace]:
         """The address spaces of devices, by number."""
-        from pgemu.objects.devices import io_spaces
+        from pgemu.objects.saved import io_spaces
 
         return io_spaces(self)
 

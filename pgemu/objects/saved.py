@@ -11,7 +11,7 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.machine.single import Single
 from pgemu.machine.snapshot import Snapshot
-from pgemu.objects.devices import io_spaces
+from pgemu.objects.devices import _FORMATS, Ioas, IoSpace, VfioContainer, _Table
 from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
 from pgemu.tables.page_table import PageTable, table_of_rows
 from pgemu_kernels import words as W
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.vm import Vm
 
-__all__ = ("KEY", "beside", "inodes", "made_of", "processes", "restored", "vms")
+__all__ = ("KEY", "beside", "inodes", "io_spaces", "made_of", "processes", "restored", "vms")
 
 KEY = "machine"
 """Of a snapshot's header: what beside() says."""
@@ -138,3 +138,24 @@ def _inode(machine: Core, number: int) -> GuestMemfd | File:
     if kind == W.INODE_DEVICE:
         return Device(machine, number, size, int(row[W.I_BASE]))
     return ShmemFile(machine, number, size) if flags & W.INODE_SHMEM else GuestMemfd4K(machine, number, size)
+
+
+def io_spaces(machine: Core) -> list[IoSpace]:
+    """See Machine.io_spaces."""
+    rows = _rows(machine, int(W.STATE_DOMAINS), machine.register(W.R_DOMAINS), W.D_WORDS)
+    return [_io_space(machine, i, row) for i, row in enumerate(rows) if row[W.D_KIND]]
+
+
+def _io_space(machine: Core, number: int, row: np.ndarray[Any, Any]) -> IoSpace:
+    kind: type[IoSpace] = Ioas if row[W.D_KIND] == W.DOMAIN_IOAS else VfioContainer
+    formats: dict[int, Any] = {}
+    least = int(row[W.D_EMPTY_FORMAT])
+    while least and least not in formats:
+        formats[least] = machine.formats_made[least]
+        least = int(machine.format_row(least)[W.F_TALLER])
+    space = object.__new__(kind)
+    space.machine, space.number, space._closed = machine, number, False
+    name = next(iter(formats.values())).name
+    space.unit = "vtd" if name.startswith(_FORMATS["vtd"]) else "amd"
+    space.table = _Table(space, formats)
+    return space

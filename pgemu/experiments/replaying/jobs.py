@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pgemu.errors import InputError
 from pgemu.experiments.configuration import configuration
-from pgemu.experiments.replaying.opened import open_trace
+from pgemu.experiments.replaying.opened import OpenTrace, open_trace
+from pgemu.experiments.replaying.outcomes import OutcomeFile, merged, read_rows
 from pgemu.experiments.replaying.run import Every, Replayed, Run, replay
+from pgemu.experiments.replaying.shards import Chosen, Plan, added, joining, plan, short
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Check
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from pgemu.machine.presets import Versions
     from pgemu.trace.lowered import LoweringOptions
 
-__all__ = ("Job", "on_cluster", "run_all", "run_job")
+__all__ = ("Job", "on_cluster", "run_all", "run_alone", "run_job")
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -64,46 +70,146 @@ def run_job(
     stopped: Callable[[], bool] = lambda: False,
 ) -> Replayed:
     """Do a run, in this process or, of several shards, in as many. See run.replay()."""
+    trace, run = _opened(job)
+    if job.shards < 2:
+        return replay(trace, run, job.out, progress, stopped)
+    if job.checkpoint is not None:
+        raise InputError("--checkpoint: expected --jobs 1, for a checkpoint is of one machine")
+    why = joining(trace, run.config)
+    found = None if why else plan(trace.columns(), job.shards)
+    if found is not None:
+        replayed = _sharded(job, trace, run, found, progress, stopped)
+        if isinstance(replayed, Replayed):
+            return replayed
+        why = f"machines of their own could have been short of the same: {replayed}"
+    why = f"--jobs {job.shards}: on one machine, {why or 'for records join all of its VMs, processes and inodes'}"
+    return replace(replay(trace, run, job.out, progress, stopped), instead=why)
+
+
+def _opened(job: Job) -> tuple[OpenTrace, Run]:
     trace = open_trace(job.trace, job.lowering, job.seed, job.parameters)
     given = {name: value for name, value in job.fields.items() if value is not None}
     config = configuration(trace.lowered, job.design, job.versions, given, trace.survey.named.inodes)
     run = Run(
         config, job.versions, job.strict, job.check, (), job.checkpoint, job.every, job.resume, job.max_memory
     )  # fmt: skip
-    return replay(trace, run, job.out, progress, stopped)
+    return trace, run
+
+
+# --------------------------------------------------------------------------- one trace on several machines
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard, for a process."""
+
+    trace: OpenTrace
+    run: Run
+    out: str
+
+
+def _run_shard(shard: _Shard, stopped: Callable[[], bool]) -> Replayed:
+    return replay(shard.trace, shard.run, shard.out, None, stopped)
+
+
+def _sharded(
+    job: Job, trace: OpenTrace, run: Run, found: Plan, progress: Callable[[int, int], None] | None,
+    stopped: Callable[[], bool],
+) -> Replayed | str:  # fmt: skip
+    """Run the shards, and merge what they returned; or why that is not what one machine would have returned."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=".pgemu-", dir=os.path.dirname(os.path.realpath(job.out))) as folder:
+        lowered = replace(trace.lowered, again=None)  # which cannot be sent
+        shards = [
+            _Shard(
+                replace(trace, lowered=lowered, count=count),
+                replace(run, chosen=Chosen(found, number), numbers=True),
+                os.path.join(folder, f"{number}.parquet"),
+            )
+            for number, count in enumerate(found.counts)
+        ]
+        done: dict[int, Replayed] = {}
+        for number, result in run_all(_run_shard, shards, len(shards), stopped):
+            if isinstance(result, InputError):
+                raise result
+            done[number] = result
+            if progress:
+                progress(sum(one.records for one in done.values()), trace.count)
+        if len(done) < len(shards):
+            raise KeyboardInterrupt
+        runs = [done[number] for number in range(len(shards))]
+        if why := short(runs):
+            return why
+        ended = all(one.complete for one in runs)
+        records = trace.count if ended else min(one.position for one in runs if not one.complete)
+        replayed = replace(
+            runs[0], records=records, total=trace.count, complete=ended,
+            statistics=added(runs[0].booted, [one.statistics for one in runs]),
+            finding=next((one.finding for one in runs if one.finding), None),
+            seconds=time.perf_counter() - began, shards=len(runs), identity=trace.identity,
+        )  # fmt: skip
+        with OutcomeFile(job.out) as file:
+            for rows in merged((read_rows(shard.out) for shard in shards), records):
+                file.add(rows)
+            file.finish(replayed.about())
+    return replayed
 
 
 # --------------------------------------------------------------------------- side by side
 
+_stop: Any = None  # of a process that runs tasks: set once no more is wanted
+
+
+def _begin(stop: Any) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked for the tasks says when to stop
+
+
+def _task(function: Callable[[Any, Callable[[], bool]], Any], task: Any) -> Any:
+    return function(task, _stop.is_set)
+
+
+def run_alone(job: Job, stopped: Callable[[], bool] = lambda: False) -> Replayed:
+    """run_job() in a process that shows no progress."""
+    return run_job(job, None, stopped)
+
 
 def run_all(
-    function: Callable[[_Task], _Result], tasks: Sequence[_Task], jobs: int, stopped: Callable[[], bool]
-) -> Iterator[tuple[int, _Result | InputError]]:
+    function: Callable[[_Task, Callable[[], bool]], _Result], tasks: Sequence[_Task], jobs: int,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[int, _Result | InputError]]:  # fmt: skip
     """Yield the number of each task and its result, or what it refused, as they come; `jobs` processes at a time.
 
-    Once `stopped` says so no more begin. InputError if a process dies.
+    Once `stopped` says so no more begin, and those that run are told. InputError if a process dies.
+
+    :param function: takes a task, and what to ask whether to stop
     """
     # A process that is forked would have the threads of this one, which do not run there.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
+    stop = context.Event()
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (stop,)) as pool:
         left = list(enumerate(tasks))
-        running: dict[Any, int] = {}
+        running: dict[Future[Any], int] = {}
         while left or running:
-            while left and len(running) < jobs and not stopped():
+            if stopped():
+                stop.set()
+                left.clear()
+            while left and len(running) < jobs:
                 number, task = left.pop(0)
-                running[pool.submit(function, task)] = number
-            if not running:
-                return
+                running[pool.submit(_task, function, task)] = number
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
-                number = running.pop(future)
-                try:
-                    yield number, future.result()
-                except InputError as error:
-                    yield number, error
-                except BrokenProcessPool:
-                    what = "a process of the run ended before its time: out of memory, or killed"
-                    raise InputError(what) from None
+                yield running.pop(future), _result(future)
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except InputError as error:
+        return error
+    except BrokenProcessPool:
+        raise InputError("a process of the run ended before its time: out of memory, or killed") from None
 
 
 def on_cluster(

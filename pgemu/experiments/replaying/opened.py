@@ -94,6 +94,13 @@ class OpenTrace:
         for begin in range(first, len(self.lowered.records), size):
             yield self.lowered.records[begin : begin + size]
 
+    def columns(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        """Columns op, vm, space and object of all records, in batches, as they are before any stage."""
+        if self.path is not None:
+            yield from narrow(self.path, _SURVEYED)
+            return
+        yield {column: getattr(self.lowered.records, column) for column in _SURVEYED}
+
     def with_records(self, lowered: Lowered) -> OpenTrace:
         """The same of a trace in memory whose records were changed."""
         return in_memory(lowered) if lowered is not self.lowered else self

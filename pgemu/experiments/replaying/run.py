@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,8 @@ from pgemu.experiments.replaying.threads import Ahead, Behind
 from pgemu.experiments.setting_up import Pace, boot, fill, refused
 from pgemu.trace.schema import ACTOR_LIMIT, Operation, Records
 from pgemu.version import version
+from pgemu_kernels import words as W
+from pgemu_kernels.words.events import Gauge
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -88,6 +90,8 @@ class Replayed:
         resumed: records that had run before a checkpoint from which this one went on
         refusal: why nothing has run; "" where it has
         notes: of the trace
+        used: by name, the most that was ever in use and how many there can be, of what all objects of a machine share
+        position: number of the first record that has not run
         shards: on how many machines
         instead: why not on several, where that was asked for
     """
@@ -105,6 +109,8 @@ class Replayed:
     resumed: int = 0
     refusal: str = ""
     notes: tuple[str, ...] = ()
+    used: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    position: int = 0
     shards: int = 1
     instead: str = ""
 
@@ -170,6 +176,7 @@ class _Replay:
         self.checkpoint = Checkpoint(run.checkpoint) if run.checkpoint is not None else None
         self.first = self.done = 0
         self.ended = False
+        self.position = 0
         self.found_after: int | None = None
         self.finding: Finding | None = None
         self.pace = Pace()
@@ -190,7 +197,7 @@ class _Replay:
         checkpoint, how, lowered = self.checkpoint, self.how, self.trace.lowered
         if checkpoint and how.resume and checkpoint.exists():
             machine, kept = checkpoint.resume(self.identity())
-            self.first = self.done = int(kept["position"])
+            self.first = self.done = self.position = int(kept["position"])
             self.found_after = kept["found_after"]
             return machine, Statistics(np.array(kept["booted"], np.int64)), ""
         if checkpoint and checkpoint.exists():
@@ -225,7 +232,7 @@ class _Replay:
             replayed = Replayed(
                 trace.lowered.source, trace.identity, machine.config, self.done, total, self.ended, booted,
                 machine.statistics, self.finding, time.perf_counter() - began, self.first, refusal,
-                trace.lowered.notes,
+                trace.lowered.notes, _used(machine), self.position,
             )  # fmt: skip
             if file is None:
                 file = stack.enter_context(self._file())
@@ -293,6 +300,7 @@ class _Replay:
                 machine.check()
             self._look(machine)
             self.pace.took(end - begin, time.perf_counter() - began)
+            self.position = int(batch.index[end - 1]) + 1
             behind.put(Rows(batch.index[begin:end], batch.op[begin:end], results.status, results.detail))
             begin = end
             yield
@@ -320,6 +328,15 @@ def _prepared(trace: OpenTrace, first: int, how: Run) -> Iterator[_Batch]:
         numbers = records.object.astype(np.uint64)
         columns = (records.header(), numbers, records.address, records.offset, records.length)
         yield _Batch(index, records.op, columns)
+
+
+def _used(machine: Machine) -> dict[str, tuple[int, int]]:
+    """What objects of a machine share: the most of it in use, and how much there is."""
+    frames = machine.statistics.peak(Gauge.FRAMES_USED), machine.register(W.R_FRAMES_LIMIT)
+    mappings = machine.register(W.R_VMAS), W.VMAS
+    return {
+        "frames": frames, "mappings": mappings, "memory slots": (machine.register(W.R_MEMSLOTS), int(W.MEMSLOTS))
+    }  # fmt: skip
 
 
 class _Memory:
