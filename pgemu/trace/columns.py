@@ -31,7 +31,7 @@ _SHOWN = 60
 
 
 def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
-    """A batch as records, checked.
+    """A batch as records, checked; columns that need no conversion are views of it, and can only be read.
 
     :param first: row of the batch's first, for messages
     :raises InputError: a column that cannot be a trace's, or lacks (with its row), or a record that none can be
@@ -40,7 +40,8 @@ def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
     columns = {
         name: numbers(batch.column(name), name, dtype, source, first) for name, dtype in DTYPES.items() if name in there
     }
-    records = Records.build(batch.num_rows, **columns)
+    lacking = {name: np.zeros(batch.num_rows, dtype) for name, dtype in DTYPES.items() if name not in there}
+    records = Records(**columns, **lacking)
     records.check(source, first)
     for name in _TOLD:
         if name not in there:

@@ -18,7 +18,7 @@ from pgemu.experiments.configuration import configuration
 from pgemu.experiments.replaying.opened import OpenTrace, open_trace
 from pgemu.experiments.replaying.outcomes import OutcomeFile, merged, read_rows
 from pgemu.experiments.replaying.run import Every, Replayed, Run, replay
-from pgemu.experiments.replaying.shards import Chosen, Plan, added, joining, plan, short
+from pgemu.experiments.replaying.shards import Chosen, Plan, added, found_together, joining, plan, short
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Check
@@ -145,7 +145,7 @@ def _sharded(
         replayed = replace(
             runs[0], records=records, total=trace.count, complete=ended,
             statistics=added(runs[0].booted, [one.statistics for one in runs]),
-            finding=next((one.finding for one in runs if one.finding), None),
+            finding=found_together(runs, records),
             seconds=time.perf_counter() - began, shards=len(runs), identity=trace.identity,
         )  # fmt: skip
         with OutcomeFile(job.out) as file:

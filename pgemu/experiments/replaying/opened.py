@@ -19,7 +19,7 @@ from pgemu.trace.readers.parquet import glance, iterate, narrow, sniff
 from pgemu.trace.schema import DTYPES, Records
 from pgemu.trace.source import Match
 from pgemu_kernels.words.operations import Operation
-from pgemu_kernels.words.rows import INODES, SPACES, VMS
+from pgemu_kernels.words.rows import INODES, NO_INODE, SPACES, VMS
 
 if TYPE_CHECKING:
     from pgemu.trace.lowered import Lowered, LoweringOptions
@@ -43,10 +43,12 @@ class Survey:
         counts: int64[256], records by operation
         named: the processes, VMs and inodes that have to be there before the first record: as many as records name by
             their numbers; of a trace that forks the processes of its VMs
+        anonymous: mappings of anonymous memory
     """
 
     counts: np.ndarray[Any, Any]
     named: Named
+    anonymous: int = 0
 
     def count(self, *operations: Operation) -> int:
         """How many records of these kinds."""
@@ -166,12 +168,14 @@ _LIMITS = {"process": SPACES, "VM": VMS, "inode": INODES}
 def _survey(pieces: Any) -> Survey:
     counts = np.zeros(256, np.int64)
     most = dict.fromkeys(_LIMITS, 0)
+    anonymous = 0
     reading = {
         what: [(column, _flags(operations)) for column, operations in columns_meaning(what).items()] for what in _LIMITS
     }
     for columns in pieces:
         op = columns["op"]
         counts += np.bincount(op, minlength=256)
+        anonymous += int(((op == Operation.MMAP) & (columns["object"] == NO_INODE)).sum())
         for what, limit in _LIMITS.items():
             for column, flags in reading[what]:
                 values = columns[column]
@@ -181,7 +185,7 @@ def _survey(pieces: Any) -> Survey:
                 most[what] = max(most[what], int(named.max(initial=0)))
     vms = most["VM"] + 1
     forks = counts[Operation.FORK] > 0
-    return Survey(counts, Named(vms if forks else max(vms, most["process"] + 1), vms, most["inode"] + 1))
+    return Survey(counts, Named(vms if forks else max(vms, most["process"] + 1), vms, most["inode"] + 1), anonymous)
 
 
 def _flags(operations: frozenset[Operation]) -> np.ndarray[Any, Any]:

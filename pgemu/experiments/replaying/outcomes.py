@@ -1,12 +1,12 @@
 """What each record of a replay returned, as Parquet: a row per record, in their order.
 
-Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries),
-`status` (int64, as the kernel's function returns it), `detail` (uint64: the level of a fault's leaf, the failing offset
-of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows, zstd. The file's metadata
-has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name), `identity` (digest of the trace),
-`records` (how many rows), `complete` (whether these are all), `machine` (fields of Config). Equal runs write equal
-files, however often they were interrupted, and on however many processes. What a record took is not in it: machines
-count events and time by operation, not by record.
+Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries: what the
+kernel's function returned, as pgemu.machine.results.result_name() calls it), `detail` (uint64: the level of a fault's
+leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows,
+zstd. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
+`identity` (digest of the trace), `records` (how many rows), `complete` (whether these are all), `machine` (fields of
+Config). Equal runs write equal files, however often they were interrupted, and on however many processes. What a record
+took is not in it: machines count events and time by operation, not by record.
 """
 
 from __future__ import annotations
@@ -166,9 +166,11 @@ class _Names:
 
     def numbers(self, op: Array, status: Array) -> Array:
         """int16[n]: the number of each name."""
-        if status.size and (int(status.min()) < _LEAST or int(status.max()) >= _LEAST + _SPAN):
+        shifted = status + np.int64(-_LEAST)
+        if status.size and int(shifted.view(np.uint64).max()) >= _SPAN:  # of one below the least, too
             return self._one_by_one(op, status)
-        keys = op.astype(np.int32) * np.int32(_SPAN) + (status.astype(np.int32) - np.int32(_LEAST))
+        keys = shifted.astype(np.int32)
+        keys += op.astype(np.int32) * np.int32(_SPAN)
         found: Array = self._table[keys]
         if found.size and int(found.min()) < 0:
             for key in np.unique(keys[found < 0]).tolist():
@@ -209,7 +211,7 @@ class OutcomeFile:
 
         name = pa.dictionary(pa.int16(), pa.string())
         kinds = {
-            "index": pa.uint64(), "operation": name, "result": name, "status": pa.int64(), "detail": pa.uint64(),
+            "index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64(),
         }  # fmt: skip
         self._schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
         codes = sorted(_OPERATIONS)
@@ -218,7 +220,7 @@ class OutcomeFile:
         self._code_numbers[codes] = np.arange(len(codes), dtype=np.int16)
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            columns = ["operation", "result", "status", "detail"]
+            columns = ["operation", "result", "detail"]
             self._parquet = stack.enter_context(_writer(pq, file, self._schema, columns))
             self._stack = stack.pop_all()
         return self
@@ -244,7 +246,7 @@ class OutcomeFile:
         operations = pa.DictionaryArray.from_arrays(pa.array(self._code_numbers[rows.op]), self._operations)
         numbers = self._names.numbers(rows.op, rows.status)
         results = pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(self._names.names))
-        columns = [pa.array(rows.index), operations, results, pa.array(rows.status), pa.array(rows.detail)]
+        columns = [pa.array(rows.index), operations, results, pa.array(rows.detail)]
         self._parquet.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def finish(self, about: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ __all__ = ("Every", "Replayed", "Run", "replay", "resident")
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
+_LOOKED_AT = 1024  # records after which is looked whether any was found to break a rule, where each is checked
 
 
 class Every(NamedTuple):
@@ -185,10 +187,12 @@ class _Replay:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint has to be of."""
         how = self.how
-        return {
+        found = {
             "trace": self.trace.identity, "records": self.trace.count, "machine": asdict(how.config),
             "strict": how.strict, "check": how.check, "stages": len(how.stages),
         }  # fmt: skip
+        told: dict[str, Any] = json.loads(json.dumps(found))  # as a checkpoint tells it
+        return told
 
     def _machine(self) -> tuple[Machine, Statistics, str]:
         """The machine, what it had counted before the first record, and why nothing runs."""
@@ -289,16 +293,19 @@ class _Replay:
     def _pieces(self, machine: Machine, batch: _Batch, behind: Behind[Rows]) -> Iterator[None]:
         """Run a batch, piece by piece."""
         check, begin, count = self.how.check, 0, len(batch.op)
+        # Where it is looked for broken rules does not depend on the pace, for it is said where they were found.
+        unit = check if isinstance(check, int) else _LOOKED_AT
         while begin < count:
             end = min(begin + self.pace.piece, count)
-            if isinstance(check, int):
-                end = min(end, begin + check - self.done % check)
+            if check != "end":
+                end = min(end, begin + unit - self.done % unit)
             began = time.perf_counter()
             results = machine.run_columns(*(column[begin:end] for column in batch.columns), count=end - begin)
             self.done += end - begin
-            if isinstance(check, int) and self.done % check == 0:
-                machine.check()
-            self._look(machine)
+            if check != "end" and self.done % unit == 0:
+                if check != "every":
+                    machine.check()
+                self._look(machine)
             self.pace.took(end - begin, time.perf_counter() - began)
             self.position = int(batch.index[end - 1]) + 1
             behind.put(Rows(batch.index[begin:end], batch.op[begin:end], results.status, results.detail))
@@ -325,9 +332,8 @@ def _prepared(trace: OpenTrace, first: int, how: Run) -> Iterator[_Batch]:
             records, index = records.take(mine), index[mine]
         if len(records) and int(records.actor.max()) >= ACTOR_LIMIT:
             raise InputError(f"actor {records.actor.max()}, expected less than {ACTOR_LIMIT}", trace.lowered.source)
-        numbers = records.object.astype(np.uint64)
-        columns = (records.header(), numbers, records.address, records.offset, records.length)
-        yield _Batch(index, records.op, columns)
+        rest = (np.array(getattr(records, name), np.uint64) for name in ("object", "address", "offset", "length"))
+        yield _Batch(index, records.op, (records.header(), *rest))
 
 
 def _used(machine: Machine) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ trace runs again, on one machine.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +24,12 @@ from pgemu_kernels.words.events import Gauge
 from pgemu_kernels.words.operations import Entry, Operation
 
 if TYPE_CHECKING:
+    from pgemu.experiments.compare import Finding
     from pgemu.experiments.replaying.run import Replayed
     from pgemu.machine.config import Config
+    from pgemu.machine.findings import BrokenRule
 
-__all__ = ("Chosen", "Plan", "added", "joining", "plan", "short")
+__all__ = ("Chosen", "Plan", "added", "found_together", "joining", "plan", "short")
 
 Array = np.ndarray[Any, Any]
 _KINDS: Mapping[str, int] = {"VM": W.VMS, "process": W.SPACES, "inode": W.INODES, "pin": W.PINS, "mapping": 256}
@@ -52,6 +54,8 @@ def joining(trace: OpenTrace, config: Config) -> str:
     found = [operation_name(op) for op in sorted(_OF_ALL) if counts[op]]
     if found:
         return f"{', '.join(found[:3])}: of all VMs and processes"
+    if trace.survey.anonymous:
+        return "anonymous memory comes from the host's page allocator"
     for name, on in (("lru_cache", config.lru_cache), ("nodes", config.nodes > 1), ("frames", config.frames)):
         if on:
             return f"{name} {getattr(config, name)}: VMs share it"
@@ -204,6 +208,19 @@ def short(runs: Iterable[Replayed]) -> str:
             if outcomes & shortage or (op is Operation.HOST_FAULT and W.VM_FAULT_OOM in outcomes):
                 return f"{operation_name(op)} that found no memory"
     return ""
+
+
+def found_together(runs: Iterable[Replayed], records: int) -> Finding | None:
+    """Rules that any of the machines found broken: how often on all of them; the first one is of any of them."""
+    found = [run.finding for run in runs if run.finding]
+    if not found:
+        return None
+    rules: dict[Any, BrokenRule] = {}
+    for rule in (rule for one in found for rule in one.rules):
+        known = rules.get(rule.rule)
+        rules[rule.rule] = replace(rule, count=rule.count + known.count, index=known.index) if known else rule
+    first = min(found, key=lambda one: (one.rule, one.index))
+    return replace(first, count=sum(one.count for one in found), after=records, rules=tuple(rules.values()))
 
 
 def added(booted: Statistics, runs: Iterable[Statistics]) -> Statistics:

@@ -134,7 +134,7 @@ def narrow(path: str | os.PathLike[str], columns: Iterable[str], batch: int = RO
     wanted = list(columns)
     with _open(name) as file:
         there = [column for column in wanted if column in file.schema_arrow.names]
-        pieces = file.iter_batches(batch_size=batch, columns=there)
+        pieces = file.iter_batches(batch_size=batch, columns=there, use_threads=False)
         first = 0
         while True:
             with _damage(name, "damaged"):
@@ -149,6 +149,8 @@ def narrow(path: str | os.PathLike[str], columns: Iterable[str], batch: int = RO
 
 def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP, first: int = 0) -> Iterator[Records]:
     """Yield a stored trace in batches of at most `batch` records, from record `first` on, checked.
+
+    Their arrays can only be read. Who runs them has a core for that: they are decoded by one thread, the caller's.
 
     :raises InputError: not Parquet, a column that cannot be a trace's or is missing, or a record that none can be (with
         its row)
@@ -170,13 +172,13 @@ def _row_groups(file: pq.ParquetFile, first: int) -> tuple[list[int], int]:
 
 
 def _batches(
-    file: pq.ParquetFile, name: str, batch: int, begin: int = 0
+    file: pq.ParquetFile, name: str, batch: int, begin: int = 0, threads: bool = False
 ) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
     """Records from number `begin` on and recorded levels of faults, None if the trace has none."""
     last = 0
     groups, first = _row_groups(file, begin)
     wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == _LEVEL]
-    pieces = file.iter_batches(batch_size=batch, columns=wanted, row_groups=groups)
+    pieces = file.iter_batches(batch_size=batch, columns=wanted, row_groups=groups, use_threads=threads)
     while True:
         with _damage(name, "damaged"):
             piece = next(pieces, None)
@@ -241,7 +243,7 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
         about = _about(file, name)
         others = _others(file)
         _check_size(file.metadata.num_rows, name)
-        pieces = list(_batches(file, name, ROW_GROUP))
+        pieces = list(_batches(file, name, ROW_GROUP, threads=True))
     records = Records.concatenate(records for records, _ in pieces)
     told = [levels for _, levels in pieces if levels is not None]
     levels = np.concatenate(told) if told else None
