@@ -99,7 +99,9 @@ class Checkpoint:
         """Write the checkpoint. OSError where that cannot be done."""
         self._close()
         kept = {"run": run, "parts": self._parts, **position}
-        snapshot.write(self._path, machine.config, machine.arrays, {MACHINE: beside(machine), _KEY: kept})
+        made = self._folder / "point"  # there what a killed process leaves is removed
+        snapshot.write(made, machine.config, machine.arrays, {MACHINE: beside(machine), _KEY: kept})
+        os.replace(made, self._path)
 
     def _close(self) -> None:
         if self._open is not None:
