@@ -34,6 +34,7 @@ __all__ = ("KEY", "ROW_GROUP", "VERSION", "OutcomeFile", "Rows", "RowsFile", "me
 
 Array = np.ndarray[Any, Any]
 ROW_GROUP = 1 << 20
+_BLOCK = 1 << 17  # rows in which they come
 KEY = b"pgemu.replay"
 VERSION = 1
 _LEAST, _SPAN = -256, 2304  # statuses that a table has room for
@@ -203,6 +204,7 @@ class OutcomeFile:
         self._stack = ExitStack()
         self._waiting: list[Rows] = []
         self._names = _Names()
+        self._count = 0  # of those that wait
         self.rows = 0
 
     def __enter__(self) -> Self:
@@ -231,29 +233,42 @@ class OutcomeFile:
     def add(self, rows: Rows) -> None:
         """Take rows that follow those before."""
         self._waiting.append(rows)
-        waiting = self.rows % ROW_GROUP + len(rows)
+        self._count += len(rows)
         self.rows += len(rows)
-        if waiting >= ROW_GROUP:
-            together = Rows.concatenate(self._waiting)
-            whole = len(together) // ROW_GROUP * ROW_GROUP
-            for first in range(0, whole, ROW_GROUP):
-                self._write(together.piece(first, first + ROW_GROUP))
-            self._waiting = [together.piece(whole, len(together))]
+        while self._count >= ROW_GROUP:
+            self._write(ROW_GROUP)
 
-    def _write(self, rows: Rows) -> None:
+    def _write(self, count: int) -> None:
+        """Write the first `count` waiting rows as a row group, whose pages depend on nothing but these rows."""
         import pyarrow as pa
 
-        operations = pa.DictionaryArray.from_arrays(pa.array(self._code_numbers[rows.op]), self._operations)
-        numbers = self._names.numbers(rows.op, rows.status)
-        results = pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(self._names.names))
-        columns = [pa.array(rows.index), operations, results, pa.array(rows.detail)]
-        self._parquet.write_batch(pa.record_batch(columns, schema=self._schema))
+        blocks = [self._block(min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)]
+        numbers = [self._names.numbers(block.op, block.status) for block in blocks]
+        names = pa.array(self._names.names)  # of all blocks: with a dictionary each they would be written as plain text
+        batches = []
+        for block, results in zip(blocks, numbers, strict=True):
+            operations = pa.DictionaryArray.from_arrays(pa.array(self._code_numbers[block.op]), self._operations)
+            named = pa.DictionaryArray.from_arrays(pa.array(results), names)
+            columns = [pa.array(block.index), operations, named, pa.array(block.detail)]
+            batches.append(pa.record_batch(columns, schema=self._schema))
+        self._parquet.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
+
+    def _block(self, count: int) -> Rows:
+        """Take so many rows off those that wait, which has to copy none where they came in blocks."""
+        self._count -= count
+        taken, found = 0, []
+        while taken < count:
+            rows = self._waiting.pop(0)
+            if len(rows) > count - taken:
+                self._waiting.insert(0, rows.piece(count - taken, len(rows)))
+                rows = rows.piece(0, count - taken)
+            taken += len(rows)
+            found.append(rows)
+        return found[0] if len(found) == 1 else Rows.concatenate(found)
 
     def finish(self, about: Mapping[str, Any]) -> None:
         """Write what is left, and what the file is."""
-        left = Rows.concatenate(self._waiting)
-        self._waiting = []
-        if len(left):
-            self._write(left)
+        if self._count:
+            self._write(self._count)
         document = {"version": VERSION, "records": self.rows, **about}
         self._parquet.add_key_value_metadata({KEY.decode(): json.dumps(document, sort_keys=True)})
