@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def test_a_trace_is_run_and_what_each_record_returned_is_stored(small: Path, tmp
     assert f"{small} on restructure: 18 of 18 records" in result.stdout
     assert f"outcomes in {out}" in result.stdout
     assert re.search(r"convert +4 .* 2 ok, 1 -EINVAL,\s+1\s+-EAGAIN", result.stdout)
-    assert re.search(r"events: .*page_zeroed", result.stdout, re.DOTALL)
+    assert re.search(r"^  events: [0-9,]+ [a-z_]+, [0-9,]+ [a-z_]+", result.stdout, re.MULTILINE)
     assert rows_of(out)[9] == {"index": 9, "operation": "convert", "result": "-EAGAIN", "detail": 0}
     assert [row["result"] for row in rows_of(out)][:4] == ["ok", "ok", "RET_PF_FIXED", "RET_PF_SPURIOUS"]
     assert about(out)["machine"]["page_size"] == 2 << 20
@@ -325,3 +327,52 @@ def test_progress_is_in_lines_where_that_is_asked_for(
     for more in ((), ("--progress", "none")):
         quiet = invoke(small, "--design", "pfnmap", "-o", tmp_path / "o", *more, *OF_2M)
         assert complaints(quiet.stderr) == ""
+
+
+ON_A_TERMINAL = """
+from pgemu.cli import main
+main(["replay", {trace!r}, "--design", "pfnmap", "-o", {out!r}, "--page-size", "2M"], prog_name="pgemu")
+"""
+
+
+def test_a_terminal_shows_a_rate_and_what_is_left_from_the_first_second_on(long: Path, tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    code = ON_A_TERMINAL.format(trace=str(long), out=str(tmp_path / "o"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=follower,
+        env={**environment(), "TERM": "xterm", "COLUMNS": "120"},
+    ) as process:  # fmt: skip
+        os.close(follower)
+        shown = b""
+        with suppress(OSError):  # of a terminal that nobody writes to any more
+            while piece := os.read(leader, 4096):
+                shown += piece
+    os.close(leader)
+    assert process.returncode == 0
+    plain = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"pfnmap \S+ +[0-9]+% [0-9]:[0-9]{2}:[0-9]{2} [0-9,]+ records/s", plain)
+
+
+PEAK = """
+import resource, sys
+from pgemu.cli import main
+try:
+    main(["replay", *sys.argv[1:]], prog_name="pgemu")
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def test_a_longer_trace_takes_no_more_memory(tmp_path: Path) -> None:
+    peaks = []
+    for groups in (1, 5):
+        path, out = tmp_path / f"{groups}.parquet", tmp_path / "o"
+        faults = Records.build(1 << 20, op=Operation.GUEST_FAULT, address=PAGE_4K)
+        parquet.write(lowered([]), path, [Records.concatenate(setup()), *[faults] * groups])
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, str(path), "--design", "pfnmap", "-o", str(out), *OF_2M],
+            capture_output=True, text=True, check=True, env=environment(), timeout=300,
+        )  # fmt: skip
+        assert about(out)["records"] == groups * (1 << 20) + 2
+        peaks.append(int(run.stderr.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 64 << 10  # KiB
