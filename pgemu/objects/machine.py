@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.devices import Iommufd, IoSpace, VfioContainer
+    from pgemu.objects.devices import Ioas, Iommufd, VfioContainer
     from pgemu.objects.failures import MemoryFailure
-    from pgemu.objects.files import Device, File, GuestMemfd4K, HugetlbFile, ShmemFile
+    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool
     from pgemu.objects.spinning import Spinning
@@ -200,7 +200,7 @@ class Machine(Core):
         return vms(self)
 
     @property
-    def inodes(self) -> list[GuestMemfd | File]:
+    def inodes(self) -> list[GuestMemfd | GuestMemfd4K | HugetlbFile | ShmemFile | Device]:
         """Every file that has a number, closed ones too, by number. Which `form` a GuestMemfd was made in is not kept,
         but for what the kernel does by it."""
         from pgemu.objects.saved import inodes
@@ -208,7 +208,7 @@ class Machine(Core):
         return inodes(self)
 
     @property
-    def io_spaces(self) -> list[IoSpace]:
+    def io_spaces(self) -> list[VfioContainer | Ioas]:
         """The address spaces of devices, by number."""
         from pgemu.objects.saved import io_spaces
 

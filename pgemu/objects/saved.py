@@ -11,7 +11,7 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.machine.single import Single
 from pgemu.machine.snapshot import Snapshot
-from pgemu.objects.devices import _FORMATS, Ioas, IoSpace, VfioContainer, _Table
+from pgemu.objects.devices import _FORMATS, Ioas, VfioContainer, _Table
 from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
 from pgemu.tables.page_table import PageTable, table_of_rows
 from pgemu_kernels import words as W
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pgemu.machine.config import Config
     from pgemu.machine.core import Core
     from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.files import File
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.vm import Vm
 
@@ -121,12 +120,12 @@ def vms(machine: Core) -> list[Vm]:
     return [Vm(machine, i) for i, row in enumerate(rows) if row[W.V_ROOT]]
 
 
-def inodes(machine: Core) -> list[GuestMemfd | File]:
+def inodes(machine: Core) -> list[GuestMemfd | GuestMemfd4K | HugetlbFile | ShmemFile | Device]:
     """See Machine.inodes."""
     return [_inode(machine, i) for i in range(machine.register(W.R_INODES))]
 
 
-def _inode(machine: Core, number: int) -> GuestMemfd | File:
+def _inode(machine: Core, number: int) -> GuestMemfd | GuestMemfd4K | HugetlbFile | ShmemFile | Device:
     row = _rows(machine, int(W.STATE_INODES), machine.register(W.R_INODES), W.I_WORDS)[number]
     kind, size, flags = int(row[W.I_KIND]), int(row[W.I_PAGES]) << 12, row[W.I_FLAGS]
     if kind == W.INODE_GUEST_MEMFD:
@@ -140,14 +139,14 @@ def _inode(machine: Core, number: int) -> GuestMemfd | File:
     return ShmemFile(machine, number, size) if flags & W.INODE_SHMEM else GuestMemfd4K(machine, number, size)
 
 
-def io_spaces(machine: Core) -> list[IoSpace]:
+def io_spaces(machine: Core) -> list[VfioContainer | Ioas]:
     """See Machine.io_spaces."""
     rows = _rows(machine, int(W.STATE_DOMAINS), machine.register(W.R_DOMAINS), W.D_WORDS)
     return [_io_space(machine, i, row) for i, row in enumerate(rows) if row[W.D_KIND]]
 
 
-def _io_space(machine: Core, number: int, row: np.ndarray[Any, Any]) -> IoSpace:
-    kind: type[IoSpace] = Ioas if row[W.D_KIND] == W.DOMAIN_IOAS else VfioContainer
+def _io_space(machine: Core, number: int, row: np.ndarray[Any, Any]) -> VfioContainer | Ioas:
+    kind: type[VfioContainer | Ioas] = Ioas if row[W.D_KIND] == W.DOMAIN_IOAS else VfioContainer
     formats: dict[int, Any] = {}
     least = int(row[W.D_EMPTY_FORMAT])
     while least and least not in formats:
