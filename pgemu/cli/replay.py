@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -102,9 +103,9 @@ def replay(traces: tuple[str, ...], **options: Any) -> int:
     (but a trace of devices); any other is loaded first. The machine has the processes, VMs and inodes that records name
     by their numbers, each inode of the trace's size; processes of a trace that forks come by its forks.
 
-    A row of the outcomes is a record: index, operation, result, status, detail (of a fault the level of its leaf: 1 of
-    4K, 2 of 2M, 3 of 1G). Metadata "pgemu.replay" tells the machine, and whether all records have run. The file appears
-    at the end; interrupted, it has what has run by then.
+    A row of the outcomes is a record: index, operation, result, detail (of a fault the level of its leaf: 1 of 4K, 2 of
+    2M, 3 of 1G). Metadata "pgemu.replay" tells the machine, and whether all records have run. The file appears at the
+    end; interrupted, it has what has run by then.
 
     With --checkpoint a run that ended for whatever reason goes on by --resume, and writes the same file as one that was
     never interrupted. With --jobs a trace of VMs that share nothing runs on several machines; where records join all of
@@ -128,9 +129,9 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
     from pgemu.experiments.replaying.run import Every
 
     found = combinations_of(replay, options, _OF_THE_RUN)
-    several = len(traces) * len(found) > 1
+    several = len(traces) * len(found) > 1 or bool(options["scheduler"])
     names = output_names(options["output"], traces, [labels for labels, _ in found], several)
-    if several and options["jobs"] > 1 and "-" in traces:
+    if several and "-" in traces:
         raise InputError("-: standard input can be read by one run, here")
     jobs = []
     for trace in traces:
@@ -174,22 +175,30 @@ def _several(jobs: list[Job], options: dict[str, Any]) -> int:
     failed = 0
     with _progress(options) as progress, Interrupt() as interrupt:
         if options["scheduler"]:
-            results = on_cluster(options["scheduler"], run_alone, jobs)
+            results = on_cluster(options["scheduler"], run_alone, [_elsewhere(job) for job in jobs])
         else:
             results = run_all(run_alone, jobs, options["jobs"], interrupt)
         for ended, (number, result) in enumerate(results, 1):
             progress("runs", ended, len(jobs))
             if isinstance(result, InputError):
-                say(f"{jobs[number].label or jobs[number].trace}: {result}")
+                label = jobs[number].label
+                say(f"{label}: {result}" if label else str(result))
                 failed += 1
             else:
                 done.append((jobs[number], result))
     order = {id(job): number for number, job in enumerate(jobs)}
     _show(sorted(done, key=lambda pair: order[id(pair[0])]), options)
-    if len(done) + failed < len(jobs):
-        say(f"interrupted after {len(done)} of {len(jobs)} runs")
+    whole = sum(replayed.complete or bool(replayed.refusal) for _, replayed in done)
+    if whole + failed < len(jobs):
+        say(f"interrupted after {whole} of {len(jobs)} runs")
         return _INTERRUPTED
     return 2 if failed else _status([replayed for _, replayed in done])
+
+
+def _elsewhere(job: Job) -> Job:
+    """The run with names of files that are the same in any folder."""
+    trace = job.trace if job.trace.startswith("workload:") else os.path.abspath(job.trace)
+    return replace(job, trace=trace, out=os.path.abspath(job.out))
 
 
 def _progress(options: dict[str, Any]) -> Bar | PlainLines:

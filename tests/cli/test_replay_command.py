@@ -112,6 +112,11 @@ def test_what_cannot_be_asked_for(small: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.parquet"]
 
 
+def test_standard_input_is_for_one_run(small: Path, tmp_path: Path) -> None:
+    several = refused("-", small, "--design", "pfnmap", "-o", tmp_path / "out")
+    assert several == "-: standard input can be read by one run, here"
+
+
 def test_nothing_of_a_damaged_trace_is_stored(small: Path, tmp_path: Path) -> None:
     content = bytearray(small.read_bytes())
     content[len(content) // 3] ^= 0xFF
@@ -216,6 +221,9 @@ def test_runs_go_to_the_workers_of_a_scheduler(
     assert alone.exit_code == 0
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    single = invoke(small, "-o", tmp_path / "single", "--scheduler", "tcp://there:8786", "--design", "pfnmap", *OF_2M)
+    assert single.exit_code == 0
+    assert [path.name for path in (tmp_path / "single").iterdir()] == ["small.parquet"]
     said = refused(small, "-o", tmp_path / "out", "--scheduler", "tcp://nobody:1", *vary)
     assert said.startswith("--scheduler tcp://nobody:1: nobody answers (Timed out")
 
