@@ -83,12 +83,12 @@ def check(text: str) -> Literal["end", "every"] | int:
 class Bar:
     """A progress bar on stderr: only on a terminal, and only once some seconds have gone by.
 
-    unit: of what is counted, to show how many of it are done in a second.
+    rate: also show how much is done in a second.
     """
 
-    def __init__(self, after: float | None = None, unit: str = "") -> None:
+    def __init__(self, after: float | None = None, rate: bool = False) -> None:
         self._after = _PROGRESS_AFTER if after is None else after
-        self._unit = unit
+        self._rate = rate
         self._began = time.monotonic()
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._bar: Progress | None = None
@@ -112,7 +112,7 @@ class Bar:
             from rich.console import Console
             from rich.progress import Progress, TextColumn
 
-            columns = [TextColumn("{task.fields[rate]}")] if self._unit else []
+            columns = [TextColumn("{task.fields[rate]}")] if self._rate else []
             self._bar = Progress(
                 *Progress.get_default_columns(), *columns, console=Console(stderr=True), transient=True
             )
@@ -122,7 +122,7 @@ class Bar:
             self._first[what] = time.monotonic(), done
         began, first = self._first[what]
         seconds = time.monotonic() - began
-        rate = f"{(done - first) / seconds:,.0f} {self._unit}/s" if self._unit and seconds else ""
+        rate = f"{(done - first) / seconds:,.0f}/s" if self._rate and seconds else ""
         self._bar.update(self._tasks[what], completed=done, rate=rate)
 
 

@@ -143,7 +143,7 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
                 Job(
                     trace, names.pop(0), lowering_options(here), here["design"], versions(here), given_fields(here),
                     here["seed"], workload_parameters(here), here["strict"], here["check"], here["checkpoint"],
-                    Every(*here["checkpoint_every"]), here["resume"], here["max_memory"],
+                    Every(*here["checkpoint_every"]), here["resume"], here["max_memory"], (),
                     1 if several else here["jobs"], ", ".join(f"{name}={value}" for name, value in labels.items()),
                 )
             )  # fmt: skip
@@ -203,7 +203,7 @@ def _elsewhere(job: Job) -> Job:
 
 def _progress(options: dict[str, Any]) -> Bar | PlainLines:
     if options["progress"] == "auto":
-        return Bar(after=0.0, unit="records")
+        return Bar(after=0.0, rate=True)
     return PlainLines(quiet=options["progress"] == "none")
 
 

@@ -165,7 +165,7 @@ def test_bad_rows_and_actors_leave_no_file(tmp_path: Path) -> None:
 
 def test_memory_beyond_what_is_allowed_ends_the_run(tmp_path: Path) -> None:
     trace = in_memory(lowered(mixed_records()))
-    with pytest.raises(InputError, match=r"--max-memory 1M: [0-9]+M are in use after 18 records"):
+    with pytest.raises(InputError, match=r"--max-memory 1M: [0-9]+M are in use after 0 records"):
         replay(trace, how(trace, "pfnmap", max_memory=1 << 20), tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
     assert replay(trace, how(trace, "pfnmap", max_memory=1 << 40), tmp_path / "o").complete
@@ -378,6 +378,17 @@ def test_machines_that_could_be_short_together_are_one(tmp_path: Path, monkeypat
     assert (tmp_path / "o").read_bytes() == (tmp_path / "alone").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "o", "trace.parquet"]
     assert Counter(row[2] for row in rows_of(tmp_path / "o") if row[1] == "mmap")["-ENOMEM"] == 1200 - 1024
+
+
+def as_they_are(records: Records) -> Records:
+    return records
+
+
+def test_what_stages_make_of_records_is_not_divided(tmp_path: Path) -> None:
+    path = stored(fleet(), tmp_path)
+    replayed = run_job(replace(job(path, tmp_path / "o", 2, "pfnmap"), stages=(as_they_are,)))
+    assert replayed.shards == 1
+    assert "which records there will be, stages say" in replayed.instead
 
 
 def test_shards_are_balanced() -> None:

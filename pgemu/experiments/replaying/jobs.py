@@ -6,16 +6,18 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pgemu.errors import InputError
 from pgemu.experiments.configuration import configuration
-from pgemu.experiments.replaying.opened import OpenTrace, open_trace
+from pgemu.experiments.replaying.opened import OpenTrace, Stage, open_trace
 from pgemu.experiments.replaying.outcomes import OutcomeFile, merged, read_rows
 from pgemu.experiments.replaying.run import Every, Replayed, Run, replay
 from pgemu.experiments.replaying.shards import Chosen, Plan, added, found_together, joining, plan, short
@@ -42,6 +44,7 @@ class Job:
         lowering, seed, parameters: how the trace is read or made
         design, versions, fields: of the machine; fields of Config that are None are as without them
         strict, check, checkpoint, every, resume, max_memory: see run.Run
+        stages: see run.Run; of a run in another process what can be sent there
         shards: on how many processes the run itself goes, where its records allow that
         label: what tells the run from others
     """
@@ -60,6 +63,7 @@ class Job:
     every: Every = field(default_factory=Every)
     resume: bool = False
     max_memory: int | None = None
+    stages: tuple[Stage, ...] = ()
     shards: int = 1
     label: str = ""
 
@@ -75,7 +79,7 @@ def run_job(
         return replay(trace, run, job.out, progress, stopped)
     if job.checkpoint is not None:
         raise InputError("--checkpoint: expected --jobs 1, for a checkpoint is of one machine")
-    why = joining(trace, run.config)
+    why = "which records there will be, stages say" if job.stages else joining(trace, run.config)
     found = None if why else plan(trace.columns(), job.shards)
     if found is not None:
         replayed = _sharded(job, trace, run, found, progress, stopped)
@@ -91,7 +95,7 @@ def _opened(job: Job) -> tuple[OpenTrace, Run]:
     given = {name: value for name, value in job.fields.items() if value is not None}
     config = configuration(trace.lowered, job.design, job.versions, given, trace.survey.named.inodes)
     run = Run(
-        config, job.versions, job.strict, job.check, (), job.checkpoint, job.every, job.resume, job.max_memory
+        config, job.versions, job.strict, job.check, job.stages, job.checkpoint, job.every, job.resume, job.max_memory
     )  # fmt: skip
     return trace, run
 
@@ -197,10 +201,24 @@ def run_all(
                 left.clear()
             while left and len(running) < jobs:
                 number, task = left.pop(0)
-                running[pool.submit(_task, function, task)] = number
+                with _uninterrupted():
+                    running[pool.submit(_task, function, task)] = number
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), _result(future)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that begin meanwhile are not interrupted by Ctrl-C, not even while they import."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _result(future: Future[Any]) -> Any:

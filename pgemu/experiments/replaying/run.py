@@ -257,6 +257,7 @@ class _Replay:
     def _all(self, machine: Machine, booted: Statistics, take: Callable[[Rows], None]) -> None:
         """Run the records that are left, and recount the machine."""
         how = self.how
+        self.memory.check(self.done, at_once=True)
         last, saved = self.done, time.monotonic()
         with Ahead(_prepared(self.trace, self.first, how)) as batches, Behind(take) as behind:
             for batch in batches:
@@ -354,10 +355,10 @@ class _Memory:
         self._most = most
         self._looked = 0.0
 
-    def check(self, done: int) -> None:
-        """InputError beyond the limit."""
+    def check(self, done: int, at_once: bool = False) -> None:
+        """InputError beyond the limit, if it is time to look."""
         now = time.monotonic()
-        if self._most is None or now - self._looked < self._EACH:
+        if self._most is None or (now - self._looked < self._EACH and not at_once):
             return
         self._looked = now
         if (used := resident()) > self._most:
