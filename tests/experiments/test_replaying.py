@@ -160,6 +160,9 @@ def test_bad_rows_and_actors_leave_no_file(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="actor 5000, expected less than 1024"):
         replay(trace, how(trace, "pfnmap", stages=(actor,)), tmp_path / "o")
+    point = str(tmp_path / "point")
+    with pytest.raises(InputError, match="actor 5000"):
+        replay(trace, how(trace, "pfnmap", stages=(actor,), checkpoint=point), tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,6 +338,8 @@ UNDIVIDED = {
     "work: of all VMs": one(Operation.WORK),
     "pool resize: of all VMs": one(Operation.POOL_RESIZE, object=9, length=1),
     "fork: of all VMs": one(Operation.FORK),
+    "get: by numbers of frames": one(Operation.GET),
+    "nested map: by numbers of frames": one(Operation.NESTED_MAP),
     "anonymous memory comes from the host's page allocator": one(
         Operation.MMAP, Flag.PRIVATE | Flag.READ, object=0xFFFF_FFFF, address=1 << 30, length=PAGE_4K
     ),

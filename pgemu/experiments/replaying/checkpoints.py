@@ -116,10 +116,12 @@ class Checkpoint:
             yield from read_rows(str(self._part(number)))
 
     def drop(self) -> None:
-        """Remove an open file of rows, as of a run that failed."""
+        """Remove an open file of rows, as of a run that failed, and without a checkpoint all rows."""
         if self._open is not None:
             stack, self._open = self._open[0], None
             stack.__exit__(InputError, InputError("dropped"), None)
+        if not self.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def remove(self) -> None:
         """The run is done: nobody will go on from here."""

@@ -279,8 +279,9 @@ class _Replay:
             behind.wait()
             if self.checkpoint and not self.ended:
                 self._save(machine, booted, behind)
-        machine.check()
-        self._look(machine)
+        if self.ended:  # else whoever stopped it waits
+            machine.check()
+            self._look(machine)
 
     def _save(self, machine: Machine, booted: Statistics, behind: Behind[Rows]) -> None:
         assert self.checkpoint

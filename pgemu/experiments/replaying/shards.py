@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ("Chosen", "Plan", "added", "found_together", "joining", "plan", "short")
 
 Array = np.ndarray[Any, Any]
-_KINDS: Mapping[str, int] = {"VM": W.VMS, "process": W.SPACES, "inode": W.INODES, "pin": W.PINS, "mapping": 256}
+_KINDS: Mapping[str, int] = {"VM": W.VMS, "process": W.SPACES, "inode": W.INODES, "pin": W.PINS}
 """Numbers that records name, and how many of each there can be; the first that a record names tells its shard."""
 _NAMES = list(_KINDS)
 _FIRST = np.cumsum([0, *_KINDS.values()])  # where the nodes of each kind begin
@@ -47,6 +47,9 @@ _OF_ALL = frozenset(
     }
 )  # fmt: skip
 
+# What takes or returns the number of a frame: on another machine it is another one.
+_OF_FRAMES = (Operation.GET, Operation.PUT, Operation.NESTED_MAP, Operation.NESTED_UNMAP)
+
 
 def joining(trace: OpenTrace, config: Config) -> str:
     """Why a trace is not divided, or "": what asks the host's pools for something on its own account."""
@@ -54,6 +57,8 @@ def joining(trace: OpenTrace, config: Config) -> str:
     found = [operation_name(op) for op in sorted(_OF_ALL) if counts[op]]
     if found:
         return f"{', '.join(found[:3])}: of all VMs and processes"
+    if named := [operation_name(op) for op in _OF_FRAMES if counts[op]]:
+        return f"{', '.join(named)}: by numbers of frames, which are a machine's own"
     if trace.survey.anonymous:
         return "anonymous memory comes from the host's page allocator"
     for name, on in (("lru_cache", config.lru_cache), ("nodes", config.nodes > 1), ("frames", config.frames)):
