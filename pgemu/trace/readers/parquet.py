@@ -147,6 +147,7 @@ def narrow(path: str | os.PathLike[str], columns: Iterable[str], batch: int = RO
             with _damage(name, "damaged"):
                 found = {one: numbers(piece.column(one), one, DTYPES[one], name, first) for one in there}
             first += piece.num_rows
+            tell(first, file.metadata.num_rows)
             yield {one: found.get(one, np.zeros(piece.num_rows, DTYPES[one])) for one in wanted}
 
 
