@@ -208,9 +208,9 @@ def _check_order(times: npt.NDArray[np.uint64], last: int, name: str, first: int
     """The time of the last record; InputError with the row where time goes back."""
     if not times.size:
         return last
-    back = np.flatnonzero(times < np.concatenate([np.array([last], np.uint64), times[:-1]]))
-    if back.size:
-        row = int(back[0])
+    back = times[1:] < times[:-1]
+    if int(times[0]) < last or back.any():
+        row = 0 if int(times[0]) < last else int(np.argmax(back)) + 1
         raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", name)
     return int(times[-1])
 
