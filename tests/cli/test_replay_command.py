@@ -358,7 +358,7 @@ def test_a_terminal_shows_a_rate_and_what_is_left_from_the_first_second_on(long:
     os.close(leader)
     assert process.returncode == 0
     plain = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"pfnmap \S+ +[0-9]+% [0-9]:[0-9]{2}:[0-9]{2} [0-9,]+/s", plain)
+    assert re.search(r"pfnmap +\S+ +[0-9]+% [0-9]:[0-9]{2}:[0-9]{2} [0-9,]+/s", plain)
 
 
 PEAK = """
