@@ -192,7 +192,7 @@ class World:
         """What is of no machine, or was only told by one."""
         machine, folder = self.machine, self.folder
         process, vm, table, gmem = (self.of[name][0] for name in ("AddressSpace", "Vm", "PageTable", "GuestMemfd"))
-        path = folder / "m.elf"
+        path = folder / "world.elf"  # no call writes it
         if not path.exists():
             machine.write_image(path)
         shut = pgemu.open_image(path)

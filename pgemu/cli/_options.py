@@ -104,13 +104,19 @@ def check(text: str) -> Literal["end", "every"] | int:
 
 
 class Bar:
-    """A progress bar on stderr: only on a terminal, and only once a second has gone by."""
+    """A progress bar on stderr: only on a terminal, and only once some seconds have gone by.
 
-    def __init__(self) -> None:
+    rate: also show how much is done in a second.
+    """
+
+    def __init__(self, after: float | None = None, rate: bool = False) -> None:
+        self._after = _PROGRESS_AFTER if after is None else after
+        self._rate = rate
         self._began = time.monotonic()
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._first: dict[str, tuple[float, int]] = {}  # when each was first told of, and how much was done then
 
     def __enter__(self) -> Bar:
         return self
@@ -123,17 +129,24 @@ class Bar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show how much of something is done; `total` 0: nobody knows of how much."""
-        if not self._shown or time.monotonic() - self._began < _PROGRESS_AFTER:
+        if not self._shown or time.monotonic() - self._began < self._after:
             return
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import Progress
+            from rich.progress import Progress, TextColumn
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            columns = [TextColumn("{task.fields[rate]}")] if self._rate else []
+            self._bar = Progress(
+                *Progress.get_default_columns(), *columns, console=Console(stderr=True), transient=True
+            )
             self._bar.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total or None)
-        self._bar.update(self._tasks[what], completed=done)
+            self._tasks[what] = self._bar.add_task(what, total=total or None, rate="")
+            self._first[what] = time.monotonic(), done
+        began, first = self._first[what]
+        seconds = time.monotonic() - began
+        rate = f"{(done - first) / seconds:,.0f}/s" if self._rate and seconds else ""
+        self._bar.update(self._tasks[what], completed=done, rate=rate)
 
 
 # --------------------------------------------------------------------------- fields of a machine

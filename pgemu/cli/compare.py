@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from pgemu.cli._groups import grouped
-from pgemu.cli._options import FIELDS, MACHINE_GROUPS, Bar, check, machine_options, parameter, size
+from pgemu.cli._options import MACHINE_GROUPS, Bar, check, machine_options
 from pgemu.cli._output import say
-from pgemu.cli._trace_options import OF_LOGS, TRACE_GROUP, lowering, trace_options
+from pgemu.cli._trace import (
+    TRACE_GROUPS,
+    combinations_of,
+    given_fields,
+    load_trace,
+    version_options,
+    versions,
+    workload_options,
+)
+from pgemu.cli._trace_options import OF_LOGS, trace_options
 from pgemu.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,10 +36,7 @@ __all__ = ("compare",)
 _GROUPS = {
     "What is compared": ("--like", "--pfnmap", "--page-size", "--design", "--as-posted", "--strict"),
     "What is printed": ("--details", "--sources", "--format", "--vary", "--no-sensitivity", "--check", "--help"),
-    **TRACE_GROUP,
-    "Parameters of workloads": (
-        *("--seed", "--overlap", "--late", "--flips", "--accesses", "--buffers", "--mapping", "--set"),
-    ),
+    **TRACE_GROUPS,
     **MACHINE_GROUPS,
 }
 
@@ -40,22 +46,7 @@ _GROUPS = {
     context_settings=grouped(_GROUPS),
 )
 @click.argument("trace", required=False)
-@click.option(
-    "--like",
-    type=click.Choice(["rfc2", "dec2025", "jan2026", "next"]),
-    default="dec2025",
-    show_default=True,
-    help="Version of restructure; Python's Config() alone is none of them.",
-)
-@click.option(
-    "--pfnmap",
-    type=click.Choice(["corrected", "slides2025"]),
-    default="corrected",
-    show_default=True,
-    help="Version of pfnmap: mended, or as the slides' change does.",
-)
-@click.option("--as-posted", is_flag=True, help="With those mistakes of the version, too, that have a known fix.")
-@click.option("--strict", is_flag=True, help="What the version refuses stays refused, though the trace needs it.")
+@version_options
 @click.option(
     "--design",
     "designs",
@@ -65,45 +56,7 @@ _GROUPS = {
 )
 @trace_options
 @machine_options
-@click.option(
-    "--overlap",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="Of the boots: flips under a page that stays shared, 0 to 1.  [default: 0]",
-)
-@click.option(
-    "--late",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="Flips in which a device still uses what is private, 0 to 1.  [default: the workload's]",
-)
-@click.option(
-    "--flips", type=click.IntRange(0), metavar="N", help="Of workload:dma-steady: pages that flip.  [default: 1000]"
-)
-@click.option("--accesses", type=click.IntRange(0), metavar="N", help="... of the device in each flip.  [default: 64]")
-@click.option(
-    "--buffers",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
-    help="... share of memory that the device uses.  [default: 0.06, 64M to 1G]",
-)
-@click.option("--mapping", type=size, metavar="SIZE", help="... size of each map for the device.  [default: 2M]")
-@click.option(
-    "--set",
-    "set",
-    type=parameter,
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Any parameter of a workload (pgemu workload list). May be repeated.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, (1 << 63) - 1),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="Of a workload, and of the order of frames; 0: ascending.",
-)
+@workload_options
 @click.option(
     "--check",
     type=check,
@@ -185,7 +138,7 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
     from pgemu.report.sweep import Combination, sweep
 
     runs: list[Combination] = []
-    for labels, changed in _combinations(options):
+    for labels, changed in combinations_of(compare, options, _OF_THE_RUN):
         try:
             comparison, sensitivity = _run(trace, {**options, **changed})
         except InputError as error:  # a combination that is none does not keep the others from being shown
@@ -200,72 +153,29 @@ def _sweep(trace: str | None, options: dict[str, Any]) -> int:
     return int(any(not isinstance(run.comparison, str) and run.comparison.broken for run in runs))
 
 
-def _combinations(options: dict[str, Any]) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """What --vary asks for; an option that varies is refused beside it, for one of both would count for nothing."""
-    from click.core import ParameterSource
-
-    from pgemu.experiments.vary import combinations
-
-    varied = _varied(options)
-    found = list(combinations(options["vary"], varied))
-    context = click.get_current_context()
-    for name, option in varied.items():
-        source = context.get_parameter_source(str(option.name)) if context else ParameterSource.DEFAULT
-        label = name.replace("_", "-")
-        if label in found[0][0] and source is not ParameterSource.DEFAULT:
-            raise InputError(f"--vary {label}=...: expected no {option.opts[0]} beside it")
-    return found
-
-
-def _varied(options: dict[str, Any]) -> dict[str, click.Parameter]:
-    """The options that --vary may name, by name."""
-    command: click.Command = compare
-    own = {"vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"}
-    own |= {"input_format", "memslots_from", "set"}
-    varied = [one for one in command.params if one.name in options and one.name not in own]
-    return {one.opts[0].lstrip("-").replace("-", "_"): one for one in varied}
-
-
-_OF_WORKLOADS = ("overlap", "late", "flips", "accesses", "buffers", "mapping")
-
-
-def _load(trace: str | None, options: dict[str, Any]) -> Lowered:
-    from pgemu.trace import load, require_input, shipped
-
-    asked = lowering(options, "4K" if options["like"] == "next" else "1G")
-    parameters = {name: options[name] for name in _OF_WORKLOADS if options[name] is not None}
-    if twice := sorted(parameters.keys() & dict(options["set"])):
-        raise InputError(f"--set {twice[0]}=...: expected no --{twice[0]} beside it")
-    parameters |= dict(options["set"])
-    lowered = load(shipped() if trace is None else trace, asked, options["seed"], options["input_format"], **parameters)
-    require_input(lowered)
-    return replace(lowered, source=f"{shipped().name} (comes with pgemu)") if trace is None else lowered
+# Options of the run and of what is printed: no sweep is over them.
+_OF_THE_RUN = {
+    *("vary", "form", "details", "sources", "no_sensitivity", "check", "as_posted", "strict", "trace", "designs"),
+    *("input_format", "memslots_from", "set"),
+}  # fmt: skip
 
 
 def _run(trace: str | None, options: dict[str, Any]) -> tuple[Comparison, Sensitivity | None]:
-    from pgemu.cost import profile as cost_profile
     from pgemu.experiments.compare import DESIGNS, WithoutEffect, compare as run
     from pgemu.experiments.effects import with_effects
     from pgemu.experiments.sensitivity import compare_and_vary
-    from pgemu.machine.presets import Versions
     from pgemu.trace.watching import watched
 
-    try:
-        host_cpus = options["host_cpus"] or cost_profile(options["profile"]).host_cpus or 1
-    except ValueError as error:
-        raise InputError(f"--profile: {error}") from None
-    given = {name: options[name] for name in FIELDS} | {"host_cpus": host_cpus, "seed": options["seed"]}
     designs = tuple(dict.fromkeys(options["designs"])) or DESIGNS
     arguments: dict[str, Any] = {
         "check": options["check"],
-        "versions": Versions(options["like"], options["pfnmap"], options["as_posted"]),
+        "versions": versions(options),
         "strict": options["strict"],
-        "defects": options["defects"],
-        **given,
+        **given_fields(options),
     }
     with Bar() as progress:
         with watched(partial(progress, "reading")):
-            lowered = _load(trace, options)
+            lowered = load_trace(trace, options)
         _announce(lowered, options["check"])
         if options["no_sensitivity"]:
             return run(lowered, designs, progress=progress, **arguments), None
@@ -308,7 +218,7 @@ def _idle_options(trace: str | None, options: dict[str, Any], comparison: Compar
         if options[name] == default or trace == "-":  # which is read once
             continue
         try:
-            other = _load(trace, {**options, name: default})
+            other = load_trace(trace, {**options, name: default})
         except InputError:
             continue
         if _alike(comparison.lowered, other):

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.experiments.configuration import assumed, configuration
-from pgemu.experiments.devices import DeviceRun, DevicesOfRun, arranged
+from pgemu.experiments.devices import DeviceRun, arranged
 from pgemu.experiments.metrics import METRICS
+from pgemu.experiments.setting_up import Pace, boot, fill, refused
 from pgemu.experiments.worst import WorstOperation, explain, worst_operations
 from pgemu.machine.designs import DESIGNS, Design
 from pgemu.machine.field_rules import shown
 from pgemu.machine.findings import BrokenRule
-from pgemu.machine.presets import LIKE, Versions
+from pgemu.machine.presets import Versions
 from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.short import counted
 from pgemu.machine.statistics import Statistics
@@ -46,10 +47,6 @@ __all__ = (
 Band = tuple[float, float]
 Check = Literal["end", "every"] | int
 Progress = Callable[[str, int, int], None]
-
-# Records run between two calls of the progress callback: few at first, then what takes this many seconds.
-_FIRST_PIECE = 256
-_PIECE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -320,8 +317,8 @@ def compare(
     given = {name: value for name, value in given.items() if value is not None}
     configs = [configuration(lowered, design, versions, given) for design in designs]
     runs = tuple(run(lowered, config, versions, check, progress, strict=strict) for config in configs)
-    refused = () if strict else tuple(_refused(lowered, config, versions) for config in configs)
-    instead = tuple(f"{text}: created as rfc2 does" for text in refused if text)
+    texts = () if strict else tuple(refused(lowered, config, versions) for config in configs)
+    instead = tuple(f"{text}: created as rfc2 does" for text in texts if text)
     return Comparison(lowered, check, runs, versions, given, instead)
 
 
@@ -359,13 +356,13 @@ def run(
     unseen: with accesses to whatever the recorded VM may have used without a fault (recorded.py).
     """
     lowered, added = arranged(lowered, config)
-    machine = _boot(lowered, config)
+    machine = boot(lowered, config)
     booted = machine.statistics
-    refusal = _refused(lowered, config, versions) if strict else ""
+    refusal = refused(lowered, config, versions) if strict else ""
     if refusal:
         nothing = EndOfLife("not created", (0.0, 0.0), config.pool_pages, config.pool_pages, 0, 0, 0)
         return DesignRun(config.design, config, booted, (), nothing, None, refusal, asked=len(lowered.records))
-    gmem, devices = _fill(machine, lowered)
+    gmem, devices = fill(machine, lowered)
     booted = machine.statistics
     if check == "every":
         machine.check_each()
@@ -399,68 +396,39 @@ def run(
 def explained(comparison: Comparison) -> dict[Design, Mapping[Operation, WorstOperation]]:
     """The worst operations of each design with what they are made of, for which the trace runs again up to them."""
 
-    def boot(lowered: Lowered, config: Config) -> Machine:
-        machine = _boot(lowered, config)
-        _fill(machine, lowered)
+    def filled(lowered: Lowered, config: Config) -> Machine:
+        machine = boot(lowered, config)
+        fill(machine, lowered)
         return machine
 
     traces = {run.design: arranged(comparison.lowered, run.config)[0] for run in comparison.runs}
     return {
-        run.design: explain(traces[run.design], run.worst.values(), partial(boot, traces[run.design], run.config))
+        run.design: explain(traces[run.design], run.worst.values(), partial(filled, traces[run.design], run.config))
         for run in comparison.runs
     }
 
 
-def _refused(lowered: Lowered, config: Config, versions: Versions) -> str:
-    """What a version's code refuses and the trace needs, or "": virt/kvm/guest_memfd.c:kvm_gmem_create()."""
-    version = LIKE[versions.like]
-    shared = lowered.init == "shared" and config.page_order != 0
-    if not shared or version.shared_huge or config.design != "restructure":
-        return ""
-    return f"{versions.like} refuses huge pages that are shared at first (-EINVAL)"
-
-
-def _boot(lowered: Lowered, config: Config) -> Machine:
-    from pgemu.objects.machine import Machine
-
-    try:
-        machine = Machine(config)
-    except (MemoryError, OSError):
-        size = lowered.layout.inode_size
-        raise InputError(f"{size} bytes of guest memory: more than this computer can model") from None
-    machine.create_vm(machine.create_process())
-    return machine
-
-
-def _fill(machine: Machine, lowered: Lowered) -> tuple[GuestMemfd, DevicesOfRun | None]:
-    """The inode and the address spaces of devices that a trace names."""
-    gmem = machine.create_guest_memfd(lowered.layout.inode_size, shared=lowered.init == "shared")
-    return gmem, DevicesOfRun.create(machine, lowered)
-
-
 def _replay(machine: Machine, lowered: Lowered, check: Check) -> Iterator[int]:
-    """Run the records piece by piece, each about `_PIECE_SECONDS` long, and yield how many have run."""
+    """Run the records piece by piece, each about a tenth of a second long, and yield how many have run."""
     records = lowered.records
-    done = 0
-    piece = _FIRST_PIECE
+    done, pace = 0, Pace()
     while done < len(records):
-        last = min(done + piece, len(records))
+        last = min(done + pace.piece, len(records))
         if isinstance(check, int):
             last = min(last, (done // check + 1) * check)
         began = time.perf_counter()
         machine.run(records[done:last])
         if isinstance(check, int) and last % check == 0:
             machine.check()
-        seconds = time.perf_counter() - began
-        piece = max(1, min(4 * piece, int((last - done) * _PIECE_SECONDS / max(seconds, 1e-6))))
+        pace.took(last - done, time.perf_counter() - began)
         done = last
         yield done
 
 
 def _noticed(lowered: Lowered, config: Config, before: int, after: int) -> int:
     """After which record a finding is there, of those behind the first `before`: a second machine runs one by one."""
-    machine = _boot(lowered, config)
-    _fill(machine, lowered)
+    machine = boot(lowered, config)
+    fill(machine, lowered)
     machine.check_each()
     machine.run(lowered.records[:before])
     for done in range(before + 1, after):

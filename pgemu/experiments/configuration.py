@@ -21,14 +21,17 @@ __all__ = ("assumed", "configuration")
 _OF_THE_VM = ("stage2", "vcpus")
 
 
-def configuration(lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any]) -> Config:
+def configuration(
+    lowered: Lowered, design: Design, versions: Versions, given: dict[str, Any], inodes: int = 1
+) -> Config:
     """What a design's machine is made of for a trace.
 
+    :param inodes: how many of them the pool has to serve
     :raises InputError: an option that Config refuses, a page size that the version does not know, a kind of VM that
         has no private memory where the trace begins with it
     """
     layout = lowered.layout
-    pool = -(-layout.inode_size // PAGE_2M) * PAGE_2M
+    pool = -(-layout.inode_size * inodes // PAGE_2M) * PAGE_2M
     fields = {"vm": "sw" if lowered.init == "private" or lowered.converts else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])
     if kind and not kind.private and lowered.init == "private":

@@ -395,6 +395,6 @@ class OfMachine:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """TypeError: what copy, deepcopy and pickle call."""
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: it stands on a machine's memory; make another Machine "
-            "of the same Config and run the operations again"
+            f"{type(self).__name__} cannot be copied or pickled: it stands on a machine's memory; Machine.copy() makes "
+            "another machine, Machine.save() a file for other processes"
         )

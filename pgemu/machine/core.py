@@ -68,6 +68,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     single: Single = field(init=False, repr=False, default_factory=Single)
     _entry: Any = field(init=False, repr=False, default=None)
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
+    formats_made: dict[int, PageFormat] = field(init=False, repr=False, default_factory=dict)  # by row, beside its own
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -116,11 +117,13 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         used = self.register(W.R_FORMATS)
         for index in range(used):
             if np.array_equal(self.format_row(index), row):
+                self.formats_made.setdefault(index, fmt)
                 return index
         if used == W.FORMATS:
             raise ValueError(f"fmt {fmt.name}: the machine has {W.FORMATS} formats already, expected one of those")
         self.arrays.state[W.R_FORMATS] = used + 1
         self.format_row(used)[:] = row
+        self.formats_made[used] = fmt
         return used
 
     @cached_property

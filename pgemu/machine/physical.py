@@ -85,7 +85,7 @@ class PhysicalMemory(OfMachine):
 
         At most _RANGES ranges: where use is scattered the narrowest gaps between them are included.
         """
-        used = np.concatenate([self._metadata_frames(), *self._guest_frames()])
+        used = np.concatenate([self.metadata_frames(), *self._guest_frames()])
         if not used.size:
             return []
         gaps = np.diff(used)
@@ -99,7 +99,7 @@ class PhysicalMemory(OfMachine):
         ends = np.concatenate([used[wide], used[-1:]]) + 1
         return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
-    def _metadata_frames(self) -> Array:
+    def metadata_frames(self) -> Array:
         """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
         state = self._arrays.state
         order = np.arange(int(state[W.R_FRESH]), dtype=np.uint64)

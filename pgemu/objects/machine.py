@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.devices import Iommufd, VfioContainer
+    from pgemu.objects.devices import Ioas, Iommufd, VfioContainer
     from pgemu.objects.failures import MemoryFailure
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.objects.guest_memfd import GuestMemfd
@@ -184,6 +184,35 @@ class Machine(Core):
         """Those of create_page_table() that were not destroyed, in the order of their creation."""
         self.tables_made[:] = [table for table in self.tables_made if table.root]
         return list(self.tables_made)
+
+    @property
+    def processes(self) -> list[AddressSpace]:
+        """The processes that have not ended, by number, whoever made them: handles of a loaded machine, too."""
+        from pgemu.objects.saved import processes
+
+        return processes(self)
+
+    @property
+    def vms(self) -> list[Vm]:
+        """The VMs that are not closed, by number."""
+        from pgemu.objects.saved import vms
+
+        return vms(self)
+
+    @property
+    def inodes(self) -> list[GuestMemfd | GuestMemfd4K | HugetlbFile | ShmemFile | Device]:
+        """Every file that has a number, closed ones too, by number. Which `form` a GuestMemfd was made in is not kept,
+        but for what the kernel does by it."""
+        from pgemu.objects.saved import inodes
+
+        return inodes(self)
+
+    @property
+    def io_spaces(self) -> list[VfioContainer | Ioas]:
+        """The address spaces of devices, by number."""
+        from pgemu.objects.saved import io_spaces
+
+        return io_spaces(self)
 
     # ------------------------------------------------------------------ huge pages
 
@@ -434,3 +463,35 @@ class Machine(Core):
         from pgemu.images.image import write_image
 
         write_image(self, self.roots(), path, format)
+
+    # ------------------------------------------------------------------ states
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the machine to a file, from which open() makes one that goes on as this one: pgemu.machine.snapshot.
+
+        Of memory it has the frames that were ever in use. The file appears whole or not at all. OSError where it cannot
+        be written.
+        """
+        from pgemu.machine.snapshot import write
+        from pgemu.objects.saved import KEY, beside
+
+        write(path, self.config, self.arrays, {KEY: beside(self)})
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Machine:
+        """The machine of a file that save() wrote, in any process; its objects: `processes`, `vms`, `inodes`, ...
+
+        InputError: it cannot be read, is none that pgemu wrote, is damaged, or of another version; or this computer
+        cannot hold the machine.
+        """
+        from pgemu.machine.snapshot import read
+        from pgemu.objects.saved import restored
+
+        return cast("Machine", restored(cls, read(path), os.fspath(path)))
+
+    def copy(self) -> Machine:
+        """Another machine, which is as this one and goes on by itself. OSError ENOMEM where there is no memory."""
+        from pgemu.machine.snapshot import copied
+        from pgemu.objects.saved import beside, made_of
+
+        return cast("Machine", made_of(type(self), self.config, copied(self.config, self.arrays), beside(self)))

@@ -479,6 +479,15 @@ def _add_formats(machine: Core, fmt: PageFormat) -> dict[int, PageFormat]:
     return dict(reversed(rows.items()))
 
 
+def table_of_rows(machine: Core, root: int, row: int, formats: dict[int, PageFormat]) -> PageTable:
+    """A table that a machine has: its root, and of the rows of its formats, the least first, the one it is in."""
+    table = object.__new__(PageTable)
+    table.machine = machine
+    table._request = np.zeros(W.E_WORDS, np.uint64)
+    table._formats, table._row, table._root = formats, row, root
+    return table
+
+
 def _size(level: int) -> int:
     """Bytes that a leaf of a level maps; one page for what is no level, which the kernel refuses."""
     return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K

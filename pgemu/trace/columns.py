@@ -87,9 +87,9 @@ def check_order(times: npt.NDArray[np.uint64], last: int, source: str, first: in
     """
     if not times.size:
         return last
-    back = np.flatnonzero(times < np.concatenate([np.array([last], np.uint64), times[:-1]]))
-    if back.size:
-        row = int(back[0])
+    back = times[1:] < times[:-1]
+    if int(times[0]) < last or back.any():
+        row = 0 if int(times[0]) < last else int(np.argmax(back)) + 1
         raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", source)
     return int(times[-1])
 
@@ -105,7 +105,7 @@ def levels_of(batch: pa.RecordBatch, source: str, first: int) -> npt.NDArray[np.
 
 
 def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
-    """A batch as records, checked.
+    """A batch as records, checked; columns that need no conversion are views of it, and can only be read.
 
     :param first: row of the batch's first, for messages
     :raises InputError: a column that cannot be a trace's, or lacks (with its row), or a record that none can be
@@ -114,7 +114,8 @@ def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
     columns = {
         name: numbers(batch.column(name), name, dtype, source, first) for name, dtype in DTYPES.items() if name in there
     }
-    records = Records.build(batch.num_rows, **columns)
+    lacking = {name: np.zeros(batch.num_rows, dtype) for name, dtype in DTYPES.items() if name not in there}
+    records = Records(**columns, **lacking)
     records.check(source, first)
     for name in _TOLD:
         if name not in there:

@@ -21,19 +21,19 @@ from pgemu.trace.schema import Records
 from pgemu_kernels.words.operations import Flag, Operation
 from pgemu_kernels.words.rows import NO_INODE
 
-__all__ = ("ByUserSpace", "Name", "of_devices", "through", "with_unmaps")
+__all__ = ("OF_DEVICES", "ByUserSpace", "Name", "of_devices", "through", "with_unmaps")
 
 Name = Literal["address", "file"]
 """What a map names guest memory by: an address of the process, or pages of the guest_memfd."""
 
-_OF_DEVICES = (Operation.DMA_MAP, Operation.DMA_UNMAP, Operation.DMA_ACCESS)
+OF_DEVICES = (Operation.DMA_MAP, Operation.DMA_UNMAP, Operation.DMA_ACCESS)
 _ELSEWHERE = int(Flag.COPY | Flag.IOVA_ANY)  # maps whose memory or address is in no record
 _EVERYTHING = (1 << 64) - 1
 
 
 def of_devices(records: Records) -> npt.NDArray[np.bool_]:
     """bool[n]: which records are of devices."""
-    return np.isin(records.op, [int(op) for op in _OF_DEVICES])
+    return np.isin(records.op, [int(op) for op in OF_DEVICES])
 
 
 def through(records: Records, regions: Iterable[Region], name: Name) -> Records:

@@ -77,6 +77,10 @@ def columns_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+# A record's header word, by where its columns lie in it.
+_HEADER = np.dtype([("op", "<u1"), ("flags", "<u1"), ("actor", "<u2"), ("vm", "<u2"), ("space", "<u2")])
+
+
 @guards_methods
 @dataclass(frozen=True, slots=True, eq=False)
 class Records:
@@ -118,10 +122,10 @@ class Records:
 
     def header(self) -> npt.NDArray[np.uint64]:
         """Return op | flags << 8 | actor << 16 | vm << 32 | space << 48 of each record, uint64."""
-        word = self.op.astype(np.uint64)
-        for column, shift in ((self.flags, 8), (self.actor, 16), (self.vm, 32), (self.space, 48)):
-            word |= column.astype(np.uint64) << np.uint64(shift)
-        return word
+        words = np.empty(len(self), _HEADER)
+        for name in _HEADER.names or ():
+            words[name] = getattr(self, name)
+        return words.view("<u8").astype(np.uint64, copy=False)
 
     @classmethod
     def build(cls, count: int, **columns: npt.ArrayLike) -> Records:
@@ -149,23 +153,25 @@ class Records:
             raise ValueError(f"order {shown(order)}: expected positions below {len(self)}")
         return Records(*(getattr(self, name)[order] for name in DTYPES))
 
-    def _bytes(self, column: str) -> npt.NDArray[np.uint64]:
-        """A column where its operation reads bytes in it, else 0."""
-        counts = np.zeros(256, np.uint64)
-        counts[[int(op) for op, means in COLUMNS.items() if means.get(column, "").startswith("bytes")]] = 1
-        found: npt.NDArray[np.uint64] = getattr(self, column) * counts[self.op]
+    def _off_pages(self, column: str) -> npt.NDArray[np.bool_]:
+        """Where an operation reads bytes in a column that are no whole pages; one element, if nowhere."""
+        values: npt.NDArray[np.uint64] = getattr(self, column)
+        if not (int(np.bitwise_or.reduce(values)) if values.size else 0) & (PAGE_4K - 1):
+            return np.zeros(1, bool)
+        reading = np.zeros(256, bool)
+        reading[[int(op) for op, means in COLUMNS.items() if means.get(column, "").startswith("bytes")]] = True
+        found: npt.NDArray[np.bool_] = reading[self.op] & (values & np.uint64(PAGE_4K - 1) != 0)
         return found
 
     def check(self, source: str, first: int = 0) -> None:
         """Raise InputError with the row (`first` is added) of the first record no machine can read."""
         known = np.zeros(256, dtype=bool)
         known[[int(operation) for operation in Operation]] = True
-        page = np.uint64(PAGE_4K - 1)
         rules = (
             (~known[self.op], "unknown operation code {0.op}"),
             (self.actor >= ACTOR_LIMIT, f"actor {{0.actor}}, expected less than {ACTOR_LIMIT}"),
-            (self._bytes("offset") & page != 0, "offset {0.offset:#x}, expected a multiple of 4096"),
-            (self._bytes("length") & page != 0, "length {0.length:#x}, expected a multiple of 4096"),
+            (self._off_pages("offset"), "offset {0.offset:#x}, expected a multiple of 4096"),
+            (self._off_pages("length"), "length {0.length:#x}, expected a multiple of 4096"),
         )
         for broken, text in rules:
             if broken.any():

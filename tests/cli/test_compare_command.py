@@ -296,13 +296,13 @@ def test_an_interrupt_is_quiet(log: str, monkeypatch: pytest.MonkeyPatch) -> Non
     [("16G", 16 << 30), ("2m", 2 << 20), ("512MiB", 512 << 20), ("0x1000", 4096), ("4096", 4096), ("0x10k", 16384)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert command.size(text) == size
+    assert import_module("pgemu.cli._options").size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "0x", "1P", "9999999999T"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter, match="expected a size"):
-        command.size(text)
+        import_module("pgemu.cli._options").size(text)
 
 
 def test_an_interrupt_while_effects_are_looked_for_shows_what_is_known(
@@ -357,7 +357,9 @@ def test_many_recounts_are_announced(tmp_path: Path, check: str, said: bool) -> 
 
 def test_an_option_that_varies_is_refused_beside_it(log: str) -> None:
     """Whatever its value, also that which it has without being asked for."""
-    varied = command._varied({one.name: None for one in command.compare.params})
+    varied = import_module("pgemu.cli._trace").varied_options(
+        command.compare, {one.name: None for one in command.compare.params}, command._OF_THE_RUN
+    )
     values = {
         "guest_memory": "4M",
         "memslot": "0:4M",

@@ -67,7 +67,7 @@ def options(command: str) -> dict[str, click.Option]:
 
 def name(option: click.Option) -> str:
     flag = max(option.opts, key=len)
-    return REPEATED.get(flag, flag.removeprefix("--").replace("-", "_"))
+    return (REPEATED if option.multiple else {}).get(flag, flag.removeprefix("--").replace("-", "_"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

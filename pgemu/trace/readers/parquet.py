@@ -8,13 +8,15 @@ pyarrow is imported inside the functions, so that only those who store or load a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from pgemu.errors import InputError, printable
 from pgemu.machine.field_rules import checked
 from pgemu.trace.accesses import AccessStream, Tally
-from pgemu.trace.columns import LEVEL, check_names, check_order, check_size, levels_of, others, records_of
+from pgemu.trace.columns import LEVEL, check_names, check_order, check_size, levels_of, numbers, others, records_of
 from pgemu.trace.log import Doubt
 from pgemu.trace.lowered import Accounting, Guest, Lowered, ProcessFile
 from pgemu.trace.memory_layout import Layout
@@ -37,13 +39,26 @@ from pgemu_kernels.words.rows import INODES, SPACES
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = ("FORMATS", "ROW_GROUP", "iterate", "read", "sniff", "write", "write_accesses")
+__all__ = (
+    "FORMATS",
+    "ROW_GROUP",
+    "Glance",
+    "glance",
+    "iterate",
+    "narrow",
+    "read",
+    "sniff",
+    "write",
+    "write_accesses",
+)
 
 FORMATS = {"parquet": "Parquet"}
 
 ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
 _OF_ACCESSES = ("time", "op", "flags", "actor", "space", "address")
+# Of columns whose values hardly come twice: a dictionary of them takes longer to read than to do without.
+_DELTAS = {"time": "DELTA_BINARY_PACKED", "address": "DELTA_BINARY_PACKED"}
 _KEY = b"pgemu"
 _VERSION = 1
 _LONGEST = 200  # characters of a message
@@ -83,7 +98,8 @@ def write(lowered: Lowered, path: str | os.PathLike[str], batches: Iterable[Reco
         metadata={_KEY: json.dumps(about).encode()},
     )
     try:
-        with whole_file(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        encoded: dict[str, Any] = {"use_dictionary": list(set(columns) - _DELTAS.keys()), "column_encoding": _DELTAS}
+        with whole_file(name) as file, pq.ParquetWriter(file, schema, compression="zstd", **encoded) as writer:
             for records in (lowered.records,) if batches is None else batches:
                 for first in range(0, len(records), ROW_GROUP):
                     piece = records[first : first + ROW_GROUP]
@@ -153,22 +169,99 @@ def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> 
     return AccessStream.of(name, form, batches(), tally, v2p, file.close)
 
 
-def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP) -> Iterator[Records]:
-    """Yield a stored trace in batches of at most `batch` records, checked.
+class Glance(NamedTuple):
+    """What a stored trace tells without its records.
+
+    Attributes:
+        lowered: the trace, with no records; whether it converts nobody has looked
+        records: how many there are
+        fingerprint: of the file's footer, which has the size and the extremes of every column of every row group
+    """
+
+    lowered: Lowered
+    records: int
+    fingerprint: str
+
+
+def glance(path: str | os.PathLike[str]) -> Glance | None:
+    """What a trace that `write` stored tells without its records; None of another file of Parquet.
+
+    :raises InputError: as `read`
+    """
+    name = os.fspath(path)
+    with _open(name) as file:
+        stored, rows = _stored(file, name), file.metadata.num_rows
+        if stored is None or stored.get("kind") == "accesses":
+            return None
+        about = _about(stored, name)
+        if about["setup"] > rows:
+            raise InputError(f"setup of {about['setup']} records, the trace has {rows}", name)
+        lowered = _lowered(about, Records.build(0), rows, name, others(file.schema_arrow.names))
+        return Glance(lowered, rows, _fingerprint(file, name))
+
+
+def _fingerprint(file: pq.ParquetFile, name: str) -> str:
+    size = file.metadata.serialized_size
+    with open(name, "rb") as raw:
+        raw.seek(-min(size + 8, os.path.getsize(name)), os.SEEK_END)
+        return hashlib.sha256(raw.read()).hexdigest()[:32]
+
+
+def narrow(path: str | os.PathLike[str], columns: Iterable[str], batch: int = ROW_GROUP) -> Iterator[dict[str, Any]]:
+    """Yield some columns of a stored trace, in batches: arrays by name, zeroes of what it does not have.
+
+    :raises InputError: as `iterate`, of these columns
+    """
+    name = os.fspath(path)
+    wanted = list(columns)
+    with _open(name) as file:
+        there = [column for column in wanted if column in file.schema_arrow.names]
+        pieces = file.iter_batches(batch_size=batch, columns=there, use_threads=False)
+        first = 0
+        while True:
+            with _damage(name, "damaged"):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            with _damage(name, "damaged"):
+                found = {one: numbers(piece.column(one), one, DTYPES[one], name, first) for one in there}
+            first += piece.num_rows
+            tell(first, file.metadata.num_rows)
+            yield {one: found.get(one, np.zeros(piece.num_rows, DTYPES[one])) for one in wanted}
+
+
+def iterate(path: str | os.PathLike[str], batch: int = ROW_GROUP, first: int = 0) -> Iterator[Records]:
+    """Yield a stored trace in batches of at most `batch` records, from record `first` on, checked.
+
+    Their arrays can only be read. Who runs them has a core for that: they are decoded by one thread, the caller's.
 
     :raises InputError: not Parquet, a column that cannot be a trace's or is missing, or a record that none can be (with
         its row)
     """
     name = os.fspath(path)
     with _open(name) as file:
-        yield from (records for records, _ in _batches(file, name, batch))
+        yield from (records for records, _ in _batches(file, name, batch, first))
 
 
-def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
-    """Records and recorded levels of faults, None if the trace has none."""
-    first = last = 0
+def _row_groups(file: pq.ParquetFile, first: int) -> tuple[list[int], int]:
+    """The row groups that hold record `first` and those behind it, and the first record of these."""
+    begin, groups = 0, file.metadata.num_row_groups
+    for group in range(groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if end > first:
+            return list(range(group, groups)), begin
+        begin = end
+    return [], begin
+
+
+def _batches(
+    file: pq.ParquetFile, name: str, batch: int, begin: int = 0, threads: bool = False
+) -> Iterator[tuple[Records, npt.NDArray[np.uint8] | None]]:
+    """Records from number `begin` on and recorded levels of faults, None if the trace has none."""
+    last = 0
+    groups, first = _row_groups(file, begin)
     wanted = [column for column in file.schema_arrow.names if column in DTYPES or column == LEVEL]
-    pieces = file.iter_batches(batch_size=batch, columns=wanted)
+    pieces = file.iter_batches(batch_size=batch, columns=wanted, row_groups=groups, use_threads=threads)
     while True:
         with _damage(name, "damaged"):
             piece = next(pieces, None)
@@ -178,8 +271,11 @@ def _batches(file: pq.ParquetFile, name: str, batch: int) -> Iterator[tuple[Reco
             records = records_of(piece, name, first)
             levels = levels_of(piece, name, first)
         last = check_order(records.time, last, name, first)
+        skipped = min(max(begin - first, 0), len(records))
         first += len(records)
         tell(first, file.metadata.num_rows)
+        if skipped:
+            records, levels = records[skipped:], None if levels is None else levels[skipped:]
         yield records, levels
 
 
@@ -216,24 +312,29 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
     if stored is not None and stored.get("kind") == "accesses":
         return _stored_accesses(file, stored, name)
     with file:
-        about = _about(stored, name)
+        about = None if stored is None else _about(stored, name)
         notes = others(file.schema_arrow.names)
         check_size(file.metadata.num_rows, name)
-        pieces = list(_batches(file, name, ROW_GROUP))
+        pieces = list(_batches(file, name, ROW_GROUP, threads=True))
     records = Records.concatenate(records for records, _ in pieces)
     told = [levels for _, levels in pieces if levels is not None]
     levels = np.concatenate(told) if told else None
     if about is None:
         return Unplaced(records, name, levels, notes)
+    if about["setup"] > len(records):
+        raise InputError(f"setup of {about['setup']} records, the trace has {len(records)}", name)
+    lowered = _lowered(about, records, len(records), name, notes)
+    return replace(lowered, converts=bool((records.op == Operation.CONVERT).any()), fault_levels=levels)
+
+
+def _lowered(about: Mapping[str, Any], records: Records, rows: int, name: str, notes: tuple[str, ...]) -> Lowered:
+    """The trace of what `write` stored beside its records."""
     setup = about["setup"]
-    if setup > len(records):
-        raise InputError(f"setup of {setup} records, the trace has {len(records)}", name)
-    accounting = about["accounting"] or _of_records(len(records), setup)
-    if (accounting.operations, accounting.setup) != (len(records), setup):
-        raise InputError(f"accounts of {accounting.operations} records, the trace has {len(records)}", name)
-    converts = bool((records.op == Operation.CONVERT).any())
+    accounting = about["accounting"] or _of_records(rows, setup)
+    if (accounting.operations, accounting.setup) != (rows, setup):
+        raise InputError(f"accounts of {accounting.operations} records, the trace has {rows}", name)
     return Lowered(
-        records, about["layout"], about["init"], converts, accounting, name, levels, accesses=about["accesses"],
+        records, about["layout"], about["init"], False, accounting, name, accesses=about["accesses"],
         machine=about["machine"], notes=about["notes"] + notes, doubts=about["doubts"],
         guests=about["guests"], **about["of_processes"],
     )  # fmt: skip
@@ -308,10 +409,8 @@ def _stored(file: pq.ParquetFile, name: str) -> dict[str, Any] | None:
     return about
 
 
-def _about(about: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-    """What `write` stored beside the records, checked; None if it did not write the file."""
-    if about is None:
-        return None
+def _about(about: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `write` stored beside the records, checked."""
     try:
         layout, init, setup = Layout.from_json(about["layout"]), about["init"], about["setup"]
         if init not in ("private", "shared"):

@@ -64,6 +64,44 @@ def test_round_trip(tmp_path: Path, records: Records, batch: int) -> None:
     assert back.accounting.balanced()
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(records=some_records(), batch=st.integers(1, 50), first=st.integers(0, 45), group=st.integers(1, 45))
+def test_batches_from_any_record_on(tmp_path: Path, records: Records, batch: int, first: int, group: int) -> None:
+    path = tmp_path / "a.parquet"
+    accounting = dataclasses.replace(BOOT.accounting, setup=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ROW_GROUP", group)
+        parquet.write(dataclasses.replace(BOOT, records=records, accounting=accounting), path)
+    left = Records.concatenate(parquet.iterate(path, batch, first))
+    narrow = list(parquet.narrow(path, ["op", "object"], batch))
+    for name in DTYPES:
+        assert np.array_equal(getattr(left, name), getattr(records, name)[first:]), name
+    for name in ("op", "object"):
+        found = np.concatenate([np.zeros(0, DTYPES[name]), *(piece[name] for piece in narrow)])
+        assert np.array_equal(found, getattr(records, name)), name
+        assert found.dtype == DTYPES[name]
+
+
+def test_a_glance_tells_what_reading_tells_but_for_the_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write(BOOT, path)
+    glance, whole = parquet.glance(path), stored(path)
+    assert glance is not None
+    assert glance.records == len(whole.records)
+    known = {"records", "converts"}
+    for field in dataclasses.fields(Lowered):
+        if field.name not in known:
+            assert getattr(glance.lowered, field.name) == getattr(whole, field.name), field.name
+    address = BOOT.records.address.copy()
+    address[1234] ^= np.uint64(4096)
+    parquet.write(dataclasses.replace(BOOT, records=dataclasses.replace(BOOT.records, address=address)), path)
+    other = parquet.glance(path)
+    assert other is not None
+    assert other.fingerprint != glance.fingerprint
+    pq.write_table(pa.table({"op": pa.array([2], pa.uint8()), "address": pa.array([0], pa.uint64())}), path)
+    assert parquet.glance(path) is None
+
+
 def test_what_a_log_said_of_its_machine_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     doubts = (Doubt("none of 9 conversions are of this memory", "conversions"), Doubt("addresses collide"))

@@ -1,0 +1,135 @@
+"""What a run goes on from: the machine and its position in one file, rows of outcomes so far in files beside it.
+
+The file is a machine's (pgemu.machine.snapshot), with a key `replay` in its header. It is replaced whole, once the rows
+up to it are in their files, so that whatever ends the process there is one that is right. Rows lie in the folder of the
+file's name and ".rows", a numbered file from one checkpoint to the next; what no checkpoint names is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pgemu.errors import InputError
+from pgemu.experiments.replaying.outcomes import Rows, RowsFile, read_rows
+from pgemu.machine import snapshot
+from pgemu.objects.saved import KEY as MACHINE, beside, restored
+
+if TYPE_CHECKING:
+    from pgemu.objects.machine import Machine
+
+__all__ = ("Checkpoint",)
+
+_KEY = "replay"
+
+
+class Checkpoint:
+    """A checkpoint's file and the rows beside it, of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        self._folder = Path(f"{self._path}.rows")
+        self._parts = 0
+        self._open: tuple[ExitStack, RowsFile] | None = None
+
+    # ------------------------------------------------------------------ begin
+
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return os.path.exists(self._path)
+
+    def begin(self) -> None:
+        """Start anew, without rows."""
+        self._parts = 0
+        self._clean()
+
+    def resume(self, run: dict[str, Any]) -> tuple[Machine, dict[str, Any]]:
+        """The machine, and what save() was told.
+
+        :param run: what the checkpoint has to be of
+        :raises InputError: it cannot be read, is damaged, of another run, or lacks rows
+        """
+        from pgemu.objects.machine import Machine
+
+        found = snapshot.read(self._path)
+        kept = found.header.get(_KEY)
+        if not isinstance(kept, dict) or not isinstance(kept.get("run"), dict):
+            raise InputError(
+                "a machine without a position in a trace, expected a checkpoint of pgemu replay", self._path
+            )
+        for name, value in run.items():
+            if kept["run"].get(name) != value:
+                raise InputError(
+                    f"a checkpoint of another run: {name} {_short(kept['run'].get(name))}, expected {_short(value)}",
+                    self._path,
+                )
+        self._parts = int(kept["parts"])
+        if lacking := [part for part in map(self._part, range(self._parts)) if not part.is_file()]:
+            raise InputError("rows that the checkpoint names are not there", str(lacking[0]))
+        self._clean()
+        return restored(Machine, found, self._path), kept
+
+    def _clean(self) -> None:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot be made ({error.strerror})", str(self._folder)) from None
+        known = {self._part(number) for number in range(self._parts)}
+        for path in self._folder.iterdir():
+            if path not in known:
+                path.unlink()
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"{number:06}.parquet"
+
+    # ------------------------------------------------------------------ go on
+
+    def add(self, rows: Rows) -> None:
+        """Take rows that follow those before."""
+        if self._open is None:
+            stack = ExitStack()
+            self._open = stack, stack.enter_context(RowsFile(self._part(self._parts)))
+        self._open[1].add(rows)
+
+    def save(self, machine: Machine, run: dict[str, Any], **position: Any) -> None:
+        """Write the checkpoint. OSError where that cannot be done."""
+        self._close()
+        kept = {"run": run, "parts": self._parts, **position}
+        made = self._folder / "point"  # there what a killed process leaves is removed
+        snapshot.write(made, machine.config, machine.arrays, {MACHINE: beside(machine), _KEY: kept})
+        os.replace(made, self._path)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            stack, self._open = self._open[0], None
+            stack.close()
+            self._parts += 1
+
+    def rows(self) -> Iterator[Rows]:
+        """All rows so far."""
+        self._close()
+        for number in range(self._parts):
+            yield from read_rows(str(self._part(number)))
+
+    def drop(self) -> None:
+        """Remove an open file of rows, as of a run that failed, and without a checkpoint all rows."""
+        if self._open is not None:
+            stack, self._open = self._open[0], None
+            stack.__exit__(InputError, InputError("dropped"), None)
+        if not self.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """The run is done: nobody will go on from here."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
