@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pgemu.errors import InputError
+from pgemu.experiments.process_machine import config_of_processes
 from pgemu.machine.vm_kinds import KINDS
 from pgemu_kernels.words.operations import PAGE_2M
 
@@ -30,8 +31,11 @@ def configuration(
     :raises InputError: an option that Config refuses, a page size that the version does not know, a kind of VM that
         has no private memory where the trace begins with it
     """
+    if lowered.kind == "process":
+        return config_of_processes(lowered, **_of_processes(given))
     layout = lowered.layout
-    pool = -(-layout.inode_size * inodes // PAGE_2M) * PAGE_2M
+    need = sum(one.layout.inode_size for one in lowered.guests) or layout.inode_size * inodes
+    pool = -(-need // PAGE_2M) * PAGE_2M
     fields = {"vm": "sw" if lowered.init == "private" or lowered.converts else "plain", **lowered.machine, **given}
     kind = KINDS.get(fields["vm"])
     if kind and not kind.private and lowered.init == "private":
@@ -47,6 +51,11 @@ def configuration(
         return versions.configuration(design, pool=pool, page_size=layout.page_size, **fields)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _of_processes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a machine without a VM has."""
+    return {name: value for name, value in given.items() if name in ("kernel", "hvo", "profile", "host_cpus", "seed")}
 
 
 def assumed(lowered: Lowered, config: Config, given: Mapping[str, Any]) -> tuple[str, ...]:

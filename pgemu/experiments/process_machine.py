@@ -10,10 +10,11 @@ from pgemu.errors import InputError
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K, Flag, Operation
 
 if TYPE_CHECKING:
+    from pgemu.machine.config import Config
     from pgemu.objects.machine import Machine
     from pgemu.trace.lowered import Lowered
 
-__all__ = ("machine_of_processes",)
+__all__ = ("boot_processes", "config_of_processes", "machine_of_processes")
 
 _LEAST_MEMORY = 64 << 20
 _PER_FAULT = 4  # pages that a fault can take: its own, and a table of each level below the top one
@@ -26,13 +27,27 @@ def machine_of_processes(lowered: Lowered, **fields: Any) -> Machine:
         hold the trace's files of HugeTLB memory.
     :raises InputError: the trace is a guest's, a field that Config refuses, or no room for that in this computer
     """
+    return boot_processes(lowered, config_of_processes(lowered, **fields))
+
+
+def config_of_processes(lowered: Lowered, **fields: Any) -> Config:
+    """The Config of machine_of_processes()."""
     from pgemu.machine.config import Config
-    from pgemu.objects.machine import Machine
 
     if lowered.kind != "process":
         raise InputError("a guest's memory, expected a process's", lowered.source)
     try:
-        machine = Machine(Config(**{"memory": _memory(lowered), **_pools(lowered), **fields}))
+        return Config(**{"memory": _memory(lowered), **_pools(lowered), **fields})
+    except ValueError as error:
+        raise InputError(str(error), lowered.source) from None
+
+
+def boot_processes(lowered: Lowered, config: Config) -> Machine:
+    """A machine with the processes and files of a trace. InputError where this computer cannot model it."""
+    from pgemu.objects.machine import Machine
+
+    try:
+        machine = Machine(config)
         for _ in range(lowered.processes):
             machine.create_process()
         for file in lowered.files:

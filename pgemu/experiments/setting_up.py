@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.experiments.devices import DevicesOfRun
+from pgemu.experiments.process_machine import boot_processes
 from pgemu.machine.presets import LIKE, Versions
+from pgemu.trace.lowered import Guest
 
 if TYPE_CHECKING:
     from pgemu.machine.config import Config
@@ -37,6 +39,8 @@ def boot(lowered: Lowered, config: Config, named: Named = ONE) -> Machine:
     """A machine with its processes and VMs. InputError where this computer cannot model it."""
     from pgemu.objects.machine import Machine
 
+    if lowered.kind == "process":
+        return boot_processes(lowered, config)
     size = lowered.layout.inode_size * named.inodes
     try:
         machine = Machine(config)
@@ -55,14 +59,12 @@ def boot(lowered: Lowered, config: Config, named: Named = ONE) -> Machine:
 
 def fill(machine: Machine, lowered: Lowered, inodes: int = 1) -> tuple[GuestMemfd, DevicesOfRun | None]:
     """The inodes, of which the first is returned, and the address spaces of devices that a trace names."""
-    size, shared = lowered.layout.inode_size, lowered.init == "shared"
-    gmem = machine.create_guest_memfd(size, shared=shared)
+    guests = lowered.guests or (Guest(lowered.layout, lowered.init),) * inodes
     try:
-        for _ in range(inodes - 1):
-            machine.create_guest_memfd(size, shared=shared)
+        made = [machine.create_guest_memfd(one.layout.inode_size, shared=one.init == "shared") for one in guests]
     except OSError as error:
-        raise InputError(f"{inodes} inodes of {size} bytes ({error.strerror})", lowered.source) from None
-    return gmem, DevicesOfRun.create(machine, lowered)
+        raise InputError(f"{len(guests)} inodes ({error.strerror})", lowered.source) from None
+    return made[0], DevicesOfRun.create(machine, lowered)
 
 
 def refused(lowered: Lowered, config: Config, versions: Versions) -> str:

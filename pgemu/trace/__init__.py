@@ -90,7 +90,7 @@ def load(
     if isinstance(found, AccessStream):
         found.close()
         raise InputError(
-            f"this is {found.format}, a program's addresses, expected what a VM does (pgemu trace info)", name
+            f"this is {found.format}, a program's addresses, expected what a VM does: pgemu guest runs it", name
         )
     return found
 

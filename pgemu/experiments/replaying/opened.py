@@ -124,10 +124,11 @@ def open_trace(
         if found is not None:
             survey = _survey(narrow(name, _SURVEYED))
             lowered = replace(adapt(found.lowered, options), converts=survey.count(Operation.CONVERT) > 0, table=True)
-            if not survey.count(*OF_DEVICES):
+            if lowered.kind == "guest" and not survey.count(*OF_DEVICES):
                 return OpenTrace(lowered, found.records, survey, found.fingerprint, name)
     lowered = load(name, options, seed, input_format, **(parameters or {}))
-    require_input(lowered)
+    if lowered.kind == "guest":
+        require_input(lowered)
     return in_memory(lowered)
 
 

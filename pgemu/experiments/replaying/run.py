@@ -213,7 +213,8 @@ class _Replay:
             return machine, machine.statistics, why
         if checkpoint:
             checkpoint.begin()
-        fill(machine, lowered, named.inodes)
+        if lowered.kind == "guest":
+            fill(machine, lowered, named.inodes)
         booted = machine.statistics
         if how.check == "every":
             machine.check_each()
