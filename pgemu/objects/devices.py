@@ -10,9 +10,8 @@ import numpy as np
 from pgemu.machine.arguments import OfMachine
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Result, Results
-from pgemu.tables.page_table import PageTable
+from pgemu.tables.page_table import PageTable, format_of
 from pgemu_kernels import words as W
-from pgemu_kernels.formats.page_format import FORMATS
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class IoSpace(OfMachine):
         self.number = free[0] if free else used
         self.unit = unit
         state[W.R_DOMAINS] = max(used, self.number + 1)
-        formats = _add_formats(machine, FORMATS[_FORMATS[unit]](**{"kernel": machine.config.kernel, **parameters}))
+        formats = _add_formats(machine, format_of(_FORMATS[unit], {"kernel": machine.config.kernel, **parameters}))
         last, holes = _unit(unit, machine.config.kernel)
         row = rows[self.number]
         row[:] = 0

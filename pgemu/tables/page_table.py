@@ -18,6 +18,8 @@ Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are resul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -111,6 +113,14 @@ class EditResults(NamedTuple):
         return html_table(("status", "how many"), outcomes.items(), len(outcomes))
 
 
+def format_of(name: str, parameters: Mapping[str, Any]) -> PageFormat:
+    """A format of a name of FORMATS. ValueError for a parameter that it does not have, or that it refuses."""
+    known = [one for one in signature(FORMATS[name]).parameters if one != "name"]
+    if unknown := sorted(parameters.keys() - {*known}):
+        raise ValueError(f"{', '.join(unknown)}: expected some of {', '.join(known)} with {name}")
+    return FORMATS[name](**parameters)
+
+
 class PageTable(OfMachine):
     """One tree of tables. Made by Machine.create_page_table().
 
@@ -164,7 +174,7 @@ class PageTable(OfMachine):
         if isinstance(fmt, str):
             if fmt not in FORMATS:
                 raise ValueError(f"fmt {shown(fmt)}: expected one of {', '.join(FORMATS)}")
-            fmt = FORMATS[fmt](**parameters)
+            fmt = format_of(fmt, parameters)
         elif parameters:
             raise ValueError(f"{', '.join(parameters)}: expected none beside a format that is made")
         return cls(machine, fmt)

@@ -124,7 +124,8 @@ def _new_row(state):
 def collect_poison(m, head, pages):
     """The 4K folios from `head` on are about to be one: those that are poisoned are noted, and lose their flag.
 
-    Past the room for rows they keep it (a limit of this model): then the merged folio does not know of them.
+    Past the room for rows (a limit of this model) they are forgotten, and num_poisoned_pages says so: the merged folio
+    does not know of them.
     """
     state = m.state
     if state[R_POISONED_PAGES] == U0:
@@ -134,7 +135,9 @@ def collect_poison(m, head, pages):
             row = _new_row(state)
             if row != U(POISONED):
                 state[STATE_POISONED + row] = pfn
-                m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
+            else:
+                count_poisoned(state, ~U0)
+            m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
 
 
 @kernel

@@ -363,6 +363,21 @@ def _may_write(m, d, iova, last):
 
 
 @outlined
+def _may_show(m, d, s, at, length, to_the_end):
+    """Whether an IOAS may have what another one has from an address on, `to_the_end` of its own addresses."""
+    done = U0
+    while done < length:
+        key = area_overlapping(m, s, at + done, at + done)
+        pages = area_memory(m, s, key) >> IP_INDEX
+        if is_unpinned(m, pages) and to_the_end:
+            return False
+        if kind_of(m, pages) == INODE_GUEST_MEMFD and m.state[d + D_POLICY] == POLICY_LINUX:
+            return False
+        done += area_end(key) - (at + done)
+    return True
+
+
+@outlined
 def _copy(m, op, d):
     """IOMMU_IOAS_COPY: areas over the same pages, which are pinned once."""
     state = m.state
@@ -389,9 +404,7 @@ def _copy(m, op, d):
     )
     where += ((memory & _INDEX) << U12) + (at - area_start(m, s, key))
     status, iova = _place(m, op, d, state[op + O_ADDRESS], length, where)
-    if status == 0 and is_unpinned(m, pages) and iova + length == U0:
-        status = np.int64(-EINVAL)
-    if status == 0 and kind_of(m, pages) == INODE_GUEST_MEMFD and state[d + D_POLICY] == POLICY_LINUX:
+    if status == 0 and not _may_show(m, d, s, at, length, iova + length == U0):
         status = np.int64(-EINVAL)
     if status == 0 and rights & AREA_WRITE != U0 and not _may_write(m, s, at, at + length - U1):
         status = np.int64(-EPERM)

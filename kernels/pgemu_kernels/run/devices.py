@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.bits import ALL, LOW8, NONE, U0, U1
-from pgemu_kernels.engine.charge import charge_one, finish_operation, forget_last
+from pgemu_kernels.engine.charge import charge_one, finish_operation
 from pgemu_kernels.engine.compile import entry, kernel, outlined
 from pgemu_kernels.engine.handle import open_full_machine
 from pgemu_kernels.engine.records import Columns, element, load, operation_record, save_result
@@ -22,7 +22,7 @@ from pgemu_kernels.run.routing import finish_other, note_stepped
 from pgemu_kernels.words.enum_words import EVENT_SYSCALL, OP_DMA_ACCESS, OP_DMA_MAP, OP_DMA_UNMAP
 from pgemu_kernels.words.events import STATS_COUNTERS
 from pgemu_kernels.words.operations import EBUSY, EINVAL, ENODEV, EOPNOTSUPP, STOP
-from pgemu_kernels.words.registers import R_COUNTER_ROW, R_DOMAINS, R_INODES, R_SPACES, R_SPINS
+from pgemu_kernels.words.registers import R_CHECK, R_COUNTER_ROW, R_DOMAINS, R_INODES, R_SPACES, R_SPINS
 from pgemu_kernels.words.requests import ATTACH, CLOSE_DOMAIN, DETACH
 from pgemu_kernels.words.rows import (
     ACTORS,
@@ -208,11 +208,16 @@ def run_devices(descriptor, header, object_, address, offset, length, status, de
     columns = Columns(header, object_, address, offset, length, status, detail)
     count = U(status.size)
     i = first
-    forget_last(m.stats)
+    last = ALL
     while i < count and is_of_devices(element(header, i) & LOW8):
         op = load(m, columns, i)
         operate_device(m, op)
-        finish_operation(m, op)
+        kind = m.state[op + O_OP]
+        if kind != last or m.state[R_CHECK] != U0:
+            finish_other(m, op)
+        else:  # what cost the last one of its kind need not be told again
+            finish_operation(m, op)
+        last = kind
         save_result(m.state, op, columns, i)
         i += U1
         if m.state[R_SPINS] != U0:

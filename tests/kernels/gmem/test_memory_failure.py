@@ -404,6 +404,19 @@ def test_poison_stays_where_it_was_through_pieces(split_form: str, bad: set[int]
     s.sound()
 
 
+def test_what_there_is_no_room_to_note_is_not_counted_either() -> None:
+    """More bad pages than rows in a 2M page that is merged: what is forgotten is no poisoned page any more."""
+    s = Scene("restructure", M2, memory_failure="marked", poisoned_blocks="move")
+    s.gmem.allocate(0, M2)
+    for page in range(W.POISONED + 16):
+        s.gmem.memory_failure(page * PAGE)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    assert s.gmem.convert(0, PAGE, shared=True).status == 0
+    flagged = sum(bool(s.flags(s.pfn(page)) & HWPOISON) for page in range(512))
+    assert flagged == s.machine.poisoned_pages == W.POISONED
+    s.sound()
+
+
 def test_a_poisoned_piece_is_neither_split_nor_merged_where_that_is_refused() -> None:
     s = Scene("restructure", 1 << 30, shared=False, memory_failure="marked", split_to="2M")
     s.vm.touch(0)

@@ -15,8 +15,11 @@ import pytest
 
 from pgemu.objects.devices import IoDevice, IoSpace
 from pgemu.objects.machine import Config, Machine
+from pgemu.trace.schema import Records
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event
+from pgemu_kernels.words.operations import Flag
+from pgemu_kernels.words.rows import NO_INODE
 
 VA, IOVA = 0x7300_0000_0000, 0x40_0000_0000
 AT = 0x5000  # of the page that is converted, in the file
@@ -252,3 +255,45 @@ def test_a_device_finds_zeros_and_its_data_stay(design: Any, door: Any, zero: An
     vm.touch(0x5000)
     assert machine.read_frame(pfn + 5)[:8] == b"DMADATA!"
     assert machine.check() == 0
+
+
+def test_a_copy_of_several_areas_is_refused_for_any_of_them() -> None:
+    """IOMMU_IOAS_COPY looks at all that it copies: what an IOAS does not take is not handed to it behind others."""
+    machine = Machine(Config("pfnmap", pool=4 << 20, page_size=2 << 20))
+    process = machine.create_process()
+    process.mmap_anonymous(VA, 1 << 20)
+    gmem = machine.create_guest_memfd(2 << 20, shared=True)
+    gmem.allocate(0, 2 << 20)
+    iommufd = machine.create_iommufd()
+    takes, refuses = iommufd.create_ioas(guest_memfd="notifier"), iommufd.create_ioas()
+    refuses.attach()
+    takes.map(0x10000, 4096, process, VA)
+    takes.map_file(0x11000, 4096, process, gmem, 0)
+    for first, length in ((0x11000, 4096), (0x10000, 8192)):
+        assert refuses.copy(0x20000, length, takes, first).status == -W.EINVAL
+    assert refuses.copy(0x20000, 4096, takes, 0x10000).status == 0
+
+
+def test_the_worst_device_operation_is_the_same_in_a_batch() -> None:
+    def ran(batch: bool) -> tuple[Any, ...]:
+        machine = Machine(Config(pool=4 << 20, page_size=2 << 20))
+        process = machine.create_process()
+        process.mmap_anonymous(VA, 1 << 20)
+        ioas = machine.create_iommufd().create_ioas()
+        records = Records.build(
+            2, op=[W.Operation.DMA_UNMAP, W.Operation.DMA_MAP], flags=[0, int(Flag.READ)], vm=process.number,
+            space=ioas.number, object=[0, int(NO_INODE)], address=0x1000, offset=[0, VA], length=[4096, 0],
+        )  # fmt: skip
+        for piece in [records] if batch else [records[:1], records[1:]]:
+            machine.run(piece)
+        return tuple(machine.statistics.worst(op) for op in (W.Operation.DMA_UNMAP, W.Operation.DMA_MAP))
+
+    assert ran(True) == ran(False)
+
+
+@pytest.mark.parametrize("make", ["ioas", "container"])
+def test_a_parameter_that_a_unit_does_not_have_is_named(make: str) -> None:
+    machine = Machine(Config())
+    create = machine.create_iommufd().create_ioas if make == "ioas" else machine.create_vfio_container
+    with pytest.raises(ValueError, match="foo: expected some of levels, kernel"):
+        create("vtd", foo=1)  # type: ignore[arg-type]
