@@ -118,6 +118,8 @@ def guest(trace: str, **options: Any) -> None:
             )
         except ValueError as error:
             raise InputError(str(error), trace) from None
+        finally:
+            found.close()
     tally = found.tally
     if not tally.records:
         raise InputError("no access in it", trace)

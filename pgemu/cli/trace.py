@@ -106,6 +106,7 @@ def convert(traces: tuple[str, ...], output: str, max_memory: int | None, **opti
 def _store(found: Lowered | AccessStream, target: str) -> str:
     """Write a trace; a line that says what."""
     from pgemu.report.units import count, size as shown
+    from pgemu.trace import require_input
     from pgemu.trace.accesses import AccessStream
     from pgemu.trace.readers import parquet
 
@@ -115,6 +116,8 @@ def _store(found: Lowered | AccessStream, target: str) -> str:
         what = f"{count(tally.records)} accesses of {found.format}"
         left = {**tally.ignored, "not understood": tally.rejected}
     else:
+        if not len(found.records):
+            require_input(found)
         parquet.write(found, target)
         what = f"{count(len(found.records))} records"
         accounting = found.accounting

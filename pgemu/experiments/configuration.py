@@ -32,7 +32,7 @@ def configuration(
         has no private memory where the trace begins with it
     """
     if lowered.kind == "process":
-        return config_of_processes(lowered, **_of_processes(given))
+        return config_of_processes(lowered, design=design, **_of_processes(given))
     layout = lowered.layout
     need = sum(one.layout.inode_size for one in lowered.guests) or layout.inode_size * inodes
     pool = -(-need // PAGE_2M) * PAGE_2M

@@ -10,7 +10,8 @@ import numpy as np
 from pgemu.machine.arguments import OfMachine
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Result, Results
-from pgemu.tables.page_table import PageTable, format_of
+from pgemu.tables.formats import format_of
+from pgemu.tables.page_table import PageTable
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Flag, Operation
 

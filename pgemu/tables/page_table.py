@@ -12,14 +12,12 @@ Flush(0x40000000, 0x40200000, level=1)
 >>> table.translate([0x4000_1234, 0x4000_2234]).status.tolist()  # pgemu.tables.translation.WalkStatus
 [1, 0]
 
-Every edit returns what must be flushed from TLBs, and on request the list of entries it read and wrote, in order.
-Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
+Every edit returns what must be flushed from TLBs, on request the entries it read and wrote, in order. Levels are KVM's:
+1 = 4K, 2 = 2M, 3 = 1G. Errors that a kernel returns are results, ValueError is misuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,10 +26,12 @@ from pgemu.machine.arguments import OfMachine
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
+from pgemu.tables.flush import Flush
+from pgemu.tables.formats import format_of
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.iommu import taller
-from pgemu_kernels.formats.page_format import FORMATS, FlushRule, PageFormat, UnmapRule
+from pgemu_kernels.formats.page_format import FlushRule, PageFormat, UnmapRule
 from pgemu_kernels.words.operations import PAGE_4K
 from pgemu_kernels.words.table_words import Edit
 
@@ -48,25 +48,7 @@ Tables = Literal["munmap", "madvise", "zap"]
 _TABLE_FLAGS = {"munmap": int(W.EDIT_FREE), "madvise": int(W.EDIT_FREE_COVERED), "zap": 0}
 _REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
 _LOG = "a writable uint64 array of shape (n, 3)"
-_NO_LOG = np.zeros(0, np.uint64)
-_NO_ADDRESS = np.zeros(1, np.uint64)
-
-
-class Flush(NamedTuple):
-    """What an edit had flushed: input addresses [start, end), bytes; the smallest level of a leaf among it.
-
-    `freed_tables`: tables went, so paging-structure caches must forget them, too. The rule of the format says
-    what the kernel makes of it: x86 KVM flushes the whole VM, a process 33 pages at most one by one.
-    """
-
-    start: int
-    end: int
-    level: int
-    freed_tables: bool
-
-    def __repr__(self) -> str:
-        freed = ", freed_tables=True" if self.freed_tables else ""
-        return f"Flush({self.start:#x}, {self.end:#x}, level={self.level}{freed})"
+_NO_LOG, _NO_ADDRESS = np.zeros(0, np.uint64), np.zeros(1, np.uint64)
 
 
 class EditResult(NamedTuple):
@@ -113,14 +95,6 @@ class EditResults(NamedTuple):
         return html_table(("status", "how many"), outcomes.items(), len(outcomes))
 
 
-def format_of(name: str, parameters: Mapping[str, Any]) -> PageFormat:
-    """A format of a name of FORMATS. ValueError for a parameter that it does not have, or that it refuses."""
-    known = [one for one in signature(FORMATS[name]).parameters if one != "name"]
-    if unknown := sorted(parameters.keys() - {*known}):
-        raise ValueError(f"{', '.join(unknown)}: expected some of {', '.join(known)} with {name}")
-    return FORMATS[name](**parameters)
-
-
 class PageTable(OfMachine):
     """One tree of tables. Made by Machine.create_page_table().
 
@@ -164,18 +138,17 @@ class PageTable(OfMachine):
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
 
     def _repr_html_(self) -> str:
-        pages = self.table_pages() if self.root else {}
-        rows = [(level, len(tables)) for level, tables in pages.items()]
-        return html_table((f"{self.format.name}, level", "table pages"), rows)
+        pages = self.table_pages().items() if self.root else ()
+        return html_table(
+            (f"{self.format.name}, level", "table pages"), [(level, len(tables)) for level, tables in pages]
+        )
 
     @classmethod
     def create(cls, machine: Core, fmt: PageFormat | str, **parameters: Any) -> PageTable:
         """See Machine.create_page_table."""
         if isinstance(fmt, str):
-            if fmt not in FORMATS:
-                raise ValueError(f"fmt {shown(fmt)}: expected one of {', '.join(FORMATS)}")
-            fmt = format_of(fmt, parameters)
-        elif parameters:
+            return cls(machine, format_of(fmt, parameters))
+        if parameters:
             raise ValueError(f"{', '.join(parameters)}: expected none beside a format that is made")
         return cls(machine, fmt)
 

@@ -54,8 +54,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "decode": ["1"],
         "diff": [str(document), str(document)],
         "dump": [str(folder / "image"), "--root", "vm:0"],
+        "guest": [str(ACCESSES), "--guest-memory", "1G"],
         "page": [str(folder / "image"), "0", "--root", "kernel"],
         "record": ["--events"],
+        "replay": [str(LOG), "--design", "pfnmap", "-o", str(folder / "outcomes")],
         "scenario": ["smallest-pfnmap"],
         "trace": ["formats"],
         "walk": [str(folder / "image"), "--root", "vm:0", "0"],
@@ -64,6 +66,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "workload": ["list"],
     }
 
+
+ACCESSES = Path(__file__).parents[1] / "data" / "accesses" / "lackey-ls.txt.xz"
 
 COMMANDS = sorted(module.name for module in pkgutil.iter_modules(pgemu.cli.__path__) if module.name[0] != "_")
 QUICK = [name for name in COMMANDS if name != "calibrate"]
