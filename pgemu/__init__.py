@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pgemu.objects.guest_memfd import GuestMemfd
     from pgemu.objects.machine import Machine
     from pgemu.objects.vm import Vm
-    from pgemu.tables.page_table import EditResult, EditResults, Flush, PageTable
+    from pgemu.tables.flush import Flush
+    from pgemu.tables.page_table import EditResult, EditResults, PageTable
     from pgemu.tables.translation import Access, Kind, Translation, translate, translate_nested
     from pgemu.trace import Lowered, LoweringOptions, Records, load
 
@@ -73,7 +74,7 @@ _HOMES = {
     "EditResult": "tables.page_table",
     "EditResults": "tables.page_table",
     "Errno": "machine.results",
-    "Flush": "tables.page_table",
+    "Flush": "tables.flush",
     "Folio": "images.folio",
     "GuestMemfd": "objects.guest_memfd",
     "Image": "images.image",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pgemu.machine.arguments import guards
-from pgemu.tables.page_table import Flush
+from pgemu.tables.flush import Flush
 from pgemu_kernels.formats.page_format import Family, FlushRule, PageFormat
 
 __all__ = ("Invalidation", "invalidation")

@@ -10,8 +10,9 @@ import pytest
 
 import pgemu.tables.invalidation
 from pgemu.objects.machine import Config, Machine
+from pgemu.tables.flush import Flush
 from pgemu.tables.invalidation import Invalidation, invalidation
-from pgemu.tables.page_table import EditResult, Flush, PageTable
+from pgemu.tables.page_table import EditResult, PageTable
 from pgemu.tables.translation import Kind, WalkStatus
 from pgemu_kernels.engine.compile import entry
 from pgemu_kernels.engine.handle import open_machine

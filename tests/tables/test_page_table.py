@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import pgemu.tables.page_table
 from model.page_tables import FORMATS, Format, Table, Tree, all_tables, size_of, walk
 from pgemu.objects.machine import Config, Machine
-from pgemu.tables.page_table import EditResult, Flush, PageTable
+from pgemu.tables.flush import Flush
+from pgemu.tables.page_table import EditResult, PageTable
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import page_format
 from pgemu_kernels.formats.page_format import FORMATS as FORMATS_BY_NAME

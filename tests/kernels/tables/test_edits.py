@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pgemu.objects.machine import Config, Machine
-from pgemu.tables.page_table import Flush, PageTable
+from pgemu.tables.flush import Flush
+from pgemu.tables.page_table import PageTable
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import PageFormat, arm64_stage2, ept, npt, x86_64
 from pgemu_kernels.words.events import Event, Gauge
