@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import rich_click as click
@@ -24,7 +25,8 @@ def audit(only: tuple[str, ...], listed: bool, form: str, as_json: bool) -> int:
 
     Each has an experiment that runs on a machine of each design: what is claimed, what is done, what was measured on
     both, the verdict (holds, holds at a price, in part, does not hold, or depends on a parameter, with both outcomes),
-    and what the weakest step rests on. Verdicts follow from the figures.
+    and what the weakest step rests on: captured (a kernel did it), main (Linus's tree), posted (patches), slides, or an
+    inference (nobody has said so). Verdicts follow from the figures; where one depends, the first outcome comes first.
 
     Exit status: 0; 1 if a verdict is not the documented one; 2 for bad input.
     """
@@ -33,6 +35,9 @@ def audit(only: tuple[str, ...], listed: bool, form: str, as_json: bool) -> int:
     from pgemu.experiments.audit import CLAIMS, audit as run
     from pgemu.report.audit import write
 
+    if listed and (as_json or form == "json"):
+        sys.stdout.write(json.dumps([{"name": one.name, "claim": one.claim} for one in CLAIMS], indent=2) + "\n")
+        return 0
     if listed:
         width = max(len(claim.name) for claim in CLAIMS)
         sys.stdout.write("".join(f"{claim.name:{width}}  {claim.claim}\n" for claim in CLAIMS))

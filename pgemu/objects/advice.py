@@ -76,7 +76,8 @@ class Advice(OfMachine):
         return self._operate(Operation.GUARD_REMOVE, address, length)
 
     def madvise_hwpoison(self, address: int, length: int) -> Result:
-        """madvise(MADV_HWPOISON): memory_failure() of each page, which this process met: it gets SIGBUS at once.
+        """madvise(MADV_HWPOISON): memory_failure() of each page, which this process met: it gets SIGBUS at once
+        if the page is dirty.
 
         0; what memory_failure() returns at the first page that fails, -EBUSY of guest_memfd; -EFAULT for VM_PFNMAP and
         where no page can be had; -EINVAL, -ENOMEM. Machine.last_failure tells what was done to the last page.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pgemu.machine.results import status_name
 from pgemu_kernels import words as W
 from pgemu_kernels.words.failures import MfPage, MfResult
 from pgemu_kernels.words.operations import Flag, Operation
@@ -54,6 +55,10 @@ class MemoryFailure(NamedTuple):
     stage2_dropped: int
     signals: tuple[Signal, ...]
     signals_sent: int
+
+    def __repr__(self) -> str:
+        rest = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields[1:], self[1:], strict=True))
+        return f"MemoryFailure(status={status_name(None, self.status)}, {rest})"
 
 
 def last_failure(machine: Core) -> MemoryFailure:

@@ -191,7 +191,8 @@ class Device(File):
         return cls(machine, _new_inode(machine, pages << 12, W.PAGE_4K, fields), pages << 12, pfn)
 
     def revoke(self) -> Result:
-        """Turn the memory off, as the memory enable bit does: every entry goes, no table; faults end in SIGBUS. 0."""
+        """Turn the memory off, as the memory enable bit does: every entry of processes goes, no table; faults end in
+        SIGBUS. 0. Of devices, maps of a dma-buf go; what VFIO type1 mapped stays, as in Linux."""
         return self._operate(Operation.REVOKE)
 
     def restore(self) -> Result:

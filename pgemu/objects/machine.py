@@ -404,10 +404,13 @@ class Machine(Core):
         """Walk a page table from physical address `root` to a page number: [(level, entry address, entry)].
 
         Ends at the leaf or at the entry that is neither leaf nor table; reads `ram` and nothing else. A VM's root is
-        walked in the stage-2 format, any other in the host's.
+        walked in the stage-2 format, that of a table of `page_tables` in its own, any other in the host's.
         """
         from pgemu.tables.walk import walk_page
 
+        for table in self.page_tables:
+            if table.root == root:
+                return walk_page(self, table.format, root, page)
         first, count = int(W.STATE_VMS), self.register(W.R_VMS)
         vms = self.arrays.state[first : first + count * W.V_WORDS].reshape(count, W.V_WORDS)
         stage2 = root in vms[:, [int(W.V_ROOT), int(W.V_PRIVATE_ROOT)]]

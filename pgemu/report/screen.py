@@ -24,7 +24,7 @@ from pgemu_kernels.words.operations import PAGE_4K, Operation
 from pgemu_kernels.words.rows import SPINS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pgemu.experiments.compare import Comparison, DesignRun
     from pgemu.experiments.sensitivity import Sensitivity
@@ -35,6 +35,7 @@ __all__ = ("HEIGHT", "WIDTH", "about", "causes", "mixed", "screen", "zeroes")
 HEIGHT = 24
 _LEVELS = "recorded-levels"
 _MOST_DEFECTS = 3  # lines
+_UNLIKE = 0.1  # of all of a kind, refused more often
 _MOVED = 3  # times a difference that is worth a line
 _NAMES, _VALUES = 18, 14  # widths of the columns for one design
 
@@ -48,7 +49,7 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
     first = [*devices.did(comparison), *devices.both_ways(comparison, sensitivity)]
-    first += [*_broken(comparison), *_splits(comparison), *_waits(comparison)]
+    first += [*_unlike(comparison), *_broken(comparison), *_splits(comparison), *_waits(comparison)]
     for text in dict.fromkeys((*first, *rests, *_refusals(comparison), *why)):  # where room ends, the last ones go
         needed = len(points(text))
         if needed <= room:
@@ -202,6 +203,7 @@ def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> li
     return [
         *devices.did(comparison),
         *devices.both_ways(comparison, sensitivity),
+        *_unlike(comparison),
         *_broken(comparison),
         *_splits(comparison),
         *_waits(comparison),
@@ -210,6 +212,25 @@ def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> li
         *_refusals(comparison),
         *_interrupts_off(comparison),
     ]
+
+
+def _unlike(comparison: Comparison) -> Iterator[str]:
+    """Kinds of which one design refuses many more: then times are of refusals on one side, of work on the other."""
+    if len(comparison.runs) < 2:
+        return
+    runs = comparison.runs[:2]
+    for op, what in ((Operation.CONVERT, "conversions"), (Operation.GUEST_FAULT, "guest faults")):
+        found = [run.operation(op) for run in runs]
+        counts = [one.count if one else 0 for one in found]
+        failed = [_failed(one.outcomes) if one else 0 for one in found]
+        shares = [part / whole if whole else 0.0 for part, whole in zip(failed, counts, strict=True)]
+        if abs(shares[0] - shares[1]) >= _UNLIKE:
+            each = [f"{units.count(part)} of {units.count(whole)}" for part, whole in zip(failed, counts, strict=True)]
+            yield f"times of {what} are of unlike work, refused are: {_each(runs, each)}"
+
+
+def _failed(outcomes: Mapping[str, int]) -> int:
+    return sum(n for name, n in outcomes.items() if name.startswith("-") or name == "would spin")
 
 
 def _splits(comparison: Comparison) -> Iterator[str]:

@@ -32,7 +32,7 @@ class _Tried(NamedTuple):
 
 _WHATS = {
     "mapped": f"of {_PAGES} shared pages KVM maps",
-    "held": "references held on them",
+    "held": "references held on them (a pin counts 1,024)",
     "refused": "conversions to private refused meanwhile",
     "looked_up": "caches that find a page again while it is private",
     "stale": "uses that reach private memory",
