@@ -99,7 +99,7 @@ class Machine(Core):
 
         remap: its mmap enters everything at once (remap_pfn_range()), else pages come at their fault.
         memory_type: "write-back", "write-combining", "uncached-minus" or "uncached".
-        ValueError for another memory type or a region beyond 2^52; OSError ENOSPC.
+        ValueError for another memory type or a region beyond 2^52; OSError ENOSPC. From pfn 1 << 30 on no memory lies.
         """
         from pgemu.objects.files import Device
 
