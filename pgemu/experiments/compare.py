@@ -22,6 +22,7 @@ from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.short import counted
 from pgemu.machine.statistics import Statistics
 from pgemu.trace.lowered import Lowered
+from pgemu.trace.required import require_one_vm
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 
@@ -331,6 +332,7 @@ def _check_arguments(lowered: Any, designs: Any, check: Any, versions: Any, give
         raise TypeError(f"designs {shown(designs)} ({type(designs).__name__}): expected a sequence of names")
     if not designs:
         raise InputError("designs: expected at least one")
+    require_one_vm(lowered)
     expected = "expected 'end', 'every' or a positive number of operations"
     if isinstance(check, bool) or not isinstance(check, int | str):
         raise TypeError(f"check {shown(check)} ({type(check).__name__}): {expected}")

@@ -10,7 +10,7 @@ from pgemu.trace.log import NAMELESS
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu_kernels.words.operations import Operation
 
-__all__ = ("require_input",)
+__all__ = ("require_input", "require_one_vm")
 
 _MAKES_MEMORY = (Operation.MMAP, Operation.BIND, Operation.UNBIND)
 _SHOWN = 4
@@ -29,13 +29,20 @@ _RECORD = (
 )
 
 
+def require_one_vm(lowered: Lowered) -> None:
+    """Refuse what is no trace of one VM's memory. InputError, with what runs it."""
+    if lowered.kind == "process":
+        raise InputError("a process's memory, no VM's: pgemu replay runs it", lowered.source)
+    if lowered.guests:
+        raise InputError(f"memory of {len(lowered.guests)} VMs: pgemu replay runs it", lowered.source)
+
+
 def require_input(lowered: Lowered) -> None:
     """Refuse a trace of which nothing concerns guest memory.
 
     :raises InputError: what was found instead, and what to record, or which rows a table needs
     """
-    if lowered.kind == "process":
-        raise InputError("a process's memory, no VM's: pgemu replay runs it", lowered.source)
+    require_one_vm(lowered)
     records = lowered.records[lowered.accounting.setup :]
     if any(operation not in _MAKES_MEMORY for operation in set(records.op.tolist())):
         return

@@ -94,6 +94,9 @@ def test_merged_traces_hold_both(tmp_path: Path) -> None:
     found = json.loads(ok("info", path, "--json"))
     assert found["vms"] == 2
     assert found["operations"]["guest fault"] == 2 * 16_825
+    refused = CliRunner().invoke(main, ["compare", str(path)])
+    assert refused.exit_code == 2
+    assert "memory of 2 VMs: pgemu replay runs it" in refused.stderr
 
 
 @pytest.fixture

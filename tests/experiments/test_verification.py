@@ -210,7 +210,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no kvm_page_fault in it"):
         verified(tmp_path / "log", ENTRY)
     (tmp_path / "binary").write_bytes(b"PAR1\0\0")
-    with pytest.raises(InputError, match="binary data"):
+    with pytest.raises(InputError, match="this is Parquet"):
         verify(tmp_path / "binary")
 
 

@@ -127,7 +127,7 @@ def open_trace(
             if lowered.kind == "guest" and not survey.count(*OF_DEVICES):
                 return OpenTrace(lowered, found.records, survey, found.fingerprint, name)
     lowered = load(name, options, seed, input_format, **(parameters or {}))
-    if lowered.kind == "guest":
+    if lowered.kind == "guest" and not lowered.guests:
         require_input(lowered)
     return in_memory(lowered)
 
