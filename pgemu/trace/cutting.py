@@ -51,7 +51,7 @@ def cut(lowered: Lowered, first: int | None = None, end: int | None = None, vm: 
     early = before & (place >= setup)
     kept = (place < setup) | (early & np.isin(records.op, [int(op) for op in _MAKES_STATE]))
     converts = np.flatnonzero(early & (records.op == Operation.CONVERT))
-    folded = _state(records.take(converts), lowered.init)
+    folded = _state(records.take(converts), lowered)
     made = Records.concatenate([records.take(np.flatnonzero(kept)), folded, records.take(np.flatnonzero(inside))])
     ahead = int(np.count_nonzero(kept)) + len(folded)
     if ahead and ahead < len(made):
@@ -106,11 +106,12 @@ def _of_vms(records: Records) -> npt.NDArray[np.bool_]:
     return named
 
 
-def _state(converts: Records, init: str) -> Records:
-    """Conversions that make what the given ones made, one after the other, of memory that was all `init`."""
+def _state(converts: Records, lowered: Lowered) -> Records:
+    """Conversions that make what the given ones made, one after the other, of memory as it was at first."""
     made = []
     for inode in np.unique(converts.object).tolist():
         own = converts.take(np.flatnonzero(converts.object == inode))
+        init = lowered.guests[inode].init if inode < len(lowered.guests) else lowered.init
         start, end = own.offset, own.offset + own.length
         edges = np.unique(np.concatenate([start, end]))
         shared = np.full(max(len(edges) - 1, 0), init == "shared")

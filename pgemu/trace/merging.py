@@ -54,6 +54,9 @@ def merge(traces: Sequence[Lowered], *, from_zero: bool = False) -> Lowered:
             raise InputError(
                 f"memory of a {one.kind}, expected that of a {first.kind} as of {first.source}", one.source
             )
+        if one.layout.page_size != first.layout.page_size:
+            pages = f"{one.layout.page_size} bytes, expected {first.layout.page_size} as of {first.source}"
+            raise InputError(f"its guest memory is in pages of {pages} (--page-size)", one.source)
         if dict(one.machine) != dict(first.machine):
             raise InputError(
                 f"its machine is {dict(one.machine)}, expected {dict(first.machine)} as of {first.source}", one.source
@@ -79,7 +82,7 @@ def merge(traces: Sequence[Lowered], *, from_zero: bool = False) -> Lowered:
     return Lowered(
         Records.concatenate([ahead, joined]),
         first.layout,
-        first.init,
+        "private" if any(guest.init == "private" for guest in guests) else first.init,
         any(one.converts for one in traces),
         accounting,
         " + ".join(one.source for one in traces),

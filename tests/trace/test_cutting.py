@@ -109,6 +109,27 @@ def test_merged_vms_are_numbered_one_behind_the_other() -> None:
         merge([one])
 
 
+def test_each_vm_of_a_merged_trace_begins_as_it_did_alone() -> None:
+    """Memory that was private at first beside memory that was shared: both are so at the cut, converted or not."""
+    one, other = made([(0, 4, True), (9, 1, True)], "private"), made([(0, 4, False), (9, 1, False)], "shared")
+    both = merge([one, other])
+    assert [guest.init for guest in both.guests] == ["private", "shared"]
+    assert both.init == merge([other, one]).init == "private"  # what the VMs' kind has to know
+    piece = cut(both, 10)
+    setup = piece.records[: piece.accounting.setup]
+    for inode, alone in enumerate((one, other)):
+        own = setup.take(np.flatnonzero(setup.object == inode))
+        before = alone.records.take(np.flatnonzero(alone.records.time < 10))
+        assert shared_pages(own, alone.init) == shared_pages(before, alone.init)
+
+
+def test_pages_of_one_size_merge() -> None:
+    one = made([(0, 1, True)])
+    layout = replace(one.layout, page_size=1 << 21, inode_size=1 << 21)
+    with pytest.raises(InputError, match="in pages of 2097152 bytes, expected 4096"):
+        merge([one, replace(one, layout=layout)])
+
+
 def test_processes_do_not_merge_with_vms() -> None:
     one = made([(0, 1, True)])
     with pytest.raises(InputError, match=r"memory of a process, expected that of a guest as of a trace"):
