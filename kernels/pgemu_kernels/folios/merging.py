@@ -18,7 +18,7 @@ from pgemu_kernels.folios.folio import (
 )
 from pgemu_kernels.folios.guest_folios import free_block, own_merged, stop_waiting
 from pgemu_kernels.folios.hugetlb import inode_at
-from pgemu_kernels.folios.poison import collect_poison, settle_poison
+from pgemu_kernels.folios.poison import collect_poison, forget_unnoted, settle_poison
 from pgemu_kernels.folios.split_pages import (
     HELD,
     join_list,
@@ -49,7 +49,8 @@ from pgemu_kernels.words.rows import B_BITS, B_PFN, B_STATE, BLOCK_HUGE, BLOCK_S
 U = np.uint64
 
 # A machine that has had a memory failure is none for the fast loops.
-poison_collected = full_only(collect_poison, None)
+poison_collected = full_only(collect_poison, U0)
+unnoted_forgotten = full_only(forget_unnoted, None)
 poison_settled = full_only(settle_poison, None)
 
 
@@ -66,7 +67,7 @@ def merge_pages(m, head, first, order, index, references, uptodate):
         stored_at_once(m, np.int64(1) if rfc2 else np.int64(nodes_of(m.state, order)) + 1)  # xas_store() frees them
         m.ram[first + INDEX] = index
     prepare_head(m, head, first, order, references, uptodate)
-    poison_settled(m, head, U1 << order)
+    poison_settled(m, head, U1 << order, True)
     charge_one(m, EVENT_FOLIO_MERGED)
     return np.int64(0)
 
@@ -81,12 +82,13 @@ def merge_folio(m, head, order, index, references):
     pages freed (inference: it gets them).
     """
     first = struct_page(m, head)
-    poison_collected(m, head, U1 << order)
+    lost = poison_collected(m, head, U1 << order)
     busy, _, _, _ = join_pages(m, head, first, order)
     if busy:
         charge_one(m, EVENT_FREEZE_SPIN)
-        poison_settled(m, head, U1 << order)
+        poison_settled(m, head, U1 << order, False)
         return HELD
+    unnoted_forgotten(m, head, lost)
     uptodate = m.ram[first + FLAGS] >> U3 & U1
     return merge_pages(m, head, first, order, index, references, uptodate)
 
@@ -139,11 +141,12 @@ def merged_flag(m, block, head, order, index, zeroed_word, uptodate, start, end)
 def merge_zeroed(m, block, head, order, index, zeroed_word):
     """merge_folio() with a reference per page, for a folio of which some pages may be zeroed: see merge_block()."""
     first = struct_page(m, head)
-    poison_collected(m, head, U1 << order)
+    lost = poison_collected(m, head, U1 << order)
     busy, uptodate, start, end = join_pages(m, head, first, order)
     if busy:
-        poison_settled(m, head, U1 << order)
+        poison_settled(m, head, U1 << order, False)
         return HELD
+    unnoted_forgotten(m, head, lost)
     flag = U0  # of a folio on its way to the pool
     if zeroed_word != NONE:
         flag = merged_flag(m, block, head, order, index, zeroed_word, uptodate, start, end)

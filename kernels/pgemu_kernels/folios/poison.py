@@ -124,20 +124,29 @@ def _new_row(state):
 def collect_poison(m, head, pages):
     """The 4K folios from `head` on are about to be one: those that are poisoned are noted, and lose their flag.
 
-    Past the room for rows (a limit of this model) they are forgotten, and num_poisoned_pages says so: the merged folio
-    does not know of them.
+    How many there was no room to note is returned (a limit of this model): they keep it, and see forget_unnoted().
     """
     state = m.state
+    lost = U0
     if state[R_POISONED_PAGES] == U0:
-        return
+        return lost
     for pfn in range(head, head + pages):
         if is_folio_poisoned(m, pfn):
             row = _new_row(state)
             if row != U(POISONED):
                 state[STATE_POISONED + row] = pfn
+                m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
             else:
-                count_poisoned(state, ~U0)
-            m.ram[struct_page(m, pfn) + FLAGS] &= ~state[R_HWPOISON]
+                lost += U1
+    return lost
+
+
+@outlined
+def forget_unnoted(m, head, lost):
+    """A merge is done of 4K folios of which `lost` are poisoned and not noted: they are no poisoned pages any more."""
+    if lost != U0:
+        m.state[R_POISONED_PAGES] -= lost
+        m.ram[struct_page(m, head) + FLAGS] &= ~m.state[R_HWPOISON]
 
 
 @kernel
@@ -160,15 +169,15 @@ def _huge_page_of(m, head, pfn):
 
 
 @outlined
-def settle_poison(m, head, pages):
-    """The poison noted of frames [head, head + pages), which a split or a merge has rewritten: of a huge page it is
-    that page's, of 4K folios each one's own.
+def settle_poison(m, head, pages, rewritten):
+    """The poison noted of frames [head, head + pages), which a split or a merge has `rewritten`, or left as it was: of
+    a huge page it is that page's, of 4K folios each one's own.
     """
     state = m.state
     if state[R_POISONED_PAGES] == U0 or not _is_noted(state, head, pages):
         return
     frame = head
-    while frame - head < pages:  # a split page by page hands the huge page's flag to every piece
+    while rewritten and frame - head < pages:  # a split page by page hands the huge page's flag to every piece
         m.ram[struct_page(m, frame) + FLAGS] &= ~state[R_HWPOISON]
         frame += U1 << order_of(m, frame)
     for row in range(state[R_POISONED]):

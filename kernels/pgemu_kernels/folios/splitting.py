@@ -142,7 +142,7 @@ def split_folio_from(m, head, order, index, references, zeroed_word):
     if status == 0:
         charge_one(m, EVENT_FOLIO_FROZEN)
         charge_one(m, EVENT_FOLIO_SPLIT)
-        poison_settled(m, head, U1 << order)
+        poison_settled(m, head, U1 << order, True)
     return status
 
 

@@ -396,7 +396,7 @@ def merge_whole(m, node, block, first, keep, must):
     if m.state[R_SPLIT_FORM] == SPLIT_FORM_RFC2:
         unstash(m)
     optimize(m, head, WHOLE)
-    poison_settled(m, head, BLOCK_PAGES)
+    poison_settled(m, head, BLOCK_PAGES, True)
     join_list(m, head, WHOLE)
     own_merged(m, block, struct_page(m, head))
     m.state[block + B_STATE] = BLOCK_HUGE

@@ -136,7 +136,7 @@ def split_whole(m, block, first):
     make_pieces(m, head, first)
     mark_pieces(m, block, head, first)
     optimize_batch(m, head, head + BLOCK_PAGES)
-    poison_settled(m, head, BLOCK_PAGES)
+    poison_settled(m, head, BLOCK_PAGES, True)
     m.state[block + B_STATE] = BLOCK_PARTLY
     change(m.stats, GAUGE_BLOCKS_HUGE, -1)
     change(m.stats, GAUGE_BLOCKS_PARTLY, 1)

@@ -160,7 +160,7 @@ def _prepare(m, node, start, end, frame):
     """Zero what of pages [start, end), frame `frame` on, was never used: a device is a user like any other.
 
     Inference: no provider of a guest_memfd to devices was posted; whoever hands pages out has to prepare them, as
-    kvm_gmem_get_folio() and the host's fault do.
+    kvm_gmem_get_pfn() and kvm_gmem_fault_user_mapping() do.
     """
     index = start
     while index < end:

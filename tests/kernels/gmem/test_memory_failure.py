@@ -417,6 +417,26 @@ def test_what_there_is_no_room_to_note_is_not_counted_either() -> None:
     s.sound()
 
 
+def test_a_merge_that_fails_forgets_nothing() -> None:
+    """More bad pages than rows, and a page that somebody holds when the worker merges."""
+    s = Scene("restructure", M2, memory_failure="marked", poisoned_blocks="move", merge="lazy", worker="queued")
+    s.gmem.allocate(0, M2)
+    for page in range(W.POISONED + 16):
+        s.gmem.memory_failure(page * PAGE)
+    assert s.gmem.convert(0, M2, shared=False).status == 0
+    held = 511 * PAGE
+    assert s.gmem.get_reference(held).status == 0
+    s.machine.work()
+    assert s.gmem.is_split(0)
+    flagged = sum(bool(s.flags(s.pfn(page)) & HWPOISON) for page in range(512))
+    assert flagged == s.machine.poisoned_pages == W.POISONED + 16
+    assert s.gmem.put_reference(s.pfn(511)).status == 0
+    s.machine.work()
+    assert not s.gmem.is_split(0)
+    assert s.machine.poisoned_pages == len(s.machine.folio(s.pfn()).poisoned_pages) == W.POISONED
+    s.sound()
+
+
 def test_a_poisoned_piece_is_neither_split_nor_merged_where_that_is_refused() -> None:
     s = Scene("restructure", 1 << 30, shared=False, memory_failure="marked", split_to="2M")
     s.vm.touch(0)
