@@ -290,8 +290,8 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
     def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0, vm: int = 0) -> Result:
         """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL.
 
-        vm: the number of the VM whose file of the inode is asked. -EINVAL, too, if it has one and knows no private
-        memory (Machine.create_vm).
+        vm: the number of the VM whose file of the inode is asked; ValueError of no VM. -EINVAL, too, if it has one and
+        knows no private memory (Machine.create_vm).
         """
         if (
             type(offset) is not int or type(length) is not int or type(actor) is not int or type(vm) is not int
@@ -299,6 +299,8 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         ):  # fmt: skip
             given = {"offset": offset, "length": length, "shared": shared, "actor": actor, "vm": vm}
             offset, length, shared, actor, vm = plain(GuestMemfd.convert, self, **given)
+            if vm and vm >= (vms := self.machine.register(W.R_VMS)):
+                raise ValueError(f"vm {vm}: expected the number of one of the machine's VMs, below {vms}")
         flags = _SHARED if shared else _PRIVATE
         return run_one(self.machine, _CONVERT, flags, actor, vm, 0, self.inode, 0, offset, length)
 
