@@ -41,6 +41,7 @@ from pgemu_kernels.words.rows import (
     A_FLAGS,
     A_INODE,
     A_KIND,
+    A_PROT,
     AREA_FILE,
     AREA_READ,
     AREA_TRACKED,
@@ -61,6 +62,8 @@ from pgemu_kernels.words.rows import (
     O_VM,
     POLICY_LINUX,
     POLICY_TRACKED,
+    PROT_READ,
+    PROT_WRITE,
     S_DEVICES,
     S_LOCKED_VM,
     VM_PFNMAP,
@@ -95,6 +98,8 @@ def follow_pfnmap(m, space, row, address, write):
                 return np.int64(-EFAULT), U0, U0
             inside = (address >> U12) & (pages_of(level) - U1)
             return np.int64(0), leaf_pfn(entry, level) + inside, pages_of(level) - inside
+        if m.state[row + A_PROT] & (PROT_WRITE if write else PROT_READ) == U0:
+            break  # mm/gup.c:vma_permits_fault()
         if fault_error(handle_mm_fault(m, space, row, address, U1 if write else U0), False) != 0:
             break
     return np.int64(-EFAULT), U0, U0

@@ -9,7 +9,6 @@ from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.choice import by_number
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
-from pgemu_kernels.engine.properties import gup_works
 from pgemu_kernels.engine.rows import block_row, find_vma, inode_row, space_root, stop
 from pgemu_kernels.folios.folio import FLAGS, INDEX, MAPPING, PG_DIRTY, mappings, reference_count, struct_page
 from pgemu_kernels.folios.hstate import in_zone
@@ -18,7 +17,7 @@ from pgemu_kernels.folios.large_folios import head_and_order
 from pgemu_kernels.folios.page_cache import cache_find
 from pgemu_kernels.folios.poison import is_folio_poisoned
 from pgemu_kernels.formats.bits import PTE_ADDRESS
-from pgemu_kernels.gmem.host_entries import counted_view
+from pgemu_kernels.gmem.gup import check_vma
 from pgemu_kernels.gmem.memory_failure import NOBODY, cached_at, memory_failure
 from pgemu_kernels.gmem.references import is_designs
 from pgemu_kernels.gmem.unpoison import unpoison_memory
@@ -39,8 +38,6 @@ from pgemu_kernels.words.enum_words import (
 from pgemu_kernels.words.operations import EBADF, EBUSY, EFAULT, EINVAL, ENOENT, ENOMEM, ENXIO, EOPNOTSUPP, VM_FAULT_OOM
 from pgemu_kernels.words.registers import R_FAILURE_HUGE, R_FRAMES, R_HW_FAILURE, R_HWPOISON, R_INODES, R_ORDER
 from pgemu_kernels.words.rows import (
-    A_FLAGS,
-    A_KIND,
     B_PFN,
     B_STATE,
     BLOCK_ABSENT,
@@ -65,8 +62,6 @@ from pgemu_kernels.words.rows import (
     PAGE_MAPPINGS,
     PAGE_POISONED,
     STATE_FAILURE,
-    VM_PFNMAP,
-    VMA_GUEST_MEMFD,
 )
 
 U = np.uint64
@@ -174,21 +169,12 @@ def fail_page(m, op):
     return stop(state, op, status)
 
 
-@kernel
-def is_refused_by_gup(m, row):
-    """check_vma_flags(): a VM_PFNMAP mapping."""
-    state = m.state
-    if state[row + A_KIND] == VMA_GUEST_MEMFD:
-        return not (gup_works(m) or counted_view(m, row))
-    return state[row + A_FLAGS] & VM_PFNMAP != U0
-
-
 @outlined
 def got_page(m, space, address):
     """get_user_pages_fast() of one page: (0, -EFAULT or -ENOMEM; its frame; bytes of its entry)."""
     state = m.state
     row = find_vma(state, space, address)
-    if row == NONE or is_refused_by_gup(m, row):
+    if check_vma(m, row, False) != 0:
         return np.int64(-EFAULT), U0, U0
     status = fault_in_page(m, space, row, address, U0)
     slot, level = lookup_address(m, space_root(state, space), address)
@@ -204,7 +190,8 @@ def got_page(m, space, address):
 def inject(m, op):
     """INJECT: madvise(MADV_HWPOISON or MADV_SOFT_OFFLINE) of each page of a range, up to the first that fails.
 
-    0, what memory_failure() or soft_offline_page() returned, -EFAULT where GUP gets no page (VM_PFNMAP), -ENOMEM,
+    0, what memory_failure() or soft_offline_page() returned, -EFAULT where GUP gets no page (VM_PFNMAP, or
+    no right to read), -ENOMEM,
     -EINVAL. detail is the MfResult of the last page. mm/madvise.c:madvise_inject_error()
     """
     state = m.state

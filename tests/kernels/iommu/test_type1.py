@@ -247,6 +247,16 @@ def test_a_bar_is_mapped_without_pins_and_stays() -> None:
     s.sound()
 
 
+@pytest.mark.parametrize(("rights", "write", "status"), [(0, False, -W.EFAULT), (1, True, -W.EFAULT), (1, False, 0)])
+def test_a_bar_is_faulted_in_as_far_as_its_mapping_allows(rights: int, write: bool, status: int) -> None:
+    """mm/gup.c:vma_permits_fault()"""
+    s = Scene()
+    s.process.mmap_device(s.machine.create_device(1 << 30, 512), VA + GIB, M2, READ_WRITE)
+    assert s.process.protect(VA + GIB, M2, rights).status == 0
+    assert s.map(IOVA, PAGE, VA + GIB, write=write) == status
+    s.sound()
+
+
 class Slides:
     """A pfnmap machine with a guest_memfd of one huge page, mapped."""
 

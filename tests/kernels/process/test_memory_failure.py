@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pgemu.machine.results import Result
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.failures import MfPage, MfResult, Signal
 from pgemu.objects.machine import Config, Machine
@@ -234,4 +235,31 @@ def test_a_page_of_shmem_counts_as_recovered() -> None:
     assert process.touch(VA).status == W.VM_FAULT_HWPOISON  # the file keeps it
     process.touch(VA + PAGE)  # fault-around leaves it out
     assert entry(process) == 0
+    sound(machine)
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+@pytest.mark.parametrize("touched", [False, True], ids=["never there", "there"])
+@pytest.mark.parametrize("kind", ["anonymous", "shmem", "hugetlb", "guest_memfd_4k", "designs"])
+def test_what_may_not_be_read_gives_no_page(kind: str, touched: bool, design: str) -> None:
+    """mm/gup.c:check_vma_flags(): a mapping without VM_READ is -EFAULT before any fault."""
+    machine = Machine(Config(design, pool=8 * M2, page_size=M2))  # type: ignore[arg-type]
+    process = machine.create_process()
+    if kind == "hugetlb":
+        process.mmap_hugetlb(VA, M2)
+    elif kind == "guest_memfd_4k":
+        process.mmap(machine.create_guest_memfd_4k(M2), VA)
+    elif kind == "designs":
+        process.mmap(machine.create_guest_memfd(M2, shared=True), VA)
+    else:
+        process.mmap_anonymous(VA, M2, shared=kind == "shmem")
+    if touched:
+        process.touch(VA, write=True)
+    assert process.protect(VA, M2, 0).status == 0
+    before = process.walk(VA)
+    for ask in (process.madvise_hwpoison, process.madvise_soft_offline):
+        assert ask(VA, PAGE) == Result(-W.EFAULT, 0)
+        assert process.walk(VA) == before
+    sound(machine)
+    assert process.exit().status == 0
     sound(machine)
