@@ -88,10 +88,12 @@ def _of_containers(machine: Core) -> Iterator[Array]:
         starts, pages = leaves_of(ram, table.format, int(row[W.D_ROOT]))
         lasts, words = radix_tree(ram, int(row[W.D_AREAS]))
         tracked = words[np.searchsorted(lasts, starts[:, 0])] & np.uint64(W.AREA_TRACKED) != 0
-        for (_, pfn), count, is_tracked in zip(starts.tolist(), pages.tolist(), tracked.tolist(), strict=True):
-            known = pfn < ram.size // 512 or machine.memory.holds(np.array([pfn << 12], np.uint64))[0]
-            if known and not is_tracked:
-                yield np.arange(pfn, pfn + count, dtype=np.uint64)
+        frames = starts[:, 1]
+        known = (frames < np.uint64(ram.size // 512)) | machine.memory.holds(frames << np.uint64(12))
+        mine = known & ~tracked
+        first, count = frames[mine], pages[mine].astype(np.int64)
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        yield np.repeat(first, count) + within.astype(np.uint64)
 
 
 def leaves_of(ram: Array, fmt: PageFormat, root: int) -> tuple[Array, Array]:

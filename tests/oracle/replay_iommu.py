@@ -57,7 +57,14 @@ def pages_here(space: IoSpace) -> Pages:
     """Those of a domain of ours."""
     fmt, ram = space.table.format, space.machine.arrays.ram
     starts, pages = leaves_of(ram, fmt, space.root)
-    words = np.array([space.table.walk(int(page) << 12)[-1][2] for page in starts[:, 0]], np.uint64)
+    # A leaf lies where its size has room: AMD's other powers of two, below the next level.
+    level = np.log2(pages.astype(np.float64)).astype(np.int64) // 9 + 1
+    table, words = np.full(len(starts), space.root >> 12, np.uint64), np.zeros(len(starts), np.uint64)
+    for at in range(fmt.levels, 0, -1):
+        below = at >= level
+        index = (starts[below, 0] >> np.uint64(9 * (at - 1))) & np.uint64(511)
+        words[below] = ram.reshape(-1, 512)[table[below], index]
+        table[below] = (words[below] & np.uint64(ADDRESS)) >> np.uint64(12)
     return _expand(starts[:, 0], starts[:, 1], _rights(fmt, words), pages)
 
 
