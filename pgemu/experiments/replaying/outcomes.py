@@ -2,8 +2,8 @@
 
 Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries: what the
 kernel's function returned, as pgemu.machine.results.result_name() calls it), `detail` (uint64: the level of a fault's
-leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows,
-zstd. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
+leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows;
+numbers are stored bytes of a rank together (BYTE_STREAM_SPLIT), LZ4. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
 `identity` (digest of the trace), `records` (how many rows), `complete` (whether these are all), `machine` (fields of
 Config). Equal runs write equal files, however often they were interrupted, and on however many processes. What a record
 took is not in it: machines count events and time by operation, not by record.
@@ -37,8 +37,9 @@ ROW_GROUP = 1 << 20
 _BLOCK = 1 << 17  # rows in which they come
 KEY = b"pgemu.replay"
 VERSION = 1
-_LEAST, _SPAN = -256, 2304  # statuses that a table has room for
+_LEAST, _SHIFT = -256, 12  # the first of 2^12 statuses that a table has room for
 _OPERATIONS = {int(op): op for op in Operation}
+_NAMED = ["unknown", *(operation_name(_OPERATIONS[code]) for code in range(1, len(_OPERATIONS) + 1))]  # by code
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +84,7 @@ class RowsFile:
         self._schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, ["op", "status", "detail"]))
+            self._parquet = stack.enter_context(_writer(pq, file, self._schema, []))
             self._stack = stack.pop_all()
         return self
 
@@ -157,7 +158,7 @@ class _Names:
     """Names of results, a number each, by operation and status."""
 
     def __init__(self) -> None:
-        self._table = np.full(256 * _SPAN, -1, np.int16)
+        self._table = np.full(256 << _SHIFT, -1, np.int16)
         self._numbers: dict[str, int] = {}
 
     @property
@@ -167,16 +168,22 @@ class _Names:
 
     def numbers(self, op: Array, status: Array) -> Array:
         """int16[n]: the number of each name."""
-        shifted = status + np.int64(-_LEAST)
-        if status.size and int(shifted.view(np.uint64).max()) >= _SPAN:  # of one below the least, too
+        if not status.size:
+            return np.zeros(0, np.int16)
+        least, most = int(status.min()), int(status.max())
+        if least < _LEAST or most >= _LEAST + (1 << _SHIFT):
             return self._one_by_one(op, status)
-        keys = shifted.astype(np.int32)
-        keys += op.astype(np.int32) * np.int32(_SPAN)
-        found: Array = self._table[keys]
-        if found.size and int(found.min()) < 0:
+        if least == most and (code := int(op.min())) == int(op.max()):
+            return np.full(status.size, self._number(code, least), np.int16)
+        keys = op.astype(np.int64)
+        keys <<= _SHIFT
+        keys += status
+        keys -= _LEAST
+        found: Array = self._table.take(keys)
+        if int(found.min()) < 0:
             for key in np.unique(keys[found < 0]).tolist():
-                self._table[key] = self._number(key // _SPAN, key % _SPAN + _LEAST)
-            found = self._table[keys]
+                self._table[key] = self._number(key >> _SHIFT, (key & (1 << _SHIFT) - 1) + _LEAST)
+            found = self._table.take(keys)
         return found
 
     def _one_by_one(self, op: Array, status: Array) -> Array:
@@ -190,9 +197,10 @@ class _Names:
 
 
 def _writer(pq: Any, file: Any, schema: pa.Schema, dictionaries: list[str]) -> pq.ParquetWriter:
+    split = {name: "BYTE_STREAM_SPLIT" for name in schema.names if name not in dictionaries}
     return pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=1, use_dictionary=dictionaries,
-        column_encoding={"index": "DELTA_BINARY_PACKED"}, write_statistics=["index"],
+        file, schema, compression="lz4", use_dictionary=dictionaries or False, column_encoding=split,
+        write_statistics=["index"], write_batch_size=_BLOCK,
     )  # fmt: skip
 
 
@@ -211,19 +219,13 @@ class OutcomeFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        name = pa.dictionary(pa.int16(), pa.string())
-        kinds = {
-            "index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64(),
-        }  # fmt: skip
+        name, result = pa.dictionary(pa.uint8(), pa.string()), pa.dictionary(pa.int16(), pa.string())
+        kinds = {"index": pa.uint64(), "operation": name, "result": result, "detail": pa.uint64()}
         self._schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
-        codes = sorted(_OPERATIONS)
-        self._operations = pa.array([*(operation_name(_OPERATIONS[code]) for code in codes), "unknown"])
-        self._code_numbers = np.full(256, len(codes), np.int16)
-        self._code_numbers[codes] = np.arange(len(codes), dtype=np.int16)
+        self._operations = pa.array(_NAMED)
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            columns = ["operation", "result", "detail"]
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, columns))
+            self._parquet = stack.enter_context(_writer(pq, file, self._schema, ["operation", "result"]))
             self._stack = stack.pop_all()
         return self
 
@@ -247,9 +249,12 @@ class OutcomeFile:
         names = pa.array(self._names.names)  # of all blocks: with a dictionary each they would be written as plain text
         batches = []
         for block, results in zip(blocks, numbers, strict=True):
-            operations = pa.DictionaryArray.from_arrays(pa.array(self._code_numbers[block.op]), self._operations)
-            named = pa.DictionaryArray.from_arrays(pa.array(results), names)
-            columns = [pa.array(block.index), operations, named, pa.array(block.detail)]
+            known = block.op if int(block.op.max()) < len(_NAMED) else np.where(block.op < len(_NAMED), block.op, 0)
+            named = (  # numbers that are there, without another look at each
+                pa.DictionaryArray.from_arrays(pa.array(of), words, safe=False)
+                for of, words in ((known, self._operations), (results, names))
+            )
+            columns = [pa.array(block.index), *named, pa.array(block.detail)]
             batches.append(pa.record_batch(columns, schema=self._schema))
         self._parquet.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
 

@@ -127,7 +127,7 @@ def test_a_machine_that_cannot_be_is_refused(tmp_path: Path, machine: object) ->
 def test_load_recognises_parquet_and_follows_the_options_it_can(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     parquet.write(BOOT, path)
-    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "LZ4"
     lowered = load(path, LoweringOptions(init="shared", guest_memory=8 << 30))
     assert (lowered.init, lowered.layout.inode_size, lowered.converts) == ("shared", 8 << 30, True)
     assert lowered.accounting.setup == BOOT.accounting.setup
