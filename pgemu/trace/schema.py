@@ -82,7 +82,7 @@ def columns_table() -> str:
 
 
 def once(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A column, or of one that is a single value seen many times (numpy.broadcast_to) that value, as an array of one."""
+    """A column; of one that is a single value seen many times (numpy.broadcast_to) that value, as an array of one."""
     return column[:1] if column.strides == (0,) else column
 
 

@@ -3,7 +3,7 @@
 Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries: what the
 kernel's function returned, as pgemu.machine.results.result_name() calls it), `detail` (uint64: the level of a fault's
 leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows;
-numbers are stored bytes of a rank together (BYTE_STREAM_SPLIT), LZ4. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
+LZ4. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
 `identity` (digest of the trace), `records` (how many rows), `complete` (whether these are all), `machine` (fields of
 Config). Equal runs write equal files, however often they were interrupted, and on however many processes. What a record
 took is not in it: machines count events and time by operation, not by record.
@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from pgemu.errors import InputError
+from pgemu.experiments.replaying.pages import Column, PageFile
 from pgemu.machine.results import operation_name, result_name, status_name
 from pgemu.trace.schema import Operation
+from pgemu.version import version
 from pgemu.whole_file import whole_file
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 __all__ = ("KEY", "ROW_GROUP", "VERSION", "OutcomeFile", "Rows", "RowsFile", "merged", "read_rows")
 
@@ -84,7 +83,11 @@ class RowsFile:
         self._schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, []))
+            split = dict.fromkeys(kinds, "BYTE_STREAM_SPLIT")
+            writer = pq.ParquetWriter(
+                file, self._schema, compression="lz4", use_dictionary=False, column_encoding=split
+            )
+            self._parquet = stack.enter_context(writer)
             self._stack = stack.pop_all()
         return self
 
@@ -196,14 +199,6 @@ class _Names:
         return self._numbers.setdefault(name, len(self._numbers))
 
 
-def _writer(pq: Any, file: Any, schema: pa.Schema, dictionaries: list[str]) -> pq.ParquetWriter:
-    split = {name: "BYTE_STREAM_SPLIT" for name in schema.names if name not in dictionaries}
-    return pq.ParquetWriter(
-        file, schema, compression="lz4", use_dictionary=dictionaries or False, column_encoding=split,
-        write_statistics=["index"], write_batch_size=_BLOCK,
-    )  # fmt: skip
-
-
 class OutcomeFile:
     """The file of outcomes while it is written: it appears with the end of the context, unless something was raised."""
 
@@ -212,20 +207,14 @@ class OutcomeFile:
         self._stack = ExitStack()
         self._waiting: list[Rows] = []
         self._names = _Names()
-        self._count = 0  # of those that wait
+        self._count = self._in_group = 0  # of those that wait, of those that are written as pages
         self.rows = 0
 
     def __enter__(self) -> Self:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        name, result = pa.dictionary(pa.uint8(), pa.string()), pa.dictionary(pa.int16(), pa.string())
-        kinds = {"index": pa.uint64(), "operation": name, "result": result, "detail": pa.uint64()}
-        self._schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
-        self._operations = pa.array(_NAMED)
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, ["operation", "result"]))
+            columns = (Column("index"), Column("operation", True), Column("result", True), Column("detail"))
+            self._pages = PageFile(file, columns)
             self._stack = stack.pop_all()
         return self
 
@@ -236,27 +225,25 @@ class OutcomeFile:
         """Take rows that follow those before."""
         self._waiting.append(rows)
         self._count += len(rows)
-        self.rows += len(rows)
-        while self._count >= ROW_GROUP:
-            self._write(ROW_GROUP)
+        while self._count >= (most := min(_BLOCK, ROW_GROUP - self._in_group)):
+            self._write(most)
 
     def _write(self, count: int) -> None:
-        """Write the first `count` waiting rows as a row group, whose pages depend on nothing but these rows."""
-        import pyarrow as pa
+        """Write the first `count` waiting rows as a page, which depends on nothing but these rows."""
+        rows = self._block(count)
+        operations = rows.op if int(rows.op.max()) < len(_NAMED) else np.where(rows.op < len(_NAMED), rows.op, 0)
+        results = self._names.numbers(rows.op, rows.status)
+        few = results.astype(np.uint8 if len(self._names.names) <= 256 else np.uint16)
+        self._pages.add(rows.index, operations.astype(np.uint8, copy=False), few, rows.detail)
+        self.rows += count
+        self._in_group += count
+        if self._in_group >= ROW_GROUP:
+            self._end_group()
 
-        blocks = [self._block(min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)]
-        numbers = [self._names.numbers(block.op, block.status) for block in blocks]
-        names = pa.array(self._names.names)  # of all blocks: with a dictionary each they would be written as plain text
-        batches = []
-        for block, results in zip(blocks, numbers, strict=True):
-            known = block.op if int(block.op.max()) < len(_NAMED) else np.where(block.op < len(_NAMED), block.op, 0)
-            named = (  # numbers that are there, without another look at each
-                pa.DictionaryArray.from_arrays(pa.array(of), words, safe=False)
-                for of, words in ((known, self._operations), (results, names))
-            )
-            columns = [pa.array(block.index), *named, pa.array(block.detail)]
-            batches.append(pa.record_batch(columns, schema=self._schema))
-        self._parquet.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
+    def _end_group(self) -> None:
+        if self._in_group:
+            self._pages.end_group({"operation": _NAMED, "result": self._names.names})
+            self._in_group = 0
 
     def _block(self, count: int) -> Rows:
         """Take so many rows off those that wait, which has to copy none where they came in blocks."""
@@ -275,5 +262,17 @@ class OutcomeFile:
         """Write what is left, and what the file is."""
         if self._count:
             self._write(self._count)
+        self._end_group()
         document = {"version": VERSION, "records": self.rows, **about}
-        self._parquet.add_key_value_metadata({KEY.decode(): json.dumps(document, sort_keys=True)})
+        told = {KEY.decode(): json.dumps(document, sort_keys=True).encode(), "ARROW:schema": _arrow_schema()}
+        self._pages.finish(told, f"pgemu version {version()}")
+
+
+def _arrow_schema() -> bytes:
+    """As pyarrow reads the file: names as dictionaries, a number each instead of a text."""
+    import pyarrow as pa
+
+    name = pa.dictionary(pa.int16(), pa.string())
+    kinds = {"index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64()}
+    schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
+    return b64encode(schema.serialize().to_pybytes())
