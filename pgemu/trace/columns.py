@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError, printable
-from pgemu.trace.schema import COLUMNS, DTYPES, Flag, Operation, Records
+from pgemu.trace.schema import COLUMNS, DTYPES, Flag, Operation, Records, once
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +27,7 @@ __all__ = (
     "check_names",
     "check_order",
     "check_size",
+    "columns_of",
     "levels_of",
     "numbers",
     "others",
@@ -38,6 +40,8 @@ CONTRACT = (
 )
 LEVEL = "fault_level"
 """Column of a log that told levels: of the leaf that answered each guest fault."""
+_LEVEL = np.dtype(np.uint8)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _TOLD = ("flags", "address", "offset", "length")  # none of them means something that a trace need not say
 _LONGEST_CODE = 8
 _UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}  # of a timestamp, in ns
@@ -87,36 +91,57 @@ def check_order(times: npt.NDArray[np.uint64], last: int, source: str, first: in
     """
     if not times.size:
         return last
-    back = times[1:] < times[:-1]
+    few = once(times)
+    back = few[1:] < few[:-1]
     if int(times[0]) < last or back.any():
         row = 0 if int(times[0]) < last else int(np.argmax(back)) + 1
         raise InputError(f"row {first + row}: time {times[row]} is before the row above, expected rows by time", source)
     return int(times[-1])
 
 
-def levels_of(batch: pa.RecordBatch, source: str, first: int) -> npt.NDArray[np.uint8] | None:
+def levels_of(
+    batch: pa.RecordBatch, source: str, first: int, held: Mapping[str, pa.Array] = _NOTHING
+) -> npt.NDArray[np.uint8] | None:
     """Recorded levels of faults, None if the table has none; InputError for what is none."""
-    if LEVEL not in batch.schema.names:
+    if LEVEL not in held and LEVEL not in batch.schema.names:
         return None
-    levels = numbers(batch.column(LEVEL), LEVEL, np.dtype(np.uint8), source, first)
+    levels: npt.NDArray[np.uint8] = columns_of(batch, held, [LEVEL], source, first)[LEVEL]
     if levels.size and levels.max() > 3:
         raise InputError(f"column {LEVEL!r} holds {levels.max()}, expected at most 3", source)
     return levels
 
 
-def records_of(batch: pa.RecordBatch, source: str, first: int) -> Records:
-    """A batch as records, checked; columns that need no conversion are views of it, and can only be read.
+def columns_of(
+    batch: pa.RecordBatch, held: Mapping[str, pa.Array], wanted: Iterable[str], source: str, first: int
+) -> dict[str, npt.NDArray[Any]]:
+    """Columns of a batch as the schema's: views where nothing has to be converted, and can only be read.
 
+    What has one value in all rows is one value that is seen as many times (schema.once).
+
+    :param held: arrays of one, of columns that have that value in all rows and are not in the batch
     :param first: row of the batch's first, for messages
+    """
+    there, found = batch.schema.names, {}
+    for name in wanted:
+        dtype = DTYPES.get(name, _LEVEL)
+        if name in there:
+            found[name] = numbers(batch.column(name), name, dtype, source, first)
+        else:
+            one = numbers(held[name], name, dtype, source, first) if name in held else np.zeros(1, dtype)
+            found[name] = np.broadcast_to(one, (batch.num_rows,))
+    return found
+
+
+def records_of(
+    batch: pa.RecordBatch, source: str, first: int, held: Mapping[str, pa.Array] = _NOTHING
+) -> Records:  # fmt: skip
+    """A batch as records, checked; see columns_of.
+
     :raises InputError: a column that cannot be a trace's, or lacks (with its row), or a record that none can be
     """
-    there = set(batch.schema.names)
-    columns = {
-        name: numbers(batch.column(name), name, dtype, source, first) for name, dtype in DTYPES.items() if name in there
-    }
-    lacking = {name: np.zeros(batch.num_rows, dtype) for name, dtype in DTYPES.items() if name not in there}
-    records = Records(**columns, **lacking)
+    records = Records(**columns_of(batch, held, DTYPES, source, first))
     records.check(source, first)
+    there = {*batch.schema.names, *held}
     for name in _TOLD:
         if name not in there:
             reading = np.isin(records.op, [int(op) for op, meanings in COLUMNS.items() if name in meanings])

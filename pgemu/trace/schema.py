@@ -34,6 +34,7 @@ __all__ = (
     "Operation",
     "Records",
     "columns_table",
+    "once",
 )
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -51,6 +52,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 """Columns of a trace in their stored order, little endian."""
+
+_KNOWN = np.zeros(256, dtype=bool)  # by code of an operation
+_KNOWN[[int(operation) for operation in Operation]] = True
 
 ACTOR_LIMIT = ACTORS
 """Actors are below this: vCPUs by their number, host threads and devices from FIRST_HOST_ACTOR on."""
@@ -75,6 +79,11 @@ def columns_table() -> str:
         cells = [operation.name.lower().replace("_", " "), str(int(operation))]
         lines.append("| " + " | ".join(cells + [meanings.get(name, "-") for name in names]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def once(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A column; of one that is a single value seen many times (numpy.broadcast_to) that value, as an array of one."""
+    return column[:1] if column.strides == (0,) else column
 
 
 # A record's header word, by where its columns lie in it.
@@ -122,9 +131,13 @@ class Records:
 
     def header(self) -> npt.NDArray[np.uint64]:
         """Return op | flags << 8 | actor << 16 | vm << 32 | space << 48 of each record, uint64."""
-        words = np.empty(len(self), _HEADER)
-        for name in _HEADER.names or ():
-            words[name] = getattr(self, name)
+        columns = {name: once(getattr(self, name)) for name in _HEADER.names or ()}
+        common = np.zeros(1, _HEADER)
+        for name in [name for name, column in columns.items() if column.size == 1]:
+            common[name] = columns.pop(name)
+        words = np.repeat(common, len(self))
+        for name, column in columns.items():
+            words[name] = column
         return words.view("<u8").astype(np.uint64, copy=False)
 
     @classmethod
@@ -153,9 +166,17 @@ class Records:
             raise ValueError(f"order {shown(order)}: expected positions below {len(self)}")
         return Records(*(getattr(self, name)[order] for name in DTYPES))
 
+    def _unknown(self) -> npt.NDArray[np.bool_]:
+        """Where there is no operation of this code; one element, if nowhere."""
+        codes = once(self.op)
+        if not codes.size or _KNOWN[int(codes.min()) : int(codes.max()) + 1].all():
+            return np.zeros(1, bool)
+        found: npt.NDArray[np.bool_] = ~_KNOWN[codes]
+        return found
+
     def _off_pages(self, column: str) -> npt.NDArray[np.bool_]:
         """Where an operation reads bytes in a column that are no whole pages; one element, if nowhere."""
-        values: npt.NDArray[np.uint64] = getattr(self, column)
+        values: npt.NDArray[np.uint64] = once(getattr(self, column))
         if not (int(np.bitwise_or.reduce(values)) if values.size else 0) & (PAGE_4K - 1):
             return np.zeros(1, bool)
         reading = np.zeros(256, bool)
@@ -165,11 +186,9 @@ class Records:
 
     def check(self, source: str, first: int = 0) -> None:
         """Raise InputError with the row (`first` is added) of the first record no machine can read."""
-        known = np.zeros(256, dtype=bool)
-        known[[int(operation) for operation in Operation]] = True
         rules = (
-            (~known[self.op], "unknown operation code {0.op}"),
-            (self.actor >= ACTOR_LIMIT, f"actor {{0.actor}}, expected less than {ACTOR_LIMIT}"),
+            (self._unknown(), "unknown operation code {0.op}"),
+            (once(self.actor) >= ACTOR_LIMIT, f"actor {{0.actor}}, expected less than {ACTOR_LIMIT}"),
             (self._off_pages("offset"), "offset {0.offset:#x}, expected a multiple of 4096"),
             (self._off_pages("length"), "length {0.length:#x}, expected a multiple of 4096"),
         )

@@ -2,8 +2,8 @@
 
 Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries: what the
 kernel's function returned, as pgemu.machine.results.result_name() calls it), `detail` (uint64: the level of a fault's
-leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows,
-zstd. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
+leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows;
+LZ4. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),
 `identity` (digest of the trace), `records` (how many rows), `complete` (whether these are all), `machine` (fields of
 Config). Equal runs write equal files, however often they were interrupted, and on however many processes. What a record
 took is not in it: machines count events and time by operation, not by record.
@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from pgemu.errors import InputError
+from pgemu.experiments.replaying.pages import Column, PageFile
 from pgemu.machine.results import operation_name, result_name, status_name
 from pgemu.trace.schema import Operation
+from pgemu.version import version
 from pgemu.whole_file import whole_file
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 __all__ = ("KEY", "ROW_GROUP", "VERSION", "OutcomeFile", "Rows", "RowsFile", "merged", "read_rows")
 
@@ -37,8 +36,9 @@ ROW_GROUP = 1 << 20
 _BLOCK = 1 << 17  # rows in which they come
 KEY = b"pgemu.replay"
 VERSION = 1
-_LEAST, _SPAN = -256, 2304  # statuses that a table has room for
+_LEAST, _SHIFT = -256, 12  # the first of 2^12 statuses that a table has room for
 _OPERATIONS = {int(op): op for op in Operation}
+_NAMED = ["unknown", *(operation_name(_OPERATIONS[code]) for code in range(1, len(_OPERATIONS) + 1))]  # by code
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +83,11 @@ class RowsFile:
         self._schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, ["op", "status", "detail"]))
+            split = dict.fromkeys(kinds, "BYTE_STREAM_SPLIT")
+            writer = pq.ParquetWriter(
+                file, self._schema, compression="lz4", use_dictionary=False, column_encoding=split
+            )
+            self._parquet = stack.enter_context(writer)
             self._stack = stack.pop_all()
         return self
 
@@ -157,7 +161,7 @@ class _Names:
     """Names of results, a number each, by operation and status."""
 
     def __init__(self) -> None:
-        self._table = np.full(256 * _SPAN, -1, np.int16)
+        self._table = np.full(256 << _SHIFT, -1, np.int16)
         self._numbers: dict[str, int] = {}
 
     @property
@@ -167,16 +171,22 @@ class _Names:
 
     def numbers(self, op: Array, status: Array) -> Array:
         """int16[n]: the number of each name."""
-        shifted = status + np.int64(-_LEAST)
-        if status.size and int(shifted.view(np.uint64).max()) >= _SPAN:  # of one below the least, too
+        if not status.size:
+            return np.zeros(0, np.int16)
+        least, most = int(status.min()), int(status.max())
+        if least < _LEAST or most >= _LEAST + (1 << _SHIFT):
             return self._one_by_one(op, status)
-        keys = shifted.astype(np.int32)
-        keys += op.astype(np.int32) * np.int32(_SPAN)
-        found: Array = self._table[keys]
-        if found.size and int(found.min()) < 0:
+        if least == most and (code := int(op.min())) == int(op.max()):
+            return np.full(status.size, self._number(code, least), np.int16)
+        keys = op.astype(np.int64)
+        keys <<= _SHIFT
+        keys += status
+        keys -= _LEAST
+        found: Array = self._table.take(keys)
+        if int(found.min()) < 0:
             for key in np.unique(keys[found < 0]).tolist():
-                self._table[key] = self._number(key // _SPAN, key % _SPAN + _LEAST)
-            found = self._table[keys]
+                self._table[key] = self._number(key >> _SHIFT, (key & (1 << _SHIFT) - 1) + _LEAST)
+            found = self._table.take(keys)
         return found
 
     def _one_by_one(self, op: Array, status: Array) -> Array:
@@ -189,13 +199,6 @@ class _Names:
         return self._numbers.setdefault(name, len(self._numbers))
 
 
-def _writer(pq: Any, file: Any, schema: pa.Schema, dictionaries: list[str]) -> pq.ParquetWriter:
-    return pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=1, use_dictionary=dictionaries,
-        column_encoding={"index": "DELTA_BINARY_PACKED"}, write_statistics=["index"],
-    )  # fmt: skip
-
-
 class OutcomeFile:
     """The file of outcomes while it is written: it appears with the end of the context, unless something was raised."""
 
@@ -204,26 +207,14 @@ class OutcomeFile:
         self._stack = ExitStack()
         self._waiting: list[Rows] = []
         self._names = _Names()
-        self._count = 0  # of those that wait
+        self._count = self._in_group = 0  # of those that wait, of those that are written as pages
         self.rows = 0
 
     def __enter__(self) -> Self:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        name = pa.dictionary(pa.int16(), pa.string())
-        kinds = {
-            "index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64(),
-        }  # fmt: skip
-        self._schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
-        codes = sorted(_OPERATIONS)
-        self._operations = pa.array([*(operation_name(_OPERATIONS[code]) for code in codes), "unknown"])
-        self._code_numbers = np.full(256, len(codes), np.int16)
-        self._code_numbers[codes] = np.arange(len(codes), dtype=np.int16)
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            columns = ["operation", "result", "detail"]
-            self._parquet = stack.enter_context(_writer(pq, file, self._schema, columns))
+            columns = (Column("index"), Column("operation", True), Column("result", True), Column("detail"))
+            self._pages = PageFile(file, columns)
             self._stack = stack.pop_all()
         return self
 
@@ -234,24 +225,25 @@ class OutcomeFile:
         """Take rows that follow those before."""
         self._waiting.append(rows)
         self._count += len(rows)
-        self.rows += len(rows)
-        while self._count >= ROW_GROUP:
-            self._write(ROW_GROUP)
+        while self._count >= (most := min(_BLOCK, ROW_GROUP - self._in_group)):
+            self._write(most)
 
     def _write(self, count: int) -> None:
-        """Write the first `count` waiting rows as a row group, whose pages depend on nothing but these rows."""
-        import pyarrow as pa
+        """Write the first `count` waiting rows as a page, which depends on nothing but these rows."""
+        rows = self._block(count)
+        operations = rows.op if int(rows.op.max()) < len(_NAMED) else np.where(rows.op < len(_NAMED), rows.op, 0)
+        results = self._names.numbers(rows.op, rows.status)
+        few = results.astype(np.uint8 if len(self._names.names) <= 256 else np.uint16)
+        self._pages.add(rows.index, operations.astype(np.uint8, copy=False), few, rows.detail)
+        self.rows += count
+        self._in_group += count
+        if self._in_group >= ROW_GROUP:
+            self._end_group()
 
-        blocks = [self._block(min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)]
-        numbers = [self._names.numbers(block.op, block.status) for block in blocks]
-        names = pa.array(self._names.names)  # of all blocks: with a dictionary each they would be written as plain text
-        batches = []
-        for block, results in zip(blocks, numbers, strict=True):
-            operations = pa.DictionaryArray.from_arrays(pa.array(self._code_numbers[block.op]), self._operations)
-            named = pa.DictionaryArray.from_arrays(pa.array(results), names)
-            columns = [pa.array(block.index), operations, named, pa.array(block.detail)]
-            batches.append(pa.record_batch(columns, schema=self._schema))
-        self._parquet.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
+    def _end_group(self) -> None:
+        if self._in_group:
+            self._pages.end_group({"operation": _NAMED, "result": self._names.names})
+            self._in_group = 0
 
     def _block(self, count: int) -> Rows:
         """Take so many rows off those that wait, which has to copy none where they came in blocks."""
@@ -270,5 +262,17 @@ class OutcomeFile:
         """Write what is left, and what the file is."""
         if self._count:
             self._write(self._count)
+        self._end_group()
         document = {"version": VERSION, "records": self.rows, **about}
-        self._parquet.add_key_value_metadata({KEY.decode(): json.dumps(document, sort_keys=True)})
+        told = {KEY.decode(): json.dumps(document, sort_keys=True).encode(), "ARROW:schema": _arrow_schema()}
+        self._pages.finish(told, f"pgemu version {version()}")
+
+
+def _arrow_schema() -> bytes:
+    """As pyarrow reads the file: names as dictionaries, a number each instead of a text."""
+    import pyarrow as pa
+
+    name = pa.dictionary(pa.int16(), pa.string())
+    kinds = {"index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64()}
+    schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
+    return b64encode(schema.serialize().to_pybytes())

@@ -20,7 +20,7 @@ from pgemu.experiments.replaying.opened import OpenTrace, Stage
 from pgemu.experiments.replaying.outcomes import OutcomeFile, Rows, RowsFile
 from pgemu.experiments.replaying.threads import Ahead, Behind
 from pgemu.experiments.setting_up import Pace, boot, fill, refused
-from pgemu.trace.schema import ACTOR_LIMIT, Operation, Records
+from pgemu.trace.schema import ACTOR_LIMIT, Operation, Records, once
 from pgemu.version import version
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Gauge
@@ -303,7 +303,8 @@ class _Replay:
             if check != "end":
                 end = min(end, begin + unit - self.done % unit)
             began = time.perf_counter()
-            results = machine.run_columns(*(column[begin:end] for column in batch.columns), count=end - begin)
+            pieces = (column[begin:end] if column.size == count else column for column in batch.columns)
+            results = machine.run_columns(*pieces, count=end - begin)
             self.done += end - begin
             if check != "end" and self.done % unit == 0:
                 if check != "every":
@@ -333,10 +334,17 @@ def _prepared(trace: OpenTrace, first: int, how: Run) -> Iterator[_Batch]:
         if how.chosen is not None:
             mine = np.flatnonzero(how.chosen(records))
             records, index = records.take(mine), index[mine]
-        if len(records) and int(records.actor.max()) >= ACTOR_LIMIT:
-            raise InputError(f"actor {records.actor.max()}, expected less than {ACTOR_LIMIT}", trace.lowered.source)
-        rest = (np.array(getattr(records, name), np.uint64) for name in ("object", "address", "offset", "length"))
-        yield _Batch(index, records.op, (records.header(), *rest))
+        actor = once(records.actor)
+        if actor.size and int(actor.max()) >= ACTOR_LIMIT:
+            raise InputError(f"actor {actor.max()}, expected less than {ACTOR_LIMIT}", trace.lowered.source)
+        yield _Batch(index, np.ascontiguousarray(records.op), _columns(records))
+
+
+def _columns(records: Records) -> tuple[Array, ...]:
+    """What Core.run_columns takes of records, from header to length: where all of them have one value that alone."""
+    alike = all(once(getattr(records, name)).size == 1 for name in ("op", "flags", "actor", "vm", "space"))
+    rest = (np.array(once(getattr(records, name)), np.uint64) for name in ("object", "address", "offset", "length"))
+    return ((records[:1] if alike else records).header(), *rest)
 
 
 def _used(machine: Machine) -> dict[str, tuple[int, int]]:

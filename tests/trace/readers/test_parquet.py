@@ -127,7 +127,7 @@ def test_a_machine_that_cannot_be_is_refused(tmp_path: Path, machine: object) ->
 def test_load_recognises_parquet_and_follows_the_options_it_can(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     parquet.write(BOOT, path)
-    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "LZ4"
     lowered = load(path, LoweringOptions(init="shared", guest_memory=8 << 30))
     assert (lowered.init, lowered.layout.inode_size, lowered.converts) == ("shared", 8 << 30, True)
     assert lowered.accounting.setup == BOOT.accounting.setup
@@ -275,3 +275,37 @@ def test_records_that_are_not_by_time_are_refused(tmp_path: Path, batch: int) ->
     )
     with pytest.raises(InputError, match="row 3: time 8 is before the row above, expected rows by time"):
         list(parquet.iterate(path, batch))
+
+
+@pytest.mark.parametrize("value", [0, 1, (1 << 32) - 1, 1 << 31])
+def test_what_holds_one_value_in_a_row_group_is_that_value(tmp_path: Path, value: int) -> None:
+    count = 40
+    half = np.arange(count, dtype=np.uint64) // np.uint64(20)
+    records = Records.build(
+        count, time=np.arange(count), op=Operation.GUEST_FAULT, vm=half, object=np.where(half, value, 7),
+        address=np.where(half, np.uint64((1 << 63) + 4096), np.arange(count, dtype=np.uint64) << np.uint64(12)),
+    )  # fmt: skip
+    path = tmp_path / "a.parquet"
+    parquet.write(BOOT, path, [records[:20], records[20:]])
+    for batch in (7, 20, 64):
+        pieces = list(parquet.iterate(path, batch))
+        back = Records.concatenate(pieces)
+        assert all(np.array_equal(getattr(back, name), getattr(records, name)) for name in DTYPES)
+        assert [piece.object.strides for piece in pieces] == [(0,)] * len(pieces)
+        columns = list(parquet.narrow(path, ["op", "vm", "length"], batch))
+        assert np.concatenate([one["vm"] for one in columns]).tolist() == half.tolist()
+        assert [header for piece in pieces for header in piece.header().tolist()] == records.header().tolist()
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_tables_of_one_value_are_checked_by_it(tmp_path: Path, statistics: bool) -> None:
+    rows = {"op": [2] * 5, "flags": [0] * 5, "address": [0] * 5, "offset": [0] * 5, "length": [0] * 5}
+    wrong = {"vm": -1, "op": 200, "offset": 5, "actor": 1 << 15}
+    for column, value in wrong.items():
+        table = pa.table({name: pa.array(values, pa.int64()) for name, values in {**rows, column: [value] * 5}.items()})
+        pq.write_table(table, tmp_path / "a.parquet", write_statistics=statistics)
+        if column == "offset":  # which no operation of these reads
+            assert Records.concatenate(parquet.iterate(tmp_path / "a.parquet")).offset.tolist() == [5] * 5
+            continue
+        with pytest.raises(InputError, match=f"row 0: .* {value},|row 0: unknown operation code {value}"):
+            list(parquet.iterate(tmp_path / "a.parquet"))
