@@ -25,9 +25,9 @@ become uint64 modulo 2**64. Addresses and lengths are bytes, levels KVM's (1 = 4
 compile, and the message names the argument and what is expected.
 
 **What they return** are NamedTuples (`Found`, `Walked`, `Nested`, `Edited`, `Done`), whose `status` is what the Python
-call of the same name returns, or says that nothing was done: `CLOSED` (-4097: the handle was closed, the table
-destroyed or made taller, the process or VM has ended), `NOT_LOADED` (-4098: the handle was made without it), `FOREIGN`
-(-4099: the tree is of another machine, or its format has no row there), `REFUSED` (-4100: no tree, no such kind, event
+call of the same name returns, or says that nothing was done: `CLOSED` (-5001: the handle was closed, the table
+destroyed or made taller, the process or VM has ended), `NOT_LOADED` (-5004: the handle was made without it), `FOREIGN`
+(-5005: the tree is of another machine, or its format has no row there), `REFUSED` (-5002: no tree, no such kind, event
 or number, an array too short). They never raise, but for an IndexError with NUMBA_BOUNDSCHECK=1.
 
 **Where they run.** In functions that are `nogil`, `cache=True` or `parallel=True`, too. A machine is not thread-safe:
@@ -64,11 +64,41 @@ READ, WRITE, FETCH = int(Kind.READ), int(Kind.WRITE), int(Kind.FETCH)
 USER_READ, USER_WRITE, USER_FETCH = int(Kind.USER_READ), int(Kind.USER_WRITE), int(Kind.USER_FETCH)
 
 __all__ = (
-    *("Handle", "nested_tree", "tree"),
-    *("CLOSED", "FOREIGN", "NOT_LOADED", "REFUSED"),
-    *("FETCH", "PLAIN", "READ", "USER_FETCH", "USER_READ", "USER_WRITE", "WRITE"),
-    *("Found", "Nested", "Walked", "translate", "translate_many", "translate_nested", "walk"),
-    *("Edited", "edit", "map", "map_range", "protect", "unmap"),
-    *("Done", "convert", "guest_fault", "host_fault", "munmap", "operate", "zap"),
-    *("event_count", "event_count_of", "gauge"),
+    "CLOSED",
+    "FETCH",
+    "FOREIGN",
+    "NOT_LOADED",
+    "PLAIN",
+    "READ",
+    "REFUSED",
+    "USER_FETCH",
+    "USER_READ",
+    "USER_WRITE",
+    "WRITE",
+    "Done",
+    "Edited",
+    "Found",
+    "Handle",
+    "Nested",
+    "Walked",
+    "convert",
+    "edit",
+    "event_count",
+    "event_count_of",
+    "gauge",
+    "guest_fault",
+    "host_fault",
+    "map",
+    "map_range",
+    "munmap",
+    "nested_tree",
+    "operate",
+    "protect",
+    "translate",
+    "translate_many",
+    "translate_nested",
+    "tree",
+    "unmap",
+    "walk",
+    "zap",
 )

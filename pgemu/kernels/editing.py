@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
 from pgemu.kernels.handle import H_EDIT
 from pgemu.kernels.native import (
@@ -15,6 +14,7 @@ from pgemu.kernels.native import (
     REFUSED,
     WORDS,
     call_procedure,
+    called,
     compiled,
     descriptor_of,
     handle_word,
@@ -61,8 +61,8 @@ class Edited(NamedTuple):
     freed_tables: Any
 
 
-@register_jitable
-def _extended(tree, address, last):  # type: ignore[no-untyped-def]
+@called
+def _extended(tree, address, last):
     """An address as programs write it: `last`, the address or the one before it, says which half it is of."""
     bits = tree[T_INPUT_BITS]
     if tree[T_SIGN_EXTENDED] != _U0 and bits < _U64 and last >> (bits - _U1) != _U0:
@@ -70,8 +70,8 @@ def _extended(tree, address, last):  # type: ignore[no-untyped-def]
     return address
 
 
-@register_jitable
-def _edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags):  # type: ignore[no-untyped-def]
+@called
+def _edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags):
     problem, root = root_of(handle, tree, _ONE, SIZE_ONE)
     entry = handle_word(handle, _H_EDIT)
     if problem == 0 and (op < _FIRST or op > _LAST or tree[T_EDITS] == _U0 or (op == _MAP and tree[T_EDITS] != _U1)):
@@ -98,14 +98,14 @@ def _edit(handle, tree, op, address, physical, length, level, set_bits, clear_bi
     )  # fmt: skip
 
 
-@register_jitable
-def _rule(tree, word):  # type: ignore[no-untyped-def]
+@called
+def _rule(tree, word):
     """EDIT_* as the format has it; of what is no tree, which is refused, none."""
     return tree[word] if tree.size == SIZE_ONE else _U0
 
 
-@register_jitable
-def _size(level):  # type: ignore[no-untyped-def]
+@called
+def _size(level):
     """Bytes of a leaf of a level; of a page for what is no level, which the entry refuses."""
     return _PAGE << _U9 * (level - _U1) if level >= _U1 and level <= _LEVELS else _PAGE
 
@@ -114,21 +114,19 @@ def _size(level):  # type: ignore[no-untyped-def]
     handle=HANDLE, tree=WORDS, op=NUMBER, address=NUMBER, physical=NUMBER, length=NUMBER, level=NUMBER,
     set_bits=NUMBER, clear_bits=NUMBER, flags=NUMBER,
 )  # fmt: skip
-def edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags):  # type: ignore[no-untyped-def]
+def edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags):
     """edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags) -> Edited: any edit.
 
-    tree: of a PageTable. op: words.Edit from MAP on. length: bytes. level, set_bits, clear_bits and flags (words.EDIT_*)
-    are the request's of pgemu_kernels/words/table_words.py (E_LEVEL, ...); those below fill them in.
+    tree: of a PageTable. op: words.Edit from MAP on. length: bytes. level, set_bits, clear_bits and flags
+    (words.EDIT_*) are the request's of pgemu_kernels/words/table_words.py (E_LEVEL, ...); those below fill them in.
     """
     return _edit(
         handle, tree, U(op), U(address), U(physical), U(length), U(level), U(set_bits), U(clear_bits), U(flags)
     )
 
 
-@compiled(
-    handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, level=NUMBER, attributes=NUMBER, replace=NUMBER
-)
-def map(handle, tree, address, physical, level, attributes, replace):  # type: ignore[no-untyped-def]  # noqa: A001
+@compiled(handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, level=NUMBER, attributes=NUMBER, replace=NUMBER)
+def map(handle, tree, address, physical, level, attributes, replace):
     """map(handle, tree, address, physical, level, attributes, replace) -> Edited: one leaf, as PageTable.map().
 
     attributes: bits of a 4K leaf (PageTable.format.leaf[0] are the usual ones). replace: 0 or 1. REFUSED for a table
@@ -143,25 +141,23 @@ def map(handle, tree, address, physical, level, attributes, replace):  # type: i
     handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, length=NUMBER, max_level=NUMBER, attributes=NUMBER,
     replace=NUMBER,
 )  # fmt: skip
-def map_range(handle, tree, address, physical, length, max_level, attributes, replace):  # type: ignore[no-untyped-def]
+def map_range(handle, tree, address, physical, length, max_level, attributes, replace):
     """map_range(handle, tree, address, physical, length, max_level, attributes, replace) -> Edited: leaves as large as
     the addresses allow and `max_level` says, as PageTable.map_range().
     """
     flags = _REPLACE if U(replace) != _U0 else _U0
-    return _edit(
-        handle, tree, _MAP, U(address), U(physical), U(length), U(max_level), U(attributes), _U0, flags
-    )
+    return _edit(handle, tree, _MAP, U(address), U(physical), U(length), U(max_level), U(attributes), _U0, flags)
 
 
 @compiled(handle=HANDLE, tree=WORDS, address=NUMBER, length=NUMBER)
-def unmap(handle, tree, address, length):  # type: ignore[no-untyped-def]
-    """unmap(handle, tree, address, length) -> Edited: clear the leaves of a range, as PageTable.unmap() does by default."""
+def unmap(handle, tree, address, length):
+    """unmap(handle, tree, address, length) -> Edited: clear a range's leaves, as PageTable.unmap() does by default."""
     return _edit(handle, tree, _UNMAP, U(address), _U0, U(length), _U0, _U0, _U0, _rule(tree, T_UNMAP))
 
 
 @compiled(handle=HANDLE, tree=WORDS, address=NUMBER, length=NUMBER, set_bits=NUMBER, clear_bits=NUMBER)
-def protect(handle, tree, address, length, set_bits, clear_bits):  # type: ignore[no-untyped-def]
-    """protect(handle, tree, address, length, set_bits, clear_bits) -> Edited: as PageTable.protect() does by default."""
+def protect(handle, tree, address, length, set_bits, clear_bits):
+    """protect(handle, tree, address, length, set_bits, clear_bits) -> Edited: as PageTable.protect() by default."""
     return _edit(
         handle, tree, _PROTECT, U(address), _U0, U(length), _U0, U(set_bits), U(clear_bits), _rule(tree, T_PARTIAL)
     )

@@ -25,8 +25,8 @@ from pgemu_kernels.run.entries import declared
 from pgemu_kernels.words.registers import R_FULL
 
 __all__ = (
-    "H_DESCRIPTOR", "H_DESIGNS", "H_DEVICES", "H_EDIT", "H_LOOPS", "H_NESTED", "H_ORDINARY", "H_POOLING", "H_RUN",
-    "H_TRANSLATE", "Handle", "HandleType", "stamp",
+    "H_DESCRIPTOR", "H_DESIGNS", "H_DEVICES", "H_EDIT", "H_LENGTH", "H_LOOPS", "H_NESTED", "H_ORDINARY", "H_POOLING",
+    "H_RUN", "H_TRANSLATE", "Handle", "HandleType", "stamp",
 )  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +36,8 @@ USUAL: tuple[What, ...] = ("translate", "translate_nested", "edit", "operate")
 # Words of a handle: the address of the machine's descriptor (0: closed), then of machine code (0: not loaded).
 H_DESCRIPTOR, H_TRANSLATE, H_NESTED, H_EDIT, H_RUN, H_DESIGNS, H_ORDINARY, H_POOLING, H_DEVICES = range(9)
 H_LOOPS = 9  # + 0 .. 2: the loops that `run` goes to
-H_WORDS = 12
+H_LENGTH = 12  # words of the descriptor
+H_WORDS = 13
 
 _ENTRIES: dict[str, dict[int, str]] = {
     "translate": {H_TRANSLATE: "translate"},
@@ -75,6 +76,7 @@ class Handle(OfMachine):
         self.machine = machine
         self._words = np.zeros(H_WORDS, np.uint64)
         self._words[H_DESCRIPTOR] = machine.descriptor.ctypes.data
+        self._words[H_LENGTH] = machine.descriptor.size
         self._address = self._words.ctypes.data
         self.load(*(what or USUAL))
 

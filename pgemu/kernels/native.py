@@ -10,22 +10,23 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.callconv import CPUCallConv
 from numba.core.errors import TypingError
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 
-from pgemu.kernels.handle import H_DESCRIPTOR, H_LOOPS, HandleType
-from pgemu_kernels.engine.handle import TELL_DEVICES, machine_type
+from pgemu.kernels.handle import H_DESCRIPTOR, H_LENGTH, H_LOOPS, HandleType
+from pgemu_kernels.engine.handle import machine_type
 from pgemu_kernels.engine.inner_functions import array_value
 
 __all__ = (
-    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "call_procedure", "compiled",
-    "descriptor_of", "handle_word", "loops_of", "machine_of", "no_words", "stack_bytes", "stack_status", "stack_words",
+    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "call_procedure", "called",
+    "compiled", "descriptor_of", "handle_word", "inlined", "loops_of", "machine_of", "no_words", "stack_bytes",
+    "stack_status", "stack_words",
 )  # fmt: skip
 
-# What functions return that could not do anything: beyond every -errno (include/linux/err.h:MAX_ERRNO).
-CLOSED = -4097
-NOT_LOADED = -4098
-FOREIGN = -4099
-REFUSED = -4100
+# What functions return that could not do anything: below every -errno (include/linux/err.h:MAX_ERRNO).
+CLOSED = -5001
+REFUSED = -5002
+NOT_LOADED = -5004
+FOREIGN = -5005
 
 _WORD, _POINTER = ir.IntType(64), ir.IntType(64).as_pointer()
 _WORDS, _BYTES, _INTS = (types.Array(kind, 1, "C") for kind in (types.uint64, types.uint8, types.int64))
@@ -59,7 +60,13 @@ def _is_array(kind: Any, item: Any) -> bool:
     return bool(plain and kind.layout == "C" and kind.mutable)
 
 
-def compiled(**expected: Callable[[Any], str]) -> Callable[[Callable[..., Any]], Any]:
+# Nothing is allocated, and counting references would cost more than a walk: they are counted atomically.
+_OPTIONS = {"nogil": True, "_nrt": False}
+inlined = register_jitable(forceinline=True, **_OPTIONS)
+called = register_jitable(**_OPTIONS)
+
+
+def compiled(inline: bool = False, /, **expected: Callable[[Any], str]) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function that compiled functions call: with others' arguments than expected they do not compile.
 
     Python cannot call it: TypeError.
@@ -82,7 +89,7 @@ def compiled(**expected: Callable[[Any], str]) -> Callable[[Callable[..., Any]],
             one.__name__ = one.__qualname__ = function.__name__
             one.__doc__, one.__module__ = function.__doc__, function.__module__
             one.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-        overload(public, jit_options={"nogil": True}, strict=False)(chosen)
+        overload(public, jit_options={"forceinline": inline, **_OPTIONS}, strict=False)(chosen)
         return public
 
     return decorate
@@ -121,7 +128,7 @@ def descriptor_of(typingctx: Any, handle: Any) -> Any:
     """descriptor_of(handle): the descriptor as entries take it, int64."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        length = ir.Constant(_WORD, TELL_DEVICES + 1)
+        length = builder.load(builder.gep(values[0], [ir.Constant(_WORD, H_LENGTH)]))
         return array_value(context, builder, _INTS, _descriptor(builder, values[0]), length)
 
     return _INTS(handle), generate

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
 from pgemu.kernels.handle import H_DESCRIPTOR, H_DESIGNS, H_DEVICES, H_ORDINARY, H_POOLING, H_RUN
 from pgemu.kernels.native import (
@@ -14,6 +13,7 @@ from pgemu.kernels.native import (
     NOT_LOADED,
     NUMBER,
     REFUSED,
+    called,
     compiled,
     descriptor_of,
     handle_word,
@@ -29,7 +29,8 @@ from pgemu_kernels.words.operations import ENTRY_SHIFT, OPERATIONS, Entry, Flag,
 from pgemu_kernels.words.requests import BATCH_MODE
 
 __all__ = (
-    "Done", "convert", "event_count", "event_count_of", "gauge", "guest_fault", "host_fault", "munmap", "operate", "zap",
+    "Done", "convert", "event_count", "event_count_of", "gauge", "guest_fault", "host_fault", "munmap", "operate",
+    "zap",
 )  # fmt: skip
 
 U = np.uint64
@@ -53,14 +54,14 @@ class Done(NamedTuple):
     detail: Any
 
 
-@register_jitable
-def _designs(handle, columns, first):  # type: ignore[no-untyped-def]
+@called
+def _designs(handle, columns, first):
     """The entry that knows every parameter of the designs."""
     return call_address(handle_word(handle, _H_DESIGNS), (descriptor_of(handle), *columns, first, _U0, _BATCH))
 
 
-@register_jitable
-def _goes_on(other):  # type: ignore[no-untyped-def]
+@called
+def _goes_on(other):
     """The word of the entry for what the first one does not run."""
     if other == _FULL:
         return _H_DESIGNS
@@ -69,8 +70,8 @@ def _goes_on(other):  # type: ignore[no-untyped-def]
     return _H_POOLING if other == _POOLING else _H_DEVICES
 
 
-@register_jitable
-def _run(handle, columns):  # type: ignore[no-untyped-def]
+@called
+def _run(handle, columns):
     """One operation, as pgemu.machine.core.run_all() runs them: 0, or what is wrong."""
     is_full = machine_of(handle).state[_R_FULL] != _U0
     first = handle_word(handle, _H_DESIGNS if is_full else _H_RUN)
@@ -95,8 +96,8 @@ def _run(handle, columns):  # type: ignore[no-untyped-def]
     return 0
 
 
-@register_jitable
-def _operate(handle, op, flags, vm, space, object_, address, offset, length):  # type: ignore[no-untyped-def]
+@called
+def _operate(handle, op, flags, vm, space, object_, address, offset, length):
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return Done(CLOSED, _U0)
     if (op | flags) > _BYTE or (vm | space) >> _U16 != _U0:
@@ -114,20 +115,18 @@ def _operate(handle, op, flags, vm, space, object_, address, offset, length):  #
     handle=HANDLE, op=NUMBER, flags=NUMBER, vm=NUMBER, space=NUMBER, object_=NUMBER, address=NUMBER, offset=NUMBER,
     length=NUMBER,
 )  # fmt: skip
-def operate(handle, op, flags, vm, space, object_, address, offset, length):  # type: ignore[no-untyped-def]
+def operate(handle, op, flags, vm, space, object_, address, offset, length):
     """operate(handle, op, flags, vm, space, object_, address, offset, length) -> Done: any operation by its code.
 
     The arguments are the columns of a trace (pgemu.trace.COLUMNS): op a pgemu_kernels.words.Operation, flags its Flag
     bits, vm and space numbers below 65536 of a VM and a process, object_ that of a file, a slot or a pin, the others
     bytes. See Machine.operate(). NOT_LOADED, and nothing is done, where it is for an entry that the handle has not.
     """
-    return _operate(
-        handle, U(op), U(flags), U(vm), U(space), U(object_), U(address), U(offset), U(length)
-    )
+    return _operate(handle, U(op), U(flags), U(vm), U(space), U(object_), U(address), U(offset), U(length))
 
 
 @compiled(handle=HANDLE, space=NUMBER, address=NUMBER, flags=NUMBER)
-def host_fault(handle, space, address, flags):  # type: ignore[no-untyped-def]
+def host_fault(handle, space, address, flags):
     """host_fault(handle, space, address, flags) -> Done: an access of a process (AddressSpace.space), as its touch().
 
     flags: 0, or bits of words.Flag: WRITE, EXEC. detail: the level of the leaf.
@@ -136,7 +135,7 @@ def host_fault(handle, space, address, flags):  # type: ignore[no-untyped-def]
 
 
 @compiled(handle=HANDLE, vm=NUMBER, gpa=NUMBER, flags=NUMBER)
-def guest_fault(handle, vm, gpa, flags):  # type: ignore[no-untyped-def]
+def guest_fault(handle, vm, gpa, flags):
     """guest_fault(handle, vm, gpa, flags) -> Done: an access of a guest (Vm.vm), as Vm.touch().
 
     flags: 0, or bits of words.Flag: WRITE, EXEC, ACCEPT_4K. detail: the level of the leaf.
@@ -145,7 +144,7 @@ def guest_fault(handle, vm, gpa, flags):  # type: ignore[no-untyped-def]
 
 
 @compiled(handle=HANDLE, inode=NUMBER, offset=NUMBER, length=NUMBER, shared=NUMBER)
-def convert(handle, inode, offset, length, shared):  # type: ignore[no-untyped-def]
+def convert(handle, inode, offset, length, shared):
     """convert(handle, inode, offset, length, shared) -> Done: as GuestMemfd.convert() (inode: GuestMemfd.inode).
 
     shared: 1 to shared, 0 to private.
@@ -155,21 +154,22 @@ def convert(handle, inode, offset, length, shared):  # type: ignore[no-untyped-d
 
 
 @compiled(handle=HANDLE, space=NUMBER, address=NUMBER, length=NUMBER)
-def zap(handle, space, address, length):  # type: ignore[no-untyped-def]
+def zap(handle, space, address, length):
     """zap(handle, space, address, length) -> Done: clear a process's entries of a range, as AddressSpace.zap()."""
     return _operate(handle, _ZAP, _U0, _U0, U(space), _U0, U(address), _U0, U(length))
 
 
 @compiled(handle=HANDLE, space=NUMBER, address=NUMBER, length=NUMBER)
-def munmap(handle, space, address, length):  # type: ignore[no-untyped-def]
+def munmap(handle, space, address, length):
     """munmap(handle, space, address, length) -> Done: as AddressSpace.munmap()."""
     return _operate(handle, _MUNMAP, _U0, _U0, U(space), _U0, U(address), _U0, U(length))
 
 
 @compiled(handle=HANDLE, event=NUMBER)
-def event_count(handle, event):  # type: ignore[no-untyped-def]
-    """event_count(handle, event) -> int64: how often a words.Event was counted, for all operations and edits; or CLOSED,
-    or REFUSED for another number. TLB_FLUSH_VM: if it has grown since the last look, VMs were flushed.
+def event_count(handle, event):
+    """event_count(handle, event) -> int64: how often a words.Event was counted, for all operations and edits.
+
+    Or CLOSED, or REFUSED for another number. TLB_FLUSH_VM: if it has grown since the last look, VMs were flushed.
     """
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)
@@ -183,7 +183,7 @@ def event_count(handle, event):  # type: ignore[no-untyped-def]
 
 
 @compiled(handle=HANDLE, op=NUMBER, event=NUMBER)
-def event_count_of(handle, op, event):  # type: ignore[no-untyped-def]
+def event_count_of(handle, op, event):
     """event_count_of(handle, op, event) -> int64: the same for one words.Operation (0: edits of page tables)."""
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)
@@ -193,7 +193,7 @@ def event_count_of(handle, op, event):  # type: ignore[no-untyped-def]
 
 
 @compiled(handle=HANDLE, gauge=NUMBER)
-def gauge(handle, gauge):  # type: ignore[no-untyped-def]
+def gauge(handle, gauge):
     """gauge(handle, gauge) -> int64: a words.Gauge now (FRAMES_USED: frames); or CLOSED, REFUSED."""
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
 from pgemu.kernels.handle import H_DESCRIPTOR, H_NESTED, H_TRANSLATE
 from pgemu.kernels.native import (
@@ -18,9 +17,11 @@ from pgemu.kernels.native import (
     REFUSED,
     WORDS,
     call_procedure,
+    called,
     compiled,
     descriptor_of,
     handle_word,
+    inlined,
     machine_of,
     no_words,
     stack_bytes,
@@ -118,8 +119,8 @@ class Nested(NamedTuple):
     write_count: Any
 
 
-@register_jitable
-def root_of(handle, tree, magic, size):  # type: ignore[no-untyped-def]
+@inlined
+def root_of(handle, tree, magic, size):
     """(0, the root of a tree), or (what is wrong, 0)."""
     machine = handle_word(handle, _H_DESCRIPTOR)
     if machine == _U0:
@@ -141,13 +142,13 @@ def root_of(handle, tree, magic, size):  # type: ignore[no-untyped-def]
     return 0, root
 
 
-@register_jitable
-def _is_kind(tree, kind):  # type: ignore[no-untyped-def]
+@inlined
+def _is_kind(tree, kind):
     return kind < tree[T_KINDS] or kind == _PLAIN
 
 
-@register_jitable
-def _walk_exactly(handle, tree, root, address, kind, reads, writes, counts):  # type: ignore[no-untyped-def]
+@called
+def _walk_exactly(handle, tree, root, address, kind, reads, writes, counts):
     """One address by the entry: Found."""
     entry = handle_word(handle, _H_TRANSLATE)
     if entry == _U0:
@@ -165,8 +166,8 @@ def _walk_exactly(handle, tree, root, address, kind, reads, writes, counts):  # 
     return Found(np.int64(status[0]), physical[0], U(levels[0]), error[0])
 
 
-@compiled(handle=HANDLE, tree=WORDS, address=NUMBER, kind=NUMBER)
-def translate(handle, tree, address, kind):  # type: ignore[no-untyped-def]
+@compiled(True, handle=HANDLE, tree=WORDS, address=NUMBER, kind=NUMBER)
+def translate(handle, tree, address, kind):
     """translate(handle, tree, address, kind) -> Found: translate one address.
 
     tree: of kernels.tree(). address: bytes. kind: READ, WRITE, FETCH, USER_READ, USER_WRITE, USER_FETCH, judged under
@@ -198,7 +199,7 @@ def translate(handle, tree, address, kind):  # type: ignore[no-untyped-def]
 
 
 @compiled(handle=HANDLE, tree=WORDS, address=NUMBER, kind=NUMBER, reads=WORDS, writes=WORDS)
-def walk(handle, tree, address, kind, reads, writes):  # type: ignore[no-untyped-def]
+def walk(handle, tree, address, kind, reads, writes):
     """walk(handle, tree, address, kind, reads, writes) -> Walked: translate one address, with its references.
 
     reads, writes: uint64[6] or longer; the first read_count and write_count elements are set to the physical addresses
@@ -219,7 +220,7 @@ def walk(handle, tree, address, kind, reads, writes):  # type: ignore[no-untyped
 @compiled(
     handle=HANDLE, tree=WORDS, addresses=WORDS, kind=NUMBER, physical=WORDS, status=BYTES, levels=BYTES, error=WORDS
 )
-def translate_many(handle, tree, addresses, kind, physical, status, levels, error):  # type: ignore[no-untyped-def]
+def translate_many(handle, tree, addresses, kind, physical, status, levels, error):
     """translate_many(handle, tree, addresses, kind, physical, status, levels, error) -> int64: 0, or CLOSED, ...
 
     addresses: uint64[n]; of all the same kind. physical uint64[n], status uint8[n] (WalkStatus), levels uint8[n] and
@@ -253,7 +254,7 @@ def translate_many(handle, tree, addresses, kind, physical, status, levels, erro
 
 
 @compiled(handle=HANDLE, tree=WORDS, guest_root=NUMBER, address=NUMBER, kind=NUMBER, reads=WORDS, writes=WORDS)
-def translate_nested(handle, tree, guest_root, address, kind, reads, writes):  # type: ignore[no-untyped-def]
+def translate_nested(handle, tree, guest_root, address, kind, reads, writes):
     """translate_nested(handle, tree, guest_root, address, kind, reads, writes) -> Nested: translate a guest's address.
 
     tree: of kernels.nested_tree(). guest_root: guest physical address of the guest's top table (CR3 without its low

@@ -19,8 +19,8 @@ from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.formats.page_format import Family
 
 __all__ = (
-    "PLAIN", "T_EDITS", "T_FORMAT", "T_GENERATION", "T_GENERATION_AT", "T_INPUT_BITS", "T_KINDS", "T_MACHINE", "T_MAGIC",
-    "T_PARTIAL", "T_ROOT", "T_ROOT_AT", "T_SIGN_EXTENDED", "T_UNMAP", "T_WORDS", "nested_tree", "tree",
+    "PLAIN", "T_EDITS", "T_FORMAT", "T_GENERATION", "T_GENERATION_AT", "T_INPUT_BITS", "T_KINDS", "T_MACHINE",
+    "T_MAGIC", "T_PARTIAL", "T_ROOT", "T_ROOT_AT", "T_SIGN_EXTENDED", "T_UNMAP", "T_WORDS", "nested_tree", "tree",
 )  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -28,7 +28,7 @@ PLAIN = 8  # the kind of a plain walk: present or not, nothing checked, nothing 
 _ROWS = int(W.ACCESS_ROWS)
 _NOWHERE = (1 << 64) - 1
 
-# Words of a tree; access rows (table_words.X_*) by kind follow, PLAIN's last, of a nested one the guest's, then stage 2's.
+# Words of a tree. Access rows by kind follow (X_*), PLAIN's last; of a nested one the guest's, then those of stage 2.
 T_MAGIC = 0
 T_MACHINE = 1  # address of the machine's descriptor
 T_FORMAT = 2  # row of the machine's formats
