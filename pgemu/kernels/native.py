@@ -42,7 +42,8 @@ def HANDLE(kind: Any) -> str:  # noqa: N802
 
 def NUMBER(kind: Any) -> str:  # noqa: N802
     """An address, a length, a code."""
-    return "" if isinstance(kind, types.Integer) else "an integer (uint64; others are converted, modulo 2**64)"
+    integer = isinstance(kind, types.Integer | types.IntEnumMember)
+    return "" if integer else "an integer (uint64; others are converted, modulo 2**64)"
 
 
 def WORDS(kind: Any) -> str:  # noqa: N802
