@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
@@ -38,7 +39,7 @@ _MOST = (1 << 64) - 1
 
 @guards_creation(vm=number_of("a VM", W.VMS))
 @dataclass(frozen=True)
-class Vm(OfMachine, but=("touch",)):
+class Vm(OfMachine, but=("touch", "translate")):
     """A virtual machine: its stage-2 tables and its memory slots."""
 
     machine: Core = field(repr=False)
@@ -298,11 +299,16 @@ class Vm(OfMachine, but=("touch",)):
         self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
     ) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
-        self._check_open()
-        stage2 = int(self.machine.arrays.state[W.R_STAGE2_FORMAT])
+        column = as_column(gpas)
+        if column is None or kinds is not None or access is not None or type(private) is not bool:
+            given = {"gpas": gpas, "kinds": kinds, "access": access, "private": private}
+            column, kinds, access, private = plain(Vm.translate, self, **given)
+        root = self._field(W.V_PRIVATE_ROOT if private else W.V_ROOT)
+        if not root:
+            self._check_open()
         from pgemu.tables.translation import translated
 
-        return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
+        return translated(self.machine, self.machine.arrays.state[W.R_STAGE2_FORMAT], root, column, kinds, access)
 
     def translate_virtual(
         self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arguments import plain
+from pgemu.machine.columns import as_column
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
@@ -95,7 +97,7 @@ class EditResults(NamedTuple):
         return html_table(("status", "how many"), outcomes.items(), len(outcomes))
 
 
-class PageTable(KnownRoot):
+class PageTable(KnownRoot, but=("translate",)):
     """One tree of tables. Made by Machine.create_page_table().
 
     A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
@@ -344,10 +346,14 @@ class PageTable(KnownRoot):
         references: bool = False,
     ) -> Translation:
         """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate."""
-        from pgemu.tables.translation import translate
+        column = as_column(addresses)
+        if column is None or kinds is not None or access is not None or type(references) is not bool:
+            given = {"addresses": addresses, "kinds": kinds, "access": access, "references": references}
+            column, kinds, access, references = plain(PageTable.translate, self, **given)
+        from pgemu.tables.translation import translated
 
         self._check_root()
-        return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
+        return translated(self.machine, self._row, self._root, column, kinds, access, references)
 
     def table_pages(self) -> dict[int, Array]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""

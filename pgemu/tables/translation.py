@@ -41,7 +41,7 @@ _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
 _CODES = [np.array([kind], _BYTE) for kind in Kind]
 _OF_DEVICES = (Family.VTD, Family.AMD_IOMMU)
 _NO_WORDS = np.zeros(0, np.uint64)
-_SCRATCH = int(W.WALK_SCRATCH)
+_SCRATCH, _INSIDE = int(W.WALK_SCRATCH), W.PAGE_4K - 1
 
 
 class References(NamedTuple):
@@ -98,7 +98,7 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
 
 
 def _checked_root(name: str, root: int) -> np.uint64:
-    if root >> 52 or root % W.PAGE_4K:
+    if root >> 52 or root & _INSIDE:
         raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
 
@@ -182,24 +182,38 @@ def translated(
 ) -> Translation:
     """translate() of arguments that were checked, the addresses a column; but `root`, the row, `kinds` and `out`."""
     count = given.size
-    plain = kinds is None
-    row = row_of_format(machine, "format_row", format_row)
-    rows = rows_of(row, machine.arrays.ram.nbytes, None if plain else access, plain=plain)
-    codes = _CODES[0] if kinds is None else _kinds(kinds, count)
-    if not plain and row[W.F_FAMILY] in _OF_DEVICES and codes.max(initial=0) > Kind.WRITE:
-        raise ValueError(f"kinds {shown(kinds)}: expected READ and WRITE, which is what devices do")
+    rows = machine.walk_rows.get(format_row) if kinds is None else None
+    codes = _CODES[0]
+    if rows is None:
+        rows, codes = _rows_and_codes(machine, format_row, kinds, access, count)
     if out is None:
         physical, error = np.empty(count, _WORD), np.zeros(count, _WORD)
         status, level = np.empty(count, _BYTE), np.empty(count, _BYTE)
     else:
         physical, status, level, error = _checked_out(out, count)
     reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references)
+    which = format_row if type(format_row) is np.uint64 else np.uint64(format_row)
     _entry()(
-        machine.descriptor, np.uint64(format_row), _checked_root("root", root), given, codes, rows,
+        machine.descriptor, which, _checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
-    return Translation._make((physical, status, level, error, listed))
+    return tuple.__new__(Translation, (physical, status, level, error, listed))  # sooner than by its own __new__
+
+
+def _rows_and_codes(
+    machine: Core, format_row: int, kinds: Kind | Sequence[int] | Array | None, access: Access | None, count: int
+) -> tuple[Array, Array]:
+    """The access rows of a batch, and its kinds by their codes."""
+    row = row_of_format(machine, "format_row", format_row)
+    size = machine.arrays.ram.nbytes
+    if kinds is None:
+        rows = machine.walk_rows[int(format_row)] = rows_of(row, size, None, plain=True)
+        return rows, _CODES[0]
+    codes = _kinds(kinds, count)
+    if row[W.F_FAMILY] in _OF_DEVICES and codes.max(initial=0) > Kind.WRITE:
+        raise ValueError(f"kinds {shown(kinds)}: expected READ and WRITE, which is what devices do")
+    return rows_of(row, size, access, plain=False), codes
 
 
 class NestedTranslation(NamedTuple):
