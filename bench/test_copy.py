@@ -1,10 +1,11 @@
-"""Machine.copy() of a machine in use; the control is a memcpy of as many bytes as the copy holds, into new memory.
+"""Machine.copy() of a machine in use; the control is a memcpy of its live bytes into memory that is as new.
 
 `live_mib` is what of the machine's arrays is not zero, in pages: what has to be copied at least.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from pgemu.machine.snapshot import _in_use
+from pgemu.objects.machine import Machine
 from scene import Scene, build
 
+Array = np.ndarray[Any, Any]
 LENGTH, ROUNDS = 1 << 30, 9
 
 
@@ -45,11 +48,32 @@ def test_copy(used: Scene, timed: Callable[..., None]) -> None:
     timed(used.machine.copy)
 
 
-def test_control(used: Scene, timed: Callable[..., None], benchmark: Any) -> None:
+def live_bytes(machine: Machine) -> Array:
+    """uint8[n]: what test_copy copies, one run behind the other."""
     pieces = [
-        np.ascontiguousarray(array[first:end])
-        for array, runs in zip(used.machine.arrays, _in_use(used.machine.arrays), strict=True)
+        array[first:end].view(np.uint8)
+        for array, runs in zip(machine.arrays, _in_use(machine.arrays), strict=True)
         for first, end in runs.tolist()
     ]
-    source = np.concatenate([piece.view(np.uint8) for piece in pieces])
-    timed(source.copy)
+    return np.concatenate(pieces)
+
+
+def test_control(used: Scene, timed: Callable[..., None]) -> None:
+    """Into new memory of huge pages, as a machine's is."""
+    source = live_bytes(used.machine)
+
+    def copy() -> None:
+        with mmap.mmap(-1, source.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            target = np.frombuffer(memory, np.uint8)
+            target[:] = source
+            del target
+
+    timed(copy)
+
+
+def test_into_old_memory(used: Scene, timed: Callable[..., None]) -> None:
+    """The same into memory that is there, which no copy has."""
+    source = live_bytes(used.machine)
+    target = np.zeros_like(source)
+    timed(lambda: np.copyto(target, source))
