@@ -41,6 +41,7 @@ _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
 _CODES = [np.array([kind], _BYTE) for kind in Kind]
 _OF_DEVICES = (Family.VTD, Family.AMD_IOMMU)
 _NO_WORDS = np.zeros(0, np.uint64)
+_NO_LISTS = _NO_WORDS, _NO_WORDS, _NO_WORDS
 _SCRATCH, _INSIDE = int(W.WALK_SCRATCH), W.PAGE_4K - 1
 
 
@@ -97,7 +98,7 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
     return given.astype(np.uint8)
 
 
-def _checked_root(name: str, root: int) -> np.uint64:
+def _checked_root(name: str, root: Any) -> np.uint64:
     if root >> 52 or root & _INSIDE:
         raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
@@ -172,15 +173,17 @@ def translate(
 
 def translated(
     machine: Core,
-    format_row: int,
-    root: int,
+    format_row: int | np.uint64,
+    root: int | np.uint64,
     given: Array,
     kinds: Kind | Sequence[int] | Array | None = None,
     access: Access | None = None,
     references: bool = False,
     out: Translation | None = None,
 ) -> Translation:
-    """translate() of arguments that were checked, the addresses a column; but `root`, the row, `kinds` and `out`."""
+    """translate() of arguments that were checked, the addresses a column; but the row, `kinds`, `out` and a `root` that
+    is an int: one of the machine's own words is right.
+    """
     count = given.size
     rows = machine.walk_rows.get(format_row) if kinds is None else None
     codes = _CODES[0]
@@ -191,10 +194,10 @@ def translated(
         status, level = np.empty(count, _BYTE), np.empty(count, _BYTE)
     else:
         physical, status, level, error = _checked_out(out, count)
-    reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references)
+    reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references) if references else _NO_LISTS
     which = format_row if type(format_row) is np.uint64 else np.uint64(format_row)
     _entry()(
-        machine.descriptor, which, _checked_root("root", root), given, codes, rows,
+        machine.descriptor, which, root if type(root) is np.uint64 else _checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
@@ -202,10 +205,14 @@ def translated(
 
 
 def _rows_and_codes(
-    machine: Core, format_row: int, kinds: Kind | Sequence[int] | Array | None, access: Access | None, count: int
+    machine: Core,
+    format_row: int | np.uint64,
+    kinds: Kind | Sequence[int] | Array | None,
+    access: Access | None,
+    count: int,
 ) -> tuple[Array, Array]:
     """The access rows of a batch, and its kinds by their codes."""
-    row = row_of_format(machine, "format_row", format_row)
+    row = row_of_format(machine, "format_row", int(format_row))
     size = machine.arrays.ram.nbytes
     if kinds is None:
         rows = machine.walk_rows[int(format_row)] = rows_of(row, size, None, plain=True)
