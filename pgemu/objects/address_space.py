@@ -15,7 +15,7 @@ from pgemu.machine.results import Result, Results, errno_name
 from pgemu.machine.rows import next_row
 from pgemu.objects.advice import Advice
 from pgemu.objects.guest_memfd import GuestMemfd
-from pgemu.tables.translation import translated
+from pgemu.tables.translating import translator
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.words.operations import Flag, Operation
@@ -446,4 +446,4 @@ class AddressSpace(Advice, but=("touch", "translate")):
         root = self.machine.arrays.state[_SPACES + self.space * _SPACE_WORDS + _ROOT]
         if not root or self._now[0] != self.generation:
             self._check_alive()
-        return translated(self.machine, HOST_X86_64, root, column, kinds, access)
+        return translator()(self.machine, HOST_X86_64, root, column, kinds, access)

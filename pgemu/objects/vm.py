@@ -15,7 +15,7 @@ from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import memslot_rows, next_row
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind as VmKind, kind_row
-from pgemu.tables.translation import translated
+from pgemu.tables.translating import translator
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
@@ -310,7 +310,7 @@ class Vm(OfMachine, but=("touch", "translate")):
         root = state[_VMS + self.vm * _VM_WORDS + (_PRIVATE_ROOT if private else _ROOT)]
         if not root:
             self._check_open()
-        return translated(self.machine, state[_STAGE2_FORMAT], root, column, kinds, access)
+        return translator()(self.machine, state[_STAGE2_FORMAT], root, column, kinds, access)
 
     def translate_virtual(
         self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
