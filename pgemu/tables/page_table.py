@@ -30,7 +30,7 @@ from pgemu.machine.short import column, counted, html_table
 from pgemu.tables.flush import Flush
 from pgemu.tables.formats import format_of
 from pgemu.tables.known_root import KnownRoot
-from pgemu.tables.translation import translated
+from pgemu.tables.translating import translator
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.iommu import taller
@@ -352,7 +352,7 @@ class PageTable(KnownRoot, but=("translate",)):
             given = {"addresses": addresses, "kinds": kinds, "access": access, "references": references}
             column, kinds, access, references = plain(PageTable.translate, self, **given)
         self._check_root()
-        return translated(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
+        return translator()(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
 
     def table_pages(self) -> dict[int, Array]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
