@@ -69,6 +69,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     _entry: Any = field(init=False, repr=False, default=None)
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
     formats_made: dict[int, PageFormat] = field(init=False, repr=False, default_factory=dict)  # by row, beside its own
+    walk_rows: dict[Any, Array] = field(init=False, repr=False, default_factory=dict)  # of plain walks, by format row
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -378,17 +379,25 @@ def run_one(
     except (struct.error, TypeError):
         check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         raise
-    run_all(machine, single.columns, 1)
+    entry = machine._entry
+    if entry is None or machine.arrays.state[_FULL]:
+        run_all(machine, single.columns, 1)
+    elif (stopped := entry(machine.descriptor, *single.columns, _FIRST)) != 1:
+        run_all(machine, single.columns, 1, stopped)
     return single.result(op)
 
 
-def run_all(machine: Core, columns: tuple[Array, ...], count: int) -> None:
-    """Run `count` operations, of columns as entries take them, through one entry after the other."""
+def run_all(machine: Core, columns: tuple[Array, ...], count: int, stopped: int | None = None) -> None:
+    """Run `count` operations, of columns as entries take them, through one entry after the other.
+
+    stopped: what the first of them returned, if it was called.
+    """
     done = 0
     while True:
-        # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
-        entry = _run_designs if machine.arrays.state[_FULL] else machine._entry or machine.fast_entry()
-        stopped = entry(machine.descriptor, *columns, np.uint64(done) if done else _FIRST)
+        if stopped is None:
+            # The entry that runs the designs' operations: the fast loops, or what knows every parameter.
+            entry = _run_designs if machine.arrays.state[_FULL] else machine._entry or machine.fast_entry()
+            stopped = entry(machine.descriptor, *columns, np.uint64(done) if done else _FIRST)
         if stopped == count:
             return
         other, done = _stopped(stopped)
@@ -397,6 +406,7 @@ def run_all(machine: Core, columns: tuple[Array, ...], count: int) -> None:
             _run_designs(machine.descriptor, *_no_columns(), np.uint64(1))
         if done == count:
             return
+        stopped = None
 
 
 def _stopped(returned: int) -> tuple[Entry, int]:

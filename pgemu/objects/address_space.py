@@ -15,6 +15,7 @@ from pgemu.machine.results import Result, Results, errno_name
 from pgemu.machine.rows import next_row
 from pgemu.objects.advice import Advice
 from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.tables.translating import translator
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
 from pgemu_kernels.words.operations import Flag, Operation
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 _WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
 _HOST_FAULT = Operation.HOST_FAULT
+_SPACES, _SPACE_WORDS, _ROOT = int(W.STATE_SPACES), int(W.S_WORDS), int(W.S_ROOT)
 
 
 class TablePages(NamedTuple):
@@ -441,9 +443,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         column = as_column(addresses)
         if column is None or kinds is not None or access is not None:
             column, kinds, access = plain(AddressSpace.translate, self, addresses=addresses, kinds=kinds, access=access)
-        root = self._word(W.S_ROOT)
-        if not root:
+        root = self.machine.arrays.state[_SPACES + self.space * _SPACE_WORDS + _ROOT]
+        if not root or self._now[0] != self.generation:
             self._check_alive()
-        from pgemu.tables.translation import translated
-
-        return translated(self.machine, HOST_X86_64, root, column, kinds, access)
+        return translator()(self.machine, HOST_X86_64, root, column, kinds, access)

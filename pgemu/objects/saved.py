@@ -56,6 +56,7 @@ def made_of(kind: type[Any], config: Config, arrays: Arrays, kept: dict[str, Any
     machine.single = Single()
     machine._entry = None
     machine.tables_made = []
+    machine.walk_rows = {}
     machine.formats_made = {int(row): _format(fmt) for row, fmt in kept["formats"].items()}
     if kept["tells_devices"]:
         from pgemu_kernels.run.entries import tell_devices

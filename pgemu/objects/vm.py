@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
 from pgemu.machine.rows import memslot_rows, next_row
 from pgemu.machine.vm_kinds import PRIVATE_LEVELS, Kind as VmKind, kind_row
+from pgemu.tables.translating import translator
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.words.operations import Flag, Operation
@@ -33,12 +35,14 @@ Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
 _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 _GUEST_FAULT = Operation.GUEST_FAULT
+_VMS, _VM_WORDS, _ROOT, _PRIVATE_ROOT = int(W.STATE_VMS), int(W.V_WORDS), int(W.V_ROOT), int(W.V_PRIVATE_ROOT)
+_STAGE2_FORMAT = int(W.R_STAGE2_FORMAT)
 _MOST = (1 << 64) - 1
 
 
 @guards_creation(vm=number_of("a VM", W.VMS))
 @dataclass(frozen=True)
-class Vm(OfMachine, but=("touch",)):
+class Vm(OfMachine, but=("touch", "translate")):
     """A virtual machine: its stage-2 tables and its memory slots."""
 
     machine: Core = field(repr=False)
@@ -298,11 +302,15 @@ class Vm(OfMachine, but=("touch",)):
         self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
     ) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
-        self._check_open()
-        stage2 = int(self.machine.arrays.state[W.R_STAGE2_FORMAT])
-        from pgemu.tables.translation import translated
-
-        return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
+        column = as_column(gpas)
+        if column is None or kinds is not None or access is not None or type(private) is not bool:
+            given = {"gpas": gpas, "kinds": kinds, "access": access, "private": private}
+            column, kinds, access, private = plain(Vm.translate, self, **given)
+        state = self.machine.arrays.state
+        root = state[_VMS + self.vm * _VM_WORDS + (_PRIVATE_ROOT if private else _ROOT)]
+        if not root:
+            self._check_open()
+        return translator()(self.machine, state[_STAGE2_FORMAT], root, column, kinds, access)
 
     def translate_virtual(
         self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None

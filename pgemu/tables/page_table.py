@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arguments import plain
+from pgemu.machine.columns import as_column
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
 from pgemu.tables.flush import Flush
 from pgemu.tables.formats import format_of
+from pgemu.tables.known_root import KnownRoot
+from pgemu.tables.translating import translator
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.iommu import taller
@@ -95,7 +98,7 @@ class EditResults(NamedTuple):
         return html_table(("status", "how many"), outcomes.items(), len(outcomes))
 
 
-class PageTable(OfMachine):
+class PageTable(KnownRoot, but=("translate",)):
     """One tree of tables. Made by Machine.create_page_table().
 
     A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
@@ -156,6 +159,7 @@ class PageTable(OfMachine):
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
+        self._forget()
         return result
 
     # ------------------------------------------------------------------ map
@@ -343,10 +347,12 @@ class PageTable(OfMachine):
         references: bool = False,
     ) -> Translation:
         """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate."""
-        from pgemu.tables.translation import translate
-
+        column = as_column(addresses)
+        if column is None or kinds is not None or access is not None or type(references) is not bool:
+            given = {"addresses": addresses, "kinds": kinds, "access": access, "references": references}
+            column, kinds, access, references = plain(PageTable.translate, self, **given)
         self._check_root()
-        return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
+        return translator()(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
 
     def table_pages(self) -> dict[int, Array]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
@@ -391,6 +397,10 @@ class PageTable(OfMachine):
 
     def _bits(self, attributes: int | None) -> int:
         return self.format.leaf[0] if attributes is None else attributes
+
+    def _rules(self) -> tuple[int, int]:
+        """What Linux does with the format: words.EDIT_* of an unmap, and of a protect."""
+        return self._partial(None) | self._tables(None), self._partial(None)
 
     def _partial(self, partial: Partial | None) -> int:
         self._check_rule("partial", partial)
@@ -437,6 +447,7 @@ class PageTable(OfMachine):
         edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
         if request[W.E_ROOT] != self._root and self._root:
             self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
+            self._forget()
         return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
 
     def _flush(self) -> Flush | None:

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "WalkStage", "WalkStatus",
-           "translate", "translate_nested", "translated")  # fmt: skip
+           "nested_rows", "translate", "translate_nested", "translated")  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
 _CODES = [np.array([kind], _BYTE) for kind in Kind]
 _OF_DEVICES = (Family.VTD, Family.AMD_IOMMU)
 _NO_WORDS = np.zeros(0, np.uint64)
-_SCRATCH = int(W.WALK_SCRATCH)
+_NO_LISTS = _NO_WORDS, _NO_WORDS, _NO_WORDS
+_SCRATCH, _INSIDE = int(W.WALK_SCRATCH), W.PAGE_4K - 1
 
 
 class References(NamedTuple):
@@ -97,8 +98,8 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
     return given.astype(np.uint8)
 
 
-def _checked_root(name: str, root: int) -> np.uint64:
-    if root >> 52 or root % W.PAGE_4K:
+def _checked_root(name: str, root: Any) -> np.uint64:
+    if root >> 52 or root & _INSIDE:
         raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
 
@@ -172,34 +173,54 @@ def translate(
 
 def translated(
     machine: Core,
-    format_row: int,
-    root: int,
+    format_row: int | np.uint64,
+    root: int | np.uint64,
     given: Array,
     kinds: Kind | Sequence[int] | Array | None = None,
     access: Access | None = None,
     references: bool = False,
     out: Translation | None = None,
 ) -> Translation:
-    """translate() of arguments that were checked, the addresses a column; but `root`, the row, `kinds` and `out`."""
+    """translate() of arguments that were checked, the addresses a column; but the row, `kinds`, `out` and a `root` that
+    is an int: one of the machine's own words is right.
+    """
     count = given.size
-    plain = kinds is None
-    row = row_of_format(machine, "format_row", format_row)
-    rows = rows_of(row, machine.arrays.ram.nbytes, None if plain else access, plain=plain)
-    codes = _CODES[0] if kinds is None else _kinds(kinds, count)
-    if not plain and row[W.F_FAMILY] in _OF_DEVICES and codes.max(initial=0) > Kind.WRITE:
-        raise ValueError(f"kinds {shown(kinds)}: expected READ and WRITE, which is what devices do")
+    rows = machine.walk_rows.get(format_row) if kinds is None else None
+    codes = _CODES[0]
+    if rows is None:
+        rows, codes = _rows_and_codes(machine, format_row, kinds, access, count)
     if out is None:
         physical, error = np.empty(count, _WORD), np.zeros(count, _WORD)
         status, level = np.empty(count, _BYTE), np.empty(count, _BYTE)
     else:
         physical, status, level, error = _checked_out(out, count)
-    reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references)
+    reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references) if references else _NO_LISTS
+    which = format_row if type(format_row) is np.uint64 else np.uint64(format_row)
     _entry()(
-        machine.descriptor, np.uint64(format_row), _checked_root("root", root), given, codes, rows,
+        machine.descriptor, which, root if type(root) is np.uint64 else _checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
-    return Translation._make((physical, status, level, error, listed))
+    return tuple.__new__(Translation, (physical, status, level, error, listed))  # sooner than by its own __new__
+
+
+def _rows_and_codes(
+    machine: Core,
+    format_row: int | np.uint64,
+    kinds: Kind | Sequence[int] | Array | None,
+    access: Access | None,
+    count: int,
+) -> tuple[Array, Array]:
+    """The access rows of a batch, and its kinds by their codes."""
+    row = row_of_format(machine, "format_row", int(format_row))
+    size = machine.arrays.ram.nbytes
+    if kinds is None:
+        rows = machine.walk_rows[int(format_row)] = rows_of(row, size, None, plain=True)
+        return rows, _CODES[0]
+    codes = _kinds(kinds, count)
+    if row[W.F_FAMILY] in _OF_DEVICES and codes.max(initial=0) > Kind.WRITE:
+        raise ValueError(f"kinds {shown(kinds)}: expected READ and WRITE, which is what devices do")
+    return rows_of(row, size, access, plain=False), codes
 
 
 class NestedTranslation(NamedTuple):
@@ -232,7 +253,7 @@ class NestedTranslation(NamedTuple):
         return html_walks(self, WalkStatus, {"guest level": self.guest_level, "host level": self.host_level})
 
 
-def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
+def nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
     """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
     names = ("guest_format", "stage2_format")
     guest, stage2 = (row_of_format(machine, name, row) for name, row in zip(names, rows, strict=True))
@@ -275,7 +296,7 @@ def translate_nested(
     given = np.asarray(addresses)
     count = given.size
     access = access or Access()
-    rows = _nested_rows(machine, (guest_format, stage2_format), (access, stage2_access or access))
+    rows = nested_rows(machine, (guest_format, stage2_format), (access, stage2_access or access))
     physical, error, fault = (np.empty(count, np.uint64) for _ in range(3))
     status, stage = (np.empty(count, np.uint8) for _ in range(2))
     levels = np.empty((count, 2), np.uint8)

@@ -1,0 +1,1 @@
+"""Programs that use pgemu: run one with `python -m pgemu.examples.NAME`."""

@@ -1,0 +1,201 @@
+"""What the functions of this package are made of: arrays on the stack, calls of machine code by its address, checks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.callconv import CPUCallConv
+from numba.core.errors import TypingError
+from numba.extending import intrinsic, overload, register_jitable
+
+from pgemu.kernels.handle import H_DESCRIPTOR, H_LENGTH, H_LOOPS, HandleType
+from pgemu_kernels.engine.handle import machine_type
+from pgemu_kernels.engine.inner_functions import array_value
+
+__all__ = (
+    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "call_procedure", "called",
+    "compiled", "descriptor_of", "handle_word", "inlined", "loops_of", "machine_of", "no_words", "stack_bytes",
+    "stack_status", "stack_words",
+)  # fmt: skip
+
+# What functions return that could not do anything: below every -errno (include/linux/err.h:MAX_ERRNO).
+CLOSED = -5001
+REFUSED = -5002
+NOT_LOADED = -5004
+FOREIGN = -5005
+
+_WORD, _POINTER = ir.IntType(64), ir.IntType(64).as_pointer()
+_WORDS, _BYTES, _INTS = (types.Array(kind, 1, "C") for kind in (types.uint64, types.uint8, types.int64))
+
+
+# --------------------------------------------------------------------------- types of arguments
+
+
+def HANDLE(kind: Any) -> str:  # noqa: N802
+    """The first argument."""
+    return "" if isinstance(kind, HandleType) else "a pgemu.kernels.Handle"
+
+
+def NUMBER(kind: Any) -> str:  # noqa: N802
+    """An address, a length, a code."""
+    integer = isinstance(kind, types.Integer | types.IntEnumMember)
+    return "" if integer else "an integer (uint64; others are converted, modulo 2**64)"
+
+
+def WORDS(kind: Any) -> str:  # noqa: N802
+    """An array of words."""
+    return "" if _is_array(kind, types.uint64) else "a writable uint64 array of one dimension, C order"
+
+
+def BYTES(kind: Any) -> str:  # noqa: N802
+    """An array of small numbers."""
+    return "" if _is_array(kind, types.uint8) else "a writable uint8 array of one dimension, C order"
+
+
+def _is_array(kind: Any, item: Any) -> bool:
+    plain = isinstance(kind, types.Array) and kind.dtype == item and kind.ndim == 1
+    return bool(plain and kind.layout == "C" and kind.mutable)
+
+
+# Nothing is allocated, and counting references would cost more than a walk: they are counted atomically.
+_OPTIONS = {"nogil": True, "_nrt": False}
+inlined = register_jitable(forceinline=True, **_OPTIONS)
+called = register_jitable(**_OPTIONS)
+
+
+def compiled(inline: bool = False, /, **expected: Callable[[Any], str]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that compiled functions call: with others' arguments than expected they do not compile.
+
+    Python cannot call it: TypeError.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        name = f"pgemu.kernels.{function.__name__}()"
+
+        def public(*arguments: Any, **named: Any) -> Any:
+            raise TypeError(f"{name} is called by functions that numba compiles: call it from an @njit function")
+
+        def chosen(*kinds: Any) -> Any:
+            for (argument, check), kind in zip(expected.items(), kinds, strict=True):
+                told = check(kind)
+                if told:
+                    raise TypingError(f"{name}: {argument} is {kind}, expected {told}")
+            return function
+
+        for one in (public, chosen):
+            one.__name__ = one.__qualname__ = function.__name__
+            one.__doc__, one.__module__ = function.__doc__, function.__module__
+            one.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        overload(public, jit_options={"forceinline": inline, **_OPTIONS}, strict=False)(chosen)
+        return public
+
+    return decorate
+
+
+# --------------------------------------------------------------------------- the handle's words
+
+
+@intrinsic
+def handle_word(typingctx: Any, handle: Any, index: Any) -> Any:
+    """handle_word(handle, index): a word of the handle, uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.load(builder.gep(values[0], [values[1]]))
+
+    return types.uint64(handle, types.uint64), generate
+
+
+def _descriptor(builder: Any, handle: Any) -> Any:
+    address = builder.load(builder.gep(handle, [ir.Constant(_WORD, H_DESCRIPTOR)]))
+    return builder.inttoptr(address, _POINTER)
+
+
+@intrinsic
+def machine_of(typingctx: Any, handle: Any) -> Any:
+    """machine_of(handle): the machine as kernels take it; of a handle that is open."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _descriptor(builder, values[0])
+
+    return machine_type(handle), generate
+
+
+@intrinsic
+def descriptor_of(typingctx: Any, handle: Any) -> Any:
+    """descriptor_of(handle): the descriptor as entries take it, int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        length = builder.load(builder.gep(values[0], [ir.Constant(_WORD, H_LENGTH)]))
+        return array_value(context, builder, _INTS, _descriptor(builder, values[0]), length)
+
+    return _INTS(handle), generate
+
+
+@intrinsic
+def loops_of(typingctx: Any, handle: Any) -> Any:
+    """loops_of(handle): uint64[3], the addresses of the loops of `run`."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        first = builder.gep(values[0], [ir.Constant(_WORD, H_LOOPS)])
+        return array_value(context, builder, _WORDS, first, ir.Constant(_WORD, 3))
+
+    return _WORDS(handle), generate
+
+
+# --------------------------------------------------------------------------- arrays on the stack
+
+
+def _on_stack(kind: Any) -> Any:
+    """An intrinsic (count) that gives an array which ends with its function; nothing of it is set."""
+
+    @intrinsic(prefer_literal=True)
+    def stack_array(typingctx: Any, count: Any) -> Any:
+        length = ir.Constant(_WORD, count.literal_value)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            data = cgutils.alloca_once(builder, context.get_data_type(kind.dtype), size=length)
+            return array_value(context, builder, kind, data, length)
+
+        return kind(count), generate
+
+    return stack_array
+
+
+stack_words = _on_stack(_WORDS)
+stack_bytes = _on_stack(_BYTES)
+stack_status = _on_stack(_INTS)
+
+
+@intrinsic
+def no_words(typingctx: Any) -> Any:
+    """no_words(): uint64[0]."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return array_value(context, builder, _WORDS, ir.Constant(_POINTER, None), ir.Constant(_WORD, 0))
+
+    return _WORDS(), generate
+
+
+@intrinsic(prefer_literal=False)
+def call_procedure(typingctx: Any, address: Any, arguments: Any) -> Any:
+    """call_procedure(address, (argument, ...)): call the entry there, which returns nothing.
+
+    As numba_internals.call_address() does entries that return a number.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kinds = tuple(signature.args[1])
+        convention = CPUCallConv(context)
+        kind = convention.get_function_type(types.none, kinds)
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        unpacked = cgutils.unpack_tuple(builder, values[1], len(kinds))
+        status, _ = convention.call_function(builder, function, types.none, kinds, unpacked)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.none(address, arguments), generate
