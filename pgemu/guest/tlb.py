@@ -16,7 +16,6 @@ batch goes on where the last one ended; what is flushed on the real machine is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 
 from pgemu.guest.processors import LEVELS, PROCESSORS, Cache, Processor, TlbCache
 from pgemu.machine.arguments import guards_methods
+from pgemu.machine.arrays import I64, U8, U64, Integers
 from pgemu.machine.columns import column_of
 from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
@@ -60,9 +60,9 @@ class TlbLookups(NamedTuple):
     uint8[n], entries of tables that the walk read.
     """
 
-    found: Array
-    levels: Array
-    references: Array
+    found: U8
+    levels: U8
+    references: U8
 
     def __repr__(self) -> str:
         missed = int(np.count_nonzero(self.found == TlbFound.MISSED))
@@ -81,8 +81,8 @@ class TlbCounts:
         flushes: how many times everything was flushed
     """
 
-    accesses: Array
-    sums: Array
+    accesses: I64
+    sums: I64
     flushes: int
 
     @property
@@ -173,8 +173,8 @@ class Tlb:
         self.words[G.TLB_FLUSHES] += np.uint64(1)
 
     def translate(
-        self, table: PageTable, addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *,
-        space: int = 0, actors: Sequence[int] | Array = (0,),
+        self, table: PageTable, addresses: Integers, flags: Integers = (0,), *,
+        space: int = 0, actors: Integers = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) to a table of one stage, in order.
 
@@ -192,8 +192,8 @@ class Tlb:
 
     def translate_nested(
         self, machine: Core, guest_format: int, guest_root: int, stage2_format: int, stage2_root: int,
-        addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *, space: int = 0,
-        actors: Sequence[int] | Array = (0,),
+        addresses: Integers, flags: Integers = (0,), *, space: int = 0,
+        actors: Integers = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) of a guest whose tables lie in its memory, through stage 2, in order.
 
@@ -206,7 +206,7 @@ class Tlb:
         return self._look_up(machine, control, roots, given, flags, space, actors)
 
     def _look_up(
-        self, machine: Core, control: Array, roots: Array, addresses: Array, flags: Any, space: int, actors: Any,
+        self, machine: Core, control: Array, roots: Array, addresses: U64, flags: Any, space: int, actors: Any,
     ) -> TlbLookups:  # fmt: skip
         count = len(addresses)
         given = (("flags", flags, np.uint8), ("actors", actors, np.uint16))

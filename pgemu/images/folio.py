@@ -16,9 +16,7 @@ compiler is involved except by the operations of a machine's folios.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from pgemu.images.folio_problems import FolioProblem, check_order, folio_problem
 from pgemu.images.struct_page import (
@@ -36,6 +34,7 @@ from pgemu.images.struct_page import (
 )
 from pgemu.images.vmemmap import VmemmapPage, vmemmap_pages
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import U64
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
 from pgemu_kernels.formats.struct_page import (
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Folio", "FolioProblem", "Hugetlb", "Mapping", "MmIds", "Page", "Value", "VmemmapPage", "decode_page")
 
-Array = np.ndarray[Any, Any]
 _HUGETLB_DTOR = 2  # 6.1: HUGETLB_PAGE_DTOR
 _MM_ID_BITS = 31  # mm_types.h: MM_ID_BITS; bit 31 of the first ID is a lock, of the second "mapped shared"
 
@@ -91,7 +89,7 @@ def _struct_page_address(memory: Memory, fmt: PageFormat, root: int, vmemmap: in
     return leaf_address(fmt, steps[-1].level, steps[-1].entry, address)
 
 
-def struct_page(core: Core, pfn: int) -> Array:
+def struct_page(core: Core, pfn: int) -> U64:
     """See Machine.struct_page."""
     from pgemu_kernels import words as W
 

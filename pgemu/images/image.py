@@ -19,6 +19,7 @@ from pgemu.errors import InputError
 from pgemu.images import elf
 from pgemu.images.elf import Root
 from pgemu.machine.arguments import guards, guards_methods
+from pgemu.machine.arrays import U64, Bools, Integers
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -117,31 +118,32 @@ class Image:
             address = upto
         return b"".join(pieces)
 
-    def words(self, address: int, count: int) -> Array:
+    def words(self, address: int, count: int) -> U64:
         """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all."""
         part = self._part_of(address)
         if part is not None and part.offset != _ZEROES and 0 <= count * 8 <= part.end - address:
             return np.frombuffer(self._data, "<u8", count, part.offset + address - part.start)
         return np.frombuffer(self.read(address, count * 8), "<u8")
 
-    def holds(self, addresses: Array) -> Array:
+    def holds(self, addresses: Integers) -> Bools:
         """bool[n]: whether the image holds the word at each physical address (uint64[n])."""
-        return self._find(addresses, self._range_starts, self._range_sizes)[1]
+        return self._find(np.asarray(addresses, np.uint64), self._range_starts, self._range_sizes)[1]
 
-    def load(self, addresses: Array) -> Array:
+    def load(self, addresses: Integers) -> U64:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all."""
         if not self._parts:
             raise ValueError(f"image {self.path}: it is closed, expected one that is not")
-        part, inside = self._find(addresses, self._part_starts, self._part_sizes)
-        found = np.zeros(addresses.shape, np.uint64)
+        given = np.asarray(addresses, np.uint64)
+        part, inside = self._find(given, self._part_starts, self._part_sizes)
+        found = np.zeros(given.shape, np.uint64)
         stored = inside & ~self._part_zero[part]
-        offsets = addresses - self._part_starts[part] + self._part_offsets[part]
+        offsets = given - self._part_starts[part] + self._part_offsets[part]
         for unaligned in np.unique(offsets[stored] & np.uint64(7)).tolist():
             of_these = stored & (offsets & np.uint64(7) == unaligned)
             words = np.frombuffer(self._data, "<u8", (len(self._data) - unaligned) // 8, unaligned)
             found[of_these] = words[offsets[of_these] >> np.uint64(3)]
         for at in np.flatnonzero(~inside).tolist():  # outside, or across the seam of two parts
-            found[at] = int.from_bytes(self.read(int(addresses[at]), 8), "little")
+            found[at] = int.from_bytes(self.read(int(given[at]), 8), "little")
         return found
 
     def _part_of(self, address: int) -> _Part | None:
@@ -149,7 +151,7 @@ class Image:
         return self._parts[index] if index >= 0 and address < self._parts[index].end else None
 
     @staticmethod
-    def _find(addresses: Array, starts: Array, sizes: Array) -> tuple[Array, Array]:
+    def _find(addresses: U64, starts: Array, sizes: Array) -> tuple[Array, Array]:
         """(intp[n] index of an interval, bool[n] whether it holds the whole word) for ascending intervals."""
         if not starts.size:
             return np.zeros(addresses.shape, np.intp), np.zeros(addresses.shape, np.bool_)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import I64, U64, Bools, Integers
 from pgemu.machine.boot import allocate, node_word, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
@@ -63,7 +64,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
 
     config: Config
     arrays: Arrays = field(init=False, repr=False)
-    descriptor: Array = field(init=False, repr=False)
+    descriptor: I64 = field(init=False, repr=False)
     _frames_limit: int = field(init=False, repr=False, default=0)
     single: Single = field(init=False, repr=False, default_factory=Single)
     _entry: Any = field(init=False, repr=False, default=None)
@@ -100,7 +101,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
 
     # ------------------------------------------------------------------ formats
 
-    def format_row(self, index: int) -> Array:
+    def format_row(self, index: int) -> U64:
         """uint64[F_WORDS]: row `index` of the machine's formats (a view). ValueError for a row that is not in use.
 
         Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
@@ -301,18 +302,18 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """What lies at physical addresses, and which frames are in use."""
         return PhysicalMemory(self.arrays)
 
-    def words(self, address: int, count: int) -> Array:
+    def words(self, address: int, count: int) -> U64:
         """uint64[count] at a physical address, read-only: of the metadata zone a view, of HugeTLB frames a copy.
 
         ValueError for an unaligned address or where there is no memory.
         """
         return self.memory.words(address, count)
 
-    def load(self, addresses: Array) -> Array:
+    def load(self, addresses: Integers) -> U64:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or where no memory is."""
         return self.memory.load(addresses)
 
-    def holds(self, addresses: Array) -> Array:
+    def holds(self, addresses: Integers) -> Bools:
         """bool[n]: whether there is memory at each physical address (uint64[n], multiples of 8)."""
         return self.memory.holds(addresses)
 
@@ -357,7 +358,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         raise ValueError(f"pfn {pfn:#x}: expected a frame of the HugeTLB zone")
 
 
-def row_of_format(machine: Core, name: str, index: int) -> Array:
+def row_of_format(machine: Core, name: str, index: int) -> U64:
     """Core.format_row() of an argument of that name."""
     state = machine.arrays.state
     used = int(state[W.R_FORMATS])

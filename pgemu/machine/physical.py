@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import I64, U64, Bools, Integers
 from pgemu.machine.field_rules import shown
 from pgemu_kernels import words as W
 
@@ -40,13 +41,14 @@ class PhysicalMemory(OfMachine):
     def __repr__(self) -> str:
         return f"PhysicalMemory(metadata below {self._ram_end:#x}, HugeTLB {self._pool_start:#x}-{self._pool_end:#x})"
 
-    def holds(self, addresses: Array) -> Array:
+    def holds(self, addresses: Integers) -> Bools:
         """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
         start, end = np.uint64(self._pool_start), np.uint64(self._pool_end)
-        inside: Array = (addresses < np.uint64(self._ram_end)) | ((addresses >= start) & (addresses < end))
+        given = np.asarray(addresses, np.uint64)
+        inside: Bools = (given < np.uint64(self._ram_end)) | ((given >= start) & (given < end))
         return inside
 
-    def words(self, address: int, count: int) -> Array:
+    def words(self, address: int, count: int) -> U64:
         """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory."""
         if address & 7:
             raise ValueError(f"address {address:#x}: expected a multiple of 8")
@@ -60,21 +62,22 @@ class PhysicalMemory(OfMachine):
         found.flags.writeable = False
         return found
 
-    def load(self, addresses: Array) -> Array:
+    def load(self, addresses: Integers) -> U64:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory."""
-        if (addresses & np.uint64(7)).any() or not self.holds(addresses).all():
+        given = np.asarray(addresses, np.uint64)
+        if (given & np.uint64(7)).any() or not self.holds(given).all():
             raise ValueError(f"addresses {shown(addresses)}: expected multiples of 8 within the machine's memory")
-        ram = addresses < np.uint64(self._ram_end)
-        found: Array = np.empty(addresses.shape, np.uint64)
-        found[ram] = self._arrays.ram[addresses[ram] >> np.uint64(3)]
-        found[~ram] = self._guest_words(addresses[~ram])
+        ram = given < np.uint64(self._ram_end)
+        found: U64 = np.empty(given.shape, np.uint64)
+        found[ram] = self._arrays.ram[given[ram] >> np.uint64(3)]
+        found[~ram] = self._guest_words(given[~ram])
         return found
 
-    def _guest_words(self, addresses: Array) -> Array:
+    def _guest_words(self, addresses: U64) -> U64:
         """Words of the HugeTLB zone."""
         pages = (addresses - np.uint64(self._pool_start)) >> np.uint64(12)
         frames = self._arrays.counts[np.uint64(self._contents) + pages].astype(np.uint64)
-        words: Array = self._arrays.ram[(frames << np.uint64(9)) + (addresses >> np.uint64(3) & np.uint64(511))]
+        words: U64 = self._arrays.ram[(frames << np.uint64(9)) + (addresses >> np.uint64(3) & np.uint64(511))]
         words[frames == 0] = 0
         return words
 
@@ -99,7 +102,7 @@ class PhysicalMemory(OfMachine):
         ends = np.concatenate([used[wide], used[-1:]]) + 1
         return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
-    def metadata_frames(self) -> Array:
+    def metadata_frames(self) -> I64:
         """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
         state = self._arrays.state
         order = np.arange(int(state[W.R_FRESH]), dtype=np.uint64)
@@ -121,7 +124,7 @@ class PhysicalMemory(OfMachine):
             written = np.flatnonzero(self._arrays.counts[at : at + min(_PIECE, pages - first)])
             yield written + first + (self._pool_start >> 12)
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, U64]]:
         """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending.
 
         ValueError for what is no range of frames of one zone.
@@ -131,7 +134,7 @@ class PhysicalMemory(OfMachine):
             raise ValueError(f"start {start:#x} and end {end:#x}: expected a range of ranges(), or frames of one")
         return self._pieces(start, end)
 
-    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, U64]]:
         for first in range(start, end, _PIECE << 12):
             last = min(first + (_PIECE << 12), end)
             if start < self._ram_end:
@@ -144,7 +147,7 @@ class PhysicalMemory(OfMachine):
                 yield first + (page << 12), self._arrays.ram[frame << 9 : frame + 1 << 9]
 
     @staticmethod
-    def _nonzero(address: int, words: Array) -> Iterator[tuple[int, Array]]:
+    def _nonzero(address: int, words: Array) -> Iterator[tuple[int, U64]]:
         """Runs of frames that hold anything but zeroes."""
         holds = np.zeros(words.size // 512 + 2, np.int8)
         holds[1:-1] = words.reshape(-1, 512).any(axis=1)

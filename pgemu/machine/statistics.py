@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import guards_methods
+from pgemu.machine.arrays import I64
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import operation_name
 from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import Operation
-
-Array = np.ndarray[Any, Any]
 
 
 class Worst(NamedTuple):
@@ -33,7 +32,7 @@ class Worst(NamedTuple):
 class Statistics:
     """`words` is a copy of a machine's `stats`, int64[words.STATS_SIZE]."""
 
-    words: Array
+    words: I64
 
     def __post_init__(self) -> None:
         words: Any = self.words
@@ -66,13 +65,13 @@ class Statistics:
         return int(self.words[int(W.STATS_GAUGES) + 2 * gauge + 1])
 
     @property
-    def events(self) -> Array:
+    def events(self) -> I64:
         """int64[OPERATIONS, EVENTS]: events by the operation they were charged to."""
         start = int(W.STATS_COUNTERS)
         return self.words[start : start + W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)
 
     @property
-    def charges(self) -> Array:
+    def charges(self) -> I64:
         """int64[OPERATIONS, EVENTS]: how often each was charged; one charge may be of many units, or of none."""
         start = int(W.STATS_REPEATED)
         repeated = self.words[start : start + W.OPERATIONS * W.EVENTS].reshape(W.OPERATIONS, W.EVENTS)

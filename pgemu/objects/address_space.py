@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import guards_creation, plain
+from pgemu.machine.arrays import Integers
 from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, Translation
     from pgemu.tables.walked import Walk
 
-Array = np.ndarray[Any, Any]
 _WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
 _HOST_FAULT = Operation.HOST_FAULT
 
@@ -371,7 +371,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE if madvise else 0)
 
-    def zap_many(self, addresses: Array, length: int = W.PAGE_4K) -> Results:
+    def zap_many(self, addresses: Integers, length: int = W.PAGE_4K) -> Results:
         """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
         header = np.uint64(Operation.ZAP | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
@@ -391,7 +391,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
         return run_one(self.machine, _HOST_FAULT, flags, 0, 0, self.number, 0, address, 0, 0)
 
-    def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:
+    def touch_many(self, addresses: Integers, *, write: bool = False, execute: bool = False) -> Results:
         """Access the bytes at `addresses` (uint64[n]), in order."""
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.number << 48)
@@ -416,7 +416,13 @@ class AddressSpace(Advice, but=("touch", "translate")):
         )
 
     def pin_many(
-        self, addresses: Array, length: int = W.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
+        self,
+        addresses: Integers,
+        length: int = W.PAGE_4K,
+        *,
+        pins: Integers,
+        write: bool = False,
+        longterm: bool = False,
     ) -> Results:
         """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
         if len(pins) not in (1, len(addresses)):
@@ -432,7 +438,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         return walk_page(self.machine, self.machine.host_format, self.root, address >> 12)
 
     def translate(
-        self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None
+        self, addresses: Integers, kinds: Kind | Integers | None = None, access: Access | None = None
     ) -> Translation:
         """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate.
 

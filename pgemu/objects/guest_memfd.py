@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, argument, guards_creation, plain
+from pgemu.machine.arrays import Integers
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import amount, checked, choice, number_of
 from pgemu.machine.results import Result, Results
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
 
-Array = np.ndarray[Any, Any]
 Form = Literal["main", "next", "rfc2", "wip"]
 # Flag's members take as long to look up as the rest of a call.
 _CONVERT, _SHARED, _PRIVATE = Operation.CONVERT, int(Flag.SHARED), int(Flag.PRIVATE)
@@ -302,7 +302,7 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         flags = _SHARED if shared else _PRIVATE
         return run_one(self.machine, _CONVERT, flags, actor, vm, 0, self.inode, 0, offset, length)
 
-    def convert_many(self, offsets: Array, length: int = W.PAGE_4K, *, shared: bool) -> Results:
+    def convert_many(self, offsets: Integers, length: int = W.PAGE_4K, *, shared: bool) -> Results:
         """Convert `length` bytes at each of `offsets` (uint64[n]), in order."""
         header = np.uint64(Operation.CONVERT | (Flag.SHARED if shared else Flag.PRIVATE) << 8)
         return self.machine.run_columns(header, self.inode, 0, offsets, length, count=len(offsets))
@@ -316,7 +316,7 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
 
-    def punch_hole_many(self, offsets: Array, length: int) -> Results:
+    def punch_hole_many(self, offsets: Integers, length: int) -> Results:
         """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order."""
         return self.machine.run_columns(
             np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
@@ -404,11 +404,11 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """
         return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
 
-    def get_reference_many(self, offsets: Array) -> Results:
+    def get_reference_many(self, offsets: Integers) -> Results:
         """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order."""
         return self.machine.run_columns(np.uint64(Operation.GET), self.inode, 0, offsets, count=len(offsets))
 
-    def put_reference_many(self, pfns: Array) -> Results:
+    def put_reference_many(self, pfns: Integers) -> Results:
         """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order."""
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 Array = np.ndarray[Any, Any]
+Entries = npt.NDArray[np.void]
+"""Of dtype ENTRY."""
 
 ENTRY = np.dtype([("gpa", np.uint64), ("level", np.uint8), ("entry", np.uint64)])
 """An entry: the first guest physical address it covers, its level (1 = 4K .. 4 = 512G), its value."""
@@ -28,9 +31,9 @@ class Stage2(NamedTuple):
     """
 
     root: int
-    tables: Array
-    leaves: Array
-    others: Array
+    tables: Entries
+    leaves: Entries
+    others: Entries
     empty: int
 
     def __repr__(self) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
     from pgemu.tables.walked import Walk
 
-Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
 _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 _GUEST_FAULT = Operation.GUEST_FAULT
@@ -158,7 +157,7 @@ class Vm(OfMachine, but=("touch",)):
         """
         return self.machine.operate(Operation.PREFAULT, vm=self.vm, address=gpa, length=size)
 
-    def dirty_log(self, slot: int) -> tuple[int, Array]:
+    def dirty_log(self, slot: int) -> tuple[int, U64]:
         """KVM_GET_DIRTY_LOG: (0, -ENOENT or -EINVAL; uint64[n], guest physical addresses written since the last call).
 
         The pages are write-protected again. virt/kvm/kvm_main.c:kvm_get_dirty_log_protect()
@@ -167,7 +166,7 @@ class Vm(OfMachine, but=("touch",)):
         result = self.machine.operate(Operation.DIRTY_LOG, vm=self.vm, object_=slot)
         return result.status, pages if result.status == 0 else pages[:0]
 
-    def _dirty_pages(self, slot: int) -> Array:
+    def _dirty_pages(self, slot: int) -> U64:
         """Guest physical addresses in a slot's dirty bitmap."""
         from pgemu.objects.stage2 import radix_tree
 
@@ -278,7 +277,7 @@ class Vm(OfMachine, but=("touch",)):
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
         return run_one(self.machine, _GUEST_FAULT, flags, actor, self.vm, 0, 0, gpa, 0, 0)
 
-    def touch_many(self, gpas: Sequence[int] | Array, *, write: bool = False) -> Results:
+    def touch_many(self, gpas: Integers, *, write: bool = False) -> Results:
         """Guest accesses to `gpas` (uint64[n]), in order."""
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
         return self.machine.run_columns(header, 0, gpas, count=len(gpas))
@@ -295,7 +294,12 @@ class Vm(OfMachine, but=("touch",)):
         return walk_page(self.machine, self.machine.stage2_format, self._root(private), gpa >> 12)
 
     def translate(
-        self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
+        self,
+        gpas: Integers,
+        kinds: Kind | Integers | None = None,
+        access: Access | None = None,
+        *,
+        private: bool = False,
     ) -> Translation:
         """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
         self._check_open()
@@ -305,7 +309,7 @@ class Vm(OfMachine, but=("touch",)):
         return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
 
     def translate_virtual(
-        self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
+        self, guest_root: int, addresses: Integers, kinds: Kind | Integers, access: Access | None = None
     ) -> NestedTranslation:
         """Translate a guest's virtual addresses (uint64[n]) through its x86-64 tables and stage 2.
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import I64, U8, U64, Integers
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Results, status_name
 from pgemu.machine.short import column, counted, html_table
@@ -36,8 +37,6 @@ from pgemu_kernels.words.operations import PAGE_4K
 from pgemu_kernels.words.table_words import Edit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pgemu.machine.core import Core
     from pgemu.tables.translation import Access, Kind, Translation
 
@@ -80,8 +79,8 @@ class EditResult(NamedTuple):
 class EditResults(NamedTuple):
     """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
 
-    status: Array
-    detail: Array
+    status: I64
+    detail: U64
     flush: Flush | None
     records: int
 
@@ -152,7 +151,7 @@ class PageTable(OfMachine):
             raise ValueError(f"{', '.join(parameters)}: expected none beside a format that is made")
         return cls(machine, fmt)
 
-    def destroy(self, *, log: Array | None = None) -> EditResult:
+    def destroy(self, *, log: U64 | None = None) -> EditResult:
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
@@ -162,7 +161,7 @@ class PageTable(OfMachine):
 
     def map(
         self, address: int, physical: int, *, level: int = 1, attributes: int | None = None, replace: bool = False,
-        log: Array | None = None,
+        log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Map one leaf of a level.
 
@@ -175,8 +174,8 @@ class PageTable(OfMachine):
         return self._one(Edit.MAP, address, physical, _size(level), level, self._bits(attributes), flags=flags, log=log)
 
     def map_many(
-        self, addresses: Array, physical: Array, *, level: int = 1, attributes: int | None = None,
-        replace: bool = False, log: Array | None = None,
+        self, addresses: Integers, physical: Integers, *, level: int = 1, attributes: int | None = None,
+        replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n])."""
         flags = _EXACT | (_REPLACE if replace else 0)
@@ -186,7 +185,7 @@ class PageTable(OfMachine):
 
     def map_range(
         self, address: int, physical: int, length: int, *, max_level: int | None = None,
-        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+        attributes: int | None = None, replace: bool = False, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Map [address, address + length) with the largest leaves that both addresses and the length allow.
 
@@ -197,8 +196,8 @@ class PageTable(OfMachine):
         return self._one(Edit.MAP, address, physical, length, level, self._bits(attributes), flags=flags, log=log)
 
     def map_range_many(
-        self, addresses: Array, physical: Array, length: int, *, max_level: int | None = None,
-        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+        self, addresses: Integers, physical: Integers, length: int, *, max_level: int | None = None,
+        attributes: int | None = None, replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """map_range() of `length` bytes at each of `addresses` (uint64[n])."""
         flags = _REPLACE if replace else 0
@@ -209,29 +208,29 @@ class PageTable(OfMachine):
 
     def unmap(
         self, address: int, length: int = PAGE_4K, *, partial: Partial | None = None, tables: Tables | None = None,
-        log: Array | None = None,
+        log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split."""
         flags = self._partial(partial) | self._tables(tables)
         return self._one(Edit.UNMAP, address, 0, length, flags=flags, log=log)
 
     def unmap_many(
-        self, addresses: Array, length: int = PAGE_4K, *, partial: Partial | None = None,
-        tables: Tables | None = None, log: Array | None = None,
+        self, addresses: Integers, length: int = PAGE_4K, *, partial: Partial | None = None,
+        tables: Tables | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """unmap() of `length` bytes at each of `addresses` (uint64[n])."""
         flags = self._partial(partial) | self._tables(tables)
         return self._run(Edit.UNMAP, addresses, _NO_ADDRESS, length, flags=flags, log=log)
 
     def free_tables(
-        self, address: int, length: int, *, tables: Tables = "munmap", log: Array | None = None
+        self, address: int, length: int, *, tables: Tables = "munmap", log: U64 | None = None
     ) -> EditResult:
         """Free the empty tables of a range (free_pgtables()): how many."""
         return self._one(Edit.FREE_TABLES, address, 0, length, flags=self._tables(tables), log=log)
 
     def protect(
         self, address: int, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
-        partial: Partial | None = None, log: Array | None = None,
+        partial: Partial | None = None, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Clear, then set bits of a range's leaves, given as those of a 4K leaf.
 
@@ -241,8 +240,8 @@ class PageTable(OfMachine):
         return self._one(Edit.PROTECT, address, 0, length, 0, set_bits, clear_bits, flags, log)
 
     def protect_many(
-        self, addresses: Array, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
-        partial: Partial | None = None, log: Array | None = None,
+        self, addresses: Integers, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
+        partial: Partial | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """protect() of `length` bytes at each of `addresses` (uint64[n])."""
         flags = self._partial(partial)
@@ -250,7 +249,7 @@ class PageTable(OfMachine):
 
     # ------------------------------------------------------------------ accessed and dirty
 
-    def clear_accessed(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
+    def clear_accessed(self, address: int, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResult:
         """Clear the accessed bit of a range's leaves: `detail` had it. Not flushed, as in Linux.
 
         -EOPNOTSUPP where the hardware sets none. Sources: arch/x86/mm/pgtable.c:ptep_clear_flush_young(),
@@ -258,21 +257,21 @@ class PageTable(OfMachine):
         """
         return self._one(Edit.CLEAR_ACCESSED, address, 0, length, log=log)
 
-    def clear_accessed_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
+    def clear_accessed_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
         """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
         return self._run(Edit.CLEAR_ACCESSED, addresses, _NO_ADDRESS, length, log=log)
 
-    def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
+    def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResult:
         """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected."""
         return self._one(Edit.CLEAR_DIRTY, address, 0, length, log=log)
 
-    def clear_dirty_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
+    def clear_dirty_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
         """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
         return self._run(Edit.CLEAR_DIRTY, addresses, _NO_ADDRESS, length, log=log)
 
     # ------------------------------------------------------------------ split and collapse
 
-    def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None) -> EditResult:
+    def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: U64 | None = None) -> EditResult:
         """Split the leaves over a range until none is larger than `level`: how many splits.
 
         x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
@@ -281,12 +280,12 @@ class PageTable(OfMachine):
         return self._one(Edit.SPLIT, address, 0, length, level, log=log)
 
     def split_many(
-        self, addresses: Array, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None
+        self, addresses: Integers, length: int = PAGE_4K, *, level: int = 1, log: U64 | None = None
     ) -> EditResults:
         """split() of `length` bytes at each of `addresses` (uint64[n])."""
         return self._run(Edit.SPLIT, addresses, _NO_ADDRESS, length, level, log=log)
 
-    def collapse(self, address: int, *, level: int = 2, log: Array | None = None) -> EditResult:
+    def collapse(self, address: int, *, level: int = 2, log: U64 | None = None) -> EditResult:
         """Put one leaf of `level` in the place of 512 that follow one another and are alike; `detail` is 1 then.
 
         Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
@@ -295,13 +294,13 @@ class PageTable(OfMachine):
         """
         return self._one(Edit.COLLAPSE, address, 0, _size(level), level, log=log)
 
-    def collapse_many(self, addresses: Array, *, level: int = 2, log: Array | None = None) -> EditResults:
+    def collapse_many(self, addresses: Integers, *, level: int = 2, log: U64 | None = None) -> EditResults:
         """collapse() at each of `addresses` (uint64[n])."""
         return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, _size(level), level, log=log)
 
     # ------------------------------------------------------------------ entries
 
-    def store(self, address: int, entry: int, *, level: int = 1, log: Array | None = None) -> EditResult:
+    def store(self, address: int, entry: int, *, level: int = 1, log: U64 | None = None) -> EditResult:
         """Store any value in the entry of `level` over `address`: `detail` is what was there.
 
         -ENOENT without a table of that level, -EBUSY over a table, -EINVAL for an entry that points to a table, and
@@ -336,8 +335,8 @@ class PageTable(OfMachine):
 
     def translate(
         self,
-        addresses: Sequence[int] | Array,
-        kinds: Kind | Sequence[int] | Array | None = None,
+        addresses: Integers,
+        kinds: Kind | Integers | None = None,
         access: Access | None = None,
         *,
         references: bool = False,
@@ -348,7 +347,7 @@ class PageTable(OfMachine):
         self._check_root()
         return translate(self.machine, self._row, self.root, addresses, kinds, access, references=references)
 
-    def table_pages(self) -> dict[int, Array]:
+    def table_pages(self) -> dict[int, U64]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
         fmt = self.format
         self._check_root()
@@ -364,7 +363,7 @@ class PageTable(OfMachine):
             found[level - 1] = pages
         return found
 
-    def recount(self, owner: Array) -> list[tuple[W.Broken, int]]:
+    def recount(self, owner: U8) -> list[tuple[W.Broken, int]]:
         """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
 
         A frame that has an owner already, and a table whose kept count is not that of its present entries.
@@ -410,7 +409,7 @@ class PageTable(OfMachine):
 
     def _one(
         self, op: Edit, address: int, physical: int = 0, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+        clear_bits: int = 0, flags: int = 0, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """One edit at one address."""
         at, to = np.array([address], np.uint64), np.array([physical], np.uint64)
@@ -418,8 +417,8 @@ class PageTable(OfMachine):
         return EditResult(int(status[0]), int(detail[0]), flush, records)
 
     def _run(
-        self, op: Edit, addresses: Array, physical: Array, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+        self, op: Edit, addresses: Any, physical: Any, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
+        clear_bits: int = 0, flags: int = 0, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """One edit at each address."""
         from pgemu_kernels.run.entries import edit
@@ -476,7 +475,7 @@ def _size(level: int) -> int:
     return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K
 
 
-def _log_words(log: Array | None) -> Array:
+def _log_words(log: U64 | None) -> Array:
     if log is None:
         return _NO_LOG
     if not isinstance(log, np.ndarray):

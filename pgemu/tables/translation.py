@@ -14,13 +14,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pgemu.machine.arguments import guards
+from pgemu.machine.arrays import U8, U64, Integers
 from pgemu.machine.columns import column_of
 from pgemu.machine.core import row_of_format
 from pgemu.machine.field_rules import amount, shown
@@ -53,12 +53,12 @@ class References(NamedTuple):
     2 one of stage 2; 0 in a walk of one stage.
     """
 
-    reads: Array
-    read_counts: Array
-    writes: Array
-    write_counts: Array
-    read_stages: Array
-    write_stages: Array
+    reads: U64
+    read_counts: U8
+    writes: U64
+    write_counts: U8
+    read_stages: U8
+    write_stages: U8
 
     def __repr__(self) -> str:
         return f"References(read_counts={column(self.read_counts)}, write_counts={column(self.write_counts)})"
@@ -74,10 +74,10 @@ class Translation(NamedTuple):
     0 for a general protection fault, an EPT misconfiguration and OUTSIDE_MEMORY. references: if asked for.
     """
 
-    physical: Array
-    status: Array
-    level: Array
-    error: Array
+    physical: U64
+    status: U8
+    level: U8
+    error: U64
     references: References | None = None
 
     def __repr__(self) -> str:
@@ -87,7 +87,7 @@ class Translation(NamedTuple):
         return html_walks(self, WalkStatus, {"level": self.level, "error": self.error})
 
 
-def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
+def _kinds(kinds: int | Integers, count: int) -> U8:
     """The codes as uint8[1] or uint8[n]. TypeError and ValueError for others."""
     if type(kinds) is Kind:
         return _CODES[kinds]
@@ -103,11 +103,12 @@ def _checked_root(name: str, root: int) -> np.uint64:
     return np.uint64(root)
 
 
-def _checked_out(out: Any, count: int) -> tuple[Array, Array, Array, Array]:
+def _checked_out(out: Any, count: int) -> tuple[U64, U8, U8, U64]:
     """The arrays of an earlier translation, to be filled again."""
     if not isinstance(out, Translation):
         raise TypeError(f"out {shown(out)} ({type(out).__name__}): expected a Translation")
-    for array, dtype in zip(out[:4], (_WORD, _BYTE, _BYTE, _WORD), strict=True):
+    arrays: tuple[Any, ...] = out[:4]
+    for array, dtype in zip(arrays, (_WORD, _BYTE, _BYTE, _WORD), strict=True):
         fits = isinstance(array, np.ndarray) and array.shape == (count,) and array.dtype == dtype
         if not fits or not array.flags.carray:
             raise ValueError(f"out {shown(out)}: expected arrays of {count} elements, as an earlier call gave them")
@@ -150,8 +151,8 @@ def translate(
     machine: Core,
     format_row: int,
     root: int,
-    addresses: Sequence[int] | Array,
-    kinds: Kind | Sequence[int] | Array | None = None,
+    addresses: Integers,
+    kinds: Kind | Integers | None = None,
     access: Access | None = None,
     *,
     references: bool = False,
@@ -175,7 +176,7 @@ def translated(
     format_row: int,
     root: int,
     given: Array,
-    kinds: Kind | Sequence[int] | Array | None = None,
+    kinds: Kind | Integers | None = None,
     access: Access | None = None,
     references: bool = False,
     out: Translation | None = None,
@@ -214,15 +215,15 @@ class NestedTranslation(NamedTuple):
     of both stages read and written; the latter only counts accessed and dirty bits. references: if asked for.
     """
 
-    physical: Array
-    status: Array
-    stage: Array
-    guest_level: Array
-    host_level: Array
-    error: Array
-    fault_address: Array
-    read_count: Array
-    write_count: Array
+    physical: U64
+    status: U8
+    stage: U8
+    guest_level: U8
+    host_level: U8
+    error: U64
+    fault_address: U64
+    read_count: U64
+    write_count: U64
     references: References | None = None
 
     def __repr__(self) -> str:
@@ -253,8 +254,8 @@ def translate_nested(
     guest_root: int,
     stage2_format: int,
     stage2_root: int,
-    addresses: Sequence[int] | Array,
-    kinds: Kind | Sequence[int] | Array = Kind.READ,
+    addresses: Integers,
+    kinds: Kind | Integers = Kind.READ,
     access: Access | None = None,
     *,
     stage2_access: Access | None = None,

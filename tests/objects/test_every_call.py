@@ -64,7 +64,7 @@ def fits(kind: str, value: Any) -> bool | None:
         return isinstance(value, str)
     if kind == "float":
         return isinstance(value, int | float | np.integer | np.floating) and not truth
-    if kind in ("Array", "Sequence[int]"):
+    if kind in ("Integers", "Sequence[int]"):
         return of_integers(value)
     if kind in (
         "GuestMemfd",
