@@ -15,7 +15,7 @@ import numpy as np
 from pgemu.guest.options import GuestOptions
 from pgemu.guest.processors import Processor
 from pgemu.guest.program import GuestBatch, GuestProgram
-from pgemu.guest.tlb import Tlb, TlbCounts, flushes_of, lookup_control
+from pgemu.guest.tlb import Tlb, TlbCounts, flushes_of, lookup_control, run_lookups
 from pgemu.machine.results import RESULTS_OF, operation_name
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Operation, Records
@@ -126,7 +126,7 @@ class DesignRun:
             batch.at, records.header(), records.object.astype(np.uint64), records.address, records.offset,
             records.length, status, np.zeros(len(records), np.uint64),
         )  # fmt: skip
-        while self.tlb.run(memory.machine, self.machine, control, memory.roots, tuple(columns), (), between):
+        while run_lookups(self.tlb, memory.machine, self.machine, control, memory.roots, tuple(columns), (), between):
             first = int(control[G.LOOK_RECORD])
             last = int(np.searchsorted(batch.at, control[G.LOOK_AT], "right"))
             status[first:last] = self.machine.run(records[first:last]).status

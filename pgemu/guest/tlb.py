@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
 from pgemu.tables.access import rows_of
 from pgemu.tables.page_table import PageTable
+from pgemu.tables.translation import checked_formats, checked_root
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import Family
 from pgemu_kernels.words import guest_words as G
@@ -69,7 +70,8 @@ class TlbLookups(NamedTuple):
         return f"TlbLookups({len(self.found):,}: {missed:,} missed, {int(self.references.sum()):,} references)"
 
 
-@dataclass(frozen=True)
+@guards_methods
+@dataclass(frozen=True, eq=False)
 class TlbCounts:
     """What TLBs were asked, and what they had.
 
@@ -84,6 +86,9 @@ class TlbCounts:
     accesses: I64
     sums: I64
     flushes: int
+
+    def __repr__(self) -> str:
+        return f"TlbCounts({self.total:,}: {self.missed:,} missed, {self.references:,} references)"
 
     @property
     def total(self) -> int:
@@ -105,7 +110,7 @@ class TlbCounts:
         """Entries of tables read by walks, of both stages."""
         return int(self.sums[:, :2].sum())
 
-    def share(self, size: str) -> float:
+    def share(self, size: Literal["4K", "2M", "1G"]) -> float:
         """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none."""
         translated = self.total - self.untranslated
         return int(self.accesses[:, :, LEVELS[size]].sum()) / translated if translated else 0.0
@@ -137,7 +142,7 @@ class Tlb:
     :param vcpus: how many; an access is looked up in those of its actor, modulo these
     """
 
-    def __init__(self, processor: str | Processor = "skylake-sp", *, vcpus: int = 1) -> None:
+    def __init__(self, processor: Processor | str = "skylake-sp", *, vcpus: int = 1) -> None:
         if isinstance(processor, str):
             if processor not in PROCESSORS:
                 known = ", ".join(PROCESSORS)
@@ -199,9 +204,11 @@ class Tlb:
 
         The formats and roots are those of pgemu.tables.translation.translate_nested, the rest as of translate().
         """
+        checked_formats(machine, guest_format, stage2_format)
+        checked_root("stage2_root", stage2_root)
         given = np.array(addresses, np.uint64)
         roots = _roots(space)
-        roots[space] = guest_root
+        roots[space] = checked_root("guest_root", guest_root)
         control = lookup_control((guest_format, stage2_format), (stage2_root, stage2_root), direct=False)
         return self._look_up(machine, control, roots, given, flags, space, actors)
 
@@ -221,38 +228,39 @@ class Tlb:
         told = tuple(np.zeros(count, np.uint8) for _ in range(3))
         # Flushes of the machine are for the caller to make.
         self.words[G.TLB_SEEN] = flushes_of(machine)
-        self.run(machine, machine, control, roots, columns, told)
+        run_lookups(self, machine, machine, control, roots, columns, told)
         return TlbLookups(*told)
-
-    def run(
-        self, guest: Core, machine: Core, control: Array, roots: Array, accesses: tuple[Array, ...],
-        told: tuple[Array, ...] = (), between: tuple[Array, ...] = (),
-    ) -> bool:  # fmt: skip
-        """The kernel, from where `control` (guest_words.LOOK_*) says: whether an operation is for the caller to run.
-
-        accesses: addresses, flags, actors, spaces. told: arrays of TlbLookups, to be filled, or none. between:
-        operations with the place of each, as guest/tlb.py has them, or none.
-        """
-        from pgemu_kernels.run.entries import look_up, loops_of
-
-        nothing = np.zeros(0, np.uint8)
-        columns = between or (*(_NO_WORDS,) * 6, np.zeros(0, np.int64), _NO_WORDS)
-        own, stage2 = (
-            rows_of(core.format_row(int(control[word])), size, None, plain=True)
-            for core, word, size in (
-                (guest, G.LOOK_GUEST_FORMAT, ANYWHERE), (machine, G.LOOK_STAGE2_FORMAT, machine.arrays.ram.nbytes),
-            )
-        )  # fmt: skip
-        return bool(
-            look_up(
-                guest.descriptor, machine.descriptor, self.words, control, self._counts, own, stage2, roots, *accesses,
-                *(told or (nothing,) * 3), *columns, loops_of(),
-            )
-        )  # fmt: skip
 
 
 _MOST_VCPUS, _SPACES = 1 << 10, 1 << 16
 ANYWHERE = 1 << 52  # bytes of memory, for access rows of tables whose words are looked for in both zones
+
+
+def run_lookups(
+    tlb: Tlb, guest: Core, machine: Core, control: Array, roots: Array, accesses: tuple[Array, ...],
+    told: tuple[Array, ...] = (), between: tuple[Array, ...] = (),
+) -> bool:  # fmt: skip
+    """The kernel, from where `control` (guest_words.LOOK_*) says: whether an operation is for the caller to run.
+
+    accesses: addresses, flags, actors, spaces. told: arrays of TlbLookups, to be filled, or none. between:
+    operations with the place of each, as guest/tlb.py has them, or none.
+    """
+    from pgemu_kernels.run.entries import look_up, loops_of
+
+    nothing = np.zeros(0, np.uint8)
+    columns = between or (*(_NO_WORDS,) * 6, np.zeros(0, np.int64), _NO_WORDS)
+    own, stage2 = (
+        rows_of(core.format_row(int(control[word])), size, None, plain=True)
+        for core, word, size in (
+            (guest, G.LOOK_GUEST_FORMAT, ANYWHERE), (machine, G.LOOK_STAGE2_FORMAT, machine.arrays.ram.nbytes),
+        )
+    )  # fmt: skip
+    return bool(
+        look_up(
+            guest.descriptor, machine.descriptor, tlb.words, control, tlb._counts, own, stage2, roots, *accesses,
+            *(told or (nothing,) * 3), *columns, loops_of(),
+        )
+    )  # fmt: skip
 
 
 def _roots(space: int) -> Array:

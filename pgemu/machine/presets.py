@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from pgemu.machine.arguments import guards_methods
 from pgemu.machine.config import Config
 from pgemu.machine.designs import ROWS
 from pgemu.machine.field_rules import checked, shown
@@ -134,6 +135,7 @@ MAINLINE = ("cut-huge-pfn",)
 """Defects of every kernel that the versions are of, 6.12 to 7.3, which are off unless they are asked for."""
 
 
+@guards_methods
 @dataclass(frozen=True)
 class Versions:
     """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.

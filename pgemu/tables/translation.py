@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "WalkStage", "WalkStatus",
-           "translate", "translate_nested", "translated")  # fmt: skip
+           "checked_formats", "checked_root", "translate", "translate_nested", "translated")  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
@@ -97,7 +97,7 @@ def _kinds(kinds: int | Integers, count: int) -> U8:
     return given.astype(np.uint8)
 
 
-def _checked_root(name: str, root: int) -> np.uint64:
+def checked_root(name: str, root: int) -> np.uint64:
     if root >> 52 or root % W.PAGE_4K:
         raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
@@ -196,7 +196,7 @@ def translated(
         physical, status, level, error = _checked_out(out, count)
     reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references)
     _entry()(
-        machine.descriptor, np.uint64(format_row), _checked_root("root", root), given, codes, rows,
+        machine.descriptor, np.uint64(format_row), checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
@@ -233,14 +233,21 @@ class NestedTranslation(NamedTuple):
         return html_walks(self, WalkStatus, {"guest level": self.guest_level, "host level": self.host_level})
 
 
-def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
-    """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
-    names = ("guest_format", "stage2_format")
-    guest, stage2 = (row_of_format(machine, name, row) for name, row in zip(names, rows, strict=True))
+def checked_formats(machine: Core, guest_format: int, stage2_format: int) -> tuple[U64, U64]:
+    """Both rows of formats. ValueError for rows that are none, and for formats that cannot stand there."""
+    guest = row_of_format(machine, "guest_format", guest_format)
+    stage2 = row_of_format(machine, "stage2_format", stage2_format)
     if guest[W.F_FAMILY] != Family.X86 or stage2[W.F_FAMILY] == Family.X86:
         raise ValueError(
-            f"guest_format {rows[0]} and stage2_format {rows[1]}: expected x86-64 tables over EPT, NPT or Arm stage 2"
+            f"guest_format {guest_format} and stage2_format {stage2_format}: expected x86-64 tables over EPT, NPT or "
+            "Arm stage 2"
         )
+    return guest, stage2
+
+
+def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
+    """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
+    guest, stage2 = checked_formats(machine, *rows)
     # Where a guest's table may lie is for stage 2 to say.
     anywhere = 1 << 52
     stage2_rows = rows_of(stage2, machine.arrays.ram.nbytes, accesses[1], plain=False)
@@ -283,8 +290,8 @@ def translate_nested(
     reads, writes, counts = _outputs(count, W.NESTED_READS, W.NESTED_WRITES, references)
     counts = np.zeros(count * 2, np.uint64)
     entry(
-        machine.descriptor, np.uint64(guest_format), _checked_root("guest_root", guest_root), np.uint64(stage2_format),
-        _checked_root("stage2_root", stage2_root), given, _kinds(kinds, count), rows, physical, status, stage,
+        machine.descriptor, np.uint64(guest_format), checked_root("guest_root", guest_root), np.uint64(stage2_format),
+        checked_root("stage2_root", stage2_root), given, _kinds(kinds, count), rows, physical, status, stage,
         levels.reshape(-1), error, fault, reads, writes, counts, np.zeros(W.NESTED_SCRATCH, np.uint64),
         np.uint64(together),
     )  # fmt: skip
