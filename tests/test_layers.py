@@ -47,7 +47,7 @@ PACKAGE = (
     ("experiments",),
     ("report",),
     ("door",),
-    ("cli",),
+    ("cli", "examples"),
     ("__main__",),
 )
 

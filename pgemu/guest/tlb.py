@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,8 +110,10 @@ class TlbCounts:
         """Entries of tables read by walks, of both stages."""
         return int(self.sums[:, :2].sum())
 
-    def share(self, size: Literal["4K", "2M", "1G"]) -> float:
-        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none."""
+    def share(self, size: str) -> float:
+        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none. ValueError for others."""
+        if size not in LEVELS:
+            raise ValueError(f"size {shown(size)}: expected one of {', '.join(LEVELS)}")
         translated = self.total - self.untranslated
         return int(self.accesses[:, :, LEVELS[size]].sum()) / translated if translated else 0.0
 

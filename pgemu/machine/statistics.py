@@ -10,7 +10,7 @@ import numpy as np
 from pgemu.machine.arguments import guards_methods
 from pgemu.machine.arrays import I64
 from pgemu.machine.field_rules import shown
-from pgemu.machine.results import operation_name
+from pgemu.machine.results import operation_name, result_name
 from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
@@ -120,6 +120,27 @@ class Statistics:
         needed = max(1, int(np.ceil(fraction * total)))
         low, high = (bucket_edge(int(np.searchsorted(np.cumsum(row), needed))) for row in rows)
         return low, high
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain dicts by name, without what is zero; times are nanoseconds, (low, high).
+
+        operations: of each kind its count, its outcomes and its estimated kernel time. events: of each kind of
+        operation how often each event was counted for it. gauges: their values now.
+        """
+        operations = {}
+        for op in Operation:
+            if count := self.count(op):
+                outcomes = {result_name(op, status): n for status, n in self.results(op).items()}
+                operations[operation_name(op)] = {"count": count, "outcomes": outcomes, "nanoseconds": self.cost(op)}
+        events = {
+            operation_name(op): {
+                event.name.lower(): int(self.events[op, event]) for event in Event if self.events[op, event]
+            }
+            for op in Operation
+            if self.events[op].any()
+        }
+        gauges = {gauge.name.lower(): self.gauge(gauge) for gauge in Gauge if self.gauge(gauge)}
+        return {"operations": operations, "events": events, "gauges": gauges}
 
 
 def status_of(slot: int) -> int:

@@ -309,17 +309,26 @@ class Vm(OfMachine, but=("touch",)):
         return translated(self.machine, stage2, self._root(private), np.asarray(gpas), kinds, access)
 
     def translate_virtual(
-        self, guest_root: int, addresses: Integers, kinds: Kind | Integers, access: Access | None = None
+        self,
+        guest_root: int,
+        addresses: Integers,
+        kinds: Kind | Integers,
+        access: Access | None = None,
+        *,
+        references: bool = False,
     ) -> NestedTranslation:
         """Translate a guest's virtual addresses (uint64[n]) through its x86-64 tables and stage 2.
 
-        `guest_root`: guest physical address of its top table; see pgemu.tables.translation.translate_nested.
+        guest_root: guest physical address of its top table. references: also list every entry read and written; see
+        pgemu.translate_nested.
         """
         from pgemu.tables.translation import translate_nested
 
         self._check_open()
         stage2 = self.machine.register(W.R_STAGE2_FORMAT)
-        return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
+        return translate_nested(
+            self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access, references=references
+        )
 
     # ------------------------------------------------------------------ what KVM itself maps
 
