@@ -73,7 +73,11 @@ def try_claim(claim: Claim, setting: Setting | None = None) -> Audited:
 
 @guards()
 def audit(only: Iterable[str] = ()) -> list[Audited]:
-    """Try all claims, or those named. ValueError for a name that is none."""
+    """Try all claims, or those named. ValueError for a name that is none.
+
+    >>> [one.verdict.name for one in audit(["no-page-type"])]
+    ['DEPENDS']
+    """
     wanted = list(only)
     known = {claim.name: claim for claim in CLAIMS}
     for name in wanted:

@@ -177,6 +177,11 @@ def run_accesses(
     """Run a stream of accesses (records of GUEST_ACCESS) on a machine of each configuration, in one pass.
 
     vcpus: how many have TLBs of their own; a thread runs on the one of its number modulo these.
+
+    >>> accesses = Records.build(3, op=Operation.GUEST_ACCESS, address=[0x1000, 0x1008, 0x2000])
+    >>> found = run_accesses([accesses], {"pfnmap": Config("pfnmap", pool=1 << 30)}, GuestOptions(guest_memory=1 << 30))
+    >>> found.runs["pfnmap"].counts
+    TlbCounts(3: 2 missed, 7 references)
     """
     program = GuestProgram(options or GuestOptions())
     runs = {name: DesignRun(config, program, Tlb(processor, vcpus=vcpus)) for name, config in configs.items()}

@@ -81,6 +81,15 @@ class TlbCounts:
         sums: int64[3, 4], by what was accessed: entries of the guest's tables read, of stage 2 read; guest physical
             addresses found in their cache, and looked up
         flushes: how many times everything was flushed
+
+    >>> table = Machine(Config()).create_page_table("x86-64")
+    >>> table.map(0x4000_0000, 0x8000_0000).name
+    'ok'
+    >>> tlb = Tlb("skylake-sp")
+    >>> tlb.translate(table, [0x4000_0000, 0x4000_0008]).found.tolist()
+    [2, 0]
+    >>> tlb.counts
+    TlbCounts(2: 1 missed, 4 references)
     """
 
     accesses: I64
@@ -111,14 +120,24 @@ class TlbCounts:
         return int(self.sums[:, :2].sum())
 
     def share(self, size: str) -> float:
-        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none. ValueError for others."""
+        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none.
+
+        ValueError for another size.
+
+        >>> tlb.counts.share("4K")
+        1.0
+        """
         if size not in LEVELS:
             raise ValueError(f"size {shown(size)}: expected one of {', '.join(LEVELS)}")
         translated = self.total - self.untranslated
         return int(self.accesses[:, :, LEVELS[size]].sum()) / translated if translated else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dicts, ints and floats."""
+        """Return plain dicts, ints and floats.
+
+        >>> tlb.counts.to_json()["missed"]
+        1
+        """
         by_kind = {}
         for number, what in enumerate(WHAT):
             rows = self.accesses[number]
@@ -142,6 +161,11 @@ class Tlb:
 
     :param processor: one of PROCESSORS by its name, or one that is made
     :param vcpus: how many; an access is looked up in those of its actor, modulo these
+
+    >>> table = Machine(Config()).create_page_table("x86-64")
+    >>> table.map_range(0x4000_0000, physical=0x8000_0000, length=4 << 20).detail
+    2
+    >>> tlb = Tlb("skylake-sp")
     """
 
     def __init__(self, processor: Processor | str = "skylake-sp", *, vcpus: int = 1) -> None:
@@ -172,7 +196,11 @@ class Tlb:
         return TlbCounts(accesses, sums, int(self.words[G.TLB_FLUSHES]))
 
     def flush(self) -> None:
-        """Forget every translation and cached entry, of all vCPUs."""
+        """Forget every translation and cached entry, of all vCPUs.
+
+        >>> tlb.translate(table, [0x4000_0000]), tlb.flush(), tlb.translate(table, [0x4000_0000])
+        (TlbLookups(1: 1 missed, 3 references), None, TlbLookups(1: 1 missed, 3 references))
+        """
         first = int(self.words[G.TLB_AREA])
         self.words[first:] = 0
         rows = self.words[int(G.TLB_ROWS) : int(G.TLB_ROWS) + int(self.words[G.TLB_LAST]) * G.CACHE_WORDS]
@@ -188,6 +216,9 @@ class Tlb:
         flags: Flag.WRITE, Flag.EXEC or none, of each access, or one for all. space: the tag of the table's entries,
         below 65536. actors: the vCPU of each access, or one for all. ValueError for what does not fit, and for a table
         of another format than x86-64, EPT and NPT.
+
+        >>> tlb.translate(table, [0x4000_0000, 0x4000_1000, 0x4020_0000]).found.tolist()
+        [2, 0, 2]
         """
         if table.format.family not in (Family.X86, Family.EPT, Family.NPT):
             raise ValueError(f"table {table!r}: expected one of format x86-64, EPT or NPT")
@@ -205,6 +236,11 @@ class Tlb:
         """Look up accesses (uint64[n]) of a guest whose tables lie in its memory, through stage 2, in order.
 
         The formats and roots are those of pgemu.tables.translation.translate_nested, the rest as of translate().
+
+        >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+        >>> vm = machine.create_vm()
+        >>> tlb.translate_nested(machine, 0, 0x1000, 1, vm.root, [0x7F00_0000_0000]).levels.tolist()  # none
+        [0]
         """
         checked_formats(machine, guest_format, stage2_format)
         checked_root("stage2_root", stage2_root)

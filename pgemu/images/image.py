@@ -71,6 +71,15 @@ class Image:
     left out because it was not understood, a line each. kernel, configuration: of the kernel whose memory it is, where
     its notes say ("6.12.107-amd64"; "7.3" and "debian" of a machine's), else "". Not to be used after the file was made
     shorter: the system then ends the process.
+
+    >>> import tempfile
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     machine.write_image(f"{folder}/m.elf")
+    ...     image = open_image(f"{folder}/m.elf")
+    >>> root = image.roots[0]
+    >>> root.name, root.format
+    ('kernel', 'x86-64')
     """
 
     def __init__(
@@ -104,7 +113,11 @@ class Image:
     # ------------------------------------------------------------------ reading
 
     def read(self, address: int, count: int) -> bytes:
-        """`count` bytes at a physical address. ValueError if the image does not hold them all."""
+        """`count` bytes at a physical address. ValueError if the image does not hold them all.
+
+        >>> image.read(root.address, 8) == image.words(root.address, 1).tobytes()
+        True
+        """
         pieces = []
         end = address + count
         while address < end:
@@ -119,18 +132,30 @@ class Image:
         return b"".join(pieces)
 
     def words(self, address: int, count: int) -> U64:
-        """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all."""
+        """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all.
+
+        >>> image.words(root.address, 512).size
+        512
+        """
         part = self._part_of(address)
         if part is not None and part.offset != _ZEROES and 0 <= count * 8 <= part.end - address:
             return np.frombuffer(self._data, "<u8", count, part.offset + address - part.start)
         return np.frombuffer(self.read(address, count * 8), "<u8")
 
     def holds(self, addresses: Integers) -> Bools:
-        """bool[n]: whether the image holds the word at each physical address (uint64[n])."""
+        """bool[n]: whether the image holds the word at each physical address (uint64[n]).
+
+        >>> image.holds([root.address, 1 << 50]).tolist()
+        [True, False]
+        """
         return self._find(np.asarray(addresses, np.uint64), self._range_starts, self._range_sizes)[1]
 
     def load(self, addresses: Integers) -> U64:
-        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all."""
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all.
+
+        >>> hex(image.load([root.address + 8 * 273])[0] & 0xFFF)
+        '0x0'
+        """
         if not self._parts:
             raise ValueError(f"image {self.path}: it is closed, expected one that is not")
         given = np.asarray(addresses, np.uint64)
@@ -162,7 +187,12 @@ class Image:
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Forget the file. Arrays that `words` returned stay valid and keep it mapped."""
+        """Forget the file. Arrays that `words` returned stay valid and keep it mapped.
+
+        >>> image.close()
+        >>> image.ranges
+        []
+        """
         self._data = memoryview(b"")
         self._parts, self._starts, self.ranges = [], [], []
         self._part_starts = self._part_sizes = self._range_starts = self._range_sizes = np.zeros(0, np.uint64)
@@ -189,6 +219,13 @@ def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Im
     TypeError or ValueError for another format and for what names no file.
 
     :raises InputError: the file cannot be read, is no image, or is not whole
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Machine(Config()).write_image(f"{folder}/m.elf")
+    ...     image = open_image(f"{folder}/m.elf")
+    >>> image.roots[0].name
+    'kernel'
     """
     name = os.fspath(path)
     data = _map(name)

@@ -28,6 +28,9 @@ class PhysicalMemory(OfMachine):
     """Physical addresses of a machine: the metadata zone, whose frames are `ram`, and the HugeTLB zone.
 
     A frame of the HugeTLB zone that was never written holds zeroes. See Core.words() and Core.load().
+
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> memory = machine.memory
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -42,14 +45,22 @@ class PhysicalMemory(OfMachine):
         return f"PhysicalMemory(metadata below {self._ram_end:#x}, HugeTLB {self._pool_start:#x}-{self._pool_end:#x})"
 
     def holds(self, addresses: Integers) -> Bools:
-        """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
+        """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory.
+
+        >>> memory.holds([0x1000, 1 << 51]).tolist()
+        [True, False]
+        """
         start, end = np.uint64(self._pool_start), np.uint64(self._pool_end)
         given = np.asarray(addresses, np.uint64)
         inside: Bools = (given < np.uint64(self._ram_end)) | ((given >= start) & (given < end))
         return inside
 
     def words(self, address: int, count: int) -> U64:
-        """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory."""
+        """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory.
+
+        >>> memory.words(0x1000, 4).tolist()
+        [0, 0, 0, 0]
+        """
         if address & 7:
             raise ValueError(f"address {address:#x}: expected a multiple of 8")
         end = address + count * 8
@@ -63,7 +74,11 @@ class PhysicalMemory(OfMachine):
         return found
 
     def load(self, addresses: Integers) -> U64:
-        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory."""
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory.
+
+        >>> memory.load([0x1000, 0x1008]).tolist()
+        [0, 0]
+        """
         given = np.asarray(addresses, np.uint64)
         if (given & np.uint64(7)).any() or not self.holds(given).all():
             raise ValueError(f"addresses {shown(addresses)}: expected multiples of 8 within the machine's memory")
@@ -87,6 +102,9 @@ class PhysicalMemory(OfMachine):
         """[(start, end)] in bytes, ascending: every frame that was ever handed out or has contents, and few others.
 
         At most _RANGES ranges: where use is scattered the narrowest gaps between them are included.
+
+        >>> all(start < end for start, end in memory.ranges())
+        True
         """
         used = np.concatenate([self.metadata_frames(), *self._guest_frames()])
         if not used.size:
@@ -103,7 +121,11 @@ class PhysicalMemory(OfMachine):
         return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def metadata_frames(self) -> I64:
-        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
+        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use.
+
+        >>> memory.metadata_frames().dtype
+        dtype('int64')
+        """
         state = self._arrays.state
         order = np.arange(int(state[W.R_FRESH]), dtype=np.uint64)
         frames = order * state[W.R_SEED_MULTIPLIER] + state[W.R_SEED_OFFSET] & state[W.R_FRAMES_MASK]
@@ -128,6 +150,11 @@ class PhysicalMemory(OfMachine):
         """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending.
 
         ValueError for what is no range of frames of one zone.
+
+        >>> start, end = memory.ranges()[0]
+        >>> address, words = next(memory.pieces(start, end))
+        >>> start <= address < end, words.size % 512
+        (True, 0)
         """
         inside = start <= end <= self._ram_end or self._pool_start <= start <= end <= self._pool_end
         if not inside or (start | end) & 0xFFF:

@@ -142,6 +142,9 @@ class Versions:
 
     as_posted: with the defects, too, that have a known fix. ValueError for a name that is none, TypeError for what is
     no name.
+
+    >>> Versions("rfc2")
+    Versions(like='rfc2', pfnmap='corrected', as_posted=False)
     """
 
     like: str = "dec2025"
@@ -160,7 +163,11 @@ class Versions:
             raise TypeError(f"as_posted {found}: expected True or False")
 
     def fields(self, design: str) -> dict[str, Any]:
-        """Return the fields of Config that these versions give a design."""
+        """Return the fields of Config that these versions give a design.
+
+        >>> Versions("rfc2").fields("pfnmap")
+        {'punch': 'zero', 'kernel': '6.18', 'defects': ()}
+        """
         version = LIKE[self.like]
         if design == "pfnmap":
             own = PFNMAP[self.pfnmap].defects
@@ -176,6 +183,9 @@ class Versions:
         defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed. Without a `page_size`
         it is Config's, or the only one that the version knows.
         ValueError for what Config refuses, and for pages of a size that the version does not know.
+
+        >>> Versions("next").configuration("pfnmap")
+        Config('pfnmap', page_size=4 << 10, punch='zero')
         """
         given = {name: value for name, value in given.items() if value is not None}
         fields = self.fields(design)
@@ -190,7 +200,11 @@ class Versions:
         return Config(design, **{**fields, **given})  # type: ignore[arg-type]
 
     def mixed(self, design: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those fields given by hand that differ from these versions', and their values."""
+        """Return those fields given by hand that differ from these versions', and their values.
+
+        >>> Versions("rfc2").mixed("restructure", {"order": "fixup", "batch": "range"})
+        {'order': 'fixup'}
+        """
         own = self.fields(design)
         found = {name: value for name, value in given.items() if name in own and name != "defects"}
         return {name: value for name, value in found.items() if value is not None and value != own[name]}

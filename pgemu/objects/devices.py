@@ -320,6 +320,14 @@ class Ioas(IoSpace):
     """An IOAS of iommufd: memory is pinned (VmPin) while a device is attached. Made by Machine.create_iommufd().
 
     drivers/iommu/iommufd/ioas.c. Addresses are whole pages, also without a device.
+
+    >>> machine = Machine(Config("restructure", pool=2 << 20, page_size=2 << 20, buddy=2 << 20))
+    >>> process, ioas = machine.create_process(), machine.create_iommufd().create_ioas()
+    >>> process.mmap_anonymous(0x80_0000, 1 << 20).name
+    'ok'
+    >>> device = ioas.attach()
+    >>> ioas.map(0x10000, 8192, process, 0x80_0000).name
+    'ok'
     """
 
     def __init__(self, machine: Core, unit: Unit, guest_memfd: Unmaps, **parameters: Any) -> None:

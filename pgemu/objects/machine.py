@@ -44,13 +44,13 @@ _HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENC
 class Machine(Core):
     """A machine of one design: physical memory, page tables, folios, guest_memfd inodes, processes, VMs.
 
-    >>> machine = Machine(Config("pfnmap", pool=4 << 30))
-    >>> gmem = machine.create_guest_memfd(4 << 30, shared=False)
+    >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20, buddy=8 << 20))
+    >>> gmem = machine.create_guest_memfd(4 << 20)
     >>> vm = machine.create_vm(protected=True)
-    >>> vm.bind(gmem, gpa=0).status
-    0
-    >>> vm.touch(0x1234000).detail  # level 3: a 1G leaf
-    3
+    >>> vm.bind(gmem, gpa=0).name
+    'ok'
+    >>> vm.touch(0x1234).detail  # level 2: a 2M leaf
+    2
 
     Not thread-safe; two machines may run on two threads, kernels release the GIL.
     Errors that a kernel returns are results. OSError (ENOMEM, EINVAL, ENOSPC) comes only from creating

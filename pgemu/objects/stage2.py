@@ -47,7 +47,12 @@ class Stage2(NamedTuple):
         return html_table(("gpa", "level", "entry"), rows, len(self.leaves))
 
     def leaf_counts(self) -> tuple[int, int, int]:
-        """Leaves of 4K, 2M and 1G."""
+        """Leaves of 4K, 2M and 1G.
+
+        >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+        >>> machine.create_vm().stage2().leaf_counts()
+        (0, 0, 0)
+        """
         counts = np.bincount(self.leaves["level"], minlength=4)
         return int(counts[1]), int(counts[2]), int(counts[3])
 

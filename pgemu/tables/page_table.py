@@ -103,6 +103,11 @@ class PageTable(OfMachine):
     KVM does. `tables` tells which empty tables are freed: "munmap" all, "madvise" the last-level ones that the range
     covers (CONFIG_PT_RECLAIM), "zap" none. None is what Linux does with the format: a process splits and frees at
     munmap, KVM on x86 goes whole and frees none, on Arm it goes whole and frees.
+
+    >>> machine = Machine(Config())
+    >>> table = machine.create_page_table("x86-64")
+    >>> table.map_range(0x4000_0000, 0x8000_0000, 4 << 20)
+    EditResult(status=0, detail=2, flush=None, records=0)
     """
 
     machine: Core
@@ -144,7 +149,11 @@ class PageTable(OfMachine):
 
     @classmethod
     def create(cls, machine: Core, fmt: PageFormat | str, **parameters: Any) -> PageTable:
-        """See Machine.create_page_table."""
+        """See Machine.create_page_table.
+
+        >>> PageTable.create(machine, "ept").format.name
+        'ept'
+        """
         if isinstance(fmt, str):
             return cls(machine, format_of(fmt, parameters))
         if parameters:
@@ -152,7 +161,11 @@ class PageTable(OfMachine):
         return cls(machine, fmt)
 
     def destroy(self, *, log: U64 | None = None) -> EditResult:
-        """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
+        """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone.
+
+        >>> table.destroy().name, table.root
+        ('ok', 0)
+        """
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
         return result

@@ -277,6 +277,12 @@ def translate_nested(
     references: also list every entry read and written. together: how many walks are interleaved, at most 64;
     1 walks one after the other (to see what interleaving brings).
     TypeError and ValueError for formats, kinds, roots or `together` that cannot be.
+
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> vm = machine.create_vm()
+    >>> found = translate_nested(machine, 0, 0x1000, 1, vm.root, [0x7F00_0000_0000], Kind.READ)
+    >>> WalkStatus(found.status[0]).name, WalkStage(found.stage[0]).name  # the guest's top table is not mapped yet
+    ('NOT_PRESENT', 'TABLE')
     """
     from pgemu_kernels.run.entries import translate_nested as entry
 
