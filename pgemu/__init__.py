@@ -117,7 +117,8 @@ _PLACES = {
         "pgemu.errors": ("InputError",),
     },
     "tables": {
-        "pgemu.tables.page_table": ("PageTable", "EditResult", "EditResults"),
+        "pgemu.tables.page_table": ("PageTable",),
+        "pgemu.tables.edits": ("EditResult", "EditResults"),
         "pgemu.tables.flush": ("Flush",),
         "pgemu.tables.walked": ("Walk",),
         "pgemu.tables.translation": ("translate", "translate_nested", "Translation", "NestedTranslation", "References"),

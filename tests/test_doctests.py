@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import doctest
 import enum
+import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,11 @@ def run(found: doctest.DocTest, names: dict[str, Any]) -> str:
     return "".join(said)
 
 
+MODULES = [
+    "pgemu", "pgemu.cost", "pgemu.guest.program", "pgemu.guest.tlb", "pgemu.machine.presets",
+    "pgemu.tables.invalidation",
+    "pgemu.tables.page_table", "pgemu.tables.translation", "pgemu.trace",
+]  # fmt: skip
 ALL = {name: (one, owner) for name, one, owner in public()}
 WITH = [name for name, (one, _) in ALL.items() if examples(one, name).examples]
 
@@ -72,6 +78,13 @@ def test_the_example_is_true(name: str) -> None:
     finally:
         for design in ROWS.keys() - {*DESIGNS}:
             del ROWS[design]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_example_of_a_module_is_true(module: str) -> None:
+    found = examples(importlib.import_module(module), module)
+    assert found.examples
+    assert run(found, {"__name__": "example"} | vars(importlib.import_module(module))) == ""
 
 
 @pytest.mark.same_with_checks

@@ -197,7 +197,7 @@ class Versions:
             raise ValueError(f"pages of {_SIZES[page_size]}: {self.like} knows pages of {known} only")
         own = {name for name in fields.pop("defects", ()) if name != "uptodate-unzeroed" or "zero" not in given}
         fields |= {"defects": tuple(sorted(own | set(defects)))}
-        return Config(design, **{**fields, **given})  # type: ignore[arg-type]
+        return Config(design, **{**fields, **given})
 
     def mixed(self, design: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return those fields given by hand that differ from these versions', and their values.

@@ -18,15 +18,15 @@ Every edit returns what must be flushed from TLBs, on request the entries it rea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
-from pgemu.machine.arrays import I64, U8, U64, Integers
+from pgemu.machine.arrays import U8, U64, Integers
 from pgemu.machine.field_rules import shown
-from pgemu.machine.results import Results, status_name
-from pgemu.machine.short import column, counted, html_table
+from pgemu.machine.short import html_table
+from pgemu.tables.edits import EditResult as EditResult, EditResults as EditResults, log_words, size_of
 from pgemu.tables.flush import Flush
 from pgemu.tables.formats import format_of
 from pgemu.tables.walked import Walk, walked
@@ -46,52 +46,7 @@ Tables = Literal["munmap", "madvise", "zap"]
 
 _TABLE_FLAGS = {"munmap": int(W.EDIT_FREE), "madvise": int(W.EDIT_FREE_COVERED), "zap": 0}
 _REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
-_LOG = "a writable uint64 array of shape (n, 3)"
-_NO_LOG, _NO_ADDRESS = np.zeros(0, np.uint64), np.zeros(1, np.uint64)
-
-
-class EditResult(NamedTuple):
-    """What an edit returned.
-
-    status: 0 or -errno. detail: how many leaves (or tables, where those are freed) it changed, or the entry that was
-    there (`store`); after a failure the offset in bytes up to which it came. flush: None if nothing is to be flushed.
-    records: how many records the log asked for; more than it has room for were not written.
-    """
-
-    status: int
-    detail: int
-    flush: Flush | None
-    records: int
-
-    @property
-    def name(self) -> str:
-        """What it returned, by name: "ok", "-EEXIST"."""
-        return status_name(None, self.status)
-
-    def __repr__(self) -> str:
-        status = self.name if self.status else 0
-        return f"EditResult(status={status}, detail={self.detail}, flush={self.flush}, records={self.records})"
-
-    def _repr_html_(self) -> str:
-        return html_table(("status", "detail", "flush"), [(self.name, self.detail, self.flush)])
-
-
-class EditResults(NamedTuple):
-    """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
-
-    status: I64
-    detail: U64
-    flush: Flush | None
-    records: int
-
-    def __repr__(self) -> str:
-        results = Results(self.status, self.detail)
-        about = f"{self.status.size:,}: {counted(results.outcomes)}; detail={column(self.detail)}"
-        return f"EditResults({about}, flush={self.flush}, records={self.records})"
-
-    def _repr_html_(self) -> str:
-        outcomes = Results(self.status, self.detail).outcomes
-        return html_table(("status", "how many"), outcomes.items(), len(outcomes))
+_NO_ADDRESS = np.zeros(1, np.uint64)
 
 
 class PageTable(OfMachine):
@@ -182,18 +137,27 @@ class PageTable(OfMachine):
         replace: what is mapped there goes as on a fault of a VM: tables are torn down, larger leaves split (Arm:
         dropped, the rest to be faulted in again); otherwise -EEXIST. -EINVAL: alignment, reserved bits, level.
         -ERANGE: beyond the input addresses. -ENOMEM: tables linked by then stay. -EAGAIN: the entry is frozen.
+
+        >>> table.map(0x5000_0000, 0x1000), table.map(0x5000_0000, 0x1000).name
+        (EditResult(status=0, detail=1, flush=None, records=0), '-EEXIST')
         """
         flags = _EXACT | (_REPLACE if replace else 0)
-        return self._one(Edit.MAP, address, physical, _size(level), level, self._bits(attributes), flags=flags, log=log)
+        return self._one(
+            Edit.MAP, address, physical, size_of(level), level, self._bits(attributes), flags=flags, log=log
+        )
 
     def map_many(
         self, addresses: Integers, physical: Integers, *, level: int = 1, attributes: int | None = None,
         replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n])."""
+        """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n]).
+
+        >>> table.map_many([0x5000_0000, 0x5000_1000], [0x1000, 0x2000]).detail.tolist()
+        [1, 1]
+        """
         flags = _EXACT | (_REPLACE if replace else 0)
         return self._run(
-            Edit.MAP, addresses, physical, _size(level), level, self._bits(attributes), flags=flags, log=log
+            Edit.MAP, addresses, physical, size_of(level), level, self._bits(attributes), flags=flags, log=log
         )
 
     def map_range(
@@ -203,6 +167,9 @@ class PageTable(OfMachine):
         """Map [address, address + length) with the largest leaves that both addresses and the length allow.
 
         The first leaf that cannot be mapped ends it; those before it stay. Errors as for `map`.
+
+        >>> table.map_range(0x6000_0000, 0x1000_0000, 3 << 20).detail  # one leaf of 2M, 256 of 4K
+        257
         """
         flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
@@ -212,7 +179,11 @@ class PageTable(OfMachine):
         self, addresses: Integers, physical: Integers, length: int, *, max_level: int | None = None,
         attributes: int | None = None, replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """map_range() of `length` bytes at each of `addresses` (uint64[n])."""
+        """map_range() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.map_range_many([0x6000_0000, 0x7000_0000], [0, 2 << 20], 2 << 20).detail.tolist()
+        [1, 1]
+        """
         flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
         return self._run(Edit.MAP, addresses, physical, length, level, self._bits(attributes), flags=flags, log=log)
@@ -223,7 +194,11 @@ class PageTable(OfMachine):
         self, address: int, length: int = PAGE_4K, *, partial: Partial | None = None, tables: Tables | None = None,
         log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
-        """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split."""
+        """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split.
+
+        >>> table.unmap(0x4000_1000).flush
+        Flush(0x40000000, 0x40200000, level=1)
+        """
         flags = self._partial(partial) | self._tables(tables)
         return self._one(Edit.UNMAP, address, 0, length, flags=flags, log=log)
 
@@ -231,14 +206,22 @@ class PageTable(OfMachine):
         self, addresses: Integers, length: int = PAGE_4K, *, partial: Partial | None = None,
         tables: Tables | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """unmap() of `length` bytes at each of `addresses` (uint64[n])."""
+        """unmap() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.unmap_many([0x4000_0000, 0x4020_0000], 2 << 20)
+        EditResults(2: 2 ok; detail=[1 1], flush=Flush(0x40000000, 0x40400000, level=2, freed_tables=True), records=0)
+        """
         flags = self._partial(partial) | self._tables(tables)
         return self._run(Edit.UNMAP, addresses, _NO_ADDRESS, length, flags=flags, log=log)
 
     def free_tables(
         self, address: int, length: int, *, tables: Tables = "munmap", log: U64 | None = None
     ) -> EditResult:
-        """Free the empty tables of a range (free_pgtables()): how many."""
+        """Free the empty tables of a range (free_pgtables()): how many.
+
+        >>> table.unmap(0x4000_0000, 4 << 20, tables="zap").name, table.free_tables(0x4000_0000, 1 << 30).detail
+        ('ok', 2)
+        """
         return self._one(Edit.FREE_TABLES, address, 0, length, flags=self._tables(tables), log=log)
 
     def protect(
@@ -248,6 +231,9 @@ class PageTable(OfMachine):
         """Clear, then set bits of a range's leaves, given as those of a 4K leaf.
 
         -EINVAL for address and type bits and where a leaf would be absent, reserved or misconfigured.
+
+        >>> table.protect(0x4000_0000, 2 << 20, clear_bits=2).flush  # bit 1: writable
+        Flush(0x40000000, 0x40200000, level=2)
         """
         flags = self._partial(partial)
         return self._one(Edit.PROTECT, address, 0, length, 0, set_bits, clear_bits, flags, log)
@@ -256,7 +242,11 @@ class PageTable(OfMachine):
         self, addresses: Integers, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
         partial: Partial | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """protect() of `length` bytes at each of `addresses` (uint64[n])."""
+        """protect() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.protect_many([0x4000_0000, 0x4020_0000], 2 << 20, clear_bits=2).detail.tolist()
+        [1, 1]
+        """
         flags = self._partial(partial)
         return self._run(Edit.PROTECT, addresses, _NO_ADDRESS, length, 0, set_bits, clear_bits, flags, log)
 
@@ -267,19 +257,34 @@ class PageTable(OfMachine):
 
         -EOPNOTSUPP where the hardware sets none. Sources: arch/x86/mm/pgtable.c:ptep_clear_flush_young(),
         arch/arm64/kvm/hyp/pgtable.c:kvm_pgtable_stage2_test_clear_young().
+
+        >>> table.clear_accessed(0x4000_0000, 4 << 20).detail
+        2
         """
         return self._one(Edit.CLEAR_ACCESSED, address, 0, length, log=log)
 
     def clear_accessed_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
-        """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+        """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it.
+
+        >>> table.clear_accessed_many([0x4000_0000, 0x4000_0000]).detail.tolist()
+        [1, 0]
+        """
         return self._run(Edit.CLEAR_ACCESSED, addresses, _NO_ADDRESS, length, log=log)
 
     def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResult:
-        """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected."""
+        """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected.
+
+        >>> table.clear_dirty(0x4000_0000, 4 << 20)
+        EditResult(status=0, detail=2, flush=Flush(0x40000000, 0x40400000, level=2), records=0)
+        """
         return self._one(Edit.CLEAR_DIRTY, address, 0, length, log=log)
 
     def clear_dirty_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
-        """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+        """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it.
+
+        >>> table.clear_dirty_many([0x4000_0000, 0x4000_0000]).detail.tolist()
+        [1, 0]
+        """
         return self._run(Edit.CLEAR_DIRTY, addresses, _NO_ADDRESS, length, log=log)
 
     # ------------------------------------------------------------------ split and collapse
@@ -289,13 +294,20 @@ class PageTable(OfMachine):
 
         x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
         as stage2_split_walker() does, where 513 frames are left. -ENOENT without a leaf, -ENOMEM.
+
+        >>> table.split(0x4000_0000, 4 << 20).detail
+        2
         """
         return self._one(Edit.SPLIT, address, 0, length, level, log=log)
 
     def split_many(
         self, addresses: Integers, length: int = PAGE_4K, *, level: int = 1, log: U64 | None = None
     ) -> EditResults:
-        """split() of `length` bytes at each of `addresses` (uint64[n])."""
+        """split() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.split_many([0x4000_0000, 0x4020_0000]).detail.tolist()
+        [1, 1]
+        """
         return self._run(Edit.SPLIT, addresses, _NO_ADDRESS, length, level, log=log)
 
     def collapse(self, address: int, *, level: int = 2, log: U64 | None = None) -> EditResult:
@@ -304,12 +316,15 @@ class PageTable(OfMachine):
         Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
         KVM does this when dirty logging ends (recover_huge_pages_range()); 6.12 dropped the table and left the entry
         empty, which is unmap() of the range and free_tables().
+
+        >>> table.split(0x4000_0000).detail, table.collapse(0x4000_0000).detail
+        (1, 1)
         """
-        return self._one(Edit.COLLAPSE, address, 0, _size(level), level, log=log)
+        return self._one(Edit.COLLAPSE, address, 0, size_of(level), level, log=log)
 
     def collapse_many(self, addresses: Integers, *, level: int = 2, log: U64 | None = None) -> EditResults:
         """collapse() at each of `addresses` (uint64[n])."""
-        return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, _size(level), level, log=log)
+        return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, size_of(level), level, log=log)
 
     # ------------------------------------------------------------------ entries
 
@@ -446,7 +461,7 @@ class PageTable(OfMachine):
         request[: len(words)] = np.array(words, np.uint64)
         status = np.empty(addresses.size, np.int64)
         detail = np.zeros(addresses.size, np.uint64)
-        edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
+        edit(self.machine.descriptor, request, addresses, physical, status, detail, log_words(log))
         if request[W.E_ROOT] != self._root and self._root:
             self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
         return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
@@ -481,20 +496,3 @@ def table_of_rows(machine: Core, root: int, row: int, formats: dict[int, PageFor
     table._request = np.zeros(W.E_WORDS, np.uint64)
     table._formats, table._row, table._root = formats, row, root
     return table
-
-
-def _size(level: int) -> int:
-    """Bytes that a leaf of a level maps; one page for what is no level, which the kernel refuses."""
-    return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K
-
-
-def _log_words(log: U64 | None) -> Array:
-    if log is None:
-        return _NO_LOG
-    if not isinstance(log, np.ndarray):
-        raise TypeError(f"log {shown(log)} ({type(log).__name__}): expected {_LOG}")
-    if log.dtype != np.uint64 or log.ndim != 2 or log.shape[1] != W.LOG_WORDS or not log.flags.carray:
-        raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected {_LOG}")
-    if log.shape[0] == 0:
-        raise ValueError(f"log without room: expected {_LOG}, at least one record")
-    return log.reshape(-1)

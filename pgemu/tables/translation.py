@@ -167,6 +167,13 @@ def translate(
     many addresses, to be filled again. Tables may lie in the metadata zone or in guest frames.
     TypeError and ValueError for what is none of that: a format row or kind that is not there, a root that is no page,
     arrays that do not fit.
+
+    >>> machine = Machine(Config())
+    >>> table = machine.create_page_table("x86-64")
+    >>> table.map(0x4000_0000, 0x8000_0000).name
+    'ok'
+    >>> translate(machine, table.row, table.root, [0x4000_0123, 0x5000_0000], Kind.WRITE).error.tolist()
+    [3, 2]
     """
     return translated(machine, format_row, root, np.asarray(addresses), kinds, access, references, out)
 
