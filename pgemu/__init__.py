@@ -1,12 +1,35 @@
 """pgemu: two designs of guest_memfd with HugeTLB, run on the same trace and on the data structures Linux keeps.
 
 >>> import pgemu
->>> from pgemu.experiments.compare import compare
->>> comparison = compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
+>>> comparison = pgemu.compare(pgemu.load("workload:tdx-boot"), designs=["pfnmap"])
 >>> comparison.runs[0].count
 10136
 
-Names are imported at first use, so that `import pgemu` loads no compiler.
+The public API are these names, the public methods and attributes of what they are and of what they return, and the
+commands of `pgemu`. It follows semantic versioning (https://semver.org): before 1.0 a minor version may change or
+remove a name, and CHANGELOG.md says so under "Breaking"; a patch version only adds and mends. Other modules may change
+at any time. Examples of methods go on from the example of their class.
+
+machine: a machine of one design, what it has, what its operations return and count
+    Config, Versions, Machine, GuestMemfd, GuestMemfd4K, HugetlbFile, ShmemFile, Device, HugetlbPool, AddressSpace,
+    Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault, Statistics,
+    Event, Gauge, Property, add_design, InputError
+
+tables: page tables of any format, translations, TLBs in front of them
+    PageTable, EditResult, EditResults, Flush, Walk, translate, translate_nested, Access, Kind, Translation,
+    NestedTranslation, References, WalkStatus, WalkStage, Tlb, TlbCounts, TlbFound, TlbLookups
+
+images: memory images of machines and of real kernels, folios decoded
+    open_image, Image, Folio
+
+traces: logs, stored traces and workloads, all as records of one schema
+    load, Lowered, LoweringOptions, Records
+
+experiments: what is done with several machines
+    compare, Comparison, audit, smallest_pfnmap, verify, run_accesses, GuestOptions
+
+`python -m pgemu.examples` lists programs to start from. Names are imported at first use, so that `import pgemu` loads
+no compiler.
 """
 
 from __future__ import annotations
@@ -15,88 +38,182 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgemu.errors import InputError
-    from pgemu.experiments.compare import Comparison
-    from pgemu.images.folio import Folio
-    from pgemu.images.image import Image, open_image
-    from pgemu.machine.config import Config
-    from pgemu.machine.results import Errno, Result, Results, RetPf, VmFault
-    from pgemu.machine.statistics import Statistics
-    from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.guest_memfd import GuestMemfd
-    from pgemu.objects.machine import Machine
-    from pgemu.objects.vm import Vm
-    from pgemu.tables.flush import Flush
-    from pgemu.tables.page_table import EditResult, EditResults, PageTable
-    from pgemu.tables.translation import Access, Kind, Translation, translate, translate_nested
-    from pgemu.trace import Lowered, LoweringOptions, Records, load
+    from pgemu.errors import InputError as InputError
+    from pgemu.experiments.audit import audit as audit
+    from pgemu.experiments.compare import Comparison as Comparison, compare as compare
+    from pgemu.experiments.scenarios import smallest_pfnmap as smallest_pfnmap
+    from pgemu.experiments.verification.run import verify as verify
+    from pgemu.guest.options import GuestOptions as GuestOptions
+    from pgemu.guest.run import run_accesses as run_accesses
+    from pgemu.guest.tlb import Tlb as Tlb, TlbCounts as TlbCounts, TlbFound as TlbFound, TlbLookups as TlbLookups
+    from pgemu.images.folio import Folio as Folio
+    from pgemu.images.image import Image as Image, open_image as open_image
+    from pgemu.machine.config import Config as Config
+    from pgemu.machine.own_designs import add_design as add_design
+    from pgemu.machine.presets import Versions as Versions
+    from pgemu.machine.results import (
+        Errno as Errno,
+        Result as Result,
+        Results as Results,
+        RetPf as RetPf,
+        VmFault as VmFault,
+    )
+    from pgemu.machine.statistics import Statistics as Statistics
+    from pgemu.objects.address_space import AddressSpace as AddressSpace
+    from pgemu.objects.devices import (
+        Ioas as Ioas,
+        IoDevice as IoDevice,
+        Iommufd as Iommufd,
+        VfioContainer as VfioContainer,
+    )
+    from pgemu.objects.files import (
+        Device as Device,
+        GuestMemfd4K as GuestMemfd4K,
+        HugetlbFile as HugetlbFile,
+        ShmemFile as ShmemFile,
+    )
+    from pgemu.objects.guest_memfd import GuestMemfd as GuestMemfd
+    from pgemu.objects.hugetlb import HugetlbPool as HugetlbPool
+    from pgemu.objects.machine import Machine as Machine
+    from pgemu.objects.vm import Vm as Vm
+    from pgemu.tables.access import Access as Access, Kind as Kind
+    from pgemu.tables.flush import Flush as Flush
+    from pgemu.tables.page_table import EditResult as EditResult, EditResults as EditResults, PageTable as PageTable
+    from pgemu.tables.translation import (
+        NestedTranslation as NestedTranslation,
+        References as References,
+        Translation as Translation,
+        translate as translate,
+        translate_nested as translate_nested,
+    )
+    from pgemu.tables.walked import Walk as Walk
+    from pgemu.trace import load as load
+    from pgemu.trace.lowered import Lowered as Lowered, LoweringOptions as LoweringOptions
+    from pgemu.trace.schema import Records as Records
+    from pgemu_kernels.words.events import Event as Event, Gauge as Gauge
+    from pgemu_kernels.words.operations import Flag as Flag, Operation as Operation
+    from pgemu_kernels.words.properties import Property as Property
+    from pgemu_kernels.words.table_words import WalkStage as WalkStage, WalkStatus as WalkStatus
 
     __version__: str
+
+_PLACES = {
+    "machine": {
+        "pgemu.machine.config": ("Config",),
+        "pgemu.machine.presets": ("Versions",),
+        "pgemu.objects.machine": ("Machine",),
+        "pgemu.objects.guest_memfd": ("GuestMemfd",),
+        "pgemu.objects.files": ("GuestMemfd4K", "HugetlbFile", "ShmemFile", "Device"),
+        "pgemu.objects.hugetlb": ("HugetlbPool",),
+        "pgemu.objects.address_space": ("AddressSpace",),
+        "pgemu.objects.vm": ("Vm",),
+        "pgemu.objects.devices": ("VfioContainer", "Iommufd", "Ioas", "IoDevice"),
+        "pgemu_kernels.words.operations": ("Operation", "Flag"),
+        "pgemu.machine.results": ("Result", "Results", "Errno", "RetPf", "VmFault"),
+        "pgemu.machine.statistics": ("Statistics",),
+        "pgemu_kernels.words.events": ("Event", "Gauge"),
+        "pgemu_kernels.words.properties": ("Property",),
+        "pgemu.machine.own_designs": ("add_design",),
+        "pgemu.errors": ("InputError",),
+    },
+    "tables": {
+        "pgemu.tables.page_table": ("PageTable",),
+        "pgemu.tables.edits": ("EditResult", "EditResults"),
+        "pgemu.tables.flush": ("Flush",),
+        "pgemu.tables.walked": ("Walk",),
+        "pgemu.tables.translation": ("translate", "translate_nested", "Translation", "NestedTranslation", "References"),
+        "pgemu.tables.access": ("Access", "Kind"),
+        "pgemu_kernels.words.table_words": ("WalkStatus", "WalkStage"),
+        "pgemu.guest.tlb": ("Tlb", "TlbCounts", "TlbFound", "TlbLookups"),
+    },
+    "images": {
+        "pgemu.images.image": ("open_image", "Image"),
+        "pgemu.images.folio": ("Folio",),
+    },
+    "traces": {
+        "pgemu.trace": ("load",),
+        "pgemu.trace.lowered": ("Lowered", "LoweringOptions"),
+        "pgemu.trace.schema": ("Records",),
+    },
+    "experiments": {
+        "pgemu.experiments.compare": ("compare", "Comparison"),
+        "pgemu.experiments.audit": ("audit",),
+        "pgemu.experiments.scenarios": ("smallest_pfnmap",),
+        "pgemu.experiments.verification.run": ("verify",),
+        "pgemu.guest.run": ("run_accesses",),
+        "pgemu.guest.options": ("GuestOptions",),
+    },
+}
+"""Where the public names of each group are at home."""
+
+GROUPS = {group: tuple(name for names in homes.values() for name in names) for group, homes in _PLACES.items()}
+"""The public names of each group."""
+
+_HOMES = {name: home for homes in _PLACES.values() for home, names in homes.items() for name in names}
 
 __all__ = (
     "Access",
     "AddressSpace",
     "Comparison",
     "Config",
+    "Device",
     "EditResult",
     "EditResults",
     "Errno",
+    "Event",
+    "Flag",
     "Flush",
     "Folio",
+    "Gauge",
     "GuestMemfd",
+    "GuestMemfd4K",
+    "GuestOptions",
+    "HugetlbFile",
+    "HugetlbPool",
     "Image",
     "InputError",
+    "IoDevice",
+    "Ioas",
+    "Iommufd",
     "Kind",
     "Lowered",
     "LoweringOptions",
     "Machine",
+    "NestedTranslation",
+    "Operation",
     "PageTable",
+    "Property",
     "Records",
+    "References",
     "Result",
     "Results",
     "RetPf",
+    "ShmemFile",
     "Statistics",
+    "Tlb",
+    "TlbCounts",
+    "TlbFound",
+    "TlbLookups",
     "Translation",
+    "Versions",
+    "VfioContainer",
     "Vm",
     "VmFault",
+    "Walk",
+    "WalkStage",
+    "WalkStatus",
     "__version__",
+    "add_design",
+    "audit",
+    "compare",
     "load",
     "open_image",
+    "run_accesses",
+    "smallest_pfnmap",
     "translate",
     "translate_nested",
+    "verify",
 )
-
-_HOMES = {
-    "Access": "tables.translation",
-    "AddressSpace": "objects.address_space",
-    "Comparison": "experiments.compare",
-    "Config": "machine.config",
-    "EditResult": "tables.page_table",
-    "EditResults": "tables.page_table",
-    "Errno": "machine.results",
-    "Flush": "tables.flush",
-    "Folio": "images.folio",
-    "GuestMemfd": "objects.guest_memfd",
-    "Image": "images.image",
-    "InputError": "errors",
-    "Kind": "tables.translation",
-    "Lowered": "trace",
-    "LoweringOptions": "trace",
-    "Machine": "objects.machine",
-    "PageTable": "tables.page_table",
-    "Records": "trace",
-    "Result": "machine.results",
-    "Results": "machine.results",
-    "RetPf": "machine.results",
-    "Statistics": "machine.statistics",
-    "Translation": "tables.translation",
-    "Vm": "objects.vm",
-    "VmFault": "machine.results",
-    "load": "trace",
-    "open_image": "images.image",
-    "translate": "tables.translation",
-    "translate_nested": "tables.translation",
-}
 
 
 def __getattr__(name: str) -> Any:
@@ -105,7 +222,7 @@ def __getattr__(name: str) -> Any:
 
         return version()
     if name in _HOMES:
-        value = getattr(import_module(f"pgemu.{_HOMES[name]}"), name)
+        value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'pgemu' has no attribute {name!r}")

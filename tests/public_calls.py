@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pgemu
-from pgemu import Config, LoweringOptions, Machine
+from pgemu import Config, LoweringOptions, Machine, Property, Tlb, Versions
 from pgemu.tables.translation import Access, Kind
 from pgemu.trace.schema import Records
 from pgemu_kernels import words as W
@@ -25,6 +25,11 @@ from pgemu_kernels.words.operations import Operation
 
 M2, PAGE = W.PAGE_2M, W.PAGE_4K
 VA = {"anonymous": 0x40_0000, "small": 0x80_0000, "device": 0xC0_0000, "huge": 0x100_0000, "gmem": 0x200_0000}
+
+
+# What runs experiments is tried by tests/experiments/test_wrong_arguments.py: a call takes seconds.
+NAMES = [name for name in pgemu.__all__ if name != "__version__" and name not in pgemu.GROUPS["experiments"]]
+NAMES += ["Comparison"]
 
 
 class Call(NamedTuple):
@@ -53,7 +58,7 @@ def _classes() -> dict[str, list[type]]:
 def public_classes() -> list[type]:
     """Those that pgemu names, and those that annotations of what they return name, and so on."""
     known = _classes()
-    todo = [getattr(pgemu, name) for name in pgemu.__all__ if name != "__version__"]
+    todo = [getattr(pgemu, name) for name in NAMES]
     found: list[type] = []
     while todo:
         one = todo.pop()
@@ -93,7 +98,7 @@ def properties(one: type) -> list[str]:
 def public_calls() -> list[Call]:
     """Functions, constructors, methods and setters, in order of their names."""
     found = []
-    for name in pgemu.__all__:
+    for name in NAMES:
         one = getattr(pgemu, name)
         if inspect.isfunction(one):
             found.append(_call("", name, one))
@@ -165,7 +170,7 @@ class World:
         ioas.map(None, PAGE, process, VA["anonymous"])
         container.map(PAGE, PAGE, process, VA["anonymous"])
         detached.detach()
-        shut = machine.create_device(0x9000, 4)
+        shut, tlb = machine.create_device(0x9000, 4), Tlb()
         shut.close()
         self.of |= {
             "Machine": [machine], "GuestMemfd": [gmem, closed], "GuestMemfd4K": [small], "HugetlbFile": [huge],
@@ -178,6 +183,8 @@ class World:
             "Revocations": [ioas.revocations],
             "IoDevice": [one_device, detached], "ContainerInfo": [container.info()], "Range": container.ranges()[:1],
             "IoSpace": [container],
+            "Tlb": [tlb], "TlbCounts": [tlb.counts],
+            "TlbLookups": [tlb.translate(table, [0])], "Versions": [Versions()],
             "PhysicalMemory": [machine.memory], "Statistics": [machine.statistics], "Config": [machine.config],
         }  # fmt: skip
 
@@ -222,6 +229,16 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "gpa": (0, PAGE, 1 << 30),
     "iova": (PAGE, 1 << 30, 1 << 30 | PAGE),
     "iovas": (np.array([PAGE, 1 << 30], np.uint64), [0]),
+    "Tlb.processor": ("skylake-sp",),
+    "Tlb.vcpus": (1, 2),
+    "Tlb.flags": ([0],),
+    "Tlb.actors": ([0],),
+    "Tlb.space": (0, 1),
+    "Versions.like": ("rfc2",),
+    "Versions.pfnmap": ("slides2025",),
+    "Versions.design": ("pfnmap", "restructure"),
+    "TlbCounts.size": ("4K", "1G"),
+    "order": (None, "slides"),
     "vaddr": (VA["anonymous"], VA["huge"]),
     "vaddrs": ([VA["anonymous"]],),
     "unit": ("vtd", "amd"),
@@ -237,7 +254,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "size": (M2, 2 * M2),
     "page_size": (M2, W.PAGE_1G),
     "physical": (0, M2),
-    "Array physical": ([0], [M2]),
+    "Integers physical": ([0], [M2]),
     "level": (1, 2),
     "number": (0, 1),
     "PfnCache.length": (8, 0),
@@ -290,7 +307,10 @@ TYPED: dict[str, tuple[Any, ...]] = {
     "W.Operation": (Operation.WORK, Operation.GUEST_FAULT),
     "Event": (W.Event.SYSCALL,),
     "Gauge": (W.Gauge.POOL_FREE,),
-    "Array": ([0], np.array([PAGE], np.uint64)),
+    "Property": (Property.SPECIAL_ENTRIES, Property.GUP),
+    "Iterable[str]": ((), ("rollback-at-zero",)),
+    "Mapping[str, Any]": ({"zero": "page"},),
+    "Integers": ([0], np.array([PAGE], np.uint64)),
     "None": (None,),
     "PageFormat": (page_format.x86_64(), page_format.npt()),
     "Access": (Access(),),

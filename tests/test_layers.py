@@ -47,8 +47,7 @@ PACKAGE = (
     ("experiments",),
     ("report",),
     ("door",),
-    ("examples",),
-    ("cli",),
+    ("cli", "examples"),
     ("__main__",),
 )
 

@@ -113,3 +113,13 @@ def test_the_example_prints_what_the_readme_says() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.same_with_checks
+def test_commands_that_the_readme_names_are_there() -> None:
+    """Those of pgemu itself, in the text as well; their options are for tests/cli/test_names.py."""
+    from pgemu.cli import main
+
+    named = set(re.findall(r"`pgemu ([a-z]+)", README))
+    assert {"compare", "replay", "guest", "verify", "audit"} <= named <= {*main.list_commands(None)}  # type: ignore[arg-type]
+    assert {*re.findall(r"`pgemu trace`.*?`([a-z]+)`", README)} <= {"convert"}

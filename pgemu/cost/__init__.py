@@ -10,7 +10,7 @@ such as `pgemu calibrate` writes. They are partial: what their machine does not 
 
 >>> table = price_table("published", vcpus=8, host_cpus=64)
 >>> table.shape, str(table.dtype)
-((56, 4), 'int64')
+((64, 4), 'int64')
 >>> PROFILES["epyc-252vcpu"].host_cpus
 252
 """

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pgemu.experiments.claims import conversion, devices, io_entries, life, nested, poison, structure, users
 from pgemu.experiments.claims.claim import Claim, Figure, Found, Setting, Switch, Verdict
+from pgemu.machine.arguments import guards
 
 __all__ = ("CLAIMS", "Audited", "Outcome", "audit", "document", "try_claim")
 
@@ -70,8 +71,13 @@ def try_claim(claim: Claim, setting: Setting | None = None) -> Audited:
     return Audited(claim, tuple(outcomes))
 
 
+@guards()
 def audit(only: Iterable[str] = ()) -> list[Audited]:
-    """Try all claims, or those named. ValueError for a name that is none."""
+    """Try all claims, or those named. ValueError for a name that is none.
+
+    >>> [one.verdict.name for one in audit(["no-page-type"])]
+    ['DEPENDS']
+    """
     wanted = list(only)
     known = {claim.name: claim for claim in CLAIMS}
     for name in wanted:

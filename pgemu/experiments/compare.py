@@ -228,6 +228,10 @@ class Comparison:
         given: fields of Config by hand
         instead: what a version refuses and was done all the same, as another one does it
         without_effect: what changes nothing; empty where nobody tried (effects.py)
+
+    >>> comparison = compare(load("workload:convert-loop", guest_memory=2 << 20, iterations=1))
+    >>> [run.count for run in comparison.runs]
+    [1028, 1028]
     """
 
     lowered: Lowered
@@ -255,7 +259,11 @@ class Comparison:
         return any(run.finding and not run.finding.explained for run in self.runs)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents."""
+        """Return all of it as plain dicts, lists, strings and numbers; equal runs give equal documents.
+
+        >>> sorted(comparison.to_json()["designs"])
+        ['pfnmap', 'restructure']
+        """
         from pgemu.version import version
 
         lowered = self.lowered
@@ -312,6 +320,10 @@ def compare(
     :raises InputError: an option that Config refuses, a VM without private memory for a trace that begins with it, or
         guest memory that this computer cannot model
     :raises TypeError: an argument of another type, or a field that follows from the trace
+
+    >>> comparison = compare(load("workload:convert-loop", guest_memory=2 << 20, iterations=1), ["pfnmap"])
+    >>> {run.operation.name: run.outcomes for run in comparison.runs[0].operations}
+    {'GUEST_FAULT': {'RET_PF_FIXED': 1024}, 'CONVERT': {'ok': 2}, 'MMAP': {'ok': 1}, 'BIND': {'ok': 1}}
     """
     versions = versions or Versions()
     _check_arguments(lowered, designs, check, versions, given)

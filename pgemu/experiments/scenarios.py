@@ -173,6 +173,9 @@ def smallest_pfnmap(
     :param kernel_image: bytes of the protected-mode kernel. initrd: bytes of the initrd
     :param options: further fields of pgemu.Config: kernel, stage2, seed, ...
     :raises ValueError: guest memory too small, or a parameter that Config refuses
+
+    >>> smallest_pfnmap(guest_memory=32 << 20, kernel_image=4 << 20, initrd=1 << 20).phases[0].results
+    {'VM_FAULT_NOPAGE': 1024}
     """
     if guest_memory > _MOST_MEMORY:
         raise ValueError(f"guest memory of {guest_memory} bytes: expected at most {_MOST_MEMORY}, which is 64 GiB")

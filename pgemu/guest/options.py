@@ -46,6 +46,9 @@ class GuestOptions:
             guests of SEV and TDX have (arch/x86/mm/mem_encrypt.c:mem_encrypt_setup_arch(): 6 % up to 1 GiB)
 
     TypeError for a field of another type, ValueError for a value that it does not take, or two that do not fit.
+
+    >>> GuestOptions(guest_memory=1 << 30, allocation="thp").allocation
+    'thp'
     """
 
     guest_memory: int = 4 << 30
@@ -84,7 +87,11 @@ class GuestOptions:
         return range(end - size, end - size + (self.bounce_size if size else 0))
 
     def notes(self) -> tuple[str, ...]:
-        """What is assumed of the guest, in words, for people who see figures of it."""
+        """What is assumed of the guest, in words, for people who see figures of it.
+
+        >>> len(GuestOptions().notes())
+        3
+        """
         rules = {
             "sequential": "frames are handed out in ascending order, of page tables as of data",
             "random": f"frames are handed out in the order of a permutation (seed {self.seed}), as after long use",

@@ -15,7 +15,7 @@ import numpy as np
 from pgemu.guest.options import GuestOptions
 from pgemu.guest.processors import Processor
 from pgemu.guest.program import GuestBatch, GuestProgram
-from pgemu.guest.tlb import Tlb, TlbCounts, flushes_of, lookup_control
+from pgemu.guest.tlb import Tlb, TlbCounts, flushes_of, lookup_control, run_lookups
 from pgemu.machine.results import RESULTS_OF, operation_name
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Operation, Records
@@ -126,7 +126,7 @@ class DesignRun:
             batch.at, records.header(), records.object.astype(np.uint64), records.address, records.offset,
             records.length, status, np.zeros(len(records), np.uint64),
         )  # fmt: skip
-        while self.tlb.run(memory.machine, self.machine, control, memory.roots, tuple(columns), (), between):
+        while run_lookups(self.tlb, memory.machine, self.machine, control, memory.roots, tuple(columns), (), between):
             first = int(control[G.LOOK_RECORD])
             last = int(np.searchsorted(batch.at, control[G.LOOK_AT], "right"))
             status[first:last] = self.machine.run(records[first:last]).status
@@ -177,6 +177,11 @@ def run_accesses(
     """Run a stream of accesses (records of GUEST_ACCESS) on a machine of each configuration, in one pass.
 
     vcpus: how many have TLBs of their own; a thread runs on the one of its number modulo these.
+
+    >>> accesses = Records.build(3, op=Operation.GUEST_ACCESS, address=[0x1000, 0x1008, 0x2000])
+    >>> found = run_accesses([accesses], {"pfnmap": Config("pfnmap", pool=1 << 30)}, GuestOptions(guest_memory=1 << 30))
+    >>> found.runs["pfnmap"].counts
+    TlbCounts(3: 2 missed, 7 references)
     """
     program = GuestProgram(options or GuestOptions())
     runs = {name: DesignRun(config, program, Tlb(processor, vcpus=vcpus)) for name, config in configs.items()}

@@ -16,7 +16,6 @@ batch goes on where the last one ended; what is flushed on the real machine is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -25,11 +24,13 @@ import numpy as np
 
 from pgemu.guest.processors import LEVELS, PROCESSORS, Cache, Processor, TlbCache
 from pgemu.machine.arguments import guards_methods
+from pgemu.machine.arrays import I64, U8, U64, Integers
 from pgemu.machine.columns import column_of
 from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
 from pgemu.tables.access import rows_of
 from pgemu.tables.page_table import PageTable
+from pgemu.tables.translation import checked_formats, checked_root
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import Family
 from pgemu_kernels.words import guest_words as G
@@ -60,16 +61,17 @@ class TlbLookups(NamedTuple):
     uint8[n], entries of tables that the walk read.
     """
 
-    found: Array
-    levels: Array
-    references: Array
+    found: U8
+    levels: U8
+    references: U8
 
     def __repr__(self) -> str:
         missed = int(np.count_nonzero(self.found == TlbFound.MISSED))
         return f"TlbLookups({len(self.found):,}: {missed:,} missed, {int(self.references.sum()):,} references)"
 
 
-@dataclass(frozen=True)
+@guards_methods
+@dataclass(frozen=True, eq=False)
 class TlbCounts:
     """What TLBs were asked, and what they had.
 
@@ -79,11 +81,23 @@ class TlbCounts:
         sums: int64[3, 4], by what was accessed: entries of the guest's tables read, of stage 2 read; guest physical
             addresses found in their cache, and looked up
         flushes: how many times everything was flushed
+
+    >>> table = Machine(Config()).create_page_table("x86-64")
+    >>> table.map(0x4000_0000, 0x8000_0000).name
+    'ok'
+    >>> tlb = Tlb("skylake-sp")
+    >>> tlb.translate(table, [0x4000_0000, 0x4000_0008]).found.tolist()
+    [2, 0]
+    >>> tlb.counts
+    TlbCounts(2: 1 missed, 4 references)
     """
 
-    accesses: Array
-    sums: Array
+    accesses: I64
+    sums: I64
     flushes: int
+
+    def __repr__(self) -> str:
+        return f"TlbCounts({self.total:,}: {self.missed:,} missed, {self.references:,} references)"
 
     @property
     def total(self) -> int:
@@ -106,12 +120,24 @@ class TlbCounts:
         return int(self.sums[:, :2].sum())
 
     def share(self, size: str) -> float:
-        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none."""
+        """Share of the translated accesses that went through an entry of "4K", "2M" or "1G"; 0 of none.
+
+        ValueError for another size.
+
+        >>> tlb.counts.share("4K")
+        1.0
+        """
+        if size not in LEVELS:
+            raise ValueError(f"size {shown(size)}: expected one of {', '.join(LEVELS)}")
         translated = self.total - self.untranslated
         return int(self.accesses[:, :, LEVELS[size]].sum()) / translated if translated else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain dicts, ints and floats."""
+        """Return plain dicts, ints and floats.
+
+        >>> tlb.counts.to_json()["missed"]
+        1
+        """
         by_kind = {}
         for number, what in enumerate(WHAT):
             rows = self.accesses[number]
@@ -135,9 +161,14 @@ class Tlb:
 
     :param processor: one of PROCESSORS by its name, or one that is made
     :param vcpus: how many; an access is looked up in those of its actor, modulo these
+
+    >>> table = Machine(Config()).create_page_table("x86-64")
+    >>> table.map_range(0x4000_0000, physical=0x8000_0000, length=4 << 20).detail
+    2
+    >>> tlb = Tlb("skylake-sp")
     """
 
-    def __init__(self, processor: str | Processor = "skylake-sp", *, vcpus: int = 1) -> None:
+    def __init__(self, processor: Processor | str = "skylake-sp", *, vcpus: int = 1) -> None:
         if isinstance(processor, str):
             if processor not in PROCESSORS:
                 known = ", ".join(PROCESSORS)
@@ -165,7 +196,11 @@ class Tlb:
         return TlbCounts(accesses, sums, int(self.words[G.TLB_FLUSHES]))
 
     def flush(self) -> None:
-        """Forget every translation and cached entry, of all vCPUs."""
+        """Forget every translation and cached entry, of all vCPUs.
+
+        >>> tlb.translate(table, [0x4000_0000]), tlb.flush(), tlb.translate(table, [0x4000_0000])
+        (TlbLookups(1: 1 missed, 3 references), None, TlbLookups(1: 1 missed, 3 references))
+        """
         first = int(self.words[G.TLB_AREA])
         self.words[first:] = 0
         rows = self.words[int(G.TLB_ROWS) : int(G.TLB_ROWS) + int(self.words[G.TLB_LAST]) * G.CACHE_WORDS]
@@ -173,14 +208,17 @@ class Tlb:
         self.words[G.TLB_FLUSHES] += np.uint64(1)
 
     def translate(
-        self, table: PageTable, addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *,
-        space: int = 0, actors: Sequence[int] | Array = (0,),
+        self, table: PageTable, addresses: Integers, flags: Integers = (0,), *,
+        space: int = 0, actors: Integers = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) to a table of one stage, in order.
 
         flags: Flag.WRITE, Flag.EXEC or none, of each access, or one for all. space: the tag of the table's entries,
         below 65536. actors: the vCPU of each access, or one for all. ValueError for what does not fit, and for a table
         of another format than x86-64, EPT and NPT.
+
+        >>> tlb.translate(table, [0x4000_0000, 0x4000_1000, 0x4020_0000]).found.tolist()
+        [2, 0, 2]
         """
         if table.format.family not in (Family.X86, Family.EPT, Family.NPT):
             raise ValueError(f"table {table!r}: expected one of format x86-64, EPT or NPT")
@@ -192,21 +230,28 @@ class Tlb:
 
     def translate_nested(
         self, machine: Core, guest_format: int, guest_root: int, stage2_format: int, stage2_root: int,
-        addresses: Sequence[int] | Array, flags: Sequence[int] | Array = (0,), *, space: int = 0,
-        actors: Sequence[int] | Array = (0,),
+        addresses: Integers, flags: Integers = (0,), *, space: int = 0,
+        actors: Integers = (0,),
     ) -> TlbLookups:  # fmt: skip
         """Look up accesses (uint64[n]) of a guest whose tables lie in its memory, through stage 2, in order.
 
         The formats and roots are those of pgemu.tables.translation.translate_nested, the rest as of translate().
+
+        >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+        >>> vm = machine.create_vm()
+        >>> tlb.translate_nested(machine, 0, 0x1000, 1, vm.root, [0x7F00_0000_0000]).levels.tolist()  # none
+        [0]
         """
+        checked_formats(machine, guest_format, stage2_format)
+        checked_root("stage2_root", stage2_root)
         given = np.array(addresses, np.uint64)
         roots = _roots(space)
-        roots[space] = guest_root
+        roots[space] = checked_root("guest_root", guest_root)
         control = lookup_control((guest_format, stage2_format), (stage2_root, stage2_root), direct=False)
         return self._look_up(machine, control, roots, given, flags, space, actors)
 
     def _look_up(
-        self, machine: Core, control: Array, roots: Array, addresses: Array, flags: Any, space: int, actors: Any,
+        self, machine: Core, control: Array, roots: Array, addresses: U64, flags: Any, space: int, actors: Any,
     ) -> TlbLookups:  # fmt: skip
         count = len(addresses)
         given = (("flags", flags, np.uint8), ("actors", actors, np.uint16))
@@ -221,38 +266,39 @@ class Tlb:
         told = tuple(np.zeros(count, np.uint8) for _ in range(3))
         # Flushes of the machine are for the caller to make.
         self.words[G.TLB_SEEN] = flushes_of(machine)
-        self.run(machine, machine, control, roots, columns, told)
+        run_lookups(self, machine, machine, control, roots, columns, told)
         return TlbLookups(*told)
-
-    def run(
-        self, guest: Core, machine: Core, control: Array, roots: Array, accesses: tuple[Array, ...],
-        told: tuple[Array, ...] = (), between: tuple[Array, ...] = (),
-    ) -> bool:  # fmt: skip
-        """The kernel, from where `control` (guest_words.LOOK_*) says: whether an operation is for the caller to run.
-
-        accesses: addresses, flags, actors, spaces. told: arrays of TlbLookups, to be filled, or none. between:
-        operations with the place of each, as guest/tlb.py has them, or none.
-        """
-        from pgemu_kernels.run.entries import look_up, loops_of
-
-        nothing = np.zeros(0, np.uint8)
-        columns = between or (*(_NO_WORDS,) * 6, np.zeros(0, np.int64), _NO_WORDS)
-        own, stage2 = (
-            rows_of(core.format_row(int(control[word])), size, None, plain=True)
-            for core, word, size in (
-                (guest, G.LOOK_GUEST_FORMAT, ANYWHERE), (machine, G.LOOK_STAGE2_FORMAT, machine.arrays.ram.nbytes),
-            )
-        )  # fmt: skip
-        return bool(
-            look_up(
-                guest.descriptor, machine.descriptor, self.words, control, self._counts, own, stage2, roots, *accesses,
-                *(told or (nothing,) * 3), *columns, loops_of(),
-            )
-        )  # fmt: skip
 
 
 _MOST_VCPUS, _SPACES = 1 << 10, 1 << 16
 ANYWHERE = 1 << 52  # bytes of memory, for access rows of tables whose words are looked for in both zones
+
+
+def run_lookups(
+    tlb: Tlb, guest: Core, machine: Core, control: Array, roots: Array, accesses: tuple[Array, ...],
+    told: tuple[Array, ...] = (), between: tuple[Array, ...] = (),
+) -> bool:  # fmt: skip
+    """The kernel, from where `control` (guest_words.LOOK_*) says: whether an operation is for the caller to run.
+
+    accesses: addresses, flags, actors, spaces. told: arrays of TlbLookups, to be filled, or none. between:
+    operations with the place of each, as guest/tlb.py has them, or none.
+    """
+    from pgemu_kernels.run.entries import look_up, loops_of
+
+    nothing = np.zeros(0, np.uint8)
+    columns = between or (*(_NO_WORDS,) * 6, np.zeros(0, np.int64), _NO_WORDS)
+    own, stage2 = (
+        rows_of(core.format_row(int(control[word])), size, None, plain=True)
+        for core, word, size in (
+            (guest, G.LOOK_GUEST_FORMAT, ANYWHERE), (machine, G.LOOK_STAGE2_FORMAT, machine.arrays.ram.nbytes),
+        )
+    )  # fmt: skip
+    return bool(
+        look_up(
+            guest.descriptor, machine.descriptor, tlb.words, control, tlb._counts, own, stage2, roots, *accesses,
+            *(told or (nothing,) * 3), *columns, loops_of(),
+        )
+    )  # fmt: skip
 
 
 def _roots(space: int) -> Array:

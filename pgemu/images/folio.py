@@ -16,9 +16,7 @@ compiler is involved except by the operations of a machine's folios.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from pgemu.images.folio_problems import FolioProblem, check_order, folio_problem
 from pgemu.images.struct_page import (
@@ -36,6 +34,7 @@ from pgemu.images.struct_page import (
 )
 from pgemu.images.vmemmap import VmemmapPage, vmemmap_pages
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import U64
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
 from pgemu_kernels.formats.struct_page import (
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Folio", "FolioProblem", "Hugetlb", "Mapping", "MmIds", "Page", "Value", "VmemmapPage", "decode_page")
 
-Array = np.ndarray[Any, Any]
 _HUGETLB_DTOR = 2  # 6.1: HUGETLB_PAGE_DTOR
 _MM_ID_BITS = 31  # mm_types.h: MM_ID_BITS; bit 31 of the first ID is a lock, of the second "mapped shared"
 
@@ -91,7 +89,7 @@ def _struct_page_address(memory: Memory, fmt: PageFormat, root: int, vmemmap: in
     return leaf_address(fmt, steps[-1].level, steps[-1].entry, address)
 
 
-def struct_page(core: Core, pfn: int) -> Array:
+def struct_page(core: Core, pfn: int) -> U64:
     """See Machine.struct_page."""
     from pgemu_kernels import words as W
 
@@ -109,6 +107,12 @@ class Folio(OfMachine):
     pfn: PFN of the head. given: the PFN asked for. fake: its struct page shows a head that is another one's: what
     page_fixed_fake_head() sees through before 7.1. Other attributes are read when asked for, so they follow what
     happens to the machine; `pfn` stays. ValueError, now or then, where a struct page is not mapped or not in memory.
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20))
+    >>> pfn = machine.hugetlb().allocate().detail
+    >>> folio = machine.folio(pfn)
+    >>> folio.order, folio.refcount, folio.optimized
+    (9, 1, True)
     """
 
     memory: Memory
@@ -138,7 +142,11 @@ class Folio(OfMachine):
 
     @classmethod
     def of_machine(cls, machine: Core, pfn: int) -> Folio:
-        """See Machine.folio."""
+        """See Machine.folio.
+
+        >>> Folio.of_machine(machine, pfn + 5).index
+        0
+        """
         from pgemu_kernels import words as W
 
         layout = page_layout(machine.config.kernel, machine.config.configuration)
@@ -151,14 +159,22 @@ class Folio(OfMachine):
         return walk(self.memory, self.format, self.root, address)
 
     def physical(self, index: int = 0) -> int:
-        """Physical address of the folio's struct page `index`. ValueError where it is not mapped."""
+        """Physical address of the folio's struct page `index`. ValueError where it is not mapped.
+
+        >>> hex(folio.physical(1) - folio.physical(0))
+        '0x40'
+        """
         return self._physical(self.pfn + index)
 
     def _physical(self, pfn: int) -> int:
         return _struct_page_address(self.memory, self.format, self.root, self.vmemmap_base, pfn)
 
     def words(self, index: int = 0) -> tuple[int, ...]:
-        """The eight words that the folio's struct page `index` shows."""
+        """The eight words that the folio's struct page `index` shows.
+
+        >>> len(folio.words(0))
+        8
+        """
         return self._words(self.pfn + index)
 
     def _words(self, pfn: int) -> tuple[int, ...]:
@@ -169,7 +185,11 @@ class Folio(OfMachine):
             raise ValueError(f"PFN {pfn:#x}: its struct page at physical {physical:#x} is not in memory") from None
 
     def shown(self, index: int) -> int:
-        """Which of its struct pages the folio shows at `index`: optimised before 7.1, one of the first 64."""
+        """Which of its struct pages the folio shows at `index`: optimised before 7.1, one of the first 64.
+
+        >>> folio.shown(5), folio.shown(500)
+        (5, 500)
+        """
         offset = self.physical(index) - self.physical()
         return offset // STRUCT_PAGE if 0 <= offset < PAGE_4K else index
 

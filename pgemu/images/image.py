@@ -19,6 +19,7 @@ from pgemu.errors import InputError
 from pgemu.images import elf
 from pgemu.images.elf import Root
 from pgemu.machine.arguments import guards, guards_methods
+from pgemu.machine.arrays import U64, Bools, Integers
 from pgemu.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Image:
     left out because it was not understood, a line each. kernel, configuration: of the kernel whose memory it is, where
     its notes say ("6.12.107-amd64"; "7.3" and "debian" of a machine's), else "". Not to be used after the file was made
     shorter: the system then ends the process.
+
+    >>> import tempfile
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     machine.write_image(f"{folder}/m.elf")
+    ...     image = open_image(f"{folder}/m.elf")
+    >>> root = image.roots[0]
+    >>> root.name, root.format
+    ('kernel', 'x86-64')
     """
 
     def __init__(
@@ -103,7 +113,11 @@ class Image:
     # ------------------------------------------------------------------ reading
 
     def read(self, address: int, count: int) -> bytes:
-        """`count` bytes at a physical address. ValueError if the image does not hold them all."""
+        """`count` bytes at a physical address. ValueError if the image does not hold them all.
+
+        >>> image.read(root.address, 8) == image.words(root.address, 1).tobytes()
+        True
+        """
         pieces = []
         end = address + count
         while address < end:
@@ -117,31 +131,44 @@ class Image:
             address = upto
         return b"".join(pieces)
 
-    def words(self, address: int, count: int) -> Array:
-        """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all."""
+    def words(self, address: int, count: int) -> U64:
+        """uint64[count] at a physical address, read-only. ValueError if the image does not hold them all.
+
+        >>> image.words(root.address, 512).size
+        512
+        """
         part = self._part_of(address)
         if part is not None and part.offset != _ZEROES and 0 <= count * 8 <= part.end - address:
             return np.frombuffer(self._data, "<u8", count, part.offset + address - part.start)
         return np.frombuffer(self.read(address, count * 8), "<u8")
 
-    def holds(self, addresses: Array) -> Array:
-        """bool[n]: whether the image holds the word at each physical address (uint64[n])."""
-        return self._find(addresses, self._range_starts, self._range_sizes)[1]
+    def holds(self, addresses: Integers) -> Bools:
+        """bool[n]: whether the image holds the word at each physical address (uint64[n]).
 
-    def load(self, addresses: Array) -> Array:
-        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all."""
+        >>> image.holds([root.address, 1 << 50]).tolist()
+        [True, False]
+        """
+        return self._find(np.asarray(addresses, np.uint64), self._range_starts, self._range_sizes)[1]
+
+    def load(self, addresses: Integers) -> U64:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if the image does not hold them all.
+
+        >>> hex(image.load([root.address + 8 * 273])[0] & 0xFFF)
+        '0x0'
+        """
         if not self._parts:
             raise ValueError(f"image {self.path}: it is closed, expected one that is not")
-        part, inside = self._find(addresses, self._part_starts, self._part_sizes)
-        found = np.zeros(addresses.shape, np.uint64)
+        given = np.asarray(addresses, np.uint64)
+        part, inside = self._find(given, self._part_starts, self._part_sizes)
+        found = np.zeros(given.shape, np.uint64)
         stored = inside & ~self._part_zero[part]
-        offsets = addresses - self._part_starts[part] + self._part_offsets[part]
+        offsets = given - self._part_starts[part] + self._part_offsets[part]
         for unaligned in np.unique(offsets[stored] & np.uint64(7)).tolist():
             of_these = stored & (offsets & np.uint64(7) == unaligned)
             words = np.frombuffer(self._data, "<u8", (len(self._data) - unaligned) // 8, unaligned)
             found[of_these] = words[offsets[of_these] >> np.uint64(3)]
         for at in np.flatnonzero(~inside).tolist():  # outside, or across the seam of two parts
-            found[at] = int.from_bytes(self.read(int(addresses[at]), 8), "little")
+            found[at] = int.from_bytes(self.read(int(given[at]), 8), "little")
         return found
 
     def _part_of(self, address: int) -> _Part | None:
@@ -149,7 +176,7 @@ class Image:
         return self._parts[index] if index >= 0 and address < self._parts[index].end else None
 
     @staticmethod
-    def _find(addresses: Array, starts: Array, sizes: Array) -> tuple[Array, Array]:
+    def _find(addresses: U64, starts: Array, sizes: Array) -> tuple[Array, Array]:
         """(intp[n] index of an interval, bool[n] whether it holds the whole word) for ascending intervals."""
         if not starts.size:
             return np.zeros(addresses.shape, np.intp), np.zeros(addresses.shape, np.bool_)
@@ -160,7 +187,12 @@ class Image:
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Forget the file. Arrays that `words` returned stay valid and keep it mapped."""
+        """Forget the file. Arrays that `words` returned stay valid and keep it mapped.
+
+        >>> image.close()
+        >>> image.ranges
+        []
+        """
         self._data = memoryview(b"")
         self._parts, self._starts, self.ranges = [], [], []
         self._part_starts = self._part_sizes = self._range_starts = self._range_sizes = np.zeros(0, np.uint64)
@@ -187,6 +219,13 @@ def open_image(path: str | os.PathLike[str], format: Format | None = None) -> Im
     TypeError or ValueError for another format and for what names no file.
 
     :raises InputError: the file cannot be read, is no image, or is not whole
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Machine(Config()).write_image(f"{folder}/m.elf")
+    ...     image = open_image(f"{folder}/m.elf")
+    >>> image.roots[0].name
+    'kernel'
     """
     name = os.fspath(path)
     data = _map(name)

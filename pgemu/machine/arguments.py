@@ -31,6 +31,7 @@ from pgemu.machine.field_rules import (
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import ENOMEM, Operation
+from pgemu_kernels.words.properties import Property
 
 __all__ = ("OfMachine", "argument", "guarded", "guards", "guards_creation", "guards_methods", "plain")
 
@@ -83,6 +84,18 @@ def _records(value: Any) -> tuple[Any, ...]:
     return found
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise TypeError
+    return tuple(TEXT.plain(one) for one in islice(value, 1 << 16))
+
+
+def _named(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value):
+        raise TypeError
+    return value
+
+
 def _nodes(value: Any) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise TypeError
@@ -99,7 +112,8 @@ BY_ANNOTATION: Mapping[str, Rule] = MappingProxyType(
         "float": Rule(lambda: "a number from 0 to 1", _fraction, lambda value: 0 <= value <= 1),
         "bytes": Rule(lambda: "bytes", _bytes, lambda _: True),
         "slice": Rule(lambda: "a slice of integers", _slice, lambda _: True),
-        "Array": EACH,
+        "Integers": EACH,
+        "U64": EACH,
         "npt.NDArray[np.intp]": EACH,
         "Sequence[int]": EACH,
         "range": EACH,
@@ -109,6 +123,9 @@ BY_ANNOTATION: Mapping[str, Rule] = MappingProxyType(
         "W.Operation": _member(Operation),
         "Event": _member(Event),
         "Gauge": _member(Gauge),
+        "Property": _member(Property),
+        "Iterable[str]": Rule(lambda: "names, any number of them", _texts, lambda _: True),
+        "Mapping[str, Any]": Rule(lambda: "a dict by names", _named, lambda _: True),
     }
 )
 BY_NAME: Mapping[str, Rule] = MappingProxyType(
@@ -137,6 +154,7 @@ _CLASSES: Mapping[str, str] = MappingProxyType(
         "AddressSpace": "", "Vm": "", "GuestMemfd": "", "GuestMemfd4K": "", "HugetlbFile": "", "ShmemFile": "",
         "Device": "", "IoSpace": "", "Ioas": "",
         "PageFormat": "", "PageLayout": "", "Access": "", "Config": "", "LoweringOptions": "", "Core": "Machine",
+        "PageTable": "", "Processor": "",
     }
 )  # fmt: skip
 # What only has to have some methods.
@@ -262,7 +280,8 @@ def _of_class(name: str, kinds: list[str], optional: bool) -> _Check:
             return value
         if not any(base.__name__ in kinds for base in type(value).__mro__):
             raise TypeError(f"{name} {shown(value)} ({type(value).__name__}): expected {expected}")
-        if hasattr(value, "machine") and value.machine is not getattr(owner, "machine", owner):
+        of_none = not hasattr(owner, "machine") and not hasattr(owner, "arrays")  # a Tlb stands in front of any table
+        if hasattr(value, "machine") and not of_none and value.machine is not getattr(owner, "machine", owner):
             raise ValueError(f"{name} {shown(value)}: expected one of the same machine")
         return value
 

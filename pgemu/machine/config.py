@@ -125,6 +125,9 @@ class Config:
     is pinned, and what has no references is refused. What-ifs, in which that is mapped without: "none"; "vmm",
     "vmm-late": user space, before or after the conversion; of an IOAS "notifier", "revoke", "mirror": the kernel, by
     itself, with what stays shared entered again, or cut out exactly (Iommufd.create_ioas()).
+
+    >>> Config("pfnmap", pool=2 << 30)
+    Config('pfnmap', pool=2 << 30)
     """
 
     design: Design = "restructure"
@@ -318,6 +321,9 @@ class Config:
         """What lies on a NUMA node. Its part of the HugeTLB zone begins at a multiple of 1 GiB.
 
         ValueError for one that the machine has not.
+
+        >>> Config(pool=4 << 30, nodes=2).node(1)
+        Node(gigantic=2, reserved=0, huge=0, free=0)
         """
         if number >= self.nodes:
             raise ValueError(f"number {number}: expected a node of the machine, 0 to {self.nodes - 1}")
@@ -381,6 +387,9 @@ class Node(NamedTuple):
         """Frames of the boot allocator at most: 512 for 128 MiB not all optimised, one for a 1G page that is.
 
         Each 512 begin at a multiple of 512.
+
+        >>> Config(pool=4 << 30).node(0).boot_frames(hvo=True)
+        512
         """
         if not hvo:
             return -(-self.pages >> 15) * 512

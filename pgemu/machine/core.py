@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import I64, U64, Bools, Integers
 from pgemu.machine.boot import allocate, node_word, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
@@ -63,7 +64,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
 
     config: Config
     arrays: Arrays = field(init=False, repr=False)
-    descriptor: Array = field(init=False, repr=False)
+    descriptor: I64 = field(init=False, repr=False)
     _frames_limit: int = field(init=False, repr=False, default=0)
     single: Single = field(init=False, repr=False, default_factory=Single)
     _entry: Any = field(init=False, repr=False, default=None)
@@ -94,17 +95,25 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         return int(run_pooling(self.descriptor, *_no_columns(), NONE, _NOBODY)) == 0
 
     def register(self, index: int | np.uint64) -> int:
-        """A named scalar of the machine (words.R_*). ValueError for another number."""
+        """A named scalar of the machine (words.R_*). ValueError for another number.
+
+        >>> from pgemu_kernels import words as W
+        >>> machine.register(W.R_VMS)
+        1
+        """
         if index >= W.R_WORD_COUNT:
             raise ValueError(f"index {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
         return int(self.arrays.state[index])
 
     # ------------------------------------------------------------------ formats
 
-    def format_row(self, index: int) -> Array:
+    def format_row(self, index: int) -> U64:
         """uint64[F_WORDS]: row `index` of the machine's formats (a view). ValueError for a row that is not in use.
 
         Rows 0 to 2 are the host's x86-64, NPT and EPT (formats.HOST_X86_64, STAGE2_NPT, STAGE2_EPT).
+
+        >>> machine.format_row(0).dtype, machine.format_row(0).size > 16
+        (dtype('uint64'), True)
         """
         return row_of_format(self, "index", index)
 
@@ -112,6 +121,9 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """The row of an entry format, added if the machine has none that is equal. ValueError past words.FORMATS.
 
         taller: row of the format that its tables go over to for higher addresses, 0 for none.
+
+        >>> machine.add_format(machine.host_format)  # the row that it has
+        3
         """
         row = fmt.row()
         row[W.F_TALLER] = taller
@@ -144,7 +156,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     # ------------------------------------------------------------------ running
 
     def run(self, records: Columns) -> Results:
-        """Run trace records in order. ValueError for actors beyond words.ACTORS."""
+        """Run trace records in order. ValueError for actors beyond words.ACTORS.
+
+        >>> records = Records.build(2, op=Operation.GUEST_FAULT, address=[0x20_0000, 0x20_1000])
+        >>> machine.run(records).detail.tolist()
+        [2, 2]
+        """
         if len(records) and int(records.actor.max()) >= W.ACTORS:
             raise ValueError(f"actor {int(records.actor.max())}: expected less than {W.ACTORS}")
         columns = (records.object, records.address, records.offset, records.length)
@@ -157,6 +174,9 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
 
         header: op | flags << 8 | actor << 16 | vm << 32 | space << 48. OSError ENOMEM where this computer cannot hold
         the results.
+
+        >>> machine.run_columns(Operation.GUEST_FAULT, 0, [0x20_0000, 0x20_1000], count=2).names
+        ['RET_PF_FIXED', 'RET_PF_SPURIOUS']
         """
         if count >> 60:
             raise MemoryError  # NumPy's own for less
@@ -192,6 +212,9 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """Run one operation; the arguments are the columns of the trace schema.
 
         TypeError for what is no integer, ValueError where one does not fit its column.
+
+        >>> machine.operate(Operation.GUEST_FAULT, vm=vm.vm, address=0x20_0000)
+        Result(status=RET_PF_FIXED, detail=2)
         """
         values = (op, flags, actor, vm, space, object_, address, offset, length)
         if {*map(type, values)} <= _PLAIN and actor < ACTORS:
@@ -217,6 +240,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
 
         What is none of the designs' is one step. TypeError for an argument that is no integer, ValueError for one that
         does not fit its column, or while an operation of the actor is under way.
+
+        >>> machine.begin(1, Operation.CONVERT, flags=Flag.SHARED, object_=gmem.inode, length=4096)
+        >>> sum(1 for _ in iter(lambda: machine.step(1), 1))  # steps that were not the last one
+        6
+        >>> machine.result(1)
+        Result(status=0, detail=0)
         """
         check_fields(op, flags, actor, vm, space, object_, address, offset, length)
         if self._record(actor, W.O_ACTIVE):
@@ -234,6 +263,10 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """Do the next step of an actor's operation: words.GO, STOP (it ended, see `result`) or BLOCKED.
 
         ValueError if the actor has no operation under way.
+
+        >>> machine.begin(1, Operation.WORK)
+        >>> machine.step(1)  # 0: there are more, 1: it has ended, 2: a lock is held
+        1
         """
         if not self._record(actor, W.O_ACTIVE):
             raise ValueError(f"actor {actor} has no operation under way: expected one that began one")
@@ -264,7 +297,13 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         return int(np.uint64(done).astype(np.int64))
 
     def result(self, actor: int) -> Result:
-        """What the operation in an actor's record returned."""
+        """What the operation in an actor's record returned.
+
+        >>> machine.begin(1, Operation.WORK), machine.step(1)
+        (None, 1)
+        >>> machine.result(1)
+        Result(status=0, detail=0)
+        """
         status = np.uint64(self._record(actor, W.O_STATUS)).astype(np.int64)
         return RESULT_OF[self._record(actor, W.O_OP)](int(status), self._record(actor, W.O_DETAIL))
 
@@ -281,7 +320,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         return Statistics(self.arrays.stats.copy())
 
     def check_each(self, on: bool = True) -> None:
-        """Check after every operation what it touched; `broken` tells what was found."""
+        """Check after every operation what it touched; `broken` tells what was found.
+
+        >>> machine.check_each()
+        >>> gmem.convert(0, 4096, shared=True).name, machine.broken[0]
+        ('ok', 0)
+        """
         self.arrays.state[W.R_CHECK] = on
 
     @property
@@ -302,19 +346,30 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         """What lies at physical addresses, and which frames are in use."""
         return PhysicalMemory(self.arrays)
 
-    def words(self, address: int, count: int) -> Array:
+    def words(self, address: int, count: int) -> U64:
         """uint64[count] at a physical address, read-only: of the metadata zone a view, of HugeTLB frames a copy.
 
         ValueError for an unaligned address or where there is no memory.
+
+        >>> machine.words(vm.root, 2).tolist()
+        [47143, 9223372036854775808]
         """
         return self.memory.words(address, count)
 
-    def load(self, addresses: Array) -> Array:
-        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or where no memory is."""
+    def load(self, addresses: Integers) -> U64:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or where no memory is.
+
+        >>> [hex(entry) for entry in machine.load([vm.walk(0)[-1][1]]).tolist()]
+        ['0x100000ee7']
+        """
         return self.memory.load(addresses)
 
-    def holds(self, addresses: Array) -> Array:
-        """bool[n]: whether there is memory at each physical address (uint64[n], multiples of 8)."""
+    def holds(self, addresses: Integers) -> Bools:
+        """bool[n]: whether there is memory at each physical address (uint64[n], multiples of 8).
+
+        >>> machine.holds([0, gmem.pfn(0) << 12, 1 << 51]).tolist()
+        [True, True, False]
+        """
         return self.memory.holds(addresses)
 
     def limit_frames(self, free: int | None) -> None:
@@ -331,7 +386,12 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     # ------------------------------------------------------------------ contents of guest frames
 
     def read_frame(self, pfn: int) -> bytes:
-        """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool."""
+        """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool.
+
+        >>> machine.write_frame(gmem.pfn(0), b"hello", offset=8)
+        >>> machine.read_frame(gmem.pfn(0))[8:13]
+        b'hello'
+        """
         frame = int(self.arrays.counts[self.register(W.R_CONTENTS) + self.guest_frame(pfn)])
         return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(W.PAGE_4K)
 
@@ -358,7 +418,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         raise ValueError(f"pfn {pfn:#x}: expected a frame of the HugeTLB zone")
 
 
-def row_of_format(machine: Core, name: str, index: int) -> Array:
+def row_of_format(machine: Core, name: str, index: int) -> U64:
     """Core.format_row() of an argument of that name."""
     state = machine.arrays.state
     used = int(state[W.R_FORMATS])

@@ -23,7 +23,8 @@ from pgemu_kernels.words.properties import Property
 
 __all__ = ("DEFAULTS", "DESIGNS", "ORDERS", "ROWS", "SLIDES", "Design", "Order", "Row", "row_of")
 
-Design = Literal["restructure", "pfnmap"]
+Design = Literal["restructure", "pfnmap"] | str
+"""One of these two, or one that was added (own_designs.py)."""
 
 
 class Order(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import I64, U64, Bools, Integers
 from pgemu.machine.field_rules import shown
 from pgemu_kernels import words as W
 
@@ -27,6 +28,9 @@ class PhysicalMemory(OfMachine):
     """Physical addresses of a machine: the metadata zone, whose frames are `ram`, and the HugeTLB zone.
 
     A frame of the HugeTLB zone that was never written holds zeroes. See Core.words() and Core.load().
+
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> memory = machine.memory
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -40,14 +44,23 @@ class PhysicalMemory(OfMachine):
     def __repr__(self) -> str:
         return f"PhysicalMemory(metadata below {self._ram_end:#x}, HugeTLB {self._pool_start:#x}-{self._pool_end:#x})"
 
-    def holds(self, addresses: Array) -> Array:
-        """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory."""
+    def holds(self, addresses: Integers) -> Bools:
+        """bool[n]: whether the word at each address (uint64[n], multiples of 8) is memory.
+
+        >>> memory.holds([0x1000, 1 << 51]).tolist()
+        [True, False]
+        """
         start, end = np.uint64(self._pool_start), np.uint64(self._pool_end)
-        inside: Array = (addresses < np.uint64(self._ram_end)) | ((addresses >= start) & (addresses < end))
+        given = np.asarray(addresses, np.uint64)
+        inside: Bools = (given < np.uint64(self._ram_end)) | ((given >= start) & (given < end))
         return inside
 
-    def words(self, address: int, count: int) -> Array:
-        """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory."""
+    def words(self, address: int, count: int) -> U64:
+        """uint64[count] at a physical address; read-only. ValueError if unaligned or not all of it is memory.
+
+        >>> memory.words(0x1000, 4).tolist()
+        [0, 0, 0, 0]
+        """
         if address & 7:
             raise ValueError(f"address {address:#x}: expected a multiple of 8")
         end = address + count * 8
@@ -60,21 +73,26 @@ class PhysicalMemory(OfMachine):
         found.flags.writeable = False
         return found
 
-    def load(self, addresses: Array) -> Array:
-        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory."""
-        if (addresses & np.uint64(7)).any() or not self.holds(addresses).all():
+    def load(self, addresses: Integers) -> U64:
+        """uint64[n]: the words at physical addresses (uint64[n]). ValueError if unaligned or not memory.
+
+        >>> memory.load([0x1000, 0x1008]).tolist()
+        [0, 0]
+        """
+        given = np.asarray(addresses, np.uint64)
+        if (given & np.uint64(7)).any() or not self.holds(given).all():
             raise ValueError(f"addresses {shown(addresses)}: expected multiples of 8 within the machine's memory")
-        ram = addresses < np.uint64(self._ram_end)
-        found: Array = np.empty(addresses.shape, np.uint64)
-        found[ram] = self._arrays.ram[addresses[ram] >> np.uint64(3)]
-        found[~ram] = self._guest_words(addresses[~ram])
+        ram = given < np.uint64(self._ram_end)
+        found: U64 = np.empty(given.shape, np.uint64)
+        found[ram] = self._arrays.ram[given[ram] >> np.uint64(3)]
+        found[~ram] = self._guest_words(given[~ram])
         return found
 
-    def _guest_words(self, addresses: Array) -> Array:
+    def _guest_words(self, addresses: U64) -> U64:
         """Words of the HugeTLB zone."""
         pages = (addresses - np.uint64(self._pool_start)) >> np.uint64(12)
         frames = self._arrays.counts[np.uint64(self._contents) + pages].astype(np.uint64)
-        words: Array = self._arrays.ram[(frames << np.uint64(9)) + (addresses >> np.uint64(3) & np.uint64(511))]
+        words: U64 = self._arrays.ram[(frames << np.uint64(9)) + (addresses >> np.uint64(3) & np.uint64(511))]
         words[frames == 0] = 0
         return words
 
@@ -84,6 +102,9 @@ class PhysicalMemory(OfMachine):
         """[(start, end)] in bytes, ascending: every frame that was ever handed out or has contents, and few others.
 
         At most _RANGES ranges: where use is scattered the narrowest gaps between them are included.
+
+        >>> all(start < end for start, end in memory.ranges())
+        True
         """
         used = np.concatenate([self.metadata_frames(), *self._guest_frames()])
         if not used.size:
@@ -99,8 +120,12 @@ class PhysicalMemory(OfMachine):
         ends = np.concatenate([used[wide], used[-1:]]) + 1
         return [(start << 12, end << 12) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
-    def metadata_frames(self) -> Array:
-        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use."""
+    def metadata_frames(self) -> I64:
+        """int64, ascending: frames of the metadata zone that take_frame() ever gave, those of boot, and runs in use.
+
+        >>> memory.metadata_frames().dtype
+        dtype('int64')
+        """
         state = self._arrays.state
         order = np.arange(int(state[W.R_FRESH]), dtype=np.uint64)
         frames = order * state[W.R_SEED_MULTIPLIER] + state[W.R_SEED_OFFSET] & state[W.R_FRAMES_MASK]
@@ -121,17 +146,22 @@ class PhysicalMemory(OfMachine):
             written = np.flatnonzero(self._arrays.counts[at : at + min(_PIECE, pages - first)])
             yield written + first + (self._pool_start >> 12)
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, U64]]:
         """Yield (address, uint64[] of whole frames) for what is not zero in a range of `ranges()`, ascending.
 
         ValueError for what is no range of frames of one zone.
+
+        >>> start, end = memory.ranges()[0]
+        >>> address, words = next(memory.pieces(start, end))
+        >>> start <= address < end, words.size % 512
+        (True, 0)
         """
         inside = start <= end <= self._ram_end or self._pool_start <= start <= end <= self._pool_end
         if not inside or (start | end) & 0xFFF:
             raise ValueError(f"start {start:#x} and end {end:#x}: expected a range of ranges(), or frames of one")
         return self._pieces(start, end)
 
-    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, Array]]:
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, U64]]:
         for first in range(start, end, _PIECE << 12):
             last = min(first + (_PIECE << 12), end)
             if start < self._ram_end:
@@ -144,7 +174,7 @@ class PhysicalMemory(OfMachine):
                 yield first + (page << 12), self._arrays.ram[frame << 9 : frame + 1 << 9]
 
     @staticmethod
-    def _nonzero(address: int, words: Array) -> Iterator[tuple[int, Array]]:
+    def _nonzero(address: int, words: Array) -> Iterator[tuple[int, U64]]:
         """Runs of frames that hold anything but zeroes."""
         holds = np.zeros(words.size // 512 + 2, np.int8)
         holds[1:-1] = words.reshape(-1, 512).any(axis=1)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from pgemu.machine.arguments import guards_methods
 from pgemu.machine.config import Config
 from pgemu.machine.designs import ROWS
 from pgemu.machine.field_rules import checked, shown
@@ -134,12 +135,16 @@ MAINLINE = ("cut-huge-pfn",)
 """Defects of every kernel that the versions are of, 6.12 to 7.3, which are off unless they are asked for."""
 
 
+@guards_methods
 @dataclass(frozen=True)
 class Versions:
     """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.
 
     as_posted: with the defects, too, that have a known fix. ValueError for a name that is none, TypeError for what is
     no name.
+
+    >>> Versions("rfc2")
+    Versions(like='rfc2', pfnmap='corrected', as_posted=False)
     """
 
     like: str = "dec2025"
@@ -158,7 +163,11 @@ class Versions:
             raise TypeError(f"as_posted {found}: expected True or False")
 
     def fields(self, design: str) -> dict[str, Any]:
-        """Return the fields of Config that these versions give a design."""
+        """Return the fields of Config that these versions give a design.
+
+        >>> Versions("rfc2").fields("pfnmap")
+        {'punch': 'zero', 'kernel': '6.18', 'defects': ()}
+        """
         version = LIKE[self.like]
         if design == "pfnmap":
             own = PFNMAP[self.pfnmap].defects
@@ -174,6 +183,9 @@ class Versions:
         defects: further ones. An explicit `zero` takes the place of the defect uptodate-unzeroed. Without a `page_size`
         it is Config's, or the only one that the version knows.
         ValueError for what Config refuses, and for pages of a size that the version does not know.
+
+        >>> Versions("next").configuration("pfnmap")
+        Config('pfnmap', page_size=4 << 10, punch='zero')
         """
         given = {name: value for name, value in given.items() if value is not None}
         fields = self.fields(design)
@@ -185,10 +197,14 @@ class Versions:
             raise ValueError(f"pages of {_SIZES[page_size]}: {self.like} knows pages of {known} only")
         own = {name for name in fields.pop("defects", ()) if name != "uptodate-unzeroed" or "zero" not in given}
         fields |= {"defects": tuple(sorted(own | set(defects)))}
-        return Config(design, **{**fields, **given})  # type: ignore[arg-type]
+        return Config(design, **{**fields, **given})
 
     def mixed(self, design: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those fields given by hand that differ from these versions', and their values."""
+        """Return those fields given by hand that differ from these versions', and their values.
+
+        >>> Versions("rfc2").mixed("restructure", {"order": "fixup", "batch": "range"})
+        {'order': 'fixup'}
+        """
         own = self.fields(design)
         found = {name: value for name, value in given.items() if name in own and name != "defects"}
         return {name: value for name, value in found.items() if value is not None and value != own[name]}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgemu.machine.arrays import I64, U64
 from pgemu.machine.short import column, counted, html_table
 from pgemu_kernels import words as W
 from pgemu_kernels.words.operations import Operation
@@ -15,8 +16,6 @@ __all__ = (
     "RESULTS_OF", "RESULT_OF", "Errno", "Result", "Results", "RetPf", "VmFault", "errno_name", "operation_name",
     "result_name", "status_name",
 )  # fmt: skip
-
-Array = np.ndarray[Any, Any]
 
 
 class RetPf(IntEnum):
@@ -88,8 +87,8 @@ class Results(NamedTuple):
     conversion or hole, the frame number of a reference.
     """
 
-    status: Array
-    detail: Array
+    status: I64
+    detail: U64
 
     @property
     def operation(self) -> Operation | None:

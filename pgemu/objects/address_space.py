@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import guards_creation, plain
+from pgemu.machine.arrays import Integers
 from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, Translation
     from pgemu.tables.walked import Walk
 
-Array = np.ndarray[Any, Any]
 _WRITE, _EXEC = int(Flag.WRITE), int(Flag.EXEC)  # Flag's own "|" would take as long as the rest of a call
 _HOST_FAULT = Operation.HOST_FAULT
 _SPACES, _SPACE_WORDS, _ROOT = int(W.STATE_SPACES), int(W.S_WORDS), int(W.S_ROOT)
@@ -70,6 +70,15 @@ class AddressSpace(Advice, but=("touch", "translate")):
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
     asked for and never over others (MAP_FIXED_NOREPLACE). Results are those of the system calls: 0 or -errno.
     Another process may get the number once this one has ended: to operations this one has still ended (-EINVAL).
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20, buddy=4 << 20))
+    >>> process, gmem = machine.create_process(), machine.create_guest_memfd(2 << 20, shared=True)
+    >>> process.mmap(gmem, 0x4000_0000).name, process.touch(0x4000_0000, write=True).name
+    ('ok', 'VM_FAULT_LOCKED')
+    >>> process.mmap_anonymous(0x80_0000, 1 << 20).name
+    'ok'
+    >>> process.touch_many([0x80_0000, 0x80_1000], write=True).outcomes
+    {'VM_FAULT_NOPAGE': 2}
     """
 
     machine: Core = field(repr=False)
@@ -100,7 +109,11 @@ class AddressSpace(Advice, but=("touch", "translate")):
 
     @classmethod
     def create(cls, machine: Core) -> AddressSpace:
-        """See Machine.create_process."""
+        """See Machine.create_process.
+
+        >>> AddressSpace.create(machine)
+        AddressSpace(space=1)
+        """
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import PROCESS_ROOT
 
@@ -192,6 +205,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         0; -EINVAL for an unaligned address or no length, -EEXIST over another mapping, -ENOMEM beyond
         2^47 - 4096 or past words.VMAS mappings. populate, locked: MAP_POPULATE, MAP_LOCKED, whose faults may
         fail unseen.
+
+        >>> process.mmap_anonymous(0x100_0000, 8192, populate=True).name, process.touch(0x100_1000).name
+        ('ok', 'present')
         """
         options = {"populate": populate, "locked": locked, "noreserve": noreserve}
         if not shared or not 0 < length <= _MOST_BYTES:
@@ -214,6 +230,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         that is not aligned to them, -EEXIST, -ENOMEM where the pool cannot reserve the pages (not asked with
         noreserve). mm/mmap.c:ksys_mmap_pgoff(), fs/hugetlbfs/inode.c:hugetlbfs_file_mmap(),
         mm/hugetlb.c:hugetlb_reserve_pages().
+
+        >>> process.mmap_hugetlb(0x6000_0000, 2 << 20).name, process.touch(0x6000_0000, write=True).name
+        ('ok', 'VM_FAULT_NOPAGE')
         """
         if file is None:
             if length is None:
@@ -251,6 +270,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
 
         0, -EINVAL beyond its end, -EEXIST, -ENOMEM. mm/memory.c:remap_pfn_range(), vmf_insert_pfn();
         mm/huge_memory.c:vmf_insert_pfn_pmd(), vmf_insert_pfn_pud(). Private device mappings are not modelled.
+
+        >>> process.mmap_device(machine.create_device(0x1000, 4), 0x200_0000).name, process.touch(0x200_0000).name
+        ('ok', 'VM_FAULT_NOPAGE')
         """
         size = max(device.size - offset, 0) if length is None else length
         return self._mmap(
@@ -278,6 +300,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         guest_memfd refuses (-EINVAL).
         counted: map it as merged, by entries that its folios count, also where the design would be VM_PFNMAP: both
         kinds of mapping of one file were captured side by side (the parameter kvm.gmem_pfnmap decided at mmap).
+
+        >>> process.mmap(gmem, 0x5000_0000, offset=0x1000, length=0x1000).name
+        'ok'
         """
         size = gmem.size - offset if length is None else length
         if isinstance(gmem, GuestMemfd):
@@ -311,6 +336,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """munmap(): 0, -EINVAL (also for a cut through a HugeTLB page), -ENOMEM for one mapping too many.
 
         Tables that no mapping needs any more are freed. mm/vma.c:do_vmi_munmap().
+
+        >>> process.munmap(0x80_0000, 4096).name, process.touch(0x80_0000).name
+        ('ok', 'VM_FAULT_SIGSEGV')
         """
         return self._operate(Operation.MUNMAP, address, length)
 
@@ -318,6 +346,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c
 
         -EACCES for PROT_EXEC of a guest_memfd of the two designs.
+
+        >>> process.protect(0x80_0000, 4096, 1).name, process.touch(0x80_0000, write=True).name
+        ('ok', 'VM_FAULT_SIGSEGV')
         """
         return self._operate(Operation.PROTECT, address, length, _protection(prot))
 
@@ -325,11 +356,18 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """mlock(), with `on_fault` mlock2(MLOCK_ONFAULT): 0, -EAGAIN, -ENOMEM over a hole or where no page can be had.
 
         VM_PFNMAP and HugeTLB mappings are accepted and left as they are. mm/mlock.c:mlock_fixup()
+
+        >>> process.mlock(0x80_0000, 16384).name, process.touch(0x80_3000).name
+        ('ok', 'present')
         """
         return self._operate(Operation.LOCK, address, length, Flag.LOCKED | (0 if on_fault else Flag.POPULATE))
 
     def munlock(self, address: int, length: int) -> Result:
-        """munlock(): 0 or -ENOMEM over a hole. mm/mlock.c"""
+        """munlock(): 0 or -ENOMEM over a hole. mm/mlock.c
+
+        >>> process.mlock(0x80_0000, 4096).name, process.munlock(0x80_0000, 4096).name
+        ('ok', 'ok')
+        """
         return self._operate(Operation.LOCK, address, length)
 
     def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
@@ -338,6 +376,9 @@ class AddressSpace(Advice, but=("touch", "translate")):
         0, -EINVAL, -EFAULT (also for VM_PFNMAP that would grow), -ENOMEM; -EOPNOTSUPP for HugeTLB memory, which is not
         modelled. Length 0 maps shared memory once more. Since 6.17 one call moves every mapping of a range. Tables move
         whole where old and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
+
+        >>> process.remap(0x80_0000, 4096, 4096, 0xC0_0000).name, process.touch(0xC0_0000).name
+        ('ok', 'present')
         """
         return self.machine.operate(
             Operation.REMAP,
@@ -349,7 +390,11 @@ class AddressSpace(Advice, but=("touch", "translate")):
         )
 
     def read_smaps(self) -> Result:
-        """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c"""
+        """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c
+
+        >>> process.read_smaps().name
+        'ok'
+        """
         return self._operate(Operation.READ_SMAPS)
 
     def fork(self) -> AddressSpace:
@@ -373,7 +418,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE if madvise else 0)
 
-    def zap_many(self, addresses: Array, length: int = W.PAGE_4K) -> Results:
+    def zap_many(self, addresses: Integers, length: int = W.PAGE_4K) -> Results:
         """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
         header = np.uint64(Operation.ZAP | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
@@ -393,7 +438,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0)
         return run_one(self.machine, _HOST_FAULT, flags, 0, 0, self.number, 0, address, 0, 0)
 
-    def touch_many(self, addresses: Array, *, write: bool = False, execute: bool = False) -> Results:
+    def touch_many(self, addresses: Integers, *, write: bool = False, execute: bool = False) -> Results:
         """Access the bytes at `addresses` (uint64[n]), in order."""
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.number << 48)
@@ -418,7 +463,13 @@ class AddressSpace(Advice, but=("touch", "translate")):
         )
 
     def pin_many(
-        self, addresses: Array, length: int = W.PAGE_4K, *, pins: Array, write: bool = False, longterm: bool = False
+        self,
+        addresses: Integers,
+        length: int = W.PAGE_4K,
+        *,
+        pins: Integers,
+        write: bool = False,
+        longterm: bool = False,
     ) -> Results:
         """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
         if len(pins) not in (1, len(addresses)):
@@ -434,7 +485,7 @@ class AddressSpace(Advice, but=("touch", "translate")):
         return walk_page(self.machine, self.machine.host_format, self.root, address >> 12)
 
     def translate(
-        self, addresses: Array, kinds: Kind | Array | None = None, access: Access | None = None
+        self, addresses: Integers, kinds: Kind | Integers | None = None, access: Access | None = None
     ) -> Translation:
         """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate.
 

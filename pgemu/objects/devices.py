@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine
+from pgemu.machine.arrays import Integers
 from pgemu.machine.field_rules import shown
 from pgemu.machine.results import Result, Results
 from pgemu.tables.formats import format_of
@@ -36,7 +37,6 @@ __all__ = (
     "VfioContainer",
 )
 
-Array = np.ndarray[Any, Any]
 Unit = Literal["vtd", "amd"]
 Policy = Literal["linux", "naive", "tracked"]
 Unmaps = Literal["refused", "none", "notifier", "revoke", "mirror"]
@@ -288,7 +288,14 @@ class VfioContainer(IoSpace):
         return self._map(process, iova, size, vaddr, _rights(read, write), int(W.NO_INODE))
 
     def map_many(
-        self, iovas: Array, size: int, process: AddressSpace, vaddrs: Array, *, read: bool = True, write: bool = True
+        self,
+        iovas: Integers,
+        size: int,
+        process: AddressSpace,
+        vaddrs: Integers,
+        *,
+        read: bool = True,
+        write: bool = True,
     ) -> Results:
         """map() of `size` bytes at each of `iovas` (uint64[n]) from `vaddrs` (uint64[n])."""
         if len(vaddrs) not in (1, len(iovas)):
@@ -313,6 +320,14 @@ class Ioas(IoSpace):
     """An IOAS of iommufd: memory is pinned (VmPin) while a device is attached. Made by Machine.create_iommufd().
 
     drivers/iommu/iommufd/ioas.c. Addresses are whole pages, also without a device.
+
+    >>> machine = Machine(Config("restructure", pool=2 << 20, page_size=2 << 20, buddy=2 << 20))
+    >>> process, ioas = machine.create_process(), machine.create_iommufd().create_ioas()
+    >>> process.mmap_anonymous(0x80_0000, 1 << 20).name
+    'ok'
+    >>> device = ioas.attach()
+    >>> ioas.map(0x10000, 8192, process, 0x80_0000).name
+    'ok'
     """
 
     def __init__(self, machine: Core, unit: Unit, guest_memfd: Unmaps, **parameters: Any) -> None:
@@ -437,7 +452,7 @@ class IoDevice(OfMachine, but=("__init__",)):
         flags = Flag.WRITE if write else 0
         return self._attached()._operate(Operation.DMA_ACCESS, flags=flags, address=iova, length=length)
 
-    def access_many(self, iovas: Array, length: int = 8, *, write: bool = False, value: int = 0) -> Results:
+    def access_many(self, iovas: Integers, length: int = 8, *, write: bool = False, value: int = 0) -> Results:
         """access() of `length` bytes at each of `iovas` (uint64[n]). value: the word that writes store, if not 0."""
         space = self._attached()
         header = np.uint64(Operation.DMA_ACCESS | (Flag.WRITE if write else 0) << 8 | space.number << 48)

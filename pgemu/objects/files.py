@@ -97,48 +97,84 @@ class File(OfMachine):
 
     def memory_failure(self, offset: int, *, hardware: bool = False, early_kill: bool = False) -> MemoryFailure:
         """Machine.memory_failure() of the page at an offset. -ENOENT where none is there, -EINVAL past the end and of
-        a device."""
+        a device.
+
+        >>> file.memory_failure(1 << 40).status  # past its end
+        -22
+        """
         return fail_page(self.machine, self.number, offset, hardware, early_kill)
 
     def close(self) -> Result:
-        """Close the last descriptor: 0, or -EBADF the second time. The file lives on while it is mapped."""
+        """Close the last descriptor: 0, or -EBADF the second time. The file lives on while it is mapped.
+
+        >>> file.close().name, file.close().name
+        ('ok', '-EBADF')
+        """
         return self._operate(Operation.CLOSE)
 
 
 @guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class HugetlbFile(File):
-    """A file of hugetlbfs. fs/hugetlbfs/inode.c"""
+    """A file of hugetlbfs. fs/hugetlbfs/inode.c
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20))
+    >>> file = machine.create_hugetlb_file(2 << 20)
+    >>> file.allocate(0, 2 << 20).name
+    'ok'
+    """
 
     page_size: int
     _kind = int(W.INODE_HUGETLB)
 
     @classmethod
     def create(cls, machine: Core, size: int, page_size: int) -> HugetlbFile:
-        """See Machine.create_hugetlb_file."""
+        """See Machine.create_hugetlb_file.
+
+        >>> HugetlbFile.create(machine, 2 << 20, 2 << 20).page_size
+        2097152
+        """
         order = W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G
         inode = _new_inode(machine, size, page_size, {W.I_KIND: int(W.INODE_HUGETLB), W.I_ORDER: order})
         return cls(machine, inode, size, page_size=page_size)
 
     def punch_hole(self, offset: int, length: int) -> Result:
-        """fallocate(FALLOC_FL_PUNCH_HOLE): whole huge pages of the range leave every process and the file. 0."""
+        """fallocate(FALLOC_FL_PUNCH_HOLE): whole huge pages of the range leave every process and the file. 0.
+
+        >>> file.punch_hole(0, 2 << 20).name, machine.hugetlb().free_hugepages
+        ('ok', 2)
+        """
         return self._operate(Operation.PUNCH_HOLE, offset, length)
 
     def allocate(self, offset: int, length: int) -> Result:
-        """fallocate(): zeroed pages now. 0, -EINVAL past the end, -ENOSPC with the pool empty or reserved."""
+        """fallocate(): zeroed pages now. 0, -EINVAL past the end, -ENOSPC with the pool empty or reserved.
+
+        >>> file.allocate(0, 2 << 20).name, machine.hugetlb().free_hugepages
+        ('ok', 1)
+        """
         return self._operate(Operation.ALLOCATE, offset, length)
 
 
 @guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class GuestMemfd4K(File):
-    """A guest_memfd of order-0 folios, as merged. virt/kvm/guest_memfd.c"""
+    """A guest_memfd of order-0 folios, as merged. virt/kvm/guest_memfd.c
+
+    >>> machine = Machine(Config("restructure", pool=2 << 20, page_size=2 << 20, buddy=2 << 20))
+    >>> file = machine.create_guest_memfd_4k(1 << 20)
+    >>> file.allocate(0, 8192).name
+    'ok'
+    """
 
     _kind = int(W.INODE_GUEST_MEMFD_4K)
 
     @classmethod
     def create(cls, machine: Core, size: int, mmap: bool, init_shared: bool) -> GuestMemfd4K:
-        """See Machine.create_guest_memfd_4k."""
+        """See Machine.create_guest_memfd_4k.
+
+        >>> GuestMemfd4K.create(machine, 4096, True, True).size
+        4096
+        """
         if (mmap or init_shared) and not formats.KERNELS[machine.config.kernel].guest_memfd_mmap:
             raise OSError(W.EINVAL, f"guest_memfd of {machine.config.kernel} has no flags")
         flags = (int(W.INODE_MMAP) if mmap else 0) | (int(W.INODE_INIT_SHARED) if init_shared else 0)
@@ -146,24 +182,40 @@ class GuestMemfd4K(File):
         return cls(machine, _new_inode(machine, size, W.PAGE_4K, fields), size)
 
     def punch_hole(self, offset: int, length: int) -> Result:
-        """fallocate(FALLOC_FL_PUNCH_HOLE): 0, -EINVAL unless aligned to pages."""
+        """fallocate(FALLOC_FL_PUNCH_HOLE): 0, -EINVAL unless aligned to pages.
+
+        >>> file.punch_hole(0, 4096).name
+        'ok'
+        """
         return self._operate(Operation.PUNCH_HOLE, offset, length)
 
     def allocate(self, offset: int, length: int) -> Result:
-        """fallocate(): zeroed folios now. 0, -EINVAL, -ENOMEM with what was done until then."""
+        """fallocate(): zeroed folios now. 0, -EINVAL, -ENOMEM with what was done until then.
+
+        >>> file.allocate(0, 1 << 20).name, file.allocate(0, 100).name
+        ('ok', '-EINVAL')
+        """
         return self._operate(Operation.ALLOCATE, offset, length)
 
 
 @guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class ShmemFile(File):
-    """A file of shmem with 4K folios: of memfd_create(), or what mmap(MAP_SHARED | MAP_ANONYMOUS) maps. mm/shmem.c"""
+    """A file of shmem with 4K folios: of memfd_create(), or what mmap(MAP_SHARED | MAP_ANONYMOUS) maps. mm/shmem.c
+
+    >>> machine = Machine(Config("restructure", pool=2 << 20, page_size=2 << 20, buddy=2 << 20))
+    >>> file = machine.create_memfd(1 << 20)
+    """
 
     _kind = int(W.INODE_GUEST_MEMFD_4K)
 
     @classmethod
     def create(cls, machine: Core, size: int) -> ShmemFile:
-        """OSError EINVAL, ENOSPC past the inodes."""
+        """OSError EINVAL, ENOSPC past the inodes.
+
+        >>> ShmemFile.create(machine, 4096).size
+        4096
+        """
         flags = int(W.INODE_MMAP) | int(W.INODE_INIT_SHARED) | int(W.INODE_SHMEM)
         fields = {W.I_KIND: int(W.INODE_GUEST_MEMFD_4K), W.I_FLAGS: flags}
         return cls(machine, _new_inode(machine, size, W.PAGE_4K, fields), size)
@@ -172,14 +224,25 @@ class ShmemFile(File):
 @guards_creation(inode=_INODE)
 @dataclass(frozen=True)
 class Device(File):
-    """Memory of a device, such as a PCI BAR: frames without struct pages, mapped as VM_PFNMAP."""
+    """Memory of a device, such as a PCI BAR: frames without struct pages, mapped as VM_PFNMAP.
+
+    >>> machine = Machine(Config("restructure", pool=2 << 20, page_size=2 << 20))
+    >>> file = machine.create_device(0x1000, 16)
+    >>> process = machine.create_process()
+    >>> process.mmap_device(file, 0x4000_0000).name, process.touch(0x4000_0000).name
+    ('ok', 'VM_FAULT_NOPAGE')
+    """
 
     pfn: int
     _kind = int(W.INODE_DEVICE)
 
     @classmethod
     def create(cls, machine: Core, pfn: int, pages: int, remap: bool, memory_type: MemoryType) -> Device:
-        """See Machine.create_device."""
+        """See Machine.create_device.
+
+        >>> Device.create(machine, 0x2000, 1, False, "write-back").pfn
+        8192
+        """
         if pfn + pages > 1 << 40:
             raise ValueError(f"pfn {pfn:#x} and pages {pages:#x}: expected frames below 2**40, which is 2**52 bytes")
         fields = {
@@ -192,9 +255,17 @@ class Device(File):
 
     def revoke(self) -> Result:
         """Turn the memory off, as the memory enable bit does: every entry of processes goes, no table; faults end in
-        SIGBUS. 0. Of devices, maps of a dma-buf go; what VFIO type1 mapped stays, as in Linux."""
+        SIGBUS. 0. Of devices, maps of a dma-buf go; what VFIO type1 mapped stays, as in Linux.
+
+        >>> file.revoke().name, process.touch(0x4000_0000).name
+        ('ok', 'VM_FAULT_SIGBUS')
+        """
         return self._operate(Operation.REVOKE)
 
     def restore(self) -> Result:
-        """Turn it on again; entries come back at their faults. 0."""
+        """Turn it on again; entries come back at their faults. 0.
+
+        >>> file.revoke().name, file.restore().name, process.touch(0x4000_0000).name
+        ('ok', 'ok', 'VM_FAULT_NOPAGE')
+        """
         return self._operate(Operation.RESTORE)

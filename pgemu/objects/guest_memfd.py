@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, argument, guards_creation, plain
+from pgemu.machine.arrays import Integers
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import amount, checked, choice, number_of
 from pgemu.machine.results import Result, Results
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ("CreateFlags", "GuestMemfd", "Rfc2Flags", "Stat", "check_creation", "node_mask", "policy_mode")
 
-Array = np.ndarray[Any, Any]
 Form = Literal["main", "next", "rfc2", "wip"]
 # Flag's members take as long to look up as the rest of a call.
 _CONVERT, _SHARED, _PRIVATE = Operation.CONVERT, int(Flag.SHARED), int(Flag.PRIVATE)
@@ -173,7 +173,15 @@ def node_mask(nodes: Iterable[int]) -> int:
 @guards_creation(inode=number_of("a file", W.INODES))
 @dataclass(frozen=True)
 class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
-    """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c"""
+    """A guest_memfd inode over the machine's guest memory. virt/kvm/guest_memfd.c
+
+    >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20))
+    >>> gmem, vm = machine.create_guest_memfd(4 << 20), machine.create_vm(protected=True)
+    >>> vm.bind(gmem, gpa=0).name, vm.touch(0x1000).detail
+    ('ok', 2)
+    >>> gmem.convert(0x1000, 4096, shared=True).name, gmem.is_split(0x1000)
+    ('ok', True)
+    """
 
     machine: Core = field(repr=False)
     inode: int
@@ -189,7 +197,11 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
     def create(
         cls, machine: Core, size: int, shared: bool, flags: int | None, form: Form, page_order: int
     ) -> GuestMemfd:
-        """See Machine.create_guest_memfd."""
+        """See Machine.create_guest_memfd.
+
+        >>> GuestMemfd.create(machine, 2 << 20, True, None, "main", 0).size
+        2097152
+        """
         config = machine.config
         if flags is None:
             flags, page_order = _usual(config, shared, form)
@@ -292,6 +304,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
 
         vm: the number of the VM whose file of the inode is asked; ValueError of no VM. -EINVAL, too, if it has one and
         knows no private memory (Machine.create_vm).
+
+        >>> gmem.convert(0x1000, 4096, shared=False).name, gmem.is_split(0x1000)  # merged
+        ('ok', False)
         """
         if (
             type(offset) is not int or type(length) is not int or type(actor) is not int or type(vm) is not int
@@ -304,8 +319,12 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         flags = _SHARED if shared else _PRIVATE
         return run_one(self.machine, _CONVERT, flags, actor, vm, 0, self.inode, 0, offset, length)
 
-    def convert_many(self, offsets: Array, length: int = W.PAGE_4K, *, shared: bool) -> Results:
-        """Convert `length` bytes at each of `offsets` (uint64[n]), in order."""
+    def convert_many(self, offsets: Integers, length: int = W.PAGE_4K, *, shared: bool) -> Results:
+        """Convert `length` bytes at each of `offsets` (uint64[n]), in order.
+
+        >>> gmem.convert_many([0x2000, 0x5000], shared=True).outcomes
+        {'ok': 2}
+        """
         header = np.uint64(Operation.CONVERT | (Flag.SHARED if shared else Flag.PRIVATE) << 8)
         return self.machine.run_columns(header, self.inode, 0, offsets, length, count=len(offsets))
 
@@ -315,10 +334,13 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         0; -EBADF once closed; -EINVAL for what is not aligned to 4K (Config.punch "refuse": to the huge page);
         -EAGAIN (restructure) with the offset of a split huge page of which somebody holds a piece, those before it
         gone; -EBUSY where Linux would wait for the lock. pgemu_kernels.gmem.truncation.punch()
+
+        >>> gmem.punch_hole(0x20_0000, 0x20_0000).name
+        'ok'
         """
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
 
-    def punch_hole_many(self, offsets: Array, length: int) -> Results:
+    def punch_hole_many(self, offsets: Integers, length: int) -> Results:
         """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order."""
         return self.machine.run_columns(
             np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
@@ -406,11 +428,11 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """
         return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
 
-    def get_reference_many(self, offsets: Array) -> Results:
+    def get_reference_many(self, offsets: Integers) -> Results:
         """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order."""
         return self.machine.run_columns(np.uint64(Operation.GET), self.inode, 0, offsets, count=len(offsets))
 
-    def put_reference_many(self, pfns: Array) -> Results:
+    def put_reference_many(self, pfns: Integers) -> Results:
         """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order."""
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))

@@ -37,6 +37,11 @@ class HugetlbPool(OfMachine):
     """The huge pages of one size; made by Machine.hugetlb(). mm/hugetlb.c:struct hstate
 
     Errors that Linux would return are results.
+
+    >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20, buddy=8 << 20))
+    >>> pool = machine.hugetlb(2 << 20)
+    >>> pool.nr_hugepages, pool.free_hugepages
+    (4, 4)
     """
 
     machine: Core = field(repr=False)
@@ -48,7 +53,11 @@ class HugetlbPool(OfMachine):
 
     @classmethod
     def of_size(cls, machine: Core, page_size: int) -> HugetlbPool:
-        """See Machine.hugetlb."""
+        """See Machine.hugetlb.
+
+        >>> HugetlbPool.of_size(machine, 2 << 20).page_size
+        2097152
+        """
         return cls(machine, W.ORDER_2M if page_size == W.PAGE_2M else W.ORDER_1G)
 
     @property
@@ -97,13 +106,21 @@ class HugetlbPool(OfMachine):
         self.machine.arrays.state[self._row + int(W.H_OVERCOMMIT)] = count
 
     def node(self, number: int) -> NodePool:
-        """The counts of a NUMA node. ValueError if the machine has no such node."""
+        """The counts of a NUMA node. ValueError if the machine has no such node.
+
+        >>> pool.node(0).free_hugepages
+        4
+        """
         row = self._row + int(W.H_NODE) + self._node("number", number) * W.H_NODE_WORDS
         words = (W.H_NODE_PAGES, W.H_NODE_FREE, W.H_NODE_SURPLUS)
         return NodePool(*(int(self.machine.arrays.state[row + int(word)]) for word in words))
 
     def free_list(self, node: int = 0) -> list[int]:
-        """Frames of a node's free pages in the order in which they are taken, off the links in their struct pages."""
+        """Frames of a node's free pages in the order in which they are taken, off the links in their struct pages.
+
+        >>> len(pool.free_list())
+        4
+        """
         from pgemu.images.folio import struct_page
 
         row = self._row + int(W.H_NODE) + self._node("node", node) * W.H_NODE_WORDS + int(W.H_NODE_FREE_LIST)
@@ -130,6 +147,9 @@ class HugetlbPool(OfMachine):
 
         New pages are optimised in one batch, the vmemmap of pages that leave is restored in one batch. It ends early
         where memory ends; pages in use become surplus. mm/hugetlb.c:set_max_huge_pages()
+
+        >>> pool.resize(6).name, pool.nr_hugepages
+        ('ok', 6)
         """
         return self.machine.operate(Operation.POOL_RESIZE, space=self._space(node), object_=self.order, length=count)
 
@@ -138,6 +158,11 @@ class HugetlbPool(OfMachine):
 
         -EBUSY: all free ones are poisoned. -ENOMEM: the vmemmap of one could not be restored. -EINVAL for 2M pages.
         demote_store()
+
+        >>> pool.demote()  # 2M pages are the smallest
+        Result(status=-EINVAL, detail=0)
+        >>> machine.hugetlb(1 << 30).demote()  # and of 1G there is none
+        Result(status=0, detail=0)
         """
         return self.machine.operate(Operation.POOL_DEMOTE, space=self._space(node), object_=self.order, length=count)
 
@@ -145,6 +170,10 @@ class HugetlbPool(OfMachine):
         """Take a page, preferably of a node: 0 and the frame of its head, which has one reference; -ENOMEM.
 
         alloc_hugetlb_folio(), without a reservation. Machine.free_folio() gives it back.
+
+        >>> pfn = pool.allocate().detail
+        >>> pool.free_hugepages, machine.free_folio(pfn).name
+        (3, 'ok')
         """
         return self.machine.operate(Operation.FOLIO_ALLOCATE, space=self._space(node), object_=self.order)
 
@@ -153,11 +182,19 @@ class HugetlbPool(OfMachine):
 
         Neighbours go in one batch: hugetlb_vmemmap_optimize_folios(), with two flushes; one page alone is
         hugetlb_vmemmap_optimize_folio(), with its own. -ENOMEM, -EBUSY for a page in use, -EINVAL.
+
+        >>> pfns = pool.free_list()[:1]
+        >>> pool.restore(pfns).name, pool.optimize(pfns).name
+        ('ok', 'ok')
         """
         return self._over_ranges(Operation.VMEMMAP_OPTIMIZE, pfns)
 
     def restore(self, pfns: Sequence[int] | range) -> Result:
-        """Restore the vmemmap of free pages: as `optimize`. hugetlb_vmemmap_restore_folio() and _folios()"""
+        """Restore the vmemmap of free pages: as `optimize`. hugetlb_vmemmap_restore_folio() and _folios()
+
+        >>> pool.restore(pool.free_list()[:1])
+        Result(status=0, detail=1)
+        """
         return self._over_ranges(Operation.VMEMMAP_RESTORE, pfns)
 
     def _over_ranges(self, op: Operation, pfns: Sequence[int] | range) -> Result:

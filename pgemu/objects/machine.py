@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
+from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.config import Config as Config
 from pgemu.machine.core import Core
 from pgemu.machine.findings import note_broken
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from pgemu.tables.page_table import PageTable
     from pgemu.tables.walked import Walk
 
-Array = np.ndarray[Any, Any]
 # What the references of folios are not counted without: see pgemu_kernels.rules.references.
 _HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENCES, W.R_SPLIT_TO_2M, W.R_FROZEN)
 
@@ -44,13 +44,13 @@ _HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENC
 class Machine(Core):
     """A machine of one design: physical memory, page tables, folios, guest_memfd inodes, processes, VMs.
 
-    >>> machine = Machine(Config("pfnmap", pool=4 << 30))
-    >>> gmem = machine.create_guest_memfd(4 << 30, shared=False)
+    >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20, buddy=8 << 20))
+    >>> gmem = machine.create_guest_memfd(4 << 20)
     >>> vm = machine.create_vm(protected=True)
-    >>> vm.bind(gmem, gpa=0).status
-    0
-    >>> vm.touch(0x1234000).detail  # level 3: a 1G leaf
-    3
+    >>> vm.bind(gmem, gpa=0).name
+    'ok'
+    >>> vm.touch(0x1234).detail  # level 2: a 2M leaf
+    2
 
     Not thread-safe; two machines may run on two threads, kernels release the GIL.
     Errors that a kernel returns are results. OSError (ENOMEM, EINVAL, ENOSPC) comes only from creating
@@ -325,11 +325,11 @@ class Machine(Core):
         """
         return self.operate(Operation.UNPIN, object_=pin)
 
-    def unpin_many(self, pins: Array) -> Results:
+    def unpin_many(self, pins: Integers) -> Results:
         """Unpin each of the numbers `pins` (uint64[n]), in order."""
         return self.run_columns(np.uint64(Operation.UNPIN), pins, count=len(pins))
 
-    def pinned_frames(self, pin: int) -> Array:
+    def pinned_frames(self, pin: int) -> U64:
         """uint64[n]: frame numbers that a pin holds, by page of the pin; none of a pin that is not live.
 
         ValueError past words.PINS.
@@ -393,7 +393,7 @@ class Machine(Core):
             self._hold_again(pages, pins, giving=True)
         return self.register(W.R_BROKEN)
 
-    def _hold_again(self, pages: Array, pins: Array, *, giving: bool) -> None:
+    def _hold_again(self, pages: U64, pins: U64, *, giving: bool) -> None:
         """Give back or take away the references that pins, KVM's mappings, LRU batches and faults under way hold, and
         frozen folios do not. pages, pins: of pins.pinned()."""
         from pgemu_kernels.words.requests import GIVE_BACK, TAKE_AWAY
@@ -416,7 +416,7 @@ class Machine(Core):
         stage2 = root in vms[:, [int(W.V_ROOT), int(W.V_PRIVATE_ROOT)]]
         return walk_page(self, self.stage2_format if stage2 else self.host_format, root, page)
 
-    def struct_page(self, pfn: int) -> Array:
+    def struct_page(self, pfn: int) -> U64:
         """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).
 
         ValueError outside the zone.

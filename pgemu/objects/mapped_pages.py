@@ -121,6 +121,9 @@ class _Mapped(OfMachine):
         Whatever lies in the frame now is read: of a page that has become private, or is another file's, that counts as
         MAPPED_STALE_PRIVATE or MAPPED_STALE_FREED. ValueError when it is gone, or outside it; OSError EFAULT of a cache
         that is not valid (check(), refresh()).
+
+        >>> len(vm.pfn_cache(8, 8).read())
+        8
         """
         self._check_live()
         size = max(self._extent()[1] - offset, 0) if length is None else length
@@ -128,7 +131,10 @@ class _Mapped(OfMachine):
         return self.machine.read_frame(self._access(0))[place : place + size]
 
     def write(self, data: bytes, offset: int = 0) -> None:
-        """Let KVM write by it. As read(); ValueError too of a mapping that is not for writing, OSError ENOMEM."""
+        """Let KVM write by it. As read(); ValueError too of a mapping that is not for writing, OSError ENOMEM.
+
+        >>> vm.pfn_cache(8, 8).write(b"hello")
+        """
         place = self._place(offset, len(data))
         if not self._of(W.K_WRITE):
             raise ValueError(f"{self._what} {self.number}: it is mapped for reading, expected one for writing")
@@ -141,14 +147,26 @@ class _Mapped(OfMachine):
 @guards_creation(number=_NUMBER)
 @dataclass(frozen=True)
 class MappedPage(_Mapped):
-    """A page that KVM has mapped by kvm_vcpu_map(): struct kvm_host_map. See Vm.map_page."""
+    """A page that KVM has mapped by kvm_vcpu_map(): struct kvm_host_map. See Vm.map_page.
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20))
+    >>> gmem, process = machine.create_guest_memfd(4 << 20, shared=True), machine.create_process()
+    >>> vm = machine.create_vm(process, protected=True)
+    >>> process.mmap(gmem, 0x4000_0000).name, vm.bind(gmem, gpa=0, userspace_addr=0x4000_0000).name
+    ('ok', 'ok')
+    >>> page = vm.map_page(0)
+    """
 
     _kind = int(W.MAPPED_MAP)
     _what = "mapped page"
 
     @classmethod
     def create(cls, machine: Core, vm: int, gpa: int, write: bool) -> MappedPage:
-        """See Vm.map_page."""
+        """See Vm.map_page.
+
+        >>> type(page).create(machine, vm.vm, 4096, True).gpa
+        4096
+        """
         number = _free_number(machine)
         flags = Flag.WRITE if write else 0
         result = machine.operate(Operation.NESTED_MAP, flags=flags, vm=vm, object_=number, address=gpa)
@@ -157,21 +175,37 @@ class MappedPage(_Mapped):
         return cls(machine, number)
 
     def unmap(self) -> Result:
-        """kvm_vcpu_unmap(): 0, or -ENOENT when it is gone. What it held of the folio is given back."""
+        """kvm_vcpu_unmap(): 0, or -ENOENT when it is gone. What it held of the folio is given back.
+
+        >>> page.unmap().name, page.live
+        ('ok', False)
+        """
         return self._end()
 
 
 @guards_creation(number=_NUMBER)
 @dataclass(frozen=True)
 class PfnCache(_Mapped):
-    """A struct gfn_to_pfn_cache. virt/kvm/pfncache.c; see Vm.pfn_cache."""
+    """A struct gfn_to_pfn_cache. virt/kvm/pfncache.c; see Vm.pfn_cache.
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20))
+    >>> gmem, process = machine.create_guest_memfd(4 << 20, shared=True), machine.create_process()
+    >>> vm = machine.create_vm(process, protected=True)
+    >>> process.mmap(gmem, 0x4000_0000).name, vm.bind(gmem, gpa=0, userspace_addr=0x4000_0000).name
+    ('ok', 'ok')
+    >>> cache = vm.pfn_cache(8, 8)
+    """
 
     _kind = int(W.MAPPED_CACHE)
     _what = "pfn cache"
 
     @classmethod
     def create(cls, machine: Core, vm: int, gpa: int, length: int) -> PfnCache:
-        """See Vm.pfn_cache."""
+        """See Vm.pfn_cache.
+
+        >>> type(cache).create(machine, vm.vm, 16, 8).length
+        8
+        """
         number = _free_number(machine)
         result = _activate(machine, vm, number, gpa, length)
         if result.status not in (0, -W.EFAULT):
@@ -187,24 +221,40 @@ class PfnCache(_Mapped):
         return self.gpa % W.PAGE_4K, self.length
 
     def check(self) -> bool:
-        """kvm_gpc_check(): whether the frame can be used: no notifier came, no memory slot changed. False when gone."""
+        """kvm_gpc_check(): whether the frame can be used: no notifier came, no memory slot changed. False when gone.
+
+        >>> cache.check(), process.zap(0x4000_0000, 4096).name, cache.check()
+        (True, 'ok', False)
+        """
         if not self.live:
             return False
         vm = int(W.STATE_VMS) + self.vm * W.V_WORDS
-        return bool(self._word(W.K_VALID)) and self._word(W.K_SLOTS) == self.machine.arrays.state[vm + W.V_GENERATION]
+        return bool(self._word(W.K_VALID) and self._word(W.K_SLOTS) == self.machine.arrays.state[vm + W.V_GENERATION])
 
     def refresh(self) -> Result:
         """kvm_gpc_refresh(): 0 with the frame, -EFAULT where none can be had, and the cache is invalid; -EBUSY where
-        Linux would wait for a conversion; -EOPNOTSUPP over memory of other kinds. ValueError when it is gone."""
+        Linux would wait for a conversion; -EOPNOTSUPP over memory of other kinds. ValueError when it is gone.
+
+        >>> process.zap(0x4000_0000, 4096).name, cache.refresh().name, cache.check()
+        ('ok', 'ok', True)
+        """
         return self.activate(self.gpa, self.length)
 
     def activate(self, gpa: int, length: int) -> Result:
-        """kvm_gpc_activate() at another guest address: as refresh(); -EINVAL past the page, and all is as before."""
+        """kvm_gpc_activate() at another guest address: as refresh(); -EINVAL past the page, and all is as before.
+
+        >>> cache.activate(4096, 16).name, cache.gpa
+        ('ok', 4096)
+        """
         self._check_live()
         return _activate(self.machine, self.vm, self.number, gpa, length)
 
     def deactivate(self) -> Result:
-        """kvm_gpc_deactivate(): 0, or -ENOENT when it is gone."""
+        """kvm_gpc_deactivate(): 0, or -ENOENT when it is gone.
+
+        >>> cache.deactivate().name, cache.check()
+        ('ok', False)
+        """
         return self._end()
 
 

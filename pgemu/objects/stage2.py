@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pgemu.machine.short import counted, html_table
 from pgemu_kernels import words as W
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 Array = np.ndarray[Any, Any]
+Entries = npt.NDArray[np.void]
+"""Of dtype ENTRY."""
 
 ENTRY = np.dtype([("gpa", np.uint64), ("level", np.uint8), ("entry", np.uint64)])
 """An entry: the first guest physical address it covers, its level (1 = 4K .. 4 = 512G), its value."""
@@ -28,9 +31,9 @@ class Stage2(NamedTuple):
     """
 
     root: int
-    tables: Array
-    leaves: Array
-    others: Array
+    tables: Entries
+    leaves: Entries
+    others: Entries
     empty: int
 
     def __repr__(self) -> str:
@@ -44,7 +47,12 @@ class Stage2(NamedTuple):
         return html_table(("gpa", "level", "entry"), rows, len(self.leaves))
 
     def leaf_counts(self) -> tuple[int, int, int]:
-        """Leaves of 4K, 2M and 1G."""
+        """Leaves of 4K, 2M and 1G.
+
+        >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+        >>> machine.create_vm().stage2().leaf_counts()
+        (0, 0, 0)
+        """
         counts = np.bincount(self.leaves["level"], minlength=4)
         return int(counts[1]), int(counts[2]), int(counts[3])
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pgemu.machine.arguments import OfMachine, guards_creation, plain
+from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.columns import as_column
 from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pgemu.tables.translation import Access, Kind, NestedTranslation, Translation
     from pgemu.tables.walked import Walk
 
-Array = np.ndarray[Any, Any]
 # Flag's own "|" would take as long as the rest of a call.
 _WRITE, _EXEC, _ACCEPT_4K = int(Flag.WRITE), int(Flag.EXEC), int(Flag.ACCEPT_4K)
 _GUEST_FAULT = Operation.GUEST_FAULT
@@ -43,14 +42,27 @@ _MOST = (1 << 64) - 1
 @guards_creation(vm=number_of("a VM", W.VMS))
 @dataclass(frozen=True)
 class Vm(OfMachine, but=("touch", "translate")):
-    """A virtual machine: its stage-2 tables and its memory slots."""
+    """A virtual machine: its stage-2 tables and its memory slots.
+
+    >>> machine = Machine(Config("restructure", pool=4 << 20, page_size=2 << 20, buddy=4 << 20))
+    >>> gmem, process = machine.create_guest_memfd(4 << 20, shared=True), machine.create_process()
+    >>> vm = machine.create_vm(process, protected=True)
+    >>> process.mmap(gmem, 0x4000_0000).name, vm.bind(gmem, gpa=0, userspace_addr=0x4000_0000).name
+    ('ok', 'ok')
+    >>> vm.touch(0x1000), vm.touch(0x1000)
+    (Result(status=RET_PF_FIXED, detail=1), Result(status=RET_PF_SPURIOUS, detail=1))
+    """
 
     machine: Core = field(repr=False)
     vm: int
 
     @classmethod
     def create(cls, machine: Core, process: AddressSpace | None, kind: VmKind) -> Vm:
-        """See Machine.create_vm."""
+        """See Machine.create_vm.
+
+        >>> Vm.create(machine, process, "sw").vm
+        1
+        """
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import STAGE2_ROOT
 
@@ -126,6 +138,11 @@ class Vm(OfMachine, but=("touch", "translate")):
         moving one drops the whole stage-2 tree, of a protected VM only the slot's leaves. Dirty logging switched on
         splits large leaves to 4K and write-protects; switched off, large leaves come back (6.12: at the next access).
         virt/kvm/kvm_main.c:kvm_set_memory_region()
+
+        >>> process.mmap_anonymous(0x80_0000, 1 << 20).name
+        'ok'
+        >>> vm.set_memory_region(5, 1 << 30, 1 << 20, 0x80_0000).name, vm.touch(1 << 30).name
+        ('ok', 'RET_PF_FIXED')
         """
         flags = Flag.READ_ONLY if read_only else 0
         flags |= Flag.LOG_DIRTY_PAGES if log_dirty_pages else 0
@@ -149,6 +166,9 @@ class Vm(OfMachine, but=("touch", "translate")):
 
         0; -EINVAL if not aligned, empty, or private in a VM that is not protected; -ENOMEM with nothing changed.
         If anything changes the whole range loses its leaves. virt/kvm/kvm_main.c:kvm_vm_set_mem_attributes()
+
+        >>> vm.set_attributes(1 << 30, 4096, private=True).name
+        'ok'
         """
         flags = Flag.PRIVATE if private else Flag.SHARED
         return self.machine.operate(Operation.ATTRIBUTES, flags=flags, vm=self.vm, address=gpa, length=size)
@@ -159,19 +179,31 @@ class Vm(OfMachine, but=("touch", "translate")):
         0 with the bytes populated in `detail`, less than `size` where a later page failed; -ENOENT if the first page
         has no slot, -EFAULT, -ENOMEM, -EINVAL; in the designs' slots -EBUSY where Linux would wait for a conversion,
         and the range ends with the slots of that kind. virt/kvm/kvm_main.c:kvm_vcpu_pre_fault_memory()
+
+        >>> vm.prefault(2 << 20, 4096).name, vm.touch(2 << 20).name
+        ('ok', 'RET_PF_SPURIOUS')
         """
         return self.machine.operate(Operation.PREFAULT, vm=self.vm, address=gpa, length=size)
 
-    def dirty_log(self, slot: int) -> tuple[int, Array]:
+    def dirty_log(self, slot: int) -> tuple[int, U64]:
         """KVM_GET_DIRTY_LOG: (0, -ENOENT or -EINVAL; uint64[n], guest physical addresses written since the last call).
 
         The pages are write-protected again. virt/kvm/kvm_main.c:kvm_get_dirty_log_protect()
+
+        >>> process.mmap_anonymous(0x80_0000, 1 << 20).name
+        'ok'
+        >>> vm.set_memory_region(5, 1 << 30, 1 << 20, 0x80_0000, log_dirty_pages=True).name
+        'ok'
+        >>> vm.touch((1 << 30) + 0x3000, write=True).name
+        'RET_PF_FIXED'
+        >>> [hex(gpa) for gpa in vm.dirty_log(5)[1].tolist()]
+        ['0x40003000']
         """
         pages = self._dirty_pages(slot)
         result = self.machine.operate(Operation.DIRTY_LOG, vm=self.vm, object_=slot)
         return result.status, pages if result.status == 0 else pages[:0]
 
-    def _dirty_pages(self, slot: int) -> Array:
+    def _dirty_pages(self, slot: int) -> U64:
         """Guest physical addresses in a slot's dirty bitmap."""
         from pgemu.objects.stage2 import radix_tree
 
@@ -191,6 +223,9 @@ class Vm(OfMachine, but=("touch", "translate")):
         """Drop the last reference: slots, tables and attributes go. 0, or -EBADF if it was closed before.
 
         virt/kvm/kvm_main.c:kvm_destroy_vm()
+
+        >>> vm.close().name, machine.vms
+        ('ok', [])
         """
         return self.machine.operate(Operation.VM_EXIT, vm=self.vm)
 
@@ -211,6 +246,10 @@ class Vm(OfMachine, but=("touch", "translate")):
         where the VM's process shows the range, now or as soon as it does (pgemu_kernels.stage2.userspace). A file of
         form "rfc2" is refused (-EINVAL) where the VM's process does not have the same file and offset mapped there;
         others do not look.
+
+        >>> other = machine.create_vm(process, protected=True)
+        >>> other.bind(gmem, gpa=1 << 30, offset=2 << 20, length=2 << 20).name
+        'ok'
         """
         if gmem.form == "rfc2" and userspace_addr is not None and not self._shows(gmem, offset, userspace_addr):
             return Result(-W.EINVAL, 0)
@@ -233,6 +272,9 @@ class Vm(OfMachine, but=("touch", "translate")):
         With Config.dirty_log_guest_memfd 0, -ENOENT without such a slot, -EBADF of a closed VM: on, large leaves are
         split to 4K and faults map 4K; off, large leaves come back (6.12: at the next access). There is no bitmap: the
         guest's writes are not noted. arch/x86/kvm/x86.c:kvm_mmu_slot_apply_flags()
+
+        >>> vm.dirty_logging(0, True).name
+        '-EINVAL'
         """
         flags = Flag.LOG_DIRTY_PAGES if on else 0
         return self.machine.operate(Operation.DIRTY_LOGGING, flags=flags, vm=self.vm, address=gpa)
@@ -250,7 +292,11 @@ class Vm(OfMachine, but=("touch", "translate")):
         return False
 
     def unbind(self, gpa: int) -> Result:
-        """Delete the slot that begins at `gpa`: 0, -ENOENT, -EINVAL if not aligned, -EBADF of a closed VM."""
+        """Delete the slot that begins at `gpa`: 0, -ENOENT, -EINVAL if not aligned, -EBADF of a closed VM.
+
+        >>> vm.unbind(0).name, vm.leaves()
+        ('ok', (0, 0, 0))
+        """
         return self.machine.operate(Operation.UNBIND, vm=self.vm, address=gpa)
 
     def release(self, gmem: GuestMemfd) -> Result:
@@ -260,6 +306,9 @@ class Vm(OfMachine, but=("touch", "translate")):
         stay where they are, without memory: a guest access there is -EFAULT until `unbind`. The memory is
         the inode's and stays; `bind` at other guest addresses opens a new file. virt/kvm/guest_memfd.c:
         kvm_gmem_release(), pgemu_kernels.gmem.truncation.release()
+
+        >>> vm.release(gmem).name
+        'ok'
         """
         return self.machine.operate(Operation.RELEASE, vm=self.vm, object_=gmem.inode)
 
@@ -272,6 +321,9 @@ class Vm(OfMachine, but=("touch", "translate")):
         read-only one. -EFAULT is a memory fault exit: nothing in the process's memory that the access may use, memory
         of the other kind, or a slot whose guest_memfd file was released (Vm.release). -EBADF: the VM is closed.
         accept_4k: the guest accepts the page, 4K of it, which kinds of VM that know accepting map at 4K.
+
+        >>> vm.touch(2 << 20, write=True), vm.touch(1 << 40).name  # no slot there: MMIO
+        (Result(status=RET_PF_FIXED, detail=1), 'RET_PF_EMULATE')
         """
         if (
             type(gpa) is not int or gpa >> 64 or type(actor) is not int or actor
@@ -282,8 +334,12 @@ class Vm(OfMachine, but=("touch", "translate")):
         flags = (_WRITE if write else 0) | (_EXEC if execute else 0) | (_ACCEPT_4K if accept_4k else 0)
         return run_one(self.machine, _GUEST_FAULT, flags, actor, self.vm, 0, 0, gpa, 0, 0)
 
-    def touch_many(self, gpas: Sequence[int] | Array, *, write: bool = False) -> Results:
-        """Guest accesses to `gpas` (uint64[n]), in order."""
+    def touch_many(self, gpas: Integers, *, write: bool = False) -> Results:
+        """Guest accesses to `gpas` (uint64[n]), in order.
+
+        >>> vm.touch_many([0, 4096, 2 << 20]).names
+        ['RET_PF_FIXED', 'RET_PF_SPURIOUS', 'RET_PF_FIXED']
+        """
         header = np.uint64(Operation.GUEST_FAULT | (Flag.WRITE if write else 0) << 8 | self.vm << 32)
         return self.machine.run_columns(header, 0, gpas, count=len(gpas))
 
@@ -292,6 +348,9 @@ class Vm(OfMachine, but=("touch", "translate")):
 
         private: here and in what follows, below the root of private memory, where that is one of its own. ValueError
         once the VM is closed.
+
+        >>> vm.walk(0x1000)[-1].level
+        1
         """
         from pgemu.tables.walk import walk_page
 
@@ -299,9 +358,18 @@ class Vm(OfMachine, but=("touch", "translate")):
         return walk_page(self.machine, self.machine.stage2_format, self._root(private), gpa >> 12)
 
     def translate(
-        self, gpas: Array, kinds: Kind | Array | None = None, access: Access | None = None, *, private: bool = False
+        self,
+        gpas: Integers,
+        kinds: Kind | Integers | None = None,
+        access: Access | None = None,
+        *,
+        private: bool = False,
     ) -> Translation:
-        """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate."""
+        """Translate guest physical addresses (uint64[n]) through stage 2; see pgemu.tables.translation.translate.
+
+        >>> vm.translate([0x1000, 2 << 20]).status.tolist()
+        [0, 1]
+        """
         column = as_column(gpas)
         if column is None or kinds is not None or access is not None or type(private) is not bool:
             given = {"gpas": gpas, "kinds": kinds, "access": access, "private": private}
@@ -313,17 +381,30 @@ class Vm(OfMachine, but=("touch", "translate")):
         return translator()(self.machine, state[_STAGE2_FORMAT], root, column, kinds, access)
 
     def translate_virtual(
-        self, guest_root: int, addresses: Array, kinds: Kind | Array, access: Access | None = None
+        self,
+        guest_root: int,
+        addresses: Integers,
+        kinds: Kind | Integers,
+        access: Access | None = None,
+        *,
+        references: bool = False,
     ) -> NestedTranslation:
         """Translate a guest's virtual addresses (uint64[n]) through its x86-64 tables and stage 2.
 
-        `guest_root`: guest physical address of its top table; see pgemu.tables.translation.translate_nested.
+        guest_root: guest physical address of its top table. references: also list every entry read and written; see
+        pgemu.translate_nested.
+
+        >>> found = vm.translate_virtual(0x40_0000, [0x7F00_0000_0000], Kind.READ)
+        >>> WalkStatus(found.status[0]).name, WalkStage(found.stage[0]).name  # no memory where its top table would lie
+        ('NOT_PRESENT', 'TABLE')
         """
         from pgemu.tables.translation import translate_nested
 
         self._check_open()
         stage2 = self.machine.register(W.R_STAGE2_FORMAT)
-        return translate_nested(self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access)
+        return translate_nested(
+            self.machine, HOST_X86_64, guest_root, stage2, self.root, addresses, kinds, access, references=references
+        )
 
     # ------------------------------------------------------------------ what KVM itself maps
 
@@ -337,6 +418,10 @@ class Vm(OfMachine, but=("touch", "translate")):
         a pin, of VM_PFNMAP only on a folio's first page. EBADF of a closed VM, ENOSPC past words.MAPPED_PAGES, EBUSY
         where Linux would wait for a conversion, EOPNOTSUPP over memory of other kinds than the designs' guest_memfd.
         virt/kvm/kvm_main.c:__kvm_vcpu_map(), arch/x86/kvm/vmx/nested.c:nested_get_vmcs12_pages()
+
+        >>> page = vm.map_page(0)
+        >>> page.write(b"hello"), page.read(0, 5), page.unmap().name
+        (None, b'hello', 'ok')
         """
         from pgemu.objects.mapped_pages import MappedPage
 
@@ -348,6 +433,10 @@ class Vm(OfMachine, but=("touch", "translate")):
         Always for writing. Where no frame can be had (kvm_gpc_activate(): -EFAULT) it is active and not valid
         (PfnCache.check), until a refresh finds one; of VM_PFNMAP it takes the entry's frame. OSError: EINVAL for what
         reaches past the page, EBADF, ENOSPC, EBUSY, EOPNOTSUPP as map_page. virt/kvm/pfncache.c
+
+        >>> cache = vm.pfn_cache(8, 8)
+        >>> cache.write(b"hi"), cache.read(0, 2)
+        (None, b'hi')
         """
         from pgemu.objects.mapped_pages import PfnCache
 
@@ -356,13 +445,21 @@ class Vm(OfMachine, but=("touch", "translate")):
     # ------------------------------------------------------------------ looking
 
     def lpage_info(self, gpa: int, level: Literal[2, 3]) -> LargePage | None:
-        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.objects.large_pages."""
+        """What forbids a leaf of `level` 2 or 3 at `gpa`; None without a slot. See pgemu.objects.large_pages.
+
+        >>> vm.lpage_info(0, 2)
+        LargePage(disallow_lpage=0, mixed=False)
+        """
         from pgemu.objects.large_pages import lpage_info
 
         return lpage_info(self.machine, self.vm, gpa, level)
 
     def stage2(self, *, private: bool = False) -> Stage2:
-        """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it."""
+        """The stage-2 tree as it stands, read from the tables; no root before the first run, or after a drop of it.
+
+        >>> vm.stage2().leaf_counts()
+        (1, 0, 0)
+        """
         from pgemu.objects.stage2 import read_stage2
 
         tree = read_stage2(self.machine, self._root(private))
@@ -376,7 +473,11 @@ class Vm(OfMachine, but=("touch", "translate")):
         return [self.stage2(), *mirror]
 
     def leaves(self) -> tuple[int, int, int]:
-        """Leaves of 4K, 2M and 1G, shared and private: KVM's pages_4k, pages_2m, pages_1g."""
+        """Leaves of 4K, 2M and 1G, shared and private: KVM's pages_4k, pages_2m, pages_1g.
+
+        >>> vm.leaves()
+        (1, 0, 0)
+        """
         small, middle, large = (sum(counts) for counts in zip(*(t.leaf_counts() for t in self._trees()), strict=True))
         return small, middle, large
 

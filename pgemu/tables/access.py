@@ -98,6 +98,9 @@ class Access:
     ignored. update: let the hardware set accessed and dirty bits, as far as the format has it do so.
     table_fault_reads: a violation at a guest table under EPT with accessed and dirty flags sets the read bit
     beside the write bit, as SDM "EPT Violations" has it; the captured 7.3 kernel's model sets only the write bit.
+
+    >>> Access(), Access(smap=False, pke=True, pkru=4)
+    (Access(), Access(smap=False, pke=True, pkru=4))
     """
 
     write_protect: bool = True

@@ -18,15 +18,16 @@ Every edit returns what must be flushed from TLBs, on request the entries it rea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pgemu.machine.arguments import plain
+from pgemu.machine.arrays import U8, U64, Integers
 from pgemu.machine.columns import as_column
 from pgemu.machine.field_rules import shown
-from pgemu.machine.results import Results, status_name
-from pgemu.machine.short import column, counted, html_table
+from pgemu.machine.short import html_table
+from pgemu.tables.edits import EditResult as EditResult, EditResults as EditResults, log_words, size_of
 from pgemu.tables.flush import Flush
 from pgemu.tables.formats import format_of
 from pgemu.tables.known_root import KnownRoot
@@ -39,8 +40,6 @@ from pgemu_kernels.words.operations import PAGE_4K
 from pgemu_kernels.words.table_words import Edit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pgemu.machine.core import Core
     from pgemu.tables.translation import Access, Kind, Translation
 
@@ -50,52 +49,7 @@ Tables = Literal["munmap", "madvise", "zap"]
 
 _TABLE_FLAGS = {"munmap": int(W.EDIT_FREE), "madvise": int(W.EDIT_FREE_COVERED), "zap": 0}
 _REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
-_LOG = "a writable uint64 array of shape (n, 3)"
-_NO_LOG, _NO_ADDRESS = np.zeros(0, np.uint64), np.zeros(1, np.uint64)
-
-
-class EditResult(NamedTuple):
-    """What an edit returned.
-
-    status: 0 or -errno. detail: how many leaves (or tables, where those are freed) it changed, or the entry that was
-    there (`store`); after a failure the offset in bytes up to which it came. flush: None if nothing is to be flushed.
-    records: how many records the log asked for; more than it has room for were not written.
-    """
-
-    status: int
-    detail: int
-    flush: Flush | None
-    records: int
-
-    @property
-    def name(self) -> str:
-        """What it returned, by name: "ok", "-EEXIST"."""
-        return status_name(None, self.status)
-
-    def __repr__(self) -> str:
-        status = self.name if self.status else 0
-        return f"EditResult(status={status}, detail={self.detail}, flush={self.flush}, records={self.records})"
-
-    def _repr_html_(self) -> str:
-        return html_table(("status", "detail", "flush"), [(self.name, self.detail, self.flush)])
-
-
-class EditResults(NamedTuple):
-    """The same of a batch: status int64[n], detail uint64[n], one flush at its end."""
-
-    status: Array
-    detail: Array
-    flush: Flush | None
-    records: int
-
-    def __repr__(self) -> str:
-        results = Results(self.status, self.detail)
-        about = f"{self.status.size:,}: {counted(results.outcomes)}; detail={column(self.detail)}"
-        return f"EditResults({about}, flush={self.flush}, records={self.records})"
-
-    def _repr_html_(self) -> str:
-        outcomes = Results(self.status, self.detail).outcomes
-        return html_table(("status", "how many"), outcomes.items(), len(outcomes))
+_NO_ADDRESS = np.zeros(1, np.uint64)
 
 
 class PageTable(KnownRoot, but=("translate",)):
@@ -107,6 +61,11 @@ class PageTable(KnownRoot, but=("translate",)):
     KVM does. `tables` tells which empty tables are freed: "munmap" all, "madvise" the last-level ones that the range
     covers (CONFIG_PT_RECLAIM), "zap" none. None is what Linux does with the format: a process splits and frees at
     munmap, KVM on x86 goes whole and frees none, on Arm it goes whole and frees.
+
+    >>> machine = Machine(Config())
+    >>> table = machine.create_page_table("x86-64")
+    >>> table.map_range(0x4000_0000, 0x8000_0000, 4 << 20)
+    EditResult(status=0, detail=2, flush=None, records=0)
     """
 
     machine: Core
@@ -148,15 +107,23 @@ class PageTable(KnownRoot, but=("translate",)):
 
     @classmethod
     def create(cls, machine: Core, fmt: PageFormat | str, **parameters: Any) -> PageTable:
-        """See Machine.create_page_table."""
+        """See Machine.create_page_table.
+
+        >>> PageTable.create(machine, "ept").format.name
+        'ept'
+        """
         if isinstance(fmt, str):
             return cls(machine, format_of(fmt, parameters))
         if parameters:
             raise ValueError(f"{', '.join(parameters)}: expected none beside a format that is made")
         return cls(machine, fmt)
 
-    def destroy(self, *, log: Array | None = None) -> EditResult:
-        """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
+    def destroy(self, *, log: U64 | None = None) -> EditResult:
+        """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone.
+
+        >>> table.destroy().name, table.root
+        ('ok', 0)
+        """
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
         self._forget()
@@ -166,7 +133,7 @@ class PageTable(KnownRoot, but=("translate",)):
 
     def map(
         self, address: int, physical: int, *, level: int = 1, attributes: int | None = None, replace: bool = False,
-        log: Array | None = None,
+        log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Map one leaf of a level.
 
@@ -174,37 +141,53 @@ class PageTable(KnownRoot, but=("translate",)):
         replace: what is mapped there goes as on a fault of a VM: tables are torn down, larger leaves split (Arm:
         dropped, the rest to be faulted in again); otherwise -EEXIST. -EINVAL: alignment, reserved bits, level.
         -ERANGE: beyond the input addresses. -ENOMEM: tables linked by then stay. -EAGAIN: the entry is frozen.
+
+        >>> table.map(0x5000_0000, 0x1000), table.map(0x5000_0000, 0x1000).name
+        (EditResult(status=0, detail=1, flush=None, records=0), '-EEXIST')
         """
         flags = _EXACT | (_REPLACE if replace else 0)
-        return self._one(Edit.MAP, address, physical, _size(level), level, self._bits(attributes), flags=flags, log=log)
+        return self._one(
+            Edit.MAP, address, physical, size_of(level), level, self._bits(attributes), flags=flags, log=log
+        )
 
     def map_many(
-        self, addresses: Array, physical: Array, *, level: int = 1, attributes: int | None = None,
-        replace: bool = False, log: Array | None = None,
+        self, addresses: Integers, physical: Integers, *, level: int = 1, attributes: int | None = None,
+        replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n])."""
+        """Map one leaf of a level at each of `addresses` (uint64[n]) to `physical` (uint64[n]).
+
+        >>> table.map_many([0x5000_0000, 0x5000_1000], [0x1000, 0x2000]).detail.tolist()
+        [1, 1]
+        """
         flags = _EXACT | (_REPLACE if replace else 0)
         return self._run(
-            Edit.MAP, addresses, physical, _size(level), level, self._bits(attributes), flags=flags, log=log
+            Edit.MAP, addresses, physical, size_of(level), level, self._bits(attributes), flags=flags, log=log
         )
 
     def map_range(
         self, address: int, physical: int, length: int, *, max_level: int | None = None,
-        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+        attributes: int | None = None, replace: bool = False, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Map [address, address + length) with the largest leaves that both addresses and the length allow.
 
         The first leaf that cannot be mapped ends it; those before it stay. Errors as for `map`.
+
+        >>> table.map_range(0x6000_0000, 0x1000_0000, 3 << 20).detail  # one leaf of 2M, 256 of 4K
+        257
         """
         flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
         return self._one(Edit.MAP, address, physical, length, level, self._bits(attributes), flags=flags, log=log)
 
     def map_range_many(
-        self, addresses: Array, physical: Array, length: int, *, max_level: int | None = None,
-        attributes: int | None = None, replace: bool = False, log: Array | None = None,
+        self, addresses: Integers, physical: Integers, length: int, *, max_level: int | None = None,
+        attributes: int | None = None, replace: bool = False, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """map_range() of `length` bytes at each of `addresses` (uint64[n])."""
+        """map_range() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.map_range_many([0x6000_0000, 0x7000_0000], [0, 2 << 20], 2 << 20).detail.tolist()
+        [1, 1]
+        """
         flags = _REPLACE if replace else 0
         level = self.format.largest_leaf if max_level is None else max_level
         return self._run(Edit.MAP, addresses, physical, length, level, self._bits(attributes), flags=flags, log=log)
@@ -213,99 +196,143 @@ class PageTable(KnownRoot, but=("translate",)):
 
     def unmap(
         self, address: int, length: int = PAGE_4K, *, partial: Partial | None = None, tables: Tables | None = None,
-        log: Array | None = None,
+        log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
-        """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split."""
+        """Clear the leaves of a range: -ENOENT if there was none, -ENOMEM if one could not be split.
+
+        >>> table.unmap(0x4000_1000).flush
+        Flush(0x40000000, 0x40200000, level=1)
+        """
         flags = self._partial(partial) | self._tables(tables)
         return self._one(Edit.UNMAP, address, 0, length, flags=flags, log=log)
 
     def unmap_many(
-        self, addresses: Array, length: int = PAGE_4K, *, partial: Partial | None = None,
-        tables: Tables | None = None, log: Array | None = None,
+        self, addresses: Integers, length: int = PAGE_4K, *, partial: Partial | None = None,
+        tables: Tables | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """unmap() of `length` bytes at each of `addresses` (uint64[n])."""
+        """unmap() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.unmap_many([0x4000_0000, 0x4020_0000], 2 << 20)
+        EditResults(2: 2 ok; detail=[1 1], flush=Flush(0x40000000, 0x40400000, level=2, freed_tables=True), records=0)
+        """
         flags = self._partial(partial) | self._tables(tables)
         return self._run(Edit.UNMAP, addresses, _NO_ADDRESS, length, flags=flags, log=log)
 
     def free_tables(
-        self, address: int, length: int, *, tables: Tables = "munmap", log: Array | None = None
+        self, address: int, length: int, *, tables: Tables = "munmap", log: U64 | None = None
     ) -> EditResult:
-        """Free the empty tables of a range (free_pgtables()): how many."""
+        """Free the empty tables of a range (free_pgtables()): how many.
+
+        >>> table.unmap(0x4000_0000, 4 << 20, tables="zap").name, table.free_tables(0x4000_0000, 1 << 30).detail
+        ('ok', 2)
+        """
         return self._one(Edit.FREE_TABLES, address, 0, length, flags=self._tables(tables), log=log)
 
     def protect(
         self, address: int, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
-        partial: Partial | None = None, log: Array | None = None,
+        partial: Partial | None = None, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """Clear, then set bits of a range's leaves, given as those of a 4K leaf.
 
         -EINVAL for address and type bits and where a leaf would be absent, reserved or misconfigured.
+
+        >>> table.protect(0x4000_0000, 2 << 20, clear_bits=2).flush  # bit 1: writable
+        Flush(0x40000000, 0x40200000, level=2)
         """
         flags = self._partial(partial)
         return self._one(Edit.PROTECT, address, 0, length, 0, set_bits, clear_bits, flags, log)
 
     def protect_many(
-        self, addresses: Array, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
-        partial: Partial | None = None, log: Array | None = None,
+        self, addresses: Integers, length: int = PAGE_4K, *, set_bits: int = 0, clear_bits: int = 0,
+        partial: Partial | None = None, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
-        """protect() of `length` bytes at each of `addresses` (uint64[n])."""
+        """protect() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.protect_many([0x4000_0000, 0x4020_0000], 2 << 20, clear_bits=2).detail.tolist()
+        [1, 1]
+        """
         flags = self._partial(partial)
         return self._run(Edit.PROTECT, addresses, _NO_ADDRESS, length, 0, set_bits, clear_bits, flags, log)
 
     # ------------------------------------------------------------------ accessed and dirty
 
-    def clear_accessed(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
+    def clear_accessed(self, address: int, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResult:
         """Clear the accessed bit of a range's leaves: `detail` had it. Not flushed, as in Linux.
 
         -EOPNOTSUPP where the hardware sets none. Sources: arch/x86/mm/pgtable.c:ptep_clear_flush_young(),
         arch/arm64/kvm/hyp/pgtable.c:kvm_pgtable_stage2_test_clear_young().
+
+        >>> table.clear_accessed(0x4000_0000, 4 << 20).detail
+        2
         """
         return self._one(Edit.CLEAR_ACCESSED, address, 0, length, log=log)
 
-    def clear_accessed_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
-        """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+    def clear_accessed_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
+        """clear_accessed() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it.
+
+        >>> table.clear_accessed_many([0x4000_0000, 0x4000_0000]).detail.tolist()
+        [1, 0]
+        """
         return self._run(Edit.CLEAR_ACCESSED, addresses, _NO_ADDRESS, length, log=log)
 
-    def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: Array | None = None) -> EditResult:
-        """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected."""
+    def clear_dirty(self, address: int, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResult:
+        """Clear the dirty bit of a range's leaves: `detail` had it. Arm's is the right to write: they are protected.
+
+        >>> table.clear_dirty(0x4000_0000, 4 << 20)
+        EditResult(status=0, detail=2, flush=Flush(0x40000000, 0x40400000, level=2), records=0)
+        """
         return self._one(Edit.CLEAR_DIRTY, address, 0, length, log=log)
 
-    def clear_dirty_many(self, addresses: Array, length: int = PAGE_4K, *, log: Array | None = None) -> EditResults:
-        """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it."""
+    def clear_dirty_many(self, addresses: Integers, length: int = PAGE_4K, *, log: U64 | None = None) -> EditResults:
+        """clear_dirty() of `length` bytes at each of `addresses` (uint64[n]); detail tells which had it.
+
+        >>> table.clear_dirty_many([0x4000_0000, 0x4000_0000]).detail.tolist()
+        [1, 0]
+        """
         return self._run(Edit.CLEAR_DIRTY, addresses, _NO_ADDRESS, length, log=log)
 
     # ------------------------------------------------------------------ split and collapse
 
-    def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None) -> EditResult:
+    def split(self, address: int, length: int = PAGE_4K, *, level: int = 1, log: U64 | None = None) -> EditResult:
         """Split the leaves over a range until none is larger than `level`: how many splits.
 
         x86 KVM: tdp_mmu_split_huge_pages_root(), no flush. Arm: a 1G block whose pages are asked for is split whole,
         as stage2_split_walker() does, where 513 frames are left. -ENOENT without a leaf, -ENOMEM.
+
+        >>> table.split(0x4000_0000, 4 << 20).detail
+        2
         """
         return self._one(Edit.SPLIT, address, 0, length, level, log=log)
 
     def split_many(
-        self, addresses: Array, length: int = PAGE_4K, *, level: int = 1, log: Array | None = None
+        self, addresses: Integers, length: int = PAGE_4K, *, level: int = 1, log: U64 | None = None
     ) -> EditResults:
-        """split() of `length` bytes at each of `addresses` (uint64[n])."""
+        """split() of `length` bytes at each of `addresses` (uint64[n]).
+
+        >>> table.split_many([0x4000_0000, 0x4020_0000]).detail.tolist()
+        [1, 1]
+        """
         return self._run(Edit.SPLIT, addresses, _NO_ADDRESS, length, level, log=log)
 
-    def collapse(self, address: int, *, level: int = 2, log: Array | None = None) -> EditResult:
+    def collapse(self, address: int, *, level: int = 2, log: U64 | None = None) -> EditResult:
         """Put one leaf of `level` in the place of 512 that follow one another and are alike; `detail` is 1 then.
 
         Accessed and dirty bits are OR-ed. -ENOENT: nothing there. -EINVAL: not alike, not aligned, or no table.
         KVM does this when dirty logging ends (recover_huge_pages_range()); 6.12 dropped the table and left the entry
         empty, which is unmap() of the range and free_tables().
-        """
-        return self._one(Edit.COLLAPSE, address, 0, _size(level), level, log=log)
 
-    def collapse_many(self, addresses: Array, *, level: int = 2, log: Array | None = None) -> EditResults:
+        >>> table.split(0x4000_0000).detail, table.collapse(0x4000_0000).detail
+        (1, 1)
+        """
+        return self._one(Edit.COLLAPSE, address, 0, size_of(level), level, log=log)
+
+    def collapse_many(self, addresses: Integers, *, level: int = 2, log: U64 | None = None) -> EditResults:
         """collapse() at each of `addresses` (uint64[n])."""
-        return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, _size(level), level, log=log)
+        return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, size_of(level), level, log=log)
 
     # ------------------------------------------------------------------ entries
 
-    def store(self, address: int, entry: int, *, level: int = 1, log: Array | None = None) -> EditResult:
+    def store(self, address: int, entry: int, *, level: int = 1, log: U64 | None = None) -> EditResult:
         """Store any value in the entry of `level` over `address`: `detail` is what was there.
 
         -ENOENT without a table of that level, -EBUSY over a table, -EINVAL for an entry that points to a table, and
@@ -340,8 +367,8 @@ class PageTable(KnownRoot, but=("translate",)):
 
     def translate(
         self,
-        addresses: Sequence[int] | Array,
-        kinds: Kind | Sequence[int] | Array | None = None,
+        addresses: Integers,
+        kinds: Kind | Integers | None = None,
         access: Access | None = None,
         *,
         references: bool = False,
@@ -354,7 +381,7 @@ class PageTable(KnownRoot, but=("translate",)):
         self._check_root()
         return translator()(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
 
-    def table_pages(self) -> dict[int, Array]:
+    def table_pages(self) -> dict[int, U64]:
         """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
         fmt = self.format
         self._check_root()
@@ -370,7 +397,7 @@ class PageTable(KnownRoot, but=("translate",)):
             found[level - 1] = pages
         return found
 
-    def recount(self, owner: Array) -> list[tuple[W.Broken, int]]:
+    def recount(self, owner: U8) -> list[tuple[W.Broken, int]]:
         """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
 
         A frame that has an owner already, and a table whose kept count is not that of its present entries.
@@ -420,7 +447,7 @@ class PageTable(KnownRoot, but=("translate",)):
 
     def _one(
         self, op: Edit, address: int, physical: int = 0, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+        clear_bits: int = 0, flags: int = 0, log: U64 | None = None,
     ) -> EditResult:  # fmt: skip
         """One edit at one address."""
         at, to = np.array([address], np.uint64), np.array([physical], np.uint64)
@@ -428,8 +455,8 @@ class PageTable(KnownRoot, but=("translate",)):
         return EditResult(int(status[0]), int(detail[0]), flush, records)
 
     def _run(
-        self, op: Edit, addresses: Array, physical: Array, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
-        clear_bits: int = 0, flags: int = 0, log: Array | None = None,
+        self, op: Edit, addresses: Any, physical: Any, length: int = PAGE_4K, level: int = 0, set_bits: int = 0,
+        clear_bits: int = 0, flags: int = 0, log: U64 | None = None,
     ) -> EditResults:  # fmt: skip
         """One edit at each address."""
         from pgemu_kernels.run.entries import edit
@@ -444,7 +471,7 @@ class PageTable(KnownRoot, but=("translate",)):
         request[: len(words)] = np.array(words, np.uint64)
         status = np.empty(addresses.size, np.int64)
         detail = np.zeros(addresses.size, np.uint64)
-        edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
+        edit(self.machine.descriptor, request, addresses, physical, status, detail, log_words(log))
         if request[W.E_ROOT] != self._root and self._root:
             self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
             self._forget()
@@ -480,20 +507,3 @@ def table_of_rows(machine: Core, root: int, row: int, formats: dict[int, PageFor
     table._request = np.zeros(W.E_WORDS, np.uint64)
     table._formats, table._row, table._root = formats, row, root
     return table
-
-
-def _size(level: int) -> int:
-    """Bytes that a leaf of a level maps; one page for what is no level, which the kernel refuses."""
-    return PAGE_4K << 9 * (level - 1) if 1 <= level <= 5 else PAGE_4K
-
-
-def _log_words(log: Array | None) -> Array:
-    if log is None:
-        return _NO_LOG
-    if not isinstance(log, np.ndarray):
-        raise TypeError(f"log {shown(log)} ({type(log).__name__}): expected {_LOG}")
-    if log.dtype != np.uint64 or log.ndim != 2 or log.shape[1] != W.LOG_WORDS or not log.flags.carray:
-        raise ValueError(f"log of {log.dtype}{list(log.shape)}: expected {_LOG}")
-    if log.shape[0] == 0:
-        raise ValueError(f"log without room: expected {_LOG}, at least one record")
-    return log.reshape(-1)

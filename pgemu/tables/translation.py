@@ -14,13 +14,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pgemu.machine.arguments import guards
+from pgemu.machine.arrays import U8, U64, Integers
 from pgemu.machine.columns import column_of
 from pgemu.machine.core import row_of_format
 from pgemu.machine.field_rules import amount, shown
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pgemu.machine.core import Core
 
 __all__ = ("Access", "Kind", "NestedTranslation", "References", "Translation", "WalkStage", "WalkStatus",
-           "nested_rows", "translate", "translate_nested", "translated")  # fmt: skip
+           "checked_formats", "checked_root", "nested_rows", "translate", "translate_nested", "translated")  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _WORD, _BYTE = np.dtype(np.uint64), np.dtype(np.uint8)
@@ -54,12 +54,12 @@ class References(NamedTuple):
     2 one of stage 2; 0 in a walk of one stage.
     """
 
-    reads: Array
-    read_counts: Array
-    writes: Array
-    write_counts: Array
-    read_stages: Array
-    write_stages: Array
+    reads: U64
+    read_counts: U8
+    writes: U64
+    write_counts: U8
+    read_stages: U8
+    write_stages: U8
 
     def __repr__(self) -> str:
         return f"References(read_counts={column(self.read_counts)}, write_counts={column(self.write_counts)})"
@@ -75,10 +75,10 @@ class Translation(NamedTuple):
     0 for a general protection fault, an EPT misconfiguration and OUTSIDE_MEMORY. references: if asked for.
     """
 
-    physical: Array
-    status: Array
-    level: Array
-    error: Array
+    physical: U64
+    status: U8
+    level: U8
+    error: U64
     references: References | None = None
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class Translation(NamedTuple):
         return html_walks(self, WalkStatus, {"level": self.level, "error": self.error})
 
 
-def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
+def _kinds(kinds: int | Integers, count: int) -> U8:
     """The codes as uint8[1] or uint8[n]. TypeError and ValueError for others."""
     if type(kinds) is Kind:
         return _CODES[kinds]
@@ -98,17 +98,18 @@ def _kinds(kinds: int | Sequence[int] | Array, count: int) -> Array:
     return given.astype(np.uint8)
 
 
-def _checked_root(name: str, root: Any) -> np.uint64:
+def checked_root(name: str, root: Any) -> np.uint64:
     if root >> 52 or root & _INSIDE:
         raise ValueError(f"{name} {root:#x}: expected the physical address of a page, below 2**52")
     return np.uint64(root)
 
 
-def _checked_out(out: Any, count: int) -> tuple[Array, Array, Array, Array]:
+def _checked_out(out: Any, count: int) -> tuple[U64, U8, U8, U64]:
     """The arrays of an earlier translation, to be filled again."""
     if not isinstance(out, Translation):
         raise TypeError(f"out {shown(out)} ({type(out).__name__}): expected a Translation")
-    for array, dtype in zip(out[:4], (_WORD, _BYTE, _BYTE, _WORD), strict=True):
+    arrays: tuple[Any, ...] = out[:4]
+    for array, dtype in zip(arrays, (_WORD, _BYTE, _BYTE, _WORD), strict=True):
         fits = isinstance(array, np.ndarray) and array.shape == (count,) and array.dtype == dtype
         if not fits or not array.flags.carray:
             raise ValueError(f"out {shown(out)}: expected arrays of {count} elements, as an earlier call gave them")
@@ -151,8 +152,8 @@ def translate(
     machine: Core,
     format_row: int,
     root: int,
-    addresses: Sequence[int] | Array,
-    kinds: Kind | Sequence[int] | Array | None = None,
+    addresses: Integers,
+    kinds: Kind | Integers | None = None,
     access: Access | None = None,
     *,
     references: bool = False,
@@ -167,6 +168,13 @@ def translate(
     many addresses, to be filled again. Tables may lie in the metadata zone or in guest frames.
     TypeError and ValueError for what is none of that: a format row or kind that is not there, a root that is no page,
     arrays that do not fit.
+
+    >>> machine = Machine(Config())
+    >>> table = machine.create_page_table("x86-64")
+    >>> table.map(0x4000_0000, 0x8000_0000).name
+    'ok'
+    >>> translate(machine, table.row, table.root, [0x4000_0123, 0x5000_0000], Kind.WRITE).error.tolist()
+    [3, 2]
     """
     return translated(machine, format_row, root, np.asarray(addresses), kinds, access, references, out)
 
@@ -176,7 +184,7 @@ def translated(
     format_row: int | np.uint64,
     root: int | np.uint64,
     given: Array,
-    kinds: Kind | Sequence[int] | Array | None = None,
+    kinds: Kind | Integers | None = None,
     access: Access | None = None,
     references: bool = False,
     out: Translation | None = None,
@@ -197,7 +205,7 @@ def translated(
     reads, writes, counts = _outputs(count, W.WALK_READS, W.WALK_READS, references) if references else _NO_LISTS
     which = format_row if type(format_row) is np.uint64 else np.uint64(format_row)
     _entry()(
-        machine.descriptor, which, root if type(root) is np.uint64 else _checked_root("root", root), given, codes, rows,
+        machine.descriptor, which, root if type(root) is np.uint64 else checked_root("root", root), given, codes, rows,
         physical, status, level, error, reads, writes, counts, np.empty(_SCRATCH, _WORD),
     )  # fmt: skip
     listed = _references(reads, writes, counts, count) if references else None
@@ -207,7 +215,7 @@ def translated(
 def _rows_and_codes(
     machine: Core,
     format_row: int | np.uint64,
-    kinds: Kind | Sequence[int] | Array | None,
+    kinds: Kind | Integers | None,
     access: Access | None,
     count: int,
 ) -> tuple[Array, Array]:
@@ -235,15 +243,15 @@ class NestedTranslation(NamedTuple):
     of both stages read and written; the latter only counts accessed and dirty bits. references: if asked for.
     """
 
-    physical: Array
-    status: Array
-    stage: Array
-    guest_level: Array
-    host_level: Array
-    error: Array
-    fault_address: Array
-    read_count: Array
-    write_count: Array
+    physical: U64
+    status: U8
+    stage: U8
+    guest_level: U8
+    host_level: U8
+    error: U64
+    fault_address: U64
+    read_count: U64
+    write_count: U64
     references: References | None = None
 
     def __repr__(self) -> str:
@@ -253,14 +261,21 @@ class NestedTranslation(NamedTuple):
         return html_walks(self, WalkStatus, {"guest level": self.guest_level, "host level": self.host_level})
 
 
-def nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
-    """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
-    names = ("guest_format", "stage2_format")
-    guest, stage2 = (row_of_format(machine, name, row) for name, row in zip(names, rows, strict=True))
+def checked_formats(machine: Core, guest_format: int, stage2_format: int) -> tuple[U64, U64]:
+    """Both rows of formats. ValueError for rows that are none, and for formats that cannot stand there."""
+    guest = row_of_format(machine, "guest_format", guest_format)
+    stage2 = row_of_format(machine, "stage2_format", stage2_format)
     if guest[W.F_FAMILY] != Family.X86 or stage2[W.F_FAMILY] == Family.X86:
         raise ValueError(
-            f"guest_format {rows[0]} and stage2_format {rows[1]}: expected x86-64 tables over EPT, NPT or Arm stage 2"
+            f"guest_format {guest_format} and stage2_format {stage2_format}: expected x86-64 tables over EPT, NPT or "
+            "Arm stage 2"
         )
+    return guest, stage2
+
+
+def nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> U64:
+    """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
+    guest, stage2 = checked_formats(machine, *rows)
     # Where a guest's table may lie is for stage 2 to say.
     anywhere = 1 << 52
     stage2_rows = rows_of(stage2, machine.arrays.ram.nbytes, accesses[1], plain=False)
@@ -274,8 +289,8 @@ def translate_nested(
     guest_root: int,
     stage2_format: int,
     stage2_root: int,
-    addresses: Sequence[int] | Array,
-    kinds: Kind | Sequence[int] | Array = Kind.READ,
+    addresses: Integers,
+    kinds: Kind | Integers = Kind.READ,
     access: Access | None = None,
     *,
     stage2_access: Access | None = None,
@@ -290,6 +305,12 @@ def translate_nested(
     references: also list every entry read and written. together: how many walks are interleaved, at most 64;
     1 walks one after the other (to see what interleaving brings).
     TypeError and ValueError for formats, kinds, roots or `together` that cannot be.
+
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> vm = machine.create_vm()
+    >>> found = translate_nested(machine, 0, 0x1000, 1, vm.root, [0x7F00_0000_0000], Kind.READ)
+    >>> WalkStatus(found.status[0]).name, WalkStage(found.stage[0]).name  # the guest's top table is not mapped yet
+    ('NOT_PRESENT', 'TABLE')
     """
     from pgemu_kernels.run.entries import translate_nested as entry
 
@@ -303,8 +324,8 @@ def translate_nested(
     reads, writes, counts = _outputs(count, W.NESTED_READS, W.NESTED_WRITES, references)
     counts = np.zeros(count * 2, np.uint64)
     entry(
-        machine.descriptor, np.uint64(guest_format), _checked_root("guest_root", guest_root), np.uint64(stage2_format),
-        _checked_root("stage2_root", stage2_root), given, _kinds(kinds, count), rows, physical, status, stage,
+        machine.descriptor, np.uint64(guest_format), checked_root("guest_root", guest_root), np.uint64(stage2_format),
+        checked_root("stage2_root", stage2_root), given, _kinds(kinds, count), rows, physical, status, stage,
         levels.reshape(-1), error, fault, reads, writes, counts, np.zeros(W.NESTED_SCRATCH, np.uint64),
         np.uint64(together),
     )  # fmt: skip

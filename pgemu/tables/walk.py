@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pgemu.machine.arrays import U8, U64, Bools, Integers
 from pgemu.machine.short import html_walks, walks
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels.formats.page_format import Family, PageFormat
@@ -42,13 +43,13 @@ Array = np.ndarray[Any, Any]
 class Memory(Protocol):
     """Physical memory: pgemu.images.image.Image, pgemu.Machine. Addresses are multiples of 8."""
 
-    def words(self, address: int, count: int) -> Array:
+    def words(self, address: int, count: int) -> U64:
         """uint64[count] at a physical address. ValueError if not all of it is there."""
 
-    def load(self, addresses: Array) -> Array:
+    def load(self, addresses: Integers) -> U64:
         """uint64[n]: the words at physical addresses (uint64[n]). ValueError if one is not there."""
 
-    def holds(self, addresses: Array) -> Array:
+    def holds(self, addresses: Integers) -> Bools:
         """bool[n]: whether the word at each address is there."""
 
 
@@ -97,9 +98,9 @@ class Translation(NamedTuple):
     The level is that of the leaf, or of the entry at which the walk ended; 0 if none was read.
     """
 
-    physical: Array
-    level: Array
-    status: Array
+    physical: U64
+    level: U8
+    status: U8
 
     def __repr__(self) -> str:
         return walks(self, Status)
@@ -249,7 +250,7 @@ def walk_page(memory: Memory, fmt: PageFormat, root: int, page: int) -> Walk:
     return walked((step[:3] for step in walk(memory, fmt, root, address)), fmt)
 
 
-def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Array) -> Translation:
+def translate(memory: Memory, fmt: PageFormat, root: int, addresses: Integers) -> Translation:
     """Translate addresses (uint64[n]), level by level. Bits of `root` outside the address of a table are ignored."""
     addresses = np.asarray(addresses, np.uint64)
     physical = np.zeros(addresses.size, np.uint64)

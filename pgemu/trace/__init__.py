@@ -73,6 +73,9 @@ def load(
     :param parameters: of a workload, see pgemu.workload.open(); logs have none
     :raises TypeError, ValueError: an argument that is no such thing
     :raises InputError: unreadable, malformed (with the line), or at odds with the options
+
+    >>> load("workload:tdx-boot").records
+    Records(10,136: 4,954 guest fault, 3,409 convert, 1,768 host fault, 3 bind, 2 others)
     """
     options = options or LoweringOptions()
     name = os.fspath(name_or_path)

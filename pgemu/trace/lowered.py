@@ -145,6 +145,9 @@ class LoweringOptions:
             a program does (execve, brk(NULL)), a process, else a thread
 
     TypeError for a field of another type, ValueError for a value that it does not take.
+
+    >>> LoweringOptions(page_size=2 << 20, init="shared").init
+    'shared'
     """
 
     page_size: int = PAGE_1G
@@ -266,6 +269,10 @@ class Lowered:
         guests: of a merged trace of VMs, each VM's guest memory, inode n for VM n; () of one VM's
         processes: of kind "process", how many there are before the first record: `space` 0 on; FORK makes others
         files: of kind "process", the files that there are before the first record: `object` 0 on
+
+    >>> lowered = load("workload:convert-loop", guest_memory=2 << 20, iterations=1)
+    >>> lowered.init, lowered.records
+    ('private', Records(1,028: 1,024 guest fault, 2 convert, 1 mmap, 1 bind))
     """
 
     records: Records

@@ -93,7 +93,12 @@ _HEADER = np.dtype([("op", "<u1"), ("flags", "<u1"), ("actor", "<u2"), ("vm", "<
 @guards_methods
 @dataclass(frozen=True, slots=True, eq=False)
 class Records:
-    """A piece of a trace: ten arrays of equal length, dtypes as in `DTYPES`, column meanings as in `COLUMNS`."""
+    """A piece of a trace: ten arrays of equal length, dtypes as in `DTYPES`, column meanings as in `COLUMNS`.
+
+    >>> records = Records.build(3, op=Operation.GUEST_FAULT, address=[0, 4096, 8192])
+    >>> records
+    Records(3: 3 guest fault)
+    """
 
     time: npt.NDArray[np.uint64]
     op: npt.NDArray[np.uint8]
@@ -126,11 +131,19 @@ class Records:
         return len(self.time)
 
     def __getitem__(self, piece: slice) -> Records:
-        """Return the records of a slice; the arrays are views."""
+        """Return the records of a slice; the arrays are views.
+
+        >>> records[1:].address.tolist()
+        [4096, 8192]
+        """
         return Records(*(getattr(self, field.name)[piece] for field in fields(self)))
 
     def header(self) -> npt.NDArray[np.uint64]:
-        """Return op | flags << 8 | actor << 16 | vm << 32 | space << 48 of each record, uint64."""
+        """Return op | flags << 8 | actor << 16 | vm << 32 | space << 48 of each record, uint64.
+
+        >>> [hex(word) for word in records.header().tolist()]
+        ['0x2', '0x2', '0x2']
+        """
         columns = {name: once(getattr(self, name)) for name in _HEADER.names or ()}
         common = np.zeros(1, _HEADER)
         for name in [name for name, column in columns.items() if column.size == 1]:
@@ -145,6 +158,9 @@ class Records:
         """Make `count` records from columns or scalars; columns that are not given hold 0.
 
         TypeError or ValueError, with the column's name, for what is none, or does not fit it.
+
+        >>> Records.build(2, op=Operation.CONVERT, flags=Flag.SHARED, offset=[0, 4096], length=4096)
+        Records(2: 2 convert)
         """
         unknown = set(columns) - set(DTYPES)
         if unknown:
@@ -156,12 +172,20 @@ class Records:
 
     @classmethod
     def concatenate(cls, pieces: Iterable[Records]) -> Records:
-        """Join pieces in their order; no pieces make an empty trace."""
+        """Join pieces in their order; no pieces make an empty trace.
+
+        >>> len(Records.concatenate([records, records]))
+        6
+        """
         parts = [cls.build(0), *pieces]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in DTYPES))
 
     def take(self, order: npt.NDArray[np.intp]) -> Records:
-        """Return the records at the given positions, in that order. ValueError past the last one."""
+        """Return the records at the given positions, in that order. ValueError past the last one.
+
+        >>> records.take([2, 0]).address.tolist()
+        [8192, 0]
+        """
         if order.size and int(order.max()) >= len(self):
             raise ValueError(f"order {shown(order)}: expected positions below {len(self)}")
         return Records(*(getattr(self, name)[order] for name in DTYPES))
@@ -185,7 +209,10 @@ class Records:
         return found
 
     def check(self, source: str, first: int = 0) -> None:
-        """Raise InputError with the row (`first` is added) of the first record no machine can read."""
+        """Raise InputError with the row (`first` is added) of the first record no machine can read.
+
+        >>> records.check("mine.csv")  # nothing: every record can be read
+        """
         rules = (
             (self._unknown(), "unknown operation code {0.op}"),
             (once(self.actor) >= ACTOR_LIMIT, f"actor {{0.actor}}, expected less than {ACTOR_LIMIT}"),

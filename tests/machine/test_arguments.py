@@ -156,7 +156,7 @@ def test_a_guard_changes_no_value(value: int, form: int) -> None:
 
 @given(st.lists(st.integers(0, (1 << 64) - 1)), st.sampled_from((list, tuple, iter)))
 def test_columns_are_what_was_given(values: list[int], kind: Any) -> None:
-    column = argument("gpas", kind(values), "Array")
+    column = argument("gpas", kind(values), "Integers")
     assert column.tolist() == values
     assert column_of(kind(values), len(values), "gpas").tolist() == values
     for bits in (8, 16, 32):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from dataclasses import fields
 from decimal import Decimal
@@ -14,7 +13,6 @@ import pytest
 from click import IntRange
 from hypothesis import given, settings, strategies as st
 
-import pgemu.machine.presets
 from comparisons import lowered, setup
 from pgemu.cli import main
 from pgemu.errors import InputError
@@ -227,8 +225,3 @@ def test_arguments_of_compare_of_another_value(arguments: dict[str, Any], said: 
     with pytest.raises(InputError) as caught:
         compare(lowered(setup()), **arguments)
     assert str(caught.value).startswith(said)
-
-
-def test_examples_of_presets() -> None:
-    failed, attempted = doctest.testmod(pgemu.machine.presets)
-    assert (failed, attempted) == (0, 4)

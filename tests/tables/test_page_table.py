@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import pgemu.tables.page_table
 from model.page_tables import FORMATS, Format, Table, Tree, all_tables, size_of, walk
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.flush import Flush
@@ -478,11 +476,6 @@ def test_the_recount_finds_a_table_that_two_entries_point_to() -> None:
     _, at, entry = table.walk(VA)[1]
     machine.arrays.ram[at // 8 + 1] = entry  # a second gigabyte through the same table
     assert machine.check() > 0
-
-
-def test_the_example_of_the_documentation() -> None:
-    failed, attempted = doctest.testmod(pgemu.tables.page_table)
-    assert (failed, attempted > 0) == (0, True)
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import numpy as np
 import pytest
 
-import pgemu.tables.translation
 from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.access import rows_of
@@ -31,12 +29,6 @@ def process(machine: Machine) -> AddressSpace:
     for page in range(8):
         process.touch(BASE + page * W.PAGE_4K, write=True)
     return process
-
-
-def test_the_example_of_the_module() -> None:
-    failed, tried = doctest.testmod(pgemu.tables.translation)
-    assert tried > 4
-    assert failed == 0
 
 
 def test_the_fixed_rows_know_what_a_walker_needs(machine: Machine) -> None:

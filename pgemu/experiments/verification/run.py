@@ -89,6 +89,11 @@ def verify(
     :param path: text of ftrace, trace-cmd or perf script, plain or compressed, with kvm_page_fault and kvmmmu:*
     :param progress: called with what is done, and how many events of how many are
     :raises InputError: unreadable, malformed, or without these events
+
+    >>> from pgemu import trace
+    >>> found = verify(trace.shipped())
+    >>> found.entries, found.differing
+    (50559, 0)
     """
     import_module("pgemu_kernels.run.entries")  # the model needs them in any case: with them a log is read faster
     return verify_log(read_log(open_source(path)), options or Options(), progress)
