@@ -232,7 +232,7 @@ class NestedTranslation(NamedTuple):
         return html_walks(self, WalkStatus, {"guest level": self.guest_level, "host level": self.host_level})
 
 
-def _nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
+def nested_rows(machine: Core, rows: tuple[int, int], accesses: tuple[Access, Access]) -> Array:
     """Access rows of the guest, then of stage 2. ValueError for formats that cannot stand there."""
     names = ("guest_format", "stage2_format")
     guest, stage2 = (row_of_format(machine, name, row) for name, row in zip(names, rows, strict=True))
@@ -275,7 +275,7 @@ def translate_nested(
     given = np.asarray(addresses)
     count = given.size
     access = access or Access()
-    rows = _nested_rows(machine, (guest_format, stage2_format), (access, stage2_access or access))
+    rows = nested_rows(machine, (guest_format, stage2_format), (access, stage2_access or access))
     physical, error, fault = (np.empty(count, np.uint64) for _ in range(3))
     status, stage = (np.empty(count, np.uint8) for _ in range(2))
     levels = np.empty((count, 2), np.uint8)

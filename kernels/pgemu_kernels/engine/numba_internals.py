@@ -102,7 +102,10 @@ def rebuilt(target_context: Any, name: str, machine_code: bytes, descriptor: Any
     library.enable_object_caching()
     library._set_compiled_object(machine_code)
     library._finalize_final_module()
-    names = (descriptor.llvm_func_name, descriptor.llvm_cpython_wrapper_name, descriptor.env_name)
+    names = (
+        *(descriptor.llvm_func_name, descriptor.env_name),
+        *(descriptor.llvm_cpython_wrapper_name, descriptor.llvm_cfunc_wrapper_name),
+    )
     library.codegen._engine._defined_symbols.update(names)
     environment = Environment({})
     environment.env_name = descriptor.env_name
@@ -133,12 +136,13 @@ def compiled_elsewhere(function: Callable[..., Any], obtain: Callable[[Any], Any
     return dispatcher
 
 
-def address_of(dispatcher: Any) -> int:
-    """Where the code of a dispatcher's only signature begins, for call_address()."""
+def address_of(dispatcher: Any, for_c: bool = False) -> int:
+    """Where the code of a dispatcher's only signature begins, for call_address(), or for C's calling convention."""
     (result,) = dispatcher.overloads.values()
-    address: int = library_of(result).get_pointer_to_function(result.fndesc.llvm_func_name)
+    name = result.fndesc.llvm_cfunc_wrapper_name if for_c else result.fndesc.llvm_func_name
+    address: int = library_of(result).get_pointer_to_function(name)
     if not address:
-        raise RuntimeError(f"no machine code of {result.fndesc.llvm_func_name}")
+        raise RuntimeError(f"no machine code of {name}")
     return address
 
 
