@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pgemu.capi import get_include
     from pgemu.errors import InputError
     from pgemu.experiments.compare import Comparison
     from pgemu.images.folio import Folio
@@ -60,6 +61,7 @@ __all__ = (
     "Vm",
     "VmFault",
     "__version__",
+    "get_include",
     "load",
     "open_image",
     "translate",
@@ -92,6 +94,7 @@ _HOMES = {
     "Translation": "tables.translation",
     "Vm": "objects.vm",
     "VmFault": "machine.results",
+    "get_include": "capi",
     "load": "trace",
     "open_image": "images.image",
     "translate": "tables.translation",
