@@ -14,6 +14,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
+from llvmlite import ir
 from llvmlite.binding import Linkage
 from numba import njit
 from numba.core import base, caching, cgutils, event, serialize, transforms, types
@@ -289,11 +290,32 @@ def quick_compilation() -> Iterator[None]:
             gc.enable()
 
 
+class CLibrary(EntryLibrary):
+    """C enters the function itself: numba's wrapper, which would call it, has it inlined."""
+
+    def add_ir_module(self, module: Any) -> None:
+        if module.name == "cfunc_wrapper":
+            calls = [line for wrapper in module.functions for block in wrapper.blocks for line in block.instructions]
+            for attributes in (line.attributes for line in calls if isinstance(line, ir.CallInstr)):
+                if "noinline" in attributes:
+                    attributes.remove("noinline")
+                    attributes.add("alwaysinline")
+        super().add_ir_module(module)
+
+
 class EntryCompiler(Compiler):
     """numba's own pipeline, for functions that Python calls; all that they call is compiled within."""
 
+    library_class: type[EntryLibrary] = EntryLibrary
+
     def compile_extra(self, func: Any) -> Any:
-        library = self.state["library"] = EntryLibrary(self.state.targetctx.codegen(), func.__qualname__)
+        library = self.state["library"] = self.library_class(self.state.targetctx.codegen(), func.__qualname__)
         library.enable_object_caching()
         with quick_compilation():
             return super().compile_extra(func)
+
+
+class CFunctionCompiler(EntryCompiler):
+    """The same for functions that C calls."""
+
+    library_class = CLibrary

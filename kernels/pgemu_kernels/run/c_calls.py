@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from pgemu_kernels.engine.addresses import bytes_at, call_c, descriptor_at, signed_words_at, words_at
-from pgemu_kernels.engine.bits import LOW8, LOW16, LOW32, U0, U1, U2, U3, U4, U5, U6, U7, U8, U9, U12, U16, U32, U48
-from pgemu_kernels.engine.compile import entry, kernel, outlined
+from pgemu_kernels.engine.bits import LOW8, LOW16, LOW32, U0, U1, U2, U3, U4, U5, U6, U7, U8, U9, U16, U32, U48
+from pgemu_kernels.engine.compile import c_function, kernel, outlined
 from pgemu_kernels.engine.handle import C_CONTEXT, open_machine
 from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.engine.records import Columns
@@ -177,7 +177,7 @@ def is_ready(calls, number):
 # --------------------------------------------------------------------------- walks
 
 
-@entry
+@c_function
 def c_translate(machine, mmu, root, kind, address, found):
     """Translate one address: its status, the rest in `found` (struct pgemu_translation)."""
     context = context_of(machine)
@@ -204,7 +204,7 @@ def c_translate(machine, mmu, root, kind, address, found):
     return np.int64(status[U0])
 
 
-@entry
+@c_function
 def c_translate_batch(machine, mmu, root, kind, kinds, count, addresses, found):
     """Translate `count` addresses, by tables/translate.py: 0. found: struct pgemu_translations."""
     context = context_of(machine)
@@ -274,7 +274,7 @@ def walk_nested_batch(machine, context, mmu, guest_root, stage2_root, kind, kind
     )  # fmt: skip
 
 
-@entry
+@c_function
 def c_translate_nested_batch(machine, mmu, guest_root, stage2_root, kind, kinds, count, addresses, found):
     """Translate `count` addresses of a guest: 0. found: struct pgemu_nested_translations."""
     context = context_of(machine)
@@ -288,7 +288,7 @@ def c_translate_nested_batch(machine, mmu, guest_root, stage2_root, kind, kinds,
     )  # fmt: skip
 
 
-@entry
+@c_function
 def c_translate_nested(machine, mmu, guest_root, stage2_root, kind, address, found, reads, writes):
     """One nested walk: its status, the rest in `found` (struct pgemu_nested_translation)."""
     context = context_of(machine)
@@ -390,7 +390,7 @@ def fits_columns(o):
     return (o[U3] | o[U4]) & ~LOW16 == U0 and o[U5] & ~LOW32 == U0
 
 
-@entry
+@c_function
 def c_operate(machine, operation, detail):
     """Run an operation (struct pgemu_operation): what it returns."""
     context = context_of(machine)
@@ -430,7 +430,7 @@ def place_of_column(context, columns, number, count):
     return address, U1 if one else count
 
 
-@entry
+@c_function
 def c_run(machine, columns, count, status, detail):
     """Run `count` operations (struct pgemu_columns): 0."""
     context = context_of(machine)
@@ -483,57 +483,57 @@ def ask(machine, op, flags, vm, space, object_, address, offset, length, detail)
     return np.int64(call_address(calls[CALL_OPERATE], (machine, place, detail)))
 
 
-@entry
+@c_function
 def c_host_fault(machine, space, address, flags, detail):
     return ask(machine, OP_HOST_FAULT, flags, U0, space, U0, address, U0, U0, detail)
 
 
-@entry
+@c_function
 def c_guest_fault(machine, vm, address, flags, detail):
     return ask(machine, OP_GUEST_FAULT, flags, vm, U0, U0, address, U0, U0, detail)
 
 
-@entry
+@c_function
 def c_convert(machine, vm, inode, offset, length, flags, detail):
     return ask(machine, OP_CONVERT, flags, vm, U0, inode, U0, offset, length, detail)
 
 
-@entry
+@c_function
 def c_zap(machine, space, address, length, flags, detail):
     return ask(machine, OP_ZAP, flags, U0, space, U0, address, U0, length, detail)
 
 
-@entry
+@c_function
 def c_munmap(machine, space, address, length, detail):
     return ask(machine, OP_MUNMAP, U0, U0, space, U0, address, U0, length, detail)
 
 
-@entry
+@c_function
 def c_punch_hole(machine, inode, offset, length, detail):
     return ask(machine, OP_PUNCH_HOLE, U0, U0, U0, inode, U0, offset, length, detail)
 
 
-@entry
+@c_function
 def c_pin(machine, space, number, address, length, flags, detail):
     return ask(machine, OP_PIN, flags, U0, space, number, address, U0, length, detail)
 
 
-@entry
+@c_function
 def c_unpin(machine, number, detail):
     return ask(machine, OP_UNPIN, U0, U0, U0, number, U0, U0, U0, detail)
 
 
-@entry
+@c_function
 def c_dma_map(machine, domain, space, iova, length, inode, offset, flags, detail):
     return ask(machine, OP_DMA_MAP, flags, space, domain, inode, iova, offset, length, detail)
 
 
-@entry
+@c_function
 def c_dma_unmap(machine, domain, iova, length, detail):
     return ask(machine, OP_DMA_UNMAP, U0, U0, domain, U0, iova, U0, length, detail)
 
 
-@entry
+@c_function
 def c_dma_access(machine, domain, device, iova, length, word, flags, detail):
     return ask(machine, OP_DMA_ACCESS, flags, U0, domain, device, iova, word, length, detail)
 
@@ -541,7 +541,7 @@ def c_dma_access(machine, domain, device, iova, length, word, flags, detail):
 # --------------------------------------------------------------------------- counters
 
 
-@entry
+@c_function
 def c_event_count(machine, event):
     """How often an event was counted, of all operations."""
     if context_of(machine) == U0:
@@ -555,7 +555,7 @@ def c_event_count(machine, event):
     return np.int64(total)
 
 
-@entry
+@c_function
 def c_gauge_value(machine, gauge):
     """The value of a gauge."""
     if context_of(machine) == U0:
