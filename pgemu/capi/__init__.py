@@ -163,7 +163,7 @@ def handle(machine: Core) -> int:
 def mmu(machine: Core, format_row: int = 0, access: Access | None = None) -> int:
     """The number by which `translate` of C knows entries of a format walked under control registers.
 
-    format_row: row of the machine's formats (Machine.add_format, PageTable.format_row). access: default Access().
+    format_row: row of the machine's formats (Machine.add_format, PageTable.row). access: default Access().
     Numbers 0 to 2 are those of the format rows 0 to 2 (host, NPT, EPT) under Access(), 3 is that of nested walks.
     ValueError for a row that is not there, or past words.call_words.MMUS different ones.
     """

@@ -339,7 +339,7 @@ def test_numbers_that_cannot_be_are_refused() -> None:
 def test_a_device_only_reads_and_writes() -> None:
     one = made()
     table = one.machine.create_page_table("vtd-s2")
-    number = capi.mmu(one.machine, next(iter(table._formats)))
+    number = capi.mmu(one.machine, table.row)
     found = words(3)
     answers = [call("translate", one.handle, number, table.root, kind, 0, found) for kind in (0, 1, 2, 3, PLAIN_KIND)]
     assert answers == [W.WalkStatus.NOT_PRESENT] * 2 + [BAD_ARGUMENT] * 2 + [W.WalkStatus.NOT_PRESENT]
