@@ -89,9 +89,9 @@ def __getattr__(name: str) -> Any:
 def _loader() -> Any:
     import ctypes
 
-    from pgemu_kernels.run.c_entries import load
+    from pgemu_kernels.run.c_entries import load_entry
 
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64)(load)
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64)(load_entry)
 
 
 def _calls() -> Array:

@@ -13,12 +13,13 @@ from pgemu_kernels.run.entries import declared, loops_of
 from pgemu_kernels.words import call_words as W
 from pgemu_kernels.words.operations import Entry
 
-__all__ = ("FUNCTIONS", "calls", "load")
+__all__ = ("FUNCTIONS", "calls", "load_entry")
 
 
 def _declare(name: str, parameters: str) -> Declared:
     arguments = dict.fromkeys(("machine", *parameters.split()), "uint64")
-    return declare("pgemu_kernels.run.c_calls", f"c_{name}", **arguments)
+    module = "c_walks" if name.startswith("translate") else "c_calls"
+    return declare(f"pgemu_kernels.run.{module}", f"c_{name}", **arguments)
 
 
 # In the order of struct pgemu_api.
@@ -65,7 +66,7 @@ def _entry(name: str) -> Declared:
     return next(entry for entry in declared if entry.name == name)
 
 
-def load(number: int) -> int:
+def load_entry(number: int) -> int:
     """Put the address of an entry into its word of calls(), or of a loop into loops_of(): 0, or -1 with the reason on
     stderr. Called from C, where nobody could catch an exception.
     """
@@ -82,7 +83,7 @@ def load(number: int) -> int:
 
 
 def calls(loader: int) -> Any:
-    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function that calls load()."""
+    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function that calls load_entry()."""
     _calls[W.CALL_LOAD] = loader
     _calls[W.CALL_LOOPS] = loops_of().ctypes.data
     if not _calls[W.CALL_OPERATE]:
