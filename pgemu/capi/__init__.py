@@ -89,9 +89,9 @@ def __getattr__(name: str) -> Any:
 def _loader() -> Any:
     import ctypes
 
-    from pgemu_kernels.run.c_entries import load_entry
+    from pgemu_kernels.run.c_entries import provide_address
 
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64)(load_entry)
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64)(provide_address)
 
 
 def _calls() -> Array:

@@ -359,5 +359,5 @@ def test_one_kind_of_a_batch_that_cannot_be_is_refused() -> None:
 
 
 def test_code_that_cannot_be_loaded_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert c_entries.load_entry(15) == -1
+    assert c_entries.provide_address(15) == -1
     assert "KeyError: 15" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pgemu_kernels.run.entries import declared, loops_of
 from pgemu_kernels.words import call_words as W
 from pgemu_kernels.words.operations import Entry
 
-__all__ = ("FUNCTIONS", "calls", "load_entry")
+__all__ = ("FUNCTIONS", "calls", "provide_address")
 
 
 def _declare(name: str, parameters: str) -> Declared:
@@ -66,7 +66,7 @@ def _entry(name: str) -> Declared:
     return next(entry for entry in declared if entry.name == name)
 
 
-def load_entry(number: int) -> int:
+def provide_address(number: int) -> int:
     """Put the address of an entry into its word of calls(), or of a loop into loops_of(): 0, or -1 with the reason on
     stderr. Called from C, where nobody could catch an exception.
     """
@@ -83,7 +83,7 @@ def load_entry(number: int) -> int:
 
 
 def calls(loader: int) -> Any:
-    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function that calls load_entry()."""
+    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function that calls provide_address()."""
     _calls[W.CALL_LOAD] = loader
     _calls[W.CALL_LOOPS] = loops_of().ctypes.data
     if not _calls[W.CALL_OPERATE]:
