@@ -83,7 +83,7 @@ def provide_address(number: int) -> int:
 
 
 def calls(loader: int) -> Any:
-    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function that calls provide_address()."""
+    """uint64[CALL_WORDS]: the process's table of entries. loader: address of a C function around provide_address()."""
     _calls[W.CALL_LOAD] = loader
     _calls[W.CALL_LOOPS] = loops_of().ctypes.data
     if not _calls[W.CALL_OPERATE]:
