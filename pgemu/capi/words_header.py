@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from enum import IntEnum
 from types import MappingProxyType
 
 from pgemu.tables.access import Kind
@@ -57,7 +58,7 @@ def _sections() -> Mapping[str, Iterable[tuple[str, int]]]:
     )
 
 
-def _members(prefix: str, enum: type[Operation] | type[Flag] | type[Event]) -> Iterator[tuple[str, int]]:  # type: ignore[type-arg]
+def _members(prefix: str, enum: type[IntEnum] | type[Flag]) -> Iterator[tuple[str, int]]:
     for name, member in enum.__members__.items():
         yield f"{prefix}_{name}", int(member)
 
