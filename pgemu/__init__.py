@@ -13,7 +13,7 @@ at any time. Examples of methods go on from the example of their class.
 machine: a machine of one design, what it has, what its operations return and count
     Config, Versions, Machine, GuestMemfd, GuestMemfd4K, HugetlbFile, ShmemFile, Device, HugetlbPool, AddressSpace,
     Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault, Statistics,
-    Event, Gauge, Property, add_design, InputError
+    Event, Gauge, Property, add_design, get_include, InputError
 
 tables: page tables of any format, translations, TLBs in front of them
     PageTable, EditResult, EditResults, Flush, Walk, translate, translate_nested, Access, Kind, Translation,
@@ -38,6 +38,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pgemu.capi import get_include as get_include
     from pgemu.errors import InputError as InputError
     from pgemu.experiments.audit import audit as audit
     from pgemu.experiments.compare import Comparison as Comparison, compare as compare
@@ -114,6 +115,7 @@ _PLACES = {
         "pgemu_kernels.words.events": ("Event", "Gauge"),
         "pgemu_kernels.words.properties": ("Property",),
         "pgemu.machine.own_designs": ("add_design",),
+        "pgemu.capi": ("get_include",),
         "pgemu.errors": ("InputError",),
     },
     "tables": {
@@ -206,6 +208,7 @@ __all__ = (
     "add_design",
     "audit",
     "compare",
+    "get_include",
     "load",
     "open_image",
     "run_accesses",

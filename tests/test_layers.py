@@ -39,7 +39,7 @@ PACKAGE = (
     ("cost",),
     ("machine",),
     ("tables",),
-    ("images",),
+    ("images", "capi"),
     ("objects",),
     ("trace", "kernels"),
     ("guest", "workload", "recording"),

@@ -55,6 +55,11 @@ class Declared:
         self.make_ready()
         return address_of(self.dispatcher)
 
+    def c_address(self) -> int:
+        """Where C enters it, whose arguments are numbers and addresses."""
+        self.make_ready()
+        return address_of(self.dispatcher, for_c=True)
+
     def _obtain(self, arguments: Any) -> Any:
         found = self._cache.load(arguments, self.dispatcher.targetctx)
         if found is None and arguments == normalize_signature(self.signature)[0]:

@@ -54,17 +54,18 @@ def current_stamp() -> str:
 
 try:  # private interfaces of numba, hence the pinned minor version
     from pgemu_kernels.engine.inner_functions import StepCompiler, inner_function
-    from pgemu_kernels.engine.numba_internals import EntryCompiler, KernelCache
+    from pgemu_kernels.engine.numba_internals import CFunctionCompiler, EntryCompiler, KernelCache
 
     _cache: Any = KernelCache
     _kernel: Callable[..., Any] = inner_function(forceinline=True, **OPTIONS)
     _step: Callable[..., Any] = inner_function(StepCompiler, forceinline=False, **OPTIONS)
     _outlined: Callable[..., Any] = inner_function(forceinline=False, **OPTIONS)
     _entry: Callable[..., Any] = njit(pipeline_class=EntryCompiler, forceinline=False, **OPTIONS)
+    _c_function: Callable[..., Any] = njit(pipeline_class=CFunctionCompiler, forceinline=False, **OPTIONS)
 except (ImportError, AttributeError):  # pragma: no cover - only with a numba that moved its internals
     _cache = None
     _kernel = njit(forceinline=True, **OPTIONS)
-    _step = _outlined = _entry = njit(forceinline=False, **OPTIONS)
+    _step = _outlined = _entry = _c_function = njit(forceinline=False, **OPTIONS)
     warnings.warn("this numba has unknown internals: kernels compile slowly and in every process", stacklevel=2)
 
 
@@ -85,7 +86,16 @@ def outlined(function: Callable[..., Any]) -> Any:
 
 def entry(function: Callable[..., Any]) -> Any:
     """An entry point: takes the int64 descriptor of a machine, cached on disk."""
-    dispatcher = _listed(_entry(function))
+    return _cached(_entry, function)
+
+
+def c_function(function: Callable[..., Any]) -> Any:
+    """An entry point for C: takes numbers and addresses, and the address of the descriptor (Declared.c_address)."""
+    return _cached(_c_function, function)
+
+
+def _cached(compiled: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    dispatcher = _listed(compiled(function))
     if _cache is not None:
         dispatcher._cache = _cache(function.__qualname__, current_stamp, progress.begin)
     entries.append(dispatcher)

@@ -38,13 +38,14 @@ _ARRAY_TYPES = {name: types.Array(from_dtype(np.dtype(dtype)), 1, "C") for name,
 
 
 TELL_DEVICES = 2 * len(DTYPES)  # word of a descriptor: where the entry run/revocations.py:tell_devices begins, or 0
-_DESCRIPTOR_WORDS = TELL_DEVICES + 1
+C_CONTEXT = TELL_DEVICES + 1  # ... and where what calls from C need beside the machine lies (pgemu.capi), or 0
+DESCRIPTOR_WORDS = C_CONTEXT + 1
 
 
 def describe(machine: Machine) -> Words:
-    """int64 array: address and length of each array, and TELL_DEVICES. The caller keeps the arrays alive."""
+    """int64 array: address and length of each array, TELL_DEVICES, C_CONTEXT. The caller keeps the arrays alive."""
     words = [word for array in machine for word in (array.ctypes.data, array.size)]
-    return np.array([*words, 0], dtype=np.int64)
+    return np.array([*words, 0, 0], dtype=np.int64)
 
 
 _WORD = ir.IntType(64)
@@ -118,7 +119,7 @@ def descriptor_of(typingctx: Any, machine: Any) -> Any:
     kind = types.Array(types.int64, 1, "C")
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return array_value(context, builder, kind, arguments[0], ir.Constant(_WORD, _DESCRIPTOR_WORDS))
+        return array_value(context, builder, kind, arguments[0], ir.Constant(_WORD, DESCRIPTOR_WORDS))
 
     return kind(machine), generate
 

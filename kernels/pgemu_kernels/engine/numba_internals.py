@@ -14,6 +14,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
+from llvmlite import ir
 from llvmlite.binding import Linkage
 from numba import njit
 from numba.core import base, caching, cgutils, event, serialize, transforms, types
@@ -102,7 +103,10 @@ def rebuilt(target_context: Any, name: str, machine_code: bytes, descriptor: Any
     library.enable_object_caching()
     library._set_compiled_object(machine_code)
     library._finalize_final_module()
-    names = (descriptor.llvm_func_name, descriptor.llvm_cpython_wrapper_name, descriptor.env_name)
+    names = (
+        *(descriptor.llvm_func_name, descriptor.env_name),
+        *(descriptor.llvm_cpython_wrapper_name, descriptor.llvm_cfunc_wrapper_name),
+    )
     library.codegen._engine._defined_symbols.update(names)
     environment = Environment({})
     environment.env_name = descriptor.env_name
@@ -133,12 +137,13 @@ def compiled_elsewhere(function: Callable[..., Any], obtain: Callable[[Any], Any
     return dispatcher
 
 
-def address_of(dispatcher: Any) -> int:
-    """Where the code of a dispatcher's only signature begins, for call_address()."""
+def address_of(dispatcher: Any, for_c: bool = False) -> int:
+    """Where the code of a dispatcher's only signature begins, for call_address(), or for C's calling convention."""
     (result,) = dispatcher.overloads.values()
-    address: int = library_of(result).get_pointer_to_function(result.fndesc.llvm_func_name)
+    name = result.fndesc.llvm_cfunc_wrapper_name if for_c else result.fndesc.llvm_func_name
+    address: int = library_of(result).get_pointer_to_function(name)
     if not address:
-        raise RuntimeError(f"no machine code of {result.fndesc.llvm_func_name}")
+        raise RuntimeError(f"no machine code of {name}")
     return address
 
 
@@ -285,11 +290,32 @@ def quick_compilation() -> Iterator[None]:
             gc.enable()
 
 
+class CLibrary(EntryLibrary):
+    """C enters the function itself: numba's wrapper, which would call it, has it inlined."""
+
+    def add_ir_module(self, module: Any) -> None:
+        if module.name == "cfunc_wrapper":
+            calls = [line for wrapper in module.functions for block in wrapper.blocks for line in block.instructions]
+            for attributes in (line.attributes for line in calls if isinstance(line, ir.CallInstr)):
+                if "noinline" in attributes:
+                    attributes.remove("noinline")
+                    attributes.add("alwaysinline")
+        super().add_ir_module(module)
+
+
 class EntryCompiler(Compiler):
     """numba's own pipeline, for functions that Python calls; all that they call is compiled within."""
 
+    library_class: type[EntryLibrary] = EntryLibrary
+
     def compile_extra(self, func: Any) -> Any:
-        library = self.state["library"] = EntryLibrary(self.state.targetctx.codegen(), func.__qualname__)
+        library = self.state["library"] = self.library_class(self.state.targetctx.codegen(), func.__qualname__)
         library.enable_object_caching()
         with quick_compilation():
             return super().compile_extra(func)
+
+
+class CFunctionCompiler(EntryCompiler):
+    """The same for functions that C calls."""
+
+    library_class = CLibrary

@@ -400,7 +400,7 @@ def translate_nested(
 
     guest_root: guest physical address of the guest's top table. kinds: uint8[n] or uint8[1]. access: access rows
     of the guest, then of stage 2. The next nine arrays are NestedOutputs. w: uint64[NESTED_SCRATCH]. block: how
-    many walks go step by step together, 1 to 64; 0 walks each exactly.
+    many walks go step by step together, 1 to 64; 0 walks each exactly. Returns 0.
     """
     m = open_machine(descriptor)
     job = Job(open_tree(m, guest_format, guest_root), open_tree(m, stage2_format, stage2_root), kinds, access)
@@ -409,9 +409,10 @@ def translate_nested(
     if block == U0 or not can_pass(m, job.stage2) or job.guest.levels < U3:
         for i in range(count):
             walk_nested(m, job, i, addresses[i], out, w)
-        return
+        return np.int64(0)
     first = U0
     while first < count:
         together = min(count - first, block)
         walk_block(m, job, addresses, first, together, out, w)
         first += together
+    return np.int64(0)

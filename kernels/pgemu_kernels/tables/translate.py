@@ -371,6 +371,20 @@ def list_block(m, tree, addresses, outputs, first, stop):
             outputs.counts[i + i] = list_passed(m.ram, tree, addresses[i], level, outputs.reads, i * _READS, U0, U0)
 
 
+@kernel
+def translate_single(m, access, x, tree, address, outputs, w):
+    """Translate one address as a batch of one would, into element 0 of outputs without lists."""
+    outputs.status[U0] = np.uint8(0)
+    outputs.levels[U0] = np.uint8(1)
+    outputs.error[U0] = U0
+    if not can_pass(m, tree):
+        walk_one(m, access, x, tree, address, U0, outputs, w)
+        return
+    top = directory(m.ram, access, x, tree, address)
+    found = find_below(m.ram, access, x, load_masks(access, x), tree.address_bits, top, address)
+    write_result(m, access, x, tree, found, address, U0, outputs, w)
+
+
 @entry
 def translate(
     descriptor, format_index, root, addresses, kinds, access, physical, status, levels, error, reads, writes, counts, w
@@ -378,7 +392,7 @@ def translate(
     """Translate `addresses` (uint64[n]), in order, through the tables below physical address `root`.
 
     kinds: uint8[n], or uint8[1] for all: rows of `access` (uint64[rows * X_WORDS]). The next seven arrays are
-    Outputs. w: uint64[WALK_SCRATCH].
+    Outputs. w: uint64[WALK_SCRATCH]. Returns 0.
     """
     m = open_machine(descriptor)
     tree = open_tree(m, format_index, root)
@@ -387,7 +401,7 @@ def translate(
     if not can_pass(m, tree):
         for i in range(count):
             walk_one(m, access, row_of(kinds, i), tree, addresses[i], i, outputs, w)
-        return
+        return np.int64(0)
     first = U0
     while first < count:
         stop = min(count, first + BATCH)
@@ -399,3 +413,4 @@ def translate(
         if U(reads.size) != U0:
             list_block(m, tree, addresses, outputs, first, stop)
         first = stop
+    return np.int64(0)
