@@ -69,6 +69,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     _entry: Any = field(init=False, repr=False, default=None)
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
     formats_made: dict[int, PageFormat] = field(init=False, repr=False, default_factory=dict)  # by row, beside its own
+    _tables_changed: Any = field(init=False, repr=False, default=None)  # called as a table comes, moves or goes, if set
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):

@@ -118,6 +118,7 @@ class PageTable(OfMachine):
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
         self._root = int(self._request[W.E_ROOT])
         machine.tables_made.append(self)
+        _tell(machine)
 
     @property
     def root(self) -> int:
@@ -156,6 +157,7 @@ class PageTable(OfMachine):
         """Free the whole tree; nothing else may be done with it then. A process is flushed, a VM is not: it is gone."""
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
+        _tell(self.machine)
         return result
 
     # ------------------------------------------------------------------ map
@@ -437,6 +439,7 @@ class PageTable(OfMachine):
         edit(self.machine.descriptor, request, addresses, physical, status, detail, _log_words(log))
         if request[W.E_ROOT] != self._root and self._root:
             self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
+            _tell(self.machine)
         return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
 
     def _flush(self) -> Flush | None:
@@ -450,6 +453,12 @@ class PageTable(OfMachine):
         first = start + offset if start >> bits - 1 else start
         last = end + offset if end - 1 >> bits - 1 else end
         return Flush(first, last, int(request[W.E_FLUSH_LEVEL]), bool(request[W.E_FREED]))
+
+
+def _tell(machine: Core) -> None:
+    """A table came, has another root, or is gone."""
+    if machine._tables_changed is not None:
+        machine._tables_changed()
 
 
 def _add_formats(machine: Core, fmt: PageFormat) -> dict[int, PageFormat]:
