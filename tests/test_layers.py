@@ -44,7 +44,7 @@ PACKAGE = (
     ("trace",),
     ("guest", "workload", "recording"),
     ("trace door",),
-    ("experiments",),
+    ("experiments", "exports"),
     ("report",),
     ("door",),
     ("cli",),

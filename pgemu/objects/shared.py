@@ -366,10 +366,9 @@ def publish(machine: Core, segment: Segment) -> None:
     rows = header[first : first + TABLES * TABLE_ROW].reshape(-1, TABLE_ROW)
     given = {id(table): table for table in machine.tables_made if table.root and not hasattr(table, "_space")}
     for place, known in enumerate(segment.places):  # those that have a place
-        table = known()
-        if table is not None and given.get(id(table)) is table:
+        table = given.pop(id(known()), None)
+        if table is not None:
             rows[place, :2] = table.root, table.row
-            del given[id(table)]
         else:
             rows[place, 0] = 0
     free = np.flatnonzero(rows[:, 0] == 0).tolist()
