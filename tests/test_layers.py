@@ -44,7 +44,7 @@ PACKAGE = (
     ("trace",),
     ("guest", "workload", "recording"),
     ("trace door",),
-    ("experiments", "exports"),
+    ("experiments", "exports", "adapters"),
     ("report",),
     ("door",),
     ("cli",),
