@@ -47,7 +47,7 @@ PACKAGE = (
     ("experiments", "exports", "adapters"),
     ("report",),
     ("door",),
-    ("cli",),
+    ("cli", "examples"),
     ("__main__",),
 )
 
