@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from typing import Literal
 
 from pgemu import Config, Machine
 from pgemu.adapters.gem5 import Mode, Request, Tlb, Walker
 
+Design = Literal["restructure", "pfnmap"]
 PAGE, SIZE, LINES = 1 << 30, 64 << 20, 256
 
 
@@ -31,7 +33,7 @@ class Cache:
             self.lines.popitem(last=False)
 
 
-def simulate(design: str, accesses: int = 2000) -> tuple[int, int, int]:
+def simulate(design: Design, accesses: int = 2000) -> tuple[int, int, int]:
     """Misses of the TLB, reads of walks, misses of the cache."""
     machine = Machine(Config(design, pool=PAGE))
     gmem, vm = machine.create_guest_memfd(PAGE), machine.create_vm(protected=True)
@@ -55,7 +57,8 @@ def simulate(design: str, accesses: int = 2000) -> tuple[int, int, int]:
 
 def main() -> None:
     """Print both designs."""
-    for design in ("restructure", "pfnmap"):
+    designs: tuple[Design, ...] = ("restructure", "pfnmap")
+    for design in designs:
         missed, reads, cold = simulate(design)
         print(f"{design}: {missed} TLB misses, {reads} reads by walks, {cold} of them from memory")
 
