@@ -11,8 +11,8 @@ remove a name, and CHANGELOG.md says so under "Breaking"; a patch version only a
 at any time. Examples of methods go on from the example of their class.
 
 machine: a machine of one design, what it has, what its operations return and count
-    Config, Versions, Machine, GuestMemfd, GuestMemfd4K, HugetlbFile, ShmemFile, Device, HugetlbPool, AddressSpace,
-    Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault, Statistics,
+    Config, Versions, Machine, SharedMachine, GuestMemfd, GuestMemfd4K, HugetlbFile, ShmemFile, Device, HugetlbPool,
+    AddressSpace, Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault, Statistics,
     Event, Gauge, Property, add_design, get_include, InputError
 
 tables: page tables of any format, translations, TLBs in front of them
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from pgemu.objects.guest_memfd import GuestMemfd as GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool as HugetlbPool
     from pgemu.objects.machine import Machine as Machine
+    from pgemu.objects.shared import SharedMachine as SharedMachine
     from pgemu.objects.vm import Vm as Vm
     from pgemu.tables.access import Access as Access, Kind as Kind
     from pgemu.tables.flush import Flush as Flush
@@ -103,6 +104,7 @@ _PLACES = {
         "pgemu.machine.config": ("Config",),
         "pgemu.machine.presets": ("Versions",),
         "pgemu.objects.machine": ("Machine",),
+        "pgemu.objects.shared": ("SharedMachine",),
         "pgemu.objects.guest_memfd": ("GuestMemfd",),
         "pgemu.objects.files": ("GuestMemfd4K", "HugetlbFile", "ShmemFile", "Device"),
         "pgemu.objects.hugetlb": ("HugetlbPool",),
@@ -190,6 +192,7 @@ __all__ = (
     "Result",
     "Results",
     "RetPf",
+    "SharedMachine",
     "ShmemFile",
     "Statistics",
     "Tlb",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -172,6 +173,10 @@ class World:
         detached.detach()
         shut, tlb = machine.create_device(0x9000, 4), Tlb()
         shut.close()
+        closed_segment = Machine(Config("pfnmap", pool=M2, page_size=M2)).share(SEGMENT, replace=True, reserve=False)
+        closed_segment.close()
+        segment = Machine(Config("pfnmap", pool=M2, page_size=M2)).share(SEGMENT, replace=True, reserve=False)
+        NAMED["segment"] = (segment._segment,)
         self.of |= {
             "Machine": [machine], "GuestMemfd": [gmem, closed], "GuestMemfd4K": [small], "HugetlbFile": [huge],
             "ShmemFile": [machine.create_memfd(M2)],
@@ -182,7 +187,7 @@ class World:
             "VfioContainer": [container, closed_container], "Iommufd": [iommufd], "Ioas": [ioas, destroyed_ioas],
             "Revocations": [ioas.revocations],
             "IoDevice": [one_device, detached], "ContainerInfo": [container.info()], "Range": container.ranges()[:1],
-            "IoSpace": [container],
+            "IoSpace": [container], "SharedMachine": [segment, closed_segment],
             "Tlb": [tlb], "TlbCounts": [tlb.counts],
             "TlbLookups": [tlb.translate(table, [0])], "Versions": [Versions()],
             "PhysicalMemory": [machine.memory], "Statistics": [machine.statistics], "Config": [machine.config],
@@ -223,6 +228,7 @@ class World:
 
 
 TRACE: list[Any] = []  # made once
+SEGMENT = f"pgemu-world-{os.getpid()}"  # of shared memory
 
 # Good values by name of a parameter, where those of its type do not do.
 NAMED: dict[str, tuple[Any, ...]] = {
@@ -276,6 +282,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "tables": (None, "zap"),
     "format": ("elf", "raw", None),
     "path": (Path("m.elf"), "m.elf"),
+    "str name": (SEGMENT,),
     "name_or_path": ("workload:tdx-boot", "m.elf"),
     "layout": (struct_page.page_layout("7.3"),),
     "fraction": (0.5, 1),

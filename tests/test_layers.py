@@ -44,7 +44,7 @@ PACKAGE = (
     ("trace", "kernels"),
     ("guest", "workload", "recording"),
     ("trace door",),
-    ("experiments",),
+    ("experiments", "exports", "adapters"),
     ("report",),
     ("door",),
     ("cli", "examples"),

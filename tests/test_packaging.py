@@ -49,7 +49,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources(package: Path) -> set[str]:
     """Names in the wheel of a package's files."""
     files = [path for path in package.rglob("*") if path.is_file()]
-    kept = [path for path in files if path.suffix in (".py", ".typed", ".xz", ".h", ".c", ".cpp")]
+    kept = [
+        path for path in files if path.suffix in (".py", ".typed", ".xz", ".h", ".c", ".cc", ".cpp", ".json", ".md")
+    ]
     return {path.relative_to(package.parent).as_posix() for path in kept}
 
 

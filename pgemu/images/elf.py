@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pgemu.errors import InputError
@@ -24,7 +25,7 @@ _NOTE = struct.Struct("<III")
 _CLASS_64, _LITTLE_ENDIAN, _CORE, _X86_64 = 2, 1, 4, 62
 _LOAD, _NOTES = 1, 4
 _MANY_PROGRAM_HEADERS = 0xFFFF  # PN_XNUM: their number is in sh_info of section 0
-_DIRECT_MAP = 0xFFFF_8880_0000_0000  # where Linux sees physical address 0 without KASLR
+DIRECT_MAP = 0xFFFF_8880_0000_0000  # where Linux sees physical address 0 without KASLR
 _KERNEL_TEXT = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map
 _QEMU_CR3 = struct.calcsize("<II18Q") + 10 * struct.calcsize("<IIIIQ") + 3 * 8  # offset in QEMUCPUState
 _PGEMU_ROOTS = 0x706765  # type of the note; none of those that readelf knows
@@ -236,17 +237,20 @@ def _kernel_root(values: dict[str, str], problems: list[str]) -> Iterator[Root]:
 
 
 def prologue(
-    ranges: list[tuple[int, int]], roots: list[Root], kernel: str, configuration: str
-) -> tuple[bytes, list[int]]:
+    ranges: list[tuple[int, int]], roots: list[Root], kernel: str, configuration: str,
+    views: Sequence[tuple[int, int, int]] = (),
+) -> tuple[bytes, list[int]]:  # fmt: skip
     """What stands before the memory in a core with one PT_LOAD for each range, and the file offset of each range.
 
     ranges: (start, end) of physical memory, multiples of 4096, fewer than PN_XNUM of them. The others go into a note.
+    views: (virtual address, physical address, bytes) of segments over the same bytes of the file, each within a range,
+    or outside all of them: over what stands behind the last one.
     """
     lines = [f"OSRELEASE={kernel}", f"CONFIGURATION={configuration}"]
     lines += [f"{root.name} {root.format} {root.address:#x}" for root in roots]
     text = "".join(f"{line}\n" for line in lines).encode()
     note = _NOTE.pack(6, len(text), _PGEMU_ROOTS) + b"pgemu\0\0\0" + text + bytes(-len(text) % 4)
-    count = len(ranges) + 1
+    count = len(ranges) + len(views) + 1
     note_at = _HEADER.size + count * _PROGRAM.size
     at = note_at + len(note) + (-(note_at + len(note)) % PAGE)
     ident = MAGIC + bytes((_CLASS_64, _LITTLE_ENDIAN, 1)) + bytes(9)
@@ -257,7 +261,13 @@ def prologue(
     offsets = []
     for start, end in ranges:
         size = end - start
-        parts.append(_PROGRAM.pack(_LOAD, 0b110, at, _DIRECT_MAP + start, start, size, size, PAGE))
+        parts.append(_PROGRAM.pack(_LOAD, 0b110, at, DIRECT_MAP + start, start, size, size, PAGE))
         offsets.append(at)
         at += size
+    starts = [start for start, _ in ranges]
+    for virtual, physical, size in views:
+        within = bisect_right(starts, physical) - 1
+        is_held = within >= 0 and physical < ranges[within][1]
+        place = offsets[within] + physical - starts[within] if is_held else at
+        parts.append(_PROGRAM.pack(_LOAD, 0b110, place, virtual, physical, size, size, PAGE))
     return b"".join(parts) + note, offsets

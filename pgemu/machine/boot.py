@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy as np
 from pgemu import cost
 from pgemu.machine.config import DEFECTS, LEVEL_RULES, SPLIT_FORMS, THP
 from pgemu.machine.designs import row_of
+from pgemu.machine.mapped_memory import map_memory
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import DTYPES, Machine as Arrays
 from pgemu_kernels.formats import bits as formats, leaves, page_format
@@ -23,9 +22,8 @@ __all__ = ("allocate", "set_registers")
 
 Array = np.ndarray[Any, Any]
 
-# Python names it from 3.13 on; the number is that of every Linux architecture but Alpha, MIPS and PowerPC.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _SLOTS = slice(int(W.STATE_MEMSLOTS), W.STATE_SIZE)  # rows of which most machines use a few
+_LARGE_COUNTS = 4 << 20  # bytes; from here on NumPy, too, asks for huge pages
 _LARGE = 32 << 20  # bytes; of less `state` a machine touches a few pages only, and a huge one costs more than these
 
 # pgemu_kernels/folios/zeroed.py:keeps_shown()
@@ -45,21 +43,6 @@ def _lay_out(sizes: dict[np.uint64, int], begin: int, begins: dict[np.uint64, in
         begins[register] = begin
         begin += size
     return begin
-
-
-def _map_memory(words: int, huge: bool, sparse: slice = slice(0, 0)) -> Array:
-    """uint64[words] of zeroes, not reserved; `huge` asks the host for huge pages, but for words `sparse`."""
-    size = max(words * 8, mmap.PAGESIZE)
-    if size > sys.maxsize:
-        raise OSError(W.ENOMEM, "beyond the addresses of this computer")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = mmap.mmap(-1, size, flags=flags)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        first, last = (word * 8 // mmap.PAGESIZE * mmap.PAGESIZE for word in (sparse.start, sparse.stop))
-        if first < last:
-            memory.madvise(mmap.MADV_NOHUGEPAGE, first, last - first)
-    return np.frombuffer(memory, dtype=np.uint64, count=words)
 
 
 def allocate(config: Config) -> Arrays:
@@ -113,10 +96,10 @@ def _allocate(config: Config) -> Arrays:
     counts_size = _lay_out(counts, _all_frames(config), begins)
     arrays = Arrays(
         # Frames in a seed's order are scattered: each would cost the host a huge page.
-        ram=_map_memory(_all_frames(config) * 512, huge=config.seed == 0),
-        state=_map_memory(state_size, (state_size - _SLOTS.stop + _SLOTS.start) * 8 >= _LARGE, _SLOTS),
-        stats=np.zeros(W.STATS_SIZE, DTYPES["stats"]),
-        counts=np.zeros(counts_size, DTYPES["counts"]),
+        ram=map_memory(_all_frames(config) * 512, huge=config.seed == 0),
+        state=map_memory(state_size, (state_size - _SLOTS.stop + _SLOTS.start) * 8 >= _LARGE, _SLOTS),
+        stats=map_memory(W.STATS_SIZE, huge=False).view(DTYPES["stats"]),
+        counts=map_memory(-(-counts_size // 2), counts_size * 4 >= _LARGE_COUNTS).view(DTYPES["counts"])[:counts_size],
     )
     for register, begin in begins.items():
         arrays.state[register] = begin

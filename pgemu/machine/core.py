@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pgemu.machine.arguments import OfMachine
 from pgemu.machine.arrays import I64, U64, Bools, Integers
-from pgemu.machine.boot import allocate, node_word, set_registers
+from pgemu.machine.boot import allocate, set_registers
 from pgemu.machine.columns import check_fields, column_of
 from pgemu.machine.config import Config
+from pgemu.machine.contents import FrameContents
 from pgemu.machine.field_rules import shown
 from pgemu.machine.findings import BrokenRule, findings_of
 from pgemu.machine.physical import PhysicalMemory
@@ -56,7 +56,7 @@ class Columns(Protocol):
 
 
 @dataclass(eq=False)
-class Core(OfMachine, but=("operate", "begin", "fast_entry")):
+class Core(FrameContents, but=("operate", "begin", "fast_entry")):
     """What pgemu.Machine creates its objects on, and what they hold of it.
 
     Not thread-safe; two machines may run on two threads, kernels release the GIL.
@@ -71,6 +71,7 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
     formats_made: dict[int, PageFormat] = field(init=False, repr=False, default_factory=dict)  # by row, beside its own
     walk_rows: dict[Any, Array] = field(init=False, repr=False, default_factory=dict)  # of plain walks, by format row
+    _tables_changed: Any = field(init=False, repr=False, default=None)  # called by tables_changed(), if set
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -93,6 +94,11 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         from pgemu_kernels.run.entries import run_pooling
 
         return int(run_pooling(self.descriptor, *_no_columns(), NONE, _NOBODY)) == 0
+
+    def tables_changed(self) -> None:
+        """A page table came, has another root, or is gone: whoever shows the machine elsewhere is told."""
+        if self._tables_changed is not None:
+            self._tables_changed()
 
     def register(self, index: int | np.uint64) -> int:
         """A named scalar of the machine (words.R_*). ValueError for another number.
@@ -382,40 +388,6 @@ class Core(OfMachine, but=("operate", "begin", "fast_entry")):
         if free is not None:
             limit = min(limit, int(self.arrays.stats[int(W.STATS_GAUGES) + 2 * W.Gauge.FRAMES_USED]) + free)
         self.arrays.state[W.R_FRAMES_LIMIT] = limit
-
-    # ------------------------------------------------------------------ contents of guest frames
-
-    def read_frame(self, pfn: int) -> bytes:
-        """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool.
-
-        >>> machine.write_frame(gmem.pfn(0), b"hello", offset=8)
-        >>> machine.read_frame(gmem.pfn(0))[8:13]
-        b'hello'
-        """
-        frame = int(self.arrays.counts[self.register(W.R_CONTENTS) + self.guest_frame(pfn)])
-        return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(W.PAGE_4K)
-
-    def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
-        """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
-        from pgemu_kernels.run.entries import provide
-        from pgemu_kernels.words.requests import CONTENTS
-
-        if offset + len(data) > W.PAGE_4K:
-            raise ValueError(f"offset {offset} of {len(data)} bytes of data: expected to lie within {W.PAGE_4K}")
-        self.guest_frame(pfn)
-        frame = int(provide(self.descriptor, CONTENTS, np.uint64(pfn)))
-        if frame < 0:
-            raise OSError(-frame, "no frame for the contents")
-        memory = self.arrays.ram[frame * 512 : (frame + 1) * 512].view(np.uint8)
-        memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-
-    def guest_frame(self, pfn: int) -> int:
-        """Index in the HugeTLB zone of a frame by its number. ValueError outside the zone."""
-        for number in range(self.config.nodes):
-            base = int(self.arrays.state[node_word(number, W.N_BASE)])
-            if base <= pfn < base + int(self.arrays.state[node_word(number, W.N_PAGES)]):
-                return pfn - self.register(W.R_POOL_BASE)
-        raise ValueError(f"pfn {pfn:#x}: expected a frame of the HugeTLB zone")
 
 
 def row_of_format(machine: Core, name: str, index: int) -> U64:

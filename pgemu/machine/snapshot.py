@@ -31,6 +31,7 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.machine.boot import allocate
 from pgemu.machine.config import Config
+from pgemu.machine.mapped_memory import file_runs
 from pgemu.machine.physical import PhysicalMemory
 from pgemu.version import version
 from pgemu.whole_file import whole_file
@@ -42,7 +43,7 @@ from pgemu_kernels.words.operations import Operation
 if TYPE_CHECKING:
     from zstandard import ZstdCompressionWriter
 
-__all__ = ("Snapshot", "copied", "layout_digest", "read", "write")
+__all__ = ("Snapshot", "copied", "in_use", "layout_digest", "read", "write")
 
 Array = np.ndarray[Any, Any]
 Runs = Array  # int64[n, 2]: first element and the one behind the last of each run
@@ -98,6 +99,9 @@ def _frames(arrays: Arrays) -> Runs:
 
 def _touched(array: Array) -> Runs:
     """Runs of an array, whole pages of memory that anybody ever wrote or read; all of it where nobody tells."""
+    in_file = file_runs(array)
+    if in_file is not None:  # of a file's pages pagemap tells only those that this process has mapped
+        return np.array(in_file, np.int64).reshape(-1, 2) // array.itemsize
     first = array.ctypes.data // _PAGE
     count = -(-(array.ctypes.data + array.nbytes) // _PAGE) - first
     everything = np.array([[0, array.size]])
@@ -128,7 +132,7 @@ def _written(array: Array) -> Iterator[tuple[int, int]]:
             yield start + whole, end
 
 
-def _in_use(arrays: Arrays) -> Iterator[Runs]:
+def in_use(arrays: Arrays) -> Iterator[Runs]:
     """Of each array the runs that have to be kept; all else is zero."""
     for name, array in zip(arrays._fields, arrays, strict=True):
         if name == "ram":
@@ -140,7 +144,7 @@ def _in_use(arrays: Arrays) -> Iterator[Runs]:
 def copied(config: Config, arrays: Arrays) -> Arrays:
     """Other arrays that hold the same. OSError ENOMEM where this computer cannot hold them."""
     made = allocate(config)
-    for source, target, runs in zip(arrays, made, _in_use(arrays), strict=True):
+    for source, target, runs in zip(arrays, made, in_use(arrays), strict=True):
         for first, end in runs.tolist():
             target[first:end] = source[first:end]
     return made
@@ -182,7 +186,7 @@ def write(
         hashed = _Hashed(file)
         hashed.write(_HEAD.pack(MAGIC, VERSION, len(header)) + header)
         with zstandard.ZstdCompressor(level=_LEVEL).stream_writer(hashed, closefd=False) as stream:  # type: ignore[arg-type]
-            for array, runs in zip(arrays, _in_use(arrays), strict=True):
+            for array, runs in zip(arrays, in_use(arrays), strict=True):
                 _write_array(stream, array, runs)
         file.write(hashed.hash.digest())
 

@@ -149,7 +149,7 @@ class IoSpace(OfMachine):
     table: PageTable
 
     def __init__(self, machine: Core, unit: Unit, kind: int, parameters: Mapping[str, Any], **words: int) -> None:
-        from pgemu.tables.page_table import _add_formats
+        from pgemu.tables.formats import add_formats
 
         state = machine.arrays.state
         used = machine.register(W.R_DOMAINS)
@@ -161,7 +161,7 @@ class IoSpace(OfMachine):
         self.number = free[0] if free else used
         self.unit = unit
         state[W.R_DOMAINS] = max(used, self.number + 1)
-        formats = _add_formats(machine, format_of(_FORMATS[unit], {"kernel": machine.config.kernel, **parameters}))
+        formats = add_formats(machine, format_of(_FORMATS[unit], {"kernel": machine.config.kernel, **parameters}))
         last, holes = _unit(unit, machine.config.kernel)
         row = rows[self.number]
         row[:] = 0

@@ -11,13 +11,13 @@ import numpy as np
 
 from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.config import Config as Config
-from pgemu.machine.core import Core
 from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
 from pgemu.machine.vm_kinds import KINDS, Kind
 from pgemu.objects.devices import Policy, Unit
 from pgemu.objects.files import MemoryType
 from pgemu.objects.guest_memfd import Form
+from pgemu.objects.shared import Shareable
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import PageFormat
 from pgemu_kernels.words.operations import Flag, Operation
@@ -41,7 +41,7 @@ _HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENC
 
 
 @dataclass(eq=False)
-class Machine(Core):
+class Machine(Shareable):
     """A machine of one design: physical memory, page tables, folios, guest_memfd inodes, processes, VMs.
 
     >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20, buddy=8 << 20))

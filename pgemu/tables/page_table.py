@@ -29,12 +29,11 @@ from pgemu.machine.field_rules import shown
 from pgemu.machine.short import html_table
 from pgemu.tables.edits import EditResult as EditResult, EditResults as EditResults, log_words, size_of
 from pgemu.tables.flush import Flush
-from pgemu.tables.formats import format_of
+from pgemu.tables.formats import add_formats, format_of
 from pgemu.tables.known_root import KnownRoot
 from pgemu.tables.translating import translator
 from pgemu.tables.walked import Walk, walked
 from pgemu_kernels import words as W
-from pgemu_kernels.formats.iommu import taller
 from pgemu_kernels.formats.page_format import FlushRule, PageFormat, UnmapRule
 from pgemu_kernels.words.operations import PAGE_4K
 from pgemu_kernels.words.table_words import Edit
@@ -73,13 +72,14 @@ class PageTable(KnownRoot, but=("translate",)):
     def __init__(self, machine: Core, fmt: PageFormat) -> None:
         self.machine = machine
         self._request = np.zeros(W.E_WORDS, np.uint64)
-        self._formats = _add_formats(machine, fmt)
+        self._formats = add_formats(machine, fmt)
         self._row = next(iter(self._formats))
         self._root = 0
         if self._one(Edit.CREATE, 0).status != 0:
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
         self._root = int(self._request[W.E_ROOT])
         machine.tables_made.append(self)
+        machine.tables_changed()
 
     @property
     def root(self) -> int:
@@ -126,7 +126,7 @@ class PageTable(KnownRoot, but=("translate",)):
         """
         result = self._one(Edit.DESTROY, 0, log=log)
         self._root = 0
-        self._forget()
+        self._moved()
         return result
 
     # ------------------------------------------------------------------ map
@@ -474,7 +474,7 @@ class PageTable(KnownRoot, but=("translate",)):
         edit(self.machine.descriptor, request, addresses, physical, status, detail, log_words(log))
         if request[W.E_ROOT] != self._root and self._root:
             self._row, self._root = int(request[W.E_FORMAT]), int(request[W.E_ROOT])
-            self._forget()
+            self._moved()
         return EditResults(status, detail, self._flush(), int(request[W.E_RECORDS]))
 
     def _flush(self) -> Flush | None:
@@ -488,16 +488,6 @@ class PageTable(KnownRoot, but=("translate",)):
         first = start + offset if start >> bits - 1 else start
         last = end + offset if end - 1 >> bits - 1 else end
         return Flush(first, last, int(request[W.E_FLUSH_LEVEL]), bool(request[W.E_FREED]))
-
-
-def _add_formats(machine: Core, fmt: PageFormat) -> dict[int, PageFormat]:
-    """The rows of a format and of those that it grows to, the least first."""
-    rows: dict[int, PageFormat] = {}
-    above = 0
-    for one in reversed([fmt, *taller(fmt)]):
-        above = machine.add_format(one, above)
-        rows[above] = one
-    return dict(reversed(rows.items()))
 
 
 def table_of_rows(machine: Core, root: int, row: int, formats: dict[int, PageFormat]) -> PageTable:

@@ -54,6 +54,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "decode": ["1"],
         "diff": [str(document), str(document)],
         "dump": [str(folder / "image"), "--root", "vm:0"],
+        "export": ["gdb", str(folder / "image"), "--root", "kernel", "-o", str(folder / "core")],
         "guest": [str(ACCESSES), "--guest-memory", "1G"],
         "page": [str(folder / "image"), "0", "--root", "kernel"],
         "record": ["--events"],

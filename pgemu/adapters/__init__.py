@@ -1,0 +1,1 @@
+"""pgemu behind the interfaces of other simulators."""
