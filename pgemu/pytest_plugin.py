@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pgemu.benchmarking.controls import Control
     from pgemu.benchmarking.summary import Timed
     from pgemu.machine.config import Config
+    from pgemu.machine.core import Core
     from pgemu.objects.machine import Machine
 
 __all__ = ("Benchmark", "Controls", "MachineFactory", "Warm")
@@ -126,7 +127,7 @@ def _fields_of(marker: pytest.Mark) -> dict[str, Any]:
     """What a marker says, checked. The test fails for what is no field."""
     if len(marker.args) > 1:
         pytest.fail(f"pytest.mark.pgemu{marker.args}: expected one design, and fields of Config by name", pytrace=False)
-    fields = dict(zip(("design",), marker.args, strict=False)) | marker.kwargs
+    fields: dict[str, Any] = {**dict(zip(("design",), marker.args, strict=False)), **marker.kwargs}
     _check_names("pytest.mark.pgemu", fields)
     return fields
 
@@ -251,7 +252,7 @@ class Benchmark:
         *,
         operations: int | None = None,
         setup: Callable[[], object] | None = None,
-        machine: Machine | Sequence[Machine] | None = None,
+        machine: Core | Sequence[Core] | None = None,
         group: str | None = None,
         footprint: int | str | None = None,
         order: str | None = None,
@@ -317,7 +318,7 @@ class Benchmark:
         parts.append(" over ".join(str(extra[key]) for key in ("order", "footprint") if key in extra))
         return ", ".join(filter(None, parts))
 
-    def _chosen(self, machine: Machine | Sequence[Machine] | None) -> Sequence[Machine]:
+    def _chosen(self, machine: Core | Sequence[Core] | None) -> Sequence[Core]:
         if machine is None:
             return self._machines.made
         return machine if isinstance(machine, Sequence) else [machine]

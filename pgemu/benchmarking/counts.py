@@ -14,7 +14,7 @@ from pgemu_kernels.words.events import Event
 from pgemu_kernels.words.operations import Operation
 
 if TYPE_CHECKING:
-    from pgemu.objects.machine import Machine
+    from pgemu.machine.core import Core
 
 __all__ = ("Counts",)
 
@@ -22,7 +22,7 @@ __all__ = ("Counts",)
 class Counts:
     """Counts of some machines from `begin()` on."""
 
-    def __init__(self, machines: Sequence[Machine]) -> None:
+    def __init__(self, machines: Sequence[Core]) -> None:
         self._machines = tuple(machines)
         self._before = [machine.arrays.stats.copy() for machine in self._machines]
 

@@ -20,7 +20,7 @@ EMULATOR_TITLE = "emulator time: how fast pgemu runs here, not what a kernel tak
 MODELLED_TITLE = "modelled kernel time: estimated from counts and prices, not measured here"
 EMULATOR_NOTE = (
     "million operations a second of this machine (median), in parentheses the ratio to the control of the same group",
-    "The speed of the emulator says nothing about which design is better: that is the next section's, or pgemu compare's.",
+    "The emulator's speed does not say which design is better: the next section and pgemu compare are about that.",
 )
 MODELLED_NOTE = (
     "per operation, low to high end: what a kernel would take for what was counted in the last timed call",
