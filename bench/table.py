@@ -102,7 +102,7 @@ class Benchmarks:
 
 def machine(cpu: dict[str, Any]) -> str:
     """ "2-core AMD EPYC virtual machine"."""
-    brand = " ".join(_BRAND.sub("", cpu.get("brand_raw", "")).split()) or "unknown"
+    brand = " ".join(_BRAND.sub("", cpu.get("brand_raw", "")).split()[:3]) or "unknown"
     kind = "virtual machine" if "hypervisor" in cpu.get("flags", ()) else "machine"
     return f"{cpu.get('count', '?')}-core {brand} {kind}"
 
@@ -139,9 +139,8 @@ def cell(benchmarks: Benchmarks, start: str, design: str) -> str:
 def section(benchmarks: Benchmarks) -> Iterator[str]:
     """The lines below the heading."""
     yield from textwrap.wrap(
-        f"Million operations a second of the emulator, on a core of a {machine(benchmarks.cpu)}, 1G pages, 4K at a "
-        "time, counted and priced: medians of `pytest bench --readme`; in parentheses the ratio to a bare walk and store "
-        "in the same run.",
+        f"Million operations a second of the emulator on a core of a {machine(benchmarks.cpu)}, counted and priced "
+        "(medians of `pytest bench --readme`, 1G pages, 4K at a time); in parentheses the ratio to a walk and store.",
         WIDTH,
     )
     yield ""
@@ -154,10 +153,10 @@ def section(benchmarks: Benchmarks) -> Iterator[str]:
     walks = [benchmarks.of(f"{PLAIN}{order}") for order in ORDERS]
     sequential, random = ((between(rates(one)), between(benchmarks.ratios(one), 2)) for one in walks)
     yield from textwrap.wrap(
-        f"Split and merge of a 1G folio take {between(milliseconds(split))} ms ({between(benchmarks.ratios(split), 1)} "
-        f"of a C loop), a 1 TiB pool of 1G pages boots in {between(milliseconds(boot))} ms. Walks: {random[0]} M/s "
-        f"random over 2^22 pages ({random[1]} of a gather), {sequential[0]} sequential ({sequential[1]} of C -O3); "
-        f"nested, 24 references, {between(rates(benchmarks.of(NESTED)))} on EPT and NPT.",
+        f"A 1G folio splits and merges in {between(milliseconds(split))} ms ({between(benchmarks.ratios(split), 1)} of "
+        f"a C loop's rate), a 1 TiB pool boots in {between(milliseconds(boot))} ms. Walks: {random[0]} M/s random over "
+        f"2^22 pages ({random[1]} of a gather), {sequential[0]} in order ({sequential[1]} of C); nested, 24 "
+        f"references, {between(rates(benchmarks.of(NESTED)))}.",
         WIDTH,
     )
 

@@ -43,10 +43,8 @@ def test_boot(pgemu_benchmark: Benchmark, pool: str, kernel: str) -> None:
     info = {}
     if not pgemu_benchmark.disabled or (pool, kernel) == ("1G", "7.3"):
         own = resident(size, kernel)
-        info = {
-            "resident_mib": round(own, 1),
-            "more_than_1g_mib": round(own - (resident(PAGE_1G, kernel) if size > PAGE_1G else own), 1),
-        }
+        more = own - resident(PAGE_1G, kernel) if size > PAGE_1G else 0
+        info = {"resident_mib": round(own, 1), "more_than_1g_mib": round(more, 1)}
     pgemu_benchmark(
         lambda: Machine(Config(pool=size, kernel=kernel)),
         operations=size // PAGE_1G, group=f"boot {kernel}, pool of {pool}", rounds=3, **info,

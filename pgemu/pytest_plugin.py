@@ -1,24 +1,28 @@
 """The pytest plugin: fixtures for benchmarks of pgemu, and for tests on machines of both designs.
 
 It is off unless a test uses one of its fixtures, all named pgemu_*: until then it adds two options and a marker, and
-imports neither NumPy nor numba. `pgemu_benchmark` needs pytest-benchmark, the others do not.
+imports neither NumPy nor numba. `pgemu_benchmark` needs pytest-benchmark, the others do not. (PYTEST_DONT_REWRITE)
 
 A benchmark file, which times both designs beside a control::
 
     import numpy as np
     import pytest
 
-    GPAS = np.arange(0, 1 << 30, 4096, dtype=np.uint64)
+    PAGES = np.arange(0, 1 << 30, 4096, dtype=np.uint64)
+    WHERE = {"footprint": 1 << 30, "order": "sequential"}
 
     @pytest.mark.pgemu(pool=1 << 30)
-    def test_guest_fault(pgemu_benchmark, pgemu_machine, pgemu_design):
-        machine = pgemu_machine()
-        gmem, vm = machine.create_guest_memfd(1 << 30), machine.create_vm(protected=True)
-        vm.bind(gmem, gpa=0)
-        pgemu_benchmark(lambda: vm.touch_many(GPAS), operations=len(GPAS), footprint=1 << 30, order="sequential")
+    def test_convert(pgemu_benchmark, pgemu_machine, pgemu_design):
+        gmem = pgemu_machine().create_guest_memfd(1 << 30)
+        pgemu_benchmark(
+            lambda: gmem.convert_many(PAGES, shared=False),
+            setup=lambda: gmem.convert_many(PAGES, shared=True),
+            operations=len(PAGES),
+            **WHERE,
+        )
 
     def test_control(pgemu_benchmark, pgemu_control, pgemu_design):
-        pgemu_benchmark(pgemu_control(GPAS), footprint=1 << 30, order="sequential")
+        pgemu_benchmark(pgemu_control(PAGES), **WHERE)
 """
 
 from __future__ import annotations
@@ -283,7 +287,7 @@ class Benchmark:
         control = isinstance(call, Control)
         if operations is None and isinstance(call, Control):
             operations = call.operations
-        if not isinstance(operations, int) or operations < 1:
+        if type(operations) is not int or operations < 1:
             raise ValueError(f"operations {operations!r}: expected how many the call does, 1 or more")
         role = role or (CONTROL if control else "call")
         extra: dict[str, Any] = {"operations": operations, "role": role, "design": self._design()}
@@ -312,7 +316,8 @@ class Benchmark:
         return str(self._request.getfixturevalue("pgemu_design")) if used else None
 
     def _group(self, group: str | None, extra: dict[str, Any]) -> str:
-        name = group or self._request.path.stem.removeprefix("test_").removeprefix("bench_")
+        stem = self._request.path.stem.removeprefix("test_").removeprefix("bench_")
+        name = group or stem.replace("_", " ")
         design, pages = extra.get("design"), extra.get("page_size")
         parts = [f"{name} {design}" if design else name, f"{pages} pages" if pages else ""]
         parts.append(" over ".join(str(extra[key]) for key in ("order", "footprint") if key in extra))

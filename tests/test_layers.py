@@ -46,8 +46,9 @@ PACKAGE = (
     ("trace door",),
     ("experiments",),
     ("report",),
+    ("benchmarking",),
     ("door",),
-    ("cli",),
+    ("cli", "pytest_plugin"),
     ("__main__",),
 )
 

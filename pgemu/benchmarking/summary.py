@@ -61,7 +61,7 @@ def emulator_lines(timed: Iterable[Timed]) -> Iterator[str]:
 
 
 def modelled_lines(timed: Iterable[Timed]) -> Iterator[str]:
-    """One line per group, of what machines counted something in."""
+    """One line per group, of calls in which machines counted something."""
     for group, members in _groups(one for one in timed if "modelled_ns" in one.info):
         yield f"{group}: " + ", ".join(map(_modelled, members))
 
@@ -82,4 +82,8 @@ def _rate(one: Timed) -> str:
 
 def _modelled(one: Timed) -> str:
     low, high = (end / one.info["operations"] for end in one.info["modelled_ns"])
+    if high == 0:
+        operations = one.info["counts"]["operations"].items()
+        results = [f"{operation} {result}" for operation, results in operations for result in results]
+        return f"{one.name}: nothing that has a price ({', '.join(results) or 'no operation'})"
     return f"{one.name} {band(low, high)}"
