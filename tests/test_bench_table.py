@@ -80,9 +80,9 @@ def test_each_figure_stands_in_its_place(read: Callable[[], table.Benchmarks]) -
     lines = list(table.section(read()))
     assert max(map(len, lines)) <= 120
     assert " ".join(lines[:2]) == (
-        "Million operations a second of the emulator on a core of a 2-core Intel Xeon Platinum virtual machine, counted "
-        "and priced (medians of `pytest bench --readme`, 1G pages, 4K at a time); in parentheses the ratio to a walk and "
-        "store."
+        "Million operations a second of the emulator on a core of a 2-core Intel Xeon Platinum virtual machine, "
+        "counted and priced (medians of `pytest bench --readme`, 1G pages, 4K at a time); in parentheses the ratio to "
+        "a walk and store."
     )
     assert lines[2:10] == [
         "",

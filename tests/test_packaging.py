@@ -25,7 +25,7 @@ for package in (pgemu, pgemu_kernels):
     print(package.__file__)
     print(importlib.resources.files(package).joinpath("py.typed").is_file())
 print(pgemu.__version__ == importlib.metadata.version("pgemu"))
-print(*(f"{one.group}:{one.name}" for one in importlib.metadata.distribution("pgemu").entry_points))
+print(*(one.group + ":" + one.name for one in importlib.metadata.distribution("pgemu").entry_points))
 trace = importlib.resources.files("pgemu").joinpath("{SHIPPED_TRACE.removeprefix("pgemu/")}")
 print(trace)
 print(len(pgemu.trace.load(pgemu.trace.shipped()).records))
