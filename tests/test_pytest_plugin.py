@@ -272,5 +272,6 @@ def test_a_benchmark_of_no_operations_is_refused(session: Any) -> None:
 def test_the_example_of_the_documentation_runs(session: Any) -> None:
     example = re.search(r"::\n\n((?:    .*\n|\n)+)", plugin.__doc__ or "")
     assert example
-    text = "\n".join(line.removeprefix("    ") for line in example[1].splitlines())
+    text = "\n".join(line.removeprefix("    ") for line in example[1].splitlines()).strip()
+    assert f"```python\n{text}\n```" in (Path(__file__).parents[1] / "bench" / "README.md").read_text()
     passed(session(text, "--benchmark-disable"), 4)
