@@ -11,6 +11,7 @@ A benchmark file, which times both designs beside a control::
     PAGES = np.arange(0, 1 << 30, 4096, dtype=np.uint64)
     WHERE = {"footprint": 1 << 30, "order": "sequential"}
 
+
     @pytest.mark.pgemu(pool=1 << 30)
     def test_convert(pgemu_benchmark, pgemu_machine, pgemu_design):
         gmem = pgemu_machine().create_guest_memfd(1 << 30)
@@ -20,6 +21,7 @@ A benchmark file, which times both designs beside a control::
             operations=len(PAGES),
             **WHERE,
         )
+
 
     def test_control(pgemu_benchmark, pgemu_control, pgemu_design):
         pgemu_benchmark(pgemu_control(PAGES), **WHERE)
@@ -304,8 +306,7 @@ class Benchmark:
 
         found = self._fixture.pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=warmup_rounds)
         self._fixture.extra_info.update(counts.info())
-        name = self._request.node.name.partition("[")[0].removeprefix("test_").replace("_", " ")
-        timed = Timed(self._group(group, extra), name, role, self._fixture.extra_info)
+        timed = Timed(self._group(group, extra), self._name(group, extra), role, self._fixture.extra_info)
         if not self.disabled:
             timed.seconds = self._fixture.stats.stats.median
         self._request.config.stash.setdefault(_TIMED, []).append(timed)
@@ -314,6 +315,14 @@ class Benchmark:
     def _design(self) -> str | None:
         used = "pgemu_design" in self._request.fixturenames
         return str(self._request.getfixturevalue("pgemu_design")) if used else None
+
+    def _name(self, group: str | None, extra: dict[str, Any]) -> str:
+        """The test's name, and those of its parameters, if they are text, that the group's name does not tell."""
+        name = self._request.node.name.partition("[")[0].removeprefix("test_").replace("_", " ")
+        callspec = getattr(self._request.node, "callspec", None)
+        values = callspec.params.values() if callspec else ()
+        told = self._group(group, extra)
+        return " ".join((name, *(value for value in values if isinstance(value, str) and value not in told)))
 
     def _group(self, group: str | None, extra: dict[str, Any]) -> str:
         stem = self._request.path.stem.removeprefix("test_").removeprefix("bench_")

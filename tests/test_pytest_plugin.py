@@ -166,6 +166,17 @@ def test_benchmarks_are_skipped_and_chosen_as_pytest_benchmark_does(session: Any
     session(both, "--benchmark-only", "--benchmark-warmup=off").assert_outcomes(passed=4, skipped=1)
 
 
+def test_parameters_that_the_group_does_not_tell_are_in_the_name(session: Any) -> None:
+    text = QUICK + (
+        "@pytest.mark.parametrize('policy', ['mirror', 'revoke'])\n"
+        "def test_it(pgemu_benchmark, pgemu_design, policy):\n"
+        "    pgemu_benchmark(lambda: None, operations=10**9, group='g')\n"
+    )
+    printed = passed(session(text), 4)
+    for design in plugin.DESIGNS:
+        assert re.search(rf"^g {design}: it mirror [\d.]+, it revoke [\d.]+$", printed, re.MULTILINE)
+
+
 def test_one_design_by_option(session: Any) -> None:
     text = passed(session(CONVERT, "--pgemu-design", "pfnmap", "--benchmark-disable", "-v"), 2)
     assert "restructure" not in text

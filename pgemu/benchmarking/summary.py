@@ -76,8 +76,8 @@ def _groups(timed: Iterable[Timed]) -> Iterator[tuple[str, list[Timed]]]:
 def _rate(one: Timed) -> str:
     millions = (one.rate or 0) / 1e6
     ratio = one.info.get("ratio_to_control")
-    digits = 1 if millions >= 10 else 3
-    return f"{one.name} {millions:.{digits}f}" + ("" if ratio is None else f" ({ratio:.2g})")
+    rate = f"{millions:.1f}" if millions >= 10 else f"{millions:.3g}"
+    return f"{one.name} {rate}" + ("" if ratio is None else f" ({ratio:.2g})")
 
 
 def _modelled(one: Timed) -> str:
