@@ -1,4 +1,4 @@
-"""Controls: what the benchmarks are compared with in the same run."""
+"""The control of nested walks: the same kernels, one walk after the other. Others are the plugin's (pgemu_control)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,8 @@ from pgemu_kernels.tables.translate import (
     passes_table,
 )
 
-_ADDRESS = np.uint64(0x000F_FFFF_FFFF_F000)
 _SHIFTS = tuple(np.uint64(shift) for shift in (3, 9, 18, 27))
 _INDEX = np.uint64(511)
-
-
-@njit(nogil=True, _nrt=False)
-def walk_and_store(ram, root, pages, value):
-    """Store `value` (uint64) in the level-1 entry of each page number; all tables must exist."""
-    three, nine, eighteen, twenty_seven = _SHIFTS
-    for i in range(pages.size):
-        page = pages[i]
-        entry = ram[(root >> three) + (page >> twenty_seven & _INDEX)]
-        entry = ram[((entry & _ADDRESS) >> three) + (page >> eighteen & _INDEX)]
-        entry = ram[((entry & _ADDRESS) >> three) + (page >> nine & _INDEX)]
-        ram[((entry & _ADDRESS) >> three) + (page & _INDEX)] = value
-
-
-@njit(nogil=True, _nrt=False)
-def gather(array, indices, out):
-    """out[i] = array[indices[i]]."""
-    for i in range(indices.size):
-        out[i] = array[indices[i]]
-
-
 _U0, _U1, _U2, _TWELVE = (np.uint64(n) for n in (0, 1, 2, 12))
 _STAGE2 = np.uint64(W.ACCESS_ROWS * W.X_WORDS)
 _TABLE_READ = _STAGE2 + W.X_ROW_TABLE_READ * np.uint64(W.X_WORDS)

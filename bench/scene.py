@@ -15,7 +15,7 @@ from pgemu.objects.vm import Vm
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_4K
 
 HVA = 0x7F00_0000_0000
-Measure = Callable[[str, Callable[[], object], Callable[[], object]], None]
+Measure = Callable[..., None]  # (path, call, prepare=None)
 
 
 @dataclass

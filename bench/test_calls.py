@@ -13,6 +13,7 @@ import pytest
 
 from pgemu.machine.single import Single
 from pgemu.objects.machine import Config, Machine
+from pgemu.pytest_plugin import Benchmark
 from pgemu_kernels.words.operations import PAGE_4K
 from scene import HVA
 
@@ -22,15 +23,13 @@ POOL = 1 << 30
 
 
 @pytest.fixture
-def timed(benchmark: Any) -> Callable[[Callable[[], object]], None]:
-    def measure(call: Callable[[], object]) -> None:
+def timed(pgemu_benchmark: Benchmark) -> Callable[..., None]:
+    def measure(call: Callable[[], object], role: str = "call") -> None:
         def calls() -> None:
             for _ in range(CALLS):
                 call()
 
-        benchmark.group = "single calls"
-        benchmark.extra_info.update(operations=CALLS)
-        benchmark.pedantic(calls, rounds=ROUNDS, warmup_rounds=1)
+        pgemu_benchmark(calls, operations=CALLS, group="single calls", role=role, rounds=ROUNDS)
 
     return measure
 
@@ -78,4 +77,4 @@ def test_control(machine: Machine, timed: Callable[..., None]) -> None:
     columns = Single().columns
     nothing = (*columns[:5], columns[5][:0], columns[6][:0])
     run, zero = machine.fast_entry(), np.uint64(0)
-    timed(lambda: run(machine.descriptor, *nothing, zero))
+    timed(lambda: run(machine.descriptor, *nothing, zero), role="control")

@@ -35,4 +35,4 @@ def test_to_shared(measure: Measure, scene: Scene) -> None:
 
 
 def test_control(measure: Measure, control: Callable[[], object]) -> None:
-    measure("convert", control, lambda: None)
+    measure("convert", control)

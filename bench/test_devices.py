@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amounts import amount
+from pgemu.machine.core import Core
 from pgemu.objects.devices import IoDevice, VfioContainer
 from pgemu.objects.machine import Config, Machine
+from pgemu.pytest_plugin import Benchmark, Controls, MachineFactory
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
 VA = 0x7200_0000_0000
 IOVA = 1 << 39
-PAGES = 1 << 15  # of 4K: half of what dma_entry_limit allows
+PAGES = amount(1 << 15, 1 << 10)  # of 4K: half of what dma_entry_limit allows
+Measure = Callable[..., None]
 OFFSETS = np.arange(PAGES, dtype=np.uint64) * np.uint64(PAGE_4K)
 UNITS = ["vtd", "amd"]
 FORMATS = {"vtd": "vtd-s2", "amd": "amd-v1"}
@@ -25,19 +29,25 @@ PARAMETERS = {"amd-v1": {"levels": 4, "page_sizes": PAGE_4K}}  # every leaf one 
 POLICIES = ["none", "revoke", "mirror"]
 
 
-def measure(
-    benchmark: Any, group: str, call: Callable[[], object], prepare: Callable[[], object], count: int = PAGES
-) -> None:
-    benchmark.group = f"devices, {group}"
-    benchmark.extra_info["operations"] = count
-    benchmark.pedantic(call, setup=lambda: prepare() and None, rounds=7, warmup_rounds=1)
+@pytest.fixture
+def measure(pgemu_benchmark: Benchmark) -> Measure:
+    def measure(
+        group: str, call: Callable[[], object], prepare: Callable[[], object] | None = None, *,
+        machine: Core | None = None, count: int = PAGES, **more: Any,
+    ) -> None:  # fmt: skip
+        pgemu_benchmark(
+            call, setup=prepare, operations=count, machine=machine, group=f"devices, {group}",
+            footprint=PAGES * PAGE_4K, rounds=7, **more,
+        )  # fmt: skip
+
+    return measure
 
 
 class Scene:
     """A container with a device over memory of a process that is there: 4K frames, at the same distance in both."""
 
     def __init__(self, unit: Any) -> None:
-        machine = Machine(Config(pool=PAGE_2M, page_size=PAGE_2M, memory=2 * PAGES * PAGE_4K))
+        self.machine = machine = Machine(Config(pool=PAGE_2M, page_size=PAGE_2M, memory=2 * PAGES * PAGE_4K))
         self.process = machine.create_process()
         assert self.process.mmap_anonymous(VA, PAGES * PAGE_4K, 3).status == 0
         self.process.touch_many(VA + OFFSETS)
@@ -55,15 +65,15 @@ class Scene:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_dma_map(benchmark: Any, unit: str) -> None:
+def test_dma_map(measure: Measure, unit: str) -> None:
     scene = Scene(unit)
-    measure(benchmark, f"map, {unit}", scene.map, scene.container.unmap_all)
+    measure(f"map {unit}", scene.map, scene.container.unmap_all, machine=scene.machine, order="sequential")
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_dma_unmap(benchmark: Any, unit: str) -> None:
+def test_dma_unmap(measure: Measure, unit: str) -> None:
     scene = Scene(unit)
-    measure(benchmark, f"unmap, {unit}", scene.unmap, scene.map)
+    measure(f"unmap {unit}", scene.unmap, scene.map, machine=scene.machine, order="sequential")
 
 
 def edits(fmt: str) -> dict[str, Callable[[], object]]:
@@ -81,83 +91,91 @@ def edits(fmt: str) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("edit", ["map", "unmap"])
-def test_io_table(benchmark: Any, edit: str, unit: str) -> None:
-    measure_edit(benchmark, edit, unit, edits(FORMATS[unit]))
+def test_io_table(measure: Measure, edit: str, unit: str) -> None:
+    measure_edit(measure, edit, unit, edits(FORMATS[unit]))
 
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("edit", ["map", "unmap"])
-def test_control(benchmark: Any, edit: str, unit: str) -> None:
+def test_control(measure: Measure, edit: str, unit: str) -> None:
     """An EPT whose tables stand."""
-    measure_edit(benchmark, edit, unit, edits("ept"))
+    measure_edit(measure, edit, unit, edits("ept"), role="control")
 
 
-def measure_edit(benchmark: Any, edit: str, unit: str, calls: dict[str, Callable[[], object]]) -> None:
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("edit", ["map", "unmap"])
+def test_walk_and_store(measure: Measure, pgemu_control: Controls, edit: str, unit: str) -> None:
+    """No edit at all: down four levels and a store."""
+    measure(f"{edit} {unit}", pgemu_control(IOVA + OFFSETS), order="sequential", role="peer")
+
+
+def measure_edit(
+    measure: Measure, edit: str, unit: str, calls: dict[str, Callable[[], object]], role: str = "call"
+) -> None:
     if edit == "unmap":
         calls["map"]()
     other = "unmap" if edit == "map" else "map"
-    measure(benchmark, f"{edit}, {unit}", calls[edit], calls[other])
+    measure(f"{edit} {unit}", calls[edit], calls[other], order="sequential", role=role)
 
 
 @pytest.mark.parametrize("order", ["sequential", "random"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_access(benchmark: Any, unit: str, order: str) -> None:
+def test_access(measure: Measure, unit: str, order: str) -> None:
     scene = Scene(unit)
     scene.map()
     iovas = IOVA + (np.random.default_rng(1).permutation(OFFSETS) if order == "random" else OFFSETS)
     call = scene.device.access_many
-    measure(benchmark, f"access, {unit}, {order}", lambda: call(iovas, write=True), lambda: None)
+    measure(f"access {unit}", lambda: call(iovas, write=True), machine=scene.machine, order=order)
     assert not call(iovas, write=True).status.any()
 
 
 @pytest.mark.parametrize("order", ["sequential", "random"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_control_of_access(benchmark: Any, unit: str, order: str) -> None:
+def test_control_of_access(measure: Measure, unit: str, order: str) -> None:
     """The same walks without what an operation of a machine is: translations of the table."""
     scene = Scene(unit)
     scene.map()
     iovas = IOVA + (np.random.default_rng(1).permutation(OFFSETS) if order == "random" else OFFSETS)
-    measure(benchmark, f"access, {unit}, {order}", lambda: scene.container.table.translate(iovas), lambda: None)
+    measure(f"access {unit}", lambda: scene.container.table.translate(iovas), order=order, role="control")
 
 
-def converting(
-    design: Any, policy: str | None, mapped: bool = False
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Conversions of every other page to private, and what makes them shared again.
+@pytest.fixture
+def convert(measure: Measure, pgemu_machine: MachineFactory, pgemu_design: str) -> Callable[..., None]:
+    def convert(policy: str | None, mapped: bool = False, role: str = "call") -> None:
+        """Conversions of every other page to private, each round after all were made shared again.
 
-    With an IOAS, in which nothing is mapped, or 2 MiB of pages that are not converted.
-    """
-    machine = Machine(Config(design, pool=PAGE_1G, page_size=PAGE_1G))
-    gmem = machine.create_guest_memfd(PAGE_1G)
-    process = machine.create_process()
-    vm = machine.create_vm(process, protected=True)
-    assert vm.bind(gmem, 0).status == 0
-    offsets = OFFSETS * np.uint64(2)
-    assert not gmem.convert_many(offsets, shared=True).status.any()
-    start = PAGE_1G - PAGE_2M
-    vm.touch(start)
-    assert gmem.convert(start, PAGE_2M, shared=True).status == 0
-    if policy:
-        ioas = machine.create_iommufd().create_ioas(guest_memfd=policy)
-        ioas.attach()
-        assert not mapped or ioas.map_file(start, PAGE_2M, process, gmem, start).status == 0
-    return (
-        lambda: gmem.convert_many(offsets[1:], shared=False),
-        lambda: gmem.convert_many(offsets[1:], shared=True),
-    )
+        With an IOAS, in which nothing is mapped, or 2 MiB of pages that are not converted.
+        """
+        machine = pgemu_machine(pool=PAGE_1G, page_size=PAGE_1G)
+        gmem = machine.create_guest_memfd(PAGE_1G)
+        process = machine.create_process()
+        vm = machine.create_vm(process, protected=True)
+        assert vm.bind(gmem, 0).status == 0
+        offsets = OFFSETS * np.uint64(2)
+        assert not gmem.convert_many(offsets, shared=True).status.any()
+        start = PAGE_1G - PAGE_2M
+        vm.touch(start)
+        assert gmem.convert(start, PAGE_2M, shared=True).status == 0
+        if policy:
+            ioas = machine.create_iommufd().create_ioas(guest_memfd=policy)
+            ioas.attach()
+            assert not mapped or ioas.map_file(start, PAGE_2M, process, gmem, start).status == 0
+        measure(
+            "convert to private", lambda: gmem.convert_many(offsets[1:], shared=False),
+            lambda: gmem.convert_many(offsets[1:], shared=True), count=PAGES - 1, role=role,
+        )  # fmt: skip
+
+    return convert
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
-def test_convert_beside_mapped(benchmark: Any, design: str, policy: str) -> None:
-    measure(benchmark, f"convert to private, {design}", *converting(design, policy, True), count=PAGES - 1)
+def test_convert_beside_mapped(convert: Callable[..., None], policy: str) -> None:
+    convert(policy, mapped=True)
 
 
-@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
-def test_convert(benchmark: Any, design: str) -> None:
-    measure(benchmark, f"convert to private, {design}", *converting(design, "revoke"), count=PAGES - 1)
+def test_convert(convert: Callable[..., None]) -> None:
+    convert("revoke")
 
 
-@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
-def test_control_of_convert(benchmark: Any, design: str) -> None:
-    measure(benchmark, f"convert to private, {design}", *converting(design, None), count=PAGES - 1)
+def test_control_of_convert(convert: Callable[..., None]) -> None:
+    convert(None, role="control")

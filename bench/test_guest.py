@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amounts import amount
 from pgemu import Config
 from pgemu.guest import DesignRun, GuestOptions, GuestProgram, Tlb
+from pgemu.pytest_plugin import Benchmark
 from pgemu.tables.translation import Kind, translate_nested
 from pgemu.trace.schema import Operation, Records
 from pgemu_kernels import words as W
 
-COUNT = 1 << 20
+COUNT = amount(1 << 20, 1 << 14)
 BASE = np.uint64(0x7F00_0000_0000)
 ROUNDS = 7
 Array = np.ndarray[Any, Any]
@@ -42,11 +44,9 @@ def stream(request: Any) -> tuple[str, DesignRun, Records]:
 
 
 @pytest.fixture
-def timed(benchmark: Any, stream: tuple[str, DesignRun, Records]) -> Callable[[str, Callable[[], object]], None]:
-    def timed(path: str, call: Callable[[], object]) -> None:
-        benchmark.group = f"{path}, {stream[0]}"
-        benchmark.extra_info.update(operations=COUNT)
-        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+def timed(pgemu_benchmark: Benchmark, stream: tuple[str, DesignRun, Records]) -> Callable[..., None]:
+    def timed(path: str, call: Callable[[], object], role: str = "call") -> None:
+        pgemu_benchmark(call, operations=COUNT, group=f"{path}, {stream[0]}", role=role, rounds=ROUNDS)
 
     return timed
 
@@ -64,9 +64,9 @@ def test_control(stream: tuple[str, DesignRun, Records], timed: Callable[..., No
     _, run, records = stream
     table, address = run.program.memory.tables[0], records.address
     if path == "collapse":
-        timed(path, lambda: table.translate(address))
+        timed(path, lambda: table.translate(address), "control")
         return
     run.write_tables()
     places = 0, table.root, run.machine.register(W.R_STAGE2_FORMAT), run.vm.root
     assert (translate_nested(run.machine, *places, address, Kind.USER_READ).status == 0).all()
-    timed(path, lambda: translate_nested(run.machine, *places, address, Kind.USER_READ))
+    timed(path, lambda: translate_nested(run.machine, *places, address, Kind.USER_READ), "control")

@@ -1,4 +1,4 @@
-"""Nested walks of 24 references, 4K over 4K, random over 2^20 pages.
+"""Nested walks of 24 references, 4K over 4K, random over 4 GiB.
 
 The control walks the same way, with the same kernels, one address after the other and without prefetching.
 """
@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amounts import amount
+from built_tables import build_tree, tables_for, take_frames
 from control import walk_one_by_one
 from pgemu.objects.machine import Config, Machine
+from pgemu.pytest_plugin import Benchmark
 from pgemu.tables.access import rows_of
 from pgemu.tables.translation import Access, Kind, translate_nested
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
-from tables import build_tree, tables_for, take_frames
 
-PAGES = 1 << 20
+PAGES = amount(1 << 20, 1 << 14)
 ROUNDS = 9
 Array = np.ndarray[Any, Any]
 
@@ -67,12 +69,13 @@ def guest(request: Any) -> Scene:
 
 
 @pytest.fixture
-def timed(benchmark: Any, request: Any) -> Callable[[Scene, Callable[[], object]], None]:
-    def run(guest: Scene, call: Callable[[], object]) -> None:
+def timed(pgemu_benchmark: Benchmark) -> Callable[..., None]:
+    def run(guest: Scene, call: Callable[[], object], role: str = "call") -> None:
         name = "ept" if guest.stage2 == formats.STAGE2_EPT else "npt"
-        benchmark.group = f"nested walk, 24 references, random over 2^20 pages, {name}"
-        benchmark.extra_info.update(operations=PAGES, stage2=name)
-        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+        pgemu_benchmark(
+            call, operations=PAGES, group=f"nested walk, 24 references, {name}", order="random", footprint=PAGES << 12,
+            role=role, rounds=ROUNDS,
+        )  # fmt: skip
 
     return run
 
@@ -105,4 +108,4 @@ def test_control(guest: Scene, timed: Callable[..., None]) -> None:
         return physical
 
     assert (walk() == guest.physical).all()
-    timed(guest, walk)
+    timed(guest, walk, "control")

@@ -7,7 +7,6 @@ mapped already, the cheapest records that there are.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amounts import amount
 from pgemu.experiments.configuration import configuration
-from pgemu.experiments.replaying.opened import open_trace
+from pgemu.experiments.replaying.opened import OpenTrace, open_trace
 from pgemu.experiments.replaying.run import Run, replay
 from pgemu.experiments.setting_up import boot, fill
 from pgemu.machine.presets import Versions
+from pgemu.objects.machine import Machine
+from pgemu.pytest_plugin import Benchmark
 from pgemu.trace import Flag, Layout, Lowered, LoweringOptions, Operation, Records, Region, Slot
 from pgemu.trace.lowered import Accounting
 from pgemu.trace.readers import parquet
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_4K
 from scene import HVA
 
-RECORDS = 1 << 21
+RECORDS = amount(1 << 21, 1 << 15)
 SIZE = 4 * PAGE_1G
 ROUNDS = 3
 
@@ -70,30 +72,30 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
-def test_replay(benchmark: Any, trace: Path, design: Any, tmp_path: Path) -> None:
+def configured(trace: Path, design: Any) -> tuple[OpenTrace, Run]:
     opened, versions = open_trace(str(trace), LoweringOptions()), Versions()
-    config = configuration(opened.lowered, design, versions, {})
+    return opened, Run(configuration(opened.lowered, design, versions, {}), versions)
+
+
+def test_replay(pgemu_benchmark: Benchmark, trace: Path, pgemu_design: Any, tmp_path: Path) -> None:
+    opened, run = configured(trace, pgemu_design)
+    pgemu_benchmark(
+        lambda: replay(opened, run, tmp_path / "o.parquet"), operations=RECORDS, group=f"replay {trace.stem}",
+        rounds=ROUNDS,
+    )  # fmt: skip
+
+
+def test_control(pgemu_benchmark: Benchmark, trace: Path, pgemu_design: Any) -> None:
+    """The batch API: machine.run() over the same records, which are in memory."""
+    opened, run = configured(trace, pgemu_design)
     records = Records.concatenate(parquet.iterate(trace))
-    batch = []
+    machines: list[Machine] = []
 
-    def run_batch() -> None:
-        machine = boot(opened.lowered, config)
-        fill(machine, opened.lowered)
-        began = time.perf_counter()
-        machine.run(records)
-        batch.append(time.perf_counter() - began)
+    def prepare() -> None:
+        machines[:] = [boot(opened.lowered, run.config)]
+        fill(machines[0], opened.lowered)
 
-    run = Run(config, versions)
-    benchmark.group = f"replay {trace.stem}, {design}"
-    benchmark.extra_info.update(operations=len(records), design=design)
-    benchmark.pedantic(
-        lambda: replay(opened, run, tmp_path / "o.parquet"), setup=run_batch, rounds=ROUNDS, warmup_rounds=1
-    )
-    if benchmark.disabled:  # one run, without times
-        return
-    median = sorted(batch[1:])[ROUNDS // 2]
-    benchmark.extra_info.update(
-        batch_api_millions_a_second=len(records) / median / 1e6,
-        ratio_to_batch_api=median / benchmark.stats.stats.median,
-    )
+    pgemu_benchmark(
+        lambda: machines[0].run(records), setup=prepare, operations=RECORDS, group=f"replay {trace.stem}",
+        role="control", rounds=ROUNDS,
+    )  # fmt: skip

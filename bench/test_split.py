@@ -8,19 +8,17 @@ Cases: one folio of 1G; one folio of 2M again and again; and 512 folios of 2M, a
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
 
+from c_library import INT, NUMBER, POINTER, compiled
 from pgemu.objects.machine import Config, Machine
+from pgemu.pytest_plugin import Benchmark
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import open_machine
 from pgemu_kernels.folios.merging import merge_folio
@@ -32,6 +30,7 @@ ROUNDS = 200
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)  # other processes' time is not ours
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 SPLIT, MERGE, BOTH = 1, 2, 3
+Measure = Callable[..., None]
 
 
 @njit(nogil=True, _nrt=False)
@@ -70,40 +69,50 @@ class Folios:
         assert restructure(self.machine.descriptor, self.heads, self.order, what, self.times) == 0
 
 
-def measure(
-    benchmark: Any, group: str, pages: int, call: Callable[[], object], prepare: Callable[[], object] | None = None
-) -> None:
-    benchmark.group = f"split and merge, {group}"
-    benchmark.extra_info["operations"] = pages
-    benchmark.pedantic(call, setup=lambda: prepare and prepare() and None, rounds=ROUNDS, warmup_rounds=2)
+@pytest.fixture
+def measure(pgemu_benchmark: Benchmark) -> Callable[..., None]:
+    def measure(
+        group: str, pages: int, call: Callable[[], object], prepare: Callable[[], object] | None = None,
+        machine: Machine | None = None, role: str = "call",
+    ) -> None:  # fmt: skip
+        pgemu_benchmark(
+            call, setup=prepare, operations=pages, machine=machine, group=f"split and merge, {group}", role=role,
+            rounds=ROUNDS, warmup_rounds=2,
+        )  # fmt: skip
+
+    return measure
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_split_and_merge(benchmark: Any, case: str, split_form: str, kernel: str) -> None:
+def test_split_and_merge(measure: Measure, case: str, split_form: str, kernel: str) -> None:
     folios = Folios(case, split_form, kernel)
-    measure(benchmark, f"{case}, {split_form}, {kernel}", folios.pages, lambda: folios.do(BOTH))
+    measure(f"{case}, {split_form}, {kernel}", folios.pages, lambda: folios.do(BOTH), None, folios.machine)
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
-def test_split(benchmark: Any, split_form: str, kernel: str) -> None:
+def test_split(measure: Measure, split_form: str, kernel: str) -> None:
     folios = Folios("1G", split_form, kernel)
     folios.do(SPLIT)
-    measure(benchmark, f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(SPLIT), lambda: folios.do(MERGE))
+    measure(
+        f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(SPLIT), lambda: folios.do(MERGE), folios.machine
+    )
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
-def test_merge(benchmark: Any, split_form: str, kernel: str) -> None:
+def test_merge(measure: Measure, split_form: str, kernel: str) -> None:
     folios = Folios("1G", split_form, kernel)
-    measure(benchmark, f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(MERGE), lambda: folios.do(SPLIT))
+    measure(
+        f"1G, {split_form}, {kernel}", folios.pages, lambda: folios.do(MERGE), lambda: folios.do(SPLIT), folios.machine
+    )
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
-def test_conversion(benchmark: Any, split_form: str, kernel: str) -> None:
+def test_conversion(measure: Measure, split_form: str, kernel: str) -> None:
     """One page of a 1G block to shared and back: everything that the two ioctls do, nodes and entries included."""
     machine = Machine(Config(pool=W.PAGE_1G, kernel=kernel, split_form=split_form))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
@@ -115,12 +124,12 @@ def test_conversion(benchmark: Any, split_form: str, kernel: str) -> None:
         assert gmem.convert(0, W.PAGE_4K, shared=True).status == 0
         assert gmem.convert(0, W.PAGE_4K, shared=False).status == 0
 
-    measure(benchmark, f"1G, {split_form}, {kernel}", W.PAGE_1G >> 12, convert)
+    measure(f"1G, {split_form}, {kernel}", W.PAGE_1G >> 12, convert, None, machine)
 
 
 @pytest.mark.parametrize("split_to", ["2M", "4K"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
-def test_conversion_of_one_page(benchmark: Any, split_form: str, split_to: str) -> None:
+def test_conversion_of_one_page(measure: Measure, split_form: str, split_to: str) -> None:
     """One page of a 1G block to shared: 512 pieces of 2M and one of these to 4K, against a split of all to 4K."""
     machine = Machine(Config(pool=W.PAGE_1G, split_form=split_form, split_to=split_to))  # type: ignore[arg-type]
     gmem = machine.create_guest_memfd(W.PAGE_1G)
@@ -135,29 +144,20 @@ def test_conversion_of_one_page(benchmark: Any, split_form: str, split_to: str) 
         if gmem.is_shared(0):
             convert(False)
 
-    measure(benchmark, f"one page of 1G to shared, {split_form}", W.PAGE_1G >> 12, lambda: convert(True), back)
+    measure(f"one page of 1G to shared, {split_form}", W.PAGE_1G >> 12, lambda: convert(True), back, machine)
 
 
 @pytest.fixture(scope="module")
 def copy_and_store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """split.c's function. Skips where there is no C compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (cc) to build the control with")
-    library = tmp_path_factory.mktemp("control") / "split.so"
-    source = Path(__file__).with_name("split.c")
-    subprocess.run([compiler, "-O2", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).copy_and_store
-    pointer, number = ctypes.c_void_p, ctypes.c_uint64
-    function.argtypes = [pointer, pointer, number, number, number, ctypes.c_int]
-    function.restype = None
-    return function
+    arguments = [POINTER, POINTER, NUMBER, NUMBER, NUMBER, INT]
+    return compiled("split.c", "copy_and_store", arguments, tmp_path_factory.mktemp("control"), "-O2")
 
 
 @pytest.mark.parametrize("kernel", ["7.3", "6.18"])
 @pytest.mark.parametrize("split_form", SPLIT_FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_control(benchmark: Any, copy_and_store: Any, case: str, split_form: str, kernel: str) -> None:
+def test_control(measure: Measure, copy_and_store: Any, case: str, split_form: str, kernel: str) -> None:
     size, count, times = CASES[case]
     pages = size >> 12
     ram = Machine(Config(memory=32 << 20)).arrays.ram
@@ -167,4 +167,4 @@ def test_control(benchmark: Any, copy_and_store: Any, case: str, split_form: str
     def control() -> None:
         copy_and_store(target, source, pages, count, times, memcg)
 
-    measure(benchmark, f"{case}, {split_form}, {kernel}", pages * count * times, control)
+    measure(f"{case}, {split_form}, {kernel}", pages * count * times, control, None, None, "control")

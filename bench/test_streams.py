@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amounts import amount
+from pgemu.pytest_plugin import Benchmark
 from pgemu.trace.accesses import EXEC, WRITE
 from pgemu.trace.readers import champsim, drmemtrace, lackey
 from pgemu.trace.schema import Records
@@ -24,7 +26,7 @@ READERS: dict[str, Callable[[Source, str | None], Any]] = {
     "champsim": champsim.read,
     "drmemtrace": drmemtrace.read,
 }
-REPEATED = {"lackey": 80, "champsim": 80, "drmemtrace": 600}  # times what the samples hold
+REPEATED = {"lackey": amount(80, 5), "champsim": amount(80, 5), "drmemtrace": amount(600, 40)}  # times the samples
 
 
 def instructions(text: Path) -> bytes:
@@ -65,20 +67,19 @@ def count(path: Path) -> int:
         return sum(map(len, iter(lambda: file.read(CHUNK), b""))) // size
 
 
-def timed(benchmark: Any, recording: Path, call: Callable[[Path], object]) -> None:
-    benchmark.group = f"read {'lines' if recording.name == 'lackey' else 'records'} of {recording.name}"
-    benchmark.extra_info.update(operations=count(recording))
-    benchmark.pedantic(call, args=(recording,), rounds=5, warmup_rounds=1)
+def timed(benchmark: Benchmark, recording: Path, call: Callable[[Path], object], role: str = "call") -> None:
+    group = f"read {'lines' if recording.name == 'lackey' else 'records'} of {recording.name}"
+    benchmark(lambda: call(recording), operations=count(recording), group=group, role=role)
 
 
 def accesses(path: Path) -> int:
     return sum(map(len, READERS[path.name](open_source(path), path.name).batches))
 
 
-def test_reader(benchmark: Any, recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader(pgemu_benchmark: Benchmark, recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lackey, "wanted", lambda lines, size, name: True)
-    timed(benchmark, recording, accesses)
+    timed(pgemu_benchmark, recording, accesses)
 
 
-def test_control(benchmark: Any, recording: Path) -> None:
-    timed(benchmark, recording, count)
+def test_control(pgemu_benchmark: Benchmark, recording: Path) -> None:
+    timed(pgemu_benchmark, recording, count, "control")

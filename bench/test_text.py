@@ -5,10 +5,11 @@ from __future__ import annotations
 import lzma
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from amounts import amount
+from pgemu.pytest_plugin import Benchmark
 from pgemu.trace.readers import ftrace
 
 LOGS = Path(__file__).parents[1] / "tests" / "data" / "traces"
@@ -25,25 +26,23 @@ def count(path: Path) -> int:
 def log(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / request.param
     with lzma.open(LOGS / f"{request.param}.ftrace.txt.xz") as file:
-        path.write_bytes(file.read())
+        path.write_bytes(b"".join(file.readlines(amount(1 << 32, 1 << 18))))
     return path
 
 
-def timed(benchmark: Any, log: Path, call: Callable[[Path], object]) -> None:
-    benchmark.group = f"read lines of {log.name}"
-    benchmark.extra_info.update(operations=count(log))
-    benchmark.pedantic(call, args=(log,), rounds=5, warmup_rounds=1)
+def timed(benchmark: Benchmark, log: Path, call: Callable[[Path], object], role: str = "call") -> None:
+    benchmark(lambda: call(log), operations=count(log), group=f"read lines of {log.name}", role=role)
 
 
-def test_python(benchmark: Any, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python(pgemu_benchmark: Benchmark, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftrace, "wanted", lambda lines, size: False)
-    timed(benchmark, log, ftrace.read)
+    timed(pgemu_benchmark, log, ftrace.read)
 
 
-def test_kernel(benchmark: Any, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel(pgemu_benchmark: Benchmark, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftrace, "wanted", lambda lines, size: True)
-    timed(benchmark, log, ftrace.read)
+    timed(pgemu_benchmark, log, ftrace.read)
 
 
-def test_control(benchmark: Any, log: Path) -> None:
-    timed(benchmark, log, count)
+def test_control(pgemu_benchmark: Benchmark, log: Path) -> None:
+    timed(pgemu_benchmark, log, count, "control")

@@ -1,4 +1,4 @@
-"""Translation of 2^22 mapped 4K pages, in random order and in order.
+"""Translation of 2^22 mapped 4K pages, in random order and in order, beside other programs.
 
 The control of random order gathers the same level-1 entries by indices computed beforehand; that of sequential
 order is the same walk in C (walk.c), which takes the same row of format words.
@@ -10,9 +10,7 @@ first-level cache, 2.9 ns; keeping the slot and computing and storing the result
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from control import gather
+from amounts import amount
+from built_tables import build_tree, tables_for, take_frames
+from c_library import NUMBER, POINTER, SIZE, address, compiled
 from pgemu.objects.machine import Config, Machine
+from pgemu.pytest_plugin import Benchmark, Controls
 from pgemu.tables.translation import Access, Kind, translate
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
-from tables import build_tree, tables_for, take_frames
 
-PAGES = 1 << 22
+PAGES = amount(1 << 22, 1 << 18)
+FEW = amount(1 << 12, 64)  # for what walks in Python
 ROUNDS = 15
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +40,10 @@ class Scene:
     root: int
     level1: Array  # the level-1 entries, one after the other
     addresses: dict[str, Array]
+
+    def physical(self, addresses: Array) -> Array:
+        """What they translate to."""
+        return addresses + np.uint64(self.machine.register(W.R_POOL_BASE) << 12)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +67,12 @@ def order(request: Any) -> str:
 
 
 @pytest.fixture
-def timed(benchmark: Any, order: str) -> Callable[[Callable[[], object]], None]:
-    def run(call: Callable[[], object]) -> None:
-        benchmark.group = f"translate 2^22 4K pages, {order}"
-        benchmark.extra_info.update(operations=PAGES, order=order)
-        benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+def timed(pgemu_benchmark: Benchmark, order: str) -> Callable[..., None]:
+    def run(call: Callable[[], object], operations: int = PAGES, role: str | None = None, rounds: int = ROUNDS) -> None:
+        pgemu_benchmark(
+            call, operations=operations, group="translate", order=order, footprint=PAGES << 12, role=role,
+            rounds=rounds,
+        )  # fmt: skip
 
     return run
 
@@ -75,7 +81,7 @@ def check_and_time(pages: Scene, timed: Callable[..., None], order: str, kind: K
     addresses = pages.addresses[order]
     out = translate(pages.machine, 0, pages.root, addresses, kind, Access())
     assert (out.status == 0).all()
-    assert (out.physical >> np.uint64(12) == (addresses >> np.uint64(12)) + np.uint64(1 << 20)).all()
+    assert (out.physical == pages.physical(addresses)).all()
     timed(lambda: translate(pages.machine, 0, pages.root, addresses, kind, Access(), out=out))
 
 
@@ -88,39 +94,56 @@ def test_checked(pages: Scene, timed: Callable[..., None], order: str) -> None:
     check_and_time(pages, timed, order, Kind.USER_READ)
 
 
-def test_control(pages: Scene, timed: Callable[..., None], order: str, tmp_path: Path) -> None:
+def test_gather(pages: Scene, timed: Callable[..., None], order: str, pgemu_control: Controls) -> None:
+    gather = pgemu_control.gather(pages.level1, pages.addresses[order] >> np.uint64(12))
+    timed(gather, role="control" if order == "random" else "peer")
+
+
+def test_c(pages: Scene, timed: Callable[..., None], order: str, tmp_path: Path) -> None:
+    """The same walk in C."""
     addresses = pages.addresses[order]
-    if order == "random":
-        entries = np.empty(PAGES, np.uint64)
-        indices = addresses >> np.uint64(12)
-        timed(lambda: gather(pages.level1, indices, entries))
-        return
     physical = np.zeros(PAGES, np.uint64)
     status, levels = np.ones(PAGES, np.uint8), np.zeros(PAGES, np.uint8)
     ram, row = pages.machine.arrays.ram, pages.machine.format_row(0)
-    walk = compile_walk(tmp_path)
-    timed(lambda: walk(address(ram), ram.size, address(row), pages.root, address(addresses), PAGES, address(physical),
-                       address(status), address(levels)))  # fmt: skip
+    arguments = [POINTER, NUMBER, POINTER, NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER]
+    walk = compiled("walk.c", "translate", arguments, tmp_path, "-O3")
+    timed(
+        lambda: walk(address(ram), ram.size, address(row), pages.root, address(addresses), PAGES, address(physical),
+                     address(status), address(levels)),
+        role="control" if order == "sequential" else "peer",
+    )  # fmt: skip
     plain = translate(pages.machine, 0, pages.root, addresses)
     assert (physical == plain.physical).all()
     assert (status == plain.status).all()
     assert (levels == plain.level).all()
 
 
-def address(array: Array) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+def test_volatility3(pages: Scene, timed: Callable[..., None], order: str, image: Path) -> None:
+    """volatility3's Intel layer over an image of the machine: Python, one address after the other, few of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports what Python has deprecated
+        contexts = pytest.importorskip("volatility3.framework.contexts")
+        from volatility3.framework.layers import intel, physical
+
+    context = contexts.Context()
+    context.config["file.location"] = image.as_uri()
+    context.add_layer(physical.FileLayer(context, "file", "file"))
+    context.config["intel.memory_layer"] = "file"
+    context.config["intel.page_map_offset"] = pages.root
+    layer = intel.Intel32e(context, "intel", "intel")
+    addresses = pages.addresses[order][:FEW]
+    found: list[int] = []
+
+    def walk() -> None:
+        found[:] = [layer._translate(address)[0] for address in addresses.tolist()]
+
+    timed(walk, FEW, "peer", 3)
+    assert (np.array(found, np.uint64) == pages.physical(addresses)).all()
 
 
-def compile_walk(folder: Path) -> Any:
-    """walk.c's function. Skips where there is no C compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (cc) to build the control with")
-    library = folder / "walk.so"
-    source = Path(__file__).with_name("walk.c")
-    subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).translate
-    pointer, number = ctypes.c_void_p, ctypes.c_uint64
-    function.argtypes = [pointer, number, pointer, number, pointer, ctypes.c_size_t, pointer, pointer, pointer]
-    function.restype = None
-    return function
+@pytest.fixture(scope="module")
+def image(pages: Scene, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The machine's memory, raw: where nothing is, the file has holes."""
+    path = tmp_path_factory.mktemp("image") / "memory.raw"
+    pages.machine.write_image(path, "raw")
+    return path

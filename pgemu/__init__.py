@@ -12,8 +12,8 @@ at any time. Examples of methods go on from the example of their class.
 
 machine: a machine of one design, what it has, what its operations return and count
     Config, Versions, Machine, SharedMachine, GuestMemfd, GuestMemfd4K, HugetlbFile, ShmemFile, Device, HugetlbPool,
-    AddressSpace, Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault, Statistics,
-    Event, Gauge, Property, add_design, get_include, InputError
+    AddressSpace, Vm, VfioContainer, Iommufd, Ioas, IoDevice, Operation, Flag, Result, Results, Errno, RetPf, VmFault,
+    Statistics, Event, Gauge, Property, add_design, get_include, InputError
 
 tables: page tables of any format, translations, TLBs in front of them
     PageTable, EditResult, EditResults, Flush, Walk, translate, translate_nested, Access, Kind, Translation,

@@ -14,6 +14,8 @@ from bounds_checks import (
     pytest_runtest_teardown as pytest_runtest_teardown,
 )
 
+pytest_plugins = ("pytester",)  # of tests/test_pytest_plugin.py
+
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -46,8 +46,9 @@ PACKAGE = (
     ("trace door",),
     ("experiments", "exports", "adapters"),
     ("report",),
+    ("benchmarking",),
     ("door",),
-    ("cli", "examples"),
+    ("cli", "examples", "pytest_plugin"),
     ("__main__",),
 )
 
