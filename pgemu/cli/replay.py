@@ -13,7 +13,7 @@ import rich_click as click
 
 from pgemu.cli._groups import grouped
 from pgemu.cli._options import MACHINE_GROUPS, Bar, check, machine_options, size
-from pgemu.cli._output import say
+from pgemu.cli._output import check_output, say
 from pgemu.cli._replay import Interrupt, PlainLines, output_names
 from pgemu.cli._trace import (
     TRACE_GROUPS,
@@ -118,6 +118,11 @@ def replay(traces: tuple[str, ...], **options: Any) -> int:
     jobs = _jobs(traces, options)
     if options["resume"] and not options["checkpoint"]:
         raise InputError("--resume: expected --checkpoint FILE to go on from")
+    for job in jobs:
+        if job.out == options["output"] or os.path.isdir(options["output"]):  # else its folder is made
+            check_output(job.out, *traces)
+        if job.checkpoint:
+            _check_checkpoint(job)
     if len(jobs) == 1 and not options["scheduler"]:
         return _one(jobs[0], options)
     if options["checkpoint"]:
@@ -135,6 +140,8 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
     names = output_names(options["output"], traces, [labels for labels, _ in found], several)
     if several and "-" in traces:
         raise InputError("-: standard input can be read by one run, here")
+    if len(set(names)) < len(names):
+        raise InputError("--vary: the same run twice, expected values that differ")
     jobs = []
     for trace in traces:
         for labels, changed in found:
@@ -151,6 +158,14 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
                 )
             )  # fmt: skip
     return jobs
+
+
+def _check_checkpoint(job: Job) -> None:
+    """Refuse a checkpoint that would replace the trace or the outcomes."""
+    assert job.checkpoint
+    check_output(job.checkpoint, job.trace)
+    if os.path.realpath(job.checkpoint) == os.path.realpath(job.out):
+        raise InputError("--checkpoint: is the file of the outcomes, expected another one", job.checkpoint)
 
 
 def _one(job: Job, options: dict[str, Any]) -> int:
