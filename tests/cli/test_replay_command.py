@@ -98,7 +98,7 @@ def test_what_cannot_be_asked_for(small: Path, tmp_path: Path) -> None:
     assert refused(tmp_path / "none", "--design", "pfnmap", "-o", out).startswith(str(tmp_path / "none"))
     pfnmap = ("--design", "pfnmap", *OF_2M)
     assert refused(small, *pfnmap, "-o", tmp_path).startswith(f"{tmp_path}: is a folder")
-    assert refused(small, *pfnmap, "-o", tmp_path / "no" / "o").endswith("No such file or directory")
+    assert refused(small, *pfnmap, "-o", tmp_path / "no" / "o").endswith("no is no directory")
     assert refused(small, *pfnmap, "-o", out, "--resume") == "--resume: expected --checkpoint FILE to go on from"
     assert refused(small, small, *pfnmap, "-o", small).endswith("expected one for the outcomes of 2 runs")
     checkpoint = ("--checkpoint", tmp_path / "point")
