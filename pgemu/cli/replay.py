@@ -47,7 +47,6 @@ _OF_THE_RUN = {
     "traces", "output", "jobs", "vary", "scheduler", "check", "max_memory", "progress", "form", "checkpoint",
     "checkpoint_every", "resume", "strict", "as_posted", "input_format", "memslots_from", "set",
 }  # fmt: skip
-_INTERRUPTED = 130
 _EVERY = re.compile(r"([0-9]+)(s?)")
 
 
@@ -107,13 +106,14 @@ def replay(traces: tuple[str, ...], **options: Any) -> int:
 
     A row of the outcomes is a record: index, operation, result, detail (of a fault the level of its leaf: 1 of 4K, 2 of
     2M, 3 of 1G). Metadata "pgemu.replay" tells the machine, and whether all records have run. The file appears at the
-    end; interrupted, it has what has run by then.
+    end; interrupted (Ctrl-C, SIGTERM), it has what has run by then.
 
     With --checkpoint a run that ended for whatever reason goes on by --resume, and writes the same file as one that was
     never interrupted. With --jobs a trace of VMs that share nothing runs on several machines; where records join all of
     them, or machines could have been short of memory together, it runs on one, and says so.
 
-    Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input; 130 if interrupted.
+    Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input; 130 if
+    interrupted, by SIGTERM 143.
     """
     jobs = _jobs(traces, options)
     if options["resume"] and not options["checkpoint"]:
@@ -181,7 +181,7 @@ def _one(job: Job, options: dict[str, Any]) -> int:
     if not replayed.complete and not replayed.refusal:
         more = "; --resume goes on" if job.checkpoint else ""
         say(f"interrupted after {replayed.records:,} of {replayed.total:,} records, which {job.out} has{more}")
-        return _INTERRUPTED
+        return interrupt.status
     return _status([replayed])
 
 
@@ -209,7 +209,7 @@ def _several(jobs: list[Job], options: dict[str, Any]) -> int:
     whole = sum(replayed.complete or bool(replayed.refusal) for _, replayed in done)
     if whole + failed < len(jobs):
         say(f"interrupted after {whole} of {len(jobs)} runs")
-        return _INTERRUPTED
+        return interrupt.status
     return 2 if failed else _status([replayed for _, replayed in done])
 
 
