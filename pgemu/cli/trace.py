@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -106,6 +107,7 @@ def convert(traces: tuple[str, ...], output: str, max_memory: int | None, **opti
 
 def _store(found: Lowered | AccessStream, target: str) -> str:
     """Write a trace; a line that says what."""
+    from pgemu.report.traces import not_in_it
     from pgemu.report.units import count, size as shown
     from pgemu.trace import require_input
     from pgemu.trace.accesses import AccessStream
@@ -115,17 +117,15 @@ def _store(found: Lowered | AccessStream, target: str) -> str:
         parquet.write_accesses(found, target)
         tally = found.tally
         what = f"{count(tally.records)} accesses of {found.format}"
-        left = {**tally.ignored, "not understood": tally.rejected}
+        left = Counter({**tally.ignored, "not understood": tally.rejected})
     else:
         if not len(found.records):
             require_input(found)
         parquet.write(found, target)
         what = f"{count(len(found.records))} records"
-        accounting = found.accounting
-        left = {**accounting.unknown, "lost": accounting.lost, **accounting.skipped}
-        left |= {f"without an operation: {name}": n for name, n in accounting.without_operation.items()}
-    told = ", ".join(f"{count(n)} {name}" for name, n in sorted(left.items(), key=lambda one: -one[1]) if n)
-    return f"{target}: {what}, {shown(os.path.getsize(target))}" + (f"; not in it: {told}" if told else "")
+        left = found.accounting.missing()
+    told = not_in_it(left)
+    return f"{target}: {what}, {shown(os.path.getsize(target))}" + (f"; {told}" if told else "")
 
 
 @trace.command(

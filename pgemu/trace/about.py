@@ -35,6 +35,7 @@ def about_records(lowered: Lowered) -> dict[str, Any]:
         "vms": max(len(lowered.guests), int(records.vm.max(initial=0)) + 1) if lowered.kind == "guest" else 0,
         "init": lowered.init,
         "memory": lowered.layout.to_json(),
+        "guests": [{"memory": guest.layout.to_json(), "init": guest.init} for guest in lowered.guests],
         "accounting": accounting.to_json(),
         "notes": list(lowered.notes),
         "doubts": [doubt.text for doubt in lowered.doubts],

@@ -136,8 +136,10 @@ def write_accesses(stream: AccessStream, path: str | os.PathLike[str]) -> None:
                 "format": stream.format,
                 "threads": stream.tally.threads,
                 "inputs": dict(stream.tally.inputs),
+                "crossing": stream.tally.crossing,
                 "ignored": dict(stream.tally.ignored),
                 "rejected": stream.tally.rejected,
+                "first_rejected": [list(one) for one in stream.tally.first_rejected],
                 "notes": stream.tally.notes,
                 "v2p": [] if stream.v2p is None else stream.v2p.tolist(),
             }
@@ -160,7 +162,11 @@ def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> 
     try:
         counts = [Counter({str(one): index(n) for one, n in about[of].items()}) for of in ("inputs", "ignored")]
         notes = [printable(note) for note in about["notes"]]
-        tally = Tally(0, counts[0], 0, counts[1], index(about["rejected"]), [], index(about["threads"]), notes)
+        first = [(index(number), printable(text)) for number, text in about.get("first_rejected", ())]
+        tally = Tally(
+            0, counts[0], index(about.get("crossing", 0)), counts[1], index(about["rejected"]), first,
+            index(about["threads"]), notes,
+        )  # fmt: skip
         v2p = np.array(about["v2p"], dtype=np.uint64).reshape(-1, 3) if about["v2p"] else None
         form = printable(about["format"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
