@@ -132,3 +132,18 @@ def test_a_full_disk_leaves_nothing_beside_a_checkpoint(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (2, "")
     assert complaints(ran.stderr).endswith("File too large\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_outcomes_are_named_where_a_trace_is_expected(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    ran = CliRunner().invoke(main, ["replay", str(trace), *OF_2M, "-o", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert f"{out}: this is the outcomes of pgemu replay" in refused("trace", "info", out)
+
+
+def test_a_log_of_nothing_is_no_vms(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(" ls-9 [000] ..... 1.000001: kvm_weird_event: a=1\n")
+    told = CliRunner().invoke(main, ["trace", "info", str(log)]).stdout
+    assert told.startswith(f"{log}: nothing that concerns memory, 0 records\n")
+    assert "at first" not in told

@@ -60,6 +60,7 @@ _OF_ACCESSES = ("time", "op", "flags", "actor", "space", "address")
 # Of columns whose values hardly come twice: a dictionary of them takes longer to read than to do without.
 _DELTAS = {"time": "DELTA_BINARY_PACKED", "address": "DELTA_BINARY_PACKED"}
 _KEY = b"pgemu"
+_OUTCOMES = b"pgemu.replay"
 _VERSION = 1
 _LONGEST = 200  # characters of a message
 
@@ -360,6 +361,8 @@ def _open(name: str) -> pq.ParquetFile:
         file = pq.ParquetFile(name)
         names = file.schema_arrow.names
     try:
+        if _OUTCOMES in (file.metadata.metadata or {}):
+            raise InputError("this is the outcomes of pgemu replay, expected the trace that it ran", name)
         check_names(names, name)
     except InputError:
         file.close()
