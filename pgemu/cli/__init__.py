@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,11 +16,11 @@ from typing import Any, NoReturn
 import rich_click as click
 
 from pgemu.cli._output import escaped_output, say, tolerant
+from pgemu.cli._signals import Ending, status_of
 from pgemu.errors import InputError
 
 __all__ = ("main",)
 
-_INTERRUPTED = 130
 _BROKEN_PIPE = 141  # as shells report a command that SIGPIPE ended
 _RENAMED = {
     "--convert-order": "--order",
@@ -47,14 +48,15 @@ class _Group(click.RichGroup):
         return _with_escapes(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted."""
+        """Run a command and exit: 0; 1 broken invariants; 2 bad input or options; 130 interrupted, or by its signal."""
         extra["standalone_mode"] = False
         if sys.stdout is None:
             _fail("standard output is closed")
         tolerant(sys.stdout)
         try:
-            status = super().main(*args, **extra)
-            sys.stdout.flush()  # here, where a failure is one line: the interpreter's own comes too late
+            with Ending() as ending:
+                status = super().main(*args, **extra)
+                sys.stdout.flush()  # here, where a failure is one line: the interpreter's own comes too late
         except BrokenPipeError:
             _broken_pipe()
         except click.NoSuchOption as error:
@@ -64,13 +66,16 @@ class _Group(click.RichGroup):
             _fail(error.format_message())
         except InputError as error:
             _fail(str(error))
-        except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted", _INTERRUPTED)
+        except (click.Abort, KeyboardInterrupt) as error:
+            number = getattr(error.__context__, "number", signal.SIGINT)  # of what click replaced
+            _fail("interrupted", status_of(number))
         except MemoryError:
             _fail("out of memory")
         except OSError as error:
             _discard_output()
             _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        if ending.number:  # of which the command has told
+            sys.exit(status_of(ending.number))
         sys.exit(status if isinstance(status, int) else 0)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:

@@ -61,8 +61,17 @@ def say(message: str) -> None:
         print(f"pgemu: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
-def check_output(output: str) -> None:
-    """Refuse before something takes long what could not be written afterwards. InputError that names the file."""
+def check_output(output: str, *inputs: str) -> None:
+    """Refuse before something takes long what could not be written afterwards, or would replace what is read.
+
+    :param inputs: names of files that are read; what is no file there is none
+    :raises InputError: with the file's name
+    """
+    if output == "-":
+        raise InputError("is not written to standard output, expected the name of a file (./- is one)", output)
+    for path in inputs:
+        if path == output or (os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output)):
+            raise InputError("is the trace itself, expected another file", output)
     folder = os.path.dirname(output) or os.curdir
     try:
         kept_mode(output)

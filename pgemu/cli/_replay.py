@@ -14,17 +14,24 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from pgemu.cli._output import say
+from pgemu.cli._signals import Terminated, status_of
 from pgemu.errors import InputError
 
 __all__ = ("Interrupt", "PlainLines", "output_names")
 
 
 class Interrupt:
-    """Ctrl-C as a question that a run asks between two pieces; the second one, or one before the run, interrupts."""
+    """Ctrl-C and its like as a question that a run asks between two pieces; the second one, or one before the run,
+    interrupts. What is ignored, as by nohup, stays so.
+
+    Attributes:
+        status: exit status of what such a signal ended
+    """
 
     def __init__(self) -> None:
         self._asked = self._wanted = False
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
+        self.status = status_of(signal.SIGINT)
 
     def __call__(self) -> bool:
         self._asked = True
@@ -32,16 +39,20 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if (before := signal.getsignal(one)) not in (signal.SIG_IGN, None):
+                    self._before[one] = before
+                    signal.signal(one, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for one, before in self._before.items():
+            signal.signal(one, before)
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.status = status_of(number)
         if not self._asked or self._wanted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
         self._wanted = True
 
 

@@ -13,7 +13,7 @@ import rich_click as click
 
 from pgemu.cli._groups import grouped
 from pgemu.cli._options import MACHINE_GROUPS, Bar, check, machine_options, size
-from pgemu.cli._output import say
+from pgemu.cli._output import check_output, say
 from pgemu.cli._replay import Interrupt, PlainLines, output_names
 from pgemu.cli._trace import (
     TRACE_GROUPS,
@@ -47,7 +47,6 @@ _OF_THE_RUN = {
     "traces", "output", "jobs", "vary", "scheduler", "check", "max_memory", "progress", "form", "checkpoint",
     "checkpoint_every", "resume", "strict", "as_posted", "input_format", "memslots_from", "set",
 }  # fmt: skip
-_INTERRUPTED = 130
 _EVERY = re.compile(r"([0-9]+)(s?)")
 
 
@@ -107,17 +106,23 @@ def replay(traces: tuple[str, ...], **options: Any) -> int:
 
     A row of the outcomes is a record: index, operation, result, detail (of a fault the level of its leaf: 1 of 4K, 2 of
     2M, 3 of 1G). Metadata "pgemu.replay" tells the machine, and whether all records have run. The file appears at the
-    end; interrupted, it has what has run by then.
+    end; interrupted (Ctrl-C, SIGTERM), it has what has run by then.
 
     With --checkpoint a run that ended for whatever reason goes on by --resume, and writes the same file as one that was
     never interrupted. With --jobs a trace of VMs that share nothing runs on several machines; where records join all of
     them, or machines could have been short of memory together, it runs on one, and says so.
 
-    Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input; 130 if interrupted.
+    Exit status: 0; 1 if an invariant was broken that no defect explains; 2 for bad input; 130 if
+    interrupted, by SIGTERM 143.
     """
     jobs = _jobs(traces, options)
     if options["resume"] and not options["checkpoint"]:
         raise InputError("--resume: expected --checkpoint FILE to go on from")
+    for job in jobs:
+        if job.out == options["output"] or os.path.isdir(options["output"]):  # else its folder is made
+            check_output(job.out, *traces)
+        if job.checkpoint:
+            _check_checkpoint(job)
     if len(jobs) == 1 and not options["scheduler"]:
         return _one(jobs[0], options)
     if options["checkpoint"]:
@@ -135,6 +140,8 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
     names = output_names(options["output"], traces, [labels for labels, _ in found], several)
     if several and "-" in traces:
         raise InputError("-: standard input can be read by one run, here")
+    if len(set(names)) < len(names):
+        raise InputError("--vary: the same run twice, expected values that differ")
     jobs = []
     for trace in traces:
         for labels, changed in found:
@@ -153,6 +160,14 @@ def _jobs(traces: tuple[str, ...], options: dict[str, Any]) -> list[Job]:
     return jobs
 
 
+def _check_checkpoint(job: Job) -> None:
+    """Refuse a checkpoint that would replace the trace or the outcomes."""
+    assert job.checkpoint
+    check_output(job.checkpoint, job.trace)
+    if os.path.realpath(job.checkpoint) == os.path.realpath(job.out):
+        raise InputError("--checkpoint: is the file of the outcomes, expected another one", job.checkpoint)
+
+
 def _one(job: Job, options: dict[str, Any]) -> int:
     from functools import partial
 
@@ -166,7 +181,7 @@ def _one(job: Job, options: dict[str, Any]) -> int:
     if not replayed.complete and not replayed.refusal:
         more = "; --resume goes on" if job.checkpoint else ""
         say(f"interrupted after {replayed.records:,} of {replayed.total:,} records, which {job.out} has{more}")
-        return _INTERRUPTED
+        return interrupt.status
     return _status([replayed])
 
 
@@ -194,7 +209,7 @@ def _several(jobs: list[Job], options: dict[str, Any]) -> int:
     whole = sum(replayed.complete or bool(replayed.refusal) for _, replayed in done)
     if whole + failed < len(jobs):
         say(f"interrupted after {whole} of {len(jobs)} runs")
-        return _INTERRUPTED
+        return interrupt.status
     return 2 if failed else _status([replayed for _, replayed in done])
 
 

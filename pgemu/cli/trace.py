@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ import rich_click as click
 
 from pgemu.cli._groups import grouped
 from pgemu.cli._options import Bar, size
+from pgemu.cli._output import check_output
 from pgemu.cli._trace_options import TRACE_GROUP, lowering, trace_options
 from pgemu.errors import InputError
 
@@ -95,9 +97,9 @@ def convert(traces: tuple[str, ...], output: str, max_memory: int | None, **opti
     targets = [os.path.join(output, f"{name_of(path)}.parquet") if several else output for path in traces]
     if len(set(targets)) < len(targets):
         raise InputError("two traces of one name, convert them one by one", output)
+    for target in targets:
+        check_output(target, *traces)
     for path, target in zip(traces, targets, strict=True):
-        if os.path.exists(target) and os.path.exists(path) and os.path.samefile(path, target):
-            raise InputError("is the trace itself, expected another file", target)
         with _reading(max_memory):
             line = _store(_opened(path, options), target)
         click.echo(line)
@@ -105,6 +107,7 @@ def convert(traces: tuple[str, ...], output: str, max_memory: int | None, **opti
 
 def _store(found: Lowered | AccessStream, target: str) -> str:
     """Write a trace; a line that says what."""
+    from pgemu.report.traces import not_in_it
     from pgemu.report.units import count, size as shown
     from pgemu.trace import require_input
     from pgemu.trace.accesses import AccessStream
@@ -114,17 +117,15 @@ def _store(found: Lowered | AccessStream, target: str) -> str:
         parquet.write_accesses(found, target)
         tally = found.tally
         what = f"{count(tally.records)} accesses of {found.format}"
-        left = {**tally.ignored, "not understood": tally.rejected}
+        left = Counter({**tally.ignored, "not understood": tally.rejected})
     else:
         if not len(found.records):
             require_input(found)
         parquet.write(found, target)
         what = f"{count(len(found.records))} records"
-        accounting = found.accounting
-        left = {**accounting.unknown, "lost": accounting.lost, **accounting.skipped}
-        left |= {f"without an operation: {name}": n for name, n in accounting.without_operation.items()}
-    told = ", ".join(f"{count(n)} {name}" for name, n in sorted(left.items(), key=lambda one: -one[1]) if n)
-    return f"{target}: {what}, {shown(os.path.getsize(target))}" + (f"; not in it: {told}" if told else "")
+        left = found.accounting.missing()
+    told = not_in_it(left)
+    return f"{target}: {what}, {shown(os.path.getsize(target))}" + (f"; {told}" if told else "")
 
 
 @trace.command(
@@ -192,6 +193,7 @@ def cut(
 
     if first is None and end is None and vm is None:
         raise InputError("expected --from, --to or --vm")
+    check_output(output, path)
     with _reading(max_memory):
         found = _opened(path, options)
         if isinstance(found, AccessStream):
@@ -223,6 +225,7 @@ def merge(traces: tuple[str, ...], output: str, from_zero: bool, max_memory: int
     from pgemu.trace.accesses import AccessStream
     from pgemu.trace.merging import merge as joined, merge_accesses
 
+    check_output(output, *traces)
     with _reading(max_memory):
         found = [_opened(path, options) for path in traces]
         streams = [one for one in found if isinstance(one, AccessStream)]

@@ -9,6 +9,7 @@ import rich_click as click
 
 from pgemu.cli._lines import terminal_width
 from pgemu.cli._options import parameter
+from pgemu.cli._output import check_output
 
 __all__ = ("workload",)
 
@@ -74,6 +75,7 @@ def make(name: str, output: str, seed: int, set: tuple[tuple[str, float], ...]) 
     from pgemu import workload as workloads
     from pgemu.trace.readers import parquet
 
+    check_output(output)
     made = workloads.open(name.removeprefix("workload:"), seed, **dict(set))
     parquet.write(made, output)
     memory = sum(slot.size for slot in made.layout.slots)

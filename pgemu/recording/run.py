@@ -128,15 +128,21 @@ def _pass_on(process: subprocess.Popen[bytes], stopping: Stopping) -> None:
     ):
         return
     number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
-    for pid in _children(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
+    for pid in _descendants(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def _children(pid: int) -> list[int]:
-    """The children of a tool: the command."""
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(child) for child in file.read().split()]
-    except OSError:
-        return []
+def _descendants(tool: int) -> list[int]:
+    """The command, its children and theirs, and what the tool traces, whose parent may have ended."""
+    found: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with suppress(OSError), open(f"/proc/{name}/status") as file:
+                words = dict(line.split(":\t", 1) for line in file if line.startswith(("PPid:", "TracerPid:")))
+                traced = int(words.get("TracerPid", 0)) == tool
+                found[int(name)] = tool if traced else int(words.get("PPid", 0))
+    of_tool = {tool}
+    while more := {pid for pid, parent in found.items() if parent in of_tool} - of_tool:
+        of_tool |= more
+    return sorted(of_tool - {tool})

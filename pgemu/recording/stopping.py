@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopping:
-    """Counts Ctrl-C and its like, where they would end this process.
+    """Counts Ctrl-C and its like, where they would end this process; what is ignored, as by nohup, stays so.
 
     Attributes:
         count: how many have come
@@ -28,7 +28,10 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # no other one may
-            self._before = {one: signal.signal(one, self._came) for one in _SIGNALS}
+            found = {one: signal.getsignal(one) for one in _SIGNALS}
+            self._before = {one: before for one, before in found.items() if before is not signal.SIG_IGN}
+        for one in self._before:
+            signal.signal(one, self._came)
         return self
 
     def __exit__(

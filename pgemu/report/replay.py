@@ -9,6 +9,7 @@ import pgemu.report.units as units
 from pgemu.errors import printable
 from pgemu.machine.results import operation_name
 from pgemu.report.answers import WIDTH, wrapped
+from pgemu.report.traces import not_in_it
 from pgemu_kernels.words.events import Event
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def document(replayed: Replayed, out: str, label: str = "") -> dict[str, Any]:
         "shards": replayed.shards,
         "instead": replayed.instead or None,
         "notes": list(replayed.notes),
+        "not_in_it": dict(replayed.missing),
         "operations": {
             operation_name(run.operation): {
                 "count": run.count,
@@ -72,6 +74,8 @@ def _lines(replayed: Replayed, out: str, label: str) -> Iterator[str]:
         yield f"  on {replayed.shards} machines, whose records share nothing"
     if replayed.instead:
         yield from (f"  {line}" for line in wrapped(replayed.instead, WIDTH - 2))
+    if told := not_in_it(replayed.missing):
+        yield from (f"  {line}" for line in wrapped(told, WIDTH - 2))
     for note in replayed.notes:
         yield from (f"  {line}" for line in wrapped(f"note: {printable(note)}", WIDTH - 2))
     yield ""

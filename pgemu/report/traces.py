@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pgemu.errors import printable
 from pgemu.report import units
 
-__all__ = ("about", "table_of_formats", "table_of_records")
+__all__ = ("about", "not_in_it", "table_of_formats", "table_of_records")
 
 _HEX = ("address", "offset", "length")
 _SHOWN = 8
@@ -24,10 +25,11 @@ def _records(found: Mapping[str, Any]) -> Iterator[str]:
     if found["setup"]:
         yield _row("of them", f"{units.count(found['setup'])} set memory up")
     yield _row("time", _span(found["time_ns"]))
-    if found["vms"]:
-        memory = found["memory"]
-        slots = len(memory["slots"])
-        what = f"{units.size(memory['inode_size'])} in {slots} slot{'s' * (slots != 1)}, {found['init']} at first"
+    if found["guests"]:
+        for number, guest in enumerate(found["guests"]):
+            yield _row("" if number else "memory", f"{_memory(guest['memory'], guest['init'])}, VM {number}")
+    elif found["vms"]:
+        what = _memory(found["memory"], found["init"])
         yield _row("memory", f"{what}, of {found['vms']} VMs" if found["vms"] > 1 else what)
     accounting = found["accounting"]
     for name in ("inputs", "outcomes", "ignored", "unknown", "skipped", "without_operation"):
@@ -35,6 +37,11 @@ def _records(found: Mapping[str, Any]) -> Iterator[str]:
     if accounting["lost"]:
         yield _row("lost", f"{units.count(accounting['lost'])} events, which the ring buffer dropped")
     yield from _texts(found)
+
+
+def _memory(memory: Mapping[str, Any], init: str) -> str:
+    slots = len(memory["slots"])
+    return f"{units.size(memory['inode_size'])} in {slots} slot{'s' * (slots != 1)}, {init} at first"
 
 
 def _accesses(found: Mapping[str, Any]) -> Iterator[str]:
@@ -73,6 +80,13 @@ def _span(time: Sequence[int]) -> str:
 def _counts(name: str, counts: Mapping[str, int]) -> Iterator[str]:
     for place, (what, count) in enumerate(sorted(counts.items(), key=lambda one: -one[1])):
         yield _row("" if place else name, f"{units.count(count):>14}  {what}")
+
+
+def not_in_it(missing: Mapping[str, int]) -> str:
+    """What of a trace is in no record, the most frequent first; "" for nothing."""
+    found = sorted(missing.items(), key=lambda one: -one[1])
+    told = ", ".join(f"{units.count(count)} {printable(name)}" for name, count in found if count)
+    return f"not in it: {told}" if told else ""
 
 
 def _texts(found: Mapping[str, Any]) -> Iterator[str]:

@@ -29,6 +29,8 @@ def _lines(found: Verification, first: int) -> Iterator[str]:
     yield f"  {'event':28}{'lines':>12}{'compared':>12}{'agree':>12}"
     for name, lines in found.lines.items():
         yield f"  {name:28}{lines:>12,}{found.compared[name]:>12,}{found.agreed[name]:>12,}"
+    if alone := found.entries - sum(found.compared.values()):
+        yield f"  {'of the model, not in the log':40}{alone:>12,}{0:>12,}"
     yield from _listed("Inferred of what the log does not say:", found.said)
     taken = [f"{what}: {count:,}" for what, count in found.inferred.items() if count]
     yield from _listed("Inputs without an event, taken to have happened (--no-inferred-inputs: not):", taken)

@@ -24,17 +24,21 @@ def about_records(lowered: Lowered) -> dict[str, Any]:
     """Source, kind, operations by name, times, VMs, processes, memory, where events went, notes and doubts."""
     records, accounting = lowered.records, lowered.accounting
     rest = records[accounting.setup :]
+    nothing = not len(records) and not accounting.inputs
+    of_vms = lowered.kind == "guest" and not nothing
+    kind = {"guest": "a VM's memory", "process": "processes' memory"}[lowered.kind]
     return {
         "source": lowered.source,
-        "kind": {"guest": "a VM's memory", "process": "processes' memory"}[lowered.kind],
+        "kind": "nothing that concerns memory" if nothing else kind,
         "records": len(records),
         "setup": accounting.setup,
         "operations": _operations(records),
         "time_ns": _time(rest if len(rest) else records),
         "actors": int(np.unique(records.actor).size),
-        "vms": max(len(lowered.guests), int(records.vm.max(initial=0)) + 1) if lowered.kind == "guest" else 0,
+        "vms": max(len(lowered.guests), int(records.vm.max(initial=0)) + 1) if of_vms else 0,
         "init": lowered.init,
         "memory": lowered.layout.to_json(),
+        "guests": [{"memory": guest.layout.to_json(), "init": guest.init} for guest in lowered.guests],
         "accounting": accounting.to_json(),
         "notes": list(lowered.notes),
         "doubts": [doubt.text for doubt in lowered.doubts],

@@ -71,6 +71,9 @@ def cut(lowered: Lowered, first: int | None = None, end: int | None = None, vm: 
         )
     if (late := int(np.count_nonzero(~before & ~inside))) > 0:
         notes.append(f"cut: {late:,} operations behind it, or of other VMs, are left out")
+    if missing := lowered.accounting.missing():
+        what = ", ".join(f"{count:,} {name}" for name, count in missing.most_common())
+        notes.append(f"cut: of the whole trace not in it: {what}")
     count = len(made) - ahead
     accounting = Accounting(count, Counter({"record": count}), operations=len(made), setup=ahead)
     levels = lowered.fault_levels
@@ -95,6 +98,8 @@ def cut_accesses(stream: AccessStream, first: tuple[bool, int] | None, end: tupl
             wanted = (records.time >= np.uint64(low)) & (records.time < np.uint64(high) if end is not None else True)
             if wanted.any():
                 yield records.take(np.flatnonzero(wanted))
+        whole = stream.tally  # which no time is of
+        tally.ignored, tally.rejected, tally.first_rejected = whole.ignored, whole.rejected, whole.first_rejected
 
     tally = Tally(threads=stream.tally.threads, notes=[*stream.tally.notes, "cut by time"])
     return AccessStream.of(stream.source, stream.format, inside(), tally, stream.v2p)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import index
 from types import MappingProxyType
@@ -215,6 +215,23 @@ class Accounting:
         others = self.outcomes.total() + self.ignored.total() + self.unknown.total()
         made = self.operations - self.setup - self.extra_pieces + self.without_operation.total()
         return inputs == made and self.events == inputs + others
+
+    def missing(self) -> Counter[str]:
+        """What of the log is in no record, by what it is: unknown, lost and ignored events, lines that belong to none,
+        and inputs that ask nothing of guest_memfd."""
+        found = self.unknown + self.skipped
+        found += Counter({f"{name} (ignored)": n for name, n in self.ignored.items()})
+        found += Counter({f"without an operation: {name}": n for name, n in self.without_operation.items()})
+        return found + Counter(lost=self.lost)
+
+    @classmethod
+    def added(cls, several: Iterable[Accounting]) -> Accounting:
+        """Where the events of several logs went."""
+        total = cls()
+        for one in several:
+            for name in (*_COUNTS, *_TOTALS):
+                setattr(total, name, getattr(total, name) + getattr(one, name))
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts and ints, names sorted."""

@@ -75,9 +75,7 @@ def merge(traces: Sequence[Lowered], *, from_zero: bool = False) -> Lowered:
     ahead, joined = Records.concatenate(setups), joined.take(np.argsort(joined.time, kind="stable"))
     if len(ahead) and len(joined):
         ahead.time[:] = joined.time[0]
-    accounting = Accounting(
-        len(joined), Counter({"record": len(joined)}), operations=len(ahead) + len(joined), setup=len(ahead)
-    )
+    accounting = Accounting.added(one.accounting for one in traces)
     notes = tuple(f"{one.source}: {note}" for one in traces for note in one.notes)
     return Lowered(
         Records.concatenate([ahead, joined]),
@@ -130,10 +128,23 @@ def merge_accesses(streams: Sequence[AccessStream], *, from_zero: bool = False) 
     """
     if len(streams) < 2:
         raise InputError("expected two traces or more to merge")
-    tally = Tally(threads=sum(one.tally.threads for one in streams))
-    tally.notes += [f"{one.source}: {note}" for one in streams for note in one.tally.notes]
+    tally = Tally()
     title = " + ".join(dict.fromkeys(one.format for one in streams))
-    return AccessStream.of(" + ".join(one.source for one in streams), title, _by_time(streams, from_zero), tally)
+    merged = _told(_by_time(streams, from_zero), streams, tally)
+    return AccessStream.of(" + ".join(one.source for one in streams), title, merged, tally)
+
+
+def _told(batches: Iterator[Records], streams: Sequence[AccessStream], tally: Tally) -> Iterator[Records]:
+    """The batches, and behind the last one what each stream had beside them."""
+    yield from batches
+    tally.threads = sum(one.tally.threads for one in streams)
+    for one in streams:
+        tally.inputs += one.tally.inputs
+        tally.ignored += one.tally.ignored
+        tally.crossing += one.tally.crossing
+        tally.rejected += one.tally.rejected
+        tally.first_rejected += [(number, f"{one.source}: {text}") for number, text in one.tally.first_rejected]
+        tally.notes += [f"{one.source}: {note}" for note in one.tally.notes]
 
 
 def _by_time(streams: Sequence[AccessStream], from_zero: bool) -> Iterator[Records]:

@@ -92,13 +92,25 @@ def test_a_log_and_a_workload_are_loaded_first(tmp_path: Path) -> None:
     assert len(rows_of(out)) == about(out)["records"] > 10000
 
 
+def test_what_of_a_log_no_record_is_of_is_told(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "o.parquet"
+    log.write_text(
+        " vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=0 gpa=0x0 size=0x200000 hva=0x7f0000000000\n"
+        " vmm-9 [000] ..... 1.000002: kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x6\n"
+        " vmm-9 [000] ..... 1.000003: kvm_weird_event: a=1\n"
+    )
+    arguments = (log, "--design", "pfnmap", *OF_2M, "-o", out)
+    assert "\n  not in it: 1 kvm_weird_event\n" in invoke(*arguments).stdout
+    assert json.loads(invoke(*arguments, "--format", "json").stdout)["not_in_it"] == {"kvm_weird_event": 1}
+
+
 def test_what_cannot_be_asked_for(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "o"
     assert refused(small, "-o", out).startswith("--design: expected restructure or pfnmap, or --vary design=")
     assert refused(tmp_path / "none", "--design", "pfnmap", "-o", out).startswith(str(tmp_path / "none"))
     pfnmap = ("--design", "pfnmap", *OF_2M)
     assert refused(small, *pfnmap, "-o", tmp_path).startswith(f"{tmp_path}: is a folder")
-    assert refused(small, *pfnmap, "-o", tmp_path / "no" / "o").endswith("No such file or directory")
+    assert refused(small, *pfnmap, "-o", tmp_path / "no" / "o").endswith("no is no directory")
     assert refused(small, *pfnmap, "-o", out, "--resume") == "--resume: expected --checkpoint FILE to go on from"
     assert refused(small, small, *pfnmap, "-o", small).endswith("expected one for the outcomes of 2 runs")
     checkpoint = ("--checkpoint", tmp_path / "point")

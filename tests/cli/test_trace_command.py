@@ -152,3 +152,54 @@ def test_looking_at_a_log_needs_no_compiler() -> None:
         "sys.exit('numba' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, timeout=120).returncode == 0
+
+
+LOG = """\
+ vmm-9 [000] ..... 1.000001: kvm_memslot: slot=0 flags=0 gpa=0x0 size=0x200000 hva=0x7f0000000000
+ vmm-9 [000] ..... 1.000002: kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x6
+ vmm-9 [000] ..... 1.000003: kvm_page_fault: vcpu 0 rip 0x0 address 0x40000000 error_code 0x6
+ vmm-9 [000] ..... 1.000004: kvm_weird_event: a=1
+ vmm-9 [000] ..... 1.000005: tracing_mark_write: phase 1
+CPU:0 [LOST 7 EVENTS]
+ vmm-9 [000] ..... 1.000006: kvm_page_fault: vcpu 0 rip 0x0 address 0x2000 error_code 0x6
+"""
+MISSING = (
+    "7 lost", "1 kvm_weird_event", "1 tracing_mark_write (ignored)", "1 without an operation: no memory slot"
+)  # fmt: skip
+
+
+def test_what_is_in_no_record_is_told_whatever_is_made_of_a_log(tmp_path: Path) -> None:
+    log, stored, merged, piece = (tmp_path / name for name in ("log", "a.parquet", "m.parquet", "c.parquet"))
+    log.write_text(LOG)
+    told = ok("convert", log, "-o", stored)
+    assert all(what in told.partition("not in it: ")[2] for what in MISSING), told
+    both = ok("merge", log, stored, "-o", merged).partition("not in it: ")[2]
+    assert all(what.replace("1 ", "2 ", 1).replace("7", "14") in both for what in MISSING), both
+    assert traces.load(merged).accounting.balanced()
+    ok("cut", log, "--from", "1.000005", "-o", piece)
+    (note,) = (one for one in traces.load(piece).notes if "whole trace" in one)
+    assert all(what in note for what in MISSING), note
+
+
+def test_each_vm_of_a_merged_trace_has_memory_of_its_own(tmp_path: Path) -> None:
+    log, private, merged = tmp_path / "log", tmp_path / "p.parquet", tmp_path / "m.parquet"
+    log.write_text(LOG)
+    ok("convert", log, "-o", private, "--init", "private")
+    ok("merge", log, private, "-o", merged)
+    text = ok("info", merged)
+    assert "1 slot, shared at first, VM 0" in text
+    assert "1 slot, private at first, VM 1" in text
+
+
+def test_what_is_told_of_accesses_stays_told(tmp_path: Path) -> None:
+    text, stored, merged = tmp_path / "l", tmp_path / "a.parquet", tmp_path / "m.parquet"
+    text.write_text("==1== Lackey\nI  1000,4\n L 1ffe,4\nwhatever\n" + " S 3000,8\n" * 9)
+    ok("convert", text, "-o", stored)
+    ok("merge", text, stored, "-o", merged)
+    first, second, both = (json.loads(ok("info", one, "--json")) for one in (text, stored, merged))
+    names = ("accesses", "inputs", "crossing", "ignored", "rejected", "first_rejected")
+    assert [first[name] for name in names] == [second[name] for name in names]
+    assert (first["crossing"], first["rejected"], first["first_rejected"][0][0]) == (1, 1, 4)
+    assert (both["crossing"], both["rejected"], both["inputs"]) == (2, 2, {"fetch": 2, "read": 2, "write": 18})
+    ok("cut", text, "--from", "+0s", "-o", stored)
+    assert json.loads(ok("info", stored, "--json"))["rejected"] == 1

@@ -68,7 +68,7 @@ def test_a_folder_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as end:
         main(["workload", "make", "balloon", "-o", "/nowhere/x"], prog_name="pgemu")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "pgemu: /nowhere/x: cannot be written: No such file or directory\n"
+    assert capsys.readouterr().err == "pgemu: /nowhere/x: cannot be written: /nowhere is no directory\n"
 
 
 def test_what_a_group_s_command_prints_is_escaped(tmp_path: Path) -> None:

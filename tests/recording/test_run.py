@@ -109,6 +109,24 @@ def test_ctrl_c_ends_the_command_and_keeps_what_there_is(fakes: Fakes, tmp_path:
     assert sorted(one.name for one in tmp_path.iterdir()) == ["begun", "bin", "log", "out"]
 
 
+def test_sigterm_ends_what_the_command_began_too(tmp_path: Path) -> None:
+    way_or_skip("strace")  # which waits for all that it traces
+    pid, script = tmp_path / "pid", "sleep 60 & echo $! > {}; wait"
+    arguments = ["--with", "strace", "-o", str(tmp_path / "out"), "sh", "-c", script.format(pid)]
+    command = [sys.executable, "-m", "pgemu", "record", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(600):
+            if pid.exists() and pid.read_text():
+                break
+            time.sleep(0.05)
+        process.terminate()  # it alone, not its group
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out.endswith(b"the command was ended by SIGTERM, stopped early\n")
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    assert not state.exists() or ") Z " in state.read_text()
+
+
 # --------------------------------------------------------------------------- what is installed
 
 

@@ -36,3 +36,14 @@ def test_other_threads_may_record_too() -> None:
     thread.start()
     thread.join()
     assert found == [0]
+
+
+def test_what_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Stopping() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stopping.count == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

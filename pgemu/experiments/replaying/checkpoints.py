@@ -2,13 +2,15 @@
 
 The file is a machine's (pgemu.machine.snapshot), with a key `replay` in its header. It is replaced whole, once the rows
 up to it are in their files, so that whatever ends the process there is one that is right. Rows lie in the folder of the
-file's name and ".rows", a numbered file from one checkpoint to the next; what no checkpoint names is removed.
+file's name and ".rows", a numbered file from one checkpoint to the next; of those what no checkpoint names is removed.
+A folder that holds anything else is refused, and so is one in which another run writes, which locks it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ("Checkpoint",)
 
 _KEY = "replay"
+_POINT = "point"
+_OWN = re.compile(rf"[0-9]{{6,}}\.parquet|\.pgemu-[0-9]+-[0-9a-f]+|{_POINT}")  # whole_file() names the second
 
 
 class Checkpoint:
@@ -35,6 +39,7 @@ class Checkpoint:
         self._folder = Path(f"{self._path}.rows")
         self._parts = 0
         self._open: tuple[ExitStack, RowsFile] | None = None
+        self._lock: int | None = None  # the folder, open: another run cannot lock it meanwhile
 
     # ------------------------------------------------------------------ begin
 
@@ -76,12 +81,28 @@ class Checkpoint:
     def _clean(self) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
+            self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise InputError(f"cannot be made ({error.strerror})", str(self._folder)) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._unlock()
+            raise InputError("another run writes this checkpoint, expected another name", self._path) from None
+        found = sorted(self._folder.iterdir())
+        if other := [path.name for path in found if not _OWN.fullmatch(path.name) or not path.is_file()]:
+            self._unlock()
+            what = f"holds what no checkpoint wrote ({other[0]}), expected rows, or no such folder"
+            raise InputError(what, str(self._folder))
         known = {self._part(number) for number in range(self._parts)}
-        for path in self._folder.iterdir():
+        for path in found:
             if path not in known:
                 path.unlink()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _part(self, number: int) -> Path:
         return self._folder / f"{number:06}.parquet"
@@ -99,7 +120,7 @@ class Checkpoint:
         """Write the checkpoint. OSError where that cannot be done."""
         self._close()
         kept = {"run": run, "parts": self._parts, **position}
-        made = self._folder / "point"  # there what a killed process leaves is removed
+        made = self._folder / _POINT  # there what a killed process leaves is removed
         snapshot.write(made, machine.config, machine.arrays, {MACHINE: beside(machine), _KEY: kept})
         os.replace(made, self._path)
 
@@ -119,15 +140,26 @@ class Checkpoint:
         """Remove an open file of rows, as of a run that failed, and without a checkpoint all rows."""
         if self._open is not None:
             stack, self._open = self._open[0], None
-            stack.__exit__(InputError, InputError("dropped"), None)
+            with suppress(OSError):  # of a full disk, which the run has told
+                stack.__exit__(InputError, InputError("dropped"), None)
         if not self.exists():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_rows()
+        self._unlock()
 
     def remove(self) -> None:
         """The run is done: nobody will go on from here."""
         with suppress(FileNotFoundError):
             os.unlink(self._path)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_rows()
+        self._unlock()
+
+    def _remove_rows(self) -> None:
+        """The folder, but for what others put there meanwhile."""
+        with suppress(OSError):
+            for path in self._folder.iterdir():
+                if _OWN.fullmatch(path.name):
+                    path.unlink()
+            self._folder.rmdir()
 
 
 def _short(value: Any) -> str:

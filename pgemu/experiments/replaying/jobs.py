@@ -162,13 +162,23 @@ def _sharded(
 
 # --------------------------------------------------------------------------- side by side
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _stop: Any = None  # of a process that runs tasks: set once no more is wanted
 
 
 def _begin(stop: Any) -> None:
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked for the tasks says when to stop
+    for number in _SIGNALS:  # the process that asked for the tasks says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """End this process once the one that asked for the tasks has ended, for whatever reason."""
+    parent.join()
+    os._exit(1)
 
 
 def _task(function: Callable[[Any, Callable[[], bool]], Any], task: Any) -> Any:
@@ -193,7 +203,7 @@ def run_all(
     # A process that is forked would have the threads of this one, which do not run there.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (stop,)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (stop,)) as pool, _told_to_stop(stop):
         left = list(enumerate(tasks))
         running: dict[Future[Any], int] = {}
         while left or running:
@@ -210,16 +220,23 @@ def run_all(
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes that begin meanwhile are not interrupted by Ctrl-C, not even while they import."""
-    if threading.current_thread() is not threading.main_thread():
+def _told_to_stop(stop: Any) -> Iterator[None]:
+    """Where nobody waits for the results any more, tasks that run are told; the pool waits for its processes."""
+    try:
         yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except BaseException:
+        stop.set()
+        raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that begin meanwhile are not interrupted by Ctrl-C or its like, not even while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[Any]) -> Any:

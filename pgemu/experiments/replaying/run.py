@@ -92,6 +92,7 @@ class Replayed:
         resumed: records that had run before a checkpoint from which this one went on
         refusal: why nothing has run; "" where it has
         notes: of the trace
+        missing: what of the trace is in no record, by name
         used: by name, the most that was ever in use and how many there can be, of what all objects of a machine share
         position: number of the first record that has not run
         shards: on how many machines
@@ -111,6 +112,7 @@ class Replayed:
     resumed: int = 0
     refusal: str = ""
     notes: tuple[str, ...] = ()
+    missing: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     position: int = 0
     shards: int = 1
@@ -237,7 +239,7 @@ class _Replay:
             replayed = Replayed(
                 trace.lowered.source, trace.identity, machine.config, self.done, total, self.ended, booted,
                 machine.statistics, self.finding, time.perf_counter() - began, self.first, refusal,
-                trace.lowered.notes, _used(machine), self.position,
+                trace.lowered.notes, dict(trace.lowered.accounting.missing()), _used(machine), self.position,
             )  # fmt: skip
             if file is None:
                 file = stack.enter_context(self._file())

@@ -63,6 +63,7 @@ ROW_GROUP = 1 << 20
 _MAGIC = b"PAR1"
 _OF_ACCESSES = ("time", "op", "flags", "actor", "space", "address")
 _KEY = b"pgemu"
+_OUTCOMES = b"pgemu.replay"
 _VERSION = 1
 _LONGEST = 200  # characters of a message
 
@@ -146,8 +147,10 @@ def write_accesses(stream: AccessStream, path: str | os.PathLike[str]) -> None:
                 "format": stream.format,
                 "threads": stream.tally.threads,
                 "inputs": dict(stream.tally.inputs),
+                "crossing": stream.tally.crossing,
                 "ignored": dict(stream.tally.ignored),
                 "rejected": stream.tally.rejected,
+                "first_rejected": [list(one) for one in stream.tally.first_rejected],
                 "notes": stream.tally.notes,
                 "v2p": [] if stream.v2p is None else stream.v2p.tolist(),
             }
@@ -170,7 +173,11 @@ def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> 
     try:
         counts = [Counter({str(one): index(n) for one, n in about[of].items()}) for of in ("inputs", "ignored")]
         notes = [printable(note) for note in about["notes"]]
-        tally = Tally(0, counts[0], 0, counts[1], index(about["rejected"]), [], index(about["threads"]), notes)
+        first = [(index(number), printable(text)) for number, text in about.get("first_rejected", ())]
+        tally = Tally(
+            0, counts[0], index(about.get("crossing", 0)), counts[1], index(about["rejected"]), first,
+            index(about["threads"]), notes,
+        )  # fmt: skip
         v2p = np.array(about["v2p"], dtype=np.uint64).reshape(-1, 3) if about["v2p"] else None
         form = printable(about["format"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -389,6 +396,8 @@ def _open(name: str) -> pq.ParquetFile:
         file = pq.ParquetFile(name)
         names = file.schema_arrow.names
     try:
+        if _OUTCOMES in (file.metadata.metadata or {}):
+            raise InputError("this is the outcomes of pgemu replay, expected the trace that it ran", name)
         check_names(names, name)
     except InputError:
         file.close()
