@@ -94,12 +94,13 @@ def _allocate(config: Config) -> Arrays:
         tails[node_word(number, W.N_BLOCKS)] = 3 * (config.node(number).span >> 15)
     state_size = _lay_out(tails, W.STATE_SIZE, begins)
     counts_size = _lay_out(counts, _all_frames(config), begins)
+    small = map_memory(-(-counts_size // 2), counts_size * 4 >= _LARGE_COUNTS, counted=True)
     arrays = Arrays(
         # Frames in a seed's order are scattered: each would cost the host a huge page.
         ram=map_memory(_all_frames(config) * 512, huge=config.seed == 0),
         state=map_memory(state_size, (state_size - _SLOTS.stop + _SLOTS.start) * 8 >= _LARGE, _SLOTS),
-        stats=map_memory(W.STATS_SIZE, huge=False).view(DTYPES["stats"]),
-        counts=map_memory(-(-counts_size // 2), counts_size * 4 >= _LARGE_COUNTS).view(DTYPES["counts"])[:counts_size],
+        stats=map_memory(W.STATS_SIZE, huge=False, counted=True).view(DTYPES["stats"]),
+        counts=small.view(DTYPES["counts"])[:counts_size],
     )
     for register, begin in begins.items():
         arrays.state[register] = begin

@@ -27,12 +27,15 @@ _MAP_FIXED = 0x10  # include/uapi/asm-generic/mman-common.h, of every architectu
 _files: dict[int, tuple[int, int]] = {}  # of arrays that lie in a file, by address: descriptor, offset
 
 
-def map_memory(words: int, huge: bool, sparse: slice = slice(0, 0)) -> Array:
-    """uint64[words] of zeroes, not reserved; `huge` asks the host for huge pages, but for words `sparse`."""
+def map_memory(words: int, huge: bool, sparse: slice = slice(0, 0), *, counted: bool = False) -> Array:
+    """uint64[words] of zeroes; `huge` asks the host for huge pages, but for words `sparse`.
+
+    counted: the host refuses what it can never have (vm.overcommit_memory); else most of it is never touched. OSError.
+    """
     size = max(words * 8, mmap.PAGESIZE)
     if size > sys.maxsize:
         raise OSError(ENOMEM, "beyond the addresses of this computer")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if counted else _MAP_NORESERVE)
     memory = mmap.mmap(-1, size, flags=flags)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -30,7 +30,7 @@ SAYING = [name for name in NAMES if "It prints:" in documentation(name)]
 def test_it_prints_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, expected = documentation(name).partition("It prints:\n\n")
     try:
-        runpy.run_module(f"pgemu.examples.{name}", run_name="__main__")
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     finally:
         for design in ROWS.keys() - {*DESIGNS}:
             del ROWS[design]
