@@ -8,6 +8,7 @@ cannot. `c_short_batches` is the batch's own code in pieces of 63, which are too
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,21 +18,22 @@ import numpy as np
 import pytest
 
 import pgemu
+from built_tables import build_tree, tables_for, take_frames
+from c_library import NUMBER, POINTER, SIZE, address, compiled
 from pgemu import capi
 from pgemu.objects.machine import Config, Machine
 from pgemu.tables.translation import Access, Kind, translate
 from pgemu_kernels import words as W
 from pgemu_kernels.formats import bits as formats
 from scene import HVA
-from tables import build_tree, tables_for, take_frames
-from test_translate import address, compile_walk
 
 PAGES = 1 << 20
 FAULTS = 1 << 16
 ROUNDS = 15
 SHORT = 63
 Array = np.ndarray[Any, Any]
-_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint64
+_POINTER, _NUMBER = POINTER, NUMBER
+WALK = [POINTER, NUMBER, POINTER, NUMBER, POINTER, SIZE, POINTER, POINTER, POINTER]  # of walk.c
 
 
 class Scene(NamedTuple):
@@ -47,7 +49,8 @@ class Scene(NamedTuple):
 
 def compile_calls(folder: Path) -> Any:
     """c_calls.c's functions. Skips where there is no C compiler."""
-    compile_walk(folder)  # or skips
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc) to build c_calls.c with")
     library = folder / "c_calls.so"
     source = Path(__file__).with_name("c_calls.c")
     command = ["cc", "-O2", "-shared", "-fPIC", f"-I{pgemu.get_include()}", "-o", str(library), str(source)]
@@ -146,7 +149,7 @@ def test_python_batch(pages: Scene, timed: Callable[..., None]) -> None:
 def test_control(pages: Scene, timed: Callable[..., None], tmp_path: Path) -> None:
     physical, _, status, levels = outputs()
     ram, row = pages.machine.arrays.ram, pages.machine.format_row(0)
-    walk = compile_walk(tmp_path)
+    walk = compiled("walk.c", "translate", WALK, tmp_path, "-O3")
     timed(lambda: walk(address(ram), ram.size, address(row), pages.root, address(pages.addresses), PAGES,
                        address(physical), address(status), address(levels)))  # fmt: skip
     assert (physical == expected(pages)).all()

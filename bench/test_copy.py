@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgemu.machine.snapshot import _in_use
+from pgemu.machine.snapshot import in_use
 from pgemu.objects.machine import Machine
 from scene import Scene, build
 
@@ -33,7 +33,7 @@ def used(request: pytest.FixtureRequest) -> Scene:
 def timed(benchmark: Any, used: Scene) -> Callable[[Callable[[], object]], None]:
     live = sum(
         int((runs[:, 1] - runs[:, 0]).sum()) * array.itemsize
-        for array, runs in zip(used.machine.arrays, _in_use(used.machine.arrays), strict=True)
+        for array, runs in zip(used.machine.arrays, in_use(used.machine.arrays), strict=True)
     )
 
     def measure(call: Callable[[], object]) -> None:
@@ -52,7 +52,7 @@ def live_bytes(machine: Machine) -> Array:
     """uint8[n]: what test_copy copies, one run behind the other."""
     pieces = [
         array[first:end].view(np.uint8)
-        for array, runs in zip(machine.arrays, _in_use(machine.arrays), strict=True)
+        for array, runs in zip(machine.arrays, in_use(machine.arrays), strict=True)
         for first, end in runs.tolist()
     ]
     return np.concatenate(pieces)

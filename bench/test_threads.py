@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from control import gather
+from pgemu.benchmarking.controls import gather
 from scene import build
 
 LENGTH, ROUNDS, ITEMS = 1 << 30, 15, 1 << 22
@@ -57,9 +57,9 @@ def gather_calls(little: bool) -> list[Call]:
 
     def gathers(number: int) -> Call:
         random = np.random.default_rng(number)
-        array, out = np.arange(4 * items, dtype=np.uint64), np.empty(items, np.uint64)
+        array = np.arange(4 * items, dtype=np.uint64)
         indices = random.integers(0, array.size, items).astype(np.uint64)
-        return lambda: gather(array, indices, out)
+        return gather(array, indices)
 
     return [gathers(number) for number in range(2)]
 
