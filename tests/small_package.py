@@ -78,6 +78,7 @@ class Package:
         (self.package / "two.py").write_text(ENTRIES)
         (self.package / "run").mkdir()
         (self.package / "run" / "entries.py").write_text(DECLARED)
+        (self.package / "run" / "c_entries.py").write_text("")
 
     def start(self, before: str = "", *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return self.start_python(CALLS.format(before=before), *arguments, **environment)

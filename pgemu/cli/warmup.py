@@ -27,6 +27,9 @@ def warmup(all: bool, installation: bool) -> None:
     from pgemu_kernels.engine.ahead import compile_ahead
     from pgemu_kernels.run.entries import declared
 
+    if all:
+        import pgemu_kernels.run.c_entries  # noqa: F401 - declares those that C calls
+
     begin = time.monotonic()
     if installation:
         os.environ["PGEMU_CACHE_DIR"] = str(machine_code.INSTALLED)

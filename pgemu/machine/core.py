@@ -383,6 +383,14 @@ class Core(FrameContents, but=("operate", "begin", "fast_entry")):
 
         None: as configured (Config.frames). A number beyond what was configured changes nothing. Injection of failures,
         as fail_page_alloc of mm/fail_page_alloc.c does it.
+
+        >>> process = machine.create_process()
+        >>> process.mmap_anonymous(0x40_0000, 4096).name
+        'ok'
+        >>> machine.limit_frames(0)
+        >>> process.touch(0x40_0000, write=True).name
+        'VM_FAULT_OOM'
+        >>> machine.limit_frames(None)
         """
         limit = self._frames_limit
         if free is not None:

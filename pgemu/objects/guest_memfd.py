@@ -228,7 +228,11 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         return self.machine.operate(Operation.PUNCH_HOLE, object_=self.inode, offset=offset, length=length)
 
     def punch_hole_many(self, offsets: Integers, length: int) -> Results:
-        """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order."""
+        """Punch a hole of `length` bytes at each of `offsets` (uint64[n]), in order.
+
+        >>> gmem.punch_hole_many([0x20_0000], 0x20_0000).names
+        ['ok']
+        """
         return self.machine.run_columns(
             np.uint64(Operation.PUNCH_HOLE), self.inode, 0, offsets, length, count=len(offsets)
         )
@@ -238,6 +242,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
 
         fallocate(FALLOC_FL_KEEP_SIZE). 0; -ENOMEM with the offset of the first huge page without memory, those before
         it stay; -EINVAL if empty, not aligned to 4K, or beyond the end; -EBADF; -EBUSY where Linux would wait.
+
+        >>> gmem.allocate(0, 4 << 20).name, gmem.stat().st_blocks
+        ('ok', 0)
         """
         return self.machine.operate(Operation.ALLOCATE, object_=self.inode, offset=offset, length=length)
 
@@ -245,6 +252,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """fallocate() with FALLOC_FL_* bits: `allocate` or `punch_hole`; -EOPNOTSUPP for other modes, -EINVAL.
 
         virt/kvm/guest_memfd.c:kvm_gmem_fallocate(); an empty or negative range is refused before (vfs_fallocate()).
+
+        >>> gmem.fallocate(3, 0x20_0000, 0x20_0000).name  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        'ok'
         """
         if offset < 0 or length <= 0:
             return Result(-W.EINVAL, 0)
@@ -258,6 +268,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         mode: "default" (the faulting task's), "preferred", "bind", "interleave", or a number. 0; -EINVAL for another
         number, nodes that do not exist, nodes with default or none with bind and interleave, a range that is empty or
         not aligned; -EBADF; -ENOMEM past words.POLICIES ranges. mm/mempolicy.c. Split form rfc2 does not ask for it.
+
+        >>> gmem.mbind(0, 4 << 20, "bind", [0]).name
+        'ok'
         """
         return self.machine.operate(
             Operation.MEMORY_POLICY,
@@ -273,6 +286,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
 
         The task's policy is not asked, so that "default" is told apart: virt/kvm/guest_memfd.c:kvm_gmem_get_policy().
         ValueError outside the inode.
+
+        >>> gmem.mempolicy(0)
+        MemoryPolicy(mode='default', nodes=())
         """
         from pgemu.objects.numa import policy_at
 
@@ -280,11 +296,19 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         return policy_at(self.machine, self.inode, offset)
 
     def pread(self, length: int, offset: int) -> Result:
-        """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c"""
+        """pread() of the file, and read(): -EINVAL, as it has no read_iter; -EBADF once closed. fs/read_write.c
+
+        >>> gmem.pread(16, 0).name
+        '-EINVAL'
+        """
         return self._refuse_io()
 
     def pwrite(self, data: bytes, offset: int) -> Result:
-        """pwrite() of the file, and write(): -EINVAL, as it has no write_iter; -EBADF once closed. fs/read_write.c"""
+        """pwrite() of the file, and write(): -EINVAL, as it has no write_iter; -EBADF once closed. fs/read_write.c
+
+        >>> gmem.pwrite(b"hello", 0x1000).name
+        '-EINVAL'
+        """
         return self._refuse_io()
 
     def _refuse_io(self) -> Result:
@@ -292,7 +316,11 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         return Result(-W.EINVAL if self._field(W.I_OPEN) else -W.EBADF, 0)
 
     def stat(self) -> Stat:
-        """fstat()."""
+        """fstat().
+
+        >>> gmem.stat()
+        Stat(st_ino=1, st_size=4194304, st_blksize=4096, st_blocks=0)
+        """
         used = 0
         if self.form in ("rfc2", "wip"):
             rows = self._field(W.I_BLOCK) + np.arange(self._field(W.I_BLOCKS)) * W.B_WORDS + int(W.B_STATE)
@@ -301,26 +329,47 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         return Stat(self.inode + 1, self.size, W.PAGE_4K, used * self.machine.config.page_size // 512)
 
     def memory_failure(self, offset: int, *, hardware: bool = False, early_kill: bool = False) -> MemoryFailure:
-        """Machine.memory_failure() of the page at an offset. -ENOENT where none is allocated, -EINVAL past the end."""
+        """Machine.memory_failure() of the page at an offset. -ENOENT where none is allocated, -EINVAL past the end.
+
+        >>> gmem.memory_failure(0x1000).status
+        -16
+        """
         return fail_page(self.machine, self.inode, offset, hardware, early_kill)
 
     def get_reference(self, offset: int) -> Result:
-        """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT."""
+        """Take a transient reference on the folio at `offset`: 0 with the page's frame number, or -ENOENT.
+
+        >>> gmem.get_reference(0x1000).name, gmem.convert(0x1000, 4096, shared=False).name
+        ('ok', '-EAGAIN')
+        """
         return self.machine.operate(Operation.GET, object_=self.inode, offset=offset)
 
     def put_reference(self, pfn: int) -> Result:
         """Drop a transient reference by frame number: 0, or -ENOENT where there is none.
 
         References of pins, LRU batches and faults under way are not dropped.
+
+        >>> pfn = gmem.get_reference(0x1000).detail
+        >>> gmem.put_reference(pfn).name, gmem.outstanding(0x1000)
+        ('ok', 0)
         """
         return self.machine.operate(Operation.PUT, object_=self.inode, address=pfn << 12)
 
     def get_reference_many(self, offsets: Integers) -> Results:
-        """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order."""
+        """Take a transient reference on the folio at each of `offsets` (uint64[n]), in order.
+
+        >>> gmem.get_reference_many([0x1000, 0x1000]).outcomes, gmem.outstanding(0x1000)
+        ({'ok': 2}, 0)
+        """
         return self.machine.run_columns(np.uint64(Operation.GET), self.inode, 0, offsets, count=len(offsets))
 
     def put_reference_many(self, pfns: Integers) -> Results:
-        """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order."""
+        """Drop a transient reference of each of the frames `pfns` (uint64[n]), in order.
+
+        >>> pfns = gmem.get_reference_many([0x1000, 0x1000]).detail
+        >>> gmem.put_reference_many(pfns).outcomes
+        {'ok': 2}
+        """
         addresses = np.asarray(pfns, np.uint64) << np.uint64(12)
         return self.machine.run_columns(np.uint64(Operation.PUT), self.inode, addresses, count=len(addresses))
 
@@ -330,6 +379,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         What somebody still holds comes back to the pool later: a whole huge page with its last reference, a split one
         as a zombie block through the worker, when nobody holds any of its pieces (`outstanding`). Split form rfc2 sends
         all split ones through the worker. pgemu_kernels.gmem.truncation.close()
+
+        >>> gmem.close().name, vm.touch(0x1000).name
+        ('ok', 'RET_PF_EMULATE')
         """
         return self.machine.operate(Operation.CLOSE, object_=self.inode)
 
@@ -337,6 +389,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """4K pages of the zombie block at `offset` that somebody holds since the inode was closed; 0 of other blocks.
 
         ValueError outside the inode.
+
+        >>> gmem.get_reference(0).name, gmem.outstanding(0)
+        ('ok', 0)
         """
         return self._block(offset, W.B_OUTSTANDING)
 
@@ -344,6 +399,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         """Entries of processes to frames that are not, or no longer, the inode's page there: none on a sound machine.
 
         In order of mappings and addresses. With the defect "punch-keeps-entries" a hole leaves them behind.
+
+        >>> gmem.stale_entries()
+        []
         """
         from pgemu.objects.stale import stale_entries
 
@@ -354,6 +412,9 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
 
         In order of their numbers. With Config.allow_unsafe_mappings, and before Linux 6.13, pfnmap leaves them behind;
         check() counts them as STALE_MAPPING, accesses by them as MAPPED_STALE_PRIVATE and MAPPED_STALE_FREED.
+
+        >>> gmem.stale_mappings()
+        []
         """
         from pgemu.objects.stale import stale_mappings
 
@@ -374,16 +435,28 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         return int(self.machine.arrays.state[block + int(name)])
 
     def pfn(self, offset: int) -> int | None:
-        """Frame number of the page at `offset`, or None while nothing is allocated there."""
+        """Frame number of the page at `offset`, or None while nothing is allocated there.
+
+        >>> gmem.pfn(0x1000) - gmem.pfn(0), gmem.pfn(0x20_0000)
+        (1, None)
+        """
         head = self._block(offset, W.B_PFN)
         return head + (offset % self.machine.config.page_size >> 12) if head else None
 
     def is_split(self, offset: int) -> bool:
-        """Whether the huge page at `offset` is split to 4K folios."""
+        """Whether the huge page at `offset` is split to 4K folios.
+
+        >>> gmem.is_split(0x1000), gmem.is_split(0x20_0000)
+        (True, False)
+        """
         return self._block(offset, W.B_STATE) == int(W.BLOCK_SPLIT)
 
     def is_shared(self, offset: int) -> bool:
-        """Shareability of the page at `offset`. ValueError outside the inode."""
+        """Shareability of the page at `offset`. ValueError outside the inode.
+
+        >>> gmem.is_shared(0x1000), gmem.is_shared(0x2000)
+        (True, False)
+        """
         self._check(offset)
         index = offset >> 12
         return bool(int(self.machine.arrays.state[self._field(W.I_WORD) + (index >> 6)]) >> (index & 63) & 1)

@@ -64,3 +64,36 @@ def test_a_tlb_in_cpp_stands_in_front_of_nested_walks(tmp_path: Path) -> None:
     assert hits[0] < hits[1]
     assert walks[0] > walks[1]
     assert found[0][3] == found[1][3]  # both map the same frames
+
+
+def test_a_program_built_for_another_abi_is_told_so(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    header = (Path(pgemu.get_include()) / "pgemu.h").read_text()
+    assert header.count("#define PGEMU_ABI 1\n") == 1
+    (tmp_path / "pgemu.h").write_text(header.replace("#define PGEMU_ABI 1\n", "#define PGEMU_ABI 2\n"))
+    (tmp_path / "other.c").write_text(OTHER_ABI)
+    flags = subprocess.run([sys.executable, "-m", "pgemu.capi"], capture_output=True, text=True, check=True).stdout
+    command = ["gcc", f"-I{tmp_path}", "-o", str(tmp_path / "other"), str(tmp_path / "other.c"), *flags.split()]
+    subprocess.run(command, check=True)
+    assert (
+        printed(tmp_path / "other") == "ImportError: pgemu has C ABI 1, this program was built for 2: build it again\n"
+    )
+
+
+OTHER_ABI = """
+#include <Python.h>
+#include "pgemu.h"
+
+int main(void)
+{
+    PyObject *type, *value, *trace;
+
+    Py_Initialize();
+    if (pgemu_import())
+        return 1;
+    PyErr_Fetch(&type, &value, &trace);
+    printf("%s: %s\\n", ((PyTypeObject *)type)->tp_name, PyUnicode_AsUTF8(PyObject_Str(value)));
+    return 0;
+}
+"""
