@@ -13,7 +13,8 @@ import pytest
 
 from amounts import amount
 from pgemu.machine.core import Core
-from pgemu.objects.devices import IoDevice, VfioContainer
+from pgemu.objects.devices import VfioContainer
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu.pytest_plugin import Benchmark, Controls, MachineFactory
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
     from pgemu.objects.address_space import AddressSpace as AddressSpace
     from pgemu.objects.devices import (
         Ioas as Ioas,
-        IoDevice as IoDevice,
         Iommufd as Iommufd,
         VfioContainer as VfioContainer,
     )
@@ -75,6 +74,7 @@ if TYPE_CHECKING:
     )
     from pgemu.objects.guest_memfd import GuestMemfd as GuestMemfd
     from pgemu.objects.hugetlb import HugetlbPool as HugetlbPool
+    from pgemu.objects.io_space import IoDevice as IoDevice
     from pgemu.objects.machine import Machine as Machine
     from pgemu.objects.shared import SharedMachine as SharedMachine
     from pgemu.objects.vm import Vm as Vm
@@ -110,7 +110,8 @@ _PLACES = {
         "pgemu.objects.hugetlb": ("HugetlbPool",),
         "pgemu.objects.address_space": ("AddressSpace",),
         "pgemu.objects.vm": ("Vm",),
-        "pgemu.objects.devices": ("VfioContainer", "Iommufd", "Ioas", "IoDevice"),
+        "pgemu.objects.devices": ("VfioContainer", "Iommufd", "Ioas"),
+        "pgemu.objects.io_space": ("IoDevice",),
         "pgemu_kernels.words.operations": ("Operation", "Flag"),
         "pgemu.machine.results": ("Result", "Results", "Errno", "RetPf", "VmFault"),
         "pgemu.machine.statistics": ("Statistics",),

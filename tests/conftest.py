@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -19,6 +20,10 @@ pytest_plugins = ("pytester",)  # of tests/test_pytest_plugin.py
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# A shell starts what runs in the background with SIGINT ignored, which programs that tests interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A terminal's width folds lines; tests that are about it set it. readline sets it, too, where os.environ does not see.
 os.environ.pop("COLUMNS", None)

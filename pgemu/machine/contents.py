@@ -39,7 +39,12 @@ class FrameContents(OfMachine):
         return self.arrays.ram[frame * 512 : (frame + 1) * 512].tobytes() if frame else bytes(W.PAGE_4K)
 
     def write_frame(self, pfn: int, data: bytes, offset: int = 0) -> None:
-        """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM."""
+        """Store bytes in a guest frame. ValueError outside the frame or the pool, OSError ENOMEM.
+
+        >>> machine.write_frame(gmem.pfn(0), bytes(range(16)), offset=4080)
+        >>> list(machine.read_frame(gmem.pfn(0))[-2:])
+        [14, 15]
+        """
         from pgemu_kernels.run.entries import provide
         from pgemu_kernels.words.requests import CONTENTS
 
@@ -53,7 +58,11 @@ class FrameContents(OfMachine):
         memory[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def guest_frame(self, pfn: int) -> int:
-        """Index in the HugeTLB zone of a frame by its number. ValueError outside the zone."""
+        """Index in the HugeTLB zone of a frame by its number. ValueError outside the zone.
+
+        >>> machine.guest_frame(gmem.pfn(0)), machine.guest_frame(gmem.pfn(0x5000))
+        (0, 5)
+        """
         for number in range(self.config.nodes):
             base = int(self.arrays.state[node_word(number, W.N_BASE)])
             if base <= pfn < base + int(self.arrays.state[node_word(number, W.N_PAGES)]):

@@ -71,7 +71,7 @@ class Core(FrameContents, but=("operate", "begin", "fast_entry")):
     tables_made: list[Any] = field(init=False, repr=False, default_factory=list)  # page tables, also destroyed ones
     formats_made: dict[int, PageFormat] = field(init=False, repr=False, default_factory=dict)  # by row, beside its own
     walk_rows: dict[Any, Array] = field(init=False, repr=False, default_factory=dict)  # of plain walks, by format row
-    _tables_changed: Any = field(init=False, repr=False, default=None)  # called by tables_changed(), if set
+    _tables_changed: Any = field(init=False, repr=False, default=None)  # called by _tell_of_tables(), if set
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Config):
@@ -95,7 +95,7 @@ class Core(FrameContents, but=("operate", "begin", "fast_entry")):
 
         return int(run_pooling(self.descriptor, *_no_columns(), NONE, _NOBODY)) == 0
 
-    def tables_changed(self) -> None:
+    def _tell_of_tables(self) -> None:
         """A page table came, has another root, or is gone: whoever shows the machine elsewhere is told."""
         if self._tables_changed is not None:
             self._tables_changed()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -13,20 +12,15 @@ from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.config import Config as Config
 from pgemu.machine.findings import note_broken
 from pgemu.machine.results import Result as Result, Results as Results
-from pgemu.machine.vm_kinds import KINDS, Kind
-from pgemu.objects.devices import Policy, Unit
-from pgemu.objects.files import MemoryType
-from pgemu.objects.guest_memfd import Form
-from pgemu.objects.shared import Shareable
+from pgemu.objects.creating import Creating
 from pgemu_kernels import words as W
-from pgemu_kernels.formats.page_format import PageFormat
 from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.images.folio import Folio
     from pgemu.images.image import Root
     from pgemu.objects.address_space import AddressSpace
-    from pgemu.objects.devices import Ioas, Iommufd, VfioContainer
+    from pgemu.objects.devices import Ioas, VfioContainer
     from pgemu.objects.failures import MemoryFailure
     from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.objects.guest_memfd import GuestMemfd
@@ -41,7 +35,7 @@ _HOLDERS = (W.R_PINS, W.R_MAPPED, W.R_DOMAINS, W.R_LRU_CACHE, W.R_FAULT_REFERENC
 
 
 @dataclass(eq=False)
-class Machine(Shareable):
+class Machine(Creating):
     """A machine of one design: physical memory, page tables, folios, guest_memfd inodes, processes, VMs.
 
     >>> machine = Machine(Config("restructure", pool=8 << 20, page_size=2 << 20, buddy=8 << 20))
@@ -56,128 +50,6 @@ class Machine(Shareable):
     Errors that a kernel returns are results. OSError (ENOMEM, EINVAL, ENOSPC) comes only from creating
     something, ValueError from misuse.
     """
-
-    # ------------------------------------------------------------------ objects
-
-    def create_guest_memfd(
-        self, size: int, *, shared: bool = False, flags: int | None = None, form: Form = "main", page_order: int = 0
-    ) -> GuestMemfd:
-        """Create a guest_memfd inode over the machine's guest memory, all private or (`shared`) all shared.
-
-        flags: those of KVM_CREATE_GUEST_MEMFD instead, guest_memfd.CreateFlags or (form "rfc2") Rfc2Flags; without
-        them the file can be mapped. form: whose checks of creation, mmap and bind: "main", "next" (linux-next: bind is
-        prepared, then committed), "rfc2" (May 2025), "wip" (December 2025, with `page_order`). In "main" and "next",
-        which know no huge pages, the machine's are used all the same.
-        OSError: EINVAL as guest_memfd.check_creation() tells, ENOMEM when the pool cannot reserve the huge pages,
-        ENOSPC past words.INODES inodes. ValueError for another form, or huge pages other than the machine's.
-        """
-        from pgemu.objects.guest_memfd import GuestMemfd
-
-        return GuestMemfd.create(self, size, shared, flags, form, page_order)
-
-    def set_mempolicy(self, mode: str | int, nodes: Iterable[int] = ()) -> Result:
-        """set_mempolicy() of the tasks that fault memory in, where the inode has no policy; see GuestMemfd.mbind."""
-        from pgemu.objects.guest_memfd import node_mask, policy_mode
-
-        return self.operate(
-            Operation.MEMORY_POLICY, flags=policy_mode(mode), object_=int(W.NO_INODE), address=node_mask(nodes)
-        )
-
-    def create_hugetlb_file(self, size: int, page_size: int = W.PAGE_2M) -> HugetlbFile:
-        """Create a file of hugetlbfs with pages of 2 MiB or 1 GiB, all absent.
-
-        ValueError for another page size; OSError: EINVAL for a size that is no positive multiple of it, ENOSPC.
-        """
-        from pgemu.objects.files import HugetlbFile
-
-        return HugetlbFile.create(self, size, page_size)
-
-    def create_device(
-        self, pfn: int, pages: int, *, remap: bool = False, memory_type: MemoryType = "uncached-minus"
-    ) -> Device:
-        """Create a device's region of `pages` 4K frames from `pfn` on, without struct pages.
-
-        remap: its mmap enters everything at once (remap_pfn_range()), else pages come at their fault.
-        memory_type: "write-back", "write-combining", "uncached-minus" or "uncached".
-        ValueError for another memory type or a region beyond 2^52; OSError ENOSPC. From pfn 1 << 30 on no memory lies.
-        """
-        from pgemu.objects.files import Device
-
-        return Device.create(self, pfn, pages, remap, memory_type)
-
-    def create_vfio_container(
-        self, unit: Unit = "vtd", *, version: Literal[1, 2] = 2, dma_entry_limit: int = 65535,
-        memlock: int | None = None, policy: Policy = "linux", **parameters: Any,
-    ) -> VfioContainer:  # fmt: skip
-        """Create a container of VFIO type1 (version 2: VFIO_TYPE1v2_IOMMU), to which devices of one IOMMU attach.
-
-        unit: "vtd" (second stage) or "amd" (version 1 tables), by the machine's kernel; parameters: of its format (see
-        create_page_table). dma_entry_limit: of the module, when the container is made. memlock: RLIMIT_MEMLOCK in
-        bytes, None with CAP_IPC_LOCK. policy: what becomes of RAM under VM_PFNMAP: "linux" refuses it (-EFAULT),
-        "naive" is that check removed, so that an unmap unpins what was never pinned, "tracked" accepts it without a
-        reference and remembers whose it is: a map of more than one file, or of other memory beside, is -EFAULT.
-        OSError ENOMEM past words.DOMAINS of them.
-        """
-        from pgemu.objects.devices import VfioContainer
-
-        return VfioContainer(self, unit, version, dma_entry_limit, memlock, policy, **parameters)
-
-    def create_iommufd(self) -> Iommufd:
-        """Open /dev/iommu: create_ioas() of it makes address spaces."""
-        from pgemu.objects.devices import Iommufd
-
-        return Iommufd(self)
-
-    def create_guest_memfd_4k(self, size: int, *, mmap: bool = True, init_shared: bool = True) -> GuestMemfd4K:
-        """Create a guest_memfd as merged in Linux 6.8, of 4K folios; the flags are those of 6.18.
-
-        mmap: GUEST_MEMFD_FLAG_MMAP. init_shared: GUEST_MEMFD_FLAG_INIT_SHARED, without which host faults end in
-        SIGBUS; before 6.18 there are none. OSError: EINVAL for a size that is no positive multiple of 4096 or for a
-        flag that the kernel lacks, ENOSPC.
-        """
-        from pgemu.objects.files import GuestMemfd4K
-
-        return GuestMemfd4K.create(self, size, mmap, init_shared)
-
-    def create_memfd(self, size: int) -> ShmemFile:
-        """memfd_create(): a file of shmem with 4K folios, all absent. OSError: EINVAL for no size, ENOSPC."""
-        from pgemu.objects.files import ShmemFile
-
-        return ShmemFile.create(self, size)
-
-    def create_process(self) -> AddressSpace:
-        """Create a process: an empty page table. OSError ENOMEM or ENOSPC."""
-        from pgemu.objects.address_space import AddressSpace
-
-        return AddressSpace.create(self)
-
-    def create_vm(
-        self, process: AddressSpace | None = None, *, kind: Kind | None = None, protected: bool | None = None
-    ) -> Vm:
-        """Create a VM of a process.
-
-        kind: "plain", "sw", "snp" or "tdx" (pgemu.machine.vm_kinds); without it, what Config.vm says. protected:
-        whether it is to have private memory: True is Config.vm if that has, else "sw"; False is "plain". OSError
-        ENOMEM or ENOSPC; ValueError for both, or where kind and stage 2 disagree.
-        """
-        from pgemu.objects.vm import Vm
-
-        if kind is not None and protected is not None:
-            raise ValueError(f"kind {kind!r} and protected {protected}: expected one of them, or none")
-        if kind is None:
-            kind = self.config.vm
-        if protected is not None and protected != KINDS[kind].private:
-            kind = "sw" if protected else "plain"
-        return Vm.create(self, process, kind)
-
-    def create_page_table(self, fmt: PageFormat | str, **parameters: Any) -> PageTable:
-        """Create an empty page table of a format, or of the format of a name (page_format.FORMATS) and its parameters.
-
-        OSError ENOMEM. ValueError for another name or parameter, or past words.FORMATS formats.
-        """
-        from pgemu.tables.page_table import PageTable
-
-        return PageTable.create(self, fmt, **parameters)
 
     @property
     def page_tables(self) -> list[PageTable]:
@@ -217,7 +89,11 @@ class Machine(Shareable):
     # ------------------------------------------------------------------ huge pages
 
     def hugetlb(self, page_size: int = W.PAGE_2M) -> HugetlbPool:
-        """The pool of huge pages of 2 MiB or 1 GiB. ValueError for another size."""
+        """The pool of huge pages of 2 MiB or 1 GiB. ValueError for another size.
+
+        >>> machine.hugetlb(2 << 20).nr_hugepages
+        4
+        """
         from pgemu.objects.hugetlb import HugetlbPool
 
         return HugetlbPool.of_size(self, page_size)
@@ -232,13 +108,21 @@ class Machine(Shareable):
         self.arrays.state[W.R_OPTIMIZE_VMEMMAP] = on
 
     def free_folio(self, pfn: int) -> Result:
-        """Drop a reference of a page that HugetlbPool.allocate() gave; the last one frees it. 0 or -EINVAL."""
+        """Drop a reference of a page that HugetlbPool.allocate() gave; the last one frees it. 0 or -EINVAL.
+
+        >>> pfn = machine.hugetlb().allocate().detail
+        >>> machine.free_folio(pfn).name, machine.free_folio(pfn).name
+        ('ok', '-EINVAL')
+        """
         return self.operate(Operation.FOLIO_FREE, address=pfn << 12)
 
     def dissolve(self, pfn: int) -> Result:
         """Give a free huge page back to the page allocator: 0, -EBUSY in use or reserved, -ENOMEM, -EINVAL.
 
         mm/hugetlb.c:dissolve_free_hugetlb_folio()
+
+        >>> machine.dissolve(machine.hugetlb().free_list()[0]).name, machine.hugetlb().nr_hugepages
+        ('ok', 3)
         """
         return self.operate(Operation.DISSOLVE, address=pfn << 12)
 
@@ -246,6 +130,9 @@ class Machine(Shareable):
         """Mark a 4K page of a huge page as poisoned: 0, -EBUSY if it is, -EINVAL. folio_set_hugetlb_hwpoison()
 
         A poisoned free page is not handed out; when it leaves its pool, the 2M block of the bad page stays out.
+
+        >>> machine.poison(machine.hugetlb().free_list()[0]).name, machine.poisoned_pages
+        ('ok', 1)
         """
         return self.operate(Operation.POISON, address=pfn << 12)
 
@@ -259,6 +146,9 @@ class Machine(Shareable):
         folio that cannot be split; -ENXIO where no memory is, before 6.19; -EOPNOTSUPP without CONFIG_MEMORY_FAILURE,
         of transparent huge pages of anonymous memory, and of frames of ordinary memory that are no process's or file's;
         -ENOMEM past words.POISONED pages of huge pages. ValueError for address 0.
+
+        >>> machine.memory_failure(gmem.pfn(0) << 12).status  # a folio that is guest_memfd's: -EBUSY
+        -16
         """
         if address >> 12 == 0:
             raise ValueError(f"address {address:#x}: expected one of a page that can be in use, above 4095")
@@ -283,14 +173,22 @@ class Machine(Shareable):
     def soft_offline(self, address: int) -> Result:
         """soft_offline_page() of the page at a physical address: 0 if it is poisoned, -EBUSY of guest_memfd, whose
         pages cannot be migrated; -ENXIO without a struct page; -EOPNOTSUPP of others: migration is not modelled.
-        ValueError for address 0."""
+        ValueError for address 0.
+
+        >>> machine.soft_offline(gmem.pfn(0) << 12).name
+        '-EBUSY'
+        """
         if address >> 12 == 0:
             raise ValueError(f"address {address:#x}: expected one of a page that can be in use, above 4095")
         return self.operate(Operation.MEMORY_FAILURE, flags=Flag.SOFT, address=address)
 
     def unpoison(self, address: int) -> Result:
         """unpoison_memory() of the page at a physical address: 0, -EBUSY if it is not poisoned or somebody has it,
-        -EOPNOTSUPP after a failure that was not injected, -ENXIO without a struct page."""
+        -EOPNOTSUPP after a failure that was not injected, -ENXIO without a struct page.
+
+        >>> machine.unpoison(gmem.pfn(0) << 12).name  # it is not poisoned
+        '-EBUSY'
+        """
         return self.operate(Operation.UNPOISON, address=address)
 
     @property
@@ -301,17 +199,28 @@ class Machine(Shareable):
     def store_vmemmap(self, address: int, value: int) -> Result:
         """Store a word at a virtual address of the vmemmap: 0, or -EFAULT through a read-only entry (in Linux an oops);
         and the entry's physical address. Words other than memcg_data stay as they are: the machine follows them.
+
+        >>> machine.store_vmemmap(0xFFFF_EA00_0000_0000, 0).name
+        '-EINVAL'
         """
         return self.operate(Operation.VMEMMAP_STORE, address=address, offset=value)
 
     def meminfo(self) -> dict[str, int]:
-        """/proc/meminfo, as far as it is modelled: see pgemu.objects.hugetlb.meminfo()."""
+        """/proc/meminfo, as far as it is modelled: see pgemu.objects.hugetlb.meminfo().
+
+        >>> machine.meminfo()["HugePages_Total"], machine.meminfo()["HugePages_Rsvd"]
+        (4, 1)
+        """
         from pgemu.objects.hugetlb import meminfo
 
         return meminfo(self)
 
     def vmstat(self) -> dict[str, int]:
-        """/proc/vmstat, as far as it is modelled: see pgemu.objects.hugetlb.vmstat()."""
+        """/proc/vmstat, as far as it is modelled: see pgemu.objects.hugetlb.vmstat().
+
+        >>> machine.vmstat()["nr_hugetlb"]
+        512
+        """
         from pgemu.objects.hugetlb import vmstat
 
         return vmstat(self)
@@ -322,24 +231,44 @@ class Machine(Shareable):
         """unpin_user_pages() of what AddressSpace.pin() holds as number `pin`: 0 with the pages, or -ENOENT.
 
         Pages that left their inode meanwhile are released, too, and go back to the pool.
+
+        >>> process, shared = machine.create_process(), machine.create_guest_memfd(2 << 20, shared=True)
+        >>> process.mmap(shared, 0x4000_0000).name, process.pin(0x4000_0000, 8192, pin=3).name
+        ('ok', 'ok')
+        >>> machine.unpin(3), machine.unpin(3).name
+        (Result(status=0, detail=2), '-ENOENT')
         """
         return self.operate(Operation.UNPIN, object_=pin)
 
     def unpin_many(self, pins: Integers) -> Results:
-        """Unpin each of the numbers `pins` (uint64[n]), in order."""
+        """Unpin each of the numbers `pins` (uint64[n]), in order.
+
+        >>> machine.unpin_many([3, 4]).names
+        ['-ENOENT', '-ENOENT']
+        """
         return self.run_columns(np.uint64(Operation.UNPIN), pins, count=len(pins))
 
     def pinned_frames(self, pin: int) -> U64:
         """uint64[n]: frame numbers that a pin holds, by page of the pin; none of a pin that is not live.
 
         ValueError past words.PINS.
+
+        >>> process, shared = machine.create_process(), machine.create_guest_memfd(2 << 20, shared=True)
+        >>> process.mmap(shared, 0x4000_0000).name, process.pin(0x4000_0000, 8192, pin=3).name
+        ('ok', 'ok')
+        >>> machine.pinned_frames(3).size
+        2
         """
         from pgemu.objects.pins import frames
 
         return frames(self, pin)
 
     def drain_lru(self) -> Result:
-        """lru_add_drain_all(): 0 with the folios whose per-CPU batches held a reference (Config.lru_cache)."""
+        """lru_add_drain_all(): 0 with the folios whose per-CPU batches held a reference (Config.lru_cache).
+
+        >>> machine.drain_lru()
+        Result(status=0, detail=0)
+        """
         return self.operate(Operation.LRU_DRAIN)
 
     # ------------------------------------------------------------------ the worker
@@ -349,6 +278,9 @@ class Machine(Shareable):
 
         Zombie blocks that nobody holds any more wait for it with Config.worker "queued", blocks that became all
         private with Config.merge "lazy". One of which somebody holds a piece goes on waiting. workers.operate_work()
+
+        >>> machine.work()
+        Result(status=0, detail=0)
         """
         return self.operate(Operation.WORK)
 
@@ -359,13 +291,20 @@ class Machine(Shareable):
 
         One that meets a reference where it freezes a folio ends with -WOULD_SPIN; what is left of it is done when the
         reference is gone. pgemu_kernels.gmem.spinning
+
+        >>> machine.spinning()
+        []
         """
         from pgemu.objects.spinning import spinning
 
         return spinning(self)
 
     def check(self) -> int:
-        """Recount everything and compare: how many rules of pgemu_kernels.rules.invariants are broken, ever."""
+        """Recount everything and compare: how many rules of pgemu_kernels.rules.invariants are broken, ever.
+
+        >>> machine.check(), machine.broken[0], machine.findings
+        (0, 0, ())
+        """
 
         from pgemu_kernels.run.entries import check
 
@@ -405,6 +344,9 @@ class Machine(Shareable):
 
         Ends at the leaf or at the entry that is neither leaf nor table; reads `ram` and nothing else. A VM's root is
         walked in the stage-2 format, that of a table of `page_tables` in its own, any other in the host's.
+
+        >>> machine.walk(vm.root, 1)[-1]
+        (2, 0xc000, 0x100000ee7)
         """
         from pgemu.tables.walk import walk_page
 
@@ -420,13 +362,20 @@ class Machine(Shareable):
         """uint64[8]: a struct page of the HugeTLB zone, read through the kernel's page table (a copy).
 
         ValueError outside the zone.
+
+        >>> hex(machine.struct_page(gmem.pfn(0))[6])  # _refcount above, _mapcount below
+        '0x200f4000000'
         """
         from pgemu.images.folio import struct_page
 
         return struct_page(self, pfn)
 
     def folio(self, pfn: int) -> Folio:
-        """The folio that holds a PFN of the HugeTLB zone, a tail's as well as a head's. ValueError outside the zone."""
+        """The folio that holds a PFN of the HugeTLB zone, a tail's as well as a head's. ValueError outside the zone.
+
+        >>> machine.folio(gmem.pfn(0x5000)).index  # of a tail
+        0
+        """
         from pgemu.images.folio import Folio
 
         self.guest_frame(pfn)
@@ -440,6 +389,9 @@ class Machine(Shareable):
         Where a VM's private memory has a root of its own that is "private:0", and "vm:0" is of shared memory.
         With page-table isolation that of a process is the kernel's copy. The name of a format leaves its parameters
         out: input bits of Arm64 stage 2 other than 40, or kernels other than 7.3, are for the reader to give.
+
+        >>> [(root.name, root.format) for root in machine.roots()]
+        [('kernel', 'x86-64'), ('vm:0', 'npt')]
         """
         from pgemu.images.image import Root
 
@@ -462,6 +414,13 @@ class Machine(Shareable):
         "elf" is an ELF64 core with a PT_LOAD per range (p_paddr; p_vaddr in Linux's direct map) and a note that names
         the roots; where use is scattered, ranges also cover frames never used. In "raw" the offset in the file is the
         physical address. The file appears whole or not at all. OSError where it cannot be written.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     machine.write_image(f"{folder}/m.elf")
+        ...     image = open_image(f"{folder}/m.elf")
+        >>> [root.name for root in image.roots]
+        ['kernel', 'vm:0']
         """
         from pgemu.images.image import write_image
 
@@ -474,6 +433,12 @@ class Machine(Shareable):
 
         Of memory it has the frames that were ever in use. The file appears whole or not at all. OSError where it cannot
         be written.
+
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     machine.save(f"{folder}/m")
+        ...     os.listdir(folder)
+        ['m']
         """
         from pgemu.machine.snapshot import write
         from pgemu.objects.saved import KEY, beside
@@ -486,6 +451,13 @@ class Machine(Shareable):
 
         InputError: it cannot be read, is none that pgemu wrote, is damaged, or of another version; or this computer
         cannot hold the machine.
+
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     machine.save(file.name)
+        ...     again = Machine.open(file.name)
+        >>> again.vms[0].touch(0x1234).name, again.check()
+        ('RET_PF_SPURIOUS', 0)
         """
         from pgemu.machine.snapshot import read
         from pgemu.objects.saved import restored
@@ -493,7 +465,12 @@ class Machine(Shareable):
         return cast("Machine", restored(cls, read(path), os.fspath(path)))
 
     def copy(self) -> Machine:
-        """Another machine, which is as this one and goes on by itself. OSError ENOMEM where there is no memory."""
+        """Another machine, which is as this one and goes on by itself. OSError ENOMEM where there is no memory.
+
+        >>> other = machine.copy()
+        >>> other.vms[0].touch(0x20_0000).name, vm.leaves(), other.vms[0].leaves()
+        ('RET_PF_FIXED', (0, 1, 0), (0, 2, 0))
+        """
         from pgemu.machine.snapshot import copied
         from pgemu.objects.saved import beside, made_of
 

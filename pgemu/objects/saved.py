@@ -11,8 +11,9 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.machine.single import Single
 from pgemu.machine.snapshot import Snapshot
-from pgemu.objects.devices import _FORMATS, Ioas, VfioContainer, _Table
+from pgemu.objects.devices import _FORMATS, Ioas, VfioContainer
 from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
+from pgemu.objects.io_space import DomainTable
 from pgemu.tables.page_table import PageTable, table_of_rows
 from pgemu_kernels import words as W
 from pgemu_kernels.engine.handle import TELL_DEVICES, Machine as Arrays, describe
@@ -157,5 +158,5 @@ def _io_space(machine: Core, number: int, row: np.ndarray[Any, Any]) -> VfioCont
     space.machine, space.number, space._closed = machine, number, False
     name = next(iter(formats.values())).name
     space.unit = "vtd" if name.startswith(_FORMATS["vtd"]) else "amd"
-    space.table = _Table(space, formats)
+    space.table = DomainTable(space, formats)
     return space

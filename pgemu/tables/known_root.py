@@ -35,4 +35,4 @@ class KnownRoot(OfMachine):
             if array is not None:
                 array[word] = 0
         self._known_in = ()
-        self.machine.tables_changed()
+        self.machine._tell_of_tables()

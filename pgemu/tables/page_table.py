@@ -79,7 +79,7 @@ class PageTable(KnownRoot, but=("translate",)):
             raise OSError(W.ENOMEM, f"no {fmt.root_tables} frames in a row for a top table")
         self._root = int(self._request[W.E_ROOT])
         machine.tables_made.append(self)
-        machine.tables_changed()
+        machine._tell_of_tables()
 
     @property
     def root(self) -> int:

@@ -20,7 +20,8 @@ from oracle.operations import ENTRY_LIMIT, MismatchError, NotModelledError, ever
 from oracle.process_tables import Entries
 from oracle.replay import ACCESSED, Replay
 from oracle.replay_pfnmap import Kind, ReplayPfnmap, kind_of, machine_of
-from pgemu.objects.devices import Accounts, Ioas, IoDevice, IoSpace, VfioContainer
+from pgemu.objects.devices import Accounts, Ioas, IoSpace, VfioContainer
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.pins import leaves_of
 from pgemu_kernels import words as W

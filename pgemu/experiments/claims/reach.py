@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pgemu.experiments.claims.claim import HVA, Figure, Scene, Setting, Switch
 from pgemu.machine.designs import Design
-from pgemu.objects.devices import Ioas, IoDevice, IoSpace, VfioContainer
+from pgemu.objects.devices import Ioas, IoSpace, VfioContainer
+from pgemu.objects.io_space import IoDevice
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgemu.objects.devices import IoDevice
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgemu.objects.devices import IoDevice, IoSpace
+from pgemu.objects.devices import IoSpace
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Records
 from pgemu_kernels import words as W

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pgemu.objects.devices import Accounts, Ioas, IoDevice, VfioContainer
+from pgemu.objects.devices import Accounts, Ioas, VfioContainer
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Gauge

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pgemu.objects.devices import Ioas, IoDevice
+from pgemu.objects.devices import Ioas
+from pgemu.objects.io_space import IoDevice
 from pgemu.objects.machine import Config, Machine
 from pgemu.objects.pins import leaves_of
 from pgemu_kernels import words as W
