@@ -32,7 +32,7 @@ from pgemu.tables.page_table import PageTable
 from pgemu.tables.translation import Access, Kind, Translation, WalkStatus, translate
 from pgemu_kernels import words as W
 
-__all__ = ("Fault", "Mode", "PhysicalRead", "Request", "Tlb", "TlbEntry", "Walk", "Walker")
+__all__ = ("Fault", "Mode", "PhysicalRead", "Request", "TimingWalk", "Tlb", "TlbEntry", "Walker")
 
 
 class Mode(IntEnum):
@@ -83,7 +83,7 @@ class TlbEntry(NamedTuple):
 
 
 @dataclass
-class Walk:
+class TimingWalk:
     """A walk under way: what it reads, in order, and then writes. finish() ends it."""
 
     request: Request
@@ -122,7 +122,7 @@ class Walker:
         access = None if kind is None else self.access
         return translate(tables.machine, row, tables.root, [address], kind, access, references=references)
 
-    def start(self, request: Request, mode: Mode) -> Walk:
+    def start(self, request: Request, mode: Mode) -> TimingWalk:
         """Begin a walk for a request: every check is made, accessed and dirty bits are set as the hardware does."""
         kind = _KINDS[mode, request.user]
         found = self._translate(request.vaddr, kind, references=True)
@@ -132,10 +132,12 @@ class Walker:
         reads += [PhysicalRead(int(at), True) for at in listed.writes[0, : int(listed.write_counts[0])]]
         status = WalkStatus(int(found.status[0]))
         if status is not WalkStatus.OK:
-            return Walk(request, mode, reads, None, Fault(request.vaddr, status, int(found.error[0])))
+            return TimingWalk(request, mode, reads, None, Fault(request.vaddr, status, int(found.error[0])))
         size = 4096 << 9 * (int(found.level[0]) - 1)
         inside = request.vaddr & size - 1
-        return Walk(request, mode, reads, TlbEntry(request.vaddr - inside, int(found.physical[0]) - inside, size), None)
+        return TimingWalk(
+            request, mode, reads, TlbEntry(request.vaddr - inside, int(found.physical[0]) - inside, size), None
+        )
 
     def start_functional(self, request: Request) -> Fault | None:
         """Fill in the physical address without a check, a bit that is set, or a reference."""
@@ -176,7 +178,7 @@ class Tlb:
         walk = self.translate_timing(request, mode)
         return walk.finish() if walk is not None else None
 
-    def translate_timing(self, request: Request, mode: Mode) -> Walk | None:
+    def translate_timing(self, request: Request, mode: Mode) -> TimingWalk | None:
         """translateTiming(): None on a hit, whose physical address is in the request, else the walk to be finished."""
         held = self._held[mode, request.user]
         for size in (1 << 12, 1 << 21, 1 << 30):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu.machine.arguments import guards
+from pgemu.machine.arrays import U64
 
 if TYPE_CHECKING:
     from pgemu.tables.page_table import PageTable
 
-Array = np.ndarray[Any, Any]
 
 __all__ = ("Control", "gather", "walk_and_store")
 
@@ -45,7 +45,7 @@ class Control:
 
 
 @guards()
-def walk_and_store(addresses: Array) -> Control:
+def walk_and_store(addresses: U64) -> Control:
     """Return the control of edits: down four levels and a store in the last, for one 4K page after the other.
 
     The tables are x86-64's, of a machine of its own, linked everywhere and otherwise empty.
@@ -62,7 +62,7 @@ def walk_and_store(addresses: Array) -> Control:
 
 
 @guards()
-def gather(array: Array, indices: Array) -> Control:
+def gather(array: U64, indices: U64) -> Control:
     """Return the control of walks: the words of an array at indices that are known beforehand, one after the other.
 
     :param array: uint64[n], for instance the level-1 entries that the walks end at
@@ -76,7 +76,7 @@ def gather(array: Array, indices: Array) -> Control:
     return Control(lambda: load(array, indices, found), "gather", indices.size)
 
 
-def _linked(addresses: Array) -> PageTable:
+def _linked(addresses: U64) -> PageTable:
     """A page table whose last level is there for each address, with nothing mapped."""
     from pgemu.machine.config import Config
     from pgemu.objects.machine import Machine

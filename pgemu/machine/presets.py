@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -135,7 +136,7 @@ MAINLINE = ("cut-huge-pfn",)
 """Defects of every kernel that the versions are of, 6.12 to 7.3, which are off unless they are asked for."""
 
 
-@guards_methods
+@partial(guards_methods, but=("__init__",))
 @dataclass(frozen=True)
 class Versions:
     """Which version of each design: `like` of LIKE, `pfnmap` of PFNMAP.

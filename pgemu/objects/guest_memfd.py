@@ -189,8 +189,8 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
     def convert(self, offset: int, length: int, *, shared: bool, actor: int = 0, vm: int = 0) -> Result:
         """Make [offset, offset + length) shared or private: 0, -EAGAIN or -ENOMEM with the failing offset, -EINVAL.
 
-        vm: the number of the VM whose file of the inode is asked; ValueError of no VM. -EINVAL, too, if it has one and
-        knows no private memory (Machine.create_vm).
+        vm: the number of the VM whose file of the inode is asked. -EINVAL, too, if it has one and knows no private
+        memory (Machine.create_vm); the number of no VM is that of a file which none has bound.
 
         >>> gmem.convert(0x1000, 4096, shared=False).name, gmem.is_split(0x1000)  # merged
         ('ok', False)
@@ -201,8 +201,6 @@ class GuestMemfd(OfMachine, but=("convert",), signed=("fallocate",)):
         ):  # fmt: skip
             given = {"offset": offset, "length": length, "shared": shared, "actor": actor, "vm": vm}
             offset, length, shared, actor, vm = plain(GuestMemfd.convert, self, **given)
-            if vm and vm >= (vms := self.machine.register(W.R_VMS)):
-                raise ValueError(f"vm {vm}: expected the number of one of the machine's VMs, below {vms}")
         flags = _SHARED if shared else _PRIVATE
         return run_one(self.machine, _CONVERT, flags, actor, vm, 0, self.inode, 0, offset, length)
 

@@ -269,13 +269,3 @@ def test_what_has_a_setter_is_written() -> None:
         "HugetlbPool(page_size=2 << 20, nr_hugepages=4, free_hugepages=4, resv_hugepages=0, surplus_hugepages=0)"
     )
     assert (pool == machine.hugetlb(), machine.check()) == (True, 0)
-
-
-def test_of_no_vm_nothing_is_converted() -> None:
-    machine = Machine(Config(pool=4 << 21, page_size=2 << 20))
-    gmem, vm = machine.create_guest_memfd(2 << 20), machine.create_vm(protected=True)
-    other = machine.create_vm(protected=True)
-    assert gmem.convert(0, 4096, shared=True, vm=other.vm).status == 0
-    with pytest.raises(ValueError, match=r"^vm 2: expected the number of one of the machine's VMs, below 2$"):
-        gmem.convert(0, 4096, shared=False, vm=2)
-    assert (vm.vm, gmem.convert(0, 4096, shared=False, vm=vm.vm).status) == (0, 0)

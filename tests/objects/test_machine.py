@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import pgemu.objects.machine
 from pgemu.machine import boot
 from pgemu.objects.machine import Config, Machine
 from pgemu.trace.schema import Records
@@ -97,11 +94,6 @@ def test_an_entry_that_goes_astray_is_found_after_the_hole_beside_it() -> None:
     machine.arrays.ram[address // 8] += np.uint64(PAGE_4K)
     assert machine.operate(Operation.PUNCH_HOLE, length=PAGE_4K).status == 0
     assert machine.broken[1] == W.Broken.WRONG_PFN
-
-
-def test_the_example_in_the_documentation_runs() -> None:
-    failed, attempted = doctest.testmod(pgemu.objects.machine)
-    assert (failed, attempted > 0) == (0, True)
 
 
 def test_operations_of_later_versions_are_refused_and_counted() -> None:
