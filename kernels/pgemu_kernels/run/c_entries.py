@@ -1,4 +1,4 @@
-"""Functions that C calls, by name (run/c_calls.py), and what they call by address. Imported by pgemu.capi alone."""
+"""Functions that C calls, by name (run/c_calls.py), and what they call by address. Imported by pgemu.capi, and to compile ahead."""
 
 from __future__ import annotations
 
