@@ -1,4 +1,7 @@
-"""Functions that C calls, by name (run/c_calls.py), and what they call by address. Imported by pgemu.capi, and to compile ahead."""
+"""Functions that C calls, by name (run/c_calls.py), and what they call by address.
+
+Imported by pgemu.capi, and to compile ahead: nobody else has to wait for them.
+"""
 
 from __future__ import annotations
 
