@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -23,10 +22,8 @@ from typing import Any, Self
 import numpy as np
 
 from pgemu.errors import InputError
-from pgemu.experiments.replaying.pages import Column, PageFile
 from pgemu.machine.results import operation_name, result_name, status_name
 from pgemu.trace.schema import Operation
-from pgemu.version import version
 from pgemu.whole_file import whole_file
 
 __all__ = ("KEY", "ROW_GROUP", "VERSION", "OutcomeFile", "Rows", "RowsFile", "merged", "read_rows")
@@ -207,14 +204,24 @@ class OutcomeFile:
         self._stack = ExitStack()
         self._waiting: list[Rows] = []
         self._names = _Names()
-        self._count = self._in_group = 0  # of those that wait, of those that are written as pages
+        self._count = 0  # of those that wait
         self.rows = 0
 
     def __enter__(self) -> Self:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name = pa.dictionary(pa.int16(), pa.string())
+        kinds = {"index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64()}
+        self._schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
+        self._operations = pa.array(_NAMED)
         with ExitStack() as stack:
             file = stack.enter_context(whole_file(self._path))
-            columns = (Column("index"), Column("operation", True), Column("result", True), Column("detail"))
-            self._pages = PageFile(file, columns)
+            writer = pq.ParquetWriter(
+                file, self._schema, compression="lz4", use_dictionary=["operation", "result"],
+                column_encoding=dict.fromkeys(("index", "detail"), "BYTE_STREAM_SPLIT"), write_statistics=["index"],
+            )  # fmt: skip
+            self._parquet = stack.enter_context(writer)
             self._stack = stack.pop_all()
         return self
 
@@ -225,25 +232,25 @@ class OutcomeFile:
         """Take rows that follow those before."""
         self._waiting.append(rows)
         self._count += len(rows)
-        while self._count >= (most := min(_BLOCK, ROW_GROUP - self._in_group)):
-            self._write(most)
+        self.rows += len(rows)
+        while self._count >= ROW_GROUP:
+            self._write(ROW_GROUP)
 
     def _write(self, count: int) -> None:
-        """Write the first `count` waiting rows as a page, which depends on nothing but these rows."""
-        rows = self._block(count)
-        operations = rows.op if int(rows.op.max()) < len(_NAMED) else np.where(rows.op < len(_NAMED), rows.op, 0)
-        results = self._names.numbers(rows.op, rows.status)
-        few = results.astype(np.uint8 if len(self._names.names) <= 256 else np.uint16)
-        self._pages.add(rows.index, operations.astype(np.uint8, copy=False), few, rows.detail)
-        self.rows += count
-        self._in_group += count
-        if self._in_group >= ROW_GROUP:
-            self._end_group()
+        """Write the first `count` waiting rows as a row group, whose pages depend on nothing but these rows."""
+        import pyarrow as pa
 
-    def _end_group(self) -> None:
-        if self._in_group:
-            self._pages.end_group({"operation": _NAMED, "result": self._names.names})
-            self._in_group = 0
+        blocks = [self._block(min(_BLOCK, count - first)) for first in range(0, count, _BLOCK)]
+        numbers = [self._names.numbers(block.op, block.status) for block in blocks]
+        names = pa.array(self._names.names)  # of all blocks: with a dictionary each they would be written as plain text
+        batches = []
+        for block, results in zip(blocks, numbers, strict=True):
+            codes = np.where(block.op < len(_NAMED), block.op, 0).astype(np.int16)
+            operations = pa.DictionaryArray.from_arrays(pa.array(codes), self._operations)
+            named = pa.DictionaryArray.from_arrays(pa.array(results), names)
+            columns = [pa.array(block.index), operations, named, pa.array(block.detail)]
+            batches.append(pa.record_batch(columns, schema=self._schema))
+        self._parquet.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
 
     def _block(self, count: int) -> Rows:
         """Take so many rows off those that wait, which has to copy none where they came in blocks."""
@@ -262,17 +269,5 @@ class OutcomeFile:
         """Write what is left, and what the file is."""
         if self._count:
             self._write(self._count)
-        self._end_group()
         document = {"version": VERSION, "records": self.rows, **about}
-        told = {KEY.decode(): json.dumps(document, sort_keys=True).encode(), "ARROW:schema": _arrow_schema()}
-        self._pages.finish(told, f"pgemu version {version()}")
-
-
-def _arrow_schema() -> bytes:
-    """As pyarrow reads the file: names as dictionaries, a number each instead of a text."""
-    import pyarrow as pa
-
-    name = pa.dictionary(pa.int16(), pa.string())
-    kinds = {"index": pa.uint64(), "operation": name, "result": name, "detail": pa.uint64()}
-    schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in kinds.items()])
-    return b64encode(schema.serialize().to_pybytes())
+        self._parquet.add_key_value_metadata({KEY.decode(): json.dumps(document, sort_keys=True)})
