@@ -29,7 +29,7 @@ from pgemu.whole_file import whole_file
 __all__ = ("KEY", "ROW_GROUP", "VERSION", "OutcomeFile", "Rows", "RowsFile", "merged", "read_rows")
 
 Array = np.ndarray[Any, Any]
-ROW_GROUP = 1 << 20
+ROW_GROUP = 1 << 18
 _BLOCK = 1 << 17  # rows in which they come
 KEY = b"pgemu.replay"
 VERSION = 1

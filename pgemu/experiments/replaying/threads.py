@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 __all__ = ("Ahead", "Behind")
 
 _Item = TypeVar("_Item")
-_DEPTH = 2  # items that wait
+_DEPTH = 4  # items that wait
 _END = object()
 
 
