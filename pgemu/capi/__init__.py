@@ -36,6 +36,7 @@ from pgemu_kernels.engine.handle import C_CONTEXT
 from pgemu_kernels.formats import bits as formats
 from pgemu_kernels.formats.page_format import Family
 from pgemu_kernels.words import call_words as C
+from pgemu_kernels.words.operations import Entry
 
 __all__ = ("ABI", "functions", "get_include", "handle", "mmu", "nested_mmu", "words_header")
 
@@ -157,6 +158,20 @@ def handle(machine: Core) -> int:
     """
     _context(machine)
     return int(machine.descriptor.ctypes.data)
+
+
+def operating(machine: Core, *entries: Entry) -> int:
+    """The address of the entry `c_operate`, for call_address(), with what operations go on to loaded.
+
+    OSError where machine code cannot be had, the reason on stderr.
+    """
+    from pgemu_kernels.run.c_entries import provide_address
+
+    handle(machine)
+    loops = range(int(C.CALL_LOOP), int(C.CALL_LOOP) + 3) if Entry.FAST in entries else ()
+    if any(provide_address(int(number)) for number in (*entries, *loops)):
+        raise OSError(f"no machine code of {', '.join(entry.name for entry in entries)}")
+    return int(_calls()[C.CALL_OPERATE])
 
 
 @guards()

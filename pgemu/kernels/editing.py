@@ -13,7 +13,6 @@ from pgemu.kernels.native import (
     NUMBER,
     REFUSED,
     WORDS,
-    call_procedure,
     called,
     compiled,
     descriptor_of,
@@ -32,6 +31,7 @@ from pgemu.kernels.trees import (
     T_SIGN_EXTENDED,
     T_UNMAP,
 )
+from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.words import table_words as W
 
 __all__ = ("Edited", "edit", "map", "map_range", "protect", "unmap")
@@ -88,7 +88,7 @@ def _edit(handle, tree, op, address, physical, length, level, set_bits, clear_bi
     request[W.E_SET], request[W.E_CLEAR], request[W.E_FLAGS] = set_bits, clear_bits, flags
     at, to, status, detail = stack_words(1), stack_words(1), stack_status(1), stack_words(1)
     at[0], to[0], detail[0] = address, physical, _U0
-    call_procedure(entry, (descriptor_of(handle), request, at, to, status, detail, no_words()))
+    call_address(entry, (descriptor_of(handle), request, at, to, status, detail, no_words()))
     start, end = request[W.E_FLUSH_START], request[W.E_FLUSH_END]
     if end == _U0:
         return Edited(status[0], detail[0], _U0, _U0, _U0, _U0)

@@ -17,16 +17,17 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
 
+from pgemu.capi import operating
 from pgemu.machine.arguments import OfMachine
 from pgemu.machine.core import Core
 from pgemu.machine.field_rules import shown
 from pgemu_kernels.engine.compile import current_stamp
 from pgemu_kernels.run.entries import declared
+from pgemu_kernels.words.operations import Entry
 from pgemu_kernels.words.registers import R_FULL
 
 __all__ = (
-    "H_DESCRIPTOR", "H_DESIGNS", "H_DEVICES", "H_EDIT", "H_LENGTH", "H_LOOPS", "H_NESTED", "H_ORDINARY", "H_POOLING",
-    "H_RUN", "H_TRANSLATE", "Handle", "HandleType", "stamp",
+    "H_DESCRIPTOR", "H_EDIT", "H_LENGTH", "H_NESTED", "H_OPERATE", "H_TRANSLATE", "Handle", "HandleType", "stamp",
 )  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -34,21 +35,17 @@ What = Literal["translate", "translate_nested", "edit", "operate", "full", "ordi
 USUAL: tuple[What, ...] = ("translate", "translate_nested", "edit", "operate")
 
 # Words of a handle: the address of the machine's descriptor (0: closed), then of machine code (0: not loaded).
-H_DESCRIPTOR, H_TRANSLATE, H_NESTED, H_EDIT, H_RUN, H_DESIGNS, H_ORDINARY, H_POOLING, H_DEVICES = range(9)
-H_LOOPS = 9  # + 0 .. 2: the loops that `run` goes to
-H_LENGTH = 12  # words of the descriptor
-H_WORDS = 13
+H_DESCRIPTOR, H_TRANSLATE, H_NESTED, H_EDIT, H_OPERATE = range(5)
+H_LENGTH = 5  # words of the descriptor
+H_WORDS = 6
 
-_ENTRIES: dict[str, dict[int, str]] = {
-    "translate": {H_TRANSLATE: "translate"},
-    "translate_nested": {H_NESTED: "translate_nested"},
-    "edit": {H_EDIT: "edit"},
-    "operate": {H_RUN: "run", H_LOOPS: "run_faults", H_LOOPS + 1: "run_converts", H_LOOPS + 2: "run_others"},
-    "full": {H_DESIGNS: "run_designs"},
-    "ordinary": {H_ORDINARY: "run_ordinary"},
-    "pooling": {H_POOLING: "run_pooling"},
-    "devices": {H_DEVICES: "run_devices", H_DESIGNS: "run_designs"},
-}
+_ENTRIES = {"translate": (H_TRANSLATE, "translate"), "translate_nested": (H_NESTED, "translate_nested")}
+_ENTRIES |= {"edit": (H_EDIT, "edit")}
+# What operations are run by: all go through c_operate(), which calls these by their addresses.
+_RUN_BY: dict[str, tuple[Entry, ...]] = {
+    "operate": (Entry.FAST,), "full": (Entry.FULL,), "ordinary": (Entry.ORDINARY,), "pooling": (Entry.POOLING,),
+    "devices": (Entry.DEVICES, Entry.FULL),
+}  # fmt: skip
 
 
 @cache
@@ -65,9 +62,11 @@ class Handle(OfMachine):
 
     :param machine: the Machine
     :param what: what is going to be called, of "translate", "translate_nested", "edit", "operate" (the default: these
-        four), "full" (operations of machines with parameters of their own, and those that default machines leave to
-        them), "ordinary" (process memory and memory slots of neither design), "pooling" (huge pages themselves),
-        "devices". Their machine code is loaded, or compiled if it is in no cache.
+        four), and what operations go on to: "full" (machines with parameters of their own, and what default machines
+        leave to them), "ordinary" (process memory and memory slots of neither design), "pooling" (huge pages
+        themselves), "devices". Their machine code is loaded, or compiled if it is in no cache; that of operations which
+        is not named is loaded by the first one that needs it. Name it for functions with `parallel=True`, whose threads
+        wait for Python in vain.
     """
 
     machine: Core
@@ -84,18 +83,17 @@ class Handle(OfMachine):
         return f"Handle({self.machine!r})" if self._words[H_DESCRIPTOR] else "Handle(closed)"
 
     def load(self, *what: What) -> None:
-        """Load the machine code of more. ValueError for another word.
-
-        A machine that got parameters of its own after the handle was made (a VM of another kind than the default)
-        needs "operate" to be loaded again.
-        """
+        """Load the machine code of more. ValueError for another word."""
         known = {entry.name: entry for entry in declared}
         for one in what:
-            if one not in _ENTRIES:
-                raise ValueError(f"what {shown(one)}: expected one of {', '.join(_ENTRIES)}")
-            full = one == "operate" and self.machine.register(R_FULL)
-            for word, name in _ENTRIES["full" if full else one].items():
+            if one in _ENTRIES:
+                word, name = _ENTRIES[one]
                 self._words[word] = known[name].address()
+            elif one in _RUN_BY:
+                full = one == "operate" and self.machine.register(R_FULL)
+                self._words[H_OPERATE] = operating(self.machine, *_RUN_BY["full" if full else one])
+            else:
+                raise ValueError(f"what {shown(one)}: expected one of {', '.join((*_ENTRIES, *_RUN_BY))}")
 
     def close(self) -> None:
         """Let go of the machine: every call with the handle returns CLOSED from now on."""

@@ -8,24 +8,22 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.callconv import CPUCallConv
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload, register_jitable
 
-from pgemu.kernels.handle import H_DESCRIPTOR, H_LENGTH, H_LOOPS, HandleType
+from pgemu.kernels.handle import H_DESCRIPTOR, H_LENGTH, HandleType
 from pgemu_kernels.engine.handle import machine_type
 from pgemu_kernels.engine.inner_functions import array_value
+from pgemu_kernels.words.call_words import BAD_ARGUMENT, BAD_MACHINE, NO_CODE
 
 __all__ = (
-    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "call_procedure", "called",
-    "compiled", "descriptor_of", "handle_word", "inlined", "loops_of", "machine_of", "no_words", "stack_bytes",
-    "stack_status", "stack_words",
+    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "address_of", "called",
+    "compiled", "descriptor_of", "handle_word", "inlined", "machine_of", "no_words", "stack_bytes", "stack_status",
+    "stack_words",
 )  # fmt: skip
 
 # What functions return that could not do anything: below every -errno (include/linux/err.h:MAX_ERRNO).
-CLOSED = -5001
-REFUSED = -5002
-NOT_LOADED = -5004
+CLOSED, REFUSED, NOT_LOADED = BAD_MACHINE, BAD_ARGUMENT, NO_CODE  # as to C
 FOREIGN = -5005
 
 _WORD, _POINTER = ir.IntType(64), ir.IntType(64).as_pointer()
@@ -135,17 +133,6 @@ def descriptor_of(typingctx: Any, handle: Any) -> Any:
     return _INTS(handle), generate
 
 
-@intrinsic
-def loops_of(typingctx: Any, handle: Any) -> Any:
-    """loops_of(handle): uint64[3], the addresses of the loops of `run`."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        first = builder.gep(values[0], [ir.Constant(_WORD, H_LOOPS)])
-        return array_value(context, builder, _WORDS, first, ir.Constant(_WORD, 3))
-
-    return _WORDS(handle), generate
-
-
 # --------------------------------------------------------------------------- arrays on the stack
 
 
@@ -180,22 +167,12 @@ def no_words(typingctx: Any) -> Any:
     return _WORDS(), generate
 
 
-@intrinsic(prefer_literal=False)
-def call_procedure(typingctx: Any, address: Any, arguments: Any) -> Any:
-    """call_procedure(address, (argument, ...)): call the entry there, which returns nothing.
-
-    As numba_internals.call_address() does entries that return a number.
-    """
+@intrinsic
+def address_of(typingctx: Any, words: Any) -> Any:
+    """address_of(words): where an array begins, uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        kinds = tuple(signature.args[1])
-        convention = CPUCallConv(context)
-        kind = convention.get_function_type(types.none, kinds)
-        function = builder.inttoptr(values[0], kind.as_pointer())
-        unpacked = cgutils.unpack_tuple(builder, values[1], len(kinds))
-        status, _ = convention.call_function(builder, function, types.none, kinds, unpacked)
-        with cgutils.if_unlikely(builder, status.is_error):
-            context.call_conv.return_status_propagate(builder, status)
-        return context.get_dummy_value()
+        data = context.make_array(words)(context, builder, values[0]).data
+        return builder.ptrtoint(data, _WORD)
 
-    return types.none(address, arguments), generate
+    return types.uint64(words), generate

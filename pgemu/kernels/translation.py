@@ -16,7 +16,6 @@ from pgemu.kernels.native import (
     NUMBER,
     REFUSED,
     WORDS,
-    call_procedure,
     called,
     compiled,
     descriptor_of,
@@ -42,6 +41,7 @@ from pgemu.kernels.trees import (
     T_WORDS,
 )
 from pgemu_kernels.engine.geometry import size_of
+from pgemu_kernels.engine.numba_internals import call_address
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.tables.translate import (
     LARGE_LEAF,
@@ -156,7 +156,7 @@ def _walk_exactly(handle, tree, root, address, kind, reads, writes, counts):
     addresses, physical, error = stack_words(1), stack_words(1), stack_words(1)
     kinds, status, levels = stack_bytes(1), stack_bytes(1), stack_bytes(1)
     addresses[0], error[0], kinds[0], status[0] = address, _U0, kind, 0
-    call_procedure(
+    call_address(
         entry,
         (
             descriptor_of(handle), tree[T_FORMAT], root, addresses, kinds, tree[T_WORDS:], physical, status, levels,
@@ -243,7 +243,7 @@ def translate_many(handle, tree, addresses, kind, physical, status, levels, erro
     for i in range(count):
         status[i], error[i] = 0, _U0
     none = no_words()
-    call_procedure(
+    call_address(
         entry,
         (
             descriptor_of(handle), tree[T_FORMAT], root, addresses, kinds, tree[T_WORDS:], physical, status, levels,
@@ -280,7 +280,7 @@ def translate_nested(handle, tree, guest_root, address, kind, reads, writes):
     for i in range(_NESTED_SCRATCH):
         scratch[i] = _U0
     addresses[0], kinds[0], counts[0], counts[1] = U(address), what, _U0, _U0
-    call_procedure(
+    call_address(
         entry,
         (
             descriptor_of(handle), _HOST, top, tree[T_FORMAT], root, addresses, kinds, tree[T_WORDS:], physical, status,

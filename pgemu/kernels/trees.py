@@ -17,6 +17,7 @@ from pgemu.tables.translation import nested_rows
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import HOST_X86_64
 from pgemu_kernels.formats.page_format import Family
+from pgemu_kernels.words.call_words import PLAIN_KIND
 
 __all__ = (
     "PLAIN", "T_EDITS", "T_FORMAT", "T_GENERATION", "T_GENERATION_AT", "T_INPUT_BITS", "T_KINDS", "T_MACHINE",
@@ -24,7 +25,7 @@ __all__ = (
 )  # fmt: skip
 
 Array = np.ndarray[Any, Any]
-PLAIN = 8  # the kind of a plain walk: present or not, nothing checked, nothing set
+PLAIN = PLAIN_KIND
 _ROWS = int(W.ACCESS_ROWS)
 _NOWHERE = (1 << 64) - 1
 

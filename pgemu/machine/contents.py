@@ -19,14 +19,22 @@ __all__ = ("FrameContents",)
 
 
 class FrameContents(OfMachine):
-    """What of a machine is about its guest frames' contents."""
+    """What of a machine is about its guest frames' contents, and how its words are read."""
 
     config: Config
     arrays: Arrays
     descriptor: I64
 
     def register(self, index: int | np.uint64) -> int:
-        raise NotImplementedError
+        """A named scalar of the machine (words.R_*). ValueError for another number.
+
+        >>> from pgemu_kernels import words as W
+        >>> machine.register(W.R_VMS)
+        1
+        """
+        if index >= W.R_WORD_COUNT:
+            raise ValueError(f"index {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
+        return int(self.arrays.state[index])
 
     def read_frame(self, pfn: int) -> bytes:
         """The 4096 bytes of a guest frame; frames never written read as zero. ValueError outside the pool.

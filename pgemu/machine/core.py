@@ -100,17 +100,6 @@ class Core(FrameContents, but=("operate", "begin", "fast_entry")):
         if self._tables_changed is not None:
             self._tables_changed()
 
-    def register(self, index: int | np.uint64) -> int:
-        """A named scalar of the machine (words.R_*). ValueError for another number.
-
-        >>> from pgemu_kernels import words as W
-        >>> machine.register(W.R_VMS)
-        1
-        """
-        if index >= W.R_WORD_COUNT:
-            raise ValueError(f"index {index}: expected one of words.R_*, below {W.R_WORD_COUNT}")
-        return int(self.arrays.state[index])
-
     # ------------------------------------------------------------------ formats
 
     def format_row(self, index: int) -> U64:

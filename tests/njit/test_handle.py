@@ -64,7 +64,9 @@ def test_closed_foreign_and_unloaded_have_codes_of_their_own() -> None:
     statuses(handle, foreign_row, nested, out)
     assert (out[[0, 1, 2, 4]] == kernels.FOREIGN).all()
     statuses(kernels.Handle(machine, "pooling"), tree, nested, out)
-    assert out[:6].tolist() == [0, *[kernels.NOT_LOADED] * 5]
+    assert out[:5].tolist() == [0, *[kernels.NOT_LOADED] * 4]
+    statuses(kernels.Handle(machine, "edit"), tree, nested, out)
+    assert out[[1, 2, 3, 5]].tolist() == [kernels.NOT_LOADED] * 4
     handle.close()
     assert repr(handle) == "Handle(closed)"
     statuses(handle, tree, nested, out)

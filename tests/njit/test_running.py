@@ -114,16 +114,21 @@ def test_calls_by_name_are_those_of_the_objects() -> None:
             assert counted(handle, int(event), int(Operation.CONVERT), int(gauge)) == told
 
 
-def test_an_operation_for_what_is_not_loaded_is_not_done() -> None:
+def test_what_an_operation_goes_on_to_is_loaded_when_it_is_needed() -> None:
     one, other = build("pfnmap"), build("pfnmap")
-    out = np.zeros((1, 2), np.int64)
-    pin = np.array([[Operation.PIN, 0, 0, 0, 0, HVA, 0, PAGE_4K]], np.uint64)
-    resize = np.array([[Operation.POOL_RESIZE, 0, 0, 0, 0, 0, 0, 0]], np.uint64)
-    for todo in (pin, resize):
-        operated(kernels.Handle(one, "operate"), todo, out)
-        assert out[0, 0] == kernels.NOT_LOADED
-    operated(kernels.Handle(one, "translate"), np.array([[Operation.ZAP, *[0] * 7]], np.uint64), out)
-    assert out[0, 0] == kernels.NOT_LOADED
+    todo = np.zeros((3, 8), np.uint64)
+    todo[0] = Operation.PIN, 0, 0, 0, 0, HVA, 0, PAGE_4K
+    todo[1] = Operation.POOL_RESIZE, 0, 0, 0, 0, 0, 0, 0
+    todo[2] = Operation.HOST_FAULT, Flag.WRITE, 0, 0, 0, HVA, 0, 0
+    out = np.zeros((3, 2), np.int64)
+    operated(kernels.Handle(one, "translate"), todo, out)
+    assert (out[:, 0] == kernels.NOT_LOADED).all()
+    assert_same(one, other)
+    operated(kernels.Handle(one, "operate"), todo, out)
+    names = ("flags", "vm", "space", "object_", "address", "offset", "length")
+    assert out.tolist() == [
+        list(other.operate(op, **dict(zip(names, rest, strict=True)))) for op, *rest in todo.tolist()
+    ]
     assert_same(one, other)
 
 

@@ -397,6 +397,7 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     addresses uint64[n], bytes; physical uint64[n] or [1]; status int64[n]: 0 or -errno. detail uint64[n]: how many
     leaves or tables changed, the old entry (store), or, after a failure, the offset of the first byte not done.
     log: uint64, words.LOG_WORDS a record, or empty. Charged to counter row 0, which no operation of a trace has.
+    Returns 0.
     """
     m = open_machine(descriptor)
     e = Tree(m.ram, m.state, m.stats, m.counts, request, log)
@@ -435,3 +436,4 @@ def edit(descriptor, request, addresses, physical, status, detail, log):
     finish_edit(e, f)
     state[R_EDIT_FRAMES] += U(m.stats[STATS_GAUGES + GAUGE_FRAMES_USED * U2] - used)
     state[R_COUNTER_ROW] = row
+    return np.int64(0)
