@@ -96,6 +96,16 @@ def _rights(fmt: Any, words: Array) -> Array:
     return read.astype(np.uint64) | write.astype(np.uint64) << np.uint64(1)
 
 
+def determines(frames: Array, others: Array) -> bool:
+    """Whether equal frames stand beside equal ones of the others."""
+    low = frames < np.uint64(1 << 24)  # others are a device's memory, few of them
+    place = np.zeros(1 << 24, np.uint64)
+    place[frames[low]] = others[low]
+    fine = bool((place[frames[low]] == others[low]).all())
+    high = {*zip(frames[~low].tolist(), others[~low].tolist(), strict=True)}
+    return fine and len({frame for frame, _ in high}) == len(high)
+
+
 def machine_like(capture: Capture, checkpoints: list[Checkpoint], kind: Kind) -> Machine:
     """The captured machine; 4K frames come in no order, so that few follow one another."""
     if any(op.name == "gmem" for op in every(checkpoints)):
@@ -350,10 +360,10 @@ class ReplayIommu(ReplayPfnmap):
             raise MismatchError(f"{where}: {space.table.format.levels} levels, captured {row['levels']}")
         if (there.rights != here.rights).any():
             raise MismatchError(f"{where}: rights {here.rights[there.rights != here.rights][:3]}")
-        pairs = np.unique(np.stack([there.frame, here.frame], axis=1), axis=0)
-        if len({*pairs[:, 0].tolist()}) != len(pairs) or len({*pairs[:, 1].tolist()}) != len(pairs):
+        if not (determines(there.frame, here.frame) and determines(here.frame, there.frame)):
             raise MismatchError(f"{where}: frames stand for other pages than captured")
-        ours, theirs = (np.minimum(pages.size, self.joined(here)) for pages in (here, there))
+        joined = self.joined(here)
+        ours, theirs = np.minimum(here.size, joined), np.minimum(there.size, joined)
         different = ours != theirs
         if different.any():
             i = int(np.flatnonzero(different)[0])
