@@ -6,6 +6,7 @@ that came from there are compiled once more, beside the cache.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -177,7 +178,10 @@ def compiled_entries() -> dict[str, Any]:
     assert never_run == [], "exercise() leaves entry points out"
     assert {entry.name for entry in declared} == {entry.py_func.__qualname__ for entry in own_entries()}
     assert {len(entry.dispatcher.signatures) for entry in declared} == {1}, "declared with other types than called"
-    return {entry.name: freshly_compiled(entry) for entry in declared}
+    found = {entry.name: freshly_compiled(entry) for entry in declared}
+    gc.collect()
+    gc.freeze()  # millions of objects, which stay: all other tests would have the collector go through them
+    return found
 
 
 @pytest.fixture(scope="module")
