@@ -199,7 +199,13 @@ class Folio(FolioOperations):
         return offset // STRUCT_PAGE if 0 <= offset < PAGE_4K else index
 
     def page(self, index: int = 0) -> Page:
-        """Struct page `index` of the folio, decoded: as the one that it shows, where that is one of the first 64."""
+        """Struct page `index` of the folio, decoded: as the one that it shows, where that is one of the first 64.
+
+        >>> folio.page()
+        Page(pfn=0x100000, 'head', refcount=1, type='hugetlb')
+        >>> folio.page(1)
+        Page(pfn=0x100001, 'tail', order=9, refcount=0, type=None)
+        """
         return decode_page(
             self.words(index), self.pfn + index, self.layout, vmemmap=self.vmemmap_base, folio_type=self.type,
             index=self.shown(index),

@@ -187,6 +187,12 @@ class AddressSpace(Mappings, but=("touch", "translate")):
 
         OSError: EAGAIN past words.SPACES processes, ENOMEM, EINVAL once it has ended. kernel/fork.c:dup_mmap(),
         mm/memory.c:copy_page_range()
+
+        >>> child = process.fork()
+        >>> child.touch(0x80_0000).name, child.touch(0x80_0000, write=True).name  # a write copies the page
+        ('present', 'VM_FAULT_NOPAGE')
+        >>> child.translate([0x80_0000]).physical == process.translate([0x80_0000]).physical
+        array([False])
         """
         result = self._operate(Operation.FORK)
         if result.status:
@@ -195,15 +201,29 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         return AddressSpace(self.machine, result.detail)
 
     def exit(self) -> Result:
-        """The process ends: its mappings, its tables. 0. mm/mmap.c:exit_mmap()"""
+        """The process ends: its mappings, its tables. 0. mm/mmap.c:exit_mmap()
+
+        >>> process.exit().name, process.ended, process.touch(0x80_0000).name
+        ('ok', True, 'VM_FAULT_SIGSEGV')
+        """
         return self._operate(Operation.EXIT)
 
     def zap(self, address: int, length: int, *, madvise: bool = False) -> Result:
-        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
+        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL).
+
+        >>> process.rss, process.zap(0x80_0000, 4096).name, process.rss
+        (3, 'ok', 2)
+        >>> process.zap(0x70_0000, 4096, madvise=True).name  # nothing is mapped there
+        '-ENOMEM'
+        """
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE if madvise else 0)
 
     def zap_many(self, addresses: Integers, length: int = W.PAGE_4K) -> Results:
-        """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
+        """Zap `length` bytes at each of `addresses` (uint64[n]), in order.
+
+        >>> process.zap_many([0x80_0000, 0x80_1000]).outcomes, process.rss
+        ({'ok': 2}, 1)
+        """
         header = np.uint64(Operation.ZAP | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
 
@@ -215,6 +235,13 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         VM_FAULT_NOPAGE or _LOCKED after a fault that succeeded; VM_FAULT_SIGSEGV (once it ended, too), SIGBUS, OOM.
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
+
+        >>> process.touch(0x80_2000), process.touch(0x80_2000)  # the zero page, by a leaf of level 1
+        (Result(status=VM_FAULT_NOPAGE, detail=1), Result(status=0, detail=1))
+        >>> process.touch(0x80_2000, write=True).name  # a page of its own
+        'VM_FAULT_NOPAGE'
+        >>> process.touch(0x70_0000).name  # nothing is mapped there
+        'VM_FAULT_SIGSEGV'
         """
         if type(address) is not int or address >> 64 or type(write) is not bool or type(execute) is not bool:
             given = {"address": address, "write": write, "execute": execute}
@@ -223,7 +250,11 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         return run_one(self.machine, _HOST_FAULT, flags, 0, 0, self.number, 0, address, 0, 0)
 
     def touch_many(self, addresses: Integers, *, write: bool = False, execute: bool = False) -> Results:
-        """Access the bytes at `addresses` (uint64[n]), in order."""
+        """Access the bytes at `addresses` (uint64[n]), in order.
+
+        >>> process.touch_many(range(0x80_0000, 0x80_4000, 4096)).names
+        ['present', 'present', 'VM_FAULT_NOPAGE', 'VM_FAULT_NOPAGE']
+        """
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
@@ -240,6 +271,11 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         the page is private; -EINVAL for what is not aligned, empty or a number past words.PINS; -EEXIST for a number
         in use; -ENOMEM; -EAGAIN where Linux would wait for a lock. Absent pages are faulted in, shared ones
         copied; a pin outlives the mapping. longterm: FOLL_LONGTERM, for which the zero page is replaced. mm/gup.c
+
+        >>> process.pin(0x4000_0000, 8192, pin=1).detail
+        2
+        >>> gmem.convert(0, 4096, shared=False).name, machine.unpin(1).name, gmem.convert(0, 4096, shared=False).name
+        ('-EAGAIN', 'ok', 'ok')
         """
         flags = _pin_flags(write, longterm)
         return self.machine.operate(
@@ -255,14 +291,26 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         write: bool = False,
         longterm: bool = False,
     ) -> Results:
-        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
+        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order.
+
+        >>> process.pin_many([0x4000_0000, 0x4000_1000, 0x70_0000], pins=[1, 2, 3]).names
+        ['ok', 'ok', '-EFAULT']
+        >>> machine.pinned_frames(2).tolist() == [gmem.pfn(0x1000)]
+        True
+        """
         if len(pins) not in (1, len(addresses)):
             raise ValueError(f"pins of {len(pins)} elements: expected {len(addresses)} or 1, as of addresses")
         header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.number << 48)
         return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
     def walk(self, address: int) -> Walk:
-        """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended."""
+        """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended.
+
+        >>> [level for level, address, entry in process.walk(0x80_0000)]
+        [4, 3, 2, 1]
+        >>> process.walk(1 << 46)
+        [(4, 0x8400, 0x0) absent]
+        """
         from pgemu.tables.walk import walk_page
 
         self._check_alive()
@@ -274,6 +322,11 @@ class AddressSpace(Mappings, but=("touch", "translate")):
         """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate.
 
         ValueError once the process has ended.
+
+        >>> process.translate([0x4000_0123, 0x80_F000])
+        Translation(2: 1 OK, 1 NOT_PRESENT; physical=[0x100000123 0x0])
+        >>> process.translate([0x4000_0123], Kind.USER_FETCH).error.tolist()  # present, from user mode, a fetch
+        [21]
         """
         column = as_column(addresses)
         if column is None or kinds is not None or access is not None:

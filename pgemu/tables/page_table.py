@@ -304,7 +304,11 @@ class PageTable(Reading):
         return self._one(Edit.COLLAPSE, address, 0, size_of(level), level, log=log)
 
     def collapse_many(self, addresses: Integers, *, level: int = 2, log: U64 | None = None) -> EditResults:
-        """collapse() at each of `addresses` (uint64[n])."""
+        """collapse() at each of `addresses` (uint64[n]).
+
+        >>> table.split(0x4000_0000, 4 << 20).detail, table.collapse_many([0x4000_0000, 0x4020_0000]).detail.tolist()
+        (2, [1, 1])
+        """
         return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, size_of(level), level, log=log)
 
     # ------------------------------------------------------------------ entries
@@ -314,6 +318,11 @@ class PageTable(Reading):
 
         -ENOENT without a table of that level, -EBUSY over a table, -EINVAL for an entry that points to a table, and
         for a change of a valid entry that Arm allows only through an invalid one and a flush (break-before-make).
+
+        >>> hex(table.store(0x4000_0000, 0, level=2).detail), table.walk(0x4000_0000)[-1].entry
+        ('0x800008e7', 0)
+        >>> table.store(0x4000_0000, 0).name  # there is no table of 4K entries
+        '-ENOENT'
         """
         return self._one(Edit.STORE, address & -PAGE_4K, 0, PAGE_4K, level, entry, log=log)
 

@@ -53,6 +53,11 @@ class Reading(KnownRoot, but=("translate",)):
         """[(level, entry address, entry)] from the top table to a leaf or to what is not present.
 
         ValueError for an address beyond the input addresses.
+
+        >>> table.walk(0x4000_0000)[-1]
+        (2, 0x4000, 0x800008e7)
+        >>> table.walk(1 << 46)
+        [(4, 0x2400, 0x0) absent]
         """
         fmt = self.format
         self._check_root()
@@ -82,7 +87,13 @@ class Reading(KnownRoot, but=("translate",)):
         *,
         references: bool = False,
     ) -> Translation:
-        """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate."""
+        """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate.
+
+        >>> table.translate([0x4020_0123, 0x5000_0000])
+        Translation(2: 1 OK, 1 NOT_PRESENT; physical=[0x80200123 0x0])
+        >>> table.translate([0x4020_0123, 0x5000_0000], Kind.USER_WRITE).error.tolist()  # a write, from user mode
+        [0, 6]
+        """
         column = as_column(addresses)
         if column is None or kinds is not None or access is not None or type(references) is not bool:
             given = {"addresses": addresses, "kinds": kinds, "access": access, "references": references}
@@ -91,7 +102,11 @@ class Reading(KnownRoot, but=("translate",)):
         return translator()(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
 
     def table_pages(self) -> dict[int, U64]:
-        """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
+        """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each.
+
+        >>> {level: len(pages) for level, pages in table.table_pages().items()}
+        {4: 1, 3: 1, 2: 1, 1: 0}
+        """
         fmt = self.format
         self._check_root()
         tables = self.machine.arrays.ram.reshape(-1, 512)
@@ -110,6 +125,12 @@ class Reading(KnownRoot, but=("translate",)):
         """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
 
         A frame that has an owner already, and a table whose kept count is not that of its present entries.
+
+        >>> owner = np.zeros(machine.arrays.ram.size // 512, np.uint8)
+        >>> table.recount(owner), int(owner.sum())
+        ([], 3)
+        >>> table.recount(owner)[0]  # the top table's frame has an owner by now
+        (<Broken.FRAMES: 1>, 2)
         """
         tables = self.machine.arrays.ram.reshape(-1, 512)
         given: Any = owner
