@@ -49,7 +49,12 @@ _PLAIN = 1 << C.PLAIN_KIND
 
 
 def get_include() -> str:
-    """The folder of pgemu.h and pgemu_words.h, for a C compiler's -I."""
+    """The folder of pgemu.h and pgemu_words.h, for a C compiler's -I.
+
+    >>> import os
+    >>> sorted(os.listdir(get_include()))
+    ['pgemu.h', 'pgemu_shared.h', 'pgemu_words.h']
+    """
     return str(Path(__file__).parents[1] / "include")
 
 

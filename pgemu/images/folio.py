@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from pgemu.images.folio_operations import FolioOperations
 from pgemu.images.folio_problems import FolioProblem, check_order, folio_problem
 from pgemu.images.struct_page import (
     VMEMMAP_SIZE,
@@ -33,7 +34,6 @@ from pgemu.images.struct_page import (
     type_of,
 )
 from pgemu.images.vmemmap import VmemmapPage, vmemmap_pages
-from pgemu.machine.arguments import OfMachine
 from pgemu.machine.arrays import U64
 from pgemu.tables.walk import Kind, Memory, Step, leaf_address, walk
 from pgemu_kernels.formats.page_format import PageFormat, x86_64
@@ -45,7 +45,7 @@ from pgemu_kernels.formats.struct_page import (
     PageLayout,
     page_layout,
 )
-from pgemu_kernels.words.operations import ENOSPC, PAGE_4K, Flag, Operation
+from pgemu_kernels.words.operations import PAGE_4K, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
@@ -98,7 +98,7 @@ def struct_page(core: Core, pfn: int) -> U64:
     return core.words(_struct_page_address(core, core.host_format, root, vmemmap, pfn), 8).copy()
 
 
-class Folio(OfMachine):
+class Folio(FolioOperations):
     """The folio that holds a PFN, read through the kernel's page table. Made by Machine.folio(), or directly.
 
     memory: an Image, a Machine, or anything with their words(), load() and holds(). layout: page_layout(). root:
@@ -135,7 +135,7 @@ class Folio(OfMachine):
         self.machine = machine
         self.given = pfn
         self.pfn, self.fake = self._find_head(pfn)
-        self._order = self.order
+        self._order = self.order or (machine.config.page_order if machine is not None else 0)
 
     def __repr__(self) -> str:
         return f"Folio(pfn={self.pfn:#x}, order={self.order}, refcount={self.refcount}, type={self.type!r})"
@@ -152,6 +152,11 @@ class Folio(OfMachine):
         layout = page_layout(machine.config.kernel, machine.config.configuration)
         root, vmemmap = machine.register(W.R_KERNEL_ROOT), machine.register(W.R_VMEMMAP)
         return cls(machine.memory, pfn, layout, root, fmt=machine.host_format, vmemmap=vmemmap, machine=machine)
+
+    def _operate(self, op: Operation, length: int, flags: int = 0) -> Result:
+        if self.machine is None:
+            raise ValueError("a folio of an image: expected one of a machine")
+        return self.machine.operate(op, address=self.pfn << 12, length=length, flags=flags)
 
     # ------------------------------------------------------------------ words
 
@@ -194,7 +199,13 @@ class Folio(OfMachine):
         return offset // STRUCT_PAGE if 0 <= offset < PAGE_4K else index
 
     def page(self, index: int = 0) -> Page:
-        """Struct page `index` of the folio, decoded: as the one that it shows, where that is one of the first 64."""
+        """Struct page `index` of the folio, decoded: as the one that it shows, where that is one of the first 64.
+
+        >>> folio.page()
+        Page(pfn=0x100000, 'head', refcount=1, type='hugetlb')
+        >>> folio.page(1)
+        Page(pfn=0x100001, 'tail', order=9, refcount=0, type=None)
+        """
         return decode_page(
             self.words(index), self.pfn + index, self.layout, vmemmap=self.vmemmap_base, folio_type=self.type,
             index=self.shown(index),
@@ -440,61 +451,3 @@ class Folio(OfMachine):
         address = self.vmemmap_base + STRUCT_PAGE * self.pfn
         end = address + (STRUCT_PAGE << check_order(self.pfn, self.order))
         return list(vmemmap_pages(self.memory, self.format, self.root, address & -PAGE_4K, end))
-
-    # ------------------------------------------------------------------ operations of a machine's folio
-
-    def _operate(self, op: Operation, length: int, flags: int = 0) -> Result:
-        if self.machine is None:
-            raise ValueError("a folio of an image: expected one of a machine")
-        return self.machine.operate(op, address=self.pfn << 12, length=length, flags=flags)
-
-    def get(self, n: int = 1) -> Result:
-        """Take `n` references, as FOLL_GET does: refused (-ENOMEM) while the refcount is zero or negative."""
-        return self._operate(Operation.FOLIO_REFERENCE, n, Flag.SHARED)
-
-    def put(self, n: int = 1) -> Result:
-        """Drop `n` references; the last one frees the folio."""
-        return self._operate(Operation.FOLIO_REFERENCE, n, Flag.READ)
-
-    def pin(self, n: int = 1) -> Result:
-        """Pin `n` times, as FOLL_PIN does: 1024 references each of a small folio, a reference and a pin of a large."""
-        return self._operate(Operation.FOLIO_REFERENCE, n, Flag.WRITE | Flag.SHARED)
-
-    def unpin(self, n: int = 1) -> Result:
-        """Undo `n` pins."""
-        return self._operate(Operation.FOLIO_REFERENCE, n, Flag.WRITE | Flag.READ)
-
-    def freeze(self, expected: int) -> bool:
-        """Set the refcount to 0 if it is `expected`: folio_ref_freeze(). OSError ENOSPC past words.FROZEN folios."""
-        status = self._operate(Operation.FOLIO_FREEZE, expected).status
-        if status == -ENOSPC:
-            raise OSError(ENOSPC, "as many folios are frozen as the machine keeps count of")
-        return status == 1
-
-    def unfreeze(self, n: int) -> bool:
-        """Set the refcount of a frozen folio to `n`: folio_ref_unfreeze(). False if it was not frozen."""
-        return self._operate(Operation.FOLIO_FREEZE, n, Flag.READ).status == 1
-
-    def split(self) -> Result:
-        """Split it into 4K folios, in the way of the machine's `split_form`; its vmemmap is restored first."""
-        return self._operate(Operation.FOLIO_SPLIT, PAGE_4K << self.order)
-
-    def merge(self, order: int | None = None) -> Result:
-        """Make one folio of `order` again of the 4K folios from this one on.
-
-        order: if None, the order that it had when this Folio was made, or that of the machine's pool.
-        """
-        return self._operate(Operation.FOLIO_MERGE, PAGE_4K << self._order_to_merge(order))
-
-    def _order_to_merge(self, order: int | None) -> int:
-        if order is not None:
-            return order
-        return self._order or (self.machine.config.page_order if self.machine is not None else 0)
-
-    def optimize(self) -> Result:
-        """hugetlb_vmemmap_optimize_folio()."""
-        return self._operate(Operation.VMEMMAP_OPTIMIZE, PAGE_4K << self.order)
-
-    def restore(self) -> Result:
-        """hugetlb_vmemmap_restore_folio()."""
-        return self._operate(Operation.VMEMMAP_RESTORE, PAGE_4K << self.order)

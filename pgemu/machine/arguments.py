@@ -335,10 +335,18 @@ def guarded(function: Any, rules: Mapping[str, Rule] = MappingProxyType({}), *, 
                     named[name] = check(owner, named[name])
             return function(*given, **named)
         except MemoryError:
-            told = f"{function.__qualname__}({', '.join(map(shown, arguments[1:]))})"
+            told = f"{_called(function, arguments)}({', '.join(map(shown, arguments[1:]))})"
             raise OSError(ENOMEM, f"{told}: more than this computer can hold") from None
 
     return call
+
+
+def _called(function: Any, arguments: tuple[Any, ...]) -> str:
+    """A function's name; a method's with the class of what it was called on, not of the part that defines it."""
+    holder = arguments[0] if arguments else None
+    kind = holder if isinstance(holder, type) else type(holder)
+    is_method = "." in function.__qualname__ and hasattr(kind, function.__name__)
+    return f"{kind.__name__}.{function.__name__}" if is_method else str(function.__qualname__)
 
 
 @cache

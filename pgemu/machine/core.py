@@ -185,7 +185,11 @@ class Core(FrameContents, but=("operate", "begin", "fast_entry")):
         return kind(status, detail)
 
     def fast_entry(self) -> Any:
-        """The entry of default machines, which stops at the first operation that is for another one."""
+        """The entry of default machines, which stops at the first operation that is for another one.
+
+        >>> machine.fast_entry().__name__
+        'run'
+        """
         from pgemu_kernels.run.entries import run
 
         self._entry = run

@@ -14,8 +14,7 @@ from pgemu.machine.core import run_one
 from pgemu.machine.field_rules import number_of
 from pgemu.machine.results import Result, Results, errno_name
 from pgemu.machine.rows import next_row
-from pgemu.objects.advice import Advice
-from pgemu.objects.guest_memfd import GuestMemfd
+from pgemu.objects.mappings import Mappings
 from pgemu.tables.translating import translator
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS, HOST_X86_64, LARGE, PRESENT
@@ -23,7 +22,6 @@ from pgemu_kernels.words.operations import Flag, Operation
 
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
-    from pgemu.objects.files import Device, GuestMemfd4K, HugetlbFile, ShmemFile
     from pgemu.tables.translation import Access, Kind, Translation
     from pgemu.tables.walked import Walk
 
@@ -45,16 +43,7 @@ class TablePages(NamedTuple):
         return 4 * sum(self)
 
 
-PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
-_READ_WRITE = PROT_READ | PROT_WRITE
 _NO_PROCESS = 0xFFFF
-_MOST_BYTES = (1 << 63) - W.PAGE_1G  # of a file, rounded up: include/linux/fs.h:MAX_LFS_FILESIZE
-_PROTECTIONS = {PROT_READ: Flag.READ, PROT_WRITE: Flag.WRITE, PROT_EXEC: Flag.EXEC}
-
-
-def _protection(prot: int) -> int:
-    """Flags of a record for PROT_* bits."""
-    return sum(flag for bit, flag in _PROTECTIONS.items() if prot & bit)
 
 
 def _pin_flags(write: bool, longterm: bool) -> int:
@@ -64,7 +53,7 @@ def _pin_flags(write: bool, longterm: bool) -> int:
 
 @guards_creation(space=number_of("a process", W.SPACES))
 @dataclass(frozen=True)
-class AddressSpace(Advice, but=("touch", "translate")):
+class AddressSpace(Mappings, but=("touch", "translate")):
     """A process: its page tables and its mappings.
 
     Addresses and lengths are bytes; `prot` is a sum of PROT_READ, PROT_WRITE and PROT_EXEC. Mappings go where they are
@@ -144,8 +133,12 @@ class AddressSpace(Advice, but=("touch", "translate")):
             return 0
         return int(self.machine.arrays.state[int(W.STATE_SPACES) + self.space * W.S_WORDS + int(name)])
 
-    def _operate(self, op: Operation, address: int = 0, length: int = 0, flags: int = 0) -> Result:
-        return self.machine.operate(op, flags=flags, space=self.number, address=address, length=length)
+    def _operate(
+        self, op: Operation, address: int = 0, length: int = 0, flags: int = 0, *, object_: int = 0, offset: int = 0
+    ) -> Result:
+        return self.machine.operate(
+            op, flags=flags, space=self.number, object_=object_, address=address, offset=offset, length=length
+        )
 
     @property
     def root(self) -> int:
@@ -180,215 +173,6 @@ class AddressSpace(Advice, but=("touch", "translate")):
             counts.append(len(tables))
         return TablePages(*counts)
 
-    # ------------------------------------------------------------------ mappings
-
-    def _mmap(
-        self, inode: int, address: int, offset: int, length: int, prot: int, *,
-        shared: bool, populate: bool, locked: bool, noreserve: bool,
-    ) -> Result:  # fmt: skip
-        flags = _protection(prot) | (Flag.SHARED if shared else Flag.PRIVATE)
-        flags |= Flag.POPULATE if populate else 0
-        flags |= (Flag.LOCKED if locked else 0) | (Flag.NORESERVE if noreserve else 0)
-        self.machine.arrays.state[W.R_ORDINARY] = 1
-        return self.machine.operate(
-            Operation.MMAP, flags=flags, space=self.number, object_=inode, address=address, offset=offset, length=length
-        )
-
-    def mmap_anonymous(
-        self, address: int, length: int, prot: int = _READ_WRITE, *,
-        shared: bool = False, populate: bool = False, locked: bool = False, noreserve: bool = False,
-    ) -> Result:  # fmt: skip
-        """mmap(MAP_PRIVATE | MAP_ANONYMOUS), whose faults get huge pages by Config.thp. mm/mmap.c:do_mmap().
-
-        shared: MAP_SHARED, which maps a file of shmem of its own; OSError ENOSPC past words.INODES.
-
-        0; -EINVAL for an unaligned address or no length, -EEXIST over another mapping, -ENOMEM beyond
-        2^47 - 4096 or past words.VMAS mappings. populate, locked: MAP_POPULATE, MAP_LOCKED, whose faults may
-        fail unseen.
-
-        >>> process.mmap_anonymous(0x100_0000, 8192, populate=True).name, process.touch(0x100_1000).name
-        ('ok', 'present')
-        """
-        options = {"populate": populate, "locked": locked, "noreserve": noreserve}
-        if not shared or not 0 < length <= _MOST_BYTES:
-            return self._mmap(int(W.NO_INODE), address, 0, length, prot, shared=False, **options)
-        from pgemu.objects.files import ShmemFile
-
-        own = ShmemFile.create(self.machine, -(-length // W.PAGE_4K) * W.PAGE_4K)
-        result = self._mmap(own.inode, address, 0, length, prot, shared=True, **options)
-        own.close()
-        return result
-
-    def mmap_hugetlb(
-        self, address: int, length: int | None = None, prot: int = _READ_WRITE, *, file: HugetlbFile | None = None,
-        page_size: int = W.PAGE_2M, offset: int = 0, shared: bool = True,
-        populate: bool = False, locked: bool = False, noreserve: bool = False,
-    ) -> Result:  # fmt: skip
-        """Map a hugetlbfs file, or without one MAP_ANONYMOUS | MAP_HUGETLB memory of `page_size`.
-
-        The length is rounded up to huge pages; None is the rest of the file. 0; -EINVAL for an address or offset
-        that is not aligned to them, -EEXIST, -ENOMEM where the pool cannot reserve the pages (not asked with
-        noreserve). mm/mmap.c:ksys_mmap_pgoff(), fs/hugetlbfs/inode.c:hugetlbfs_file_mmap(),
-        mm/hugetlb.c:hugetlb_reserve_pages().
-
-        >>> process.mmap_hugetlb(0x6000_0000, 2 << 20).name, process.touch(0x6000_0000, write=True).name
-        ('ok', 'VM_FAULT_NOPAGE')
-        """
-        if file is None:
-            if length is None:
-                raise ValueError("length None and file None: expected one of them")
-            rounded = -(-length // page_size) * page_size
-            if not 0 < rounded <= _MOST_BYTES:  # there is no such file, and nothing is mapped
-                none = int(W.NO_INODE)
-                rounded %= 1 << 64
-                return self._mmap(
-                    none, address, 0, rounded, prot, shared=shared, populate=False, locked=False, noreserve=False
-                )
-            from pgemu.objects.files import HugetlbFile
-
-            own = HugetlbFile.create(self.machine, rounded, page_size)
-            offset = 0
-        else:
-            own = file
-            rounded = max(file.size - offset, 0) if length is None else length
-        options = {"shared": shared, "populate": populate, "locked": locked, "noreserve": noreserve}
-        result = self._mmap(own.number, address, offset, rounded, prot, **options)
-        if file is None:
-            own.close()
-        return result
-
-    def mmap_device(
-        self,
-        device: Device,
-        address: int,
-        length: int | None = None,
-        prot: int = _READ_WRITE,
-        *,
-        offset: int = 0,
-    ) -> Result:
-        """Map device memory shared, as VM_PFNMAP; everything at once or page by page is the device's choice.
-
-        0, -EINVAL beyond its end, -EEXIST, -ENOMEM. mm/memory.c:remap_pfn_range(), vmf_insert_pfn();
-        mm/huge_memory.c:vmf_insert_pfn_pmd(), vmf_insert_pfn_pud(). Private device mappings are not modelled.
-
-        >>> process.mmap_device(machine.create_device(0x1000, 4), 0x200_0000).name, process.touch(0x200_0000).name
-        ('ok', 'VM_FAULT_NOPAGE')
-        """
-        size = max(device.size - offset, 0) if length is None else length
-        return self._mmap(
-            device.number, address, offset, size, prot, shared=True, populate=False, locked=False, noreserve=False
-        )
-
-    def mmap(
-        self,
-        gmem: GuestMemfd | GuestMemfd4K | ShmemFile,
-        address: int,
-        *,
-        offset: int = 0,
-        length: int | None = None,
-        read_only: bool = False,
-        populate: bool = False,
-        locked: bool = False,
-        private: bool = False,
-        counted: bool = False,
-    ) -> Result:
-        """mmap(MAP_SHARED) of a guest_memfd, or a memfd, at a fixed address.
-
-        0, -EEXIST, -EINVAL, -EBADF, -ENODEV without its flag.
-
-        populate, locked: MAP_POPULATE, MAP_LOCKED, which do nothing to VM_PFNMAP. private: MAP_PRIVATE, which
-        guest_memfd refuses (-EINVAL).
-        counted: map it as merged, by entries that its folios count, also where the design would be VM_PFNMAP: both
-        kinds of mapping of one file were captured side by side (the parameter kvm.gmem_pfnmap decided at mmap).
-
-        >>> process.mmap(gmem, 0x5000_0000, offset=0x1000, length=0x1000).name
-        'ok'
-        """
-        size = gmem.size - offset if length is None else length
-        if isinstance(gmem, GuestMemfd):
-            return self.machine.operate(
-                Operation.MMAP,
-                flags=(Flag.READ_ONLY if read_only else 0)
-                | (Flag.PRIVATE if private else 0)
-                | (Flag.COUNTED if counted else 0)
-                | (Flag.POPULATE if populate else 0)
-                | (Flag.LOCKED if locked else 0),
-                space=self.number,
-                object_=gmem.inode,
-                address=address,
-                offset=offset,
-                length=size,
-            )
-        prot = PROT_READ if read_only else PROT_READ | PROT_WRITE
-        return self._mmap(
-            gmem.number,
-            address,
-            offset,
-            size,
-            prot,
-            shared=not private,
-            populate=populate,
-            locked=locked,
-            noreserve=False,
-        )
-
-    def munmap(self, address: int, length: int) -> Result:
-        """munmap(): 0, -EINVAL (also for a cut through a HugeTLB page), -ENOMEM for one mapping too many.
-
-        Tables that no mapping needs any more are freed. mm/vma.c:do_vmi_munmap().
-
-        >>> process.munmap(0x80_0000, 4096).name, process.touch(0x80_0000).name
-        ('ok', 'VM_FAULT_SIGSEGV')
-        """
-        return self._operate(Operation.MUNMAP, address, length)
-
-    def protect(self, address: int, length: int, prot: int) -> Result:
-        """mprotect(): 0, -EINVAL, -ENOMEM at the first hole, after what lies before it was changed. mm/mprotect.c
-
-        -EACCES for PROT_EXEC of a guest_memfd of the two designs.
-
-        >>> process.protect(0x80_0000, 4096, 1).name, process.touch(0x80_0000, write=True).name
-        ('ok', 'VM_FAULT_SIGSEGV')
-        """
-        return self._operate(Operation.PROTECT, address, length, _protection(prot))
-
-    def mlock(self, address: int, length: int, *, on_fault: bool = False) -> Result:
-        """mlock(), with `on_fault` mlock2(MLOCK_ONFAULT): 0, -EAGAIN, -ENOMEM over a hole or where no page can be had.
-
-        VM_PFNMAP and HugeTLB mappings are accepted and left as they are. mm/mlock.c:mlock_fixup()
-
-        >>> process.mlock(0x80_0000, 16384).name, process.touch(0x80_3000).name
-        ('ok', 'present')
-        """
-        return self._operate(Operation.LOCK, address, length, Flag.LOCKED | (0 if on_fault else Flag.POPULATE))
-
-    def munlock(self, address: int, length: int) -> Result:
-        """munlock(): 0 or -ENOMEM over a hole. mm/mlock.c
-
-        >>> process.mlock(0x80_0000, 4096).name, process.munlock(0x80_0000, 4096).name
-        ('ok', 'ok')
-        """
-        return self._operate(Operation.LOCK, address, length)
-
-    def remap(self, address: int, length: int, new_length: int, new_address: int = 0) -> Result:
-        """mremap(): in place, or with MREMAP_FIXED to `new_address`, where what is mapped goes.
-
-        0, -EINVAL, -EFAULT (also for VM_PFNMAP that would grow), -ENOMEM; -EOPNOTSUPP for HugeTLB memory, which is not
-        modelled. Length 0 maps shared memory once more. Since 6.17 one call moves every mapping of a range. Tables move
-        whole where old and new place are aligned alike. ValueError beyond 16 TiB. mm/mremap.c:move_page_tables()
-
-        >>> process.remap(0x80_0000, 4096, 4096, 0xC0_0000).name, process.touch(0xC0_0000).name
-        ('ok', 'present')
-        """
-        return self.machine.operate(
-            Operation.REMAP,
-            space=self.number,
-            address=address,
-            length=length,
-            object_=-(-new_length // W.PAGE_4K),
-            offset=new_address,
-        )
-
     def read_smaps(self) -> Result:
         """What reading /proc/PID/smaps does: 1G entries of PFN mappings are dropped, as captured. fs/proc/task_mmu.c
 
@@ -403,6 +187,12 @@ class AddressSpace(Advice, but=("touch", "translate")):
 
         OSError: EAGAIN past words.SPACES processes, ENOMEM, EINVAL once it has ended. kernel/fork.c:dup_mmap(),
         mm/memory.c:copy_page_range()
+
+        >>> child = process.fork()
+        >>> child.touch(0x80_0000).name, child.touch(0x80_0000, write=True).name  # a write copies the page
+        ('present', 'VM_FAULT_NOPAGE')
+        >>> child.translate([0x80_0000]).physical == process.translate([0x80_0000]).physical
+        array([False])
         """
         result = self._operate(Operation.FORK)
         if result.status:
@@ -411,15 +201,29 @@ class AddressSpace(Advice, but=("touch", "translate")):
         return AddressSpace(self.machine, result.detail)
 
     def exit(self) -> Result:
-        """The process ends: its mappings, its tables. 0. mm/mmap.c:exit_mmap()"""
+        """The process ends: its mappings, its tables. 0. mm/mmap.c:exit_mmap()
+
+        >>> process.exit().name, process.ended, process.touch(0x80_0000).name
+        ('ok', True, 'VM_FAULT_SIGSEGV')
+        """
         return self._operate(Operation.EXIT)
 
     def zap(self, address: int, length: int, *, madvise: bool = False) -> Result:
-        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL)."""
+        """Clear the entries of a range; with `madvise` as MADV_DONTNEED, which VM_PFNMAP refuses (-EINVAL).
+
+        >>> process.rss, process.zap(0x80_0000, 4096).name, process.rss
+        (3, 'ok', 2)
+        >>> process.zap(0x70_0000, 4096, madvise=True).name  # nothing is mapped there
+        '-ENOMEM'
+        """
         return self._operate(Operation.ZAP, address, length, Flag.MADVISE if madvise else 0)
 
     def zap_many(self, addresses: Integers, length: int = W.PAGE_4K) -> Results:
-        """Zap `length` bytes at each of `addresses` (uint64[n]), in order."""
+        """Zap `length` bytes at each of `addresses` (uint64[n]), in order.
+
+        >>> process.zap_many([0x80_0000, 0x80_1000]).outcomes, process.rss
+        ({'ok': 2}, 1)
+        """
         header = np.uint64(Operation.ZAP | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, 0, length, count=len(addresses))
 
@@ -431,6 +235,13 @@ class AddressSpace(Advice, but=("touch", "translate")):
         VM_FAULT_NOPAGE or _LOCKED after a fault that succeeded; VM_FAULT_SIGSEGV (once it ended, too), SIGBUS, OOM.
         The processor sets the accessed and, on a write, the dirty bit. (Anonymous and HugeTLB faults return 0 in
         Linux; here 0 stands for "no fault".) mm/memory.c:handle_mm_fault(), mm/hugetlb.c:hugetlb_fault()
+
+        >>> process.touch(0x80_2000), process.touch(0x80_2000)  # the zero page, by a leaf of level 1
+        (Result(status=VM_FAULT_NOPAGE, detail=1), Result(status=0, detail=1))
+        >>> process.touch(0x80_2000, write=True).name  # a page of its own
+        'VM_FAULT_NOPAGE'
+        >>> process.touch(0x70_0000).name  # nothing is mapped there
+        'VM_FAULT_SIGSEGV'
         """
         if type(address) is not int or address >> 64 or type(write) is not bool or type(execute) is not bool:
             given = {"address": address, "write": write, "execute": execute}
@@ -439,7 +250,11 @@ class AddressSpace(Advice, but=("touch", "translate")):
         return run_one(self.machine, _HOST_FAULT, flags, 0, 0, self.number, 0, address, 0, 0)
 
     def touch_many(self, addresses: Integers, *, write: bool = False, execute: bool = False) -> Results:
-        """Access the bytes at `addresses` (uint64[n]), in order."""
+        """Access the bytes at `addresses` (uint64[n]), in order.
+
+        >>> process.touch_many(range(0x80_0000, 0x80_4000, 4096)).names
+        ['present', 'present', 'VM_FAULT_NOPAGE', 'VM_FAULT_NOPAGE']
+        """
         flags = (Flag.WRITE if write else 0) | (Flag.EXEC if execute else 0)
         header = np.uint64(Operation.HOST_FAULT | flags << 8 | self.number << 48)
         return self.machine.run_columns(header, 0, addresses, count=len(addresses))
@@ -456,6 +271,11 @@ class AddressSpace(Advice, but=("touch", "translate")):
         the page is private; -EINVAL for what is not aligned, empty or a number past words.PINS; -EEXIST for a number
         in use; -ENOMEM; -EAGAIN where Linux would wait for a lock. Absent pages are faulted in, shared ones
         copied; a pin outlives the mapping. longterm: FOLL_LONGTERM, for which the zero page is replaced. mm/gup.c
+
+        >>> process.pin(0x4000_0000, 8192, pin=1).detail
+        2
+        >>> gmem.convert(0, 4096, shared=False).name, machine.unpin(1).name, gmem.convert(0, 4096, shared=False).name
+        ('-EAGAIN', 'ok', 'ok')
         """
         flags = _pin_flags(write, longterm)
         return self.machine.operate(
@@ -471,14 +291,26 @@ class AddressSpace(Advice, but=("touch", "translate")):
         write: bool = False,
         longterm: bool = False,
     ) -> Results:
-        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order."""
+        """Pin `length` bytes at each of `addresses` (uint64[n]) as number `pins` (uint64[n]), in order.
+
+        >>> process.pin_many([0x4000_0000, 0x4000_1000, 0x70_0000], pins=[1, 2, 3]).names
+        ['ok', 'ok', '-EFAULT']
+        >>> machine.pinned_frames(2).tolist() == [gmem.pfn(0x1000)]
+        True
+        """
         if len(pins) not in (1, len(addresses)):
             raise ValueError(f"pins of {len(pins)} elements: expected {len(addresses)} or 1, as of addresses")
         header = np.uint64(Operation.PIN | _pin_flags(write, longterm) << 8 | self.number << 48)
         return self.machine.run_columns(header, pins, addresses, 0, length, count=len(addresses))
 
     def walk(self, address: int) -> Walk:
-        """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended."""
+        """[(level, entry address, entry)] of a virtual address. ValueError once the process has ended.
+
+        >>> [level for level, address, entry in process.walk(0x80_0000)]
+        [4, 3, 2, 1]
+        >>> process.walk(1 << 46)
+        [(4, 0x8400, 0x0) absent]
+        """
         from pgemu.tables.walk import walk_page
 
         self._check_alive()
@@ -490,6 +322,11 @@ class AddressSpace(Advice, but=("touch", "translate")):
         """Translate virtual addresses (uint64[n]) through the tables as they are; see pgemu.translate.
 
         ValueError once the process has ended.
+
+        >>> process.translate([0x4000_0123, 0x80_F000])
+        Translation(2: 1 OK, 1 NOT_PRESENT; physical=[0x100000123 0x0])
+        >>> process.translate([0x4000_0123], Kind.USER_FETCH).error.tolist()  # present, from user mode, a fetch
+        [21]
         """
         column = as_column(addresses)
         if column is None or kinds is not None or access is not None:

@@ -16,7 +16,9 @@ __all__ = ("Advice",)
 class Advice(OfMachine):
     """The advice of madvise(), of whatever has memory: a process."""
 
-    def _operate(self, op: Operation, address: int = 0, length: int = 0, flags: int = 0) -> Result:
+    def _operate(
+        self, op: Operation, address: int = 0, length: int = 0, flags: int = 0, *, object_: int = 0, offset: int = 0
+    ) -> Result:
         raise NotImplementedError
 
     def madvise_dontneed(self, address: int, length: int, *, locked: bool = False) -> Result:

@@ -109,6 +109,12 @@ class SharedMachine(OfMachine):
 
     The machine is used as before, and goes on after close(): only the name is gone, for new readers. A process that is
     forked writes to the same memory, not to a copy.
+
+    >>> import os
+    >>> machine = Machine(Config("pfnmap", pool=2 << 20, page_size=2 << 20))
+    >>> shared = machine.share(f"pgemu-{os.getpid()}", replace=True, reserve=False)
+    >>> os.path.getsize(f"/dev/shm{shared.name}") == shared.size
+    True
     """
 
     machine: Core
@@ -148,6 +154,13 @@ class SharedMachine(OfMachine):
         """Tell readers that what is done inside belongs together: the sequence is odd meanwhile, and 2 more after it.
 
         ValueError within another one.
+
+        >>> table = machine.create_page_table("ept")
+        >>> with shared.edit():
+        ...     table.map(0x1000, 0x8000).name, table.map(0x2000, 0x9000).name, shared.sequence % 2
+        ('ok', 'ok', 1)
+        >>> shared.sequence % 2
+        0
         """
         header = self._segment.header
         if int(header[_SEQUENCE]) & 1:
@@ -159,7 +172,12 @@ class SharedMachine(OfMachine):
             header[_SEQUENCE] += np.uint64(1)
 
     def close(self) -> None:
-        """Take the name away (shm_unlink()): whoever has it open keeps it, nobody opens it any more."""
+        """Take the name away (shm_unlink()): whoever has it open keeps it, nobody opens it any more.
+
+        >>> shared.close()
+        >>> shared.closed, os.path.exists(f"/dev/shm{shared.name}"), machine.work().name
+        (True, False, 'ok')
+        """
         self._segment.close()
 
     def __enter__(self) -> SharedMachine:
@@ -190,6 +208,13 @@ class Shareable(Core):
         the process exits; that of a process that is killed stays.
         FileExistsError where the name exists, OSError ENOSPC where there is no room, ValueError for another name or
         a machine that is shared already.
+
+        >>> import os
+        >>> with machine.share(f"example-{os.getpid()}", reserve=False) as shared:
+        ...     os.path.exists(f"/dev/shm{shared.name}")
+        True
+        >>> shared.closed, os.path.exists(f"/dev/shm{shared.name}"), vm.touch(0x1234).name
+        (True, False, 'RET_PF_SPURIOUS')
         """
         return _share(self, name, replace, reserve)
 

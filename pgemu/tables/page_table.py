@@ -22,17 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pgemu.machine.arguments import plain
-from pgemu.machine.arrays import U8, U64, Integers
-from pgemu.machine.columns import as_column
-from pgemu.machine.field_rules import shown
+from pgemu.machine.arrays import U64, Integers
 from pgemu.machine.short import html_table
 from pgemu.tables.edits import EditResult as EditResult, EditResults as EditResults, log_words, size_of
 from pgemu.tables.flush import Flush
 from pgemu.tables.formats import add_formats, format_of
-from pgemu.tables.known_root import KnownRoot
-from pgemu.tables.translating import translator
-from pgemu.tables.walked import Walk, walked
+from pgemu.tables.reading import Reading
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FlushRule, PageFormat, UnmapRule
 from pgemu_kernels.words.operations import PAGE_4K
@@ -40,7 +35,6 @@ from pgemu_kernels.words.table_words import Edit
 
 if TYPE_CHECKING:
     from pgemu.machine.core import Core
-    from pgemu.tables.translation import Access, Kind, Translation
 
 Array = np.ndarray[Any, Any]
 Partial = Literal["split", "whole"]
@@ -51,7 +45,7 @@ _REPLACE, _EXACT = int(W.EDIT_REPLACE), int(W.EDIT_EXACT)
 _NO_ADDRESS = np.zeros(1, np.uint64)
 
 
-class PageTable(KnownRoot, but=("translate",)):
+class PageTable(Reading):
     """One tree of tables. Made by Machine.create_page_table().
 
     A `log` argument is a uint64 array of shape (n, 3), C order: kind (words.LogKind) | level << 8, address, value;
@@ -67,8 +61,6 @@ class PageTable(KnownRoot, but=("translate",)):
     EditResult(status=0, detail=2, flush=None, records=0)
     """
 
-    machine: Core
-
     def __init__(self, machine: Core, fmt: PageFormat) -> None:
         self.machine = machine
         self._request = np.zeros(W.E_WORDS, np.uint64)
@@ -80,21 +72,6 @@ class PageTable(KnownRoot, but=("translate",)):
         self._root = int(self._request[W.E_ROOT])
         machine.tables_made.append(self)
         machine._tell_of_tables()
-
-    @property
-    def root(self) -> int:
-        """Physical address of the (first) top table; 0 once it is destroyed. Of a domain that grows it changes."""
-        return self._root
-
-    @property
-    def row(self) -> int:
-        """Row of its format among the machine's formats."""
-        return self._row
-
-    @property
-    def format(self) -> PageFormat:
-        """What its entries look like, and how many levels there are."""
-        return self._formats[self._row]
 
     def __repr__(self) -> str:
         return f"PageTable({self.format.name!r}, root={self.root:#x})"
@@ -327,7 +304,11 @@ class PageTable(KnownRoot, but=("translate",)):
         return self._one(Edit.COLLAPSE, address, 0, size_of(level), level, log=log)
 
     def collapse_many(self, addresses: Integers, *, level: int = 2, log: U64 | None = None) -> EditResults:
-        """collapse() at each of `addresses` (uint64[n])."""
+        """collapse() at each of `addresses` (uint64[n]).
+
+        >>> table.split(0x4000_0000, 4 << 20).detail, table.collapse_many([0x4000_0000, 0x4020_0000]).detail.tolist()
+        (2, [1, 1])
+        """
         return self._run(Edit.COLLAPSE, addresses, _NO_ADDRESS, size_of(level), level, log=log)
 
     # ------------------------------------------------------------------ entries
@@ -337,90 +318,15 @@ class PageTable(KnownRoot, but=("translate",)):
 
         -ENOENT without a table of that level, -EBUSY over a table, -EINVAL for an entry that points to a table, and
         for a change of a valid entry that Arm allows only through an invalid one and a flush (break-before-make).
+
+        >>> hex(table.store(0x4000_0000, 0, level=2).detail), table.walk(0x4000_0000)[-1].entry
+        ('0x800008e7', 0)
+        >>> table.store(0x4000_0000, 0).name  # there is no table of 4K entries
+        '-ENOENT'
         """
         return self._one(Edit.STORE, address & -PAGE_4K, 0, PAGE_4K, level, entry, log=log)
 
-    def walk(self, address: int) -> Walk:
-        """[(level, entry address, entry)] from the top table to a leaf or to what is not present.
-
-        ValueError for an address beyond the input addresses.
-        """
-        fmt = self.format
-        self._check_root()
-        sign = 1 if fmt.sign_extended else 0
-        high = address >> fmt.input_bits - sign
-        if high != 0 and (not sign or high != (1 << 65 - fmt.input_bits) - 1):
-            canonical = "a canonical one" if sign else "one"
-            raise ValueError(f"address {address:#x}: expected {canonical} of {fmt.input_bits} bits")
-        address &= (1 << fmt.input_bits) - 1
-        ram = self.machine.arrays.ram
-        at = self.root + (address >> 3 + 9 * fmt.levels) * 8
-        steps = []
-        for level in range(fmt.levels, 0, -1):
-            entry = int(ram[at // 8])
-            steps.append((level, at, entry))
-            leaf = level <= fmt.largest_leaf and fmt.has_leaf_form(level, entry)
-            if level == 1 or not entry & fmt.present or leaf:
-                break
-            at = (entry & fmt.address) + (address >> 3 + 9 * (level - 1) & 511) * 8
-        return walked(steps, fmt)
-
-    def translate(
-        self,
-        addresses: Integers,
-        kinds: Kind | Integers | None = None,
-        access: Access | None = None,
-        *,
-        references: bool = False,
-    ) -> Translation:
-        """Translate addresses (uint64[n]) in order; see pgemu.tables.translation.translate."""
-        column = as_column(addresses)
-        if column is None or kinds is not None or access is not None or type(references) is not bool:
-            given = {"addresses": addresses, "kinds": kinds, "access": access, "references": references}
-            column, kinds, access, references = plain(PageTable.translate, self, **given)
-        self._check_root()
-        return translator()(self.machine, self._row, np.uint64(self._root), column, kinds, access, references)
-
-    def table_pages(self) -> dict[int, U64]:
-        """Physical addresses of the table pages by level of their entries, read off the tree: uint64[n] each."""
-        fmt = self.format
-        self._check_root()
-        tables = self.machine.arrays.ram.reshape(-1, 512)
-        pages = np.uint64(self.root) + np.arange(fmt.root_tables, dtype=np.uint64) * np.uint64(PAGE_4K)
-        found = {fmt.levels: pages}
-        for level in range(fmt.levels, 1, -1):
-            entries = tables[(pages >> np.uint64(12)).astype(np.int64)].reshape(-1)
-            below = entries & np.uint64(fmt.present) != 0
-            if level <= fmt.largest_leaf:
-                below &= ~fmt.have_leaf_form(level, entries)
-            pages = entries[below] & np.uint64(fmt.address)
-            found[level - 1] = pages
-        return found
-
-    def recount(self, owner: U8) -> list[tuple[W.Broken, int]]:
-        """Mark the frames of the tables in `owner` (uint8, one per frame): what is wrong, with the frame.
-
-        A frame that has an owner already, and a table whose kept count is not that of its present entries.
-        """
-        tables = self.machine.arrays.ram.reshape(-1, 512)
-        given: Any = owner
-        if not isinstance(given, np.ndarray) or given.dtype != np.uint8 or given.shape != tables.shape[:1]:
-            raise TypeError(f"owner {shown(owner)} ({type(given).__name__}): expected uint8[{len(tables)}]")
-        found = []
-        for pages in self.table_pages().values():
-            frames = (pages >> np.uint64(12)).astype(np.int64)
-            present = np.count_nonzero(tables[frames] & np.uint64(self.format.present), axis=1)
-            wrong = frames[present != self.machine.arrays.counts[frames]]
-            found += [(W.Broken.COUNTS, int(frame)) for frame in wrong]
-            np.add.at(owner, frames, 1)
-            found += [(W.Broken.FRAMES, int(frame)) for frame in np.unique(frames[owner[frames] > 1])]
-        return found
-
     # ------------------------------------------------------------------ calling the kernel
-
-    def _check_root(self) -> None:
-        if self.root == 0:
-            raise ValueError("the page table was destroyed: expected one that was not")
 
     def _bits(self, attributes: int | None) -> int:
         return self.format.leaf[0] if attributes is None else attributes

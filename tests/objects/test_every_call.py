@@ -290,6 +290,14 @@ def test_what_no_computer_holds_is_one_error() -> None:
         assert told.value.errno == W.ENOMEM
 
 
+def test_what_no_computer_holds_is_told_by_the_name_of_the_public_class() -> None:
+    """Not by that of the part of it in which the method is defined."""
+    with pytest.raises(OSError, match=r"Machine\.run_columns\(1\): more than"):
+        OTHER.run_columns(1, count=1 << 63)
+    with pytest.raises(OSError, match=r"Folio\.merge\(1099511627776\): more than"):
+        OTHER.folio(OTHER.hugetlb().free_list()[0]).merge(1 << 40)
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_the_largest_mapping_is_looked_through_by_its_tables(design: Any) -> None:
     """Of 64 TiB mapped there are four table pages."""

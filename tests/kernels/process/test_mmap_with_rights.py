@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pgemu.objects.address_space import PROT_READ, PROT_WRITE, AddressSpace
+from pgemu.objects.address_space import AddressSpace
 from pgemu.objects.machine import Config, Machine
+from pgemu.objects.mappings import PROT_READ, PROT_WRITE
 from pgemu_kernels import words as W
 
 M2, PAGE, VA = W.PAGE_2M, W.PAGE_4K, 0x4000_0000
