@@ -18,6 +18,7 @@ from pgemu_kernels.folios.folio import (
     PG_HEAD,
     add_references,
     folio_order,
+    folio_test_large,
     is_huge_page,
     reference_count,
     struct_page,
@@ -35,6 +36,7 @@ from pgemu_kernels.words.registers import (
     R_BLOCK_ROWS,
     R_BLOCKS,
     R_EXTRA_REFERENCES,
+    R_FROZEN,
     R_INODES,
     R_ORDER,
     R_POOL_BASE,
@@ -48,6 +50,7 @@ from pgemu_kernels.words.rows import (
     B_WORDS,
     BLOCK_ABSENT,
     BLOCK_ZOMBIE,
+    GUP_PIN_COUNTING_BIAS,
     I_KIND,
     I_OPEN,
     I_PAGES,
@@ -59,6 +62,11 @@ from pgemu_kernels.words.rows import (
     O_DETAIL,
     O_OBJECT,
     O_OFFSET,
+    STATE_FROZEN,
+    Z_PFN,
+    Z_PINS,
+    Z_REFERENCES,
+    Z_WORDS,
 )
 
 U = np.uint64
@@ -158,8 +166,33 @@ def transient(m, pfn):
 
 
 @kernel
+def outsiders_row(state, pfn):
+    """Row of what outsiders froze or pinned of the folio whose first frame is `pfn`, or NONE."""
+    for i in range(state[R_FROZEN]):
+        row = STATE_FROZEN + i * U(Z_WORDS)
+        if state[row + Z_PFN] == pfn and (state[row + Z_REFERENCES] | state[row + Z_PINS]) != U0:
+            return row
+    return NONE
+
+
+@kernel
+def outsiders_pins(m, pfn, page):
+    """(How often outsiders pinned a folio, how many of its transient references that is)."""
+    row = outsiders_row(m.state, pfn)
+    pins = U0 if row == NONE else m.state[row + Z_PINS]
+    return pins, pins if folio_test_large(m.ram, page) else pins * GUP_PIN_COUNTING_BIAS
+
+
+@kernel
+def may_put(m, pfn, page, n):
+    """Whether outsiders hold `n` references of a folio beside those of their pins. Of a frozen one nobody does."""
+    _, pinned = outsiders_pins(m, pfn, page)
+    return transient(m, pfn) >= pinned + n and reference_count(m.ram, page) >= n
+
+
+@kernel
 def note_transient(m, pfn, n):
-    """Note `n` (uint64, two's complement to take away) transient references on a folio.
+    """Note `n` (uint64, two's complement to take away) transient references on a folio of the zone.
 
     Linux notes nothing; here it keeps whoever drops one from dropping what a pin, an LRU batch or a fault holds.
     """
@@ -201,7 +234,8 @@ def put(m, op):
             return stop(state, op, -ENOENT)
         pfn += index & ((U1 << state[R_ORDER]) - U1)
     head = folio_head(m, pfn)
-    if transient(m, head) == U0:
+    page = struct_page(m, head)
+    if not may_put(m, head, page, U1) or not is_designs(m, head, page):
         return stop(state, op, -ENOENT)
     note_transient(m, head, ~U0)
     drop(m, head, U1)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U12, U32
+from pgemu_kernels.engine.bits import NONE, U0, U1, U12, U32
 from pgemu_kernels.engine.charge import charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
-from pgemu_kernels.engine.rows import free_row, stop
+from pgemu_kernels.engine.rows import stop
 from pgemu_kernels.folios.counts import (
     GUP_PIN_COUNTING_BIAS,
-    expected_count,
     folio_test_large,
     freeze,
-    pin_count,
     put_refs,
     try_grab,
     try_pin,
@@ -26,7 +24,15 @@ from pgemu_kernels.folios.hstate import in_zone
 from pgemu_kernels.folios.huge_pages import give_back_huge
 from pgemu_kernels.folios.hugetlb import head_of
 from pgemu_kernels.folios.page_allocator import is_block_free
-from pgemu_kernels.gmem.references import is_designs, last_reference, note_transient, transient
+from pgemu_kernels.gmem.references import (
+    is_designs,
+    last_reference,
+    may_put,
+    note_transient,
+    outsiders_pins,
+    outsiders_row,
+    transient,
+)
 from pgemu_kernels.words.enum_words import EVENT_REFERENCE_CHANGED, FLAG_READ, FLAG_WRITE
 from pgemu_kernels.words.operations import EINVAL, ENOMEM, ENOSPC
 from pgemu_kernels.words.registers import R_FROZEN
@@ -38,6 +44,7 @@ from pgemu_kernels.words.rows import (
     O_LENGTH,
     STATE_FROZEN,
     Z_PFN,
+    Z_PINS,
     Z_REFERENCES,
     Z_WORDS,
 )
@@ -67,13 +74,23 @@ def is_free(m, head):
 
 
 @kernel
-def may_drop(m, head, page, n, ours):
-    """Whether `n` references are there to drop: of the designs' folios transient ones, of others those that neither
-    caches nor mappings hold.
-    """
-    if ours:
-        return transient(m, head) >= n
-    return reference_count(m.ram, page) >= expected_count(m.ram, page) + n
+def may_unpin(m, head, page, n):
+    """Whether outsiders pinned a folio so often: pins of processes and devices are theirs."""
+    pins, pinned = outsiders_pins(m, head, page)
+    return pins >= n and transient(m, head) >= pinned and reference_count(m.ram, page) >= pinned
+
+
+@kernel
+def row_of_outsiders(state, head):
+    """Row for what outsiders freeze or pin of a folio, one that is free where there is none; NONE when all are used."""
+    row = outsiders_row(state, head)
+    for i in range(U(FROZEN)):
+        free = STATE_FROZEN + i * U(Z_WORDS)
+        if row == NONE and (state[free + Z_REFERENCES] | state[free + Z_PINS]) == U0:
+            row = free
+            state[row + Z_PFN] = head
+            state[R_FROZEN] = max(state[R_FROZEN], i + U1)
+    return row
 
 
 @kernel
@@ -90,9 +107,10 @@ def drop_last(m, head, page, last):
 def change_references(m, op):
     """FOLIO_REFERENCE: 0 with the refcount afterwards (0: freed).
 
-    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()), or the folio is free. put and unpin:
-    -EINVAL for references or pins that are not there to drop, and for the last one of a 4K piece whose huge page must
-    be merged first.
+    get and pin: -ENOMEM where the count is 0 or negative (try_grab_folio()), or the folio is free; -ENOSPC to pin past
+    words.FROZEN folios. put and unpin: -EINVAL for references or pins that outsiders did not take (caches, mappings,
+    pins of processes and devices hold the others), and for the last one of a 4K piece whose huge page must be merged
+    first.
     """
     state = m.state
     ram = m.ram
@@ -107,20 +125,26 @@ def change_references(m, op):
     charge_one(m, EVENT_REFERENCE_CHANGED)
     if state[op + O_FLAGS] & FLAG_READ == U0:
         taken = False
+        row = row_of_outsiders(state, head) if pinning else U0
+        if row == NONE:
+            return stop(state, op, -ENOSPC)
         if not is_free(m, head):
             taken = try_pin(ram, page, n) if pinning else try_grab(ram, page, n)
-        if taken and ours:
+        if taken:
             note_transient(m, head, count)
+        if taken and pinning:
+            state[row + Z_PINS] += n
         state[op + O_DETAIL] = reference_count(ram, page)
         return stop(state, op, 0 if taken else -ENOMEM)
-    pinned = not pinning or not folio_test_large(ram, page) or pin_count(ram, page) >= n
+    there = may_unpin(m, head, page, n) if pinning else may_put(m, head, page, count)
     whole = ours or folio_test_large(ram, page) or reference_count(ram, page) > count
-    if is_free(m, head) or not pinned or not whole or not may_drop(m, head, page, count, ours):
+    if is_free(m, head) or not there or not whole:
         return stop(state, op, -EINVAL)
     last = unpin(ram, page, n) if pinning else put_refs(ram, page, n)
     state[op + O_DETAIL] = reference_count(ram, page)
-    if ours:
-        note_transient(m, head, U0 - count)
+    note_transient(m, head, U0 - count)
+    if pinning:
+        state[outsiders_row(state, head) + Z_PINS] -= n
     drop_last(m, head, page, last)
     return stop(state, op, 0)
 
@@ -146,8 +170,8 @@ def change_frozen(m, op):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
     thawing = state[op + O_FLAGS] & FLAG_READ != U0
-    row = free_row(state, R_FROZEN, U(FROZEN), U(Z_WORDS), Z_REFERENCES, STATE_FROZEN)
-    if row == NONE and not thawing:
+    row = U0 if thawing else row_of_outsiders(state, head)
+    if row == NONE:
         return stop(state, op, -ENOSPC)
     charge_one(m, EVENT_REFERENCE_CHANGED)
     if thawing:
@@ -157,7 +181,6 @@ def change_frozen(m, op):
     else:
         done = freeze(m.ram, page, state[op + O_LENGTH])
         if done and state[op + O_LENGTH] != U0:
-            state[row + Z_PFN] = head
             state[row + Z_REFERENCES] = state[op + O_LENGTH]
     state[op + O_DETAIL] = reference_count(m.ram, page)
     return stop(state, op, 1 if done else 0)

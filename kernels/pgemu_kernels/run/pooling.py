@@ -34,6 +34,7 @@ from pgemu_kernels.folios.pools import reserve_pages, resize
 from pgemu_kernels.folios.split_pages import join_list, leave_list
 from pgemu_kernels.folios.splitting import split_folio
 from pgemu_kernels.folios.vmemmap import store_vmemmap
+from pgemu_kernels.gmem.references import may_put, note_transient
 from pgemu_kernels.run.folio_operations import change_frozen, change_references, is_free
 from pgemu_kernels.run.routing import as_one_step, in_order, is_of
 from pgemu_kernels.words.enum_words import (
@@ -124,18 +125,25 @@ def operate_allocate(m, op):
     head = alloc_hugetlb_folio(m, state[op + O_OBJECT], U0, U0 if node == NONE else node)
     if head == NONE:
         return stop(state, op, -ENOMEM)
+    note_transient(m, head, U1)  # whoever allocated it is an outsider, too
     state[op + O_DETAIL] = head
     return stop(state, op, 0)
 
 
 @outlined
 def free(m, op):
-    """folio_put() of a page that FOLIO_ALLOCATE gave: 0, the last one frees it. -EINVAL if it is no page in use."""
+    """folio_put() of a page that FOLIO_ALLOCATE gave: 0, the last one frees it.
+
+    -EINVAL if it is no page in use, or none that outsiders hold.
+    """
     state = m.state
     head = state[op + O_ADDRESS] >> U12
     if head_of(m, head) != head or not is_allocated(m, head):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
+    if not may_put(m, head, page, U1):
+        return stop(state, op, -EINVAL)
+    note_transient(m, head, ~U0)
     if reference_count(m.ram, page) > U1:
         m.ram[page + COUNTS] -= ONE_REFERENCE
     else:

@@ -194,10 +194,11 @@ Q_INDEX = U(8)  # and its page of the inode
 Q_WORDS = 16
 SPINS = 4096  # noted at once; of more than that what is left is not done
 
-# folios that FOLIO_FREEZE froze: whose references it took
+# folios that FOLIO_FREEZE froze, or FOLIO_REFERENCE pinned; free where both words are 0
 Z_PFN = U(0)  # first frame of the folio
-Z_REFERENCES = U(1)  # 0: the row is free
-Z_WORDS = 2
+Z_REFERENCES = U(1)  # that FOLIO_FREEZE took
+Z_PINS = U(2)  # that FOLIO_REFERENCE took, each a reference of a large folio, GUP_PIN_COUNTING_BIAS of a 4K one
+Z_WORDS = 4
 FROZEN = 64
 
 VMEMMAP_BOOT = 1  # counts[frame] of a vmemmap page that the boot allocator gave

@@ -246,3 +246,53 @@ def test_a_frozen_folio_is_no_broken_rule(design: Any, size: int, todo: list[tup
         assert machine.check() == 0, machine.broken
     assert not frozen or folio.unfreeze(frozen)
     assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("what", ["a process", "a device"])
+def test_what_others_hold_is_not_an_outsiders_to_drop(what: str) -> None:
+    """Pins of processes and devices keep their references, also when cache and mappings have let the page go."""
+    machine = machine_of()
+    file, process = machine.create_hugetlb_file(M2), machine.create_process()
+    assert process.mmap_hugetlb(VA, file=file).status == 0
+    assert process.touch(VA, write=True).status == W.VM_FAULT_NOPAGE
+    folio = machine.folio(machine.register(W.R_POOL_BASE))
+    if what == "a process":
+        assert process.pin(VA, PAGE, pin=3).status == 0
+    else:
+        container = machine.create_vfio_container()
+        container.attach()
+        assert container.map(0, M2, process, VA).status == 0
+    held = folio.refcount - 513
+    assert held > 0
+    for drop in (folio.put, folio.unpin):
+        assert drop().status == -W.EINVAL
+    assert folio.get().status == folio.pin().status == 0
+    assert folio.put(2).status == folio.unpin(2).status == -W.EINVAL
+    assert machine.check() == 0, machine.broken
+    assert folio.unpin().status == folio.put().status == 0
+    assert file.close().status == process.munmap(VA, M2).status == 0
+    assert folio.refcount == held
+    for drop in (folio.put, folio.unpin, lambda: machine.free_folio(folio.pfn)):
+        assert drop().status == -W.EINVAL
+    assert machine.check() == 0, machine.broken
+
+
+def test_of_a_frozen_folio_nobody_drops_a_reference() -> None:
+    machine, _, folio = split_machine()
+    assert folio.get(2).detail == 3
+    assert folio.freeze(3)
+    assert folio.put().status == -W.EINVAL
+    assert machine.operate(Operation.PUT, address=folio.pfn << 12).status == -W.ENOENT
+    assert folio.unfreeze(3)
+    assert folio.put(2).detail == 1
+    assert machine.check() == 0, machine.broken
+
+
+def test_so_many_folios_can_be_pinned_by_outsiders() -> None:
+    machine = machine_of(W.FROZEN + 1)
+    folios = [machine.folio(machine.hugetlb().allocate().detail) for _ in range(W.FROZEN + 1)]
+    assert {folio.pin().status for folio in folios[:-1]} == {0}
+    assert folios[-1].pin().status == -W.ENOSPC
+    assert folios[0].pin().status == folios[0].unpin(2).status == 0
+    assert folios[-1].pin().status == 0
+    assert machine.check() == 0, machine.broken
