@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import copy_frame, fill_frame, take_frame
@@ -23,7 +23,15 @@ from pgemu_kernels.folios.anonymous_folios import (
 from pgemu_kernels.folios.folio import reference_count, struct_page
 from pgemu_kernels.folios.poison import free_unless_poisoned
 from pgemu_kernels.formats.bits import PTE_ACCESSED, PTE_SOFT_DIRTY, PTE_SPECIAL, PTE_WRITE
-from pgemu_kernels.process.entries import holds_page, is_hwpoison, make_writable, pte_mkdirty, pte_pfn, vm_page_prot
+from pgemu_kernels.process.entries import (
+    holds_page,
+    is_hwpoison,
+    make_writable,
+    mk_pte,
+    pte_mkdirty,
+    pte_pfn,
+    vm_page_prot,
+)
 from pgemu_kernels.process.tables import need_slot, space_row
 from pgemu_kernels.process.vma import prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
@@ -120,7 +128,7 @@ def _map_zero_page(m, row, slot):
     frame = zero_page(m)
     if frame == NONE:
         return np.int64(VM_FAULT_OOM)
-    set_pte_at(m, slot, frame << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL)
+    set_pte_at(m, slot, mk_pte(frame, vm_page_prot(m.state, row) | PTE_SPECIAL))
     return np.int64(VM_FAULT_NOPAGE)
 
 
@@ -135,7 +143,7 @@ def _fill_new_page(m, row, slot):
     fill_frame(m.ram, frame, U0)
     charge_one(m, EVENT_PAGE_ZEROED)
     charge_one(m, EVENT_RMAP_CHANGED)
-    entry = frame << U12 | vm_page_prot(state, row)
+    entry = mk_pte(frame, vm_page_prot(state, row))
     if state[row + A_PROT] & PROT_WRITE != U0:
         entry = make_writable(pte_mkdirty(entry))
     set_pte_at(m, slot, entry)
@@ -175,7 +183,7 @@ def _copy_on_write(m, row, address, slot, unshare):
     if old & PTE_SPECIAL == U0:
         unmap_page(m, space, pte_pfn(old))
     state[space_row(space) + S_RSS] += U1
-    entry = frame << U12 | vm_page_prot(state, row)
+    entry = mk_pte(frame, vm_page_prot(state, row))
     m.ram[slot] = entry | old & PTE_SOFT_DIRTY if unshare else make_writable(pte_mkdirty(entry))
     charge_one(m, EVENT_LEAF_WRITTEN)
     charge_one(m, EVENT_RMAP_CHANGED)

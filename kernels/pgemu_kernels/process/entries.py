@@ -107,6 +107,16 @@ def vm_page_prot(state, row):
 
 
 @kernel
+def mk_pte(pfn, bits):
+    """mk_pte(), mk_huge_pte(): the entry of a frame with `bits`, vm_page_prot().
+
+    The frame's bits are inverted where nobody may access it: arch/x86/include/asm/pgtable.h:pfn_pte(),
+    pgtable-invert.h. Huge pages of a THP have pfn_pmd(), which inverts fewer (huge_memory.py).
+    """
+    return pfn << U12 ^ (PTE_ADDRESS if is_protnone(bits) else U0) | bits
+
+
+@kernel
 def pte_mkdirty(entry):
     """pte_mkdirty(): bit 6, or the saved one where writing is not allowed; soft-dirty always."""
     if entry & PTE_WRITE != U0:

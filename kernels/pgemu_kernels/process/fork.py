@@ -33,6 +33,7 @@ from pgemu_kernels.process.entries import (
     is_hwpoison,
     leaf_pfn,
     make_writable,
+    mk_pte,
     protect_from_writes,
     pte_mkdirty,
     pte_pfn,
@@ -189,7 +190,7 @@ def _copy_present_page(m, child, old):
     copy_page(m, frame, old)
     charge_one(m, EVENT_PAGE_COPIED)
     charge_one(m, EVENT_RMAP_CHANGED)
-    entry = pte_mkdirty(frame << U12 | vm_page_prot(m.state, child))
+    entry = pte_mkdirty(mk_pte(frame, vm_page_prot(m.state, child)))
     return make_writable(entry) if m.state[child + A_PROT] & PROT_WRITE != U0 else entry
 
 

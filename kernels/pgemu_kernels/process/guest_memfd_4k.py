@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pgemu_kernels.engine.bits import NONE, U0, U1, U2, U12
+from pgemu_kernels.engine.bits import NONE, U0, U1, U2
 from pgemu_kernels.engine.charge import change, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.frames import fill_frame, put_frame, take_frame
@@ -14,7 +14,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_store, charge_adde
 from pgemu_kernels.formats.bits import PTE_WRITE
 from pgemu_kernels.process.anonymous import set_pte_at
 from pgemu_kernels.process.close import drop_page
-from pgemu_kernels.process.entries import pte_mkdirty, vm_page_prot
+from pgemu_kernels.process.entries import mk_pte, pte_mkdirty, vm_page_prot
 from pgemu_kernels.process.tables import marker_fault, need_slot, space_row
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_PAGE_ZEROED, EVENT_RMAP_CHANGED, GAUGE_PAGE_CACHE_PAGES
@@ -95,7 +95,7 @@ def map_file_page(m, space, slot, entry):
 @kernel
 def _entry_of(m, row, pfn, write):
     """set_pte_range(): the entry of a file's folio, dirty after a write, and where the folio is dirty already."""
-    entry = pfn << U12 | vm_page_prot(m.state, row)
+    entry = mk_pte(pfn, vm_page_prot(m.state, row))
     dirty = entry & PTE_WRITE != U0 and U(m.counts[pfn]) & PAGE_DIRTY != U0
     dirty &= write == U1 or m.state[R_DIRTY_ENTRIES] != U0
     return pte_mkdirty(entry) if dirty else entry

@@ -23,7 +23,6 @@ from pgemu_kernels.folios.anonymous_folios import (
 from pgemu_kernels.folios.folio import add_references, struct_page
 from pgemu_kernels.formats.bits import (
     PTE_ACCESSED,
-    PTE_ADDRESS,
     PTE_DIRTY,
     PTE_PRESENT,
     PTE_SAVED_DIRTY,
@@ -32,9 +31,9 @@ from pgemu_kernels.formats.bits import (
     PTE_WRITE,
 )
 from pgemu_kernels.process.entries import (
-    is_protnone,
     leaf_pfn,
     make_writable,
+    mk_pte,
     points_to_table,
     pte_mkdirty,
     vm_page_prot,
@@ -150,9 +149,8 @@ def split_huge_pmd(m, row, slot):
         if entry & (PTE_DIRTY | PTE_SAVED_DIRTY) != U0:
             set_large_dirty(m, pfn)
         _count_split(m, pfn, space, is_page_exclusive(m, pfn))
-    inverted = PTE_ADDRESS if is_protnone(bits) else U0
     for i in range(U512):
-        ram[first + i] = (pfn + i * following) << U12 ^ inverted | bits
+        ram[first + i] = mk_pte(pfn + i * following, bits)
     ram[slot] = frame << U12 | state[host_format(m) + F_TABLE]
     state[R_THP_SPLIT_PMD] += U1
     change_value(m.stats, GAUGE_HOST_LEAVES_2M, -1)

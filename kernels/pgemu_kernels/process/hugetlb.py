@@ -27,7 +27,7 @@ from pgemu_kernels.folios.page_cache import cache_find, cache_store
 from pgemu_kernels.folios.poison import is_folio_poisoned
 from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_WRITE
 from pgemu_kernels.process.anonymous import UNSHARE
-from pgemu_kernels.process.entries import is_hwpoison, pte_mkdirty, pte_pfn, vm_page_prot
+from pgemu_kernels.process.entries import is_hwpoison, mk_pte, pte_mkdirty, pte_pfn, vm_page_prot
 from pgemu_kernels.process.tables import level3_slot, lookup_address, need_slot
 from pgemu_kernels.process.vma import RESERVED, huge_order, is_shared_mapping, page_offset, prepare_anon_vma
 from pgemu_kernels.stage2.notifier import notify_range
@@ -123,7 +123,7 @@ def huge_slot(m, row, address):
 @kernel
 def new_entry(state, row, head, writable):
     """make_huge_pte(): a writable entry is dirty from the start."""
-    entry = head << U12 | vm_page_prot(state, row) | PTE_LARGE
+    entry = mk_pte(head, vm_page_prot(state, row) | PTE_LARGE)
     if writable:
         return pte_mkdirty(entry) | PTE_WRITE  # huge_pte_mkwrite() leaves the saved dirty bit where it is
     return entry & ~PTE_WRITE

@@ -12,8 +12,8 @@ from pgemu_kernels.engine.charge import change_value, charge, charge_one
 from pgemu_kernels.engine.compile import kernel, outlined
 from pgemu_kernels.engine.geometry import size_of
 from pgemu_kernels.engine.rows import inode_row
-from pgemu_kernels.formats.bits import PTE_ADDRESS, PTE_LARGE, PTE_SPECIAL
-from pgemu_kernels.process.entries import is_protnone, vm_page_prot
+from pgemu_kernels.formats.bits import PTE_LARGE, PTE_SPECIAL
+from pgemu_kernels.process.entries import mk_pte, vm_page_prot
 from pgemu_kernels.process.tables import need_slot
 from pgemu_kernels.process.vma import page_offset
 from pgemu_kernels.words.enum_words import EVENT_LEAF_WRITTEN, GAUGE_HOST_LEAVES_4K
@@ -25,13 +25,8 @@ U = np.uint64
 
 @kernel
 def _set_pfn(m, row, slot, level, pfn):
-    """insert_pfn(), insert_pmd(), insert_pud() with write = false: special, not dirty, whatever the access.
-
-    The frame of one without any access is inverted: arch/x86/include/asm/pgtable.h:pfn_pte(), pgtable-invert.h.
-    """
-    entry = pfn << U12 | vm_page_prot(m.state, row) | PTE_SPECIAL
-    if is_protnone(entry):
-        entry ^= PTE_ADDRESS
+    """insert_pfn(), insert_pmd(), insert_pud() with write = false: special, not dirty, whatever the access."""
+    entry = mk_pte(pfn, vm_page_prot(m.state, row) | PTE_SPECIAL)
     if level > U1:
         entry |= PTE_LARGE
     m.ram[slot] = entry

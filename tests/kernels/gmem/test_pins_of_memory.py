@@ -252,6 +252,29 @@ def test_fork_copies_a_pinned_private_hugetlb_page_or_fails() -> None:
     s.sound()
 
 
+@pytest.mark.parametrize("kind", ["4K", "2M", "hugetlb"])
+def test_fork_copies_what_is_pinned_where_nobody_may_access_it(kind: str) -> None:
+    """The copy's entry has its frame inverted, as its parent's has: pgtable-invert.h."""
+    s = Scene(thp="always" if kind == "2M" else "never")
+    if kind == "hugetlb":
+        s.process.mmap_hugetlb(VA, M2, READ_WRITE, page_size=M2, shared=False)
+    else:
+        s.process.mmap_anonymous(VA, M2, READ_WRITE)
+    s.process.touch(VA, write=True)
+    assert s.process.pin(VA, PAGE, pin=0, write=True) == (0, 1)
+    assert s.process.protect(VA, M2, 0).status == 0
+    before = s.entry(VA)
+    child = s.process.fork()
+    s.sound()
+    assert [s.entry(VA, process) >> 51 & 1 for process in (s.process, child)] == [1, 1]
+    for process in (s.process, child):
+        assert process.protect(VA, M2, READ_WRITE).status == 0
+    assert s.pfn(VA) != s.pfn(VA, child)
+    assert 0 < s.pfn(VA, child) < s.machine.register(W.R_POOL_BASE) + s.machine.register(W.R_GUEST_PAGES)
+    assert before & 0x101 == 0x100
+    s.sound()
+
+
 @pytest.mark.parametrize("kind", ["shmem", "guest_memfd"])
 def test_a_page_of_a_file_outlives_the_hole(kind: str) -> None:
     s = Scene()
