@@ -165,7 +165,7 @@ def _typed(table: pa.Table, random: Random) -> pa.Table:
     except pa.ArrowException:
         column = pa.nulls(table.num_rows, kind)
     if random.random() < 0.3 and kind != pa.null():
-        column = column.combine_chunks().dictionary_encode()
+        column = column.dictionary_encode()
     return table.set_column(number, table.schema.names[number], column)
 
 

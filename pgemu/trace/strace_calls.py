@@ -23,11 +23,11 @@ __all__ = (
 )
 
 _OPENING, _CLOSING = "([{", ")]}"
-_COMMENT = re.compile(r"\s*/\*.*?\*/")
 _NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20})")
 _DESCRIPTOR = re.compile(r"(-?\d{1,10}|AT_FDCWD)(?:<(.*)>(?:\(deleted\))?)?")
 _PATH = re.compile(r"(?<=\d)<(?!<).*?>(?=\(deleted\)|,|$)")
 """What strace -y prints behind a descriptor."""
+_PATH_END = re.compile(r">(?=\(deleted\)|,|$)")
 _PLAIN = re.compile(r"[\w\s,|.*-]*")
 """Arguments of which none has a comma in it."""
 _IOC = re.compile(r"_IOC\([A-Z_|0x]+, (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+), (0x[0-9a-f]+|\d+)\)")
@@ -118,12 +118,13 @@ def split_arguments(text: str) -> list[str]:
     if _PLAIN.fullmatch(text):
         return [part.strip() for part in text.split(",")] if text else []
     found, depth, start, at = [], 0, 0, 0
+    last_path = max((end.start() for end in _PATH_END.finditer(text)), default=0)  # behind it no path ends
     while at < len(text):
         character = text[at]
         if character == '"':
             at = _end_of_string(text, at)
             continue
-        if path := _PATH.match(text, at):
+        if at < last_path and (path := _PATH.match(text, at)):
             at = path.end()
             continue
         if character in _OPENING:
@@ -146,9 +147,18 @@ def _end_of_string(text: str, at: int) -> int:
     return at + 1
 
 
+def _without_comments(text: str) -> str:
+    """What stands outside of /* and */, without the space in front of them."""
+    found, at = [], 0
+    while (begin := text.find("/*", at)) >= 0 and (end := text.find("*/", begin + 2)) >= 0:
+        found.append(text[at:begin].rstrip())
+        at = end + 2
+    return "".join(found) + text[at:] if found else text
+
+
 def number_of(text: str) -> int:
     """A number or an address, as 64 bits. ValueError for anything else."""
-    text = _COMMENT.sub("", text)
+    text = _without_comments(text)
     if text == "NULL":
         return 0
     if not _NUMBER.fullmatch(text) or abs(value := int(text, 0 if "x" in text else 10)) >= 1 << 64:
@@ -159,7 +169,7 @@ def number_of(text: str) -> int:
 def flags_of(text: str) -> int:
     """Constants joined by "|". ValueError for one that is not known."""
     found = 0
-    for part in _COMMENT.sub("", text).split("|"):
+    for part in _without_comments(text).split("|"):
         if part in _CONSTANTS:
             found |= _CONSTANTS[part]
         elif huge := _HUGE.fullmatch(part):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +32,11 @@ _HEAD = re.compile(
     r"(?P<rest>[a-z_][a-z0-9_]*\(.*|<\.\.\. .*|(?:---|\+\+\+) .*)"
 )
 _CALL = re.compile(r"(?P<name>[a-z_][a-z0-9_]*)\((?P<rest>.*)")
-_END = re.compile(
-    r"(?P<arguments>.*)\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?P<more>(?:<.*>(?:\(deleted\))?)?(?: .*)?)"
-)
-_UNFINISHED = re.compile(r"(?P<arguments>.*?),? *<(?:unfinished|detached) \.\.\.>")
+# Lines can be long, and hold whatever a program writes: no pattern may go through one again from each of its characters.
+_RESULT = re.compile(r"\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?=[ <]|$)")
+_MORE = re.compile(r"(?:<.*>(?:\(deleted\))?)?(?: .*)?")
+_TRIED = 8  # what looks like a result, from the last one on
+_UNFINISHED = ("<unfinished ...>", "<detached ...>")
 _RESUMED = re.compile(r"<\.\.\. (?P<name>[a-z_][a-z0-9_]*) resumed>,? *(?P<rest>.*)")
 _GONE = re.compile(
     r"\+\+\+ (?:exited with \d+|killed by \S+(?: \(core dumped\))?|superseded by execve in pid \d+) \+\+\+"
@@ -48,6 +49,20 @@ _LINES_SEEN = 40  # of a beginning, to say whether it is strace's
 _DAY = 86400 * 10**9
 _NO_TID = 0
 _SHOWN = 3
+
+
+def _unfinished(rest: str) -> str | None:
+    """The arguments so far of a call that was interrupted; None of one that ends."""
+    for mark in _UNFINISHED:
+        if rest.endswith(mark):
+            return rest.removesuffix(mark).rstrip(" ").removesuffix(",")
+    return None
+
+
+def _end(rest: str) -> re.Match[str] | None:
+    """Where a call's arguments end: the last thing that looks like a result, with nothing but what may follow one."""
+    last = deque(_RESULT.finditer(rest), _TRIED)
+    return next((found for found in reversed(last) if _MORE.fullmatch(rest, found.end())), None)
 
 
 def sniff(head: bytes) -> Match:
@@ -164,9 +179,9 @@ class _Parser:
             self._skip("lines that are not understood", line)
             return
         name, rest = call["name"], call["rest"]
-        if unfinished := _UNFINISHED.fullmatch(rest):
+        if (arguments := _unfinished(rest)) is not None:
             self._give_up(task)
-            self._open[task] = _Open(name, unfinished["arguments"], time, self._number)
+            self._open[task] = _Open(name, arguments, time, self._number)
             return
         self._ends(_Open(name, "", time, self._number), rest, task, time, line)
 
@@ -177,20 +192,20 @@ class _Parser:
             self._give_up(task, begun)
             self._skip("ends of calls that do not begin", line)
             return
-        if again := _UNFINISHED.fullmatch(resumed["rest"]):
-            self._open[task] = begun._replace(arguments=_joined(begun.arguments, again["arguments"]))
+        if (again := _unfinished(resumed["rest"])) is not None:
+            self._open[task] = begun._replace(arguments=_joined(begun.arguments, again))
         elif self._ends(begun, resumed["rest"], task, time, line):
             self._outcomes[f"sys_{begun.name} return"] += 1
 
     def _ends(self, begun: _Open, rest: str, task: int, time: int, line: str) -> bool:
         """A call is whole: whether it was understood."""
-        end = _END.fullmatch(rest)
+        end = _end(rest)
         if end is None:
             self._skip("lines that are not understood", line)
             return False
-        arguments = _joined(begun.arguments, end["arguments"])
-        result = end["result"]
-        call = Call(begun.name, arguments, result, end["more"], (begun.time, begun.line), (time, self._number))
+        arguments = _joined(begun.arguments, rest[: end.start()])
+        result, more = end["result"], rest[end.end() :]
+        call = Call(begun.name, arguments, result, more, (begun.time, begun.line), (time, self._number))
         if problem := self._rows.call(task, self._tid, call):
             self._first += [f"line {self._number}: {problem}"][: _SHOWN - len(self._first)]
         return True
