@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from pgemu.errors import InputError, printable
+from pgemu.trace.archives import opened_archive
 from pgemu.trace.lowered import Lowered
 from pgemu.trace.snapshot import Pages, Vma, lowered, parse_vma
 from pgemu.trace.source import Match, Source
@@ -37,10 +37,6 @@ _MOST_TEXT = 64 << 20  # bytes of a member that is text
 _MOST_PAGES = 1 << 26  # pages that are present, swapped or markers
 _CHUNK = 1 << 20  # entries read at once
 _SHOWN = 3
-_DAMAGE = (
-    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError,
-    ValueError, OverflowError, OSError,
-)  # fmt: skip
 
 
 def sniff(head: bytes) -> Match:
@@ -63,15 +59,8 @@ def read(source: Source, form: str | None = None) -> Lowered:
         for block in source.blocks():
             parser.feed(block)
         return lowered(parser.vmas(), None, source.name, parser.notes())
-    with source.whole() as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return _read_zip(archive, source.name)
-        except InputError:
-            raise
-        except _DAMAGE as error:
-            text = printable(" ".join(str(error).split()))[:200]
-            raise InputError(f"damaged zip file ({text or type(error).__name__})", source.name) from None
+    with opened_archive(source) as archive:
+        return _read_zip(archive, source.name)
 
 
 def _read_zip(archive: zipfile.ZipFile, source: str) -> Lowered:
@@ -90,6 +79,10 @@ def _read_zip(archive: zipfile.ZipFile, source: str) -> Lowered:
     if _PAGEMAP in names:
         pages = _pages(archive, _ranges(_text(archive, _RANGES, source), source), source)
     notes = parser.notes()
+    if others := sorted(names.difference(_MEMBERS)):
+        shown = ", ".join(printable(name)[:80] for name in others[:_SHOWN])
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        notes.append(f"not read: {shown}{more}")
     if _ABOUT in names:
         notes = [*_about(_text(archive, _ABOUT, source), source), *notes]
     return lowered(parser.vmas(), pages, source, notes)

@@ -264,6 +264,11 @@ def bomb() -> bytes:
         (archive({"chunk.0000": archive({"chunk.0000": SMALL})}), "record 1 is of type 19280, expected a header (25)"),
         (archive({"chunk.0000": SMALL, "chunk.0002": SMALL}), "an archive with chunk.0002, expected chunk.0001"),
         (archive({"chunk.0001": SMALL}), "an archive with chunk.0001, expected chunk.0000 before it"),
+        (
+            archive({"chunk.0000": SMALL, "chunk.0001": SMALL}).replace(b"0001", b"0000"),
+            "an archive with two members called 'chunk.0000', expected one",
+        ),
+        (archive({"chunk.0000": SMALL, "chunk.00": SMALL}), "an archive with two chunks 0, expected one"),
         (encrypted(), "chunk.0000 is encrypted, expected an archive without a password"),
         (ZIP.read_bytes()[:-400], "damaged zip archive (File is not a zip file)"),
         (b"PK\3\4 chunk.0000", "damaged zip archive (File is not a zip file)"),
@@ -288,6 +293,11 @@ def test_what_cannot_be_read_is_refused_in_one_line(data: bytes, says: str) -> N
         refused = str(error)
     assert says in refused
     assert "\n" not in refused
+
+
+def test_members_that_are_no_chunks_are_counted() -> None:
+    found = taken(archive({"chunk.0000": SMALL, "a.txt": b"x"}))
+    assert found.stream.tally.ignored["members of the archive that are no chunk"] == 1
 
 
 def test_names_of_an_archive_that_are_long_are_cut() -> None:
