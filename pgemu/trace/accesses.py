@@ -64,9 +64,14 @@ class Tally:
         :param unit: what is counted, "line" or "record"
         :raises InputError: with the first of what was rejected
         """
-        if self.rejected <= understood or not (at_end or self.rejected > _MANY_REJECTED):
-            if at_end and not understood:
-                raise InputError(f"no access in it, expected {expected}", source)
+        if at_end and not understood and not self.rejected:
+            raise InputError(f"no access in it, expected {expected}", source)
+        if at_end or self.rejected > _MANY_REJECTED:
+            self.refuse_mostly_foreign(source, unit, understood, expected)
+
+    def refuse_mostly_foreign(self, source: str, unit: str, understood: int, expected: str) -> None:
+        """The same of what was read so far, however little that is; with no access it need not be wrong."""
+        if self.rejected <= understood:
             return
         number, what = self.first_rejected[0]
         many = f"{self.rejected:,} of {self.rejected + understood:,} {unit}s are not understood"

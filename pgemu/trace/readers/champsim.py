@@ -116,7 +116,11 @@ def _batches(source: Source, form: str, tally: Tally) -> Iterator[Records]:
     tally.notes.append("it has no sizes: an access is of the page that it begins in")
     actors = Actors(tally, source.name)
     done = number = 0
-    for block in records(source.raw_blocks(), 8 * layout.words, source.name):
+
+    def check() -> None:
+        tally.refuse_mostly_foreign(source.name, "record", tally.inputs["fetch"], FORMATS[form])
+
+    for block in records(source.raw_blocks(), 8 * layout.words, source, check):
         words = np.frombuffer(block, "<u8").reshape(-1, layout.words)
         good = _understood(words)
         if not good.all():

@@ -156,7 +156,7 @@ class _Trace:
 
     def batches(self) -> Iterator[Records]:
         name = self._source.name
-        for block in records(_pieces(self._source, self._tally), _RECORD.itemsize, name):
+        for block in records(_pieces(self._source, self._tally), _RECORD.itemsize, self._source):
             rows = np.frombuffer(block, _RECORD)
             if not self._done:
                 self._check_first(block)
@@ -170,7 +170,8 @@ class _Trace:
     def _check_first(self, block: bytes) -> None:
         kind, size, version = struct.unpack_from("<HHQ", block)
         if kind != _HEADER or size:
-            raise InputError(f"record 1 is of type {kind}, expected a header ({_HEADER})", self._source.name)
+            what = f"record 1 is of type {kind}, expected a header ({_HEADER}) of {self._source.expected}"
+            raise InputError(what, self._source.name)
         if version >> 32 & 0xFFFF in (_THREAD, _MARKER):  # of the second record, if this one has 8 bytes
             raise InputError("records of a program of 32 bits, expected those of 64 bits", self._source.name)
         if version > _MOST_VERSION:

@@ -65,7 +65,7 @@ def read(source: Source, form: str | None = None) -> AccessStream:
 def _batches(source: Source, tally: Tally) -> Iterator[Records]:
     reader: _Reader = _PythonLines(tally)
     number = 0
-    for block in gathered(source.byte_blocks(FORMATS["lackey"]), _BLOCK):
+    for block in gathered(source.byte_blocks(), _BLOCK):
         text = block.replace(b"\r\n", b"\n") if b"\r" in block else block
         if not text.endswith(b"\n"):
             tally.notes.append("its last line has no newline and is taken to be whole")

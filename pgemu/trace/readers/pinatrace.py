@@ -50,7 +50,7 @@ def _batches(source: Source, tally: Tally) -> Iterator[Records]:
     ]
     line = number = 0
     ended = False
-    for block in gathered(source.byte_blocks(expected), _BLOCK):
+    for block in gathered(source.byte_blocks(), _BLOCK):
         where: list[int] = []
         flags: list[np.uint8] = []
         for text in block.removesuffix(b"\n").split(b"\n"):

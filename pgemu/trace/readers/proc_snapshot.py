@@ -30,7 +30,9 @@ FORMATS = {"proc-snapshot": "a process as /proc shows it (maps, smaps, or a zip 
 _ZIP = b"PK\x03\x04"
 _MAPS, _SMAPS, _PAGEMAP, _RANGES, _ABOUT = "maps", "smaps", "pagemap.u64", "pagemap.ranges", "about.json"
 _MEMBERS = (_MAPS, _SMAPS, _PAGEMAP, _RANGES, _ABOUT)
-_NAME_LENGTH, _NAME = 26, 30  # in the header of a zip file's first member: .ZIP File Format Specification, 4.3.7
+_HEADER = re.compile(  # of a member, with the length of its name and that: pkzip's APPNOTE.TXT, 4.3.7
+    rb"PK\x03\x04.{22}(..)..(%b)" % b"|".join(re.escape(member.encode()) for member in _MEMBERS), re.DOTALL
+)
 _FIELD = re.compile(r"(\w+):\s+(?:(\d{1,12}) kB|(.*))")
 _RANGE = re.compile(r"(?:0x)?([0-9a-f]{1,16})[ -](?:0x)?([0-9a-f]{1,16})")
 _MOST_TEXT = 64 << 20  # bytes of a member that is text
@@ -40,11 +42,10 @@ _SHOWN = 3
 
 
 def sniff(head: bytes) -> Match:
-    """A zip file whose first member is one of these, or text that begins with a line of maps."""
+    """A zip file with one of these among its first members, or text that begins with a line of maps."""
     if head.startswith(_ZIP):
-        length = int.from_bytes(head[_NAME_LENGTH : _NAME_LENGTH + 2], "little")
-        name = head[_NAME : _NAME + length]
-        return Match.SURE if name in {member.encode() for member in _MEMBERS} else Match.NO
+        whole = (int.from_bytes(one[1], "little") == len(one[2]) for one in _HEADER.finditer(head))
+        return Match.SURE if any(whole) else Match.NO
     first = next((line for line in head[:4096].split(b"\n") if line.strip()), b"")
     return Match.SURE if parse_vma(first.decode("utf-8", "replace")) is not None else Match.NO
 

@@ -135,10 +135,10 @@ def test_a_record_that_is_cut_is_named_after_the_others(form: str, more: dict[st
     data = program(30, **more)
     size = len(data) // 30
     got = taken(data[:-1], form)
-    assert got.refused.endswith(f": truncated: record 30 has {size - 1} bytes, expected {size}")
+    assert f": truncated: record 30 has {size - 1} bytes, expected {size}, of an instruction trace" in got.refused
     assert got.tally.inputs["fetch"] == 29
-    assert taken(data[: size + 7], form).refused.endswith(f"truncated: record 2 has 7 bytes, expected {size}")
-    assert taken(data[:7], form).refused.endswith(f"truncated: record 1 has 7 bytes, expected {size}")
+    assert f": truncated: record 2 has 7 bytes, expected {size}, of" in taken(data[: size + 7], form).refused
+    assert f": truncated: record 1 has 7 bytes, expected {size}, of" in taken(data[:7], form).refused
 
 
 def test_records_that_cannot_be_any_are_counted_and_shown() -> None:
@@ -204,7 +204,8 @@ def test_any_pieces_give_the_same_and_every_slot_counts(data: bytes, sizes: list
     source._RECORD_BLOCK = sizes[0]
     assert outcome(in_pieces(data, sizes)) == whole
     if cut:
-        assert "truncated: record" in outcome(in_pieces(data + bytes(cut), sizes))[3]
+        refused = outcome(in_pieces(data + bytes(cut), sizes))[3]
+        assert "truncated: record" in refused or "records are not understood" in refused
 
 
 @pytest.mark.parametrize("form", [None, "champsim", "cloudsuite"])
