@@ -15,10 +15,13 @@ from pgemu.errors import InputError
 from pgemu.trace.schema import DTYPES, Flag, Operation, Records
 from pgemu_kernels.words.operations import PAGE_4K
 
-__all__ = ("EXEC", "READ", "THREADS", "WRITE", "AccessStream", "Actors", "Tally", "accesses")
+__all__ = ("EXEC", "NO_TIMES", "READ", "THREADS", "WRITE", "AccessStream", "Actors", "Tally", "accesses")
 
 THREADS = 256
 """Threads of a program are actors below this: the vCPUs that they run on."""
+
+NO_TIMES = "assumed, it has no times: an access's time is its number, in nanoseconds"
+"""A note of what has its accesses in order and nothing else."""
 
 _MOST_SHOWN = 3
 _LONGEST = 80

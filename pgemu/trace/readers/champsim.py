@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Actors, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Actors, Tally, accesses
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, records
 
@@ -113,7 +113,7 @@ def read(source: Source, form: str | None = None) -> AccessStream:
 
 def _batches(source: Source, form: str, tally: Tally) -> Iterator[Records]:
     layout = _LAYOUTS[form]
-    tally.notes.append("it has no sizes: an access is of the page that it begins in")
+    tally.notes += ["it has no sizes: an access is of the page that it begins in", NO_TIMES]
     actors = Actors(tally, source.name)
     done = number = 0
 

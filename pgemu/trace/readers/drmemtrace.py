@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Actors, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Actors, Tally, accesses
 from pgemu.trace.archives import MAGICS, opened_archive
 from pgemu.trace.schema import Records
 from pgemu.trace.source import MOST_RECORD_GROWTH, Match, Source, records
@@ -280,6 +280,8 @@ class _Trace:
     def _finish(self) -> None:
         """What can be said at the end."""
         notes = self._tally.notes
+        if self._time is None:
+            notes.append(NO_TIMES)
         if self._last != _FOOTER:
             notes.append("it has no footer: its end may be missing")
         if len(self._processes) > 1:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Tally, accesses
 from pgemu.trace.fast_lines import wanted, writable
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, gathered, text_of
@@ -58,7 +58,7 @@ def read(source: Source, form: str | None = None) -> AccessStream:
 
     :raises InputError: while batches are taken: no text, or more lines that are no accesses than lines that are
     """
-    tally = Tally()
+    tally = Tally(notes=[NO_TIMES])
     return AccessStream.of(source.name, FORMATS["lackey"], _batches(source, tally), tally, close=source.close)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pgemu.trace.accesses import READ, WRITE, AccessStream, Tally, accesses
+from pgemu.trace.accesses import NO_TIMES, READ, WRITE, AccessStream, Tally, accesses
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, gathered, text_of
 
@@ -47,6 +47,7 @@ def _batches(source: Source, tally: Tally) -> Iterator[Records]:
     tally.notes += [
         "it has no sizes: an access is of the page that it begins in",
         "it has no fetches",
+        NO_TIMES,
     ]
     line = number = 0
     ended = False

@@ -17,7 +17,7 @@ from fuzzing import rounds
 from pgemu import trace
 from pgemu.errors import InputError
 from pgemu.trace import readers, source
-from pgemu.trace.accesses import EXEC, READ, WRITE
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE
 from pgemu.trace.readers import champsim
 from pgemu.trace.source import Match, Source, open_source
 from streams import attack, in_pieces, rows, taken
@@ -68,7 +68,7 @@ def test_an_instruction_is_fetched_then_reads_then_writes() -> None:
     assert got.records.time.tolist() == list(range(11))
     assert got.tally.inputs == {"fetch": 3, "read": 5, "write": 3}
     assert (got.refused, got.tally.rejected, got.tally.threads) == ("", 0, 1)
-    assert got.tally.notes == ["it has no sizes: an access is of the page that it begins in"]
+    assert got.tally.notes == ["it has no sizes: an access is of the page that it begins in", NO_TIMES]
 
 
 def test_cloudsuite_has_more_slots_and_address_spaces() -> None:
