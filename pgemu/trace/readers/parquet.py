@@ -4,9 +4,7 @@ Columns are stored so that they are read quickly: bytes of a rank together (BYTE
 LZ4. A column that holds one value in all of a row group, as the statistics of its footer say, is not decoded at all.
 
 Files of others (polars, pandas, ...) need only the schema's columns, as pgemu.trace.columns says; of what has no layout
-pgemu.trace.unplaced says where it lies.
-
-pyarrow is imported inside the functions, so that only those who store or load a trace pay for it.
+pgemu.trace.unplaced says where it lies. pyarrow is imported inside the functions, for those alone who need it.
 """
 
 from __future__ import annotations
@@ -51,6 +49,7 @@ __all__ = (
     "glance",
     "iterate",
     "narrow",
+    "parquet_file",
     "read",
     "sniff",
     "write",
@@ -332,7 +331,8 @@ def _damage(name: str, what: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} Parquet file ({text[:_LONGEST]})", name) from None
+        short = "memory is short, or " if isinstance(error, MemoryError) else ""  # a damaged file may ask for any size
+        raise InputError(f"{short}{what} Parquet file ({text[:_LONGEST]})", name) from None
 
 
 def sniff(head: bytes) -> Match:
@@ -390,12 +390,20 @@ def _of_records(count: int, setup: int) -> Accounting:
     return Accounting(events=count - setup, inputs=inputs, operations=count, setup=setup)
 
 
+def parquet_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """Open a file by the bytes of its name, which need not be text; a text the library would try as a URI, too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)))
+
+
 def _open(name: str, copy: BinaryIO | None = None) -> pq.ParquetFile:
     """Open a file, or the copy of what cannot be read at any place, and check which columns there are."""
     import pyarrow.parquet as pq
 
     with _damage(name, "not a whole"):
-        file = pq.ParquetFile(name if copy is None else copy)
+        file = parquet_file(name) if copy is None else pq.ParquetFile(copy)
         names = file.schema_arrow.names
     try:
         if _OUTCOMES in (file.metadata.metadata or {}):
