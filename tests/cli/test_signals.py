@@ -113,8 +113,8 @@ def test_processes_of_a_replay_end_with_the_one_that_asked_for_them(tmp_path: Pa
 @pytest.mark.parametrize("number", [signal.SIGINT, *SIGNALS])
 @pytest.mark.parametrize("to", ["it", "its group"])
 def test_runs_that_only_load_end_at_once_and_leave_nothing(number: signal.Signals, to: str, tmp_path: Path) -> None:
-    """Each would run for minutes."""
-    more = ("--set", "operations=100M", "--vary", "zero=page,folio", "--jobs", "2")
+    """Each would run for many seconds."""
+    more = ("--set", "operations=16M", "--vary", "zero=page,folio", "--jobs", "2")
     with replaying(tmp_path / "runs", *more, process_group=0) as process:
         until(lambda: len(children(process.pid)) >= 3)
         begun = children(process.pid)
