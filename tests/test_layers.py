@@ -35,7 +35,7 @@ KERNELS = (
     ("run",),
 )
 PACKAGE = (
-    ("errors", "version", "whole_file"),
+    ("errors", "sizes", "version", "whole_file"),
     ("cost",),
     ("machine",),
     ("tables",),

@@ -46,6 +46,21 @@ def test_files_are_about_one_thing(package: str) -> None:
     assert {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_asserts_do_nothing_that_is_missing_without_them(package: str) -> None:
+    """python -O leaves them out: they compare what is there."""
+    harmless = {"isinstance", "len", "tuple", "all", "any", "set", "sorted"}
+    calls = {
+        f"{module}:{node.lineno} {ast.unparse(call.func)}"
+        for module, text in sources(package)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Assert)
+        for call in ast.walk(node.test)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) not in harmless
+    }
+    assert calls == set()
+
+
 def functions(text: str) -> Iterator[str]:
     """Functions that a module makes, by def or by a call.
 

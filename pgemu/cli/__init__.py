@@ -73,7 +73,10 @@ class _Group(click.RichGroup):
             _fail("out of memory")
         except OSError as error:
             _discard_output()
-            _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+            told = error.strerror or str(error)
+            # What has neither a file nor the system's words is said by pgemu itself; else it is a write to stdout.
+            of_system = error.filename or (error.errno and told == os.strerror(error.errno))
+            _fail(f"{error.filename or 'standard output'}: {told}" if of_system else told)
         if ending.number:  # of which the command has told
             sys.exit(status_of(ending.number))
         sys.exit(status if isinstance(status, int) else 0)

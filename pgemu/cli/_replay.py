@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -48,6 +49,17 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for one, before in self._before.items():
             signal.signal(one, before)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Where a run that was asked to stop has nothing to leave, it ends as by the signal that asked."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            number = self.status - status_of(0)
+            if isinstance(error, Terminated) or number == signal.SIGINT:
+                raise
+            raise Terminated(number) from None
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.status = status_of(number)

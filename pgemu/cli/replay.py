@@ -174,7 +174,10 @@ def _one(job: Job, options: dict[str, Any]) -> int:
     from pgemu.experiments.replaying.jobs import run_job
     from pgemu.trace.watching import watched
 
-    with _progress(options) as progress, Interrupt() as interrupt, watched(partial(progress, "reading")):
+    with (
+        _progress(options) as progress, Interrupt() as interrupt, watched(partial(progress, "reading")),
+        interrupt.ending(),
+    ):  # fmt: skip
         replayed = run_job(job, partial(progress, job.design), interrupt)
     if replayed.complete or replayed.shards == 1:  # else machines counted more than the file has
         _show([(job, replayed)], options)

@@ -136,14 +136,23 @@ def _store(found: Lowered | AccessStream, target: str) -> str:
 @_max_memory
 @_json
 def info(path: str, max_memory: int | None, as_json: bool, **options: Any) -> None:
-    """Say what a trace holds: operations, times, memory; which events it has that pgemu does not know."""
+    """Say what a trace holds: operations, times, memory; which events it has that pgemu does not know.
+
+    Of a log of several VMs: which processes they are of, and how much of each is in it. With --vm-process it is about
+    the one that is chosen.
+    """
     from pgemu.report.traces import about
-    from pgemu.trace.about import about_accesses, about_records
+    from pgemu.trace.about import about_accesses, about_records, about_several
     from pgemu.trace.accesses import AccessStream
+    from pgemu.trace.processes import SeveralVmsError
 
     with _reading(max_memory):
-        opened = _opened(path, options)
-        found = about_accesses(opened) if isinstance(opened, AccessStream) else about_records(opened)
+        try:
+            opened = _opened(path, options)
+        except SeveralVmsError as several:  # who looks at it need not choose
+            found = about_several(several)
+        else:
+            found = about_accesses(opened) if isinstance(opened, AccessStream) else about_records(opened)
     _print(json.dumps(found, indent=2) + "\n" if as_json else about(found))
 
 

@@ -12,7 +12,7 @@ from pgemu.errors import InputError
 __all__ = ("warmup",)
 
 
-@click.command()
+@click.command(short_help="Compile kernels now, so that nobody waits for them later.")
 @click.option("--all", is_flag=True, help="All kernels, not only those that `pgemu compare` needs.")
 @click.option(
     "--installation", is_flag=True, help="Keep the machine code in the installation, for all who use it (to be read)."

@@ -25,7 +25,7 @@ def workload() -> None:
     """
 
 
-@workload.command("list")
+@workload.command("list", short_help="The workloads, with what they rest on and their parameters.")
 def show() -> None:
     """List the workloads: what each is, what of it is published or captured, and its parameters with their defaults."""
     from pgemu.workload import WORKLOADS, defaults_of
@@ -56,7 +56,7 @@ def _text(value: float | None) -> str:
     return f"{value:g}"
 
 
-@workload.command()
+@workload.command(short_help="Store a workload as Parquet.")
 @click.argument("name")
 @click.option("-o", "--output", metavar="FILE", required=True, help="Write the trace to this Parquet file.")
 @click.option(

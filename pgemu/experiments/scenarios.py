@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pgemu.machine.results import operation_name, result_name
+from pgemu.sizes import size as size_text
 from pgemu_kernels import words as W
 from pgemu_kernels.formats.bits import ADDRESS
 from pgemu_kernels.words.events import Event, Gauge
@@ -119,7 +120,7 @@ class SmallestPfnmap:
     def lines(self) -> Iterator[str]:
         """What happened, in lines of text."""
         facts = self.document
-        yield f"guest memory: {self.gmem.size >> 20} MiB of 4K folios, all shared, mapped with VM_PFNMAP"
+        yield f"guest memory: {size_text(self.gmem.size)} of 4K folios, all shared, mapped with VM_PFNMAP"
         for phase in self.phases:
             results = ", ".join(f"{name} {count}" for name, count in phase.results.items())
             yield f"{phase.name}: {phase.pages} {operation_name(phase.operation)}s: {results}"

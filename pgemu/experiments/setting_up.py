@@ -8,6 +8,7 @@ from pgemu.errors import InputError
 from pgemu.experiments.devices import DevicesOfRun
 from pgemu.experiments.process_machine import boot_processes
 from pgemu.machine.presets import LIKE, Versions
+from pgemu.sizes import size as size_text
 from pgemu.trace.lowered import Guest
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def boot(lowered: Lowered, config: Config, named: Named = ONE) -> Machine:
     try:
         machine = Machine(config)
     except (MemoryError, OSError):
-        raise InputError(f"{size} bytes of guest memory: more than this computer can model") from None
+        raise InputError(f"{size_text(size)} of guest memory: more than this computer can model") from None
     try:
         processes = [machine.create_process() for _ in range(named.processes)]
         for process in processes[: named.vms]:

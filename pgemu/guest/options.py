@@ -8,6 +8,7 @@ from typing import Literal
 from pgemu.guest.frames import Allocation
 from pgemu.machine.arguments import guards_creation
 from pgemu.machine.field_rules import Rule, amount, shown
+from pgemu.sizes import size as size_text
 from pgemu.trace.memory_layout import align_up
 from pgemu_kernels.words.operations import PAGE_1G, PAGE_2M, PAGE_4K
 
@@ -98,7 +99,7 @@ class GuestOptions:
             "thp": "transparent huge pages: every 2M range counts as anonymous memory that is all one mapping",
         }
         found = [
-            f"guest: {self.guest_memory} bytes from guest physical address 0 on; {rules[self.allocation]}",
+            f"guest: {size_text(self.guest_memory)} from guest physical address 0 on; {rules[self.allocation]}",
             "guest: a page gets its frame at its first access; nothing is freed; its kernel's own accesses are in no "
             "recording, and none are added",
             "operations: the first use, write and fetch of a page and of the tables on its way, and again after a "
@@ -114,7 +115,7 @@ class GuestOptions:
     def _io_note(self) -> str:
         if self.io == "bounce":
             return (
-                f"I/O goes through {self.bounce_size} bytes of bounce buffers (swiotlb: 64 MiB unless it is told "
+                f"I/O goes through {size_text(self.bounce_size)} of bounce buffers (swiotlb: 64 MiB unless it is told "
                 "otherwise), shared from the start, used one after the other; the guest's copy is an operation of the "
                 "machine, but no access of the TLBs"
             )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pgemu.errors import InputError
 from pgemu.recording.sink import Sink
-from pgemu.recording.stopping import Stopping
+from pgemu.recording.stopping import Stopping, Witness, witness
 from pgemu.recording.tools import Way, said
 
 __all__ = ("Ran", "run")
@@ -38,19 +38,20 @@ class Ran(NamedTuple):
 def run(way: Way, command: Sequence[str], sink: Sink) -> Ran:
     """Run a command under a tool and copy what it recorded; the command's own input and output are this process's.
 
-    Ctrl-C reaches the command and the tool as it would without pgemu, and what they recorded is kept; a second one
-    terminates the command, a third one kills it.
+    Ctrl-C reaches the command and the tool as it would without pgemu, and what they recorded is kept; SIGINT that comes
+    to this process alone is passed on. A second one terminates the command, a third one kills it.
 
     :raises InputError: the tool recorded nothing, or cannot print what it recorded
     """
-    with Stopping() as stopping:
-        status = _recorded(way, command, sink, stopping) if way.show else _streamed(way, command, sink, stopping)
+    with witness() as group, Stopping() as stopping:
+        passing = _Passing(stopping, group)
+        status = _recorded(way, command, sink, passing) if way.show else _streamed(way, command, sink, passing)
     if not sink.lines:
         raise InputError(f"{way.tool} recorded nothing (exit status {status})")
     return Ran(status if way.tells_status else None, stopping.count > 0)
 
 
-def _streamed(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) -> int:
+def _streamed(way: Way, command: Sequence[str], sink: Sink, passing: _Passing) -> int:
     """The tool writes text to a pipe: of a program's accesses there is too much for a file between."""
     out, end = os.pipe()
     try:
@@ -60,7 +61,7 @@ def _streamed(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) 
         os.close(end)
     with _ending(process), os.fdopen(out, "rb", buffering=0) as pipe:
         while True:
-            _pass_on(process, stopping)
+            passing.on_to(process)
             if select.select([pipe], [], [], _WAIT)[0]:
                 data = pipe.read(_PIECE)
                 if not data:
@@ -68,17 +69,17 @@ def _streamed(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) 
                 sink.write(data)
             elif process.poll() is not None:  # a child that lives on holds the pipe, and is none of this
                 break
-        return _waited(process, stopping)
+        return _waited(process, passing)
 
 
-def _recorded(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) -> int:
+def _recorded(way: Way, command: Sequence[str], sink: Sink, passing: _Passing) -> int:
     """The tool writes a recording, which it prints afterwards."""
     with tempfile.TemporaryDirectory(prefix="pgemu-") as folder:
         file = os.path.join(folder, "recording")
         arguments = [part.format(file=file, fd="") for part in way.record]
         process = subprocess.Popen([way.tool, *arguments, *command])
         with _ending(process):
-            status = _waited(process, stopping)
+            status = _waited(process, passing)
         if not os.path.exists(file):
             raise InputError(f"{way.tool} recorded nothing (exit status {status})")
         with tempfile.TemporaryFile() as errors:
@@ -90,7 +91,7 @@ def _recorded(way: Way, command: Sequence[str], sink: Sink, stopping: Stopping) 
             with printing.stdout as text, _ending(printing):
                 while data := text.read(_PIECE):
                     sink.write(data)
-                    if stopping.count > 1:  # the first one ended the command
+                    if passing.stopping.count > 1:  # the first one ended the command
                         raise KeyboardInterrupt
             if printing.wait():
                 errors.seek(0)
@@ -112,25 +113,34 @@ def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
         raise
 
 
-def _waited(process: subprocess.Popen[bytes], stopping: Stopping) -> int:
+def _waited(process: subprocess.Popen[bytes], passing: _Passing) -> int:
     while True:
-        _pass_on(process, stopping)
+        passing.on_to(process)
         with suppress(subprocess.TimeoutExpired):
             return process.wait(_WAIT)
 
 
-def _pass_on(process: subprocess.Popen[bytes], stopping: Stopping) -> None:
-    """A terminal's Ctrl-C has reached command and tool itself; other signals, and more of it, are passed on."""
-    if (
-        process.returncode is not None
-        or not stopping.news()
-        or (stopping.count == 1 and stopping.signal is signal.SIGINT)
-    ):
-        return
-    number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
-    for pid in _descendants(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+class _Passing(NamedTuple):
+    """Signals that came, and who tells whether they came to the command and the tool themselves."""
+
+    stopping: Stopping
+    group: Witness
+
+    def on_to(self, process: subprocess.Popen[bytes]) -> None:
+        """Pass on what came since the last time: SIGINT as it is, unless all of the group got it, as of a terminal's
+        Ctrl-C; else, and more of it, to terminate, then to kill.
+        """
+        stopping = self.stopping
+        if process.returncode is not None or not stopping.news():
+            return
+        number = signal.SIGTERM if stopping.count < _PATIENCE else signal.SIGKILL
+        if stopping.count == 1 and stopping.signal is signal.SIGINT:
+            if self.group.got(signal.SIGINT):
+                return
+            number = signal.SIGINT
+        for pid in _descendants(process.pid) or [process.pid]:  # strace itself blocks signals, valgrind is the command
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _descendants(tool: int) -> list[int]:

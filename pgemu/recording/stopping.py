@@ -1,13 +1,17 @@
-"""Signals that ask a recording to end: it ends, and what it has is kept."""
+"""Signals that ask a recording to end: it ends, and what it has is kept; and whether one came to the command, too."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ("Stopping",)
+__all__ = ("Stopping", "Witness", "witness")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -48,3 +52,39 @@ class Stopping:
     def _came(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
         self.signal = signal.Signals(number)
+
+
+class Witness:
+    """A process of this process group that does nothing: what it got, all of the group got."""
+
+    _SOON = 0.02  # seconds until a signal to a group has come to all of it
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def got(self, number: signal.Signals) -> bool:
+        """Whether it got a signal, which waits there for ever; where the system does not tell it is taken to have.
+        proc_pid_status(5), ShdPnd
+        """
+        time.sleep(self._SOON)
+        with suppress(OSError), open(f"/proc/{self._pid}/status") as file:
+            pending = next((int(line.split()[1], 16) for line in file if line.startswith("ShdPnd:")), 0)
+            return bool(pending >> (number - 1) & 1)
+        return True
+
+
+@contextmanager
+def witness() -> Iterator[Witness]:
+    """Have a process in this group, for which SIGINT waits; it ends with this one, whatever ends that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which it inherits
+    try:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", "read _"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield Witness(process.pid)
+    finally:
+        process.kill()
+        process.communicate()

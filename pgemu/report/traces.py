@@ -16,7 +16,8 @@ _SHOWN = 8
 
 def about(found: Mapping[str, Any]) -> str:
     """A page about what pgemu.trace.about says."""
-    return "\n".join(_accesses(found) if "accesses" in found else _records(found)) + "\n"
+    lines = _accesses if "accesses" in found else _several if "vm_processes" in found else _records
+    return "\n".join(lines(found)) + "\n"
 
 
 def _records(found: Mapping[str, Any]) -> Iterator[str]:
@@ -31,11 +32,24 @@ def _records(found: Mapping[str, Any]) -> Iterator[str]:
     elif found["vms"]:
         what = _memory(found["memory"], found["init"])
         yield _row("memory", f"{what}, of {found['vms']} VMs" if found["vms"] > 1 else what)
-    accounting = found["accounting"]
+    yield from _accounting(found["accounting"])
+    yield from _texts(found)
+
+
+def _accounting(accounting: Mapping[str, Any]) -> Iterator[str]:
     for name in ("inputs", "outcomes", "ignored", "unknown", "skipped", "without_operation"):
-        yield from _counts(name.replace("_", " "), accounting[name])
+        yield from _counts(name.replace("_", " "), accounting.get(name, {}))
     if accounting["lost"]:
         yield _row("lost", f"{units.count(accounting['lost'])} events, which the ring buffer dropped")
+
+
+def _several(found: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{found['source']}: {found['kind']}, {units.count(found['events'])} events"
+    for place, vm in enumerate(found["vm_processes"]):
+        who = f"{vm['kind']} {vm['number']} ({printable(vm['name'])})"
+        yield _row("" if place else "VMs", f"{who}: {units.count(vm['inputs'])} input{'s' * (vm['inputs'] != 1)}")
+    yield _row("time", _span(found["time_ns"]))
+    yield from _accounting(found["accounting"])
     yield from _texts(found)
 
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from math import floor, log10
 
+from pgemu.sizes import size
+
 __all__ = ("band", "change", "count", "share", "size")
 
 _TIMES = (("s", 1e9), ("ms", 1e6), ("us", 1e3), ("ns", 1.0))
-_SIZES = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
 def count(n: int) -> str:
     """Return "16,825"."""
     return f"{n:,}"
-
-
-def size(n: int) -> str:
-    """Return bytes with three digits, without a fraction where there is none: "512 MiB", "15.9 MiB", "28 B", "0"."""
-    for unit, factor in _SIZES:
-        if n >= factor:
-            digits = max(0, 2 - floor(log10(n / factor)))
-            return f"{n // factor:,} {unit}" if n % factor == 0 else f"{n / factor:,.{digits}f} {unit}"
-    return f"{n} B" if n else "0"
 
 
 def share(part: float) -> str:

@@ -23,7 +23,7 @@ from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
 from pgemu.trace.lowering import adapt, lower
 from pgemu.trace.memory_layout import GivenSlot, Layout, RefusedSlot, Region, Slot
 from pgemu.trace.process_lowering import is_of_processes, lower_processes
-from pgemu.trace.readers import read
+from pgemu.trace.readers import formats, read
 from pgemu.trace.required import require_input
 from pgemu.trace.schema import COLUMNS, SIMULATED, Flag, Operation, Records, columns_table
 from pgemu.trace.source import open_source
@@ -108,7 +108,8 @@ def opened(
     :raises InputError: as of load()
     """
     options = options or LoweringOptions()
-    found = read(open_source(path), input_format)
+    expected = formats().get(input_format, "a trace") if input_format else "a trace"
+    found = read(open_source(path, expected), input_format)
     if isinstance(found, AccessStream):
         return found
     if isinstance(found, Log):

@@ -11,9 +11,10 @@ import numpy as np
 from pgemu.errors import InputError
 from pgemu.trace.accesses import AccessStream
 from pgemu.trace.lowered import Lowered
+from pgemu.trace.processes import SeveralVmsError
 from pgemu.trace.schema import DTYPES, Flag, Operation, Records
 
-__all__ = ("about_accesses", "about_records", "first_records", "name_of")
+__all__ = ("about_accesses", "about_records", "about_several", "first_records", "name_of")
 
 _TITLES = {int(op): op.name.lower().replace("_", " ") for op in Operation}
 _BY_CODE = {int(op): op for op in Operation}
@@ -42,6 +43,28 @@ def about_records(lowered: Lowered) -> dict[str, Any]:
         "accounting": accounting.to_json(),
         "notes": list(lowered.notes),
         "doubts": [doubt.text for doubt in lowered.doubts],
+    }
+
+
+def about_several(found: SeveralVmsError) -> dict[str, Any]:
+    """Of a log of several VMs, none of which is chosen: their processes, times, where events went, notes."""
+    log = found.log
+    times = log.rows[:, 1]
+    return {
+        "source": log.source,
+        "kind": "several VMs' memory",
+        "events": log.events,
+        "vms": len(found.vms),
+        "vm_processes": [
+            {"number": vm.number, "kind": "process" if vm.known else "thread", "name": vm.name, "inputs": vm.inputs}
+            for vm in found.vms
+        ],
+        "time_ns": [int(times.min()), int(times.max())],
+        "accounting": {
+            **{name: dict(getattr(log, name)) for name in ("inputs", "outcomes", "ignored", "unknown", "skipped")},
+            "lost": log.lost,
+        },
+        "notes": [*log.notes, found.what],
     }
 
 

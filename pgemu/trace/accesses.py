@@ -15,10 +15,13 @@ from pgemu.errors import InputError
 from pgemu.trace.schema import DTYPES, Flag, Operation, Records
 from pgemu_kernels.words.operations import PAGE_4K
 
-__all__ = ("EXEC", "READ", "THREADS", "WRITE", "AccessStream", "Actors", "Tally", "accesses")
+__all__ = ("EXEC", "NO_TIMES", "READ", "THREADS", "WRITE", "AccessStream", "Actors", "Tally", "accesses")
 
 THREADS = 256
 """Threads of a program are actors below this: the vCPUs that they run on."""
+
+NO_TIMES = "assumed, it has no times: an access's time is its number, in nanoseconds"
+"""A note of what has its accesses in order and nothing else."""
 
 _MOST_SHOWN = 3
 _LONGEST = 80
@@ -64,9 +67,14 @@ class Tally:
         :param unit: what is counted, "line" or "record"
         :raises InputError: with the first of what was rejected
         """
-        if self.rejected <= understood or not (at_end or self.rejected > _MANY_REJECTED):
-            if at_end and not understood:
-                raise InputError(f"no access in it, expected {expected}", source)
+        if at_end and not understood and not self.rejected:
+            raise InputError(f"no access in it, expected {expected}", source)
+        if at_end or self.rejected > _MANY_REJECTED:
+            self.refuse_mostly_foreign(source, unit, understood, expected)
+
+    def refuse_mostly_foreign(self, source: str, unit: str, understood: int, expected: str) -> None:
+        """The same of what was read so far, however little that is; with no access it need not be wrong."""
+        if self.rejected <= understood:
             return
         number, what = self.first_rejected[0]
         many = f"{self.rejected:,} of {self.rejected + understood:,} {unit}s are not understood"

@@ -22,6 +22,10 @@ _UNPACK = "give the file in it"
 _RECORD = "record the events of KVM with ftrace, trace-cmd or perf"
 _CONVERT = "write its columns as Parquet or CSV (pgemu compare --help)"
 
+_ONCE = "decompress it once first"
+_ARE = "xz, gzip and zstd are"
+_PACKED = (b"\xfd7zXZ\0", "xz"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")
+
 _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "an ELF file: a program, a library or a memory image", "pgemu walk, dump and page read images"),
     (0, b"KDUMP   ", "a dump of kdump", "pgemu walk reads ELF and raw images (makedumpfile -E)"),
@@ -31,10 +35,11 @@ _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (257, b"ustar", "a tar archive", _UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (0, b"Rar!\x1a\x07", "a rar archive", _UNPACK),
-    (0, b"BZh", "compressed with bzip2, which is not read", "xz, gzip and zstd are: bunzip2 first"),
+    *((0, magic, f"compressed twice, with {name} inside", _ONCE) for magic, name in _PACKED),
+    (0, b"BZh", "compressed with bzip2, which is not read", f"{_ARE}: bunzip2 first"),
     (0, b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d first, or --input-format drmemtrace if it is that"),
-    (0, b"\x89LZO", "compressed with lzop, which is not read", "xz, gzip and zstd are: lzop -d first"),
-    (0, b"\x1f\x9d", "compressed with compress, which is not read", "xz, gzip and zstd are: uncompress first"),
+    (0, b"\x89LZO", "compressed with lzop, which is not read", f"{_ARE}: lzop -d first"),
+    (0, b"\x1f\x9d", "compressed with compress, which is not read", f"{_ARE}: uncompress first"),
     (0, b"\xd4\xc3\xb2\xa1", "captured packets (pcap)", _READ),
     (0, b"\xa1\xb2\xc3\xd4", "captured packets (pcap)", _READ),
     (0, b"\x4d\x3c\xb2\xa1", "captured packets (pcap)", _READ),
@@ -125,22 +130,35 @@ _SHAPES: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
 )
 
 
-def foreign(head: bytes) -> str | None:
+def foreign(head: bytes, expected: str | None = None) -> str | None:
     """What a file is that begins so, with what helps, as a message says it; None for no known one.
 
     :param head: decompressed
+    :param expected: what it should be, None: any trace
     """
+    found = _known(head)
+    if found is None:
+        return None
+    name, help_ = found
+    if expected is None:
+        return f"this is {name}: {help_}"
+    # How another format is made does not help who wants this one.
+    return f"this is {name}, expected {expected}" + (f": {help_}" if help_.startswith((_UNPACK, _ONCE, _ARE)) else "")
+
+
+def _known(head: bytes) -> tuple[str, str] | None:
+    """What a file is that begins so, and what helps."""
     is_text = not head[:_LOOKED_AT].translate(None, _PRINTABLE)
     for at, magic, name, help_ in _MAGICS:
         # What begins like this may be a task's name.
         if head.startswith(magic, at) and not is_text:
-            return f"this is {name}: {help_}"
+            return name, help_
     if b"\0" not in head[:_HEAD]:
         text = head[:_HEAD].decode("utf-8", "replace")
         for shape, name, help_ in _TEXTS:
             if shape.search(text):
-                return f"this is {name}: {help_}"
+                return name, help_
     for looks, name, help_ in _SHAPES:
         if looks(head):
-            return f"this is {name}: {help_}"
+            return name, help_
     return None

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.sizes import size as size_text
 from pgemu.trace.events import Input
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Accounting, Lowered, LoweringOptions
@@ -229,10 +230,10 @@ class _Replay(Player):
     def _notes(self) -> tuple[str, ...]:
         """What was taken to be so."""
         told = list(self.log.notes + self.memories.notes)
-        mib = self._inferred["bytes"] >> 20
+        inferred = size_text(self._inferred["bytes"])
         if count := self._inferred["before"]:
-            gap = f"gaps up to {self.options.area_gap >> 10} KiB are theirs (area_gap)"
-            told.append(f"areas inferred from what is touched and no line maps, {mib:,} MiB: {count}; {gap}")
+            gap = f"gaps up to {size_text(self.options.area_gap)} are theirs (area_gap)"
+            told.append(f"areas inferred from what is touched and no line maps, {inferred}: {count}; {gap}")
         if count := self._inferred["later"]:
             told.append(f"areas inferred where the log unmapped what it uses later: {count:,}")
         told += [f"{what}: {count:,}" for what, count in self._told.items()]

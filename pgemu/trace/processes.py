@@ -19,7 +19,7 @@ from pgemu.errors import InputError, printable
 from pgemu.trace.events import Input
 from pgemu.trace.log import NO_VCPU, Doubt, Log
 
-__all__ = ("OTHER_PROCESS", "Choice", "of_vm")
+__all__ = ("OTHER_PROCESS", "Choice", "SeveralVmsError", "VmProcess", "of_vm")
 
 Choice = int | Literal["all"]
 """A process, a thread whose process no line says, or all of them."""
@@ -33,8 +33,15 @@ _HELP = "choose with --vm-process, which may be repeated, or merge them with --v
 
 
 @dataclass(frozen=True)
-class _Vm:
-    """What may be a VM: a process, or a thread whose process no line says."""
+class VmProcess:
+    """What may be a VM: a process, or a thread whose process no line says.
+
+    Attributes:
+        number: of the process or thread
+        name: as the log has it
+        inputs: guest faults, attributes and slots of it
+        known: whether it is a process
+    """
 
     number: int
     name: str
@@ -46,19 +53,34 @@ class _Vm:
         return f"{'process' if self.known else 'thread'} {self.number} ({printable(self.name)}, {inputs})"
 
 
+class SeveralVmsError(InputError):
+    """A log of several VMs, none of which was chosen.
+
+    Attributes:
+        log: as it was read
+        vms: what may be VMs in it
+    """
+
+    def __init__(self, log: Log, vms: Mapping[int, VmProcess]) -> None:
+        super().__init__(f"{_found(log, vms)}: {_HELP}", log.source)
+        self.log = log
+        self.vms = tuple(vms.values())
+
+
 def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]:
     """Keep what one VM's process asked for.
 
     :param chosen: processes, or threads whose process no line says; "all" merges whatever the log holds
     :returns: the log with the rows and a note of the VM, and how many inputs were left out, by reason
-    :raises InputError: several VMs and none chosen, or a chosen one that is not there
+    :raises SeveralVmsError: several VMs and none chosen
+    :raises InputError: a chosen one is not there
     """
     vms = _vms(log) if log.tasks else {}
     if not log.tasks or "all" in chosen or not (chosen or vms):
         merged = f"merged as asked: {_listed(vms.values(), _SAID)}" if len(vms) > 1 else ""
         return _collided(replace(log, notes=log.notes + (merged,) * bool(merged)), vms), Counter()
     if not chosen and len(vms) > 1:
-        raise InputError(f"{_found(log, vms)}: {_HELP}", log.source)
+        raise SeveralVmsError(log, vms)
     numbers = {number for number in chosen if number != "all"} or set(vms)
     _check(log, numbers, vms)
     if not any(vm.known for vm in vms.values()) and not chosen:
@@ -73,7 +95,7 @@ def of_vm(log: Log, chosen: tuple[Choice, ...] = ()) -> tuple[Log, Counter[str]]
     return _collided(replace(log, rows=log.rows[kept], notes=notes), merged_vms), +left
 
 
-def _collided(log: Log, vms: Mapping[int, _Vm]) -> Log:
+def _collided(log: Log, vms: Mapping[int, VmProcess]) -> Log:
     """The log of VMs that are merged, with a doubt if what they touch or convert lies at the same addresses."""
     count = _shared_pages(log, vms) if len(vms) > 1 else 0
     if not count:
@@ -84,7 +106,7 @@ def _collided(log: Log, vms: Mapping[int, _Vm]) -> Log:
     return replace(log, doubts=(*log.doubts, Doubt(text)))
 
 
-def _shared_pages(log: Log, vms: Mapping[int, _Vm]) -> int:
+def _shared_pages(log: Log, vms: Mapping[int, VmProcess]) -> int:
     """How many 4K pages several VMs touch or convert."""
     vm_of = np.array([task.process if task.process in vms else task.tid for task in log.tasks], np.int64)
     rows = log.rows
@@ -122,7 +144,7 @@ def _taken_for_one(log: Log) -> Log:
     return replace(log, notes=(*log.notes, note))
 
 
-def _vms(log: Log) -> dict[int, _Vm]:
+def _vms(log: Log) -> dict[int, VmProcess]:
     """What may be VMs, by process or thread: those of which there are guest faults, attributes or slots."""
     theirs = log.rows[np.isin(log.rows[:, _KIND], np.array(_VM_S, np.uint64))]
     inputs = Counter(theirs[:, _TASK].tolist())
@@ -134,14 +156,14 @@ def _vms(log: Log) -> dict[int, _Vm]:
             unknown.append(task)
         else:
             known[process] += count
-    vms = {process: _Vm(process, _name(log, process), count, True) for process, count in known.items()}
+    vms = {process: VmProcess(process, _name(log, process), count, True) for process, count in known.items()}
     if unknown and (len(_twice(log, theirs)) > 0 or known):
         for task in unknown:
             tid, _, name = log.tasks[task]
-            vms[tid] = _Vm(tid, name, inputs[task], False)
+            vms[tid] = VmProcess(tid, name, inputs[task], False)
     elif unknown:
         first = log.tasks[unknown[0]]
-        vms[first.tid] = _Vm(first.tid, first.name, sum(inputs[task] for task in unknown), False)
+        vms[first.tid] = VmProcess(first.tid, first.name, sum(inputs[task] for task in unknown), False)
     return vms
 
 
@@ -157,7 +179,7 @@ def _twice(log: Log, rows: npt.NDArray[np.uint64]) -> dict[str, list[int]]:
     return {name: sorted(tasks) for name, tasks in threads.items() if name and len(tasks) > 1}
 
 
-def _kept(log: Log, task: int, numbers: set[int], vms: Mapping[int, _Vm]) -> bool:
+def _kept(log: Log, task: int, numbers: set[int], vms: Mapping[int, VmProcess]) -> bool:
     """Whether a task is of the chosen VM. Where its process is known, a thread of unknown process that asks nothing of
     KVM may be one of its own, and is taken for one."""
     tid, process, _ = log.tasks[task]
@@ -171,14 +193,14 @@ def _name(log: Log, process: int) -> str:
     return next((task.name for task in log.tasks if task.tid == process), names[0])
 
 
-def _check(log: Log, numbers: set[int], vms: Mapping[int, _Vm]) -> None:
+def _check(log: Log, numbers: set[int], vms: Mapping[int, VmProcess]) -> None:
     there = {task.process if task.process is not None else task.tid for task in log.tasks}
     if missing := sorted(numbers - there):
         expected = f"expected one of {_listed(vms.values())}" if vms else "expected a process that the log names"
         raise InputError(f"--vm-process {missing[0]}: not in it, {expected}", log.source)
 
 
-def _found(log: Log, vms: Mapping[int, _Vm]) -> str:
+def _found(log: Log, vms: Mapping[int, VmProcess]) -> str:
     """What several VMs were told by."""
     text = f"several VMs in it: {_listed(vms.values())}"
     if any(vm.known for vm in vms.values()):
@@ -189,7 +211,7 @@ def _found(log: Log, vms: Mapping[int, _Vm]) -> str:
     return f"{text}; no line names a process (record-tgid, perf script -F +pid), and {vcpu} faults in {where}"
 
 
-def _listed(vms: Iterable[_Vm], most: int = _SHOWN) -> str:
+def _listed(vms: Iterable[VmProcess], most: int = _SHOWN) -> str:
     names = [str(vm) for vm in vms]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

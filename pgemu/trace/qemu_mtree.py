@@ -100,7 +100,7 @@ def memory_of(path: str | os.PathLike[str] | Source) -> Memory:
     :param path: text of info mtree or info mtree -f, plain or compressed, with what stands around it in a terminal
     :raises InputError: unreadable, no such text, a malformed line (with its number), or no memory in it
     """
-    source = path if isinstance(path, Source) else open_source(path)
+    source = path if isinstance(path, Source) else open_source(path, _EXPECTED.removeprefix("expected "))
     sections = _Sections(source)
     ranges = sections.flat() if sections.view is not None else sections.rendered()
     slots: list[GivenSlot] = []

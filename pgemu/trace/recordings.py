@@ -18,7 +18,7 @@ from pgemu.errors import InputError
 from pgemu.trace.events import PERF_FIELDS
 from pgemu.trace.source import Source
 
-__all__ = ("printed",)
+__all__ = ("printed", "recording_of")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ _RECORDINGS = (
 )
 _START = 1 << 16  # bytes of the text by which its format is told
 _LONGEST = 300  # characters of what the tool says
+
+
+def recording_of(head: bytes) -> str | None:
+    """What a recording is called that begins so; None for no recording."""
+    return next((one.name for one in _RECORDINGS if head.startswith(one.magic)), None)
 
 
 def printed(source: Source) -> Source:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pgemu.sizes import size as size_text
 from pgemu.trace.log import FileKind
 from pgemu.trace.lowered import Accounting, Lowered
 from pgemu.trace.memory_layout import Layout
@@ -275,7 +276,7 @@ class _Making:
         told = [f"{what}: {count:,}" for what, count in self._told.items() if count]
         if pages is None:
             rss = sum(vma.sizes.get("Rss", 0) for vma in vmas)
-            told.append(f"which pages are present is not in it{f': {rss >> 10} KiB are' if rss else ''}")
+            told.append(f"which pages are present is not in it{f': {size_text(rss)} are' if rss else ''}")
         if self.files.beyond:
             told.append(f"areas left out as a machine has no room for their files: {self.files.beyond}")
         inputs = self._inputs

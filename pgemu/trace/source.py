@@ -137,6 +137,9 @@ _FORMATS: tuple[tuple[bytes, str, Callable[[], _Decoder]], ...] = (
     *((bytes([low]) + b"\x2a\x4d\x18", "zstd", _Zstd) for low in range(0x50, 0x60)),  # a frame to be skipped
 )
 
+_LONGEST_MAGIC = max(len(magic) for magic, _, _ in _FORMATS)
+_SHOWN = 16  # bytes
+
 
 class Match(IntEnum):
     """How sure a reader is that a file is of its format."""
@@ -153,10 +156,12 @@ class Source:
         name: as messages show it, "<stdin>" for standard input
         path: of a file that is not compressed, for those who read it themselves; else None
         head: how it begins, decompressed
+        expected: what it should be, as messages say it; who knows the format may set it
     """
 
-    def __init__(self, name: str, path: str | None, stream: BinaryIO, start: bytes) -> None:
+    def __init__(self, name: str, path: str | None, stream: BinaryIO, start: bytes, expected: str = "a trace") -> None:
         self.name = name
+        self.expected = expected
         self._most_growth = MOST_GROWTH
         self._stream = stream
         self._start = start
@@ -174,10 +179,9 @@ class Source:
         """The same as text."""
         return map(text_of, self.byte_blocks())
 
-    def byte_blocks(self, expected: str = "text of ftrace or trace-cmd") -> Iterator[bytes]:
+    def byte_blocks(self) -> Iterator[bytes]:
         """Yield the text in blocks that end with a newline; only the last one may lack it.
 
-        :param expected: what messages say that it should be
         :raises InputError: the compressed stream is damaged, ends early or grows too much, the data is no text, or a
             line is longer than LONGEST_LINE
         """
@@ -186,12 +190,11 @@ class Source:
         with self._stream:
             for data in self._slices():
                 if b"\0" in data:
-                    raise InputError(f"binary data, expected {expected}", self.name)
+                    raise InputError(f"binary data, expected {self.expected}", self.name)
                 first = data.find(b"\n")
                 if waiting + (len(data) if first < 0 else first) > LONGEST_LINE:
-                    raise InputError(
-                        f"a line of more than {LONGEST_LINE} bytes, expected a log's", self.name, lines + 1
-                    )
+                    text = f"a line of more than {LONGEST_LINE} bytes, expected {self.expected}"
+                    raise InputError(text, self.name, lines + 1)
                 if first < 0:
                     parts.append(data)
                     waiting += len(data)
@@ -260,14 +263,19 @@ class Source:
     def _decompressed(self, name: str, make: Callable[[], _Decoder]) -> Iterator[bytes]:
         decoder: _Decoder | None = make()
         taken = given = padding = 0
-        for data in self._compressed():
-            taken += len(data)
+        kept = b""  # behind a stream, too little to tell what it is
+        for more in self._compressed():
+            data = kept + more
+            taken += len(more)
+            kept = b""
             while data:
                 if decoder is None:  # streams may follow one another, with zeros between them
                     behind = data.lstrip(b"\0")
                     padding += len(data) - len(behind)
-                    if not behind:
+                    if len(behind) < _LONGEST_MAGIC:
+                        kept = behind
                         break
+                    self._check_behind(name, behind)
                     self._check_padding(name, padding)
                     data, padding, decoder = behind, 0, make()
                 for piece in self._pieces_of(decoder, data, name):
@@ -280,9 +288,22 @@ class Source:
                 if decoder.eof:
                     data = decoder.unused_data
                     decoder = None
-        if decoder is not None:
+        if kept:
+            self._check_behind(name, kept)
+        if kept or decoder is not None:
             raise InputError(f"truncated: the {name} stream ends early", self.name)
         self._check_padding(name, padding)
+
+    def _check_behind(self, name: str, data: bytes) -> None:
+        """Refuse what stands behind a stream and is no other one of its kind, nor the beginning of one that is cut."""
+        for magic, other, _ in _FORMATS:
+            if data.startswith(magic[: len(data)]):
+                if other == name:
+                    return
+                what = f"what stands behind the {name} stream is one of {other}, expected one kind"
+                raise InputError(what, self.name)
+        what = f"something else stands behind the {name} stream ({data[:_SHOWN]!r}), expected its end"
+        raise InputError(f"{what} or another one", self.name)
 
     def _check_padding(self, name: str, size: int) -> None:
         """Refuse zeros behind an xz stream that are no multiple of four bytes (The .xz File Format, 2.2)."""
@@ -336,10 +357,13 @@ def gathered(blocks: Iterable[bytes], least: int, multiple: int = 1) -> Iterator
         yield b"".join(parts)
 
 
-def records(blocks: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
+def records(
+    blocks: Iterable[bytes], size: int, source: Source, check: Callable[[], None] = lambda: None
+) -> Iterator[bytes]:
     """Yield blocks of whole records of a size, some thousand at a time.
 
-    :param name: of the trace
+    :param source: of which the blocks are
+    :param check: called before the complaint, of records that may be none at all
     :raises InputError: the last record is cut (with its number), after those before it
     """
     done = 0
@@ -349,7 +373,9 @@ def records(blocks: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
         if len(block) >= size:
             yield block[: len(block) - left] if left else block
         if left:
-            raise InputError(f"truncated: record {done + 1:,} has {left} bytes, expected {size}", name)
+            check()
+            what = f"truncated: record {done + 1:,} has {left} bytes, expected {size}, of {source.expected}"
+            raise InputError(what, source.name)
 
 
 def text_of(data: bytes) -> str:
@@ -358,31 +384,33 @@ def text_of(data: bytes) -> str:
     return text.replace("\r\n", "\n") if "\r" in text else text
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], expected: str = "a trace") -> Source:
     """Open a trace; "-" is standard input.
 
+    :param expected: what it should be, as messages say it
     :raises InputError: missing, a directory, unreadable, empty, or damaged at its beginning
     """
     name = os.fspath(path)
     file = None if name == "-" else name
     try:
         if file is None and sys.stdin is None:
-            raise InputError("is closed, expected a trace", "<stdin>")
+            raise InputError(f"is closed, expected {expected}", "<stdin>")
         if file is None:
             name, stream = "<stdin>", sys.stdin.buffer
         else:
             stream = open(file, "rb")  # noqa: SIM115 (closed by blocks() or by close())
         start = stream.read(_CHUNK)
     except IsADirectoryError:
-        raise InputError("is a directory, expected a trace", name) from None
+        raise InputError(f"is a directory, expected {expected}", name) from None
     except FileNotFoundError:
         raise InputError("no such file", name) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", name) from None
     try:
         if not start:
-            raise InputError("empty file, expected a trace", name)
-        return Source(name, file, stream, start)
+            raise InputError(f"empty file, expected {expected}", name)
+        # A pipe is read once: what it gave cannot be found again under its name.
+        return Source(name, file if stream.seekable() else None, stream, start, expected)
     except InputError:
         stream.close()
         raise

@@ -91,7 +91,7 @@ def beside(trace: str) -> str | None:
 def _tokens(name: str) -> Iterator[tuple[int, str, str]]:
     """Line, kind and text of each token."""
     line = 0
-    for block in open_source(name).blocks():
+    for block in open_source(name, _EXPECTED).blocks():
         for text in block.split("\n")[: None if not block.endswith("\n") else -1]:
             line += 1
             for found in _TOKEN.finditer(text):

@@ -77,9 +77,9 @@ def test_a_replay_is_asked_to_stop_once(number: signal.Signals) -> None:
         signal.signal(number, before)
 
 
-def replaying(out: Path, *more: str) -> subprocess.Popen[str]:
+def replaying(out: Path, *more: str, **how: object) -> subprocess.Popen[str]:
     options = ("--design", "pfnmap", "--page-size", "2M", "--set", "operations=1M", "--progress", "none")
-    return started(sys.executable, "-m", "pgemu", "replay", "workload:random", *options, *more, "-o", str(out))
+    return started(sys.executable, "-m", "pgemu", "replay", "workload:random", *options, *more, "-o", str(out), **how)
 
 
 def children(pid: int) -> list[int]:
@@ -108,6 +108,32 @@ def test_processes_of_a_replay_end_with_the_one_that_asked_for_them(tmp_path: Pa
         process.kill()
         process.communicate(timeout=60)  # who reads the output waits for all of them
     until(lambda: all(map(gone, begun)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *SIGNALS])
+@pytest.mark.parametrize("to", ["it", "its group"])
+def test_runs_that_only_load_end_at_once_and_leave_nothing(number: signal.Signals, to: str, tmp_path: Path) -> None:
+    """Each would run for many seconds."""
+    more = ("--set", "operations=16M", "--vary", "zero=page,folio", "--jobs", "2")
+    with replaying(tmp_path / "runs", *more, process_group=0) as process:
+        until(lambda: len(children(process.pid)) >= 3)
+        begun = children(process.pid)
+        (os.kill if to == "it" else os.killpg)(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert said.startswith("pgemu: interrupted")
+    assert said.count("\n") == 1
+    assert not list((tmp_path / "runs").iterdir())
+    until(lambda: all(map(gone, begun)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *SIGNALS])
+def test_a_run_that_leaves_nothing_ends_as_by_the_signal(number: signal.Signals) -> None:
+    interrupt = Interrupt()
+    interrupt.status = 128 + number
+    with pytest.raises(KeyboardInterrupt) as ended, interrupt.ending():
+        raise KeyboardInterrupt
+    assert getattr(ended.value, "number", signal.SIGINT) == number
 
 
 @pytest.mark.parametrize("times", [1, 2])

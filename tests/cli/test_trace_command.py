@@ -56,6 +56,29 @@ def test_info_says_what_is_not_understood(tmp_path: Path) -> None:
         assert found["operations"] == {"bind": 1, "guest fault": 1, "mmap": 1}
 
 
+def test_info_names_the_vms_of_a_log_of_several(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    fault = "kvm_page_fault: vcpu 0 rip 0x0 address 0x1000 error_code 0x100000006\n"
+    path.write_text(
+        f" a\x1b-11 (10) [000] ..... 1.000001: {fault} a-12 (10) [000] ..... 1.000002: {fault}"
+        f" b-21 (20) [000] ..... 1.500000: {fault} b-21 (20) [000] ..... 1.600000: kvm_weird_event: a=1\n"
+    )
+    assert run("head", path).exit_code == 2
+    text = ok("info", path)
+    assert text.startswith(f"{path}: several VMs' memory, 4 events\n")
+    assert "  VMs               process 10 (a\\x1b): 2 inputs\n                    process 20 (b): 1 input\n" in text
+    assert "choose with --vm-process" in text
+    found = json.loads(ok("info", path, "--json"))
+    assert found["vm_processes"][1] == {"number": 20, "kind": "process", "name": "b", "inputs": 1}
+    assert found["accounting"]["inputs"] == {"kvm_page_fault": 3}
+    assert found["accounting"]["unknown"] == {"kvm_weird_event": 1}
+    assert found["time_ns"] == [1000001000, 1500000000]
+    chosen = json.loads(ok("info", path, "--json", "--vm-process", "20"))
+    assert chosen["vms"] == 1
+    assert chosen["operations"]["guest fault"] == 1
+    assert chosen["accounting"]["without_operation"] == {"of another process": 2}
+
+
 def test_head_shows_the_columns_that_an_operation_reads() -> None:
     rows = json.loads(ok("head", SHIPPED, "-n", "3", "--json"))
     assert [row["op"] for row in rows] == ["mmap", "bind", "convert"]

@@ -155,6 +155,7 @@ def test_a_stream_as_a_trace_accounts_for_every_access() -> None:
     assert found.accounting.without_operation["not canonical"] == 1
     assert (found.init, found.converts, found.accesses) == ("private", True, True)
     assert found.notes == GuestOptions(G1, io_rate=0.1, io="convert").notes()
+    assert found.notes[0].startswith("guest: 1 GiB from guest physical address 0 on; ")
     found.records.check("accesses")
 
 

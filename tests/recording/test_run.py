@@ -109,6 +109,39 @@ def test_ctrl_c_ends_the_command_and_keeps_what_there_is(fakes: Fakes, tmp_path:
     assert sorted(one.name for one in tmp_path.iterdir()) == ["begun", "bin", "log", "out"]
 
 
+@pytest.mark.parametrize("tool", ["strace", "perf"])
+@pytest.mark.parametrize("whom", ["group", "record alone"])
+def test_the_command_gets_one_sigint_whoever_else_got_it(fakes: Fakes, tmp_path: Path, tool: str, whom: str) -> None:
+    fakes.tool(tool)
+    begun, got = tmp_path / "begun", tmp_path / "got"
+    program = f"""#!/bin/sh
+        trap 'echo INT >> {got}' INT
+        trap 'echo TERM >> {got}' TERM
+        echo > {begun}
+        for second in 1 2 3 4 5 6 7 8 9; do
+            /bin/sleep 0.3
+            [ -e {got} ] && break
+        done
+        /bin/sleep 0.5
+        exit 5
+    """
+    fakes.add("program", program)
+    command = [sys.executable, "-m", "pgemu", "record", "--with", tool, "-o", str(tmp_path / "out"), "program"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        for _ in range(600):
+            if begun.exists():
+                break
+            time.sleep(0.05)
+        if whom == "group":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out.endswith(b"stopped early\n")
+    assert got.read_text() == "INT\n"
+
+
 def test_sigterm_ends_what_the_command_began_too(tmp_path: Path) -> None:
     way_or_skip("strace")  # which waits for all that it traces
     pid, script = tmp_path / "pid", "sleep 60 & echo $! > {}; wait"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from pgemu.recording.stopping import Stopping
+from pgemu.recording.stopping import Stopping, witness
 
 pytestmark = pytest.mark.same_with_checks
 
@@ -47,3 +51,51 @@ def test_what_is_ignored_stays_so() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+ASKED = """
+import os, signal, sys
+from pgemu.recording.stopping import Stopping, witness
+with witness() as group, Stopping():
+    {before}
+    print(group.got(signal.SIGINT))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ("pass", "False"),
+        ("os.kill(os.getpid(), signal.SIGINT)", "False"),
+        ("os.killpg(0, signal.SIGINT)", "True"),
+        ("group._pid = 1 << 30", "True"),
+    ],
+)
+def test_a_witness_tells_what_came_to_all_of_the_group(before: str, told: str) -> None:
+    code = ASKED.format(before=before)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, process_group=0, timeout=60)
+    assert (ran.stdout, ran.stderr) == (f"{told}\n", "")
+
+
+def test_a_witness_ends_with_who_asked() -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with witness() as group:
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+        os.kill(group._pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(group._pid, 0)
+    code = "import os, signal\nfrom pgemu.recording.stopping import witness\n"
+    code += "with witness() as group:\n    print(group._pid, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        process.wait(60)
+        for _ in range(600):
+            try:
+                os.kill(pid, 0)
+                if ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                    return
+            except OSError:
+                return
+            time.sleep(0.05)
+    raise AssertionError("it lives on")

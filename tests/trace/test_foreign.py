@@ -6,9 +6,11 @@ are what Python's and the system's own writers make.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import sqlite3
 import struct
 import sys
@@ -80,6 +82,9 @@ FOREIGN: dict[str, tuple[bytes, str, str]] = {
     "zip": (zipped(), "a zip archive", "give the file in it"),
     "tar": (tar(), "a tar archive", "give the file in it"),
     "tar.gz": (gzip.compress(tar()), "a tar archive", "give the file in it"),
+    "xz.gz": (gzip.compress(lzma.compress(b"a")), "compressed twice, with xz inside", "decompress it once first"),
+    "gz.xz": (lzma.compress(gzip.compress(b"a")), "compressed twice, with gzip inside", "decompress it once first"),
+    "bz2.gz": (gzip.compress(bz2.compress(b"a")), "compressed with bzip2", "bunzip2 first"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive", "give the file in it"),
     "bzip2": (b"BZh91AY&SY\x9a\x1b", "compressed with bzip2", "bunzip2"),
     "lz4": (b"\x04\x22\x4d\x18d@\xa7", "compressed with lz4", "lz4 -d"),

@@ -76,9 +76,7 @@ def test_what_is_touched_and_not_mapped_stands_before(tmp_path: Path) -> None:
     assert (found.accounting.setup, found.kind) == (3, "process")
     near = lowered(tmp_path / "a", fault(0x400000, 4) + fault(0x403000))
     assert rows(near)[0] == ("MMAP", private | Flag.WRITE, 0, 0x400000, 4)
-    assert near.notes[0].startswith(
-        "areas inferred from what is touched and no line maps, 0 MiB: 1; gaps up to 2048 KiB"
-    )
+    assert near.notes[0].startswith("areas inferred from what is touched and no line maps, 16 KiB: 1; gaps up to 2 MiB")
     apart = lowered(tmp_path / "a", fault(0x400000, 4) + fault(0x403000), area_gap=0x1000)
     assert [row[3] for row in rows(apart)[:2]] == [0x400000, 0x403000]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -74,6 +75,43 @@ def test_a_frame_to_be_skipped_may_come_first(tmp_path: Path, low: int) -> None:
 def test_truncated_stream_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / "log"
     path.write_bytes(COMPRESSORS[name](TEXT)[:-9])
+    with pytest.raises(InputError, match=f"log: truncated: the {name} stream ends early"):
+        list(open_source(path).blocks())
+
+
+JUNK = (b"x", b"junk", b"\xff" * 5, b"# behind the stream\n" * 9000, b"\0\0\0\0and zeros before")
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_stands_behind_a_stream_is_named(tmp_path: Path, name: str, junk: bytes) -> None:
+    path = tmp_path / "log"
+    for data in (TEXT, b"", b"one line\n"):
+        path.write_bytes(COMPRESSORS[name](data) + junk)
+        told = re.escape(f"something else stands behind the {name} stream ({junk.lstrip(bytes(1))[:16]!r}), expected")
+        with pytest.raises(InputError, match=told):
+            list(open_source(path).blocks())
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+def test_a_stream_behind_one_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "log"
+    for other in ("xz", "gzip", "zstd"):
+        path.write_bytes(COMPRESSORS[name](TEXT) + COMPRESSORS[other](TEXT))
+        if other == name:
+            assert "".join(open_source(path).blocks()).encode() == TEXT + TEXT
+        else:
+            with pytest.raises(
+                InputError, match=f"what stands behind the {name} stream is one of {other}, expected one kind"
+            ):
+                list(open_source(path).blocks())
+
+
+@pytest.mark.parametrize("name", ["xz", "gzip", "zstd"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 20])
+def test_a_second_stream_that_is_cut_ends_early(tmp_path: Path, name: str, size: int) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(COMPRESSORS[name](TEXT) + COMPRESSORS[name](b"tail of it\n")[: min(size, 17)])
     with pytest.raises(InputError, match=f"log: truncated: the {name} stream ends early"):
         list(open_source(path).blocks())
 
@@ -164,7 +202,7 @@ def test_a_line_is_1_mib_at_most(tmp_path: Path, name: str) -> None:
     path.write_bytes(COMPRESSORS[name](b"one\ntwo\n" + longest + longest))
     assert "".join(open_source(path).blocks()) == "one\ntwo\n" + 2 * longest.decode()
     path.write_bytes(COMPRESSORS[name](b"one\ntwo\n" + longest + b"a" + longest))
-    with pytest.raises(InputError, match="log:4: a line of more than 1048576 bytes, expected a log's"):
+    with pytest.raises(InputError, match="log:4: a line of more than 1048576 bytes, expected a trace"):
         list(open_source(path).blocks())
 
 

@@ -28,6 +28,7 @@ __all__ = ("Checkpoint",)
 
 _KEY = "replay"
 _POINT = "point"
+_NAMED = 8  # fields that differ
 _OWN = re.compile(rf"[0-9]{{6,}}\.parquet|\.pgemu-[0-9]+-[0-9a-f]+|{_POINT}")  # whole_file() names the second
 
 
@@ -66,12 +67,10 @@ class Checkpoint:
             raise InputError(
                 "a machine without a position in a trace, expected a checkpoint of pgemu replay", self._path
             )
-        for name, value in run.items():
-            if kept["run"].get(name) != value:
-                raise InputError(
-                    f"a checkpoint of another run: {name} {_short(kept['run'].get(name))}, expected {_short(value)}",
-                    self._path,
-                )
+        if differing := list(_differences(kept["run"], run)):
+            more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+            text = f"a checkpoint of another run: {'; '.join(differing[:_NAMED])}{more}"
+            raise InputError(text, self._path)
         self._parts = int(kept["parts"])
         if lacking := [part for part in map(self._part, range(self._parts)) if not part.is_file()]:
             raise InputError("rows that the checkpoint names are not there", str(lacking[0]))
@@ -160,6 +159,16 @@ class Checkpoint:
                 if _OWN.fullmatch(path.name):
                     path.unlink()
             self._folder.rmdir()
+
+
+def _differences(kept: dict[str, Any], run: dict[str, Any]) -> Iterator[str]:
+    """What a checkpoint has otherwise than a run: each field, of dictionaries those in them, with both values."""
+    for name in [*run, *(name for name in kept if name not in run)]:
+        had, wanted = kept.get(name), run.get(name)
+        if isinstance(had, dict) and isinstance(wanted, dict):
+            yield from _differences(had, wanted)
+        elif had != wanted:
+            yield f"{name} {_short(had)}, expected {_short(wanted)}"
 
 
 def _short(value: Any) -> str:

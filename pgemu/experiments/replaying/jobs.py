@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +15,7 @@ from pgemu.experiments.replaying.opened import OpenTrace, Stage, open_trace
 from pgemu.experiments.replaying.outcomes import OutcomeFile, merged, read_rows
 from pgemu.experiments.replaying.run import Every, Replayed, Run, replay
 from pgemu.experiments.replaying.shards import Chosen, Plan, added, found_together, joining, plan, short
+from pgemu.experiments.replaying.workers import run_all
 
 if TYPE_CHECKING:
     from pgemu.experiments.compare import Check
@@ -162,90 +157,10 @@ def _sharded(
 
 # --------------------------------------------------------------------------- side by side
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_stop: Any = None  # of a process that runs tasks: set once no more is wanted
-
-
-def _begin(stop: Any) -> None:
-    global _stop
-    _stop = stop
-    for number in _SIGNALS:  # the process that asked for the tasks says when to stop
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    """End this process once the one that asked for the tasks has ended, for whatever reason."""
-    parent.join()
-    os._exit(1)
-
-
-def _task(function: Callable[[Any, Callable[[], bool]], Any], task: Any) -> Any:
-    return function(task, _stop.is_set)
-
 
 def run_alone(job: Job, stopped: Callable[[], bool] = lambda: False) -> Replayed:
     """run_job() in a process that shows no progress."""
     return run_job(job, None, stopped)
-
-
-def run_all(
-    function: Callable[[_Task, Callable[[], bool]], _Result], tasks: Sequence[_Task], jobs: int,
-    stopped: Callable[[], bool],
-) -> Iterator[tuple[int, _Result | InputError]]:  # fmt: skip
-    """Yield the number of each task and its result, or what it refused, as they come; `jobs` processes at a time.
-
-    Once `stopped` says so no more begin, and those that run are told. InputError if a process dies.
-
-    :param function: takes a task, and what to ask whether to stop
-    """
-    # A process that is forked would have the threads of this one, which do not run there.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (stop,)) as pool, _told_to_stop(stop):
-        left = list(enumerate(tasks))
-        running: dict[Future[Any], int] = {}
-        while left or running:
-            if stopped():
-                stop.set()
-                left.clear()
-            while left and len(running) < jobs:
-                number, task = left.pop(0)
-                with _uninterrupted():
-                    running[pool.submit(_task, function, task)] = number
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), _result(future)
-
-
-@contextmanager
-def _told_to_stop(stop: Any) -> Iterator[None]:
-    """Where nobody waits for the results any more, tasks that run are told; the pool waits for its processes."""
-    try:
-        yield
-    except BaseException:
-        stop.set()
-        raise
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes that begin meanwhile are not interrupted by Ctrl-C or its like, not even while they import."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except InputError as error:
-        return error
-    except BrokenProcessPool:
-        raise InputError("a process of the run ended before its time: out of memory, or killed") from None
 
 
 def on_cluster(

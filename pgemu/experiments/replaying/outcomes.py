@@ -23,6 +23,7 @@ import numpy as np
 
 from pgemu.errors import InputError
 from pgemu.machine.results import operation_name, result_name, status_name
+from pgemu.trace.readers.parquet import parquet_file
 from pgemu.trace.schema import Operation
 from pgemu.whole_file import whole_file
 
@@ -105,10 +106,9 @@ class RowsFile:
 def read_rows(path: str, size: int = ROW_GROUP) -> Iterator[Rows]:
     """Yield what RowsFile wrote. InputError where it is not whole."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with parquet_file(path) as file:
             for batch in file.iter_batches(batch_size=size, columns=["index", "op", "status", "detail"]):
                 yield Rows(*(batch.column(i).to_numpy() for i in range(4)))
     except (pa.ArrowException, OSError, KeyError) as error:

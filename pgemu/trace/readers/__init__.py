@@ -23,7 +23,7 @@ from pgemu.trace.accesses import AccessStream
 from pgemu.trace.foreign import foreign
 from pgemu.trace.log import Log
 from pgemu.trace.lowered import Lowered
-from pgemu.trace.recordings import printed
+from pgemu.trace.recordings import printed, recording_of
 from pgemu.trace.source import Match, Source
 from pgemu.trace.unplaced import Unplaced
 
@@ -31,6 +31,7 @@ __all__ = ("Found", "formats", "read", "read_log", "readers")
 
 Found = Log | Lowered | Unplaced | AccessStream
 
+_PRINTED = "ftrace", "damon", "damon-counted"  # what tools print of their recordings
 _TEXT = "expected text of ftrace or trace-cmd"
 
 
@@ -65,6 +66,7 @@ def read_log(source: Source) -> Log:
         raise InputError(f"this is {formats()[name]}, {_TEXT} with KVM's events", source.name)
     if (sure is not Match.SURE and foreign(source.head)) or ftrace.sniff(source.head) is Match.NO:
         raise _refused(source, f"binary data, {_TEXT}")
+    source.expected = _TEXT.removeprefix("expected ")
     return ftrace.read(source, keep_outcomes=True)
 
 
@@ -79,16 +81,41 @@ def read(source: Source, form: str | None = None) -> Found:
     :param form: a name of formats(), None: as the content says
     :raises InputError: none knows it, or what that reader says of a file that it cannot read
     """
-    source = printed(source)
     if form is not None:
         reader = next((module for module in readers() if form in module.FORMATS), None)
         if reader is None:
             source.close()
             raise InputError(f"format {form!r}: expected one of {', '.join(sorted(formats()))}", source.name)
-        named: Found = reader.read(source, form)
-        return named
+        return _read_as(source, reader, form)
+    source = printed(source)
     sure, reader = max(((module.sniff(source.head), module) for module in readers()), key=lambda found: found[0])
     if (sure is not Match.SURE and foreign(source.head)) or sure is Match.NO:
         raise _refused(source, f"binary data, {_TEXT}, or Parquet")
+    source.expected = next(iter(reader.FORMATS.values()))
     found: Found = reader.read(source, None)
+    return found
+
+
+def _read_as(source: Source, reader: Any, form: str) -> Found:
+    """Read a file by the reader that is named. What it does not know is told by the name of what it is, if any is."""
+    source.expected = expected = reader.FORMATS[form]
+    if form in _PRINTED:
+        source = printed(source)
+        source.expected = expected
+    elif recording := recording_of(source.head):
+        source.close()
+        raise InputError(f"this is {recording}, expected {expected}", source.name)
+    match, (sure, other) = reader.sniff(source.head), _surest(source)
+    what = f"this is {formats()[other]}, expected {expected}" if sure is Match.SURE and match is not Match.SURE else ""
+    what = what or ("" if match is Match.SURE else foreign(source.head, expected) or "")
+    if what and match is Match.NO:
+        source.close()
+        raise InputError(what, source.name)
+    try:
+        found: Found = reader.read(source, form)
+    except InputError as error:
+        # Any text may be a log of ftrace: what it is helps more than which line is none.
+        if what and (sure is Match.SURE or form == "ftrace"):
+            raise InputError(what, source.name) from error
+        raise
     return found

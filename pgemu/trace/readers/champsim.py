@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Actors, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Actors, Tally, accesses
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, records
 
@@ -113,10 +113,14 @@ def read(source: Source, form: str | None = None) -> AccessStream:
 
 def _batches(source: Source, form: str, tally: Tally) -> Iterator[Records]:
     layout = _LAYOUTS[form]
-    tally.notes.append("it has no sizes: an access is of the page that it begins in")
+    tally.notes += ["it has no sizes: an access is of the page that it begins in", NO_TIMES]
     actors = Actors(tally, source.name)
     done = number = 0
-    for block in records(source.raw_blocks(), 8 * layout.words, source.name):
+
+    def check() -> None:
+        tally.refuse_mostly_foreign(source.name, "record", tally.inputs["fetch"], FORMATS[form])
+
+    for block in records(source.raw_blocks(), 8 * layout.words, source, check):
         words = np.frombuffer(block, "<u8").reshape(-1, layout.words)
         good = _understood(words)
         if not good.all():

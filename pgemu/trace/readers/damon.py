@@ -49,6 +49,8 @@ _KEY = re.compile(rb"\s*\[\s*\{[^{\[]*\"(?:kdamond_idx|snapshots)\"")
 _HEAD = 4096  # bytes in which JSON shows what it is
 _LINES = 200
 _BATCH = 1 << 20  # records
+_UNUSED, _MARKS = "regions without an access", "marks of an aggregation's end"
+_REGIONS = frozenset({_UNUSED, _MARKS})
 _MOST_JSON = 1 << 28  # bytes, all of which are in memory
 _PAGE = 12
 _ADDRESSES = 1 << 64
@@ -149,8 +151,9 @@ class _Accesses:
                     waiting, size = [], 0
         if size:
             yield from self._records(waiting, size)
-        if not self._tally.inputs and not self._tally.ignored:
-            raise InputError("no region of DAMON in it", self._source)
+        if not self._tally.inputs and not _REGIONS.intersection(self._tally.ignored):
+            others = ", ".join(f"{count} {name}" for name, count in self._tally.ignored.most_common(3))
+            raise InputError(f"no region of DAMON in it{others and f', found {others}'}", self._source)
 
     def _space(self, target: str) -> int:
         space = self._targets.setdefault(target, len(self._targets))
@@ -190,7 +193,7 @@ class _Accesses:
 def _wanted(region: _Region, tally: Tally) -> bool:
     """Whether a region was accessed; one that was not is counted."""
     if region.count <= 0:
-        tally.ignored["regions without an access"] += 1
+        tally.ignored[_UNUSED] += 1
     return region.count > 0
 
 
@@ -259,7 +262,7 @@ def _regions_of_json(source: Source, tally: Tally) -> Iterator[_Region]:
             number += 1
             region = _region(time, target, one.get("start"), one.get("end"), _count(one)) if _is_dict(one) else None
             if region is None and _is_dict(one) and _is_mark(one):
-                tally.ignored["marks of an aggregation's end"] += 1
+                tally.ignored[_MARKS] += 1
             elif region is None:
                 tally.reject(number, str(one)[:_SHOWN])
             elif _wanted(region, tally):
@@ -323,7 +326,7 @@ def _json(source: Source) -> Any:
                 if decoder is None or not data:
                     break
         if decoder is not None and (not decoder.eof or decoder.unused_data):
-            raise InputError("truncated, or something stands behind its deflated JSON", source.name)
+            raise InputError("truncated, or something stands behind the deflated JSON of damo", source.name)
         return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
     except zlib.error as error:
         raise InputError(f"damaged zlib stream ({error})", source.name) from None

@@ -12,17 +12,17 @@ import os
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pgemu.errors import InputError
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Actors, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Actors, Tally, accesses
+from pgemu.trace.archives import MAGICS, opened_archive
 from pgemu.trace.schema import Records
 from pgemu.trace.source import MOST_RECORD_GROWTH, Match, Source, records
 from pgemu.trace.v2p import beside, merged, read_v2p, table
@@ -77,11 +77,9 @@ _FLAGS[[_READ, _WRITE]] = READ, WRITE
 
 _FIRST_TIME = np.uint64(11_644_473_600_000_000)  # 1970, microseconds from 1601
 _LAST_TIME = _FIRST_TIME + np.uint64(((1 << 64) - 1) // 1000)
-_ZIP, _EMPTY_ZIP = b"PK\3\4", b"PK\5\6"
 _SNAPPY, _LZ4 = b"\xff\x06\0\0sNaPpY", b"\x04\x22\x4d\x18"
 _CHUNK = re.compile(r"chunk\.([0-9]{1,9})")
 _PIECE = 1 << 18
-_SHOWN = 120  # characters of an error that may hold names of members
 _MOST_PAGES = 1 << 22  # whose translations are kept
 
 Words = npt.NDArray[np.uint64]
@@ -95,7 +93,7 @@ def sniff(head: bytes) -> Match:
         return sniff(inside) if inside else Match.POSSIBLE
     if head.startswith(_SNAPPY):
         return Match.SURE
-    if head.startswith((_ZIP, _EMPTY_ZIP)):
+    if head.startswith(MAGICS):
         return Match.SURE if _CHUNK.match(head[30:50].decode("latin-1")) else Match.POSSIBLE
     if len(head) < 8 or not head.startswith(struct.pack("<HH", _HEADER, 0)):
         return Match.NO
@@ -158,7 +156,7 @@ class _Trace:
 
     def batches(self) -> Iterator[Records]:
         name = self._source.name
-        for block in records(_pieces(self._source), _RECORD.itemsize, name):
+        for block in records(_pieces(self._source, self._tally), _RECORD.itemsize, self._source):
             rows = np.frombuffer(block, _RECORD)
             if not self._done:
                 self._check_first(block)
@@ -172,7 +170,8 @@ class _Trace:
     def _check_first(self, block: bytes) -> None:
         kind, size, version = struct.unpack_from("<HHQ", block)
         if kind != _HEADER or size:
-            raise InputError(f"record 1 is of type {kind}, expected a header ({_HEADER})", self._source.name)
+            what = f"record 1 is of type {kind}, expected a header ({_HEADER}) of {self._source.expected}"
+            raise InputError(what, self._source.name)
         if version >> 32 & 0xFFFF in (_THREAD, _MARKER):  # of the second record, if this one has 8 bytes
             raise InputError("records of a program of 32 bits, expected those of 64 bits", self._source.name)
         if version > _MOST_VERSION:
@@ -281,6 +280,8 @@ class _Trace:
     def _finish(self) -> None:
         """What can be said at the end."""
         notes = self._tally.notes
+        if self._time is None:
+            notes.append(NO_TIMES)
         if self._last != _FOOTER:
             notes.append("it has no footer: its end may be missing")
         if len(self._processes) > 1:
@@ -305,27 +306,32 @@ def _spans(places: Places, where: Places) -> Places:
 # ---------------------------------------------------------------------- what it is packed with
 
 
-def _pieces(source: Source) -> Iterator[bytes]:
-    if source.head.startswith((_ZIP, _EMPTY_ZIP)):
-        return _of_archive(source)
+def _pieces(source: Source, tally: Tally) -> Iterator[bytes]:
+    if source.head.startswith(MAGICS):
+        return _of_archive(source, tally)
     return _unpacked(source) if source.head.startswith(_LZ4) else source.raw_blocks()
 
 
-def _of_archive(source: Source) -> Iterator[bytes]:
+def _of_archive(source: Source, tally: Tally) -> Iterator[bytes]:
     """What the chunks of an archive hold, by their numbers."""
-    with source.whole() as file, _archive_errors(source.name), zipfile.ZipFile(file) as archive:
-        found = [(int(match[1]), one) for one in archive.infolist() if (match := _CHUNK.fullmatch(one.filename))]
+    with opened_archive(source) as archive:
+        members = archive.infolist()
+        found = [(int(match[1]), one) for one in members if (match := _CHUNK.fullmatch(one.filename))]
         chunks = sorted(found, key=lambda one: one[0])
         if not chunks:
             raise InputError("an archive without chunk.0000, expected a .trace.zip of DynamoRIO", source.name)
+        if len(chunks) < len(members):
+            tally.ignored["members of the archive that are no chunk"] += len(members) - len(chunks)
         for number, (found_number, chunk) in enumerate(chunks):
-            if found_number != number:
+            if found_number < number:
+                raise InputError(f"an archive with two chunks {found_number}, expected one", source.name)
+            if found_number > number:
                 raise InputError(
                     f"an archive with {chunk.filename}, expected chunk.{number:04d} before it", source.name
                 )
-            if chunk.flag_bits & 1:
-                raise InputError(f"{chunk.filename} is encrypted, expected an archive without a password", source.name)
-        yield from _of_chunks(archive, [chunk for _, chunk in chunks], _size_of(file), source.name)
+        assert archive.fp is not None
+        size = archive.fp.seek(0, os.SEEK_END)
+        yield from _of_chunks(archive, [chunk for _, chunk in chunks], size, source.name)
 
 
 def _of_chunks(archive: zipfile.ZipFile, chunks: list[zipfile.ZipInfo], size: int, name: str) -> Iterator[bytes]:
@@ -339,21 +345,6 @@ def _of_chunks(archive: zipfile.ZipFile, chunks: list[zipfile.ZipInfo], size: in
                         f"{chunk.filename}: grows to more than {MOST_RECORD_GROWTH} times the archive", name
                     )
                 yield piece
-
-
-def _size_of(file: BinaryIO) -> int:
-    return file.seek(0, os.SEEK_END)
-
-
-@contextmanager
-def _archive_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (
-        zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error,
-        OverflowError,
-    ) as error:  # fmt: skip
-        raise InputError(f"damaged zip archive ({str(error)[:_SHOWN]})", name) from None
 
 
 def _begin_of_lz4(head: bytes) -> bytes:

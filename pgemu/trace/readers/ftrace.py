@@ -62,7 +62,7 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None, *, keep
     :param keep_outcomes: whether the entries of stage 2 that KVM says it wrote are wanted (`Log.sptes`)
     :raises InputError: unreadable, no event in it, or a line that is malformed (with its number)
     """
-    source = path if isinstance(path, Source) else open_source(path)
+    source = path if isinstance(path, Source) else open_source(path, FORMATS["ftrace"])
     parser = _Parser(source.name, keep_outcomes)
     for block in source.byte_blocks():
         parser.read(block)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream, Tally, accesses
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream, Tally, accesses
 from pgemu.trace.fast_lines import wanted, writable
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, gathered, text_of
@@ -58,14 +58,14 @@ def read(source: Source, form: str | None = None) -> AccessStream:
 
     :raises InputError: while batches are taken: no text, or more lines that are no accesses than lines that are
     """
-    tally = Tally()
+    tally = Tally(notes=[NO_TIMES])
     return AccessStream.of(source.name, FORMATS["lackey"], _batches(source, tally), tally, close=source.close)
 
 
 def _batches(source: Source, tally: Tally) -> Iterator[Records]:
     reader: _Reader = _PythonLines(tally)
     number = 0
-    for block in gathered(source.byte_blocks(FORMATS["lackey"]), _BLOCK):
+    for block in gathered(source.byte_blocks(), _BLOCK):
         text = block.replace(b"\r\n", b"\n") if b"\r" in block else block
         if not text.endswith(b"\n"):
             tally.notes.append("its last line has no newline and is taken to be whole")

@@ -4,9 +4,7 @@ Columns are stored so that they are read quickly: bytes of a rank together (BYTE
 LZ4. A column that holds one value in all of a row group, as the statistics of its footer say, is not decoded at all.
 
 Files of others (polars, pandas, ...) need only the schema's columns, as pgemu.trace.columns says; of what has no layout
-pgemu.trace.unplaced says where it lies.
-
-pyarrow is imported inside the functions, so that only those who store or load a trace pay for it.
+pgemu.trace.unplaced says where it lies. pyarrow is imported inside the functions, for those alone who need it.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +49,7 @@ __all__ = (
     "glance",
     "iterate",
     "narrow",
+    "parquet_file",
     "read",
     "sniff",
     "write",
@@ -159,11 +158,11 @@ def write_accesses(stream: AccessStream, path: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot be written: {error.strerror or error}", name) from None
 
 
-def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> AccessStream:
-    """What `write_accesses` stored; the file is closed behind the last batch."""
+def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str, opened: ExitStack) -> AccessStream:
+    """What `write_accesses` stored; what is opened for it is closed behind the last batch."""
 
     def batches() -> Iterator[Records]:
-        with file:
+        with opened:
             for records, _ in _batches(file, name, ROW_GROUP):
                 if (records.op != Operation.GUEST_ACCESS).any():
                     row = int(np.argmax(records.op != Operation.GUEST_ACCESS))
@@ -181,9 +180,9 @@ def _stored_accesses(file: pq.ParquetFile, about: dict[str, Any], name: str) -> 
         v2p = np.array(about["v2p"], dtype=np.uint64).reshape(-1, 3) if about["v2p"] else None
         form = printable(about["format"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        file.close()
+        opened.close()
         raise InputError(f"metadata 'pgemu' cannot be used ({str(error)[:_LONGEST]})", name) from None
-    return AccessStream.of(name, form, batches(), tally, v2p, file.close)
+    return AccessStream.of(name, form, batches(), tally, v2p, opened.close)
 
 
 class Glance(NamedTuple):
@@ -332,7 +331,8 @@ def _damage(name: str, what: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} Parquet file ({text[:_LONGEST]})", name) from None
+        short = "memory is short, or " if isinstance(error, MemoryError) else ""  # a damaged file may ask for any size
+        raise InputError(f"{short}{what} Parquet file ({text[:_LONGEST]})", name) from None
 
 
 def sniff(head: bytes) -> Match:
@@ -345,17 +345,17 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Lowe
 
     :raises InputError: as `iterate`, the metadata of `write` cannot be used, or the records do not fit into memory
     """
-    if isinstance(path, Source):
-        path.close()
-        if path.path is None:
-            raise InputError("Parquet cannot be read compressed or from standard input, give its path", path.name)
-        path = path.path
-    name = os.fspath(path)
-    file = _open(name)
-    stored = _stored(file, name)
-    if stored is not None and stored.get("kind") == "accesses":
-        return _stored_accesses(file, stored, name)
-    with file:
+    name = path.name if isinstance(path, Source) else os.fspath(path)
+    with ExitStack() as stack:
+        copy: BinaryIO | None = None
+        if isinstance(path, Source):
+            if path.path is None:  # its end is read first
+                copy = stack.enter_context(path.whole())
+            path.close()
+        file = stack.enter_context(_open(name, copy))
+        stored = _stored(file, name)
+        if stored is not None and stored.get("kind") == "accesses":
+            return _stored_accesses(file, stored, name, stack.pop_all())
         about = None if stored is None else _about(stored, name)
         notes = others(file.schema_arrow.names)
         check_size(file.metadata.num_rows, name)
@@ -390,12 +390,20 @@ def _of_records(count: int, setup: int) -> Accounting:
     return Accounting(events=count - setup, inputs=inputs, operations=count, setup=setup)
 
 
-def _open(name: str) -> pq.ParquetFile:
-    """Open and check which columns there are."""
+def parquet_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """Open a file by the bytes of its name, which need not be text; a text the library would try as a URI, too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)))
+
+
+def _open(name: str, copy: BinaryIO | None = None) -> pq.ParquetFile:
+    """Open a file, or the copy of what cannot be read at any place, and check which columns there are."""
     import pyarrow.parquet as pq
 
     with _damage(name, "not a whole"):
-        file = pq.ParquetFile(name)
+        file = parquet_file(name) if copy is None else pq.ParquetFile(copy)
         names = file.schema_arrow.names
     try:
         if _OUTCOMES in (file.metadata.metadata or {}):

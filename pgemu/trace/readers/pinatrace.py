@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pgemu.trace.accesses import READ, WRITE, AccessStream, Tally, accesses
+from pgemu.trace.accesses import NO_TIMES, READ, WRITE, AccessStream, Tally, accesses
 from pgemu.trace.schema import Records
 from pgemu.trace.source import Match, Source, gathered, text_of
 
@@ -47,10 +47,11 @@ def _batches(source: Source, tally: Tally) -> Iterator[Records]:
     tally.notes += [
         "it has no sizes: an access is of the page that it begins in",
         "it has no fetches",
+        NO_TIMES,
     ]
     line = number = 0
     ended = False
-    for block in gathered(source.byte_blocks(expected), _BLOCK):
+    for block in gathered(source.byte_blocks(), _BLOCK):
         where: list[int] = []
         flags: list[np.uint8] = []
         for text in block.removesuffix(b"\n").split(b"\n"):

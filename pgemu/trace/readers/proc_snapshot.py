@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from pgemu.errors import InputError, printable
+from pgemu.trace.archives import opened_archive
 from pgemu.trace.lowered import Lowered
 from pgemu.trace.snapshot import Pages, Vma, lowered, parse_vma
 from pgemu.trace.source import Match, Source
@@ -30,25 +30,22 @@ FORMATS = {"proc-snapshot": "a process as /proc shows it (maps, smaps, or a zip 
 _ZIP = b"PK\x03\x04"
 _MAPS, _SMAPS, _PAGEMAP, _RANGES, _ABOUT = "maps", "smaps", "pagemap.u64", "pagemap.ranges", "about.json"
 _MEMBERS = (_MAPS, _SMAPS, _PAGEMAP, _RANGES, _ABOUT)
-_NAME_LENGTH, _NAME = 26, 30  # in the header of a zip file's first member: .ZIP File Format Specification, 4.3.7
+_HEADER = re.compile(  # of a member, with the length of its name and that: pkzip's APPNOTE.TXT, 4.3.7
+    rb"PK\x03\x04.{22}(..)..(%b)" % b"|".join(re.escape(member.encode()) for member in _MEMBERS), re.DOTALL
+)
 _FIELD = re.compile(r"(\w+):\s+(?:(\d{1,12}) kB|(.*))")
 _RANGE = re.compile(r"(?:0x)?([0-9a-f]{1,16})[ -](?:0x)?([0-9a-f]{1,16})")
 _MOST_TEXT = 64 << 20  # bytes of a member that is text
 _MOST_PAGES = 1 << 26  # pages that are present, swapped or markers
 _CHUNK = 1 << 20  # entries read at once
 _SHOWN = 3
-_DAMAGE = (
-    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError,
-    ValueError, OverflowError, OSError,
-)  # fmt: skip
 
 
 def sniff(head: bytes) -> Match:
-    """A zip file whose first member is one of these, or text that begins with a line of maps."""
+    """A zip file with one of these among its first members, or text that begins with a line of maps."""
     if head.startswith(_ZIP):
-        length = int.from_bytes(head[_NAME_LENGTH : _NAME_LENGTH + 2], "little")
-        name = head[_NAME : _NAME + length]
-        return Match.SURE if name in {member.encode() for member in _MEMBERS} else Match.NO
+        whole = (int.from_bytes(one[1], "little") == len(one[2]) for one in _HEADER.finditer(head))
+        return Match.SURE if any(whole) else Match.NO
     first = next((line for line in head[:4096].split(b"\n") if line.strip()), b"")
     return Match.SURE if parse_vma(first.decode("utf-8", "replace")) is not None else Match.NO
 
@@ -63,15 +60,8 @@ def read(source: Source, form: str | None = None) -> Lowered:
         for block in source.blocks():
             parser.feed(block)
         return lowered(parser.vmas(), None, source.name, parser.notes())
-    with source.whole() as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return _read_zip(archive, source.name)
-        except InputError:
-            raise
-        except _DAMAGE as error:
-            text = printable(" ".join(str(error).split()))[:200]
-            raise InputError(f"damaged zip file ({text or type(error).__name__})", source.name) from None
+    with opened_archive(source) as archive:
+        return _read_zip(archive, source.name)
 
 
 def _read_zip(archive: zipfile.ZipFile, source: str) -> Lowered:
@@ -90,6 +80,10 @@ def _read_zip(archive: zipfile.ZipFile, source: str) -> Lowered:
     if _PAGEMAP in names:
         pages = _pages(archive, _ranges(_text(archive, _RANGES, source), source), source)
     notes = parser.notes()
+    if others := sorted(names.difference(_MEMBERS)):
+        shown = ", ".join(printable(name)[:80] for name in others[:_SHOWN])
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        notes.append(f"not read: {shown}{more}")
     if _ABOUT in names:
         notes = [*_about(_text(archive, _ABOUT, source), source), *notes]
     return lowered(parser.vmas(), pages, source, notes)

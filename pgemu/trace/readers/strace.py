@@ -85,7 +85,7 @@ def read(path: str | os.PathLike[str] | Source, form: str | None = None) -> Log:
 
     :raises InputError: unreadable, or no call in it
     """
-    source = path if isinstance(path, Source) else open_source(path)
+    source = path if isinstance(path, Source) else open_source(path, FORMATS["strace"])
     parser = _Parser(source.name)
     for block in source.blocks():
         for line in block.removesuffix("\n").split("\n"):

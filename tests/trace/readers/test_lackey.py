@@ -20,7 +20,7 @@ from fuzzing import rounds
 from pgemu import trace
 from pgemu.errors import InputError
 from pgemu.trace import readers
-from pgemu.trace.accesses import EXEC, READ, WRITE, AccessStream
+from pgemu.trace.accesses import EXEC, NO_TIMES, READ, WRITE, AccessStream
 from pgemu.trace.readers import lackey
 from pgemu.trace.source import Match, Source, open_source
 from streams import DATA, attack, in_pieces, rows, taken
@@ -183,7 +183,7 @@ def test_lines_may_end_as_in_windows_and_the_last_one_may_lack_its_end(kernel: b
     assert other.tally.rejected == 0
     cut = taken(SMALL[:-1])
     assert rows(plain.records) == rows(cut.records)
-    assert cut.tally.notes == ["its last line has no newline and is taken to be whole"]
+    assert cut.tally.notes == [NO_TIMES, "its last line has no newline and is taken to be whole"]
     assert taken(SMALL[:-2]).tally.first_rejected == [(5, " M 04033e06,")]
 
 

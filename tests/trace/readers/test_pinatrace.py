@@ -13,7 +13,7 @@ from fuzzing import rounds
 from pgemu import trace
 from pgemu.errors import InputError
 from pgemu.trace import readers
-from pgemu.trace.accesses import READ, WRITE
+from pgemu.trace.accesses import NO_TIMES, READ, WRITE
 from pgemu.trace.readers import pinatrace
 from pgemu.trace.source import Match, Source, open_source
 from streams import attack, in_pieces, rows, taken
@@ -29,12 +29,16 @@ def test_reads_and_writes_are_read_in_their_order(data: bytes) -> None:
     assert rows(got.records) == [(0x7FFC5A3DCD68, WRITE, 0), (0x7F8E61D7FE78, READ, 0), (0x1000, READ, 0)]
     assert got.records.time.tolist() == [0, 1, 2]
     assert (got.tally.inputs, got.tally.rejected, got.refused) == ({"read": 2, "write": 1}, 0, "")
-    assert got.tally.notes == ["it has no sizes: an access is of the page that it begins in", "it has no fetches"]
+    assert got.tally.notes == [
+        "it has no sizes: an access is of the page that it begins in",
+        "it has no fetches",
+        NO_TIMES,
+    ]
 
 
 def test_a_missing_end_is_noted_and_what_is_foreign_is_shown() -> None:
     got = taken(SMALL.replace(b"#eof\n", b"\n0x1: X 0x2\n0x1: R 0x10000000000000000\n"), "pinatrace")
-    assert got.tally.notes[2:] == ["it has no #eof: its end may be missing"]
+    assert got.tally.notes[3:] == ["it has no #eof: its end may be missing"]
     assert got.tally.first_rejected == [(5, "0x1: X 0x2"), (6, "0x1: R 0x10000000000000000")]
     assert (got.tally.rejected, got.tally.ignored) == (2, {"empty lines": 1})
     refused = taken(b"one\n0x1: R 0x2\ntwo\n", "pinatrace").refused

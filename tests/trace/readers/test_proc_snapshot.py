@@ -109,6 +109,12 @@ def test_what_pages_are_is_what_touches_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.same_with_checks
+def test_members_that_are_not_read_are_named(tmp_path: Path) -> None:
+    found = loaded(tmp_path / "z", packed(maps=MAPS, a="", b="", c="", d=""))
+    assert "not read: a, b, c and 1 more" in found.notes
+
+
+@pytest.mark.same_with_checks
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
@@ -120,7 +126,12 @@ def test_what_pages_are_is_what_touches_them(tmp_path: Path) -> None:
         (packed(maps=MAPS, about_json='{"page_size": 65536}'), "page_size '65536', expected 4096"),
         (packed(maps=MAPS + MAPS), "areas overlap at 0x400000"),
         (packed(maps="nothing\n"), "no mapping in it"),
-        (packed(maps=MAPS)[:-30], "damaged zip file"),
+        (packed(maps=MAPS)[:-30], "damaged zip archive"),
+        (
+            packed(maps=MAPS, mapz=MAPS).replace(b"mapz", b"maps"),
+            "an archive with two members called 'maps', expected one",
+        ),
+        (packed(maps=MAPS, x="", y="").replace(b"y", b"x"), "an archive with two members called 'x'"),
     ],
 )
 def test_what_is_no_snapshot_is_refused_in_one_line(tmp_path: Path, data: bytes, complaint: str) -> None:

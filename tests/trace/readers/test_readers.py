@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import pytest
 from pgemu import trace
 from pgemu.errors import InputError
 from pgemu.trace import readers
+from pgemu.trace.accesses import AccessStream
 from pgemu.trace.log import Log
+from pgemu.trace.readers import parquet
 from pgemu.trace.source import Match, Source, open_source
 
 LINE = b"CPU 3/KVM-61883 [078] ..... 5.25: kvm_page_fault: vcpu 3 rip 0x10 address 0x84123 error_code 0x100000006\n"
@@ -92,11 +95,41 @@ def test_what_no_reader_knows_is_refused(tmp_path: Path) -> None:
         trace.load(path)
 
 
-def test_parquet_needs_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.xz"
-    path.write_bytes(lzma.compress(b"PAR1...."))
-    with pytest.raises(InputError, match=r"a\.xz: Parquet cannot be read compressed or from standard input"):
-        trace.load(path)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"PAR1....")))
-    with pytest.raises(InputError, match="<stdin>: Parquet cannot be read compressed or from standard input"):
-        trace.load("-")
+def stored(folder: Path) -> list[tuple[Path, int]]:
+    """Parquet of records and of a program's accesses, and how many records each has."""
+    guest, accesses = folder / "guest.parquet", folder / "accesses.parquet"
+    lowered = trace.load("workload:tdx-boot")
+    parquet.write(lowered, guest)
+    text = folder / "lackey"
+    text.write_bytes(b"==7== Lackey, an example Valgrind tool\n" + b"I  0401ab70,3\n S 1fff000768,8\n" * 500)
+    stream = trace.opened(text)
+    assert isinstance(stream, AccessStream)
+    parquet.write_accesses(stream, accesses)
+    return [(guest, len(lowered.records)), (accesses, 1000)]
+
+
+def records_in(path: str | Path) -> int:
+    found = trace.opened(path)
+    return sum(map(len, found.batches)) if isinstance(found, AccessStream) else len(found.records)
+
+
+def test_parquet_is_read_compressed_and_from_what_has_no_end_to_begin_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, count in stored(tmp_path):
+        packed = tmp_path / "a.xz"
+        packed.write_bytes(lzma.compress(path.read_bytes()))
+        assert records_in(packed) == count
+        with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            assert records_in(f"/dev/fd/{process.stdout.fileno()}") == count
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+        assert records_in("-") == count
+
+
+def test_parquet_from_a_pipe_that_ends_early_is_named(tmp_path: Path) -> None:
+    path = stored(tmp_path)[0][0]
+    with subprocess.Popen(["head", "-c", "-9", path], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        with pytest.raises(InputError, match=r"/dev/fd/[0-9]+: not a whole Parquet file"):
+            trace.opened(f"/dev/fd/{process.stdout.fileno()}")
