@@ -25,7 +25,7 @@ NOT_TOLD = (1 << 64) - 1
 _STATE, _FIRST_WORD = 9, 4
 _FIRST_ERROR = (1 << 64) - 4095  # IS_ERR_VALUE()
 _LARGEST = (1 << 64) - 1
-_FIELD = re.compile(r"(\w+): (?:0x)?([0-9a-fA-F]{1,16})\b")
+_FIELD = re.compile(r"\b(\w+): (?:0x)?([0-9a-fA-F]{1,16})\b")
 _CHILD = re.compile(r"\bpid=\d+.*\bchild_pid=(\d{1,10})\b")
 _EVICTED = re.compile(r"dev \d+,\d+ ino (\d{1,20}) mode \d+ size (\d{1,20}) nlink \d+ seals \d+ blocks (\d{1,20})")
 
