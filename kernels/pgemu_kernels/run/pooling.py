@@ -141,8 +141,6 @@ def free(m, op):
     if head_of(m, head) != head or not is_allocated(m, head):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
-    if not may_put(m, head, page, U1):
-        return stop(state, op, -EINVAL)
     note_transient(m, head, ~U0)
     if reference_count(m.ram, page) > U1:
         m.ram[page + COUNTS] -= ONE_REFERENCE
@@ -153,10 +151,12 @@ def free(m, op):
 
 @kernel
 def is_allocated(m, head):
-    """Whether a HugeTLB page is in use and in no page cache or mapping, nor on its way back from an inode's."""
+    """Whether a HugeTLB page is in use, in no page cache or mapping, nor on its way back from an inode's, and held by
+    outsiders: what only a process's or device's pin holds is not theirs."""
     page = struct_page(m, head)
     in_use = reference_count(m.ram, page) != U0 and not is_free(m, head)
-    return in_use and m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
+    orphan = m.ram[page + MAPPING] == U0 and subpool_of(m, page) == U0
+    return in_use and orphan and may_put(m, head, page, U1)
 
 
 # --------------------------------------------------------------------------- vmemmap

@@ -274,6 +274,7 @@ def test_what_others_hold_is_not_an_outsiders_to_drop(what: str) -> None:
     assert folio.refcount == held
     for drop in (folio.put, folio.unpin, lambda: machine.free_folio(folio.pfn)):
         assert drop().status == -W.EINVAL
+    assert machine.operate(Operation.FOLIO_SPLIT, address=folio.pfn << 12).status == -W.EINVAL
     assert machine.check() == 0, machine.broken
 
 
