@@ -60,6 +60,23 @@ def test_the_header_compiles_without_a_warning(tool: str, standard: str, languag
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("tool", "standard", "language"), [("gcc", "c99", "c"), ("g++", "c++11", "c++")])
+@pytest.mark.parametrize("python", [True, False], ids=["with Python", "without"])
+@pytest.mark.parametrize("headers", [("pgemu.h", "pgemu_shared.h"), ("pgemu_shared.h", "pgemu.h")], ids=" ".join)
+def test_both_headers_compile_together_in_any_order(
+    headers: tuple[str, str], tool: str, standard: str, language: str, python: bool
+) -> None:
+    """What both name is the same number: another one would be a redefinition, which is a warning."""
+    if python and language == "c":
+        standard = "gnu99"  # Python.h says what strict C99 leaves out of system headers, and is no longer the first
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    source += "int main(void) { return PGEMU_WALK_OK + PGEMU_WALK_PERMISSION == PGEMU_WALK_CHANGING; }\n"
+    command = [compiler(tool), f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-x{language}", "-"]
+    command += compile_flags() if python else [f"-I{INCLUDE}", "-DPGEMU_NO_PYTHON", "-Wpedantic"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_flags_for_a_compiler_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert capsys.readouterr().out.split() == compile_flags() + link_flags()
